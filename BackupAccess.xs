@@ -1,0 +1,761 @@
+/* Glue between Perl and the C core: check, convert, call, throw. */
+#define PERL_NO_GET_CONTEXT
+#include "EXTERN.h"
+#include "perl.h"
+#include "XSUB.h"
+#include "ppport.h"
+
+#include "src/pba.h"
+#include <pthread.h>
+#include <unistd.h>
+
+/* What the C core's hooks need of the Perl caller. */
+typedef struct {
+    SV *log;       /* code ref or NULL */
+    SV *transport; /* code ref or NULL: the core uses its own socket */
+    SV *exception; /* what a signal handler or the log callback died with; NULL: nothing */
+    bool died;     /* since the core was last told */
+} Caller;
+
+typedef struct {
+    PbaAccess *access; /* NULL: freed */
+    PbaQmp *qmp;
+    Caller caller;
+    pid_t owner;
+} PbaAccessObject;
+
+typedef struct {
+    PbaVolume *volume; /* NULL: closed */
+    Caller caller;
+    pid_t owner;
+} PbaVolumeObject;
+
+#define MY_CXT_KEY "PVE::BackupAccess::_guts"
+typedef struct {
+    HV *access_stash;
+    HV *volume_stash;
+} my_cxt_t;
+START_MY_CXT
+
+/* getpid() is a system call; this is asked for every region. */
+static pid_t current_pid;
+
+static void note_fork(void)
+{
+    current_pid = getpid();
+}
+
+/* Throwing */
+
+static SV *new_error(pTHX_ const char *message, const char *klass, const char *command,
+                     const char *device)
+{
+    HV *hash = newHV();
+    SV *text = newSVpvf("%s\n", message);
+    SvUTF8_on(text);
+    (void)hv_stores(hash, "message", text);
+    (void)hv_stores(hash, "class", newSVpvn_flags(klass, strlen(klass), SVf_UTF8));
+    if (command) {
+        (void)hv_stores(hash, "command", newSVpvn_flags(command, strlen(command), SVf_UTF8));
+    }
+    if (device) {
+        (void)hv_stores(hash, "device", newSVpvn_flags(device, strlen(device), SVf_UTF8));
+    }
+    SV *ref = sv_2mortal(newRV_noinc((SV *)hash));
+    return sv_bless(ref, gv_stashpvs("PVE::BackupAccess::Error", GV_ADD));
+}
+
+/* Ends a call that failed. A handler's own exception goes on as it is. Frees error. */
+static void throw_error(pTHX_ Caller *caller, GError *error)
+{
+    SV *exception = caller ? caller->exception : NULL;
+    if (exception) {
+        caller->exception = NULL;
+        caller->died = false;
+        g_error_free(error);
+        croak_sv(sv_2mortal(exception));
+    }
+    SV *object = new_error(aTHX_ error->message, pba_error_class(error), pba_error_command(error),
+                           pba_error_device(error));
+    g_error_free(error);
+    croak_sv(object);
+}
+
+static void throw_text(pTHX_ const char *klass, const char *message)
+{
+    croak_sv(new_error(aTHX_ message, klass, NULL, NULL));
+}
+
+/* A handler died, but the call came to a good end all the same. */
+static void throw_pending(pTHX_ Caller *caller)
+{
+    if (caller->exception) {
+        SV *exception = caller->exception;
+        caller->exception = NULL;
+        caller->died = false;
+        croak_sv(sv_2mortal(exception));
+    }
+}
+
+/* Hooks */
+
+static void keep_exception(pTHX_ Caller *caller)
+{
+    caller->died = true;
+    if (!caller->exception) {
+        caller->exception = newSVsv(ERRSV);
+    }
+}
+
+/* call_sv that never jumps over the C frames below us. Arguments are on the stack. */
+static SSize_t call_guarded(pTHX_ SV *code, I32 flags)
+{
+    return call_sv(code, flags | G_EVAL);
+}
+
+static bool hook_interrupted(void *opaque)
+{
+    dTHX;
+    Caller *caller = opaque;
+
+    if (PL_sig_pending) {
+        dSP;
+        ENTER;
+        SAVETMPS;
+        save_scalar(PL_errgv);
+        PUSHMARK(SP);
+        call_guarded(aTHX_ (SV *)get_cv("PVE::BackupAccess::_dispatch_signals", 0),
+                     G_VOID | G_DISCARD | G_NOARGS);
+        if (SvTRUE(ERRSV)) {
+            keep_exception(aTHX_ caller);
+        }
+        FREETMPS;
+        LEAVE;
+    }
+    bool died = caller->died;
+    caller->died = false;
+    return died;
+}
+
+static void hook_log(void *opaque, PbaLogLevel level, const char *message)
+{
+    static const char *const names[] = {"debug", "info", "warn"};
+    dTHX;
+    Caller *caller = opaque;
+
+    if (!caller->log) {
+        if (level == PBA_LOG_WARN) {
+            warn("%" SVf "\n",
+                 SVfARG(newSVpvn_flags(message, strlen(message), SVs_TEMP | SVf_UTF8)));
+        }
+        return;
+    }
+    dSP;
+    ENTER;
+    SAVETMPS;
+    save_scalar(PL_errgv);
+    PUSHMARK(SP);
+    mXPUSHp(names[level], strlen(names[level]));
+    XPUSHs(newSVpvn_flags(message, strlen(message), SVs_TEMP | SVf_UTF8));
+    PUTBACK;
+    call_guarded(aTHX_ caller->log, G_VOID | G_DISCARD);
+    if (SvTRUE(ERRSV)) {
+        keep_exception(aTHX_ caller);
+    }
+    FREETMPS;
+    LEAVE;
+}
+
+/* Plain Perl data for the caller's transport, and back */
+
+#define MAX_DEPTH 64
+
+static SV *sv_from_json(pTHX_ JsonNode *node);
+
+static SV *sv_from_array(pTHX_ JsonArray *array)
+{
+    AV *list = newAV();
+    for (guint i = 0; i < json_array_get_length(array); i++) {
+        av_push(list, sv_from_json(aTHX_ json_array_get_element(array, i)));
+    }
+    return newRV_noinc((SV *)list);
+}
+
+static SV *sv_from_object(pTHX_ JsonObject *object)
+{
+    HV *hash = newHV();
+    JsonObjectIter iter;
+    const char *key;
+    JsonNode *value;
+
+    json_object_iter_init(&iter, object);
+    while (json_object_iter_next(&iter, &key, &value)) {
+        SV *name = newSVpvn_flags(key, strlen(key), SVs_TEMP | SVf_UTF8);
+        (void)hv_store_ent(hash, name, sv_from_json(aTHX_ value), 0);
+    }
+    return newRV_noinc((SV *)hash);
+}
+
+/* JSON::PP's booleans are those of core Perl, and every JSON encoder takes them. */
+static SV *sv_from_bool(pTHX_ bool value)
+{
+    SV *boolean = get_sv(value ? "JSON::PP::true" : "JSON::PP::false", 0);
+    return boolean ? newSVsv(boolean) : newSViv(value);
+}
+
+static SV *sv_from_value(pTHX_ JsonNode *node)
+{
+    GType type = json_node_get_value_type(node);
+
+    if (type == G_TYPE_BOOLEAN) {
+        return sv_from_bool(aTHX_ json_node_get_boolean(node));
+    }
+    if (type == G_TYPE_INT64) {
+        return newSViv((IV)json_node_get_int(node));
+    }
+    if (type == G_TYPE_STRING) {
+        const char *text = json_node_get_string(node);
+        return newSVpvn_flags(text, strlen(text), SVf_UTF8);
+    }
+    return newSVnv(json_node_get_double(node));
+}
+
+static SV *sv_from_json(pTHX_ JsonNode *node)
+{
+    switch (json_node_get_node_type(node)) {
+    case JSON_NODE_OBJECT:
+        return sv_from_object(aTHX_ json_node_get_object(node));
+    case JSON_NODE_ARRAY:
+        return sv_from_array(aTHX_ json_node_get_array(node));
+    case JSON_NODE_VALUE:
+        return sv_from_value(aTHX_ node);
+    default:
+        return newSV(0);
+    }
+}
+
+static JsonNode *json_from_sv(pTHX_ SV *sv, unsigned depth);
+
+static JsonNode *json_from_array(pTHX_ AV *list, unsigned depth)
+{
+    JsonArray *array = json_array_new();
+    for (SSize_t i = 0; i <= av_len(list); i++) {
+        SV **element = av_fetch(list, i, 0);
+        json_array_add_element(array, json_from_sv(aTHX_ element ? *element : &PL_sv_undef, depth));
+    }
+    JsonNode *node = json_node_alloc();
+    json_node_init_array(node, array);
+    json_array_unref(array);
+    return node;
+}
+
+static JsonNode *json_from_hash(pTHX_ HV *hash, unsigned depth)
+{
+    JsonObject *object = json_object_new();
+    HE *entry;
+
+    hv_iterinit(hash);
+    while ((entry = hv_iternext(hash))) {
+        SV *key = hv_iterkeysv(entry);
+        json_object_set_member(object, SvPVutf8_nolen(key),
+                               json_from_sv(aTHX_ hv_iterval(hash, entry), depth));
+    }
+    JsonNode *node = json_node_alloc();
+    json_node_init_object(node, object);
+    json_object_unref(object);
+    return node;
+}
+
+static JsonNode *json_from_scalar(pTHX_ SV *sv)
+{
+    JsonNode *node = json_node_alloc();
+
+    if (!SvOK(sv)) {
+        return json_node_init_null(node);
+    }
+#ifdef SvIsBOOL
+    if (SvIsBOOL(sv)) {
+        return json_node_init_boolean(node, SvTRUE(sv));
+    }
+#endif
+    if (SvPOK(sv) && !SvIOK(sv)) {
+        STRLEN length;
+        const char *text = SvPVutf8(sv, length);
+        g_autofree char *valid = g_utf8_make_valid(text, (gssize)length);
+        return json_node_init_string(node, valid);
+    }
+    if (SvNOK(sv) && !SvIOK(sv)) {
+        return json_node_init_double(node, SvNV(sv));
+    }
+    return json_node_init_int(node, SvIV(sv));
+}
+
+static JsonNode *json_from_sv(pTHX_ SV *sv, unsigned depth)
+{
+    if (!SvROK(sv) || depth >= MAX_DEPTH) {
+        return json_from_scalar(aTHX_ SvROK(sv) ? &PL_sv_undef : sv);
+    }
+    SV *referent = SvRV(sv);
+    if (SvTYPE(referent) == SVt_PVAV) {
+        return json_from_array(aTHX_ (AV *)referent, depth + 1);
+    }
+    if (SvTYPE(referent) == SVt_PVHV) {
+        return json_from_hash(aTHX_ (HV *)referent, depth + 1);
+    }
+    /* \1, \0 and the boolean objects of all JSON decoders are references to a number. */
+    return json_node_init_boolean(json_node_alloc(), SvTRUE(referent));
+}
+
+static JsonNode *carry_command(void *opaque, const char *command, JsonNode *arguments,
+                               GError **error)
+{
+    dTHX;
+    Caller *caller = opaque;
+    JsonNode *reply = NULL;
+
+    dSP;
+    ENTER;
+    SAVETMPS;
+    save_scalar(PL_errgv);
+    PUSHMARK(SP);
+    mXPUSHp(command, strlen(command));
+    XPUSHs(sv_2mortal(sv_from_json(aTHX_ arguments)));
+    PUTBACK;
+    call_guarded(aTHX_ caller->transport, G_SCALAR);
+    SPAGAIN;
+    SV *value = POPs;
+    PUTBACK;
+    if (SvTRUE(ERRSV)) {
+        /* mon_cmd's own words; its "\n" is not wanted in the middle of ours. */
+        g_autofree char *text = g_strchomp(g_strdup(SvPVutf8_nolen(ERRSV)));
+        g_set_error_literal(error, PBA_ERROR, PBA_ERROR_QMP, text);
+    } else {
+        reply = json_from_sv(aTHX_ value, 0);
+    }
+    FREETMPS;
+    LEAVE;
+    return reply;
+}
+
+/* Objects */
+
+static void *pointer_from_sv(pTHX_ SV *sv, HV *stash, const char *klass)
+{
+    if (SvROK(sv) && SvOBJECT(SvRV(sv)) &&
+        (SvSTASH(SvRV(sv)) == stash || sv_derived_from(sv, klass)) && SvIOK(SvRV(sv))) {
+        return INT2PTR(void *, SvIVX(SvRV(sv)));
+    }
+    throw_text(aTHX_ "ArgumentError", Perl_form(aTHX_ "not an object of class %s", klass));
+    return NULL;
+}
+
+static void require_owner(pTHX_ pid_t owner, bool usable)
+{
+    if (!usable) {
+        throw_text(aTHX_ "StateError", "the object was closed already");
+    }
+    if (owner != current_pid) {
+        throw_text(aTHX_ "StateError", "the object belongs to another process");
+    }
+}
+
+static PbaAccessObject *access_from_sv(pTHX_ SV *sv)
+{
+    dMY_CXT;
+    return pointer_from_sv(aTHX_ sv, MY_CXT.access_stash, "PVE::BackupAccess");
+}
+
+static PbaVolumeObject *volume_from_sv(pTHX_ SV *sv)
+{
+    dMY_CXT;
+    return pointer_from_sv(aTHX_ sv, MY_CXT.volume_stash, "PVE::BackupAccess::Volume");
+}
+
+static SV *new_object(pTHX_ void *pointer, SV *klass)
+{
+    SV *ref = newSV(0);
+    sv_setref_pv(ref, SvPV_nolen(klass), pointer);
+    SvREADONLY_on(SvRV(ref));
+    return ref;
+}
+
+static void caller_clear(pTHX_ Caller *caller)
+{
+    SvREFCNT_dec(caller->log);
+    SvREFCNT_dec(caller->transport);
+    SvREFCNT_dec(caller->exception);
+    *caller = (Caller){0};
+}
+
+static PbaHooks caller_hooks(Caller *caller)
+{
+    return (PbaHooks){.interrupted = hook_interrupted, .log = hook_log, .opaque = caller};
+}
+
+static const char *text_or_null(pTHX_ SV *sv)
+{
+    return SvOK(sv) ? SvPVutf8_nolen(sv) : NULL;
+}
+
+static SV *fetch(pTHX_ HV *hash, const char *key)
+{
+    SV **value = hv_fetch(hash, key, (I32)strlen(key), 0);
+    return value ? *value : &PL_sv_undef;
+}
+
+/* The text of a hash's value, NULL if it has none. */
+static const char *fetch_text(pTHX_ HV *hash, const char *key)
+{
+    return text_or_null(aTHX_ fetch(aTHX_ hash, key));
+}
+
+static SV *copy_code(pTHX_ SV *code)
+{
+    return SvROK(code) ? newSVsv(code) : NULL;
+}
+
+static GHashTable *table_from_hash(pTHX_ SV *sv)
+{
+    if (!SvROK(sv)) {
+        return NULL;
+    }
+    HV *hash = (HV *)SvRV(sv);
+    GHashTable *table = g_hash_table_new_full(g_str_hash, g_str_equal, g_free, g_free);
+    HE *entry;
+
+    hv_iterinit(hash);
+    while ((entry = hv_iternext(hash))) {
+        g_hash_table_insert(table, g_strdup(SvPVutf8_nolen(hv_iterkeysv(entry))),
+                            g_strdup(SvPVutf8_nolen(hv_iterval(hash, entry))));
+    }
+    return table;
+}
+
+/* qmp is a path or a code ref; the hooks live in the caller. */
+static PbaQmp *new_qmp(pTHX_ SV *qmp, unsigned timeout, Caller *caller)
+{
+    PbaHooks hooks = caller_hooks(caller);
+    if (SvROK(qmp)) {
+        caller->transport = newSVsv(qmp);
+        return pba_qmp_new_transport(carry_command, caller, &hooks);
+    }
+    return pba_qmp_new(SvPVutf8_nolen(qmp), timeout, &hooks);
+}
+
+static void store_text(pTHX_ HV *hash, const char *key, const char *text)
+{
+    if (text) {
+        (void)hv_store(hash, key, (I32)strlen(key), newSVpvn_flags(text, strlen(text), SVf_UTF8),
+                       0);
+    }
+}
+
+static SV *sv_from_info(pTHX_ const PbaDeviceInfo *info)
+{
+    HV *hash = newHV();
+    store_text(aTHX_ hash, "device", info->device);
+    store_text(aTHX_ hash, "node-name", info->node_name);
+    store_text(aTHX_ hash, "bitmap-node-name", info->bitmap_node_name);
+    store_text(aTHX_ hash, "bitmap-name", info->bitmap_name);
+    store_text(aTHX_ hash, "bitmap-action", pba_bitmap_action_name(info->action));
+    (void)hv_stores(hash, "size", newSVuv(info->size));
+    return newRV_noinc((SV *)hash);
+}
+
+static void push_infos(pTHX_ PbaAccess *access, AV *list)
+{
+    for (size_t i = 0; i < pba_access_device_count(access); i++) {
+        PbaDeviceInfo info;
+        pba_access_device_info(access, i, &info);
+        av_push(list, sv_from_info(aTHX_ &info));
+    }
+}
+
+MODULE = PVE::BackupAccess  PACKAGE = PVE::BackupAccess
+
+PROTOTYPES: DISABLE
+
+BOOT:
+{
+    MY_CXT_INIT;
+    MY_CXT.access_stash = gv_stashpvs("PVE::BackupAccess", GV_ADD);
+    MY_CXT.volume_stash = gv_stashpvs("PVE::BackupAccess::Volume", GV_ADD);
+    note_fork();
+    pthread_atfork(NULL, NULL, note_fork);
+}
+
+void
+_dispatch_signals()
+    CODE:
+        PERL_ASYNC_CHECK();
+
+const char *
+bitmap_status(SV *action)
+    PREINIT:
+        PbaBitmapAction value = PBA_BITMAP_ACTION_ABSENT;
+        GError *error = NULL;
+    CODE:
+        if (SvOK(action) && !pba_bitmap_action_parse(SvPVutf8_nolen(action), &value, &error)) {
+            throw_error(aTHX_ NULL, error);
+        }
+        RETVAL = pba_bitmap_status_name(pba_bitmap_status(value));
+    OUTPUT:
+        RETVAL
+
+SV *
+_capabilities(SV *qmp, unsigned timeout)
+    PREINIT:
+        Caller caller = {0};
+        GError *error = NULL;
+        PbaCapabilities capabilities;
+    CODE:
+        PbaQmp *client = new_qmp(aTHX_ qmp, timeout, &caller);
+        bool done = pba_capabilities(client, &capabilities, &error);
+        pba_qmp_free(client);
+        SvREFCNT_dec(caller.transport);
+        if (!done) {
+            throw_error(aTHX_ &caller, error);
+        }
+        HV *hash = newHV();
+        store_text(aTHX_ hash, "backend", capabilities.backend);
+        store_text(aTHX_ hash, "form", capabilities.form);
+        (void)hv_stores(hash, "qemu-version",
+                        newSVpvf("%u.%u.%u", capabilities.major, capabilities.minor,
+                                 capabilities.micro));
+        RETVAL = newRV_noinc((SV *)hash);
+    OUTPUT:
+        RETVAL
+
+SV *
+_new(SV *klass, SV *options)
+    PREINIT:
+        GError *error = NULL;
+    CODE:
+        HV *hash = (HV *)SvRV(options);
+        PbaAccessObject *object = g_new0(PbaAccessObject, 1);
+        SV *qmp = fetch(aTHX_ hash, "qmp");
+        PbaHooks hooks = caller_hooks(&object->caller);
+        object->owner = getpid();
+        object->caller.log = copy_code(aTHX_ fetch(aTHX_ hash, "log"));
+        object->qmp = new_qmp(aTHX_ qmp, (unsigned)SvUV(fetch(aTHX_ hash, "timeout")),
+                              &object->caller);
+        GHashTable *fleecing = table_from_hash(aTHX_ fetch(aTHX_ hash, "fleecing"));
+        PbaAccessOptions access_options = {
+            .target_id = fetch_text(aTHX_ hash, "target-id"),
+            .run_dir = fetch_text(aTHX_ hash, "run-dir"),
+            .identity = fetch_text(aTHX_ hash, "identity"),
+            .fleecing_dir = fetch_text(aTHX_ hash, "fleecing-dir"),
+            .fleecing = fleecing,
+            .bitmap_name = fetch_text(aTHX_ hash, "bitmap-name"),
+            .persistent = SvTRUE(fetch(aTHX_ hash, "persistent")),
+        };
+        object->access = pba_access_new(object->qmp, &access_options, &hooks, &error);
+        g_clear_pointer(&fleecing, g_hash_table_unref);
+        if (!object->access) {
+            pba_qmp_free(object->qmp);
+            caller_clear(aTHX_ &object->caller);
+            g_free(object);
+            throw_error(aTHX_ NULL, error);
+        }
+        RETVAL = new_object(aTHX_ object, klass);
+    OUTPUT:
+        RETVAL
+
+SV *
+_setup(PbaAccessObject *self, AV *devices)
+    PREINIT:
+        GError *error = NULL;
+    CODE:
+        require_owner(aTHX_ self->owner, self->access != NULL);
+        size_t count = (size_t)(av_len(devices) + 1);
+        /* On the Perl stack's heap, so that it goes even if something below throws. */
+        SV *memory = sv_2mortal(newSV(count * sizeof(PbaDeviceRequest) + 1));
+        PbaDeviceRequest *requests = (PbaDeviceRequest *)SvPVX(memory);
+        for (size_t i = 0; i < count; i++) {
+            HV *device = (HV *)SvRV(*av_fetch(devices, (SSize_t)i, 0));
+            const char *mode = fetch_text(aTHX_ device, "bitmap-mode");
+            requests[i].device = fetch_text(aTHX_ device, "device");
+            if (!pba_bitmap_mode_parse(mode ? mode : "none", &requests[i].mode, &error)) {
+                throw_error(aTHX_ NULL, error);
+            }
+        }
+        if (!pba_access_setup(self->access, requests, count, &error)) {
+            throw_error(aTHX_ &self->caller, error);
+        }
+        throw_pending(aTHX_ &self->caller);
+        AV *infos = newAV();
+        push_infos(aTHX_ self->access, infos);
+        RETVAL = newRV_noinc((SV *)infos);
+    OUTPUT:
+        RETVAL
+
+SV *
+_infos(PbaAccessObject *self)
+    CODE:
+        require_owner(aTHX_ self->owner, self->access != NULL);
+        AV *infos = newAV();
+        push_infos(aTHX_ self->access, infos);
+        RETVAL = newRV_noinc((SV *)infos);
+    OUTPUT:
+        RETVAL
+
+const char *
+_export(PbaAccessObject *self)
+    PREINIT:
+        GError *error = NULL;
+    CODE:
+        require_owner(aTHX_ self->owner, self->access != NULL);
+        if (!pba_access_export(self->access, &error)) {
+            throw_error(aTHX_ &self->caller, error);
+        }
+        throw_pending(aTHX_ &self->caller);
+        RETVAL = pba_access_socket(self->access);
+    OUTPUT:
+        RETVAL
+
+void
+_teardown(PbaAccessObject *self, bool success)
+    PREINIT:
+        GError *error = NULL;
+    CODE:
+        require_owner(aTHX_ self->owner, self->access != NULL);
+        if (!pba_access_teardown(self->access, success, &error)) {
+            throw_error(aTHX_ &self->caller, error);
+        }
+        throw_pending(aTHX_ &self->caller);
+
+bool
+_is_up(PbaAccessObject *self)
+    CODE:
+        /* In a forked child it is not: only the process that set it up tears it down. */
+        RETVAL = self->access && self->owner == getpid() && pba_access_is_up(self->access);
+    OUTPUT:
+        RETVAL
+
+void
+_free(PbaAccessObject *self)
+    CODE:
+        g_clear_pointer(&self->access, pba_access_free);
+        g_clear_pointer(&self->qmp, pba_qmp_free);
+        caller_clear(aTHX_ &self->caller);
+        SvREADONLY_off(SvRV(ST(0)));
+        sv_setsv(SvRV(ST(0)), &PL_sv_undef);
+        g_free(self);
+
+MODULE = PVE::BackupAccess  PACKAGE = PVE::BackupAccess::Volume
+
+SV *
+_open(SV *klass, SV *device, SV *path, SV *bitmap, SV *size)
+    PREINIT:
+        GError *error = NULL;
+    CODE:
+        PbaVolumeObject *object = g_new0(PbaVolumeObject, 1);
+        PbaHooks hooks = caller_hooks(&object->caller);
+        PbaVolumeOptions options = {
+            .device = SvPVutf8_nolen(device),
+            .path = SvPVutf8_nolen(path),
+            .bitmap = text_or_null(aTHX_ bitmap),
+            .size = SvOK(size) ? (uint64_t)SvUV(size) : UINT64_MAX,
+        };
+        object->owner = getpid();
+        object->volume = pba_volume_open(&options, &hooks, &error);
+        if (!object->volume) {
+            Caller caller = object->caller;
+            g_free(object);
+            throw_error(aTHX_ &caller, error);
+        }
+        RETVAL = new_object(aTHX_ object, klass);
+    OUTPUT:
+        RETVAL
+
+uint64_t
+size(PbaVolumeObject *self)
+    CODE:
+        require_owner(aTHX_ self->owner, self->volume != NULL);
+        RETVAL = pba_volume_size(self->volume);
+    OUTPUT:
+        RETVAL
+
+void
+next_dirty_region(PbaVolumeObject *self)
+    PREINIT:
+        GError *error = NULL;
+        uint64_t offset;
+        uint64_t length;
+    PPCODE:
+        require_owner(aTHX_ self->owner, self->volume != NULL);
+        PUTBACK;
+        bool done = pba_volume_next_dirty_region(self->volume, &offset, &length, &error);
+        SPAGAIN;
+        if (!done) {
+            throw_error(aTHX_ &self->caller, error);
+        }
+        if (length > 0) {
+            EXTEND(SP, 2);
+            mPUSHu(offset);
+            mPUSHu(length);
+        }
+
+void
+_dirty_regions(PbaVolumeObject *self, UV max)
+    PREINIT:
+        GError *error = NULL;
+        uint64_t offset;
+        uint64_t length;
+    PPCODE:
+        require_owner(aTHX_ self->owner, self->volume != NULL);
+        for (UV i = 0; i < max; i++) {
+            PUTBACK;
+            bool done = pba_volume_next_dirty_region(self->volume, &offset, &length, &error);
+            SPAGAIN;
+            if (!done) {
+                throw_error(aTHX_ &self->caller, error);
+            }
+            if (length == 0) {
+                break;
+            }
+            EXTEND(SP, 2);
+            mPUSHu(offset);
+            mPUSHu(length);
+        }
+
+SV *
+_pread(PbaVolumeObject *self, uint64_t offset, uint64_t length)
+    PREINIT:
+        GError *error = NULL;
+    CODE:
+        require_owner(aTHX_ self->owner, self->volume != NULL);
+        /* Not more than a read can have; the core refuses what is longer. */
+        SV *data = newSV(MIN(length, 64 << 20) + 1);
+        SvPOK_only(data);
+        if (!pba_volume_pread(self->volume, SvPVX(data), offset, length, &error)) {
+            SvREFCNT_dec(data);
+            throw_error(aTHX_ &self->caller, error);
+        }
+        SvCUR_set(data, length);
+        *SvEND(data) = '\0';
+        RETVAL = data;
+    OUTPUT:
+        RETVAL
+
+void
+_discard(PbaVolumeObject *self, uint64_t offset, uint64_t length)
+    PREINIT:
+        GError *error = NULL;
+    CODE:
+        require_owner(aTHX_ self->owner, self->volume != NULL);
+        if (!pba_volume_discard(self->volume, offset, length, &error)) {
+            throw_error(aTHX_ &self->caller, error);
+        }
+
+void
+close(PbaVolumeObject *self)
+    CODE:
+        g_clear_pointer(&self->volume, pba_volume_free);
+
+void
+DESTROY(PbaVolumeObject *self)
+    CODE:
+        g_clear_pointer(&self->volume, pba_volume_free);
+        caller_clear(aTHX_ &self->caller);
+        g_free(self);

@@ -1,0 +1,329 @@
+package PVE::BackupAccess;
+
+use v5.36;
+
+our $VERSION = '0.1.0';
+
+use Cwd qw(realpath);
+use JSON::PP ();    # the booleans that a 'qmp' code ref is given
+use XSLoader;
+
+use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Volume;
+
+XSLoader::load('PVE::BackupAccess', $VERSION);
+
+my $default_timeout = 60;
+
+sub argument_error ($message) {
+    PVE::BackupAccess::Error->throw('ArgumentError', $message);
+}
+
+my sub check_text ($name, $value) {
+    argument_error("$name must be a string") if !defined($value) || ref($value);
+}
+
+my sub check_positive ($name, $value) {
+    argument_error("$name must be a positive whole number, not '" . ($value // 'undef') . "'")
+        if !defined($value) || ref($value) || $value !~ m/\A[1-9][0-9]{0,8}\z/;
+}
+
+my sub check_code ($name, $value) {
+    argument_error("$name must be a code ref") if ref($value) ne 'CODE';
+}
+
+my sub check_qmp ($name, $value) {
+    return if ref($value) eq 'CODE';
+    argument_error("$name must be the path of a QMP socket or a code ref")
+        if !defined($value) || ref($value) || $value eq '';
+}
+
+my sub check_fleecing ($name, $value) {
+    argument_error("$name must be a hash of devices to node names") if ref($value) ne 'HASH';
+    check_text("$name of device '$_'", $value->{$_}) for sort keys $value->%*;
+}
+
+my %check_option = (
+    qmp => \&check_qmp,
+    'target-id' => \&check_text,
+    'run-dir' => \&check_text,
+    'fleecing-dir' => \&check_text,
+    'bitmap-name' => \&check_text,
+    fleecing => \&check_fleecing,
+    timeout => \&check_positive,
+    log => \&check_code,
+    persistent => sub ($name, $value) { argument_error("$name must be 0 or 1") if ref($value) },
+);
+
+my sub check_options ($method, $options, @allowed) {
+    my %allowed = map { $_ => 1 } @allowed;
+    for my $name (sort keys $options->%*) {
+        argument_error("unknown option '$name' for $method - it takes " . join(', ', @allowed))
+            if !$allowed{$name};
+        $check_option{$name}->($name, $options->{$name});
+    }
+}
+
+my sub require_options ($method, $options, @required) {
+    defined($options->{$_}) or argument_error("$method needs the option '$_'") for @required;
+}
+
+my sub options_hash ($method, @options) {
+    argument_error("options of $method must be pairs of names and values") if @options % 2;
+    return {@options};
+}
+
+sub new ($class, @options) {
+    my $options = options_hash('new', @options);
+    check_options('new', $options, sort keys %check_option);
+    require_options('new', $options, qw(qmp target-id));
+
+    my $qmp = $options->{qmp};
+    # One VM, one identity, by whatever path its socket is reached.
+    my $identity = ref($qmp) ? undef : realpath($qmp) // $qmp;
+    return $class->_new({ timeout => $default_timeout, $options->%*, identity => $identity });
+}
+
+sub capabilities ($class, @options) {
+    my $options = options_hash('capabilities', @options);
+    check_options('capabilities', $options, qw(qmp timeout));
+    require_options('capabilities', $options, qw(qmp));
+    return _capabilities($options->{qmp}, $options->{timeout} // $default_timeout);
+}
+
+my sub check_device ($device) {
+    argument_error('a device of setup must be a hash') if ref($device) ne 'HASH';
+    for my $key (sort keys $device->%*) {
+        argument_error("unknown key '$key' in a device of setup - it has device, bitmap-mode")
+            if $key !~ m/\A(?:device|bitmap-mode)\z/;
+        check_text("$key in a device of setup", $device->{$key});
+    }
+    argument_error("a device of setup lacks the key 'device'") if !defined($device->{device});
+}
+
+sub setup ($self, $devices) {
+    argument_error('setup takes an array ref of devices') if ref($devices) ne 'ARRAY';
+    check_device($_) for $devices->@*;
+    return $self->_setup($devices);
+}
+
+sub volumes ($self, $mechanism) {
+    argument_error("unknown mechanism '" . ($mechanism // 'undef') . "' - must be nbd")
+        if ($mechanism // '') ne 'nbd';
+
+    my $socket = $self->_export;
+    my $volumes = {};
+    for my $info ($self->_infos->@*) {
+        my $status = bitmap_status($info->{'bitmap-action'});
+        my $volume = $volumes->{ $info->{device} } = {
+            size => $info->{size},
+            'bitmap-mode' => $status,
+            'nbd-path' => $socket,
+        };
+        $volume->{'bitmap-name'} = $info->{'bitmap-name'} if $status ne 'none';
+    }
+    return $volumes;
+}
+
+sub volume ($self, $device) {
+    check_text('device', $device);
+    my $volume = $self->volumes('nbd')->{$device};
+    PVE::BackupAccess::Error->throw('ArgumentError', "device $device: is not part of this access",
+        device => $device)
+        if !$volume;
+    return PVE::BackupAccess::Volume->open($device, $volume);
+}
+
+sub teardown ($self, $success) {
+    return $self->_teardown($success ? 1 : 0);
+}
+
+sub CLONE_SKIP { return 1 }
+
+sub DESTROY ($self) {
+    local ($@, $!, $?);
+
+    if ($self->_is_up) {
+        warn "backup access was not torn down - doing so now, as after a failed backup\n";
+        eval { $self->_teardown(0); 1 } or warn $@;
+    }
+    $self->_free;
+}
+
+1;
+
+__END__
+
+=encoding utf8
+
+=head1 NAME
+
+PVE::BackupAccess - the disks of a running QEMU guest as of one instant, and what changed since
+
+=head1 SYNOPSIS
+
+    use PVE::BackupAccess;
+
+    my $access = PVE::BackupAccess->new(
+        qmp => '/var/run/qemu-server/100.qmp',
+        'target-id' => 'snapshot-access:mystore',
+    );
+    $access->setup([{ device => 'drive-scsi0', 'bitmap-mode' => 'use' }]);
+    my $volume = $access->volume('drive-scsi0');
+    while (my ($offset, $length) = $volume->next_dirty_region) {
+        store($offset, $volume->pread($offset, $length));    # in pieces of at most 32 MiB
+        $volume->discard($offset, $length);
+    }
+    $volume->close;
+    $access->teardown(1);
+
+=head1 DESCRIPTION
+
+An access freezes the state of one or more disks of a running guest at one instant and shows it
+over NBD, together with a dirty bitmap: which parts changed since the last successful backup for
+the same target. The guest runs on; what it overwrites meanwhile goes to a I<fleecing image> first.
+
+On a Proxmox QEMU the access is made by its own commands (QAPI: C<backup-access-setup>,
+C<backup-access-teardown>). On a stock QEMU since 7.2 the same is built from upstream's commands.
+The results are the same.
+
+Bitmaps are kept per target and device. A backup that failed, or whose process was killed, loses no
+bit: the next one contains what it should have contained. What cannot be known for sure becomes a
+full backup, and says so.
+
+All offsets, lengths and sizes are bytes. All methods die with a L<PVE::BackupAccess::Error>, but
+for what your own signal handlers and callbacks die with: that goes on as it is. Signal handlers
+run while a call waits.
+
+=head1 CLASS METHODS
+
+=head2 new
+
+    my $access = PVE::BackupAccess->new(%options);
+
+Checks the options; nothing is sent. Options are:
+
+=over
+
+=item qmp
+
+Required. The path of a QMP socket; a connection is open only while commands run, since QEMU serves
+one client at a time. Or a code ref that carries the commands:
+
+    qmp => sub ($command, $arguments) { mon_cmd($vmid, $command, $arguments->%*) },
+
+It is given plain Perl data (integers are integers, booleans are those of L<JSON::PP>) and returns
+what QMP's C<return> holds, or dies with QEMU's error.
+
+=item target-id
+
+Required. Who the backup is for; a valid UTF-8 string. C<Proxmox> and C<Proxmox VE> are reserved.
+
+=item timeout
+
+Seconds that any single QMP command may take, 60 if not given. With a code ref as C<qmp>, limits are
+the code's own.
+
+=item run-dir
+
+An absolute path: the directory below which the private directory of the NBD socket is made. Both are
+made with mode 0700. Without it, C</run/pve-backup-access> for root, C<$XDG_RUNTIME_DIR> or a
+directory in C</tmp> for others. QEMU must be able to make a socket there.
+
+=item log
+
+    log => sub ($level, $message) { ... },
+
+Is told what happens; C<$level> is C<debug>, C<info> or C<warn>. Without it warnings go to C<warn>.
+
+=item fleecing-dir
+
+Stock QEMU only: an absolute path of a directory where a sparse fleecing image is made for each
+device, and removed at teardown. QEMU must be able to open it.
+
+=item fleecing
+
+Stock QEMU only: a hash C<< { $device => $node_name } >> of fleecing nodes of your own. Each must have
+exactly the size of its device, clusters of at most 64 KiB, and be added with C<discard=unmap>, or
+else discarding frees nothing. On a Proxmox QEMU fleecing images are attached as
+C<< <device>-fleecing >> beforehand.
+
+=item persistent
+
+Stock QEMU only: 1 makes bitmaps of qcow2 disks survive a restart of the VM.
+
+=item bitmap-name
+
+For the early form of Proxmox' command only, which makes a new bitmap only under a new name. The
+target-id if not given.
+
+=back
+
+=head2 capabilities
+
+    my $capabilities = PVE::BackupAccess->capabilities(qmp => $path);
+
+Asks a QEMU what it can do. Returns a hash: C<backend> (C<pve> or C<upstream>), C<form> (Proxmox'
+command: C<devices> or the early C<devlist>), C<qemu-version>. Takes C<qmp> and C<timeout> as L</new>
+does. Dies with class C<UnsupportedError> where neither backend is possible, naming what is missing.
+
+=head1 FUNCTIONS
+
+=head2 bitmap_status
+
+    PVE::BackupAccess::bitmap_status('used');    # 'reuse'
+
+What a provider is told for a bitmap action of QEMU: C<not-used>, C<not-used-removed> and undef are
+C<none>; C<new>, C<invalid> and C<missing-recreated> are C<new>; C<used> is C<reuse>. Dies on anything
+else.
+
+=head1 METHODS
+
+=head2 setup
+
+    my $infos = $access->setup([{ device => 'drive-scsi0', 'bitmap-mode' => 'use' }, ...]);
+
+Freezes the state of all these devices at one instant. C<device> is the name of a block backend, the
+id of a guest device (stock QEMU only) or the name of its node. C<bitmap-mode> is C<none> (the
+default; removes this target's bitmap), C<new> (starts a bitmap with everything dirty) or C<use>
+(continues the bitmap, or starts one if there is none to be trusted).
+
+Returns a hash per device, as in QEMU's reply: C<device>, C<node-name>, C<size>, and with a bitmap
+C<bitmap-node-name>, C<bitmap-name> and C<bitmap-action>.
+
+When setup dies, what it did is undone, and no bitmap lost a bit.
+
+=head2 volumes
+
+    my $volumes = $access->volumes('nbd');
+
+The devices' data as a backup provider wants it: exactly the hash of the provider API's
+C<backup_vm()>. Per device: C<size>, C<bitmap-mode> (C<none>, C<new> or C<reuse>), C<nbd-path> (the
+Unix socket; the export has the name of the device) and, with a bitmap, C<bitmap-name>. The first
+call exports the devices.
+
+=head2 volume
+
+    my $volume = $access->volume('drive-scsi0');
+
+One device's data as a L<PVE::BackupAccess::Volume>, connected.
+
+=head2 teardown
+
+    $access->teardown($success);
+
+Ends the access and undoes everything setup and volumes made. After a success each bitmap holds
+exactly what the guest wrote since the instant; after a failure it holds that and all it held before.
+
+Every step is tried even if an earlier one failed; the first error is what it dies with, and a later
+call tries again what is left, as a failure. A bitmap that could not be brought to its right state is
+removed, so that the next backup is a full one.
+
+When an access goes out of scope that was not torn down, that is done as after a failed backup, with a
+warning. A forked child does nothing of the kind.
+
+=head1 SEE ALSO
+
+L<PVE::BackupAccess::Volume>, L<PVE::BackupAccess::Error>
+
+=cut

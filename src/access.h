@@ -1,0 +1,93 @@
+/* What the parts of an access share. Only setup*.c, undo, export and friends include this. */
+#ifndef PBA_SRC_ACCESS_H
+#define PBA_SRC_ACCESS_H
+
+#include "block.h"
+#include "pba.h"
+
+/* Bytes a bit of our bitmaps stands for: copy-before-write's cluster, too. */
+#define PBA_GRANULARITY 65536u
+
+/* One disk of an access: what was asked for, what QEMU has, what we made of it. */
+typedef struct {
+    char *device;
+    PbaBitmapMode mode;
+
+    char *qdev;        /* id or QOM path of the guest device; NULL: none */
+    char *root_node;   /* what the guest device used before setup */
+    char *bitmap_node; /* where the bitmaps are: below filters */
+    uint64_t size;
+    bool read_only;
+
+    char *snapshot_node; /* NULL until setup is done */
+    char *bitmap_name;   /* NULL without a bitmap */
+    PbaBitmapAction action;
+
+    /* upstream backend: names of the nodes that we add, and of the fleecing image that we create */
+    char *raw_node;
+    char *filter_node;
+    char *fleecing_node;
+    char *fleecing_file; /* NULL: the caller's node */
+    bool bitmap_persistent;
+} PbaDisk;
+
+typedef enum { PBA_BACKEND_PVE, PBA_BACKEND_UPSTREAM } PbaBackend;
+typedef enum { PBA_FORM_DEVICES, PBA_FORM_DEVLIST } PbaForm;
+
+struct PbaAccess {
+    PbaQmp *qmp; /* borrowed */
+    PbaHooks hooks;
+
+    char *target_id;
+    char *run_dir;
+    char *identity;
+    char *fleecing_dir;
+    GHashTable *fleecing;
+    char *early_bitmap_name;
+    bool persistent;
+
+    PbaBackend backend;
+    PbaForm form;
+    unsigned qemu_version; /* 702 is 7.2 */
+
+    GPtrArray *disks;   /* PbaDisk; empty: no access is up */
+    char *socket_dir;   /* NULL: not made */
+    char *socket;       /* the NBD server's */
+    bool server_up;     /* we started the NBD server */
+    bool exported;
+    bool teardown_failed;
+};
+
+/* The two backends, each in its own files. Setup starts the NBD server, too; when it fails it has
+ * undone what it did, but for that. Before teardown the exports are gone. */
+bool pba_pve_check(PbaAccess *access, const PbaBlock *block, GError **error);
+bool pba_pve_setup(PbaAccess *access, GError **error);
+bool pba_pve_teardown(PbaAccess *access, bool success, GError **error);
+bool pba_upstream_check(PbaAccess *access, const PbaBlock *block, GError **error);
+bool pba_upstream_setup(PbaAccess *access, PbaBlock *block, GError **error);
+bool pba_upstream_teardown(PbaAccess *access, bool success, GError **error);
+
+/* upstream: a bitmap of the target on this disk with every bit set, made in one transaction. */
+bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error);
+/* upstream: ends the split into target's and background bitmap on every disk that has one. Where
+ * that cannot be done the target's bitmap is removed. */
+bool pba_bitmaps_join(PbaAccess *access, PbaBlock *block, bool success, GError **error);
+/* upstream: whether the name is of a node of ours, of whatever target. */
+bool pba_is_own_node(const char *node);
+/* upstream: names of the bitmaps of a target; the caller's to free. */
+char *pba_target_bitmap(const char *target_id);
+char *pba_background_bitmap(const char *target_id);
+/* upstream: name of something of ours for this target and device, at most 31 bytes, as QEMU wants
+ * node names and ids. */
+char *pba_own_name(const PbaAccess *access, const char *role, const char *device);
+
+/* The directory of the NBD socket: private, made without following anybody's links. */
+bool pba_run_dir_make(PbaAccess *access, GError **error);
+void pba_run_dir_remove(PbaAccess *access);
+
+bool pba_nbd_server_start(PbaAccess *access, GError **error);
+bool pba_exports_add(PbaAccess *access, GError **error);
+/* Removes our exports, waits until they are gone, and stops our NBD server. */
+bool pba_exports_remove(PbaAccess *access, GError **error);
+
+#endif

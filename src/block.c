@@ -1,0 +1,181 @@
+#include "block.h"
+
+#include "error.h"
+#include "json.h"
+#include <string.h>
+
+/* Drivers whose nodes show their child's data unchanged, so that bitmaps belong below them. */
+static const char *const filters[] = {"throttle", "copy-on-read", "compress", "preallocate", NULL};
+
+bool pba_block_query(PbaQmp *qmp, bool with_graph, PbaBlock *block, GError **error)
+{
+    pba_block_clear(block);
+    block->devices = pba_qmp_query_array(qmp, "query-block", NULL, error);
+    if (!block->devices) {
+        return false;
+    }
+    block->nodes =
+        pba_qmp_query_array(qmp, "query-named-block-nodes", pba_json("{'flat': <true>}"), error);
+    if (!block->nodes) {
+        return false;
+    }
+    if (with_graph) {
+        block->graph = pba_qmp_query_object(qmp, "x-debug-query-block-graph", NULL, error);
+    }
+    return !with_graph || block->graph;
+}
+
+void pba_block_clear(PbaBlock *block)
+{
+    g_clear_pointer(&block->devices, json_array_unref);
+    g_clear_pointer(&block->nodes, json_array_unref);
+    g_clear_pointer(&block->graph, json_object_unref);
+}
+
+const char *pba_block_device_node(JsonObject *device)
+{
+    JsonObject *inserted = pba_json_find_object(device, "inserted");
+    return inserted ? pba_json_find_string(inserted, "node-name") : NULL;
+}
+
+/* qdev is what query-block shows: an id, or the QOM path where the device has no id of its own. */
+static bool qdev_has_id(const char *qdev, const char *id)
+{
+    static const char peripheral[] = "/machine/peripheral/";
+    if (g_strcmp0(qdev, id) == 0) {
+        return true;
+    }
+    if (!qdev || !g_str_has_prefix(qdev, peripheral)) {
+        return false;
+    }
+    const char *rest = qdev + sizeof(peripheral) - 1;
+    size_t length = strlen(id);
+    return strncmp(rest, id, length) == 0 &&
+           (rest[length] == '\0' || g_strcmp0(rest + length, "/virtio-backend") == 0);
+}
+
+JsonObject *pba_block_find_device(const PbaBlock *block, const char *name)
+{
+    JsonObject *by_node = NULL;
+
+    for (guint i = 0; *name && i < json_array_get_length(block->devices); i++) {
+        JsonObject *device = pba_json_element(block->devices, i);
+        if (!device) {
+            continue;
+        }
+        if (g_strcmp0(pba_json_find_string(device, "device"), name) == 0 ||
+            qdev_has_id(pba_json_find_string(device, "qdev"), name)) {
+            return device;
+        }
+        if (g_strcmp0(pba_block_device_node(device), name) == 0) {
+            by_node = device;
+        }
+    }
+    return by_node;
+}
+
+JsonObject *pba_block_find_user(const PbaBlock *block, const char *node)
+{
+    for (guint i = 0; i < json_array_get_length(block->devices); i++) {
+        JsonObject *device = pba_json_element(block->devices, i);
+        if (device && g_strcmp0(pba_block_device_node(device), node) == 0) {
+            return device;
+        }
+    }
+    return NULL;
+}
+
+JsonObject *pba_block_find_node(const PbaBlock *block, const char *node)
+{
+    for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
+        JsonObject *entry = pba_json_element(block->nodes, i);
+        if (entry && g_strcmp0(pba_json_find_string(entry, "node-name"), node) == 0) {
+            return entry;
+        }
+    }
+    return NULL;
+}
+
+JsonObject *pba_block_find_bitmap(const PbaBlock *block, const char *node, const char *bitmap)
+{
+    JsonObject *entry = pba_block_find_node(block, node);
+    JsonArray *bitmaps = entry ? pba_json_find_array(entry, "dirty-bitmaps") : NULL;
+
+    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
+        JsonObject *info = pba_json_element(bitmaps, i);
+        if (info && g_strcmp0(pba_json_find_string(info, "name"), bitmap) == 0) {
+            return info;
+        }
+    }
+    return NULL;
+}
+
+static JsonObject *find_graph_node(const PbaBlock *block, const char *key, JsonNode *value)
+{
+    JsonArray *nodes = pba_json_find_array(block->graph, "nodes");
+
+    for (guint i = 0; nodes && i < json_array_get_length(nodes); i++) {
+        JsonObject *node = pba_json_element(nodes, i);
+        if (!node || g_strcmp0(pba_json_find_string(node, "type"), "block-driver") != 0) {
+            continue;
+        }
+        JsonNode *member = json_object_get_member(node, key);
+        if (member && json_node_equal(member, value)) {
+            return node;
+        }
+    }
+    return NULL;
+}
+
+const char *pba_block_find_child(const PbaBlock *block, const char *node, const char *child)
+{
+    g_autoptr(JsonNode) name = pba_json("%s", node);
+    JsonObject *parent = find_graph_node(block, "name", name);
+    JsonArray *edges = pba_json_find_array(block->graph, "edges");
+    JsonNode *parent_id = parent ? json_object_get_member(parent, "id") : NULL;
+
+    for (guint i = 0; parent_id && edges && i < json_array_get_length(edges); i++) {
+        JsonObject *edge = pba_json_element(edges, i);
+        if (!edge || g_strcmp0(pba_json_find_string(edge, "name"), child) != 0) {
+            continue;
+        }
+        JsonNode *from = json_object_get_member(edge, "parent");
+        JsonNode *to = json_object_get_member(edge, "child");
+        if (from && to && json_node_equal(from, parent_id)) {
+            JsonObject *found = find_graph_node(block, "id", to);
+            return found ? pba_json_find_string(found, "name") : NULL;
+        }
+    }
+    return NULL;
+}
+
+const char *pba_block_skip_filters(const PbaBlock *block, const char *node)
+{
+    /* A peer's graph may be a ring: no more steps than there are nodes. */
+    for (guint i = 0; node && i < json_array_get_length(block->nodes); i++) {
+        JsonObject *entry = pba_block_find_node(block, node);
+        const char *driver = entry ? pba_json_find_string(entry, "drv") : NULL;
+        if (!driver || !g_strv_contains(filters, driver)) {
+            return node;
+        }
+        node = pba_block_find_child(block, node, "file");
+    }
+    return node;
+}
+
+static bool image_size(JsonObject *object, uint64_t *size, GError **error)
+{
+    JsonObject *image = pba_json_object(object, "image", error);
+    return image && pba_json_size(image, "virtual-size", size, error);
+}
+
+bool pba_block_device_size(JsonObject *device, uint64_t *size, GError **error)
+{
+    JsonObject *inserted = pba_json_object(device, "inserted", error);
+    return inserted && image_size(inserted, size, error);
+}
+
+bool pba_block_node_size(JsonObject *node, uint64_t *size, GError **error)
+{
+    return image_size(node, size, error);
+}

@@ -1,0 +1,156 @@
+/* The NBD server in QEMU and our exports on it. */
+#include "access.h"
+#include "error.h"
+#include "json.h"
+#include "wait.h"
+
+/* block-export-del waits for requests in flight; Proxmox allows it ten minutes. */
+#define EXPORT_GONE_S 600
+
+static char *export_id(PbaAccess *access, const PbaDisk *disk)
+{
+    return pba_own_name(access, "exp", disk->device);
+}
+
+bool pba_nbd_server_start(PbaAccess *access, GError **error)
+{
+    JsonNode *arguments =
+        pba_json("{'addr': <{'type': <'unix'>, 'data': <{'path': <%s>}>}>}", access->socket);
+    if (!pba_qmp_run(access->qmp, "nbd-server-start", arguments, error)) {
+        if (error && *error && !pba_error_is_fatal(*error)) {
+            pba_log(&access->hooks, PBA_LOG_WARN,
+                    "QEMU has one NBD server only: end what runs on it (query-block-exports, "
+                    "nbd-server-stop), then try again");
+        }
+        return false;
+    }
+    access->server_up = true;
+    return true;
+}
+
+static bool add_export(PbaAccess *access, const PbaDisk *disk, GError **error)
+{
+    g_autofree char *id = export_id(access, disk);
+    JsonNode *arguments = pba_json("{'id': <%s>, 'type': <'nbd'>, 'node-name': <%s>, 'name': <%s>, "
+                                   "'writable': <true>}",
+                                   id, disk->snapshot_node, disk->device);
+    if (disk->bitmap_name) {
+        JsonArray *bitmaps = json_array_new();
+        json_array_add_element(bitmaps, pba_json("{'node': <%s>, 'name': <%s>}", disk->bitmap_node,
+                                                 disk->bitmap_name));
+        json_object_set_array_member(json_node_get_object(arguments), "bitmaps", bitmaps);
+    }
+    if (!pba_qmp_run(access->qmp, "block-export-add", arguments, error)) {
+        pba_error_add_device(error, disk->device);
+        return false;
+    }
+    return true;
+}
+
+bool pba_exports_add(PbaAccess *access, GError **error)
+{
+    for (guint i = 0; i < access->disks->len; i++) {
+        if (!add_export(access, access->disks->pdata[i], error)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Whether an export of this id is there; with other_nbd also whether others' NBD exports are. */
+static bool query_export(PbaAccess *access, const char *id, bool *found, GError **error)
+{
+    g_autoptr(JsonArray) exports = pba_qmp_query_array(access->qmp, "query-block-exports", NULL,
+                                                       error);
+    if (!exports) {
+        return false;
+    }
+    *found = false;
+    for (guint i = 0; i < json_array_get_length(exports); i++) {
+        JsonObject *export = pba_json_element(exports, i);
+        if (!export) {
+            continue;
+        }
+        if (id ? g_strcmp0(pba_json_find_string(export, "id"), id) == 0
+               : g_strcmp0(pba_json_find_string(export, "type"), "nbd") == 0) {
+            *found = true;
+        }
+    }
+    return true;
+}
+
+/* block-export-del may return before the export is gone. */
+static bool wait_export_gone(PbaAccess *access, const char *id, GError **error)
+{
+    gint64 deadline = pba_deadline(EXPORT_GONE_S);
+    bool found;
+
+    while (query_export(access, id, &found, error)) {
+        if (!found) {
+            return true;
+        }
+        if (!pba_wait_ms(10, deadline, &access->hooks, "waiting for an export to go", error)) {
+            return false;
+        }
+    }
+    return false;
+}
+
+static bool remove_export(PbaAccess *access, const PbaDisk *disk, GError **error)
+{
+    g_autofree char *id = export_id(access, disk);
+    bool found;
+
+    if (!query_export(access, id, &found, error)) {
+        return false;
+    }
+    if (!found) {
+        return true;
+    }
+    if (!pba_qmp_run(access->qmp, "block-export-del",
+                     pba_json("{'id': <%s>, 'mode': <'hard'>}", id), error) ||
+        !wait_export_gone(access, id, error)) {
+        pba_error_add_device(error, disk->device);
+        return false;
+    }
+    return true;
+}
+
+static bool stop_server(PbaAccess *access, GError **error)
+{
+    bool others;
+
+    if (!query_export(access, NULL, &others, error)) {
+        return false;
+    }
+    if (others) {
+        pba_log(&access->hooks, PBA_LOG_WARN,
+                "the NBD server stays up: it has got exports that are not ours");
+    } else if (!pba_qmp_run(access->qmp, "nbd-server-stop", NULL, error)) {
+        return false;
+    }
+    access->server_up = false;
+    return true;
+}
+
+bool pba_exports_remove(PbaAccess *access, GError **error)
+{
+    GError *first = NULL;
+
+    for (guint i = 0; i < access->disks->len && !pba_error_is_fatal(first); i++) {
+        GError *step = NULL;
+        remove_export(access, access->disks->pdata[i], &step);
+        pba_error_keep_first(&first, step, &access->hooks);
+    }
+    if (access->server_up && !pba_error_is_fatal(first)) {
+        GError *step = NULL;
+        stop_server(access, &step);
+        pba_error_keep_first(&first, step, &access->hooks);
+    }
+    if (first) {
+        g_propagate_error(error, first);
+        return false;
+    }
+    access->exported = false;
+    return true;
+}

@@ -1,0 +1,274 @@
+/* A volume's NBD connection, and reading and discarding over it. */
+#include "error.h"
+#include "volume.h"
+#include "wait.h"
+#include <errno.h>
+#include <inttypes.h>
+#include <poll.h>
+#include <string.h>
+
+#define CONNECT_LIMIT_S 30
+#define MAX_READ (32u << 20)
+/* Below the 32 bit limit of a request, and whole clusters. */
+#define MAX_DISCARD (UINT64_C(1) << 30)
+#define CLUSTER UINT64_C(65536)
+
+void pba_volume_set_nbd_error(const PbaVolume *volume, const char *what, GError **error)
+{
+    const char *text = nbd_get_error();
+    pba_error_set(error, PBA_ERROR_NBD, "%s failed - %s", what, text ? text : "unknown NBD error");
+    pba_error_add_device(error, volume->device);
+}
+
+void pba_volume_break(PbaVolume *volume, const GError *error)
+{
+    if (!volume->broken) {
+        volume->broken = g_strdup(error->message);
+    }
+}
+
+bool pba_volume_is_lost(const PbaVolume *volume)
+{
+    return !volume->nbd || nbd_aio_is_dead(volume->nbd) || nbd_aio_is_closed(volume->nbd);
+}
+
+static void disconnect(PbaVolume *volume)
+{
+    if (volume->nbd) {
+        nbd_close(volume->nbd);
+        volume->nbd = NULL;
+        pba_map_disconnected(volume);
+    }
+}
+
+bool pba_volume_turn(PbaVolume *volume, gint64 deadline, const char *what, GError **error)
+{
+    unsigned direction = nbd_aio_get_direction(volume->nbd);
+    short events = 0;
+    short revents;
+
+    if (direction & LIBNBD_AIO_DIRECTION_READ) {
+        events |= POLLIN;
+    }
+    if (direction & LIBNBD_AIO_DIRECTION_WRITE) {
+        events |= POLLOUT;
+    }
+    if (!pba_wait_fd(nbd_aio_get_fd(volume->nbd), events, &revents, deadline, &volume->hooks, what,
+                     error)) {
+        pba_error_add_device(error, volume->device);
+        /* Whatever is in flight still knows the caller's memory. */
+        disconnect(volume);
+        return false;
+    }
+    bool can_read = (revents & (POLLIN | POLLHUP | POLLERR)) != 0;
+    int result = can_read && (direction & LIBNBD_AIO_DIRECTION_READ)
+                     ? nbd_aio_notify_read(volume->nbd)
+                     : nbd_aio_notify_write(volume->nbd);
+    if (result == -1) {
+        pba_volume_set_nbd_error(volume, what, error);
+        return false;
+    }
+    return true;
+}
+
+static bool start_connecting(PbaVolume *volume, GError **error)
+{
+    bool is_uri = strstr(volume->path, "://") != NULL;
+
+    volume->nbd = nbd_create();
+    if (volume->nbd && nbd_set_handle_name(volume->nbd, volume->device) == 0 &&
+        (!volume->context || nbd_add_meta_context(volume->nbd, volume->context) == 0) &&
+        (is_uri || nbd_set_export_name(volume->nbd, volume->device) == 0) &&
+        (is_uri ? nbd_aio_connect_uri(volume->nbd, volume->path)
+                : nbd_aio_connect_unix(volume->nbd, volume->path)) == 0) {
+        return true;
+    }
+    pba_volume_set_nbd_error(volume, "connecting", error);
+    return false;
+}
+
+static bool finish_connecting(PbaVolume *volume, GError **error)
+{
+    gint64 deadline = pba_deadline(CONNECT_LIMIT_S);
+
+    while (nbd_aio_is_connecting(volume->nbd)) {
+        if (!pba_volume_turn(volume, deadline, "connecting", error)) {
+            return false;
+        }
+    }
+    if (!nbd_aio_is_ready(volume->nbd)) {
+        pba_volume_set_nbd_error(volume, "connecting", error);
+        return false;
+    }
+    return true;
+}
+
+/* The size is part of the contract; without the context every block would look clean. */
+static bool check_export(PbaVolume *volume, GError **error)
+{
+    int64_t size = nbd_get_size(volume->nbd);
+
+    if (size < 0) {
+        pba_volume_set_nbd_error(volume, "asking for the size", error);
+        return false;
+    }
+    if (volume->size == UINT64_MAX) {
+        volume->size = (uint64_t)size;
+    }
+    if ((uint64_t)size != volume->size) {
+        pba_error_set(error, PBA_ERROR_NBD,
+                      "the NBD export has %" PRIi64 " bytes instead of %" PRIu64, size,
+                      volume->size);
+    } else if (volume->context && nbd_can_meta_context(volume->nbd, volume->context) != 1) {
+        pba_error_set(error, PBA_ERROR_INCOMPLETE, "the NBD export has no metadata context '%s'",
+                      volume->context);
+    } else {
+        return true;
+    }
+    pba_error_add_device(error, volume->device);
+    return false;
+}
+
+bool pba_volume_connect(PbaVolume *volume, GError **error)
+{
+    if (volume->broken) {
+        pba_error_set(error, PBA_ERROR_NBD, "an earlier error left no connection - %s",
+                      volume->broken);
+        return false;
+    }
+    if (volume->nbd) {
+        return true;
+    }
+    if (start_connecting(volume, error) && finish_connecting(volume, error) &&
+        check_export(volume, error)) {
+        return true;
+    }
+    disconnect(volume);
+    return false;
+}
+
+PbaVolume *pba_volume_open(const PbaVolumeOptions *options, const PbaHooks *hooks, GError **error)
+{
+    PbaVolume *volume = g_new0(PbaVolume, 1);
+
+    volume->hooks = hooks ? *hooks : (PbaHooks){0};
+    volume->device = g_strdup(options->device);
+    volume->path = g_strdup(options->path);
+    volume->context =
+        options->bitmap ? g_strconcat("qemu:dirty-bitmap:", options->bitmap, NULL) : NULL;
+    volume->size = options->size;
+    pba_map_init(volume);
+    if (!pba_volume_connect(volume, error)) {
+        pba_volume_free(volume);
+        return NULL;
+    }
+    return volume;
+}
+
+void pba_volume_free(PbaVolume *volume)
+{
+    if (!volume) {
+        return;
+    }
+    disconnect(volume);
+    pba_map_clear(volume);
+    g_free(volume->device);
+    g_free(volume->path);
+    g_free(volume->context);
+    g_free(volume->broken);
+    g_free(volume);
+}
+
+uint64_t pba_volume_size(const PbaVolume *volume)
+{
+    return volume->size;
+}
+
+static bool check_range(const PbaVolume *volume, uint64_t offset, uint64_t length, GError **error)
+{
+    if (length > 0 && offset <= volume->size && length <= volume->size - offset) {
+        return true;
+    }
+    pba_error_set(error, PBA_ERROR_ARGUMENT,
+                  "the range at offset %" PRIu64 " of length %" PRIu64
+                  " is empty or not inside the volume of %" PRIu64 " bytes",
+                  offset, length, volume->size);
+    pba_error_add_device(error, volume->device);
+    return false;
+}
+
+/* Waits for one request. A lost connection ends the volume; a refused request does not. */
+static bool finish_request(PbaVolume *volume, int64_t cookie, const char *what, GError **error)
+{
+    gint64 deadline = pba_deadline(PBA_NBD_LIMIT_S);
+    GError *local = NULL;
+    int state = -1;
+
+    while (cookie >= 0 &&
+           (state = nbd_aio_command_completed(volume->nbd, (uint64_t)cookie)) == 0) {
+        if (!pba_volume_turn(volume, deadline, what, &local)) {
+            break;
+        }
+    }
+    if (state == 1) {
+        return true;
+    }
+    if (!local) {
+        pba_volume_set_nbd_error(volume, what, &local);
+    }
+    if (local->code != PBA_ERROR_INTERRUPTED && pba_volume_is_lost(volume)) {
+        pba_volume_break(volume, local);
+        disconnect(volume);
+    }
+    g_propagate_error(error, local);
+    return false;
+}
+
+bool pba_volume_pread(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t length,
+                      GError **error)
+{
+    if (!check_range(volume, offset, length, error)) {
+        return false;
+    }
+    if (length > MAX_READ) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT,
+                      "a single read has at most %u bytes, not %" PRIu64, MAX_READ, length);
+        pba_error_add_device(error, volume->device);
+        return false;
+    }
+    if (!pba_volume_connect(volume, error)) {
+        return false;
+    }
+    g_autofree char *what = g_strdup_printf("reading %" PRIu64 " bytes at offset %" PRIu64, length, offset);
+    int64_t cookie =
+        nbd_aio_pread(volume->nbd, buffer, (size_t)length, offset, NBD_NULL_COMPLETION, 0);
+    return finish_request(volume, cookie, what, error);
+}
+
+static bool discard_piece(PbaVolume *volume, uint64_t offset, uint64_t length, GError **error)
+{
+    g_autofree char *what = g_strdup_printf("discarding %" PRIu64 " bytes at offset %" PRIu64, length, offset);
+    if (!pba_volume_connect(volume, error)) {
+        return false;
+    }
+    int64_t cookie = nbd_aio_trim(volume->nbd, length, offset, NBD_NULL_COMPLETION, 0);
+    return finish_request(volume, cookie, what, error);
+}
+
+bool pba_volume_discard(PbaVolume *volume, uint64_t offset, uint64_t length, GError **error)
+{
+    if (!check_range(volume, offset, length, error)) {
+        return false;
+    }
+    uint64_t begin = (offset + CLUSTER - 1) / CLUSTER * CLUSTER;
+    uint64_t end = offset + length;
+    if (end != volume->size) {
+        end = end / CLUSTER * CLUSTER;
+    }
+    for (uint64_t at = begin; at < end; at += MAX_DISCARD) {
+        if (!discard_piece(volume, at, MIN(end - at, MAX_DISCARD), error)) {
+            return false;
+        }
+    }
+    return true;
+}

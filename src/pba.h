@@ -1,0 +1,202 @@
+/*
+ * The C core of PVE::BackupAccess: access to the disks of a running QEMU guest as of one instant.
+ *
+ * Plain C on GLib, json-glib and libnbd; it knows nothing of Perl. All offsets, lengths and sizes
+ * are bytes. Functions that can fail return false or NULL and set a GError of the domain PBA_ERROR
+ * (see the PbaErrorCode values). Nothing here is thread safe: one handle, one thread.
+ */
+#ifndef PBA_H
+#define PBA_H
+
+#include <glib.h>
+#include <json-glib/json-glib.h>
+#include <stdbool.h>
+#include <stdint.h>
+
+/* Errors */
+
+#define PBA_ERROR pba_error_quark()
+
+typedef enum {
+    PBA_ERROR_ARGUMENT,    /* the caller's request cannot be right; nothing was sent */
+    PBA_ERROR_STATE,       /* not now: an access is up already, or none is */
+    PBA_ERROR_UNSUPPORTED, /* this QEMU, or this machine, lacks what is needed */
+    PBA_ERROR_QMP,         /* QEMU answered a command with an error */
+    PBA_ERROR_CONNECTION,  /* the QMP or NBD connection could not be made or was lost */
+    PBA_ERROR_TIMEOUT,     /* no answer within the time limit */
+    PBA_ERROR_PROTOCOL,    /* the peer does not speak the protocol */
+    PBA_ERROR_INTERRUPTED, /* the caller's interrupted() hook said stop */
+    PBA_ERROR_NBD,         /* an NBD request failed */
+    PBA_ERROR_INCOMPLETE,  /* an answer that lacks a part: never taken for the whole */
+    PBA_ERROR_SYSTEM,      /* a system call failed */
+} PbaErrorCode;
+
+GQuark pba_error_quark(void);
+
+/* The class of an error: QEMU's own (QAPI: QapiErrorClass) for PBA_ERROR_QMP, else one of ours
+ * ("ArgumentError", "TimeoutError", ...). Never NULL; owned by the error. */
+const char *pba_error_class(GError *error);
+/* The QMP command that failed, or NULL; owned by the error. */
+const char *pba_error_command(GError *error);
+/* The device the error is about, or NULL; owned by the error. */
+const char *pba_error_device(GError *error);
+
+/* Hooks into the caller */
+
+typedef enum { PBA_LOG_DEBUG, PBA_LOG_INFO, PBA_LOG_WARN } PbaLogLevel;
+
+typedef struct {
+    /* Asked several times a second while waiting; true ends the call with PBA_ERROR_INTERRUPTED.
+     * May be NULL. */
+    bool (*interrupted)(void *opaque);
+    /* One line without a newline; the message is valid during the call only. May be NULL. */
+    void (*log)(void *opaque, PbaLogLevel level, const char *message);
+    void *opaque;
+} PbaHooks;
+
+/* QMP */
+
+typedef struct PbaQmp PbaQmp;
+
+/* Carries one command by the caller's own means and returns what QMP's "return" holds (a new node,
+ * the callee's to free), or NULL with error set. arguments is an object, borrowed. */
+typedef JsonNode *(*PbaQmpTransport)(void *opaque, const char *command, JsonNode *arguments,
+                                     GError **error);
+
+/* A client of the QMP server at a Unix socket. Nothing is opened before the first command.
+ * timeout_s limits every single command, connecting included. path and hooks are copied. */
+PbaQmp *pba_qmp_new(const char *path, unsigned timeout_s, const PbaHooks *hooks);
+/* The same over the caller's own transport. */
+PbaQmp *pba_qmp_new_transport(PbaQmpTransport transport, void *opaque, const PbaHooks *hooks);
+void pba_qmp_free(PbaQmp *qmp);
+
+/* Runs one command, connecting first where needed. arguments (an object, or NULL for none) is
+ * consumed. Returns the "return" value (caller frees with json_node_unref). */
+JsonNode *pba_qmp_execute(PbaQmp *qmp, const char *command, JsonNode *arguments, GError **error);
+/* Gives the monitor back: closes the connection. The next command opens a new one. */
+void pba_qmp_release(PbaQmp *qmp);
+
+/* Bitmap modes, actions, statuses (QAPI: BackupAccessBitmapMode, PBSBitmapAction) */
+
+typedef enum { PBA_BITMAP_MODE_NONE, PBA_BITMAP_MODE_NEW, PBA_BITMAP_MODE_USE } PbaBitmapMode;
+
+typedef enum {
+    PBA_BITMAP_ACTION_ABSENT, /* the reply has no bitmap-action key */
+    PBA_BITMAP_ACTION_NOT_USED,
+    PBA_BITMAP_ACTION_NOT_USED_REMOVED,
+    PBA_BITMAP_ACTION_NEW,
+    PBA_BITMAP_ACTION_USED,
+    PBA_BITMAP_ACTION_INVALID,
+    PBA_BITMAP_ACTION_MISSING_RECREATED,
+} PbaBitmapAction;
+
+typedef enum { PBA_BITMAP_STATUS_NONE, PBA_BITMAP_STATUS_NEW, PBA_BITMAP_STATUS_REUSE } PbaBitmapStatus;
+
+/* Each decodes QEMU's or the provider API's word; anything unknown is PBA_ERROR_ARGUMENT (mode,
+ * status) or PBA_ERROR_PROTOCOL (action), never a guess. */
+bool pba_bitmap_mode_parse(const char *word, PbaBitmapMode *mode, GError **error);
+bool pba_bitmap_action_parse(const char *word, PbaBitmapAction *action, GError **error);
+bool pba_bitmap_status_parse(const char *word, PbaBitmapStatus *status, GError **error);
+const char *pba_bitmap_mode_name(PbaBitmapMode mode);
+const char *pba_bitmap_action_name(PbaBitmapAction action); /* NULL for ABSENT */
+const char *pba_bitmap_status_name(PbaBitmapStatus status);
+/* What a provider is told: not-used* is none; used is reuse; all others are new. */
+PbaBitmapStatus pba_bitmap_status(PbaBitmapAction action);
+
+/* The access to one guest */
+
+typedef struct PbaAccess PbaAccess;
+
+typedef struct {
+    const char *target_id;    /* who the backup is for; required */
+    const char *run_dir;      /* parent of the socket directory; NULL: a default by user */
+    const char *identity;     /* tells this VM from others on the machine, e.g. its QMP socket */
+    const char *fleecing_dir; /* upstream: where fleecing images are created; may be NULL */
+    GHashTable *fleecing;     /* upstream: device => the caller's fleecing node; may be NULL */
+    const char *bitmap_name;  /* pve, early form of the command only; NULL: the target-id */
+    bool persistent;          /* upstream: bitmaps of qcow2 disks survive a VM restart */
+} PbaAccessOptions;
+
+typedef struct {
+    const char *device; /* as in query-block: device, qdev id or node name */
+    PbaBitmapMode mode;
+} PbaDeviceRequest;
+
+/* One device of an access that is up; everything is owned by the access. */
+typedef struct {
+    const char *device;
+    const char *node_name; /* the snapshot-access node */
+    uint64_t size;
+    const char *bitmap_node_name; /* NULL without a bitmap */
+    const char *bitmap_name;      /* NULL without a bitmap */
+    PbaBitmapAction action;
+} PbaDeviceInfo;
+
+/* What a QEMU can do, told by the QEMU itself. */
+typedef struct {
+    const char *backend; /* "pve" or "upstream"; static */
+    const char *form;    /* pve: "devices" or "devlist"; else NULL; static */
+    unsigned major, minor, micro;
+} PbaCapabilities;
+
+/* Asks query-version, query-commands and, where there are Proxmox' commands, query-qmp-schema.
+ * PBA_ERROR_UNSUPPORTED where neither backend is possible. */
+bool pba_capabilities(PbaQmp *qmp, PbaCapabilities *capabilities, GError **error);
+
+/* Checks the options; sends nothing. qmp is borrowed and must outlive the access. Options are
+ * copied. */
+PbaAccess *pba_access_new(PbaQmp *qmp, const PbaAccessOptions *options, const PbaHooks *hooks,
+                          GError **error);
+/* Frees local memory only: what is up in QEMU stays up (see pba_access_teardown). */
+void pba_access_free(PbaAccess *access);
+
+/* Freezes the state of all devices at one instant (QAPI: backup-access-setup). On error nothing is
+ * left behind and every bitmap keeps at least the bits it had. */
+bool pba_access_setup(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
+                      GError **error);
+/* Exports every device over NBD under its own name (QAPI: block-export-add), once. */
+bool pba_access_export(PbaAccess *access, GError **error);
+/* Undoes everything; success decides what the bitmaps hold afterwards (QAPI:
+ * backup-access-teardown). Every step is tried even if an earlier one failed; the first error is
+ * reported. A later call retries what is left, always as a failure. */
+bool pba_access_teardown(PbaAccess *access, bool success, GError **error);
+bool pba_access_is_up(const PbaAccess *access);
+
+size_t pba_access_device_count(const PbaAccess *access);
+void pba_access_device_info(const PbaAccess *access, size_t index, PbaDeviceInfo *info);
+/* The NBD server's Unix socket; NULL before setup. Owned by the access. */
+const char *pba_access_socket(const PbaAccess *access);
+
+/* One device's data over NBD */
+
+typedef struct PbaVolume PbaVolume;
+
+typedef struct {
+    const char *device;    /* for messages, and the export name where path is a socket */
+    const char *path;      /* a Unix socket, or an NBD URI */
+    const char *bitmap;    /* name of the dirty bitmap, NULL for none */
+    uint64_t size;         /* must be what the server says; UINT64_MAX: not known */
+} PbaVolumeOptions;
+
+/* Connects and checks size and, with a bitmap, the meta context qemu:dirty-bitmap:NAME (NBD spec:
+ * metadata querying; QEMU: docs/interop/nbd). */
+PbaVolume *pba_volume_open(const PbaVolumeOptions *options, const PbaHooks *hooks, GError **error);
+void pba_volume_free(PbaVolume *volume);
+uint64_t pba_volume_size(const PbaVolume *volume);
+
+/* The next dirty region, ascending, neighbours joined; *length is 0 after the last one. Without a
+ * bitmap the whole volume is one region. An answer that stops early is PBA_ERROR_INCOMPLETE. */
+bool pba_volume_next_dirty_region(PbaVolume *volume, uint64_t *offset, uint64_t *length,
+                                  GError **error);
+/* Reads exactly length bytes (at least 1, at most 32 MiB, inside the volume) into buffer. */
+bool pba_volume_pread(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t length,
+                      GError **error);
+/* Frees the fleecing space of a range that was read; it cannot be read again. Shrunk to whole
+ * clusters of 64 KiB, since older QEMUs abort on parts of one (NBD_CMD_TRIM). */
+bool pba_volume_discard(PbaVolume *volume, uint64_t offset, uint64_t length, GError **error);
+
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(PbaQmp, pba_qmp_free)
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(PbaAccess, pba_access_free)
+G_DEFINE_AUTOPTR_CLEANUP_FUNC(PbaVolume, pba_volume_free)
+
+#endif

@@ -1,0 +1,141 @@
+#include "qmp-wire.h"
+
+#include "error.h"
+#include "json.h"
+
+/* A big VM's query-named-block-nodes has a few MiB; QEMU's own parser stops at depth 1024, and
+ * json-glib's is recursive, so nesting is limited before it sees anything. */
+#define MAX_MESSAGE (64 << 20)
+#define MAX_DEPTH 128
+
+struct PbaQmpWire {
+    GByteArray *message; /* the one that is arriving */
+    GQueue messages;     /* JsonObject, whole */
+    JsonParser *parser;
+    unsigned depth;
+    bool in_string;
+    bool escaped;
+};
+
+PbaQmpWire *pba_qmp_wire_new(void)
+{
+    PbaQmpWire *wire = g_new0(PbaQmpWire, 1);
+    wire->message = g_byte_array_new();
+    wire->parser = json_parser_new();
+    g_queue_init(&wire->messages);
+    return wire;
+}
+
+void pba_qmp_wire_free(PbaQmpWire *wire)
+{
+    if (!wire) {
+        return;
+    }
+    g_byte_array_unref(wire->message);
+    g_queue_clear_full(&wire->messages, (GDestroyNotify)json_object_unref);
+    g_object_unref(wire->parser);
+    g_free(wire);
+}
+
+static bool finish_message(PbaQmpWire *wire, GError **error)
+{
+    const char *text = (const char *)wire->message->data;
+    gssize length = wire->message->len;
+    g_autoptr(GError) parse_error = NULL;
+
+    if (!g_utf8_validate(text, length, NULL) || g_strstr_len(text, length, "\\u0000")) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent text that is not UTF-8");
+        return false;
+    }
+    if (!json_parser_load_from_data(wire->parser, text, length, &parse_error)) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent no JSON - %s",
+                      parse_error->message);
+        return false;
+    }
+    JsonNode *root = json_parser_get_root(wire->parser);
+    if (!root || !JSON_NODE_HOLDS_OBJECT(root)) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent no JSON object");
+        return false;
+    }
+    g_queue_push_tail(&wire->messages, json_object_ref(json_node_get_object(root)));
+    /* Big replies must not stay allocated for the rest of the connection. */
+    g_byte_array_unref(wire->message);
+    wire->message = g_byte_array_new();
+    return true;
+}
+
+/* Follows one byte inside a message; false if no QMP message can have it there. */
+static bool track_byte(PbaQmpWire *wire, char c, GError **error)
+{
+    if ((unsigned char)c < ' ' && c != '\r' && c != '\n' && c != '\t') {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent a control character");
+        return false;
+    }
+    if (wire->in_string) {
+        wire->in_string = wire->escaped || c != '"';
+        wire->escaped = !wire->escaped && c == '\\';
+        return true;
+    }
+    if (c == '"') {
+        wire->in_string = true;
+    } else if (c == '{' || c == '[') {
+        wire->depth++;
+    } else if (c == '}' || c == ']') {
+        wire->depth--;
+    }
+    if (wire->depth > MAX_DEPTH) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent JSON nested deeper than %d",
+                      MAX_DEPTH);
+        return false;
+    }
+    return true;
+}
+
+bool pba_qmp_wire_feed(PbaQmpWire *wire, const char *bytes, size_t length, GError **error)
+{
+    size_t begin = 0; /* of what is not yet in wire->message */
+
+    for (size_t i = 0; i < length; i++) {
+        if (wire->depth == 0 && bytes[i] != '{') {
+            if (!g_ascii_isspace(bytes[i])) {
+                pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer does not speak QMP");
+                return false;
+            }
+            begin = i + 1;
+            continue;
+        }
+        if (!track_byte(wire, bytes[i], error)) {
+            return false;
+        }
+        if (wire->depth == 0) {
+            g_byte_array_append(wire->message, (const guint8 *)bytes + begin, (guint)(i + 1 - begin));
+            begin = i + 1;
+            if (!finish_message(wire, error)) {
+                return false;
+            }
+        }
+    }
+    if (wire->message->len + (length - begin) > MAX_MESSAGE) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent a message of over %d bytes",
+                      MAX_MESSAGE);
+        return false;
+    }
+    g_byte_array_append(wire->message, (const guint8 *)bytes + begin, (guint)(length - begin));
+    return true;
+}
+
+JsonObject *pba_qmp_wire_pop(PbaQmpWire *wire)
+{
+    return g_queue_pop_head(&wire->messages);
+}
+
+char *pba_qmp_wire_command(const char *command, JsonNode *arguments, const char *id)
+{
+    g_autoptr(JsonNode) message = pba_json("{'execute': <%s>, 'id': <%s>}", command, id);
+    if (arguments) {
+        json_object_set_member(json_node_get_object(message), "arguments",
+                               json_node_copy(arguments));
+    }
+    g_autofree char *text = json_to_string(message, FALSE);
+    return g_strconcat(text, "\n", NULL);
+}

@@ -1,0 +1,410 @@
+/* Setup on a stock QEMU: the behaviour of backup-access-setup from upstream's own commands.
+ *
+ *   before:  guest device -> root node
+ *   during:  guest device -> raw -> copy-before-write -> root node
+ *                                    |        \-> fleecing node
+ *                            snapshot-access -> NBD export
+ *
+ * All raw nodes are put in place first, one by one. Then a single blockdev-reopen points them all
+ * at their filters: QEMU drains them and changes all or none, and that is the instant. */
+#include "access.h"
+#include "error.h"
+#include "json.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <string.h>
+#include <unistd.h>
+
+/* The guest's write is let through when fleecing takes longer. VirtIO drivers give up at 60 s. */
+#define CBW_TIMEOUT_S 45
+/* Before QEMU 9.1 the limit was kept in 32 bits of nanoseconds. */
+#define CBW_TIMEOUT_OLD_S 4
+
+bool pba_is_own_node(const char *node)
+{
+    return g_str_has_prefix(node, "pba-");
+}
+
+static bool check_nothing_up(const PbaBlock *block, GError **error)
+{
+    for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
+        JsonObject *node = pba_json_element(block->nodes, i);
+        const char *name = node ? pba_json_find_string(node, "node-name") : NULL;
+        if (name && pba_is_own_node(name)) {
+            pba_error_set(error, PBA_ERROR_STATE,
+                          "previous backup of this guest not finished: block node '%s' is still "
+                          "there - tear it down first",
+                          name);
+            return false;
+        }
+    }
+    return true;
+}
+
+/* qom-get where the object may lack the property. */
+static char *find_property(PbaQmp *qmp, const char *path, const char *property)
+{
+    g_autoptr(JsonNode) value = pba_qmp_execute(
+        qmp, "qom-get", pba_json("{'path': <%s>, 'property': <%s>}", path, property), NULL);
+    const char *text =
+        value && JSON_NODE_HOLDS_VALUE(value) && json_node_get_value_type(value) == G_TYPE_STRING
+            ? json_node_get_string(value)
+            : "";
+    return g_strdup(text);
+}
+
+/* The device itself, the device behind a virtio backend, or the controller its bus is on. */
+static bool is_in_iothread(PbaQmp *qmp, const char *qdev)
+{
+    g_autofree char *bus = find_property(qmp, qdev, "parent_bus");
+    g_autofree char *parent = g_path_get_dirname(qdev);
+    g_autofree char *controller = g_path_get_dirname(bus);
+    g_autofree char *owner = g_path_get_dirname(controller);
+    const char *const paths[] = {qdev, parent, controller, owner};
+
+    for (size_t i = 0; i < G_N_ELEMENTS(paths); i++) {
+        g_autofree char *iothread = find_property(qmp, paths[i], "iothread");
+        if (*iothread) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Before 10.0 QEMU aborts when an NBD client leaves an export of such a disk. */
+static bool check_iothreads(PbaAccess *access, GError **error)
+{
+    if (access->qemu_version >= 1000) {
+        return true;
+    }
+    g_autoptr(JsonArray) threads = pba_qmp_query_array(access->qmp, "query-iothreads", NULL, error);
+    if (!threads) {
+        return false;
+    }
+    for (guint i = 0; json_array_get_length(threads) > 0 && i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        if (is_in_iothread(access->qmp, disk->qdev)) {
+            pba_error_set(error, PBA_ERROR_UNSUPPORTED,
+                          "is in an iothread, and QEMU before 10.0 aborts when a reader of such a "
+                          "disk leaves - use QEMU 10.0 or later, or take the disk out of the "
+                          "iothread");
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool check_callers_fleecing(const PbaDisk *disk, const PbaBlock *block, GError **error)
+{
+    JsonObject *node = pba_block_find_node(block, disk->fleecing_node);
+    uint64_t size;
+
+    if (!node) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT, "fleecing node '%s' does not exist",
+                      disk->fleecing_node);
+        return false;
+    }
+    if (!pba_block_node_size(node, &size, error)) {
+        return false;
+    }
+    if (size != disk->size) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT,
+                      "fleecing node '%s' must have exactly the size of the device: it has %" PRIu64
+                      " bytes instead of %" PRIu64,
+                      disk->fleecing_node, size, disk->size);
+        return false;
+    }
+    /* Discards are sent in units of 64 KiB, and QEMU 7.2 aborts on parts of a cluster. */
+    JsonObject *image = pba_json_find_object(node, "image");
+    if (json_object_has_member(image, "cluster-size")) {
+        uint64_t cluster;
+        if (!pba_json_size(image, "cluster-size", &cluster, error)) {
+            return false;
+        }
+        if (cluster > PBA_GRANULARITY) {
+            pba_error_set(error, PBA_ERROR_ARGUMENT,
+                          "fleecing node '%s' has clusters of %" PRIu64 " bytes - at most %u work",
+                          disk->fleecing_node, cluster, PBA_GRANULARITY);
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool check_fleecing(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, GError **error)
+{
+    const char *node =
+        access->fleecing ? g_hash_table_lookup(access->fleecing, disk->device) : NULL;
+
+    if (node) {
+        disk->fleecing_node = g_strdup(node);
+        return check_callers_fleecing(disk, block, error);
+    }
+    if (!access->fleecing_dir) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT,
+                      "has no fleecing image - give 'fleecing-dir' or a node in 'fleecing'");
+        return false;
+    }
+    disk->fleecing_node = pba_own_name(access, "fleece", disk->device);
+    return true;
+}
+
+static bool check_bitmap(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, GError **error)
+{
+    g_autofree char *name = pba_target_bitmap(access->target_id);
+    JsonObject *info = pba_block_find_bitmap(block, disk->bitmap_node, name);
+    JsonObject *node = pba_block_find_node(block, disk->bitmap_node);
+    const char *driver = node ? pba_json_find_string(node, "drv") : NULL;
+
+    if (info && pba_json_find_bool(info, "busy")) {
+        pba_error_set(error, PBA_ERROR_STATE, "its bitmap '%s' is in use by another operation",
+                      name);
+        return false;
+    }
+    disk->bitmap_persistent = access->persistent && g_strcmp0(driver, "qcow2") == 0;
+    return true;
+}
+
+static bool check_disk(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, GError **error)
+{
+    if (!disk->qdev) {
+        pba_error_set(error, PBA_ERROR_UNSUPPORTED, "no guest device uses it");
+        return false;
+    }
+    disk->bitmap_node = g_strdup(pba_block_skip_filters(block, disk->root_node));
+    if (!disk->bitmap_node) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "its block graph has an open end");
+        return false;
+    }
+    disk->raw_node = pba_own_name(access, "raw", disk->device);
+    disk->filter_node = pba_own_name(access, "cbw", disk->device);
+    return check_fleecing(access, disk, block, error) && check_bitmap(access, disk, block, error);
+}
+
+bool pba_upstream_check(PbaAccess *access, const PbaBlock *block, GError **error)
+{
+    if (!check_nothing_up(block, error)) {
+        return false;
+    }
+    for (guint i = 0; i < access->disks->len; i++) {
+        PbaDisk *disk = access->disks->pdata[i];
+        if (!check_disk(access, disk, block, error)) {
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+    }
+    return check_iothreads(access, error);
+}
+
+/* Sparse, private, and new: a file of that name is left from a QEMU that is gone, since this one
+ * has no such node. */
+static bool create_fleecing_file(const char *path, uint64_t size, GError **error)
+{
+    if (unlink(path) != 0 && errno != ENOENT) {
+        pba_error_set(error, PBA_ERROR_SYSTEM, "cannot remove old fleecing image '%s' - %s", path,
+                      g_strerror(errno));
+        return false;
+    }
+    int fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    if (fd < 0 || ftruncate(fd, (off_t)size) != 0) {
+        pba_error_set(error, PBA_ERROR_SYSTEM, "cannot create fleecing image '%s' - %s", path,
+                      g_strerror(errno));
+        if (fd >= 0) {
+            close(fd);
+            unlink(path);
+        }
+        return false;
+    }
+    close(fd);
+    return true;
+}
+
+static bool add_fleecing(PbaAccess *access, PbaDisk *disk, GError **error)
+{
+    if (!pba_is_own_node(disk->fleecing_node)) {
+        return true;
+    }
+    g_autofree char *key = g_strconcat(access->identity, "\n", disk->device, NULL);
+    g_autofree char *name = pba_own_name(access, "fleece", key);
+    g_autofree char *path = g_strdup_printf("%s/%s.raw", access->fleecing_dir, name);
+    if (!create_fleecing_file(path, disk->size, error)) {
+        return false;
+    }
+    disk->fleecing_file = g_steal_pointer(&path);
+    /* Without discard=unmap a trim succeeds and frees nothing. */
+    return pba_qmp_run(access->qmp, "blockdev-add",
+                       pba_json("{'driver': <'file'>, 'node-name': <%s>, 'filename': <%s>, "
+                                "'discard': <'unmap'>}",
+                                disk->fleecing_node, disk->fleecing_file),
+                       error);
+}
+
+/* discard=unmap hands the guest's own trims down to the disk. */
+static JsonNode *raw_options(const PbaDisk *disk, const char *file)
+{
+    return pba_json("{'driver': <'raw'>, 'node-name': <%s>, 'file': <%s>, 'discard': <'unmap'>, "
+                    "'read-only': <%b>}",
+                    disk->raw_node, file, (gboolean)disk->read_only);
+}
+
+static bool insert_raw(PbaAccess *access, PbaDisk *disk, GError **error)
+{
+    return pba_qmp_run(access->qmp, "blockdev-add", raw_options(disk, disk->root_node), error) &&
+           pba_qmp_run(access->qmp, "qom-set",
+                       pba_json("{'path': <%s>, 'property': <'drive'>, 'value': <%s>}", disk->qdev,
+                                disk->raw_node),
+                       error);
+}
+
+/* The target's bitmap as the mode wants it: recording, and if it is a new one with all bits set. */
+static bool prepare_bitmap(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, GError **error)
+{
+    g_autofree char *name = pba_target_bitmap(access->target_id);
+    JsonObject *info = pba_block_find_bitmap(block, disk->bitmap_node, name);
+
+    if (disk->mode == PBA_BITMAP_MODE_NONE) {
+        return true;
+    }
+    if (disk->mode == PBA_BITMAP_MODE_USE && info && !pba_json_find_bool(info, "inconsistent")) {
+        disk->action = PBA_BITMAP_ACTION_USED;
+        disk->bitmap_persistent = pba_json_find_bool(info, "persistent");
+    } else {
+        disk->action = disk->mode == PBA_BITMAP_MODE_NEW ? PBA_BITMAP_ACTION_NEW
+                                                         : PBA_BITMAP_ACTION_MISSING_RECREATED;
+        if (info && !pba_qmp_run(access->qmp, "block-dirty-bitmap-remove",
+                                 pba_json("{'node': <%s>, 'name': <%s>}", disk->bitmap_node, name),
+                                 error)) {
+            return false;
+        }
+        if (!pba_bitmap_add_all_dirty(access, disk, error)) {
+            return false;
+        }
+    }
+    disk->bitmap_name = g_steal_pointer(&name);
+    return true;
+}
+
+static bool add_background(PbaAccess *access, PbaDisk *disk, GError **error)
+{
+    if (!disk->bitmap_name) {
+        return true;
+    }
+    g_autofree char *name = pba_background_bitmap(access->target_id);
+    return pba_qmp_run(
+        access->qmp, "block-dirty-bitmap-add",
+        pba_json("{'node': <%s>, 'name': <%s>, 'granularity': <%u>, 'persistent': <%b>}",
+                 disk->bitmap_node, name, PBA_GRANULARITY, (gboolean)disk->bitmap_persistent),
+        error);
+}
+
+/* No bitmap option: QEMU copies that when the node is made, and bits set until the cut would be
+ * missing in it. */
+static bool add_filter(PbaAccess *access, PbaDisk *disk, GError **error)
+{
+    unsigned timeout = access->qemu_version >= 901 ? CBW_TIMEOUT_S : CBW_TIMEOUT_OLD_S;
+
+    return pba_qmp_run(access->qmp, "blockdev-add",
+                       pba_json("{'driver': <'copy-before-write'>, 'node-name': <%s>, 'file': <%s>, "
+                                "'target': <%s>, 'on-cbw-error': <'break-snapshot'>, "
+                                "'cbw-timeout': <%u>, 'discard': <'unmap'>, 'read-only': <%b>}",
+                                disk->filter_node, disk->root_node, disk->fleecing_node, timeout,
+                                (gboolean)disk->read_only),
+                       error);
+}
+
+static bool cut(PbaAccess *access, GError **error)
+{
+    JsonArray *options = json_array_new();
+
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        json_array_add_element(options, raw_options(disk, disk->filter_node));
+    }
+    return pba_qmp_run(access->qmp, "blockdev-reopen", pba_json_wrap_array("options", options),
+                       error);
+}
+
+/* Freezes the targets' bitmaps, and removes those that mode none has no use for. Bits that were set
+ * since the cut do no harm. */
+static bool freeze_bitmaps(PbaAccess *access, const PbaBlock *block, GError **error)
+{
+    g_autofree char *name = pba_target_bitmap(access->target_id);
+    g_autoptr(JsonArray) actions = json_array_new();
+
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        const char *type = disk->bitmap_name ? "block-dirty-bitmap-disable"
+                           : pba_block_find_bitmap(block, disk->bitmap_node, name)
+                               ? "block-dirty-bitmap-remove"
+                               : NULL;
+        if (type) {
+            json_array_add_element(
+                actions, pba_json("{'type': <%s>, 'data': <{'node': <%s>, 'name': <%s>}>}", type,
+                                  disk->bitmap_node, name));
+        }
+    }
+    return json_array_get_length(actions) == 0 ||
+           pba_qmp_run(access->qmp, "transaction",
+                       pba_json_wrap_array("actions", g_steal_pointer(&actions)), error);
+}
+
+static bool add_snapshot(PbaAccess *access, PbaDisk *disk, GError **error)
+{
+    disk->snapshot_node = pba_own_name(access, "snap", disk->device);
+    return pba_qmp_run(access->qmp, "blockdev-add",
+                       pba_json("{'driver': <'snapshot-access'>, 'node-name': <%s>, 'file': <%s>, "
+                                "'discard': <'unmap'>}",
+                                disk->snapshot_node, disk->filter_node),
+                       error);
+}
+
+typedef bool (*DiskStep)(PbaAccess *access, PbaDisk *disk, GError **error);
+
+static bool each_disk(PbaAccess *access, DiskStep step, GError **error)
+{
+    for (guint i = 0; i < access->disks->len; i++) {
+        PbaDisk *disk = access->disks->pdata[i];
+        if (!step(access, disk, error)) {
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool prepare_bitmaps(PbaAccess *access, const PbaBlock *block, GError **error)
+{
+    for (guint i = 0; i < access->disks->len; i++) {
+        PbaDisk *disk = access->disks->pdata[i];
+        if (!prepare_bitmap(access, disk, block, error)) {
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+    }
+    return true;
+}
+
+bool pba_upstream_setup(PbaAccess *access, PbaBlock *block, GError **error)
+{
+    /* The NBD server first: if another one runs, nothing has been done to the guest yet. Then the
+     * bitmaps: a QEMU that quit in mid-access leaves persistent ones split in two. */
+    if (!pba_nbd_server_start(access, error)) {
+        return false;
+    }
+    if (pba_bitmaps_join(access, block, false, error) &&
+        pba_block_query(access->qmp, true, block, error) &&
+        each_disk(access, add_fleecing, error) && each_disk(access, insert_raw, error) &&
+        prepare_bitmaps(access, block, error) && each_disk(access, add_background, error) &&
+        each_disk(access, add_filter, error) && cut(access, error) &&
+        freeze_bitmaps(access, block, error) && each_disk(access, add_snapshot, error)) {
+        return true;
+    }
+    GError *undo_error = NULL;
+    if (!pba_upstream_teardown(access, false, &undo_error)) {
+        pba_log(&access->hooks, PBA_LOG_WARN, "%s", undo_error->message);
+        g_error_free(undo_error);
+    }
+    return false;
+}

@@ -1,0 +1,414 @@
+/* An access from check to teardown, whatever the backend. */
+#include "access.h"
+#include "error.h"
+#include "json.h"
+#include <errno.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+/* BDRV_BITMAP_MAX_NAME_SIZE; the target-id is (part of) a bitmap's name. */
+#define MAX_BITMAP_NAME 1023
+
+static void free_disk(gpointer data)
+{
+    PbaDisk *disk = data;
+
+    g_free(disk->device);
+    g_free(disk->qdev);
+    g_free(disk->root_node);
+    g_free(disk->bitmap_node);
+    g_free(disk->snapshot_node);
+    g_free(disk->bitmap_name);
+    g_free(disk->raw_node);
+    g_free(disk->filter_node);
+    g_free(disk->fleecing_node);
+    g_free(disk->fleecing_file);
+    g_free(disk);
+}
+
+static char *short_hash(const char *text)
+{
+    g_autofree char *hash = g_compute_checksum_for_string(G_CHECKSUM_SHA256, text, -1);
+    return g_strndup(hash, 8);
+}
+
+char *pba_own_name(const PbaAccess *access, const char *role, const char *device)
+{
+    g_autofree char *target = short_hash(access->target_id);
+    g_autofree char *hash = short_hash(device);
+    return g_strdup_printf("pba-%s-%s-%s", role, target, hash);
+}
+
+/* What would reach QEMU as a name: QEMU crashes or leaks on some of these. */
+static bool check_target_id(const char *id, GError **error)
+{
+    const char *problem = NULL;
+
+    if (!id || !*id) {
+        problem = "must not be empty";
+    } else if (strcmp(id, "Proxmox") == 0 || strcmp(id, "Proxmox VE") == 0) {
+        problem = "is reserved: QEMU's own backup uses it";
+    } else if (!g_utf8_validate(id, -1, NULL)) {
+        problem = "must be valid UTF-8";
+    } else {
+        g_autofree char *background = pba_background_bitmap(id);
+        if (strlen(background) > MAX_BITMAP_NAME) {
+            pba_error_set(error, PBA_ERROR_ARGUMENT,
+                          "target-id is too long - %zu bytes, at most %zu can be part of the name "
+                          "of a bitmap",
+                          strlen(id), MAX_BITMAP_NAME - (strlen(background) - strlen(id)));
+            return false;
+        }
+        return true;
+    }
+    pba_error_set(error, PBA_ERROR_ARGUMENT, "target-id '%s' %s", id ? id : "", problem);
+    return false;
+}
+
+static bool check_utf8(const char *name, const char *value, GError **error)
+{
+    if (!value || (*value && g_utf8_validate(value, -1, NULL))) {
+        return true;
+    }
+    pba_error_set(error, PBA_ERROR_ARGUMENT, "%s must be valid UTF-8 and not empty", name);
+    return false;
+}
+
+static bool check_dir(const char *name, const char *value, GError **error)
+{
+    if (!check_utf8(name, value, error)) {
+        return false;
+    }
+    if (value && !g_path_is_absolute(value)) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT, "%s '%s' must be an absolute path", name, value);
+        return false;
+    }
+    return true;
+}
+
+static bool check_fleecing(GHashTable *fleecing, GError **error)
+{
+    GHashTableIter iter;
+    gpointer device, node;
+
+    if (!fleecing) {
+        return true;
+    }
+    g_hash_table_iter_init(&iter, fleecing);
+    while (g_hash_table_iter_next(&iter, &device, &node)) {
+        if (!check_utf8("a device of fleecing", device, error) ||
+            !check_utf8("a node of fleecing", node, error)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+PbaAccess *pba_access_new(PbaQmp *qmp, const PbaAccessOptions *options, const PbaHooks *hooks,
+                          GError **error)
+{
+    if (!check_target_id(options->target_id, error) ||
+        !check_dir("run-dir", options->run_dir, error) ||
+        !check_dir("fleecing-dir", options->fleecing_dir, error) ||
+        !check_utf8("bitmap-name", options->bitmap_name, error) ||
+        !check_fleecing(options->fleecing, error)) {
+        return NULL;
+    }
+    PbaAccess *access = g_new0(PbaAccess, 1);
+    access->qmp = qmp;
+    access->hooks = hooks ? *hooks : (PbaHooks){0};
+    access->target_id = g_strdup(options->target_id);
+    access->run_dir = g_strdup(options->run_dir);
+    access->identity = g_strdup(options->identity);
+    access->fleecing_dir = g_strdup(options->fleecing_dir);
+    access->fleecing = options->fleecing ? g_hash_table_ref(options->fleecing) : NULL;
+    access->early_bitmap_name = g_strdup(options->bitmap_name);
+    access->persistent = options->persistent;
+    access->disks = g_ptr_array_new_with_free_func(free_disk);
+    return access;
+}
+
+void pba_access_free(PbaAccess *access)
+{
+    if (!access) {
+        return;
+    }
+    g_free(access->target_id);
+    g_free(access->run_dir);
+    g_free(access->identity);
+    g_free(access->fleecing_dir);
+    g_clear_pointer(&access->fleecing, g_hash_table_unref);
+    g_free(access->early_bitmap_name);
+    g_free(access->socket_dir);
+    g_free(access->socket);
+    g_ptr_array_unref(access->disks);
+    g_free(access);
+}
+
+bool pba_access_is_up(const PbaAccess *access)
+{
+    return access->disks->len > 0;
+}
+
+const char *pba_access_socket(const PbaAccess *access)
+{
+    return access->socket;
+}
+
+size_t pba_access_device_count(const PbaAccess *access)
+{
+    return access->disks->len;
+}
+
+void pba_access_device_info(const PbaAccess *access, size_t index, PbaDeviceInfo *info)
+{
+    const PbaDisk *disk = access->disks->pdata[index];
+
+    *info = (PbaDeviceInfo){
+        .device = disk->device,
+        .node_name = disk->snapshot_node,
+        .size = disk->size,
+        .bitmap_node_name = disk->bitmap_name ? disk->bitmap_node : NULL,
+        .bitmap_name = disk->bitmap_name,
+        .action = disk->action,
+    };
+}
+
+static bool take_requests(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
+                          GError **error)
+{
+    if (count == 0) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT, "setup needs at least one device");
+        return false;
+    }
+    for (size_t i = 0; i < count; i++) {
+        if (!check_utf8("device", requests[i].device, error)) {
+            return false;
+        }
+        for (size_t j = 0; j < i; j++) {
+            if (strcmp(requests[i].device, requests[j].device) == 0) {
+                pba_error_set(error, PBA_ERROR_ARGUMENT, "is listed twice");
+                pba_error_add_device(error, requests[i].device);
+                return false;
+            }
+        }
+        PbaDisk *disk = g_new0(PbaDisk, 1);
+        disk->device = g_strdup(requests[i].device);
+        disk->mode = requests[i].mode;
+        g_ptr_array_add(access->disks, disk);
+    }
+    return true;
+}
+
+/* Fills in what QEMU has; refuses what cannot be backed up. */
+static bool resolve_disk(PbaDisk *disk, const PbaBlock *block, GError **error)
+{
+    JsonObject *device = pba_block_find_device(block, disk->device);
+
+    if (!device) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT, "there is no such block device in this guest");
+        return false;
+    }
+    if (!pba_json_find_object(device, "inserted")) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT,
+                      "has no medium - leave empty removable drives out of the backup");
+        return false;
+    }
+    disk->qdev = g_strdup(pba_json_find_string(device, "qdev"));
+    disk->root_node = g_strdup(pba_block_device_node(device));
+    disk->read_only = pba_json_find_bool(pba_json_find_object(device, "inserted"), "ro");
+    if (!disk->root_node) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "query-block shows no node for it");
+        return false;
+    }
+    return pba_block_device_size(device, &disk->size, error);
+}
+
+static bool resolve_disks(PbaAccess *access, const PbaBlock *block, GError **error)
+{
+    for (guint i = 0; i < access->disks->len; i++) {
+        PbaDisk *disk = access->disks->pdata[i];
+        if (!resolve_disk(disk, block, error)) {
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+        for (guint j = 0; j < i; j++) {
+            const PbaDisk *other = access->disks->pdata[j];
+            if (strcmp(disk->root_node, other->root_node) == 0) {
+                pba_error_set(error, PBA_ERROR_ARGUMENT, "is listed twice - also as '%s'",
+                              other->device);
+                pba_error_add_device(error, disk->device);
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+/* Where the caller's transport hides the socket, QEMU must tell who it is. */
+static bool ensure_identity(PbaAccess *access, GError **error)
+{
+    if (access->identity) {
+        return true;
+    }
+    g_autoptr(JsonObject) name = pba_qmp_query_object(access->qmp, "query-name", NULL, error);
+    g_autoptr(JsonObject) uuid =
+        name ? pba_qmp_query_object(access->qmp, "query-uuid", NULL, error) : NULL;
+    if (!uuid) {
+        return false;
+    }
+    const char *vm_name = pba_json_find_string(name, "name");
+    const char *vm_uuid = pba_json_find_string(uuid, "UUID");
+    access->identity = g_strdup_printf("%s:%s", vm_name ? vm_name : "", vm_uuid ? vm_uuid : "");
+    return true;
+}
+
+static bool choose_backend(PbaAccess *access, GError **error)
+{
+    PbaCapabilities capabilities;
+
+    if (!pba_capabilities(access->qmp, &capabilities, error)) {
+        return false;
+    }
+    access->backend =
+        strcmp(capabilities.backend, "pve") == 0 ? PBA_BACKEND_PVE : PBA_BACKEND_UPSTREAM;
+    access->form =
+        g_strcmp0(capabilities.form, "devlist") == 0 ? PBA_FORM_DEVLIST : PBA_FORM_DEVICES;
+    access->qemu_version = capabilities.major * 100 + capabilities.minor;
+    return true;
+}
+
+static void end_access(PbaAccess *access)
+{
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        if (disk->fleecing_file) {
+            unlink(disk->fleecing_file);
+        }
+    }
+    pba_run_dir_remove(access);
+    g_ptr_array_set_size(access->disks, 0);
+    access->server_up = false;
+    access->exported = false;
+    access->teardown_failed = false;
+}
+
+static bool set_up_disks(PbaAccess *access, PbaBlock *block, GError **error)
+{
+    bool pve = access->backend == PBA_BACKEND_PVE;
+
+    if (!(pve ? pba_pve_check(access, block, error) : pba_upstream_check(access, block, error)) ||
+        !ensure_identity(access, error) || !pba_run_dir_make(access, error)) {
+        return false;
+    }
+    if (pve ? pba_pve_setup(access, error) : pba_upstream_setup(access, block, error)) {
+        return true;
+    }
+    GError *undo_error = NULL;
+    if (access->server_up && !pba_exports_remove(access, &undo_error)) {
+        pba_log(&access->hooks, PBA_LOG_WARN, "%s", undo_error->message);
+        g_error_free(undo_error);
+    }
+    return false;
+}
+
+bool pba_access_setup(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
+                      GError **error)
+{
+    g_auto(PbaBlock) block = {0};
+
+    if (pba_access_is_up(access)) {
+        pba_error_set(error, PBA_ERROR_STATE,
+                      "previous backup for target '%s' not finished - tear it down first",
+                      access->target_id);
+        return false;
+    }
+    bool done = take_requests(access, requests, count, error) && choose_backend(access, error) &&
+                pba_block_query(access->qmp, access->backend == PBA_BACKEND_UPSTREAM, &block, error) &&
+                resolve_disks(access, &block, error) && set_up_disks(access, &block, error);
+    pba_qmp_release(access->qmp);
+    if (!done) {
+        end_access(access);
+    }
+    return done;
+}
+
+static bool require_up(const PbaAccess *access, GError **error)
+{
+    if (!pba_access_is_up(access)) {
+        pba_error_set(error, PBA_ERROR_STATE, "no access is set up - call setup first");
+        return false;
+    }
+    return true;
+}
+
+bool pba_access_export(PbaAccess *access, GError **error)
+{
+    if (!require_up(access, error)) {
+        return false;
+    }
+    if (!access->exported) {
+        access->exported = pba_exports_add(access, error);
+        pba_qmp_release(access->qmp);
+    }
+    return access->exported;
+}
+
+/* A QEMU that quit has taken the access with it. */
+static bool qemu_is_gone(const PbaAccess *access)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+
+    g_strlcpy(address.sun_path, access->socket, sizeof(address.sun_path));
+    bool gone = access->server_up && fd >= 0 &&
+                connect(fd, (struct sockaddr *)&address, sizeof(address)) != 0 &&
+                (errno == ECONNREFUSED || errno == ENOENT);
+    if (fd >= 0) {
+        close(fd);
+    }
+    return gone;
+}
+
+static bool tear_down(PbaAccess *access, bool success, GError **error)
+{
+    GError *first = NULL;
+
+    /* QEMU aborts if a bitmap is still exported when the access ends. */
+    bool removed = pba_exports_remove(access, &first);
+    bool pve = access->backend == PBA_BACKEND_PVE;
+    if (removed || (!pve && !pba_error_is_fatal(first))) {
+        GError *step = NULL;
+        success = success && removed && !access->teardown_failed;
+        (pve ? pba_pve_teardown : pba_upstream_teardown)(access, success, &step);
+        pba_error_keep_first(&first, step, &access->hooks);
+    }
+    if (first) {
+        g_propagate_error(error, first);
+        return false;
+    }
+    return true;
+}
+
+bool pba_access_teardown(PbaAccess *access, bool success, GError **error)
+{
+    g_autoptr(GError) local = NULL;
+
+    if (!require_up(access, error)) {
+        return false;
+    }
+    pba_qmp_release(access->qmp); /* a call that never returned may have left it half used */
+    bool done = tear_down(access, success, &local);
+    pba_qmp_release(access->qmp);
+    if (done || (local->code == PBA_ERROR_CONNECTION && qemu_is_gone(access))) {
+        end_access(access);
+    } else {
+        access->teardown_failed = true;
+    }
+    if (!done) {
+        g_propagate_error(error, g_steal_pointer(&local));
+    }
+    return done;
+}

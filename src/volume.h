@@ -1,0 +1,67 @@
+/* What nbd.c and dirty-iter.c share. */
+#ifndef PBA_SRC_VOLUME_H
+#define PBA_SRC_VOLUME_H
+
+#include "pba.h"
+#include <libnbd.h>
+
+/* Block-status requests kept in flight. */
+#define PBA_MAP_DEPTH 4
+
+/* One block-status request: a part of the map, asked for and then read out in order. */
+typedef struct {
+    struct PbaVolume *volume;
+    uint64_t offset; /* what it covers */
+    uint64_t length;
+    bool sent;
+    bool answered;
+    int error;         /* errno of the completion, 0 if good */
+    uint32_t *extents; /* length, flags, length, flags... as the server sent them */
+    size_t count;      /* of numbers in extents */
+    size_t capacity;
+    size_t next; /* number to read out next */
+} PbaMapChunk;
+
+/* The way through the map. The chunks are a ring: head is read out, the others are under way. */
+typedef struct {
+    PbaMapChunk chunks[PBA_MAP_DEPTH];
+    unsigned head;
+    unsigned used;
+    uint64_t asked;      /* up to here chunks were made */
+    uint64_t chunk_size; /* of the next one */
+    uint64_t run_offset; /* the dirty run that is being joined; run_length 0: none */
+    uint64_t run_length;
+} PbaMap;
+
+struct PbaVolume {
+    struct nbd_handle *nbd; /* NULL: not connected */
+    PbaHooks hooks;
+    char *device;
+    char *path;
+    char *context; /* NULL: no bitmap */
+    uint64_t size;
+    char *broken; /* why nothing more can be had from this volume; NULL: it works */
+    PbaMap map;
+};
+
+/* Connects, or connects again after an interrupted call. */
+bool pba_volume_connect(PbaVolume *volume, GError **error);
+/* Lets libnbd send and receive once something can be. what names the wait. */
+bool pba_volume_turn(PbaVolume *volume, gint64 deadline, const char *what, GError **error);
+/* True if there is no connection any more. */
+bool pba_volume_is_lost(const PbaVolume *volume);
+/* libnbd's last error, as one of ours about this device. */
+void pba_volume_set_nbd_error(const PbaVolume *volume, const char *what, GError **error);
+/* Marks the volume as of no more use because of error. */
+void pba_volume_break(PbaVolume *volume, const GError *error);
+
+void pba_map_init(PbaVolume *volume);
+/* The connection is closed: whatever was asked has to be asked again. */
+void pba_map_disconnected(PbaVolume *volume);
+void pba_map_clear(PbaVolume *volume);
+
+/* Seconds a request may take: storage below may be slow, and a server that is gone is seen at
+ * once anyhow. */
+#define PBA_NBD_LIMIT_S 300
+
+#endif

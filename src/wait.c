@@ -1,0 +1,57 @@
+#include "wait.h"
+
+#include "error.h"
+#include <errno.h>
+#include <poll.h>
+
+/* A signal that arrives just before poll() does not end it, so the hook is asked this often. */
+#define SLICE_MS 200
+
+gint64 pba_deadline(unsigned seconds)
+{
+    return g_get_monotonic_time() + seconds * G_TIME_SPAN_SECOND;
+}
+
+static bool may_go_on(gint64 deadline, const PbaHooks *hooks, const char *what, GError **error)
+{
+    if (hooks && hooks->interrupted && hooks->interrupted(hooks->opaque)) {
+        pba_error_set(error, PBA_ERROR_INTERRUPTED, "interrupted while %s", what);
+        return false;
+    }
+    if (g_get_monotonic_time() >= deadline) {
+        pba_error_set(error, PBA_ERROR_TIMEOUT, "timeout while %s", what);
+        return false;
+    }
+    return true;
+}
+
+bool pba_wait_fd(int fd, short events, short *revents, gint64 deadline, const PbaHooks *hooks,
+                 const char *what, GError **error)
+{
+    struct pollfd pollfd = {.fd = fd, .events = events};
+
+    while (may_go_on(deadline, hooks, what, error)) {
+        gint64 left_ms = (deadline - g_get_monotonic_time()) / 1000 + 1;
+        int ready = poll(&pollfd, 1, (int)CLAMP(left_ms, 0, SLICE_MS));
+        if (ready > 0) {
+            *revents = pollfd.revents;
+            return true;
+        }
+        if (ready < 0 && errno != EINTR) {
+            pba_error_set(error, PBA_ERROR_SYSTEM, "poll failed while %s - %s", what,
+                          g_strerror(errno));
+            return false;
+        }
+    }
+    return false;
+}
+
+bool pba_wait_ms(unsigned milliseconds, gint64 deadline, const PbaHooks *hooks, const char *what,
+                 GError **error)
+{
+    if (!may_go_on(deadline, hooks, what, error)) {
+        return false;
+    }
+    poll(NULL, 0, (int)MIN(milliseconds, SLICE_MS));
+    return true;
+}
