@@ -248,7 +248,8 @@ static bool check_still_there(PbaAccess *access, const PbaBlock *block, GError *
     for (guint i = 0; i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
         const char *missing = NULL;
-        if (!pba_block_find_device(block, disk->device) ||
+        /* The device's root may be QEMU's filter now, so its node's name does not find it. */
+        if (!pba_block_find_device(block, disk->qdev ? disk->qdev : disk->device) ||
             !pba_block_find_node(block, disk->root_node)) {
             missing = "the guest device or its node";
         } else if (disk->bitmap_name &&

@@ -1,0 +1,142 @@
+package PBA::Test::Backend;
+
+# A virtual machine as one of the two backends sees it: a stock QEMU, or Proxmox' commands spoken by
+# the front (by the QEMU itself where it has them). The same tests run against both.
+
+use v5.36;
+
+use Test::More ();
+
+use PVE::BackupAccess;
+
+use PBA::Test::Front;
+use PBA::Test::VM;
+
+my $TARGET = 'snapshot-access:test';
+
+sub names ($class) { return qw(upstream pve) }
+
+# name => upstream or pve; form => of Proxmox' command; everything else is for PBA::Test::VM.
+sub start ($class, %opt) {
+    my ($name, $form) = delete(@opt{qw(name form)});
+    my $vm = PBA::Test::VM->start(%opt);
+    my $self = bless({ name => $name, vm => $vm, form => $form // 'devices' }, $class);
+    $self->connect;
+    return $self;
+}
+
+# What has to be there before a backup: also after a restart of the VM.
+sub connect ($self) {
+    my $vm = $self->{vm};
+    undef $self->{front};
+    return if $self->{name} eq 'upstream';
+    if (!grep { $_->{name} eq 'backup-access-setup' } $vm->qmp('query-commands')->@*) {
+        $self->{front} = PBA::Test::Front->start(
+            qemu_qmp => $vm->qmp_path,
+            listen => $vm->dir . '/front.qmp',
+            form => $self->{form},
+            pid => $vm->pid,
+        );
+    }
+    $self->attach_fleecing($_) for $vm->disk_ids;
+    return;
+}
+
+sub attach_fleecing ($self, $id, %opt) {
+    my $device = $self->device($id);
+    $self->{vm}->add_fleecing_node($id, as => "$device-fleecing", %opt);
+    return;
+}
+
+sub restart ($self) {
+    undef $self->{front};
+    $self->{vm}->restart;
+    $self->connect;
+    return;
+}
+
+sub vm ($self) { return $self->{vm} }
+sub guest ($self) { return $self->{vm}->guest }
+sub front ($self) { return $self->{front} }
+sub device ($self, $id) { return $self->{vm}->disk($id)->{device} }
+sub qmp_path ($self) { return $self->{front} ? $self->{front}->socket_path : $self->{vm}->qmp_path }
+
+# Where fleecing images and the NBD socket go; nothing may be left there.
+sub work_dir ($self, $name) {
+    my $dir = $self->{vm}->dir . "/$name";
+    mkdir($dir, 0700);
+    return $dir;
+}
+
+sub left_files ($self) {
+    return map { glob("$self->{vm}{dir}/$_/*") } qw(run fleecing);
+}
+
+sub options ($self, %opt) {
+    my %fleecing = $self->{name} eq 'upstream' ? ('fleecing-dir' => $self->work_dir('fleecing')) : ();
+    return (
+        qmp => $self->qmp_path,
+        'target-id' => $TARGET,
+        'run-dir' => $self->work_dir('run'),
+        timeout => 30,
+        %fleecing,
+        %opt,
+    );
+}
+
+sub access ($self, %opt) {
+    return PVE::BackupAccess->new($self->options(%opt));
+}
+
+# [{ device, bitmap-mode }] for all disks, with one mode for all.
+sub devices ($self, $mode, @ids) {
+    @ids = $self->{vm}->disk_ids if !@ids;
+    return [map { { device => $self->device($_), 'bitmap-mode' => $mode } } @ids];
+}
+
+# The block graph, exports and NBD server's files as they are outside of an access.
+sub outside ($self) {
+    return {
+        graph => $self->{vm}->graph,
+        exports => $self->{vm}->exports,
+        files => [$self->left_files],
+    };
+}
+
+# The bitmaps that are not the target's own: none outside of an access.
+sub other_bitmaps ($self) {
+    my $bitmaps = $self->{vm}->bitmaps;
+    return [
+        grep { !m/\Q: $TARGET\E\z|: pba:\Q$TARGET\E\z/ }
+        map { my $node = $_; map { "$node: $_" } sort keys $bitmaps->{$node}->%* }
+        sort keys $bitmaps->%*
+    ];
+}
+
+# What must hold whatever a test did. The front itself stops its QEMU for the cut, which a real one
+# does not need.
+sub check_manners ($self) {
+    if (my $front = $self->{front}) {
+        my $call = $front->fatal_call;
+        Test::More::is($call && $call->{why}, undef, 'no call that kills a Proxmox QEMU');
+        Test::More::ok(!(grep { $_ eq 'stop' } $front->names), 'no stop was sent');
+    } else {
+        my @stops = $self->{vm}->events('STOP');
+        Test::More::is(scalar(@stops), 0, 'the guest was never paused');
+    }
+}
+
+# [{ node, name, count, recording, ... }] of the target's bitmaps.
+sub target_bitmaps ($self) {
+    my $bitmaps = $self->{vm}->bitmaps;
+    my @found;
+    for my $node (sort keys $bitmaps->%*) {
+        for my $name (sort keys $bitmaps->{$node}->%*) {
+            push(@found, { node => $node, name => $name, $bitmaps->{$node}{$name}->%* })
+                if $name eq $TARGET || $name eq "pba:$TARGET";
+        }
+    }
+    return @found;
+}
+
+1;

@@ -1,0 +1,104 @@
+package PBA::Test::Front::Graph;
+
+# The block graph of the QEMU below: which disk a name means, and putting nodes in.
+
+use v5.36;
+
+use JSON::PP ();
+
+sub new ($class, $qemu) { return bless { qemu => $qemu }, $class }
+
+# What the other methods know is from here; only bitmap() asks anew.
+sub refresh ($self) {
+    my $qemu = $self->{qemu};
+    $self->{block} = $qemu->call('query-block');
+    my $nodes = $qemu->call('query-named-block-nodes', { flat => JSON::PP::true });
+    $self->{nodes} = { map { $_->{'node-name'} => $_ } @$nodes };
+
+    # Only the newest QEMU tells a node's children in a better supported way.
+    my $graph = $qemu->call('x-debug-query-block-graph');
+    my %names = map { $_->{id} => $_->{name} } @{ $graph->{nodes} };
+    $self->{children} = {};
+    for my $edge (@{ $graph->{edges} }) {
+        my ($parent, $child) = @names{ @$edge{qw(parent child)} };
+        $self->{children}{$parent}{ $edge->{name} } = $child;
+    }
+    return;
+}
+
+# What $name means: a block backend, else a node. { device, top, size, backend }.
+sub find_node ($self, $name) {
+    my ($entry) = grep { $_->{device} ne '' && $_->{device} eq $name } @{ $self->{block} };
+    if ($entry && !$entry->{inserted}) {
+        die { fatal => "device $name has no medium" };
+    }
+    my $top = $entry ? $entry->{inserted}{'node-name'} : $name;
+    my $node = $self->{nodes}{$top};
+    die { class => 'DeviceNotFound', desc => "Device '$name' not found" } if !$node;
+    my $size = $node->{image}{'virtual-size'};
+    return { device => $name, top => $top, size => $size, backend => $entry ? 1 : 0 };
+}
+
+# Also with what an access to it needs: { node, fleecing, throttle, qdev }.
+sub find_disk ($self, $name) {
+    my $disk = $self->find_node($name);
+    my $fleecing = $self->find_node("$name-fleecing");
+    my ($have, $want) = map { int($_->{size} / 512) } $fleecing, $disk;
+    if ($have != $want) {
+        my $desc = "Size mismatch for '$name-fleecing' - sector count $have != $want";
+        die { desc => $desc };
+    }
+    my $top = $disk->{top};
+    my @used = grep { $_->{inserted} } @{ $self->{block} };
+    my ($user) = grep { $_->{inserted}{'node-name'} eq $top } @used;
+    $disk->{qdev} = $user->{qdev} if $user;
+    $disk->{fleecing} = $fleecing->{top};
+    $disk->{throttle} = $self->{nodes}{$top}{drv} eq 'throttle' ? 1 : 0;
+    $disk->{node} = $disk->{throttle} ? $self->{children}{$top}{file} : $top;
+    return $disk;
+}
+
+sub writable_disks ($self) {
+    my @used = grep { $_->{inserted} && !$_->{inserted}{ro} } @{ $self->{block} };
+    my @names = map { $_->{device} ne '' ? $_->{device} : $_->{inserted}{'node-name'} } @used;
+    return grep { !/-fleecing\z/ } @names;
+}
+
+sub is_there ($self, $disk) {
+    return exists($self->{nodes}{ $disk->{top} }) if !$disk->{backend};
+    return grep { $_->{device} eq $disk->{device} } @{ $self->{block} };
+}
+
+sub bitmap ($self, $node, $name) {
+    my $nodes = $self->{qemu}->call('query-named-block-nodes', { flat => JSON::PP::true });
+    my ($found) = grep { $_->{'node-name'} eq $node } @$nodes;
+    return undef if !$found;
+    my ($bitmap) = grep { ($_->{name} // '') eq $name } @{ $found->{'dirty-bitmaps'} // [] };
+    return $bitmap;
+}
+
+# Makes the disk's user, a throttle filter or the guest's device, stand on $node.
+sub point_to ($self, $disk, $node) {
+    return $self->_reopen_throttle($disk->{top}, $node) if $disk->{throttle};
+    return if !defined($disk->{qdev});
+    my ($user) = grep { ($_->{qdev} // '') eq $disk->{qdev} } @{ $self->{qemu}->call('query-block') };
+    return if !$user;
+    my $path = $disk->{qdev} =~ m{\A/} ? $disk->{qdev} : "/machine/peripheral/$disk->{qdev}";
+    $self->{qemu}->call('qom-set', { path => $path, property => 'drive', value => $node });
+    return;
+}
+
+# Options that are not named go back to their defaults. A throttle filter does not tell whether it
+# lets discards through; if it does, what is below still decides.
+sub _reopen_throttle ($self, $name, $node) {
+    my $now = $self->{nodes}{$name};
+    my ($group) = $now->{file} =~ /"throttle-group": "([^"]*)"/;
+    my %options = (driver => 'throttle', 'node-name' => $name, 'throttle-group' => $group);
+    my %cache = map { $_ => $now->{cache}{$_} } qw(direct no-flush);
+    my %more = ('read-only' => $now->{ro}, 'detect-zeroes' => $now->{detect_zeroes});
+    my %all = (%options, %more, discard => 'unmap', cache => \%cache, file => $node);
+    $self->{qemu}->call('blockdev-reopen', { options => [\%all] });
+    return;
+}
+
+1;

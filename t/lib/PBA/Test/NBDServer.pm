@@ -1,0 +1,130 @@
+package PBA::Test::NBDServer;
+
+# A small NBD server (fixed newstyle, structured replies, dirty bitmap and base:allocation contexts)
+# that is correct unless told to misbehave, one process per connection.
+#
+#   my $server = PBA::Test::NBDServer->start(
+#       size => $bytes, export => 'disk', bitmap => 'bitmap0',
+#       dirty => [[$offset, $length], ...],     # in order; or sub ($offset) => ($length, $flags)
+#       data => sub ($offset, $length) { ... }, # default: pattern() of this module
+#   );
+#   $server->uri; $server->socket_path; $server->context;
+#   $server->requests('block-status'); $server->max_in_flight;
+#
+# How far it is like a snapshot-access node with a bitmap:
+#   dirty_only => 1         EINVAL for reads and allocation outside dirty areas, or where trimmed
+#
+# Misbehaviour (good_first => N: only after N well answered requests of the command in question):
+#   max_extents => N        never more than N extents in one answer
+#   answer_more => 1        the last extent is not cut off at the end of the request
+#   zero_extent => 1        an extent of no length comes first in the answer
+#   no_extents => 1         the answer has no extent at all
+#   only_zero_extents => 1  the answer is one extent of no length
+#   beyond_end => N         the last extent of the disk is N bytes too long
+#   unknown_flags => BITS   set in every extent
+#   wrong_context_id => 1   the answer is for a context nobody asked for
+#   offer_bitmap => 0       the context does not exist
+#   advertised_size => N    another size than the true one
+#   block_status_error, read_error, trim_error => ERRNO
+#   short_read => N         the data chunk is N bytes shorter than asked, the read ends as if well
+#   missing_data => 1       a read ends as if well without any data chunk
+#   delay => SECONDS        per request, from when it came, so that requests in flight overlap
+#   disconnect_after => N   block status requests
+#   disconnect_at => OFFSET when a block status or read request covers it
+#   disconnect_in => 'block-status' or 'read': in the middle of the reply's chunk
+#   hang_at => OFFSET       such a request is never answered, the connection stays
+
+use v5.36;
+
+use parent 'PBA::Test::Peer';
+
+use List::Util qw(max);
+use POSIX ();
+
+use PBA::Test::NBDServer::Connection;
+
+# ---- in the test ----
+
+sub start ($class, %options) {
+    my %defaults = (size => 1 << 30, export => 'disk', bitmap => 'bitmap0', dirty => []);
+    my $self = $class->SUPER::start(%defaults, %options);
+    return $self;
+}
+
+sub context ($self) { return "qemu:dirty-bitmap:$self->{bitmap}" }
+
+sub uri ($self, $export = $self->{export}) {
+    return "nbd+unix:///$export?socket=$self->{socket}";
+}
+
+# What the server was asked to do: { command, offset, length, flags, connection, in_flight }.
+sub requests ($self, $command = undef) {
+    return grep { !defined($command) || $_->{command} eq $command } $self->records('request');
+}
+
+sub max_in_flight ($self) {
+    my $max = 0;
+    for my $request ($self->requests) {
+        $max = $request->{in_flight} if $request->{in_flight} > $max;
+    }
+    return $max;
+}
+
+sub connections ($self) { return scalar(() = $self->records('connected')) }
+sub disconnections ($self) { return scalar(() = $self->records('closed')) }
+
+# What a disk without data of its own holds: each 8 bytes name their place.
+sub pattern ($offset, $length) {
+    my $start = $offset - $offset % 8;
+    my $words = ($offset + $length - $start + 7) >> 3;
+    my $bytes = pack('Q>*', map { $start + $_ * 8 } 0 .. $words - 1);
+    return substr($bytes, $offset - $start, $length);
+}
+
+# ---- in the server's process ----
+
+sub serve ($self, $listener) {
+    my %options = (
+        data => \&pattern,
+        offer_bitmap => 1,
+        good_first => 0,
+        %$self,
+        extent_at => ref($self->{dirty}) eq 'CODE' ? $self->{dirty} : _extents_of_list($self),
+    );
+    $SIG{CHLD} = 'IGNORE';
+    for (my $number = 1;; $number++) {
+        $self->wait_ready($listener, 'read');
+        my $client = $listener->accept or next;
+        my $pid = fork() // die "cannot fork: $!\n";
+        next if $pid;
+        close($listener);
+        $self->_serve_connection($client, $number, \%options);
+    }
+}
+
+sub _serve_connection ($self, $client, $number, $options) {
+    $client->blocking(0);
+    $self->record('connected', connection => $number);
+    my $connection = PBA::Test::NBDServer::Connection->new($self, $client, $number, $options);
+    my $ok = eval { $connection->run; 1 };
+    my $why = $ok ? 'end of stream' : $@ =~ s/\n\z//r;
+    $self->record('closed', connection => $number, why => $why);
+    POSIX::_exit(0);
+}
+
+# The same answer as from a code ref: how far it is from an offset to the next change, and the
+# flags.
+sub _extents_of_list ($self) {
+    my $size = max($self->{size}, $self->{advertised_size} // 0);
+    my @ranges = @{ $self->{dirty} };
+    my $index = 0;
+    return sub ($offset) {
+        $index = 0 if $index > 0 && $offset < $ranges[$index - 1][0] + $ranges[$index - 1][1];
+        $index++ while $index < @ranges && $ranges[$index][0] + $ranges[$index][1] <= $offset;
+        return ($size - $offset, 0) if $index == @ranges;
+        my ($start, $length) = @{ $ranges[$index] };
+        return $offset < $start ? ($start - $offset, 0) : ($start + $length - $offset, 1);
+    };
+}
+
+1;

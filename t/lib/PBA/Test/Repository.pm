@@ -1,0 +1,90 @@
+package PBA::Test::Repository;
+
+# Backups of a machine's disks as a careful provider keeps them: for each disk one image, the state
+# of the last good backup. Made by the module's public interface alone.
+
+use v5.36;
+
+use File::Copy ();
+
+my $PIECE = 1024 * 1024;
+# What an image is full of before anything was backed up: a gap does not look like zeroes.
+my $UNSEEN = "\xee";
+
+sub new ($class, $backend) {
+    my $dir = $backend->work_dir('repository');
+    return bless({ backend => $backend, dir => $dir, good => {} }, $class);
+}
+
+sub image ($self, $id) { return "$self->{dir}/$id.good" }
+sub candidate ($self, $id) { return "$self->{dir}/$id.new" }
+
+# One backup of these disks in one access. mode => for all or { id => mode }, success => 0 or 1,
+# options => for the access, during => code run while the access is up. A failed one stops in the
+# middle of the data. Returns { id => { action, status, regions, bytes } }.
+sub backup ($self, %opt) {
+    my $backend = $self->{backend};
+    my @ids = ($opt{disks} // [$backend->vm->disk_ids])->@*;
+    my $modes = ref($opt{mode}) ? $opt{mode} : { map { $_ => $opt{mode} } @ids };
+    my $access = $backend->access(($opt{options} // {})->%*);
+    my $infos = $access->setup([map { $backend->devices($modes->{$_}, $_)->@* } @ids]);
+    my $volumes = $access->volumes('nbd');
+
+    my %result;
+    for my $i (0 .. $#ids) {
+        my $id = $ids[$i];
+        my $device = $backend->device($id);
+        $opt{during}->($id) if $opt{during};
+        $result{$id} = $self->_read_disk($id, $device, $volumes->{$device}, $opt{success});
+        $result{$id}{action} = $infos->[$i]{'bitmap-action'} // 'none';
+    }
+    $access->teardown($opt{success});
+    if ($opt{success}) {
+        rename($self->candidate($_), $self->image($_)) or die "rename: $!\n" for @ids;
+    }
+    return \%result;
+}
+
+sub _read_disk ($self, $id, $device, $volume, $success) {
+    my $reader = PVE::BackupAccess::Volume->open($device, $volume);
+    my $fh = $self->_open_candidate($id, $volume);
+    my ($regions, $bytes) = (0, 0);
+    while (my ($offset, $length) = $reader->next_dirty_region) {
+        $regions++;
+        $bytes += $length;
+        next if !$success && $bytes > $volume->{size} / 4;
+        _copy_region($reader, $fh, $offset, $length);
+    }
+    close($fh) or die "cannot write the candidate: $!\n";
+    $reader->close;
+    return { status => $volume->{'bitmap-mode'}, regions => $regions, bytes => $bytes };
+}
+
+# Only a bitmap that is reused makes an increment of the last good state.
+sub _open_candidate ($self, $id, $volume) {
+    my $file = $self->candidate($id);
+    if ($volume->{'bitmap-mode'} eq 'reuse' && -e $self->image($id)) {
+        File::Copy::copy($self->image($id), $file) or die "cannot copy $file: $!\n";
+    } else {
+        open(my $new, '>:raw', $file) or die "$file: $!\n";
+        for (my $left = $volume->{size}; $left > 0; $left -= $PIECE) {
+            print {$new} $UNSEEN x ($left < $PIECE ? $left : $PIECE);
+        }
+        close($new) or die "$file: $!\n";
+    }
+    open(my $fh, '+<:raw', $file) or die "$file: $!\n";
+    return $fh;
+}
+
+sub _copy_region ($reader, $fh, $offset, $length) {
+    my $end = $offset + $length;
+    for (my $at = $offset; $at < $end; $at += $PIECE) {
+        my $size = $end - $at < $PIECE ? $end - $at : $PIECE;
+        seek($fh, $at, 0) or die "seek: $!\n";
+        print {$fh} $reader->pread($at, $size);
+        $reader->discard($at, $size);
+    }
+    return;
+}
+
+1;

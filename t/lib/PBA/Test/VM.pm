@@ -1,0 +1,581 @@
+package PBA::Test::VM;
+
+# A real virtual machine for a test: QEMU under emulation with the disks asked for, in a private
+# directory, and the test guest in it unless told otherwise. It ends with the object.
+
+use v5.36;
+
+use File::Temp   ();
+use JSON::PP     ();
+use POSIX        qw(WNOHANG);
+use Scalar::Util ();
+use Time::HiRes  ();
+
+use PBA::Test::Cache;
+use PBA::Test::Channel;
+use PBA::Test::Graph;
+use PBA::Test::Guest;
+use PBA::Test::QMP;
+
+my $JSON          = JSON::PP->new->utf8->canonical;
+my $DEFAULT_SIZE  = 64 * 1024 * 1024;
+my $START_TIMEOUT = 60;
+my $BOOT_TIMEOUT  = 180;
+my $QUIT_TIMEOUT  = 60;
+
+# Those that are still there when the program ends must be ended before Perl destroys objects in any
+# order.
+my %STARTED;
+
+sub _end_all () {
+    $_->DESTROY for grep { defined } values %STARTED;
+    return;
+}
+
+END {
+    local $?;
+    _end_all();
+}
+
+# A test that is interrupted cleans up as well, then dies of the signal as it would have. Handlers
+# somebody else has set are left alone.
+sub _handle_signals () {
+    for my $name (grep { ($SIG{$_} // 'DEFAULT') =~ /\A(?:DEFAULT)?\z/ } qw(INT TERM HUP)) {
+        $SIG{$name} = sub {
+            _end_all();
+            $SIG{$name} = 'DEFAULT';
+            kill $name => $$;
+        };
+    }
+    return;
+}
+
+# Options: disks => [{ id, size, format => raw|qcow2, cache => writeback|none, iothread => 0|1,
+# bus => virtio|scsi, shape => blockdev|drive, throttle => 0|1, file => existing image, readonly,
+# filesystem => 'ext4', device_args => 'werror=report' }], empty_cdrom => 0|1, guest => 0|1,
+# paused => 0|1, memory => MiB, machine => type, args => [more of QEMU's].
+sub start ($class, %opt) {
+    my $dir  = File::Temp->newdir('pba-vm.XXXXXX', TMPDIR => 1);
+    my $self = bless {
+        tmp   => $dir,
+        dir   => "$dir",
+        owner => $$,
+        opt   => { guest => 1, machine => 'pc', memory => 256, %opt },
+        disks => {},
+        order => [],
+    }, $class;
+    Scalar::Util::weaken($STARTED{ 0 + $self } = $self);
+    _handle_signals();
+    my @disks = ($opt{disks} // [{ id => 'disk0' }])->@*;
+    $self->_add_disk($_->%*) for @disks;
+    $self->_launch;
+    return $self;
+}
+
+# Stops QEMU where it still runs and starts it again on the same disks.
+sub restart ($self) {
+    $self->quit if $self->is_alive;
+    $self->_launch;
+    return $self;
+}
+
+# ---- disks ----
+
+sub qemu_img ($class = undef) {
+    return $ENV{PBA_QEMU_IMG} // 'qemu-img';
+}
+
+sub _system (@command) {
+    local $ENV{PATH} = "$ENV{PATH}:/usr/sbin:/sbin";
+    system(@command) == 0 or die "'@command' failed: status $?\n";
+    return;
+}
+
+sub _add_disk ($self, %disk) {
+    my $id = $disk{id} // die "a disk needs an id\n";
+
+    # virtio-blk has 20 bytes for the serial number the guest finds the disk by.
+    die "disk id '$id' is not 1 to 20 plain characters\n" if $id !~ /\A[A-Za-z][\w.-]{0,19}\z/;
+    %disk = (
+        format   => 'raw',
+        cache    => 'writeback',
+        bus      => 'virtio',
+        shape    => 'blockdev',
+        iothread => 0,
+        throttle => 0,
+        readonly => 0,
+        %disk,
+    );
+    my $existing = defined $disk{file};
+    $disk{file} //= "$self->{dir}/$id.$disk{format}";
+    $disk{size} //= $existing ? _image_size($disk{file}, $disk{format}) : $DEFAULT_SIZE;
+    _create_image(\%disk) if !$existing;
+
+    $disk{qdev_id}  = "$id-dev";
+    $disk{qom_path} = "/machine/peripheral/$id-dev";
+
+    # What query-block shows and qom-get and qemu-io -d take.
+    $disk{qdev}   = $disk{bus} eq 'scsi' ? "$id-dev" : "/machine/peripheral/$id-dev/virtio-backend";
+    $disk{device} = $disk{shape} eq 'drive' ? "drive-$id" : $id;
+    $disk{index}  = $self->{order}->@*;
+    push $self->{order}->@*, $id;
+    $self->{disks}{$id} = \%disk;
+    return;
+}
+
+sub _image_size ($file, $format) {
+    return -s $file if $format eq 'raw';
+    open(my $out, '-|', qemu_img(), 'info', '-U', '-f', $format, '--output=json', $file)
+        or die "qemu-img: $!\n";
+    local $/ = undef;
+    return $JSON->decode(scalar <$out>)->{'virtual-size'};
+}
+
+sub _create_image ($disk) {
+    my ($file, $size) = $disk->@{qw(file size)};
+    if ($disk->{filesystem}) {
+        my $raw = "$file.mkfs";
+        _create_raw($raw, $size);
+        _system("mkfs.$disk->{filesystem}", '-q', '-F', $raw);
+        _system(qemu_img(), 'convert', '-f', 'raw', '-O', $disk->{format}, $raw, $file);
+        unlink $raw;
+    }
+    elsif ($disk->{format} eq 'raw') {
+        _create_raw($file, $size);
+    }
+    else {
+        _system(qemu_img(), 'create', '-q', '-f', $disk->{format}, $file, $size);
+    }
+    return;
+}
+
+sub _create_raw ($file, $size) {
+    open(my $fh, '>', $file) or die "$file: $!\n";
+    truncate($fh, $size)     or die "$file: $!\n";
+    close($fh)               or die "$file: $!\n";
+    return;
+}
+
+# { id, file, size, format, ..., device => what a backup calls it (the drive, or the node where the
+# disk has no drive), qdev_id, qom_path, qdev => as in query-block }
+sub disk ($self, $id) {
+    return $self->{disks}{$id} // die "no disk '$id'\n";
+}
+
+sub disk_ids ($self) {
+    return $self->{order}->@*;
+}
+
+# A raw image of the disk as it is on the host now. Only steady while nobody writes.
+sub raw_image ($self, $id) {
+    my $disk = $self->disk($id);
+    return $disk->{file} if $disk->{format} eq 'raw';
+    my $raw  = "$self->{dir}/$id.flat";
+    my @from = ('-U', '-f', $disk->{format});
+    _system(qemu_img(), 'convert', @from, '-O', 'raw', $disk->{file}, $raw);
+    return $raw;
+}
+
+# ---- QEMU's command line ----
+
+sub _true ($value) {
+    return $value ? JSON::PP::true : JSON::PP::false;
+}
+
+sub _blockdev_args ($self, $disk) {
+    my ($id, $throttle) = $disk->@{qw(id throttle)};
+    my $cache     = { direct => _true($disk->{cache} eq 'none'), 'no-flush' => _true(0) };
+    my $read_only = _true($disk->{readonly});
+    my %file      = (
+        driver      => 'file',
+        'node-name' => "$id-file",
+        filename    => $disk->{file},
+        discard     => 'unmap',
+        cache       => $cache,
+        'read-only' => $read_only,
+    );
+    my %format = (
+        driver      => $disk->{format},
+        'node-name' => $throttle ? "$id-format" : $id,
+        discard     => 'unmap',
+        cache       => $cache,
+        'read-only' => $read_only,
+        file        => \%file,
+    );
+    return ('-blockdev', $JSON->encode(\%format)) if !$throttle;
+
+    # As Proxmox VE does it: the filter is the node the disk is known by.
+    my %filter = (
+        driver           => 'throttle',
+        'node-name'      => $id,
+        'throttle-group' => "throttle-$id",
+        discard          => 'unmap',
+        file             => \%format,
+    );
+    return ('-object', "throttle-group,id=throttle-$id", '-blockdev', $JSON->encode(\%filter));
+}
+
+sub _drive_args ($self, $disk) {
+    my @values = (
+        "id=drive-$disk->{id}",   'if=none',
+        "format=$disk->{format}", "cache=$disk->{cache}",
+        'discard=on',             'file=' . $disk->{file} =~ s/,/,,/gr,
+    );
+    push @values, 'readonly=on'                      if $disk->{readonly};
+    push @values, 'throttling.bps-total=17179869184' if $disk->{throttle};
+    return ('-drive', join ',', @values);
+}
+
+sub _device_args ($self, $disk) {
+    my $id = $disk->{id};
+    my @args;
+    my $iothread = $disk->{iothread} ? ",iothread=iothread-$id" : '';
+    push @args, '-object', "iothread,id=iothread-$id" if $iothread;
+
+    my $drive  = $disk->{shape} eq 'drive' ? "drive-$id" : $id;
+    my $common = "drive=$drive,id=$id-dev,serial=$id";
+    $common .= ",$disk->{device_args}" if $disk->{device_args};
+    if ($disk->{bus} eq 'scsi') {
+        push @args, '-device', "virtio-scsi-pci,id=scsihw-$id$iothread";
+        push @args, '-device', "scsi-hd,bus=scsihw-$id.0,$common";
+    }
+    else {
+        push @args, '-device', "virtio-blk-pci,$common$iothread";
+    }
+    return @args;
+}
+
+sub _cdrom_args ($self) {
+    return () if !$self->{opt}{empty_cdrom};
+    my ($first) = map { $_->{shape} } values $self->{disks}->%*;
+    return ('-device', 'ide-cd,bus=ide.1,id=ide2') if ($first // '') ne 'drive';
+    return (
+        '-drive',  'if=none,id=drive-ide2,media=cdrom',
+        '-device', 'ide-cd,bus=ide.1,drive=drive-ide2,id=ide2',
+    );
+}
+
+sub _guest_args ($self) {
+    return () if !$self->{opt}{guest};
+    my @disks = values $self->{disks}->%*;
+    my $scsi  = grep { $_->{bus} eq 'scsi' } @disks;
+
+    # What costs time under emulation and gives a test nothing is switched off.
+    my @kernel = (
+        'console=ttyS0',       'quiet',
+        'panic=-1',            'mitigations=off',
+        'nokaslr',             'no_timer_check',
+        'random.trust_cpu=on', 'pba.disks=' . @disks,
+        ('pba.scsi=1') x !!$scsi,
+    );
+    return (
+        '-kernel', PBA::Test::Cache->kernel->{vmlinuz},
+        '-initrd', PBA::Test::Cache->initramfs,
+        '-append', join(' ', @kernel),
+    );
+}
+
+sub _channel_args ($self) {
+    my $dir  = $self->{dir};
+    my @args = ('-serial', "file:$dir/console.log");
+    push @args, '-chardev', "socket,id=agent,path=$dir/agent,server=on,wait=off";
+    push @args, '-serial',  'chardev:agent';
+    for my $name (qw(qmp qmp2)) {
+        push @args, '-chardev', "socket,id=$name,path=$dir/$name,server=on,wait=off";
+        push @args, '-mon',     "chardev=$name,mode=control";
+    }
+    return @args;
+}
+
+sub _command ($self) {
+    my @more  = split ' ', $ENV{PBA_QEMU_ARGS} // '';
+    my $accel = grep { /\A--?(?:accel|enable-kvm)\z/ } @more;
+    my @disks = map  { $self->disk($_) } $self->disk_ids;
+    return (
+        $ENV{PBA_QEMU} // 'qemu-system-x86_64',
+        ($accel ? () : qw(-accel tcg)),
+        '-machine',
+        $self->{opt}{machine},
+        '-m',
+        $self->{opt}{memory},
+        qw(-nodefaults -display none -no-reboot -S),
+        $self->_channel_args,
+        $self->_guest_args,
+        (
+            map { $_->{shape} eq 'drive' ? $self->_drive_args($_) : $self->_blockdev_args($_) }
+                @disks
+        ),
+        (map { $self->_device_args($_) } @disks),
+        $self->_cdrom_args,
+        ($self->{opt}{args} // [])->@*,
+        @more,
+    );
+}
+
+# ---- the process ----
+
+# setpriv makes the kernel end QEMU with us even if we are killed; stdbuf makes what qemu-io prints
+# there to be read at once.
+sub _spawn ($self, @command) {
+    my $log = "$self->{dir}/qemu.log";
+    my $pid = fork() // die "fork: $!\n";
+    if (!$pid) {
+        open(STDIN,  '<',  '/dev/null') or POSIX::_exit(127);
+        open(STDOUT, '>>', $log)        or POSIX::_exit(127);
+        open(STDERR, '>&', \*STDOUT)    or POSIX::_exit(127);
+        exec(qw(setpriv --pdeathsig KILL stdbuf -oL --), @command) or POSIX::_exit(127);
+    }
+    $self->{pid} = $pid;
+    delete $self->@{qw(status booted killed)};
+    return;
+}
+
+sub _launch ($self) {
+    unlink map { "$self->{dir}/$_" } qw(qmp qmp2 agent);
+    my $began = PBA::Test::Channel::now();
+    $self->_spawn($self->_command);
+    my $ok = eval {
+
+        # Weak: the connections are kept in $self.
+        my $weak = $self;
+        Scalar::Util::weaken($weak);
+        my $alive  = sub { $weak && $weak->is_alive };
+        my %common = (timeout => $START_TIMEOUT, alive => $alive);
+        $self->{qmp} = PBA::Test::QMP->new(%common, path => "$self->{dir}/qmp2");
+
+        # Nothing the guest says may be lost, so it starts only when somebody listens.
+        $self->{guest} = PBA::Test::Guest->new(%common, path => "$self->{dir}/agent");
+        $self->cont if !$self->{opt}{paused};
+        1;
+    };
+    my $error = $@;
+    $self->{boot_seconds} = PBA::Test::Channel::now() - $began;
+    return if $ok;
+    $error .= $self->logs;
+    $self->kill9;
+    die $error;
+}
+
+# Lets the guest run, and waits for it if it has just been started.
+sub cont ($self) {
+    $self->qmp('cont');
+    return if !$self->{opt}{guest} || $self->{booted};
+    $self->{guest}->wait_ready($BOOT_TIMEOUT);
+    $self->{booted} = 1;
+    return;
+}
+
+# Collects QEMU when it has ended. The status is kept as in $?.
+sub is_alive ($self) {
+    return 0 if !$self->{pid};
+    local ($!, $?);
+    my $pid = waitpid($self->{pid}, WNOHANG);
+    return 1 if $pid == 0;
+    $self->{status} = $pid > 0 ? $? : -1;
+    delete $self->{pid};
+    return 0;
+}
+
+# Waits for QEMU to end by itself; returns its status as in $?.
+sub wait_exit ($self, $timeout = $QUIT_TIMEOUT) {
+    my $deadline = PBA::Test::Channel::now() + $timeout;
+    while ($self->is_alive) {
+        die "QEMU has not ended within $timeout s\n" . $self->logs
+            if PBA::Test::Channel::now() > $deadline;
+        Time::HiRes::sleep(0.01);
+    }
+    return $self->{status};
+}
+
+# The signal QEMU died of, when that was not kill9: 6 for an abort, 11 for a segmentation fault.
+sub crashed ($self) {
+    return 0 if $self->is_alive || $self->{killed};
+    return ($self->{status} // 0) & 127;
+}
+
+# For a test that made QEMU crash on purpose: nothing is said about it at the end.
+sub forgive_crash ($self) {
+    $self->{killed} = 1;
+    return;
+}
+
+sub _disconnect ($self) {
+    $_->close for grep { $_ } delete $self->@{qw(qmp guest)};
+    return;
+}
+
+# A clean end. Dies if QEMU does not end as it should.
+sub quit ($self) {
+
+    # QEMU may close the socket before its answer is read.
+    eval { $self->{qmp}->execute('quit') };
+    my $status = $self->wait_exit;
+    $self->_disconnect;
+    die "QEMU ended with status $status\n" . $self->logs if $status != 0;
+    return;
+}
+
+sub kill9 ($self) {
+    if ($self->{pid} && $self->is_alive) {
+        $self->{killed} = 1;
+        kill KILL => $self->{pid};
+        $self->wait_exit;
+    }
+    $self->_disconnect;
+    return;
+}
+
+# The ends of what QEMU and the guest's kernel said.
+sub logs ($self) {
+    my $text = '';
+    for my $name (qw(qemu.log console.log)) {
+        open(my $fh, '<', "$self->{dir}/$name") or next;
+        my @lines = <$fh>;
+        splice(@lines, 0, -30) if @lines > 30;
+        $text .= "--- $name\n" . join '', @lines if @lines;
+    }
+    return $text;
+}
+
+sub DESTROY ($self) {
+    return if $self->{owner} != $$ || !$self->{tmp};
+    local ($@, $!, $?);
+    delete $STARTED{ 0 + $self };
+    my $crashed = $self->crashed;
+    my $builder = Test::Builder->can('new') && Test::Builder->new;
+    if ($builder && ($crashed || !$builder->is_passing)) {
+        $builder->diag("QEMU of this test, killed by signal $crashed:") if $crashed;
+        $builder->diag($self->logs);
+    }
+    eval { $self->kill9; 1 } or warn $@;
+    delete $self->{tmp};
+    return;
+}
+
+# ---- talking to it ----
+
+sub qmp ($self, $command, %args) {
+    return $self->{qmp}->execute($command, %args);
+}
+
+# The whole reply, errors too: { return => ... } or { error => { class, desc } }.
+sub qmp_try ($self, $command, %args) {
+    return $self->{qmp}->try($command, %args);
+}
+
+sub hmp ($self, $line) {
+    return $self->qmp('human-monitor-command', 'command-line' => $line);
+}
+
+sub events ($self, $name = undef) {
+    return $self->{qmp}->events($name);
+}
+
+sub clear_events ($self) {
+    return $self->{qmp}->clear_events;
+}
+
+sub wait_event ($self, $name, %opt) {
+    return $self->{qmp}->wait_event($name, %opt);
+}
+
+sub version ($self) {
+    return $self->{qmp}->version;
+}
+
+sub qmp_path ($self) {
+    return "$self->{dir}/qmp";
+}
+
+sub dir ($self) {
+    return $self->{dir};
+}
+
+sub pid ($self) {
+    return $self->{pid};
+}
+
+sub guest ($self) {
+    return $self->{guest};
+}
+
+# From start of QEMU until start() returned.
+sub boot_seconds ($self) {
+    return $self->{boot_seconds};
+}
+
+# Runs a qemu-io command as if the guest did it, for a disk by its id, or on any node. Returns what
+# it printed; dies where that is an error.
+sub qemu_io ($self, $name, $command) {
+    my $disk   = $self->{disks}{$name};
+    my $target = $disk ? "-d $disk->{qdev}" : $name;
+    my $log    = "$self->{dir}/qemu.log";
+    my $before = -s $log;
+    my $text   = $self->hmp(qq(qemu-io $target "$command"));
+
+    open(my $fh, '<', $log) or die "$log: $!\n";
+    seek($fh, $before, 0);
+    local $/ = undef;
+    $text .= <$fh> // '';
+    die "qemu-io $target '$command': $text\n"
+        if $text =~ /fail|error|invalid|not found|cannot|usage|verification/i;
+    return $text;
+}
+
+# ---- what there is in QEMU ----
+
+# The block graph in a form that is the same for the same graph: { nodes => [...], edges => [...] }.
+sub graph ($self) {
+    my $graph = $self->qmp('x-debug-query-block-graph');
+    my $nodes = $self->qmp('query-named-block-nodes', flat => JSON::PP::true);
+    return PBA::Test::Graph::normalise($graph, $nodes, $self->{dir});
+}
+
+# { node => { bitmap => { count, granularity, recording, busy, persistent, inconsistent } } }
+sub bitmaps ($self) {
+    my %bitmaps;
+    for my $node ($self->qmp('query-named-block-nodes', flat => JSON::PP::true)->@*) {
+        for my $bitmap (($node->{'dirty-bitmaps'} // [])->@*) {
+            my %values = map { $_ => 0 + ($bitmap->{$_} // 0) }
+                qw(count granularity recording busy persistent inconsistent);
+            $bitmaps{ $node->{'node-name'} }{ $bitmap->{name} // '' } = \%values;
+        }
+    }
+    return \%bitmaps;
+}
+
+# The block exports, sorted by id.
+sub exports ($self) {
+    return [sort { $a->{id} cmp $b->{id} } $self->qmp('query-block-exports')->@*];
+}
+
+# Adds a node that can serve as a fleecing image for the disk: size => of the disk, as => node name
+# (default <device>-fleecing), in => directory. Returns the node name.
+sub add_fleecing_node ($self, $id, %opt) {
+    my $disk = $self->disk($id);
+    my $node = $opt{as} // "$disk->{device}-fleecing";
+    my $file = ($opt{in} // $self->{dir}) . "/$node.raw";
+    _create_raw($file, $opt{size} // $disk->{size});
+    $self->qmp(
+        'blockdev-add',
+        driver      => 'raw',
+        'node-name' => $node,
+        discard     => 'unmap',
+        file        => { driver => 'file', filename => $file, discard => 'unmap' },
+    );
+    $self->{fleecing}{$node} = $file;
+    return $node;
+}
+
+# The file of a node made by add_fleecing_node.
+sub fleecing_file ($self, $node) {
+    return $self->{fleecing}{$node};
+}
+
+sub remove_fleecing_node ($self, $node) {
+    $self->qmp('blockdev-del', 'node-name' => $node);
+    unlink delete $self->{fleecing}{$node};
+    return;
+}
+
+1;
