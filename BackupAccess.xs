@@ -125,7 +125,7 @@ static bool hook_interrupted(void *opaque)
         save_scalar(PL_errgv);
         PUSHMARK(SP);
         call_guarded(aTHX_ (SV *)get_cv("PVE::BackupAccess::_dispatch_signals", 0),
-                     G_VOID | G_DISCARD | G_NOARGS);
+                     G_VOID | G_DISCARD);
         if (SvTRUE(ERRSV)) {
             keep_exception(aTHX_ caller);
         }

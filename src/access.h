@@ -66,6 +66,8 @@ bool pba_pve_teardown(PbaAccess *access, bool success, GError **error);
 bool pba_upstream_check(PbaAccess *access, const PbaBlock *block, GError **error);
 bool pba_upstream_setup(PbaAccess *access, PbaBlock *block, GError **error);
 bool pba_upstream_teardown(PbaAccess *access, bool success, GError **error);
+/* True if QEMU can be asked and has nothing of an access any more. */
+bool pba_upstream_is_clean(PbaAccess *access);
 
 /* upstream: a bitmap of the target on this disk with every bit set, made in one transaction. */
 bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error);

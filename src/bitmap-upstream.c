@@ -256,9 +256,9 @@ static bool drop_lone_bitmap(PbaAccess *access, const PbaDisk *disk, const char 
         return false;
     }
     pba_log(&access->hooks, PBA_LOG_WARN,
-            "device %s: an earlier access did not end and its dirty bitmap may lack bits: the next "
+            "device %s: bitmap '%s' is removed, since the one that belongs to it is gone: the next "
             "backup is a full one",
-            disk->device);
+            disk->device, name);
     return true;
 }
 

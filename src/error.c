@@ -99,6 +99,15 @@ void pba_error_add_device(GError **error, const char *device)
     }
 }
 
+void pba_error_add_hint(GError **error, const char *hint)
+{
+    if (error && *error) {
+        char *message = g_strconcat((*error)->message, " - ", hint, NULL);
+        g_free((*error)->message);
+        (*error)->message = message;
+    }
+}
+
 void pba_error_keep_first(GError **first, GError *step, const PbaHooks *hooks)
 {
     if (!step) {

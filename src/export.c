@@ -3,6 +3,7 @@
 #include "error.h"
 #include "json.h"
 #include "wait.h"
+#include <string.h>
 
 /* block-export-del waits for requests in flight; Proxmox allows it ten minutes. */
 #define EXPORT_GONE_S 600
@@ -17,10 +18,9 @@ bool pba_nbd_server_start(PbaAccess *access, GError **error)
     JsonNode *arguments =
         pba_json("{'addr': <{'type': <'unix'>, 'data': <{'path': <%s>}>}>}", access->socket);
     if (!pba_qmp_run(access->qmp, "nbd-server-start", arguments, error)) {
-        if (error && *error && !pba_error_is_fatal(*error)) {
-            pba_log(&access->hooks, PBA_LOG_WARN,
-                    "QEMU has one NBD server only: end what runs on it (query-block-exports, "
-                    "nbd-server-stop), then try again");
+        if (error && *error && strstr((*error)->message, "already running")) {
+            pba_error_add_hint(error, "QEMU has one NBD server only: end what another program "
+                                      "does with it, then try again");
         }
         return false;
     }
@@ -57,7 +57,7 @@ bool pba_exports_add(PbaAccess *access, GError **error)
     return true;
 }
 
-/* Whether an export of this id is there; with other_nbd also whether others' NBD exports are. */
+/* Whether an export of this id is there; with no id, whether any NBD export is. */
 static bool query_export(PbaAccess *access, const char *id, bool *found, GError **error)
 {
     g_autoptr(JsonArray) exports = pba_qmp_query_array(access->qmp, "query-block-exports", NULL,

@@ -2,6 +2,7 @@
 
 #include "error.h"
 #include "json.h"
+#include <string.h>
 
 /* A big VM's query-named-block-nodes has a few MiB; QEMU's own parser stops at depth 1024, and
  * json-glib's is recursive, so nesting is limited before it sees anything. */
@@ -37,13 +38,45 @@ void pba_qmp_wire_free(PbaQmpWire *wire)
     g_free(wire);
 }
 
+/* The number after a backslash and a u, or -1. */
+static int unicode_escape(const char *text, const char *end)
+{
+    int value = 0;
+
+    if (end - text < 6 || text[0] != '\\' || text[1] != 'u') {
+        return -1;
+    }
+    for (int i = 2; i < 6; i++) {
+        value = value * 16 + g_ascii_xdigit_value(text[i]);
+    }
+    return value;
+}
+
+/* json-glib turns half a surrogate pair into bytes that are not UTF-8, and a NUL into the end of
+ * the string. */
+static bool escapes_are_text(const char *text, const char *end)
+{
+    while ((text = memchr(text, '\\', (size_t)(end - text)))) {
+        int value = unicode_escape(text, end);
+        int low = value >= 0xd800 && value <= 0xdbff ? unicode_escape(text + 6, end) : -1;
+        if (value == 0 || (value >= 0xd800 && value <= 0xdfff && (low < 0xdc00 || low > 0xdfff))) {
+            return false;
+        }
+        text += low >= 0 ? 12 : 2;
+        if (text >= end) {
+            break;
+        }
+    }
+    return true;
+}
+
 static bool finish_message(PbaQmpWire *wire, GError **error)
 {
     const char *text = (const char *)wire->message->data;
     gssize length = wire->message->len;
     g_autoptr(GError) parse_error = NULL;
 
-    if (!g_utf8_validate(text, length, NULL) || g_strstr_len(text, length, "\\u0000")) {
+    if (!g_utf8_validate(text, length, NULL) || !escapes_are_text(text, text + length)) {
         pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent text that is not UTF-8");
         return false;
     }

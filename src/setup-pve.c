@@ -38,7 +38,7 @@ static bool check_fleecing(const PbaDisk *disk, const PbaBlock *block, GError **
 static bool check_name(const PbaDisk *disk, const PbaBlock *block, GError **error)
 {
     JsonObject *device = pba_block_find_device(block, disk->device);
-    const char *backend = pba_json_find_string(device, "device");
+    const char *backend = device ? pba_json_find_string(device, "device") : NULL;
 
     if (strcmp(disk->root_node, disk->device) != 0 && g_strcmp0(backend, disk->device) != 0) {
         pba_error_set(error, PBA_ERROR_ARGUMENT,
@@ -249,7 +249,7 @@ static bool check_still_there(PbaAccess *access, const PbaBlock *block, GError *
         const PbaDisk *disk = access->disks->pdata[i];
         const char *missing = NULL;
         /* The device's root may be QEMU's filter now, so its node's name does not find it. */
-        if (!pba_block_find_device(block, disk->qdev ? disk->qdev : disk->device) ||
+        if ((disk->qdev && !pba_block_find_device(block, disk->qdev)) ||
             !pba_block_find_node(block, disk->root_node)) {
             missing = "the guest device or its node";
         } else if (disk->bitmap_name &&

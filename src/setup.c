@@ -202,11 +202,28 @@ static bool take_requests(PbaAccess *access, const PbaDeviceRequest *requests, s
     return true;
 }
 
+/* Proxmox' QEMU looks for any node of that name. While an access is up its filter hides the nodes
+ * of guest devices; then QEMU itself must say whose access that is. */
+static bool resolve_node(PbaDisk *disk, const PbaBlock *block, GError **error)
+{
+    JsonObject *node = pba_block_find_node(block, disk->device);
+
+    if (!node) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT, "there is no such block device in this guest");
+        return false;
+    }
+    disk->root_node = g_strdup(disk->device);
+    return pba_block_node_size(node, &disk->size, error);
+}
+
 /* Fills in what QEMU has; refuses what cannot be backed up. */
-static bool resolve_disk(PbaDisk *disk, const PbaBlock *block, GError **error)
+static bool resolve_disk(PbaDisk *disk, PbaBackend backend, const PbaBlock *block, GError **error)
 {
     JsonObject *device = pba_block_find_device(block, disk->device);
 
+    if (!device && backend == PBA_BACKEND_PVE) {
+        return resolve_node(disk, block, error);
+    }
     if (!device) {
         pba_error_set(error, PBA_ERROR_ARGUMENT, "there is no such block device in this guest");
         return false;
@@ -230,7 +247,7 @@ static bool resolve_disks(PbaAccess *access, const PbaBlock *block, GError **err
 {
     for (guint i = 0; i < access->disks->len; i++) {
         PbaDisk *disk = access->disks->pdata[i];
-        if (!resolve_disk(disk, block, error)) {
+        if (!resolve_disk(disk, access->backend, block, error)) {
             pba_error_add_device(error, disk->device);
             return false;
         }
@@ -392,6 +409,16 @@ static bool tear_down(PbaAccess *access, bool success, GError **error)
     return true;
 }
 
+/* Whether there is nothing left to be torn down by a later call. */
+static bool is_over(PbaAccess *access, const GError *error)
+{
+    if (pba_error_is_fatal(error)) {
+        return error->code == PBA_ERROR_CONNECTION && qemu_is_gone(access);
+    }
+    return access->backend == PBA_BACKEND_UPSTREAM && !access->server_up &&
+           pba_upstream_is_clean(access);
+}
+
 bool pba_access_teardown(PbaAccess *access, bool success, GError **error)
 {
     g_autoptr(GError) local = NULL;
@@ -401,12 +428,12 @@ bool pba_access_teardown(PbaAccess *access, bool success, GError **error)
     }
     pba_qmp_release(access->qmp); /* a call that never returned may have left it half used */
     bool done = tear_down(access, success, &local);
-    pba_qmp_release(access->qmp);
-    if (done || (local->code == PBA_ERROR_CONNECTION && qemu_is_gone(access))) {
+    if (done || is_over(access, local)) {
         end_access(access);
     } else {
         access->teardown_failed = true;
     }
+    pba_qmp_release(access->qmp);
     if (!done) {
         g_propagate_error(error, g_steal_pointer(&local));
     }

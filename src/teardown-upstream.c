@@ -123,3 +123,21 @@ bool pba_upstream_teardown(PbaAccess *access, bool success, GError **error)
     }
     return true;
 }
+
+bool pba_upstream_is_clean(PbaAccess *access)
+{
+    g_auto(PbaBlock) block = {0};
+    g_autofree char *background = pba_background_bitmap(access->target_id);
+
+    if (!pba_block_query(access->qmp, false, &block, NULL)) {
+        return false;
+    }
+    for (guint i = 0; i < json_array_get_length(block.nodes); i++) {
+        JsonObject *node = pba_json_element(block.nodes, i);
+        const char *name = node ? pba_json_find_string(node, "node-name") : NULL;
+        if (name && (pba_is_own_node(name) || pba_block_find_bitmap(&block, name, background))) {
+            return false;
+        }
+    }
+    return true;
+}

@@ -1,0 +1,68 @@
+package PBA::Bench::Server;
+
+# qemu-nbd serving an image with its bitmap on a Unix socket in a private directory.
+
+use v5.36;
+
+use IO::Socket::UNIX;
+use POSIX ();
+use Time::HiRes ();
+
+my $start_seconds = 30;
+
+sub start ($class, %options) {
+    my $self = bless {
+        export => 'disk',
+        owner => $$,
+        %options,
+        socket => "$options{dir}/nbd",
+    }, $class;
+    my $pid = fork() // die "cannot fork: $!\n";
+    if (!$pid) {
+
+        # It complains about every client that ends early, which some are meant to.
+        open(STDERR, '>', "$options{dir}/qemu-nbd.log") or POSIX::_exit(127);
+        exec($self->_command) or POSIX::_exit(127);
+    }
+    $self->{pid} = $pid;
+    $self->_wait_until_up;
+    return $self;
+}
+
+sub uri ($self) { return "nbd+unix:///$self->{export}?socket=$self->{socket}" }
+sub context ($self) { return "qemu:dirty-bitmap:$self->{bitmap}" }
+
+# As many clients as come, one after the other, until it is ended.
+sub _command ($self) {
+    return (
+        $ENV{PBA_QEMU_NBD} // 'qemu-nbd', qw(--read-only --persistent --shared=8 --format=qcow2),
+        "--export-name=$self->{export}", "--bitmap=$self->{bitmap}",
+        "--socket=$self->{socket}", $self->{file},
+    );
+}
+
+sub _wait_until_up ($self) {
+    my $deadline = Time::HiRes::time() + $start_seconds;
+    while (!IO::Socket::UNIX->new(Peer => $self->{socket})) {
+        die "qemu-nbd ended with status $?\n" . $self->_log
+            if waitpid($self->{pid}, POSIX::WNOHANG()) != 0;
+        die "qemu-nbd not up after $start_seconds seconds\n" if Time::HiRes::time() > $deadline;
+        Time::HiRes::sleep(0.02);
+    }
+    return;
+}
+
+sub _log ($self) {
+    open(my $fh, '<', "$self->{dir}/qemu-nbd.log") or return '';
+    return join('', <$fh>);
+}
+
+sub DESTROY ($self) {
+    return if $self->{owner} != $$ || !defined($self->{pid});
+    local $?;
+    kill('TERM', $self->{pid});
+    waitpid($self->{pid}, 0);
+    return;
+}
+
+1;

@@ -1,0 +1,129 @@
+# A bitmap that cannot be brought to its right state is removed, so that the next backup is a full
+# one: never a bitmap that may lack bits (I2). Commands go through a code ref here, which can put
+# something between two of them.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use Test::More;
+
+use PBA::Test::Backend;
+
+my $size = 16 * 1024 * 1024;
+my @ids = qw(disk0 disk1);
+my $backend = PBA::Test::Backend->start(
+    name => 'upstream',
+    disks => [map { { id => $_, size => $size, format => 'qcow2' } } @ids],
+);
+my $vm = $backend->vm;
+my $outside = $backend->outside;
+
+# Runs $before->($command, $arguments) ahead of every command.
+sub access_through ($before) {
+    return $backend->access(
+        qmp => sub ($command, $arguments) {
+            $before->($command, $arguments);
+            return $vm->qmp($command, $arguments->%*);
+        }
+    );
+}
+
+sub bitmap_of ($id) {
+    my ($bitmap) = grep { $_->{node} eq $id } $backend->target_bitmaps;
+    return $bitmap;
+}
+
+sub make_base () {
+    my $access = $backend->access;
+    $access->setup($backend->devices('new'));
+    $access->teardown(1);
+}
+
+sub next_actions () {
+    my $access = $backend->access;
+    my $infos = $access->setup($backend->devices('use'));
+    my %actions = map { $_->{device} => $_->{'bitmap-action'} } $infos->@*;
+    for my $id (@ids) {
+        my ($offset, $length) = $access->volume($id)->next_dirty_region;
+        is($length // 0, $size, "$id: everything is dirty") if $actions{$id} ne 'used';
+    }
+    $access->teardown(1);
+    return \%actions;
+}
+
+for my $success (1, 0) {
+    subtest "the background bitmap is gone at teardown, success $success" => sub {
+        make_base();
+        my @log;
+        my $removed;
+        my $access = access_through(
+            sub ($command, $arguments) {
+                return if $command ne 'transaction' || $removed;
+                return if !grep { $_->{type} =~ m/merge/ } $arguments->{actions}->@*;
+                $removed = 1;
+                my ($background) = grep { m/background/ } sort keys $vm->bitmaps->{disk0}->%*;
+                $vm->qmp('block-dirty-bitmap-remove', node => 'disk0', name => $background);
+            }
+        );
+        $access->setup($backend->devices('use'));
+        $backend->guest->write($_, 0, 65536, 0x44) for @ids;
+        {
+            local $SIG{__WARN__} = sub ($text) { push(@log, $text) };
+            ok(!eval { $access->teardown($success); 1 }, 'teardown reports it');
+        }
+        like("$@", qr/\Adevice disk0: qmp command 'transaction' failed/, 'naming device and command');
+        like("@log", qr/device disk0: its dirty bitmap is removed.* the next backup is a full one/,
+            'a warning says what that means');
+        is(bitmap_of('disk0'), undef, 'the bitmap that may lack bits is removed');
+        cmp_ok(bitmap_of('disk1')->{count}, '>=', 65536, 'that of the other disk has its bits');
+        is(bitmap_of('disk1')->{recording}, 1, 'and records');
+        is_deeply($backend->outside, $outside, 'all else is undone');
+        is_deeply(next_actions(), { disk0 => 'missing-recreated', disk1 => 'used' },
+            'the next backup says so');
+    };
+}
+
+subtest 'the bitmap itself is removed during the access' => sub {
+    make_base();
+    my $access = $backend->access;
+    my $infos = $access->setup($backend->devices('use'));
+    $vm->qmp('block-dirty-bitmap-remove', node => $infos->[0]{'bitmap-node-name'},
+        name => $infos->[0]{'bitmap-name'});
+    my @log;
+    local $SIG{__WARN__} = sub ($text) { push(@log, $text) };
+    $access->teardown(1);
+    like("@log", qr/device disk0: bitmap '.*' is removed.* the next backup is a full one/,
+        'a warning says what that means');
+    is_deeply($backend->other_bitmaps, [], 'no background bitmap is left');
+    is_deeply($backend->outside, $outside, 'all else is undone');
+    is_deeply(next_actions(), { disk0 => 'missing-recreated', disk1 => 'used' }, 'a full one');
+};
+
+subtest 'setup fails late' => sub {
+    for my $failing (qw(blockdev-reopen transaction copy-before-write snapshot-access)) {
+        make_base();
+        $backend->guest->write($_, 65536, 65536, 0x45) for @ids;
+        my $access = access_through(
+            sub ($command, $arguments) {
+                my $what = $command eq 'blockdev-add' ? $arguments->{driver} : $command;
+                my $file = $command eq 'blockdev-reopen' ? $arguments->{options}[0]{file} : 'cbw';
+                my $type = $command eq 'transaction' ? $arguments->{actions}[0]{type} : 'disable';
+                die "no $failing today\n"
+                    if $what eq $failing && $file =~ m/cbw/ && $type =~ m/disable/;
+            }
+        );
+        ok(!eval { $access->setup($backend->devices('use')); 1 }, "$failing fails: so does setup");
+        like("$@", qr/failed - no \Q$failing\E today/, "$failing fails: the error comes through");
+        is_deeply($backend->outside, $outside, "$failing fails: all is undone");
+        is_deeply($backend->other_bitmaps, [], "$failing fails: no background bitmap is left");
+        for my $id (@ids) {
+            my $bitmap = bitmap_of($id);
+            is($bitmap->{count}, 65536, "$failing fails: $id: the bitmap has its bits");
+            is($bitmap->{recording}, 1, "$failing fails: $id: and records");
+        }
+    }
+};
+
+$backend->check_manners;
+done_testing;

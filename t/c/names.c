@@ -1,0 +1,86 @@
+/* The names we give to nodes, exports and bitmaps, held to QEMU's rules for them. */
+#include "src/access.h"
+#include "tap.h"
+#include <string.h>
+
+/* Everything that pba_own_name is called with. */
+static const char *const roles[] = {"run", "exp",  "raw",  "cbw",  "snap",
+                                    "fleece", "null", "fail", "job"};
+
+/* QEMU: node names have at most 31 bytes (BlockDriverState.node_name); ids begin with a letter and
+ * have letters, digits and "-._" (id_wellformed). */
+static bool is_good_id(const char *name)
+{
+    bool good = strlen(name) <= 31 && g_ascii_isalpha(name[0]);
+    for (const char *c = name; *c; c++) {
+        good = good && (g_ascii_isalnum(*c) || strchr("-._", *c));
+    }
+    return good;
+}
+
+static void test_rules(void)
+{
+    g_autofree char *long_id = g_strnfill(1000, 'x');
+    char *const targets[] = {(char *)"t", (char *)"snapshot-access:mystore", (char *)"\xc3\xbc %n/",
+                             long_id};
+    const char *const devices[] = {"drive-scsi0", "#block119", "/machine/peripheral/x\n", "\xc3\xbc",
+                                   long_id};
+    for (size_t t = 0; t < G_N_ELEMENTS(targets); t++) {
+        PbaAccess access = {.target_id = targets[t]};
+        for (size_t d = 0; d < G_N_ELEMENTS(devices); d++) {
+            for (size_t r = 0; r < G_N_ELEMENTS(roles); r++) {
+                g_autofree char *name = pba_own_name(&access, roles[r], devices[d]);
+                ok(is_good_id(name) && pba_is_own_node(name), "%s, %zu, %zu: %s", roles[r], t, d,
+                   name);
+            }
+        }
+    }
+}
+
+static void test_told_apart(void)
+{
+    g_autoptr(GHashTable) seen = g_hash_table_new_full(g_str_hash, g_str_equal, g_free, NULL);
+    static const char *const targets[] = {"a", "b", "a:b", ""};
+    static const char *const devices[] = {"a", "b", "drive-scsi0", "drive-scsi1"};
+    unsigned count = 0;
+
+    for (size_t t = 0; t < G_N_ELEMENTS(targets); t++) {
+        PbaAccess access = {.target_id = (char *)targets[t]};
+        for (size_t d = 0; d < G_N_ELEMENTS(devices); d++) {
+            for (size_t r = 0; r < G_N_ELEMENTS(roles); r++) {
+                g_hash_table_add(seen, pba_own_name(&access, roles[r], devices[d]));
+                count++;
+            }
+        }
+    }
+    is_number(g_hash_table_size(seen), count, "no two have one name");
+    PbaAccess access = {.target_id = (char *)"a"};
+    g_autofree char *once = pba_own_name(&access, "raw", "a");
+    g_autofree char *again = pba_own_name(&access, "raw", "a");
+    is_text(again, once, "a later process finds the same name");
+}
+
+static void test_bitmaps(void)
+{
+    g_autofree char *target = pba_target_bitmap("my:store");
+    g_autofree char *background = pba_background_bitmap("my:store");
+
+    ok(g_str_has_suffix(target, "my:store"), "the target's bitmap: %s", target);
+    ok(g_str_has_suffix(background, "my:store"), "the background bitmap: %s", background);
+    ok(strcmp(target, background) != 0, "they are told apart");
+    /* A target-id that looks like the prefix of another kind must not make one of the other. */
+    g_autofree char *odd = pba_target_bitmap("background:my:store");
+    g_autofree char *odder = pba_target_bitmap("-background:my:store");
+    ok(strcmp(odd, background) != 0 && strcmp(odder, background) != 0,
+       "no target-id makes one look like the other");
+    ok(!pba_is_own_node("drive-scsi0") && !pba_is_own_node("pb") && !pba_is_own_node(""),
+       "others' nodes are not ours");
+}
+
+int main(void)
+{
+    test_rules();
+    test_told_apart();
+    test_bitmaps();
+    return done_testing();
+}

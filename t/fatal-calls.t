@@ -1,0 +1,133 @@
+# The calls that kill a VM of pve-qemu: the module never makes them, whatever its caller does. The
+# front dies of them as the real one does.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use Test::More;
+
+use PBA::Test::Backend;
+
+my @disks = map { { id => $_, size => 16 * 1024 * 1024 } } qw(disk0 disk1);
+
+sub start () {
+    my $backend = PBA::Test::Backend->start(name => 'pve', disks => \@disks, empty_cdrom => 1);
+    plan(skip_all => 'not on a QEMU with Proxmox\' commands') if !$backend->front;
+    return $backend;
+}
+
+sub survived ($backend, $name) {
+    $backend->check_manners;
+    ok($backend->vm->is_alive, "$name: the VM lives");
+}
+
+# The names of the commands that were sent, since the last time.
+my $seen = 0;
+
+sub sent ($backend) {
+    my @names = $backend->front->names;
+    my @new = @names[$seen .. $#names];
+    $seen = @names;
+    return @new;
+}
+
+subtest '1. teardown while the bitmap is exported' => sub {
+    my $backend = start();
+    for my $success (1, 0) {
+        my $access = $backend->access;
+        $access->setup($backend->devices('use'));
+        my $reader = $access->volume($backend->device('disk0'));
+        $reader->next_dirty_region;
+        sent($backend);
+        $access->teardown($success);
+        my @commands = sent($backend);
+        my ($stop) = grep { $commands[$_] eq 'nbd-server-stop' } 0 .. $#commands;
+        my ($teardown) = grep { $commands[$_] eq 'backup-access-teardown' } 0 .. $#commands;
+        cmp_ok($stop, '<', $teardown, "success $success: exports and server end before the access");
+        is_deeply($backend->vm->exports, [], "success $success: no export is left");
+    }
+    survived($backend, 'teardown');
+};
+
+subtest '2. no devices; 3. an empty removable drive; 6. a device twice' => sub {
+    my $backend = start();
+    my $good = $backend->devices('new', 'disk0')->[0];
+    my %bad = (
+        'no devices' => [],
+        'an empty removable drive' => [$good, { device => 'ide2' }],
+        'the same device twice' => [$good, $good],
+        'no fleecing image on a later device' => [$good, { device => 'disk1-dev' }],
+        'an unknown later device' => [$good, { device => 'disk9' }],
+    );
+    sent($backend);
+    for my $name (sort keys %bad) {
+        ok(!eval { $backend->access->setup($bad{$name}); 1 }, "$name: refused");
+        ok(!(grep { $_ eq 'backup-access-setup' } sent($backend)), "$name: never sent");
+    }
+    survived($backend, 'bad lists');
+};
+
+subtest '4. the bitmap or the disk is removed during the access' => sub {
+    my $backend = start();
+    my $access = $backend->access;
+    my $infos = $access->setup($backend->devices('new'));
+    $backend->vm->qmp('block-dirty-bitmap-remove', node => $infos->[0]{'bitmap-node-name'},
+        name => $infos->[0]{'bitmap-name'});
+    sent($backend);
+    ok(!eval { $access->teardown(1); 1 }, 'teardown without the bitmap is refused');
+    like("$@", qr/\Adevice disk0: .*its dirty bitmap was removed while the access was up/,
+        'and says why');
+    ok(!(grep { $_ eq 'backup-access-teardown' } sent($backend)), 'it was not sent');
+    is_deeply($backend->vm->exports, [], 'what is safe was done: the exports are gone');
+    survived($backend, 'removed bitmap');
+    local $SIG{__WARN__} = sub { };
+    undef $access;
+    survived($backend, 'removed bitmap, object gone');
+};
+
+subtest '4. the disk is unplugged during the access' => sub {
+    my $backend = start();
+    my $access = $backend->access;
+    $access->setup($backend->devices('none'));
+    $access->volumes('nbd');
+    $backend->vm->qmp('device_del', id => 'disk1-dev');
+    $backend->vm->wait_event('DEVICE_DELETED');
+    sent($backend);
+    ok(!eval { $access->teardown(1); 1 }, 'teardown without the disk is refused');
+    like("$@", qr/\Adevice disk1: .*the guest device or its node was removed/, 'and says why');
+    ok(!(grep { $_ eq 'backup-access-teardown' } sent($backend)), 'it was not sent');
+    survived($backend, 'unplugged disk');
+    local $SIG{__WARN__} = sub { };
+    undef $access;
+};
+
+subtest '5. target ids that QEMU cannot tear down' => sub {
+    my $backend = start();
+    sent($backend);
+    for my $id ('Proxmox', 'Proxmox VE', '') {
+        ok(!eval { $backend->access('target-id' => $id); 1 }, "'$id' is refused");
+        like("$@", qr/\Atarget-id '\Q$id\E' /, "'$id': the message names it");
+    }
+    ok(!eval { $backend->access('target-id' => 'x' x 1024); 1 }, '1024 bytes are refused');
+    is_deeply([sent($backend)], [], 'nothing was sent');
+    survived($backend, 'target ids');
+};
+
+subtest 'an access of another client is up' => sub {
+    my $backend = start();
+    my $first = $backend->access;
+    $first->setup($backend->devices('use'));
+    $first->volumes('nbd');
+    for my $id ('snapshot-access:test', 'another') {
+        my $second = $backend->access('target-id' => $id, 'run-dir' => $backend->work_dir('run2'));
+        ok(!eval { $second->setup($backend->devices('use')); 1 }, "target $id: refused");
+        like("$@", qr/previous backup .* not finished/, "target $id: says why");
+    }
+    my ($offset, $length) = $first->volume('disk0')->next_dirty_region;
+    is($length, 16 * 1024 * 1024, 'the first access works on');
+    $first->teardown(1);
+    survived($backend, 'two clients');
+};
+
+done_testing;

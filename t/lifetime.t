@@ -1,0 +1,172 @@
+# Who ends an access, and when: processes, signals, scopes, and what others run in the same QEMU.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use POSIX ();
+use Test::More;
+use Time::HiRes qw(alarm time);
+
+use PBA::Test::Backend;
+use PBA::Test::Repository;
+
+my $size = 16 * 1024 * 1024;
+my @disks = ({ id => 'disk0', size => $size, format => 'qcow2' });
+
+# Runs code in a forked child; returns its exit status. The child ends as a program does, with
+# destructors.
+sub in_child ($code) {
+    my $pid = fork() // die "fork: $!\n";
+    if (!$pid) {
+        Test::More->builder->no_ending(1);
+        my $status = eval { $code->() } // 99;
+        exit($status);
+    }
+    waitpid($pid, 0);
+    return $? >> 8;
+}
+
+sub check_fork ($backend) {
+    my $access = $backend->access;
+    $access->setup($backend->devices('new'));
+    my $volume = $access->volume($backend->device('disk0'));
+    is(in_child(sub { 7 }), 7, 'a child exits');
+    is(in_child(sub { undef $volume; undef $access; 8 }), 8, 'a child drops its copies');
+    is(
+        in_child(
+            sub { eval { $access->teardown(1) }; ref($@) && $@->class eq 'StateError' ? 9 : 1 }
+        ),
+        9,
+        'a child cannot tear it down',
+    );
+    is(in_child(sub { eval { $volume->pread(0, 512) }; $@ =~ m/another process/ ? 9 : 1 }),
+        9, 'nor read through the parent\'s connection');
+    is(length($volume->pread(0, 65536)), 65536, 'the parent reads on');
+    my ($offset, $length) = $volume->next_dirty_region;
+    is($length, $size, 'and has the whole map');
+    $access->teardown(1);
+}
+
+sub check_scope ($backend, $outside) {
+    my @warnings;
+    local $SIG{__WARN__} = sub ($text) { push(@warnings, $text) };
+    $backend->guest->write('disk0', 0, 65536, 0x61);
+    {
+        my $access = $backend->access;
+        $access->setup($backend->devices('use'));
+        $access->volumes('nbd');
+    }
+    is(scalar(@warnings), 1, 'out of scope: one warning');
+    like($warnings[0], qr/was not torn down/, 'out of scope: which says what happened');
+    is_deeply($backend->outside, $outside, 'out of scope: nothing is left');
+    my ($bitmap) = $backend->target_bitmaps;
+    cmp_ok($bitmap->{count}, '>=', 65536, 'out of scope: the bitmap kept its bits');
+    is($bitmap->{recording}, 1, 'out of scope: and records');
+}
+
+# A program that ends, or dies, with an access up: global destruction.
+sub check_program_end ($backend, $outside) {
+    for my $end ('1', 'die "in mid-backup\n"') {
+        my %options = $backend->options;
+        my $program = 'use PVE::BackupAccess; my %o = @ARGV; our $a = PVE::BackupAccess->new(%o); '
+            . "\$a->setup([{ device => '" . $backend->device('disk0')
+            . "', 'bitmap-mode' => 'use' }]); \$a->volumes('nbd'); $end";
+        my @command = ($^X, '-Mblib', '-e', $program, %options);
+        my $output = qx{@{[ join(' ', map { "'" . s/'/'\\''/gr . "'" } @command) ]} 2>&1};
+        like($output, qr/was not torn down/, "a program ends ($end): warning");
+        is_deeply($backend->outside, $outside, "a program ends ($end): nothing is left");
+    }
+}
+
+sub check_signals ($backend, $outside) {
+    my $access = $backend->access;
+    # A QEMU that is stopped takes a connection, but never answers.
+    local $SIG{ALRM} = sub { die { my => 'exception' } };
+    my $pid = $backend->vm->pid;
+    kill('STOP', $pid);
+    my $begin = time();
+    alarm(0.3);
+    my $done = eval { $access->setup($backend->devices('use')); 1 };
+    my $error = $@;
+    alarm(0);
+    my $seconds = time() - $begin;
+    kill('CONT', $pid);
+    ok(!$done, 'a handler that dies ends setup');
+    is(ref($error), 'HASH', 'its exception comes through as it is') or diag($error);
+    cmp_ok($seconds, '<', 1.3, 'within a second');
+    undef $access;
+    is_deeply($backend->outside, $outside, 'nothing is left');
+
+    $access = $backend->access;
+    my $calls = 0;
+    local $SIG{ALRM} = sub { $calls++; alarm(0.01) };
+    alarm(0.01);
+    $access->setup($backend->devices('use'));
+    $access->volumes('nbd');
+    $access->teardown(1);
+    alarm(0);
+    pass("a handler that returns does not disturb (called $calls times)");
+    is_deeply($backend->outside, $outside, 'nothing is left after it');
+}
+
+sub check_foreign_server ($backend, $outside) {
+    my $vm = $backend->vm;
+    my $socket = $vm->dir . '/foreign.sock';
+    $vm->qmp('nbd-server-start', addr => { type => 'unix', data => { path => $socket } });
+    my $access = $backend->access('run-dir' => $backend->work_dir('run2'));
+    ok(!eval { $access->setup($backend->devices('use')); 1 }, 'another NBD server is up: refused');
+    like("$@", qr/'nbd-server-start' failed .* QEMU has one NBD server only/,
+        'another NBD server is up: the message names the command and what to do');
+    ok(-S $socket, 'the other server stays');
+    is_deeply([glob($vm->dir . '/run2/*')], [], 'nothing is left');
+    $vm->qmp('nbd-server-stop');
+    is_deeply($backend->outside, $outside, 'the graph is as before');
+
+    $access->setup($backend->devices('use'));
+    $access->volumes('nbd');
+    $vm->qmp('blockdev-add', driver => 'null-co', 'node-name' => 'theirs', size => 65536);
+    $vm->qmp('block-export-add', type => 'nbd', id => 'foreign', 'node-name' => 'theirs',
+        name => 'foreign');
+    my @log;
+    local $SIG{__WARN__} = sub ($text) { push(@log, $text) };
+    $access->teardown(1);
+    is_deeply([map { $_->{id} } $vm->exports->@*], ['foreign'],
+        'an export of others on our server stays');
+    like($log[0], qr/the NBD server stays up/, 'and a warning says so');
+    $vm->qmp('block-export-del', id => 'foreign', mode => 'hard');
+    $vm->qmp('nbd-server-stop');
+    $vm->qmp('blockdev-del', 'node-name' => 'theirs');
+    is_deeply($backend->outside->{graph}, $outside->{graph}, 'the graph is as before after that');
+}
+
+sub check_second_setup ($backend) {
+    my $access = $backend->access;
+    $access->setup($backend->devices('use'));
+    ok(!eval { $access->setup($backend->devices('use')); 1 }, 'second setup of one object: refused');
+    is($@->class, 'StateError', 'second setup: class');
+    $access->teardown(1);
+    ok(!eval { $access->teardown(1); 1 }, 'second teardown: refused');
+    like("$@", qr/no access is set up/, 'second teardown: message');
+    ok(!eval { $access->volumes('nbd'); 1 }, 'volumes after teardown: refused');
+    $access->setup($backend->devices('use'));
+    $access->teardown(1);
+    pass('an object can be used again');
+}
+
+for my $name (PBA::Test::Backend->names) {
+    subtest "backend $name" => sub {
+        my $backend = PBA::Test::Backend->start(name => $name, disks => \@disks);
+        my $outside = $backend->outside;
+        check_fork($backend);
+        is_deeply($backend->outside, $outside, 'nothing is left');
+        check_second_setup($backend);
+        check_scope($backend, $outside);
+        check_program_end($backend, $outside);
+        check_signals($backend, $outside);
+        check_foreign_server($backend, $outside) if $name eq 'upstream';
+        $backend->check_manners;
+    };
+}
+
+done_testing;

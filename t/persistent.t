@@ -1,0 +1,100 @@
+# Bitmaps over a restart of the VM, and over its clean end in mid-access (upstream backend).
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use Test::More;
+
+use PBA::Test::Backend;
+use PBA::Test::Repository;
+
+my $mib = 1024 * 1024;
+my $size = 16 * $mib;
+
+sub start () {
+    my $backend = PBA::Test::Backend->start(
+        name => 'upstream',
+        disks => [{ id => 'disk0', size => $size, format => 'qcow2' }],
+    );
+    return ($backend, PBA::Test::Repository->new($backend));
+}
+
+sub restored_is ($backend, $repository, $name) {
+    my $disk = $backend->vm->raw_image('disk0');
+    is(system('cmp', '-s', $disk, $repository->image('disk0')), 0, "$name: restored equals the disk");
+}
+
+subtest 'persistent bitmap, clean restart' => sub {
+    my ($backend, $repository) = start();
+    my %options = (options => { persistent => 1 });
+    $backend->guest->write('disk0', 0, $size, 0x31);
+    $repository->backup(mode => 'new', success => 1, %options);
+    $backend->guest->write('disk0', 3 * $mib, 65536, 0x32);
+    $backend->restart;
+    $backend->guest->write('disk0', 7 * $mib, 65536, 0x33);
+    my $result = $repository->backup(mode => 'use', success => 1, %options);
+    is($result->{disk0}{action}, 'used', 'the bitmap is used');
+    is($result->{disk0}{bytes}, 2 * 65536, 'it has the writes of before and after');
+    restored_is($backend, $repository, 'after the restart');
+};
+
+subtest 'bitmap that is not persistent, clean restart' => sub {
+    my ($backend, $repository) = start();
+    $repository->backup(mode => 'new', success => 1);
+    $backend->restart;
+    my $result = $repository->backup(mode => 'use', success => 1);
+    is($result->{disk0}{action}, 'missing-recreated', 'the bitmap is gone, and that is said');
+    is($result->{disk0}{bytes}, $size, 'everything is dirty');
+};
+
+# The access is up, the guest writes, QEMU quits and is started again: as after a failed backup.
+sub quit_in_mid_access (%options) {
+    my ($backend, $repository) = start();
+    $backend->guest->write('disk0', 0, $size, 0x31);
+    $repository->backup(mode => 'new', success => 1, options => \%options);
+    $backend->guest->write('disk0', 2 * $mib, 65536, 0x32);
+    my $access = $backend->access(%options);
+    $access->setup($backend->devices('use'));
+    $access->volumes('nbd');
+    $backend->guest->write('disk0', 4 * $mib, 65536, 0x33);
+    $backend->vm->quit;
+    ok(!eval { $access->teardown(1); 1 }, 'teardown after QEMU has quit is an error');
+    is($@->class, 'ConnectionError', 'of class ConnectionError');
+    is_deeply([$backend->left_files], [], 'nothing local is left');
+    undef $access;
+    $backend->restart;
+    $backend->guest->write('disk0', 6 * $mib, 65536, 0x34);
+    my $result = $repository->backup(mode => 'use', success => 1, options => \%options);
+    restored_is($backend, $repository, 'after the next backup');
+    is_deeply($backend->other_bitmaps, [], 'no background bitmap is left');
+    return $result->{disk0};
+}
+
+subtest 'clean quit in mid-access, persistent bitmap' => sub {
+    my $disk = quit_in_mid_access(persistent => 1);
+    is($disk->{action}, 'used', 'the bitmap is used');
+    is($disk->{bytes}, 3 * 65536, 'it has the writes before, during and after the access');
+};
+
+subtest 'clean quit in mid-access, bitmap that is not persistent' => sub {
+    my $disk = quit_in_mid_access();
+    is($disk->{action}, 'missing-recreated', 'the next backup is a full one, and says so');
+};
+
+subtest 'kill -9 makes a persistent bitmap inconsistent' => sub {
+    my ($backend, $repository) = start();
+    my %options = (options => { persistent => 1 });
+    $repository->backup(mode => 'new', success => 1, %options);
+    # Stored at a clean end, and marked as in use from the next start on.
+    $backend->restart;
+    $backend->vm->kill9;
+    $backend->restart;
+    my ($bitmap) = $backend->target_bitmaps;
+    is($bitmap->{inconsistent}, 1, 'the bitmap came back inconsistent');
+    my $result = $repository->backup(mode => 'use', success => 1, %options);
+    is($result->{disk0}{action}, 'missing-recreated', 'it is made anew');
+    is($result->{disk0}{bytes}, $size, 'with everything dirty');
+};
+
+done_testing;
