@@ -74,6 +74,9 @@ bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error);
 /* upstream: ends the split into target's and background bitmap on every disk that has one. Where
  * that cannot be done the target's bitmap is removed. */
 bool pba_bitmaps_join(PbaAccess *access, PbaBlock *block, bool success, GError **error);
+/* upstream: discards what is clean in the exported snapshot, if the map is worth it. Nothing depends
+ * on it, so that a failure is only logged. */
+void pba_trim_clean_parts(PbaAccess *access, const PbaDisk *disk);
 /* upstream: whether the name is of a node of ours, of whatever target. */
 bool pba_is_own_node(const char *node);
 /* upstream: names of the bitmaps of a target; the caller's to free. */

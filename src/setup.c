@@ -366,9 +366,16 @@ bool pba_access_export(PbaAccess *access, GError **error)
     if (!require_up(access, error)) {
         return false;
     }
-    if (!access->exported) {
-        access->exported = pba_exports_add(access, error);
-        pba_qmp_release(access->qmp);
+    if (access->exported) {
+        return true;
+    }
+    access->exported = pba_exports_add(access, error);
+    pba_qmp_release(access->qmp);
+    for (guint i = 0; access->exported && i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        if (access->backend == PBA_BACKEND_UPSTREAM && disk->action == PBA_BITMAP_ACTION_USED) {
+            pba_trim_clean_parts(access, disk);
+        }
     }
     return access->exported;
 }

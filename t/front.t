@@ -1,6 +1,6 @@
-# The Proxmox front with a real guest that writes all the time: what tests of the pve backend conclude
-# from it is only worth something if it gives one instant, right bitmaps and leaves nothing behind.
-# That it answers like the real thing is in front-recordings.t.
+# The Proxmox front with a real guest that writes all the time: what tests of the pve backend
+# conclude from it is only worth something if it gives one instant, right bitmaps and leaves nothing
+# behind. That it answers like the real thing is in front-recordings.t.
 
 use v5.36;
 
@@ -19,6 +19,7 @@ use PBA::Test::QMP ();
 use PBA::Test::VM ();
 
 my $mib = 1 << 20;
+my $cluster = 64 << 10;
 my $target = 'snapshot-access:test';
 my $tmp = File::Temp->newdir('pba-front-XXXXXXXX', TMPDIR => 1);
 
@@ -62,14 +63,16 @@ sub dirty_ranges ($path, $name, $bitmap) {
 }
 
 # Brings an image up to date with the dirty ranges of an export, in pieces, trimming what was read.
+# A piece lies in one cluster of the filter: QEMU 7.2 reads the disk as it is now where a request
+# starts in a cluster that was copied and ends in one that was not.
 sub copy_ranges ($path, $name, $file, @ranges) {
     my $socket = open_export($path, $name);
     open(my $fh, '+<:raw', $file) or die "cannot open $file: $!\n";
     my $errors = 0;
     for my $range (@ranges) {
         my ($offset, $end) = ($range->[0], $range->[0] + $range->[1]);
-        for (; $offset < $end; $offset += $mib) {
-            my $length = $end - $offset < $mib ? $end - $offset : $mib;
+        for (; $offset < $end; $offset += $cluster) {
+            my $length = $end - $offset < $cluster ? $end - $offset : $cluster;
             my ($error, $data) = nbd_read($socket, $offset, $length);
             $errors++ if $error;
             seek($fh, $offset, 0);
@@ -137,7 +140,8 @@ sub back_up ($vm, $qmp, $model, $images, %option) {
     my $dirty = 0;
     for my $info (@$infos) {
         my $name = $info->{device};
-        my @ranges = defined($info->{'bitmap-name'})
+        my @ranges
+            = defined($info->{'bitmap-name'})
             ? dirty_ranges($path, $name, $info->{'bitmap-name'})
             : [0, $info->{size}];
         $dirty += sum(\@ranges);
@@ -213,13 +217,15 @@ sub run_backups ($form, @rounds) {
     my %images = map { $_->{id} => create_image("$tmp/$form-$_->{id}", $_->{size}) } @disks;
     for my $round (@rounds) {
         my ($mode, $actions, $dirty, %option) = @$round;
-        subtest("$form: $mode, expecting $actions" => sub {
-            my %all = (form => $form, mode => $mode, actions => $actions, %option);
-            my $got = back_up($vm, $qmp, $model, \%images, %all);
-            ok($dirty->($got), "$got bytes are dirty");
-            check_left($vm, $before);
-            check_events($qmp, $mode);
-        });
+        subtest(
+            "$form: $mode, expecting $actions" => sub {
+                my %all = (form => $form, mode => $mode, actions => $actions, %option);
+                my $got = back_up($vm, $qmp, $model, \%images, %all);
+                ok($dirty->($got), "$got bytes are dirty");
+                check_left($vm, $before);
+                check_events($qmp, $mode);
+            }
+        );
     }
     $vm->guest->stop_churn;
     is($front->fatal_call, undef, "$form: nothing was fatal");
@@ -256,9 +262,14 @@ subtest 'devlist: one remembered name for each target' => sub {
     $vm->add_fleecing_node('one');
     my ($front, $qmp) = begin($vm, 'devlist');
     for my $step (
-        [a => 'new', 'a'], [a => 'used', 'a'], [b => 'new', 'b'], [b => 'used', 'b'],
-        [none => 'no action', ''], [b => 'new', 'b'],
-    ) {
+        [a => 'new', 'a'],
+        [a => 'used', 'a'],
+        [b => 'new', 'b'],
+        [b => 'used', 'b'],
+        [none => 'no action', ''],
+        [b => 'new', 'b'],
+        )
+    {
         my ($name, $action, $left) = @$step;
         my @arguments = setup_arguments('devlist', $name, 'one');
         my ($info) = $qmp->execute('backup-access-setup', @arguments)->@*;
@@ -323,7 +334,7 @@ subtest 'the monitor is one' => sub {
     ok(next_line($second, 10)->{QMP}, 'and gets it when the first has gone');
     my @names = $front->names;
     is($names[-1], 'stop', 'the front has recorded what came');
-    is($front->connections, 2 + 0, 'and from how many') || diag($front->connections);
+    is($front->connections, 3, 'and from how many');
 };
 
 subtest 'the ends' => sub {

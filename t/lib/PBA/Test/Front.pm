@@ -118,9 +118,11 @@ sub serve ($self, $listener) {
         my ($fh) = $self->_wait($self->{client} // $listener, $self->{qemu}->handle);
         if ($fh == $listener) {
             $self->_accept;
-        } elsif ($self->{client} && $fh == $self->{client}) {
+        }
+        elsif ($self->{client} && $fh == $self->{client}) {
             $self->_read_client;
-        } else {
+        }
+        else {
             $self->_guarded(sub { $self->{qemu}->read_events });
         }
     }

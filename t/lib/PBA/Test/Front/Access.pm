@@ -41,7 +41,8 @@ sub setup ($self, $arguments) {
         for grep { $seen{ $_->{device} }++ } @wanted;
     $self->{damage}->("target-id '$target' can never be torn down") if $target eq $reserved_target;
 
-    my @devices = map { { %{ $self->{graph}->find_disk($_->{device}) }, %$_ } } @wanted;
+    my @devices = map { $self->{graph}->find_disk($_->{device}) } @wanted;
+    $devices[$_]{mode} = $wanted[$_]{mode} for 0 .. $#devices;
     $self->_prepare_bitmaps(\@devices, $arguments);
     $self->{target} = $target;
     $self->_start_statistics(\@devices);
@@ -75,7 +76,8 @@ sub backup ($self, $arguments) {
     my @disks = map { $self->{graph}->find_node($_->{device}) } @wanted;
     my $uuid = '2d8a4c0e-6f0f-4a8e-9d53-000000000001';
     @$self{qw(target native)} = ($native_target, 1);
-    $self->_start_statistics([map { { %$_, dirty => $_->{size} } } @disks]);
+    $_->{dirty} = $_->{size} for @disks;
+    $self->_start_statistics(\@disks);
     @{ $self->{stat} }{qw(uuid backup-file)} = ($uuid, $arguments->{'backup-file'});
     return { UUID => $uuid };
 }
@@ -142,7 +144,8 @@ sub _prepare_bitmaps ($self, $devices, $arguments) {
         $device->{dirty} = $device->{size};
         if ($self->{form} eq 'devlist') {
             $self->_prepare_by_name($device, $target, $name);
-        } else {
+        }
+        else {
             $self->_prepare_by_mode($device, $name);
         }
         $device->{bitmap} = $device->{mode} eq 'none' ? undef : $name;
@@ -183,7 +186,8 @@ sub _prepare_by_name ($self, $device, $target, $name) {
     if (my $old = $self->_bitmap($device, $name)) {
         $device->{action} = 'used';
         $device->{dirty} = _min($old->{count}, $device->{size});
-    } else {
+    }
+    else {
         $self->_add_full_bitmap($device, $name);
         $device->{action} = 'new';
     }
@@ -224,23 +228,18 @@ sub _add_full_bitmap ($self, $device, $name) {
 # that fails at its first write, sets all bits of it; that bitmap is merged into ours.
 sub _merge_full ($self, $device, $name) {
     my ($qemu, $full, $size) = ($self->{qemu}, 'front-full', $device->{size});
-    my @errors = map { { event => 'none', iotype => $_, errno => 5 } } qw(write write-zeroes);
     my %null = (driver => 'null-co', size => $size);
-    $qemu->call('blockdev-add', { %null, 'node-name' => $full });
-    $qemu->call(
-        'blockdev-add',
-        { driver => 'blkdebug', 'node-name' => 'front-sink', image => \%null,
-            'inject-error' => \@errors });
+    my %sink = (driver => 'blkdebug', 'node-name' => 'front-sink', image => \%null);
+    my @errors = map { { event => 'none', iotype => $_, errno => 5 } } qw(write write-zeroes);
     my %source = (node => $full, name => 'full');
+    $qemu->call('blockdev-add', { %null, 'node-name' => $full });
+    $qemu->call('blockdev-add', { %sink, 'inject-error' => \@errors });
     $qemu->call('block-dirty-bitmap-add', { %source, granularity => $granularity });
     my %job = ('job-id' => 'front-job', device => $full, target => 'front-sink', sync => 'full');
-    $qemu->call_and_wait(
-        'blockdev-backup',
-        { %job, bitmap => 'full', 'bitmap-mode' => 'always' },
-        \&_is_job_gone);
-    $qemu->call(
-        'block-dirty-bitmap-merge',
-        { node => $device->{node}, target => $name, bitmaps => [\%source] });
+    my %sync = (bitmap => 'full', 'bitmap-mode' => 'always');
+    $qemu->call_and_wait('blockdev-backup', { %job, %sync }, \&_is_job_gone);
+    my %merge = (node => $device->{node}, target => $name, bitmaps => [\%source]);
+    $qemu->call('block-dirty-bitmap-merge', \%merge);
     $qemu->call('blockdev-del', { 'node-name' => $_ }) for 'front-sink', $full;
     return;
 }
@@ -284,8 +283,7 @@ sub _begin ($self, $device) {
     my ($qemu, $name, $n) = ($self->{qemu}, $device->{device}, ++$self->{count});
     my %bitmap = (node => $device->{node}, name => _real_name($device->{bitmap} // ''));
     if (defined($device->{bitmap})) {
-        _named(
-            "$name - creating background bitmap for backup access failed",
+        _named("$name - creating background bitmap for backup access failed",
             sub { $self->_add_background($device) });
         $qemu->call('block-dirty-bitmap-disable', \%bitmap);
     }
@@ -300,8 +298,7 @@ sub _begin ($self, $device) {
         defined($device->{bitmap}) ? (bitmap => \%bitmap) : (),
     );
     my $failed = "$name - setting up snapshot access failed";
-    _named(
-        "$failed: appending cbw node for fleecing failed: Could not create node",
+    _named("$failed: appending cbw node for fleecing failed: Could not create node",
         sub { $qemu->call('blockdev-add', \%filter) });
     $device->{cbw} = $filter{'node-name'};
     _named($failed, sub { $self->_add_snapshot_access($device, "front-snap-$n") });
@@ -386,8 +383,8 @@ sub _finish_bitmap ($self, $device, $success) {
 
 # ---- exports that a teardown leaves behind ----
 
-# On Proxmox an export without a bitmap survives the teardown, though nothing can be read from it any
-# more. A stock QEMU does not give up a node in use, so here the export is ended, and still shown.
+# On Proxmox an export without a bitmap survives the teardown, though nothing can be read from it
+# any more. A stock QEMU does not give up a node in use: here the export is ended, and still shown.
 sub _end_exports ($self, @nodes) {
     my %mine = map { $_ => 1 } @nodes;
     my $exports = $self->{qemu}->call('query-block-exports');
@@ -397,7 +394,8 @@ sub _end_exports ($self, @nodes) {
         $self->{qemu}->call_and_wait(
             'block-export-del',
             { id => $id, mode => 'hard' },
-            sub ($event) { _is_export_gone($event, $id) });
+            sub ($event) { _is_export_gone($event, $id) }
+        );
         $self->{qemu}->hide_export($id, 0);
         push(@{ $self->{dead} }, $export);
     }

@@ -81,7 +81,8 @@ sub bitmap ($self, $node, $name) {
 sub point_to ($self, $disk, $node) {
     return $self->_reopen_throttle($disk->{top}, $node) if $disk->{throttle};
     return if !defined($disk->{qdev});
-    my ($user) = grep { ($_->{qdev} // '') eq $disk->{qdev} } @{ $self->{qemu}->call('query-block') };
+    my ($user)
+        = grep { ($_->{qdev} // '') eq $disk->{qdev} } @{ $self->{qemu}->call('query-block') };
     return if !$user;
     my $path = $disk->{qdev} =~ m{\A/} ? $disk->{qdev} : "/machine/peripheral/$disk->{qdev}";
     $self->{qemu}->call('qom-set', { path => $path, property => 'drive', value => $node });

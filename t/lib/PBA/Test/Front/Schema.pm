@@ -83,7 +83,8 @@ sub extend ($self, $command, $reply) {
     my @entries;
     if ($command eq 'query-commands') {
         @entries = map { { name => $_ } } sort(keys(%{ $self->{commands} }));
-    } elsif ($command eq 'query-qmp-schema') {
+    }
+    elsif ($command eq 'query-qmp-schema') {
         @entries = $self->_schema;
     }
     return $reply if !@entries || $reply !~ /\A\{"return":/;
@@ -144,7 +145,8 @@ sub _check_object ($members, $value, $path) {
         my ($name, $type, $optional) = @$member;
         if (exists($left{$name})) {
             _check_value($type, delete($left{$name}), "$prefix$name", $name);
-        } elsif (!$optional) {
+        }
+        elsif (!$optional) {
             die { desc => "Parameter '$prefix$name' is missing" };
         }
     }
@@ -160,15 +162,19 @@ sub _check_value ($type, $value, $path, $name) {
         for my $i (0 .. $#$value) {
             _check_value($element, $value->[$i], "${path}[$i]", $name);
         }
-    } elsif ($type eq 'bool') {
+    }
+    elsif ($type eq 'bool') {
         _wrong_type($path, $expected{bool}) if !JSON::PP::is_bool($value);
-    } elsif ($type eq 'str') {
+    }
+    elsif ($type eq 'str') {
         _wrong_type($path, $expected{str}) if !_is_string($value);
-    } elsif (my $values = $types{$type}{enum}) {
+    }
+    elsif (my $values = $types{$type}{enum}) {
         _wrong_type($path, $expected{str}) if !_is_string($value);
         return if grep { $_ eq $value } @$values;
         die { desc => "Parameter '$name' does not accept value '$value'" };
-    } else {
+    }
+    else {
         _check_object($types{$type}{object}, $value, $path);
     }
     return;

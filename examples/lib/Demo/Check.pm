@@ -1,0 +1,154 @@
+package Demo::Check;
+
+# What the demo checks: that a backup contains what it must, that restored images are what the guest
+# had at the backup's instant, and that nothing is left behind. Nothing here reads through the
+# module.
+
+use v5.36;
+
+use Exporter qw(import);
+use File::Find ();
+use File::Path qw(make_path remove_tree);
+
+use Demo::Screen qw(output_of problem run);
+
+our @EXPORT_OK = qw(
+    check_actions check_contained check_data check_equal check_files check_surroundings sum_of
+    surroundings
+);
+
+sub sum_of ($regions) {
+    my $sum = 0;
+    $sum += $_->[1] for $regions->@*;
+    return $sum;
+}
+
+# ---- a backup ----
+
+# The first one must be of everything, the others must not.
+sub check_actions ($backup) {
+    my $expected = $backup->{mode} eq 'new' ? 'new' : 'used';
+    for my $device ($backup->{stored}->@*) {
+        my $what = "$backup->{name} backup: $device->{device}";
+        my $action = $device->{'bitmap-action'} // 'none';
+        problem("$what: bitmap '$action', not '$expected'") if $action ne $expected;
+        my $whole = sum_of($device->{regions}) == $device->{size};
+        problem("$what: the whole disk") if $whole && $expected eq 'used';
+        problem("$what: not the whole disk") if !$whole && $expected eq 'new';
+    }
+    return;
+}
+
+# Every region of a failed backup must be in the next one.
+sub check_contained ($failed, $next) {
+    my %next = map { $_->{device} => $_->{regions} } $next->{stored}->@*;
+    for my $device ($failed->{stored}->@*) {
+        my $name = $device->{device};
+        my ($lost) = grep { !is_within($_, $next{$name}) } $device->{regions}->@*;
+        problem(  "$next->{name} backup: $name: lacks $lost->[1] bytes at $lost->[0],"
+                . " which the $failed->{name} one had")
+            if $lost;
+    }
+    return;
+}
+
+sub is_within ($region, $regions) {
+    my ($offset, $end) = ($region->[0], $region->[0] + $region->[1]);
+    return grep { $_->[0] <= $offset && $end <= $_->[0] + $_->[1] } $regions->@*;
+}
+
+# ---- a restored image ----
+
+# The image itself tells which write it ends with; that must be one of the backup's instant.
+sub check_data ($guest, $backup, $image) {
+    my ($n, $at) = $guest->model->check_image('data', $image);
+    my $what = "$backup->{name} backup: data disk";
+    problem("$what: differs at $at from the disk after write $n") if defined($at);
+    problem("$what: ends with write $n, not one of $backup->{from} to $backup->{to}")
+        if $n < $backup->{from} || $n > $backup->{to};
+    return "as of the guest's write $n";
+}
+
+# As after a power failure: the journal is replayed, on a copy, then all must be right.
+sub check_files ($guest, $backup, $image) {
+    my ($copy, $what) = ("$image.copy", "$backup->{name} backup: file system");
+    run('cp', '--sparse=always', $image, $copy);
+    my ($status, $text) = output_of('e2fsck', '-p', $copy);
+    problem("$what: e2fsck -p: $text") if $status > 1;
+    ($status, $text) = output_of('e2fsck', '-fn', $copy);
+    problem("$what: e2fsck -fn: $text") if $status != 0;
+    check_content($guest, $what, $copy);
+    unlink $copy;
+    return 'e2fsck clean, old files equal';
+}
+
+# The files the file system was made with are not written to by the guest.
+sub check_content ($guest, $what, $image) {
+    my $dir = "$image.files";
+    make_path($dir);
+    output_of('debugfs', '-R', qq(rdump /usr "$dir"), $image);
+    my ($status, $text) = output_of('diff', '-rq', $guest->content . '/usr', "$dir/usr");
+    problem("$what: $text") if $status != 0;
+    remove_tree($dir);
+    return;
+}
+
+# The guest writes no more: the image must be the guest's disk itself.
+sub check_equal ($guest, $disk, $image) {
+    my ($status, $text) = output_of('cmp', $image, $guest->image_of($disk));
+    problem("last backup: $disk disk is not the guest's: $text") if $status != 0;
+    return;
+}
+
+# ---- what is left behind ----
+
+# Everything a backup must leave as it was, as text.
+sub surroundings ($guest, @dirs) {
+    my $vm = $guest->vm;
+    my $graph = $vm->graph;
+    my %now = (
+        'block nodes' => $graph->{nodes},
+        'block graph' => $graph->{edges},
+        'block exports' => [map { $_->{id} } $vm->exports->@*],
+        'NBD server' => [$vm->qmp_try('nbd-server-stop')->{error}{desc} // 'was running'],
+        'open files' => [sort grep { defined } map { readlink } glob '/proc/self/fd/*'],
+        processes => [own_processes()],
+        files => [map { files_below($_) } @dirs],
+    );
+    return { map { $_ => join(', ', $now{$_}->@*) } keys %now };
+}
+
+sub files_below ($dir) {
+    my @found;
+    File::Find::find({ wanted => sub { push @found, $_ if $_ ne $dir }, no_chdir => 1 }, $dir);
+    return sort @found;
+}
+
+sub own_processes () {
+    my @children;
+    for my $stat (glob '/proc/[0-9]*/stat') {
+        open(my $fh, '<', $stat) or next;
+        my ($pid, $parent) = (<$fh> // next) =~ /\A(\d+) \(.*\) \S (\d+)/s;
+        push @children, $pid if $parent == $$;
+    }
+    return sort @children;
+}
+
+# All as before, but for one bitmap a device that records what the guest writes.
+sub check_surroundings ($backup, $before, $after, $bitmaps) {
+    for my $what (sort keys $after->%*) {
+        next if $after->{$what} eq $before->{$what};
+        problem("after the $backup->{name} backup: $what changed: $after->{$what}");
+    }
+    my %own = map { ("$_->{'bitmap-node-name'} $_->{'bitmap-name'}" => 1) } $backup->{stored}->@*;
+    for my $node (sort keys $bitmaps->%*) {
+        for my $name (sort keys $bitmaps->{$node}->%*) {
+            next if delete $own{"$node $name"} && $bitmaps->{$node}{$name}{recording};
+            problem("after the $backup->{name} backup: left-over or dead bitmap $name of $node");
+        }
+    }
+    problem("after the $backup->{name} backup: no bitmap $_") for sort keys %own;
+    return;
+}
+
+1;

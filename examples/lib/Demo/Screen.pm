@@ -1,0 +1,134 @@
+package Demo::Screen;
+
+# What one sees of the demo, what was found wrong, and Ctrl-C.
+
+use v5.36;
+
+use Exporter qw(import);
+use IO::Handle ();
+use POSIX ();
+use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC);
+
+our @EXPORT_OK = qw(heading human milliseconds now output_of problem problems run step);
+
+my @problems;
+my $interrupted;
+
+sub now () {
+    return clock_gettime(CLOCK_MONOTONIC);
+}
+
+sub human ($bytes) {
+    my @units = qw(B KiB MiB GiB);
+    shift(@units), $bytes /= 1024 while $bytes >= 1024 && @units > 1;
+    return sprintf(@units == 4 ? '%d %s' : '%.1f %s', $bytes, $units[0]);
+}
+
+sub milliseconds ($seconds) {
+    return defined($seconds) ? sprintf('%.1f', 1000 * $seconds) : '-';
+}
+
+sub heading ($text) {
+    print "\n$text\n";
+    return;
+}
+
+# Does it, and prints what it was, how much and how long; then what was found wrong, also by the
+# check that runs after it. The code returns the bytes, and another label where more can be said
+# when it is done.
+sub step ($label, $code, $check = sub { }) {
+    my $terminal = -t STDOUT;
+    my ($began, $known) = (now(), scalar(@problems));
+    print "  $label ..." if $terminal;
+    my ($bytes, $done, $ok);
+    $ok = eval { ($bytes, $done) = $code->(); 1 };
+    my $error = $@;
+    print "\r\e[K" if $terminal;
+    die $error if !$ok;
+    check_interrupted();
+
+    my $size = defined($bytes) ? human($bytes) : '';
+    printf("  %-54s %10s %6.2f s\n", $done // $label, $size, now() - $began);
+    $check->();
+    print "  WRONG: $_\n" for @problems[$known .. $#problems];
+    return;
+}
+
+sub problem ($text) {
+    push @problems, substr($text =~ s/\s*\n\s*/; /gr, 0, 300);
+    return;
+}
+
+sub problems () {
+    return @problems;
+}
+
+# ---- other programs ----
+
+# Returns the exit status of a program and what it said.
+sub output_of (@command) {
+    my $pid = open(my $out, '-|') // die "fork: $!\n";
+    exec_program(@command) if !$pid;
+    local $/ = undef;
+    my $text = <$out> // '';
+    close($out);
+    check_interrupted();
+    return ($? & 127 ? 128 + ($? & 127) : $? >> 8, $text);
+}
+
+sub exec_program (@command) {
+    open(STDIN, '<', '/dev/null');
+    open(STDERR, '>&', \*STDOUT);
+    { no warnings 'exec'; exec(@command) }
+    syswrite(STDOUT, "$command[0]: $!\n");
+    POSIX::_exit(127);
+}
+
+sub run (@command) {
+    my ($status, $text) = output_of(@command);
+    die "'@command' failed with status $status: $text\n" if $status != 0;
+    return $text;
+}
+
+# ---- being interrupted ----
+
+# The signal ends what is going on like an error, so that everything is undone on the way out.
+sub handle_signals () {
+    for my $name (qw(INT TERM HUP)) {
+        $SIG{$name} = sub {
+            $interrupted = $name;
+            $SIG{$name} = 'IGNORE';
+            die "interrupted\n";
+        };
+    }
+    return;
+}
+
+# Something may have caught the handler's error and gone on.
+sub check_interrupted () {
+    die "interrupted\n" if $interrupted;
+    return;
+}
+
+sub die_of_signal () {
+    return if !$interrupted;
+    $SIG{$interrupted} = 'DEFAULT';
+    kill $interrupted => $$;
+    return;
+}
+
+# Runs the demo, says how it ended and returns the exit status.
+sub main ($code) {
+    STDOUT->autoflush(1);
+    handle_signals();
+    local $ENV{PATH} = "$ENV{PATH}:/usr/sbin:/sbin";
+    my @errors = eval { $code->(); 1 } ? () : ($@);
+    push @errors, map { "$_\n" } @problems;
+    print "\n";
+    print STDERR $interrupted ? "demo: interrupted\n" : map { "demo: $_" } @errors;
+    die_of_signal();
+    print @errors ? "demo: NOT verified\n" : "demo: verified\n";
+    return @errors ? 1 : 0;
+}
+
+1;
