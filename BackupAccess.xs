@@ -18,7 +18,7 @@ typedef struct {
 } Caller;
 
 typedef struct {
-    PbaAccess *access; /* NULL: freed */
+    PbaAccess *access;
     PbaQmp *qmp;
     Caller caller;
     pid_t owner;
@@ -29,13 +29,6 @@ typedef struct {
     Caller caller;
     pid_t owner;
 } PbaVolumeObject;
-
-#define MY_CXT_KEY "PVE::BackupAccess::_guts"
-typedef struct {
-    HV *access_stash;
-    HV *volume_stash;
-} my_cxt_t;
-START_MY_CXT
 
 /* getpid() is a system call; this is asked for every region. */
 static pid_t current_pid;
@@ -339,14 +332,55 @@ static JsonNode *carry_command(void *opaque, const char *command, JsonNode *argu
 
 /* Objects */
 
-static void *pointer_from_sv(pTHX_ SV *sv, HV *stash, const char *klass)
+/* The C object hangs on its Perl object by magic, which Perl code can neither forge nor copy, and
+ * goes with it. */
+
+static void caller_clear(pTHX_ Caller *caller)
 {
-    if (SvROK(sv) && SvOBJECT(SvRV(sv)) &&
-        (SvSTASH(SvRV(sv)) == stash || sv_derived_from(sv, klass)) && SvIOK(SvRV(sv))) {
-        return INT2PTR(void *, SvIVX(SvRV(sv)));
+    SvREFCNT_dec(caller->log);
+    SvREFCNT_dec(caller->transport);
+    SvREFCNT_dec(caller->exception);
+    *caller = (Caller){0};
+}
+
+static int free_access(pTHX_ SV *sv, MAGIC *magic)
+{
+    PbaAccessObject *object = (PbaAccessObject *)magic->mg_ptr;
+    PERL_UNUSED_VAR(sv);
+    pba_access_free(object->access);
+    pba_qmp_free(object->qmp);
+    caller_clear(aTHX_ &object->caller);
+    g_free(object);
+    return 0;
+}
+
+static int free_volume(pTHX_ SV *sv, MAGIC *magic)
+{
+    PbaVolumeObject *object = (PbaVolumeObject *)magic->mg_ptr;
+    PERL_UNUSED_VAR(sv);
+    pba_volume_free(object->volume);
+    caller_clear(aTHX_ &object->caller);
+    g_free(object);
+    return 0;
+}
+
+static const MGVTBL access_magic = {.svt_free = free_access};
+static const MGVTBL volume_magic = {.svt_free = free_volume};
+
+static SV *new_object(pTHX_ void *pointer, SV *klass, const MGVTBL *type)
+{
+    SV *object = newSV(0);
+    sv_magicext(object, NULL, PERL_MAGIC_ext, type, pointer, 0);
+    return sv_bless(newRV_noinc(object), gv_stashsv(klass, GV_ADD));
+}
+
+static void *pointer_from_sv(pTHX_ SV *sv, const MGVTBL *type, const char *klass)
+{
+    MAGIC *magic = SvROK(sv) ? mg_findext(SvRV(sv), PERL_MAGIC_ext, type) : NULL;
+    if (!magic) {
+        throw_text(aTHX_ "ArgumentError", Perl_form(aTHX_ "not an object of class %s", klass));
     }
-    throw_text(aTHX_ "ArgumentError", Perl_form(aTHX_ "not an object of class %s", klass));
-    return NULL;
+    return magic->mg_ptr;
 }
 
 static void require_owner(pTHX_ pid_t owner, bool usable)
@@ -361,30 +395,12 @@ static void require_owner(pTHX_ pid_t owner, bool usable)
 
 static PbaAccessObject *access_from_sv(pTHX_ SV *sv)
 {
-    dMY_CXT;
-    return pointer_from_sv(aTHX_ sv, MY_CXT.access_stash, "PVE::BackupAccess");
+    return pointer_from_sv(aTHX_ sv, &access_magic, "PVE::BackupAccess");
 }
 
 static PbaVolumeObject *volume_from_sv(pTHX_ SV *sv)
 {
-    dMY_CXT;
-    return pointer_from_sv(aTHX_ sv, MY_CXT.volume_stash, "PVE::BackupAccess::Volume");
-}
-
-static SV *new_object(pTHX_ void *pointer, SV *klass)
-{
-    SV *ref = newSV(0);
-    sv_setref_pv(ref, SvPV_nolen(klass), pointer);
-    SvREADONLY_on(SvRV(ref));
-    return ref;
-}
-
-static void caller_clear(pTHX_ Caller *caller)
-{
-    SvREFCNT_dec(caller->log);
-    SvREFCNT_dec(caller->transport);
-    SvREFCNT_dec(caller->exception);
-    *caller = (Caller){0};
+    return pointer_from_sv(aTHX_ sv, &volume_magic, "PVE::BackupAccess::Volume");
 }
 
 static PbaHooks caller_hooks(Caller *caller)
@@ -477,9 +493,6 @@ PROTOTYPES: DISABLE
 
 BOOT:
 {
-    MY_CXT_INIT;
-    MY_CXT.access_stash = gv_stashpvs("PVE::BackupAccess", GV_ADD);
-    MY_CXT.volume_stash = gv_stashpvs("PVE::BackupAccess::Volume", GV_ADD);
     note_fork();
     pthread_atfork(NULL, NULL, note_fork);
 }
@@ -490,7 +503,7 @@ _dispatch_signals()
         PERL_ASYNC_CHECK();
 
 const char *
-bitmap_status(SV *action)
+_bitmap_status(SV *action)
     PREINIT:
         PbaBitmapAction value = PBA_BITMAP_ACTION_ABSENT;
         GError *error = NULL;
@@ -557,7 +570,7 @@ _new(SV *klass, SV *options)
             g_free(object);
             throw_error(aTHX_ NULL, error);
         }
-        RETVAL = new_object(aTHX_ object, klass);
+        RETVAL = new_object(aTHX_ object, klass, &access_magic);
     OUTPUT:
         RETVAL
 
@@ -566,7 +579,7 @@ _setup(PbaAccessObject *self, AV *devices)
     PREINIT:
         GError *error = NULL;
     CODE:
-        require_owner(aTHX_ self->owner, self->access != NULL);
+        require_owner(aTHX_ self->owner, true);
         size_t count = (size_t)(av_len(devices) + 1);
         /* On the Perl stack's heap, so that it goes even if something below throws. */
         SV *memory = sv_2mortal(newSV(count * sizeof(PbaDeviceRequest) + 1));
@@ -592,7 +605,7 @@ _setup(PbaAccessObject *self, AV *devices)
 SV *
 _infos(PbaAccessObject *self)
     CODE:
-        require_owner(aTHX_ self->owner, self->access != NULL);
+        require_owner(aTHX_ self->owner, true);
         AV *infos = newAV();
         push_infos(aTHX_ self->access, infos);
         RETVAL = newRV_noinc((SV *)infos);
@@ -604,7 +617,7 @@ _export(PbaAccessObject *self)
     PREINIT:
         GError *error = NULL;
     CODE:
-        require_owner(aTHX_ self->owner, self->access != NULL);
+        require_owner(aTHX_ self->owner, true);
         if (!pba_access_export(self->access, &error)) {
             throw_error(aTHX_ &self->caller, error);
         }
@@ -618,7 +631,7 @@ _teardown(PbaAccessObject *self, bool success)
     PREINIT:
         GError *error = NULL;
     CODE:
-        require_owner(aTHX_ self->owner, self->access != NULL);
+        require_owner(aTHX_ self->owner, true);
         if (!pba_access_teardown(self->access, success, &error)) {
             throw_error(aTHX_ &self->caller, error);
         }
@@ -628,19 +641,9 @@ bool
 _is_up(PbaAccessObject *self)
     CODE:
         /* In a forked child it is not: only the process that set it up tears it down. */
-        RETVAL = self->access && self->owner == getpid() && pba_access_is_up(self->access);
+        RETVAL = self->owner == getpid() && pba_access_is_up(self->access);
     OUTPUT:
         RETVAL
-
-void
-_free(PbaAccessObject *self)
-    CODE:
-        g_clear_pointer(&self->access, pba_access_free);
-        g_clear_pointer(&self->qmp, pba_qmp_free);
-        caller_clear(aTHX_ &self->caller);
-        SvREADONLY_off(SvRV(ST(0)));
-        sv_setsv(SvRV(ST(0)), &PL_sv_undef);
-        g_free(self);
 
 MODULE = PVE::BackupAccess  PACKAGE = PVE::BackupAccess::Volume
 
@@ -664,7 +667,7 @@ _open(SV *klass, SV *device, SV *path, SV *bitmap, SV *size)
             g_free(object);
             throw_error(aTHX_ &caller, error);
         }
-        RETVAL = new_object(aTHX_ object, klass);
+        RETVAL = new_object(aTHX_ object, klass, &volume_magic);
     OUTPUT:
         RETVAL
 
@@ -752,10 +755,3 @@ void
 close(PbaVolumeObject *self)
     CODE:
         g_clear_pointer(&self->volume, pba_volume_free);
-
-void
-DESTROY(PbaVolumeObject *self)
-    CODE:
-        g_clear_pointer(&self->volume, pba_volume_free);
-        caller_clear(aTHX_ &self->caller);
-        g_free(self);

@@ -112,7 +112,6 @@ sub prepare ($demo) {
     step('Linux, from Debian', $kernel);
     step('ext4 disk with files', $disk);
     step('booting', $boot);
-    $demo->{before} = surroundings($guest, $demo->{dirs}->@*);
     $guest->start_writing;
     let_write($demo);
     return;
@@ -128,19 +127,23 @@ sub do_backup ($demo, $name, %how) {
     my $backup = { name => $name, %how, dir => "$demo->{dir}/$number" };
     make_path($backup->{dir});
     push $demo->{backups}->@*, $backup;
+    my $before = surroundings_of($demo);
     my $work = sub {
         my $ok = eval { back_up($demo->@{qw(guest options)}, $backup); 1 };
         die $@ if !$ok && !($how{fails} && $@ eq "the store is full\n");
         return sum_of([map { $_->{regions}->@* } $backup->{stored}->@*]);
     };
-    step("$name backup", $work, sub { check_backup($demo, $backup) });
+    step("$name backup", $work, sub { check_backup($demo, $backup, $before) });
     return;
 }
 
-sub check_backup ($demo, $backup) {
-    my $guest = $demo->{guest};
-    my $after = surroundings($guest, $demo->{dirs}->@*);
-    check_surroundings($backup, $demo->{before}, $after, $guest->vm->bitmaps);
+sub surroundings_of ($demo) {
+    return surroundings($demo->{guest}, values $demo->{options}->%*);
+}
+
+sub check_backup ($demo, $backup, $before) {
+    my $bitmaps = $demo->{guest}->vm->bitmaps;
+    check_surroundings($backup, $before, surroundings_of($demo), $bitmaps);
     check_actions($backup);
     my ($previous) = ($demo->{backups}->@*)[-2];
     check_contained($previous, $backup) if $previous->{fails};
@@ -227,7 +230,6 @@ sub demo () {
     make_path(values %options);
     my $guest = Demo::Guest->new("$tmp");
     my $demo = { guest => $guest, dir => "$tmp", options => \%options, backups => [] };
-    $demo->{dirs} = [values %options];
     prepare($demo);
     make_backups($demo);
     restore($demo);

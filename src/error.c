@@ -83,7 +83,8 @@ void pba_error_add_command(GError **error, const char *command)
     PbaErrorPrivate *priv = pba_error_get_private(*error);
     if (!priv->command) {
         priv->command = g_strdup(command);
-        g_prefix_error(error, "qmp command '%s' failed - ", command);
+        g_autofree char *clean = clean_text(command);
+        g_prefix_error(error, "qmp command '%s' failed - ", clean);
     }
 }
 
@@ -95,7 +96,8 @@ void pba_error_add_device(GError **error, const char *device)
     PbaErrorPrivate *priv = pba_error_get_private(*error);
     if (!priv->device) {
         priv->device = g_strdup(device);
-        g_prefix_error(error, "device %s: ", device);
+        g_autofree char *clean = clean_text(device);
+        g_prefix_error(error, "device %s: ", clean);
     }
 }
 

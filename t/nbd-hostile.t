@@ -318,7 +318,7 @@ subtest 'reading' => sub {
     );
     for my $range (@ranges) {
         my $data = $volume->pread(@$range);
-        ok($data eq pattern(@$range), "@$range") or diag('length ' . length($data));
+        ok($data eq pattern(@$range), "range @$range") or diag('length ' . length($data));
         ok(!utf8::is_utf8($data), 'bytes');
     }
     my @requests = map { [@$_{qw(offset length)}] } $server->requests('read');
@@ -450,13 +450,14 @@ sub dies_by_alarm ($code, $name) {
 }
 
 subtest 'a handler that dies' => sub {
-    my $volume = open_volume(start(dirty => \@blocks, max_extents => 2, delay => 0.8));
+    my @few = @blocks[0 .. 7];
+    my $volume = open_volume(start(dirty => \@few, max_extents => 2, delay => 0.5));
     my @map;
     dies_by_alarm(sub { push @map, [$volume->next_dirty_region] }, 'the first region');
     push @map, map { [$volume->next_dirty_region] } 1 .. 2;
-    dies_by_alarm(sub { push @map, [$volume->next_dirty_region] for 1 .. 64 }, 'some way on');
+    dies_by_alarm(sub { push @map, [$volume->next_dirty_region] for 1 .. 8 }, 'some way on');
     my $rest = map_of($volume);
-    is_deeply([@map, @$rest], \@blocks, 'carried on: nothing is lost, nothing comes twice');
+    is_deeply([@map, @$rest], \@few, 'carried on: nothing is lost, nothing comes twice');
     is_deeply([$volume->next_dirty_region], [], 'to the end');
 };
 

@@ -8,6 +8,7 @@ use Cwd qw(realpath);
 use JSON::PP ();    # the booleans that a 'qmp' code ref is given
 use XSLoader;
 
+use PVE::BackupAccess::Argument;
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Volume;
 
@@ -15,69 +16,43 @@ XSLoader::load('PVE::BackupAccess', $VERSION);
 
 my $default_timeout = 60;
 
-sub argument_error ($message) {
-    PVE::BackupAccess::Error->throw('ArgumentError', $message);
-}
-
-my sub check_text ($name, $value) {
-    argument_error("$name must be a string") if !defined($value) || ref($value);
-}
-
-my sub check_positive ($name, $value) {
-    argument_error("$name must be a positive whole number, not '" . ($value // 'undef') . "'")
-        if !defined($value) || ref($value) || $value !~ m/\A[1-9][0-9]{0,8}\z/;
-}
-
-my sub check_code ($name, $value) {
-    argument_error("$name must be a code ref") if ref($value) ne 'CODE';
-}
-
 my sub check_qmp ($name, $value) {
-    return if ref($value) eq 'CODE';
-    argument_error("$name must be the path of a QMP socket or a code ref")
-        if !defined($value) || ref($value) || $value eq '';
+    PVE::BackupAccess::Argument::filled_text($name, $value) if ref($value) ne 'CODE';
 }
 
 my sub check_fleecing ($name, $value) {
-    argument_error("$name must be a hash of devices to node names") if ref($value) ne 'HASH';
-    check_text("$name of device '$_'", $value->{$_}) for sort keys $value->%*;
-}
-
-my %check_option = (
-    qmp => \&check_qmp,
-    'target-id' => \&check_text,
-    'run-dir' => \&check_text,
-    'fleecing-dir' => \&check_text,
-    'bitmap-name' => \&check_text,
-    fleecing => \&check_fleecing,
-    timeout => \&check_positive,
-    log => \&check_code,
-    persistent => sub ($name, $value) { argument_error("$name must be 0 or 1") if ref($value) },
-);
-
-my sub check_options ($method, $options, @allowed) {
-    my %allowed = map { $_ => 1 } @allowed;
-    for my $name (sort keys $options->%*) {
-        argument_error("unknown option '$name' for $method - it takes " . join(', ', @allowed))
-            if !$allowed{$name};
-        $check_option{$name}->($name, $options->{$name});
+    PVE::BackupAccess::Argument::fail("$name must be a hash of devices to node names")
+        if ref($value) ne 'HASH';
+    for my $device (sort keys $value->%*) {
+        PVE::BackupAccess::Argument::filled_text("a device of $name", $device);
+        PVE::BackupAccess::Argument::filled_text("$name of device '$device'", $value->{$device});
     }
 }
 
-my sub require_options ($method, $options, @required) {
-    defined($options->{$_}) or argument_error("$method needs the option '$_'") for @required;
-}
+my %qmp_options = (
+    qmp => \&check_qmp,
+    timeout => \&PVE::BackupAccess::Argument::positive,
+);
 
-my sub options_hash ($method, @options) {
-    argument_error("options of $method must be pairs of names and values") if @options % 2;
-    return {@options};
-}
+my %access_options = (
+    %qmp_options,
+    'target-id' => \&PVE::BackupAccess::Argument::text,
+    'run-dir' => \&PVE::BackupAccess::Argument::filled_text,
+    'fleecing-dir' => \&PVE::BackupAccess::Argument::filled_text,
+    'bitmap-name' => \&PVE::BackupAccess::Argument::filled_text,
+    fleecing => \&check_fleecing,
+    log => \&PVE::BackupAccess::Argument::code,
+    persistent => \&PVE::BackupAccess::Argument::flag,
+);
+
+my %device_keys = (
+    device => \&PVE::BackupAccess::Argument::filled_text,
+    'bitmap-mode' => \&PVE::BackupAccess::Argument::text,
+);
 
 sub new ($class, @options) {
-    my $options = options_hash('new', @options);
-    check_options('new', $options, sort keys %check_option);
-    require_options('new', $options, qw(qmp target-id));
-
+    my $options =
+        PVE::BackupAccess::Argument::options('new', \@options, \%access_options, qw(qmp target-id));
     my $qmp = $options->{qmp};
     # One VM, one identity, by whatever path its socket is reached.
     my $identity = ref($qmp) ? undef : realpath($qmp) // $qmp;
@@ -85,31 +60,31 @@ sub new ($class, @options) {
 }
 
 sub capabilities ($class, @options) {
-    my $options = options_hash('capabilities', @options);
-    check_options('capabilities', $options, qw(qmp timeout));
-    require_options('capabilities', $options, qw(qmp));
+    my $options =
+        PVE::BackupAccess::Argument::options('capabilities', \@options, \%qmp_options, 'qmp');
     return _capabilities($options->{qmp}, $options->{timeout} // $default_timeout);
 }
 
-my sub check_device ($device) {
-    argument_error('a device of setup must be a hash') if ref($device) ne 'HASH';
-    for my $key (sort keys $device->%*) {
-        argument_error("unknown key '$key' in a device of setup - it has device, bitmap-mode")
-            if $key !~ m/\A(?:device|bitmap-mode)\z/;
-        check_text("$key in a device of setup", $device->{$key});
-    }
-    argument_error("a device of setup lacks the key 'device'") if !defined($device->{device});
+sub bitmap_status ($action) {
+    PVE::BackupAccess::Argument::text('bitmap action', $action) if defined($action);
+    return _bitmap_status($action);
 }
 
 sub setup ($self, $devices) {
-    argument_error('setup takes an array ref of devices') if ref($devices) ne 'ARRAY';
-    check_device($_) for $devices->@*;
+    PVE::BackupAccess::Argument::fail('setup takes an array ref of devices')
+        if ref($devices) ne 'ARRAY';
+    for my $device ($devices->@*) {
+        PVE::BackupAccess::Argument::hash('a device of setup', $device, \%device_keys);
+        PVE::BackupAccess::Argument::fail("a device of setup lacks the key 'device'")
+            if !defined($device->{device});
+    }
     return $self->_setup($devices);
 }
 
 sub volumes ($self, $mechanism) {
-    argument_error("unknown mechanism '" . ($mechanism // 'undef') . "' - must be nbd")
-        if ($mechanism // '') ne 'nbd';
+    PVE::BackupAccess::Argument::text('mechanism', $mechanism);
+    PVE::BackupAccess::Argument::fail("unknown mechanism '$mechanism' - must be nbd")
+        if $mechanism ne 'nbd';
 
     my $socket = $self->_export;
     my $volumes = {};
@@ -126,11 +101,10 @@ sub volumes ($self, $mechanism) {
 }
 
 sub volume ($self, $device) {
-    check_text('device', $device);
-    my $volume = $self->volumes('nbd')->{$device};
-    PVE::BackupAccess::Error->throw('ArgumentError', "device $device: is not part of this access",
-        device => $device)
-        if !$volume;
+    PVE::BackupAccess::Argument::filled_text('device', $device);
+    my $volume = $self->volumes('nbd')->{$device}
+        or PVE::BackupAccess::Argument::fail("device $device: is not part of this access",
+            device => $device);
     return PVE::BackupAccess::Volume->open($device, $volume);
 }
 
@@ -147,7 +121,6 @@ sub DESTROY ($self) {
         warn "backup access was not torn down - doing so now, as after a failed backup\n";
         eval { $self->_teardown(0); 1 } or warn $@;
     }
-    $self->_free;
 }
 
 1;

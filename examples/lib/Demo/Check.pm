@@ -74,12 +74,11 @@ sub check_files ($guest, $backup, $image) {
     my ($copy, $what) = ("$image.copy", "$backup->{name} backup: file system");
     run('cp', '--sparse=always', $image, $copy);
     my ($status, $text) = output_of('e2fsck', '-p', $copy);
-    problem("$what: e2fsck -p: $text") if $status > 1;
-    ($status, $text) = output_of('e2fsck', '-fn', $copy);
-    problem("$what: e2fsck -fn: $text") if $status != 0;
-    check_content($guest, $what, $copy);
+    ($status, $text) = output_of('e2fsck', '-fn', $copy) if $status <= 1;
+    problem("$what: e2fsck: $text") if $status != 0;
+    check_content($guest, $what, $copy) if $status == 0;
     unlink $copy;
-    return 'e2fsck clean, old files equal';
+    return $status == 0 ? 'e2fsck clean, old files equal' : 'is damaged';
 }
 
 # The files the file system was made with are not written to by the guest.
@@ -102,11 +101,11 @@ sub check_equal ($guest, $disk, $image) {
 
 # ---- what is left behind ----
 
-# Everything a backup must leave as it was, as text.
+# Everything a backup must leave as it was: { what => [texts] }.
 sub surroundings ($guest, @dirs) {
     my $vm = $guest->vm;
     my $graph = $vm->graph;
-    my %now = (
+    return {
         'block nodes' => $graph->{nodes},
         'block graph' => $graph->{edges},
         'block exports' => [map { $_->{id} } $vm->exports->@*],
@@ -114,8 +113,7 @@ sub surroundings ($guest, @dirs) {
         'open files' => [sort grep { defined } map { readlink } glob '/proc/self/fd/*'],
         processes => [own_processes()],
         files => [map { files_below($_) } @dirs],
-    );
-    return { map { $_ => join(', ', $now{$_}->@*) } keys %now };
+    };
 }
 
 sub files_below ($dir) {
@@ -134,11 +132,19 @@ sub own_processes () {
     return sort @children;
 }
 
+sub changes ($before, $after) {
+    my %count;
+    $count{$_}-- for $before->@*;
+    $count{$_}++ for $after->@*;
+    my @changed = grep { $count{$_} } sort keys %count;
+    return join(', ', map { ($count{$_} > 0 ? 'new ' : 'gone ') . $_ } @changed);
+}
+
 # All as before, but for one bitmap a device that records what the guest writes.
 sub check_surroundings ($backup, $before, $after, $bitmaps) {
     for my $what (sort keys $after->%*) {
-        next if $after->{$what} eq $before->{$what};
-        problem("after the $backup->{name} backup: $what changed: $after->{$what}");
+        my $changed = changes($before->{$what}, $after->{$what});
+        problem("after the $backup->{name} backup: $what: $changed") if $changed ne '';
     }
     my %own = map { ("$_->{'bitmap-node-name'} $_->{'bitmap-name'}" => 1) } $backup->{stored}->@*;
     for my $node (sort keys $bitmaps->%*) {

@@ -55,7 +55,7 @@ sub step ($label, $code, $check = sub { }) {
 }
 
 sub problem ($text) {
-    push @problems, substr($text =~ s/\s*\n\s*/; /gr, 0, 300);
+    push @problems, substr($text =~ s/\s*\n\s*(?=.)/; /gr =~ s/\s+\z//r, 0, 200);
     return;
 }
 
@@ -104,6 +104,14 @@ sub handle_signals () {
     return;
 }
 
+# What is said on the way out is only that QEMU has been interrupted as well.
+sub show_warning ($text) {
+    return if $interrupted;
+    print STDERR "\r\e[K" if -t STDERR;
+    print STDERR "  $text";
+    return;
+}
+
 # Something may have caught the handler's error and gone on.
 sub check_interrupted () {
     die "interrupted\n" if $interrupted;
@@ -121,9 +129,11 @@ sub die_of_signal () {
 sub main ($code) {
     STDOUT->autoflush(1);
     handle_signals();
+    local $SIG{__WARN__} = \&show_warning;
     local $ENV{PATH} = "$ENV{PATH}:/usr/sbin:/sbin";
     my @errors = eval { $code->(); 1 } ? () : ($@);
-    push @errors, map { "$_\n" } @problems;
+    my $count = @problems;
+    push @errors, "$count things are wrong, see above\n" if $count;
     print "\n";
     print STDERR $interrupted ? "demo: interrupted\n" : map { "demo: $_" } @errors;
     die_of_signal();

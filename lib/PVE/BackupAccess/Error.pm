@@ -8,6 +8,7 @@ use overload
     fallback => 1;
 
 sub throw ($class, $error_class, $message, %context) {
+    $message =~ s/[[:cntrl:]]/ /g;    # what callers pass in may be part of it
     die bless({ %context, class => $error_class, message => "$message\n" }, $class);
 }
 

@@ -3,69 +3,55 @@ package PVE::BackupAccess::Volume;
 use v5.36;
 
 use PVE::BackupAccess;
-use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Argument;
 
-my %known_key = map { $_ => 1 } qw(size bitmap-mode nbd-path bitmap-name);
 my $max_regions = 1_000_000;
 
-my sub argument_error ($device, $message) {
-    PVE::BackupAccess::Error->throw('ArgumentError', "device $device: $message", device => $device);
+my %volume_keys = (
+    size => \&PVE::BackupAccess::Argument::bytes,
+    'bitmap-mode' => \&PVE::BackupAccess::Argument::text,
+    'nbd-path' => \&PVE::BackupAccess::Argument::filled_text,
+    'bitmap-name' => \&PVE::BackupAccess::Argument::filled_text,
+);
+
+my sub fail ($device, $message) {
+    PVE::BackupAccess::Argument::fail("device $device: $message", device => $device);
 }
 
-my sub check_number ($name, $value) {
-    PVE::BackupAccess::argument_error(
-        "$name must be a whole number of bytes, not '" . ($value // 'undef') . "'")
-        if !defined($value) || ref($value) || $value !~ m/\A(?:0|[1-9][0-9]{0,18})\z/;
-}
-
-my sub check_volume ($device, $volume) {
-    argument_error($device, 'its volume must be a hash') if ref($volume) ne 'HASH';
-    for my $key (sort keys $volume->%*) {
-        argument_error($device, "unknown key '$key' in its volume") if !$known_key{$key};
-        argument_error($device, "'$key' in its volume must be a plain value")
-            if !defined($volume->{$key}) || ref($volume->{$key});
-    }
-    argument_error($device, "its volume lacks 'nbd-path'") if ($volume->{'nbd-path'} // '') eq '';
-    check_number("size of device $device", $volume->{size}) if exists($volume->{size});
-}
-
-# With a bitmap only its name makes the difference, so a mode that contradicts it is refused.
+# The name of the bitmap to read, undef for the whole volume. A bare URI may come without a mode.
 my sub bitmap_name ($device, $volume) {
     my $name = $volume->{'bitmap-name'};
     my $mode = $volume->{'bitmap-mode'} // (defined($name) ? 'reuse' : 'none');
-    argument_error($device, "unknown bitmap-mode '$mode' - must be one of none, new, reuse")
+    fail($device, "unknown bitmap-mode '$mode' - must be one of none, new, reuse")
         if $mode !~ m/\A(?:none|new|reuse)\z/;
-    argument_error($device, "bitmap-mode '$mode' needs a 'bitmap-name'")
-        if $mode ne 'none' && ($name // '') eq '';
+    fail($device, "bitmap-mode '$mode' needs a 'bitmap-name'") if $mode ne 'none' && !defined($name);
     return $mode eq 'none' ? undef : $name;
 }
 
 sub open ($class, $device, $volume) {
-    PVE::BackupAccess::argument_error('device must be a string')
-        if !defined($device) || ref($device) || $device eq '';
-    check_volume($device, $volume);
+    PVE::BackupAccess::Argument::filled_text('device', $device);
+    PVE::BackupAccess::Argument::hash("the volume of device $device", $volume, \%volume_keys);
+    fail($device, "its volume lacks 'nbd-path'") if !defined($volume->{'nbd-path'});
     return $class->_open($device, $volume->{'nbd-path'}, bitmap_name($device, $volume),
         $volume->{size});
 }
 
 sub dirty_regions ($self, $max) {
-    PVE::BackupAccess::argument_error("max must be a number from 1 to $max_regions")
-        if !defined($max)
-        || ref($max)
-        || $max !~ m/\A[1-9][0-9]{0,6}\z/
-        || $max > $max_regions;
+    PVE::BackupAccess::Argument::positive('max', $max);
+    PVE::BackupAccess::Argument::fail("max must be at most $max_regions, not $max")
+        if $max > $max_regions;
     return $self->_dirty_regions($max);
 }
 
 sub pread ($self, $offset, $length) {
-    check_number('offset', $offset);
-    check_number('length', $length);
+    PVE::BackupAccess::Argument::bytes('offset', $offset);
+    PVE::BackupAccess::Argument::bytes('length', $length);
     return $self->_pread($offset, $length);
 }
 
 sub discard ($self, $offset, $length) {
-    check_number('offset', $offset);
-    check_number('length', $length);
+    PVE::BackupAccess::Argument::bytes('offset', $offset);
+    PVE::BackupAccess::Argument::bytes('length', $length);
     return $self->_discard($offset, $length);
 }
 

@@ -1,0 +1,77 @@
+package PVE::BackupAccess::Argument;
+
+# Checks of what callers pass in, for the other modules here. Each dies with a message that names the
+# argument; what is then left for the C core is right in form.
+
+use v5.36;
+
+use PVE::BackupAccess::Error;
+
+my $max_bytes = '18446744073709551615';    # 64 bits, unsigned
+
+sub fail ($message, %context) {
+    PVE::BackupAccess::Error->throw('ArgumentError', $message, %context);
+}
+
+my sub shown ($value) {
+    return defined($value) ? "'$value'" : 'undef';
+}
+
+sub text ($name, $value) {
+    fail("$name must be a string") if !defined($value) || ref($value);
+    # C strings end at a NUL, and QEMU's names are UTF-8.
+    fail("$name must be valid UTF-8 without a NUL character, not " . shown($value))
+        if $value =~ m/[\0\x{d800}-\x{dfff}]/ || $value =~ m/[^\x{0}-\x{10ffff}]/;
+}
+
+sub filled_text ($name, $value) {
+    text($name, $value);
+    fail("$name must not be empty") if $value eq '';
+}
+
+sub positive ($name, $value) {
+    fail("$name must be a positive whole number, not " . shown($value))
+        if !defined($value) || ref($value) || $value !~ m/\A[1-9][0-9]{0,8}\z/;
+}
+
+sub bytes ($name, $value) {
+    fail("$name must be a whole number of bytes, not " . shown($value))
+        if !defined($value)
+        || ref($value)
+        || $value !~ m/\A(?:0|[1-9][0-9]{0,19})\z/
+        || (length($value) == 20 && $value gt $max_bytes);
+}
+
+sub flag ($name, $value) {
+    fail("$name must be 0 or 1, not " . shown($value))
+        if ref($value) || ($value // '') !~ m/\A[01]?\z/;
+}
+
+sub code ($name, $value) {
+    fail("$name must be a code ref") if ref($value) ne 'CODE';
+}
+
+# Keys and values of a hash against { key => check }.
+sub hash ($name, $hash, $checks) {
+    fail("$name must be a hash") if ref($hash) ne 'HASH';
+    for my $key (sort keys $hash->%*) {
+        fail("unknown key '$key' in $name - it takes " . join(', ', sort keys $checks->%*))
+            if !$checks->{$key};
+        $checks->{$key}->("$key in $name", $hash->{$key});
+    }
+}
+
+# A method's options as a hash, checked likewise.
+sub options ($method, $options, $checks, @required) {
+    fail("options of $method must be pairs of names and values") if $options->@* % 2;
+    my $hash = { $options->@* };
+    for my $name (sort keys $hash->%*) {
+        fail("unknown option '$name' for $method - it takes " . join(', ', sort keys $checks->%*))
+            if !$checks->{$name};
+        $checks->{$name}->($name, $hash->{$name});
+    }
+    defined($hash->{$_}) or fail("$method needs the option '$_'") for @required;
+    return $hash;
+}
+
+1;
