@@ -14,7 +14,9 @@ typedef struct {
     SV *log;       /* code ref or NULL */
     SV *transport; /* code ref or NULL: the core uses its own socket */
     SV *exception; /* what a signal handler or the log callback died with; NULL: nothing */
+    SV *object;    /* the Perl object whose call this is, borrowed; NULL: none */
     bool died;     /* since the core was last told */
+    bool in_hook;  /* Perl code runs below a call of the core */
 } Caller;
 
 typedef struct {
@@ -100,11 +102,23 @@ static void keep_exception(pTHX_ Caller *caller)
     }
 }
 
-/* call_sv that never jumps over the C frames below us. Arguments are on the stack. */
-static SSize_t call_guarded(pTHX_ SV *code, I32 flags)
+/* Before Perl code is run from inside the core, with LEAVE_HOOK after it. Its $@ is its own, and the
+ * object stays alive until the statement that called us ends, whatever that code lets go of. */
+static void enter_hook(pTHX_ Caller *caller)
 {
-    return call_sv(code, flags | G_EVAL);
+    if (caller->object) {
+        sv_2mortal(SvREFCNT_inc(caller->object));
+    }
+    ENTER;
+    SAVETMPS;
+    save_scalar(PL_errgv);
+    SAVEBOOL(caller->in_hook);
+    caller->in_hook = true;
 }
+
+#define LEAVE_HOOK                                                                                 \
+    FREETMPS;                                                                                      \
+    LEAVE
 
 static bool hook_interrupted(void *opaque)
 {
@@ -112,18 +126,14 @@ static bool hook_interrupted(void *opaque)
     Caller *caller = opaque;
 
     if (PL_sig_pending) {
+        enter_hook(aTHX_ caller);
         dSP;
-        ENTER;
-        SAVETMPS;
-        save_scalar(PL_errgv);
         PUSHMARK(SP);
-        call_guarded(aTHX_ (SV *)get_cv("PVE::BackupAccess::_dispatch_signals", 0),
-                     G_VOID | G_DISCARD);
+        call_pv("PVE::BackupAccess::_dispatch_signals", G_VOID | G_DISCARD | G_EVAL);
         if (SvTRUE(ERRSV)) {
             keep_exception(aTHX_ caller);
         }
-        FREETMPS;
-        LEAVE;
+        LEAVE_HOOK;
     }
     bool died = caller->died;
     caller->died = false;
@@ -136,27 +146,28 @@ static void hook_log(void *opaque, PbaLogLevel level, const char *message)
     dTHX;
     Caller *caller = opaque;
 
-    if (!caller->log) {
-        if (level == PBA_LOG_WARN) {
-            warn("%" SVf "\n",
-                 SVfARG(newSVpvn_flags(message, strlen(message), SVs_TEMP | SVf_UTF8)));
-        }
+    if (!caller->log && level < PBA_LOG_WARN) {
         return;
     }
+    enter_hook(aTHX_ caller);
+    SV *text = newSVpvn_flags(message, strlen(message), SVs_TEMP | SVf_UTF8);
     dSP;
-    ENTER;
-    SAVETMPS;
-    save_scalar(PL_errgv);
     PUSHMARK(SP);
-    mXPUSHp(names[level], strlen(names[level]));
-    XPUSHs(newSVpvn_flags(message, strlen(message), SVs_TEMP | SVf_UTF8));
-    PUTBACK;
-    call_guarded(aTHX_ caller->log, G_VOID | G_DISCARD);
+    if (caller->log) {
+        mXPUSHp(names[level], strlen(names[level]));
+        XPUSHs(text);
+        PUTBACK;
+        call_sv(caller->log, G_VOID | G_DISCARD | G_EVAL);
+    } else {
+        sv_catpvs(text, "\n");
+        XPUSHs(text);
+        PUTBACK;
+        call_pv("PVE::BackupAccess::_warn", G_VOID | G_DISCARD | G_EVAL);
+    }
     if (SvTRUE(ERRSV)) {
         keep_exception(aTHX_ caller);
     }
-    FREETMPS;
-    LEAVE;
+    LEAVE_HOOK;
 }
 
 /* Plain Perl data for the caller's transport, and back */
@@ -299,6 +310,16 @@ static JsonNode *json_from_sv(pTHX_ SV *sv, unsigned depth)
     return json_node_init_boolean(json_node_alloc(), SvTRUE(referent));
 }
 
+/* mon_cmd's own words, on one line. */
+static void set_transport_error(pTHX_ GError **error)
+{
+    g_autofree char *text = g_utf8_make_valid(SvPVutf8_nolen(ERRSV), -1);
+    for (char *c = text; *c; c++) {
+        *c = g_ascii_iscntrl(*c) ? ' ' : *c;
+    }
+    g_set_error_literal(error, PBA_ERROR, PBA_ERROR_QMP, g_strchomp(text));
+}
+
 static JsonNode *carry_command(void *opaque, const char *command, JsonNode *arguments,
                                GError **error)
 {
@@ -306,27 +327,22 @@ static JsonNode *carry_command(void *opaque, const char *command, JsonNode *argu
     Caller *caller = opaque;
     JsonNode *reply = NULL;
 
+    enter_hook(aTHX_ caller);
     dSP;
-    ENTER;
-    SAVETMPS;
-    save_scalar(PL_errgv);
     PUSHMARK(SP);
     mXPUSHp(command, strlen(command));
     XPUSHs(sv_2mortal(sv_from_json(aTHX_ arguments)));
     PUTBACK;
-    call_guarded(aTHX_ caller->transport, G_SCALAR);
+    call_sv(caller->transport, G_SCALAR | G_EVAL);
     SPAGAIN;
     SV *value = POPs;
     PUTBACK;
     if (SvTRUE(ERRSV)) {
-        /* mon_cmd's own words; its "\n" is not wanted in the middle of ours. */
-        g_autofree char *text = g_strchomp(g_strdup(SvPVutf8_nolen(ERRSV)));
-        g_set_error_literal(error, PBA_ERROR, PBA_ERROR_QMP, text);
+        set_transport_error(aTHX_ error);
     } else {
         reply = json_from_sv(aTHX_ value, 0);
     }
-    FREETMPS;
-    LEAVE;
+    LEAVE_HOOK;
     return reply;
 }
 
@@ -367,10 +383,11 @@ static int free_volume(pTHX_ SV *sv, MAGIC *magic)
 static const MGVTBL access_magic = {.svt_free = free_access};
 static const MGVTBL volume_magic = {.svt_free = free_volume};
 
-static SV *new_object(pTHX_ void *pointer, SV *klass, const MGVTBL *type)
+static SV *new_object(pTHX_ void *pointer, Caller *caller, SV *klass, const MGVTBL *type)
 {
     SV *object = newSV(0);
     sv_magicext(object, NULL, PERL_MAGIC_ext, type, pointer, 0);
+    caller->object = object;
     return sv_bless(newRV_noinc(object), gv_stashsv(klass, GV_ADD));
 }
 
@@ -383,14 +400,22 @@ static void *pointer_from_sv(pTHX_ SV *sv, const MGVTBL *type, const char *klass
     return magic->mg_ptr;
 }
 
-static void require_owner(pTHX_ pid_t owner, bool usable)
+static void require_idle(pTHX_ const Caller *caller, pid_t owner)
 {
-    if (!usable) {
-        throw_text(aTHX_ "StateError", "the object was closed already");
-    }
     if (owner != current_pid) {
         throw_text(aTHX_ "StateError", "the object belongs to another process");
     }
+    if (caller->in_hook) {
+        throw_text(aTHX_ "StateError", "the object is in use by a call that is under way");
+    }
+}
+
+static void require_open(pTHX_ const PbaVolumeObject *self)
+{
+    if (!self->volume) {
+        throw_text(aTHX_ "StateError", "the volume was closed already");
+    }
+    require_idle(aTHX_ &self->caller, self->owner);
 }
 
 static PbaAccessObject *access_from_sv(pTHX_ SV *sv)
@@ -570,7 +595,7 @@ _new(SV *klass, SV *options)
             g_free(object);
             throw_error(aTHX_ NULL, error);
         }
-        RETVAL = new_object(aTHX_ object, klass, &access_magic);
+        RETVAL = new_object(aTHX_ object, &object->caller, klass, &access_magic);
     OUTPUT:
         RETVAL
 
@@ -579,7 +604,7 @@ _setup(PbaAccessObject *self, AV *devices)
     PREINIT:
         GError *error = NULL;
     CODE:
-        require_owner(aTHX_ self->owner, true);
+        require_idle(aTHX_ &self->caller, self->owner);
         size_t count = (size_t)(av_len(devices) + 1);
         /* On the Perl stack's heap, so that it goes even if something below throws. */
         SV *memory = sv_2mortal(newSV(count * sizeof(PbaDeviceRequest) + 1));
@@ -605,7 +630,7 @@ _setup(PbaAccessObject *self, AV *devices)
 SV *
 _infos(PbaAccessObject *self)
     CODE:
-        require_owner(aTHX_ self->owner, true);
+        require_idle(aTHX_ &self->caller, self->owner);
         AV *infos = newAV();
         push_infos(aTHX_ self->access, infos);
         RETVAL = newRV_noinc((SV *)infos);
@@ -617,7 +642,7 @@ _export(PbaAccessObject *self)
     PREINIT:
         GError *error = NULL;
     CODE:
-        require_owner(aTHX_ self->owner, true);
+        require_idle(aTHX_ &self->caller, self->owner);
         if (!pba_access_export(self->access, &error)) {
             throw_error(aTHX_ &self->caller, error);
         }
@@ -631,7 +656,7 @@ _teardown(PbaAccessObject *self, bool success)
     PREINIT:
         GError *error = NULL;
     CODE:
-        require_owner(aTHX_ self->owner, true);
+        require_idle(aTHX_ &self->caller, self->owner);
         if (!pba_access_teardown(self->access, success, &error)) {
             throw_error(aTHX_ &self->caller, error);
         }
@@ -667,14 +692,14 @@ _open(SV *klass, SV *device, SV *path, SV *bitmap, SV *size)
             g_free(object);
             throw_error(aTHX_ &caller, error);
         }
-        RETVAL = new_object(aTHX_ object, klass, &volume_magic);
+        RETVAL = new_object(aTHX_ object, &object->caller, klass, &volume_magic);
     OUTPUT:
         RETVAL
 
 uint64_t
 size(PbaVolumeObject *self)
     CODE:
-        require_owner(aTHX_ self->owner, self->volume != NULL);
+        require_open(aTHX_ self);
         RETVAL = pba_volume_size(self->volume);
     OUTPUT:
         RETVAL
@@ -686,7 +711,7 @@ next_dirty_region(PbaVolumeObject *self)
         uint64_t offset;
         uint64_t length;
     PPCODE:
-        require_owner(aTHX_ self->owner, self->volume != NULL);
+        require_open(aTHX_ self);
         PUTBACK;
         bool done = pba_volume_next_dirty_region(self->volume, &offset, &length, &error);
         SPAGAIN;
@@ -706,7 +731,7 @@ _dirty_regions(PbaVolumeObject *self, UV max)
         uint64_t offset;
         uint64_t length;
     PPCODE:
-        require_owner(aTHX_ self->owner, self->volume != NULL);
+        require_open(aTHX_ self);
         for (UV i = 0; i < max; i++) {
             PUTBACK;
             bool done = pba_volume_next_dirty_region(self->volume, &offset, &length, &error);
@@ -727,7 +752,7 @@ _pread(PbaVolumeObject *self, uint64_t offset, uint64_t length)
     PREINIT:
         GError *error = NULL;
     CODE:
-        require_owner(aTHX_ self->owner, self->volume != NULL);
+        require_open(aTHX_ self);
         /* Not more than a read can have; the core refuses what is longer. */
         SV *data = newSV(MIN(length, 64 << 20) + 1);
         SvPOK_only(data);
@@ -746,7 +771,7 @@ _discard(PbaVolumeObject *self, uint64_t offset, uint64_t length)
     PREINIT:
         GError *error = NULL;
     CODE:
-        require_owner(aTHX_ self->owner, self->volume != NULL);
+        require_open(aTHX_ self);
         if (!pba_volume_discard(self->volume, offset, length, &error)) {
             throw_error(aTHX_ &self->caller, error);
         }
@@ -754,4 +779,7 @@ _discard(PbaVolumeObject *self, uint64_t offset, uint64_t length)
 void
 close(PbaVolumeObject *self)
     CODE:
+        if (self->volume && self->owner == current_pid) {
+            require_open(aTHX_ self);
+        }
         g_clear_pointer(&self->volume, pba_volume_free);

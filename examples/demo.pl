@@ -20,7 +20,7 @@ use Demo::Check qw(
     surroundings
 );
 use Demo::Guest;
-use Demo::Screen qw(heading human milliseconds problems step);
+use Demo::Screen qw(heading human milliseconds now step);
 use PVE::BackupAccess;
 
 my $PIECE = 4 * 1024 * 1024;
@@ -129,9 +129,11 @@ sub do_backup ($demo, $name, %how) {
     push $demo->{backups}->@*, $backup;
     my $before = surroundings_of($demo);
     my $work = sub {
+        my $began = now();
         my $ok = eval { back_up($demo->@{qw(guest options)}, $backup); 1 };
         die $@ if !$ok && !($how{fails} && $@ eq "the store is full\n");
-        return sum_of([map { $_->{regions}->@* } $backup->{stored}->@*]);
+        my $bytes = sum_of([map { $_->{regions}->@* } $backup->{stored}->@*]);
+        return ($bytes, undef, now() - $began - $backup->{waited});
     };
     step("$name backup", $work, sub { check_backup($demo, $backup, $before) });
     return;

@@ -4,6 +4,7 @@
 
 #include "block.h"
 #include "pba.h"
+#include <sys/types.h>
 
 /* Bytes a bit of our bitmaps stands for: copy-before-write's cluster, too. */
 #define PBA_GRANULARITY 65536u
@@ -35,6 +36,7 @@ typedef enum { PBA_BACKEND_PVE, PBA_BACKEND_UPSTREAM } PbaBackend;
 typedef enum { PBA_FORM_DEVICES, PBA_FORM_DEVLIST } PbaForm;
 
 struct PbaAccess {
+    pid_t owner;
     PbaQmp *qmp; /* borrowed */
     PbaHooks hooks;
 
@@ -50,19 +52,24 @@ struct PbaAccess {
     PbaForm form;
     unsigned qemu_version; /* 702 is 7.2 */
 
-    GPtrArray *disks;   /* PbaDisk; empty: no access is up */
-    char *socket_dir;   /* NULL: not made */
-    char *socket;       /* the NBD server's */
-    bool server_up;     /* we started the NBD server */
+    GPtrArray *disks; /* PbaDisk; empty: no access is up */
+    char *socket_dir; /* NULL: not made */
+    char *socket;     /* the NBD server's */
+    bool begun;       /* something may have been changed in QEMU */
+    bool server_up;   /* we started the NBD server, or tried to */
     bool exported;
     bool teardown_failed;
+    bool success_unknown; /* a successful end was asked for, and no reply came */
 };
 
-/* The two backends, each in its own files. Setup starts the NBD server, too; when it fails it has
- * undone what it did, but for that. Before teardown the exports are gone. */
+/* The two backends, each in its own files. Check looks at everything that can be looked at and
+ * changes nothing. Setup starts the NBD server, too; it sets begun before its first change, and
+ * what it did is undone by teardown. Before teardown the exports are gone. */
+bool pba_pve_check_idle(PbaAccess *access, GError **error);
 bool pba_pve_check(PbaAccess *access, const PbaBlock *block, GError **error);
 bool pba_pve_setup(PbaAccess *access, GError **error);
 bool pba_pve_teardown(PbaAccess *access, bool success, GError **error);
+bool pba_upstream_check_idle(const PbaBlock *block, GError **error);
 bool pba_upstream_check(PbaAccess *access, const PbaBlock *block, GError **error);
 bool pba_upstream_setup(PbaAccess *access, PbaBlock *block, GError **error);
 bool pba_upstream_teardown(PbaAccess *access, bool success, GError **error);
@@ -71,6 +78,8 @@ bool pba_upstream_is_clean(PbaAccess *access);
 
 /* upstream: a bitmap of the target on this disk with every bit set, made in one transaction. */
 bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error);
+/* upstream: drops what the above may have left when it was cut short. */
+void pba_dirty_source_drop(PbaAccess *access, const PbaDisk *disk, const PbaBlock *block);
 /* upstream: ends the split into target's and background bitmap on every disk that has one. Where
  * that cannot be done the target's bitmap is removed. */
 bool pba_bitmaps_join(PbaAccess *access, PbaBlock *block, bool success, GError **error);
@@ -91,7 +100,12 @@ bool pba_run_dir_make(PbaAccess *access, GError **error);
 void pba_run_dir_remove(PbaAccess *access);
 
 bool pba_nbd_server_start(PbaAccess *access, GError **error);
+/* True unless nothing listens at our socket. */
+bool pba_nbd_server_answers(const PbaAccess *access);
 bool pba_exports_add(PbaAccess *access, GError **error);
+/* Finds an export whose id begins so, or, with no prefix, one of that node. */
+bool pba_exports_find(PbaAccess *access, const char *id_prefix, const char *node, bool *found,
+                      GError **error);
 /* Removes our exports, waits until they are gone, and stops our NBD server. */
 bool pba_exports_remove(PbaAccess *access, GError **error);
 

@@ -148,27 +148,47 @@ static bool all_dirty_holds(PbaAccess *access, const PbaDisk *disk, const DirtyS
     return true;
 }
 
-static void drop_dirty_source(PbaAccess *access, const DirtySource *names)
+/* Runs a command of a clean-up whose failure changes nothing. True if QEMU can still be talked to. */
+static bool run_quietly(PbaAccess *access, const char *command, JsonNode *arguments)
 {
-    const char *const nodes[] = {names->sink, names->source};
+    g_autoptr(GError) error = NULL;
+    return pba_qmp_run(access->qmp, command, arguments, &error) || !pba_error_is_fatal(error);
+}
 
-    for (size_t i = 0; i < G_N_ELEMENTS(nodes); i++) {
-        g_autoptr(GError) error = NULL;
-        if (!pba_qmp_run(access->qmp, "blockdev-del", pba_json("{'node-name': <%s>}", nodes[i]),
-                         &error) &&
-            pba_error_is_fatal(error)) {
-            return;
-        }
+static DirtySource dirty_source_names(const PbaAccess *access, const PbaDisk *disk)
+{
+    return (DirtySource){
+        .source = pba_own_name(access, "null", disk->device),
+        .sink = pba_own_name(access, "fail", disk->device),
+        .job = pba_own_name(access, "job", disk->device),
+    };
+}
+
+static void drop_dirty_source(PbaAccess *access, const DirtySource *names, bool with_job)
+{
+    if (with_job && !(wait_job_concluded(access, names->job, NULL) &&
+                      run_quietly(access, "job-dismiss", pba_json("{'id': <%s>}", names->job)))) {
+        return;
+    }
+    if (run_quietly(access, "blockdev-del", pba_json("{'node-name': <%s>}", names->sink))) {
+        run_quietly(access, "blockdev-del", pba_json("{'node-name': <%s>}", names->source));
+    }
+}
+
+void pba_dirty_source_drop(PbaAccess *access, const PbaDisk *disk, const PbaBlock *block)
+{
+    g_auto(DirtySource) names = dirty_source_names(access, disk);
+    bool has_sink = pba_block_find_node(block, names.sink) != NULL;
+
+    /* The job cannot be there without its target. */
+    if (has_sink || pba_block_find_node(block, names.source)) {
+        drop_dirty_source(access, &names, has_sink);
     }
 }
 
 bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error)
 {
-    g_auto(DirtySource) names = {
-        .source = pba_own_name(access, "null", disk->device),
-        .sink = pba_own_name(access, "fail", disk->device),
-        .job = pba_own_name(access, "job", disk->device),
-    };
+    g_auto(DirtySource) names = dirty_source_names(access, disk);
     g_autofree char *bitmap = pba_target_bitmap(access->target_id);
     bool done = false;
 
@@ -188,7 +208,9 @@ bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error)
                                                      names.source)));
         done = run_transaction(access, actions, error);
     }
-    drop_dirty_source(access, &names);
+    if (done) {
+        drop_dirty_source(access, &names, false);
+    }
     return done;
 }
 
@@ -205,13 +227,14 @@ static void add_join_actions(JsonArray *actions, const PbaDisk *disk, const char
                            action("block-dirty-bitmap-remove", bitmap_ref(disk, background)));
 }
 
-/* One disk by itself, after the transaction for all has failed. */
+/* One disk by itself, after the transaction for all has failed. The caller will be told so, and may
+ * take the backup for a failed one: no bitmap loses its old bits. */
 static bool join_or_drop(PbaAccess *access, const PbaDisk *disk, const char *target,
-                         const char *background, bool success, GError **error)
+                         const char *background, GError **error)
 {
     JsonArray *actions = json_array_new();
 
-    add_join_actions(actions, disk, target, background, success);
+    add_join_actions(actions, disk, target, background, false);
     if (run_transaction(access, actions, error)) {
         return true;
     }
@@ -228,14 +251,14 @@ static bool join_or_drop(PbaAccess *access, const PbaDisk *disk, const char *tar
 }
 
 static bool join_each(PbaAccess *access, GPtrArray *split, const char *target,
-                      const char *background, bool success, GError **error)
+                      const char *background, GError **error)
 {
     GError *first = NULL;
 
     for (guint i = 0; i < split->len && !pba_error_is_fatal(first); i++) {
         const PbaDisk *disk = split->pdata[i];
         GError *step = NULL;
-        if (!join_or_drop(access, disk, target, background, success, &step)) {
+        if (!join_or_drop(access, disk, target, background, &step)) {
             pba_error_add_device(&step, disk->device);
             pba_error_keep_first(&first, step, &access->hooks);
         }
@@ -262,6 +285,14 @@ static bool drop_lone_bitmap(PbaAccess *access, const PbaDisk *disk, const char 
     return true;
 }
 
+/* A target's bitmap without its background one: frozen by an access that is gone, or cleared by a
+ * transaction whose reply was lost. */
+static bool is_doubtful(const PbaAccess *access, JsonObject *info)
+{
+    return access->success_unknown || (!pba_json_find_bool(info, "recording") &&
+                                       !pba_json_find_bool(info, "inconsistent"));
+}
+
 bool pba_bitmaps_join(PbaAccess *access, PbaBlock *block, bool success, GError **error)
 {
     g_autofree char *target = pba_target_bitmap(access->target_id);
@@ -281,8 +312,7 @@ bool pba_bitmaps_join(PbaAccess *access, PbaBlock *block, bool success, GError *
             add_join_actions(actions, disk, target, background, success);
         } else if (has_background) {
             drop_lone_bitmap(access, disk, background, &step);
-        } else if (info && !pba_json_find_bool(info, "recording") &&
-                   !pba_json_find_bool(info, "inconsistent")) {
+        } else if (info && is_doubtful(access, info)) {
             drop_lone_bitmap(access, disk, target, &step);
         }
         pba_error_keep_first(&first, step, &access->hooks);
@@ -294,7 +324,7 @@ bool pba_bitmaps_join(PbaAccess *access, PbaBlock *block, bool success, GError *
         if (pba_error_is_fatal(joint_error)) {
             step = g_steal_pointer(&joint_error);
         } else {
-            join_each(access, split, target, background, success, &step);
+            join_each(access, split, target, background, &step);
         }
         pba_error_keep_first(&first, step, &access->hooks);
     }

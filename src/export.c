@@ -3,7 +3,11 @@
 #include "error.h"
 #include "json.h"
 #include "wait.h"
+#include <errno.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
 
 /* block-export-del waits for requests in flight; Proxmox allows it ten minutes. */
 #define EXPORT_GONE_S 600
@@ -13,19 +17,39 @@ static char *export_id(PbaAccess *access, const PbaDisk *disk)
     return pba_own_name(access, "exp", disk->device);
 }
 
+bool pba_nbd_server_answers(const PbaAccess *access)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+
+    g_strlcpy(address.sun_path, access->socket, sizeof(address.sun_path));
+    bool answers = fd < 0 || connect(fd, (struct sockaddr *)&address, sizeof(address)) == 0 ||
+                   (errno != ECONNREFUSED && errno != ENOENT);
+    if (fd >= 0) {
+        close(fd);
+    }
+    return answers;
+}
+
 bool pba_nbd_server_start(PbaAccess *access, GError **error)
 {
     JsonNode *arguments =
         pba_json("{'addr': <{'type': <'unix'>, 'data': <{'path': <%s>}>}>}", access->socket);
-    if (!pba_qmp_run(access->qmp, "nbd-server-start", arguments, error)) {
-        if (error && *error && strstr((*error)->message, "already running")) {
-            pba_error_add_hint(error, "QEMU has one NBD server only: end what another program "
-                                      "does with it, then try again");
-        }
-        return false;
+    GError *local = NULL;
+
+    access->begun = true;
+    if (pba_qmp_run(access->qmp, "nbd-server-start", arguments, &local)) {
+        access->server_up = true;
+        return true;
     }
-    access->server_up = true;
-    return true;
+    /* Without a reply it may have been started all the same. */
+    access->server_up = pba_error_is_fatal(local);
+    if (strstr(local->message, "already running")) {
+        pba_error_add_hint(&local, "QEMU has one NBD server only: end what another program does "
+                                   "with it, then try again");
+    }
+    g_propagate_error(error, local);
+    return false;
 }
 
 static bool add_export(PbaAccess *access, const PbaDisk *disk, GError **error)
@@ -57,26 +81,20 @@ bool pba_exports_add(PbaAccess *access, GError **error)
     return true;
 }
 
-/* Whether an export of this id is there; with no id, whether any NBD export is. */
-static bool query_export(PbaAccess *access, const char *id, bool *found, GError **error)
+bool pba_exports_find(PbaAccess *access, const char *id_prefix, const char *node, bool *found,
+                      GError **error)
 {
-    g_autoptr(JsonArray) exports = pba_qmp_query_array(access->qmp, "query-block-exports", NULL,
-                                                       error);
-    if (!exports) {
-        return false;
-    }
+    g_autoptr(JsonArray) exports =
+        pba_qmp_query_array(access->qmp, "query-block-exports", NULL, error);
+
     *found = false;
-    for (guint i = 0; i < json_array_get_length(exports); i++) {
+    for (guint i = 0; exports && i < json_array_get_length(exports); i++) {
         JsonObject *export = pba_json_element(exports, i);
-        if (!export) {
-            continue;
-        }
-        if (id ? g_strcmp0(pba_json_find_string(export, "id"), id) == 0
-               : g_strcmp0(pba_json_find_string(export, "type"), "nbd") == 0) {
-            *found = true;
-        }
+        const char *id = export ? pba_json_find_string(export, "id") : NULL;
+        const char *of = export ? pba_json_find_string(export, "node-name") : NULL;
+        *found |= id_prefix ? id && g_str_has_prefix(id, id_prefix) : g_strcmp0(of, node) == 0;
     }
-    return true;
+    return exports != NULL;
 }
 
 /* block-export-del may return before the export is gone. */
@@ -85,7 +103,7 @@ static bool wait_export_gone(PbaAccess *access, const char *id, GError **error)
     gint64 deadline = pba_deadline(EXPORT_GONE_S);
     bool found;
 
-    while (query_export(access, id, &found, error)) {
+    while (pba_exports_find(access, id, NULL, &found, error)) {
         if (!found) {
             return true;
         }
@@ -101,7 +119,7 @@ static bool remove_export(PbaAccess *access, const PbaDisk *disk, GError **error
     g_autofree char *id = export_id(access, disk);
     bool found;
 
-    if (!query_export(access, id, &found, error)) {
+    if (!pba_exports_find(access, id, NULL, &found, error)) {
         return false;
     }
     if (!found) {
@@ -118,16 +136,19 @@ static bool remove_export(PbaAccess *access, const PbaDisk *disk, GError **error
 
 static bool stop_server(PbaAccess *access, GError **error)
 {
-    bool others;
+    bool others = false;
 
-    if (!query_export(access, NULL, &others, error)) {
-        return false;
-    }
-    if (others) {
-        pba_log(&access->hooks, PBA_LOG_WARN,
-                "the NBD server stays up: it has got exports that are not ours");
-    } else if (!pba_qmp_run(access->qmp, "nbd-server-stop", NULL, error)) {
-        return false;
+    /* Ours is gone if nothing listens at our socket; another one that runs is none of our business. */
+    if (pba_nbd_server_answers(access)) {
+        if (!pba_exports_find(access, "", NULL, &others, error)) {
+            return false;
+        }
+        if (others) {
+            pba_log(&access->hooks, PBA_LOG_WARN,
+                    "the NBD server stays up: it has got exports that are not ours");
+        } else if (!pba_qmp_run(access->qmp, "nbd-server-stop", NULL, error)) {
+            return false;
+        }
     }
     access->server_up = false;
     return true;

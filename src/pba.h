@@ -147,7 +147,7 @@ bool pba_capabilities(PbaQmp *qmp, PbaCapabilities *capabilities, GError **error
  * copied. */
 PbaAccess *pba_access_new(PbaQmp *qmp, const PbaAccessOptions *options, const PbaHooks *hooks,
                           GError **error);
-/* Frees local memory only: what is up in QEMU stays up (see pba_access_teardown). */
+/* Frees what is local only: what is up in QEMU stays up (see pba_access_teardown). */
 void pba_access_free(PbaAccess *access);
 
 /* Freezes the state of all devices at one instant (QAPI: backup-access-setup). On error nothing is

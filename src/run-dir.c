@@ -2,7 +2,6 @@
 #include "access.h"
 #include "error.h"
 #include <errno.h>
-#include <fcntl.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -29,31 +28,25 @@ static bool set_system_error(GError **error, const char *what, const char *path)
     return false;
 }
 
-/* Makes or takes a directory at name below parent. One that exists must be the caller's own and
- * closed to writers other than him, or else its content could be swapped under us. */
-static int open_private_dir(int parent, const char *name, const char *path, GError **error)
+/* Makes or takes the directory. One that exists must be the caller's own and closed to writers other
+ * than him, or else its content could be swapped under us. */
+static bool ensure_private_dir(const char *path, GError **error)
 {
     struct stat status;
 
-    if (mkdirat(parent, name, 0700) != 0 && errno != EEXIST) {
-        set_system_error(error, "make", path);
-        return -1;
+    if (mkdir(path, 0700) != 0 && errno != EEXIST) {
+        return set_system_error(error, "make", path);
     }
-    int fd = openat(parent, name, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-    if (fd < 0 || fstat(fd, &status) != 0) {
-        set_system_error(error, "open", path);
-        if (fd >= 0) {
-            close(fd);
-        }
-        return -1;
+    if (lstat(path, &status) != 0) {
+        return set_system_error(error, "look at", path);
     }
-    if (status.st_uid != geteuid() || (status.st_mode & 022)) {
+    if (!S_ISDIR(status.st_mode) || status.st_uid != geteuid() || (status.st_mode & 022)) {
         pba_error_set(error, PBA_ERROR_SYSTEM,
-                      "run directory '%s' belongs to another user or others may write to it", path);
-        close(fd);
-        return -1;
+                      "run directory '%s' is not a directory of this user that only he may write to",
+                      path);
+        return false;
     }
-    return fd;
+    return true;
 }
 
 static bool socket_path_fits(const char *path, GError **error)
@@ -72,28 +65,19 @@ bool pba_run_dir_make(PbaAccess *access, GError **error)
 {
     g_autofree char *parent = access->run_dir ? g_strdup(access->run_dir) : default_run_dir();
     g_autofree char *name = pba_own_name(access, "run", access->identity);
-    g_autofree char *path = g_build_filename(parent, name, NULL);
-    g_autofree char *socket = g_build_filename(path, SOCKET_NAME, NULL);
+    g_autofree char *path = g_strdup_printf("%s/%s-XXXXXX", parent, name);
+    g_autofree char *longest = g_build_filename(path, SOCKET_NAME, NULL);
 
-    if (!socket_path_fits(socket, error)) {
+    if (!socket_path_fits(longest, error) || !ensure_private_dir(parent, error)) {
         return false;
     }
-    int parent_fd = open_private_dir(AT_FDCWD, parent, parent, error);
-    if (parent_fd < 0) {
-        return false;
+    /* One of its own for each access: a socket is never taken over. */
+    if (!g_mkdtemp_full(path, 0700)) {
+        return set_system_error(error, "make", path);
     }
-    int fd = open_private_dir(parent_fd, name, path, error);
-    close(parent_fd);
-    if (fd < 0) {
-        return false;
-    }
-    bool closed = fchmod(fd, 0700) == 0 || set_system_error(error, "close", path);
-    close(fd);
-    if (closed) {
-        access->socket_dir = g_steal_pointer(&path);
-        access->socket = g_steal_pointer(&socket);
-    }
-    return closed;
+    access->socket = g_build_filename(path, SOCKET_NAME, NULL);
+    access->socket_dir = g_steal_pointer(&path);
+    return true;
 }
 
 void pba_run_dir_remove(PbaAccess *access)

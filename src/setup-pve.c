@@ -100,6 +100,22 @@ static bool check_early_form(PbaAccess *access, const PbaBlock *block, GError **
     return true;
 }
 
+/* QEMU says by itself whose access is up. But while that is exported, nothing that we do may come
+ * to a teardown. */
+bool pba_pve_check_idle(PbaAccess *access, GError **error)
+{
+    bool found;
+
+    if (!pba_exports_find(access, "pba-exp-", NULL, &found, error)) {
+        return false;
+    }
+    if (found) {
+        pba_error_set(error, PBA_ERROR_STATE,
+                      "previous backup of this guest not finished: its exports are still there");
+    }
+    return !found;
+}
+
 bool pba_pve_check(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     for (guint i = 0; i < access->disks->len; i++) {
@@ -214,7 +230,7 @@ static JsonNode *teardown_arguments(const PbaAccess *access, bool success)
     return pba_json("{'target-id': <%s>, 'success': <%b>}", access->target_id, (gboolean)success);
 }
 
-/* Somebody else's access is up: the one thing that a teardown after a failed setup must not end. */
+/* QEMU's own word for an access or a native backup of somebody else that is up. */
 static bool is_refusal(const GError *error)
 {
     return error->code == PBA_ERROR_QMP && strstr(error->message, "not finished");
@@ -224,21 +240,16 @@ bool pba_pve_setup(PbaAccess *access, GError **error)
 {
     JsonNode *arguments =
         access->form == PBA_FORM_DEVICES ? devices_form(access) : devlist_form(access);
-    g_autoptr(GError) local = NULL;
+    GError *local = NULL;
+
+    access->begun = true;
     g_autoptr(JsonArray) reply =
         pba_qmp_query_array(access->qmp, "backup-access-setup", arguments, &local);
-
     if (reply && read_reply(access, reply, &local) && pba_nbd_server_start(access, &local)) {
         return true;
     }
-    /* Nothing is exported yet, so this is safe; with nothing up it is a no-op. */
-    GError *undo_error = NULL;
-    if (!is_refusal(local) && !pba_qmp_run(access->qmp, "backup-access-teardown",
-                                           teardown_arguments(access, false), &undo_error)) {
-        pba_log(&access->hooks, PBA_LOG_WARN, "%s", undo_error->message);
-        g_error_free(undo_error);
-    }
-    g_propagate_error(error, g_steal_pointer(&local));
+    access->begun = !is_refusal(local);
+    g_propagate_error(error, local);
     return false;
 }
 
@@ -269,12 +280,55 @@ static bool check_still_there(PbaAccess *access, const PbaBlock *block, GError *
     return true;
 }
 
+/* An export that another program made of a snapshot has the same effect as one of ours. */
+static bool check_not_exported(PbaAccess *access, GError **error)
+{
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        bool found = false;
+        if (disk->snapshot_node &&
+            !pba_exports_find(access, NULL, disk->snapshot_node, &found, error)) {
+            return false;
+        }
+        if (found) {
+            pba_error_set(error, PBA_ERROR_STATE,
+                          "another program exports its snapshot node '%s', and QEMU would abort "
+                          "at a teardown - remove that export (block-export-del) first",
+                          disk->snapshot_node);
+            pba_error_add_command(error, "backup-access-teardown");
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Whether the bitmaps were cleared is not known: better none than ones that lack bits. */
+static bool remove_bitmaps(PbaAccess *access, GError **error)
+{
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        if (disk->bitmap_name &&
+            !pba_qmp_run(access->qmp, "block-dirty-bitmap-remove",
+                         pba_json("{'node': <%s>, 'name': <%s>}", disk->bitmap_node,
+                                  disk->bitmap_name),
+                         error)) {
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+    }
+    pba_log(&access->hooks, PBA_LOG_WARN,
+            "whether the backup ended as a success is not known: the next one is a full one");
+    return true;
+}
+
 bool pba_pve_teardown(PbaAccess *access, bool success, GError **error)
 {
     g_auto(PbaBlock) block = {0};
 
     return pba_block_query(access->qmp, false, &block, error) &&
-           check_still_there(access, &block, error) &&
+           check_still_there(access, &block, error) && check_not_exported(access, error) &&
            pba_qmp_run(access->qmp, "backup-access-teardown", teardown_arguments(access, success),
-                       error);
+                       error) &&
+           (!access->success_unknown || remove_bitmaps(access, error));
 }

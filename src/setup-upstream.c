@@ -26,7 +26,7 @@ bool pba_is_own_node(const char *node)
     return g_str_has_prefix(node, "pba-");
 }
 
-static bool check_nothing_up(const PbaBlock *block, GError **error)
+bool pba_upstream_check_idle(const PbaBlock *block, GError **error)
 {
     for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
         JsonObject *node = pba_json_element(block->nodes, i);
@@ -34,7 +34,7 @@ static bool check_nothing_up(const PbaBlock *block, GError **error)
         if (name && pba_is_own_node(name)) {
             pba_error_set(error, PBA_ERROR_STATE,
                           "previous backup of this guest not finished: block node '%s' is still "
-                          "there - tear it down first",
+                          "there",
                           name);
             return false;
         }
@@ -185,9 +185,6 @@ static bool check_disk(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, 
 
 bool pba_upstream_check(PbaAccess *access, const PbaBlock *block, GError **error)
 {
-    if (!check_nothing_up(block, error)) {
-        return false;
-    }
     for (guint i = 0; i < access->disks->len; i++) {
         PbaDisk *disk = access->disks->pdata[i];
         if (!check_disk(access, disk, block, error)) {
@@ -198,16 +195,12 @@ bool pba_upstream_check(PbaAccess *access, const PbaBlock *block, GError **error
     return check_iothreads(access, error);
 }
 
-/* Sparse, private, and new: a file of that name is left from a QEMU that is gone, since this one
- * has no such node. */
-static bool create_fleecing_file(const char *path, uint64_t size, GError **error)
+/* Sparse, private, and of a name that nobody else has: other guests' images may be here, too. */
+static char *create_fleecing_file(const char *dir, const char *name, uint64_t size, GError **error)
 {
-    if (unlink(path) != 0 && errno != ENOENT) {
-        pba_error_set(error, PBA_ERROR_SYSTEM, "cannot remove old fleecing image '%s' - %s", path,
-                      g_strerror(errno));
-        return false;
-    }
-    int fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    g_autofree char *path = g_strdup_printf("%s/%s-XXXXXX", dir, name);
+    int fd = g_mkstemp_full(path, O_RDWR | O_CLOEXEC, 0600);
+
     if (fd < 0 || ftruncate(fd, (off_t)size) != 0) {
         pba_error_set(error, PBA_ERROR_SYSTEM, "cannot create fleecing image '%s' - %s", path,
                       g_strerror(errno));
@@ -215,10 +208,10 @@ static bool create_fleecing_file(const char *path, uint64_t size, GError **error
             close(fd);
             unlink(path);
         }
-        return false;
+        return NULL;
     }
     close(fd);
-    return true;
+    return g_steal_pointer(&path);
 }
 
 static bool add_fleecing(PbaAccess *access, PbaDisk *disk, GError **error)
@@ -226,13 +219,11 @@ static bool add_fleecing(PbaAccess *access, PbaDisk *disk, GError **error)
     if (!pba_is_own_node(disk->fleecing_node)) {
         return true;
     }
-    g_autofree char *key = g_strconcat(access->identity, "\n", disk->device, NULL);
-    g_autofree char *name = pba_own_name(access, "fleece", key);
-    g_autofree char *path = g_strdup_printf("%s/%s.raw", access->fleecing_dir, name);
-    if (!create_fleecing_file(path, disk->size, error)) {
+    disk->fleecing_file =
+        create_fleecing_file(access->fleecing_dir, disk->fleecing_node, disk->size, error);
+    if (!disk->fleecing_file) {
         return false;
     }
-    disk->fleecing_file = g_steal_pointer(&path);
     /* Without discard=unmap a trim succeeds and frees nothing. */
     return pba_qmp_run(access->qmp, "blockdev-add",
                        pba_json("{'driver': <'file'>, 'node-name': <%s>, 'filename': <%s>, "
@@ -390,21 +381,11 @@ bool pba_upstream_setup(PbaAccess *access, PbaBlock *block, GError **error)
 {
     /* The NBD server first: if another one runs, nothing has been done to the guest yet. Then the
      * bitmaps: a QEMU that quit in mid-access leaves persistent ones split in two. */
-    if (!pba_nbd_server_start(access, error)) {
-        return false;
-    }
-    if (pba_bitmaps_join(access, block, false, error) &&
-        pba_block_query(access->qmp, true, block, error) &&
-        each_disk(access, add_fleecing, error) && each_disk(access, insert_raw, error) &&
-        prepare_bitmaps(access, block, error) && each_disk(access, add_background, error) &&
-        each_disk(access, add_filter, error) && cut(access, error) &&
-        freeze_bitmaps(access, block, error) && each_disk(access, add_snapshot, error)) {
-        return true;
-    }
-    GError *undo_error = NULL;
-    if (!pba_upstream_teardown(access, false, &undo_error)) {
-        pba_log(&access->hooks, PBA_LOG_WARN, "%s", undo_error->message);
-        g_error_free(undo_error);
-    }
-    return false;
+    return pba_nbd_server_start(access, error) &&
+           pba_bitmaps_join(access, block, false, error) &&
+           pba_block_query(access->qmp, true, block, error) &&
+           each_disk(access, add_fleecing, error) && each_disk(access, insert_raw, error) &&
+           prepare_bitmaps(access, block, error) && each_disk(access, add_background, error) &&
+           each_disk(access, add_filter, error) && cut(access, error) &&
+           freeze_bitmaps(access, block, error) && each_disk(access, add_snapshot, error);
 }

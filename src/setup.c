@@ -2,10 +2,7 @@
 #include "access.h"
 #include "error.h"
 #include "json.h"
-#include <errno.h>
 #include <string.h>
-#include <sys/socket.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 /* BDRV_BITMAP_MAX_NAME_SIZE; the target-id is (part of) a bitmap's name. */
@@ -117,6 +114,7 @@ PbaAccess *pba_access_new(PbaQmp *qmp, const PbaAccessOptions *options, const Pb
         return NULL;
     }
     PbaAccess *access = g_new0(PbaAccess, 1);
+    access->owner = getpid();
     access->qmp = qmp;
     access->hooks = hooks ? *hooks : (PbaHooks){0};
     access->target_id = g_strdup(options->target_id);
@@ -134,6 +132,9 @@ void pba_access_free(PbaAccess *access)
 {
     if (!access) {
         return;
+    }
+    if (access->socket_dir && access->owner == getpid() && !pba_nbd_server_answers(access)) {
+        pba_run_dir_remove(access);
     }
     g_free(access->target_id);
     g_free(access->run_dir);
@@ -307,48 +308,107 @@ static void end_access(PbaAccess *access)
     }
     pba_run_dir_remove(access);
     g_ptr_array_set_size(access->disks, 0);
+    access->begun = false;
     access->server_up = false;
     access->exported = false;
     access->teardown_failed = false;
+    access->success_unknown = false;
 }
 
-static bool set_up_disks(PbaAccess *access, PbaBlock *block, GError **error)
+static bool tear_down(PbaAccess *access, bool success, GError **error)
 {
-    bool pve = access->backend == PBA_BACKEND_PVE;
+    GError *first = NULL;
 
-    if (!(pve ? pba_pve_check(access, block, error) : pba_upstream_check(access, block, error)) ||
-        !ensure_identity(access, error) || !pba_run_dir_make(access, error)) {
+    /* QEMU aborts if a bitmap is still exported when the access ends. */
+    bool removed = pba_exports_remove(access, &first);
+    bool pve = access->backend == PBA_BACKEND_PVE;
+    if (removed || (!pve && !pba_error_is_fatal(first))) {
+        GError *step = NULL;
+        success = success && removed && !access->teardown_failed;
+        (pve ? pba_pve_teardown : pba_upstream_teardown)(access, success, &step);
+        /* The bitmaps may have been cleared although the caller will be told of a failure. */
+        access->success_unknown |= success && pba_error_is_fatal(step);
+        pba_error_keep_first(&first, step, &access->hooks);
+    }
+    if (first) {
+        g_propagate_error(error, first);
         return false;
     }
-    if (pve ? pba_pve_setup(access, error) : pba_upstream_setup(access, block, error)) {
-        return true;
+    return true;
+}
+
+/* Whether there is nothing left to be torn down by a later call. */
+static bool is_over(PbaAccess *access, const GError *error)
+{
+    if (pba_error_is_fatal(error)) {
+        /* A QEMU that quit has taken the access with it. */
+        return error->code == PBA_ERROR_CONNECTION && access->server_up &&
+               !pba_nbd_server_answers(access);
     }
-    GError *undo_error = NULL;
-    if (access->server_up && !pba_exports_remove(access, &undo_error)) {
-        pba_log(&access->hooks, PBA_LOG_WARN, "%s", undo_error->message);
-        g_error_free(undo_error);
+    return access->backend == PBA_BACKEND_UPSTREAM && !access->server_up &&
+           pba_upstream_is_clean(access);
+}
+
+/* Tears down, and keeps what a later call needs if there is something left to be torn down. */
+static bool tear_down_and_end(PbaAccess *access, bool success, GError **error)
+{
+    g_autoptr(GError) local = NULL;
+
+    bool done = tear_down(access, success, &local);
+    if (done || is_over(access, local)) {
+        end_access(access);
+    } else {
+        access->teardown_failed = true;
     }
-    return false;
+    pba_qmp_release(access->qmp);
+    if (!done) {
+        g_propagate_error(error, g_steal_pointer(&local));
+    }
+    return done;
+}
+
+static void undo_setup(PbaAccess *access)
+{
+    g_autoptr(GError) error = NULL;
+
+    if (!access->begun) {
+        end_access(access);
+    } else if (!tear_down_and_end(access, false, &error)) {
+        pba_log(&access->hooks, PBA_LOG_WARN, "undoing setup: %s", error->message);
+    }
+}
+
+static bool set_up(PbaAccess *access, GError **error)
+{
+    g_auto(PbaBlock) block = {0};
+
+    if (!choose_backend(access, error)) {
+        return false;
+    }
+    bool pve = access->backend == PBA_BACKEND_PVE;
+    return pba_block_query(access->qmp, !pve, &block, error) &&
+           (pve ? pba_pve_check_idle(access, error) : pba_upstream_check_idle(&block, error)) &&
+           resolve_disks(access, &block, error) &&
+           (pve ? pba_pve_check(access, &block, error)
+                : pba_upstream_check(access, &block, error)) &&
+           ensure_identity(access, error) && pba_run_dir_make(access, error) &&
+           (pve ? pba_pve_setup(access, error) : pba_upstream_setup(access, &block, error));
 }
 
 bool pba_access_setup(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
                       GError **error)
 {
-    g_auto(PbaBlock) block = {0};
-
     if (pba_access_is_up(access)) {
         pba_error_set(error, PBA_ERROR_STATE,
                       "previous backup for target '%s' not finished - tear it down first",
                       access->target_id);
         return false;
     }
-    bool done = take_requests(access, requests, count, error) && choose_backend(access, error) &&
-                pba_block_query(access->qmp, access->backend == PBA_BACKEND_UPSTREAM, &block, error) &&
-                resolve_disks(access, &block, error) && set_up_disks(access, &block, error);
-    pba_qmp_release(access->qmp);
+    bool done = take_requests(access, requests, count, error) && set_up(access, error);
     if (!done) {
-        end_access(access);
+        undo_setup(access);
     }
+    pba_qmp_release(access->qmp);
     return done;
 }
 
@@ -380,69 +440,11 @@ bool pba_access_export(PbaAccess *access, GError **error)
     return access->exported;
 }
 
-/* A QEMU that quit has taken the access with it. */
-static bool qemu_is_gone(const PbaAccess *access)
-{
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-
-    g_strlcpy(address.sun_path, access->socket, sizeof(address.sun_path));
-    bool gone = access->server_up && fd >= 0 &&
-                connect(fd, (struct sockaddr *)&address, sizeof(address)) != 0 &&
-                (errno == ECONNREFUSED || errno == ENOENT);
-    if (fd >= 0) {
-        close(fd);
-    }
-    return gone;
-}
-
-static bool tear_down(PbaAccess *access, bool success, GError **error)
-{
-    GError *first = NULL;
-
-    /* QEMU aborts if a bitmap is still exported when the access ends. */
-    bool removed = pba_exports_remove(access, &first);
-    bool pve = access->backend == PBA_BACKEND_PVE;
-    if (removed || (!pve && !pba_error_is_fatal(first))) {
-        GError *step = NULL;
-        success = success && removed && !access->teardown_failed;
-        (pve ? pba_pve_teardown : pba_upstream_teardown)(access, success, &step);
-        pba_error_keep_first(&first, step, &access->hooks);
-    }
-    if (first) {
-        g_propagate_error(error, first);
-        return false;
-    }
-    return true;
-}
-
-/* Whether there is nothing left to be torn down by a later call. */
-static bool is_over(PbaAccess *access, const GError *error)
-{
-    if (pba_error_is_fatal(error)) {
-        return error->code == PBA_ERROR_CONNECTION && qemu_is_gone(access);
-    }
-    return access->backend == PBA_BACKEND_UPSTREAM && !access->server_up &&
-           pba_upstream_is_clean(access);
-}
-
 bool pba_access_teardown(PbaAccess *access, bool success, GError **error)
 {
-    g_autoptr(GError) local = NULL;
-
     if (!require_up(access, error)) {
         return false;
     }
     pba_qmp_release(access->qmp); /* a call that never returned may have left it half used */
-    bool done = tear_down(access, success, &local);
-    if (done || is_over(access, local)) {
-        end_access(access);
-    } else {
-        access->teardown_failed = true;
-    }
-    pba_qmp_release(access->qmp);
-    if (!done) {
-        g_propagate_error(error, g_steal_pointer(&local));
-    }
-    return done;
+    return tear_down_and_end(access, success, error);
 }

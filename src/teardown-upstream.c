@@ -100,6 +100,9 @@ static void undo_graph(PbaAccess *access, GError **first, const PbaBlock *block)
         delete_node(access, first, block, disk, disk->filter_node);
         delete_node(access, first, block, disk, disk->raw_node);
         drop_fleecing(access, first, block, disk);
+        if (!pba_error_is_fatal(*first)) {
+            pba_dirty_source_drop(access, disk, block);
+        }
     }
 }
 
@@ -114,7 +117,7 @@ bool pba_upstream_teardown(PbaAccess *access, bool success, GError **error)
     undo_graph(access, &first, &block);
     if (!pba_error_is_fatal(first)) {
         GError *step = NULL;
-        pba_bitmaps_join(access, &block, success, &step);
+        pba_bitmaps_join(access, &block, success && !first, &step);
         pba_error_keep_first(&first, step, &access->hooks);
     }
     if (first) {

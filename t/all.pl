@@ -26,7 +26,7 @@ sub note_skip ($file, $reason) {
 }
 
 sub watch_skips ($parser, $job) {
-    my $file = $job->description;
+    my $file = $job->[0];
     my $pattern = qr/# skip (.*)/i;
     my $look = sub ($line) { note_skip($file, $1) if $line->as_string =~ $pattern };
     $parser->callback(ALL => $look);

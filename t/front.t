@@ -149,7 +149,7 @@ sub back_up ($vm, $qmp, $model, $images, %option) {
         is($errors, 0, "$name: every dirty range can be read and trimmed");
         my ($error) = @ranges ? nbd_read(open_export($path, $name), $ranges[0][0], 512) : 22;
         is($error, 22, "$name: what was trimmed cannot be read again");
-        check_clean($path, $info, @ranges);
+        check_clean($path, $info, @ranges) if !$option{iothread};
     }
     $qmp->execute('nbd-server-stop');
     my $success = $option{success} // 1 ? JSON::PP::true : JSON::PP::false;
@@ -208,18 +208,25 @@ sub start_writing ($vm) {
     return PBA::Test::Model->new(seed => 5, disks => \@known, blocks => 1024);
 }
 
-sub run_backups ($form, @rounds) {
-    my $vm = PBA::Test::VM->start(disks => \@disks);
+# With iothreads the front lets the guest run on, and does not hide what is clean.
+sub run_backups ($form, $iothread, @rounds) {
+    my @these = map {
+        { %$_, iothread => $iothread }
+    } @disks;
+    my $vm = PBA::Test::VM->start(disks => \@these);
     my $model = start_writing($vm);
     $vm->add_fleecing_node($_) for $vm->disk_ids;
     my $before = $vm->graph;
     my ($front, $qmp) = begin($vm, $form);
     my %images = map { $_->{id} => create_image("$tmp/$form-$_->{id}", $_->{size}) } @disks;
+    my $with = $iothread ? ' with iothreads' : '';
+
     for my $round (@rounds) {
         my ($mode, $actions, $dirty, %option) = @$round;
         subtest(
-            "$form: $mode, expecting $actions" => sub {
+            "$form$with: $mode, expecting $actions" => sub {
                 my %all = (form => $form, mode => $mode, actions => $actions, %option);
+                $all{iothread} = $iothread;
                 my $got = back_up($vm, $qmp, $model, \%images, %all);
                 ok($dirty->($got), "$got bytes are dirty");
                 check_left($vm, $before);
@@ -239,6 +246,7 @@ my $is_some = sub ($n) { $n > 0 && $n < $all };
 
 run_backups(
     'devices',
+    0,
     ['new', 'new new new', $is_all],
     ['use', 'used used used', $is_some],
     ['use', 'used used used', $is_some, success => 0],
@@ -251,11 +259,26 @@ run_backups(
 
 run_backups(
     'devlist',
+    0,
     ['bitmap-a', 'new new new', $is_all],
     ['bitmap-a', 'used used used', $is_some],
     ['bitmap-a', 'used used used', $is_some, success => 0],
     ['bitmap-a', 'used used used', $is_some],
 );
+
+# QEMU 7.2 does not survive NBD clients of disks in iothreads.
+sub survives_iothreads () {
+    my $vm = PBA::Test::VM->start(disks => [{ id => 'one' }], paused => 1, guest => 0);
+    return $vm->version->[0] >= 10;
+}
+
+run_backups(
+    'devices', 1,
+    ['new', 'new new new', $is_all],
+    ['use', 'used used used', $is_some],
+    ['use', 'used used used', $is_some, success => 0],
+    ['use', 'used used used', $is_some],
+) if survives_iothreads();
 
 subtest 'devlist: one remembered name for each target' => sub {
     my $vm = PBA::Test::VM->start(disks => [{ id => 'one' }], paused => 1, guest => 0);

@@ -16,6 +16,11 @@ XSLoader::load('PVE::BackupAccess', $VERSION);
 
 my $default_timeout = 60;
 
+# Where the log goes without a 'log' option.
+sub _warn ($message) {
+    warn $message;
+}
+
 my sub check_qmp ($name, $value) {
     PVE::BackupAccess::Argument::filled_text($name, $value) if ref($value) ne 'CODE';
 }

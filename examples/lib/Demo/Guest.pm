@@ -25,6 +25,7 @@ my @CONTENT_FROM = qw(/usr/share/doc /usr/share/perl);
 my %CHURN = (seed => 2024, blocks => 48 * $MIB / 4096);
 my $PAUSE_US = 4000;
 my $WRITES = 300;
+my $WRITES_MEANWHILE = 60;
 
 sub new ($class, $dir) {
     my @disks = ({ id => 'data', size => $DATA_SIZE });
@@ -151,7 +152,8 @@ sub longest_write ($self) {
 }
 
 # Runs the setup of a backup and notes in the backup how long that took, how long the guest's writes
-# took meanwhile and before, and between which writes the backup's instant is.
+# took meanwhile and before, and between which writes the backup's instant is. Then the guest is
+# given time to overwrite what has not been read yet.
 sub watch_setup ($self, $backup, $setup) {
     $backup->{'write before'} = $self->longest_write;
     $backup->{from} = $self->last_write;
@@ -162,6 +164,8 @@ sub watch_setup ($self, $backup, $setup) {
     # One more may be done but not yet counted.
     $backup->{to} = $self->last_write + ($self->{writes} ? 1 : 0);
     $backup->{'write during'} = $self->longest_write;
+    $self->{vm}->guest->wait_more_churn($WRITES_MEANWHILE) if $self->{writes};
+    $backup->{waited} = now() - $began - $backup->{'setup seconds'};
     return $infos;
 }
 

@@ -9,7 +9,7 @@ use IO::Handle ();
 use POSIX ();
 use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC);
 
-our @EXPORT_OK = qw(heading human milliseconds now output_of problem problems run step);
+our @EXPORT_OK = qw(heading human milliseconds now output_of problem run step);
 
 my @problems;
 my $interrupted;
@@ -34,21 +34,22 @@ sub heading ($text) {
 }
 
 # Does it, and prints what it was, how much and how long; then what was found wrong, also by the
-# check that runs after it. The code returns the bytes, and another label where more can be said
-# when it is done.
+# check that runs after it. The code returns the bytes, another label where more can be said
+# when it is done, and the seconds where not all of its time counts.
 sub step ($label, $code, $check = sub { }) {
     my $terminal = -t STDOUT;
     my ($began, $known) = (now(), scalar(@problems));
     print "  $label ..." if $terminal;
-    my ($bytes, $done, $ok);
-    $ok = eval { ($bytes, $done) = $code->(); 1 };
+    my ($bytes, $done, $seconds, $ok);
+    $ok = eval { ($bytes, $done, $seconds) = $code->(); 1 };
     my $error = $@;
     print "\r\e[K" if $terminal;
     die $error if !$ok;
     check_interrupted();
+    $seconds //= now() - $began;
 
     my $size = defined($bytes) ? human($bytes) : '';
-    printf("  %-54s %10s %6.2f s\n", $done // $label, $size, now() - $began);
+    printf("  %-54s %10s %6.2f s\n", $done // $label, $size, $seconds);
     $check->();
     print "  WRONG: $_\n" for @problems[$known .. $#problems];
     return;
@@ -57,10 +58,6 @@ sub step ($label, $code, $check = sub { }) {
 sub problem ($text) {
     push @problems, substr($text =~ s/\s*\n\s*(?=.)/; /gr =~ s/\s+\z//r, 0, 200);
     return;
-}
-
-sub problems () {
-    return @problems;
 }
 
 # ---- other programs ----
@@ -133,7 +130,7 @@ sub main ($code) {
     local $ENV{PATH} = "$ENV{PATH}:/usr/sbin:/sbin";
     my @errors = eval { $code->(); 1 } ? () : ($@);
     my $count = @problems;
-    push @errors, "$count things are wrong, see above\n" if $count;
+    push @errors, "differences: $count, see above\n" if $count;
     print "\n";
     print STDERR $interrupted ? "demo: interrupted\n" : map { "demo: $_" } @errors;
     die_of_signal();

@@ -30,6 +30,7 @@ my sub bitmap_name ($device, $volume) {
 
 sub open ($class, $device, $volume) {
     PVE::BackupAccess::Argument::filled_text('device', $device);
+    fail($device, 'its volume must be a hash') if ref($volume) ne 'HASH';
     PVE::BackupAccess::Argument::hash("the volume of device $device", $volume, \%volume_keys);
     fail($device, "its volume lacks 'nbd-path'") if !defined($volume->{'nbd-path'});
     return $class->_open($device, $volume->{'nbd-path'}, bitmap_name($device, $volume),

@@ -27,6 +27,7 @@ use JSON::PP ();
 use POSIX ();
 
 use PBA::Test::Front::Access ();
+use PBA::Test::Front::Exports ();
 use PBA::Test::Front::QEMU ();
 use PBA::Test::Front::Schema ();
 
@@ -42,20 +43,20 @@ my $greeting = {
     },
 };
 
-# Each of these is a method of PBA::Test::Front::Access.
+# Whose method each command is.
 my %own = (
-    'backup-access-setup' => 'setup',
-    'backup-access-teardown' => 'teardown',
-    'backup' => 'backup',
-    'backup-cancel' => 'backup_cancel',
-    'query-backup' => 'query_backup',
-    'query-pbs-bitmap-info' => 'query_bitmap_info',
-    'query-proxmox-support' => 'query_support',
-    'x-front-native-backup' => 'pretend_backup',
-    'query-block-exports' => 'query_block_exports',
-    'block-export-add' => 'block_export_add',
-    'block-export-del' => 'block_export_del',
-    'nbd-server-stop' => 'nbd_server_stop',
+    'backup-access-setup' => ['access', 'setup'],
+    'backup-access-teardown' => ['access', 'teardown'],
+    'backup' => ['access', 'backup'],
+    'backup-cancel' => ['access', 'backup_cancel'],
+    'query-backup' => ['access', 'query_backup'],
+    'query-pbs-bitmap-info' => ['access', 'query_bitmap_info'],
+    'query-proxmox-support' => ['access', 'query_support'],
+    'x-front-native-backup' => ['access', 'pretend_backup'],
+    'query-block-exports' => ['exports', 'query_block_exports'],
+    'block-export-add' => ['exports', 'block_export_add'],
+    'block-export-del' => ['exports', 'block_export_del'],
+    'nbd-server-stop' => ['exports', 'nbd_server_stop'],
 );
 
 # ---- in the test ----
@@ -136,8 +137,10 @@ sub _start_up ($self) {
         path => $self->{qemu_qmp},
         on_event => sub ($line) { $self->_send($line) if $self->{negotiated} },
     );
+    $self->{exports} = PBA::Test::Front::Exports->new($self->{qemu});
     $self->{access} = PBA::Test::Front::Access->new(
         qemu => $self->{qemu},
+        exports => $self->{exports},
         form => $self->{form},
         damage => sub ($why) { $self->_record_fatal($why, 0) },
     );
@@ -248,9 +251,10 @@ sub _reply ($self, $command, $arguments) {
         die { class => 'CommandNotFound', desc => $desc };
     }
     $self->{schema}->check($command, $arguments);
-    if (my $method = $own{$command}) {
-        my $value = $self->{access}->$method($arguments);
-        $self->_send($json->encode($_)) for $self->{access}->take_events;
+    if (my $own = $own{$command}) {
+        my ($who, $method) = @$own;
+        my $value = $self->{$who}->$method($arguments);
+        $self->_send($json->encode($_)) for $self->{exports}->take_events;
         return $json->encode({ return => $value });
     }
     my $reply = $self->{qemu}->forward($command, $arguments);

@@ -77,29 +77,69 @@ sub bitmap ($self, $node, $name) {
     return $bitmap;
 }
 
+sub has_iothreads ($self) { return scalar(@{ $self->{qemu}->call('query-iothreads') }) }
+
 # Makes the disk's user, a throttle filter or the guest's device, stand on $node.
 sub point_to ($self, $disk, $node) {
-    return $self->_reopen_throttle($disk->{top}, $node) if $disk->{throttle};
-    return if !defined($disk->{qdev});
-    my ($user)
-        = grep { ($_->{qdev} // '') eq $disk->{qdev} } @{ $self->{qemu}->call('query-block') };
-    return if !$user;
-    my $path = $disk->{qdev} =~ m{\A/} ? $disk->{qdev} : "/machine/peripheral/$disk->{qdev}";
+    return $self->switch([$disk, $node]) if $disk->{throttle} || $disk->{pivot};
+    return $self->_set_drive($disk, $node);
+}
+
+# A node of ours right below the guest's device, whose child can be changed together with others.
+# With a throttle filter there is one already.
+sub add_pivot ($self, $disk) {
+    return if $disk->{throttle};
+    my $name = $disk->{cbw} =~ s/cbw/raw/r;
+    my %pivot = (driver => 'raw', 'node-name' => $name, file => $disk->{node}, discard => 'unmap');
+    $self->{qemu}->call('blockdev-add', \%pivot);
+    $self->_set_drive($disk, $name);
+    $disk->{pivot} = $name;
+    return;
+}
+
+# [$disk, $node], ...: makes all of them stand on those nodes at once.
+sub switch ($self, @pairs) {
+    my @options = map { $self->_reopen_options(@$_) } @pairs;
+    $self->{qemu}->call('blockdev-reopen', { options => \@options });
+    return;
+}
+
+# Makes the disk's user stand on the disk again.
+sub take_out ($self, $disk) {
+    $self->point_to($disk, $disk->{node});
+    my $pivot = delete($disk->{pivot}) // return;
+    $self->_set_drive($disk, $disk->{node});
+    $self->{qemu}->call('blockdev-del', { 'node-name' => $pivot });
+    return;
+}
+
+# Not where it has been unplugged.
+sub _set_drive ($self, $disk, $node) {
+    my $id = $disk->{qdev} // return;
+    my $block = $self->{qemu}->call('query-block');
+    return if !grep { ($_->{qdev} // '') eq $id } @$block;
+    my $path = $id =~ m{\A/} ? $id : "/machine/peripheral/$id";
     $self->{qemu}->call('qom-set', { path => $path, property => 'drive', value => $node });
     return;
 }
 
 # Options that are not named go back to their defaults. A throttle filter does not tell whether it
 # lets discards through; if it does, what is below still decides.
-sub _reopen_throttle ($self, $name, $node) {
-    my $now = $self->{nodes}{$name};
+sub _reopen_options ($self, $disk, $node) {
+    my %to = (file => $node, discard => 'unmap');
+    return { driver => 'raw', 'node-name' => $disk->{pivot}, %to } if $disk->{pivot};
+    my $now = $self->{nodes}{ $disk->{top} };
     my ($group) = $now->{file} =~ /"throttle-group": "([^"]*)"/;
-    my %options = (driver => 'throttle', 'node-name' => $name, 'throttle-group' => $group);
     my %cache = map { $_ => $now->{cache}{$_} } qw(direct no-flush);
-    my %more = ('read-only' => $now->{ro}, 'detect-zeroes' => $now->{detect_zeroes});
-    my %all = (%options, %more, discard => 'unmap', cache => \%cache, file => $node);
-    $self->{qemu}->call('blockdev-reopen', { options => [\%all] });
-    return;
+    return {
+        driver => 'throttle',
+        'node-name' => $disk->{top},
+        'throttle-group' => $group,
+        'read-only' => $now->{ro},
+        'detect-zeroes' => $now->{detect_zeroes},
+        cache => \%cache,
+        %to,
+    };
 }
 
 1;

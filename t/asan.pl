@@ -1,0 +1,129 @@
+# The C core under AddressSanitizer, LeakSanitizer and UBSan, as Perl uses it: ./run test --asan [T...]
+#
+# The module is built anew in a private copy. A test that finds fault with the module fails here as
+# it does elsewhere; beyond that, every report of a sanitizer fails the run, with one exception:
+# Perl does not free everything at exit, so a leak counts only if our code is in its stack with no
+# allocation of Perl's between malloc and us.
+
+use v5.36;
+
+use Cwd qw(getcwd);
+use File::Basename qw(dirname);
+use File::Path qw(make_path);
+use File::Temp ();
+use TAP::Harness ();
+
+# Those that use the C core and need no guest.
+my @default_tests = qw(t/args.t t/qmp-hostile.t t/nbd-hostile.t);
+
+my @flags = ('-fsanitize=address,undefined', '-fno-omit-frame-pointer');
+my $root = getcwd();
+my $copy = File::Temp->newdir('pba-asan-XXXXXXXX', TMPDIR => 1);
+my $reports = "$copy/.reports";
+
+sub run (@command) {
+    system(@command) == 0 or die "'@command' failed\n";
+    return;
+}
+
+sub output_of (@command) {
+    open(my $pipe, '-|', @command) or die "cannot run '$command[0]': $!\n";
+    my @lines = <$pipe>;
+    close($pipe) or die "'@command' failed\n";
+    chomp(@lines);
+    return @lines;
+}
+
+# Files that are not committed yet are part of what is to be tested.
+sub copy_tree () {
+    my @files = output_of(qw(git ls-files --cached --others --exclude-standard));
+    for my $file (grep { -e $_ } @files) {
+        make_path("$copy/" . dirname($file));
+        run('cp', '-p', $file, "$copy/$file");
+    }
+    make_path($reports);
+    return;
+}
+
+sub build () {
+    local $ENV{PBA_OPTIMIZE} = "-O1 -g @flags";
+    local $ENV{PBA_LDFLAGS} = "@flags";
+    chdir($copy) or die "cannot enter $copy: $!\n";
+    run("$^X Makefile.PL >/dev/null");
+    run('make -s -j2 >/dev/null');
+    return;
+}
+
+sub runtimes () {
+    my @paths = map { output_of('gcc', "-print-file-name=$_") } qw(libasan.so libubsan.so);
+    my @missing = grep { !m{/} } @paths;
+    die "gcc has no @missing\n" if @missing;
+    return @paths;
+}
+
+# libnbd, GLib and Perl itself are not instrumented; what they do with our memory is still seen. The
+# harness itself runs without all this.
+sub run_tests (@tests) {
+    my $log = "log_path=$reports/report";
+    my @environment = (
+        'LD_PRELOAD=' . join(' ', runtimes()),
+        'G_SLICE=always-malloc',
+        'PERL_DESTRUCT_LEVEL=2',
+        'UBSAN_OPTIONS=print_stacktrace=1',
+        'LSAN_OPTIONS=exitcode=0',
+        "ASAN_OPTIONS=$log:detect_leaks=1:fast_unwind_on_malloc=0:malloc_context_size=40"
+            . ':handle_abort=1',
+    );
+    my $harness = TAP::Harness->new({
+        exec => ['env', @environment, $^X, '-Mblib', '-It/lib'],
+        timer => 1,
+    });
+    # UBSan under ASan knows no log_path, so what is said to stderr is a report, too.
+    open(my $stderr, '>&', \*STDERR) or die "cannot keep stderr: $!\n";
+    open(STDERR, '>>', "$reports/report.stderr") or die "cannot redirect stderr: $!\n";
+    my $aggregate = $harness->runtests(@tests);
+    open(STDERR, '>&', $stderr) or die "cannot restore stderr: $!\n";
+    run('cat', "$reports/report.stderr") if !$aggregate->all_passed;
+    return !$aggregate->all_passed;
+}
+
+# Whether we forgot it, by the frames from malloc outwards: ours come before any of Perl's.
+sub is_our_leak (@frames) {
+    for my $frame (@frames) {
+        return 1 if $frame =~ m{\bBackupAccess\.(?:so|c|xs)\b|\bsrc/[\w-]+\.[ch]:};
+        return 0 if $frame =~ m{ in Perl\w*_|/(?:lib)?perl[\w.]*\+0x};
+    }
+    return 0;
+}
+
+# The reports that count, of one file of a sanitizer's.
+sub findings ($file) {
+    open(my $fh, '<', $file) or die "cannot read $file: $!\n";
+    my $text = do { local $/; <$fh> };
+    my @findings;
+    # A leak is a paragraph; only the direct ones are looked at, since the rest hangs on them.
+    for my $paragraph (split(/\n\s*\n/, $text)) {
+        my @frames = $paragraph =~ m/^\s+#\d+ (.*)$/mg;
+        if ($paragraph =~ m/^(?:Direct|Indirect) leak of/m) {
+            push @findings, $paragraph if $paragraph =~ m/^Direct/m && is_our_leak(@frames);
+        } elsif ($paragraph =~ m/ERROR: AddressSanitizer|runtime error:|DEADLYSIGNAL|LeakSanitizer has/) {
+            push @findings, $paragraph;
+        }
+    }
+    return @findings;
+}
+
+my @tests = @ARGV ? @ARGV : @default_tests;
+copy_tree();
+build();
+my $failed = run_tests(@tests);
+my (%seen, $found);
+for my $finding (map { findings($_) } glob("$reports/report.*")) {
+    my $key = $finding =~ s/==\d+==|0x[0-9a-f]+|\d+ (?:byte|object)//gr;
+    next if $seen{$key}++;
+    $found++;
+    say "\n$finding";
+}
+chdir($root);
+say $found ? "$found kinds of faults found by the sanitizers" : 'nothing found by the sanitizers';
+exit($failed || $found ? 1 : 0);

@@ -1,0 +1,73 @@
+package PBA::Test::Front::Exports;
+
+# On Proxmox an export without a bitmap survives the teardown of what it shows, though nothing can be
+# read from it any more. A stock QEMU does not give up a node in use: here the export is ended, and
+# still shown until the client ends it.
+
+use v5.36;
+
+sub new ($class, $qemu) { return bless { qemu => $qemu, dead => [], events => [] }, $class }
+
+sub end_those_of ($self, @nodes) {
+    my %mine = map { $_ => 1 } @nodes;
+    my $exports = $self->{qemu}->call('query-block-exports');
+    $self->_end($_) for grep { $mine{ $_->{'node-name'} } } @$exports;
+    return;
+}
+
+sub _end ($self, $export) {
+    my ($qemu, $id) = ($self->{qemu}, $export->{id});
+    my $is_gone = sub ($event) {
+        return $event->{event} eq 'BLOCK_EXPORT_DELETED' && $event->{data}{id} eq $id;
+    };
+    $qemu->hide_export($id, 1);
+    $qemu->call_and_wait('block-export-del', { id => $id, mode => 'hard' }, $is_gone);
+    $qemu->hide_export($id, 0);
+    push(@{ $self->{dead} }, $export);
+    return;
+}
+
+# Events that the front itself has to send, before the reply.
+sub take_events ($self) { return splice(@{ $self->{events} }) }
+
+# All dead exports, or the one with this id. Returns how many that were.
+sub _bury ($self, $id) {
+    my (@gone, @left);
+    for my $export (@{ $self->{dead} }) {
+        push(@{ !defined($id) || $export->{id} eq $id ? \@gone : \@left }, $export);
+    }
+    for my $export (@gone) {
+        my %event = (event => 'BLOCK_EXPORT_DELETED', data => { id => $export->{id} });
+        my %stamp = (seconds => time, microseconds => 0);
+        push(@{ $self->{events} }, { %event, timestamp => \%stamp });
+    }
+    $self->{dead} = \@left;
+    return scalar(@gone);
+}
+
+# ---- the commands ----
+
+sub query_block_exports ($self, $arguments) {
+    return [@{ $self->{qemu}->call('query-block-exports', $arguments) }, @{ $self->{dead} }];
+}
+
+sub block_export_add ($self, $arguments) {
+    my $id = $arguments->{id} // '';
+    if (grep { $_->{id} eq $id } @{ $self->{dead} }) {
+        die { desc => "Block export id '$id' is already in use" };
+    }
+    return $self->{qemu}->call('block-export-add', $arguments);
+}
+
+sub block_export_del ($self, $arguments) {
+    return {} if $self->_bury($arguments->{id} // '');
+    return $self->{qemu}->call('block-export-del', $arguments);
+}
+
+sub nbd_server_stop ($self, $arguments) {
+    my $value = $self->{qemu}->call('nbd-server-stop', $arguments);
+    $self->_bury(undef);
+    return $value;
+}
+
+1;
