@@ -393,7 +393,8 @@ static SV *new_object(pTHX_ void *pointer, Caller *caller, SV *klass, const MGVT
 
 static void *pointer_from_sv(pTHX_ SV *sv, const MGVTBL *type, const char *klass)
 {
-    MAGIC *magic = SvROK(sv) ? mg_findext(SvRV(sv), PERL_MAGIC_ext, type) : NULL;
+    bool has_magic = SvROK(sv) && SvTYPE(SvRV(sv)) >= SVt_PVMG;
+    MAGIC *magic = has_magic ? mg_findext(SvRV(sv), PERL_MAGIC_ext, type) : NULL;
     if (!magic) {
         throw_text(aTHX_ "ArgumentError", Perl_form(aTHX_ "not an object of class %s", klass));
     }

@@ -86,6 +86,10 @@ bool pba_bitmaps_join(PbaAccess *access, PbaBlock *block, bool success, GError *
 /* upstream: discards what is clean in the exported snapshot, if the map is worth it. Nothing depends
  * on it, so that a failure is only logged. */
 void pba_trim_clean_parts(PbaAccess *access, const PbaDisk *disk);
+/* upstream: options of the raw node above a disk, with file as its child. discard=unmap hands the
+ * guest's own trims down to the disk; the size makes QEMU refuse block_resize, which aborts while a
+ * bitmap is exported. */
+JsonNode *pba_raw_options(const PbaDisk *disk, const char *file);
 /* upstream: whether the name is of a node of ours, of whatever target. */
 bool pba_is_own_node(const char *node);
 /* upstream: names of the bitmaps of a target; the caller's to free. */
@@ -103,9 +107,9 @@ bool pba_nbd_server_start(PbaAccess *access, GError **error);
 /* True unless nothing listens at our socket. */
 bool pba_nbd_server_answers(const PbaAccess *access);
 bool pba_exports_add(PbaAccess *access, GError **error);
-/* Finds an export whose id begins so, or, with no prefix, one of that node. */
-bool pba_exports_find(PbaAccess *access, const char *id_prefix, const char *node, bool *found,
-                      GError **error);
+/* Whether there is an export whose id begins so. */
+#define PBA_EXPORT_PREFIX "pba-exp-"
+bool pba_exports_find(PbaAccess *access, const char *id_prefix, bool *found, GError **error);
 /* Removes our exports, waits until they are gone, and stops our NBD server. */
 bool pba_exports_remove(PbaAccess *access, GError **error);
 

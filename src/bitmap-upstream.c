@@ -279,18 +279,23 @@ static bool drop_lone_bitmap(PbaAccess *access, const PbaDisk *disk, const char 
         return false;
     }
     pba_log(&access->hooks, PBA_LOG_WARN,
-            "device %s: bitmap '%s' is removed, since the one that belongs to it is gone: the next "
-            "backup is a full one",
+            "device %s: bitmap '%s' is removed, since it may lack bits: the next backup is a full one",
             disk->device, name);
     return true;
+}
+
+/* As QEMU finds persistent ones that it did not store at its last end: good for removing only. */
+static bool is_inconsistent(JsonObject *info)
+{
+    return pba_json_find_bool(info, "inconsistent");
 }
 
 /* A target's bitmap without its background one: frozen by an access that is gone, or cleared by a
  * transaction whose reply was lost. */
 static bool is_doubtful(const PbaAccess *access, JsonObject *info)
 {
-    return access->success_unknown || (!pba_json_find_bool(info, "recording") &&
-                                       !pba_json_find_bool(info, "inconsistent"));
+    return access->success_unknown ||
+           (!pba_json_find_bool(info, "recording") && !is_inconsistent(info));
 }
 
 bool pba_bitmaps_join(PbaAccess *access, PbaBlock *block, bool success, GError **error)
@@ -305,12 +310,15 @@ bool pba_bitmaps_join(PbaAccess *access, PbaBlock *block, bool success, GError *
     for (guint i = 0; i < access->disks->len; i++) {
         PbaDisk *disk = access->disks->pdata[i];
         JsonObject *info = pba_block_find_bitmap(block, disk->bitmap_node, target);
-        bool has_background = pba_block_find_bitmap(block, disk->bitmap_node, background) != NULL;
+        JsonObject *partner = pba_block_find_bitmap(block, disk->bitmap_node, background);
         GError *step = NULL;
-        if (info && has_background) {
+        if (info && partner && (is_inconsistent(info) || is_inconsistent(partner))) {
+            drop_lone_bitmap(access, disk, target, &step);
+            drop_lone_bitmap(access, disk, background, step ? NULL : &step);
+        } else if (info && partner) {
             g_ptr_array_add(split, disk);
             add_join_actions(actions, disk, target, background, success);
-        } else if (has_background) {
+        } else if (partner) {
             drop_lone_bitmap(access, disk, background, &step);
         } else if (info && is_doubtful(access, info)) {
             drop_lone_bitmap(access, disk, target, &step);

@@ -149,6 +149,23 @@ const char *pba_block_find_child(const PbaBlock *block, const char *node, const 
     return NULL;
 }
 
+bool pba_block_has_parent(const PbaBlock *block, const char *node)
+{
+    g_autoptr(JsonNode) name = pba_json("%s", node);
+    JsonObject *child = find_graph_node(block, "name", name);
+    JsonArray *edges = pba_json_find_array(block->graph, "edges");
+    JsonNode *id = child ? json_object_get_member(child, "id") : NULL;
+
+    for (guint i = 0; id && edges && i < json_array_get_length(edges); i++) {
+        JsonObject *edge = pba_json_element(edges, i);
+        JsonNode *to = edge ? json_object_get_member(edge, "child") : NULL;
+        if (to && json_node_equal(to, id)) {
+            return true;
+        }
+    }
+    return false;
+}
+
 const char *pba_block_skip_filters(const PbaBlock *block, const char *node)
 {
     /* A peer's graph may be a ring: no more steps than there are nodes. */

@@ -23,6 +23,8 @@ JsonObject *pba_block_find_node(const PbaBlock *block, const char *node);
 JsonObject *pba_block_find_bitmap(const PbaBlock *block, const char *node, const char *bitmap);
 /* The node's child of that name ("file", "target"); needs the graph. */
 const char *pba_block_find_child(const PbaBlock *block, const char *node, const char *child);
+/* Whether a device or another node uses the node; needs the graph. */
+bool pba_block_has_parent(const PbaBlock *block, const char *node);
 /* The first node from node downwards that is no filter: where a disk's bitmaps belong. */
 const char *pba_block_skip_filters(const PbaBlock *block, const char *node);
 

@@ -81,8 +81,7 @@ bool pba_exports_add(PbaAccess *access, GError **error)
     return true;
 }
 
-bool pba_exports_find(PbaAccess *access, const char *id_prefix, const char *node, bool *found,
-                      GError **error)
+bool pba_exports_find(PbaAccess *access, const char *id_prefix, bool *found, GError **error)
 {
     g_autoptr(JsonArray) exports =
         pba_qmp_query_array(access->qmp, "query-block-exports", NULL, error);
@@ -91,8 +90,7 @@ bool pba_exports_find(PbaAccess *access, const char *id_prefix, const char *node
     for (guint i = 0; exports && i < json_array_get_length(exports); i++) {
         JsonObject *export = pba_json_element(exports, i);
         const char *id = export ? pba_json_find_string(export, "id") : NULL;
-        const char *of = export ? pba_json_find_string(export, "node-name") : NULL;
-        *found |= id_prefix ? id && g_str_has_prefix(id, id_prefix) : g_strcmp0(of, node) == 0;
+        *found |= id && g_str_has_prefix(id, id_prefix);
     }
     return exports != NULL;
 }
@@ -103,7 +101,7 @@ static bool wait_export_gone(PbaAccess *access, const char *id, GError **error)
     gint64 deadline = pba_deadline(EXPORT_GONE_S);
     bool found;
 
-    while (pba_exports_find(access, id, NULL, &found, error)) {
+    while (pba_exports_find(access, id, &found, error)) {
         if (!found) {
             return true;
         }
@@ -119,7 +117,7 @@ static bool remove_export(PbaAccess *access, const PbaDisk *disk, GError **error
     g_autofree char *id = export_id(access, disk);
     bool found;
 
-    if (!pba_exports_find(access, id, NULL, &found, error)) {
+    if (!pba_exports_find(access, id, &found, error)) {
         return false;
     }
     if (!found) {
@@ -134,13 +132,29 @@ static bool remove_export(PbaAccess *access, const PbaDisk *disk, GError **error
     return true;
 }
 
+/* Exports that are not ours: somebody else has put them on our server. */
+static bool find_others(PbaAccess *access, bool *found, GError **error)
+{
+    g_autoptr(JsonArray) exports =
+        pba_qmp_query_array(access->qmp, "query-block-exports", NULL, error);
+
+    *found = false;
+    for (guint i = 0; exports && i < json_array_get_length(exports); i++) {
+        JsonObject *export = pba_json_element(exports, i);
+        const char *id = export ? pba_json_find_string(export, "id") : NULL;
+        const char *type = export ? pba_json_find_string(export, "type") : NULL;
+        *found |= g_strcmp0(type, "nbd") == 0 && id && !g_str_has_prefix(id, PBA_EXPORT_PREFIX);
+    }
+    return exports != NULL;
+}
+
 static bool stop_server(PbaAccess *access, GError **error)
 {
-    bool others = false;
+    bool others;
 
     /* Ours is gone if nothing listens at our socket; another one that runs is none of our business. */
     if (pba_nbd_server_answers(access)) {
-        if (!pba_exports_find(access, "", NULL, &others, error)) {
+        if (!find_others(access, &others, error)) {
             return false;
         }
         if (others) {
@@ -157,21 +171,21 @@ static bool stop_server(PbaAccess *access, GError **error)
 bool pba_exports_remove(PbaAccess *access, GError **error)
 {
     GError *first = NULL;
+    GError *step = NULL;
 
     for (guint i = 0; i < access->disks->len && !pba_error_is_fatal(first); i++) {
-        GError *step = NULL;
         remove_export(access, access->disks->pdata[i], &step);
-        pba_error_keep_first(&first, step, &access->hooks);
+        pba_error_keep_first(&first, g_steal_pointer(&step), &access->hooks);
     }
+    /* The end of the server is the end of its exports, too. */
     if (access->server_up && !pba_error_is_fatal(first)) {
-        GError *step = NULL;
         stop_server(access, &step);
-        pba_error_keep_first(&first, step, &access->hooks);
+        pba_error_keep_first(&first, g_steal_pointer(&step), &access->hooks);
     }
-    if (first) {
-        g_propagate_error(error, first);
-        return false;
+    if (!first) {
+        access->exported = false;
+        return true;
     }
-    access->exported = false;
-    return true;
+    g_propagate_error(error, first);
+    return false;
 }

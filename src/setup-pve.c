@@ -106,7 +106,7 @@ bool pba_pve_check_idle(PbaAccess *access, GError **error)
 {
     bool found;
 
-    if (!pba_exports_find(access, "pba-exp-", NULL, &found, error)) {
+    if (!pba_exports_find(access, PBA_EXPORT_PREFIX, &found, error)) {
         return false;
     }
     if (found) {
@@ -253,48 +253,38 @@ bool pba_pve_setup(PbaAccess *access, GError **error)
     return false;
 }
 
-/* QEMU crashes when it tears down an access whose bitmap or node has been removed meanwhile. */
-static bool check_still_there(PbaAccess *access, const PbaBlock *block, GError **error)
+/* QEMU crashes when it tears down an access whose bitmap or node was removed meanwhile, and aborts
+ * when another program exports the bitmap. */
+static const char *find_danger(const PbaDisk *disk, const PbaBlock *block)
 {
-    for (guint i = 0; i < access->disks->len; i++) {
-        const PbaDisk *disk = access->disks->pdata[i];
-        const char *missing = NULL;
-        /* The device's root may be QEMU's filter now, so its node's name does not find it. */
-        if ((disk->qdev && !pba_block_find_device(block, disk->qdev)) ||
-            !pba_block_find_node(block, disk->root_node)) {
-            missing = "the guest device or its node";
-        } else if (disk->bitmap_name &&
-                   !pba_block_find_bitmap(block, disk->bitmap_node, disk->bitmap_name)) {
-            missing = "its dirty bitmap";
-        }
-        if (missing) {
-            pba_error_set(error, PBA_ERROR_STATE,
-                          "%s was removed while the access was up, and QEMU would crash at a "
-                          "teardown: the access stays up until the VM is stopped",
-                          missing);
-            pba_error_add_command(error, "backup-access-teardown");
-            pba_error_add_device(error, disk->device);
-            return false;
-        }
+    JsonObject *bitmap = disk->bitmap_name
+                             ? pba_block_find_bitmap(block, disk->bitmap_node, disk->bitmap_name)
+                             : NULL;
+
+    /* The device's root may be QEMU's filter now, so its node's name does not find it. */
+    if ((disk->qdev && !pba_block_find_device(block, disk->qdev)) ||
+        !pba_block_find_node(block, disk->root_node)) {
+        return "the guest device or its node was removed while the access was up, and QEMU would "
+               "crash at a teardown: the access stays up until the VM is stopped";
     }
-    return true;
+    if (disk->bitmap_name && !bitmap) {
+        return "its dirty bitmap was removed while the access was up, and QEMU would crash at a "
+               "teardown: the access stays up until the VM is stopped";
+    }
+    if (bitmap && pba_json_find_bool(bitmap, "busy")) {
+        return "another program exports or uses its dirty bitmap, and QEMU would abort at a "
+               "teardown: end that (block-export-del), then try again";
+    }
+    return NULL;
 }
 
-/* An export that another program made of a snapshot has the same effect as one of ours. */
-static bool check_not_exported(PbaAccess *access, GError **error)
+static bool check_safe(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     for (guint i = 0; i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
-        bool found = false;
-        if (disk->snapshot_node &&
-            !pba_exports_find(access, NULL, disk->snapshot_node, &found, error)) {
-            return false;
-        }
-        if (found) {
-            pba_error_set(error, PBA_ERROR_STATE,
-                          "another program exports its snapshot node '%s', and QEMU would abort "
-                          "at a teardown - remove that export (block-export-del) first",
-                          disk->snapshot_node);
+        const char *danger = find_danger(disk, block);
+        if (danger) {
+            pba_error_set(error, PBA_ERROR_STATE, "%s", danger);
             pba_error_add_command(error, "backup-access-teardown");
             pba_error_add_device(error, disk->device);
             return false;
@@ -327,7 +317,7 @@ bool pba_pve_teardown(PbaAccess *access, bool success, GError **error)
     g_auto(PbaBlock) block = {0};
 
     return pba_block_query(access->qmp, false, &block, error) &&
-           check_still_there(access, &block, error) && check_not_exported(access, error) &&
+           check_safe(access, &block, error) &&
            pba_qmp_run(access->qmp, "backup-access-teardown", teardown_arguments(access, success),
                        error) &&
            (!access->success_unknown || remove_bitmaps(access, error));

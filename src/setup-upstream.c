@@ -96,13 +96,31 @@ static bool check_iothreads(PbaAccess *access, GError **error)
     return true;
 }
 
-static bool check_callers_fleecing(const PbaDisk *disk, const PbaBlock *block, GError **error)
+/* QEMU would let two disks keep their old data in one image, each in the other's place. */
+static bool is_fleecing_in_use(const PbaAccess *access, const PbaDisk *disk, const PbaBlock *block)
+{
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *other = access->disks->pdata[i];
+        if (other != disk && g_strcmp0(other->fleecing_node, disk->fleecing_node) == 0) {
+            return true;
+        }
+    }
+    return pba_block_has_parent(block, disk->fleecing_node);
+}
+
+static bool check_callers_fleecing(const PbaAccess *access, const PbaDisk *disk,
+                                   const PbaBlock *block, GError **error)
 {
     JsonObject *node = pba_block_find_node(block, disk->fleecing_node);
     uint64_t size;
 
     if (!node) {
         pba_error_set(error, PBA_ERROR_ARGUMENT, "fleecing node '%s' does not exist",
+                      disk->fleecing_node);
+        return false;
+    }
+    if (is_fleecing_in_use(access, disk, block)) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT, "fleecing node '%s' is in use by something else",
                       disk->fleecing_node);
         return false;
     }
@@ -140,7 +158,7 @@ static bool check_fleecing(PbaAccess *access, PbaDisk *disk, const PbaBlock *blo
 
     if (node) {
         disk->fleecing_node = g_strdup(node);
-        return check_callers_fleecing(disk, block, error);
+        return check_callers_fleecing(access, disk, block, error);
     }
     if (!access->fleecing_dir) {
         pba_error_set(error, PBA_ERROR_ARGUMENT,
@@ -232,17 +250,16 @@ static bool add_fleecing(PbaAccess *access, PbaDisk *disk, GError **error)
                        error);
 }
 
-/* discard=unmap hands the guest's own trims down to the disk. */
-static JsonNode *raw_options(const PbaDisk *disk, const char *file)
+JsonNode *pba_raw_options(const PbaDisk *disk, const char *file)
 {
-    return pba_json("{'driver': <'raw'>, 'node-name': <%s>, 'file': <%s>, 'discard': <'unmap'>, "
-                    "'read-only': <%b>}",
-                    disk->raw_node, file, (gboolean)disk->read_only);
+    return pba_json("{'driver': <'raw'>, 'node-name': <%s>, 'file': <%s>, 'size': <%x>, "
+                    "'discard': <'unmap'>, 'read-only': <%b>}",
+                    disk->raw_node, file, (gint64)disk->size, (gboolean)disk->read_only);
 }
 
 static bool insert_raw(PbaAccess *access, PbaDisk *disk, GError **error)
 {
-    return pba_qmp_run(access->qmp, "blockdev-add", raw_options(disk, disk->root_node), error) &&
+    return pba_qmp_run(access->qmp, "blockdev-add", pba_raw_options(disk, disk->root_node), error) &&
            pba_qmp_run(access->qmp, "qom-set",
                        pba_json("{'path': <%s>, 'property': <'drive'>, 'value': <%s>}", disk->qdev,
                                 disk->raw_node),
@@ -311,7 +328,7 @@ static bool cut(PbaAccess *access, GError **error)
 
     for (guint i = 0; i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
-        json_array_add_element(options, raw_options(disk, disk->filter_node));
+        json_array_add_element(options, pba_raw_options(disk, disk->filter_node));
     }
     return pba_qmp_run(access->qmp, "blockdev-reopen", pba_json_wrap_array("options", options),
                        error);

@@ -64,6 +64,7 @@ static bool check_target_id(const char *id, GError **error)
     return false;
 }
 
+/* An option that may be left out is NULL then. */
 static bool check_utf8(const char *name, const char *value, GError **error)
 {
     if (!value || (*value && g_utf8_validate(value, -1, NULL))) {
@@ -185,7 +186,7 @@ static bool take_requests(PbaAccess *access, const PbaDeviceRequest *requests, s
         return false;
     }
     for (size_t i = 0; i < count; i++) {
-        if (!check_utf8("device", requests[i].device, error)) {
+        if (!check_utf8("device", requests[i].device ? requests[i].device : "", error)) {
             return false;
         }
         for (size_t j = 0; j < i; j++) {
@@ -319,13 +320,15 @@ static bool tear_down(PbaAccess *access, bool success, GError **error)
 {
     GError *first = NULL;
 
-    /* QEMU aborts if a bitmap is still exported when the access ends. */
-    bool removed = pba_exports_remove(access, &first);
-    bool pve = access->backend == PBA_BACKEND_PVE;
-    if (removed || (!pve && !pba_error_is_fatal(first))) {
+    /* QEMU aborts if a bitmap is still exported when the access ends, or cannot join it. */
+    if (pba_exports_remove(access, &first)) {
         GError *step = NULL;
-        success = success && removed && !access->teardown_failed;
-        (pve ? pba_pve_teardown : pba_upstream_teardown)(access, success, &step);
+        success = success && !access->teardown_failed;
+        if (access->backend == PBA_BACKEND_PVE) {
+            pba_pve_teardown(access, success, &step);
+        } else {
+            pba_upstream_teardown(access, success, &step);
+        }
         /* The bitmaps may have been cleared although the caller will be told of a failure. */
         access->success_unknown |= success && pba_error_is_fatal(step);
         pba_error_keep_first(&first, step, &access->hooks);

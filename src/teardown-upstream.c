@@ -51,10 +51,7 @@ static void bypass_filters(PbaAccess *access, GError **first, const PbaBlock *bl
         const char *file = pba_block_find_child(block, disk->raw_node, "file");
         const char *root = find_root(block, disk);
         if (root && strcmp(file, root) != 0) {
-            json_array_add_element(
-                options, pba_json("{'driver': <'raw'>, 'node-name': <%s>, 'file': <%s>, "
-                                  "'discard': <'unmap'>, 'read-only': <%b>}",
-                                  disk->raw_node, root, (gboolean)disk->read_only));
+            json_array_add_element(options, pba_raw_options(disk, root));
         }
     }
     if (json_array_get_length(options) > 0) {

@@ -61,7 +61,10 @@ sub new ($class, @options) {
     my $qmp = $options->{qmp};
     # One VM, one identity, by whatever path its socket is reached.
     my $identity = ref($qmp) ? undef : realpath($qmp) // $qmp;
-    return $class->_new({ timeout => $default_timeout, $options->%*, identity => $identity });
+    my $fleecing = { ($options->{fleecing} // {})->%* };
+    return $class->_new({
+        timeout => $default_timeout, $options->%*, fleecing => $fleecing, identity => $identity,
+    });
 }
 
 sub capabilities ($class, @options) {
@@ -83,7 +86,7 @@ sub setup ($self, $devices) {
         PVE::BackupAccess::Argument::fail("a device of setup lacks the key 'device'")
             if !defined($device->{device});
     }
-    return $self->_setup($devices);
+    return $self->_setup([map { +{ $_->%* } } $devices->@*]);    # plain, even if theirs are tied
 }
 
 sub volumes ($self, $mechanism) {
@@ -123,8 +126,9 @@ sub DESTROY ($self) {
     local ($@, $!, $?);
 
     if ($self->_is_up) {
-        warn "backup access was not torn down - doing so now, as after a failed backup\n";
-        eval { $self->_teardown(0); 1 } or warn $@;
+        # A handler that makes warnings fatal must not keep us from it.
+        eval { warn "backup access was not torn down - doing so now, as after a failed backup\n" };
+        eval { $self->_teardown(0); 1 } or eval { warn $@ };
     }
 }
 

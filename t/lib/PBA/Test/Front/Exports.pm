@@ -1,8 +1,8 @@
 package PBA::Test::Front::Exports;
 
-# On Proxmox an export without a bitmap survives the teardown of what it shows, though nothing can be
-# read from it any more. A stock QEMU does not give up a node in use: here the export is ended, and
-# still shown until the client ends it.
+# On Proxmox an export without a bitmap survives the teardown of what it shows, though nothing can
+# be read from it any more. A stock QEMU does not give up a node in use: here the export is ended,
+# and still shown until the client ends it.
 
 use v5.36;
 

@@ -113,11 +113,12 @@ sub take_out ($self, $disk) {
     return;
 }
 
-# Not where it has been unplugged.
+# Not where it has been unplugged; and QEMU aborts when it is to stand on what it stands on already.
 sub _set_drive ($self, $disk, $node) {
     my $id = $disk->{qdev} // return;
     my $block = $self->{qemu}->call('query-block');
-    return if !grep { ($_->{qdev} // '') eq $id } @$block;
+    my ($user) = grep { ($_->{qdev} // '') eq $id } @$block;
+    return if !$user || !$user->{inserted} || $user->{inserted}{'node-name'} eq $node;
     my $path = $id =~ m{\A/} ? $id : "/machine/peripheral/$id";
     $self->{qemu}->call('qom-set', { path => $path, property => 'drive', value => $node });
     return;
