@@ -94,6 +94,13 @@ static void throw_pending(pTHX_ Caller *caller)
 
 /* Hooks */
 
+/* An exception object may be false, or die when asked. */
+static bool has_died(pTHX)
+{
+    SV *exception = ERRSV;
+    return SvROK(exception) || SvTRUE(exception);
+}
+
 static void keep_exception(pTHX_ Caller *caller)
 {
     caller->died = true;
@@ -130,7 +137,7 @@ static bool hook_interrupted(void *opaque)
         dSP;
         PUSHMARK(SP);
         call_pv("PVE::BackupAccess::_dispatch_signals", G_VOID | G_DISCARD | G_EVAL);
-        if (SvTRUE(ERRSV)) {
+        if (has_died(aTHX)) {
             keep_exception(aTHX_ caller);
         }
         LEAVE_HOOK;
@@ -164,7 +171,7 @@ static void hook_log(void *opaque, PbaLogLevel level, const char *message)
         PUTBACK;
         call_pv("PVE::BackupAccess::_warn", G_VOID | G_DISCARD | G_EVAL);
     }
-    if (SvTRUE(ERRSV)) {
+    if (has_died(aTHX)) {
         keep_exception(aTHX_ caller);
     }
     LEAVE_HOOK;
@@ -337,7 +344,10 @@ static JsonNode *carry_command(void *opaque, const char *command, JsonNode *argu
     SPAGAIN;
     SV *value = POPs;
     PUTBACK;
-    if (SvTRUE(ERRSV)) {
+    if (SvROK(ERRSV)) {
+        keep_exception(aTHX_ caller); /* not mon_cmd's: a handler's, or another object */
+        g_set_error_literal(error, PBA_ERROR, PBA_ERROR_QMP, "the 'qmp' code ref died");
+    } else if (SvTRUE(ERRSV)) {
         set_transport_error(aTHX_ error);
     } else {
         reply = json_from_sv(aTHX_ value, 0);
@@ -638,7 +648,7 @@ _infos(PbaAccessObject *self)
     OUTPUT:
         RETVAL
 
-const char *
+SV *
 _export(PbaAccessObject *self)
     PREINIT:
         GError *error = NULL;
@@ -648,7 +658,8 @@ _export(PbaAccessObject *self)
             throw_error(aTHX_ &self->caller, error);
         }
         throw_pending(aTHX_ &self->caller);
-        RETVAL = pba_access_socket(self->access);
+        const char *socket = pba_access_socket(self->access);
+        RETVAL = newSVpvn_flags(socket, strlen(socket), SVf_UTF8);
     OUTPUT:
         RETVAL
 

@@ -24,11 +24,10 @@ typedef struct {
     char *bitmap_name;   /* NULL without a bitmap */
     PbaBitmapAction action;
 
-    /* upstream backend: names of the nodes that we add, and of the fleecing image that we create */
+    /* upstream backend: names of the nodes that we add */
     char *raw_node;
     char *filter_node;
-    char *fleecing_node;
-    char *fleecing_file; /* NULL: the caller's node */
+    char *fleecing_node; /* or the caller's */
     bool bitmap_persistent;
 } PbaDisk;
 
@@ -79,7 +78,8 @@ bool pba_upstream_is_clean(PbaAccess *access);
 /* upstream: a bitmap of the target on this disk with every bit set, made in one transaction. */
 bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error);
 /* upstream: drops what the above may have left when it was cut short. */
-void pba_dirty_source_drop(PbaAccess *access, const PbaDisk *disk, const PbaBlock *block);
+bool pba_dirty_source_drop(PbaAccess *access, const PbaDisk *disk, const PbaBlock *block,
+                           GError **error);
 /* upstream: ends the split into target's and background bitmap on every disk that has one. Where
  * that cannot be done the target's bitmap is removed. */
 bool pba_bitmaps_join(PbaAccess *access, PbaBlock *block, bool success, GError **error);

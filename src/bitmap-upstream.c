@@ -148,13 +148,6 @@ static bool all_dirty_holds(PbaAccess *access, const PbaDisk *disk, const DirtyS
     return true;
 }
 
-/* Runs a command of a clean-up whose failure changes nothing. True if QEMU can still be talked to. */
-static bool run_quietly(PbaAccess *access, const char *command, JsonNode *arguments)
-{
-    g_autoptr(GError) error = NULL;
-    return pba_qmp_run(access->qmp, command, arguments, &error) || !pba_error_is_fatal(error);
-}
-
 static DirtySource dirty_source_names(const PbaAccess *access, const PbaDisk *disk)
 {
     return (DirtySource){
@@ -164,26 +157,28 @@ static DirtySource dirty_source_names(const PbaAccess *access, const PbaDisk *di
     };
 }
 
-static void drop_dirty_source(PbaAccess *access, const DirtySource *names, bool with_job)
+static bool delete_node(PbaAccess *access, const char *node, GError **error)
 {
-    if (with_job && !(wait_job_concluded(access, names->job, NULL) &&
-                      run_quietly(access, "job-dismiss", pba_json("{'id': <%s>}", names->job)))) {
-        return;
-    }
-    if (run_quietly(access, "blockdev-del", pba_json("{'node-name': <%s>}", names->sink))) {
-        run_quietly(access, "blockdev-del", pba_json("{'node-name': <%s>}", names->source));
-    }
+    return pba_qmp_run(access->qmp, "blockdev-del", pba_json("{'node-name': <%s>}", node), error);
 }
 
-void pba_dirty_source_drop(PbaAccess *access, const PbaDisk *disk, const PbaBlock *block)
+bool pba_dirty_source_drop(PbaAccess *access, const PbaDisk *disk, const PbaBlock *block,
+                           GError **error)
 {
     g_auto(DirtySource) names = dirty_source_names(access, disk);
-    bool has_sink = pba_block_find_node(block, names.sink) != NULL;
 
     /* The job cannot be there without its target. */
-    if (has_sink || pba_block_find_node(block, names.source)) {
-        drop_dirty_source(access, &names, has_sink);
+    if (pba_block_find_node(block, names.sink)) {
+        if (!wait_job_concluded(access, names.job, error)) {
+            return false;
+        }
+        /* Fails where there is no job, or no more. */
+        pba_qmp_run(access->qmp, "job-dismiss", pba_json("{'id': <%s>}", names.job), NULL);
+        if (!delete_node(access, names.sink, error)) {
+            return false;
+        }
     }
+    return !pba_block_find_node(block, names.source) || delete_node(access, names.source, error);
 }
 
 bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error)
@@ -208,10 +203,8 @@ bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error)
                                                      names.source)));
         done = run_transaction(access, actions, error);
     }
-    if (done) {
-        drop_dirty_source(access, &names, false);
-    }
-    return done;
+    return done && delete_node(access, names.sink, error) &&
+           delete_node(access, names.source, error);
 }
 
 static void add_join_actions(JsonArray *actions, const PbaDisk *disk, const char *target,
@@ -330,6 +323,8 @@ bool pba_bitmaps_join(PbaAccess *access, PbaBlock *block, bool success, GError *
     } else if (!run_transaction(access, actions, &joint_error)) {
         GError *step = NULL;
         if (pba_error_is_fatal(joint_error)) {
+            /* The bitmaps may have been cleared although the caller is told of a failure. */
+            access->success_unknown |= success;
             step = g_steal_pointer(&joint_error);
         } else {
             join_each(access, split, target, background, &step);

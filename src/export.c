@@ -36,14 +36,14 @@ bool pba_nbd_server_start(PbaAccess *access, GError **error)
     JsonNode *arguments =
         pba_json("{'addr': <{'type': <'unix'>, 'data': <{'path': <%s>}>}>}", access->socket);
     GError *local = NULL;
+    bool done = pba_qmp_run(access->qmp, "nbd-server-start", arguments, &local);
 
-    access->begun = true;
-    if (pba_qmp_run(access->qmp, "nbd-server-start", arguments, &local)) {
-        access->server_up = true;
+    /* Without a reply it may have been started all the same. */
+    access->server_up = done || pba_error_is_fatal(local) || pba_nbd_server_answers(access);
+    access->begun |= access->server_up;
+    if (done) {
         return true;
     }
-    /* Without a reply it may have been started all the same. */
-    access->server_up = pba_error_is_fatal(local);
     if (strstr(local->message, "already running")) {
         pba_error_add_hint(&local, "QEMU has one NBD server only: end what another program does "
                                    "with it, then try again");
@@ -52,12 +52,21 @@ bool pba_nbd_server_start(PbaAccess *access, GError **error)
     return false;
 }
 
+/* QEMU 7.2 returns the disk as it is now to a read of a snapshot-access node that begins in a cluster
+ * that was copied and ends in one that was not. 10.0 is known to be good; Proxmox' own commands are
+ * younger than the bug. */
+static bool reads_by_cluster(const PbaAccess *access)
+{
+    return access->backend == PBA_BACKEND_UPSTREAM && access->qemu_version < 1000;
+}
+
 static bool add_export(PbaAccess *access, const PbaDisk *disk, GError **error)
 {
     g_autofree char *id = export_id(access, disk);
     JsonNode *arguments = pba_json("{'id': <%s>, 'type': <'nbd'>, 'node-name': <%s>, 'name': <%s>, "
-                                   "'writable': <true>}",
-                                   id, disk->snapshot_node, disk->device);
+                                   "'writable': <true>, 'description': <%s>}",
+                                   id, disk->snapshot_node, disk->device,
+                                   reads_by_cluster(access) ? PBA_BY_CLUSTER : "");
     if (disk->bitmap_name) {
         JsonArray *bitmaps = json_array_new();
         json_array_add_element(bitmaps, pba_json("{'node': <%s>, 'name': <%s>}", disk->bitmap_node,
@@ -67,16 +76,6 @@ static bool add_export(PbaAccess *access, const PbaDisk *disk, GError **error)
     if (!pba_qmp_run(access->qmp, "block-export-add", arguments, error)) {
         pba_error_add_device(error, disk->device);
         return false;
-    }
-    return true;
-}
-
-bool pba_exports_add(PbaAccess *access, GError **error)
-{
-    for (guint i = 0; i < access->disks->len; i++) {
-        if (!add_export(access, access->disks->pdata[i], error)) {
-            return false;
-        }
     }
     return true;
 }
@@ -128,6 +127,32 @@ static bool remove_export(PbaAccess *access, const PbaDisk *disk, GError **error
         !wait_export_gone(access, id, error)) {
         pba_error_add_device(error, disk->device);
         return false;
+    }
+    return true;
+}
+
+bool pba_exports_add(PbaAccess *access, GError **error)
+{
+    bool found;
+
+    /* An earlier call may have got half way. */
+    if (!pba_exports_find(access, PBA_EXPORT_PREFIX, &found, error)) {
+        return false;
+    }
+    for (guint i = 0; found && i < access->disks->len; i++) {
+        if (!remove_export(access, access->disks->pdata[i], error)) {
+            return false;
+        }
+    }
+    if (reads_by_cluster(access)) {
+        pba_log(&access->hooks, PBA_LOG_INFO,
+                "this QEMU returns wrong data to NBD clients that read across clusters of 64 KiB: "
+                "read by PVE::BackupAccess::Volume, or by single clusters");
+    }
+    for (guint i = 0; i < access->disks->len; i++) {
+        if (!add_export(access, access->disks->pdata[i], error)) {
+            return false;
+        }
     }
     return true;
 }

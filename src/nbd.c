@@ -77,6 +77,7 @@ static bool start_connecting(PbaVolume *volume, GError **error)
 
     volume->nbd = nbd_create();
     if (volume->nbd && nbd_set_handle_name(volume->nbd, volume->device) == 0 &&
+        nbd_set_full_info(volume->nbd, true) == 0 &&
         (!volume->context || nbd_add_meta_context(volume->nbd, volume->context) == 0) &&
         (is_uri || nbd_set_export_name(volume->nbd, volume->device) == 0) &&
         (is_uri ? nbd_aio_connect_uri(volume->nbd, volume->path)
@@ -107,7 +108,10 @@ static bool finish_connecting(PbaVolume *volume, GError **error)
 static bool check_export(PbaVolume *volume, GError **error)
 {
     int64_t size = nbd_get_size(volume->nbd);
+    char *description = nbd_get_export_description(volume->nbd);
 
+    volume->by_cluster = g_strcmp0(description, PBA_BY_CLUSTER) == 0;
+    free(description);
     if (size < 0) {
         pba_volume_set_nbd_error(volume, "asking for the size", error);
         return false;
@@ -218,9 +222,34 @@ static bool finish_request(PbaVolume *volume, int64_t cookie, const char *what, 
     }
     if (local->code != PBA_ERROR_INTERRUPTED && pba_volume_is_lost(volume)) {
         pba_volume_break(volume, local);
-        disconnect(volume);
+    }
+    if (state == 0) {
+        disconnect(volume); /* the request still knows the caller's memory */
     }
     g_propagate_error(error, local);
+    return false;
+}
+
+uint64_t pba_volume_unit(const PbaVolume *volume, uint64_t offset, uint64_t length)
+{
+    return volume->by_cluster ? MIN(length, CLUSTER - offset % CLUSTER) : length;
+}
+
+static bool read_piece(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t length,
+                       GError **error)
+{
+    g_autofree char *what =
+        g_strdup_printf("reading %" PRIu64 " bytes at offset %" PRIu64, length, offset);
+    int64_t cookie =
+        nbd_aio_pread(volume->nbd, buffer, (size_t)length, offset, NBD_NULL_COMPLETION, 0);
+
+    if (finish_request(volume, cookie, what, error)) {
+        return true;
+    }
+    if (nbd_get_errno() == EINVAL && !pba_volume_is_lost(volume)) {
+        pba_error_add_hint(error, "the range is not wholly dirty or was discarded, or the snapshot "
+                                  "broke: is the fleecing image full?");
+    }
     return false;
 }
 
@@ -239,10 +268,14 @@ bool pba_volume_pread(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t
     if (!pba_volume_connect(volume, error)) {
         return false;
     }
-    g_autofree char *what = g_strdup_printf("reading %" PRIu64 " bytes at offset %" PRIu64, length, offset);
-    int64_t cookie =
-        nbd_aio_pread(volume->nbd, buffer, (size_t)length, offset, NBD_NULL_COMPLETION, 0);
-    return finish_request(volume, cookie, what, error);
+    for (uint64_t done = 0; done < length;) {
+        uint64_t size = pba_volume_unit(volume, offset + done, length - done);
+        if (!read_piece(volume, (char *)buffer + done, offset + done, size, error)) {
+            return false;
+        }
+        done += size;
+    }
+    return true;
 }
 
 static bool discard_piece(PbaVolume *volume, uint64_t offset, uint64_t length, GError **error)

@@ -73,6 +73,8 @@ void pba_qmp_free(PbaQmp *qmp);
 /* Runs one command, connecting first where needed. arguments (an object, or NULL for none) is
  * consumed. Returns the "return" value (caller frees with json_node_unref). */
 JsonNode *pba_qmp_execute(PbaQmp *qmp, const char *command, JsonNode *arguments, GError **error);
+/* Whether nothing listens at the QMP socket any more; false where that cannot be known. */
+bool pba_qmp_is_gone(PbaQmp *qmp);
 /* Gives the monitor back: closes the connection. The next command opens a new one. */
 void pba_qmp_release(PbaQmp *qmp);
 
@@ -168,6 +170,10 @@ void pba_access_device_info(const PbaAccess *access, size_t index, PbaDeviceInfo
 const char *pba_access_socket(const PbaAccess *access);
 
 /* One device's data over NBD */
+
+/* The description of an NBD export of which no read may cross a cluster of 64 KiB: its QEMU would
+ * return wrong data. */
+#define PBA_BY_CLUSTER "pba: read by clusters of 65536 bytes"
 
 typedef struct PbaVolume PbaVolume;
 

@@ -90,6 +90,20 @@ static bool connect_socket(PbaQmp *qmp, gint64 deadline, GError **error)
     return true;
 }
 
+bool pba_qmp_is_gone(PbaQmp *qmp)
+{
+    g_autoptr(GError) error = NULL;
+
+    if (qmp->transport) {
+        return false;
+    }
+    pba_qmp_release(qmp);
+    bool gone = !connect_socket(qmp, pba_deadline(1), &error) &&
+                g_error_matches(error, PBA_ERROR, PBA_ERROR_CONNECTION);
+    pba_qmp_release(qmp);
+    return gone;
+}
+
 static bool send_text(PbaQmp *qmp, const char *text, gint64 deadline, GError **error)
 {
     size_t left = strlen(text);
@@ -114,12 +128,14 @@ static bool send_text(PbaQmp *qmp, const char *text, gint64 deadline, GError **e
     return true;
 }
 
-/* Reads what is there, waiting for at least one byte. */
+/* Reads what is there, waiting for at least one byte. The wait is also what keeps the time limit
+ * when a peer never stops talking. */
 static bool receive(PbaQmp *qmp, gint64 deadline, const char *what, GError **error)
 {
     char buffer[READ_SIZE];
+    short revents;
 
-    for (;;) {
+    while (pba_wait_fd(qmp->fd, POLLIN, &revents, deadline, &qmp->hooks, what, error)) {
         ssize_t got = recv(qmp->fd, buffer, sizeof(buffer), 0);
         if (got > 0) {
             return pba_qmp_wire_feed(qmp->wire, buffer, (size_t)got, error);
@@ -129,11 +145,8 @@ static bool receive(PbaQmp *qmp, gint64 deadline, const char *what, GError **err
                           "QEMU closed the QMP connection at '%s' - did it quit?", qmp->path);
             return false;
         }
-        short revents;
-        if (!pba_wait_fd(qmp->fd, POLLIN, &revents, deadline, &qmp->hooks, what, error)) {
-            return false;
-        }
     }
+    return false;
 }
 
 /* The next message that is not an event. */

@@ -316,9 +316,18 @@ bool pba_pve_teardown(PbaAccess *access, bool success, GError **error)
 {
     g_auto(PbaBlock) block = {0};
 
-    return pba_block_query(access->qmp, false, &block, error) &&
-           check_safe(access, &block, error) &&
-           pba_qmp_run(access->qmp, "backup-access-teardown", teardown_arguments(access, success),
-                       error) &&
-           (!access->success_unknown || remove_bitmaps(access, error));
+    const PbaDisk *first = access->disks->pdata[0];
+
+    /* Without a reply to setup it is not known whose access is up. */
+    if ((!first->snapshot_node && !pba_pve_check_idle(access, error)) ||
+        !pba_block_query(access->qmp, false, &block, error) || !check_safe(access, &block, error)) {
+        return false;
+    }
+    if (!pba_qmp_run(access->qmp, "backup-access-teardown", teardown_arguments(access, success),
+                     error)) {
+        /* Also where it is QEMU's answer: a caller's transport says the same of a time-out. */
+        access->success_unknown |= success;
+        return false;
+    }
+    return !access->success_unknown || remove_bitmaps(access, error);
 }

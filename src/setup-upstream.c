@@ -42,34 +42,52 @@ bool pba_upstream_check_idle(const PbaBlock *block, GError **error)
     return true;
 }
 
-/* qom-get where the object may lack the property. */
-static char *find_property(PbaQmp *qmp, const char *path, const char *property)
+/* qom-get where the object may lack the property: NULL then, and also on an error. */
+static JsonNode *find_property(PbaQmp *qmp, const char *path, const char *property, GError **error)
 {
-    g_autoptr(JsonNode) value = pba_qmp_execute(
-        qmp, "qom-get", pba_json("{'path': <%s>, 'property': <%s>}", path, property), NULL);
-    const char *text =
-        value && JSON_NODE_HOLDS_VALUE(value) && json_node_get_value_type(value) == G_TYPE_STRING
-            ? json_node_get_string(value)
-            : "";
-    return g_strdup(text);
+    GError *local = NULL;
+    JsonNode *value = pba_qmp_execute(
+        qmp, "qom-get", pba_json("{'path': <%s>, 'property': <%s>}", path, property), &local);
+
+    if (pba_error_is_fatal(local)) {
+        g_propagate_error(error, local);
+    } else {
+        g_clear_error(&local);
+    }
+    return value;
+}
+
+static bool is_set(JsonNode *value)
+{
+    if (!value || JSON_NODE_HOLDS_NULL(value)) {
+        return false;
+    }
+    return !JSON_NODE_HOLDS_VALUE(value) || json_node_get_value_type(value) != G_TYPE_STRING ||
+           *json_node_get_string(value);
 }
 
 /* The device itself, the device behind a virtio backend, or the controller its bus is on. */
-static bool is_in_iothread(PbaQmp *qmp, const char *qdev)
+static bool find_iothread(PbaQmp *qmp, const char *qdev, bool *found, GError **error)
 {
-    g_autofree char *bus = find_property(qmp, qdev, "parent_bus");
+    static const char *const properties[] = {"iothread", "iothread-vq-mapping"};
+    GError *local = NULL;
+    g_autoptr(JsonNode) bus = find_property(qmp, qdev, "parent_bus", &local);
+    const char *bus_path = bus && JSON_NODE_HOLDS_VALUE(bus) ? json_node_get_string(bus) : NULL;
     g_autofree char *parent = g_path_get_dirname(qdev);
-    g_autofree char *controller = g_path_get_dirname(bus);
+    g_autofree char *controller = g_path_get_dirname(bus_path ? bus_path : "");
     g_autofree char *owner = g_path_get_dirname(controller);
     const char *const paths[] = {qdev, parent, controller, owner};
 
-    for (size_t i = 0; i < G_N_ELEMENTS(paths); i++) {
-        g_autofree char *iothread = find_property(qmp, paths[i], "iothread");
-        if (*iothread) {
-            return true;
-        }
+    *found = false;
+    for (size_t i = 0; !local && i < G_N_ELEMENTS(paths) * G_N_ELEMENTS(properties); i++) {
+        g_autoptr(JsonNode) value = find_property(qmp, paths[i / 2], properties[i % 2], &local);
+        *found |= is_set(value);
     }
-    return false;
+    if (local) {
+        g_propagate_error(error, local);
+        return false;
+    }
+    return true;
 }
 
 /* Before 10.0 QEMU aborts when an NBD client leaves an export of such a disk. */
@@ -84,7 +102,11 @@ static bool check_iothreads(PbaAccess *access, GError **error)
     }
     for (guint i = 0; json_array_get_length(threads) > 0 && i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
-        if (is_in_iothread(access->qmp, disk->qdev)) {
+        bool found;
+        if (!find_iothread(access->qmp, disk->qdev, &found, error)) {
+            return false;
+        }
+        if (found) {
             pba_error_set(error, PBA_ERROR_UNSUPPORTED,
                           "is in an iothread, and QEMU before 10.0 aborts when a reader of such a "
                           "disk leaves - use QEMU 10.0 or later, or take the disk out of the "
@@ -237,17 +259,20 @@ static bool add_fleecing(PbaAccess *access, PbaDisk *disk, GError **error)
     if (!pba_is_own_node(disk->fleecing_node)) {
         return true;
     }
-    disk->fleecing_file =
+    g_autofree char *path =
         create_fleecing_file(access->fleecing_dir, disk->fleecing_node, disk->size, error);
-    if (!disk->fleecing_file) {
+    if (!path) {
         return false;
     }
     /* Without discard=unmap a trim succeeds and frees nothing. */
-    return pba_qmp_run(access->qmp, "blockdev-add",
-                       pba_json("{'driver': <'file'>, 'node-name': <%s>, 'filename': <%s>, "
-                                "'discard': <'unmap'>}",
-                                disk->fleecing_node, disk->fleecing_file),
-                       error);
+    bool added = pba_qmp_run(access->qmp, "blockdev-add",
+                             pba_json("{'driver': <'file'>, 'node-name': <%s>, 'filename': <%s>, "
+                                      "'discard': <'unmap'>}",
+                                      disk->fleecing_node, path),
+                             error);
+    /* QEMU has it open: without a name its space is free again whoever dies first. */
+    unlink(path);
+    return added;
 }
 
 JsonNode *pba_raw_options(const PbaDisk *disk, const char *file)

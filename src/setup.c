@@ -21,7 +21,6 @@ static void free_disk(gpointer data)
     g_free(disk->raw_node);
     g_free(disk->filter_node);
     g_free(disk->fleecing_node);
-    g_free(disk->fleecing_file);
     g_free(disk);
 }
 
@@ -301,12 +300,6 @@ static bool choose_backend(PbaAccess *access, GError **error)
 
 static void end_access(PbaAccess *access)
 {
-    for (guint i = 0; i < access->disks->len; i++) {
-        const PbaDisk *disk = access->disks->pdata[i];
-        if (disk->fleecing_file) {
-            unlink(disk->fleecing_file);
-        }
-    }
     pba_run_dir_remove(access);
     g_ptr_array_set_size(access->disks, 0);
     access->begun = false;
@@ -329,8 +322,6 @@ static bool tear_down(PbaAccess *access, bool success, GError **error)
         } else {
             pba_upstream_teardown(access, success, &step);
         }
-        /* The bitmaps may have been cleared although the caller will be told of a failure. */
-        access->success_unknown |= success && pba_error_is_fatal(step);
         pba_error_keep_first(&first, step, &access->hooks);
     }
     if (first) {
@@ -345,8 +336,7 @@ static bool is_over(PbaAccess *access, const GError *error)
 {
     if (pba_error_is_fatal(error)) {
         /* A QEMU that quit has taken the access with it. */
-        return error->code == PBA_ERROR_CONNECTION && access->server_up &&
-               !pba_nbd_server_answers(access);
+        return error->code == PBA_ERROR_CONNECTION && pba_qmp_is_gone(access->qmp);
     }
     return access->backend == PBA_BACKEND_UPSTREAM && !access->server_up &&
            pba_upstream_is_clean(access);
@@ -431,6 +421,10 @@ bool pba_access_export(PbaAccess *access, GError **error)
     }
     if (access->exported) {
         return true;
+    }
+    if (access->teardown_failed) {
+        pba_error_set(error, PBA_ERROR_STATE, "the access is half torn down - call teardown again");
+        return false;
     }
     access->exported = pba_exports_add(access, error);
     pba_qmp_release(access->qmp);

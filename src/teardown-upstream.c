@@ -98,7 +98,9 @@ static void undo_graph(PbaAccess *access, GError **first, const PbaBlock *block)
         delete_node(access, first, block, disk, disk->raw_node);
         drop_fleecing(access, first, block, disk);
         if (!pba_error_is_fatal(*first)) {
-            pba_dirty_source_drop(access, disk, block);
+            GError *step = NULL;
+            pba_dirty_source_drop(access, disk, block, &step);
+            pba_error_keep_first(first, step, &access->hooks);
         }
     }
 }

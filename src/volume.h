@@ -40,6 +40,7 @@ struct PbaVolume {
     char *path;
     char *context; /* NULL: no bitmap */
     uint64_t size;
+    bool by_cluster; /* see PBA_BY_CLUSTER */
     char *broken; /* why nothing more can be had from this volume; NULL: it works */
     PbaMap map;
 };
@@ -48,6 +49,8 @@ struct PbaVolume {
 bool pba_volume_connect(PbaVolume *volume, GError **error);
 /* Lets libnbd send and receive once something can be. what names the wait. */
 bool pba_volume_turn(PbaVolume *volume, gint64 deadline, const char *what, GError **error);
+/* How much of a range one read may ask for. */
+uint64_t pba_volume_unit(const PbaVolume *volume, uint64_t offset, uint64_t length);
 /* True if there is no connection any more. */
 bool pba_volume_is_lost(const PbaVolume *volume);
 /* libnbd's last error, as one of ours about this device. */

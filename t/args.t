@@ -77,11 +77,20 @@ my %bad_option = (
     'fleecing-dir' => [undef, '', {}, 'fleecing', '.', "/$no_character", "$dir/a\0b"],
     'bitmap-name' => [undef, '', [], $no_character, "a\0b"],
     fleecing => [
-        undef, '', 'node', [], { 'drive-scsi0' => undef }, { 'drive-scsi0' => '' },
-        { 'drive-scsi0' => [] }, { '' => 'node' }, { 'drive-scsi0' => $no_character },
-        { 'drive-scsi0' => "a\0b" }, { "a\0b" => 'node' },
+        undef,
+        '',
+        'node',
+        [],
+        { 'drive-scsi0' => undef },
+        { 'drive-scsi0' => '' },
+        { 'drive-scsi0' => [] },
+        { '' => 'node' },
+        { 'drive-scsi0' => $no_character },
+        { 'drive-scsi0' => "a\0b" },
+        { "a\0b" => 'node' },
     ],
-    timeout => [undef, '', 0, '00', -1, 1.5, '1e3', 'abc', ' 5', "5\n", '0x5', '٣', '9' x 10, [], {}],
+    timeout =>
+        [undef, '', 0, '00', -1, 1.5, '1e3', 'abc', ' 5', "5\n", '0x5', '٣', '9' x 10, [], {}],
     log => [undef, '', 'main::log', [], {}, \'text'],
     persistent => [[], {}, 2, 'no', -1],
 );
@@ -89,8 +98,8 @@ my %bad_option = (
 for my $name (sort keys %bad_option) {
     subtest "new: $name" => sub {
         for my $value ($bad_option{$name}->@*) {
-            my $what = ref($value) eq 'HASH' && %$value
-                ? '{' . join(' => ', map { shown($_) } %$value) . '}' : shown($value);
+            my $what = ref($value) eq 'HASH'
+                && %$value ? '{' . join(' => ', map { shown($_) } %$value) . '}' : shown($value);
             refused(sub { new_access($name => $value) }, qr/\Q$name\E/, "$name $what");
         }
     };
@@ -142,15 +151,13 @@ my %bad_devices = (
     'no devices' => [[]],
     'device no hash' => [[undef], ['drive-scsi0'], [[]], [sub { }], [{ device => 'a' }, 'b']],
     'device lacks its name' => [[{}], [{ 'bitmap-mode' => 'new' }]],
-    "device's name" => [
-        map { [{ device => $_ }] } undef, '', [], {}, $no_character, $beyond_unicode, "a\0b"
-    ],
-    'unknown key' => [
-        map { [{ device => 'a', $_ => 'new' }] } 'mode', 'bitmap_mode', 'fleecing', '', "a\nb"
-    ],
+    "device's name" =>
+        [map { [{ device => $_ }] } undef, '', [], {}, $no_character, $beyond_unicode, "a\0b"],
+    'unknown key' =>
+        [map { [{ device => 'a', $_ => 'new' }] } 'mode', 'bitmap_mode', 'fleecing', '', "a\nb"],
     'bitmap-mode' => [
-        map { [{ device => 'a', 'bitmap-mode' => $_ }] } undef, '', 'used', 'reuse', 'New', 'new ',
-        'incremental', 0, [], {}, "use\0x", '%n%s', "none\nx"
+        map { [{ device => 'a', 'bitmap-mode' => $_ }] } undef,
+        '', 'used', 'reuse', 'New', 'new ', 'incremental', 0, [], {}, "use\0x", '%n%s', "none\nx"
     ],
     'listed twice' => [
         [map { { device => $_ } } 'a', 'b', 'a'],
@@ -174,7 +181,8 @@ for my $kind (sort keys %bad_devices) {
         for my $devices ($bad_devices{$kind}->@*) {
             my $access = new_access();
             my $first = ref($devices) eq 'ARRAY' ? $devices->[0] : undef;
-            my $what = ref($first) eq 'HASH' ? join(', ', map { shown($_) } %$first) : shown($first);
+            my $what
+                = ref($first) eq 'HASH' ? join(', ', map { shown($_) } %$first) : shown($first);
             refused(sub { $access->setup($devices) }, $message{$kind}, $what);
             ok(!eval { $access->teardown(0) }, 'no access is up');
             is($@ && $@->class, 'StateError', 'as teardown says');
@@ -309,21 +317,31 @@ subtest 'ranges' => sub {
     my $volume = PVE::BackupAccess::Volume->open('drive-scsi0', \%volume);
     my $size = 40 << 20;
     my @bad_numbers = (
-        undef, '', -1, 1.5, '1e3', '0x10', '010', 'abc', ' 1', "1\n", '٣', '9' x 20, [], {},
-        \1, 18446744073709551616, 'inf', 'nan',
+        undef, '', -1, 1.5, '1e3', '0x10', '010', 'abc', ' 1', "1\n", '٣', '9' x 20, [], {}, \1,
+        18446744073709551616, 'inf', 'nan',
     );
     for my $method (qw(pread discard)) {
         for my $value (@bad_numbers) {
             my $what = "$method " . shown($value);
             refused(sub { $volume->$method($value, 1) }, qr/\boffset\b/, "$what, 1");
-            refused(sub { $volume->$method(0, $value) }, qr/\blength\b/, "$method 0, " . shown($value));
+            refused(sub { $volume->$method(0, $value) },
+                qr/\blength\b/, "$method 0, " . shown($value));
         }
         my @bad_ranges = (
-            [0, 0], [$size, 0], [$size, 1], [$size - 1, 2], [0, $size + 1], [$size + 1, 1],
-            ['9' x 19, 1], [1, '9' x 19], ['9' x 19, '9' x 19], [1, 9223372036854775807],
+            [0, 0],
+            [$size, 0],
+            [$size, 1],
+            [$size - 1, 2],
+            [0, $size + 1],
+            [$size + 1, 1],
+            ['9' x 19, 1],
+            [1, '9' x 19],
+            ['9' x 19, '9' x 19],
+            [1, 9223372036854775807],
         );
         for my $range (@bad_ranges) {
-            refused(sub { $volume->$method(@$range) }, qr/drive-scsi0.*\brange\b/, "$method @$range");
+            refused(sub { $volume->$method(@$range) },
+                qr/drive-scsi0.*\brange\b/, "$method @$range");
         }
     }
     my $too_much = (32 << 20) + 1;

@@ -74,10 +74,13 @@ sub run_tests (@tests) {
         "ASAN_OPTIONS=$log:detect_leaks=1:fast_unwind_on_malloc=0:malloc_context_size=40"
             . ':handle_abort=1',
     );
-    my $harness = TAP::Harness->new({
-        exec => ['env', @environment, $^X, '-Mblib', '-It/lib'],
-        timer => 1,
-    });
+    my $harness = TAP::Harness->new(
+        {
+            exec => ['env', @environment, $^X, '-Mblib', '-It/lib'],
+            timer => 1,
+        }
+    );
+
     # UBSan under ASan knows no log_path, so what is said to stderr is a report, too.
     open(my $stderr, '>&', \*STDERR) or die "cannot keep stderr: $!\n";
     open(STDERR, '>>', "$reports/report.stderr") or die "cannot redirect stderr: $!\n";
@@ -101,12 +104,16 @@ sub findings ($file) {
     open(my $fh, '<', $file) or die "cannot read $file: $!\n";
     my $text = do { local $/; <$fh> };
     my @findings;
+
     # A leak is a paragraph; only the direct ones are looked at, since the rest hangs on them.
     for my $paragraph (split(/\n\s*\n/, $text)) {
         my @frames = $paragraph =~ m/^\s+#\d+ (.*)$/mg;
         if ($paragraph =~ m/^(?:Direct|Indirect) leak of/m) {
             push @findings, $paragraph if $paragraph =~ m/^Direct/m && is_our_leak(@frames);
-        } elsif ($paragraph =~ m/ERROR: AddressSanitizer|runtime error:|DEADLYSIGNAL|LeakSanitizer has/) {
+        }
+        elsif (
+            $paragraph =~ m/ERROR: AddressSanitizer|runtime error:|DEADLYSIGNAL|LeakSanitizer has/)
+        {
             push @findings, $paragraph;
         }
     }

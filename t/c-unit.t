@@ -69,6 +69,7 @@ sub compile_all (@sources) {
 
 my @core = sort glob('src/*.c');
 my @programs = sort glob('t/c/*.c');
+
 # The virtual file's server is a program of its own.
 @core = grep { !_has_main($_) } @core;
 
@@ -101,9 +102,11 @@ sub run_program ($source) {
         if ($line =~ m/^(not )?ok (\d+) - (.*)/) {
             ok(!$1, $3);
             $count++;
-        } elsif ($line =~ m/^1\.\.(\d+)$/) {
+        }
+        elsif ($line =~ m/^1\.\.(\d+)$/) {
             $planned = $1;
-        } else {
+        }
+        else {
             chomp($line);
             diag($line);
         }

@@ -12,9 +12,11 @@ use PBA::Test::Backend;
 my $mib = 1024 * 1024;
 my $size = 64 * $mib;
 
+# The image of the upstream backend has no name any more, but QEMU has it open.
 sub fleecing_bytes ($backend) {
     my $vm = $backend->vm;
-    my ($file) = (glob($vm->dir . '/fleecing/*'), $vm->fleecing_file('disk0-fleecing') // ());
+    my @open = grep { (readlink($_) // '') =~ m{/fleecing/pba-fleece-} } glob('/proc/' . $vm->pid . '/fd/*');
+    my ($file) = (@open, $vm->fleecing_file('disk0-fleecing') // ());
     return (stat($file))[12] * 512;
 }
 

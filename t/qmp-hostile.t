@@ -6,8 +6,10 @@ use v5.36;
 use lib 't/lib';
 
 use File::Temp ();
+use IO::Socket::UNIX ();
 use JSON::PP ();
 use POSIX ();
+use Scalar::Util qw(refaddr);
 use Test::More;
 use Time::HiRes qw(alarm sleep time);
 
@@ -44,7 +46,9 @@ my @upstream_commands = qw(
     transaction qom-set qom-get job-dismiss
 );
 
-sub commands (@names) { return [map { { name => $_ } } @names] }
+sub commands (@names) {
+    return [map { { name => $_ } } @names];
+}
 
 sub schema ($form) {
     my @members = $form eq 'devlist' ? qw(target-id devlist bitmap-name) : qw(target-id devices);
@@ -73,6 +77,23 @@ sub node ($name, @bitmaps) {
     return $node;
 }
 
+# What QEMU's NBD server looks like from outside: something listens at its socket.
+sub nbd_server () {
+    my $listener;
+    my $start = sub ($arguments) {
+        my $path = $arguments->{addr}{data}{path};
+        $listener = IO::Socket::UNIX->new(Local => $path, Listen => 64)
+            or die "cannot listen at $path: $!\n";
+        return {};
+    };
+    my $stop = sub (@) {
+        unlink($listener->hostpath) if $listener;
+        undef $listener;
+        return {};
+    };
+    return ('nbd-server-start' => $start, 'nbd-server-stop' => $stop);
+}
+
 # What each command returns, unless a test says otherwise. A code ref gets the arguments.
 sub pve_returns (%more) {
     return (
@@ -89,10 +110,11 @@ sub pve_returns (%more) {
         'query-name' => { name => 'vm' },
         'query-uuid' => { UUID => 'a-b-c' },
         'backup-access-setup' => \&setup_reply,
-        map({ $_ => {} } qw(
-            nbd-server-start nbd-server-stop block-export-add block-export-del
-            backup-access-teardown
-        )),
+        nbd_server(),
+        map({ $_ => {} }
+            qw(
+                block-export-add block-export-del backup-access-teardown block-dirty-bitmap-remove
+            )),
         %more,
     );
 }
@@ -163,7 +185,8 @@ my @one = ({ device => 'drive-scsi0', 'bitmap-mode' => 'use' });
 sub error_class ($error) {
     local $@;
     return ref($error) && eval { $error->isa('PVE::BackupAccess::Error') }
-        ? $error->class : "no object: $error";
+        ? $error->class
+        : "no object: $error";
 }
 
 # The code dies with an error of ours, of one line, and leaves nothing on disk.
@@ -218,8 +241,14 @@ subtest 'greetings' => sub {
         my $peer = start_peer({ pve_returns() }, greeting => $greeting);
         dies(sub { capabilities($peer) }, qr/(?:Protocol|Connection)Error/, $pattern, $name);
     }
-    my $peer = start_peer({ pve_returns() }, greeting => [{ event => 'STOP' },
-        { raw => "{\"QMP\": {\"capabilities\": []}}\r\n", trickle => 1 }, { event => 'RESUME' }]);
+    my $peer = start_peer(
+        { pve_returns() },
+        greeting => [
+            { event => 'STOP' },
+            { raw => "{\"QMP\": {\"capabilities\": []}}\r\n", trickle => 1 },
+            { event => 'RESUME' }
+        ]
+    );
     is(eval { capabilities($peer)->{backend} }, 'pve', 'events around the greeting') or diag($@);
 };
 
@@ -233,9 +262,11 @@ subtest 'no peer' => sub {
     for my $name (sort keys %paths) {
         dies(
             sub { PVE::BackupAccess->capabilities(qmp => $paths{$name}) },
-            qr/(?:Connection|Argument)Error/, qr/\Q$paths{$name}\E/, $name
+            qr/(?:Connection|Argument)Error/,
+            qr/\Q$paths{$name}\E/, $name
         );
     }
+
     # One that takes connections, but never says anything.
     my $peer = start_peer({}, greeting => { sleep => 20 });
     my $started = time;
@@ -278,11 +309,13 @@ subtest 'the monitor is given back' => sub {
 # What a peer may answer to any command, and what is to come of it.
 my %hostile = (
     'silence' => [{ silent => 1 }, qr/TimeoutError/, qr/timeout/],
-    'silence and events' =>
-        [[map { { event => 'RTC_CHANGE', sleep => 0.05 } } 1 .. 200], qr/TimeoutError/, qr/timeout/],
+    'silence and events' => [
+        [map { { event => 'RTC_CHANGE', sleep => 0.05 } } 1 .. 200], qr/TimeoutError/, qr/timeout/
+    ],
     'the end' => [{ close => 1 }, qr/ConnectionError/, qr/closed the QMP connection/],
     'the end of QEMU' => [{ quit => 1 }, qr/ConnectionError/, qr/closed the QMP connection/],
-    'half a reply' => [[{ raw => '{"return": [' }, { close => 1 }], qr/ConnectionError/, qr/closed/],
+    'half a reply' =>
+        [[{ raw => '{"return": [' }, { close => 1 }], qr/ConnectionError/, qr/closed/],
     'garbage' => [{ garbage => 1 }, qr/ProtocolError/, qr/QMP/],
     'NUL' => [{ nul => 1 }, qr/ProtocolError/, qr/control character/],
     'an escaped NUL' => [{ raw => "{\"return\": \"\\u0000\"}\r\n" }, qr/ProtocolError/, qr/UTF-8/],
@@ -294,8 +327,8 @@ my %hostile = (
     'an id of another type' => [{ return => [], id => 1 }, qr/ProtocolError/, qr/another/],
     'no id' => [{ raw => "{\"return\": []}\r\n" }, qr/ProtocolError/, qr/another/],
     "another command's error" => [
-        { error => { class => 'GenericError', desc => 'x' }, wrong_id => 1 },
-        qr/ProtocolError/, qr/another/
+        { error => { class => 'GenericError', desc => 'x' }, wrong_id => 1 }, qr/ProtocolError/,
+        qr/another/
     ],
     'neither result nor error' => [{ id => 'pba-2' }, qr/ProtocolError/, qr/./],
     'a second greeting' => [{ raw => "{\"QMP\": {}}\r\n" }, qr/ProtocolError/, qr/./],
@@ -322,7 +355,8 @@ for my $name (sort keys %hostile) {
         my ($action, $class, $pattern) = $hostile{$name}->@*;
         my $peer = start_peer({ pve_returns('query-version' => action($action)) });
         my $started = time;
-        my $error = dies(sub { capabilities($peer, timeout => 1) }, $class, $pattern, 'query-version');
+        my $error
+            = dies(sub { capabilities($peer, timeout => 1) }, $class, $pattern, 'query-version');
         cmp_ok(time - $started, '<', 3, 'within the limit');
         like("$error", qr/\Aqmp command 'query-version' failed - /, 'the command is named');
         is(eval { $error->command }, 'query-version', 'and known');
@@ -332,13 +366,13 @@ for my $name (sort keys %hostile) {
 # At each stage of setup, the same object can be used again.
 my @stages = qw(
     query-version query-commands query-qmp-schema query-block query-named-block-nodes
-    backup-access-setup nbd-server-start
+    query-block-exports backup-access-setup nbd-server-start
 );
 
 for my $stage (@stages) {
     subtest "setup: $stage" => sub {
-        for my $name ('the end', 'silence', 'garbage', "another command's reply", 'an error',
-            'half a reply')
+        for my $name ('the end', 'silence', 'garbage', "another command's reply",
+            'an error', 'half a reply')
         {
             my ($action, $class, $pattern) = $hostile{$name}->@*;
             my $hostile = 1;
@@ -394,6 +428,7 @@ sub reset_peak () {
 }
 
 subtest 'sizes' => sub {
+
     # A megabyte of nodes in QEMU's way, all of which have to be looked at.
     my @nodes = map { node("#node$_") } 1 .. 20_000;
     my %returns = pve_returns();
@@ -415,7 +450,9 @@ subtest 'sizes' => sub {
     my $started = time;
     dies(
         sub { new_access($peer, timeout => 120)->setup(\@one) },
-        qr/ProtocolError/, qr/over 67108864 bytes/, 'a line without end'
+        qr/ProtocolError/,
+        qr/over 67108864 bytes/,
+        'a line without end'
     );
     cmp_ok(time - $started, '<', 60, 'in time');
     cmp_ok($peer->endless_bytes, '<', 80 << 20, 'no more was taken than that');
@@ -432,7 +469,8 @@ subtest 'sizes' => sub {
 
 subtest 'slow, but not too slow' => sub {
     my %returns = pve_returns();
-    $returns{$_} = action({ sleep => 0.7, return => $returns{$_} }) for qw(query-version query-block);
+    $returns{$_} = action({ sleep => 0.7, return => $returns{$_} })
+        for qw(query-version query-block);
     my $access = new_access(start_peer(\%returns), timeout => 1);
     ok(eval { $access->setup(\@one); 1 }, 'the limit is per command') or diag($@);
     $access->teardown(0);
@@ -443,7 +481,8 @@ subtest 'events' => sub {
     for my $command (keys %returns) {
         my $good = $returns{$command};
         $returns{$command} = sub ($arguments) {
-            my $event = { event => 'BLOCK_WRITE_THRESHOLD', data => { return => [], id => 'pba-1' } };
+            my $event
+                = { event => 'BLOCK_WRITE_THRESHOLD', data => { return => [], id => 'pba-1' } };
             my $line = "{\n  \"event\": \"X\",\r\n  \"data\": {\"error\": {}}\n}\n\n";
             my $reply = { return => value_of($good, $arguments) };
             return action([$event, { raw => $line }, $event, $reply, $event]);
@@ -477,8 +516,10 @@ sub setup_dies ($returns, $command, $name, %options) {
     return $peer;
 }
 
-for my $command (qw(query-version query-commands query-qmp-schema query-block
-    query-named-block-nodes backup-access-setup))
+for my $command (
+    qw(query-version query-commands query-qmp-schema query-block
+    query-named-block-nodes backup-access-setup)
+    )
 {
     subtest "odd replies to $command" => sub {
         for my $value (@of_any_type) {
@@ -500,8 +541,11 @@ subtest 'odd replies to x-debug-query-block-graph' => sub {
 subtest 'odd replies to query-block-exports' => sub {
     for my $value (grep { ref($_) ne 'ARRAY' } @of_any_type) {
         my $odd = 0;
-        my $reply = sub (@) { return $odd++ ? [] : $value };
-        my $peer = start_peer({ pve_returns('query-block-exports' => $reply) });
+        my %returns = pve_returns(
+            'block-export-add' => sub (@) { $odd = 1; return {} },
+            'query-block-exports' => sub (@) { return $odd-- > 0 ? $value : [] },
+        );
+        my $peer = start_peer(\%returns);
         my $access = new_access($peer, timeout => 3);
         $access->setup(\@one);
         $access->volumes('nbd');
@@ -530,7 +574,9 @@ sub spoiled ($value, $path, $change) {
 my %needed = (
     'query-version' => [['qemu'], map { ['qemu', $_] } qw(major minor micro)],
     'query-block' => [
-        [0, 'inserted'], [0, 'inserted', 'node-name'], [0, 'inserted', 'image'],
+        [0, 'inserted'],
+        [0, 'inserted', 'node-name'],
+        [0, 'inserted', 'image'],
         [0, 'inserted', 'image', 'virtual-size']
     ],
     'query-named-block-nodes' => [[2, 'node-name'], [2, 'image'], [2, 'image', 'virtual-size']],
@@ -559,8 +605,11 @@ for my $command (sort keys %needed) {
 
 subtest 'sizes that differ' => sub {
     my %returns = pve_returns();
-    my $fleecing = spoiled($returns{'query-named-block-nodes'}, [2, 'image', 'virtual-size'],
-        sub ($at, $key) { $at->{$key} = $size + 512 });
+    my $fleecing = spoiled(
+        $returns{'query-named-block-nodes'},
+        [2, 'image', 'virtual-size'],
+        sub ($at, $key) { $at->{$key} = $size + 512 }
+    );
     my $peer = setup_dies({ %returns, 'query-named-block-nodes' => $fleecing },
         'x', 'fleecing', named => qr/device drive-scsi0: .*67109376.*67108864/);
     ok(!(grep { $_ eq 'backup-access-setup' } $peer->names), 'setup was not tried');
@@ -573,20 +622,27 @@ subtest 'sizes that differ' => sub {
 
 subtest 'unknown bitmap actions' => sub {
     for my $action ('', 'fresh', 'Used', 'used ', '%s%n', 'use', undef, 5, {}, [], JSON::PP::true) {
-        my $reply = spoiled(setup_reply({ devices => \@one }), [0, 'bitmap-action'],
-            sub ($at, $key) { $at->{$key} = $action });
+        my $reply = spoiled(
+            setup_reply({ devices => \@one }),
+            [0, 'bitmap-action'],
+            sub ($at, $key) { $at->{$key} = $action }
+        );
         my $name = $json->encode($action);
         my $peer = setup_dies({ pve_returns('backup-access-setup' => $reply) },
             'x', $name, named => qr/drive-scsi0: .*unknown bitmap action/);
-        my ($teardown, @more)
-            = map { $_->{arguments} } grep { $_->{execute} eq 'backup-access-teardown' } $peer->commands;
-        is_deeply($teardown, { 'target-id' => $target, success => JSON::PP::false },
-            "$name: torn down as a failure");
+        my ($teardown, @more) = map { $_->{arguments} }
+            grep { $_->{execute} eq 'backup-access-teardown' } $peer->commands;
+        is_deeply(
+            $teardown,
+            { 'target-id' => $target, success => JSON::PP::false },
+            "$name: torn down as a failure"
+        );
         is(scalar(@more), 0, "$name: once");
     }
 };
 
 subtest 'strings that are no text' => sub {
+
     # Half of a surrogate pair: JSON can say it, UTF-8 cannot.
     my %returns = upstream_returns();
     my $block = $json->encode($returns{'query-block'}) =~ s/#block1/\\ud800x/r;
@@ -613,11 +669,8 @@ subtest 'strings that are no text' => sub {
 
 subtest 'capabilities' => sub {
     my $ask = sub (%returns) { capabilities(start_peer(\%returns)) };
-    is_deeply(
-        $ask->(upstream_returns('query-version' => version(7, 2, 22))),
-        { backend => 'upstream', 'qemu-version' => '7.2.22' },
-        '7.2'
-    );
+    is_deeply($ask->(upstream_returns('query-version' => version(7, 2, 22))),
+        { backend => 'upstream', 'qemu-version' => '7.2.22' }, '7.2');
     is_deeply(
         $ask->(pve_returns('query-qmp-schema' => schema('devlist'))),
         { backend => 'pve', form => 'devlist', 'qemu-version' => '10.0.2' },
@@ -627,8 +680,10 @@ subtest 'capabilities' => sub {
     for my $old (@old) {
         my ($major, $minor) = @$old;
         my %returns = upstream_returns('query-version' => version($major, $minor, 50));
-        dies(sub { $ask->(%returns) }, qr/UnsupportedError/, qr/$major\.$minor\.50.*\b7\.2\b/,
-            "QEMU $major.$minor");
+        dies(
+            sub { $ask->(%returns) }, qr/UnsupportedError/,
+            qr/$major\.$minor\.50.*\b7\.2\b/, "QEMU $major.$minor"
+        );
         dies(sub { new_access(start_peer(\%returns))->setup(\@one) },
             qr/UnsupportedError/, qr/\b7\.2\b/, "setup on QEMU $major.$minor");
     }
@@ -661,15 +716,26 @@ subtest 'devices that will not do' => sub {
     };
     $refused->('unknown', qr/device drive-x: .*no such/, [{ device => 'drive-x' }]);
     my $empty = [{ device => 'drive-ide2', qdev => 'ide2', removable => JSON::PP::true }];
-    $refused->('no medium', qr/device drive-ide2: .*medium/, [{ device => 'drive-ide2' }],
-        'query-block' => $empty);
-    $refused->('two names', qr/device #block1: .*twice/,
-        [{ device => 'drive-scsi0' }, { device => '#block1' }]);
+    $refused->(
+        'no medium',
+        qr/device drive-ide2: .*medium/,
+        [{ device => 'drive-ide2' }],
+        'query-block' => $empty
+    );
+    $refused->(
+        'two names',
+        qr/device #block1: .*twice/,
+        [{ device => 'drive-scsi0' }, { device => '#block1' }]
+    );
     $refused->('a qdev id', qr/device scsi0: .*'drive-scsi0'/, [{ device => 'scsi0' }]);
-    my $no_fleecing = [grep { $_->{'node-name'} !~ m/0-fleecing/ }
-        $returns{'query-named-block-nodes'}->@*];
-    $refused->('no fleecing', qr/device drive-scsi0: .*drive-scsi0-fleecing/,
-        [{ device => 'drive-scsi0' }], 'query-named-block-nodes' => $no_fleecing);
+    my $no_fleecing
+        = [grep { $_->{'node-name'} !~ m/0-fleecing/ } $returns{'query-named-block-nodes'}->@*];
+    $refused->(
+        'no fleecing',
+        qr/device drive-scsi0: .*drive-scsi0-fleecing/,
+        [{ device => 'drive-scsi0' }],
+        'query-named-block-nodes' => $no_fleecing
+    );
 };
 
 subtest 'what vanishes during the access' => sub {
@@ -726,8 +792,11 @@ subtest 'code ref: a whole access' => sub {
         $infos,
         [
             {
-                device => 'drive-scsi0', 'node-name' => '#snap0', size => $size,
-                'bitmap-action' => 'used', 'bitmap-name' => $target,
+                device => 'drive-scsi0',
+                'node-name' => '#snap0',
+                size => $size,
+                'bitmap-action' => 'used',
+                'bitmap-name' => $target,
                 'bitmap-node-name' => '#block1'
             },
             { device => 'drive-scsi1', 'node-name' => '#snap1', size => $size },
@@ -747,7 +816,8 @@ subtest 'code ref: a whole access' => sub {
     is(
         $encode->('backup-access-setup'),
         '{"devices":[{"bitmap-mode":"use","device":"drive-scsi0"},'
-            . '{"bitmap-mode":"none","device":"drive-scsi1"}],"target-id":"' . $target . '"}',
+            . '{"bitmap-mode":"none","device":"drive-scsi1"}],"target-id":"'
+            . $target . '"}',
         'lists and strings'
     );
     like($encode->('block-export-add'), qr/"writable":true/, 'export');
@@ -780,15 +850,20 @@ subtest 'code ref: encoders' => sub {
 };
 
 subtest 'code ref: results' => sub {
+
     # Numbers as various decoders leave them, and booleans of all kinds.
     my @sizes = ($size, "$size" + 0, 0 + sprintf('%.0f', $size));
     my $printed = $size;
     my $text = "also used as text: $printed";
     push @sizes, $printed;
     for my $value (@sizes) {
-        my $reply = spoiled(setup_reply({ devices => \@one }), [0, 'size'],
-            sub ($at, $key) { $at->{$key} = $value });
-        my $access = new_access(qmp_calls({ pve_returns('backup-access-setup' => $reply) })->{code});
+        my $reply = spoiled(
+            setup_reply({ devices => \@one }),
+            [0, 'size'],
+            sub ($at, $key) { $at->{$key} = $value }
+        );
+        my $access
+            = new_access(qmp_calls({ pve_returns('backup-access-setup' => $reply) })->{code});
         is(eval { $access->setup(\@one)->[0]{size} }, $size, 'size') or diag($@);
         eval { $access->teardown(0) };
     }
@@ -802,18 +877,27 @@ subtest 'code ref: results' => sub {
     my $cyclic = [];
     $cyclic->[0] = $cyclic;
     my %odd = (
-        'undef' => undef, 'a text' => 'x', 'a number' => 5, 'a code ref' => sub { },
-        'a ring' => $cyclic, 'an object' => bless([], 'Foreign'), 'a glob' => \*STDOUT,
-        'a regex' => qr/x/, 'inf' => 9**9**9, 'bytes' => "\xff\xfe", 'a NUL' => "a\0b",
+        'undef' => undef,
+        'a text' => 'x',
+        'a number' => 5,
+        'a code ref' => sub { },
+        'a ring' => $cyclic,
+        'an object' => bless([], 'Foreign'),
+        'a glob' => \*STDOUT,
+        'a regex' => qr/x/,
+        'inf' => 9**9**9,
+        'bytes' => "\xff\xfe",
+        'a NUL' => "a\0b",
         'no character' => chr(0xD800),
     );
     for my $name (sort keys %odd) {
         for my $value ($odd{$name}, [$odd{$name}], { qemu => $odd{$name} }) {
             my $calls = qmp_calls({ pve_returns('query-version' => sub (@) { $value }) });
-            dies(sub { new_access($calls->{code})->setup(\@one) }, qr/ProtocolError/,
-                qr/query-version|QEMU/, "$name as a result");
+            dies(sub { new_access($calls->{code})->setup(\@one) },
+                qr/ProtocolError/, qr/query-version|QEMU/, "$name as a result");
         }
     }
+
     # Empty lists are what Perl code returns by mistake.
     my $empty = sub (@) { return };
     dies(sub { new_access($empty)->setup(\@one) }, qr/ProtocolError/, qr/query-version/, 'nothing');
@@ -821,8 +905,14 @@ subtest 'code ref: results' => sub {
     dies(sub { new_access($list)->setup(\@one) }, qr/ProtocolError/, qr/query-version/, 'a list');
     my $bytes_id = [device('drive-scsi0', "#bl\xf6ck"), 5];
     my $nodes = [node("#bl\xf6ck", $target), node('drive-scsi0-fleecing')];
-    my $calls = qmp_calls({ pve_returns('query-block' => $bytes_id,
-        'query-named-block-nodes' => $nodes) });
+    my $calls = qmp_calls(
+        {
+            pve_returns(
+                'query-block' => $bytes_id,
+                'query-named-block-nodes' => $nodes
+            )
+        }
+    );
     my $access = new_access($calls->{code});
     ok(eval { $access->setup([{ device => 'drive-scsi0' }]); 1 }, 'characters beyond ASCII')
         or diag($@);
@@ -831,11 +921,10 @@ subtest 'code ref: results' => sub {
 
 subtest 'code ref: dying' => sub {
     my %deaths = (
-        'mon_cmd' => ["VM 100 qmp command 'x' failed - Device 'y' not found\n", qr/Device 'y' not found/],
+        'mon_cmd' =>
+            ["VM 100 qmp command 'x' failed - Device 'y' not found\n", qr/Device 'y' not found/],
         'no newline' => ['plain', qr/plain at \S+ line \d+/],
         'directives' => ["%s%n%n 100%\n", qr/%s%n%n 100%/],
-        'an object' => [bless({ text => 'as text' }, 'My::Error'), qr/as text/],
-        'a hash' => [{ code => 5 }, qr/HASH/],
         'wide characters' => ["\x{263a}\n", qr/\x{263a}/],
         'many lines' => ["one\ntwo\n", qr/one.*two/s],
     );
@@ -851,6 +940,18 @@ subtest 'code ref: dying' => sub {
             is($torn_down, $command eq 'backup-access-setup' ? 1 : 0, "$name: undone");
         }
     }
+
+    # What is no text is not mon_cmd's, but a handler's or another module's: it goes on as it is.
+    for my $object (bless({ text => 'as text' }, 'My::Error'), { code => 5 }, ['x']) {
+        for my $command (qw(query-version backup-access-setup)) {
+            my $calls = qmp_calls({ pve_returns($command => sub (@) { die $object }) });
+            ok(!eval { new_access($calls->{code})->setup(\@one); 1 }, ref($object) . ': dies');
+            is(ref($@) && refaddr($@), refaddr($object), ref($object) . ': with the object itself');
+            my $torn_down = grep { $_ eq 'backup-access-teardown' } $calls->{names}->@*;
+            is($torn_down, $command eq 'backup-access-setup' ? 1 : 0, 'undone');
+            is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
+        }
+    }
     my $calls = qmp_calls({ pve_returns() });
     my $access = new_access($calls->{code});
     $access->setup(\@one);
@@ -861,6 +962,7 @@ subtest 'code ref: dying' => sub {
 };
 
 {
+
     package My::Error;
     use overload '""' => sub ($self, @) { $self->{text} }, fallback => 1;
 }
@@ -876,6 +978,7 @@ subtest 'code ref: using the access within' => sub {
         }
         return value_of($returns{$command}, $arguments);
     };
+
     # In a child, since what goes wrong here ends the process.
     my $pid = fork() // die "cannot fork: $!\n";
     if (!$pid) {
@@ -917,14 +1020,16 @@ sub early_peer ($bitmaps, $actions = {}, %more) {
         push @bitmaps, $arguments->{'bitmap-name'} // ();
         return early_setup_reply($actions, $arguments);
     };
-    return start_peer({
-        pve_returns(
-            'query-qmp-schema' => schema('devlist'),
-            'query-named-block-nodes' => $nodes,
-            'backup-access-setup' => $setup,
-            %more,
-        )
-    });
+    return start_peer(
+        {
+            pve_returns(
+                'query-qmp-schema' => schema('devlist'),
+                'query-named-block-nodes' => $nodes,
+                'backup-access-setup' => $setup,
+                %more,
+            )
+        }
+    );
 }
 
 sub setup_arguments ($peer) {
@@ -958,12 +1063,20 @@ subtest 'early form' => sub {
 
     $peer = early_peer([$target, 'gen-3'], { 'gen-3' => 'new' });
     my @new = ({ device => 'drive-scsi0', 'bitmap-mode' => 'new' });
-    dies(sub { new_access($peer)->setup(\@new) }, qr/UnsupportedError/, qr/'\Q$target\E' exists/,
-        'new: a name in use');
+    dies(
+        sub { new_access($peer)->setup(\@new) },
+        qr/UnsupportedError/,
+        qr/'\Q$target\E' exists/,
+        'new: a name in use'
+    );
     is(setup_arguments($peer), undef, 'nothing was begun');
     $peer = early_peer([$target, 'gen-4'], { 'gen-4' => 'new' });
-    dies(sub { new_access($peer, 'bitmap-name' => 'gen-4')->setup(\@new) },
-        qr/UnsupportedError/, qr/'gen-4' exists/, 'new: another name in use');
+    dies(
+        sub { new_access($peer, 'bitmap-name' => 'gen-4')->setup(\@new) },
+        qr/UnsupportedError/,
+        qr/'gen-4' exists/,
+        'new: another name in use'
+    );
     $peer = early_peer([$target], {});
     $access = new_access($peer, 'bitmap-name' => 'gen-5');
     is(eval { $access->setup(\@new)->[0]{'bitmap-action'} }, 'new', 'new: a name not in use');
@@ -984,8 +1097,11 @@ subtest 'early form' => sub {
 
     $peer = early_peer([]);
     my @mixed = ($both[0], { device => 'drive-scsi1', 'bitmap-mode' => 'none' });
-    dies(sub { new_access($peer)->setup(\@mixed) }, qr/UnsupportedError/,
-        qr/device drive-scsi1: .*one bitmap mode.*'none'.*'use'.*drive-scsi0/, 'mixed modes');
+    dies(
+        sub { new_access($peer)->setup(\@mixed) },
+        qr/UnsupportedError/, qr/device drive-scsi1: .*one bitmap mode.*'none'.*'use'.*drive-scsi0/,
+        'mixed modes'
+    );
     is(setup_arguments($peer), undef, 'nothing was begun');
 
     for my $separator (',', ';', ':') {
@@ -993,8 +1109,12 @@ subtest 'early form' => sub {
         my $block = [device($odd, '#block1')];
         my $nodes = [node('#block1', $target), node("$odd-fleecing")];
         $peer = early_peer([], {}, 'query-block' => $block, 'query-named-block-nodes' => $nodes);
-        dies(sub { new_access($peer)->setup([{ device => $odd }]) },
-            qr/UnsupportedError/, qr/device \Q$odd\E: .*list of devices/, "name with '$separator'");
+        dies(
+            sub { new_access($peer)->setup([{ device => $odd }]) },
+            qr/UnsupportedError/,
+            qr/device \Q$odd\E: .*list of devices/,
+            "name with '$separator'"
+        );
         is(setup_arguments($peer), undef, 'nothing was begun');
     }
 };
@@ -1022,13 +1142,14 @@ sub interrupted ($signal, $code, $name, $limit = 1.5) {
 }
 
 subtest 'handlers that die' => sub {
-    # Answers late once, then at once.
-    my $late = sub ($command, $seconds, %more) {
-        my %returns = pve_returns(%more);
-        my ($good, $slow) = ($returns{$command}, 1);
+
+    # Answers late once, then at once. The first query-block-exports is setup's.
+    my $late = sub ($command, $seconds) {
+        my %returns = pve_returns();
+        my ($good, $left) = ($returns{$command}, $command eq 'query-block-exports' ? 2 : 1);
         $returns{$command} = sub ($arguments) {
             my $reply = { return => value_of($good, $arguments) };
-            return action($slow-- > 0 ? [{ sleep => $seconds }, $reply] : $reply);
+            return action(--$left == 0 ? [{ sleep => $seconds }, $reply] : $reply);
         };
         return start_peer(\%returns);
     };
@@ -1052,7 +1173,9 @@ subtest 'handlers that die' => sub {
     is((grep { $_ eq 'backup-access-teardown' } $peer->names), 1, 'it was undone');
 
     # In volumes and teardown: the access is still up and can be torn down.
-    for my $command (qw(block-export-add query-block-exports nbd-server-stop backup-access-teardown)) {
+    for my $command (
+        qw(block-export-add query-block-exports nbd-server-stop backup-access-teardown))
+    {
         $peer = $late->($command, 1.6);
         $access = new_access($peer, timeout => 10);
         $access->setup(\@one);
@@ -1080,9 +1203,17 @@ subtest 'handlers that die' => sub {
 subtest 'handlers that do not die' => sub {
     my $handled = 0;
     my %returns = pve_returns();
-    $returns{$_} = action({ sleep => 0.3, return => $returns{$_} })
-        for qw(query-version query-block nbd-server-start);
-    local $SIG{ALRM} = sub { eval { die "inner\n" }; $handled++; Time::HiRes::ualarm(7_000) };
+    for my $command (qw(query-version query-block nbd-server-start)) {
+        my $good = $returns{$command};
+        $returns{$command} = sub ($arguments) {
+            return action({ sleep => 0.3, return => value_of($good, $arguments) });
+        };
+    }
+    local $SIG{ALRM} = sub {
+        eval { die "inner\n" };
+        $handled++;
+        Time::HiRes::ualarm(7_000);
+    };
     my $access = new_access(start_peer(\%returns), timeout => 10);
     $@ = 'kept';
     Time::HiRes::ualarm(7_000);
@@ -1097,36 +1228,52 @@ subtest 'handlers that do not die' => sub {
 
 # ---- callbacks ----
 
-# An undo that fails, too, is one of the things that are logged.
-my $refusal = sub ($text) { action({ error => { class => 'GenericError', desc => $text } }) };
-my %logs = (
-    'nbd-server-start' => $refusal->('NBD server already running %s%n'),
-    'backup-access-teardown' => $refusal->("cannot\nundo %s%n"),
-);
+# An undo that fails, too, is one of the things that are logged. The next one works.
+sub logged_returns () {
+    my $refusal = sub ($text) { action({ error => { class => 'GenericError', desc => $text } }) };
+    my $refuse = 1;
+    return pve_returns(
+        'nbd-server-start' => $refusal->('NBD server already running %s%n'),
+        'backup-access-teardown' =>
+            sub (@) { return $refuse-- > 0 ? $refusal->("cannot\nundo %s%n") : {} },
+    );
+}
+
+# What is left after a setup whose undo failed can be torn down; then nothing is left.
+sub ends_well ($access, $peer) {
+    ok(eval { $access->teardown(0); 1 } || error_class($@) eq 'StateError', 'no more is left')
+        or diag($@);
+    cmp_ok(scalar(grep { $_ eq 'backup-access-teardown' } $peer->names), '>=', 1, 'undone');
+    is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
+    return;
+}
 
 subtest 'log' => sub {
     my @logged;
-    my $peer = start_peer({ pve_returns(%logs) });
+    my $peer = start_peer({ logged_returns() });
     my $access = new_access($peer, log => sub (@got) { push @logged, [@got] });
-    dies(sub { $access->setup(\@one) }, qr/GenericError/, qr/already running %s%n/, 'setup');
+    ok(!eval { $access->setup(\@one); 1 }, 'setup dies');
+    like("$@", qr/already running %s%n/, 'with the first error');
     is((grep { $_->[0] eq 'warn' && $_->[1] =~ m/cannot undo %s%n/ } @logged), 1, 'it was told');
     ok(!(grep { $_->[1] =~ m/\n/ || @$_ != 2 } @logged), 'level and line');
+    ends_well($access, $peer);
 
     @logged = ();
     local $SIG{__WARN__} = sub ($text) { push @logged, $text };
-    dies(sub { new_access($peer)->setup(\@one) }, qr/GenericError/, qr/already/, 'without log');
+    $peer = start_peer({ logged_returns() });
+    $access = new_access($peer);
+    ok(!eval { $access->setup(\@one); 1 }, 'setup dies without log');
     like("@logged", qr/cannot undo %s%n/, 'it was warned');
+    ends_well($access, $peer);
 };
 
 subtest 'a log callback that dies' => sub {
     my $exception = { from => 'log' };
-    my $peer = start_peer({ pve_returns(%logs) });
-    my $access = new_access($peer, log => sub (@) { die $exception });
+    my $peer = start_peer({ logged_returns() });
+    my $access = new_access($peer, log => sub ($level, @) { die $exception if $level eq 'warn' });
     ok(!eval { $access->setup(\@one); 1 }, 'setup dies');
     is($@, $exception, "with the callback's exception");
-    is((grep { $_ eq 'backup-access-teardown' } $peer->names), 1, 'and was undone');
-    is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
-    ok(!eval { $access->teardown(0); 1 } && error_class($@) eq 'StateError', 'not up');
+    ends_well($access, $peer);
 
     # At teardown, with somebody else's export there.
     my $exports = [{ id => 'other', type => 'nbd', 'node-name' => 'x' }];
@@ -1142,13 +1289,33 @@ subtest 'a log callback that dies' => sub {
 };
 
 subtest 'a warning handler that dies' => sub {
-    my $peer = start_peer({ pve_returns(%logs) });
+    my $peer = start_peer({ logged_returns() });
     my $access = new_access($peer);
     local $SIG{__WARN__} = sub (@) { die "warned\n" };
     ok(!eval { $access->setup(\@one); 1 }, 'setup dies');
-    is((grep { $_ eq 'backup-access-teardown' } $peer->names), 1, 'and was undone');
+    ends_well($access, $peer);
+
+    # Out of scope: the teardown is done all the same.
+    $peer = start_peer({ pve_returns() });
+    $access = new_access($peer);
+    $access->setup(\@one);
+    undef $access;
+    is((grep { $_ eq 'backup-access-teardown' } $peer->names), 1, 'torn down out of scope');
     is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
-    ok(!eval { $access->teardown(0); 1 } && error_class($@) eq 'StateError', 'not up');
+};
+
+subtest 'out of scope' => sub {
+    my @warnings;
+    local $SIG{__WARN__} = sub ($text) { push @warnings, $text };
+    my $refusal = { error => { class => 'GenericError', desc => 'not now' } };
+    my $access
+        = new_access(start_peer({ pve_returns('backup-access-teardown' => action($refusal)) }));
+    $access->setup(\@one);
+    undef $access;
+    like($warnings[0], qr/not torn down/, 'says so');
+    like($warnings[1], qr/not now/, 'and why it could not be done');
+    unlink(glob("$run_dir/*/*"));
+    rmdir($_) for glob("$run_dir/*");
 };
 
 subtest 'a forked child' => sub {
@@ -1158,7 +1325,11 @@ subtest 'a forked child' => sub {
     my @before = $peer->names;
     my $pid = fork() // die "cannot fork: $!\n";
     if (!$pid) {
-        my @classes = map { eval { $_->(); 1 } ? 'done' : error_class($@) } sub { $access->teardown(1) },
+        my @classes = map {
+            eval { $_->(); 1 }
+                ? 'done'
+                : error_class($@)
+            } sub { $access->teardown(1) },
             sub { $access->volumes('nbd') }, sub { $access->setup(\@one) };
         undef $access;
         POSIX::_exit(grep({ $_ ne 'StateError' } @classes) ? 1 : 0);

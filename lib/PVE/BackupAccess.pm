@@ -195,7 +195,8 @@ one client at a time. Or a code ref that carries the commands:
     qmp => sub ($command, $arguments) { mon_cmd($vmid, $command, $arguments->%*) },
 
 It is given plain Perl data (integers are integers, booleans are those of L<JSON::PP>) and returns
-what QMP's C<return> holds, or dies with QEMU's error.
+what QMP's C<return> holds, or dies with QEMU's error as text. (An object that it dies with goes on as
+it is.)
 
 =item target-id
 
@@ -232,7 +233,8 @@ C<< <device>-fleecing >> beforehand.
 
 =item persistent
 
-Stock QEMU only: 1 makes bitmaps of qcow2 disks survive a restart of the VM.
+Stock QEMU only: 1 makes bitmaps of qcow2 disks survive a restart of the VM. A bitmap that is there
+already stays as it was made; mode C<new> makes it anew.
 
 =item bitmap-name
 
@@ -283,6 +285,10 @@ The devices' data as a backup provider wants it: exactly the hash of the provide
 C<backup_vm()>. Per device: C<size>, C<bitmap-mode> (C<none>, C<new> or C<reuse>), C<nbd-path> (the
 Unix socket; the export has the name of the device) and, with a bitmap, C<bitmap-name>. The first
 call exports the devices.
+
+Stock QEMU 7.2 returns wrong data to NBD clients that read a snapshot across clusters of 64 KiB while
+the guest writes. L<PVE::BackupAccess::Volume> never does that with such a QEMU; C<nbdcopy>,
+C<qemu-img> and others do. Read by the former, or use QEMU 10.0.
 
 =head2 volume
 

@@ -35,8 +35,8 @@ static const struct {
 
 /* None of these is a word of any of the three. */
 static const char *const unknown[] = {
-    "", " ", "None", "NEW", "new ", " new", "newer", "us", "uses", "re-use", "not_used", "%s%n",
-    "\xff",
+    "",   " ",    "None",   "NEW",      "new ", " new", "newer",
+    "us", "uses", "re-use", "not_used", "%s%n", "\xff",
 };
 
 static void test_known(void)

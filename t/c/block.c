@@ -1,4 +1,5 @@
-/* block.c: looking things up in replies like those that were recorded, and in what no QEMU sends. */
+/* block.c: looking things up in replies like those that were recorded, and in what no QEMU sends.
+ */
 #include "src/block.h"
 #include "src/json.h"
 #include "tap.h"
@@ -30,7 +31,8 @@ static const char devices[] =
     "{\"device\": \"\", \"inserted\": {\"image\": {\"virtual-size\": 540672}, \"node-name\": "
     "\"disk1\"}, \"qdev\": \"/machine/peripheral-anon/device[0]/virtio-backend\"}, "
     "{\"device\": \"ide2-cd0\", \"removable\": true, \"qdev\": \"ide2\"}, "
-    "{\"device\": \"\", \"inserted\": {\"image\": {\"virtual-size\": 1}, \"node-name\": \"disk2\"}, "
+    "{\"device\": \"\", \"inserted\": {\"image\": {\"virtual-size\": 1}, \"node-name\": "
+    "\"disk2\"}, "
     "\"qdev\": \"/machine/peripheral/data1\"}, "
     "7, null, [], {}, {\"device\": 5, \"qdev\": {}, \"inserted\": []}, "
     "{\"device\": \"odd\", \"inserted\": {\"image\": 5, \"node-name\": 7}}]";
@@ -84,12 +86,23 @@ static void test_devices(void)
         const char *name;
         const char *node; /* NULL: not found */
     } lookups[] = {
-        {"drive-scsi0", "drive-scsi0"}, {"scsi0", "drive-scsi0"}, {"drive-virtio0", "#block119"},
-        {"virtio0", "#block119"},       {"#block119", "#block119"}, {"disk1", "disk1"},
-        {"data1", "disk2"},             {"virtio", NULL},           {"virtio0/virtio-backend", "#block119"},
-        {"", NULL},                     {"scsi", NULL},             {"drive-scsi00", NULL},
-        {"/", NULL},                    {"peripheral", NULL},       {"data", NULL},
-        {"data11", NULL},               {"nothing", NULL},
+        {"drive-scsi0", "drive-scsi0"},
+        {"scsi0", "drive-scsi0"},
+        {"drive-virtio0", "#block119"},
+        {"virtio0", "#block119"},
+        {"#block119", "#block119"},
+        {"disk1", "disk1"},
+        {"data1", "disk2"},
+        {"virtio", NULL},
+        {"virtio0/virtio-backend", "#block119"},
+        {"", NULL},
+        {"scsi", NULL},
+        {"drive-scsi00", NULL},
+        {"/", NULL},
+        {"peripheral", NULL},
+        {"data", NULL},
+        {"data11", NULL},
+        {"nothing", NULL},
     };
     for (size_t i = 0; i < G_N_ELEMENTS(lookups); i++) {
         JsonObject *device = pba_block_find_device(&block, lookups[i].name);
@@ -172,7 +185,9 @@ static void test_graph(void)
 static void test_odd_graphs(void)
 {
     static const char *const graphs[] = {
-        "{}", "{\"nodes\": 5, \"edges\": 6}", "{\"nodes\": [], \"edges\": []}",
+        "{}",
+        "{\"nodes\": 5, \"edges\": 6}",
+        "{\"nodes\": [], \"edges\": []}",
         "{\"nodes\": [{\"id\": {\"a\": []}, \"type\": \"block-driver\", \"name\": \"n\"}], "
         "\"edges\": [{\"parent\": {\"a\": []}, \"child\": {\"a\": []}, \"name\": \"file\"}]}",
         "{\"nodes\": [{\"id\": 1, \"type\": \"block-driver\", \"name\": 1}], \"edges\": []}",
@@ -202,7 +217,7 @@ static JsonNode *transport(void *opaque, const char *command, JsonNode *argument
         g_set_error_literal(error, PBA_ERROR, PBA_ERROR_QMP, "told to fail");
         return NULL;
     }
-    return json_from_string(g_str_has_prefix(command, "x-debug") ? graph
+    return json_from_string(g_str_has_prefix(command, "x-debug")  ? graph
                             : strcmp(command, "query-block") == 0 ? devices
                                                                   : nodes,
                             NULL);

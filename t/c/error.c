@@ -27,13 +27,11 @@ static void test_prefixes(void)
     is_text(pba_error_command(error), "blockdev-add", "the command");
     is_text(pba_error_device(error), NULL, "no device");
     pba_error_add_device(&error, "drive-scsi0");
-    is_text(error->message,
-            "device drive-scsi0: qmp command 'blockdev-add' failed - no such node",
+    is_text(error->message, "device drive-scsi0: qmp command 'blockdev-add' failed - no such node",
             "the device comes first");
     pba_error_add_command(&error, "another");
     pba_error_add_device(&error, "another");
-    is_text(error->message,
-            "device drive-scsi0: qmp command 'blockdev-add' failed - no such node",
+    is_text(error->message, "device drive-scsi0: qmp command 'blockdev-add' failed - no such node",
             "each is noted once");
     is_text(pba_error_command(error), "blockdev-add", "the command stays");
     is_text(pba_error_device(error), "drive-scsi0", "the device stays");
@@ -104,8 +102,15 @@ static bool is_one_line(const char *text)
 static void test_peers_text(void)
 {
     static const char *const texts[] = {
-        "%s%s%s%n%n", "100%", "%*.*f %5$s", "two\nlines\r\n", "\033[31mred\033[0m \a\b\f\v",
-        "not \xff\xfe UTF-8", "cut \xe2\x82", "\n\n\n", "",
+        "%s%s%s%n%n",
+        "100%",
+        "%*.*f %5$s",
+        "two\nlines\r\n",
+        "\033[31mred\033[0m \a\b\f\v",
+        "not \xff\xfe UTF-8",
+        "cut \xe2\x82",
+        "\n\n\n",
+        "",
     };
     for (size_t i = 0; i < G_N_ELEMENTS(texts); i++) {
         g_autoptr(GError) error = NULL;

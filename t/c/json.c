@@ -101,8 +101,7 @@ static void test_sizes(void)
         g_autoptr(JsonObject) object = parse(text);
         uint64_t size = 4711;
         bool got = pba_json_size(object, "size", &size, NULL);
-        ok(got == sizes[i].valid && size == (got ? sizes[i].size : 4711), "size %s",
-           sizes[i].text);
+        ok(got == sizes[i].valid && size == (got ? sizes[i].size : 4711), "size %s", sizes[i].text);
     }
 }
 

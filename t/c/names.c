@@ -4,7 +4,7 @@
 #include <string.h>
 
 /* Everything that pba_own_name is called with. */
-static const char *const roles[] = {"run", "exp",  "raw",  "cbw",  "snap",
+static const char *const roles[] = {"run",    "exp",  "raw",  "cbw", "snap",
                                     "fleece", "null", "fail", "job"};
 
 /* QEMU: node names have at most 31 bytes (BlockDriverState.node_name); ids begin with a letter and
@@ -23,8 +23,8 @@ static void test_rules(void)
     g_autofree char *long_id = g_strnfill(1000, 'x');
     char *const targets[] = {(char *)"t", (char *)"snapshot-access:mystore", (char *)"\xc3\xbc %n/",
                              long_id};
-    const char *const devices[] = {"drive-scsi0", "#block119", "/machine/peripheral/x\n", "\xc3\xbc",
-                                   long_id};
+    const char *const devices[] = {"drive-scsi0", "#block119", "/machine/peripheral/x\n",
+                                   "\xc3\xbc", long_id};
     for (size_t t = 0; t < G_N_ELEMENTS(targets); t++) {
         PbaAccess access = {.target_id = targets[t]};
         for (size_t d = 0; d < G_N_ELEMENTS(devices); d++) {

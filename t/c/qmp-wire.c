@@ -1,6 +1,6 @@
 /* qmp-wire.c: whatever a peer sends, a whole message or an error comes out. */
-#include "src/json.h"
 #include "src/qmp-wire.h"
+#include "src/json.h"
 #include "tap.h"
 #include <string.h>
 
@@ -85,8 +85,8 @@ static void test_contents(void)
 
 static void test_unfinished(void)
 {
-    static const char *const parts[] = {"{", "{\"", "{\"return\": {}", "{\"a\": \"}", "{\"a\\",
-                                        "{\"a\": \"\\\"}", " ", "\r\n"};
+    static const char *const parts[] = {
+        "{", "{\"", "{\"return\": {}", "{\"a\": \"}", "{\"a\\", "{\"a\": \"\\\"}", " ", "\r\n"};
     for (size_t i = 0; i < G_N_ELEMENTS(parts); i++) {
         g_autoptr(PbaQmpWire) wire = pba_qmp_wire_new();
         bool fed = pba_qmp_wire_feed(wire, parts[i], strlen(parts[i]), NULL);
@@ -155,9 +155,9 @@ static void test_refused(void)
 static void test_surrogates(void)
 {
     static const char *const texts[] = {
-        "{\"a\": \"\\ud800\"}",       "{\"a\": \"\\udc00\"}",       "{\"a\": \"\\ud800x\"}",
-        "{\"a\": \"\\ud800\\ud800\"}", "{\"a\": \"\\ud800\\n\"}",    "{\"a\": \"\\ud800\\u0041\"}",
-        "{\"a\": \"\\udfff\\ud800\"}", "{\"\\ud800\": \"name\"}",    "{\"a\": \"\\ufffe\\uffff\"}",
+        "{\"a\": \"\\ud800\"}",        "{\"a\": \"\\udc00\"}",    "{\"a\": \"\\ud800x\"}",
+        "{\"a\": \"\\ud800\\ud800\"}", "{\"a\": \"\\ud800\\n\"}", "{\"a\": \"\\ud800\\u0041\"}",
+        "{\"a\": \"\\udfff\\ud800\"}", "{\"\\ud800\": \"name\"}", "{\"a\": \"\\ufffe\\uffff\"}",
         "{\"a\": \"\\ud83d\\ude00\"}",
     };
     for (size_t i = 0; i < G_N_ELEMENTS(texts); i++) {
@@ -288,8 +288,8 @@ static void test_command(void)
     g_autoptr(JsonObject) command = pba_qmp_wire_pop(wire);
     is_text(pba_json_find_string(command, "execute"), "qom-get", "command");
     is_text(pba_json_find_string(command, "id"), "pba-1", "id");
-    is_text(pba_json_find_string(pba_json_find_object(command, "arguments"), "path"),
-            "a\nb\"c\\", "arguments");
+    is_text(pba_json_find_string(pba_json_find_object(command, "arguments"), "path"), "a\nb\"c\\",
+            "arguments");
     g_autoptr(JsonObject) plain = pba_qmp_wire_pop(wire);
     is_text(pba_json_find_string(plain, "id"), "pba-\"2", "an id to be quoted");
     ok(!json_object_has_member(plain, "arguments"), "no arguments");

@@ -11,8 +11,7 @@ static int tap_failures;
 
 /* ok(condition, name as for printf); true if it held. */
 #define ok(condition, ...) tap_ok((condition), __FILE__, __LINE__, __VA_ARGS__)
-#define is_text(got, expected, ...)                                                                \
-    tap_is_text((got), (expected), __FILE__, __LINE__, __VA_ARGS__)
+#define is_text(got, expected, ...) tap_is_text((got), (expected), __FILE__, __LINE__, __VA_ARGS__)
 #define is_number(got, expected, ...)                                                              \
     tap_is_number((gint64)(got), (gint64)(expected), __FILE__, __LINE__, __VA_ARGS__)
 
@@ -64,7 +63,8 @@ static inline bool tap_is_number(gint64 got, gint64 expected, const char *file, 
     va_end(args);
     bool same = tap_ok(got == expected, file, line, "%s", name);
     if (!same) {
-        printf("#      got: %" G_GINT64_FORMAT "\n# expected: %" G_GINT64_FORMAT "\n", got, expected);
+        printf("#      got: %" G_GINT64_FORMAT "\n# expected: %" G_GINT64_FORMAT "\n", got,
+               expected);
     }
     return same;
 }
