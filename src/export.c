@@ -80,6 +80,19 @@ static bool add_export(PbaAccess *access, const PbaDisk *disk, GError **error)
     return true;
 }
 
+/* What cannot be read is no proof that an export is gone. */
+static const char *export_id_of(JsonArray *exports, guint index, GError **error)
+{
+    JsonObject *export = pba_json_element(exports, index);
+    const char *id = export ? pba_json_find_string(export, "id") : NULL;
+
+    if (!id) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "an export in the reply has no id");
+        pba_error_add_command(error, "query-block-exports");
+    }
+    return id;
+}
+
 bool pba_exports_find(PbaAccess *access, const char *id_prefix, bool *found, GError **error)
 {
     g_autoptr(JsonArray) exports =
@@ -87,9 +100,11 @@ bool pba_exports_find(PbaAccess *access, const char *id_prefix, bool *found, GEr
 
     *found = false;
     for (guint i = 0; exports && i < json_array_get_length(exports); i++) {
-        JsonObject *export = pba_json_element(exports, i);
-        const char *id = export ? pba_json_find_string(export, "id") : NULL;
-        *found |= id && g_str_has_prefix(id, id_prefix);
+        const char *id = export_id_of(exports, i, error);
+        if (!id) {
+            return false;
+        }
+        *found |= g_str_has_prefix(id, id_prefix);
     }
     return exports != NULL;
 }
@@ -165,10 +180,12 @@ static bool find_others(PbaAccess *access, bool *found, GError **error)
 
     *found = false;
     for (guint i = 0; exports && i < json_array_get_length(exports); i++) {
-        JsonObject *export = pba_json_element(exports, i);
-        const char *id = export ? pba_json_find_string(export, "id") : NULL;
-        const char *type = export ? pba_json_find_string(export, "type") : NULL;
-        *found |= g_strcmp0(type, "nbd") == 0 && id && !g_str_has_prefix(id, PBA_EXPORT_PREFIX);
+        const char *id = export_id_of(exports, i, error);
+        if (!id) {
+            return false;
+        }
+        const char *type = pba_json_find_string(pba_json_element(exports, i), "type");
+        *found |= g_strcmp0(type, "nbd") == 0 && !g_str_has_prefix(id, PBA_EXPORT_PREFIX);
     }
     return exports != NULL;
 }

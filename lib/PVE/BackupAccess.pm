@@ -128,7 +128,10 @@ sub DESTROY ($self) {
     if ($self->_is_up) {
         # A handler that makes warnings fatal must not keep us from it.
         eval { warn "backup access was not torn down - doing so now, as after a failed backup\n" };
-        eval { $self->_teardown(0); 1 } or eval { warn $@ };
+        if (!eval { $self->_teardown(0); 1 }) {
+            my $error = $@;
+            eval { warn $error };
+        }
     }
 }
 
