@@ -35,12 +35,14 @@ sub watch_skips ($parser, $job) {
 sub run_pass ($name, $environment, @files) {
     local @ENV{ keys $environment->%* } = values $environment->%*;
     say "== $name: ", scalar(@files), ' test files';
-    my $harness = TAP::Harness->new({
-        lib => ['blib/lib', 'blib/arch', 't/lib'],
-        jobs => 2,
-        timer => 1,
-        merge => 0,
-    });
+    my $harness = TAP::Harness->new(
+        {
+            lib => ['blib/lib', 'blib/arch', 't/lib'],
+            jobs => 2,
+            timer => 1,
+            merge => 0,
+        }
+    );
     $harness->callback(made_parser => \&watch_skips);
     my $result = $harness->runtests(@files);
     return $result->all_passed;

@@ -72,15 +72,25 @@ for my $success (1, 0) {
             local $SIG{__WARN__} = sub ($text) { push(@log, $text) };
             ok(!eval { $access->teardown($success); 1 }, 'teardown reports it');
         }
-        like("$@", qr/\Adevice disk0: qmp command 'transaction' failed/, 'naming device and command');
-        like("@log", qr/device disk0: its dirty bitmap is removed.* the next backup is a full one/,
-            'a warning says what that means');
+        like(
+            "$@",
+            qr/\Adevice disk0: qmp command 'transaction' failed/,
+            'naming device and command'
+        );
+        like(
+            "@log",
+            qr/device disk0: its dirty bitmap is removed.* the next backup is a full one/,
+            'a warning says what that means'
+        );
         is(bitmap_of('disk0'), undef, 'the bitmap that may lack bits is removed');
         cmp_ok(bitmap_of('disk1')->{count}, '>=', 65536, 'that of the other disk has its bits');
         is(bitmap_of('disk1')->{recording}, 1, 'and records');
         is_deeply($backend->outside, $outside, 'all else is undone');
-        is_deeply(next_actions(), { disk0 => 'missing-recreated', disk1 => 'used' },
-            'the next backup says so');
+        is_deeply(
+            next_actions(),
+            { disk0 => 'missing-recreated', disk1 => 'used' },
+            'the next backup says so'
+        );
     };
 }
 
@@ -88,13 +98,19 @@ subtest 'the bitmap itself is removed during the access' => sub {
     make_base();
     my $access = $backend->access;
     my $infos = $access->setup($backend->devices('use'));
-    $vm->qmp('block-dirty-bitmap-remove', node => $infos->[0]{'bitmap-node-name'},
-        name => $infos->[0]{'bitmap-name'});
+    $vm->qmp(
+        'block-dirty-bitmap-remove',
+        node => $infos->[0]{'bitmap-node-name'},
+        name => $infos->[0]{'bitmap-name'}
+    );
     my @log;
     local $SIG{__WARN__} = sub ($text) { push(@log, $text) };
     $access->teardown(1);
-    like("@log", qr/device disk0: bitmap '.*' is removed.* the next backup is a full one/,
-        'a warning says what that means');
+    like(
+        "@log",
+        qr/device disk0: bitmap '.*' is removed.* the next backup is a full one/,
+        'a warning says what that means'
+    );
     is_deeply($backend->other_bitmaps, [], 'no background bitmap is left');
     is_deeply($backend->outside, $outside, 'all else is undone');
     is_deeply(next_actions(), { disk0 => 'missing-recreated', disk1 => 'used' }, 'a full one');

@@ -15,7 +15,8 @@ my $size = 64 * $mib;
 # The image of the upstream backend has no name any more, but QEMU has it open.
 sub fleecing_bytes ($backend) {
     my $vm = $backend->vm;
-    my @open = grep { (readlink($_) // '') =~ m{/fleecing/pba-fleece-} } glob('/proc/' . $vm->pid . '/fd/*');
+    my @open = grep { (readlink($_) // '') =~ m{/fleecing/pba-fleece-} }
+        glob('/proc/' . $vm->pid . '/fd/*');
     my ($file) = (@open, $vm->fleecing_file('disk0-fleecing') // ());
     return (stat($file))[12] * 512;
 }
@@ -50,7 +51,11 @@ sub check_backend ($name) {
     }
     $volume->discard(8 * $mib, 65536);
     ok(!eval { $volume->pread(8 * $mib, 65536); 1 }, 'what was discarded cannot be read again');
-    is($volume->pread(40 * $mib, 65536), 'B' x 65536, 'errors of the server leave the rest readable');
+    is(
+        $volume->pread(40 * $mib, 65536),
+        'B' x 65536,
+        'errors of the server leave the rest readable'
+    );
     $access->teardown(1);
     $backend->check_manners;
 }

@@ -14,6 +14,7 @@ use PBA::Test::Repository;
 my $size = 64 * 1024 * 1024;
 my $odd_size = 32 * 1024 * 1024 + 512;
 my $seed = 20261122;
+
 # The guest writes to the first 8 MiB of each disk, so that not all of a map of 4 MiB blocks is dirty.
 my $blocks = 2048;
 
@@ -30,11 +31,36 @@ my %disks = (
 
 # Every mode after every mode, each with both outcomes before it.
 my @steps = (
-    [use => 1], [use => 1], [use => 0], [use => 1], [new => 1], [use => 1],
-    [new => 0], [use => 1], [none => 1], [use => 1], [none => 0], [use => 0],
-    [use => 1], [new => 1], [new => 1], [none => 1], [none => 1], [new => 1],
-    [use => 0], [new => 1], [use => 1], [use => 1], [use => 0], [use => 0],
-    [use => 1], [use => 1], [use => 1], [use => 1], [use => 1], [use => 1],
+    [use => 1],
+    [use => 1],
+    [use => 0],
+    [use => 1],
+    [new => 1],
+    [use => 1],
+    [new => 0],
+    [use => 1],
+    [none => 1],
+    [use => 1],
+    [none => 0],
+    [use => 0],
+    [use => 1],
+    [new => 1],
+    [new => 1],
+    [none => 1],
+    [none => 1],
+    [new => 1],
+    [use => 0],
+    [new => 1],
+    [use => 1],
+    [use => 1],
+    [use => 0],
+    [use => 0],
+    [use => 1],
+    [use => 1],
+    [use => 1],
+    [use => 1],
+    [use => 1],
+    [use => 1],
 );
 
 # What QEMU must say of the bitmap: there is one to use only after a backup with one, good or bad.
@@ -53,8 +79,12 @@ sub check_step ($context, $number, $mode, $success) {
     for my $id (sort keys $result->%*) {
         my $disk = $result->{$id};
         is($disk->{action}, $action, "$name: $id: bitmap action");
-        is($disk->{status}, PVE::BackupAccess::bitmap_status($action eq 'none' ? undef : $action),
-            "$name: $id: bitmap status");
+        is(
+            $disk->{status},
+            PVE::BackupAccess::bitmap_status($action eq 'none' ? undef : $action),
+            "$name: $id: bitmap status"
+        );
+
         # After new + failure the bitmap is used, and everything in it is dirty.
         is($disk->{bytes}, $backend->vm->disk($id)->{size}, "$name: $id: every byte is in the map")
             if $action ne 'used' || !$context->{has_base};

@@ -84,12 +84,24 @@ sub check_refusals ($backend) {
     my $plain = $backend->device('plain');
     my $efi = $backend->device('efi');
     my @good = ({ device => $efi, 'bitmap-mode' => 'use' });
-    refused($backend, 'unknown device', qr/\Adevice drive-nope: there is no such block device/,
-        [@good, { device => 'drive-nope' }]);
-    refused($backend, 'empty removable drive', qr/\Adevice ide2: has no medium/,
-        [@good, { device => 'ide2' }]);
-    refused($backend, 'a device twice', qr/\Adevice \Q$plain\E: is listed twice/,
-        [@good, { device => $plain }, { device => $plain }]);
+    refused(
+        $backend,
+        'unknown device',
+        qr/\Adevice drive-nope: there is no such block device/,
+        [@good, { device => 'drive-nope' }]
+    );
+    refused(
+        $backend,
+        'empty removable drive',
+        qr/\Adevice ide2: has no medium/,
+        [@good, { device => 'ide2' }]
+    );
+    refused(
+        $backend,
+        'a device twice',
+        qr/\Adevice \Q$plain\E: is listed twice/,
+        [@good, { device => $plain }, { device => $plain }]
+    );
     refused($backend, 'no device', qr/\Asetup needs at least one device/, []);
 }
 
@@ -97,15 +109,25 @@ sub check_pve_fleecing ($backend) {
     my $vm = $backend->vm;
     my $plain = $backend->device('plain');
     $vm->remove_fleecing_node("$plain-fleecing");
-    refused($backend, 'no fleecing image',
+    refused(
+        $backend,
+        'no fleecing image',
         qr/\Adevice \Q$plain\E: its fleecing image '\Q$plain\E-fleecing' is not attached/,
-        $backend->devices('new', 'efi', 'plain'));
+        $backend->devices('new', 'efi', 'plain')
+    );
     $backend->attach_fleecing('plain', size => 5 * $mib);
-    refused($backend, 'wrong fleecing size',
+    refused(
+        $backend,
+        'wrong fleecing size',
         qr/\Adevice \Q$plain\E: fleecing image .* must have exactly the size .* 5242880 .* 4194304/,
-        $backend->devices('new', 'efi', 'plain'));
-    refused($backend, 'id of a guest device', qr/\Adevice plain-dev: is the id of a guest device/,
-        [{ device => 'plain-dev' }]);
+        $backend->devices('new', 'efi', 'plain')
+    );
+    refused(
+        $backend,
+        'id of a guest device',
+        qr/\Adevice plain-dev: is the id of a guest device/,
+        [{ device => 'plain-dev' }]
+    );
 }
 
 sub check_upstream_fleecing ($backend) {
@@ -117,18 +139,31 @@ sub check_upstream_fleecing ($backend) {
     delete($options{'fleecing-dir'});
     my $outside = $backend->outside;
     ok(!eval { PVE::BackupAccess->new(%options)->setup($devices); 1 }, 'no fleecing: refused');
-    like("$@", qr/\Adevice \Q$plain\E: has no fleecing image - give 'fleecing-dir'/,
-        'no fleecing: the message');
-    refused($backend, 'fleecing directory that is not there',
+    like(
+        "$@",
+        qr/\Adevice \Q$plain\E: has no fleecing image - give 'fleecing-dir'/,
+        'no fleecing: the message'
+    );
+    refused(
+        $backend,
+        'fleecing directory that is not there',
         qr/\Adevice \Q$plain\E: cannot create fleecing image .* No such file or directory/,
-        $devices, 'fleecing-dir' => $vm->dir . '/nowhere');
-    refused($backend, 'fleecing node that is not there',
+        $devices,
+        'fleecing-dir' => $vm->dir . '/nowhere'
+    );
+    refused(
+        $backend,
+        'fleecing node that is not there',
         qr/\Adevice \Q$plain\E: fleecing node 'mine' does not exist/,
-        $devices, fleecing => { $plain => 'mine' });
+        $devices, fleecing => { $plain => 'mine' }
+    );
     $vm->add_fleecing_node('plain', as => 'small', size => 2 * $mib);
-    refused($backend, 'wrong fleecing size',
+    refused(
+        $backend,
+        'wrong fleecing size',
         qr/\Adevice \Q$plain\E: fleecing node 'small' must have exactly the size/,
-        $devices, fleecing => { $plain => 'small' });
+        $devices, fleecing => { $plain => 'small' }
+    );
     check_callers_node($backend);
 }
 
@@ -153,8 +188,7 @@ sub check_callers_node ($backend) {
 
 for my $name (PBA::Test::Backend->names) {
     subtest "backend $name" => sub {
-        my $backend =
-            PBA::Test::Backend->start(name => $name, disks => \@disks, empty_cdrom => 1);
+        my $backend = PBA::Test::Backend->start(name => $name, disks => \@disks, empty_cdrom => 1);
         check_kinds($backend);
         check_refusals($backend);
         $name eq 'pve' ? check_pve_fleecing($backend) : check_upstream_fleecing($backend);

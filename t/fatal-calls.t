@@ -72,8 +72,11 @@ subtest '4. the bitmap or the disk is removed during the access' => sub {
     my $backend = start();
     my $access = $backend->access;
     my $infos = $access->setup($backend->devices('new'));
-    $backend->vm->qmp('block-dirty-bitmap-remove', node => $infos->[0]{'bitmap-node-name'},
-        name => $infos->[0]{'bitmap-name'});
+    $backend->vm->qmp(
+        'block-dirty-bitmap-remove',
+        node => $infos->[0]{'bitmap-node-name'},
+        name => $infos->[0]{'bitmap-name'}
+    );
     sent($backend);
     ok(!eval { $access->teardown(1); 1 }, 'teardown without the bitmap is refused');
     like("$@", qr/\Adevice disk0: .*its dirty bitmap was removed while the access was up/,

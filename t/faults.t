@@ -36,7 +36,8 @@ sub make_base ($backend) {
 
 # One backup through a proxy; returns the step that failed ('' if none did) and the proxy.
 sub faulty_backup ($backend, $mode, $fault, $at) {
-    my $proxy = PBA::Test::QMPProxy->start(target => $backend->qmp_path, fault => $fault, at => $at);
+    my $proxy
+        = PBA::Test::QMPProxy->start(target => $backend->qmp_path, fault => $fault, at => $at);
     my $failed = 'new';
     quietly(
         sub {
@@ -47,6 +48,7 @@ sub faulty_backup ($backend, $mode, $fault, $at) {
             $access->volumes('nbd');
             $backend->guest->write($_, $during, 65536, 0x32) for @ids;
             $failed = 'teardown';
+
             # As a caller does it who takes a teardown that died for a failed backup.
             eval { $access->teardown(1); $failed = ''; 1 } or $access->teardown(0);
         }
@@ -106,8 +108,8 @@ sub sweep ($name, $mode, @faults) {
             make_base($backend);
             my ($failed, $proxy) = faulty_backup($backend, $mode, $fault, $at);
             my ($struck) = $proxy->records('fault');
-            check_after($backend, $outside, $failed, "$mode: $fault command $at, "
-                . ($struck ? $struck->{name} : 'none'))
+            check_after($backend, $outside, $failed,
+                "$mode: $fault command $at, " . ($struck ? $struck->{name} : 'none'))
                 or return;
             last if !$struck;
         }
@@ -118,7 +120,8 @@ sub sweep ($name, $mode, @faults) {
 diag("one fault in $stride, seed $seed") if $stride > 1;
 for my $name (PBA::Test::Backend->names) {
     for my $mode (qw(use new)) {
-        subtest "backend $name, mode $mode" => sub { sweep($name, $mode, qw(drop lose refuse deceive)) };
+        subtest "backend $name, mode $mode" =>
+            sub { sweep($name, $mode, qw(drop lose refuse deceive)) };
     }
 }
 

@@ -43,8 +43,11 @@ $guest->write('disk0', 4 * $mib, 65536, 0x42);
 is($guest->read('disk0', 4 * $mib, 4096), 'B' x 4096, 'the guest\'s write went through');
 
 ok(!eval { $volume->pread(4 * $mib, 65536); 1 }, 'the reader gets an error');
-like("$@", qr/\Adevice disk0: reading 65536 bytes at offset 4194304 failed .*fleecing image full/,
-    'which says what it most likely was');
+like(
+    "$@",
+    qr/\Adevice disk0: reading 65536 bytes at offset 4194304 failed .*fleecing image full/,
+    'which says what it most likely was'
+);
 my ($offset, $length) = $volume->next_dirty_region;
 is($offset, 4 * $mib, 'the map still answers');
 

@@ -44,10 +44,10 @@ my $tmp = File::Temp->newdir('pba-harness.XXXXXX', TMPDIR => 1);
 subtest 'model: a naive replay gives the same' => sub {
     my @sizes = (3 * $MiB, 2 * $MiB + 512);
     my @naive = map { "\0" x $_ } @sizes;
-    my $x     = 77;
+    my $x = 77;
     for my $s (1 .. 999) {
         $x = ($x * 1103515245 + 12345) % 2**31;
-        my $i      = ($s - 1) % 2;
+        my $i = ($s - 1) % 2;
         my $offset = int($x / 256) % int($sizes[$i] / 4096) * 4096;
         substr($naive[$i], $offset, 4096, pack('NNNN', 0, $s, 0, $offset) x 256);
     }
@@ -63,8 +63,8 @@ subtest 'model: a naive replay gives the same' => sub {
 };
 
 subtest 'model: what is wrong is seen' => sub {
-    my @disks  = map { { id => $_, size => 4 * $MiB } } qw(a b);
-    my $model  = PBA::Test::Model->new(seed => 3, disks => \@disks, blocks => 256);
+    my @disks = map { { id => $_, size => 4 * $MiB } } qw(a b);
+    my $model = PBA::Test::Model->new(seed => 3, disks => \@disks, blocks => 256);
     my %images = map { $_ => "$tmp/$_" } qw(a b);
 
     $model->write_state('a', 101, $images{a});
@@ -94,7 +94,7 @@ subtest 'model: what is wrong is seen' => sub {
     $lost->write_state('a', 101, $images{a});
     my ($missing) = grep { $lost->last_writes('a', 101)->{ ($lost->target($_))[1] / 4096 } == $_ }
         map { 2 * $_ + 1 } 10 .. 49;
-    my $at      = ($lost->target($missing))[1];
+    my $at = ($lost->target($missing))[1];
     my $content = slurp($images{a});
     substr($content, $at, 4096, "\xff" x 4096);
     spew($images{a}, $content);
@@ -106,7 +106,7 @@ subtest 'model: churn over what an earlier churn left' => sub {
     $first->write_state('a', 3000, "$tmp/base");
     for my $base ([base_file => "$tmp/base"], [base => slurp("$tmp/base")]) {
         my $second = PBA::Test::Model->new(
-            seed  => 2,
+            seed => 2,
             disks => [{ id => 'a', size => 4 * $MiB, @$base }],
         );
         is_deeply([$second->check_image('a', "$tmp/base")], [0, undef], "$base->[0]: no write yet");
@@ -116,7 +116,7 @@ subtest 'model: churn over what an earlier churn left' => sub {
 };
 
 subtest 'model: written ranges' => sub {
-    my $model  = PBA::Test::Model->new(seed => 9, disks => [{ id => 'a', size => 4 * $MiB }]);
+    my $model = PBA::Test::Model->new(seed => 9, disks => [{ id => 'a', size => 4 * $MiB }]);
     my @ranges = $model->written_ranges('a', 10, 200);
     my %inside;
     for my $range (@ranges) {
@@ -129,7 +129,7 @@ subtest 'model: written ranges' => sub {
 };
 
 my $vm = PBA::Test::VM->start(
-    disks       => [{ id => 'disk0' }, { id => 'disk1', size => 32 * $MiB, format => 'qcow2' }],
+    disks => [{ id => 'disk0' }, { id => 'disk1', size => 32 * $MiB, format => 'qcow2' }],
     empty_cdrom => 1,
 );
 my $guest = $vm->guest;
@@ -149,7 +149,7 @@ subtest 'the guest reads and writes' => sub {
     ok(substr(slurp($vm->disk('disk0')->{file}), 8 * $MiB, $MiB + 512) eq $expected, 'write');
     is($guest->read('disk0', 8 * $MiB - 3, 7), "\0\0\0\xaa\xaa\xaa\xaa", 'read');
     my $sum = unpack '%64N*', slurp($vm->disk('disk0')->{file});
-    is($guest->read_sum('disk0'),                 $sum,              'read-sum of the disk');
+    is($guest->read_sum('disk0'), $sum, 'read-sum of the disk');
     is($guest->read_sum('disk0', 8 * $MiB, 4096), 0xaaaaaaaa * 1024, 'read-sum of a range');
     $guest->zero('disk0', 8 * $MiB, 4096);
     is($guest->read_sum('disk0', 8 * $MiB, 4096), 0, 'zero');
@@ -165,15 +165,15 @@ subtest 'the guest reads and writes' => sub {
 
 subtest 'errors are answers' => sub {
     my %commands = (
-        'write disk7 0 512 1'         => qr/no disk 'disk7'/,
-        'write disk0 0 512'           => qr/usage/,
-        'write disk0 67108864 512 1'  => qr/past the end/,
-        'write disk0 512 -512 1'      => qr/usage/,
-        'write disk0 1 512 1'         => qr/Invalid argument/,
-        'churn-stop'                  => qr/does not run/,
+        'write disk7 0 512 1' => qr/no disk 'disk7'/,
+        'write disk0 0 512' => qr/usage/,
+        'write disk0 67108864 512 1' => qr/past the end/,
+        'write disk0 512 -512 1' => qr/usage/,
+        'write disk0 1 512 1' => qr/Invalid argument/,
+        'churn-stop' => qr/does not run/,
         'churn-start 1 disk0,nothing' => qr/no disk 'nothing'/,
-        'mount disk0'                 => qr/mount/,
-        'nonsense'                    => qr/unknown command/,
+        'mount disk0' => qr/mount/,
+        'nonsense' => qr/unknown command/,
     );
     for my $command (sort keys %commands) {
         my $ok = eval { $guest->command(split ' ', $command); 1 };
@@ -222,10 +222,10 @@ subtest 'churn on two disks' => sub {
     is($guest->latency->{count}, 0, 'latency: begins anew');
 
     $guest->start_churn(
-        seed     => 42,
-        disks    => ['disk0', 'disk1'],
-        blocks   => 2048,
-        first    => $last + 1,
+        seed => 42,
+        disks => ['disk0', 'disk1'],
+        blocks => 2048,
+        first => $last + 1,
         pause_us => 1000,
     );
     $guest->wait_churn($last + 20);
@@ -235,7 +235,7 @@ subtest 'churn on two disks' => sub {
 
 subtest 'the block graph' => sub {
     my $before = $vm->graph;
-    ok((grep { $_ eq 'qcow2 disk1' } $before->{nodes}->@*),           'nodes with drivers');
+    ok((grep { $_ eq 'qcow2 disk1' } $before->{nodes}->@*), 'nodes with drivers');
     ok((grep { $_ eq 'disk1 file disk1-file' } $before->{edges}->@*), 'edges');
     is_deeply($vm->graph, $before, 'the same twice');
     my $node = $vm->add_fleecing_node('disk0');
@@ -255,8 +255,8 @@ subtest 'bitmaps, exports, events' => sub {
     $guest->write('disk0', $MiB, 4096, 1);
     my $bitmaps = $vm->bitmaps;
     is_deeply([keys %$bitmaps], ['disk0'], 'bitmaps by node');
-    is($bitmaps->{disk0}{b}{count},     65536, 'bitmap: count');
-    is($bitmaps->{disk0}{b}{recording}, 1,     'bitmap: recording');
+    is($bitmaps->{disk0}{b}{count}, 65536, 'bitmap: count');
+    is($bitmaps->{disk0}{b}{recording}, 1, 'bitmap: recording');
     $vm->qmp('block-dirty-bitmap-remove', node => 'disk0', name => 'b');
     is_deeply($vm->bitmaps, {}, 'none left');
 
@@ -274,7 +274,7 @@ subtest 'bitmaps, exports, events' => sub {
 subtest 'kill, restart, quit' => sub {
     my $sum = $guest->read_sum('disk1');
     $vm->kill9;
-    ok(!$vm->is_alive,                        'killed');
+    ok(!$vm->is_alive, 'killed');
     ok(!eval { $vm->qmp('query-status'); 1 }, 'does not answer');
     $vm->restart;
     is($vm->guest->read_sum('disk1'), $sum, 'the disks are the same after a restart');
@@ -285,15 +285,15 @@ subtest 'kill, restart, quit' => sub {
     my $crashing = PBA::Test::VM->start(guest => 0);
     kill ABRT => $crashing->pid;
     is($crashing->wait_exit & 127, 6, 'QEMU aborts');
-    is($crashing->crashed,         6, 'that is a crash');
+    is($crashing->crashed, 6, 'that is a crash');
     ok(!eval { $crashing->quit; 1 }, 'and cannot be quit');
     $crashing->forgive_crash;
 };
 
 my @shapes = (
-    [{ shape => 'drive' },             { shape => 'drive', format => 'qcow2', throttle => 1 }],
+    [{ shape => 'drive' }, { shape => 'drive', format => 'qcow2', throttle => 1 }],
     [{ bus => 'scsi', throttle => 1 }, { bus => 'scsi', shape => 'drive' }],
-    [{ iothread => 1 },                { iothread => 1, bus => 'scsi', cache => 'none' }],
+    [{ iothread => 1 }, { iothread => 1, bus => 'scsi', cache => 'none' }],
 );
 for my $shape (@shapes) {
     my $name = join ' and ', map {
@@ -302,8 +302,8 @@ for my $shape (@shapes) {
     } @$shape;
     subtest "disks of $name" => sub {
         my @disks = map { { id => "disk$_", $shape->[$_]->%* } } 0, 1;
-        my $vm    = PBA::Test::VM->start(disks => \@disks, empty_cdrom => 1);
-        my $seen  = $vm->guest->hello->{disks};
+        my $vm = PBA::Test::VM->start(disks => \@disks, empty_cdrom => 1);
+        my $seen = $vm->guest->hello->{disks};
         is_deeply($seen, { disk0 => 64 * $MiB, disk1 => 64 * $MiB }, 'disks');
         my %blocks = map { ($_->{qdev} => $_) } $vm->qmp('query-block')->@*;
         for my $disk (map { $vm->disk($_) } $vm->disk_ids) {
@@ -320,7 +320,7 @@ for my $shape (@shapes) {
         is_deeply($vm->graph, $before, 'the same graph after a restart');
         $vm->quit;
         my $model = PBA::Test::Model->new(
-            seed  => 8,
+            seed => 8,
             disks => [map { { id => $_, size => 64 * $MiB } } $vm->disk_ids],
         );
         my %images = map { $_ => $vm->raw_image($_) } $vm->disk_ids;
@@ -329,7 +329,7 @@ for my $shape (@shapes) {
 }
 
 subtest 'a file system in use' => sub {
-    my $vm    = PBA::Test::VM->start(disks => [{ id => 'disk0', filesystem => 'ext4' }]);
+    my $vm = PBA::Test::VM->start(disks => [{ id => 'disk0', filesystem => 'ext4' }]);
     my $guest = $vm->guest;
     $guest->mount('disk0');
     $guest->start_files;
@@ -349,12 +349,12 @@ subtest 'a file system in use' => sub {
 subtest 'no guest, paused, an existing image' => sub {
     spew("$tmp/image", 'x' x (4 * $MiB));
     my $vm = PBA::Test::VM->start(
-        disks  => [{ id => 'disk0', file => "$tmp/image" }, { id => 'tiny', size => 528 * 1024 }],
-        guest  => 0,
+        disks => [{ id => 'disk0', file => "$tmp/image" }, { id => 'tiny', size => 528 * 1024 }],
+        guest => 0,
         paused => 1,
     );
     is($vm->qmp('query-status')->{status}, 'prelaunch', 'paused');
-    is($vm->disk('disk0')->{size},         4 * $MiB,    'size of the image');
+    is($vm->disk('disk0')->{size}, 4 * $MiB, 'size of the image');
     $vm->cont;
     is($vm->qmp('query-status')->{status}, 'running', 'running');
     like($vm->qemu_io('disk0', 'read -P 0x78 0 4M'), qr/read/, 'its content');
@@ -374,7 +374,7 @@ subtest 'nothing is left behind' => sub {
     ok($vm->is_alive && -d $dir, 'a child\'s copy of the object does nothing');
     undef $vm;
     ok(!kill(0, $pid), 'QEMU ended with the object');
-    ok(!-e $dir,       'the directory is gone');
+    ok(!-e $dir, 'the directory is gone');
 
     # A program that dies, one that is interrupted, one that is killed.
     local $ENV{TMPDIR} = "$tmp";

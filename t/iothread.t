@@ -29,8 +29,11 @@ sub check_refusal () {
     for my $id (@ids) {
         ok(!eval { $backend->access->setup($backend->devices('use', $id)); 1 }, "$id: refused");
         is($@->class, 'UnsupportedError', "$id: class");
-        like("$@", qr/\Adevice $id: is in an iothread, and QEMU before 10\.0 aborts .*10\.0 or later/,
-            "$id: the message says what to do");
+        like(
+            "$@",
+            qr/\Adevice $id: is in an iothread, and QEMU before 10\.0 aborts .*10\.0 or later/,
+            "$id: the message says what to do"
+        );
     }
     is_deeply($backend->outside, $outside, 'nothing is left');
     is_deeply($backend->vm->bitmaps, {}, 'no bitmap was made');
@@ -59,7 +62,8 @@ sub check_cycles () {
 
 if ($backend->vm->version->[0] < 10) {
     check_refusal();
-} else {
+}
+else {
     check_cycles();
 }
 $backend->guest->write($_, 0, 4096, 0x55) for @ids;

@@ -35,13 +35,24 @@ sub check_fork ($backend) {
     is(in_child(sub { undef $volume; undef $access; 8 }), 8, 'a child drops its copies');
     is(
         in_child(
-            sub { eval { $access->teardown(1) }; ref($@) && $@->class eq 'StateError' ? 9 : 1 }
+            sub {
+                eval { $access->teardown(1) };
+                ref($@) && $@->class eq 'StateError' ? 9 : 1;
+            }
         ),
         9,
         'a child cannot tear it down',
     );
-    is(in_child(sub { eval { $volume->pread(0, 512) }; $@ =~ m/another process/ ? 9 : 1 }),
-        9, 'nor read through the parent\'s connection');
+    is(
+        in_child(
+            sub {
+                eval { $volume->pread(0, 512) };
+                $@ =~ m/another process/ ? 9 : 1;
+            }
+        ),
+        9,
+        'nor read through the parent\'s connection'
+    );
     is(length($volume->pread(0, 65536)), 65536, 'the parent reads on');
     my ($offset, $length) = $volume->next_dirty_region;
     is($length, $size, 'and has the whole map');
@@ -69,8 +80,10 @@ sub check_scope ($backend, $outside) {
 sub check_program_end ($backend, $outside) {
     for my $end ('1', 'die "in mid-backup\n"') {
         my %options = $backend->options;
-        my $program = 'use PVE::BackupAccess; my %o = @ARGV; our $a = PVE::BackupAccess->new(%o); '
-            . "\$a->setup([{ device => '" . $backend->device('disk0')
+        my $program
+            = 'use PVE::BackupAccess; my %o = @ARGV; our $a = PVE::BackupAccess->new(%o); '
+            . "\$a->setup([{ device => '"
+            . $backend->device('disk0')
             . "', 'bitmap-mode' => 'use' }]); \$a->volumes('nbd'); $end";
         my @command = ($^X, '-Mblib', '-e', $program, %options);
         my $output = qx{@{[ join(' ', map { "'" . s/'/'\\''/gr . "'" } @command) ]} 2>&1};
@@ -81,6 +94,7 @@ sub check_program_end ($backend, $outside) {
 
 sub check_signals ($backend, $outside) {
     my $access = $backend->access;
+
     # A QEMU that is stopped takes a connection, but never answers.
     local $SIG{ALRM} = sub { die { my => 'exception' } };
     my $pid = $backend->vm->pid;
@@ -116,8 +130,11 @@ sub check_foreign_server ($backend, $outside) {
     $vm->qmp('nbd-server-start', addr => { type => 'unix', data => { path => $socket } });
     my $access = $backend->access('run-dir' => $backend->work_dir('run2'));
     ok(!eval { $access->setup($backend->devices('use')); 1 }, 'another NBD server is up: refused');
-    like("$@", qr/'nbd-server-start' failed .* QEMU has one NBD server only/,
-        'another NBD server is up: the message names the command and what to do');
+    like(
+        "$@",
+        qr/'nbd-server-start' failed .* QEMU has one NBD server only/,
+        'another NBD server is up: the message names the command and what to do'
+    );
     ok(-S $socket, 'the other server stays');
     is_deeply([glob($vm->dir . '/run2/*')], [], 'nothing is left');
     $vm->qmp('nbd-server-stop');
@@ -126,13 +143,18 @@ sub check_foreign_server ($backend, $outside) {
     $access->setup($backend->devices('use'));
     $access->volumes('nbd');
     $vm->qmp('blockdev-add', driver => 'null-co', 'node-name' => 'theirs', size => 65536);
-    $vm->qmp('block-export-add', type => 'nbd', id => 'foreign', 'node-name' => 'theirs',
-        name => 'foreign');
+    $vm->qmp(
+        'block-export-add',
+        type => 'nbd',
+        id => 'foreign',
+        'node-name' => 'theirs',
+        name => 'foreign'
+    );
     my @log;
     local $SIG{__WARN__} = sub ($text) { push(@log, $text) };
     $access->teardown(1);
-    is_deeply([map { $_->{id} } $vm->exports->@*], ['foreign'],
-        'an export of others on our server stays');
+    is_deeply([map { $_->{id} } $vm->exports->@*],
+        ['foreign'], 'an export of others on our server stays');
     like($log[0], qr/the NBD server stays up/, 'and a warning says so');
     $vm->qmp('block-export-del', id => 'foreign', mode => 'hard');
     $vm->qmp('nbd-server-stop');
@@ -143,7 +165,8 @@ sub check_foreign_server ($backend, $outside) {
 sub check_second_setup ($backend) {
     my $access = $backend->access;
     $access->setup($backend->devices('use'));
-    ok(!eval { $access->setup($backend->devices('use')); 1 }, 'second setup of one object: refused');
+    ok(!eval { $access->setup($backend->devices('use')); 1 },
+        'second setup of one object: refused');
     is($@->class, 'StateError', 'second setup: class');
     $access->teardown(1);
     ok(!eval { $access->teardown(1); 1 }, 'second teardown: refused');

@@ -63,13 +63,27 @@ sub snapshot () {
 sub insert_filter ($id) {
     my $disk = $vm->disk($id);
     $vm->add_fleecing_node($id, as => "$id-fleecing");
-    $vm->qmp('blockdev-add', driver => 'copy-before-write', 'node-name' => "$id-cbw", file => $id,
-        target => "$id-fleecing");
+    $vm->qmp(
+        'blockdev-add',
+        driver => 'copy-before-write',
+        'node-name' => "$id-cbw",
+        file => $id,
+        target => "$id-fleecing"
+    );
     $vm->qmp('qom-set', path => $disk->{qdev}, property => 'drive', value => "$id-cbw");
-    $vm->qmp('blockdev-add', driver => 'snapshot-access', 'node-name' => "$id-snap",
-        file => "$id-cbw");
-    $vm->qmp('block-export-add', id => "$id-export", type => 'nbd', name => $id,
-        'node-name' => "$id-snap");
+    $vm->qmp(
+        'blockdev-add',
+        driver => 'snapshot-access',
+        'node-name' => "$id-snap",
+        file => "$id-cbw"
+    );
+    $vm->qmp(
+        'block-export-add',
+        id => "$id-export",
+        type => 'nbd',
+        name => $id,
+        'node-name' => "$id-snap"
+    );
 }
 
 sub remove_filter ($id) {

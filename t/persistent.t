@@ -22,7 +22,8 @@ sub start () {
 
 sub restored_is ($backend, $repository, $name) {
     my $disk = $backend->vm->raw_image('disk0');
-    is(system('cmp', '-s', $disk, $repository->image('disk0')), 0, "$name: restored equals the disk");
+    is(system('cmp', '-s', $disk, $repository->image('disk0')),
+        0, "$name: restored equals the disk");
 }
 
 subtest 'persistent bitmap, clean restart' => sub {
@@ -86,6 +87,7 @@ subtest 'kill -9 makes a persistent bitmap inconsistent' => sub {
     my ($backend, $repository) = start();
     my %options = (options => { persistent => 1 });
     $repository->backup(mode => 'new', success => 1, %options);
+
     # Stored at a clean end, and marked as in use from the next start on.
     $backend->restart;
     $backend->vm->kill9;

@@ -19,6 +19,7 @@ my sub shown ($value) {
 
 sub text ($name, $value) {
     fail("$name must be a string") if !defined($value) || ref($value);
+
     # C strings end at a NUL, and QEMU's names are UTF-8.
     fail("$name must be valid UTF-8 without a NUL character, not " . shown($value))
         if $value =~ m/[\0\x{d800}-\x{dfff}]/ || $value =~ m/[^\x{0}-\x{10ffff}]/;

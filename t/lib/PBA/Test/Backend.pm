@@ -73,7 +73,8 @@ sub left_files ($self) {
 }
 
 sub options ($self, %opt) {
-    my %fleecing = $self->{name} eq 'upstream' ? ('fleecing-dir' => $self->work_dir('fleecing')) : ();
+    my %fleecing
+        = $self->{name} eq 'upstream' ? ('fleecing-dir' => $self->work_dir('fleecing')) : ();
     return (
         qmp => $self->qmp_path,
         'target-id' => $TARGET,
@@ -108,8 +109,11 @@ sub other_bitmaps ($self) {
     my $bitmaps = $self->{vm}->bitmaps;
     return [
         grep { !m/\Q: $TARGET\E\z|: pba:\Q$TARGET\E\z/ }
-        map { my $node = $_; map { "$node: $_" } sort keys $bitmaps->{$node}->%* }
-        sort keys $bitmaps->%*
+            map {
+            my $node = $_;
+            map { "$node: $_" } sort keys $bitmaps->{$node}->%*
+            }
+            sort keys $bitmaps->%*
     ];
 }
 
@@ -120,7 +124,8 @@ sub check_manners ($self) {
         my $call = $front->fatal_call;
         Test::More::is($call && $call->{why}, undef, 'no call that kills a Proxmox QEMU');
         Test::More::ok(!(grep { $_ eq 'stop' } $front->names), 'no stop was sent');
-    } else {
+    }
+    else {
         my @stops = $self->{vm}->events('STOP');
         Test::More::is(scalar(@stops), 0, 'the guest was never paused');
     }

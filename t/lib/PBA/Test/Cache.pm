@@ -6,18 +6,18 @@ package PBA::Test::Cache;
 
 use v5.36;
 
-use Cwd            ();
-use Digest::SHA    ();
-use Fcntl          qw(:flock);
+use Cwd ();
+use Digest::SHA ();
+use Fcntl qw(:flock);
 use File::Basename qw(basename dirname);
-use File::Path     qw(make_path remove_tree);
-use File::Temp     ();
+use File::Path qw(make_path remove_tree);
+use File::Temp ();
 
 use PBA::Test::Cpio;
 
 my $KERNEL_PACKAGE = 'linux-image-cloud-amd64';
-my $BACKPORTS      = 'bookworm-backports';
-my $KEYRING        = '/usr/share/keyrings/debian-archive-keyring.gpg';
+my $BACKPORTS = 'bookworm-backports';
+my $KEYRING = '/usr/share/keyrings/debian-archive-keyring.gpg';
 my @QEMU10_PACKAGES
     = qw(qemu-system-x86 qemu-system-common qemu-system-data qemu-utils seabios ipxe-qemu);
 my @QEMU10_PROGRAMS = qw(qemu-system-x86_64 qemu-img qemu-nbd qemu-io qemu-storage-daemon);
@@ -25,7 +25,7 @@ my @QEMU10_PROGRAMS = qw(qemu-system-x86_64 qemu-img qemu-nbd qemu-io qemu-stora
 # The init program loads these in this order; their dependencies are added before each.
 my %MODULES = (
     virtio => [qw(virtio_pci virtio_blk)],
-    scsi   => [qw(virtio_scsi sd_mod)],
+    scsi => [qw(virtio_scsi sd_mod)],
 );
 
 sub directory ($class) {
@@ -48,9 +48,9 @@ sub prepare ($class, %opt) {
 
 # Returns { vmlinuz => file, modules => directory with modules.dep, version => ... }.
 sub kernel ($class) {
-    my $dir       = $class->_built('kernel', sub ($tmp) { $class->_build_kernel($tmp) });
+    my $dir = $class->_built('kernel', sub ($tmp) { $class->_build_kernel($tmp) });
     my ($vmlinuz) = glob "$dir/boot/vmlinuz-*";
-    my $version   = basename($vmlinuz) =~ s/^vmlinuz-//r;
+    my $version = basename($vmlinuz) =~ s/^vmlinuz-//r;
     return { vmlinuz => $vmlinuz, modules => "$dir/lib/modules/$version", version => $version };
 }
 
@@ -78,7 +78,7 @@ sub qemu10 ($class) {
 sub qemu10_env ($class) {
     my $prefix = $class->qemu10;
     return (
-        PBA_QEMU     => "$prefix/bin/qemu-system-x86_64",
+        PBA_QEMU => "$prefix/bin/qemu-system-x86_64",
         PBA_QEMU_IMG => "$prefix/bin/qemu-img",
         PBA_QEMU_NBD => "$prefix/bin/qemu-nbd",
     );
@@ -90,12 +90,12 @@ sub qemu10_env ($class) {
 # The rename makes it appear whole or not at all, the lock keeps two test runs from doing it twice.
 sub _built ($class, $name, $build) {
     my $cache = $class->directory;
-    my $dir   = "$cache/$name";
+    my $dir = "$cache/$name";
     return $dir if -d $dir;
 
     my $lock_file = "$cache/" . ($name =~ s/-[0-9a-f]+\z//r) . '.lock';
     open(my $lock, '>>', $lock_file) or die "$lock_file: $!\n";
-    flock($lock, LOCK_EX)            or die "lock $lock_file: $!\n";
+    flock($lock, LOCK_EX) or die "lock $lock_file: $!\n";
     return $dir if -d $dir;
 
     my $tmp = File::Temp->newdir("$name.XXXXXX", DIR => $cache);
@@ -117,7 +117,7 @@ sub _remove_old ($class, $pattern) {
 sub _run (@command) {
     my $errors = File::Temp->new;
     open(my $saved, '>&', \*STDERR) or die "dup: $!\n";
-    open(STDERR,    '>&', $errors)  or die "dup: $!\n";
+    open(STDERR, '>&', $errors) or die "dup: $!\n";
     my $pid = open(my $out, '-|', @command);
     open(STDERR, '>&', $saved) or die "dup: $!\n";
     die "cannot run $command[0]: $!\n" if !$pid;
@@ -136,7 +136,7 @@ sub _rest ($fh) {
 sub _in_directory ($dir, $code) {
     my $before = Cwd::getcwd();
     chdir($dir) or die "chdir $dir: $!\n";
-    my $ok    = eval { $code->(); 1 };
+    my $ok = eval { $code->(); 1 };
     my $error = $@;
     chdir($before) or die "chdir $before: $!\n";
     die $error if !$ok;
@@ -160,9 +160,9 @@ sub _read_file ($path) {
 sub _apt_options ($class, $tmp) {
     return _options(
         ($> == 0 ? ('APT::Sandbox::User' => 'root') : ()),
-        'Dir::Cache'           => "$tmp/apt-cache",
+        'Dir::Cache' => "$tmp/apt-cache",
         'APT::Get::Assume-Yes' => 'true',
-        'Debug::NoLocking'     => 'true',
+        'Debug::NoLocking' => 'true',
     );
 }
 
@@ -172,7 +172,7 @@ sub _debian_uris ($class) {
     my %uri;
     for my $file ('/etc/apt/sources.list', glob '/etc/apt/sources.list.d/*.{list,sources}') {
         next if !-r $file;
-        my $text  = _read_file($file);
+        my $text = _read_file($file);
         my @pairs = $file =~ /\.list$/ ? _one_line_sources($text) : _stanza_sources($text);
         $uri{ $_->[1] } //= $_->[0] for @pairs;
     }
@@ -211,12 +211,12 @@ sub _private_lists ($class, $tmp, $release, @suites) {
     my @options = (
         $class->_apt_options($tmp),
         _options(
-            'Dir::Etc::sourcelist'       => "$tmp/sources.list",
-            'Dir::Etc::sourceparts'      => '/dev/null',
-            'Dir::Etc::preferences'      => '/dev/null',
+            'Dir::Etc::sourcelist' => "$tmp/sources.list",
+            'Dir::Etc::sourceparts' => '/dev/null',
+            'Dir::Etc::preferences' => '/dev/null',
             'Dir::Etc::preferencesparts' => '/dev/null',
-            'Dir::State::lists'          => "$tmp/apt-lists",
-            'Acquire::Languages'         => 'none',
+            'Dir::State::lists' => "$tmp/apt-lists",
+            'Acquire::Languages' => 'none',
         ),
     );
     _run('apt-get', @options, '-q', 'update');
@@ -237,7 +237,7 @@ sub _remove_apt_state ($class, $tmp) {
 # The metapackage depends on the real one, whose name has the version in it.
 sub _kernel_package ($class, @options) {
     my $depends = _run('apt-cache', @options, 'depends', $KERNEL_PACKAGE);
-    my @names   = $depends =~ /Depends: (linux-image-\d\S*)/g;
+    my @names = $depends =~ /Depends: (linux-image-\d\S*)/g;
     for my $name (@names, map { "$_-unsigned" } @names) {
         my $policy = _run('apt-cache', @options, 'policy', $name);
         return $name if $policy =~ /Candidate: (?!\(none\))\S/;
@@ -256,7 +256,7 @@ sub _build_kernel ($class, $tmp) {
     # The system's lists may be missing or too old for what the mirror still has.
     if (!eval { $class->_download_kernel($tmp, $class->_apt_options($tmp)); 1 }) {
         my $release = _os_codename();
-        my @suites  = ("$release-updates", "$release-security");
+        my @suites = ("$release-updates", "$release-security");
         $class->_download_kernel($tmp, $class->_private_lists($tmp, $release, @suites));
     }
     my ($deb) = glob "$tmp/*.deb";
@@ -303,7 +303,7 @@ sub _build_initramfs ($class, $tmp, $kernel) {
     my $cpio = PBA::Test::Cpio->new;
     $cpio->directory($_) for qw(bin dev proc sys mnt modules);
     $cpio->device('dev/console', 5, 1);
-    $cpio->file('init',        0755, _read_file("$tmp/agent"));
+    $cpio->file('init', 0755, _read_file("$tmp/agent"));
     $cpio->file('bin/busybox', 0755, _read_file(_busybox()));
     my %added;
     for my $list (sort keys %MODULES) {
@@ -347,9 +347,9 @@ sub _module_name ($file) {
 }
 
 sub _module_content ($file) {
-    return _run('xz',   '-dc',  $file) if $file =~ /\.xz$/;
+    return _run('xz', '-dc', $file) if $file =~ /\.xz$/;
     return _run('zstd', '-dcq', $file) if $file =~ /\.zst$/;
-    return _run('gzip', '-dc',  $file) if $file =~ /\.gz$/;
+    return _run('gzip', '-dc', $file) if $file =~ /\.gz$/;
     return _read_file($file);
 }
 
@@ -357,7 +357,7 @@ sub _module_content ($file) {
 
 sub _build_qemu10 ($class, $tmp) {
     my $release = 'bookworm';
-    my @suites  = ("$release-updates", "$release-security", $BACKPORTS);
+    my @suites = ("$release-updates", "$release-security", $BACKPORTS);
     my @options = $class->_private_lists($tmp, $release, @suites);
 
     # apt knows which libraries the system lacks or has too old; --reinstall makes it fetch the

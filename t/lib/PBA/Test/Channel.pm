@@ -4,16 +4,16 @@ package PBA::Test::Channel;
 
 use v5.36;
 
-use IO::Select       ();
+use IO::Select ();
 use IO::Socket::UNIX ();
-use Time::HiRes      qw(clock_gettime CLOCK_MONOTONIC);
+use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC);
 
 # $alive, if given, is asked while waiting: a dead peer need not be waited for.
 sub new ($class, %opt) {
     my $self = bless {
-        path   => $opt{path},
-        what   => $opt{what}  // $opt{path},
-        alive  => $opt{alive} // sub { 1 },
+        path => $opt{path},
+        what => $opt{what} // $opt{path},
+        alive => $opt{alive} // sub { 1 },
         buffer => '',
     }, $class;
     $self->_connect($opt{timeout} // 30);
@@ -35,7 +35,7 @@ sub _connect ($self, $timeout) {
             return;
         }
         my $error = $!;
-        die "$self->{what}: QEMU has ended\n"                          if !$self->{alive}->();
+        die "$self->{what}: QEMU has ended\n" if !$self->{alive}->();
         die "$self->{what}: no connection within $timeout s: $error\n" if now() > $deadline;
         Time::HiRes::sleep(0.01);
     }
@@ -47,7 +47,7 @@ sub close ($self) {
 }
 
 sub send_line ($self, $line, $timeout = 30) {
-    my $data     = "$line\n";
+    my $data = "$line\n";
     my $deadline = now() + $timeout;
     die "$self->{what}: closed\n" if !$self->{socket};
     local $SIG{PIPE} = 'IGNORE';
@@ -57,7 +57,7 @@ sub send_line ($self, $line, $timeout = 30) {
             substr($data, 0, $n, '');
             next;
         }
-        die "$self->{what}: write: $!\n"                      if !$!{EAGAIN} && !$!{EINTR};
+        die "$self->{what}: write: $!\n" if !$!{EAGAIN} && !$!{EINTR};
         die "$self->{what}: not writable within $timeout s\n" if now() > $deadline;
         $self->{select}->can_write(0.2);
     }
@@ -68,9 +68,9 @@ sub send_line ($self, $line, $timeout = 30) {
 sub read_line ($self, $timeout) {
     my $deadline = now() + $timeout;
     while (1) {
-        return $1                     if $self->{buffer} =~ s/\A([^\n]*)\n//;
+        return $1 if $self->{buffer} =~ s/\A([^\n]*)\n//;
         die "$self->{what}: closed\n" if !$self->{socket};
-        my $left  = $deadline - now();
+        my $left = $deadline - now();
         my $ready = $self->{select}->can_read($left > 0 ? $left : 0);
         if (!$ready) {
             return undef if now() >= $deadline;

@@ -10,7 +10,7 @@ use v5.36;
 # edges => ["parent child-role child", ...] }, both sorted.
 sub normalise ($graph, $named, $dir) {
     my %info = map { $_->{'node-name'} => $_ } @$named;
-    my %node = map { $_->{id}          => $_ } $graph->{nodes}->@*;
+    my %node = map { $_->{id} => $_ } $graph->{nodes}->@*;
     my %below;
     push $below{ $_->{parent} }->@*, $_ for $graph->{edges}->@*;
 
@@ -41,9 +41,9 @@ sub _label ($node, $info, $dir, $children) {
     my $name = $node->{name} // '';
     return $name if $name ne '' && $name !~ /^#block\d+$/;
 
-    my $known  = $info->{$name};
+    my $known = $info->{$name};
     my $driver = $known ? $known->{drv} : $node->{type};
-    my @below  = sort map { "$_->[0]=$_->[1]" } $children->();
+    my @below = sort map { "$_->[0]=$_->[1]" } $children->();
     @below = ($known->{file} =~ s{^\Q$dir\E/}{}r) if !@below && $known;
     return "#$driver(" . join(' ', @below) . ')';
 }

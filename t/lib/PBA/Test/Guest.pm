@@ -10,8 +10,8 @@ use PBA::Test::Channel;
 
 sub new ($class, %opt) {
     my $channel = PBA::Test::Channel->new(
-        path  => $opt{path},
-        what  => 'guest agent',
+        path => $opt{path},
+        what => 'guest agent',
         alive => $opt{alive},
     );
     return bless { channel => $channel, id => 0, timeout => 60 }, $class;
@@ -24,7 +24,7 @@ sub wait_ready ($self, $timeout) {
         my $left = $deadline - PBA::Test::Channel::now();
         my $line = $left > 0 ? $self->{channel}->read_line($left) : undef;
         die "guest agent: not ready within $timeout s\n" if !defined $line;
-        last                                             if $line eq 'ready';
+        last if $line eq 'ready';
     }
     return $self->hello;
 }
@@ -49,7 +49,7 @@ sub receive ($self, $id, $what = 'command', $timeout = $self->{timeout}) {
         my $line = $self->{channel}->read_line($left > 0 ? $left : 0)
             // die "guest agent: no answer to '$what' within $timeout s\n";
         my ($of, $status, $text) = $line =~ /\A(\d+) (ok|error) ?(.*)\z/s;
-        next         if !defined $of || $of != $id;
+        next if !defined $of || $of != $id;
         return $text if $status eq 'ok';
         die "guest agent: $what: $text\n";
     }
@@ -57,7 +57,7 @@ sub receive ($self, $id, $what = 'command', $timeout = $self->{timeout}) {
 
 # Returns { version => ..., disks => { id => size } }.
 sub hello ($self) {
-    my %values  = map { split /=/ } split ' ', $self->command('hello');
+    my %values = map { split /=/ } split ' ', $self->command('hello');
     my $version = delete $values{version};
     return { version => $version, disks => \%values };
 }
@@ -95,8 +95,8 @@ sub start_churn ($self, %opt) {
         'churn-start',
         $opt{seed} // 1,
         join(',', $opt{disks}->@*),
-        $opt{blocks}   // 0,
-        $opt{first}    // 1,
+        $opt{blocks} // 0,
+        $opt{first} // 1,
         $opt{pause_us} // 0,
     );
     return;

@@ -33,7 +33,7 @@ sub _index ($self, $id) {
 sub _extend ($self, $n) {
     my ($x, $block, $disks) = $self->@{qw(x block disks)};
     my @blocks = map { $_->{blocks} } $disks->@*;
-    my $count  = @blocks;
+    my $count = @blocks;
     for my $s (@$block + 1 .. $n) {
         $x = ($x * 1103515245 + 12345) & 0x7fffffff;
         push @$block, ($x >> 8) % $blocks[($s - 1) % $count];
@@ -63,7 +63,7 @@ sub last_writes ($self, $id, $n) {
 # Ranges [offset, length] of the blocks the disk's writes $from .. $to touch, sorted and joined.
 sub written_ranges ($self, $id, $from, $to) {
     $self->_extend($to);
-    my $step  = $self->{disks}->@*;
+    my $step = $self->{disks}->@*;
     my $index = $self->_index($id);
     my %touched;
     for my $s ($from .. $to) {
@@ -111,7 +111,7 @@ sub _read_exactly ($fh, $length) {
     while (length $data < $length) {
         my $n = sysread($fh, $data, $length - length $data, length $data);
         die "read: $!\n" if !defined $n;
-        last             if !$n;
+        last if !$n;
     }
     return $data;
 }
@@ -158,16 +158,16 @@ sub write_state ($self, $id, $n, $file) {
 # in the base does not count: the base may hold the records of an earlier churn.
 sub highest_seq ($self, $id, $image) {
     my $index = $self->_index($id);
-    my $disk  = $self->{disks}[$index];
-    my $read  = $self->_base_reader($disk);
+    my $disk = $self->{disks}[$index];
+    my $read = $self->_base_reader($disk);
     open(my $fh, '<:raw', $image) or die "$image: $!\n";
 
     my %claimed;
     my $end = $disk->{blocks} * $BLOCK;
     for (my $offset = 0; $offset < $end; $offset += $CHUNK) {
         my $length = $end - $offset < $CHUNK ? $end - $offset : $CHUNK;
-        my $data   = _read_exactly($fh, $length);
-        my $base   = $read->($length);
+        my $data = _read_exactly($fh, $length);
+        my $base = $read->($length);
         next if $data eq $base;
         _claims(\%claimed, $data, $base, $offset);
     }
@@ -219,7 +219,7 @@ sub first_difference ($self, $id, $image, $n) {
 
 sub _first_byte ($data, $expected) {
     my $length = length $data < length $expected ? length $data : length $expected;
-    my $xor    = substr($data, 0, $length) ^. substr($expected, 0, $length);
+    my $xor = substr($data, 0, $length) ^. substr($expected, 0, $length);
     return $xor =~ /[^\0]/ ? $-[0] : $length;
 }
 
@@ -252,7 +252,7 @@ sub check_images ($self, $images) {
 sub _last_of_disk ($self, $id, $n) {
     my $count = $self->{disks}->@*;
     my $index = $self->_index($id);
-    my $s     = $n - ($n - 1 - $index) % $count;
+    my $s = $n - ($n - 1 - $index) % $count;
     return $s > 0 ? $s : 0;
 }
 

@@ -13,10 +13,10 @@ my $JSON = JSON::PP->new->utf8->canonical->allow_nonref;
 
 sub new ($class, %opt) {
     my $channel = PBA::Test::Channel->new(
-        path    => $opt{path},
-        what    => "monitor $opt{path}",
+        path => $opt{path},
+        what => "monitor $opt{path}",
         timeout => $opt{timeout} // 30,
-        alive   => $opt{alive},
+        alive => $opt{alive},
     );
     my $self = bless { channel => $channel, events => [], timeout => 60 }, $class;
     my $line = $channel->read_line(30) // die "monitor $opt{path}: no greeting\n";
@@ -44,7 +44,7 @@ sub try ($self, $command, %args) {
     $self->{channel}->send_line($JSON->encode(\%message));
     my $deadline = PBA::Test::Channel::now() + $self->{timeout};
     while (1) {
-        my $left    = $deadline - PBA::Test::Channel::now();
+        my $left = $deadline - PBA::Test::Channel::now();
         my $message = $self->_next($left > 0 ? $left : 0)
             // die "qmp $command: no reply within $self->{timeout} s\n";
         return $message if ($message->{id} // '') eq $self->{id};
@@ -55,8 +55,8 @@ sub try ($self, $command, %args) {
 sub _next ($self, $timeout) {
     my $deadline = PBA::Test::Channel::now() + $timeout;
     while (1) {
-        my $left    = $deadline - PBA::Test::Channel::now();
-        my $line    = $self->{channel}->read_line($left > 0 ? $left : 0) // return undef;
+        my $left = $deadline - PBA::Test::Channel::now();
+        my $line = $self->{channel}->read_line($left > 0 ? $left : 0) // return undef;
         my $message = $JSON->decode($line);
         return $message if !$message->{event};
         push $self->{events}->@*, $message;
@@ -79,8 +79,8 @@ sub clear_events ($self) {
 
 # Waits until there are $count events of that name (since clear_events) and returns them.
 sub wait_event ($self, $name, %opt) {
-    my $count    = $opt{count}   // 1;
-    my $timeout  = $opt{timeout} // 30;
+    my $count = $opt{count} // 1;
+    my $timeout = $opt{timeout} // 30;
     my $deadline = PBA::Test::Channel::now() + $timeout;
     while (1) {
         my @events = grep { $_->{event} eq $name } $self->{events}->@*;

@@ -8,6 +8,7 @@ use v5.36;
 use File::Copy ();
 
 my $PIECE = 1024 * 1024;
+
 # What an image is full of before anything was backed up: a gap does not look like zeroes.
 my $UNSEEN = "\xee";
 
@@ -65,7 +66,8 @@ sub _open_candidate ($self, $id, $volume) {
     my $file = $self->candidate($id);
     if ($volume->{'bitmap-mode'} eq 'reuse' && -e $self->image($id)) {
         File::Copy::copy($self->image($id), $file) or die "cannot copy $file: $!\n";
-    } else {
+    }
+    else {
         open(my $new, '>:raw', $file) or die "$file: $!\n";
         for (my $left = $volume->{size}; $left > 0; $left -= $PIECE) {
             print {$new} $UNSEEN x ($left < $PIECE ? $left : $PIECE);

@@ -5,11 +5,11 @@ package PBA::Test::VM;
 
 use v5.36;
 
-use File::Temp   ();
-use JSON::PP     ();
-use POSIX        qw(WNOHANG);
+use File::Temp ();
+use JSON::PP ();
+use POSIX qw(WNOHANG);
 use Scalar::Util ();
-use Time::HiRes  ();
+use Time::HiRes ();
 
 use PBA::Test::Cache;
 use PBA::Test::Channel;
@@ -17,11 +17,11 @@ use PBA::Test::Graph;
 use PBA::Test::Guest;
 use PBA::Test::QMP;
 
-my $JSON          = JSON::PP->new->utf8->canonical;
-my $DEFAULT_SIZE  = 64 * 1024 * 1024;
+my $JSON = JSON::PP->new->utf8->canonical;
+my $DEFAULT_SIZE = 64 * 1024 * 1024;
 my $START_TIMEOUT = 60;
-my $BOOT_TIMEOUT  = 180;
-my $QUIT_TIMEOUT  = 60;
+my $BOOT_TIMEOUT = 180;
+my $QUIT_TIMEOUT = 60;
 
 # Those that are still there when the program ends must be ended before Perl destroys objects in any
 # order.
@@ -55,12 +55,12 @@ sub _handle_signals () {
 # filesystem => 'ext4', device_args => 'werror=report' }], empty_cdrom => 0|1, guest => 0|1,
 # paused => 0|1, memory => MiB, machine => type, args => [more of QEMU's].
 sub start ($class, %opt) {
-    my $dir  = File::Temp->newdir('pba-vm.XXXXXX', TMPDIR => 1);
+    my $dir = File::Temp->newdir('pba-vm.XXXXXX', TMPDIR => 1);
     my $self = bless {
-        tmp   => $dir,
-        dir   => "$dir",
+        tmp => $dir,
+        dir => "$dir",
         owner => $$,
-        opt   => { guest => 1, machine => 'pc', memory => 256, %opt },
+        opt => { guest => 1, machine => 'pc', memory => 256, %opt },
         disks => {},
         order => [],
     }, $class;
@@ -97,10 +97,10 @@ sub _add_disk ($self, %disk) {
     # virtio-blk has 20 bytes for the serial number the guest finds the disk by.
     die "disk id '$id' is not 1 to 20 plain characters\n" if $id !~ /\A[A-Za-z][\w.-]{0,19}\z/;
     %disk = (
-        format   => 'raw',
-        cache    => 'writeback',
-        bus      => 'virtio',
-        shape    => 'blockdev',
+        format => 'raw',
+        cache => 'writeback',
+        bus => 'virtio',
+        shape => 'blockdev',
         iothread => 0,
         throttle => 0,
         readonly => 0,
@@ -111,13 +111,13 @@ sub _add_disk ($self, %disk) {
     $disk{size} //= $existing ? _image_size($disk{file}, $disk{format}) : $DEFAULT_SIZE;
     _create_image(\%disk) if !$existing;
 
-    $disk{qdev_id}  = "$id-dev";
+    $disk{qdev_id} = "$id-dev";
     $disk{qom_path} = "/machine/peripheral/$id-dev";
 
     # What query-block shows and qom-get and qemu-io -d take.
-    $disk{qdev}   = $disk{bus} eq 'scsi' ? "$id-dev" : "/machine/peripheral/$id-dev/virtio-backend";
+    $disk{qdev} = $disk{bus} eq 'scsi' ? "$id-dev" : "/machine/peripheral/$id-dev/virtio-backend";
     $disk{device} = $disk{shape} eq 'drive' ? "drive-$id" : $id;
-    $disk{index}  = $self->{order}->@*;
+    $disk{index} = $self->{order}->@*;
     push $self->{order}->@*, $id;
     $self->{disks}{$id} = \%disk;
     return;
@@ -151,8 +151,8 @@ sub _create_image ($disk) {
 
 sub _create_raw ($file, $size) {
     open(my $fh, '>', $file) or die "$file: $!\n";
-    truncate($fh, $size)     or die "$file: $!\n";
-    close($fh)               or die "$file: $!\n";
+    truncate($fh, $size) or die "$file: $!\n";
+    close($fh) or die "$file: $!\n";
     return;
 }
 
@@ -170,7 +170,7 @@ sub disk_ids ($self) {
 sub raw_image ($self, $id) {
     my $disk = $self->disk($id);
     return $disk->{file} if $disk->{format} eq 'raw';
-    my $raw  = "$self->{dir}/$id.flat";
+    my $raw = "$self->{dir}/$id.flat";
     my @from = ('-U', '-f', $disk->{format});
     _system(qemu_img(), 'convert', @from, '-O', 'raw', $disk->{file}, $raw);
     return $raw;
@@ -184,44 +184,44 @@ sub _true ($value) {
 
 sub _blockdev_args ($self, $disk) {
     my ($id, $throttle) = $disk->@{qw(id throttle)};
-    my $cache     = { direct => _true($disk->{cache} eq 'none'), 'no-flush' => _true(0) };
+    my $cache = { direct => _true($disk->{cache} eq 'none'), 'no-flush' => _true(0) };
     my $read_only = _true($disk->{readonly});
-    my %file      = (
-        driver      => 'file',
+    my %file = (
+        driver => 'file',
         'node-name' => "$id-file",
-        filename    => $disk->{file},
-        discard     => 'unmap',
-        cache       => $cache,
+        filename => $disk->{file},
+        discard => 'unmap',
+        cache => $cache,
         'read-only' => $read_only,
     );
     my %format = (
-        driver      => $disk->{format},
+        driver => $disk->{format},
         'node-name' => $throttle ? "$id-format" : $id,
-        discard     => 'unmap',
-        cache       => $cache,
+        discard => 'unmap',
+        cache => $cache,
         'read-only' => $read_only,
-        file        => \%file,
+        file => \%file,
     );
     return ('-blockdev', $JSON->encode(\%format)) if !$throttle;
 
     # As Proxmox VE does it: the filter is the node the disk is known by.
     my %filter = (
-        driver           => 'throttle',
-        'node-name'      => $id,
+        driver => 'throttle',
+        'node-name' => $id,
         'throttle-group' => "throttle-$id",
-        discard          => 'unmap',
-        file             => \%format,
+        discard => 'unmap',
+        file => \%format,
     );
     return ('-object', "throttle-group,id=throttle-$id", '-blockdev', $JSON->encode(\%filter));
 }
 
 sub _drive_args ($self, $disk) {
     my @values = (
-        "id=drive-$disk->{id}",   'if=none',
+        "id=drive-$disk->{id}", 'if=none',
         "format=$disk->{format}", "cache=$disk->{cache}",
-        'discard=on',             'file=' . $disk->{file} =~ s/,/,,/gr,
+        'discard=on', 'file=' . $disk->{file} =~ s/,/,,/gr,
     );
-    push @values, 'readonly=on'                      if $disk->{readonly};
+    push @values, 'readonly=on' if $disk->{readonly};
     push @values, 'throttling.bps-total=17179869184' if $disk->{throttle};
     return ('-drive', join ',', @values);
 }
@@ -232,7 +232,7 @@ sub _device_args ($self, $disk) {
     my $iothread = $disk->{iothread} ? ",iothread=iothread-$id" : '';
     push @args, '-object', "iothread,id=iothread-$id" if $iothread;
 
-    my $drive  = $disk->{shape} eq 'drive' ? "drive-$id" : $id;
+    my $drive = $disk->{shape} eq 'drive' ? "drive-$id" : $id;
     my $common = "drive=$drive,id=$id-dev,serial=$id";
     $common .= ",$disk->{device_args}" if $disk->{device_args};
     if ($disk->{bus} eq 'scsi') {
@@ -250,7 +250,7 @@ sub _cdrom_args ($self) {
     my ($first) = map { $_->{shape} } values $self->{disks}->%*;
     return ('-device', 'ide-cd,bus=ide.1,id=ide2') if ($first // '') ne 'drive';
     return (
-        '-drive',  'if=none,id=drive-ide2,media=cdrom',
+        '-drive', 'if=none,id=drive-ide2,media=cdrom',
         '-device', 'ide-cd,bus=ide.1,drive=drive-ide2,id=ide2',
     );
 }
@@ -258,13 +258,13 @@ sub _cdrom_args ($self) {
 sub _guest_args ($self) {
     return () if !$self->{opt}{guest};
     my @disks = values $self->{disks}->%*;
-    my $scsi  = grep { $_->{bus} eq 'scsi' } @disks;
+    my $scsi = grep { $_->{bus} eq 'scsi' } @disks;
 
     # What costs time under emulation and gives a test nothing is switched off.
     my @kernel = (
-        'console=ttyS0',       'quiet',
-        'panic=-1',            'mitigations=off',
-        'nokaslr',             'no_timer_check',
+        'console=ttyS0', 'quiet',
+        'panic=-1', 'mitigations=off',
+        'nokaslr', 'no_timer_check',
         'random.trust_cpu=on', 'pba.disks=' . @disks,
         ('pba.scsi=1') x !!$scsi,
     );
@@ -276,21 +276,21 @@ sub _guest_args ($self) {
 }
 
 sub _channel_args ($self) {
-    my $dir  = $self->{dir};
+    my $dir = $self->{dir};
     my @args = ('-serial', "file:$dir/console.log");
     push @args, '-chardev', "socket,id=agent,path=$dir/agent,server=on,wait=off";
-    push @args, '-serial',  'chardev:agent';
+    push @args, '-serial', 'chardev:agent';
     for my $name (qw(qmp qmp2)) {
         push @args, '-chardev', "socket,id=$name,path=$dir/$name,server=on,wait=off";
-        push @args, '-mon',     "chardev=$name,mode=control";
+        push @args, '-mon', "chardev=$name,mode=control";
     }
     return @args;
 }
 
 sub _command ($self) {
-    my @more  = split ' ', $ENV{PBA_QEMU_ARGS} // '';
+    my @more = split ' ', $ENV{PBA_QEMU_ARGS} // '';
     my $accel = grep { /\A--?(?:accel|enable-kvm)\z/ } @more;
-    my @disks = map  { $self->disk($_) } $self->disk_ids;
+    my @disks = map { $self->disk($_) } $self->disk_ids;
     return (
         $ENV{PBA_QEMU} // 'qemu-system-x86_64',
         ($accel ? () : qw(-accel tcg)),
@@ -320,9 +320,9 @@ sub _spawn ($self, @command) {
     my $log = "$self->{dir}/qemu.log";
     my $pid = fork() // die "fork: $!\n";
     if (!$pid) {
-        open(STDIN,  '<',  '/dev/null') or POSIX::_exit(127);
-        open(STDOUT, '>>', $log)        or POSIX::_exit(127);
-        open(STDERR, '>&', \*STDOUT)    or POSIX::_exit(127);
+        open(STDIN, '<', '/dev/null') or POSIX::_exit(127);
+        open(STDOUT, '>>', $log) or POSIX::_exit(127);
+        open(STDERR, '>&', \*STDOUT) or POSIX::_exit(127);
         exec(qw(setpriv --pdeathsig KILL stdbuf -oL --), @command) or POSIX::_exit(127);
     }
     $self->{pid} = $pid;
@@ -339,7 +339,7 @@ sub _launch ($self) {
         # Weak: the connections are kept in $self.
         my $weak = $self;
         Scalar::Util::weaken($weak);
-        my $alive  = sub { $weak && $weak->is_alive };
+        my $alive = sub { $weak && $weak->is_alive };
         my %common = (timeout => $START_TIMEOUT, alive => $alive);
         $self->{qmp} = PBA::Test::QMP->new(%common, path => "$self->{dir}/qmp2");
 
@@ -507,11 +507,11 @@ sub boot_seconds ($self) {
 # Runs a qemu-io command as if the guest did it, for a disk by its id, or on any node. Returns what
 # it printed; dies where that is an error.
 sub qemu_io ($self, $name, $command) {
-    my $disk   = $self->{disks}{$name};
+    my $disk = $self->{disks}{$name};
     my $target = $disk ? "-d $disk->{qdev}" : $name;
-    my $log    = "$self->{dir}/qemu.log";
+    my $log = "$self->{dir}/qemu.log";
     my $before = -s $log;
-    my $text   = $self->hmp(qq(qemu-io $target "$command"));
+    my $text = $self->hmp(qq(qemu-io $target "$command"));
 
     open(my $fh, '<', $log) or die "$log: $!\n";
     seek($fh, $before, 0);
@@ -558,10 +558,10 @@ sub add_fleecing_node ($self, $id, %opt) {
     _create_raw($file, $opt{size} // $disk->{size});
     $self->qmp(
         'blockdev-add',
-        driver      => 'raw',
+        driver => 'raw',
         'node-name' => $node,
-        discard     => 'unmap',
-        file        => { driver => 'file', filename => $file, discard => 'unmap' },
+        discard => 'unmap',
+        file => { driver => 'file', filename => $file, discard => 'unmap' },
     );
     $self->{fleecing}{$node} = $file;
     return $node;
