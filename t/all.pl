@@ -50,7 +50,7 @@ sub run_pass ($name, $environment, @files) {
 
 sub starts_vm ($file) {
     open(my $fh, '<', $file) or die "$file: $!\n";
-    return scalar(grep { m/PBA::Test::(?:VM|Backend)\b/ } <$fh>);
+    return scalar(grep { m/PBA::Test::(?:VM|Backend|Front)\b/ } <$fh>);
 }
 
 my @files = @ARGV ? @ARGV : sort glob('t/*.t');

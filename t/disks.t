@@ -69,6 +69,29 @@ sub check_increment ($backend, @ids) {
     $access->teardown(1);
 }
 
+# Names that would be trouble in a path, a shell, a JSON text or a format.
+sub check_odd_targets ($backend) {
+    my @ids = ('a b/c', "it's \"quoted\"\\", '%s%n', "gr\x{fc}n-\x{20ac}", '../../etc', 'x' x 1008);
+    for my $id (@ids) {
+        my $outside = $backend->outside;
+        my $name = length($id) > 40 ? length($id) . ' bytes' : $id =~ s{[^ -~]}{?}gr;
+        for my $action (qw(new used)) {
+            my $access = $backend->access('target-id' => $id);
+            my $mode = $action eq 'new' ? 'new' : 'use';
+            my $infos = $access->setup($backend->devices($mode, 'plain'));
+            is($infos->[0]{'bitmap-action'}, $action, "target $name: $action");
+            $access->volume($backend->device('plain'))->next_dirty_region;
+            $access->teardown(1);
+        }
+        my $access = $backend->access('target-id' => $id);
+        $access->setup($backend->devices('none', 'plain'));
+        $access->teardown(1);
+        is_deeply($backend->outside, $outside, "target $name: nothing is left");
+        my $left = grep { m/\Q$id\E/ } map { keys $_->%* } values $backend->vm->bitmaps->%*;
+        is($left, 0, "target $name: mode none removed its bitmap");
+    }
+}
+
 sub refused ($backend, $name, $pattern, $devices, %options) {
     my $outside = $backend->outside;
     my $bitmaps = $backend->vm->bitmaps;
@@ -191,6 +214,7 @@ for my $name (PBA::Test::Backend->names) {
         my $backend = PBA::Test::Backend->start(name => $name, disks => \@disks, empty_cdrom => 1);
         check_kinds($backend);
         check_refusals($backend);
+        check_odd_targets($backend);
         $name eq 'pve' ? check_pve_fleecing($backend) : check_upstream_fleecing($backend);
         $backend->check_manners;
     };

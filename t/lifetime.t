@@ -85,7 +85,9 @@ sub check_program_end ($backend, $outside) {
             . "\$a->setup([{ device => '"
             . $backend->device('disk0')
             . "', 'bitmap-mode' => 'use' }]); \$a->volumes('nbd'); $end";
-        my @command = ($^X, '-Mblib', '-e', $program, %options);
+
+        # Everything that comes from the command line is tainted there.
+        my @command = ($^X, '-T', '-Iblib/lib', '-Iblib/arch', '-e', $program, %options);
         my $output = qx{@{[ join(' ', map { "'" . s/'/'\\''/gr . "'" } @command) ]} 2>&1};
         like($output, qr/was not torn down/, "a program ends ($end): warning");
         is_deeply($backend->outside, $outside, "a program ends ($end): nothing is left");

@@ -1,0 +1,15 @@
+# POD is right in form, and says something of every public function.
+
+use v5.36;
+
+use Test::More;
+
+eval { require Test::Pod; require Test::Pod::Coverage; 1 }
+    or plan(skip_all => 'no Test::Pod and Test::Pod::Coverage');
+
+my @modules = qw(PVE::BackupAccess PVE::BackupAccess::Volume PVE::BackupAccess::Error);
+
+Test::Pod::pod_file_ok($_) for Test::Pod::all_pod_files('lib');
+Test::Pod::Coverage::pod_coverage_ok($_, { also_private => [qr/\A(?:CLONE_SKIP|DESTROY)\z/] })
+    for @modules;
+done_testing;
