@@ -13,6 +13,7 @@
 typedef struct {
     SV *log;       /* code ref or NULL */
     SV *transport; /* code ref or NULL: the core uses its own socket */
+    SV *regions;   /* code ref or NULL: a volume's next-dirty-region */
     SV *exception; /* what a signal handler or the log callback died with; NULL: nothing */
     SV *object;    /* the Perl object whose call this is, borrowed; NULL: none */
     bool died;     /* since the core was last told */
@@ -356,6 +357,35 @@ static JsonNode *carry_command(void *opaque, const char *command, JsonNode *argu
     return reply;
 }
 
+/* A provider's code ref: offset and length, or nothing at the end. */
+static bool call_next_region(void *opaque, uint64_t *offset, uint64_t *length, GError **error)
+{
+    dTHX;
+    Caller *caller = opaque;
+
+    *length = 0;
+    enter_hook(aTHX_ caller);
+    dSP;
+    PUSHMARK(SP);
+    SSize_t count = call_sv(caller->regions, G_LIST | G_EVAL);
+    SPAGAIN;
+    SP -= count;
+    if (SvTRUE(ERRSV)) {
+        keep_exception(aTHX_ caller);
+        g_set_error_literal(error, PBA_ERROR, PBA_ERROR_INCOMPLETE, "next-dirty-region died");
+    } else if (count == 2 && looks_like_number(SP[1]) && looks_like_number(SP[2]) &&
+               SvUV(SP[2]) > 0) {
+        *offset = SvUV(SP[1]);
+        *length = SvUV(SP[2]);
+    } else if (count != 0) {
+        g_set_error_literal(error, PBA_ERROR, PBA_ERROR_INCOMPLETE,
+                            "next-dirty-region returned something that is not a region");
+    }
+    PUTBACK;
+    LEAVE_HOOK;
+    return !*error;
+}
+
 /* Objects */
 
 /* The C object hangs on its Perl object by magic, which Perl code can neither forge nor copy, and
@@ -365,6 +395,7 @@ static void caller_clear(pTHX_ Caller *caller)
 {
     SvREFCNT_dec(caller->log);
     SvREFCNT_dec(caller->transport);
+    SvREFCNT_dec(caller->regions);
     SvREFCNT_dec(caller->exception);
     *caller = (Caller){0};
 }
@@ -523,6 +554,103 @@ static void push_infos(pTHX_ PbaAccess *access, AV *list)
     }
 }
 
+/* Copying */
+
+/* The code refs of one call of copy; borrowed. */
+typedef struct {
+    Caller *caller;
+    SV *write;
+    SV *progress;
+} CopyCalls;
+
+/* Calls code with two arguments; false if it died. */
+static bool call_code(pTHX_ Caller *caller, SV *code, uint64_t first, SV *second)
+{
+    enter_hook(aTHX_ caller);
+    dSP;
+    PUSHMARK(SP);
+    mXPUSHu(first);
+    XPUSHs(second);
+    PUTBACK;
+    call_sv(code, G_VOID | G_DISCARD | G_EVAL);
+    bool died = has_died(aTHX);
+    if (died) {
+        keep_exception(aTHX_ caller);
+    }
+    LEAVE_HOOK;
+    return !died;
+}
+
+/* Lends the data to Perl without copying it, and gives it its own copy if it keeps the scalar. */
+static bool copy_write(void *opaque, uint64_t offset, const void *data, size_t length)
+{
+    dTHX;
+    CopyCalls *calls = opaque;
+    SV *lent = newSV_type(SVt_PV);
+
+    SvPV_set(lent, (char *)data);
+    SvCUR_set(lent, length);
+    SvLEN_set(lent, 0);
+    SvPOK_only(lent);
+    SvREADONLY_on(lent);
+    bool good = call_code(aTHX_ calls->caller, calls->write, offset, lent);
+    if (SvREFCNT(lent) > 1) {
+        SvREADONLY_off(lent);
+        SvPV_set(lent, NULL);
+        SvCUR_set(lent, 0);
+        SvPOK_off(lent);
+        sv_setpvn(lent, data, length);
+    }
+    SvREFCNT_dec(lent);
+    return good;
+}
+
+static bool copy_progress(void *opaque, uint64_t done, uint64_t total)
+{
+    dTHX;
+    CopyCalls *calls = opaque;
+    SV *second = newSVuv(total);
+
+    bool good = call_code(aTHX_ calls->caller, calls->progress, done, second);
+    SvREFCNT_dec(second);
+    return good;
+}
+
+static PbaCopyOptions copy_options(pTHX_ HV *hash, CopyCalls *calls)
+{
+    SV *fd = fetch(aTHX_ hash, "fd");
+    SV *limit = fetch(aTHX_ hash, "bandwidth-limit");
+    SV *connections = fetch(aTHX_ hash, "connections");
+    SV *request_size = fetch(aTHX_ hash, "request-size");
+
+    calls->write = fetch(aTHX_ hash, "write");
+    calls->progress = fetch(aTHX_ hash, "progress");
+    return (PbaCopyOptions){
+        .uri = fetch_text(aTHX_ hash, "uri"),
+        .path = SvOK(fetch(aTHX_ hash, "path")) ? SvPVbyte_nolen(fetch(aTHX_ hash, "path")) : NULL,
+        .fd = SvOK(fd) ? (int)SvIV(fd) : -1,
+        .write = SvOK(calls->write) ? copy_write : NULL,
+        .progress = SvOK(calls->progress) ? copy_progress : NULL,
+        .opaque = calls,
+        .bandwidth_limit = SvOK(limit) ? (uint64_t)SvUV(limit) : 0,
+        .connections = SvOK(connections) ? (unsigned)SvUV(connections) : 0,
+        .request_size = SvOK(request_size) ? (uint32_t)SvUV(request_size) : 0,
+        .discard = SvTRUE(fetch(aTHX_ hash, "discard")),
+    };
+}
+
+static SV *sv_from_statistics(pTHX_ const PbaCopyStatistics *statistics)
+{
+    HV *hash = newHV();
+    (void)hv_stores(hash, "bytes-read", newSVuv(statistics->bytes_read));
+    (void)hv_stores(hash, "bytes-written", newSVuv(statistics->bytes_written));
+    (void)hv_stores(hash, "bytes-zero", newSVuv(statistics->bytes_zero));
+    (void)hv_stores(hash, "bytes-discarded", newSVuv(statistics->bytes_discarded));
+    (void)hv_stores(hash, "regions", newSVuv(statistics->regions));
+    (void)hv_stores(hash, "seconds", newSVnv(statistics->seconds));
+    return newRV_noinc((SV *)hash);
+}
+
 MODULE = PVE::BackupAccess  PACKAGE = PVE::BackupAccess
 
 PROTOTYPES: DISABLE
@@ -664,6 +792,30 @@ _export(PbaAccessObject *self)
         RETVAL
 
 void
+_serve_files(PbaAccessObject *self)
+    PREINIT:
+        GError *error = NULL;
+    CODE:
+        require_idle(aTHX_ &self->caller, self->owner);
+        if (!pba_access_serve_files(self->access, &error)) {
+            throw_error(aTHX_ &self->caller, error);
+        }
+        throw_pending(aTHX_ &self->caller);
+
+int
+_open_file(PbaAccessObject *self, UV index)
+    PREINIT:
+        GError *error = NULL;
+    CODE:
+        require_idle(aTHX_ &self->caller, self->owner);
+        RETVAL = pba_access_open_file(self->access, index, &error);
+        if (RETVAL < 0) {
+            throw_error(aTHX_ &self->caller, error);
+        }
+    OUTPUT:
+        RETVAL
+
+void
 _teardown(PbaAccessObject *self, bool success)
     PREINIT:
         GError *error = NULL;
@@ -673,6 +825,28 @@ _teardown(PbaAccessObject *self, bool success)
             throw_error(aTHX_ &self->caller, error);
         }
         throw_pending(aTHX_ &self->caller);
+
+SV *
+_recover(PbaAccessObject *self)
+    PREINIT:
+        GError *error = NULL;
+    CODE:
+        require_idle(aTHX_ &self->caller, self->owner);
+        GPtrArray *lines = g_ptr_array_new_with_free_func(g_free);
+        bool done = pba_access_recover(self->access, lines, &error);
+        AV *list = (AV *)sv_2mortal((SV *)newAV());
+        for (guint i = 0; i < lines->len; i++) {
+            const char *line = lines->pdata[i];
+            av_push(list, newSVpvn_flags(line, strlen(line), SVf_UTF8));
+        }
+        g_ptr_array_unref(lines);
+        if (!done) {
+            throw_error(aTHX_ &self->caller, error);
+        }
+        throw_pending(aTHX_ &self->caller);
+        RETVAL = newRV_inc((SV *)list);
+    OUTPUT:
+        RETVAL
 
 bool
 _is_up(PbaAccessObject *self)
@@ -703,6 +877,26 @@ _open(SV *klass, SV *device, SV *path, SV *bitmap, SV *size)
             Caller caller = object->caller;
             g_free(object);
             throw_error(aTHX_ &caller, error);
+        }
+        RETVAL = new_object(aTHX_ object, &object->caller, klass, &volume_magic);
+    OUTPUT:
+        RETVAL
+
+SV *
+_open_handle(SV *klass, SV *device, int fd, uint64_t size, SV *regions)
+    PREINIT:
+        GError *error = NULL;
+    CODE:
+        PbaVolumeObject *object = g_new0(PbaVolumeObject, 1);
+        PbaHooks hooks = caller_hooks(&object->caller);
+        object->owner = getpid();
+        object->caller.regions = newSVsv(regions);
+        object->volume = pba_volume_open_handle(SvPVutf8_nolen(device), fd, size, call_next_region,
+                                                &object->caller, &hooks, &error);
+        if (!object->volume) {
+            caller_clear(aTHX_ &object->caller);
+            g_free(object);
+            throw_error(aTHX_ NULL, error);
         }
         RETVAL = new_object(aTHX_ object, &object->caller, klass, &volume_magic);
     OUTPUT:
@@ -775,6 +969,23 @@ _pread(PbaVolumeObject *self, uint64_t offset, uint64_t length)
         SvCUR_set(data, length);
         *SvEND(data) = '\0';
         RETVAL = data;
+    OUTPUT:
+        RETVAL
+
+SV *
+_copy(PbaVolumeObject *self, HV *options)
+    PREINIT:
+        GError *error = NULL;
+        PbaCopyStatistics statistics;
+    CODE:
+        require_open(aTHX_ self);
+        CopyCalls calls = {.caller = &self->caller};
+        PbaCopyOptions copy = copy_options(aTHX_ options, &calls);
+        if (!pba_volume_copy(self->volume, &copy, &statistics, &error)) {
+            throw_error(aTHX_ &self->caller, error);
+        }
+        throw_pending(aTHX_ &self->caller);
+        RETVAL = sv_from_statistics(aTHX_ &statistics);
     OUTPUT:
         RETVAL
 

@@ -12,6 +12,7 @@
 /* One disk of an access: what was asked for, what QEMU has, what we made of it. */
 typedef struct {
     char *device;
+    char *key; /* hash of the device: what names of ours are made from */
     PbaBitmapMode mode;
 
     char *qdev;        /* id or QOM path of the guest device; NULL: none */
@@ -29,6 +30,8 @@ typedef struct {
     char *filter_node;
     char *fleecing_node; /* or the caller's */
     bool bitmap_persistent;
+
+    bool device_gone; /* recovering: QEMU has nothing any more that the key is a hash of */
 } PbaDisk;
 
 typedef enum { PBA_BACKEND_PVE, PBA_BACKEND_UPSTREAM } PbaBackend;
@@ -54,25 +57,29 @@ struct PbaAccess {
     GPtrArray *disks; /* PbaDisk; empty: no access is up */
     char *socket_dir; /* NULL: not made */
     char *socket;     /* the NBD server's */
-    bool begun;       /* something may have been changed in QEMU */
+    GPtrArray *vfiles; /* PbaVfile, one for each disk; NULL: none was asked for */
+    bool marked;      /* QEMU may have the marker of this process; see owner.c */
+    bool recovering;  /* this is what a dead process left: its nodes and devices are not known */
+    bool begun;       /* something else may have been changed in QEMU */
     bool server_up;   /* we started the NBD server, or tried to */
     bool exported;
     bool teardown_failed;
     bool success_unknown; /* a successful end was asked for, and no reply came */
 };
 
+/* In this Proxmox' QEMU records what the guest writes while an access is up. */
+#define PBA_PVE_BACKGROUND "backup-access-background-bitmap"
+
 /* The two backends, each in its own files. Check looks at everything that can be looked at and
  * changes nothing. Setup starts the NBD server, too; it sets begun before its first change, and
  * what it did is undone by teardown. Before teardown the exports are gone. */
-bool pba_pve_check_idle(PbaAccess *access, GError **error);
 bool pba_pve_check(PbaAccess *access, const PbaBlock *block, GError **error);
 bool pba_pve_setup(PbaAccess *access, GError **error);
 bool pba_pve_teardown(PbaAccess *access, bool success, GError **error);
-bool pba_upstream_check_idle(const PbaBlock *block, GError **error);
 bool pba_upstream_check(PbaAccess *access, const PbaBlock *block, GError **error);
 bool pba_upstream_setup(PbaAccess *access, PbaBlock *block, GError **error);
 bool pba_upstream_teardown(PbaAccess *access, bool success, GError **error);
-/* True if QEMU can be asked and has nothing of an access any more. */
+/* True if QEMU can be asked and has nothing of an access any more but markers. */
 bool pba_upstream_is_clean(PbaAccess *access);
 
 /* upstream: a bitmap of the target on this disk with every bit set, made in one transaction. */
@@ -98,10 +105,50 @@ char *pba_background_bitmap(const char *target_id);
 /* upstream: name of something of ours for this target and device, at most 31 bytes, as QEMU wants
  * node names and ids. */
 char *pba_own_name(const PbaAccess *access, const char *role, const char *device);
+/* The same by the disk's key. */
+char *pba_disk_name(const PbaAccess *access, const char *role, const PbaDisk *disk);
+/* What such names of this role and target begin with. */
+char *pba_target_prefix(const PbaAccess *access, const char *role);
+/* The hash in them: eight hexadecimal digits. */
+char *pba_short_hash(const char *text);
+void pba_disk_free(gpointer disk);
+
+/* Markers in QEMU of who has an access, and on Proxmox to which devices. */
+#define PBA_DEVICE_ROLE "dev"
+bool pba_is_owner_mark(const char *node);
+/* The node name of this process's; the caller's to free. */
+char *pba_owner_mark_name(GError **error);
+/* Refuses if a living process, but for this access, has marked the guest. nodes is
+ * query-named-block-nodes' reply. */
+bool pba_owner_check(const PbaAccess *access, JsonArray *nodes, GError **error);
+/* Marks the guest as this process's, unless another one was faster. */
+bool pba_owner_mark(PbaAccess *access, GError **error);
+bool pba_device_marks_add(PbaAccess *access, GError **error);
+/* Takes our marker away, and with all also those of dead processes and of this target's devices. A
+ * failure is logged only: nothing but a later access depends on it. */
+void pba_owner_unmark(PbaAccess *access, bool all);
+void pba_owner_forget(PbaAccess *access);
+
+/* Undoes what a dead process left of this target; done, refused or nothing there. block is what
+ * QEMU has afterwards. What was done is appended to lines. */
+bool pba_recover_left(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GError **error);
+/* What every end of an access is: all that is possible is undone. */
+bool pba_tear_down_and_end(PbaAccess *access, bool success, GError **error);
 
 /* The directory of the NBD socket: private, made without following anybody's links. */
 bool pba_run_dir_make(PbaAccess *access, GError **error);
 void pba_run_dir_remove(PbaAccess *access);
+/* What dead accesses of this target and guest left on disk: socket directories and fleecing images;
+ * paths, the caller's to free. */
+GPtrArray *pba_run_dir_find_left(const PbaAccess *access);
+/* The socket in such a directory, the caller's to free; NULL: it is none. */
+char *pba_run_dir_left_socket(const char *path);
+bool pba_run_dir_remove_left(const char *path);
+
+/* Unmounts the virtual files and ends their servers. What could not be ended stays for a later call. */
+bool pba_vfiles_end(PbaAccess *access, GError **error);
+/* Frees what is local of them. */
+void pba_vfiles_free(PbaAccess *access);
 
 bool pba_nbd_server_start(PbaAccess *access, GError **error);
 /* True unless nothing listens at our socket. */

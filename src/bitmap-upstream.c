@@ -151,9 +151,9 @@ static bool all_dirty_holds(PbaAccess *access, const PbaDisk *disk, const DirtyS
 static DirtySource dirty_source_names(const PbaAccess *access, const PbaDisk *disk)
 {
     return (DirtySource){
-        .source = pba_own_name(access, "null", disk->device),
-        .sink = pba_own_name(access, "fail", disk->device),
-        .job = pba_own_name(access, "job", disk->device),
+        .source = pba_disk_name(access, "null", disk),
+        .sink = pba_disk_name(access, "fail", disk),
+        .job = pba_disk_name(access, "job", disk),
     };
 }
 

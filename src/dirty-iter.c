@@ -20,28 +20,48 @@
 /* QEMU answers with at most 131,072 extents; stay well below. */
 #define MANY_NUMBERS (2 * 32768)
 
-void pba_map_init(PbaVolume *volume)
+PbaMap *pba_map_new(PbaVolume *volume)
 {
-    volume->map.chunk_size = FIRST_CHUNK;
+    PbaMap *map = g_new0(PbaMap, 1);
+
+    map->chunk_size = FIRST_CHUNK;
+    map->connection = volume->connection;
     for (unsigned i = 0; i < PBA_MAP_DEPTH; i++) {
-        volume->map.chunks[i].volume = volume;
+        map->chunks[i].volume = volume;
     }
+    return map;
 }
 
-void pba_map_disconnected(PbaVolume *volume)
+void pba_map_free(PbaMap *map)
 {
     for (unsigned i = 0; i < PBA_MAP_DEPTH; i++) {
-        PbaMapChunk *chunk = &volume->map.chunks[i];
+        g_free(map->chunks[i].extents);
+    }
+    g_free(map);
+}
+
+PbaMap *pba_map_swap(PbaVolume *volume, PbaMap *map)
+{
+    PbaMap *before = volume->map;
+
+    volume->map = map;
+    return before;
+}
+
+/* What was asked over a connection that is gone has to be asked again. */
+static void forget_lost_requests(PbaVolume *volume)
+{
+    PbaMap *map = volume->map;
+
+    if (map->connection == volume->connection) {
+        return;
+    }
+    map->connection = volume->connection;
+    for (unsigned i = 0; i < PBA_MAP_DEPTH; i++) {
+        PbaMapChunk *chunk = &map->chunks[i];
         if (!chunk->answered) {
             chunk->sent = false;
         }
-    }
-}
-
-void pba_map_clear(PbaVolume *volume)
-{
-    for (unsigned i = 0; i < PBA_MAP_DEPTH; i++) {
-        g_clear_pointer(&volume->map.chunks[i].extents, g_free);
     }
 }
 
@@ -78,11 +98,10 @@ static bool send_chunk(PbaVolume *volume, PbaMapChunk *chunk, GError **error)
     chunk->error = 0;
     chunk->count = 0;
     chunk->next = 0;
-    if (nbd_aio_block_status(volume->nbd, chunk->length, chunk->offset,
-                             (nbd_extent_callback){.callback = take_extents, .user_data = chunk},
-                             (nbd_completion_callback){.callback = take_completion,
-                                                       .user_data = chunk},
-                             0) == -1) {
+    if (nbd_aio_block_status(
+            volume->nbd, chunk->length, chunk->offset,
+            (nbd_extent_callback){.callback = take_extents, .user_data = chunk},
+            (nbd_completion_callback){.callback = take_completion, .user_data = chunk}, 0) == -1) {
         pba_volume_set_nbd_error(volume, "asking for the dirty bitmap", error);
         return false;
     }
@@ -92,8 +111,9 @@ static bool send_chunk(PbaVolume *volume, PbaMapChunk *chunk, GError **error)
 /* Keeps requests in flight: new chunks up to the end of the volume, and those to be asked again. */
 static bool fill_ring(PbaVolume *volume, GError **error)
 {
-    PbaMap *map = &volume->map;
+    PbaMap *map = volume->map;
 
+    forget_lost_requests(volume);
     while (map->used < PBA_MAP_DEPTH && map->asked < volume->size) {
         PbaMapChunk *chunk = &map->chunks[(map->head + map->used) % PBA_MAP_DEPTH];
         chunk->offset = map->asked;
@@ -139,28 +159,43 @@ static bool wait_answer(PbaVolume *volume, PbaMapChunk *chunk, GError **error)
 
 static bool check_answer(const PbaVolume *volume, const PbaMapChunk *chunk, GError **error)
 {
-    const char *problem = chunk->error             ? g_strerror(chunk->error)
-                          : chunk->count == 0      ? "the NBD server's answer is empty"
-                          : chunk->count % 2 != 0  ? "the NBD server's answer has half an extent"
-                                                   : NULL;
+    const char *problem = chunk->error            ? g_strerror(chunk->error)
+                          : chunk->count == 0     ? "the NBD server's answer is empty"
+                          : chunk->count % 2 != 0 ? "the NBD server's answer has half an extent"
+                                                  : NULL;
     if (problem) {
         set_incomplete(volume, chunk, problem, error);
     }
     return !problem;
 }
 
-/* The chunk to read on in, its answer waited for; NULL without an error at the end of the map. */
-static PbaMapChunk *current_chunk(PbaVolume *volume, GError **error)
+/* True if the chunk has its answer, which is waited for unless later is given: that is set then. */
+static bool has_answer(PbaVolume *volume, PbaMapChunk *chunk, bool *later, GError **error)
 {
-    PbaMap *map = &volume->map;
+    if (volume->map->used > 0 && chunk->answered) {
+        return true;
+    }
+    if (!pba_volume_connect(volume, error) || !fill_ring(volume, error)) {
+        return false;
+    }
+    if (!later) {
+        return wait_answer(volume, chunk, error);
+    }
+    *later = !chunk->answered;
+    return chunk->answered;
+}
+
+/* The chunk to read on in; NULL without an error at the end of the map, and where its answer is
+ * not there yet but not to be waited for. */
+static PbaMapChunk *current_chunk(PbaVolume *volume, bool *later, GError **error)
+{
+    PbaMap *map = volume->map;
     PbaMapChunk *chunk = &map->chunks[map->head];
 
     if (map->used == 0 && map->asked == volume->size) {
         return NULL;
     }
-    bool answered = map->used > 0 && chunk->answered;
-    if (!answered && !(pba_volume_connect(volume, error) && fill_ring(volume, error) &&
-                       wait_answer(volume, chunk, error))) {
+    if (!has_answer(volume, chunk, later, error)) {
         return NULL;
     }
     return check_answer(volume, chunk, error) ? chunk : NULL;
@@ -169,7 +204,7 @@ static PbaMapChunk *current_chunk(PbaVolume *volume, GError **error)
 /* Adds the chunk's extents to the run until one does not belong to it: true then. */
 static bool read_run(PbaVolume *volume, PbaMapChunk *chunk, GError **error)
 {
-    PbaMap *map = &volume->map;
+    PbaMap *map = volume->map;
 
     while (chunk->next < chunk->count && chunk->length > 0) {
         uint64_t length = MIN(chunk->extents[chunk->next], chunk->length);
@@ -207,7 +242,7 @@ static void finish_chunk(PbaMap *map, PbaMapChunk *chunk)
     map->used--;
 }
 
-static bool next_run(PbaVolume *volume, GError **error)
+static bool next_run(PbaVolume *volume, bool *later, GError **error)
 {
     GError *local = NULL;
     PbaMapChunk *chunk;
@@ -215,14 +250,14 @@ static bool next_run(PbaVolume *volume, GError **error)
     if (volume->broken) {
         return pba_volume_connect(volume, error);
     }
-    while ((chunk = current_chunk(volume, &local))) {
+    while ((chunk = current_chunk(volume, later, &local))) {
         if (read_run(volume, chunk, &local)) {
             return true;
         }
         if (local) {
             break;
         }
-        finish_chunk(&volume->map, chunk);
+        finish_chunk(volume->map, chunk);
     }
     if (!local) {
         return true;
@@ -234,20 +269,38 @@ static bool next_run(PbaVolume *volume, GError **error)
     return false;
 }
 
-bool pba_volume_next_dirty_region(PbaVolume *volume, uint64_t *offset, uint64_t *length,
-                                  GError **error)
+static bool next_region(PbaVolume *volume, uint64_t *offset, uint64_t *length, bool *later,
+                        GError **error)
 {
-    PbaMap *map = &volume->map;
+    PbaMap *map = volume->map;
 
     if (!volume->context) {
         map->run_offset = map->asked;
         map->run_length = volume->size - map->asked;
         map->asked = volume->size;
-    } else if (!next_run(volume, error)) {
+    } else if (!next_run(volume, later, error)) {
         return false;
     }
-    *offset = map->run_offset;
-    *length = map->run_length;
-    map->run_length = 0;
+    if (!later || !*later) {
+        *offset = map->run_offset;
+        *length = map->run_length;
+        map->run_length = 0;
+    }
     return true;
+}
+
+bool pba_volume_next_dirty_region(PbaVolume *volume, uint64_t *offset, uint64_t *length,
+                                  GError **error)
+{
+    if (volume->handle && !volume->broken) {
+        return pba_handle_next_region(volume, offset, length, error);
+    }
+    return next_region(volume, offset, length, NULL, error);
+}
+
+bool pba_volume_poll_dirty_region(PbaVolume *volume, uint64_t *offset, uint64_t *length,
+                                  bool *later, GError **error)
+{
+    *later = false;
+    return next_region(volume, offset, length, later, error);
 }

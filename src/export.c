@@ -14,7 +14,7 @@
 
 static char *export_id(PbaAccess *access, const PbaDisk *disk)
 {
-    return pba_own_name(access, "exp", disk->device);
+    return pba_disk_name(access, "exp", disk);
 }
 
 bool pba_nbd_server_answers(const PbaAccess *access)

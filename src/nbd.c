@@ -32,12 +32,12 @@ bool pba_volume_is_lost(const PbaVolume *volume)
     return !volume->nbd || nbd_aio_is_dead(volume->nbd) || nbd_aio_is_closed(volume->nbd);
 }
 
-static void disconnect(PbaVolume *volume)
+void pba_volume_disconnect(PbaVolume *volume)
 {
     if (volume->nbd) {
         nbd_close(volume->nbd);
         volume->nbd = NULL;
-        pba_map_disconnected(volume);
+        volume->connection++;
     }
 }
 
@@ -57,7 +57,7 @@ bool pba_volume_turn(PbaVolume *volume, gint64 deadline, const char *what, GErro
                      error)) {
         pba_error_add_device(error, volume->device);
         /* Whatever is in flight still knows the caller's memory. */
-        disconnect(volume);
+        pba_volume_disconnect(volume);
         return false;
     }
     bool can_read = (revents & (POLLIN | POLLHUP | POLLERR)) != 0;
@@ -140,6 +140,11 @@ bool pba_volume_connect(PbaVolume *volume, GError **error)
                       volume->broken);
         return false;
     }
+    if (volume->handle) {
+        pba_error_set(error, PBA_ERROR_UNSUPPORTED, "a file handle has no NBD connection");
+        pba_error_add_device(error, volume->device);
+        return false;
+    }
     if (volume->nbd) {
         return true;
     }
@@ -147,7 +152,7 @@ bool pba_volume_connect(PbaVolume *volume, GError **error)
         check_export(volume, error)) {
         return true;
     }
-    disconnect(volume);
+    pba_volume_disconnect(volume);
     return false;
 }
 
@@ -161,11 +166,24 @@ PbaVolume *pba_volume_open(const PbaVolumeOptions *options, const PbaHooks *hook
     volume->context =
         options->bitmap ? g_strconcat("qemu:dirty-bitmap:", options->bitmap, NULL) : NULL;
     volume->size = options->size;
-    pba_map_init(volume);
+    volume->map = pba_map_new(volume);
     if (!pba_volume_connect(volume, error)) {
         pba_volume_free(volume);
         return NULL;
     }
+    return volume;
+}
+
+PbaVolume *pba_volume_new_handle(PbaHandle *handle, const char *device, uint64_t size,
+                                 const PbaHooks *hooks)
+{
+    PbaVolume *volume = g_new0(PbaVolume, 1);
+
+    volume->hooks = hooks ? *hooks : (PbaHooks){0};
+    volume->device = g_strdup(device);
+    volume->size = size;
+    volume->handle = handle;
+    volume->map = pba_map_new(volume);
     return volume;
 }
 
@@ -174,12 +192,13 @@ void pba_volume_free(PbaVolume *volume)
     if (!volume) {
         return;
     }
-    disconnect(volume);
-    pba_map_clear(volume);
+    pba_volume_disconnect(volume);
+    pba_map_free(volume->map);
     g_free(volume->device);
     g_free(volume->path);
     g_free(volume->context);
     g_free(volume->broken);
+    pba_handle_free(volume->handle);
     g_free(volume);
 }
 
@@ -224,7 +243,7 @@ static bool finish_request(PbaVolume *volume, int64_t cookie, const char *what, 
         pba_volume_break(volume, local);
     }
     if (state == 0) {
-        disconnect(volume); /* the request still knows the caller's memory */
+        pba_volume_disconnect(volume); /* the request still knows the caller's memory */
     }
     g_propagate_error(error, local);
     return false;
@@ -247,8 +266,7 @@ static bool read_piece(PbaVolume *volume, void *buffer, uint64_t offset, uint64_
         return true;
     }
     if (nbd_get_errno() == EINVAL && !pba_volume_is_lost(volume)) {
-        pba_error_add_hint(error, "the range is not wholly dirty or was discarded, or the snapshot "
-                                  "broke: is the fleecing image full?");
+        pba_error_add_hint(error, PBA_HINT_UNREADABLE);
     }
     return false;
 }
@@ -265,6 +283,9 @@ bool pba_volume_pread(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t
         pba_error_add_device(error, volume->device);
         return false;
     }
+    if (volume->handle) {
+        return pba_handle_pread(volume, buffer, offset, length, error);
+    }
     if (!pba_volume_connect(volume, error)) {
         return false;
     }
@@ -280,6 +301,9 @@ bool pba_volume_pread(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t
 
 static bool discard_piece(PbaVolume *volume, uint64_t offset, uint64_t length, GError **error)
 {
+    if (volume->handle) {
+        return pba_handle_discard(volume, offset, length, error);
+    }
     g_autofree char *what = g_strdup_printf("discarding %" PRIu64 " bytes at offset %" PRIu64, length, offset);
     if (!pba_volume_connect(volume, error)) {
         return false;

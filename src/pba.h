@@ -156,8 +156,18 @@ void pba_access_free(PbaAccess *access);
  * left behind and every bitmap keeps at least the bits it had. */
 bool pba_access_setup(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
                       GError **error);
+/* Undoes what a process that is gone left of an access for this target, as after a failed backup.
+ * An access of a living one is PBA_ERROR_STATE. Text lines that say what was done are appended to
+ * lines (each to be freed); none if there was nothing. */
+bool pba_access_recover(PbaAccess *access, GPtrArray *lines, GError **error);
 /* Exports every device over NBD under its own name (QAPI: block-export-add), once. */
 bool pba_access_export(PbaAccess *access, GError **error);
+/* Exports, then has every device served as a file by a process of its own, once; on error none is
+ * (FUSE; PBA_ERROR_UNSUPPORTED where the machine has none). */
+bool pba_access_serve_files(PbaAccess *access, GError **error);
+/* A new descriptor of that device's file, for reading and punching holes (open(2): O_RDWR, O_DIRECT,
+ * O_CLOEXEC). The caller's to close; -1 on error. After teardown it gives errors only. */
+int pba_access_open_file(PbaAccess *access, size_t index, GError **error);
 /* Undoes everything; success decides what the bitmaps hold afterwards (QAPI:
  * backup-access-teardown). Every step is tried even if an earlier one failed; the first error is
  * reported. A later call retries what is left, always as a failure. */
@@ -190,6 +200,14 @@ PbaVolume *pba_volume_open(const PbaVolumeOptions *options, const PbaHooks *hook
 void pba_volume_free(PbaVolume *volume);
 uint64_t pba_volume_size(const PbaVolume *volume);
 
+/* Gives the next dirty region, with *length 0 after the last one. */
+typedef bool (*PbaNextRegion)(void *opaque, uint64_t *offset, uint64_t *length, GError **error);
+/* The same over an open file (mechanism file-handle): fd is dup'ed, regions come from next_region,
+ * in ascending order. */
+PbaVolume *pba_volume_open_handle(const char *device, int fd, uint64_t size,
+                                  PbaNextRegion next_region, void *opaque, const PbaHooks *hooks,
+                                  GError **error);
+
 /* The next dirty region, ascending, neighbours joined; *length is 0 after the last one. Without a
  * bitmap the whole volume is one region. An answer that stops early is PBA_ERROR_INCOMPLETE. */
 bool pba_volume_next_dirty_region(PbaVolume *volume, uint64_t *offset, uint64_t *length,
@@ -200,6 +218,44 @@ bool pba_volume_pread(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t
 /* Frees the fleecing space of a range that was read; it cannot be read again. Shrunk to whole
  * clusters of 64 KiB, since older QEMUs abort on parts of one (NBD_CMD_TRIM). */
 bool pba_volume_discard(PbaVolume *volume, uint64_t offset, uint64_t length, GError **error);
+
+/* Copying */
+
+/* Takes the data for an offset of the volume; it is valid during the call only. False ends the
+ * copy. */
+typedef bool (*PbaCopyWrite)(void *opaque, uint64_t offset, const void *data, size_t length);
+
+/* Where to: one of uri, path, fd and write. */
+typedef struct {
+    const char *uri;    /* of an NBD export at least as large as the volume */
+    const char *path;   /* of a file, made if need be and given the volume's size, or a device */
+    int fd;             /* the same, open for writing; it stays the caller's */
+    PbaCopyWrite write; /* is given all data, zeroes too, by ascending offsets */
+    /* Told of bytes copied and dirty bytes in all, some times a second and at the end. False ends
+     * the copy. May be NULL. */
+    bool (*progress)(void *opaque, uint64_t done, uint64_t total);
+    void *opaque;
+    uint64_t bandwidth_limit; /* bytes read per second; 0: none */
+    unsigned connections;     /* to a server that is safe with several, 1 to 16; 0: as is good */
+    uint32_t request_size;    /* bytes, 4 KiB to 8 MiB in whole 4 KiB; 0: as is good */
+    bool discard;             /* from the volume what the target has got */
+} PbaCopyOptions;
+
+typedef struct {
+    uint64_t bytes_read; /* the sum of the next two */
+    uint64_t bytes_written;
+    uint64_t bytes_zero; /* made zero in the target without writing data */
+    uint64_t bytes_discarded;
+    uint64_t regions;
+    double seconds;
+} PbaCopyStatistics;
+
+/* Copies all dirty regions, wherever pba_volume_next_dirty_region is. Whatever a read, a write or a
+ * discard says but success is an error that names the offset. A range is discarded when the target
+ * has taken it; the target is flushed before this returns true. What was copied before an error is
+ * in the target; the volume can be used again unless its server is gone. */
+bool pba_volume_copy(PbaVolume *volume, const PbaCopyOptions *options,
+                     PbaCopyStatistics *statistics, GError **error);
 
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(PbaQmp, pba_qmp_free)
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(PbaAccess, pba_access_free)

@@ -1,6 +1,7 @@
 /* The private directory of an access. */
 #include "access.h"
 #include "error.h"
+#include "vfile.h"
 #include <errno.h>
 #include <string.h>
 #include <sys/stat.h>
@@ -28,19 +29,21 @@ static bool set_system_error(GError **error, const char *what, const char *path)
     return false;
 }
 
-/* Makes or takes the directory. One that exists must be the caller's own and closed to writers other
- * than him, or else its content could be swapped under us. */
-static bool ensure_private_dir(const char *path, GError **error)
+static bool is_private_dir(const char *path)
 {
     struct stat status;
+    return lstat(path, &status) == 0 && S_ISDIR(status.st_mode) && status.st_uid == geteuid() &&
+           !(status.st_mode & 022);
+}
 
+/* Makes or takes the directory. One that exists must be the caller's own and closed to writers
+ * other than him, or else its content could be swapped under us. */
+static bool ensure_private_dir(const char *path, GError **error)
+{
     if (mkdir(path, 0700) != 0 && errno != EEXIST) {
         return set_system_error(error, "make", path);
     }
-    if (lstat(path, &status) != 0) {
-        return set_system_error(error, "look at", path);
-    }
-    if (!S_ISDIR(status.st_mode) || status.st_uid != geteuid() || (status.st_mode & 022)) {
+    if (!is_private_dir(path)) {
         pba_error_set(error, PBA_ERROR_SYSTEM,
                       "run directory '%s' is not a directory of this user that only he may write to",
                       path);
@@ -88,4 +91,62 @@ void pba_run_dir_remove(PbaAccess *access)
     }
     g_clear_pointer(&access->socket_dir, g_free);
     g_clear_pointer(&access->socket, g_free);
+}
+
+/* Appends what begins so in the directory and is of this user. */
+static void find_left_in(GPtrArray *paths, const char *parent, const char *prefix, mode_t type)
+{
+    GDir *dir = g_dir_open(parent, 0, NULL);
+    const char *name;
+
+    while (dir && (name = g_dir_read_name(dir))) {
+        g_autofree char *path = g_build_filename(parent, name, NULL);
+        struct stat status;
+        if (g_str_has_prefix(name, prefix) && strlen(name) == strlen(prefix) + 6 &&
+            lstat(path, &status) == 0 && (status.st_mode & S_IFMT) == type &&
+            status.st_uid == geteuid() && !(status.st_mode & 077)) {
+            g_ptr_array_add(paths, g_steal_pointer(&path));
+        }
+    }
+    g_clear_pointer(&dir, g_dir_close);
+}
+
+GPtrArray *pba_run_dir_find_left(const PbaAccess *access)
+{
+    GPtrArray *paths = g_ptr_array_new_with_free_func(g_free);
+    g_autofree char *parent = access->run_dir ? g_strdup(access->run_dir) : default_run_dir();
+    g_autofree char *run = pba_own_name(access, "run", access->identity);
+    g_autofree char *fleece = pba_own_name(access, "fleece", access->identity);
+    g_autofree char *run_prefix = g_strconcat(run, "-", NULL);
+    g_autofree char *fleece_prefix = g_strconcat(fleece, "-", NULL);
+
+    if (is_private_dir(parent)) {
+        find_left_in(paths, parent, run_prefix, S_IFDIR);
+    }
+    if (access->fleecing_dir) {
+        find_left_in(paths, access->fleecing_dir, fleece_prefix, S_IFREG);
+    }
+    return paths;
+}
+
+char *pba_run_dir_left_socket(const char *path)
+{
+    g_autofree char *socket = g_build_filename(path, SOCKET_NAME, NULL);
+    struct sockaddr_un address;
+
+    return g_file_test(path, G_FILE_TEST_IS_DIR) && strlen(socket) < sizeof(address.sun_path)
+               ? g_steal_pointer(&socket)
+               : NULL;
+}
+
+bool pba_run_dir_remove_left(const char *path)
+{
+    g_autofree char *socket = pba_run_dir_left_socket(path);
+
+    if (!socket) {
+        return unlink(path) == 0;
+    }
+    pba_vfiles_remove_left(path);
+    unlink(socket);
+    return rmdir(path) == 0;
 }

@@ -26,22 +26,6 @@ bool pba_is_own_node(const char *node)
     return g_str_has_prefix(node, "pba-");
 }
 
-bool pba_upstream_check_idle(const PbaBlock *block, GError **error)
-{
-    for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
-        JsonObject *node = pba_json_element(block->nodes, i);
-        const char *name = node ? pba_json_find_string(node, "node-name") : NULL;
-        if (name && pba_is_own_node(name)) {
-            pba_error_set(error, PBA_ERROR_STATE,
-                          "previous backup of this guest not finished: block node '%s' is still "
-                          "there",
-                          name);
-            return false;
-        }
-    }
-    return true;
-}
-
 /* qom-get where the object may lack the property: NULL then, and also on an error. */
 static JsonNode *find_property(PbaQmp *qmp, const char *path, const char *property, GError **error)
 {
@@ -187,7 +171,7 @@ static bool check_fleecing(PbaAccess *access, PbaDisk *disk, const PbaBlock *blo
                       "has no fleecing image - give 'fleecing-dir' or a node in 'fleecing'");
         return false;
     }
-    disk->fleecing_node = pba_own_name(access, "fleece", disk->device);
+    disk->fleecing_node = pba_disk_name(access, "fleece", disk);
     return true;
 }
 
@@ -218,8 +202,8 @@ static bool check_disk(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, 
         pba_error_set(error, PBA_ERROR_PROTOCOL, "its block graph has an open end");
         return false;
     }
-    disk->raw_node = pba_own_name(access, "raw", disk->device);
-    disk->filter_node = pba_own_name(access, "cbw", disk->device);
+    disk->raw_node = pba_disk_name(access, "raw", disk);
+    disk->filter_node = pba_disk_name(access, "cbw", disk);
     return check_fleecing(access, disk, block, error) && check_bitmap(access, disk, block, error);
 }
 
@@ -236,9 +220,10 @@ bool pba_upstream_check(PbaAccess *access, const PbaBlock *block, GError **error
 }
 
 /* Sparse, private, and of a name that nobody else has: other guests' images may be here, too. */
-static char *create_fleecing_file(const char *dir, const char *name, uint64_t size, GError **error)
+static char *create_fleecing_file(PbaAccess *access, uint64_t size, GError **error)
 {
-    g_autofree char *path = g_strdup_printf("%s/%s-XXXXXX", dir, name);
+    g_autofree char *name = pba_own_name(access, "fleece", access->identity);
+    g_autofree char *path = g_strdup_printf("%s/%s-XXXXXX", access->fleecing_dir, name);
     int fd = g_mkstemp_full(path, O_RDWR | O_CLOEXEC, 0600);
 
     if (fd < 0 || ftruncate(fd, (off_t)size) != 0) {
@@ -259,8 +244,7 @@ static bool add_fleecing(PbaAccess *access, PbaDisk *disk, GError **error)
     if (!pba_is_own_node(disk->fleecing_node)) {
         return true;
     }
-    g_autofree char *path =
-        create_fleecing_file(access->fleecing_dir, disk->fleecing_node, disk->size, error);
+    g_autofree char *path = create_fleecing_file(access, disk->size, error);
     if (!path) {
         return false;
     }
@@ -385,7 +369,7 @@ static bool freeze_bitmaps(PbaAccess *access, const PbaBlock *block, GError **er
 
 static bool add_snapshot(PbaAccess *access, PbaDisk *disk, GError **error)
 {
-    disk->snapshot_node = pba_own_name(access, "snap", disk->device);
+    disk->snapshot_node = pba_disk_name(access, "snap", disk);
     return pba_qmp_run(access->qmp, "blockdev-add",
                        pba_json("{'driver': <'snapshot-access'>, 'node-name': <%s>, 'file': <%s>, "
                                 "'discard': <'unmap'>}",
@@ -421,13 +405,10 @@ static bool prepare_bitmaps(PbaAccess *access, const PbaBlock *block, GError **e
 
 bool pba_upstream_setup(PbaAccess *access, PbaBlock *block, GError **error)
 {
-    /* The NBD server first: if another one runs, nothing has been done to the guest yet. Then the
-     * bitmaps: a QEMU that quit in mid-access leaves persistent ones split in two. */
-    return pba_nbd_server_start(access, error) &&
-           pba_bitmaps_join(access, block, false, error) &&
-           pba_block_query(access->qmp, true, block, error) &&
-           each_disk(access, add_fleecing, error) && each_disk(access, insert_raw, error) &&
-           prepare_bitmaps(access, block, error) && each_disk(access, add_background, error) &&
-           each_disk(access, add_filter, error) && cut(access, error) &&
-           freeze_bitmaps(access, block, error) && each_disk(access, add_snapshot, error);
+    /* The NBD server first: if another one runs, nothing has been done to the guest yet. */
+    return pba_nbd_server_start(access, error) && each_disk(access, add_fleecing, error) &&
+           each_disk(access, insert_raw, error) && prepare_bitmaps(access, block, error) &&
+           each_disk(access, add_background, error) && each_disk(access, add_filter, error) &&
+           cut(access, error) && freeze_bitmaps(access, block, error) &&
+           each_disk(access, add_snapshot, error);
 }

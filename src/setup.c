@@ -8,11 +8,12 @@
 /* BDRV_BITMAP_MAX_NAME_SIZE; the target-id is (part of) a bitmap's name. */
 #define MAX_BITMAP_NAME 1023
 
-static void free_disk(gpointer data)
+void pba_disk_free(gpointer data)
 {
     PbaDisk *disk = data;
 
     g_free(disk->device);
+    g_free(disk->key);
     g_free(disk->qdev);
     g_free(disk->root_node);
     g_free(disk->bitmap_node);
@@ -24,7 +25,7 @@ static void free_disk(gpointer data)
     g_free(disk);
 }
 
-static char *short_hash(const char *text)
+char *pba_short_hash(const char *text)
 {
     g_autofree char *hash = g_compute_checksum_for_string(G_CHECKSUM_SHA256, text, -1);
     return g_strndup(hash, 8);
@@ -32,9 +33,21 @@ static char *short_hash(const char *text)
 
 char *pba_own_name(const PbaAccess *access, const char *role, const char *device)
 {
-    g_autofree char *target = short_hash(access->target_id);
-    g_autofree char *hash = short_hash(device);
-    return g_strdup_printf("pba-%s-%s-%s", role, target, hash);
+    g_autofree char *prefix = pba_target_prefix(access, role);
+    g_autofree char *hash = pba_short_hash(device);
+    return g_strconcat(prefix, hash, NULL);
+}
+
+char *pba_disk_name(const PbaAccess *access, const char *role, const PbaDisk *disk)
+{
+    g_autofree char *prefix = pba_target_prefix(access, role);
+    return g_strconcat(prefix, disk->key, NULL);
+}
+
+char *pba_target_prefix(const PbaAccess *access, const char *role)
+{
+    g_autofree char *target = pba_short_hash(access->target_id);
+    return g_strdup_printf("pba-%s-%s-", role, target);
 }
 
 /* What would reach QEMU as a name: QEMU crashes or leaks on some of these. */
@@ -124,7 +137,7 @@ PbaAccess *pba_access_new(PbaQmp *qmp, const PbaAccessOptions *options, const Pb
     access->fleecing = options->fleecing ? g_hash_table_ref(options->fleecing) : NULL;
     access->early_bitmap_name = g_strdup(options->bitmap_name);
     access->persistent = options->persistent;
-    access->disks = g_ptr_array_new_with_free_func(free_disk);
+    access->disks = g_ptr_array_new_with_free_func(pba_disk_free);
     return access;
 }
 
@@ -133,9 +146,11 @@ void pba_access_free(PbaAccess *access)
     if (!access) {
         return;
     }
+    pba_vfiles_free(access);
     if (access->socket_dir && access->owner == getpid() && !pba_nbd_server_answers(access)) {
         pba_run_dir_remove(access);
     }
+    pba_owner_forget(access);
     g_free(access->target_id);
     g_free(access->run_dir);
     g_free(access->identity);
@@ -197,6 +212,7 @@ static bool take_requests(PbaAccess *access, const PbaDeviceRequest *requests, s
         }
         PbaDisk *disk = g_new0(PbaDisk, 1);
         disk->device = g_strdup(requests[i].device);
+        disk->key = pba_short_hash(disk->device);
         disk->mode = requests[i].mode;
         g_ptr_array_add(access->disks, disk);
     }
@@ -300,7 +316,9 @@ static bool choose_backend(PbaAccess *access, GError **error)
 
 static void end_access(PbaAccess *access)
 {
+    pba_vfiles_free(access);
     pba_run_dir_remove(access);
+    pba_owner_forget(access);
     g_ptr_array_set_size(access->disks, 0);
     access->begun = false;
     access->server_up = false;
@@ -312,7 +330,15 @@ static void end_access(PbaAccess *access)
 static bool tear_down(PbaAccess *access, bool success, GError **error)
 {
     GError *first = NULL;
+    GError *files = NULL;
 
+    if (!access->begun) {
+        return true;
+    }
+    if (!pba_vfiles_end(access, &files) && pba_error_is_fatal(files)) {
+        g_propagate_error(error, files);
+        return false;
+    }
     /* QEMU aborts if a bitmap is still exported when the access ends, or cannot join it. */
     if (pba_exports_remove(access, &first)) {
         GError *step = NULL;
@@ -324,6 +350,7 @@ static bool tear_down(PbaAccess *access, bool success, GError **error)
         }
         pba_error_keep_first(&first, step, &access->hooks);
     }
+    pba_error_keep_first(&first, files, &access->hooks);
     if (first) {
         g_propagate_error(error, first);
         return false;
@@ -343,12 +370,16 @@ static bool is_over(PbaAccess *access, const GError *error)
 }
 
 /* Tears down, and keeps what a later call needs if there is something left to be torn down. */
-static bool tear_down_and_end(PbaAccess *access, bool success, GError **error)
+bool pba_tear_down_and_end(PbaAccess *access, bool success, GError **error)
 {
     g_autoptr(GError) local = NULL;
 
     bool done = tear_down(access, success, &local);
-    if (done || is_over(access, local)) {
+    bool over = done || is_over(access, local);
+    if (!pba_error_is_fatal(local) && (over || access->recovering)) {
+        pba_owner_unmark(access, over);
+    }
+    if (over) {
         end_access(access);
     } else {
         access->teardown_failed = true;
@@ -364,11 +395,22 @@ static void undo_setup(PbaAccess *access)
 {
     g_autoptr(GError) error = NULL;
 
-    if (!access->begun) {
+    if (!access->begun && !access->marked) {
         end_access(access);
-    } else if (!tear_down_and_end(access, false, &error)) {
+    } else if (!pba_tear_down_and_end(access, false, &error)) {
         pba_log(&access->hooks, PBA_LOG_WARN, "undoing setup: %s", error->message);
     }
+}
+
+static bool undo_left(PbaAccess *access, PbaBlock *block, GError **error)
+{
+    g_autoptr(GPtrArray) lines = g_ptr_array_new_with_free_func(g_free);
+
+    bool done = pba_recover_left(access, block, lines, error);
+    for (guint i = 0; i < lines->len; i++) {
+        pba_log(&access->hooks, PBA_LOG_INFO, "%s", (const char *)lines->pdata[i]);
+    }
+    return done;
 }
 
 static bool set_up(PbaAccess *access, GError **error)
@@ -379,12 +421,11 @@ static bool set_up(PbaAccess *access, GError **error)
         return false;
     }
     bool pve = access->backend == PBA_BACKEND_PVE;
-    return pba_block_query(access->qmp, !pve, &block, error) &&
-           (pve ? pba_pve_check_idle(access, error) : pba_upstream_check_idle(&block, error)) &&
+    return ensure_identity(access, error) && undo_left(access, &block, error) &&
            resolve_disks(access, &block, error) &&
            (pve ? pba_pve_check(access, &block, error)
                 : pba_upstream_check(access, &block, error)) &&
-           ensure_identity(access, error) && pba_run_dir_make(access, error) &&
+           pba_owner_mark(access, error) && pba_run_dir_make(access, error) &&
            (pve ? pba_pve_setup(access, error) : pba_upstream_setup(access, &block, error));
 }
 
@@ -443,5 +484,15 @@ bool pba_access_teardown(PbaAccess *access, bool success, GError **error)
         return false;
     }
     pba_qmp_release(access->qmp); /* a call that never returned may have left it half used */
-    return tear_down_and_end(access, success, error);
+    return pba_tear_down_and_end(access, success, error);
+}
+
+bool pba_access_recover(PbaAccess *access, GPtrArray *lines, GError **error)
+{
+    g_auto(PbaBlock) block = {0};
+
+    bool done = choose_backend(access, error) && ensure_identity(access, error) &&
+                pba_recover_left(access, &block, lines, error);
+    pba_qmp_release(access->qmp);
+    return done;
 }

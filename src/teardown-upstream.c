@@ -137,7 +137,8 @@ bool pba_upstream_is_clean(PbaAccess *access)
     for (guint i = 0; i < json_array_get_length(block.nodes); i++) {
         JsonObject *node = pba_json_element(block.nodes, i);
         const char *name = node ? pba_json_find_string(node, "node-name") : NULL;
-        if (name && (pba_is_own_node(name) || pba_block_find_bitmap(&block, name, background))) {
+        if (name && ((pba_is_own_node(name) && !pba_is_owner_mark(name)) ||
+                     pba_block_find_bitmap(&block, name, background))) {
             return false;
         }
     }

@@ -2,8 +2,15 @@
 #ifndef PBA_SRC_VOLUME_H
 #define PBA_SRC_VOLUME_H
 
+#include "handle.h"
 #include "pba.h"
 #include <libnbd.h>
+
+/* What EINVAL for a read most likely means. */
+#define PBA_HINT_UNREADABLE                                                                        \
+    "the range is not wholly dirty or was discarded, or the snapshot broke: is the fleecing "      \
+    "image "                                                                                       \
+    "full?"
 
 /* Block-status requests kept in flight. */
 #define PBA_MAP_DEPTH 4
@@ -31,18 +38,21 @@ typedef struct {
     uint64_t chunk_size; /* of the next one */
     uint64_t run_offset; /* the dirty run that is being joined; run_length 0: none */
     uint64_t run_length;
+    unsigned connection; /* of the volume that its requests went over */
 } PbaMap;
 
 struct PbaVolume {
+    PbaHandle *handle;      /* owned; NULL: all goes over NBD */
     struct nbd_handle *nbd; /* NULL: not connected */
+    unsigned connection;    /* counts them, so that a map knows whether its requests are lost */
     PbaHooks hooks;
     char *device;
     char *path;
     char *context; /* NULL: no bitmap */
     uint64_t size;
     bool by_cluster; /* see PBA_BY_CLUSTER */
-    char *broken; /* why nothing more can be had from this volume; NULL: it works */
-    PbaMap map;
+    char *broken;    /* why nothing more can be had from this volume; NULL: it works */
+    PbaMap *map;     /* owned */
 };
 
 /* Connects, or connects again after an interrupted call. */
@@ -51,6 +61,8 @@ bool pba_volume_connect(PbaVolume *volume, GError **error);
 bool pba_volume_turn(PbaVolume *volume, gint64 deadline, const char *what, GError **error);
 /* How much of a range one read may ask for. */
 uint64_t pba_volume_unit(const PbaVolume *volume, uint64_t offset, uint64_t length);
+/* Closes the connection, and with it all that is in flight. */
+void pba_volume_disconnect(PbaVolume *volume);
 /* True if there is no connection any more. */
 bool pba_volume_is_lost(const PbaVolume *volume);
 /* libnbd's last error, as one of ours about this device. */
@@ -58,10 +70,15 @@ void pba_volume_set_nbd_error(const PbaVolume *volume, const char *what, GError 
 /* Marks the volume as of no more use because of error. */
 void pba_volume_break(PbaVolume *volume, const GError *error);
 
-void pba_map_init(PbaVolume *volume);
-/* The connection is closed: whatever was asked has to be asked again. */
-void pba_map_disconnected(PbaVolume *volume);
-void pba_map_clear(PbaVolume *volume);
+/* A way through the volume's map from its start. The volume must outlive it. */
+PbaMap *pba_map_new(PbaVolume *volume);
+void pba_map_free(PbaMap *map);
+/* Makes map (owned by the volume then) the one that regions come from; returns the one before, to
+ * be put back or freed by the caller. Answers that are under way reach the map that asked. */
+PbaMap *pba_map_swap(PbaVolume *volume, PbaMap *map);
+/* pba_volume_next_dirty_region without waiting: *later says that the answer is under way. */
+bool pba_volume_poll_dirty_region(PbaVolume *volume, uint64_t *offset, uint64_t *length,
+                                  bool *later, GError **error);
 
 /* Seconds a request may take: storage below may be slow, and a server that is gone is seen at
  * once anyhow. */

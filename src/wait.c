@@ -2,7 +2,6 @@
 
 #include "error.h"
 #include <errno.h>
-#include <poll.h>
 
 /* A signal that arrives just before poll() does not end it, so the hook is asked this often. */
 #define SLICE_MS 200
@@ -25,16 +24,14 @@ static bool may_go_on(gint64 deadline, const PbaHooks *hooks, const char *what, 
     return true;
 }
 
-bool pba_wait_fd(int fd, short events, short *revents, gint64 deadline, const PbaHooks *hooks,
-                 const char *what, GError **error)
+bool pba_wait_fds(struct pollfd *fds, unsigned count, gint64 until, gint64 deadline,
+                  const PbaHooks *hooks, const char *what, GError **error)
 {
-    struct pollfd pollfd = {.fd = fd, .events = events};
-
     while (may_go_on(deadline, hooks, what, error)) {
-        gint64 left_ms = (deadline - g_get_monotonic_time()) / 1000 + 1;
-        int ready = poll(&pollfd, 1, (int)CLAMP(left_ms, 0, SLICE_MS));
+        gint64 left_us = MIN(deadline, until) - g_get_monotonic_time();
+        gint64 left_ms = left_us > 0 ? left_us / 1000 + 1 : 0;
+        int ready = poll(fds, count, (int)MIN(left_ms, SLICE_MS));
         if (ready > 0) {
-            *revents = pollfd.revents;
             return true;
         }
         if (ready < 0 && errno != EINTR) {
@@ -42,8 +39,26 @@ bool pba_wait_fd(int fd, short events, short *revents, gint64 deadline, const Pb
                           g_strerror(errno));
             return false;
         }
+        if (g_get_monotonic_time() >= until) {
+            for (unsigned i = 0; i < count; i++) {
+                fds[i].revents = 0;
+            }
+            return true;
+        }
     }
     return false;
+}
+
+bool pba_wait_fd(int fd, short events, short *revents, gint64 deadline, const PbaHooks *hooks,
+                 const char *what, GError **error)
+{
+    struct pollfd pollfd = {.fd = fd, .events = events};
+
+    if (!pba_wait_fds(&pollfd, 1, G_MAXINT64, deadline, hooks, what, error)) {
+        return false;
+    }
+    *revents = pollfd.revents;
+    return true;
 }
 
 bool pba_wait_ms(unsigned milliseconds, gint64 deadline, const PbaHooks *hooks, const char *what,

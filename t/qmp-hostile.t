@@ -114,6 +114,7 @@ sub pve_returns (%more) {
         map({ $_ => {} }
             qw(
                 block-export-add block-export-del backup-access-teardown block-dirty-bitmap-remove
+                blockdev-add blockdev-del
             )),
         %more,
     );
@@ -145,7 +146,7 @@ sub upstream_returns (%more) {
         'query-commands' => commands(@upstream_commands),
         'x-debug-query-block-graph' => $graph,
         'query-iothreads' => [],
-        map({ $_ => {} } qw(blockdev-add blockdev-del qom-set block-dirty-bitmap-add)),
+        map({ $_ => {} } qw(qom-set block-dirty-bitmap-add)),
         %more,
     );
 }

@@ -5,7 +5,9 @@ use v5.36;
 our $VERSION = '0.1.0';
 
 use Cwd qw(realpath);
+use Hash::Util::FieldHash ();
 use JSON::PP ();    # the booleans that a 'qmp' code ref is given
+use Scalar::Util ();
 use XSLoader;
 
 use PVE::BackupAccess::Argument;
@@ -15,6 +17,9 @@ use PVE::BackupAccess::Volume;
 XSLoader::load('PVE::BackupAccess', $VERSION);
 
 my $default_timeout = 60;
+
+# The file handles that an access has given out and that are still in use, weakly.
+Hash::Util::FieldHash::fieldhash(my %handles);
 
 # Where the log goes without a 'log' option.
 sub _warn ($message) {
@@ -50,6 +55,9 @@ my %access_options = (
     persistent => \&PVE::BackupAccess::Argument::flag,
 );
 
+my %recover_options
+    = map { $_ => $access_options{$_} } qw(qmp timeout target-id run-dir fleecing-dir log);
+
 my %device_keys = (
     device => \&PVE::BackupAccess::Argument::filled_text,
     'bitmap-mode' => \&PVE::BackupAccess::Argument::text,
@@ -73,6 +81,12 @@ sub capabilities ($class, @options) {
     return _capabilities($options->{qmp}, $options->{timeout} // $default_timeout);
 }
 
+sub recover ($class, @options) {
+    my $options = PVE::BackupAccess::Argument::options('recover', \@options, \%recover_options,
+        qw(qmp target-id));
+    return $class->new($options->%*)->_recover;
+}
+
 sub bitmap_status ($action) {
     PVE::BackupAccess::Argument::text('bitmap action', $action) if defined($action);
     return _bitmap_status($action);
@@ -91,9 +105,13 @@ sub setup ($self, $devices) {
 
 sub volumes ($self, $mechanism) {
     PVE::BackupAccess::Argument::text('mechanism', $mechanism);
-    PVE::BackupAccess::Argument::fail("unknown mechanism '$mechanism' - must be nbd")
-        if $mechanism ne 'nbd';
+    return $self->_nbd_volumes if $mechanism eq 'nbd';
+    return $self->_handle_volumes if $mechanism eq 'file-handle';
+    PVE::BackupAccess::Argument::fail(
+        "unknown mechanism '$mechanism' - must be one of nbd, file-handle");
+}
 
+sub _nbd_volumes ($self) {
     my $socket = $self->_export;
     my $volumes = {};
     for my $info ($self->_infos->@*) {
@@ -108,6 +126,35 @@ sub volumes ($self, $mechanism) {
     return $volumes;
 }
 
+sub _handle_volumes ($self) {
+    my $nbd_volumes = $self->_nbd_volumes;
+    $self->_serve_files;
+    my $infos = $self->_infos;
+    my $volumes = {};
+    for my $index (0 .. $infos->$#*) {
+        my $device = $infos->[$index]{device};
+        my $nbd_volume = $nbd_volumes->{$device};
+        my $reader = PVE::BackupAccess::Volume->open($device, $nbd_volume);
+        $volumes->{$device} = {
+            size => $nbd_volume->{size},
+            'bitmap-mode' => $nbd_volume->{'bitmap-mode'},
+            'file-handle' => $self->_open_handle($index),
+            'next-dirty-region' => sub { return $reader->next_dirty_region },
+        };
+    }
+    return $volumes;
+}
+
+sub _open_handle ($self, $index) {
+    my $fd = $self->_open_file($index);
+    open(my $handle, '+<&=', $fd)
+        or PVE::BackupAccess::Error->throw('SystemError', "cannot use descriptor $fd - $!");
+    my $given = $handles{$self} //= [];
+    $given->@* = grep { defined } ($given->@*, $handle);
+    Scalar::Util::weaken($_) for $given->@*;
+    return $handle;
+}
+
 sub volume ($self, $device) {
     PVE::BackupAccess::Argument::filled_text('device', $device);
     my $volume = $self->volumes('nbd')->{$device}
@@ -117,6 +164,8 @@ sub volume ($self, $device) {
 }
 
 sub teardown ($self, $success) {
+    # Whoever reads on is to get an error at once.
+    close($_) for grep { defined } (delete($handles{$self}) // [])->@*;
     return $self->_teardown($success ? 1 : 0);
 }
 
@@ -254,6 +303,26 @@ Asks a QEMU what it can do. Returns a hash: C<backend> (C<pve> or C<upstream>), 
 command: C<devices> or the early C<devlist>), C<qemu-version>. Takes C<qmp> and C<timeout> as L</new>
 does. Dies with class C<UnsupportedError> where neither backend is possible, naming what is missing.
 
+=head2 recover
+
+    my $lines = PVE::BackupAccess->recover(qmp => $path, 'target-id' => $id);
+
+Undoes what a process that was killed left of an access for this target, as after a failed backup:
+exports, its NBD server, block nodes, the access of a Proxmox QEMU, run directories; bitmaps keep
+their old bits and get the new ones. L</setup> does the same by itself. Returns an array ref of lines
+of text that say what was done, an empty one if there was nothing to do. It may be called again at any
+time.
+
+Takes C<qmp>, C<target-id>, C<run-dir>, C<fleecing-dir>, C<timeout> and C<log> as L</new> does; they have
+to be those of the dead process for its NBD server and files to be found.
+
+Dies with class C<StateError> if a process is at a backup of this guest, naming its process ID, or if
+what is left is another target's. On a Proxmox QEMU also where the disk or its bitmap was removed
+meanwhile, so that QEMU would crash: then the access stays up until the VM is stopped.
+
+The process must be one of this machine and PID namespace; elsewhere it cannot be told from a dead
+one.
+
 =head1 FUNCTIONS
 
 =head2 bitmap_status
@@ -280,14 +349,37 @@ C<bitmap-node-name>, C<bitmap-name> and C<bitmap-action>.
 
 When setup dies, what it did is undone, and no bitmap lost a bit.
 
+What a killed process left of an access for the same target is undone first, with a warning in the log: see
+L</recover>. While another process has an access to this guest, setup dies with class C<StateError>.
+
 =head2 volumes
 
     my $volumes = $access->volumes('nbd');
+    my $volumes = $access->volumes('file-handle');
 
 The devices' data as a backup provider wants it: exactly the hash of the provider API's
-C<backup_vm()>. Per device: C<size>, C<bitmap-mode> (C<none>, C<new> or C<reuse>), C<nbd-path> (the
-Unix socket; the export has the name of the device) and, with a bitmap, C<bitmap-name>. The first
-call exports the devices.
+C<backup_vm()>. Per device there are C<size> and C<bitmap-mode> (C<none>, C<new> or C<reuse>), and
+
+=over
+
+=item for C<nbd>
+
+C<nbd-path> (the Unix socket; the export has the name of the device) and, with a bitmap,
+C<bitmap-name>. The first call exports the devices.
+
+=item for C<file-handle>
+
+C<file-handle>, open for reading with O_DIRECT and for punching holes, which frees fleecing space
+(L<fallocate(2)> with FALLOC_FL_PUNCH_HOLE and FALLOC_FL_KEEP_SIZE, whole clusters of 64 KiB), and
+C<next-dirty-region>, a code ref that returns offset and length of the next dirty region, then the
+empty list. Without a bitmap the whole device is one region. Reading what is not dirty, or what was
+discarded, is an I/O error. Other programs of the same user can open C</proc/PID/fd/N>, or put a
+read-only loop device on it.
+
+The first call starts a process per device that serves the file (FUSE). It ends with the access; what
+still has the file open then gets errors. Without FUSE this dies with class C<UnsupportedError>.
+
+=back
 
 Stock QEMU 7.2 returns wrong data to NBD clients that read a snapshot across clusters of 64 KiB while
 the guest writes. L<PVE::BackupAccess::Volume> never does that with such a QEMU; C<nbdcopy>,
@@ -303,7 +395,7 @@ One device's data as a L<PVE::BackupAccess::Volume>, connected.
 
     $access->teardown($success);
 
-Ends the access and undoes everything setup and volumes made. After a success each bitmap holds
+Closes the file handles that volumes has given out, ends the access and undoes everything setup and volumes made. After a success each bitmap holds
 exactly what the guest wrote since the instant; after a failure it holds that and all it held before.
 
 Every step is tried even if an earlier one failed; the first error is what it dies with, and a later

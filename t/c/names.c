@@ -5,7 +5,7 @@
 
 /* Everything that pba_own_name is called with. */
 static const char *const roles[] = {"run",    "exp",  "raw",  "cbw", "snap",
-                                    "fleece", "null", "fail", "job"};
+                                    "fleece", "null", "fail", "job", "dev"};
 
 /* QEMU: node names have at most 31 bytes (BlockDriverState.node_name); ids begin with a letter and
  * have letters, digits and "-._" (id_wellformed). */
@@ -77,9 +77,22 @@ static void test_bitmaps(void)
        "others' nodes are not ours");
 }
 
+static void test_owner(void)
+{
+    static const char *const bad[] = {"pba-owner-", "pba-owner-1", "pba-owner-1-2x", "pba-owner--1-2",
+                                      "pba-owner-a-b", "pba-raw-1-2"};
+    g_autofree char *name = pba_owner_mark_name(NULL);
+
+    ok(is_good_id(name) && pba_is_own_node(name) && pba_is_owner_mark(name), "marker %s", name);
+    for (size_t i = 0; i < G_N_ELEMENTS(bad); i++) {
+        ok(!pba_is_owner_mark(bad[i]), "%s is no marker", bad[i]);
+    }
+}
+
 int main(void)
 {
     test_rules();
+    test_owner();
     test_told_apart();
     test_bitmaps();
     return done_testing();

@@ -2,16 +2,34 @@ package PVE::BackupAccess::Volume;
 
 use v5.36;
 
+use Hash::Util::FieldHash ();
+
 use PVE::BackupAccess;
 use PVE::BackupAccess::Argument;
 
 my $max_regions = 1_000_000;
+
+# Volumes that may be no snapshot of an access: discarding would destroy what they hold.
+Hash::Util::FieldHash::fieldhash(my %is_bare);
 
 my %volume_keys = (
     size => \&PVE::BackupAccess::Argument::bytes,
     'bitmap-mode' => \&PVE::BackupAccess::Argument::text,
     'nbd-path' => \&PVE::BackupAccess::Argument::filled_text,
     'bitmap-name' => \&PVE::BackupAccess::Argument::filled_text,
+);
+
+my sub check_handle ($name, $value) {
+    my $fd = ref($value) ? eval { fileno($value) } : undef;
+    PVE::BackupAccess::Argument::fail("$name must be an open file handle")
+        if !defined($fd) || $fd < 0;
+}
+
+my %handle_keys = (
+    size => \&PVE::BackupAccess::Argument::bytes,
+    'bitmap-mode' => \&PVE::BackupAccess::Argument::text,
+    'file-handle' => \&check_handle,
+    'next-dirty-region' => \&PVE::BackupAccess::Argument::code,
 );
 
 my sub fail ($device, $message) {
@@ -24,17 +42,34 @@ my sub bitmap_name ($device, $volume) {
     my $mode = $volume->{'bitmap-mode'} // (defined($name) ? 'reuse' : 'none');
     fail($device, "unknown bitmap-mode '$mode' - must be one of none, new, reuse")
         if $mode !~ m/\A(?:none|new|reuse)\z/;
-    fail($device, "bitmap-mode '$mode' needs a 'bitmap-name'") if $mode ne 'none' && !defined($name);
+    fail($device, "bitmap-mode '$mode' needs a 'bitmap-name'")
+        if $mode ne 'none' && !defined($name);
     return $mode eq 'none' ? undef : $name;
+}
+
+# What tells whether a range is dirty is the code ref, whatever the bitmap's mode.
+my sub open_handle ($class, $device, $volume) {
+    PVE::BackupAccess::Argument::hash("the volume of device $device", $volume, \%handle_keys);
+    for my $key (sort keys %handle_keys) {
+        fail($device, "its volume lacks '$key'") if !defined($volume->{$key});
+    }
+    my $mode = $volume->{'bitmap-mode'};
+    fail($device, "unknown bitmap-mode '$mode' - must be one of none, new, reuse")
+        if $mode !~ m/\A(?:none|new|reuse)\z/;
+    return $class->_open_handle($device, fileno($volume->{'file-handle'}), $volume->{size},
+        $volume->{'next-dirty-region'});
 }
 
 sub open ($class, $device, $volume) {
     PVE::BackupAccess::Argument::filled_text('device', $device);
     fail($device, 'its volume must be a hash') if ref($volume) ne 'HASH';
+    return open_handle($class, $device, $volume) if exists($volume->{'file-handle'});
     PVE::BackupAccess::Argument::hash("the volume of device $device", $volume, \%volume_keys);
     fail($device, "its volume lacks 'nbd-path'") if !defined($volume->{'nbd-path'});
-    return $class->_open($device, $volume->{'nbd-path'}, bitmap_name($device, $volume),
+    my $self = $class->_open($device, $volume->{'nbd-path'}, bitmap_name($device, $volume),
         $volume->{size});
+    $is_bare{$self} = 1 if !exists($volume->{'bitmap-mode'});
+    return $self;
 }
 
 sub dirty_regions ($self, $max) {
@@ -56,6 +91,50 @@ sub discard ($self, $offset, $length) {
     return $self->_discard($offset, $length);
 }
 
+my sub count_in ($min, $max) {
+    return sub ($name, $value) {
+        PVE::BackupAccess::Argument::bytes($name, $value);
+        PVE::BackupAccess::Argument::fail("$name must be from $min to $max, not $value")
+            if $value < $min || $value > $max;
+    };
+}
+
+my sub request_size ($name, $value) {
+    count_in(4096, 8 << 20)->($name, $value);
+    PVE::BackupAccess::Argument::fail("$name must be a multiple of 4096, not $value")
+        if $value % 4096;
+}
+
+my %copy_options = (
+    to => sub ($name, $value) { },
+    'bandwidth-limit' => count_in(1, 1 << 62),
+    progress => \&PVE::BackupAccess::Argument::code,
+    connections => count_in(1, 16),
+    'request-size' => \&request_size,
+    discard => \&PVE::BackupAccess::Argument::flag,
+);
+
+# What 'to' says, as the core wants to have it.
+my sub target ($to) {
+    return (write => $to) if ref($to) eq 'CODE';
+    if (ref($to) || ref(\$to) eq 'GLOB') {
+        my $fd = eval { fileno($to) } // -1;
+        PVE::BackupAccess::Argument::fail('to must be an open file, not this handle') if $fd < 0;
+        eval { $to->flush };    # what Perl still holds goes before
+        return (fd => $fd);
+    }
+    PVE::BackupAccess::Argument::filled_text('to', $to);
+    return (uri => $to) if $to =~ m!\Anbds?(?:\+\w+)?://!;
+    utf8::encode($to) if !utf8::downgrade($to, 1);
+    return (path => $to);
+}
+
+sub copy ($self, @options) {
+    my $options = PVE::BackupAccess::Argument::options('copy', \@options, \%copy_options, 'to');
+    delete($options->{$_}) for grep { !defined($options->{$_}) } keys $options->%*;
+    return $self->_copy({ discard => !$is_bare{$self}, $options->%*, target($options->{to}) });
+}
+
 sub CLONE_SKIP { return 1 }
 
 1;
@@ -75,17 +154,15 @@ PVE::BackupAccess::Volume - one device's data: dirty regions, reading, discardin
     sub backup_vm ($self, $vmid, $guest_config, $volumes, $info) {
         for my $device (sort keys $volumes->%*) {
             my $volume = PVE::BackupAccess::Volume->open($device, $volumes->{$device});
-            while (my ($offset, $length) = $volume->next_dirty_region) {
-                $self->store($device, $offset, $volume->pread($offset, $length));
-                $volume->discard($offset, $length);
-            }
+            my $image = $self->image($device, $volumes->{$device}{'bitmap-mode'});
+            my $statistics = $volume->copy(to => $image);
             $volume->close;
         }
     }
 
 =head1 DESCRIPTION
 
-A volume reads one device of an access over NBD. It is what a backup provider makes of the hash that
+A volume reads one device of an access, over NBD or a file handle. It is what a backup provider makes of the hash that
 it is given, and what L<PVE::BackupAccess/volume> returns.
 
 All offsets, lengths and sizes are bytes. All methods die with a L<PVE::BackupAccess::Error>.
@@ -100,6 +177,9 @@ Connects. C<%volume> is what C<backup_vm()> gets for the device: C<nbd-path> (a 
 export has the name of the device, or an NBD URI), C<size>, C<bitmap-mode> and C<bitmap-name>. The
 size must be what the server says; without one the server's is taken. With a bitmap the server must
 offer it.
+
+Or, of the mechanism file-handle, C<size>, C<bitmap-mode>, C<file-handle> and C<next-dirty-region>.
+Reads then go through the file, and regions come from the code ref.
 
 =head2 size
 
@@ -135,6 +215,65 @@ edge of a region.
 
 Says that this range has been read and is not needed any more, which frees its fleecing space. Whole
 clusters of 64 KiB are discarded; parts of one at the edges of the range are not.
+
+=head2 copy
+
+    my $statistics = $volume->copy(to => $target);
+
+Copies all dirty regions, or without a bitmap the whole volume, with many requests in flight. Where
+L</next_dirty_region> is does not matter and does not change. Nothing outside the regions is read or
+written. The target is one of these:
+
+=over
+
+=item a path - of a raw image file, which is made if there is none, or of a block device. The file gets
+the volume's size. Zeroes become holes where they can.
+
+=item a handle - the same, opened by the caller for writing. Its position does not matter.
+
+=item an NBD URI - of a writable export at least as large as the volume, such as C<qemu-nbd> over a
+qcow2 image.
+
+=item a code ref - called with offset and data, in ascending order, zeroes included.
+
+=back
+
+Any other answer than success, of source or target, dies with an error that names the offset; so does
+what the code refs die with, which comes through as it is. The target then has part of the data. The
+options are these:
+
+=over
+
+=item C<discard> - whether to discard what was copied, as by L</discard>: when the target has taken it,
+or for a code ref, when it has returned. By default so for volumes of an access, and not for a bare NBD
+URI without C<bitmap-mode>, which may be somebody's disk. What the server cannot discard is left.
+
+=item C<progress> - a code ref, called with the bytes copied and all dirty bytes, a few times a second
+and at the end. The map is read once more for that, before.
+
+=item C<bandwidth-limit> - bytes read per second.
+
+=item C<connections> - to use where the server allows several, at most 16. By default 4.
+
+=item C<request-size> - of reads and writes at most, in bytes, from 4096 to 8388608, a multiple of 4096.
+By default 262144. Regions are never joined.
+
+=back
+
+Files, devices and NBD exports are flushed at the end. Memory is bounded, whatever the sizes.
+C<$statistics> is a hash:
+
+=over
+
+=item C<bytes-read> - all that was dirty
+
+=item C<bytes-written>, C<bytes-zero> - of it, what was written as data, and what was made zero without
+
+=item C<bytes-discarded> - whole clusters of 64 KiB
+
+=item C<regions>, C<seconds>
+
+=back
 
 =head2 close
 

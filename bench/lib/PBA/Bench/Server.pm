@@ -1,6 +1,6 @@
 package PBA::Bench::Server;
 
-# qemu-nbd serving an image with its bitmap on a Unix socket in a private directory.
+# qemu-nbd serving an image, with its bitmap if it has one, on a Unix socket in a private directory.
 
 use v5.36;
 
@@ -35,9 +35,13 @@ sub context ($self) { return "qemu:dirty-bitmap:$self->{bitmap}" }
 # As many clients as come, one after the other, until it is ended.
 sub _command ($self) {
     return (
-        $ENV{PBA_QEMU_NBD} // 'qemu-nbd', qw(--read-only --persistent --shared=8 --format=qcow2),
-        "--export-name=$self->{export}", "--bitmap=$self->{bitmap}",
-        "--socket=$self->{socket}", $self->{file},
+        $ENV{PBA_QEMU_NBD} // 'qemu-nbd',
+        qw(--read-only --persistent --shared=8),
+        '--format=' . ($self->{format} // 'qcow2'),
+        "--export-name=$self->{export}",
+        defined($self->{bitmap}) ? "--bitmap=$self->{bitmap}" : (),
+        "--socket=$self->{socket}",
+        $self->{file},
     );
 }
 

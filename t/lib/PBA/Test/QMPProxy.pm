@@ -7,6 +7,10 @@ package PBA::Test::QMPProxy;
 # at counts commands over all connections, without the handshake. Faults: 'drop' ends the connection
 # before the command reaches QEMU, 'lose' after QEMU has done it and before its reply, 'refuse'
 # answers with an error in QEMU's place, 'deceive' lets QEMU do it and answers with an error.
+# 'kill-before' and 'kill-after' kill the client, before the command reaches QEMU and after QEMU has
+# done it. Without at nothing goes wrong.
+#
+# listen => a path of its own: several proxies, one after the other, are the same VM to a client.
 
 use v5.36;
 
@@ -14,6 +18,7 @@ use parent 'PBA::Test::Peer';
 
 use IO::Socket::UNIX;
 use JSON::PP ();
+use Socket qw(SOL_SOCKET SO_PEERCRED);
 
 my $json = JSON::PP->new->utf8->canonical;
 
@@ -22,7 +27,19 @@ sub commands ($self) { return $self->records('command') }
 # Whether the command to go wrong has come.
 sub struck ($self) { return scalar(() = $self->records('fault')) }
 
+sub stop ($self) {
+    my $mine = defined($self->{pid}) && $self->{owner} == $$;
+    $self->SUPER::stop;
+    unlink($self->{socket}) if $mine;
+    return;
+}
+
 # ---- in the proxy's process ----
+
+sub _listen ($self) {
+    $self->{socket} = $self->{listen} // $self->{socket};
+    return $self->SUPER::_listen;
+}
 
 sub serve ($self, $listener) {
     $self->{count} = 0;
@@ -43,6 +60,7 @@ sub _converse ($self, $client, $qemu) {
         my $command = $json->decode($line);
         my $fault = $self->_fault_for($command);
         return if $fault eq 'drop';
+        return _kill($client) if $fault eq 'kill-before';
         if ($fault eq 'refuse') {
             $self->_send_error($client, $command);
             next;
@@ -50,14 +68,21 @@ sub _converse ($self, $client, $qemu) {
         $self->send_bytes($qemu, $line);
         $self->_pass_reply($fault ? undef : $client, $qemu, \$from_qemu) or return;
         return if $fault eq 'lose';
+        return _kill($client) if $fault eq 'kill-after';
         $self->_send_error($client, $command) if $fault eq 'deceive';
     }
+}
+
+sub _kill ($client) {
+    my ($pid) = unpack('i', getsockopt($client, SOL_SOCKET, SO_PEERCRED));
+    kill('KILL', $pid);
+    return;
 }
 
 sub _fault_for ($self, $command) {
     return '' if $command->{execute} eq 'qmp_capabilities';
     $self->record('command', name => $command->{execute});
-    return '' if ++$self->{count} != $self->{at};
+    return '' if ++$self->{count} != ($self->{at} // 0);
     $self->record('fault', name => $command->{execute});
     return $self->{fault};
 }

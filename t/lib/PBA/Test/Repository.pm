@@ -21,7 +21,8 @@ sub image ($self, $id) { return "$self->{dir}/$id.good" }
 sub candidate ($self, $id) { return "$self->{dir}/$id.new" }
 
 # One backup of these disks in one access. mode => for all or { id => mode }, success => 0 or 1,
-# options => for the access, during => code run while the access is up. A failed one stops in the
+# options => for the access, during => code run while the access is up, mechanism => nbd unless
+# given, open => of the reader instead of PVE::BackupAccess::Volume->open. A failed one stops in the
 # middle of the data. Returns { id => { action, status, regions, bytes } }.
 sub backup ($self, %opt) {
     my $backend = $self->{backend};
@@ -29,14 +30,16 @@ sub backup ($self, %opt) {
     my $modes = ref($opt{mode}) ? $opt{mode} : { map { $_ => $opt{mode} } @ids };
     my $access = $backend->access(($opt{options} // {})->%*);
     my $infos = $access->setup([map { $backend->devices($modes->{$_}, $_)->@* } @ids]);
-    my $volumes = $access->volumes('nbd');
+    my $volumes = $access->volumes($opt{mechanism} // 'nbd');
+    my $open = $opt{open} // sub (@volume) { PVE::BackupAccess::Volume->open(@volume) };
 
     my %result;
     for my $i (0 .. $#ids) {
         my $id = $ids[$i];
         my $device = $backend->device($id);
         $opt{during}->($id) if $opt{during};
-        $result{$id} = $self->_read_disk($id, $device, $volumes->{$device}, $opt{success});
+        $result{$id} = $self->_read_disk($id, $open->($device, $volumes->{$device}),
+            $volumes->{$device}, $opt{success});
         $result{$id}{action} = $infos->[$i]{'bitmap-action'} // 'none';
     }
     $access->teardown($opt{success});
@@ -46,8 +49,7 @@ sub backup ($self, %opt) {
     return \%result;
 }
 
-sub _read_disk ($self, $id, $device, $volume, $success) {
-    my $reader = PVE::BackupAccess::Volume->open($device, $volume);
+sub _read_disk ($self, $id, $reader, $volume, $success) {
     my $fh = $self->_open_candidate($id, $volume);
     my ($regions, $bytes) = (0, 0);
     while (my ($offset, $length) = $reader->next_dirty_region) {

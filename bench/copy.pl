@@ -1,0 +1,173 @@
+#!/usr/bin/perl
+
+# How fast volumes are copied, from qemu-nbd over images in memory of which every other 16 MiB hold
+# data:
+#
+#   - a full copy of 4 GiB to nowhere and to a file, beside nbdcopy on the same export
+#   - an increment, 64 KiB dirty every 128 KiB: beside a full copy of as many bytes, and beside a loop
+#     that has one request in flight
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+
+use File::Temp ();
+
+use PBA::Bench;
+use PBA::Bench::BigMap;
+use PBA::Bench::Server;
+
+my $stretch = 16 << 20;
+
+my $bench = PBA::Bench->new('copy', \@ARGV, 'size=i' => '[--size BYTES]');
+my $size = $bench->option('size', 4 << 30);
+my $dir = File::Temp->newdir('pba-bench-XXXXXXXX', DIR => '/dev/shm');
+
+# ---- images ----
+
+sub random_bytes ($length) {
+    open(my $fh, '<:raw', '/dev/urandom') or die "/dev/urandom: $!\n";
+    read($fh, my $bytes, $length) == $length or die "cannot read /dev/urandom\n";
+    return $bytes;
+}
+
+sub write_raw ($file, $length) {
+    open(my $fh, '>:raw', $file) or die "$file: $!\n";
+    truncate($fh, $length) or die "$file: $!\n";
+    my $bytes = random_bytes($stretch);
+    for (my $at = 0; $at < $length; $at += 2 * $stretch) {
+        substr($bytes, 0, 8) = pack('Q', $at);
+        seek($fh, $at, 0);
+        print {$fh} substr($bytes, 0, $length - $at < $stretch ? $length - $at : $stretch);
+    }
+    close($fh) or die "$file: $!\n";
+    return $file;
+}
+
+sub qemu_img (@arguments) {
+    system($ENV{PBA_QEMU_IMG} // 'qemu-img', @arguments) == 0 or die "qemu-img @arguments failed\n";
+    return;
+}
+
+# A qcow2 image of the same kind whose bitmap has such a pattern.
+sub write_mapped ($file, $length, $pattern) {
+    my $map = PBA::Bench::BigMap->write(file => $file, size => $length, pattern => $pattern);
+    my $raw = write_raw("$file.raw", $length);
+    qemu_img(qw(convert -n -f raw -O qcow2), $raw, $file);
+    unlink($raw);
+    return $map;
+}
+
+sub serve ($name, %options) {
+    mkdir("$dir/$name");
+    return PBA::Bench::Server->start(dir => "$dir/$name", %options);
+}
+
+# ---- ours ----
+
+sub load_module () {
+    require PVE::BackupAccess::Volume;
+    return;
+}
+
+sub open_volume ($server) {
+    return PVE::BackupAccess::Volume->open(
+        'drive-scsi0',
+        {
+            'nbd-path' => $server->uri,
+            'bitmap-mode' => $server->{bitmap} ? 'reuse' : 'none',
+            $server->{bitmap} ? ('bitmap-name' => $server->{bitmap}) : (),
+        },
+    );
+}
+
+# What nbdcopy's null: is: the data is read, and looked at for zeroes.
+sub copy_to_nowhere ($server) {
+    my $statistics = open_volume($server)->copy(to => '/dev/null');
+    return { bytes => $statistics->{'bytes-read'} };
+}
+
+sub copy_to_file ($server, $file) {
+    my $start = PBA::Bench::now();
+    my $statistics = open_volume($server)->copy(to => $file);
+    return checked($file, PBA::Bench::now() - $start, $statistics->{'bytes-read'});
+}
+
+# ---- the others ----
+
+sub nbdcopy ($server, @arguments) {
+    system('nbdcopy', $server->uri, @arguments) == 0 or die "nbdcopy failed\n";
+    return;
+}
+
+sub nbdcopy_to_file ($server, $file) {
+    my $start = PBA::Bench::now();
+    nbdcopy($server, $file);
+    return checked($file, PBA::Bench::now() - $start, -s $file);
+}
+
+# A figure for a copy that is not one would be no figure.
+sub checked ($file, $seconds, $bytes) {
+    system('cmp', $file, "$dir/full.raw") == 0 or die "$file is not what was to be copied\n";
+    return { counts => { bytes => $bytes }, seconds => $seconds };
+}
+
+sub one_by_one ($server) {
+    my $volume = open_volume($server);
+    my $bytes = 0;
+    while (my ($offset, $length) = $volume->next_dirty_region) {
+        $bytes += length($volume->pread($offset, $length));
+    }
+    return { bytes => $bytes };
+}
+
+# ---- the cases ----
+
+my $full = serve('full', file => write_raw("$dir/full.raw", $size), format => 'raw');
+my $target = "$dir/target";
+
+$bench->compare(
+    case => 'full, to nowhere',
+    ours => { prepare => sub { load_module() }, run => sub ($) { copy_to_nowhere($full) } },
+    peer => {
+        name => 'nbdcopy',
+        run => sub ($) { nbdcopy($full, 'null:'); return { bytes => $size } },
+    },
+);
+$bench->compare(
+    case => 'full, to a file',
+    ours => {
+        prepare => sub { load_module(); unlink($target) },
+        run => sub ($) { copy_to_file($full, $target) },
+    },
+    peer => {
+        name => 'nbdcopy',
+        prepare => sub { unlink($target) },
+        run => sub ($) { nbdcopy_to_file($full, $target) },
+    },
+);
+undef $full;
+unlink($target, "$dir/full.raw");
+
+my $increment = serve('increment', write_mapped("$dir/increment.qcow2", $size, 'alternate')->%*);
+my $half = serve('half', write_mapped("$dir/half.qcow2", $size / 2, 'all')->%*);
+my $ours = { prepare => sub { load_module() }, run => sub ($) { copy_to_nowhere($increment) } };
+$bench->compare(
+    case => 'increment',
+    ours => $ours,
+    peer => {
+        name => 'full copy of as many bytes',
+        prepare => sub { load_module() },
+        run => sub ($) { copy_to_nowhere($half) },
+    },
+);
+$bench->compare(
+    case => 'increment',
+    ours => $ours,
+    peer => {
+        name => 'one request in flight',
+        prepare => sub { load_module() },
+        run => sub ($) { one_by_one($increment) },
+    },
+);

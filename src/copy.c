@@ -1,0 +1,418 @@
+/* A copy of the dirty regions of a volume: what is read next, and what becomes of it.
+ *
+ * Regions are cut into pieces. A piece is read, written to the sink, then released for discarding;
+ * many are under way, each in a buffer of its own. Completions only note what happened; everything
+ * is decided here, between two waits. */
+#include "copy.h"
+#include "error.h"
+#include "limit.h"
+#include "wait.h"
+#include <errno.h>
+#include <inttypes.h>
+#include <unistd.h>
+
+#define DEFAULT_REQUEST (256u << 10)
+#define MEMORY (16u << 20)
+#define MAX_PIECES 64u
+#define MIN_PIECES 2u
+#define CLUSTER 65536u
+#define SECTOR 4096u
+/* More are not sent before some are done, lest they fill the server's queue. */
+#define MAX_TRIMMING 32u
+/* Targets that take data at once may not keep the caller's signal handlers waiting longer. */
+#define TAKE_LIMIT (G_TIME_SPAN_SECOND / 4)
+#define PROGRESS_INTERVAL (G_TIME_SPAN_SECOND / 4)
+
+typedef struct {
+    PbaVolume *volume;
+    const PbaCopyOptions *options;
+    PbaCopyStatistics *statistics;
+    PbaLoop loop;
+    PbaSource source;
+    PbaSink *sink;
+    PbaLimit limit;
+    char *memory;
+    PbaPiece pieces[MAX_PIECES];
+    unsigned piece_count;
+    unsigned used; /* pieces that are not free */
+    uint32_t request;
+    uint64_t region_offset; /* what of the current region is not read yet */
+    uint64_t region_left;
+    bool at_end; /* of the map */
+    bool waits_for_map;
+    bool has_more;      /* pieces that were read and can be written */
+    uint64_t next_read; /* sequence numbers */
+    uint64_t next_write;
+    uint64_t done; /* bytes that the sink has */
+    uint64_t total;
+    gint64 last_progress;
+    gint64 last_event; /* when something was done last, for the time limit */
+    pid_t owner;
+} Copy;
+
+/* Perl code that ran in a callback may have forked, and come back in the child. */
+static bool check_owner(const Copy *copy, GError **error)
+{
+    if (copy->owner == getpid()) {
+        return true;
+    }
+    pba_error_set(error, PBA_ERROR_STATE, "the copy belongs to another process");
+    return false;
+}
+
+/* Reading */
+
+static bool next_region(Copy *copy, GError **error)
+{
+    uint64_t offset;
+    uint64_t length;
+
+    if (!pba_volume_poll_dirty_region(copy->volume, &offset, &length, &copy->waits_for_map,
+                                      error)) {
+        return false;
+    }
+    if (copy->waits_for_map) {
+        return true;
+    }
+    copy->at_end = length == 0;
+    copy->statistics->regions += length > 0 ? 1 : 0;
+    copy->region_offset = offset;
+    copy->region_left = length;
+    return true;
+}
+
+static PbaPiece *free_piece(Copy *copy)
+{
+    for (unsigned i = 0; copy->used < copy->piece_count && i < copy->piece_count; i++) {
+        if (copy->pieces[i].state == PBA_PIECE_FREE) {
+            return &copy->pieces[i];
+        }
+    }
+    return NULL;
+}
+
+/* The rest of a region, or as much of it as one request may have, up to the edge of a cluster. */
+static uint32_t next_length(const Copy *copy)
+{
+    if (copy->region_left <= copy->request) {
+        return (uint32_t)copy->region_left;
+    }
+    uint64_t unit = copy->request >= CLUSTER ? CLUSTER : SECTOR;
+    uint64_t end = (copy->region_offset + copy->request) / unit * unit;
+    return end > copy->region_offset ? (uint32_t)(end - copy->region_offset) : copy->request;
+}
+
+static bool start_piece(Copy *copy, PbaPiece *piece, uint32_t length, GError **error)
+{
+    piece->sequence = copy->next_read++;
+    piece->offset = copy->region_offset;
+    piece->length = length;
+    copy->region_offset += length;
+    copy->region_left -= length;
+    copy->used++;
+    return pba_source_read(&copy->source, piece, error);
+}
+
+static bool may_read(const Copy *copy)
+{
+    return !copy->at_end && copy->used < copy->piece_count && copy->source.trimming < MAX_TRIMMING;
+}
+
+/* Keeps as many reads under way as there are buffers. */
+static bool fill(Copy *copy, GError **error)
+{
+    copy->waits_for_map = false;
+    while (may_read(copy)) {
+        if (copy->region_left == 0 && !next_region(copy, error)) {
+            return false;
+        }
+        if (copy->region_left == 0) {
+            return true;
+        }
+        uint32_t length = next_length(copy);
+        if (!pba_limit_take(&copy->limit, length, g_get_monotonic_time())) {
+            return true;
+        }
+        if (!start_piece(copy, free_piece(copy), length, error)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* What became of the pieces */
+
+static bool fail_piece(const Copy *copy, const PbaPiece *piece, GError **error)
+{
+    const char *text = g_strerror(piece->error);
+    uint32_t length = piece->length - (uint32_t)(piece->error_offset - piece->offset);
+
+    if (piece->state == PBA_PIECE_WRITTEN) {
+        pba_error_set(error, copy->options->uri ? PBA_ERROR_NBD : PBA_ERROR_SYSTEM,
+                      "writing %" PRIu32 " bytes at offset %" PRIu64 " to %s failed - %s", length,
+                      piece->error_offset, copy->sink->name, text);
+        return false;
+    }
+    pba_error_set(error, PBA_ERROR_NBD,
+                  "reading %" PRIu32 " bytes at offset %" PRIu64 " failed - %s", length,
+                  piece->error_offset, text);
+    if (piece->error == EINVAL) {
+        pba_error_add_hint(error, PBA_HINT_UNREADABLE);
+    }
+    return false;
+}
+
+static bool take_read(Copy *copy, PbaPiece *piece, GError **error)
+{
+    if (piece->error) {
+        return fail_piece(copy, piece, error);
+    }
+    if (copy->sink->ordered && piece->sequence != copy->next_write) {
+        return true; /* its turn comes */
+    }
+    copy->next_write++;
+    piece->state = PBA_PIECE_WRITING;
+    return copy->sink->write(copy->sink, piece, error) && check_owner(copy, error);
+}
+
+static bool take_written(Copy *copy, PbaPiece *piece, GError **error)
+{
+    PbaCopyStatistics *statistics = copy->statistics;
+
+    if (piece->error) {
+        return fail_piece(copy, piece, error);
+    }
+    if (piece->again) {
+        piece->again = false;
+        piece->state = PBA_PIECE_WRITING;
+        return copy->sink->write(copy->sink, piece, error);
+    }
+    statistics->bytes_read += piece->length;
+    statistics->bytes_zero += piece->zero;
+    statistics->bytes_written += piece->length - piece->zero;
+    copy->done += piece->length;
+    copy->last_event = g_get_monotonic_time();
+    piece->state = PBA_PIECE_FREE;
+    copy->used--;
+    return !(copy->options->discard && copy->source.can_discard) ||
+           pba_source_release(&copy->source, piece->offset, piece->length, error);
+}
+
+static bool check_trims(const Copy *copy, GError **error)
+{
+    if (!copy->source.trim_error) {
+        return true;
+    }
+    pba_error_set(error, PBA_ERROR_NBD, "discarding at offset %" PRIu64 " failed - %s",
+                  copy->source.trim_error_offset, g_strerror(copy->source.trim_error));
+    return false;
+}
+
+/* A sink that takes pieces in order may take several once the one they waited for is there. */
+static bool take_pieces(Copy *copy, GError **error)
+{
+    gint64 limit = g_get_monotonic_time() + TAKE_LIMIT;
+    uint64_t before;
+
+    do {
+        before = copy->next_write;
+        for (unsigned i = 0; i < copy->piece_count; i++) {
+            PbaPiece *piece = &copy->pieces[i];
+            if (piece->state == PBA_PIECE_READ && g_get_monotonic_time() > limit) {
+                copy->has_more = true; /* for the next time */
+                continue;
+            }
+            if (piece->state == PBA_PIECE_READ && !take_read(copy, piece, error)) {
+                return false;
+            }
+            if (piece->state == PBA_PIECE_WRITTEN && !take_written(copy, piece, error)) {
+                return false;
+            }
+        }
+    } while (copy->sink->ordered && copy->next_write != before && !copy->has_more);
+    return check_trims(copy, error);
+}
+
+static bool tell_progress(Copy *copy, bool last, GError **error)
+{
+    if (!copy->options->progress) {
+        return true;
+    }
+    gint64 now = g_get_monotonic_time();
+    if (!last && now - copy->last_progress < PROGRESS_INTERVAL) {
+        return true;
+    }
+    copy->last_progress = now;
+    if (!copy->options->progress(copy->options->opaque, copy->done, copy->total)) {
+        pba_error_set(error, PBA_ERROR_INTERRUPTED, "the progress function failed");
+        return false;
+    }
+    return check_owner(copy, error);
+}
+
+/* Waiting */
+
+static bool turn(Copy *copy, GError **error)
+{
+    gint64 now = g_get_monotonic_time();
+    bool idle = copy->used == 0 && copy->source.trimming == 0 && !copy->waits_for_map;
+    gint64 until = now + PROGRESS_INTERVAL;
+
+    if (idle || copy->last_event == 0) {
+        copy->last_event = now;
+    }
+    if (copy->has_more) {
+        until = now;
+        copy->has_more = false;
+    }
+    if (may_read(copy) && !copy->waits_for_map) {
+        until = MIN(until, pba_limit_ready_at(&copy->limit));
+    }
+    return pba_loop_turn(&copy->loop, until,
+                         copy->last_event + PBA_NBD_LIMIT_S * G_TIME_SPAN_SECOND, error) &&
+           check_owner(copy, error);
+}
+
+static bool copy_regions(Copy *copy, GError **error)
+{
+    while (fill(copy, error)) {
+        if (copy->at_end && copy->used == 0) {
+            return true;
+        }
+        if (!turn(copy, error) || !take_pieces(copy, error) || !tell_progress(copy, false, error)) {
+            break;
+        }
+    }
+    return false;
+}
+
+static bool flush_sink(Copy *copy, GError **error)
+{
+    copy->last_event = 0;
+    if (!copy->sink->flush(copy->sink, error)) {
+        return false;
+    }
+    while (!copy->sink->flushed) {
+        copy->last_event = 0; /* the target takes the time it takes */
+        if (!turn(copy, error)) {
+            return false;
+        }
+    }
+    if (copy->sink->flush_error) {
+        pba_error_set(error, copy->options->uri ? PBA_ERROR_NBD : PBA_ERROR_SYSTEM,
+                      "flushing %s failed - %s", copy->sink->name,
+                      g_strerror(copy->sink->flush_error));
+        return false;
+    }
+    return true;
+}
+
+static bool finish_discards(Copy *copy, GError **error)
+{
+    copy->last_event = 0;
+    if (!pba_source_release_all(&copy->source, error)) {
+        return false;
+    }
+    while (copy->source.trimming > 0) {
+        if (!turn(copy, error)) {
+            return false;
+        }
+    }
+    copy->statistics->bytes_discarded = copy->source.discarded;
+    return check_trims(copy, error);
+}
+
+/* Before and after */
+
+static bool count_total(Copy *copy, GError **error)
+{
+    uint64_t offset;
+    uint64_t length;
+    PbaMap *map = pba_map_swap(copy->volume, pba_map_new(copy->volume));
+    bool read;
+
+    do {
+        read = pba_volume_next_dirty_region(copy->volume, &offset, &length, error);
+        copy->total += read ? length : 0;
+    } while (read && length > 0);
+    if (!read) {
+        pba_volume_disconnect(copy->volume); /* answers may be under way to this map */
+    }
+    pba_map_free(pba_map_swap(copy->volume, map));
+    return read && check_owner(copy, error);
+}
+
+static void prepare_pieces(Copy *copy)
+{
+    uint32_t request = copy->options->request_size ? copy->options->request_size : DEFAULT_REQUEST;
+
+    request = MIN(request, MIN(copy->source.max_request, copy->sink->max_request));
+    copy->piece_count = CLAMP(MEMORY / request, MIN_PIECES, MAX_PIECES);
+    /* One byte more: Perl may look at the one behind a string. */
+    copy->memory = g_aligned_alloc(1, (size_t)copy->piece_count * request + 1, SECTOR);
+    for (unsigned i = 0; i < copy->piece_count; i++) {
+        copy->pieces[i].data = copy->memory + (size_t)i * request;
+    }
+    pba_limit_init(&copy->limit, copy->options->bandwidth_limit, g_get_monotonic_time());
+    copy->request = pba_limit_request(&copy->limit, request);
+}
+
+static bool prepare(Copy *copy, GError **error)
+{
+    const PbaCopyOptions *options = copy->options;
+
+    if (options->progress && !count_total(copy, error)) {
+        return false;
+    }
+    if (!pba_source_open(&copy->source, copy->volume, options->connections, &copy->loop, error) ||
+        !(copy->sink = pba_sink_new(options, copy->volume, &copy->loop, error))) {
+        return false;
+    }
+    prepare_pieces(copy);
+    return true;
+}
+
+/* Whatever still is in flight knows the pieces' memory: its connections and threads go first. */
+static void clean_up(Copy *copy, bool broken)
+{
+    pba_pool_free(copy->loop.pool);
+    if (copy->sink) {
+        copy->sink->free(copy->sink);
+    }
+    pba_source_close(&copy->source, broken);
+    g_aligned_free(copy->memory);
+}
+
+static bool run(Copy *copy, GError **error)
+{
+    bool done = prepare(copy, error) && copy_regions(copy, error) && flush_sink(copy, error) &&
+                finish_discards(copy, error) && tell_progress(copy, true, error);
+    clean_up(copy, !done);
+    return done;
+}
+
+bool pba_volume_copy(PbaVolume *volume, const PbaCopyOptions *options,
+                     PbaCopyStatistics *statistics, GError **error)
+{
+    gint64 start = g_get_monotonic_time();
+    Copy *copy = g_new0(Copy, 1);
+    PbaMap *map = pba_map_swap(volume, pba_map_new(volume));
+
+    *statistics = (PbaCopyStatistics){0};
+    *copy = (Copy){
+        .volume = volume,
+        .options = options,
+        .statistics = statistics,
+        .loop = {.hooks = volume->hooks},
+        .source = {.volumes = {volume}, .count = 1},
+        .owner = getpid(),
+    };
+    bool done = run(copy, error);
+    pba_map_free(pba_map_swap(volume, map));
+    g_free(copy);
+    statistics->seconds = (double)(g_get_monotonic_time() - start) / G_TIME_SPAN_SECOND;
+    if (!done) {
+        pba_error_add_device(error, volume->device);
+    }
+    return done;
+}

@@ -1,0 +1,111 @@
+/* What the parts of a copy share: copy.c drives, source.c reads, sink*.c write. */
+#ifndef PBA_SRC_COPY_H
+#define PBA_SRC_COPY_H
+
+#include "pool.h"
+#include "trims.h"
+#include "volume.h"
+
+#define PBA_COPY_MAX_CONNECTIONS 16
+
+/* All that a copy waits for. Handles are borrowed. */
+typedef struct {
+    struct nbd_handle *handles[2 * PBA_COPY_MAX_CONNECTIONS];
+    unsigned count;
+    PbaPool *pool; /* NULL until a file is part of the copy */
+    PbaHooks hooks;
+} PbaLoop;
+
+void pba_loop_add(PbaLoop *loop, struct nbd_handle *handle);
+/* The pool, started where it was not yet. */
+PbaPool *pba_loop_pool(PbaLoop *loop, GError **error);
+/* Waits until something came or the time until is reached, and lets it be handled: completions are
+ * called from in here. False on timeout and interruption. */
+bool pba_loop_turn(PbaLoop *loop, gint64 until, gint64 deadline, GError **error);
+
+typedef enum {
+    PBA_PIECE_FREE,
+    PBA_PIECE_READING,
+    PBA_PIECE_READ,
+    PBA_PIECE_WRITING,
+    PBA_PIECE_WRITTEN,
+} PbaPieceState;
+
+/* A part of a dirty region on its way. Completions change its state and note errors; all else is
+ * done by the one who drives. */
+typedef struct {
+    PbaJob job;
+    struct PbaSink *sink; /* while it is written */
+    PbaPieceState state;
+    char *data; /* room for a request's length, aligned for direct I/O */
+    uint64_t sequence;
+    uint64_t offset;
+    uint32_t length;
+    uint32_t seen;         /* bytes that came */
+    uint32_t holes;        /* of them, those the source said are a hole */
+    uint32_t zero;         /* bytes written as zeroes */
+    unsigned pending;      /* requests in flight */
+    bool again;            /* is to be written once more */
+    int error;             /* errno of the first that failed, 0: none */
+    uint64_t error_offset; /* what it was about */
+} PbaPiece;
+
+/* Notes a failure; the first one stays. */
+void pba_piece_fail(PbaPiece *piece, int error, uint64_t offset);
+
+/* The volume's side */
+
+typedef struct {
+    PbaVolume *volumes[PBA_COPY_MAX_CONNECTIONS]; /* the first is the caller's */
+    unsigned count;
+    bool can_discard;
+    uint32_t max_request;
+    PbaTrims trims;
+    unsigned trimming; /* discards in flight */
+    uint64_t discarded;
+    int trim_error;
+    uint64_t trim_error_offset;
+} PbaSource;
+
+/* Opens what is needed beside the volume: connections in all, 0 for as many as are good for the
+ * speed. A server that does not say it is safe with several gets one. */
+bool pba_source_open(PbaSource *source, PbaVolume *volume, unsigned connections, PbaLoop *loop,
+                     GError **error);
+/* With broken, requests may still be in flight: all connections are closed. */
+void pba_source_close(PbaSource *source, bool broken);
+/* Begins to read offset and length of the piece. */
+bool pba_source_read(PbaSource *source, PbaPiece *piece, GError **error);
+/* The range is not needed any more. Discards what is worth a request by now. */
+bool pba_source_release(PbaSource *source, uint64_t offset, uint64_t length, GError **error);
+/* Discards all that is left to be. */
+bool pba_source_release_all(PbaSource *source, GError **error);
+
+/* The target's side */
+
+typedef struct PbaSink PbaSink;
+
+struct PbaSink {
+    /* Begins to write a piece that was read; its state says when that is done. */
+    bool (*write)(PbaSink *sink, PbaPiece *piece, GError **error);
+    /* Begins to flush; flushed says when that is done, flush_error how. */
+    bool (*flush)(PbaSink *sink, GError **error);
+    void (*free)(PbaSink *sink);
+    char *name;   /* for messages */
+    bool ordered; /* wants pieces in ascending order */
+    uint32_t max_request;
+    bool flushed;
+    int flush_error;
+};
+
+/* Makes what options say to the sink, of the volume's size. */
+PbaSink *pba_sink_new(const PbaCopyOptions *options, PbaVolume *volume, PbaLoop *loop,
+                      GError **error);
+PbaSink *pba_sink_file_new(const char *path, int fd, uint64_t size, PbaLoop *loop, GError **error);
+PbaSink *pba_sink_nbd_new(const char *uri, const PbaVolume *volume, unsigned connections,
+                          PbaLoop *loop, GError **error);
+
+/* How many of the bytes from at on are alike: zeroes (*zero) or not. Zeroes are looked for in whole
+ * blocks of 4 KiB. */
+size_t pba_piece_run(const PbaPiece *piece, size_t at, bool *zero);
+
+#endif

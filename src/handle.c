@@ -1,0 +1,134 @@
+/* A volume behind an open file handle: the mechanism file-handle, as a provider is given it. */
+#define _GNU_SOURCE
+#include "handle.h"
+#include "error.h"
+#include "volume.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <linux/falloc.h>
+#include <unistd.h>
+
+struct PbaHandle {
+    int fd;
+    PbaNextRegion next_region;
+    void *opaque;
+    uint64_t next; /* regions begin here or later */
+    bool ended;
+};
+
+PbaVolume *pba_volume_open_handle(const char *device, int fd, uint64_t size,
+                                  PbaNextRegion next_region, void *opaque, const PbaHooks *hooks,
+                                  GError **error)
+{
+    int own = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    if (own < 0) {
+        pba_error_set(error, PBA_ERROR_SYSTEM, "cannot use the file handle - %s",
+                      g_strerror(errno));
+        pba_error_add_device(error, device);
+        return NULL;
+    }
+    PbaHandle *handle = g_new0(PbaHandle, 1);
+    handle->fd = own;
+    handle->next_region = next_region;
+    handle->opaque = opaque;
+    return pba_volume_new_handle(handle, device, size, hooks);
+}
+
+void pba_handle_free(PbaHandle *handle)
+{
+    if (handle) {
+        close(handle->fd);
+        g_free(handle);
+    }
+}
+
+/* True if the call that errno is of is to be made again. */
+static bool may_retry(PbaVolume *volume, const char *what, uint64_t offset, GError **error)
+{
+    const PbaHooks *hooks = &volume->hooks;
+    int problem = errno;
+
+    if (problem == EINTR && !(hooks->interrupted && hooks->interrupted(hooks->opaque))) {
+        return true;
+    }
+    if (problem == EINTR) {
+        pba_error_set(error, PBA_ERROR_INTERRUPTED, "interrupted while %s at offset %" PRIu64, what,
+                      offset);
+    } else {
+        pba_error_set(error, PBA_ERROR_SYSTEM, "%s at offset %" PRIu64 " failed - %s", what, offset,
+                      g_strerror(problem));
+        if (problem == EIO) {
+            pba_error_add_hint(error, PBA_HINT_UNREADABLE);
+        }
+    }
+    pba_error_add_device(error, volume->device);
+    return false;
+}
+
+bool pba_handle_pread(PbaVolume *volume, char *buffer, uint64_t offset, uint64_t length,
+                      GError **error)
+{
+    while (length > 0) {
+        ssize_t got = pread(volume->handle->fd, buffer, length, (off_t)offset);
+        if (got == 0) {
+            pba_error_set(error, PBA_ERROR_INCOMPLETE,
+                          "the file ends at offset %" PRIu64 " instead of %" PRIu64, offset,
+                          volume->size);
+            pba_error_add_device(error, volume->device);
+            return false;
+        }
+        if (got < 0 && !may_retry(volume, "reading", offset, error)) {
+            return false;
+        }
+        if (got > 0) {
+            buffer += got;
+            offset += (uint64_t)got;
+            length -= (uint64_t)got;
+        }
+    }
+    return true;
+}
+
+bool pba_handle_discard(PbaVolume *volume, uint64_t offset, uint64_t length, GError **error)
+{
+    while (fallocate(volume->handle->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset,
+                     (off_t)length) != 0) {
+        if (!may_retry(volume, "discarding", offset, error)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+bool pba_handle_next_region(PbaVolume *volume, uint64_t *offset, uint64_t *length, GError **error)
+{
+    PbaHandle *handle = volume->handle;
+    GError *local = NULL;
+
+    *length = 0;
+    if (handle->ended) {
+        return true;
+    }
+    if (!handle->next_region(handle->opaque, offset, length, &local)) {
+        pba_error_add_device(&local, volume->device);
+    } else if (*length == 0) {
+        handle->ended = true;
+        return true;
+    } else if (*offset < handle->next || *offset > volume->size ||
+               *length > volume->size - *offset) {
+        pba_error_set(&local, PBA_ERROR_INCOMPLETE,
+                      "the next dirty region cannot begin at offset %" PRIu64
+                      " with length %" PRIu64,
+                      *offset, *length);
+        pba_error_add_device(&local, volume->device);
+    } else {
+        handle->next = *offset + *length;
+        return true;
+    }
+    if (local->code != PBA_ERROR_INTERRUPTED) {
+        pba_volume_break(volume, local);
+    }
+    g_propagate_error(error, local);
+    return false;
+}

@@ -1,0 +1,221 @@
+/* The volume's side of a copy: reads and discards over one or more connections. */
+#include "copy.h"
+#include "error.h"
+#include <errno.h>
+#include <inttypes.h>
+
+#define DEFAULT_CONNECTIONS 4
+#define CLUSTER UINT64_C(65536)
+/* Below the 32 bit limit of a request, and whole clusters. */
+#define MAX_DISCARD (UINT64_C(1) << 30)
+/* A range this long is worth a request of its own at once. */
+#define GOOD_DISCARD (UINT64_C(1) << 20)
+
+void pba_piece_fail(PbaPiece *piece, int error, uint64_t offset)
+{
+    if (!piece->error) {
+        piece->error = error;
+        piece->error_offset = offset;
+    }
+}
+
+static bool open_more(PbaSource *source, unsigned connections, GError **error)
+{
+    const PbaVolume *first = source->volumes[0];
+    PbaVolumeOptions options = {.device = first->device, .path = first->path, .size = first->size};
+
+    while (source->count < connections) {
+        PbaVolume *volume = pba_volume_open(&options, &first->hooks, error);
+        if (!volume) {
+            return false;
+        }
+        source->volumes[source->count++] = volume;
+    }
+    return true;
+}
+
+bool pba_source_open(PbaSource *source, PbaVolume *volume, unsigned connections, PbaLoop *loop,
+                     GError **error)
+{
+    *source = (PbaSource){.volumes = {volume}, .count = 1};
+    if (!pba_volume_connect(volume, error)) {
+        return false;
+    }
+    if (connections == 0) {
+        connections = DEFAULT_CONNECTIONS;
+    }
+    bool safe = nbd_can_multi_conn(volume->nbd) == 1;
+    if (!open_more(source, safe ? connections : 1, error)) {
+        return false;
+    }
+    int64_t max_request = nbd_get_block_size(volume->nbd, LIBNBD_SIZE_MAXIMUM);
+    source->max_request = max_request > 0 ? (uint32_t)MIN(max_request, UINT32_MAX) : UINT32_MAX;
+    source->can_discard = nbd_can_trim(volume->nbd) == 1;
+    pba_trims_init(&source->trims, CLUSTER, volume->size);
+    for (unsigned i = 0; i < source->count; i++) {
+        /* Every byte of a read is counted, so none has to be set before. */
+        nbd_set_pread_initialize(source->volumes[i]->nbd, false);
+        pba_loop_add(loop, source->volumes[i]->nbd);
+    }
+    return true;
+}
+
+void pba_source_close(PbaSource *source, bool broken)
+{
+    for (unsigned i = 1; i < source->count; i++) {
+        pba_volume_free(source->volumes[i]);
+    }
+    if (broken) {
+        pba_volume_disconnect(source->volumes[0]);
+    } else if (source->volumes[0]->nbd) {
+        nbd_set_pread_initialize(source->volumes[0]->nbd, true);
+    }
+}
+
+/* The connection with the least to do. */
+static PbaVolume *choose(const PbaSource *source)
+{
+    PbaVolume *best = source->volumes[0];
+    int least = nbd_aio_in_flight(best->nbd);
+
+    for (unsigned i = 1; i < source->count && least > 0; i++) {
+        int in_flight = nbd_aio_in_flight(source->volumes[i]->nbd);
+        if (in_flight < least) {
+            least = in_flight;
+            best = source->volumes[i];
+        }
+    }
+    return best;
+}
+
+static int take_chunk(void *opaque, const void *data, size_t count, uint64_t offset,
+                      unsigned status, int *error)
+{
+    PbaPiece *piece = opaque;
+
+    (void)data;
+    (void)offset;
+    if (*error || status == LIBNBD_READ_ERROR) {
+        pba_piece_fail(piece, *error ? *error : EIO, piece->offset);
+        return 0;
+    }
+    piece->seen += (uint32_t)count;
+    if (status == LIBNBD_READ_HOLE) {
+        piece->holes += (uint32_t)count;
+    }
+    return 0;
+}
+
+static int take_read(void *opaque, int *error)
+{
+    PbaPiece *piece = opaque;
+
+    if (*error) {
+        pba_piece_fail(piece, *error, piece->offset);
+    }
+    if (--piece->pending > 0) {
+        return 1;
+    }
+    if (piece->seen != piece->length) {
+        pba_piece_fail(piece, EIO, piece->offset);
+    }
+    piece->state = PBA_PIECE_READ;
+    return 1; /* retire the command */
+}
+
+bool pba_source_read(PbaSource *source, PbaPiece *piece, GError **error)
+{
+    PbaVolume *volume = choose(source);
+
+    piece->state = PBA_PIECE_READING;
+    piece->seen = piece->holes = piece->zero = 0;
+    piece->error = 0;
+    piece->pending = 1; /* this function */
+    for (uint64_t done = 0; done < piece->length;) {
+        uint64_t offset = piece->offset + done;
+        uint64_t length = pba_volume_unit(volume, offset, piece->length - done);
+        piece->pending++;
+        if (nbd_aio_pread_structured(
+                volume->nbd, piece->data + done, length, offset,
+                (nbd_chunk_callback){.callback = take_chunk, .user_data = piece},
+                (nbd_completion_callback){.callback = take_read, .user_data = piece}, 0) == -1) {
+            g_autofree char *what =
+                g_strdup_printf("reading %" PRIu64 " bytes at offset %" PRIu64, length, offset);
+            pba_volume_set_nbd_error(volume, what, error);
+            return false;
+        }
+        done += length;
+    }
+    int none = 0;
+    take_read(piece, &none);
+    return true;
+}
+
+typedef struct {
+    PbaSource *source;
+    PbaRange range;
+} Trim;
+
+static int take_trim(void *opaque, int *error)
+{
+    Trim *trim = opaque;
+    PbaSource *source = trim->source;
+
+    source->trimming--;
+    if (!*error) {
+        source->discarded += trim->range.end - trim->range.begin;
+    } else if (!source->trim_error) {
+        source->trim_error = *error;
+        source->trim_error_offset = trim->range.begin;
+    }
+    return 1;
+}
+
+static bool send_trim(PbaSource *source, PbaRange range, GError **error)
+{
+    PbaVolume *volume = choose(source);
+    Trim *trim = g_new(Trim, 1);
+
+    *trim = (Trim){source, range};
+    source->trimming++;
+    if (nbd_aio_trim(
+            volume->nbd, range.end - range.begin, range.begin,
+            (nbd_completion_callback){.callback = take_trim, .user_data = trim, .free = g_free},
+            0) == -1) {
+        g_autofree char *what = g_strdup_printf("discarding %" PRIu64 " bytes at offset %" PRIu64,
+                                                range.end - range.begin, range.begin);
+        pba_volume_set_nbd_error(volume, what, error);
+        return false;
+    }
+    return true;
+}
+
+static bool send_good_trims(PbaSource *source, uint64_t at_least, GError **error)
+{
+    PbaRange range;
+
+    while (pba_trims_take(&source->trims, at_least, MAX_DISCARD, &range)) {
+        if (!send_trim(source, range, error)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+bool pba_source_release(PbaSource *source, uint64_t offset, uint64_t length, GError **error)
+{
+    PbaRange range;
+
+    while (!pba_trims_add(&source->trims, offset, length)) {
+        if (pba_trims_take_first(&source->trims, MAX_DISCARD, &range) && range.end > range.begin &&
+            !send_trim(source, range, error)) {
+            return false;
+        }
+    }
+    return send_good_trims(source, GOOD_DISCARD, error);
+}
+
+bool pba_source_release_all(PbaSource *source, GError **error)
+{
+    return send_good_trims(source, 1, error);
+}

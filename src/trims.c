@@ -1,0 +1,99 @@
+#include "trims.h"
+
+void pba_trims_init(PbaTrims *trims, uint64_t cluster, uint64_t size)
+{
+    *trims = (PbaTrims){.cluster = cluster, .size = size};
+}
+
+static void delete_range(PbaTrims *trims, unsigned index)
+{
+    trims->count--;
+    for (unsigned i = index; i < trims->count; i++) {
+        trims->ranges[i] = trims->ranges[i + 1];
+    }
+}
+
+static bool insert_range(PbaTrims *trims, unsigned index, PbaRange range)
+{
+    if (trims->count == PBA_TRIMS_MAX) {
+        return false;
+    }
+    for (unsigned i = trims->count; i > index; i--) {
+        trims->ranges[i] = trims->ranges[i - 1];
+    }
+    trims->ranges[index] = range;
+    trims->count++;
+    return true;
+}
+
+bool pba_trims_add(PbaTrims *trims, uint64_t offset, uint64_t length)
+{
+    PbaRange range = {offset, offset + length};
+    unsigned next = 0;
+
+    while (next < trims->count && trims->ranges[next].begin < offset) {
+        next++;
+    }
+    bool joins_next = next < trims->count && trims->ranges[next].begin == range.end;
+    if (next > 0 && trims->ranges[next - 1].end == offset) {
+        trims->ranges[next - 1].end = joins_next ? trims->ranges[next].end : range.end;
+        if (joins_next) {
+            delete_range(trims, next);
+        }
+        return true;
+    }
+    if (joins_next) {
+        trims->ranges[next].begin = offset;
+        return true;
+    }
+    return insert_range(trims, next, range);
+}
+
+static PbaRange whole_clusters(const PbaTrims *trims, PbaRange range, uint64_t max)
+{
+    PbaRange whole = {
+        .begin = (range.begin + trims->cluster - 1) / trims->cluster * trims->cluster,
+        .end = range.end == trims->size ? range.end : range.end / trims->cluster * trims->cluster,
+    };
+    if (whole.end <= whole.begin) {
+        return (PbaRange){range.begin, range.begin};
+    }
+    whole.end = MIN(whole.end, whole.begin + max);
+    return whole;
+}
+
+bool pba_trims_take(PbaTrims *trims, uint64_t at_least, uint64_t max, PbaRange *range)
+{
+    for (unsigned i = 0; i < trims->count; i++) {
+        PbaRange from = trims->ranges[i];
+        PbaRange whole = whole_clusters(trims, from, max);
+        if (whole.end - whole.begin < at_least || whole.end == whole.begin) {
+            continue;
+        }
+        /* The part of a cluster before it is given up if it would need more room than there is. */
+        trims->ranges[i].begin = whole.end;
+        if (whole.end == from.end) {
+            delete_range(trims, i);
+        }
+        if (whole.begin > from.begin) {
+            insert_range(trims, i, (PbaRange){from.begin, whole.begin});
+        }
+        *range = whole;
+        return true;
+    }
+    return false;
+}
+
+bool pba_trims_take_first(PbaTrims *trims, uint64_t max, PbaRange *range)
+{
+    if (trims->count == 0) {
+        return false;
+    }
+    *range = whole_clusters(trims, trims->ranges[0], max);
+    if (range->end > range->begin && range->end + trims->cluster <= trims->ranges[0].end) {
+        trims->ranges[0].begin = range->end;
+    } else {
+        delete_range(trims, 0);
+    }
+    return true;
+}

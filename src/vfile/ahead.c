@@ -1,0 +1,154 @@
+/* What to read ahead. The cursor runs through the dirty regions in front of a reader who reads in
+ * order: each region to its end, then on at the beginning of the next one. */
+#include "server.h"
+
+/* A reader who is not where he is expected this often in a row does not read in order. */
+#define MAX_MISSES 4
+/* Discarded ranges that lie ahead; with more of them there is no reading ahead at all. */
+#define MAX_HOLES 256
+
+typedef struct {
+    uint64_t begin;
+    uint64_t end;
+} Range;
+
+struct PbaAhead {
+    PbaRegions *regions; /* NULL: the whole volume is one region */
+    bool active;
+    unsigned misses;
+    uint64_t last_end; /* where the last read outside of what is read ahead ended */
+    uint64_t cursor;   /* where to read next */
+    Range region;      /* the cursor is in it, or behind it: then the next one is not known yet */
+    GArray *holes;     /* Range, ascending: what was discarded from the cursor on */
+    bool given_up;
+};
+
+PbaAhead *pba_ahead_new(const PbaVolumeOptions *options)
+{
+    PbaAhead *ahead = g_new0(PbaAhead, 1);
+    ahead->holes = g_array_new(FALSE, FALSE, sizeof(Range));
+    ahead->last_end = UINT64_MAX;
+    if (options->bitmap) {
+        ahead->regions = pba_regions_start(options);
+    } else {
+        ahead->region.end = options->size;
+    }
+    return ahead;
+}
+
+/* Moves the cursor out of what is clean or discarded. False if there is nothing more, or it is not
+ * known yet. */
+static bool settle(PbaAhead *ahead)
+{
+    while (ahead->holes->len > 0) {
+        const Range *hole = &g_array_index(ahead->holes, Range, 0);
+        if (ahead->cursor < hole->begin) {
+            break;
+        }
+        ahead->cursor = MAX(ahead->cursor, hole->end);
+        g_array_remove_index(ahead->holes, 0);
+    }
+    while (ahead->cursor >= ahead->region.end) {
+        if (!ahead->regions ||
+            !pba_regions_pop(ahead->regions, &ahead->region.begin, &ahead->region.end)) {
+            return false;
+        }
+        ahead->cursor = MAX(ahead->cursor, ahead->region.begin);
+    }
+    return true;
+}
+
+/* True if the cursor is then in a region that has not been discarded. */
+static bool find_data(PbaAhead *ahead)
+{
+    uint64_t before;
+    do {
+        before = ahead->cursor;
+        if (!settle(ahead)) {
+            return false;
+        }
+    } while (ahead->cursor != before);
+    return true;
+}
+
+void pba_ahead_stop(PbaAhead *ahead)
+{
+    ahead->active = false;
+    ahead->misses = 0;
+}
+
+static void start(PbaAhead *ahead, uint64_t offset)
+{
+    if (offset < ahead->cursor) {
+        if (ahead->regions) {
+            pba_regions_seek(ahead->regions, offset);
+            ahead->region = (Range){0, 0};
+        }
+        /* What was discarded there is not known any more: reading it ahead fails, no more. */
+        g_array_set_size(ahead->holes, 0);
+    }
+    ahead->cursor = offset;
+    ahead->misses = 0;
+    ahead->active = !ahead->given_up;
+}
+
+bool pba_ahead_note_read(PbaAhead *ahead, uint64_t begin, uint64_t end, bool known)
+{
+    bool expected = begin == ahead->last_end || (find_data(ahead) && begin == ahead->cursor);
+
+    ahead->last_end = end;
+    if (ahead->active && (known || expected)) {
+        ahead->misses = 0;
+        ahead->cursor = MAX(ahead->cursor, end);
+        return true;
+    }
+    if (ahead->active && ++ahead->misses <= MAX_MISSES) {
+        return true;
+    }
+    pba_ahead_stop(ahead);
+    if (expected) {
+        start(ahead, end);
+    } else if (end > ahead->cursor) {
+        /* It may be the first of the next reads in order, so be there. */
+        ahead->cursor = end;
+    }
+    return false;
+}
+
+bool pba_ahead_next(PbaAhead *ahead, uint64_t max, uint64_t *offset, uint64_t *length)
+{
+    if (!ahead->active || !find_data(ahead)) {
+        return false;
+    }
+    uint64_t end = ahead->region.end;
+    if (ahead->holes->len > 0) {
+        end = MIN(end, g_array_index(ahead->holes, Range, 0).begin);
+    }
+    *offset = ahead->cursor;
+    *length = MIN(max, end - ahead->cursor);
+    ahead->cursor += *length;
+    return true;
+}
+
+void pba_ahead_note_discard(PbaAhead *ahead, uint64_t begin, uint64_t end)
+{
+    guint at = 0;
+
+    if (end <= ahead->cursor || ahead->given_up) {
+        return;
+    }
+    while (at < ahead->holes->len && g_array_index(ahead->holes, Range, at).end < begin) {
+        at++;
+    }
+    while (at < ahead->holes->len && g_array_index(ahead->holes, Range, at).begin <= end) {
+        const Range *hole = &g_array_index(ahead->holes, Range, at);
+        begin = MIN(begin, hole->begin);
+        end = MAX(end, hole->end);
+        g_array_remove_index(ahead->holes, at);
+    }
+    g_array_insert_val(ahead->holes, at, ((Range){begin, end}));
+    if (ahead->holes->len > MAX_HOLES) {
+        ahead->given_up = true;
+        pba_ahead_stop(ahead);
+    }
+}

@@ -1,0 +1,284 @@
+/* The NBD connection of the file's server: a thread that sends requests and receives data. */
+#include "../error.h"
+#include "../volume.h"
+#include "server.h"
+#include <errno.h>
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+/* Below the 32 bit limit of a request, and whole clusters. */
+#define MAX_TRIM (UINT64_C(1) << 30)
+
+struct PbaConnection {
+    PbaVolume *volume; /* the thread's; NULL: lost */
+    uint32_t read_flags;
+    GQueue in_flight;      /* PbaRequest.link; the thread's */
+    GQueue unfinished;     /* trims of which another piece has to be sent; the thread's */
+    int wake_fd;           /* there are new requests */
+    int done_fd;           /* there are done requests */
+    GMutex mutex;          /* of all below */
+    PbaRequest *submitted; /* newest first */
+    PbaRequest *done;      /* newest first */
+    bool thread_waits;     /* wants wake_fd to be written to */
+    bool consumer_waits;   /* wants done_fd to be written to */
+};
+
+static void signal_fd(int fd)
+{
+    uint64_t one = 1;
+    /* It can only fail when it is readable by far. */
+    ssize_t written = write(fd, &one, sizeof(one));
+    (void)written;
+}
+
+static void clear_fd(int fd)
+{
+    uint64_t count;
+    ssize_t got = read(fd, &count, sizeof(count));
+    (void)got;
+}
+
+static PbaRequest *reverse(PbaRequest *list)
+{
+    PbaRequest *reversed = NULL;
+    while (list) {
+        PbaRequest *next = list->next;
+        list->next = reversed;
+        reversed = list;
+        list = next;
+    }
+    return reversed;
+}
+
+void pba_connection_submit(PbaConnection *connection, PbaRequest *request)
+{
+    request->connection = connection;
+    request->error = 0;
+    g_mutex_lock(&connection->mutex);
+    request->next = connection->submitted;
+    connection->submitted = request;
+    bool wake = connection->thread_waits;
+    connection->thread_waits = false;
+    g_mutex_unlock(&connection->mutex);
+    if (wake) {
+        signal_fd(connection->wake_fd);
+    }
+}
+
+PbaRequest *pba_connection_take_done(PbaConnection *connection, bool wake)
+{
+    g_mutex_lock(&connection->mutex);
+    PbaRequest *done = connection->done;
+    connection->done = NULL;
+    connection->consumer_waits = !done && wake;
+    g_mutex_unlock(&connection->mutex);
+    return reverse(done);
+}
+
+int pba_connection_fd(const PbaConnection *connection)
+{
+    return connection->done_fd;
+}
+
+static void give_back(PbaConnection *connection, PbaRequest *request)
+{
+    g_mutex_lock(&connection->mutex);
+    request->next = connection->done;
+    connection->done = request;
+    bool wake = connection->consumer_waits;
+    connection->consumer_waits = false;
+    g_mutex_unlock(&connection->mutex);
+    if (wake) {
+        signal_fd(connection->done_fd);
+    }
+}
+
+static void finish(PbaConnection *connection, PbaRequest *request)
+{
+    g_queue_unlink(&connection->in_flight, &request->link);
+    if (request->is_trim && !request->error) {
+        uint64_t piece = MIN(request->length, MAX_TRIM);
+        request->offset += piece;
+        request->length -= piece;
+    }
+    if (request->is_trim && !request->error && request->length > 0) {
+        g_queue_push_tail_link(&connection->unfinished, &request->link);
+    } else {
+        give_back(connection, request);
+    }
+}
+
+static int take_chunk(void *opaque, const void *data, size_t count, uint64_t offset,
+                      unsigned status, int *error)
+{
+    (void)data;
+    (void)offset;
+    (void)status;
+    (void)error;
+    PbaRequest *request = opaque;
+    request->seen += count;
+    return 0;
+}
+
+/* libnbd calls this while it has the connection locked, so nothing is sent from here. */
+static int take_completion(void *opaque, int *error)
+{
+    PbaRequest *request = opaque;
+
+    request->error = request->error ? request->error : *error;
+    if (--request->pending == 0) {
+        if (!request->is_trim && !request->error && request->seen != request->length) {
+            request->error = EIO; /* the server left something out */
+        }
+        finish(request->connection, request);
+    }
+    return 1; /* retire the command */
+}
+
+static int64_t send_piece(PbaConnection *connection, PbaRequest *request, uint64_t done,
+                          uint64_t length)
+{
+    struct nbd_handle *nbd = connection->volume->nbd;
+    nbd_completion_callback completion = {.callback = take_completion, .user_data = request};
+    nbd_chunk_callback chunk = {.callback = take_chunk, .user_data = request};
+    uint64_t offset = request->offset + done;
+
+    return request->is_trim
+               ? nbd_aio_trim(nbd, length, offset, completion, 0)
+               : nbd_aio_pread_structured(nbd, (char *)request->buffer + done, length, offset,
+                                          chunk, completion, connection->read_flags);
+}
+
+/* Sends a trim's next piece, or all of a read. libnbd may complete what it sends before it returns,
+ * so that the request is kept pending until all is sent. */
+static void send_request(PbaConnection *connection, PbaRequest *request)
+{
+    uint64_t length = request->is_trim ? MIN(request->length, MAX_TRIM) : request->length;
+
+    request->link = (GList){.data = request};
+    g_queue_push_tail_link(&connection->in_flight, &request->link);
+    request->pending = 1;
+    request->seen = 0;
+    for (uint64_t done = 0; done < length && !request->error;) {
+        uint64_t piece = length;
+        if (!connection->volume) {
+            request->error = ENOTCONN;
+            break;
+        }
+        if (!request->is_trim) {
+            piece = pba_volume_unit(connection->volume, request->offset + done, length - done);
+        }
+        request->pending++;
+        if (send_piece(connection, request, done, piece) == -1) {
+            request->pending--;
+            request->error = nbd_get_errno() ? nbd_get_errno() : EIO;
+        }
+        done += piece;
+    }
+    if (--request->pending == 0) {
+        finish(connection, request);
+    }
+}
+
+static void send_requests(PbaConnection *connection)
+{
+    GList *link;
+
+    g_mutex_lock(&connection->mutex);
+    PbaRequest *requests = connection->submitted;
+    connection->submitted = NULL;
+    g_mutex_unlock(&connection->mutex);
+    requests = reverse(requests);
+    while (requests) {
+        PbaRequest *request = requests;
+        requests = request->next;
+        send_request(connection, request);
+    }
+    while ((link = g_queue_pop_head_link(&connection->unfinished))) {
+        send_request(connection, link->data);
+    }
+}
+
+/* Whatever is in flight, and all that comes, fails from now on. */
+static void lose(PbaConnection *connection)
+{
+    GList *link;
+
+    pba_volume_free(connection->volume);
+    connection->volume = NULL;
+    while ((link = g_queue_pop_head_link(&connection->in_flight))) {
+        PbaRequest *request = link->data;
+        request->error = ENOTCONN;
+        give_back(connection, request);
+    }
+}
+
+/* True if the thread may sleep until wake_fd says that there is more to do. */
+static bool may_wait(PbaConnection *connection)
+{
+    g_mutex_lock(&connection->mutex);
+    connection->thread_waits = !connection->submitted;
+    bool waits = connection->thread_waits;
+    g_mutex_unlock(&connection->mutex);
+    return waits && connection->unfinished.length == 0;
+}
+
+static void turn(PbaConnection *connection)
+{
+    unsigned direction = connection->volume ? nbd_aio_get_direction(connection->volume->nbd) : 0;
+    struct pollfd fds[] = {
+        {.fd = connection->wake_fd, .events = POLLIN},
+        {.fd = connection->volume ? nbd_aio_get_fd(connection->volume->nbd) : -1},
+    };
+    bool busy = connection->in_flight.length > 0;
+    int limit = !may_wait(connection) ? 0 : busy ? PBA_NBD_LIMIT_S * 1000 : -1;
+
+    fds[1].events = (short)((direction & LIBNBD_AIO_DIRECTION_READ ? POLLIN : 0) |
+                            (direction & LIBNBD_AIO_DIRECTION_WRITE ? POLLOUT : 0));
+    int ready = poll(fds, 2, limit);
+    /* A server that says nothing for so long is as good as gone. */
+    int result = ready == 0 && limit > 0 ? -1 : 0;
+    if (fds[0].revents) {
+        clear_fd(connection->wake_fd);
+    }
+    if (fds[1].revents & (POLLIN | POLLHUP | POLLERR)) {
+        result = direction & LIBNBD_AIO_DIRECTION_READ
+                     ? nbd_aio_notify_read(connection->volume->nbd)
+                     : -1;
+    } else if (fds[1].revents & POLLOUT) {
+        result = nbd_aio_notify_write(connection->volume->nbd);
+    }
+    if (connection->volume && (result == -1 || pba_volume_is_lost(connection->volume))) {
+        lose(connection);
+    }
+}
+
+static gpointer run(gpointer opaque)
+{
+    PbaConnection *connection = opaque;
+    for (;;) {
+        send_requests(connection);
+        turn(connection);
+    }
+    return NULL;
+}
+
+PbaConnection *pba_connection_start(PbaVolume *volume, GError **error)
+{
+    PbaConnection *connection = g_new0(PbaConnection, 1);
+    connection->volume = volume;
+    connection->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    connection->done_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (connection->wake_fd < 0 || connection->done_fd < 0) {
+        pba_error_set(error, PBA_ERROR_SYSTEM, "cannot make an eventfd - %s", g_strerror(errno));
+        return NULL;
+    }
+    /* In one piece: a server that looks for holes first may have to ask the block status, which
+     * QEMU 7.2 cannot do twice at a time on a snapshot. */
+    nbd_set_pread_initialize(volume->nbd, false); /* what was not filled is not handed out */
+    connection->read_flags = nbd_can_df(volume->nbd) == 1 ? LIBNBD_CMD_FLAG_DF : 0;
+    g_mutex_init(&connection->mutex);
+    g_thread_unref(g_thread_new("nbd", run, connection));
+    return connection;
+}

@@ -1,0 +1,431 @@
+/* The file: answers the kernel's requests from slots, which are pieces of the volume that were or
+ * are being read. A read takes what there is and has the gaps filled, with exactly the bytes that
+ * are missing; reading ahead fills slots on its own account. */
+#include "../access.h"
+#include "server.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <linux/falloc.h>
+#include <string.h>
+#include <unistd.h>
+
+#define SLOT_SIZE (256u << 10)
+/* Of all memory; what is read ahead has a part of it. */
+#define MAX_SLOTS 128u
+#define MAX_AHEAD 32u
+#define ATTRIBUTES_S 3600.0
+
+typedef struct {
+    PbaRequest nbd; /* first, since the connection gives them back; its length stays */
+    bool loaded;
+    bool ahead;   /* kept until the reader has passed it */
+    bool dropped; /* its range was discarded or is not wanted any more: freed once it is loaded */
+} Slot;
+
+/* A request that waits for slots, or for a trim. */
+typedef struct {
+    PbaFile *file;
+    fuse_req_t request;
+    uint64_t begin;
+    uint64_t end;
+    bool in_order; /* of the reader for whom is read ahead */
+    GList link;
+} Reading;
+
+typedef struct {
+    PbaRequest nbd; /* first */
+    PbaFile *file;
+    fuse_req_t request; /* NULL: interrupted, and answered so */
+} Trim;
+
+struct PbaFile {
+    PbaConnection *connection;
+    PbaAhead *ahead;
+    uint64_t size;
+    GPtrArray *slots;        /* Slot, in use */
+    GPtrArray *free_buffers; /* of SLOT_SIZE */
+    unsigned ahead_slots;
+    GQueue readings; /* Reading.link, oldest first */
+    unsigned trims;
+    bool starved; /* an older reading has got no slot */
+};
+
+PbaFile *pba_file_new(PbaConnection *connection, PbaAhead *ahead, uint64_t size)
+{
+    PbaFile *file = g_new0(PbaFile, 1);
+    file->connection = connection;
+    file->ahead = ahead;
+    file->size = size;
+    file->slots = g_ptr_array_new();
+    file->free_buffers = g_ptr_array_new();
+    return file;
+}
+
+/* Slots */
+
+static Slot *find_slot(const PbaFile *file, uint64_t offset)
+{
+    for (guint i = 0; i < file->slots->len; i++) {
+        Slot *slot = file->slots->pdata[i];
+        if (!slot->dropped && offset - slot->nbd.offset < slot->nbd.length) {
+            return slot;
+        }
+    }
+    return NULL;
+}
+
+/* Where the slot begins that comes after offset, at most end. */
+static uint64_t gap_end(const PbaFile *file, uint64_t offset, uint64_t end)
+{
+    for (guint i = 0; i < file->slots->len; i++) {
+        const Slot *slot = file->slots->pdata[i];
+        if (!slot->dropped && slot->nbd.offset > offset) {
+            end = MIN(end, slot->nbd.offset);
+        }
+    }
+    return end;
+}
+
+/* Begins to read; NULL if all memory is in use. */
+static Slot *load(PbaFile *file, uint64_t offset, uint64_t length, bool ahead)
+{
+    if (file->slots->len >= MAX_SLOTS) {
+        return NULL;
+    }
+    Slot *slot = g_new0(Slot, 1);
+    slot->nbd.offset = offset;
+    slot->nbd.length = length;
+    slot->nbd.buffer =
+        file->free_buffers->len > 0
+            ? g_ptr_array_steal_index_fast(file->free_buffers, file->free_buffers->len - 1)
+            : g_malloc(SLOT_SIZE);
+    slot->ahead = ahead;
+    file->ahead_slots += ahead;
+    g_ptr_array_add(file->slots, slot);
+    pba_connection_submit(file->connection, &slot->nbd);
+    return slot;
+}
+
+/* Frees a slot, now or when it is loaded. */
+static void drop_slot(PbaFile *file, Slot *slot)
+{
+    if (slot->ahead) {
+        slot->ahead = false;
+        file->ahead_slots--;
+    }
+    slot->dropped = true;
+    if (slot->loaded) {
+        g_ptr_array_remove_fast(file->slots, slot);
+        g_ptr_array_add(file->free_buffers, slot->nbd.buffer);
+        g_free(slot);
+    }
+}
+
+static bool is_wanted(const PbaFile *file, const Slot *slot)
+{
+    if (slot->ahead) {
+        return true;
+    }
+    for (GList *link = file->readings.head; link; link = link->next) {
+        const Reading *reading = link->data;
+        if (slot->nbd.offset < reading->end &&
+            reading->begin < slot->nbd.offset + slot->nbd.length) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Drops what has a part in a range; whoever waits for it has it loaded again. */
+static void drop_slots(PbaFile *file, uint64_t begin, uint64_t end)
+{
+    for (guint i = file->slots->len; i-- > 0;) {
+        Slot *slot = file->slots->pdata[i];
+        if (!slot->dropped && slot->nbd.offset < end &&
+            begin < slot->nbd.offset + slot->nbd.length) {
+            drop_slot(file, slot);
+        }
+    }
+}
+
+/* What was read ahead up to here is of no more use, nor is what nobody waits for. */
+static void release_slots(PbaFile *file, uint64_t end)
+{
+    for (guint i = file->slots->len; i-- > 0;) {
+        Slot *slot = file->slots->pdata[i];
+        if (slot->ahead && slot->nbd.offset + slot->nbd.length <= end) {
+            slot->ahead = false;
+            file->ahead_slots--;
+        }
+        if (slot->loaded && !is_wanted(file, slot)) {
+            drop_slot(file, slot);
+        }
+    }
+}
+
+static void read_ahead(PbaFile *file)
+{
+    uint64_t offset;
+    uint64_t length;
+
+    while (file->ahead_slots < MAX_AHEAD && file->slots->len < MAX_SLOTS &&
+           pba_ahead_next(file->ahead, SLOT_SIZE, &offset, &length)) {
+        load(file, offset, gap_end(file, offset, offset + length) - offset, true);
+    }
+}
+
+/* Reading */
+
+static void end_reading(Reading *reading)
+{
+    g_queue_unlink(&reading->file->readings, &reading->link);
+    g_free(reading);
+}
+
+/* Collects the parts of a range, and has loaded what is missing. Returns their number; 0 if not all
+ * of it is there yet. */
+static int collect(PbaFile *file, uint64_t begin, uint64_t end, struct iovec *parts)
+{
+    bool complete = true;
+    int count = 0;
+
+    for (uint64_t at = begin; at < end;) {
+        Slot *slot = find_slot(file, at);
+        if (!slot && !file->starved) {
+            uint64_t stop = gap_end(file, at, MIN(end, at + SLOT_SIZE));
+            slot = load(file, at, stop - at, false);
+            file->starved = !slot;
+        }
+        if (!slot) {
+            return 0;
+        }
+        uint64_t skip = at - slot->nbd.offset;
+        uint64_t length = MIN(slot->nbd.length - skip, end - at);
+        complete = complete && slot->loaded;
+        parts[count].iov_base = (char *)slot->nbd.buffer + skip;
+        parts[count].iov_len = length;
+        count++;
+        at += length;
+    }
+    return complete ? count : 0;
+}
+
+static void on_read_interrupt(fuse_req_t request, void *opaque)
+{
+    (void)request;
+    Reading *reading = opaque;
+    fuse_reply_err(reading->request, EINTR);
+    end_reading(reading);
+}
+
+static void on_read(fuse_req_t request, fuse_ino_t inode, size_t length, off_t offset,
+                    struct fuse_file_info *info)
+{
+    (void)inode;
+    (void)info;
+    PbaFile *file = fuse_req_userdata(request);
+    struct iovec parts[MAX_SLOTS];
+    uint64_t begin = MIN((uint64_t)offset, file->size);
+    uint64_t end = begin + MIN(length, file->size - begin);
+
+    if (begin == end) {
+        fuse_reply_buf(request, NULL, 0);
+        return;
+    }
+    const Slot *slot = find_slot(file, begin);
+    bool in_order = slot && slot->ahead;
+    if (!pba_ahead_note_read(file->ahead, begin, end, in_order)) {
+        release_slots(file, UINT64_MAX);
+    }
+    int count = collect(file, begin, end, parts);
+    if (count > 0) {
+        fuse_reply_iov(request, parts, count);
+        release_slots(file, in_order ? end : 0);
+        return;
+    }
+    Reading *reading = g_new0(Reading, 1);
+    *reading = (Reading){file, request, begin, end, in_order, {0}};
+    reading->link.data = reading;
+    g_queue_push_tail_link(&file->readings, &reading->link);
+    fuse_req_interrupt_func(request, on_read_interrupt, reading);
+}
+
+/* Answers whom it can; the oldest gets free memory first. */
+static void serve_readings(PbaFile *file)
+{
+    struct iovec parts[MAX_SLOTS];
+    GList *next;
+
+    file->starved = false;
+    for (GList *link = file->readings.head; link; link = next) {
+        Reading *reading = link->data;
+        next = link->next;
+        int count = collect(file, reading->begin, reading->end, parts);
+        if (count > 0) {
+            uint64_t passed = reading->in_order ? reading->end : 0;
+            fuse_reply_iov(reading->request, parts, count);
+            end_reading(reading);
+            release_slots(file, passed);
+        }
+    }
+}
+
+/* A piece cannot be read: neither can a range that has all of it. One that has only a part of it
+ * tries that part by itself. */
+static void fail_slot(PbaFile *file, Slot *slot)
+{
+    GList *next;
+
+    for (GList *link = file->readings.head; link; link = next) {
+        Reading *reading = link->data;
+        next = link->next;
+        if (reading->begin <= slot->nbd.offset &&
+            slot->nbd.offset + slot->nbd.length <= reading->end) {
+            fuse_reply_err(reading->request, EIO);
+            end_reading(reading);
+        }
+    }
+    if (slot->ahead) {
+        pba_ahead_stop(file->ahead);
+    }
+    drop_slot(file, slot);
+}
+
+static void finish_slot(PbaFile *file, Slot *slot)
+{
+    slot->loaded = true;
+    if (slot->dropped || (!slot->nbd.error && !is_wanted(file, slot))) {
+        drop_slot(file, slot);
+    } else if (slot->nbd.error) {
+        fail_slot(file, slot);
+    }
+}
+
+/* Discarding */
+
+static void on_trim_interrupt(fuse_req_t request, void *opaque)
+{
+    (void)request;
+    Trim *trim = opaque;
+    fuse_reply_err(trim->request, EINTR);
+    trim->request = NULL;
+}
+
+static void finish_trim(Trim *trim)
+{
+    trim->file->trims--;
+    if (trim->request) {
+        fuse_reply_err(trim->request, trim->nbd.error ? EIO : 0);
+    }
+    g_free(trim);
+}
+
+static void on_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t offset, off_t length,
+                         struct fuse_file_info *info)
+{
+    (void)inode;
+    (void)info;
+    PbaFile *file = fuse_req_userdata(request);
+    uint64_t begin = MIN((uint64_t)offset, file->size);
+    uint64_t end = begin + MIN((uint64_t)length, file->size - begin);
+
+    if (mode != (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)) {
+        fuse_reply_err(request, EOPNOTSUPP);
+        return;
+    }
+    /* Whole clusters only: older QEMUs abort on parts of one. */
+    begin = (begin + PBA_GRANULARITY - 1) / PBA_GRANULARITY * PBA_GRANULARITY;
+    if (end != file->size) {
+        end = end / PBA_GRANULARITY * PBA_GRANULARITY;
+    }
+    if (begin >= end) {
+        fuse_reply_err(request, 0);
+        return;
+    }
+    drop_slots(file, begin, end);
+    pba_ahead_note_discard(file->ahead, begin, end);
+    Trim *trim = g_new0(Trim, 1);
+    trim->nbd = (PbaRequest){.is_trim = true, .offset = begin, .length = end - begin};
+    trim->file = file;
+    trim->request = request;
+    file->trims++;
+    pba_connection_submit(file->connection, &trim->nbd);
+    fuse_req_interrupt_func(request, on_trim_interrupt, trim);
+}
+
+/* The rest */
+
+static void fill_attributes(const PbaFile *file, struct stat *status)
+{
+    *status = (struct stat){
+        .st_ino = FUSE_ROOT_ID,
+        .st_mode = S_IFREG | 0600,
+        .st_nlink = 1,
+        .st_uid = geteuid(),
+        .st_gid = getegid(),
+        .st_size = (off_t)file->size,
+        .st_blksize = SLOT_SIZE,
+        .st_blocks = (blkcnt_t)(file->size / 512),
+    };
+}
+
+static void on_getattr(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info *info)
+{
+    (void)inode;
+    (void)info;
+    struct stat status;
+    fill_attributes(fuse_req_userdata(request), &status);
+    fuse_reply_attr(request, &status, ATTRIBUTES_S);
+}
+
+/* Without the page cache, however it is opened: the kernel would read ahead across the edges of
+ * regions. */
+static void on_open(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info *info)
+{
+    (void)inode;
+    info->direct_io = 1;
+    fuse_reply_open(request, info);
+}
+
+/* The snapshot cannot be written to; its file is open for writing only to be punched. */
+static void on_write(fuse_req_t request, fuse_ino_t inode, const char *data, size_t length,
+                     off_t offset, struct fuse_file_info *info)
+{
+    (void)inode;
+    (void)data;
+    (void)length;
+    (void)offset;
+    (void)info;
+    fuse_reply_err(request, EOPNOTSUPP);
+}
+
+const struct fuse_lowlevel_ops pba_file_operations = {
+    .getattr = on_getattr,
+    .open = on_open,
+    .read = on_read,
+    .write = on_write,
+    .fallocate = on_fallocate,
+};
+
+void pba_file_turn(PbaFile *file)
+{
+    PbaRequest *done;
+
+    /* Whoever waits is woken; what is read ahead can wait until somebody wants it. */
+    while ((done = pba_connection_take_done(file->connection,
+                                            file->readings.length > 0 || file->trims > 0))) {
+        while (done) {
+            PbaRequest *request = done;
+            done = request->next;
+            if (request->is_trim) {
+                finish_trim((Trim *)request);
+            } else {
+                finish_slot(file, (Slot *)request);
+            }
+        }
+        serve_readings(file);
+        read_ahead(file);
+    }
+    read_ahead(file);
+}

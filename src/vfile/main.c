@@ -1,0 +1,172 @@
+/* pba-vfile: serves one volume of an access as a file, until it is told to end or its parent dies.
+ *
+ *   pba-vfile FILE SOCKET DEVICE SIZE [BITMAP]
+ *
+ * FILE is made, and removed at the end. Standard input is a socket to the parent: what is wrong is
+ * written there (standard error goes there, too), or a NUL character once the file can be opened;
+ * when the parent shuts it down, or is gone, the server unmounts and ends. */
+#include "../error.h"
+#include "server.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/prctl.h>
+#include <sys/signalfd.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#define PARENT_FD STDIN_FILENO
+
+static bool told_to_end(void *opaque)
+{
+    (void)opaque;
+    struct pollfd parent = {.fd = PARENT_FD, .events = POLLIN};
+    sigset_t pending;
+
+    sigpending(&pending);
+    return poll(&parent, 1, 0) != 0 || sigismember(&pending, SIGTERM) == 1;
+}
+
+/* The parent's death comes as a signal, or closes the socket; a forked child of his may still have
+ * the socket, and the signal comes only once this is asked for. */
+static int watch_signals(GError **error)
+{
+    sigset_t signals;
+
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGTERM);
+    sigaddset(&signals, SIGINT);
+    sigaddset(&signals, SIGHUP);
+    sigprocmask(SIG_BLOCK, &signals, NULL);
+    signal(SIGPIPE, SIG_IGN);
+    int fd = signalfd(-1, &signals, SFD_CLOEXEC);
+    if (fd < 0 || prctl(PR_SET_PDEATHSIG, SIGTERM) != 0) {
+        pba_error_set(error, PBA_ERROR_SYSTEM, "cannot watch the parent - %s", g_strerror(errno));
+        return -1;
+    }
+    return fd;
+}
+
+static bool make_file(const char *path, GError **error)
+{
+    int fd = open(path, O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    if (fd < 0) {
+        pba_error_set(error, PBA_ERROR_SYSTEM, "cannot make '%s' - %s", path, g_strerror(errno));
+        return false;
+    }
+    close(fd);
+    return true;
+}
+
+/* libfuse says by itself, on standard error, why it cannot mount. */
+static struct fuse_session *mount_file(const char *path, PbaFile *file, GError **error)
+{
+    char *words[] = {(char *)"pba-vfile", (char *)"-ofsname=pve-backup-access"};
+    struct fuse_args arguments = FUSE_ARGS_INIT(G_N_ELEMENTS(words), words);
+    struct fuse_session *session =
+        fuse_session_new(&arguments, &pba_file_operations, sizeof(pba_file_operations), file);
+
+    if (!session || fuse_session_mount(session, path) != 0) {
+        pba_error_set(error, PBA_ERROR_SYSTEM, "cannot mount a FUSE file at '%s'", path);
+        return NULL;
+    }
+    int fd = fuse_session_fd(session);
+    fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+    return session;
+}
+
+/* From now on the parent hears nothing but our end. */
+static bool report_ready(void)
+{
+    int null_fd = open("/dev/null", O_RDWR | O_CLOEXEC);
+    bool done = null_fd >= 0 && dup2(null_fd, STDERR_FILENO) >= 0;
+
+    close(null_fd);
+    return write(PARENT_FD, "", 1) == 1 && done;
+}
+
+static void serve(struct fuse_session *session, PbaFile *file, PbaConnection *connection,
+                  int signal_fd)
+{
+    struct fuse_buf buffer = {0};
+    struct pollfd fds[] = {
+        {.fd = fuse_session_fd(session), .events = POLLIN},
+        {.fd = pba_connection_fd(connection), .events = POLLIN},
+        {.fd = PARENT_FD, .events = POLLIN},
+        {.fd = signal_fd, .events = POLLIN},
+    };
+
+    while (!fuse_session_exited(session)) {
+        pba_file_turn(file);
+        if (poll(fds, G_N_ELEMENTS(fds), -1) < 0 && errno != EINTR) {
+            break;
+        }
+        if (fds[2].revents || fds[3].revents) {
+            break;
+        }
+        if (fds[1].revents) {
+            eventfd_t count;
+            eventfd_read(fds[1].fd, &count);
+        }
+        if (fds[0].revents && fuse_session_receive_buf(session, &buffer) > 0) {
+            fuse_session_process_buf(session, &buffer);
+        }
+    }
+    free(buffer.mem);
+}
+
+static bool run(const char *path, const PbaVolumeOptions *options, GError **error)
+{
+    PbaHooks hooks = {.interrupted = told_to_end};
+    int signal_fd = watch_signals(error);
+    g_autoptr(PbaVolume) volume = NULL;
+    PbaConnection *connection;
+    struct fuse_session *session;
+
+    if (signal_fd < 0 || !make_file(path, error)) {
+        return false;
+    }
+    /* The thread of the connection has no use for the map. */
+    PbaVolumeOptions data = *options;
+    data.bitmap = NULL;
+    bool done = (volume = pba_volume_open(&data, &hooks, error)) &&
+                (connection = pba_connection_start(g_steal_pointer(&volume), error));
+    PbaFile *file = done ? pba_file_new(connection, pba_ahead_new(options), options->size) : NULL;
+    done = done && (session = mount_file(path, file, error));
+    if (done) {
+        done = report_ready();
+        serve(session, file, connection, signal_fd);
+        fuse_session_unmount(session);
+    }
+    unlink(path);
+    return done;
+}
+
+int main(int argc, char **argv)
+{
+    g_autoptr(GError) error = NULL;
+
+    if (argc < 5 || argc > 6) {
+        fputs("usage: pba-vfile FILE SOCKET DEVICE SIZE [BITMAP]\n", stderr);
+        return EXIT_FAILURE;
+    }
+    PbaVolumeOptions options = {
+        .device = argv[3],
+        .path = argv[2],
+        .bitmap = argv[5],
+        .size = g_ascii_strtoull(argv[4], NULL, 10),
+    };
+    umask(077);
+    if (chdir("/") != 0 || !run(argv[1], &options, &error)) {
+        fputs(error ? error->message : "cannot serve the file", stderr);
+        fflush(stderr);
+        _exit(EXIT_FAILURE);
+    }
+    /* Threads still run: there is nothing to be cleaned up that the kernel does not. */
+    _exit(EXIT_SUCCESS);
+}

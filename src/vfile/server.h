@@ -1,0 +1,78 @@
+/* The parts of pba-vfile: the process that serves one volume as a file.
+ *
+ * One thread (main.c, file.c, ahead.c) has all the state and speaks FUSE; another (connection.c)
+ * moves the data of the NBD connection, so that receiving and answering go on side by side; a third
+ * (map.c) goes through the dirty bitmap ahead of the reader. */
+#ifndef PBA_VFILE_SERVER_H
+#define PBA_VFILE_SERVER_H
+
+#define FUSE_USE_VERSION 35
+
+#include "../pba.h"
+#include <fuse_lowlevel.h>
+
+/* The NBD connection, in a thread of its own */
+
+typedef struct PbaConnection PbaConnection;
+
+/* A request; the submitter's memory until the connection has given it back. */
+typedef struct PbaRequest {
+    PbaConnection *connection;
+    struct PbaRequest *next;
+    bool is_trim;
+    uint64_t offset;
+    uint64_t length;
+    void *buffer;     /* of length bytes; NULL for a trim */
+    int error;        /* errno; 0: all of it is done */
+    uint64_t seen;    /* bytes that came */
+    unsigned pending; /* pieces that are in flight; the connection's, as the next */
+    GList link;
+} PbaRequest;
+
+/* Takes over a volume that is connected. Like its thread it lasts as long as the process. */
+PbaConnection *pba_connection_start(PbaVolume *volume, GError **error);
+void pba_connection_submit(PbaConnection *connection, PbaRequest *request);
+/* The requests that are done, linked by next; NULL for none. Then, with wake, pba_connection_fd
+ * becomes readable once there is one. */
+PbaRequest *pba_connection_take_done(PbaConnection *connection, bool wake);
+int pba_connection_fd(const PbaConnection *connection);
+
+/* The dirty regions, fetched by a thread of their own */
+
+typedef struct PbaRegions PbaRegions;
+
+/* options are copied; they name the bitmap. Lasts as long as the process. */
+PbaRegions *pba_regions_start(const PbaVolumeOptions *options);
+/* The next region, if it is there already. Never waits. */
+bool pba_regions_pop(PbaRegions *regions, uint64_t *begin, uint64_t *end);
+/* Goes on with what is dirty from offset on. */
+void pba_regions_seek(PbaRegions *regions, uint64_t offset);
+
+/* What to read ahead */
+
+typedef struct PbaAhead PbaAhead;
+
+/* Follows one reader who reads in order. Lasts as long as the process. */
+PbaAhead *pba_ahead_new(const PbaVolumeOptions *options);
+/* Somebody reads a range; known says that it begins in what was read ahead. False if the rest of
+ * what was read ahead is of no more use. */
+bool pba_ahead_note_read(PbaAhead *ahead, uint64_t begin, uint64_t end, bool known);
+/* The next piece worth reading, of at most max bytes, inside one region and not discarded. */
+bool pba_ahead_next(PbaAhead *ahead, uint64_t max, uint64_t *offset, uint64_t *length);
+/* A range is discarded: it must not be read any more. */
+void pba_ahead_note_discard(PbaAhead *ahead, uint64_t begin, uint64_t end);
+/* What was read ahead could not be read: no more of that, until somebody reads in order again. */
+void pba_ahead_stop(PbaAhead *ahead);
+
+/* The file */
+
+typedef struct PbaFile PbaFile;
+
+/* connection and ahead are borrowed. */
+PbaFile *pba_file_new(PbaConnection *connection, PbaAhead *ahead, uint64_t size);
+/* userdata of the session is a PbaFile. */
+extern const struct fuse_lowlevel_ops pba_file_operations;
+/* Handles what the connection has done. */
+void pba_file_turn(PbaFile *file);
+
+#endif

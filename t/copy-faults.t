@@ -1,0 +1,256 @@
+# Copies that go wrong: at the source, at the target, in between. Each has to die with an error that
+# names the offset, soon, and leave an object that can be dropped.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+
+use Errno qw(EIO EINVAL);
+use File::Temp ();
+use POSIX ();
+use Test::More;
+use Time::HiRes qw(sleep);
+
+use PBA::Test::NBDServer;
+use PBA::Test::QemuNbd;
+use PVE::BackupAccess::Volume;
+
+my $KiB = 1 << 10;
+my $MiB = 1 << 20;
+my $size = 8 * $MiB;
+my $seed = 20261122;
+my $dir = File::Temp->newdir('pba-copy-faults-XXXXXXXX', TMPDIR => 1);
+
+# What hangs fails, long before anybody gives up waiting for the test.
+my $watchdog = fork() // die "cannot fork: $!\n";
+if (!$watchdog) {
+    my $test = getppid();
+    for (1 .. 300) {
+        sleep(1);
+        POSIX::_exit(0) if getppid() != $test;
+    }
+    kill('KILL', $test);
+    POSIX::_exit(0);
+}
+my $main = $$;
+END { kill('KILL', $watchdog) if defined($main) && $$ == $main }
+
+my @servers;
+
+sub start (%options) {
+    push @servers,
+        PBA::Test::NBDServer->start(
+        size => $size,
+        export => 'disk',
+        dirty => [[0, $size]],
+        dirty_only => 1,
+        %options,
+        );
+    shift(@servers) if @servers > 4;
+    return $servers[-1];
+}
+
+sub open_volume ($server) {
+    my $volume = {
+        'nbd-path' => $server->socket_path,
+        size => $server->{size},
+        'bitmap-mode' => 'reuse',
+        'bitmap-name' => $server->{bitmap},
+    };
+    return PVE::BackupAccess::Volume->open('disk', $volume);
+}
+
+sub descriptors () {
+    opendir(my $handle, '/proc/self/fd') or die "/proc/self/fd: $!\n";
+    return scalar(grep { !m/\A\./ } readdir($handle));
+}
+
+# Threads are ended when the copy is over, but nobody waits for the last of their steps.
+sub threads_but_ours () {
+    for (1 .. 50) {
+        my @tasks = glob('/proc/self/task/*');
+        return 0 if @tasks == 1;
+        sleep(0.1);
+    }
+    return 1;
+}
+
+# The copy dies with such an error, and once the volume is dropped nothing of it is left.
+sub copy_dies ($server, $pattern, $name, @options) {
+    my $before = descriptors();
+    my $volume = open_volume($server);
+    my $done = eval { $volume->copy(to => '/dev/null', @options); 1 };
+    my $error = $@;
+    ok(!$done, "$name: dies");
+    like($error, qr/\Adevice disk: .*$pattern.*\n\z/, "$name: message");
+    my $is_ours = ref($error) && $error->isa('PVE::BackupAccess::Error');
+    ok($is_ours && $error->device eq 'disk', "$name: an error of ours");
+    undef $volume;
+    is(threads_but_ours(), 0, "$name: no thread is left");
+    is(descriptors(), $before, "$name: no descriptor is left");
+    return;
+}
+
+my $read = qr/reading \d+ bytes at offset \d+ failed - /;
+my $map = qr/dirty bitmap cannot be read on from offset \d+ - /;
+my %source_faults = (
+    'an error' => [{ read_error => EIO }, qr/${read}Input\/output error/],
+    'a broken snapshot' => [{ read_error => EINVAL }, qr/${read}Invalid .* fleecing image full/],
+    'short data' => [{ short_read => 1 }, $read],
+    'half the data' => [{ short_read => 64 * $KiB }, $read],
+    'no data' => [{ missing_data => 1 }, $read],
+    'half a reply' => [{ disconnect_in => 'read' }, $read],
+    'a refused discard' => [{ trim_error => EIO }, qr/discarding at offset \d+ failed - Input/],
+    'half a map' => [{ disconnect_in => 'block-status' }, $map],
+    'an empty answer' => [{ no_extents => 1 }, $map],
+    'extents of no length' => [{ only_zero_extents => 1 }, $map],
+    'a wrong context' => [{ wrong_context_id => 1 }, $map],
+    'a refused map' => [{ block_status_error => EIO }, $map],
+);
+
+for my $fault (sort keys %source_faults) {
+    my ($options, $pattern) = $source_faults{$fault}->@*;
+    subtest "source: $fault" => sub {
+
+        # Of the map there is one answer; of the discards there may be as few.
+        for my $good ($pattern eq $read || $options->{read_error} ? (0, 1, 7) : 0) {
+            for my $connections (1, 4) {
+                copy_dies(
+                    start(%$options, good_first => $good), $pattern,
+                    "after $good good ones, $connections connections",
+                    connections => $connections,
+                    'request-size' => 128 * $KiB,
+                );
+            }
+        }
+    };
+}
+
+subtest 'a map that ends early' => sub {
+    my $dirty = [map { [$_ * 128 * $KiB, 64 * $KiB] } 0 .. 63];
+    for my $answers (1, 2, 5, 15) {
+        my %options = (dirty => $dirty, max_extents => 4, disconnect_after => $answers);
+        copy_dies(start(%options), qr/offset \d+/, "after $answers answers");
+        copy_dies(start(%options), $map, "after $answers answers, counted",
+            progress => sub (@) { });
+    }
+};
+
+subtest 'odd answers that are right' => sub {
+    my %oddities = (
+        'beyond the end' => { beyond_end => 4096 },
+        'unknown flags' => { unknown_flags => 0xfff0 },
+        'more than asked' => { answer_more => 1 },
+        'one by one' => { max_extents => 1 },
+    );
+    my $dirty = [[0, 64 * $KiB], [$MiB, 3 * $MiB], [7 * $MiB, $MiB]];
+    for my $name (sort keys %oddities) {
+        my $volume = open_volume(start(dirty => $dirty, $oddities{$name}->%*));
+        my %got;
+        my $statistics = $volume->copy(to => sub ($offset, $data) { $got{$offset} = $data });
+        is($statistics->{'bytes-read'}, 4 * $MiB + 64 * $KiB, "$name: bytes");
+        is($statistics->{regions}, 3, "$name: regions");
+        my @wrong
+            = grep { $got{$_} ne PBA::Test::NBDServer::pattern($_, length($got{$_})) } keys %got;
+        is_deeply(\@wrong, [], "$name: data");
+    }
+};
+
+subtest 'source lost at any offset' => sub {
+    srand($seed);
+    for my $round (1 .. 12) {
+
+        # The map is answered well, and with it each connection's first read.
+        my $at = $MiB + int(rand($size - $MiB));
+        copy_dies(
+            start(disconnect_at => $at, good_first => 1), $read, "round $round, at $at",
+            to => "$dir/target",
+            connections => 1 + $round % 4,
+            'request-size' => 64 * $KiB,
+        );
+    }
+};
+
+# Copies slowly, and ends a server in the middle of it.
+sub copy_while_ending ($victim, $volume, @options) {
+    my $calls = 0;
+    my $end = sub (@) { $victim->stop('KILL') if ++$calls == 2 };
+    my $done = eval { $volume->copy(@options, 'bandwidth-limit' => 4 * $MiB, progress => $end); 1 };
+    return ($done, $@);
+}
+
+sub filled_file ($file) {
+    open(my $fh, '>:raw', $file) or die "$file: $!\n";
+    print {$fh} PBA::Test::NBDServer::pattern(0, $size);
+    close($fh) or die "$file: $!\n";
+    return $file;
+}
+
+subtest 'servers that are killed' => sub {
+    my $source = PBA::Test::QemuNbd->start(file => filled_file("$dir/source"), readonly => 1);
+    my $volume = PVE::BackupAccess::Volume->open('disk', { 'nbd-path' => $source->uri });
+    my ($done, $error) = copy_while_ending($source, $volume, to => "$dir/target");
+    ok(!$done, 'the source');
+    like($error, qr/\Adevice disk: $read/, 'the source: error');
+    ok(!eval { $volume->pread(0, 512); 1 }, 'the source: it is gone for reads as well');
+
+    my $target = PBA::Test::QemuNbd->start(file => filled_file("$dir/target"));
+    $volume = open_volume(start());
+    ($done, $error) = copy_while_ending($target, $volume, to => $target->uri);
+    ok(!$done, 'the target');
+    like($error, qr/\Adevice disk: writing \d+ bytes at offset \d+ to nbd/, 'the target: error');
+    ok(eval { $volume->pread($size - 512, 512) }, 'the target: the volume can be read');
+};
+
+subtest 'targets that are full' => sub {
+    my $full = qr/failed - No space left on device/;
+    copy_dies(start(), qr/writing \d+ bytes at offset \d+ to \/dev\/full $full/,
+        'a device', to => '/dev/full',);
+
+    my $offset = 5 * $MiB;
+    my %node = (
+        driver => 'blkdebug',
+        'image.driver' => 'file',
+        'image.filename' => filled_file("$dir/target"),
+        'inject-error.0.event' => 'none',
+        'inject-error.0.iotype' => 'write',
+        'inject-error.0.errno' => 28,
+        'inject-error.0.sector' => $offset / 512,
+    );
+    my $target
+        = PBA::Test::QemuNbd->start(
+        image_opts => join(',', map { "$_=$node{$_}" } sort keys %node));
+    copy_dies(
+        start(), qr/writing \d+ bytes at offset $offset to nbd.* $full/, 'a server',
+        to => $target->uri,
+        'request-size' => 64 * $KiB,
+    );
+};
+
+# A program of its own, since the limit stays. It ends with 0 if the copy dies as it should.
+my $limited_copy = <<'EOF';
+use PVE::BackupAccess::Volume;
+my ($path, $bitmap, $target) = @ARGV;
+open(my $fh, '+<', $target) or die;
+my $volume = PVE::BackupAccess::Volume->open('disk',
+    { 'nbd-path' => $path, 'bitmap-mode' => 'reuse', 'bitmap-name' => $bitmap });
+eval { $volume->copy(to => $fh); 1 } and exit(1);
+exit($@ =~ m/at offset \d+ to .* failed - File too large/ ? 0 : 2);
+EOF
+
+subtest 'a file that may not be so long' => sub {
+    my $server = start();
+    my $file = filled_file("$dir/target");
+    my $pid = fork() // die "cannot fork: $!\n";
+    if (!$pid) {
+        my @perl = ($^X, (map { "-I$_" } @INC), '-e', $limited_copy);
+        exec('/bin/sh', '-c', 'ulimit -f 4096; exec "$@"',
+            'sh', @perl, $server->socket_path, $server->{bitmap}, $file)
+            or POSIX::_exit(127);
+    }
+    waitpid($pid, 0);
+    is($?, 0, 'the error says so, and no signal ends the process');
+};
+
+done_testing;

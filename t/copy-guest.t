@@ -1,0 +1,172 @@
+# Copies of a running guest's disks while it writes: full ones and increments to every kind of
+# target, with failures in between. What was copied is what the disks held at one instant, and a
+# copy that failed loses nothing.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use Test::More;
+
+use PBA::Test::Backend;
+use PBA::Test::Model;
+use PBA::Test::QemuNbd;
+
+my $mib = 1024 * 1024;
+my $seed = 20261122;
+my $blocks = 2048;
+my %sizes = (disk0 => 64 * $mib, disk1 => 32 * $mib + 512);
+my @ids = sort keys %sizes;
+
+# What a target is full of before anything was copied: a gap does not look like zeroes.
+sub new_image ($file, $size) {
+    open(my $fh, '>:raw', $file) or die "$file: $!\n";
+    for (my $left = $size; $left > 0; $left -= $mib) {
+        print {$fh} "\xee" x ($left < $mib ? $left : $mib);
+    }
+    close($fh) or die "$file: $!\n";
+    return;
+}
+
+# Each copies a volume into the raw image.
+my %sinks = (
+    file => sub ($volume, $file) { $volume->copy(to => $file) },
+    descriptor => sub ($volume, $file) {
+        open(my $fh, '+<:raw', $file) or die "$file: $!\n";
+        return $volume->copy(to => $fh, 'request-size' => 65536);
+    },
+    server => sub ($volume, $file) {
+        my $server = PBA::Test::QemuNbd->start(file => $file);
+        my $statistics = $volume->copy(to => $server->uri);
+        $server->stop;
+        return $statistics;
+    },
+    function => sub ($volume, $file) {
+        open(my $fh, '+<:raw', $file) or die "$file: $!\n";
+        return $volume->copy(
+            to => sub ($offset, $data) {
+                sysseek($fh, $offset, 0) or die "seek: $!\n";
+                syswrite($fh, $data) == length($data) or die "write: $!\n";
+            },
+            connections => 1,
+        );
+    },
+);
+
+# One backup of both disks. fail => code that ends the copy of the first one, given the volume.
+sub backup ($context, $mode, $sink, $fail = undef) {
+    my $backend = $context->{backend};
+    my $access = $backend->access;
+    $access->setup($backend->devices($mode));
+    my %statistics;
+    for my $id (@ids) {
+        my $volume = $access->volume($backend->device($id));
+        my $file = "$context->{dir}/$id";
+        if ($fail) {
+            my $done = eval { $fail->($volume); 1 };
+            ok(!$done, 'the copy fails') or next;
+            like($@, qr/offset \d+|enough/, 'with an error that names the offset');
+            $access->teardown(0);
+            return;
+        }
+        $statistics{$id} = $sinks{$sink}->($volume, $file);
+    }
+    $access->teardown(1);
+    return \%statistics;
+}
+
+sub check_images ($context, $name) {
+    my ($write, $problem)
+        = $context->{model}->check_images({ map { $_ => "$context->{dir}/$_" } @ids });
+    is($problem, undef, "$name: the images are the disks after write $write");
+    cmp_ok($write, '>', $context->{last_write}, "$name: a later instant than the last one");
+    $context->{last_write} = $write;
+    is_deeply($context->{backend}->outside, $context->{outside}, "$name: nothing is left");
+    is_deeply($context->{backend}->other_bitmaps, [], "$name: no bitmap but the target's own");
+    $context->{backend}->guest->wait_more_churn(20);
+}
+
+# Ways for a copy to fail; in each, part of the source was discarded already.
+my %failures = (
+    'a full target' => sub ($context, $volume) { $volume->copy(to => '/dev/full') },
+    'an exception' => sub ($context, $volume) {
+        my $calls = 0;
+        $volume->copy(to => sub (@) { die "enough\n" if ++$calls == 3 }, 'request-size' => 65536);
+    },
+    'a target that is killed' => sub ($context, $volume) {
+        my $file = "$context->{dir}/scratch";
+        new_image($file, $volume->size);
+        my $server = PBA::Test::QemuNbd->start(file => $file);
+        $volume->copy(
+            to => $server->uri,
+            'bandwidth-limit' => 4 * $mib,
+            progress => sub (@) { $server->stop('KILL') },
+        );
+    },
+    'a source that goes' => sub ($context, $volume) {
+        my $vm = $context->{backend}->vm;
+        $volume->copy(
+            to => '/dev/null',
+            'bandwidth-limit' => 4 * $mib,
+            progress => sub (@) {
+                eval { $vm->qmp('nbd-server-stop') }
+            },
+        );
+    },
+);
+
+sub check_backend ($name) {
+    my $backend = PBA::Test::Backend->start(
+        name => $name,
+        disks => [
+            { id => 'disk0', format => 'qcow2', size => $sizes{disk0} },
+            { id => 'disk1', size => $sizes{disk1}, bus => 'scsi', shape => 'drive' },
+        ],
+    );
+    my $context = {
+        backend => $backend,
+        dir => $backend->work_dir('copies'),
+        model => PBA::Test::Model->new(
+            seed => $seed,
+            disks => [map { { id => $_, size => $sizes{$_} } } @ids],
+            blocks => $blocks,
+        ),
+        outside => $backend->outside,
+        last_write => 0,
+    };
+    new_image("$context->{dir}/$_", $sizes{$_}) for @ids;
+    $backend->guest->start_churn(seed => $seed, disks => \@ids, blocks => $blocks);
+    $backend->guest->wait_churn(20);
+
+    for my $sink (sort keys %sinks) {
+        for my $mode (qw(new use none)) {
+            my $statistics = backup($context, $mode, $sink);
+            check_images($context, "$sink, mode $mode");
+            my ($copied, $discarded) = $statistics->{disk0}->@{qw(bytes-read bytes-discarded)};
+            if ($mode eq 'use') {
+                cmp_ok($copied, '<', $sizes{disk0} / 2, "$sink: an increment is a part");
+            }
+            else {
+                is($copied, $sizes{disk0}, "$sink, mode $mode: all of it");
+            }
+            is($discarded, $copied, "$sink, mode $mode: discarded what was copied");
+        }
+    }
+
+    backup($context, 'new', 'file');
+    check_images($context, 'before the failures');
+    for my $failure (sort keys %failures) {
+        backup($context, 'use', undef, sub ($volume) { $failures{$failure}->($context, $volume) });
+        $backend->guest->wait_more_churn(20);
+        backup($context, 'use', 'file');
+        check_images($context, "after $failure");
+    }
+    $backend->guest->stop_churn;
+    $backend->check_manners;
+}
+
+for my $name (PBA::Test::Backend->names) {
+    subtest "backend $name" => sub { check_backend($name) };
+}
+
+done_testing;

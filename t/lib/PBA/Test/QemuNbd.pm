@@ -1,0 +1,96 @@
+package PBA::Test::QemuNbd;
+
+# qemu-nbd serving an image on a socket in a private directory: a target that is a real server, and
+# a source with a real bitmap.
+#
+#   my $server = PBA::Test::QemuNbd->start(
+#       file => $path, format => 'raw',     # or image_opts => 'driver=...'
+#       bitmap => $name, readonly => 0|1,
+#   );
+#   $server->uri; $server->pid; $server->stop;
+
+use v5.36;
+
+use File::Temp ();
+use FindBin ();
+use IO::Socket::UNIX ();
+use POSIX ();
+use Time::HiRes ();
+
+my $START_SECONDS = 30;
+
+sub start ($class, %options) {
+    my $dir = File::Temp->newdir('pba-qemu-nbd-XXXXXXXX', TMPDIR => 1);
+    my $self = bless({ format => 'raw', %options, dir => $dir, owner => $$ }, $class);
+    my $pid = fork() // die "cannot fork: $!\n";
+    if (!$pid) {
+        delete($ENV{LD_PRELOAD});    # a sanitizer is for us, and takes its coroutines for faults
+        open(STDERR, '>', "$dir/log") or POSIX::_exit(127);
+        exec($self->_command) or POSIX::_exit(127);
+    }
+    $self->{pid} = $pid;
+    $self->_wait_until_up;
+    return $self;
+}
+
+sub _command ($self) {
+    return (
+        $ENV{PBA_QEMU_NBD} // 'qemu-nbd',
+        qw(--persistent --shared=8 --export-name=disk),
+        "--socket=$self->{dir}/nbd",
+        $self->{readonly} ? '--read-only' : '--discard=unmap',
+        defined($self->{bitmap}) ? "--bitmap=$self->{bitmap}" : (),
+        $self->{image_opts}
+        ? ('--image-opts', $self->{image_opts})
+        : ("--format=$self->{format}", $self->{file}),
+    );
+}
+
+sub _wait_until_up ($self) {
+    my $deadline = Time::HiRes::time() + $START_SECONDS;
+    while (!IO::Socket::UNIX->new(Peer => "$self->{dir}/nbd")) {
+        die "qemu-nbd ended with status $?: ", $self->_log
+            if waitpid($self->{pid}, POSIX::WNOHANG()) != 0;
+        die "qemu-nbd not up after $START_SECONDS seconds\n"
+            if Time::HiRes::time() > $deadline;
+        Time::HiRes::sleep(0.01);
+    }
+    return;
+}
+
+sub _log ($self) {
+    open(my $fh, '<', "$self->{dir}/log") or return '';
+    return join('', <$fh>);
+}
+
+sub uri ($self) { return "nbd+unix:///disk?socket=$self->{dir}/nbd" }
+sub pid ($self) { return $self->{pid} }
+
+# With TERM it writes what it still holds.
+sub stop ($self, $signal = 'TERM') {
+    my $pid = delete($self->{pid}) // return;
+    local $?;
+    kill($signal, $pid);
+    waitpid($pid, 0);
+    return;
+}
+
+sub DESTROY ($self) {
+    $self->stop if $self->{owner} == $$;
+    return;
+}
+
+# ---- images ----
+
+sub img (@arguments) {
+    system($ENV{PBA_QEMU_IMG} // 'qemu-img', @arguments) == 0 or die "qemu-img @arguments failed\n";
+    return;
+}
+
+# A qcow2 image with a bitmap of any pattern: see PBA::Bench::BigMap.
+sub write_map (%options) {
+    require "$FindBin::Bin/../bench/lib/PBA/Bench/BigMap.pm";
+    return PBA::Bench::BigMap->write(%options);
+}
+
+1;
