@@ -54,14 +54,14 @@ struct PbaAccess {
     PbaForm form;
     unsigned qemu_version; /* 702 is 7.2 */
 
-    GPtrArray *disks; /* PbaDisk; empty: no access is up */
-    char *socket_dir; /* NULL: not made */
-    char *socket;     /* the NBD server's */
+    GPtrArray *disks;  /* PbaDisk; empty: no access is up */
+    char *socket_dir;  /* NULL: not made */
+    char *socket;      /* the NBD server's */
     GPtrArray *vfiles; /* PbaVfile, one for each disk; NULL: none was asked for */
-    bool marked;      /* QEMU may have the marker of this process; see owner.c */
-    bool recovering;  /* this is what a dead process left: its nodes and devices are not known */
-    bool begun;       /* something else may have been changed in QEMU */
-    bool server_up;   /* we started the NBD server, or tried to */
+    bool marked;       /* QEMU may have the marker of this process; see owner.c */
+    bool recovering;   /* this is what a dead process left: its nodes and devices are not known */
+    bool begun;        /* something else may have been changed in QEMU */
+    bool server_up;    /* we started the NBD server, or tried to */
     bool exported;
     bool teardown_failed;
     bool success_unknown; /* a successful end was asked for, and no reply came */
@@ -90,8 +90,8 @@ bool pba_dirty_source_drop(PbaAccess *access, const PbaDisk *disk, const PbaBloc
 /* upstream: ends the split into target's and background bitmap on every disk that has one. Where
  * that cannot be done the target's bitmap is removed. */
 bool pba_bitmaps_join(PbaAccess *access, PbaBlock *block, bool success, GError **error);
-/* upstream: discards what is clean in the exported snapshot, if the map is worth it. Nothing depends
- * on it, so that a failure is only logged. */
+/* upstream: discards what is clean in the exported snapshot, if the map is worth it. Nothing
+ * depends on it, so that a failure is only logged. */
 void pba_trim_clean_parts(PbaAccess *access, const PbaDisk *disk);
 /* upstream: options of the raw node above a disk, with file as its child. discard=unmap hands the
  * guest's own trims down to the disk; the size makes QEMU refuse block_resize, which aborts while a
@@ -145,7 +145,8 @@ GPtrArray *pba_run_dir_find_left(const PbaAccess *access);
 char *pba_run_dir_left_socket(const char *path);
 bool pba_run_dir_remove_left(const char *path);
 
-/* Unmounts the virtual files and ends their servers. What could not be ended stays for a later call. */
+/* Unmounts the virtual files and ends their servers. What could not be ended stays for a later
+ * call. */
 bool pba_vfiles_end(PbaAccess *access, GError **error);
 /* Frees what is local of them. */
 void pba_vfiles_free(PbaAccess *access);

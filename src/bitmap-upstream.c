@@ -108,19 +108,21 @@ static bool make_dirty_source(PbaAccess *access, const PbaDisk *disk, const Dirt
                        pba_json("{'node': <%s>, 'name': <'" ALL_DIRTY "'>, 'granularity': <%u>}",
                                 names->source, PBA_GRANULARITY),
                        error) &&
-           pba_qmp_run(qmp, "blockdev-add",
-                       pba_json("{'driver': <'blkdebug'>, 'node-name': <%s>, 'image': <{'driver': "
-                                "<'null-co'>, 'size': <%x>}>, 'inject-error': <[{'event': <'none'>, "
-                                "'iotype': <'write'>}, {'event': <'none'>, 'iotype': "
-                                "<'write-zeroes'>}]>}",
-                                names->sink, size),
-                       error) &&
-           pba_qmp_run(qmp, "blockdev-backup",
-                       pba_json("{'job-id': <%s>, 'device': <%s>, 'target': <%s>, 'sync': <'full'>, "
-                                "'bitmap': <'" ALL_DIRTY "'>, 'bitmap-mode': <'always'>, "
-                                "'auto-dismiss': <false>}",
-                                names->job, names->source, names->sink),
-                       error) &&
+           pba_qmp_run(
+               qmp, "blockdev-add",
+               pba_json("{'driver': <'blkdebug'>, 'node-name': <%s>, 'image': <{'driver': "
+                        "<'null-co'>, 'size': <%x>}>, 'inject-error': <[{'event': <'none'>, "
+                        "'iotype': <'write'>}, {'event': <'none'>, 'iotype': "
+                        "<'write-zeroes'>}]>}",
+                        names->sink, size),
+               error) &&
+           pba_qmp_run(
+               qmp, "blockdev-backup",
+               pba_json("{'job-id': <%s>, 'device': <%s>, 'target': <%s>, 'sync': <'full'>, "
+                        "'bitmap': <'" ALL_DIRTY "'>, 'bitmap-mode': <'always'>, "
+                        "'auto-dismiss': <false>}",
+                        names->job, names->source, names->sink),
+               error) &&
            wait_job_concluded(access, names->job, error) &&
            pba_qmp_run(qmp, "job-dismiss", pba_json("{'id': <%s>}", names->job), error);
 }
@@ -191,16 +193,16 @@ bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error)
         all_dirty_holds(access, disk, &names, error)) {
         /* One transaction: there is no moment at which the bitmap exists and lacks a bit. */
         JsonArray *actions = json_array_new();
-        json_array_add_element(
-            actions, action("block-dirty-bitmap-add",
-                            pba_json("{'node': <%s>, 'name': <%s>, 'granularity': <%u>, "
-                                     "'persistent': <%b>}",
-                                     disk->bitmap_node, bitmap, PBA_GRANULARITY,
-                                     (gboolean)disk->bitmap_persistent)));
         json_array_add_element(actions,
-                               merge_action(disk, bitmap,
-                                            pba_json("{'node': <%s>, 'name': <'" ALL_DIRTY "'>}",
-                                                     names.source)));
+                               action("block-dirty-bitmap-add",
+                                      pba_json("{'node': <%s>, 'name': <%s>, 'granularity': <%u>, "
+                                               "'persistent': <%b>}",
+                                               disk->bitmap_node, bitmap, PBA_GRANULARITY,
+                                               (gboolean)disk->bitmap_persistent)));
+        json_array_add_element(
+            actions,
+            merge_action(disk, bitmap,
+                         pba_json("{'node': <%s>, 'name': <'" ALL_DIRTY "'>}", names.source)));
         done = run_transaction(access, actions, error);
     }
     return done && delete_node(access, names.sink, error) &&
@@ -271,9 +273,10 @@ static bool drop_lone_bitmap(PbaAccess *access, const PbaDisk *disk, const char 
         pba_error_add_device(error, disk->device);
         return false;
     }
-    pba_log(&access->hooks, PBA_LOG_WARN,
-            "device %s: bitmap '%s' is removed, since it may lack bits: the next backup is a full one",
-            disk->device, name);
+    pba_log(
+        &access->hooks, PBA_LOG_WARN,
+        "device %s: bitmap '%s' is removed, since it may lack bits: the next backup is a full one",
+        disk->device, name);
     return true;
 }
 

@@ -49,7 +49,8 @@ bool pba_bitmap_action_parse(const char *word, PbaBitmapAction *action, GError *
 {
     int value = find_word(action_names, G_N_ELEMENTS(action_names), word);
     if (value < 0) {
-        pba_error_set(error, PBA_ERROR_PROTOCOL, "unknown bitmap action '%s' in QEMU's reply", word);
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "unknown bitmap action '%s' in QEMU's reply",
+                      word);
         return false;
     }
     *action = (PbaBitmapAction)value;

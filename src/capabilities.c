@@ -71,9 +71,8 @@ static bool require_version(const PbaCapabilities *capabilities, GError **error)
 
 static bool require_commands(JsonArray *commands, GError **error)
 {
-    static const char *const needed[] = {"blockdev-reopen",         "blockdev-backup",
-                                         "block-export-add",        "block-dirty-bitmap-merge",
-                                         "x-debug-query-block-graph"};
+    static const char *const needed[] = {"blockdev-reopen", "blockdev-backup", "block-export-add",
+                                         "block-dirty-bitmap-merge", "x-debug-query-block-graph"};
     for (size_t i = 0; i < G_N_ELEMENTS(needed); i++) {
         if (!find_by_name(commands, NULL, needed[i])) {
             pba_error_set(error, PBA_ERROR_UNSUPPORTED,

@@ -15,7 +15,8 @@ void pba_error_add_command(GError **error, const char *command);
 void pba_error_add_device(GError **error, const char *device);
 /* Adds what to do to the end of the message. */
 void pba_error_add_hint(GError **error, const char *hint);
-/* Keeps the first error of a row of steps: moves *step into *first if that is free, else logs it. */
+/* Keeps the first error of a row of steps: moves *step into *first if that is free, else logs it.
+ */
 void pba_error_keep_first(GError **first, GError *step, const PbaHooks *hooks);
 /* True if the peer can no longer be talked to, so that further steps are in vain. */
 bool pba_error_is_fatal(const GError *error);

@@ -52,9 +52,9 @@ bool pba_nbd_server_start(PbaAccess *access, GError **error)
     return false;
 }
 
-/* QEMU 7.2 returns the disk as it is now to a read of a snapshot-access node that begins in a cluster
- * that was copied and ends in one that was not. 10.0 is known to be good; Proxmox' own commands are
- * younger than the bug. */
+/* QEMU 7.2 returns the disk as it is now to a read of a snapshot-access node that begins in a
+ * cluster that was copied and ends in one that was not. 10.0 is known to be good; Proxmox' own
+ * commands are younger than the bug. */
 static bool reads_by_cluster(const PbaAccess *access)
 {
     return access->backend == PBA_BACKEND_UPSTREAM && access->qemu_version < 1000;
@@ -194,7 +194,8 @@ static bool stop_server(PbaAccess *access, GError **error)
 {
     bool others;
 
-    /* Ours is gone if nothing listens at our socket; another one that runs is none of our business. */
+    /* Ours is gone if nothing listens at our socket; another one that runs is none of our business.
+     */
     if (pba_nbd_server_answers(access)) {
         if (!find_others(access, &others, error)) {
             return false;

@@ -36,7 +36,7 @@ const char *pba_json_find_string(JsonObject *object, const char *key)
 {
     JsonNode *node = find_member(object, key, JSON_NODE_VALUE);
     return node && json_node_get_value_type(node) == G_TYPE_STRING ? json_node_get_string(node)
-                                                                  : NULL;
+                                                                   : NULL;
 }
 
 bool pba_json_find_bool(JsonObject *object, const char *key)

@@ -227,8 +227,7 @@ static bool finish_request(PbaVolume *volume, int64_t cookie, const char *what, 
     GError *local = NULL;
     int state = -1;
 
-    while (cookie >= 0 &&
-           (state = nbd_aio_command_completed(volume->nbd, (uint64_t)cookie)) == 0) {
+    while (cookie >= 0 && (state = nbd_aio_command_completed(volume->nbd, (uint64_t)cookie)) == 0) {
         if (!pba_volume_turn(volume, deadline, what, &local)) {
             break;
         }
@@ -278,8 +277,8 @@ bool pba_volume_pread(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t
         return false;
     }
     if (length > MAX_READ) {
-        pba_error_set(error, PBA_ERROR_ARGUMENT,
-                      "a single read has at most %u bytes, not %" PRIu64, MAX_READ, length);
+        pba_error_set(error, PBA_ERROR_ARGUMENT, "a single read has at most %u bytes, not %" PRIu64,
+                      MAX_READ, length);
         pba_error_add_device(error, volume->device);
         return false;
     }
@@ -304,7 +303,8 @@ static bool discard_piece(PbaVolume *volume, uint64_t offset, uint64_t length, G
     if (volume->handle) {
         return pba_handle_discard(volume, offset, length, error);
     }
-    g_autofree char *what = g_strdup_printf("discarding %" PRIu64 " bytes at offset %" PRIu64, length, offset);
+    g_autofree char *what =
+        g_strdup_printf("discarding %" PRIu64 " bytes at offset %" PRIu64, length, offset);
     if (!pba_volume_connect(volume, error)) {
         return false;
     }

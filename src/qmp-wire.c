@@ -141,7 +141,8 @@ bool pba_qmp_wire_feed(PbaQmpWire *wire, const char *bytes, size_t length, GErro
             return false;
         }
         if (wire->depth == 0) {
-            g_byte_array_append(wire->message, (const guint8 *)bytes + begin, (guint)(i + 1 - begin));
+            g_byte_array_append(wire->message, (const guint8 *)bytes + begin,
+                                (guint)(i + 1 - begin));
             begin = i + 1;
             if (!finish_message(wire, error)) {
                 return false;

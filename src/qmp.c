@@ -247,7 +247,8 @@ JsonNode *pba_qmp_execute(PbaQmp *qmp, const char *command, JsonNode *arguments,
 
     if (qmp->transport) {
         g_autoptr(JsonNode) none = arguments ? NULL : pba_json("@a{sv} {}");
-        value = qmp->transport(qmp->transport_opaque, command, arguments ? arguments : none, &local);
+        value =
+            qmp->transport(qmp->transport_opaque, command, arguments ? arguments : none, &local);
     } else {
         gint64 deadline = pba_deadline(qmp->timeout_s);
         if (ensure_connected(qmp, deadline, &local)) {

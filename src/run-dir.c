@@ -44,9 +44,9 @@ static bool ensure_private_dir(const char *path, GError **error)
         return set_system_error(error, "make", path);
     }
     if (!is_private_dir(path)) {
-        pba_error_set(error, PBA_ERROR_SYSTEM,
-                      "run directory '%s' is not a directory of this user that only he may write to",
-                      path);
+        pba_error_set(
+            error, PBA_ERROR_SYSTEM,
+            "run directory '%s' is not a directory of this user that only he may write to", path);
         return false;
     }
     return true;

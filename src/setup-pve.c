@@ -25,10 +25,11 @@ static bool check_fleecing(const PbaDisk *disk, const PbaBlock *block, GError **
         return false;
     }
     if (size != disk->size) {
-        pba_error_set(error, PBA_ERROR_ARGUMENT,
-                      "fleecing image '%s' must have exactly the size of the device: it has %" PRIu64
-                      " bytes instead of %" PRIu64,
-                      name, size, disk->size);
+        pba_error_set(
+            error, PBA_ERROR_ARGUMENT,
+            "fleecing image '%s' must have exactly the size of the device: it has %" PRIu64
+            " bytes instead of %" PRIu64,
+            name, size, disk->size);
         return false;
     }
     return true;
@@ -256,16 +257,16 @@ bool pba_pve_setup(PbaAccess *access, GError **error)
     return false;
 }
 
-#define DISK_GONE                                                                                   \
-    "the guest device or its node was removed while the access was up, and QEMU would crash at a "  \
+#define DISK_GONE                                                                                  \
+    "the guest device or its node was removed while the access was up, and QEMU would crash at a " \
     "teardown: the access stays up until the VM is stopped"
-#define BITMAP_GONE                                                                                 \
-    "its dirty bitmap was removed while the access was up, and QEMU would crash at a teardown: "    \
-    "the "                                                                                          \
+#define BITMAP_GONE                                                                                \
+    "its dirty bitmap was removed while the access was up, and QEMU would crash at a teardown: "   \
+    "the "                                                                                         \
     "access stays up until the VM is stopped"
-#define BITMAP_BUSY                                                                                 \
-    "another program exports or uses its dirty bitmap, and QEMU would abort at a teardown: end "    \
-    "that "                                                                                         \
+#define BITMAP_BUSY                                                                                \
+    "another program exports or uses its dirty bitmap, and QEMU would abort at a teardown: end "   \
+    "that "                                                                                        \
     "(block-export-del), then try again"
 
 /* QEMU crashes when it tears down an access whose bitmap or node was removed meanwhile, and aborts
@@ -361,11 +362,10 @@ static bool remove_bitmaps(PbaAccess *access, GError **error)
 {
     for (guint i = 0; i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
-        if (disk->bitmap_name &&
-            !pba_qmp_run(access->qmp, "block-dirty-bitmap-remove",
-                         pba_json("{'node': <%s>, 'name': <%s>}", disk->bitmap_node,
-                                  disk->bitmap_name),
-                         error)) {
+        if (disk->bitmap_name && !pba_qmp_run(access->qmp, "block-dirty-bitmap-remove",
+                                              pba_json("{'node': <%s>, 'name': <%s>}",
+                                                       disk->bitmap_node, disk->bitmap_name),
+                                              error)) {
             pba_error_add_device(error, disk->device);
             return false;
         }

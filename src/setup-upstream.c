@@ -268,7 +268,8 @@ JsonNode *pba_raw_options(const PbaDisk *disk, const char *file)
 
 static bool insert_raw(PbaAccess *access, PbaDisk *disk, GError **error)
 {
-    return pba_qmp_run(access->qmp, "blockdev-add", pba_raw_options(disk, disk->root_node), error) &&
+    return pba_qmp_run(access->qmp, "blockdev-add", pba_raw_options(disk, disk->root_node),
+                       error) &&
            pba_qmp_run(access->qmp, "qom-set",
                        pba_json("{'path': <%s>, 'property': <'drive'>, 'value': <%s>}", disk->qdev,
                                 disk->raw_node),
@@ -322,13 +323,14 @@ static bool add_filter(PbaAccess *access, PbaDisk *disk, GError **error)
 {
     unsigned timeout = access->qemu_version >= 901 ? CBW_TIMEOUT_S : CBW_TIMEOUT_OLD_S;
 
-    return pba_qmp_run(access->qmp, "blockdev-add",
-                       pba_json("{'driver': <'copy-before-write'>, 'node-name': <%s>, 'file': <%s>, "
-                                "'target': <%s>, 'on-cbw-error': <'break-snapshot'>, "
-                                "'cbw-timeout': <%u>, 'discard': <'unmap'>, 'read-only': <%b>}",
-                                disk->filter_node, disk->root_node, disk->fleecing_node, timeout,
-                                (gboolean)disk->read_only),
-                       error);
+    return pba_qmp_run(
+        access->qmp, "blockdev-add",
+        pba_json("{'driver': <'copy-before-write'>, 'node-name': <%s>, 'file': <%s>, "
+                 "'target': <%s>, 'on-cbw-error': <'break-snapshot'>, "
+                 "'cbw-timeout': <%u>, 'discard': <'unmap'>, 'read-only': <%b>}",
+                 disk->filter_node, disk->root_node, disk->fleecing_node, timeout,
+                 (gboolean)disk->read_only),
+        error);
 }
 
 static bool cut(PbaAccess *access, GError **error)

@@ -64,20 +64,26 @@ my %device_keys = (
 );
 
 sub new ($class, @options) {
-    my $options =
-        PVE::BackupAccess::Argument::options('new', \@options, \%access_options, qw(qmp target-id));
+    my $options = PVE::BackupAccess::Argument::options('new', \@options, \%access_options,
+        qw(qmp target-id));
     my $qmp = $options->{qmp};
+
     # One VM, one identity, by whatever path its socket is reached.
     my $identity = ref($qmp) ? undef : realpath($qmp) // $qmp;
     my $fleecing = { ($options->{fleecing} // {})->%* };
-    return $class->_new({
-        timeout => $default_timeout, $options->%*, fleecing => $fleecing, identity => $identity,
-    });
+    return $class->_new(
+        {
+            timeout => $default_timeout,
+            $options->%*,
+            fleecing => $fleecing,
+            identity => $identity,
+        }
+    );
 }
 
 sub capabilities ($class, @options) {
-    my $options =
-        PVE::BackupAccess::Argument::options('capabilities', \@options, \%qmp_options, 'qmp');
+    my $options
+        = PVE::BackupAccess::Argument::options('capabilities', \@options, \%qmp_options, 'qmp');
     return _capabilities($options->{qmp}, $options->{timeout} // $default_timeout);
 }
 
@@ -159,11 +165,12 @@ sub volume ($self, $device) {
     PVE::BackupAccess::Argument::filled_text('device', $device);
     my $volume = $self->volumes('nbd')->{$device}
         or PVE::BackupAccess::Argument::fail("device $device: is not part of this access",
-            device => $device);
+        device => $device);
     return PVE::BackupAccess::Volume->open($device, $volume);
 }
 
 sub teardown ($self, $success) {
+
     # Whoever reads on is to get an error at once.
     close($_) for grep { defined } (delete($handles{$self}) // [])->@*;
     return $self->_teardown($success ? 1 : 0);
@@ -175,6 +182,7 @@ sub DESTROY ($self) {
     local ($@, $!, $?);
 
     if ($self->_is_up) {
+
         # A handler that makes warnings fatal must not keep us from it.
         eval { warn "backup access was not torn down - doing so now, as after a failed backup\n" };
         if (!eval { $self->_teardown(0); 1 }) {

@@ -79,8 +79,8 @@ static void test_bitmaps(void)
 
 static void test_owner(void)
 {
-    static const char *const bad[] = {"pba-owner-", "pba-owner-1", "pba-owner-1-2x", "pba-owner--1-2",
-                                      "pba-owner-a-b", "pba-raw-1-2"};
+    static const char *const bad[] = {"pba-owner-",     "pba-owner-1",   "pba-owner-1-2x",
+                                      "pba-owner--1-2", "pba-owner-a-b", "pba-raw-1-2"};
     g_autofree char *name = pba_owner_mark_name(NULL);
 
     ok(is_good_id(name) && pba_is_own_node(name) && pba_is_owner_mark(name), "marker %s", name);

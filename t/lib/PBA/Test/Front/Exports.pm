@@ -56,10 +56,12 @@ sub block_export_add ($self, $arguments) {
     if (grep { $_->{id} eq $id } @{ $self->{dead} }) {
         die { desc => "Block export id '$id' is already in use" };
     }
+
     # A stock QEMU before 10.0 answers reads of a snapshot across clusters with wrong data, which no
     # Proxmox QEMU does. This is how the module is told of such an export.
     my $version = $self->{qemu}->call('query-version')->{qemu};
-    my %told = $version->{major} < 10 ? (description => 'pba: read by clusters of 65536 bytes') : ();
+    my %told
+        = $version->{major} < 10 ? (description => 'pba: read by clusters of 65536 bytes') : ();
     return $self->{qemu}->call('block-export-add', { %$arguments, %told });
 }
 
