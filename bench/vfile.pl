@@ -132,6 +132,12 @@ measure('random, 64 KiB', $servers{full}, 64 * $kib, random_places());
 for my $case (['64 KiB regions', 64 * $kib], ['4 MiB regions', 4 * $mib]) {
     my ($name, $length) = @$case;
     my $server = serve_regions($name =~ tr/ /-/r, $length);
+
     # The first block of the alternating map is dirty.
-    measure("increment, $name", $server, $mib < $length ? $mib : $length, every($length, 2 * $length));
+    measure(
+        "increment, $name",
+        $server,
+        $mib < $length ? $mib : $length,
+        every($length, 2 * $length)
+    );
 }

@@ -6,6 +6,7 @@
 #include "copy.h"
 #include "error.h"
 #include "limit.h"
+#include "regions.h"
 #include "wait.h"
 #include <errno.h>
 #include <inttypes.h>
@@ -30,6 +31,7 @@ typedef struct {
     PbaLoop loop;
     PbaSource source;
     PbaSink *sink;
+    PbaRegions *ahead; /* those that were read ahead of a map that can be read but once, or NULL */
     PbaLimit limit;
     char *memory;
     PbaPiece pieces[MAX_PIECES];
@@ -67,8 +69,11 @@ static bool next_region(Copy *copy, GError **error)
     uint64_t offset;
     uint64_t length;
 
-    if (!pba_volume_poll_dirty_region(copy->volume, &offset, &length, &copy->waits_for_map,
-                                      error)) {
+    if (copy->ahead) {
+        pba_regions_take(copy->ahead, &offset, &length);
+    } else if (!pba_volume_poll_dirty_region(copy->volume, &offset, &length, &copy->waits_for_map,
+                                             error) ||
+               !check_owner(copy, error)) {
         return false;
     }
     if (copy->waits_for_map) {
@@ -153,10 +158,10 @@ static bool fail_piece(const Copy *copy, const PbaPiece *piece, GError **error)
                       piece->error_offset, copy->sink->name, text);
         return false;
     }
-    pba_error_set(error, PBA_ERROR_NBD,
+    pba_error_set(error, copy->volume->handle ? PBA_ERROR_SYSTEM : PBA_ERROR_NBD,
                   "reading %" PRIu32 " bytes at offset %" PRIu64 " failed - %s", length,
                   piece->error_offset, text);
-    if (piece->error == EINVAL) {
+    if (piece->error == (copy->volume->handle ? EIO : EINVAL)) {
         pba_error_add_hint(error, PBA_HINT_UNREADABLE);
     }
     return false;
@@ -331,9 +336,13 @@ static bool count_total(Copy *copy, GError **error)
     PbaMap *map = pba_map_swap(copy->volume, pba_map_new(copy->volume));
     bool read;
 
+    copy->ahead = copy->volume->handle ? pba_regions_new() : NULL;
     do {
         read = pba_volume_next_dirty_region(copy->volume, &offset, &length, error);
         copy->total += read ? length : 0;
+        if (read && length > 0 && copy->ahead) {
+            pba_regions_add(copy->ahead, offset, length);
+        }
     } while (read && length > 0);
     if (!read) {
         pba_volume_disconnect(copy->volume); /* answers may be under way to this map */
@@ -380,6 +389,7 @@ static void clean_up(Copy *copy, bool broken)
         copy->sink->free(copy->sink);
     }
     pba_source_close(&copy->source, broken);
+    pba_regions_free(copy->ahead);
     g_aligned_free(copy->memory);
 }
 

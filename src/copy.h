@@ -35,6 +35,7 @@ typedef enum {
  * done by the one who drives. */
 typedef struct {
     PbaJob job;
+    int fd;               /* while it is read from a file */
     struct PbaSink *sink; /* while it is written */
     PbaPieceState state;
     char *data; /* room for a request's length, aligned for direct I/O */
@@ -55,6 +56,8 @@ void pba_piece_fail(PbaPiece *piece, int error, uint64_t offset);
 
 /* The volume's side */
 
+typedef struct PbaFileTrim PbaFileTrim;
+
 typedef struct {
     PbaVolume *volumes[PBA_COPY_MAX_CONNECTIONS]; /* the first is the caller's */
     unsigned count;
@@ -65,6 +68,8 @@ typedef struct {
     uint64_t discarded;
     int trim_error;
     uint64_t trim_error_offset;
+    PbaPool *pool;           /* of a volume behind a file handle; borrowed */
+    PbaFileTrim *file_trims; /* under way; owned */
 } PbaSource;
 
 /* Opens what is needed beside the volume: connections in all, 0 for as many as are good for the
@@ -79,6 +84,15 @@ bool pba_source_read(PbaSource *source, PbaPiece *piece, GError **error);
 bool pba_source_release(PbaSource *source, uint64_t offset, uint64_t length, GError **error);
 /* Discards all that is left to be. */
 bool pba_source_release_all(PbaSource *source, GError **error);
+
+/* A discard came to its end. */
+void pba_source_trimmed(PbaSource *source, PbaRange range, int error);
+
+/* The same of a volume behind a file handle, in source-file.c. Closing is for when the pool is
+ * freed. */
+void pba_source_file_read(PbaSource *source, PbaPiece *piece);
+void pba_source_file_trim(PbaSource *source, PbaRange range);
+void pba_source_file_close(PbaSource *source);
 
 /* The target's side */
 

@@ -247,9 +247,6 @@ static bool next_run(PbaVolume *volume, bool *later, GError **error)
     GError *local = NULL;
     PbaMapChunk *chunk;
 
-    if (volume->broken) {
-        return pba_volume_connect(volume, error);
-    }
     while ((chunk = current_chunk(volume, later, &local))) {
         if (read_run(volume, chunk, &local)) {
             return true;
@@ -274,6 +271,12 @@ static bool next_region(PbaVolume *volume, uint64_t *offset, uint64_t *length, b
 {
     PbaMap *map = volume->map;
 
+    if (volume->broken) {
+        return pba_volume_connect(volume, error);
+    }
+    if (volume->handle) {
+        return pba_handle_next_region(volume, offset, length, error);
+    }
     if (!volume->context) {
         map->run_offset = map->asked;
         map->run_length = volume->size - map->asked;
@@ -292,9 +295,6 @@ static bool next_region(PbaVolume *volume, uint64_t *offset, uint64_t *length, b
 bool pba_volume_next_dirty_region(PbaVolume *volume, uint64_t *offset, uint64_t *length,
                                   GError **error)
 {
-    if (volume->handle && !volume->broken) {
-        return pba_handle_next_region(volume, offset, length, error);
-    }
     return next_region(volume, offset, length, NULL, error);
 }
 

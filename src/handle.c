@@ -43,6 +43,11 @@ void pba_handle_free(PbaHandle *handle)
     }
 }
 
+int pba_handle_fd(const PbaHandle *handle)
+{
+    return handle->fd;
+}
+
 /* True if the call that errno is of is to be made again. */
 static bool may_retry(PbaVolume *volume, const char *what, uint64_t offset, GError **error)
 {

@@ -18,5 +18,7 @@ bool pba_handle_discard(PbaVolume *volume, uint64_t offset, uint64_t length, GEr
 /* As pba_volume_next_dirty_region. */
 bool pba_handle_next_region(PbaVolume *volume, uint64_t *offset, uint64_t *length, GError **error);
 void pba_handle_free(PbaHandle *handle);
+/* The descriptor; the handle keeps it. */
+int pba_handle_fd(const PbaHandle *handle);
 
 #endif

@@ -38,6 +38,13 @@ bool pba_source_open(PbaSource *source, PbaVolume *volume, unsigned connections,
                      GError **error)
 {
     *source = (PbaSource){.volumes = {volume}, .count = 1};
+    pba_trims_init(&source->trims, CLUSTER, volume->size);
+    if (volume->handle) {
+        source->max_request = UINT32_MAX;
+        source->can_discard = true;
+        source->pool = pba_loop_pool(loop, error);
+        return source->pool != NULL;
+    }
     if (!pba_volume_connect(volume, error)) {
         return false;
     }
@@ -51,7 +58,6 @@ bool pba_source_open(PbaSource *source, PbaVolume *volume, unsigned connections,
     int64_t max_request = nbd_get_block_size(volume->nbd, LIBNBD_SIZE_MAXIMUM);
     source->max_request = max_request > 0 ? (uint32_t)MIN(max_request, UINT32_MAX) : UINT32_MAX;
     source->can_discard = nbd_can_trim(volume->nbd) == 1;
-    pba_trims_init(&source->trims, CLUSTER, volume->size);
     for (unsigned i = 0; i < source->count; i++) {
         /* Every byte of a read is counted, so none has to be set before. */
         nbd_set_pread_initialize(source->volumes[i]->nbd, false);
@@ -62,6 +68,7 @@ bool pba_source_open(PbaSource *source, PbaVolume *volume, unsigned connections,
 
 void pba_source_close(PbaSource *source, bool broken)
 {
+    pba_source_file_close(source);
     for (unsigned i = 1; i < source->count; i++) {
         pba_volume_free(source->volumes[i]);
     }
@@ -125,11 +132,14 @@ static int take_read(void *opaque, int *error)
 
 bool pba_source_read(PbaSource *source, PbaPiece *piece, GError **error)
 {
-    PbaVolume *volume = choose(source);
-
     piece->state = PBA_PIECE_READING;
     piece->seen = piece->holes = piece->zero = 0;
     piece->error = 0;
+    if (source->pool) {
+        pba_source_file_read(source, piece);
+        return true;
+    }
+    PbaVolume *volume = choose(source);
     piece->pending = 1; /* this function */
     for (uint64_t done = 0; done < piece->length;) {
         uint64_t offset = piece->offset + done;
@@ -156,28 +166,35 @@ typedef struct {
     PbaRange range;
 } Trim;
 
+void pba_source_trimmed(PbaSource *source, PbaRange range, int error)
+{
+    source->trimming--;
+    if (!error) {
+        source->discarded += range.end - range.begin;
+    } else if (!source->trim_error) {
+        source->trim_error = error;
+        source->trim_error_offset = range.begin;
+    }
+}
+
 static int take_trim(void *opaque, int *error)
 {
     Trim *trim = opaque;
-    PbaSource *source = trim->source;
 
-    source->trimming--;
-    if (!*error) {
-        source->discarded += trim->range.end - trim->range.begin;
-    } else if (!source->trim_error) {
-        source->trim_error = *error;
-        source->trim_error_offset = trim->range.begin;
-    }
-    return 1;
+    pba_source_trimmed(trim->source, trim->range, *error);
+    return 1; /* retire the command */
 }
 
 static bool send_trim(PbaSource *source, PbaRange range, GError **error)
 {
+    source->trimming++;
+    if (source->pool) {
+        pba_source_file_trim(source, range);
+        return true;
+    }
     PbaVolume *volume = choose(source);
     Trim *trim = g_new(Trim, 1);
-
     *trim = (Trim){source, range};
-    source->trimming++;
     if (nbd_aio_trim(
             volume->nbd, range.end - range.begin, range.begin,
             (nbd_completion_callback){.callback = take_trim, .user_data = trim, .free = g_free},

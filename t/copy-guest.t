@@ -11,6 +11,7 @@ use Test::More;
 use PBA::Test::Backend;
 use PBA::Test::Model;
 use PBA::Test::QemuNbd;
+use PVE::BackupAccess::Volume;
 
 my $mib = 1024 * 1024;
 my $seed = 20261122;
@@ -53,6 +54,13 @@ my %sinks = (
     },
 );
 
+# By mechanism: the same volume's class reads either.
+sub open_volume ($context, $access, $id) {
+    my $device = $context->{backend}->device($id);
+    return PVE::BackupAccess::Volume->open($device,
+        $access->volumes($context->{mechanism})->{$device});
+}
+
 # One backup of both disks. fail => code that ends the copy of the first one, given the volume.
 sub backup ($context, $mode, $sink, $fail = undef) {
     my $backend = $context->{backend};
@@ -60,7 +68,7 @@ sub backup ($context, $mode, $sink, $fail = undef) {
     $access->setup($backend->devices($mode));
     my %statistics;
     for my $id (@ids) {
-        my $volume = $access->volume($backend->device($id));
+        my $volume = open_volume($context, $access, $id);
         my $file = "$context->{dir}/$id";
         if ($fail) {
             my $done = eval { $fail->($volume); 1 };
@@ -115,7 +123,7 @@ my %failures = (
     },
 );
 
-sub check_backend ($name) {
+sub check_backend ($name, $mechanism) {
     my $backend = PBA::Test::Backend->start(
         name => $name,
         disks => [
@@ -125,6 +133,7 @@ sub check_backend ($name) {
     );
     my $context = {
         backend => $backend,
+        mechanism => $mechanism,
         dir => $backend->work_dir('copies'),
         model => PBA::Test::Model->new(
             seed => $seed,
@@ -166,7 +175,11 @@ sub check_backend ($name) {
 }
 
 for my $name (PBA::Test::Backend->names) {
-    subtest "backend $name" => sub { check_backend($name) };
+    subtest "backend $name, nbd" => sub { check_backend($name, 'nbd') };
+    subtest "backend $name, file-handle" => sub {
+        plan(skip_all => 'no /dev/fuse') if !-e '/dev/fuse';
+        check_backend($name, 'file-handle');
+    };
 }
 
 done_testing;

@@ -337,6 +337,76 @@ subtest 'data that the function keeps' => sub {
     same(join('', map { $kept[2 * $_ + 1] } 0 .. $#kept / 2), $image, 'copies');
 };
 
+# A plain file is such a handle, too; what is discarded there becomes zero.
+sub open_handle ($map, %more) {
+    my $file = write_file("$dir/handle", $image);
+    open(my $fh, '+<:raw', $file) or die "$file: $!\n";
+    my @left = map { [@$_] } @$map;
+    my $volume = {
+        size => $odd_size,
+        'bitmap-mode' => 'reuse',
+        'file-handle' => $fh,
+        'next-dirty-region' => sub { @left ? shift(@left)->@* : () },
+        %more,
+    };
+    return PVE::BackupAccess::Volume->open('disk', $volume);
+}
+
+# The handle's file after all whole clusters of the map were discarded.
+sub punched ($map) {
+    my $data = $image;
+    my $cluster = 64 * $KiB;
+    for my $range (@$map) {
+        my $end = $range->[0] + $range->[1];
+        $end -= $end % $cluster if $end != $odd_size;
+        my $begin = POSIX::ceil($range->[0] / $cluster) * $cluster;
+        substr($data, $begin, $end - $begin) = "\0" x ($end - $begin) if $end > $begin;
+    }
+    return $data;
+}
+
+subtest 'from a file handle' => sub {
+    for my $map_name (sort keys %maps) {
+        my $map = $maps{$map_name};
+        my $total = sum0(map { $_->[1] } @$map);
+        for my $with_progress (0, 1) {
+            my $name = "$map_name, progress $with_progress";
+            my $volume = open_handle($map);
+            my $target = write_file("$dir/target", $unseen x $odd_size);
+            my @last;
+            my @progress = $with_progress ? (progress => sub (@now) { @last = @now }) : ();
+            my $statistics = $volume->copy(to => $target, @progress);
+            same(read_file($target), expected($unseen x $odd_size, $map), "$name: data");
+            same(read_file("$dir/handle"), punched($map), "$name: discarded");
+            check_statistics($statistics, $map, $name);
+            is_deeply(\@last, [$total, $total], "$name: total") if $with_progress;
+        }
+    }
+    for my $with_progress (0, 1) {
+        my @progress = $with_progress ? (progress => sub (@) { }) : ();
+        my $calls = 0;
+        my $volume = open_handle(
+            [],
+            'next-dirty-region' => sub {
+                die "no more\n" if $calls++ == 3;
+                return ($calls * $MiB, 65536);
+            },
+        );
+        ok(!eval { $volume->copy(to => '/dev/null', @progress); 1 },
+            'regions that end in an exception');
+        is($@, "no more\n", 'which comes through');
+        $volume = open_handle([[0, 65536], [32768, 65536]]);
+        ok(!eval { $volume->copy(to => '/dev/null', @progress); 1 }, 'regions that overlap');
+        like($@, qr/offset 32768/, 'are an error');
+        ok(!eval { $volume->next_dirty_region; 1 }, 'and never the end');
+    }
+    my $volume = open_handle([[0, $odd_size]]);
+    truncate("$dir/handle", 5 * $MiB + 512) or die "truncate: $!\n";
+    ok(!eval { $volume->copy(to => '/dev/null'); 1 }, 'a file that ends early');
+    my $end = 5 * $MiB + 512;
+    like($@, qr/reading \d+ bytes at offset $end failed/, 'names the offset');
+};
+
 subtest 'progress' => sub {
     for my $map_name (sort keys %maps) {
         my $total = sum0(map { $_->[1] } $maps{$map_name}->@*);

@@ -4,6 +4,7 @@
 
 /* A reader who is not where he is expected this often in a row does not read in order. */
 #define MAX_MISSES 4
+#define MIN_MISSES 1
 /* Discarded ranges that lie ahead; with more of them there is no reading ahead at all. */
 #define MAX_HOLES 256
 
@@ -13,12 +14,12 @@ typedef struct {
 } Range;
 
 struct PbaAhead {
-    PbaRegions *regions; /* NULL: the whole volume is one region */
+    PbaScan *scan; /* NULL: the whole volume is one region */
     bool active;
     unsigned misses;
-    uint64_t last_end; /* where the last read outside of what is read ahead ended */
+    uint64_t last_end; /* where the last read ended that was not in order */
     uint64_t cursor;   /* where to read next */
-    Range region;      /* the cursor is in it, or behind it: then the next one is not known yet */
+    Range region;      /* the cursor is in it, or behind it: then the next is not known yet */
     GArray *holes;     /* Range, ascending: what was discarded from the cursor on */
     bool given_up;
 };
@@ -29,7 +30,7 @@ PbaAhead *pba_ahead_new(const PbaVolumeOptions *options)
     ahead->holes = g_array_new(FALSE, FALSE, sizeof(Range));
     ahead->last_end = UINT64_MAX;
     if (options->bitmap) {
-        ahead->regions = pba_regions_start(options);
+        ahead->scan = pba_scan_start(options);
     } else {
         ahead->region.end = options->size;
     }
@@ -49,8 +50,7 @@ static bool settle(PbaAhead *ahead)
         g_array_remove_index(ahead->holes, 0);
     }
     while (ahead->cursor >= ahead->region.end) {
-        if (!ahead->regions ||
-            !pba_regions_pop(ahead->regions, &ahead->region.begin, &ahead->region.end)) {
+        if (!ahead->scan || !pba_scan_pop(ahead->scan, &ahead->region.begin, &ahead->region.end)) {
             return false;
         }
         ahead->cursor = MAX(ahead->cursor, ahead->region.begin);
@@ -80,8 +80,8 @@ void pba_ahead_stop(PbaAhead *ahead)
 static void start(PbaAhead *ahead, uint64_t offset)
 {
     if (offset < ahead->cursor) {
-        if (ahead->regions) {
-            pba_regions_seek(ahead->regions, offset);
+        if (ahead->scan) {
+            pba_scan_seek(ahead->scan, offset);
             ahead->region = (Range){0, 0};
         }
         /* What was discarded there is not known any more: reading it ahead fails, no more. */
@@ -94,19 +94,21 @@ static void start(PbaAhead *ahead, uint64_t offset)
 
 bool pba_ahead_note_read(PbaAhead *ahead, uint64_t begin, uint64_t end, bool known)
 {
-    bool expected = begin == ahead->last_end || (find_data(ahead) && begin == ahead->cursor);
+    bool at_cursor = find_data(ahead) && begin == ahead->cursor;
+    bool follows = begin == ahead->last_end;
 
-    ahead->last_end = end;
-    if (ahead->active && (known || expected)) {
+    if (ahead->active && (known || at_cursor)) {
         ahead->misses = 0;
         ahead->cursor = MAX(ahead->cursor, end);
         return true;
     }
-    if (ahead->active && ++ahead->misses <= MAX_MISSES) {
+    ahead->last_end = end;
+    /* One who reads on elsewhere takes over once the old reader is not seen any more. */
+    if (ahead->active && ++ahead->misses <= (follows ? MIN_MISSES : MAX_MISSES)) {
         return true;
     }
     pba_ahead_stop(ahead);
-    if (expected) {
+    if (follows || at_cursor) {
         start(ahead, end);
     } else if (end > ahead->cursor) {
         /* It may be the first of the next reads in order, so be there. */

@@ -14,7 +14,7 @@ struct PbaConnection {
     PbaVolume *volume; /* the thread's; NULL: lost */
     uint32_t read_flags;
     GQueue in_flight;      /* PbaRequest.link; the thread's */
-    GQueue unfinished;     /* trims of which another piece has to be sent; the thread's */
+    GQueue unfinished;     /* trims with a piece still to be sent; the thread's */
     int wake_fd;           /* there are new requests */
     int done_fd;           /* there are done requests */
     GMutex mutex;          /* of all below */
@@ -22,6 +22,7 @@ struct PbaConnection {
     PbaRequest *done;      /* newest first */
     bool thread_waits;     /* wants wake_fd to be written to */
     bool consumer_waits;   /* wants done_fd to be written to */
+    bool wake_for_all;     /* even for what is not urgent */
 };
 
 static void signal_fd(int fd)
@@ -66,12 +67,13 @@ void pba_connection_submit(PbaConnection *connection, PbaRequest *request)
     }
 }
 
-PbaRequest *pba_connection_take_done(PbaConnection *connection, bool wake)
+PbaRequest *pba_connection_take_done(PbaConnection *connection, bool all)
 {
     g_mutex_lock(&connection->mutex);
     PbaRequest *done = connection->done;
     connection->done = NULL;
-    connection->consumer_waits = !done && wake;
+    connection->consumer_waits = !done;
+    connection->wake_for_all = all;
     g_mutex_unlock(&connection->mutex);
     return reverse(done);
 }
@@ -86,8 +88,9 @@ static void give_back(PbaConnection *connection, PbaRequest *request)
     g_mutex_lock(&connection->mutex);
     request->next = connection->done;
     connection->done = request;
-    bool wake = connection->consumer_waits;
-    connection->consumer_waits = false;
+    bool wake = connection->consumer_waits &&
+                (g_atomic_int_get(&request->urgent) || connection->wake_for_all);
+    connection->consumer_waits = connection->consumer_waits && !wake;
     g_mutex_unlock(&connection->mutex);
     if (wake) {
         signal_fd(connection->done_fd);

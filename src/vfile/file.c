@@ -20,7 +20,7 @@ typedef struct {
     PbaRequest nbd; /* first, since the connection gives them back; its length stays */
     bool loaded;
     bool ahead;   /* kept until the reader has passed it */
-    bool dropped; /* its range was discarded or is not wanted any more: freed once it is loaded */
+    bool dropped; /* discarded, or not wanted any more: freed once it is loaded */
 } Slot;
 
 /* A request that waits for slots, or for a trim. */
@@ -34,8 +34,7 @@ typedef struct {
 } Reading;
 
 typedef struct {
-    PbaRequest nbd; /* first */
-    PbaFile *file;
+    PbaRequest nbd;     /* first */
     fuse_req_t request; /* NULL: interrupted, and answered so */
 } Trim;
 
@@ -47,8 +46,7 @@ struct PbaFile {
     GPtrArray *free_buffers; /* of SLOT_SIZE */
     unsigned ahead_slots;
     GQueue readings; /* Reading.link, oldest first */
-    unsigned trims;
-    bool starved; /* an older reading has got no slot */
+    bool starved;    /* an older reading has got no slot */
 };
 
 PbaFile *pba_file_new(PbaConnection *connection, PbaAhead *ahead, uint64_t size)
@@ -164,11 +162,15 @@ static void release_slots(PbaFile *file, uint64_t end)
     }
 }
 
+/* In bursts: each wakes the connection's thread, and QEMU. */
 static void read_ahead(PbaFile *file)
 {
     uint64_t offset;
     uint64_t length;
 
+    if (file->ahead_slots > MAX_AHEAD / 2) {
+        return;
+    }
     while (file->ahead_slots < MAX_AHEAD && file->slots->len < MAX_SLOTS &&
            pba_ahead_next(file->ahead, SLOT_SIZE, &offset, &length)) {
         load(file, offset, gap_end(file, offset, offset + length) - offset, true);
@@ -187,7 +189,7 @@ static void end_reading(Reading *reading)
  * of it is there yet. */
 static int collect(PbaFile *file, uint64_t begin, uint64_t end, struct iovec *parts)
 {
-    bool complete = true;
+    Slot *missing = NULL;
     int count = 0;
 
     for (uint64_t at = begin; at < end;) {
@@ -202,13 +204,17 @@ static int collect(PbaFile *file, uint64_t begin, uint64_t end, struct iovec *pa
         }
         uint64_t skip = at - slot->nbd.offset;
         uint64_t length = MIN(slot->nbd.length - skip, end - at);
-        complete = complete && slot->loaded;
+        missing = slot->loaded ? missing : slot;
         parts[count].iov_base = (char *)slot->nbd.buffer + skip;
         parts[count].iov_len = length;
         count++;
         at += length;
     }
-    return complete ? count : 0;
+    if (missing) {
+        /* They come in order, mostly: so one wake-up will do. */
+        g_atomic_int_set(&missing->nbd.urgent, true);
+    }
+    return missing ? 0 : count;
 }
 
 static void on_read_interrupt(fuse_req_t request, void *opaque)
@@ -314,7 +320,6 @@ static void on_trim_interrupt(fuse_req_t request, void *opaque)
 
 static void finish_trim(Trim *trim)
 {
-    trim->file->trims--;
     if (trim->request) {
         fuse_reply_err(trim->request, trim->nbd.error ? EIO : 0);
     }
@@ -346,10 +351,9 @@ static void on_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t o
     drop_slots(file, begin, end);
     pba_ahead_note_discard(file->ahead, begin, end);
     Trim *trim = g_new0(Trim, 1);
-    trim->nbd = (PbaRequest){.is_trim = true, .offset = begin, .length = end - begin};
-    trim->file = file;
+    trim->nbd =
+        (PbaRequest){.is_trim = true, .urgent = true, .offset = begin, .length = end - begin};
     trim->request = request;
-    file->trims++;
     pba_connection_submit(file->connection, &trim->nbd);
     fuse_req_interrupt_func(request, on_trim_interrupt, trim);
 }
@@ -385,6 +389,7 @@ static void on_open(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info 
 {
     (void)inode;
     info->direct_io = 1;
+    info->noflush = 1; /* nothing is written, so closing needs no server */
     fuse_reply_open(request, info);
 }
 
@@ -412,9 +417,7 @@ void pba_file_turn(PbaFile *file)
 {
     PbaRequest *done;
 
-    /* Whoever waits is woken; what is read ahead can wait until somebody wants it. */
-    while ((done = pba_connection_take_done(file->connection,
-                                            file->readings.length > 0 || file->trims > 0))) {
+    while ((done = pba_connection_take_done(file->connection, file->starved))) {
         while (done) {
             PbaRequest *request = done;
             done = request->next;

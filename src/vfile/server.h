@@ -2,7 +2,7 @@
  *
  * One thread (main.c, file.c, ahead.c) has all the state and speaks FUSE; another (connection.c)
  * moves the data of the NBD connection, so that receiving and answering go on side by side; a third
- * (map.c) goes through the dirty bitmap ahead of the reader. */
+ * (scan.c) goes through the dirty bitmap ahead of the reader. */
 #ifndef PBA_VFILE_SERVER_H
 #define PBA_VFILE_SERVER_H
 
@@ -23,6 +23,7 @@ typedef struct PbaRequest {
     uint64_t offset;
     uint64_t length;
     void *buffer;     /* of length bytes; NULL for a trim */
+    gint urgent;      /* somebody waits for it; atomic, since it may be set on the way */
     int error;        /* errno; 0: all of it is done */
     uint64_t seen;    /* bytes that came */
     unsigned pending; /* pieces that are in flight; the connection's, as the next */
@@ -32,21 +33,21 @@ typedef struct PbaRequest {
 /* Takes over a volume that is connected. Like its thread it lasts as long as the process. */
 PbaConnection *pba_connection_start(PbaVolume *volume, GError **error);
 void pba_connection_submit(PbaConnection *connection, PbaRequest *request);
-/* The requests that are done, linked by next; NULL for none. Then, with wake, pba_connection_fd
- * becomes readable once there is one. */
-PbaRequest *pba_connection_take_done(PbaConnection *connection, bool wake);
+/* The requests that are done, linked by next. For none it is NULL, and pba_connection_fd becomes
+ * readable once there is an urgent one, or any with all. */
+PbaRequest *pba_connection_take_done(PbaConnection *connection, bool all);
 int pba_connection_fd(const PbaConnection *connection);
 
 /* The dirty regions, fetched by a thread of their own */
 
-typedef struct PbaRegions PbaRegions;
+typedef struct PbaScan PbaScan;
 
 /* options are copied; they name the bitmap. Lasts as long as the process. */
-PbaRegions *pba_regions_start(const PbaVolumeOptions *options);
+PbaScan *pba_scan_start(const PbaVolumeOptions *options);
 /* The next region, if it is there already. Never waits. */
-bool pba_regions_pop(PbaRegions *regions, uint64_t *begin, uint64_t *end);
+bool pba_scan_pop(PbaScan *scan, uint64_t *begin, uint64_t *end);
 /* Goes on with what is dirty from offset on. */
-void pba_regions_seek(PbaRegions *regions, uint64_t offset);
+void pba_scan_seek(PbaScan *scan, uint64_t offset);
 
 /* What to read ahead */
 

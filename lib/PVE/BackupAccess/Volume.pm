@@ -221,7 +221,8 @@ clusters of 64 KiB are discarded; parts of one at the edges of the range are not
     my $statistics = $volume->copy(to => $target);
 
 Copies all dirty regions, or without a bitmap the whole volume, with many requests in flight. Where
-L</next_dirty_region> is does not matter and does not change. Nothing outside the regions is read or
+L</next_dirty_region> is does not matter and does not change, but of the mechanism file-handle, where
+each region is given once, the regions still to come are copied. Nothing outside the regions is read or
 written. The target is one of these:
 
 =over
@@ -249,7 +250,7 @@ or for a code ref, when it has returned. By default so for volumes of an access,
 URI without C<bitmap-mode>, which may be somebody's disk. What the server cannot discard is left.
 
 =item C<progress> - a code ref, called with the bytes copied and all dirty bytes, a few times a second
-and at the end. The map is read once more for that, before.
+and at the end. The map is read for that before.
 
 =item C<bandwidth-limit> - bytes read per second.
 

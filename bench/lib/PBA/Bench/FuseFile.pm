@@ -53,7 +53,8 @@ sub memory ($class, $program, $image) {
 
 sub _new ($class, $name, $ends_itself) {
     my $dir = File::Temp->newdir('pba-bench-XXXXXXXX', TMPDIR => 1);
-    return bless({ dir => $dir, path => "$dir/$name", owner => $$, polite => $ends_itself }, $class);
+    return
+        bless({ dir => $dir, path => "$dir/$name", owner => $$, polite => $ends_itself }, $class);
 }
 
 sub _spawn ($self, $exec) {
@@ -91,7 +92,8 @@ sub DESTROY ($self) {
     local $?;
     if ($self->{polite}) {
         close($self->{socket});
-    } else {
+    }
+    else {
         system('umount', $self->{path});
     }
     waitpid($self->{pid}, 0);

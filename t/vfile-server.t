@@ -1,0 +1,297 @@
+# The server of virtual files over an NBD server that shows what it was asked for, and misbehaves.
+
+use v5.36;
+use utf8;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use POSIX qw(EINTR EIO);
+use Test::More;
+use Time::HiRes qw(alarm sleep time);
+
+use PVE::BackupAccess::Volume;
+
+use PBA::Test::Handle;
+use PBA::Test::NBDServer;
+use PBA::Test::VFile;
+
+my $missing = PBA::Test::Handle->missing;
+plan(skip_all => $missing) if defined($missing);
+
+my $kib = 1024;
+my $mib = 1024 * $kib;
+my $size = 64 * $mib;
+my $odd_size = $size + 512;
+my $max_memory_kib = 64 * $kib;
+
+sub serve (%opt) {
+    my $server = PBA::Test::NBDServer->start(size => $size, %opt);
+    my $file = PBA::Test::VFile->start(
+        socket => $server->socket_path,
+        device => $server->{export},
+        size => $opt{vfile_size} // $server->{size},
+        bitmap => $opt{dirty} ? $server->{bitmap} : undef,
+    );
+    return ($server, $file);
+}
+
+sub reader ($handle, $piece) {
+    return PBA::Test::Handle->new({ 'file-handle' => $handle }, $piece);
+}
+
+sub is_pattern ($reader, $offset, $length, $name) {
+    my $data = eval { $reader->pread($offset, $length) } // '';
+    ok($data eq PBA::Test::NBDServer::pattern($offset, $length), $name) or diag($@);
+}
+
+# The error of a read that must fail, and soon.
+sub error_of ($reader, $offset, $length) {
+    my $begin = time();
+    my $done = eval { $reader->pread($offset, $length); 1 };
+    my $error = $! + 0;
+    cmp_ok(time() - $begin, '<', 5, "at $offset: the answer does not take long");
+    return $done ? undef : $error;
+}
+
+sub reads ($server) {
+    return map { [$_->{offset}, $_->{offset} + $_->{length}] } $server->requests('read');
+}
+
+# ---- content ----
+
+sub check_content () {
+    my $name = "disk, 'o=1' \"%s\" \\ ü";
+    utf8::encode(my $bytes = $name);
+    my ($server, $file) = serve(size => $odd_size, export => $bytes);
+    my $handle = $file->open;
+    is(-s $handle, $odd_size, 'an odd name, an odd size');
+    for my $piece (512, 1000, 64 * $kib, $mib, 4 * $mib) {
+        is_pattern(reader($handle, $piece), 0, 2 * $mib, "from the start in pieces of $piece");
+    }
+    my $reader = reader($handle, 8 * $mib);
+    is_pattern($reader, $size - $mib, $mib + 512, 'to the odd end');
+    is_pattern($reader, 12345, 1, 'one byte');
+    is_pattern($reader, 12345, 3 * $mib + 1, 'neither end aligned');
+    srand(5);
+    for (1 .. 50) {
+        my $offset = int(rand($size));
+        my $length = 1 + int(rand(3 * $mib));
+        $length = $odd_size - $offset if $length > $odd_size - $offset;
+        is_pattern($reader, $offset, $length, "$length at $offset");
+    }
+    cmp_ok($server->max_in_flight, '>', 1, 'several requests in flight');
+    undef $handle;
+    undef $reader;
+    is($file->end, 0, 'it ends well');
+    ok(!-e $file->path, 'and takes its file along');
+}
+
+# ---- reading ahead ----
+
+# Whether it happens at all: pieces are larger than what is read.
+sub ahead_of ($server, $piece) {
+    return scalar(grep { $_->[1] - $_->[0] > $piece } reads($server));
+}
+
+sub check_read_ahead () {
+    my ($server, $file) = serve();
+    my $handle = $file->open;
+    my $reader = reader($handle, 64 * $kib);
+    is_pattern($reader, 0, 16 * $mib, 'in order');
+    my $before = ahead_of($server, 64 * $kib);
+    cmp_ok($before, '>', 20, 'is read ahead');
+    cmp_ok(scalar(() = reads($server)), '<', 150, 'with few requests');
+    is_pattern($reader, 0, 16 * $mib, 'from the start again');
+    cmp_ok(ahead_of($server, 64 * $kib), '>', $before + 20, 'is read ahead again');
+    is_pattern($reader, 40 * $mib, 16 * $mib, 'from further on');
+    cmp_ok(ahead_of($server, 64 * $kib), '>', $before + 60, 'too');
+    my $count = () = reads($server);
+
+    for my $offset (map { ($_ * 37 % 61) * $mib } 1 .. 60) {
+        $reader->pread($offset, 64 * $kib);
+    }
+    cmp_ok((() = reads($server)) - $count, '<=', 60 + 32 + 16, 'at random is not, after a while');
+}
+
+# Regions of odd lengths, some of them discarded before they are read: no request may touch what is
+# clean or was discarded, or cross an edge. The server answers such requests with an error, too.
+sub check_edges () {
+    my @dirty = map { [$_ * $mib, 64 * $kib * (1 + $_ % 7)] } 0 .. 63;
+    push(@dirty, [40 * $mib + 8 * 64 * $kib, 4 * 64 * $kib]);
+    @dirty = sort { $a->[0] <=> $b->[0] } @dirty;
+    for my $piece (64 * $kib, $mib) {
+        my ($server, $file) = serve(dirty => \@dirty, dirty_only => 1);
+        my $reader = reader($file->open, $piece);
+        my %gone = map { $dirty[$_][0] => 1 } grep { $_ % 10 == 5 } 0 .. $#dirty;
+        my $good = 0;
+        for my $i (0 .. $#dirty) {
+            my ($offset, $length) = $dirty[$i]->@*;
+
+            # What is discarded lies a little ahead of the reader, where it may have been read.
+            my $ahead = $dirty[$i + 3];
+            $reader->discard($ahead->@*) if $ahead && $gone{ $ahead->[0] };
+            next if $gone{$offset};
+            my $data = eval { $reader->pread($offset, $length) } // '';
+            $good++ if $data eq PBA::Test::NBDServer::pattern($offset, $length);
+            $reader->discard($offset, $length) if $i % 2;
+        }
+        is($good, @dirty - keys %gone, "pieces of $piece: all regions have their data");
+        my (@trimmed, $bad);
+        for my $request ($server->requests) {
+            my ($begin, $end) = ($request->{offset}, $request->{offset} + $request->{length});
+            push(@trimmed, [$begin, $end]) if $request->{command} eq 'trim';
+            next if $request->{command} ne 'read';
+            my $inside = grep { $_->[0] <= $begin && $end <= $_->[0] + $_->[1] } @dirty;
+            $bad //= "$begin to $end"
+                if !$inside || grep { $_->[0] < $end && $begin < $_->[1] } @trimmed;
+        }
+        is($bad, undef, "pieces of $piece: no request leaves a region or reads what was discarded");
+        cmp_ok($server->max_in_flight, '>', 1, "pieces of $piece: several are in flight");
+        is(error_of($reader, $dirty[1][0], 512), EIO, 'discarded: an I/O error');
+        is(error_of($reader, 900 * $kib, 512), EIO, 'clean: an I/O error');
+        is_pattern($reader, $dirty[0][0], 512, 'the rest can be read');
+    }
+}
+
+sub check_discard () {
+    my ($server, $file) = serve(size => $odd_size);
+    my $handle = $file->open;
+    my $keep = 3;
+    my $at = 64 * $kib;
+    ok(PBA::Test::Handle::fallocate($handle, $keep, $at + 1, 3 * $at), 'not aligned');
+    ok(PBA::Test::Handle::fallocate($handle, $keep, $at + 1, $at), 'less than a cluster');
+    ok(PBA::Test::Handle::fallocate($handle, $keep, $odd_size - 512, 512), 'the odd end');
+    ok(PBA::Test::Handle::fallocate($handle, $keep, $odd_size - 512, 1 << 40), 'beyond it');
+    my @trims = map { [$_->{offset}, $_->{length}] } $server->requests('trim');
+    is_deeply(
+        \@trims,
+        [[2 * $at, 2 * $at], [$odd_size - 512, 512], [$odd_size - 512, 512]],
+        'whole clusters only'
+    );
+    ok(!PBA::Test::Handle::fallocate($handle, $_, 0, $at), "mode $_ is refused") for 0, 1, 2, 16;
+}
+
+# ---- errors ----
+
+sub check_errors () {
+    my ($server, $file) = serve(read_error => EIO, good_first => 40);
+    my $reader = reader($file->open, 64 * $kib);
+    my $failed = grep {
+        !eval { $reader->pread($_ * 64 * $kib, 64 * $kib); 1 }
+    } 0 .. 1023;
+    cmp_ok($failed, '>', 0, 'reads fail');
+    is(error_of($reader, 0, 512), EIO, 'with an I/O error');
+
+    for my $kind (qw(short_read missing_data)) {
+        my ($bad, $over) = serve($kind => 512);
+        is(error_of(reader($over->open, $mib), 0, 64 * $kib), EIO, "$kind: an I/O error");
+    }
+    for my $kind (qw(disconnect_at hang_at)) {
+        my ($bad, $over) = serve($kind => 8 * $mib);
+        my $loop = reader($over->open, 64 * $kib);
+        my ($interrupted, $error) = (0);
+        local $SIG{ALRM} = sub { $interrupted++ };
+        alarm(2);
+        eval { $loop->pread(0, 16 * $mib); 1 } or $error = $! + 0;
+        alarm(0);
+        is($error, $kind eq 'hang_at' ? EINTR : EIO, "$kind: the reader gets an error");
+        is($interrupted, $kind eq 'hang_at' ? 1 : 0, "$kind: from a signal only if nothing comes");
+        my $begin = time();
+        is($over->end, 0, "$kind: the server ends");
+        cmp_ok(time() - $begin, '<', 2, "$kind: at once");
+    }
+}
+
+sub check_refusals () {
+    my $server = PBA::Test::NBDServer->start(size => $size);
+    my %good = (socket => $server->socket_path, device => $server->{export}, size => $size);
+    for my $case (
+        [{ size => $size + 512 }, qr/has $size bytes instead of/],
+        [{ device => 'another' }, qr/connecting failed/],
+        [{ socket => '/nonexistent/socket' }, qr/connecting failed/],
+        )
+    {
+        my ($change, $pattern) = $case->@*;
+        ok(!eval { PBA::Test::VFile->start(%good, $change->%*); 1 }, 'refused');
+        like($@, $pattern, 'with the reason');
+    }
+}
+
+sub check_memory () {
+    my ($server, $file) = serve();
+    my @pids;
+    for my $number (1 .. 100) {
+        my $pid = fork() // die "fork: $!\n";
+        if (!$pid) {
+            my $reader = reader($file->open, 4 * $mib);
+            my $offset = $number * 7 % 15 * 4 * $mib + $number * 512;
+            my $data = eval { $reader->pread($offset, 4 * $mib) } // '';
+            POSIX::_exit($data eq PBA::Test::NBDServer::pattern($offset, 4 * $mib) ? 0 : 1);
+        }
+        push(@pids, $pid);
+    }
+    my $good = grep { waitpid($_, 0) == $_ && $? == 0 } @pids;
+    is($good, 100, 'a hundred readers at a time');
+    cmp_ok($file->peak_kib, '<=', $max_memory_kib, 'within 64 MiB: ' . $file->peak_kib . ' KiB');
+}
+
+# What a provider plugin makes of such a hash, whatever its code ref returns.
+sub check_volume () {
+    my ($server, $file) = serve();
+    my $handle = $file->open;
+    my $open = sub ($code) {
+        PVE::BackupAccess::Volume->open(
+            'disk',
+            {
+                size => $size,
+                'bitmap-mode' => 'reuse',
+                'file-handle' => $handle,
+                'next-dirty-region' => $code,
+            }
+        );
+    };
+    my @regions = ([0, 512], [512, 1], [$size - 1, 1]);
+    my $volume = $open->(sub { (shift(@regions) // [])->@* });
+    is_deeply([$volume->dirty_regions(9)], [0, 512, 512, 1, $size - 1, 1], 'regions as they come');
+    is_deeply([$volume->next_dirty_region], [], 'and their end');
+    my $data = $volume->pread(1000, 10 * $mib);
+    ok($data eq PBA::Test::NBDServer::pattern(1000, 10 * $mib), 'its data');
+    for my $case (
+        [sub { die { my => 'own' } }, undef],
+        [sub { 5 }, qr/not a region/],
+        [sub { (0, 0) }, qr/not a region/],
+        [sub { ('x', 1) }, qr/not a region/],
+        [sub { (undef, undef) }, qr/not a region/],
+        [sub { ($size, 1) }, qr/cannot begin at offset $size with length 1/],
+        [sub { (1, $size) }, qr/cannot begin at/],
+        )
+    {
+        my ($code, $pattern) = $case->@*;
+        $volume = $open->($code);
+        ok(!eval { $volume->next_dirty_region; 1 }, 'a bad region');
+        $pattern
+            ? like("$@", $pattern, 'is refused')
+            : is(ref($@), 'HASH', 'an exception as it is');
+        ok(!eval { $volume->next_dirty_region; 1 }, 'and is not the end of the map after that');
+    }
+    close($handle);
+    is(length($volume->pread(0, 512)), 512, 'the volume has the file open by itself');
+    ok(
+        !eval {
+            $open->(sub { });
+            1;
+        },
+        'a closed handle'
+    );
+    like("$@", qr/must be an open file handle/, 'is refused');
+}
+
+check_content();
+check_volume();
+check_read_ahead();
+check_edges();
+check_discard();
+check_errors();
+check_refusals();
+check_memory();
+done_testing;
