@@ -83,6 +83,7 @@ sub DESTROY ($self) {
 # ---- images ----
 
 sub img (@arguments) {
+    delete local $ENV{LD_PRELOAD};
     system($ENV{PBA_QEMU_IMG} // 'qemu-img', @arguments) == 0 or die "qemu-img @arguments failed\n";
     return;
 }
