@@ -92,7 +92,11 @@ typedef enum {
     PBA_BITMAP_ACTION_MISSING_RECREATED,
 } PbaBitmapAction;
 
-typedef enum { PBA_BITMAP_STATUS_NONE, PBA_BITMAP_STATUS_NEW, PBA_BITMAP_STATUS_REUSE } PbaBitmapStatus;
+typedef enum {
+    PBA_BITMAP_STATUS_NONE,
+    PBA_BITMAP_STATUS_NEW,
+    PBA_BITMAP_STATUS_REUSE
+} PbaBitmapStatus;
 
 /* Each decodes QEMU's or the provider API's word; anything unknown is PBA_ERROR_ARGUMENT (mode,
  * status) or PBA_ERROR_PROTOCOL (action), never a guess. */
@@ -165,8 +169,8 @@ bool pba_access_export(PbaAccess *access, GError **error);
 /* Exports, then has every device served as a file by a process of its own, once; on error none is
  * (FUSE; PBA_ERROR_UNSUPPORTED where the machine has none). */
 bool pba_access_serve_files(PbaAccess *access, GError **error);
-/* A new descriptor of that device's file, for reading and punching holes (open(2): O_RDWR, O_DIRECT,
- * O_CLOEXEC). The caller's to close; -1 on error. After teardown it gives errors only. */
+/* A new descriptor of that device's file, for reading and punching holes (open(2): O_RDWR,
+ * O_DIRECT, O_CLOEXEC). The caller's to close; -1 on error. After teardown it gives errors only. */
 int pba_access_open_file(PbaAccess *access, size_t index, GError **error);
 /* Undoes everything; success decides what the bitmaps hold afterwards (QAPI:
  * backup-access-teardown). Every step is tried even if an earlier one failed; the first error is
@@ -188,10 +192,10 @@ const char *pba_access_socket(const PbaAccess *access);
 typedef struct PbaVolume PbaVolume;
 
 typedef struct {
-    const char *device;    /* for messages, and the export name where path is a socket */
-    const char *path;      /* a Unix socket, or an NBD URI */
-    const char *bitmap;    /* name of the dirty bitmap, NULL for none */
-    uint64_t size;         /* must be what the server says; UINT64_MAX: not known */
+    const char *device; /* for messages, and the export name where path is a socket */
+    const char *path;   /* a Unix socket, or an NBD URI */
+    const char *bitmap; /* name of the dirty bitmap, NULL for none */
+    uint64_t size;      /* must be what the server says; UINT64_MAX: not known */
 } PbaVolumeOptions;
 
 /* Connects and checks size and, with a bitmap, the meta context qemu:dirty-bitmap:NAME (NBD spec:
@@ -250,11 +254,11 @@ typedef struct {
     double seconds;
 } PbaCopyStatistics;
 
-/* Copies all dirty regions, wherever pba_volume_next_dirty_region is; those still to come of a volume
- * behind a file handle. Whatever a read, a write or a
- * discard says but success is an error that names the offset. A range is discarded when the target
- * has taken it; the target is flushed before this returns true. What was copied before an error is
- * in the target; the volume can be used again unless its server is gone. */
+/* Copies all dirty regions, wherever pba_volume_next_dirty_region is; those still to come of a
+ * volume behind a file handle. Whatever a read, a write or a discard says but success is an error
+ * that names the offset. A range is discarded when the target has taken it; the target is flushed
+ * before this returns true. What was copied before an error is in the target; the volume can be
+ * used again unless its server is gone. */
 bool pba_volume_copy(PbaVolume *volume, const PbaCopyOptions *options,
                      PbaCopyStatistics *statistics, GError **error);
 

@@ -56,8 +56,10 @@ my sub open_handle ($class, $device, $volume) {
     my $mode = $volume->{'bitmap-mode'};
     fail($device, "unknown bitmap-mode '$mode' - must be one of none, new, reuse")
         if $mode !~ m/\A(?:none|new|reuse)\z/;
-    return $class->_open_handle($device, fileno($volume->{'file-handle'}), $volume->{size},
-        $volume->{'next-dirty-region'});
+    return $class->_open_handle(
+        $device, fileno($volume->{'file-handle'}),
+        $volume->{size}, $volume->{'next-dirty-region'}
+    );
 }
 
 sub open ($class, $device, $volume) {
