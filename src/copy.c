@@ -20,8 +20,6 @@
 #define SECTOR 4096u
 /* More are not sent before some are done, lest they fill the server's queue. */
 #define MAX_TRIMMING 32u
-/* Targets that take data at once may not keep the caller's signal handlers waiting longer. */
-#define TAKE_LIMIT (G_TIME_SPAN_SECOND / 4)
 #define PROGRESS_INTERVAL (G_TIME_SPAN_SECOND / 4)
 
 typedef struct {
@@ -42,7 +40,6 @@ typedef struct {
     uint64_t region_left;
     bool at_end; /* of the map */
     bool waits_for_map;
-    bool has_more;      /* pieces that were read and can be written */
     uint64_t next_read; /* sequence numbers */
     uint64_t next_write;
     uint64_t done; /* bytes that the sink has */
@@ -216,17 +213,12 @@ static bool check_trims(const Copy *copy, GError **error)
 /* A sink that takes pieces in order may take several once the one they waited for is there. */
 static bool take_pieces(Copy *copy, GError **error)
 {
-    gint64 limit = g_get_monotonic_time() + TAKE_LIMIT;
     uint64_t before;
 
     do {
         before = copy->next_write;
         for (unsigned i = 0; i < copy->piece_count; i++) {
             PbaPiece *piece = &copy->pieces[i];
-            if (piece->state == PBA_PIECE_READ && g_get_monotonic_time() > limit) {
-                copy->has_more = true; /* for the next time */
-                continue;
-            }
             if (piece->state == PBA_PIECE_READ && !take_read(copy, piece, error)) {
                 return false;
             }
@@ -234,7 +226,7 @@ static bool take_pieces(Copy *copy, GError **error)
                 return false;
             }
         }
-    } while (copy->sink->ordered && copy->next_write != before && !copy->has_more);
+    } while (copy->sink->ordered && copy->next_write != before);
     return check_trims(copy, error);
 }
 
@@ -265,10 +257,6 @@ static bool turn(Copy *copy, GError **error)
 
     if (idle || copy->last_event == 0) {
         copy->last_event = now;
-    }
-    if (copy->has_more) {
-        until = now;
-        copy->has_more = false;
     }
     if (may_read(copy) && !copy->waits_for_map) {
         until = MIN(until, pba_limit_ready_at(&copy->limit));

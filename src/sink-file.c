@@ -1,4 +1,4 @@
-/* Copying to a file or block device. Threads do what may block for long. */
+/* Copying to a file or block device. Threads do the writing, since that may block for long. */
 #define _GNU_SOURCE /* fallocate() */
 #include "copy.h"
 #include "error.h"
@@ -7,16 +7,9 @@
 #include <inttypes.h>
 #include <linux/falloc.h>
 #include <linux/fs.h>
-#include <pthread.h>
-#include <signal.h>
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
-
-/* The storage does not take data as fast as the cache does. */
-#define LONG_WRITE (50 * G_TIME_SPAN_MILLISECOND)
-/* The source's server keeps one busy, and so does reading from it. */
-#define BUSY_PROCESSORS 2
 
 /* How zeroes come into the target, the next way if one is not possible there. */
 typedef enum { ZERO_BY_HOLE, ZERO_BY_RANGE, ZERO_BY_WRITING } ZeroWay;
@@ -34,8 +27,7 @@ typedef struct {
     PbaSink sink;
     PbaLoop *loop;
     int fd;
-    bool by_threads; /* write so */
-    bool can_flush;
+    bool may_block;     /* a file or block device: threads write, and there is something to flush */
     uint64_t zero_from; /* from here on the target holds nothing but zeroes yet */
     gint zero_way;      /* a ZeroWay; atomic */
 } FileSink;
@@ -123,34 +115,14 @@ static void write_done(PbaJob *job)
     ((PbaPiece *)job)->state = PBA_PIECE_WRITTEN;
 }
 
-/* Until it takes long, writing at once is cheaper than handing over and back. A file that may not
- * be so long is an error, as it is in the threads, not the end of the process. */
-static void write_here(FileSink *self, PbaPiece *piece)
-{
-    gint64 start = g_get_monotonic_time();
-    const struct timespec no_time = {0};
-    sigset_t too_long;
-    sigset_t before;
-
-    sigemptyset(&too_long);
-    sigaddset(&too_long, SIGXFSZ);
-    pthread_sigmask(SIG_BLOCK, &too_long, &before);
-    run_write(&piece->job);
-    if (piece->error == EFBIG) {
-        sigtimedwait(&too_long, NULL, &no_time);
-    }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    write_done(&piece->job);
-    self->by_threads = g_get_monotonic_time() - start > LONG_WRITE;
-}
-
 static bool file_write(PbaSink *sink, PbaPiece *piece, GError **error)
 {
     FileSink *self = (FileSink *)sink;
 
     piece->sink = sink;
-    if (!self->by_threads) {
-        write_here(self, piece);
+    if (!self->may_block) {
+        run_write(&piece->job);
+        write_done(&piece->job);
         return true;
     }
     PbaPool *pool = pba_loop_pool(self->loop, error);
@@ -193,7 +165,7 @@ static bool file_flush(PbaSink *sink, GError **error)
 {
     FileSink *self = (FileSink *)sink;
 
-    if (!self->can_flush) {
+    if (!self->may_block) {
         sink->flushed = true;
         return true;
     }
@@ -257,7 +229,7 @@ static bool take_descriptor(FileSink *self, int fd, GError **error)
 /* The size is part of what is copied: an image of another size would not restore. */
 static bool prepare_file(FileSink *self, uint64_t size, uint64_t old_size, GError **error)
 {
-    self->can_flush = true;
+    self->may_block = true;
     self->zero_from = old_size;
     return old_size == size || ftruncate(self->fd, (off_t)size) == 0 || fail_open(self, error);
 }
@@ -266,7 +238,7 @@ static bool prepare_device(FileSink *self, uint64_t size, GError **error)
 {
     uint64_t device_size;
 
-    self->can_flush = true;
+    self->may_block = true;
     if (ioctl(self->fd, BLKGETSIZE64, &device_size) == -1) {
         return fail_open(self, error);
     }
@@ -286,8 +258,6 @@ static bool prepare(FileSink *self, uint64_t size, GError **error)
     if (fstat(self->fd, &stat) == -1) {
         return fail_open(self, error);
     }
-    self->by_threads =
-        g_get_num_processors() > BUSY_PROCESSORS || (fcntl(self->fd, F_GETFL) & O_DIRECT);
     if (S_ISREG(stat.st_mode)) {
         return prepare_file(self, size, (uint64_t)stat.st_size, error);
     }
@@ -295,7 +265,6 @@ static bool prepare(FileSink *self, uint64_t size, GError **error)
         return prepare_device(self, size, error);
     }
     /* Such as /dev/null: anything that has offsets. */
-    self->by_threads = false;
     return lseek(self->fd, 0, SEEK_CUR) != -1 || fail_open(self, error);
 }
 
