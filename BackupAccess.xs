@@ -370,7 +370,7 @@ static bool call_next_region(void *opaque, uint64_t *offset, uint64_t *length, G
     SSize_t count = call_sv(caller->regions, G_LIST | G_EVAL);
     SPAGAIN;
     SP -= count;
-    if (SvTRUE(ERRSV)) {
+    if (has_died(aTHX)) {
         keep_exception(aTHX_ caller);
         g_set_error_literal(error, PBA_ERROR, PBA_ERROR_INCOMPLETE, "next-dirty-region died");
     } else if (count == 2 && looks_like_number(SP[1]) && looks_like_number(SP[2]) &&

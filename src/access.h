@@ -87,12 +87,17 @@ bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error);
 /* upstream: drops what the above may have left when it was cut short. */
 bool pba_dirty_source_drop(PbaAccess *access, const PbaDisk *disk, const PbaBlock *block,
                            GError **error);
+/* upstream: removes the disk's bitmap of that name. */
+bool pba_bitmap_remove(PbaAccess *access, const PbaDisk *disk, const char *name, GError **error);
 /* upstream: ends the split into target's and background bitmap on every disk that has one. Where
  * that cannot be done the target's bitmap is removed. */
 bool pba_bitmaps_join(PbaAccess *access, PbaBlock *block, bool success, GError **error);
 /* upstream: discards what is clean in the exported snapshot, if the map is worth it. Nothing
  * depends on it, so that a failure is only logged. */
 void pba_trim_clean_parts(PbaAccess *access, const PbaDisk *disk);
+/* upstream: the disk below our nodes, as the graph shows it: borrowed, NULL if they are not there.
+ */
+const char *pba_upstream_root(const PbaBlock *block, const PbaDisk *disk);
 /* upstream: options of the raw node above a disk, with file as its child. discard=unmap hands the
  * guest's own trims down to the disk; the size makes QEMU refuse block_resize, which aborts while a
  * bitmap is exported. */

@@ -46,7 +46,7 @@ static bool run_transaction(PbaAccess *access, JsonArray *actions, GError **erro
     return pba_qmp_run(access->qmp, "transaction", pba_json_wrap_array("actions", actions), error);
 }
 
-static bool remove_bitmap(PbaAccess *access, const PbaDisk *disk, const char *name, GError **error)
+bool pba_bitmap_remove(PbaAccess *access, const PbaDisk *disk, const char *name, GError **error)
 {
     return pba_qmp_run(access->qmp, "block-dirty-bitmap-remove", bitmap_ref(disk, name), error);
 }
@@ -240,8 +240,8 @@ static bool join_or_drop(PbaAccess *access, const PbaDisk *disk, const char *tar
             "device %s: its dirty bitmap is removed, since it may lack bits: the next backup is a "
             "full one",
             disk->device);
-    remove_bitmap(access, disk, target, NULL);
-    remove_bitmap(access, disk, background, NULL);
+    pba_bitmap_remove(access, disk, target, NULL);
+    pba_bitmap_remove(access, disk, background, NULL);
     return false;
 }
 
@@ -269,7 +269,7 @@ static bool join_each(PbaAccess *access, GPtrArray *split, const char *target,
 static bool drop_lone_bitmap(PbaAccess *access, const PbaDisk *disk, const char *name,
                              GError **error)
 {
-    if (!remove_bitmap(access, disk, name, error)) {
+    if (!pba_bitmap_remove(access, disk, name, error)) {
         pba_error_add_device(error, disk->device);
         return false;
     }

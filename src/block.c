@@ -85,12 +85,17 @@ JsonObject *pba_block_find_user(const PbaBlock *block, const char *node)
     return NULL;
 }
 
+const char *pba_block_node_name(JsonArray *nodes, guint index)
+{
+    JsonObject *node = pba_json_element(nodes, index);
+    return node ? pba_json_find_string(node, "node-name") : NULL;
+}
+
 JsonObject *pba_block_find_node(const PbaBlock *block, const char *node)
 {
     for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
-        JsonObject *entry = pba_json_element(block->nodes, i);
-        if (entry && g_strcmp0(pba_json_find_string(entry, "node-name"), node) == 0) {
-            return entry;
+        if (g_strcmp0(pba_block_node_name(block->nodes, i), node) == 0) {
+            return pba_json_element(block->nodes, i);
         }
     }
     return NULL;
@@ -127,12 +132,17 @@ static JsonObject *find_graph_node(const PbaBlock *block, const char *key, JsonN
     return NULL;
 }
 
-const char *pba_block_find_child(const PbaBlock *block, const char *node, const char *child)
+static JsonNode *graph_id(const PbaBlock *block, const char *node)
 {
     g_autoptr(JsonNode) name = pba_json("%s", node);
-    JsonObject *parent = find_graph_node(block, "name", name);
+    JsonObject *found = find_graph_node(block, "name", name);
+    return found ? json_object_get_member(found, "id") : NULL;
+}
+
+const char *pba_block_find_child(const PbaBlock *block, const char *node, const char *child)
+{
     JsonArray *edges = pba_json_find_array(block->graph, "edges");
-    JsonNode *parent_id = parent ? json_object_get_member(parent, "id") : NULL;
+    JsonNode *parent_id = graph_id(block, node);
 
     for (guint i = 0; parent_id && edges && i < json_array_get_length(edges); i++) {
         JsonObject *edge = pba_json_element(edges, i);
@@ -151,10 +161,8 @@ const char *pba_block_find_child(const PbaBlock *block, const char *node, const 
 
 bool pba_block_has_parent(const PbaBlock *block, const char *node)
 {
-    g_autoptr(JsonNode) name = pba_json("%s", node);
-    JsonObject *child = find_graph_node(block, "name", name);
     JsonArray *edges = pba_json_find_array(block->graph, "edges");
-    JsonNode *id = child ? json_object_get_member(child, "id") : NULL;
+    JsonNode *id = graph_id(block, node);
 
     for (guint i = 0; id && edges && i < json_array_get_length(edges); i++) {
         JsonObject *edge = pba_json_element(edges, i);
@@ -180,19 +188,14 @@ const char *pba_block_skip_filters(const PbaBlock *block, const char *node)
     return node;
 }
 
-static bool image_size(JsonObject *object, uint64_t *size, GError **error)
+bool pba_block_node_size(JsonObject *node, uint64_t *size, GError **error)
 {
-    JsonObject *image = pba_json_object(object, "image", error);
+    JsonObject *image = pba_json_object(node, "image", error);
     return image && pba_json_size(image, "virtual-size", size, error);
 }
 
 bool pba_block_device_size(JsonObject *device, uint64_t *size, GError **error)
 {
     JsonObject *inserted = pba_json_object(device, "inserted", error);
-    return inserted && image_size(inserted, size, error);
-}
-
-bool pba_block_node_size(JsonObject *node, uint64_t *size, GError **error)
-{
-    return image_size(node, size, error);
+    return inserted && pba_block_node_size(inserted, size, error);
 }

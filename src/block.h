@@ -28,6 +28,8 @@ bool pba_block_has_parent(const PbaBlock *block, const char *node);
 /* The first node from node downwards that is no filter: where a disk's bitmaps belong. */
 const char *pba_block_skip_filters(const PbaBlock *block, const char *node);
 
+/* The name of one of the nodes, borrowed; NULL if it has none. */
+const char *pba_block_node_name(JsonArray *nodes, guint index);
 /* Members of the entries found above. */
 const char *pba_block_device_node(JsonObject *device);
 bool pba_block_device_size(JsonObject *device, uint64_t *size, GError **error);

@@ -16,7 +16,6 @@
 #define MEMORY (16u << 20)
 #define MAX_PIECES 64u
 #define MIN_PIECES 2u
-#define CLUSTER 65536u
 #define SECTOR 4096u
 /* More are not sent before some are done, lest they fill the server's queue. */
 #define MAX_TRIMMING 32u
@@ -99,7 +98,7 @@ static uint32_t next_length(const Copy *copy)
     if (copy->region_left <= copy->request) {
         return (uint32_t)copy->region_left;
     }
-    uint64_t unit = copy->request >= CLUSTER ? CLUSTER : SECTOR;
+    uint64_t unit = copy->request >= PBA_CLUSTER ? PBA_CLUSTER : SECTOR;
     uint64_t end = (copy->region_offset + copy->request) / unit * unit;
     return end > copy->region_offset ? (uint32_t)(end - copy->region_offset) : copy->request;
 }

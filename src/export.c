@@ -93,7 +93,10 @@ static const char *export_id_of(JsonArray *exports, guint index, GError **error)
     return id;
 }
 
-bool pba_exports_find(PbaAccess *access, const char *id_prefix, bool *found, GError **error)
+typedef bool (*ExportTest)(JsonObject *export, const char *id, const char *prefix);
+
+static bool find_export(PbaAccess *access, ExportTest test, const char *prefix, bool *found,
+                        GError **error)
 {
     g_autoptr(JsonArray) exports =
         pba_qmp_query_array(access->qmp, "query-block-exports", NULL, error);
@@ -104,9 +107,19 @@ bool pba_exports_find(PbaAccess *access, const char *id_prefix, bool *found, GEr
         if (!id) {
             return false;
         }
-        *found |= g_str_has_prefix(id, id_prefix);
+        *found |= test(pba_json_element(exports, i), id, prefix);
     }
     return exports != NULL;
+}
+
+static bool begins_so(G_GNUC_UNUSED JsonObject *export, const char *id, const char *prefix)
+{
+    return g_str_has_prefix(id, prefix);
+}
+
+bool pba_exports_find(PbaAccess *access, const char *id_prefix, bool *found, GError **error)
+{
+    return find_export(access, begins_so, id_prefix, found, error);
 }
 
 /* block-export-del may return before the export is gone. */
@@ -172,22 +185,11 @@ bool pba_exports_add(PbaAccess *access, GError **error)
     return true;
 }
 
-/* Exports that are not ours: somebody else has put them on our server. */
-static bool find_others(PbaAccess *access, bool *found, GError **error)
+/* Somebody else has put it on our server. */
+static bool is_of_others(JsonObject *export, const char *id, const char *prefix)
 {
-    g_autoptr(JsonArray) exports =
-        pba_qmp_query_array(access->qmp, "query-block-exports", NULL, error);
-
-    *found = false;
-    for (guint i = 0; exports && i < json_array_get_length(exports); i++) {
-        const char *id = export_id_of(exports, i, error);
-        if (!id) {
-            return false;
-        }
-        const char *type = pba_json_find_string(pba_json_element(exports, i), "type");
-        *found |= g_strcmp0(type, "nbd") == 0 && !g_str_has_prefix(id, PBA_EXPORT_PREFIX);
-    }
-    return exports != NULL;
+    return g_strcmp0(pba_json_find_string(export, "type"), "nbd") == 0 &&
+           !g_str_has_prefix(id, prefix);
 }
 
 static bool stop_server(PbaAccess *access, GError **error)
@@ -197,7 +199,7 @@ static bool stop_server(PbaAccess *access, GError **error)
     /* Ours is gone if nothing listens at our socket; another one that runs is none of our business.
      */
     if (pba_nbd_server_answers(access)) {
-        if (!find_others(access, &others, error)) {
+        if (!find_export(access, is_of_others, PBA_EXPORT_PREFIX, &others, error)) {
             return false;
         }
         if (others) {

@@ -11,7 +11,6 @@
 #define MAX_READ (32u << 20)
 /* Below the 32 bit limit of a request, and whole clusters. */
 #define MAX_DISCARD (UINT64_C(1) << 30)
-#define CLUSTER UINT64_C(65536)
 
 void pba_volume_set_nbd_error(const PbaVolume *volume, const char *what, GError **error)
 {
@@ -250,7 +249,7 @@ static bool finish_request(PbaVolume *volume, int64_t cookie, const char *what, 
 
 uint64_t pba_volume_unit(const PbaVolume *volume, uint64_t offset, uint64_t length)
 {
-    return volume->by_cluster ? MIN(length, CLUSTER - offset % CLUSTER) : length;
+    return volume->by_cluster ? MIN(length, PBA_CLUSTER - offset % PBA_CLUSTER) : length;
 }
 
 static bool read_piece(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t length,
@@ -317,10 +316,10 @@ bool pba_volume_discard(PbaVolume *volume, uint64_t offset, uint64_t length, GEr
     if (!check_range(volume, offset, length, error)) {
         return false;
     }
-    uint64_t begin = (offset + CLUSTER - 1) / CLUSTER * CLUSTER;
+    uint64_t begin = (offset + PBA_CLUSTER - 1) / PBA_CLUSTER * PBA_CLUSTER;
     uint64_t end = offset + length;
     if (end != volume->size) {
-        end = end / CLUSTER * CLUSTER;
+        end = end / PBA_CLUSTER * PBA_CLUSTER;
     }
     for (uint64_t at = begin; at < end; at += MAX_DISCARD) {
         if (!discard_piece(volume, at, MIN(end - at, MAX_DISCARD), error)) {

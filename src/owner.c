@@ -103,16 +103,10 @@ static bool is_alive(const PbaAccess *access, pid_t pid, uint64_t start)
     return pid != getpid() || is_marked_by_another(access);
 }
 
-static const char *node_name(JsonArray *nodes, guint index)
-{
-    JsonObject *node = pba_json_element(nodes, index);
-    return node ? pba_json_find_string(node, "node-name") : NULL;
-}
-
 bool pba_owner_check(const PbaAccess *access, JsonArray *nodes, GError **error)
 {
     for (guint i = 0; i < json_array_get_length(nodes); i++) {
-        const char *name = node_name(nodes, i);
+        const char *name = pba_block_node_name(nodes, i);
         pid_t pid;
         uint64_t start;
         if (name && parse_owner(name, &pid, &start) && is_alive(access, pid, start)) {
@@ -144,7 +138,7 @@ static bool add_mark(PbaAccess *access, const char *name, GError **error)
 static bool has_node(JsonArray *nodes, const char *name)
 {
     for (guint i = 0; i < json_array_get_length(nodes); i++) {
-        if (g_strcmp0(node_name(nodes, i), name) == 0) {
+        if (g_strcmp0(pba_block_node_name(nodes, i), name) == 0) {
             return true;
         }
     }
@@ -241,7 +235,7 @@ static bool delete_marks(PbaAccess *access, bool all, GError **error)
     bool done = nodes != NULL;
 
     for (guint i = 0; done && i < json_array_get_length(nodes); i++) {
-        const char *name = node_name(nodes, i);
+        const char *name = pba_block_node_name(nodes, i);
         if (!name || !is_to_go(access, name, own, all)) {
             continue;
         }

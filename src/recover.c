@@ -36,8 +36,7 @@ static bool look(PbaAccess *access, PbaBlock *block, Left *left, GError **error)
 
 static const char *node_name(const Left *left, guint index)
 {
-    JsonObject *node = pba_json_element(left->block->nodes, index);
-    return node ? pba_json_find_string(node, "node-name") : NULL;
+    return pba_block_node_name(left->block->nodes, index);
 }
 
 static const char *export_id(const Left *left, guint index)
@@ -96,8 +95,7 @@ static char *find_device_name(const PbaBlock *block, const char *key)
         }
     }
     for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
-        JsonObject *node = pba_json_element(block->nodes, i);
-        const char *name = node ? pba_json_find_string(node, "node-name") : NULL;
+        const char *name = pba_block_node_name(block->nodes, i);
         if (has_hash(name, key)) {
             return g_strdup(name);
         }
@@ -105,7 +103,7 @@ static char *find_device_name(const PbaBlock *block, const char *key)
     return NULL;
 }
 
-static PbaDisk *disk_of(PbaAccess *dead, const PbaBlock *block, const char *key)
+static PbaDisk *find_disk(const PbaAccess *dead, const char *key)
 {
     for (guint i = 0; i < dead->disks->len; i++) {
         PbaDisk *disk = dead->disks->pdata[i];
@@ -113,7 +111,17 @@ static PbaDisk *disk_of(PbaAccess *dead, const PbaBlock *block, const char *key)
             return disk;
         }
     }
-    PbaDisk *disk = g_new0(PbaDisk, 1);
+    return NULL;
+}
+
+static PbaDisk *disk_of(PbaAccess *dead, const PbaBlock *block, const char *key)
+{
+    PbaDisk *disk = find_disk(dead, key);
+
+    if (disk) {
+        return disk;
+    }
+    disk = g_new0(PbaDisk, 1);
     disk->key = g_strdup(key);
     disk->device = find_device_name(block, key);
     disk->device_gone = !disk->device;
@@ -130,11 +138,8 @@ static PbaDisk *disk_of(PbaAccess *dead, const PbaBlock *block, const char *key)
 static bool find_root(PbaDisk *disk, const PbaBlock *block, GError **error)
 {
     JsonObject *raw = pba_block_find_node(block, disk->raw_node);
-    const char *root = pba_block_find_child(block, disk->raw_node, "file");
+    const char *root = pba_upstream_root(block, disk);
 
-    if (!root || strcmp(root, disk->filter_node) == 0) {
-        root = pba_block_find_child(block, disk->filter_node, "file");
-    }
     disk->root_node = g_strdup(root);
     disk->bitmap_node = root ? g_strdup(pba_block_skip_filters(block, root)) : NULL;
     disk->read_only = raw && pba_json_find_bool(raw, "ro");
@@ -340,13 +345,8 @@ static void take_paths(PbaAccess *dead, const Left *left, GPtrArray *lines)
 
 static const char *device_of(const PbaAccess *dead, const char *key)
 {
-    for (guint i = 0; i < dead->disks->len; i++) {
-        const PbaDisk *disk = dead->disks->pdata[i];
-        if (strcmp(disk->key, key) == 0) {
-            return disk->device;
-        }
-    }
-    return key;
+    const PbaDisk *disk = find_disk(dead, key);
+    return disk ? disk->device : key;
 }
 
 static void describe_node(const PbaAccess *dead, const PbaBlock *block, const char *name,

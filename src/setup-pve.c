@@ -58,8 +58,7 @@ static const char *early_bitmap_name(const PbaAccess *access)
 static bool bitmap_exists(const PbaBlock *block, const char *name)
 {
     for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
-        JsonObject *node = pba_json_element(block->nodes, i);
-        const char *node_name = node ? pba_json_find_string(node, "node-name") : NULL;
+        const char *node_name = pba_block_node_name(block->nodes, i);
         if (node_name && pba_block_find_bitmap(block, node_name, name)) {
             return true;
         }
@@ -332,7 +331,7 @@ static bool check_left_safe(PbaAccess *access, const PbaBlock *block, GError **e
     for (guint i = 0; !danger && i < json_array_get_length(block->nodes); i++) {
         JsonObject *node = pba_json_element(block->nodes, i);
         danger = node ? find_left_danger(access, node) : NULL;
-        device = node ? pba_json_find_string(node, "node-name") : NULL;
+        device = pba_block_node_name(block->nodes, i);
     }
     if (danger) {
         pba_error_set(error, PBA_ERROR_STATE, "%s", danger);

@@ -291,12 +291,8 @@ static bool prepare_bitmap(PbaAccess *access, PbaDisk *disk, const PbaBlock *blo
     } else {
         disk->action = disk->mode == PBA_BITMAP_MODE_NEW ? PBA_BITMAP_ACTION_NEW
                                                          : PBA_BITMAP_ACTION_MISSING_RECREATED;
-        if (info && !pba_qmp_run(access->qmp, "block-dirty-bitmap-remove",
-                                 pba_json("{'node': <%s>, 'name': <%s>}", disk->bitmap_node, name),
-                                 error)) {
-            return false;
-        }
-        if (!pba_bitmap_add_all_dirty(access, disk, error)) {
+        if ((info && !pba_bitmap_remove(access, disk, name, error)) ||
+            !pba_bitmap_add_all_dirty(access, disk, error)) {
             return false;
         }
     }

@@ -5,7 +5,6 @@
 #include <inttypes.h>
 
 #define DEFAULT_CONNECTIONS 4
-#define CLUSTER UINT64_C(65536)
 /* Below the 32 bit limit of a request, and whole clusters. */
 #define MAX_DISCARD (UINT64_C(1) << 30)
 /* A range this long is worth a request of its own at once. */
@@ -38,7 +37,7 @@ bool pba_source_open(PbaSource *source, PbaVolume *volume, unsigned connections,
                      GError **error)
 {
     *source = (PbaSource){.volumes = {volume}, .count = 1};
-    pba_trims_init(&source->trims, CLUSTER, volume->size);
+    pba_trims_init(&source->trims, PBA_CLUSTER, volume->size);
     if (volume->handle) {
         source->max_request = UINT32_MAX;
         source->can_discard = true;

@@ -32,13 +32,12 @@ static void delete_node(PbaAccess *access, GError **first, const PbaBlock *block
     }
 }
 
-/* Where the disk's raw node has to point: the node below the filter. */
-static const char *find_root(const PbaBlock *block, const PbaDisk *disk)
+const char *pba_upstream_root(const PbaBlock *block, const PbaDisk *disk)
 {
     const char *file = pba_block_find_child(block, disk->raw_node, "file");
-    return file && strcmp(file, disk->filter_node) == 0
-               ? pba_block_find_child(block, disk->filter_node, "file")
-               : file;
+    return file && strcmp(file, disk->filter_node) != 0
+               ? file
+               : pba_block_find_child(block, disk->filter_node, "file");
 }
 
 /* The cut undone: again all disks or none, since QEMU drains them together. */
@@ -49,8 +48,8 @@ static void bypass_filters(PbaAccess *access, GError **first, const PbaBlock *bl
     for (guint i = 0; i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
         const char *file = pba_block_find_child(block, disk->raw_node, "file");
-        const char *root = find_root(block, disk);
-        if (root && strcmp(file, root) != 0) {
+        const char *root = pba_upstream_root(block, disk);
+        if (file && root && strcmp(file, root) != 0) {
             json_array_add_element(options, pba_raw_options(disk, root));
         }
     }
@@ -66,7 +65,7 @@ static void take_out_raw(PbaAccess *access, GError **first, const PbaBlock *bloc
 {
     JsonObject *user = pba_block_find_user(block, disk->raw_node);
     const char *qdev = user ? pba_json_find_string(user, "qdev") : NULL;
-    const char *root = find_root(block, disk);
+    const char *root = pba_upstream_root(block, disk);
 
     if (qdev && root) {
         run_step(access, first, disk, "qom-set",
@@ -135,8 +134,7 @@ bool pba_upstream_is_clean(PbaAccess *access)
         return false;
     }
     for (guint i = 0; i < json_array_get_length(block.nodes); i++) {
-        JsonObject *node = pba_json_element(block.nodes, i);
-        const char *name = node ? pba_json_find_string(node, "node-name") : NULL;
+        const char *name = pba_block_node_name(block.nodes, i);
         if (name && ((pba_is_own_node(name) && !pba_is_owner_mark(name)) ||
                      pba_block_find_bitmap(&block, name, background))) {
             return false;

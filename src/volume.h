@@ -12,6 +12,9 @@
     "image "                                                                                       \
     "full?"
 
+/* What QEMU copies before a write, and discards as a whole. */
+#define PBA_CLUSTER UINT64_C(65536)
+
 /* Block-status requests kept in flight. */
 #define PBA_MAP_DEPTH 4
 

@@ -12,8 +12,9 @@ use POSIX ();
 use Test::More;
 use Time::HiRes qw(sleep);
 
-use PBA::Test::NBDServer;
+use PBA::Test::NBDServer qw(open_volume);
 use PBA::Test::QemuNbd;
+use PBA::Test::Watchdog;
 use PVE::BackupAccess::Volume;
 
 my $KiB = 1 << 10;
@@ -21,20 +22,6 @@ my $MiB = 1 << 20;
 my $size = 8 * $MiB;
 my $seed = 20261122;
 my $dir = File::Temp->newdir('pba-copy-faults-XXXXXXXX', TMPDIR => 1);
-
-# What hangs fails, long before anybody gives up waiting for the test.
-my $watchdog = fork() // die "cannot fork: $!\n";
-if (!$watchdog) {
-    my $test = getppid();
-    for (1 .. 300) {
-        sleep(1);
-        POSIX::_exit(0) if getppid() != $test;
-    }
-    kill('KILL', $test);
-    POSIX::_exit(0);
-}
-my $main = $$;
-END { kill('KILL', $watchdog) if defined($main) && $$ == $main }
 
 my @servers;
 
@@ -49,16 +36,6 @@ sub start (%options) {
         );
     shift(@servers) if @servers > 4;
     return $servers[-1];
-}
-
-sub open_volume ($server) {
-    my $volume = {
-        'nbd-path' => $server->socket_path,
-        size => $server->{size},
-        'bitmap-mode' => 'reuse',
-        'bitmap-name' => $server->{bitmap},
-    };
-    return PVE::BackupAccess::Volume->open('disk', $volume);
 }
 
 sub descriptors () {

@@ -13,7 +13,7 @@ use POSIX ();
 use Test::More;
 use Time::HiRes qw(sleep time);
 
-use PBA::Test::NBDServer;
+use PBA::Test::NBDServer qw(open_volume);
 use PBA::Test::QemuNbd;
 use PVE::BackupAccess::Volume;
 
@@ -65,18 +65,6 @@ sub start (%options) {
         );
     shift(@servers) if @servers > 4;
     return $servers[-1];
-}
-
-sub open_volume ($server, %more) {
-    my $volume = {
-        'nbd-path' => $server->socket_path,
-        size => $server->{size},
-        'bitmap-mode' => 'reuse',
-        'bitmap-name' => $server->{bitmap},
-        %more,
-    };
-    defined($volume->{$_}) or delete($volume->{$_}) for keys %$volume;
-    return PVE::BackupAccess::Volume->open('disk', $volume);
 }
 
 sub write_file ($file, $data) {

@@ -56,30 +56,9 @@ sub faulty_backup ($backend, $mode, $fault, $at) {
     return ($failed, $proxy);
 }
 
-# The offsets of a bitmap's dirty blocks, as the next backup sees them; undef for a full one.
-sub next_backup ($backend) {
-    my $access = $backend->access;
-    my $infos = $access->setup($backend->devices('use'));
-    my %dirty;
-    for my $info ($infos->@*) {
-        next if $info->{'bitmap-action'} ne 'used';
-        my $volume = $access->volume($info->{device});
-        my @blocks;
-        while (my ($offset, $length) = $volume->next_dirty_region) {
-            push(@blocks, map { $offset + $_ * 65536 } 0 .. $length / 65536 - 1);
-        }
-        $dirty{ $info->{device} } = { map { $_ => 1 } @blocks };
-    }
-    $access->teardown(1);
-    return \%dirty;
-}
-
 sub check_after ($backend, $outside, $failed, $name) {
-    my @problems;
-    push(@problems, 'the VM is gone') if !$backend->vm->is_alive;
-    push(@problems, 'something is left') if !eq_deeply($backend->outside, $outside);
-    push(@problems, 'a bitmap is left') if $backend->other_bitmaps->@*;
-    my $dirty = eval { next_backup($backend) };
+    my @problems = $backend->problems($outside);
+    my $dirty = eval { $backend->next_dirty };
     push(@problems, "the next backup: $@") if !$dirty;
     for my $device (sort keys %{ $dirty // {} }) {
         my $wrote_during = $failed eq '' || $failed eq 'teardown';
@@ -90,11 +69,6 @@ sub check_after ($backend, $outside, $failed, $name) {
     }
     is("@problems", '', "$name (failed: " . ($failed || 'nothing') . ')');
     return !@problems;
-}
-
-sub eq_deeply ($got, $expected) {
-    state $json = JSON::PP->new->canonical;
-    return $json->encode($got) eq $json->encode($expected);
 }
 
 sub sweep ($name, $mode, @faults) {

@@ -11,26 +11,13 @@ use POSIX ();
 use Test::More;
 use Time::HiRes qw(alarm sleep time);
 
-use PBA::Test::NBDServer;
+use PBA::Test::NBDServer qw(open_volume);
+use PBA::Test::Watchdog;
 use PVE::BackupAccess::Volume;
 
 my $KiB = 1 << 10;
 my $MiB = 1 << 20;
 my $GiB = 1 << 30;
-
-# What hangs fails, long before anybody gives up waiting for the test.
-my $watchdog = fork() // die "cannot fork: $!\n";
-if (!$watchdog) {
-    my $test = getppid();
-    for (1 .. 300) {
-        sleep(1);
-        POSIX::_exit(0) if getppid() != $test;
-    }
-    kill('KILL', $test);
-    POSIX::_exit(0);
-}
-my $main = $$;
-END { kill('KILL', $watchdog) if defined($main) && $$ == $main }
 
 # A server lives as long as its object; these outlive the volume a test makes of them.
 my @servers;
@@ -39,18 +26,6 @@ sub start (%options) {
     push @servers, PBA::Test::NBDServer->start(size => 8 * $MiB, export => 'disk', %options);
     shift(@servers) if @servers > 4;
     return $servers[-1];
-}
-
-sub open_volume ($server, %more) {
-    my $volume = {
-        'nbd-path' => $server->socket_path,
-        size => $server->{size},
-        'bitmap-mode' => 'reuse',
-        'bitmap-name' => $server->{bitmap},
-        %more,
-    };
-    defined($volume->{$_}) or delete($volume->{$_}) for keys %$volume;
-    return PVE::BackupAccess::Volume->open('disk', $volume);
 }
 
 sub map_of ($volume) {
@@ -467,8 +442,7 @@ sub in_child ($code) {
         open(STDERR, '>', '/dev/null');
         my $status = eval { $code->() ? 0 : 1 } // 2;
 
-        # Global destruction is part of what is tested, but not the parent's END blocks.
-        $main = undef;
+        # Global destruction is part of what is tested.
         Test::More->builder->no_ending(1);
         exit($status);
     }

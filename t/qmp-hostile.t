@@ -14,21 +14,8 @@ use Test::More;
 use Time::HiRes qw(alarm sleep time);
 
 use PBA::Test::QMPPeer;
+use PBA::Test::Watchdog;
 use PVE::BackupAccess;
-
-# What hangs fails, long before anybody gives up waiting for the test.
-my $watchdog = fork() // die "cannot fork: $!\n";
-if (!$watchdog) {
-    my $test = getppid();
-    for (1 .. 300) {
-        sleep(1);
-        POSIX::_exit(0) if getppid() != $test;
-    }
-    kill('KILL', $test);
-    POSIX::_exit(0);
-}
-my $main = $$;
-END { kill('KILL', $watchdog) if $$ == $main }
 
 my $json = JSON::PP->new->canonical->utf8->allow_nonref;
 my $dir = File::Temp->newdir('pba-qmp-XXXXXXXX', TMPDIR => 1);
@@ -1125,6 +1112,7 @@ subtest 'early form' => sub {
 sub interrupted ($signal, $code, $name, $limit = 1.5) {
     my $exception = { signal => $signal };
     local $SIG{$signal} = sub { die $exception };
+    my $main = $$;
     my $pid = fork() // die "cannot fork: $!\n";
     if (!$pid) {
         sleep(0.4);

@@ -99,24 +99,6 @@ sub killed_backup ($backend, $mode, $success, $fault, $at) {
     return (\%done, $struck && $struck->{name});
 }
 
-# The offsets of a bitmap's dirty blocks, as the next backup sees them; undef for a full one.
-sub next_backup ($backend, $path, $log) {
-    my $access = $backend->access(qmp => $path, log => $log);
-    my $infos = $access->setup($backend->devices('use'));
-    my %dirty;
-    for my $info ($infos->@*) {
-        next if $info->{'bitmap-action'} ne 'used';
-        my $volume = $access->volume($info->{device});
-        my @blocks;
-        while (my ($offset, $length) = $volume->next_dirty_region) {
-            push(@blocks, map { $offset + $_ * 65536 } 0 .. $length / 65536 - 1);
-        }
-        $dirty{ $info->{device} } = { map { $_ => 1 } @blocks };
-    }
-    $access->teardown(1);
-    return \%dirty;
-}
-
 sub recover ($backend, $path) {
     return PVE::BackupAccess->recover($backend->options(qmp => $path), log => sub { });
 }
@@ -124,14 +106,6 @@ sub recover ($backend, $path) {
 sub same ($got, $expected) {
     state $json = JSON::PP->new->canonical;
     return $json->encode($got) eq $json->encode($expected);
-}
-
-sub look_clean ($backend, $outside) {
-    my @problems;
-    push(@problems, 'the VM is gone') if !$backend->vm->is_alive;
-    push(@problems, 'something is left') if !same($backend->outside, $outside);
-    push(@problems, 'a bitmap is left') if $backend->other_bitmaps->@*;
-    return @problems;
 }
 
 sub missing_writes ($dirty, $success, $done) {
@@ -152,17 +126,17 @@ sub check_after ($backend, $outside, $how, $success, $done, $name) {
     if ($how eq 'recover') {
         my $lines = eval { recover($backend, $path) };
         push(@problems, "recover: $@") if !$lines;
-        push(@problems, look_clean($backend, $outside));
+        push(@problems, $backend->problems($outside));
         my $again = eval { recover($backend, $path) } // [$@];
         push(@problems, "recover did something again: $again->@*") if $again->@*;
     }
     my @warnings;
     my $log = sub ($level, $text) { push(@warnings, $text) if $level eq 'warn' };
-    my $dirty = eval { next_backup($backend, $path, $log) };
+    my $dirty = eval { $backend->next_dirty(qmp => $path, log => $log) };
     push(@problems, "the next backup: $@") if !$dirty;
     push(@problems, "the next backup warns after recover: @warnings")
         if $how eq 'recover' && @warnings;
-    push(@problems, look_clean($backend, $outside));
+    push(@problems, $backend->problems($outside));
     push(@problems, missing_writes($dirty // {}, $success, $done));
     is("@problems", '', $name);
     return !@problems;

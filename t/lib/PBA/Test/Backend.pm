@@ -5,6 +5,7 @@ package PBA::Test::Backend;
 
 use v5.36;
 
+use JSON::PP ();
 use Test::More ();
 
 use PVE::BackupAccess;
@@ -115,6 +116,36 @@ sub other_bitmaps ($self) {
             }
             sort keys $bitmaps->%*
     ];
+}
+
+# What is not as it was outside of an access; nothing is as it must be.
+sub problems ($self, $outside) {
+    state $json = JSON::PP->new->canonical;
+    my @problems;
+    push(@problems, 'the VM is gone') if !$self->{vm}->is_alive;
+    push(@problems, 'something is left')
+        if $json->encode($self->outside) ne $json->encode($outside);
+    push(@problems, 'a bitmap is left') if $self->other_bitmaps->@*;
+    return @problems;
+}
+
+# One more backup: { device => { offset of a dirty block of 64 KiB => 1 } } of those whose bitmap is
+# used.
+sub next_dirty ($self, %options) {
+    my $access = $self->access(%options);
+    my $infos = $access->setup($self->devices('use'));
+    my %dirty;
+    for my $info ($infos->@*) {
+        next if $info->{'bitmap-action'} ne 'used';
+        my $volume = $access->volume($info->{device});
+        my @blocks;
+        while (my ($offset, $length) = $volume->next_dirty_region) {
+            push(@blocks, map { $offset + $_ * 65536 } 0 .. $length / 65536 - 1);
+        }
+        $dirty{ $info->{device} } = { map { $_ => 1 } @blocks };
+    }
+    $access->teardown(1);
+    return \%dirty;
 }
 
 # What must hold whatever a test did. The front itself stops its QEMU for the cut, which a real one

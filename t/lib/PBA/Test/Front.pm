@@ -22,7 +22,6 @@ use v5.36;
 use parent 'PBA::Test::Peer';
 
 use Errno qw(EINTR);
-use IO::Socket::UNIX ();
 use JSON::PP ();
 use POSIX ();
 
@@ -89,20 +88,11 @@ sub disconnections ($self) { return scalar(() = $self->records('closed')) }
 # { execute, arguments, why, killed }. It is without 'killed' where the damage shows only later.
 sub fatal_call ($self) { return ($self->records('fatal'))[0] }
 
-sub stop ($self) {
-    my $mine = defined($self->{pid}) && $self->{owner} == $$;
-    $self->SUPER::stop;
-    unlink($self->{socket}) if $mine;
-    return;
-}
-
 # ---- in the front's process ----
 
 sub _listen ($self) {
     $self->{qemu_pid} = delete($self->{pid});
-    $self->{socket} = $self->{listen};
-    return IO::Socket::UNIX->new(Local => $self->{listen}, Listen => 64)
-        // die "cannot listen on $self->{listen}: $!\n";
+    return $self->SUPER::_listen;
 }
 
 sub serve ($self, $listener) {

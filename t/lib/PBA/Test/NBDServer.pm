@@ -36,7 +36,10 @@ package PBA::Test::NBDServer;
 
 use v5.36;
 
+use Exporter qw(import);
 use parent 'PBA::Test::Peer';
+
+our @EXPORT_OK = qw(open_volume);
 
 use List::Util qw(max);
 use POSIX ();
@@ -49,6 +52,21 @@ sub start ($class, %options) {
     my %defaults = (size => 1 << 30, export => 'disk', bitmap => 'bitmap0', dirty => []);
     my $self = $class->SUPER::start(%defaults, %options);
     return $self;
+}
+
+# A volume of the module under test on this server; %more is for its hash, where undef leaves a key
+# out.
+sub open_volume ($self, %more) {
+    require PVE::BackupAccess::Volume;
+    my $volume = {
+        'nbd-path' => $self->socket_path,
+        size => $self->{size},
+        'bitmap-mode' => 'reuse',
+        'bitmap-name' => $self->{bitmap},
+        %more,
+    };
+    defined($volume->{$_}) or delete($volume->{$_}) for keys %$volume;
+    return PVE::BackupAccess::Volume->open($self->{export}, $volume);
 }
 
 sub context ($self) { return "qemu:dirty-bitmap:$self->{bitmap}" }

@@ -16,9 +16,11 @@ use Time::HiRes qw(time);
 
 my $json = JSON::PP->new->canonical->utf8->allow_nonref;
 
+# listen => a path other than in the private directory.
 sub start ($class, %options) {
     my $dir = File::Temp->newdir('pba-peer-XXXXXXXX', TMPDIR => 1);
-    my $self = bless { %options, owner => $$, dir => $dir, socket => "$dir/socket" }, $class;
+    my $socket = $options{listen} // "$dir/socket";
+    my $self = bless { %options, owner => $$, dir => $dir, socket => $socket }, $class;
     open($self->{log}, '+>>', "$dir/log") or die "cannot create $dir/log: $!\n";
     my $listener = $self->_listen;
     pipe(my $lifeline, $self->{lifeline}) or die "cannot create a pipe: $!\n";
@@ -63,6 +65,7 @@ sub stop ($self) {
     local ($?, $!, $@);
     kill('TERM', $self->{pid}) if $self->running;
     waitpid($self->{pid}, 0);
+    unlink($self->{socket});
     delete @$self{qw(pid lifeline)};
     return;
 }

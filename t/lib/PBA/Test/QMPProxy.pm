@@ -27,19 +27,7 @@ sub commands ($self) { return $self->records('command') }
 # Whether the command to go wrong has come.
 sub struck ($self) { return scalar(() = $self->records('fault')) }
 
-sub stop ($self) {
-    my $mine = defined($self->{pid}) && $self->{owner} == $$;
-    $self->SUPER::stop;
-    unlink($self->{socket}) if $mine;
-    return;
-}
-
 # ---- in the proxy's process ----
-
-sub _listen ($self) {
-    $self->{socket} = $self->{listen} // $self->{socket};
-    return $self->SUPER::_listen;
-}
 
 sub serve ($self, $listener) {
     $self->{count} = 0;
