@@ -1,0 +1,118 @@
+/*
+ * Between Perl and the C core: what BackupAccess.xs is made of. Functions that take pTHX only need
+ * a Perl interpreter; those named throw end the call with a Perl exception, so nothing may be owned
+ * where they are called.
+ */
+#ifndef GLUE_H
+#define GLUE_H
+
+/* Perl's headers build on each other in this order. */
+/* clang-format off */
+#define PERL_NO_GET_CONTEXT
+#include "EXTERN.h"
+#include "perl.h"
+#include "XSUB.h"
+#include "ppport.h"
+/* clang-format on */
+
+#include "src/pba.h"
+
+/* What the C core's hooks need of the Perl caller. */
+typedef struct {
+    SV *log;       /* code ref or NULL */
+    SV *transport; /* code ref or NULL: the core uses its own socket */
+    SV *regions;   /* code ref or NULL: a volume's next-dirty-region */
+    SV *exception; /* what a signal handler or the log callback died with; NULL: nothing */
+    SV *object;    /* the Perl object whose call this is, borrowed; NULL: none */
+    bool died;     /* since the core was last told */
+    bool in_hook;  /* Perl code runs below a call of the core */
+} Caller;
+
+typedef struct {
+    PbaAccess *access;
+    PbaQmp *qmp;
+    Caller caller;
+    pid_t owner;
+} PbaAccessObject;
+
+typedef struct {
+    PbaVolume *volume; /* NULL: closed */
+    Caller caller;
+    pid_t owner;
+} PbaVolumeObject;
+
+/* Errors */
+
+/* Ends a call that failed. A handler's own exception goes on as it is. Frees error. */
+void glue_throw_error(pTHX_ Caller *caller, GError *error);
+void glue_throw_text(pTHX_ const char *klass, const char *message);
+/* Throws if a handler died, but the call came to a good end all the same. */
+void glue_throw_pending(pTHX_ Caller *caller);
+
+/* Hooks */
+
+/* The core's hooks for that caller, who must outlive them. */
+PbaHooks glue_caller_hooks(Caller *caller);
+void glue_caller_clear(pTHX_ Caller *caller);
+/* Before Perl code is run from inside the core, with GLUE_LEAVE_HOOK after it. Its $@ is its own,
+ * and the object stays alive until the statement that called us ends, whatever that code lets go
+ * of. */
+void glue_enter_hook(pTHX_ Caller *caller);
+#define GLUE_LEAVE_HOOK                                                                            \
+    FREETMPS;                                                                                      \
+    LEAVE
+/* Whether the Perl code just called died. */
+bool glue_has_died(pTHX);
+/* Keeps what it died with for glue_throw_error. */
+void glue_keep_exception(pTHX_ Caller *caller);
+
+/* Values */
+
+SV *glue_sv_from_json(pTHX_ JsonNode *node);
+/* depth: 0. What is nested too deep is null. */
+JsonNode *glue_json_from_sv(pTHX_ SV *sv, unsigned depth);
+/* undef where there is no such member. */
+SV *glue_fetch(pTHX_ HV *hash, const char *key);
+const char *glue_text_or_null(pTHX_ SV *sv);
+const char *glue_fetch_text(pTHX_ HV *hash, const char *key);
+/* Does nothing with NULL. */
+void glue_store_text(pTHX_ HV *hash, const char *key, const char *text);
+/* A copy of a reference; NULL of anything else. */
+SV *glue_copy_code(pTHX_ SV *code);
+/* A new table of texts; NULL if it is no reference. */
+GHashTable *glue_table_from_hash(pTHX_ SV *sv);
+
+/* Objects */
+
+/* getpid() is a system call; this is asked for every region. */
+extern pid_t glue_current_pid;
+void glue_note_fork(void);
+
+/* The Perl object that owns the C half from now on. */
+SV *glue_new_access(pTHX_ PbaAccessObject *object, SV *klass);
+SV *glue_new_volume(pTHX_ PbaVolumeObject *object, SV *klass);
+/* Throw if it is no such object. */
+PbaAccessObject *glue_access_from_sv(pTHX_ SV *sv);
+PbaVolumeObject *glue_volume_from_sv(pTHX_ SV *sv);
+/* Throw if it is another process' or in use below. */
+void glue_require_idle(pTHX_ const Caller *caller, pid_t owner);
+void glue_require_open(pTHX_ const PbaVolumeObject *self);
+
+/* QMP by a path or a code ref; hooks and code ref live in the caller. */
+PbaQmp *glue_new_qmp(pTHX_ SV *qmp, unsigned timeout, Caller *caller);
+
+/* Volumes */
+
+/* The code refs of one call of copy; borrowed. */
+typedef struct {
+    Caller *caller;
+    SV *write;
+    SV *progress;
+} CopyCalls;
+
+/* PbaNextRegion of a caller's code ref: it returns offset and length, or nothing at the end. */
+bool glue_next_region(void *opaque, uint64_t *offset, uint64_t *length, GError **error);
+PbaCopyOptions glue_copy_options(pTHX_ HV *hash, CopyCalls *calls);
+SV *glue_sv_from_statistics(pTHX_ const PbaCopyStatistics *statistics);
+
+#endif

@@ -1,0 +1,48 @@
+/* Members of Perl hashes. */
+#include "glue.h"
+
+const char *glue_text_or_null(pTHX_ SV *sv)
+{
+    return SvOK(sv) ? SvPVutf8_nolen(sv) : NULL;
+}
+
+SV *glue_fetch(pTHX_ HV *hash, const char *key)
+{
+    SV **value = hv_fetch(hash, key, (I32)strlen(key), 0);
+    return value ? *value : &PL_sv_undef;
+}
+
+const char *glue_fetch_text(pTHX_ HV *hash, const char *key)
+{
+    return glue_text_or_null(aTHX_ glue_fetch(aTHX_ hash, key));
+}
+
+SV *glue_copy_code(pTHX_ SV *code)
+{
+    return SvROK(code) ? newSVsv(code) : NULL;
+}
+
+GHashTable *glue_table_from_hash(pTHX_ SV *sv)
+{
+    if (!SvROK(sv)) {
+        return NULL;
+    }
+    HV *hash = (HV *)SvRV(sv);
+    GHashTable *table = g_hash_table_new_full(g_str_hash, g_str_equal, g_free, g_free);
+    HE *entry;
+
+    hv_iterinit(hash);
+    while ((entry = hv_iternext(hash))) {
+        g_hash_table_insert(table, g_strdup(SvPVutf8_nolen(hv_iterkeysv(entry))),
+                            g_strdup(SvPVutf8_nolen(hv_iterval(hash, entry))));
+    }
+    return table;
+}
+
+void glue_store_text(pTHX_ HV *hash, const char *key, const char *text)
+{
+    if (text) {
+        (void)hv_store(hash, key, (I32)strlen(key), newSVpvn_flags(text, strlen(text), SVf_UTF8),
+                       0);
+    }
+}

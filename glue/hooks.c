@@ -1,0 +1,93 @@
+/* Perl code that runs below a call of the core. */
+#include "glue.h"
+
+/* An exception object may be false, or die when asked. */
+bool glue_has_died(pTHX)
+{
+    SV *exception = ERRSV;
+    return SvROK(exception) || SvTRUE(exception);
+}
+
+void glue_keep_exception(pTHX_ Caller *caller)
+{
+    caller->died = true;
+    if (!caller->exception) {
+        caller->exception = newSVsv(ERRSV);
+    }
+}
+
+void glue_enter_hook(pTHX_ Caller *caller)
+{
+    if (caller->object) {
+        sv_2mortal(SvREFCNT_inc(caller->object));
+    }
+    ENTER;
+    SAVETMPS;
+    save_scalar(PL_errgv);
+    SAVEBOOL(caller->in_hook);
+    caller->in_hook = true;
+}
+
+static bool hook_interrupted(void *opaque)
+{
+    dTHX;
+    Caller *caller = opaque;
+
+    if (PL_sig_pending) {
+        glue_enter_hook(aTHX_ caller);
+        dSP;
+        PUSHMARK(SP);
+        call_pv("PVE::BackupAccess::_dispatch_signals", G_VOID | G_DISCARD | G_EVAL);
+        if (glue_has_died(aTHX)) {
+            glue_keep_exception(aTHX_ caller);
+        }
+        GLUE_LEAVE_HOOK;
+    }
+    bool died = caller->died;
+    caller->died = false;
+    return died;
+}
+
+static void hook_log(void *opaque, PbaLogLevel level, const char *message)
+{
+    static const char *const names[] = {"debug", "info", "warn"};
+    dTHX;
+    Caller *caller = opaque;
+
+    if (!caller->log && level < PBA_LOG_WARN) {
+        return;
+    }
+    glue_enter_hook(aTHX_ caller);
+    SV *text = newSVpvn_flags(message, strlen(message), SVs_TEMP | SVf_UTF8);
+    dSP;
+    PUSHMARK(SP);
+    if (caller->log) {
+        mXPUSHp(names[level], strlen(names[level]));
+        XPUSHs(text);
+        PUTBACK;
+        call_sv(caller->log, G_VOID | G_DISCARD | G_EVAL);
+    } else {
+        sv_catpvs(text, "\n");
+        XPUSHs(text);
+        PUTBACK;
+        call_pv("PVE::BackupAccess::_warn", G_VOID | G_DISCARD | G_EVAL);
+    }
+    if (glue_has_died(aTHX)) {
+        glue_keep_exception(aTHX_ caller);
+    }
+    GLUE_LEAVE_HOOK;
+}
+
+PbaHooks glue_caller_hooks(Caller *caller)
+{
+    return (PbaHooks){.interrupted = hook_interrupted, .log = hook_log, .opaque = caller};
+}
+
+void glue_caller_clear(pTHX_ Caller *caller)
+{
+    SvREFCNT_dec(caller->log);
+    SvREFCNT_dec(caller->transport);
+    SvREFCNT_dec(caller->regions);
+    SvREFCNT_dec(caller->exception);
+    *caller = (Caller){0};
+}

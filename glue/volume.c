@@ -1,0 +1,120 @@
+/* A volume's code refs: its next-dirty-region and those of copy. */
+#include "glue.h"
+
+bool glue_next_region(void *opaque, uint64_t *offset, uint64_t *length, GError **error)
+{
+    dTHX;
+    Caller *caller = opaque;
+
+    *length = 0;
+    glue_enter_hook(aTHX_ caller);
+    dSP;
+    PUSHMARK(SP);
+    SSize_t count = call_sv(caller->regions, G_LIST | G_EVAL);
+    SPAGAIN;
+    SP -= count;
+    if (glue_has_died(aTHX)) {
+        glue_keep_exception(aTHX_ caller);
+        g_set_error_literal(error, PBA_ERROR, PBA_ERROR_INCOMPLETE, "next-dirty-region died");
+    } else if (count == 2 && looks_like_number(SP[1]) && looks_like_number(SP[2]) &&
+               SvUV(SP[2]) > 0) {
+        *offset = SvUV(SP[1]);
+        *length = SvUV(SP[2]);
+    } else if (count != 0) {
+        g_set_error_literal(error, PBA_ERROR, PBA_ERROR_INCOMPLETE,
+                            "next-dirty-region returned something that is not a region");
+    }
+    PUTBACK;
+    GLUE_LEAVE_HOOK;
+    return !*error;
+}
+
+/* Calls code with two arguments; false if it died. */
+static bool call_code(pTHX_ Caller *caller, SV *code, uint64_t first, SV *second)
+{
+    glue_enter_hook(aTHX_ caller);
+    dSP;
+    PUSHMARK(SP);
+    mXPUSHu(first);
+    XPUSHs(second);
+    PUTBACK;
+    call_sv(code, G_VOID | G_DISCARD | G_EVAL);
+    bool died = glue_has_died(aTHX);
+    if (died) {
+        glue_keep_exception(aTHX_ caller);
+    }
+    GLUE_LEAVE_HOOK;
+    return !died;
+}
+
+/* Lends the data to Perl without copying it, and gives it its own copy if it keeps the scalar. */
+static bool copy_write(void *opaque, uint64_t offset, const void *data, size_t length)
+{
+    dTHX;
+    CopyCalls *calls = opaque;
+    SV *lent = newSV_type(SVt_PV);
+
+    SvPV_set(lent, (char *)data);
+    SvCUR_set(lent, length);
+    SvLEN_set(lent, 0);
+    SvPOK_only(lent);
+    SvREADONLY_on(lent);
+    bool good = call_code(aTHX_ calls->caller, calls->write, offset, lent);
+    if (SvREFCNT(lent) > 1) {
+        SvREADONLY_off(lent);
+        SvPV_set(lent, NULL);
+        SvCUR_set(lent, 0);
+        SvPOK_off(lent);
+        sv_setpvn(lent, data, length);
+    }
+    SvREFCNT_dec(lent);
+    return good;
+}
+
+static bool copy_progress(void *opaque, uint64_t done, uint64_t total)
+{
+    dTHX;
+    CopyCalls *calls = opaque;
+    SV *second = newSVuv(total);
+
+    bool good = call_code(aTHX_ calls->caller, calls->progress, done, second);
+    SvREFCNT_dec(second);
+    return good;
+}
+
+PbaCopyOptions glue_copy_options(pTHX_ HV *hash, CopyCalls *calls)
+{
+    SV *fd = glue_fetch(aTHX_ hash, "fd");
+    SV *limit = glue_fetch(aTHX_ hash, "bandwidth-limit");
+    SV *connections = glue_fetch(aTHX_ hash, "connections");
+    SV *request_size = glue_fetch(aTHX_ hash, "request-size");
+
+    calls->write = glue_fetch(aTHX_ hash, "write");
+    calls->progress = glue_fetch(aTHX_ hash, "progress");
+    return (PbaCopyOptions){
+        .uri = glue_fetch_text(aTHX_ hash, "uri"),
+        .path = SvOK(glue_fetch(aTHX_ hash, "path"))
+                    ? SvPVbyte_nolen(glue_fetch(aTHX_ hash, "path"))
+                    : NULL,
+        .fd = SvOK(fd) ? (int)SvIV(fd) : -1,
+        .write = SvOK(calls->write) ? copy_write : NULL,
+        .progress = SvOK(calls->progress) ? copy_progress : NULL,
+        .opaque = calls,
+        .bandwidth_limit = SvOK(limit) ? (uint64_t)SvUV(limit) : 0,
+        .connections = SvOK(connections) ? (unsigned)SvUV(connections) : 0,
+        .request_size = SvOK(request_size) ? (uint32_t)SvUV(request_size) : 0,
+        .discard = SvTRUE(glue_fetch(aTHX_ hash, "discard")),
+    };
+}
+
+SV *glue_sv_from_statistics(pTHX_ const PbaCopyStatistics *statistics)
+{
+    HV *hash = newHV();
+    (void)hv_stores(hash, "bytes-read", newSVuv(statistics->bytes_read));
+    (void)hv_stores(hash, "bytes-written", newSVuv(statistics->bytes_written));
+    (void)hv_stores(hash, "bytes-zero", newSVuv(statistics->bytes_zero));
+    (void)hv_stores(hash, "bytes-discarded", newSVuv(statistics->bytes_discarded));
+    (void)hv_stores(hash, "regions", newSVuv(statistics->regions));
+    (void)hv_stores(hash, "seconds", newSVnv(statistics->seconds));
+    return newRV_noinc((SV *)hash);
+}
