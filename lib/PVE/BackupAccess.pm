@@ -204,10 +204,12 @@ PVE::BackupAccess - the disks of a running QEMU guest as of one instant, and wha
 
 =head1 SYNOPSIS
 
+=for run proxmox
+
     use PVE::BackupAccess;
 
     my $access = PVE::BackupAccess->new(
-        qmp => '/var/run/qemu-server/100.qmp',
+        qmp => $qmp_socket,    # /var/run/qemu-server/100.qmp
         'target-id' => 'snapshot-access:mystore',
     );
     $access->setup([{ device => 'drive-scsi0', 'bitmap-mode' => 'use' }]);

@@ -28,6 +28,8 @@ PVE::BackupAccess::Error - what PVE::BackupAccess dies with
 
 =head1 SYNOPSIS
 
+=for run proxmox
+
     eval { $access->setup([{ device => 'drive-scsi0', 'bitmap-mode' => 'use' }]) };
     if (ref($@) && $@->isa('PVE::BackupAccess::Error')) {
         warn $@;    # one line: device, command, what went wrong

@@ -151,6 +151,8 @@ PVE::BackupAccess::Volume - one device's data: dirty regions, reading, discardin
 
 =head1 SYNOPSIS
 
+=for run proxmox
+
     use PVE::BackupAccess::Volume;
 
     sub backup_vm ($self, $vmid, $guest_config, $volumes, $info) {

@@ -1,0 +1,74 @@
+# Every code block of the documentation runs: README.md, doc/*.md, and the synopses of the POD. How a
+# block is marked and what fixtures are is said in HACKING.md. With arguments, only those files'.
+
+use v5.36;
+
+use Cwd qw(getcwd);
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use JSON::PP ();
+use List::Util qw(uniq);
+use Test::More;
+
+use PBA::Test::DocCode;
+
+my $root = getcwd();
+
+sub content ($file) {
+    open(my $fh, '<:encoding(UTF-8)', $file) or die "$file: $!\n";
+    local $/;
+    return scalar(<$fh>);
+}
+
+sub without_indent ($text) {
+    return join("\n", grep { $_ ne '' } map { s/\A\s+//r } split(m/\n/, $text)) . "\n";
+}
+
+# Fixtures that every file can use; others are t/doc-code/FIXTURE.pl, which return a function.
+my %fixtures = (
+
+    # The block is part of a file that a test runs, word for word, whatever the indent.
+    in => sub ($block) {
+        my $part = without_indent($block->{code} =~ s/^#line .*\n//mgr);
+        die "this block is not in $block->{argument}\n"
+            if index(without_indent(content($block->{argument})), $part) < 0;
+    },
+
+    # For what would need a Proxmox host; the mark goes on with the reason.
+    compiles => sub ($block) {
+        die "say why it is only compiled\n" if $block->{argument} eq '';
+        PBA::Test::DocCode::run_perl({ $block->%*, code => "return;\n$block->{code}" });
+    },
+
+    json => sub ($block) {
+        JSON::PP->new->decode($block->{code});
+    },
+);
+
+sub fixture ($name) {
+    return $fixtures{$name} //= do {
+        my $file = "t/doc-code/$name.pl";
+        die "there is no fixture '$name', no $file\n" if !-e $file;
+        my $code = do "$root/$file";
+        die $@ || "$file does not return a function\n" if ref($code) ne 'CODE';
+        $code;
+    };
+}
+
+sub check_block ($block) {
+    my $name = "$block->{file}:$block->{line}: $block->{fixture}";
+    my $ok = eval { fixture($block->{fixture})->($block); 1 };
+    my $error = $@;
+    chdir($root) or die "cannot enter $root: $!\n";
+    ok($ok, $name) or diag($error);
+    return;
+}
+
+my @modules = split(m/\n/, qx(find lib bin -name '*.pm' -o -path 'bin/*' 2>/dev/null));
+my @files = @ARGV ? @ARGV : (sort(glob('*.md')), sort(glob('doc/*.md')), sort(@modules));
+for my $file (@files) {
+    my ($blocks, $problems) = PBA::Test::DocCode::read_file($file);
+    is("@$problems", '', "$file: all blocks are marked") or diag(join("\n", $problems->@*));
+    check_block($_) for $blocks->@*;
+}
+done_testing;

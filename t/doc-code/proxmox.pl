@@ -1,0 +1,45 @@
+# A guest as on Proxmox VE, with the disk drive-scsi0. A block finds $qmp_socket; $access, which
+# is not set up; store($offset, $data), which takes data; and retry(). If it defines backup_vm, that is
+# called as Proxmox VE calls a provider's. A block must leave nothing behind but what $access is.
+
+use v5.36;
+
+use PBA::Test::Backend;
+use PBA::Test::DocCode;
+
+my $mib = 1024 * 1024;
+
+sub call_provider ($package, $backend) {
+    my $backup_vm = $package->can('backup_vm') // return;
+    my $dir = File::Temp->newdir('pba-doc.XXXXXX', TMPDIR => 1);
+    no strict 'refs';
+    *{"${package}::image"} = sub ($self, $device, $mode) { return "$dir/$device.raw" };
+    for my $mechanism (qw(nbd file-handle)) {
+        my $access = $backend->access;
+        $access->setup($backend->devices('use'));
+        $backup_vm->(bless({}, $package), 100, '', $access->volumes($mechanism), {});
+        $access->teardown(1);
+        die "no image of the whole disk\n" if -s "$dir/drive-scsi0.raw" != 16 * $mib;
+    }
+    return;
+}
+
+return sub ($block) {
+    state $backend = PBA::Test::Backend->start(
+        name => 'pve',
+        disks => [{ id => 'scsi0', size => 16 * $mib, shape => 'drive' }],
+    );
+    my $outside = $backend->outside;
+    $backend->guest->write('scsi0', 3 * $mib, 65536, 0x31);
+    my $access = $backend->access;
+    my $package = PBA::Test::DocCode::run_perl(
+        $block,
+        '$qmp_socket' => $backend->qmp_path,
+        '$access' => $access,
+        store => sub ($offset, $data) { die "no data\n" if $data eq '' },
+        retry => sub { die "nothing was to be tried again\n" },
+    );
+    $access->teardown(1) if $access->_is_up;
+    call_provider($package, $backend);
+    PBA::Test::DocCode::check_same($outside, $backend->outside);
+};

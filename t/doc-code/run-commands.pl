@@ -1,0 +1,11 @@
+# Lines of "./run COMMAND": that there is such a command. CI runs "./run test", t/examples.t the demo.
+
+use v5.36;
+
+return sub ($block) {
+    my $usage = qx(./run --help);
+    for my $line (split(m/\n/, $block->{code})) {
+        my ($command) = $line =~ m{\A\./run (\w+)} or die "'$line' is no './run COMMAND'\n";
+        die "./run has no command '$command'\n" if $usage !~ m/^  \Q$command\E\b/m;
+    }
+};
