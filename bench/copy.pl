@@ -190,3 +190,5 @@ $bench->compare(
         run => sub ($) { one_by_one($increment) },
     },
 );
+
+$bench->finish;

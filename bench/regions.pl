@@ -175,5 +175,7 @@ for my $case (@cases) {
         peer => { name => $peer, run => $peer_code },
         floor => { name => $floor, run => $floor_code },
     );
-    check($figures, $name);
+    check($figures, $name) if $figures;
 }
+
+$bench->finish;

@@ -1,8 +1,12 @@
 #!/usr/bin/perl
 
-# What setting up the access costs, and what the guest notices of it: a real guest writes to all its
-# disks while accesses are set up and torn down on a stock QEMU. The times of single commands are
-# taken from outside, by a proxy in front of the monitor.
+# What setting up and tearing down an access costs on a stock QEMU, while a real guest writes to all
+# its disks:
+#
+#   - from the call to the first dirty region of the first disk, and the teardown, of 1, 4 and 16 disks,
+#     beside QEMU's commands sent the way qemu-server does it, with nbdinfo and nbdfuse
+#   - the guest's longest write meanwhile, beside a minimal sequence of the same commands sent by hand,
+#     and as the floor the longest write in as long a time without any of it
 
 use v5.36;
 
@@ -10,11 +14,11 @@ use FindBin;
 use lib "$FindBin::Bin/lib", "$FindBin::Bin/../t/lib";
 
 use File::Temp ();
-use List::Util qw(max);
 use Time::HiRes ();
 
 use PBA::Bench;
-use PBA::Bench::QMPProxy;
+use PBA::Bench::HandMade;
+use PBA::Bench::QemuServer;
 use PBA::Test::VM;
 
 my $disk_size = 1 << 30;
@@ -24,128 +28,195 @@ my $bench = PBA::Bench->new('setup', \@ARGV, 'rounds=i' => '[--rounds N]');
 my $rounds = $bench->option('rounds', 20);
 require PVE::BackupAccess;
 
-sub measure ($disks, $cache) {
-    my @ids = map { "disk$_" } 1 .. $disks;
+sub disks_text ($count) { return $count == 1 ? '1 disk' : "$count disks" }
+
+# A guest that writes to all disks, and what the sides need to know of it.
+sub start_guest ($count, $cache) {
+    my @ids = map { "disk$_" } 1 .. $count;
     my $vm = PBA::Test::VM->start(
         disks => [map { { id => $_, size => $disk_size, cache => $cache } } @ids],);
-    my $proxy = PBA::Bench::QMPProxy->start(target => $vm->qmp_path);
-    my $dir = File::Temp->newdir('pba-bench-XXXXXXXX', TMPDIR => 1);
-    my %setting = (
-        vm => $vm,
-        proxy => $proxy,
-        devices => [map { $vm->disk($_)->{device} } @ids],
-        dir => "$dir",
-    );
-    $vm->guest->start_churn(disks => \@ids);
+    $vm->guest->start_churn(disks => \@ids, pause_us => 1000);
     $vm->guest->wait_more_churn(20);
-
-    # The first finds no bitmap and marks everything dirty, which later ones do not.
-    one_round(\%setting);
-    my @results = map { one_round(\%setting) } 1 .. $rounds;
-    $vm->guest->stop_churn;
-    return summary(@results);
+    my $dir = File::Temp->newdir('pba-bench-XXXXXXXX', TMPDIR => 1);
+    return { vm => $vm, dir => $dir, disks => [map { $vm->disk($_) } @ids] };
 }
+
+# ---- ours ----
 
 sub new_access ($setting) {
     return PVE::BackupAccess->new(
-        qmp => $setting->{proxy}->socket_path,
+        qmp => $setting->{vm}->qmp_path,
         'target-id' => 'bench',
-        'run-dir' => $setting->{dir},
-        'fleecing-dir' => $setting->{dir},
+        'run-dir' => "$setting->{dir}",
+        'fleecing-dir' => "$setting->{dir}",
     );
 }
 
-# All in seconds.
-sub one_round ($setting) {
-    my %result;
-    my ($guest, $proxy) = ($setting->{vm}->guest, $setting->{proxy});
+sub devices ($setting) {
+    return [map { { device => $_->{id}, 'bitmap-mode' => 'use' } } $setting->{disks}->@*];
+}
+
+sub ours ($setting, $mechanism) {
+    my @times = (PBA::Bench::now());
     my $access = new_access($setting);
-    my @devices = map { { device => $_, 'bitmap-mode' => 'use' } } @{ $setting->{devices} };
-
-    my $began = Time::HiRes::time();
-    ($result{setup}, $result{guest_during}) = longest_write(
-        $guest,
-        sub {
-            $access->setup(\@devices);
-            $access->volumes('nbd');
-        }
-    );
-    $result{cut} = reopen_seconds($proxy, $began);
-
-    Time::HiRes::sleep($rest_seconds);
-    $began = Time::HiRes::time();
-    ($result{teardown}, $result{guest_teardown}) = longest_write(
-        $guest,
-        sub {
-            $access->teardown(1);
-        }
-    );
-    $result{cut_back} = reopen_seconds($proxy, $began);
-
-    Time::HiRes::sleep($rest_seconds);
-    (undef, $result{guest_without}) = longest_write(
-        $guest,
-        sub {
-            Time::HiRes::sleep($result{setup});
-        }
-    );
-    return \%result;
+    $access->setup(devices($setting));
+    my $volumes = $access->volumes($mechanism);
+    my $first = $setting->{disks}[0]{id};
+    my $volume = PVE::BackupAccess::Volume->open($first, $volumes->{$first});
+    $volume->next_dirty_region or die "nothing is dirty\n";
+    push @times, PBA::Bench::now();
+    $volume->close;
+    undef $volumes;
+    $access->teardown(1);
+    return figures(@times, PBA::Bench::now());
 }
 
-# How long the code took and how long the guest's longest write in that time. The write under way at
-# the end belongs to it, so it is waited for.
-sub longest_write ($guest, $code) {
-    $guest->latency;
-    my $start = PBA::Bench::now();
-    $code->();
-    my $seconds = PBA::Bench::now() - $start;
-    $guest->wait_more_churn(1);
-    return ($seconds, $guest->latency->{longest_us} / 1e6);
+sub figures ($start, $region, $end) {
+    my %times = ('first region' => $region - $start, teardown => $end - $region);
+    return { counts => {}, times => \%times };
 }
 
-sub reopen_seconds ($proxy, $since) {
-    my @reopens = grep { $_->{command} eq 'blockdev-reopen' } $proxy->commands($since);
-    die 'expected one blockdev-reopen, saw ' . @reopens . "\n" if @reopens != 1;
-    die "blockdev-reopen failed\n" if $reopens[0]{error};
-    return $reopens[0]{seconds};
-}
+# ---- the qemu-server way ----
 
-sub summary (@results) {
-    my %summary;
-    for my $key (keys(%{ $results[0] })) {
-        my @values = map { $_->{$key} } @results;
-        $summary{$key} = 0 + sprintf('%.6f', PBA::Bench::median(@values));
-        $summary{"${key}_max"} = 0 + sprintf('%.6f', max(@values));
-    }
-    return \%summary;
-}
-
-sub emit_json ($case, $summary) {
-    my %ours = (seconds => $summary->{setup}, rss_kib => undef);
-    my %more = map { ("${_}_seconds" => $summary->{$_}, "${_}_max" => $summary->{"${_}_max"}) }
-        qw(cut cut_back teardown);
-    my %guest = map { ("${_}_longest" => $summary->{"guest_$_"}) } qw(during teardown without);
-    $guest{"${_}_longest_max"} = $summary->{"guest_${_}_max"} for qw(during teardown without);
-    $bench->emit(
-        case => $case,
-        runs => $rounds,
-        ours => { %ours, %more },
-        guest => \%guest,
-        peer => undef,
-        ratio => undef,
-        floor => undef
+sub new_task ($setting, $sleeps) {
+    my $task = PBA::Bench::QemuServer->new(
+        qmp => $setting->{vm}->qmp_path,
+        disks => $setting->{disks},
+        dir => "$setting->{dir}",
+        bitmap => "by-qemu-server-$sleeps",
+        sleeps => $sleeps,
     );
+    $task->add_bitmaps;
+    return $task;
+}
+
+sub todays ($setting, $task) {
+    my @times = (PBA::Bench::now());
+    my $volumes = $task->setup(incremental => 1);
+    my $first = $setting->{disks}[0]{id};
+    $volumes->{$first}{next_dirty_region}->() or die "nothing is dirty\n";
+    push @times, PBA::Bench::now();
+    undef $volumes;
+    $task->teardown;
+    return figures(@times, PBA::Bench::now());
+}
+
+# ---- by hand ----
+
+sub new_hand_made ($setting, $name) {
+    my $access = PBA::Bench::HandMade->new(
+        execute => PBA::Bench::HandMade::one_connection($setting->{vm}->qmp_path),
+        disks => $setting->{disks},
+        dir => "$setting->{dir}",
+        bitmap => $name,
+    );
+    return $access;
+}
+
+sub add_bitmaps_by_hand ($setting, $name) {
+    new_hand_made($setting, $name)->add_bitmaps;
     return;
 }
 
-my @columns = qw(cut cut_back setup teardown guest_during guest_teardown guest_without);
-my @table = (['ms, median of ' . $rounds, map { tr/_/ /r } @columns]);
+# ---- from the call to the first dirty region ----
+
+sub compare_times ($setting, $mechanism) {
+    my $count = $setting->{disks}->@*;
+    my @tasks = map { [$_ ? '' : ', no sleeps', new_task($setting, $_)] } 1, 0;
+    my $before = sub { $setting->{vm}->guest->wait_more_churn($count) };
+    $bench->compare(
+        case => disks_text($count) . ", $mechanism",
+        ours => { before => $before, run => sub ($) { ours($setting, $mechanism) } },
+        peer => [
+            map {
+                my ($name, $task) = @$_;
+                {
+                    name => "qemu-server's way$name",
+                    before => $before,
+                    run => sub ($) { todays($setting, $task) },
+                }
+            } @tasks
+        ],
+    );
+    remove_bitmaps($setting);
+    return;
+}
+
+# Each makes the guest's writes a little slower.
+sub remove_bitmaps ($setting) {
+    my ($vm, $bitmaps) = ($setting->{vm}, $setting->{vm}->bitmaps);
+    for my $disk ($setting->{disks}->@*) {
+        for my $name (sort keys(($bitmaps->{ $disk->{id} } // {})->%*)) {
+            $vm->qmp('block-dirty-bitmap-remove', node => $disk->{id}, name => $name);
+        }
+    }
+    return;
+}
+
+# ---- the guest's longest write ----
+
+# The write under way at the end belongs to it, so it is waited for.
+sub longest_write ($guest, $code) {
+    $guest->latency;
+    $code->();
+    $guest->wait_more_churn(1);
+    return $guest->latency->{longest_us} / 1e6;
+}
+
+sub longest_writes ($setting, $setup, $teardown) {
+    my $guest = $setting->{vm}->guest;
+    my %times = ('longest write in setup' => longest_write($guest, $setup));
+    Time::HiRes::sleep($rest_seconds);
+    $times{'longest write in teardown'} = longest_write($guest, $teardown);
+    Time::HiRes::sleep($rest_seconds);
+    return { counts => {}, times => \%times };
+}
+
+sub ours_noticed ($setting) {
+    my $access = new_access($setting);
+    return longest_writes(
+        $setting,
+        sub { $access->setup(devices($setting)); $access->volumes('nbd') },
+        sub { $access->teardown(1) },
+    );
+}
+
+sub hand_made_noticed ($setting) {
+    my $access = new_hand_made($setting, 'by-hand');
+    return longest_writes(
+        $setting,
+        sub { $access->setup; $access->export(with_bitmaps => 1) },
+        sub { $access->teardown },
+    );
+}
+
+sub nothing_noticed ($setting) {
+    my $wait = sub { Time::HiRes::sleep(0.02) };
+    return longest_writes($setting, $wait, $wait);
+}
+
+sub compare_longest_writes ($setting, $cache) {
+    add_bitmaps_by_hand($setting, 'by-hand');
+    local $bench->{runs} = $rounds;
+    $bench->compare(
+        case => disks_text(scalar($setting->{disks}->@*)) . ", cache=$cache",
+        ours => { run => sub ($) { ours_noticed($setting) } },
+        peer => { name => 'by hand', run => sub ($) { hand_made_noticed($setting) } },
+        floor => { name => 'nothing set up', run => sub ($) { nothing_noticed($setting) } },
+    );
+    remove_bitmaps($setting);
+    return;
+}
+
+for my $count (1, 4, 16) {
+    my @mechanisms = grep { $bench->wants(disks_text($count) . ", $_") } qw(nbd file-handle)
+        or next;
+    my $setting = start_guest($count, 'none');
+    compare_times($setting, $_) for @mechanisms;
+}
 for my $cache (qw(none writeback)) {
-    for my $disks (1, 2, 4) {
-        my $case = "$disks disk" . ($disks > 1 ? 's' : '') . ", cache=$cache";
-        my $summary = measure($disks, $cache);
-        emit_json($case, $summary) if $bench->json_wanted;
-        push @table, [$case, map { sprintf('%.1f', 1000 * $summary->{$_}) } @columns];
+    for my $count (grep { $bench->wants(disks_text($_) . ", cache=$cache") } 1, 4) {
+        compare_longest_writes(start_guest($count, $cache), $cache);
     }
 }
-$bench->print_table(@table) if !$bench->json_wanted;
+$bench->finish;

@@ -141,3 +141,5 @@ for my $case (['64 KiB regions', 64 * $kib], ['4 MiB regions', 4 * $mib]) {
         every($length, 2 * $length)
     );
 }
+
+$bench->finish;

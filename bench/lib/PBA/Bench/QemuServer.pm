@@ -1,0 +1,156 @@
+package PBA::Bench::QemuServer;
+
+# A backup of mechanism file-handle the way qemu-server does it today: a QMP connection for each
+# command, nbdfuse started and asked for every 100 ms, the map out of nbdinfo's lines, and fixed
+# sleeps at the end. QEMU's commands are those of PBA::Bench::HandMade.
+#
+#   my $task = PBA::Bench::QemuServer->new(qmp => $path, disks => [...], dir => $directory,
+#       bitmap => $name, sleeps => 0|1);     # 0: waits for events where that one sleeps
+#   $task->add_bitmaps;                      # once, before the first
+#   my $volumes = $task->setup(incremental => 1);    # { $disk_id => { handle, next_dirty_region } }
+#   PBA::Bench::QemuServer::copy($volumes->{disk0}, $file);
+#   $task->teardown;
+
+use v5.36;
+
+use Fcntl qw(O_RDWR O_CREAT);
+use POSIX ();
+use Time::HiRes ();
+
+use PBA::Bench::HandMade;
+
+my $O_DIRECT = (POSIX::uname())[4] eq 'aarch64' ? 0x10000 : 0x4000;
+my %fallocate = (x86_64 => 285, aarch64 => 47);
+my $PUNCH_HOLE_KEEP_SIZE = 3;
+my $piece = 4 << 20;
+
+sub new ($class, %options) {
+    my $access = PBA::Bench::HandMade->new(
+        execute => PBA::Bench::HandMade::connection_per_command($options{qmp}),
+        map { $_ => $options{$_} } qw(disks dir bitmap),
+    );
+    return bless { %options, access => $access }, $class;
+}
+
+sub add_bitmaps ($self) { return $self->{access}->add_bitmaps }
+
+sub setup ($self, %options) {
+    $self->{access}->setup;
+    $self->{access}->export(with_bitmaps => $options{incremental});
+    return { map { $_->{id} => $self->_virtual_file($_, $options{incremental}) }
+            $self->{disks}->@* };
+}
+
+# ---- the virtual file and its map ----
+
+sub _virtual_file ($self, $disk, $incremental) {
+    my $next_dirty_region
+        = $incremental ? $self->_regions_of_nbdinfo($disk) : _whole_disk($disk->{size});
+    my $mount = "$self->{dir}/mount-$disk->{id}";
+    my %file = (path => "$mount/disk", mount => $mount, pid_file => "$mount.pid");
+    mkdir($mount) or die "$mount: $!\n";
+    $self->_spawn('nbdfuse', '--pidfile', $file{pid_file}, $file{path},
+        $self->{access}->uri($disk));
+    Time::HiRes::sleep(0.1) while !-s $file{pid_file};
+    sysopen(my $handle, $file{path}, O_RDWR | $O_DIRECT) or die "$file{path}: $!\n";
+    push $self->{files}->@*, { %file, handle => $handle };
+    return { handle => $handle, next_dirty_region => $next_dirty_region };
+}
+
+sub _spawn ($self, @command) {
+    my $pid = fork() // die "cannot fork: $!\n";
+    if (!$pid) {
+        exec(@command) or POSIX::_exit(127);
+    }
+    push $self->{pids}->@*, $pid;
+    return;
+}
+
+sub _regions_of_nbdinfo ($self, $disk) {
+    my $access = $self->{access};
+    my $pid = open(my $lines, '-|', 'nbdinfo', '--map=' . $access->context, $access->uri($disk))
+        // die "cannot run nbdinfo: $!\n";
+    return sub {
+        while (my $line = <$lines>) {
+            my ($offset, $length, $type) = $line =~ /^\s*(\d+)\s+(\d+)\s+(\d+)/
+                or die "unexpected line from nbdinfo: $line";
+            return ($offset, $length) if $type & 1;
+        }
+        return;
+    };
+}
+
+sub _whole_disk ($size) {
+    my @regions = ([0, $size]);
+    return sub { return @regions ? (shift @regions)->@* : () };
+}
+
+# ---- what a provider does with it ----
+
+# Returns the bytes read. Without a file the data goes nowhere. Zeroes are left out, as they are in
+# a new file.
+sub copy ($volume, $file) {
+    my $zeroes = "\0" x $piece;
+    my ($bytes, $target) = (0);
+    if (defined($file)) {
+        sysopen($target, $file, O_RDWR | O_CREAT) or die "$file: $!\n";
+    }
+    while (my ($offset, $left) = $volume->{next_dirty_region}->()) {
+        while ($left > 0) {
+            my $data = read_at($volume, $offset, $left < $piece ? $left : $piece);
+            my $length = length($data);
+            _write_at($target, $offset, $data)
+                if $target && $data ne ($length == $piece ? $zeroes : "\0" x $length);
+            _discard($volume, $offset, $length);
+            $offset += $length;
+            $left -= $length;
+            $bytes += $length;
+        }
+    }
+    return $bytes;
+}
+
+sub read_at ($volume, $offset, $length) {
+    my $data = '';
+    sysseek($volume->{handle}, $offset, 0) // die "seek: $!\n";
+    while ($length > length($data)) {
+        my $got = sysread($volume->{handle}, $data, $length - length($data), length($data));
+        die 'read: ' . ($! || 'end of file') . "\n" if !$got;
+    }
+    return $data;
+}
+
+sub _write_at ($target, $offset, $data) {
+    sysseek($target, $offset, 0) // die "seek: $!\n";
+    my $written = syswrite($target, $data);
+    die "write: $!\n" if ($written // -1) != length($data);
+    return;
+}
+
+sub _discard ($volume, $offset, $length) {
+    my $number = $fallocate{ (POSIX::uname())[4] } // return;
+    my $fd = fileno($volume->{handle});
+    syscall($number, $fd, $PUNCH_HOLE_KEEP_SIZE, $offset, $length) == 0 or die "discard: $!\n";
+    return;
+}
+
+# ---- teardown ----
+
+sub teardown ($self) {
+    $self->{access}->teardown;
+    $self->_unmount($_) for splice($self->{files}->@*);
+    Time::HiRes::sleep(0.1) if $self->{sleeps};
+    waitpid($_, 0) for splice($self->{pids}->@*);
+    sleep(1) if $self->{sleeps};
+    return;
+}
+
+sub _unmount ($self, $file) {
+    close($file->{handle});
+    unlink($file->{pid_file});
+    system('umount', '--lazy', $file->{mount}) == 0 or die "cannot unmount $file->{mount}\n";
+    rmdir($file->{mount});
+    return;
+}
+
+1;
