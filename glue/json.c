@@ -127,10 +127,12 @@ JsonNode *glue_json_from_sv(pTHX_ SV *sv, unsigned depth)
     }
     SV *referent = SvRV(sv);
     if (SvTYPE(referent) == SVt_PVAV) {
-        return json_from_array(aTHX_(AV *) referent, depth + 1);
+        AV *list = (AV *)referent;
+        return json_from_array(aTHX_ list, depth + 1);
     }
     if (SvTYPE(referent) == SVt_PVHV) {
-        return json_from_hash(aTHX_(HV *) referent, depth + 1);
+        HV *hash = (HV *)referent;
+        return json_from_hash(aTHX_ hash, depth + 1);
     }
     /* \1, \0 and the boolean objects of all JSON decoders are references to a number. */
     return json_node_init_boolean(json_node_alloc(), SvTRUE(referent));
