@@ -7,7 +7,10 @@ use Test::More;
 eval { require Test::Pod; require Test::Pod::Coverage; 1 }
     or plan(skip_all => 'no Test::Pod and Test::Pod::Coverage');
 
-my @modules = qw(PVE::BackupAccess PVE::BackupAccess::Volume PVE::BackupAccess::Error);
+my @modules = qw(
+    PVE::BackupAccess PVE::BackupAccess::Volume PVE::BackupAccess::Error
+    PVE::BackupAccess::Provider::Qcow2Chain
+);
 
 Test::Pod::pod_file_ok($_) for Test::Pod::all_pod_files('lib');
 Test::Pod::Coverage::pod_coverage_ok($_, { also_private => [qr/\A(?:CLONE_SKIP|DESTROY)\z/] })

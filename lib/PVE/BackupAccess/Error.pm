@@ -73,6 +73,8 @@ QAPI: C<QapiErrorClass>), or one of these:
 
 =item C<InterruptedError> - the call was told to stop
 
+=item C<ArchiveError> - an archive of L<PVE::BackupAccess::Provider::Qcow2Chain> is missing or damaged
+
 =back
 
 =head2 command

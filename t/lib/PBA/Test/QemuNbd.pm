@@ -5,7 +5,7 @@ package PBA::Test::QemuNbd;
 #
 #   my $server = PBA::Test::QemuNbd->start(
 #       file => $path, format => 'raw',     # or image_opts => 'driver=...'
-#       bitmap => $name, readonly => 0|1,
+#       bitmap => $name, readonly => 0|1, export => 'disk',
 #   );
 #   $server->uri; $server->pid; $server->stop;
 
@@ -36,7 +36,8 @@ sub start ($class, %options) {
 sub _command ($self) {
     return (
         $ENV{PBA_QEMU_NBD} // 'qemu-nbd',
-        qw(--persistent --shared=8 --export-name=disk),
+        qw(--persistent --shared=8),
+        '--export-name=' . ($self->{export} // 'disk'),
         "--socket=$self->{dir}/nbd",
         $self->{readonly} ? '--read-only' : '--discard=unmap',
         defined($self->{bitmap}) ? "--bitmap=$self->{bitmap}" : (),
@@ -63,6 +64,7 @@ sub _log ($self) {
     return join('', <$fh>);
 }
 
+sub socket_path ($self) { return "$self->{dir}/nbd" }
 sub uri ($self) { return "nbd+unix:///disk?socket=$self->{dir}/nbd" }
 sub pid ($self) { return $self->{pid} }
 

@@ -1,0 +1,578 @@
+package PVE::BackupAccess::Provider::Qcow2Chain;
+
+use v5.36;
+
+use List::Util qw(max);
+use POSIX ();
+use Time::Local ();
+
+use PVE::BackupAccess::Argument;
+use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
+use PVE::BackupAccess::Provider::Qcow2Chain::File;
+use PVE::BackupAccess::Provider::Qcow2Chain::Guest;
+use PVE::BackupAccess::Provider::Qcow2Chain::Server;
+use PVE::BackupAccess::Volume;
+
+my $guest_config = 'guest.conf';
+my $firewall_config = 'firewall.conf';
+my $log_file = 'backup.log';
+
+# Where Proxmox VE has the API's base class, it is one of those.
+our @ISA
+    = eval { require PVE::BackupProvider::Plugin::Base; 1 }
+    ? ('PVE::BackupProvider::Plugin::Base')
+    : ();
+
+my sub fail ($class, $message, %context) {
+    PVE::BackupAccess::Error->throw($class, $message, %context);
+}
+
+my sub reason ($error) {
+    return $error =~ s/\n.*//sr;
+}
+
+my sub human ($bytes) {
+    my @units = qw(B KiB MiB GiB TiB);
+    my $i = 0;
+    for (; $bytes >= 1024 && $i < $#units; $i++) {
+        $bytes /= 1024;
+    }
+    return $i ? sprintf('%.1f %s', $bytes, $units[$i]) : "$bytes B";
+}
+
+# As the storage class or another caller has it, without taint: it is the administrator's own.
+my sub checked_path ($path) {
+    PVE::BackupAccess::Argument::filled_text('path', $path);
+    my ($absolute) = $path =~ m!\A(/.*?)/*\z!s
+        or PVE::BackupAccess::Argument::fail("path must be absolute, not '$path'");
+    return $absolute;
+}
+
+my sub checked_vmid ($vmid) {
+    my ($number) = ($vmid // '') =~ m/\A([1-9][0-9]{0,8})\z/
+        or PVE::BackupAccess::Argument::fail('vmid must be a number from 1 to 999999999');
+    return $number;
+}
+
+sub new ($class, $storage_plugin, $scfg, $storeid, $log_function = undef) {
+    PVE::BackupAccess::Argument::filled_text('storeid', $storeid);
+    return bless(
+        {
+            path => checked_path($scfg->{path}),
+            'storage-plugin' => $storage_plugin,
+            storeid => $storeid,
+            log => $log_function
+                // sub ($level, $message) { warn "$message\n" if $level ne 'info' },
+            servers => {},
+        },
+        $class
+    );
+}
+
+sub provider_name ($self) { return 'Qcow2Chain' }
+
+sub on_progress ($self, $code) {
+    PVE::BackupAccess::Argument::code('on_progress', $code);
+    $self->{progress} = $code;
+    return;
+}
+
+sub _guest ($self, $vmid) {
+    return PVE::BackupAccess::Provider::Qcow2Chain::Guest->new("$self->{path}/vm/$vmid");
+}
+
+# (vmid, name) of 'vm/100/20261122T064953Z', which Proxmox VE puts a 'backup/' before.
+sub _parse ($self, $volname) {
+    my $pattern = PVE::BackupAccess::Provider::Qcow2Chain::Archive->name_pattern;
+    my ($vmid, $name) = ($volname // '') =~ m!\A(?:backup/)?vm/([1-9][0-9]{0,8})/$pattern\z!
+        or PVE::BackupAccess::Argument::fail("'"
+            . ($volname // '')
+            . "' is not the name of an archive, such as vm/100/20261122T064953Z");
+    return ($vmid, $name);
+}
+
+sub _archive ($self, $volname) {
+    my ($vmid, $name) = $self->_parse($volname);
+    my $guest = $self->_guest($vmid);
+    fail('ArchiveError', "there is no archive $volname in $self->{path}")
+        if !PVE::BackupAccess::Provider::Qcow2Chain::Archive->exists($guest->dir, $name);
+    return $guest->archive($name);
+}
+
+# ---- backup ----
+
+sub job_init ($self, $start_time) {
+    fail('StateError', "$self->{path} is not there - is it mounted?") if !-d $self->{path};
+    return;
+}
+
+sub job_cleanup ($self) { return }
+
+# Seconds since 1970 to a name and back; names sort as times do.
+my sub name_of ($time) { return POSIX::strftime('%Y%m%dT%H%M%SZ', gmtime($time)) }
+
+my sub time_of ($name) {
+    my ($year, $month, @rest) = $name =~ m/\A(....)(..)(..)T(..)(..)(..)Z\z/;
+    my ($day, $hour, $minute, $second) = @rest;
+    return Time::Local::timegm_modern($second, $minute, $hour, $day, $month - 1, $year);
+}
+
+sub backup_init ($self, $vmid, $vmtype, $start_time) {
+    $vmid = checked_vmid($vmid);
+    fail('UnsupportedError', "guests of type '$vmtype' are not supported") if $vmtype ne 'qemu';
+    my $guest = $self->_guest($vmid);
+    PVE::BackupAccess::Provider::Qcow2Chain::File::make_directory($guest->dir);
+    my $lock = $guest->lock;
+    $guest->clean;
+
+    # The order of names is the order of backups, even if the clock was set back.
+    my ($newest) = reverse($guest->names);
+    my $name = name_of(max(int($start_time), defined($newest) ? time_of($newest) + 1 : 0));
+    $self->{task} = {
+        vmid => $vmid,
+        guest => $guest,
+        lock => $lock,
+        name => $name,
+        time => int($start_time)
+    };
+    return { 'archive-name' => "vm/$vmid/$name" };
+}
+
+sub _task ($self, $vmid) {
+    my $task = $self->{task};
+    fail('StateError', "backup_init was not called for guest $vmid")
+        if !$task || $task->{vmid} != $vmid;
+    return $task;
+}
+
+sub backup_get_mechanism ($self, $vmid, $vmtype) {
+    return $vmtype eq 'qemu' ? 'nbd' : undef;
+}
+
+sub backup_vm_query_incremental ($self, $vmid, $volumes) {
+    my $task = $self->_task($vmid);
+    my %modes;
+    for my $device (sort keys $volumes->%*) {
+        my ($base, $reason)
+            = $task->{guest}->base($self->{storeid}, $device, $volumes->{$device}{size});
+        $task->{bases}{$device} = $base;
+        $modes{$device} = $base ? 'use' : 'new';
+        $self->{log}->('info', "$device: full backup - $reason") if !$base;
+    }
+    return \%modes;
+}
+
+sub backup_vm ($self, $vmid, $guest_config_text, $volumes, $info) {
+    my $task = $self->_task($vmid);
+    my $archive = $task->{archive} = PVE::BackupAccess::Provider::Qcow2Chain::Archive->begin(
+        $task->{guest}->dir, $task->{name},
+        vmid => $vmid,
+        time => $task->{time},
+        storage => $self->{storeid}
+    );
+    my $firewall = $info->{'firewall-config'};
+    $archive->add_file($guest_config, $guest_config_text);
+    $archive->add_file($firewall_config, $firewall) if defined($firewall);
+    for my $device (sort keys $volumes->%*) {
+        $self->_store($task, $device, $volumes->{$device}, $info);
+    }
+    $archive->seal;
+    $task->{guest}->publish($archive, $self->{storeid});
+    return;
+}
+
+# The archive the device's dirty regions go on top of; none for a full backup.
+sub _parent ($self, $task, $device, $volume) {
+    return undef if $volume->{'bitmap-mode'} ne 'reuse';
+    my $base = $task->{bases}{$device};
+    fail(
+        'StateError',
+        "device $device: its bitmap goes on, but there is no archive that it could go on from",
+        device => $device
+    ) if !$base;
+    my $size = $base->device($device)->{size};
+    fail(
+        'StateError',
+        "device $device: has $volume->{size} bytes now, not $size",
+        device => $device
+    ) if $volume->{size} != $size;
+    return $base;
+}
+
+sub _store ($self, $task, $device, $volume, $info) {
+    my ($size) = ($volume->{size} // '') =~ m/\A([0-9]{1,19})\z/
+        or PVE::BackupAccess::Argument::fail("device $device: its volume has no size");
+    my $parent = $self->_parent($task, $device, $volume);
+    my $how = $parent ? 'incremental, on ' . $parent->name : 'full';
+    $self->{log}->('info', "$device: storing, $how");
+
+    # The caller's may wait for every child, or ignore them all.
+    local $SIG{CHLD} = 'DEFAULT';
+    my $image
+        = $task->{archive}
+        ->add_device($device, { size => 0 + $size, 'bitmap-mode' => $volume->{'bitmap-mode'} },
+        $parent);
+    my $server = PVE::BackupAccess::Provider::Qcow2Chain::Server->start($image, writable => 1);
+    my $reader = PVE::BackupAccess::Volume->open($device, $volume);
+    my $statistics = $reader->copy(to => $server->uri, $self->_copy_options($device, $info));
+    $reader->close;
+    $server->stop;
+    $self->{log}->(
+        'info',
+        sprintf(
+            '%s: stored %s in %.1f s (%s of it zero)',
+            $device, human($statistics->{'bytes-read'}),
+            $statistics->{seconds}, human($statistics->{'bytes-zero'})
+        )
+    );
+    return;
+}
+
+sub _copy_options ($self, $device, $info) {
+    my %options;
+    my ($limit, $progress) = ($info->{'bandwidth-limit'}, $self->{progress});
+    $options{'bandwidth-limit'} = $limit if $limit;
+    $options{progress} = sub ($done, $all) { $progress->($device, $done, $all) }
+        if $progress;
+    return %options;
+}
+
+sub backup_cleanup ($self, $vmid, $vmtype, $success, $info) {
+    my $task = delete($self->{task}) // return { stats => {} };
+    my $archive = $task->{archive};
+    if (!$success || !$archive) {
+        $archive->delete if $archive && -e $archive->dir;
+        return { stats => {} };
+    }
+    $self->{last} = $archive;
+    return { stats => { 'archive-size' => $archive->file_size } };
+}
+
+# The log is not part of what has to be there.
+sub backup_handle_log_file ($self, $vmid, $filename) {
+    my $archive = $self->{task} ? $self->{task}{archive} : delete($self->{last});
+    return if !$archive || !-d $archive->dir;
+    PVE::BackupAccess::Provider::Qcow2Chain::File::replace($archive->dir . "/$log_file",
+        PVE::BackupAccess::Provider::Qcow2Chain::File::read($filename));
+    return;
+}
+
+my sub no_containers () {
+    fail('UnsupportedError', 'containers are not supported');
+}
+
+sub backup_container_prepare ($self, @) { no_containers() }
+sub backup_container ($self, @) { no_containers() }
+
+# ---- restore ----
+
+sub restore_get_mechanism ($self, $volname) {
+    $self->_archive($volname);
+    return ('qemu-img', 'qemu');
+}
+
+sub archive_get_guest_config ($self, $volname) {
+    return $self->_archive($volname)->content($guest_config);
+}
+
+sub archive_get_firewall_config ($self, $volname) {
+    return $self->_archive($volname)->content($firewall_config);
+}
+
+# A removal that was killed half way is ended first, if nobody is at it.
+sub _settle ($self, $guest) {
+    my $lock = -d $guest->dir ? $guest->try_lock : undef;
+    $guest->clean if $lock;
+    return;
+}
+
+sub restore_vm_init ($self, $volname) {
+    my ($vmid) = $self->_parse($volname);
+    $self->_settle($self->_guest($vmid));
+    my $archive = $self->_archive($volname);
+    return { map { $_ => { size => $archive->device($_)->{size} } } $archive->devices };
+}
+
+sub restore_vm_volume_init ($self, $volname, $device, $info) {
+    my ($vmid, $name) = $self->_parse($volname);
+    for my $archive ($self->_guest($vmid)->chain($name, $device)) {
+        my $problem = $archive->header_problem($device) // next;
+        fail(
+            'ArchiveError',
+            "device $device: cannot be restored from $volname - $problem",
+            device => $device
+        );
+    }
+    my $image = $self->_archive($volname)->image($device);
+    my $server = PVE::BackupAccess::Provider::Qcow2Chain::Server->start($image);
+    $self->{servers}{$volname}{$device} = $server;
+    return { 'qemu-img-path' => $server->uri };
+}
+
+sub restore_vm_volume_cleanup ($self, $volname, $device, $info) {
+    my $server = delete($self->{servers}{$volname}{$device});
+    $server->stop if $server;
+    return;
+}
+
+sub restore_vm_cleanup ($self, $volname) {
+    my $servers = delete($self->{servers}{$volname}) // {};
+    $_->stop for values $servers->%*;
+    return;
+}
+
+sub restore_container_init ($self, @) { no_containers() }
+sub restore_container_cleanup ($self, @) { no_containers() }
+
+# ---- looking after the archives ----
+
+my sub entries ($dir) {
+    opendir(my $dh, $dir) or return ();
+    return readdir($dh);
+}
+
+sub list ($self, $vmid = undef) {
+    my @vmids
+        = defined($vmid)
+        ? checked_vmid($vmid)
+        : sort { $a <=> $b } map { m/\A([1-9][0-9]{0,8})\z/ ? $1 : () } entries("$self->{path}/vm");
+    return [map { $self->_list_guest($_) } @vmids];
+}
+
+sub _list_guest ($self, $vmid) {
+    my $guest = $self->_guest($vmid);
+    my @list;
+    for my $name ($guest->names) {
+        my $entry = { volname => "vm/$vmid/$name", vmid => 0 + $vmid, time => time_of($name) };
+        my $archive = eval { $guest->archive($name) };
+        $entry->{problem} = reason($@) if !$archive;
+        $entry->@{qw(size devices)} = ($archive->file_size, _list_devices($archive)) if $archive;
+        push(@list, $entry);
+    }
+    return @list;
+}
+
+sub _list_devices ($archive) {
+    my %devices;
+    for my $device ($archive->devices) {
+        my $about = $archive->device($device);
+        $devices{$device} = {
+            size => $about->{size},
+            'bitmap-mode' => $about->{'bitmap-mode'},
+            'image-size' => $archive->file_size($device),
+            defined($about->{parent}) ? (parent => $about->{parent}) : (),
+        };
+    }
+    return \%devices;
+}
+
+sub verify ($self, $volname) {
+    my ($vmid, $name) = $self->_parse($volname);
+    my $guest = $self->_guest($vmid);
+    $self->_settle($guest);
+    my $archive = eval { $guest->archive($name) } // return [reason($@)];
+    my @problems = $archive->problems;
+    my %seen = ($name => 1);
+    for my $device ($archive->devices) {
+        my @chain = eval { $guest->chain($name, $device) };
+        push(@problems, "$device: " . reason($@)) if !@chain;
+        push(@problems, map { $_->problems } grep { !$seen{ $_->name }++ } @chain);
+    }
+    return \@problems;
+}
+
+sub prune ($self, $vmid, $keep) {
+    $vmid = checked_vmid($vmid);
+    PVE::BackupAccess::Argument::positive('keep', $keep);
+    my $guest = $self->_guest($vmid);
+    return [] if !-d $guest->dir;
+    my $lock = $guest->lock;
+    $guest->clean;
+    my @names = $guest->names;
+    splice(@names, @names > $keep ? -$keep : 0);
+
+    for my $name (@names) {
+        $self->{log}->('info', "removing vm/$vmid/$name");
+        $guest->remove($name);
+    }
+    return [map { "vm/$vmid/$_" } @names];
+}
+
+sub remove ($self, $volname) {
+    my ($vmid, $name) = $self->_parse($volname);
+    my $guest = $self->_guest($vmid);
+    fail('ArchiveError', "there is no archive $volname") if !-d $guest->dir;
+    my $lock = $guest->lock;
+    $guest->clean;
+    $guest->remove($name);
+    return;
+}
+
+1;
+
+__END__
+
+=encoding utf8
+
+=head1 NAME
+
+PVE::BackupAccess::Provider::Qcow2Chain - backups as chains of qcow2 images in a directory
+
+=head1 SYNOPSIS
+
+    use PVE::BackupAccess::Provider::Qcow2Chain;
+
+    my $provider = PVE::BackupAccess::Provider::Qcow2Chain->new(undef, { path => '/srv/backup' },
+        'mystore', sub ($level, $message) { say "$level: $message" });
+
+    for my $archive ($provider->list(100)->@*) {
+        say $archive->{volname} if !$provider->verify($archive->{volname})->@*;
+    }
+    $provider->prune(100, 7);
+
+=head1 DESCRIPTION
+
+A provider of Proxmox VE's backup provider API that needs nothing but a directory, C<qemu-img> and
+C<qemu-nbd>. It is what C<pve-backup-access> uses, and works as a storage plugin's provider.
+
+Each backup of a guest is an archive:
+
+    vm/100/20261122T064953Z/manifest.json
+                            guest.conf, firewall.conf
+                            drive-scsi0.qcow2
+
+A full backup of a device is an image of its own; an incremental one has the image of the archive
+before as its backing file. The names in there are relative: the directory can be moved. Any archive
+can be looked at with QEMU's own tools alone.
+
+An archive is complete or not there: it is written under another name, flushed, and renamed at the
+end of L</backup_vm>; so what a bitmap no longer says is on disk when the bitmap is cleared. The manifest
+has the size, bitmap mode and parent of each device, and the SHA-256 of each file.
+
+Which archive a device's bitmap is relative to is kept in F<vm/100/bitmaps.json>, for each storage id.
+An incremental backup goes on top of that archive and no other. Where it was removed, is damaged, or
+lacks something it builds on, or where the device has another size, the device gets a full backup, and
+the log says why. Damage is seen here if it changed a file's size or time; L</verify> sees all.
+
+One directory takes the backups of one guest for each number, and one storage id stands for one
+target-id of L<PVE::BackupAccess>.
+
+All sizes are bytes. Methods die with a L<PVE::BackupAccess::Error>: C<ArchiveError> where an archive
+is missing or damaged, C<StateError> while another process works on the same guest's archives.
+
+=head1 METHODS OF THE API
+
+Arguments and results are those of C<PVE::BackupProvider::Plugin::Base>.
+
+=head2 new
+
+    my $provider = PVE::BackupAccess::Provider::Qcow2Chain->new($storage_plugin, $scfg, $storeid, $log_function);
+
+C<< $scfg->{path} >> is the directory, which must be there, and absolute. C<$storage_plugin> may be
+undef, and so may C<$log_function>: warnings and errors then go to C<warn>. C<$storeid> is any name.
+
+=head2 provider_name
+
+C<Qcow2Chain>.
+
+=head2 job_init
+
+=head2 job_cleanup
+
+=head2 backup_init
+
+Locks the guest's directory until L</backup_cleanup>, takes away what a killed backup left, and names the
+archive: C<vm/100/20261122T064953Z>, by the start time in UTC, or later than the last one there is.
+
+=head2 backup_get_mechanism
+
+C<nbd> for virtual machines, undef for containers.
+
+=head2 backup_vm_query_incremental
+
+C<use> for a device that can be incremental, C<new> for all others.
+
+=head2 backup_vm
+
+When it returns, the archive is complete and durable. When it dies, there is none.
+
+=head2 backup_cleanup
+
+Without success, the archive is removed. With success, C<archive-size> is what its own files take.
+
+=head2 backup_handle_log_file
+
+Puts the log into the archive as F<backup.log>; the manifest does not have it.
+
+=head2 backup_container_prepare
+
+=head2 backup_container
+
+Die: containers are not supported.
+
+=head2 restore_get_mechanism
+
+=head2 archive_get_guest_config
+
+=head2 archive_get_firewall_config
+
+=head2 restore_vm_init
+
+=head2 restore_vm_volume_init
+
+C<qemu-img-path> is an NBD URI, from which C<qemu-img convert -f raw> reads the device's content. It
+is there until L</restore_vm_volume_cleanup>, L</restore_vm_cleanup>, or the end of this process.
+
+=head2 restore_vm_volume_cleanup
+
+=head2 restore_vm_cleanup
+
+=head2 restore_container_init
+
+=head2 restore_container_cleanup
+
+Die: containers are not supported.
+
+=head1 OTHER METHODS
+
+=head2 on_progress
+
+    $provider->on_progress(sub ($device, $done, $all) { ... });
+
+Is called while L</backup_vm> stores a device, a few times a second, with bytes stored and all bytes to
+store.
+
+=head2 list
+
+    my $archives = $provider->list;
+    my $archives = $provider->list($vmid);
+
+Returns an array ref of hashes, the oldest archive of a guest first: C<volname>, C<vmid>, C<time> (seconds
+since 1970), C<size> (of its own files) and C<devices>: for each device C<size>, C<bitmap-mode>,
+C<image-size>, and C<parent> if it is incremental. Of an archive whose manifest cannot be read there is
+C<problem>, a text, instead of the last two.
+
+=head2 verify
+
+    my $problems = $provider->verify($volname);
+
+Reads all of an archive, and of those it builds on: manifests, SHA-256 of each file, C<qemu-img check>,
+backing files. Returns an array ref of texts that say what is wrong, empty if nothing is.
+
+=head2 prune
+
+    my $removed = $provider->prune($vmid, 7);
+
+Removes all but the last so many archives of a guest. Returns the names of those removed.
+
+=head2 remove
+
+    $provider->remove($volname);
+
+Removes one archive, wherever it is in its chain. What the next one needs of it is kept: the next one's
+changes are merged into its image, which then becomes the next one's. That takes no more space, and
+time as the next one's own size does, plus reading the merged image once for its SHA-256. It can be killed at
+any moment; the next backup or removal ends it. While the archive or the next one is being restored, it dies.
+
+=cut

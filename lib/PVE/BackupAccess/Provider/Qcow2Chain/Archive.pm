@@ -1,0 +1,268 @@
+package PVE::BackupAccess::Provider::Qcow2Chain::Archive;
+
+# One archive: a directory with an image for each device, the guest's configuration, and a manifest
+# that says what has to be there. Without its manifest it is no archive.
+
+use v5.36;
+
+use JSON::PP ();
+
+use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Provider::Qcow2Chain::File;
+use PVE::BackupAccess::Provider::Qcow2Chain::Image;
+
+my $format = 1;
+my $json = JSON::PP->new->utf8->canonical->pretty;
+
+my $manifest_name = 'manifest.json';
+my $removed_name = 'removed.json';    # the manifest of an archive that is about to go
+my $name_pattern = qr/([0-9]{8}T[0-9]{6}Z)/;
+
+my sub fail ($message, %context) {
+    PVE::BackupAccess::Error->throw('ArchiveError', $message, %context);
+}
+
+sub name_pattern ($class) { return $name_pattern }
+
+# ---- making one ----
+
+sub begin ($class, $guest_dir, $name, %about) {
+    my $self = bless(
+        {
+            guest_dir => $guest_dir,
+            name => $name,
+            dir => "$guest_dir/.tmp-$name",
+            manifest => { format => $format, id => _new_id(), %about, devices => {}, files => {} },
+        },
+        $class
+    );
+    PVE::BackupAccess::Provider::Qcow2Chain::File::make_directory($self->{dir});
+    return $self;
+}
+
+sub _new_id () {
+    open(my $fh, '<:raw', '/dev/urandom') or fail("cannot read /dev/urandom - $!");
+    read($fh, my $bytes, 16) == 16 or fail("cannot read /dev/urandom - $!");
+    return unpack('H*', $bytes);
+}
+
+sub add_file ($self, $name, $content) {
+    utf8::encode($content) if utf8::is_utf8($content);
+    PVE::BackupAccess::Provider::Qcow2Chain::File::write("$self->{dir}/$name", $content);
+    $self->{manifest}{files}{$name} = {};
+    return;
+}
+
+# An empty image for the device; all of it comes from the parent, if one is given. Returns its path.
+sub add_device ($self, $device, $about, $parent = undef) {
+    my $file = _file_of($device);
+    my $entry = $self->{manifest}{devices}{$device} = { $about->%*, file => $file };
+    $entry->@{qw(parent parent-id)} = ($parent->name, $parent->id) if $parent;
+    PVE::BackupAccess::Provider::Qcow2Chain::Image::create("$self->{dir}/$file",
+        $about->{size}, $self->_backing($device));
+    $self->{manifest}{files}{$file} = {};
+    return "$self->{dir}/$file";
+}
+
+# A file name that is the same in every archive, and safe whatever the device is called.
+sub _file_of ($device) {
+    utf8::encode(my $bytes = $device);
+    my ($safe) = $bytes =~ s/([^A-Za-z0-9._-])/sprintf('%%%02X', ord($1))/ger =~ m/\A(.*)\z/s;
+    return "$safe.qcow2";
+}
+
+sub _backing ($self, $device) {
+    my $entry = $self->{manifest}{devices}{$device};
+    return defined($entry->{parent}) ? "../$entry->{parent}/$entry->{file}" : undef;
+}
+
+# All is durable, and the manifest knows it. What remains is to give it its name.
+sub seal ($self) {
+    for my $file (sort keys $self->{manifest}{files}->%*) {
+        PVE::BackupAccess::Provider::Qcow2Chain::File::sync("$self->{dir}/$file");
+        $self->_note_file($file);
+    }
+    $self->_write_manifest;
+    PVE::BackupAccess::Provider::Qcow2Chain::File::sync($self->{dir});
+    return;
+}
+
+sub _note_file ($self, $file) {
+    my $path = "$self->{dir}/$file";
+    my $fingerprint = PVE::BackupAccess::Provider::Qcow2Chain::File::fingerprint($path);
+    my $sha256 = PVE::BackupAccess::Provider::Qcow2Chain::File::sha256($path);
+    $self->{manifest}{files}{$file} = { $fingerprint->%*, sha256 => $sha256 };
+    return;
+}
+
+sub _write_manifest ($self) {
+    PVE::BackupAccess::Provider::Qcow2Chain::File::replace("$self->{dir}/$manifest_name",
+        $json->encode($self->{manifest}));
+    return;
+}
+
+sub publish ($self) {
+    my $dir = "$self->{guest_dir}/$self->{name}";
+    PVE::BackupAccess::Provider::Qcow2Chain::File::move($self->{dir}, $dir);
+    $self->{dir} = $dir;
+    return;
+}
+
+# ---- one that is there ----
+
+sub exists ($class, $guest_dir, $name) {
+    return -e "$guest_dir/$name/$manifest_name";
+}
+
+# Whether its removal was begun.
+sub is_half_removed ($class, $guest_dir, $name) {
+    return -e "$guest_dir/$name/$removed_name" && !-e "$guest_dir/$name/$manifest_name";
+}
+
+sub load ($class, $guest_dir, $name) {
+    my $dir = "$guest_dir/$name";
+    my ($file) = grep { -e } map { "$dir/$_" } $manifest_name, $removed_name;
+    fail("there is no archive $dir") if !defined($file);
+    my $content = PVE::BackupAccess::Provider::Qcow2Chain::File::read($file);
+    my $manifest = eval { $json->decode($content) };
+    my $problem = _manifest_problem($manifest);
+    fail("the manifest of archive $dir is damaged - $problem") if defined($problem);
+    return
+        bless({ guest_dir => $guest_dir, name => $name, dir => $dir, manifest => $manifest },
+        $class);
+}
+
+my sub is_text ($value) { return defined($value) && !ref($value) }
+my sub is_hash ($value) { return ref($value) eq 'HASH' }
+
+sub _manifest_problem ($manifest) {
+    return 'it is no JSON object' if !is_hash($manifest);
+    return 'its format is unknown'
+        if !is_text($manifest->{format}) || $manifest->{format} ne $format;
+    return 'its id is missing' if !is_text($manifest->{id});
+    return 'its devices or files are missing'
+        if grep { !is_hash($manifest->{$_}) } qw(devices files);
+    for my $device (sort keys $manifest->{devices}->%*) {
+        my $entry = $manifest->{devices}{$device};
+        return "device $device is none"
+            if !is_hash($entry) || !is_hash($manifest->{files}{ _file_of($device) });
+        return "device $device has no size" if ($entry->{size} // '') !~ m/\A[0-9]{1,19}\z/;
+        return "device $device has an odd parent"
+            if defined($entry->{parent}) && $entry->{parent} !~ m/\A$name_pattern\z/;
+        $entry->{parent} = $1 if defined($entry->{parent});
+        $entry->{file} = _file_of($device);
+    }
+    for my $file (sort keys $manifest->{files}->%*) {
+        return 'it names an odd file' if $file !~ m/\A[A-Za-z0-9%_-][A-Za-z0-9._%-]*\z/;
+    }
+    return undef;
+}
+
+sub name ($self) { return $self->{name} }
+sub dir ($self) { return $self->{dir} }
+sub id ($self) { return $self->{manifest}{id} }
+sub about ($self, $key) { return $self->{manifest}{$key} }
+sub devices ($self) { return sort keys $self->{manifest}{devices}->%* }
+
+# { size, bitmap-mode, parent, parent-id, file }, undef if the archive has no such device.
+sub device ($self, $device) { return $self->{manifest}{devices}{$device} }
+
+sub image ($self, $device) { return "$self->{dir}/" . _file_of($device) }
+
+# What its files take.
+sub file_size ($self, $device = undef) {
+    my $files = $self->{manifest}{files};
+    my $size = 0;
+    $size += $_->{size} // 0
+        for defined($device) ? $files->{ _file_of($device) } : values $files->%*;
+    return $size;
+}
+
+# The content of a file of it, undef if it has none such.
+sub content ($self, $name) {
+    return undef if !$self->{manifest}{files}{$name};
+    my $problem = $self->file_problem($name, 1);
+    fail($problem) if defined($problem);
+    return PVE::BackupAccess::Provider::Qcow2Chain::File::read("$self->{dir}/$name");
+}
+
+# ---- is it whole? ----
+
+# Why a file is not what the manifest says, or undef. Without read_all what was not touched since it
+# was hashed is not hashed again.
+sub file_problem ($self, $file, $read_all) {
+    my $path = "$self->{dir}/$file";
+    my $noted = $self->{manifest}{files}{$file};
+    my $found = PVE::BackupAccess::Provider::Qcow2Chain::File::fingerprint($path)
+        // return "$path is missing";
+    return "$path has $found->{size} bytes, not $noted->{size}"
+        if $found->{size} ne ($noted->{size} // '');
+    return undef if !$read_all && $found->{mtime} eq ($noted->{mtime} // '');
+    my $sha256 = eval { PVE::BackupAccess::Provider::Qcow2Chain::File::sha256($path) }
+        // return $@ =~ s/\n\z//r;
+    return $sha256 eq ($noted->{sha256} // '') ? undef : "$path is damaged - its SHA-256 differs";
+}
+
+# Why the image's header does not fit the manifest, or undef.
+sub header_problem ($self, $device) {
+    my $path = $self->image($device);
+    my $info = eval { PVE::BackupAccess::Provider::Qcow2Chain::Image::info($path) }
+        // return $@ =~ s/\n\z//r;
+    my ($size, $backing) = ($self->device($device)->{size}, $self->_backing($device));
+    return "$path is an image of $info->{size} bytes, not $size" if $info->{size} != $size;
+    return "$path has another backing file than it should have"
+        if ($info->{backing} // '') ne ($backing // '') || defined($info->{'data-file'});
+    return undef;
+}
+
+# All that is wrong with it alone, as texts.
+sub problems ($self) {
+    my @problems = map { $self->file_problem($_, 1) // () } sort keys $self->{manifest}{files}->%*;
+    for my $device ($self->devices) {
+        my $path = $self->image($device);
+        next if grep { m/\A\Q$path\E / } @problems;
+        my $problem = $self->header_problem($device)
+            // PVE::BackupAccess::Provider::Qcow2Chain::Image::problem($path);
+        push(@problems, $problem =~ m/\Q$path\E/ ? $problem : "$path: $problem")
+            if defined($problem);
+    }
+    return @problems;
+}
+
+# ---- taking one away ----
+
+# From here on it is no archive any more, but its images may still be others' backing files.
+sub mark_removed ($self) {
+    my $file = "$self->{dir}/$manifest_name";
+    PVE::BackupAccess::Provider::Qcow2Chain::File::move($file, "$self->{dir}/$removed_name")
+        if -e $file;
+    return;
+}
+
+# The parent's image becomes this archive's: all of the device that either has. What either shows
+# stays the same all the time, so that this may be done again from the start after a crash.
+sub absorb ($self, $device, $parent) {
+    my ($mine, $theirs) = ($self->image($device), $parent->image($device));
+    if (-e $theirs) {
+        PVE::BackupAccess::Provider::Qcow2Chain::Image::commit($mine);
+        PVE::BackupAccess::Provider::Qcow2Chain::File::sync($theirs);
+        PVE::BackupAccess::Provider::Qcow2Chain::File::move($theirs, $mine);
+    }
+    my $entry = $self->device($device);
+    delete($entry->@{qw(parent parent-id)});
+    my $from = $parent->device($device);
+    $entry->@{qw(parent parent-id)} = $from->@{qw(parent parent-id)} if defined($from->{parent});
+    $self->_note_file($entry->{file});
+    $self->_write_manifest;
+    return;
+}
+
+sub delete ($self) {
+    my $gone = "$self->{guest_dir}/.del-$self->{name}";
+    PVE::BackupAccess::Provider::Qcow2Chain::File::remove_tree($gone) if -e $gone;
+    PVE::BackupAccess::Provider::Qcow2Chain::File::move($self->{dir}, $gone);
+    PVE::BackupAccess::Provider::Qcow2Chain::File::remove_tree($gone);
+    return;
+}
+
+1;

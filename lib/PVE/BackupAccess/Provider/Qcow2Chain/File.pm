@@ -1,0 +1,85 @@
+package PVE::BackupAccess::Provider::Qcow2Chain::File;
+
+# Files and directories that are to survive a crash.
+
+use v5.36;
+
+use Digest::SHA ();
+use Fcntl qw(O_CREAT O_DIRECTORY O_RDONLY O_TRUNC O_WRONLY);
+use File::Path ();
+use IO::Handle ();
+use Time::HiRes ();
+
+use PVE::BackupAccess::Error;
+
+my sub fail ($message) {
+    PVE::BackupAccess::Error->throw('SystemError', $message);
+}
+
+# What a file or directory holds is on disk when this returns.
+sub sync ($path) {
+    my $flags = O_RDONLY | (-d $path ? O_DIRECTORY : 0);
+    sysopen(my $fh, $path, $flags) or fail("cannot open $path - $!");
+    $fh->sync or fail("cannot flush $path - $!");
+    return;
+}
+
+# A new file, durable itself; its name is so after a sync of the directory.
+sub write ($path, $content) {
+    sysopen(my $fh, $path, O_WRONLY | O_CREAT | O_TRUNC, 0600)
+        or fail("cannot write $path - $!");
+    binmode($fh);
+    print {$fh} $content or fail("cannot write $path - $!");
+    $fh->flush or fail("cannot write $path - $!");
+    $fh->sync or fail("cannot flush $path - $!");
+    close($fh) or fail("cannot write $path - $!");
+    return;
+}
+
+# The old content or the new one, whatever happens.
+sub replace ($path, $content) {
+    PVE::BackupAccess::Provider::Qcow2Chain::File::write("$path.new", $content);
+    move("$path.new", $path);
+    return;
+}
+
+# The directory is flushed as well.
+sub move ($from, $to) {
+    rename($from, $to) or fail("cannot rename $from to $to - $!");
+    sync($to =~ s{/[^/]+\z}{}r);
+    return;
+}
+
+sub read ($path) {
+    open(my $fh, '<:raw', $path) or fail("cannot read $path - $!");
+    local $/ = undef;
+    return scalar(<$fh>) // fail("cannot read $path - $!");
+}
+
+sub make_directory ($path) {
+    File::Path::make_path($path, { mode => 0700, error => \my $errors });
+    fail("cannot make the directory $path - $!") if !-d $path;
+    return;
+}
+
+sub remove_tree ($path) {
+    File::Path::remove_tree($path, { safe => 0, error => \my $errors });
+    my ($error) = map { values $_->%* } $errors->@*;
+    fail("cannot remove $path - $error") if -e $path;
+    return;
+}
+
+# What tells whether a file was touched since it was hashed.
+sub fingerprint ($path) {
+    my @stat = Time::HiRes::stat($path) or return undef;
+    return { size => $stat[7], mtime => sprintf('%.6f', $stat[9]) };
+}
+
+sub sha256 ($path) {
+    open(my $fh, '<:raw', $path) or fail("cannot read $path - $!");
+    my $digest = Digest::SHA->new(256);
+    eval { $digest->addfile($fh); 1 } or fail("cannot read $path - $!");
+    return $digest->hexdigest;
+}
+
+1;

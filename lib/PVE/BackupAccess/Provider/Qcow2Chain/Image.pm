@@ -1,0 +1,100 @@
+package PVE::BackupAccess::Provider::Qcow2Chain::Image;
+
+# qcow2 images, by qemu-img.
+
+use v5.36;
+
+use File::Temp ();
+use IPC::Open3 ();
+use JSON::PP ();
+
+use PVE::BackupAccess::Error;
+
+# Where the programs are; nothing else of the caller's environment is given to them.
+our $path = '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin';
+our $qemu_img = 'qemu-img';
+
+# The environment that QEMU's programs run in.
+sub environment () {
+    return (PATH => $path, LC_ALL => 'C');
+}
+
+my sub read_all ($fh) {
+    seek($fh, 0, 0);
+    local $/ = undef;
+    return <$fh> // '';
+}
+
+my sub wait_for ($pid) {
+    while (waitpid($pid, 0) < 0) {
+        return 255 << 8 if !$!{EINTR};
+    }
+    return $?;
+}
+
+# Runs qemu-img; returns its exit status and what it printed.
+sub run (@arguments) {
+    my ($out, $err) = (File::Temp->new, File::Temp->new);
+    local %ENV = environment();
+    local $SIG{CHLD} = 'DEFAULT';
+    local $?;
+    open(my $in, '<', '/dev/null') or die "/dev/null: $!\n";
+    my $pid = eval {
+        IPC::Open3::open3(
+            '<&' . fileno($in),
+            '>&' . fileno($out),
+            '>&' . fileno($err),
+            $qemu_img, @arguments
+        );
+    };
+    PVE::BackupAccess::Error->throw('UnsupportedError', "cannot run $qemu_img - $!")
+        if !defined($pid);
+    my $status = wait_for($pid);
+    my $message = read_all($err);
+    chomp($message);
+    return ($status, read_all($out), $message);
+}
+
+# The same, where only success will do.
+sub img (@arguments) {
+    my ($status, $out, $message) = run(@arguments);
+    return $out if $status == 0;
+    $message = 'status ' . ($status >> 8) if $message eq '';
+    PVE::BackupAccess::Error->throw('SystemError', "$qemu_img $arguments[0] failed - $message");
+}
+
+# An empty image; with a backing file, which is named relative to it.
+sub create ($file, $size, $backing = undef) {
+    my @backing = defined($backing) ? ('-F', 'qcow2', '-b', $backing) : ();
+    img('create', '-q', '-f', 'qcow2', @backing, $file, $size);
+    return;
+}
+
+# { size, backing }: what the image's header says.
+sub info ($file) {
+    my $info
+        = JSON::PP->new->utf8->decode(img('info', '-U', '-f', 'qcow2', '--output=json', $file));
+    return {
+        size => $info->{'virtual-size'},
+        backing => $info->{'backing-filename'},
+        'data-file' => $info->{'format-specific'}{data}{'data-file'},
+    };
+}
+
+# What is wrong in the image's own structure, or undef. Clusters that leak waste space, no more.
+sub problem ($file) {
+    my ($status, undef, $message) = run('check', '-q', '-U', '-f', 'qcow2', $file);
+    my $code = $status >> 8;
+    return undef if $status == 0 || $code == 3;
+    return $message =~ s/\n.*//sr if $message ne '';
+    return $code == 2 ? 'the image is corrupt' : "qemu-img check ended with status $code";
+}
+
+# Puts what an image has itself into its backing file, whose content as seen through the image does
+# not change by that.
+sub commit ($file) {
+    img('commit', '-q', '-d', '-f', 'qcow2', $file);
+    return;
+}
+
+1;

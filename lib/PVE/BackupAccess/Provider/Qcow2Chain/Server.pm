@@ -1,0 +1,113 @@
+package PVE::BackupAccess::Provider::Qcow2Chain::Server;
+
+# qemu-nbd over one image. It is given a socket that listens already, so nobody has to wait for it;
+# and it ends with its last client, one of which is the connection that is kept here: it cannot
+# outlive this process.
+
+use v5.36;
+
+use Fcntl qw(F_SETFD);
+use File::Temp ();
+use IO::Socket::UNIX ();
+use POSIX ();
+
+use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Provider::Qcow2Chain::Image;
+use PVE::BackupAccess::Volume;
+
+our $qemu_nbd = 'qemu-nbd';
+
+my $first_passed_fd = 3;    # by systemd's protocol, see sd_listen_fds(3)
+
+my sub fail ($message) {
+    PVE::BackupAccess::Error->throw('SystemError', $message);
+}
+
+# Serves the qcow2 image: for reading, or with writable => 1.
+sub start ($class, $file, %options) {
+    my $self = bless({ owner => $$, dir => File::Temp->newdir('pba-qcow2-XXXXXXXX', TMPDIR => 1) },
+        $class);
+    my $socket = $self->{socket} = "$self->{dir}/nbd";
+    my $listener = IO::Socket::UNIX->new(Local => $socket, Listen => 16)
+        or fail("cannot listen on $socket - $!");
+
+    # Should this process be killed before the connection below is there, this one tells qemu-nbd.
+    my $first = IO::Socket::UNIX->new(Peer => $socket) or fail("cannot connect to $socket - $!");
+    my @command = (
+        $qemu_nbd, '--shared=32', '--export-name=image', '--format=qcow2',
+        $options{writable} ? '--discard=unmap' : '--read-only', $file,
+    );
+    $self->{pid} = _spawn("$self->{dir}/log", $listener, @command);
+    close($listener);
+    $self->{connection}
+        = eval { PVE::BackupAccess::Volume->open('image', { 'nbd-path' => $self->uri }) };
+    return $self if $self->{connection};
+    my $error = $@;
+    $self->_end('KILL');
+    fail("cannot serve $file - " . ($self->_log || $error =~ s/\n\z//r));
+}
+
+sub _spawn ($log, $listener, @command) {
+    my $pid = fork() // fail("cannot fork - $!");
+    return $pid if $pid;
+    open(STDIN, '<', '/dev/null') or POSIX::_exit(127);
+    open(STDERR, '>', $log) or POSIX::_exit(127);
+    open(STDOUT, '>&', \*STDERR) or POSIX::_exit(127);
+    if (fileno($listener) == $first_passed_fd) {
+        fcntl($listener, F_SETFD, 0) or POSIX::_exit(127);
+    }
+    else {
+        POSIX::dup2(fileno($listener), $first_passed_fd) or POSIX::_exit(127);
+    }
+    local %ENV = (
+        PVE::BackupAccess::Provider::Qcow2Chain::Image::environment(),
+        LISTEN_PID => $$,
+        LISTEN_FDS => 1,
+    );
+    no warnings 'exec';
+    exec({ $command[0] } @command) or print {*STDERR} "cannot run $command[0] - $!\n";
+    STDERR->flush;
+    POSIX::_exit(127);
+}
+
+sub uri ($self) { return "nbd+unix:///image?socket=$self->{socket}" }
+sub pid ($self) { return $self->{pid} }
+
+sub _log ($self) {
+    open(my $fh, '<', "$self->{dir}/log") or return '';
+    my ($line) = <$fh>;
+    chomp($line //= '');
+    return $line;
+}
+
+# Ends it, and returns its exit status. What it has not written yet it writes, unless killed.
+sub _end ($self, $signal) {
+    my $pid = delete($self->{pid}) // return 0;
+    local ($!, $?);
+    delete($self->{connection});
+    kill($signal, $pid);
+    while (waitpid($pid, 0) < 0) {
+        return undef if !$!{EINTR};
+    }
+    my $status = $?;
+    return $status;
+}
+
+# The image is closed as it should be when this returns.
+sub stop ($self) {
+    my $status = $self->_end('TERM');
+    fail('cannot tell how qemu-nbd ended - somebody else waited for it') if !defined($status);
+    fail("qemu-nbd ended with status $status - " . $self->_log) if $status != 0;
+    return;
+}
+
+sub CLONE_SKIP { return 1 }
+
+sub DESTROY ($self) {
+    return if $self->{owner} != $$;
+    local $@;
+    $self->_end('KILL');
+    return;
+}
+
+1;
