@@ -112,6 +112,34 @@ _new(SV *klass, SV *options)
         RETVAL
 
 SV *
+_sizes(PbaAccessObject *self, AV *devices)
+    PREINIT:
+        GError *error = NULL;
+    CODE:
+        require_idle(aTHX_ &self->caller, self->owner);
+        size_t count = (size_t)(av_len(devices) + 1);
+        SV *memory = sv_2mortal(newSV(count * (sizeof(PbaDeviceRequest) + sizeof(uint64_t)) + 1));
+        PbaDeviceRequest *requests = (PbaDeviceRequest *)SvPVX(memory);
+        uint64_t *sizes = (uint64_t *)(requests + count);
+        for (size_t i = 0; i < count; i++) {
+            requests[i] = (PbaDeviceRequest){
+                .device = SvPVutf8_nolen(*av_fetch(devices, (SSize_t)i, 0)),
+            };
+        }
+        if (!pba_access_sizes(self->access, requests, count, sizes, &error)) {
+            throw_error(aTHX_ &self->caller, error);
+        }
+        throw_pending(aTHX_ &self->caller);
+        HV *hash = newHV();
+        for (size_t i = 0; i < count; i++) {
+            SV *device = *av_fetch(devices, (SSize_t)i, 0);
+            (void)hv_store_ent(hash, device, newSVuv(sizes[i]), 0);
+        }
+        RETVAL = newRV_noinc((SV *)hash);
+    OUTPUT:
+        RETVAL
+
+SV *
 _setup(PbaAccessObject *self, AV *devices)
     PREINIT:
         GError *error = NULL;

@@ -156,6 +156,9 @@ PbaAccess *pba_access_new(PbaQmp *qmp, const PbaAccessOptions *options, const Pb
 /* Frees what is local only: what is up in QEMU stays up (see pba_access_teardown). */
 void pba_access_free(PbaAccess *access);
 
+/* The sizes of the requests' devices, before setup; no mode matters. sizes has room for count. */
+bool pba_access_sizes(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
+                      uint64_t *sizes, GError **error);
 /* Freezes the state of all devices at one instant (QAPI: backup-access-setup). On error nothing is
  * left behind and every bitmap keeps at least the bits it had. */
 bool pba_access_setup(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,

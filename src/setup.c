@@ -429,13 +429,41 @@ static bool set_up(PbaAccess *access, GError **error)
            (pve ? pba_pve_setup(access, error) : pba_upstream_setup(access, &block, error));
 }
 
-bool pba_access_setup(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
-                      GError **error)
+static bool require_down(const PbaAccess *access, GError **error)
 {
     if (pba_access_is_up(access)) {
         pba_error_set(error, PBA_ERROR_STATE,
                       "previous backup for target '%s' not finished - tear it down first",
                       access->target_id);
+        return false;
+    }
+    return true;
+}
+
+bool pba_access_sizes(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
+                      uint64_t *sizes, GError **error)
+{
+    g_auto(PbaBlock) block = {0};
+
+    if (!require_down(access, error)) {
+        return false;
+    }
+    bool done = take_requests(access, requests, count, error) && choose_backend(access, error) &&
+                pba_block_query(access->qmp, false, &block, error) &&
+                resolve_disks(access, &block, error);
+    for (size_t i = 0; done && i < count; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        sizes[i] = disk->size;
+    }
+    g_ptr_array_set_size(access->disks, 0);
+    pba_qmp_release(access->qmp);
+    return done;
+}
+
+bool pba_access_setup(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
+                      GError **error)
+{
+    if (!require_down(access, error)) {
         return false;
     }
     bool done = take_requests(access, requests, count, error) && set_up(access, error);

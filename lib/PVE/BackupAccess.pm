@@ -98,6 +98,12 @@ sub bitmap_status ($action) {
     return _bitmap_status($action);
 }
 
+sub sizes ($self, @devices) {
+    PVE::BackupAccess::Argument::fail('sizes needs at least one device') if !@devices;
+    PVE::BackupAccess::Argument::filled_text('device', $_) for @devices;
+    return $self->_sizes([map { "$_" } @devices]);
+}
+
 sub setup ($self, $devices) {
     PVE::BackupAccess::Argument::fail('setup takes an array ref of devices')
         if ref($devices) ne 'ARRAY';
@@ -344,6 +350,13 @@ C<none>; C<new>, C<invalid> and C<missing-recreated> are C<new>; C<used> is C<re
 else.
 
 =head1 METHODS
+
+=head2 sizes
+
+    my $sizes = $access->sizes('drive-scsi0', 'drive-scsi1');    # { 'drive-scsi0' => 34359738368, ... }
+
+The sizes of devices before L</setup>, as QEMU has them. Dies like setup for a device that cannot be
+backed up: one that is not there, has no medium, or is listed twice.
 
 =head2 setup
 
