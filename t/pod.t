@@ -8,7 +8,7 @@ eval { require Test::Pod; require Test::Pod::Coverage; 1 }
     or plan(skip_all => 'no Test::Pod and Test::Pod::Coverage');
 
 my @modules = qw(
-    PVE::BackupAccess PVE::BackupAccess::Volume PVE::BackupAccess::Error
+    PVE::BackupAccess PVE::BackupAccess::Volume PVE::BackupAccess::Error PVE::BackupAccess::Task
     PVE::BackupAccess::Provider::Qcow2Chain
 );
 

@@ -1,0 +1,509 @@
+package PVE::BackupAccess::Task;
+
+use v5.36;
+
+use File::Temp ();
+use Scalar::Util qw(blessed weaken);
+use Time::HiRes ();
+
+use PVE::BackupAccess;
+use PVE::BackupAccess::Argument;
+use PVE::BackupAccess::Format qw(bytes);
+use PVE::BackupAccess::PluginBase;
+
+my $map_batch = 10_000;    # dirty regions per call
+
+# What an archive's name may contain, as Proxmox VE has it.
+my $archive_name = qr!\A[a-zA-Z0-9\-.+=_/:]+\z!;
+
+my sub check_provider ($name, $value) {
+    PVE::BackupAccess::Argument::fail("$name must be an object") if !blessed($value);
+}
+
+my sub check_devices ($name, $value) {
+    PVE::BackupAccess::Argument::fail("$name must be an array ref of device names")
+        if ref($value) ne 'ARRAY' || !$value->@*;
+    PVE::BackupAccess::Argument::filled_text("a device of $name", $_) for $value->@*;
+}
+
+# A configuration is raw data, which the provider gets as it is.
+my sub check_data ($name, $value) {
+    PVE::BackupAccess::Argument::fail("$name must be a string") if ref($value);
+}
+
+# What PVE::BackupAccess->new takes, and checks.
+my @access_options = qw(qmp target-id run-dir fleecing-dir fleecing persistent timeout bitmap-name);
+
+my %options = (
+    (
+        map {
+            $_ => sub { }
+        } @access_options
+    ),
+    vmid => \&PVE::BackupAccess::Argument::positive,
+    provider => \&check_provider,
+    devices => \&check_devices,
+    'guest-config' => \&check_data,
+    'firewall-config' => \&check_data,
+    'bandwidth-limit' => \&PVE::BackupAccess::Argument::bytes,
+    freeze => \&PVE::BackupAccess::Argument::code,
+    thaw => \&PVE::BackupAccess::Argument::code,
+    log => \&PVE::BackupAccess::Argument::code,
+);
+
+sub new ($class, @pairs) {
+    PVE::BackupAccess::Argument::fail('options of new must be pairs of names and values')
+        if @pairs % 2;
+    my %given = @pairs;
+    my @defined = map { ($_ => $given{$_}) } grep { defined($given{$_}) } keys %given;
+    my $self = PVE::BackupAccess::Argument::options('new', \@defined, \%options,
+        qw(vmid provider devices guest-config));
+    bless($self, $class);
+    my %access = map { $_ => $self->{$_} } grep { exists($self->{$_}) } @access_options;
+    weaken(my $task = $self);
+    $self->{access} = PVE::BackupAccess->new(%access, log => sub { $task->log(@_) if $task });
+    $self->{pid} = $$;
+    return $self;
+}
+
+sub log ($self, $level, $message) {
+    chomp($message);
+    if (my $file = $self->{'log file'}) {
+        say {$file} uc($level), ": $message";
+    }
+    return $self->{log}->($level, $message) if $self->{log};
+    warn "$message\n" if $level ne 'info' && $level ne 'debug';
+    return;
+}
+
+# ---- one guest ----
+
+sub run ($self) {
+    $self->_check_process;
+    return $self->_back_up(sub ($result) { });
+}
+
+# $finish is called before the teardown and has its part in the outcome: what the provider cannot
+# keep must stay in the bitmap.
+sub _back_up ($self, $finish) {
+    my $began = Time::HiRes::time();
+    my $result = { devices => {} };
+    my $done = eval {
+        $self->_hand_over($result);
+        $finish->($result);
+        1;
+    };
+    my $error = $@;
+    die $error if $$ != $self->{pid};
+    my $teardown_error = $self->_tear_down($done);
+    die $error if !$done;
+
+    # The archive is complete and the bitmap may have begun anew. If that were called a failure, the
+    # archive would be removed, and what it holds would be missing in the next one.
+    $result->{'teardown-error'} = $teardown_error if defined($teardown_error);
+    $result->{seconds} = Time::HiRes::time() - $began;
+    return $result;
+}
+
+sub _hand_over ($self, $result) {
+    my ($access, $provider) = $self->@{qw(access provider)};
+    my $mechanism = $self->_mechanism;
+    my $sizes = $access->sizes($self->{devices}->@*);
+    my $modes = $self->_bitmap_modes($sizes);
+    my $infos = $self->_set_up($modes);
+    for my $info ($infos->@*) {
+        my $device = $info->{device};
+        $self->_check_size($info, $sizes->{$device});
+        $result->{devices}{$device} = $self->_describe($info, $modes->{$device});
+    }
+    my $volumes = $access->volumes($mechanism);
+    my %optional = map { $_ => $self->{$_} } grep { $self->{$_} } qw(bandwidth-limit);
+    $optional{'firewall-config'} = $self->{'firewall-config'} if exists($self->{'firewall-config'});
+    $provider->backup_vm($self->{vmid}, $self->{'guest-config'}, $volumes, \%optional);
+    $self->_check_process;
+    return;
+}
+
+# A child that the provider forked comes back here if it neither ends nor runs another program.
+sub _check_process ($self) {
+    PVE::BackupAccess::Error->throw('StateError', 'the task belongs to another process')
+        if $$ != $self->{pid};
+    return;
+}
+
+sub _mechanism ($self) {
+    my $mechanism = $self->{provider}->backup_get_mechanism($self->{vmid}, 'qemu');
+    PVE::BackupAccess::Argument::fail('the backup provider has no mechanism for VMs')
+        if !defined($mechanism);
+    PVE::BackupAccess::Argument::fail(
+              "mechanism '$mechanism' of the backup provider is not one for VMs - must be one of"
+            . ' nbd, file-handle')
+        if $mechanism !~ m/\A(?:nbd|file-handle)\z/;
+    $self->log('info', "backup mechanism: $mechanism");
+    return $mechanism;
+}
+
+# { device => mode as the provider wants it }
+sub _bitmap_modes ($self, $sizes) {
+    my %volumes = map { $_ => { size => $sizes->{$_} } } keys $sizes->%*;
+    my $answer = $self->{provider}->backup_vm_query_incremental($self->{vmid}, \%volumes);
+    PVE::BackupAccess::Argument::fail(
+        "backup_vm_query_incremental of the backup provider returned '$answer', not a hash")
+        if defined($answer) && ref($answer) ne 'HASH';
+
+    my %modes = map { $_ => $answer->{$_} // 'none' } keys $sizes->%*;
+    for my $device (sort keys %modes) {
+        PVE::BackupAccess::Argument::fail(
+            "device $device: bitmap mode '$modes{$device}' of the backup provider is unknown - must"
+                . ' be one of none, new, use',
+            device => $device
+        ) if $modes{$device} !~ m/\A(?:none|new|use)\z/;
+    }
+    for my $device (sort grep { !exists($sizes->{$_}) } keys(($answer // {})->%*)) {
+        $self->log('warn',
+                  "the backup provider has a bitmap mode for $device, which is no device"
+                . ' of this backup - ignored');
+    }
+    return \%modes;
+}
+
+# The guest is thawed whatever becomes of the setup, and also if freezing it failed: it may have
+# been frozen all the same.
+sub _set_up ($self, $modes) {
+    my @devices = map { { device => $_, 'bitmap-mode' => $modes->{$_} } } $self->{devices}->@*;
+    my $infos;
+    my $done = eval {
+        $self->{freeze}->() if $self->{freeze};
+        $infos = $self->{access}->setup(\@devices);
+        1;
+    };
+    my $error = $@;
+    die $error if $$ != $self->{pid};
+    my $thawed = eval { $self->{thaw}->() if $self->{thaw}; 1 };
+    if (!$done) {
+        $self->log('warn', "thawing the guest failed - $@") if !$thawed;
+        die $error;
+    }
+    die $@ if !$thawed;
+    return $infos;
+}
+
+# Undoes the access; returns the error if it could not.
+sub _tear_down ($self, $success) {
+    my $access = $self->{access};
+    return undef if !$access->_is_up;
+    return undef if eval { $access->teardown($success); 1 };
+    my $error = $@;
+    $self->log('warn', "teardown failed - $error");
+    if ($access->_is_up && !eval { $access->teardown(0); 1 }) {
+        $self->log('warn', "teardown failed again - $@");
+    }
+    return "$error";
+}
+
+# ---- what there is to be read ----
+
+# The provider has answered for that size. A bitmap in use would show a part that came later as clean.
+sub _check_size ($self, $info, $told) {
+    my ($device, $size) = $info->@{qw(device size)};
+    PVE::BackupAccess::Error->throw(
+        'StateError',
+        "device $device: was resized from $told to $size bytes while the backup began - try again",
+        device => $device
+    ) if $size != $told;
+    return;
+}
+
+my %status_text = (
+    'new' => 'created new',
+    'missing-recreated' => 'was missing, created new',
+    'invalid' => 'was invalid, created new',
+    'not-used' => 'not used',
+    'not-used-removed' => 'not used, old one removed',
+);
+
+my %fallback_reason = (
+    'missing-recreated' => 'there is no bitmap of an earlier backup',
+    'invalid' => 'the bitmap of the earlier backup is invalid',
+    'new' => 'a new bitmap had to be made',
+);
+
+# A device's part of the result, and its log lines.
+sub _describe ($self, $info, $requested) {
+    my ($device, $size) = $info->@{qw(device size)};
+    my $action = $info->{'bitmap-action'} // 'not-used';
+    my $mode = PVE::BackupAccess::bitmap_status($action);
+    my $dirty = $mode eq 'none' ? $size : $self->_dirty_bytes($device);
+    my $text = $status_text{$action};
+    if (defined($text)) {
+        $text .= ' (' . bytes($dirty) . ' to be read)';
+    }
+    else {
+        $text
+            = $dirty
+            ? 'OK (' . bytes($dirty) . ' of ' . bytes($size) . ' dirty)'
+            : 'OK (nothing of ' . bytes($size) . ' dirty)';
+    }
+    $self->log('info', "$device: dirty-bitmap status: $text");
+
+    my $fallback = $requested eq 'use' && $mode ne 'reuse' ? $fallback_reason{$action} : undef;
+    $self->log('info', "$device: falls back to a full read: $fallback") if defined($fallback);
+    return {
+        size => $size,
+        'bitmap-mode' => $mode,
+        'bitmap-action' => $action,
+        dirty => $dirty,
+        fallback => $fallback,
+    };
+}
+
+# From the map alone; nothing is read. A map that stops early dies.
+sub _dirty_bytes ($self, $device) {
+    my $volume = $self->{access}->volume($device);
+    my $sum = 0;
+    while (my @regions = $volume->dirty_regions($map_batch)) {
+        while (my (undef, $length) = splice(@regions, 0, 2)) {
+            $sum += $length;
+        }
+    }
+    $volume->close;
+    return $sum;
+}
+
+# ---- a job of one guest, as VZDump makes it of several ----
+
+sub run_job ($self) {
+    $self->_check_process;
+    my $provider = $self->{provider};
+    local $self->{'log file'} = File::Temp->new(
+        TEMPLATE => 'pve-backup-access.XXXXXX',
+        TMPDIR => 1
+    );
+    binmode($self->{'log file'}, ':encoding(UTF-8)');
+    $self->{'log file'}->autoflush;
+
+    my $start_time = time();
+    my $result;
+    my $error = $self->_step(
+        undef,
+        sub {
+            $provider->job_init($start_time);
+            $result = $self->_guest_of_job;
+        }
+    );
+    $error = $self->_step($error, sub { $provider->job_cleanup });
+    die $error->$* if $error;
+    return $result;
+}
+
+# A failure of the guest's backup goes to the provider, then to its log, then on.
+sub _guest_of_job ($self) {
+    my ($provider, $vmid) = $self->@{qw(provider vmid)};
+    my $result;
+    my $error = $self->_step(undef, sub { $result = $self->_init_and_back_up });
+    if ($error) {
+        my $text = $error->$*;
+        $self->log('err', "backup of VM $vmid failed - $text");
+        $self->_step($error,
+            sub { $provider->backup_cleanup($vmid, 'qemu', 0, { error => "$text" }) });
+    }
+    $error = $self->_step($error,
+        sub { $provider->backup_handle_log_file($vmid, $self->{'log file'}->filename) });
+    die $error->$* if $error;
+    return $result;
+}
+
+sub _init_and_back_up ($self) {
+    my ($provider, $vmid) = $self->@{qw(provider vmid)};
+    my $archive = $self->_init_archive;
+    my $finish = sub ($result) {
+        my $answer = $provider->backup_cleanup($vmid, 'qemu', 1, {});
+        $result->{'archive-name'} = $archive;
+        my $statistics = ref($answer) eq 'HASH' ? $answer->{stats} : undef;
+        $result->{'archive-size'} = $statistics->{'archive-size'} if ref($statistics) eq 'HASH';
+    };
+    my $result = $self->_back_up($finish);
+    $self->log('info', sprintf('finished backup of VM %d (%.1f s)', $vmid, $result->{seconds}));
+    return $result;
+}
+
+sub _init_archive ($self) {
+    my $answer = $self->{provider}->backup_init($self->{vmid}, 'qemu', time());
+    my $name = ref($answer) eq 'HASH' ? $answer->{'archive-name'} : undef;
+    PVE::BackupAccess::Argument::fail(
+        'backup_init of the backup provider returned no hash with an archive-name')
+        if !defined($name) || $name eq '';
+    PVE::BackupAccess::Argument::fail(
+        "archive-name '$name' of the backup provider has characters other than a-z, A-Z, 0-9 and"
+            . ' - . + = _ / :')
+        if $name !~ $archive_name;
+    $self->log('info', "archive: $name");
+    return $name;
+}
+
+# Runs a step that must be followed by others, whatever comes of it. Returns the first error, by
+# reference, since an exception can be any value; undef if there is none.
+sub _step ($self, $first, $code) {
+    return $first if eval { $code->(); 1 };
+    my $error = $@;
+    die $error if $$ != $self->{pid};
+    return \$error if !$first;
+    $self->log('warn', "after that - $error");
+    return $first;
+}
+
+1;
+
+__END__
+
+=encoding utf8
+
+=head1 NAME
+
+PVE::BackupAccess::Task - one guest's backup with a backup provider
+
+=head1 SYNOPSIS
+
+    use PVE::BackupAccess::Task;
+
+    my $task = PVE::BackupAccess::Task->new(
+        vmid => 100,
+        provider => $provider,
+        qmp => '/var/run/qemu-server/100.qmp',
+        'target-id' => 'snapshot-access:mystore',
+        devices => ['drive-scsi0', 'drive-scsi1'],
+        'guest-config' => $text,
+    );
+    my $result = $task->run_job;    # alone; or $task->run inside of a job that VZDump makes
+
+=head1 DESCRIPTION
+
+A task does for one running guest what VZDump does with a provider of Proxmox VE's backup provider
+API: it asks the provider how it wants to read, sets up the access, hands the volumes over, and tears
+the access down by the outcome.
+
+The provider is any object with the methods of that API. Plugins that derive from
+C<PVE::BackupProvider::Plugin::Base> need nothing else: where that class is not installed, a stand-in
+of that name is found, provided that this module was loaded first. An installed one always comes first.
+
+=head1 CLASS METHODS
+
+=head2 new
+
+    my $task = PVE::BackupAccess::Task->new(%options);
+
+Checks the options; nothing is sent. An option that is undef counts as not given. It takes C<qmp>,
+C<target-id>, C<run-dir>, C<fleecing-dir>, C<fleecing>, C<persistent>, C<timeout> and C<bitmap-name> as
+L<PVE::BackupAccess/new> does, and
+
+=over
+
+=item vmid
+
+Required. The number of the guest, for the provider.
+
+=item provider
+
+Required. The object.
+
+=item devices
+
+Required. An array ref of the devices, by QEMU's names.
+
+=item guest-config
+
+Required. The guest's configuration, which the provider keeps as it is.
+
+=item firewall-config
+
+The guest's firewall configuration, if it has one.
+
+=item bandwidth-limit
+
+Bytes per second that the provider is asked not to exceed; 0 is no limit.
+
+=item freeze, thaw
+
+Code refs that are called right before and after the setup. C<thaw> is called even if C<freeze> or the
+setup died. If one of them dies the backup has failed: a hook that is to be more lenient catches its
+errors itself.
+
+=item log
+
+    log => sub ($level, $message) { ... },
+
+Is told what happens; C<$level> is C<debug>, C<info>, C<warn> or C<err>. Without it warnings and errors
+go to C<warn>.
+
+=back
+
+=head1 METHODS
+
+=head2 run
+
+    my $result = $task->run;
+
+The backup itself: what VZDump does in C<archive_external>. It calls
+
+    backup_get_mechanism($vmid, 'qemu')
+    backup_vm_query_incremental($vmid, { $device => { size => $bytes } })
+    backup_vm($vmid, $guest_config, $volumes, { 'bandwidth-limit' => ..., 'firewall-config' => ... })
+
+and sets up the access after the second, with C<freeze> before and C<thaw> after it. A provider that
+answers the second with nothing gets no bitmaps; nor does a device that it leaves out.
+
+Dies with the first error, whoever made it, when all is undone; the bitmaps then have all that they had,
+and what the guest wrote since. That includes the exceptions of your signal handlers. In a child that
+the provider forked, and that comes back, it dies and does nothing else.
+
+When C<backup_vm> has returned the archive must be complete: from then on the bitmaps may begin anew. An
+error of the teardown after that is no failure of the backup. It is logged, and in the result; the next
+setup undoes what was left.
+
+The result is a hash:
+
+=over
+
+=item devices
+
+By device: C<size>; C<bitmap-action> as QEMU called it; C<bitmap-mode> as the provider was told it
+(C<none>, C<new>, C<reuse>); C<dirty>, the bytes that the provider had to read; C<fallback>, the reason
+why it had to read everything though it asked for mode C<use>, else undef.
+
+=item seconds
+
+=item teardown-error
+
+Only if there was one.
+
+=back
+
+=head2 run_job
+
+    my $result = $task->run_job;
+
+The same as a job of its own, with what VZDump does around it: C<job_init($time)>,
+C<backup_init($vmid, 'qemu', $time)>, then L</run>, C<backup_cleanup($vmid, 'qemu', 1, {})>,
+C<backup_handle_log_file($vmid, $file)>, C<job_cleanup()>. C<backup_cleanup> is called before the
+teardown: a provider that dies there has no archive, and so the bitmaps stay as after a failure.
+
+If anything from C<backup_init> to there fails, C<backup_cleanup($vmid, 'qemu', 0, { error => $text })>
+is called after the teardown. C<job_cleanup> is called in every case, and the log file handed over if
+C<job_init> was successful.
+
+The result has C<archive-name> and, where the provider tells it, C<archive-size>, too.
+
+=head2 log
+
+    my $task;
+    my $provider = $class->new($plugin, $config, $storeid, sub { $task->log(@_) });
+    $task = PVE::BackupAccess::Task->new(provider => $provider, ...);
+
+Logs a line as the task does. A provider that is given this has its own lines in the log file of
+L</run_job>.
+
+=head1 SEE ALSO
+
+L<PVE::BackupAccess>, L<PVE::BackupAccess::Volume>
+
+=cut
