@@ -116,7 +116,7 @@ _sizes(PbaAccessObject *self, AV *devices)
     PREINIT:
         GError *error = NULL;
     CODE:
-        require_idle(aTHX_ &self->caller, self->owner);
+        glue_require_idle(aTHX_ &self->caller, self->owner);
         size_t count = (size_t)(av_len(devices) + 1);
         SV *memory = sv_2mortal(newSV(count * (sizeof(PbaDeviceRequest) + sizeof(uint64_t)) + 1));
         PbaDeviceRequest *requests = (PbaDeviceRequest *)SvPVX(memory);
@@ -127,9 +127,9 @@ _sizes(PbaAccessObject *self, AV *devices)
             };
         }
         if (!pba_access_sizes(self->access, requests, count, sizes, &error)) {
-            throw_error(aTHX_ &self->caller, error);
+            glue_throw_error(aTHX_ &self->caller, error);
         }
-        throw_pending(aTHX_ &self->caller);
+        glue_throw_pending(aTHX_ &self->caller);
         HV *hash = newHV();
         for (size_t i = 0; i < count; i++) {
             SV *device = *av_fetch(devices, (SSize_t)i, 0);
