@@ -364,17 +364,20 @@ PVE::BackupAccess::Task - one guest's backup with a backup provider
 
 =head1 SYNOPSIS
 
+=for run task
+
     use PVE::BackupAccess::Task;
 
     my $task = PVE::BackupAccess::Task->new(
         vmid => 100,
         provider => $provider,
-        qmp => '/var/run/qemu-server/100.qmp',
+        qmp => $qmp_socket,
         'target-id' => 'snapshot-access:mystore',
-        devices => ['drive-scsi0', 'drive-scsi1'],
-        'guest-config' => $text,
+        devices => ['drive-scsi0'],
+        'guest-config' => $guest_config,
     );
-    my $result = $task->run_job;    # alone; or $task->run inside of a job that VZDump makes
+    my $result = $task->run_job;    # alone; $task->run inside of a job that VZDump makes
+    say "$_: $result->{devices}{$_}{dirty} bytes" for sort keys $result->{devices}->%*;
 
 =head1 DESCRIPTION
 
@@ -426,7 +429,7 @@ Bytes per second that the provider is asked not to exceed; 0 is no limit.
 
 Code refs that are called right before and after the setup. C<thaw> is called even if C<freeze> or the
 setup died. If one of them dies the backup has failed: a hook that is to be more lenient catches its
-errors itself.
+errors itself, as those of L<PVE::BackupAccess::GuestAgent/hooks> do.
 
 =item log
 
@@ -504,6 +507,6 @@ L</run_job>.
 
 =head1 SEE ALSO
 
-L<PVE::BackupAccess>, L<PVE::BackupAccess::Volume>
+L<PVE::BackupAccess>, L<PVE::BackupAccess::Volume>, L<PVE::BackupAccess::GuestAgent>
 
 =cut

@@ -5,6 +5,7 @@ package PBA::Test::Provider;
 
 use v5.36;
 
+use PVE::BackupAccess::PluginBase;
 use parent 'PVE::BackupProvider::Plugin::Base';
 
 use PVE::BackupAccess::Volume;

@@ -1,0 +1,278 @@
+package PVE::BackupAccess::GuestAgent;
+
+use v5.36;
+
+use Errno qw(EAGAIN EINTR);
+use JSON::PP ();
+use Scalar::Util qw(blessed);
+use Socket qw(AF_UNIX SOCK_STREAM SOL_SOCKET SO_SNDTIMEO pack_sockaddr_un);
+use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC);
+
+use PVE::BackupAccess::Argument;
+use PVE::BackupAccess::Error;
+
+my $default_timeout = 60;
+my $max_reply = 65536;
+my $delimiter = "\xff";
+
+my %options = (
+    socket => \&PVE::BackupAccess::Argument::filled_text,
+    timeout => \&PVE::BackupAccess::Argument::positive,
+    log => \&PVE::BackupAccess::Argument::code,
+);
+
+my sub is_own ($error) {
+    return blessed($error) && $error->isa('PVE::BackupAccess::Error');
+}
+
+my sub request ($command, $arguments = undef) {
+    state $json = JSON::PP->new->ascii->canonical;
+    my %request = (execute => $command, $arguments ? (arguments => $arguments) : ());
+    return $json->encode(\%request) . "\n";
+}
+
+sub new ($class, @options) {
+    my $options = PVE::BackupAccess::Argument::options('new', \@options, \%options, 'socket');
+    return bless(
+        {
+            timeout => $default_timeout,
+            log => sub ($level, $message) { warn "$message\n" if $level eq 'warn' },
+            $options->%*,
+        },
+        $class
+    );
+}
+
+# Is sent when the agent has said that it is there: who has given up waiting must not have a guest
+# frozen later.
+sub freeze ($self) {
+    my $session = $self->_begin('guest-fsfreeze-freeze');
+    $self->_synchronize($session);
+    $self->_send($session, request($session->{command}));
+    return $self->_result($session);
+}
+
+# What a signal handler died with waits for a second try: a frozen guest hangs.
+sub thaw ($self) {
+    my $count;
+    return $count if eval { $count = $self->_thaw; 1 };
+    my $error = $@;
+    eval { $self->_thaw } if !is_own($error);
+    die $error;
+}
+
+# Is sent at once: an agent that is busy for longer than we wait carries it out all the same.
+sub _thaw ($self) {
+    my $session = $self->_begin('guest-fsfreeze-thaw');
+    $self->_synchronize($session, request($session->{command}));
+    return $self->_result($session);
+}
+
+sub hooks ($self) {
+    return (
+        freeze => sub {
+            $self->_try('freeze',
+                'could not freeze the guest, its disks will be as after a power failure');
+        },
+        thaw => sub { $self->_try('thaw', 'could not thaw the guest, it may be frozen') },
+    );
+}
+
+# An agent that fails is no reason to have no backup; anything else, such as a signal handler's
+# exception, goes on.
+sub _try ($self, $method, $problem) {
+    return if eval { $self->$method; 1 };
+    my $error = $@;
+    die $error if !is_own($error);
+    $self->{log}->('warn', "$problem - $error" =~ s/\s+\z//r);
+    return;
+}
+
+# ---- the protocol (QEMU: docs/interop/qemu-ga) ----
+
+sub _begin ($self, $command) {
+    my $session = {
+        command => $command,
+        deadline => clock_gettime(CLOCK_MONOTONIC) + $self->{timeout},
+        buffer => '',
+    };
+    $self->_connect($session);
+    return $session;
+}
+
+# Until the agent has answered to us, and not to an earlier client. What follows is sent with it.
+sub _synchronize ($self, $session, $following = '') {
+    my $id = int(rand(2**31));
+    $self->_send($session,
+        $delimiter . request('guest-sync-delimited', { id => $id }) . $following);
+    my $answered = '';
+    while ($answered ne $id) {
+        $self->_skip_to_delimiter($session);
+        $answered = $self->_read_reply($session)->{return} // '';
+    }
+    return;
+}
+
+sub _result ($self, $session) {
+    my $reply = $self->_read_reply($session);
+    return $reply->{return} if exists($reply->{return});
+    my $error = ref($reply->{error}) eq 'HASH' ? $reply->{error} : {};
+    $self->_fail(
+        $session,
+        $error->{class} // 'GenericError',
+        'failed - ' . ($error->{desc} // 'no reason was given')
+    );
+}
+
+sub _fail ($self, $session, $class, $problem) {
+    PVE::BackupAccess::Error->throw(
+        $class,
+        "guest agent command '$session->{command}' $problem",
+        command => $session->{command}
+    );
+}
+
+# ---- the socket ----
+
+# QEMU serves one client at a time; the next ones wait in connect.
+sub _connect ($self, $session) {
+    socket(my $socket, AF_UNIX, SOCK_STREAM, 0)
+        or $self->_fail($session, 'SystemError', "failed - socket: $!");
+    setsockopt($socket, SOL_SOCKET, SO_SNDTIMEO, pack('l!l!', $self->{timeout}, 0))
+        or $self->_fail($session, 'SystemError', "failed - setsockopt: $!");
+    while (!connect($socket, pack_sockaddr_un($self->{socket}))) {
+        $self->_fail($session, 'TimeoutError', "failed - $self->{socket} is in use")
+            if $! == EAGAIN;
+        $self->_fail($session, 'ConnectionError', "failed - cannot connect to $self->{socket}: $!")
+            if $! != EINTR;
+    }
+    $socket->blocking(0);
+    $session->{socket} = $socket;
+    return;
+}
+
+# A few bytes always fit.
+sub _send ($self, $session, $data) {
+    local $SIG{PIPE} = 'IGNORE';
+    my $sent = syswrite($session->{socket}, $data) // 0;
+    $self->_fail($session, 'ConnectionError', "could not be sent - $!") if $sent != length($data);
+    return;
+}
+
+# Waits for more input.
+sub _receive ($self, $session) {
+    my $fd = fileno($session->{socket});
+    while (1) {
+        my $left = $session->{deadline} - clock_gettime(CLOCK_MONOTONIC);
+        $self->_fail($session, 'TimeoutError', "had no answer within $self->{timeout} s")
+            if $left <= 0;
+        vec(my $ready = '', $fd, 1) = 1;
+        next if select($ready, undef, undef, $left) < 1;
+        my $got = sysread($session->{socket}, $session->{buffer}, 4096, length($session->{buffer}));
+        next if !defined($got) && ($! == EAGAIN || $! == EINTR);
+        $self->_fail($session, 'ConnectionError',
+            'had no answer - ' . (defined($got) ? 'the connection was closed' : $!))
+            if !$got;
+        return;
+    }
+}
+
+# Whatever an earlier client was too late for comes before the delimiter.
+sub _skip_to_delimiter ($self, $session) {
+    while ((my $end = index($session->{buffer}, $delimiter)) != 0) {
+        substr($session->{buffer}, 0, $end < 0 ? length($session->{buffer}) : $end, '');
+        $self->_receive($session) if $end < 0;
+    }
+    substr($session->{buffer}, 0, 1, '');
+    return;
+}
+
+sub _read_reply ($self, $session) {
+    my $end;
+    while (($end = index($session->{buffer}, "\n")) < 0) {
+        $self->_fail($session, 'ProtocolError', 'had an answer that is too long')
+            if length($session->{buffer}) > $max_reply;
+        $self->_receive($session);
+    }
+    my $line = substr($session->{buffer}, 0, $end + 1, '');
+    my $reply = eval { JSON::PP->new->utf8->decode($line) };
+    $self->_fail($session, 'ProtocolError', 'had an answer that is no JSON object')
+        if ref($reply) ne 'HASH';
+    return $reply;
+}
+
+1;
+
+__END__
+
+=encoding utf8
+
+=head1 NAME
+
+PVE::BackupAccess::GuestAgent - freezing and thawing a guest's file systems by the QEMU guest agent
+
+=head1 SYNOPSIS
+
+=for run task
+
+    use PVE::BackupAccess::GuestAgent;
+    use PVE::BackupAccess::Task;
+
+    my $agent = PVE::BackupAccess::GuestAgent->new(socket => $agent_socket);
+    my $task = PVE::BackupAccess::Task->new($options->%*, $agent->hooks);
+    $task->run_job;
+
+=head1 DESCRIPTION
+
+File systems that are frozen at the instant of a backup are clean in it; else they are as after a power
+failure. The agent is reached by the Unix socket that QEMU makes for its virtio-serial port. Each call
+connects anew.
+
+=head1 METHODS
+
+=head2 new
+
+    my $agent = PVE::BackupAccess::GuestAgent->new(%options);
+
+=over
+
+=item socket
+
+Required. The path of the agent's socket.
+
+=item timeout
+
+Seconds that a call may take, 60 if not given.
+
+=item log
+
+    log => sub ($level, $message) { ... },
+
+Is told what goes wrong in L</hooks>, with level C<warn>. Without it, C<warn> is.
+
+=back
+
+=head2 freeze
+
+    my $count = $agent->freeze;
+
+Freezes all file systems; returns how many. Dies with a L<PVE::BackupAccess::Error>, of class
+C<TimeoutError> if there was no answer in time. The agent may still be at it then: call L</thaw> in any
+case.
+
+=head2 thaw
+
+    my $count = $agent->thaw;
+
+Thaws them; returns how many. Where there is no answer in time the agent has the command all the same,
+and carries it out after those before it. A signal handler's exception makes it try once more before
+that goes on.
+
+=head2 hooks
+
+    my %hooks = $agent->hooks;    # (freeze => sub { ... }, thaw => sub { ... })
+
+Both for L<PVE::BackupAccess::Task/new>, with errors of the agent logged: a backup of a guest whose agent
+does not answer is better than none. What your signal handlers die with goes on.
+
+=cut

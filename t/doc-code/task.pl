@@ -1,0 +1,37 @@
+# A guest as on Proxmox VE, with the disk drive-scsi0 and a guest agent, which is a scripted one. A block
+# finds $qmp_socket, $agent_socket, $guest_config, $provider, and $options, what a task takes. A block
+# must leave nothing behind.
+
+use v5.36;
+
+use PBA::Test::AgentPeer;
+use PBA::Test::Backend;
+use PBA::Test::DocCode;
+use PBA::Test::Provider;
+
+my $mib = 1024 * 1024;
+
+return sub ($block) {
+    state $backend = PBA::Test::Backend->start(
+        name => 'pve',
+        disks => [{ id => 'scsi0', size => 16 * $mib, shape => 'drive' }],
+    );
+    my $outside = $backend->outside;
+    my $agent = PBA::Test::AgentPeer->start;
+    my %values = (
+        '$qmp_socket' => $backend->qmp_path,
+        '$agent_socket' => $agent->socket_path,
+        '$guest_config' => "name: test\n",
+        '$provider' => PBA::Test::Provider->new,
+    );
+    my %options = (
+        $backend->options,
+        vmid => 100,
+        provider => $values{'$provider'},
+        devices => ['drive-scsi0'],
+        'guest-config' => $values{'$guest_config'},
+        log => sub { },
+    );
+    PBA::Test::DocCode::run_perl($block, %values, '$options' => \%options);
+    PBA::Test::DocCode::check_same($outside, $backend->outside);
+};

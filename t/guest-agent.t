@@ -1,0 +1,126 @@
+# Freezing and thawing by a guest agent: the protocol, time limits, and an agent that fails. The agent
+# is a scripted one, since a real one here would freeze this machine.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use Test::More;
+use Time::HiRes qw(ualarm);
+
+use PBA::Test::AgentPeer;
+use PVE::BackupAccess::GuestAgent;
+
+my @sync = ('guest-sync-delimited');
+my @freeze = (@sync, 'guest-fsfreeze-freeze');
+my @thaw = (@sync, 'guest-fsfreeze-thaw');
+
+sub agent ($peer, %opt) {
+    return PVE::BackupAccess::GuestAgent->new(socket => $peer->socket_path, %opt);
+}
+
+sub check_error ($name, $method, $agent, $class, $message) {
+    ok(!eval { $agent->$method; 1 }, "$name: an error");
+    my $error = $@;
+    is(eval { $error->class }, $class, "$name: its class") or diag($error);
+    like("$error", $message, "$name: its message");
+}
+
+{
+    my $peer = PBA::Test::AgentPeer->start(
+        before => qq({"return": 12}\n{"return": {}}\n{"retu),
+        replies => { 'guest-fsfreeze-freeze' => { return => 3 } },
+    );
+    my $agent = agent($peer);
+    is($agent->freeze, 3, 'freeze: what an earlier client left is skipped');
+    is($agent->thaw, 1, 'thaw');
+    is_deeply([$peer->commands], [@freeze, @thaw], 'the commands');
+}
+
+{
+    my $peer = PBA::Test::AgentPeer->start(before => qq(\xff{"return": 1}\n));
+    is(agent($peer)->freeze, 1, "the answer to somebody else's synchronization is skipped");
+}
+
+{
+    my $refusal = { error => { class => 'CommandNotFound', desc => "%s it's disabled\n" } };
+    my $peer = PBA::Test::AgentPeer->start(replies => { 'guest-fsfreeze-freeze' => $refusal });
+    check_error('refused', 'freeze', agent($peer), 'CommandNotFound',
+        qr/\Aguest agent command 'guest-fsfreeze-freeze' failed - %s it's disabled \n\z/);
+}
+
+for my $case (
+    ['garbage', "\x01garbage\n", 'ProtocolError', qr/no JSON object/],
+    ['a list', "[]\n", 'ProtocolError', qr/no JSON object/],
+    ['an endless line', 'x' x 100_000, 'ProtocolError', qr/too long/],
+    ['nothing', 'close', 'ConnectionError', qr/the connection was closed/],
+    )
+{
+    my ($name, $reply, $class, $message) = $case->@*;
+    my $peer = PBA::Test::AgentPeer->start(replies => { 'guest-fsfreeze-thaw' => $reply });
+    check_error($name, 'thaw', agent($peer), $class, $message);
+}
+
+{
+    my $agent = PVE::BackupAccess::GuestAgent->new(socket => '/nowhere/agent');
+    check_error('no agent', 'freeze', $agent, 'ConnectionError', qr!cannot connect to /nowhere/!);
+}
+
+# The time limit of freezing is over, but the agent is not done: thawing comes after it.
+{
+    my $peer = PBA::Test::AgentPeer->start(replies => { 'guest-fsfreeze-freeze' => 'busy' });
+    check_error('busy', 'freeze', agent($peer, timeout => 1),
+        'TimeoutError', qr/no answer within 1 s/);
+    is(agent($peer)->thaw, 1, 'busy: thawed after that');
+    is_deeply([$peer->commands], [@freeze, @thaw], 'busy: the commands');
+}
+
+# An agent that takes its commands only when nobody waits any more freezes nothing then, but thaws.
+{
+    my $peer = PBA::Test::AgentPeer->start(asleep => 1);
+    $peer->wait_for_record('asleep');
+    my $agent = agent($peer, timeout => 1);
+    check_error('asleep', $_, $agent, 'TimeoutError', qr/no answer within 1 s/) for qw(freeze thaw);
+    $peer->wake;
+    is_deeply([$peer->wait_for_commands(3)], [@sync, @thaw], 'asleep: the commands');
+}
+
+# A handler's exception ends waiting, but not thawing.
+{
+    my $peer = PBA::Test::AgentPeer->start(
+        replies => { map { $_ => 'busy' } qw(guest-fsfreeze-freeze guest-fsfreeze-thaw) });
+    for my $method (qw(freeze thaw)) {
+        local $SIG{ALRM} = sub { die { reason => 'alarm' } };
+        ualarm(200_000);
+        ok(!eval { agent($peer, timeout => 2)->$method; 1 }, "$method, signal: ended");
+        is(ref($@), 'HASH', "$method, signal: by the handler's exception") or diag($@);
+    }
+    is_deeply([$peer->commands], [@freeze, @thaw, @thaw], 'signal: thawing is tried again');
+}
+
+# What a task is given: the agent's failure is a warning, all else goes on.
+{
+    my $refusal = { error => { class => 'GenericError', desc => 'no' } };
+    my $peer = PBA::Test::AgentPeer->start(
+        replies => {
+            'guest-fsfreeze-freeze' => $refusal,
+            'guest-fsfreeze-thaw' => $refusal
+        }
+    );
+    my @log;
+    my %hooks = agent($peer, log => sub (@line) { push(@log, "@line") })->hooks;
+    $hooks{freeze}->();
+    $hooks{thaw}->();
+    like($log[0], qr/\Awarn could not freeze the guest, .* failed - no\z/, 'freeze: a warning');
+    like($log[1], qr/\Awarn could not thaw the guest, .* failed - no\z/, 'thaw: a warning');
+    is(scalar(@log), 2, 'and nothing else');
+
+    local $SIG{ALRM} = sub { die "my own\n" };
+    my $busy = PBA::Test::AgentPeer->start(replies => { 'guest-fsfreeze-freeze' => 'busy' });
+    my %slow = agent($busy)->hooks;
+    ualarm(200_000);
+    ok(!eval { $slow{freeze}->(); 1 }, 'a signal ends freezing');
+    is($@, "my own\n", 'with its exception');
+}
+
+done_testing;

@@ -1,0 +1,89 @@
+package PBA::Test::AgentPeer;
+
+# A scripted QEMU guest agent, which freezes nothing.
+#
+#   my $peer = PBA::Test::AgentPeer->start(
+#       before => $bytes,                              # left over from an earlier client
+#       replies => { 'guest-fsfreeze-freeze' => $action },
+#   );
+#   PBA::Test::AgentPeer->start(asleep => 1)->wake;    # takes no connection before that
+#
+# An action is a reply as a hash, a string (sent as it is), 'busy' (no answer as long as the client is
+# there) or 'close'. Without one a command is answered with { return => 1 }.
+
+use v5.36;
+
+use parent 'PBA::Test::Peer';
+
+use JSON::PP ();
+use POSIX ();
+
+my $json = JSON::PP->new->canonical->utf8;
+
+# The commands received; those of 'frozen' are of the file systems' state after all of them.
+sub commands ($self) {
+    return map { $_->{execute} } $self->records('command');
+}
+
+# After the peer has recorded so many.
+sub wait_for_commands ($self, $count) {
+    $self->wait_for_record('command', $count);
+    return $self->commands;
+}
+
+sub wake ($self) {
+    kill('USR1', $self->pid);
+    return;
+}
+
+# ---- in the peer's process ----
+
+sub serve ($self, $listener) {
+    $self->_sleep if $self->{asleep};
+    while (1) {
+        $self->wait_ready($listener, 'read');
+        my $client = $listener->accept or next;
+        $client->blocking(0);
+        $self->_serve_client($client);
+    }
+}
+
+sub _sleep ($self) {
+    my $awake = 0;
+    local $SIG{USR1} = sub { $awake = 1 };
+    $self->record('asleep');
+    $self->sleep_for(0.05) while !$awake;
+    return;
+}
+
+# Like the real one it answers nothing in front of the delimiter.
+sub _serve_client ($self, $client) {
+    my $buffer = '';
+    $self->send_bytes($client, delete($self->{before})) if defined($self->{before});
+    do {
+        while ($buffer =~ s/\A\xff*([^\n]+)\n//) {
+            my $request = $json->decode($1);
+            $self->record('command', execute => $request->{execute});
+            $self->_answer($client, $request, \$buffer) or return;
+        }
+    } while ($self->receive_more($client, \$buffer));
+    return;
+}
+
+sub _answer ($self, $client, $request, $buffer) {
+    my ($command, $arguments) = $request->@{qw(execute arguments)};
+    if ($command eq 'guest-sync-delimited') {
+        $self->send_bytes($client, "\xff" . $json->encode({ return => $arguments->{id} }) . "\n");
+        return 1;
+    }
+    my $action = $self->{replies}{$command} // { return => 1 };
+    return 0 if $action eq 'close';
+    if ($action eq 'busy') {
+        1 while $self->receive_more($client, $buffer);
+        return 1;
+    }
+    $self->send_bytes($client, ref($action) ? $json->encode($action) . "\n" : $action);
+    return 1;
+}
+
+1;
