@@ -1,0 +1,178 @@
+package PVE::BackupAccess::CLI;
+
+# The command pve-backup-access, from its arguments to its exit status. What a subcommand does is in
+# a module of its own below this one; its options are here, so that they are in one place.
+
+use v5.36;
+
+use Getopt::Long ();
+use IO::Handle ();
+use Pod::Usage ();
+
+use PVE::BackupAccess::CLI::Output qw(say_error say_out);
+
+my $name = 'pve-backup-access';
+
+# What a subcommand takes: its module and function, its arguments ('...' may be several), its
+# options (Getopt::Long), and those that it cannot do without.
+my %commands = (
+    'try-provider' => {
+        module => 'TryProvider',
+        arguments => ['CLASS'],
+        options => [qw(include|I=s@ scfg=s@ storage-plugin=s)],
+    },
+);
+
+sub commands () { return \%commands }
+
+# What the user types is trusted as the user is; it is data from elsewhere that stays tainted.
+sub untainted ($text) {
+    my ($same) = $text =~ m/\A(.*)\z/s;
+    return $same;
+}
+
+my sub clean_environment () {
+    delete(@ENV{qw(IFS CDPATH ENV BASH_ENV)});
+    $ENV{PATH} = '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin';
+    for my $variable (qw(TMPDIR XDG_RUNTIME_DIR PBA_QEMU PBA_QEMU_IMG PBA_QEMU_NBD)) {
+        $ENV{$variable} = untainted($ENV{$variable}) if defined($ENV{$variable});
+    }
+}
+
+# Dies with what is wrong with how the command was called.
+sub usage_error ($message) {
+    die bless({ message => $message }, 'PVE::BackupAccess::CLI::UsageError');
+}
+
+# ---- signals ----
+
+# The first signal ends what is going on like an error, so that everything is undone on the way
+# out. Those that follow are ignored meanwhile.
+my $signal;
+
+my sub handle_signals () {
+    for my $number_of (qw(INT TERM HUP PIPE)) {
+        $SIG{$number_of} = sub {
+            $signal = $number_of;
+            $SIG{$_} = 'IGNORE' for qw(INT TERM HUP PIPE);
+            die "interrupted by SIG$number_of\n";
+        };
+    }
+}
+
+# So that whoever started the command sees what ended it.
+my sub die_of_signal () {
+    $SIG{$signal} = 'DEFAULT';
+    kill($signal => $$);
+}
+
+# ---- arguments ----
+
+my sub parse ($command, $spec, @arguments) {
+    my %options;
+    my $parser
+        = Getopt::Long::Parser->new(config => [qw(no_ignore_case no_auto_abbrev gnu_getopt)]);
+    my @problems;
+    {
+        local @ARGV = @arguments;
+        local $SIG{__WARN__} = sub ($text) { push(@problems, $text) };
+        $parser->getoptions(\%options, 'help|h', $spec->{options}->@*);
+        @arguments = @ARGV;
+    }
+    usage_error(lcfirst($problems[0] =~ s/\s+\z//r)) if @problems;
+    return (\%options, @arguments);
+}
+
+my sub check ($spec, $options, @arguments) {
+    my @wanted = $spec->{arguments}->@*;
+    my $many = @wanted && $wanted[-1] =~ m/[.]{3}\z/;
+    for my $i (0 .. $#wanted) {
+        my $name = $wanted[$i] =~ s/[.]{3}\z//r;
+        usage_error("no $name given") if !defined($arguments[$i]) || $arguments[$i] eq '';
+    }
+    usage_error("one argument too many: '$arguments[@wanted]'") if @arguments > @wanted && !$many;
+    for my $option (($spec->{needs} // [])->@*) {
+        usage_error("the option --$option is missing") if !defined($options->{$option});
+    }
+    for my $option (sort keys $options->%*) {
+        my $value = $options->{$option};
+        usage_error("--$option must not be empty")
+            if grep { $_ eq '' } ref($value) ? $value->@* : $value;
+    }
+    usage_error("--vmid wants a number from 1 on, not '$options->{vmid}'")
+        if ($options->{vmid} // 1) !~ m/\A[1-9][0-9]{0,8}\z/;
+}
+
+# ---- help ----
+
+my sub show_help ($command) {
+    my @sections = $command ? ('-sections' => ["COMMANDS/$command"]) : ();
+    Pod::Usage::pod2usage(
+        -input => $0,
+        -output => \*STDOUT,
+        -exitval => 'NOEXIT',
+        -noperldoc => 1,
+        -verbose => $command ? 99 : 1,
+        @sections,
+    );
+    return 0;
+}
+
+# ---- running ----
+
+my sub run_command ($command, @arguments) {
+    my $spec = $commands{$command}
+        or usage_error("there is no command '$command'");
+    (my $options, @arguments) = parse($command, $spec, @arguments);
+    return show_help($command) if delete($options->{help});
+    check($spec, $options, @arguments);
+    my $module = "PVE::BackupAccess::CLI::$spec->{module}";
+    require($module =~ s!::!/!gr . '.pm');
+    return $module->can($spec->{function} // 'run')->($options, @arguments);
+}
+
+my sub run (@arguments) {
+    my $command = shift(@arguments) // usage_error('no command given');
+    return show_help(undef) if $command =~ m/\A(?:-h|--help|help)\z/;
+    if ($command eq '--version') {
+        require PVE::BackupAccess;
+        say_out("$name $PVE::BackupAccess::VERSION");
+        return 0;
+    }
+    usage_error("unknown option '$command'") if $command =~ m/\A-/;
+    return run_command($command, @arguments);
+}
+
+my sub is_bad_usage ($error) {
+    return ref($error) && $error->isa('PVE::BackupAccess::CLI::UsageError');
+}
+
+# Says what went wrong; returns the exit status.
+my sub failed ($error, @arguments) {
+    my $command = $commands{ $arguments[0] // '' } ? " $arguments[0]" : '';
+    if (is_bad_usage($error)) {
+        say_error("$name$command: $error->{message}", "Try '$name$command --help'.");
+        return 2;
+    }
+    say_error("$name$command: $error");
+    return 1;
+}
+
+# Takes the arguments, returns the exit status, or does not return if a signal ended it.
+sub main (@arguments) {
+    @arguments = map { untainted($_) } @arguments;
+    clean_environment();
+    handle_signals();
+    my $status = eval { run(@arguments) };
+    $status //= failed($@, @arguments) if !$signal;
+    if (!$signal && !eval { STDOUT->flush && close(STDOUT) }) {
+        $status = failed("cannot write to standard output: $!") if !$signal;
+    }
+    if ($signal) {
+        say_error("$name: interrupted by SIG$signal") if $signal ne 'PIPE';
+        die_of_signal();
+    }
+    return $status;
+}
+
+1;

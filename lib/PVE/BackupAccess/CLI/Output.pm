@@ -1,0 +1,103 @@
+package PVE::BackupAccess::CLI::Output;
+
+# What the command prints, and how: text, tables, JSON.
+
+use v5.36;
+
+use Exporter qw(import);
+use JSON::PP ();
+use List::Util qw(max);
+
+our @EXPORT_OK = qw(
+    columns is_utf8_terminal parse_bytes read_file say_error say_json say_out say_table share
+    write_file write_out
+);
+
+# Text is encoded; what comes as bytes, such as the name of a file, stays as it is.
+my sub bytes_of ($text) {
+    utf8::encode($text) if utf8::is_utf8($text);
+    return $text;
+}
+
+# What cannot be written is an error at once, not after hours of work.
+sub write_out (@parts) {
+    print {*STDOUT} map { bytes_of($_) } @parts or die "cannot write to standard output: $!\n";
+    return;
+}
+
+sub say_out (@lines) {
+    write_out(map { "$_\n" } @lines);
+    return;
+}
+
+sub say_error (@lines) {
+    print {*STDERR} map { bytes_of($_ =~ s/\s+\z//r) . "\n" } @lines;
+    return;
+}
+
+sub say_json ($data) {
+    write_out(JSON::PP->new->utf8->canonical->pretty->encode($data));
+    return;
+}
+
+# Rows of cells, the first row being the heading; columns in $right are flush right.
+sub say_table ($rows, @right) {
+    my %is_right = map { $_ => 1 } @right;
+    my @widths = map {
+        my $column = $_;
+        max(map { length($_->[$column]) } $rows->@*)
+    } 0 .. $rows->[0]->$#*;
+    for my $row ($rows->@*) {
+        my @cells = map { sprintf($is_right{$_} ? '%*s' : '%-*s', $widths[$_], $row->[$_]) }
+            0 .. $row->$#*;
+        say_out(join('  ', @cells) =~ s/\s+\z//r);
+    }
+    return;
+}
+
+# A part of a whole in per cent; what is not nothing does not look like it.
+sub share ($part, $whole) {
+    return '0 %' if !$part;
+    my $percent = 100 * $part / $whole;
+    return '< 0.01 %' if $percent < 0.01;
+    return '> 99.99 %' if $percent > 99.99 && $part < $whole;
+    return sprintf($percent < 10 ? '%.2f' : '%.1f', $percent) =~ s/[.]?0+\z//r . ' %';
+}
+
+# A number of bytes as people type it: 500M, 1.5 GiB, 1048576. Undef if it is none.
+sub parse_bytes ($text) {
+    my ($number, $unit) = $text =~ m/\A([0-9]+(?:[.][0-9]+)?)\s*([KMGT]?)(?:i?B)?\z/i or return;
+    return int($number * 1024**index('_KMGT', uc($unit) || '_'));
+}
+
+# ---- files ----
+
+sub read_file ($path, $length = undef) {
+    open(my $fh, '<:raw', $path) or die "$path: $!\n";
+    local $/ = defined($length) ? \$length : undef;
+    return scalar(<$fh>) // '';
+}
+
+sub write_file ($path, $content) {
+    open(my $fh, '>:raw', $path) or die "$path: $!\n";
+    print {$fh} $content and close($fh) or die "$path: $!\n";
+    return;
+}
+
+# ---- the terminal ----
+
+sub columns () {
+    return $1 if ($ENV{COLUMNS} // '') =~ m/\A([1-9][0-9]{0,3})\z/;
+    return 80 if !-t STDOUT;
+    my ($columns) = eval { require Term::ReadKey; Term::ReadKey::GetTerminalSize(\*STDOUT) };
+    return $columns || 80;
+}
+
+sub is_utf8_terminal () {
+    require I18N::Langinfo;
+    require POSIX;
+    POSIX::setlocale(POSIX::LC_CTYPE(), '');
+    return I18N::Langinfo::langinfo(I18N::Langinfo::CODESET()) =~ m/\Autf-?8\z/i;
+}
+
+1;

@@ -1,0 +1,169 @@
+package PVE::BackupAccess::CLI::TryProvider::Machine;
+
+# A QEMU to try a provider on, in a private directory that goes with it. It has two disks and no
+# guest system: writes are made by QEMU's own 'qemu-io' monitor command on the guest's devices, so
+# they are recorded and copied before they happen as a guest's are.
+
+use v5.36;
+
+use File::Temp ();
+use JSON::PP ();
+use POSIX qw(WNOHANG);
+use Time::HiRes qw(sleep);
+
+use PVE::BackupAccess::CLI::Monitor;
+
+my $mib = 1024 * 1024;
+my $timeout = 60;
+
+# The second one has the size of an EFI disk: small, and not a multiple of anything.
+my %disks = (
+    'drive-scsi0' => { size => 32 * $mib },
+    'drive-efidisk0' => { size => 528 * 1024 },
+);
+
+# To write here after the instant of a backup breaks its snapshot, as a full fleecing file system
+# does: the fleecing image cannot be written to at this place.
+my $trap = 28 * $mib;
+
+my $json = JSON::PP->new->utf8->canonical;
+
+sub devices ($class) { return sort keys %disks }
+sub size_of ($class, $device) { return $disks{$device}{size} }
+sub trap ($class) { return $trap }
+
+sub start ($class) {
+    my $dir = File::Temp->newdir('pve-backup-access-try.XXXXXX', TMPDIR => 1);
+    my $self = bless({ tmp => $dir, dir => "$dir", owner => $$ }, $class);
+    for my $device ($class->devices) {
+        $self->make_file("$device.raw", $class->size_of($device));
+        $self->make_file("$device-fleecing.raw", $class->size_of($device));
+    }
+    mkdir("$dir/run", 0700) or die "$dir/run: $!\n";
+    $self->launch;
+    return $self;
+}
+
+sub make_file ($self, $name, $size) {
+    open(my $fh, '>', "$self->{dir}/$name") or die "$self->{dir}/$name: $!\n";
+    truncate($fh, $size) && close($fh) or die "$self->{dir}/$name: $!\n";
+    return;
+}
+
+# ---- the process ----
+
+my sub disk_arguments ($self, $device) {
+    my $dir = $self->{dir};
+    my %disk = (
+        driver => 'raw',
+        'node-name' => $device,
+        discard => 'unmap',
+        file => { driver => 'file', filename => "$dir/$device.raw", discard => 'unmap' },
+    );
+    my %fleecing = (
+        driver => 'raw',
+        'node-name' => "$device-fleecing",
+        discard => 'unmap',
+        file => {
+            driver => 'blkdebug',
+            discard => 'unmap',
+            image =>
+                { driver => 'file', filename => "$dir/$device-fleecing.raw", discard => 'unmap' },
+            'inject-error' =>
+                [{ event => 'none', iotype => 'write', errno => 28, sector => $trap / 512 }],
+        },
+    );
+    my $id = $device =~ s/\Adrive-//r;
+    return (
+        (map { ('-blockdev', $json->encode($_)) } \%disk, \%fleecing),
+        '-device', "scsi-hd,id=$id,drive=$device,bus=scsi.0",
+    );
+}
+
+my sub command ($self) {
+    return (
+        qw(setpriv --pdeathsig KILL stdbuf -oL --),
+        $ENV{PBA_QEMU} // 'qemu-system-x86_64',
+        qw(-name try-provider -machine pc -accel tcg -m 32 -nodefaults -display none),
+        '-qmp',
+        "unix:$self->{dir}/qmp,server=on,wait=off",
+        '-device',
+        'virtio-scsi-pci,id=scsi',
+        map { disk_arguments($self, $_) } $self->devices,
+    );
+}
+
+sub launch ($self) {
+    my $log = "$self->{dir}/qemu.log";
+    my @command = command($self);
+    my $pid = fork() // die "fork: $!\n";
+    if (!$pid) {
+        open(STDIN, '<', '/dev/null');
+        open(STDOUT, '>>', $log) and open(STDERR, '>&', \*STDOUT);
+        { no warnings 'exec'; exec(@command) }
+        print {*STDERR} "$command[0]: $!\n";
+        POSIX::_exit(127);
+    }
+    $self->{pid} = $pid;
+    my $deadline = time + $timeout;
+    until (eval { $self->qmp('query-status'); 1 }) {
+        die "QEMU does not start: " . $self->log if !$self->is_alive || time > $deadline;
+        sleep(0.05);
+    }
+    return;
+}
+
+sub is_alive ($self) {
+    local $?;
+    delete($self->{pid}) if $self->{pid} && waitpid($self->{pid}, WNOHANG) != 0;
+    return defined($self->{pid});
+}
+
+sub log ($self) {
+    open(my $fh, '<', "$self->{dir}/qemu.log") or return '';
+    local $/ = undef;
+    return <$fh> // '';
+}
+
+sub DESTROY ($self) {
+    return if $self->{owner} != $$;
+    local ($@, $!, $?);
+    if ($self->is_alive) {
+        kill(KILL => $self->{pid});
+        waitpid($self->{pid}, 0);
+    }
+    delete($self->{tmp});
+    return;
+}
+
+sub qmp ($self, @question) {
+    return PVE::BackupAccess::CLI::Monitor::ask("$self->{dir}/qmp", @question);
+}
+
+# ---- disks ----
+
+# As the guest: fills a range with a byte.
+sub write ($self, $device, $offset, $length, $byte) {
+    my $id = $device =~ s/\Adrive-//r;
+    my $line = sprintf('qemu-io -d %s "write -P %d %d %d"', $id, $byte, $offset, $length);
+    my $said = $self->qmp('human-monitor-command', 'command-line' => $line);
+    open(my $fh, '<:raw', $self->file($device)) or die $self->file($device) . ": $!\n";
+    seek($fh, $offset, 0);
+    read($fh, my $data, $length);
+    die "QEMU did not write to $device: $said" . $self->log if $data ne chr($byte) x $length;
+    return;
+}
+
+sub dir ($self) { return $self->{dir} }
+sub file ($self, $device) { return "$self->{dir}/$device.raw" }
+
+# What an access to it needs.
+sub access_options ($self) {
+    return (
+        qmp => "$self->{dir}/qmp",
+        'run-dir' => "$self->{dir}/run",
+        fleecing => { map { $_ => "$_-fleecing" } $self->devices },
+    );
+}
+
+1;

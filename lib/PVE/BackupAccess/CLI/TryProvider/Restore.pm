@@ -1,0 +1,105 @@
+package PVE::BackupAccess::CLI::TryProvider::Restore;
+
+# Restores archives as Proxmox VE does, and compares them with copies of the disks made at the
+# instants of the backups.
+
+use v5.36;
+
+use File::Temp ();
+use POSIX ();
+
+my $piece = 1 << 20;
+
+sub new ($class) {
+    my $dir = File::Temp->newdir('pve-backup-access-restored.XXXXXX', TMPDIR => 1);
+    return bless({ dir => $dir, count => 0 }, $class);
+}
+
+my sub run_program (@command) {
+    open(my $null, '<', '/dev/null') or die "/dev/null: $!\n";
+    my $pid = open(my $output, '-|') // die "fork: $!\n";
+    if (!$pid) {
+        open(STDERR, '>&', \*STDOUT);
+        { no warnings 'exec'; exec(@command) }
+        syswrite(STDOUT, "$!\n");
+        POSIX::_exit(127);
+    }
+    local $/ = undef;
+    my $said = <$output> // '';
+    close($output) or die "$command[0] failed: $said\n";
+    return;
+}
+
+# Copies of the disks as they are now; nobody writes. Returns { device => file }.
+sub keep_disks ($self, $machine) {
+    my %copies;
+    my $number = ++$self->{count};
+    for my $device ($machine->devices) {
+        $copies{$device} = "$self->{dir}/$number-$device.kept";
+        run_program('cp', '--sparse=always', $machine->file($device), $copies{$device});
+    }
+    return \%copies;
+}
+
+my sub open_file ($file) {
+    open(my $fh, '<:raw', $file) or die "$file: $!\n";
+    return $fh;
+}
+
+# Where a restored image differs from the disk, in words; nothing where it does not.
+my sub difference ($restored, $kept) {
+    my ($size, $wanted) = (-s $restored, -s $kept);
+    return "it has $size bytes, the disk had $wanted" if $size != $wanted;
+    my ($a, $b) = (open_file($restored), open_file($kept));
+    for (my $at = 0; $at < $size; $at += $piece) {
+        read($a, my $has, $piece);
+        read($b, my $had, $piece);
+        next if $has eq $had;
+        ($has ^ $had) =~ m/[^\0]/;
+        my $offset = $at + $-[0];
+        return sprintf('at offset %d it has the byte 0x%02x, the disk had 0x%02x',
+            $offset, map { ord(substr($_, $-[0], 1)) } $has, $had);
+    }
+    return;
+}
+
+my sub restore_volume ($self, $watch, $volname, $device, $kept) {
+    my $target = "$self->{dir}/restored.raw";
+    my $problem;
+    my $ok = eval {
+        my $info = $watch->restore_vm_volume_init($volname, $device, {});
+        my $path = ref($info) eq 'HASH' && $info->{'qemu-img-path'};
+        die "there is no path to restore it from\n" if !$path;
+        my ($image) = $path =~ m/\A(.+)\z/s;
+        run_program($ENV{PBA_QEMU_IMG} // 'qemu-img', 'convert', qw(-f raw -O raw), $image,
+            $target);
+        $problem = difference($target, $kept);
+        1;
+    };
+    $problem = "it could not be restored: $@" if !$ok;
+    eval { $watch->restore_vm_volume_cleanup($volname, $device, {}) };
+    unlink($target);
+    return $problem;
+}
+
+# Restores an archive; what a method did is in $watch. Returns { device => what is wrong }.
+sub run ($self, $watch, $volname, $disks) {
+    eval { my @mechanism = $watch->restore_get_mechanism($volname) };
+    eval { $watch->archive_get_guest_config($volname) };
+    eval { $watch->archive_get_firewall_config($volname) };
+    my %problems;
+    if (eval { $watch->restore_vm_init($volname); 1 }) {
+        for my $device (sort keys $disks->%*) {
+            $problems{$device}
+                = restore_volume($self, $watch, $volname, $device, $disks->{$device});
+        }
+    }
+    else {
+        my $error = "it could not be restored: $@";
+        %problems = map { $_ => $error } keys $disks->%*;
+    }
+    eval { $watch->restore_vm_cleanup($volname) };
+    return \%problems;
+}
+
+1;

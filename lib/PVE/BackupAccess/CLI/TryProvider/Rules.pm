@@ -1,0 +1,127 @@
+package PVE::BackupAccess::CLI::TryProvider::Rules;
+
+# What the backup provider API wants of each method. A rule looks at one call that returned, and at
+# what is expected ({ sizes, guest-config, firewall-config, fails }); it returns what is wrong.
+
+use v5.36;
+
+my sub shown ($value) {
+    return 'undef' if !defined($value);
+    return 'a reference to ' . lc(ref($value)) if ref($value);
+    return "'" . substr($value =~ s/[[:cntrl:]]/ /gr, 0, 60) . "'";
+}
+
+my sub is_size ($value) { return defined($value) && !ref($value) && $value =~ m/\A[0-9]+\z/ }
+
+my sub provider_name ($call, $expected) {
+    my $name = $call->{result}[0];
+    return if defined($name) && !ref($name) && $name ne '';
+    return 'must return a name, not ' . shown($name);
+}
+
+my sub backup_init ($call, $expected) {
+    my $result = $call->{result}[0];
+    return q(must return a hash with 'archive-name', not ) . shown($result)
+        if ref($result) ne 'HASH';
+    my $name = $result->{'archive-name'};
+    return if defined($name) && !ref($name) && $name =~ m!\A[A-Za-z0-9._/:-]+\z!;
+    return q('archive-name' must be of letters, digits and ._-/: only, not ) . shown($name);
+}
+
+my sub backup_get_mechanism ($call, $expected) {
+    my $mechanism = $call->{result}[0];
+    return if ($mechanism // '') =~ m/\A(?:nbd|file-handle)\z/;
+    return q(must return 'nbd' or 'file-handle' for a VM, not ) . shown($mechanism);
+}
+
+my sub backup_vm_query_incremental ($call, $expected) {
+    my $modes = $call->{result}[0];
+    return if !defined($modes);
+    return 'must return a hash of devices or nothing, not ' . shown($modes)
+        if ref($modes) ne 'HASH';
+    for my $device (sort keys $modes->%*) {
+        return "returned the device '$device', which was not asked for"
+            if !exists($expected->{sizes}{$device});
+        return "device $device: must be 'new' or 'use', not " . shown($modes->{$device})
+            if ($modes->{$device} // '') !~ m/\A(?:new|use)\z/;
+    }
+    return;
+}
+
+my sub backup_vm ($call, $expected) {
+    return if !$expected->{fails};
+    return 'returned although its source could not be read: the data is lost for later backups';
+}
+
+my sub backup_cleanup ($call, $expected) {
+    return if $expected->{fails};
+    my $result = $call->{result}[0];
+    my $size
+        = ref($result) eq 'HASH'
+        && ref($result->{stats}) eq 'HASH'
+        && $result->{stats}{'archive-size'};
+    return if is_size($size || undef);
+    return q(must return { stats => { 'archive-size' => bytes } } after a success);
+}
+
+my sub restore_get_mechanism ($call, $expected) {
+    my ($mechanism, $type) = $call->{result}->@*;
+    return if ($mechanism // '') eq 'qemu-img' && ($type // '') eq 'qemu';
+    return q(must return ('qemu-img', 'qemu'), not )
+        . join(', ', map { shown($_) } $mechanism, $type);
+}
+
+my sub config ($what) {
+    return sub ($call, $expected) {
+        my $text = $call->{result}[0];
+        return if defined($text) && $text eq $expected->{$what};
+        return 'must return the configuration as it was backed up, not ' . shown($text);
+    };
+}
+
+my sub restore_vm_init ($call, $expected) {
+    my $volumes = $call->{result}[0];
+    return 'must return a hash of devices, not ' . shown($volumes) if ref($volumes) ne 'HASH';
+    for my $device (sort keys $expected->{sizes}->%*) {
+        my $volume = $volumes->{$device} // return "lacks the device $device";
+        my $size = ref($volume) eq 'HASH' ? $volume->{size} : undef;
+        return "device $device: size must be $expected->{sizes}{$device}, not " . shown($size)
+            if !is_size($size) || $size != $expected->{sizes}{$device};
+    }
+    my ($other) = grep { !exists($expected->{sizes}{$_}) } sort keys $volumes->%*;
+    return defined($other) ? "returned the device '$other', which was not backed up" : ();
+}
+
+my sub restore_vm_volume_init ($call, $expected) {
+    my $result = $call->{result}[0];
+    my $path = ref($result) eq 'HASH' ? $result->{'qemu-img-path'} : undef;
+    return if defined($path) && !ref($path) && $path ne '';
+    return q(must return a hash with 'qemu-img-path', not ) . shown($result);
+}
+
+my %rules = (
+    provider_name => \&provider_name,
+    backup_init => \&backup_init,
+    backup_get_mechanism => \&backup_get_mechanism,
+    backup_vm_query_incremental => \&backup_vm_query_incremental,
+    backup_vm => \&backup_vm,
+    backup_cleanup => \&backup_cleanup,
+    restore_get_mechanism => \&restore_get_mechanism,
+    archive_get_guest_config => config('guest-config'),
+    archive_get_firewall_config => config('firewall-config'),
+    restore_vm_init => \&restore_vm_init,
+    restore_vm_volume_init => \&restore_vm_volume_init,
+);
+
+# What is wrong with a call, or nothing. In a backup that has to fail, backup_vm has to die.
+sub problem ($call, $expected) {
+    my $method = $call->{method};
+    if (defined($call->{error})) {
+        return if $method eq 'backup_vm' && $expected->{fails};
+        return "died: $call->{error}";
+    }
+    my $rule = $rules{$method} or return;
+    return $rule->($call, $expected);
+}
+
+1;

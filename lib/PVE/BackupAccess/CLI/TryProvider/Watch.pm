@@ -1,0 +1,61 @@
+package PVE::BackupAccess::CLI::TryProvider::Watch;
+
+# Stands in front of a provider: passes every call on and remembers it, with its arguments and how
+# it ended.
+
+use v5.36;
+
+our @backup_methods = qw(
+    job_init
+    backup_init
+    backup_get_mechanism
+    backup_vm_query_incremental
+    backup_vm
+    backup_cleanup
+    backup_handle_log_file
+    job_cleanup
+);
+
+our @restore_methods = qw(
+    restore_get_mechanism
+    archive_get_guest_config
+    archive_get_firewall_config
+    restore_vm_init
+    restore_vm_volume_init
+    restore_vm_volume_cleanup
+    restore_vm_cleanup
+);
+
+sub new ($class, $provider) {
+    return bless({ provider => $provider, calls => [] }, $class);
+}
+
+sub pass_on ($self, $in_list, $method, @arguments) {
+    my $call = { method => $method, arguments => \@arguments };
+    push($self->{calls}->@*, $call);
+    my $ok = eval {
+        my @result
+            = $in_list
+            ? $self->{provider}->$method(@arguments)
+            : scalar($self->{provider}->$method(@arguments));
+        $call->{result} = \@result;
+        1;
+    };
+    if (!$ok) {
+        $call->{error} = $@;
+        die $call->{error};
+    }
+    return $in_list ? $call->{result}->@* : $call->{result}[0];
+}
+
+for my $method ('provider_name', @backup_methods, @restore_methods) {
+    no strict 'refs';
+    *{$method} = sub ($self, @arguments) { $self->pass_on(wantarray, $method, @arguments) };
+}
+
+# The calls of a method, oldest first: { method, arguments, result or error }.
+sub calls ($self, $method) {
+    return grep { $_->{method} eq $method } $self->{calls}->@*;
+}
+
+1;

@@ -1,0 +1,125 @@
+# pve-backup-access try-provider: right providers pass, and of wrong ones it says what is wrong.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+
+use File::Temp ();
+use TAP::Parser;
+use Test::More;
+
+use PBA::Test::Command qw(command run_command);
+
+my $class = 'PBA::Test::RawProvider';
+my @include = ('-I', "$FindBin::Bin/lib");
+
+# { failed => { test name => 1 }, passed => number, status, err }
+sub try_it ($class, @options) {
+    my $run = run_command('try-provider', $class, @include, @options);
+    my $parser = TAP::Parser->new({ tap => $run->{out} });
+    my (%failed, $passed);
+    while (my $result = $parser->next) {
+        next if !$result->is_test;
+        $result->is_ok ? $passed++ : ($failed{ $result->description =~ s/\A- //r } = 1);
+    }
+    is_deeply([$parser->parse_errors], [], 'its output is TAP');
+    return { failed => \%failed, passed => $passed, $run->%{qw(status err)} };
+}
+
+sub passes ($name, $class, @options) {
+    my $tried = try_it($class, @options);
+    is_deeply([sort keys $tried->{failed}->%*], [], "$name: nothing is wrong");
+    cmp_ok($tried->{passed}, '>=', 70, "$name: and all was tried");
+    is($tried->{status}, 0, "$name: exit status");
+    is($tried->{err}, '', "$name: nothing to explain") or diag($tried->{err});
+}
+
+# Each of the patterns must be among the tests that failed, and be explained.
+sub fails ($faults, %expected) {
+    my $tried = try_it($class, '--scfg', "faults=$faults");
+    is($tried->{status}, 1, "$faults: exit status");
+    for my $name (sort keys %expected) {
+        ok($tried->{failed}{$name}, "$faults: '$name' fails")
+            or diag(join("\n", sort keys $tried->{failed}->%*));
+        like($tried->{err}, qr/^# \Q$name\E: .*$expected{$name}/m, "$faults: '$name' is explained");
+    }
+}
+
+passes('nbd', $class);
+passes('file-handle', $class, '--scfg', 'mechanism=file-handle') if -e '/dev/fuse';
+passes('no bitmaps', $class, '--scfg', 'faults=full only');
+
+# What does not work at all.
+fails('new dies', new => qr/died: the server is down/);
+{
+    my $tried = try_it('PBA::Test::NoSuchProvider');
+    ok($tried->{failed}{'PBA::Test::NoSuchProvider can be loaded'}, 'no such class');
+    like($tried->{err}, qr/-I\b/, 'no such class: the hint');
+    ok(!try_it('No::Such; die')->{passed}, 'no name of a class');
+    my $base = try_it('PVE::BackupProvider::Plugin::Base');
+    ok($base->{failed}{new}, 'a class without methods of its own');
+}
+
+# Wrong answers, several at a time where they do not hide each other.
+fails(
+    'provider_name lies,backup_get_mechanism lies,job_cleanup dies',
+    'provider: provider_name' => qr/must return a name, not a reference to scalar/,
+    'full backup: backup_get_mechanism' => qr/must return 'nbd' or 'file-handle'/,
+    'full backup: job_cleanup' => qr/died: job_cleanup says no/,
+);
+fails('backup_init lies', 'full backup: backup_init' => qr/a hash with 'archive-name'/);
+fails(
+    'backup_vm_query_incremental lies,backup_cleanup dies',
+    'full backup: backup_vm_query_incremental' => qr/must return a hash of devices or nothing/,
+    'full backup: backup_cleanup' => qr/died: backup_cleanup says no/,
+);
+fails(
+    'backup_cleanup lies,backup_handle_log_file dies,restore_get_mechanism lies,'
+        . 'archive_get_guest_config lies,archive_get_firewall_config dies,'
+        . 'restore_vm_volume_init lies,restore_vm_cleanup dies',
+    'full backup: backup_cleanup' => qr/must return \{ stats/,
+    'full backup: backup_handle_log_file' => qr/says no/,
+);
+fails(
+    'restore_get_mechanism lies,archive_get_guest_config lies,archive_get_firewall_config dies,'
+        . 'restore_vm_volume_init lies,restore_vm_cleanup dies',
+    'restore of the full backup: restore_get_mechanism' => qr/must return \('qemu-img', 'qemu'\)/,
+    'restore of the full backup: archive_get_guest_config' => qr/as it was backed up/,
+    'restore of the full backup: archive_get_firewall_config' => qr/says no/,
+    'restore of the full backup: restore_vm_volume_init' => qr/with 'qemu-img-path'/,
+    'restore of the full backup: restore_vm_cleanup' => qr/says no/,
+    'restore of the full backup: drive-scsi0 is the disk as of the backup' =>
+        qr/could not be restored/,
+);
+fails('restore_vm_init lies',
+    'restore of the full backup: restore_vm_init' => qr/must return a hash of devices/,);
+
+# Wrong data.
+fails(
+    'one region only',
+    'restore of the incremental backup: drive-scsi0 is the disk as of the backup' =>
+        qr/at offset \d+ it has the byte 0x/,
+);
+fails('no map', 'incremental backup: backup_vm' => qr/died: .*reading/);
+fails(
+    'errors ignored',
+    'failing backup: backup_vm' => qr/returned although its source could not be read/,
+    'restore of the incremental backup after the failure: drive-scsi0 is the disk as of the backup'
+        => qr/at offset \d+ it has the byte 0x/,
+);
+fails(
+    'never complete',
+    'restore of the full backup: restore_vm_init' => qr/is not complete/,
+    'restore of the full backup: drive-scsi0 is the disk as of the backup' => qr/is not complete/,
+);
+
+# As a plugin's author runs it.
+{
+    my $exec = join(' ', command('try-provider', @include));
+    my $output = `prove --exec '$exec' $class 2>&1`;
+    is($?, 0, 'prove can run it') or diag($output);
+    like($output, qr/^Result: PASS$/m, 'and says so');
+}
+
+done_testing;

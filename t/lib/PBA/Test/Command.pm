@@ -1,0 +1,135 @@
+package PBA::Test::Command;
+
+# Runs bin/pve-backup-access as it is installed, in taint mode: with pipes, or on a terminal.
+
+use v5.36;
+
+use Cwd qw(abs_path);
+use Exporter qw(import);
+use File::Basename qw(dirname);
+use IO::Select ();
+use POSIX qw(WNOHANG);
+use Test::More ();
+use Time::HiRes ();
+
+our @EXPORT_OK = qw(command run_command start_command start_on_terminal);
+
+my $root = abs_path(dirname(__FILE__) . '/../../../..');
+my $time_limit = 120;
+
+sub command (@arguments) {
+    my @libraries = map { "-I$root/blib/$_" } qw(lib arch);
+    return ($^X, '-T', @libraries, "$root/blib/script/pve-backup-access", @arguments);
+}
+
+my sub child (@arguments) {
+    no warnings 'exec';
+    exec(command(@arguments));
+    POSIX::_exit(127);
+}
+
+# Runs it to its end with pipes: { status => exit status, signal => that ended it, out, err }.
+sub run_command (@arguments) {
+    return start_command(@arguments)->finish;
+}
+
+# The same, but returns at once, with methods wait_for, kill and finish.
+sub start_command (@arguments) {
+    pipe(my $out, my $out_end) && pipe(my $err, my $err_end) or die "pipe: $!\n";
+    my $pid = fork() // die "fork: $!\n";
+    if (!$pid) {
+        open(STDIN, '<', '/dev/null');
+        open(STDOUT, '>&', $out_end);
+        open(STDERR, '>&', $err_end);
+        child(@arguments);
+    }
+    return _new($pid, out => $out, err => $err);
+}
+
+# On a terminal of so many columns; all it shows is 'out'.
+sub start_on_terminal ($columns, @arguments) {
+    require IO::Pty;
+    my $pty = IO::Pty->new;
+    my $pid = fork() // die "fork: $!\n";
+    if (!$pid) {
+        $pty->make_slave_controlling_terminal;
+        my $terminal = $pty->slave;
+        $terminal->set_winsize(24, $columns);
+        open($_->[0], $_->[1], $terminal) for [\*STDIN, '<&'], [\*STDOUT, '>&'], [\*STDERR, '>&'];
+        child(@arguments);
+    }
+    $pty->close_slave;
+    return _new($pid, out => $pty);
+}
+
+sub _new ($pid, %handles) {
+    my $self = bless({ pid => $pid, handles => \%handles, out => '', err => '' }, __PACKAGE__);
+    $self->{select} = IO::Select->new(values %handles);
+    return $self;
+}
+
+# Reads what there is, waiting for it a short time. Returns false at the end of all output.
+sub _read ($self) {
+    for my $ready ($self->{select}->can_read(0.2)) {
+        my ($name) = grep { $self->{handles}{$_} == $ready } keys $self->{handles}->%*;
+
+        # The end of a terminal is an error.
+        my $n = sysread($ready, $self->{$name}, 65536, length($self->{$name}));
+        $self->{select}->remove($ready) if !$n;
+    }
+    return $self->{select}->count > 0;
+}
+
+# Until its output (out or err) matches; dies if it ends without.
+sub wait_for ($self, $name, $pattern) {
+    my $deadline = time + $time_limit;
+    while ($self->{$name} !~ $pattern) {
+        die "no $pattern in: $self->{out}$self->{err}" if !$self->_read || time > $deadline;
+    }
+    return;
+}
+
+sub kill ($self, $signal) {
+    CORE::kill($signal => $self->{pid});
+    return;
+}
+
+# What a user types.
+sub type ($self, $text) {
+    syswrite($self->{handles}{out}, $text);
+    return;
+}
+
+# What it has written so far.
+sub text ($self, $name) { return $self->{$name} }
+
+# Nobody reads on.
+sub close_output ($self, $name) {
+    $self->{select}->remove($self->{handles}{$name});
+    close(delete($self->{handles}{$name}));
+    return;
+}
+
+sub finish ($self) {
+    my $deadline = time + $time_limit;
+    while ($self->_read) {
+        die "it does not end: $self->{out}$self->{err}" if time > $deadline;
+    }
+    waitpid(delete($self->{pid}), 0);
+    return {
+        status => $? & 127 ? undef : $? >> 8,
+        signal => $? & 127,
+        out => $self->{out},
+        err => $self->{err},
+    };
+}
+
+sub DESTROY ($self) {
+    my $pid = delete($self->{pid}) // return;
+    local ($?, $!);
+    CORE::kill(KILL => $pid);
+    waitpid($pid, 0);
+    return;
+}
+
+1;

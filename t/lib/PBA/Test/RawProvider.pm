@@ -1,0 +1,159 @@
+package PBA::Test::RawProvider;
+
+# A provider as simple as one can be: an archive is a directory with raw images, each a copy of the
+# one before with what changed put into it. 'faults' of its storage configuration, a list with
+# commas between, make it wrong on purpose; see below. A new object is made for each job and restore.
+
+use v5.36;
+
+use parent 'PVE::BackupProvider::Plugin::Base';
+
+use File::Copy ();
+use File::Path ();
+
+use PVE::BackupAccess::Volume;
+
+sub new ($class, $storage_plugin, $scfg, $storeid, $log) {
+    my ($path) = $scfg->{path} =~ m/\A(.*)\z/s;
+    my %faults = map { $_ => 1 } split(m/,/, $scfg->{faults} // '');
+    die "the server is down\n" if $faults{'new dies'};
+    my $mechanism = $scfg->{mechanism} // 'nbd';
+    return bless({ path => $path, faults => \%faults, mechanism => $mechanism }, $class);
+}
+
+sub provider_name ($self) { return 'raw images' }
+
+# ---- backup ----
+
+sub job_init ($self, $start_time) { return }
+sub job_cleanup ($self) { return }
+
+# The archives by number, complete ones only.
+my sub archives ($self) {
+    return sort { $a <=> $b }
+        map { m!/([0-9]+)/complete\z! ? $1 : () } glob("$self->{path}/*/complete");
+}
+
+sub backup_init ($self, $vmid, $vmtype, $start_time) {
+    ($self->{base}) = reverse(archives($self));
+    $self->{number} = ($self->{base} // 0) + 1;
+    File::Path::remove_tree("$self->{path}/$self->{number}");
+    File::Path::make_path("$self->{path}/$self->{number}");
+    return { 'archive-name' => "raw/$self->{number}" };
+}
+
+sub backup_get_mechanism ($self, $vmid, $vmtype) { return $self->{mechanism} }
+
+sub backup_vm_query_incremental ($self, $vmid, $volumes) {
+    return if $self->{faults}{'full only'};
+    return { map { $_ => $self->{base} ? 'use' : 'new' } keys $volumes->%* };
+}
+
+my sub write_file ($file, $content) {
+    open(my $fh, '>', $file) or die "$file: $!\n";
+    print {$fh} $content;
+    close($fh) or die "$file: $!\n";
+}
+
+my sub copy_volume ($self, $device, $volume, $file) {
+    my $reader = PVE::BackupAccess::Volume->open($device, $volume);
+    if ($self->{faults}{'one region only'}) {
+        my ($offset, $length) = $reader->next_dirty_region or return;
+        open(my $fh, '+<:raw', $file) or die "$file: $!\n";
+        seek($fh, $offset, 0);
+        print {$fh} $reader->pread($offset, $length);
+        close($fh);
+    }
+    elsif ($self->{faults}{'no map'}) {
+        my %whole = ($volume->%*, 'bitmap-mode' => 'none');
+        delete($whole{'bitmap-name'});
+        PVE::BackupAccess::Volume->open($device, \%whole)->copy(to => $file);
+    }
+    else {
+        my $ok = eval { $reader->copy(to => $file); 1 };
+        die $@ if !$ok && !$self->{faults}{'errors ignored'};
+    }
+    $reader->close;
+}
+
+sub backup_vm ($self, $vmid, $config, $volumes, $info) {
+    my $dir = "$self->{path}/$self->{number}";
+    write_file("$dir/guest.conf", $config);
+    write_file("$dir/firewall.conf", $info->{'firewall-config'});
+    for my $device (sort keys $volumes->%*) {
+        my ($file, $volume) = ("$dir/$device.raw", $volumes->{$device});
+        if ($volume->{'bitmap-mode'} eq 'reuse') {
+            File::Copy::copy("$self->{path}/$self->{base}/$device.raw", $file) or die "$file: $!\n";
+        }
+        else {
+            write_file($file, '');
+            truncate($file, $volume->{size});
+        }
+        copy_volume($self, $device, $volume, $file);
+    }
+    write_file("$dir/complete", '') if !$self->{faults}{'never complete'};
+    return;
+}
+
+sub backup_cleanup ($self, $vmid, $vmtype, $success, $info) {
+    my $dir = "$self->{path}/$self->{number}";
+    File::Path::remove_tree($dir) if !$success && !$self->{faults}{'errors ignored'};
+    return { stats => { 'archive-size' => -s "$dir/drive-scsi0.raw" } } if $success;
+    return;
+}
+
+sub backup_handle_log_file ($self, $vmid, $filename) { return }
+
+# ---- restore ----
+
+my sub dir_of ($self, $volname) {
+    my ($number) = $volname =~ m!\Abackup/raw/([0-9]+)\z! or die "no archive '$volname'\n";
+    die "archive '$volname' is not complete\n" if !-e "$self->{path}/$number/complete";
+    return "$self->{path}/$number";
+}
+
+my sub content ($file) {
+    open(my $fh, '<', $file) or die "$file: $!\n";
+    local $/ = undef;
+    return <$fh>;
+}
+
+sub restore_get_mechanism ($self, $volname) { return ('qemu-img', 'qemu') }
+sub archive_get_guest_config ($self, $volname) { content(dir_of($self, $volname) . '/guest.conf') }
+
+sub archive_get_firewall_config ($self, $volname) {
+    return content(dir_of($self, $volname) . '/firewall.conf');
+}
+
+sub restore_vm_init ($self, $volname) {
+    my $dir = dir_of($self, $volname);
+    return { map { m!/([^/]+)\.raw\z! ? ($1 => { size => -s $_ }) : () } glob("$dir/*.raw") };
+}
+
+sub restore_vm_volume_init ($self, $volname, $device, $info) {
+    return { 'qemu-img-path' => dir_of($self, $volname) . "/$device.raw" };
+}
+
+sub restore_vm_volume_cleanup ($self, $volname, $device, $info) { return }
+sub restore_vm_cleanup ($self, $volname) { return }
+
+# ---- faults of any method: 'METHOD dies', 'METHOD lies' ----
+
+for my $method (
+    qw(provider_name job_init job_cleanup backup_init backup_get_mechanism backup_vm
+    backup_vm_query_incremental backup_cleanup backup_handle_log_file restore_get_mechanism
+    archive_get_guest_config archive_get_firewall_config restore_vm_init restore_vm_volume_init
+    restore_vm_volume_cleanup restore_vm_cleanup)
+    )
+{
+    no strict 'refs';
+    no warnings 'redefine';
+    my $right = \&{$method};
+    *{$method} = sub ($self, @arguments) {
+        die "$method says no\n" if $self->{faults}{"$method dies"};
+        return \'nonsense' if $self->{faults}{"$method lies"};
+        return $right->($self, @arguments);
+    };
+}
+
+1;
