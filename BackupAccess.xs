@@ -77,6 +77,34 @@ _capabilities(SV *qmp, unsigned timeout)
         RETVAL
 
 SV *
+_status(HV *options)
+    PREINIT:
+        Caller caller = {0};
+        GError *error = NULL;
+    CODE:
+        PbaHooks hooks = glue_caller_hooks(&caller);
+        PbaQmp *client = glue_new_qmp(aTHX_ glue_fetch(aTHX_ options, "qmp"),
+                                      (unsigned)SvUV(glue_fetch(aTHX_ options, "timeout")),
+                                      &caller);
+        PbaAccessOptions access_options = {
+            .run_dir = glue_fetch_text(aTHX_ options, "run-dir"),
+            .identity = glue_fetch_text(aTHX_ options, "identity"),
+            .fleecing_dir = glue_fetch_text(aTHX_ options, "fleecing-dir"),
+        };
+        JsonNode *status = pba_status(client, &access_options, &hooks, &error);
+        pba_qmp_free(client);
+        SvREFCNT_dec(caller.transport);
+        if (!status) {
+            glue_throw_error(aTHX_ &caller, error);
+        }
+        RETVAL = sv_2mortal(glue_sv_from_json(aTHX_ status));
+        json_node_unref(status);
+        glue_throw_pending(aTHX_ &caller);
+        SvREFCNT_inc(RETVAL);
+    OUTPUT:
+        RETVAL
+
+SV *
 _new(SV *klass, SV *options)
     PREINIT:
         GError *error = NULL;

@@ -107,6 +107,8 @@ bool pba_is_own_node(const char *node);
 /* upstream: names of the bitmaps of a target; the caller's to free. */
 char *pba_target_bitmap(const char *target_id);
 char *pba_background_bitmap(const char *target_id);
+/* Both backends: the target in a bitmap's name, or NULL; points into it. */
+const char *pba_bitmap_target_of(PbaBackend backend, const char *name);
 /* upstream: name of something of ours for this target and device, at most 31 bytes, as QEMU wants
  * node names and ids. */
 char *pba_own_name(const PbaAccess *access, const char *role, const char *device);
@@ -117,6 +119,11 @@ char *pba_target_prefix(const PbaAccess *access, const char *role);
 /* The hash in them: eight hexadecimal digits. */
 char *pba_short_hash(const char *text);
 void pba_disk_free(gpointer disk);
+/* Asks QEMU what it can do, and where need be who it is. */
+bool pba_access_begin(PbaAccess *access, GError **error);
+/* An access of no target, which can only look. */
+PbaAccess *pba_access_new_observer(PbaQmp *qmp, const PbaAccessOptions *options,
+                                   const PbaHooks *hooks, GError **error);
 
 /* Markers in QEMU of who has an access, and on Proxmox to which devices. */
 #define PBA_DEVICE_ROLE "dev"
@@ -133,6 +140,8 @@ bool pba_device_marks_add(PbaAccess *access, GError **error);
  * failure is logged only: nothing but a later access depends on it. */
 void pba_owner_unmark(PbaAccess *access, bool all);
 void pba_owner_forget(PbaAccess *access);
+/* Whose marker it is, if it is one. */
+bool pba_owner_read(const PbaAccess *access, const char *node, pid_t *pid, bool *alive);
 
 /* Undoes what a dead process left of this target; done, refused or nothing there. block is what
  * QEMU has afterwards. What was done is appended to lines. */
@@ -143,9 +152,13 @@ bool pba_tear_down_and_end(PbaAccess *access, bool success, GError **error);
 /* The directory of the NBD socket: private, made without following anybody's links. */
 bool pba_run_dir_make(PbaAccess *access, GError **error);
 void pba_run_dir_remove(PbaAccess *access);
-/* What dead accesses of this target and guest left on disk: socket directories and fleecing images;
- * paths, the caller's to free. */
+/* What accesses to this guest have on disk, of all targets: socket directories and fleecing
+ * images; paths, the caller's to free. */
 GPtrArray *pba_run_dir_find_left(const PbaAccess *access);
+/* The hash of the target in such a path, and its name as the directory tells it: the caller's to
+ * free, NULL if it does not. */
+const char *pba_run_dir_key(const char *path);
+char *pba_run_dir_target(const char *path);
 /* The socket in such a directory, the caller's to free; NULL: it is none. */
 char *pba_run_dir_left_socket(const char *path);
 bool pba_run_dir_remove_left(const char *path);
@@ -159,6 +172,7 @@ void pba_vfiles_free(PbaAccess *access);
 bool pba_nbd_server_start(PbaAccess *access, GError **error);
 /* True unless nothing listens at our socket. */
 bool pba_nbd_server_answers(const PbaAccess *access);
+bool pba_nbd_socket_answers(const char *socket);
 bool pba_exports_add(PbaAccess *access, GError **error);
 /* Whether there is an export whose id begins so. */
 #define PBA_EXPORT_PREFIX "pba-exp-"

@@ -38,20 +38,24 @@ const char *pba_block_device_node(JsonObject *device)
     return inserted ? pba_json_find_string(inserted, "node-name") : NULL;
 }
 
-/* qdev is what query-block shows: an id, or the QOM path where the device has no id of its own. */
-static bool qdev_has_id(const char *qdev, const char *id)
+/* query-block shows the id, or the QOM path of what the id is in. */
+char *pba_block_qdev_id(const char *qdev)
 {
     static const char peripheral[] = "/machine/peripheral/";
-    if (g_strcmp0(qdev, id) == 0) {
-        return true;
+
+    if (!g_str_has_prefix(qdev, peripheral)) {
+        return *qdev == '/' ? NULL : g_strdup(qdev);
     }
-    if (!qdev || !g_str_has_prefix(qdev, peripheral)) {
-        return false;
-    }
-    const char *rest = qdev + sizeof(peripheral) - 1;
-    size_t length = strlen(id);
-    return strncmp(rest, id, length) == 0 &&
-           (rest[length] == '\0' || g_strcmp0(rest + length, "/virtio-backend") == 0);
+    const char *id = qdev + sizeof(peripheral) - 1;
+    size_t length = strcspn(id, "/");
+    return id[length] == '\0' || strcmp(id + length, "/virtio-backend") == 0 ? g_strndup(id, length)
+                                                                             : NULL;
+}
+
+static bool qdev_has_id(const char *qdev, const char *id)
+{
+    g_autofree char *own = qdev ? pba_block_qdev_id(qdev) : NULL;
+    return g_strcmp0(qdev, id) == 0 || g_strcmp0(own, id) == 0;
 }
 
 JsonObject *pba_block_find_device(const PbaBlock *block, const char *name)
@@ -154,6 +158,35 @@ const char *pba_block_find_child(const PbaBlock *block, const char *node, const 
         if (from && to && json_node_equal(from, parent_id)) {
             JsonObject *found = find_graph_node(block, "id", to);
             return found ? pba_json_find_string(found, "name") : NULL;
+        }
+    }
+    return NULL;
+}
+
+static bool is_above(const PbaBlock *block, const char *node, const char *below)
+{
+    /* A peer's graph may be a ring: no more steps than there are nodes. */
+    for (guint i = 0; node && i < json_array_get_length(block->nodes); i++) {
+        if (strcmp(node, below) == 0) {
+            return true;
+        }
+        node = pba_block_find_child(block, node, "file");
+    }
+    return false;
+}
+
+char *pba_block_device_above(const PbaBlock *block, const char *node)
+{
+    for (guint i = 0; i < json_array_get_length(block->devices); i++) {
+        JsonObject *device = pba_json_element(block->devices, i);
+        const char *root = device ? pba_block_device_node(device) : NULL;
+        if (root && is_above(block, root, node)) {
+            const char *name = pba_json_find_string(device, "device");
+            const char *qdev = pba_json_find_string(device, "qdev");
+            if (name && *name) {
+                return g_strdup(name);
+            }
+            return qdev ? pba_block_qdev_id(qdev) : NULL;
         }
     }
     return NULL;

@@ -23,6 +23,9 @@ JsonObject *pba_block_find_node(const PbaBlock *block, const char *node);
 JsonObject *pba_block_find_bitmap(const PbaBlock *block, const char *node, const char *bitmap);
 /* The node's child of that name ("file", "target"); needs the graph. */
 const char *pba_block_find_child(const PbaBlock *block, const char *node, const char *child);
+/* The name of the guest's device that the node is a disk of: its block backend's or its id; needs
+ * the graph. The caller's to free. */
+char *pba_block_device_above(const PbaBlock *block, const char *node);
 /* Whether a device or another node uses the node; needs the graph. */
 bool pba_block_has_parent(const PbaBlock *block, const char *node);
 /* The first node from node downwards that is no filter: where a disk's bitmaps belong. */
@@ -30,6 +33,8 @@ const char *pba_block_skip_filters(const PbaBlock *block, const char *node);
 
 /* The name of one of the nodes, borrowed; NULL if it has none. */
 const char *pba_block_node_name(JsonArray *nodes, guint index);
+/* The id in what query-block calls qdev, the caller's to free; NULL if it has none. */
+char *pba_block_qdev_id(const char *qdev);
 /* Members of the entries found above. */
 const char *pba_block_device_node(JsonObject *device);
 bool pba_block_device_size(JsonObject *device, uint64_t *size, GError **error);

@@ -19,10 +19,15 @@ static char *export_id(PbaAccess *access, const PbaDisk *disk)
 
 bool pba_nbd_server_answers(const PbaAccess *access)
 {
+    return pba_nbd_socket_answers(access->socket);
+}
+
+bool pba_nbd_socket_answers(const char *socket_path)
+{
     struct sockaddr_un address = {.sun_family = AF_UNIX};
     int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 
-    g_strlcpy(address.sun_path, access->socket, sizeof(address.sun_path));
+    g_strlcpy(address.sun_path, socket_path, sizeof(address.sun_path));
     bool answers = fd < 0 || connect(fd, (struct sockaddr *)&address, sizeof(address)) == 0 ||
                    (errno != ECONNREFUSED && errno != ENOENT);
     if (fd >= 0) {

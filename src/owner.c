@@ -103,6 +103,17 @@ static bool is_alive(const PbaAccess *access, pid_t pid, uint64_t start)
     return pid != getpid() || is_marked_by_another(access);
 }
 
+bool pba_owner_read(const PbaAccess *access, const char *node, pid_t *pid, bool *alive)
+{
+    uint64_t start;
+
+    if (!parse_owner(node, pid, &start)) {
+        return false;
+    }
+    *alive = is_alive(access, *pid, start);
+    return true;
+}
+
 bool pba_owner_check(const PbaAccess *access, JsonArray *nodes, GError **error)
 {
     for (guint i = 0; i < json_array_get_length(nodes); i++) {

@@ -167,6 +167,11 @@ bool pba_access_setup(PbaAccess *access, const PbaDeviceRequest *requests, size_
  * An access of a living one is PBA_ERROR_STATE. Text lines that say what was done are appended to
  * lines (each to be freed); none if there was nothing. */
 bool pba_access_recover(PbaAccess *access, GPtrArray *lines, GError **error);
+/* Looks at what there is of backups in this QEMU and on disk, of all targets, and changes nothing.
+ * Of the options run_dir, identity and fleecing_dir are used. An object with the keys that the POD
+ * of PVE::BackupAccess names (status); truth values are 1 and 0. The caller's to free. */
+JsonNode *pba_status(PbaQmp *qmp, const PbaAccessOptions *options, const PbaHooks *hooks,
+                     GError **error);
 /* Exports every device over NBD under its own name (QAPI: block-export-add), once. */
 bool pba_access_export(PbaAccess *access, GError **error);
 /* Exports, then has every device served as a file by a process of its own, once; on error none is

@@ -4,59 +4,13 @@
 #include "access.h"
 #include "error.h"
 #include "json.h"
+#include "left.h"
 #include "vfile.h"
 #include <string.h>
 
-/* What there is at one moment; the block graph is the caller's. */
-typedef struct {
-    PbaBlock *block;
-    JsonArray *exports;
-    GPtrArray *paths; /* on disk */
-} Left;
-
-static void left_clear(Left *left)
+static bool look(PbaAccess *access, PbaBlock *block, PbaLeft *left, GError **error)
 {
-    g_clear_pointer(&left->exports, json_array_unref);
-    g_clear_pointer(&left->paths, g_ptr_array_unref);
-}
-
-G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Left, left_clear)
-
-static bool look(PbaAccess *access, PbaBlock *block, Left *left, GError **error)
-{
-    left_clear(left);
-    left->block = block;
-    left->paths = pba_run_dir_find_left(access);
-    if (!pba_block_query(access->qmp, access->backend == PBA_BACKEND_UPSTREAM, block, error)) {
-        return false;
-    }
-    left->exports = pba_qmp_query_array(access->qmp, "query-block-exports", NULL, error);
-    return left->exports != NULL;
-}
-
-static const char *node_name(const Left *left, guint index)
-{
-    return pba_block_node_name(left->block->nodes, index);
-}
-
-static const char *export_id(const Left *left, guint index)
-{
-    JsonObject *export = pba_json_element(left->exports, index);
-    return export ? pba_json_find_string(export, "id") : NULL;
-}
-
-/* Takes pba-ROLE-TARGET-DISK apart; the results point into it. */
-static bool parse_own(const char *name, const char **target, const char **key)
-{
-    size_t length = strlen(name);
-
-    if (!pba_is_own_node(name) || pba_is_owner_mark(name) || length < strlen("pba-x-") + 17) {
-        return false;
-    }
-    *key = name + length - 8;
-    *target = *key - 9;
-    return (*target)[-1] == '-' && (*key)[-1] == '-' && strspn(*key, "0123456789abcdef") == 8 &&
-           strspn(*target, "0123456789abcdef") == 8;
+    return pba_left_look(access, access->backend == PBA_BACKEND_UPSTREAM, block, left, error);
 }
 
 /* Whose name it is: NULL if not of an access at all, else this target's key or "". */
@@ -66,41 +20,10 @@ static const char *find_key(const PbaAccess *access, const char *name)
     const char *target;
     const char *key;
 
-    if (!name || !parse_own(name, &target, &key)) {
+    if (!name || !pba_left_parse(name, &target, &key)) {
         return NULL;
     }
     return strncmp(target, own, 8) == 0 ? key : "";
-}
-
-static bool has_hash(const char *name, const char *key)
-{
-    g_autofree char *hash = name ? pba_short_hash(name) : NULL;
-    return hash && strcmp(hash, key) == 0;
-}
-
-/* The name a device was given to setup by: any of those that pba_block_find_device takes. */
-static char *find_device_name(const PbaBlock *block, const char *key)
-{
-    for (guint i = 0; i < json_array_get_length(block->devices); i++) {
-        JsonObject *device = pba_json_element(block->devices, i);
-        const char *qdev = device ? pba_json_find_string(device, "qdev") : NULL;
-        g_auto(GStrv) parts = g_strsplit(qdev ? qdev : "", "/", 5);
-        const char *backend = device ? pba_json_find_string(device, "device") : NULL;
-        const char *id = g_strv_length(parts) > 3 ? parts[3] : NULL;
-        const char *const names[] = {backend, qdev, id};
-        for (size_t j = 0; j < G_N_ELEMENTS(names); j++) {
-            if (has_hash(names[j], key)) {
-                return g_strdup(names[j]);
-            }
-        }
-    }
-    for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
-        const char *name = pba_block_node_name(block->nodes, i);
-        if (has_hash(name, key)) {
-            return g_strdup(name);
-        }
-    }
-    return NULL;
 }
 
 static PbaDisk *find_disk(const PbaAccess *dead, const char *key)
@@ -114,7 +37,7 @@ static PbaDisk *find_disk(const PbaAccess *dead, const char *key)
     return NULL;
 }
 
-static PbaDisk *disk_of(PbaAccess *dead, const PbaBlock *block, const char *key)
+static PbaDisk *disk_of(PbaAccess *dead, const PbaLeft *left, const char *key)
 {
     PbaDisk *disk = find_disk(dead, key);
 
@@ -123,7 +46,7 @@ static PbaDisk *disk_of(PbaAccess *dead, const PbaBlock *block, const char *key)
     }
     disk = g_new0(PbaDisk, 1);
     disk->key = g_strdup(key);
-    disk->device = find_device_name(block, key);
+    disk->device = pba_left_device(left, key);
     disk->device_gone = !disk->device;
     disk->device = disk->device ? disk->device : g_strdup_printf("(%s)", key);
     disk->raw_node = pba_disk_name(dead, "raw", disk);
@@ -157,44 +80,29 @@ static bool has_disk_at(const PbaAccess *dead, const char *bitmap_node)
     return false;
 }
 
-/* upstream: a background bitmap, or a target's that does not record. */
-static bool is_split(const PbaAccess *access, const PbaBlock *block, const char *node)
-{
-    g_autofree char *target = pba_target_bitmap(access->target_id);
-    g_autofree char *background = pba_background_bitmap(access->target_id);
-    JsonObject *info = pba_block_find_bitmap(block, node, target);
-
-    return pba_block_find_bitmap(block, node, background) ||
-           (info && !pba_json_find_bool(info, "recording") &&
-            !pba_json_find_bool(info, "inconsistent"));
-}
-
 /* Disks whose nodes are undone already, but not their bitmaps. */
-static void find_split_bitmaps(PbaAccess *dead, const Left *left)
+static void find_split_bitmaps(PbaAccess *dead, const PbaLeft *left)
 {
-    for (guint i = 0; i < json_array_get_length(left->block->nodes); i++) {
-        const char *node = node_name(left, i);
-        if (node && is_split(dead, left->block, node) && !has_disk_at(dead, node)) {
+    JsonArray *nodes = left->block->nodes;
+
+    for (guint i = 0; i < json_array_get_length(nodes); i++) {
+        const char *node = pba_block_node_name(nodes, i);
+        if (node && pba_left_is_split(left->block, node, dead->target_id) &&
+            !has_disk_at(dead, node)) {
             g_autofree char *key = pba_short_hash(node);
-            PbaDisk *disk = disk_of(dead, left->block, key);
+            PbaDisk *disk = disk_of(dead, left, key);
             g_free(disk->bitmap_node);
             disk->bitmap_node = g_strdup(node);
         }
     }
 }
 
-static bool find_disks(PbaAccess *dead, const Left *left, GError **error)
+static bool find_disks(PbaAccess *dead, const PbaLeft *left, GError **error)
 {
-    for (guint i = 0; i < json_array_get_length(left->block->nodes); i++) {
-        const char *key = find_key(dead, node_name(left, i));
+    for (guint i = 0; i < pba_left_name_count(left); i++) {
+        const char *key = find_key(dead, pba_left_name(left, i));
         if (key && *key) {
-            disk_of(dead, left->block, key);
-        }
-    }
-    for (guint i = 0; i < json_array_get_length(left->exports); i++) {
-        const char *key = find_key(dead, export_id(left, i));
-        if (key && *key) {
-            disk_of(dead, left->block, key);
+            disk_of(dead, left, key);
         }
     }
     if (dead->backend == PBA_BACKEND_PVE) {
@@ -209,69 +117,65 @@ static bool find_disks(PbaAccess *dead, const Left *left, GError **error)
     return true;
 }
 
-/* The other target's name, as far as a bitmap tells it. */
-static const char *find_other_target(const PbaAccess *access, const Left *left)
+/* The key of another target that has something in QEMU; NULL: none has. */
+static const char *find_other(const PbaAccess *access, const PbaLeft *left)
 {
-    g_autofree char *prefix = pba_background_bitmap("");
-
-    for (guint i = 0; i < json_array_get_length(left->block->nodes); i++) {
-        JsonObject *node = pba_json_element(left->block->nodes, i);
-        JsonArray *bitmaps = node ? pba_json_find_array(node, "dirty-bitmaps") : NULL;
-        const char *frozen = NULL;
-        bool is_pve_access = false;
-        for (guint j = 0; bitmaps && j < json_array_get_length(bitmaps); j++) {
-            JsonObject *info = pba_json_element(bitmaps, j);
-            const char *name = info ? pba_json_find_string(info, "name") : NULL;
-            if (name && g_str_has_prefix(name, prefix) &&
-                strcmp(name + strlen(prefix), access->target_id) != 0) {
-                return name + strlen(prefix);
-            }
-            is_pve_access |= g_strcmp0(name, PBA_PVE_BACKGROUND) == 0;
-            frozen = name && !pba_json_find_bool(info, "recording") ? name : frozen;
-        }
-        if (is_pve_access && frozen) {
-            return frozen;
+    for (guint i = 0; i < pba_left_name_count(left); i++) {
+        const char *name = pba_left_name(left, i);
+        const char *key = find_key(access, name);
+        const char *target;
+        const char *disk;
+        if (key && !*key && pba_left_parse(name, &target, &disk)) {
+            return target;
         }
     }
     return NULL;
 }
 
-static bool check_others(const PbaAccess *access, const Left *left, GError **error)
+static bool check_others(const PbaAccess *access, const PbaLeft *left, GError **error)
 {
-    guint nodes = json_array_get_length(left->block->nodes);
-    guint exports = json_array_get_length(left->exports);
+    const char *other = find_other(access, left);
+    g_autofree char *target = other ? pba_left_target(left, other) : NULL;
 
-    for (guint i = 0; i < nodes + exports; i++) {
-        const char *name = i < nodes ? node_name(left, i) : export_id(left, i - nodes);
-        const char *key = find_key(access, name);
-        if (key && !*key) {
-            const char *target = find_other_target(access, left);
-            pba_error_set(error, PBA_ERROR_STATE,
-                          "previous backup of this guest not finished: a process that is gone left "
-                          "its access for %s%s%s - call recover for that target-id",
-                          target ? "target '" : "another target", target ? target : "",
-                          target ? "'" : "");
-            return false;
-        }
+    if (other) {
+        pba_error_set(error, PBA_ERROR_STATE,
+                      "previous backup of this guest not finished: a process that is gone left its "
+                      "access for %s%s%s - call recover for that target-id",
+                      target ? "target '" : "another target", target ? target : "",
+                      target ? "'" : "");
     }
-    return true;
+    return !other;
 }
 
-static bool is_nothing(const PbaAccess *access, const Left *left)
+/* Whether no living process is at it; whose backup that is, is told as well as it is known. */
+static bool check_owner(const PbaAccess *access, const PbaLeft *left, GError **error)
 {
-    if (left->paths->len > 0) {
-        return false;
+    const char *other = find_other(access, left);
+    g_autofree char *target = other ? pba_left_target(left, other) : NULL;
+
+    if (pba_owner_check(access, left->block->nodes, error)) {
+        return true;
     }
-    for (guint i = 0; i < json_array_get_length(left->block->nodes); i++) {
-        const char *name = node_name(left, i);
-        if (name &&
-            (find_key(access, name) || pba_is_owner_mark(name) ||
-             (access->backend == PBA_BACKEND_UPSTREAM && is_split(access, left->block, name)))) {
-            return false;
-        }
+    if (target) {
+        g_autofree char *hint = g_strdup_printf("its target is '%s'", target);
+        pba_error_add_hint(error, hint);
     }
-    for (guint i = 0; i < json_array_get_length(left->exports); i++) {
-        if (find_key(access, export_id(left, i))) {
+    return false;
+}
+
+/* Whether recover of this target has to do with it. */
+static bool is_ours(const PbaAccess *access, const PbaLeftThing *thing)
+{
+    g_autofree char *own = pba_short_hash(access->target_id);
+    return !thing->key || strcmp(thing->key, own) == 0;
+}
+
+static bool is_nothing(const PbaAccess *access, const PbaLeft *left)
+{
+    g_autoptr(GPtrArray) things = pba_left_things(left);
+
+    for (guint i = 0; i < things->len; i++) {
+        if (is_ours(access, things->pdata[i])) {
             return false;
         }
     }
@@ -299,17 +203,6 @@ static PbaAccess *new_dead_access(const PbaAccess *access, GError **error)
     return dead;
 }
 
-static void add_line(GPtrArray *lines, const char *format, ...) G_GNUC_PRINTF(2, 3);
-
-static void add_line(GPtrArray *lines, const char *format, ...)
-{
-    va_list arguments;
-
-    va_start(arguments, format);
-    g_ptr_array_add(lines, g_strdup_vprintf(format, arguments));
-    va_end(arguments);
-}
-
 /* Whether QEMU's NBD server listens there; then it is ours. */
 static bool take_server(PbaAccess *dead, const char *path)
 {
@@ -331,67 +224,39 @@ static bool take_server(PbaAccess *dead, const char *path)
 
 /* The directory of the server goes when that has gone, all else now: QEMU has the fleecing images
  * open that it needs. */
-static void take_paths(PbaAccess *dead, const Left *left, GPtrArray *lines)
+static void take_paths(PbaAccess *dead, const PbaLeft *left)
 {
+    g_autofree char *own = pba_short_hash(dead->target_id);
+
     for (guint i = 0; i < left->paths->len; i++) {
         const char *path = left->paths->pdata[i];
-        if (take_server(dead, path)) {
-            add_line(lines, "the NBD server at '%s' was stopped", dead->socket);
-        } else if (pba_run_dir_remove_left(path)) {
-            add_line(lines, "'%s' was removed", path);
+        bool is_own = g_str_has_prefix(pba_run_dir_key(path), own);
+        if (is_own && !take_server(dead, path)) {
+            pba_run_dir_remove_left(path);
         }
     }
 }
 
-static const char *device_of(const PbaAccess *dead, const char *key)
+/* Not the mark of this process, and no path that could not be removed. */
+static bool is_done(const PbaAccess *dead, const PbaLeftThing *thing, const char *own_mark)
 {
-    const PbaDisk *disk = find_disk(dead, key);
-    return disk ? disk->device : key;
+    return is_ours(dead, thing) && g_strcmp0(thing->name, own_mark) != 0 &&
+           !(thing->harmless && g_file_test(thing->name, G_FILE_TEST_EXISTS));
 }
 
-static void describe_node(const PbaAccess *dead, const PbaBlock *block, const char *name,
-                          GPtrArray *lines)
+/* What is about to be undone, once the paths are gone. */
+static void describe(const PbaAccess *dead, const PbaLeft *left, GPtrArray *lines)
 {
-    g_autofree char *target = pba_target_bitmap(dead->target_id);
-    g_autofree char *background = pba_background_bitmap(dead->target_id);
-    const char *key = find_key(dead, name);
+    g_autofree char *own_mark = pba_owner_mark_name(NULL);
+    g_autoptr(GPtrArray) things = pba_left_things(left);
 
-    if (key) {
-        add_line(lines, "device %s: block node '%s' was removed", device_of(dead, key), name);
-    } else if (pba_is_owner_mark(name)) {
-        add_line(lines, "block node '%s', the mark of a process that is gone, was removed", name);
-    } else if (dead->backend == PBA_BACKEND_UPSTREAM && is_split(dead, block, name)) {
-        JsonObject *info = pba_block_find_bitmap(block, name, target);
-        JsonObject *partner = pba_block_find_bitmap(block, name, background);
-        bool good = info && partner && !pba_json_find_bool(info, "inconsistent") &&
-                    !pba_json_find_bool(partner, "inconsistent");
-        add_line(lines,
-                 good ? "node '%s': its dirty bitmaps were joined, as after a failed backup"
-                      : "node '%s': its dirty bitmap was removed, since it may lack bits",
-                 name);
-    }
-}
-
-static void describe(const PbaAccess *dead, const Left *left, GPtrArray *lines)
-{
-    g_autofree char *own = pba_owner_mark_name(NULL);
-
-    for (guint i = 0; i < json_array_get_length(left->exports); i++) {
-        const char *key = find_key(dead, export_id(left, i));
-        if (key) {
-            add_line(lines, "device %s: export '%s' was removed", device_of(dead, key),
-                     export_id(left, i));
+    for (guint i = 0; i < things->len; i++) {
+        const PbaLeftThing *thing = things->pdata[i];
+        g_autofree char *device =
+            thing->device ? g_strdup_printf("device %s: ", thing->device) : g_strdup("");
+        if (is_done(dead, thing, own_mark)) {
+            g_ptr_array_add(lines, g_strconcat(device, thing->what, " ", thing->undone, NULL));
         }
-    }
-    for (guint i = 0; i < json_array_get_length(left->block->nodes); i++) {
-        const char *name = node_name(left, i);
-        if (name && g_strcmp0(name, own) != 0) {
-            describe_node(dead, left->block, name, lines);
-        }
-    }
-    if (dead->backend == PBA_BACKEND_PVE && dead->disks->len > 0) {
-        add_line(lines, "the backup access of target '%s' was torn down as failed",
-                 dead->target_id);
     }
 }
 
@@ -399,7 +264,7 @@ static void describe(const PbaAccess *dead, const Left *left, GPtrArray *lines)
 static bool undo_marked(PbaAccess *dead, GPtrArray *lines, GError **error)
 {
     g_auto(PbaBlock) block = {0};
-    g_auto(Left) left = {0};
+    g_auto(PbaLeft) left = {0};
     g_autoptr(GPtrArray) done = g_ptr_array_new_with_free_func(g_free);
 
     if (!look(dead, &block, &left, error) || !check_others(dead, &left, error) ||
@@ -407,8 +272,8 @@ static bool undo_marked(PbaAccess *dead, GPtrArray *lines, GError **error)
         pba_owner_unmark(dead, false);
         return false;
     }
+    take_paths(dead, &left);
     describe(dead, &left, done);
-    take_paths(dead, &left, done);
     dead->begun = dead->disks->len > 0 || dead->server_up;
     if (!pba_tear_down_and_end(dead, false, error)) {
         return false;
@@ -421,9 +286,9 @@ static bool undo_marked(PbaAccess *dead, GPtrArray *lines, GError **error)
 
 bool pba_recover_left(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GError **error)
 {
-    g_auto(Left) left = {0};
+    g_auto(PbaLeft) left = {0};
 
-    if (!look(access, block, &left, error) || !pba_owner_check(access, block->nodes, error) ||
+    if (!look(access, block, &left, error) || !check_owner(access, &left, error) ||
         !check_others(access, &left, error)) {
         return false;
     }

@@ -9,6 +9,8 @@
 #include <unistd.h>
 
 #define SOCKET_NAME "nbd.sock"
+/* Tells the target-id, of which names have a hash only. */
+#define TARGET_NAME "target"
 
 static char *default_run_dir(void)
 {
@@ -78,23 +80,46 @@ bool pba_run_dir_make(PbaAccess *access, GError **error)
     if (!g_mkdtemp_full(path, 0700)) {
         return set_system_error(error, "make", path);
     }
+    g_autofree char *target = g_build_filename(path, TARGET_NAME, NULL);
+    g_file_set_contents_full(target, access->target_id, -1, G_FILE_SET_CONTENTS_NONE, 0600, NULL);
     access->socket = g_build_filename(path, SOCKET_NAME, NULL);
     access->socket_dir = g_steal_pointer(&path);
     return true;
 }
 
+static bool remove_dir(const char *path, const char *socket)
+{
+    g_autofree char *target = g_build_filename(path, TARGET_NAME, NULL);
+
+    unlink(target);
+    unlink(socket);
+    return rmdir(path) == 0;
+}
+
 void pba_run_dir_remove(PbaAccess *access)
 {
     if (access->socket_dir) {
-        unlink(access->socket);
-        rmdir(access->socket_dir);
+        remove_dir(access->socket_dir, access->socket);
     }
     g_clear_pointer(&access->socket_dir, g_free);
     g_clear_pointer(&access->socket, g_free);
 }
 
-/* Appends what begins so in the directory and is of this user. */
-static void find_left_in(GPtrArray *paths, const char *parent, const char *prefix, mode_t type)
+/* Whether it is pba-ROLE-TARGET-GUEST-XXXXXX, of whatever target. */
+static bool is_name_of(const PbaAccess *access, const char *name, const char *role)
+{
+    g_autofree char *prefix = g_strdup_printf("pba-%s-", role);
+    g_autofree char *guest = pba_short_hash(access->identity);
+    size_t to_guest = strlen(prefix) + 9;
+
+    return strlen(name) == to_guest + 15 && g_str_has_prefix(name, prefix) &&
+           name[to_guest - 1] == '-' && g_str_has_prefix(name + to_guest, guest) &&
+           name[to_guest + 8] == '-';
+}
+
+/* Appends what has such a name in the directory and is of this user. */
+static void find_left_in(const PbaAccess *access, GPtrArray *paths, const char *parent,
+                         const char *role, mode_t type)
 {
     GDir *dir = g_dir_open(parent, 0, NULL);
     const char *name;
@@ -102,9 +127,9 @@ static void find_left_in(GPtrArray *paths, const char *parent, const char *prefi
     while (dir && (name = g_dir_read_name(dir))) {
         g_autofree char *path = g_build_filename(parent, name, NULL);
         struct stat status;
-        if (g_str_has_prefix(name, prefix) && strlen(name) == strlen(prefix) + 6 &&
-            lstat(path, &status) == 0 && (status.st_mode & S_IFMT) == type &&
-            status.st_uid == geteuid() && !(status.st_mode & 077)) {
+        if (is_name_of(access, name, role) && lstat(path, &status) == 0 &&
+            (status.st_mode & S_IFMT) == type && status.st_uid == geteuid() &&
+            !(status.st_mode & 077)) {
             g_ptr_array_add(paths, g_steal_pointer(&path));
         }
     }
@@ -115,18 +140,31 @@ GPtrArray *pba_run_dir_find_left(const PbaAccess *access)
 {
     GPtrArray *paths = g_ptr_array_new_with_free_func(g_free);
     g_autofree char *parent = access->run_dir ? g_strdup(access->run_dir) : default_run_dir();
-    g_autofree char *run = pba_own_name(access, "run", access->identity);
-    g_autofree char *fleece = pba_own_name(access, "fleece", access->identity);
-    g_autofree char *run_prefix = g_strconcat(run, "-", NULL);
-    g_autofree char *fleece_prefix = g_strconcat(fleece, "-", NULL);
 
     if (is_private_dir(parent)) {
-        find_left_in(paths, parent, run_prefix, S_IFDIR);
+        find_left_in(access, paths, parent, "run", S_IFDIR);
     }
     if (access->fleecing_dir) {
-        find_left_in(paths, access->fleecing_dir, fleece_prefix, S_IFREG);
+        find_left_in(access, paths, access->fleecing_dir, "fleece", S_IFREG);
     }
     return paths;
+}
+
+const char *pba_run_dir_key(const char *path)
+{
+    const char *name = strrchr(path, '/') + 1;
+    return strchr(name + strlen("pba-"), '-') + 1;
+}
+
+char *pba_run_dir_target(const char *path)
+{
+    g_autofree char *file = g_build_filename(path, TARGET_NAME, NULL);
+    char *target = NULL;
+
+    if (g_file_get_contents(file, &target, NULL, NULL) && !g_utf8_validate(target, -1, NULL)) {
+        g_clear_pointer(&target, g_free);
+    }
+    return target;
 }
 
 char *pba_run_dir_left_socket(const char *path)
@@ -147,6 +185,5 @@ bool pba_run_dir_remove_left(const char *path)
         return unlink(path) == 0;
     }
     pba_vfiles_remove_left(path);
-    unlink(socket);
-    return rmdir(path) == 0;
+    return remove_dir(path, socket);
 }

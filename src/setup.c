@@ -119,8 +119,20 @@ static bool check_fleecing(GHashTable *fleecing, GError **error)
 PbaAccess *pba_access_new(PbaQmp *qmp, const PbaAccessOptions *options, const PbaHooks *hooks,
                           GError **error)
 {
-    if (!check_target_id(options->target_id, error) ||
-        !check_dir("run-dir", options->run_dir, error) ||
+    if (!check_target_id(options->target_id, error)) {
+        return NULL;
+    }
+    PbaAccess *access = pba_access_new_observer(qmp, options, hooks, error);
+    if (access) {
+        access->target_id = g_strdup(options->target_id);
+    }
+    return access;
+}
+
+PbaAccess *pba_access_new_observer(PbaQmp *qmp, const PbaAccessOptions *options,
+                                   const PbaHooks *hooks, GError **error)
+{
+    if (!check_dir("run-dir", options->run_dir, error) ||
         !check_dir("fleecing-dir", options->fleecing_dir, error) ||
         !check_utf8("bitmap-name", options->bitmap_name, error) ||
         !check_fleecing(options->fleecing, error)) {
@@ -130,7 +142,6 @@ PbaAccess *pba_access_new(PbaQmp *qmp, const PbaAccessOptions *options, const Pb
     access->owner = getpid();
     access->qmp = qmp;
     access->hooks = hooks ? *hooks : (PbaHooks){0};
-    access->target_id = g_strdup(options->target_id);
     access->run_dir = g_strdup(options->run_dir);
     access->identity = g_strdup(options->identity);
     access->fleecing_dir = g_strdup(options->fleecing_dir);
@@ -314,6 +325,11 @@ static bool choose_backend(PbaAccess *access, GError **error)
     return true;
 }
 
+bool pba_access_begin(PbaAccess *access, GError **error)
+{
+    return choose_backend(access, error) && ensure_identity(access, error);
+}
+
 static void end_access(PbaAccess *access)
 {
     pba_vfiles_free(access);
@@ -417,12 +433,11 @@ static bool set_up(PbaAccess *access, GError **error)
 {
     g_auto(PbaBlock) block = {0};
 
-    if (!choose_backend(access, error)) {
+    if (!pba_access_begin(access, error)) {
         return false;
     }
     bool pve = access->backend == PBA_BACKEND_PVE;
-    return ensure_identity(access, error) && undo_left(access, &block, error) &&
-           resolve_disks(access, &block, error) &&
+    return undo_left(access, &block, error) && resolve_disks(access, &block, error) &&
            (pve ? pba_pve_check(access, &block, error)
                 : pba_upstream_check(access, &block, error)) &&
            pba_owner_mark(access, error) && pba_run_dir_make(access, error) &&
@@ -519,8 +534,7 @@ bool pba_access_recover(PbaAccess *access, GPtrArray *lines, GError **error)
 {
     g_auto(PbaBlock) block = {0};
 
-    bool done = choose_backend(access, error) && ensure_identity(access, error) &&
-                pba_recover_left(access, &block, lines, error);
+    bool done = pba_access_begin(access, error) && pba_recover_left(access, &block, lines, error);
     pba_qmp_release(access->qmp);
     return done;
 }

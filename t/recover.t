@@ -6,10 +6,10 @@ use v5.36;
 use FindBin;
 use lib "$FindBin::Bin/lib";
 use JSON::PP ();
-use POSIX ();
 use Test::More;
 
 use PBA::Test::Backend;
+use PBA::Test::Client;
 use PBA::Test::QMPProxy;
 
 my $mib = 1024 * 1024;
@@ -22,33 +22,6 @@ my $seed = 1;
 
 # What must be dirty: written before the setup, and while it was up.
 my ($before, $during) = (0, 8 * $mib);
-
-# A process of ours that is killed leaves a message in no log.
-sub start_client ($backend, $code) {
-    pipe(my $from_client, my $to_parent) or die "pipe: $!\n";
-    pipe(my $from_parent, my $to_client) or die "pipe: $!\n";
-    my $pid = fork() // die "fork: $!\n";
-    if (!$pid) {
-        close($_) for $from_client, $to_client;
-        my $tell
-            = sub ($text) { syswrite($to_parent, "$text\n"); sysread($from_parent, my $go, 1) };
-        eval { $code->($tell); 1 } or syswrite($to_parent, "died: $@");
-        POSIX::_exit(0);
-    }
-    close($_) for $to_parent, $from_parent;
-    return { pid => $pid, read => $from_client, write => $to_client };
-}
-
-sub next_word ($client) {
-    my $line = readline($client->{read}) // return undef;
-    chomp($line);
-    return $line;
-}
-
-sub let_go_on ($client) {
-    local $SIG{PIPE} = 'IGNORE';
-    syswrite($client->{write}, '.');
-}
 
 sub make_base ($backend) {
     my $access = $backend->access;
@@ -69,8 +42,7 @@ sub proxy ($backend, %fault) {
 # Returns the steps that were done, and the command that the client was killed at; undef for none.
 sub killed_backup ($backend, $mode, $success, $fault, $at) {
     my $proxy = proxy($backend, fault => $fault, at => $at);
-    my $client = start_client(
-        $backend,
+    my $client = PBA::Test::Client->start(
         sub ($tell) {
             my $access = $backend->access(qmp => $proxy->socket_path, timeout => 10);
             $access->setup($backend->devices($mode));
@@ -82,12 +54,12 @@ sub killed_backup ($backend, $mode, $success, $fault, $at) {
         }
     );
     my %done;
-    while (defined(my $word = next_word($client))) {
+    while (defined(my $word = $client->next_word)) {
         $done{$word} = 1;
         $backend->guest->write($_, $during, 65536, 0x32) for $word eq 'volumes' ? @ids : ();
-        let_go_on($client);
+        $client->let_go_on;
     }
-    waitpid($client->{pid}, 0);
+    $client->wait_end;
     my ($struck) = $proxy->records('fault');
     my @sent = map { $_->{name} } $proxy->commands;
     pop(@sent) if $struck && $fault eq 'kill-before';
@@ -167,8 +139,7 @@ sub check_live ($name) {
     my $backend
         = PBA::Test::Backend->start(name => $name, disks => [{ id => 'disk0', size => $size }]);
     my $outside = $backend->outside;
-    my $client = start_client(
-        $backend,
+    my $client = PBA::Test::Client->start(
         sub ($tell) {
             my $access = $backend->access;
             $access->setup($backend->devices('use'));
@@ -177,9 +148,9 @@ sub check_live ($name) {
             $access->teardown(1);
         }
     );
-    is(next_word($client), 'up', 'a client has an access');
+    is($client->next_word, 'up', 'a client has an access');
     my $exports = $backend->vm->exports;
-    my $pid = $client->{pid};
+    my $pid = $client->pid;
     for my $target ('snapshot-access:test', 'another') {
         my %options = $backend->options('target-id' => $target);
         ok(!eval { PVE::BackupAccess->recover(%options); 1 }, "recover of $target: refused");
@@ -205,7 +176,7 @@ sub check_live ($name) {
     my $lines = recover($backend, $backend->qmp_path);
     ok($lines->@* > 3, 'a zombie is dead: recover says what it did') or diag(explain($lines));
     ok(same($backend->outside, $outside), 'nothing is left');
-    waitpid($pid, 0);
+    $client->wait_end;
     $backend->check_manners;
 }
 
@@ -213,8 +184,7 @@ sub check_danger () {
     my $backend
         = PBA::Test::Backend->start(name => 'pve', disks => [{ id => 'disk0', size => $size }]);
     plan(skip_all => 'not on a QEMU with Proxmox\' commands') if !$backend->front;
-    my $client = start_client(
-        $backend,
+    my $client = PBA::Test::Client->start(
         sub ($tell) {
             my $access = $backend->access;
             my $infos = $access->setup($backend->devices('new'));
@@ -222,9 +192,8 @@ sub check_danger () {
             $tell->(JSON::PP->new->encode($infos->[0]));
         }
     );
-    my $info = JSON::PP->new->decode(next_word($client));
-    kill('KILL', $client->{pid});
-    waitpid($client->{pid}, 0);
+    my $info = JSON::PP->new->decode($client->next_word);
+    $client->kill9;
     $backend->vm->qmp('block-export-del', id => $backend->vm->exports->[0]{id}, mode => 'hard');
     $backend->vm->wait_event('BLOCK_EXPORT_DELETED');
     $backend->vm->qmp(

@@ -58,25 +58,28 @@ my %access_options = (
 my %recover_options
     = map { $_ => $access_options{$_} } qw(qmp timeout target-id run-dir fleecing-dir log);
 
+my %status_options = map { $_ => $access_options{$_} } qw(qmp timeout run-dir fleecing-dir);
+
 my %device_keys = (
     device => \&PVE::BackupAccess::Argument::filled_text,
     'bitmap-mode' => \&PVE::BackupAccess::Argument::text,
 );
 
+# One VM, one identity, by whatever path its socket is reached.
+my sub identity ($qmp) {
+    return ref($qmp) ? undef : realpath($qmp) // $qmp;
+}
+
 sub new ($class, @options) {
     my $options = PVE::BackupAccess::Argument::options('new', \@options, \%access_options,
         qw(qmp target-id));
-    my $qmp = $options->{qmp};
-
-    # One VM, one identity, by whatever path its socket is reached.
-    my $identity = ref($qmp) ? undef : realpath($qmp) // $qmp;
     my $fleecing = { ($options->{fleecing} // {})->%* };
     return $class->_new(
         {
             timeout => $default_timeout,
             $options->%*,
             fleecing => $fleecing,
-            identity => $identity,
+            identity => identity($options->{qmp}),
         }
     );
 }
@@ -91,6 +94,18 @@ sub recover ($class, @options) {
     my $options = PVE::BackupAccess::Argument::options('recover', \@options, \%recover_options,
         qw(qmp target-id));
     return $class->new($options->%*)->_recover;
+}
+
+sub status ($class, @options) {
+    my $options
+        = PVE::BackupAccess::Argument::options('status', \@options, \%status_options, 'qmp');
+    return _status(
+        {
+            timeout => $default_timeout,
+            $options->%*,
+            identity => identity($options->{qmp}),
+        }
+    );
 }
 
 sub bitmap_status ($action) {
@@ -338,6 +353,61 @@ meanwhile, so that QEMU would crash: then the access stays up until the VM is st
 
 The process must be one of this machine and PID namespace; elsewhere it cannot be told from a dead
 one.
+
+=head2 status
+
+    my $status = PVE::BackupAccess->status(qmp => $path);
+
+Looks at what there is of backups in a QEMU and on disk, for all targets, and changes nothing. Takes
+C<qmp>, C<run-dir>, C<fleecing-dir> and C<timeout> as L</new> does. Sizes are bytes, truth values 1 or 0,
+what is not known is undef. Returns a hash:
+
+=over
+
+=item backend
+
+C<pve> or C<upstream>.
+
+=item access
+
+undef where no access is up and nobody is at making one, else a hash: C<target-id>; C<pid> of the process
+that has it, and C<alive>, whether that process lives; C<devices>, an array ref of names. Where another
+program has used Proxmox' own commands C<pid> and C<alive> are undef. C<target-id> is told by bitmaps and by
+run directories, so it is undef for an access without bitmaps if C<run-dir> is another one.
+
+=item bitmaps
+
+An array ref of hashes: C<target-id>, C<device>, C<node> and C<name> of the bitmap, C<background> (1 for that
+which records while an access is up), C<dirty-bytes>, C<granularity>, and QEMU's C<recording>, C<busy>,
+C<persistent> and C<inconsistent>. On a stock QEMU only those of this module, on a Proxmox QEMU all that
+have a name.
+
+=item exports
+
+An array ref of hashes: C<id>, C<type>, C<node>, C<ours>, and C<device> if it is ours.
+
+=item fleecing
+
+An array ref of hashes, one for each device of an access that is up: C<device>, C<node>, C<file>, C<size>, and
+C<image-bytes>, what it occupies. If it is a file that this machine can see there are C<free-bytes> of its
+file system, and C<nearly-full>: 1 if less than a tenth of the file system is free and the image
+can outgrow that. A fleecing image that is full breaks the snapshot, and the backup fails.
+
+=item left-overs
+
+What dead processes left and L</recover> would undo, an array ref of hashes: C<target-id>, C<device>, C<what> (a
+text as in L</recover>'s lines) and C<harmless>: 1 for what costs nothing and is in nobody's way. An access of
+a live process is not left over.
+
+=item warnings
+
+An array ref of lines of text, such as that a fleecing image's file system is nearly full.
+
+=item bitmap-info
+
+On a Proxmox QEMU only: what C<query-pbs-bitmap-info> says of the devices of the last backup or access.
+
+=back
 
 =head1 FUNCTIONS
 

@@ -56,6 +56,7 @@ sub restart ($self) {
     return;
 }
 
+sub name ($self) { return $self->{name} }
 sub vm ($self) { return $self->{vm} }
 sub guest ($self) { return $self->{vm}->guest }
 sub front ($self) { return $self->{front} }

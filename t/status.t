@@ -1,0 +1,203 @@
+# What status tells of an access while it is up, after its process was killed, and after recover. It
+# changes nothing itself.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use Test::More;
+
+use PBA::Test::Backend;
+use PBA::Test::Client;
+
+my $mib = 1024 * 1024;
+my $size = 16 * $mib;
+my @ids = qw(disk0 disk1);
+
+sub status ($backend) {
+    my %options = $backend->options;
+    delete($options{'target-id'});
+    return PVE::BackupAccess->status(%options);
+}
+
+# A client that has come so far.
+sub start_client ($code) {
+    my $client = PBA::Test::Client->start(sub ($tell) { my @keep = $code->(); $tell->('up') });
+    is($client->next_word, 'up', 'a client is up');
+    return $client;
+}
+
+sub check_idle ($backend, $name) {
+    my $status = status($backend);
+    is($status->{backend}, $backend->name, "$name: backend");
+    is($status->{access}, undef, "$name: no access");
+    is_deeply($status->{$_}, [], "$name: no $_") for qw(exports fleecing left-overs warnings);
+    return $status;
+}
+
+sub check_bitmaps ($backend, $status, $expected, $name) {
+    my %dirty = map { ("$_->{device} $_->{background}" => $_->{'dirty-bytes'}) }
+        grep { defined($_->{'target-id'}) || $_->{background} } $status->{bitmaps}->@*;
+    is_deeply(\%dirty, $expected, $name) or diag(explain($status->{bitmaps}));
+    my @wrong = grep { !$_->{background} && $_->{'target-id'} ne 'snapshot-access:test' }
+        $status->{bitmaps}->@*;
+    is_deeply(\@wrong, [], "$name: the target is named");
+}
+
+sub check_access ($status, %expected) {
+    my $access = $status->{access};
+    is($access->{'target-id'}, $expected{'target-id'} // 'snapshot-access:test', 'its target');
+    is($access->{$_}, $expected{$_}, "its $_") for qw(pid alive);
+    is_deeply([sort $access->{devices}->@*], $expected{devices}, 'its devices');
+}
+
+sub check_fleecing ($backend, $status, @devices) {
+    my %fleecing = map { $_->{device} => $_ } $status->{fleecing}->@*;
+    is(scalar(keys %fleecing), scalar(@devices), 'a fleecing image for each device');
+    for my $image (values %fleecing) {
+        is($image->{size}, $size, "$image->{device}: its size");
+        cmp_ok($image->{'free-bytes'}, '>', 0, "$image->{device}: the free space is known");
+        is($image->{'nearly-full'}, 0, "$image->{device}: there is plenty");
+    }
+    my ($image) = grep { ($_->{'image-bytes'} // 0) >= 65536 } $status->{fleecing}->@*;
+    ok($image, 'what an image occupies');
+}
+
+sub check_backend ($name) {
+    my $backend = PBA::Test::Backend->start(
+        name => $name,
+        disks => [map { { id => $_, size => $size, format => 'qcow2' } } @ids],
+    );
+    my $block = $name eq 'pve' ? 4 * $mib : 65536;
+    my @devices = sort map { $backend->device($_) } @ids;
+    my %named = map { $_ => status_device($backend, $_) } @ids;
+    my $outside = $backend->outside;
+    is_deeply(check_idle($backend, 'before')->{bitmaps}, [], 'no bitmaps yet');
+
+    my $base = $backend->access;
+    $base->setup($backend->devices('new'));
+    $base->teardown(1);
+    $backend->guest->write('disk0', 0, 65536, 0x41);
+    check_bitmaps(
+        $backend,
+        check_idle($backend, 'with bitmaps'),
+        { "$named{disk0} 0" => $block, "$named{disk1} 0" => 0 },
+        'dirty bytes'
+    );
+
+    my $client = start_client(
+        sub {
+            my $access = $backend->access;
+            $access->setup($backend->devices('use'));
+            $access->volumes('nbd');
+            return $access;
+        }
+    );
+    my $pid = $client->pid;
+    $backend->guest->write($_, 0, 65536, 0x42) for @ids;
+    my $status = status($backend);
+    check_access($status, pid => $pid, alive => 1, devices => \@devices);
+    is_deeply($status->{'left-overs'}, [], 'what a live process has is not left over');
+    is_deeply([map { $_->{device} } sort { $a->{device} cmp $b->{device} } $status->{exports}->@*],
+        \@devices, 'its exports');
+    check_fleecing($backend, $status, @ids);
+    my %background = map { ("$named{$_} 1" => $block) } @ids;
+    check_bitmaps(
+        $backend, $status,
+        { "$named{disk0} 0" => $block, "$named{disk1} 0" => 0, %background },
+        'frozen and background bitmaps'
+    );
+
+    $client->kill9;
+    $status = status($backend);
+    check_access($status, pid => $pid, alive => 0, devices => \@devices);
+    my @left = $status->{'left-overs'}->@*;
+    for my $device (@devices) {
+        ok((grep { ($_->{device} // '') eq $device && $_->{what} =~ m/\Aexport '/ } @left),
+            "$device: its export is left over");
+    }
+    my ($mark) = grep { $_->{what} =~ m/\Aprocess mark 'pba-owner-$pid-/ } @left;
+    is($mark->{harmless}, 1, 'the mark is named, and harmless');
+    ok((grep { $_->{what} =~ m/NBD server at/ && !$_->{harmless} } @left), 'and the NBD server');
+    is_deeply(status($backend)->{'left-overs'}, $status->{'left-overs'}, 'asking changes nothing');
+
+    my $lines = PVE::BackupAccess->recover($backend->options, log => sub { });
+    for my $thing (@left) {
+        my $device = defined($thing->{device}) ? "device $thing->{device}: " : '';
+        ok((grep { m/\A\Q$device$thing->{what}\E was / } $lines->@*),
+            "recover speaks of '$thing->{what}', too")
+            or diag(explain($lines));
+    }
+    check_idle($backend, 'after recover');
+    is_deeply($backend->outside, $outside, 'nothing is left');
+    check_no_bitmaps($backend);
+    check_other($backend, @devices);
+    $backend->check_manners;
+}
+
+# The name status has for a device of which only a bitmap is known.
+sub status_device ($backend, $id) {
+    my $disk = $backend->vm->disk($id);
+    return $disk->{shape} eq 'drive' ? $disk->{device} : $disk->{qdev_id};
+}
+
+# A target without bitmaps is known by the run directory; by itself QEMU has a hash only.
+sub check_no_bitmaps ($backend) {
+    my $client = start_client(
+        sub {
+            my $access = $backend->access('target-id' => 'no bitmaps');
+            $access->setup($backend->devices('none', 'disk0'));
+            return $access;
+        }
+    );
+    my $pid = $client->pid;
+    my $status = status($backend);
+    check_access(
+        $status,
+        'target-id' => 'no bitmaps',
+        pid => $pid,
+        alive => 1,
+        devices => [$backend->device('disk0')]
+    );
+    my $access = $backend->access;
+    ok(!eval { $access->setup($backend->devices('use')); 1 }, 'setup for another target: refused');
+    like(
+        "$@",
+        qr/process $pid is at it - its target is 'no bitmaps'/,
+        'process and target are named'
+    );
+    $client->kill9;
+    ok(!eval { $access->setup($backend->devices('use')); 1 }, 'what it left is refused as well');
+    like("$@", qr/left its access for target 'no bitmaps' - call recover/, 'and named');
+    PVE::BackupAccess->recover($backend->options('target-id' => 'no bitmaps'), log => sub { });
+    check_idle($backend, 'after that');
+}
+
+# A process that was killed after its mark, and a directory of a dead one: both are harmless.
+sub check_other ($backend, @devices) {
+    my $client = start_client(sub { });
+    my $pid = $client->pid;
+    $client->kill9;
+    $backend->vm->qmp(
+        'blockdev-add',
+        driver => 'null-co',
+        'node-name' => "pba-owner-$pid-1",
+        size => 0,
+        'read-only' => JSON::PP::true
+    );
+    my $status = status($backend);
+    is($status->{access}, undef, 'a mark alone is no access');
+    is_deeply(
+        [map { [$_->@{qw(what harmless)}] } $status->{'left-overs'}->@*],
+        [["process mark 'pba-owner-$pid-1'", 1]],
+        'but left over, and harmless'
+    );
+    PVE::BackupAccess->recover($backend->options, log => sub { });
+    check_idle($backend, 'in the end');
+}
+
+for my $name (PBA::Test::Backend->names) {
+    subtest "backend $name" => sub { check_backend($name) };
+}
+
+done_testing;
