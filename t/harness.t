@@ -219,6 +219,8 @@ subtest 'churn on two disks' => sub {
     my $latency = $guest->latency;
     is($latency->{count}, $last, 'latency: all writes counted');
     cmp_ok($latency->{longest_us}, '>=', $latency->{write_us}, 'latency: the longest write');
+    cmp_ok($latency->{p99_us}, '>', 0, 'latency: 99 of 100 writes took some time');
+    cmp_ok($latency->{p99_us}, '<=', $latency->{longest_us} * 17 / 16, '... and no more than all');
     is($guest->latency->{count}, 0, 'latency: begins anew');
 
     $guest->start_churn(

@@ -14,6 +14,9 @@
 #include <string.h>
 #include <unistd.h>
 
+/* Sixteen for each power of two microseconds, up to 2^32. */
+#define BUCKETS (30 * 16)
+
 struct churn {
     pthread_t thread;
     bool started; /* thread must be joined */
@@ -32,6 +35,7 @@ struct churn {
     uint64_t first;
     uint64_t count;
     int64_t longest_write_us, longest_flush_us, longest_us;
+    uint64_t took[BUCKETS]; /* how many writes took how long */
 };
 
 static struct churn churn = {.lock = PTHREAD_MUTEX_INITIALIZER};
@@ -47,6 +51,35 @@ uint32_t churn_step(uint32_t x)
     return (uint32_t)(((uint64_t)x * 1103515245 + 12345) & 0x7fffffff);
 }
 
+static unsigned bucket_of(int64_t us)
+{
+    if (us < 16)
+        return us < 0 ? 0 : us;
+    unsigned top = 63 - __builtin_clzll(us);
+    unsigned bucket = (top - 3) * 16 + (us >> (top - 4) & 15);
+    return bucket < BUCKETS ? bucket : BUCKETS - 1;
+}
+
+/* The longest time that falls into it. */
+static int64_t bucket_end(unsigned bucket)
+{
+    return bucket < 16 ? bucket : ((int64_t)(16 + bucket % 16 + 1) << (bucket / 16 - 1)) - 1;
+}
+
+/* What 99 of 100 writes took at most. The lock is held. */
+static int64_t churn_p99(void)
+{
+    uint64_t seen = 0;
+    unsigned bucket = 0;
+
+    for (; bucket < BUCKETS - 1; bucket++) {
+        seen += churn.took[bucket];
+        if (seen * 100 >= churn.count * 99)
+            break;
+    }
+    return bucket_end(bucket);
+}
+
 static void churn_record(uint64_t s, int error, int64_t start, int64_t written, int64_t flushed)
 {
     pthread_mutex_lock(&churn.lock);
@@ -55,6 +88,7 @@ static void churn_record(uint64_t s, int error, int64_t start, int64_t written, 
     } else {
         churn.last = s;
         churn.count++;
+        churn.took[bucket_of(flushed - start)]++;
         if (written - start > churn.longest_write_us)
             churn.longest_write_us = written - start;
         if (flushed - written > churn.longest_flush_us)
@@ -209,9 +243,12 @@ void cmd_latency(int n, char **w)
     pthread_mutex_lock(&churn.lock);
     uint64_t count = churn.count;
     int64_t longest = churn.longest_us, wr = churn.longest_write_us, fl = churn.longest_flush_us;
+    int64_t p99 = churn_p99();
     churn.count = 0;
+    memset(churn.took, 0, sizeof(churn.took));
     churn.longest_us = churn.longest_write_us = churn.longest_flush_us = 0;
     pthread_mutex_unlock(&churn.lock);
-    ok("longest_us=%" PRId64 " write_us=%" PRId64 " flush_us=%" PRId64 " count=%" PRIu64, longest,
-       wr, fl, count);
+    ok("longest_us=%" PRId64 " write_us=%" PRId64 " flush_us=%" PRId64 " count=%" PRIu64
+       " p99_us=%" PRId64,
+       longest, wr, fl, count, p99);
 }

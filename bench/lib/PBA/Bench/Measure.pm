@@ -6,6 +6,7 @@ package PBA::Bench::Measure;
 #       before => sub { ... },                      # in this process, ahead of the other
 #       prepare => sub { return $prepared },        # in the other, not measured
 #       run => sub ($prepared) { return \%counts },
+#       after => sub { ... },                       # in this process again
 #   });
 #   # { counts, times => { '' => seconds }, rss_kib, cpu_seconds }
 #
@@ -42,6 +43,7 @@ sub run ($side) {
     die "a measured process ended with status $?\n" if $? || $text eq '';
     my $result = $json->decode($text);
     die $result->{error} if defined($result->{error});
+    $side->{after}->() if $side->{after};
     return $result;
 }
 

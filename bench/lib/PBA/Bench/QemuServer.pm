@@ -7,7 +7,7 @@ package PBA::Bench::QemuServer;
 #   my $task = PBA::Bench::QemuServer->new(qmp => $path, disks => [...], dir => $directory,
 #       bitmap => $name, sleeps => 0|1);     # 0: waits for events where that one sleeps
 #   $task->add_bitmaps;                      # once, before the first
-#   my $volumes = $task->setup(incremental => 1);    # { $disk_id => { handle, next_dirty_region } }
+#   my $volumes = $task->setup(incremental => 1);    # { $disk_id => $volume }
 #   PBA::Bench::QemuServer::copy($volumes->{disk0}, $file);
 #   $task->teardown;
 
@@ -54,7 +54,11 @@ sub _virtual_file ($self, $disk, $incremental) {
     Time::HiRes::sleep(0.1) while !-s $file{pid_file};
     sysopen(my $handle, $file{path}, O_RDWR | $O_DIRECT) or die "$file{path}: $!\n";
     push $self->{files}->@*, { %file, handle => $handle };
-    return { handle => $handle, next_dirty_region => $next_dirty_region };
+    return {
+        size => $disk->{size},
+        handle => $handle,
+        next_dirty_region => $next_dirty_region,
+    };
 }
 
 sub _spawn ($self, @command) {
@@ -74,7 +78,7 @@ sub _regions_of_nbdinfo ($self, $disk) {
         while (my $line = <$lines>) {
             my ($offset, $length, $type) = $line =~ /^\s*(\d+)\s+(\d+)\s+(\d+)/
                 or die "unexpected line from nbdinfo: $line";
-            return ($offset, $length) if $type & 1;
+            return (0 + $offset, 0 + $length) if $type & 1;
         }
         return;
     };
@@ -94,6 +98,7 @@ sub copy ($volume, $file) {
     my ($bytes, $target) = (0);
     if (defined($file)) {
         sysopen($target, $file, O_RDWR | O_CREAT) or die "$file: $!\n";
+        truncate($target, $volume->{size}) or die "$file: $!\n";
     }
     while (my ($offset, $left) = $volume->{next_dirty_region}->()) {
         while ($left > 0) {

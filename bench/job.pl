@@ -1,0 +1,247 @@
+#!/usr/bin/perl
+
+# The whole job, from the call of setup to the end of teardown: a disk of 4 GiB of which every other
+# 16 MiB hold data, full and as an increment of 1,000 scattered writes of 64 KiB, by both mechanisms.
+# All storage is memory, the guest is idle. Beside:
+#
+#   - today's qemu-server way (PBA::Bench::QemuServer), with and without its fixed sleeps
+#   - nbdcopy and qemu-img convert in place of our copying, of the same export
+#   - virtnbdbackup, where it and libvirt are installed
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib", "$FindBin::Bin/../t/lib";
+
+BEGIN { $ENV{TMPDIR} = '/dev/shm' }
+
+use File::Temp ();
+
+use PBA::Bench;
+use PBA::Bench::Image;
+use PBA::Bench::QemuServer;
+use PBA::Test::VM;
+
+my $block = 64 << 10;
+
+my $bench = PBA::Bench->new(
+    'job', \@ARGV,
+    'size=i' => '[--size BYTES]',
+    'writes=i' => '[--writes N]',
+);
+my $size = $bench->option('size', 4 << 30);
+my $writes = $bench->option('writes', 1000);
+my $dir = File::Temp->newdir('pba-bench-XXXXXXXX', TMPDIR => 1);
+my $image = PBA::Bench::Image::write_raw("$dir/disk.raw", $size);
+my $target = "$dir/target";
+require PVE::BackupAccess;
+
+my $vm = PBA::Test::VM->start(disks => [{ id => 'disk0', file => $image }]);
+my $stride = int($size / $writes / $block) * $block;
+my @written = map { [$_ * $stride, $block] } 0 .. $writes - 1;
+
+# As if the guest did it. Every run finds other data.
+sub write_blocks () {
+    state $round = 0;
+    my $byte = ++$round % 255 + 1;
+    $vm->qemu_io('disk0', "write -P $byte $_->[0] $block") for @written;
+    return;
+}
+
+# ---- ours ----
+
+sub new_access ($name) {
+    return PVE::BackupAccess->new(
+        qmp => $vm->qmp_path,
+        'target-id' => $name,
+        'run-dir' => "$dir",
+        'fleecing-dir' => "$dir",
+    );
+}
+
+sub with_access ($name, $mode, $mechanism, $code) {
+    my $access = new_access($name);
+    $access->setup([{ device => 'disk0', 'bitmap-mode' => $mode }]);
+    my $bytes = $code->($access->volumes($mechanism)->{disk0});
+    $access->teardown(1);
+    return { bytes => $bytes };
+}
+
+sub copy_ours ($volume, $file) {
+    my $reader = PVE::BackupAccess::Volume->open('disk0', $volume);
+    my $statistics = $reader->copy(to => $file);
+    $reader->close;
+    return $statistics->{'bytes-read'};
+}
+
+# The time to the first byte is that until the first read is done.
+sub ours_first_byte ($name, $mechanism) {
+    my $start = PBA::Bench::now();
+    my $seconds;
+    with_access(
+        $name, 'use',
+        $mechanism,
+        sub ($volume) {
+            my $reader = PVE::BackupAccess::Volume->open('disk0', $volume);
+            my ($offset) = $reader->next_dirty_region or die "nothing is dirty\n";
+            $reader->pread($offset, 4096);
+            $seconds = PBA::Bench::now() - $start;
+            $reader->close;
+            return 0;
+        },
+    );
+    return { counts => {}, seconds => $seconds };
+}
+
+# ---- the others ----
+
+sub export_uri ($volume) { return "nbd+unix:///disk0?socket=$volume->{'nbd-path'}" }
+
+# Reads all of the export, like ours of a full backup.
+sub copy_with ($volume, @command) {
+    system(map { $_ eq 'SOURCE' ? export_uri($volume) : $_ } @command) == 0
+        or die "$command[0] failed\n";
+    return $size;
+}
+
+sub new_task ($name, $sleeps) {
+    my $task = PBA::Bench::QemuServer->new(
+        qmp => $vm->qmp_path,
+        disks => [$vm->disk('disk0')],
+        dir => "$dir",
+        bitmap => $name,
+        sleeps => $sleeps,
+    );
+    $task->add_bitmaps;
+    return $task;
+}
+
+sub todays ($task, $file, %options) {
+    my $volumes = $task->setup(%options);
+    my $bytes = PBA::Bench::QemuServer::copy($volumes->{disk0}, $file);
+    undef $volumes;
+    $task->teardown;
+    return { bytes => $bytes };
+}
+
+sub todays_first_byte ($task) {
+    my $start = PBA::Bench::now();
+    my $volume = $task->setup(incremental => 1)->{disk0};
+    my ($offset) = $volume->{next_dirty_region}->() or die "nothing is dirty\n";
+    PBA::Bench::QemuServer::read_at($volume, $offset, 4096);
+    my $seconds = PBA::Bench::now() - $start;
+    undef $volume;
+    $task->teardown;
+    return { counts => {}, seconds => $seconds };
+}
+
+my @tasks = (
+    ["qemu-server's way", new_task('sleeping', 1)],
+    ["qemu-server's way, no sleeps", new_task('not-sleeping', 0)],
+);
+
+# [{ name, run }] of today's way, with and without sleeps.
+sub by_qemu_server ($code) {
+    return map {
+        my ($name, $task) = @$_;
+        { name => $name, run => sub ($) { $code->($task) } }
+    } @tasks;
+}
+
+# ---- the cases ----
+
+# What was copied is looked at once for each side: a figure for a copy that is none would be no
+# figure.
+sub side ($side, $before, @ranges) {
+    my $checked;
+    return {
+        %$side,
+        before => sub { unlink($target); $before->() },
+        after => sub {
+            PBA::Bench::Image::compare($target, $image, @ranges) if !$checked++;
+        },
+    };
+}
+
+sub sides ($before, $ranges, @sides) {
+    return [map { side($_, $before, @$ranges) } @sides];
+}
+
+sub nothing () { return }
+
+sub full ($mechanism, @peers) {
+    my $run = sub ($) {
+        with_access('full', 'new', $mechanism, sub ($volume) { copy_ours($volume, $target) });
+    };
+    $bench->compare(
+        case => "full to a raw file, $mechanism",
+        ours => side({ run => $run }, \&nothing),
+        peer => sides(\&nothing, [], @peers),
+    );
+    return;
+}
+
+# In place of our copying; setup and teardown are ours.
+sub full_with ($name, @command) {
+    my $run = sub ($) {
+        with_access('full', 'new', 'nbd', sub ($volume) { copy_with($volume, @command) });
+    };
+    return { name => $name, run => $run };
+}
+
+sub full_by_qemu_server () {
+    return by_qemu_server(sub ($task) { todays($task, $target) });
+}
+
+sub increment ($mechanism) {
+    my $name = "increment-$mechanism";
+    with_access($name, 'new', 'nbd', sub ($) { 0 });
+    my $run = sub ($) {
+        with_access($name, 'use', $mechanism, sub ($volume) { copy_ours($volume, $target) });
+    };
+    $bench->compare(
+        case => "increment, $mechanism",
+        ours => side({ run => $run }, \&write_blocks, @written),
+        peer => sides(
+            \&write_blocks, \@written,
+            by_qemu_server(sub ($task) { todays($task, $target, incremental => 1) }),
+        ),
+    );
+    return;
+}
+
+sub first_byte ($mechanism) {
+    my $name = "first-byte-$mechanism";
+    with_access($name, 'new', 'nbd', sub ($) { 0 });
+    $bench->compare(
+        case => "first byte, $mechanism",
+        ours => {
+            before => \&write_blocks,
+            run => sub ($) { ours_first_byte($name, $mechanism) },
+        },
+        peer => [map { { before => \&write_blocks, %$_ } } by_qemu_server(\&todays_first_byte)],
+    );
+    return;
+}
+
+my %cases = (
+    'full to a raw file, nbd' => sub {
+        full(
+            'nbd',
+            full_with('nbdcopy', 'nbdcopy', 'SOURCE', $target),
+            full_with(
+                'qemu-img convert', PBA::Test::VM->qemu_img,
+                qw(convert -f raw -O raw), 'SOURCE',
+                $target
+            ),
+            full_by_qemu_server(),
+        );
+    },
+    'full to a raw file, file-handle' => sub { full('file-handle', full_by_qemu_server()) },
+    'increment, nbd' => sub { increment('nbd') },
+    'increment, file-handle' => sub { increment('file-handle') },
+    'first byte, nbd' => sub { first_byte('nbd') },
+    'first byte, file-handle' => sub { first_byte('file-handle') },
+);
+$cases{$_}->() for grep { $bench->wants($_) } sort keys(%cases);
+$bench->finish;

@@ -1,0 +1,47 @@
+package PBA::Bench::Image;
+
+# Images for the benches, and whether two files hold the same.
+
+use v5.36;
+
+my $stretch = 16 << 20;
+
+# A raw image of which every other 16 MiB hold data, no two alike.
+sub write_raw ($file, $size) {
+    open(my $fh, '>:raw', $file) or die "$file: $!\n";
+    truncate($fh, $size) or die "$file: $!\n";
+    my $bytes = _random_bytes($stretch);
+    for (my $at = 0; $at < $size; $at += 2 * $stretch) {
+        substr($bytes, 0, 8) = pack('Q', $at + 1);
+        seek($fh, $at, 0);
+        print {$fh} substr($bytes, 0, $size - $at < $stretch ? $size - $at : $stretch);
+    }
+    close($fh) or die "$file: $!\n";
+    return $file;
+}
+
+sub _random_bytes ($length) {
+    open(my $fh, '<:raw', '/dev/urandom') or die "/dev/urandom: $!\n";
+    read($fh, my $bytes, $length) == $length or die "cannot read /dev/urandom\n";
+    return $bytes;
+}
+
+# Dies where the files are not the same in those ranges, [offset, length], or wholly. Read in this
+# process, since another program would count as memory.
+sub compare ($left, $right, @ranges) {
+    my @handles = map { open(my $fh, '<:raw', $_) or die "$_: $!\n"; $fh } $left, $right;
+    die "$left and $right differ in size\n" if !@ranges && -s $left != -s $right;
+    for my $range (@ranges ? @ranges : [0, -s $left]) {
+        my ($offset, $left_over) = @$range;
+        sysseek($_, $offset, 0) for @handles;
+        while ($left_over > 0) {
+            my $length = $left_over < 1 << 20 ? $left_over : 1 << 20;
+            my @got = map { sysread($_, my $data, $length) // die "read: $!\n"; $data } @handles;
+            die "$left is not what was to be copied\n" if $got[0] ne $got[1] || $got[0] eq '';
+            $left_over -= length($got[0]);
+        }
+    }
+    return;
+}
+
+1;
