@@ -171,6 +171,56 @@ it is given, and what L<PVE::BackupAccess/volume> returns.
 
 All offsets, lengths and sizes are bytes. All methods die with a L<PVE::BackupAccess::Error>.
 
+=head1 IN A BACKUP PROVIDER
+
+What a provider of Proxmox VE does with the C<$volumes> that C<backup_vm()> gets, in full. When it dies, the backup
+has failed: the bitmaps keep what was to be copied, and the next backup brings it again.
+
+With mechanism nbd, an image for each disk, of which an increment makes the next state. L</copy> keeps many requests in
+flight and discards what the image has got:
+
+=for run provider nbd
+
+    sub backup_vm ($self, $vmid, $guest_config, $volumes, $info) {
+        for my $device (sort keys $volumes->%*) {
+            my $image = "$self->{dir}/vm-$vmid-$device.raw";
+            unlink("$image.new");
+            if ($volumes->{$device}{'bitmap-mode'} eq 'reuse') {
+                system('cp', '--reflink=auto', $image, "$image.new") == 0
+                    or die "cannot copy $image\n";
+            }
+            my $volume = PVE::BackupAccess::Volume->open($device, $volumes->{$device});
+            my $statistics = $volume->copy(to => "$image.new");
+            $volume->close;
+            rename("$image.new", $image) or die "cannot rename $image.new - $!\n";
+            print "$device: $statistics->{'bytes-read'} bytes were to be copied\n";
+        }
+    }
+
+With mechanism file-handle, pieces for a store of the provider's own. The data comes through the file handle, which can
+be read and punched without this module, too, as L<PVE::BackupAccess/volumes> says:
+
+=for run provider file-handle
+
+    sub backup_vm ($self, $vmid, $guest_config, $volumes, $info) {
+        my $max = 4 << 20;
+        for my $device (sort keys $volumes->%*) {
+            my $volume = PVE::BackupAccess::Volume->open($device, $volumes->{$device});
+            $self->begin($vmid, $device, $volume->size, $volumes->{$device}{'bitmap-mode'});
+            while (my ($offset, $length) = $volume->next_dirty_region) {
+                for (my $end = $offset + $length; $offset < $end; $offset += $max) {
+                    my $piece = $end - $offset < $max ? $end - $offset : $max;
+                    $self->store($offset, $volume->pread($offset, $piece));
+                    $volume->discard($offset, $piece);
+                }
+            }
+            $volume->close;
+        }
+        $self->commit($vmid);
+    }
+
+Either works with both mechanisms.
+
 =head1 METHODS
 
 =head2 open
@@ -237,7 +287,7 @@ the volume's size. Zeroes become holes where they can.
 =item a handle - the same, opened by the caller for writing. Its position does not matter.
 
 =item an NBD URI - of a writable export at least as large as the volume, such as C<qemu-nbd> over a
-qcow2 image.
+qcow2 image. A server that offers no flush has none: what it answers is all there is to know of its data.
 
 =item a code ref - called with offset and data, in ascending order, zeroes included.
 
