@@ -1,5 +1,5 @@
-# Chains of archives as Qcow2Chain keeps them: each is restored and compared byte by byte, whatever
-# failed in between, was lost, or was taken away.
+# Chains of archives as Qcow2Chain keeps them: each is restored and compared byte by byte, after
+# failures, after a move of the directory, and after archives were taken away anywhere.
 
 use v5.36;
 
@@ -7,136 +7,128 @@ use FindBin;
 use lib "$FindBin::Bin/lib";
 use Test::More;
 
-use File::Temp ();
+use PBA::Test::Chain;
 
-use PBA::Test::BitmapDisk;
-use PBA::Test::QemuNbd;
-use PVE::BackupAccess::Provider::Qcow2Chain;
-
-my $mib = 1024 * 1024;
 my $seed = 20261122;
-my %sizes = ('drive-scsi0' => 8 * $mib, 'drive-efidisk0' => 528 * 1024 + 512);
-
-# A guest with two disks, its backups, and what each must hold.
-sub new_chain ($name, %options) {
-    my $tmp = File::Temp->newdir('pba-chain-XXXXXXXX', TMPDIR => 1);
-    my $store = "$tmp/store";
-    mkdir($store) or die "$store: $!\n";
-    my $disks = $options{sizes} // \%sizes;
-    my $self = {
-        tmp => $tmp,
-        name => $name,
-        store => $store,
-        disks => {
-            map {
-                $_ => PBA::Test::BitmapDisk->new(dir => "$tmp", device => $_, size => $disks->{$_})
-                }
-                sort keys $disks->%*
-        },
-        expected => {},
-        log => [],
-        time => 1_795_000_000,
-    };
-    reopen($self);
-    return $self;
-}
-
-sub reopen ($self) {
-    $self->{provider}
-        = PVE::BackupAccess::Provider::Qcow2Chain->new(undef, { path => $self->{store} },
-        'test', sub ($level, $message) { push($self->{log}->@*, "$level: $message") });
-    return;
-}
-
-sub write_random ($self, $count = 6) {
-    for my $disk (values $self->{disks}->%*) {
-        my $blocks = int($disk->size / 512);
-        my @writes = map {
-            my $length = 1 + int(rand(200));
-            my $at = int(rand($blocks));
-            $length = $blocks - $at if $at + $length > $blocks;
-            [$at * 512, $length * 512, rand() < 0.2 ? 0 : 1 + int(rand(255))];
-        } 1 .. $count;
-        $disk->write(@writes);
-    }
-    return;
-}
-
-# One backup as PVE::BackupAccess::Task makes it. options: during => called when volumes are there,
-# late => 1: fails after the bitmaps have been cleared. Returns the archive's name, undef if it failed.
-sub backup ($self, %options) {
-    my $provider = $self->{provider};
-    my $disks = $self->{disks};
-    my ($name, $modes, %volumes);
-    my $ok = eval {
-        $provider->job_init($self->{time});
-        $name = $provider->backup_init(100, 'qemu', $self->{time} += 60)->{'archive-name'};
-        $modes = $provider->backup_vm_query_incremental(100,
-            { map { $_ => { size => $disks->{$_}->size } } keys $disks->%* });
-        $volumes{$_} = $disks->{$_}->open($options{mode} // $modes->{$_}) for sort keys $disks->%*;
-        $options{during}->($self) if $options{during};
-        $provider->backup_vm(100, "cores: 1\nname: $name\n",
-            \%volumes, { 'firewall-config' => "[OPTIONS]\n" });
-        1;
-    };
-    my $error = $self->{error} = $@;
-    $disks->{$_}->close($ok) for sort keys %volumes;
-    my $success = $ok && !$options{late};
-    $self->{result}
-        = $provider->backup_cleanup(100, 'qemu', $success, $success ? {} : { error => $error });
-    $self->{modes} = { map { $_ => $volumes{$_}{'bitmap-mode'} } keys %volumes };
-    return undef if !$success;
-    $self->{expected}{$name} = { map { $_ => $disks->{$_}->content } keys $disks->%* };
-    return $name;
-}
-
-sub restore ($self, $name, $device) {
-    my $provider = $self->{provider};
-    my $file = "$self->{tmp}/restored.raw";
-    my $init = $provider->restore_vm_volume_init($name, $device, {});
-    PBA::Test::QemuNbd::img('convert', '-f', 'raw', '-O', 'raw', $init->{'qemu-img-path'}, $file);
-    $provider->restore_vm_volume_cleanup($name, $device, {});
-    open(my $fh, '<:raw', $file) or die "$file: $!\n";
-    local $/ = undef;
-    return scalar(<$fh>);
-}
-
-sub check_archive ($self, $name, $text) {
-    my $provider = $self->{provider};
-    my $expected = $self->{expected}{$name};
-    my $sizes = $provider->restore_vm_init($name);
-    my @wrong
-        = grep { ($sizes->{$_}{size} // -1) != length($expected->{$_}) } sort keys $expected->%*;
-    push(@wrong, grep { restore($self, $name, $_) ne $expected->{$_} } sort keys $expected->%*);
-    is("@wrong", '', "$text: $name holds what the disks held");
-    is(
-        $provider->archive_get_guest_config($name),
-        "cores: 1\nname: $name\n",
-        "$text: and the configuration"
-    );
-    $provider->restore_vm_cleanup($name);
-}
-
-sub check_all ($self, $text) {
-    my @names = map { $_->{volname} } $self->{provider}->list(100)->@*;
-    is_deeply(\@names, [sort keys $self->{expected}->%*], "$text: the archives there are");
-    check_archive($self, $_, $text) for @names;
-    is_deeply([map { $self->{provider}->verify($_)->@* } @names], [], "$text: all in order");
-}
-
+my $length = $ENV{PBA_FULL} ? 30 : 10;
 srand($seed);
 note("seed $seed");
 
-subtest 'full and incremental' => sub {
-    my $chain = new_chain('first');
-    write_random($chain);
-    ok(backup($chain), 'a full backup') or diag($chain->{error});
-    is_deeply($chain->{modes}, { map { $_ => 'new' } keys %sizes }, 'is full');
-    write_random($chain);
-    ok(backup($chain), 'a second one') or diag($chain->{error});
-    is_deeply($chain->{modes}, { map { $_ => 'reuse' } keys %sizes }, 'is incremental');
-    check_all($chain, 'both');
-    diag(explain($chain->{log}, $chain->{provider}->list, $chain->{result})) if $ENV{SHOW};
+sub all ($chain, $mode) {
+    return { map { $_ => $mode } $chain->devices };
+}
+
+# ---- a chain, with failures in between ----
+
+# Each makes a backup fail; the bitmaps keep their bits in all but the last.
+my %failures = (
+    'before the data' => sub ($chain) {
+        $chain->backup(during => sub () { die "enough\n" });
+    },
+    'in the data' => sub ($chain) {
+        $chain->provider->on_progress(sub (@) { die "enough\n" });
+        $chain->backup;
+    },
+    'the server of the new image is killed' => sub ($chain) {
+        no warnings 'redefine';
+        my $class = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
+        my $start = $class->can('start');
+        local *PVE::BackupAccess::Provider::Qcow2Chain::Server::start = sub (@arguments) {
+            my $server = $start->(@arguments);
+            kill(KILL => $server->pid);
+            return $server;
+        };
+        $chain->backup;
+    },
+    'a volume of another size' => sub ($chain) {
+        my $open = PBA::Test::BitmapDisk->can('open');
+        no warnings 'redefine';
+        local *PBA::Test::BitmapDisk::open = sub (@arguments) {
+            my $volume = $open->(@arguments);
+            return { $volume->%*, size => $volume->{size} + 65536 };
+        };
+        $chain->backup;
+    },
+    'the bitmaps have been cleared' => sub ($chain) { $chain->backup(late => 1) },
+);
+
+subtest "$length archives, and failures" => sub {
+    my $chain = PBA::Test::Chain->new;
+    my @failures = sort keys %failures;
+    my $mode = 'new';
+    for my $number (1 .. $length) {
+        $chain->write_random;
+        my $name = $chain->backup or die $chain->error;
+        is_deeply($chain->modes, all($chain, $mode), "archive $number: mode $mode");
+        $mode = 'reuse';
+        next if $number % 2;
+        $chain->write_random;
+        my $failure = $failures[($number / 2 - 1) % @failures];
+        is($failures{$failure}->($chain), undef, "a failure: $failure");
+        $chain->use_store($chain->store);
+        $mode = 'new' if $failure eq 'the bitmaps have been cleared';
+    }
+    $chain->check('all');
+
+    rename($chain->store, $chain->tmp . '/moved') or die "rename: $!\n";
+    $chain->use_store($chain->tmp . '/moved');
+    $chain->write_random;
+    $chain->backup or die $chain->error;
+    is_deeply($chain->modes, all($chain, 'reuse'), 'a moved directory: goes on');
+    $chain->check('moved');
+};
+
+# ---- taking archives away ----
+
+sub new_chain ($count) {
+    my $chain = PBA::Test::Chain->new;
+    for (1 .. $count) {
+        $chain->write_random;
+        $chain->backup or die $chain->error;
+    }
+    return $chain;
+}
+
+subtest 'remove at every position' => sub {
+    my $chain = new_chain(4);
+    my $store = $chain->store;
+    my @names = $chain->names;
+    for my $position (0 .. $#names) {
+        $chain->use_copy($store);
+        my $content = delete($chain->{expected}{ $names[$position] });
+        $chain->provider->remove($names[$position]);
+        $chain->check("without archive $position");
+        $chain->{expected}{ $names[$position] } = $content;
+    }
+
+    # The last one is what the bitmaps are relative to.
+    $chain->forget($names[-1]);
+    $chain->write_random;
+    $chain->backup or die $chain->error;
+    is_deeply($chain->modes, all($chain, 'new'), 'without the last: full');
+    like(
+        $chain->log,
+        qr/drive-scsi0: full backup - the last backup, \w+, is not there any more/,
+        'and the log says why'
+    );
+    $chain->check('without the last, and one more');
+};
+
+subtest 'prune' => sub {
+    my $chain = new_chain(5);
+    my @names = $chain->names;
+    is_deeply($chain->provider->prune(100, 5), [], 'nothing to remove');
+    is_deeply($chain->provider->prune(100, 2), [@names[0 .. 2]], 'removes the oldest');
+    $chain->forget(@names[0 .. 2]);
+    $chain->check('two of five');
+    $chain->write_random;
+    $chain->backup or die $chain->error;
+    is_deeply($chain->modes, all($chain, 'reuse'), 'the chain goes on');
+    $chain->provider->prune(100, 1);
+    $chain->forget(@names[3, 4]);
+    $chain->check('one of three');
+    ok(!eval { $chain->provider->prune(100, 0); 1 }, 'to keep none is refused');
+    is_deeply($chain->provider->prune(101, 1), [], 'a guest without archives');
 };
 
 done_testing;

@@ -11,6 +11,7 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 use PVE::BackupAccess::Provider::Qcow2Chain::File;
 use PVE::BackupAccess::Provider::Qcow2Chain::Guest;
+use PVE::BackupAccess::Provider::Qcow2Chain::RawFile;
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use PVE::BackupAccess::Volume;
 
@@ -64,7 +65,7 @@ sub new ($class, $storage_plugin, $scfg, $storeid, $log_function = undef) {
             storeid => $storeid,
             log => $log_function
                 // sub ($level, $message) { warn "$message\n" if $level ne 'info' },
-            servers => {},
+            restores => {},
         },
         $class
     );
@@ -124,7 +125,7 @@ sub backup_init ($self, $vmid, $vmtype, $start_time) {
     my $guest = $self->_guest($vmid);
     PVE::BackupAccess::Provider::Qcow2Chain::File::make_directory($guest->dir);
     my $lock = $guest->lock;
-    $guest->clean;
+    $self->_clean($guest);
 
     # The order of names is the order of backups, even if the clock was set back.
     my ($newest) = reverse($guest->names);
@@ -137,6 +138,11 @@ sub backup_init ($self, $vmid, $vmtype, $start_time) {
         time => int($start_time)
     };
     return { 'archive-name' => "vm/$vmid/$name" };
+}
+
+sub _clean ($self, $guest) {
+    $self->{log}->('warn', $_) for $guest->clean;
+    return;
 }
 
 sub _task ($self, $vmid) {
@@ -242,7 +248,7 @@ sub backup_cleanup ($self, $vmid, $vmtype, $success, $info) {
     my $task = delete($self->{task}) // return { stats => {} };
     my $archive = $task->{archive};
     if (!$success || !$archive) {
-        $archive->delete if $archive && -e $archive->dir;
+        $task->{guest}->discard($archive->entry) if $archive && -e $archive->dir;
         return { stats => {} };
     }
     $self->{last} = $archive;
@@ -283,7 +289,7 @@ sub archive_get_firewall_config ($self, $volname) {
 # A removal that was killed half way is ended first, if nobody is at it.
 sub _settle ($self, $guest) {
     my $lock = -d $guest->dir ? $guest->try_lock : undef;
-    $guest->clean if $lock;
+    $self->_clean($guest) if $lock;
     return;
 }
 
@@ -296,29 +302,38 @@ sub restore_vm_init ($self, $volname) {
 
 sub restore_vm_volume_init ($self, $volname, $device, $info) {
     my ($vmid, $name) = $self->_parse($volname);
-    for my $archive ($self->_guest($vmid)->chain($name, $device)) {
-        my $problem = $archive->header_problem($device) // next;
-        fail(
-            'ArchiveError',
-            "device $device: cannot be restored from $volname - $problem",
-            device => $device
-        );
-    }
-    my $image = $self->_archive($volname)->image($device);
-    my $server = PVE::BackupAccess::Provider::Qcow2Chain::Server->start($image);
-    $self->{servers}{$volname}{$device} = $server;
-    return { 'qemu-img-path' => $server->uri };
+    my $guest = $self->_guest($vmid);
+    my $problem = $guest->headers_problem($device, $guest->chain($name, $device));
+    fail(
+        'ArchiveError',
+        "device $device: cannot be restored from $volname - $problem",
+        device => $device
+    ) if defined($problem);
+    my $archive = $self->_archive($volname);
+    my $server = PVE::BackupAccess::Provider::Qcow2Chain::Server->start($archive->image($device));
+    my $restore = $self->{restores}{$volname}{$device} = { server => $server };
+    return { 'qemu-img-path' => $server->uri } if !defined($self->{'storage-plugin'});
+
+    # Proxmox VE's qemu-server takes files and block devices, no URI.
+    $restore->{file} = PVE::BackupAccess::Provider::Qcow2Chain::RawFile->start($server,
+        $archive->device($device)->{size});
+    return { 'qemu-img-path' => $restore->{file}->path };
+}
+
+my sub end_restore ($restore) {
+    $restore->{file}->stop if $restore->{file};
+    $restore->{server}->kill;
 }
 
 sub restore_vm_volume_cleanup ($self, $volname, $device, $info) {
-    my $server = delete($self->{servers}{$volname}{$device});
-    $server->stop if $server;
+    my $restore = delete($self->{restores}{$volname}{$device});
+    end_restore($restore) if $restore;
     return;
 }
 
 sub restore_vm_cleanup ($self, $volname) {
-    my $servers = delete($self->{servers}{$volname}) // {};
-    $_->stop for values $servers->%*;
+    my $restores = delete($self->{restores}{$volname}) // {};
+    end_restore($_) for values $restores->%*;
     return;
 }
 
@@ -378,6 +393,7 @@ sub verify ($self, $volname) {
         my @chain = eval { $guest->chain($name, $device) };
         push(@problems, "$device: " . reason($@)) if !@chain;
         push(@problems, map { $_->problems } grep { !$seen{ $_->name }++ } @chain);
+        push(@problems, $guest->headers_problem($device, @chain) // ()) if @chain;
     }
     return \@problems;
 }
@@ -388,7 +404,7 @@ sub prune ($self, $vmid, $keep) {
     my $guest = $self->_guest($vmid);
     return [] if !-d $guest->dir;
     my $lock = $guest->lock;
-    $guest->clean;
+    $self->_clean($guest);
     my @names = $guest->names;
     splice(@names, @names > $keep ? -$keep : 0);
 
@@ -404,7 +420,9 @@ sub remove ($self, $volname) {
     my $guest = $self->_guest($vmid);
     fail('ArchiveError', "there is no archive $volname") if !-d $guest->dir;
     my $lock = $guest->lock;
-    $guest->clean;
+    $self->_clean($guest);
+    fail('ArchiveError', "there is no archive $volname in $self->{path}")
+        if !grep { $_ eq $name } $guest->names;
     $guest->remove($name);
     return;
 }
@@ -521,8 +539,9 @@ Die: containers are not supported.
 
 =head2 restore_vm_volume_init
 
-C<qemu-img-path> is an NBD URI, from which C<qemu-img convert -f raw> reads the device's content. It
-is there until L</restore_vm_volume_cleanup>, L</restore_vm_cleanup>, or the end of this process.
+C<qemu-img-path> is what C<qemu-img convert -f raw> reads the device's content from: with a
+C<$storage_plugin> a file, since Proxmox VE takes nothing else here (it is served by FUSE), without one an NBD URI.
+It is there until L</restore_vm_volume_cleanup>, L</restore_vm_cleanup>, or the end of this process.
 
 =head2 restore_vm_volume_cleanup
 

@@ -83,7 +83,6 @@ sub seal ($self) {
         $self->_note_file($file);
     }
     $self->_write_manifest;
-    PVE::BackupAccess::Provider::Qcow2Chain::File::sync($self->{dir});
     return;
 }
 
@@ -160,6 +159,9 @@ sub _manifest_problem ($manifest) {
 
 sub name ($self) { return $self->{name} }
 sub dir ($self) { return $self->{dir} }
+
+# Under which name it is in the guest's directory now.
+sub entry ($self) { return $self->{dir} =~ s{.*/}{}sr }
 sub id ($self) { return $self->{manifest}{id} }
 sub about ($self, $key) { return $self->{manifest}{$key} }
 sub devices ($self) { return sort keys $self->{manifest}{devices}->%* }
@@ -203,28 +205,28 @@ sub file_problem ($self, $file, $read_all) {
     return $sha256 eq ($noted->{sha256} // '') ? undef : "$path is damaged - its SHA-256 differs";
 }
 
-# Why the image's header does not fit the manifest, or undef.
-sub header_problem ($self, $device) {
+# Why the image's header, as found, does not fit the manifest, or undef.
+sub header_problem ($self, $device, $header) {
     my $path = $self->image($device);
-    my $info = eval { PVE::BackupAccess::Provider::Qcow2Chain::Image::info($path) }
-        // return $@ =~ s/\n\z//r;
     my ($size, $backing) = ($self->device($device)->{size}, $self->_backing($device));
-    return "$path is an image of $info->{size} bytes, not $size" if $info->{size} != $size;
+    return "$path is an image of $header->{size} bytes, not $size" if $header->{size} != $size;
     return "$path has another backing file than it should have"
-        if ($info->{backing} // '') ne ($backing // '') || defined($info->{'data-file'});
+        if ($header->{backing} // '') ne ($backing // '') || defined($header->{'data-file'});
     return undef;
 }
 
-# All that is wrong with it alone, as texts.
+# What is wrong with its files, as texts. Reads all of them.
 sub problems ($self) {
-    my @problems = map { $self->file_problem($_, 1) // () } sort keys $self->{manifest}{files}->%*;
-    for my $device ($self->devices) {
-        my $path = $self->image($device);
-        next if grep { m/\A\Q$path\E / } @problems;
-        my $problem = $self->header_problem($device)
-            // PVE::BackupAccess::Provider::Qcow2Chain::Image::problem($path);
-        push(@problems, $problem =~ m/\Q$path\E/ ? $problem : "$path: $problem")
-            if defined($problem);
+    my @problems;
+    my %images = map { $self->device($_)->{file} => $self->image($_) } $self->devices;
+    for my $file (sort keys $self->{manifest}{files}->%*) {
+        my $problem = $self->file_problem($file, 1);
+        my $image = $images{$file};
+        if (!defined($problem) && $image) {
+            my $text = PVE::BackupAccess::Provider::Qcow2Chain::Image::problem($image);
+            $problem = "$image is damaged - $text" if defined($text);
+        }
+        push(@problems, $problem) if defined($problem);
     }
     return @problems;
 }
@@ -254,14 +256,6 @@ sub absorb ($self, $device, $parent) {
     $entry->@{qw(parent parent-id)} = $from->@{qw(parent parent-id)} if defined($from->{parent});
     $self->_note_file($entry->{file});
     $self->_write_manifest;
-    return;
-}
-
-sub delete ($self) {
-    my $gone = "$self->{guest_dir}/.del-$self->{name}";
-    PVE::BackupAccess::Provider::Qcow2Chain::File::remove_tree($gone) if -e $gone;
-    PVE::BackupAccess::Provider::Qcow2Chain::File::move($self->{dir}, $gone);
-    PVE::BackupAccess::Provider::Qcow2Chain::File::remove_tree($gone);
     return;
 }
 

@@ -24,21 +24,19 @@ sub sync ($path) {
     return;
 }
 
-# A new file, durable itself; its name is so after a sync of the directory.
 sub write ($path, $content) {
     sysopen(my $fh, $path, O_WRONLY | O_CREAT | O_TRUNC, 0600)
         or fail("cannot write $path - $!");
     binmode($fh);
     print {$fh} $content or fail("cannot write $path - $!");
-    $fh->flush or fail("cannot write $path - $!");
-    $fh->sync or fail("cannot flush $path - $!");
     close($fh) or fail("cannot write $path - $!");
     return;
 }
 
-# The old content or the new one, whatever happens.
+# The old content or the new one, whatever happens, and the new one when this returns.
 sub replace ($path, $content) {
     PVE::BackupAccess::Provider::Qcow2Chain::File::write("$path.new", $content);
+    sync("$path.new");
     move("$path.new", $path);
     return;
 }

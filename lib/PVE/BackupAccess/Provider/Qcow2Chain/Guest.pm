@@ -10,6 +10,7 @@ use JSON::PP ();
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 use PVE::BackupAccess::Provider::Qcow2Chain::File;
+use PVE::BackupAccess::Provider::Qcow2Chain::Image;
 
 my $Archive = 'PVE::BackupAccess::Provider::Qcow2Chain::Archive';
 my $json = JSON::PP->new->utf8->canonical->pretty;
@@ -71,20 +72,46 @@ sub chain ($self, $name, $device) {
     return @chain;
 }
 
+# Why the images of such a chain are not what the manifests say, or undef. They are not read but
+# for their headers, and where they were touched since they were hashed.
+sub chain_problem ($self, $device, @chain) {
+    for my $archive (@chain) {
+        my $problem = $archive->file_problem($archive->device($device)->{file}, 0);
+        return $problem if defined($problem);
+    }
+    return $self->headers_problem($device, @chain);
+}
+
+sub headers_problem ($self, $device, @chain) {
+    my $image = $chain[0]->image($device);
+    my @headers = eval { PVE::BackupAccess::Provider::Qcow2Chain::Image::chain($image) }
+        or return $@ =~ s/\n\z//r;
+    for my $archive (@chain) {
+        my $problem = $archive->header_problem($device, shift(@headers) // { size => 0 });
+        return $problem if defined($problem);
+    }
+    return undef;
+}
+
 # ---- after a crash ----
 
-# Takes away what a killed process left, and ends what it began. Needs the lock.
+# Takes away what a killed process left, and ends what it began. Needs the lock. Returns what could
+# not be ended now, as texts: the next call tries again.
 sub clean ($self) {
     my $pattern = $Archive->name_pattern;
+    my @problems;
     for my $entry (entries($self->{dir})) {
         if ($entry =~ m/\A(\.(?:tmp|del)-$pattern)\z/) {
             PVE::BackupAccess::Provider::Qcow2Chain::File::remove_tree("$self->{dir}/$1");
         }
         elsif ($entry =~ m/\A$pattern\z/ && $Archive->is_half_removed($self->{dir}, $1)) {
-            $self->_finish_removal($self->archive($1));
+            my $name = $1;
+            eval { $self->_finish_removal($name); 1 }
+                or push(@problems,
+                "archive $name could not be merged into the next - $@" =~ s/\n.*//sr);
         }
     }
-    return;
+    return @problems;
 }
 
 # ---- what the bitmaps are relative to ----
@@ -117,12 +144,8 @@ sub base ($self, $storage, $device, $size) {
     my $old_size = $chain[0]->device($device)->{size};
     return (undef, "its size was $old_size and is $size") if $old_size != $size;
 
-    for my $archive (@chain) {
-        my $problem = $archive->file_problem($archive->device($device)->{file}, 0)
-            // $archive->header_problem($device);
-        return (undef, $problem) if defined($problem);
-    }
-    return ($chain[0], undef);
+    my $problem = $self->chain_problem($device, @chain);
+    return defined($problem) ? (undef, $problem) : ($chain[0], undef);
 }
 
 # Gives the archive its name. Before that it is noted as what the bitmaps are relative to: a crash
@@ -146,34 +169,36 @@ sub publish ($self, $archive, $storage) {
 
 # Takes an archive away. What others need of it becomes theirs. Needs the lock.
 sub remove ($self, $name) {
-    my $archive = $self->archive($name);
-    my $children = $self->_children($archive);
+    my $children = $self->_children($name);
     for my $device (sort keys $children->%*) {
-        for my $image ($archive, $children->{$device}) {
-            my $problem = $image->file_problem($image->device($device)->{file}, 0)
-                // $image->header_problem($device);
-            PVE::BackupAccess::Error->throw(
-                'ArchiveError',
-                "archive $name cannot be merged into " . $children->{$device}->name . " - $problem",
-                device => $device
-            ) if defined($problem);
-        }
+        my $child = $children->{$device}->name;
+        my @chain = $self->chain($child, $device);
+        my $problem = $self->chain_problem($device, @chain) // next;
+        PVE::BackupAccess::Error->throw(
+            'ArchiveError',
+            "archive $name cannot be merged into $child - $problem",
+            device => $device
+        );
     }
-    $archive->mark_removed;
-    $self->_finish_removal($archive);
+    if ($children->%*) {
+        $self->archive($name)->mark_removed;
+        $self->_finish_removal($name);
+    }
+    else {
+        $self->discard($name);
+    }
     return;
 }
 
 # { device => the archive that builds on this one's }
-sub _children ($self, $archive) {
+sub _children ($self, $name) {
     my %children;
-    for my $name ($self->names) {
-        my $other = $self->archive($name);
+    for my $other (map { $self->archive($_) } grep { $_ ne $name } $self->names) {
         for my $device ($other->devices) {
-            next if ($other->device($device)->{parent} // '') ne $archive->name;
+            next if ($other->device($device)->{parent} // '') ne $name;
             PVE::BackupAccess::Error->throw(
                 'ArchiveError',
-                'archive ' . $archive->name . ' cannot be removed - more than one builds on it',
+                "archive $name cannot be removed - more than one builds on it",
                 device => $device
             ) if $children{$device};
             $children{$device} = $other;
@@ -182,10 +207,20 @@ sub _children ($self, $archive) {
     return \%children;
 }
 
-sub _finish_removal ($self, $archive) {
-    my $children = $self->_children($archive);
+sub _finish_removal ($self, $name) {
+    my $archive = $self->archive($name);
+    my $children = $self->_children($name);
     $children->{$_}->absorb($_, $archive) for sort keys $children->%*;
-    $archive->delete;
+    $self->discard($name);
+    return;
+}
+
+# Away with a directory that nothing builds on, at once for everybody who looks.
+sub discard ($self, $entry) {
+    my $gone = "$self->{dir}/.del-" . $entry =~ s/\A\.tmp-//r;
+    PVE::BackupAccess::Provider::Qcow2Chain::File::remove_tree($gone) if -e $gone;
+    PVE::BackupAccess::Provider::Qcow2Chain::File::move("$self->{dir}/$entry", $gone);
+    PVE::BackupAccess::Provider::Qcow2Chain::File::remove_tree($gone);
     return;
 }
 

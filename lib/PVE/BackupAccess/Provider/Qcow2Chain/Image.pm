@@ -70,15 +70,16 @@ sub create ($file, $size, $backing = undef) {
     return;
 }
 
-# { size, backing }: what the image's header says.
-sub info ($file) {
-    my $info
-        = JSON::PP->new->utf8->decode(img('info', '-U', '-f', 'qcow2', '--output=json', $file));
-    return {
-        size => $info->{'virtual-size'},
-        backing => $info->{'backing-filename'},
-        'data-file' => $info->{'format-specific'}{data}{'data-file'},
-    };
+# What the headers of an image and of those it builds on say: { size, backing, data-file } of each.
+sub chain ($file) {
+    my $out = img('info', '-U', '--backing-chain', '-f', 'qcow2', '--output=json', $file);
+    return map {
+        +{
+            size => $_->{'virtual-size'},
+            backing => $_->{'backing-filename'},
+            'data-file' => $_->{'format-specific'}{data}{'data-file'},
+        }
+    } JSON::PP->new->utf8->decode($out)->@*;
 }
 
 # What is wrong in the image's own structure, or undef. Clusters that leak waste space, no more.

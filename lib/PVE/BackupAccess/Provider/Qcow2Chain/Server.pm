@@ -43,7 +43,7 @@ sub start ($class, $file, %options) {
         = eval { PVE::BackupAccess::Volume->open('image', { 'nbd-path' => $self->uri }) };
     return $self if $self->{connection};
     my $error = $@;
-    $self->_end('KILL');
+    $self->kill;
     fail("cannot serve $file - " . ($self->_log || $error =~ s/\n\z//r));
 }
 
@@ -71,6 +71,8 @@ sub _spawn ($log, $listener, @command) {
 }
 
 sub uri ($self) { return "nbd+unix:///image?socket=$self->{socket}" }
+sub socket ($self) { return $self->{socket} }
+sub dir ($self) { return "$self->{dir}" }
 sub pid ($self) { return $self->{pid} }
 
 sub _log ($self) {
@@ -85,7 +87,7 @@ sub _end ($self, $signal) {
     my $pid = delete($self->{pid}) // return 0;
     local ($!, $?);
     delete($self->{connection});
-    kill($signal, $pid);
+    CORE::kill($signal, $pid);
     while (waitpid($pid, 0) < 0) {
         return undef if !$!{EINTR};
     }
@@ -93,7 +95,13 @@ sub _end ($self, $signal) {
     return $status;
 }
 
-# The image is closed as it should be when this returns.
+# For one that only reads.
+sub kill ($self) {
+    $self->_end('KILL');
+    return;
+}
+
+# What was written is in the image, and the image closed as it should be, when this returns.
 sub stop ($self) {
     my $status = $self->_end('TERM');
     fail('cannot tell how qemu-nbd ended - somebody else waited for it') if !defined($status);
@@ -105,8 +113,7 @@ sub CLONE_SKIP { return 1 }
 
 sub DESTROY ($self) {
     return if $self->{owner} != $$;
-    local $@;
-    $self->_end('KILL');
+    $self->kill;
     return;
 }
 

@@ -1,0 +1,79 @@
+package PVE::BackupAccess::Provider::Qcow2Chain::RawFile;
+
+# What a server of an image exports, as a file that can be read like a raw image. It is served by
+# pba-vfile, which says when it is ready, and unmounts and ends with this process.
+
+use v5.36;
+
+use Cwd ();
+use DynaLoader ();
+use POSIX ();
+use Socket qw(AF_UNIX PF_UNSPEC SHUT_WR SOCK_STREAM);
+
+use PVE::BackupAccess;
+use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Provider::Qcow2Chain::Image;
+
+# It lies beside the module's library, whose path may be relative to what is the working directory
+# now.
+my ($program) = map { Cwd::realpath($_) =~ s{/[^/]+\z}{/pba-vfile}r }
+    grep { m{/PVE/BackupAccess/BackupAccess\.} } @DynaLoader::dl_shared_objects;
+
+my sub fail ($class, $message) {
+    PVE::BackupAccess::Error->throw($class, $message);
+}
+
+sub start ($class, $server, $size) {
+    fail('UnsupportedError', 'no /dev/fuse - a raw file for qemu-img needs FUSE')
+        if !-e '/dev/fuse';
+    socketpair(my $parent, my $child, AF_UNIX, SOCK_STREAM, PF_UNSPEC)
+        or fail('SystemError', "cannot make sockets - $!");
+    my $path = $server->dir . '/raw';
+    my $pid = fork() // fail('SystemError', "cannot fork - $!");
+    _exec($child, $program, $path, $server->socket, 'image', $size) if !$pid;
+    close($child);
+    my $self
+        = bless({ pid => $pid, owner => $$, socket => $parent, path => $path, server => $server },
+        $class);
+    my $said = '';
+
+    while ($said !~ m/\0/) {
+        my $got = sysread($parent, $said, 4096, length($said));
+        last if defined($got) ? !$got : !$!{EINTR};
+    }
+    fail('SystemError', 'cannot serve a raw file - ' . ($said || 'pba-vfile ended'))
+        if $said !~ m/\0\z/;
+    return $self;
+}
+
+sub _exec ($socket, @command) {
+    POSIX::setsid();    # a terminal's signals are for the caller
+    open(STDIN, '<&', $socket) or POSIX::_exit(127);
+    open(STDOUT, '>', '/dev/null') or POSIX::_exit(127);
+    open(STDERR, '>&', $socket) or POSIX::_exit(127);
+    local %ENV = PVE::BackupAccess::Provider::Qcow2Chain::Image::environment();
+    no warnings 'exec';
+    exec({ $command[0] } @command) or POSIX::_exit(127);
+}
+
+sub path ($self) { return $self->{path} }
+
+# Whoever still reads gets an error.
+sub stop ($self) {
+    my $pid = delete($self->{pid}) // return;
+    local ($!, $?);
+    shutdown($self->{socket}, SHUT_WR);
+    while (waitpid($pid, 0) < 0) {
+        last if !$!{EINTR};
+    }
+    return;
+}
+
+sub CLONE_SKIP { return 1 }
+
+sub DESTROY ($self) {
+    $self->stop if $self->{owner} == $$;
+    return;
+}
+
+1;

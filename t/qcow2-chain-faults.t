@@ -1,0 +1,284 @@
+# What may happen to archives: the process is killed anywhere, the directory is full, files are lost
+# or damaged. Archives that were there stay right, and an increment never goes onto a wrong base.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use Test::More;
+
+use Fcntl qw(SEEK_SET);
+use File::Copy ();
+use POSIX ();
+use Time::HiRes ();
+
+use PBA::Test::Chain;
+use PBA::Test::QemuNbd;
+use PVE::BackupAccess::Provider::Qcow2Chain;
+
+my $seed = 20261123;
+srand($seed);
+note("seed $seed");
+
+my $base = PBA::Test::Chain->new;
+for (1 .. 3) {
+    $base->write_random;
+    $base->backup or die $base->error;
+}
+my @names = $base->names;
+my $store = $base->store;
+
+# Runs code in a process that is killed at a rename, or that ends. Returns whether it was killed.
+sub killed_at ($rename, $when, $code) {
+    my $pid = fork() // die "fork: $!\n";
+    if (!$pid) {
+        my $count = 0;
+        my $move = PVE::BackupAccess::Provider::Qcow2Chain::File->can('move');
+        no warnings 'redefine';
+        *PVE::BackupAccess::Provider::Qcow2Chain::File::move = sub (@files) {
+            my $is_it = ++$count == $rename;
+            kill(KILL => $$) if $is_it && $when eq 'before';
+            $move->(@files);
+            kill(KILL => $$) if $is_it;
+        };
+        my $done = eval { $code->(); 1 };
+        print {*STDERR} $@ if !$done;
+        POSIX::_exit($done ? 0 : 1);
+    }
+    waitpid($pid, 0);
+    die "the code failed\n" if $? == 1 << 8;
+    return $? == 9;
+}
+
+# ---- lost, damaged, changed ----
+
+sub spoil ($file, $at = -1000) {
+    open(my $fh, '+<:raw', $file) or die "$file: $!\n";
+    seek($fh, $at, $at < 0 ? 2 : 0);
+    read($fh, my $byte, 1);
+    seek($fh, -1, 1);
+    print {$fh} chr(ord($byte) ^ 1);
+    close($fh);
+    return;
+}
+
+# The same, but the file's size and time stay as they were.
+sub spoil_silently ($file) {
+    my ($read, $written) = (Time::HiRes::stat($file))[8, 9];
+    spoil($file);
+    Time::HiRes::utime($read, $written, $file);
+    return;
+}
+
+sub overwrite ($file, $content) {
+    open(my $fh, '>', $file) or die "$file: $!\n";
+    print {$fh} $content;
+    close($fh);
+    return;
+}
+
+sub remove_file ($file) {
+    unlink($file) or die "$file: $!\n";
+    return;
+}
+
+# The file of archive 1, 2 or 3.
+sub of ($number, $file = 'drive-scsi0.qcow2') {
+    return $base->path_of($names[$number - 1], $file);
+}
+
+# What is done => [what the log says of drive-scsi0, what verify says of archive 3]; undef: nothing.
+my %damage = (
+    'the base is missing' => [
+        sub { rename($base->path_of($names[0]), $base->tmp . '/gone-' . ++$base->{gone}) },
+        qr/there is no archive/,
+        qr/there is no archive/,
+    ],
+    'an image is missing' => [sub { remove_file(of(2)) }, qr/is missing/, qr/is missing/],
+    'an image is cut off' => [sub { truncate(of(1), 300_000) }, qr/has 300000 bytes/, qr/300000/],
+    'an image is damaged' => [sub { spoil(of(1)) }, qr/SHA-256 differs/, qr/SHA-256 differs/],
+    'an image is damaged, its time is not' =>
+        [sub { spoil_silently(of(1)) }, undef, qr/SHA-256 differs/],
+    'the last image is damaged' => [sub { spoil(of(3)) }, qr/SHA-256 differs/, qr/SHA-256 differs/],
+    'an image of another chain' => [
+        sub {
+            PBA::Test::QemuNbd::img('rebase', '-u', '-f', 'qcow2', '-F', 'qcow2', '-b',
+                "../" . ($names[0] =~ s{.*/}{}r) . '/drive-scsi0.qcow2', of(3));
+        },
+        qr/SHA-256 differs/,
+        qr/SHA-256 differs/,
+    ],
+    'the last manifest is no JSON' =>
+        [sub { overwrite(of(3, 'manifest.json'), '{') }, qr/damaged - it is no JSON/, qr/no JSON/],
+    'a manifest is missing' => [
+        sub { remove_file(of(2, 'manifest.json')) },
+        qr/there is no archive/,
+        qr/there is no archive/
+    ],
+    'another archive under the name' => [
+        sub {
+            my $file = of(1, 'manifest.json');
+            File::Copy::copy($file, "$file.old");
+            open(my $fh, '<', $file) or die;
+            local $/ = undef;
+            overwrite($file, <$fh> =~ s/"id" : "\K\w+/0123456789abcdef/r);
+        },
+        qr/is another one than it was/,
+        qr/is another one than it was/,
+    ],
+    'the configuration is damaged' =>
+        [sub { overwrite(of(3, 'guest.conf'), "name: y\n") }, undef, qr/guest\.conf has 8 bytes/],
+    'what the bitmaps are relative to is not known' =>
+        [sub { remove_file($base->guest_dir . '/bitmaps.json') }, qr/no backup before/, undef],
+    'nor can be read' =>
+        [sub { overwrite($base->guest_dir . '/bitmaps.json', '[]') }, qr/no backup before/, undef],
+    'another storage' =>
+        [sub { $base->use_store($base->store, 'other') }, qr/no backup before/, undef],
+    'nothing' => [sub { }, undef, undef],
+);
+
+subtest 'damage' => sub {
+    for my $damage (sort keys %damage) {
+        my ($do, $log, $verify) = $damage{$damage}->@*;
+        $base->use_copy($store);
+        $do->();
+        my $modes = $base->next_modes;
+        my $said = join("\n", grep { m/drive-scsi0/ } split(m/\n/, $base->log));
+        is(
+            $modes->{'drive-scsi0'},
+            $log ? 'new' : 'use',
+            "$damage: the next one is " . ($log ? 'full' : 'incremental')
+        );
+        like($said, qr/drive-scsi0: full backup - .*$log/, "$damage: the log says why") if $log;
+        my $problems = join("\n", $base->provider->verify($names[2])->@*);
+        like($problems, $verify // qr/\A\z/, "$damage: verify");
+        is($modes->{'drive-efidisk0'}, 'use', "$damage: the other disk is incremental")
+            if $damage =~ m/image/;
+    }
+};
+
+subtest 'a disk of another size' => sub {
+    $base->use_copy($store);
+    my $disk = $base->disk('drive-scsi0');
+    my $size = $disk->size;
+    local $disk->{size} = $size + 65536;
+    is($base->next_modes->{'drive-scsi0'}, 'new', 'the next one is full');
+    like($base->log, qr/drive-scsi0: full backup - its size was $size/, 'the log says why');
+};
+
+# ---- killed while an archive is removed ----
+
+# In the middle of the middle one's, where only a part of the data was merged.
+sub commit_partly ($file) {
+    my $pid = fork() // die "fork: $!\n";
+    exec('qemu-img', 'commit', '-q', '-d', '-r', '400k', '-f', 'qcow2', $file) if !$pid;
+    Time::HiRes::sleep(0.3);    # no event tells how far it is, and it need not be anywhere
+    kill(KILL => $pid);
+    waitpid($pid, 0);
+    kill(KILL => $$);
+}
+
+subtest 'a removal is killed' => sub {
+    my $removed = $names[1];
+    my $check = sub ($text) {
+        $base->use_store($base->store);
+        $base->check($text);
+        return;
+    };
+    local $base->{expected} = { map { $_ => $base->{expected}{$_} } @names[0, 2] };
+    my $rename = 0;
+    for my $when (qw(before after)) {
+        for $rename (2 .. 6) {
+            $base->use_copy($store);
+            ok(killed_at($rename, $when, sub () { $base->provider->remove($removed) }),
+                "killed $when rename $rename");
+            $check->("killed $when rename $rename");
+        }
+    }
+    for (1 .. $ENV{PBA_FULL} ? 10 : 1) {
+        $base->use_copy($store);
+        my $remove = sub () {
+            no warnings 'redefine';
+            local *PVE::BackupAccess::Provider::Qcow2Chain::Image::commit = \&commit_partly;
+            $base->provider->remove($removed);
+        };
+        ok(killed_at(0, 'never', $remove), 'killed in the merge');
+        $check->('killed in the merge');
+    }
+};
+
+# ---- a backup is killed ----
+
+# Waits until no process has the text in its command line.
+sub all_ended ($text) {
+    my $deadline = Time::HiRes::time() + 60;
+    while (my @left = grep { command_line($_) =~ m/\Q$text\E/ } glob('/proc/[0-9]*/cmdline')) {
+        return 0 if Time::HiRes::time() > $deadline;
+        Time::HiRes::sleep(0.02);
+    }
+    return 1;
+}
+
+sub command_line ($file) {
+    open(my $fh, '<', $file) or return '';
+    return <$fh> // '';
+}
+
+subtest 'a backup is killed in its data' => sub {
+    $base->use_store($store);
+    for (1 .. $ENV{PBA_FULL} ? 20 : 2) {
+        $base->write_random(20);
+        $base->provider->on_progress(sub (@) { kill(KILL => $$) });
+        my $killed;
+        $base->backup(run => sub ($code) { $killed = killed_at(0, 'never', $code) });
+        ok($killed, 'killed');
+        ok(all_ended($base->store), 'no server is left');
+        my @temporary = glob($base->guest_dir . '/.tmp-*');
+        is(scalar(@temporary), 1, 'it had begun');
+        is_deeply($base->provider->verify($names[-1]), [], 'the archives before are as they were');
+        $base->backup or die $base->error;
+        is_deeply([values $base->modes->%*], [qw(reuse reuse)], 'the next one is incremental');
+    }
+    $base->check('after it all');
+};
+
+subtest 'a backup is killed at each rename' => sub {
+    $base->use_store($store);
+    my $crashes = 0;
+    for my $when (qw(before after)) {
+        for my $rename (1 .. 3) {
+            $base->write_random;
+            $base->backup(run => sub ($code) { $crashes += killed_at($rename, $when, $code) });
+            $base->write_random;
+            $base->backup or die $base->error;
+        }
+    }
+    is($crashes, 6, 'it was killed six times');
+    $base->check('after it all');
+};
+
+# ---- a full directory ----
+
+subtest 'the directory is full' => sub {
+    my $small = $base->tmp . '/small';
+    mkdir($small) or die "$small: $!\n";
+    my @mount = qw(mount -t tmpfs -o size=7m tmpfs);
+    system("@mount $small 2>/dev/null") == 0 or plan(skip_all => 'needs root and loop devices');
+    my $chain = PBA::Test::Chain->new(store => $small);
+    my $disk = $chain->disk('drive-scsi0');
+    $disk->write([0, $disk->size, 1]);
+    $chain->backup or die $chain->error;
+    $disk->write([0, $disk->size, 2]);
+    is($chain->backup, undef, 'the second one fails');
+    like($chain->error, qr/No space left on device/, 'and says why');
+    $chain->check('full');
+    system("mount -o remount,size=64m $small") == 0 or die "mount: $?\n";
+    $chain->write_random;
+    $chain->backup or die $chain->error;
+    is_deeply([values $chain->modes->%*], [qw(reuse reuse)], 'with more space it goes on');
+    $chain->check('with more space');
+    undef($chain);
+    system('umount', $small) == 0 or die "umount: $?\n";
+};
+
+done_testing;
