@@ -4,6 +4,7 @@
 
 #include "handle.h"
 #include "pba.h"
+#include "trims.h"
 #include <libnbd.h>
 
 /* What EINVAL for a read most likely means. */
@@ -64,6 +65,9 @@ bool pba_volume_connect(PbaVolume *volume, GError **error);
 bool pba_volume_turn(PbaVolume *volume, gint64 deadline, const char *what, GError **error);
 /* How much of a range one read may ask for. */
 uint64_t pba_volume_unit(const PbaVolume *volume, uint64_t offset, uint64_t length);
+/* Discards these ranges as pba_volume_discard does, many at a time. Over NBD only. */
+bool pba_volume_discard_ranges(PbaVolume *volume, const PbaRange *ranges, unsigned count,
+                               GError **error);
 /* Closes the connection, and with it all that is in flight. */
 void pba_volume_disconnect(PbaVolume *volume);
 /* True if there is no connection any more. */
