@@ -45,7 +45,7 @@ typedef struct {
 
 /* Ends a call that failed. A handler's own exception goes on as it is. Frees error. */
 void glue_throw_error(pTHX_ Caller *caller, GError *error);
-void glue_throw_text(pTHX_ const char *klass, const char *message);
+__attribute__((noreturn)) void glue_throw_text(pTHX_ const char *klass, const char *message);
 /* Throws if a handler died, but the call came to a good end all the same. */
 void glue_throw_pending(pTHX_ Caller *caller);
 

@@ -18,7 +18,7 @@
 #define MAX_CHUNK (UINT64_C(2) << 30)
 #define MIN_CHUNK (UINT64_C(1) << 20)
 /* QEMU answers with at most 131,072 extents; stay well below. */
-#define MANY_NUMBERS (2 * 32768)
+#define MANY_NUMBERS (UINT64_C(2) * 32768)
 
 PbaMap *pba_map_new(PbaVolume *volume)
 {

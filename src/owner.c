@@ -264,7 +264,8 @@ static bool delete_marks(PbaAccess *access, bool all, GError **error)
 /* What went wrong may go well over a new connection, but for what took its time. */
 static bool is_worth_a_retry(const GError *error)
 {
-    return error->code != PBA_ERROR_TIMEOUT && error->code != PBA_ERROR_INTERRUPTED;
+    return !g_error_matches(error, PBA_ERROR, PBA_ERROR_TIMEOUT) &&
+           !g_error_matches(error, PBA_ERROR, PBA_ERROR_INTERRUPTED);
 }
 
 void pba_owner_unmark(PbaAccess *access, bool all)
@@ -285,7 +286,7 @@ void pba_owner_unmark(PbaAccess *access, bool all)
             &access->hooks, PBA_LOG_WARN,
             "the marker of this process stays in QEMU, so that other processes cannot set up an "
             "access until it ends: %s",
-            error->message);
+            error->message); // NOLINT(clang-analyzer-core.NullDereference): set, as done is false
     }
     pba_owner_forget(access);
 }

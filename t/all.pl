@@ -1,11 +1,13 @@
-# Runs the tests as ./run test does: all of them on the machine's QEMU, then those that start a
-# virtual machine on a newer one from a private prefix. A skip that is not expected is a failure.
+# Runs the tests as ./run test does: all of them on the machine's QEMU, and those that start a virtual
+# machine on a newer one from a private prefix, too; with them the gates and the sanitizers' share. A
+# skip that is not expected is a failure.
 
 use v5.36;
 
 use FindBin;
 use lib "$FindBin::Bin/lib";
 
+use JSON::PP ();
 use TAP::Harness;
 
 use PBA::Test::Cache;
@@ -19,50 +21,110 @@ my @expected_skips = (
     qr/\Anot on a QEMU with Proxmox' commands\b/,
 );
 
+# What else there is to run, as one speaks TAP: these take no part in a run of named tests.
+my @programs = qw(t/check.pl t/asan.pl t/valgrind.pl);
+
 my @unexpected;
 
-sub note_skip ($file, $reason) {
+sub content ($file) {
+    open(my $fh, '<', $file) or die "$file: $!\n";
+    local $/;
+    return scalar(<$fh>);
+}
+
+sub starts_vm ($file) {
+    return content($file) =~ m/PBA::Test::(?:VM|Backend|Front)\b/;
+}
+
+# Where a second QEMU tells nothing, the test says so, and why.
+sub one_is_enough ($file) {
+    return !$ENV{PBA_FULL} && content($file) =~ m/^# One QEMU is enough: \S/m;
+}
+
+# [{ file, name, environment }]
+sub jobs_for (@files) {
+    my @jobs = map { { file => $_, name => $_, environment => {} } } @files;
+    my @vm_files = grep { starts_vm($_) } @files;
+    return \@jobs if !@vm_files;
+    PBA::Test::Cache->prepare;
+    return \@jobs if $ENV{PBA_QEMU};
+    my %newer = PBA::Test::Cache->qemu10_env;
+    push(@jobs,
+        map { { file => $_, name => "$_ on QEMU 10.0", environment => \%newer } }
+        grep { !one_is_enough($_) } @vm_files);
+    return \@jobs;
+}
+
+# ---- the longest first, so that at the end no single one is waited for ----
+
+my $times_file = PBA::Test::Cache->directory . '/times.json';
+
+sub known_times () {
+    return eval { JSON::PP->new->decode(content($times_file)) } // {};
+}
+
+sub by_time ($times, @jobs) {
+    my %seconds = map { $_->{name} => $times->{ $_->{name} } // 30 } @jobs;
+    return sort { $seconds{ $b->{name} } <=> $seconds{ $a->{name} } } @jobs;
+}
+
+sub remember_times ($times) {
+    open(my $fh, '>', "$times_file.$$") or die "$times_file.$$: $!\n";
+    print {$fh} JSON::PP->new->canonical->encode($times);
+    close($fh) or die "$times_file.$$: $!\n";
+    rename("$times_file.$$", $times_file) or die "$times_file: $!\n";
+    return;
+}
+
+# ---- running ----
+
+sub note_skip ($name, $reason) {
     return if grep { $reason =~ $_ } @expected_skips;
-    push(@unexpected, "$file: $reason");
+    push(@unexpected, "$name: $reason");
 }
 
 sub watch_skips ($parser, $job) {
-    my $file = $job->[0];
+    my $name = $job->[0];
     my $pattern = qr/# skip (.*)/i;
-    my $look = sub ($line) { note_skip($file, $1) if $line->as_string =~ $pattern };
+    my $look = sub ($line) { note_skip($name, $1) if $line->as_string =~ $pattern };
     $parser->callback(ALL => $look);
 }
 
-sub run_pass ($name, $environment, @files) {
-    local @ENV{ keys $environment->%* } = values $environment->%*;
-    say "== $name: ", scalar(@files), ' test files';
+# Tests wait more than they compute: for a guest to boot, for a time limit to pass.
+sub default_parallel () {
+    my $processors = () = content('/proc/cpuinfo') =~ m/^processor\b/mg;
+    return 2 * ($processors || 1);
+}
+
+sub run_all (@jobs) {
+    my %job = map { $_->{name} => $_ } @jobs;
+    my $times = known_times();
+    my $command = sub ($harness, $name) {
+        my $environment = $job{$name}{environment};
+        my @set = map { "$_=$environment->{$_}" } sort keys $environment->%*;
+        my @include = map { "-I$_" } qw(blib/lib blib/arch t/lib);
+        return ['env', @set, $^X, @include, $job{$name}{file}];
+    };
     my $harness = TAP::Harness->new(
         {
-            lib => ['blib/lib', 'blib/arch', 't/lib'],
-            jobs => 2,
+            exec => $command,
+            jobs => $ENV{PBA_JOBS} // default_parallel(),
             timer => 1,
             merge => 0,
         }
     );
+    my $elapsed = sub ($parser, $name) {
+        $times->{$name} = sprintf('%.1f', $parser->end_time - $parser->start_time);
+    };
     $harness->callback(made_parser => \&watch_skips);
-    my $result = $harness->runtests(@files);
+    $harness->callback(after_test => sub ($name, $parser) { $elapsed->($parser, $name->[0]) });
+    my $result = $harness->runtests(map { $_->{name} } by_time($times, @jobs));
+    remember_times($times);
     return $result->all_passed;
 }
 
-sub starts_vm ($file) {
-    open(my $fh, '<', $file) or die "$file: $!\n";
-    return scalar(grep { m/PBA::Test::(?:VM|Backend|Front)\b/ } <$fh>);
-}
-
-my @files = @ARGV ? @ARGV : sort glob('t/*.t');
-my @vm_files = grep { starts_vm($_) } @files;
-
-PBA::Test::Cache->prepare if @vm_files;
-my $passed = run_pass('this machine\'s QEMU', {}, @files);
-if (@vm_files && !$ENV{PBA_QEMU}) {
-    my %newer = PBA::Test::Cache->qemu10_env;
-    $passed = run_pass('QEMU 10.0', \%newer, @vm_files) && $passed;
-}
+my @files = @ARGV ? @ARGV : (sort(glob('t/*.t')), grep { -e } @programs);
+my $passed = run_all(jobs_for(@files)->@*);
 if (@unexpected) {
     say "unexpected skip: $_" for @unexpected;
     $passed = 0;

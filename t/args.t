@@ -12,7 +12,8 @@ use PBA::Test::NBDServer;
 use PVE::BackupAccess;
 use PVE::BackupAccess::Volume;
 
-binmode($_, ':utf8') for Test::More->builder->output, Test::More->builder->failure_output;
+binmode($_, ':encoding(UTF-8)')
+    for Test::More->builder->output, Test::More->builder->failure_output;
 
 my $dir = File::Temp->newdir('pba-args-XXXXXXXX', TMPDIR => 1);
 my $calls = 0;

@@ -207,7 +207,7 @@ sub wait_for_events ($client, $count) {
 
 # Returns { request, reply, events } of each; reply is undef where there is none, and 'left out'.
 sub read_recording ($name) {
-    my (@exchanges, @events);
+    my @exchanges;
     for my $line (split(/\n/, read_file("$FindBin::Bin/recordings/$name.txt"))) {
         my ($who, $text) = $line =~ /\A([CS]): (.*)\z/ or die "$name: what is this: $line\n";
         if ($who eq 'C') {

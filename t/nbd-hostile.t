@@ -439,7 +439,7 @@ subtest 'discarding' => sub {
 sub in_child ($code) {
     my $pid = fork() // die "cannot fork: $!\n";
     if (!$pid) {
-        open(STDERR, '>', '/dev/null');
+        open(STDERR, '>', '/dev/null') or POSIX::_exit(126);
         my $status = eval { $code->() ? 0 : 1 } // 2;
 
         # Global destruction is part of what is tested.

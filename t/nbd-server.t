@@ -26,7 +26,7 @@ sub start (%options) {
 sub run_tool (@command) {
     my $pid = open(my $fh, '-|') // die "cannot fork: $!\n";
     if (!$pid) {
-        open(STDERR, '>', '/dev/null');
+        open(STDERR, '>', '/dev/null') or exit(126);
         exec(@command) or exit(127);
     }
     my @lines = <$fh>;

@@ -275,6 +275,7 @@ PbaConnection *pba_connection_start(PbaVolume *volume, GError **error)
     connection->done_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (connection->wake_fd < 0 || connection->done_fd < 0) {
         pba_error_set(error, PBA_ERROR_SYSTEM, "cannot make an eventfd - %s", g_strerror(errno));
+        g_free(connection);
         return NULL;
     }
     /* In one piece: a server that looks for holes first may have to ask the block status, which

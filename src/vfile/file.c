@@ -127,6 +127,7 @@ static bool is_wanted(const PbaFile *file, const Slot *slot)
     }
     for (GList *link = file->readings.head; link; link = link->next) {
         const Reading *reading = link->data;
+        // NOLINTNEXTLINE(clang-analyzer-unix.Malloc): end_reading unlinks what it frees
         if (slot->nbd.offset < reading->end &&
             reading->begin < slot->nbd.offset + slot->nbd.length) {
             return true;
@@ -286,6 +287,7 @@ static void fail_slot(PbaFile *file, Slot *slot)
     for (GList *link = file->readings.head; link; link = next) {
         Reading *reading = link->data;
         next = link->next;
+        // NOLINTNEXTLINE(clang-analyzer-unix.Malloc): end_reading unlinks what it frees
         if (reading->begin <= slot->nbd.offset &&
             slot->nbd.offset + slot->nbd.length <= reading->end) {
             fuse_reply_err(reading->request, EIO);

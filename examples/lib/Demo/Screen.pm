@@ -74,8 +74,8 @@ sub output_of (@command) {
 }
 
 sub exec_program (@command) {
-    open(STDIN, '<', '/dev/null');
-    open(STDERR, '>&', \*STDOUT);
+    open(STDIN, '<', '/dev/null') or POSIX::_exit(126);
+    open(STDERR, '>&', \*STDOUT) or POSIX::_exit(126);
     { no warnings 'exec'; exec(@command) }
     syswrite(STDOUT, "$command[0]: $!\n");
     POSIX::_exit(127);

@@ -92,7 +92,7 @@ sub img (@arguments) {
 
 # A qcow2 image with a bitmap of any pattern: see PBA::Bench::BigMap.
 sub write_map (%options) {
-    require "$FindBin::Bin/../bench/lib/PBA/Bench/BigMap.pm";
+    require "$FindBin::Bin/../bench/lib/PBA/Bench/BigMap.pm";    ## no critic (BarewordIncludes)
     return PBA::Bench::BigMap->write(%options);
 }
 

@@ -1,0 +1,100 @@
+# The gates that need no run of the program: ./run check [GATE...]
+#
+# Each looks at some files; what it found good is remembered (in the tests' cache, by the content of all
+# that the answer depends on), so that the next time only what changed is looked at.
+
+use v5.36;
+
+use Digest::SHA ();
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use File::Temp ();
+use POSIX ();
+
+use PBA::Test::Cache;
+use PBA::Test::Gates;
+
+my $processes = 2;
+
+sub content ($file) {
+    open(my $fh, '<:raw', $file) or die "cannot read $file: $!\n";
+    local $/;
+    return scalar(<$fh>);
+}
+
+my $good_dir = PBA::Test::Cache->directory . '/checked';
+
+sub stamp ($gate, $file) {
+    my $digest = Digest::SHA->new(256);
+    $digest->add($gate->{name}, "\0", $gate->{version}->(), "\0", $file, "\0");
+    $digest->add(content($_), "\0") for $file, $gate->{depends_on}->($file), $gate->{code}->@*;
+    return "$good_dir/" . $digest->hexdigest;
+}
+
+# Parts of a gate's files that are worth a process.
+sub parts ($gate) {
+    my @files = grep { !-e $_->{stamp} }
+        map { { name => $_, stamp => stamp($gate, $_) } } $gate->{files}->();
+    my @parts;
+    push(@parts, [splice(@files, 0, $gate->{at_once})]) while @files;
+    return map { { gate => $gate, files => $_ } } @parts;
+}
+
+# In a child: writes what is wrong into a file.
+sub start ($part) {
+    $part->{output} = File::Temp->new;
+    my $pid = fork() // die "cannot fork: $!\n";
+    return $pid if $pid;
+    open(STDOUT, '>&', $part->{output}) or POSIX::_exit(3);
+    open(STDERR, '>&', $part->{output}) or POSIX::_exit(3);
+    my $good = eval {
+        $part->{gate}{check}->(map { $_->{name} } $part->{files}->@*);
+    };
+    print STDERR $@ if $@;
+    STDOUT->flush;
+    POSIX::_exit($good ? 0 : 1);
+}
+
+sub finish ($part, $status) {
+    if ($status == 0) {
+        for my $file ($part->{files}->@*) {
+            open(my $fh, '>', $file->{stamp}) or die "$file->{stamp}: $!\n";
+        }
+        return;
+    }
+    $part->{gate}{wrong} .= content("$part->{output}") || "failed with status $status\n";
+    return;
+}
+
+sub run_all (@parts) {
+    my %running;
+    while (@parts || %running) {
+        while (@parts && keys(%running) < $processes) {
+            my $part = shift(@parts);
+            $running{ start($part) } = $part;
+        }
+        my $pid = waitpid(-1, 0);
+        my $part = delete($running{$pid}) // next;
+        finish($part, $?);
+    }
+    return;
+}
+
+mkdir($good_dir);
+unlink(grep { -M $_ > 14 } glob("$good_dir/*"));
+my %wanted = map { $_ => 1 } @ARGV;
+my @gates = grep { !%wanted || $wanted{ $_->{name} } } PBA::Test::Gates::all();
+run_all(map { parts($_) } @gates);
+
+# TAP, so that it can be one of the tests.
+say '1..' . @gates;
+my ($number, $failed) = (0, 0);
+for my $gate (@gates) {
+    my $count = () = $gate->{files}->();
+    $number++;
+    say $gate->{wrong} ? 'not ok' : 'ok', " $number - $gate->{name}, $count files";
+    next if !$gate->{wrong};
+    $failed++;
+    print STDERR "\n$gate->{wrong}\n$gate->{name}: $gate->{hint}\n";
+}
+exit($failed ? 1 : 0);

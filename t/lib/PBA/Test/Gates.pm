@@ -1,0 +1,261 @@
+package PBA::Test::Gates;
+
+# What t/check.pl looks at. A gate is { name, files => its files, version => of its tools, depends_on =>
+# other files that the answer for one depends on, code => files of the gate itself, at_once => files that one
+# process takes, check => whether these files are good (prints what is wrong), hint => what to do }.
+
+use v5.36;
+
+use File::Temp ();
+use List::Util qw(uniq);
+
+sub _lines (@command) {
+    open(my $pipe, '-|', @command) or die "cannot run $command[0]: $!\n";
+    my @lines = <$pipe>;
+    close($pipe) or die "'@command' failed\n";
+    chomp(@lines);
+    return @lines;
+}
+
+# What is there, committed or about to be.
+sub _files (@patterns) {
+    state %found;
+    $found{"@patterns"} //= [grep { -e }
+            uniq(_lines(qw(git ls-files --cached --others --exclude-standard --), @patterns))];
+    return $found{"@patterns"}->@*;
+}
+
+sub _perl_files () { return _files('*.pm', '*.pl', '*.t', '*.PL', 'bin/*') }
+
+sub _version ($program) {
+    state %version;
+    return sub { $version{$program} //= join(' ', _lines($program, '--version')) };
+}
+
+sub _module_version ($module) {
+    return sub {
+        return eval "require $module; \$${module}::VERSION"    ## no critic (StringyEval)
+            // die "no $module\n";
+    };
+}
+
+sub _run (@command) { return system(@command) == 0 }
+
+sub all () {
+    my @gates = (
+        _clang_tidy(), _perltidy(), _perlcritic(), _cppcheck(),
+        _clang_format(), _codespell(), _spelling(), _shellcheck(),
+    );
+    for my $gate (@gates) {
+        $gate->{code} = [__FILE__];
+        $gate->{depends_on} //= sub ($file) { return };
+        $gate->{at_once} //= 1000;
+    }
+    return @gates;
+}
+
+sub _clang_format () {
+    return {
+        name => 'clang-format',
+        files => sub { _files('*.c', '*.h') },
+        version => _version('clang-format'),
+        depends_on => sub ($file) { '.clang-format' },
+        check => sub (@files) { _run(qw(clang-format --dry-run --Werror), @files) },
+        hint => './run tidy formats the files',
+    };
+}
+
+sub _perltidy () {
+    return {
+        name => 'perltidy',
+        files => \&_perl_files,
+        version => _module_version('Perl::Tidy'),
+        depends_on => sub ($file) { '.perltidyrc' },
+        at_once => 20,
+        check => sub (@files) {
+            my @bad = grep { !_is_tidy($_) } @files;
+            say "not formatted: $_" for @bad;
+            return !@bad;
+        },
+        hint => './run tidy formats the files',
+    };
+}
+
+sub _is_tidy ($file) {
+    open(my $fh, '<:raw', $file) or die "cannot read $file: $!\n";
+    my $source = do { local $/; <$fh> };
+    my ($result, $errors) = ('', '');
+    my $failed = Perl::Tidy::perltidy(
+        argv => [],
+        source => $file,
+        destination => \$result,
+        perltidyrc => '.perltidyrc',
+        stderr => \$errors,
+        errorfile => \$errors,
+    );
+    utf8::encode($result) if utf8::is_utf8($result);
+    return !$failed && $result eq $source;
+}
+
+# Our own headers that a source of C includes.
+sub _included ($file, $seen = {}) {
+    return if $seen->{$file}++;
+    open(my $fh, '<', $file) or die "cannot read $file: $!\n";
+    my ($dir) = $file =~ m{\A(.*/)};
+    my @names = map { m/^#include "(.*)"/ ? $1 : () } <$fh>;
+    my @found = grep { -e && !m/ppport/ } map { ("$dir$_", $_) } @names;
+    return uniq(map { ($_, _included($_, $seen)) } @found);
+}
+
+sub _clang_tidy () {
+    return {
+        name => 'clang-tidy',
+        files => sub { _files('src/*.c', 'glue/*.c') },
+        version => _version('clang-tidy'),
+        depends_on => sub ($file) { ('.clang-tidy', _included($file)) },
+        at_once => 2,
+        check => sub (@files) {
+            my @flags = _lines(qw(pkg-config --cflags libnbd json-glib-1.0 glib-2.0 fuse3));
+            my ($perl) = _lines($^X, '-MExtUtils::Embed', '-e', 'ccopts');
+            open(STDERR, '>', '/dev/null') or die "no /dev/null: $!\n";    # counts what it hides
+            return _run(
+                qw(clang-tidy --quiet),
+                @files, '--',
+                qw(-std=gnu11 -I.),
+                split(' ', "@flags $perl"),
+            );
+        },
+        hint => 'mend it, or where it is wrong, NOLINT with the reason',
+    };
+}
+
+sub _cppcheck () {
+    return {
+        name => 'cppcheck',
+        files => sub { _files('src/*.c') },
+        version => _version('cppcheck'),
+        depends_on => sub ($file) { ('.cppcheck-suppress', _included($file)) },
+        at_once => 10,
+        check => sub (@files) {
+            _run(
+                qw(cppcheck --quiet --error-exitcode=1 --enable=warning,performance,portability),
+                qw(--inline-suppr --std=c11 -I. --suppressions-list=.cppcheck-suppress),
+                (
+                    map { "-DG_DEFINE_${_}(a,b)=" }
+                        qw(AUTOPTR_CLEANUP_FUNC AUTO_CLEANUP_CLEAR_FUNC EXTENDED_ERROR)
+                ),
+                @files,
+            );
+        },
+        hint => 'mend it, or where it is wrong, put // cppcheck-suppress with the reason before it',
+    };
+}
+
+sub _perlcritic () {
+    return {
+        name => 'perlcritic',
+        files => \&_perl_files,
+        version => _module_version('Perl::Critic'),
+        depends_on => sub ($file) { '.perlcriticrc' },
+        at_once => 15,
+        check => sub (@files) {
+            my $critic = Perl::Critic->new(-profile => '.perlcriticrc');
+            Perl::Critic::Violation::set_format($critic->config->verbose);
+            my @violations = map { $critic->critique($_) } @files;
+            print @violations;
+            return !@violations;
+        },
+        hint => 'mend it, or put "## no critic (Policy)" there with the reason;'
+            . ' .perlcriticrc says what is asked for, and why not more',
+    };
+}
+
+sub _shellcheck () {
+    return {
+        name => 'shellcheck',
+        files => sub { _files('run', '.ci/run', 'debian/tests/*') },
+        version => _version('shellcheck'),
+        check => sub (@files) {
+            my @scripts = grep { _first_line($_) =~ m/^#!.*sh$/ } @files;
+            return _run(qw(shellcheck --severity=warning), @scripts);
+        },
+        hint => 'mend it',
+    };
+}
+
+sub _first_line ($file) {
+    open(my $fh, '<', $file) or die "cannot read $file: $!\n";
+    chomp(my $line = <$fh> // '');
+    return $line;
+}
+
+# ---- words ----
+
+sub _codespell () {
+    return {
+        name => 'codespell',
+        files => sub {
+            grep { !m{^t/recordings/|^LICENSE$} } _files(':!*.svg');
+        },
+        version => _version('codespell'),
+        check => sub (@files) { _run(qw(codespell --ignore-words-list=isnt), @files) },
+        hint => 'a misspelt word: correct it',
+    };
+}
+
+sub _spelling () {
+    return {
+        name => 'spelling of the documentation',
+        files => sub { _files('*.md', 'lib/*.pm', 'lib/*.pod', 'bin/*') },
+        version => _version('aspell'),
+        depends_on => sub ($file) { 't/words.txt' },
+        check => sub (@files) {
+            my %known = map { $_ => 1 } _lines('cat', 't/words.txt');
+            my $found = 0;
+            for my $file (@files) {
+                my @unknown
+                    = grep { !$known{$_} && !$known{ lc($_) } } _unknown_words(_prose($file));
+                say "$file: $_" for @unknown;
+                $found += @unknown;
+            }
+            return !$found;
+        },
+        hint => 'correct the word, or put it between backticks (POD: C<>) if it is a name in code,'
+            . ' or add it to t/words.txt, which is sorted',
+    };
+}
+
+# What is to be read as English: no code, no addresses.
+sub _prose ($file) {
+    if ($file !~ m/\.md\z/) {
+        require Pod::Spell;
+        my $text = '';
+        open(my $to, '>', \$text) or die "cannot open a string: $!\n";
+        open(my $from, '<', $file) or die "cannot read $file: $!\n";
+        Pod::Spell->new->parse_from_filehandle($from, $to);
+        return $text;
+    }
+    open(my $fh, '<', $file) or die "cannot read $file: $!\n";
+    my $text = do { local $/; <$fh> };
+    $text =~ s/^\s*(```+).*?^\s*\1\s*$//gms;
+    $text =~ s/<!--.*?-->//gs;
+    $text =~ s/`[^`]*`//g;
+    $text =~ s/\]\([^)]*\)/]/g;
+    $text =~ s{\bhttps?://\S+}{}g;
+    return $text;
+}
+
+sub _unknown_words ($text) {
+    my $file = File::Temp->new;
+    binmode($file, ':raw');
+    print {$file} $text =~ s/'s?\b//gr;    # possessives of names
+    $file->flush;
+    open(my $pipe, '-|', 'sh', '-c', 'aspell --lang=en --encoding=utf-8 list <"$1"', 'sh', "$file")
+        or die "cannot run aspell: $!\n";
+    my @words = <$pipe>;
+    close($pipe) or die "aspell failed\n";
+    chomp(@words);
+    return sort { $a cmp $b } uniq(@words);
+}
+
+1;
