@@ -64,7 +64,7 @@ sub check_block ($block) {
     return;
 }
 
-my @modules = split(m/\n/, qx(find lib bin -name '*.pm' -o -path 'bin/*' 2>/dev/null));
+my @modules = split(m/\n/, qx(find lib -name '*.pm' -o -name '*.pod'));
 my @files = @ARGV ? @ARGV : (sort(glob('*.md')), sort(glob('doc/*.md')), sort(@modules));
 for my $file (@files) {
     my ($blocks, $problems) = PBA::Test::DocCode::read_file($file);

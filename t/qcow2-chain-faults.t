@@ -186,9 +186,8 @@ subtest 'a removal is killed' => sub {
         return;
     };
     local $base->{expected} = { map { $_ => $base->{expected}{$_} } @names[0, 2] };
-    my $rename = 0;
     for my $when (qw(before after)) {
-        for $rename (2 .. 6) {
+        for my $rename (2 .. 6) {
             $base->use_copy($store);
             ok(killed_at($rename, $when, sub () { $base->provider->remove($removed) }),
                 "killed $when rename $rename");

@@ -439,9 +439,11 @@ PVE::BackupAccess::Provider::Qcow2Chain - backups as chains of qcow2 images in a
 
 =head1 SYNOPSIS
 
+=for run store
+
     use PVE::BackupAccess::Provider::Qcow2Chain;
 
-    my $provider = PVE::BackupAccess::Provider::Qcow2Chain->new(undef, { path => '/srv/backup' },
+    my $provider = PVE::BackupAccess::Provider::Qcow2Chain->new(undef, { path => $directory },
         'mystore', sub ($level, $message) { say "$level: $message" });
 
     for my $archive ($provider->list(100)->@*) {

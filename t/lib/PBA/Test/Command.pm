@@ -38,9 +38,9 @@ sub start_command (@arguments) {
     pipe(my $out, my $out_end) && pipe(my $err, my $err_end) or die "pipe: $!\n";
     my $pid = fork() // die "fork: $!\n";
     if (!$pid) {
-        open(STDIN, '<', '/dev/null');
-        open(STDOUT, '>&', $out_end);
-        open(STDERR, '>&', $err_end);
+        open(STDIN, '<', '/dev/null') or POSIX::_exit(126);
+        open(STDOUT, '>&', $out_end) or POSIX::_exit(126);
+        open(STDERR, '>&', $err_end) or POSIX::_exit(126);
         child(@arguments);
     }
     return _new($pid, out => $out, err => $err);
@@ -55,7 +55,9 @@ sub start_on_terminal ($columns, @arguments) {
         $pty->make_slave_controlling_terminal;
         my $terminal = $pty->slave;
         $terminal->set_winsize(24, $columns);
-        open($_->[0], $_->[1], $terminal) for [\*STDIN, '<&'], [\*STDOUT, '>&'], [\*STDERR, '>&'];
+        for ([\*STDIN, '<&'], [\*STDOUT, '>&'], [\*STDERR, '>&']) {
+            open($_->[0], $_->[1], $terminal) or POSIX::_exit(126);
+        }
         child(@arguments);
     }
     $pty->close_slave;

@@ -138,7 +138,8 @@ sub _cppcheck () {
         at_once => 10,
         check => sub (@files) {
             _run(
-                qw(cppcheck --quiet --error-exitcode=1 --enable=warning,performance,portability),
+                qw(cppcheck --quiet --error-exitcode=1),
+                '--enable=warning,performance,portability',
                 qw(--inline-suppr --std=c11 -I. --suppressions-list=.cppcheck-suppress),
                 (
                     map { "-DG_DEFINE_${_}(a,b)=" }

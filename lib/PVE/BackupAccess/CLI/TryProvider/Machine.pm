@@ -98,8 +98,9 @@ sub launch ($self) {
     my @command = command($self);
     my $pid = fork() // die "fork: $!\n";
     if (!$pid) {
-        open(STDIN, '<', '/dev/null');
-        open(STDOUT, '>>', $log) and open(STDERR, '>&', \*STDOUT);
+        open(STDIN, '<', '/dev/null') or POSIX::_exit(126);
+        open(STDOUT, '>>', $log) or POSIX::_exit(126);
+        open(STDERR, '>&', \*STDOUT) or POSIX::_exit(126);
         { no warnings 'exec'; exec(@command) }
         print {*STDERR} "$command[0]: $!\n";
         POSIX::_exit(127);

@@ -16,10 +16,9 @@ sub new ($class) {
 }
 
 my sub run_program (@command) {
-    open(my $null, '<', '/dev/null') or die "/dev/null: $!\n";
     my $pid = open(my $output, '-|') // die "fork: $!\n";
     if (!$pid) {
-        open(STDERR, '>&', \*STDOUT);
+        open(STDERR, '>&', \*STDOUT) or POSIX::_exit(126);
         { no warnings 'exec'; exec(@command) }
         syswrite(STDOUT, "$!\n");
         POSIX::_exit(127);
