@@ -108,7 +108,7 @@ subtest 'remove at every position' => sub {
     is_deeply($chain->modes, all($chain, 'new'), 'without the last: full');
     like(
         $chain->log,
-        qr/drive-scsi0: full backup - the last backup, \w+, is not there any more/,
+        qr/warn: drive-scsi0: full backup - the last backup, \w+, is not there any more/,
         'and the log says why'
     );
     $chain->check('without the last, and one more');

@@ -8,6 +8,8 @@ use Time::Local ();
 
 use PVE::BackupAccess::Argument;
 use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Format qw(bytes);
+use PVE::BackupAccess::PluginBase;
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 use PVE::BackupAccess::Provider::Qcow2Chain::File;
 use PVE::BackupAccess::Provider::Qcow2Chain::Guest;
@@ -15,15 +17,11 @@ use PVE::BackupAccess::Provider::Qcow2Chain::RawFile;
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use PVE::BackupAccess::Volume;
 
+use parent qw(PVE::BackupProvider::Plugin::Base);
+
 my $guest_config = 'guest.conf';
 my $firewall_config = 'firewall.conf';
 my $log_file = 'backup.log';
-
-# Where Proxmox VE has the API's base class, it is one of those.
-our @ISA
-    = eval { require PVE::BackupProvider::Plugin::Base; 1 }
-    ? ('PVE::BackupProvider::Plugin::Base')
-    : ();
 
 my sub fail ($class, $message, %context) {
     PVE::BackupAccess::Error->throw($class, $message, %context);
@@ -31,15 +29,6 @@ my sub fail ($class, $message, %context) {
 
 my sub reason ($error) {
     return $error =~ s/\n.*//sr;
-}
-
-my sub human ($bytes) {
-    my @units = qw(B KiB MiB GiB TiB);
-    my $i = 0;
-    for (; $bytes >= 1024 && $i < $#units; $i++) {
-        $bytes /= 1024;
-    }
-    return $i ? sprintf('%.1f %s', $bytes, $units[$i]) : "$bytes B";
 }
 
 # As the storage class or another caller has it, without taint: it is the administrator's own.
@@ -160,11 +149,11 @@ sub backup_vm_query_incremental ($self, $vmid, $volumes) {
     my $task = $self->_task($vmid);
     my %modes;
     for my $device (sort keys $volumes->%*) {
-        my ($base, $reason)
-            = $task->{guest}->base($self->{storeid}, $device, $volumes->{$device}{size});
+        my $size = $volumes->{$device}{size};
+        my $base = eval { $task->{guest}->base($self->{storeid}, $device, $size) };
+        $self->{log}->('warn', "$device: full backup - " . reason($@)) if $@;
         $task->{bases}{$device} = $base;
         $modes{$device} = $base ? 'use' : 'new';
-        $self->{log}->('info', "$device: full backup - $reason") if !$base;
     }
     return \%modes;
 }
@@ -228,8 +217,8 @@ sub _store ($self, $task, $device, $volume, $info) {
         'info',
         sprintf(
             '%s: stored %s in %.1f s (%s of it zero)',
-            $device, human($statistics->{'bytes-read'}),
-            $statistics->{seconds}, human($statistics->{'bytes-zero'})
+            $device, bytes($statistics->{'bytes-read'}),
+            $statistics->{seconds}, bytes($statistics->{'bytes-zero'})
         )
     );
     return;

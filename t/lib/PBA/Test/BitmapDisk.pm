@@ -41,6 +41,7 @@ sub write ($self, @writes) {
 
 sub _io ($self, $file, @commands) {
     my $log = "$self->{dir}/qemu-io.log";
+    local $SIG{CHLD} = 'DEFAULT';
     my $pid = fork() // die "fork: $!\n";
     if (!$pid) {
         delete($ENV{LD_PRELOAD});

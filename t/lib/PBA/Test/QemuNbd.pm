@@ -86,6 +86,7 @@ sub DESTROY ($self) {
 
 sub img (@arguments) {
     delete local $ENV{LD_PRELOAD};
+    local $SIG{CHLD} = 'DEFAULT';    # a test may have it ignored
     system($ENV{PBA_QEMU_IMG} // 'qemu-img', @arguments) == 0 or die "qemu-img @arguments failed\n";
     return;
 }

@@ -15,6 +15,10 @@ use PVE::BackupAccess::Provider::Qcow2Chain::Image;
 my $Archive = 'PVE::BackupAccess::Provider::Qcow2Chain::Archive';
 my $json = JSON::PP->new->utf8->canonical->pretty;
 
+my sub fail ($message, %context) {
+    PVE::BackupAccess::Error->throw('ArchiveError', $message, %context);
+}
+
 sub new ($class, $dir) {
     return bless({ dir => $dir }, $class);
 }
@@ -126,26 +130,25 @@ sub _bitmaps ($self) {
     return ref($bitmaps) eq 'HASH' ? $bitmaps : {};
 }
 
-# The archive that the device's bitmap is relative to and that an incremental one can build on; or
-# undef and why there is none.
+# The archive that the device's bitmap is relative to and that an incremental one can build on, undef
+# if there was no backup before. Dies if there was one, but it cannot be built on.
 sub base ($self, $storage, $device, $size) {
     my $bitmaps = $self->_bitmaps->{$storage};
     my $base = ref($bitmaps) eq 'HASH' ? $bitmaps->{$device} : undef;
-    return (undef, 'there is no backup before') if ref($base) ne 'HASH';
+    return undef if ref($base) ne 'HASH';
     my $pattern = $Archive->name_pattern;
     my ($name) = ($base->{archive} // '') =~ m/\A$pattern\z/
-        or return (undef, 'the last backup is not known');
-    return (undef, "the last backup, $name, is not there any more")
+        or fail('the last backup is not known');
+    fail("the last backup, $name, is not there any more")
         if !$Archive->exists($self->{dir}, $name);
-    my @chain = eval { $self->chain($name, $device) };
-    return (undef, $@ =~ s/\n\z//r) if !@chain;
-    return (undef, "the last backup, $name, is another one than it was")
+    my @chain = $self->chain($name, $device);
+    fail("the last backup, $name, is another one than it was")
         if $chain[0]->id ne ($base->{id} // '');
     my $old_size = $chain[0]->device($device)->{size};
-    return (undef, "its size was $old_size and is $size") if $old_size != $size;
-
+    fail("its size was $old_size and is $size") if $old_size != $size;
     my $problem = $self->chain_problem($device, @chain);
-    return defined($problem) ? (undef, $problem) : ($chain[0], undef);
+    fail($problem) if defined($problem);
+    return $chain[0];
 }
 
 # Gives the archive its name. Before that it is noted as what the bitmaps are relative to: a crash

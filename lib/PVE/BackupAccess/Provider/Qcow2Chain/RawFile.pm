@@ -60,12 +60,11 @@ sub path ($self) { return $self->{path} }
 
 # Whoever still reads gets an error.
 sub stop ($self) {
-    my $pid = delete($self->{pid}) // return;
+    my $pid = $self->{pid} // return;
     local ($!, $?);
     shutdown($self->{socket}, SHUT_WR);
-    while (waitpid($pid, 0) < 0) {
-        last if !$!{EINTR};
-    }
+    1 while waitpid($pid, 0) < 0 && $!{EINTR};
+    delete($self->{pid});
     return;
 }
 

@@ -84,15 +84,15 @@ sub _log ($self) {
 
 # Ends it, and returns its exit status. What it has not written yet it writes, unless killed.
 sub _end ($self, $signal) {
-    my $pid = delete($self->{pid}) // return 0;
+    my $pid = $self->{pid} // return 0;
     local ($!, $?);
     delete($self->{connection});
     CORE::kill($signal, $pid);
-    while (waitpid($pid, 0) < 0) {
-        return undef if !$!{EINTR};
-    }
+    my $ended;
+    1 while ($ended = waitpid($pid, 0)) < 0 && $!{EINTR};    # a handler that dies: DESTROY waits
     my $status = $?;
-    return $status;
+    delete($self->{pid});
+    return $ended == $pid ? $status : undef;
 }
 
 # For one that only reads.

@@ -1,0 +1,211 @@
+# Qcow2Chain as its callers see it: order and arguments of the API, locks, signals, processes, names,
+# taint mode.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use Test::More;
+
+use POSIX ();
+use Time::HiRes ();
+
+use PBA::Test::Chain;
+use PVE::BackupAccess::Provider::Qcow2Chain;
+
+my $class = 'PVE::BackupAccess::Provider::Qcow2Chain';
+my $chain = PBA::Test::Chain->new;
+$chain->write_random;
+
+sub fails ($code, $error, $text) {
+    my $done = eval { $code->(); 1 };
+    ok(!$done && ref($@) && $@->isa('PVE::BackupAccess::Error'), $text);
+    like($@, $error, "$text: the error");
+}
+
+subtest 'arguments' => sub {
+    my $provider = $chain->provider;
+    my $store = $chain->store;
+    fails(sub () { $class->new(undef, { path => 'backup' }, 's') }, qr/must be absolute/, 'path');
+    fails(sub () { $class->new(undef, {}, 's') }, qr/path must be a string/, 'no path');
+    fails(sub () { $class->new(undef, { path => $store }, '') }, qr/storeid must not/, 'no id');
+    fails(
+        sub () { $class->new(undef, { path => "$store/none" }, 's')->job_init(time()) },
+        qr/is not there - is it mounted/,
+        'a directory that is missing'
+    );
+    fails(sub () { $provider->backup_init('../x', 'qemu', 1) }, qr/vmid must be/, 'vmid');
+    fails(sub () { $provider->backup_init(100, 'lxc', 1) }, qr/'lxc' are not supp/, 'containers');
+    fails(sub () { $provider->backup_vm(100, '', {}, {}) }, qr/backup_init was not/, 'no init');
+    fails(sub () { $provider->verify('vm/100/../x') }, qr/is not the name of an archive/, 'name');
+
+    for my $method (qw(backup_container backup_container_prepare restore_container_init)) {
+        fails(sub () { $provider->$method(100) }, qr/containers are not/, $method);
+    }
+    is($provider->backup_get_mechanism(100, 'lxc'), undef, 'no mechanism for containers');
+    is_deeply($provider->backup_cleanup(100, undef, 0, {}), { stats => {} }, 'cleanup alone');
+    is_deeply($provider->list, [], 'no archives');
+    isa_ok($provider, 'PVE::BackupProvider::Plugin::Base');
+    is($provider->provider_name, 'Qcow2Chain', 'its name');
+};
+
+subtest 'a backup and what is told of it' => sub {
+    my ($provider, @progress) = $chain->provider;
+    $provider->on_progress(sub (@values) { push(@progress, \@values) });
+    my $name = $chain->backup or die $chain->error;
+    my ($last) = grep { $_->[0] eq 'drive-scsi0' } reverse(@progress);
+    my $size = $chain->disk('drive-scsi0')->size;
+    is_deeply($last, ['drive-scsi0', $size, $size], 'progress');
+    my $log = $chain->tmp . '/log';
+    open(my $fh, '>', $log) or die "$log: $!\n";
+    print {$fh} "INFO: fine\n";
+    close($fh);
+    $provider->backup_handle_log_file(100, $log);
+    ok(-s $chain->path_of($name, 'backup.log'), 'the log is kept');
+    my ($listed) = $provider->list->@*;
+    is($listed->{volname}, $name, 'list: the name');
+    is($listed->{time}, 1_795_000_060, 'list: the time');
+    is($listed->{devices}{'drive-scsi0'}{size}, $size, 'list: the size of a device');
+    is($chain->result->{stats}{'archive-size'}, $listed->{size}, 'the size of the archive');
+    is_deeply([$provider->restore_get_mechanism("backup/$name")],
+        [qw(qemu-img qemu)], 'restore: the mechanism, by a name of Proxmox VE');
+    ok(-d $chain->guest_dir && !((stat(_))[2] & 077), 'nobody else can read it');
+    $chain->check('with a log');
+
+    my $began = Time::HiRes::time();
+    my $disk = $chain->disk('drive-scsi0');
+    $disk->write([0, 2 << 20, 77]);
+    $chain->backup(info => { 'bandwidth-limit' => 4 << 20 }) or die $chain->error;
+    cmp_ok(Time::HiRes::time() - $began, '>', 0.3, 'the bandwidth is limited');
+
+    local $chain->{time} = 1_000_000_000;
+    my $back = $chain->backup or die $chain->error;
+    is($back, ($chain->names)[-1], 'the clock was set back: still the last one');
+};
+
+subtest 'one at a time' => sub {
+    my $other = $class->new(undef, { path => $chain->store }, 'test');
+    $chain->backup(
+        during => sub () {
+            fails(sub () { $other->backup_init(100, 'qemu', 1) }, qr/is in use by/, 'a backup');
+            fails(sub () { $other->prune(100, 1) }, qr/is in use by/, 'a prune');
+            is($other->backup_init(101, 'qemu', 1)->{'archive-name'},
+                'vm/101/19700101T000001Z', 'but of another guest');
+            $other->backup_cleanup(101, 'qemu', 0, {});
+            is_deeply($other->verify(($chain->names)[0]), [], 'and a look at what there is');
+        }
+    ) or die $chain->error;
+};
+
+# ---- processes ----
+
+sub children () {
+    return map {
+        split(
+            ' ',
+            do { local (@ARGV, $/) = $_; <> // '' }
+        )
+    } glob("/proc/$$/task/*/children");
+}
+
+subtest 'processes' => sub {
+    my $name = ($chain->names)[-1];
+    my @before = children();
+    {
+        local $SIG{CHLD} = 'IGNORE';
+        ok($chain->backup, 'SIGCHLD ignored: a backup') or diag($chain->error);
+        my $file = $chain->provider->restore_vm_volume_init($name, 'drive-scsi0', {});
+        ok(eval { $chain->provider->restore_vm_cleanup($name); 1 }, 'SIGCHLD ignored: a restore')
+            or diag($@);
+    }
+    $chain->provider->restore_vm_volume_init($name, $_, {}) for $chain->devices;
+    is(scalar(children()), @before + 2, 'a server for each device');
+    $chain->provider->restore_vm_cleanup($name);
+    is_deeply([children()], \@before, 'none after the cleanup');
+    $chain->provider->restore_vm_volume_init($name, 'drive-scsi0', {});
+    my $pid = fork() // die "fork: $!\n";
+    if (!$pid) {
+        $chain->use_store($chain->store);
+        POSIX::_exit(0);
+    }
+    waitpid($pid, 0);
+    is(scalar(children()), @before + 1, 'a forked child ends none');
+    $chain->use_store($chain->store);
+    is_deeply([children()], \@before, 'a provider that goes ends its own');
+
+    local $SIG{ALRM} = sub { die "enough\n" };
+    $chain->provider->on_progress(sub (@) { kill(ALRM => $$) });
+    is($chain->backup, undef, 'a signal handler dies');
+    is($chain->error, "enough\n", 'that comes through');
+    is_deeply([children()], \@before, 'nothing is left');
+    fails(sub () { $chain->provider->restore_vm_volume_init('vm/100/20000101T000000Z', 'x', {}) },
+        qr/no archive/, 'no such archive');
+    fails(
+        sub () { $chain->provider->restore_vm_volume_init($name, 'x', {}) },
+        qr/has no device x/,
+        'no such device'
+    );
+    my $image = $chain->path_of($name, 'drive-scsi0.qcow2');
+    local $PVE::BackupAccess::Provider::Qcow2Chain::Server::qemu_nbd = 'no-such-program';
+    fails(
+        sub () { PVE::BackupAccess::Provider::Qcow2Chain::Server->start($image) },
+        qr/cannot run no-such-program/,
+        'no qemu-nbd'
+    );
+    fails(
+        sub () {
+            local $PVE::BackupAccess::Provider::Qcow2Chain::Server::qemu_nbd = 'qemu-nbd';
+            PVE::BackupAccess::Provider::Qcow2Chain::Server->start("$image.none");
+        },
+        qr/cannot serve .*No such file/,
+        'no image'
+    );
+    is_deeply([children()], \@before, 'nothing is left of these');
+};
+
+# ---- names, taint mode ----
+
+subtest 'odd names' => sub {
+    my $dir = $chain->tmp . "/a b,c:d=e%\x{e9}";
+    utf8::encode($dir);
+    mkdir($dir) or die "mkdir: $!\n";
+    my $odd = "#block/../\x{20ac} x,y:z";
+    my $provider = $class->new(undef, { path => $dir }, 'test');
+    my $disk = $chain->disk('drive-scsi0');
+    for (1 .. 2) {
+        my $name = $provider->backup_init(100, 'qemu', 1)->{'archive-name'};
+        my $modes
+            = $provider->backup_vm_query_incremental(100, { $odd => { size => $disk->size } });
+        $disk->{device} = $odd;
+        my $volume = $disk->open($modes->{$odd});
+        my $done = eval { $provider->backup_vm(100, '', { $odd => $volume }, {}); 1 } or diag($@);
+        $disk->close($done);
+        $provider->backup_cleanup(100, 'qemu', $done, {});
+        is_deeply($provider->verify($name), [], "archive $_ is in order");
+        is_deeply([keys $provider->restore_vm_init($name)->%*], [$odd], 'the device has its name');
+        is($provider->archive_get_guest_config($name), '', 'an empty configuration');
+        is($provider->archive_get_firewall_config($name), undef, 'no firewall configuration');
+        $disk->write([0, 65536, 99]);
+    }
+    is(scalar($provider->prune(100, 1)->@*), 1, 'pruned');
+};
+
+# All that is given on the command line is tainted.
+subtest 'taint mode' => sub {
+    my $disk = $chain->disk('drive-efidisk0');
+    my $store = $chain->tmp . '/taint';
+    mkdir($store) or die "$store: $!\n";
+    for my $mode (qw(new use use)) {
+        my $volume = $disk->open($mode);
+        my @volume = map { $_ => $volume->{$_} } grep { defined($volume->{$_}) } keys $volume->%*;
+        my $program = "$FindBin::Bin/taint/qcow2-chain.pl";
+        my @command
+            = ($^X, '-T', '-Iblib/lib', '-Iblib/arch', $program, $store, 'drive-efidisk0', @volume);
+        is(system(@command), 0, "mode $mode");
+        $disk->close($? == 0);
+        $disk->write([65536, 512, 5]);
+    }
+    is(scalar($class->new(undef, { path => $store }, 's')->list->@*), 2, 'two are left');
+};
+
+done_testing;

@@ -1,0 +1,121 @@
+# Qcow2Chain on running guests that write all the time: every archive, full or incremental, shows both
+# disks as of one instant, whatever failed before.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use Test::More;
+
+use PBA::Test::Backend;
+use PBA::Test::Model;
+use PBA::Test::QemuNbd;
+use PVE::BackupAccess::Provider::Qcow2Chain;
+use PVE::BackupAccess::Provider::Qcow2Chain::Image;
+use PVE::BackupAccess::Provider::Qcow2Chain::Server;
+use PVE::BackupAccess::Task;
+
+$PVE::BackupAccess::Provider::Qcow2Chain::Image::qemu_img = $ENV{PBA_QEMU_IMG} // 'qemu-img';
+$PVE::BackupAccess::Provider::Qcow2Chain::Server::qemu_nbd = $ENV{PBA_QEMU_NBD} // 'qemu-nbd';
+
+my $mib = 1024 * 1024;
+my $seed = 20261122;
+my $blocks = 2048;
+my %sizes = (disk0 => 32 * $mib, disk1 => 16 * $mib + 512);
+my @ids = sort keys %sizes;
+
+# A storage plugin's name makes restores files, as for Proxmox VE.
+sub new_provider ($context, $plugin = undef) {
+    return PVE::BackupAccess::Provider::Qcow2Chain->new($plugin, { path => $context->{store} },
+        'test', sub ($level, $message) { push($context->{log}->@*, $message) });
+}
+
+# One backup as a job of its own. fails => called while it copies. Returns the archive's name, undef
+# if it failed.
+sub backup ($context, $provider, $fails = undef) {
+    my $backend = $context->{backend};
+    my $log = sub ($level, $message) { push($context->{log}->@*, $message) };
+    my $task = PVE::BackupAccess::Task->new(
+        $backend->options,
+        vmid => 100,
+        provider => $provider,
+        devices => [map { $backend->device($_) } @ids],
+        'guest-config' => "name: test\n",
+        log => $log,
+    );
+    $provider->on_progress($fails // sub (@) { });
+    my $result = eval { $task->run_job };
+    my $error = $@;
+    die $error if !$result && !$fails;
+    is_deeply($backend->outside, $context->{outside}, 'nothing is left');
+    $backend->guest->wait_more_churn(20);
+    return $result ? $result->{'archive-name'} : undef;
+}
+
+sub restore ($context, $provider, $name) {
+    my %images;
+    for my $id (@ids) {
+        my $device = $context->{backend}->device($id);
+        my $from = $provider->restore_vm_volume_init($name, $device, {})->{'qemu-img-path'};
+        $images{$id} = "$context->{dir}/$id.raw";
+        PBA::Test::QemuNbd::img('convert', '-f', 'raw', '-O', 'raw', $from, $images{$id});
+        $provider->restore_vm_volume_cleanup($name, $device, {});
+    }
+    return \%images;
+}
+
+sub check_archive ($context, $provider, $name, $text) {
+    my ($write, $problem) = $context->{model}->check_images(restore($context, $provider, $name));
+    is($problem, undef, "$text: $name is the disks after write $write");
+    return $write;
+}
+
+sub check_backend ($name) {
+    my $backend = PBA::Test::Backend->start(
+        name => $name,
+        disks => [
+            { id => 'disk0', format => 'qcow2', size => $sizes{disk0} },
+            { id => 'disk1', size => $sizes{disk1}, bus => 'scsi', shape => 'drive' },
+        ],
+    );
+    my $context = {
+        backend => $backend,
+        dir => $backend->work_dir('restored'),
+        store => $backend->work_dir('store'),
+        model => PBA::Test::Model->new(
+            seed => $seed,
+            disks => [map { { id => $_, size => $sizes{$_} } } @ids],
+            blocks => $blocks,
+        ),
+        outside => $backend->outside,
+        log => [],
+    };
+    $backend->guest->start_churn(seed => $seed, disks => \@ids, blocks => $blocks);
+    $backend->guest->wait_churn(20);
+
+    my $provider = new_provider($context);
+    my @names = map { backup($context, $provider) } 1 .. 3;
+    is(scalar(grep { m/storing, incremental/ } $context->{log}->@*),
+        4, 'two of three are incremental');
+    is(backup($context, $provider, sub (@) { die "enough\n" }), undef, 'one fails');
+    push(@names, backup($context, $provider));
+    $backend->guest->stop_churn;
+    my @writes = map { check_archive($context, $provider, $_, 'restored') } @names;
+    is_deeply(\@writes, [sort { $a <=> $b } @writes], 'in the order of time');
+
+    $provider->remove($names[1]);
+    is_deeply([map { $_->{volname} } $provider->list(100)->@*], [@names[0, 2, 3]], 'one removed');
+    check_archive($context, $provider, $_, 'after a removal') for @names[2, 3];
+    is_deeply($provider->verify($names[3]), [], 'all in order');
+    SKIP: {
+        skip('no /dev/fuse', 1) if !-e '/dev/fuse';
+        check_archive($context, new_provider($context, 'a storage plugin'), $names[3], 'by a file');
+    }
+    $backend->check_manners;
+}
+
+for my $name (PBA::Test::Backend->names) {
+    subtest "backend $name" => sub { check_backend($name) };
+}
+
+done_testing;
