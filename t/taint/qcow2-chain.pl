@@ -20,7 +20,7 @@ die join("\n", $problems->@*), "\n" if $problems->@*;
 $provider->archive_get_guest_config($read);
 $provider->restore_vm_init($read);
 my $path = $provider->restore_vm_volume_init($read, $device, {})->{'qemu-img-path'};
-die "no URI: $path\n" if $path !~ m/\Anbd/;
+die "no URI: $path\n" if index($path, 'nbd') != 0;
 $provider->restore_vm_volume_cleanup($read, $device, {});
 $provider->restore_vm_cleanup($read);
 $provider->prune(100, 2);
