@@ -126,6 +126,7 @@ _new(SV *klass, SV *options)
             .fleecing = fleecing,
             .bitmap_name = glue_fetch_text(aTHX_ hash, "bitmap-name"),
             .persistent = SvTRUE(glue_fetch(aTHX_ hash, "persistent")),
+            .no_recover = !SvTRUE(glue_fetch(aTHX_ hash, "recover")),
         };
         object->access = pba_access_new(object->qmp, &access_options, &hooks, &error);
         g_clear_pointer(&fleecing, g_hash_table_unref);

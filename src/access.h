@@ -49,6 +49,7 @@ struct PbaAccess {
     GHashTable *fleecing;
     char *early_bitmap_name;
     bool persistent;
+    bool no_recover;
 
     PbaBackend backend;
     PbaForm form;

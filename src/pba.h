@@ -121,6 +121,7 @@ typedef struct {
     GHashTable *fleecing;     /* upstream: device => the caller's fleecing node; may be NULL */
     const char *bitmap_name;  /* pve, early form of the command only; NULL: the target-id */
     bool persistent;          /* upstream: bitmaps of qcow2 disks survive a VM restart */
+    bool no_recover;          /* setup refuses where a dead process left something to undo */
 } PbaAccessOptions;
 
 typedef struct {

@@ -170,16 +170,20 @@ static bool is_ours(const PbaAccess *access, const PbaLeftThing *thing)
     return !thing->key || strcmp(thing->key, own) == 0;
 }
 
-static bool is_nothing(const PbaAccess *access, const PbaLeft *left)
+typedef enum { LEFT_NOTHING, LEFT_HARMLESS, LEFT_ACCESS } LeftState;
+
+static LeftState find_state(const PbaAccess *access, const PbaLeft *left)
 {
     g_autoptr(GPtrArray) things = pba_left_things(left);
+    LeftState state = LEFT_NOTHING;
 
     for (guint i = 0; i < things->len; i++) {
-        if (is_ours(access, things->pdata[i])) {
-            return false;
+        const PbaLeftThing *thing = things->pdata[i];
+        if (is_ours(access, thing)) {
+            state = MAX(state, thing->harmless ? LEFT_HARMLESS : LEFT_ACCESS);
         }
     }
-    return true;
+    return state;
 }
 
 /* An access that stands for the dead one's. */
@@ -284,6 +288,15 @@ static bool undo_marked(PbaAccess *dead, GPtrArray *lines, GError **error)
     return true;
 }
 
+static bool refuse(const PbaAccess *access, GError **error)
+{
+    pba_error_set(error, PBA_ERROR_STATE,
+                  "previous backup for target '%s' not finished: a process that is gone left its "
+                  "access - call recover",
+                  access->target_id);
+    return false;
+}
+
 bool pba_recover_left(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GError **error)
 {
     g_auto(PbaLeft) left = {0};
@@ -292,8 +305,12 @@ bool pba_recover_left(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GErr
         !check_others(access, &left, error)) {
         return false;
     }
-    if (is_nothing(access, &left)) {
+    LeftState state = find_state(access, &left);
+    if (state == LEFT_NOTHING) {
         return true;
+    }
+    if (access->no_recover) {
+        return state == LEFT_HARMLESS || refuse(access, error);
     }
     pba_log(
         &access->hooks, PBA_LOG_WARN,

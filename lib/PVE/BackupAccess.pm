@@ -53,6 +53,7 @@ my %access_options = (
     fleecing => \&check_fleecing,
     log => \&PVE::BackupAccess::Argument::code,
     persistent => \&PVE::BackupAccess::Argument::flag,
+    recover => \&PVE::BackupAccess::Argument::flag,
 );
 
 my %recover_options
@@ -77,6 +78,7 @@ sub new ($class, @options) {
     return $class->_new(
         {
             timeout => $default_timeout,
+            recover => 1,
             $options->%*,
             fleecing => $fleecing,
             identity => identity($options->{qmp}),
@@ -318,6 +320,11 @@ C<< <device>-fleecing >> beforehand.
 
 Stock QEMU only: 1 makes bitmaps of qcow2 disks survive a restart of the VM. A bitmap that is there
 already stays as it was made; mode C<new> makes it anew.
+
+=item recover
+
+0 makes L</setup> die with class C<StateError> where a killed process left an access for the same target, and
+change nothing, instead of undoing that first.
 
 =item bitmap-name
 

@@ -27,7 +27,7 @@ sub normalise ($graph, $named, $dir) {
     };
     my (@nodes, @edges);
     for my $id (sort { $a <=> $b } keys %node) {
-        my $driver = $info{ $node{$id}{name} // '' }{drv} // $node{$id}{type};
+        my $driver = ($info{ $node{$id}{name} // '' } // {})->{drv} // $node{$id}{type};
         push @nodes, "$driver " . $label->($label, $id);
     }
     for my $edge ($graph->{edges}->@*) {

@@ -8,7 +8,10 @@ package PBA::Test::QMPProxy;
 # before the command reaches QEMU, 'lose' after QEMU has done it and before its reply, 'refuse'
 # answers with an error in QEMU's place, 'deceive' lets QEMU do it and answers with an error.
 # 'kill-before' and 'kill-after' kill the client, before the command reaches QEMU and after QEMU has
-# done it. Without at nothing goes wrong.
+# done it. 'stall' lets QEMU do it and keeps the reply to itself. Without at nothing goes wrong.
+#
+# 'kill-before-nbd' and 'kill-after-nbd' kill it at an NBD connection or discard instead, with at
+# counting those: see PBA::Test::NBDRelay.
 #
 # listen => a path of its own: several proxies, one after the other, are the same VM to a client.
 
@@ -19,6 +22,8 @@ use parent 'PBA::Test::Peer';
 use IO::Socket::UNIX;
 use JSON::PP ();
 use Socket qw(SOL_SOCKET SO_PEERCRED);
+
+use PBA::Test::NBDRelay;
 
 my $json = JSON::PP->new->utf8->canonical;
 
@@ -43,34 +48,47 @@ sub serve ($self, $listener) {
 
 sub _converse ($self, $client, $qemu) {
     my ($from_client, $from_qemu) = ('', '');
-    $self->_pass_reply($client, $qemu, \$from_qemu) or return;    # the greeting
+    $self->send_bytes($client, $self->_reply($qemu, \$from_qemu) // return);    # the greeting
     while (defined(my $line = $self->_next_line($client, \$from_client))) {
         my $command = $json->decode($line);
+        my $name = $command->{execute};
         my $fault = $self->_fault_for($command);
         return if $fault eq 'drop';
-        return _kill($client) if $fault eq 'kill-before';
+        return $self->_kill($client) if $fault eq 'kill-before';
         if ($fault eq 'refuse') {
             $self->_send_error($client, $command);
             next;
         }
+        (delete($self->{relay}))->stop if $self->{relay} && $name eq 'nbd-server-stop';
         $self->send_bytes($qemu, $line);
-        $self->_pass_reply($fault ? undef : $client, $qemu, \$from_qemu) or return;
+        my $reply = $self->_reply($qemu, \$from_qemu) // return;
+        $self->_start_relay($command, $client, $qemu) if $name eq 'nbd-server-start';
+        $self->send_bytes($client, $reply) if !$fault;
         return if $fault eq 'lose';
-        return _kill($client) if $fault eq 'kill-after';
+        return $self->_kill($client) if $fault eq 'kill-after';
+        return $self->wait_ready($client, 'read') if $fault eq 'stall';
         $self->_send_error($client, $command) if $fault eq 'deceive';
     }
 }
 
-sub _kill ($client) {
+sub _kill ($self, $client) {
     my ($pid) = unpack('i', getsockopt($client, SOL_SOCKET, SO_PEERCRED));
     kill('KILL', $pid);
+    return;
+}
+
+sub _start_relay ($self, $command, @handles) {
+    my $path = $command->{arguments}{addr}{data}{path};
+    return if ($self->{fault} // '') !~ m/-nbd\z/ || !-S $path;
+    $self->{relay}
+        = PBA::Test::NBDRelay->start($self, $path, $self->{fault}, $self->{at} // 0, @handles);
     return;
 }
 
 sub _fault_for ($self, $command) {
     return '' if $command->{execute} eq 'qmp_capabilities';
     $self->record('command', name => $command->{execute});
-    return '' if ++$self->{count} != ($self->{at} // 0);
+    return '' if ++$self->{count} != ($self->{at} // 0) || ($self->{fault} // '') =~ m/-nbd\z/;
     $self->record('fault', name => $command->{execute});
     return $self->{fault};
 }
@@ -81,12 +99,13 @@ sub _send_error ($self, $client, $command) {
 }
 
 # Everything up to and with the next line that is no event.
-sub _pass_reply ($self, $client, $qemu, $buffer) {
+sub _reply ($self, $qemu, $buffer) {
+    my $reply = '';
     while (defined(my $line = $self->_next_line($qemu, $buffer))) {
-        $self->send_bytes($client, $line) if $client;
-        return 1 if !exists($json->decode($line)->{event});
+        $reply .= $line;
+        return $reply if !exists($json->decode($line)->{event});
     }
-    return 0;
+    return undef;
 }
 
 sub _next_line ($self, $fh, $buffer) {

@@ -1,0 +1,99 @@
+# A client is killed before and after every QMP command, NBD connection and discard of a whole backup,
+# with one and two disks, as a success and a failure, while the guest writes. After each the guest
+# runs, one call of recover, or the next setup by itself, cleans up, and the next increment on the
+# last good backup is the disk (I2, I3, I5).
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use Test::More;
+
+use PBA::Test::Backend;
+use PBA::Test::Client;
+use PBA::Test::Sweep;
+
+my $size = 8 * 1024 * 1024;
+my $seed = 20261122;
+
+# Every point takes the better part of an hour; PBA_FULL=1 takes all.
+my $points = $ENV{PBA_FULL} ? undef : 2;
+
+my @rows = (
+    [[qw(disk0)], use => 1],
+    [[qw(disk0 disk1)], use => 1],
+    [[qw(disk0 disk1)], use => 0],
+    [[qw(disk0 disk1)], new => 1],
+    [[qw(disk0)], new => 0],
+);
+my @iothread_rows = ([[qw(disk0 disk1)], use => 1], [[qw(disk0)], new => 0]);
+
+# Success or not is what QEMU was told, whatever the client lived to see.
+sub was_told ($proxy, $point) {
+    my @sent = map { $_->{name} } $proxy->commands;
+    pop(@sent) if $proxy->struck && $point->{fault} eq 'kill-before';
+    my ($export) = grep { $sent[$_] eq 'block-export-add' } 0 .. $#sent;
+    return
+           $point->{success}
+        && defined($export)
+        && grep { m/\A(?:transaction|backup-access-teardown)\z/ } @sent[$export .. $#sent];
+}
+
+sub killed_backup ($sweep, $point, $proxy) {
+    my @ids = $point->{ids}->@*;
+    my $client = PBA::Test::Client->start(
+        sub ($tell) {
+            $sweep->repository->backup(
+                mode => $point->{mode},
+                success => $point->{success},
+                disks => \@ids,
+                options => { qmp => $proxy->socket_path },
+                during => sub ($id) { $tell->('up') if $id eq $ids[0] },
+            );
+        }
+    );
+    while (defined(my $word = $client->next_word)) {
+        fail("$point->{name}: the client $word") if $word ne 'up';
+        $sweep->write_more(@ids);
+        $client->let_go_on;
+    }
+    $client->wait_end;
+    return was_told($proxy, $point);
+}
+
+my $count = 0;
+
+sub sweep ($name, $disk, @rows) {
+    my $backend = PBA::Test::Backend->start(
+        name => $name,
+        disks => [map { { id => $_, size => $size, $disk->%* } } qw(disk0 disk1)],
+    );
+    my $sweep = PBA::Test::Sweep->new(backend => $backend, seed => $seed, points => $points);
+    for my $row (@rows) {
+        my ($ids, $mode, $success) = $row->@*;
+        $sweep->run(
+            name => "@$ids, mode $mode, success $success",
+            ids => $ids,
+            mode => $mode,
+            success => $success,
+            faults => [qw(kill-before kill-after kill-before-nbd kill-after-nbd)],
+            backup => sub (@point) { killed_backup($sweep, @point) },
+        );
+    }
+    $backend->check_manners;
+    $count += $sweep->count;
+    return $backend->vm->version->[0];
+}
+
+diag("$points places of each row, seed $seed") if $points;
+for my $name (PBA::Test::Backend->names) {
+    my $version;
+    subtest "backend $name" => sub { $version = sweep($name, {}, @rows) };
+    subtest "backend $name, disks in an iothread" => sub {
+        plan(skip_all => 'needs QEMU 10.0 or later') if ($version // 0) < 10;
+        sweep($name, { iothread => 1 }, @iothread_rows);
+    };
+}
+diag("$count points");
+
+done_testing;
