@@ -1,5 +1,6 @@
-# Every code block of the documentation runs: README.md, doc/*.md, and the synopses of the POD. How a
-# block is marked and what fixtures are is said in HACKING.md. With arguments, only those files'.
+# Every code block of the documentation runs: README.md, doc/*.md, those of examples, and the synopses
+# of the POD. How a block is marked and what fixtures are is said in HACKING.md. With arguments, only
+# those files'.
 
 use v5.36;
 
@@ -65,7 +66,8 @@ sub check_block ($block) {
 }
 
 my @modules = split(m/\n/, qx(find lib -name '*.pm' -o -name '*.pod'));
-my @files = @ARGV ? @ARGV : (sort(glob('*.md')), sort(glob('doc/*.md')), sort(@modules));
+my @files
+    = @ARGV ? @ARGV : (sort(glob('*.md')), sort(glob('{doc,examples/*}/*.md')), sort(@modules));
 for my $file (@files) {
     my ($blocks, $problems) = PBA::Test::DocCode::read_file($file);
     is("@$problems", '', "$file: all blocks are marked") or diag(join("\n", $problems->@*));

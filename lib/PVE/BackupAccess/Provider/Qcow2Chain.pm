@@ -174,6 +174,10 @@ sub backup_vm ($self, $vmid, $guest_config_text, $volumes, $info) {
     }
     $archive->seal;
     $task->{guest}->publish($archive, $self->{storeid});
+    $task->{published} = 1;
+
+    # Proxmox VE prunes before it calls backup_cleanup.
+    delete($task->{lock});
     return;
 }
 
@@ -235,19 +239,24 @@ sub _copy_options ($self, $device, $info) {
 
 sub backup_cleanup ($self, $vmid, $vmtype, $success, $info) {
     my $task = delete($self->{task}) // return { stats => {} };
-    my $archive = $task->{archive};
-    if (!$success || !$archive) {
-        $task->{guest}->discard($archive->entry) if $archive && -e $archive->dir;
-        return { stats => {} };
+    my ($guest, $name, $archive) = $task->@{qw(guest name archive)};
+    if ($success && $task->{published}) {
+        $self->{last} = $guest->archive($name);
+        return { stats => { 'archive-size' => $self->{last}->file_size } };
     }
-    $self->{last} = $archive;
-    return { stats => { 'archive-size' => $archive->file_size } };
+    if ($task->{published}) {
+        my $lock = $guest->lock;
+        $guest->remove($name);
+    }
+    elsif ($archive) {
+        $guest->discard($archive->entry);
+    }
+    return { stats => {} };
 }
 
 # The log is not part of what has to be there.
 sub backup_handle_log_file ($self, $vmid, $filename) {
-    my $archive = $self->{task} ? $self->{task}{archive} : delete($self->{last});
-    return if !$archive || !-d $archive->dir;
+    my $archive = delete($self->{last}) // return;
     PVE::BackupAccess::Provider::Qcow2Chain::File::replace($archive->dir . "/$log_file",
         PVE::BackupAccess::Provider::Qcow2Chain::File::read($filename));
     return;
@@ -465,7 +474,8 @@ lacks something it builds on, or where the device has another size, the device g
 the log says why. Damage is seen here if it changed a file's size or time; L</verify> sees all.
 
 One directory takes the backups of one guest for each number, and one storage id stands for one
-target-id of L<PVE::BackupAccess>.
+target-id of L<PVE::BackupAccess>. Whoever puts a directory back to an earlier state, or uses a copy of it,
+removes F<bitmaps.json> in it: the guest's bitmaps say what changed since a later archive.
 
 All sizes are bytes. Methods die with a L<PVE::BackupAccess::Error>: C<ArchiveError> where an archive
 is missing or damaged, C<StateError> while another process works on the same guest's archives.
@@ -491,8 +501,8 @@ C<Qcow2Chain>.
 
 =head2 backup_init
 
-Locks the guest's directory until L</backup_cleanup>, takes away what a killed backup left, and names the
-archive: C<vm/100/20261122T064953Z>, by the start time in UTC, or later than the last one there is.
+Locks the guest's directory until the archive is there, or until L</backup_cleanup>, takes away what a
+killed backup left, and names the archive: C<vm/100/20261122T064953Z>, by the start time in UTC, or later than the last one there is.
 
 =head2 backup_get_mechanism
 

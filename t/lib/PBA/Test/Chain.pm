@@ -80,7 +80,7 @@ sub write_random ($self, $count = 6) {
 }
 
 # One backup in the order of the API. during => called when the volumes are there; late => 1: it
-# fails after the bitmaps were cleared; run => is given backup_vm to be called in another process, which
+# fails after the bitmaps were cleared; then => called before backup_cleanup; run => is given backup_vm to be called in another process, which
 # is to be killed. Returns the archive's name, undef if it failed.
 sub backup ($self, %options) {
     my ($provider, $disks) = $self->@{qw(provider disks)};
@@ -109,6 +109,7 @@ sub backup ($self, %options) {
         $self->expect($name) if grep { $_ eq $name } $self->names;
         return undef;
     }
+    $options{then}->() if $options{then};
     my $success = $done && !$options{late};
     $self->{result} = $provider->backup_cleanup($vmid, 'qemu', $success,
         $success ? {} : { error => $self->{error} });

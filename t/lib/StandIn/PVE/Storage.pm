@@ -1,0 +1,19 @@
+package PVE::Storage;
+
+# What a storage plugin finds of Proxmox VE's PVE::Storage, for tests outside of it.
+
+use v5.36;
+
+sub APIVER () { return 15 }
+
+# Marks all but the last so many as to be removed.
+sub prune_mark_backup_group ($group, $keep) {
+    my $left = $keep->{'keep-last'} || die "the stand-in knows keep-last only\n";
+    for my $entry (sort { $b->{ctime} <=> $a->{ctime} } $group->@*) {
+        next if ($entry->{mark} // '') eq 'protected';
+        $entry->{mark} = $left-- > 0 ? 'keep' : 'remove';
+    }
+    return;
+}
+
+1;

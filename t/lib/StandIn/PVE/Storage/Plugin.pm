@@ -1,0 +1,38 @@
+package PVE::Storage::Plugin;
+
+# What a storage plugin derives from, for tests outside of Proxmox VE: registration, and a section of
+# storage.cfg checked against the plugin's options. A plugin has to have its own of each other method.
+
+use v5.36;
+
+my %plugins;
+
+sub register ($class) {
+    $plugins{ $class->type } = $class;
+    return;
+}
+
+# { storage id => { type, option => value } } of a storage.cfg.
+sub parse_config ($text) {
+    my (%storages, $section);
+    for my $line (split(m/\n/, $text)) {
+        next if $line =~ m/\A\s*(?:#|\z)/;
+        if ($line =~ m/\A(\S+):\s+(\S+)\z/) {
+            $section = $storages{$2} = { type => $1 };
+            die "there is no storage type '$1'\n" if !$plugins{$1};
+            next;
+        }
+        my ($option, $value) = $line =~ m/\A\s+(\S+)(?:\s+(.*))?\z/ or die "odd line '$line'\n";
+        die "type '$section->{type}' has no option '$option'\n"
+            if !$plugins{ $section->{type} }->options->{$option};
+        $section->{$option} = $value // 1;
+    }
+    $_->{content} = { map { $_ => 1 } split(m/,/, $_->{content} // '') } for values %storages;
+    return \%storages;
+}
+
+sub lookup ($class, $type) {
+    return $plugins{$type} // die "there is no storage type '$type'\n";
+}
+
+1;

@@ -1,0 +1,136 @@
+# examples/pve-storage-plugin: from storage.cfg to the restore, as Proxmox VE calls it, against a
+# stand-in of its storage layer (t/lib/StandIn).
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib", "$FindBin::Bin/lib/StandIn";
+use lib "$FindBin::Bin/../examples/pve-storage-plugin";
+use Test::More;
+
+use PBA::Test::BitmapDisk;
+use PBA::Test::QemuNbd;
+use PVE::Storage;
+use PVE::Storage::Plugin;
+
+my $example = "$FindBin::Bin/../examples/pve-storage-plugin";
+my $class = 'PVE::Storage::Custom::Qcow2ChainPlugin';
+my $device = 'drive-scsi0';
+my $vmid = 100;
+
+sub content ($file) {
+    open(my $fh, '<:raw', $file) or die "$file: $!\n";
+    local $/ = undef;
+    return scalar(<$fh>);
+}
+
+require_ok($class);
+isa_ok($class, 'PVE::Storage::Plugin');
+$class->register;
+
+my $tmp = File::Temp->newdir('pba-plugin-XXXXXXXX', TMPDIR => 1);
+my $config = content("$example/storage.cfg");
+like(content("$example/README.md"), qr/\Q$config\E/, 'the README shows this storage.cfg');
+my ($storeid, $scfg) = PVE::Storage::Plugin::parse_config($config)->%*;
+is($scfg->{path}, '/mnt/backup', 'storage.cfg: the path');
+$scfg->{path} = "$tmp/mnt";
+my $plugin = PVE::Storage::Plugin->lookup($scfg->{type});
+
+subtest 'what Proxmox VE asks of a plugin' => sub {
+    cmp_ok($plugin->api, '<=', PVE::Storage::APIVER(), 'an API that it has');
+    is($plugin->plugindata->{features}{'backup-provider'}, 1, 'a backup provider');
+    is($plugin->type, 'qcow2chain', 'its type');
+    ok(!eval { $plugin->activate_storage($storeid, $scfg, {}); 1 }, 'no directory: not active');
+    mkdir($scfg->{path}) or die "mkdir: $!\n";
+    ok($plugin->activate_storage($storeid, $scfg, {}), 'active');
+    is_deeply($plugin->list_volumes($storeid, $scfg, undef, [qw(backup images)]), [], 'empty');
+    ok(!eval { $plugin->parse_volname('backup/vm/100/x'); 1 }, 'a name of something else');
+    ok(!eval { $plugin->alloc_image($storeid, $scfg, 100, 'raw', undef, 1); 1 }, 'no images');
+};
+
+# As VZDump does it: the archive gets notes, and older ones are pruned, before the cleanup.
+sub vzdump ($disk, $time, %options) {
+    my @log;
+    my $provider
+        = $plugin->new_backup_provider($scfg, $storeid, sub (@line) { push(@log, "@line") });
+    $provider->job_init($time);
+    my $name = $provider->backup_init($vmid, 'qemu', $time)->{'archive-name'};
+    my $mechanism = $provider->backup_get_mechanism($vmid, 'qemu');
+    my $modes
+        = $provider->backup_vm_query_incremental($vmid, { $device => { size => $disk->size } });
+    my $volumes = { $device => $disk->open($modes->{$device}) };
+    my $done = eval {
+        $provider->backup_vm($vmid, "name: test\n", $volumes, { 'bandwidth-limit' => 0 });
+        1;
+    } or diag($@);
+    $disk->close($done);
+    my $volname = "backup/$name";
+    $plugin->update_volume_attribute($scfg, $storeid, $volname, 'notes', "of $time");
+    $plugin->update_volume_attribute($scfg, $storeid, $volname, 'protected', 1)
+        if $options{protected};
+    my $keep = { 'keep-last' => 2 };
+    my $pruned = $plugin->prune_backups($scfg, $storeid, $keep, $vmid, 'qemu', 0, sub (@) { });
+    $provider->backup_cleanup($vmid, 'qemu', 1, {});
+    $provider->job_cleanup;
+    my @removed = grep { $_->{mark} eq 'remove' } $pruned->@*;
+    return { volname => $volname, mode => $modes->{$device}, removed => scalar(@removed) };
+}
+
+# As qemu-server does it, with its check of the source.
+sub restored ($volname) {
+    my $provider = $plugin->new_backup_provider($scfg, $storeid, sub (@) { });
+    is_deeply([$provider->restore_get_mechanism($volname)], [qw(qemu-img qemu)], 'the mechanism');
+    is($provider->archive_get_guest_config($volname), "name: test\n", 'the configuration');
+    my $size = $provider->restore_vm_init($volname)->{$device}{size};
+    my $path = $provider->restore_vm_volume_init($volname, $device, {})->{'qemu-img-path'};
+    ok(-f $path, 'the source is a file') or return '';
+    is(-s $path, $size, 'of the right size');
+    my $target = "$tmp/restored.raw";
+    open(my $fh, '>', $target) or die "$target: $!\n";
+    truncate($fh, $size) or die "$target: $!\n";
+    PBA::Test::QemuNbd::img('convert', '-n', '-f', 'raw', '-O', 'raw', $path, $target);
+    $provider->restore_vm_volume_cleanup($volname, $device, {});
+    $provider->restore_vm_cleanup($volname);
+    ok(!-e $path, 'the source is gone');
+    return content($target);
+}
+
+my $disk = PBA::Test::BitmapDisk->new(dir => "$tmp", device => $device, size => 2 << 20);
+my (@backups, %content);
+for my $number (1 .. 4) {
+    $disk->write([$number * 65536, 100_352, $number]);
+    my $backup = vzdump($disk, 1_795_000_000 + 60 * $number, protected => $number == 1);
+    push(@backups, $backup->{volname});
+    $content{ $backup->{volname} } = $disk->content;
+    is($backup->{mode}, $number == 1 ? 'new' : 'use', "backup $number: mode");
+    is($backup->{removed}, $number == 4 ? 1 : 0, "backup $number: pruned");
+}
+
+subtest 'what is there' => sub {
+    my $volumes = $plugin->list_volumes($storeid, $scfg, $vmid, ['backup']);
+    is_deeply([map { $_->{volid} } $volumes->@*], [map { "nightly:$_" } @backups[0, 2, 3]], 'list');
+    is_deeply([map { $_->{protected} } $volumes->@*], [1, 0, 0], 'the first is protected');
+    is($volumes->[1]{notes}, 'of 1795000180', 'notes');
+    is($volumes->[1]{ctime}, 1_795_000_180, 'the time');
+    is_deeply($plugin->list_volumes($storeid, $scfg, 101, ['backup']), [], 'none of another guest');
+    cmp_ok($plugin->volume_size_info($scfg, $storeid, $backups[3]), '>', 65536, 'a size');
+    is_deeply([$plugin->parse_volname($backups[3])]->[2], '100', 'the guest');
+    ok(-d scalar($plugin->path($scfg, $backups[3], $storeid)), 'a path');
+};
+
+subtest 'restore' => sub {
+    plan(skip_all => 'no /dev/fuse') if !-e '/dev/fuse';
+    ok(restored($_) eq $content{$_}, "$_ is what the disk was") for @backups[0, 2, 3];
+};
+
+subtest 'removal' => sub {
+    ok(!eval { $plugin->free_image($storeid, $scfg, $backups[0], 0); 1 }, 'not of a protected one');
+    $plugin->update_volume_attribute($scfg, $storeid, $backups[0], 'protected', 0);
+    $plugin->free_image($storeid, $scfg, $backups[0], 0)->();
+    my $volumes = $plugin->list_volumes($storeid, $scfg, undef, ['backup']);
+    is_deeply([map { $_->{volid} } $volumes->@*], [map { "nightly:$_" } @backups[2, 3]], 'gone');
+    my $provider = $plugin->new_backup_provider($scfg, $storeid, sub (@) { });
+    is_deeply($provider->verify($backups[3]), [], 'the others are in order');
+};
+
+done_testing;
