@@ -94,7 +94,6 @@ sub _back_up ($self, $finish) {
         1;
     };
     my $error = $@;
-    die $error if $$ != $self->{pid};
     my $teardown_error = $self->_tear_down($done);
     die $error if !$done;
 
@@ -178,7 +177,6 @@ sub _set_up ($self, $modes) {
         1;
     };
     my $error = $@;
-    die $error if $$ != $self->{pid};
     my $thawed = eval { $self->{thaw}->() if $self->{thaw}; 1 };
     if (!$done) {
         $self->log('warn', "thawing the guest failed - $@") if !$thawed;

@@ -55,6 +55,16 @@ sub store ($self, $volumes) {
     return;
 }
 
+# { offset of a block of 64 KiB => 1 } of those of a device that were dirty in the last backup.
+sub blocks ($self, $device) {
+    my @regions = $self->{regions}{$device}->@*;
+    my %blocks;
+    while (my ($offset, $length) = splice(@regions, 0, 2)) {
+        $blocks{ $offset + $_ * 65536 } = 1 for 0 .. $length / 65536 - 1;
+    }
+    return \%blocks;
+}
+
 sub read_region ($volume, $offset, $length) {
     my $piece = 1 << 20;
     for (my $at = $offset; $at < $offset + $length; $at += $piece) {
