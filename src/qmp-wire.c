@@ -8,12 +8,15 @@
  * json-glib's is recursive, so nesting is limited before it sees anything. */
 #define MAX_MESSAGE (64 << 20)
 #define MAX_DEPTH 128
+/* A value takes up to some 200 bytes once it is parsed, and two on the wire. */
+#define MAX_VALUES (1u << 20)
 
 struct PbaQmpWire {
     GByteArray *message; /* the one that is arriving */
     GQueue messages;     /* JsonObject, whole */
     JsonParser *parser;
     unsigned depth;
+    unsigned values; /* of the message, so far */
     bool in_string;
     bool escaped;
 };
@@ -38,7 +41,7 @@ void pba_qmp_wire_free(PbaQmpWire *wire)
     g_free(wire);
 }
 
-/* The number after a backslash and a u, or -1. */
+/* The number after a backslash and a u, or -1 if that is not what is there. */
 static int unicode_escape(const char *text, const char *end)
 {
     int value = 0;
@@ -47,25 +50,29 @@ static int unicode_escape(const char *text, const char *end)
         return -1;
     }
     for (int i = 2; i < 6; i++) {
+        if (!g_ascii_isxdigit(text[i])) {
+            return -1;
+        }
         value = value * 16 + g_ascii_xdigit_value(text[i]);
     }
     return value;
 }
 
-/* json-glib turns half a surrogate pair into bytes that are not UTF-8, and a NUL into the end of
+/* What json-glib would take beyond JSON: other escapes, for any byte, and \u with less than four
+ * digits. It turns half a surrogate pair into bytes that are not UTF-8, and a NUL into the end of
  * the string. */
 static bool escapes_are_text(const char *text, const char *end)
 {
     while ((text = memchr(text, '\\', (size_t)(end - text)))) {
-        int value = unicode_escape(text, end);
+        if (end - text < 2 || !strchr("\"\\/bfnrtu", text[1])) {
+            return false;
+        }
+        int value = text[1] == 'u' ? unicode_escape(text, end) : text[1];
         int low = value >= 0xd800 && value <= 0xdbff ? unicode_escape(text + 6, end) : -1;
-        if (value == 0 || (value >= 0xd800 && value <= 0xdfff && (low < 0xdc00 || low > 0xdfff))) {
+        if (value <= 0 || (value >= 0xd800 && value <= 0xdfff && (low < 0xdc00 || low > 0xdfff))) {
             return false;
         }
         text += low >= 0 ? 12 : 2;
-        if (text >= end) {
-            break;
-        }
     }
     return true;
 }
@@ -94,7 +101,15 @@ static bool finish_message(PbaQmpWire *wire, GError **error)
     /* Big replies must not stay allocated for the rest of the connection. */
     g_byte_array_unref(wire->message);
     wire->message = g_byte_array_new();
+    wire->values = 0;
     return true;
+}
+
+/* What JSON has outside of strings. json-glib would take more, and its comments and other quotes
+ * would hide strings and nesting from us. */
+static bool is_json(char c)
+{
+    return c && strchr("{}[]:,\" \t\r\n0123456789+-.Eaeflnrstu", c);
 }
 
 /* Follows one byte inside a message; false if no QMP message can have it there. */
@@ -109,6 +124,10 @@ static bool track_byte(PbaQmpWire *wire, char c, GError **error)
         wire->escaped = !wire->escaped && c == '\\';
         return true;
     }
+    if (!is_json(c)) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent no JSON");
+        return false;
+    }
     if (c == '"') {
         wire->in_string = true;
     } else if (c == '{' || c == '[') {
@@ -116,9 +135,15 @@ static bool track_byte(PbaQmpWire *wire, char c, GError **error)
     } else if (c == '}' || c == ']') {
         wire->depth--;
     }
+    wire->values += c == '{' || c == '[' || c == ',';
     if (wire->depth > MAX_DEPTH) {
         pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent JSON nested deeper than %d",
                       MAX_DEPTH);
+        return false;
+    }
+    if (wire->values > MAX_VALUES) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent a message of over %u values",
+                      MAX_VALUES);
         return false;
     }
     return true;

@@ -133,6 +133,16 @@ static void test_refused(void)
     REFUSED("{\"a\0b\": 1}", "NUL within a string");
     REFUSED("{\0}", "NUL within a message");
     REFUSED("{\"a\": \"\\u0000\"}", "an escaped NUL");
+    REFUSED("{\"a\": \"\\u12\"}", "an escape that is too short");
+    REFUSED("{\"a\": \"\\ud83dx\"}", "half of one");
+    REFUSED("{\"a\": \"\\u00g0\"}", "an escape that is no number");
+    REFUSED("{\"a\": \"\\377\"}", "an octal escape");
+    REFUSED("{\"a\": \"\\x41\"}", "an escape of another language");
+    REFUSED("{\"a\": /*\"*/[/*\"*/]}", "comments");
+    REFUSED("{\"a\": 1 // \"\n}", "a comment to the end of the line");
+    REFUSED("{'a': 1}", "other quotes");
+    REFUSED("{\"a\": 0x1f}", "a hexadecimal number");
+    REFUSED("{\"a\": NaN}", "what is no number");
     REFUSED("{\"a\\u0000\": 1}", "an escaped NUL in a name");
     REFUSED("{\"a\": \"\001\"}", "a control character within a string");
     REFUSED("{\"a\": \"\033[31m\"}", "an escape sequence");
@@ -246,6 +256,22 @@ static void test_endless(void)
     ok(g_get_monotonic_time() - start < 60 * G_TIME_SPAN_SECOND, "in bounded time");
 }
 
+/* Each value of a message takes far more memory than it takes bytes. */
+static void test_values(void)
+{
+    g_autoptr(PbaQmpWire) wire = pba_qmp_wire_new();
+    g_autoptr(GError) error = NULL;
+    bool fed = pba_qmp_wire_feed(wire, "{\"return\": [0", 13, &error);
+    unsigned count = 0;
+
+    while (fed && count < 4000000) {
+        fed = pba_qmp_wire_feed(wire, ",[],{}", 6, &error);
+        count += 2;
+    }
+    ok(!fed && g_error_matches(error, PBA_ERROR, PBA_ERROR_PROTOCOL), "refused");
+    ok(count > 500000 && count < 1100000, "at about a million values");
+}
+
 static void test_big(void)
 {
     g_autoptr(PbaQmpWire) wire = pba_qmp_wire_new();
@@ -305,6 +331,7 @@ int main(void)
     test_backslash_u0000();
     test_depth();
     test_endless();
+    test_values();
     test_big();
     test_many();
     test_command();
