@@ -151,6 +151,10 @@ static bool all_dirty_holds(PbaAccess *access, const PbaDisk *disk, const DirtyS
         return false;
     }
     JsonObject *bitmap = pba_block_find_bitmap(&block, names->source, ALL_DIRTY);
+    if (!bitmap) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the bitmap added to node '%s' is not there",
+                      names->source);
+    }
     if (!bitmap || !pba_json_size(bitmap, "count", &count, error)) {
         return false;
     }

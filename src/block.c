@@ -80,7 +80,7 @@ JsonObject *pba_block_find_device(const PbaBlock *block, const char *name)
 
 JsonObject *pba_block_find_user(const PbaBlock *block, const char *node)
 {
-    for (guint i = 0; i < json_array_get_length(block->devices); i++) {
+    for (guint i = 0; node && i < json_array_get_length(block->devices); i++) {
         JsonObject *device = pba_json_element(block->devices, i);
         if (device && g_strcmp0(pba_block_device_node(device), node) == 0) {
             return device;
@@ -97,7 +97,7 @@ const char *pba_block_node_name(JsonArray *nodes, guint index)
 
 JsonObject *pba_block_find_node(const PbaBlock *block, const char *node)
 {
-    for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
+    for (guint i = 0; node && i < json_array_get_length(block->nodes); i++) {
         if (g_strcmp0(pba_block_node_name(block->nodes, i), node) == 0) {
             return pba_json_element(block->nodes, i);
         }

@@ -13,7 +13,8 @@ typedef struct {
 bool pba_block_query(PbaQmp *qmp, bool with_graph, PbaBlock *block, GError **error);
 void pba_block_clear(PbaBlock *block);
 
-/* All of these look things up in what was queried; the results are borrowed, NULL if not there. */
+/* All of these look things up in what was queried; the results are borrowed, NULL if not there. No
+ * node (NULL) is found nowhere. */
 
 /* The guest's block device of that name: block backend name, qdev id or node name. */
 JsonObject *pba_block_find_device(const PbaBlock *block, const char *name);

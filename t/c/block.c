@@ -94,7 +94,7 @@ static void test_devices(void)
         {"disk1", "disk1"},
         {"data1", "disk2"},
         {"virtio", NULL},
-        {"virtio0/virtio-backend", "#block119"},
+        {"virtio0/virtio-backend", NULL},
         {"", NULL},
         {"scsi", NULL},
         {"drive-scsi00", NULL},
