@@ -265,11 +265,24 @@ static bool turn(Copy *copy, GError **error)
            check_owner(copy, error);
 }
 
+/* The map belongs to one instant: where it was read twice it must have been the same. */
+static bool check_total(const Copy *copy, GError **error)
+{
+    if (!copy->options->progress || copy->done == copy->total) {
+        return true;
+    }
+    pba_error_set(error, PBA_ERROR_INCOMPLETE,
+                  "the dirty bitmap changed while it was read, from %" PRIu64 " to %" PRIu64
+                  " dirty bytes",
+                  copy->total, copy->done);
+    return false;
+}
+
 static bool copy_regions(Copy *copy, GError **error)
 {
     while (fill(copy, error)) {
         if (copy->at_end && copy->used == 0) {
-            return true;
+            return check_total(copy, error);
         }
         if (!turn(copy, error) || !take_pieces(copy, error) || !tell_progress(copy, false, error)) {
             break;
