@@ -430,6 +430,22 @@ static bool undo_left(PbaAccess *access, PbaBlock *block, GError **error)
     return done;
 }
 
+/* The disks of a guest that was migrated away are another QEMU's, and change there. */
+static bool check_here(PbaAccess *access, GError **error)
+{
+    g_autoptr(JsonObject) reply = pba_qmp_query_object(access->qmp, "query-status", NULL, error);
+    const char *status = reply ? pba_json_string(reply, "status", error) : NULL;
+
+    if (status && strstr(status, "migrate")) {
+        pba_error_set(error, PBA_ERROR_STATE,
+                      "the guest is migrated to or from another machine (its state is '%s') - back "
+                      "it up where it runs",
+                      status);
+        return false;
+    }
+    return status != NULL;
+}
+
 static bool set_up(PbaAccess *access, GError **error)
 {
     g_auto(PbaBlock) block = {0};
@@ -438,7 +454,8 @@ static bool set_up(PbaAccess *access, GError **error)
         return false;
     }
     bool pve = access->backend == PBA_BACKEND_PVE;
-    return undo_left(access, &block, error) && resolve_disks(access, &block, error) &&
+    return check_here(access, error) && undo_left(access, &block, error) &&
+           resolve_disks(access, &block, error) &&
            (pve ? pba_pve_check(access, &block, error)
                 : pba_upstream_check(access, &block, error)) &&
            pba_owner_mark(access, error) && pba_run_dir_make(access, error) &&

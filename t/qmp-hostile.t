@@ -26,8 +26,8 @@ my $size = 64 << 20;
 # ---- a QEMU that says what a QEMU says ----
 
 my @upstream_commands = qw(
-    query-version query-commands query-block query-named-block-nodes x-debug-query-block-graph
-    query-block-exports query-iothreads query-name query-uuid query-jobs nbd-server-start
+    query-version query-commands query-status query-block query-named-block-nodes
+    x-debug-query-block-graph query-block-exports query-iothreads query-name query-uuid query-jobs nbd-server-start
     nbd-server-stop block-export-add block-export-del blockdev-add blockdev-del blockdev-reopen
     blockdev-backup block-dirty-bitmap-add block-dirty-bitmap-merge block-dirty-bitmap-remove
     transaction qom-set qom-get job-dismiss
@@ -94,6 +94,7 @@ sub pve_returns (%more) {
             map { node("drive-scsi$_-fleecing") } 0, 1
         ],
         'query-block-exports' => [],
+        'query-status' => { status => 'running' },
         'query-name' => { name => 'vm' },
         'query-uuid' => { UUID => 'a-b-c' },
         'backup-access-setup' => \&setup_reply,
@@ -353,7 +354,7 @@ for my $name (sort keys %hostile) {
 
 # At each stage of setup, the same object can be used again.
 my @stages = qw(
-    query-version query-commands query-qmp-schema query-block query-named-block-nodes
+    query-version query-commands query-qmp-schema query-status query-block query-named-block-nodes
     query-block-exports backup-access-setup nbd-server-start
 );
 
