@@ -11,7 +11,7 @@ use JSON::PP ();
 
 use PBA::Bench::Table;
 
-my @benches = qw(job regions vfile copy setup guest);
+my @benches = qw(job regions vfile copy setup guest growth);
 
 my $as_json = grep { $_ eq '--json' } @ARGV;
 STDOUT->autoflush(1);

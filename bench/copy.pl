@@ -16,34 +16,14 @@ use File::Temp ();
 
 use PBA::Bench;
 use PBA::Bench::BigMap;
+use PBA::Bench::Image;
 use PBA::Bench::Server;
-
-my $stretch = 16 << 20;
 
 my $bench = PBA::Bench->new('copy', \@ARGV, 'size=i' => '[--size BYTES]');
 my $size = $bench->option('size', 4 << 30);
 my $dir = File::Temp->newdir('pba-bench-XXXXXXXX', DIR => '/dev/shm');
 
 # ---- images ----
-
-sub random_bytes ($length) {
-    open(my $fh, '<:raw', '/dev/urandom') or die "/dev/urandom: $!\n";
-    read($fh, my $bytes, $length) == $length or die "cannot read /dev/urandom\n";
-    return $bytes;
-}
-
-sub write_raw ($file, $length) {
-    open(my $fh, '>:raw', $file) or die "$file: $!\n";
-    truncate($fh, $length) or die "$file: $!\n";
-    my $bytes = random_bytes($stretch);
-    for (my $at = 0; $at < $length; $at += 2 * $stretch) {
-        substr($bytes, 0, 8) = pack('Q', $at);
-        seek($fh, $at, 0);
-        print {$fh} substr($bytes, 0, $length - $at < $stretch ? $length - $at : $stretch);
-    }
-    close($fh) or die "$file: $!\n";
-    return $file;
-}
 
 sub qemu_img (@arguments) {
     system($ENV{PBA_QEMU_IMG} // 'qemu-img', @arguments) == 0 or die "qemu-img @arguments failed\n";
@@ -53,7 +33,7 @@ sub qemu_img (@arguments) {
 # A qcow2 image of the same kind whose bitmap has such a pattern.
 sub write_mapped ($file, $length, $pattern) {
     my $map = PBA::Bench::BigMap->write(file => $file, size => $length, pattern => $pattern);
-    my $raw = write_raw("$file.raw", $length);
+    my $raw = PBA::Bench::Image::write_raw("$file.raw", $length);
     qemu_img(qw(convert -n -f raw -O qcow2), $raw, $file);
     unlink($raw);
     return $map;
@@ -108,20 +88,9 @@ sub nbdcopy_to_file ($server, $file) {
     return checked($file, PBA::Bench::now() - $start, -s $file);
 }
 
-# In here, since another program would count as memory.
-sub compare_files (@files) {
-    my @handles = map { open(my $fh, '<:raw', $_) or die "$_: $!\n"; $fh } @files;
-    while (1) {
-        my @got = map { sysread($_, my $data, 1 << 16) // die "read: $!\n"; $data } @handles;
-        die "$files[0] is not what was to be copied\n" if $got[0] ne $got[1];
-        last if $got[0] eq '';
-    }
-    return;
-}
-
 # A figure for a copy that is not one would be no figure.
 sub checked ($file, $seconds, $bytes) {
-    compare_files($file, "$dir/full.raw");
+    PBA::Bench::Image::compare($file, "$dir/full.raw");
     return { counts => { bytes => $bytes }, seconds => $seconds };
 }
 
@@ -136,7 +105,8 @@ sub one_by_one ($server) {
 
 # ---- the cases ----
 
-my $full = serve('full', file => write_raw("$dir/full.raw", $size), format => 'raw');
+my $full
+    = serve('full', file => PBA::Bench::Image::write_raw("$dir/full.raw", $size), format => 'raw');
 my $target = "$dir/target";
 
 $bench->compare(

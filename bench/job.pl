@@ -6,7 +6,7 @@
 #
 #   - today's qemu-server way (PBA::Bench::QemuServer), with and without its fixed sleeps
 #   - nbdcopy and qemu-img convert in place of our copying, of the same export
-#   - virtnbdbackup, where it and libvirt are installed
+#   - virtnbdbackup, where it and libvirt are at hand
 
 use v5.36;
 
@@ -19,6 +19,7 @@ use File::Temp ();
 
 use PBA::Bench;
 use PBA::Bench::Image;
+use PBA::Bench::Libvirt;
 use PBA::Bench::QemuServer;
 use PBA::Test::VM;
 
@@ -41,9 +42,13 @@ my $stride = int($size / $writes / $block) * $block;
 my @written = map { [$_ * $stride, $block] } 0 .. $writes - 1;
 
 # As if the guest did it. Every run finds other data.
-sub write_blocks () {
+sub next_byte () {
     state $round = 0;
-    my $byte = ++$round % 255 + 1;
+    return ++$round % 255 + 1;
+}
+
+sub write_blocks () {
+    my $byte = next_byte();
     $vm->qemu_io('disk0', "write -P $byte $_->[0] $block") for @written;
     return;
 }
@@ -148,6 +153,31 @@ sub by_qemu_server ($code) {
     } @tasks;
 }
 
+# It looks for data by itself, and what it writes is in a format of its own, so its bytes are not
+# counted.
+sub by_virtnbdbackup ($level, $before, $bytes) {
+    state $other = PBA::Bench::Libvirt->available
+        && PBA::Bench::Libvirt->start(dir => "$dir", image => $image);
+    return () if !$other;
+    return {
+        name => 'virtnbdbackup',
+        before => sub { $before->($other) },
+        run => sub ($) { $other->backup($level); return { bytes => $bytes } },
+    };
+}
+
+sub full_by_virtnbdbackup () {
+    return by_virtnbdbackup('full', sub ($other) { $other->remove_backups }, $size);
+}
+
+sub increment_by_virtnbdbackup () {
+    my $before = sub ($other) {
+        state $has_full = do { $other->remove_backups; $other->backup('full'); 1 };
+        $other->write_blocks(next_byte(), @written);
+    };
+    return by_virtnbdbackup('inc', $before, @written * $block);
+}
+
 # ---- the cases ----
 
 # What was copied is looked at once for each side: a figure for a copy that is none would be no
@@ -164,7 +194,7 @@ sub side ($side, $before, @ranges) {
 }
 
 sub sides ($before, $ranges, @sides) {
-    return [map { side($_, $before, @$ranges) } @sides];
+    return map { side($_, $before, @$ranges) } @sides;
 }
 
 sub nothing () { return }
@@ -176,7 +206,7 @@ sub full ($mechanism, @peers) {
     $bench->compare(
         case => "full to a raw file, $mechanism",
         ours => side({ run => $run }, \&nothing),
-        peer => sides(\&nothing, [], @peers),
+        peer => [sides(\&nothing, [], @peers), full_by_virtnbdbackup()],
     );
     return;
 }
@@ -202,10 +232,13 @@ sub increment ($mechanism) {
     $bench->compare(
         case => "increment, $mechanism",
         ours => side({ run => $run }, \&write_blocks, @written),
-        peer => sides(
-            \&write_blocks, \@written,
-            by_qemu_server(sub ($task) { todays($task, $target, incremental => 1) }),
-        ),
+        peer => [
+            sides(
+                \&write_blocks, \@written,
+                by_qemu_server(sub ($task) { todays($task, $target, incremental => 1) }),
+            ),
+            increment_by_virtnbdbackup(),
+        ],
     );
     return;
 }

@@ -12,12 +12,12 @@ use v5.36;
 use FindBin;
 use lib "$FindBin::Bin/lib";
 
-use Config;
 use File::Temp ();
 
 use PBA::Bench;
 use PBA::Bench::BigMap;
 use PBA::Bench::FuseFile;
+use PBA::Bench::Program;
 use PBA::Bench::Server;
 
 my $kib = 1024;
@@ -27,14 +27,6 @@ my $random_reads = 16384;
 my $bench = PBA::Bench->new('vfile', \@ARGV, 'size=i' => '[--size BYTES]');
 my $size = $bench->option('size', 4 << 30);
 my $dir = File::Temp->newdir('pba-bench-XXXXXXXX', DIR => '/dev/shm');
-
-sub compile ($source, $program) {
-    my $flags = `pkg-config --cflags --libs fuse3`;
-    die "pkg-config knows no fuse3\n" if $?;
-    my @command = ($Config{cc}, '-O2', '-o', $program, $source, split(' ', $flags));
-    system(@command) == 0 or die "cannot compile $source\n";
-    return $program;
-}
 
 # No two MiB are the same, none is zero.
 sub write_image ($file) {
@@ -89,7 +81,7 @@ sub read_ranges ($file, $piece, @ranges) {
 }
 
 my $image = write_image("$dir/disk.raw");
-my $memory_file = compile("$FindBin::Bin/memory-file.c", "$dir/memory-file");
+my $memory_file = PBA::Bench::Program::compile("$FindBin::Bin/memory-file.c", "$dir", 'fuse3');
 my %servers = (full => serve('full', file => $image, format => 'raw'));
 
 # An image of the same content whose bitmap has such regions.

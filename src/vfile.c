@@ -83,7 +83,9 @@ static bool check_fuse(GError **error)
  * settings; and a terminal's signals are his, not the server's. */
 static int spawn(char *const *words, int socket, pid_t *pid)
 {
-    static char *const environment[] = {(char *)"PATH=/usr/sbin:/usr/bin:/sbin:/bin", NULL};
+    /* GnuTLS comes with libnbd. Not preparing it saves a fifth of the start. */
+    static char *const environment[] = {(char *)"PATH=/usr/sbin:/usr/bin:/sbin:/bin",
+                                        (char *)"GNUTLS_NO_IMPLICIT_INIT=1", NULL};
     posix_spawn_file_actions_t actions;
     posix_spawnattr_t attributes;
     sigset_t none;

@@ -9,7 +9,8 @@ package PBA::Bench::BigMap;
 #   );
 #   # { file, size, granularity, bitmap, regions, bytes, extents }
 #
-# The bitmap is stored as disabled, which is how it may be exported from a writable node.
+# The bitmap is stored as disabled, which is how it may be exported from a writable node; with
+# enabled => 1 it records writes again once the image is opened.
 
 use v5.36;
 no warnings 'portable';    # 64 bit numbers
@@ -23,6 +24,7 @@ use constant {
     BITMAPS_EXTENSION => 0x23852875,
     AUTOCLEAR_BITMAPS => 1,
     DIRTY_TRACKING_BITMAP => 1,
+    ENABLED => 2,
 };
 
 # Bit 0 of the first byte is the first block of the disk.
@@ -159,7 +161,7 @@ sub _directory_entry ($map, $layout) {
     my $entry = pack(
         'Q>NNCCnN',
         $layout->{table} * CLUSTER, $layout->{data_clusters},
-        0,    # neither in use nor enabled
+        $map->{enabled} ? ENABLED : 0,    # never in use
         DIRTY_TRACKING_BITMAP, $granularity_bits, length($name), 0,
     ) . $name;
     return $entry . "\0" x (-length($entry) % 8);

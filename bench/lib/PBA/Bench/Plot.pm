@@ -18,6 +18,7 @@ my @colours = map { "#$_" } qw(1b6ca8 d1495b 7a9e3f 8e6bbf c98a1b 444444);
 
 sub lines ($file, %plot) {
     my @series = grep { $_->{points}->@* } $plot{series}->@*;
+    return if !@series;
     my @commands = map {
         "'-' using 1:2 with linespoints lw 2 pt 7 ps 0.5 lc rgb '$colours[$_ % @colours]' title "
             . _quoted($series[$_]{name})
@@ -41,11 +42,12 @@ sub lines ($file, %plot) {
 # A row of bars for each record, with the figure at its end.
 sub bars ($file, $title, $records) {
     my @bars = _bars_of($records);
-    my @roles = qw(ours peer floor);
+    my %colour = (ours => $colours[0], peer => $colours[1], floor => $colours[2]);
+    my @roles = uniq map { $_->{role} } @bars;
     my @commands = map {
-        "'-' using (\$1/2):2:(\$1/2):(0.4) with boxxyerror fs solid noborder lc rgb '$colours[$_]'"
-            . " title '$roles[$_]'"
-    } 0 .. $#roles;
+        "'-' using (\$1/2):2:(\$1/2):(0.4) with boxxyerror fs solid noborder lc rgb '$colour{$_}'"
+            . " title '$_'"
+    } @roles;
     my @text = "'-' using 1:2:3 with labels left offset 0.5,0 font ',9' notitle";
     my @tics = map { _quoted($_->{label}) . " $_->{y}" } @bars;
     my @blocks = map {

@@ -1,9 +1,11 @@
 package PBA::Bench::Server;
 
-# qemu-nbd serving an image, with its bitmap if it has one, on a Unix socket in a private directory.
+# qemu-nbd serving an image, with its bitmap if it has one, on a Unix socket in a private directory, or
+# with tcp => 1 on a port of this machine.
 
 use v5.36;
 
+use IO::Socket::INET;
 use IO::Socket::UNIX;
 use POSIX ();
 use Time::HiRes ();
@@ -17,6 +19,7 @@ sub start ($class, %options) {
         %options,
         socket => "$options{dir}/nbd",
     }, $class;
+    $self->{port} = _free_port() if $self->{tcp};
     my $pid = fork() // die "cannot fork: $!\n";
     if (!$pid) {
 
@@ -29,7 +32,11 @@ sub start ($class, %options) {
     return $self;
 }
 
-sub uri ($self) { return "nbd+unix:///$self->{export}?socket=$self->{socket}" }
+sub uri ($self) {
+    return "nbd://127.0.0.1:$self->{port}/$self->{export}" if $self->{port};
+    return "nbd+unix:///$self->{export}?socket=$self->{socket}";
+}
+
 sub context ($self) { return "qemu:dirty-bitmap:$self->{bitmap}" }
 
 # As many clients as come, one after the other, until it is ended.
@@ -40,20 +47,31 @@ sub _command ($self) {
         '--format=' . ($self->{format} // 'qcow2'),
         "--export-name=$self->{export}",
         defined($self->{bitmap}) ? "--bitmap=$self->{bitmap}" : (),
-        "--socket=$self->{socket}",
+        $self->{port} ? ('--bind=127.0.0.1', "--port=$self->{port}") : "--socket=$self->{socket}",
         $self->{file},
     );
 }
 
 sub _wait_until_up ($self) {
     my $deadline = Time::HiRes::time() + $start_seconds;
-    while (!IO::Socket::UNIX->new(Peer => $self->{socket})) {
+    while (!$self->_is_up) {
         die "qemu-nbd ended with status $?\n" . $self->_log
             if waitpid($self->{pid}, POSIX::WNOHANG()) != 0;
         die "qemu-nbd not up after $start_seconds seconds\n" if Time::HiRes::time() > $deadline;
         Time::HiRes::sleep(0.02);
     }
     return;
+}
+
+sub _is_up ($self) {
+    return IO::Socket::UNIX->new(Peer => $self->{socket}) if !$self->{port};
+    return IO::Socket::INET->new(PeerAddr => '127.0.0.1', PeerPort => $self->{port});
+}
+
+sub _free_port () {
+    my $socket = IO::Socket::INET->new(LocalAddr => '127.0.0.1', Listen => 1)
+        or die "no free port: $!\n";
+    return $socket->sockport;
 }
 
 sub _log ($self) {

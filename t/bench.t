@@ -1,0 +1,48 @@
+# The benches still run, and what they print is what is promised. The figures are nobody's business
+# here: sizes are the smallest there are, and each side runs once.
+
+use v5.36;
+
+use FindBin;
+use Test::More;
+
+use JSON::PP ();
+
+my $mib = 1 << 20;
+my @benches = (
+    [regions => '--size', $mib * 64],
+    [growth => 'regions', '--max', 3],
+    [job => 'increment, nbd', '--size', $mib * 64, '--writes', 10],
+);
+
+sub check_side ($side, $what) {
+    return pass("$what: none") if !defined($side);
+    cmp_ok($side->{seconds}, '>', 0, "$what: seconds");
+    ok(exists($side->{rss_kib}), "$what: rss_kib");
+    return;
+}
+
+sub check_record ($record, $name) {
+    my $case = $record->{case};
+    is($record->{bench}, $name, "$case: bench");
+    check_side($record->{$_}, "$case: $_") for qw(ours peer floor);
+    my ($ours, $peer) = @$record{qw(ours peer)};
+    return is($record->{ratio}, undef, "$case: no ratio") if !$peer;
+    ok(defined($peer->{name}), "$case: the peer has a name");
+
+    # The seconds are rounded as well.
+    my $ratio = $peer->{seconds} / $ours->{seconds};
+    cmp_ok(abs($record->{ratio} - $ratio), '<', 0.01 * $ratio + 0.001, "$case: ratio");
+    return;
+}
+
+for my $bench (@benches) {
+    my ($name, @options) = @$bench;
+    my @command = ($^X, '-Mblib', "$FindBin::Bin/../bench/$name.pl", qw(--json --runs 1), @options);
+    open(my $lines, '-|', @command) or die "cannot run bench $name: $!\n";
+    my @records = map { JSON::PP::decode_json($_) } <$lines>;
+    ok(close($lines), "$name: ends well");
+    ok(scalar(@records), "$name: prints something");
+    check_record($_, $name) for @records;
+}
+done_testing();
