@@ -5,6 +5,7 @@ package PVE::BackupAccess::CLI;
 
 use v5.36;
 
+use File::Spec ();
 use Getopt::Long ();
 use IO::Handle ();
 use Pod::Usage ();
@@ -13,9 +14,64 @@ use PVE::BackupAccess::CLI::Output qw(say_error say_out);
 
 my $name = 'pve-backup-access';
 
+my @guest = qw(qmp=s fleecing-dir=s run-dir=s);
+
 # What a subcommand takes: its module and function, its arguments ('...' may be several), its
 # options (Getopt::Long), and those that it cannot do without.
 my %commands = (
+    backup => {
+        module => 'Backup',
+        arguments => ['DIRECTORY'],
+        options => [
+            @guest,
+            qw(vmid=s device=s@ target-id=s guest-config=s guest-agent=s bandwidth-limit=s),
+            qw(persistent json),
+        ],
+        needs => ['qmp'],
+    },
+    restore => {
+        module => 'Restore',
+        arguments => ['ARCHIVE', 'TARGET'],
+        options => [qw(device=s json)],
+    },
+    list => {
+        module => 'Archives',
+        function => 'list',
+        arguments => ['DIRECTORY'],
+        options => [qw(vmid=s json)],
+    },
+    verify => {
+        module => 'Archives',
+        function => 'verify',
+        arguments => ['ARCHIVE...'],
+        options => ['json'],
+    },
+    prune => {
+        module => 'Archives',
+        function => 'prune',
+        arguments => ['DIRECTORY'],
+        options => [qw(keep=s vmid=s json)],
+        needs => ['keep'],
+    },
+    status => {
+        module => 'Status',
+        arguments => [],
+        options => [@guest, 'json'],
+        needs => ['qmp'],
+    },
+    recover => {
+        module => 'Status',
+        function => 'recover',
+        arguments => [],
+        options => [@guest, qw(target-id=s json)],
+        needs => ['qmp', 'target-id'],
+    },
+    map => {
+        module => 'Map',
+        arguments => ['DEVICE'],
+        options => [@guest, qw(target-id=s json svg=s)],
+        needs => ['qmp'],
+    },
     'try-provider' => {
         module => 'TryProvider',
         arguments => ['CLASS'],
@@ -29,6 +85,11 @@ sub commands () { return \%commands }
 sub untainted ($text) {
     my ($same) = $text =~ m/\A(.*)\z/s;
     return $same;
+}
+
+# A path that stays right wherever it is used; the current directory is trusted likewise.
+sub absolute ($path) {
+    return untainted(File::Spec->rel2abs($path));
 }
 
 my sub clean_environment () {
@@ -91,9 +152,8 @@ my sub check ($spec, $options, @arguments) {
         usage_error("no $name given") if !defined($arguments[$i]) || $arguments[$i] eq '';
     }
     usage_error("one argument too many: '$arguments[@wanted]'") if @arguments > @wanted && !$many;
-    for my $option (($spec->{needs} // [])->@*) {
-        usage_error("the option --$option is missing") if !defined($options->{$option});
-    }
+    my @missing = grep { !defined($options->{$_}) } ($spec->{needs} // [])->@*;
+    usage_error('it needs ' . join(' and ', map { "--$_" } @missing)) if @missing;
     for my $option (sort keys $options->%*) {
         my $value = $options->{$option};
         usage_error("--$option must not be empty")

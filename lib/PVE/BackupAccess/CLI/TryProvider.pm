@@ -5,7 +5,6 @@ package PVE::BackupAccess::CLI::TryProvider;
 
 use v5.36;
 
-use File::Spec ();
 use File::Temp ();
 
 use PVE::BackupAccess::CLI::TryProvider::Machine;
@@ -221,7 +220,7 @@ my sub load_storage_plugin ($class) {
 }
 
 sub run ($opt, $class) {
-    unshift(@INC, map { File::Spec->rel2abs($_) } ($opt->{include} // [])->@*);
+    unshift(@INC, map { PVE::BackupAccess::CLI::absolute($_) } ($opt->{include} // [])->@*);
     load_storage_plugin($opt->{'storage-plugin'}) if defined($opt->{'storage-plugin'});
     my $store = File::Temp->newdir('pve-backup-access-store.XXXXXX', TMPDIR => 1);
     my $trial = {

@@ -1,0 +1,55 @@
+package PVE::BackupAccess::CLI::Access;
+
+# What the options about the guest say, as the module wants to have it.
+
+use v5.36;
+
+use Exporter qw(import);
+
+use PVE::BackupAccess;
+
+our @EXPORT_OK = qw(access_options bitmap_of status_of text);
+
+# Where fleecing images go that nobody gave a place.
+my $fleecing_dir = '/var/tmp';
+
+# Names in QEMU are text; arguments are bytes.
+sub text ($bytes) {
+    utf8::decode($bytes);
+    return $bytes;
+}
+
+# Options of PVE::BackupAccess->new, but for the target.
+sub access_options ($opt) {
+    my %options = (qmp => $opt->{qmp});
+    $options{'fleecing-dir'}
+        = PVE::BackupAccess::CLI::absolute($opt->{'fleecing-dir'} // $fleecing_dir);
+    $options{'run-dir'} = PVE::BackupAccess::CLI::absolute($opt->{'run-dir'})
+        if defined($opt->{'run-dir'});
+    return %options;
+}
+
+sub status_of ($opt) {
+    return PVE::BackupAccess->status(access_options($opt));
+}
+
+# The bitmap of a device, as status has it; without --target-id it must be the only one.
+sub bitmap_of ($opt, $device) {
+    my $target = defined($opt->{'target-id'}) ? text($opt->{'target-id'}) : undef;
+    my @bitmaps = grep { ($_->{device} // '') eq $device && !$_->{background} }
+        grep { defined($_->{'target-id'}) } status_of($opt)->{bitmaps}->@*;
+    my @found = grep { !defined($target) || $_->{'target-id'} eq $target } @bitmaps;
+    my $for = defined($target) ? "of target '$target' " : '';
+    die "device $device: has no bitmap ${for}yet - a backup makes one; see what there is with"
+        . " 'pve-backup-access status'\n"
+        if !@found;
+    die "device $device: has bitmaps of several targets - choose one with --target-id: "
+        . join(', ', sort map { $_->{'target-id'} } @found) . "\n"
+        if @found > 1;
+    die "device $device: the bitmap of target '$found[0]{'target-id'}' cannot be used any more -"
+        . " the next backup is a full one\n"
+        if $found[0]{inconsistent};
+    return $found[0];
+}
+
+1;

@@ -1,0 +1,132 @@
+package PVE::BackupAccess::CLI::Backup;
+
+# One backup of a guest into a directory of qcow2 images.
+
+use v5.36;
+
+use Cwd ();
+use Digest::SHA ();
+use File::Basename ();
+use Scalar::Util qw(weaken);
+
+use PVE::BackupAccess::CLI::Access qw(access_options text);
+use PVE::BackupAccess::CLI::Monitor qw(ask disks_of);
+use PVE::BackupAccess::CLI::Output qw(parse_bytes read_file say_json say_out);
+use PVE::BackupAccess::CLI::Progress;
+use PVE::BackupAccess::Provider::Qcow2Chain;
+use PVE::BackupAccess::Task;
+
+my $id_file = '.backup-id';
+
+# The number of the guest, from the option or from the socket's name as on Proxmox VE.
+my sub vmid_of ($opt) {
+    return $opt->{vmid} if defined($opt->{vmid});
+    return $1 if File::Basename::basename($opt->{qmp}) =~ m/\A([1-9][0-9]{2,8})[.]qmp\z/;
+    PVE::BackupAccess::CLI::usage_error(
+        'it needs --vmid, the number by which the archives of this guest are known');
+}
+
+# What tells this directory from every other one, also from one that is mounted in its place.
+my sub identity_of ($directory) {
+    my $file = "$directory/$id_file";
+    if (!-s $file) {
+        open(my $new, '>', $file) or die "$directory cannot be written to - $!\n";
+        print {$new} unpack('H*', read_file('/dev/urandom', 16)), "\n";
+        close($new) or die "$file: $!\n";
+    }
+    return read_file($file);
+}
+
+# A bitmap has what changed since one archive, so the target belongs to one guest in one directory:
+# with the same bitmap for two of them, either would lack what the other one has.
+my sub target_of ($opt, $directory, $vmid) {
+    my $guest = ask($opt->{qmp}, 'query-uuid')->{UUID};
+    $guest = Cwd::realpath($opt->{qmp}) if $guest =~ m/\A[0-]+\z/;
+    my $digest
+        = Digest::SHA::sha256_hex(join("\0", identity_of($directory), $directory, $vmid, $guest));
+    my $label = $opt->{'target-id'} // File::Basename::basename($directory);
+    return text($label) . '@' . substr($digest, 0, 12);
+}
+
+my sub limit_of ($opt) {
+    my $text = $opt->{'bandwidth-limit'} // return undef;
+    return parse_bytes($text)
+        || PVE::BackupAccess::CLI::usage_error(
+        "--bandwidth-limit wants bytes per second, such as 50M, not '$text'");
+}
+
+my sub agent_hooks ($opt, $log) {
+    my $socket = $opt->{'guest-agent'} // return ();
+    require PVE::BackupAccess::GuestAgent;
+    return PVE::BackupAccess::GuestAgent->new(socket => $socket, log => $log)->hooks;
+}
+
+my sub print_result ($opt, $directory, $result) {
+    my $path = "$directory/$result->{'archive-name'}";
+    if ($opt->{json}) {
+        say_json({ $result->%*, archive => text($path) });
+    }
+    else {
+        say_out($path);
+    }
+}
+
+# What has to be known before anything is begun.
+my sub plan ($opt, $directory) {
+    my $vmid = vmid_of($opt);
+    my $limit = limit_of($opt);
+    die "$directory is not a directory - make it first, or mount it\n" if !-d $directory;
+    $directory = PVE::BackupAccess::CLI::untainted(Cwd::realpath($directory));
+    my @devices = map { text($_) } ($opt->{device} // [disks_of($opt->{qmp})])->@*;
+    die "the guest has no disk that could be backed up\n" if !@devices;
+    return {
+        vmid => $vmid,
+        'bandwidth-limit' => $limit,
+        directory => $directory,
+        devices => \@devices,
+        'guest-config' => defined($opt->{'guest-config'}) ? read_file($opt->{'guest-config'}) : '',
+        'target-id' => target_of($opt, $directory, $vmid),
+    };
+}
+
+# Log lines go to the progress. The error that the task ends with is said once, by whoever gets it.
+my sub logger ($progress) {
+    return sub ($level, $message) {
+        return if $level eq 'debug' || $level eq 'err';
+        $progress->say(($level eq 'info' ? '' : "$level: ") . $message);
+    };
+}
+
+# The provider's lines go through the task, into the log file that is kept with the archive.
+my sub task ($opt, $plan, $progress) {
+    my $task;
+    my $log = sub (@line) { $task->log(@line) if $task };
+    my $provider
+        = PVE::BackupAccess::Provider::Qcow2Chain->new(undef, { path => $plan->{directory} },
+        $plan->{'target-id'}, $log);
+    $provider->on_progress(sub (@state) { $progress->update(@state) });
+    my $made = PVE::BackupAccess::Task->new(
+        access_options($opt),
+        agent_hooks($opt, $log),
+        (map { $_ => $plan->{$_} } qw(vmid target-id devices guest-config bandwidth-limit)),
+        provider => $provider,
+        persistent => $opt->{persistent},
+        log => logger($progress),
+    );
+    weaken($task = $made);
+    return $made;
+}
+
+sub run ($opt, $directory) {
+    my $plan = plan($opt, $directory);
+    my $progress = PVE::BackupAccess::CLI::Progress->new;
+    my $task = task($opt, $plan, $progress);
+    my $result = eval { $task->run_job };
+    my $error = $@;
+    $progress->end;
+    die $error if !$result;
+    print_result($opt, $plan->{directory}, $result);
+    return 0;
+}
+
+1;

@@ -1,0 +1,138 @@
+package PVE::BackupAccess::CLI::Map;
+
+# The dirty map of a device. Only an access can read it; that ends as after a failed backup, so that
+# the bitmap keeps every bit. The regions go to a temporary file first: what is printed is a whole
+# map or none, and a slow reader of our output does not keep the access up.
+
+use v5.36;
+
+use File::Temp ();
+use JSON::PP ();
+use List::Util qw(max);
+
+use PVE::BackupAccess;
+use PVE::BackupAccess::CLI::Access qw(access_options bitmap_of);
+use PVE::BackupAccess::CLI::Map::Heat;
+use PVE::BackupAccess::CLI::Map::SVG;
+use PVE::BackupAccess::CLI::Output qw(columns is_utf8_terminal say_out share write_file write_out);
+use PVE::BackupAccess::Format qw(bytes);
+
+my $cluster = 65536;
+my $batch = 10_000;
+my $beside_strip = 16;    # columns, for what is written left and right of it
+
+# What may not happen here is said rather than done: with mode 'use' a missing bitmap is made anew.
+my sub check_action ($info) {
+    my $action = $info->{'bitmap-action'};
+    return if $action eq 'used';
+    die "device $info->{device}: its bitmap was lost just now ($action)"
+        . " - the next backup is a full one\n";
+}
+
+my sub read_regions ($volume, $each) {
+    while (my @regions = $volume->dirty_regions($batch)) {
+        while (my ($offset, $length) = splice(@regions, 0, 2)) {
+            $each->($offset, $length);
+        }
+    }
+}
+
+# Calls $begin with the size, then $each with the regions, while the access is up.
+my sub read_map ($options, $device, $begin, $each) {
+    my $access = PVE::BackupAccess->new($options->%*);
+    my ($info) = $access->setup([{ device => $device, 'bitmap-mode' => 'use' }])->@*;
+    my $ok = eval {
+        check_action($info);
+        $begin->($info->{size});
+        my $volume = $access->volume($device);
+        read_regions($volume, $each);
+        $volume->close;
+        1;
+    };
+    my $error = $@;
+    $access->teardown(0);
+    die $error if !$ok;
+}
+
+# { device, target, size, dirty, regions, largest, heats => [of so many parts each], spool }
+my sub collect ($options, $device, $spool, @parts) {
+    my $map = { device => $device, target => $options->{'target-id'}, spool => $spool };
+    $map->@{qw(dirty regions largest)} = (0, 0, 0);
+    my $begin = sub ($size) {
+        $map->{size} = $size;
+        $map->{heats}
+            = [map { PVE::BackupAccess::CLI::Map::Heat->new($size, $_, $cluster) } @parts];
+    };
+    my $each = sub ($offset, $length) {
+        $map->{dirty} += $length;
+        $map->{regions}++;
+        $map->{largest} = max($map->{largest}, $length);
+        $_->add($offset, $length) for $map->{heats}->@*;
+        if ($spool) {
+            print {$spool} pack('Q>Q>', $offset, $length) or die "cannot keep the map: $!\n";
+        }
+    };
+    read_map($options, $device, $begin, $each);
+    return $map;
+}
+
+my sub totals ($map) {
+    my $text = bytes($map->{dirty}) . ' of ' . bytes($map->{size}) . ' dirty';
+    return $text if !$map->{dirty};
+    my $count = $map->{regions} == 1 ? '1 region' : "$map->{regions} regions";
+    $count .= ', the largest ' . bytes($map->{largest}) if $map->{regions} > 1;
+    return "$text (" . share($map->{dirty}, $map->{size}) . "), $count";
+}
+
+my sub print_strip ($map) {
+    my $is_utf8 = is_utf8_terminal();
+    my ($open, $close) = $is_utf8 ? ("\x{2595}", "\x{258f}") : ('|', '|');
+    say_out("$map->{device}, target $map->{target}: " . totals($map));
+    say_out('0 ' . $open . $map->{heats}[0]->strip($is_utf8) . $close . ' ' . bytes($map->{size}));
+}
+
+# One JSON object, a region a line, written as it is read from the spool.
+my sub print_json ($map) {
+    my $json = JSON::PP->new->utf8->allow_nonref;
+    my $line = sub ($key, $value) { sprintf("  %s: %s,\n", $json->encode($key), $value) };
+    write_out(
+        "{\n",
+        $line->(device => $json->encode($map->{device})),
+        $line->('target-id' => $json->encode($map->{target})),
+        map { $line->($_->@*) }
+            ([size => $map->{size}], [dirty => $map->{dirty}], ['region-count' => $map->{regions}])
+    );
+    write_out('  "regions": [');
+    seek($map->{spool}, 0, 0) or die "cannot read the map again: $!\n";
+    for my $i (1 .. $map->{regions}) {
+        read($map->{spool}, my $packed, 16) == 16 or die "cannot read the map again: $!\n";
+        my ($offset, $length) = unpack('Q>Q>', $packed);
+        write_out(($i > 1 ? ',' : ''), qq(\n    {"offset": $offset, "length": $length}));
+    }
+    write_out($map->{regions} ? "\n  ]\n}\n" : "]\n}\n");
+}
+
+sub run ($opt, $device) {
+    utf8::decode($device);
+    PVE::BackupAccess::CLI::usage_error('--json and --svg cannot be had together')
+        if $opt->{json} && $opt->{svg};
+    my $bitmap = bitmap_of($opt, $device);
+    my $options = { access_options($opt), 'target-id' => $bitmap->{'target-id'} };
+    if ($opt->{json}) {
+        my $spool = File::Temp->new(TMPDIR => 1);
+        binmode($spool);
+        print_json(collect($options, $device, $spool));
+    }
+    elsif (defined($opt->{svg})) {
+        my $map = collect($options, $device, undef, PVE::BackupAccess::CLI::Map::SVG::cells());
+        my $title = "$map->{device}, target $map->{target}";
+        my $svg = PVE::BackupAccess::CLI::Map::SVG::draw($map->{heats}[0], $title, totals($map));
+        write_file($opt->{svg}, $svg);
+    }
+    else {
+        print_strip(collect($options, $device, undef, max(10, columns() - $beside_strip)));
+    }
+    return 0;
+}
+
+1;

@@ -1,0 +1,82 @@
+package PVE::BackupAccess::CLI::Progress;
+
+# How far a copy is: a bar on a terminal, a line now and then elsewhere. All of it goes to standard
+# error, as the log does.
+
+use v5.36;
+
+use Time::HiRes ();
+
+use PVE::BackupAccess::CLI::Output qw(say_error share);
+use PVE::BackupAccess::Format qw(bytes);
+
+my $seconds_between = 10;    # lines
+
+sub new ($class) {
+    my $has_bar = -t STDERR && eval { require Term::ProgressBar; 1 };
+    return bless({ 'has bar' => $has_bar, name => '' }, $class);
+}
+
+my sub now () { return Time::HiRes::clock_gettime(Time::HiRes::CLOCK_MONOTONIC()) }
+
+sub begin ($self, $name, $total) {
+    $self->end;
+    $self->@{qw(name total began told)} = ($name, $total, now(), now());
+    return if !$self->{'has bar'} || !$total;
+    $self->{bar} = Term::ProgressBar->new(
+        {
+            name => $self->label(0),
+            count => $total,
+            ETA => 'linear',
+            remove => 1,
+            fh => \*STDERR,
+            silent => 0,
+        }
+    );
+    $self->{bar}->minor(0);
+    return;
+}
+
+# The same width all the time, since the bar is laid out once.
+sub label ($self, $done) {
+    my $seconds = now() - $self->{began};
+    my $rate = $seconds > 0.2 ? bytes(int($done / $seconds)) . '/s' : '';
+    return sprintf('%s %12s', $self->{name}, $rate);
+}
+
+# Takes the bytes that are done, as often as the caller likes.
+sub update ($self, $name, $done, $total) {
+    $self->begin($name, $total) if $name ne $self->{name};
+    if ($self->{bar}) {
+        $self->{bar}->name($self->label($done));
+        $self->{bar}->update($done);
+    }
+    elsif (!$self->{'has bar'} && now() - $self->{told} >= $seconds_between) {
+        $self->{told} = now();
+        my $label = $self->label($done) =~ s/\A\Q$name\E\s*//r;
+        say_error(
+            sprintf(
+                '%s: %s of %s (%s) %s',
+                $name, bytes($done), bytes($total), share($done, $total), $label
+            )
+        );
+    }
+    return;
+}
+
+# A line of the log, above the bar if there is one.
+sub say ($self, $line) {
+    $self->end;
+    say_error($line);
+    return;
+}
+
+sub end ($self) {
+    if (my $bar = delete($self->{bar})) {
+        print {*STDERR} "\r\e[K";
+    }
+    $self->{name} = '';
+    return;
+}
+
+1;

@@ -1,0 +1,102 @@
+package PVE::BackupAccess::CLI::Restore;
+
+# An archive's disks as raw images.
+
+use v5.36;
+
+use PVE::BackupAccess::CLI::Access qw(text);
+use PVE::BackupAccess::CLI::Archives qw(parse_archive provider_for);
+use PVE::BackupAccess::CLI::Output qw(say_error say_json say_out write_file);
+use PVE::BackupAccess::CLI::Progress;
+use PVE::BackupAccess::Format qw(bytes);
+use PVE::BackupAccess::Volume;
+
+# { device => file } of what is to be restored. Nothing that is there is overwritten but a block
+# device, which the user has named.
+my sub targets ($volumes, $target, $device) {
+    my @devices = defined($device) ? ($device) : sort keys $volumes->%*;
+    die "the archive has no device $device - it has " . join(', ', sort keys $volumes->%*) . "\n"
+        if defined($device) && !$volumes->{$device};
+    my %files;
+    if (-d $target) {
+        $target =~ s!(?<=.)/+\z!!;
+        %files = map { $_ => "$target/" . $_ =~ s!/!%2F!gr . '.raw' } @devices;
+    }
+    elsif ($target =~ m!/\z!) {
+        die "$target is not a directory - make it first\n";
+    }
+    elsif (@devices == 1) {
+        %files = ($devices[0] => $target);
+    }
+    else {
+        die "$target is not a directory, and the archive has several devices - choose one with"
+            . ' --device: '
+            . join(', ', @devices) . "\n";
+    }
+    for my $file (sort values %files) {
+        die "$file exists already - it is not overwritten\n" if -e $file && !-b $file;
+    }
+    return \%files;
+}
+
+my sub copy ($provider, $volname, $device, $size, $file, $progress) {
+    my $part = -b $file ? $file : "$file.part";
+    my $info = $provider->restore_vm_volume_init($volname, $device, {});
+    my $ok = eval {
+        my $volume = PVE::BackupAccess::Volume->open($device,
+            { 'nbd-path' => $info->{'qemu-img-path'}, size => $size });
+        $volume->copy(
+            to => $part,
+            progress => sub ($done, $total) { $progress->update($device, $done, $total) },
+        );
+        $volume->close;
+        $part eq $file || rename($part, $file) or die "cannot rename $part to $file: $!\n";
+        1;
+    };
+    my $error = $@;
+    unlink($part) if !$ok && $part ne $file;
+    $progress->end;
+    $provider->restore_vm_volume_cleanup($volname, $device, {});
+    die $error if !$ok;
+}
+
+my sub restore_all ($provider, $volname, $volumes, $files) {
+    my $progress = PVE::BackupAccess::CLI::Progress->new;
+    for my $device (sort keys $files->%*) {
+        my ($size, $file) = ($volumes->{$device}{size}, $files->{$device});
+        $progress->say("$device: restoring " . bytes($size) . " to $file");
+        copy($provider, $volname, $device, $size, $file, $progress);
+    }
+}
+
+# Beside the disks, where there is one and the target is a directory.
+my sub restore_config ($provider, $volname, $target) {
+    my $config = $provider->archive_get_guest_config($volname);
+    return if !-d $target || ($config // '') eq '';
+    my $file = "$target/guest.conf";
+    die "$file exists already - it is not overwritten\n" if -e $file;
+    write_file($file, $config);
+    return $file;
+}
+
+sub run ($opt, $path, $target) {
+    my ($directory, $volname) = parse_archive($path)
+        or die "$path is not an archive - it is called like DIRECTORY/vm/100/20261122T064953Z\n";
+    my $provider = provider_for($directory);
+    my $volumes = $provider->restore_vm_init($volname);
+    my $device = defined($opt->{device}) ? text($opt->{device}) : undef;
+    my $files = targets($volumes, $target, $device);
+    my $config = defined($device) ? undef : restore_config($provider, $volname, $target);
+    restore_all($provider, $volname, $volumes, $files);
+    $provider->restore_vm_cleanup($volname);
+
+    if ($opt->{json}) {
+        say_json({ devices => $files, 'guest-config' => $config });
+    }
+    else {
+        say_out(map { $files->{$_} } sort keys $files->%*);
+    }
+    return 0;
+}
+
+1;

@@ -1,0 +1,118 @@
+package PVE::BackupAccess::CLI::Status;
+
+# What there is of backups in a QEMU, and undoing what is left over.
+
+use v5.36;
+
+use PVE::BackupAccess;
+use PVE::BackupAccess::CLI::Access qw(access_options status_of text);
+use PVE::BackupAccess::CLI::Output qw(say_error say_json say_out say_table);
+use PVE::BackupAccess::Format qw(bytes);
+
+my sub shown ($value) { return $value // 'unknown' }
+
+my sub print_access ($access) {
+    if (!$access) {
+        say_out('no backup is going on');
+        return;
+    }
+    my $process = !defined($access->{pid}) ? 'another program' : "process $access->{pid}";
+    $process .= ', which is dead' if defined($access->{alive}) && !$access->{alive};
+    say_out('backup access: target ' . shown($access->{'target-id'}) . ", $process");
+    say_out('  devices: ' . join(', ', $access->{devices}->@*)) if $access->{devices}->@*;
+}
+
+my sub state_of ($bitmap) {
+    return join(', ',
+        ($bitmap->{background} ? 'records for the access' : ()),
+        ($bitmap->{inconsistent} ? 'cannot be used' : ()),
+        (!$bitmap->{inconsistent} && !$bitmap->{recording} ? 'frozen' : ()),
+        ($bitmap->{recording} && !$bitmap->{background} ? 'recording' : ()),
+        ($bitmap->{persistent} ? 'persistent' : ()),
+    );
+}
+
+my sub print_bitmaps ($bitmaps) {
+    if (!$bitmaps->@*) {
+        say_out('no bitmaps: the next backup of every device is a full one');
+        return;
+    }
+    my @rows = map {
+        [
+            shown($_->{'target-id'}), shown($_->{device}),
+            bytes($_->{'dirty-bytes'} // 0), state_of($_),
+        ]
+    } $bitmaps->@*;
+    say_out('');
+    say_table([[qw(TARGET DEVICE DIRTY), 'STATE'], @rows], 2);
+}
+
+my sub print_fleecing ($images) {
+    return if !$images->@*;
+    my @rows = map {
+        [
+            $_->{device},
+            bytes($_->{'image-bytes'} // 0),
+            bytes($_->{size} // 0),
+            defined($_->{'free-bytes'}) ? bytes($_->{'free-bytes'}) : '',
+            $_->{file} // $_->{node} // '',
+        ]
+    } $images->@*;
+    say_out('');
+    say_table([['FLEECING', qw(USED SIZE FREE IMAGE)], @rows], 1, 2, 3);
+}
+
+my sub print_exports ($exports) {
+    return if !$exports->@*;
+    my @rows
+        = map { [$_->{id}, $_->{type}, $_->{node}, $_->{ours} ? 'ours' : "somebody else's"] }
+        $exports->@*;
+    say_out('');
+    say_table([[qw(EXPORT TYPE NODE), 'OWNER'], @rows]);
+}
+
+my sub print_left_overs ($things) {
+    return if !$things->@*;
+    say_out('',
+              "left over of a process that is gone, until the next backup of that target"
+            . " or 'recover':");
+    for my $thing ($things->@*) {
+        my $of = join(', ', grep { defined } $thing->@{qw(target-id device)});
+        say_out("  $thing->{what}" . ($of ne '' ? " ($of)" : ''));
+    }
+}
+
+sub run ($opt) {
+    my $status = status_of($opt);
+    if ($opt->{json}) {
+        say_json($status);
+        return 0;
+    }
+    say_out("backend: $status->{backend}");
+    print_access($status->{access});
+    print_bitmaps($status->{bitmaps});
+    print_fleecing($status->{fleecing});
+    print_exports($status->{exports});
+    print_left_overs($status->{'left-overs'});
+    say_out('', map { "warning: $_" } $status->{warnings}->@*) if $status->{warnings}->@*;
+    return 0;
+}
+
+# Undoes what a killed process left, without a backup.
+sub recover ($opt) {
+    my $lines = PVE::BackupAccess->recover(
+        access_options($opt),
+        'target-id' => text($opt->{'target-id'}),
+        log => sub { },
+    );
+    if ($opt->{json}) {
+        say_json($lines);
+    }
+    else {
+        say_out($lines->@*);
+        say_error('nothing to undo') if !$lines->@*;
+    }
+    return 0;
+}
+
+1;

@@ -1,0 +1,375 @@
+# pve-backup-access with a real QEMU, on both backends: backups, restores and what looks after archives,
+# through pipes and on a terminal.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+
+use JSON::PP ();
+use Test::More;
+
+use PBA::Test::Backend;
+use PBA::Test::Command qw(run_command start_command start_on_terminal);
+
+my $mib = 1024 * 1024;
+my $json = JSON::PP->new->utf8;
+my @devices = qw(drive-efidisk0 drive-scsi0);
+my %disk = ('drive-scsi0' => 'scsi0', 'drive-efidisk0' => 'efidisk0');
+
+my $archive_name = qr!vm/100/[0-9]{8}T[0-9]{6}Z!;
+
+sub start ($name) {
+    my $backend = PBA::Test::Backend->start(
+        name => $name,
+        guest => 0,
+        disks => [
+            { id => 'scsi0', size => 32 * $mib, bus => 'scsi', shape => 'drive' },
+            { id => 'efidisk0', size => 528 * 1024, bus => 'scsi', shape => 'drive' },
+        ],
+    );
+
+    # As on Proxmox VE, the socket's name tells the number of the guest.
+    my $dir = $backend->vm->dir;
+    symlink($backend->qmp_path, "$dir/100.qmp") or die "symlink: $!\n";
+    my $test = { backend => $backend, vm => $backend->vm, dir => $dir, store => "$dir/store" };
+    mkdir($_) or die "$_: $!\n" for $test->{store}, "$dir/out";
+    $test->{guest} = ['--qmp', "$dir/100.qmp", '--run-dir', $backend->work_dir('run')];
+    push($test->{guest}->@*, '--fleecing-dir', $backend->work_dir('fleecing'))
+        if $name eq 'upstream';
+    $test->{outside} = $backend->outside;
+    return $test;
+}
+
+# What holds whenever no command runs.
+sub check_outside ($test, $name) {
+    is_deeply($test->{backend}->outside, $test->{outside}, "$name: nothing is left in QEMU");
+    my $all = $test->{vm}->bitmaps;
+    my @bitmaps = map { values $all->{$_}->%* } keys $all->%*;
+    is(scalar(grep { !$_->{recording} } @bitmaps), 0, "$name: every bitmap records");
+    cmp_ok(scalar(@bitmaps), '<=', 2, "$name: none but the targets'");
+}
+
+sub succeeds ($name, @arguments) {
+    my $run = run_command(@arguments);
+    is($run->{status}, 0, "$name: exit status") or diag($run->{err});
+    return $run;
+}
+
+sub fails ($name, $pattern, @arguments) {
+    my $run = run_command(@arguments);
+    is($run->{status}, 1, "$name: exit status 1");
+    like($run->{err}, qr/^pve-backup-access $arguments[0]: .*$pattern/m, "$name: says why");
+    is($run->{out}, '', "$name: no result");
+    return $run;
+}
+
+sub backup ($test, @more) { return ('backup', $test->{store}, $test->{guest}->@*, @more) }
+
+sub same_disks ($test, $dir, $name) {
+    for my $device (@devices) {
+        my $disk = $test->{vm}->raw_image($disk{$device});
+        is(system('cmp', '-s', $disk, "$dir/$device.raw"), 0, "$name: $device equals the disk");
+    }
+}
+
+sub restore_and_compare ($test, $archive, $name) {
+    my $dir = "$test->{dir}/out/" . ++$test->{restores};
+    mkdir($dir) or die "$dir: $!\n";
+    my $run = succeeds("$name: restore", 'restore', $archive, $dir);
+    is($run->{out}, join('', map { "$dir/$_.raw\n" } @devices), "$name: prints the files");
+    same_disks($test, $dir, $name);
+    return $dir;
+}
+
+# ---- parts ----
+
+sub check_pipes ($test) {
+    my $vm = $test->{vm};
+    $vm->qemu_io('scsi0', 'write -P 0x11 0 8M');
+    $vm->qemu_io('efidisk0', 'write -P 0x12 0 528k');
+    open(my $config, '>', "$test->{dir}/guest.conf") or die "guest.conf: $!\n";
+    print {$config} "name: tested\n";
+    close($config);
+
+    my $full = succeeds('full', backup($test, '--guest-config', "$test->{dir}/guest.conf"));
+    like($full->{out}, qr!\A\Q$test->{store}\E/$archive_name\n\z!, 'full: prints the path only');
+    like($full->{err}, qr/^drive-scsi0: storing, full$/m, 'full: the log');
+    unlike($full->{err}, qr/[^\n\x20-\x7e]/, 'full: plain lines');
+    check_outside($test, 'full');
+
+    $vm->qemu_io('scsi0', 'write -P 0x21 16M 64k');
+    my $run = succeeds('incremental', backup($test, '--json'));
+    my $result = $json->decode($run->{out});
+    my $scsi = $result->{devices}{'drive-scsi0'};
+    is($scsi->{'bitmap-mode'}, 'reuse', 'incremental: the bitmap is used');
+    cmp_ok($scsi->{dirty}, '<=', 4 * $mib, 'incremental: what changed is read');
+    is($result->{devices}{'drive-efidisk0'}{dirty}, 0, 'incremental: and nothing else');
+    chomp(my $archive = $full->{out});
+    cmp_ok($result->{archive}, 'gt', $archive, 'incremental: a later archive');
+    my $dir = restore_and_compare($test, $result->{archive}, 'incremental');
+    is(-s "$dir/guest.conf", undef, 'incremental: no configuration was given');
+
+    my $again = succeeds('one device', 'restore', $archive, "$test->{dir}/one.raw", '--device',
+        'drive-efidisk0', '--json');
+    is_deeply(
+        $json->decode($again->{out}),
+        { devices => { 'drive-efidisk0' => "$test->{dir}/one.raw" }, 'guest-config' => undef },
+        'one device: JSON'
+    );
+    is(-s "$test->{dir}/one.raw", 528 * 1024, 'one device: its size');
+    mkdir("$test->{dir}/out/full");
+    succeeds('full: restore', 'restore', $archive, "$test->{dir}/out/full/");
+    is(-s "$test->{dir}/out/full/guest.conf", 13, 'full: the configuration is restored');
+    return ($archive, $result->{archive});
+}
+
+sub check_refusals ($test, $archive) {
+    fails('restore over files', 'exists already', 'restore', $archive, "$test->{dir}/out/full");
+    fails('restore of two to a file', 'several devices', 'restore', $archive, "$test->{dir}/new");
+    fails('restore to no directory', 'not a directory', 'restore', $archive, "$test->{dir}/new/");
+    fails('restore of no device',
+        'no device', 'restore', $archive, "$test->{dir}/new", '--device', 'nosuch');
+    fails(
+        'restore of no archive', 'no archive',
+        'restore', "$test->{store}/vm/100/20200101T000000Z",
+        "$test->{dir}/out"
+    );
+    fails(
+        'restore of something',
+        'is not an archive',
+        'restore', $test->{store}, "$test->{dir}/out"
+    );
+    fails('backup of no device', 'no such', backup($test, '--device', 'nosuch'));
+    fails('no QEMU', 'cannot connect', 'backup', $test->{store}, '--qmp', "$test->{dir}/1234.qmp");
+    fails('no directory', 'not a directory', 'backup', "$test->{dir}/new", $test->{guest}->@*);
+    is(scalar($json->decode(run_command('list', $test->{store}, '--json')->{out})->@*),
+        2, 'no archive was added');
+
+    for my $case (
+        ['list', $test->{store}, '--vmid', '1.5'],
+        ['prune', $test->{store}, '--keep', '0'],
+        [backup($test, '--bandwidth-limit', 'fast')],
+        ['backup', $test->{store}, '--qmp', "$test->{dir}/qmp"],
+        )
+    {
+        my $run = run_command($case->@*);
+        is($run->{status}, 2, "'$case->@*': bad usage");
+        like($run->{err}, qr/\A[^\n]+\nTry '[^\n]+\n\z/, "'$case->@*': two lines");
+    }
+    check_outside($test, 'refusals');
+}
+
+sub check_archives ($test, @archives) {
+    my $list = succeeds('list', 'list', "$test->{store}/");
+    my @shown = $list->{out} =~ m!^(\S+/$archive_name)  !mg;
+    is_deeply(\@shown, \@archives, 'list: the archives');
+    like($list->{out}, qr/^    drive-scsi0 +full +[0-9.]+ MiB of 32\.0 MiB$/m, 'list: a full one');
+    like($list->{out}, qr/^    drive-scsi0 +incremental +[0-9.]+ KiB of/m, 'list: an increment');
+    is(succeeds('list of a guest', 'list', $test->{store}, '--vmid', 7)->{out},
+        '', 'no other guest');
+
+    my $verify = succeeds('verify', 'verify', $test->{store});
+    is($verify->{out}, join('', map { "$_: ok\n" } @archives), 'verify: all are whole');
+
+    succeeds('prune', 'prune', $test->{store}, '--keep', 1);
+    is($json->decode(run_command('prune', $test->{store}, qw(--keep 1 --json))->{out})->@*,
+        0, 'prune: nothing more');
+    restore_and_compare($test, $archives[1], 'after prune');
+
+    open(my $image, '+<', "$archives[1]/drive-scsi0.qcow2") or die "$archives[1]: $!\n";
+    seek($image, -70000, 2);
+    print {$image} 'damage';
+    close($image);
+    my $damaged = run_command('verify', $archives[1]);
+    is($damaged->{status}, 1, 'verify: exit status with damage');
+    like($damaged->{out}, qr/\A\Q$archives[1]\E: DAMAGED\n  .*SHA-256/, 'verify: says what');
+    my $problems = $json->decode(run_command('verify', $test->{store}, '--json')->{out});
+    is($problems->[0]{archive}, $archives[1], 'verify: JSON');
+    is(scalar($problems->[0]{problems}->@*), 1, 'verify: a problem in it');
+}
+
+sub status ($test) {
+    return $json->decode(succeeds('status', 'status', $test->{guest}->@*, '--json')->{out});
+}
+
+# Before there was a backup: nothing to see, and nothing is made by looking.
+sub check_without_bitmaps ($test) {
+    my $status = succeeds('status', 'status', $test->{guest}->@*);
+    like(
+        $status->{out},
+        qr/\Abackend: $test->{backend}{name}\nno backup is going on\nno bitmaps/,
+        'status: nothing yet'
+    );
+    fails('map without a bitmap', 'has no bitmap yet', 'map', 'drive-scsi0', $test->{guest}->@*);
+    is_deeply($test->{vm}->bitmaps, {}, 'map without a bitmap: none is made');
+    check_outside($test, 'map without a bitmap');
+}
+
+# The regions that writes make dirty: [offset, length], with a bitmap's granularity.
+sub regions_of ($granularity, $size, @writes) {
+    my %dirty;
+    for my $write (@writes) {
+        my ($offset, $length) = $write->@*;
+        $dirty{$_} = 1
+            for int($offset / $granularity) .. int(($offset + $length - 1) / $granularity);
+    }
+    my @regions;
+    for my $index (sort { $a <=> $b } keys %dirty) {
+        my $end = ($index + 1) * $granularity;
+        my $length = ($end < $size ? $end : $size) - $index * $granularity;
+        if (@regions && $regions[-1][0] + $regions[-1][1] == $index * $granularity) {
+            $regions[-1][1] += $length;
+        }
+        else {
+            push(@regions, [$index * $granularity, $length]);
+        }
+    }
+    return \@regions;
+}
+
+sub check_map ($test) {
+    my @writes = ([0, 64 * 1024], [9 * $mib + 512, 512], [24 * $mib, 8 * $mib]);
+    $test->{vm}->qemu_io('scsi0', "write -P 0x51 $_->[0] $_->[1]") for @writes;
+    my ($bitmap) = grep { $_->{device} eq 'drive-scsi0' } status($test)->{bitmaps}->@*;
+    my $regions = regions_of($bitmap->{granularity}, 32 * $mib, @writes);
+    my $bitmaps = $test->{vm}->bitmaps;
+    my @map = ('map', 'drive-scsi0', $test->{guest}->@*);
+
+    my $map = $json->decode(succeeds('map', @map, '--json')->{out});
+    is_deeply([map { [$_->@{qw(offset length)}] } $map->{regions}->@*], $regions, 'map: regions');
+    is($map->{dirty}, $bitmap->{'dirty-bytes'}, 'map: sum');
+    is($map->{'target-id'}, $bitmap->{'target-id'}, 'map: the only target is found');
+    my $clean
+        = $json->decode(run_command('map', 'drive-efidisk0', $test->{guest}->@*, '--json')->{out});
+    is_deeply($clean->{regions}, [], 'map: of a clean disk');
+
+    local $ENV{LC_ALL} = 'C.UTF-8';
+    my $shown = start_on_terminal(60, @map)->finish->{out};
+    utf8::decode($shown);
+    my ($totals, $strip) = split(m/\r\n/, $shown);
+    like(
+        $totals,
+        qr/\Adrive-scsi0, target .*: [0-9.]+ MiB of 32\.0 MiB dirty \([0-9.]+ %\), 3 reg/,
+        'map: totals on a terminal'
+    );
+    like($strip, qr/\A0 \x{2595}[\x{2581}-\x{2588}]/, 'map: a strip of blocks');
+    like($strip, qr/ \x{2588}+\x{258f} 32\.0 MiB\z/, 'map: full at the end');
+    cmp_ok(length($strip), '<=', 60, 'map: fits the terminal');
+    $ENV{LC_ALL} = 'C';
+    like(run_command(@map)->{out}, qr/\n0 \|[ .:=+*#@-]+\@\| 32\.0 MiB\n\z/, 'map: plain letters');
+
+    succeeds('map: picture', @map, '--svg', "$test->{dir}/map.svg");
+    open(my $svg, '<', "$test->{dir}/map.svg") or die "map.svg: $!\n";
+    my $picture = join('', <$svg>);
+    like($picture, qr!\A<svg .*</svg>\n\z!s, 'map: a picture');
+    my $cells = 0;
+    $cells += $_->[1] / 65536 for $regions->@*;
+    is(scalar(() = $picture =~ m/<title>64\.0 KiB dirty of 64\.0 KiB/g), $cells,
+        'map: dirty cells');
+
+    is_deeply($test->{vm}->bitmaps, $bitmaps, 'map: every bitmap is as before');
+    check_outside($test, 'map');
+    is(run_command(@map, '--json', '--svg', 'x')->{status}, 2, 'map: one form at a time');
+    fails('map: no such target', q(of target 'nosuch'), @map, '--target-id', 'nosuch');
+}
+
+# A process that was killed: what it left can be seen, and undone.
+sub check_recover ($test) {
+    my $command = start_command(backup($test, '--bandwidth-limit', '1M'));
+    $command->wait_for(err => qr/^drive-scsi0: storing, incremental/m);
+    my $access = status($test)->{access};
+    is($access->{alive}, 1, 'status: of a backup that runs');
+    my $busy = run_command('status', $test->{guest}->@*)->{out};
+    like($busy, qr/^backup access: target store\@\w+, process $access->{pid}\n/m, 'in words');
+    like($busy, qr/^store\@\w+ +drive-scsi0 .* frozen$/m, 'with its bitmaps');
+    fails('map meanwhile', 'not finished', 'map', 'drive-scsi0', $test->{guest}->@*);
+    $command->kill('KILL');
+    $command->finish;
+
+    my $left = run_command('status', $test->{guest}->@*)->{out};
+    like($left, qr/process $access->{pid}, which is dead/, 'status: of one that was killed');
+    like($left, qr/^left over of a process that is gone/m, 'and what it left');
+    my @recover = ('recover', $test->{guest}->@*, '--target-id', $access->{'target-id'});
+    like(succeeds('recover', @recover)->{out}, qr/\w/, 'recover: says what it undoes');
+    is_deeply($json->decode(succeeds('recover', @recover, '--json')->{out}), [], 'once');
+    check_outside($test, 'recover');
+}
+
+# The image above is damaged, so this backup is a full one again, and says so.
+sub check_terminal ($test) {
+    my $backup = start_on_terminal(100, backup($test, '--bandwidth-limit', '24M'));
+    $backup->wait_for(out => qr/drive-scsi0 +[0-9.]+ [KM]iB\/s: +[0-9]+% \[=* *\]\S+ Left/);
+    my $run = $backup->finish;
+    is($run->{status}, 0, 'terminal: exit status');
+    like(
+        $run->{out},
+        qr/^warn: drive-scsi0: full backup - .*SHA-256 differs\r$/m,
+        'terminal: the log'
+    );
+    my ($last) = $run->{out} =~ m/([^\n]*)\r\n\z/;
+    like($last, qr!\A\Q$test->{store}\E/$archive_name\z!, 'terminal: the path is the last line');
+    unlike($run->{out} =~ s/\e\[K//gr, qr/\e/, 'terminal: no other escape sequences');
+    check_outside($test, 'terminal');
+    chomp(my $archive = $last);
+    restore_and_compare($test, $archive, 'terminal');
+    like(start_on_terminal(80, 'list', $test->{store})->finish->{out}, qr/\Q$archive\E  /, 'list');
+}
+
+# By a signal, by the terminal's interrupt key, by a closed pipe: a failed backup, all undone.
+sub check_interruption ($test) {
+    my $vm = $test->{vm};
+    $vm->qemu_io('scsi0', 'write -P 0x31 0 16M');
+    my %ways = (
+        SIGTERM => [15, sub ($command) { $command->kill('TERM') }],
+        'a closed pipe' => [13, sub ($command) { $command->close_output('err') }],
+        'the interrupt key' => [2, sub ($command) { $command->type("\x03") }],
+    );
+    for my $way (sort keys %ways) {
+        my ($signal, $interrupt) = $ways{$way}->@*;
+        my $on_terminal = $way =~ m/key/;
+
+        # A closed pipe shows at the next line, when the copy is done.
+        my @slow = backup($test, '--bandwidth-limit', $way =~ m/pipe/ ? '16M' : '1M');
+        my $command = $on_terminal ? start_on_terminal(80, @slow) : start_command(@slow);
+        $command->wait_for($on_terminal ? 'out' : 'err', qr/^drive-scsi0: storing, incremental/m);
+        $interrupt->($command);
+        my $run = $command->finish;
+        is($run->{signal}, $signal, "$way: ends the command");
+        like($on_terminal ? $run->{out} : $run->{err}, qr/interrupted by SIG/, "$way: says so")
+            if $way !~ m/pipe/;
+        check_outside($test, $way);
+    }
+    my $run = succeeds('after them', backup($test));
+    like($run->{err}, qr/^drive-scsi0: dirty-bitmap status: OK \(2[48]\.0 MiB/m, 'no bit was lost');
+    chomp(my $archive = $run->{out});
+    restore_and_compare($test, $archive, 'after them');
+    is(scalar(grep { !m!/$archive_name\z! } glob("$test->{store}/vm/100/*Z")), 0, 'no remains');
+}
+
+sub check_output_errors ($test) {
+    my $command = start_command('list', $test->{store});
+    $command->close_output('out');
+    is($command->finish->{signal}, 13, 'a reader that goes away: SIGPIPE, and silence');
+    my $full = system('/bin/sh', '-c', 'exec >/dev/full 2>/dev/null; exec "$@"',
+        'sh', PBA::Test::Command::command('list', $test->{store})) >> 8;
+    is($full, 1, 'no space for the output is an error');
+}
+
+for my $name (PBA::Test::Backend->names) {
+    subtest "backend $name" => sub {
+        my $test = start($name);
+        check_without_bitmaps($test);
+        my @archives = check_pipes($test);
+        check_refusals($test, $archives[0]);
+        check_archives($test, @archives);
+        check_terminal($test);
+        check_map($test);
+        check_recover($test);
+        check_interruption($test);
+        check_output_errors($test);
+        $test->{backend}->check_manners;
+    };
+}
+
+done_testing;
