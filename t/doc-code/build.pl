@@ -1,4 +1,4 @@
-# Building and installing, in a private copy and below a private directory, with one short test.
+# Building and installing what "make dist" packs, in a private copy and below a private directory, with one short test.
 
 use v5.36;
 
@@ -15,7 +15,8 @@ return sub ($block) {
         make_path("$copy/" . dirname($file));
         system('cp', '-p', $file, "$copy/$file") == 0 or die "cannot copy $file\n";
     }
-    my $code = "cd '$copy'\nexec >/dev/null\n$block->{code}";
+    my $unpack = 'perl Makefile.PL && make dist && tar -xf PVE-BackupAccess-*.tar.gz';
+    my $code = "cd '$copy'\nexec >/dev/null\n$unpack\ncd PVE-BackupAccess-*/\n$block->{code}";
     PBA::Test::DocCode::run_shell(
         { $block->%*, code => $code },
         DESTDIR => "$copy/installed",

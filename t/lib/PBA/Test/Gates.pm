@@ -196,7 +196,7 @@ sub _codespell () {
     return {
         name => 'codespell',
         files => sub {
-            grep { !m{^t/recordings/|^LICENSE$} } _files(':!*.svg');
+            grep { !m{^t/(?:recordings|fuzz/corpus)/|^LICENSE$} } _files(':!*.svg');
         },
         version => _version('codespell'),
         check => sub (@files) { _run(qw(codespell --ignore-words-list=isnt), @files) },

@@ -1,0 +1,72 @@
+# The Debian package: ./run deb builds it, and leaves it in the directory named.
+#
+#     perl t/deb.pl [--test] DIRECTORY
+#
+# What is committed or about to be is built, in a copy, since dpkg-buildpackage writes beside its
+# sources. --test builds it twice, at different places, and holds the result to lintian.
+
+use v5.36;
+
+use Digest::SHA ();
+use File::Copy qw(copy);
+use File::Temp ();
+
+sub run (@command) {
+    system(@command) == 0 or die "'@command' failed\n";
+    return;
+}
+
+# Says what was said only if it went wrong.
+sub run_quietly ($log, @command) {
+    my $status = system('sh', '-c', 'log=$1; shift; exec "$@" >"$log" 2>&1', 'sh', $log, @command);
+    return if $status == 0;
+    run('cat', $log);
+    die "'@command' failed\n";
+}
+
+# The directory with the packages, and below it the sources.
+sub build ($name) {
+    my $dir = File::Temp->newdir("pba-deb-$name.XXXXXX", TMPDIR => 1);
+    my $copy = "$dir/libpve-backup-access-perl";
+    mkdir($copy) or die "$copy: $!\n";
+    run(
+        'sh',
+        '-c',
+        'git ls-files -z --cached --others --exclude-standard'
+            . ' | xargs -0 -I{} sh -c \'[ ! -e "{}" ] || echo "{}"\''
+            . ' | tar -cf - -T - | tar -xf - -C "$1"',
+        'sh',
+        $copy
+    );
+    run_quietly("$dir/log", 'sh', '-c', 'cd "$1" && dpkg-buildpackage -us -uc -b', 'sh', $copy);
+    return $dir;
+}
+
+sub packages ($dir) {
+    my @files = glob("$dir/*.deb");
+    die "no package was built\n" if !@files;
+    return @files;
+}
+
+sub digest ($file) { return Digest::SHA->new(256)->addfile($file)->hexdigest }
+
+my $test = @ARGV && $ARGV[0] eq '--test' ? shift(@ARGV) : '';
+my $to = shift(@ARGV);
+my $dir = build('first');
+if ($test) {
+    say '1..3';
+    say 'ok 1 - the Debian package is built';
+    my $again = build('the-second-of-two');
+    my %first = map { s{.*/}{}r => digest($_) } packages($dir);
+    my @differ = grep { ($first{s{.*/}{}r} // '') ne digest($_) } packages($again);
+    say @differ ? 'not ok' : 'ok', ' 2 - two builds are the same';
+    my ($changes) = glob("$dir/*.changes");
+    my $status = system('lintian', '--allow-root', '--fail-on', 'error,warning', $changes) >> 8;
+    say $status ? 'not ok' : 'ok', ' 3 - lintian finds no fault';
+    exit(@differ || $status ? 1 : 0);
+}
+mkdir($to);
+for my $file (packages($dir), glob("$dir/*.changes"), glob("$dir/*.buildinfo")) {
+    copy($file, $to) or die "$to: $!\n";
+    say "$to/", $file =~ s{.*/}{}r if $file =~ m/\.deb\z/;
+}

@@ -1,0 +1,42 @@
+# The module under valgrind, as Perl uses it: ./run test --valgrind [T...]
+#
+# An access to memory that is not ours, a value that was never set, and memory that nobody has any more
+# fail the test that shows them, but for what t/valgrind.supp says of Perl itself. Without arguments,
+# those tests that use most of the XS part in the least time.
+
+use v5.36;
+
+use File::Temp ();
+
+my @default_tests = qw(t/args.t);
+
+my @valgrind = (
+    qw(valgrind --quiet --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite),
+    qw(--error-exitcode=99 --child-silent-after-fork=yes --num-callers=30),
+    '--suppressions=t/valgrind.supp',
+);
+
+# What the test itself says matters only if it fails: time limits are what they are under valgrind.
+sub run_test ($test, $log) {
+    local $ENV{PERL_DESTRUCT_LEVEL} = 2;
+    local $ENV{G_SLICE} = 'always-malloc';
+    my @command = (@valgrind, "--log-file=$log", $^X, '-Mblib', '-It/lib', $test);
+    my $output = File::Temp->new;
+    my $status
+        = system('sh', '-c', 'out=$1; shift; exec "$@" >"$out" 2>&1', 'sh', $output, @command);
+    return 1 if $status == 0 && -z $log;
+    system('cat', "$output", $log);
+    return 0;
+}
+
+my @tests = @ARGV ? @ARGV : @default_tests;
+my $failed = 0;
+say '1..', scalar(@tests);
+for my $number (1 .. @tests) {
+    my $test = $tests[$number - 1];
+    my $log = File::Temp->new;
+    my $ok = run_test($test, "$log");
+    $failed++ if !$ok;
+    say $ok ? 'ok' : 'not ok', " $number - $test under valgrind";
+}
+exit($failed ? 1 : 0);
