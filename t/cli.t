@@ -347,6 +347,34 @@ sub check_interruption ($test) {
     is(scalar(grep { !m!/$archive_name\z! } glob("$test->{store}/vm/100/*Z")), 0, 'no remains');
 }
 
+# Two media that take turns in the same place, and a directory beside them, all with one name for the
+# target: none of them may take the bitmap of another for its own.
+sub check_directories ($test) {
+    my %at = map { $_ => "$test->{dir}/$_" } qw(first second beside);
+    mkdir($_) or die "$_: $!\n" for values %at;
+    my $place = "$test->{dir}/place";
+    my $offset = 0;
+    for my $medium (qw(first second beside first second first beside)) {
+        my $directory = $medium eq 'beside' ? $at{beside} : $place;
+        rename($at{$medium}, $directory) or die "rename: $!\n" if $directory eq $place;
+        $offset += 128 * 1024;
+        $test->{vm}->qemu_io('scsi0', "write -P 0x61 $offset 64k");
+        my $run = succeeds(
+            "medium $medium",
+            'backup', $directory, $test->{guest}->@*,
+            '--target-id', 'rotated'
+        );
+        chomp(my $archive = $run->{out});
+        restore_and_compare($test, $archive, "medium $medium");
+        rename($directory, $at{$medium}) or die "rename: $!\n" if $directory eq $place;
+    }
+}
+
+sub check_agent ($test) {
+    my $run = succeeds('no agent', backup($test, '--guest-agent', "$test->{dir}/nobody"));
+    like($run->{err}, qr/^warn: could not freeze the guest/m, 'no agent: the log says so');
+}
+
 sub check_output_errors ($test) {
     my $command = start_command('list', $test->{store});
     $command->close_output('out');
@@ -368,6 +396,8 @@ for my $name (PBA::Test::Backend->names) {
         check_recover($test);
         check_interruption($test);
         check_output_errors($test);
+        check_agent($test);
+        check_directories($test);
         $test->{backend}->check_manners;
     };
 }
