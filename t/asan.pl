@@ -14,7 +14,9 @@ use File::Temp ();
 use TAP::Harness ();
 
 # Those that use the C core and need no guest.
-my @default_tests = qw(t/args.t t/qmp-hostile.t t/nbd-hostile.t);
+my @default_tests
+    = qw(t/args.t t/qmp-hostile.t t/qmp-odd-replies.t t/qmp-code-ref.t t/qmp-early-form.t t/qmp-callbacks.t
+    t/nbd-hostile.t);
 
 my @flags = ('-fsanitize=address,undefined', '-fno-omit-frame-pointer');
 my $root = getcwd();

@@ -97,7 +97,7 @@ sub run ($self, $name, @arguments) {
     # GLib's critical messages are our bugs, and must end the program.
     local $ENV{G_DEBUG} = 'fatal-criticals';
     local $ENV{G_SLICE} = 'always-malloc';
-    local $ENV{ASAN_OPTIONS} = 'detect_leaks=1:abort_on_error=0';
+    local $ENV{ASAN_OPTIONS} = 'detect_leaks=1:abort_on_error=0:hard_rss_limit_mb=600';
     local $ENV{UBSAN_OPTIONS} = 'print_stacktrace=1';
     return _run_command("$self->{dir}/$name", @arguments);
 }

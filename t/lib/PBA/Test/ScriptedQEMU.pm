@@ -1,0 +1,240 @@
+package PBA::Test::ScriptedQEMU;
+
+# What a QEMU says, by a table of commands and what they return: over a socket (start_peer), or to a
+# code ref (qmp_calls). A test changes single replies. And what its tests need around that.
+
+use v5.36;
+
+use Exporter qw(import);
+use File::Temp ();
+use IO::Socket::UNIX ();
+use JSON::PP ();
+use Test::More;
+
+use PBA::Test::QMPPeer;
+use PVE::BackupAccess;
+
+our @EXPORT = qw(
+    $json $dir $run_dir $target $size @upstream_commands @one
+    commands schema version device node pve_returns upstream_returns setup_reply value_of spoiled
+    start_peer action qmp_calls arguments_of new_access capabilities error_class dies
+    peak_rss_kib reset_peak
+);
+
+our $json = JSON::PP->new->canonical->utf8->allow_nonref;
+our $dir = File::Temp->newdir('pba-qmp-XXXXXXXX', TMPDIR => 1);
+our $run_dir = "$dir/run";
+our $target = 'snapshot-access:mystore';
+our $size = 64 << 20;
+
+our @upstream_commands = qw(
+    query-version query-commands query-status query-block query-named-block-nodes
+    x-debug-query-block-graph query-block-exports query-iothreads query-name query-uuid query-jobs
+    nbd-server-start nbd-server-stop block-export-add block-export-del blockdev-add blockdev-del blockdev-reopen
+    blockdev-backup block-dirty-bitmap-add block-dirty-bitmap-merge block-dirty-bitmap-remove
+    transaction qom-set qom-get job-dismiss
+);
+
+sub commands (@names) {
+    return [map { { name => $_ } } @names];
+}
+
+sub schema ($form) {
+    my @members = $form eq 'devlist' ? qw(target-id devlist bitmap-name) : qw(target-id devices);
+    return [
+        { name => 'backup-access-setup', 'meta-type' => 'command', 'arg-type' => '17' },
+        { name => '17', 'meta-type' => 'object', members => [map { { name => $_ } } @members] },
+        { name => 'stop', 'meta-type' => 'command', 'arg-type' => '0' },
+    ];
+}
+
+sub version ($major, $minor, $micro = 2) {
+    my $qemu = { major => $major, minor => $minor, micro => $micro };
+    return { qemu => $qemu, package => 'scripted' };
+}
+
+sub device ($name, $node) {
+    my $inserted = { 'node-name' => $node, ro => JSON::PP::false, drv => 'raw' };
+    $inserted->{image} = { 'virtual-size' => $size };
+    return { device => $name, qdev => $name =~ s/^drive-//r, inserted => $inserted };
+}
+
+sub node ($name, @bitmaps) {
+    my $node = { 'node-name' => $name, drv => 'raw', image => { 'virtual-size' => $size } };
+    $node->{'dirty-bitmaps'}
+        = [map { { name => $_, recording => JSON::PP::true, granularity => 65536 } } @bitmaps];
+    return $node;
+}
+
+# What QEMU's NBD server looks like from outside: something listens at its socket.
+sub nbd_server () {
+    my $listener;
+    my $start = sub ($arguments) {
+        my $path = $arguments->{addr}{data}{path};
+        $listener = IO::Socket::UNIX->new(Local => $path, Listen => 64)
+            or die "cannot listen at $path: $!\n";
+        return {};
+    };
+    my $stop = sub (@) {
+        unlink($listener->hostpath) if $listener;
+        undef $listener;
+        return {};
+    };
+    return ('nbd-server-start' => $start, 'nbd-server-stop' => $stop);
+}
+
+# What each command returns, unless a test says otherwise. A code ref gets the arguments.
+sub pve_returns (%more) {
+    return (
+        'query-version' => version(10, 0),
+        'query-commands' => commands(@upstream_commands, 'backup-access-setup'),
+        'query-qmp-schema' => schema('devices'),
+        'query-block' => [device('drive-scsi0', '#block1'), device('drive-scsi1', '#block2')],
+        'query-named-block-nodes' => [
+            node('#block1', $target),
+            node('#block2', $target),
+            map { node("drive-scsi$_-fleecing") } 0, 1
+        ],
+        'query-block-exports' => [],
+        'query-status' => { status => 'running' },
+        'query-name' => { name => 'vm' },
+        'query-uuid' => { UUID => 'a-b-c' },
+        'backup-access-setup' => \&setup_reply,
+        nbd_server(),
+        map({ $_ => {} }
+            qw(
+                block-export-add block-export-del backup-access-teardown block-dirty-bitmap-remove
+                blockdev-add blockdev-del
+            )),
+        %more,
+    );
+}
+
+my %action_of = (none => undef, new => 'new', use => 'used');
+
+sub setup_reply ($arguments) {
+    my @reply;
+    for my $device ($arguments->{devices}->@*) {
+        my ($number) = $device->{device} =~ m/(\d+)/;
+        my $info = { device => $device->{device}, 'node-name' => "#snap$number", size => $size };
+        my $action = $action_of{ $device->{'bitmap-mode'} };
+        if (defined($action)) {
+            $info->{'bitmap-action'} = $action;
+            $info->{'bitmap-name'} = $target;
+            $info->{'bitmap-node-name'} = '#block' . ($number + 1);
+        }
+        push @reply, $info;
+    }
+    return \@reply;
+}
+
+sub upstream_returns (%more) {
+    my $graph = { nodes => [{ id => 1, type => 'block-driver', name => '#block1' }], edges => [] };
+    return (
+        pve_returns(),
+        'query-version' => version(8, 0),
+        'query-commands' => commands(@upstream_commands),
+        'x-debug-query-block-graph' => $graph,
+        'query-iothreads' => [],
+        map({ $_ => {} } qw(qom-set block-dirty-bitmap-add)),
+        %more,
+    );
+}
+
+sub value_of ($value, $arguments) { return ref($value) eq 'CODE' ? $value->($arguments) : $value }
+
+# A peer lives as long as its object; these outlive the access that a test makes of them.
+my @peers;
+
+# Values of a peer: a plain value is returned; { action => ... } is one of QMPPeer's.
+sub start_peer ($returns, %options) {
+    my $handler = sub ($command, $arguments, $n) {
+        return undef if !exists($returns->{$command});
+        my $value = value_of($returns->{$command}, $arguments);
+        return $value->{action} if ref($value) eq 'HASH' && exists($value->{action});
+        return { return => $value };
+    };
+    push @peers, PBA::Test::QMPPeer->start(handler => $handler, %options);
+    shift(@peers) if @peers > 4;
+    return $peers[-1];
+}
+
+sub action ($action) { return { action => $action } }
+
+sub new_access ($qmp, %options) {
+    return PVE::BackupAccess->new(
+        qmp => ref($qmp) eq 'CODE' ? $qmp : $qmp->socket_path,
+        'target-id' => $target,
+        'run-dir' => $run_dir,
+        timeout => 5,
+        %options,
+    );
+}
+
+our @one = ({ device => 'drive-scsi0', 'bitmap-mode' => 'use' });
+
+sub error_class ($error) {
+    local $@;
+    return ref($error) && eval { $error->isa('PVE::BackupAccess::Error') }
+        ? $error->class
+        : "no object: $error";
+}
+
+# The code dies with an error of ours, of one line, and leaves nothing on disk.
+sub dies ($code, $class, $pattern, $name) {
+    my $done = eval { $code->(); 1 };
+    my $error = $@;
+    return fail("$name: dies") if $done;
+    my $ok = like(error_class($error), $class, "$name: class");
+    $ok &= like("$error", $pattern, "$name: message");
+    $ok &= unlike("$error", qr/[[:cntrl:]](?!\z)/, "$name: one line");
+    diag("$error") if !$ok;
+    is_deeply([glob("$run_dir/*")], [], "$name: nothing is left on disk");
+    return $error;
+}
+
+sub capabilities ($peer, %options) {
+    return PVE::BackupAccess->capabilities(qmp => $peer->socket_path, timeout => 5, %options);
+}
+
+# One member of a good reply left out, or of every other type.
+sub spoiled ($value, $path, $change) {
+    my $copy = $json->decode($json->encode($value));
+    my $at = $copy;
+    my @path = @$path;
+    my $last = pop(@path);
+    $at = ref($at) eq 'ARRAY' ? $at->[$_] : $at->{$_} for @path;
+    $change->($at, $last);
+    return $copy;
+}
+
+sub qmp_calls ($returns) {
+    my $calls = { names => [], arguments => [] };
+    $calls->{code} = sub ($command, $arguments) {
+        push $calls->{names}->@*, $command;
+        push $calls->{arguments}->@*, $arguments;
+        die "no such command\n" if !exists($returns->{$command});
+        return value_of($returns->{$command}, $arguments);
+    };
+    return $calls;
+}
+
+sub arguments_of ($calls, $command) {
+    my @found = grep { $calls->{names}[$_] eq $command } 0 .. $#{ $calls->{names} };
+    return @found ? $calls->{arguments}[$found[0]] : undef;
+}
+
+sub peak_rss_kib () {
+    open(my $fh, '<', '/proc/self/status') or die "cannot read the status: $!\n";
+    my ($kib) = map { m/^VmHWM:\s+(\d+)/ ? $1 : () } <$fh>;
+    return $kib;
+}
+
+sub reset_peak () {
+    open(my $fh, '>', '/proc/self/clear_refs') or return;
+    print {$fh} 5;
+    close($fh);
+    return;
+}
+
+1;

@@ -1,0 +1,237 @@
+# The caller's own code in the middle of a call: signal handlers, log callbacks, destructors, a fork.
+
+use v5.36;
+
+use lib 't/lib';
+
+use POSIX ();
+use Test::More;
+use Time::HiRes qw(sleep time);
+
+use PBA::Test::ScriptedQEMU;
+use PBA::Test::Watchdog;
+
+# ---- signals ----
+
+sub interrupted ($signal, $code, $name, $limit = 1.5) {
+    my $exception = { signal => $signal };
+    local $SIG{$signal} = sub { die $exception };
+    my $main = $$;
+    my $pid = fork() // die "cannot fork: $!\n";
+    if (!$pid) {
+        sleep(0.4);
+        kill($signal, $main);
+        POSIX::_exit(0);
+    }
+    my $started = time;
+    my $done = eval { $code->(); sleep(1); 1 };
+    my $error = $@;
+    my $took = time - $started;
+    waitpid($pid, 0);
+    ok(!$done, "$name: dies");
+    is($error, $exception, "$name: with the handler's own exception");
+    cmp_ok($took, '<', $limit, "$name: within a second") or diag("$took seconds");
+    return;
+}
+
+subtest 'handlers that die' => sub {
+
+    # Answers late once, then at once. The first query-block-exports is setup's.
+    my $late = sub ($command, $seconds) {
+        my %returns = pve_returns();
+        my ($good, $left) = ($returns{$command}, $command eq 'query-block-exports' ? 2 : 1);
+        $returns{$command} = sub ($arguments) {
+            my $reply = { return => value_of($good, $arguments) };
+            return action(--$left == 0 ? [{ sleep => $seconds }, $reply] : $reply);
+        };
+        return start_peer(\%returns);
+    };
+    for my $signal (qw(ALRM INT TERM)) {
+        for my $command (qw(query-version query-block query-named-block-nodes)) {
+            my $peer = $late->($command, 1.6);
+            my $access = new_access($peer, timeout => 10);
+            interrupted($signal, sub { $access->setup(\@one) }, "$signal in $command");
+            is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
+            ok(eval { $access->setup(\@one); 1 }, 'setup works afterwards') or diag($@);
+            ok(eval { $access->teardown(1); 1 }, 'and teardown') or diag($@);
+        }
+    }
+    my $mute = start_peer({}, greeting => { sleep => 3 });
+    interrupted('ALRM', sub { capabilities($mute, timeout => 10) }, 'waiting for the greeting');
+
+    # Setup was sent: it has to be undone, however long the monitor takes to come free.
+    my $peer = $late->('backup-access-setup', 1.2);
+    my $access = new_access($peer, timeout => 10);
+    interrupted('INT', sub { $access->setup(\@one) }, 'INT in backup-access-setup', 3);
+    is((grep { $_ eq 'backup-access-teardown' } $peer->names), 1, 'it was undone');
+
+    # In volumes and teardown: the access is still up and can be torn down.
+    for my $command (
+        qw(block-export-add query-block-exports nbd-server-stop backup-access-teardown))
+    {
+        $peer = $late->($command, 1.6);
+        $access = new_access($peer, timeout => 10);
+        $access->setup(\@one);
+        my $use = sub { $access->volumes('nbd'); $access->teardown(1) };
+        interrupted('INT', $use, "INT in $command");
+        ok(eval { $access->teardown(1); 1 }, 'teardown works afterwards') or diag($@);
+        my @teardowns = grep { $_->{execute} eq 'backup-access-teardown' } $peer->commands;
+        cmp_ok(scalar(@teardowns), '>=', 1, 'and was sent');
+        is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
+    }
+    {
+        $peer = $late->('block-export-add', 1.6);
+        $access = new_access($peer, timeout => 10);
+        $access->setup(\@one);
+        interrupted('INT', sub { $access->volumes('nbd') }, 'INT in block-export-add');
+        my @warnings;
+        local $SIG{__WARN__} = sub ($text) { push @warnings, $text };
+        undef $access;
+        like("@warnings", qr/not torn down/, 'destroyed: says so');
+        is((grep { $_ eq 'backup-access-teardown' } $peer->names), 1, 'and tears down');
+        is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
+    }
+};
+
+subtest 'handlers that do not die' => sub {
+    my $handled = 0;
+    my %returns = pve_returns();
+    for my $command (qw(query-version query-block nbd-server-start)) {
+        my $good = $returns{$command};
+        $returns{$command} = sub ($arguments) {
+            return action({ sleep => 0.3, return => value_of($good, $arguments) });
+        };
+    }
+    local $SIG{ALRM} = sub {
+        eval { die "inner\n" };
+        $handled++;
+        Time::HiRes::ualarm(7_000);
+    };
+    my $access = new_access(start_peer(\%returns), timeout => 10);
+    $@ = 'kept';
+    Time::HiRes::ualarm(7_000);
+    $access->setup(\@one);
+    my $kept = $@;
+    $access->volumes('nbd');
+    $access->teardown(1);
+    Time::HiRes::ualarm(0);
+    cmp_ok($handled, '>', 3, "they ran ($handled times)");
+    is($kept, 'kept', '$@ is left alone');
+};
+
+# ---- callbacks ----
+
+# An undo that fails, too, is one of the things that are logged. The next one works.
+sub logged_returns () {
+    my $refusal = sub ($text) { action({ error => { class => 'GenericError', desc => $text } }) };
+    my $refuse = 1;
+    return pve_returns(
+        'nbd-server-start' => $refusal->('NBD server already running %s%n'),
+        'backup-access-teardown' =>
+            sub (@) { return $refuse-- > 0 ? $refusal->("cannot\nundo %s%n") : {} },
+    );
+}
+
+# What is left after a setup whose undo failed can be torn down; then nothing is left.
+sub ends_well ($access, $peer) {
+    ok(eval { $access->teardown(0); 1 } || error_class($@) eq 'StateError', 'no more is left')
+        or diag($@);
+    cmp_ok(scalar(grep { $_ eq 'backup-access-teardown' } $peer->names), '>=', 1, 'undone');
+    is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
+    return;
+}
+
+subtest 'log' => sub {
+    my @logged;
+    my $peer = start_peer({ logged_returns() });
+    my $access = new_access($peer, log => sub (@got) { push @logged, [@got] });
+    ok(!eval { $access->setup(\@one); 1 }, 'setup dies');
+    like("$@", qr/already running %s%n/, 'with the first error');
+    is((grep { $_->[0] eq 'warn' && $_->[1] =~ m/cannot undo %s%n/ } @logged), 1, 'it was told');
+    ok(!(grep { $_->[1] =~ m/\n/ || @$_ != 2 } @logged), 'level and line');
+    ends_well($access, $peer);
+
+    @logged = ();
+    local $SIG{__WARN__} = sub ($text) { push @logged, $text };
+    $peer = start_peer({ logged_returns() });
+    $access = new_access($peer);
+    ok(!eval { $access->setup(\@one); 1 }, 'setup dies without log');
+    like("@logged", qr/cannot undo %s%n/, 'it was warned');
+    ends_well($access, $peer);
+};
+
+subtest 'a log callback that dies' => sub {
+    my $exception = { from => 'log' };
+    my $peer = start_peer({ logged_returns() });
+    my $access = new_access($peer, log => sub ($level, @) { die $exception if $level eq 'warn' });
+    ok(!eval { $access->setup(\@one); 1 }, 'setup dies');
+    is($@, $exception, "with the callback's exception");
+    ends_well($access, $peer);
+
+    # At teardown, with somebody else's export there.
+    my $exports = [{ id => 'other', type => 'nbd', 'node-name' => 'x' }];
+    $peer = start_peer({ pve_returns('query-block-exports' => $exports) });
+    $access = new_access($peer, log => sub ($level, @) { die $exception if $level eq 'warn' });
+    $access->setup(\@one);
+    ok(!eval { $access->teardown(1); 1 }, 'teardown dies');
+    is($@, $exception, "with the callback's exception");
+    eval { $access->teardown(1) };
+    eval { $access->teardown(1) };
+    is((grep { $_ eq 'backup-access-teardown' } $peer->names), 1, 'torn down once');
+    ok(!(grep { $_ eq 'nbd-server-stop' } $peer->names), "the other's NBD server stays up");
+};
+
+subtest 'a warning handler that dies' => sub {
+    my $peer = start_peer({ logged_returns() });
+    my $access = new_access($peer);
+    local $SIG{__WARN__} = sub (@) { die "warned\n" };
+    ok(!eval { $access->setup(\@one); 1 }, 'setup dies');
+    ends_well($access, $peer);
+
+    # Out of scope: the teardown is done all the same.
+    $peer = start_peer({ pve_returns() });
+    $access = new_access($peer);
+    $access->setup(\@one);
+    undef $access;
+    is((grep { $_ eq 'backup-access-teardown' } $peer->names), 1, 'torn down out of scope');
+    is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
+};
+
+subtest 'out of scope' => sub {
+    my @warnings;
+    local $SIG{__WARN__} = sub ($text) { push @warnings, $text };
+    my $refusal = { error => { class => 'GenericError', desc => 'not now' } };
+    my $access
+        = new_access(start_peer({ pve_returns('backup-access-teardown' => action($refusal)) }));
+    $access->setup(\@one);
+    undef $access;
+    like($warnings[0], qr/not torn down/, 'says so');
+    like($warnings[1], qr/not now/, 'and why it could not be done');
+    unlink(glob("$run_dir/*/*"));
+    rmdir($_) for glob("$run_dir/*");
+};
+
+subtest 'a forked child' => sub {
+    my $peer = start_peer({ pve_returns() });
+    my $access = new_access($peer);
+    $access->setup(\@one);
+    my @before = $peer->names;
+    my $pid = fork() // die "cannot fork: $!\n";
+    if (!$pid) {
+        my @classes = map {
+            eval { $_->(); 1 }
+                ? 'done'
+                : error_class($@)
+            } sub { $access->teardown(1) },
+            sub { $access->volumes('nbd') }, sub { $access->setup(\@one) };
+        undef $access;
+        POSIX::_exit(grep({ $_ ne 'StateError' } @classes) ? 1 : 0);
+    }
+    waitpid($pid, 0);
+    is($?, 0, 'cannot use it');
+    is_deeply([$peer->names], \@before, 'and sent nothing');
+    ok(eval { $access->teardown(1); 1 }, 'the parent tears down') or diag($@);
+    is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
+};
+
+done_testing();

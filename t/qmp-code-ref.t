@@ -1,0 +1,226 @@
+# A code ref in the monitor's place: what it gets, what it may return, and how it may die.
+
+use v5.36;
+
+use lib 't/lib';
+
+use JSON::PP ();
+use POSIX ();
+use Scalar::Util qw(refaddr);
+use Test::More;
+use Time::HiRes qw(alarm);
+
+use PBA::Test::ScriptedQEMU;
+use PBA::Test::Watchdog;
+
+subtest 'code ref: a whole access' => sub {
+    my $calls = qmp_calls({ pve_returns() });
+    my $access = new_access($calls->{code});
+    my @devices = (@one, { device => 'drive-scsi1' });
+    my $infos = $access->setup(\@devices);
+    is_deeply(
+        $infos,
+        [
+            {
+                device => 'drive-scsi0',
+                'node-name' => '#snap0',
+                size => $size,
+                'bitmap-action' => 'used',
+                'bitmap-name' => $target,
+                'bitmap-node-name' => '#block1'
+            },
+            { device => 'drive-scsi1', 'node-name' => '#snap1', size => $size },
+        ],
+        'what setup returns'
+    );
+    my $volumes = $access->volumes('nbd');
+    is($volumes->{'drive-scsi0'}{'bitmap-mode'}, 'reuse', 'status of one');
+    is($volumes->{'drive-scsi1'}{'bitmap-mode'}, 'none', 'and the other');
+    like($volumes->{'drive-scsi0'}{'nbd-path'}, qr{\A\Q$run_dir\E/.+}, 'socket');
+    $access->teardown(1);
+
+    my $encode = sub ($command) { $json->encode(arguments_of($calls, $command)) };
+    is($encode->('query-version'), '{}', 'no arguments');
+    is($encode->('query-named-block-nodes'), '{"flat":true}', 'a boolean');
+    is($encode->('backup-access-teardown'), "{\"success\":true,\"target-id\":\"$target\"}", 'two');
+    is(
+        $encode->('backup-access-setup'),
+        '{"devices":[{"bitmap-mode":"use","device":"drive-scsi0"},'
+            . '{"bitmap-mode":"none","device":"drive-scsi1"}],"target-id":"'
+            . $target . '"}',
+        'lists and strings'
+    );
+    like($encode->('block-export-add'), qr/"writable":true/, 'export');
+    my $nested = arguments_of($calls, 'nbd-server-start');
+    is($nested->{addr}{data}{path}, $volumes->{'drive-scsi0'}{'nbd-path'}, 'nested hashes');
+    is(ref($nested), 'HASH', 'plain and not blessed');
+};
+
+subtest 'code ref: encoders' => sub {
+    my $calls = qmp_calls({ upstream_returns() });
+    my $access = new_access($calls->{code}, 'fleecing-dir' => "$dir");
+    eval { $access->setup([{ device => 'drive-scsi0', 'bitmap-mode' => 'new' }]) };
+    cmp_ok(scalar(grep { $_ eq 'blockdev-add' } $calls->{names}->@*), '>', 1, 'it came that far');
+    my %encoders = ('JSON::PP' => ['JSON::PP'], 'JSON::PP, allow_blessed' => ['JSON::PP', 1]);
+    for my $class (qw(JSON::XS Cpanel::JSON::XS JSON)) {
+        $encoders{$class} = [$class] if eval "require $class; 1";    ## no critic (StringyEval)
+    }
+    for my $name (sort keys %encoders) {
+        my ($class, $blessed) = $encoders{$name}->@*;
+        my $encoder = $class->new->canonical->utf8;
+        $encoder->allow_blessed->convert_blessed if $blessed;
+        my $text = $encoder->encode($calls->{arguments});
+        like($text, qr/"flat":true[,}]/, "$name: true");
+        like($text, qr/"read-only":false[,}]/, "$name: false");
+        like($text, qr/"granularity":65536[,}]/, "$name: an integer");
+        like($text, qr/"size":$size[,}]/, "$name: a size");
+        unlike($text, qr/"\d+"|JSON/, "$name: no numbers as text, no names of classes");
+    }
+    is_deeply([glob("$dir/*.raw")], [], 'no fleecing image is left');
+};
+
+subtest 'code ref: results' => sub {
+
+    # Numbers as various decoders leave them, and booleans of all kinds.
+    my @sizes = ($size, "$size" + 0, 0 + sprintf('%.0f', $size)); ## no critic (MismatchedOperators)
+    my $printed = $size;
+    my $text = "also used as text: $printed";
+    push @sizes, $printed;
+    for my $value (@sizes) {
+        my $reply = spoiled(
+            setup_reply({ devices => \@one }),
+            [0, 'size'],
+            sub ($at, $key) { $at->{$key} = $value }
+        );
+        my $access
+            = new_access(qmp_calls({ pve_returns('backup-access-setup' => $reply) })->{code});
+        is(eval { $access->setup(\@one)->[0]{size} }, $size, 'size') or diag($@);
+        eval { $access->teardown(0) };
+    }
+    for my $true (JSON::PP::true, \1, 1 == 1, !!1) {
+        my $block = [device('drive-scsi0', '#block1')];
+        $block->[0]{inserted}{ro} = $true;
+        my $access = new_access(qmp_calls({ pve_returns('query-block' => $block) })->{code});
+        ok(eval { $access->setup(\@one); 1 }, 'a boolean') or diag($@);
+        eval { $access->teardown(0) };
+    }
+    my $cyclic = [];
+    $cyclic->[0] = $cyclic;
+    my %odd = (
+        'undef' => undef,
+        'a text' => 'x',
+        'a number' => 5,
+        'a code ref' => sub { },
+        'a ring' => $cyclic,
+        'an object' => bless([], 'Foreign'),
+        'a glob' => \*STDOUT,
+        'a regex' => qr/x/,
+        'inf' => 9**9**9,
+        'bytes' => "\xff\xfe",
+        'a NUL' => "a\0b",
+        'no character' => chr(0xD800),
+    );
+    for my $name (sort keys %odd) {
+        for my $value ($odd{$name}, [$odd{$name}], { qemu => $odd{$name} }) {
+            my $calls = qmp_calls({ pve_returns('query-version' => sub (@) { $value }) });
+            dies(sub { new_access($calls->{code})->setup(\@one) },
+                qr/ProtocolError/, qr/query-version|QEMU/, "$name as a result");
+        }
+    }
+
+    # Empty lists are what Perl code returns by mistake.
+    my $empty = sub (@) { return };
+    dies(sub { new_access($empty)->setup(\@one) }, qr/ProtocolError/, qr/query-version/, 'nothing');
+    my $list = sub (@) { return (1, 2, 3) };
+    dies(sub { new_access($list)->setup(\@one) }, qr/ProtocolError/, qr/query-version/, 'a list');
+    my $bytes_id = [device('drive-scsi0', "#bl\xf6ck"), 5];
+    my $nodes = [node("#bl\xf6ck", $target), node('drive-scsi0-fleecing')];
+    my $calls = qmp_calls(
+        {
+            pve_returns(
+                'query-block' => $bytes_id,
+                'query-named-block-nodes' => $nodes
+            )
+        }
+    );
+    my $access = new_access($calls->{code});
+    ok(eval { $access->setup([{ device => 'drive-scsi0' }]); 1 }, 'characters beyond ASCII')
+        or diag($@);
+    ok(eval { $access->teardown(0); 1 }, 'teardown') or diag($@);
+};
+
+subtest 'code ref: dying' => sub {
+    my %deaths = (
+        'mon_cmd' =>
+            ["VM 100 qmp command 'x' failed - Device 'y' not found\n", qr/Device 'y' not found/],
+        'no newline' => ['plain', qr/plain at \S+ line \d+/],
+        'directives' => ["%s%n%n 100%\n", qr/%s%n%n 100%/],
+        'wide characters' => ["\x{263a}\n", qr/\x{263a}/],
+        'many lines' => ["one\ntwo\n", qr/one.*two/s],
+    );
+    for my $name (sort keys %deaths) {
+        my ($death, $pattern) = $deaths{$name}->@*;
+        for my $command (qw(query-version query-block backup-access-setup)) {
+            my $calls = qmp_calls({ pve_returns($command => sub (@) { die $death }) });
+            my $error = dies(sub { new_access($calls->{code})->setup(\@one) },
+                qr/GenericError/, $pattern, "$name in $command");
+            like("$error", qr/\Aqmp command '$command' failed - /, "$name: the command is named");
+            is(eval { $error->command }, $command, "$name: and known");
+            my $torn_down = grep { $_ eq 'backup-access-teardown' } $calls->{names}->@*;
+            is($torn_down, $command eq 'backup-access-setup' ? 1 : 0, "$name: undone");
+        }
+    }
+
+    # What is no text is not mon_cmd's, but a handler's or another module's: it goes on as it is.
+    for my $object (bless({ text => 'as text' }, 'My::Error'), { code => 5 }, ['x']) {
+        for my $command (qw(query-version backup-access-setup)) {
+            my $calls = qmp_calls({ pve_returns($command => sub (@) { die $object }) });
+            ok(!eval { new_access($calls->{code})->setup(\@one); 1 }, ref($object) . ': dies');
+            is(ref($@) && refaddr($@), refaddr($object), ref($object) . ': with the object itself');
+            my $torn_down = grep { $_ eq 'backup-access-teardown' } $calls->{names}->@*;
+            is($torn_down, $command eq 'backup-access-setup' ? 1 : 0, 'undone');
+            is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
+        }
+    }
+    my $calls = qmp_calls({ pve_returns() });
+    my $access = new_access($calls->{code});
+    $access->setup(\@one);
+    local $@ = 'kept';
+    local $! = 5;
+    $access->teardown(0);
+    is($@, 'kept', '$@ is not touched by what goes well');
+};
+
+{
+
+    package My::Error;
+    use overload '""' => sub ($self, @) { $self->{text} }, fallback => 1;
+}
+
+subtest 'code ref: using the access within' => sub {
+    my ($access, @inner);
+    my %returns = pve_returns();
+    my $code = sub ($command, $arguments) {
+        if ($command eq 'query-block') {
+            for my $use (sub { $access->setup(\@one) }, sub { $access->teardown(0) }) {
+                push @inner, eval { $use->(); 1 } ? 'done' : error_class($@);
+            }
+        }
+        return value_of($returns{$command}, $arguments);
+    };
+
+    # In a child, since what goes wrong here ends the process.
+    my $pid = fork() // die "cannot fork: $!\n";
+    if (!$pid) {
+        open(STDERR, '>', '/dev/null') or POSIX::_exit(126);
+        alarm(10);
+        $access = new_access($code);
+        my $done = eval { $access->setup(\@one); $access->teardown(1); 1 };
+        POSIX::_exit(!$done ? 2 : grep({ $_ ne 'StateError' } @inner) ? 1 : 0);
+    }
+    waitpid($pid, 0);
+    is($?, 0, 'is refused and does no harm');
+    is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
+};
+
+done_testing();
