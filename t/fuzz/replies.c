@@ -50,6 +50,7 @@ static const char *const good_replies[][2] = {
      " {'device': 'drive-scsi1', 'node-name': '#snap1', 'size': 50331648,"
      " 'bitmap-node-name': '#block2', 'bitmap-name': '" TARGET "', 'bitmap-action': 'new'}]}"},
     {"query-block-exports", "{'return': []}"},
+    {"query-status", "{'return': {'status': 'running'}}"},
     {"query-iothreads", "{'return': []}"},
     {"query-jobs", "{'return': []}"},
     {"", "{'return': {}}"},
