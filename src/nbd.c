@@ -79,6 +79,8 @@ static bool start_connecting(PbaVolume *volume, GError **error)
     volume->nbd = nbd_create();
     if (volume->nbd && nbd_set_handle_name(volume->nbd, volume->device) == 0 &&
         nbd_set_full_info(volume->nbd, true) == 0 &&
+        /* Keys and certificates that the URI names are the caller's own. */
+        nbd_set_uri_allow_local_file(volume->nbd, true) == 0 &&
         (!volume->context || nbd_add_meta_context(volume->nbd, volume->context) == 0) &&
         (is_uri || nbd_set_export_name(volume->nbd, volume->device) == 0) &&
         (is_uri ? nbd_aio_connect_uri(volume->nbd, volume->path)

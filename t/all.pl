@@ -17,6 +17,7 @@ my @expected_skips = (
     qr/\Ano \/dev\/fuse\b/,
     qr/\Aneeds root and loop devices\b/,
     qr/\Aneeds QEMU 10\.0 or later\b/,
+    qr/\Aneeds Ceph and PBA_FULL\b/,
     qr/\Aonly for QEMU before 10\.0\b/,
     qr/\Anot on a QEMU with Proxmox' commands\b/,
 );

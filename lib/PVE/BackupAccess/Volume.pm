@@ -287,7 +287,8 @@ the volume's size. Zeroes become holes where they can.
 =item a handle - the same, opened by the caller for writing. Its position does not matter.
 
 =item an NBD URI - of a writable export at least as large as the volume, such as C<qemu-nbd> over a
-qcow2 image. A server that offers no flush has none: what it answers is all there is to know of its data.
+qcow2 image. C<nbds://> is TLS, with the key that the URI names (C<tls-psk-file>,
+C<tls-certificates>). A server that offers no flush has none: what it answers is all there is to know of its data.
 
 =item a code ref - called with offset and data, in ascending order, zeroes included.
 

@@ -49,13 +49,17 @@ sub _command ($self) {
 
 sub _wait_until_up ($self) {
     my $deadline = Time::HiRes::time() + $START_SECONDS;
-    while (!IO::Socket::UNIX->new(Peer => "$self->{dir}/nbd")) {
+    my $socket;
+    while (!($socket = IO::Socket::UNIX->new(Peer => "$self->{dir}/nbd"))) {
         die "qemu-nbd ended with status $?: ", $self->_log
             if waitpid($self->{pid}, POSIX::WNOHANG()) != 0;
         die "qemu-nbd not up after $START_SECONDS seconds\n"
             if Time::HiRes::time() > $deadline;
         Time::HiRes::sleep(0.01);
     }
+
+    # It listens before it is in its main loop, and forgets a SIGTERM that comes between.
+    sysread($socket, my $greeting, 8) or die 'qemu-nbd ended: ', $self->_log;
     return;
 }
 

@@ -1,0 +1,236 @@
+# Copies to storage of other kinds and of other hosts, as doc/scaling.md has them: nbdkit, RBD, and NBD
+# over TLS, which is refused without the key. The blocks of code there are parts of this file.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use Test::More;
+
+use File::Temp ();
+use IO::Socket::INET ();
+use POSIX ();
+use Time::HiRes ();
+
+use PBA::Test::BitmapDisk;
+use PBA::Test::QemuNbd;
+use PVE::BackupAccess::Volume;
+
+my $device = 'drive-scsi0';
+my $tmp = File::Temp->newdir('pba-scaling-XXXXXXXX', TMPDIR => 1);
+my $dir = "$tmp";
+my $size = 16 << 20;
+
+# ---- servers ----
+
+# A server that a script starts, by its file NAME.pid. nbdkit writes it after it has gone into the
+# background.
+sub end_server ($file) {
+    local $?;
+    open(my $fh, '<', $file) or die "$file: $!\n";
+    my ($pid) = <$fh> =~ m/([0-9]+)/ or die "$file is empty\n";
+    kill(KILL => $pid);
+    Time::HiRes::sleep(0.01) while has_files($pid);
+    unlink($file);
+    return;
+}
+
+# Nobody can wait for what is not his child; and one that nobody waits for stays a zombie.
+sub has_files ($pid) {
+    open(my $fh, '<', "/proc/$pid/stat") or return 0;
+    return (<$fh> // ') Z') !~ m/\) [ZX]/;
+}
+
+END {
+    end_server($_) for glob("$dir/*.pid $dir/ceph/*.pid");
+    undef($tmp);    # not before
+}
+
+sub run_shell ($script, %environment) {
+    local @ENV{ 'dir', keys %environment } = ($dir, values %environment);
+    system('bash', '-euo', 'pipefail', '-c', $script) == 0 or die "failed: $script\n";
+    return;
+}
+
+sub free_port () {
+    my $socket = IO::Socket::INET->new(Listen => 1, LocalAddr => '127.0.0.1') or die "$@\n";
+    my $port = $socket->sockport;
+    close($socket);
+    return $port;
+}
+
+# ---- the copy ----
+
+my $disk = PBA::Test::BitmapDisk->new(dir => $dir, device => $device, size => $size);
+
+# As a provider does it.
+sub store ($volumes, $target) {
+    my $volume = PVE::BackupAccess::Volume->open($device, $volumes->{$device});
+    my $statistics = $volume->copy(to => $target);
+    $volume->close;
+    return $statistics;
+}
+
+sub content_of ($uri) {
+    my $file = "$dir/content.raw";
+    PBA::Test::QemuNbd::img('convert', '-f', 'raw', '-O', 'raw', $uri, $file);
+    open(my $fh, '<:raw', $file) or die "$file: $!\n";
+    local $/ = undef;
+    return substr(scalar(<$fh>), 0, $size);
+}
+
+# A full copy, an incremental one over it, and what the target has then.
+sub check_target ($text, $target, $reader = $target, $between = sub () { }) {
+    for my $mode (qw(new use)) {
+        $disk->write(map { [int(rand(200)) * 65536, 100_352, 1 + int(rand(255))] } 1 .. 10);
+        my $statistics = eval { store({ $device => $disk->open($mode) }, $target) };
+        diag($@) if !$statistics;
+        $disk->close($statistics ? 1 : 0);
+        ok($statistics && content_of($reader) eq $disk->content, "$text: mode $mode");
+        cmp_ok($statistics->{'bytes-read'}, '<', $size, "$text: a part") if $mode eq 'use';
+        $between->() if $mode eq 'new';
+    }
+    return;
+}
+
+srand(20261122);
+
+subtest 'nbdkit' => sub {
+    run_shell(<<'SHELL');
+        truncate --size 16M "$dir/drive-scsi0.raw"
+        nbdkit --unix "$dir/nbdkit" --pidfile "$dir/nbdkit.pid" file "$dir/drive-scsi0.raw"
+SHELL
+    check_target('file', "nbd+unix:///?socket=$dir/nbdkit");
+    end_server("$dir/nbdkit.pid");
+    unlink("$dir/nbdkit");
+    run_shell(<<'SHELL');
+        nbdkit --unix "$dir/nbdkit" --pidfile "$dir/nbdkit.pid" memory 16M
+SHELL
+    check_target('memory', "nbd+unix:///?socket=$dir/nbdkit");
+};
+
+# ---- TLS ----
+
+run_shell(<<'SHELL');
+        mkdir --mode 0700 "$dir/keys"
+        psktool --username backup --pskfile "$dir/keys/keys.psk" >/dev/null
+SHELL
+
+sub fails ($uri, $error, $text) {
+    my $volume = eval { PVE::BackupAccess::Volume->open($device, { 'nbd-path' => $uri }) };
+    is($volume, undef, "$text: refused");
+    like($@, $error, "$text: the error");
+    return;
+}
+
+# A server that takes TLS only.
+sub check_refusals ($uri) {
+    my $other = "$dir/other.psk";
+    run_shell(qq(psktool --username backup --pskfile "$other" >/dev/null));
+    fails($uri =~ s/tls-psk-file=.*/tls-psk-file=$other/r, qr/connecting failed/, 'another key');
+    fails($uri =~ s/backup\@/nobody@/r, qr/connecting failed/, 'another user');
+    fails($uri =~ s/\Anbds(.*?)backup\@(.*)\?.*/nbd$1$2/r, qr/TLS|tls/, 'no TLS');
+    return;
+}
+
+subtest 'a target on another host, over TLS' => sub {
+    my ($host, $port, $key_file) = ('127.0.0.1', free_port(), "$dir/keys/keys.psk");
+    run_shell(<<'SHELL', host => $host, port => $port);
+        qemu-img create -q -f qcow2 "$dir/target.qcow2" 16M
+        qemu-nbd --fork --pid-file "$dir/target.pid" --persistent --shared 8 --discard unmap \
+            --object tls-creds-psk,id=tls,endpoint=server,dir="$dir/keys" --tls-creds tls \
+            --bind "$host" --port "$port" --export-name drive-scsi0 \
+            --format qcow2 "$dir/target.qcow2"
+SHELL
+    my $target = "nbds://backup\@$host:$port/drive-scsi0?tls-psk-file=$key_file";
+    check_refusals($target);
+    for my $mode (qw(new use)) {
+        $disk->write([1 << 20, 65536, 7 + ($mode eq 'use')]);
+        my $statistics = store({ $device => $disk->open($mode) }, $target);
+        $disk->close(1);
+        is($statistics->{'bytes-read'}, $mode eq 'new' ? $size : 65536, "mode $mode: copied");
+    }
+    end_server("$dir/target.pid");
+    PBA::Test::QemuNbd::img('convert', '-f', 'qcow2', '-O', 'raw', "$dir/target.qcow2",
+        "$dir/t.raw");
+    ok(content_of("$dir/t.raw") eq $disk->content, 'it has what the disk has');
+};
+
+# Runs code in a process of its own, which has nothing of this one's.
+sub in_another_process ($code) {
+    my $pid = fork() // die "fork: $!\n";
+    if (!$pid) {
+        my $done = eval { $code->(); 1 } or diag($@);
+        POSIX::_exit($done ? 0 : 1);
+    }
+    waitpid($pid, 0);
+    return $? == 0;
+}
+
+subtest 'a source on another host, over TLS' => sub {
+    my ($host, $port, $key_file) = ('127.0.0.1', free_port(), "$dir/keys/keys.psk");
+    my $image = "$dir/copy.raw";
+    my $read = sub () {
+        my $volume = PVE::BackupAccess::Volume->open(
+            'drive-scsi0',
+            {
+                'nbd-path' => "nbds://backup\@$host:$port/drive-scsi0?tls-psk-file=$key_file",
+                'bitmap-name' => 'bitmap0',
+            }
+        );
+        $volume->copy(to => $image);
+        $volume->close;
+    };
+    for my $mode (qw(new use)) {
+        $disk->write([3 << 20, 65536, 20 + ($mode eq 'use')]);
+        $disk->open($mode);
+        $disk->{server}->stop;
+        run_shell(<<'SHELL', host => $host, port => $port, disk => $disk->{file});
+        qemu-nbd --fork --pid-file "$dir/source.pid" --persistent --shared 8 --read-only \
+            --object tls-creds-psk,id=tls,endpoint=server,dir="$dir/keys" --tls-creds tls \
+            --bind "$host" --port "$port" --export-name drive-scsi0 \
+            --bitmap bitmap0 --format qcow2 "$disk"
+SHELL
+        ok(in_another_process($read), "mode $mode: read");
+        ok(content_of($image) eq $disk->content, "mode $mode: it has what the disk has");
+        check_refusals("nbds://backup\@$host:$port/drive-scsi0?tls-psk-file=$key_file")
+            if $mode eq 'use';
+        end_server("$dir/source.pid");
+        $disk->close(1);
+    }
+};
+
+# ---- RBD ----
+
+subtest 'RBD' => sub {
+    plan(skip_all => 'needs Ceph and PBA_FULL')
+        if !$ENV{PBA_FULL} || grep { !-x "/usr/bin/$_" } qw(ceph-mon ceph-mgr ceph-osd rbd);
+    mkdir("$dir/ceph") or die "mkdir: $!\n";
+    my $port = free_port();
+    local $ENV{CEPH_CONF} = "$dir/ceph/ceph.conf";
+    run_shell(qq("$FindBin::Bin/one-node-ceph.sh" "$dir/ceph" $port));
+    run_shell(<<'SHELL');
+        rbd create --size 16M backup/vm-100-scsi0
+        qemu-nbd --fork --pid-file "$dir/rbd.pid" --persistent --shared 8 --discard unmap \
+            --socket "$dir/rbd" --format raw "rbd:backup/vm-100-scsi0:conf=$CEPH_CONF"
+SHELL
+    my $first = $disk->content;
+    check_target(
+        'RBD',
+        "nbd+unix:///?socket=$dir/rbd",
+        "nbd+unix:///?socket=$dir/rbd",
+        sub () {
+            $first = $disk->content;
+            run_shell(<<'SHELL');
+        rbd snap create --no-progress "backup/vm-100-scsi0@$(date --utc +%Y%m%dT%H%M%SZ)"
+SHELL
+        }
+    );
+    run_shell(<<'SHELL');
+        rbd export --no-progress "backup/vm-100-scsi0@$(rbd snap ls backup/vm-100-scsi0 |
+            awk 'NR == 2 { print $2 }')" "$dir/snapshot.raw"
+SHELL
+    ok(content_of("$dir/snapshot.raw") eq $first, 'the snapshot has the state of the first copy');
+};
+
+done_testing;
