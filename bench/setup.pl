@@ -4,7 +4,8 @@
 # its disks:
 #
 #   - from the call to the first dirty region of the first disk, and the teardown, of 1, 4 and 16 disks,
-#     beside QEMU's commands sent the way qemu-server does it, with nbdinfo and nbdfuse
+#     beside QEMU's commands sent the way qemu-server does it, with nbdinfo and nbdfuse; the floor of
+#     mechanism nbd is a minimal sequence of them sent by hand
 #   - the guest's longest write meanwhile, beside a minimal sequence of the same commands sent by hand,
 #     and as the floor the longest write in as long a time without any of it
 
@@ -113,6 +114,28 @@ sub new_hand_made ($setting, $name) {
     return $access;
 }
 
+# The floor of mechanism nbd.
+sub hand_made ($setting) {
+    my @times = (PBA::Bench::now());
+    my $access = new_hand_made($setting, 'by-hand');
+    $access->setup;
+    $access->export(with_bitmaps => 1);
+    my $first = $setting->{disks}[0];
+    my $volume = PVE::BackupAccess::Volume->open(
+        $first->{id},
+        {
+            'nbd-path' => $access->uri($first),
+            'bitmap-mode' => 'reuse',
+            'bitmap-name' => 'by-hand',
+        },
+    );
+    $volume->next_dirty_region or die "nothing is dirty\n";
+    push @times, PBA::Bench::now();
+    $volume->close;
+    $access->teardown;
+    return figures(@times, PBA::Bench::now());
+}
+
 sub add_bitmaps_by_hand ($setting, $name) {
     new_hand_made($setting, $name)->add_bitmaps;
     return;
@@ -137,9 +160,19 @@ sub compare_times ($setting, $mechanism) {
                 }
             } @tasks
         ],
+        $mechanism eq 'nbd' ? (floor => floor_of($setting, $before)) : (),
     );
     remove_bitmaps($setting);
     return;
+}
+
+sub floor_of ($setting, $before) {
+    add_bitmaps_by_hand($setting, 'by-hand');
+    return {
+        name => 'by hand, one connection',
+        before => $before,
+        run => sub ($) { hand_made($setting) },
+    };
 }
 
 # Each makes the guest's writes a little slower.

@@ -8,7 +8,7 @@
 #include "volume.h"
 
 /* In a map with more pieces than this, sending the discards takes longer than it saves. */
-#define MAX_REGIONS 256
+#define MAX_REGIONS 64
 
 static void append_range(GArray *ranges, uint64_t begin, uint64_t end)
 {
