@@ -314,6 +314,15 @@ subtest 'open: mode and name' => sub {
     }
 };
 
+# As Proxmox VE says it.
+ok(
+    eval {
+        my %none = (%volume, 'bitmap-mode' => 'none', 'bitmap-name' => undef);
+        PVE::BackupAccess::Volume->open('drive-scsi0', \%none);
+    },
+    'open: mode none with a bitmap-name of undef'
+) or diag($@);
+
 subtest 'ranges' => sub {
     my $volume = PVE::BackupAccess::Volume->open('drive-scsi0', \%volume);
     my $size = 40 << 20;

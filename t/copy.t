@@ -208,8 +208,11 @@ subtest 'files: size and holes' => sub {
     my $file = "$dir/whole";
     my $volume
         = open_volume(start(dirty_only => 0), 'bitmap-mode' => 'none', 'bitmap-name' => undef);
-    $volume->copy(to => $file);
+    $volume->copy(to => $file, 'bandwidth-limit' => undef);
     same(read_file($file), $image, 'without a bitmap everything is copied');
+    unlink($file);
+    $volume->copy(to => $file, 'bandwidth-limit' => 0);
+    same(read_file($file), $image, 'no limit is none');
 };
 
 subtest 'what is asked of the source' => sub {
@@ -554,7 +557,7 @@ subtest 'arguments' => sub {
         [qr/cannot write to .*No such file/, to => "$dir/none/target"],
         [qr/connecting failed.*nothing-here/, to => "nbd+unix:///x?socket=$dir/nothing-here"],
         [qr/unknown option 'speed'/, to => '/dev/null', speed => 1],
-        [qr/bandwidth-limit must be/, to => '/dev/null', 'bandwidth-limit' => 0],
+        [qr/bandwidth-limit must be/, to => '/dev/null', 'bandwidth-limit' => -1],
         [qr/bandwidth-limit must be/, to => '/dev/null', 'bandwidth-limit' => '1M'],
         [qr/connections must be/, to => '/dev/null', connections => 17],
         [qr/request-size must be/, to => '/dev/null', 'request-size' => 16 * $MiB],

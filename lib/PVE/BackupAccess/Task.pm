@@ -3,6 +3,7 @@ package PVE::BackupAccess::Task;
 use v5.36;
 
 use File::Temp ();
+use List::Util qw(pairgrep);
 use Scalar::Util qw(blessed weaken);
 use Time::HiRes ();
 
@@ -54,9 +55,8 @@ my %options = (
 sub new ($class, @pairs) {
     PVE::BackupAccess::Argument::fail('options of new must be pairs of names and values')
         if @pairs % 2;
-    my %given = @pairs;
-    my @defined = map { ($_ => $given{$_}) } grep { defined($given{$_}) } keys %given;
-    my $self = PVE::BackupAccess::Argument::options('new', \@defined, \%options,
+    my @given = pairgrep { defined($b) } @pairs;
+    my $self = PVE::BackupAccess::Argument::options('new', \@given, \%options,
         qw(vmid provider devices guest-config));
     bless($self, $class);
     my %access = map { $_ => $self->{$_} } grep { exists($self->{$_}) } @access_options;

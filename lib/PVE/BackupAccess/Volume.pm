@@ -3,6 +3,7 @@ package PVE::BackupAccess::Volume;
 use v5.36;
 
 use Hash::Util::FieldHash ();
+use List::Util ();
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::Argument;
@@ -65,6 +66,10 @@ my sub open_handle ($class, $device, $volume) {
 sub open ($class, $device, $volume) {
     PVE::BackupAccess::Argument::filled_text('device', $device);
     fail($device, 'its volume must be a hash') if ref($volume) ne 'HASH';
+
+    # Proxmox VE has a bitmap-name of undef where there is no bitmap.
+    $volume = { $volume->%* };
+    delete($volume->{'bitmap-name'}) if !defined($volume->{'bitmap-name'});
     return open_handle($class, $device, $volume) if exists($volume->{'file-handle'});
     PVE::BackupAccess::Argument::hash("the volume of device $device", $volume, \%volume_keys);
     fail($device, "its volume lacks 'nbd-path'") if !defined($volume->{'nbd-path'});
@@ -109,7 +114,7 @@ my sub request_size ($name, $value) {
 
 my %copy_options = (
     to => sub ($name, $value) { },
-    'bandwidth-limit' => count_in(1, 1 << 62),
+    'bandwidth-limit' => count_in(0, 1 << 62),
     progress => \&PVE::BackupAccess::Argument::code,
     connections => count_in(1, 16),
     'request-size' => \&request_size,
@@ -132,8 +137,10 @@ my sub target ($to) {
 }
 
 sub copy ($self, @options) {
-    my $options = PVE::BackupAccess::Argument::options('copy', \@options, \%copy_options, 'to');
-    delete($options->{$_}) for grep { !defined($options->{$_}) } keys $options->%*;
+    PVE::BackupAccess::Argument::fail('options of copy must be pairs of names and values')
+        if @options % 2;
+    my @given = List::Util::pairgrep { defined($b) } @options;
+    my $options = PVE::BackupAccess::Argument::options('copy', \@given, \%copy_options, 'to');
     return $self->_copy({ discard => !$is_bare{$self}, $options->%*, target($options->{to}) });
 }
 
@@ -296,7 +303,7 @@ C<tls-certificates>). A server that offers no flush has none: what it answers is
 
 Any other answer than success, of source or target, dies with an error that names the offset; so does
 what the code refs die with, which comes through as it is. The target then has part of the data. The
-options are these:
+options are these; undef counts as not given:
 
 =over
 
@@ -307,7 +314,7 @@ URI without C<bitmap-mode>, which may be somebody's disk. What the server cannot
 =item C<progress> - a code ref, called with the bytes copied and all dirty bytes, a few times a second
 and at the end. The map is read for that before.
 
-=item C<bandwidth-limit> - bytes read per second.
+=item C<bandwidth-limit> - bytes read per second; 0 is no limit.
 
 =item C<connections> - to use where the server allows several, at most 16. By default 4.
 
