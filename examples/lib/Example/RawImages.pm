@@ -1,0 +1,123 @@
+package Example::RawImages;
+
+# A small backup provider: an archive is a directory with a raw image of each device.
+
+use v5.36;
+use parent 'PVE::BackupProvider::Plugin::Base';
+
+use File::Copy qw(copy);
+use File::Glob qw(bsd_glob);
+use File::Path qw(make_path remove_tree);
+use PVE::BackupAccess::Volume;
+
+sub new ($class, $storage_plugin, $scfg, $storeid, $log) {
+    return bless({ dir => $scfg->{path}, log => $log, archives => {} }, $class);
+}
+
+sub provider_name ($self) { return 'raw images' }
+sub job_init ($self, $start_time) { die "$self->{dir} is not there\n" if !-d $self->{dir} }
+sub job_cleanup ($self) { }
+
+# ---- backup ----
+
+sub backup_init ($self, $vmid, $vmtype, $start_time) {
+    $self->{archives}{$vmid} = "$self->{dir}/$vmid/$start_time";
+    return { 'archive-name' => "$vmid/$start_time" };
+}
+
+sub backup_get_mechanism ($self, $vmid, $vmtype) { return $vmtype eq 'qemu' ? 'nbd' : undef }
+
+# The bitmaps hold what changed since the archive that 'base' names.
+sub backup_vm_query_incremental ($self, $vmid, $volumes) {
+    my $base = $self->{base} = read_file("$self->{dir}/$vmid/base") // "$self->{dir}/none";
+    return { map { $_ => is_image("$base/$_.raw", $volumes->{$_}{size}) } keys $volumes->%* };
+}
+
+sub is_image ($file, $size) { return -e $file && -s $file == $size ? 'use' : 'new' }
+
+# Under another name until all of it is there.
+sub backup_vm ($self, $vmid, $guest_config, $volumes, $info) {
+    my $archive = $self->{archives}{$vmid};
+    make_path("$archive.part");
+    write_file("$archive.part/guest.conf", $guest_config);
+    write_file("$archive.part/firewall.conf", $info->{'firewall-config'} // '');
+    for my $device (sort keys $volumes->%*) {
+        $self->store($device, $volumes->{$device}, "$archive.part/$device.raw", $info);
+    }
+    rename("$archive.part", $archive) or die "$archive: $!\n";
+    write_file("$self->{dir}/$vmid/base", $archive);
+}
+
+# The dirty parts go on top of a copy of the base's image, unless everything is dirty.
+sub store ($self, $device, $volume, $image, $info) {
+    if ($volume->{'bitmap-mode'} eq 'reuse') {
+        system('cp', '--sparse=always', "$self->{base}/$device.raw", $image) == 0
+            or die "cp failed\n";
+    }
+    my $limit = $info->{'bandwidth-limit'} || undef;
+    my $reader = PVE::BackupAccess::Volume->open($device, $volume);
+    my $statistics = $reader->copy(to => $image, 'bandwidth-limit' => $limit);
+    $self->{log}->('info', "$device: $statistics->{'bytes-read'} bytes");
+}
+
+sub backup_cleanup ($self, $vmid, $vmtype, $success, $info) {
+    my $archive = $self->{archives}{$vmid} // return {};
+    if ($success) {
+        my $size = 0;
+        $size += 512 * (stat($_))[12] for bsd_glob("$archive/*");
+        return { stats => { 'archive-size' => $size } };
+    }
+    remove_tree("$archive.part", $archive);
+    return {};
+}
+
+sub backup_handle_log_file ($self, $vmid, $file) {
+    my $archive = $self->{archives}{$vmid};
+    copy($file, "$archive/backup.log") if -d $archive;
+}
+
+# ---- restore ----
+
+# Proxmox VE puts 'backup/' before the name of the archive.
+sub archive ($self, $volname) {
+    my ($name) = $volname =~ m!\A(?:backup/)?([0-9]+/[0-9]+)\z! or die "no archive '$volname'\n";
+    return "$self->{dir}/$name";
+}
+
+sub restore_get_mechanism ($self, $volname) { return ('qemu-img', 'qemu') }
+
+sub archive_get_guest_config ($self, $volname) {
+    return read_file($self->archive($volname) . '/guest.conf') // die "no archive '$volname'\n";
+}
+
+sub archive_get_firewall_config ($self, $volname) {
+    return read_file($self->archive($volname) . '/firewall.conf') || undef;
+}
+
+sub restore_vm_init ($self, $volname) {
+    return { map { m!([^/]+)\.raw\z! ? ($1 => { size => -s }) : () }
+            bsd_glob($self->archive($volname) . '/*') };
+}
+
+sub restore_vm_volume_init ($self, $volname, $device, $info) {
+    return { 'qemu-img-path' => $self->archive($volname) . "/$device.raw" };
+}
+
+sub restore_vm_volume_cleanup ($self, $volname, $device, $info) { }
+sub restore_vm_cleanup ($self, $volname) { }
+
+# ---- files ----
+
+sub read_file ($file) {
+    open(my $fh, '<:raw', $file) or return undef;
+    local $/ = undef;
+    return <$fh> // '';
+}
+
+sub write_file ($file, $text) {
+    open(my $fh, '>:raw', $file) or die "$file: $!\n";
+    print {$fh} $text;
+    close($fh) or die "$file: $!\n";
+}
+
+1;

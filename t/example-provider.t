@@ -1,0 +1,108 @@
+# The provider of doc/providers.md: by a task as on the command line, and restored as Proxmox VE does.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib", "$FindBin::Bin/../examples/lib";
+use Test::More;
+
+use PBA::Test::Backend;
+use PBA::Test::Model;
+use PVE::BackupAccess::Task;
+use Example::RawImages;
+
+my $mib = 1024 * 1024;
+my $seed = 20261122;
+my $blocks = 1024;
+my %sizes = (disk0 => 32 * $mib, disk1 => 8 * $mib + 512);
+my @ids = sort keys %sizes;
+
+my $backend = PBA::Test::Backend->start(
+    name => 'upstream',
+    disks => [map { { id => $_, size => $sizes{$_}, bus => 'scsi' } } @ids],
+);
+my $outside = $backend->outside;
+my $dir = $backend->work_dir('a store');
+my $model = PBA::Test::Model->new(
+    seed => $seed,
+    disks => [map { { id => $_, size => $sizes{$_} } } @ids],
+    blocks => $blocks,
+);
+my @log;
+
+sub back_up (%opt) {
+    my $provider = Example::RawImages->new(undef, { path => $dir },
+        'store', sub (@line) { push(@log, "@line") });
+    my $task = PVE::BackupAccess::Task->new(
+        $backend->options,
+        vmid => 100,
+        provider => $provider,
+        devices => [map { $backend->device($_) } @ids],
+        'guest-config' => "name: test\n",
+        'firewall-config' => "[OPTIONS]\n",
+        log => sub { },
+        %opt,
+    );
+    $backend->guest->wait_more_churn(20);
+    return eval { $task->run_job };
+}
+
+sub check_restore ($name, $archive) {
+    my $provider = Example::RawImages->new(undef, { path => $dir }, 'store', sub (@) { });
+    my $volname = "backup/$archive";
+    is_deeply([$provider->restore_get_mechanism($volname)], [qw(qemu-img qemu)],
+        "$name: mechanism");
+    is($provider->archive_get_guest_config($volname), "name: test\n", "$name: configuration");
+    is($provider->archive_get_firewall_config($volname), "[OPTIONS]\n", "$name: firewall");
+    my %devices = map { $backend->device($_) => { size => $sizes{$_} } } @ids;
+    is_deeply($provider->restore_vm_init($volname), \%devices, "$name: devices and sizes");
+    my %images;
+
+    for my $id (@ids) {
+        my $device = $backend->device($id);
+        my $info = $provider->restore_vm_volume_init($volname, $device, {});
+        $images{$id} = "$dir/restored-$id";
+        my $status = system($ENV{PBA_QEMU_IMG} // 'qemu-img',
+            'convert',
+            qw(-f raw -O raw),
+            $info->{'qemu-img-path'},
+            $images{$id}
+        );
+        is($status, 0, "$name: $id: qemu-img convert");
+        $provider->restore_vm_volume_cleanup($volname, $device, {});
+    }
+    $provider->restore_vm_cleanup($volname);
+    my (undef, $problem) = $model->check_images(\%images);
+    is($problem, undef, "$name: the images are the disks as of one write");
+}
+
+sub modes ($result) {
+    return
+        join(' ', map { $result->{devices}{$_}{'bitmap-mode'} } sort keys $result->{devices}->%*);
+}
+
+$backend->guest->start_churn(seed => $seed, disks => \@ids, blocks => $blocks);
+my $full = back_up() or diag($@);
+is(modes($full), 'new new', 'the first is a full one');
+sleep(1);    # the archive's name is a time
+my $second = back_up();
+is(modes($second), 'reuse reuse', 'the second is incremental');
+sleep(1);
+my $bad = back_up(thaw => sub { die "no thaw\n" });
+is($bad, undef, 'one fails');
+my $third = back_up() or diag($@);
+is(modes($third), 'reuse reuse', 'the next is incremental');
+check_restore('full', $full->{'archive-name'});
+check_restore('second', $second->{'archive-name'});
+check_restore('third', $third->{'archive-name'});
+
+# VZDump can call a backup a failure when the bitmaps have begun anew; then the archive goes.
+my $provider = Example::RawImages->new(undef, { path => $dir }, 'store', sub (@) { });
+$provider->backup_init(100, 'qemu', $third->{'archive-name'} =~ s!.*/!!r);
+$provider->backup_cleanup(100, 'qemu', 0, { error => 'later' });
+is(modes(back_up()), 'new new', 'without the last archive the next one is full');
+is_deeply([$backend->problems($outside)], [], 'nothing is left');
+ok((grep { m/bytes$/ } @log), 'the provider logs');
+$backend->guest->stop_churn;
+
+done_testing;
