@@ -4,96 +4,60 @@
 #     perl -Mblib examples/demo.pl
 #
 # What a backup program needs is in the first part of this file. The guest is in lib/Demo/Guest.pm,
-# what is checked, and how, in lib/Demo/Check.pm.
+# what is checked, and how, in lib/Demo/Check.pm; lib/Demo/Provider.pm makes notes for that.
 
 use v5.36;
 
 use FindBin ();
 use lib "$FindBin::Bin/lib", "$FindBin::Bin/../t/lib";
 
-use Fcntl qw(O_CREAT O_RDWR SEEK_SET);
 use File::Path qw(make_path);
 use File::Temp ();
 
 use Demo::Check qw(
-    check_actions check_contained check_data check_equal check_files check_surroundings sum_of
-    surroundings
+    check_archive check_contained check_data check_equal check_files check_modes
+    check_surroundings sum_of surroundings
 );
 use Demo::Guest;
-use Demo::Screen qw(heading human milliseconds now step);
-use PVE::BackupAccess;
-
-my $PIECE = 4 * 1024 * 1024;
+use Demo::Provider;
+use Demo::Screen qw(heading human milliseconds now run step);
+use PVE::BackupAccess::Task;
 
 # ---- how a backup is done ----
 
-# All disks as of one instant, each device to a file in $backup->{dir}.
-sub back_up ($guest, $options, $backup) {
-    my $access = PVE::BackupAccess->new(
+# All disks as of one instant, to an archive of qcow2 images. The hooks are where a guest agent would
+# freeze and thaw its file systems.
+sub back_up ($demo, $backup) {
+    my $guest = $demo->{guest};
+    my $task = PVE::BackupAccess::Task->new(
+        $demo->{options}->%*,
+        vmid => 100,
+        provider => provider($demo, $backup),
         qmp => $guest->qmp_path,
         'target-id' => 'demo',
-        $options->%*,
+        devices => [$guest->devices],
+        'guest-config' => "name: demo\n",
+        freeze => sub { $guest->before_setup($backup) },
+        thaw => sub { $guest->after_setup($backup) },
+        log => sub ($level, $message) { warn "$message\n" if $level eq 'warn' },
     );
-    my @devices = map { { device => $_, 'bitmap-mode' => $backup->{mode} } } $guest->devices;
-    my $infos = $guest->watch_setup($backup, sub { $access->setup(\@devices) });
-    my $ok = eval {
-        push $backup->{stored}->@*, store_device($access, $_, $backup->{dir}) for $infos->@*;
-        die "the store is full\n" if $backup->{fails};
-        1;
-    };
-    my $error = $@;
-    $access->teardown($ok);
-    die $error if !$ok;
+    $backup->{archive} = $task->run_job->{'archive-name'};
     return;
 }
 
-# The dirty regions of a device. What is stored is discarded, which frees its fleecing space.
-sub store_device ($access, $info, $dir) {
-    my $file = "$dir/$info->{device}.backup";
-    my $volume = $access->volume($info->{device});
-    my @regions;
-
-    open(my $fh, '>:raw', $file) or die "$file: $!\n";
-    while (my ($offset, $length) = $volume->next_dirty_region) {
-        store_region($volume, $fh, $offset, $length);
-        push @regions, [$offset, $length];
-    }
-    print {$fh} pack('Q>Q>', $volume->size, 0) or die "$file: $!\n";
-    close($fh) or die "$file: $!\n";
-    $volume->close;
-    return { $info->%*, file => $file, regions => \@regions };
+sub provider ($demo, $backup) {
+    my $provider = Demo::Provider->new(undef, { path => $demo->{store} }, 'demo');
+    $provider->note_in($backup);
+    $provider->on_progress(sub (@) { die "the store is full\n" }) if $backup->{fails};
+    return $provider;
 }
 
-# A backup file is a row of offset, length, data. The disk's size and a length of 0 end it.
-sub store_region ($volume, $fh, $offset, $length) {
-    my $end = $offset + $length;
-    for (my $at = $offset; $at < $end; $at += $PIECE) {
-        my $n = $end - $at < $PIECE ? $end - $at : $PIECE;
-        print {$fh} pack('Q>Q>', $at, $n), $volume->pread($at, $n) or die "write: $!\n";
-        $volume->discard($at, $n);
-    }
+# As Proxmox VE restores a disk: the provider says what qemu-img is to read.
+sub restore_device ($provider, $archive, $device, $image) {
+    my $info = $provider->restore_vm_volume_init($archive, $device, {});
+    run(qw(qemu-img convert -f raw -O raw), $info->{'qemu-img-path'}, $image);
+    $provider->restore_vm_volume_cleanup($archive, $device, {});
     return;
-}
-
-# Brings a restored image from the state of the backup before to the state of this one.
-sub apply ($file, $image) {
-    open(my $in, '<:raw', $file) or die "$file: $!\n";
-    sysopen(my $out, $image, O_RDWR | O_CREAT) or die "$image: $!\n";
-    binmode($out);
-    my ($offset, $length);
-    while (($offset, $length) = unpack('Q>Q>', read_exactly($in, 16)) and $length) {
-        seek($out, $offset, SEEK_SET) or die "$image: $!\n";
-        print {$out} read_exactly($in, $length) or die "$image: $!\n";
-    }
-    truncate($out, $offset) or die "$image: $!\n";
-    close($out) or die "$image: $!\n";
-    return;
-}
-
-sub read_exactly ($fh, $length) {
-    my $n = read($fh, my $data, $length) // die "read: $!\n";
-    die "a backup file ends too early\n" if $n != $length;
-    return $data;
 }
 
 # ---- what happens in the demo ----
@@ -123,14 +87,12 @@ sub let_write ($demo) {
 }
 
 sub do_backup ($demo, $name, %how) {
-    my $number = $demo->{backups}->@*;
-    my $backup = { name => $name, %how, dir => "$demo->{dir}/$number" };
-    make_path($backup->{dir});
+    my $backup = { name => $name, %how };
     push $demo->{backups}->@*, $backup;
     my $before = surroundings_of($demo);
     my $work = sub {
         my $began = now();
-        my $ok = eval { back_up($demo->@{qw(guest options)}, $backup); 1 };
+        my $ok = eval { back_up($demo, $backup); 1 };
         die $@ if !$ok && !($how{fails} && $@ eq "the store is full\n");
         my $bytes = sum_of([map { $_->{regions}->@* } $backup->{stored}->@*]);
         return ($bytes, undef, now() - $began - $backup->{waited});
@@ -146,7 +108,7 @@ sub surroundings_of ($demo) {
 sub check_backup ($demo, $backup, $before) {
     my $bitmaps = $demo->{guest}->vm->bitmaps;
     check_surroundings($backup, $before, surroundings_of($demo), $bitmaps);
-    check_actions($backup);
+    check_modes($backup);
     my ($previous) = ($demo->{backups}->@*)[-2];
     check_contained($previous, $backup) if $previous->{fails};
     return;
@@ -154,29 +116,29 @@ sub check_backup ($demo, $backup, $before) {
 
 sub make_backups ($demo) {
     heading('Backups');
-    do_backup($demo, 'full', mode => 'new');
+    do_backup($demo, 'full');
     let_write($demo);
-    do_backup($demo, 'incremental', mode => 'use');
+    do_backup($demo, 'incremental');
     let_write($demo);
-    do_backup($demo, 'failed', mode => 'use', fails => 1);
+    do_backup($demo, 'failed', fails => 1);
     let_write($demo);
-    do_backup($demo, 'retried', mode => 'use');
+    do_backup($demo, 'retried');
     let_write($demo);
     step('the guest stops writing, and unmounts', sub { $demo->{guest}->stop_writing; return });
-    do_backup($demo, 'last', mode => 'use');
+    do_backup($demo, 'last');
     return;
 }
 
-sub restore_device ($demo, $backup, $device) {
+sub restore_disk ($demo, $provider, $backup, $device) {
     my $guest = $demo->{guest};
-    my $disk = $guest->disk_of($device->{device});
+    my $disk = $guest->disk_of($device);
     my $image = "$demo->{dir}/restored-$disk.raw";
     my $check = { data => \&check_data, files => \&check_files }->{$disk};
     my $label = sprintf('%-12s %-6s', $backup->{name}, $disk);
     step(
         $label,
         sub {
-            apply($device->{file}, $image);
+            restore_device($provider, $backup->{archive}, $device, $image);
             my $result = $check->($guest, $backup, $image);
             return (-s $image, "$label $result");
         },
@@ -184,11 +146,16 @@ sub restore_device ($demo, $backup, $device) {
     return;
 }
 
-# Each backup on those before it, then the last one against the guest's disks themselves.
+# Each backup, then the last one against the guest's disks themselves.
 sub restore ($demo) {
     heading('Restored');
     for my $backup (grep { !$_->{fails} } $demo->{backups}->@*) {
-        restore_device($demo, $backup, $_) for $backup->{stored}->@*;
+        my $provider = provider($demo, $backup);
+        my $label = sprintf('%-12s archive  checksums, qemu-img check', $backup->{name});
+        step($label, sub { check_archive($provider, $backup); return });
+        my $devices = $provider->restore_vm_init($backup->{archive});
+        restore_disk($demo, $provider, $backup, $_) for sort keys $devices->%*;
+        $provider->restore_vm_cleanup($backup->{archive});
     }
     for my $disk (qw(data files)) {
         my $image = "$demo->{dir}/restored-$disk.raw";
@@ -211,7 +178,7 @@ sub print_summary ($demo) {
             my $bytes = sum_of($device->{regions});
             my $share = sprintf('%.0f %%', 100 * $bytes / $device->{size});
             my $disk = $demo->{guest}->disk_of($device->{device});
-            print_row($name, $disk, $device->{'bitmap-action'},
+            print_row($name, $disk, $device->{'bitmap-mode'},
                 human($bytes), $share, scalar($device->{regions}->@*), @times);
             ($name, @times) = ('') x 4;
         }
@@ -229,9 +196,14 @@ sub print_row (@columns) {
 sub demo () {
     my $tmp = File::Temp->newdir('pba-demo.XXXXXX', TMPDIR => 1);
     my %options = map { $_ => "$tmp/$_" } qw(run-dir fleecing-dir);
-    make_path(values %options);
-    my $guest = Demo::Guest->new("$tmp");
-    my $demo = { guest => $guest, dir => "$tmp", options => \%options, backups => [] };
+    make_path(values %options, "$tmp/store");
+    my $demo = {
+        guest => Demo::Guest->new("$tmp"),
+        dir => "$tmp",
+        store => "$tmp/store",
+        options => \%options,
+        backups => [],
+    };
     prepare($demo);
     make_backups($demo);
     restore($demo);

@@ -13,8 +13,8 @@ use File::Path qw(make_path remove_tree);
 use Demo::Screen qw(output_of problem run);
 
 our @EXPORT_OK = qw(
-    check_actions check_contained check_data check_equal check_files check_surroundings sum_of
-    surroundings
+    check_archive check_contained check_data check_equal check_files check_modes
+    check_surroundings sum_of surroundings
 );
 
 sub sum_of ($regions) {
@@ -26,16 +26,22 @@ sub sum_of ($regions) {
 # ---- a backup ----
 
 # The first one must be of everything, the others must not.
-sub check_actions ($backup) {
-    my $expected = $backup->{mode} eq 'new' ? 'new' : 'used';
+sub check_modes ($backup) {
+    my $expected = $backup->{name} eq 'full' ? 'new' : 'reuse';
     for my $device ($backup->{stored}->@*) {
         my $what = "$backup->{name} backup: $device->{device}";
-        my $action = $device->{'bitmap-action'} // 'none';
-        problem("$what: bitmap '$action', not '$expected'") if $action ne $expected;
+        my $mode = $device->{'bitmap-mode'};
+        problem("$what: bitmap '$mode', not '$expected'") if $mode ne $expected;
         my $whole = sum_of($device->{regions}) == $device->{size};
-        problem("$what: the whole disk") if $whole && $expected eq 'used';
+        problem("$what: the whole disk") if $whole && $expected eq 'reuse';
         problem("$what: not the whole disk") if !$whole && $expected eq 'new';
     }
+    return;
+}
+
+# Its files and those it builds on, by their checksums and by qemu-img.
+sub check_archive ($provider, $backup) {
+    problem("$backup->{name} backup: archive: $_") for $provider->verify($backup->{archive})->@*;
     return;
 }
 
@@ -146,14 +152,16 @@ sub check_surroundings ($backup, $before, $after, $bitmaps) {
         my $changed = changes($before->{$what}, $after->{$what});
         problem("after the $backup->{name} backup: $what: $changed") if $changed ne '';
     }
-    my %own = map { ("$_->{'bitmap-node-name'} $_->{'bitmap-name'}" => 1) } $backup->{stored}->@*;
+    my %wanted;
+    $wanted{ $_->{'bitmap-name'} }++ for $backup->{stored}->@*;
     for my $node (sort keys $bitmaps->%*) {
         for my $name (sort keys $bitmaps->{$node}->%*) {
-            next if delete $own{"$node $name"} && $bitmaps->{$node}{$name}{recording};
+            next if $bitmaps->{$node}{$name}{recording} && $wanted{$name}-- > 0;
             problem("after the $backup->{name} backup: left-over or dead bitmap $name of $node");
         }
     }
-    problem("after the $backup->{name} backup: no bitmap $_") for sort keys %own;
+    problem("after the $backup->{name} backup: no bitmap $_")
+        for grep { $wanted{$_} > 0 } sort keys %wanted;
     return;
 }
 

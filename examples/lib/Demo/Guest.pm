@@ -151,22 +151,26 @@ sub longest_write ($self) {
     return $self->{vm}->guest->latency->{longest_us} / 1e6;
 }
 
-# Runs the setup of a backup and notes in the backup how long that took, how long the guest's writes
-# took meanwhile and before, and between which writes the backup's instant is. Then the guest is
-# given time to overwrite what has not been read yet.
-sub watch_setup ($self, $backup, $setup) {
+# Around the setup of a backup, these note in the backup how long that took, how long the guest's
+# writes took meanwhile and before, and between which writes the backup's instant is. Then the guest
+# is given time to overwrite what has not been read yet.
+sub before_setup ($self, $backup) {
     $backup->{'write before'} = $self->longest_write;
     $backup->{from} = $self->last_write;
-    my $began = now();
-    my $infos = $setup->();
-    $backup->{'setup seconds'} = now() - $began;
+    $backup->{began} = now();
+    return;
+}
+
+sub after_setup ($self, $backup) {
+    my $ended = now();
+    $backup->{'setup seconds'} = $ended - $backup->{began};
 
     # One more may be done but not yet counted.
     $backup->{to} = $self->last_write + ($self->{writes} ? 1 : 0);
     $backup->{'write during'} = $self->longest_write;
     $self->{vm}->guest->wait_more_churn($WRITES_MEANWHILE) if $self->{writes};
-    $backup->{waited} = now() - $began - $backup->{'setup seconds'};
-    return $infos;
+    $backup->{waited} = now() - $ended;
+    return;
 }
 
 1;
