@@ -1,0 +1,29 @@
+# Copies what changed since the last time into an NBD export: the first time everything.
+#
+#     perl examples/copy-to-nbd.pl QMP-SOCKET DEVICE FLEECING-DIRECTORY NBD-URI
+#
+# The export has to be the same one each time, and at least as large as the disk:
+#
+#     qemu-img create -f qcow2 disk.qcow2 32G
+#     qemu-nbd --persistent --socket=/run/disk.nbd --format=qcow2 disk.qcow2
+#     perl examples/copy-to-nbd.pl /run/guest.qmp disk0 /var/tmp nbd+unix:///?socket=/run/disk.nbd
+
+use v5.36;
+
+use PVE::BackupAccess;
+
+my ($qmp, $device, $fleecing_dir, $uri) = @ARGV;
+die "usage: $0 QMP-SOCKET DEVICE FLEECING-DIRECTORY NBD-URI\n" if @ARGV != 4;
+
+my $access = PVE::BackupAccess->new(
+    qmp => $qmp,
+    'target-id' => 'copy-to-nbd',
+    'fleecing-dir' => $fleecing_dir,
+);
+my $infos = $access->setup([{ device => $device, 'bitmap-mode' => 'use' }]);
+say "the bitmap is $infos->[0]{'bitmap-action'}";
+
+# If this dies, the access ends as after a failed backup, and the next one has it all again.
+my $statistics = $access->volume($device)->copy(to => $uri);
+$access->teardown(1);
+say "$statistics->{'bytes-read'} bytes in $statistics->{regions} regions";

@@ -1,0 +1,57 @@
+# Reads a disk as a provider of the mechanism file-handle does that brings no NBD client: by system
+# calls on a file. What was stored is punched out of the file, which frees fleecing space.
+#
+#     perl examples/file-handle.pl QMP-SOCKET DEVICE FLEECING-DIRECTORY IMAGE
+
+use v5.36;
+
+use Fcntl qw(O_CREAT O_WRONLY SEEK_SET);
+
+use PVE::BackupAccess;
+
+my $piece = 1024 * 1024;
+
+sub store ($handle, $image, $offset, $length) {
+    my $end = $offset + $length;
+    for (my $at = $offset; $at < $end; $at += $piece) {
+        my $size = $end - $at < $piece ? $end - $at : $piece;
+        sysseek($handle, $at, SEEK_SET) // die "seek: $!\n";
+        my $read = sysread($handle, my $data, $size) // die "read at $at: $!\n";
+        die "read at $at: only $read bytes\n" if $read != $size;
+        sysseek($image, $at, SEEK_SET) // die "seek: $!\n";
+        syswrite($image, $data) == $size or die "write at $at: $!\n";
+    }
+    return;
+}
+
+# FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, in whole clusters; by util-linux, since Perl has no
+# fallocate.
+sub discard ($handle, $offset, $length) {
+    my @range = ('--offset', $offset, '--length', $length);
+    system('fallocate', '--punch-hole', @range, "/proc/$$/fd/" . fileno($handle)) == 0
+        or warn "cannot discard at $offset\n";
+    return;
+}
+
+my ($qmp, $device, $fleecing_dir, $file) = @ARGV;
+die "usage: $0 QMP-SOCKET DEVICE FLEECING-DIRECTORY IMAGE\n" if @ARGV != 4;
+
+my $access = PVE::BackupAccess->new(
+    qmp => $qmp,
+    'target-id' => 'file-handle',
+    'fleecing-dir' => $fleecing_dir,
+);
+$access->setup([{ device => $device, 'bitmap-mode' => 'use' }]);
+my $volume = $access->volumes('file-handle')->{$device};
+sysopen(my $image, $file, O_CREAT | O_WRONLY) or die "$file: $!\n";
+truncate($image, $volume->{size}) or die "$file: $!\n";
+my $bytes = 0;
+
+while (my ($offset, $length) = $volume->{'next-dirty-region'}->()) {
+    store($volume->{'file-handle'}, $image, $offset, $length);
+    discard($volume->{'file-handle'}, $offset, $length);
+    $bytes += $length;
+}
+close($image) or die "$file: $!\n";
+$access->teardown(1);
+say "$bytes bytes";

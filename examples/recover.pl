@@ -1,0 +1,18 @@
+# Ends what a killed backup program left in a guest, and says what it did. Without anything left it does
+# and says nothing, so it may be called at any time.
+#
+#     perl examples/recover.pl QMP-SOCKET TARGET-ID FLEECING-DIRECTORY
+
+use v5.36;
+
+use PVE::BackupAccess;
+
+my ($qmp, $target_id, $fleecing_dir) = @ARGV;
+die "usage: $0 QMP-SOCKET TARGET-ID FLEECING-DIRECTORY\n" if @ARGV != 3;
+
+my $lines = PVE::BackupAccess->recover(
+    qmp => $qmp,
+    'target-id' => $target_id,
+    'fleecing-dir' => $fleecing_dir,
+);
+say for $lines->@*;

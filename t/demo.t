@@ -1,0 +1,10 @@
+# The demo: it boots a guest, backs it up in several ways, restores, and compares by itself.
+
+use v5.36;
+
+use Test::More;
+
+my $output = qx($^X -Mblib examples/demo.pl 2>&1);
+is($?, 0, 'the demo ends well') or diag($output);
+like($output, qr/demo: verified/, 'what it restored is what the guest had');
+done_testing;
