@@ -236,10 +236,10 @@ static void add_node(const PbaLeft *left, const char *node, GPtrArray *things)
     }
 }
 
-static void add_path(const char *path, GPtrArray *things)
+static void add_path(const char *path, bool is_live, GPtrArray *things)
 {
     g_autofree char *socket = pba_run_dir_left_socket(path);
-    bool answers = socket && pba_nbd_socket_answers(socket);
+    bool answers = socket && !is_live && pba_nbd_socket_answers(socket);
     char *what =
         answers ? g_strdup_printf("the NBD server at '%s'", socket) : g_strdup_printf("'%s'", path);
 
@@ -258,7 +258,7 @@ GPtrArray *pba_left_things(const PbaLeft *left)
         }
     }
     for (guint i = 0; i < left->paths->len; i++) {
-        add_path(left->paths->pdata[i], things);
+        add_path(left->paths->pdata[i], left->is_live, things);
     }
     return things;
 }

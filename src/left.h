@@ -11,6 +11,7 @@ typedef struct {
     PbaBlock *block;
     JsonArray *exports;
     GPtrArray *paths; /* on disk */
+    bool is_live;     /* a living process has an access: its NBD server is left in peace */
 } PbaLeft;
 
 /* One thing of them. */

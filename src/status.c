@@ -14,8 +14,9 @@ typedef struct {
     PbaBlock block;
     PbaLeft left;
     GPtrArray *things;
-    char *key; /* of the target whose access is up; NULL: none is, or it is not known */
-    bool is_live;
+    char *key;         /* of the target whose access is up; NULL: none is, or it is not known */
+    const char *owner; /* the mark of the process that has an access; NULL: there is none */
+    pid_t pid;
     JsonArray *warnings;
 } Status;
 
@@ -68,22 +69,21 @@ static void set_target(const Status *status, JsonObject *object, const char *key
 /* Whose access it is */
 
 /* The mark of a living process, else one of a dead one. */
-static const char *find_owner(const Status *status, pid_t *pid, bool *alive)
+static void find_owner(Status *status)
 {
     JsonArray *nodes = status->block.nodes;
-    const char *found = NULL;
 
     for (guint i = 0; i < json_array_get_length(nodes); i++) {
         const char *name = pba_block_node_name(nodes, i);
-        pid_t number;
+        pid_t pid;
         bool lives;
-        if (name && pba_owner_read(status->access, name, &number, &lives) && (!found || lives)) {
-            found = name;
-            *pid = number;
-            *alive = lives;
+        if (name && pba_owner_read(status->access, name, &pid, &lives) &&
+            (!status->owner || lives)) {
+            status->owner = name;
+            status->pid = pid;
+            status->left.is_live |= lives;
         }
     }
-    return found;
 }
 
 /* An access of Proxmox' commands that another program has set up shows by its bitmaps only. */
@@ -154,22 +154,20 @@ static JsonObject *foreign_access(const Status *status)
 /* NULL: none is up, and nobody is at making one. */
 static JsonObject *describe_access(Status *status)
 {
-    pid_t pid = 0;
-    const char *owner = find_owner(status, &pid, &status->is_live);
     const char *key = find_key(status);
 
-    if (!(owner && status->is_live) && !key) {
+    if (!status->left.is_live && !key) {
         return foreign_access(status);
     }
     JsonObject *object = json_object_new();
     status->key = g_strdup(key);
     set_target(status, object, key);
-    if (owner) {
-        json_object_set_int_member(object, "pid", pid);
+    if (status->owner) {
+        json_object_set_int_member(object, "pid", status->pid);
     } else {
         set_text(object, "pid", NULL);
     }
-    json_object_set_int_member(object, "alive", status->is_live);
+    json_object_set_int_member(object, "alive", status->left.is_live);
     json_object_set_array_member(object, "devices", devices_of(status));
     return object;
 }
@@ -354,7 +352,7 @@ static bool is_left(const Status *status, const PbaLeftThing *thing)
     if (pba_owner_read(status->access, thing->name, &pid, &alive)) {
         return !alive;
     }
-    return !status->is_live || g_strcmp0(thing->key, status->key) != 0;
+    return !status->left.is_live || g_strcmp0(thing->key, status->key) != 0;
 }
 
 static JsonArray *describe_left(const Status *status)
@@ -416,6 +414,7 @@ JsonNode *pba_status(PbaQmp *qmp, const PbaAccessOptions *options, const PbaHook
     if (!told) {
         return NULL;
     }
+    find_owner(&status);
     status.things = pba_left_things(&status.left);
     status.warnings = json_array_new();
     set_text(object, "backend", pve ? "pve" : "upstream");

@@ -9,7 +9,10 @@ use lib "$FindBin::Bin/lib";
 use File::Temp ();
 use Test::More;
 
+use PVE::BackupAccess::Task;
+
 use PBA::Test::Backend;
+use PBA::Test::Provider;
 use PBA::Test::Repository;
 
 my $mib = 1024 * 1024;
@@ -107,6 +110,31 @@ sub check_file_system ($backend, $dir, $mechanism) {
         0, 'the next backup is the disk');
 }
 
+# A task says so at once.
+sub check_task ($backend, $dir) {
+    my %fleecing = fleecing_options($backend, $dir);
+    my ($blocks, $free) = (split(' ', qx(stat -f -c '%S %a' $dir)));
+    my $filler = "$dir/filler";
+    open(my $fh, '>', $filler) or die "$filler: $!\n";
+    print {$fh} "\0" x ($blocks * $free - $mib);
+    close($fh) or die "$filler: $!\n";
+    my @log;
+    my $task = PVE::BackupAccess::Task->new(
+        $backend->options(%fleecing),
+        vmid => 100,
+        provider => PBA::Test::Provider->new(mode => 'use'),
+        devices => [$backend->device('disk0')],
+        'guest-config' => "name: test\n",
+        log => sub ($level, $text) { push(@log, "$level: $text") },
+    );
+    $task->run;
+    is(scalar(grep { m/\Awarn: device .* its fleecing image '.*' is nearly full/ } @log),
+        1, "a task's log warns")
+        or diag(explain(\@log));
+    unlink($filler);
+    fleecing_options($backend, $backend->vm->dir);
+}
+
 sub read_all ($volume) {
     while (my ($offset, $length) = $volume->next_dirty_region) {
         for (my $at = $offset; $at < $offset + $length; $at += $mib) {
@@ -169,6 +197,7 @@ sub check_mount ($backend) {
                 check_file_system($backend, $small, $mechanism);
             };
         }
+        check_task($backend, $small);
         1;
     };
     my $error = $@;

@@ -92,7 +92,13 @@ my %events = (
             },
         },
     },
-    resized => { happens => \&resize },
+    resized => {
+        happens => \&resize,
+        error => {
+            upstream => {},
+            pve => { setup => [ArgumentError => qr/must have exactly the size of the device/] },
+        },
+    },
     'monitor held' => {
         happens => \&hold_monitor,
         error => {

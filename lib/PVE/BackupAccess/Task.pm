@@ -14,6 +14,8 @@ use PVE::BackupAccess::PluginBase;
 
 my $map_batch = 10_000;    # dirty regions per call
 
+my $look_every = 10;       # seconds
+
 # What an archive's name may contain, as Proxmox VE has it.
 my $archive_name = qr!\A[a-zA-Z0-9\-.+=_/:]+\z!;
 
@@ -88,12 +90,14 @@ sub run ($self) {
 sub _back_up ($self, $finish) {
     my $began = Time::HiRes::time();
     my $result = { devices => {} };
+    delete($self->{'warned of fleecing'});
     my $done = eval {
         $self->_hand_over($result);
         $finish->($result);
         1;
     };
     my $error = $@;
+    eval { $self->_warn_of_fleecing } if !$done && $self->{access}->_is_up;
     my $teardown_error = $self->_tear_down($done);
     die $error if !$done;
 
@@ -115,12 +119,47 @@ sub _hand_over ($self, $result) {
         $self->_check_size($info, $sizes->{$device});
         $result->{devices}{$device} = $self->_describe($info, $modes->{$device});
     }
-    my $volumes = $access->volumes($mechanism);
+    $self->_warn_of_fleecing;
+    my $volumes = $self->_watched($access->volumes($mechanism));
     my %optional = map { $_ => $self->{$_} } grep { $self->{$_} } qw(bandwidth-limit);
     $optional{'firewall-config'} = $self->{'firewall-config'} if exists($self->{'firewall-config'});
     $provider->backup_vm($self->{vmid}, $self->{'guest-config'}, $volumes, \%optional);
     $self->_check_process;
     return;
+}
+
+# Says early, and once, that a fleecing image will fill its file system. Nothing depends on it.
+sub _warn_of_fleecing ($self) {
+    return if $self->{'warned of fleecing'};
+    $self->{'looked at fleecing'} = time();
+    my %options = map { $_ => $self->{$_} }
+        grep { exists($self->{$_}) } qw(qmp run-dir fleecing-dir timeout);
+    my $status = eval { PVE::BackupAccess->status(%options) };
+    if (!$status) {
+        die $@ if !blessed($@) || !$@->isa('PVE::BackupAccess::Error');    # a signal handler's
+        return;
+    }
+    for my $warning ($status->{warnings}->@*) {
+        $self->log('warn', $warning);
+        $self->{'warned of fleecing'} = 1;
+    }
+    return;
+}
+
+# A provider with the mechanism file-handle asks for regions all the time: that is when to look again.
+sub _watched ($self, $volumes) {
+    weaken(my $task = $self);
+    for my $volume (grep { $_->{'next-dirty-region'} } values $volumes->%*) {
+        my $next = $volume->{'next-dirty-region'};
+        $volume->{'next-dirty-region'} = sub {
+            $task->_warn_of_fleecing
+                if $task
+                && $$ == $task->{pid}
+                && time() - $task->{'looked at fleecing'} >= $look_every;
+            return $next->();
+        };
+    }
+    return $volumes;
 }
 
 # A child that the provider forked comes back here if it neither ends nor runs another program.
@@ -452,6 +491,10 @@ The backup itself: what VZDump does in C<archive_external>. It calls
 
 and sets up the access after the second, with C<freeze> before and C<thaw> after it. A provider that
 answers the second with nothing gets no bitmaps; nor does a device that it leaves out.
+
+The log warns when the file system of a fleecing image is nearly full (see
+L<PVE::BackupAccess/status>): at the beginning, after a failure, and with the mechanism file-handle
+every ten seconds.
 
 Dies with the first error, whoever made it, when all is undone; the bitmaps then have all that they had,
 and what the guest wrote since. That includes the exceptions of your signal handlers. In a child that
