@@ -178,9 +178,10 @@ bool pba_exports_add(PbaAccess *access, GError **error)
         }
     }
     if (reads_by_cluster(access)) {
-        pba_log(&access->hooks, PBA_LOG_INFO,
-                "this QEMU returns wrong data to NBD clients that read across clusters of 64 KiB: "
-                "read by PVE::BackupAccess::Volume, or by single clusters");
+        pba_log(
+            &access->hooks, PBA_LOG_INFO,
+            "this QEMU has to be read by single clusters of 64 KiB, as PVE::BackupAccess::Volume "
+            "does: other NBD clients can get wrong data");
     }
     for (guint i = 0; i < access->disks->len; i++) {
         if (!add_export(access, access->disks->pdata[i], error)) {

@@ -33,7 +33,7 @@ sub start ($name) {
     my $dir = $backend->vm->dir;
     symlink($backend->qmp_path, "$dir/100.qmp") or die "symlink: $!\n";
     my $test = { backend => $backend, vm => $backend->vm, dir => $dir, store => "$dir/store" };
-    mkdir($_) or die "$_: $!\n" for $test->{store}, "$dir/out";
+    mkdir($_) or die "$_: $!\n" for $test->{store}, "$dir/out", "$dir/tmp";
     $test->{guest} = ['--qmp', "$dir/100.qmp", '--run-dir', $backend->work_dir('run')];
     push($test->{guest}->@*, '--fleecing-dir', $backend->work_dir('fleecing'))
         if $name eq 'upstream';
@@ -387,6 +387,7 @@ sub check_output_errors ($test) {
 for my $name (PBA::Test::Backend->names) {
     subtest "backend $name" => sub {
         my $test = start($name);
+        local $ENV{TMPDIR} = "$test->{dir}/tmp";    # where one that is killed leaves something
         check_without_bitmaps($test);
         my @archives = check_pipes($test);
         check_refusals($test, $archives[0]);
