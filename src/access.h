@@ -150,6 +150,9 @@ bool pba_recover_left(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GErr
 /* What every end of an access is: all that is possible is undone. */
 bool pba_tear_down_and_end(PbaAccess *access, bool success, GError **error);
 
+/* The directory's real path, the caller's to free, if nobody but root and this user can change what
+ * a name in it or above it stands for. what names the directory in the error. */
+char *pba_trusted_dir(const char *what, const char *path, GError **error);
 /* The directory of the NBD socket: private, made without following anybody's links. */
 bool pba_run_dir_make(PbaAccess *access, GError **error);
 void pba_run_dir_remove(PbaAccess *access);

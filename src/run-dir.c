@@ -54,6 +54,20 @@ static bool ensure_private_dir(const char *path, GError **error)
     return true;
 }
 
+/* The parent of all socket directories: a real path. */
+static char *find_run_dir(const PbaAccess *access, GError **error)
+{
+    g_autofree char *given = access->run_dir ? g_strdup(access->run_dir) : default_run_dir();
+
+    for (size_t length = strlen(given); length > 1 && given[length - 1] == '/'; length--) {
+        given[length - 1] = '\0';
+    }
+    g_autofree char *above = g_path_get_dirname(given);
+    g_autofree char *name = g_path_get_basename(given);
+    g_autofree char *real = pba_trusted_dir("the directory of the run directory", above, error);
+    return real ? g_build_filename(real, name, NULL) : NULL;
+}
+
 static bool socket_path_fits(const char *path, GError **error)
 {
     struct sockaddr_un address;
@@ -68,7 +82,10 @@ static bool socket_path_fits(const char *path, GError **error)
 
 bool pba_run_dir_make(PbaAccess *access, GError **error)
 {
-    g_autofree char *parent = access->run_dir ? g_strdup(access->run_dir) : default_run_dir();
+    g_autofree char *parent = find_run_dir(access, error);
+    if (!parent) {
+        return false;
+    }
     g_autofree char *name = pba_own_name(access, "run", access->identity);
     g_autofree char *path = g_strdup_printf("%s/%s-XXXXXX", parent, name);
     g_autofree char *longest = g_build_filename(path, SOCKET_NAME, NULL);
@@ -139,13 +156,15 @@ static void find_left_in(const PbaAccess *access, GPtrArray *paths, const char *
 GPtrArray *pba_run_dir_find_left(const PbaAccess *access)
 {
     GPtrArray *paths = g_ptr_array_new_with_free_func(g_free);
-    g_autofree char *parent = access->run_dir ? g_strdup(access->run_dir) : default_run_dir();
+    g_autofree char *parent = find_run_dir(access, NULL);
+    g_autofree char *fleecing =
+        access->fleecing_dir ? pba_trusted_dir("fleecing-dir", access->fleecing_dir, NULL) : NULL;
 
-    if (is_private_dir(parent)) {
+    if (parent && is_private_dir(parent)) {
         find_left_in(access, paths, parent, "run", S_IFDIR);
     }
-    if (access->fleecing_dir) {
-        find_left_in(access, paths, access->fleecing_dir, "fleece", S_IFREG);
+    if (fleecing) {
+        find_left_in(access, paths, fleecing, "fleece", S_IFREG);
     }
     return paths;
 }

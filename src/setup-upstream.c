@@ -223,7 +223,11 @@ bool pba_upstream_check(PbaAccess *access, const PbaBlock *block, GError **error
 static char *create_fleecing_file(PbaAccess *access, uint64_t size, GError **error)
 {
     g_autofree char *name = pba_own_name(access, "fleece", access->identity);
-    g_autofree char *path = g_strdup_printf("%s/%s-XXXXXX", access->fleecing_dir, name);
+    g_autofree char *dir = pba_trusted_dir("fleecing-dir", access->fleecing_dir, error);
+    if (!dir) {
+        return NULL;
+    }
+    g_autofree char *path = g_strdup_printf("%s/%s-XXXXXX", dir, name);
     int fd = g_mkstemp_full(path, O_RDWR | O_CLOEXEC, 0600);
 
     if (fd < 0 || ftruncate(fd, (off_t)size) != 0) {

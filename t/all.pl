@@ -15,7 +15,7 @@ use PBA::Test::Cache;
 # A reason to skip that a machine may have; whatever else is skipped hides something.
 my @expected_skips = (
     qr/\Ano \/dev\/fuse\b/,
-    qr/\Aneeds root and loop devices\b/,
+    qr/\Aneeds root\b/,
     qr/\Aneeds QEMU 10\.0 or later\b/,
     qr/\Aneeds Ceph and PBA_FULL\b/,
     qr/\Aonly for QEMU before 10\.0\b/,

@@ -296,7 +296,9 @@ the code's own.
 
 An absolute path: the directory below which the private directory of the NBD socket is made. Both are
 made with mode 0700. Without it, C</run/pve-backup-access> for root, C<$XDG_RUNTIME_DIR> or a
-directory in C</tmp> for others. QEMU must be able to make a socket there.
+directory in C</tmp> for others. QEMU must be able to make a socket there. Neither it nor a
+directory above it may be one in which others than root and you can rename things: of theirs, or open
+to them without the sticky bit.
 
 =item log
 
@@ -307,7 +309,8 @@ Is told what happens; C<$level> is C<debug>, C<info> or C<warn>. Without it warn
 =item fleecing-dir
 
 Stock QEMU only: an absolute path of a directory where a sparse fleecing image is made for each
-device, and removed at teardown. QEMU must be able to open it.
+device, and removed at teardown. QEMU must be able to open it. As with C<run-dir>,
+nobody but root and you may be able to rename what is in it or above it.
 
 =item fleecing
 
