@@ -51,9 +51,7 @@ sub fleecing_options ($backend, $dir) {
 }
 
 sub fleecing_status ($backend) {
-    my %options = $backend->options;
-    delete($options{'target-id'});
-    my $status = PVE::BackupAccess->status(%options);
+    my $status = $backend->status;
     return ($status->{fleecing}[0], $status->{warnings});
 }
 

@@ -167,17 +167,12 @@ sub run_steps ($context, $phase) {
 
 sub descriptors () { return scalar(() = glob('/proc/self/fd/*')) }
 
-sub mounts ($dir) {
-    open(my $fh, '<', '/proc/self/mounts') or die "mounts: $!\n";
-    return scalar(grep { m/ \Q$dir\E/ } <$fh>);
-}
-
 sub check_local ($context, $descriptors) {
     my $backend = $context->{backend};
     my $dir = $backend->work_dir('run');
     is_deeply([$backend->left_files], [], 'no file is left');
     is_deeply([PBA::Test::Handle->servers($dir)], [], 'nor a server');
-    is(mounts($dir), 0, 'nor a mount');
+    is_deeply([PBA::Test::Handle->mounts($dir)], [], 'nor a mount');
     is(descriptors(), $descriptors, 'nor a descriptor');
 }
 
@@ -219,9 +214,7 @@ sub check_end ($context) {
         return;
     }
     ok($ended || "$@" =~ m/no access is set up/, 'it can be ended') or diag($@);
-    my %options = $backend->options;
-    delete($options{'target-id'});
-    my $status = PVE::BackupAccess->status(%options);
+    my $status = $backend->status;
     is($status->{access}, undef, 'no access is up');
     is_deeply($status->{'left-overs'}, [], 'nothing is left over');
 }

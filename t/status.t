@@ -14,12 +14,6 @@ my $mib = 1024 * 1024;
 my $size = 16 * $mib;
 my @ids = qw(disk0 disk1);
 
-sub status ($backend) {
-    my %options = $backend->options;
-    delete($options{'target-id'});
-    return PVE::BackupAccess->status(%options);
-}
-
 # A client that has come so far.
 sub start_client ($code) {
     my $client = PBA::Test::Client->start(sub ($tell) { my @keep = $code->(); $tell->('up') });
@@ -28,7 +22,7 @@ sub start_client ($code) {
 }
 
 sub check_idle ($backend, $name) {
-    my $status = status($backend);
+    my $status = $backend->status;
     is($status->{backend}, $backend->name, "$name: backend");
     is($status->{access}, undef, "$name: no access");
     is_deeply($status->{$_}, [], "$name: no $_") for qw(exports fleecing left-overs warnings);
@@ -95,7 +89,7 @@ sub check_backend ($name) {
     );
     my $pid = $client->pid;
     $backend->guest->write($_, 0, 65536, 0x42) for @ids;
-    my $status = status($backend);
+    my $status = $backend->status;
     check_access($status, pid => $pid, alive => 1, devices => \@devices);
     is_deeply($status->{'left-overs'}, [], 'what a live process has is not left over');
     is_deeply([map { $_->{device} } sort { $a->{device} cmp $b->{device} } $status->{exports}->@*],
@@ -109,7 +103,7 @@ sub check_backend ($name) {
     );
 
     $client->kill9;
-    $status = status($backend);
+    $status = $backend->status;
     check_access($status, pid => $pid, alive => 0, devices => \@devices);
     my @left = $status->{'left-overs'}->@*;
     for my $device (@devices) {
@@ -119,7 +113,7 @@ sub check_backend ($name) {
     my ($mark) = grep { $_->{what} =~ m/\Aprocess mark 'pba-owner-$pid-/ } @left;
     is($mark->{harmless}, 1, 'the mark is named, and harmless');
     ok((grep { $_->{what} =~ m/NBD server at/ && !$_->{harmless} } @left), 'and the NBD server');
-    is_deeply(status($backend)->{'left-overs'}, $status->{'left-overs'}, 'asking changes nothing');
+    is_deeply($backend->status->{'left-overs'}, $status->{'left-overs'}, 'asking changes nothing');
 
     my $lines = PVE::BackupAccess->recover($backend->options, log => sub { });
     for my $thing (@left) {
@@ -151,7 +145,7 @@ sub check_no_bitmaps ($backend) {
         }
     );
     my $pid = $client->pid;
-    my $status = status($backend);
+    my $status = $backend->status;
     check_access(
         $status,
         'target-id' => 'no bitmaps',
@@ -185,7 +179,7 @@ sub check_other ($backend, @devices) {
         size => 0,
         'read-only' => JSON::PP::true
     );
-    my $status = status($backend);
+    my $status = $backend->status;
     is($status->{access}, undef, 'a mark alone is no access');
     is_deeply(
         [map { [$_->@{qw(what harmless)}] } $status->{'left-overs'}->@*],

@@ -91,6 +91,12 @@ sub access ($self, %opt) {
     return PVE::BackupAccess->new($self->options(%opt));
 }
 
+sub status ($self) {
+    my %options = $self->options;
+    delete($options{'target-id'});
+    return PVE::BackupAccess->status(%options);
+}
+
 # [{ device, bitmap-mode }] for all disks, with one mode for all.
 sub devices ($self, $mode, @ids) {
     @ids = $self->{vm}->disk_ids if !@ids;
