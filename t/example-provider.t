@@ -30,10 +30,13 @@ my $model = PBA::Test::Model->new(
 );
 my @log;
 
-sub back_up (%opt) {
-    my $provider = Example::RawImages->new(undef, { path => $dir },
+sub new_provider () {
+    return Example::RawImages->new(undef, { path => $dir },
         'store', sub (@line) { push(@log, "@line") });
-    my $task = PVE::BackupAccess::Task->new(
+}
+
+sub new_task ($provider, %opt) {
+    return PVE::BackupAccess::Task->new(
         $backend->options,
         vmid => 100,
         provider => $provider,
@@ -43,12 +46,15 @@ sub back_up (%opt) {
         log => sub { },
         %opt,
     );
+}
+
+sub back_up (%opt) {
     $backend->guest->wait_more_churn(20);
-    return eval { $task->run_job };
+    return eval { new_task(new_provider(), %opt)->run_job };
 }
 
 sub check_restore ($name, $archive) {
-    my $provider = Example::RawImages->new(undef, { path => $dir }, 'store', sub (@) { });
+    my $provider = new_provider();
     my $volname = "backup/$archive";
     is_deeply([$provider->restore_get_mechanism($volname)], [qw(qemu-img qemu)],
         "$name: mechanism");
@@ -84,10 +90,8 @@ sub modes ($result) {
 $backend->guest->start_churn(seed => $seed, disks => \@ids, blocks => $blocks);
 my $full = back_up() or diag($@);
 is(modes($full), 'new new', 'the first is a full one');
-sleep(1);    # the archive's name is a time
 my $second = back_up();
 is(modes($second), 'reuse reuse', 'the second is incremental');
-sleep(1);
 my $bad = back_up(thaw => sub { die "no thaw\n" });
 is($bad, undef, 'one fails');
 my $third = back_up() or diag($@);
@@ -97,8 +101,9 @@ check_restore('second', $second->{'archive-name'});
 check_restore('third', $third->{'archive-name'});
 
 # VZDump can call a backup a failure when the bitmaps have begun anew; then the archive goes.
-my $provider = Example::RawImages->new(undef, { path => $dir }, 'store', sub (@) { });
-$provider->backup_init(100, 'qemu', $third->{'archive-name'} =~ s!.*/!!r);
+my $provider = new_provider();
+$provider->backup_init(100, 'qemu', time());
+is(modes(new_task($provider)->run), 'reuse reuse', 'one more, within a job of VZDump');
 $provider->backup_cleanup(100, 'qemu', 0, { error => 'later' });
 is(modes(back_up()), 'new new', 'without the last archive the next one is full');
 is_deeply([$backend->problems($outside)], [], 'nothing is left');

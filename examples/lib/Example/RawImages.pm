@@ -21,15 +21,19 @@ sub job_cleanup ($self) { }
 # ---- backup ----
 
 sub backup_init ($self, $vmid, $vmtype, $start_time) {
-    $self->{archives}{$vmid} = "$self->{dir}/$vmid/$start_time";
-    return { 'archive-name' => "$vmid/$start_time" };
+    my $name = "$vmid/$start_time";
+    $name = "$vmid/" . ++$start_time while -e "$self->{dir}/$name";
+    $self->{archives}{$vmid} = "$self->{dir}/$name";
+    return { 'archive-name' => $name };
 }
 
 sub backup_get_mechanism ($self, $vmid, $vmtype) { return $vmtype eq 'qemu' ? 'nbd' : undef }
 
-# The bitmaps hold what changed since the archive that 'base' names.
+# The bitmaps hold what changed since the archive that 'base' names. Proxmox VE runs Perl with -T: what
+# comes out of a file has to be checked before it is used as a path.
 sub backup_vm_query_incremental ($self, $vmid, $volumes) {
-    my $base = $self->{base} = read_file("$self->{dir}/$vmid/base") // "$self->{dir}/none";
+    my ($time) = (read_file("$self->{dir}/$vmid/base") // '') =~ m!/([0-9]+)\z!;
+    my $base = $self->{base} = "$self->{dir}/$vmid/" . ($time // 'none');
     return { map { $_ => is_image("$base/$_.raw", $volumes->{$_}{size}) } keys $volumes->%* };
 }
 
