@@ -1,11 +1,13 @@
 #!/usr/bin/perl
 
-# How fast volumes are copied, from qemu-nbd over images in memory of which every other 16 MiB hold
-# data:
+# How fast volumes are copied, and what CPU time that takes, from qemu-nbd over images in memory:
 #
-#   - a full copy of 4 GiB to nowhere and to a file, beside nbdcopy on the same export
+#   - a full copy of 4 GiB to nowhere, to a file, and from NBD to NBD, beside nbdcopy and qemu-img convert
+#     on the same export; once of a disk full of data, once of one whose every other 16 MiB hold some
 #   - an increment, 64 KiB dirty every 128 KiB: beside a full copy of the same image, and beside a loop
 #     that has one request in flight
+#   - the same two from nbdkit, which costs less: what is left is the cost of the copy
+#   - looking for zeroes: a target that can be told of them beside one that cannot
 
 use v5.36;
 
@@ -31,9 +33,9 @@ sub qemu_img (@arguments) {
 }
 
 # A qcow2 image of the same kind whose bitmap has such a pattern.
-sub write_mapped ($file, $length, $pattern) {
-    my $map = PBA::Bench::BigMap->write(file => $file, size => $length, pattern => $pattern);
-    my $raw = PBA::Bench::Image::write_raw("$file.raw", $length);
+sub write_mapped ($file, $pattern) {
+    my $map = PBA::Bench::BigMap->write(file => $file, size => $size, pattern => $pattern);
+    my $raw = PBA::Bench::Image::write_raw("$file.raw", $size, full => 1);
     qemu_img(qw(convert -n -f raw -O qcow2), $raw, $file);
     unlink($raw);
     return $map;
@@ -63,35 +65,14 @@ sub open_volume ($server, %more) {
     );
 }
 
-# What nbdcopy's null: is: the data is read, and looked at for zeroes.
-sub copy_to_nowhere ($server, @more) {
-    my $statistics = open_volume($server, @more)->copy(to => '/dev/null');
+sub copy_to ($target, $server, %volume) {
+    my $statistics = open_volume($server, %volume)->copy(to => $target);
     return { bytes => $statistics->{'bytes-read'} };
 }
 
-sub copy_to_file ($server, $file) {
-    my $start = PBA::Bench::now();
-    my $statistics = open_volume($server)->copy(to => $file);
-    return checked($file, PBA::Bench::now() - $start, $statistics->{'bytes-read'});
-}
-
-# ---- the others ----
-
-sub nbdcopy ($server, @arguments) {
-    system('nbdcopy', $server->uri, @arguments) == 0 or die "nbdcopy failed\n";
-    return;
-}
-
-sub nbdcopy_to_file ($server, $file) {
-    my $start = PBA::Bench::now();
-    nbdcopy($server, $file);
-    return checked($file, PBA::Bench::now() - $start, -s $file);
-}
-
-# A figure for a copy that is not one would be no figure.
-sub checked ($file, $seconds, $bytes) {
-    PBA::Bench::Image::compare($file, "$dir/full.raw");
-    return { counts => { bytes => $bytes }, seconds => $seconds };
+# What nbdcopy's null: is: the data is read, and looked at for zeroes.
+sub copy_to_nowhere ($server, %volume) {
+    return copy_to('/dev/null', $server, %volume);
 }
 
 sub one_by_one ($server) {
@@ -103,62 +84,177 @@ sub one_by_one ($server) {
     return { bytes => $bytes };
 }
 
+# ---- the others ----
+
+sub run_tool (@command) {
+    system(@command) == 0 or die "$command[0] failed\n";
+    return { bytes => $size };
+}
+
+sub nbdcopy ($server, $target) { return run_tool('nbdcopy', $server->uri, $target) }
+
+sub convert ($server, $target) {
+    my $qemu_img = $ENV{PBA_QEMU_IMG} // 'qemu-img';
+    return run_tool($qemu_img, qw(convert -f raw -O raw), $server->uri, $target)
+        if $target !~ m/^nbd/;
+    return run_tool($qemu_img, qw(convert -n -f raw -O raw -W), $server->uri, $target);
+}
+
+# Measures only the copy; a figure for one that is not a copy would be none.
+sub checked ($file, $source, $code) {
+    my @before = times();
+    my $start = PBA::Bench::now();
+    my $counts = $code->();
+    my $seconds = PBA::Bench::now() - $start;
+    my @after = times();
+    PBA::Bench::Image::compare($file, $source);
+    my $cpu = 0;
+    $cpu += $after[$_] - $before[$_] for 0 .. 3;
+    return { counts => $counts, seconds => $seconds, cpu_seconds => $cpu };
+}
+
 # ---- the cases ----
 
-my $full
-    = serve('full', file => PBA::Bench::Image::write_raw("$dir/full.raw", $size), format => 'raw');
 my $target = "$dir/target";
 
-$bench->compare(
-    case => 'full, to nowhere',
-    ours => { prepare => sub { load_module() }, run => sub ($) { copy_to_nowhere($full) } },
-    peer => {
-        name => 'nbdcopy',
-        run => sub ($) { nbdcopy($full, 'null:'); return { bytes => $size } },
-    },
-);
-$bench->compare(
-    case => 'full, to a file',
-    ours => {
-        prepare => sub { load_module(); unlink($target) },
-        run => sub ($) { copy_to_file($full, $target) },
-    },
-    peer => {
-        name => 'nbdcopy',
-        prepare => sub { unlink($target) },
-        run => sub ($) { nbdcopy_to_file($full, $target) },
-    },
-);
-undef $full;
-unlink($target, "$dir/full.raw");
+sub ours ($run) {
+    return { prepare => \&load_module, run => $run };
+}
 
-my $increment = serve('increment', write_mapped("$dir/increment.qcow2", $size, 'alternate')->%*);
+sub full_to_nowhere ($case, $full) {
+    $bench->compare(
+        case => "$case, to nowhere",
+        ours => ours(sub ($) { copy_to_nowhere($full) }),
+        peer => { name => 'nbdcopy', run => sub ($) { nbdcopy($full, 'null:') } },
+    );
+    return;
+}
+
+sub full_to_file ($case, $full) {
+    my $side = sub ($name, $copy) {
+        return {
+            name => $name,
+            prepare => sub { load_module(); unlink($target) },
+            run => sub ($) {
+                checked($target, $full->{file}, sub { $copy->($full, $target) });
+            },
+        };
+    };
+    $bench->compare(
+        case => "$case, to a file",
+        ours => $side->(undef, sub ($server, $file) { copy_to($file, $server) }),
+        peer => [$side->('nbdcopy', \&nbdcopy), $side->('qemu-img convert', \&convert)],
+    );
+    unlink($target);
+    return;
+}
+
+# Each run has a new target.
+sub full_to_nbd ($case, $full) {
+    my $server;
+    my $side = sub ($name, $copy) {
+        return {
+            name => $name,
+            before => sub {
+                undef $server;
+                unlink($target);
+                open(my $fh, '>', $target) or die "$target: $!\n";
+                truncate($fh, $size) or die "$target: $!\n";
+                $server = serve('sink', file => $target, format => 'raw', writable => 1);
+            },
+            prepare => \&load_module,
+            run => sub ($) {
+                checked($target, $full->{file}, sub { $copy->($full, $server->uri) });
+            },
+        };
+    };
+    $bench->compare(
+        case => "$case, NBD to NBD",
+        ours => $side->(undef, sub ($from, $to) { copy_to($to, $from) }),
+        peer => [$side->('nbdcopy', \&nbdcopy), $side->('qemu-img convert', \&convert)],
+    );
+    undef $server;
+    unlink($target);
+    return;
+}
+
+for my $case (qw(full thin)) {
+    next if !grep { $bench->wants("$case, $_") } 'to nowhere', 'to a file', 'NBD to NBD';
+    my $image = PBA::Bench::Image::write_raw("$dir/$case.raw", $size, full => $case eq 'full');
+    my $full = serve($case, file => $image, format => 'raw');
+    full_to_nowhere($case, $full);
+    full_to_file($case, $full);
+    full_to_nbd($case, $full);
+    undef $full;
+    unlink($image);
+}
 
 # Two of them are as many bytes as all of the image.
+sub twice ($server) {
+    my $bytes = 0;
+    $bytes += copy_to_nowhere($server)->{bytes} for 1 .. 2;
+    return { bytes => $bytes };
+}
+
+my $increment = serve('increment', write_mapped("$dir/increment.qcow2", 'alternate')->%*);
 $bench->compare(
     case => 'increment, twice',
-    ours => {
-        prepare => sub { load_module() },
-        run => sub ($) {
-            my $bytes = 0;
-            $bytes += copy_to_nowhere($increment)->{bytes} for 1 .. 2;
-            return { bytes => $bytes };
-        },
-    },
+    ours => ours(sub ($) { twice($increment) }),
     peer => {
         name => 'full copy',
-        prepare => sub { load_module() },
+        prepare => \&load_module,
         run => sub ($) { copy_to_nowhere($increment, 'bitmap-mode' => 'none') },
     },
 );
 $bench->compare(
     case => 'increment',
-    ours => { prepare => sub { load_module() }, run => sub ($) { copy_to_nowhere($increment) } },
+    ours => ours(sub ($) { copy_to_nowhere($increment) }),
     peer => {
         name => 'one request in flight',
-        prepare => sub { load_module() },
+        prepare => \&load_module,
         run => sub ($) { one_by_one($increment) },
     },
 );
+undef $increment;
+unlink("$dir/increment.qcow2");
 
+# What requests as short as the increment's cost by themselves, and where: the same bytes from two servers.
+my $data = PBA::Bench::Image::write_raw("$dir/data.raw", $size, full => 1);
+my %servers = (
+    'qemu-nbd' => serve('short', file => $data, format => 'raw'),
+    'nbdkit' => serve('nbdkit', nbdkit => ['--readonly', 'file', $data]),
+);
+for my $name (sort keys %servers) {
+    my $of_size = sub ($request) {
+        my $volume = open_volume($servers{$name});
+        my $statistics = $volume->copy(to => '/dev/null', 'request-size' => $request);
+        return { bytes => $statistics->{'bytes-read'} };
+    };
+    $bench->compare(
+        case => "requests of 64 KiB, $name",
+        ours => ours(sub ($) { $of_size->(64 << 10) }),
+        peer => {
+            name => 'requests of 256 KiB',
+            prepare => \&load_module,
+            run => sub ($) { $of_size->(256 << 10) },
+        },
+    );
+}
+%servers = ();
+
+# From a server with data to one that forgets it.
+my $pattern = serve('pattern', nbdkit => ['pattern', "size=$size"]);
+my %forgets = (
+    ours => serve('zero', nbdkit => ['null', "size=$size"]),
+    peer => serve('nozero', nbdkit => ['--filter=nozero', 'null', "size=$size"]),
+);
+$bench->compare(
+    case => 'looking for zeroes',
+    ours => ours(sub ($) { copy_to($forgets{ours}->uri, $pattern) }),
+    peer => {
+        name => 'not looking',
+        prepare => \&load_module,
+        run => sub ($) { copy_to($forgets{peer}->uri, $pattern) },
+    },
+);
 $bench->finish;

@@ -10,12 +10,15 @@
 #include "wait.h"
 #include <errno.h>
 #include <inttypes.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #define DEFAULT_REQUEST (256u << 10)
 #define MEMORY (16u << 20)
 #define MAX_PIECES 64u
 #define MIN_PIECES 2u
+/* What need not be read is written in larger pieces. */
+#define MAX_ZERO (32u << 20)
 #define SECTOR 4096u
 /* More are not sent before some are done, lest they fill the server's queue. */
 #define MAX_TRIMMING 32u
@@ -30,15 +33,16 @@ typedef struct {
     PbaSink *sink;
     PbaRegions *ahead; /* those that were read ahead of a map that can be read but once, or NULL */
     PbaLimit limit;
-    char *memory;
     PbaPiece pieces[MAX_PIECES];
     unsigned piece_count;
     unsigned used; /* pieces that are not free */
     uint32_t request;
     uint64_t region_offset; /* what of the current region is not read yet */
     uint64_t region_left;
-    bool at_end; /* of the map */
-    bool waits_for_map;
+    PbaStretch stretch; /* what it begins with */
+    char *zeroes;       /* room for MAX_ZERO, never written to, so that it takes no memory */
+    bool at_end;        /* of the map */
+    bool waits_for_map; /* or for where it has holes */
     uint64_t next_read; /* sequence numbers */
     uint64_t next_write;
     uint64_t done; /* bytes that the sink has */
@@ -79,7 +83,23 @@ static bool next_region(Copy *copy, GError **error)
     copy->statistics->regions += length > 0 ? 1 : 0;
     copy->region_offset = offset;
     copy->region_left = length;
+    copy->stretch = (PbaStretch){0};
+    if (copy->source.holes) {
+        pba_holes_begin(copy->source.holes, offset, length);
+    }
     return true;
+}
+
+/* What the rest of the region begins with; false if that is not known yet. */
+static bool find_stretch(Copy *copy)
+{
+    if (copy->stretch.length == 0 && !copy->source.holes) {
+        copy->stretch = (PbaStretch){copy->region_left, false};
+    } else if (copy->stretch.length == 0) {
+        copy->waits_for_map =
+            !pba_holes_next(copy->source.holes, copy->region_offset, &copy->stretch);
+    }
+    return !copy->waits_for_map;
 }
 
 static PbaPiece *free_piece(Copy *copy)
@@ -92,26 +112,40 @@ static PbaPiece *free_piece(Copy *copy)
     return NULL;
 }
 
-/* The rest of a region, or as much of it as one request may have, up to the edge of a cluster. */
+/* The rest of a stretch, or as much of it as one request may have, up to the edge of a cluster. */
 static uint32_t next_length(const Copy *copy)
 {
-    if (copy->region_left <= copy->request) {
-        return (uint32_t)copy->region_left;
+    uint32_t max = copy->stretch.zero ? MIN(MAX_ZERO, copy->sink->max_request) : copy->request;
+
+    if (copy->stretch.length <= max) {
+        return (uint32_t)copy->stretch.length;
+    }
+    if (copy->stretch.zero) {
+        return max;
     }
     uint64_t unit = copy->request >= PBA_CLUSTER ? PBA_CLUSTER : SECTOR;
     uint64_t end = (copy->region_offset + copy->request) / unit * unit;
     return end > copy->region_offset ? (uint32_t)(end - copy->region_offset) : copy->request;
 }
 
+/* A piece of zeroes has been read as soon as it begins. */
 static bool start_piece(Copy *copy, PbaPiece *piece, uint32_t length, GError **error)
 {
+    bool zero = copy->stretch.zero;
+
     piece->sequence = copy->next_read++;
     piece->offset = copy->region_offset;
     piece->length = length;
+    piece->data = zero ? copy->zeroes : piece->buffer;
+    piece->seen = piece->holes = zero ? length : 0;
+    piece->zero = 0;
+    piece->error = 0;
+    piece->state = zero ? PBA_PIECE_READ : PBA_PIECE_READING;
     copy->region_offset += length;
     copy->region_left -= length;
+    copy->stretch.length -= length;
     copy->used++;
-    return pba_source_read(&copy->source, piece, error);
+    return zero || pba_source_read(&copy->source, piece, error);
 }
 
 static bool may_read(const Copy *copy)
@@ -127,11 +161,11 @@ static bool fill(Copy *copy, GError **error)
         if (copy->region_left == 0 && !next_region(copy, error)) {
             return false;
         }
-        if (copy->region_left == 0) {
+        if (copy->region_left == 0 || !find_stretch(copy)) {
             return true;
         }
         uint32_t length = next_length(copy);
-        if (!pba_limit_take(&copy->limit, length, g_get_monotonic_time())) {
+        if (!copy->stretch.zero && !pba_limit_take(&copy->limit, length, g_get_monotonic_time())) {
             return true;
         }
         if (!start_piece(copy, free_piece(copy), length, error)) {
@@ -278,13 +312,21 @@ static bool check_total(const Copy *copy, GError **error)
     return false;
 }
 
+/* True if there is something to be done without a wait: a sink took a piece at once. */
+static bool can_go_on(const Copy *copy)
+{
+    return copy->used < copy->piece_count && !copy->waits_for_map && !copy->at_end &&
+           copy->stretch.zero && copy->source.trimming < MAX_TRIMMING;
+}
+
 static bool copy_regions(Copy *copy, GError **error)
 {
-    while (fill(copy, error)) {
+    /* Zeroes are there without a wait. */
+    while (fill(copy, error) && take_pieces(copy, error) && tell_progress(copy, false, error)) {
         if (copy->at_end && copy->used == 0) {
             return check_total(copy, error);
         }
-        if (!turn(copy, error) || !take_pieces(copy, error) || !tell_progress(copy, false, error)) {
+        if (!can_go_on(copy) && (!turn(copy, error) || !take_pieces(copy, error))) {
             break;
         }
     }
@@ -329,11 +371,16 @@ static bool finish_discards(Copy *copy, GError **error)
 
 /* Before and after */
 
+static PbaMap *whole_map(PbaVolume *volume)
+{
+    return pba_map_new(volume, 0, volume->size);
+}
+
 static bool count_total(Copy *copy, GError **error)
 {
     uint64_t offset;
     uint64_t length;
-    PbaMap *map = pba_map_swap(copy->volume, pba_map_new(copy->volume));
+    PbaMap *map = pba_map_swap(copy->volume, whole_map(copy->volume));
     bool read;
 
     copy->ahead = copy->volume->handle ? pba_regions_new() : NULL;
@@ -357,13 +404,27 @@ static void prepare_pieces(Copy *copy)
 
     request = MIN(request, MIN(copy->source.max_request, copy->sink->max_request));
     copy->piece_count = CLAMP(MEMORY / request, MIN_PIECES, MAX_PIECES);
-    /* One byte more: Perl may look at the one behind a string. */
-    copy->memory = g_aligned_alloc(1, (size_t)copy->piece_count * request + 1, SECTOR);
     for (unsigned i = 0; i < copy->piece_count; i++) {
-        copy->pieces[i].data = copy->memory + (size_t)i * request;
+        /* One byte more: Perl may look at the one behind a string. */
+        copy->pieces[i].buffer = g_aligned_alloc(1, (size_t)request + 1, SECTOR);
     }
     pba_limit_init(&copy->limit, copy->options->bandwidth_limit, g_get_monotonic_time());
     copy->request = pba_limit_request(&copy->limit, request);
+}
+
+/* A function is given the zeroes, so it has them read. */
+static bool prepare_holes(Copy *copy, GError **error)
+{
+    if (copy->options->write || !pba_source_find_holes(&copy->source)) {
+        return true;
+    }
+    copy->zeroes = mmap(NULL, MAX_ZERO, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (copy->zeroes == MAP_FAILED) {
+        copy->zeroes = NULL;
+        pba_error_set(error, PBA_ERROR_SYSTEM, "mmap failed - %s", g_strerror(errno));
+        return false;
+    }
+    return true;
 }
 
 static bool prepare(Copy *copy, GError **error)
@@ -378,19 +439,28 @@ static bool prepare(Copy *copy, GError **error)
         return false;
     }
     prepare_pieces(copy);
-    return true;
+    return prepare_holes(copy, error);
 }
 
 /* Whatever still is in flight knows the pieces' memory: its connections and threads go first. */
 static void clean_up(Copy *copy, bool broken)
 {
+    bool from_file = copy->source.file != NULL;
+
     pba_pool_free(copy->loop.pool);
     if (copy->sink) {
         copy->sink->free(copy->sink);
     }
     pba_source_close(&copy->source, broken);
     pba_regions_free(copy->ahead);
-    g_aligned_free(copy->memory);
+    for (unsigned i = 0; i < copy->piece_count; i++) {
+        if (!from_file || copy->pieces[i].state != PBA_PIECE_READING) {
+            g_aligned_free(copy->pieces[i].buffer);
+        }
+    }
+    if (copy->zeroes) {
+        munmap(copy->zeroes, MAX_ZERO);
+    }
 }
 
 static bool run(Copy *copy, GError **error)
@@ -406,7 +476,7 @@ bool pba_volume_copy(PbaVolume *volume, const PbaCopyOptions *options,
 {
     gint64 start = g_get_monotonic_time();
     Copy *copy = g_new0(Copy, 1);
-    PbaMap *map = pba_map_swap(volume, pba_map_new(volume));
+    PbaMap *map = pba_map_swap(volume, whole_map(volume));
 
     *statistics = (PbaCopyStatistics){0};
     *copy = (Copy){

@@ -35,10 +35,10 @@ typedef enum {
  * done by the one who drives. */
 typedef struct {
     PbaJob job;
-    int fd;               /* while it is read from a file */
     struct PbaSink *sink; /* while it is written */
     PbaPieceState state;
-    char *data; /* room for a request's length, aligned for direct I/O */
+    char *buffer; /* room for a request's length, aligned for direct I/O */
+    char *data;   /* that, or zeroes */
     uint64_t sequence;
     uint64_t offset;
     uint32_t length;
@@ -56,11 +56,31 @@ void pba_piece_fail(PbaPiece *piece, int error, uint64_t offset);
 
 /* The volume's side */
 
-typedef struct PbaFileTrim PbaFileTrim;
+/* A part of a region that is zeroes, or else has to be read. */
+typedef struct {
+    uint64_t length; /* 0: not known */
+    bool zero;
+} PbaStretch;
+
+/* Where regions are zeroes, by the server's word. */
+typedef struct PbaHoles PbaHoles;
+
+/* Asks over a volume of the context PBA_CONTEXT_ALLOCATION, which is borrowed. */
+PbaHoles *pba_holes_new(PbaVolume *volume);
+void pba_holes_free(PbaHoles *holes);
+/* From now on it is about this region. */
+void pba_holes_begin(PbaHoles *holes, uint64_t offset, uint64_t length);
+/* What the region goes on with from offset; offsets ascend. False if it is not known yet: the
+ * answer is under way. What the server does not want to tell has to be read. */
+bool pba_holes_next(PbaHoles *holes, uint64_t offset, PbaStretch *stretch);
+
+typedef struct PbaSourceFile PbaSourceFile;
 
 typedef struct {
     PbaVolume *volumes[PBA_COPY_MAX_CONNECTIONS]; /* the first is the caller's */
     unsigned count;
+    PbaHoles *holes; /* owned; NULL: all has to be read */
+    uint32_t read_flags;
     bool can_discard;
     uint32_t max_request;
     PbaTrims trims;
@@ -68,14 +88,16 @@ typedef struct {
     uint64_t discarded;
     int trim_error;
     uint64_t trim_error_offset;
-    PbaPool *pool;           /* of a volume behind a file handle; borrowed */
-    PbaFileTrim *file_trims; /* under way; owned */
+    PbaPool *pool;       /* of a volume behind a file handle; borrowed */
+    PbaSourceFile *file; /* of the same; owned */
 } PbaSource;
 
 /* Opens what is needed beside the volume: connections in all, 0 for as many as are good for the
  * speed. A server that does not say it is safe with several gets one. */
 bool pba_source_open(PbaSource *source, PbaVolume *volume, unsigned connections, PbaLoop *loop,
                      GError **error);
+/* Has the server asked for holes from now on, where that is possible: true then. */
+bool pba_source_find_holes(PbaSource *source);
 /* With broken, requests may still be in flight: all connections are closed. */
 void pba_source_close(PbaSource *source, bool broken);
 /* Begins to read offset and length of the piece. */
@@ -88,8 +110,9 @@ bool pba_source_release_all(PbaSource *source, GError **error);
 /* A discard came to its end. */
 void pba_source_trimmed(PbaSource *source, PbaRange range, int error);
 
-/* The same of a volume behind a file handle, in source-file.c. Closing is for when the pool is
- * freed. */
+/* The same of a volume behind a file handle, in source-file.c. What is under way when the pool is
+ * freed goes on by itself, and the buffer of a piece that is being read goes with it. */
+bool pba_source_file_open(PbaSource *source, GError **error);
 void pba_source_file_read(PbaSource *source, PbaPiece *piece);
 void pba_source_file_trim(PbaSource *source, PbaRange range);
 void pba_source_file_close(PbaSource *source);

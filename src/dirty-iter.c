@@ -1,5 +1,4 @@
-/* The dirty regions of a volume, from NBD block status (NBD spec: NBD_CMD_BLOCK_STATUS; the bit is
- * QEMU's NBD_STATE_DIRTY of the context qemu:dirty-bitmap).
+/* The dirty regions of a volume, from NBD block status (NBD spec: NBD_CMD_BLOCK_STATUS).
  *
  * The map is asked for in chunks, several of which are under way. A server may answer for less
  * than was asked: the rest is asked again. Whatever else is not a full answer is an error, since
@@ -11,7 +10,6 @@
 #include <inttypes.h>
 #include <string.h>
 
-#define STATE_DIRTY 1u
 /* The first region is wanted soon; later chunks are as big as the server's answers allow, and as a
  * request can be: under 4 GiB. */
 #define FIRST_CHUNK (UINT64_C(256) << 20)
@@ -20,10 +18,12 @@
 /* QEMU answers with at most 131,072 extents; stay well below. */
 #define MANY_NUMBERS (UINT64_C(2) * 32768)
 
-PbaMap *pba_map_new(PbaVolume *volume)
+PbaMap *pba_map_new(PbaVolume *volume, uint64_t begin, uint64_t end)
 {
     PbaMap *map = g_new0(PbaMap, 1);
 
+    map->asked = begin;
+    map->end = end;
     map->chunk_size = FIRST_CHUNK;
     map->connection = volume->connection;
     for (unsigned i = 0; i < PBA_MAP_DEPTH; i++) {
@@ -46,6 +46,16 @@ PbaMap *pba_map_swap(PbaVolume *volume, PbaMap *map)
 
     volume->map = map;
     return before;
+}
+
+bool pba_map_is_idle(const PbaMap *map)
+{
+    for (unsigned i = 0; i < PBA_MAP_DEPTH; i++) {
+        if (map->chunks[i].sent && !map->chunks[i].answered) {
+            return false;
+        }
+    }
+    return true;
 }
 
 /* What was asked over a connection that is gone has to be asked again. */
@@ -108,16 +118,16 @@ static bool send_chunk(PbaVolume *volume, PbaMapChunk *chunk, GError **error)
     return true;
 }
 
-/* Keeps requests in flight: new chunks up to the end of the volume, and those to be asked again. */
+/* Keeps requests in flight: new chunks up to the map's end, and those to be asked again. */
 static bool fill_ring(PbaVolume *volume, GError **error)
 {
     PbaMap *map = volume->map;
 
     forget_lost_requests(volume);
-    while (map->used < PBA_MAP_DEPTH && map->asked < volume->size) {
+    while (map->used < PBA_MAP_DEPTH && map->asked < map->end) {
         PbaMapChunk *chunk = &map->chunks[(map->head + map->used) % PBA_MAP_DEPTH];
         chunk->offset = map->asked;
-        chunk->length = MIN(map->chunk_size, volume->size - map->asked);
+        chunk->length = MIN(map->chunk_size, map->end - map->asked);
         chunk->sent = false;
         chunk->answered = false;
         map->asked += chunk->length;
@@ -192,7 +202,7 @@ static PbaMapChunk *current_chunk(PbaVolume *volume, bool *later, GError **error
     PbaMap *map = volume->map;
     PbaMapChunk *chunk = &map->chunks[map->head];
 
-    if (map->used == 0 && map->asked == volume->size) {
+    if (map->used == 0 && map->asked == map->end) {
         return NULL;
     }
     if (!has_answer(volume, chunk, later, error)) {
@@ -208,7 +218,7 @@ static bool read_run(PbaVolume *volume, PbaMapChunk *chunk, GError **error)
 
     while (chunk->next < chunk->count && chunk->length > 0) {
         uint64_t length = MIN(chunk->extents[chunk->next], chunk->length);
-        bool dirty = chunk->extents[chunk->next + 1] & STATE_DIRTY;
+        bool dirty = chunk->extents[chunk->next + 1] & volume->flag;
         if (length == 0) {
             set_incomplete(volume, chunk, "the NBD server sent an extent of no length", error);
             return false;
@@ -279,8 +289,8 @@ static bool next_region(PbaVolume *volume, uint64_t *offset, uint64_t *length, b
     }
     if (!volume->context) {
         map->run_offset = map->asked;
-        map->run_length = volume->size - map->asked;
-        map->asked = volume->size;
+        map->run_length = map->end - map->asked;
+        map->asked = map->end;
     } else if (!next_run(volume, later, error)) {
         return false;
     }

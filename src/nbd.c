@@ -8,6 +8,8 @@
 #include <string.h>
 
 #define CONNECT_LIMIT_S 30
+/* Of the context qemu:dirty-bitmap (QEMU: docs/interop/nbd). */
+#define STATE_DIRTY 1u
 #define MAX_READ (32u << 20)
 /* Below the 32 bit limit of a request, and whole clusters. */
 #define MAX_DISCARD (UINT64_C(1) << 30)
@@ -161,19 +163,29 @@ bool pba_volume_connect(PbaVolume *volume, GError **error)
 
 PbaVolume *pba_volume_open(const PbaVolumeOptions *options, const PbaHooks *hooks, GError **error)
 {
+    g_autofree char *context =
+        options->bitmap ? g_strconcat("qemu:dirty-bitmap:", options->bitmap, NULL) : NULL;
+
+    return pba_volume_open_context(options, context, STATE_DIRTY, hooks, error);
+}
+
+PbaVolume *pba_volume_open_context(const PbaVolumeOptions *options, const char *context,
+                                   uint32_t flag, const PbaHooks *hooks, GError **error)
+{
     PbaVolume *volume = g_new0(PbaVolume, 1);
 
     volume->hooks = hooks ? *hooks : (PbaHooks){0};
     volume->device = g_strdup(options->device);
     volume->path = g_strdup(options->path);
-    volume->context =
-        options->bitmap ? g_strconcat("qemu:dirty-bitmap:", options->bitmap, NULL) : NULL;
+    volume->context = g_strdup(context);
+    volume->flag = flag;
     volume->size = options->size;
-    volume->map = pba_map_new(volume);
+    volume->map = pba_map_new(volume, 0, volume->size);
     if (!pba_volume_connect(volume, error)) {
         pba_volume_free(volume);
         return NULL;
     }
+    volume->map->end = volume->size; /* by now it is known */
     return volume;
 }
 
@@ -186,7 +198,7 @@ PbaVolume *pba_volume_new_handle(PbaHandle *handle, const char *device, uint64_t
     volume->device = g_strdup(device);
     volume->size = size;
     volume->handle = handle;
-    volume->map = pba_map_new(volume);
+    volume->map = pba_map_new(volume, 0, size);
     return volume;
 }
 

@@ -18,13 +18,32 @@ void pba_piece_fail(PbaPiece *piece, int error, uint64_t offset)
     }
 }
 
-static bool open_more(PbaSource *source, unsigned connections, GError **error)
+/* The second connection can tell where there are holes, if the server can. */
+static PbaVolume *open_another(const PbaSource *source, GError **error)
 {
     const PbaVolume *first = source->volumes[0];
     PbaVolumeOptions options = {.device = first->device, .path = first->path, .size = first->size};
 
+    /* QEMU before 10.0 cannot ask a snapshot twice at a time. */
+    if (source->count == 1 && !first->by_cluster) {
+        g_autoptr(GError) local = NULL;
+        PbaVolume *volume = pba_volume_open_context(&options, PBA_CONTEXT_ALLOCATION,
+                                                    LIBNBD_STATE_ZERO, &first->hooks, &local);
+        if (volume) {
+            return volume;
+        }
+        if (!g_error_matches(local, PBA_ERROR, PBA_ERROR_INCOMPLETE)) {
+            g_propagate_error(error, g_steal_pointer(&local));
+            return NULL;
+        }
+    }
+    return pba_volume_open(&options, &first->hooks, error);
+}
+
+static bool open_more(PbaSource *source, unsigned connections, GError **error)
+{
     while (source->count < connections) {
-        PbaVolume *volume = pba_volume_open(&options, &first->hooks, error);
+        PbaVolume *volume = open_another(source, error);
         if (!volume) {
             return false;
         }
@@ -42,7 +61,7 @@ bool pba_source_open(PbaSource *source, PbaVolume *volume, unsigned connections,
         source->max_request = UINT32_MAX;
         source->can_discard = true;
         source->pool = pba_loop_pool(loop, error);
-        return source->pool != NULL;
+        return source->pool && pba_source_file_open(source, error);
     }
     if (!pba_volume_connect(volume, error)) {
         return false;
@@ -57,6 +76,9 @@ bool pba_source_open(PbaSource *source, PbaVolume *volume, unsigned connections,
     int64_t max_request = nbd_get_block_size(volume->nbd, LIBNBD_SIZE_MAXIMUM);
     source->max_request = max_request > 0 ? (uint32_t)MIN(max_request, UINT32_MAX) : UINT32_MAX;
     source->can_discard = nbd_can_trim(volume->nbd) == 1;
+    /* Looking for holes in what is read, a server asks the same. */
+    source->read_flags =
+        volume->by_cluster && nbd_can_df(volume->nbd) == 1 ? LIBNBD_CMD_FLAG_DF : 0;
     for (unsigned i = 0; i < source->count; i++) {
         /* Every byte of a read is counted, so none has to be set before. */
         nbd_set_pread_initialize(source->volumes[i]->nbd, false);
@@ -65,8 +87,17 @@ bool pba_source_open(PbaSource *source, PbaVolume *volume, unsigned connections,
     return true;
 }
 
+bool pba_source_find_holes(PbaSource *source)
+{
+    if (source->count > 1 && source->volumes[1]->context) {
+        source->holes = pba_holes_new(source->volumes[1]);
+    }
+    return source->holes != NULL;
+}
+
 void pba_source_close(PbaSource *source, bool broken)
 {
+    pba_holes_free(source->holes);
     pba_source_file_close(source);
     for (unsigned i = 1; i < source->count; i++) {
         pba_volume_free(source->volumes[i]);
@@ -131,9 +162,6 @@ static int take_read(void *opaque, int *error)
 
 bool pba_source_read(PbaSource *source, PbaPiece *piece, GError **error)
 {
-    piece->state = PBA_PIECE_READING;
-    piece->seen = piece->holes = piece->zero = 0;
-    piece->error = 0;
     if (source->pool) {
         pba_source_file_read(source, piece);
         return true;
@@ -147,7 +175,8 @@ bool pba_source_read(PbaSource *source, PbaPiece *piece, GError **error)
         if (nbd_aio_pread_structured(
                 volume->nbd, piece->data + done, length, offset,
                 (nbd_chunk_callback){.callback = take_chunk, .user_data = piece},
-                (nbd_completion_callback){.callback = take_read, .user_data = piece}, 0) == -1) {
+                (nbd_completion_callback){.callback = take_read, .user_data = piece},
+                source->read_flags) == -1) {
             g_autofree char *what =
                 g_strdup_printf("reading %" PRIu64 " bytes at offset %" PRIu64, length, offset);
             pba_volume_set_nbd_error(volume, what, error);

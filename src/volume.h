@@ -39,6 +39,7 @@ typedef struct {
     unsigned head;
     unsigned used;
     uint64_t asked;      /* up to here chunks were made */
+    uint64_t end;        /* of what is to be asked */
     uint64_t chunk_size; /* of the next one */
     uint64_t run_offset; /* the dirty run that is being joined; run_length 0: none */
     uint64_t run_length;
@@ -52,13 +53,21 @@ struct PbaVolume {
     PbaHooks hooks;
     char *device;
     char *path;
-    char *context; /* NULL: no bitmap */
+    char *context; /* what the map is of; NULL: no bitmap */
+    uint32_t flag; /* of the context's extents: those that are regions have it */
     uint64_t size;
     bool by_cluster; /* see PBA_BY_CLUSTER */
     char *broken;    /* why nothing more can be had from this volume; NULL: it works */
     PbaMap *map;     /* owned */
 };
 
+/* Which parts of an export are zeroes (NBD spec: the base:allocation context). */
+#define PBA_CONTEXT_ALLOCATION "base:allocation"
+
+/* pba_volume_open with another context than options->bitmap's, whose regions are the extents that
+ * have flag. PBA_ERROR_INCOMPLETE if the server does not offer it. */
+PbaVolume *pba_volume_open_context(const PbaVolumeOptions *options, const char *context,
+                                   uint32_t flag, const PbaHooks *hooks, GError **error);
 /* Connects, or connects again after an interrupted call. */
 bool pba_volume_connect(PbaVolume *volume, GError **error);
 /* Lets libnbd send and receive once something can be. what names the wait. */
@@ -77,12 +86,14 @@ void pba_volume_set_nbd_error(const PbaVolume *volume, const char *what, GError 
 /* Marks the volume as of no more use because of error. */
 void pba_volume_break(PbaVolume *volume, const GError *error);
 
-/* A way through the volume's map from its start. The volume must outlive it. */
-PbaMap *pba_map_new(PbaVolume *volume);
+/* A way through the volume's map from begin to end. The volume must outlive it. */
+PbaMap *pba_map_new(PbaVolume *volume, uint64_t begin, uint64_t end);
 void pba_map_free(PbaMap *map);
 /* Makes map (owned by the volume then) the one that regions come from; returns the one before, to
  * be put back or freed by the caller. Answers that are under way reach the map that asked. */
 PbaMap *pba_map_swap(PbaVolume *volume, PbaMap *map);
+/* True if no answer to a request of this map is under way any more. */
+bool pba_map_is_idle(const PbaMap *map);
 /* pba_volume_next_dirty_region without waiting: *later says that the answer is under way. */
 bool pba_volume_poll_dirty_region(PbaVolume *volume, uint64_t *offset, uint64_t *length,
                                   bool *later, GError **error);

@@ -205,6 +205,45 @@ subtest 'targets that are full' => sub {
     );
 };
 
+# What the target refused, or has not answered, can still be read of the source.
+subtest 'discards wait for the target' => sub {
+    for my $good (0, 1, 5, 20) {
+        my $target = PBA::Test::NBDServer->start(
+            size => $size,
+            write_error => EIO,
+            good_first => $good,
+            delay => 0.2,
+        );
+        my $source = start();
+        my @options = (connections => 1, 'request-size' => 64 * $KiB);
+        copy_dies(
+            $source, qr/writing \d+ bytes at offset \d+ to nbd.* failed - Input/,
+            "after $good good ones",
+            to => $target->uri,
+            @options
+        );
+        my %written
+            = map { $_->{offset} => 1 } ($target->requests('write'))[0 .. $good - 1];
+        my @early;
+        for my $trim ($source->requests('trim')) {
+            for (my $at = 0; $at < $trim->{length}; $at += 64 * $KiB) {
+                push(@early, $trim->{offset} + $at) if !$written{ $trim->{offset} + $at };
+            }
+        }
+        is_deeply(\@early, [], "after $good good ones: nothing else was discarded");
+    }
+};
+
+subtest 'a target that cannot flush' => sub {
+    my $target = PBA::Test::NBDServer->start(size => $size, no_flush => 1);
+    my $statistics = open_volume(start())->copy(to => $target->uri);
+    is($statistics->{'bytes-written'}, $size, 'gets all data');
+    is_deeply([$target->requests('flush')], [], 'and is not asked to');
+    my $other = PBA::Test::NBDServer->start(size => $size);
+    open_volume(start())->copy(to => $other->uri);
+    cmp_ok(scalar(() = $other->requests('flush')), '>', 0, 'one that can is');
+};
+
 # A program of its own, since the limit stays. It ends with 0 if the copy dies as it should.
 my $limited_copy = <<'EOF';
 use PVE::BackupAccess::Volume;

@@ -6,6 +6,7 @@ use v5.36;
 
 use FindBin;
 use lib "$FindBin::Bin/lib";
+use POSIX ();
 use Test::More;
 
 use PBA::Test::Backend;
@@ -31,18 +32,34 @@ sub new_image ($file, $size) {
 
 # Each copies a volume into the raw image.
 my %sinks = (
-    file => sub ($volume, $file) { $volume->copy(to => $file) },
-    descriptor => sub ($volume, $file) {
+    file => sub ($volume, $file, @options) { $volume->copy(to => $file, @options) },
+    descriptor => sub ($volume, $file, @options) {
         open(my $fh, '+<:raw', $file) or die "$file: $!\n";
-        return $volume->copy(to => $fh, 'request-size' => 65536);
+        return $volume->copy(to => $fh, 'request-size' => 65536, @options);
     },
-    server => sub ($volume, $file) {
+    server => sub ($volume, $file, @options) {
         my $server = PBA::Test::QemuNbd->start(file => $file);
-        my $statistics = $volume->copy(to => $server->uri);
+        my $statistics = $volume->copy(to => $server->uri, @options);
         $server->stop;
         return $statistics;
     },
-    function => sub ($volume, $file) {
+    qcow2 => sub ($volume, $file, @options) {
+        PBA::Test::QemuNbd::img('convert', '-f', 'raw', '-O', 'qcow2', $file, "$file.qcow2");
+        my $server = PBA::Test::QemuNbd->start(file => "$file.qcow2", format => 'qcow2');
+        my $statistics = $volume->copy(to => $server->uri, @options);
+        $server->stop;
+        PBA::Test::QemuNbd::img('convert', '-f', 'qcow2', '-O', 'raw', "$file.qcow2", $file);
+        return $statistics;
+    },
+    device => sub ($volume, $file, @options) {
+        chomp(my $device = `losetup --find --show --sector-size 512 $file`);
+        die "losetup failed\n" if $?;
+        my $statistics = eval { $volume->copy(to => $device, @options) };
+        my $error = $@;
+        system('losetup', '--detach', $device) == 0 or die "losetup failed\n";
+        return $statistics // die $error;
+    },
+    function => sub ($volume, $file, @options) {
         open(my $fh, '+<:raw', $file) or die "$file: $!\n";
         return $volume->copy(
             to => sub ($offset, $data) {
@@ -50,9 +67,20 @@ my %sinks = (
                 syswrite($fh, $data) == length($data) or die "write: $!\n";
             },
             connections => 1,
+            @options,
         );
     },
 );
+delete($sinks{device}) if $> != 0 || !-e '/dev/loop-control';
+
+# Has the guest write while the copy is under way, with part of it done and part of it to come.
+sub write_meanwhile ($context) {
+    my $is_first = 1;
+    return sub ($done, $total) {
+        $context->{backend}->guest->wait_more_churn(20) if $is_first;
+        $is_first = 0;
+    };
+}
 
 # By mechanism: the same volume's class reads either.
 sub open_volume ($context, $access, $id) {
@@ -77,7 +105,8 @@ sub backup ($context, $mode, $sink, $fail = undef) {
             $access->teardown(0);
             return;
         }
-        $statistics{$id} = $sinks{$sink}->($volume, $file);
+        $statistics{$id}
+            = $sinks{$sink}->($volume, $file, progress => write_meanwhile($context));
     }
     $access->teardown(1);
     return \%statistics;
@@ -111,17 +140,41 @@ my %failures = (
             progress => sub (@) { $server->stop('KILL') },
         );
     },
-    'a source that goes' => sub ($context, $volume) {
-        my $vm = $context->{backend}->vm;
-        $volume->copy(
-            to => '/dev/null',
-            'bandwidth-limit' => 4 * $mib,
-            progress => sub (@) {
-                eval { $vm->qmp('nbd-server-stop') }
-            },
-        );
-    },
+    map { ("a source that goes, $_" => \&lose_source) } 1 .. ($ENV{PBA_FULL} ? 12 : 3),
 );
+
+# At any offset of what is dirty, the same in each run of the test. By another process: QEMU may have to
+# get rid of its answers before it can stop.
+sub lose_source ($context, $volume) {
+    my $vm = $context->{backend}->vm;
+    my ($left, $pid) = (rand($mib / 2));
+    my $done = eval {
+        copy_and_stop($volume,
+            sub ($length) { $pid //= stop_server($vm) if ($left -= $length) <= 0 });
+        1;
+    };
+    my $error = $@;
+    waitpid($pid, 0) if $pid;
+    die $error if !$done;
+    return;
+}
+
+sub stop_server ($vm) {
+    my $pid = fork() // die "cannot fork: $!\n";
+    return $pid if $pid;
+    eval { $vm->qmp('nbd-server-stop') };
+    POSIX::_exit(0);
+}
+
+sub copy_and_stop ($volume, $seen) {
+    $volume->copy(
+        to => sub ($offset, $data) { $seen->(length($data)) },
+        connections => 1 + int(rand(4)),
+        'request-size' => 65536,
+        'bandwidth-limit' => 2 * $mib,    # so that there is more to come than was read ahead
+    );
+    return;
+}
 
 sub check_backend ($name, $mechanism) {
     my $backend = PBA::Test::Backend->start(
@@ -148,7 +201,7 @@ sub check_backend ($name, $mechanism) {
     $backend->guest->wait_churn(20);
 
     for my $sink (sort keys %sinks) {
-        for my $mode (qw(new use none)) {
+        for my $mode (qw(new use), $sink eq 'file' || $ENV{PBA_FULL} ? 'none' : ()) {
             my $statistics = backup($context, $mode, $sink);
             check_images($context, "$sink, mode $mode");
             my ($copied, $discarded) = $statistics->{disk0}->@{qw(bytes-read bytes-discarded)};
@@ -164,7 +217,9 @@ sub check_backend ($name, $mechanism) {
 
     backup($context, 'new', 'file');
     check_images($context, 'before the failures');
+    srand($seed);
     for my $failure (sort keys %failures) {
+        $backend->guest->wait_more_churn(200) if $failure =~ m/source/;
         backup($context, 'use', undef, sub ($volume) { $failures{$failure}->($context, $volume) });
         $backend->guest->wait_more_churn(20);
         backup($context, 'use', 'file');

@@ -214,6 +214,21 @@ sub check_regions ($context) {
     check_nothing_left($context, 'regions');
 }
 
+# An incomplete map is an error, and stays one.
+sub check_lost_map ($context) {
+    my $backend = $context->{backend};
+    my ($access, $volumes) = set_up($backend, 'use');
+    my $volume = $volumes->{ $backend->device('disk0') };
+    $backend->vm->qmp('nbd-server-stop');
+    for my $time ('once', 'again') {
+        my @region = eval { $volume->{'next-dirty-region'}->() };
+        is(ref($@), 'PVE::BackupAccess::Error', "a map that is lost: dies $time");
+        is(scalar(@region), 0, "a map that is lost: no region, $time");
+    }
+    $access->teardown(0);
+    check_nothing_left($context, 'lost map');
+}
+
 sub check_uses ($context) {
     my $backend = $context->{backend};
     $backend->guest->write('disk0', 0, 4 * $mib, 0x44);
@@ -370,6 +385,7 @@ sub check_backend ($name) {
     check_backups($context);
     $backend->guest->stop_churn;
     check_regions($context);
+    check_lost_map($context);
     check_uses($context);
     check_busy_teardown($context);
     check_forked_child($context);

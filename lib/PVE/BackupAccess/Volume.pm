@@ -284,7 +284,7 @@ clusters of 64 KiB are discarded; parts of one at the edges of the range are not
 Copies all dirty regions, or without a bitmap the whole volume, with many requests in flight. Where
 L</next_dirty_region> is does not matter and does not change, but of the mechanism file-handle, where
 each region is given once, the regions still to come are copied. Nothing outside the regions is read or
-written. The target is one of these:
+written. What the server says is zero, as in a thin disk, is not read. The target is one of these:
 
 =over
 
@@ -314,7 +314,7 @@ URI without C<bitmap-mode>, which may be somebody's disk. What the server cannot
 =item C<progress> - a code ref, called with the bytes copied and all dirty bytes, a few times a second
 and at the end. The map is read for that before.
 
-=item C<bandwidth-limit> - bytes read per second; 0 is no limit.
+=item C<bandwidth-limit> - bytes read per second; 0 is no limit. What need not be read does not count.
 
 =item C<connections> - to use where the server allows several, at most 16. By default 4.
 

@@ -6,12 +6,12 @@ use v5.36;
 
 my $stretch = 16 << 20;
 
-# A raw image of which every other 16 MiB hold data, no two alike.
-sub write_raw ($file, $size) {
+# A raw image of which every other 16 MiB hold data, no two alike; or with full => 1 all of them.
+sub write_raw ($file, $size, %options) {
     open(my $fh, '>:raw', $file) or die "$file: $!\n";
     truncate($fh, $size) or die "$file: $!\n";
     my $bytes = _random_bytes($stretch);
-    for (my $at = 0; $at < $size; $at += 2 * $stretch) {
+    for (my $at = 0; $at < $size; $at += $stretch * ($options{full} ? 1 : 2)) {
         substr($bytes, 0, 8) = pack('Q', $at + 1);
         seek($fh, $at, 0);
         print {$fh} substr($bytes, 0, $size - $at < $stretch ? $size - $at : $stretch);

@@ -1,7 +1,8 @@
 package PBA::Bench::Server;
 
 # qemu-nbd serving an image, with its bitmap if it has one, on a Unix socket in a private directory, or
-# with tcp => 1 on a port of this machine.
+# with tcp => 1 on a port of this machine; or, with nbdkit => [...], nbdkit with these words, as a server
+# that does next to nothing.
 
 use v5.36;
 
@@ -41,9 +42,12 @@ sub context ($self) { return "qemu:dirty-bitmap:$self->{bitmap}" }
 
 # As many clients as come, one after the other, until it is ended.
 sub _command ($self) {
+    return ('nbdkit', '--foreground', "--unix=$self->{socket}", $self->{nbdkit}->@*)
+        if $self->{nbdkit};
     return (
         $ENV{PBA_QEMU_NBD} // 'qemu-nbd',
-        qw(--read-only --persistent --shared=8),
+        $self->{writable} ? '--discard=unmap' : '--read-only',
+        qw(--persistent --shared=8),
         '--format=' . ($self->{format} // 'qcow2'),
         "--export-name=$self->{export}",
         defined($self->{bitmap}) ? "--bitmap=$self->{bitmap}" : (),

@@ -11,6 +11,9 @@ package PBA::Test::NBDServer;
 #   $server->uri; $server->socket_path; $server->context;
 #   $server->requests('block-status'); $server->max_in_flight;
 #
+# Writes are accepted, and forgotten. holes => [[$offset, $length], ...], in order, is what it says of
+# base:allocation; data should have zeroes there.
+#
 # How far it is like a snapshot-access node with a bitmap:
 #   dirty_only => 1         EINVAL for reads and allocation outside dirty areas, or where trimmed
 #
@@ -25,7 +28,10 @@ package PBA::Test::NBDServer;
 #   wrong_context_id => 1   the answer is for a context nobody asked for
 #   offer_bitmap => 0       the context does not exist
 #   advertised_size => N    another size than the true one
-#   block_status_error, read_error, trim_error => ERRNO
+#   block_status_error, read_error, trim_error, write_error => ERRNO
+#   allocation_error => ERRNO   for a block status with base:allocation
+#   no_flush => 1           it cannot flush, and does not say it could
+#   hang_write_at => OFFSET such a write is never answered
 #   short_read => N         the data chunk is N bytes shorter than asked, the read ends as if well
 #   missing_data => 1       a read ends as if well without any data chunk
 #   delay => SECONDS        per request, from when it came, so that requests in flight overlap
@@ -106,6 +112,7 @@ sub serve ($self, $listener) {
         data => \&pattern,
         offer_bitmap => 1,
         good_first => 0,
+        holes => [],
         %$self,
         extent_at => ref($self->{dirty}) eq 'CODE' ? $self->{dirty} : _extents_of_list($self),
     );

@@ -6,7 +6,7 @@ use v5.36;
 no warnings 'portable';    # 64 bit magic numbers
 
 use Errno qw(EINVAL ENOTSUP);
-use List::Util qw(min);
+use List::Util qw(max min);
 use Time::HiRes qw(time);
 
 use constant {
@@ -25,6 +25,7 @@ use constant {
 
     # has flags, flush, trim, DF, multiple connections: as QEMU advertises a writable export
     TRANSMISSION_FLAGS => 1 | 1 << 2 | 1 << 5 | 1 << 7 | 1 << 8,
+    FLUSH_FLAG => 1 << 2,
 
     CHUNK_NONE => 0,
     CHUNK_DATA => 1,
@@ -33,6 +34,8 @@ use constant {
     CHUNK_DONE => 1,
 
     FLAG_REQ_ONE => 1 << 3,
+
+    HOLE_AND_ZERO => 1 | 1 << 1,
 
     BITMAP_ID => 1,
     ALLOCATION_ID => 2,
@@ -131,7 +134,7 @@ sub _option_abort ($self, $option, $data) {
 sub _option_export_name ($self, $option, $name) {
     die "no such export\n" if $name ne $self->{options}{export};
     my $padding = $self->{no_zeroes} ? '' : "\0" x 124;
-    $self->_send(pack('Q>n', $self->_advertised_size, TRANSMISSION_FLAGS) . $padding);
+    $self->_send(pack('Q>n', $self->_advertised_size, $self->_flags) . $padding);
     $self->{transmission} = 1;
     return;
 }
@@ -166,7 +169,7 @@ sub _send_info ($self, $option, $data) {
         $self->_option_reply($option, REP_ERR_UNKNOWN);
         return 0;
     }
-    my $export = pack('nQ>n', 0, $self->_advertised_size, TRANSMISSION_FLAGS);
+    my $export = pack('nQ>n', 0, $self->_advertised_size, $self->_flags);
     $self->_option_reply($option, REP_INFO, $export);
     $self->_option_reply($option, REP_INFO, pack('nNNN', 3, 1, 4096, 32 << 20));
     $self->_option_reply($option, REP_ACK);
@@ -175,6 +178,10 @@ sub _send_info ($self, $option, $data) {
 
 sub _advertised_size ($self) {
     return $self->{options}{advertised_size} // $self->{options}{size};
+}
+
+sub _flags ($self) {
+    return TRANSMISSION_FLAGS & ~($self->{options}{no_flush} ? FLUSH_FLAG : 0);
 }
 
 sub _option_list_meta_context ($self, $option, $data) {
@@ -279,7 +286,10 @@ sub _answer ($self, $request) {
     elsif ($command eq 'trim') {
         $self->_answer_trim($request);
     }
-    elsif ($command eq 'flush') {
+    elsif ($command eq 'write') {
+        $self->_answer_write($request);
+    }
+    elsif ($command eq 'flush' && !$self->{options}{no_flush}) {
         $self->_send_done($request);
     }
     else {
@@ -296,6 +306,8 @@ sub _fault ($self, $name, $request) {
 
 sub _refuses_to_answer ($self, $request) {
     my $command = $request->{command};
+    my $hang_write_at = $self->{options}{hang_write_at};
+    return 1 if $command eq 'write' && defined($hang_write_at) && _covers($request, $hang_write_at);
     return 0 if $command ne 'block-status' && $command ne 'read';
     my $after = $self->{options}{disconnect_after};
     die "disconnected after $after requests\n"
@@ -377,6 +389,14 @@ sub _readable ($self, $request) {
     return 1;
 }
 
+# What is written is not kept.
+sub _answer_write ($self, $request) {
+    my $errno = $self->_fault('write_error', $request);
+    return $self->_send_error($request, $errno, 'told to fail') if $errno;
+    $self->_send_done($request);
+    return;
+}
+
 sub _answer_trim ($self, $request) {
     my $errno = $self->_fault('trim_error', $request);
     return $self->_send_error($request, $errno, 'told to fail') if $errno;
@@ -390,6 +410,9 @@ sub _answer_block_status ($self, $request) {
     my $errno = $self->_fault('block_status_error', $request);
     return $self->_send_error($request, $errno, 'told to fail') if $errno;
     my @ids = @{ $self->{contexts} };
+    $errno = $self->{options}{allocation_error};
+    return $self->_send_error($request, $errno, 'told to fail')
+        if $errno && grep({ $_ == ALLOCATION_ID } @ids);
     return $self->_send_error($request, EINVAL, 'no context negotiated') if !@ids;
     return $self->_send_error($request, EINVAL, 'outside the disk') if !$self->_in_range($request);
     return $self->_send_error($request, EINVAL, 'not accessible')
@@ -406,13 +429,27 @@ sub _answer_block_status ($self, $request) {
 }
 
 sub _block_status_payload ($self, $request, $id) {
-    return pack('NNN', $id, $request->{length}, 0) if $id == ALLOCATION_ID;
+    return pack('N*', $id, $self->_allocation($request)) if $id == ALLOCATION_ID;
     $id = WRONG_ID if $self->_fault('wrong_context_id', $request);
     return pack('N', $id) if $self->_fault('no_extents', $request);
     return pack('NNN', $id, 0, 1) if $self->_fault('only_zero_extents', $request);
     my @extents = $self->_extents($request);
     unshift @extents, 0, 1 if $self->_fault('zero_extent', $request);
     return pack('N*', $id, @extents);
+}
+
+sub _allocation ($self, $request) {
+    my ($offset, $end) = ($request->{offset}, $request->{offset} + $request->{length});
+    my @extents;
+    for my $hole (@{ $self->{options}{holes} }) {
+        my ($from, $to) = (max($hole->[0], $offset), min($hole->[0] + $hole->[1], $end));
+        next if $from >= $to;
+        push @extents, $from - $offset, 0 if $from > $offset;
+        push @extents, $to - $from, HOLE_AND_ZERO;
+        $offset = $to;
+    }
+    push @extents, $end - $offset, 0 if $offset < $end;
+    return @extents;
 }
 
 sub _extents ($self, $request) {

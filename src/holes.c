@@ -1,0 +1,90 @@
+/* Where regions of a volume are zeroes, from NBD block status: what a thin disk does not hold need
+ * not be read. Only regions that are long are asked about, since each waits for an answer. */
+#include "copy.h"
+
+#define MIN_REGION (UINT64_C(16) << 20)
+/* Shorter holes are read along with what is around them. */
+#define MIN_HOLE (UINT64_C(256) << 10)
+
+struct PbaHoles {
+    PbaVolume *volume;
+    uint64_t begin; /* of the region */
+    uint64_t end;
+    bool asks;     /* there may be more holes */
+    bool has_map;  /* the volume's map is that of the region */
+    uint64_t hole; /* the next one; its length is 0 while it is not known */
+    uint64_t hole_left;
+};
+
+PbaHoles *pba_holes_new(PbaVolume *volume)
+{
+    PbaHoles *holes = g_new0(PbaHoles, 1);
+
+    holes->volume = volume;
+    return holes;
+}
+
+void pba_holes_free(PbaHoles *holes)
+{
+    g_free(holes);
+}
+
+void pba_holes_begin(PbaHoles *holes, uint64_t offset, uint64_t length)
+{
+    holes->begin = offset;
+    holes->end = offset + length;
+    holes->asks = length >= MIN_REGION;
+    holes->has_map = false;
+    holes->hole_left = 0;
+}
+
+/* Answers that nobody waits for still want the map that asked. */
+static bool begin_map(PbaHoles *holes)
+{
+    if (!holes->has_map && pba_map_is_idle(holes->volume->map)) {
+        PbaMap *map = pba_map_new(holes->volume, holes->begin, holes->end);
+        pba_map_free(pba_map_swap(holes->volume, map));
+        holes->has_map = true;
+    }
+    return holes->has_map;
+}
+
+/* Finds the next hole; false if the answer is under way. */
+static bool find_hole(PbaHoles *holes)
+{
+    bool later = false;
+
+    if (holes->asks && !begin_map(holes)) {
+        return false;
+    }
+    while (holes->asks && holes->hole_left < MIN_HOLE) {
+        g_autoptr(GError) local = NULL;
+        if (!pba_volume_poll_dirty_region(holes->volume, &holes->hole, &holes->hole_left, &later,
+                                          &local)) {
+            holes->hole_left = 0;
+            holes->asks = false; /* whatever is wrong, a read will tell */
+        } else if (later) {
+            holes->hole_left = 0;
+            return false;
+        } else if (holes->hole_left == 0) {
+            holes->asks = false;
+        }
+    }
+    return true;
+}
+
+bool pba_holes_next(PbaHoles *holes, uint64_t offset, PbaStretch *stretch)
+{
+    if (!find_hole(holes)) {
+        return false;
+    }
+    if (holes->hole_left == 0) {
+        *stretch = (PbaStretch){holes->end - offset, false};
+    } else if (offset < holes->hole) {
+        *stretch = (PbaStretch){holes->hole - offset, false};
+    } else {
+        *stretch = (PbaStretch){holes->hole_left, true};
+        holes->hole_left = 0;
+    }
+    return true;
+}
