@@ -11,7 +11,7 @@ package PBA::Test::NBDServer;
 #   $server->uri; $server->socket_path; $server->context;
 #   $server->requests('block-status'); $server->max_in_flight;
 #
-# Writes are accepted, and forgotten. holes => [[$offset, $length], ...], in order, is what it says of
+# Writes are accepted, and forgotten, but for dirty_only. holes => [[$offset, $length], ...], in order, is what it says of
 # base:allocation; data should have zeroes there.
 #
 # How far it is like a snapshot-access node with a bitmap:

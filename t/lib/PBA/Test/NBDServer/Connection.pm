@@ -389,8 +389,9 @@ sub _readable ($self, $request) {
     return 1;
 }
 
-# What is written is not kept.
+# What is written is not kept. A snapshot takes no writes, though it is advertised as writable.
 sub _answer_write ($self, $request) {
+    return $self->_send_error($request, ENOTSUP, 'not supported') if $self->{options}{dirty_only};
     my $errno = $self->_fault('write_error', $request);
     return $self->_send_error($request, $errno, 'told to fail') if $errno;
     $self->_send_done($request);
