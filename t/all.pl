@@ -22,7 +22,8 @@ my @expected_skips = (
     qr/\Anot on a QEMU with Proxmox' commands\b/,
 );
 
-# What else there is to run, as one speaks TAP: these take no part in a run of named tests.
+# What else there is to run, and speaks TAP: of what git has, so not in a tree without it, nor when tests
+# are named.
 my @programs = ('t/check.pl', 't/deb.pl --test', 't/asan.pl t/args.t', 't/valgrind.pl',);
 
 my @unexpected;
@@ -124,7 +125,7 @@ sub run_all (@jobs) {
     return $result->all_passed;
 }
 
-my @files = @ARGV ? @ARGV : (sort(glob('t/*.t')), @programs);
+my @files = @ARGV ? @ARGV : (sort(glob('t/*.t')), -e '.git' ? @programs : ());
 my $passed = run_all(jobs_for(@files)->@*);
 if (@unexpected) {
     say "unexpected skip: $_" for @unexpected;

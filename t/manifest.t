@@ -20,6 +20,11 @@ my $version = first_match('lib/PVE/BackupAccess.pm', qr/^our \$VERSION = '(.*)';
 is(first_match('CHANGELOG', qr/^(\d\S+)/), $version, 'CHANGELOG begins with this version');
 is(first_match('debian/changelog', qr/\((.*?)\)/), $version, 'debian/changelog, too');
 
+# Where the table has 'src/', every file below it is named.
+my $text = join("\n", lines_of('doc/architecture.md'));
+my @unnamed = grep { my ($name) = m{([^/]+)\z}; $text !~ m/`\Q$name\E`/ } glob('src/*.c glue/*.c');
+is("@unnamed", '', 'doc/architecture.md names every file of the core');
+
 SKIP: {
     skip('not in a git repository', 1) if !-e '.git';
     my @tracked = sort split(m/\0/, qx(git ls-files -z --cached));
