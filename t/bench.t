@@ -30,6 +30,8 @@ sub check_record ($record, $name) {
     return is($record->{ratio}, undef, "$case: no ratio") if !$peer;
     ok(defined($peer->{name}), "$case: the peer has a name");
 
+    cmp_ok($ours->{seconds_min}, '<=', $ours->{seconds}, "$case: the least is no more");
+
     # The seconds are rounded as well.
     my $ratio = $peer->{seconds} / $ours->{seconds};
     cmp_ok(abs($record->{ratio} - $ratio), '<', 0.01 * $ratio + 0.001, "$case: ratio");

@@ -16,8 +16,10 @@ package PBA::Bench;
 # or the figures compare nothing: compare() dies. All figures are seconds, less is better. Each is a
 # record, one for each peer, printed as a line of JSON or a row of a table:
 #
-#   { bench, case, runs, counts, ours => { seconds, seconds_max, rss_kib, cpu_seconds },
-#     peer => { name, ... }, floor => { name, ... }, ratio => peer's seconds / ours }
+#   { bench, case, runs, counts, ours => { seconds, seconds_min, seconds_max, rss_kib, cpu_seconds },
+#     peer => { name, ... }, floor => { name, ... }, ratio => peer's seconds / ours, ratio_min }
+#
+# seconds are medians. The least of each side, and their ratio, tell more on a machine that others use.
 #
 # The words of the command line choose cases: those that have one of them in their name.
 
@@ -25,7 +27,7 @@ use v5.36;
 
 use Getopt::Long ();
 use JSON::PP ();
-use List::Util qw(any max uniq);
+use List::Util qw(any max min uniq);
 use POSIX ();
 
 use PBA::Bench::Measure;
@@ -118,6 +120,7 @@ sub _figures ($side, $time = undef) {
     return () if !@seconds;
     my %figures = (
         seconds => 0 + sprintf('%.6f', median(@seconds)),
+        seconds_min => 0 + sprintf('%.6f', min(@seconds)),
         seconds_max => 0 + sprintf('%.6f', max(@seconds)),
     );
     $figures{name} = $side->{name} if defined($side->{name});
@@ -137,10 +140,6 @@ sub _record ($self, $case, $counts, @sides) {
     } qw(ours floor);
     my @peers = map { $_->{figures} } grep { $_->{role} eq 'peer' } @sides;
     for my $peer (@peers ? @peers : undef) {
-        my $ratio
-            = $ours && $peer && $ours->{seconds} > 0
-            ? 0 + sprintf('%.3f', $peer->{seconds} / $ours->{seconds})
-            : undef;
         $self->_print(
             {
                 bench => $self->{name},
@@ -150,11 +149,17 @@ sub _record ($self, $case, $counts, @sides) {
                 ours => $ours,
                 peer => $peer,
                 floor => $floor,
-                ratio => $ratio,
+                ratio => _ratio('seconds', $ours, $peer),
+                ratio_min => _ratio('seconds_min', $ours, $peer),
             }
         );
     }
     return;
+}
+
+sub _ratio ($key, $ours, $peer) {
+    return undef if !$ours || !$peer || $ours->{$key} <= 0;
+    return 0 + sprintf('%.3f', $peer->{$key} / $ours->{$key});
 }
 
 sub _print ($self, $record) {

@@ -13,9 +13,13 @@ sub write_raw ($file, $size, %options) {
     my $bytes = _random_bytes($stretch);
     for (my $at = 0; $at < $size; $at += $stretch * ($options{full} ? 1 : 2)) {
         substr($bytes, 0, 8) = pack('Q', $at + 1);
-        seek($fh, $at, 0);
-        print {$fh} substr($bytes, 0, $size - $at < $stretch ? $size - $at : $stretch);
+        sysseek($fh, $at, 0) // die "$file: $!\n";
+        my $length = $size - $at < $stretch ? $size - $at : $stretch;
+        (syswrite($fh, $bytes, $length) // -1) == $length or die "cannot write $file\n";
     }
+
+    # What this process holds counts for the programs it starts.
+    undef($bytes);
     close($fh) or die "$file: $!\n";
     return $file;
 }

@@ -4,31 +4,34 @@ package PBA::Bench::Table;
 
 use v5.36;
 
-my $format = "%-8s %-50s %10s %10s %6s  %-28s %10s %8s %8s\n";
+my $format = "%-8s %-50s %9s %9s %6s %9s %9s %6s  %-28s %9s %8s %8s\n";
 
 sub head () {
-    my @names
-        = ('bench', 'case', 'ours s', 'peer s', 'ratio', 'peer', 'floor s', 'ours MiB', 'peer MiB');
+    my @names = (
+        'bench', 'case', 'ours s', 'peer s', 'ratio', 'ours min',
+        'peer min', 'ratio', 'peer', 'floor s', 'ours MiB', 'peer MiB',
+    );
     return sprintf($format, @names) . sprintf($format, map { '-' x length($_) } @names);
 }
 
 sub row ($record) {
     my ($ours, $peer, $floor) = $record->@{qw(ours peer floor)};
     return sprintf($format,
-        $record->@{qw(bench case)},
-        _seconds($ours),
-        _seconds($peer),
-        defined($record->{ratio}) ? sprintf('%.2f', $record->{ratio}) : '-',
-        $peer->{name} // '-',
-        _seconds($floor),
-        _mib($ours),
-        _mib($peer),
-    );
+        $record->@{qw(bench case)}, _seconds($ours),
+        _seconds($peer), _ratio($record->{ratio}),
+        _seconds($ours, 'seconds_min'), _seconds($peer, 'seconds_min'),
+        _ratio($record->{ratio_min}), $peer->{name} // '-',
+        _seconds($floor), _mib($ours),
+        _mib($peer),);
 }
 
-sub _seconds ($figures) {
+sub _seconds ($figures, $key = 'seconds') {
     return '-' if !$figures;
-    return sprintf($figures->{seconds} < 1 ? '%.4f' : '%.2f', $figures->{seconds});
+    return sprintf($figures->{$key} < 1 ? '%.4f' : '%.2f', $figures->{$key});
+}
+
+sub _ratio ($ratio) {
+    return defined($ratio) ? sprintf('%.2f', $ratio) : '-';
 }
 
 sub _mib ($figures) {
