@@ -37,6 +37,7 @@ my $store = $base->store;
 sub killed_at ($rename, $when, $code) {
     my $pid = fork() // die "fork: $!\n";
     if (!$pid) {
+        $ENV{TMPDIR} = $base->tmp;    # a killed process leaves its private directory
         my $count = 0;
         my $move = PVE::BackupAccess::Provider::Qcow2Chain::File->can('move');
         no warnings 'redefine';
@@ -165,6 +166,14 @@ subtest 'damage' => sub {
     }
 };
 
+subtest 'an image of another chain is not restored' => sub {
+    $base->use_copy($store);
+    $damage{'an image of another chain'}[0]->();
+    my $done = eval { $base->restored($names[2], 'drive-scsi0'); 1 };
+    ok(!$done, 'it dies');
+    like($@, qr/has another backing file than it should have/, 'and says why');
+};
+
 subtest 'a disk of another size' => sub {
     $base->use_copy($store);
     my $disk = $base->disk('drive-scsi0');
@@ -265,6 +274,11 @@ subtest 'a backup is killed at each rename' => sub {
         $base->backup or die $base->error;
     }
     $base->check('after it all');
+
+    # No two archives build on the same one.
+    my $removed = $base->provider->prune(100, 2);
+    $base->forget($removed->@*);
+    $base->check('pruned');
 };
 
 # ---- a full directory ----
