@@ -17,7 +17,10 @@ my $size = 8 * 1024 * 1024;
 my $seed = 20261122;
 
 # Every point takes the better part of an hour; PBA_FULL=1 takes all.
-my $points = $ENV{PBA_FULL} ? undef : 2;
+my %points = (
+    2 => [qw(kill-before kill-after)],
+    1 => [qw(kill-before-nbd kill-after-nbd)],
+);
 
 my @rows = (
     [[qw(disk0)], use => 1],
@@ -68,24 +71,27 @@ sub sweep ($name, $disk, @rows) {
         name => $name,
         disks => [map { { id => $_, size => $size, $disk->%* } } qw(disk0 disk1)],
     );
-    my $sweep = PBA::Test::Sweep->new(backend => $backend, seed => $seed, points => $points);
+    my $sweep = PBA::Test::Sweep->new(backend => $backend, seed => $seed);
     for my $row (@rows) {
         my ($ids, $mode, $success) = $row->@*;
-        $sweep->run(
+        my %row = (
             name => "@$ids, mode $mode, success $success",
             ids => $ids,
             mode => $mode,
             success => $success,
-            faults => [qw(kill-before kill-after kill-before-nbd kill-after-nbd)],
             backup => sub (@point) { killed_backup($sweep, @point) },
         );
+        for my $number (sort keys %points) {
+            my $points = $ENV{PBA_FULL} ? undef : $number;
+            $sweep->run(%row, points => $points, faults => $points{$number});
+        }
     }
     $backend->check_manners;
     $count += $sweep->count;
     return $backend->vm->version->[0];
 }
 
-diag("$points places of each row, seed $seed") if $points;
+diag("a part of them, seed $seed") if !$ENV{PBA_FULL};
 for my $name (PBA::Test::Backend->names) {
     my $version;
     subtest "backend $name" => sub { $version = sweep($name, {}, @rows) };

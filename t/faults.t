@@ -52,7 +52,7 @@ sub sweep ($name) {
         name => $name,
         disks => [map { { id => $_, size => $size } } qw(disk0 disk1)],
     );
-    my $sweep = PBA::Test::Sweep->new(backend => $backend, seed => $seed, points => $points);
+    my $sweep = PBA::Test::Sweep->new(backend => $backend, seed => $seed);
     for my $row (@rows) {
         my ($ids, $mode, $success, @faults) = $row->@*;
         $sweep->run(
@@ -60,6 +60,7 @@ sub sweep ($name) {
             ids => $ids,
             mode => $mode,
             faults => \@faults,
+            points => $points,
             ends_clean => $faults[0] ne 'stall',
             backup => sub (@point) { faulty_backup($sweep, @point) },
         );

@@ -4,13 +4,13 @@ package PBA::Test::Sweep;
 # guest runs, recover or the next setup by itself cleans up, and the next increment on the last good
 # backup is the disk.
 #
-#   my $sweep = PBA::Test::Sweep->new(backend => $backend, seed => 1, points => 2);
+#   my $sweep = PBA::Test::Sweep->new(backend => $backend, seed => 1);
 #   $sweep->run(name => ..., ids => [...], faults => [...], backup => sub ($point, $proxy) { ... });
 #
 # A row is one kind of backup; every fault of PBA::Test::QMPProxy happens at each place of it, or at so
-# many places of it as points says, chosen by the seed. backup makes it through the proxy and returns
-# whether QEMU was told of a success after all data had been read. With ends_clean it leaves nothing
-# that would be for recover.
+# many places of it as points says (undef: all), chosen by the seed. backup makes it through the proxy
+# and returns whether QEMU was told of a success after all data had been read. With ends_clean it leaves
+# nothing that would be for recover.
 
 use v5.36;
 
@@ -37,7 +37,7 @@ sub run ($self, %row) {
     for my $fault ($row{faults}->@*) {
         for my $at ($self->_places($fault, \%row)) {
             my $struck = $self->_point($fault, $at, \%row) // return;
-            last if $struck eq '' && !$self->{points};
+            last if $struck eq '' && !$row{points};
         }
     }
     return;
@@ -45,12 +45,12 @@ sub run ($self, %row) {
 
 # How many there are is known from a backup in which nothing goes wrong.
 sub _places ($self, $fault, $row) {
-    return 1 .. 10_000 if !$self->{points};
+    return 1 .. 10_000 if !$row->{points};
     my $kind = $fault =~ m/-nbd\z/ ? 'nbd' : 'command';
     my $total = $row->{total}{$kind} //= scalar($self->_backup($fault, 0, $row)->records($kind));
     srand($self->{seed}++);
     my @places = shuffle(1 .. $total);
-    return sort { $a <=> $b } @places[0 .. min($self->{points}, $total) - 1];
+    return sort { $a <=> $b } @places[0 .. min($row->{points}, $total) - 1];
 }
 
 # One VM under one path, whatever the proxy does.
