@@ -15,6 +15,12 @@ use PBA::Test::Backend;
 use PBA::Test::Provider;
 use PBA::Test::Repository;
 
+# In a mount namespace of its own, so that nothing stays mounted however it ends.
+if (!$ENV{PBA_UNSHARED} && system('unshare --mount true 2>/dev/null') == 0) {
+    $ENV{PBA_UNSHARED} = 1;
+    exec(qw(unshare --mount), $^X, (map { "-I$_" } @INC), $0) or die "unshare: $!\n";
+}
+
 my $mib = 1024 * 1024;
 my $size = 32 * $mib;
 
