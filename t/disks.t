@@ -170,7 +170,7 @@ sub check_upstream_fleecing ($backend) {
     refused(
         $backend,
         'fleecing directory that is not there',
-        qr/\Adevice \Q$plain\E: cannot create fleecing image .* No such file or directory/,
+        qr/\Adevice \Q$plain\E: cannot use fleecing-dir .* No such file or directory/,
         $devices,
         'fleecing-dir' => $vm->dir . '/nowhere'
     );
