@@ -1,5 +1,7 @@
 # pve-backup-access with a real QEMU, on both backends: backups, restores and what looks after archives,
 # through pipes and on a terminal.
+#
+# One QEMU is enough: the command has all it knows of QEMU from the module.
 
 use v5.36;
 

@@ -1,4 +1,6 @@
 # The provider of doc/providers.md: by a task as on the command line, and restored as Proxmox VE does.
+#
+# One QEMU is enough: a provider sees NBD and files, not QEMU.
 
 use v5.36;
 

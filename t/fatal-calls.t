@@ -1,5 +1,7 @@
 # The calls that kill a VM of pve-qemu: the module never makes them, whatever its caller does. The
 # front dies of them as the real one does.
+#
+# One QEMU is enough: what is sent matters here, not what QEMU does.
 
 use v5.36;
 

@@ -10,6 +10,8 @@
 # Recordings that are not here: an access in an iothread (no other replies than without); and
 # block-export-del and nbd-server-stop with an NBD client in the middle of its work, which say
 # nothing about the front: it passes these commands on.
+#
+# One QEMU is enough: the recordings are of one QEMU, and the front answers the same on all.
 
 use v5.36;
 

@@ -1,6 +1,8 @@
 # The Proxmox front with a real guest that writes all the time: what tests of the pve backend
 # conclude from it is only worth something if it gives one instant, right bitmaps and leaves nothing
 # behind. That it answers like the real thing is in front-recordings.t.
+#
+# One QEMU is enough: the front is held to recordings, not to a QEMU.
 
 use v5.36;
 

@@ -2,6 +2,8 @@
 
 # The test harness itself: what the other tests conclude from a guest, a model of its disks and a
 # picture of QEMU's block graph is only worth something if those are right.
+#
+# One QEMU is enough: what the tests are made of is the same on both.
 
 use v5.36;
 

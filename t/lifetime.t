@@ -1,4 +1,6 @@
 # Who ends an access, and when: processes, signals, scopes, and what others run in the same QEMU.
+#
+# One QEMU is enough: processes and signals are the caller's side.
 
 use v5.36;
 

@@ -1,5 +1,7 @@
 # Qcow2Chain on running guests that write all the time: every archive, full or incremental, shows both
 # disks as of one instant, whatever failed before.
+#
+# One QEMU is enough: a provider sees NBD, not QEMU; copy-guest.t runs on both.
 
 use v5.36;
 

@@ -1,5 +1,7 @@
 # Everything a provider does, in taint mode (perl -T) with all that comes from outside tainted: setup
 # to teardown, recover, status and capabilities, on both backends.
+#
+# One QEMU is enough: where data comes from does not change with QEMU.
 
 use v5.36;
 

@@ -1,6 +1,8 @@
 # Providers that die, answer nonsense, fork, or do with the volumes what they like; hooks, signals and
 # teardowns that fail. After each the guest's block graph is as before, the provider has been told, and
 # what the guest wrote before is in the next backup.
+#
+# One QEMU is enough: what providers do wrong is independent of QEMU; task.t runs on both.
 
 use v5.36;
 
