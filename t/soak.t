@@ -83,7 +83,9 @@ sub check_cycles ($name) {
     for my $what (sort grep { !m/KiB/ } keys %early) {
         is($late{$what}, $early{$what}, "$what: as many as after $warm_up cycles");
     }
-    for my $what (sort grep { m/KiB/ } keys %early) {
+
+    # A QEMU that has just begun still grows: with the guest's code that it translates, and its buffers.
+    for my $what ($full ? "QEMU's KiB" : (), 'our KiB') {
         cmp_ok($late{$what} - $early{$what}, '<', 8 * 1024, "$what: no more than then");
     }
     $backend->guest->stop_churn;
