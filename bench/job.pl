@@ -211,6 +211,10 @@ sub full ($mechanism, @peers) {
     return;
 }
 
+# A QEMU before 10.0 returns wrong data for larger reads of a snapshot while the guest writes, and may
+# abort when asked for base:allocation. Ours reads there like this; nbdcopy would have to.
+my @nbdcopy_by_clusters = qw(nbdcopy --no-extents --request-size=65536);
+
 # In place of our copying; setup and teardown are ours.
 sub full_with ($name, @command) {
     my $run = sub ($) {
@@ -262,6 +266,7 @@ my %cases = (
         full(
             'nbd',
             full_with('nbdcopy', 'nbdcopy', 'SOURCE', $target),
+            full_with('nbdcopy, by clusters', @nbdcopy_by_clusters, 'SOURCE', $target),
             full_with(
                 'qemu-img convert', PBA::Test::VM->qemu_img,
                 qw(convert -f raw -O raw), 'SOURCE',

@@ -45,6 +45,10 @@ sub new ($class, $name, $argv = [], %more_options) {
         . join(' ', ' [--only ours,peer,floor]', sort values(%more_options)) . "\n";
     my %only = map { $_ => 1 } split(/,/, delete $options{only});
     STDOUT->autoflush(1);
+
+    # What was started ends with its objects, also when this is interrupted.
+    $SIG{$_} = sub { exit(1) }
+        for qw(INT TERM HUP);
     return bless { name => $name, only => \%only, words => [@$argv], records => [], %options },
         $class;
 }
