@@ -171,8 +171,7 @@ sub check_upstream_fleecing ($backend) {
         $backend,
         'fleecing directory that is not there',
         qr/\Adevice \Q$plain\E: cannot use fleecing-dir .* No such file or directory/,
-        $devices,
-        'fleecing-dir' => $vm->dir . '/nowhere'
+        $devices, 'fleecing-dir' => $vm->dir . '/nowhere'
     );
     refused(
         $backend,
