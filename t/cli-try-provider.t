@@ -9,7 +9,7 @@ use File::Temp ();
 use TAP::Parser;
 use Test::More;
 
-use PBA::Test::Command qw(command run_command);
+use PBA::Test::Command qw(command run_command start_on_terminal);
 
 my $class = 'PBA::Test::RawProvider';
 my @include = ('-I', "$FindBin::Bin/lib");
@@ -116,6 +116,10 @@ fails(
 
 # As a plugin's author runs it.
 {
+    my $shown = start_on_terminal(80, 'try-provider', $class, @include)->finish;
+    is($shown->{status}, 0, 'on a terminal: exit status');
+    like($shown->{out}, qr/^ok 1 - .*^1\.\.[0-9]+\r$/ms, 'on a terminal: TAP');
+    unlike($shown->{out}, qr/^not ok|\e/m, 'on a terminal: nothing else');
     my $exec = join(' ', command('try-provider', @include));
     my $output = `prove --exec '$exec' $class 2>&1`;
     is($?, 0, 'prove can run it') or diag($output);

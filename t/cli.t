@@ -315,7 +315,32 @@ sub check_terminal ($test) {
     check_outside($test, 'terminal');
     chomp(my $archive = $last);
     restore_and_compare($test, $archive, 'terminal');
-    like(start_on_terminal(80, 'list', $test->{store})->finish->{out}, qr/\Q$archive\E  /, 'list');
+    check_same_on_terminal($test, $archive);
+}
+
+# Where nothing takes long, a terminal shows what a pipe gets.
+sub check_same_on_terminal ($test, $archive) {
+    my $dir = "$test->{dir}/out/terminal";
+    mkdir($dir) or die "$dir: $!\n";
+    my $restored = start_on_terminal(80, 'restore', $archive, $dir)->finish;
+    is($restored->{status}, 0, 'terminal: restore: exit status');
+    like($restored->{out}, qr!^\Q$dir/drive-scsi0.raw\E\r$!m, 'terminal: restore: a file');
+    same_disks($test, $dir, 'terminal: restore');
+
+    for my $arguments (
+        ['list', $test->{store}],
+        ['verify', $archive],
+        ['status', $test->{guest}->@*],
+        ['prune', $test->{store}, '--keep', 99],
+        ['recover', $test->{guest}->@*, '--target-id', 'nobody'],
+        )
+    {
+        my ($name) = $arguments->@*;
+        my $piped = run_command($arguments->@*);
+        my $shown = start_on_terminal(200, $arguments->@*)->finish;
+        is($shown->{status}, $piped->{status}, "terminal: $name: exit status");
+        is($shown->{out} =~ s/\r//gr, $piped->{err} . $piped->{out}, "terminal: $name: the same");
+    }
 }
 
 # By a signal, by the terminal's interrupt key, by a closed pipe: a failed backup, all undone.
