@@ -38,12 +38,8 @@ sub new_provider () {
 }
 
 sub new_task ($provider, %opt) {
-    return PVE::BackupAccess::Task->new(
-        $backend->options,
-        vmid => 100,
-        provider => $provider,
-        devices => [map { $backend->device($_) } @ids],
-        'guest-config' => "name: test\n",
+    return $backend->task(
+        $provider,
         'firewall-config' => "[OPTIONS]\n",
         log => sub { },
         %opt,

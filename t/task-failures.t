@@ -27,17 +27,9 @@ my $slots = 64;
 my @ids = qw(disk0 disk1);
 
 sub new_task ($context, $provider, %opt) {
-    my $backend = $context->{backend};
     $context->{log} = [];
-    return PVE::BackupAccess::Task->new(
-        $backend->options,
-        vmid => 100,
-        provider => $provider,
-        devices => [map { $backend->device($_) } @ids],
-        'guest-config' => "name: test\n",
-        log => sub ($level, $message) { push($context->{log}->@*, "$level: $message") },
-        %opt,
-    );
+    my $log = sub ($level, $message) { push($context->{log}->@*, "$level: $message") };
+    return $context->{backend}->task($provider, log => $log, %opt);
 }
 
 sub logged ($context, $pattern) {

@@ -20,17 +20,9 @@ my %sizes = (disk0 => 64 * $mib, disk1 => 32 * $mib + 512);
 my @ids = sort keys %sizes;
 
 sub new_task ($context, $provider, %opt) {
-    my $backend = $context->{backend};
     $context->{log} = [];
-    return PVE::BackupAccess::Task->new(
-        $backend->options,
-        vmid => 100,
-        provider => $provider,
-        devices => [map { $backend->device($_) } @ids],
-        'guest-config' => "name: test\n",
-        log => sub ($level, $message) { push($context->{log}->@*, "$level: $message") },
-        %opt,
-    );
+    my $log = sub ($level, $message) { push($context->{log}->@*, "$level: $message") };
+    return $context->{backend}->task($provider, log => $log, %opt);
 }
 
 sub logged ($context, $pattern) {

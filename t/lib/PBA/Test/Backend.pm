@@ -103,6 +103,19 @@ sub devices ($self, $mode, @ids) {
     return [map { { device => $self->device($_), 'bitmap-mode' => $mode } } @ids];
 }
 
+# One backup of all disks by that provider.
+sub task ($self, $provider, %opt) {
+    require PVE::BackupAccess::Task;
+    return PVE::BackupAccess::Task->new(
+        $self->options,
+        vmid => 100,
+        provider => $provider,
+        devices => [map { $self->device($_) } $self->{vm}->disk_ids],
+        'guest-config' => "name: test\n",
+        %opt,
+    );
+}
+
 # The block graph, exports and NBD server's files as they are outside of an access.
 sub outside ($self) {
     return {
