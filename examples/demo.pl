@@ -20,7 +20,8 @@ use Demo::Check qw(
 );
 use Demo::Guest;
 use Demo::Provider;
-use Demo::Screen qw(heading human milliseconds now run step);
+use Demo::Screen qw(heading milliseconds now run step);
+use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Task;
 
 # ---- how a backup is done ----
@@ -179,7 +180,7 @@ sub print_summary ($demo) {
             my $share = sprintf('%.0f %%', 100 * $bytes / $device->{size});
             my $disk = $demo->{guest}->disk_of($device->{device});
             print_row($name, $disk, $device->{'bitmap-mode'},
-                human($bytes), $share, scalar($device->{regions}->@*), @times);
+                bytes($bytes), $share, scalar($device->{regions}->@*), @times);
             ($name, @times) = ('') x 4;
         }
     }

@@ -9,19 +9,15 @@ use IO::Handle ();
 use POSIX ();
 use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC);
 
-our @EXPORT_OK = qw(heading human milliseconds now output_of problem run step);
+use PVE::BackupAccess::Format qw(bytes);
+
+our @EXPORT_OK = qw(heading milliseconds now output_of problem run step);
 
 my @problems;
 my $interrupted;
 
 sub now () {
     return clock_gettime(CLOCK_MONOTONIC);
-}
-
-sub human ($bytes) {
-    my @units = qw(B KiB MiB GiB);
-    shift(@units), $bytes /= 1024 while $bytes >= 1024 && @units > 1;
-    return sprintf(@units == 4 ? '%d %s' : '%.1f %s', $bytes, $units[0]);
 }
 
 sub milliseconds ($seconds) {
@@ -48,7 +44,7 @@ sub step ($label, $code, $check = sub { }) {
     check_interrupted();
     $seconds //= now() - $began;
 
-    my $size = defined($bytes) ? human($bytes) : '';
+    my $size = defined($bytes) ? bytes($bytes) : '';
     printf("  %-54s %10s %6.2f s\n", $done // $label, $size, $seconds);
     $check->();
     print "  WRONG: $_\n" for @problems[$known .. $#problems];
