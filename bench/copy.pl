@@ -4,8 +4,8 @@
 #
 #   - a full copy of 4 GiB to nowhere, to a file, and from NBD to NBD, beside nbdcopy and qemu-img convert
 #     on the same export; once of a disk full of data, once of one whose every other 16 MiB hold some
-#   - an increment, 64 KiB dirty every 128 KiB: beside a full copy of the same image, and beside a loop
-#     that has one request in flight
+#   - an increment, 64 KiB dirty every 128 KiB: beside a full copy of the same image, a bare C loop over
+#     libnbd that reads the same pieces, and a loop that has one request in flight
 #   - the same two from nbdkit, which costs less: what is left is the cost of the copy
 #   - looking for zeroes: a target that can be told of them beside one that cannot
 
@@ -19,6 +19,7 @@ use File::Temp ();
 use PBA::Bench;
 use PBA::Bench::BigMap;
 use PBA::Bench::Image;
+use PBA::Bench::Program;
 use PBA::Bench::Server;
 
 my $bench = PBA::Bench->new('copy', \@ARGV, 'size=i' => '[--size BYTES]');
@@ -189,11 +190,30 @@ for my $case (qw(full thin)) {
     unlink($image);
 }
 
+# ---- the floor: the program measures itself, since starting it is no part of the copy ----
+
+my $program = PBA::Bench::Program::compile("$FindBin::Bin/bare-read.c", "$dir", 'libnbd');
+
+sub bare_read ($server, $length, $step) {
+    open(my $fh, '-|', $program, $server->uri, $length, $step) or die "cannot run $program: $!\n";
+    my ($bytes, $seconds) = split(' ', <$fh> // '');
+    close($fh) or die "$program ended with status $?\n";
+    return { counts => { bytes => $bytes + 0 }, seconds => $seconds + 0 };
+}
+
 # Two of them are as many bytes as all of the image.
 sub twice ($server) {
     my $bytes = 0;
     $bytes += copy_to_nowhere($server)->{bytes} for 1 .. 2;
     return { bytes => $bytes };
+}
+
+sub bare_twice ($server) {
+    my @halves = map { bare_read($server, 64 << 10, 128 << 10) } 1 .. 2;
+    return {
+        counts => { bytes => $halves[0]{counts}{bytes} + $halves[1]{counts}{bytes} },
+        seconds => $halves[0]{seconds} + $halves[1]{seconds},
+    };
 }
 
 my $increment = serve('increment', write_mapped("$dir/increment.qcow2", 'alternate')->%*);
@@ -204,6 +224,10 @@ $bench->compare(
         name => 'full copy',
         prepare => \&load_module,
         run => sub ($) { copy_to_nowhere($increment, 'bitmap-mode' => 'none') },
+    },
+    floor => {
+        name => 'bare C loop',
+        run => sub ($) { bare_twice($increment) },
     },
 );
 $bench->compare(
