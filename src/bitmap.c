@@ -57,18 +57,6 @@ bool pba_bitmap_action_parse(const char *word, PbaBitmapAction *action, GError *
     return true;
 }
 
-bool pba_bitmap_status_parse(const char *word, PbaBitmapStatus *status, GError **error)
-{
-    int value = find_word(status_names, G_N_ELEMENTS(status_names), word);
-    if (value < 0) {
-        pba_error_set(error, PBA_ERROR_ARGUMENT,
-                      "unknown bitmap status '%s' - must be one of none, new, reuse", word);
-        return false;
-    }
-    *status = (PbaBitmapStatus)value;
-    return true;
-}
-
 const char *pba_bitmap_mode_name(PbaBitmapMode mode)
 {
     return mode_names[mode];

@@ -1,6 +1,5 @@
 #include "block.h"
 
-#include "error.h"
 #include "json.h"
 #include <string.h>
 

@@ -1,5 +1,4 @@
 /* Which backend a QEMU allows, asked of the QEMU itself. */
-#include "access.h"
 #include "error.h"
 #include "json.h"
 

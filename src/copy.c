@@ -7,7 +7,6 @@
 #include "error.h"
 #include "limit.h"
 #include "regions.h"
-#include "wait.h"
 #include <errno.h>
 #include <inttypes.h>
 #include <sys/mman.h>

@@ -6,7 +6,6 @@
 #include "error.h"
 #include "volume.h"
 #include "wait.h"
-#include <errno.h>
 #include <inttypes.h>
 #include <string.h>
 

@@ -83,15 +83,6 @@ bool pba_json_size(JsonObject *object, const char *key, uint64_t *value, GError 
     return true;
 }
 
-JsonArray *pba_json_array(JsonObject *object, const char *key, GError **error)
-{
-    JsonArray *value = pba_json_find_array(object, key);
-    if (!value) {
-        set_member_error(error, key, "array");
-    }
-    return value;
-}
-
 JsonObject *pba_json_object(JsonObject *object, const char *key, GError **error)
 {
     JsonObject *value = pba_json_find_object(object, key);

@@ -11,10 +11,9 @@ JsonNode *pba_json(const char *format, ...);
 JsonNode *pba_json_wrap_array(const char *key, JsonArray *array);
 
 /* Members of a reply's object. A missing or mistyped one is PBA_ERROR_PROTOCOL that names it.
- * Strings, objects and arrays are owned by the object. */
+ * Strings and objects are owned by the object. */
 const char *pba_json_string(JsonObject *object, const char *key, GError **error);
 bool pba_json_size(JsonObject *object, const char *key, uint64_t *value, GError **error);
-JsonArray *pba_json_array(JsonObject *object, const char *key, GError **error);
 JsonObject *pba_json_object(JsonObject *object, const char *key, GError **error);
 /* Optional members: NULL or false where they are absent or of another type. */
 const char *pba_json_find_string(JsonObject *object, const char *key);

@@ -1,6 +1,5 @@
 #include "left.h"
 
-#include "error.h"
 #include "json.h"
 #include <string.h>
 

@@ -98,11 +98,10 @@ typedef enum {
     PBA_BITMAP_STATUS_REUSE
 } PbaBitmapStatus;
 
-/* Each decodes QEMU's or the provider API's word; anything unknown is PBA_ERROR_ARGUMENT (mode,
- * status) or PBA_ERROR_PROTOCOL (action), never a guess. */
+/* Each decodes the provider API's or QEMU's word; anything unknown is PBA_ERROR_ARGUMENT (mode) or
+ * PBA_ERROR_PROTOCOL (action), never a guess. */
 bool pba_bitmap_mode_parse(const char *word, PbaBitmapMode *mode, GError **error);
 bool pba_bitmap_action_parse(const char *word, PbaBitmapAction *action, GError **error);
-bool pba_bitmap_status_parse(const char *word, PbaBitmapStatus *status, GError **error);
 const char *pba_bitmap_mode_name(PbaBitmapMode mode);
 const char *pba_bitmap_action_name(PbaBitmapAction action); /* NULL for ABSENT */
 const char *pba_bitmap_status_name(PbaBitmapStatus status);

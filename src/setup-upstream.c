@@ -13,7 +13,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
-#include <string.h>
 #include <unistd.h>
 
 /* The guest's write is let through when fleecing takes longer. VirtIO drivers give up at 60 s. */

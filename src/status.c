@@ -2,7 +2,6 @@
 #include "error.h"
 #include "json.h"
 #include "left.h"
-#include <string.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 
