@@ -1,4 +1,4 @@
-/* What the parts of an access share. Only setup*.c, undo, export and friends include this. */
+/* What the parts of an access share. */
 #ifndef PBA_SRC_ACCESS_H
 #define PBA_SRC_ACCESS_H
 
@@ -119,7 +119,6 @@ char *pba_disk_name(const PbaAccess *access, const char *role, const PbaDisk *di
 char *pba_target_prefix(const PbaAccess *access, const char *role);
 /* The hash in them: eight hexadecimal digits. */
 char *pba_short_hash(const char *text);
-void pba_disk_free(gpointer disk);
 /* Asks QEMU what it can do, and where need be who it is. */
 bool pba_access_begin(PbaAccess *access, GError **error);
 /* An access of no target, which can only look. */
@@ -174,8 +173,7 @@ bool pba_vfiles_end(PbaAccess *access, GError **error);
 void pba_vfiles_free(PbaAccess *access);
 
 bool pba_nbd_server_start(PbaAccess *access, GError **error);
-/* True unless nothing listens at our socket. */
-bool pba_nbd_server_answers(const PbaAccess *access);
+/* True unless nothing listens at the socket. */
 bool pba_nbd_socket_answers(const char *socket);
 bool pba_exports_add(PbaAccess *access, GError **error);
 /* Whether there is an export whose id begins so. */

@@ -17,11 +17,6 @@ static char *export_id(PbaAccess *access, const PbaDisk *disk)
     return pba_disk_name(access, "exp", disk);
 }
 
-bool pba_nbd_server_answers(const PbaAccess *access)
-{
-    return pba_nbd_socket_answers(access->socket);
-}
-
 bool pba_nbd_socket_answers(const char *socket_path)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
@@ -44,7 +39,7 @@ bool pba_nbd_server_start(PbaAccess *access, GError **error)
     bool done = pba_qmp_run(access->qmp, "nbd-server-start", arguments, &local);
 
     /* Without a reply it may have been started all the same. */
-    access->server_up = done || pba_error_is_fatal(local) || pba_nbd_server_answers(access);
+    access->server_up = done || pba_error_is_fatal(local) || pba_nbd_socket_answers(access->socket);
     access->begun |= access->server_up;
     if (done) {
         return true;
@@ -204,7 +199,7 @@ static bool stop_server(PbaAccess *access, GError **error)
 
     /* Ours is gone if nothing listens at our socket; another one that runs is none of our business.
      */
-    if (pba_nbd_server_answers(access)) {
+    if (pba_nbd_socket_answers(access->socket)) {
         if (!find_export(access, is_of_others, PBA_EXPORT_PREFIX, &others, error)) {
             return false;
         }

@@ -1,8 +1,6 @@
 /* One wait for all of a copy's connections and threads. */
 #include "copy.h"
-#include "error.h"
 #include "wait.h"
-#include <poll.h>
 
 void pba_loop_add(PbaLoop *loop, struct nbd_handle *handle)
 {
@@ -18,32 +16,12 @@ PbaPool *pba_loop_pool(PbaLoop *loop, GError **error)
     return loop->pool;
 }
 
+/* A connection that has died waits for nothing; what was in flight was completed as failed. */
 static struct pollfd poll_entry(struct nbd_handle *handle)
 {
-    unsigned direction = nbd_aio_get_direction(handle);
-    short events = 0;
+    short events = pba_nbd_events(handle);
 
-    if (direction & LIBNBD_AIO_DIRECTION_READ) {
-        events |= POLLIN;
-    }
-    if (direction & LIBNBD_AIO_DIRECTION_WRITE) {
-        events |= POLLOUT;
-    }
-    /* A connection that has died has no direction; what was in flight was completed as failed. */
-    return (struct pollfd){.fd = direction ? nbd_aio_get_fd(handle) : -1, .events = events};
-}
-
-/* An error here ends the connection, and with it every request in flight: their completions say
- * more than libnbd's message would. */
-static void notify(struct nbd_handle *handle, const struct pollfd *entry)
-{
-    bool can_read = (entry->revents & (POLLIN | POLLHUP | POLLERR)) != 0;
-
-    if (can_read && (entry->events & POLLIN)) {
-        nbd_aio_notify_read(handle);
-    } else if (entry->revents) {
-        nbd_aio_notify_write(handle);
-    }
+    return (struct pollfd){.fd = events ? nbd_aio_get_fd(handle) : -1, .events = events};
 }
 
 bool pba_loop_turn(PbaLoop *loop, gint64 until, gint64 deadline, GError **error)
@@ -61,8 +39,10 @@ bool pba_loop_turn(PbaLoop *loop, gint64 until, gint64 deadline, GError **error)
         return false;
     }
     for (unsigned i = 0; i < loop->count; i++) {
+        /* An error here ends the connection, and with it every request in flight: their completions
+         * say more than libnbd's message would. */
         if (entries[i].revents) {
-            notify(loop->handles[i], &entries[i]);
+            pba_nbd_notify(loop->handles[i], entries[i].events, entries[i].revents);
         }
     }
     if (loop->pool) {

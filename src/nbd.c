@@ -11,8 +11,6 @@
 /* Of the context qemu:dirty-bitmap (QEMU: docs/interop/nbd). */
 #define STATE_DIRTY 1u
 #define MAX_READ (32u << 20)
-/* Below the 32 bit limit of a request, and whole clusters. */
-#define MAX_DISCARD (UINT64_C(1) << 30)
 /* Under way at once. */
 #define MAX_DISCARDS 32
 
@@ -44,18 +42,26 @@ void pba_volume_disconnect(PbaVolume *volume)
     }
 }
 
+short pba_nbd_events(struct nbd_handle *nbd)
+{
+    unsigned direction = nbd_aio_get_direction(nbd);
+
+    return (short)((direction & LIBNBD_AIO_DIRECTION_READ ? POLLIN : 0) |
+                   (direction & LIBNBD_AIO_DIRECTION_WRITE ? POLLOUT : 0));
+}
+
+int pba_nbd_notify(struct nbd_handle *nbd, short events, short revents)
+{
+    bool can_read = (revents & (POLLIN | POLLHUP | POLLERR)) != 0;
+
+    return can_read && (events & POLLIN) ? nbd_aio_notify_read(nbd) : nbd_aio_notify_write(nbd);
+}
+
 bool pba_volume_turn(PbaVolume *volume, gint64 deadline, const char *what, GError **error)
 {
-    unsigned direction = nbd_aio_get_direction(volume->nbd);
-    short events = 0;
+    short events = pba_nbd_events(volume->nbd);
     short revents;
 
-    if (direction & LIBNBD_AIO_DIRECTION_READ) {
-        events |= POLLIN;
-    }
-    if (direction & LIBNBD_AIO_DIRECTION_WRITE) {
-        events |= POLLOUT;
-    }
     if (!pba_wait_fd(nbd_aio_get_fd(volume->nbd), events, &revents, deadline, &volume->hooks, what,
                      error)) {
         pba_error_add_device(error, volume->device);
@@ -63,11 +69,7 @@ bool pba_volume_turn(PbaVolume *volume, gint64 deadline, const char *what, GErro
         pba_volume_disconnect(volume);
         return false;
     }
-    bool can_read = (revents & (POLLIN | POLLHUP | POLLERR)) != 0;
-    int result = can_read && (direction & LIBNBD_AIO_DIRECTION_READ)
-                     ? nbd_aio_notify_read(volume->nbd)
-                     : nbd_aio_notify_write(volume->nbd);
-    if (result == -1) {
+    if (pba_nbd_notify(volume->nbd, events, revents) == -1) {
         pba_volume_set_nbd_error(volume, what, error);
         return false;
     }
@@ -327,24 +329,14 @@ static bool discard_piece(PbaVolume *volume, uint64_t offset, uint64_t length, G
     return finish_request(volume, cookie, what, error);
 }
 
-/* Shrinks a range to whole clusters, the last one up to the volume's end. */
-static PbaRange whole_clusters(const PbaVolume *volume, PbaRange range)
-{
-    range.begin = (range.begin + PBA_CLUSTER - 1) / PBA_CLUSTER * PBA_CLUSTER;
-    if (range.end != volume->size) {
-        range.end = range.end / PBA_CLUSTER * PBA_CLUSTER;
-    }
-    return range;
-}
-
 bool pba_volume_discard(PbaVolume *volume, uint64_t offset, uint64_t length, GError **error)
 {
     if (!check_range(volume, offset, length, error)) {
         return false;
     }
-    PbaRange range = whole_clusters(volume, (PbaRange){offset, offset + length});
-    for (uint64_t at = range.begin; at < range.end; at += MAX_DISCARD) {
-        if (!discard_piece(volume, at, MIN(range.end - at, MAX_DISCARD), error)) {
+    PbaRange range = pba_whole_clusters((PbaRange){offset, offset + length}, volume->size);
+    for (uint64_t at = range.begin; at < range.end; at += PBA_MAX_DISCARD) {
+        if (!discard_piece(volume, at, MIN(range.end - at, PBA_MAX_DISCARD), error)) {
             return false;
         }
     }
@@ -391,12 +383,12 @@ static bool start_discards(Discards *discards, PbaRange range, GError **error)
 {
     nbd_completion_callback done = {.callback = on_discarded, .user_data = discards};
 
-    for (uint64_t at = range.begin; at < range.end; at += MAX_DISCARD) {
+    for (uint64_t at = range.begin; at < range.end; at += PBA_MAX_DISCARD) {
         if (!wait_for_discards(discards, MAX_DISCARDS - 1, error)) {
             return false;
         }
         discards->count++; /* first, since it may be answered at once */
-        if (nbd_aio_trim(discards->volume->nbd, MIN(range.end - at, MAX_DISCARD), at, done, 0) <
+        if (nbd_aio_trim(discards->volume->nbd, MIN(range.end - at, PBA_MAX_DISCARD), at, done, 0) <
             0) {
             discards->count--;
             pba_volume_set_nbd_error(discards->volume, "discarding", error);
@@ -413,7 +405,7 @@ bool pba_volume_discard_ranges(PbaVolume *volume, const PbaRange *ranges, unsign
     bool ok = pba_volume_connect(volume, error);
 
     for (unsigned i = 0; ok && i < count; i++) {
-        ok = start_discards(&discards, whole_clusters(volume, ranges[i]), error);
+        ok = start_discards(&discards, pba_whole_clusters(ranges[i], volume->size), error);
     }
     ok = ok && wait_for_discards(&discards, 0, error);
     if (discards.count > 0) {

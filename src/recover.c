@@ -216,7 +216,7 @@ static bool take_server(PbaAccess *dead, const char *path)
         return false;
     }
     dead->socket = g_steal_pointer(&socket);
-    dead->server_up = pba_nbd_server_answers(dead);
+    dead->server_up = pba_nbd_socket_answers(dead->socket);
     if (!dead->server_up) {
         g_clear_pointer(&dead->socket, g_free);
         return false;

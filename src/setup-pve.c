@@ -256,17 +256,14 @@ bool pba_pve_setup(PbaAccess *access, GError **error)
     return false;
 }
 
-#define DISK_GONE                                                                                  \
-    "the guest device or its node was removed while the access was up, and QEMU would crash at a " \
-    "teardown: the access stays up until the VM is stopped"
-#define BITMAP_GONE                                                                                \
-    "its dirty bitmap was removed while the access was up, and QEMU would crash at a teardown: "   \
-    "the "                                                                                         \
-    "access stays up until the VM is stopped"
+#define STAYS_UP                                                                                   \
+    " was removed while the access was up, and QEMU would crash at a teardown: the access stays "  \
+    "up until the VM is stopped"
+#define DISK_GONE "the guest device or its node" STAYS_UP
+#define BITMAP_GONE "its dirty bitmap" STAYS_UP
 #define BITMAP_BUSY                                                                                \
-    "another program exports or uses its dirty bitmap, and QEMU would abort at a teardown: end "   \
-    "that "                                                                                        \
-    "(block-export-del), then try again"
+    "another program exports or uses its dirty bitmap, and QEMU would abort at a teardown: "       \
+    "end that (block-export-del), then try again"
 
 /* QEMU crashes when it tears down an access whose bitmap or node was removed meanwhile, and aborts
  * when another program exports the bitmap. */

@@ -8,7 +8,7 @@
 /* BDRV_BITMAP_MAX_NAME_SIZE; the target-id is (part of) a bitmap's name. */
 #define MAX_BITMAP_NAME 1023
 
-void pba_disk_free(gpointer data)
+static void free_disk(gpointer data)
 {
     PbaDisk *disk = data;
 
@@ -149,7 +149,7 @@ PbaAccess *pba_access_new_observer(PbaQmp *qmp, const PbaAccessOptions *options,
     access->early_bitmap_name = g_strdup(options->bitmap_name);
     access->persistent = options->persistent;
     access->no_recover = options->no_recover;
-    access->disks = g_ptr_array_new_with_free_func(pba_disk_free);
+    access->disks = g_ptr_array_new_with_free_func(free_disk);
     return access;
 }
 
@@ -159,7 +159,8 @@ void pba_access_free(PbaAccess *access)
         return;
     }
     pba_vfiles_free(access);
-    if (access->socket_dir && access->owner == getpid() && !pba_nbd_server_answers(access)) {
+    if (access->socket_dir && access->owner == getpid() &&
+        !pba_nbd_socket_answers(access->socket)) {
         pba_run_dir_remove(access);
     }
     pba_owner_forget(access);

@@ -1,12 +1,9 @@
 /* The volume's side of a copy: reads and discards over one or more connections. */
 #include "copy.h"
-#include "error.h"
 #include <errno.h>
 #include <inttypes.h>
 
 #define DEFAULT_CONNECTIONS 4
-/* Below the 32 bit limit of a request, and whole clusters. */
-#define MAX_DISCARD (UINT64_C(1) << 30)
 /* A range this long is worth a request of its own at once. */
 #define GOOD_DISCARD (UINT64_C(1) << 20)
 
@@ -55,8 +52,7 @@ static bool open_more(PbaSource *source, unsigned connections, GError **error)
 bool pba_source_open(PbaSource *source, PbaVolume *volume, unsigned connections, PbaLoop *loop,
                      GError **error)
 {
-    *source = (PbaSource){.volumes = {volume}, .count = 1};
-    pba_trims_init(&source->trims, PBA_CLUSTER, volume->size);
+    *source = (PbaSource){.volumes = {volume}, .count = 1, .trims = {.size = volume->size}};
     if (volume->handle) {
         source->max_request = UINT32_MAX;
         source->can_discard = true;
@@ -239,7 +235,7 @@ static bool send_good_trims(PbaSource *source, uint64_t at_least, GError **error
 {
     PbaRange range;
 
-    while (pba_trims_take(&source->trims, at_least, MAX_DISCARD, &range)) {
+    while (pba_trims_take(&source->trims, at_least, &range)) {
         if (!send_trim(source, range, error)) {
             return false;
         }
@@ -252,7 +248,7 @@ bool pba_source_release(PbaSource *source, uint64_t offset, uint64_t length, GEr
     PbaRange range;
 
     while (!pba_trims_add(&source->trims, offset, length)) {
-        if (pba_trims_take_first(&source->trims, MAX_DISCARD, &range) && range.end > range.begin &&
+        if (pba_trims_take_first(&source->trims, &range) && range.end > range.begin &&
             !send_trim(source, range, error)) {
             return false;
         }

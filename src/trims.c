@@ -1,8 +1,11 @@
 #include "trims.h"
 
-void pba_trims_init(PbaTrims *trims, uint64_t cluster, uint64_t size)
+PbaRange pba_whole_clusters(PbaRange range, uint64_t size)
 {
-    *trims = (PbaTrims){.cluster = cluster, .size = size};
+    uint64_t begin = (range.begin + PBA_CLUSTER - 1) / PBA_CLUSTER * PBA_CLUSTER;
+    uint64_t end = range.end == size ? size : range.end / PBA_CLUSTER * PBA_CLUSTER;
+
+    return (PbaRange){begin, MAX(begin, end)};
 }
 
 static void delete_range(PbaTrims *trims, unsigned index)
@@ -49,24 +52,20 @@ bool pba_trims_add(PbaTrims *trims, uint64_t offset, uint64_t length)
     return insert_range(trims, next, range);
 }
 
-static PbaRange whole_clusters(const PbaTrims *trims, PbaRange range, uint64_t max)
+/* As much of a range as one request may have. */
+static PbaRange next_discard(const PbaTrims *trims, PbaRange range)
 {
-    PbaRange whole = {
-        .begin = (range.begin + trims->cluster - 1) / trims->cluster * trims->cluster,
-        .end = range.end == trims->size ? range.end : range.end / trims->cluster * trims->cluster,
-    };
-    if (whole.end <= whole.begin) {
-        return (PbaRange){range.begin, range.begin};
-    }
-    whole.end = MIN(whole.end, whole.begin + max);
+    PbaRange whole = pba_whole_clusters(range, trims->size);
+
+    whole.end = MIN(whole.end, whole.begin + PBA_MAX_DISCARD);
     return whole;
 }
 
-bool pba_trims_take(PbaTrims *trims, uint64_t at_least, uint64_t max, PbaRange *range)
+bool pba_trims_take(PbaTrims *trims, uint64_t at_least, PbaRange *range)
 {
     for (unsigned i = 0; i < trims->count; i++) {
         PbaRange from = trims->ranges[i];
-        PbaRange whole = whole_clusters(trims, from, max);
+        PbaRange whole = next_discard(trims, from);
         if (whole.end - whole.begin < at_least || whole.end == whole.begin) {
             continue;
         }
@@ -84,13 +83,13 @@ bool pba_trims_take(PbaTrims *trims, uint64_t at_least, uint64_t max, PbaRange *
     return false;
 }
 
-bool pba_trims_take_first(PbaTrims *trims, uint64_t max, PbaRange *range)
+bool pba_trims_take_first(PbaTrims *trims, PbaRange *range)
 {
     if (trims->count == 0) {
         return false;
     }
-    *range = whole_clusters(trims, trims->ranges[0], max);
-    if (range->end > range->begin && range->end + trims->cluster <= trims->ranges[0].end) {
+    *range = next_discard(trims, trims->ranges[0]);
+    if (range->end > range->begin && range->end + PBA_CLUSTER <= trims->ranges[0].end) {
         trims->ranges[0].begin = range->end;
     } else {
         delete_range(trims, 0);

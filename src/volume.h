@@ -1,4 +1,4 @@
-/* What nbd.c and dirty-iter.c share. */
+/* What the parts that read a volume share: its connection and its map. */
 #ifndef PBA_SRC_VOLUME_H
 #define PBA_SRC_VOLUME_H
 
@@ -9,12 +9,8 @@
 
 /* What EINVAL for a read most likely means. */
 #define PBA_HINT_UNREADABLE                                                                        \
-    "the range is not wholly dirty or was discarded, or the snapshot broke: is the fleecing "      \
-    "image "                                                                                       \
-    "full?"
-
-/* What QEMU copies before a write, and discards as a whole. */
-#define PBA_CLUSTER UINT64_C(65536)
+    "the range is not wholly dirty or was discarded, or the snapshot broke: "                      \
+    "is the fleecing image full?"
 
 /* Block-status requests kept in flight. */
 #define PBA_MAP_DEPTH 4
@@ -70,6 +66,9 @@ PbaVolume *pba_volume_open_context(const PbaVolumeOptions *options, const char *
                                    uint32_t flag, const PbaHooks *hooks, GError **error);
 /* Connects, or connects again after an interrupted call. */
 bool pba_volume_connect(PbaVolume *volume, GError **error);
+/* What libnbd waits for (poll(2)), and letting it go on with what came: -1 on error. */
+short pba_nbd_events(struct nbd_handle *nbd);
+int pba_nbd_notify(struct nbd_handle *nbd, short events, short revents);
 /* Lets libnbd send and receive once something can be. what names the wait. */
 bool pba_volume_turn(PbaVolume *volume, gint64 deadline, const char *what, GError **error);
 /* How much of a range one read may ask for. */

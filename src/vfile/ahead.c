@@ -1,5 +1,6 @@
 /* What to read ahead. The cursor runs through the dirty regions in front of a reader who reads in
  * order: each region to its end, then on at the beginning of the next one. */
+#include "../trims.h"
 #include "server.h"
 
 /* A reader who is not where he is expected this often in a row does not read in order. */
@@ -8,26 +9,21 @@
 /* Discarded ranges that lie ahead; with more of them there is no reading ahead at all. */
 #define MAX_HOLES 256
 
-typedef struct {
-    uint64_t begin;
-    uint64_t end;
-} Range;
-
 struct PbaAhead {
     PbaScan *scan; /* NULL: the whole volume is one region */
     bool active;
     unsigned misses;
     uint64_t last_end; /* where the last read ended that was not in order */
     uint64_t cursor;   /* where to read next */
-    Range region;      /* the cursor is in it, or behind it: then the next is not known yet */
-    GArray *holes;     /* Range, ascending: what was discarded from the cursor on */
+    PbaRange region;   /* the cursor is in it, or behind it: then the next is not known yet */
+    GArray *holes;     /* PbaRange, ascending: what was discarded from the cursor on */
     bool given_up;
 };
 
 PbaAhead *pba_ahead_new(const PbaVolumeOptions *options)
 {
     PbaAhead *ahead = g_new0(PbaAhead, 1);
-    ahead->holes = g_array_new(FALSE, FALSE, sizeof(Range));
+    ahead->holes = g_array_new(FALSE, FALSE, sizeof(PbaRange));
     ahead->last_end = UINT64_MAX;
     if (options->bitmap) {
         ahead->scan = pba_scan_start(options);
@@ -42,7 +38,7 @@ PbaAhead *pba_ahead_new(const PbaVolumeOptions *options)
 static bool settle(PbaAhead *ahead)
 {
     while (ahead->holes->len > 0) {
-        const Range *hole = &g_array_index(ahead->holes, Range, 0);
+        const PbaRange *hole = &g_array_index(ahead->holes, PbaRange, 0);
         if (ahead->cursor < hole->begin) {
             break;
         }
@@ -82,7 +78,7 @@ static void start(PbaAhead *ahead, uint64_t offset)
     if (offset < ahead->cursor) {
         if (ahead->scan) {
             pba_scan_seek(ahead->scan, offset);
-            ahead->region = (Range){0, 0};
+            ahead->region = (PbaRange){0, 0};
         }
         /* What was discarded there is not known any more: reading it ahead fails, no more. */
         g_array_set_size(ahead->holes, 0);
@@ -124,7 +120,7 @@ bool pba_ahead_next(PbaAhead *ahead, uint64_t max, uint64_t *offset, uint64_t *l
     }
     uint64_t end = ahead->region.end;
     if (ahead->holes->len > 0) {
-        end = MIN(end, g_array_index(ahead->holes, Range, 0).begin);
+        end = MIN(end, g_array_index(ahead->holes, PbaRange, 0).begin);
     }
     *offset = ahead->cursor;
     *length = MIN(max, end - ahead->cursor);
@@ -139,16 +135,16 @@ void pba_ahead_note_discard(PbaAhead *ahead, uint64_t begin, uint64_t end)
     if (end <= ahead->cursor || ahead->given_up) {
         return;
     }
-    while (at < ahead->holes->len && g_array_index(ahead->holes, Range, at).end < begin) {
+    while (at < ahead->holes->len && g_array_index(ahead->holes, PbaRange, at).end < begin) {
         at++;
     }
-    while (at < ahead->holes->len && g_array_index(ahead->holes, Range, at).begin <= end) {
-        const Range *hole = &g_array_index(ahead->holes, Range, at);
+    while (at < ahead->holes->len && g_array_index(ahead->holes, PbaRange, at).begin <= end) {
+        const PbaRange *hole = &g_array_index(ahead->holes, PbaRange, at);
         begin = MIN(begin, hole->begin);
         end = MAX(end, hole->end);
         g_array_remove_index(ahead->holes, at);
     }
-    g_array_insert_val(ahead->holes, at, ((Range){begin, end}));
+    g_array_insert_val(ahead->holes, at, ((PbaRange){begin, end}));
     if (ahead->holes->len > MAX_HOLES) {
         ahead->given_up = true;
         pba_ahead_stop(ahead);

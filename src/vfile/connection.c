@@ -7,9 +7,6 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-/* Below the 32 bit limit of a request, and whole clusters. */
-#define MAX_TRIM (UINT64_C(1) << 30)
-
 struct PbaConnection {
     PbaVolume *volume; /* the thread's; NULL: lost */
     uint32_t read_flags;
@@ -101,7 +98,7 @@ static void finish(PbaConnection *connection, PbaRequest *request)
 {
     g_queue_unlink(&connection->in_flight, &request->link);
     if (request->is_trim && !request->error) {
-        uint64_t piece = MIN(request->length, MAX_TRIM);
+        uint64_t piece = MIN(request->length, PBA_MAX_DISCARD);
         request->offset += piece;
         request->length -= piece;
     }
@@ -157,7 +154,7 @@ static int64_t send_piece(PbaConnection *connection, PbaRequest *request, uint64
  * so that the request is kept pending until all is sent. */
 static void send_request(PbaConnection *connection, PbaRequest *request)
 {
-    uint64_t length = request->is_trim ? MIN(request->length, MAX_TRIM) : request->length;
+    uint64_t length = request->is_trim ? MIN(request->length, PBA_MAX_DISCARD) : request->length;
 
     request->link = (GList){.data = request};
     g_queue_push_tail_link(&connection->in_flight, &request->link);
@@ -229,28 +226,25 @@ static bool may_wait(PbaConnection *connection)
 
 static void turn(PbaConnection *connection)
 {
-    unsigned direction = connection->volume ? nbd_aio_get_direction(connection->volume->nbd) : 0;
     struct pollfd fds[] = {
         {.fd = connection->wake_fd, .events = POLLIN},
-        {.fd = connection->volume ? nbd_aio_get_fd(connection->volume->nbd) : -1},
+        {.fd = -1},
     };
     bool busy = connection->in_flight.length > 0;
     int limit = !may_wait(connection) ? 0 : busy ? PBA_NBD_LIMIT_S * 1000 : -1;
 
-    fds[1].events = (short)((direction & LIBNBD_AIO_DIRECTION_READ ? POLLIN : 0) |
-                            (direction & LIBNBD_AIO_DIRECTION_WRITE ? POLLOUT : 0));
+    if (connection->volume) {
+        fds[1].fd = nbd_aio_get_fd(connection->volume->nbd);
+        fds[1].events = pba_nbd_events(connection->volume->nbd);
+    }
     int ready = poll(fds, 2, limit);
     /* A server that says nothing for so long is as good as gone. */
     int result = ready == 0 && limit > 0 ? -1 : 0;
     if (fds[0].revents) {
         clear_fd(connection->wake_fd);
     }
-    if (fds[1].revents & (POLLIN | POLLHUP | POLLERR)) {
-        result = direction & LIBNBD_AIO_DIRECTION_READ
-                     ? nbd_aio_notify_read(connection->volume->nbd)
-                     : -1;
-    } else if (fds[1].revents & POLLOUT) {
-        result = nbd_aio_notify_write(connection->volume->nbd);
+    if (fds[1].revents) {
+        result = pba_nbd_notify(connection->volume->nbd, fds[1].events, fds[1].revents);
     }
     if (connection->volume && (result == -1 || pba_volume_is_lost(connection->volume))) {
         lose(connection);

@@ -1,13 +1,11 @@
 /* The file: answers the kernel's requests from slots, which are pieces of the volume that were or
  * are being read. A read takes what there is and has the gaps filled, with exactly the bytes that
  * are missing; reading ahead fills slots on its own account. */
-#include "../access.h"
+#include "../trims.h"
 #include "server.h"
 #include <errno.h>
 #include <fcntl.h>
-#include <inttypes.h>
 #include <linux/falloc.h>
-#include <string.h>
 #include <unistd.h>
 
 #define SLOT_SIZE (256u << 10)
@@ -341,20 +339,21 @@ static void on_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t o
         fuse_reply_err(request, EOPNOTSUPP);
         return;
     }
-    /* Whole clusters only: older QEMUs abort on parts of one. */
-    begin = (begin + PBA_GRANULARITY - 1) / PBA_GRANULARITY * PBA_GRANULARITY;
-    if (end != file->size) {
-        end = end / PBA_GRANULARITY * PBA_GRANULARITY;
-    }
-    if (begin >= end) {
+    /* Older QEMUs abort on parts of one. */
+    PbaRange range = pba_whole_clusters((PbaRange){begin, end}, file->size);
+    if (range.begin == range.end) {
         fuse_reply_err(request, 0);
         return;
     }
-    drop_slots(file, begin, end);
-    pba_ahead_note_discard(file->ahead, begin, end);
+    drop_slots(file, range.begin, range.end);
+    pba_ahead_note_discard(file->ahead, range.begin, range.end);
     Trim *trim = g_new0(Trim, 1);
-    trim->nbd =
-        (PbaRequest){.is_trim = true, .urgent = true, .offset = begin, .length = end - begin};
+    trim->nbd = (PbaRequest){
+        .is_trim = true,
+        .urgent = true,
+        .offset = range.begin,
+        .length = range.end - range.begin,
+    };
     trim->request = request;
     pba_connection_submit(file->connection, &trim->nbd);
     fuse_req_interrupt_func(request, on_trim_interrupt, trim);

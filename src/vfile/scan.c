@@ -6,11 +6,6 @@
 /* Regions known ahead of the reader. */
 #define RING_SIZE 1024u
 
-typedef struct {
-    uint64_t begin;
-    uint64_t end;
-} Region;
-
 struct PbaScan {
     char *device;
     char *path;
@@ -18,7 +13,7 @@ struct PbaScan {
     uint64_t size;
     GMutex mutex; /* of all below */
     GCond wanted;
-    Region ring[RING_SIZE];
+    PbaRange ring[RING_SIZE];
     unsigned head;
     unsigned used;
     uint64_t from; /* where the map is to be read from */
@@ -39,7 +34,7 @@ static bool wait_wanted(PbaScan *scan, unsigned seek)
 }
 
 /* Adds a region; none (its end is 0) is the end of the map. */
-static void push(PbaScan *scan, unsigned seek, Region region)
+static void push(PbaScan *scan, unsigned seek, PbaRange region)
 {
     g_mutex_lock(&scan->mutex);
     if (scan->seek == seek && region.end == 0) {
@@ -70,7 +65,7 @@ static void read_map(PbaScan *scan, uint64_t from, unsigned seek)
     while (wait_wanted(scan, seek)) {
         bool more = volume && pba_volume_next_dirty_region(volume, &offset, &length, NULL);
         more = more && length > 0;
-        push(scan, seek, more ? (Region){offset, offset + length} : (Region){0, 0});
+        push(scan, seek, more ? (PbaRange){offset, offset + length} : (PbaRange){0, 0});
     }
 }
 
