@@ -75,11 +75,16 @@ const char *pba_json_string(JsonObject *object, const char *key, GError **error)
 bool pba_json_size(JsonObject *object, const char *key, uint64_t *value, GError **error)
 {
     JsonNode *node = find_member(object, key, JSON_NODE_VALUE);
-    if (!node || json_node_get_value_type(node) != G_TYPE_INT64 || json_node_get_int(node) < 0) {
+    bool is_integer = node && json_node_get_value_type(node) == G_TYPE_INT64;
+    gint64 size = is_integer ? json_node_get_int(node) : -1;
+
+    /* json-glib 1.10 makes of every greater number the greatest, which QEMU has for no size; older
+     * ones make negative numbers of them. */
+    if (size < 0 || size == G_MAXINT64) {
         set_member_error(error, key, "size");
         return false;
     }
-    *value = (uint64_t)json_node_get_int(node);
+    *value = (uint64_t)size;
     return true;
 }
 
