@@ -20,7 +20,7 @@ bool glue_next_region(void *opaque, uint64_t *offset, uint64_t *length, GError *
                SvUV(SP[2]) > 0) {
         *offset = SvUV(SP[1]);
         *length = SvUV(SP[2]);
-    } else if (count != 0) {
+    } else if (count > 1 || (count == 1 && SvOK(SP[1]))) { /* undef is the API's word for the end */
         g_set_error_literal(error, PBA_ERROR, PBA_ERROR_INCOMPLETE,
                             "next-dirty-region returned something that is not a region");
     }

@@ -48,9 +48,15 @@ my sub bitmap_name ($device, $volume) {
     return $mode eq 'none' ? undef : $name;
 }
 
+# What a provider is given may have keys that are not known here: the API may grow.
+my sub check ($device, $volume, $keys) {
+    my %known = map { $_ => $volume->{$_} } grep { exists($volume->{$_}) } keys $keys->%*;
+    PVE::BackupAccess::Argument::hash("the volume of device $device", \%known, $keys);
+}
+
 # What tells whether a range is dirty is the code ref, whatever the bitmap's mode.
 my sub open_handle ($class, $device, $volume) {
-    PVE::BackupAccess::Argument::hash("the volume of device $device", $volume, \%handle_keys);
+    check($device, $volume, \%handle_keys);
     for my $key (sort keys %handle_keys) {
         fail($device, "its volume lacks '$key'") if !defined($volume->{$key});
     }
@@ -71,7 +77,7 @@ sub open ($class, $device, $volume) {
     $volume = { $volume->%* };
     delete($volume->{'bitmap-name'}) if !defined($volume->{'bitmap-name'});
     return open_handle($class, $device, $volume) if exists($volume->{'file-handle'});
-    PVE::BackupAccess::Argument::hash("the volume of device $device", $volume, \%volume_keys);
+    check($device, $volume, \%volume_keys);
     fail($device, "its volume lacks 'nbd-path'") if !defined($volume->{'nbd-path'});
     my $self = $class->_open($device, $volume->{'nbd-path'}, bitmap_name($device, $volume),
         $volume->{size});
@@ -241,6 +247,8 @@ offer it.
 
 Or, of the mechanism file-handle, C<size>, C<bitmap-mode>, C<file-handle> and C<next-dirty-region>.
 Reads then go through the file, and regions come from the code ref.
+
+Other keys are ignored, so that Proxmox VE may add some.
 
 =head2 size
 
