@@ -16,9 +16,6 @@ my $map_batch = 10_000;    # dirty regions per call
 
 my $look_every = 10;       # seconds
 
-# What an archive's name may contain, as Proxmox VE has it.
-my $archive_name = qr!\A[a-zA-Z0-9\-.+=_/:]+\z!;
-
 my sub check_provider ($name, $value) {
     PVE::BackupAccess::Argument::fail("$name must be an object") if !blessed($value);
 }
@@ -364,6 +361,9 @@ sub _init_and_back_up ($self) {
     return $result;
 }
 
+# What an archive's name may contain, as Proxmox VE has it.
+sub _is_archive_name ($name) { return ($name // '') =~ m!\A[a-zA-Z0-9\-.+=_/:]+\z! }
+
 sub _init_archive ($self) {
     my $answer = $self->{provider}->backup_init($self->{vmid}, 'qemu', time());
     my $name = ref($answer) eq 'HASH' ? $answer->{'archive-name'} : undef;
@@ -373,7 +373,7 @@ sub _init_archive ($self) {
     PVE::BackupAccess::Argument::fail(
         "archive-name '$name' of the backup provider has characters other than a-z, A-Z, 0-9 and"
             . ' - . + = _ / :')
-        if $name !~ $archive_name;
+        if !_is_archive_name($name);
     $self->log('info', "archive: $name");
     return $name;
 }

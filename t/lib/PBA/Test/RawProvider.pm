@@ -39,13 +39,15 @@ sub backup_init ($self, $vmid, $vmtype, $start_time) {
     $self->{number} = ($self->{base} // 0) + 1;
     File::Path::remove_tree("$self->{path}/$self->{number}");
     File::Path::make_path("$self->{path}/$self->{number}");
-    return { 'archive-name' => "raw/$self->{number}" };
+    return { 'archive-name' => "raw/a+b=c:d/$self->{number}" };
 }
 
 sub backup_get_mechanism ($self, $vmid, $vmtype) { return $self->{mechanism} }
 
 sub backup_vm_query_incremental ($self, $vmid, $volumes) {
-    return if $self->{faults}{'full only'};
+    if ($self->{faults}{'full only'}) {
+        return $self->{base} ? { map { $_ => 'none' } keys $volumes->%* } : ();
+    }
     return { map { $_ => $self->{base} ? 'use' : 'new' } keys $volumes->%* };
 }
 
@@ -107,7 +109,7 @@ sub backup_handle_log_file ($self, $vmid, $filename) { return }
 # ---- restore ----
 
 my sub dir_of ($self, $volname) {
-    my ($number) = $volname =~ m!\Abackup/raw/([0-9]+)\z! or die "no archive '$volname'\n";
+    my ($number) = $volname =~ m!\Abackup/raw/a\+b=c:d/([0-9]+)\z! or die "no archive '$volname'\n";
     die "archive '$volname' is not complete\n" if !-e "$self->{path}/$number/complete";
     return "$self->{path}/$number";
 }

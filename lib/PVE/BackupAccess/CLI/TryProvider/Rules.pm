@@ -5,6 +5,8 @@ package PVE::BackupAccess::CLI::TryProvider::Rules;
 
 use v5.36;
 
+use PVE::BackupAccess::Task;
+
 my sub shown ($value) {
     return 'undef' if !defined($value);
     return 'a reference to ' . lc(ref($value)) if ref($value);
@@ -24,8 +26,8 @@ my sub backup_init ($call, $expected) {
     return q(must return a hash with 'archive-name', not ) . shown($result)
         if ref($result) ne 'HASH';
     my $name = $result->{'archive-name'};
-    return if defined($name) && !ref($name) && $name =~ m!\A[A-Za-z0-9._/:-]+\z!;
-    return q('archive-name' must be of letters, digits and ._-/: only, not ) . shown($name);
+    return if !ref($name) && PVE::BackupAccess::Task::_is_archive_name($name);
+    return q('archive-name' must be of letters, digits and - . + = _ / : only, not ) . shown($name);
 }
 
 my sub backup_get_mechanism ($call, $expected) {
@@ -42,8 +44,8 @@ my sub backup_vm_query_incremental ($call, $expected) {
     for my $device (sort keys $modes->%*) {
         return "returned the device '$device', which was not asked for"
             if !exists($expected->{sizes}{$device});
-        return "device $device: must be 'new' or 'use', not " . shown($modes->{$device})
-            if ($modes->{$device} // '') !~ m/\A(?:new|use)\z/;
+        return "device $device: must be 'new', 'use' or 'none', not " . shown($modes->{$device})
+            if ($modes->{$device} // 'none') !~ m/\A(?:new|use|none)\z/;
     }
     return;
 }
