@@ -5,6 +5,7 @@ use v5.36;
 our $VERSION = '0.1.0';
 
 use Cwd qw(realpath);
+use Fcntl qw(F_SETFD FD_CLOEXEC);
 use Hash::Util::FieldHash ();
 use JSON::PP ();    # the booleans that a 'qmp' code ref is given
 use Scalar::Util ();
@@ -178,6 +179,10 @@ sub _open_handle ($self, $index) {
     my $fd = $self->_open_file($index);
     open(my $handle, '+<&=', $fd)
         or PVE::BackupAccess::Error->throw('SystemError', "cannot use descriptor $fd - $!");
+
+    # Perl's open has switched it off for descriptors up to $^F.
+    fcntl($handle, F_SETFD, FD_CLOEXEC)
+        or PVE::BackupAccess::Error->throw('SystemError', "fcntl failed - $!");
     my $given = $handles{$self} //= [];
     $given->@* = grep { defined } ($given->@*, $handle);
     Scalar::Util::weaken($_) for $given->@*;
