@@ -26,7 +26,7 @@ push(@sources, 't/fuzz/replay.c') if $coverage;
 my @sanitize
     = $coverage
     ? qw(-fprofile-instr-generate -fcoverage-mapping)
-    : qw(-fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined);
+    : ('-fsanitize=fuzzer,address,undefined', '-fno-sanitize-recover=undefined');
 
 sub run (@command) {
     system(@command) == 0 or die "'$command[0]' failed\n";
