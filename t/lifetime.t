@@ -166,6 +166,25 @@ sub check_foreign_server ($backend, $outside) {
     is_deeply($backend->outside->{graph}, $outside->{graph}, 'the graph is as before after that');
 }
 
+# A bitmap of somebody else's on the same disk records on, whatever becomes of ours.
+sub check_foreign_bitmap ($backend) {
+    my $vm = $backend->vm;
+    $vm->qmp('block-dirty-bitmap-add', node => 'disk0', name => 'theirs', granularity => 65536);
+    $backend->guest->write('disk0', 0, 65536, 0x62);
+    for my $step ([new => 1], [use => 0], [use => 1], [none => 1]) {
+        my ($mode, $success) = $step->@*;
+        my $access = $backend->access;
+        $access->setup($backend->devices($mode));
+        $access->volumes('nbd');
+        $access->teardown($success);
+    }
+    $backend->guest->write('disk0', 1 << 20, 65536, 0x63);
+    my $theirs = $vm->bitmaps->{disk0}{theirs};
+    is($theirs->{count}, 2 * 65536, "somebody else's bitmap has all its bits");
+    is_deeply([$theirs->@{qw(recording busy)}], [1, 0], 'and records');
+    $vm->qmp('block-dirty-bitmap-remove', node => 'disk0', name => 'theirs');
+}
+
 sub check_second_setup ($backend) {
     my $access = $backend->access;
     $access->setup($backend->devices('use'));
@@ -188,10 +207,11 @@ for my $name (PBA::Test::Backend->names) {
         check_fork($backend);
         is_deeply($backend->outside, $outside, 'nothing is left');
         check_second_setup($backend);
+        check_foreign_bitmap($backend);
         check_scope($backend, $outside);
         check_program_end($backend, $outside);
         check_signals($backend, $outside);
-        check_foreign_server($backend, $outside) if $name eq 'upstream';
+        check_foreign_server($backend, $outside);
         $backend->check_manners;
     };
 }
