@@ -79,6 +79,24 @@ subtest 'code ref: encoders' => sub {
     is_deeply([glob("$dir/*.raw")], [], 'no fleecing image is left');
 };
 
+# The limit is what the guest waits for at most where fleecing hangs; older QEMUs take none above 4 s.
+subtest 'code ref: the filter' => sub {
+    for my $case ([7, 2, 4], [9, 0, 4], [9, 1, 45], [11, 0, 45]) {
+        my ($major, $minor, $seconds) = $case->@*;
+        my %ok = map { $_ => {} } qw(blockdev-reopen transaction);
+        my $calls
+            = qmp_calls({ upstream_returns(%ok, 'query-version' => version($major, $minor)) });
+        my $access = new_access($calls->{code}, 'fleecing-dir' => "$dir");
+        $access->setup([{ device => 'drive-scsi0', 'bitmap-mode' => 'none' }]);
+        my ($filter) = grep { ($_->{driver} // '') eq 'copy-before-write' } $calls->{arguments}->@*;
+        is($filter->{'cbw-timeout'}, $seconds, "QEMU $major.$minor: time limit");
+        is($filter->{'on-cbw-error'},
+            'break-snapshot', "QEMU $major.$minor: the guest's write is done");
+        ok(!exists($filter->{bitmap}), "QEMU $major.$minor: no bitmap that is copied too early");
+        $access->teardown(0);
+    }
+};
+
 subtest 'code ref: results' => sub {
 
     # Numbers as various decoders leave them, and booleans of all kinds.

@@ -321,6 +321,35 @@ subtest 'devices that will not do' => sub {
     );
 };
 
+# QEMU may answer block-export-del before the export is gone, and would abort at the teardown then.
+subtest 'an export that takes its time to go' => sub {
+    my ($asked, @exports) = (0);
+    my $calls = qmp_calls(
+        {
+            pve_returns(
+                'block-export-add' => sub ($arguments) { push(@exports, $arguments); return {} },
+                'block-export-del' => sub (@) { $asked = 4; return {} },
+                'query-block-exports' => sub (@) {
+                    @exports = () if $asked > 0 && --$asked == 0;
+                    return [@exports];
+                },
+            )
+        }
+    );
+    my $access = new_access($calls->{code});
+    $access->setup(\@one);
+    $access->volumes('nbd');
+    $access->teardown(1);
+    my @names = grep { !m/\Aquery-(?!block-exports)/ } $calls->{names}->@*;
+    my ($deleted) = grep { $names[$_] eq 'block-export-del' } 0 .. $#names;
+    is_deeply(
+        [@names[$deleted + 1 .. $deleted + 4]],
+        [('query-block-exports') x 4],
+        'is waited for'
+    );
+    ok((grep { $_ eq 'backup-access-teardown' } @names[$deleted + 5 .. $#names]), 'then torn down');
+};
+
 subtest 'what vanishes during the access' => sub {
     for my $case (['bitmap', qr/dirty bitmap/], ['node', qr/node/], ['device', qr/device/]) {
         my ($name, $pattern) = @$case;

@@ -11,8 +11,8 @@ package PBA::Test::NBDServer;
 #   $server->uri; $server->socket_path; $server->context;
 #   $server->requests('block-status'); $server->max_in_flight;
 #
-# Writes are accepted, and forgotten, but for dirty_only. holes => [[$offset, $length], ...], in order, is what it says of
-# base:allocation; data should have zeroes there.
+# Writes are accepted, and forgotten, but for dirty_only. holes => [[$offset, $length], ...], in order,
+# is what it says of base:allocation; data should have zeroes there. description => of the export.
 #
 # How far it is like a snapshot-access node with a bitmap:
 #   dirty_only => 1         EINVAL for reads and allocation outside dirty areas, or where trimmed

@@ -172,6 +172,8 @@ sub _send_info ($self, $option, $data) {
     my $export = pack('nQ>n', 0, $self->_advertised_size, $self->_flags);
     $self->_option_reply($option, REP_INFO, $export);
     $self->_option_reply($option, REP_INFO, pack('nNNN', 3, 1, 4096, 32 << 20));
+    my $description = $self->{options}{description};
+    $self->_option_reply($option, REP_INFO, pack('n', 2) . $description) if defined($description);
     $self->_option_reply($option, REP_ACK);
     return 1;
 }
