@@ -1,0 +1,229 @@
+# A real migration to another QEMU on the same disks. During an access it fails, the guest runs on where
+# it is, and the access goes on. Outside of one it succeeds, and the next backup at the target has
+# everything or says that it is a full one (I2, I3).
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use JSON::PP ();
+use Test::More;
+use Time::HiRes qw(sleep);
+
+use PBA::Test::Backend;
+
+my $full = $ENV{PBA_FULL};
+my $mib = 1024 * 1024;
+my $size = 8 * $mib;
+
+# The guest's writes, by when they come.
+my %offset = (before => 1 * $mib, during => 2 * $mib, after => 3 * $mib);
+
+sub write_disk ($vm, $when, @ids) {
+    $vm->qemu_io($_, "write -P 7 $offset{$when} 64k") for @ids;
+    return;
+}
+
+# What the next backup has of each disk, by when that was written; or how its bitmap came to be new.
+sub next_backup ($backend, @ids) {
+    my $access = $backend->access(log => sub { });
+    my %next;
+    for my $info ($access->setup($backend->devices('use', @ids))->@*) {
+        my $volume = $access->volume($info->{device});
+        my @regions;
+        while (my @region = $volume->next_dirty_region) {
+            push(@regions, \@region);
+        }
+        my %name = reverse(%offset);
+        my @names = map { $_->[1] == 65536 ? $name{ $_->[0] } : 'other' } @regions;
+        $next{ $info->{device} }
+            = $info->{'bitmap-action'} eq 'used' ? "@names" : $info->{'bitmap-action'};
+    }
+    $access->teardown(1);
+    return \%next;
+}
+
+# Two QEMUs on the same disks, the second one waiting for the first one's guest; the first has had a
+# backup of each disk.
+sub pair (%options) {
+    my @disks
+        = map { { id => $_, size => $size, format => 'qcow2' } } ($options{disks} // ['disk0'])->@*;
+    my %common = (name => 'upstream', guest => 0);
+    my $source = PBA::Test::Backend->start(%common, disks => \@disks);
+    $_->{file} = $source->vm->disk($_->{id})->{file} for @disks;
+    my $target = PBA::Test::Backend->start(
+        %common,
+        disks => \@disks,
+        paused => 1,
+        args => ['-incoming', 'defer']
+    );
+    if ($options{bitmaps}) {
+        my $capability = { capability => 'dirty-bitmaps', state => JSON::PP::true };
+        $_->vm->qmp('migrate-set-capabilities', capabilities => [$capability]) for $source, $target;
+    }
+    my $access = $source->access(persistent => $options{persistent} // 0);
+    $access->setup($source->devices('new'));
+    $access->teardown(1);
+    write_disk($source->vm, 'before', $source->vm->disk_ids);
+    return ($source, $target);
+}
+
+sub begin_migration ($source, $target) {
+    my $uri = 'unix:' . $target->vm->dir . '/migration';
+    $target->vm->qmp('migrate-incoming', uri => $uri);
+    $source->vm->qmp_try('migrate', uri => $uri);
+    return;
+}
+
+# 'completed' or 'failed'; the guest runs on in the one QEMU or the other.
+sub end_migration ($source, $target) {
+    my $status = '';
+    for (1 .. 300) {
+        $status = $source->vm->qmp('query-migrate')->{status} // '';
+        last if $status =~ m/\A(?:completed|failed)\z/;
+        sleep(0.1);
+    }
+    $target->vm->qmp('cont') if $status eq 'completed';
+    return $status;
+}
+
+sub migrate ($source, $target) {
+    begin_migration($source, $target);
+    return end_migration($source, $target);
+}
+
+sub runs_at_source ($source, $target) {
+    is($source->vm->qmp('query-status')->{status}, 'running', 'the guest runs on where it is');
+    isnt(eval { $target->vm->qmp('query-status')->{status} }, 'running', 'and nowhere else');
+    return;
+}
+
+for my $bitmaps (0, 1) {
+    my $with = $bitmaps ? 'with its bitmaps' : 'without bitmaps';
+
+    for my $exported ($full ? (0, 1) : 1) {
+        my $name = $exported ? 'while it is read' : 'before it is exported';
+        subtest "$with, during an access, $name" => sub {
+            my ($source, $target) = pair(bitmaps => $bitmaps);
+            my $outside = $source->outside;
+            my $access = $source->access;
+            $access->setup($source->devices('use'));
+            my $volume = $exported ? $access->volume('disk0') : undef;
+            write_disk($source->vm, 'during', 'disk0');
+            is(migrate($source, $target), 'failed', 'QEMU refuses it');
+            runs_at_source($source, $target);
+            $volume //= $access->volume('disk0');
+            is_deeply([$volume->next_dirty_region], [$offset{before}, 65536], 'the map goes on');
+            is($volume->pread($offset{before}, 65536), "\x07" x 65536, 'and reading');
+            undef $volume;
+            $access->teardown(1);
+            is_deeply($source->outside, $outside, 'nothing is left');
+            write_disk($source->vm, 'after', 'disk0');
+            is_deeply(next_backup($source, 'disk0'), { disk0 => 'during after' }, 'nor lost');
+        };
+    }
+
+    # The one that is not backed up may have been handed over when the other refuses.
+    my @ids = qw(disk0 disk1);
+    my @backed_up = $full ? @ids : $bitmaps ? () : 'disk1';
+    subtest "$with, during an access to another disk, persistent bitmaps" => sub {
+        for my $id (@backed_up) {
+            my ($source, $target) = pair(bitmaps => $bitmaps, persistent => 1, disks => \@ids);
+            my $access = $source->access(persistent => 1);
+            $access->setup($source->devices('use', $id));
+            write_disk($source->vm, 'during', @ids);
+            is(migrate($source, $target), 'failed', "access to $id: QEMU refuses it");
+            runs_at_source($source, $target);
+            $access->teardown(1);
+            write_disk($source->vm, 'after', @ids);
+            my %expected = (map({ $_ => 'before during after' } @ids), $id => 'during after');
+            is_deeply(next_backup($source, @ids), \%expected, 'no bit is lost, of either');
+        }
+        }
+        if @backed_up;
+
+    subtest "$with, between two backups" => sub {
+        for my $persistent ($full || !$bitmaps ? (0, 1) : 0) {
+            my ($source, $target) = pair(bitmaps => $bitmaps, persistent => $persistent);
+            is(migrate($source, $target), 'completed', 'it is done');
+            ok(!eval { next_backup($source, 'disk0'); 1 }, 'a backup where it was: refused');
+            is($@->class, 'StateError', 'with a class');
+            like("$@", qr/the guest is migrated .*back it up where it runs/, 'and the reason');
+            write_disk($target->vm, 'after', 'disk0');
+            my $next = $bitmaps || $persistent ? 'before after' : 'missing-recreated';
+            is_deeply(next_backup($target, 'disk0'), { disk0 => $next }, "where it is: $next");
+        }
+    };
+}
+
+# What a program leaves that is killed in the middle of its teardown: the filters are gone, so the guest
+# can go.
+subtest 'with the two halves of a bitmap' => sub {
+    for my $persistent ($full ? (0, 1) : 0) {
+        my ($source, $target) = pair(bitmaps => !$persistent, persistent => $persistent);
+        my $vm = $source->vm;
+        $vm->qmp(
+            'block-dirty-bitmap-add',
+            node => 'disk0',
+            name => 'pba-background:snapshot-access:test',
+            persistent => $persistent ? JSON::PP::true : JSON::PP::false
+        );
+        $vm->qmp(
+            'block-dirty-bitmap-disable',
+            node => 'disk0',
+            name => 'pba:snapshot-access:test'
+        );
+        write_disk($vm, 'during', 'disk0');
+        is(migrate($source, $target), 'completed', 'it is done');
+        write_disk($target->vm, 'after', 'disk0');
+        is_deeply(
+            next_backup($target, 'disk0'),
+            { disk0 => 'before during after' },
+            'they are joined where it is'
+        );
+        is_deeply($target->other_bitmaps, [], 'and no other is left');
+    }
+};
+
+# A migration that takes its time, and an access that begins meanwhile.
+sub slow_migration ($bitmaps) {
+    my ($source, $target) = pair(bitmaps => $bitmaps);
+    my $vm = $source->vm;
+    $vm->qmp('migrate-set-parameters', 'max-bandwidth' => 20_000);
+    begin_migration($source, $target);
+    for (1 .. 100) {
+        last if ($vm->qmp('query-migrate')->{status} // '') eq 'active';
+        sleep(0.1);
+    }
+    my $go_on = sub {
+        is($vm->qmp('query-migrate')->{status}, 'active', 'it is not over yet');
+        write_disk($vm, 'during', 'disk0');
+        $vm->qmp('migrate-set-parameters', 'max-bandwidth' => 1 << 30);
+        return end_migration($source, $target);
+    };
+    return ($source, $target, $go_on);
+}
+
+subtest 'without bitmaps, an access begins during it' => sub {
+    my ($source, $target, $go_on) = slow_migration(0);
+    my $access = $source->access;
+    $access->setup($source->devices('use'));
+    is($go_on->(), 'failed', 'QEMU refuses to end it');
+    runs_at_source($source, $target);
+    $access->teardown(1);
+    write_disk($source->vm, 'after', 'disk0');
+    is_deeply(next_backup($source, 'disk0'), { disk0 => 'during after' }, 'nothing is lost');
+};
+
+subtest 'with its bitmaps, an access is to begin during it' => sub {
+    my ($source, $target, $go_on) = slow_migration(1);
+    my $outside = $source->outside;
+    ok(!eval { $source->access->setup($source->devices('use')); 1 }, 'is refused');
+    like("$@", qr/\Adevice disk0: its bitmap .* is in use by another operation/, 'and why');
+    is_deeply($source->outside, $outside, 'nothing is left');
+    is($go_on->(), 'completed', 'it goes on');
+    write_disk($target->vm, 'after', 'disk0');
+    is_deeply(next_backup($target, 'disk0'), { disk0 => 'before during after' }, 'nothing is lost');
+};
+
+done_testing;
