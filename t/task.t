@@ -6,6 +6,7 @@ use v5.36;
 use FindBin;
 use lib "$FindBin::Bin/lib";
 use List::Util qw(pairvalues sum0);
+use Scalar::Util qw(weaken);
 use Test::More;
 
 use PBA::Test::Backend;
@@ -241,6 +242,12 @@ sub check_data ($context, $mechanism) {
         check_images($context, "$mechanism, $step");
         $provider->{mode} = 'use';
     }
+
+    # The provider still has all that it was given.
+    my @objects = ($task, $task->{access});
+    weaken($_) for @objects;
+    undef $task;
+    is_deeply(\@objects, [undef, undef], "$mechanism: nothing keeps the task or its access");
 }
 
 sub check_backend ($name) {

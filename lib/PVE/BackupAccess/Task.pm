@@ -539,9 +539,10 @@ The result has C<archive-name> and, where the provider tells it, C<archive-size>
 
 =head2 log
 
-    my $task;
-    my $provider = $class->new($plugin, $config, $storeid, sub { $task->log(@_) });
-    $task = PVE::BackupAccess::Task->new(provider => $provider, ...);
+    my $logger;
+    my $provider = $class->new($plugin, $config, $storeid, sub { $logger->log(@_) if $logger });
+    my $task = PVE::BackupAccess::Task->new(provider => $provider, ...);
+    weaken($logger = $task);    # the task has the provider
 
 Logs a line as the task does. A provider that is given this has its own lines in the log file of
 L</run_job>.
