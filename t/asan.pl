@@ -8,10 +8,12 @@
 use v5.36;
 
 use Cwd qw(getcwd);
-use File::Basename qw(dirname);
-use File::Path qw(make_path);
 use File::Temp ();
+use FindBin;
+use lib "$FindBin::Bin/lib";
 use TAP::Harness ();
+
+use PBA::Test::Sources qw(lines_of source_files);
 
 # Those that use the C core and need no guest.
 my @default_tests
@@ -28,22 +30,9 @@ sub run (@command) {
     return;
 }
 
-sub output_of (@command) {
-    open(my $pipe, '-|', @command) or die "cannot run '$command[0]': $!\n";
-    my @lines = <$pipe>;
-    close($pipe) or die "'@command' failed\n";
-    chomp(@lines);
-    return @lines;
-}
-
-# Files that are not committed yet are part of what is to be tested.
 sub copy_tree () {
-    my @files = output_of(qw(git ls-files --cached --others --exclude-standard));
-    for my $file (grep { -e $_ } @files) {
-        make_path("$copy/" . dirname($file));
-        run('cp', '-p', $file, "$copy/$file");
-    }
-    make_path($reports);
+    run('cp', '-p', '--parents', '-t', $copy, source_files());
+    mkdir($reports) or die "$reports: $!\n";
     return;
 }
 
@@ -57,7 +46,7 @@ sub build () {
 }
 
 sub runtimes () {
-    my @paths = map { output_of('gcc', "-print-file-name=$_") } qw(libasan.so libubsan.so);
+    my @paths = map { lines_of('gcc', "-print-file-name=$_") } qw(libasan.so libubsan.so);
     my @missing = grep { !m{/} } @paths;
     die "gcc has no @missing\n" if @missing;
     return @paths;

@@ -10,7 +10,6 @@ use POSIX ();
 use Test::More;
 
 use PBA::Test::Backend;
-use PBA::Test::Model;
 use PBA::Test::QemuNbd;
 use PVE::BackupAccess::Volume;
 
@@ -177,25 +176,14 @@ sub copy_and_stop ($volume, $seen) {
 }
 
 sub check_backend ($name, $mechanism) {
-    my $backend = PBA::Test::Backend->start(
-        name => $name,
-        disks => [
-            { id => 'disk0', format => 'qcow2', size => $sizes{disk0} },
-            { id => 'disk1', size => $sizes{disk1}, bus => 'scsi', shape => 'drive' },
-        ],
+    my $context = PBA::Test::Backend->start_with_model(
+        $name,
+        sizes => \%sizes,
+        seed => $seed,
+        blocks => $blocks
     );
-    my $context = {
-        backend => $backend,
-        mechanism => $mechanism,
-        dir => $backend->work_dir('copies'),
-        model => PBA::Test::Model->new(
-            seed => $seed,
-            disks => [map { { id => $_, size => $sizes{$_} } } @ids],
-            blocks => $blocks,
-        ),
-        outside => $backend->outside,
-        last_write => 0,
-    };
+    my $backend = $context->{backend};
+    $context->@{qw(mechanism dir last_write)} = ($mechanism, $backend->work_dir('copies'), 0);
     new_image("$context->{dir}/$_", $sizes{$_}) for @ids;
     $backend->guest->start_churn(seed => $seed, disks => \@ids, blocks => $blocks);
     $backend->guest->wait_churn(20);

@@ -9,8 +9,6 @@ use lib "$FindBin::Bin/lib";
 use File::Temp ();
 use Test::More;
 
-use PVE::BackupAccess::Task;
-
 use PBA::Test::Backend;
 use PBA::Test::Provider;
 use PBA::Test::Repository;
@@ -123,15 +121,8 @@ sub check_task ($backend, $dir) {
     print {$fh} "\0" x ($blocks * $free - $mib);
     close($fh) or die "$filler: $!\n";
     my @log;
-    my $task = PVE::BackupAccess::Task->new(
-        $backend->options(%fleecing),
-        vmid => 100,
-        provider => PBA::Test::Provider->new(mode => 'use'),
-        devices => [$backend->device('disk0')],
-        'guest-config' => "name: test\n",
-        log => sub ($level, $text) { push(@log, "$level: $text") },
-    );
-    $task->run;
+    my $log = sub ($level, $text) { push(@log, "$level: $text") };
+    $backend->task(PBA::Test::Provider->new(mode => 'use'), %fleecing, log => $log)->run;
     is(scalar(grep { m/\Awarn: device .* its fleecing image '.*' is nearly full/ } @log),
         1, "a task's log warns")
         or diag(explain(\@log));

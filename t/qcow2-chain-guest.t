@@ -10,12 +10,10 @@ use lib "$FindBin::Bin/lib";
 use Test::More;
 
 use PBA::Test::Backend;
-use PBA::Test::Model;
 use PBA::Test::QemuNbd;
 use PVE::BackupAccess::Provider::Qcow2Chain;
 use PVE::BackupAccess::Provider::Qcow2Chain::Image;
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
-use PVE::BackupAccess::Task;
 
 $PVE::BackupAccess::Provider::Qcow2Chain::Image::qemu_img = $ENV{PBA_QEMU_IMG} // 'qemu-img';
 $PVE::BackupAccess::Provider::Qcow2Chain::Server::qemu_nbd = $ENV{PBA_QEMU_NBD} // 'qemu-nbd';
@@ -37,14 +35,7 @@ sub new_provider ($context, $plugin = undef) {
 sub backup ($context, $provider, $fails = undef) {
     my $backend = $context->{backend};
     my $log = sub ($level, $message) { push($context->{log}->@*, $message) };
-    my $task = PVE::BackupAccess::Task->new(
-        $backend->options,
-        vmid => 100,
-        provider => $provider,
-        devices => [map { $backend->device($_) } @ids],
-        'guest-config' => "name: test\n",
-        log => $log,
-    );
+    my $task = $backend->task($provider, log => $log);
     $provider->on_progress($fails // sub (@) { });
     my $result = eval { $task->run_job };
     my $error = $@;
@@ -59,7 +50,7 @@ sub restore ($context, $provider, $name) {
     for my $id (@ids) {
         my $device = $context->{backend}->device($id);
         my $from = $provider->restore_vm_volume_init($name, $device, {})->{'qemu-img-path'};
-        $images{$id} = "$context->{dir}/$id.raw";
+        $images{$id} = "$context->{restored}/$id.raw";
         PBA::Test::QemuNbd::img('convert', '-f', 'raw', '-O', 'raw', $from, $images{$id});
         $provider->restore_vm_volume_cleanup($name, $device, {});
     }
@@ -73,25 +64,14 @@ sub check_archive ($context, $provider, $name, $text) {
 }
 
 sub check_backend ($name) {
-    my $backend = PBA::Test::Backend->start(
-        name => $name,
-        disks => [
-            { id => 'disk0', format => 'qcow2', size => $sizes{disk0} },
-            { id => 'disk1', size => $sizes{disk1}, bus => 'scsi', shape => 'drive' },
-        ],
+    my $context = PBA::Test::Backend->start_with_model(
+        $name,
+        sizes => \%sizes,
+        seed => $seed,
+        blocks => $blocks
     );
-    my $context = {
-        backend => $backend,
-        dir => $backend->work_dir('restored'),
-        store => $backend->work_dir('store'),
-        model => PBA::Test::Model->new(
-            seed => $seed,
-            disks => [map { { id => $_, size => $sizes{$_} } } @ids],
-            blocks => $blocks,
-        ),
-        outside => $backend->outside,
-        log => [],
-    };
+    my $backend = $context->{backend};
+    $context->{$_} = $backend->work_dir($_) for qw(restored store);
     $backend->guest->start_churn(seed => $seed, disks => \@ids, blocks => $blocks);
     $backend->guest->wait_churn(20);
 

@@ -10,7 +10,6 @@ use Scalar::Util qw(weaken);
 use Test::More;
 
 use PBA::Test::Backend;
-use PBA::Test::Model;
 use PBA::Test::Provider;
 use PVE::BackupAccess::Task;
 
@@ -251,24 +250,14 @@ sub check_data ($context, $mechanism) {
 }
 
 sub check_backend ($name) {
-    my $backend = PBA::Test::Backend->start(
-        name => $name,
-        disks => [
-            { id => 'disk0', format => 'qcow2', size => $sizes{disk0} },
-            { id => 'disk1', size => $sizes{disk1}, bus => 'scsi', shape => 'drive' },
-        ],
+    my $context = PBA::Test::Backend->start_with_model(
+        $name,
+        sizes => \%sizes,
+        seed => $seed,
+        blocks => $blocks
     );
-    my $context = {
-        backend => $backend,
-        outside => $backend->outside,
-        dir => $backend->work_dir('images'),
-        model => PBA::Test::Model->new(
-            seed => $seed,
-            disks => [map { { id => $_, size => $sizes{$_} } } @ids],
-            blocks => $blocks,
-        ),
-        'last write' => 0,
-    };
+    my $backend = $context->{backend};
+    $context->@{ 'dir', 'last write' } = ($backend->work_dir('images'), 0);
     check_job($context);
     check_run($context);
     check_modes($context);

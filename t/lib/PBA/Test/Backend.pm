@@ -11,6 +11,7 @@ use Test::More ();
 use PVE::BackupAccess;
 
 use PBA::Test::Front;
+use PBA::Test::Model;
 use PBA::Test::VM;
 
 my $TARGET = 'snapshot-access:test';
@@ -24,6 +25,25 @@ sub start ($class, %opt) {
     my $self = bless({ name => $name, vm => $vm, form => $form // 'devices' }, $class);
     $self->connect;
     return $self;
+}
+
+# With disk0 and disk1 of these sizes, and a model of what the guest's churn writes to them:
+# { backend, outside, model }.
+sub start_with_model ($class, $name, %opt) {
+    my $sizes = $opt{sizes};
+    my $self = $class->start(
+        name => $name,
+        disks => [
+            { id => 'disk0', format => 'qcow2', size => $sizes->{disk0} },
+            { id => 'disk1', size => $sizes->{disk1}, bus => 'scsi', shape => 'drive' },
+        ],
+    );
+    my $model = PBA::Test::Model->new(
+        seed => $opt{seed},
+        disks => [map { { id => $_, size => $sizes->{$_} } } qw(disk0 disk1)],
+        blocks => $opt{blocks},
+    );
+    return { backend => $self, outside => $self->outside, model => $model };
 }
 
 # What has to be there before a backup: also after a restart of the VM.

@@ -9,19 +9,11 @@ use v5.36;
 use File::Temp ();
 use List::Util qw(uniq);
 
-sub _lines (@command) {
-    open(my $pipe, '-|', @command) or die "cannot run $command[0]: $!\n";
-    my @lines = <$pipe>;
-    close($pipe) or die "'@command' failed\n";
-    chomp(@lines);
-    return @lines;
-}
+use PBA::Test::Sources qw(lines_of source_files);
 
-# What is there, committed or about to be.
 sub _files (@patterns) {
     state %found;
-    $found{"@patterns"} //= [grep { -e }
-            uniq(_lines(qw(git ls-files --cached --others --exclude-standard --), @patterns))];
+    $found{"@patterns"} //= [source_files(@patterns)];
     return $found{"@patterns"}->@*;
 }
 
@@ -29,7 +21,7 @@ sub _perl_files () { return _files('*.pm', '*.pl', '*.t', '*.PL', 'bin/*') }
 
 sub _version ($program) {
     state %version;
-    return sub { $version{$program} //= join(' ', _lines($program, '--version')) };
+    return sub { $version{$program} //= join(' ', lines_of($program, '--version')) };
 }
 
 sub _module_version ($module) {
@@ -47,7 +39,7 @@ sub all () {
         _clang_format(), _codespell(), _spelling(), _shellcheck(),
     );
     for my $gate (@gates) {
-        $gate->{code} = [__FILE__];
+        $gate->{code} = [__FILE__, $INC{'PBA/Test/Sources.pm'}];
         $gate->{depends_on} //= sub ($file) { return };
         $gate->{at_once} //= 1000;
     }
@@ -115,8 +107,8 @@ sub _clang_tidy () {
         depends_on => sub ($file) { ('.clang-tidy', _included($file)) },
         at_once => 2,
         check => sub (@files) {
-            my @flags = _lines(qw(pkg-config --cflags libnbd json-glib-1.0 glib-2.0 fuse3));
-            my ($perl) = _lines($^X, '-MExtUtils::Embed', '-e', 'ccopts');
+            my @flags = lines_of(qw(pkg-config --cflags libnbd json-glib-1.0 glib-2.0 fuse3));
+            my ($perl) = lines_of($^X, '-MExtUtils::Embed', '-e', 'ccopts');
             open(STDERR, '>', '/dev/null') or die "no /dev/null: $!\n";    # counts what it hides
             return _run(
                 qw(clang-tidy --quiet),
@@ -211,7 +203,7 @@ sub _spelling () {
         version => _version('aspell'),
         depends_on => sub ($file) { 't/words.txt' },
         check => sub (@files) {
-            my %known = map { $_ => 1 } _lines('cat', 't/words.txt');
+            my %known = map { $_ => 1 } lines_of('cat', 't/words.txt');
             my $found = 0;
             for my $file (@files) {
                 my @unknown
@@ -251,11 +243,7 @@ sub _unknown_words ($text) {
     binmode($file, ':raw');
     print {$file} $text =~ s/'s?\b//gr;    # possessives of names
     $file->flush;
-    open(my $pipe, '-|', 'sh', '-c', 'aspell --lang=en --encoding=utf-8 list <"$1"', 'sh', "$file")
-        or die "cannot run aspell: $!\n";
-    my @words = <$pipe>;
-    close($pipe) or die "aspell failed\n";
-    chomp(@words);
+    my @words = lines_of('sh', '-c', 'aspell --lang=en --encoding=utf-8 list <"$1"', 'sh', "$file");
     return sort { $a cmp $b } uniq(@words);
 }
 
