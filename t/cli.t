@@ -112,6 +112,7 @@ sub check_pipes ($test) {
     my $dir = restore_and_compare($test, $result->{archive}, 'incremental');
     is(-s "$dir/guest.conf", undef, 'incremental: no configuration was given');
 
+    symlink("$test->{dir}/elsewhere", "$test->{dir}/one.raw.part") or die "symlink: $!\n";
     my $again = succeeds('one device', 'restore', $archive, "$test->{dir}/one.raw", '--device',
         'drive-efidisk0', '--json');
     is_deeply(
@@ -120,6 +121,7 @@ sub check_pipes ($test) {
         'one device: JSON'
     );
     is(-s "$test->{dir}/one.raw", 528 * 1024, 'one device: its size');
+    ok(!-e "$test->{dir}/elsewhere", 'one device: nobody is followed elsewhere');
     mkdir("$test->{dir}/out/full");
     succeeds('full: restore', 'restore', $archive, "$test->{dir}/out/full/");
     is(-s "$test->{dir}/out/full/guest.conf", 13, 'full: the configuration is restored');

@@ -10,6 +10,8 @@ use IO::Socket::UNIX ();
 use JSON::PP ();
 use Socket qw(SOL_SOCKET SO_RCVTIMEO);
 
+use PVE::BackupAccess::Error;
+
 our @EXPORT_OK = qw(ask disks_of);
 
 my $timeout = 60;
@@ -25,7 +27,8 @@ my sub answer ($socket, $path, $message) {
         or die "$path: cannot write - $!\n";
     while (1) {
         my $answer = read_message($socket, $path);
-        die "qmp command '$message->{execute}' failed - $answer->{error}{desc}\n"
+        PVE::BackupAccess::Error->throw($answer->{error}{class},
+            "qmp command '$message->{execute}' failed - $answer->{error}{desc}")
             if $answer->{error};
         return $answer->{return} if exists($answer->{return});
     }

@@ -4,6 +4,8 @@ package PVE::BackupAccess::CLI::Restore;
 
 use v5.36;
 
+use Fcntl qw(O_CREAT O_EXCL O_WRONLY);
+
 use PVE::BackupAccess::CLI::Access qw(text);
 use PVE::BackupAccess::CLI::Archives qw(parse_archive provider_for);
 use PVE::BackupAccess::CLI::Output qw(say_error say_json say_out write_file);
@@ -39,22 +41,29 @@ my sub targets ($volumes, $target, $device) {
     return \%files;
 }
 
+# Not what others have put there; what is there may be of a restore that was killed.
+my sub open_new ($file) {
+    unlink($file);
+    sysopen(my $fh, $file, O_WRONLY | O_CREAT | O_EXCL) or die "cannot make $file: $!\n";
+    return $fh;
+}
+
 my sub copy ($provider, $volname, $device, $size, $file, $progress) {
-    my $part = -b $file ? $file : "$file.part";
+    my $part = -b $file ? undef : "$file.part";
     my $info = $provider->restore_vm_volume_init($volname, $device, {});
     my $ok = eval {
         my $volume = PVE::BackupAccess::Volume->open($device,
             { 'nbd-path' => $info->{'qemu-img-path'}, size => $size });
         $volume->copy(
-            to => $part,
+            to => $part ? open_new($part) : $file,
             progress => sub ($done, $total) { $progress->update($device, $done, $total) },
         );
         $volume->close;
-        $part eq $file || rename($part, $file) or die "cannot rename $part to $file: $!\n";
+        !$part || rename($part, $file) or die "cannot rename $part to $file: $!\n";
         1;
     };
     my $error = $@;
-    unlink($part) if !$ok && $part ne $file;
+    unlink($part) if !$ok && $part;
     $progress->end;
     $provider->restore_vm_volume_cleanup($volname, $device, {});
     die $error if !$ok;
