@@ -52,6 +52,8 @@ while (my ($offset, $length) = $volume->{'next-dirty-region'}->()) {
     discard($volume->{'file-handle'}, $offset, $length);
     $bytes += $length;
 }
-close($image) or die "$file: $!\n";
+
+# The bitmap begins anew when what it said is on disk.
+$image->sync && close($image) or die "$file: $!\n";
 $access->teardown(1);
 say "$bytes bytes";
