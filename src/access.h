@@ -103,21 +103,22 @@ const char *pba_upstream_root(const PbaBlock *block, const PbaDisk *disk);
  * guest's own trims down to the disk; the size makes QEMU refuse block_resize, which aborts while a
  * bitmap is exported. */
 JsonNode *pba_raw_options(const PbaDisk *disk, const char *file);
-/* upstream: whether the name is of a node of ours, of whatever target. */
+/* Whether the name is of a node of ours, of whatever target. */
 bool pba_is_own_node(const char *node);
 /* upstream: names of the bitmaps of a target; the caller's to free. */
 char *pba_target_bitmap(const char *target_id);
 char *pba_background_bitmap(const char *target_id);
 /* Both backends: the target in a bitmap's name, or NULL; points into it. */
 const char *pba_bitmap_target_of(PbaBackend backend, const char *name);
-/* upstream: name of something of ours for this target and device, at most 31 bytes, as QEMU wants
- * node names and ids. */
-char *pba_own_name(const PbaAccess *access, const char *role, const char *device);
-/* The same by the disk's key. */
+/* Name of something of ours for this target and what it is of: a device, or the guest by its
+ * identity. At most 31 bytes, as QEMU wants node names and ids. */
+char *pba_own_name(const PbaAccess *access, const char *role, const char *of);
+/* The same of a disk, by its key. */
 char *pba_disk_name(const PbaAccess *access, const char *role, const PbaDisk *disk);
 /* What such names of this role and target begin with. */
 char *pba_target_prefix(const PbaAccess *access, const char *role);
-/* The hash in them: eight hexadecimal digits. */
+/* The hash in them, of so many hexadecimal digits. */
+#define PBA_HASH_LENGTH 8
 char *pba_short_hash(const char *text);
 /* Asks QEMU what it can do, and where need be who it is. */
 bool pba_access_begin(PbaAccess *access, GError **error);

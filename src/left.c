@@ -3,8 +3,6 @@
 #include "json.h"
 #include <string.h>
 
-#define KEY_LENGTH 8
-
 bool pba_left_look(PbaAccess *access, bool with_graph, PbaBlock *block, PbaLeft *left,
                    GError **error)
 {
@@ -49,25 +47,26 @@ const char *pba_left_name(const PbaLeft *left, guint index)
 
 static bool is_key(const char *text)
 {
-    return strspn(text, "0123456789abcdef") >= KEY_LENGTH;
+    return strspn(text, "0123456789abcdef") >= PBA_HASH_LENGTH;
 }
 
 bool pba_left_parse(const char *name, const char **target, const char **disk)
 {
     size_t length = strlen(name);
 
-    if (!pba_is_own_node(name) || pba_is_owner_mark(name) || length < strlen("pba-x-") + 17) {
+    if (!pba_is_own_node(name) || pba_is_owner_mark(name) ||
+        length < strlen("pba-x-") + 2 * PBA_HASH_LENGTH + 1) {
         return false;
     }
-    *disk = name + length - KEY_LENGTH;
-    *target = *disk - KEY_LENGTH - 1;
+    *disk = name + length - PBA_HASH_LENGTH;
+    *target = *disk - PBA_HASH_LENGTH - 1;
     return (*target)[-1] == '-' && (*disk)[-1] == '-' && is_key(*disk) && is_key(*target);
 }
 
 static bool has_hash(const char *name, const char *key)
 {
     g_autofree char *hash = name ? pba_short_hash(name) : NULL;
-    return hash && strncmp(hash, key, KEY_LENGTH) == 0;
+    return hash && strncmp(hash, key, PBA_HASH_LENGTH) == 0;
 }
 
 /* Any of the names that pba_block_find_device takes. */
@@ -154,7 +153,7 @@ static PbaLeftThing *add_thing(GPtrArray *things, const char *name, const char *
     PbaLeftThing *thing = g_new0(PbaLeftThing, 1);
 
     thing->name = name;
-    thing->key = key ? g_strndup(key, KEY_LENGTH) : NULL;
+    thing->key = key ? g_strndup(key, PBA_HASH_LENGTH) : NULL;
     thing->what = what;
     thing->undone = undone;
     g_ptr_array_add(things, thing);

@@ -13,7 +13,7 @@ static bool look(PbaAccess *access, PbaBlock *block, PbaLeft *left, GError **err
     return pba_left_look(access, access->backend == PBA_BACKEND_UPSTREAM, block, left, error);
 }
 
-/* Whose name it is: NULL if not of an access at all, else this target's key or "". */
+/* The disk's key in a name of this target: "" in another one's, NULL if it is of no access. */
 static const char *find_key(const PbaAccess *access, const char *name)
 {
     g_autofree char *own = pba_short_hash(access->target_id);
@@ -23,7 +23,7 @@ static const char *find_key(const PbaAccess *access, const char *name)
     if (!name || !pba_left_parse(name, &target, &key)) {
         return NULL;
     }
-    return strncmp(target, own, 8) == 0 ? key : "";
+    return strncmp(target, own, PBA_HASH_LENGTH) == 0 ? key : "";
 }
 
 static PbaDisk *find_disk(const PbaAccess *dead, const char *key)

@@ -127,11 +127,12 @@ static bool is_name_of(const PbaAccess *access, const char *name, const char *ro
 {
     g_autofree char *prefix = g_strdup_printf("pba-%s-", role);
     g_autofree char *guest = pba_short_hash(access->identity);
-    size_t to_guest = strlen(prefix) + 9;
+    size_t to_guest = strlen(prefix) + PBA_HASH_LENGTH + 1;
+    size_t to_end = to_guest + PBA_HASH_LENGTH;
 
-    return strlen(name) == to_guest + 15 && g_str_has_prefix(name, prefix) &&
+    return strlen(name) == to_end + strlen("-XXXXXX") && g_str_has_prefix(name, prefix) &&
            name[to_guest - 1] == '-' && g_str_has_prefix(name + to_guest, guest) &&
-           name[to_guest + 8] == '-';
+           name[to_end] == '-';
 }
 
 /* Appends what has such a name in the directory and is of this user. */

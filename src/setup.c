@@ -28,13 +28,13 @@ static void free_disk(gpointer data)
 char *pba_short_hash(const char *text)
 {
     g_autofree char *hash = g_compute_checksum_for_string(G_CHECKSUM_SHA256, text, -1);
-    return g_strndup(hash, 8);
+    return g_strndup(hash, PBA_HASH_LENGTH);
 }
 
-char *pba_own_name(const PbaAccess *access, const char *role, const char *device)
+char *pba_own_name(const PbaAccess *access, const char *role, const char *of)
 {
     g_autofree char *prefix = pba_target_prefix(access, role);
-    g_autofree char *hash = pba_short_hash(device);
+    g_autofree char *hash = pba_short_hash(of);
     return g_strconcat(prefix, hash, NULL);
 }
 
