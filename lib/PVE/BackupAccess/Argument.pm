@@ -5,6 +5,8 @@ package PVE::BackupAccess::Argument;
 
 use v5.36;
 
+use List::Util qw(pairgrep);
+
 use PVE::BackupAccess::Error;
 
 my $max_bytes = '18446744073709551615';    # 64 bits, unsigned
@@ -73,6 +75,12 @@ sub options ($method, $options, $checks, @required) {
     }
     defined($hash->{$_}) or fail("$method needs the option '$_'") for @required;
     return $hash;
+}
+
+# The same, where undef counts as not given.
+sub given_options ($method, $options, $checks, @required) {
+    fail("options of $method must be pairs of names and values") if $options->@* % 2;
+    return options($method, [pairgrep { defined($b) } $options->@*], $checks, @required);
 }
 
 1;

@@ -3,7 +3,6 @@ package PVE::BackupAccess::Task;
 use v5.36;
 
 use File::Temp ();
-use List::Util qw(pairgrep);
 use Scalar::Util qw(blessed weaken);
 use Time::HiRes ();
 
@@ -51,11 +50,8 @@ my %options = (
     log => \&PVE::BackupAccess::Argument::code,
 );
 
-sub new ($class, @pairs) {
-    PVE::BackupAccess::Argument::fail('options of new must be pairs of names and values')
-        if @pairs % 2;
-    my @given = pairgrep { defined($b) } @pairs;
-    my $self = PVE::BackupAccess::Argument::options('new', \@given, \%options,
+sub new ($class, @options) {
+    my $self = PVE::BackupAccess::Argument::given_options('new', \@options, \%options,
         qw(vmid provider devices guest-config));
     bless($self, $class);
     my %access = map { $_ => $self->{$_} } grep { exists($self->{$_}) } @access_options;

@@ -3,7 +3,6 @@ package PVE::BackupAccess::Volume;
 use v5.36;
 
 use Hash::Util::FieldHash ();
-use List::Util ();
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::Argument;
@@ -37,12 +36,16 @@ my sub fail ($device, $message) {
     PVE::BackupAccess::Argument::fail("device $device: $message", device => $device);
 }
 
+my sub check_mode ($device, $mode) {
+    fail($device, "unknown bitmap-mode '$mode' - must be one of none, new, reuse")
+        if $mode !~ m/\A(?:none|new|reuse)\z/;
+}
+
 # The name of the bitmap to read, undef for the whole volume. A bare URI may come without a mode.
 my sub bitmap_name ($device, $volume) {
     my $name = $volume->{'bitmap-name'};
     my $mode = $volume->{'bitmap-mode'} // (defined($name) ? 'reuse' : 'none');
-    fail($device, "unknown bitmap-mode '$mode' - must be one of none, new, reuse")
-        if $mode !~ m/\A(?:none|new|reuse)\z/;
+    check_mode($device, $mode);
     fail($device, "bitmap-mode '$mode' needs a 'bitmap-name'")
         if $mode ne 'none' && !defined($name);
     return $mode eq 'none' ? undef : $name;
@@ -60,9 +63,7 @@ my sub open_handle ($class, $device, $volume) {
     for my $key (sort keys %handle_keys) {
         fail($device, "its volume lacks '$key'") if !defined($volume->{$key});
     }
-    my $mode = $volume->{'bitmap-mode'};
-    fail($device, "unknown bitmap-mode '$mode' - must be one of none, new, reuse")
-        if $mode !~ m/\A(?:none|new|reuse)\z/;
+    check_mode($device, $volume->{'bitmap-mode'});
     return $class->_open_handle(
         $device, fileno($volume->{'file-handle'}),
         $volume->{size}, $volume->{'next-dirty-region'}
@@ -143,10 +144,8 @@ my sub target ($to) {
 }
 
 sub copy ($self, @options) {
-    PVE::BackupAccess::Argument::fail('options of copy must be pairs of names and values')
-        if @options % 2;
-    my @given = List::Util::pairgrep { defined($b) } @options;
-    my $options = PVE::BackupAccess::Argument::options('copy', \@given, \%copy_options, 'to');
+    my $options
+        = PVE::BackupAccess::Argument::given_options('copy', \@options, \%copy_options, 'to');
     return $self->_copy({ discard => !$is_bare{$self}, $options->%*, target($options->{to}) });
 }
 
