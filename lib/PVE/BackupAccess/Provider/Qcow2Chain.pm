@@ -477,6 +477,9 @@ One directory takes the backups of one guest for each number, and one storage id
 target-id of L<PVE::BackupAccess>. Whoever puts a directory back to an earlier state, or uses a copy of it,
 removes F<bitmaps.json> in it: the guest's bitmaps say what changed since a later archive.
 
+Each C<qemu-nbd> has a private directory for its socket, F<pba-server-...> in C<$TMPDIR> or F</tmp>. Of a
+process that was killed it stays there, until the next C<qemu-nbd> is started by the same user.
+
 All sizes are bytes. Methods die with a L<PVE::BackupAccess::Error>: C<ArchiveError> where an archive
 is missing or damaged, C<StateError> while another process works on the same guest's archives.
 

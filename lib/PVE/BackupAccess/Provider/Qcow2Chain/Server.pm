@@ -7,12 +7,12 @@ package PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use v5.36;
 
 use Fcntl qw(F_SETFD);
-use File::Temp ();
 use IO::Socket::UNIX ();
 use POSIX ();
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Image;
+use PVE::BackupAccess::Provider::Qcow2Chain::PrivateDir;
 use PVE::BackupAccess::Volume;
 
 our $qemu_nbd = 'qemu-nbd';
@@ -25,9 +25,9 @@ my sub fail ($message) {
 
 # Serves the qcow2 image: for reading, or with writable => 1.
 sub start ($class, $file, %options) {
-    my $self = bless({ owner => $$, dir => File::Temp->newdir('pba-qcow2-XXXXXXXX', TMPDIR => 1) },
-        $class);
-    my $socket = $self->{socket} = "$self->{dir}/nbd";
+    my $private = PVE::BackupAccess::Provider::Qcow2Chain::PrivateDir->new;
+    my $self = bless({ owner => $$, private => $private }, $class);
+    my $socket = $self->{socket} = $self->dir . '/nbd';
     my $listener = IO::Socket::UNIX->new(Local => $socket, Listen => 16)
         or fail("cannot listen on $socket - $!");
 
@@ -37,7 +37,7 @@ sub start ($class, $file, %options) {
         $qemu_nbd, '--shared=32', '--export-name=image', '--format=qcow2',
         $options{writable} ? '--discard=unmap' : '--read-only', $file,
     );
-    $self->{pid} = _spawn("$self->{dir}/log", $listener, @command);
+    $self->{pid} = _spawn($self->dir . '/log', $listener, @command);
     close($listener);
     $self->{connection}
         = eval { PVE::BackupAccess::Volume->open('image', { 'nbd-path' => $self->uri }) };
@@ -72,11 +72,11 @@ sub _spawn ($log, $listener, @command) {
 
 sub uri ($self) { return "nbd+unix:///image?socket=$self->{socket}" }
 sub socket ($self) { return $self->{socket} }
-sub dir ($self) { return "$self->{dir}" }
+sub dir ($self) { return $self->{private}->path }
 sub pid ($self) { return $self->{pid} }
 
 sub _log ($self) {
-    open(my $fh, '<', "$self->{dir}/log") or return '';
+    open(my $fh, '<', $self->dir . '/log') or return '';
     my ($line) = <$fh>;
     chomp($line //= '');
     return $line;

@@ -1,0 +1,68 @@
+package PVE::BackupAccess::Provider::Qcow2Chain::PrivateDir;
+
+# A directory for the socket and log of one server, and for a raw file of what it serves. It goes with
+# the object. That of a process that was killed goes when the next one is made: nobody has its lock.
+
+use v5.36;
+
+use Fcntl qw(:flock O_DIRECTORY O_NOFOLLOW O_RDONLY);
+use File::Spec ();
+use File::Temp ();
+
+use PVE::BackupAccess::Error;
+
+my $prefix = 'pba-server-';
+
+# What may be in it; nothing else is removed.
+my @files = qw(nbd log raw);
+
+my sub lock_dir ($path, $how) {
+    sysopen(my $lock, $path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW) or return undef;
+    return flock($lock, $how) ? $lock : undef;
+}
+
+my sub remove ($path) {
+    unlink(map { "$path/$_" } @files);
+    return rmdir($path);
+}
+
+my sub remove_left ($parent) {
+    opendir(my $dh, $parent) or return;
+    for my $path (map { m/\A(\Q$prefix\E\w+)\z/ ? "$parent/$1" : () } readdir($dh)) {
+        my $lock = lock_dir($path, LOCK_EX | LOCK_NB) // next;
+        remove($path) if (stat($lock))[4] == $>;
+    }
+    return;
+}
+
+my sub make () {
+    return
+        eval { File::Temp::tempdir("${prefix}XXXXXXXX", TMPDIR => 1) }
+        // PVE::BackupAccess::Error->throw('SystemError',
+        'cannot make a directory in ' . File::Spec->tmpdir . " - $!");
+}
+
+sub new ($class) {
+    remove_left(File::Spec->tmpdir);
+
+    # Until it is locked, another process may take it for one that was left.
+    my ($path, $lock);
+    do {
+        $path = make();
+        $lock = lock_dir($path, LOCK_EX);
+    } until (-d $path);
+    return bless({ path => $path, lock => $lock, owner => $$ }, $class);
+}
+
+sub path ($self) { return $self->{path} }
+
+sub CLONE_SKIP { return 1 }
+
+sub DESTROY ($self) {
+    return if $self->{owner} != $$;
+    local ($!, $?);
+    remove($self->{path});
+    return;
+}
+
+1;
