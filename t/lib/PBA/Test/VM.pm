@@ -323,6 +323,7 @@ sub _spawn ($self, @command) {
         open(STDIN, '<', '/dev/null') or POSIX::_exit(127);
         open(STDOUT, '>>', $log) or POSIX::_exit(127);
         open(STDERR, '>&', \*STDOUT) or POSIX::_exit(127);
+        delete($ENV{LD_PRELOAD});    # a sanitizer is for us, and slows QEMU down
         exec(qw(setpriv --pdeathsig KILL stdbuf -oL --), @command) or POSIX::_exit(127);
     }
     $self->{pid} = $pid;

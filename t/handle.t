@@ -1,0 +1,166 @@
+# A volume of the mechanism file-handle as its reader has it, over an ordinary file and a code ref:
+# the handle may be anything, and the code ref may say anything.
+
+use v5.36;
+
+use File::Temp ();
+use List::Util qw(pairs);
+use POSIX ();
+use Test::More;
+
+use PVE::BackupAccess::Volume;
+
+my $KiB = 1 << 10;
+my $size = 256 * $KiB;
+my $dir = File::Temp->newdir('pba-handle-XXXXXXXX', TMPDIR => 1);
+my $content = join('', map { chr(65 + $_ % 26) x $KiB } 1 .. 256);
+
+sub write_file () {
+    open(my $fh, '>:raw', "$dir/disk") or die "cannot write: $!\n";
+    print {$fh} $content;
+    close($fh) or die "cannot write: $!\n";
+    return;
+}
+
+# A volume over that file, whose code ref returns one of the lists after the other.
+sub open_volume ($mode, $path = "$dir/disk", @answers) {
+    open(my $fh, $mode, $path) or die "cannot open $path: $!\n";
+    my $next = sub {
+        my $answer = shift(@answers) // [];
+        return ref($answer) eq 'CODE' ? $answer->() : $answer->@*;
+    };
+    my %volume = ('file-handle' => $fh, 'next-dirty-region' => $next);
+    return PVE::BackupAccess::Volume->open('drive-scsi0',
+        { %volume, size => $size, 'bitmap-mode' => 'reuse' });
+}
+
+sub fails ($code, $class, $message, $name) {
+    ok(!eval { $code->(); 1 }, "$name: fails");
+    my $error = $@;
+    is(ref($error) && $error->class, $class, "$name: class");
+    like($error, $message, "$name: message");
+    return;
+}
+
+write_file();
+
+subtest 'regions' => sub {
+    my @regions = ([0, 4 * $KiB], [4 * $KiB, 64 * $KiB], [$size - 512, 512]);
+    my $calls = 0;
+    my $volume = open_volume('+<', "$dir/disk", @regions, sub { $calls++; return });
+    is_deeply([$volume->next_dirty_region], $_, "at $_->[0]") for @regions;
+    is_deeply([$volume->next_dirty_region], [], 'the end') for 1, 2;
+    is($calls, 1, 'which is asked for once');
+    my $undef = open_volume('+<', "$dir/disk", sub { return undef });
+    is_deeply([$undef->next_dirty_region], [], 'the end as the API has it');
+};
+
+# What is no region must not be taken for the end, now or later.
+subtest 'what is no region' => sub {
+    my @odd = (
+        [undef, 4096] => qr/returned something that is not a region/,
+        [0, undef] => qr/returned something that is not a region/,
+        ['0 bytes', 4096] => qr/returned something that is not a region/,
+        [0, 0] => qr/returned something that is not a region/,
+        [0] => qr/returned something that is not a region/,
+        [0, 4096, 8192] => qr/returned something that is not a region/,
+        [0, $size + 1] => qr/cannot begin at offset 0 with length 262145/,
+        [$size, 1] => qr/cannot begin at offset 262144 with length 1/,
+        [-1, 4096] => qr/cannot begin at offset 18446744073709551615 with length 4096/,
+        [4096, ~0] => qr/cannot begin at offset 4096 with length 18446744073709551615/,
+    );
+    for my $case (pairs(@odd)) {
+        my ($answer, $message) = $case->@*;
+        my $name = '(' . join(', ', map { $_ // 'undef' } $answer->@*) . ')';
+        my $volume = open_volume('<', "$dir/disk", $answer);
+        fails(sub { $volume->next_dirty_region }, 'IncompleteError', $message, $name);
+        fails(sub { $volume->next_dirty_region }, 'NbdError', $message, "$name, again");
+    }
+    my $volume = open_volume('<', "$dir/disk", [8192, 4096], [4096, 4096]);
+    $volume->next_dirty_region;
+    fails(
+        sub { $volume->next_dirty_region },
+        'IncompleteError',
+        qr/drive-scsi0: .*offset 4096/,
+        'one before the last'
+    );
+};
+
+subtest 'a code ref that dies' => sub {
+    my $exception = { an => 'exception' };
+    my $volume = open_volume('<', "$dir/disk", sub { die $exception });
+    ok(!eval { $volume->next_dirty_region; 1 }, 'fails');
+    is($@, $exception, 'with what it died of');
+    fails(sub { $volume->next_dirty_region }, 'NbdError', qr/next-dirty-region died/, 'again');
+};
+
+subtest 'reading' => sub {
+    my $volume = open_volume('<');
+    is($volume->pread(65_000, 4096), substr($content, 65_000, 4096), 'any range');
+    truncate("$dir/disk", 128 * $KiB) or die "truncate: $!\n";
+    is($volume->pread(64 * $KiB, 64 * $KiB), substr($content, 64 * $KiB, 64 * $KiB), 'to its end');
+    fails(
+        sub { $volume->pread(64 * $KiB, 65 * $KiB) },
+        'IncompleteError',
+        qr/drive-scsi0: the file ends at offset 131072 instead of 262144/,
+        'beyond the end of the file'
+    );
+    write_file();
+    is($volume->pread(0, $size), $content, 'an error is that of one call');
+
+    my $unreadable = open_volume('>>');
+    fails(
+        sub { $unreadable->pread(4096, 512) },
+        'SystemError',
+        qr/reading at offset 4096 failed - Bad file descriptor/,
+        'not for reading'
+    );
+
+    # Of what is not mapped this file says what the virtual file says of what is not dirty.
+    my $eio = open_volume('<', '/proc/self/mem');
+    fails(
+        sub { $eio->pread(0, 4096) },
+        'SystemError',
+        qr/offset 0 failed - Input\/output error.*not wholly dirty or was discarded/,
+        'not to be read'
+    );
+};
+
+subtest 'discarding' => sub {
+    my $volume = open_volume('+<');
+    $volume->discard(64 * $KiB, 64 * $KiB);
+    is($volume->pread(64 * $KiB, 64 * $KiB), "\0" x (64 * $KiB), 'is gone');
+    is($volume->pread(0, 64 * $KiB), substr($content, 0, 64 * $KiB), 'what is before it is not');
+    is(-s "$dir/disk", $size, 'the size stays');
+    write_file();
+    my $read_only = open_volume('<');
+    fails(
+        sub { $read_only->discard(0, $size) },
+        'SystemError',
+        qr/drive-scsi0: discarding at offset 0 failed - Bad file descriptor/,
+        'not for writing'
+    );
+};
+
+subtest 'the handle' => sub {
+    open(my $fh, '<', "$dir/disk") or die "open: $!\n";
+    my %volume = ('file-handle' => $fh, size => $size, 'bitmap-mode' => 'none');
+    my %regions = ('next-dirty-region' => sub { return });
+    my $volume = PVE::BackupAccess::Volume->open('drive-scsi0', { %volume, %regions });
+    POSIX::close(fileno($fh)) or die "close: $!\n";
+    is($volume->pread(0, 512), substr($content, 0, 512), 'is needed to open the volume only');
+    fails(
+        sub { PVE::BackupAccess::Volume->open('drive-scsi0', { %volume, %regions }) },
+        'SystemError', qr/drive-scsi0: cannot use the file handle - Bad file descriptor/,
+        'a closed one'
+    );
+    $volume->close;
+    fails(
+        sub { $volume->pread(0, 512) },
+        'StateError',
+        qr/the volume was closed already/,
+        'a closed volume'
+    );
+};
+
+done_testing();
