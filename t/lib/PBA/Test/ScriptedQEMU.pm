@@ -166,7 +166,7 @@ sub new_access ($qmp, %options) {
         qmp => ref($qmp) eq 'CODE' ? $qmp : $qmp->socket_path,
         'target-id' => $target,
         'run-dir' => $run_dir,
-        timeout => 5,
+        timeout => 30,
         %options,
     );
 }
@@ -194,7 +194,7 @@ sub dies ($code, $class, $pattern, $name) {
 }
 
 sub capabilities ($peer, %options) {
-    return PVE::BackupAccess->capabilities(qmp => $peer->socket_path, timeout => 5, %options);
+    return PVE::BackupAccess->capabilities(qmp => $peer->socket_path, timeout => 30, %options);
 }
 
 # One member of a good reply left out, or of every other type.
