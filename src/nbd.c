@@ -35,10 +35,11 @@ bool pba_volume_is_lost(const PbaVolume *volume)
 
 void pba_volume_disconnect(PbaVolume *volume)
 {
-    if (volume->nbd) {
-        nbd_close(volume->nbd);
-        volume->nbd = NULL;
+    struct nbd_handle *nbd = g_steal_pointer(&volume->nbd);
+
+    if (nbd) {
         volume->connection++;
+        nbd_close(nbd);
     }
 }
 

@@ -152,8 +152,6 @@ subtest 'odd answers that are no lies' => sub {
         [max_extents => 7],
         [answer_more => 1],
         [answer_more => 1, max_extents => 1],
-        [beyond_end => 1],
-        [beyond_end => $MiB],
         [unknown_flags => 0x40],
         [unknown_flags => 0xfffffffe],
         [delay => 0.02],
@@ -164,6 +162,15 @@ subtest 'odd answers that are no lies' => sub {
             my $server = start(dirty => \@dirty, @$options);
             my $got = eval { map_of(open_volume($server)) };
             is_deeply($got, expected_map(8 * $MiB, @dirty), "$name: @$options") or diag($@);
+        }
+
+        # What ends beyond the disk is cut off, but libnbd 1.22 does not let it through.
+        for my $bytes (1, $MiB) {
+            my $server = start(dirty => \@dirty, beyond_end => $bytes);
+            my $got = eval { map_of(open_volume($server)) };
+            $got
+                ? is_deeply($got, expected_map(8 * $MiB, @dirty), "$name: beyond_end $bytes")
+                : like($@, qr/cannot be read on .* Protocol error$/, "$name: beyond_end $bytes");
         }
     }
 
