@@ -42,9 +42,12 @@ sub directory ($class) {
 # Everything a test run needs, so that the tests themselves use no network.
 sub prepare ($class, %opt) {
     $class->initramfs;
-    $class->qemu10 if $opt{qemu10} // _os_codename() eq 'bookworm';
+    $class->qemu10 if $opt{qemu10} // $class->has_qemu10;
     return 1;
 }
+
+# Later releases have a QEMU that is as new, or newer.
+sub has_qemu10 ($class) { return _os_codename() eq 'bookworm' }
 
 # Returns { vmlinuz => file, modules => directory with modules.dep, version => ... }.
 sub kernel ($class) {
