@@ -44,6 +44,7 @@ sub fails ($faults, %expected) {
             or diag(join("\n", sort keys $tried->{failed}->%*));
         like($tried->{err}, qr/^# \Q$name\E: .*$expected{$name}/m, "$faults: '$name' is explained");
     }
+    return $tried->{failed};
 }
 
 passes('nbd', $class);
@@ -68,6 +69,11 @@ fails(
     'full backup: backup_get_mechanism' => qr/must return 'nbd' or 'file-handle'/,
     'full backup: job_cleanup' => qr/died: job_cleanup says no/,
 );
+{
+    my $failed = fails('backup_vm dies', 'full backup: backup_vm' => qr/died: backup_vm says no/);
+    ok(!$failed->{'full backup: backup_cleanup'},
+        'backup_vm dies: backup_cleanup did as it should');
+}
 fails('backup_init lies', 'full backup: backup_init' => qr/a hash with 'archive-name'/);
 fails(
     'backup_vm_query_incremental lies,backup_cleanup dies',

@@ -56,7 +56,8 @@ my sub backup_vm ($call, $expected) {
 }
 
 my sub backup_cleanup ($call, $expected) {
-    return if $expected->{fails};
+    my ($vmid, $vmtype, $success) = $call->{arguments}->@*;
+    return if !$success;
     my $result = $call->{result}[0];
     my $size
         = ref($result) eq 'HASH'
