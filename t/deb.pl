@@ -2,8 +2,8 @@
 #
 #     perl t/deb.pl [--test] DIRECTORY
 #
-# What is committed or about to be is built, in a copy, since dpkg-buildpackage writes beside its
-# sources. --test builds it twice, at different places, and holds the result to lintian.
+# What is committed or about to be is built, or a release, in a copy, since dpkg-buildpackage writes
+# beside its sources. --test builds it twice, at different places, and holds the result to lintian.
 
 use v5.36;
 
@@ -24,20 +24,28 @@ sub run_quietly ($log, @command) {
     die "'@command' failed\n";
 }
 
+# What git has or is about to have; in a release, which has no git, what MANIFEST names.
+sub sources () {
+    return split(m/\0/, qx(git ls-files -z --cached --others --exclude-standard)) if -e '.git';
+    open(my $manifest, '<', 'MANIFEST') or die "MANIFEST: $!\n";
+    return map { m/\A(\S+)/ } <$manifest>;
+}
+
+sub copy_sources ($to) {
+    my @files = grep { -e } sources() or die "there are no sources here\n";
+    my $command = 'tar -cf - --null -T - | tar -xf - -C "$1"';
+    open(my $tar, '|-', 'sh', '-c', $command, 'sh', $to) or die "tar: $!\n";
+    print {$tar} map { "$_\0" } @files;
+    close($tar) or die "the sources could not be copied\n";
+    return;
+}
+
 # The directory with the packages, and below it the sources.
 sub build ($name) {
     my $dir = File::Temp->newdir("pba-deb-$name.XXXXXX", TMPDIR => 1);
     my $copy = "$dir/libpve-backup-access-perl";
     mkdir($copy) or die "$copy: $!\n";
-    run(
-        'sh',
-        '-c',
-        'git ls-files -z --cached --others --exclude-standard'
-            . ' | xargs -0 -I{} sh -c \'[ ! -e "{}" ] || echo "{}"\''
-            . ' | tar -cf - -T - | tar -xf - -C "$1"',
-        'sh',
-        $copy
-    );
+    copy_sources($copy);
     run_quietly("$dir/log", 'sh', '-c', 'cd "$1" && dpkg-buildpackage -us -uc -b', 'sh', $copy);
     return $dir;
 }
