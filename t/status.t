@@ -9,6 +9,7 @@ use Test::More;
 
 use PBA::Test::Backend;
 use PBA::Test::Client;
+use PBA::Test::QMP;
 
 my $mib = 1024 * 1024;
 my $size = 16 * $mib;
@@ -126,6 +127,7 @@ sub check_backend ($name) {
     is_deeply($backend->outside, $outside, 'nothing is left');
     check_no_bitmaps($backend);
     check_other($backend, @devices);
+    check_foreign($backend) if $name eq 'pve';
     $backend->check_manners;
 }
 
@@ -165,6 +167,31 @@ sub check_no_bitmaps ($backend) {
     like("$@", qr/left its access for target 'no bitmaps' - call recover/, 'and named');
     PVE::BackupAccess->recover($backend->options('target-id' => 'no bitmaps'), log => sub { });
     check_idle($backend, 'after that');
+}
+
+# An access by Proxmox' commands that is not this module's, as today's qemu-server makes it.
+sub check_foreign ($backend) {
+    my ($device, $target) = ($backend->device('disk0'), 'theirs');
+    my $qmp = PBA::Test::QMP->new(path => $backend->qmp_path);
+    my @devices = ({ device => $device, 'bitmap-mode' => 'use' });
+    $qmp->execute('backup-access-setup', 'target-id' => $target, devices => \@devices);
+    $qmp->close;
+    my $status = $backend->status;
+    is_deeply(
+        $status->{access},
+        { 'target-id' => $target, pid => undef, alive => undef, devices => [] },
+        "somebody else's access: whose it is not known"
+    );
+    is_deeply(
+        $status->{'bitmap-info'},
+        [{ drive => $device, action => 'missing-recreated', size => $size, dirty => $size }],
+        "somebody else's access: what QEMU says of it"
+    );
+    is_deeply($status->{'left-overs'}, [], "somebody else's access: not left over");
+    $qmp = PBA::Test::QMP->new(path => $backend->qmp_path);
+    $qmp->execute('backup-access-teardown', 'target-id' => $target, success => JSON::PP::false);
+    $qmp->close;
+    check_idle($backend, 'after it');
 }
 
 # A process that was killed after its mark, and a directory of a dead one: both are harmless.

@@ -95,7 +95,7 @@ int __wrap_kill(pid_t pid, int signal)
     return -1;
 }
 
-/* Nothing but proc(5)'s stat is read so. */
+/* proc(5)'s stat; no run directory tells its target. */
 gboolean __wrap_g_file_get_contents(const char *path, char **contents, gsize *length,
                                     GError **error)
 {
