@@ -12,10 +12,11 @@ use PBA::Test::Repository;
 my $mib = 1024 * 1024;
 my $size = 16 * $mib;
 
+# QEMU makes up other node names for a -drive at every start.
 sub start () {
     my $backend = PBA::Test::Backend->start(
         name => 'upstream',
-        disks => [{ id => 'disk0', size => $size, format => 'qcow2' }],
+        disks => [{ id => 'disk0', size => $size, format => 'qcow2', shape => 'drive' }],
     );
     return ($backend, PBA::Test::Repository->new($backend));
 }
