@@ -5,7 +5,6 @@ use v5.36;
 use FindBin;
 use lib "$FindBin::Bin/lib";
 
-use File::Temp ();
 use TAP::Parser;
 use Test::More;
 

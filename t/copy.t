@@ -11,7 +11,7 @@ use File::Temp ();
 use List::Util qw(max min sum0);
 use POSIX ();
 use Test::More;
-use Time::HiRes qw(sleep time);
+use Time::HiRes qw(time);
 
 use PBA::Test::Handle;
 use PBA::Test::NBDServer qw(open_volume);

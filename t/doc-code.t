@@ -8,7 +8,6 @@ use Cwd qw(getcwd);
 use FindBin;
 use lib "$FindBin::Bin/lib";
 use JSON::PP ();
-use List::Util qw(uniq);
 use Test::More;
 
 use PBA::Test::DocCode;

@@ -6,12 +6,10 @@ use v5.36;
 
 use FindBin;
 use lib "$FindBin::Bin/lib";
-use POSIX ();
 use Test::More;
 use Time::HiRes qw(alarm time);
 
 use PBA::Test::Backend;
-use PBA::Test::Repository;
 
 my $size = 16 * 1024 * 1024;
 my @disks = ({ id => 'disk0', size => $size, format => 'qcow2' });

@@ -9,7 +9,7 @@ use File::Temp ();
 use IO::Socket::UNIX ();
 use POSIX ();
 use Test::More;
-use Time::HiRes qw(sleep time);
+use Time::HiRes qw(time);
 
 use PBA::Test::NBDServer qw(open_volume);
 use PBA::Test::ScriptedQEMU;

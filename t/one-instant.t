@@ -5,9 +5,7 @@ use v5.36;
 
 use FindBin;
 use lib "$FindBin::Bin/lib";
-use JSON::PP ();
 use Test::More;
-use Time::HiRes qw(sleep);
 
 use PBA::Test::Backend;
 use PBA::Test::Model;

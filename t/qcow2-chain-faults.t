@@ -7,7 +7,6 @@ use FindBin;
 use lib "$FindBin::Bin/lib";
 use Test::More;
 
-use Fcntl qw(SEEK_SET);
 use File::Copy ();
 use POSIX ();
 use Time::HiRes ();

@@ -15,7 +15,7 @@ package PBA::Bench::BigMap;
 use v5.36;
 no warnings 'portable';    # 64 bit numbers
 
-use List::Util qw(max min);
+use List::Util qw(max);
 
 use constant {
     CLUSTER => 1 << 16,

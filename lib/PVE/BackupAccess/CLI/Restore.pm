@@ -8,7 +8,7 @@ use Fcntl qw(O_CREAT O_EXCL O_WRONLY);
 
 use PVE::BackupAccess::CLI::Access qw(text);
 use PVE::BackupAccess::CLI::Archives qw(parse_archive provider_for);
-use PVE::BackupAccess::CLI::Output qw(say_error say_json say_out write_file);
+use PVE::BackupAccess::CLI::Output qw(say_json say_out write_file);
 use PVE::BackupAccess::CLI::Progress;
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Volume;

@@ -16,7 +16,6 @@ use v5.36;
 use parent 'PBA::Test::Peer';
 
 use JSON::PP ();
-use POSIX ();
 
 my $json = JSON::PP->new->canonical->utf8;
 

@@ -8,9 +8,8 @@ use Cwd qw(abs_path);
 use Exporter qw(import);
 use File::Basename qw(dirname);
 use IO::Select ();
-use POSIX qw(WNOHANG);
+use POSIX ();
 use Test::More ();
-use Time::HiRes ();
 
 our @EXPORT_OK = qw(command run_command start_command start_on_terminal);
 
