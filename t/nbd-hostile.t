@@ -579,6 +579,17 @@ subtest 'connecting is interrupted' => sub {
 
 # ---- processes and ends ----
 
+# Of whatever is there when they are called: a test lets go of it.
+sub uses_of ($volume) {
+    return (
+        next_dirty_region => sub { $volume->$*->next_dirty_region },
+        dirty_regions => sub { $volume->$*->dirty_regions(3) },
+        pread => sub { $volume->$*->pread(0, 512) },
+        discard => sub { $volume->$*->discard(0, 64 * $KiB) },
+        size => sub { $volume->$*->size },
+    );
+}
+
 sub dies_as_foreign ($code) {
     return !eval { $code->(); 1 } && error_class($@) eq 'StateError';
 }
@@ -589,13 +600,7 @@ subtest 'a forked child' => sub {
     is_deeply([$volume->next_dirty_region], $blocks[0], 'the first region');
     is(in_child(sub { 1 }), 0, 'a child that just ends');
     is_deeply([$volume->next_dirty_region], $blocks[1], 'the parent goes on');
-    my %use = (
-        next_dirty_region => sub { $volume->next_dirty_region },
-        dirty_regions => sub { $volume->dirty_regions(3) },
-        pread => sub { $volume->pread(0, 512) },
-        discard => sub { $volume->discard(0, 64 * $KiB) },
-        size => sub { $volume->size },
-    );
+    my %use = uses_of(\$volume);
     for my $name (sort keys %use) {
         is(in_child(sub { dies_as_foreign($use{$name}) }), 0, "$name in a child dies");
     }
@@ -627,13 +632,7 @@ subtest 'the end' => sub {
     ok(eval { $volume->close; 1 }, 'close');
     $server->wait_for_record('closed');
     ok(eval { $volume->close; 1 }, 'close again');
-    my %use = (
-        next_dirty_region => sub { $volume->next_dirty_region },
-        dirty_regions => sub { $volume->dirty_regions(3) },
-        pread => sub { $volume->pread(0, 512) },
-        discard => sub { $volume->discard(0, 64 * $KiB) },
-        size => sub { $volume->size },
-    );
+    my %use = uses_of(\$volume);
     for my $name (sort keys %use) {
         ok(!eval { $use{$name}->(); 1 }, "$name after close dies");
         is(error_class($@), 'StateError', 'class');
