@@ -11,7 +11,11 @@ use Cwd qw(getcwd);
 use Devel::Cover::DB ();
 use Digest::SHA ();
 use File::Path qw(make_path remove_tree);
+use FindBin;
+use lib "$FindBin::Bin/lib";
 use JSON::PP ();
+
+use PBA::Test::Sources qw(lines_of source_files);
 
 my $wanted_percent = 90;
 my $root = getcwd();
@@ -32,14 +36,6 @@ sub content ($file) {
     return scalar(<$fh>);
 }
 
-sub output_of (@command) {
-    open(my $pipe, '-|', @command) or die "cannot run '$command[0]': $!\n";
-    local $/;
-    my $output = <$pipe>;
-    close($pipe) or die "'$command[0]' failed\n";
-    return $output;
-}
-
 # ---- the tree ----
 
 sub sources_digest (@files) {
@@ -49,8 +45,7 @@ sub sources_digest (@files) {
 }
 
 sub prepare () {
-    my @files = grep { -e $_ }
-        split(/\0/, output_of(qw(git ls-files -z --cached --others --exclude-standard)));
+    my @files = source_files();
     my $digest = sources_digest(@files);
     remove_tree($tree) if !-e "$tree/.sources" || content("$tree/.sources") ne $digest;
     make_path($tree);
@@ -102,7 +97,7 @@ sub c_lines () {
 sub perl_statements () {
     run('cover -silent -nogcov -report html_minimal -outputdir html/perl cover_db >/dev/null');
     my $cover = Devel::Cover::DB->new(db => 'cover_db')->cover;
-    my %lines = map { $_ => {} } split(/\0/, output_of(qw(find lib -name *.pm -print0)));
+    my %lines = map { $_ => {} } lines_of(qw(find lib -name *.pm));
     for my $file ($cover->items) {
         my $statements = $cover->file($file)->statement;
         my $name = $file =~ s{\A.*\bblib/}{}r;

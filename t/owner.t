@@ -1,0 +1,86 @@
+# The marker by which a live program is told from a dead one: what a monitor may say when it is added,
+# when it is looked for again, and when it is deleted.
+
+use v5.36;
+
+use lib 't/lib';
+
+use Test::More;
+
+use PBA::Test::ScriptedQEMU;
+use PBA::Test::Watchdog;
+
+my $own_mark = 'pba-owner-' . join('-', $$, start_time($$));
+my $refused = action({ error => { class => 'GenericError', desc => 'no more nodes' } });
+
+# proc(5): field 22, counted from the name, which ends with the last parenthesis.
+sub start_time ($pid) {
+    open(my $fh, '<', "/proc/$pid/stat") or die "/proc/$pid/stat: $!\n";
+    return (split(' ', readline($fh) =~ s/.*\) //r))[19];
+}
+
+# A guest with these nodes, too, and with those once a node has been added.
+sub returns ($before, $after, %more) {
+    my %returns = pve_returns(%more);
+    my ($add, $nodes) = @returns{qw(blockdev-add query-named-block-nodes)};
+    my $added = 0;
+    return {
+        %returns,
+        'blockdev-add' => sub ($arguments) { return $added++ ? {} : $add },
+        'query-named-block-nodes' =>
+            sub (@) { return [$nodes->@*, map { node($_) } $added ? $after->@* : $before->@*] },
+    };
+}
+
+sub number_of ($peer, $command) { return scalar(grep { $_ eq $command } $peer->names) }
+
+sub deleted ($peer) {
+    return map { $_->{arguments}{'node-name'} }
+        grep { $_->{execute} eq 'blockdev-del' } $peer->commands;
+}
+
+subtest 'refused' => sub {
+    my $peer = start_peer({ pve_returns('blockdev-add' => $refused) });
+    dies(sub { new_access($peer)->setup(\@one) },
+        qr/\AGenericError\z/, qr/'blockdev-add' failed - no more nodes/, 'setup');
+    is(number_of($peer, 'backup-access-setup'), 0, 'nothing was set up');
+};
+
+# As an access of this process leaves it whose end failed.
+subtest 'refused, since it is there' => sub {
+    my $peer = start_peer(returns([$own_mark], [$own_mark], 'blockdev-add' => $refused));
+    my $access = new_access($peer);
+    ok(eval { $access->setup(\@one); 1 }, 'setup goes on') or diag($@);
+    $access->teardown(1);
+    is((deleted($peer))[-1], $own_mark, 'and deletes it in the end');
+};
+
+subtest 'somebody else at the same time' => sub {
+    my $other = getppid();
+    my $other_mark = 'pba-owner-' . join('-', $other, start_time($other));
+    my $peer = start_peer(returns([], [$own_mark, $other_mark]));
+    dies(sub { new_access($peer)->setup(\@one) },
+        qr/\AStateError\z/, qr/not finished: process $other is at it/, 'setup');
+    is(number_of($peer, 'backup-access-setup'), 0, 'nothing was set up');
+    is_deeply([deleted($peer)], [$own_mark], 'its own is deleted, that of the other is not');
+};
+
+subtest 'a PID that is used again' => sub {
+    my $gone = 'pba-owner-' . join('-', getppid(), start_time(getppid()) + 1);
+    my $peer = start_peer(returns([$gone], [$gone, $own_mark]));
+    my $access = new_access($peer);
+    ok(eval { $access->setup(\@one); 1 }, 'setup goes on') or diag($@);
+    $access->teardown(1);
+};
+
+subtest 'it stays' => sub {
+    my @log;
+    my $peer = start_peer(returns([], [$own_mark], 'blockdev-del' => $refused));
+    my $access = new_access($peer, log => sub ($level, $message) { push(@log, "$level: $message") });
+    $access->setup(\@one);
+    ok(eval { $access->teardown(1); 1 }, 'the backup is not a failure for that') or diag($@);
+    my ($warning) = grep { m/marker/ } @log;
+    like($warning, qr/\Awarn: the marker of this process stays.*no more nodes/, 'a warning');
+};
+
+done_testing();
