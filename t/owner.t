@@ -27,12 +27,15 @@ sub returns ($before, $after, %more) {
     return {
         %returns,
         'blockdev-add' => sub ($arguments) { return $added++ ? {} : $add },
-        'query-named-block-nodes' =>
-            sub (@) { return [$nodes->@*, map { node($_) } $added ? $after->@* : $before->@*] },
+        'query-named-block-nodes' => sub (@) {
+            return [$nodes->@*, map { node($_) } $added ? $after->@* : $before->@*];
+        },
     };
 }
 
-sub number_of ($peer, $command) { return scalar(grep { $_ eq $command } $peer->names) }
+sub number_of ($peer, $command) {
+    return scalar(grep { $_ eq $command } $peer->names);
+}
 
 sub deleted ($peer) {
     return map { $_->{arguments}{'node-name'} }
@@ -41,8 +44,10 @@ sub deleted ($peer) {
 
 subtest 'refused' => sub {
     my $peer = start_peer({ pve_returns('blockdev-add' => $refused) });
-    dies(sub { new_access($peer)->setup(\@one) },
-        qr/\AGenericError\z/, qr/'blockdev-add' failed - no more nodes/, 'setup');
+    dies(
+        sub { new_access($peer)->setup(\@one) }, qr/\AGenericError\z/,
+        qr/'blockdev-add' failed - no more nodes/, 'setup'
+    );
     is(number_of($peer, 'backup-access-setup'), 0, 'nothing was set up');
 };
 
@@ -59,8 +64,10 @@ subtest 'somebody else at the same time' => sub {
     my $other = getppid();
     my $other_mark = 'pba-owner-' . join('-', $other, start_time($other));
     my $peer = start_peer(returns([], [$own_mark, $other_mark]));
-    dies(sub { new_access($peer)->setup(\@one) },
-        qr/\AStateError\z/, qr/not finished: process $other is at it/, 'setup');
+    dies(
+        sub { new_access($peer)->setup(\@one) }, qr/\AStateError\z/,
+        qr/not finished: process $other is at it/, 'setup'
+    );
     is(number_of($peer, 'backup-access-setup'), 0, 'nothing was set up');
     is_deeply([deleted($peer)], [$own_mark], 'its own is deleted, that of the other is not');
 };
@@ -76,7 +83,8 @@ subtest 'a PID that is used again' => sub {
 subtest 'it stays' => sub {
     my @log;
     my $peer = start_peer(returns([], [$own_mark], 'blockdev-del' => $refused));
-    my $access = new_access($peer, log => sub ($level, $message) { push(@log, "$level: $message") });
+    my $access
+        = new_access($peer, log => sub ($level, $message) { push(@log, "$level: $message") });
     $access->setup(\@one);
     ok(eval { $access->teardown(1); 1 }, 'the backup is not a failure for that') or diag($@);
     my ($warning) = grep { m/marker/ } @log;
