@@ -53,6 +53,14 @@ sub error_of ($reader, $offset, $length) {
     return $done ? undef : $error;
 }
 
+sub wait_until ($code) {
+    for (1 .. 500) {
+        return 1 if $code->();
+        sleep(0.01);
+    }
+    return 0;
+}
+
 sub reads ($server) {
     return map { [$_->{offset}, $_->{offset} + $_->{length}] } $server->requests('read');
 }
@@ -173,6 +181,7 @@ sub check_discard () {
     ok(PBA::Test::Handle::fallocate($handle, $keep, $at + 1, $at), 'less than a cluster');
     ok(PBA::Test::Handle::fallocate($handle, $keep, $odd_size - 512, 512), 'the odd end');
     ok(PBA::Test::Handle::fallocate($handle, $keep, $odd_size - 512, 1 << 40), 'beyond it');
+    wait_until(sub { (() = $server->requests('trim')) >= 3 });
     my @trims = map { [$_->{offset}, $_->{length}] } $server->requests('trim');
     is_deeply(
         \@trims,
@@ -180,6 +189,29 @@ sub check_discard () {
         'whole clusters only'
     );
     ok(!PBA::Test::Handle::fallocate($handle, $_, 0, $at), "mode $_ is refused") for 0, 1, 2, 16;
+}
+
+# A discard is answered before it is done.
+sub check_early_discard () {
+    my ($server, $file) = serve(hang_at => 8 * $mib);
+    my $reader = reader($file->open, 64 * $kib);
+    ok(eval { $reader->discard(8 * $mib, 64 * $kib); 1 }, 'one that hangs holds up nobody');
+    is(error_of($reader, 8 * $mib + 512, 512), EIO, 'what it is for is gone at once');
+    is_pattern($reader, 9 * $mib, 64 * $kib, 'the rest can be read');
+
+    ($server, $file) = serve(trim_error => EIO);
+    $reader = reader($file->open, 64 * $kib);
+    ok(eval { $reader->discard(0, 64 * $kib); 1 }, 'one that will fail');
+    ok(
+        wait_until(
+            sub {
+                !eval { $reader->discard($mib, 64 * $kib); 1 }
+            }
+        ),
+        'the next one tells'
+    );
+    is($! + 0, EIO, 'by an I/O error');
+    is_pattern($reader, 0, $mib, 'what could not be discarded can be read');
 }
 
 # ---- errors ----
@@ -303,6 +335,7 @@ check_volume();
 check_read_ahead();
 check_edges();
 check_discard();
+check_early_discard();
 check_errors();
 check_refusals();
 check_memory();

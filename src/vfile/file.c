@@ -12,6 +12,8 @@
 /* Of all memory; what is read ahead has a part of it. */
 #define MAX_SLOTS 128u
 #define MAX_AHEAD 32u
+/* Discards answered before they are done. */
+#define MAX_EARLY_TRIMS 16u
 #define ATTRIBUTES_S 3600.0
 
 typedef struct {
@@ -33,7 +35,9 @@ typedef struct {
 
 typedef struct {
     PbaRequest nbd;     /* first */
-    fuse_req_t request; /* NULL: interrupted, and answered so */
+    fuse_req_t request; /* NULL: it has been answered */
+    PbaRange range;
+    GList link;
 } Trim;
 
 struct PbaFile {
@@ -43,8 +47,10 @@ struct PbaFile {
     GPtrArray *slots;        /* Slot, in use */
     GPtrArray *free_buffers; /* of SLOT_SIZE */
     unsigned ahead_slots;
-    GQueue readings; /* Reading.link, oldest first */
-    bool starved;    /* an older reading has got no slot */
+    GQueue readings;  /* Reading.link, oldest first */
+    GQueue trims;     /* Trim.link, under way */
+    bool trim_failed; /* one that had been answered */
+    bool starved;     /* an older reading has got no slot */
 };
 
 PbaFile *pba_file_new(PbaConnection *connection, PbaAhead *ahead, uint64_t size)
@@ -224,6 +230,18 @@ static void on_read_interrupt(fuse_req_t request, void *opaque)
     end_reading(reading);
 }
 
+/* Such a range is gone for readers, even if QEMU is still about to free it. */
+static bool is_being_trimmed(const PbaFile *file, uint64_t begin, uint64_t end)
+{
+    for (GList *link = file->trims.head; link; link = link->next) {
+        const Trim *trim = link->data;
+        if (trim->range.begin < end && begin < trim->range.end) {
+            return true;
+        }
+    }
+    return false;
+}
+
 static void on_read(fuse_req_t request, fuse_ino_t inode, size_t length, off_t offset,
                     struct fuse_file_info *info)
 {
@@ -236,6 +254,10 @@ static void on_read(fuse_req_t request, fuse_ino_t inode, size_t length, off_t o
 
     if (begin == end) {
         fuse_reply_buf(request, NULL, 0);
+        return;
+    }
+    if (is_being_trimmed(file, begin, end)) {
+        fuse_reply_err(request, EIO);
         return;
     }
     const Slot *slot = find_slot(file, begin);
@@ -308,7 +330,10 @@ static void finish_slot(PbaFile *file, Slot *slot)
     }
 }
 
-/* Discarding */
+/* Discarding
+ *
+ * The kernel has one discard of a file under way at a time, so that each would cost a round trip to
+ * QEMU. So some are answered at once; what becomes of them the next one tells. */
 
 static void on_trim_interrupt(fuse_req_t request, void *opaque)
 {
@@ -318,12 +343,41 @@ static void on_trim_interrupt(fuse_req_t request, void *opaque)
     trim->request = NULL;
 }
 
-static void finish_trim(Trim *trim)
+static void finish_trim(PbaFile *file, Trim *trim)
 {
     if (trim->request) {
         fuse_reply_err(trim->request, trim->nbd.error ? EIO : 0);
+    } else {
+        file->trim_failed |= trim->nbd.error != 0;
     }
+    drop_slots(file, trim->range.begin, trim->range.end); /* reading ahead may have run into it */
+    g_queue_unlink(&file->trims, &trim->link);
     g_free(trim);
+}
+
+static void start_trim(PbaFile *file, fuse_req_t request, PbaRange range)
+{
+    bool early = file->trims.length < MAX_EARLY_TRIMS;
+    Trim *trim = g_new0(Trim, 1);
+
+    *trim = (Trim){
+        .nbd = {.is_trim = true,
+                .urgent = !early,
+                .offset = range.begin,
+                .length = range.end - range.begin},
+        .request = early ? NULL : request,
+        .range = range,
+    };
+    trim->link.data = trim;
+    drop_slots(file, range.begin, range.end);
+    pba_ahead_note_discard(file->ahead, range.begin, range.end);
+    g_queue_push_tail_link(&file->trims, &trim->link);
+    pba_connection_submit(file->connection, &trim->nbd);
+    if (early) {
+        fuse_reply_err(request, 0);
+    } else {
+        fuse_req_interrupt_func(request, on_trim_interrupt, trim);
+    }
 }
 
 static void on_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t offset, off_t length,
@@ -339,24 +393,18 @@ static void on_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t o
         fuse_reply_err(request, EOPNOTSUPP);
         return;
     }
+    if (file->trim_failed) {
+        file->trim_failed = false;
+        fuse_reply_err(request, EIO);
+        return;
+    }
     /* Older QEMUs abort on parts of one. */
     PbaRange range = pba_whole_clusters((PbaRange){begin, end}, file->size);
     if (range.begin == range.end) {
         fuse_reply_err(request, 0);
-        return;
+    } else {
+        start_trim(file, request, range);
     }
-    drop_slots(file, range.begin, range.end);
-    pba_ahead_note_discard(file->ahead, range.begin, range.end);
-    Trim *trim = g_new0(Trim, 1);
-    trim->nbd = (PbaRequest){
-        .is_trim = true,
-        .urgent = true,
-        .offset = range.begin,
-        .length = range.end - range.begin,
-    };
-    trim->request = request;
-    pba_connection_submit(file->connection, &trim->nbd);
-    fuse_req_interrupt_func(request, on_trim_interrupt, trim);
 }
 
 /* The rest */
@@ -423,7 +471,7 @@ void pba_file_turn(PbaFile *file)
             PbaRequest *request = done;
             done = request->next;
             if (request->is_trim) {
-                finish_trim((Trim *)request);
+                finish_trim(file, (Trim *)request);
             } else {
                 finish_slot(file, (Slot *)request);
             }
