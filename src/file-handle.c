@@ -29,8 +29,11 @@ static bool start_files(PbaAccess *access, GError **error)
     return true;
 }
 
-static bool wait_ready(PbaAccess *access, GError **error)
+static bool serve_and_wait(PbaAccess *access, GError **error)
 {
+    for (guint i = 0; i < access->vfiles->len; i++) {
+        pba_vfile_serve(access->vfiles->pdata[i]);
+    }
     for (guint i = 0; i < access->vfiles->len; i++) {
         if (!pba_vfile_wait_ready(access->vfiles->pdata[i], &access->hooks, error)) {
             return false;
@@ -41,15 +44,13 @@ static bool wait_ready(PbaAccess *access, GError **error)
 
 bool pba_access_serve_files(PbaAccess *access, GError **error)
 {
-    if (!pba_access_export(access, error)) {
-        return false;
-    }
     if (access->vfiles) {
         return true;
     }
     access->vfiles = g_ptr_array_new_with_free_func(free_vfile);
-    /* All at once: each has to be loaded and to connect. */
-    if (start_files(access, error) && wait_ready(access, error)) {
+    /* They are loaded while QEMU is at the exports, and connect all at once. */
+    if (start_files(access, error) && pba_access_export(access, error) &&
+        serve_and_wait(access, error)) {
         return true;
     }
     GError *step = NULL;

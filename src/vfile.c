@@ -142,6 +142,13 @@ PbaVfile *pba_vfile_start(const char *path, const PbaVolumeOptions *options, GEr
     return vfile;
 }
 
+/* A server that is not there any more is noticed by who waits for it. */
+void pba_vfile_serve(PbaVfile *vfile)
+{
+    ssize_t sent = send(vfile->socket, "", 1, MSG_NOSIGNAL);
+    (void)sent;
+}
+
 /* One read of what the server says; its end is 0. */
 static ssize_t hear(PbaVfile *vfile, char *buffer, size_t size, gint64 deadline,
                     const PbaHooks *hooks, GError **error)

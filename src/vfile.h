@@ -9,9 +9,11 @@
 
 typedef struct PbaVfile PbaVfile;
 
-/* Starts a server process for what options name; it makes its file at path. PBA_ERROR_UNSUPPORTED
+/* Starts a server process for what options name, which need not be there yet. PBA_ERROR_UNSUPPORTED
  * where there is no FUSE. */
 PbaVfile *pba_vfile_start(const char *path, const PbaVolumeOptions *options, GError **error);
+/* Has the file made at path: what the options name is there. */
+void pba_vfile_serve(PbaVfile *vfile);
 /* Waits until the file can be opened, or gives the server's reason why not. */
 bool pba_vfile_wait_ready(PbaVfile *vfile, const PbaHooks *hooks, GError **error);
 /* A new descriptor of the file, the caller's to close; -1 on error. */

@@ -157,8 +157,8 @@ sub _nbd_volumes ($self) {
 }
 
 sub _handle_volumes ($self) {
-    my $nbd_volumes = $self->_nbd_volumes;
     $self->_serve_files;
+    my $nbd_volumes = $self->_nbd_volumes;
     my $infos = $self->_infos;
     my $volumes = {};
     for my $index (0 .. $infos->$#*) {

@@ -2,9 +2,10 @@
  *
  *   pba-vfile FILE SOCKET DEVICE SIZE [BITMAP]
  *
- * FILE is made, and removed at the end. Standard input is a socket to the parent: what is wrong is
- * written there (standard error goes there, too), or a NUL character once the file can be opened;
- * when the parent shuts it down, or is gone, the server unmounts and ends. */
+ * FILE is made, and removed at the end. Standard input is a socket to the parent. He writes a byte
+ * there when the volume can be read, so that this can be started before. What is wrong is written
+ * to him (standard error goes there, too), or a NUL character once the file can be opened. When he
+ * shuts it down, or is gone, the server unmounts and ends. */
 #include "../error.h"
 #include "server.h"
 #include <errno.h>
@@ -49,6 +50,20 @@ static int watch_signals(GError **error)
         return -1;
     }
     return fd;
+}
+
+/* False if the parent ends this before. */
+static bool wait_for_volume(int signal_fd)
+{
+    struct pollfd fds[] = {
+        {.fd = PARENT_FD, .events = POLLIN},
+        {.fd = signal_fd, .events = POLLIN},
+    };
+    char byte;
+
+    while (poll(fds, G_N_ELEMENTS(fds), -1) < 0 && errno == EINTR) {
+    }
+    return !fds[1].revents && read(PARENT_FD, &byte, 1) == 1;
 }
 
 static bool make_file(const char *path, GError **error)
@@ -127,7 +142,13 @@ static bool run(const char *path, const PbaVolumeOptions *options, GError **erro
     PbaConnection *connection;
     struct fuse_session *session;
 
-    if (signal_fd < 0 || !make_file(path, error)) {
+    if (signal_fd < 0) {
+        return false;
+    }
+    if (!wait_for_volume(signal_fd)) {
+        return true;
+    }
+    if (!make_file(path, error)) {
         return false;
     }
     /* The thread of the connection has no use for the map. */

@@ -24,6 +24,7 @@ sub ours ($class, $server, $size) {
     my $self = $class->_new('file', 1);
     my @bitmap = $server->{bitmap} // ();
     socketpair(my $parent, my $child, AF_UNIX, SOCK_STREAM, PF_UNSPEC) or die "socketpair: $!\n";
+    syswrite($parent, "\0");    # what it waits for: the NBD server is up
     $self->_spawn(
         sub {
             open(STDIN, '<&', $child) or die "stdin: $!\n";

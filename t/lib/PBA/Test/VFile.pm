@@ -21,6 +21,7 @@ sub start ($class, %opt) {
     my $dir = File::Temp->newdir('pba-vfile.XXXXXX', TMPDIR => 1);
     my $self = bless({ dir => $dir, path => "$dir/vfile-0", owner => $$ }, $class);
     socketpair(my $parent, my $child, AF_UNIX, SOCK_STREAM, PF_UNSPEC) or die "socketpair: $!\n";
+    syswrite($parent, "\0");    # what it waits for: the NBD server is up
     my @bitmap = $opt{bitmap} // ();
     $self->{pid} = fork() // die "fork: $!\n";
     if (!$self->{pid}) {

@@ -28,6 +28,7 @@ sub start ($class, $server, $size) {
         if !-e '/dev/fuse';
     socketpair(my $parent, my $child, AF_UNIX, SOCK_STREAM, PF_UNSPEC)
         or fail('SystemError', "cannot make sockets - $!");
+    syswrite($parent, "\0");    # what it waits for: the server is up
     my $path = $server->dir . '/raw';
     my $pid = fork() // fail('SystemError', "cannot fork - $!");
     _exec($child, $program, $path, $server->socket, 'image', $size) if !$pid;
