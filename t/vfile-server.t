@@ -191,6 +191,17 @@ sub check_discard () {
     ok(!PBA::Test::Handle::fallocate($handle, $_, 0, $at), "mode $_ is refused") for 0, 1, 2, 16;
 }
 
+# What makes QEMU faster, but can end one that has to be read by clusters.
+sub check_status () {
+    my $description = 'pba: read by clusters of 65536 bytes';
+    for my $case ([[], 1], [[allocation_error => EIO], 1], [[description => $description], 0]) {
+        my ($options, $count) = $case->@*;
+        my ($server, $file) = serve(holes => [], $options->@*);
+        is_pattern(reader($file->open, $mib), 0, $mib, "@$options: data");
+        is(scalar(() = $server->requests('block-status')), $count, "$count block status");
+    }
+}
+
 # A discard is answered before it is done.
 sub check_early_discard () {
     my ($server, $file) = serve(hang_at => 8 * $mib);
@@ -336,6 +347,7 @@ check_read_ahead();
 check_edges();
 check_discard();
 check_early_discard();
+check_status();
 check_errors();
 check_refusals();
 check_memory();

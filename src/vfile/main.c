@@ -7,6 +7,7 @@
  * to him (standard error goes there, too), or a NUL character once the file can be opened. When he
  * shuts it down, or is gone, the server unmounts and ends. */
 #include "../error.h"
+#include "../volume.h"
 #include "server.h"
 #include <errno.h>
 #include <fcntl.h>
@@ -134,6 +135,29 @@ static void serve(struct fuse_session *session, PbaFile *file, PbaConnection *co
     free(buffer.mem);
 }
 
+/* The connection for the data. Without a map, with a context that can be asked for, if there is
+ * one: see pba_connection_start. */
+static PbaVolume *open_volume(const PbaVolumeOptions *options, const PbaHooks *hooks,
+                              GError **error)
+{
+    g_autoptr(GError) local = NULL;
+    PbaVolumeOptions data = *options;
+
+    data.bitmap = NULL;
+    if (!options->bitmap) {
+        PbaVolume *volume = pba_volume_open_context(&data, PBA_CONTEXT_ALLOCATION,
+                                                    LIBNBD_STATE_ZERO, hooks, &local);
+        if (volume) {
+            return volume;
+        }
+        if (!g_error_matches(local, PBA_ERROR, PBA_ERROR_INCOMPLETE)) {
+            g_propagate_error(error, g_steal_pointer(&local));
+            return NULL;
+        }
+    }
+    return pba_volume_open(&data, hooks, error);
+}
+
 static bool run(const char *path, const PbaVolumeOptions *options, GError **error)
 {
     PbaHooks hooks = {.interrupted = told_to_end};
@@ -151,10 +175,7 @@ static bool run(const char *path, const PbaVolumeOptions *options, GError **erro
     if (!make_file(path, error)) {
         return false;
     }
-    /* The thread of the connection has no use for the map. */
-    PbaVolumeOptions data = *options;
-    data.bitmap = NULL;
-    bool done = (volume = pba_volume_open(&data, &hooks, error)) &&
+    bool done = (volume = open_volume(options, &hooks, error)) &&
                 (connection = pba_connection_start(g_steal_pointer(&volume), error));
     PbaFile *file = done ? pba_file_new(connection, pba_ahead_new(options), options->size) : NULL;
     done = done && (session = mount_file(path, file, error));
