@@ -481,8 +481,8 @@ C<file-handle>, open for reading with O_DIRECT and for punching holes, which fre
 (L<fallocate(2)> with FALLOC_FL_PUNCH_HOLE and FALLOC_FL_KEEP_SIZE, whole clusters of 64 KiB), and
 C<next-dirty-region>, a code ref that returns offset and length of the next dirty region, then the
 empty list. Without a bitmap the whole device is one region. Reading what is not dirty, or what was
-discarded, is an I/O error. The space is freed soon after fallocate has returned; if that fails, the
-next one says so. Other programs of the same user can open C</proc/PID/fd/N>, or put a read-only loop
+discarded, is an I/O error. The space is freed soon after the call has returned; if that fails, the next
+one says so. Other programs of the same user can open C</proc/PID/fd/N>, or put a read-only loop
 device on it.
 
 The first call starts a process per device that serves the file (FUSE). It ends with the access; what
