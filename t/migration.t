@@ -78,7 +78,7 @@ sub begin_migration ($source, $target) {
 # 'completed' or 'failed'; the guest runs on in the one QEMU or the other.
 sub end_migration ($source, $target) {
     my $status = '';
-    for (1 .. 300) {
+    for (1 .. 1200) {
         $status = $source->vm->qmp('query-migrate')->{status} // '';
         last if $status =~ m/\A(?:completed|failed)\z/;
         sleep(0.1);
@@ -191,7 +191,7 @@ sub slow_migration ($bitmaps) {
     my $vm = $source->vm;
     $vm->qmp('migrate-set-parameters', 'max-bandwidth' => 20_000);
     begin_migration($source, $target);
-    for (1 .. 100) {
+    for (1 .. 600) {
         last if ($vm->qmp('query-migrate')->{status} // '') eq 'active';
         sleep(0.1);
     }
