@@ -16,9 +16,11 @@ our @EXPORT_OK = qw(command run_command start_command start_on_terminal);
 my $root = abs_path(dirname(__FILE__) . '/../../../..');
 my $time_limit = 120;
 
+# In taint mode Perl does not look at PERL5OPT, with which t/coverage.pl has statements counted.
 sub command (@arguments) {
+    my @options = ('-T', split(' ', $ENV{PERL5OPT} // ''));
     my @libraries = map { "-I$root/blib/$_" } qw(lib arch);
-    return ($^X, '-T', @libraries, "$root/blib/script/pve-backup-access", @arguments);
+    return ($^X, @options, @libraries, "$root/blib/script/pve-backup-access", @arguments);
 }
 
 my sub child (@arguments) {
