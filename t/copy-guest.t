@@ -176,12 +176,7 @@ sub copy_and_stop ($volume, $seen) {
 }
 
 sub check_backend ($name, $mechanism) {
-    my $context = PBA::Test::Backend->start_with_model(
-        $name,
-        sizes => \%sizes,
-        seed => $seed,
-        blocks => $blocks
-    );
+    my $context = PBA::Test::Backend->start_with_model($name, \%sizes, $seed, $blocks);
     my $backend = $context->{backend};
     $context->@{qw(mechanism dir last_write)} = ($mechanism, $backend->work_dir('copies'), 0);
     new_image("$context->{dir}/$_", $sizes{$_}) for @ids;

@@ -64,12 +64,7 @@ sub check_archive ($context, $provider, $name, $text) {
 }
 
 sub check_backend ($name) {
-    my $context = PBA::Test::Backend->start_with_model(
-        $name,
-        sizes => \%sizes,
-        seed => $seed,
-        blocks => $blocks
-    );
+    my $context = PBA::Test::Backend->start_with_model($name, \%sizes, $seed, $blocks);
     my $backend = $context->{backend};
     $context->{$_} = $backend->work_dir($_) for qw(restored store);
     $backend->guest->start_churn(seed => $seed, disks => \@ids, blocks => $blocks);

@@ -250,12 +250,7 @@ sub check_data ($context, $mechanism) {
 }
 
 sub check_backend ($name) {
-    my $context = PBA::Test::Backend->start_with_model(
-        $name,
-        sizes => \%sizes,
-        seed => $seed,
-        blocks => $blocks
-    );
+    my $context = PBA::Test::Backend->start_with_model($name, \%sizes, $seed, $blocks);
     my $backend = $context->{backend};
     $context->@{ 'dir', 'last write' } = ($backend->work_dir('images'), 0);
     check_job($context);

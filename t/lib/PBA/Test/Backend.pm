@@ -29,8 +29,7 @@ sub start ($class, %opt) {
 
 # With disk0 and disk1 of these sizes, and a model of what the guest's churn writes to them:
 # { backend, outside, model }.
-sub start_with_model ($class, $name, %opt) {
-    my $sizes = $opt{sizes};
+sub start_with_model ($class, $name, $sizes, $seed, $blocks) {
     my $self = $class->start(
         name => $name,
         disks => [
@@ -39,9 +38,9 @@ sub start_with_model ($class, $name, %opt) {
         ],
     );
     my $model = PBA::Test::Model->new(
-        seed => $opt{seed},
+        seed => $seed,
         disks => [map { { id => $_, size => $sizes->{$_} } } qw(disk0 disk1)],
-        blocks => $opt{blocks},
+        blocks => $blocks,
     );
     return { backend => $self, outside => $self->outside, model => $model };
 }
