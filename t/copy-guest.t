@@ -161,7 +161,7 @@ sub lose_source ($context, $volume) {
 sub stop_server ($vm) {
     my $pid = fork() // die "cannot fork: $!\n";
     return $pid if $pid;
-    eval { $vm->qmp('nbd-server-stop') };
+    eval { $vm->end_exports };
     POSIX::_exit(0);
 }
 

@@ -221,7 +221,7 @@ sub check_lost_map ($context) {
     my $backend = $context->{backend};
     my ($access, $volumes) = set_up($backend, 'use');
     my $volume = $volumes->{ $backend->device('disk0') };
-    $backend->vm->qmp('nbd-server-stop');
+    $backend->vm->end_exports;
     for my $time ('once', 'again') {
         my @region = eval { $volume->{'next-dirty-region'}->() };
         is(ref($@), 'PVE::BackupAccess::Error', "a map that is lost: dies $time");

@@ -347,7 +347,7 @@ sub check_teardown_error ($context) {
 sub check_incomplete_map ($context) {
     my $vm = $context->{backend}->vm;
     my $stop = sub ($level, $message) {
-        eval { $vm->qmp('nbd-server-stop') } if $message =~ m/dirty-bitmap status/;
+        eval { $vm->end_exports } if $message =~ m/dirty-bitmap status/;
     };
     my $provider = PBA::Test::Provider->new;
     ok(!run_job($context, 'an incomplete map', $provider, log => $stop),

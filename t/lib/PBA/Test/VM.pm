@@ -550,6 +550,12 @@ sub exports ($self) {
     return [sort { $a->{id} cmp $b->{id} } $self->qmp('query-block-exports')->@*];
 }
 
+# Whoever reads is cut off. QEMU 7.2 may hang for ever in nbd-server-stop while a client connects.
+sub end_exports ($self) {
+    $self->qmp('block-export-del', id => $_->{id}, mode => 'hard') for $self->exports->@*;
+    return;
+}
+
 # Adds a node that can serve as a fleecing image for the disk: size => of the disk, as => node name
 # (default <device>-fleecing), in => directory. Returns the node name.
 sub add_fleecing_node ($self, $id, %opt) {
