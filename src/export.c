@@ -223,8 +223,8 @@ bool pba_exports_remove(PbaAccess *access, GError **error)
         remove_export(access, access->disks->pdata[i], &step);
         pba_error_keep_first(&first, g_steal_pointer(&step), &access->hooks);
     }
-    /* Not while there is an export: QEMU would wait for its end with the guest stopped, 7.2 for ever
-     * if a client is just connecting. */
+    /* Not while there is an export: QEMU would wait for its end with the guest stopped, 7.2 for
+     * ever if a client is just connecting. */
     if (access->server_up && !first) {
         stop_server(access, &step);
         pba_error_keep_first(&first, g_steal_pointer(&step), &access->hooks);

@@ -55,7 +55,7 @@ bool pba_left_parse(const char *name, const char **target, const char **disk)
     size_t length = strlen(name);
 
     if (!pba_is_own_node(name) || pba_is_owner_mark(name) ||
-        length < strlen("pba-x-") + 2 * PBA_HASH_LENGTH + 1) {
+        length < strlen("pba-x-") + (size_t)2 * PBA_HASH_LENGTH + 1) {
         return false;
     }
     *disk = name + length - PBA_HASH_LENGTH;

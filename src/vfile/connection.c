@@ -243,7 +243,7 @@ static void turn(PbaConnection *connection)
     if (fds[0].revents) {
         clear_fd(connection->wake_fd);
     }
-    if (fds[1].revents) {
+    if (connection->volume && fds[1].revents) {
         result = pba_nbd_notify(connection->volume->nbd, fds[1].events, fds[1].revents);
     }
     if (connection->volume && (result == -1 || pba_volume_is_lost(connection->volume))) {
