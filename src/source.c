@@ -63,7 +63,9 @@ bool pba_source_open(PbaSource *source, PbaVolume *volume, unsigned connections,
         return false;
     }
     if (connections == 0) {
-        connections = DEFAULT_CONNECTIONS;
+        /* So many small requests as of single clusters keep QEMU's main loop busy with one
+         * connection. More would not be faster, but make the guest wait for it. */
+        connections = volume->by_cluster ? 1 : DEFAULT_CONNECTIONS;
     }
     bool safe = nbd_can_multi_conn(volume->nbd) == 1;
     if (!open_more(source, safe ? connections : 1, error)) {

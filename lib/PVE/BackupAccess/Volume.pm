@@ -323,7 +323,8 @@ and at the end. The map is read for that before.
 
 =item C<bandwidth-limit> - bytes read per second; 0 is no limit. What need not be read does not count.
 
-=item C<connections> - to use where the server allows several, at most 16. By default 4.
+=item C<connections> - to use where the server allows several, at most 16. By default 4, or 1
+to a QEMU before 10.0, so that the guest does not wait for its disk behind our reads.
 
 =item C<request-size> - of reads and writes at most, in bytes, from 4096 to 8388608, a multiple of 4096.
 By default 262144. Regions are never joined.
