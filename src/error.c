@@ -71,7 +71,11 @@ void pba_error_set_qmp(GError **error, const char *command, const char *klass,
     }
     pba_error_set(error, PBA_ERROR_QMP, "%s", description);
     PbaErrorPrivate *priv = pba_error_get_private(*error);
-    priv->klass = clean_text(klass);
+    char *clean = clean_text(klass);
+    if (*clean) {
+        priv->klass = g_steal_pointer(&clean);
+    }
+    g_free(clean);
     pba_error_add_command(error, command);
 }
 
