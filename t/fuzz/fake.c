@@ -125,7 +125,11 @@ void fake_begin(FakePeer new_peer)
 
 void fake_end(void)
 {
-    CHECK(next_descriptor() == first_free);
+    /* The sanitizers' own thread, which looks at the memory, opens one now and then. */
+    for (int i = 0; next_descriptor() > first_free; i++) {
+        CHECK(i < 100);
+        g_usleep(1000);
+    }
 }
 
 static void remove_dir(void)
