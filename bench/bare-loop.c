@@ -12,9 +12,8 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <time.h>
 
-#include <libnbd.h>
+#include "bare.h"
 
 /* Below 4 GiB, since older servers take no more, and aligned. */
 #define MAX_REQUEST (UINT64_C(4) * 1024 * 1024 * 1024 - 1024 * 1024)
@@ -45,20 +44,6 @@ static int on_extents(void *data, const char *context, uint64_t offset, uint32_t
     }
     count->offset = offset;
     return 0;
-}
-
-static void fail(const char *what)
-{
-    fprintf(stderr, "%s: %s\n", what, nbd_get_error());
-    exit(EXIT_FAILURE);
-}
-
-static double now(void)
-{
-    struct timespec time;
-
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (double)time.tv_sec + (double)time.tv_nsec / 1e9;
 }
 
 static long peak_kib(void)

@@ -10,9 +10,8 @@
 #include <stdbool.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <time.h>
 
-#include <libnbd.h>
+#include "bare.h"
 
 #define IN_FLIGHT 64
 
@@ -20,20 +19,6 @@ struct request {
     char *buffer;
     bool busy;
 };
-
-static void fail(const char *what)
-{
-    fprintf(stderr, "%s: %s\n", what, nbd_get_error());
-    exit(EXIT_FAILURE);
-}
-
-static double now(void)
-{
-    struct timespec time;
-
-    clock_gettime(CLOCK_MONOTONIC, &time);
-    return (double)time.tv_sec + (double)time.tv_nsec / 1e9;
-}
 
 static int on_read(void *data, int *error)
 {

@@ -65,7 +65,7 @@ typedef struct {
 /* Where regions are zeroes, by the server's word. */
 typedef struct PbaHoles PbaHoles;
 
-/* Asks over a volume of the context PBA_CONTEXT_ALLOCATION, which is borrowed. */
+/* Asks over a volume of pba_volume_open_holes, which is borrowed. */
 PbaHoles *pba_holes_new(PbaVolume *volume);
 void pba_holes_free(PbaHoles *holes);
 /* From now on it is about this region. */

@@ -71,11 +71,8 @@ void pba_error_set_qmp(GError **error, const char *command, const char *klass,
     }
     pba_error_set(error, PBA_ERROR_QMP, "%s", description);
     PbaErrorPrivate *priv = pba_error_get_private(*error);
-    char *clean = clean_text(klass);
-    if (*clean) {
-        priv->klass = g_steal_pointer(&clean);
-    }
-    g_free(clean);
+    g_autofree char *clean = clean_text(klass);
+    priv->klass = *clean ? g_steal_pointer(&clean) : NULL;
     pba_error_add_command(error, command);
 }
 

@@ -164,16 +164,8 @@ bool pba_volume_connect(PbaVolume *volume, GError **error)
     return false;
 }
 
-PbaVolume *pba_volume_open(const PbaVolumeOptions *options, const PbaHooks *hooks, GError **error)
-{
-    g_autofree char *context =
-        options->bitmap ? g_strconcat("qemu:dirty-bitmap:", options->bitmap, NULL) : NULL;
-
-    return pba_volume_open_context(options, context, STATE_DIRTY, hooks, error);
-}
-
-PbaVolume *pba_volume_open_context(const PbaVolumeOptions *options, const char *context,
-                                   uint32_t flag, const PbaHooks *hooks, GError **error)
+static PbaVolume *open_context(const PbaVolumeOptions *options, const char *context, uint32_t flag,
+                               const PbaHooks *hooks, GError **error)
 {
     PbaVolume *volume = g_new0(PbaVolume, 1);
 
@@ -190,6 +182,31 @@ PbaVolume *pba_volume_open_context(const PbaVolumeOptions *options, const char *
     }
     volume->map->end = volume->size; /* by now it is known */
     return volume;
+}
+
+PbaVolume *pba_volume_open(const PbaVolumeOptions *options, const PbaHooks *hooks, GError **error)
+{
+    g_autofree char *context =
+        options->bitmap ? g_strconcat("qemu:dirty-bitmap:", options->bitmap, NULL) : NULL;
+
+    return open_context(options, context, STATE_DIRTY, hooks, error);
+}
+
+PbaVolume *pba_volume_open_holes(const PbaVolumeOptions *options, const PbaHooks *hooks,
+                                 GError **error)
+{
+    g_autoptr(GError) local = NULL;
+    PbaVolume *volume =
+        open_context(options, LIBNBD_CONTEXT_BASE_ALLOCATION, LIBNBD_STATE_ZERO, hooks, &local);
+
+    if (volume) {
+        return volume;
+    }
+    if (!g_error_matches(local, PBA_ERROR, PBA_ERROR_INCOMPLETE)) {
+        g_propagate_error(error, g_steal_pointer(&local));
+        return NULL;
+    }
+    return open_context(options, NULL, 0, hooks, error);
 }
 
 PbaVolume *pba_volume_new_handle(PbaHandle *handle, const char *device, uint64_t size,

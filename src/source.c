@@ -23,16 +23,7 @@ static PbaVolume *open_another(const PbaSource *source, GError **error)
 
     /* QEMU before 10.0 cannot ask a snapshot twice at a time. */
     if (source->count == 1 && !first->by_cluster) {
-        g_autoptr(GError) local = NULL;
-        PbaVolume *volume = pba_volume_open_context(&options, PBA_CONTEXT_ALLOCATION,
-                                                    LIBNBD_STATE_ZERO, &first->hooks, &local);
-        if (volume) {
-            return volume;
-        }
-        if (!g_error_matches(local, PBA_ERROR, PBA_ERROR_INCOMPLETE)) {
-            g_propagate_error(error, g_steal_pointer(&local));
-            return NULL;
-        }
+        return pba_volume_open_holes(&options, &first->hooks, error);
     }
     return pba_volume_open(&options, &first->hooks, error);
 }

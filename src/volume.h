@@ -57,13 +57,10 @@ struct PbaVolume {
     PbaMap *map;     /* owned */
 };
 
-/* Which parts of an export are zeroes (NBD spec: the base:allocation context). */
-#define PBA_CONTEXT_ALLOCATION "base:allocation"
-
-/* pba_volume_open with another context than options->bitmap's, whose regions are the extents that
- * have flag. PBA_ERROR_INCOMPLETE if the server does not offer it. */
-PbaVolume *pba_volume_open_context(const PbaVolumeOptions *options, const char *context,
-                                   uint32_t flag, const PbaHooks *hooks, GError **error);
+/* pba_volume_open without a bitmap, whose regions are the zeroes (NBD spec: the base:allocation
+ * context). Where the server does not offer that, the volume has no context. */
+PbaVolume *pba_volume_open_holes(const PbaVolumeOptions *options, const PbaHooks *hooks,
+                                 GError **error);
 /* Connects, or connects again after an interrupted call. */
 bool pba_volume_connect(PbaVolume *volume, GError **error);
 /* What libnbd waits for (poll(2)), and letting it go on with what came: -1 on error. */

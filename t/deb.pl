@@ -10,6 +10,10 @@ use v5.36;
 use Digest::SHA ();
 use File::Copy qw(copy);
 use File::Temp ();
+use FindBin;
+use lib "$FindBin::Bin/lib";
+
+use PBA::Test::Sources qw(source_files);
 
 sub run (@command) {
     system(@command) == 0 or die "'@command' failed\n";
@@ -26,13 +30,13 @@ sub run_quietly ($log, @command) {
 
 # What git has or is about to have; in a release, which has no git, what MANIFEST names.
 sub sources () {
-    return split(m/\0/, qx(git ls-files -z --cached --others --exclude-standard)) if -e '.git';
+    return source_files() if -e '.git';
     open(my $manifest, '<', 'MANIFEST') or die "MANIFEST: $!\n";
     return map { m/\A(\S+)/ } <$manifest>;
 }
 
 sub copy_sources ($to) {
-    my @files = grep { -e } sources() or die "there are no sources here\n";
+    my @files = sources() or die "there are no sources here\n";
     my $command = 'tar -cf - --null -T - | tar -xf - -C "$1"';
     open(my $tar, '|-', 'sh', '-c', $command, 'sh', $to) or die "tar: $!\n";
     print {$tar} map { "$_\0" } @files;

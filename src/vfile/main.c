@@ -140,22 +140,11 @@ static void serve(struct fuse_session *session, PbaFile *file, PbaConnection *co
 static PbaVolume *open_volume(const PbaVolumeOptions *options, const PbaHooks *hooks,
                               GError **error)
 {
-    g_autoptr(GError) local = NULL;
     PbaVolumeOptions data = *options;
 
     data.bitmap = NULL;
-    if (!options->bitmap) {
-        PbaVolume *volume = pba_volume_open_context(&data, PBA_CONTEXT_ALLOCATION,
-                                                    LIBNBD_STATE_ZERO, hooks, &local);
-        if (volume) {
-            return volume;
-        }
-        if (!g_error_matches(local, PBA_ERROR, PBA_ERROR_INCOMPLETE)) {
-            g_propagate_error(error, g_steal_pointer(&local));
-            return NULL;
-        }
-    }
-    return pba_volume_open(&data, hooks, error);
+    return options->bitmap ? pba_volume_open(&data, hooks, error)
+                           : pba_volume_open_holes(&data, hooks, error);
 }
 
 static bool run(const char *path, const PbaVolumeOptions *options, GError **error)
