@@ -12,6 +12,7 @@ use POSIX ();
 use Time::HiRes ();
 
 use PBA::Test::Chain;
+use PBA::Test::Handle;
 use PBA::Test::QemuNbd;
 use PVE::BackupAccess::Provider::Qcow2Chain;
 
@@ -274,6 +275,10 @@ subtest 'what servers of a killed process leave' => sub {
             POSIX::_exit(1);
         }
         waitpid($pid, 0);
+        for (1 .. 300) {
+            last if !PBA::Test::Handle->mounts($tmp);    # what serves it ends by itself
+            Time::HiRes::sleep(0.1);
+        }
         return glob("$tmp/*");
     };
     my @left = $killed->();
@@ -281,10 +286,6 @@ subtest 'what servers of a killed process leave' => sub {
     my $mine = "$tmp/pba-server-mine";
     mkdir($_) or die "$_: $!\n" for "$tmp/other", $mine;
     overwrite("$mine/content", '');
-    for (1 .. 100) {
-        last if !-e "$left[0]/raw";    # what serves it ends by itself
-        Time::HiRes::sleep(0.1);
-    }
 
     my $live = $server->start($image);
     is_deeply(
