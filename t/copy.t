@@ -542,7 +542,7 @@ sub open_hanging_handle () {
         {
             size => $odd_size,
             'bitmap-mode' => 'new',
-            'file-handle' => $hanging_file->open,
+            'file-handle' => $hanging_file->handle,
             'next-dirty-region' => sub { @left ? shift(@left)->@* : () },
         },
     );

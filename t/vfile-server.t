@@ -71,7 +71,7 @@ sub check_content () {
     my $name = "disk, 'o=1' \"%s\" \\ ü";
     utf8::encode(my $bytes = $name);
     my ($server, $file) = serve(size => $odd_size, export => $bytes);
-    my $handle = $file->open;
+    my $handle = $file->handle;
     is(-s $handle, $odd_size, 'an odd name, an odd size');
     for my $piece (512, 1000, 64 * $kib, $mib, 4 * $mib) {
         is_pattern(reader($handle, $piece), 0, 2 * $mib, "from the start in pieces of $piece");
@@ -97,7 +97,7 @@ sub check_content () {
 # As QEMU before 10.0 needs it: it returns wrong data to a longer read of a snapshot.
 sub check_by_clusters () {
     my ($server, $file) = serve(description => 'pba: read by clusters of 65536 bytes');
-    my $reader = reader($file->open, $mib);
+    my $reader = reader($file->handle, $mib);
     is_pattern($reader, 4096, 4 * $mib, 'by clusters');
     my @crossing = grep { int($_->[0] / 65536) != int(($_->[1] - 1) / 65536) } reads($server);
     is_deeply(\@crossing, [], 'by clusters: no read crosses the edge of one');
@@ -114,7 +114,7 @@ sub ahead_of ($server, $piece) {
 
 sub check_read_ahead () {
     my ($server, $file) = serve();
-    my $handle = $file->open;
+    my $handle = $file->handle;
     my $reader = reader($handle, 64 * $kib);
     is_pattern($reader, 0, 16 * $mib, 'in order');
     my $before = ahead_of($server, 64 * $kib);
@@ -140,7 +140,7 @@ sub check_edges () {
     @dirty = sort { $a->[0] <=> $b->[0] } @dirty;
     for my $piece (64 * $kib, $mib) {
         my ($server, $file) = serve(dirty => \@dirty, dirty_only => 1);
-        my $reader = reader($file->open, $piece);
+        my $reader = reader($file->handle, $piece);
         my %gone = map { $dirty[$_][0] => 1 } grep { $_ % 10 == 5 } 0 .. $#dirty;
         my $good = 0;
         for my $i (0 .. $#dirty) {
@@ -174,7 +174,7 @@ sub check_edges () {
 
 sub check_discard () {
     my ($server, $file) = serve(size => $odd_size);
-    my $handle = $file->open;
+    my $handle = $file->handle;
     my $keep = 3;
     my $at = 64 * $kib;
     ok(PBA::Test::Handle::fallocate($handle, $keep, $at + 1, 3 * $at), 'not aligned');
@@ -197,7 +197,7 @@ sub check_status () {
     for my $case ([[], 1], [[allocation_error => EIO], 1], [[description => $description], 0]) {
         my ($options, $count) = $case->@*;
         my ($server, $file) = serve(holes => [], $options->@*);
-        is_pattern(reader($file->open, $mib), 0, $mib, "@$options: data");
+        is_pattern(reader($file->handle, $mib), 0, $mib, "@$options: data");
         is(scalar(() = $server->requests('block-status')), $count, "$count block status");
     }
 }
@@ -205,13 +205,13 @@ sub check_status () {
 # A discard is answered before it is done.
 sub check_early_discard () {
     my ($server, $file) = serve(hang_at => 8 * $mib);
-    my $reader = reader($file->open, 64 * $kib);
+    my $reader = reader($file->handle, 64 * $kib);
     ok(eval { $reader->discard(8 * $mib, 64 * $kib); 1 }, 'one that hangs holds up nobody');
     is(error_of($reader, 8 * $mib + 512, 512), EIO, 'what it is for is gone at once');
     is_pattern($reader, 9 * $mib, 64 * $kib, 'the rest can be read');
 
     ($server, $file) = serve(trim_error => EIO);
-    $reader = reader($file->open, 64 * $kib);
+    $reader = reader($file->handle, 64 * $kib);
     ok(eval { $reader->discard(0, 64 * $kib); 1 }, 'one that will fail');
     ok(
         wait_until(
@@ -229,7 +229,7 @@ sub check_early_discard () {
 
 sub check_errors () {
     my ($server, $file) = serve(read_error => EIO, good_first => 40);
-    my $reader = reader($file->open, 64 * $kib);
+    my $reader = reader($file->handle, 64 * $kib);
     my $failed = grep {
         !eval { $reader->pread($_ * 64 * $kib, 64 * $kib); 1 }
     } 0 .. 1023;
@@ -238,11 +238,11 @@ sub check_errors () {
 
     for my $kind (qw(short_read missing_data)) {
         my ($bad, $over) = serve($kind => 512);
-        is(error_of(reader($over->open, $mib), 0, 64 * $kib), EIO, "$kind: an I/O error");
+        is(error_of(reader($over->handle, $mib), 0, 64 * $kib), EIO, "$kind: an I/O error");
     }
     for my $kind (qw(disconnect_at hang_at)) {
         my ($bad, $over) = serve($kind => 8 * $mib);
-        my $loop = reader($over->open, 64 * $kib);
+        my $loop = reader($over->handle, 64 * $kib);
         my ($interrupted, $error) = (0);
         local $SIG{ALRM} = sub { $interrupted++ };
         alarm(2);
@@ -277,7 +277,7 @@ sub check_memory () {
     for my $number (1 .. 100) {
         my $pid = fork() // die "fork: $!\n";
         if (!$pid) {
-            my $reader = reader($file->open, 4 * $mib);
+            my $reader = reader($file->handle, 4 * $mib);
             my $offset = $number * 7 % 15 * 4 * $mib + $number * 512;
             my $data = eval { $reader->pread($offset, 4 * $mib) } // '';
             POSIX::_exit($data eq PBA::Test::NBDServer::pattern($offset, 4 * $mib) ? 0 : 1);
@@ -292,7 +292,7 @@ sub check_memory () {
 # What a provider plugin makes of such a hash, whatever its code ref returns.
 sub check_volume () {
     my ($server, $file) = serve();
-    my $handle = $file->open;
+    my $handle = $file->handle;
     my $open = sub ($code) {
         PVE::BackupAccess::Volume->open(
             'disk',

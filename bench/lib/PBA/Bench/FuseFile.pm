@@ -2,7 +2,7 @@ package PBA::Bench::FuseFile;
 
 # A disk as a file, served by one of several programs, each in a process of its own:
 #
-#   PBA::Bench::FuseFile->ours($server, $size)      # pba-vfile, as the module starts it
+#   PBA::Bench::FuseFile->ours($server, $size)      # pba-vfile
 #   PBA::Bench::FuseFile->nbdfuse($server)
 #   PBA::Bench::FuseFile->memory($program, $image)  # the floor
 #
@@ -13,56 +13,39 @@ use v5.36;
 use Fcntl qw(O_RDONLY);
 use File::Temp ();
 use POSIX ();
-use Socket qw(AF_UNIX PF_UNSPEC SOCK_STREAM);
 use Time::HiRes ();
+
+use PBA::Test::VFile;
 
 my $O_DIRECT = (POSIX::uname())[4] eq 'aarch64' ? 0x10000 : 0x4000;
 my $start_seconds = 30;
 
 sub ours ($class, $server, $size) {
-    my ($program) = grep { -x } map { "$_/auto/PVE/BackupAccess/pba-vfile" } @INC;
-    my $self = $class->_new('file', 1);
-    my @bitmap = $server->{bitmap} // ();
-    socketpair(my $parent, my $child, AF_UNIX, SOCK_STREAM, PF_UNSPEC) or die "socketpair: $!\n";
-    syswrite($parent, "\0");    # what it waits for: the NBD server is up
-    $self->_spawn(
-        sub {
-            open(STDIN, '<&', $child) or die "stdin: $!\n";
-            exec($program, $self->{path}, $server->uri, 'disk', $size, @bitmap);
-        }
+    return PBA::Test::VFile->start(
+        socket => $server->{socket},
+        device => $server->{export},
+        size => $size,
+        bitmap => $server->{bitmap},
     );
-    close($child);
-    $self->{socket} = $parent;
-    sysread($parent, my $said, 4096);
-    die "pba-vfile: $said\n" if $said ne "\0";
-    return $self;
 }
 
 sub nbdfuse ($class, $server) {
-    my $self = $class->_new('disk', 0);
-    open(my $fh, '>', $self->{path}) or die "$self->{path}: $!\n";
-    $self->_spawn(sub { exec('nbdfuse', $self->{path}, $server->uri) });
-    return $self->_wait_mounted;
+    return $class->_start(sub ($path) { ('nbdfuse', $path, $server->uri) });
 }
 
 sub memory ($class, $program, $image) {
-    my $self = $class->_new('disk', 0);
-    open(my $fh, '>', $self->{path}) or die "$self->{path}: $!\n";
-    $self->_spawn(sub { exec($program, $self->{path}, $image) });
-    return $self->_wait_mounted;
+    return $class->_start(sub ($path) { ($program, $path, $image) });
 }
 
-sub _new ($class, $name, $ends_itself) {
+# Runs the command that mounts it over such a file.
+sub _start ($class, $command) {
     my $dir = File::Temp->newdir('pba-bench-XXXXXXXX', TMPDIR => 1);
-    return
-        bless({ dir => $dir, path => "$dir/$name", owner => $$, polite => $ends_itself }, $class);
-}
-
-sub _spawn ($self, $exec) {
-    $self->{pid} = fork() // die "cannot fork: $!\n";
-    return if $self->{pid};
-    $exec->();
-    POSIX::_exit(127);
+    my $path = "$dir/disk";
+    open(my $fh, '>', $path) or die "$path: $!\n";
+    my $pid = fork() // die "cannot fork: $!\n";
+    exec($command->($path)) or POSIX::_exit(127) if !$pid;
+    my $self = bless({ dir => $dir, path => $path, owner => $$, pid => $pid }, $class);
+    return $self->_wait_mounted;
 }
 
 sub _wait_mounted ($self) {
@@ -91,12 +74,7 @@ sub peak_kib ($self) {
 sub DESTROY ($self) {
     return if $self->{owner} != $$ || !$self->{pid};
     local $?;
-    if ($self->{polite}) {
-        close($self->{socket});
-    }
-    else {
-        system('umount', $self->{path});
-    }
+    system('umount', $self->{path});
     waitpid($self->{pid}, 0);
     return;
 }

@@ -24,18 +24,22 @@ my sub fail ($class, $message) {
 }
 
 sub start ($class, $server, $size) {
+    my $self = $class->_serve($server->dir . '/raw', $server->socket, 'image', $size);
+    $self->{server} = $server;
+    return $self;
+}
+
+# The arguments are the program's.
+sub _serve ($class, $path, @more) {
     fail('UnsupportedError', 'no /dev/fuse - a raw file for qemu-img needs FUSE')
         if !-e '/dev/fuse';
     socketpair(my $parent, my $child, AF_UNIX, SOCK_STREAM, PF_UNSPEC)
         or fail('SystemError', "cannot make sockets - $!");
     syswrite($parent, "\0");    # what it waits for: the server is up
-    my $path = $server->dir . '/raw';
     my $pid = fork() // fail('SystemError', "cannot fork - $!");
-    _exec($child, $program, $path, $server->socket, 'image', $size) if !$pid;
+    _exec($child, $program, $path, @more) if !$pid;
     close($child);
-    my $self
-        = bless({ pid => $pid, owner => $$, socket => $parent, path => $path, server => $server },
-        $class);
+    my $self = bless({ pid => $pid, owner => $$, socket => $parent, path => $path }, $class);
     my $said = '';
 
     while ($said !~ m/\0/) {
