@@ -8,6 +8,7 @@
 use v5.36;
 
 use Cwd qw(getcwd);
+use File::Copy qw(copy);
 use File::Temp ();
 use FindBin;
 use lib "$FindBin::Bin/lib";
@@ -77,7 +78,7 @@ sub run_tests (@tests) {
     open(STDERR, '>>', "$reports/report.stderr") or die "cannot redirect stderr: $!\n";
     my $aggregate = $harness->runtests(@tests);
     open(STDERR, '>&', $stderr) or die "cannot restore stderr: $!\n";
-    run('cat', "$reports/report.stderr") if !$aggregate->all_passed;
+    copy("$reports/report.stderr", \*STDERR) if !$aggregate->all_passed;    # what prove shows
     return !$aggregate->all_passed;
 }
 
