@@ -38,12 +38,7 @@ sub new_provider () {
 }
 
 sub new_task ($provider, %opt) {
-    return $backend->task(
-        $provider,
-        'firewall-config' => "[OPTIONS]\n",
-        log => sub { },
-        %opt,
-    );
+    return $backend->task($provider, 'firewall-config' => "[OPTIONS]\n", %opt);
 }
 
 sub back_up (%opt) {

@@ -120,12 +120,9 @@ sub check_task ($backend, $dir) {
     open(my $fh, '>', $filler) or die "$filler: $!\n";
     print {$fh} "\0" x ($blocks * $free - $mib);
     close($fh) or die "$filler: $!\n";
-    my @log;
-    my $log = sub ($level, $text) { push(@log, "$level: $text") };
-    $backend->task(PBA::Test::Provider->new(mode => 'use'), %fleecing, log => $log)->run;
-    is(scalar(grep { m/\Awarn: device .* its fleecing image '.*' is nearly full/ } @log),
-        1, "a task's log warns")
-        or diag(explain(\@log));
+    $backend->task(PBA::Test::Provider->new(mode => 'use'), %fleecing)->run;
+    is($backend->logged(qr/\Awarn: device .* its fleecing image '.*' is nearly full/),
+        1, "a task's log warns");
     unlink($filler);
     fleecing_options($backend, $backend->vm->dir);
 }

@@ -26,22 +26,12 @@ my $granularity = 4 * $mib;    # of Proxmox' bitmaps
 my $slots = 64;
 my @ids = qw(disk0 disk1);
 
-sub new_task ($context, $provider, %opt) {
-    $context->{log} = [];
-    my $log = sub ($level, $message) { push($context->{log}->@*, "$level: $message") };
-    return $context->{backend}->task($provider, log => $log, %opt);
-}
-
-sub logged ($context, $pattern) {
-    return scalar(grep { $_ =~ $pattern } $context->{log}->@*);
-}
-
 # Runs a job before which the guest writes to a block of its own. Returns the result or undef.
 sub run_job ($context, $name, $provider, %opt) {
     my $backend = $context->{backend};
     my $offset = $context->{slot}++ % $slots * $granularity;
     $backend->guest->write('disk0', $offset, 4096, 0x31);
-    my $task = new_task($context, $provider, %opt);
+    my $task = $backend->task($provider, %opt);
     my $result = eval { $task->run_job };
     $context->{error} = $@;
     POSIX::_exit($result ? 1 : 7) if $$ != $context->{pid};
@@ -118,7 +108,7 @@ sub check_deaths ($context) {
     run_job($context, 'all die', $provider);
     is($context->{error}, "backup_vm\n", 'all die: the first error');
     is_deeply([$provider->take_names], $calls_until{backup_vm}, 'all die: the calls');
-    ok(logged($context, qr/\Awarn: after that - $_$/), "all die: $_ is logged")
+    ok($context->{backend}->logged(qr/\Awarn: after that - $_$/), "all die: $_ is logged")
         for qw(backup_cleanup backup_handle_log_file job_cleanup);
 }
 
@@ -168,7 +158,7 @@ sub check_harmless ($context) {
     );
     my $result = run_job($context, 'a device that is not there', $provider);
     ok($result, 'a device that is not there: is ignored') or diag($context->{error});
-    ok(logged($context, qr/\Awarn: .* for drive-scsi7, which is no device of this backup/),
+    ok($backend->logged(qr/\Awarn: .* for drive-scsi7, which is no device of this backup/),
         'a device that is not there: but logged');
     ok(!exists($result->{'archive-size'}), 'no statistics: no size of the archive');
 }
@@ -281,23 +271,24 @@ sub check_hooks ($context) {
 
     ok(!run_job($context, 'both die', $provider, hooks($provider, %dies)), 'both die: an error');
     is($context->{error}, "freeze\n", 'both die: the first');
-    ok(logged($context, qr/\Awarn: thawing the guest failed - thaw$/),
+    ok($context->{backend}->logged(qr/\Awarn: thawing the guest failed - thaw$/),
         'both die: the other is logged');
 }
 
 # The agent does not answer in time; the backup goes on without, and the guest is thawed.
 sub check_agent ($context) {
+    my @log;
     my $peer = PBA::Test::AgentPeer->start(replies => { 'guest-fsfreeze-freeze' => 'busy' });
     my $agent = PVE::BackupAccess::GuestAgent->new(
         socket => $peer->socket_path,
         timeout => 1,
-        log => sub (@line) { push($context->{log}->@*, "@line") },
+        log => sub (@line) { push(@log, "@line") },
     );
     my $provider = PBA::Test::Provider->new;
     ok(run_job($context, 'freeze times out', $provider, $agent->hooks),
         'freeze times out: the job is done')
         or diag($context->{error});
-    ok(logged($context, qr/could not freeze the guest, .* no answer within 1 s/),
+    ok((grep { m/could not freeze the guest, .* no answer within 1 s/ } @log),
         'freeze times out: a warning');
     is_deeply(
         [$peer->commands],
@@ -339,7 +330,8 @@ sub check_teardown_error ($context) {
         qr/nbd-server-stop.*not today/,
         'teardown fails: in the result'
     );
-    ok(logged($context, qr/\Awarn: teardown failed - .*not today/), 'teardown fails: logged');
+    ok($context->{backend}->logged(qr/\Awarn: teardown failed - .*not today/),
+        'teardown fails: logged');
     is_deeply([$provider->take_names], $calls_until{job_cleanup}, 'teardown fails: the calls');
 }
 

@@ -19,16 +19,6 @@ my $blocks = 2048;
 my %sizes = (disk0 => 64 * $mib, disk1 => 32 * $mib + 512);
 my @ids = sort keys %sizes;
 
-sub new_task ($context, $provider, %opt) {
-    $context->{log} = [];
-    my $log = sub ($level, $message) { push($context->{log}->@*, "$level: $message") };
-    return $context->{backend}->task($provider, log => $log, %opt);
-}
-
-sub logged ($context, $pattern) {
-    return scalar(grep { $_ =~ $pattern } $context->{log}->@*);
-}
-
 # ---- order and arguments ----
 
 my @job = (
@@ -69,8 +59,8 @@ sub check_job ($context) {
             },
         }
     );
-    my $task = new_task(
-        $context, $provider,
+    my $task = $backend->task(
+        $provider,
         'bandwidth-limit' => 123 * $mib,
         'firewall-config' => "[OPTIONS]\n",
         freeze => sub { $provider->note('freeze') },
@@ -108,7 +98,7 @@ sub check_job ($context) {
 # Inside of somebody else's job, and with nothing but what is required.
 sub check_run ($context) {
     my $provider = PBA::Test::Provider->new;
-    my $result = new_task($context, $provider, 'bandwidth-limit' => 0, freeze => undef)->run;
+    my $result = $context->{backend}->task($provider, 'bandwidth-limit' => 0, freeze => undef)->run;
     my @calls = $provider->take_calls;
     is_deeply(
         [map { $_->[0] } @calls],
@@ -124,7 +114,7 @@ sub check_run ($context) {
 sub check_dirty ($context) {
     my ($backend, $provider) = ($context->{backend}, PBA::Test::Provider->new);
     my ($device0, $device1) = map { $backend->device($_) } @ids;
-    my $task = new_task($context, $provider);
+    my $task = $backend->task($provider);
     $task->run;
 
     $backend->guest->write('disk0', 4 * $mib, 65536, 0x31);
@@ -137,14 +127,11 @@ sub check_dirty ($context) {
     }
     is($devices->{$device1}{dirty}, 0, 'nothing was written there');
     my $size = $devices->{$device0}{dirty} == 65536 ? '64.0 KiB' : '4.0 MiB';
+    ok($backend->logged(qr/\Ainfo: $device0: dirty-bitmap status: OK \($size of 64.0 MiB dirty\)/),
+        'the status in words');
     ok(
-        logged($context, qr/\Ainfo: $device0: dirty-bitmap status: OK \($size of 64.0 MiB dirty\)/),
-        'the status in words'
-    );
-    ok(
-        logged(
-            $context, qr/\Ainfo: $device1: dirty-bitmap status: OK \(nothing of 32.0 MiB dirty\)/
-        ),
+        $backend->logged(
+            qr/\Ainfo: $device1: dirty-bitmap status: OK \(nothing of 32.0 MiB dirty\)/),
         'and of a clean disk'
     );
 }
@@ -190,12 +177,12 @@ sub check_modes ($context) {
         my ($name, $answer, @expected) = $case->@*;
         my $provider = PBA::Test::Provider->new(
             on => { backup_vm_query_incremental => sub (@) { return { $answer->(@devices) } } });
-        my $result = new_task($context, $provider)->run;
+        my $result = $backend->task($provider)->run;
         my @found = map { $_->@{qw(bitmap-mode bitmap-action)} } $result->{devices}->@{@devices};
         is_deeply(\@found, \@expected, "answer '$name': modes and actions");
     }
     my $provider = PBA::Test::Provider->new(mode => undef);
-    my $device = new_task($context, $provider)->run->{devices}{ $devices[0] };
+    my $device = $backend->task($provider)->run->{devices}{ $devices[0] };
     is($device->{'bitmap-mode'}, 'none', 'no answer: no bitmap');
     is($device->{dirty}, $sizes{disk0}, 'no answer: everything is to be read');
 }
@@ -228,7 +215,7 @@ sub check_images ($context, $name) {
 sub check_data ($context, $mechanism) {
     my ($backend, $provider) = ($context->{backend}, image_provider($context, $mechanism));
     my $device = $backend->device('disk0');
-    my $task = new_task($context, $provider);
+    my $task = $backend->task($provider);
     $provider->{mode} = 'new';
     for my $step (qw(full incremental failing repeated)) {
         $backend->guest->wait_more_churn(20);

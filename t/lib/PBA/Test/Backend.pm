@@ -122,17 +122,24 @@ sub devices ($self, $mode, @ids) {
     return [map { { device => $self->device($_), 'bitmap-mode' => $mode } } @ids];
 }
 
-# One backup of all disks by that provider.
+# One backup of all disks by that provider. What it logs is kept until the next one.
 sub task ($self, $provider, %opt) {
     require PVE::BackupAccess::Task;
+    my $log = $self->{log} = [];
     return PVE::BackupAccess::Task->new(
         $self->options,
         vmid => 100,
         provider => $provider,
         devices => [map { $self->device($_) } $self->{vm}->disk_ids],
         'guest-config' => "name: test\n",
+        log => sub ($level, $message) { push($log->@*, "$level: $message") },
         %opt,
     );
+}
+
+# How many such lines are in the task's log.
+sub logged ($self, $pattern) {
+    return scalar(grep { $_ =~ $pattern } $self->{log}->@*);
 }
 
 # The block graph, exports and NBD server's files as they are outside of an access.
