@@ -278,6 +278,26 @@ sub check_map ($test) {
     fails('map: no such target', q(of target 'nosuch'), @map, '--target-id', 'nosuch');
 }
 
+# Whoever names a bitmap has no say in what a terminal does.
+sub check_hostile_name ($test) {
+    my ($node) = sort keys $test->{vm}->bitmaps->%*;
+    my $target = "\e]0;owned\a\e[2Jevil\r\n\x{9b}31m";
+    my $name = ($test->{backend}->name eq 'upstream' ? 'pba:' : '') . $target;
+    my %bitmap = (node => $node, name => $name);
+    $test->{vm}->qmp('block-dirty-bitmap-add', %bitmap);
+    my $run = succeeds('a hostile name', 'status', $test->{guest}->@*);
+    utf8::decode($run->{out});
+    unlike($run->{out} =~ s/\n//gr, qr/[[:cntrl:]]/, 'a hostile name: no control characters');
+    like($run->{out}, qr/^ \]0;owned  \[2Jevil   31m  +\S+ +0 B/m, 'a hostile name: its line');
+    my ($found) = grep { $_->{'target-id'} eq $target } status($test)->{bitmaps}->@*;
+    ok($found, 'a hostile name: as it is in JSON');
+    my $map = run_command('map', $found->{device}, $test->{guest}->@*);
+    utf8::decode($map->{err});
+    like($map->{err}, qr/--target-id: .*evil.*\n\z/, 'a hostile name: in an error of one line');
+    unlike($map->{err} =~ s/\n\z//r, qr/[[:cntrl:]]/, 'a hostile name: no control characters');
+    $test->{vm}->qmp('block-dirty-bitmap-remove', %bitmap);
+}
+
 # A process that was killed: what it left can be seen, and undone.
 sub check_recover ($test) {
     my $command = start_command(backup($test, '--bandwidth-limit', '1M'));
@@ -423,6 +443,7 @@ for my $name (PBA::Test::Backend->names) {
         check_archives($test, @archives);
         check_terminal($test);
         check_map($test);
+        check_hostile_name($test);
         check_recover($test);
         check_interruption($test);
         check_output_errors($test);

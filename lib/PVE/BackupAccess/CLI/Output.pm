@@ -9,14 +9,20 @@ use JSON::PP ();
 use List::Util qw(max);
 
 our @EXPORT_OK = qw(
-    columns is_utf8_terminal parse_bytes read_file say_error say_json say_out say_table share
-    write_file write_out
+    columns is_utf8_terminal one_line parse_bytes read_file say_error say_json say_out say_table
+    share write_file write_out
 );
 
 # Text is encoded; what comes as bytes, such as the name of a file, stays as it is.
 my sub bytes_of ($text) {
     utf8::encode($text) if utf8::is_utf8($text);
     return $text;
+}
+
+# Names come from QEMU, from archives, from providers: none of them may end a line, or tell a terminal
+# what to do. These are the control characters of ASCII and, in UTF-8, of Latin 1.
+sub one_line ($text) {
+    return bytes_of($text) =~ s/[\x00-\x1f\x7f]|\xc2[\x80-\x9f]/ /gr;
 }
 
 # What cannot be written is an error at once, not after hours of work.
@@ -26,12 +32,12 @@ sub write_out (@parts) {
 }
 
 sub say_out (@lines) {
-    write_out(map { "$_\n" } @lines);
+    write_out(map { one_line($_) . "\n" } @lines);
     return;
 }
 
 sub say_error (@lines) {
-    print {*STDERR} map { bytes_of($_ =~ s/\s+\z//r) . "\n" } @lines;
+    print {*STDERR} map { one_line($_ =~ s/\s+\z//r) . "\n" } @lines;
     return;
 }
 

@@ -7,7 +7,7 @@ use v5.36;
 
 use Time::HiRes ();
 
-use PVE::BackupAccess::CLI::Output qw(say_error share);
+use PVE::BackupAccess::CLI::Output qw(one_line say_error share);
 use PVE::BackupAccess::Format qw(bytes);
 
 my $seconds_between = 10;    # lines
@@ -25,7 +25,7 @@ sub begin ($self, $name, $total) {
     return if !$self->{'has bar'} || !$total;
     $self->{bar} = Term::ProgressBar->new(
         {
-            name => $self->label(0),
+            name => one_line($self->label(0)),
             count => $total,
             ETA => 'linear',
             remove => 1,
@@ -48,7 +48,7 @@ sub label ($self, $done) {
 sub update ($self, $name, $done, $total) {
     $self->begin($name, $total) if $name ne $self->{name};
     if ($self->{bar}) {
-        $self->{bar}->name($self->label($done));
+        $self->{bar}->name(one_line($self->label($done)));
         $self->{bar}->update($done);
     }
     elsif (!$self->{'has bar'} && now() - $self->{told} >= $seconds_between) {

@@ -20,6 +20,7 @@ sub cells () { return $columns * $max_rows }
 
 my sub escape ($text) {
     state $entities = { '&' => '&amp;', '<' => '&lt;', '>' => '&gt;', '"' => '&quot;' };
+    $text =~ s/[[:cntrl:]]/ /g;    # XML cannot have them
     return $text =~ s/([&<>"])/$entities->{$1}/gr;
 }
 
