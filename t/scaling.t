@@ -35,10 +35,14 @@ sub end_server ($file) {
     return;
 }
 
-# Nobody can wait for what is not his child; and one that nobody waits for stays a zombie.
+# Nobody can wait for what is not his child; and one that nobody waits for stays a zombie. Its first
+# thread may be one before the others have ended.
 sub has_files ($pid) {
-    open(my $fh, '<', "/proc/$pid/stat") or return 0;
-    return (<$fh> // ') Z') !~ m/\) [ZX]/;
+    for my $thread (glob("/proc/$pid/task/*/stat")) {
+        open(my $fh, '<', $thread) or next;
+        return 1 if (<$fh> // ') Z') !~ m/\) [ZX]/;
+    }
+    return 0;
 }
 
 END {
