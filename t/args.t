@@ -216,6 +216,13 @@ subtest 'volumes and volume' => sub {
     }
 };
 
+subtest 'errors of Perl code' => sub {
+    my $path = "/Gr\xc3\xb6\xc3\x9fe";    # in UTF-8: \x9f alone would be a control character
+    eval { PVE::BackupAccess::Error->throw('SystemError', "no $path\n\e[31m\0", device => 'disk0') };
+    is("$@", "no $path  [31m \n", 'one line, with a path as it is');
+    is($@->device, 'disk0', 'of the device');
+};
+
 subtest bitmap_status => sub {
     for my $action ('', 'use', 'reuse', 'none', 'Used', 'used ', "used\0", "new\n", 1, [], '%s%n') {
         my $done = eval { PVE::BackupAccess::bitmap_status($action); 1 };

@@ -8,7 +8,9 @@ use overload
     fallback => 1;
 
 sub throw ($class, $error_class, $message, %context) {
-    $message =~ s/[[:cntrl:]]/ /g;    # what callers pass in may be part of it
+
+    # What callers pass in may be part of it; names of files are bytes.
+    $message =~ s/[[:cntrl:]]/ /ag;
     die bless({ %context, class => $error_class, message => "$message\n" }, $class);
 }
 
