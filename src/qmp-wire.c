@@ -92,12 +92,9 @@ static bool finish_message(PbaQmpWire *wire, GError **error)
                       parse_error->message);
         return false;
     }
-    JsonNode *root = json_parser_get_root(wire->parser);
-    if (!root || !JSON_NODE_HOLDS_OBJECT(root)) {
-        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent no JSON object");
-        return false;
-    }
-    g_queue_push_tail(&wire->messages, json_object_ref(json_node_get_object(root)));
+    /* It begins with a brace, so it is an object. */
+    JsonObject *object = json_node_get_object(json_parser_get_root(wire->parser));
+    g_queue_push_tail(&wire->messages, json_object_ref(object));
     /* Big replies must not stay allocated for the rest of the connection. */
     g_byte_array_unref(wire->message);
     wire->message = g_byte_array_new();
