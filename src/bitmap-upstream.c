@@ -240,6 +240,20 @@ static void add_join_actions(JsonArray *actions, const PbaDisk *disk, const char
                            action("block-dirty-bitmap-remove", bitmap_ref(disk, background)));
 }
 
+/* A bitmap that cannot be trusted. */
+static bool drop_bitmap(PbaAccess *access, const PbaDisk *disk, const char *name, GError **error)
+{
+    if (!pba_bitmap_remove(access, disk, name, error)) {
+        pba_error_add_device(error, disk->device);
+        return false;
+    }
+    pba_log(
+        &access->hooks, PBA_LOG_WARN,
+        "device %s: bitmap '%s' is removed, since it may lack bits: the next backup is a full one",
+        disk->device, name);
+    return true;
+}
+
 /* One disk by itself, after the transaction for all has failed. The caller will be told so, and may
  * take the backup for a failed one: no bitmap loses its old bits. */
 static bool join_or_drop(PbaAccess *access, const PbaDisk *disk, const char *target,
@@ -254,11 +268,8 @@ static bool join_or_drop(PbaAccess *access, const PbaDisk *disk, const char *tar
     if (error && pba_error_is_fatal(*error)) {
         return false; /* whether it was done is not known; the next setup looks */
     }
-    pba_log(&access->hooks, PBA_LOG_WARN,
-            "device %s: its dirty bitmap is removed, since it may lack bits: the next backup is a "
-            "full one",
-            disk->device);
-    pba_bitmap_remove(access, disk, target, NULL);
+    /* A target's that stays is frozen and alone: the next setup knows it for what it is. */
+    drop_bitmap(access, disk, target, NULL);
     pba_bitmap_remove(access, disk, background, NULL);
     return false;
 }
@@ -280,21 +291,6 @@ static bool join_each(PbaAccess *access, GPtrArray *split, const char *target,
         g_propagate_error(error, first);
         return false;
     }
-    return true;
-}
-
-/* A bitmap whose partner is gone cannot be trusted. */
-static bool drop_lone_bitmap(PbaAccess *access, const PbaDisk *disk, const char *name,
-                             GError **error)
-{
-    if (!pba_bitmap_remove(access, disk, name, error)) {
-        pba_error_add_device(error, disk->device);
-        return false;
-    }
-    pba_log(
-        &access->hooks, PBA_LOG_WARN,
-        "device %s: bitmap '%s' is removed, since it may lack bits: the next backup is a full one",
-        disk->device, name);
     return true;
 }
 
@@ -327,15 +323,15 @@ bool pba_bitmaps_join(PbaAccess *access, PbaBlock *block, bool success, GError *
         JsonObject *partner = pba_block_find_bitmap(block, disk->bitmap_node, background);
         GError *step = NULL;
         if (info && partner && (is_inconsistent(info) || is_inconsistent(partner))) {
-            drop_lone_bitmap(access, disk, target, &step);
-            drop_lone_bitmap(access, disk, background, step ? NULL : &step);
+            drop_bitmap(access, disk, target, &step);
+            drop_bitmap(access, disk, background, step ? NULL : &step);
         } else if (info && partner) {
             g_ptr_array_add(split, disk);
             add_join_actions(actions, disk, target, background, success);
         } else if (partner) {
-            drop_lone_bitmap(access, disk, background, &step);
+            drop_bitmap(access, disk, background, &step);
         } else if (info && is_doubtful(access, info)) {
-            drop_lone_bitmap(access, disk, target, &step);
+            drop_bitmap(access, disk, target, &step);
         }
         pba_error_keep_first(&first, step, &access->hooks);
     }
