@@ -14,13 +14,14 @@ use PBA::Test::Repository;
 my $size = 32 * 1024 * 1024;
 my $seed = 99;
 my $blocks = 1024;
-my @ids = qw(virtio scsi);
+my @ids = qw(virtio scsi slow);
 
 my $backend = PBA::Test::Backend->start(
     name => 'upstream',
     disks => [
         { id => 'virtio', size => $size, iothread => 1, format => 'qcow2' },
         { id => 'scsi', size => $size, iothread => 1, bus => 'scsi' },
+        { id => 'slow', size => $size, iothread => 1, throttle => 1, format => 'qcow2' },
     ],
 );
 
