@@ -19,6 +19,7 @@ my $json = JSON::PP->new->utf8;
 my @devices = qw(drive-efidisk0 drive-scsi0);
 my %disk = ('drive-scsi0' => 'scsi0', 'drive-efidisk0' => 'efidisk0');
 
+umask(022);
 my $archive_name = qr!vm/100/[0-9]{8}T[0-9]{6}Z!;
 
 sub start ($name) {
@@ -75,12 +76,19 @@ sub same_disks ($test, $dir, $name) {
     }
 }
 
+# A disk is nobody else's business, whatever the umask.
+sub is_private ($dir, $name) {
+    my @public = grep { ((stat)[2] & 0777) != 0600 } glob("$dir/*");
+    is_deeply(\@public, [], "$name: only the owner can read it");
+}
+
 sub restore_and_compare ($test, $archive, $name) {
     my $dir = "$test->{dir}/out/" . ++$test->{restores};
     mkdir($dir) or die "$dir: $!\n";
     my $run = succeeds("$name: restore", 'restore', $archive, $dir);
     is($run->{out}, join('', map { "$dir/$_.raw\n" } @devices), "$name: prints the files");
     same_disks($test, $dir, $name);
+    is_private($dir, $name);
     return $dir;
 }
 
@@ -125,6 +133,7 @@ sub check_pipes ($test) {
     mkdir("$test->{dir}/out/full");
     succeeds('full: restore', 'restore', $archive, "$test->{dir}/out/full/");
     is(-s "$test->{dir}/out/full/guest.conf", 13, 'full: the configuration is restored');
+    is_private("$test->{dir}/out/full", 'full');
     return ($archive, $result->{archive});
 }
 

@@ -8,7 +8,7 @@ use Fcntl qw(O_CREAT O_EXCL O_WRONLY);
 
 use PVE::BackupAccess::CLI::Access qw(text);
 use PVE::BackupAccess::CLI::Archives qw(parse_archive provider_for);
-use PVE::BackupAccess::CLI::Output qw(say_json say_out write_file);
+use PVE::BackupAccess::CLI::Output qw(say_json say_out);
 use PVE::BackupAccess::CLI::Progress;
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Volume;
@@ -41,15 +41,15 @@ my sub targets ($volumes, $target, $device) {
     return \%files;
 }
 
-# Not what others have put there; what is there may be of a restore that was killed.
+# Not what others have put there. Like the archive it is its owner's alone.
 my sub open_new ($file) {
-    unlink($file);
-    sysopen(my $fh, $file, O_WRONLY | O_CREAT | O_EXCL) or die "cannot make $file: $!\n";
+    sysopen(my $fh, $file, O_WRONLY | O_CREAT | O_EXCL, 0600) or die "cannot make $file: $!\n";
     return $fh;
 }
 
 my sub copy ($provider, $volname, $device, $size, $file, $progress) {
     my $part = -b $file ? undef : "$file.part";
+    unlink($part) if $part;    # of a restore that was killed
     my $info = $provider->restore_vm_volume_init($volname, $device, {});
     my $ok = eval {
         my $volume = PVE::BackupAccess::Volume->open($device,
@@ -84,7 +84,8 @@ my sub restore_config ($provider, $volname, $target) {
     return if !-d $target || ($config // '') eq '';
     my $file = "$target/guest.conf";
     die "$file exists already - it is not overwritten\n" if -e $file;
-    write_file($file, $config);
+    my $fh = open_new($file);
+    print {$fh} $config and close($fh) or die "$file: $!\n";
     return $file;
 }
 
