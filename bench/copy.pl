@@ -195,10 +195,8 @@ for my $case (qw(full thin)) {
 my $program = PBA::Bench::Program::compile("$FindBin::Bin/bare-read.c", "$dir", 'libnbd');
 
 sub bare_read ($server, $length, $step) {
-    open(my $fh, '-|', $program, $server->uri, $length, $step) or die "cannot run $program: $!\n";
-    my ($bytes, $seconds) = split(' ', <$fh> // '');
-    close($fh) or die "$program ended with status $?\n";
-    return { counts => { bytes => $bytes + 0 }, seconds => $seconds + 0 };
+    my ($bytes, $seconds) = PBA::Bench::Program::figures($program, $server->uri, $length, $step);
+    return { counts => { bytes => $bytes }, seconds => $seconds };
 }
 
 # Two of them are as many bytes as all of the image.

@@ -124,16 +124,15 @@ sub first_of_nbdinfo ($self) {
 
 # ---- the floor: the program measures itself, since starting it is no part of the loop ----
 
-sub _run_bare_loop ($self, @arguments) {
+sub _run_bare_loop ($self, @more) {
     $self->{program} //= PBA::Bench::Program::compile($bare_loop, $self->{dir}, 'libnbd');
-    my @command = ($self->{program}, $self->{server}->uri, $self->{server}->context, @arguments);
-    open(my $fh, '-|', @command) or die "cannot run $self->{program}: $!\n";
-    my ($regions, $bytes, $seconds, $rss_kib) = split(' ', <$fh> // '');
-    close($fh) or die "$self->{program} ended with status $?\n";
+    my @arguments = ($self->{server}->uri, $self->{server}->context, @more);
+    my ($regions, $bytes, $seconds, $rss_kib)
+        = PBA::Bench::Program::figures($self->{program}, @arguments);
     return {
-        counts => { regions => $regions + 0, bytes => $bytes + 0 },
-        seconds => $seconds + 0,
-        rss_kib => $rss_kib + 0,
+        counts => { regions => $regions, bytes => $bytes },
+        seconds => $seconds,
+        rss_kib => $rss_kib,
     };
 }
 
