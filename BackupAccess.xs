@@ -216,8 +216,7 @@ _export(PbaAccessObject *self)
             glue_throw_error(aTHX_ &self->caller, error);
         }
         glue_throw_pending(aTHX_ &self->caller);
-        const char *socket = pba_access_socket(self->access);
-        RETVAL = newSVpvn_flags(socket, strlen(socket), SVf_UTF8);
+        RETVAL = glue_sv_from_text(aTHX_ pba_access_socket(self->access));
     OUTPUT:
         RETVAL
 
@@ -266,8 +265,7 @@ _recover(PbaAccessObject *self)
         bool done = pba_access_recover(self->access, lines, &error);
         AV *list = (AV *)sv_2mortal((SV *)newAV());
         for (guint i = 0; i < lines->len; i++) {
-            const char *line = lines->pdata[i];
-            av_push(list, newSVpvn_flags(line, strlen(line), SVf_UTF8));
+            av_push(list, glue_sv_from_text(aTHX_ lines->pdata[i]));
         }
         g_ptr_array_unref(lines);
         if (!done) {

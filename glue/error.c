@@ -5,16 +5,12 @@ static SV *new_error(pTHX_ const char *message, const char *klass, const char *c
                      const char *device)
 {
     HV *hash = newHV();
-    SV *text = newSVpvf("%s\n", message);
-    SvUTF8_on(text);
+    SV *text = glue_sv_from_text(aTHX_ message);
+    sv_catpvs(text, "\n");
     (void)hv_stores(hash, "message", text);
-    (void)hv_stores(hash, "class", newSVpvn_flags(klass, strlen(klass), SVf_UTF8));
-    if (command) {
-        (void)hv_stores(hash, "command", newSVpvn_flags(command, strlen(command), SVf_UTF8));
-    }
-    if (device) {
-        (void)hv_stores(hash, "device", newSVpvn_flags(device, strlen(device), SVf_UTF8));
-    }
+    glue_store_text(aTHX_ hash, "class", klass);
+    glue_store_text(aTHX_ hash, "command", command);
+    glue_store_text(aTHX_ hash, "device", device);
     SV *ref = sv_2mortal(newRV_noinc((SV *)hash));
     return sv_bless(ref, gv_stashpvs("PVE::BackupAccess::Error", GV_ADD));
 }

@@ -68,6 +68,9 @@ void glue_keep_exception(pTHX_ Caller *caller);
 
 /* Values */
 
+/* The core's text, which is UTF-8. Perl's flag for it is off where it is ASCII: joined to a file
+ * name's bytes a name of QEMU's must leave them what they are. */
+SV *glue_sv_from_text(pTHX_ const char *text);
 SV *glue_sv_from_json(pTHX_ JsonNode *node);
 /* depth: 0. What is nested too deep is null. */
 JsonNode *glue_json_from_sv(pTHX_ SV *sv, unsigned depth);

@@ -1,5 +1,12 @@
-/* Members of Perl hashes. */
+/* Text, and members of Perl hashes. */
 #include "glue.h"
+
+SV *glue_sv_from_text(pTHX_ const char *text)
+{
+    SV *sv = newSVpv(text, 0);
+    sv_utf8_decode(sv);
+    return sv;
+}
 
 const char *glue_text_or_null(pTHX_ SV *sv)
 {
@@ -42,7 +49,6 @@ GHashTable *glue_table_from_hash(pTHX_ SV *sv)
 void glue_store_text(pTHX_ HV *hash, const char *key, const char *text)
 {
     if (text) {
-        (void)hv_store(hash, key, (I32)strlen(key), newSVpvn_flags(text, strlen(text), SVf_UTF8),
-                       0);
+        (void)hv_store(hash, key, (I32)strlen(key), glue_sv_from_text(aTHX_ text), 0);
     }
 }

@@ -58,7 +58,7 @@ static void hook_log(void *opaque, PbaLogLevel level, const char *message)
         return;
     }
     glue_enter_hook(aTHX_ caller);
-    SV *text = newSVpvn_flags(message, strlen(message), SVs_TEMP | SVf_UTF8);
+    SV *text = sv_2mortal(glue_sv_from_text(aTHX_ message));
     dSP;
     PUSHMARK(SP);
     if (caller->log) {

@@ -21,7 +21,7 @@ static SV *sv_from_object(pTHX_ JsonObject *object)
 
     json_object_iter_init(&iter, object);
     while (json_object_iter_next(&iter, &key, &value)) {
-        SV *name = newSVpvn_flags(key, strlen(key), SVs_TEMP | SVf_UTF8);
+        SV *name = sv_2mortal(glue_sv_from_text(aTHX_ key));
         (void)hv_store_ent(hash, name, glue_sv_from_json(aTHX_ value), 0);
     }
     return newRV_noinc((SV *)hash);
@@ -45,8 +45,7 @@ static SV *sv_from_value(pTHX_ JsonNode *node)
         return newSViv((IV)json_node_get_int(node));
     }
     if (type == G_TYPE_STRING) {
-        const char *text = json_node_get_string(node);
-        return newSVpvn_flags(text, strlen(text), SVf_UTF8);
+        return glue_sv_from_text(aTHX_ json_node_get_string(node));
     }
     return newSVnv(json_node_get_double(node));
 }

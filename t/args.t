@@ -223,6 +223,17 @@ subtest 'errors of Perl code' => sub {
     is($@->device, 'disk0', 'of the device');
 };
 
+# A string with the flag for text would make text of the bytes before it, and Perl another file's name.
+subtest 'names from the core, joined to file names' => sub {
+    my $tmp = File::Temp->newdir;
+    mkdir(my $dir = "$tmp/Gr\xc3\xb6\xc3\x9fe") or die "mkdir: $!\n";
+    mkdir("$dir/disk0") or die "mkdir: $!\n";
+    eval { PVE::BackupAccess::Volume->open('disk0', { 'nbd-path' => "$tmp/none" }) };
+    my $error = $@;
+    is($error->device, 'disk0', 'the device of an error');
+    ok(-d "$dir/" . $error->device, 'it is the file that is meant');
+};
+
 subtest bitmap_status => sub {
     for my $action ('', 'use', 'reuse', 'none', 'Used', 'used ', "used\0", "new\n", 1, [], '%s%n') {
         my $done = eval { PVE::BackupAccess::bitmap_status($action); 1 };
