@@ -5,6 +5,7 @@ use v5.36;
 use FindBin;
 use lib "$FindBin::Bin/lib";
 
+use File::Temp ();
 use TAP::Parser;
 use Test::More;
 
@@ -48,7 +49,11 @@ sub fails ($faults, %expected) {
 
 passes('nbd', $class);
 passes('file-handle', $class, '--scfg', 'mechanism=file-handle') if -e '/dev/fuse';
-passes('no bitmaps', $class, '--scfg', 'faults=full only');
+{
+    my $tmp = File::Temp->newdir("pba-Gr\xc3\xb6\xc3\x9fe.XXXXXX", TMPDIR => 1);
+    local $ENV{TMPDIR} = "$tmp";    # where the disks are
+    passes('no bitmaps', $class, '--scfg', 'faults=full only');
+}
 
 # What does not work at all.
 fails('new dies', new => qr/died: the server is down/);

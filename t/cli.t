@@ -32,8 +32,10 @@ sub start ($name) {
         ],
     );
 
-    # As on Proxmox VE, the socket's name tells the number of the guest.
-    my $dir = $backend->vm->dir;
+    # As on Proxmox VE, the socket's name tells the number of the guest. That of the directory, where
+    # all else is, means something to Perl, to JSON and to URIs.
+    my $dir = $backend->vm->dir . "/Gr\xc3\xb6\xc3\x9fe%26&#+";
+    mkdir($dir) or die "$dir: $!\n";
     symlink($backend->qmp_path, "$dir/100.qmp") or die "symlink: $!\n";
     my $test = { backend => $backend, vm => $backend->vm, dir => $dir, store => "$dir/store" };
     mkdir($_) or die "$_: $!\n" for $test->{store}, "$dir/out", "$dir/tmp";
@@ -116,6 +118,7 @@ sub check_pipes ($test) {
     cmp_ok($scsi->{dirty}, '<=', 4 * $mib, 'incremental: what changed is read');
     is($result->{devices}{'drive-efidisk0'}{dirty}, 0, 'incremental: and nothing else');
     chomp(my $archive = $full->{out});
+    utf8::encode($result->{archive});    # names of files are bytes here
     cmp_ok($result->{archive}, 'gt', $archive, 'incremental: a later archive');
     my $dir = restore_and_compare($test, $result->{archive}, 'incremental');
     is(-s "$dir/guest.conf", undef, 'incremental: no configuration was given');
@@ -123,9 +126,10 @@ sub check_pipes ($test) {
     symlink("$test->{dir}/elsewhere", "$test->{dir}/one.raw.part") or die "symlink: $!\n";
     my $again = succeeds('one device', 'restore', $archive, "$test->{dir}/one.raw", '--device',
         'drive-efidisk0', '--json');
+    utf8::decode(my $file = "$test->{dir}/one.raw");
     is_deeply(
         $json->decode($again->{out}),
-        { devices => { 'drive-efidisk0' => "$test->{dir}/one.raw" }, 'guest-config' => undef },
+        { devices => { 'drive-efidisk0' => $file }, 'guest-config' => undef },
         'one device: JSON'
     );
     is(-s "$test->{dir}/one.raw", 528 * 1024, 'one device: its size');
@@ -198,7 +202,8 @@ sub check_archives ($test, @archives) {
     is($damaged->{status}, 1, 'verify: exit status with damage');
     like($damaged->{out}, qr/\A\Q$archives[1]\E: DAMAGED\n  .*SHA-256/, 'verify: says what');
     my $problems = $json->decode(run_command('verify', $test->{store}, '--json')->{out});
-    is($problems->[0]{archive}, $archives[1], 'verify: JSON');
+    utf8::decode(my $damaged_path = $archives[1]);
+    is($problems->[0]{archive}, $damaged_path, 'verify: JSON');
     is(scalar($problems->[0]{problems}->@*), 1, 'verify: a problem in it');
 }
 
@@ -405,6 +410,18 @@ sub check_interruption ($test) {
     is(scalar(grep { !m!/$archive_name\z! } glob("$test->{store}/vm/100/*Z")), 0, 'no remains');
 }
 
+# Wherever QEMU is to make something: the socket, the fleecing image. Both go with the backup.
+sub check_odd_paths ($test) {
+    my %at = map { ("--$_" => "$test->{dir}/$_") } qw(run-dir fleecing-dir);
+    mkdir($_, 0700) or die "$_: $!\n" for values %at;
+    my %guest = $test->{guest}->@*;
+    delete($at{'--fleecing-dir'}) if !$guest{'--fleecing-dir'};
+    my $run = succeeds('odd paths', 'backup', $test->{store}, %guest, %at);
+    chomp(my $archive = $run->{out});
+    restore_and_compare($test, $archive, 'odd paths');
+    is_deeply([map { glob("$_/*") } values %at], [], 'odd paths: nothing is left');
+}
+
 # Two media that take turns in the same place, and a directory beside them, all with one name for the
 # target: none of them may take the bitmap of another for its own.
 sub check_directories ($test) {
@@ -457,6 +474,7 @@ for my $name (PBA::Test::Backend->names) {
         check_interruption($test);
         check_output_errors($test);
         check_agent($test);
+        check_odd_paths($test);
         check_directories($test);
         $test->{backend}->check_manners;
     };

@@ -69,28 +69,31 @@ my %device_keys = (
 
 # One VM, one identity, by whatever path its socket is reached.
 my sub identity ($qmp) {
-    return ref($qmp) ? undef : realpath($qmp) // $qmp;
+    return undef if ref($qmp);
+    utf8::encode($qmp);
+    return realpath($qmp) // $qmp;
+}
+
+# As the core wants to have them: paths as text, whether they came as that or as a file name's bytes.
+my sub core_options ($options) {
+    my %core = (timeout => $default_timeout, $options->%*);
+    for my $name (grep { exists($core{$_}) } qw(qmp run-dir fleecing-dir)) {
+        utf8::decode($core{$name}) if !ref($core{$name});
+    }
+    return { %core, identity => identity($core{qmp}) };
 }
 
 sub new ($class, @options) {
     my $options = PVE::BackupAccess::Argument::options('new', \@options, \%access_options,
         qw(qmp target-id));
     my $fleecing = { ($options->{fleecing} // {})->%* };
-    return $class->_new(
-        {
-            timeout => $default_timeout,
-            recover => 1,
-            $options->%*,
-            fleecing => $fleecing,
-            identity => identity($options->{qmp}),
-        }
-    );
+    return $class->_new({ recover => 1, core_options($options)->%*, fleecing => $fleecing });
 }
 
 sub capabilities ($class, @options) {
     my $options
         = PVE::BackupAccess::Argument::options('capabilities', \@options, \%qmp_options, 'qmp');
-    return _capabilities($options->{qmp}, $options->{timeout} // $default_timeout);
+    return _capabilities(core_options($options)->@{qw(qmp timeout)});
 }
 
 sub recover ($class, @options) {
@@ -102,13 +105,7 @@ sub recover ($class, @options) {
 sub status ($class, @options) {
     my $options
         = PVE::BackupAccess::Argument::options('status', \@options, \%status_options, 'qmp');
-    return _status(
-        {
-            timeout => $default_timeout,
-            $options->%*,
-            identity => identity($options->{qmp}),
-        }
-    );
+    return _status(core_options($options));
 }
 
 sub bitmap_status ($action) {
@@ -263,9 +260,9 @@ Bitmaps are kept per target and device. A backup that failed, or whose process w
 bit: the next one contains what it should have contained. What cannot be known for sure becomes a
 full backup, and says so.
 
-All offsets, lengths and sizes are bytes. All methods die with a L<PVE::BackupAccess::Error>, but
-for what your own signal handlers and callbacks die with: that goes on as it is. Signal handlers
-run while a call waits.
+All offsets, lengths and sizes are bytes. Paths are text, or the bytes of a file's name, in UTF-8. All
+methods die with a L<PVE::BackupAccess::Error>, but for what your own signal handlers and callbacks die
+with: that goes on as it is. Signal handlers run while a call waits.
 
 =head1 CLASS METHODS
 
@@ -504,8 +501,9 @@ One device's data as a L<PVE::BackupAccess::Volume>, connected.
 
     $access->teardown($success);
 
-Closes the file handles that volumes has given out, ends the access and undoes everything setup and volumes made. After a success each bitmap holds
-exactly what the guest wrote since the instant; after a failure it holds that and all it held before.
+Closes the file handles that volumes has given out, ends the access and undoes everything setup and
+volumes made. After a success each bitmap holds exactly what the guest wrote since the instant; after a
+failure it holds that and all it held before.
 
 Every step is tried even if an earlier one failed; the first error is what it dies with, and a later
 call tries again what is left, as a failure. A bitmap that could not be brought to its right state is

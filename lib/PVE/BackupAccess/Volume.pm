@@ -80,6 +80,7 @@ sub open ($class, $device, $volume) {
     return open_handle($class, $device, $volume) if exists($volume->{'file-handle'});
     check($device, $volume, \%volume_keys);
     fail($device, "its volume lacks 'nbd-path'") if !defined($volume->{'nbd-path'});
+    utf8::decode($volume->{'nbd-path'});    # text for the core, also from a file name's bytes
     my $self = $class->_open($device, $volume->{'nbd-path'}, bitmap_name($device, $volume),
         $volume->{size});
     $is_bare{$self} = 1 if !exists($volume->{'bitmap-mode'});

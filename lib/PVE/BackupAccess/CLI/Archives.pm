@@ -90,11 +90,11 @@ sub verify ($opt, @paths) {
     my (@results, $bad);
     for my $archive (map { archives_of($_) } @paths) {
         my ($provider, $volname, $path) = $archive->@*;
-        my $problems = $provider->verify($volname);
-        $bad ||= $problems->@* > 0;
-        push(@results, { archive => text($path), problems => $problems });
+        my @problems = map { text($_) } $provider->verify($volname)->@*;
+        $bad ||= @problems > 0;
+        push(@results, { archive => text($path), problems => \@problems });
         next if $opt->{json};
-        say_out(text($path) . ($problems->@* ? ': DAMAGED' : ': ok'), map { "  $_" } $problems->@*);
+        say_out(text($path) . (@problems ? ': DAMAGED' : ': ok'), map { "  $_" } @problems);
     }
     say_json(\@results) if $opt->{json};
     return $bad ? 1 : 0;

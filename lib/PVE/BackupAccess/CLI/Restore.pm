@@ -101,7 +101,9 @@ sub run ($opt, $path, $target) {
     $provider->restore_vm_cleanup($volname);
 
     if ($opt->{json}) {
-        say_json({ devices => $files, 'guest-config' => $config });
+        my %shown = map { $_ => text($files->{$_}) } keys $files->%*;
+        say_json(
+            { devices => \%shown, 'guest-config' => defined($config) ? text($config) : undef });
     }
     else {
         say_out(map { $files->{$_} } sort keys $files->%*);

@@ -11,6 +11,7 @@ use JSON::PP ();
 use POSIX qw(WNOHANG);
 use Time::HiRes qw(sleep);
 
+use PVE::BackupAccess::CLI::Access qw(text);
 use PVE::BackupAccess::CLI::Monitor;
 
 my $mib = 1024 * 1024;
@@ -53,7 +54,7 @@ sub make_file ($self, $name, $size) {
 # ---- the process ----
 
 my sub disk_arguments ($self, $device) {
-    my $dir = $self->{dir};
+    my $dir = text($self->{dir});
     my %disk = (
         driver => 'raw',
         'node-name' => $device,

@@ -70,7 +70,11 @@ sub _spawn ($log, $listener, @command) {
     POSIX::_exit(127);
 }
 
-sub uri ($self) { return "nbd+unix:///image?socket=$self->{socket}" }
+sub uri ($self) {
+    my $path = $self->{socket} =~ s{([^A-Za-z0-9/._~-])}{sprintf('%%%02X', ord($1))}ger;
+    return "nbd+unix:///image?socket=$path";
+}
+
 sub socket ($self) { return $self->{socket} }
 sub dir ($self) { return $self->{private}->path }
 sub pid ($self) { return $self->{pid} }
