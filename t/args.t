@@ -229,9 +229,9 @@ subtest 'names from the core, joined to file names' => sub {
     mkdir(my $dir = "$tmp/Gr\xc3\xb6\xc3\x9fe") or die "mkdir: $!\n";
     mkdir("$dir/disk0") or die "mkdir: $!\n";
     eval { PVE::BackupAccess::Volume->open('disk0', { 'nbd-path' => "$tmp/none" }) };
-    my $error = $@;
-    is($error->device, 'disk0', 'the device of an error');
-    ok(-d "$dir/" . $error->device, 'it is the file that is meant');
+    my $device = $@->device;
+    is($device, 'disk0', 'the device of an error');
+    ok(-d "$dir/$device", 'it is the file that is meant');
 };
 
 subtest bitmap_status => sub {
