@@ -1,5 +1,6 @@
 #include "block.h"
 
+#include "access.h"
 #include "json.h"
 #include <string.h>
 
@@ -174,18 +175,37 @@ static bool is_above(const PbaBlock *block, const char *node, const char *below)
     return false;
 }
 
+/* The first name from node downwards that somebody gave: those that QEMU makes up, also for the
+ * filters of Proxmox' access, begin with a #, and an access has names of its own. */
+static const char *given_name(const PbaBlock *block, const char *node)
+{
+    for (guint i = 0; node && i < json_array_get_length(block->nodes); i++) {
+        if (*node != '#' && !pba_is_own_node(node)) {
+            return node;
+        }
+        node = pba_block_find_child(block, node, "file");
+    }
+    return NULL;
+}
+
+static char *device_name(const PbaBlock *block, JsonObject *device, const char *root)
+{
+    const char *name = pba_json_find_string(device, "device");
+    const char *qdev = pba_json_find_string(device, "qdev");
+
+    if (!name || !*name) {
+        name = given_name(block, root);
+    }
+    return name ? g_strdup(name) : qdev ? pba_block_qdev_id(qdev) : NULL;
+}
+
 char *pba_block_device_above(const PbaBlock *block, const char *node)
 {
     for (guint i = 0; i < json_array_get_length(block->devices); i++) {
         JsonObject *device = pba_json_element(block->devices, i);
         const char *root = device ? pba_block_device_node(device) : NULL;
         if (root && is_above(block, root, node)) {
-            const char *name = pba_json_find_string(device, "device");
-            const char *qdev = pba_json_find_string(device, "qdev");
-            if (name && *name) {
-                return g_strdup(name);
-            }
-            return qdev ? pba_block_qdev_id(qdev) : NULL;
+            return device_name(block, device, root);
         }
     }
     return NULL;

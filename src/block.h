@@ -24,8 +24,8 @@ JsonObject *pba_block_find_node(const PbaBlock *block, const char *node);
 JsonObject *pba_block_find_bitmap(const PbaBlock *block, const char *node, const char *bitmap);
 /* The node's child of that name ("file", "target"); needs the graph. */
 const char *pba_block_find_child(const PbaBlock *block, const char *node, const char *child);
-/* The name of the guest's device that the node is a disk of: its block backend's or its id; needs
- * the graph. The caller's to free. */
+/* The name of the guest's device that the node is a disk of, as a backup calls it: its block
+ * backend's, its node's, or where that has none its id; needs the graph. The caller's to free. */
 char *pba_block_device_above(const PbaBlock *block, const char *node);
 /* Whether a device or another node uses the node; needs the graph. */
 bool pba_block_has_parent(const PbaBlock *block, const char *node);

@@ -22,15 +22,13 @@ my %disk = ('drive-scsi0' => 'scsi0', 'drive-efidisk0' => 'efidisk0');
 umask(022);
 my $archive_name = qr!vm/100/[0-9]{8}T[0-9]{6}Z!;
 
-sub start ($name) {
-    my $backend = PBA::Test::Backend->start(
-        name => $name,
-        guest => 0,
-        disks => [
-            { id => 'scsi0', size => 32 * $mib, bus => 'scsi', shape => 'drive' },
-            { id => 'efidisk0', size => 528 * 1024, bus => 'scsi', shape => 'drive' },
-        ],
-    );
+my @disks = (
+    { id => 'scsi0', size => 32 * $mib, bus => 'scsi', shape => 'drive' },
+    { id => 'efidisk0', size => 528 * 1024, bus => 'scsi', shape => 'drive' },
+);
+
+sub start ($name, @disks) {
+    my $backend = PBA::Test::Backend->start(name => $name, guest => 0, disks => \@disks);
 
     # As on Proxmox VE, the socket's name tells the number of the guest. That of the directory, where
     # all else is, means something to Perl, to JSON and to URIs.
@@ -461,7 +459,7 @@ sub check_output_errors ($test) {
 
 for my $name (PBA::Test::Backend->names) {
     subtest "backend $name" => sub {
-        my $test = start($name);
+        my $test = start($name, @disks);
         local $ENV{TMPDIR} = "$test->{dir}/tmp";    # where one that is killed leaves something
         check_without_bitmaps($test);
         my @archives = check_pipes($test);
@@ -476,6 +474,27 @@ for my $name (PBA::Test::Backend->names) {
         check_agent($test);
         check_odd_paths($test);
         check_directories($test);
+        $test->{backend}->check_manners;
+    };
+}
+
+# As Proxmox VE 9 has disks: a throttle filter that is called like the drive of old.
+sub check_blockdev ($test) {
+    my $device = 'drive-scsi0';
+    succeeds('blockdev', backup($test));
+    $test->{vm}->qemu_io($device, 'write -P 0x71 0 64k');
+    my $status = status($test);
+    is_deeply([map { $_->{device} } $status->{bitmaps}->@*], [$device], 'blockdev: its bitmap');
+    my $map = succeeds('blockdev: map', 'map', $device, $test->{guest}->@*, '--json');
+    is_deeply($json->decode($map->{out})->{regions}[0]{offset}, 0, 'blockdev: what is dirty');
+    check_outside($test, 'blockdev');
+}
+
+for my $name (PBA::Test::Backend->names) {
+    subtest "backend $name, blockdev" => sub {
+        my %disk = (id => 'drive-scsi0', size => 32 * $mib, bus => 'scsi', throttle => 1);
+        my $test = start($name, \%disk);
+        check_blockdev($test);
         $test->{backend}->check_manners;
     };
 }

@@ -61,11 +61,10 @@ sub check_fleecing ($backend, $status, @devices) {
 sub check_backend ($name) {
     my $backend = PBA::Test::Backend->start(
         name => $name,
-        disks => [map { { id => $_, size => $size, format => 'qcow2' } } @ids],
+        disks => [map { { id => $_, size => $size, format => 'qcow2', throttle => 1 } } @ids],
     );
     my $block = $name eq 'pve' ? 4 * $mib : 65536;
     my @devices = sort map { $backend->device($_) } @ids;
-    my %named = map { $_ => status_device($backend, $_) } @ids;
     my $outside = $backend->outside;
     is_deeply(check_idle($backend, 'before')->{bitmaps}, [], 'no bitmaps yet');
 
@@ -76,7 +75,7 @@ sub check_backend ($name) {
     check_bitmaps(
         $backend,
         check_idle($backend, 'with bitmaps'),
-        { "$named{disk0} 0" => $block, "$named{disk1} 0" => 0 },
+        { "$devices[0] 0" => $block, "$devices[1] 0" => 0 },
         'dirty bytes'
     );
 
@@ -96,10 +95,10 @@ sub check_backend ($name) {
     is_deeply([map { $_->{device} } sort { $a->{device} cmp $b->{device} } $status->{exports}->@*],
         \@devices, 'its exports');
     check_fleecing($backend, $status, @ids);
-    my %background = map { ("$named{$_} 1" => $block) } @ids;
+    my %background = map { ("$_ 1" => $block) } @devices;
     check_bitmaps(
         $backend, $status,
-        { "$named{disk0} 0" => $block, "$named{disk1} 0" => 0, %background },
+        { "$devices[0] 0" => $block, "$devices[1] 0" => 0, %background },
         'frozen and background bitmaps'
     );
 
@@ -129,12 +128,6 @@ sub check_backend ($name) {
     check_other($backend, @devices);
     check_foreign($backend) if $name eq 'pve';
     $backend->check_manners;
-}
-
-# The name status has for a device of which only a bitmap is known.
-sub status_device ($backend, $id) {
-    my $disk = $backend->vm->disk($id);
-    return $disk->{shape} eq 'drive' ? $disk->{device} : $disk->{qdev_id};
 }
 
 # A target without bitmaps is known by the run directory; by itself QEMU has a hash only.

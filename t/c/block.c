@@ -182,6 +182,44 @@ static void test_graph(void)
     ok(!end || strcmp(end, "self") == 0, "a node above itself, too");
 }
 
+/* During an access: on Proxmox with a throttle filter, and with -drive; on a stock QEMU; and a disk
+ * whose nodes nobody named. */
+static void test_device_above(void)
+{
+    g_auto(PbaBlock) block = {
+        parse_array("[{'device': '', 'qdev': 'scsi0', 'inserted': {'node-name': '#block1'}}, "
+                    "{'device': 'drive-ide0', 'qdev': 'ide0', 'inserted': {'node-name': "
+                    "'#block4'}}, {'device': '', 'qdev': 'scsi2', 'inserted': {'node-name': "
+                    "'pba-raw-2'}}, {'device': '', 'qdev': "
+                    "'/machine/peripheral/data3/virtio-backend', 'inserted': {'node-name': "
+                    "'#block8'}}]"),
+        parse_array("[{}, {}, {}, {}, {}, {}, {}, {}]"),
+        parse_object("{'nodes': [{'id': 1, 'type': 'block-driver', 'name': '#block1'}, "
+                     "{'id': 2, 'type': 'block-driver', 'name': 'drive-scsi0'}, "
+                     "{'id': 3, 'type': 'block-driver', 'name': 'f0scsi0'}, "
+                     "{'id': 4, 'type': 'block-driver', 'name': '#block4'}, "
+                     "{'id': 5, 'type': 'block-driver', 'name': 'pba-raw-2'}, "
+                     "{'id': 6, 'type': 'block-driver', 'name': 'pba-cbw-2'}, "
+                     "{'id': 7, 'type': 'block-driver', 'name': 'disk2'}, "
+                     "{'id': 8, 'type': 'block-driver', 'name': '#block8'}], "
+                     "'edges': [{'parent': 1, 'child': 2, 'name': 'file'}, "
+                     "{'parent': 2, 'child': 3, 'name': 'file'}, "
+                     "{'parent': 5, 'child': 6, 'name': 'file'}, "
+                     "{'parent': 6, 'child': 7, 'name': 'file'}]}"),
+    };
+    static const struct {
+        const char *node;
+        const char *device;
+    } lookups[] = {
+        {"f0scsi0", "drive-scsi0"}, {"drive-scsi0", "drive-scsi0"}, {"#block4", "drive-ide0"},
+        {"disk2", "disk2"},         {"#block8", "data3"},           {"nothing", NULL},
+    };
+    for (size_t i = 0; i < G_N_ELEMENTS(lookups); i++) {
+        g_autofree char *device = pba_block_device_above(&block, lookups[i].node);
+        is_text(device, lookups[i].device, "the device of node '%s'", lookups[i].node);
+    }
+}
+
 static void test_odd_graphs(void)
 {
     static const char *const graphs[] = {
@@ -252,6 +290,7 @@ int main(void)
     test_sizes();
     test_bitmaps();
     test_graph();
+    test_device_above();
     test_odd_graphs();
     test_query();
     return done_testing();
