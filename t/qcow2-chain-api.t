@@ -45,6 +45,9 @@ subtest 'arguments' => sub {
     is($provider->backup_get_mechanism(100, 'lxc'), undef, 'no mechanism for containers');
     is_deeply($provider->backup_cleanup(100, undef, 0, {}), { stats => {} }, 'cleanup alone');
     is_deeply($provider->list, [], 'no archives');
+    open(my $file, '>', "$store/vm") or die "$store/vm: $!\n";
+    fails(sub () { $provider->list }, qr/cannot read .*vm/, 'what cannot be read is not empty');
+    unlink("$store/vm") or die "$store/vm: $!\n";
     isa_ok($provider, 'PVE::BackupProvider::Plugin::Base');
     is($provider->provider_name, 'Qcow2Chain', 'its name');
 };

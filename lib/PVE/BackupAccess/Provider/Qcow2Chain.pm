@@ -340,17 +340,14 @@ sub restore_container_cleanup ($self, @) { no_containers() }
 
 # ---- looking after the archives ----
 
-my sub entries ($dir) {
-    opendir(my $dh, $dir) or return ();
-    return readdir($dh);
+sub list ($self, $vmid = undef) {
+    my @vmids = defined($vmid) ? checked_vmid($vmid) : $self->_vmids;
+    return [map { $self->_list_guest($_) } @vmids];
 }
 
-sub list ($self, $vmid = undef) {
-    my @vmids
-        = defined($vmid)
-        ? checked_vmid($vmid)
-        : sort { $a <=> $b } map { m/\A([1-9][0-9]{0,8})\z/ ? $1 : () } entries("$self->{path}/vm");
-    return [map { $self->_list_guest($_) } @vmids];
+sub _vmids ($self) {
+    my @entries = PVE::BackupAccess::Provider::Qcow2Chain::File::entries("$self->{path}/vm");
+    return sort { $a <=> $b } map { m/\A([1-9][0-9]{0,8})\z/ ? $1 : () } @entries;
 }
 
 sub _list_guest ($self, $vmid) {

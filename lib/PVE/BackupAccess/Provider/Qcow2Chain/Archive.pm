@@ -163,7 +163,6 @@ sub dir ($self) { return $self->{dir} }
 # Under which name it is in the guest's directory now.
 sub entry ($self) { return $self->{dir} =~ s{.*/}{}sr }
 sub id ($self) { return $self->{manifest}{id} }
-sub about ($self, $key) { return $self->{manifest}{$key} }
 sub devices ($self) { return sort keys $self->{manifest}{devices}->%* }
 
 # { size, bitmap-mode, parent, parent-id, file }, undef if the archive has no such device.

@@ -54,6 +54,15 @@ sub read ($path) {
     return scalar(<$fh>) // fail("cannot read $path - $!");
 }
 
+# The names in a directory, none if there is no such directory. One that cannot be read is not empty:
+# an archive that is overlooked may build on one that is about to be removed.
+sub entries ($path) {
+    my $is_open = opendir(my $dh, $path);
+    return () if !$is_open && $!{ENOENT};
+    fail("cannot read $path - $!") if !$is_open;
+    return sort(readdir($dh));
+}
+
 sub make_directory ($path) {
     File::Path::make_path($path, { mode => 0700, error => \my $errors });
     fail("cannot make the directory $path - $!") if !-d $path;

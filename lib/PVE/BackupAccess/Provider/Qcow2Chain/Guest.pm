@@ -38,16 +38,12 @@ sub lock ($self) {
         "$self->{dir} is in use by another backup or prune - try again when it has ended");
 }
 
-my sub entries ($dir) {
-    opendir(my $dh, $dir) or return ();
-    return sort readdir($dh);
-}
-
 # The archives, the oldest first.
 sub names ($self) {
     my $pattern = $Archive->name_pattern;
     return grep { $Archive->exists($self->{dir}, $_) }
-        map { m/\A$pattern\z/ ? $1 : () } entries($self->{dir});
+        map { m/\A$pattern\z/ ? $1 : () }
+        PVE::BackupAccess::Provider::Qcow2Chain::File::entries($self->{dir});
 }
 
 sub archive ($self, $name) { return $Archive->load($self->{dir}, $name) }
@@ -104,7 +100,7 @@ sub headers_problem ($self, $device, @chain) {
 sub clean ($self) {
     my $pattern = $Archive->name_pattern;
     my @problems;
-    for my $entry (entries($self->{dir})) {
+    for my $entry (PVE::BackupAccess::Provider::Qcow2Chain::File::entries($self->{dir})) {
         if ($entry =~ m/\A(\.(?:tmp|del)-$pattern)\z/) {
             PVE::BackupAccess::Provider::Qcow2Chain::File::remove_tree("$self->{dir}/$1");
         }
