@@ -157,7 +157,6 @@ sub check_upstream_fleecing ($backend) {
     my $vm = $backend->vm;
     my $plain = $backend->device('plain');
     my $devices = $backend->devices('new', 'plain');
-    my %none = ('fleecing-dir' => undef);
     my %options = $backend->options;
     delete($options{'fleecing-dir'});
     my $outside = $backend->outside;

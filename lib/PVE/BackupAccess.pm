@@ -514,6 +514,7 @@ warning. A forked child does nothing of the kind.
 
 =head1 SEE ALSO
 
-L<PVE::BackupAccess::Volume>, L<PVE::BackupAccess::Error>
+L<PVE::BackupAccess::Volume>, L<PVE::BackupAccess::Task>, L<PVE::BackupAccess::Error>,
+L<pve-backup-access>
 
 =cut

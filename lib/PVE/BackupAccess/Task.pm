@@ -12,8 +12,7 @@ use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::PluginBase;
 
 my $map_batch = 10_000;    # dirty regions per call
-
-my $look_every = 10;       # seconds
+my $look_every = 10;       # seconds, at fleecing images
 
 my sub check_provider ($name, $value) {
     PVE::BackupAccess::Argument::fail("$name must be an object") if !blessed($value);
@@ -114,7 +113,8 @@ sub _hand_over ($self, $result) {
     }
     $self->_warn_of_fleecing;
     my $volumes = $self->_watched($access->volumes($mechanism));
-    my %optional = map { $_ => $self->{$_} } grep { $self->{$_} } qw(bandwidth-limit);
+    my %optional;
+    $optional{'bandwidth-limit'} = $self->{'bandwidth-limit'} if $self->{'bandwidth-limit'};
     $optional{'firewall-config'} = $self->{'firewall-config'} if exists($self->{'firewall-config'});
     $provider->backup_vm($self->{vmid}, $self->{'guest-config'}, $volumes, \%optional);
     $self->_check_process;
