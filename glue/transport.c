@@ -1,16 +1,6 @@
 /* QMP over the caller's own code ref, or a socket. */
 #include "glue.h"
 
-/* mon_cmd's own words, on one line. */
-static void set_transport_error(pTHX_ GError **error)
-{
-    g_autofree char *text = g_utf8_make_valid(SvPVutf8_nolen(ERRSV), -1);
-    for (char *c = text; *c; c++) {
-        *c = g_ascii_iscntrl(*c) ? ' ' : *c;
-    }
-    g_set_error_literal(error, PBA_ERROR, PBA_ERROR_QMP, g_strchomp(text));
-}
-
 static JsonNode *carry_command(void *opaque, const char *command, JsonNode *arguments,
                                GError **error)
 {
@@ -32,7 +22,7 @@ static JsonNode *carry_command(void *opaque, const char *command, JsonNode *argu
         glue_keep_exception(aTHX_ caller); /* not mon_cmd's: a handler's, or another object */
         g_set_error_literal(error, PBA_ERROR, PBA_ERROR_QMP, "the 'qmp' code ref died");
     } else if (SvTRUE(ERRSV)) {
-        set_transport_error(aTHX_ error);
+        g_set_error_literal(error, PBA_ERROR, PBA_ERROR_QMP, SvPVutf8_nolen(ERRSV));
     } else {
         reply = glue_json_from_sv(aTHX_ value, 0);
     }

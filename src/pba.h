@@ -59,7 +59,7 @@ typedef struct {
 typedef struct PbaQmp PbaQmp;
 
 /* Carries one command by the caller's own means and returns what QMP's "return" holds (a new node,
- * the callee's to free), or NULL with error set. arguments is an object, borrowed. */
+ * the callee's to free), or NULL with error set, to any text. arguments is an object, borrowed. */
 typedef JsonNode *(*PbaQmpTransport)(void *opaque, const char *command, JsonNode *arguments,
                                      GError **error);
 

@@ -239,6 +239,20 @@ static bool ensure_connected(PbaQmp *qmp, gint64 deadline, GError **error)
     return false;
 }
 
+/* By the caller's transport, whose error is a peer's text. */
+static JsonNode *carry(PbaQmp *qmp, const char *command, JsonNode *arguments, GError **error)
+{
+    g_autoptr(JsonNode) none = arguments ? NULL : pba_json("@a{sv} {}");
+    g_autoptr(GError) raw = NULL;
+    JsonNode *value =
+        qmp->transport(qmp->transport_opaque, command, arguments ? arguments : none, &raw);
+
+    if (!value) {
+        pba_error_set(error, (PbaErrorCode)raw->code, "%s", raw->message);
+    }
+    return value;
+}
+
 JsonNode *pba_qmp_execute(PbaQmp *qmp, const char *command, JsonNode *arguments, GError **error)
 {
     g_autoptr(JsonNode) owned_arguments = arguments;
@@ -246,9 +260,7 @@ JsonNode *pba_qmp_execute(PbaQmp *qmp, const char *command, JsonNode *arguments,
     JsonNode *value = NULL;
 
     if (qmp->transport) {
-        g_autoptr(JsonNode) none = arguments ? NULL : pba_json("@a{sv} {}");
-        value =
-            qmp->transport(qmp->transport_opaque, command, arguments ? arguments : none, &local);
+        value = carry(qmp, command, arguments, &local);
     } else {
         gint64 deadline = pba_deadline(qmp->timeout_s);
         if (ensure_connected(qmp, deadline, &local)) {
