@@ -1,4 +1,7 @@
-/* The NBD connection of the file's server: a thread that sends requests and receives data. */
+/* The NBD connection of the file's server. A thread sends requests and receives their data, so that
+ * this goes on beside the answering of readers. Only a request that is urgent and alone the
+ * submitter sends and receives himself: a reader at random would wait each time until the threads
+ * have woken each other. */
 #include "../error.h"
 #include "../volume.h"
 #include "server.h"
@@ -7,13 +10,17 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#define LIMIT_MS (PBA_NBD_LIMIT_S * 1000)
+
 struct PbaConnection {
-    PbaVolume *volume; /* the thread's; NULL: lost */
     uint32_t read_flags;
-    GQueue in_flight;      /* PbaRequest.link; the thread's */
-    GQueue unfinished;     /* trims with a piece still to be sent; the thread's */
     int wake_fd;           /* there are new requests */
     int done_fd;           /* there are done requests */
+    GMutex nbd_mutex;      /* of these; taken before the other */
+    PbaVolume *volume;     /* NULL: lost */
+    GQueue in_flight;      /* PbaRequest.link */
+    GQueue unfinished;     /* trims with a piece still to be sent, PbaRequest.link */
+    gint is_threads;       /* the thread receives what is in flight; atomic */
     GMutex mutex;          /* of all below */
     PbaRequest *submitted; /* newest first */
     PbaRequest *done;      /* newest first */
@@ -49,21 +56,6 @@ static PbaRequest *reverse(PbaRequest *list)
     return reversed;
 }
 
-void pba_connection_submit(PbaConnection *connection, PbaRequest *request)
-{
-    request->connection = connection;
-    request->error = 0;
-    g_mutex_lock(&connection->mutex);
-    request->next = connection->submitted;
-    connection->submitted = request;
-    bool wake = connection->thread_waits;
-    connection->thread_waits = false;
-    g_mutex_unlock(&connection->mutex);
-    if (wake) {
-        signal_fd(connection->wake_fd);
-    }
-}
-
 PbaRequest *pba_connection_take_done(PbaConnection *connection, bool all)
 {
     g_mutex_lock(&connection->mutex);
@@ -73,11 +65,6 @@ PbaRequest *pba_connection_take_done(PbaConnection *connection, bool all)
     connection->wake_for_all = all;
     g_mutex_unlock(&connection->mutex);
     return reverse(done);
-}
-
-int pba_connection_fd(const PbaConnection *connection)
-{
-    return connection->done_fd;
 }
 
 static void give_back(PbaConnection *connection, PbaRequest *request)
@@ -181,6 +168,39 @@ static void send_request(PbaConnection *connection, PbaRequest *request)
     }
 }
 
+/* False if the thread has to send it. */
+static bool send_alone(PbaConnection *connection, PbaRequest *request)
+{
+    if (!g_mutex_trylock(&connection->nbd_mutex)) {
+        return false;
+    }
+    bool alone = connection->in_flight.length == 0 && connection->unfinished.length == 0;
+    if (alone) {
+        g_atomic_int_set(&connection->is_threads, false);
+        send_request(connection, request);
+    }
+    g_mutex_unlock(&connection->nbd_mutex);
+    return alone;
+}
+
+void pba_connection_submit(PbaConnection *connection, PbaRequest *request)
+{
+    request->connection = connection;
+    request->error = 0;
+    if (g_atomic_int_get(&request->urgent) && send_alone(connection, request)) {
+        return;
+    }
+    g_mutex_lock(&connection->mutex);
+    request->next = connection->submitted;
+    connection->submitted = request;
+    bool wake = connection->thread_waits;
+    connection->thread_waits = false;
+    g_mutex_unlock(&connection->mutex);
+    if (wake) {
+        signal_fd(connection->wake_fd);
+    }
+}
+
 static void send_requests(PbaConnection *connection)
 {
     GList *link;
@@ -224,38 +244,94 @@ static bool may_wait(PbaConnection *connection)
     return waits && connection->unfinished.length == 0;
 }
 
+static void watch(PbaConnection *connection, struct pollfd *fd)
+{
+    if (connection->volume) {
+        fd->fd = nbd_aio_get_fd(connection->volume->nbd);
+        fd->events = pba_nbd_events(connection->volume->nbd);
+    }
+}
+
+static void receive(PbaConnection *connection, short revents, bool timed_out)
+{
+    PbaVolume *volume = connection->volume;
+    /* A server that says nothing for so long is as good as gone. */
+    int result = timed_out ? -1 : 0;
+
+    if (volume && revents) {
+        result = pba_nbd_notify(volume->nbd, pba_nbd_events(volume->nbd), revents);
+    }
+    if (volume && (result == -1 || pba_volume_is_lost(volume))) {
+        lose(connection);
+    }
+}
+
 static void turn(PbaConnection *connection)
 {
     struct pollfd fds[] = {
         {.fd = connection->wake_fd, .events = POLLIN},
         {.fd = -1},
     };
-    bool busy = connection->in_flight.length > 0;
-    int limit = !may_wait(connection) ? 0 : busy ? PBA_NBD_LIMIT_S * 1000 : -1;
 
-    if (connection->volume) {
-        fds[1].fd = nbd_aio_get_fd(connection->volume->nbd);
-        fds[1].events = pba_nbd_events(connection->volume->nbd);
+    g_mutex_lock(&connection->nbd_mutex);
+    send_requests(connection);
+    bool busy = connection->in_flight.length > 0;
+    int limit = !may_wait(connection) ? 0 : busy ? LIMIT_MS : -1;
+    g_atomic_int_set(&connection->is_threads, busy);
+    if (busy) {
+        watch(connection, &fds[1]);
     }
-    int ready = poll(fds, 2, limit);
-    /* A server that says nothing for so long is as good as gone. */
-    int result = ready == 0 && limit > 0 ? -1 : 0;
+    g_mutex_unlock(&connection->nbd_mutex);
+    int ready = poll(fds, G_N_ELEMENTS(fds), limit);
     if (fds[0].revents) {
         clear_fd(connection->wake_fd);
     }
-    if (connection->volume && fds[1].revents) {
-        result = pba_nbd_notify(connection->volume->nbd, fds[1].events, fds[1].revents);
+    g_mutex_lock(&connection->nbd_mutex);
+    receive(connection, fds[1].revents, ready == 0 && limit > 0);
+    g_mutex_unlock(&connection->nbd_mutex);
+}
+
+int pba_connection_watch(PbaConnection *connection, struct pollfd fds[2])
+{
+    int limit = -1;
+
+    fds[0] = (struct pollfd){.fd = connection->done_fd, .events = POLLIN};
+    fds[1] = (struct pollfd){.fd = -1};
+    if (g_atomic_int_get(&connection->is_threads)) {
+        return limit; /* it may have the mutex for as long as a request takes to come in */
     }
-    if (connection->volume && (result == -1 || pba_volume_is_lost(connection->volume))) {
-        lose(connection);
+    g_mutex_lock(&connection->nbd_mutex);
+    if (connection->in_flight.length > 0) {
+        watch(connection, &fds[1]);
+        limit = LIMIT_MS;
     }
+    g_mutex_unlock(&connection->nbd_mutex);
+    return limit;
+}
+
+void pba_connection_turn(PbaConnection *connection, const struct pollfd fds[2], bool timed_out)
+{
+    if (fds[0].revents) {
+        clear_fd(connection->done_fd);
+    }
+    if (!fds[1].revents && !timed_out) {
+        return;
+    }
+    g_mutex_lock(&connection->mutex);
+    connection->consumer_waits = false;
+    g_mutex_unlock(&connection->mutex);
+    g_mutex_lock(&connection->nbd_mutex);
+    if (!g_atomic_int_get(&connection->is_threads) && connection->in_flight.length > 0) {
+        receive(connection, fds[1].revents, timed_out);
+        send_requests(connection);
+    }
+    g_mutex_unlock(&connection->nbd_mutex);
 }
 
 static gpointer run(gpointer opaque)
 {
     PbaConnection *connection = opaque;
     for (;;) {
-        send_requests(connection);
         turn(connection);
     }
     return NULL;
@@ -310,6 +386,7 @@ PbaConnection *pba_connection_start(PbaVolume *volume, GError **error)
     nbd_set_pread_initialize(volume->nbd, false); /* what was not filled is not handed out */
     connection->read_flags = nbd_can_df(volume->nbd) == 1 ? LIBNBD_CMD_FLAG_DF : 0;
     ask_status(volume);
+    g_mutex_init(&connection->nbd_mutex);
     g_mutex_init(&connection->mutex);
     g_thread_unref(g_thread_new("nbd", run, connection));
     return connection;

@@ -23,6 +23,12 @@ typedef struct {
     bool dropped; /* discarded, or not wanted any more: freed once it is loaded */
 } Slot;
 
+typedef enum {
+    LOAD_AHEAD,
+    LOAD_PART, /* of a range that somebody reads */
+    LOAD_LAST, /* the last such part */
+} LoadReason;
+
 /* A request that waits for slots, or for a trim. */
 typedef struct {
     PbaFile *file;
@@ -90,7 +96,7 @@ static uint64_t gap_end(const PbaFile *file, uint64_t offset, uint64_t end)
 }
 
 /* Begins to read; NULL if all memory is in use. */
-static Slot *load(PbaFile *file, uint64_t offset, uint64_t length, bool ahead)
+static Slot *load(PbaFile *file, uint64_t offset, uint64_t length, LoadReason reason)
 {
     if (file->slots->len >= MAX_SLOTS) {
         return NULL;
@@ -102,8 +108,9 @@ static Slot *load(PbaFile *file, uint64_t offset, uint64_t length, bool ahead)
         file->free_buffers->len > 0
             ? g_ptr_array_steal_index_fast(file->free_buffers, file->free_buffers->len - 1)
             : g_malloc(SLOT_SIZE);
-    slot->ahead = ahead;
-    file->ahead_slots += ahead;
+    slot->nbd.urgent = reason == LOAD_LAST;
+    slot->ahead = reason == LOAD_AHEAD;
+    file->ahead_slots += slot->ahead;
     g_ptr_array_add(file->slots, slot);
     pba_connection_submit(file->connection, &slot->nbd);
     return slot;
@@ -178,7 +185,7 @@ static void read_ahead(PbaFile *file)
     }
     while (file->ahead_slots < MAX_AHEAD && file->slots->len < MAX_SLOTS &&
            pba_ahead_next(file->ahead, SLOT_SIZE, &offset, &length)) {
-        load(file, offset, gap_end(file, offset, offset + length) - offset, true);
+        load(file, offset, gap_end(file, offset, offset + length) - offset, LOAD_AHEAD);
     }
 }
 
@@ -201,7 +208,7 @@ static int collect(PbaFile *file, uint64_t begin, uint64_t end, struct iovec *pa
         Slot *slot = find_slot(file, at);
         if (!slot && !file->starved) {
             uint64_t stop = gap_end(file, at, MIN(end, at + SLOT_SIZE));
-            slot = load(file, at, stop - at, false);
+            slot = load(file, at, stop - at, stop < end ? LOAD_PART : LOAD_LAST);
             file->starved = !slot;
         }
         if (!slot) {

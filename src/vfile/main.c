@@ -11,11 +11,9 @@
 #include "server.h"
 #include <errno.h>
 #include <fcntl.h>
-#include <poll.h>
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <sys/eventfd.h>
 #include <sys/prctl.h>
 #include <sys/signalfd.h>
 #include <sys/stat.h>
@@ -111,23 +109,23 @@ static void serve(struct fuse_session *session, PbaFile *file, PbaConnection *co
     struct fuse_buf buffer = {0};
     struct pollfd fds[] = {
         {.fd = fuse_session_fd(session), .events = POLLIN},
-        {.fd = pba_connection_fd(connection), .events = POLLIN},
         {.fd = PARENT_FD, .events = POLLIN},
         {.fd = signal_fd, .events = POLLIN},
+        {.fd = -1}, /* these are the connection's */
+        {.fd = -1},
     };
 
     while (!fuse_session_exited(session)) {
         pba_file_turn(file);
-        if (poll(fds, G_N_ELEMENTS(fds), -1) < 0 && errno != EINTR) {
+        int limit = pba_connection_watch(connection, &fds[3]);
+        int ready = poll(fds, G_N_ELEMENTS(fds), limit);
+        if ((ready < 0 && errno != EINTR) || (ready > 0 && (fds[1].revents || fds[2].revents))) {
             break;
         }
-        if (fds[2].revents || fds[3].revents) {
-            break;
+        if (ready < 0) {
+            continue;
         }
-        if (fds[1].revents) {
-            eventfd_t count;
-            eventfd_read(fds[1].fd, &count);
-        }
+        pba_connection_turn(connection, &fds[3], ready == 0);
         if (fds[0].revents && fuse_session_receive_buf(session, &buffer) > 0) {
             fuse_session_process_buf(session, &buffer);
         }

@@ -1,8 +1,9 @@
 /* The parts of pba-vfile: the process that serves one volume as a file.
  *
  * One thread (main.c, file.c, ahead.c) has all the state and speaks FUSE; another (connection.c)
- * moves the data of the NBD connection, so that receiving and answering go on side by side; a third
- * (scan.c) goes through the dirty bitmap ahead of the reader. */
+ * moves the data of the NBD connection while several requests are in flight, so that receiving and
+ * answering go on side by side; a third (scan.c) goes through the dirty bitmap ahead of the
+ * reader. */
 #ifndef PBA_VFILE_SERVER_H
 #define PBA_VFILE_SERVER_H
 
@@ -10,6 +11,7 @@
 
 #include "../pba.h"
 #include <fuse_lowlevel.h>
+#include <poll.h>
 
 /* The NBD connection, in a thread of its own */
 
@@ -33,10 +35,13 @@ typedef struct PbaRequest {
 /* Takes over a volume that is connected. Like its thread it lasts as long as the process. */
 PbaConnection *pba_connection_start(PbaVolume *volume, GError **error);
 void pba_connection_submit(PbaConnection *connection, PbaRequest *request);
-/* The requests that are done, linked by next. For none it is NULL, and pba_connection_fd becomes
- * readable once there is an urgent one, or any with all. */
+/* The requests that are done, linked by next. For none it is NULL, and the submitter's poll ends
+ * once there is an urgent one, or any with all. */
 PbaRequest *pba_connection_take_done(PbaConnection *connection, bool all);
-int pba_connection_fd(const PbaConnection *connection);
+/* What the submitter is to poll for, and for how many milliseconds at most (-1: no limit); then he
+ * calls the other. */
+int pba_connection_watch(PbaConnection *connection, struct pollfd fds[2]);
+void pba_connection_turn(PbaConnection *connection, const struct pollfd fds[2], bool timed_out);
 
 /* The dirty regions, fetched by a thread of their own */
 
