@@ -184,7 +184,7 @@ sub check_archives ($test, @archives) {
     is(succeeds('list of a guest', 'list', $test->{store}, '--vmid', 7)->{out},
         '', 'no other guest');
 
-    my $verify = succeeds('verify', 'verify', $test->{store});
+    my $verify = succeeds('verify', 'verify', "$test->{store}/");
     is($verify->{out}, join('', map { "$_: ok\n" } @archives), 'verify: all are whole');
 
     succeeds('prune', 'prune', $test->{store}, '--keep', 1);

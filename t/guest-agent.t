@@ -43,9 +43,9 @@ sub check_error ($name, $method, $agent, $class, $message) {
 }
 
 {
-    my $refusal = { error => { class => 'CommandNotFound', desc => "%s it's disabled\n" } };
+    my $refusal = { error => { class => "Not\nHere", desc => "%s it's disabled\n" } };
     my $peer = PBA::Test::AgentPeer->start(replies => { 'guest-fsfreeze-freeze' => $refusal });
-    check_error('refused', 'freeze', agent($peer), 'CommandNotFound',
+    check_error('refused', 'freeze', agent($peer), 'Not Here',
         qr/\Aguest agent command 'guest-fsfreeze-freeze' failed - %s it's disabled \n\z/);
 }
 

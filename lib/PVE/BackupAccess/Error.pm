@@ -9,8 +9,8 @@ use overload
 
 sub throw ($class, $error_class, $message, %context) {
 
-    # What callers pass in may be part of it; names of files are bytes.
-    $message =~ s/[[:cntrl:]]/ /ag;
+    # What callers and peers say may be part of both; names of files are bytes.
+    s/[[:cntrl:]]/ /ag for $error_class, $message;
     die bless({ %context, class => $error_class, message => "$message\n" }, $class);
 }
 

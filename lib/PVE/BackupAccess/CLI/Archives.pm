@@ -14,7 +14,7 @@ use PVE::BackupAccess::CLI::Output qw(say_error say_json say_out);
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Provider::Qcow2Chain;
 
-our @EXPORT_OK = qw(parse_archive provider_for);
+our @EXPORT_OK = qw(parse_archive provider_for without_slash);
 
 my sub log_line ($level, $message) {
     say_error("$level: $message") if $level !~ m/\A(?:debug|info)\z/;
@@ -27,6 +27,9 @@ sub provider_for ($directory) {
     return PVE::BackupAccess::Provider::Qcow2Chain->new(undef, { path => $path }, 'none',
         \&log_line);
 }
+
+# A directory as it goes before a slash.
+sub without_slash ($path) { return $path =~ s!(?<=.)/+\z!!r }
 
 # Directory and name of an archive from its path; nothing if it is no such path.
 sub parse_archive ($path) {
@@ -66,7 +69,7 @@ sub list ($opt, $directory) {
         say_json($list);
     }
     elsif ($list->@*) {
-        my $shown = $directory =~ s!(?<=.)/+\z!!r;
+        my $shown = without_slash($directory);
         print_archive($shown, $_) for $list->@*;
     }
     else {
@@ -83,7 +86,8 @@ my sub archives_of ($path) {
         return [provider_for($directory), $volname, $path];
     }
     my $provider = provider_for($path);
-    return map { [$provider, $_->{volname}, "$path/$_->{volname}"] } $provider->list->@*;
+    my $shown = without_slash($path);
+    return map { [$provider, $_->{volname}, "$shown/$_->{volname}"] } $provider->list->@*;
 }
 
 sub verify ($opt, @paths) {

@@ -11,7 +11,7 @@ use JSON::PP ();
 use List::Util qw(max);
 
 use PVE::BackupAccess;
-use PVE::BackupAccess::CLI::Access qw(access_options bitmap_of);
+use PVE::BackupAccess::CLI::Access qw(access_options bitmap_of text);
 use PVE::BackupAccess::CLI::Map::Heat;
 use PVE::BackupAccess::CLI::Map::SVG;
 use PVE::BackupAccess::CLI::Output qw(columns is_utf8_terminal say_out share write_file write_out);
@@ -113,7 +113,7 @@ my sub print_json ($map) {
 }
 
 sub run ($opt, $device) {
-    utf8::decode($device);
+    $device = text($device);
     PVE::BackupAccess::CLI::usage_error('--json and --svg cannot be had together')
         if $opt->{json} && $opt->{svg};
     my $bitmap = bitmap_of($opt, $device);

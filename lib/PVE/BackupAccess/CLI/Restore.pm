@@ -7,11 +7,16 @@ use v5.36;
 use Fcntl qw(O_CREAT O_EXCL O_WRONLY);
 
 use PVE::BackupAccess::CLI::Access qw(text);
-use PVE::BackupAccess::CLI::Archives qw(parse_archive provider_for);
+use PVE::BackupAccess::CLI::Archives qw(parse_archive provider_for without_slash);
 use PVE::BackupAccess::CLI::Output qw(say_json say_out);
 use PVE::BackupAccess::CLI::Progress;
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Volume;
+
+my sub image_name ($device) {
+    utf8::encode($device);
+    return $device =~ s!/!%2F!gr . '.raw';
+}
 
 # { device => file } of what is to be restored. Nothing that is there is overwritten but a block
 # device, which the user has named.
@@ -21,8 +26,8 @@ my sub targets ($volumes, $target, $device) {
         if defined($device) && !$volumes->{$device};
     my %files;
     if (-d $target) {
-        $target =~ s!(?<=.)/+\z!!;
-        %files = map { $_ => "$target/" . $_ =~ s!/!%2F!gr . '.raw' } @devices;
+        $target = without_slash($target);
+        %files = map { $_ => "$target/" . image_name($_) } @devices;
     }
     elsif ($target =~ m!/\z!) {
         die "$target is not a directory - make it first\n";
@@ -73,7 +78,7 @@ my sub restore_all ($provider, $volname, $volumes, $files) {
     my $progress = PVE::BackupAccess::CLI::Progress->new;
     for my $device (sort keys $files->%*) {
         my ($size, $file) = ($volumes->{$device}{size}, $files->{$device});
-        $progress->say("$device: restoring " . bytes($size) . " to $file");
+        $progress->say("$device: restoring " . bytes($size) . ' to ' . text($file));
         copy($provider, $volname, $device, $size, $file, $progress);
     }
 }

@@ -49,10 +49,10 @@ my sub open_file ($file) {
 my sub difference ($restored, $kept) {
     my ($size, $wanted) = (-s $restored, -s $kept);
     return "it has $size bytes, the disk had $wanted" if $size != $wanted;
-    my ($a, $b) = (open_file($restored), open_file($kept));
+    my ($restored_file, $kept_file) = (open_file($restored), open_file($kept));
     for (my $at = 0; $at < $size; $at += $piece) {
-        read($a, my $has, $piece);
-        read($b, my $had, $piece);
+        read($restored_file, my $has, $piece);
+        read($kept_file, my $had, $piece);
         next if $has eq $had;
         ($has ^ $had) =~ m/[^\0]/;
         my $offset = $at + $-[0];
