@@ -5,6 +5,7 @@ use v5.36;
 
 use FindBin;
 use lib "$FindBin::Bin/lib";
+use File::Temp ();
 use Test::More;
 use Time::HiRes qw(ualarm);
 
@@ -64,6 +65,18 @@ for my $case (
 {
     my $agent = PVE::BackupAccess::GuestAgent->new(socket => '/nowhere/agent');
     check_error('no agent', 'freeze', $agent, 'ConnectionError', qr!cannot connect to /nowhere/!);
+}
+
+{
+    my $peer = PBA::Test::AgentPeer->start;
+    my $tmp = File::Temp->newdir;
+    my $bytes = "$tmp/Gr\xc3\xb6\xc3\x9fe";
+    symlink($peer->socket_path, $bytes) or die "symlink: $!\n";
+    utf8::decode(my $text = $bytes);
+    for my $path ($bytes, $text) {
+        is(eval { PVE::BackupAccess::GuestAgent->new(socket => $path)->thaw }, 1, 'an odd path')
+            or diag($@);
+    }
 }
 
 # The time limit of freezing is over, but the agent is not done: thawing comes after it.

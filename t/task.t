@@ -66,7 +66,10 @@ sub check_job ($context) {
         freeze => sub { $provider->note('freeze') },
         thaw => sub { $provider->note('thaw') },
     );
-    $provider->{on}{job_init} = sub (@) { $task->log('info', "the provider's own line \x{263a}") };
+    $provider->{on}{job_init} = sub (@) {
+        $task->log('info', "the provider's own line \x{263a}");
+        $task->log('info', "/Gr\xc3\xb6\xc3\x9fe, as bytes");
+    };
     my $start = time();
     my $result = $task->run_job;
 
@@ -92,6 +95,7 @@ sub check_job ($context) {
         like($log_file, qr/^INFO: \Q$device\E: falls back to a full read: $reason$/m, "log: $id");
     }
     like($log_file, qr/^INFO: the provider's own line \xe2\x98\xba$/m, "log: the provider's line");
+    like($log_file, qr!^INFO: /Gr\xc3\xb6\xc3\x9fe, as bytes$!m, 'log: the name of a file');
     is_deeply($backend->outside, $context->{outside}, 'nothing is left');
 }
 

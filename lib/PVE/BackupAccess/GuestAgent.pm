@@ -140,7 +140,11 @@ sub _connect ($self, $session) {
         or $self->_fail($session, 'SystemError', "failed - socket: $!");
     setsockopt($socket, SOL_SOCKET, SO_SNDTIMEO, pack('l!l!', $self->{timeout}, 0))
         or $self->_fail($session, 'SystemError', "failed - setsockopt: $!");
-    while (!connect($socket, pack_sockaddr_un($self->{socket}))) {
+
+    # Text, or the bytes of a file's name.
+    utf8::decode(my $path = $self->{socket});
+    utf8::encode($path);
+    while (!connect($socket, pack_sockaddr_un($path))) {
         $self->_fail($session, 'TimeoutError', "failed - $self->{socket} is in use")
             if $! == EAGAIN;
         $self->_fail($session, 'ConnectionError', "failed - cannot connect to $self->{socket}: $!")

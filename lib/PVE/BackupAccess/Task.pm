@@ -63,7 +63,8 @@ sub new ($class, @options) {
 sub log ($self, $level, $message) {
     chomp($message);
     if (my $file = $self->{'log file'}) {
-        say {$file} uc($level), ": $message";
+        utf8::decode(my $text = $message);    # names of files are bytes
+        say {$file} uc($level), ": $text";
     }
     return $self->{log}->($level, $message) if $self->{log};
     warn "$message\n" if $level ne 'info' && $level ne 'debug';
