@@ -36,6 +36,8 @@ typedef struct {
 
 typedef enum { PBA_BACKEND_PVE, PBA_BACKEND_UPSTREAM } PbaBackend;
 typedef enum { PBA_FORM_DEVICES, PBA_FORM_DEVLIST } PbaForm;
+/* Tried: some of them may be there. */
+typedef enum { PBA_EXPORTS_NONE, PBA_EXPORTS_TRIED, PBA_EXPORTS_ALL } PbaExports;
 
 struct PbaAccess {
     pid_t owner;
@@ -63,7 +65,7 @@ struct PbaAccess {
     bool recovering;   /* this is what a dead process left: its nodes and devices are not known */
     bool begun;        /* something else may have been changed in QEMU */
     bool server_up;    /* we started the NBD server, or tried to */
-    bool exported;
+    PbaExports exports;
     bool teardown_failed;
     bool success_unknown; /* a successful end was asked for, and no reply came */
 };

@@ -161,17 +161,14 @@ static bool remove_export(PbaAccess *access, const PbaDisk *disk, GError **error
 
 bool pba_exports_add(PbaAccess *access, GError **error)
 {
-    bool found;
+    bool tried = access->exports == PBA_EXPORTS_TRIED;
 
-    /* An earlier call may have got half way. */
-    if (!pba_exports_find(access, PBA_EXPORT_PREFIX, &found, error)) {
-        return false;
-    }
-    for (guint i = 0; found && i < access->disks->len; i++) {
+    for (guint i = 0; tried && i < access->disks->len; i++) {
         if (!remove_export(access, access->disks->pdata[i], error)) {
             return false;
         }
     }
+    access->exports = PBA_EXPORTS_TRIED;
     if (reads_by_cluster(access)) {
         pba_log(
             &access->hooks, PBA_LOG_INFO,
@@ -183,6 +180,7 @@ bool pba_exports_add(PbaAccess *access, GError **error)
             return false;
         }
     }
+    access->exports = PBA_EXPORTS_ALL;
     return true;
 }
 
@@ -230,7 +228,7 @@ bool pba_exports_remove(PbaAccess *access, GError **error)
         pba_error_keep_first(&first, g_steal_pointer(&step), &access->hooks);
     }
     if (!first) {
-        access->exported = false;
+        access->exports = PBA_EXPORTS_NONE;
         return true;
     }
     g_propagate_error(error, first);

@@ -198,7 +198,7 @@ static JsonNode *unwrap_reply(JsonObject *reply, const char *command, const char
 static JsonNode *converse(PbaQmp *qmp, const char *command, JsonNode *arguments, gint64 deadline,
                           GError **error)
 {
-    g_autofree char *id = g_strdup_printf("pba-%" G_GUINT64_FORMAT, ++qmp->last_id);
+    g_autofree char *id = g_strdup_printf("%" G_GUINT64_FORMAT, ++qmp->last_id);
     g_autofree char *text = pba_qmp_wire_command(command, arguments, id);
 
     if (!send_text(qmp, text, deadline, error)) {

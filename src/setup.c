@@ -340,7 +340,7 @@ static void end_access(PbaAccess *access)
     g_ptr_array_set_size(access->disks, 0);
     access->begun = false;
     access->server_up = false;
-    access->exported = false;
+    access->exports = PBA_EXPORTS_NONE;
     access->teardown_failed = false;
     access->success_unknown = false;
 }
@@ -522,22 +522,22 @@ bool pba_access_export(PbaAccess *access, GError **error)
     if (!require_up(access, error)) {
         return false;
     }
-    if (access->exported) {
+    if (access->exports == PBA_EXPORTS_ALL) {
         return true;
     }
     if (access->teardown_failed) {
         pba_error_set(error, PBA_ERROR_STATE, "the access is half torn down - call teardown again");
         return false;
     }
-    access->exported = pba_exports_add(access, error);
+    bool done = pba_exports_add(access, error);
     pba_qmp_release(access->qmp);
-    for (guint i = 0; access->exported && i < access->disks->len; i++) {
+    for (guint i = 0; done && i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
         if (access->backend == PBA_BACKEND_UPSTREAM && disk->action == PBA_BITMAP_ACTION_USED) {
             pba_trim_clean_parts(access, disk);
         }
     }
-    return access->exported;
+    return done;
 }
 
 bool pba_access_teardown(PbaAccess *access, bool success, GError **error)

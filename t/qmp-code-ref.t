@@ -71,7 +71,7 @@ subtest 'code ref: encoders' => sub {
         $encoder->allow_blessed->convert_blessed if $blessed;
         my $text = $encoder->encode($calls->{arguments});
         like($text, qr/"flat":true[,}]/, "$name: true");
-        like($text, qr/"read-only":false[,}]/, "$name: false");
+        like($text, qr/"auto-dismiss":false[,}]/, "$name: false");
         like($text, qr/"granularity":65536[,}]/, "$name: an integer");
         like($text, qr/"size":$size[,}]/, "$name: a size");
         unlike($text, qr/"\d+"|JSON/, "$name: no numbers as text, no names of classes");

@@ -138,7 +138,7 @@ my %hostile = (
         { error => { class => 'GenericError', desc => 'x' }, wrong_id => 1 }, qr/ProtocolError/,
         qr/another/
     ],
-    'neither result nor error' => [{ id => 'pba-2' }, qr/ProtocolError/, qr/./],
+    'neither result nor error' => [{ id => '2' }, qr/ProtocolError/, qr/./],
     'a second greeting' => [{ raw => "{\"QMP\": {}}\r\n" }, qr/ProtocolError/, qr/./],
     'an error' => [
         { error => { class => 'DeviceNotFound', desc => "Device 'x' not found" } },
@@ -278,7 +278,7 @@ subtest 'events' => sub {
         my $good = $returns{$command};
         $returns{$command} = sub ($arguments) {
             my $event
-                = { event => 'BLOCK_WRITE_THRESHOLD', data => { return => [], id => 'pba-1' } };
+                = { event => 'BLOCK_WRITE_THRESHOLD', data => { return => [], id => '1' } };
             my $line = "{\n  \"event\": \"X\",\r\n  \"data\": {\"error\": {}}\n}\n\n";
             my $reply = { return => value_of($good, $arguments) };
             return action([$event, { raw => $line }, $event, $reply, $event]);

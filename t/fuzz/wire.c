@@ -42,7 +42,7 @@ static bool parse(const char *bytes, size_t length, size_t portion, GString *mes
 static void check_command(const char *bytes, size_t length)
 {
     g_autofree char *name = g_utf8_make_valid(bytes, (gssize)MIN(length, 32));
-    g_autofree char *text = pba_qmp_wire_command(name, NULL, "pba-1");
+    g_autofree char *text = pba_qmp_wire_command(name, NULL, "1");
     g_autoptr(GString) messages = g_string_new(NULL);
     bool can_be_said = *name || length == 0;
 
