@@ -58,26 +58,6 @@ static bool qdev_has_id(const char *qdev, const char *id)
     return g_strcmp0(qdev, id) == 0 || g_strcmp0(own, id) == 0;
 }
 
-JsonObject *pba_block_find_device(const PbaBlock *block, const char *name)
-{
-    JsonObject *by_node = NULL;
-
-    for (guint i = 0; *name && i < json_array_get_length(block->devices); i++) {
-        JsonObject *device = pba_json_element(block->devices, i);
-        if (!device) {
-            continue;
-        }
-        if (g_strcmp0(pba_json_find_string(device, "device"), name) == 0 ||
-            qdev_has_id(pba_json_find_string(device, "qdev"), name)) {
-            return device;
-        }
-        if (g_strcmp0(pba_block_device_node(device), name) == 0) {
-            by_node = device;
-        }
-    }
-    return by_node;
-}
-
 JsonObject *pba_block_find_user(const PbaBlock *block, const char *node)
 {
     for (guint i = 0; node && i < json_array_get_length(block->devices); i++) {
@@ -163,6 +143,47 @@ const char *pba_block_find_child(const PbaBlock *block, const char *node, const 
     return NULL;
 }
 
+/* The first node from node downwards that no access put there; needs the graph. */
+static const char *skip_own(const PbaBlock *block, const char *node)
+{
+    /* A peer's graph may be a ring: no more steps than there are nodes. */
+    for (guint i = 0; node && i < json_array_get_length(block->nodes); i++) {
+        if (!pba_is_own_node(node)) {
+            return node;
+        }
+        node = pba_block_find_child(block, node, "file");
+    }
+    return NULL;
+}
+
+static bool is_node_of(const PbaBlock *block, JsonObject *device, const char *name)
+{
+    const char *root = pba_block_device_node(device);
+
+    return g_strcmp0(root, name) == 0 ||
+           (root && block->graph && g_strcmp0(skip_own(block, root), name) == 0);
+}
+
+JsonObject *pba_block_find_device(const PbaBlock *block, const char *name)
+{
+    JsonObject *by_node = NULL;
+
+    for (guint i = 0; *name && i < json_array_get_length(block->devices); i++) {
+        JsonObject *device = pba_json_element(block->devices, i);
+        if (!device) {
+            continue;
+        }
+        if (g_strcmp0(pba_json_find_string(device, "device"), name) == 0 ||
+            qdev_has_id(pba_json_find_string(device, "qdev"), name)) {
+            return device;
+        }
+        if (is_node_of(block, device, name)) {
+            by_node = device;
+        }
+    }
+    return by_node;
+}
+
 static bool is_above(const PbaBlock *block, const char *node, const char *below)
 {
     /* A peer's graph may be a ring: no more steps than there are nodes. */
@@ -176,11 +197,12 @@ static bool is_above(const PbaBlock *block, const char *node, const char *below)
 }
 
 /* The first name from node downwards that somebody gave: those that QEMU makes up, also for the
- * filters of Proxmox' access, begin with a #, and an access has names of its own. */
+ * filters of Proxmox' access, begin with a #. */
 static const char *given_name(const PbaBlock *block, const char *node)
 {
     for (guint i = 0; node && i < json_array_get_length(block->nodes); i++) {
-        if (*node != '#' && !pba_is_own_node(node)) {
+        node = skip_own(block, node);
+        if (!node || *node != '#') {
             return node;
         }
         node = pba_block_find_child(block, node, "file");

@@ -16,7 +16,8 @@ void pba_block_clear(PbaBlock *block);
 /* All of these look things up in what was queried; the results are borrowed, NULL if not there. No
  * node (NULL) is found nowhere. */
 
-/* The guest's block device of that name: block backend name, qdev id or node name. */
+/* The guest's block device of that name: block backend name, qdev id or node name, with the graph
+ * also while an access has nodes of its own above that. */
 JsonObject *pba_block_find_device(const PbaBlock *block, const char *name);
 /* The device whose root is that node. */
 JsonObject *pba_block_find_user(const PbaBlock *block, const char *node);

@@ -483,7 +483,7 @@ bool pba_access_sizes(PbaAccess *access, const PbaDeviceRequest *requests, size_
         return false;
     }
     bool done = take_requests(access, requests, count, error) && choose_backend(access, error) &&
-                pba_block_query(access->qmp, false, &block, error) &&
+                pba_block_query(access->qmp, true, &block, error) &&
                 resolve_disks(access, &block, error);
     for (size_t i = 0; done && i < count; i++) {
         const PbaDisk *disk = access->disks->pdata[i];

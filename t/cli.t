@@ -488,6 +488,16 @@ sub check_blockdev ($test) {
     my $map = succeeds('blockdev: map', 'map', $device, $test->{guest}->@*, '--json');
     is_deeply($json->decode($map->{out})->{regions}[0]{offset}, 0, 'blockdev: what is dirty');
     check_outside($test, 'blockdev');
+
+    # While the access of a killed process is up, another node is on top of the disk's.
+    $test->{vm}->qemu_io($device, 'write -P 0x72 0 8M');
+    my $command = start_command(backup($test, '--bandwidth-limit', '1M'));
+    $command->wait_for(err => qr/^\Q$device\E: storing, incremental/m);
+    $command->kill('KILL');
+    $command->finish;
+    my $run = succeeds('blockdev: after a kill', backup($test));
+    like($run->{err}, qr/^\Q$device\E: storing, incremental/m, 'blockdev: the same disk');
+    check_outside($test, 'blockdev: after a kill');
 }
 
 for my $name (PBA::Test::Backend->names) {

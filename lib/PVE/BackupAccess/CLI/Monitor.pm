@@ -45,6 +45,17 @@ sub ask ($path, $command, %arguments) {
     return answer($socket, $path, { execute => $command, arguments => \%arguments });
 }
 
+# The disk's own node. While the access of a killed process is up, nodes of that are on top of it.
+my sub own_node ($path, $name) {
+    return $name if $name !~ m/\Apba-/;
+    my ($nodes, $edges) = ask($path, 'x-debug-query-block-graph')->@{qw(nodes edges)};
+    my %name_of = map { $_->{id} => $_->{name} } grep { $_->{type} eq 'block-driver' } $nodes->@*;
+    my %below = map { ($name_of{ $_->{parent} } // '') => $name_of{ $_->{child} } }
+        grep { $_->{name} eq 'file' } $edges->@*;
+    $name = delete($below{$name}) while defined($name) && $name =~ m/\Apba-/;
+    return $name;
+}
+
 # The names of the disks that can be backed up: those with a medium that stays and can be written
 # to.
 sub disks_of ($path) {
@@ -52,7 +63,8 @@ sub disks_of ($path) {
     for my $disk (ask($path, 'query-block')->@*) {
         my $medium = $disk->{inserted} or next;
         next if $medium->{ro} || $disk->{removable};
-        my $name = $disk->{device} ne '' ? $disk->{device} : $medium->{'node-name'} // next;
+        my $name = $disk->{device};
+        $name = own_node($path, $medium->{'node-name'} // next) // next if $name eq '';
         push(@names, $name) if $name !~ m/-fleecing\z/;
     }
     return @names;
