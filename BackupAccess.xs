@@ -341,6 +341,7 @@ size(PbaVolumeObject *self)
 void
 next_dirty_region(PbaVolumeObject *self)
     PREINIT:
+        dXSTARG; /* one scalar less to be made for each region */
         GError *error = NULL;
         uint64_t offset;
         uint64_t length;
@@ -354,8 +355,8 @@ next_dirty_region(PbaVolumeObject *self)
         }
         if (length > 0) {
             EXTEND(SP, 2);
-            mPUSHu(offset);
-            mPUSHu(length);
+            PUSHu(offset);
+            PUSHs(sv_2mortal(newSVuv(length)));
         }
 
 void
@@ -377,8 +378,8 @@ _dirty_regions(PbaVolumeObject *self, UV max)
                 break;
             }
             EXTEND(SP, 2);
-            mPUSHu(offset);
-            mPUSHu(length);
+            PUSHs(sv_2mortal(newSVuv(offset)));
+            PUSHs(sv_2mortal(newSVuv(length)));
         }
 
 SV *

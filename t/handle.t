@@ -55,6 +55,33 @@ subtest 'regions' => sub {
     is_deeply([$undef->next_dirty_region], [], 'the end as the API has it');
 };
 
+# What a call returned stays what it was, however it is kept, when the next one returns.
+subtest 'regions kept' => sub {
+    my @regions = map { [$_ * 64 * $KiB, $KiB] } 0 .. 3;
+    my $volume = open_volume('<', "$dir/disk", @regions);
+    my @two = ($volume->next_dirty_region, $volume->next_dirty_region);
+    is_deeply(\@two, [map { $_->@* } @regions[0, 1]], 'two calls in a list');
+    $volume = open_volume('<', "$dir/disk", @regions);
+    my @kept = map { [\($volume->next_dirty_region)] } @regions;
+    is_deeply(
+        [
+            map {
+                [map { $$_ } $_->@*]
+            } @kept
+        ],
+        \@regions,
+        'references to what came'
+    );
+    $volume = open_volume('<', "$dir/disk", @regions);
+    my @aliases;
+    push(
+        @aliases,
+        sub { \@_ }
+            ->($volume->next_dirty_region)
+    ) for @regions;
+    is_deeply(\@aliases, \@regions, 'arguments');
+};
+
 # What is no region must not be taken for the end, now or later.
 subtest 'what is no region' => sub {
     my @odd = (
