@@ -105,28 +105,27 @@ _status(HV *options)
         RETVAL
 
 SV *
-_new(SV *klass, SV *options)
+_new(SV *klass, HV *options)
     PREINIT:
         GError *error = NULL;
     CODE:
-        HV *hash = (HV *)SvRV(options);
         PbaAccessObject *object = g_new0(PbaAccessObject, 1);
-        SV *qmp = glue_fetch(aTHX_ hash, "qmp");
+        SV *qmp = glue_fetch(aTHX_ options, "qmp");
         PbaHooks hooks = glue_caller_hooks(&object->caller);
         object->owner = getpid();
-        object->caller.log = glue_copy_code(aTHX_ glue_fetch(aTHX_ hash, "log"));
-        object->qmp = glue_new_qmp(aTHX_ qmp, (unsigned)SvUV(glue_fetch(aTHX_ hash, "timeout")),
+        object->caller.log = glue_copy_code(aTHX_ glue_fetch(aTHX_ options, "log"));
+        object->qmp = glue_new_qmp(aTHX_ qmp, (unsigned)SvUV(glue_fetch(aTHX_ options, "timeout")),
                               &object->caller);
-        GHashTable *fleecing = glue_table_from_hash(aTHX_ glue_fetch(aTHX_ hash, "fleecing"));
+        GHashTable *fleecing = glue_table_from_hash(aTHX_ glue_fetch(aTHX_ options, "fleecing"));
         PbaAccessOptions access_options = {
-            .target_id = glue_fetch_text(aTHX_ hash, "target-id"),
-            .run_dir = glue_fetch_text(aTHX_ hash, "run-dir"),
-            .identity = glue_fetch_text(aTHX_ hash, "identity"),
-            .fleecing_dir = glue_fetch_text(aTHX_ hash, "fleecing-dir"),
+            .target_id = glue_fetch_text(aTHX_ options, "target-id"),
+            .run_dir = glue_fetch_text(aTHX_ options, "run-dir"),
+            .identity = glue_fetch_text(aTHX_ options, "identity"),
+            .fleecing_dir = glue_fetch_text(aTHX_ options, "fleecing-dir"),
             .fleecing = fleecing,
-            .bitmap_name = glue_fetch_text(aTHX_ hash, "bitmap-name"),
-            .persistent = SvTRUE(glue_fetch(aTHX_ hash, "persistent")),
-            .no_recover = !SvTRUE(glue_fetch(aTHX_ hash, "recover")),
+            .bitmap_name = glue_fetch_text(aTHX_ options, "bitmap-name"),
+            .persistent = SvTRUE(glue_fetch(aTHX_ options, "persistent")),
+            .no_recover = !SvTRUE(glue_fetch(aTHX_ options, "recover")),
         };
         object->access = pba_access_new(object->qmp, &access_options, &hooks, &error);
         g_clear_pointer(&fleecing, g_hash_table_unref);
@@ -147,6 +146,7 @@ _sizes(PbaAccessObject *self, AV *devices)
     CODE:
         glue_require_idle(aTHX_ &self->caller, self->owner);
         size_t count = (size_t)(av_len(devices) + 1);
+        /* A scalar of Perl's, so that it goes even if something below throws. */
         SV *memory = sv_2mortal(newSV(count * (sizeof(PbaDeviceRequest) + sizeof(uint64_t)) + 1));
         PbaDeviceRequest *requests = (PbaDeviceRequest *)SvPVX(memory);
         uint64_t *sizes = (uint64_t *)(requests + count);
@@ -175,7 +175,6 @@ _setup(PbaAccessObject *self, AV *devices)
     CODE:
         glue_require_idle(aTHX_ &self->caller, self->owner);
         size_t count = (size_t)(av_len(devices) + 1);
-        /* On the Perl stack's heap, so that it goes even if something below throws. */
         SV *memory = sv_2mortal(newSV(count * sizeof(PbaDeviceRequest) + 1));
         PbaDeviceRequest *requests = (PbaDeviceRequest *)SvPVX(memory);
         for (size_t i = 0; i < count; i++) {
