@@ -17,8 +17,8 @@ typedef struct {
 } PbaLoop;
 
 void pba_loop_add(PbaLoop *loop, struct nbd_handle *handle);
-/* The pool, started where it was not yet. */
-PbaPool *pba_loop_pool(PbaLoop *loop, GError **error);
+/* The pool, with so many threads at least. */
+PbaPool *pba_loop_pool(PbaLoop *loop, unsigned threads, GError **error);
 /* Waits until something came or the time until is reached, and lets it be handled: completions are
  * called from in here. False on timeout and interruption. */
 bool pba_loop_turn(PbaLoop *loop, gint64 until, gint64 deadline, GError **error);

@@ -8,12 +8,12 @@ void pba_loop_add(PbaLoop *loop, struct nbd_handle *handle)
     loop->handles[loop->count++] = handle;
 }
 
-PbaPool *pba_loop_pool(PbaLoop *loop, GError **error)
+PbaPool *pba_loop_pool(PbaLoop *loop, unsigned threads, GError **error)
 {
     if (!loop->pool) {
         loop->pool = pba_pool_new(error);
     }
-    return loop->pool;
+    return loop->pool && pba_pool_grow(loop->pool, threads, error) ? loop->pool : NULL;
 }
 
 /* A connection that has died waits for nothing; what was in flight was completed as failed. */

@@ -7,8 +7,6 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
-#define THREADS 4
-
 struct PbaPool {
     gatomicrefcount references; /* the owner's and one for each thread */
     GMutex mutex;
@@ -18,6 +16,7 @@ struct PbaPool {
     PbaJob *last;
     PbaJob *finished; /* to be reaped, in any order */
     unsigned busy;    /* jobs that run and have to be waited for */
+    unsigned threads; /* the owner's */
     bool stop;
     int fd;
     pid_t owner;
@@ -125,12 +124,18 @@ PbaPool *pba_pool_new(GError **error)
         pba_error_set(error, PBA_ERROR_SYSTEM, "eventfd failed - %s", g_strerror(errno));
         return NULL;
     }
-    for (unsigned i = 0; i < THREADS; i++) {
-        if (!start_thread(pool, error)) {
-            return NULL;
-        }
-    }
     return g_steal_pointer(&pool);
+}
+
+bool pba_pool_grow(PbaPool *pool, unsigned threads, GError **error)
+{
+    while (pool->threads < threads) {
+        if (!start_thread(pool, error)) {
+            return false;
+        }
+        pool->threads++;
+    }
+    return true;
 }
 
 static void leave_all(PbaJob *job)

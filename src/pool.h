@@ -18,8 +18,11 @@ struct PbaJob {
     PbaJob *next;
 };
 
-/* Starts the threads. They take no signals: those are for the caller's thread. */
+/* Without a thread yet. */
 PbaPool *pba_pool_new(GError **error);
+/* Starts threads until there are so many. They take no signals: those are for the caller's
+ * thread. */
+bool pba_pool_grow(PbaPool *pool, unsigned threads, GError **error);
 /* Waits for the jobs that run and have to be waited for, and drops those that do not run yet. In a
  * forked child, where the threads are not, only the child's descriptor is closed. */
 void pba_pool_free(PbaPool *pool);

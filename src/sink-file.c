@@ -11,6 +11,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#define DEVICE_THREADS 4
+
 /* How zeroes come into the target, the next way if one is not possible there. */
 typedef enum { ZERO_BY_HOLE, ZERO_BY_RANGE, ZERO_BY_WRITING } ZeroWay;
 
@@ -27,7 +29,7 @@ typedef struct {
     PbaSink sink;
     PbaLoop *loop;
     int fd;
-    bool may_block;     /* a file or block device: threads write, and there is something to flush */
+    unsigned threads; /* that write to a file or block device; 0: nothing blocks, nor is flushed */
     uint64_t zero_from; /* from here on the target holds nothing but zeroes yet */
     gint zero_way;      /* a ZeroWay; atomic */
 } FileSink;
@@ -120,12 +122,12 @@ static bool file_write(PbaSink *sink, PbaPiece *piece, GError **error)
     FileSink *self = (FileSink *)sink;
 
     piece->sink = sink;
-    if (!self->may_block) {
+    if (self->threads == 0) {
         run_write(&piece->job);
         write_done(&piece->job);
         return true;
     }
-    PbaPool *pool = pba_loop_pool(self->loop, error);
+    PbaPool *pool = pba_loop_pool(self->loop, self->threads, error);
     if (!pool) {
         return false;
     }
@@ -165,11 +167,11 @@ static bool file_flush(PbaSink *sink, GError **error)
 {
     FileSink *self = (FileSink *)sink;
 
-    if (!self->may_block) {
+    if (self->threads == 0) {
         sink->flushed = true;
         return true;
     }
-    PbaPool *pool = pba_loop_pool(self->loop, error);
+    PbaPool *pool = pba_loop_pool(self->loop, self->threads, error);
     if (!pool) {
         return false;
     }
@@ -229,7 +231,8 @@ static bool take_descriptor(FileSink *self, int fd, GError **error)
 /* The size is part of what is copied: an image of another size would not restore. */
 static bool prepare_file(FileSink *self, uint64_t size, uint64_t old_size, GError **error)
 {
-    self->may_block = true;
+    /* Of several the kernel lets one write, and the others spin until it is done. */
+    self->threads = 1;
     self->zero_from = old_size;
     return old_size == size || ftruncate(self->fd, (off_t)size) == 0 || fail_open(self, error);
 }
@@ -238,7 +241,7 @@ static bool prepare_device(FileSink *self, uint64_t size, GError **error)
 {
     uint64_t device_size;
 
-    self->may_block = true;
+    self->threads = DEVICE_THREADS;
     if (ioctl(self->fd, BLKGETSIZE64, &device_size) == -1) {
         return fail_open(self, error);
     }

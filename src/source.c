@@ -4,6 +4,8 @@
 #include <inttypes.h>
 
 #define DEFAULT_CONNECTIONS 4
+/* That read a file handle. */
+#define THREADS 4
 /* A range this long is worth a request of its own at once. */
 #define GOOD_DISCARD (UINT64_C(1) << 20)
 
@@ -47,7 +49,7 @@ bool pba_source_open(PbaSource *source, PbaVolume *volume, unsigned connections,
     if (volume->handle) {
         source->max_request = UINT32_MAX;
         source->can_discard = true;
-        source->pool = pba_loop_pool(loop, error);
+        source->pool = pba_loop_pool(loop, THREADS, error);
         return source->pool && pba_source_file_open(source, error);
     }
     if (!pba_volume_connect(volume, error)) {
