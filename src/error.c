@@ -53,13 +53,27 @@ static char *clean_text(const char *text)
     return g_strchomp(clean);
 }
 
+static char *line_of(const char *format, va_list args)
+{
+    g_autofree char *raw = g_strdup_vprintf(format, args);
+    return clean_text(raw);
+}
+
+char *pba_line(const char *format, ...)
+{
+    va_list args;
+    va_start(args, format);
+    char *line = line_of(format, args);
+    va_end(args);
+    return line;
+}
+
 void pba_error_set(GError **error, PbaErrorCode code, const char *format, ...)
 {
     va_list args;
     va_start(args, format);
-    g_autofree char *raw = g_strdup_vprintf(format, args);
+    g_autofree char *message = line_of(format, args);
     va_end(args);
-    g_autofree char *message = clean_text(raw);
     g_set_error_literal(error, PBA_ERROR, code, message);
 }
 
@@ -159,8 +173,7 @@ void pba_log(const PbaHooks *hooks, PbaLogLevel level, const char *format, ...)
     }
     va_list args;
     va_start(args, format);
-    g_autofree char *raw = g_strdup_vprintf(format, args);
+    g_autofree char *message = line_of(format, args);
     va_end(args);
-    g_autofree char *message = clean_text(raw);
     hooks->log(hooks->opaque, level, message);
 }

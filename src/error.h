@@ -21,6 +21,9 @@ void pba_error_keep_first(GError **first, GError *step, const PbaHooks *hooks);
 /* True if the peer can no longer be talked to, so that further steps are in vain. */
 bool pba_error_is_fatal(const GError *error);
 
+/* A line of text, whatever a peer's names in it are: valid UTF-8 without control characters. The
+ * caller's to free. */
+__attribute__((format(printf, 1, 2))) char *pba_line(const char *format, ...);
 void pba_log(const PbaHooks *hooks, PbaLogLevel level, const char *format, ...) G_GNUC_PRINTF(3, 4);
 
 #endif

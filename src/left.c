@@ -1,5 +1,6 @@
 #include "left.h"
 
+#include "error.h"
 #include "json.h"
 #include <string.h>
 
@@ -173,7 +174,7 @@ static void add_exports(const PbaLeft *left, GPtrArray *things)
         const char *target;
         const char *disk;
         if (id && pba_left_parse(id, &target, &disk)) {
-            char *what = g_strdup_printf("export '%s'", id);
+            char *what = pba_line("export '%s'", id);
             set_device(left, add_thing(things, id, target, what, "was removed"), disk);
         }
     }
@@ -206,7 +207,7 @@ static void add_split_bitmaps(const PbaLeft *left, const char *node, GPtrArray *
         }
         g_autofree char *key = pba_short_hash(id);
         PbaLeftThing *thing =
-            add_thing(things, node, key, g_strdup_printf("dirty bitmap of node '%s'", node),
+            add_thing(things, node, key, pba_line("dirty bitmap of node '%s'", node),
                       are_joinable(left->block, node, id)
                           ? "was joined with its background bitmap, as after a failed backup"
                           : "was removed, since it may lack bits");
@@ -221,13 +222,12 @@ static void add_node(const PbaLeft *left, const char *node, GPtrArray *things)
 
     if (pba_left_parse(node, &target, &disk)) {
         bool is_mark = g_str_has_prefix(node, "pba-" PBA_DEVICE_ROLE "-");
-        char *what =
-            g_strdup_printf(is_mark ? "its backup access (mark '%s')" : "block node '%s'", node);
+        char *what = pba_line(is_mark ? "its backup access (mark '%s')" : "block node '%s'", node);
         set_device(left,
                    add_thing(things, node, target, what, is_mark ? "was ended" : "was removed"),
                    disk);
     } else if (pba_is_owner_mark(node)) {
-        char *what = g_strdup_printf("process mark '%s'", node);
+        char *what = pba_line("process mark '%s'", node);
         add_thing(things, node, NULL, what, "was removed")->harmless = true;
     } else if (left->backend == PBA_BACKEND_UPSTREAM) {
         add_split_bitmaps(left, node, things);
@@ -238,8 +238,7 @@ static void add_path(const char *path, bool is_live, GPtrArray *things)
 {
     g_autofree char *socket = pba_run_dir_left_socket(path);
     bool answers = socket && !is_live && pba_nbd_socket_answers(socket);
-    char *what =
-        answers ? g_strdup_printf("the NBD server at '%s'", socket) : g_strdup_printf("'%s'", path);
+    char *what = answers ? pba_line("the NBD server at '%s'", socket) : pba_line("'%s'", path);
 
     add_thing(things, path, pba_run_dir_key(path), what, answers ? "was stopped" : "was removed")
         ->harmless = !answers;

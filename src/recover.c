@@ -259,7 +259,7 @@ static void describe(const PbaAccess *dead, const PbaLeft *left, GPtrArray *line
         g_autofree char *device =
             thing->device ? g_strdup_printf("device %s: ", thing->device) : g_strdup("");
         if (is_done(dead, thing, own_mark)) {
-            g_ptr_array_add(lines, g_strconcat(device, thing->what, " ", thing->undone, NULL));
+            g_ptr_array_add(lines, pba_line("%s%s %s", device, thing->what, thing->undone));
         }
     }
 }

@@ -289,11 +289,11 @@ static void add_space(Status *status, JsonObject *object, const char *device, co
     set_size(object, "free-bytes", free_bytes);
     json_object_set_int_member(object, "nearly-full", nearly_full);
     if (nearly_full) {
-        g_autofree char *text = g_strdup_printf(
-            "device %s: the file system of its fleecing image '%s' is nearly full: "
-            "%" G_GUINT64_FORMAT
-            " bytes are free - when it is full, the snapshot breaks and the backup fails",
-            device, path, free_bytes);
+        g_autofree char *text =
+            pba_line("device %s: the file system of its fleecing image '%s' is nearly full: "
+                     "%" G_GUINT64_FORMAT
+                     " bytes are free - when it is full, the snapshot breaks and the backup fails",
+                     device, path, free_bytes);
         json_array_add_string_element(status->warnings, text);
     }
 }

@@ -118,6 +118,8 @@ static void test_peers_text(void)
         pba_error_add_device(&error, "drive-scsi0");
         ok(is_one_line(error->message), "text %zu: one line of UTF-8", i);
         ok(is_one_line(pba_error_class(error)), "text %zu: its class, too", i);
+        g_autofree char *line = pba_line("node '%s'", texts[i]);
+        ok(is_one_line(line) && g_str_has_prefix(line, "node '"), "text %zu: a line with it", i);
         ok(g_str_has_prefix(error->message, "device drive-scsi0: qmp command 'stop' failed - "),
            "text %zu: our words are in front", i);
     }

@@ -341,6 +341,11 @@ static void run_recover(PbaAccess *access)
     GError *error = NULL;
 
     check_outcome(pba_access_recover(access, lines, &error), &error);
+    for (guint i = 0; i < lines->len; i++) {
+        for (const char *c = lines->pdata[i]; *c; c++) {
+            CHECK(!g_ascii_iscntrl(*c));
+        }
+    }
 }
 
 static void run_status(PbaQmp *qmp)
