@@ -43,9 +43,10 @@ static int on_extents(void *data, const char *context, uint64_t offset, uint32_t
 static void ask_for_status(struct nbd_handle *nbd)
 {
     nbd_extent_callback callback = {.callback = on_extents};
+    int64_t size = nbd_get_size(nbd);
 
     if (nbd_can_meta_context(nbd, LIBNBD_CONTEXT_BASE_ALLOCATION) == 1 &&
-        nbd_block_status(nbd, 1 << 30, 0, callback, 0) == -1) {
+        nbd_block_status(nbd, size < 1 << 30 ? size : 1 << 30, 0, callback, 0) == -1) {
         fail("block status");
     }
 }

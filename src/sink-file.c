@@ -11,7 +11,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define DEVICE_THREADS 4
+/* That write to a device, or to a file past the page cache. */
+#define DIRECT_THREADS 4
 
 /* How zeroes come into the target, the next way if one is not possible there. */
 typedef enum { ZERO_BY_HOLE, ZERO_BY_RANGE, ZERO_BY_WRITING } ZeroWay;
@@ -231,8 +232,8 @@ static bool take_descriptor(FileSink *self, int fd, GError **error)
 /* The size is part of what is copied: an image of another size would not restore. */
 static bool prepare_file(FileSink *self, uint64_t size, uint64_t old_size, GError **error)
 {
-    /* Of several the kernel lets one write, and the others spin until it is done. */
-    self->threads = 1;
+    /* Through the page cache the kernel lets one write at a time: others would only spin. */
+    self->threads = fcntl(self->fd, F_GETFL) & O_DIRECT ? DIRECT_THREADS : 1;
     self->zero_from = old_size;
     return old_size == size || ftruncate(self->fd, (off_t)size) == 0 || fail_open(self, error);
 }
@@ -241,7 +242,7 @@ static bool prepare_device(FileSink *self, uint64_t size, GError **error)
 {
     uint64_t device_size;
 
-    self->threads = DEVICE_THREADS;
+    self->threads = DIRECT_THREADS;
     if (ioctl(self->fd, BLKGETSIZE64, &device_size) == -1) {
         return fail_open(self, error);
     }

@@ -4,13 +4,12 @@
  * have woken each other. */
 #include "../error.h"
 #include "../volume.h"
+#include "../wait.h"
 #include "server.h"
 #include <errno.h>
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
-
-#define LIMIT_MS (PBA_NBD_LIMIT_S * 1000)
 
 struct PbaConnection {
     uint32_t read_flags;
@@ -20,6 +19,7 @@ struct PbaConnection {
     PbaVolume *volume;     /* NULL: lost */
     GQueue in_flight;      /* PbaRequest.link */
     GQueue unfinished;     /* trims with a piece still to be sent, PbaRequest.link */
+    gint64 deadline;       /* of what is in flight: until then the server has to say something */
     gint is_threads;       /* the thread receives what is in flight; atomic */
     GMutex mutex;          /* of all below */
     PbaRequest *submitted; /* newest first */
@@ -143,6 +143,9 @@ static void send_request(PbaConnection *connection, PbaRequest *request)
 {
     uint64_t length = request->is_trim ? MIN(request->length, PBA_MAX_DISCARD) : request->length;
 
+    if (connection->in_flight.length == 0) {
+        connection->deadline = pba_deadline(PBA_NBD_LIMIT_S);
+    }
     request->link = (GList){.data = request};
     g_queue_push_tail_link(&connection->in_flight, &request->link);
     request->pending = 1;
@@ -168,13 +171,22 @@ static void send_request(PbaConnection *connection, PbaRequest *request)
     }
 }
 
+static bool has_submitted(PbaConnection *connection)
+{
+    g_mutex_lock(&connection->mutex);
+    bool has = connection->submitted != NULL;
+    g_mutex_unlock(&connection->mutex);
+    return has;
+}
+
 /* False if the thread has to send it. */
 static bool send_alone(PbaConnection *connection, PbaRequest *request)
 {
     if (!g_mutex_trylock(&connection->nbd_mutex)) {
         return false;
     }
-    bool alone = connection->in_flight.length == 0 && connection->unfinished.length == 0;
+    bool alone = connection->in_flight.length == 0 && connection->unfinished.length == 0 &&
+                 !has_submitted(connection);
     if (alone) {
         g_atomic_int_set(&connection->is_threads, false);
         send_request(connection, request);
@@ -252,13 +264,21 @@ static void watch(PbaConnection *connection, struct pollfd *fd)
     }
 }
 
-static void receive(PbaConnection *connection, short revents, bool timed_out)
+/* Milliseconds for poll(). */
+static int time_left(const PbaConnection *connection)
+{
+    return (int)(MAX(connection->deadline - g_get_monotonic_time(), 0) / 1000) + 1;
+}
+
+static void receive(PbaConnection *connection, short revents)
 {
     PbaVolume *volume = connection->volume;
+    bool late = connection->in_flight.length > 0 && g_get_monotonic_time() >= connection->deadline;
     /* A server that says nothing for so long is as good as gone. */
-    int result = timed_out ? -1 : 0;
+    int result = late ? -1 : 0;
 
     if (volume && revents) {
+        connection->deadline = pba_deadline(PBA_NBD_LIMIT_S);
         result = pba_nbd_notify(volume->nbd, pba_nbd_events(volume->nbd), revents);
     }
     if (volume && (result == -1 || pba_volume_is_lost(volume))) {
@@ -276,18 +296,18 @@ static void turn(PbaConnection *connection)
     g_mutex_lock(&connection->nbd_mutex);
     send_requests(connection);
     bool busy = connection->in_flight.length > 0;
-    int limit = !may_wait(connection) ? 0 : busy ? LIMIT_MS : -1;
+    int limit = !may_wait(connection) ? 0 : busy ? time_left(connection) : -1;
     g_atomic_int_set(&connection->is_threads, busy);
     if (busy) {
         watch(connection, &fds[1]);
     }
     g_mutex_unlock(&connection->nbd_mutex);
-    int ready = poll(fds, G_N_ELEMENTS(fds), limit);
+    poll(fds, G_N_ELEMENTS(fds), limit);
     if (fds[0].revents) {
         clear_fd(connection->wake_fd);
     }
     g_mutex_lock(&connection->nbd_mutex);
-    receive(connection, fds[1].revents, ready == 0 && limit > 0);
+    receive(connection, fds[1].revents);
     g_mutex_unlock(&connection->nbd_mutex);
 }
 
@@ -303,26 +323,26 @@ int pba_connection_watch(PbaConnection *connection, struct pollfd fds[2])
     g_mutex_lock(&connection->nbd_mutex);
     if (connection->in_flight.length > 0) {
         watch(connection, &fds[1]);
-        limit = LIMIT_MS;
+        limit = time_left(connection);
     }
     g_mutex_unlock(&connection->nbd_mutex);
     return limit;
 }
 
-void pba_connection_turn(PbaConnection *connection, const struct pollfd fds[2], bool timed_out)
+void pba_connection_turn(PbaConnection *connection, const struct pollfd fds[2])
 {
     if (fds[0].revents) {
         clear_fd(connection->done_fd);
     }
-    if (!fds[1].revents && !timed_out) {
-        return;
+    if (fds[1].fd == -1) {
+        return; /* nothing was his to receive */
     }
     g_mutex_lock(&connection->mutex);
     connection->consumer_waits = false;
     g_mutex_unlock(&connection->mutex);
     g_mutex_lock(&connection->nbd_mutex);
     if (!g_atomic_int_get(&connection->is_threads) && connection->in_flight.length > 0) {
-        receive(connection, fds[1].revents, timed_out);
+        receive(connection, fds[1].revents);
         send_requests(connection);
     }
     g_mutex_unlock(&connection->nbd_mutex);

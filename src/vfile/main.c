@@ -125,7 +125,7 @@ static void serve(struct fuse_session *session, PbaFile *file, PbaConnection *co
         if (ready < 0) {
             continue;
         }
-        pba_connection_turn(connection, &fds[3], ready == 0);
+        pba_connection_turn(connection, &fds[3]);
         if (fds[0].revents && fuse_session_receive_buf(session, &buffer) > 0) {
             fuse_session_process_buf(session, &buffer);
         }

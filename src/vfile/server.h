@@ -41,7 +41,7 @@ PbaRequest *pba_connection_take_done(PbaConnection *connection, bool all);
 /* What the submitter is to poll for, and for how many milliseconds at most (-1: no limit); then he
  * calls the other. */
 int pba_connection_watch(PbaConnection *connection, struct pollfd fds[2]);
-void pba_connection_turn(PbaConnection *connection, const struct pollfd fds[2], bool timed_out);
+void pba_connection_turn(PbaConnection *connection, const struct pollfd fds[2]);
 
 /* The dirty regions, fetched by a thread of their own */
 
