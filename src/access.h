@@ -90,6 +90,8 @@ bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error);
 /* upstream: drops what the above may have left when it was cut short. */
 bool pba_dirty_source_drop(PbaAccess *access, const PbaDisk *disk, const PbaBlock *block,
                            GError **error);
+/* upstream: the arguments of block-dirty-bitmap-add for a bitmap of ours on this disk. */
+JsonNode *pba_bitmap_add_arguments(const PbaDisk *disk, const char *name);
 /* upstream: removes the disk's bitmap of that name. */
 bool pba_bitmap_remove(PbaAccess *access, const PbaDisk *disk, const char *name, GError **error);
 /* upstream: ends the split into target's and background bitmap on every disk that has one. Where

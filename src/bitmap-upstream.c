@@ -60,6 +60,14 @@ static bool run_transaction(PbaAccess *access, JsonArray *actions, GError **erro
     return pba_qmp_run(access->qmp, "transaction", pba_json_wrap_array("actions", actions), error);
 }
 
+JsonNode *pba_bitmap_add_arguments(const PbaDisk *disk, const char *name)
+{
+    JsonNode *arguments = pba_json("{'node': <%s>, 'name': <%s>, 'granularity': <%u>}",
+                                   disk->bitmap_node, name, PBA_GRANULARITY);
+    pba_json_set_if(arguments, "persistent", disk->bitmap_persistent);
+    return arguments;
+}
+
 bool pba_bitmap_remove(PbaAccess *access, const PbaDisk *disk, const char *name, GError **error)
 {
     return pba_qmp_run(access->qmp, "block-dirty-bitmap-remove", bitmap_ref(disk, name), error);
@@ -211,12 +219,8 @@ bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error)
         all_dirty_holds(access, disk, &names, error)) {
         /* One transaction: there is no moment at which the bitmap exists and lacks a bit. */
         JsonArray *actions = json_array_new();
-        json_array_add_element(actions,
-                               action("block-dirty-bitmap-add",
-                                      pba_json("{'node': <%s>, 'name': <%s>, 'granularity': <%u>, "
-                                               "'persistent': <%b>}",
-                                               disk->bitmap_node, bitmap, PBA_GRANULARITY,
-                                               (gboolean)disk->bitmap_persistent)));
+        json_array_add_element(
+            actions, action("block-dirty-bitmap-add", pba_bitmap_add_arguments(disk, bitmap)));
         json_array_add_element(
             actions,
             merge_action(disk, bitmap,

@@ -143,12 +143,26 @@ const char *pba_block_find_child(const PbaBlock *block, const char *node, const 
     return NULL;
 }
 
-/* The first node from node downwards that no access put there; needs the graph. */
-static const char *skip_own(const PbaBlock *block, const char *node)
+/* No access put it there. */
+static bool is_others(const char *node)
+{
+    return !pba_is_own_node(node);
+}
+
+/* Somebody gave it its name: those that QEMU makes up, also for the filters of Proxmox' access,
+ * begin with a #. */
+static bool is_named(const char *node)
+{
+    return is_others(node) && *node != '#';
+}
+
+/* The first node from node downwards that passes; needs the graph. */
+static const char *first_node(const PbaBlock *block, const char *node,
+                              bool (*passes)(const char *node))
 {
     /* A peer's graph may be a ring: no more steps than there are nodes. */
     for (guint i = 0; node && i < json_array_get_length(block->nodes); i++) {
-        if (!pba_is_own_node(node)) {
+        if (passes(node)) {
             return node;
         }
         node = pba_block_find_child(block, node, "file");
@@ -161,7 +175,7 @@ static bool is_node_of(const PbaBlock *block, JsonObject *device, const char *na
     const char *root = pba_block_device_node(device);
 
     return g_strcmp0(root, name) == 0 ||
-           (root && block->graph && g_strcmp0(skip_own(block, root), name) == 0);
+           (root && block->graph && g_strcmp0(first_node(block, root, is_others), name) == 0);
 }
 
 JsonObject *pba_block_find_device(const PbaBlock *block, const char *name)
@@ -196,27 +210,13 @@ static bool is_above(const PbaBlock *block, const char *node, const char *below)
     return false;
 }
 
-/* The first name from node downwards that somebody gave: those that QEMU makes up, also for the
- * filters of Proxmox' access, begin with a #. */
-static const char *given_name(const PbaBlock *block, const char *node)
-{
-    for (guint i = 0; node && i < json_array_get_length(block->nodes); i++) {
-        node = skip_own(block, node);
-        if (!node || *node != '#') {
-            return node;
-        }
-        node = pba_block_find_child(block, node, "file");
-    }
-    return NULL;
-}
-
 static char *device_name(const PbaBlock *block, JsonObject *device, const char *root)
 {
     const char *name = pba_json_find_string(device, "device");
     const char *qdev = pba_json_find_string(device, "qdev");
 
     if (!name || !*name) {
-        name = given_name(block, root);
+        name = first_node(block, root, is_named);
     }
     return name ? g_strdup(name) : qdev ? pba_block_qdev_id(qdev) : NULL;
 }

@@ -11,6 +11,13 @@ JsonNode *pba_json(const char *format, ...)
     return json_gvariant_serialize(variant);
 }
 
+void pba_json_set_if(JsonNode *object, const char *key, bool value)
+{
+    if (value) {
+        json_object_set_boolean_member(json_node_get_object(object), key, TRUE);
+    }
+}
+
 JsonNode *pba_json_wrap_array(const char *key, JsonArray *array)
 {
     JsonObject *object = json_object_new();

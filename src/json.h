@@ -7,6 +7,9 @@
 /* A JSON value from a GVariant text with placeholders (g_variant_new_parsed): pba_json(
  * "{'node-name': <%s>, 'size': <%t>, 'writable': <true>}", name, size). Strings must be UTF-8. */
 JsonNode *pba_json(const char *format, ...);
+/* Adds key: true to an object, or nothing: for options that are false in QEMU anyway. It reads
+ * commands byte by byte, 5 us each. */
+void pba_json_set_if(JsonNode *object, const char *key, bool value);
 /* {key: array}, consuming array. */
 JsonNode *pba_json_wrap_array(const char *key, JsonArray *array);
 

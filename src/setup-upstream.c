@@ -262,20 +262,12 @@ static bool add_fleecing(PbaAccess *access, PbaDisk *disk, GError **error)
     return added;
 }
 
-/* Only what is not QEMU's default: it reads commands byte by byte, 5 us each. */
-static void add_if_set(JsonNode *arguments, const char *option, bool value)
-{
-    if (value) {
-        json_object_set_boolean_member(json_node_get_object(arguments), option, TRUE);
-    }
-}
-
 JsonNode *pba_raw_options(const PbaDisk *disk, const char *file)
 {
     JsonNode *options = pba_json("{'driver': <'raw'>, 'node-name': <%s>, 'file': <%s>, "
                                  "'size': <%x>, 'discard': <'unmap'>}",
                                  disk->raw_node, file, (gint64)disk->size);
-    add_if_set(options, "read-only", disk->read_only);
+    pba_json_set_if(options, "read-only", disk->read_only);
     return options;
 }
 
@@ -319,10 +311,8 @@ static bool add_background(PbaAccess *access, PbaDisk *disk, GError **error)
         return true;
     }
     g_autofree char *name = pba_background_bitmap(access->target_id);
-    JsonNode *arguments = pba_json("{'node': <%s>, 'name': <%s>, 'granularity': <%u>}",
-                                   disk->bitmap_node, name, PBA_GRANULARITY);
-    add_if_set(arguments, "persistent", disk->bitmap_persistent);
-    return pba_qmp_run(access->qmp, "block-dirty-bitmap-add", arguments, error);
+    return pba_qmp_run(access->qmp, "block-dirty-bitmap-add", pba_bitmap_add_arguments(disk, name),
+                       error);
 }
 
 /* No bitmap option: QEMU copies that when the node is made, and bits set until the cut would be
@@ -334,7 +324,7 @@ static bool add_filter(PbaAccess *access, PbaDisk *disk, GError **error)
         "{'driver': <'copy-before-write'>, 'node-name': <%s>, 'file': <%s>, 'target': <%s>, "
         "'on-cbw-error': <'break-snapshot'>, 'cbw-timeout': <%u>, 'discard': <'unmap'>}",
         disk->filter_node, disk->root_node, disk->fleecing_node, timeout);
-    add_if_set(arguments, "read-only", disk->read_only);
+    pba_json_set_if(arguments, "read-only", disk->read_only);
     return pba_qmp_run(access->qmp, "blockdev-add", arguments, error);
 }
 
