@@ -102,6 +102,10 @@ fails(
     'restore of the full backup: drive-scsi0 is the disk as of the backup' =>
         qr/could not be restored/,
 );
+fails(
+    'not to be shown',
+    'restore of the full backup: archive_get_guest_config' => qr/died: a restore gives no storage/
+);
 fails('restore_vm_init lies',
     'restore of the full backup: restore_vm_init' => qr/must return a hash of devices/,);
 

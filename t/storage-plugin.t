@@ -48,6 +48,22 @@ subtest 'what Proxmox VE asks of a plugin' => sub {
     ok(!eval { $plugin->alloc_image($storeid, $scfg, 100, 'raw', undef, 1); 1 }, 'no images');
 };
 
+# Versions 13 and 15 of the storage API have added arguments to calls that were there.
+subtest 'arguments of a later API' => sub {
+    my %arguments = (
+        new_backup_provider => [$scfg, $storeid, sub { }],
+        activate_storage => [$storeid, $scfg, {}],
+        parse_volname => ['backup/vm/100/20261122T010003Z'],
+        path => [$scfg, 'backup/vm/100/20261122T010003Z', $storeid, undef],
+        list_volumes => [$storeid, $scfg, undef, ['backup']],
+        prune_backups => [$scfg, $storeid, {}, $vmid, 'qemu', 1, sub { }],
+        get_volume_attribute => [$scfg, $storeid, 'backup/vm/100/20261122T010003Z', 'notes'],
+    );
+    for my $method (sort keys %arguments) {
+        ok(eval { $plugin->$method($arguments{$method}->@*, 'later'); 1 }, $method) or diag($@);
+    }
+};
+
 # As VZDump does it: the archive gets notes, and older ones are pruned, before the cleanup.
 sub vzdump ($disk, $time, %options) {
     my @log;
@@ -81,6 +97,7 @@ sub restored ($volname) {
     my $provider = $plugin->new_backup_provider($scfg, $storeid, sub (@) { });
     is_deeply([$provider->restore_get_mechanism($volname)], [qw(qemu-img qemu)], 'the mechanism');
     is($provider->archive_get_guest_config($volname), "name: test\n", 'the configuration');
+    is($provider->archive_get_guest_config($volname, $storeid), "name: test\n", 'to be shown');
     my $size = $provider->restore_vm_init($volname)->{$device}{size};
     my $path = $provider->restore_vm_volume_init($volname, $device, {})->{'qemu-img-path'};
     ok(-f $path, 'the source is a file') or return '';

@@ -90,7 +90,7 @@ sub archive ($self, $volname) {
 
 sub restore_get_mechanism ($self, $volname) { return ('qemu-img', 'qemu') }
 
-sub archive_get_guest_config ($self, $volname) {
+sub archive_get_guest_config ($self, $volname, $storeid = undef) {
     return read_file($self->archive($volname) . '/guest.conf') // die "no archive '$volname'\n";
 }
 

@@ -180,7 +180,8 @@ my sub check_archive ($trial, $job, $name) {
         return;
     }
     my $watch = new_provider($trial);
-    my $problems = $trial->{restore}->run($watch, "backup/$job->{archive}", $job->{disks});
+    my $volname = "backup/$job->{archive}";
+    my $problems = $trial->{restore}->run($watch, $volname, $trial->{storeid}, $job->{disks});
     report_calls(
         $trial, $name, $watch,
         expected($trial, $job),

@@ -276,7 +276,8 @@ sub restore_get_mechanism ($self, $volname) {
     return ('qemu-img', 'qemu');
 }
 
-sub archive_get_guest_config ($self, $volname) {
+# Where Proxmox VE shows a backup's configuration, it gives the storage's name as well.
+sub archive_get_guest_config ($self, $volname, $storeid = undef) {
     return $self->_archive($volname)->content($guest_config);
 }
 

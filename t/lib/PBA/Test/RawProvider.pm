@@ -121,7 +121,11 @@ my sub content ($file) {
 }
 
 sub restore_get_mechanism ($self, $volname) { return ('qemu-img', 'qemu') }
-sub archive_get_guest_config ($self, $volname) { content(dir_of($self, $volname) . '/guest.conf') }
+
+sub archive_get_guest_config ($self, $volname, $storeid = undef) {
+    die "a restore gives no storage\n" if $storeid && $self->{faults}{'not to be shown'};
+    return content(dir_of($self, $volname) . '/guest.conf');
+}
 
 sub archive_get_firewall_config ($self, $volname) {
     return content(dir_of($self, $volname) . '/firewall.conf');

@@ -1,7 +1,8 @@
 package PVE::Storage::Custom::Qcow2ChainPlugin;
 
 # A storage of Proxmox VE that takes backups of virtual machines as chains of qcow2 images. What there is
-# to do is done by the backup provider; here are the parts that the storage layer asks for.
+# to do is done by the backup provider; here are the parts that the storage layer asks for. Each takes
+# more arguments than it knows (@): versions of the API have added some, and count that as compatible.
 
 use v5.36;
 
@@ -39,7 +40,7 @@ sub options {
     };
 }
 
-sub new_backup_provider ($class, $scfg, $storeid, $log_function) {
+sub new_backup_provider ($class, $scfg, $storeid, $log_function, @) {
     return PVE::BackupAccess::Provider::Qcow2Chain->new($class, $scfg, $storeid, $log_function);
 }
 
@@ -51,25 +52,25 @@ my sub provider ($class, $scfg, $storeid, $log_function = undef) {
 # ---- the storage ----
 
 # The directory is not made here: it may be a mount point that nothing is mounted on.
-sub activate_storage ($class, $storeid, $scfg, $cache = undef) {
+sub activate_storage ($class, $storeid, $scfg, @) {
     die "storage '$storeid': the directory '$scfg->{path}' is not there\n" if !-d $scfg->{path};
     return 1;
 }
 
-sub parse_volname ($class, $volname) {
+sub parse_volname ($class, $volname, @) {
     my ($name, $vmid) = $volname =~ m!\Abackup/(vm/([1-9][0-9]*)/[0-9]{8}T[0-9]{6}Z)\z!
         or die "'$volname' is not a backup of this storage\n";
     return ('backup', $name, $vmid, undef, undef, undef, 'qcow2-chain');
 }
 
-sub path ($class, $scfg, $volname, $storeid, $snapname = undef) {
+sub path ($class, $scfg, $volname, @) {
     my ($type, $name, $vmid) = $class->parse_volname($volname);
     my $path = "$scfg->{path}/$name";
     return wantarray ? ($path, $vmid, $type) : $path;
 }
 
-sub filesystem_path ($class, $scfg, $volname, $snapname = undef) {
-    return $class->path($scfg, $volname, undef, $snapname);
+sub filesystem_path ($class, $scfg, $volname, @) {
+    return $class->path($scfg, $volname);
 }
 
 sub activate_volume { return 1 }
@@ -79,7 +80,7 @@ sub deactivate_volume { return 1 }
 
 sub list_images { return [] }
 
-sub list_volumes ($class, $storeid, $scfg, $vmid, $content_types) {
+sub list_volumes ($class, $storeid, $scfg, $vmid, $content_types, @) {
     return [] if !grep { $_ eq 'backup' } $content_types->@*;
     my @volumes;
     for my $archive (provider($class, $scfg, $storeid)->list($vmid)->@*) {
@@ -103,7 +104,7 @@ sub list_volumes ($class, $storeid, $scfg, $vmid, $content_types) {
     return \@volumes;
 }
 
-sub volume_size_info ($class, $scfg, $storeid, $volname, $timeout = undef) {
+sub volume_size_info ($class, $scfg, $storeid, $volname, @) {
     my (undef, $name, $vmid) = $class->parse_volname($volname);
     my ($archive)
         = grep { $_->{volname} eq $name } provider($class, $scfg, $storeid)->list($vmid)->@*;
@@ -114,7 +115,7 @@ sub volume_size_info ($class, $scfg, $storeid, $volname, $timeout = undef) {
 
 # The next archive takes over what it needs, which can take longer than the storage may be locked. So
 # this is for a worker.
-sub free_image ($class, $storeid, $scfg, $volname, $is_base, $format = undef) {
+sub free_image ($class, $storeid, $scfg, $volname, @) {
     my (undef, $name) = $class->parse_volname($volname);
     die "the backup '$storeid:$volname' is protected\n"
         if $class->get_volume_attribute($scfg, $storeid, $volname, 'protected');
@@ -122,7 +123,8 @@ sub free_image ($class, $storeid, $scfg, $volname, $is_base, $format = undef) {
     return sub { $provider->remove($name) };
 }
 
-sub prune_backups ($class, $scfg, $storeid, $keep, $vmid, $type, $dryrun, $log_function = undef) {
+sub prune_backups ($class, $scfg, $storeid, $keep, $vmid, $type, $dryrun, $log_function = undef, @)
+{
     $log_function //= sub ($level, $message) { print "$message\n" };
     return [] if defined($type) && $type ne 'qemu';
     my (@entries, %of_guest);
@@ -151,10 +153,10 @@ sub prune_backups ($class, $scfg, $storeid, $keep, $vmid, $type, $dryrun, $log_f
 my sub attribute_file ($class, $scfg, $volname, $attribute) {
     die "backups of this storage have no attribute '$attribute'\n"
         if $attribute !~ m/\A(?:notes|protected)\z/;
-    return $class->path($scfg, $volname, undef) . "/$attribute";
+    return $class->path($scfg, $volname) . "/$attribute";
 }
 
-sub get_volume_attribute ($class, $scfg, $storeid, $volname, $attribute) {
+sub get_volume_attribute ($class, $scfg, $storeid, $volname, $attribute, @) {
     return undef if $attribute ne 'notes' && $attribute ne 'protected';
     my $file = attribute_file($class, $scfg, $volname, $attribute);
     return -e $file ? 1 : 0 if $attribute eq 'protected';
@@ -163,7 +165,7 @@ sub get_volume_attribute ($class, $scfg, $storeid, $volname, $attribute) {
     return scalar(<$fh>);
 }
 
-sub update_volume_attribute ($class, $scfg, $storeid, $volname, $attribute, $value) {
+sub update_volume_attribute ($class, $scfg, $storeid, $volname, $attribute, $value, @) {
     my $file = attribute_file($class, $scfg, $volname, $attribute);
     my $is_set = defined($value) && $value ne '' && ($attribute eq 'notes' || $value);
     if (!$is_set) {

@@ -81,8 +81,10 @@ my sub restore_volume ($self, $watch, $volname, $device, $kept) {
     return $problem;
 }
 
-# Restores an archive; what a method did is in $watch. Returns { device => what is wrong }.
-sub run ($self, $watch, $volname, $disks) {
+# Shows an archive's configuration and restores it, for which Proxmox VE calls archive_get_guest_config in
+# two ways; what a method did is in $watch. Returns { device => what is wrong }.
+sub run ($self, $watch, $volname, $storeid, $disks) {
+    eval { $watch->archive_get_guest_config($volname, $storeid) };
     eval { my @mechanism = $watch->restore_get_mechanism($volname) };
     eval { $watch->archive_get_guest_config($volname) };
     eval { $watch->archive_get_firewall_config($volname) };
