@@ -77,6 +77,27 @@ _capabilities(SV *qmp, unsigned timeout)
         RETVAL
 
 SV *
+_ask(SV *qmp, unsigned timeout, const char *command, SV *arguments)
+    PREINIT:
+        Caller caller = {0};
+        GError *error = NULL;
+    CODE:
+        PbaQmp *client = glue_new_qmp(aTHX_ qmp, timeout, &caller);
+        JsonNode *value =
+            pba_qmp_execute(client, command, glue_json_from_sv(aTHX_ arguments, 0), &error);
+        pba_qmp_free(client);
+        SvREFCNT_dec(caller.transport);
+        if (!value) {
+            glue_throw_error(aTHX_ &caller, error);
+        }
+        RETVAL = sv_2mortal(glue_sv_from_json(aTHX_ value));
+        json_node_unref(value);
+        glue_throw_pending(aTHX_ &caller);
+        SvREFCNT_inc(RETVAL);
+    OUTPUT:
+        RETVAL
+
+SV *
 _status(HV *options)
     PREINIT:
         Caller caller = {0};

@@ -103,6 +103,11 @@ sub type ($self, $text) {
     return;
 }
 
+# Whether it goes on, after a short time.
+sub goes_on ($self) { return $self->_read }
+
+sub pid ($self) { return $self->{pid} }
+
 # What it has written so far.
 sub text ($self, $name) { return $self->{$name} }
 
