@@ -25,8 +25,7 @@ sub peak_memory ($pid) {
 # How the command ends with that peer.
 sub back_up ($peer) {
     my $store = File::Temp->newdir('pba-store-XXXXXXXX', TMPDIR => 1);
-    my $command
-        = start_command('backup', "$store", '--vmid', 100, '--qmp', $peer->socket_path);
+    my $command = start_command('backup', "$store", '--vmid', 100, '--qmp', $peer->socket_path);
     my $result = $command->finish;
     is_deeply([glob("$store/vm/*/*")], [], 'no archive is begun');
     return $result;
@@ -38,8 +37,11 @@ sub is_refused ($name, $pattern, %peer) {
         my $result = back_up($peer);
         is($result->{signal}, 0, 'it is not killed');
         is($result->{status}, 1, 'exit status');
-        like($result->{err}, qr/\Apve-backup-access backup: [^\n]*$pattern[^\n]*\n\z/,
-            'one line says why');
+        like(
+            $result->{err},
+            qr/\Apve-backup-access backup: [^\n]*$pattern[^\n]*\n\z/,
+            'one line says why'
+        );
     };
 }
 
@@ -76,7 +78,8 @@ is_refused(
         'query-block' => { return => [\%killed] },
         'x-debug-query-block-graph' => { return => $_->[1] },
     }
-) for (
+    )
+    for (
     ['not an object', [], qr/is not an array of objects/],
     ['without nodes', { edges => [] }, qr/is not an array of objects/],
     ['edges of nothing', { nodes => [{}], edges => [{}, { name => 'file' }] }, qr/no disk that/],
@@ -88,7 +91,7 @@ is_refused(
         },
         qr/no disk that/
     ],
-);
+    );
 
 subtest 'a line without an end' => sub {
     my $peer = PBA::Test::QMPPeer->start(replies => { 'query-block' => { endless => 1 << 30 } });
