@@ -55,10 +55,11 @@ void glue_throw_pending(pTHX_ Caller *caller);
 PbaHooks glue_caller_hooks(Caller *caller);
 void glue_caller_clear(pTHX_ Caller *caller);
 /* Before Perl code is run from inside the core, with GLUE_LEAVE_HOOK after it. Its $@ is its own,
- * and the object stays alive until the statement that called us ends, whatever that code lets go
- * of. */
+ * no "last" or "next" in it leaves it for a loop of the caller's, and the object stays alive until
+ * the statement that called us ends, whatever that code lets go of. */
 void glue_enter_hook(pTHX_ Caller *caller);
 #define GLUE_LEAVE_HOOK                                                                            \
+    POPSTACK;                                                                                      \
     FREETMPS;                                                                                      \
     LEAVE
 /* Whether the Perl code just called died. */

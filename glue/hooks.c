@@ -18,6 +18,8 @@ void glue_keep_exception(pTHX_ Caller *caller)
 
 void glue_enter_hook(pTHX_ Caller *caller)
 {
+    dSP;
+
     if (caller->object) {
         sv_2mortal(SvREFCNT_inc(caller->object));
     }
@@ -26,6 +28,7 @@ void glue_enter_hook(pTHX_ Caller *caller)
     save_scalar(PL_errgv);
     SAVEBOOL(caller->in_hook);
     caller->in_hook = true;
+    PUSHSTACKi(PERLSI_MAGIC);
 }
 
 static bool hook_interrupted(void *opaque)

@@ -6,7 +6,6 @@
 #include "copy.h"
 #include "error.h"
 #include "limit.h"
-#include "regions.h"
 #include <errno.h>
 #include <inttypes.h>
 #include <sys/mman.h>
@@ -30,7 +29,6 @@ typedef struct {
     PbaLoop loop;
     PbaSource source;
     PbaSink *sink;
-    PbaRegions *ahead; /* those that were read ahead of a map that can be read but once, or NULL */
     PbaLimit limit;
     PbaPiece pieces[MAX_PIECES];
     unsigned piece_count;
@@ -68,11 +66,9 @@ static bool next_region(Copy *copy, GError **error)
     uint64_t offset;
     uint64_t length;
 
-    if (copy->ahead) {
-        pba_regions_take(copy->ahead, &offset, &length);
-    } else if (!pba_volume_poll_dirty_region(copy->volume, &offset, &length, &copy->waits_for_map,
-                                             error) ||
-               !check_owner(copy, error)) {
+    if (!pba_volume_poll_dirty_region(copy->volume, &offset, &length, &copy->waits_for_map,
+                                      error) ||
+        !check_owner(copy, error)) {
         return false;
     }
     if (copy->waits_for_map) {
@@ -382,13 +378,9 @@ static bool count_total(Copy *copy, GError **error)
     PbaMap *map = pba_map_swap(copy->volume, whole_map(copy->volume));
     bool read;
 
-    copy->ahead = copy->volume->handle ? pba_regions_new() : NULL;
     do {
         read = pba_volume_next_dirty_region(copy->volume, &offset, &length, error);
         copy->total += read ? length : 0;
-        if (read && length > 0 && copy->ahead) {
-            pba_regions_add(copy->ahead, offset, length);
-        }
     } while (read && length > 0);
     if (!read) {
         pba_volume_disconnect(copy->volume); /* answers may be under way to this map */
@@ -451,7 +443,6 @@ static void clean_up(Copy *copy, bool broken)
         copy->sink->free(copy->sink);
     }
     pba_source_close(&copy->source, broken);
-    pba_regions_free(copy->ahead);
     for (unsigned i = 0; i < copy->piece_count; i++) {
         if (!from_file || copy->pieces[i].state != PBA_PIECE_READING) {
             g_aligned_free(copy->pieces[i].buffer);

@@ -13,7 +13,7 @@ struct PbaHandle {
     int fd;
     PbaNextRegion next_region;
     void *opaque;
-    uint64_t next; /* regions begin here or later */
+    PbaRegions *given; /* each region is given once, but may be read again */
     bool ended;
 };
 
@@ -21,6 +21,11 @@ PbaVolume *pba_volume_open_handle(const char *device, int fd, uint64_t size,
                                   PbaNextRegion next_region, void *opaque, const PbaHooks *hooks,
                                   GError **error)
 {
+    if (size > G_MAXINT64) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT, "no file has %" PRIu64 " bytes", size);
+        pba_error_add_device(error, device);
+        return NULL;
+    }
     int own = fcntl(fd, F_DUPFD_CLOEXEC, 0);
     if (own < 0) {
         pba_error_set(error, PBA_ERROR_SYSTEM, "cannot use the file handle - %s",
@@ -32,6 +37,7 @@ PbaVolume *pba_volume_open_handle(const char *device, int fd, uint64_t size,
     handle->fd = own;
     handle->next_region = next_region;
     handle->opaque = opaque;
+    handle->given = pba_regions_new();
     return pba_volume_new_handle(handle, device, size, hooks);
 }
 
@@ -39,6 +45,7 @@ void pba_handle_free(PbaHandle *handle)
 {
     if (handle) {
         close(handle->fd);
+        pba_regions_free(handle->given);
         g_free(handle);
     }
 }
@@ -106,29 +113,28 @@ bool pba_handle_discard(PbaVolume *volume, uint64_t offset, uint64_t length, GEr
     return true;
 }
 
-bool pba_handle_next_region(PbaVolume *volume, uint64_t *offset, uint64_t *length, GError **error)
+/* Has the caller give one more region, unless it was the last. */
+static bool ask_region(PbaVolume *volume, GError **error)
 {
     PbaHandle *handle = volume->handle;
     GError *local = NULL;
+    uint64_t offset = 0;
+    uint64_t length = 0;
 
-    *length = 0;
-    if (handle->ended) {
-        return true;
-    }
-    if (!handle->next_region(handle->opaque, offset, length, &local)) {
+    if (!handle->next_region(handle->opaque, &offset, &length, &local)) {
         pba_error_add_device(&local, volume->device);
-    } else if (*length == 0) {
+    } else if (length == 0) {
         handle->ended = true;
         return true;
-    } else if (*offset < handle->next || *offset > volume->size ||
-               *length > volume->size - *offset) {
+    } else if (offset < handle->given->end || offset > volume->size ||
+               length > volume->size - offset) {
         pba_error_set(&local, PBA_ERROR_INCOMPLETE,
                       "the next dirty region cannot begin at offset %" PRIu64
                       " with length %" PRIu64,
-                      *offset, *length);
+                      offset, length);
         pba_error_add_device(&local, volume->device);
     } else {
-        handle->next = *offset + *length;
+        pba_regions_add(handle->given, offset, length);
         return true;
     }
     if (local->code != PBA_ERROR_INTERRUPTED) {
@@ -136,4 +142,19 @@ bool pba_handle_next_region(PbaVolume *volume, uint64_t *offset, uint64_t *lengt
     }
     g_propagate_error(error, local);
     return false;
+}
+
+bool pba_handle_next_region(PbaVolume *volume, uint64_t *offset, uint64_t *length, GError **error)
+{
+    const PbaHandle *handle = volume->handle;
+
+    pba_regions_take(handle->given, &volume->map->given, offset, length);
+    if (*length > 0 || handle->ended) {
+        return true;
+    }
+    if (!ask_region(volume, error)) {
+        return false;
+    }
+    pba_regions_take(handle->given, &volume->map->given, offset, length);
+    return true;
 }

@@ -262,11 +262,10 @@ typedef struct {
     double seconds;
 } PbaCopyStatistics;
 
-/* Copies all dirty regions, wherever pba_volume_next_dirty_region is; those still to come of a
- * volume behind a file handle. Whatever a read, a write or a discard says but success is an error
- * that names the offset. A range is discarded when the target has taken it; the target is flushed
- * before this returns true. What was copied before an error is in the target; the volume can be
- * used again unless its server is gone. */
+/* Copies all dirty regions, wherever pba_volume_next_dirty_region is. Whatever a read, a write or a
+ * discard says but success is an error that names the offset. A range is discarded when the target
+ * has taken it; the target is flushed before this returns true. What was copied before an error is
+ * in the target; the volume can be used again unless its server is gone. */
 bool pba_volume_copy(PbaVolume *volume, const PbaCopyOptions *options,
                      PbaCopyStatistics *statistics, GError **error);
 

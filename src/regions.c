@@ -1,4 +1,5 @@
 #include "regions.h"
+#include "trims.h"
 
 #define MORE 0x80u
 
@@ -30,34 +31,48 @@ static void put(PbaRegions *regions, uint64_t number)
     } while (number);
 }
 
-static uint64_t get(PbaRegions *regions)
+static uint64_t get(const PbaRegions *regions, PbaRegionsCursor *cursor)
 {
     uint64_t number = 0;
     unsigned shift = 0;
     uint8_t byte;
 
     do {
-        byte = regions->bytes->data[regions->next++];
+        byte = regions->bytes->data[cursor->next++];
         number |= (uint64_t)(byte & ~MORE) << shift;
         shift += 7;
     } while (byte & MORE);
     return number;
 }
 
-void pba_regions_add(PbaRegions *regions, uint64_t offset, uint64_t length)
+/* The lowest bit says whether it is bytes or clusters. Sizes of volumes are below 2^63. */
+static void put_distance(PbaRegions *regions, uint64_t distance)
 {
-    put(regions, offset - regions->added);
-    put(regions, length);
-    regions->added = offset + length;
+    put(regions, distance % PBA_CLUSTER ? distance << 1 | 1 : distance / PBA_CLUSTER << 1);
 }
 
-void pba_regions_take(PbaRegions *regions, uint64_t *offset, uint64_t *length)
+static uint64_t get_distance(const PbaRegions *regions, PbaRegionsCursor *cursor)
 {
-    *offset = regions->taken;
+    uint64_t number = get(regions, cursor);
+
+    return number & 1 ? number >> 1 : (number >> 1) * PBA_CLUSTER;
+}
+
+void pba_regions_add(PbaRegions *regions, uint64_t offset, uint64_t length)
+{
+    put_distance(regions, offset - regions->end);
+    put_distance(regions, length);
+    regions->end = offset + length;
+}
+
+void pba_regions_take(const PbaRegions *regions, PbaRegionsCursor *cursor, uint64_t *offset,
+                      uint64_t *length)
+{
+    *offset = cursor->end;
     *length = 0;
-    if (regions->next < regions->bytes->len) {
-        *offset += get(regions);
-        *length = get(regions);
-        regions->taken = *offset + *length;
+    if (cursor->next < regions->bytes->len) {
+        *offset += get_distance(regions, cursor);
+        *length = get_distance(regions, cursor);
+        cursor->end = *offset + *length;
     }
 }

@@ -4,6 +4,7 @@
 
 #include "handle.h"
 #include "pba.h"
+#include "regions.h"
 #include "trims.h"
 #include <libnbd.h>
 
@@ -39,7 +40,8 @@ typedef struct {
     uint64_t chunk_size; /* of the next one */
     uint64_t run_offset; /* the dirty run that is being joined; run_length 0: none */
     uint64_t run_length;
-    unsigned connection; /* of the volume that its requests went over */
+    unsigned connection;    /* of the volume that its requests went over */
+    PbaRegionsCursor given; /* of a handle's regions, where the volume has one */
 } PbaMap;
 
 struct PbaVolume {

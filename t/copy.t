@@ -589,6 +589,22 @@ subtest 'exceptions and signals' => sub {
         cmp_ok(time - $start, '<', 1.5 * slowness(), "a $name that hangs: within a second");
     }
 
+    # They would leave the copy behind, half done and without an error.
+    for my $option (qw(to progress)) {
+        no warnings 'exiting';    ## no critic (ProhibitNoWarnings)
+        my @ways = ([last => sub { last }], [next => sub { next }]);
+        for my $way (@ways) {
+            my ($word, $code) = $way->@*;
+            my @seen;
+            for my $time (1, 2) {
+                my $volume = open_volume(start(dirty => $maps{all}));
+                push(@seen, eval { $volume->copy(to => '/dev/null', $option => $code) } // $@);
+            }
+            is(scalar(@seen), 2, "$word in $option: leaves no loop of the caller's");
+            is(scalar(grep { m/\ACan't "$word" outside a loop block/ } @seen), 2, 'but dies');
+        }
+    }
+
     my $inside;
     my $volume = open_volume(start(dirty => $maps{all}));
     $volume->copy(

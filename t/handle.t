@@ -153,6 +153,48 @@ subtest 'reading' => sub {
     );
 };
 
+# A code ref gives each region once. Who has seen them must not get a copy without them.
+subtest 'copies' => sub {
+    my @regions = ([512, 512], [4 * $KiB, 64 * $KiB], [128 * $KiB, 64 * $KiB], [$size - 512, 512]);
+    my $expected = "\0" x $size;
+    substr($expected, $_->[0], $_->[1]) = substr($content, $_->[0], $_->[1]) for @regions;
+    my $copy = sub ($volume, $name, @options) {
+        my $target = "$dir/target";
+        unlink($target);
+        $volume->copy(to => $target, discard => 0, @options);
+        open(my $fh, '<:raw', $target) or die "open: $!\n";
+        local $/ = undef;
+        ok(scalar(<$fh>) eq $expected, $name);
+    };
+    my $die = sub (@) { die "enough\n" };
+    my %before = (
+        'nothing' => sub ($volume) { },
+        'two regions' => sub ($volume) { $volume->dirty_regions(2) },
+        'all regions' => sub ($volume) { $volume->dirty_regions(10) },
+        'a copy that failed' => sub ($volume) {
+            eval { $volume->copy(to => $die) }
+        },
+        'one that counted' => sub ($volume) {
+            eval {
+                $volume->copy(to => $die, progress => sub (@) { });
+            };
+        },
+    );
+    for my $name (sort keys %before) {
+        my $volume = open_volume('+<', "$dir/disk", @regions);
+        $before{$name}->($volume);
+        $copy->($volume, "after $name");
+        $copy->($volume, "after $name, again, counted", progress => sub (@) { });
+        my $left = $name eq 'all regions' ? 0 : $name eq 'two regions' ? 2 : 4;
+        my @left = @regions[4 - $left .. 3];
+        is_deeply(
+            [$volume->dirty_regions(10)],
+            [map { $_->@* } @left],
+            "after $name: next_dirty_region is where it was"
+        );
+    }
+};
+
 subtest 'discarding' => sub {
     my $volume = open_volume('+<');
     $volume->discard(64 * $KiB, 64 * $KiB);
@@ -180,6 +222,14 @@ subtest 'the handle' => sub {
         sub { PVE::BackupAccess::Volume->open('drive-scsi0', { %volume, %regions }) },
         'SystemError', qr/drive-scsi0: cannot use the file handle - Bad file descriptor/,
         'a closed one'
+    );
+    open(my $again, '<', "$dir/disk") or die "open: $!\n";
+    my %long = (%volume, %regions, 'file-handle' => $again, size => 1 << 63);
+    fails(
+        sub { PVE::BackupAccess::Volume->open('drive-scsi0', \%long) },
+        'ArgumentError',
+        qr/drive-scsi0: no file has 9223372036854775808 bytes/,
+        'a size that no file has'
     );
     $volume->close;
     fails(

@@ -246,7 +246,8 @@ size must be what the server says; without one the server's is taken. With a bit
 offer it.
 
 Or, of the mechanism file-handle, C<size>, C<bitmap-mode>, C<file-handle> and C<next-dirty-region>.
-Reads then go through the file, and regions come from the code ref.
+Reads then go through the file, and regions come from the code ref. It gives each region once, so that
+such a hash is for one volume only.
 
 Other keys are ignored, so that Proxmox VE may add some.
 
@@ -290,8 +291,7 @@ clusters of 64 KiB are discarded; parts of one at the edges of the range are not
     my $statistics = $volume->copy(to => $target);
 
 Copies all dirty regions, or without a bitmap the whole volume, with many requests in flight. Where
-L</next_dirty_region> is does not matter and does not change, but of the mechanism file-handle, where
-each region is given once, the regions still to come are copied. Nothing outside the regions is read or
+L</next_dirty_region> is does not matter and does not change. Nothing outside the regions is read or
 written. What the server says is zero, as in a thin disk, is not read. The target is one of these:
 
 =over
