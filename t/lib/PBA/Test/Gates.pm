@@ -166,12 +166,12 @@ sub _perlcritic () {
 sub _shellcheck () {
     return {
         name => 'shellcheck',
-        files => sub { _files('run', '.ci/run', 'debian/tests/*') },
-        version => _version('shellcheck'),
-        check => sub (@files) {
-            my @scripts = grep { _first_line($_) =~ m/^#!.*sh$/ } @files;
-            return _run(qw(shellcheck --severity=warning), @scripts);
+        files => sub {
+            grep { _first_line($_) =~ m/^#(?:!.*sh$| shellcheck shell=)/ }
+                _files('run', '.ci/run', '*.sh', 'completion/*', 'debian/*');
         },
+        version => _version('shellcheck'),
+        check => sub (@files) { _run(qw(shellcheck --severity=warning), @files) },
         hint => 'mend it',
     };
 }
