@@ -8,11 +8,15 @@ use v5.36;
 use FindBin;
 use lib "$FindBin::Bin/lib";
 
+use File::Temp ();
 use JSON::PP ();
+use POSIX ();
 use Test::More;
 
 use PBA::Test::Backend;
 use PBA::Test::Command qw(run_command start_command start_on_terminal);
+use PVE::BackupAccess::CLI;
+use PVE::BackupAccess::CLI::Backup;
 
 my $mib = 1024 * 1024;
 my $json = JSON::PP->new->utf8;
@@ -443,6 +447,29 @@ sub check_directories ($test) {
     }
 }
 
+# First backups of several guests that begin at once: one directory has one identity.
+sub check_identity () {
+    my @others;
+    for my $round (1 .. 50) {
+        my $directory = File::Temp->newdir('pba-store-XXXXXXXX', TMPDIR => 1);
+        pipe(my $start, my $starter) or die "pipe: $!\n";
+        my @readers = map {
+            my $pid = open(my $reader, '-|') // die "fork: $!\n";
+            if (!$pid) {
+                close($starter);
+                sysread($start, my $go, 1);
+                syswrite(STDOUT, PVE::BackupAccess::CLI::Backup::identity_of("$directory"));
+                POSIX::_exit(0);
+            }
+            $reader;
+        } 1 .. 3;
+        close($starter);
+        my @identities = map { scalar(<$_>) // '' } @readers;
+        push(@others, $round) if grep { $_ ne $identities[0] || !length } @identities;
+    }
+    is("@others", '', 'all of them see the same');
+}
+
 sub check_agent ($test) {
     my $run = succeeds('no agent', backup($test, '--guest-agent', "$test->{dir}/nobody"));
     like($run->{err}, qr/^warn: could not freeze the guest/m, 'no agent: the log says so');
@@ -457,6 +484,7 @@ sub check_output_errors ($test) {
     is($full, 1, 'no space for the output is an error');
 }
 
+subtest 'first backups at once' => sub { check_identity() };
 for my $name (PBA::Test::Backend->names) {
     subtest "backend $name" => sub {
         my $test = start($name, @disks);

@@ -6,7 +6,9 @@ use v5.36;
 
 use Cwd ();
 use Digest::SHA ();
+use Fcntl qw(LOCK_EX O_CREAT O_RDWR);
 use File::Basename ();
+use IO::Handle ();
 use Scalar::Util qw(weaken);
 
 use PVE::BackupAccess::CLI::Access qw(access_options text);
@@ -26,13 +28,15 @@ my sub vmid_of ($opt) {
         'it needs --vmid, the number by which the archives of this guest are known');
 }
 
-# What tells this directory from every other one, also from one that is mounted in its place.
-my sub identity_of ($directory) {
+# What tells this directory from every other one, also from one that is mounted in its place. Of first
+# backups that begin at once one makes it, and all have the same.
+sub identity_of ($directory) {
     my $file = "$directory/$id_file";
-    if (!-s $file) {
-        open(my $new, '>', $file) or die "$directory cannot be written to - $!\n";
-        print {$new} unpack('H*', read_file('/dev/urandom', 16)), "\n";
-        close($new) or die "$file: $!\n";
+    sysopen(my $fh, $file, O_RDWR | O_CREAT, 0600) or die "$directory cannot be written to - $!\n";
+    flock($fh, LOCK_EX) or die "$file: cannot be locked - $!\n";
+    if (!-s $fh) {
+        print {$fh} unpack('H*', read_file('/dev/urandom', 16)), "\n";
+        $fh->flush && $fh->sync or die "$file: $!\n";
     }
     return read_file($file);
 }
