@@ -57,14 +57,15 @@ struct PbaAccess {
     PbaForm form;
     unsigned qemu_version; /* 702 is 7.2 */
 
-    GPtrArray *disks;  /* PbaDisk; empty: no access is up */
-    char *socket_dir;  /* NULL: not made */
-    char *socket;      /* the NBD server's */
-    GPtrArray *vfiles; /* PbaVfile, one for each disk; NULL: none was asked for */
-    bool marked;       /* QEMU may have the marker of this process; see owner.c */
-    bool recovering;   /* this is what a dead process left: its nodes and devices are not known */
-    bool begun;        /* something else may have been changed in QEMU */
-    bool server_up;    /* we started the NBD server, or tried to */
+    GPtrArray *disks;     /* PbaDisk; empty: no access is up */
+    char *socket_dir;     /* NULL: not made */
+    char *socket;         /* the NBD server's */
+    GPtrArray *vfiles;    /* PbaVfile, one for each disk; NULL: none was asked for */
+    bool marked;          /* QEMU may have the marker of this process; see owner.c */
+    unsigned mark_number; /* tells it from markers of the process' other accesses */
+    bool recovering; /* this is what a dead process left: its nodes and devices are not known */
+    bool begun;      /* something else may have been changed in QEMU */
+    bool server_up;  /* we started the NBD server, or tried to */
     PbaExports exports;
     bool teardown_failed;
     bool success_unknown; /* a successful end was asked for, and no reply came */
@@ -133,8 +134,8 @@ PbaAccess *pba_access_new_observer(PbaQmp *qmp, const PbaAccessOptions *options,
 /* Markers in QEMU of who has an access, and on Proxmox to which devices. */
 #define PBA_DEVICE_ROLE "dev"
 bool pba_is_owner_mark(const char *node);
-/* The node name of this process's; the caller's to free. */
-char *pba_owner_mark_name(GError **error);
+/* The node name of this access'; the caller's to free. */
+char *pba_owner_mark_name(const PbaAccess *access, GError **error);
 /* Refuses if a living process, but for this access, has marked the guest. nodes is
  * query-named-block-nodes' reply. */
 bool pba_owner_check(const PbaAccess *access, JsonArray *nodes, GError **error);

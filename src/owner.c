@@ -2,8 +2,9 @@
  *
  * pba-owner-PID-STARTTIME names a process. It is the first thing that an access adds, and the last
  * that it deletes. The start time (proc(5), /proc/PID/stat, field 22) tells a process from a later
- * one with its number. On Proxmox, pba-dev-... names a device, since QEMU does not tell which ones
- * an access has. */
+ * one with its number. Where a process has several accesses at once, to whatever guests, a number
+ * follows in the markers of all but one. On Proxmox, pba-dev-... names a device, since QEMU does
+ * not tell which ones an access has. */
 #include "access.h"
 #include "error.h"
 #include "json.h"
@@ -20,6 +21,12 @@
  * the access is that of an object which is gone. */
 static GMutex marked_lock;
 static GPtrArray *marked;
+
+typedef struct {
+    pid_t pid;
+    uint64_t start;
+    unsigned number; /* of the access; not written if 0 */
+} Owner;
 
 /* State (field 3) and start time (field 22) are counted from the command's name in parentheses,
  * which may have anything in it. */
@@ -40,28 +47,31 @@ static bool read_stat(pid_t pid, char *state, uint64_t *start)
     return g_ascii_string_to_unsigned(fields[19], 10, 0, UINT64_MAX, start, NULL);
 }
 
-static bool parse_owner(const char *node, pid_t *pid, uint64_t *start)
+static bool parse_owner(const char *node, Owner *owner)
 {
-    int number;
-    char rest;
+    int pid;
+    int length;
+    char more;
 
+    *owner = (Owner){0};
     if (!g_str_has_prefix(node, OWNER_PREFIX) ||
-        sscanf(node + strlen(OWNER_PREFIX), "%d-%" SCNu64 "%c", &number, start, &rest) != 2 ||
-        number <= 0) {
+        sscanf(node + strlen(OWNER_PREFIX), "%d-%" SCNu64 "%n", &pid, &owner->start, &length) !=
+            2 ||
+        pid <= 0) {
         return false;
     }
-    *pid = number;
-    return true;
+    const char *rest = node + strlen(OWNER_PREFIX) + length;
+    owner->pid = pid;
+    return !*rest || (sscanf(rest, "-%u%c", &owner->number, &more) == 1 && owner->number > 0);
 }
 
 bool pba_is_owner_mark(const char *node)
 {
-    pid_t pid;
-    uint64_t start;
-    return parse_owner(node, &pid, &start);
+    Owner owner;
+    return parse_owner(node, &owner);
 }
 
-char *pba_owner_mark_name(GError **error)
+char *pba_owner_mark_name(const PbaAccess *access, GError **error)
 {
     char state;
     uint64_t start;
@@ -70,47 +80,58 @@ char *pba_owner_mark_name(GError **error)
         pba_error_set(error, PBA_ERROR_SYSTEM, "cannot read /proc/%d/stat", (int)getpid());
         return NULL;
     }
-    return g_strdup_printf(OWNER_PREFIX "%d-%" PRIu64, (int)getpid(), start);
+    g_autofree char *process = g_strdup_printf(OWNER_PREFIX "%d-%" PRIu64, (int)getpid(), start);
+    return access->mark_number ? g_strdup_printf("%s-%u", process, access->mark_number)
+                               : g_steal_pointer(&process);
 }
 
-static bool is_marked_by_another(const PbaAccess *access)
+/* Whether another access of this process has that number. The caller has the lock. */
+static bool is_taken(const PbaAccess *access, unsigned number)
 {
-    bool found = false;
-
-    g_mutex_lock(&marked_lock);
     for (guint i = 0; marked && i < marked->len; i++) {
         const PbaAccess *other = marked->pdata[i];
-        found |= other != access && other->owner == getpid() &&
-                 g_strcmp0(other->identity, access->identity) == 0;
+        if (other != access && other->owner == getpid() && other->mark_number == number) {
+            return true;
+        }
     }
+    return false;
+}
+
+/* Which guest it is of does not matter: two ways to the same monitor cannot be told from two
+ * guests. */
+static bool is_of_another(const PbaAccess *access, unsigned number)
+{
+    g_mutex_lock(&marked_lock);
+    bool taken = is_taken(access, number);
     g_mutex_unlock(&marked_lock);
-    return found;
+    return taken;
 }
 
 /* A process that has ended and was not waited for yet is still in /proc. One that is hidden from us
  * (proc(5), hidepid) counts as alive. */
-static bool is_alive(const PbaAccess *access, pid_t pid, uint64_t start)
+static bool is_alive(const PbaAccess *access, const Owner *owner)
 {
     char state;
     uint64_t now;
 
-    if (!read_stat(pid, &state, &now)) {
-        return kill(pid, 0) == 0 || errno == EPERM;
+    if (!read_stat(owner->pid, &state, &now)) {
+        return kill(owner->pid, 0) == 0 || errno == EPERM;
     }
-    if (now != start || state == 'Z' || state == 'X') {
+    if (now != owner->start || state == 'Z' || state == 'X') {
         return false;
     }
-    return pid != getpid() || is_marked_by_another(access);
+    return owner->pid != getpid() || is_of_another(access, owner->number);
 }
 
 bool pba_owner_read(const PbaAccess *access, const char *node, pid_t *pid, bool *alive)
 {
-    uint64_t start;
+    Owner owner;
 
-    if (!parse_owner(node, pid, &start)) {
+    if (!parse_owner(node, &owner)) {
         return false;
     }
-    *alive = is_alive(access, *pid, start);
+    *pid = owner.pid;
+    *alive = is_alive(access, &owner);
     return true;
 }
 
@@ -118,12 +139,11 @@ bool pba_owner_check(const PbaAccess *access, JsonArray *nodes, GError **error)
 {
     for (guint i = 0; i < json_array_get_length(nodes); i++) {
         const char *name = pba_block_node_name(nodes, i);
-        pid_t pid;
-        uint64_t start;
-        if (name && parse_owner(name, &pid, &start) && is_alive(access, pid, start)) {
+        Owner owner;
+        if (name && parse_owner(name, &owner) && is_alive(access, &owner)) {
             pba_error_set(error, PBA_ERROR_STATE,
                           "previous backup of this guest not finished: process %d is at it",
-                          (int)pid);
+                          (int)owner.pid);
             return false;
         }
     }
@@ -160,6 +180,9 @@ static void note_marked(PbaAccess *access)
 {
     g_mutex_lock(&marked_lock);
     marked = marked ? marked : g_ptr_array_new();
+    for (access->mark_number = 0; is_taken(access, access->mark_number);) {
+        access->mark_number++;
+    }
     g_ptr_array_add(marked, access);
     g_mutex_unlock(&marked_lock);
     access->marked = true;
@@ -178,13 +201,13 @@ void pba_owner_forget(PbaAccess *access)
 /* Of two that mark at once at least one sees the other: who marks looks again afterwards. */
 static bool mark_and_look(PbaAccess *access, GError **error)
 {
-    g_autofree char *name = pba_owner_mark_name(error);
     g_autoptr(GError) refused = NULL;
 
+    note_marked(access);
+    g_autofree char *name = pba_owner_mark_name(access, error);
     if (!name) {
         return false;
     }
-    note_marked(access);
     if (!add_mark(access, name, &refused) && pba_error_is_fatal(refused)) {
         g_propagate_error(error, g_steal_pointer(&refused));
         return false;
@@ -228,19 +251,18 @@ bool pba_device_marks_add(PbaAccess *access, GError **error)
 static bool is_to_go(const PbaAccess *access, const char *node, const char *own, bool all)
 {
     g_autofree char *devices = pba_target_prefix(access, PBA_DEVICE_ROLE);
-    pid_t pid;
-    uint64_t start;
+    Owner owner;
 
     if (strcmp(node, own) == 0) {
-        return !is_marked_by_another(access);
+        return true;
     }
     return all && (g_str_has_prefix(node, devices) ||
-                   (parse_owner(node, &pid, &start) && !is_alive(access, pid, start)));
+                   (parse_owner(node, &owner) && !is_alive(access, &owner)));
 }
 
 static bool delete_marks(PbaAccess *access, bool all, GError **error)
 {
-    g_autofree char *own = pba_owner_mark_name(error);
+    g_autofree char *own = pba_owner_mark_name(access, error);
     g_autoptr(JsonArray) nodes = own ? query_nodes(access, error) : NULL;
     const char *last = NULL;
     bool done = nodes != NULL;

@@ -251,7 +251,7 @@ static bool is_done(const PbaAccess *dead, const PbaLeftThing *thing, const char
 /* What is about to be undone, once the paths are gone. */
 static void describe(const PbaAccess *dead, const PbaLeft *left, GPtrArray *lines)
 {
-    g_autofree char *own_mark = pba_owner_mark_name(NULL);
+    g_autofree char *own_mark = pba_owner_mark_name(dead, NULL);
     g_autoptr(GPtrArray) things = pba_left_things(left);
 
     for (guint i = 0; i < things->len; i++) {

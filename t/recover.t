@@ -87,6 +87,33 @@ sub check_live ($backend) {
     $client->wait_end;
 }
 
+# The access of another object of this process, which has come another way: its socket has two names.
+sub check_own ($backend) {
+    my $second = $backend->vm->dir . '/second.qmp';
+    link($backend->qmp_path, $second) or die "link: $!\n";
+    my $outside = $backend->outside;
+    my $access = $backend->access;
+    $access->setup($backend->devices('use'));
+    $access->volumes('nbd');
+    my $during = $backend->outside;
+    for my $target ('snapshot-access:test', 'another') {
+        my %options = $backend->options(qmp => $second, 'target-id' => $target);
+        refused(
+            sub { PVE::BackupAccess->recover(%options) },
+            qr/not finished: process $$ is at it/,
+            "recover of $target"
+        );
+        refused(
+            sub { PVE::BackupAccess->new(%options)->setup($backend->devices('use')) },
+            qr/not finished: process $$ is at it/,
+            "setup for $target"
+        );
+    }
+    is_deeply($backend->outside, $during, 'it was not touched');
+    ok(eval { $access->teardown(1); 1 }, 'it ends well') or diag($@);
+    is_deeply($backend->outside, $outside, 'nothing is left');
+}
+
 sub check_danger () {
     my $backend
         = PBA::Test::Backend->start(name => 'pve', disks => [{ id => 'disk0', size => $size }]);
@@ -196,6 +223,7 @@ for my $name (PBA::Test::Backend->names) {
     my $backend
         = PBA::Test::Backend->start(name => $name, disks => [{ id => 'disk0', size => $size }]);
     subtest "backend $name: a live client" => sub { check_live($backend) };
+    subtest "backend $name: a live object" => sub { check_own($backend) };
     subtest "backend $name: told not to recover" => sub { check_unasked($backend) };
     subtest "backend $name: several at once" => sub { check_concurrent($backend) };
     subtest "backend $name: dead virtual files" => sub {

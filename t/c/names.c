@@ -79,11 +79,17 @@ static void test_bitmaps(void)
 
 static void test_owner(void)
 {
-    static const char *const bad[] = {"pba-owner-",     "pba-owner-1",   "pba-owner-1-2x",
-                                      "pba-owner--1-2", "pba-owner-a-b", "pba-raw-1-2"};
-    g_autofree char *name = pba_owner_mark_name(NULL);
+    static const char *const bad[] = {
+        "pba-owner-",     "pba-owner-1",     "pba-owner-1-2x",   "pba-owner--1-2", "pba-owner-a-b",
+        "pba-owner-1-2-", "pba-owner-1-2-0", "pba-owner-1-2-3x", "pba-raw-1-2",
+    };
+    PbaAccess second = {.mark_number = 1};
+    g_autofree char *name = pba_owner_mark_name(&(PbaAccess){0}, NULL);
+    g_autofree char *other = pba_owner_mark_name(&second, NULL);
 
     ok(is_good_id(name) && pba_is_own_node(name) && pba_is_owner_mark(name), "marker %s", name);
+    ok(is_good_id(other) && pba_is_owner_mark(other), "marker %s", other);
+    ok(strcmp(name, other) != 0, "two accesses of a process are told apart");
     for (size_t i = 0; i < G_N_ELEMENTS(bad); i++) {
         ok(!pba_is_owner_mark(bad[i]), "%s is no marker", bad[i]);
     }
