@@ -43,7 +43,7 @@ my $access = PVE::BackupAccess->new(
 );
 $access->setup([{ device => $device, 'bitmap-mode' => 'use' }]);
 my $volume = $access->volumes('file-handle')->{$device};
-sysopen(my $image, $file, O_CREAT | O_WRONLY) or die "$file: $!\n";
+sysopen(my $image, $file, O_CREAT | O_WRONLY, 0600) or die "$file: $!\n";
 truncate($image, $volume->{size}) or die "$file: $!\n";
 my $bytes = 0;
 

@@ -240,7 +240,8 @@ typedef bool (*PbaCopyWrite)(void *opaque, uint64_t offset, const void *data, si
 /* Where to: one of uri, path, fd and write. */
 typedef struct {
     const char *uri;    /* of an NBD export at least as large as the volume */
-    const char *path;   /* of a file, made if need be and given the volume's size, or a device */
+    const char *path;   /* of a file, made (0600) if need be and given the volume's size, or of a
+                           device */
     int fd;             /* the same, open for writing; it stays the caller's */
     PbaCopyWrite write; /* is given all data, zeroes too, by ascending offsets */
     /* Told of bytes copied and dirty bytes in all, some times a second and at the end. False ends

@@ -287,7 +287,8 @@ PbaSink *pba_sink_file_new(const char *path, int fd, uint64_t size, PbaLoop *loo
     self->fd = -1;
     self->zero_from = UINT64_MAX;
     if (path) {
-        self->fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0666);
+        /* What is made is as secret as the disk. */
+        self->fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0600);
     }
     bool opened =
         path ? self->fd != -1 || fail_open(self, error) : take_descriptor(self, fd, error);

@@ -17,6 +17,12 @@ use PBA::Test::QemuNbd;
 use PBA::Test::Watchdog;
 use PVE::BackupAccess::Volume;
 
+# In a mount namespace of its own, so that nothing stays mounted however it ends.
+if (!$ENV{PBA_UNSHARED} && system('unshare --mount true 2>/dev/null') == 0) {
+    $ENV{PBA_UNSHARED} = 1;
+    exec(qw(unshare --mount), $^X, (map { "-I$_" } @INC), $0) or die "unshare: $!\n";
+}
+
 my $KiB = 1 << 10;
 my $MiB = 1 << 20;
 my $size = 8 * $MiB;
@@ -135,12 +141,13 @@ subtest 'odd answers that are right' => sub {
 
 subtest 'source lost at any offset' => sub {
     srand($seed);
+    my $lost = qr/(?:reading|discarding) \d+ bytes at offset \d+ failed - /;
     for my $round (1 .. 12) {
 
         # The map is answered well, and with it each connection's first read.
         my $at = $MiB + int(rand($size - $MiB));
         copy_dies(
-            start(disconnect_at => $at, good_first => 1), $read, "round $round, at $at",
+            start(disconnect_at => $at, good_first => 1), $lost, "round $round, at $at",
             to => "$dir/target",
             connections => 1 + $round % 4,
             'request-size' => 64 * $KiB,
@@ -242,6 +249,40 @@ subtest 'a target that cannot flush' => sub {
     open_volume(start())->copy(to => $other->uri);
     cmp_ok(scalar(() = $other->requests('flush')), '>', 0, 'one that can is');
 };
+
+# Data that was taken is not data that is there: only the flush tells.
+subtest 'targets that lose what they took' => sub {
+    my %node = (
+        driver => 'blkdebug',
+        'image.driver' => 'file',
+        'image.filename' => filled_file("$dir/target"),
+        'inject-error.0.event' => 'none',
+        'inject-error.0.iotype' => 'flush',
+    );
+    my $target
+        = PBA::Test::QemuNbd->start(
+        image_opts => join(',', map { "$_=$node{$_}" } sort keys %node));
+    copy_dies(start(), qr/flushing nbd.* failed - Input/, 'a server', to => $target->uri);
+
+    SKIP: {
+        skip('needs root and loop devices', 1) if $> != 0 || !-e '/dev/loop-control';
+        my $small = make_small("$dir/small") or skip('needs to mount', 1);
+        chomp(my $device = `losetup --find --show $small`);
+        die "losetup failed\n" if $?;
+        copy_dies(start(), qr/flushing $device failed - Input/, 'a device', to => $device);
+        system('losetup', '--detach', $device) == 0 or die "losetup failed\n";
+        system('umount', "$dir/small") == 0 or die "umount failed\n";
+    }
+};
+
+# A sparse file that its file system has no room for.
+sub make_small ($mount) {
+    mkdir($mount) or die "$mount: $!\n";
+    return undef if system("mount -t tmpfs -o size=1m none $mount 2>/dev/null") != 0;
+    open(my $fh, '>', "$mount/disk") or die "$mount/disk: $!\n";
+    truncate($fh, $size) or die "$mount/disk: $!\n";
+    return "$mount/disk";
+}
 
 # A program of its own, since the limit stays. It ends with 0 if the copy dies as it should.
 my $limited_copy = <<'EOF';

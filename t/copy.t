@@ -126,6 +126,11 @@ my %sinks = (
         sysopen(my $fh, $file, O_WRONLY | $O_DIRECT) or die "$file: $!\n";
         return ($volume->copy(to => $fh), read_file($file));
     },
+    'the number of a descriptor' => sub ($volume, $before) {
+        my $file = write_file("$dir/target", $before);
+        open(my $fh, '+<:raw', $file) or die "$file: $!\n";
+        return ($volume->copy(to => fileno($fh)), read_file($file));
+    },
     'raw over NBD' => sub ($volume, $before) {
         my $file = write_file("$dir/target", $before);
         my $server = PBA::Test::QemuNbd->start(file => $file);
@@ -207,6 +212,17 @@ subtest 'files: size and holes' => sub {
             "$name file: zeroes are holes"
         );
     }
+
+    # As secret as the disk.
+    my $umask = umask(0);
+    unlink("$dir/sparse");
+    open_volume(start(dirty => $map))->copy(to => "$dir/sparse");
+    umask($umask);
+    is((stat("$dir/sparse"))[2] & 07777, 0600, 'a new file is for its owner only');
+    chmod(0640, "$dir/sparse");
+    open_volume(start(dirty => $map))->copy(to => "$dir/sparse");
+    is((stat("$dir/sparse"))[2] & 07777, 0640, 'one that was there keeps its mode');
+
     my $file = "$dir/whole";
     my $volume
         = open_volume(start(dirty_only => 0), 'bitmap-mode' => 'none', 'bitmap-name' => undef);
@@ -709,6 +725,7 @@ subtest 'arguments' => sub {
         [qr/must be open for writing, not for appending/, to => $appender],
         [qr/must be an open file/, to => $closed],
         [qr/must be an open file/, to => {}],
+        [qr/cannot write to the file descriptor 987 - Bad file/, to => 987],
         [qr/cannot write to .*Is a directory/, to => "$dir"],
         [qr/cannot write to .*No such file/, to => "$dir/none/target"],
         [qr/connecting failed.*nothing-here/, to => "nbd+unix:///x?socket=$dir/nothing-here"],

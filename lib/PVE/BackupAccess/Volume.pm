@@ -139,6 +139,7 @@ my sub target ($to) {
         return (fd => $fd);
     }
     PVE::BackupAccess::Argument::filled_text('to', $to);
+    return (fd => $to) if $to =~ m/\A(?:0|[1-9][0-9]{0,8})\z/;
     return (uri => $to) if $to =~ m!\Anbds?(?:\+\w+)?://!;
     utf8::encode($to) if !utf8::downgrade($to, 1);
     return (path => $to);
@@ -296,10 +297,11 @@ written. What the server says is zero, as in a thin disk, is not read. The targe
 
 =over
 
-=item a path - of a raw image file, which is made if there is none, or of a block device. The file gets
-the volume's size. Zeroes become holes where they can.
+=item a path - of a raw image file, or of a block device. The file gets the volume's size. If there is
+none it is made, with mode 0600, as it is as secret as the disk. Zeroes become holes where they can.
 
-=item a handle - the same, opened by the caller for writing. Its position does not matter.
+=item a handle, or the number of a descriptor - the same, opened by the caller for writing. Its position
+does not matter.
 
 =item an NBD URI - of a writable export at least as large as the volume, such as C<qemu-nbd> over a
 qcow2 image. C<nbds://> is TLS, with the key that the URI names (C<tls-psk-file>,
