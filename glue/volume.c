@@ -1,6 +1,12 @@
 /* A volume's code refs: its next-dirty-region and those of copy. */
 #include "glue.h"
 
+/* A fraction is no place in a volume. */
+static bool is_whole(pTHX_ SV *sv)
+{
+    return looks_like_number(sv) && SvNV(sv) == (NV)SvUV(sv);
+}
+
 bool glue_next_region(void *opaque, uint64_t *offset, uint64_t *length, GError **error)
 {
     dTHX;
@@ -16,8 +22,7 @@ bool glue_next_region(void *opaque, uint64_t *offset, uint64_t *length, GError *
     if (glue_has_died(aTHX)) {
         glue_keep_exception(aTHX_ caller);
         g_set_error_literal(error, PBA_ERROR, PBA_ERROR_INCOMPLETE, "next-dirty-region died");
-    } else if (count == 2 && looks_like_number(SP[1]) && looks_like_number(SP[2]) &&
-               SvUV(SP[2]) > 0) {
+    } else if (count == 2 && is_whole(aTHX_ SP[1]) && is_whole(aTHX_ SP[2]) && SvUV(SP[2]) > 0) {
         *offset = SvUV(SP[1]);
         *length = SvUV(SP[2]);
     } else if (count > 1 || (count == 1 && SvOK(SP[1]))) { /* undef is the API's word for the end */

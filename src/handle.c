@@ -7,6 +7,7 @@
 #include <fcntl.h>
 #include <inttypes.h>
 #include <linux/falloc.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 struct PbaHandle {
@@ -17,19 +18,47 @@ struct PbaHandle {
     bool ended;
 };
 
+/* The size is part of the contract. What is no regular file, or is one of /proc, does not tell it.
+ */
+static bool check_size(int fd, uint64_t size, GError **error)
+{
+    struct stat stat;
+    bool known = fstat(fd, &stat) == 0 && S_ISREG(stat.st_mode) && stat.st_size > 0;
+
+    if (known && (uint64_t)stat.st_size != size) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT,
+                      "the file has %" PRIi64 " bytes instead of %" PRIu64, (int64_t)stat.st_size,
+                      size);
+        return false;
+    }
+    if (size > G_MAXINT64) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT, "no file has %" PRIu64 " bytes", size);
+        return false;
+    }
+    return true;
+}
+
+/* A descriptor of our own for it; -1 on error. */
+static int take_descriptor(int fd, uint64_t size, GError **error)
+{
+    int own = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+
+    if (own < 0) {
+        pba_error_set(error, PBA_ERROR_SYSTEM, "cannot use the file handle - %s",
+                      g_strerror(errno));
+    } else if (!check_size(own, size, error)) {
+        close(own);
+        own = -1;
+    }
+    return own;
+}
+
 PbaVolume *pba_volume_open_handle(const char *device, int fd, uint64_t size,
                                   PbaNextRegion next_region, void *opaque, const PbaHooks *hooks,
                                   GError **error)
 {
-    if (size > G_MAXINT64) {
-        pba_error_set(error, PBA_ERROR_ARGUMENT, "no file has %" PRIu64 " bytes", size);
-        pba_error_add_device(error, device);
-        return NULL;
-    }
-    int own = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    int own = take_descriptor(fd, size, error);
     if (own < 0) {
-        pba_error_set(error, PBA_ERROR_SYSTEM, "cannot use the file handle - %s",
-                      g_strerror(errno));
         pba_error_add_device(error, device);
         return NULL;
     }

@@ -93,7 +93,11 @@ subtest 'what is no region' => sub {
         [0, 4096, 8192] => qr/returned something that is not a region/,
         [0, $size + 1] => qr/cannot begin at offset 0 with length 262145/,
         [$size, 1] => qr/cannot begin at offset 262144 with length 1/,
-        [-1, 4096] => qr/cannot begin at offset 18446744073709551615 with length 4096/,
+        [~0, 4096] => qr/cannot begin at offset 18446744073709551615 with length 4096/,
+        [-4096, 4096] => qr/returned something that is not a region/,
+        [512.5, 4096] => qr/returned something that is not a region/,
+        [512, 4096.25] => qr/returned something that is not a region/,
+        ['nan', 4096] => qr/returned something that is not a region/,
         [4096, ~0] => qr/cannot begin at offset 4096 with length 18446744073709551615/,
     );
     for my $case (pairs(@odd)) {
@@ -223,14 +227,22 @@ subtest 'the handle' => sub {
         'SystemError', qr/drive-scsi0: cannot use the file handle - Bad file descriptor/,
         'a closed one'
     );
-    open(my $again, '<', "$dir/disk") or die "open: $!\n";
-    my %long = (%volume, %regions, 'file-handle' => $again, size => 1 << 63);
-    fails(
-        sub { PVE::BackupAccess::Volume->open('drive-scsi0', \%long) },
-        'ArgumentError',
-        qr/drive-scsi0: no file has 9223372036854775808 bytes/,
-        'a size that no file has'
+    my @sizes = (
+        ["$dir/disk", $size - 512, qr/the file has 262144 bytes instead of 261632/],
+        ["$dir/disk", $size + 512, qr/the file has 262144 bytes instead of 262656/],
+        ['/dev/zero', 1 << 63, qr/no file has 9223372036854775808 bytes/],
     );
+
+    for my $case (@sizes) {
+        my ($path, $other, $message) = $case->@*;
+        open(my $again, '<', $path) or die "open: $!\n";
+        my %other = (%volume, %regions, 'file-handle' => $again, size => $other);
+        fails(
+            sub { PVE::BackupAccess::Volume->open('drive-scsi0', \%other) },
+            'ArgumentError', qr/drive-scsi0: $message/,
+            "$other bytes"
+        );
+    }
     $volume->close;
     fails(
         sub { $volume->pread(0, 512) },
