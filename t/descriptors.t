@@ -17,6 +17,7 @@ use PBA::Test::Backend;
 use PBA::Test::Handle;
 use PBA::Test::Provider;
 use PVE::BackupAccess;
+use PVE::BackupAccess::Provider::Qcow2Chain;
 
 my $mib = 1024 * 1024;
 
@@ -152,8 +153,21 @@ sub check_provider ($backend, $mechanism) {
             },
         },
     );
-    $backend->task($provider)->run;
+    $backend->task($provider)->run_job;
     is($inside, 1, "mechanism $mechanism: the provider was called");
+}
+
+# Our own one has locks and a server of its own besides.
+sub check_chain ($backend) {
+    local $^F = 1000;
+    my $store = File::Temp->newdir('pba-store-XXXXXXXX', TMPDIR => 1);
+    $before = of_child();
+    my $provider
+        = PVE::BackupAccess::Provider::Qcow2Chain->new(undef, { path => "$store" }, 'test');
+    my $during = 0;
+    $provider->on_progress(sub (@) { inherits_nothing('Qcow2Chain, copying') if !$during++ });
+    $backend->task($provider)->run_job;
+    cmp_ok($during, '>', 0, 'Qcow2Chain: copied');
 }
 
 my $missing = PBA::Test::Handle->missing;
@@ -164,6 +178,7 @@ for my $name (PBA::Test::Backend->names) {
         $before = of_child();
         check_monitor($backend);
         check_provider($backend, 'nbd');
+        check_chain($backend);
         SKIP: {
             skip($missing, 1) if $missing;
             check_provider($backend, 'file-handle');

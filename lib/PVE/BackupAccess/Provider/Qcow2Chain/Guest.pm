@@ -25,8 +25,10 @@ sub new ($class, $dir) {
 
 sub dir ($self) { return $self->{dir} }
 
-# A handle that holds the lock until it is closed, undef if somebody else has it.
+# A handle that holds the lock until it is closed, undef if somebody else has it. No other program
+# inherits it, and with it the lock, whatever the caller has set.
 sub try_lock ($self) {
+    local $^F = 2;
     my $path = "$self->{dir}/.lock";
     sysopen(my $fh, $path, O_RDWR | O_CREAT, 0600)
         or PVE::BackupAccess::Error->throw('SystemError', "cannot open $path - $!");

@@ -16,7 +16,9 @@ my $prefix = 'pba-server-';
 # What may be in it; nothing else is removed.
 my @files = qw(nbd log raw);
 
+# No other program inherits the lock, whatever the caller has set.
 my sub lock_dir ($path, $how) {
+    local $^F = 2;
     sysopen(my $lock, $path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW) or return undef;
     return flock($lock, $how) ? $lock : undef;
 }

@@ -33,6 +33,7 @@ sub start ($class, $server, $size) {
 sub _serve ($class, $path, @more) {
     fail('UnsupportedError', 'no /dev/fuse - a raw file for qemu-img needs FUSE')
         if !-e '/dev/fuse';
+    local $^F = 2;    # whatever the caller has set: no program but this one has them
     socketpair(my $parent, my $child, AF_UNIX, SOCK_STREAM, PF_UNSPEC)
         or fail('SystemError', "cannot make sockets - $!");
     syswrite($parent, "\0");    # what it waits for: the server is up

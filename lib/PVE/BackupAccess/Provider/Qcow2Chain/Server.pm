@@ -28,6 +28,9 @@ sub start ($class, $file, %options) {
     my $private = PVE::BackupAccess::Provider::Qcow2Chain::PrivateDir->new;
     my $self = bless({ owner => $$, private => $private }, $class);
     my $socket = $self->{socket} = $self->dir . '/nbd';
+
+    # Whatever the caller has set: a qemu-nbd that inherits a connection to itself never ends.
+    local $^F = 2;
     my $listener = IO::Socket::UNIX->new(Local => $socket, Listen => 16)
         or fail("cannot listen on $socket - $!");
 
