@@ -168,6 +168,9 @@ GPtrArray *pba_run_dir_find_left(const PbaAccess *access);
  * free, NULL if it does not. */
 const char *pba_run_dir_key(const char *path);
 char *pba_run_dir_target(const char *path);
+/* Whether its access is a living one: that of another guest that has the same identity, or of one
+ * whose QEMU has gone. */
+bool pba_run_dir_is_live(const PbaAccess *access, const char *path);
 /* The socket in such a directory, the caller's to free; NULL: it is none. */
 char *pba_run_dir_left_socket(const char *path);
 bool pba_run_dir_remove_left(const char *path);

@@ -8,6 +8,7 @@ bool pba_left_look(PbaAccess *access, bool with_graph, PbaBlock *block, PbaLeft 
                    GError **error)
 {
     pba_left_clear(left);
+    left->access = access;
     left->backend = access->backend;
     left->block = block;
     left->paths = pba_run_dir_find_left(access);
@@ -255,7 +256,9 @@ GPtrArray *pba_left_things(const PbaLeft *left)
         }
     }
     for (guint i = 0; i < left->paths->len; i++) {
-        add_path(left->paths->pdata[i], left->is_live, things);
+        if (!pba_run_dir_is_live(left->access, left->paths->pdata[i])) {
+            add_path(left->paths->pdata[i], left->is_live, things);
+        }
     }
     return things;
 }

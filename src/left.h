@@ -7,6 +7,7 @@
 
 /* What there is at one moment; the block graph is the caller's. */
 typedef struct {
+    const PbaAccess *access; /* which looks; borrowed */
     PbaBackend backend;
     PbaBlock *block;
     JsonArray *exports;
@@ -28,7 +29,8 @@ bool pba_left_look(PbaAccess *access, bool with_graph, PbaBlock *block, PbaLeft 
                    GError **error);
 void pba_left_clear(PbaLeft *left);
 
-/* Everything there is, as PbaLeftThing; the caller's to free. */
+/* Everything there is, as PbaLeftThing, but for the directories of living processes, which may be
+ * of another guest; the caller's to free. */
 GPtrArray *pba_left_things(const PbaLeft *left);
 
 /* Takes pba-ROLE-TARGET-DISK apart, the name of a node or export of an access; the results point

@@ -235,7 +235,7 @@ static void take_paths(PbaAccess *dead, const PbaLeft *left)
     for (guint i = 0; i < left->paths->len; i++) {
         const char *path = left->paths->pdata[i];
         bool is_own = g_str_has_prefix(pba_run_dir_key(path), own);
-        if (is_own && !take_server(dead, path)) {
+        if (is_own && !pba_run_dir_is_live(dead, path) && !take_server(dead, path)) {
             pba_run_dir_remove_left(path);
         }
     }

@@ -11,6 +11,8 @@
 #define SOCKET_NAME "nbd.sock"
 /* Tells the target-id, of which names have a hash only. */
 #define TARGET_NAME "target"
+/* Tells whose it is, by the name of his marker. */
+#define OWNER_NAME "owner"
 
 static char *default_run_dir(void)
 {
@@ -80,6 +82,13 @@ static bool socket_path_fits(const char *path, GError **error)
     return false;
 }
 
+/* Nothing depends on it: without it a directory is one of a dead process. */
+static void note(const char *dir, const char *name, const char *text)
+{
+    g_autofree char *path = g_build_filename(dir, name, NULL);
+    g_file_set_contents_full(path, text, -1, G_FILE_SET_CONTENTS_NONE, 0600, NULL);
+}
+
 bool pba_run_dir_make(PbaAccess *access, GError **error)
 {
     g_autofree char *parent = find_run_dir(access, error);
@@ -97,8 +106,9 @@ bool pba_run_dir_make(PbaAccess *access, GError **error)
     if (!g_mkdtemp_full(path, 0700)) {
         return set_system_error(error, "make", path);
     }
-    g_autofree char *target = g_build_filename(path, TARGET_NAME, NULL);
-    g_file_set_contents_full(target, access->target_id, -1, G_FILE_SET_CONTENTS_NONE, 0600, NULL);
+    g_autofree char *mark = pba_owner_mark_name(access, NULL);
+    note(path, OWNER_NAME, mark ? mark : "");
+    note(path, TARGET_NAME, access->target_id);
     access->socket = g_build_filename(path, SOCKET_NAME, NULL);
     access->socket_dir = g_steal_pointer(&path);
     return true;
@@ -107,8 +117,10 @@ bool pba_run_dir_make(PbaAccess *access, GError **error)
 static bool remove_dir(const char *path, const char *socket)
 {
     g_autofree char *target = g_build_filename(path, TARGET_NAME, NULL);
+    g_autofree char *owner = g_build_filename(path, OWNER_NAME, NULL);
 
     unlink(target);
+    unlink(owner);
     unlink(socket);
     return rmdir(path) == 0;
 }
@@ -185,6 +197,17 @@ char *pba_run_dir_target(const char *path)
         g_clear_pointer(&target, g_free);
     }
     return target;
+}
+
+bool pba_run_dir_is_live(const PbaAccess *access, const char *path)
+{
+    g_autofree char *file = g_build_filename(path, OWNER_NAME, NULL);
+    g_autofree char *mark = NULL;
+    pid_t pid;
+    bool alive;
+
+    return g_file_get_contents(file, &mark, NULL, NULL) &&
+           pba_owner_read(access, mark, &pid, &alive) && alive;
 }
 
 char *pba_run_dir_left_socket(const char *path)

@@ -176,6 +176,47 @@ sub check_unasked ($backend) {
     pass('after recover that setup works, too');
 }
 
+# Two guests without a name, over code refs: nothing tells the directories of the one from the other's.
+sub check_namesakes ($backend) {
+    my $vm = $backend->vm;
+    my $other = PBA::Test::Backend->start(
+        name => 'upstream',
+        guest => 0,
+        disks => [{ id => 'disk0', size => $size }]
+    );
+    my $code = sub ($command, $arguments) { return $vm->qmp($command, $arguments->%*) };
+    my %other = $other->options(
+        qmp => sub ($command, $arguments) { return $other->vm->qmp($command, $arguments->%*) },
+        'run-dir' => $backend->work_dir('run')
+    );
+    my $mechanism = PBA::Test::Handle->missing ? 'nbd' : 'file-handle';
+    my $client = PBA::Test::Client->start(
+        sub ($tell) {
+            my $access = $backend->access(qmp => $code);
+            $access->setup($backend->devices('new'));
+            my $volume = $access->volumes($mechanism)->{disk0};
+            my $reader = PVE::BackupAccess::Volume->open('disk0', $volume);
+            $tell->('up');
+            $tell->(length($reader->pread(0, 65536)));
+            $access->teardown(1);
+            $tell->('down');
+        }
+    );
+    is($client->next_word, 'up', 'a client has an access to the one');
+    my $lines = eval { PVE::BackupAccess->recover(%other) };
+    is_deeply($lines, [], 'nothing of the other one is left') or diag($@);
+    my $access = PVE::BackupAccess->new(%other);
+    ok(eval { $access->setup($other->devices('new')); 1 }, 'which can be backed up, too')
+        or diag($@);
+    ok(eval { $access->teardown(1); 1 }, 'to the end') or diag($@);
+    $client->let_go_on;
+    is($client->next_word, 65536, 'the one can still be read');
+    $client->let_go_on;
+    is($client->next_word, 'down', 'and its access ends well');
+    $client->let_go_on;
+    $client->wait_end;
+}
+
 # Of calls that come at once each does it, finds nothing more to do, or names one that is at it.
 sub check_concurrent ($backend) {
     my $outside = $backend->outside;
@@ -226,6 +267,8 @@ for my $name (PBA::Test::Backend->names) {
     subtest "backend $name: a live object" => sub { check_own($backend) };
     subtest "backend $name: told not to recover" => sub { check_unasked($backend) };
     subtest "backend $name: several at once" => sub { check_concurrent($backend) };
+    subtest 'a guest like another' => sub { check_namesakes($backend) }
+        if $name eq 'upstream';
     subtest "backend $name: dead virtual files" => sub {
         plan(skip_all => 'no /dev/fuse') if !-w '/dev/fuse';
         check_mounts($backend);
