@@ -12,6 +12,7 @@ use v5.36;
 use FindBin;
 use lib "$FindBin::Bin/lib", "$FindBin::Bin/../t/lib";
 
+use Fcntl qw(O_RDONLY);
 use File::Temp ();
 
 use PBA::Bench;
@@ -64,7 +65,7 @@ sub random_places () {
 }
 
 sub read_ranges ($file, $piece, @ranges) {
-    my $handle = $file->handle;
+    my $handle = $file->handle(O_RDONLY);
     my $bytes = 0;
     my $buffer = "\0" x $piece;
     for my $range (@ranges) {

@@ -10,14 +10,14 @@ package PBA::Bench::FuseFile;
 
 use v5.36;
 
-use Fcntl qw(O_RDONLY);
 use File::Temp ();
 use POSIX ();
 use Time::HiRes ();
 
 use PBA::Test::VFile;
 
-my $O_DIRECT = (POSIX::uname())[4] eq 'aarch64' ? 0x10000 : 0x4000;
+use parent 'PBA::Test::ServedFile';
+
 my $start_seconds = 30;
 
 sub ours ($class, $server, $size) {
@@ -42,6 +42,7 @@ sub _start ($class, $command) {
     my $dir = File::Temp->newdir('pba-bench-XXXXXXXX', TMPDIR => 1);
     my $path = "$dir/disk";
     open(my $fh, '>', $path) or die "$path: $!\n";
+    close($fh);
     my $pid = fork() // die "cannot fork: $!\n";
     exec($command->($path)) or POSIX::_exit(127) if !$pid;
     my $self = bless({ dir => $dir, path => $path, owner => $$, pid => $pid }, $class);
@@ -56,19 +57,6 @@ sub _wait_mounted ($self) {
         Time::HiRes::sleep(0.01);
     }
     return $self;
-}
-
-# For reading without the page cache.
-sub handle ($self) {
-    sysopen(my $fh, $self->{path}, O_RDONLY | $O_DIRECT) or die "$self->{path}: $!\n";
-    return $fh;
-}
-
-# What the server's memory was at most.
-sub peak_kib ($self) {
-    open(my $fh, '<', "/proc/$self->{pid}/status") or die "no such server: $!\n";
-    my ($kib) = map { /^VmHWM:\s+(\d+)/ } <$fh>;
-    return $kib;
 }
 
 sub DESTROY ($self) {

@@ -13,13 +13,12 @@ package PBA::Bench::QemuServer;
 
 use v5.36;
 
-use Fcntl qw(O_RDWR O_CREAT);
+use Fcntl qw(O_CREAT O_DIRECT O_RDWR);
 use POSIX ();
 use Time::HiRes ();
 
 use PBA::Bench::HandMade;
 
-my $O_DIRECT = (POSIX::uname())[4] eq 'aarch64' ? 0x10000 : 0x4000;
 my %fallocate = (x86_64 => 285, aarch64 => 47);
 my $PUNCH_HOLE_KEEP_SIZE = 3;
 my $piece = 4 << 20;
@@ -52,7 +51,7 @@ sub _virtual_file ($self, $disk, $incremental) {
     $self->_spawn('nbdfuse', '--pidfile', $file{pid_file}, $file{path},
         $self->{access}->uri($disk));
     Time::HiRes::sleep(0.1) while !-s $file{pid_file};
-    sysopen(my $handle, $file{path}, O_RDWR | $O_DIRECT) or die "$file{path}: $!\n";
+    sysopen(my $handle, $file{path}, O_RDWR | O_DIRECT) or die "$file{path}: $!\n";
     push $self->{files}->@*, { %file, handle => $handle };
     return {
         size => $disk->{size},

@@ -9,14 +9,10 @@ package PBA::Test::VFile;
 
 use v5.36;
 
-use Fcntl qw(O_RDWR);
 use File::Temp ();
-use POSIX ();
 use Socket qw(SHUT_WR);
 
-use parent 'PVE::BackupAccess::Provider::Qcow2Chain::RawFile';
-
-my $O_DIRECT = (POSIX::uname())[4] eq 'aarch64' ? 0x10000 : 0x4000;
+use parent qw(PBA::Test::ServedFile PVE::BackupAccess::Provider::Qcow2Chain::RawFile);
 
 sub start ($class, %opt) {
     my $dir = File::Temp->newdir('pba-vfile.XXXXXX', TMPDIR => 1);
@@ -24,18 +20,6 @@ sub start ($class, %opt) {
     my $self = $class->_serve(@arguments);
     $self->{dir} = $dir;
     return $self;
-}
-
-sub handle ($self) {
-    sysopen(my $handle, $self->{path}, O_RDWR | $O_DIRECT) or die "$self->{path}: $!\n";
-    return $handle;
-}
-
-# What the server's memory was at most.
-sub peak_kib ($self) {
-    open(my $fh, '<', "/proc/$self->{pid}/status") or die "no such server: $!\n";
-    my ($kib) = map { /^VmHWM:\s+(\d+)/ } <$fh>;
-    return $kib;
 }
 
 # Its exit status as in $?.
