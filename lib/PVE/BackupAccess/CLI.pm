@@ -95,7 +95,7 @@ sub absolute ($path) {
 my sub clean_environment () {
     delete(@ENV{qw(IFS CDPATH ENV BASH_ENV)});
     $ENV{PATH} = '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin';
-    for my $variable (qw(TMPDIR XDG_RUNTIME_DIR PBA_QEMU PBA_QEMU_IMG PBA_QEMU_NBD)) {
+    for my $variable (qw(TMPDIR XDG_RUNTIME_DIR PBA_QEMU PBA_QEMU_IMG)) {
         $ENV{$variable} = untainted($ENV{$variable}) if defined($ENV{$variable});
     }
 }

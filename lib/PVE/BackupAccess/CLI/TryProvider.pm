@@ -157,7 +157,7 @@ my sub run_task ($trial, $job, $watch) {
 my sub back_up ($trial, $job) {
     write_all($trial, $job->{before});
     $job->{disks} = $trial->{restore}->keep_disks($trial->{machine});
-    my $watch = $job->{watch} = new_provider($trial);
+    my $watch = new_provider($trial);
     $trial->{log} = [];
     my $ok = run_task($trial, $job, $watch);
     my $error = $@;

@@ -156,7 +156,6 @@ sub write ($self, $device, $offset, $length, $byte) {
     return;
 }
 
-sub dir ($self) { return $self->{dir} }
 sub file ($self, $device) { return "$self->{dir}/$device.raw" }
 
 # What an access to it needs.
