@@ -1,5 +1,5 @@
-# pve-backup-access in the PATH, and a guest as on Proxmox VE with the disk drive-scsi0: $qmp, its socket;
-# $backups and $directory, two empty directories. A block must leave nothing in the guest but bitmaps.
+# pve-backup-access in the PATH, and a stock QEMU with the disk drive-scsi0 and no guest system: $qmp, its
+# socket; $backups and $directory, two empty directories. A block must leave nothing in QEMU but bitmaps.
 
 use v5.36;
 

@@ -1,4 +1,4 @@
-# Lines of "./run COMMAND": that there is such a command. CI runs "./run test", t/examples.t the demo.
+# Lines of "./run COMMAND": that there is such a command. CI runs "./run test", t/demo.t the demo.
 
 use v5.36;
 
