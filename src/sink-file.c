@@ -94,6 +94,7 @@ static bool write_zeroes(FileSink *self, PbaPiece *piece, size_t at, size_t leng
     if (!done && !make_hole(self, piece, at, length, &done)) {
         return false;
     }
+    piece->zero += done ? (uint32_t)length : 0;
     return done || write_data(self->fd, piece, at, length);
 }
 
@@ -108,7 +109,6 @@ static void run_write(PbaJob *job)
         if (!(zero ? write_zeroes(self, piece, at, run) : write_data(self->fd, piece, at, run))) {
             return;
         }
-        piece->zero += zero ? (uint32_t)run : 0;
         at += run;
     }
 }

@@ -309,6 +309,8 @@ subtest 'holes' => sub {
             $statistics->{'bytes-read'},
             "$case: all of it"
         );
+        $statistics = open_volume(start(@options), %volume)->copy(to => '/dev/null');
+        is($statistics->{'bytes-zero'}, 0, "$case: so does a device that has no holes");
         my $silent = open_volume(start(@options, allocation_error => 22), %volume);
         my ($again, $got) = $sinks{'a file'}->($silent, $unseen x $size);
         same($got, $expected, "$case: where the server cannot tell, all is read");
