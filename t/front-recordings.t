@@ -80,7 +80,8 @@ my %any_value = map { $_ => 1 } qw(
 
 sub make_files ($dir, %option) {
     my $fleecing = $option{fleecing_mib} // ($option{shape} eq 'drive' ? 64 : 66);
-    make_raw("$dir/d.raw", 64);
+    make_raw("$dir/conf", 1 / 1024);    # for a backup of Proxmox' own, which reads data first
+    make_raw("$dir/d.raw", 64, 'd' x $mib);
     make_raw("$dir/fleece.raw", $fleecing);
     make_raw("$dir/fleece-wrong.raw", 32);
     my $qemu_img = $ENV{PBA_QEMU_IMG} // 'qemu-img';
@@ -91,8 +92,9 @@ sub make_files ($dir, %option) {
     return;
 }
 
-sub make_raw ($path, $size) {
+sub make_raw ($path, $size, $data = '') {
     open(my $fh, '>', $path) or die "cannot create $path: $!\n";
+    print {$fh} $data;
     truncate($fh, $size * $mib) or die "cannot extend $path: $!\n";
     close($fh) or die "cannot write $path: $!\n";
     return;

@@ -79,6 +79,11 @@ sub boot ($self) {
     );
     my $vm = $self->{vm} = PBA::Test::VM->start(disks => \@disks);
     $self->{disk_of} = { map { $vm->disk($_)->{device} => $_ } qw(files data) };
+
+    # Proxmox' commands want what qemu-server does before.
+    if ($vm->is_proxmox) {
+        $vm->add_fleecing_node($_) for qw(files data);
+    }
     return;
 }
 

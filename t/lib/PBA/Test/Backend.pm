@@ -16,11 +16,14 @@ use PBA::Test::VM;
 
 my $TARGET = 'snapshot-access:test';
 
-sub names ($class) { return qw(upstream pve) }
+# Where QEMU has Proxmox' commands they are what is used.
+sub names ($class) { return PBA::Test::VM->is_proxmox ? 'pve' : qw(upstream pve) }
 
 # name => upstream or pve; form => of Proxmox' command; everything else is for PBA::Test::VM.
 sub start ($class, %opt) {
     my ($name, $form) = delete(@opt{qw(name form)});
+    Test::More::plan(skip_all => 'only for a stock QEMU')
+        if $name eq 'upstream' && PBA::Test::VM->is_proxmox;
     my $vm = PBA::Test::VM->start(%opt);
     my $self = bless({ name => $name, vm => $vm, form => $form // 'devices' }, $class);
     $self->connect;
@@ -50,7 +53,7 @@ sub connect ($self) {
     my $vm = $self->{vm};
     undef $self->{front};
     return if $self->{name} eq 'upstream';
-    if (!grep { $_->{name} eq 'backup-access-setup' } $vm->qmp('query-commands')->@*) {
+    if (!PBA::Test::VM->is_proxmox) {
         $self->{front} = PBA::Test::Front->start(
             qemu_qmp => $vm->qmp_path,
             listen => $vm->dir . '/front.qmp',

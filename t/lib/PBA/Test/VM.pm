@@ -79,6 +79,23 @@ sub restart ($self) {
     return $self;
 }
 
+# Whether the QEMU that tests start has Proxmox' commands.
+sub is_proxmox ($class = undef) {
+    state %known;
+    my $qemu = _qemu();
+    return $known{$qemu} //= do {
+        my @ask = qw(qmp_capabilities query-commands quit);
+        my $input = join('', map { $JSON->encode({ execute => $_ }) } @ask);
+        my $replies = qx(echo '$input' | $qemu -nodefaults -display none -machine none -qmp stdio);
+        die "$qemu does not list its commands\n" if $? || $replies !~ m/"query-commands"/;
+        $replies =~ m/"backup-access-setup"/ ? 1 : 0;
+    };
+}
+
+sub _qemu () {
+    return $ENV{PBA_QEMU} // 'qemu-system-x86_64';
+}
+
 # ---- disks ----
 
 sub qemu_img ($class = undef) {
@@ -292,7 +309,7 @@ sub _command ($self) {
     my $accel = grep { /\A--?(?:accel|enable-kvm)\z/ } @more;
     my @disks = map { $self->disk($_) } $self->disk_ids;
     return (
-        $ENV{PBA_QEMU} // 'qemu-system-x86_64',
+        _qemu(),
         ($accel ? () : qw(-accel tcg)),
         '-machine',
         $self->{opt}{machine},
