@@ -112,17 +112,47 @@ sub check_file_system ($backend, $dir, $mechanism) {
         0, 'the next backup is the disk');
 }
 
-# A task says so at once.
-sub check_task ($backend, $dir) {
-    my %fleecing = fleecing_options($backend, $dir);
+# Something else takes all but a megabyte of it.
+sub fill ($dir) {
     my ($blocks, $free) = (split(' ', qx(stat -f -c '%S %a' $dir)));
     my $filler = "$dir/filler";
     open(my $fh, '>', $filler) or die "$filler: $!\n";
     print {$fh} "\0" x ($blocks * $free - $mib);
     close($fh) or die "$filler: $!\n";
+    return $filler;
+}
+
+# A task says so at once; or when it looks again, which it is made to do here.
+sub check_task ($backend, $dir) {
+    my $warning = qr/\Awarn: device .* its fleecing image '.*' is nearly full/;
+    my %fleecing = fleecing_options($backend, $dir);
+    my $filler = fill($dir);
     $backend->task(PBA::Test::Provider->new(mode => 'use'), %fleecing)->run;
-    is($backend->logged(qr/\Awarn: device .* its fleecing image '.*' is nearly full/),
-        1, "a task's log warns");
+    is($backend->logged($warning), 1, "a task's log warns");
+    unlink($filler);
+    return fleecing_options($backend, $backend->vm->dir) if !-w '/dev/fuse';
+
+    my $task;
+    my $backup = sub ($self, $vmid, $config, $volumes, $info) {
+        my ($volume) = values $volumes->%*;
+        is($backend->logged($warning), 0, 'there is space when it begins');
+        $filler = fill($dir);
+        $volume->{'next-dirty-region'}->();
+        is($backend->logged($warning), 0, 'it does not look each time');
+        $task->{'looked at fleecing'} = 0;
+        $volume->{'next-dirty-region'}->();
+        is($backend->logged($warning), 1, 'but sees it in the middle of a backup');
+    };
+    %fleecing = fleecing_options($backend, $dir);
+    $task = $backend->task(
+        PBA::Test::Provider->new(
+            mode => 'new',
+            mechanism => 'file-handle',
+            on => { backup_vm => $backup }
+        ),
+        %fleecing
+    );
+    $task->run;
     unlink($filler);
     fleecing_options($backend, $backend->vm->dir);
 }

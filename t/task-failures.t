@@ -8,6 +8,7 @@ use v5.36;
 
 use FindBin;
 use lib "$FindBin::Bin/lib";
+use IO::Socket::UNIX ();
 use POSIX ();
 use Test::More;
 use Time::HiRes ();
@@ -351,6 +352,34 @@ sub check_incomplete_map ($context) {
     );
 }
 
+# While somebody else has the monitor nothing can be asked, but everything can be read: a look at the
+# fleecing image may take a few seconds, not a QMP command's whole time, and not again at once.
+sub check_busy_monitor ($context) {
+    my $task;
+    my $seconds = 0;
+    my $backup = sub ($self, $vmid, $config, $volumes, $info) {
+        my $next = $volumes->{ $context->{backend}->device('disk0') }{'next-dirty-region'};
+        my $monitor = IO::Socket::UNIX->new(Peer => $context->{backend}->qmp_path)
+            or die "monitor: $!\n";
+        sysread($monitor, my $greeting, 4096);
+        $task->{'looked at fleecing'} = 0;
+        my $began = Time::HiRes::time();
+        $next->() for 1 .. 3;
+        $seconds = Time::HiRes::time() - $began;
+        close($monitor);
+        die "that was all\n";
+    };
+    my $provider = PBA::Test::Provider->new(
+        mechanism => 'file-handle',
+        on => { backup_vm => $backup }
+    );
+    $task = $context->{backend}->task($provider, timeout => 20);
+    ok(!eval { $task->run; 1 }, 'a busy monitor: the provider ends it');
+    is($@, "that was all\n", 'a busy monitor: nobody else does');
+    cmp_ok($seconds, '>', 0, 'a busy monitor: it was tried');
+    cmp_ok($seconds, '<', 15, 'a busy monitor: not for long');
+}
+
 sub check_resize ($context) {
     my $vm = $context->{backend}->vm;
     my $resize = sub ($self, $vmid, $volumes) {
@@ -390,6 +419,7 @@ sub check_backend ($name) {
         skip('no /dev/fuse', 1) if !-e '/dev/fuse';
         check_kept_volumes($context, 'file-handle');
         check_closed_handle($context);
+        check_busy_monitor($context) if $name eq 'upstream';
     }
     check_teardown_error($context);
     check_bits($context);

@@ -3,6 +3,7 @@ package PVE::BackupAccess::Task;
 use v5.36;
 
 use File::Temp ();
+use List::Util qw(min);
 use Scalar::Util qw(blessed weaken);
 use Time::HiRes ();
 
@@ -13,6 +14,7 @@ use PVE::BackupAccess::PluginBase;
 
 my $map_batch = 10_000;    # dirty regions per call
 my $look_every = 10;       # seconds, at fleecing images
+my $look_limit = 5;        # seconds, that a QMP command may take for that
 
 my sub check_provider ($name, $value) {
     PVE::BackupAccess::Argument::fail("$name must be an object") if !blessed($value);
@@ -125,12 +127,16 @@ sub _hand_over ($self, $result) {
 # Says early, and once, that a fleecing image will fill its file system. Nothing depends on it.
 sub _warn_of_fleecing ($self) {
     return if $self->{'warned of fleecing'};
-    $self->{'looked at fleecing'} = time();
     my %options = map { $_ => $self->{$_} }
-        grep { exists($self->{$_}) } qw(qmp run-dir fleecing-dir timeout);
-    my $status = eval { PVE::BackupAccess->status(%options) };
+        grep { exists($self->{$_}) } qw(qmp run-dir fleecing-dir);
+    my $timeout = min($look_limit, $self->{timeout} // $look_limit);
+    my $status = eval { PVE::BackupAccess->status(%options, timeout => $timeout) };
+    my $error = $@;
+
+    # Also where somebody else has the monitor, and nothing can be seen: reading goes on until then.
+    $self->{'looked at fleecing'} = time();
     if (!$status) {
-        die $@ if !blessed($@) || !$@->isa('PVE::BackupAccess::Error');    # a signal handler's
+        die $error if !blessed($error) || !$error->isa('PVE::BackupAccess::Error');    # a signal's
         return;
     }
     for my $warning ($status->{warnings}->@*) {
