@@ -1,4 +1,5 @@
-# Building and installing what "make dist" packs, in a private copy and below a private directory, with one short test.
+# Building and installing what "make dist" packs, in a private copy and below a private directory,
+# with one short test.
 
 use v5.36;
 

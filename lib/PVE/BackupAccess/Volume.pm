@@ -248,7 +248,7 @@ offer it.
 
 Or, of the mechanism file-handle, C<size>, C<bitmap-mode>, C<file-handle> and C<next-dirty-region>.
 Reads then go through the file, and regions come from the code ref. It gives each region once, so that
-such a hash is for one volume only.
+such a hash is for one volume only. The size must be the file's, too.
 
 Other keys are ignored, so that Proxmox VE may add some.
 

@@ -503,7 +503,8 @@ C<Qcow2Chain>.
 =head2 backup_init
 
 Locks the guest's directory until the archive is there, or until L</backup_cleanup>, takes away what a
-killed backup left, and names the archive: C<vm/100/20261122T064953Z>, by the start time in UTC, or later than the last one there is.
+killed backup left, and names the archive: C<vm/100/20261122T064953Z>, by the start time in UTC, or
+later than the last one there is.
 
 =head2 backup_get_mechanism
 

@@ -80,8 +80,9 @@ sub write_random ($self, $count = 6) {
 }
 
 # One backup in the order of the API. during => called when the volumes are there; late => 1: it
-# fails after the bitmaps were cleared; then => called before backup_cleanup; run => is given backup_vm to be called in another process, which
-# is to be killed. Returns the archive's name, undef if it failed.
+# fails after the bitmaps were cleared; then => called before backup_cleanup; run => is given
+# backup_vm to be called in another process, which is to be killed. Returns the archive's name,
+# undef if it failed.
 sub backup ($self, %options) {
     my ($provider, $disks) = $self->@{qw(provider disks)};
     my ($name, %volumes);

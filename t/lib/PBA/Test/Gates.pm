@@ -1,8 +1,9 @@
 package PBA::Test::Gates;
 
-# What t/check.pl looks at. A gate is { name, files => its files, version => of its tools, depends_on =>
-# other files that the answer for one depends on, code => files of the gate itself, at_once => files that one
-# process takes, check => whether these files are good (prints what is wrong), hint => what to do }.
+# What t/check.pl looks at. A gate is { name, files => its files, version => of its tools,
+# depends_on => other files that the answer for one depends on, code => files of the gate itself,
+# at_once => files that one process takes, check => whether these files are good (prints what is
+# wrong), hint => what to do }.
 
 use v5.36;
 

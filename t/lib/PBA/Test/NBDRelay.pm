@@ -5,9 +5,10 @@ package PBA::Test::NBDRelay;
 #
 #   my $relay = PBA::Test::NBDRelay->start($proxy, $path, 'kill-before-nbd', 3);
 #
-# More arguments are handles that the relay's process is to let go of. It takes the place of the server's socket at $path, and gives it back before it kills and at its
-# end. Connections and discards are counted together. 'kill-before-nbd' kills before QEMU hears of
-# it; 'kill-after-nbd' when the connection is made, or QEMU has answered the discard.
+# More arguments are handles that the relay's process is to let go of. It takes the place of the
+# server's socket at $path, and gives it back before it kills and at its end. Connections and
+# discards are counted together. 'kill-before-nbd' kills before QEMU hears of it; 'kill-after-nbd'
+# when the connection is made, or QEMU has answered the discard.
 
 use v5.36;
 
