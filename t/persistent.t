@@ -7,6 +7,7 @@ use lib "$FindBin::Bin/lib";
 use Test::More;
 
 use PBA::Test::Backend;
+use PBA::Test::Client;
 use PBA::Test::Repository;
 
 my $mib = 1024 * 1024;
@@ -98,6 +99,45 @@ subtest 'kill -9 makes a persistent bitmap inconsistent' => sub {
     my $result = $repository->backup(mode => 'use', success => 1, %options);
     is($result->{disk0}{action}, 'missing-recreated', 'it is made anew');
     is($result->{disk0}{bytes}, $size, 'with everything dirty');
+};
+
+# A killed client's access goes with a clean end of QEMU, and leaves two halves; then QEMU is killed.
+subtest 'kill -9 with a bitmap in two halves' => sub {
+    for my $how (qw(recover setup)) {
+        my $backend = PBA::Test::Backend->start(
+            name => 'upstream',
+            guest => 0,
+            disks => [{ id => 'disk0', size => $size, format => 'qcow2' }],
+        );
+        my %options = $backend->options(persistent => 1, log => sub { });
+        my $client = PBA::Test::Client->start(
+            sub ($tell) {
+                my $access = PVE::BackupAccess->new(%options);
+                $access->setup($backend->devices('new'));
+                $tell->('up');
+            }
+        );
+        is($client->next_word, 'up', 'a client has an access');
+        $client->kill9;
+        $backend->restart;
+        $backend->vm->kill9;
+        $backend->restart;
+        my @bitmaps = values $backend->vm->bitmaps->{disk0}->%*;
+        is_deeply([map { $_->{inconsistent} } @bitmaps], [1, 1], 'both are inconsistent');
+        if ($how eq 'recover') {
+            my $lines = PVE::BackupAccess->recover($backend->options, log => sub { });
+            is(scalar(grep { m/disk0.*bitmap .* was removed, since/ } $lines->@*),
+                1, 'recover says what it did');
+            is_deeply([values $backend->vm->bitmaps->%*], [], 'both are removed');
+        }
+        my $access = PVE::BackupAccess->new(%options);
+        my $info = $access->setup($backend->devices('use'))->[0];
+        is($info->{'bitmap-action'}, 'missing-recreated', "after $how: the next one says so");
+        my ($offset, $length) = $access->volume('disk0')->next_dirty_region;
+        is($length, $size, 'and is a full one');
+        $access->teardown(1);
+        is_deeply($backend->status->{'left-overs'}, [], 'nothing is left over');
+    }
 };
 
 done_testing;
