@@ -186,10 +186,37 @@ subtest 'servers that are killed' => sub {
     ok(eval { $volume->pread($size - 512, 512) }, 'the target: the volume can be read');
 };
 
+# Calls code with a sparse file that its file system has no room for.
+sub with_small_fs ($code) {
+    my $mount = "$dir/small";
+    mkdir($mount);
+    system("mount -t tmpfs -o size=1m none $mount 2>/dev/null") == 0
+        or skip('needs to mount', 1);
+    open(my $fh, '>', "$mount/disk") or die "$mount/disk: $!\n";
+    truncate($fh, $size) or die "$mount/disk: $!\n";
+    close($fh);
+    $code->("$mount/disk");
+    system('umount', $mount) == 0 or die "umount failed\n";
+}
+
 subtest 'targets that are full' => sub {
     my $full = qr/failed - No space left on device/;
     copy_dies(start(), qr/writing \d+ bytes at offset \d+ to \/dev\/full $full/,
         'a device', to => '/dev/full',);
+
+    SKIP: {
+        skip('needs root', 1) if $> != 0;
+        with_small_fs(
+            sub ($file) {
+                copy_dies(
+                    start(),
+                    qr/writing \d+ bytes at offset \d+ to \Q$file\E $full/,
+                    'a file system',
+                    to => $file
+                );
+            }
+        );
+    }
 
     my $offset = 5 * $MiB;
     my %node = (
@@ -266,23 +293,16 @@ subtest 'targets that lose what they took' => sub {
 
     SKIP: {
         skip('needs root and loop devices', 1) if $> != 0 || !-e '/dev/loop-control';
-        my $small = make_small("$dir/small") or skip('needs to mount', 1);
-        chomp(my $device = `losetup --find --show $small`);
-        die "losetup failed\n" if $?;
-        copy_dies(start(), qr/flushing $device failed - Input/, 'a device', to => $device);
-        system('losetup', '--detach', $device) == 0 or die "losetup failed\n";
-        system('umount', "$dir/small") == 0 or die "umount failed\n";
+        with_small_fs(
+            sub ($file) {
+                chomp(my $device = `losetup --find --show $file`);
+                die "losetup failed\n" if $?;
+                copy_dies(start(), qr/flushing $device failed - Input/, 'a device', to => $device);
+                system('losetup', '--detach', $device) == 0 or die "losetup failed\n";
+            }
+        );
     }
 };
-
-# A sparse file that its file system has no room for.
-sub make_small ($mount) {
-    mkdir($mount) or die "$mount: $!\n";
-    return undef if system("mount -t tmpfs -o size=1m none $mount 2>/dev/null") != 0;
-    open(my $fh, '>', "$mount/disk") or die "$mount/disk: $!\n";
-    truncate($fh, $size) or die "$mount/disk: $!\n";
-    return "$mount/disk";
-}
 
 # A program of its own, since the limit stays. It ends with 0 if the copy dies as it should.
 my $limited_copy = <<'EOF';

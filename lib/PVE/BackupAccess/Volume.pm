@@ -312,8 +312,9 @@ C<tls-certificates>). A server that offers no flush has none: what it answers is
 =back
 
 Any other answer than success, of source or target, dies with an error that names the offset; so does
-what the code refs die with, which comes through as it is. The target then has part of the data. The
-options are these; undef counts as not given:
+what the code refs and signal handlers die with, which comes through as it is; a write to a file or a
+device that is under way is waited for. The target then has part of the data. The options are these;
+undef counts as not given:
 
 =over
 
