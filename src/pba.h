@@ -145,7 +145,8 @@ typedef struct {
     unsigned major, minor, micro;
 } PbaCapabilities;
 
-/* Asks query-version, query-commands and, where there are Proxmox' commands, query-qmp-schema.
+/* Asks query-version, query-commands and, where there are Proxmox' commands in a QEMU that is not
+ * Proxmox' own package of 10.0 or later, query-qmp-schema.
  * PBA_ERROR_UNSUPPORTED where neither backend is possible. */
 bool pba_capabilities(PbaQmp *qmp, PbaCapabilities *capabilities, GError **error);
 

@@ -259,7 +259,23 @@ subtest 'capabilities' => sub {
         { backend => 'pve', form => 'devlist', 'qemu-version' => '10.0.2' },
         'early form'
     );
+    my $package = 'pve-qemu-kvm_9.2.0-4';
+    is(
+        $ask->(
+            pve_returns(
+                'query-version' => version(9, 2, 0, $package),
+                'query-qmp-schema' => schema('devlist')
+            )
+        )->{form},
+        'devlist',
+        "$package: the schema tells its form"
+    );
+    $package = 'pve-qemu-kvm_10.0.2-4';
+    my %returns = pve_returns('query-version' => version(10, 0, 2, $package));
+    delete $returns{'query-qmp-schema'};
+    is($ask->(%returns)->{form}, 'devices', "$package: QEMU is spared listing its schema");
     my @old = ([7, 1], [6, 2], [4, 0], [2, 12], [0, 15]);
+
     for my $old (@old) {
         my ($major, $minor) = @$old;
         my %returns = upstream_returns('query-version' => version($major, $minor, 50));

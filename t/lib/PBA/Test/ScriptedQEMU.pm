@@ -48,9 +48,9 @@ sub schema ($form) {
     ];
 }
 
-sub version ($major, $minor, $micro = 2) {
+sub version ($major, $minor, $micro = 2, $package = 'scripted') {
     my $qemu = { major => $major, minor => $minor, micro => $micro };
-    return { qemu => $qemu, package => 'scripted' };
+    return { qemu => $qemu, package => $package };
 }
 
 sub device ($name, $node) {
