@@ -243,6 +243,41 @@ sub check_concurrent ($backend) {
     }
 }
 
+# A setup at the same time is as good as a recover; and of several one at most has an access.
+sub check_concurrent_setups ($backend) {
+    my $outside = $backend->outside;
+    for my $round (1 .. 3) {
+        leave_access($backend, sub ($access) { $access->volumes('nbd') })->kill9;
+        my @clients = map {
+            my $sets_up = $_;
+            PBA::Test::Client->start(
+                sub ($tell) {
+                    my $access = $backend->access(log => sub { });
+                    my $done = eval {
+                        $sets_up
+                            ? $access->setup($backend->devices('use'))
+                            : recover($backend, $backend->qmp_path);
+                    };
+                    chomp(my $error = "$@");
+                    $tell->(!$done ? $error : $sets_up ? 'up' : 'done');
+                    $access->teardown(0) if $done && $sets_up;
+                    $tell->('ended');
+                }
+            )
+        } 0, 1, 0, 1;
+        my @words = map { $_->next_word } @clients;
+        my @strange = grep { !m/\A(?:up|done)\z|process \d+ is at it/ } @words;
+        is_deeply(\@strange, [], "round $round: done, or refused for another one's sake");
+        cmp_ok(scalar(grep { $_ eq 'up' } @words), '<=', 1, "round $round: one access at most");
+        $_->let_go_on for @clients;
+        is_deeply([map { $_->next_word } @clients], [('ended') x 4], "round $round: all end well");
+        $_->let_go_on for @clients;
+        $_->wait_end for @clients;
+        recover($backend, $backend->qmp_path);
+        is_deeply($backend->outside, $outside, "round $round: nothing is left");
+    }
+}
+
 # Its servers are killed as well, so that dead mounts stay behind.
 sub check_mounts ($backend) {
     my $outside = $backend->outside;
@@ -267,6 +302,7 @@ for my $name (PBA::Test::Backend->names) {
     subtest "backend $name: a live object" => sub { check_own($backend) };
     subtest "backend $name: told not to recover" => sub { check_unasked($backend) };
     subtest "backend $name: several at once" => sub { check_concurrent($backend) };
+    subtest "backend $name: setups as well" => sub { check_concurrent_setups($backend) };
     subtest 'a guest like another' => sub { check_namesakes($backend) }
         if $name eq 'upstream';
     subtest "backend $name: dead virtual files" => sub {
