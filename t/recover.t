@@ -254,7 +254,7 @@ sub check_concurrent_setups ($backend) {
                 sub ($tell) {
                     my $access = $backend->access(log => sub { });
                     my $done = eval {
-                        $sets_up
+                              $sets_up
                             ? $access->setup($backend->devices('use'))
                             : recover($backend, $backend->qmp_path);
                     };
