@@ -204,7 +204,7 @@ sub check_status () {
 
 # A discard is answered before it is done.
 sub check_early_discard () {
-    my ($server, $file) = serve(hang_at => 8 * $mib);
+    my ($server, $file) = serve(hang_trim_at => 8 * $mib);
     my $reader = reader($file->handle, 64 * $kib);
     ok(eval { $reader->discard(8 * $mib, 64 * $kib); 1 }, 'one that hangs holds up nobody');
     is(error_of($reader, 8 * $mib + 512, 512), EIO, 'what it is for is gone at once');

@@ -31,7 +31,7 @@ package PBA::Test::NBDServer;
 #   block_status_error, read_error, trim_error, write_error => ERRNO
 #   allocation_error => ERRNO   for a block status with base:allocation
 #   no_flush => 1           it cannot flush, and does not say it could
-#   hang_write_at => OFFSET such a write is never answered
+#   hang_write_at, hang_trim_at => OFFSET   such a write, or trim, is never answered
 #   short_read => N         the data chunk is N bytes shorter than asked, the read ends as if well
 #   missing_data => 1       a read ends as if well without any data chunk
 #   delay => SECONDS        per request, from when it came, so that requests in flight overlap

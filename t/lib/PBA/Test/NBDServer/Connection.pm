@@ -308,8 +308,8 @@ sub _fault ($self, $name, $request) {
 
 sub _refuses_to_answer ($self, $request) {
     my $command = $request->{command};
-    my $hang_write_at = $self->{options}{hang_write_at};
-    return 1 if $command eq 'write' && defined($hang_write_at) && _covers($request, $hang_write_at);
+    my $never_at = $self->{options}{"hang_${command}_at"};
+    return 1 if defined($never_at) && _covers($request, $never_at);
     return 0 if $command ne 'block-status' && $command ne 'read';
     my $after = $self->{options}{disconnect_after};
     die "disconnected after $after requests\n"
