@@ -2,6 +2,7 @@
 #include "access.h"
 #include "error.h"
 #include "json.h"
+#include "volume.h"
 #include "wait.h"
 #include <errno.h>
 #include <string.h>
@@ -217,6 +218,9 @@ bool pba_exports_remove(PbaAccess *access, GError **error)
     GError *first = NULL;
     GError *step = NULL;
 
+    if (access->socket) {
+        pba_connections_cut(access->socket);
+    }
     for (guint i = 0; i < access->disks->len && !pba_error_is_fatal(first); i++) {
         remove_export(access, access->disks->pdata[i], &step);
         pba_error_keep_first(&first, g_steal_pointer(&step), &access->hooks);

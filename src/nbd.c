@@ -35,11 +35,10 @@ bool pba_volume_is_lost(const PbaVolume *volume)
 
 void pba_volume_disconnect(PbaVolume *volume)
 {
-    struct nbd_handle *nbd = g_steal_pointer(&volume->nbd);
-
-    if (nbd) {
+    if (volume->nbd) {
         volume->connection++;
-        nbd_close(nbd);
+        pba_connection_forget(volume);
+        g_clear_pointer(&volume->nbd, nbd_close);
     }
 }
 
@@ -82,6 +81,9 @@ static bool start_connecting(PbaVolume *volume, GError **error)
     bool is_uri = strstr(volume->path, "://") != NULL;
 
     volume->nbd = nbd_create();
+    if (volume->nbd) {
+        pba_connection_note(volume);
+    }
     if (volume->nbd && nbd_set_handle_name(volume->nbd, volume->device) == 0 &&
         nbd_set_full_info(volume->nbd, true) == 0 &&
         /* Keys and certificates that the URI names are the caller's own. */

@@ -77,6 +77,11 @@ bool pba_volume_discard_ranges(PbaVolume *volume, const PbaRange *ranges, unsign
                                GError **error);
 /* Closes the connection, and with it all that is in flight. */
 void pba_volume_disconnect(PbaVolume *volume);
+/* A volume with an NBD handle is noted, so that pba_connections_cut finds its connection. */
+void pba_connection_note(PbaVolume *volume);
+void pba_connection_forget(PbaVolume *volume);
+/* Ends this process' connections to the server at that socket, whoever uses them. */
+void pba_connections_cut(const char *socket_path);
 /* True if there is no connection any more. */
 bool pba_volume_is_lost(const PbaVolume *volume);
 /* libnbd's last error, as one of ours about this device. */

@@ -198,6 +198,25 @@ sub check_second_setup ($backend) {
     pass('an object can be used again');
 }
 
+# As from a signal handler. QEMU has replies for the copy, which takes none meanwhile.
+sub check_end_below_copy ($backend, $mechanism) {
+    my $device = $backend->device('disk0');
+    my $access = $backend->access;
+    $access->setup($backend->devices('new'));
+    my $volume = PVE::BackupAccess::Volume->open($device, $access->volumes($mechanism)->{$device});
+    my $calls = 0;
+    my $take = sub ($, $) {
+        return if ++$calls != 3;
+        local $SIG{ALRM} = sub { die "it waits\n" };
+        alarm(30);
+        my $done = eval { $access->teardown(0); 1 };
+        alarm(0);
+        ok($done, "$mechanism: a teardown from below a copy") or diag($@);
+    };
+    ok(!eval { $volume->copy(to => $take); 1 }, "$mechanism: the copy ends with an error");
+    like("$@", qr/^device \Q$device\E: .* offset/, "$mechanism: which names the device");
+}
+
 for my $name (PBA::Test::Backend->names) {
     subtest "backend $name" => sub {
         my $backend = PBA::Test::Backend->start(name => $name, disks => \@disks);
@@ -210,6 +229,8 @@ for my $name (PBA::Test::Backend->names) {
         check_program_end($backend, $outside);
         check_signals($backend, $outside);
         check_foreign_server($backend, $outside);
+        check_end_below_copy($backend, $_) for qw(nbd file-handle);
+        is_deeply($backend->outside, $outside, 'nothing is left');
         $backend->check_manners;
     };
 }

@@ -1,0 +1,59 @@
+/* All NBD connections of this process.
+ *
+ * Where a client does not take its replies, QEMU does not notice that the connection is shut down,
+ * and keeps the export for as long. So a teardown from below a copy, as of a signal handler, has to
+ * close them itself. */
+#define _GNU_SOURCE /* dup3() */
+#include "volume.h"
+#include <fcntl.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+static GMutex lock;
+static GPtrArray *connected; /* PbaVolume, borrowed */
+
+void pba_connection_note(PbaVolume *volume)
+{
+    g_mutex_lock(&lock);
+    connected = connected ? connected : g_ptr_array_new();
+    g_ptr_array_add(connected, volume);
+    g_mutex_unlock(&lock);
+}
+
+void pba_connection_forget(PbaVolume *volume)
+{
+    g_mutex_lock(&lock);
+    g_ptr_array_remove_fast(connected, volume);
+    g_mutex_unlock(&lock);
+}
+
+static bool is_to(int fd, const char *socket_path)
+{
+    struct sockaddr_un peer = {0};
+    socklen_t length = sizeof(peer) - 1;
+
+    return fd >= 0 && getpeername(fd, (struct sockaddr *)&peer, &length) == 0 &&
+           peer.sun_family == AF_UNIX && strcmp(peer.sun_path, socket_path) == 0;
+}
+
+void pba_connections_cut(const char *socket_path)
+{
+    int ended[2];
+
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ended) != 0) {
+        return; /* QEMU closes them all but those that it waits for */
+    }
+    close(ended[1]);
+    g_mutex_lock(&lock);
+    for (guint i = 0; connected && i < connected->len; i++) {
+        const PbaVolume *volume = connected->pdata[i];
+        int fd = nbd_aio_get_fd(volume->nbd);
+        if (is_to(fd, socket_path)) {
+            dup3(ended[0], fd, O_CLOEXEC);
+        }
+    }
+    g_mutex_unlock(&lock);
+    close(ended[0]);
+}
