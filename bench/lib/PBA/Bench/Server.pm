@@ -58,16 +58,20 @@ sub _command ($self) {
 
 sub _wait_until_up ($self) {
     my $deadline = Time::HiRes::time() + $start_seconds;
-    while (!$self->_is_up) {
+    my $socket;
+    while (!($socket = $self->_connect)) {
         die "qemu-nbd ended with status $?\n" . $self->_log
             if waitpid($self->{pid}, POSIX::WNOHANG()) != 0;
         die "qemu-nbd not up after $start_seconds seconds\n" if Time::HiRes::time() > $deadline;
         Time::HiRes::sleep(0.02);
     }
+
+    # It listens before it is in its main loop, and forgets a SIGTERM that comes between.
+    sysread($socket, my $greeting, 8) or die "qemu-nbd ended\n" . $self->_log;
     return;
 }
 
-sub _is_up ($self) {
+sub _connect ($self) {
     return IO::Socket::UNIX->new(Peer => $self->{socket}) if !$self->{port};
     return IO::Socket::INET->new(PeerAddr => '127.0.0.1', PeerPort => $self->{port});
 }
