@@ -1,5 +1,5 @@
-# Copies of volumes to every kind of target, byte by byte. The source is an NBD server that answers
-# reads outside of dirty regions, or after a discard, with an error, as a snapshot does.
+# Copies of volumes to every kind of target, byte by byte. What the caller is told meanwhile, and what
+# he may do, is in copy-calls.t.
 
 use v5.36;
 
@@ -8,94 +8,30 @@ use lib "$FindBin::Bin/lib";
 
 use Fcntl qw(O_WRONLY);
 use File::Temp ();
-use List::Util qw(max min sum0);
+use List::Util qw(max sum0);
 use POSIX ();
 use Test::More;
-use Time::HiRes qw(time);
 
-use PBA::Test::Handle;
+use PBA::Test::CopySource qw($image $odd_size %maps start write_file read_file same);
 use PBA::Test::NBDServer qw(open_volume);
 use PBA::Test::QemuNbd;
-use PBA::Test::VFile;
 use PVE::BackupAccess::Volume;
 
 my $KiB = 1 << 10;
 my $MiB = 1 << 20;
 my $O_DIRECT = eval { Fcntl::O_DIRECT() } // die "no O_DIRECT\n";
-my $odd_size = 6 * $MiB + 4608;
 my $dir = File::Temp->newdir('pba-copy-XXXXXXXX', TMPDIR => 1);
 
 # What the target is full of before: neither data nor zeroes of the source.
 my $unseen = "\xee";
 
-# Data with zeroes in pieces of every size from 4 KiB on.
-sub make_image ($size) {
-    my $image = PBA::Test::NBDServer::pattern(0, $size);
-    for (my ($at, $i) = (8 * $KiB, 1); $at < $size; $at += $i++ * 28 * $KiB) {
-        my $length = min($i * 4 * $KiB, $size - $at);
-        substr($image, $at, $length) = "\0" x $length;
-    }
-    return $image;
-}
-
-my $image = make_image($odd_size);
 my $zero_bytes = sum0(map { length } grep { !m/[^\0]/ } unpack('(a4096)*', $image));
-
-my %maps = (
-    'one region' => [[64 * $KiB, 64 * $KiB]],
-    'all' => [[0, $odd_size]],
-    'nothing' => [],
-    'every other cluster' => [map { [$_ * 128 * $KiB, 64 * $KiB] } 0 .. 47],
-    'the odd end' => [[0, 192 * $KiB], [6 * $MiB, 4608]],
-    'long and short' =>
-        [[$MiB, 3 * $MiB - 64 * $KiB], [4 * $MiB, 64 * $KiB], [5 * $MiB, 512 * $KiB]],
-    'small blocks' => [map { [$_ * 12 * $KiB, 4 * $KiB] } 0 .. 300],
-    'sectors' => [map { [$_ * 2560, 512] } 7 .. 400],
-);
-
-# A server lives as long as its object; these outlive the volume a test makes of them.
-my @servers;
-
-sub start (%options) {
-    push @servers,
-        PBA::Test::NBDServer->start(
-        size => $odd_size,
-        export => 'disk',
-        dirty_only => 1,
-        data => sub ($offset, $length) { substr($image, $offset, $length) },
-        %options,
-        );
-    shift(@servers) if @servers > 4;
-    return $servers[-1];
-}
-
-sub write_file ($file, $data) {
-    open(my $fh, '>:raw', $file) or die "$file: $!\n";
-    print {$fh} $data;
-    close($fh) or die "$file: $!\n";
-    return $file;
-}
-
-sub read_file ($file) {
-    open(my $fh, '<:raw', $file) or die "$file: $!\n";
-    local $/;
-    return scalar(<$fh>);
-}
 
 # The target after the copy: the image where it was dirty, elsewhere what was there before.
 sub expected ($before, $map) {
     my $data = $before;
     substr($data, $_->[0], $_->[1]) = substr($image, $_->[0], $_->[1]) for @$map;
     return $data;
-}
-
-# is() would print megabytes.
-sub same ($got, $expected, $name) {
-    return pass($name) if $got eq $expected;
-    my $difference = $got ^. $expected;
-    $difference =~ m/[^\0]/;
-    return fail(
-        "$name: differs from byte $-[0] on, lengths " . length($got) . ' and ' . length($expected));
 }
 
 sub check_statistics ($statistics, $map, $name) {
@@ -508,244 +444,6 @@ subtest 'from a file handle' => sub {
     ok(!eval { $volume->copy(to => '/dev/null'); 1 }, 'a file that ends early');
     my $end = 5 * $MiB + 512;
     like($@, qr/reading \d+ bytes at offset $end failed/, 'names the offset');
-};
-
-subtest 'progress' => sub {
-    for my $map_name (sort keys %maps) {
-        my $total = sum0(map { $_->[1] } $maps{$map_name}->@*);
-        my @calls;
-        my $volume = open_volume(start(dirty => $maps{$map_name}, delay => 0.02));
-        $volume->copy(
-            to => '/dev/null',
-            connections => 1,
-            'request-size' => 4 * $KiB,
-            progress => sub ($done, $all) { push(@calls, [$done, $all]) },
-        );
-        is_deeply($calls[-1], [$total, $total], "$map_name: ends at the total");
-        is(scalar(grep { $_->[1] != $total } @calls), 0, "$map_name: knows it from the start");
-        is(scalar(grep { $calls[$_][0] < $calls[$_ - 1][0] } 1 .. $#calls),
-            0, "$map_name: never falls");
-    }
-};
-
-subtest 'bandwidth limit' => sub {
-    my $limit = 400 * $KiB;
-    my $volume = open_volume(start(size => 4 * $MiB, dirty => [[0, 4 * $MiB]]));
-    my $statistics = $volume->copy(to => '/dev/null', 'bandwidth-limit' => $limit);
-    my $expected = 4 * $MiB / $limit;
-    cmp_ok($statistics->{seconds}, '>', $expected * 0.95, 'not faster than the limit');
-    cmp_ok($statistics->{seconds}, '<', $expected * 1.05, 'nor much slower');
-    is($statistics->{'bytes-discarded'}, 4 * $MiB, 'short reads are discarded by whole clusters');
-};
-
-sub hanging_target () {
-    state $server = PBA::Test::NBDServer->start(size => $odd_size, hang_write_at => 3 * $MiB);
-    return $server;
-}
-
-# The server of the file waits for an answer that does not come. It is ended before the interpreter.
-my $hanging_file;
-END { undef $hanging_file }
-
-sub open_hanging_handle () {
-    state $server = PBA::Test::NBDServer->start(size => $odd_size, hang_at => 5 * $MiB);
-    $hanging_file = PBA::Test::VFile->start(
-        socket => $server->socket_path,
-        device => $server->{export},
-        size => $odd_size,
-    );
-    my @left = ([0, $odd_size]);
-    return PVE::BackupAccess::Volume->open(
-        'disk',
-        {
-            size => $odd_size,
-            'bitmap-mode' => 'new',
-            'file-handle' => $hanging_file->handle,
-            'next-dirty-region' => sub { @left ? shift(@left)->@* : () },
-        },
-    );
-}
-
-# How much slower than it should be a machine is that has too much to do.
-sub slowness () {
-    open(my $fh, '<', '/proc/loadavg') or return 1;
-    my ($load) = split(' ', <$fh>);
-    return max(1, $load);
-}
-
-subtest 'exceptions and signals' => sub {
-    my $object = bless({ reason => 'mine' }, 'My::Exception');
-    for my $case (['to', sub { die $object }], ['progress', sub { die $object }]) {
-        my ($option, $code) = @$case;
-        my $volume = open_volume(start(dirty => $maps{all}));
-        ok(!eval { $volume->copy(to => '/dev/null', $option => $code); 1 }, "$option dies");
-        is($@, $object, "$option: its own exception comes through");
-        same($volume->pread(4096, 4096), substr($image, 4096, 4096),
-            "$option: the volume works on");
-    }
-
-    my @hangs = (
-        [
-            'source', sub { open_volume(start(dirty => $maps{all}, hang_at => 5 * $MiB)) },
-            "$dir/target"
-        ],
-        ['target', sub { open_volume(start(dirty => $maps{all})) }, hanging_target()->uri],
-        PBA::Test::Handle->missing ? () : ['file handle', \&open_hanging_handle, "$dir/target"],
-    );
-    for my $case (@hangs) {
-        my ($name, $open, $target) = @$case;
-        my $volume = $open->();
-        my $start = time;
-        my $done = eval {
-            local $SIG{ALRM} = sub { die "alarm\n" };
-            Time::HiRes::alarm(0.5);
-            $volume->copy(to => $target);
-            1;
-        };
-        ok(!$done, "a $name that hangs: a handler ends the copy");
-        is($@, "alarm\n", "a $name that hangs: with what it died of");
-        cmp_ok(time - $start, '<', 1.5 * slowness(), "a $name that hangs: within a second");
-    }
-
-    # They would leave the copy behind, half done and without an error.
-    for my $option (qw(to progress)) {
-        no warnings 'exiting';    ## no critic (ProhibitNoWarnings)
-        my @ways = ([last => sub { last }], [next => sub { next }]);
-        for my $way (@ways) {
-            my ($word, $code) = $way->@*;
-            my @seen;
-            for my $time (1, 2) {
-                my $volume = open_volume(start(dirty => $maps{all}));
-                push(@seen, eval { $volume->copy(to => '/dev/null', $option => $code) } // $@);
-            }
-            is(scalar(@seen), 2, "$word in $option: leaves no loop of the caller's");
-            is(scalar(grep { m/\ACan't "$word" outside a loop block/ } @seen), 2, 'but dies');
-        }
-    }
-
-    my $inside;
-    my $volume = open_volume(start(dirty => $maps{all}));
-    $volume->copy(
-        to => sub {
-            $inside //= eval { $volume->size; 1 } ? 'usable' : $@;
-        }
-    );
-    like($inside, qr/in use by a call that is under way/,
-        'the volume is not for use in a callback');
-};
-
-subtest 'forks' => sub {
-    my $map = $maps{all};
-    for my $how (qw(exits dies returns)) {
-        my $volume = open_volume(start(dirty => $map));
-        my $file = write_file("$dir/target", $unseen x $odd_size);
-        my ($test, @children) = ($$);
-        my $fork = sub (@) {
-            return if @children;
-            my $pid = fork() // die "cannot fork: $!\n";
-            if (!$pid) {
-                POSIX::_exit(0) if $how eq 'exits';
-                die "child\n" if $how eq 'dies';
-                return;
-            }
-            push(@children, $pid);
-        };
-        my $statistics = eval { $volume->copy(to => $file, progress => $fork) };
-        if ($$ != $test) {
-            my $expected = $how eq 'dies' ? qr/\Achild\n\z/ : qr/belongs to another process/;
-            undef $volume;
-            POSIX::_exit($@ =~ $expected ? 0 : 1);
-        }
-        is($@, '', "a child that $how: the copy goes on");
-        waitpid($_, 0) for @children;
-        is($?, 0, "a child that $how: as it should");
-        same(read_file($file), $image, "a child that $how: data");
-    }
-};
-
-subtest 'bounded memory' => sub {
-    my $server = start(size => 1 << 30, dirty => [[0, 1 << 30]], data => sub ($, $n) { 'x' x $n });
-    my $pid = fork() // die "cannot fork: $!\n";
-    if (!$pid) {
-        my $volume = open_volume($server);
-        my $before = peak_kib();
-        $volume->copy(to => '/dev/null', 'request-size' => 8 * $MiB);
-        my $grown = peak_kib() - $before;
-        POSIX::_exit($grown <= 64 * 1024 ? 0 : 1);
-    }
-    waitpid($pid, 0);
-    is($?, 0, 'at most 64 MiB for the longest requests');
-};
-
-sub peak_kib () {
-    my ($kib) = map { m/^VmHWM:\s+(\d+)/ } split(/^/, read_file('/proc/self/status'));
-    return $kib;
-}
-
-subtest 'a million regions' => sub {
-    my $size = 1 << 30;
-    my $file = "$dir/map.qcow2";
-    PBA::Test::QemuNbd::write_map(
-        file => $file,
-        size => $size,
-        granularity => 512,
-        bitmap => 'bitmap0',
-        pattern => 'alternate',
-    );
-    my $server = PBA::Test::QemuNbd->start(
-        file => $file,
-        format => 'qcow2',
-        bitmap => 'bitmap0',
-        readonly => 1,
-    );
-    my $volume
-        = PVE::BackupAccess::Volume->open('disk',
-        { 'nbd-path' => $server->uri, 'bitmap-name' => 'bitmap0' },
-        );
-    my ($total, $calls) = (0, 0);
-    my $statistics = $volume->copy(
-        to => "$dir/target",
-        progress => sub ($done, $all) { $total = $all; $calls++ },
-    );
-    is($statistics->{regions}, 1 << 20, 'regions');
-    is($statistics->{'bytes-read'}, $size / 2, 'bytes');
-    is($total, $size / 2, 'progress');
-    cmp_ok($calls, '<=', $statistics->{seconds} * 5 + 2, 'is told a few times a second');
-};
-
-subtest 'arguments' => sub {
-    my $volume = open_volume(start(dirty => $maps{all}));
-    open(my $reader, '<', '/dev/null') or die;
-    open(my $appender, '>>', "$dir/appended") or die;
-    open(my $closed, '<', '/dev/null') or die;
-    close($closed);
-    my @cases = (
-        [qr/copy needs the option 'to'/],
-        [qr/copy needs the option 'to'/, to => undef],
-        [qr/to must not be empty/, to => ''],
-        [qr/must be open for writing, not for reading/, to => $reader],
-        [qr/must be open for writing, not for appending/, to => $appender],
-        [qr/must be an open file/, to => $closed],
-        [qr/must be an open file/, to => {}],
-        [qr/cannot write to the file descriptor 987 - Bad file/, to => 987],
-        [qr/cannot write to .*Is a directory/, to => "$dir"],
-        [qr/cannot write to .*No such file/, to => "$dir/none/target"],
-        [qr/connecting failed.*nothing-here/, to => "nbd+unix:///x?socket=$dir/nothing-here"],
-        [qr/unknown option 'speed'/, to => '/dev/null', speed => 1],
-        [qr/bandwidth-limit must be/, to => '/dev/null', 'bandwidth-limit' => -1],
-        [qr/bandwidth-limit must be/, to => '/dev/null', 'bandwidth-limit' => '1M'],
-        [qr/connections must be/, to => '/dev/null', connections => 17],
-        [qr/request-size must be/, to => '/dev/null', 'request-size' => 16 * $MiB],
-        [qr/request-size must be a multiple of 4096/, to => '/dev/null', 'request-size' => 5000],
-        [qr/progress must be a code ref/, to => '/dev/null', progress => 1],
-        [qr/discard must be 0 or 1/, to => '/dev/null', discard => 'no'],
-    );
-    for my $case (@cases) {
-        my ($pattern, @options) = @$case;
-        ok(!eval { $volume->copy(@options); 1 }, "refused: $pattern");
-        like($@, qr/$pattern.*\n\z/, 'with this error');
-    }
-    is_deeply([$volume->next_dirty_region], [0, $odd_size], 'the volume was not touched');
 };
 
 done_testing;
