@@ -296,6 +296,20 @@ sub check_forked_child ($context) {
     check_nothing_left($context, 'fork');
 }
 
+# As one that is started when somebody else has removed the export.
+sub check_server_fails ($context) {
+    my $backend = $context->{backend};
+    my $access = $backend->access;
+    $access->setup($backend->devices('none'));
+    $access->volumes('nbd');
+    $backend->vm->end_exports;
+    ok(!eval { $access->volumes('file-handle'); 1 }, 'no export: no file');
+    my $device = $backend->device('disk0');
+    like("$@", qr/\Adevice \Q$device\E: connecting failed .* no export/, 'what its server says');
+    $access->teardown(0);
+    check_nothing_left($context, 'no export');
+}
+
 sub check_server_killed ($context) {
     my $backend = $context->{backend};
     my ($access, $volumes) = set_up($backend, 'none');
@@ -390,6 +404,7 @@ sub check_backend ($name) {
     check_uses($context);
     check_busy_teardown($context);
     check_forked_child($context);
+    check_server_fails($context);
     check_server_killed($context);
     check_no_fuse($context);
     $backend->check_manners;
