@@ -9,7 +9,6 @@ bool pba_left_look(PbaAccess *access, bool with_graph, PbaBlock *block, PbaLeft 
 {
     pba_left_clear(left);
     left->access = access;
-    left->backend = access->backend;
     left->block = block;
     left->paths = pba_run_dir_find_left(access);
     if (!pba_block_query(access->qmp, with_graph, block, error)) {
@@ -102,7 +101,7 @@ static char *find_in_bitmaps(const PbaLeft *left, JsonArray *bitmaps, const char
     for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
         JsonObject *info = pba_json_element(bitmaps, i);
         const char *name = info ? pba_json_find_string(info, "name") : NULL;
-        const char *target = name ? pba_bitmap_target_of(left->backend, name) : NULL;
+        const char *target = name ? pba_bitmap_target_of(left->access->backend, name) : NULL;
         if (target && has_hash(target, key)) {
             return g_strdup(target);
         }
@@ -201,7 +200,7 @@ static void add_split_bitmaps(const PbaLeft *left, const char *node, GPtrArray *
     for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
         JsonObject *info = pba_json_element(bitmaps, i);
         const char *name = info ? pba_json_find_string(info, "name") : NULL;
-        const char *id = name ? pba_bitmap_target_of(left->backend, name) : NULL;
+        const char *id = name ? pba_bitmap_target_of(left->access->backend, name) : NULL;
         if (!id || !pba_left_is_split(left->block, node, id) ||
             !g_hash_table_add(seen, (gpointer)id)) {
             continue;
@@ -230,7 +229,7 @@ static void add_node(const PbaLeft *left, const char *node, GPtrArray *things)
     } else if (pba_is_owner_mark(node)) {
         char *what = pba_line("process mark '%s'", node);
         add_thing(things, node, NULL, what, "was removed")->harmless = true;
-    } else if (left->backend == PBA_BACKEND_UPSTREAM) {
+    } else if (left->access->backend == PBA_BACKEND_UPSTREAM) {
         add_split_bitmaps(left, node, things);
     }
 }

@@ -8,7 +8,6 @@
 /* What there is at one moment; the block graph is the caller's. */
 typedef struct {
     const PbaAccess *access; /* which looks; borrowed */
-    PbaBackend backend;
     PbaBlock *block;
     JsonArray *exports;
     GPtrArray *paths; /* on disk */
