@@ -9,9 +9,8 @@ use v5.36;
 use IO::Socket::INET;
 use IO::Socket::UNIX;
 use POSIX ();
-use Time::HiRes ();
 
-my $start_seconds = 30;
+use PBA::Test::QemuNbd;
 
 sub start ($class, %options) {
     my $self = bless {
@@ -29,7 +28,7 @@ sub start ($class, %options) {
         exec($self->_command) or POSIX::_exit(127);
     }
     $self->{pid} = $pid;
-    $self->_wait_until_up;
+    PBA::Test::QemuNbd::wait_until_up($pid, sub () { $self->_connect }, sub () { $self->_log });
     return $self;
 }
 
@@ -54,21 +53,6 @@ sub _command ($self) {
         $self->{port} ? ('--bind=127.0.0.1', "--port=$self->{port}") : "--socket=$self->{socket}",
         $self->{file},
     );
-}
-
-sub _wait_until_up ($self) {
-    my $deadline = Time::HiRes::time() + $start_seconds;
-    my $socket;
-    while (!($socket = $self->_connect)) {
-        die "qemu-nbd ended with status $?\n" . $self->_log
-            if waitpid($self->{pid}, POSIX::WNOHANG()) != 0;
-        die "qemu-nbd not up after $start_seconds seconds\n" if Time::HiRes::time() > $deadline;
-        Time::HiRes::sleep(0.02);
-    }
-
-    # It listens before it is in its main loop, and forgets a SIGTERM that comes between.
-    sysread($socket, my $greeting, 8) or die "qemu-nbd ended\n" . $self->_log;
-    return;
 }
 
 sub _connect ($self) {

@@ -29,7 +29,8 @@ sub start ($class, %options) {
         exec($self->_command) or POSIX::_exit(127);
     }
     $self->{pid} = $pid;
-    $self->_wait_until_up;
+    my $connect = sub () { IO::Socket::UNIX->new(Peer => "$self->{dir}/nbd") };
+    wait_until_up($pid, $connect, sub () { $self->_log });
     return $self;
 }
 
@@ -47,19 +48,19 @@ sub _command ($self) {
     );
 }
 
-sub _wait_until_up ($self) {
+# Waits for the greeting of a server, this process, that $connect connects to. qemu-nbd listens before it
+# is in its main loop, and forgets a SIGTERM that comes between.
+sub wait_until_up ($pid, $connect, $log) {
     my $deadline = Time::HiRes::time() + $START_SECONDS;
     my $socket;
-    while (!($socket = IO::Socket::UNIX->new(Peer => "$self->{dir}/nbd"))) {
-        die "qemu-nbd ended with status $?: ", $self->_log
-            if waitpid($self->{pid}, POSIX::WNOHANG()) != 0;
+    while (!($socket = $connect->())) {
+        die "qemu-nbd ended with status $?: ", $log->()
+            if waitpid($pid, POSIX::WNOHANG()) != 0;
         die "qemu-nbd not up after $START_SECONDS seconds\n"
             if Time::HiRes::time() > $deadline;
         Time::HiRes::sleep(0.01);
     }
-
-    # It listens before it is in its main loop, and forgets a SIGTERM that comes between.
-    sysread($socket, my $greeting, 8) or die 'qemu-nbd ended: ', $self->_log;
+    sysread($socket, my $greeting, 8) or die 'qemu-nbd ended: ', $log->();
     return;
 }
 
