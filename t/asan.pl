@@ -85,7 +85,7 @@ sub run_tests (@tests) {
 # Whether we forgot it, by the frames from malloc outwards: ours come before any of Perl's.
 sub is_our_leak (@frames) {
     for my $frame (@frames) {
-        return 1 if $frame =~ m{\bBackupAccess\.(?:so|c|xs)\b|\bsrc/[\w-]+\.[ch]:};
+        return 1 if $frame =~ m{\bBackupAccess\.(?:so|c|xs)\b|\bsrc/[\w/-]+\.[ch]:};
         return 0 if $frame =~ m{ in Perl\w*_|/(?:lib)?perl[\w.]*\+0x};
     }
     return 0;

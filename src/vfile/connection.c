@@ -2,10 +2,10 @@
  * this goes on beside the answering of readers. Only a request that is urgent and alone the
  * submitter sends and receives himself: a reader at random would wait each time until the threads
  * have woken each other. */
-#include "../error.h"
-#include "../volume.h"
-#include "../wait.h"
 #include "server.h"
+#include "src/base/error.h"
+#include "src/base/wait.h"
+#include "src/volume/volume.h"
 #include <errno.h>
 #include <poll.h>
 #include <sys/eventfd.h>

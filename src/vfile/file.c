@@ -1,8 +1,8 @@
 /* The file: answers the kernel's requests from slots, which are pieces of the volume that were or
  * are being read. A read takes what there is and has the gaps filled, with exactly the bytes that
  * are missing; reading ahead fills slots on its own account. */
-#include "../trims.h"
 #include "server.h"
+#include "src/volume/trims.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>

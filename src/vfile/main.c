@@ -6,9 +6,9 @@
  * there when the volume can be read, so that this can be started before. What is wrong is written
  * to him (standard error goes there, too), or a NUL character once the file can be opened. When he
  * shuts it down, or is gone, the server unmounts and ends. */
-#include "../error.h"
-#include "../volume.h"
 #include "server.h"
+#include "src/base/error.h"
+#include "src/volume/volume.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <signal.h>

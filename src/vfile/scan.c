@@ -1,7 +1,7 @@
 /* The dirty regions for reading ahead: a thread goes through the map on a connection of its own, so
  * that a slow answer holds up nobody. */
-#include "../volume.h"
 #include "server.h"
+#include "src/volume/volume.h"
 
 /* Regions known ahead of the reader. */
 #define RING_SIZE 1024u

@@ -9,7 +9,7 @@
 
 #define FUSE_USE_VERSION 35
 
-#include "../pba.h"
+#include "src/pba.h"
 #include <fuse_lowlevel.h>
 #include <poll.h>
 

@@ -1,5 +1,5 @@
 /* The names we give to nodes, exports and bitmaps, held to QEMU's rules for them. */
-#include "src/access.h"
+#include "src/access/access.h"
 #include "tap.h"
 #include <string.h>
 

@@ -1,6 +1,6 @@
 /* qmp-wire.c: whatever a peer sends, a whole message or an error comes out. */
-#include "src/qmp-wire.h"
-#include "src/json.h"
+#include "src/qmp/json.h"
+#include "src/qmp/wire.h"
 #include "tap.h"
 #include <string.h>
 

@@ -5,7 +5,7 @@
  * first byte says so, else it closes. */
 #define _GNU_SOURCE
 #include "fuzz.h"
-#include "src/qmp-wire.h"
+#include "src/qmp/wire.h"
 #include <stdio.h>
 #include <string.h>
 #include <sys/socket.h>

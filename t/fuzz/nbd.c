@@ -4,7 +4,7 @@
  * record all answers are good ones. */
 #define _GNU_SOURCE
 #include "fuzz.h"
-#include "src/volume.h"
+#include "src/volume/volume.h"
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>

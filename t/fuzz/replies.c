@@ -6,10 +6,10 @@
  * Lines of one command are used in their order, the last one again and again; a command without a
  * line gets a good reply. Where that cannot be a message, the connection is lost. */
 #include "fuzz.h"
-#include "src/access.h"
-#include "src/error.h"
-#include "src/json.h"
-#include "src/qmp-wire.h"
+#include "src/access/access.h"
+#include "src/base/error.h"
+#include "src/qmp/json.h"
+#include "src/qmp/wire.h"
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>

@@ -21,7 +21,8 @@ die "usage: perl t/fuzz/run.pl [--coverage] wire|replies|nbd|monitor [OPTION...]
 my $dir = $coverage ? '.fuzz/coverage' : '.fuzz/build';
 my @wrapped = qw(poll getpid kill g_get_monotonic_time g_file_get_contents);
 my $wrap = join(',', '-Wl', map { "--wrap=$_" } @wrapped);
-my @sources = (sort(glob('src/*.c')), "t/fuzz/$target.c", 't/fuzz/fake.c');
+my @core = grep { !m{^src/vfile/} } sort(glob('src/*/*.c src/*/*/*.c'));
+my @sources = (@core, "t/fuzz/$target.c", 't/fuzz/fake.c');
 push(@sources, 't/fuzz/replay.c') if $coverage;
 my @sanitize
     = $coverage
@@ -57,4 +58,4 @@ open(STDOUT, '>', '/dev/null') or die "cannot redirect: $!\n";
 run("$dir/$target", @inputs);
 open(STDOUT, '>&', $quiet) or die "cannot restore the output: $!\n";
 run('llvm-profdata', 'merge', '-o', "$dir/$target.profdata", "$dir/$target.profraw");
-run('llvm-cov', 'report', "$dir/$target", "-instr-profile=$dir/$target.profdata", glob('src/*.c'));
+run('llvm-cov', 'report', "$dir/$target", "-instr-profile=$dir/$target.profdata", @core);

@@ -1,7 +1,7 @@
 /* QMP's wire parser. The first byte says in which portions the others arrive; messages must be the
  * same however they do. */
+#include "src/qmp/wire.h"
 #include "fuzz.h"
-#include "src/qmp-wire.h"
 #include <string.h>
 
 int LLVMFuzzerInitialize(int *argc, char ***argv)

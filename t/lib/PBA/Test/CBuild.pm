@@ -27,7 +27,9 @@ sub new ($class) {
 sub is_sanitized ($self) { return scalar($self->{sanitize}->@*) }
 
 # The core's sources. The virtual file's server is a program of its own.
-sub core ($self) { return sort glob('src/*.c') }
+sub core ($self) {
+    return grep { !m{^src/vfile/} } sort glob('src/*/*.c src/*/*/*.c');
+}
 
 sub _pkg_config (@options) {
     open(my $pipe, '-|', 'pkg-config', @options, 'libnbd', 'json-glib-1.0', 'glib-2.0')

@@ -1,0 +1,194 @@
+/* What the parts of an access share. */
+#ifndef PBA_SRC_ACCESS_H
+#define PBA_SRC_ACCESS_H
+
+#include "src/pba.h"
+#include "src/qemu/block.h"
+#include <sys/types.h>
+
+/* Bytes a bit of our bitmaps stands for: copy-before-write's cluster, too. */
+#define PBA_GRANULARITY 65536u
+
+/* One disk of an access: what was asked for, what QEMU has, what we made of it. */
+typedef struct {
+    char *device;
+    char *key; /* hash of the device: what names of ours are made from */
+    PbaBitmapMode mode;
+
+    char *qdev;        /* id or QOM path of the guest device; NULL: none */
+    char *root_node;   /* what the guest device used before setup */
+    char *bitmap_node; /* where the bitmaps are: below filters */
+    uint64_t size;
+    bool read_only;
+
+    char *snapshot_node; /* NULL until setup is done */
+    char *bitmap_name;   /* NULL without a bitmap */
+    PbaBitmapAction action;
+
+    /* upstream backend: names of the nodes that we add */
+    char *raw_node;
+    char *filter_node;
+    char *fleecing_node; /* or the caller's */
+    bool bitmap_persistent;
+
+    bool device_gone; /* recovering: QEMU has nothing any more that the key is a hash of */
+} PbaDisk;
+
+typedef enum { PBA_BACKEND_PVE, PBA_BACKEND_UPSTREAM } PbaBackend;
+typedef enum { PBA_FORM_DEVICES, PBA_FORM_DEVLIST } PbaForm;
+/* Tried: some of them may be there. */
+typedef enum { PBA_EXPORTS_NONE, PBA_EXPORTS_TRIED, PBA_EXPORTS_ALL } PbaExports;
+
+struct PbaAccess {
+    pid_t owner;
+    PbaQmp *qmp; /* borrowed */
+    PbaHooks hooks;
+
+    char *target_id;
+    char *run_dir;
+    char *identity;
+    char *fleecing_dir;
+    GHashTable *fleecing;
+    char *early_bitmap_name;
+    bool persistent;
+    bool no_recover;
+
+    PbaBackend backend;
+    PbaForm form;
+    unsigned qemu_version; /* 702 is 7.2 */
+
+    GPtrArray *disks;     /* PbaDisk; empty: no access is up */
+    char *socket_dir;     /* NULL: not made */
+    char *socket;         /* the NBD server's */
+    GPtrArray *vfiles;    /* PbaVfile, one for each disk; NULL: none was asked for */
+    bool marked;          /* QEMU may have the marker of this process; see owner.c */
+    unsigned mark_number; /* tells it from markers of the process' other accesses */
+    bool recovering; /* this is what a dead process left: its nodes and devices are not known */
+    bool begun;      /* something else may have been changed in QEMU */
+    bool server_up;  /* we started the NBD server, or tried to */
+    PbaExports exports;
+    bool teardown_failed;
+    bool success_unknown; /* a successful end was asked for, and no reply came */
+};
+
+/* In this Proxmox' QEMU records what the guest writes while an access is up. */
+#define PBA_PVE_BACKGROUND "backup-access-background-bitmap"
+
+/* The two backends, each in its own files. Check looks at everything that can be looked at and
+ * changes nothing. Setup starts the NBD server, too; it sets begun before its first change, and
+ * what it did is undone by teardown. Before teardown the exports are gone. */
+bool pba_pve_check(PbaAccess *access, const PbaBlock *block, GError **error);
+bool pba_pve_setup(PbaAccess *access, GError **error);
+bool pba_pve_teardown(PbaAccess *access, bool success, GError **error);
+bool pba_upstream_check(PbaAccess *access, const PbaBlock *block, GError **error);
+bool pba_upstream_setup(PbaAccess *access, PbaBlock *block, GError **error);
+bool pba_upstream_teardown(PbaAccess *access, bool success, GError **error);
+/* True if QEMU can be asked and has nothing of an access any more but markers. */
+bool pba_upstream_is_clean(PbaAccess *access);
+
+/* upstream: a bitmap of the target on this disk with every bit set, made in one transaction. */
+bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error);
+/* upstream: drops what the above may have left when it was cut short. */
+bool pba_dirty_source_drop(PbaAccess *access, const PbaDisk *disk, const PbaBlock *block,
+                           GError **error);
+/* upstream: the arguments of block-dirty-bitmap-add for a bitmap of ours on this disk. */
+JsonNode *pba_bitmap_add_arguments(const PbaDisk *disk, const char *name);
+/* upstream: removes the disk's bitmap of that name. */
+bool pba_bitmap_remove(PbaAccess *access, const PbaDisk *disk, const char *name, GError **error);
+/* upstream: ends the split into target's and background bitmap on every disk that has one. Where
+ * that cannot be done the target's bitmap is removed. */
+bool pba_bitmaps_join(PbaAccess *access, PbaBlock *block, bool success, GError **error);
+/* upstream: discards what is clean in the exported snapshot, if the map is worth it. Nothing
+ * depends on it, so that a failure is only logged. */
+void pba_trim_clean_parts(PbaAccess *access, const PbaDisk *disk);
+/* upstream: the disk below our nodes, as the graph shows it: borrowed, NULL if they are not there.
+ */
+const char *pba_upstream_root(const PbaBlock *block, const PbaDisk *disk);
+/* upstream: options of the raw node above a disk, with file as its child. discard=unmap hands the
+ * guest's own trims down to the disk; the size makes QEMU refuse block_resize, which aborts while a
+ * bitmap is exported. */
+JsonNode *pba_raw_options(const PbaDisk *disk, const char *file);
+/* Whether the name is of a node of ours, of whatever target. */
+bool pba_is_own_node(const char *node);
+/* upstream: names of the bitmaps of a target; the caller's to free. */
+char *pba_target_bitmap(const char *target_id);
+char *pba_background_bitmap(const char *target_id);
+/* Both backends: the target in a bitmap's name, or NULL; points into it. */
+const char *pba_bitmap_target_of(PbaBackend backend, const char *name);
+/* Name of something of ours for this target and what it is of: a device, or the guest by its
+ * identity. At most 31 bytes, as QEMU wants node names and ids. */
+char *pba_own_name(const PbaAccess *access, const char *role, const char *of);
+/* The same of a disk, by its key. */
+char *pba_disk_name(const PbaAccess *access, const char *role, const PbaDisk *disk);
+/* What such names of this role and target begin with. */
+char *pba_target_prefix(const PbaAccess *access, const char *role);
+/* The hash in them, of so many hexadecimal digits. */
+#define PBA_HASH_LENGTH 8
+char *pba_short_hash(const char *text);
+/* Asks QEMU what it can do, and where need be who it is. */
+bool pba_access_begin(PbaAccess *access, GError **error);
+/* An access of no target, which can only look. */
+PbaAccess *pba_access_new_observer(PbaQmp *qmp, const PbaAccessOptions *options,
+                                   const PbaHooks *hooks, GError **error);
+
+/* Markers in QEMU of who has an access, and on Proxmox to which devices. */
+#define PBA_DEVICE_ROLE "dev"
+bool pba_is_owner_mark(const char *node);
+/* The node name of this access'; the caller's to free. */
+char *pba_owner_mark_name(const PbaAccess *access, GError **error);
+/* Refuses if a living process, but for this access, has marked the guest. nodes is
+ * query-named-block-nodes' reply. */
+bool pba_owner_check(const PbaAccess *access, JsonArray *nodes, GError **error);
+/* Marks the guest as this process's, unless another one was faster. */
+bool pba_owner_mark(PbaAccess *access, GError **error);
+bool pba_device_marks_add(PbaAccess *access, GError **error);
+/* Takes our marker away, and with all also those of dead processes and of this target's devices. A
+ * failure is logged only: nothing but a later access depends on it. */
+void pba_owner_unmark(PbaAccess *access, bool all);
+void pba_owner_forget(PbaAccess *access);
+/* Whose marker it is, if it is one. */
+bool pba_owner_read(const PbaAccess *access, const char *node, pid_t *pid, bool *alive);
+
+/* Undoes what a dead process left of this target; done, refused or nothing there. block is what
+ * QEMU has afterwards. What was done is appended to lines. */
+bool pba_recover_left(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GError **error);
+/* What every end of an access is: all that is possible is undone. */
+bool pba_tear_down_and_end(PbaAccess *access, bool success, GError **error);
+
+/* The directory's real path, the caller's to free, if nobody but root and this user can change what
+ * a name in it or above it stands for. what names the directory in the error. */
+char *pba_trusted_dir(const char *what, const char *path, GError **error);
+/* The directory of the NBD socket: private, made without following anybody's links. */
+bool pba_run_dir_make(PbaAccess *access, GError **error);
+void pba_run_dir_remove(PbaAccess *access);
+/* What accesses to this guest have on disk, of all targets: socket directories and fleecing
+ * images; paths, the caller's to free. */
+GPtrArray *pba_run_dir_find_left(const PbaAccess *access);
+/* The hash of the target in such a path, and its name as the directory tells it: the caller's to
+ * free, NULL if it does not. */
+const char *pba_run_dir_key(const char *path);
+char *pba_run_dir_target(const char *path);
+/* Whether its access is a living one: that of another guest that has the same identity, or of one
+ * whose QEMU has gone. */
+bool pba_run_dir_is_live(const PbaAccess *access, const char *path);
+/* The socket in such a directory, the caller's to free; NULL: it is none. */
+char *pba_run_dir_left_socket(const char *path);
+bool pba_run_dir_remove_left(const char *path);
+
+/* Unmounts the virtual files and ends their servers. What could not be ended stays for a later
+ * call. */
+bool pba_vfiles_end(PbaAccess *access, GError **error);
+/* Frees what is local of them. */
+void pba_vfiles_free(PbaAccess *access);
+
+bool pba_nbd_server_start(PbaAccess *access, GError **error);
+/* True unless nothing listens at the socket. */
+bool pba_nbd_socket_answers(const char *socket);
+bool pba_exports_add(PbaAccess *access, GError **error);
+/* Whether there is an export whose id begins so. */
+#define PBA_EXPORT_PREFIX "pba-exp-"
+bool pba_exports_find(PbaAccess *access, const char *id_prefix, bool *found, GError **error);
+/* Removes our exports, waits until they are gone, and stops our NBD server. */
+bool pba_exports_remove(PbaAccess *access, GError **error);
+
+#endif

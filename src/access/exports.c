@@ -1,0 +1,240 @@
+/* The NBD server in QEMU and our exports on it. */
+#include "access.h"
+#include "src/base/error.h"
+#include "src/base/wait.h"
+#include "src/qmp/json.h"
+#include "src/volume/volume.h"
+#include <errno.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+/* block-export-del waits for requests in flight; Proxmox allows it ten minutes. */
+#define EXPORT_GONE_S 600
+
+static char *export_id(PbaAccess *access, const PbaDisk *disk)
+{
+    return pba_disk_name(access, "exp", disk);
+}
+
+bool pba_nbd_socket_answers(const char *socket_path)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+
+    g_strlcpy(address.sun_path, socket_path, sizeof(address.sun_path));
+    bool answers = fd < 0 || connect(fd, (struct sockaddr *)&address, sizeof(address)) == 0 ||
+                   (errno != ECONNREFUSED && errno != ENOENT);
+    if (fd >= 0) {
+        close(fd);
+    }
+    return answers;
+}
+
+bool pba_nbd_server_start(PbaAccess *access, GError **error)
+{
+    JsonNode *arguments =
+        pba_json("{'addr': <{'type': <'unix'>, 'data': <{'path': <%s>}>}>}", access->socket);
+    GError *local = NULL;
+    bool done = pba_qmp_run(access->qmp, "nbd-server-start", arguments, &local);
+
+    /* Without a reply it may have been started all the same. */
+    access->server_up = done || pba_error_is_fatal(local) || pba_nbd_socket_answers(access->socket);
+    access->begun |= access->server_up;
+    if (done) {
+        return true;
+    }
+    if (strstr(local->message, "already running")) {
+        pba_error_add_hint(&local, "QEMU has one NBD server only: end what another program does "
+                                   "with it, then try again");
+    }
+    g_propagate_error(error, local);
+    return false;
+}
+
+/* QEMU 7.2 returns the disk as it is now to a read of a snapshot-access node that begins in a
+ * cluster that was copied and ends in one that was not. 10.0 is known to be good; Proxmox' own
+ * commands are younger than the bug. */
+static bool reads_by_cluster(const PbaAccess *access)
+{
+    return access->backend == PBA_BACKEND_UPSTREAM && access->qemu_version < 1000;
+}
+
+static bool add_export(PbaAccess *access, const PbaDisk *disk, GError **error)
+{
+    g_autofree char *id = export_id(access, disk);
+    JsonNode *arguments = pba_json("{'id': <%s>, 'type': <'nbd'>, 'node-name': <%s>, 'name': <%s>, "
+                                   "'writable': <true>, 'description': <%s>}",
+                                   id, disk->snapshot_node, disk->device,
+                                   reads_by_cluster(access) ? PBA_BY_CLUSTER : "");
+    if (disk->bitmap_name) {
+        JsonArray *bitmaps = json_array_new();
+        json_array_add_element(bitmaps, pba_json("{'node': <%s>, 'name': <%s>}", disk->bitmap_node,
+                                                 disk->bitmap_name));
+        json_object_set_array_member(json_node_get_object(arguments), "bitmaps", bitmaps);
+    }
+    if (!pba_qmp_run(access->qmp, "block-export-add", arguments, error)) {
+        pba_error_add_device(error, disk->device);
+        return false;
+    }
+    return true;
+}
+
+/* What cannot be read is no proof that an export is gone. */
+static const char *export_id_of(JsonArray *exports, guint index, GError **error)
+{
+    JsonObject *export = pba_json_element(exports, index);
+    const char *id = export ? pba_json_find_string(export, "id") : NULL;
+
+    if (!id) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "an export in the reply has no id");
+        pba_error_add_command(error, "query-block-exports");
+    }
+    return id;
+}
+
+typedef bool (*ExportTest)(JsonObject *export, const char *id, const char *prefix);
+
+static bool find_export(PbaAccess *access, ExportTest test, const char *prefix, bool *found,
+                        GError **error)
+{
+    g_autoptr(JsonArray) exports =
+        pba_qmp_query_array(access->qmp, "query-block-exports", NULL, error);
+
+    *found = false;
+    for (guint i = 0; exports && i < json_array_get_length(exports); i++) {
+        const char *id = export_id_of(exports, i, error);
+        if (!id) {
+            return false;
+        }
+        *found |= test(pba_json_element(exports, i), id, prefix);
+    }
+    return exports != NULL;
+}
+
+static bool begins_so(G_GNUC_UNUSED JsonObject *export, const char *id, const char *prefix)
+{
+    return g_str_has_prefix(id, prefix);
+}
+
+bool pba_exports_find(PbaAccess *access, const char *id_prefix, bool *found, GError **error)
+{
+    return find_export(access, begins_so, id_prefix, found, error);
+}
+
+/* block-export-del may return before the export is gone. */
+static bool wait_export_gone(PbaAccess *access, const char *id, GError **error)
+{
+    gint64 deadline = pba_deadline(EXPORT_GONE_S);
+    bool found;
+
+    while (pba_exports_find(access, id, &found, error)) {
+        if (!found) {
+            return true;
+        }
+        if (!pba_wait_ms(10, deadline, &access->hooks, "waiting for an export to go", error)) {
+            return false;
+        }
+    }
+    return false;
+}
+
+static bool remove_export(PbaAccess *access, const PbaDisk *disk, GError **error)
+{
+    g_autofree char *id = export_id(access, disk);
+    bool found;
+
+    if (!pba_exports_find(access, id, &found, error)) {
+        return false;
+    }
+    if (!found) {
+        return true;
+    }
+    if (!pba_qmp_run(access->qmp, "block-export-del",
+                     pba_json("{'id': <%s>, 'mode': <'hard'>}", id), error) ||
+        !wait_export_gone(access, id, error)) {
+        pba_error_add_device(error, disk->device);
+        return false;
+    }
+    return true;
+}
+
+bool pba_exports_add(PbaAccess *access, GError **error)
+{
+    bool tried = access->exports == PBA_EXPORTS_TRIED;
+
+    for (guint i = 0; tried && i < access->disks->len; i++) {
+        if (!remove_export(access, access->disks->pdata[i], error)) {
+            return false;
+        }
+    }
+    access->exports = PBA_EXPORTS_TRIED;
+    if (reads_by_cluster(access)) {
+        pba_log(
+            &access->hooks, PBA_LOG_INFO,
+            "this QEMU has to be read by single clusters of 64 KiB, as PVE::BackupAccess::Volume "
+            "does: other NBD clients can get wrong data");
+    }
+    for (guint i = 0; i < access->disks->len; i++) {
+        if (!add_export(access, access->disks->pdata[i], error)) {
+            return false;
+        }
+    }
+    access->exports = PBA_EXPORTS_ALL;
+    return true;
+}
+
+/* Somebody else has put it on our server. */
+static bool is_of_others(JsonObject *export, const char *id, const char *prefix)
+{
+    return g_strcmp0(pba_json_find_string(export, "type"), "nbd") == 0 &&
+           !g_str_has_prefix(id, prefix);
+}
+
+static bool stop_server(PbaAccess *access, GError **error)
+{
+    bool others;
+
+    /* Ours is gone if nothing listens at our socket; another one that runs is none of our business.
+     */
+    if (pba_nbd_socket_answers(access->socket)) {
+        if (!find_export(access, is_of_others, PBA_EXPORT_PREFIX, &others, error)) {
+            return false;
+        }
+        if (others) {
+            pba_log(&access->hooks, PBA_LOG_WARN,
+                    "the NBD server stays up: it has got exports that are not ours");
+        } else if (!pba_qmp_run(access->qmp, "nbd-server-stop", NULL, error)) {
+            return false;
+        }
+    }
+    access->server_up = false;
+    return true;
+}
+
+bool pba_exports_remove(PbaAccess *access, GError **error)
+{
+    GError *first = NULL;
+    GError *step = NULL;
+
+    if (access->socket) {
+        pba_connections_cut(access->socket);
+    }
+    for (guint i = 0; i < access->disks->len && !pba_error_is_fatal(first); i++) {
+        remove_export(access, access->disks->pdata[i], &step);
+        pba_error_keep_first(&first, g_steal_pointer(&step), &access->hooks);
+    }
+    /* Not while there is an export: QEMU would wait for its end with the guest stopped, 7.2 for
+     * ever if a client is just connecting. */
+    if (access->server_up && !first) {
+        stop_server(access, &step);
+        pba_error_keep_first(&first, g_steal_pointer(&step), &access->hooks);
+    }
+    if (!first) {
+        access->exports = PBA_EXPORTS_NONE;
+        return true;
+    }
+    g_propagate_error(error, first);
+    return false;
+}

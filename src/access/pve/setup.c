@@ -1,0 +1,408 @@
+/* The access by Proxmox' own commands (QAPI: backup-access-setup, backup-access-teardown).
+ *
+ * A setup that fails half way cannot be undone there, and some calls crash the VM, so everything
+ * that can be looked at is looked at before. */
+#include "src/access/access.h"
+#include "src/base/error.h"
+#include "src/qmp/json.h"
+#include <inttypes.h>
+#include <string.h>
+
+/* The fleecing image is attached as <device>-fleecing: a block backend or a node. */
+static bool check_fleecing(const PbaDisk *disk, const PbaBlock *block, GError **error)
+{
+    g_autofree char *name = g_strconcat(disk->device, "-fleecing", NULL);
+    JsonObject *device = pba_block_find_device(block, name);
+    JsonObject *node = pba_block_find_node(block, name);
+    uint64_t size;
+
+    if (!node && (!device || !pba_json_find_object(device, "inserted"))) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT, "its fleecing image '%s' is not attached", name);
+        return false;
+    }
+    if (!(node ? pba_block_node_size(node, &size, error)
+               : pba_block_device_size(device, &size, error))) {
+        return false;
+    }
+    if (size != disk->size) {
+        pba_error_set(
+            error, PBA_ERROR_ARGUMENT,
+            "fleecing image '%s' must have exactly the size of the device: it has %" PRIu64
+            " bytes instead of %" PRIu64,
+            name, size, disk->size);
+        return false;
+    }
+    return true;
+}
+
+/* QEMU looks the name up itself, and does not know guest devices' ids. */
+static bool check_name(const PbaDisk *disk, const PbaBlock *block, GError **error)
+{
+    JsonObject *device = pba_block_find_device(block, disk->device);
+    const char *backend = device ? pba_json_find_string(device, "device") : NULL;
+
+    if (strcmp(disk->root_node, disk->device) != 0 && g_strcmp0(backend, disk->device) != 0) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT,
+                      "is the id of a guest device - give the name of its block device, '%s'",
+                      backend && *backend ? backend : disk->root_node);
+        return false;
+    }
+    return true;
+}
+
+static const char *early_bitmap_name(const PbaAccess *access)
+{
+    return access->early_bitmap_name ? access->early_bitmap_name : access->target_id;
+}
+
+static bool bitmap_exists(const PbaBlock *block, const char *name)
+{
+    for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
+        const char *node_name = pba_block_node_name(block->nodes, i);
+        if (node_name && pba_block_find_bitmap(block, node_name, name)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* What the early form of the command cannot say. */
+static bool check_early_form(PbaAccess *access, const PbaBlock *block, GError **error)
+{
+    const PbaDisk *first = access->disks->pdata[0];
+
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        if (disk->mode != first->mode) {
+            pba_error_set(error, PBA_ERROR_UNSUPPORTED,
+                          "this QEMU's early backup-access-setup has one bitmap mode for all "
+                          "devices - '%s' differs from '%s' of device %s",
+                          pba_bitmap_mode_name(disk->mode), pba_bitmap_mode_name(first->mode),
+                          first->device);
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+        if (strpbrk(disk->device, ",;:")) {
+            pba_error_set(error, PBA_ERROR_UNSUPPORTED,
+                          "this QEMU's early backup-access-setup takes a list of devices, which "
+                          "cannot have this name in it");
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+    }
+    if (first->mode == PBA_BITMAP_MODE_NEW && bitmap_exists(block, early_bitmap_name(access))) {
+        pba_error_set(error, PBA_ERROR_UNSUPPORTED,
+                      "this QEMU's early backup-access-setup makes a new bitmap only under a new "
+                      "name, and '%s' exists - give another 'bitmap-name'",
+                      early_bitmap_name(access));
+        return false;
+    }
+    return true;
+}
+
+/* While an access is exported, nothing that we do may come to a teardown. */
+static bool check_no_exports(PbaAccess *access, GError **error)
+{
+    bool found;
+
+    if (!pba_exports_find(access, PBA_EXPORT_PREFIX, &found, error)) {
+        return false;
+    }
+    if (found) {
+        pba_error_set(error, PBA_ERROR_STATE,
+                      "previous backup of this guest not finished: its exports are still there");
+    }
+    return !found;
+}
+
+bool pba_pve_check(PbaAccess *access, const PbaBlock *block, GError **error)
+{
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        if (!check_name(disk, block, error) || !check_fleecing(disk, block, error)) {
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+    }
+    return access->form == PBA_FORM_DEVICES || check_early_form(access, block, error);
+}
+
+static JsonNode *devices_form(const PbaAccess *access)
+{
+    JsonArray *devices = json_array_new();
+
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        json_array_add_element(devices, pba_json("{'device': <%s>, 'bitmap-mode': <%s>}",
+                                                 disk->device, pba_bitmap_mode_name(disk->mode)));
+    }
+    JsonNode *arguments = pba_json_wrap_array("devices", devices);
+    json_object_set_string_member(json_node_get_object(arguments), "target-id", access->target_id);
+    return arguments;
+}
+
+static JsonNode *devlist_form(const PbaAccess *access)
+{
+    g_autoptr(GString) list = g_string_new(NULL);
+    const PbaDisk *first = access->disks->pdata[0];
+
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        g_string_append_printf(list, "%s%s", i ? "," : "", disk->device);
+    }
+    JsonNode *arguments =
+        pba_json("{'target-id': <%s>, 'devlist': <%s>}", access->target_id, list->str);
+    if (first->mode != PBA_BITMAP_MODE_NONE) {
+        json_object_set_string_member(json_node_get_object(arguments), "bitmap-name",
+                                      early_bitmap_name(access));
+    }
+    return arguments;
+}
+
+static bool read_bitmap(PbaDisk *disk, JsonObject *info, GError **error)
+{
+    const char *action = pba_json_find_string(info, "bitmap-action");
+
+    if (!json_object_has_member(info, "bitmap-action")) {
+        disk->action = PBA_BITMAP_ACTION_ABSENT;
+        return true;
+    }
+    if (!pba_bitmap_action_parse(action ? action : "(no text)", &disk->action, error)) {
+        return false;
+    }
+    if (pba_bitmap_status(disk->action) == PBA_BITMAP_STATUS_NONE) {
+        return true;
+    }
+    disk->bitmap_node = g_strdup(pba_json_string(info, "bitmap-node-name", error));
+    disk->bitmap_name =
+        disk->bitmap_node ? g_strdup(pba_json_string(info, "bitmap-name", error)) : NULL;
+    return disk->bitmap_name != NULL;
+}
+
+static bool read_info(PbaDisk *disk, JsonObject *info, GError **error)
+{
+    uint64_t size;
+
+    disk->snapshot_node = g_strdup(pba_json_string(info, "node-name", error));
+    if (!disk->snapshot_node || !pba_json_size(info, "size", &size, error)) {
+        return false;
+    }
+    if (size != disk->size) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL,
+                      "its size changed during setup, from %" PRIu64 " to %" PRIu64 " bytes",
+                      disk->size, size);
+        return false;
+    }
+    return read_bitmap(disk, info, error);
+}
+
+static JsonObject *find_info(JsonArray *reply, const char *device)
+{
+    for (guint i = 0; i < json_array_get_length(reply); i++) {
+        JsonObject *info = pba_json_element(reply, i);
+        if (info && g_strcmp0(pba_json_find_string(info, "device"), device) == 0) {
+            return info;
+        }
+    }
+    return NULL;
+}
+
+static bool read_reply(PbaAccess *access, JsonArray *reply, GError **error)
+{
+    for (guint i = 0; i < access->disks->len; i++) {
+        PbaDisk *disk = access->disks->pdata[i];
+        JsonObject *info = find_info(reply, disk->device);
+        if (!info) {
+            pba_error_set(error, PBA_ERROR_INCOMPLETE, "QEMU's reply does not mention it");
+        }
+        if (!info || !read_info(disk, info, error)) {
+            pba_error_add_command(error, "backup-access-setup");
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+    }
+    return true;
+}
+
+static JsonNode *teardown_arguments(const PbaAccess *access, bool success)
+{
+    return pba_json("{'target-id': <%s>, 'success': <%b>}", access->target_id, (gboolean)success);
+}
+
+/* QEMU's own word for an access or a native backup of somebody else that is up. */
+static bool is_refusal(const GError *error)
+{
+    return error->code == PBA_ERROR_QMP && strstr(error->message, "not finished");
+}
+
+bool pba_pve_setup(PbaAccess *access, GError **error)
+{
+    JsonNode *arguments =
+        access->form == PBA_FORM_DEVICES ? devices_form(access) : devlist_form(access);
+    GError *local = NULL;
+
+    if (!pba_device_marks_add(access, error)) {
+        json_node_unref(arguments);
+        return false;
+    }
+    access->begun = true;
+    g_autoptr(JsonArray) reply =
+        pba_qmp_query_array(access->qmp, "backup-access-setup", arguments, &local);
+    if (reply && read_reply(access, reply, &local) && pba_nbd_server_start(access, &local)) {
+        return true;
+    }
+    access->begun = !is_refusal(local);
+    g_propagate_error(error, local);
+    return false;
+}
+
+#define STAYS_UP                                                                                   \
+    " was removed while the access was up, and QEMU would crash at a teardown: the access stays "  \
+    "up until the VM is stopped"
+#define DISK_GONE "the guest device or its node" STAYS_UP
+#define BITMAP_GONE "its dirty bitmap" STAYS_UP
+#define BITMAP_BUSY                                                                                \
+    "another program exports or uses its dirty bitmap, and QEMU would abort at a teardown: "       \
+    "end that (block-export-del), then try again"
+
+/* QEMU crashes when it tears down an access whose bitmap or node was removed meanwhile, and aborts
+ * when another program exports the bitmap. */
+static const char *find_danger(const PbaDisk *disk, const PbaBlock *block)
+{
+    JsonObject *bitmap = disk->bitmap_name
+                             ? pba_block_find_bitmap(block, disk->bitmap_node, disk->bitmap_name)
+                             : NULL;
+
+    /* The device's root may be QEMU's filter now, so its node's name does not find it. */
+    if ((disk->qdev && !pba_block_find_device(block, disk->qdev)) ||
+        !pba_block_find_node(block, disk->root_node)) {
+        return DISK_GONE;
+    }
+    if (disk->bitmap_name && !bitmap) {
+        return BITMAP_GONE;
+    }
+    if (bitmap && pba_json_find_bool(bitmap, "busy")) {
+        return BITMAP_BUSY;
+    }
+    return NULL;
+}
+
+/* Whether a node with a background bitmap lacks the target's, or has one that is in use. The name
+ * is not known of a QEMU with the early form of the command; there any frozen one will do. */
+static const char *find_left_danger(const PbaAccess *access, JsonObject *node)
+{
+    JsonArray *bitmaps = pba_json_find_array(node, "dirty-bitmaps");
+    bool has_background = false;
+    bool has_target = false;
+    bool is_busy = false;
+
+    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
+        JsonObject *info = pba_json_element(bitmaps, i);
+        const char *name = info ? pba_json_find_string(info, "name") : NULL;
+        if (g_strcmp0(name, PBA_PVE_BACKGROUND) == 0) {
+            has_background = true;
+        } else if (name &&
+                   (access->form == PBA_FORM_DEVICES ? strcmp(name, access->target_id) == 0
+                                                     : !pba_json_find_bool(info, "recording"))) {
+            has_target = true;
+            is_busy |= pba_json_find_bool(info, "busy");
+        }
+    }
+    if (has_background && !has_target) {
+        return BITMAP_GONE;
+    }
+    return has_background && is_busy ? BITMAP_BUSY : NULL;
+}
+
+/* The same for an access of a dead process, of which only names are known. */
+static bool check_left_safe(PbaAccess *access, const PbaBlock *block, GError **error)
+{
+    const char *danger = NULL;
+    const char *device = NULL;
+
+    for (guint i = 0; !danger && i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        danger = disk->device_gone ? DISK_GONE : NULL;
+        device = disk->device;
+    }
+    for (guint i = 0; !danger && i < json_array_get_length(block->nodes); i++) {
+        JsonObject *node = pba_json_element(block->nodes, i);
+        danger = node ? find_left_danger(access, node) : NULL;
+        device = pba_block_node_name(block->nodes, i);
+    }
+    if (danger) {
+        pba_error_set(error, PBA_ERROR_STATE, "%s", danger);
+        pba_error_add_command(error, "backup-access-teardown");
+        pba_error_add_device(error, device ? device : "");
+    }
+    return !danger;
+}
+
+static bool check_safe(PbaAccess *access, const PbaBlock *block, GError **error)
+{
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        const char *danger = find_danger(disk, block);
+        if (danger) {
+            pba_error_set(error, PBA_ERROR_STATE, "%s", danger);
+            pba_error_add_command(error, "backup-access-teardown");
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Whether the bitmaps were cleared is not known: better none than ones that lack bits. */
+static bool remove_bitmaps(PbaAccess *access, GError **error)
+{
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        if (disk->bitmap_name && !pba_qmp_run(access->qmp, "block-dirty-bitmap-remove",
+                                              pba_json("{'node': <%s>, 'name': <%s>}",
+                                                       disk->bitmap_node, disk->bitmap_name),
+                                              error)) {
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+    }
+    pba_log(&access->hooks, PBA_LOG_WARN,
+            "whether the backup ended as a success is not known: the next one is a full one");
+    return true;
+}
+
+/* QEMU's word for an access, or a native backup, of somebody else: then none of this target is up.
+ */
+static bool is_not_ours(const PbaAccess *access, const GError *error)
+{
+    return access->recovering && error->code == PBA_ERROR_QMP &&
+           strstr(error->message, "got target");
+}
+
+bool pba_pve_teardown(PbaAccess *access, bool success, GError **error)
+{
+    g_auto(PbaBlock) block = {0};
+    g_autoptr(GError) refused = NULL;
+    const PbaDisk *first = access->disks->len > 0 ? access->disks->pdata[0] : NULL;
+
+    /* A dead process that had marked no device had sent nothing. */
+    if (!first) {
+        return true;
+    }
+    /* Without a reply to setup it is not known whose access is up. */
+    bool is_known = first->snapshot_node && !access->recovering;
+    if ((!is_known && !check_no_exports(access, error)) ||
+        !pba_block_query(access->qmp, false, &block, error) ||
+        !(access->recovering ? check_left_safe : check_safe)(access, &block, error)) {
+        return false;
+    }
+    if (!pba_qmp_run(access->qmp, "backup-access-teardown", teardown_arguments(access, success),
+                     &refused) &&
+        !is_not_ours(access, refused)) {
+        /* Also where it is QEMU's answer: a caller's transport says the same of a time-out. */
+        access->success_unknown |= success;
+        g_propagate_error(error, g_steal_pointer(&refused));
+        return false;
+    }
+    return !access->success_unknown || remove_bitmaps(access, error);
+}

@@ -1,0 +1,326 @@
+/* Finding and undoing what a dead process left. What an access has made is told by the names of
+ * nodes and exports and by bitmaps; the rest is done by the ordinary end of an access that failed.
+ */
+#include "access.h"
+#include "left.h"
+#include "src/base/error.h"
+#include "src/qmp/json.h"
+#include "vfile.h"
+#include <string.h>
+
+static bool look(PbaAccess *access, PbaBlock *block, PbaLeft *left, GError **error)
+{
+    return pba_left_look(access, access->backend == PBA_BACKEND_UPSTREAM, block, left, error);
+}
+
+/* The disk's key in a name of this target: "" in another one's, NULL if it is of no access. */
+static const char *find_key(const PbaAccess *access, const char *name)
+{
+    g_autofree char *own = pba_short_hash(access->target_id);
+    const char *target;
+    const char *key;
+
+    if (!name || !pba_left_parse(name, &target, &key)) {
+        return NULL;
+    }
+    return strncmp(target, own, PBA_HASH_LENGTH) == 0 ? key : "";
+}
+
+static PbaDisk *find_disk(const PbaAccess *dead, const char *key)
+{
+    for (guint i = 0; i < dead->disks->len; i++) {
+        PbaDisk *disk = dead->disks->pdata[i];
+        if (strcmp(disk->key, key) == 0) {
+            return disk;
+        }
+    }
+    return NULL;
+}
+
+static PbaDisk *disk_of(PbaAccess *dead, const PbaLeft *left, const char *key)
+{
+    PbaDisk *disk = find_disk(dead, key);
+
+    if (disk) {
+        return disk;
+    }
+    disk = g_new0(PbaDisk, 1);
+    disk->key = g_strdup(key);
+    disk->device = pba_left_device(left, key);
+    disk->device_gone = !disk->device;
+    disk->device = disk->device ? disk->device : g_strdup_printf("(%s)", key);
+    disk->raw_node = pba_disk_name(dead, "raw", disk);
+    disk->filter_node = pba_disk_name(dead, "cbw", disk);
+    disk->snapshot_node = pba_disk_name(dead, "snap", disk);
+    disk->fleecing_node = pba_disk_name(dead, "fleece", disk);
+    g_ptr_array_add(dead->disks, disk);
+    return disk;
+}
+
+/* upstream: the disk below our nodes. */
+static bool find_root(PbaDisk *disk, const PbaBlock *block, GError **error)
+{
+    JsonObject *raw = pba_block_find_node(block, disk->raw_node);
+    const char *root = pba_upstream_root(block, disk);
+
+    disk->root_node = g_strdup(root);
+    disk->bitmap_node = root ? g_strdup(pba_block_skip_filters(block, root)) : NULL;
+    disk->read_only = raw && pba_json_find_bool(raw, "ro");
+    return !raw || pba_block_node_size(raw, &disk->size, error);
+}
+
+static bool has_disk_at(const PbaAccess *dead, const char *bitmap_node)
+{
+    for (guint i = 0; i < dead->disks->len; i++) {
+        const PbaDisk *disk = dead->disks->pdata[i];
+        if (g_strcmp0(disk->bitmap_node, bitmap_node) == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* Disks whose nodes are undone already, but not their bitmaps. */
+static void find_split_bitmaps(PbaAccess *dead, const PbaLeft *left)
+{
+    JsonArray *nodes = left->block->nodes;
+
+    for (guint i = 0; i < json_array_get_length(nodes); i++) {
+        const char *node = pba_block_node_name(nodes, i);
+        if (node && pba_left_is_split(left->block, node, dead->target_id) &&
+            !has_disk_at(dead, node)) {
+            g_autofree char *key = pba_short_hash(node);
+            PbaDisk *disk = disk_of(dead, left, key);
+            g_free(disk->bitmap_node);
+            disk->bitmap_node = g_strdup(node);
+        }
+    }
+}
+
+static bool find_disks(PbaAccess *dead, const PbaLeft *left, GError **error)
+{
+    for (guint i = 0; i < pba_left_name_count(left); i++) {
+        const char *key = find_key(dead, pba_left_name(left, i));
+        if (key && *key) {
+            disk_of(dead, left, key);
+        }
+    }
+    if (dead->backend == PBA_BACKEND_PVE) {
+        return true;
+    }
+    for (guint i = 0; i < dead->disks->len; i++) {
+        if (!find_root(dead->disks->pdata[i], left->block, error)) {
+            return false;
+        }
+    }
+    find_split_bitmaps(dead, left);
+    return true;
+}
+
+/* The key of another target that has something in QEMU; NULL: none has. */
+static const char *find_other(const PbaAccess *access, const PbaLeft *left)
+{
+    for (guint i = 0; i < pba_left_name_count(left); i++) {
+        const char *name = pba_left_name(left, i);
+        const char *key = find_key(access, name);
+        const char *target;
+        const char *disk;
+        if (key && !*key && pba_left_parse(name, &target, &disk)) {
+            return target;
+        }
+    }
+    return NULL;
+}
+
+static bool check_others(const PbaAccess *access, const PbaLeft *left, GError **error)
+{
+    const char *other = find_other(access, left);
+    g_autofree char *target = other ? pba_left_target(left, other) : NULL;
+
+    if (other) {
+        pba_error_set(error, PBA_ERROR_STATE,
+                      "previous backup of this guest not finished: a process that is gone left its "
+                      "access for %s%s%s - call recover for that target-id",
+                      target ? "target '" : "another target", target ? target : "",
+                      target ? "'" : "");
+    }
+    return !other;
+}
+
+/* Whether no living process is at it; whose backup that is, is told as well as it is known. */
+static bool check_owner(const PbaAccess *access, const PbaLeft *left, GError **error)
+{
+    const char *other = find_other(access, left);
+    g_autofree char *target = other ? pba_left_target(left, other) : NULL;
+
+    if (pba_owner_check(access, left->block->nodes, error)) {
+        return true;
+    }
+    if (target) {
+        g_autofree char *hint = g_strdup_printf("its target is '%s'", target);
+        pba_error_add_hint(error, hint);
+    }
+    return false;
+}
+
+/* Whether recover of this target has to do with it. */
+static bool is_ours(const PbaAccess *access, const PbaLeftThing *thing)
+{
+    g_autofree char *own = pba_short_hash(access->target_id);
+    return !thing->key || strcmp(thing->key, own) == 0;
+}
+
+typedef enum { LEFT_NOTHING, LEFT_HARMLESS, LEFT_ACCESS } LeftState;
+
+static LeftState find_state(const PbaAccess *access, const PbaLeft *left)
+{
+    g_autoptr(GPtrArray) things = pba_left_things(left);
+    LeftState state = LEFT_NOTHING;
+
+    for (guint i = 0; i < things->len; i++) {
+        const PbaLeftThing *thing = things->pdata[i];
+        if (is_ours(access, thing)) {
+            state = MAX(state, thing->harmless ? LEFT_HARMLESS : LEFT_ACCESS);
+        }
+    }
+    return state;
+}
+
+/* An access that stands for the dead one's. */
+static PbaAccess *new_dead_access(const PbaAccess *access, GError **error)
+{
+    PbaAccessOptions options = {
+        .target_id = access->target_id,
+        .run_dir = access->run_dir,
+        .identity = access->identity,
+        .fleecing_dir = access->fleecing_dir,
+        .bitmap_name = access->early_bitmap_name,
+    };
+    PbaAccess *dead = pba_access_new(access->qmp, &options, &access->hooks, error);
+
+    if (dead) {
+        dead->backend = access->backend;
+        dead->form = access->form;
+        dead->qemu_version = access->qemu_version;
+        dead->recovering = true;
+    }
+    return dead;
+}
+
+/* Whether QEMU's NBD server listens there; then it is ours. */
+static bool take_server(PbaAccess *dead, const char *path)
+{
+    g_autofree char *socket = pba_run_dir_left_socket(path);
+
+    if (dead->server_up || !socket) {
+        return false;
+    }
+    dead->socket = g_steal_pointer(&socket);
+    dead->server_up = pba_nbd_socket_answers(dead->socket);
+    if (!dead->server_up) {
+        g_clear_pointer(&dead->socket, g_free);
+        return false;
+    }
+    dead->socket_dir = g_strdup(path);
+    pba_vfiles_remove_left(path);
+    return true;
+}
+
+/* The directory of the server goes when that has gone, all else now: QEMU has the fleecing images
+ * open that it needs. */
+static void take_paths(PbaAccess *dead, const PbaLeft *left)
+{
+    g_autofree char *own = pba_short_hash(dead->target_id);
+
+    for (guint i = 0; i < left->paths->len; i++) {
+        const char *path = left->paths->pdata[i];
+        bool is_own = g_str_has_prefix(pba_run_dir_key(path), own);
+        if (is_own && !pba_run_dir_is_live(dead, path) && !take_server(dead, path)) {
+            pba_run_dir_remove_left(path);
+        }
+    }
+}
+
+/* Not the mark of this process, and no path that could not be removed. */
+static bool is_done(const PbaAccess *dead, const PbaLeftThing *thing, const char *own_mark)
+{
+    return is_ours(dead, thing) && g_strcmp0(thing->name, own_mark) != 0 &&
+           !(thing->harmless && g_file_test(thing->name, G_FILE_TEST_EXISTS));
+}
+
+/* What is about to be undone, once the paths are gone. */
+static void describe(const PbaAccess *dead, const PbaLeft *left, GPtrArray *lines)
+{
+    g_autofree char *own_mark = pba_owner_mark_name(dead, NULL);
+    g_autoptr(GPtrArray) things = pba_left_things(left);
+
+    for (guint i = 0; i < things->len; i++) {
+        const PbaLeftThing *thing = things->pdata[i];
+        g_autofree char *device =
+            thing->device ? g_strdup_printf("device %s: ", thing->device) : g_strdup("");
+        if (is_done(dead, thing, own_mark)) {
+            g_ptr_array_add(lines, pba_line("%s%s %s", device, thing->what, thing->undone));
+        }
+    }
+}
+
+/* With our own marker in QEMU nobody else does the same. What is there is looked at only then. */
+static bool undo_marked(PbaAccess *dead, GPtrArray *lines, GError **error)
+{
+    g_auto(PbaBlock) block = {0};
+    g_auto(PbaLeft) left = {0};
+    g_autoptr(GPtrArray) done = g_ptr_array_new_with_free_func(g_free);
+
+    if (!look(dead, &block, &left, error) || !check_others(dead, &left, error) ||
+        !find_disks(dead, &left, error)) {
+        pba_owner_unmark(dead, false);
+        return false;
+    }
+    take_paths(dead, &left);
+    describe(dead, &left, done);
+    dead->begun = dead->disks->len > 0 || dead->server_up;
+    if (!pba_tear_down_and_end(dead, false, error)) {
+        return false;
+    }
+    while (done->len > 0) {
+        g_ptr_array_add(lines, g_ptr_array_steal_index(done, 0));
+    }
+    return true;
+}
+
+static bool refuse(const PbaAccess *access, GError **error)
+{
+    pba_error_set(error, PBA_ERROR_STATE,
+                  "previous backup for target '%s' not finished: a process that is gone left its "
+                  "access - call recover",
+                  access->target_id);
+    return false;
+}
+
+bool pba_recover_left(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GError **error)
+{
+    g_auto(PbaLeft) left = {0};
+
+    if (!look(access, block, &left, error) || !check_owner(access, &left, error) ||
+        !check_others(access, &left, error)) {
+        return false;
+    }
+    LeftState state = find_state(access, &left);
+    if (state == LEFT_NOTHING) {
+        return true;
+    }
+    if (access->no_recover) {
+        return state == LEFT_HARMLESS || refuse(access, error);
+    }
+    pba_log(
+        &access->hooks, PBA_LOG_WARN,
+        "a process that is gone left an access for target '%s': it is undone, as after a failed "
+        "backup",
+        access->target_id);
+    g_autoptr(PbaAccess) dead = new_dead_access(access, error);
+    if (!dead) {
+        return false;
+    }
+    return pba_owner_mark(dead, error) && undo_marked(dead, lines, error) &&
+           look(access, block, &left, error);
+}

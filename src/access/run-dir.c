@@ -1,0 +1,232 @@
+/* The private directory of an access. */
+#include "access.h"
+#include "src/base/error.h"
+#include "vfile.h"
+#include <errno.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#define SOCKET_NAME "nbd.sock"
+/* Tells the target-id, of which names have a hash only. */
+#define TARGET_NAME "target"
+/* Tells whose it is, by the name of his marker. */
+#define OWNER_NAME "owner"
+
+static char *default_run_dir(void)
+{
+    if (geteuid() == 0) {
+        return g_strdup("/run/pve-backup-access");
+    }
+    const char *runtime_dir = g_getenv("XDG_RUNTIME_DIR");
+    if (runtime_dir && g_path_is_absolute(runtime_dir)) {
+        return g_build_filename(runtime_dir, "pve-backup-access", NULL);
+    }
+    return g_strdup_printf("/tmp/pve-backup-access-%u", (unsigned)geteuid());
+}
+
+static bool set_system_error(GError **error, const char *what, const char *path)
+{
+    pba_error_set(error, PBA_ERROR_SYSTEM, "cannot %s run directory '%s' - %s", what, path,
+                  g_strerror(errno));
+    return false;
+}
+
+static bool is_private_dir(const char *path)
+{
+    struct stat status;
+    return lstat(path, &status) == 0 && S_ISDIR(status.st_mode) && status.st_uid == geteuid() &&
+           !(status.st_mode & 022);
+}
+
+/* Makes or takes the directory. One that exists must be the caller's own and closed to writers
+ * other than him, or else its content could be swapped under us. */
+static bool ensure_private_dir(const char *path, GError **error)
+{
+    if (mkdir(path, 0700) != 0 && errno != EEXIST) {
+        return set_system_error(error, "make", path);
+    }
+    if (!is_private_dir(path)) {
+        pba_error_set(
+            error, PBA_ERROR_SYSTEM,
+            "run directory '%s' is not a directory of this user that only he may write to", path);
+        return false;
+    }
+    return true;
+}
+
+/* The parent of all socket directories: a real path. */
+static char *find_run_dir(const PbaAccess *access, GError **error)
+{
+    g_autofree char *given = access->run_dir ? g_strdup(access->run_dir) : default_run_dir();
+
+    for (size_t length = strlen(given); length > 1 && given[length - 1] == '/'; length--) {
+        given[length - 1] = '\0';
+    }
+    g_autofree char *above = g_path_get_dirname(given);
+    g_autofree char *name = g_path_get_basename(given);
+    g_autofree char *real = pba_trusted_dir("the directory of the run directory", above, error);
+    return real ? g_build_filename(real, name, NULL) : NULL;
+}
+
+static bool socket_path_fits(const char *path, GError **error)
+{
+    struct sockaddr_un address;
+    if (strlen(path) < sizeof(address.sun_path)) {
+        return true;
+    }
+    pba_error_set(error, PBA_ERROR_ARGUMENT,
+                  "NBD socket path '%s' is longer than %zu bytes - give a shorter 'run-dir'", path,
+                  sizeof(address.sun_path) - 1);
+    return false;
+}
+
+/* Nothing depends on it: without it a directory is one of a dead process. */
+static void note(const char *dir, const char *name, const char *text)
+{
+    g_autofree char *path = g_build_filename(dir, name, NULL);
+    g_file_set_contents_full(path, text, -1, G_FILE_SET_CONTENTS_NONE, 0600, NULL);
+}
+
+bool pba_run_dir_make(PbaAccess *access, GError **error)
+{
+    g_autofree char *parent = find_run_dir(access, error);
+    if (!parent) {
+        return false;
+    }
+    g_autofree char *name = pba_own_name(access, "run", access->identity);
+    g_autofree char *path = g_strdup_printf("%s/%s-XXXXXX", parent, name);
+    g_autofree char *longest = g_build_filename(path, SOCKET_NAME, NULL);
+
+    if (!socket_path_fits(longest, error) || !ensure_private_dir(parent, error)) {
+        return false;
+    }
+    /* One of its own for each access: a socket is never taken over. */
+    if (!g_mkdtemp_full(path, 0700)) {
+        return set_system_error(error, "make", path);
+    }
+    g_autofree char *mark = pba_owner_mark_name(access, NULL);
+    note(path, OWNER_NAME, mark ? mark : "");
+    note(path, TARGET_NAME, access->target_id);
+    access->socket = g_build_filename(path, SOCKET_NAME, NULL);
+    access->socket_dir = g_steal_pointer(&path);
+    return true;
+}
+
+static bool remove_dir(const char *path, const char *socket)
+{
+    g_autofree char *target = g_build_filename(path, TARGET_NAME, NULL);
+    g_autofree char *owner = g_build_filename(path, OWNER_NAME, NULL);
+
+    unlink(target);
+    unlink(owner);
+    unlink(socket);
+    return rmdir(path) == 0;
+}
+
+void pba_run_dir_remove(PbaAccess *access)
+{
+    if (access->socket_dir) {
+        remove_dir(access->socket_dir, access->socket);
+    }
+    g_clear_pointer(&access->socket_dir, g_free);
+    g_clear_pointer(&access->socket, g_free);
+}
+
+/* Whether it is pba-ROLE-TARGET-GUEST-XXXXXX, of whatever target. */
+static bool is_name_of(const PbaAccess *access, const char *name, const char *role)
+{
+    g_autofree char *prefix = g_strdup_printf("pba-%s-", role);
+    g_autofree char *guest = pba_short_hash(access->identity);
+    size_t to_guest = strlen(prefix) + PBA_HASH_LENGTH + 1;
+    size_t to_end = to_guest + PBA_HASH_LENGTH;
+
+    return strlen(name) == to_end + strlen("-XXXXXX") && g_str_has_prefix(name, prefix) &&
+           name[to_guest - 1] == '-' && g_str_has_prefix(name + to_guest, guest) &&
+           name[to_end] == '-';
+}
+
+/* Appends what has such a name in the directory and is of this user. */
+static void find_left_in(const PbaAccess *access, GPtrArray *paths, const char *parent,
+                         const char *role, mode_t type)
+{
+    GDir *dir = g_dir_open(parent, 0, NULL);
+    const char *name;
+
+    while (dir && (name = g_dir_read_name(dir))) {
+        g_autofree char *path = g_build_filename(parent, name, NULL);
+        struct stat status;
+        if (is_name_of(access, name, role) && lstat(path, &status) == 0 &&
+            (status.st_mode & S_IFMT) == type && status.st_uid == geteuid() &&
+            !(status.st_mode & 077)) {
+            g_ptr_array_add(paths, g_steal_pointer(&path));
+        }
+    }
+    g_clear_pointer(&dir, g_dir_close);
+}
+
+GPtrArray *pba_run_dir_find_left(const PbaAccess *access)
+{
+    GPtrArray *paths = g_ptr_array_new_with_free_func(g_free);
+    g_autofree char *parent = find_run_dir(access, NULL);
+    g_autofree char *fleecing =
+        access->fleecing_dir ? pba_trusted_dir("fleecing-dir", access->fleecing_dir, NULL) : NULL;
+
+    if (parent && is_private_dir(parent)) {
+        find_left_in(access, paths, parent, "run", S_IFDIR);
+    }
+    if (fleecing) {
+        find_left_in(access, paths, fleecing, "fleece", S_IFREG);
+    }
+    return paths;
+}
+
+const char *pba_run_dir_key(const char *path)
+{
+    const char *name = strrchr(path, '/') + 1;
+    return strchr(name + strlen("pba-"), '-') + 1;
+}
+
+char *pba_run_dir_target(const char *path)
+{
+    g_autofree char *file = g_build_filename(path, TARGET_NAME, NULL);
+    char *target = NULL;
+
+    if (g_file_get_contents(file, &target, NULL, NULL) && !g_utf8_validate(target, -1, NULL)) {
+        g_clear_pointer(&target, g_free);
+    }
+    return target;
+}
+
+bool pba_run_dir_is_live(const PbaAccess *access, const char *path)
+{
+    g_autofree char *file = g_build_filename(path, OWNER_NAME, NULL);
+    g_autofree char *mark = NULL;
+    pid_t pid;
+    bool alive;
+
+    return g_file_get_contents(file, &mark, NULL, NULL) &&
+           pba_owner_read(access, mark, &pid, &alive) && alive;
+}
+
+char *pba_run_dir_left_socket(const char *path)
+{
+    g_autofree char *socket = g_build_filename(path, SOCKET_NAME, NULL);
+    struct sockaddr_un address;
+
+    return g_file_test(path, G_FILE_TEST_IS_DIR) && strlen(socket) < sizeof(address.sun_path)
+               ? g_steal_pointer(&socket)
+               : NULL;
+}
+
+bool pba_run_dir_remove_left(const char *path)
+{
+    g_autofree char *socket = pba_run_dir_left_socket(path);
+
+    if (!socket) {
+        return unlink(path) == 0;
+    }
+    pba_vfiles_remove_left(path);
+    return remove_dir(path, socket);
+}

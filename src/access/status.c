@@ -1,0 +1,434 @@
+/* What there is of backups in a QEMU and on disk, for people and monitoring. It only looks. */
+#include "left.h"
+#include "src/base/error.h"
+#include "src/qmp/json.h"
+#include <sys/stat.h>
+#include <sys/statvfs.h>
+
+/* A file system is nearly full with less than this part of it free. */
+#define NEARLY_FULL_PART 10
+
+typedef struct {
+    PbaAccess *access;
+    PbaBlock block;
+    PbaLeft left;
+    GPtrArray *things;
+    char *key;         /* of the target whose access is up; NULL: none is, or it is not known */
+    const char *owner; /* the mark of the process that has an access; NULL: there is none */
+    pid_t pid;
+    JsonArray *warnings;
+} Status;
+
+static void status_clear(Status *status)
+{
+    g_clear_pointer(&status->things, g_ptr_array_unref);
+    g_clear_pointer(&status->warnings, json_array_unref);
+    pba_left_clear(&status->left);
+    pba_block_clear(&status->block);
+    g_clear_pointer(&status->access, pba_access_free);
+    g_free(status->key);
+}
+
+G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Status, status_clear)
+
+/* Texts that are not known are null. */
+static void set_text(JsonObject *object, const char *key, const char *text)
+{
+    if (text) {
+        json_object_set_string_member(object, key, text);
+    } else {
+        json_object_set_null_member(object, key);
+    }
+}
+
+static void set_size(JsonObject *object, const char *key, uint64_t size)
+{
+    json_object_set_int_member(object, key, (gint64)MIN(size, (uint64_t)G_MAXINT64));
+}
+
+static void copy_flag(JsonObject *to, JsonObject *from, const char *key)
+{
+    json_object_set_int_member(to, key, pba_json_find_bool(from, key));
+}
+
+static void copy_size(JsonObject *to, const char *to_key, JsonObject *from, const char *from_key)
+{
+    uint64_t size;
+    if (pba_json_size(from, from_key, &size, NULL)) {
+        set_size(to, to_key, size);
+    }
+}
+
+static void set_target(const Status *status, JsonObject *object, const char *key)
+{
+    g_autofree char *target = key ? pba_left_target(&status->left, key) : NULL;
+    set_text(object, "target-id", target);
+}
+
+/* Whose access it is */
+
+/* The mark of a living process, else one of a dead one. */
+static void find_owner(Status *status)
+{
+    JsonArray *nodes = status->block.nodes;
+
+    for (guint i = 0; i < json_array_get_length(nodes); i++) {
+        const char *name = pba_block_node_name(nodes, i);
+        pid_t pid;
+        bool lives;
+        if (name && pba_owner_read(status->access, name, &pid, &lives) &&
+            (!status->owner || lives)) {
+            status->owner = name;
+            status->pid = pid;
+            status->left.is_live |= lives;
+        }
+    }
+}
+
+/* An access of Proxmox' commands that another program has set up shows by its bitmaps only. */
+static char *find_foreign_target(const PbaBlock *block, bool *found)
+{
+    for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
+        JsonObject *node = pba_json_element(block->nodes, i);
+        JsonArray *bitmaps = node ? pba_json_find_array(node, "dirty-bitmaps") : NULL;
+        const char *frozen = NULL;
+        bool has_background = false;
+        for (guint j = 0; bitmaps && j < json_array_get_length(bitmaps); j++) {
+            JsonObject *info = pba_json_element(bitmaps, j);
+            const char *name = info ? pba_json_find_string(info, "name") : NULL;
+            has_background |= g_strcmp0(name, PBA_PVE_BACKGROUND) == 0;
+            frozen = name && !pba_json_find_bool(info, "recording") ? name : frozen;
+        }
+        if (has_background) {
+            *found = true;
+            return g_strdup(frozen);
+        }
+    }
+    return NULL;
+}
+
+/* The first target that has something in QEMU. */
+static const char *find_key(const Status *status)
+{
+    for (guint i = 0; i < status->things->len; i++) {
+        const PbaLeftThing *thing = status->things->pdata[i];
+        if (thing->key && pba_is_own_node(thing->name)) {
+            return thing->key;
+        }
+    }
+    return NULL;
+}
+
+static JsonArray *devices_of(const Status *status)
+{
+    g_autoptr(GHashTable) seen = g_hash_table_new(g_str_hash, g_str_equal);
+    JsonArray *devices = json_array_new();
+
+    for (guint i = 0; i < status->things->len; i++) {
+        const PbaLeftThing *thing = status->things->pdata[i];
+        if (thing->device && g_strcmp0(thing->key, status->key) == 0 &&
+            pba_is_own_node(thing->name) && g_hash_table_add(seen, thing->device)) {
+            json_array_add_string_element(devices, thing->device);
+        }
+    }
+    return devices;
+}
+
+static JsonObject *foreign_access(const Status *status)
+{
+    bool found = false;
+    g_autofree char *target = find_foreign_target(&status->block, &found);
+
+    if (status->access->backend != PBA_BACKEND_PVE || !found) {
+        return NULL;
+    }
+    JsonObject *object = json_object_new();
+    set_text(object, "target-id", target);
+    set_text(object, "pid", NULL);
+    set_text(object, "alive", NULL);
+    json_object_set_array_member(object, "devices", json_array_new());
+    return object;
+}
+
+/* NULL: none is up, and nobody is at making one. */
+static JsonObject *describe_access(Status *status)
+{
+    const char *key = find_key(status);
+
+    if (!status->left.is_live && !key) {
+        return foreign_access(status);
+    }
+    JsonObject *object = json_object_new();
+    status->key = g_strdup(key);
+    set_target(status, object, key);
+    if (status->owner) {
+        json_object_set_int_member(object, "pid", status->pid);
+    } else {
+        set_text(object, "pid", NULL);
+    }
+    json_object_set_int_member(object, "alive", status->left.is_live);
+    json_object_set_array_member(object, "devices", devices_of(status));
+    return object;
+}
+
+/* Bitmaps and exports */
+
+static void add_bitmap(const Status *status, const char *node, JsonObject *info, JsonArray *list)
+{
+    const char *name = pba_json_find_string(info, "name");
+    const char *target = name ? pba_bitmap_target_of(status->access->backend, name) : NULL;
+    bool is_pve_background = g_strcmp0(name, PBA_PVE_BACKGROUND) == 0;
+
+    if (!target && !is_pve_background) {
+        return;
+    }
+    g_autofree char *device = pba_block_device_above(&status->block, node);
+    g_autofree char *background = target ? pba_background_bitmap(target) : NULL;
+    JsonObject *object = json_object_new();
+    set_text(object, "target-id", target);
+    set_text(object, "device", device);
+    set_text(object, "node", node);
+    set_text(object, "name", name);
+    json_object_set_int_member(object, "background",
+                               is_pve_background || g_strcmp0(name, background) == 0);
+    copy_size(object, "dirty-bytes", info, "count");
+    copy_size(object, "granularity", info, "granularity");
+    copy_flag(object, info, "recording");
+    copy_flag(object, info, "busy");
+    copy_flag(object, info, "persistent");
+    copy_flag(object, info, "inconsistent");
+    json_array_add_object_element(list, object);
+}
+
+static JsonArray *describe_bitmaps(const Status *status)
+{
+    JsonArray *list = json_array_new();
+    JsonArray *nodes = status->block.nodes;
+
+    for (guint i = 0; i < json_array_get_length(nodes); i++) {
+        JsonObject *node = pba_json_element(nodes, i);
+        const char *name = node ? pba_json_find_string(node, "node-name") : NULL;
+        JsonArray *bitmaps = name ? pba_json_find_array(node, "dirty-bitmaps") : NULL;
+        for (guint j = 0; bitmaps && j < json_array_get_length(bitmaps); j++) {
+            JsonObject *info = pba_json_element(bitmaps, j);
+            if (info) {
+                add_bitmap(status, name, info, list);
+            }
+        }
+    }
+    return list;
+}
+
+static JsonArray *describe_exports(const Status *status)
+{
+    JsonArray *list = json_array_new();
+
+    for (guint i = 0; i < json_array_get_length(status->left.exports); i++) {
+        JsonObject *export = pba_json_element(status->left.exports, i);
+        const char *id = export ? pba_json_find_string(export, "id") : NULL;
+        const char *target;
+        const char *disk;
+        if (!id) {
+            continue;
+        }
+        bool ours = pba_left_parse(id, &target, &disk);
+        g_autofree char *device = ours ? pba_left_device(&status->left, disk) : NULL;
+        JsonObject *object = json_object_new();
+        set_text(object, "id", id);
+        set_text(object, "type", pba_json_find_string(export, "type"));
+        set_text(object, "node", pba_json_find_string(export, "node-name"));
+        set_text(object, "device", device);
+        json_object_set_int_member(object, "ours", ours);
+        json_array_add_object_element(list, object);
+    }
+    return list;
+}
+
+/* Fleecing images */
+
+/* The node that is the image's file, below its format. */
+static JsonObject *find_file_node(const PbaBlock *block, const char *node)
+{
+    for (guint i = 0; node && i < json_array_get_length(block->nodes); i++) {
+        const char *below = pba_block_find_child(block, node, "file");
+        if (!below) {
+            return pba_block_find_node(block, node);
+        }
+        node = below;
+    }
+    return NULL;
+}
+
+/* The file system that the image can fill. An image of ours has no name any more; what is no file,
+ * or not on this machine, tells nothing. */
+static bool find_file_system(const char *path, struct statvfs *file_system)
+{
+    g_autofree char *dir = g_path_get_dirname(path);
+    struct stat status;
+
+    if (!g_path_is_absolute(path)) {
+        return false;
+    }
+    bool exists = stat(path, &status) == 0;
+    return (!exists || S_ISREG(status.st_mode)) && statvfs(exists ? path : dir, file_system) == 0;
+}
+
+static void add_space(Status *status, JsonObject *object, const char *device, const char *path)
+{
+    struct statvfs file_system;
+    uint64_t image = (uint64_t)json_object_get_int_member_with_default(object, "image-bytes", 0);
+    uint64_t size = (uint64_t)json_object_get_int_member_with_default(object, "size", 0);
+
+    if (!find_file_system(path, &file_system)) {
+        return;
+    }
+    uint64_t free_bytes = (uint64_t)file_system.f_bavail * file_system.f_frsize;
+    uint64_t all_bytes = (uint64_t)file_system.f_blocks * file_system.f_frsize;
+    bool nearly_full =
+        free_bytes < all_bytes / NEARLY_FULL_PART && size > image && free_bytes < size - image;
+    set_size(object, "free-bytes", free_bytes);
+    json_object_set_int_member(object, "nearly-full", nearly_full);
+    if (nearly_full) {
+        g_autofree char *text =
+            pba_line("device %s: the file system of its fleecing image '%s' is nearly full: "
+                     "%" G_GUINT64_FORMAT
+                     " bytes are free - when it is full, the snapshot breaks and the backup fails",
+                     device, path, free_bytes);
+        json_array_add_string_element(status->warnings, text);
+    }
+}
+
+static void add_fleecing(Status *status, const char *filter, JsonArray *list)
+{
+    const PbaBlock *block = &status->block;
+    const char *target = pba_block_find_child(block, filter, "target");
+    const char *file = pba_block_find_child(block, filter, "file");
+    JsonObject *node = target ? find_file_node(block, target) : NULL;
+    JsonObject *image = node ? pba_json_find_object(node, "image") : NULL;
+    const char *path = image ? pba_json_find_string(image, "filename") : NULL;
+    const char *driver = node ? pba_json_find_string(node, "drv") : NULL;
+    JsonObject *top = target ? pba_block_find_node(block, target) : NULL;
+    JsonObject *top_image = top ? pba_json_find_object(top, "image") : NULL;
+
+    if (!top_image || !image) {
+        return;
+    }
+    g_autofree char *device = file ? pba_block_device_above(block, file) : NULL;
+    JsonObject *object = json_object_new();
+    set_text(object, "device", device);
+    set_text(object, "node", target);
+    set_text(object, "file", path);
+    copy_size(object, "size", top_image, "virtual-size");
+    copy_size(object, "image-bytes", image, "actual-size");
+    if (path && g_strcmp0(driver, "file") == 0) {
+        add_space(status, object, device ? device : filter, path);
+    }
+    json_array_add_object_element(list, object);
+}
+
+static JsonArray *describe_fleecing(Status *status)
+{
+    JsonArray *list = json_array_new();
+    JsonArray *nodes = status->block.nodes;
+
+    for (guint i = 0; i < json_array_get_length(nodes); i++) {
+        JsonObject *node = pba_json_element(nodes, i);
+        const char *name = node ? pba_json_find_string(node, "node-name") : NULL;
+        if (name && g_strcmp0(pba_json_find_string(node, "drv"), "copy-before-write") == 0) {
+            add_fleecing(status, name, list);
+        }
+    }
+    return list;
+}
+
+/* What is left of dead processes */
+
+static bool is_left(const Status *status, const PbaLeftThing *thing)
+{
+    pid_t pid;
+    bool alive;
+
+    if (pba_owner_read(status->access, thing->name, &pid, &alive)) {
+        return !alive;
+    }
+    return !status->left.is_live || g_strcmp0(thing->key, status->key) != 0;
+}
+
+static JsonArray *describe_left(const Status *status)
+{
+    JsonArray *list = json_array_new();
+
+    for (guint i = 0; i < status->things->len; i++) {
+        const PbaLeftThing *thing = status->things->pdata[i];
+        if (!is_left(status, thing)) {
+            continue;
+        }
+        JsonObject *object = json_object_new();
+        set_target(status, object, thing->key);
+        set_text(object, "device", thing->device);
+        set_text(object, "what", thing->what);
+        json_object_set_int_member(object, "harmless", thing->harmless);
+        json_array_add_object_element(list, object);
+    }
+    return list;
+}
+
+/* What Proxmox' QEMU says of the last backup or access, over or not. */
+static bool add_bitmap_info(Status *status, JsonObject *object, GError **error)
+{
+    g_autoptr(GError) refused = NULL;
+    g_autoptr(JsonArray) infos =
+        pba_qmp_query_array(status->access->qmp, "query-pbs-bitmap-info", NULL, &refused);
+
+    if (pba_error_is_fatal(refused)) {
+        g_propagate_error(error, g_steal_pointer(&refused));
+        return false;
+    }
+    if (infos) {
+        json_object_set_array_member(object, "bitmap-info", g_steal_pointer(&infos));
+    }
+    return true;
+}
+
+static bool query(Status *status, GError **error)
+{
+    return pba_access_begin(status->access, error) &&
+           pba_left_look(status->access, true, &status->block, &status->left, error);
+}
+
+JsonNode *pba_status(PbaQmp *qmp, const PbaAccessOptions *options, const PbaHooks *hooks,
+                     GError **error)
+{
+    g_auto(Status) status = {.access = pba_access_new_observer(qmp, options, hooks, error)};
+    g_autoptr(JsonObject) object = json_object_new();
+    bool pve = false;
+
+    if (!status.access || !query(&status, error)) {
+        pba_qmp_release(qmp);
+        return NULL;
+    }
+    pve = status.access->backend == PBA_BACKEND_PVE;
+    bool told = !pve || add_bitmap_info(&status, object, error);
+    pba_qmp_release(qmp);
+    if (!told) {
+        return NULL;
+    }
+    find_owner(&status);
+    status.things = pba_left_things(&status.left);
+    status.warnings = json_array_new();
+    set_text(object, "backend", pve ? "pve" : "upstream");
+    JsonObject *up = describe_access(&status);
+    if (up) {
+        json_object_set_object_member(object, "access", up);
+    } else {
+        json_object_set_null_member(object, "access");
+    }
+    json_object_set_array_member(object, "bitmaps", describe_bitmaps(&status));
+    json_object_set_array_member(object, "exports", describe_exports(&status));
+    json_object_set_array_member(object, "fleecing", describe_fleecing(&status));
+    json_object_set_array_member(object, "left-overs", describe_left(&status));
+    json_object_set_array_member(object, "warnings", g_steal_pointer(&status.warnings));
+    JsonNode *node = json_node_alloc();
+    json_node_init_object(node, object);
+    return node;
+}

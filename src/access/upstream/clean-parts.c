@@ -1,0 +1,62 @@
+/* Letting go of the clean parts of a snapshot (upstream backend).
+ *
+ * An incremental backup does not read what is clean, so old data there need not be kept when the
+ * guest overwrites it. Proxmox' QEMU leaves those parts out from the start; here they are discarded
+ * right after the cut. That also makes them unreadable, as they are there. */
+#include "src/access/access.h"
+#include "src/base/error.h"
+#include "src/volume/volume.h"
+
+/* In a map with more pieces than this, sending the discards takes longer than it saves. */
+#define MAX_REGIONS 64
+
+static void append_range(GArray *ranges, uint64_t begin, uint64_t end)
+{
+    PbaRange range = {.begin = begin, .end = end};
+
+    if (begin < end) {
+        g_array_append_val(ranges, range);
+    }
+}
+
+/* What lies between the dirty regions. False if the map cannot be read or has too many regions. */
+static bool read_clean_ranges(PbaVolume *volume, GArray *ranges, GError **error)
+{
+    uint64_t offset;
+    uint64_t length;
+    uint64_t end = 0;
+
+    for (unsigned regions = 0; regions <= MAX_REGIONS; regions++) {
+        if (!pba_volume_next_dirty_region(volume, &offset, &length, error)) {
+            return false;
+        }
+        if (length == 0) {
+            append_range(ranges, end, pba_volume_size(volume));
+            return true;
+        }
+        append_range(ranges, end, offset);
+        end = offset + length;
+    }
+    return false;
+}
+
+void pba_trim_clean_parts(PbaAccess *access, const PbaDisk *disk)
+{
+    g_autoptr(GArray) ranges = g_array_new(FALSE, FALSE, sizeof(PbaRange));
+    g_autoptr(GError) error = NULL;
+    PbaVolumeOptions options = {
+        .device = disk->device,
+        .path = access->socket,
+        .bitmap = disk->bitmap_name,
+        .size = disk->size,
+    };
+    g_autoptr(PbaVolume) volume = pba_volume_open(&options, &access->hooks, &error);
+
+    if (volume && read_clean_ranges(volume, ranges, &error)) {
+        pba_volume_discard_ranges(volume, (PbaRange *)ranges->data, ranges->len, &error);
+    }
+    if (error) {
+        pba_log(&access->hooks, PBA_LOG_WARN, "the clean parts stay in the snapshot: %s",
+                error->message);
+    }
+}

@@ -1,0 +1,411 @@
+/* Setup on a stock QEMU: the behaviour of backup-access-setup from upstream's own commands.
+ *
+ *   before:  guest device -> root node
+ *   during:  guest device -> raw -> copy-before-write -> root node
+ *                                    |        \-> fleecing node
+ *                            snapshot-access -> NBD export
+ *
+ * All raw nodes are put in place first, one by one. Then a single blockdev-reopen points them all
+ * at their filters: QEMU drains them and changes all or none, and that is the instant. */
+#include "src/access/access.h"
+#include "src/base/error.h"
+#include "src/qmp/json.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <unistd.h>
+
+/* The guest's write is let through when fleecing takes longer. VirtIO drivers give up at 60 s. */
+#define CBW_TIMEOUT_S 45
+/* Before QEMU 9.1 the limit was kept in 32 bits of nanoseconds. */
+#define CBW_TIMEOUT_OLD_S 4
+
+bool pba_is_own_node(const char *node)
+{
+    return g_str_has_prefix(node, "pba-");
+}
+
+/* qom-get where the object may lack the property: NULL then, and also on an error. */
+static JsonNode *find_property(PbaQmp *qmp, const char *path, const char *property, GError **error)
+{
+    GError *local = NULL;
+    JsonNode *value = pba_qmp_execute(
+        qmp, "qom-get", pba_json("{'path': <%s>, 'property': <%s>}", path, property), &local);
+
+    if (pba_error_is_fatal(local)) {
+        g_propagate_error(error, local);
+    } else {
+        g_clear_error(&local);
+    }
+    return value;
+}
+
+static bool is_set(JsonNode *value)
+{
+    if (!value || JSON_NODE_HOLDS_NULL(value)) {
+        return false;
+    }
+    return !JSON_NODE_HOLDS_VALUE(value) || json_node_get_value_type(value) != G_TYPE_STRING ||
+           *json_node_get_string(value);
+}
+
+/* The device itself, the device behind a virtio backend, or the controller its bus is on. */
+static bool find_iothread(PbaQmp *qmp, const char *qdev, bool *found, GError **error)
+{
+    static const char *const properties[] = {"iothread", "iothread-vq-mapping"};
+    GError *local = NULL;
+    g_autoptr(JsonNode) bus = find_property(qmp, qdev, "parent_bus", &local);
+    const char *bus_path = bus && JSON_NODE_HOLDS_VALUE(bus) ? json_node_get_string(bus) : NULL;
+    g_autofree char *parent = g_path_get_dirname(qdev);
+    g_autofree char *controller = g_path_get_dirname(bus_path ? bus_path : "");
+    g_autofree char *owner = g_path_get_dirname(controller);
+    const char *const paths[] = {qdev, parent, controller, owner};
+
+    *found = false;
+    for (size_t i = 0; !local && i < G_N_ELEMENTS(paths) * G_N_ELEMENTS(properties); i++) {
+        g_autoptr(JsonNode) value = find_property(qmp, paths[i / 2], properties[i % 2], &local);
+        *found |= is_set(value);
+    }
+    if (local) {
+        g_propagate_error(error, local);
+        return false;
+    }
+    return true;
+}
+
+/* Before 10.0 QEMU aborts when an NBD client leaves an export of such a disk. */
+static bool check_iothreads(PbaAccess *access, GError **error)
+{
+    if (access->qemu_version >= 1000) {
+        return true;
+    }
+    g_autoptr(JsonArray) threads = pba_qmp_query_array(access->qmp, "query-iothreads", NULL, error);
+    if (!threads) {
+        return false;
+    }
+    for (guint i = 0; json_array_get_length(threads) > 0 && i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        bool found;
+        if (!find_iothread(access->qmp, disk->qdev, &found, error)) {
+            return false;
+        }
+        if (found) {
+            pba_error_set(error, PBA_ERROR_UNSUPPORTED,
+                          "is in an iothread, and QEMU before 10.0 aborts when a reader of such a "
+                          "disk leaves - use QEMU 10.0 or later, or take the disk out of the "
+                          "iothread");
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+    }
+    return true;
+}
+
+/* QEMU would let two disks keep their old data in one image, each in the other's place. */
+static bool is_fleecing_in_use(const PbaAccess *access, const PbaDisk *disk, const PbaBlock *block)
+{
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *other = access->disks->pdata[i];
+        if (other != disk && g_strcmp0(other->fleecing_node, disk->fleecing_node) == 0) {
+            return true;
+        }
+    }
+    return pba_block_has_parent(block, disk->fleecing_node);
+}
+
+static bool check_callers_fleecing(const PbaAccess *access, const PbaDisk *disk,
+                                   const PbaBlock *block, GError **error)
+{
+    JsonObject *node = pba_block_find_node(block, disk->fleecing_node);
+    uint64_t size;
+
+    if (!node) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT, "fleecing node '%s' does not exist",
+                      disk->fleecing_node);
+        return false;
+    }
+    if (is_fleecing_in_use(access, disk, block)) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT, "fleecing node '%s' is in use by something else",
+                      disk->fleecing_node);
+        return false;
+    }
+    if (!pba_block_node_size(node, &size, error)) {
+        return false;
+    }
+    if (size != disk->size) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT,
+                      "fleecing node '%s' must have exactly the size of the device: it has %" PRIu64
+                      " bytes instead of %" PRIu64,
+                      disk->fleecing_node, size, disk->size);
+        return false;
+    }
+    /* Discards are sent in units of 64 KiB, and QEMU 7.2 aborts on parts of a cluster. */
+    JsonObject *image = pba_json_find_object(node, "image");
+    if (json_object_has_member(image, "cluster-size")) {
+        uint64_t cluster;
+        if (!pba_json_size(image, "cluster-size", &cluster, error)) {
+            return false;
+        }
+        if (cluster > PBA_GRANULARITY) {
+            pba_error_set(error, PBA_ERROR_ARGUMENT,
+                          "fleecing node '%s' has clusters of %" PRIu64 " bytes - at most %u work",
+                          disk->fleecing_node, cluster, PBA_GRANULARITY);
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool check_fleecing(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, GError **error)
+{
+    const char *node =
+        access->fleecing ? g_hash_table_lookup(access->fleecing, disk->device) : NULL;
+
+    if (node) {
+        disk->fleecing_node = g_strdup(node);
+        return check_callers_fleecing(access, disk, block, error);
+    }
+    if (!access->fleecing_dir) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT,
+                      "has no fleecing image - give 'fleecing-dir' or a node in 'fleecing'");
+        return false;
+    }
+    disk->fleecing_node = pba_disk_name(access, "fleece", disk);
+    return true;
+}
+
+static bool check_bitmap(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, GError **error)
+{
+    g_autofree char *name = pba_target_bitmap(access->target_id);
+    JsonObject *info = pba_block_find_bitmap(block, disk->bitmap_node, name);
+    JsonObject *node = pba_block_find_node(block, disk->bitmap_node);
+    const char *driver = node ? pba_json_find_string(node, "drv") : NULL;
+
+    if (info && pba_json_find_bool(info, "busy")) {
+        pba_error_set(error, PBA_ERROR_STATE, "its bitmap '%s' is in use by another operation",
+                      name);
+        return false;
+    }
+    disk->bitmap_persistent = access->persistent && g_strcmp0(driver, "qcow2") == 0;
+    return true;
+}
+
+static bool check_disk(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, GError **error)
+{
+    if (!disk->qdev) {
+        pba_error_set(error, PBA_ERROR_UNSUPPORTED, "no guest device uses it");
+        return false;
+    }
+    disk->bitmap_node = g_strdup(pba_block_skip_filters(block, disk->root_node));
+    if (!disk->bitmap_node) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "its block graph has an open end");
+        return false;
+    }
+    disk->raw_node = pba_disk_name(access, "raw", disk);
+    disk->filter_node = pba_disk_name(access, "cbw", disk);
+    return check_fleecing(access, disk, block, error) && check_bitmap(access, disk, block, error);
+}
+
+bool pba_upstream_check(PbaAccess *access, const PbaBlock *block, GError **error)
+{
+    for (guint i = 0; i < access->disks->len; i++) {
+        PbaDisk *disk = access->disks->pdata[i];
+        if (!check_disk(access, disk, block, error)) {
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+    }
+    return check_iothreads(access, error);
+}
+
+/* Sparse, private, and of a name that nobody else has: other guests' images may be here, too. */
+static char *create_fleecing_file(PbaAccess *access, uint64_t size, GError **error)
+{
+    g_autofree char *name = pba_own_name(access, "fleece", access->identity);
+    g_autofree char *dir = pba_trusted_dir("fleecing-dir", access->fleecing_dir, error);
+    if (!dir) {
+        return NULL;
+    }
+    g_autofree char *path = g_strdup_printf("%s/%s-XXXXXX", dir, name);
+    int fd = g_mkstemp_full(path, O_RDWR | O_CLOEXEC, 0600);
+
+    if (fd < 0 || ftruncate(fd, (off_t)size) != 0) {
+        pba_error_set(error, PBA_ERROR_SYSTEM, "cannot create fleecing image '%s' - %s", path,
+                      g_strerror(errno));
+        if (fd >= 0) {
+            close(fd);
+            unlink(path);
+        }
+        return NULL;
+    }
+    close(fd);
+    return g_steal_pointer(&path);
+}
+
+static bool add_fleecing(PbaAccess *access, PbaDisk *disk, GError **error)
+{
+    if (!pba_is_own_node(disk->fleecing_node)) {
+        return true;
+    }
+    g_autofree char *path = create_fleecing_file(access, disk->size, error);
+    if (!path) {
+        return false;
+    }
+    /* Without discard=unmap a trim succeeds and frees nothing. */
+    bool added = pba_qmp_run(access->qmp, "blockdev-add",
+                             pba_json("{'driver': <'file'>, 'node-name': <%s>, 'filename': <%s>, "
+                                      "'discard': <'unmap'>}",
+                                      disk->fleecing_node, path),
+                             error);
+    /* QEMU has it open: without a name its space is free again whoever dies first. */
+    unlink(path);
+    return added;
+}
+
+JsonNode *pba_raw_options(const PbaDisk *disk, const char *file)
+{
+    JsonNode *options = pba_json("{'driver': <'raw'>, 'node-name': <%s>, 'file': <%s>, "
+                                 "'size': <%x>, 'discard': <'unmap'>}",
+                                 disk->raw_node, file, (gint64)disk->size);
+    pba_json_set_if(options, "read-only", disk->read_only);
+    return options;
+}
+
+static bool insert_raw(PbaAccess *access, PbaDisk *disk, GError **error)
+{
+    return pba_qmp_run(access->qmp, "blockdev-add", pba_raw_options(disk, disk->root_node),
+                       error) &&
+           pba_qmp_run(access->qmp, "qom-set",
+                       pba_json("{'path': <%s>, 'property': <'drive'>, 'value': <%s>}", disk->qdev,
+                                disk->raw_node),
+                       error);
+}
+
+/* The target's bitmap as the mode wants it: recording, and if it is a new one with all bits set. */
+static bool prepare_bitmap(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, GError **error)
+{
+    g_autofree char *name = pba_target_bitmap(access->target_id);
+    JsonObject *info = pba_block_find_bitmap(block, disk->bitmap_node, name);
+
+    if (disk->mode == PBA_BITMAP_MODE_NONE) {
+        return true;
+    }
+    if (disk->mode == PBA_BITMAP_MODE_USE && info && !pba_json_find_bool(info, "inconsistent")) {
+        disk->action = PBA_BITMAP_ACTION_USED;
+        disk->bitmap_persistent = pba_json_find_bool(info, "persistent");
+    } else {
+        disk->action = disk->mode == PBA_BITMAP_MODE_NEW ? PBA_BITMAP_ACTION_NEW
+                                                         : PBA_BITMAP_ACTION_MISSING_RECREATED;
+        if ((info && !pba_bitmap_remove(access, disk, name, error)) ||
+            !pba_bitmap_add_all_dirty(access, disk, error)) {
+            return false;
+        }
+    }
+    disk->bitmap_name = g_steal_pointer(&name);
+    return true;
+}
+
+static bool add_background(PbaAccess *access, PbaDisk *disk, GError **error)
+{
+    if (!disk->bitmap_name) {
+        return true;
+    }
+    g_autofree char *name = pba_background_bitmap(access->target_id);
+    return pba_qmp_run(access->qmp, "block-dirty-bitmap-add", pba_bitmap_add_arguments(disk, name),
+                       error);
+}
+
+/* No bitmap option: QEMU copies that when the node is made, and bits set until the cut would be
+ * missing in it. */
+static bool add_filter(PbaAccess *access, PbaDisk *disk, GError **error)
+{
+    unsigned timeout = access->qemu_version >= 901 ? CBW_TIMEOUT_S : CBW_TIMEOUT_OLD_S;
+    JsonNode *arguments = pba_json(
+        "{'driver': <'copy-before-write'>, 'node-name': <%s>, 'file': <%s>, 'target': <%s>, "
+        "'on-cbw-error': <'break-snapshot'>, 'cbw-timeout': <%u>, 'discard': <'unmap'>}",
+        disk->filter_node, disk->root_node, disk->fleecing_node, timeout);
+    pba_json_set_if(arguments, "read-only", disk->read_only);
+    return pba_qmp_run(access->qmp, "blockdev-add", arguments, error);
+}
+
+static bool cut(PbaAccess *access, GError **error)
+{
+    JsonArray *options = json_array_new();
+
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        json_array_add_element(options, pba_raw_options(disk, disk->filter_node));
+    }
+    return pba_qmp_run(access->qmp, "blockdev-reopen", pba_json_wrap_array("options", options),
+                       error);
+}
+
+/* Freezes the targets' bitmaps, and removes those that mode none has no use for. Bits that were set
+ * since the cut do no harm. */
+static bool freeze_bitmaps(PbaAccess *access, const PbaBlock *block, GError **error)
+{
+    g_autofree char *name = pba_target_bitmap(access->target_id);
+    g_autoptr(JsonArray) actions = json_array_new();
+
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        const char *type = disk->bitmap_name ? "block-dirty-bitmap-disable"
+                           : pba_block_find_bitmap(block, disk->bitmap_node, name)
+                               ? "block-dirty-bitmap-remove"
+                               : NULL;
+        if (type) {
+            json_array_add_element(
+                actions, pba_json("{'type': <%s>, 'data': <{'node': <%s>, 'name': <%s>}>}", type,
+                                  disk->bitmap_node, name));
+        }
+    }
+    return json_array_get_length(actions) == 0 ||
+           pba_qmp_run(access->qmp, "transaction",
+                       pba_json_wrap_array("actions", g_steal_pointer(&actions)), error);
+}
+
+static bool add_snapshot(PbaAccess *access, PbaDisk *disk, GError **error)
+{
+    disk->snapshot_node = pba_disk_name(access, "snap", disk);
+    return pba_qmp_run(access->qmp, "blockdev-add",
+                       pba_json("{'driver': <'snapshot-access'>, 'node-name': <%s>, 'file': <%s>, "
+                                "'discard': <'unmap'>}",
+                                disk->snapshot_node, disk->filter_node),
+                       error);
+}
+
+typedef bool (*DiskStep)(PbaAccess *access, PbaDisk *disk, GError **error);
+
+static bool each_disk(PbaAccess *access, DiskStep step, GError **error)
+{
+    for (guint i = 0; i < access->disks->len; i++) {
+        PbaDisk *disk = access->disks->pdata[i];
+        if (!step(access, disk, error)) {
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool prepare_bitmaps(PbaAccess *access, const PbaBlock *block, GError **error)
+{
+    for (guint i = 0; i < access->disks->len; i++) {
+        PbaDisk *disk = access->disks->pdata[i];
+        if (!prepare_bitmap(access, disk, block, error)) {
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+    }
+    return true;
+}
+
+bool pba_upstream_setup(PbaAccess *access, PbaBlock *block, GError **error)
+{
+    /* The NBD server first: if another one runs, nothing has been done to the guest yet. */
+    return pba_nbd_server_start(access, error) && each_disk(access, add_fleecing, error) &&
+           each_disk(access, insert_raw, error) && prepare_bitmaps(access, block, error) &&
+           each_disk(access, add_background, error) && each_disk(access, add_filter, error) &&
+           cut(access, error) && freeze_bitmaps(access, block, error) &&
+           each_disk(access, add_snapshot, error);
+}

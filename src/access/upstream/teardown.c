@@ -1,0 +1,144 @@
+/* Undoing what setup-upstream.c did, or the part of it that there is: what is looked at is QEMU's
+ * state, not what we remember. */
+#include "src/access/access.h"
+#include "src/base/error.h"
+#include "src/qmp/json.h"
+#include <string.h>
+
+/* Runs one step; the first error is kept and further steps are still tried, unless QEMU cannot be
+ * talked to any more. */
+static void run_step(PbaAccess *access, GError **first, const PbaDisk *disk, const char *command,
+                     JsonNode *arguments)
+{
+    GError *step = NULL;
+
+    if (pba_error_is_fatal(*first)) {
+        json_node_unref(arguments);
+        return;
+    }
+    if (!pba_qmp_run(access->qmp, command, arguments, &step)) {
+        if (disk) {
+            pba_error_add_device(&step, disk->device);
+        }
+        pba_error_keep_first(first, step, &access->hooks);
+    }
+}
+
+static void delete_node(PbaAccess *access, GError **first, const PbaBlock *block,
+                        const PbaDisk *disk, const char *node)
+{
+    if (node && pba_block_find_node(block, node)) {
+        run_step(access, first, disk, "blockdev-del", pba_json("{'node-name': <%s>}", node));
+    }
+}
+
+const char *pba_upstream_root(const PbaBlock *block, const PbaDisk *disk)
+{
+    const char *file = pba_block_find_child(block, disk->raw_node, "file");
+    return file && strcmp(file, disk->filter_node) != 0
+               ? file
+               : pba_block_find_child(block, disk->filter_node, "file");
+}
+
+/* The cut undone: again all disks or none, since QEMU drains them together. */
+static void bypass_filters(PbaAccess *access, GError **first, const PbaBlock *block)
+{
+    g_autoptr(JsonArray) options = json_array_new();
+
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        const char *file = pba_block_find_child(block, disk->raw_node, "file");
+        const char *root = pba_upstream_root(block, disk);
+        if (file && root && strcmp(file, root) != 0) {
+            json_array_add_element(options, pba_raw_options(disk, root));
+        }
+    }
+    if (json_array_get_length(options) > 0) {
+        run_step(access, first, NULL, "blockdev-reopen",
+                 pba_json_wrap_array("options", g_steal_pointer(&options)));
+    }
+}
+
+/* Only where the guest device does use our node: qom-set of what is set already stalls QEMU. */
+static void take_out_raw(PbaAccess *access, GError **first, const PbaBlock *block,
+                         const PbaDisk *disk)
+{
+    JsonObject *user = pba_block_find_user(block, disk->raw_node);
+    const char *qdev = user ? pba_json_find_string(user, "qdev") : NULL;
+    const char *root = pba_upstream_root(block, disk);
+
+    if (qdev && root) {
+        run_step(access, first, disk, "qom-set",
+                 pba_json("{'path': <%s>, 'property': <'drive'>, 'value': <%s>}", qdev, root));
+    }
+}
+
+static void drop_fleecing(PbaAccess *access, GError **first, const PbaBlock *block,
+                          const PbaDisk *disk)
+{
+    if (disk->fleecing_node && pba_is_own_node(disk->fleecing_node)) {
+        delete_node(access, first, block, disk, disk->fleecing_node);
+    }
+}
+
+static void undo_graph(PbaAccess *access, GError **first, const PbaBlock *block)
+{
+    GPtrArray *disks = access->disks;
+
+    for (guint i = 0; i < disks->len; i++) {
+        const PbaDisk *disk = disks->pdata[i];
+        delete_node(access, first, block, disk, disk->snapshot_node);
+    }
+    bypass_filters(access, first, block);
+    for (guint i = 0; i < disks->len; i++) {
+        const PbaDisk *disk = disks->pdata[i];
+        take_out_raw(access, first, block, disk);
+        delete_node(access, first, block, disk, disk->filter_node);
+        delete_node(access, first, block, disk, disk->raw_node);
+        drop_fleecing(access, first, block, disk);
+        if (!pba_error_is_fatal(*first)) {
+            GError *step = NULL;
+            pba_dirty_source_drop(access, disk, block, &step);
+            pba_error_keep_first(first, step, &access->hooks);
+        }
+    }
+}
+
+bool pba_upstream_teardown(PbaAccess *access, bool success, GError **error)
+{
+    g_auto(PbaBlock) block = {0};
+    GError *first = NULL;
+
+    if (!pba_block_query(access->qmp, true, &block, error)) {
+        return false;
+    }
+    undo_graph(access, &first, &block);
+    if (!pba_error_is_fatal(first)) {
+        GError *step = NULL;
+        pba_bitmaps_join(access, &block, success && !first, &step);
+        pba_error_keep_first(&first, step, &access->hooks);
+    }
+    if (first) {
+        g_propagate_error(error, first);
+        return false;
+    }
+    return true;
+}
+
+bool pba_upstream_is_clean(PbaAccess *access)
+{
+    g_auto(PbaBlock) block = {0};
+    g_autofree char *background = pba_background_bitmap(access->target_id);
+
+    if (!pba_block_query(access->qmp, false, &block, NULL)) {
+        return false;
+    }
+    for (guint i = 0; i < json_array_get_length(block.nodes); i++) {
+        const char *name = pba_block_node_name(block.nodes, i);
+        if (name && ((pba_is_own_node(name) && !pba_is_owner_mark(name)) ||
+                     pba_block_find_bitmap(&block, name, background))) {
+            return false;
+        }
+    }
+    return true;
+}

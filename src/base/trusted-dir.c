@@ -1,0 +1,43 @@
+/* Directories in which nobody but root and this user can swap what a name stands for. */
+#include "error.h"
+#include "src/access/access.h"
+#include <errno.h>
+#include <limits.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* Where others may write, the sticky bit keeps them from renaming what is not theirs. */
+static bool is_trusted(const char *path)
+{
+    struct stat status;
+
+    return lstat(path, &status) == 0 && S_ISDIR(status.st_mode) &&
+           (status.st_uid == 0 || status.st_uid == geteuid()) &&
+           (!(status.st_mode & 022) || status.st_mode & S_ISVTX);
+}
+
+char *pba_trusted_dir(const char *what, const char *path, GError **error)
+{
+    char resolved[PATH_MAX];
+
+    if (!realpath(path, resolved)) {
+        pba_error_set(error, PBA_ERROR_SYSTEM, "cannot use %s '%s' - %s", what, path,
+                      g_strerror(errno));
+        return NULL;
+    }
+    g_autofree char *at = g_strdup(resolved);
+    while (is_trusted(at)) {
+        if (strcmp(at, "/") == 0) {
+            return g_strdup(resolved);
+        }
+        char *above = g_path_get_dirname(at);
+        g_free(at);
+        at = above;
+    }
+    pba_error_set(error, PBA_ERROR_SYSTEM,
+                  "%s '%s' is not safe - others than root and this user may change what is in '%s'",
+                  what, path, at);
+    return NULL;
+}

@@ -1,0 +1,488 @@
+/* A copy of the dirty regions of a volume: what is read next, and what becomes of it.
+ *
+ * Regions are cut into pieces. A piece is read, written to the sink, then released for discarding;
+ * many are under way, each in a buffer of its own. Completions only note what happened; everything
+ * is decided here, between two waits. */
+#include "copy.h"
+#include "limit.h"
+#include "src/base/error.h"
+#include <errno.h>
+#include <inttypes.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#define DEFAULT_REQUEST (256u << 10)
+#define MEMORY (16u << 20)
+#define MAX_PIECES 64u
+#define MIN_PIECES 2u
+/* What need not be read is written in larger pieces. */
+#define MAX_ZERO (32u << 20)
+#define SECTOR 4096u
+/* More are not sent before some are done, lest they fill the server's queue. */
+#define MAX_TRIMMING 32u
+#define PROGRESS_INTERVAL (G_TIME_SPAN_SECOND / 4)
+
+typedef struct {
+    PbaVolume *volume;
+    const PbaCopyOptions *options;
+    PbaCopyStatistics *statistics;
+    PbaLoop loop;
+    PbaSource source;
+    PbaSink *sink;
+    PbaLimit limit;
+    PbaPiece pieces[MAX_PIECES];
+    unsigned piece_count;
+    unsigned used; /* pieces that are not free */
+    uint32_t request;
+    uint64_t region_offset; /* what of the current region is not read yet */
+    uint64_t region_left;
+    PbaStretch stretch; /* what it begins with */
+    char *zeroes;       /* room for MAX_ZERO, never written to, so that it takes no memory */
+    bool at_end;        /* of the map */
+    bool waits_for_map; /* or for where it has holes */
+    uint64_t next_read; /* sequence numbers */
+    uint64_t next_write;
+    uint64_t done; /* bytes that the sink has */
+    uint64_t total;
+    gint64 last_progress;
+    gint64 last_event; /* when something was done last, for the time limit */
+    pid_t owner;
+} Copy;
+
+/* Perl code that ran in a callback may have forked, and come back in the child. */
+static bool check_owner(const Copy *copy, GError **error)
+{
+    if (copy->owner == getpid()) {
+        return true;
+    }
+    pba_error_set(error, PBA_ERROR_STATE, "the copy belongs to another process");
+    return false;
+}
+
+/* Reading */
+
+static bool next_region(Copy *copy, GError **error)
+{
+    uint64_t offset;
+    uint64_t length;
+
+    if (!pba_volume_poll_dirty_region(copy->volume, &offset, &length, &copy->waits_for_map,
+                                      error) ||
+        !check_owner(copy, error)) {
+        return false;
+    }
+    if (copy->waits_for_map) {
+        return true;
+    }
+    copy->at_end = length == 0;
+    copy->statistics->regions += length > 0 ? 1 : 0;
+    copy->region_offset = offset;
+    copy->region_left = length;
+    copy->stretch = (PbaStretch){0};
+    if (copy->source.holes) {
+        pba_holes_begin(copy->source.holes, offset, length);
+    }
+    return true;
+}
+
+/* What the rest of the region begins with; false if that is not known yet. */
+static bool find_stretch(Copy *copy)
+{
+    if (copy->stretch.length == 0 && !copy->source.holes) {
+        copy->stretch = (PbaStretch){copy->region_left, false};
+    } else if (copy->stretch.length == 0) {
+        copy->waits_for_map =
+            !pba_holes_next(copy->source.holes, copy->region_offset, &copy->stretch);
+    }
+    return !copy->waits_for_map;
+}
+
+static PbaPiece *free_piece(Copy *copy)
+{
+    for (unsigned i = 0; copy->used < copy->piece_count && i < copy->piece_count; i++) {
+        if (copy->pieces[i].state == PBA_PIECE_FREE) {
+            return &copy->pieces[i];
+        }
+    }
+    return NULL;
+}
+
+/* The rest of a stretch, or as much of it as one request may have, up to the edge of a cluster. */
+static uint32_t next_length(const Copy *copy)
+{
+    uint32_t max = copy->stretch.zero ? MIN(MAX_ZERO, copy->sink->max_request) : copy->request;
+
+    if (copy->stretch.length <= max) {
+        return (uint32_t)copy->stretch.length;
+    }
+    if (copy->stretch.zero) {
+        return max;
+    }
+    uint64_t unit = copy->request >= PBA_CLUSTER ? PBA_CLUSTER : SECTOR;
+    uint64_t end = (copy->region_offset + copy->request) / unit * unit;
+    return end > copy->region_offset ? (uint32_t)(end - copy->region_offset) : copy->request;
+}
+
+/* A piece of zeroes has been read as soon as it begins. */
+static bool start_piece(Copy *copy, PbaPiece *piece, uint32_t length, GError **error)
+{
+    bool zero = copy->stretch.zero;
+
+    piece->sequence = copy->next_read++;
+    piece->offset = copy->region_offset;
+    piece->length = length;
+    piece->data = zero ? copy->zeroes : piece->buffer;
+    piece->seen = piece->holes = zero ? length : 0;
+    piece->zero = 0;
+    piece->error = 0;
+    piece->state = zero ? PBA_PIECE_READ : PBA_PIECE_READING;
+    copy->region_offset += length;
+    copy->region_left -= length;
+    copy->stretch.length -= length;
+    copy->used++;
+    return zero || pba_source_read(&copy->source, piece, error);
+}
+
+static bool may_read(const Copy *copy)
+{
+    return !copy->at_end && copy->used < copy->piece_count && copy->source.trimming < MAX_TRIMMING;
+}
+
+/* Keeps as many reads under way as there are buffers. */
+static bool fill(Copy *copy, GError **error)
+{
+    copy->waits_for_map = false;
+    while (may_read(copy)) {
+        if (copy->region_left == 0 && !next_region(copy, error)) {
+            return false;
+        }
+        if (copy->region_left == 0 || !find_stretch(copy)) {
+            return true;
+        }
+        uint32_t length = next_length(copy);
+        if (!copy->stretch.zero && !pba_limit_take(&copy->limit, length, g_get_monotonic_time())) {
+            return true;
+        }
+        if (!start_piece(copy, free_piece(copy), length, error)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* What became of the pieces */
+
+static bool fail_piece(const Copy *copy, const PbaPiece *piece, GError **error)
+{
+    const char *text = g_strerror(piece->error);
+    uint32_t length = piece->length - (uint32_t)(piece->error_offset - piece->offset);
+
+    if (piece->state == PBA_PIECE_WRITTEN) {
+        pba_error_set(error, copy->options->uri ? PBA_ERROR_NBD : PBA_ERROR_SYSTEM,
+                      "writing %" PRIu32 " bytes at offset %" PRIu64 " to %s failed - %s", length,
+                      piece->error_offset, copy->sink->name, text);
+        return false;
+    }
+    pba_error_set(error, copy->volume->handle ? PBA_ERROR_SYSTEM : PBA_ERROR_NBD,
+                  "reading %" PRIu32 " bytes at offset %" PRIu64 " failed - %s", length,
+                  piece->error_offset, text);
+    if (piece->error == (copy->volume->handle ? EIO : EINVAL)) {
+        pba_error_add_hint(error, PBA_HINT_UNREADABLE);
+    }
+    return false;
+}
+
+static bool take_read(Copy *copy, PbaPiece *piece, GError **error)
+{
+    if (piece->error) {
+        return fail_piece(copy, piece, error);
+    }
+    if (copy->sink->ordered && piece->sequence != copy->next_write) {
+        return true; /* its turn comes */
+    }
+    copy->next_write++;
+    piece->state = PBA_PIECE_WRITING;
+    return copy->sink->write(copy->sink, piece, error) && check_owner(copy, error);
+}
+
+static bool take_written(Copy *copy, PbaPiece *piece, GError **error)
+{
+    PbaCopyStatistics *statistics = copy->statistics;
+
+    if (piece->error) {
+        return fail_piece(copy, piece, error);
+    }
+    if (piece->again) {
+        piece->again = false;
+        piece->state = PBA_PIECE_WRITING;
+        return copy->sink->write(copy->sink, piece, error);
+    }
+    statistics->bytes_read += piece->length;
+    statistics->bytes_zero += piece->zero;
+    statistics->bytes_written += piece->length - piece->zero;
+    copy->done += piece->length;
+    copy->last_event = g_get_monotonic_time();
+    piece->state = PBA_PIECE_FREE;
+    copy->used--;
+    return !(copy->options->discard && copy->source.can_discard) ||
+           pba_source_release(&copy->source, piece->offset, piece->length, error);
+}
+
+static bool check_trims(const Copy *copy, GError **error)
+{
+    if (!copy->source.trim_error) {
+        return true;
+    }
+    pba_error_set(error, PBA_ERROR_NBD, "discarding at offset %" PRIu64 " failed - %s",
+                  copy->source.trim_error_offset, g_strerror(copy->source.trim_error));
+    return false;
+}
+
+/* A sink that takes pieces in order may take several once the one they waited for is there. */
+static bool take_pieces(Copy *copy, GError **error)
+{
+    uint64_t before;
+
+    do {
+        before = copy->next_write;
+        for (unsigned i = 0; i < copy->piece_count; i++) {
+            PbaPiece *piece = &copy->pieces[i];
+            if (piece->state == PBA_PIECE_READ && !take_read(copy, piece, error)) {
+                return false;
+            }
+            if (piece->state == PBA_PIECE_WRITTEN && !take_written(copy, piece, error)) {
+                return false;
+            }
+        }
+    } while (copy->sink->ordered && copy->next_write != before);
+    return check_trims(copy, error);
+}
+
+static bool tell_progress(Copy *copy, bool last, GError **error)
+{
+    if (!copy->options->progress) {
+        return true;
+    }
+    gint64 now = g_get_monotonic_time();
+    if (!last && now - copy->last_progress < PROGRESS_INTERVAL) {
+        return true;
+    }
+    copy->last_progress = now;
+    if (!copy->options->progress(copy->options->opaque, copy->done, copy->total)) {
+        pba_error_set(error, PBA_ERROR_INTERRUPTED, "the progress function failed");
+        return false;
+    }
+    return check_owner(copy, error);
+}
+
+/* Waiting */
+
+static bool turn(Copy *copy, GError **error)
+{
+    gint64 now = g_get_monotonic_time();
+    bool idle = copy->used == 0 && copy->source.trimming == 0 && !copy->waits_for_map;
+    gint64 until = now + PROGRESS_INTERVAL;
+
+    if (idle || copy->last_event == 0) {
+        copy->last_event = now;
+    }
+    if (may_read(copy) && !copy->waits_for_map) {
+        until = MIN(until, pba_limit_ready_at(&copy->limit));
+    }
+    return pba_loop_turn(&copy->loop, until,
+                         copy->last_event + PBA_NBD_LIMIT_S * G_TIME_SPAN_SECOND, error) &&
+           check_owner(copy, error);
+}
+
+/* The map belongs to one instant: where it was read twice it must have been the same. */
+static bool check_total(const Copy *copy, GError **error)
+{
+    if (!copy->options->progress || copy->done == copy->total) {
+        return true;
+    }
+    pba_error_set(error, PBA_ERROR_INCOMPLETE,
+                  "the dirty bitmap changed while it was read, from %" PRIu64 " to %" PRIu64
+                  " dirty bytes",
+                  copy->total, copy->done);
+    return false;
+}
+
+/* True if there is something to be done without a wait: a sink took a piece at once. */
+static bool can_go_on(const Copy *copy)
+{
+    return copy->used < copy->piece_count && !copy->waits_for_map && !copy->at_end &&
+           copy->stretch.zero && copy->source.trimming < MAX_TRIMMING;
+}
+
+static bool copy_regions(Copy *copy, GError **error)
+{
+    /* Zeroes are there without a wait. */
+    while (fill(copy, error) && take_pieces(copy, error) && tell_progress(copy, false, error)) {
+        if (copy->at_end && copy->used == 0) {
+            return check_total(copy, error);
+        }
+        if (!can_go_on(copy) && (!turn(copy, error) || !take_pieces(copy, error))) {
+            break;
+        }
+    }
+    return false;
+}
+
+static bool flush_sink(Copy *copy, GError **error)
+{
+    copy->last_event = 0;
+    if (!copy->sink->flush(copy->sink, error)) {
+        return false;
+    }
+    while (!copy->sink->flushed) {
+        copy->last_event = 0; /* the target takes the time it takes */
+        if (!turn(copy, error)) {
+            return false;
+        }
+    }
+    if (copy->sink->flush_error) {
+        pba_error_set(error, copy->options->uri ? PBA_ERROR_NBD : PBA_ERROR_SYSTEM,
+                      "flushing %s failed - %s", copy->sink->name,
+                      g_strerror(copy->sink->flush_error));
+        return false;
+    }
+    return true;
+}
+
+static bool finish_discards(Copy *copy, GError **error)
+{
+    copy->last_event = 0;
+    if (!pba_source_release_all(&copy->source, error)) {
+        return false;
+    }
+    while (copy->source.trimming > 0) {
+        if (!turn(copy, error)) {
+            return false;
+        }
+    }
+    copy->statistics->bytes_discarded = copy->source.discarded;
+    return check_trims(copy, error);
+}
+
+/* Before and after */
+
+static PbaMap *whole_map(PbaVolume *volume)
+{
+    return pba_map_new(volume, 0, volume->size);
+}
+
+static bool count_total(Copy *copy, GError **error)
+{
+    uint64_t offset;
+    uint64_t length;
+    PbaMap *map = pba_map_swap(copy->volume, whole_map(copy->volume));
+    bool read;
+
+    do {
+        read = pba_volume_next_dirty_region(copy->volume, &offset, &length, error);
+        copy->total += read ? length : 0;
+    } while (read && length > 0);
+    if (!read) {
+        pba_volume_disconnect(copy->volume); /* answers may be under way to this map */
+    }
+    pba_map_free(pba_map_swap(copy->volume, map));
+    return read && check_owner(copy, error);
+}
+
+static void prepare_pieces(Copy *copy)
+{
+    uint32_t request = copy->options->request_size ? copy->options->request_size : DEFAULT_REQUEST;
+
+    request = MIN(request, MIN(copy->source.max_request, copy->sink->max_request));
+    copy->piece_count = CLAMP(MEMORY / request, MIN_PIECES, MAX_PIECES);
+    for (unsigned i = 0; i < copy->piece_count; i++) {
+        /* One byte more: Perl may look at the one behind a string. */
+        copy->pieces[i].buffer = g_aligned_alloc(1, (size_t)request + 1, SECTOR);
+    }
+    pba_limit_init(&copy->limit, copy->options->bandwidth_limit, g_get_monotonic_time());
+    copy->request = pba_limit_request(&copy->limit, request);
+}
+
+/* A function is given the zeroes, so it has them read. */
+static bool prepare_holes(Copy *copy, GError **error)
+{
+    if (copy->options->write || !pba_source_find_holes(&copy->source)) {
+        return true;
+    }
+    copy->zeroes = mmap(NULL, MAX_ZERO, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (copy->zeroes == MAP_FAILED) {
+        copy->zeroes = NULL;
+        pba_error_set(error, PBA_ERROR_SYSTEM, "mmap failed - %s", g_strerror(errno));
+        return false;
+    }
+    return true;
+}
+
+static bool prepare(Copy *copy, GError **error)
+{
+    const PbaCopyOptions *options = copy->options;
+
+    if (options->progress && !count_total(copy, error)) {
+        return false;
+    }
+    if (!pba_source_open(&copy->source, copy->volume, options->connections, &copy->loop, error) ||
+        !(copy->sink = pba_sink_new(options, copy->volume, &copy->loop, error))) {
+        return false;
+    }
+    prepare_pieces(copy);
+    return prepare_holes(copy, error);
+}
+
+/* Whatever still is in flight knows the pieces' memory: its connections and threads go first. */
+static void clean_up(Copy *copy, bool broken)
+{
+    bool from_file = copy->source.file != NULL;
+
+    pba_pool_free(copy->loop.pool);
+    if (copy->sink) {
+        copy->sink->free(copy->sink);
+    }
+    pba_source_close(&copy->source, broken);
+    for (unsigned i = 0; i < copy->piece_count; i++) {
+        if (!from_file || copy->pieces[i].state != PBA_PIECE_READING) {
+            g_aligned_free(copy->pieces[i].buffer);
+        }
+    }
+    if (copy->zeroes) {
+        munmap(copy->zeroes, MAX_ZERO);
+    }
+}
+
+static bool run(Copy *copy, GError **error)
+{
+    bool done = prepare(copy, error) && copy_regions(copy, error) && flush_sink(copy, error) &&
+                finish_discards(copy, error) && tell_progress(copy, true, error);
+    clean_up(copy, !done);
+    return done;
+}
+
+bool pba_volume_copy(PbaVolume *volume, const PbaCopyOptions *options,
+                     PbaCopyStatistics *statistics, GError **error)
+{
+    gint64 start = g_get_monotonic_time();
+    Copy *copy = g_new0(Copy, 1);
+    PbaMap *map = pba_map_swap(volume, whole_map(volume));
+
+    *statistics = (PbaCopyStatistics){0};
+    *copy = (Copy){
+        .volume = volume,
+        .options = options,
+        .statistics = statistics,
+        .loop = {.hooks = volume->hooks},
+        .source = {.volumes = {volume}, .count = 1},
+        .owner = getpid(),
+    };
+    bool done = run(copy, error);
+    pba_map_free(pba_map_swap(volume, map));
+    g_free(copy);
+    statistics->seconds = (double)(g_get_monotonic_time() - start) / G_TIME_SPAN_SECOND;
+    if (!done) {
+        pba_error_add_device(error, volume->device);
+    }
+    return done;
+}

@@ -1,0 +1,148 @@
+/* What the parts of a copy share: copy.c drives, source.c reads, sink*.c write. */
+#ifndef PBA_SRC_COPY_H
+#define PBA_SRC_COPY_H
+
+#include "pool.h"
+#include "src/volume/trims.h"
+#include "src/volume/volume.h"
+
+#define PBA_COPY_MAX_CONNECTIONS 16
+
+/* All that a copy waits for. Handles are borrowed. */
+typedef struct {
+    struct nbd_handle *handles[2 * PBA_COPY_MAX_CONNECTIONS];
+    unsigned count;
+    PbaPool *pool; /* NULL until a file is part of the copy */
+    PbaHooks hooks;
+} PbaLoop;
+
+void pba_loop_add(PbaLoop *loop, struct nbd_handle *handle);
+/* The pool, with so many threads at least. */
+PbaPool *pba_loop_pool(PbaLoop *loop, unsigned threads, GError **error);
+/* Waits until something came or the time until is reached, and lets it be handled: completions are
+ * called from in here. False on timeout and interruption. */
+bool pba_loop_turn(PbaLoop *loop, gint64 until, gint64 deadline, GError **error);
+
+typedef enum {
+    PBA_PIECE_FREE,
+    PBA_PIECE_READING,
+    PBA_PIECE_READ,
+    PBA_PIECE_WRITING,
+    PBA_PIECE_WRITTEN,
+} PbaPieceState;
+
+/* A part of a dirty region on its way. Completions change its state and note errors; all else is
+ * done by the one who drives. */
+typedef struct {
+    PbaJob job;
+    struct PbaSink *sink; /* while it is written */
+    PbaPieceState state;
+    char *buffer; /* room for a request's length, aligned for direct I/O */
+    char *data;   /* that, or zeroes */
+    uint64_t sequence;
+    uint64_t offset;
+    uint32_t length;
+    uint32_t seen;         /* bytes that came */
+    uint32_t holes;        /* of them, those the source said are a hole */
+    uint32_t zero;         /* bytes written as zeroes */
+    unsigned pending;      /* requests in flight */
+    bool again;            /* is to be written once more */
+    int error;             /* errno of the first that failed, 0: none */
+    uint64_t error_offset; /* what it was about */
+} PbaPiece;
+
+/* Notes a failure; the first one stays. */
+void pba_piece_fail(PbaPiece *piece, int error, uint64_t offset);
+
+/* The volume's side */
+
+/* A part of a region that is zeroes, or else has to be read. */
+typedef struct {
+    uint64_t length; /* 0: not known */
+    bool zero;
+} PbaStretch;
+
+/* Where regions are zeroes, by the server's word. */
+typedef struct PbaHoles PbaHoles;
+
+/* Asks over a volume of pba_volume_open_holes, which is borrowed. */
+PbaHoles *pba_holes_new(PbaVolume *volume);
+void pba_holes_free(PbaHoles *holes);
+/* From now on it is about this region. */
+void pba_holes_begin(PbaHoles *holes, uint64_t offset, uint64_t length);
+/* What the region goes on with from offset; offsets ascend. False if it is not known yet: the
+ * answer is under way. What the server does not want to tell has to be read. */
+bool pba_holes_next(PbaHoles *holes, uint64_t offset, PbaStretch *stretch);
+
+typedef struct PbaSourceFile PbaSourceFile;
+
+typedef struct {
+    PbaVolume *volumes[PBA_COPY_MAX_CONNECTIONS]; /* the first is the caller's */
+    unsigned count;
+    PbaHoles *holes; /* owned; NULL: all has to be read */
+    uint32_t read_flags;
+    bool can_discard;
+    uint32_t max_request;
+    PbaTrims trims;
+    unsigned trimming; /* discards in flight */
+    uint64_t discarded;
+    int trim_error;
+    uint64_t trim_error_offset;
+    PbaPool *pool;       /* of a volume behind a file handle; borrowed */
+    PbaSourceFile *file; /* of the same; owned */
+} PbaSource;
+
+/* Opens what is needed beside the volume: connections in all, 0 for as many as are good for the
+ * speed. A server that does not say it is safe with several gets one. */
+bool pba_source_open(PbaSource *source, PbaVolume *volume, unsigned connections, PbaLoop *loop,
+                     GError **error);
+/* Has the server asked for holes from now on, where that is possible: true then. */
+bool pba_source_find_holes(PbaSource *source);
+/* With broken, requests may still be in flight: all connections are closed. */
+void pba_source_close(PbaSource *source, bool broken);
+/* Begins to read offset and length of the piece. */
+bool pba_source_read(PbaSource *source, PbaPiece *piece, GError **error);
+/* The range is not needed any more. Discards what is worth a request by now. */
+bool pba_source_release(PbaSource *source, uint64_t offset, uint64_t length, GError **error);
+/* Discards all that is left to be. */
+bool pba_source_release_all(PbaSource *source, GError **error);
+
+/* A discard came to its end. */
+void pba_source_trimmed(PbaSource *source, PbaRange range, int error);
+
+/* The same of a volume behind a file handle, in source-file.c. What is under way when the pool is
+ * freed goes on by itself, and the buffer of a piece that is being read goes with it. */
+bool pba_source_file_open(PbaSource *source, GError **error);
+void pba_source_file_read(PbaSource *source, PbaPiece *piece);
+void pba_source_file_trim(PbaSource *source, PbaRange range);
+void pba_source_file_close(PbaSource *source);
+
+/* The target's side */
+
+typedef struct PbaSink PbaSink;
+
+struct PbaSink {
+    /* Begins to write a piece that was read; its state says when that is done. */
+    bool (*write)(PbaSink *sink, PbaPiece *piece, GError **error);
+    /* Begins to flush; flushed says when that is done, flush_error how. */
+    bool (*flush)(PbaSink *sink, GError **error);
+    void (*free)(PbaSink *sink);
+    char *name;   /* for messages */
+    bool ordered; /* wants pieces in ascending order */
+    uint32_t max_request;
+    bool flushed;
+    int flush_error;
+};
+
+/* Makes what options say to the sink, of the volume's size. */
+PbaSink *pba_sink_new(const PbaCopyOptions *options, PbaVolume *volume, PbaLoop *loop,
+                      GError **error);
+PbaSink *pba_sink_file_new(const char *path, int fd, uint64_t size, PbaLoop *loop, GError **error);
+PbaSink *pba_sink_nbd_new(const char *uri, const PbaVolume *volume, unsigned connections,
+                          PbaLoop *loop, GError **error);
+
+/* How many of the bytes from at on are alike: zeroes (*zero) or not. Zeroes are looked for in whole
+ * blocks of 4 KiB. */
+size_t pba_piece_run(const PbaPiece *piece, size_t at, bool *zero);
+
+#endif

@@ -1,0 +1,52 @@
+/* One wait for all of a copy's connections and threads. */
+#include "copy.h"
+#include "src/base/wait.h"
+
+void pba_loop_add(PbaLoop *loop, struct nbd_handle *handle)
+{
+    g_assert(loop->count < G_N_ELEMENTS(loop->handles));
+    loop->handles[loop->count++] = handle;
+}
+
+PbaPool *pba_loop_pool(PbaLoop *loop, unsigned threads, GError **error)
+{
+    if (!loop->pool) {
+        loop->pool = pba_pool_new(error);
+    }
+    return loop->pool && pba_pool_grow(loop->pool, threads, error) ? loop->pool : NULL;
+}
+
+/* A connection that has died waits for nothing; what was in flight was completed as failed. */
+static struct pollfd poll_entry(struct nbd_handle *handle)
+{
+    short events = pba_nbd_events(handle);
+
+    return (struct pollfd){.fd = events ? nbd_aio_get_fd(handle) : -1, .events = events};
+}
+
+bool pba_loop_turn(PbaLoop *loop, gint64 until, gint64 deadline, GError **error)
+{
+    struct pollfd entries[G_N_ELEMENTS(loop->handles) + 1];
+    unsigned count = loop->count;
+
+    for (unsigned i = 0; i < loop->count; i++) {
+        entries[i] = poll_entry(loop->handles[i]);
+    }
+    if (loop->pool) {
+        entries[count++] = (struct pollfd){.fd = pba_pool_fd(loop->pool), .events = POLLIN};
+    }
+    if (!pba_wait_fds(entries, count, until, deadline, &loop->hooks, "copying", error)) {
+        return false;
+    }
+    for (unsigned i = 0; i < loop->count; i++) {
+        /* An error here ends the connection, and with it every request in flight: their completions
+         * say more than libnbd's message would. */
+        if (entries[i].revents) {
+            pba_nbd_notify(loop->handles[i], entries[i].events, entries[i].revents);
+        }
+    }
+    if (loop->pool) {
+        pba_pool_reap(loop->pool);
+    }
+    return true;
+}

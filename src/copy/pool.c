@@ -1,0 +1,207 @@
+#include "pool.h"
+
+#include "src/base/error.h"
+#include <errno.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+struct PbaPool {
+    gatomicrefcount references; /* the owner's and one for each thread */
+    GMutex mutex;
+    GCond has_work;
+    GCond is_idle;
+    PbaJob *first; /* to be run */
+    PbaJob *last;
+    PbaJob *finished; /* to be reaped, in any order */
+    unsigned busy;    /* jobs that run and have to be waited for */
+    unsigned threads; /* the owner's */
+    bool stop;
+    int fd;
+    pid_t owner;
+};
+
+static void pool_unref(PbaPool *pool)
+{
+    if (!g_atomic_ref_count_dec(&pool->references)) {
+        return;
+    }
+    g_mutex_clear(&pool->mutex);
+    g_cond_clear(&pool->has_work);
+    g_cond_clear(&pool->is_idle);
+    if (pool->fd != -1) {
+        close(pool->fd);
+    }
+    g_free(pool);
+}
+
+/* Locked. */
+static PbaJob *next_job(PbaPool *pool)
+{
+    while (!pool->first && !pool->stop) {
+        g_cond_wait(&pool->has_work, &pool->mutex);
+    }
+    PbaJob *job = pool->stop ? NULL : pool->first;
+    if (job) {
+        pool->first = job->next;
+        pool->busy += job->leave ? 0 : 1;
+    }
+    return job;
+}
+
+/* Locked. */
+static void put_finished(PbaPool *pool, PbaJob *job)
+{
+    const uint64_t one = 1;
+
+    if (!job->leave && --pool->busy == 0) {
+        g_cond_signal(&pool->is_idle);
+    }
+    if (pool->stop) {
+        if (job->leave) {
+            job->leave(job);
+        }
+        return;
+    }
+    /* The counter cannot run full: it is read before the list is empty again. */
+    if (!pool->finished && write(pool->fd, &one, sizeof(one)) != sizeof(one)) {
+        g_warn_if_reached();
+    }
+    job->next = pool->finished;
+    pool->finished = job;
+}
+
+static void *work(void *opaque)
+{
+    PbaPool *pool = opaque;
+    PbaJob *job;
+
+    g_mutex_lock(&pool->mutex);
+    while ((job = next_job(pool))) {
+        g_mutex_unlock(&pool->mutex);
+        job->run(job);
+        g_mutex_lock(&pool->mutex);
+        put_finished(pool, job);
+    }
+    g_mutex_unlock(&pool->mutex);
+    pool_unref(pool);
+    return NULL;
+}
+
+/* A signal handler of Perl's must not run in a thread that Perl does not know. */
+static bool start_thread(PbaPool *pool, GError **error)
+{
+    sigset_t all;
+    sigset_t before;
+    g_autoptr(GError) local = NULL;
+
+    sigfillset(&all);
+    g_atomic_ref_count_inc(&pool->references);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    GThread *thread = g_thread_try_new("pba", work, pool, &local);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (!thread) {
+        pool_unref(pool);
+        pba_error_set(error, PBA_ERROR_SYSTEM, "cannot start a thread - %s", local->message);
+        return false;
+    }
+    g_thread_unref(thread);
+    return true;
+}
+
+PbaPool *pba_pool_new(GError **error)
+{
+    g_autoptr(PbaPool) pool = g_new0(PbaPool, 1);
+
+    g_atomic_ref_count_init(&pool->references);
+    g_mutex_init(&pool->mutex);
+    g_cond_init(&pool->has_work);
+    g_cond_init(&pool->is_idle);
+    pool->owner = getpid();
+    pool->fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    if (pool->fd == -1) {
+        pba_error_set(error, PBA_ERROR_SYSTEM, "eventfd failed - %s", g_strerror(errno));
+        return NULL;
+    }
+    return g_steal_pointer(&pool);
+}
+
+bool pba_pool_grow(PbaPool *pool, unsigned threads, GError **error)
+{
+    while (pool->threads < threads) {
+        if (!start_thread(pool, error)) {
+            return false;
+        }
+        pool->threads++;
+    }
+    return true;
+}
+
+static void leave_all(PbaJob *job)
+{
+    while (job) {
+        PbaJob *next = job->next;
+        if (job->leave) {
+            job->leave(job);
+        }
+        job = next;
+    }
+}
+
+void pba_pool_free(PbaPool *pool)
+{
+    if (!pool) {
+        return;
+    }
+    if (pool->owner != getpid()) {
+        close(pool->fd); /* the mutex may be locked for ever here */
+        return;
+    }
+    g_mutex_lock(&pool->mutex);
+    pool->stop = true;
+    g_cond_broadcast(&pool->has_work);
+    while (pool->busy > 0) {
+        g_cond_wait(&pool->is_idle, &pool->mutex);
+    }
+    leave_all(g_steal_pointer(&pool->first));
+    leave_all(g_steal_pointer(&pool->finished));
+    g_mutex_unlock(&pool->mutex);
+    pool_unref(pool);
+}
+
+void pba_pool_submit(PbaPool *pool, PbaJob *job)
+{
+    job->next = NULL;
+    g_mutex_lock(&pool->mutex);
+    if (pool->first) {
+        pool->last->next = job;
+    } else {
+        pool->first = job;
+    }
+    pool->last = job;
+    g_cond_signal(&pool->has_work);
+    g_mutex_unlock(&pool->mutex);
+}
+
+int pba_pool_fd(const PbaPool *pool)
+{
+    return pool->fd;
+}
+
+void pba_pool_reap(PbaPool *pool)
+{
+    uint64_t count;
+
+    if (read(pool->fd, &count, sizeof(count)) != sizeof(count)) {
+        return; /* nothing is finished */
+    }
+    g_mutex_lock(&pool->mutex);
+    PbaJob *job = g_steal_pointer(&pool->finished);
+    g_mutex_unlock(&pool->mutex);
+    while (job) {
+        PbaJob *next = job->next; /* done may submit it again */
+        job->done(job);
+        job = next;
+    }
+}

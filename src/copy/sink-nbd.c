@@ -1,0 +1,208 @@
+/* Copying to an NBD server: a qcow2 image behind qemu-nbd, whatever nbdkit or Ceph offer. */
+#include "copy.h"
+#include "src/base/error.h"
+#include <errno.h>
+#include <inttypes.h>
+
+#define DEFAULT_CONNECTIONS 4
+
+typedef struct {
+    PbaSink sink;
+    PbaVolume *volumes[PBA_COPY_MAX_CONNECTIONS];
+    unsigned count;
+    bool can_zero;
+    unsigned flushing; /* flushes in flight */
+} NbdSink;
+
+/* A part of a piece that is being written. */
+typedef struct {
+    PbaPiece *piece;
+    uint64_t offset;
+    bool zero;
+} Write;
+
+static PbaVolume *choose(const NbdSink *self)
+{
+    PbaVolume *best = self->volumes[0];
+
+    for (unsigned i = 1; i < self->count; i++) {
+        if (nbd_aio_in_flight(self->volumes[i]->nbd) < nbd_aio_in_flight(best->nbd)) {
+            best = self->volumes[i];
+        }
+    }
+    return best;
+}
+
+static void finish_part(PbaPiece *piece)
+{
+    if (--piece->pending == 0) {
+        piece->state = PBA_PIECE_WRITTEN;
+    }
+}
+
+static int take_write(void *opaque, int *error)
+{
+    Write *part = opaque;
+    PbaPiece *piece = part->piece;
+
+    if (part->zero && (*error == ENOTSUP || *error == EINVAL)) {
+        /* It said it could: from now on, and for this piece, zeroes are written as data. */
+        ((NbdSink *)piece->sink)->can_zero = false;
+        piece->again = true;
+    } else if (*error) {
+        pba_piece_fail(piece, *error, part->offset);
+    }
+    finish_part(piece);
+    return 1; /* retire the command */
+}
+
+static bool send_part(NbdSink *self, PbaVolume *volume, PbaPiece *piece, size_t at, size_t length,
+                      bool zero, GError **error)
+{
+    Write *part = g_new(Write, 1);
+    nbd_completion_callback callback = {.callback = take_write, .user_data = part, .free = g_free};
+
+    *part = (Write){piece, piece->offset + at, zero};
+    piece->pending++;
+    int64_t cookie =
+        zero ? nbd_aio_zero(volume->nbd, length, part->offset, callback, 0)
+             : nbd_aio_pwrite(volume->nbd, piece->data + at, length, part->offset, callback, 0);
+    if (cookie == -1) {
+        g_autofree char *what = g_strdup_printf("writing %zu bytes at offset %" PRIu64 " to %s",
+                                                length, piece->offset + at, self->sink.name);
+        pba_volume_set_nbd_error(volume, what, error);
+        return false;
+    }
+    return true;
+}
+
+static bool nbd_sink_write(PbaSink *sink, PbaPiece *piece, GError **error)
+{
+    NbdSink *self = (NbdSink *)sink;
+    PbaVolume *volume = choose(self);
+
+    piece->sink = sink;
+    piece->zero = 0;
+    piece->pending = 1; /* this function */
+    for (size_t at = 0; at < piece->length;) {
+        size_t run = piece->length - at;
+        bool zero = false;
+        if (self->can_zero) {
+            run = pba_piece_run(piece, at, &zero);
+        }
+        if (!send_part(self, volume, piece, at, run, zero, error)) {
+            return false;
+        }
+        piece->zero += zero ? (uint32_t)run : 0;
+        at += run;
+    }
+    finish_part(piece);
+    return true;
+}
+
+static int take_flush(void *opaque, int *error)
+{
+    NbdSink *self = opaque;
+
+    if (*error && !self->sink.flush_error) {
+        self->sink.flush_error = *error;
+    }
+    self->sink.flushed = --self->flushing == 0;
+    return 1;
+}
+
+/* All of them: only servers that are safe with several say that one flush is for all. */
+static bool nbd_sink_flush(PbaSink *sink, GError **error)
+{
+    NbdSink *self = (NbdSink *)sink;
+
+    sink->flushed = nbd_can_flush(self->volumes[0]->nbd) != 1;
+    if (sink->flushed) {
+        return true;
+    }
+    self->flushing = self->count;
+    for (unsigned i = 0; i < self->count; i++) {
+        if (nbd_aio_flush(self->volumes[i]->nbd,
+                          (nbd_completion_callback){.callback = take_flush, .user_data = self},
+                          0) == -1) {
+            g_autofree char *what = g_strdup_printf("flushing %s", sink->name);
+            pba_volume_set_nbd_error(self->volumes[i], what, error);
+            return false;
+        }
+    }
+    return true;
+}
+
+static void nbd_sink_free(PbaSink *sink)
+{
+    NbdSink *self = (NbdSink *)sink;
+
+    for (unsigned i = 0; i < self->count; i++) {
+        pba_volume_free(self->volumes[i]);
+    }
+    g_free(sink->name);
+    g_free(self);
+}
+
+static bool connect_one(NbdSink *self, const PbaVolume *source, PbaLoop *loop, GError **error)
+{
+    PbaVolumeOptions options = {
+        .device = source->device, .path = self->sink.name, .size = UINT64_MAX};
+    PbaVolume *volume = pba_volume_open(&options, &source->hooks, error);
+
+    if (!volume) {
+        g_autofree char *hint = g_strdup_printf("this is about the target %s", self->sink.name);
+        pba_error_add_hint(error, hint);
+        return false;
+    }
+    self->volumes[self->count++] = volume;
+    pba_loop_add(loop, volume->nbd);
+    return true;
+}
+
+static bool check_target(NbdSink *self, uint64_t size, GError **error)
+{
+    const PbaVolume *volume = self->volumes[0];
+
+    if (volume->size < size) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT,
+                      "the target %s has %" PRIu64 " bytes, too few for the volume's %" PRIu64,
+                      self->sink.name, volume->size, size);
+        return false;
+    }
+    if (nbd_is_read_only(volume->nbd) != 0) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT, "the target %s is read-only", self->sink.name);
+        return false;
+    }
+    return true;
+}
+
+PbaSink *pba_sink_nbd_new(const char *uri, const PbaVolume *source, unsigned connections,
+                          PbaLoop *loop, GError **error)
+{
+    NbdSink *self = g_new0(NbdSink, 1);
+
+    self->sink = (PbaSink){
+        .write = nbd_sink_write,
+        .flush = nbd_sink_flush,
+        .free = nbd_sink_free,
+        .name = g_strdup(uri),
+    };
+    if (!connect_one(self, source, loop, error) || !check_target(self, source->size, error)) {
+        nbd_sink_free(&self->sink);
+        return NULL;
+    }
+    struct nbd_handle *first = self->volumes[0]->nbd;
+    int64_t max_request = nbd_get_block_size(first, LIBNBD_SIZE_MAXIMUM);
+    self->sink.max_request = max_request > 0 ? (uint32_t)MIN(max_request, UINT32_MAX) : UINT32_MAX;
+    self->can_zero = nbd_can_zero(first) == 1;
+    bool safe = nbd_can_multi_conn(first) == 1;
+    unsigned wanted = !safe ? 1 : connections ? connections : DEFAULT_CONNECTIONS;
+    while (self->count < wanted) {
+        if (!connect_one(self, source, loop, error)) {
+            nbd_sink_free(&self->sink);
+            return NULL;
+        }
+    }
+    return &self->sink;
+}

@@ -1,0 +1,64 @@
+/* The target's side of a copy: which kind it is, and the caller's own function. */
+#include "copy.h"
+#include "src/base/error.h"
+
+typedef struct {
+    PbaSink sink;
+    PbaCopyWrite write;
+    void *opaque;
+} CallSink;
+
+static bool call_write(PbaSink *sink, PbaPiece *piece, GError **error)
+{
+    CallSink *self = (CallSink *)sink;
+
+    if (!self->write(self->opaque, piece->offset, piece->data, piece->length)) {
+        pba_error_set(error, PBA_ERROR_INTERRUPTED,
+                      "the target's function failed at offset %" G_GUINT64_FORMAT, piece->offset);
+        return false;
+    }
+    piece->state = PBA_PIECE_WRITTEN;
+    return true;
+}
+
+static bool call_flush(PbaSink *sink, GError **error)
+{
+    (void)error;
+    sink->flushed = true;
+    return true;
+}
+
+static void call_free(PbaSink *sink)
+{
+    g_free(sink->name);
+    g_free(sink);
+}
+
+static PbaSink *call_sink_new(PbaCopyWrite write, void *opaque)
+{
+    CallSink *self = g_new0(CallSink, 1);
+
+    self->sink = (PbaSink){
+        .write = call_write,
+        .flush = call_flush,
+        .free = call_free,
+        .name = g_strdup("the target's function"),
+        .ordered = true,
+        .max_request = UINT32_MAX,
+    };
+    self->write = write;
+    self->opaque = opaque;
+    return &self->sink;
+}
+
+PbaSink *pba_sink_new(const PbaCopyOptions *options, PbaVolume *volume, PbaLoop *loop,
+                      GError **error)
+{
+    if (options->write) {
+        return call_sink_new(options->write, options->opaque);
+    }
+    if (options->uri) {
+        return pba_sink_nbd_new(options->uri, volume, options->connections, loop, error);
+    }
+    return pba_sink_file_new(options->path, options->fd, volume->size, loop, error);
+}

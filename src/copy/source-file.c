@@ -1,0 +1,170 @@
+/* The volume's side of a copy where that is a file handle: threads read and discard. */
+#define _GNU_SOURCE /* fallocate() */
+#include "copy.h"
+#include "src/base/error.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <unistd.h>
+
+struct PbaSourceFile {
+    int fd;
+};
+
+/* A read under way. It has all it needs by itself, but for saying that it is done. */
+typedef struct {
+    PbaJob job;
+    PbaSourceFile *file;
+    PbaPiece *piece;
+    char *buffer;
+    uint64_t offset;
+    uint32_t length;
+    uint32_t seen;
+    int error;
+} FileRead;
+
+/* A discard under way. */
+typedef struct {
+    PbaJob job;
+    PbaSourceFile *file;
+    PbaSource *source; /* for done */
+    PbaRange range;
+    int error;
+} FileTrim;
+
+/* The file, for as long as a thread uses it: a read that hangs is not waited for when the copy
+ * ends. */
+static PbaSourceFile *file_ref(PbaSourceFile *file)
+{
+    return g_atomic_rc_box_acquire(file);
+}
+
+static void close_file(gpointer file)
+{
+    close(((PbaSourceFile *)file)->fd);
+}
+
+static void file_unref(PbaSourceFile *file)
+{
+    g_atomic_rc_box_release_full(file, close_file);
+}
+
+static void run_read(PbaJob *job)
+{
+    FileRead *read = (FileRead *)job;
+
+    while (read->seen < read->length) {
+        uint64_t offset = read->offset + read->seen;
+        ssize_t count = pread(read->file->fd, read->buffer + read->seen, read->length - read->seen,
+                              (off_t)offset);
+        if (count < 0 && errno == EINTR) {
+            continue;
+        }
+        if (count <= 0) {
+            read->error = count == 0 ? ENODATA : errno;
+            return;
+        }
+        read->seen += (uint32_t)count;
+    }
+}
+
+static void read_done(PbaJob *job)
+{
+    FileRead *read = (FileRead *)job;
+
+    read->piece->seen = read->seen;
+    if (read->error) {
+        pba_piece_fail(read->piece, read->error, read->offset + read->seen);
+    }
+    read->piece->state = PBA_PIECE_READ;
+    file_unref(read->file);
+    g_free(read);
+}
+
+/* The piece's buffer is the read's own by now. */
+static void leave_read(PbaJob *job)
+{
+    FileRead *read = (FileRead *)job;
+
+    g_aligned_free(read->buffer);
+    file_unref(read->file);
+    g_free(read);
+}
+
+void pba_source_file_read(PbaSource *source, PbaPiece *piece)
+{
+    FileRead *read = g_new(FileRead, 1);
+
+    *read = (FileRead){
+        .job = {.run = run_read, .done = read_done, .leave = leave_read},
+        .file = file_ref(source->file),
+        .piece = piece,
+        .buffer = piece->buffer,
+        .offset = piece->offset,
+        .length = piece->length,
+    };
+    pba_pool_submit(source->pool, &read->job);
+}
+
+static void run_trim(PbaJob *job)
+{
+    FileTrim *trim = (FileTrim *)job;
+    int mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
+    int result;
+
+    do {
+        result = fallocate(trim->file->fd, mode, (off_t)trim->range.begin,
+                           (off_t)(trim->range.end - trim->range.begin));
+    } while (result == -1 && errno == EINTR);
+    trim->error = result == 0 ? 0 : errno;
+}
+
+static void leave_trim(PbaJob *job)
+{
+    FileTrim *trim = (FileTrim *)job;
+
+    file_unref(trim->file);
+    g_free(trim);
+}
+
+static void trim_done(PbaJob *job)
+{
+    FileTrim *trim = (FileTrim *)job;
+
+    pba_source_trimmed(trim->source, trim->range, trim->error);
+    leave_trim(job);
+}
+
+void pba_source_file_trim(PbaSource *source, PbaRange range)
+{
+    FileTrim *trim = g_new(FileTrim, 1);
+
+    *trim = (FileTrim){
+        .job = {.run = run_trim, .done = trim_done, .leave = leave_trim},
+        .file = file_ref(source->file),
+        .source = source,
+        .range = range,
+    };
+    pba_pool_submit(source->pool, &trim->job);
+}
+
+bool pba_source_file_open(PbaSource *source, GError **error)
+{
+    int fd = fcntl(pba_handle_fd(source->volumes[0]->handle), F_DUPFD_CLOEXEC, 0);
+
+    if (fd == -1) {
+        pba_error_set(error, PBA_ERROR_SYSTEM, "cannot use the file handle - %s",
+                      g_strerror(errno));
+        return false;
+    }
+    source->file = g_atomic_rc_box_new(PbaSourceFile);
+    source->file->fd = fd;
+    return true;
+}
+
+void pba_source_file_close(PbaSource *source)
+{
+    if (source->file) {
+        file_unref(g_steal_pointer(&source->file));
+    }
+}

@@ -1,0 +1,275 @@
+#include "block.h"
+
+#include "src/access/access.h"
+#include "src/qmp/json.h"
+#include <string.h>
+
+/* Drivers whose nodes show their child's data unchanged, so that bitmaps belong below them. */
+static const char *const filters[] = {"throttle", "copy-on-read", "compress", "preallocate", NULL};
+
+bool pba_block_query(PbaQmp *qmp, bool with_graph, PbaBlock *block, GError **error)
+{
+    pba_block_clear(block);
+    block->devices = pba_qmp_query_array(qmp, "query-block", NULL, error);
+    if (!block->devices) {
+        return false;
+    }
+    block->nodes =
+        pba_qmp_query_array(qmp, "query-named-block-nodes", pba_json("{'flat': <true>}"), error);
+    if (!block->nodes) {
+        return false;
+    }
+    if (with_graph) {
+        block->graph = pba_qmp_query_object(qmp, "x-debug-query-block-graph", NULL, error);
+    }
+    return !with_graph || block->graph;
+}
+
+void pba_block_clear(PbaBlock *block)
+{
+    g_clear_pointer(&block->devices, json_array_unref);
+    g_clear_pointer(&block->nodes, json_array_unref);
+    g_clear_pointer(&block->graph, json_object_unref);
+}
+
+const char *pba_block_device_node(JsonObject *device)
+{
+    JsonObject *inserted = pba_json_find_object(device, "inserted");
+    return inserted ? pba_json_find_string(inserted, "node-name") : NULL;
+}
+
+/* query-block shows the id, or the QOM path of what the id is in. */
+char *pba_block_qdev_id(const char *qdev)
+{
+    static const char peripheral[] = "/machine/peripheral/";
+
+    if (!g_str_has_prefix(qdev, peripheral)) {
+        return *qdev == '/' ? NULL : g_strdup(qdev);
+    }
+    const char *id = qdev + sizeof(peripheral) - 1;
+    size_t length = strcspn(id, "/");
+    return id[length] == '\0' || strcmp(id + length, "/virtio-backend") == 0 ? g_strndup(id, length)
+                                                                             : NULL;
+}
+
+static bool qdev_has_id(const char *qdev, const char *id)
+{
+    g_autofree char *own = qdev ? pba_block_qdev_id(qdev) : NULL;
+    return g_strcmp0(qdev, id) == 0 || g_strcmp0(own, id) == 0;
+}
+
+JsonObject *pba_block_find_user(const PbaBlock *block, const char *node)
+{
+    for (guint i = 0; node && i < json_array_get_length(block->devices); i++) {
+        JsonObject *device = pba_json_element(block->devices, i);
+        if (device && g_strcmp0(pba_block_device_node(device), node) == 0) {
+            return device;
+        }
+    }
+    return NULL;
+}
+
+const char *pba_block_node_name(JsonArray *nodes, guint index)
+{
+    JsonObject *node = pba_json_element(nodes, index);
+    return node ? pba_json_find_string(node, "node-name") : NULL;
+}
+
+JsonObject *pba_block_find_node(const PbaBlock *block, const char *node)
+{
+    for (guint i = 0; node && i < json_array_get_length(block->nodes); i++) {
+        if (g_strcmp0(pba_block_node_name(block->nodes, i), node) == 0) {
+            return pba_json_element(block->nodes, i);
+        }
+    }
+    return NULL;
+}
+
+JsonObject *pba_block_find_bitmap(const PbaBlock *block, const char *node, const char *bitmap)
+{
+    JsonObject *entry = pba_block_find_node(block, node);
+    JsonArray *bitmaps = entry ? pba_json_find_array(entry, "dirty-bitmaps") : NULL;
+
+    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
+        JsonObject *info = pba_json_element(bitmaps, i);
+        if (info && g_strcmp0(pba_json_find_string(info, "name"), bitmap) == 0) {
+            return info;
+        }
+    }
+    return NULL;
+}
+
+static JsonObject *find_graph_node(const PbaBlock *block, const char *key, JsonNode *value)
+{
+    JsonArray *nodes = pba_json_find_array(block->graph, "nodes");
+
+    for (guint i = 0; nodes && i < json_array_get_length(nodes); i++) {
+        JsonObject *node = pba_json_element(nodes, i);
+        if (!node || g_strcmp0(pba_json_find_string(node, "type"), "block-driver") != 0) {
+            continue;
+        }
+        JsonNode *member = json_object_get_member(node, key);
+        if (member && json_node_equal(member, value)) {
+            return node;
+        }
+    }
+    return NULL;
+}
+
+static JsonNode *graph_id(const PbaBlock *block, const char *node)
+{
+    g_autoptr(JsonNode) name = pba_json("%s", node);
+    JsonObject *found = find_graph_node(block, "name", name);
+    return found ? json_object_get_member(found, "id") : NULL;
+}
+
+const char *pba_block_find_child(const PbaBlock *block, const char *node, const char *child)
+{
+    JsonArray *edges = pba_json_find_array(block->graph, "edges");
+    JsonNode *parent_id = graph_id(block, node);
+
+    for (guint i = 0; parent_id && edges && i < json_array_get_length(edges); i++) {
+        JsonObject *edge = pba_json_element(edges, i);
+        if (!edge || g_strcmp0(pba_json_find_string(edge, "name"), child) != 0) {
+            continue;
+        }
+        JsonNode *from = json_object_get_member(edge, "parent");
+        JsonNode *to = json_object_get_member(edge, "child");
+        if (from && to && json_node_equal(from, parent_id)) {
+            JsonObject *found = find_graph_node(block, "id", to);
+            return found ? pba_json_find_string(found, "name") : NULL;
+        }
+    }
+    return NULL;
+}
+
+/* No access put it there. */
+static bool is_others(const char *node)
+{
+    return !pba_is_own_node(node);
+}
+
+/* Somebody gave it its name: those that QEMU makes up, also for the filters of Proxmox' access,
+ * begin with a #. */
+static bool is_named(const char *node)
+{
+    return is_others(node) && *node != '#';
+}
+
+/* The first node from node downwards that passes; needs the graph. */
+static const char *first_node(const PbaBlock *block, const char *node,
+                              bool (*passes)(const char *node))
+{
+    /* A peer's graph may be a ring: no more steps than there are nodes. */
+    for (guint i = 0; node && i < json_array_get_length(block->nodes); i++) {
+        if (passes(node)) {
+            return node;
+        }
+        node = pba_block_find_child(block, node, "file");
+    }
+    return NULL;
+}
+
+static bool is_node_of(const PbaBlock *block, JsonObject *device, const char *name)
+{
+    const char *root = pba_block_device_node(device);
+
+    return g_strcmp0(root, name) == 0 ||
+           (root && block->graph && g_strcmp0(first_node(block, root, is_others), name) == 0);
+}
+
+JsonObject *pba_block_find_device(const PbaBlock *block, const char *name)
+{
+    JsonObject *by_node = NULL;
+
+    for (guint i = 0; *name && i < json_array_get_length(block->devices); i++) {
+        JsonObject *device = pba_json_element(block->devices, i);
+        if (!device) {
+            continue;
+        }
+        if (g_strcmp0(pba_json_find_string(device, "device"), name) == 0 ||
+            qdev_has_id(pba_json_find_string(device, "qdev"), name)) {
+            return device;
+        }
+        if (is_node_of(block, device, name)) {
+            by_node = device;
+        }
+    }
+    return by_node;
+}
+
+static bool is_above(const PbaBlock *block, const char *node, const char *below)
+{
+    /* A peer's graph may be a ring: no more steps than there are nodes. */
+    for (guint i = 0; node && i < json_array_get_length(block->nodes); i++) {
+        if (strcmp(node, below) == 0) {
+            return true;
+        }
+        node = pba_block_find_child(block, node, "file");
+    }
+    return false;
+}
+
+static char *device_name(const PbaBlock *block, JsonObject *device, const char *root)
+{
+    const char *name = pba_json_find_string(device, "device");
+    const char *qdev = pba_json_find_string(device, "qdev");
+
+    if (!name || !*name) {
+        name = first_node(block, root, is_named);
+    }
+    return name ? g_strdup(name) : qdev ? pba_block_qdev_id(qdev) : NULL;
+}
+
+char *pba_block_device_above(const PbaBlock *block, const char *node)
+{
+    for (guint i = 0; i < json_array_get_length(block->devices); i++) {
+        JsonObject *device = pba_json_element(block->devices, i);
+        const char *root = device ? pba_block_device_node(device) : NULL;
+        if (root && is_above(block, root, node)) {
+            return device_name(block, device, root);
+        }
+    }
+    return NULL;
+}
+
+bool pba_block_has_parent(const PbaBlock *block, const char *node)
+{
+    JsonArray *edges = pba_json_find_array(block->graph, "edges");
+    JsonNode *id = graph_id(block, node);
+
+    for (guint i = 0; id && edges && i < json_array_get_length(edges); i++) {
+        JsonObject *edge = pba_json_element(edges, i);
+        JsonNode *to = edge ? json_object_get_member(edge, "child") : NULL;
+        if (to && json_node_equal(to, id)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+const char *pba_block_skip_filters(const PbaBlock *block, const char *node)
+{
+    /* A peer's graph may be a ring: no more steps than there are nodes. */
+    for (guint i = 0; node && i < json_array_get_length(block->nodes); i++) {
+        JsonObject *entry = pba_block_find_node(block, node);
+        const char *driver = entry ? pba_json_find_string(entry, "drv") : NULL;
+        if (!driver || !g_strv_contains(filters, driver)) {
+            return node;
+        }
+        node = pba_block_find_child(block, node, "file");
+    }
+    return node;
+}
+
+bool pba_block_node_size(JsonObject *node, uint64_t *size, GError **error)
+{
+    JsonObject *image = pba_json_object(node, "image", error);
+    return image && pba_json_size(image, "virtual-size", size, error);
+}
+
+bool pba_block_device_size(JsonObject *device, uint64_t *size, GError **error)
+{
+    JsonObject *inserted = pba_json_object(device, "inserted", error);
+    return inserted && pba_block_node_size(inserted, size, error);
+}

@@ -1,0 +1,47 @@
+/* QEMU's block devices, nodes and bitmaps at one moment, as the query commands tell them. */
+#ifndef PBA_SRC_BLOCK_H
+#define PBA_SRC_BLOCK_H
+
+#include "src/pba.h"
+
+typedef struct {
+    JsonArray *devices; /* query-block */
+    JsonArray *nodes;   /* query-named-block-nodes, flat */
+    JsonObject *graph;  /* x-debug-query-block-graph, where asked for */
+} PbaBlock;
+
+bool pba_block_query(PbaQmp *qmp, bool with_graph, PbaBlock *block, GError **error);
+void pba_block_clear(PbaBlock *block);
+
+/* All of these look things up in what was queried; the results are borrowed, NULL if not there. No
+ * node (NULL) is found nowhere. */
+
+/* The guest's block device of that name: block backend name, qdev id or node name, with the graph
+ * also while an access has nodes of its own above that. */
+JsonObject *pba_block_find_device(const PbaBlock *block, const char *name);
+/* The device whose root is that node. */
+JsonObject *pba_block_find_user(const PbaBlock *block, const char *node);
+JsonObject *pba_block_find_node(const PbaBlock *block, const char *node);
+JsonObject *pba_block_find_bitmap(const PbaBlock *block, const char *node, const char *bitmap);
+/* The node's child of that name ("file", "target"); needs the graph. */
+const char *pba_block_find_child(const PbaBlock *block, const char *node, const char *child);
+/* The name of the guest's device that the node is a disk of, as a backup calls it: its block
+ * backend's, its node's, or where that has none its id; needs the graph. The caller's to free. */
+char *pba_block_device_above(const PbaBlock *block, const char *node);
+/* Whether a device or another node uses the node; needs the graph. */
+bool pba_block_has_parent(const PbaBlock *block, const char *node);
+/* The first node from node downwards that is no filter: where a disk's bitmaps belong. */
+const char *pba_block_skip_filters(const PbaBlock *block, const char *node);
+
+/* The name of one of the nodes, borrowed; NULL if it has none. */
+const char *pba_block_node_name(JsonArray *nodes, guint index);
+/* The id in what query-block calls qdev, the caller's to free; NULL if it has none. */
+char *pba_block_qdev_id(const char *qdev);
+/* Members of the entries found above. */
+const char *pba_block_device_node(JsonObject *device);
+bool pba_block_device_size(JsonObject *device, uint64_t *size, GError **error);
+bool pba_block_node_size(JsonObject *node, uint64_t *size, GError **error);
+
+G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(PbaBlock, pba_block_clear)
+
+#endif

@@ -1,0 +1,38 @@
+/* Making QMP arguments and reading QMP replies. */
+#ifndef PBA_SRC_JSON_H
+#define PBA_SRC_JSON_H
+
+#include "src/pba.h"
+
+/* A JSON value from a GVariant text with placeholders (g_variant_new_parsed): pba_json(
+ * "{'node-name': <%s>, 'size': <%t>, 'writable': <true>}", name, size). Strings must be UTF-8. */
+JsonNode *pba_json(const char *format, ...);
+/* Adds key: true to an object, or nothing: for options that are false in QEMU anyway. It reads
+ * commands byte by byte, 5 us each. */
+void pba_json_set_if(JsonNode *object, const char *key, bool value);
+/* {key: array}, consuming array. */
+JsonNode *pba_json_wrap_array(const char *key, JsonArray *array);
+
+/* Members of a reply's object. A missing or mistyped one is PBA_ERROR_PROTOCOL that names it.
+ * Strings and objects are owned by the object. */
+const char *pba_json_string(JsonObject *object, const char *key, GError **error);
+bool pba_json_size(JsonObject *object, const char *key, uint64_t *value, GError **error);
+JsonObject *pba_json_object(JsonObject *object, const char *key, GError **error);
+/* Optional members: NULL or false where they are absent or of another type. */
+const char *pba_json_find_string(JsonObject *object, const char *key);
+bool pba_json_find_bool(JsonObject *object, const char *key);
+JsonArray *pba_json_find_array(JsonObject *object, const char *key);
+JsonObject *pba_json_find_object(JsonObject *object, const char *key);
+/* Element as an object, or NULL. */
+JsonObject *pba_json_element(JsonArray *array, guint index);
+
+/* Runs a command whose reply is an array (of objects) or an object; frees nothing of the caller's.
+ * The result holds its own reference: json_array_unref, json_object_unref. */
+JsonArray *pba_qmp_query_array(PbaQmp *qmp, const char *command, JsonNode *arguments,
+                               GError **error);
+JsonObject *pba_qmp_query_object(PbaQmp *qmp, const char *command, JsonNode *arguments,
+                                 GError **error);
+/* Runs a command whose reply says nothing. */
+bool pba_qmp_run(PbaQmp *qmp, const char *command, JsonNode *arguments, GError **error);
+
+#endif

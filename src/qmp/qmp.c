@@ -1,0 +1,278 @@
+/* The QMP client: a connection only while a burst of commands runs. */
+#include "json.h"
+#include "src/base/error.h"
+#include "src/base/wait.h"
+#include "wire.h"
+#include <errno.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#define READ_SIZE 65536
+
+struct PbaQmp {
+    char *path;
+    unsigned timeout_s;
+    PbaHooks hooks;
+    PbaQmpTransport transport;
+    void *transport_opaque;
+    int fd; /* -1: not connected */
+    PbaQmpWire *wire;
+    uint64_t last_id;
+};
+
+PbaQmp *pba_qmp_new(const char *path, unsigned timeout_s, const PbaHooks *hooks)
+{
+    PbaQmp *qmp = g_new0(PbaQmp, 1);
+    qmp->path = g_strdup(path);
+    qmp->timeout_s = timeout_s;
+    qmp->hooks = hooks ? *hooks : (PbaHooks){0};
+    qmp->fd = -1;
+    return qmp;
+}
+
+PbaQmp *pba_qmp_new_transport(PbaQmpTransport transport, void *opaque, const PbaHooks *hooks)
+{
+    PbaQmp *qmp = pba_qmp_new(NULL, 0, hooks);
+    qmp->transport = transport;
+    qmp->transport_opaque = opaque;
+    return qmp;
+}
+
+void pba_qmp_free(PbaQmp *qmp)
+{
+    if (!qmp) {
+        return;
+    }
+    pba_qmp_release(qmp);
+    g_free(qmp->path);
+    g_free(qmp);
+}
+
+void pba_qmp_release(PbaQmp *qmp)
+{
+    if (qmp->fd >= 0) {
+        close(qmp->fd);
+        qmp->fd = -1;
+    }
+    g_clear_pointer(&qmp->wire, pba_qmp_wire_free);
+}
+
+static bool connect_socket(PbaQmp *qmp, gint64 deadline, GError **error)
+{
+    struct sockaddr_un address = {.sun_family = AF_UNIX};
+
+    if (strlen(qmp->path) >= sizeof(address.sun_path)) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT, "QMP socket path '%s' is longer than %zu bytes",
+                      qmp->path, sizeof(address.sun_path) - 1);
+        return false;
+    }
+    g_strlcpy(address.sun_path, qmp->path, sizeof(address.sun_path));
+    qmp->fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (qmp->fd < 0) {
+        pba_error_set(error, PBA_ERROR_SYSTEM, "cannot make a socket - %s", g_strerror(errno));
+        return false;
+    }
+    while (connect(qmp->fd, (struct sockaddr *)&address, sizeof(address)) != 0) {
+        /* EAGAIN: others are queueing at this monitor. */
+        if (errno == EAGAIN || errno == EINTR) {
+            if (!pba_wait_ms(10, deadline, &qmp->hooks, "connecting to the QMP socket", error)) {
+                return false;
+            }
+            continue;
+        }
+        pba_error_set(error, PBA_ERROR_CONNECTION, "cannot connect to QMP socket '%s' - %s",
+                      qmp->path, g_strerror(errno));
+        return false;
+    }
+    return true;
+}
+
+bool pba_qmp_is_gone(PbaQmp *qmp)
+{
+    g_autoptr(GError) error = NULL;
+
+    if (qmp->transport) {
+        return false;
+    }
+    pba_qmp_release(qmp);
+    bool gone = !connect_socket(qmp, pba_deadline(1), &error) &&
+                g_error_matches(error, PBA_ERROR, PBA_ERROR_CONNECTION);
+    pba_qmp_release(qmp);
+    return gone;
+}
+
+static bool send_text(PbaQmp *qmp, const char *text, gint64 deadline, GError **error)
+{
+    size_t left = strlen(text);
+
+    while (left > 0) {
+        ssize_t sent = send(qmp->fd, text, left, MSG_NOSIGNAL);
+        if (sent >= 0) {
+            text += sent;
+            left -= (size_t)sent;
+        } else if (errno == EAGAIN || errno == EINTR) {
+            short revents;
+            if (!pba_wait_fd(qmp->fd, POLLOUT, &revents, deadline, &qmp->hooks,
+                             "sending to the QMP socket", error)) {
+                return false;
+            }
+        } else {
+            pba_error_set(error, PBA_ERROR_CONNECTION, "cannot send to QMP socket '%s' - %s",
+                          qmp->path, g_strerror(errno));
+            return false;
+        }
+    }
+    return true;
+}
+
+/* Reads what is there, waiting for at least one byte. The wait is also what keeps the time limit
+ * when a peer never stops talking. */
+static bool receive(PbaQmp *qmp, gint64 deadline, const char *what, GError **error)
+{
+    char buffer[READ_SIZE];
+    short revents;
+
+    while (pba_wait_fd(qmp->fd, POLLIN, &revents, deadline, &qmp->hooks, what, error)) {
+        ssize_t got = recv(qmp->fd, buffer, sizeof(buffer), 0);
+        if (got > 0) {
+            return pba_qmp_wire_feed(qmp->wire, buffer, (size_t)got, error);
+        }
+        if (got == 0 || (errno != EAGAIN && errno != EINTR)) {
+            pba_error_set(error, PBA_ERROR_CONNECTION,
+                          "QEMU closed the QMP connection at '%s' - did it quit?", qmp->path);
+            return false;
+        }
+    }
+    return false;
+}
+
+/* The next message that is not an event. */
+static JsonObject *receive_reply(PbaQmp *qmp, gint64 deadline, const char *what, GError **error)
+{
+    for (;;) {
+        JsonObject *message = pba_qmp_wire_pop(qmp->wire);
+        if (!message) {
+            if (!receive(qmp, deadline, what, error)) {
+                return NULL;
+            }
+        } else if (json_object_has_member(message, "event")) {
+            json_object_unref(message);
+        } else {
+            return message;
+        }
+    }
+}
+
+/* Takes QMP's reply apart: the "return" value, or NULL and the peer's error. */
+static JsonNode *unwrap_reply(JsonObject *reply, const char *command, const char *id,
+                              GError **error)
+{
+    JsonObject *failure = pba_json_find_object(reply, "error");
+    const char *reply_id = pba_json_find_string(reply, "id");
+
+    if (failure && !json_object_has_member(reply, "id")) {
+        reply_id = id; /* QEMU could not read the command far enough to see its id */
+    }
+    if (g_strcmp0(reply_id, id) != 0) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer answered another command");
+        return NULL;
+    }
+    if (failure) {
+        const char *klass = pba_json_find_string(failure, "class");
+        const char *description = pba_json_find_string(failure, "desc");
+        pba_error_set_qmp(error, command, klass ? klass : "GenericError",
+                          description ? description : "error without a description");
+        return NULL;
+    }
+    JsonNode *value = json_object_get_member(reply, "return");
+    if (!value) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent a reply without a result");
+        return NULL;
+    }
+    return json_node_copy(value);
+}
+
+static JsonNode *converse(PbaQmp *qmp, const char *command, JsonNode *arguments, gint64 deadline,
+                          GError **error)
+{
+    g_autofree char *id = g_strdup_printf("%" G_GUINT64_FORMAT, ++qmp->last_id);
+    g_autofree char *text = pba_qmp_wire_command(command, arguments, id);
+
+    if (!send_text(qmp, text, deadline, error)) {
+        return NULL;
+    }
+    g_autoptr(JsonObject) reply = receive_reply(qmp, deadline, "waiting for the reply", error);
+    return reply ? unwrap_reply(reply, command, id, error) : NULL;
+}
+
+static bool greet(PbaQmp *qmp, gint64 deadline, GError **error)
+{
+    const char *what = "waiting for the QMP greeting - does another client hold the monitor?";
+    g_autoptr(JsonObject) greeting = receive_reply(qmp, deadline, what, error);
+
+    if (!greeting) {
+        return false;
+    }
+    if (!pba_json_find_object(greeting, "QMP")) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the peer at '%s' does not greet like QMP",
+                      qmp->path);
+        return false;
+    }
+    /* "oob" is not asked for: commands run one after the other here. */
+    g_autoptr(JsonNode) reply = converse(qmp, "qmp_capabilities", NULL, deadline, error);
+    return reply != NULL;
+}
+
+static bool ensure_connected(PbaQmp *qmp, gint64 deadline, GError **error)
+{
+    if (qmp->fd >= 0) {
+        return true;
+    }
+    qmp->wire = pba_qmp_wire_new();
+    if (connect_socket(qmp, deadline, error) && greet(qmp, deadline, error)) {
+        return true;
+    }
+    pba_qmp_release(qmp);
+    return false;
+}
+
+/* By the caller's transport, whose error is a peer's text. */
+static JsonNode *carry(PbaQmp *qmp, const char *command, JsonNode *arguments, GError **error)
+{
+    g_autoptr(JsonNode) none = arguments ? NULL : pba_json("@a{sv} {}");
+    g_autoptr(GError) raw = NULL;
+    JsonNode *value =
+        qmp->transport(qmp->transport_opaque, command, arguments ? arguments : none, &raw);
+
+    if (!value) {
+        pba_error_set(error, (PbaErrorCode)raw->code, "%s", raw->message);
+    }
+    return value;
+}
+
+JsonNode *pba_qmp_execute(PbaQmp *qmp, const char *command, JsonNode *arguments, GError **error)
+{
+    g_autoptr(JsonNode) owned_arguments = arguments;
+    g_autoptr(GError) local = NULL;
+    JsonNode *value = NULL;
+
+    if (qmp->transport) {
+        value = carry(qmp, command, arguments, &local);
+    } else {
+        gint64 deadline = pba_deadline(qmp->timeout_s);
+        if (ensure_connected(qmp, deadline, &local)) {
+            value = converse(qmp, command, arguments, deadline, &local);
+        }
+    }
+    if (!value) {
+        if (pba_error_is_fatal(local)) {
+            pba_qmp_release(qmp); /* a late reply must not be taken for the next one's */
+        }
+        pba_error_add_command(&local, command);
+        g_propagate_error(error, g_steal_pointer(&local));
+    }
+    return value;
+}

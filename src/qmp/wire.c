@@ -1,0 +1,197 @@
+#include "wire.h"
+
+#include "json.h"
+#include "src/base/error.h"
+#include <string.h>
+
+/* A big VM's query-named-block-nodes has a few MiB; QEMU's own parser stops at depth 1024, and
+ * json-glib's is recursive, so nesting is limited before it sees anything. */
+#define MAX_MESSAGE (64 << 20)
+#define MAX_DEPTH 128
+/* A value takes up to some 200 bytes once it is parsed, and two on the wire. */
+#define MAX_VALUES (1u << 20)
+
+struct PbaQmpWire {
+    GByteArray *message; /* the one that is arriving */
+    GQueue messages;     /* JsonObject, whole */
+    JsonParser *parser;
+    unsigned depth;
+    unsigned values; /* of the message, so far */
+    bool in_string;
+    bool escaped;
+};
+
+PbaQmpWire *pba_qmp_wire_new(void)
+{
+    PbaQmpWire *wire = g_new0(PbaQmpWire, 1);
+    wire->message = g_byte_array_new();
+    wire->parser = json_parser_new();
+    g_queue_init(&wire->messages);
+    return wire;
+}
+
+void pba_qmp_wire_free(PbaQmpWire *wire)
+{
+    if (!wire) {
+        return;
+    }
+    g_byte_array_unref(wire->message);
+    g_queue_clear_full(&wire->messages, (GDestroyNotify)json_object_unref);
+    g_object_unref(wire->parser);
+    g_free(wire);
+}
+
+/* The number after a backslash and a u, or -1 if that is not what is there. */
+static int unicode_escape(const char *text, const char *end)
+{
+    int value = 0;
+
+    if (end - text < 6 || text[0] != '\\' || text[1] != 'u') {
+        return -1;
+    }
+    for (int i = 2; i < 6; i++) {
+        if (!g_ascii_isxdigit(text[i])) {
+            return -1;
+        }
+        value = value * 16 + g_ascii_xdigit_value(text[i]);
+    }
+    return value;
+}
+
+/* What json-glib would take beyond JSON: other escapes, for any byte, and \u with less than four
+ * digits. It turns half a surrogate pair into bytes that are not UTF-8, and a NUL into the end of
+ * the string. */
+static bool escapes_are_text(const char *text, const char *end)
+{
+    while ((text = memchr(text, '\\', (size_t)(end - text)))) {
+        if (end - text < 2 || !strchr("\"\\/bfnrtu", text[1])) {
+            return false;
+        }
+        int value = text[1] == 'u' ? unicode_escape(text, end) : text[1];
+        int low = value >= 0xd800 && value <= 0xdbff ? unicode_escape(text + 6, end) : -1;
+        if (value <= 0 || (value >= 0xd800 && value <= 0xdfff && (low < 0xdc00 || low > 0xdfff))) {
+            return false;
+        }
+        text += low >= 0 ? 12 : 2;
+    }
+    return true;
+}
+
+static bool finish_message(PbaQmpWire *wire, GError **error)
+{
+    const char *text = (const char *)wire->message->data;
+    gssize length = wire->message->len;
+    g_autoptr(GError) parse_error = NULL;
+
+    if (!g_utf8_validate(text, length, NULL) || !escapes_are_text(text, text + length)) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent text that is not UTF-8");
+        return false;
+    }
+    if (!json_parser_load_from_data(wire->parser, text, length, &parse_error)) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent no JSON - %s",
+                      parse_error->message);
+        return false;
+    }
+    /* It begins with a brace, so it is an object. */
+    JsonObject *object = json_node_get_object(json_parser_get_root(wire->parser));
+    g_queue_push_tail(&wire->messages, json_object_ref(object));
+    /* Big replies must not stay allocated for the rest of the connection. */
+    g_byte_array_unref(wire->message);
+    wire->message = g_byte_array_new();
+    wire->values = 0;
+    return true;
+}
+
+/* What JSON has outside of strings. json-glib would take more, and its comments and other quotes
+ * would hide strings and nesting from us. */
+static bool is_json(char c)
+{
+    return c && strchr("{}[]:,\" \t\r\n0123456789+-.Eaeflnrstu", c);
+}
+
+/* Follows one byte inside a message; false if no QMP message can have it there. */
+static bool track_byte(PbaQmpWire *wire, char c, GError **error)
+{
+    if ((unsigned char)c < ' ' && c != '\r' && c != '\n' && c != '\t') {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent a control character");
+        return false;
+    }
+    if (wire->in_string) {
+        wire->in_string = wire->escaped || c != '"';
+        wire->escaped = !wire->escaped && c == '\\';
+        return true;
+    }
+    if (!is_json(c)) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent no JSON");
+        return false;
+    }
+    if (c == '"') {
+        wire->in_string = true;
+    } else if (c == '{' || c == '[') {
+        wire->depth++;
+    } else if (c == '}' || c == ']') {
+        wire->depth--;
+    }
+    wire->values += c == '{' || c == '[' || c == ',';
+    if (wire->depth > MAX_DEPTH) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent JSON nested deeper than %d",
+                      MAX_DEPTH);
+        return false;
+    }
+    if (wire->values > MAX_VALUES) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent a message of over %u values",
+                      MAX_VALUES);
+        return false;
+    }
+    return true;
+}
+
+bool pba_qmp_wire_feed(PbaQmpWire *wire, const char *bytes, size_t length, GError **error)
+{
+    size_t begin = 0; /* of what is not yet in wire->message */
+
+    for (size_t i = 0; i < length; i++) {
+        if (wire->depth == 0 && bytes[i] != '{') {
+            if (!g_ascii_isspace(bytes[i])) {
+                pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer does not speak QMP");
+                return false;
+            }
+            begin = i + 1;
+            continue;
+        }
+        if (!track_byte(wire, bytes[i], error)) {
+            return false;
+        }
+        if (wire->depth == 0) {
+            g_byte_array_append(wire->message, (const guint8 *)bytes + begin,
+                                (guint)(i + 1 - begin));
+            begin = i + 1;
+            if (!finish_message(wire, error)) {
+                return false;
+            }
+        }
+    }
+    if (wire->message->len + (length - begin) > MAX_MESSAGE) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent a message of over %d bytes",
+                      MAX_MESSAGE);
+        return false;
+    }
+    g_byte_array_append(wire->message, (const guint8 *)bytes + begin, (guint)(length - begin));
+    return true;
+}
+
+JsonObject *pba_qmp_wire_pop(PbaQmpWire *wire)
+{
+    return g_queue_pop_head(&wire->messages);
+}
+
+char *pba_qmp_wire_command(const char *command, JsonNode *arguments, const char *id)
+{
+    g_autoptr(JsonNode) message = pba_json("{'execute': <%s>, 'id': <%s>}", command, id);
+    if (arguments) {
+        json_object_set_member(json_node_get_object(message), "arguments",
+                               json_node_copy(arguments));
+    }
+    g_autofree char *text = json_to_string(message, FALSE);
+    return g_strconcat(text, "\n", NULL);
+}

@@ -1,0 +1,318 @@
+/* The dirty regions of a volume, from NBD block status (NBD spec: NBD_CMD_BLOCK_STATUS).
+ *
+ * The map is asked for in chunks, several of which are under way. A server may answer for less
+ * than was asked: the rest is asked again. Whatever else is not a full answer is an error, since
+ * "nothing more is dirty" would lose data. */
+#include "src/base/error.h"
+#include "src/base/wait.h"
+#include "volume.h"
+#include <inttypes.h>
+#include <string.h>
+
+/* The first region is wanted soon; later chunks are as big as the server's answers allow, and as a
+ * request can be: under 4 GiB. */
+#define FIRST_CHUNK (UINT64_C(256) << 20)
+#define MAX_CHUNK (UINT64_C(2) << 30)
+#define MIN_CHUNK (UINT64_C(1) << 20)
+/* QEMU answers with at most 131,072 extents; stay well below. */
+#define MANY_NUMBERS (UINT64_C(2) * 32768)
+
+PbaMap *pba_map_new(PbaVolume *volume, uint64_t begin, uint64_t end)
+{
+    PbaMap *map = g_new0(PbaMap, 1);
+
+    map->asked = begin;
+    map->end = end;
+    map->chunk_size = FIRST_CHUNK;
+    map->connection = volume->connection;
+    for (unsigned i = 0; i < PBA_MAP_DEPTH; i++) {
+        map->chunks[i].volume = volume;
+    }
+    return map;
+}
+
+void pba_map_free(PbaMap *map)
+{
+    for (unsigned i = 0; i < PBA_MAP_DEPTH; i++) {
+        g_free(map->chunks[i].extents);
+    }
+    g_free(map);
+}
+
+PbaMap *pba_map_swap(PbaVolume *volume, PbaMap *map)
+{
+    PbaMap *before = volume->map;
+
+    volume->map = map;
+    return before;
+}
+
+bool pba_map_is_idle(const PbaMap *map)
+{
+    for (unsigned i = 0; i < PBA_MAP_DEPTH; i++) {
+        if (map->chunks[i].sent && !map->chunks[i].answered) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* What was asked over a connection that is gone has to be asked again. */
+static void forget_lost_requests(PbaVolume *volume)
+{
+    PbaMap *map = volume->map;
+
+    if (map->connection == volume->connection) {
+        return;
+    }
+    map->connection = volume->connection;
+    for (unsigned i = 0; i < PBA_MAP_DEPTH; i++) {
+        PbaMapChunk *chunk = &map->chunks[i];
+        if (!chunk->answered) {
+            chunk->sent = false;
+        }
+    }
+}
+
+static int take_extents(void *opaque, const char *context, uint64_t offset, uint32_t *entries,
+                        size_t count, int *error)
+{
+    PbaMapChunk *chunk = opaque;
+
+    if (*error || strcmp(context, chunk->volume->context) != 0 || offset != chunk->offset) {
+        return 0;
+    }
+    if (count > chunk->capacity) {
+        chunk->extents = g_renew(uint32_t, chunk->extents, count);
+        chunk->capacity = count;
+    }
+    memcpy(chunk->extents, entries, count * sizeof(*entries));
+    chunk->count = count;
+    return 0;
+}
+
+static int take_completion(void *opaque, int *error)
+{
+    PbaMapChunk *chunk = opaque;
+
+    /* libnbd 1.22 completes what is in flight when a connection is closed: that is no answer. */
+    if (chunk->volume->nbd) {
+        chunk->error = *error;
+        chunk->answered = true;
+    }
+    return 1; /* retire the command */
+}
+
+static bool send_chunk(PbaVolume *volume, PbaMapChunk *chunk, GError **error)
+{
+    chunk->sent = true;
+    chunk->answered = false;
+    chunk->error = 0;
+    chunk->count = 0;
+    chunk->next = 0;
+    if (nbd_aio_block_status(
+            volume->nbd, chunk->length, chunk->offset,
+            (nbd_extent_callback){.callback = take_extents, .user_data = chunk},
+            (nbd_completion_callback){.callback = take_completion, .user_data = chunk}, 0) == -1) {
+        pba_volume_set_nbd_error(volume, "asking for the dirty bitmap", error);
+        return false;
+    }
+    return true;
+}
+
+/* Keeps requests in flight: new chunks up to the map's end, and those to be asked again. */
+static bool fill_ring(PbaVolume *volume, GError **error)
+{
+    PbaMap *map = volume->map;
+
+    forget_lost_requests(volume);
+    while (map->used < PBA_MAP_DEPTH && map->asked < map->end) {
+        PbaMapChunk *chunk = &map->chunks[(map->head + map->used) % PBA_MAP_DEPTH];
+        chunk->offset = map->asked;
+        chunk->length = MIN(map->chunk_size, map->end - map->asked);
+        chunk->sent = false;
+        chunk->answered = false;
+        map->asked += chunk->length;
+        map->used++;
+    }
+    for (unsigned i = 0; i < map->used; i++) {
+        PbaMapChunk *chunk = &map->chunks[(map->head + i) % PBA_MAP_DEPTH];
+        if (!chunk->sent && !send_chunk(volume, chunk, error)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static void set_incomplete(const PbaVolume *volume, const PbaMapChunk *chunk, const char *problem,
+                           GError **error)
+{
+    pba_error_set(error, PBA_ERROR_INCOMPLETE,
+                  "the dirty bitmap cannot be read on from offset %" PRIu64 " - %s", chunk->offset,
+                  problem);
+    pba_error_add_device(error, volume->device);
+}
+
+static bool wait_answer(PbaVolume *volume, PbaMapChunk *chunk, GError **error)
+{
+    gint64 deadline = pba_deadline(PBA_NBD_LIMIT_S);
+
+    while (!chunk->answered) {
+        if (pba_volume_is_lost(volume)) {
+            set_incomplete(volume, chunk, "the NBD server closed the connection", error);
+            return false;
+        }
+        if (!pba_volume_turn(volume, deadline, "reading the dirty bitmap", error)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+static bool check_answer(const PbaVolume *volume, const PbaMapChunk *chunk, GError **error)
+{
+    const char *problem = chunk->error            ? g_strerror(chunk->error)
+                          : chunk->count == 0     ? "the NBD server's answer is empty"
+                          : chunk->count % 2 != 0 ? "the NBD server's answer has half an extent"
+                                                  : NULL;
+    if (problem) {
+        set_incomplete(volume, chunk, problem, error);
+    }
+    return !problem;
+}
+
+/* True if the chunk has its answer, which is waited for unless later is given: that is set then. */
+static bool has_answer(PbaVolume *volume, PbaMapChunk *chunk, bool *later, GError **error)
+{
+    if (volume->map->used > 0 && chunk->answered) {
+        return true;
+    }
+    if (!pba_volume_connect(volume, error) || !fill_ring(volume, error)) {
+        return false;
+    }
+    if (!later) {
+        return wait_answer(volume, chunk, error);
+    }
+    *later = !chunk->answered;
+    return chunk->answered;
+}
+
+/* The chunk to read on in; NULL without an error at the end of the map, and where its answer is
+ * not there yet but not to be waited for. */
+static PbaMapChunk *current_chunk(PbaVolume *volume, bool *later, GError **error)
+{
+    PbaMap *map = volume->map;
+    PbaMapChunk *chunk = &map->chunks[map->head];
+
+    if (map->used == 0 && map->asked == map->end) {
+        return NULL;
+    }
+    if (!has_answer(volume, chunk, later, error)) {
+        return NULL;
+    }
+    return check_answer(volume, chunk, error) ? chunk : NULL;
+}
+
+/* Adds the chunk's extents to the run until one does not belong to it: true then. */
+static bool read_run(PbaVolume *volume, PbaMapChunk *chunk, GError **error)
+{
+    PbaMap *map = volume->map;
+
+    while (chunk->next < chunk->count && chunk->length > 0) {
+        uint64_t length = MIN(chunk->extents[chunk->next], chunk->length);
+        bool dirty = chunk->extents[chunk->next + 1] & volume->flag;
+        if (length == 0) {
+            set_incomplete(volume, chunk, "the NBD server sent an extent of no length", error);
+            return false;
+        }
+        if (dirty) {
+            map->run_offset = map->run_length ? map->run_offset : chunk->offset;
+            map->run_length += length;
+        } else if (map->run_length > 0) {
+            return true;
+        }
+        chunk->offset += length;
+        chunk->length -= length;
+        chunk->next += 2;
+    }
+    return false;
+}
+
+/* The server's pace: short answers make later chunks shorter, sparse ones longer. */
+static void finish_chunk(PbaMap *map, PbaMapChunk *chunk)
+{
+    chunk->sent = false;
+    chunk->answered = false;
+    if (chunk->length > 0) {
+        map->chunk_size = MAX(map->chunk_size / 2, MIN_CHUNK);
+        return; /* the rest is asked again */
+    }
+    if (chunk->count < MANY_NUMBERS) {
+        map->chunk_size = MIN(map->chunk_size * 2, MAX_CHUNK);
+    }
+    map->head = (map->head + 1) % PBA_MAP_DEPTH;
+    map->used--;
+}
+
+static bool next_run(PbaVolume *volume, bool *later, GError **error)
+{
+    GError *local = NULL;
+    PbaMapChunk *chunk;
+
+    while ((chunk = current_chunk(volume, later, &local))) {
+        if (read_run(volume, chunk, &local)) {
+            return true;
+        }
+        if (local) {
+            break;
+        }
+        finish_chunk(volume->map, chunk);
+    }
+    if (!local) {
+        return true;
+    }
+    if (local->code != PBA_ERROR_INTERRUPTED) {
+        pba_volume_break(volume, local);
+    }
+    g_propagate_error(error, local);
+    return false;
+}
+
+static bool next_region(PbaVolume *volume, uint64_t *offset, uint64_t *length, bool *later,
+                        GError **error)
+{
+    PbaMap *map = volume->map;
+
+    if (volume->broken) {
+        return pba_volume_connect(volume, error);
+    }
+    if (volume->handle) {
+        return pba_handle_next_region(volume, offset, length, error);
+    }
+    if (!volume->context) {
+        map->run_offset = map->asked;
+        map->run_length = map->end - map->asked;
+        map->asked = map->end;
+    } else if (!next_run(volume, later, error)) {
+        return false;
+    }
+    if (!later || !*later) {
+        *offset = map->run_offset;
+        *length = map->run_length;
+        map->run_length = 0;
+    }
+    return true;
+}
+
+bool pba_volume_next_dirty_region(PbaVolume *volume, uint64_t *offset, uint64_t *length,
+                                  GError **error)
+{
+    return next_region(volume, offset, length, NULL, error);
+}
+
+bool pba_volume_poll_dirty_region(PbaVolume *volume, uint64_t *offset, uint64_t *length,
+                                  bool *later, GError **error)
+{
+    *later = false;
+    return next_region(volume, offset, length, later, error);
+}
