@@ -2,7 +2,7 @@ package PVE::BackupAccess;
 
 use v5.36;
 
-our $VERSION = '0.1.0';
+our $VERSION = '0.1.1';
 
 use Cwd qw(realpath);
 use Fcntl qw(F_SETFD FD_CLOEXEC);

@@ -34,8 +34,12 @@ bool pba_nbd_socket_answers(const char *socket_path)
 
 bool pba_nbd_server_start(PbaAccess *access, GError **error)
 {
-    JsonNode *arguments =
-        pba_json("{'addr': <{'type': <'unix'>, 'data': <{'path': <%s>}>}>}", access->socket);
+    /* 0: no limit. Without it a QEMU since 9.1 (c8a76dbd90c2), and an older one whose distribution
+     * has that fix, lets in 100. The argument is there since 5.2. Nobody else can connect: the
+     * socket is in a directory of ours. */
+    JsonNode *arguments = pba_json("{'addr': <{'type': <'unix'>, 'data': <{'path': <%s>}>}>, "
+                                   "'max-connections': <0>}",
+                                   access->socket);
     GError *local = NULL;
     bool done = pba_qmp_run(access->qmp, "nbd-server-start", arguments, &local);
 
@@ -127,13 +131,15 @@ bool pba_exports_find(PbaAccess *access, const char *id_prefix, bool *found, GEr
 static bool wait_export_gone(PbaAccess *access, const char *id, GError **error)
 {
     gint64 deadline = pba_deadline(EXPORT_GONE_S);
+    unsigned pause_ms = 1;
     bool found;
 
     while (pba_exports_find(access, id, &found, error)) {
         if (!found) {
             return true;
         }
-        if (!pba_wait_ms(10, deadline, &access->hooks, "waiting for an export to go", error)) {
+        if (!pba_qmp_pause(access->qmp, &pause_ms, deadline, "waiting for an export to go",
+                           error)) {
             return false;
         }
     }

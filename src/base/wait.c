@@ -64,9 +64,6 @@ bool pba_wait_fd(int fd, short events, short *revents, gint64 deadline, const Pb
 bool pba_wait_ms(unsigned milliseconds, gint64 deadline, const PbaHooks *hooks, const char *what,
                  GError **error)
 {
-    if (!may_go_on(deadline, hooks, what, error)) {
-        return false;
-    }
-    poll(NULL, 0, (int)MIN(milliseconds, SLICE_MS));
-    return true;
+    gint64 until = g_get_monotonic_time() + milliseconds * G_TIME_SPAN_MILLISECOND;
+    return pba_wait_fds(NULL, 0, until, deadline, hooks, what, error);
 }

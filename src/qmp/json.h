@@ -34,5 +34,10 @@ JsonObject *pba_qmp_query_object(PbaQmp *qmp, const char *command, JsonNode *arg
                                  GError **error);
 /* Runs a command whose reply says nothing. */
 bool pba_qmp_run(PbaQmp *qmp, const char *command, JsonNode *arguments, GError **error);
+/* Between two times of asking QEMU whether something has happened: closes the connection, so that
+ * others can use the monitor, and sleeps for *pause_ms, which it doubles up to a second. The next
+ * command opens a new connection: what an earlier one said may have changed. */
+bool pba_qmp_pause(PbaQmp *qmp, unsigned *pause_ms, gint64 deadline, const char *what,
+                   GError **error);
 
 #endif

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #define READ_SIZE 65536
+#define MAX_PAUSE_MS 1000
 
 struct PbaQmp {
     char *path;
@@ -88,6 +89,18 @@ static bool connect_socket(PbaQmp *qmp, gint64 deadline, GError **error)
         return false;
     }
     return true;
+}
+
+/* The connection goes for the time of the sleep: a monitor serves one client at a time, and what is
+ * asked for again and again may take minutes. */
+bool pba_qmp_pause(PbaQmp *qmp, unsigned *pause_ms, gint64 deadline, const char *what,
+                   GError **error)
+{
+    unsigned now_ms = *pause_ms;
+
+    *pause_ms = MIN(2 * now_ms, MAX_PAUSE_MS);
+    pba_qmp_release(qmp);
+    return pba_wait_ms(now_ms, deadline, &qmp->hooks, what, error);
 }
 
 bool pba_qmp_is_gone(PbaQmp *qmp)

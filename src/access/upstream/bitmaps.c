@@ -94,6 +94,7 @@ G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(DirtySource, dirty_source_clear)
 static bool wait_job_concluded(PbaAccess *access, const char *id, GError **error)
 {
     gint64 deadline = pba_deadline(JOB_LIMIT_S);
+    unsigned pause_ms = 1;
 
     do {
         g_autoptr(JsonArray) jobs = pba_qmp_query_array(access->qmp, "query-jobs", NULL, error);
@@ -110,7 +111,8 @@ static bool wait_job_concluded(PbaAccess *access, const char *id, GError **error
         if (!status || g_strcmp0(status, "concluded") == 0) {
             return true;
         }
-    } while (pba_wait_ms(1, deadline, &access->hooks, "waiting for a backup job to end", error));
+    } while (
+        pba_qmp_pause(access->qmp, &pause_ms, deadline, "waiting for a backup job to end", error));
     return false;
 }
 

@@ -1,0 +1,137 @@
+# A monitor serves one client at a time. While something is waited for over seconds, it is free for
+# others between two questions, and the questions get rarer.
+
+use v5.36;
+
+use lib 't/lib';
+
+use IO::Select;
+use IO::Socket::UNIX;
+use POSIX ();
+use Test::More;
+use Time::HiRes qw(sleep time);
+
+use PBA::Test::Backend;
+use PBA::Test::QMPProxy;
+use PBA::Test::ScriptedQEMU;
+
+my $MiB = 1 << 20;
+
+sub in_child ($code) {
+    my $pid = fork() // die "cannot fork: $!\n";
+    return $pid if $pid;
+    eval { $code->(); 1 };    # a reader's connection is cut
+    POSIX::_exit(0);
+}
+
+# The last command but those of the handshake, and how often it came in a row.
+sub last_in_row ($proxy) {
+    my @names = map { $_->{name} } $proxy->commands;
+    my $last = $names[-1] // '';
+    my $count = 0;
+    $count++ while $count < @names && $names[-1 - $count] eq $last;
+    return ($last, $count);
+}
+
+# A provider's worker that asked for data and does not read the replies.
+sub start_stuck_reader ($device, $volumes) {
+    my $pid = in_child(
+        sub {
+            my $volume = PVE::BackupAccess::Volume->open($device, $volumes->{$device});
+            my $stop = sub (@) { kill(STOP => $$); return };
+            $volume->copy(to => $stop, discard => 0, 'request-size' => 8 * $MiB, connections => 1);
+        }
+    );
+    waitpid($pid, POSIX::WUNTRACED());
+    ok(POSIX::WIFSTOPPED(${^CHILD_ERROR_NATIVE}), 'a reader is stuck');
+    return $pid;
+}
+
+# In a process of its own: waits until teardown waits for an export, then wants to be greeted; then
+# lets the reader go on, whatever came of that. Says how it went by a line.
+sub watch ($proxy, $reader, $result) {
+    my $until = time + 20;
+    sleep(0.02) while (last_in_row($proxy))[1] < 6 && time < $until;
+    my $socket = IO::Socket::UNIX->new(Peer => $proxy->socket_path);
+    my $greeted = IO::Select->new($socket)->can_read(5) ? 'greeted' : 'not greeted';
+    close($socket);
+    my ($name, $before) = last_in_row($proxy);
+    sleep(2);
+    my $asked = (last_in_row($proxy))[1] - $before;
+    syswrite($result, "$name $greeted " . ($asked <= 10 ? 'seldom' : "$asked times in 2 s"));
+    kill(CONT => $reader);
+    return;
+}
+
+for my $name (PBA::Test::Backend->names) {
+    subtest "$name: teardown while a reader is stuck" => sub {
+        my $backend = PBA::Test::Backend->start(
+            name => $name,
+            disks => [{ id => 'disk0', size => 64 * $MiB }]
+        );
+        my $outside = $backend->outside;
+        my $path = $backend->vm->dir . '/proxy.qmp';
+        my $proxy = PBA::Test::QMPProxy->start(target => $backend->qmp_path, listen => $path);
+        my $access = $backend->access(qmp => $proxy->socket_path);
+        $access->setup($backend->devices('none'));
+        my $reader = start_stuck_reader($backend->device('disk0'), $access->volumes('nbd'));
+        pipe(my $from_watcher, my $result) or die "pipe: $!\n";
+        my $watcher = in_child(sub { watch($proxy, $reader, $result) });
+        close($result);
+        $access->teardown(0);
+        is(<$from_watcher>, 'query-block-exports greeted seldom', 'another client is served');
+        waitpid($_, 0) for $reader, $watcher;
+        is_deeply($backend->outside, $outside, 'and nothing is left');
+        $backend->check_manners;
+    };
+}
+
+# After a command that begins something, each of so many questions comes over a connection of its own.
+sub check_polls ($peer, $begin, $command, $times) {
+    my ($begun) = grep { $_->{execute} eq $begin } $peer->commands;
+    my @polls = grep { $_->{execute} eq $command && $_->{n} > $begun->{n} } $peer->commands;
+    splice(@polls, $times);
+    my %connections = map { $_->{connection} => 1 } @polls;
+    is(scalar(@polls), $times, "$command was polled");
+    is(scalar(keys %connections), $times, 'each time over a connection of its own');
+    cmp_ok($polls[-1]{time} - $polls[-2]{time}, '>', 0.06, 'less and less often');
+    return;
+}
+
+subtest 'an export that does not go' => sub {
+    my $asks = 0;
+    my $deleted = 0;
+    my $export = { id => '', type => 'nbd', 'node-name' => '#snap0', 'shutting-down' => \1 };
+    my %returns = pve_returns(
+        'block-export-add' => sub ($arguments) { $export->{id} = $arguments->{id}; return {} },
+        'block-export-del' => sub (@) { $deleted = 1; return {} },
+        'query-block-exports' =>
+            sub (@) { return $export->{id} && (!$deleted || $asks++ < 8) ? [$export] : [] },
+    );
+    my $peer = start_peer(\%returns);
+    my $access = new_access($peer);
+    $access->setup(\@one);
+    $access->volumes('nbd');
+    $access->teardown(1);
+    check_polls($peer, 'block-export-del', 'query-block-exports', 9);
+};
+
+subtest 'a job that does not end' => sub {
+    my $id;
+    my $asked = 0;
+    my %returns = upstream_returns(
+        'blockdev-backup' => sub ($arguments) { $id = $arguments->{'job-id'}; return {} },
+        'query-jobs' => sub (@) {
+            return $id
+                && $asked++ < 8 ? [{ id => $id, type => 'backup', status => 'running' }] : [];
+        },
+    );
+    my $peer = start_peer(\%returns);
+    mkdir("$dir/fleecing");
+    my $access = new_access($peer, 'fleecing-dir' => "$dir/fleecing");
+    ok(!eval { $access->setup([{ device => 'drive-scsi0', 'bitmap-mode' => 'new' }]); 1 },
+        'this peer has no bitmaps');
+    check_polls($peer, 'blockdev-backup', 'query-jobs', 8);
+};
+
+done_testing();
