@@ -3,7 +3,7 @@
 #define PBA_SRC_ACCESS_H
 
 #include "src/pba.h"
-#include "src/qemu/block.h"
+#include "src/qemu/qemu.h"
 #include <sys/types.h>
 
 /* Bytes a bit of our bitmaps stands for: copy-before-write's cluster, too. */
@@ -34,7 +34,6 @@ typedef struct {
     bool device_gone; /* recovering: QEMU has nothing any more that the key is a hash of */
 } PbaDisk;
 
-typedef enum { PBA_BACKEND_PVE, PBA_BACKEND_UPSTREAM } PbaBackend;
 typedef enum { PBA_FORM_DEVICES, PBA_FORM_DEVLIST } PbaForm;
 /* Tried: some of them may be there. */
 typedef enum { PBA_EXPORTS_NONE, PBA_EXPORTS_TRIED, PBA_EXPORTS_ALL } PbaExports;
@@ -71,9 +70,6 @@ struct PbaAccess {
     bool success_unknown; /* a successful end was asked for, and no reply came */
 };
 
-/* In this Proxmox' QEMU records what the guest writes while an access is up. */
-#define PBA_PVE_BACKGROUND "backup-access-background-bitmap"
-
 /* The two backends, each in its own files. Check looks at everything that can be looked at and
  * changes nothing. Setup starts the NBD server, too; it sets begun before its first change, and
  * what it did is undone by teardown. Before teardown the exports are gone. */
@@ -108,23 +104,10 @@ const char *pba_upstream_root(const PbaBlock *block, const PbaDisk *disk);
  * guest's own trims down to the disk; the size makes QEMU refuse block_resize, which aborts while a
  * bitmap is exported. */
 JsonNode *pba_raw_options(const PbaDisk *disk, const char *file);
-/* Whether the name is of a node of ours, of whatever target. */
-bool pba_is_own_node(const char *node);
-/* upstream: names of the bitmaps of a target; the caller's to free. */
-char *pba_target_bitmap(const char *target_id);
-char *pba_background_bitmap(const char *target_id);
-/* Both backends: the target in a bitmap's name, or NULL; points into it. */
-const char *pba_bitmap_target_of(PbaBackend backend, const char *name);
-/* Name of something of ours for this target and what it is of: a device, or the guest by its
- * identity. At most 31 bytes, as QEMU wants node names and ids. */
-char *pba_own_name(const PbaAccess *access, const char *role, const char *of);
-/* The same of a disk, by its key. */
+/* Of PbaDisk, as arrays want it. */
+void pba_disk_free(gpointer disk);
+/* Name of something of ours for the access' target and this disk: pba-ROLE-TARGET-KEY. */
 char *pba_disk_name(const PbaAccess *access, const char *role, const PbaDisk *disk);
-/* What such names of this role and target begin with. */
-char *pba_target_prefix(const PbaAccess *access, const char *role);
-/* The hash in them, of so many hexadecimal digits. */
-#define PBA_HASH_LENGTH 8
-char *pba_short_hash(const char *text);
 /* Asks QEMU what it can do, and where need be who it is. */
 bool pba_access_begin(PbaAccess *access, GError **error);
 /* An access of no target, which can only look. */
@@ -155,9 +138,6 @@ bool pba_recover_left(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GErr
 /* What every end of an access is: all that is possible is undone. */
 bool pba_tear_down_and_end(PbaAccess *access, bool success, GError **error);
 
-/* The directory's real path, the caller's to free, if nobody but root and this user can change what
- * a name in it or above it stands for. what names the directory in the error. */
-char *pba_trusted_dir(const char *what, const char *path, GError **error);
 /* The directory of the NBD socket: private, made without following anybody's links. */
 bool pba_run_dir_make(PbaAccess *access, GError **error);
 void pba_run_dir_remove(PbaAccess *access);
@@ -182,8 +162,6 @@ bool pba_vfiles_end(PbaAccess *access, GError **error);
 void pba_vfiles_free(PbaAccess *access);
 
 bool pba_nbd_server_start(PbaAccess *access, GError **error);
-/* True unless nothing listens at the socket. */
-bool pba_nbd_socket_answers(const char *socket);
 bool pba_exports_add(PbaAccess *access, GError **error);
 /* Whether there is an export whose id begins so. */
 #define PBA_EXPORT_PREFIX "pba-exp-"

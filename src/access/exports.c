@@ -1,14 +1,9 @@
 /* The NBD server in QEMU and our exports on it. */
 #include "access.h"
-#include "src/base/error.h"
-#include "src/base/wait.h"
-#include "src/qmp/json.h"
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
 #include "src/volume/volume.h"
-#include <errno.h>
 #include <string.h>
-#include <sys/socket.h>
-#include <sys/un.h>
-#include <unistd.h>
 
 /* block-export-del waits for requests in flight; Proxmox allows it ten minutes. */
 #define EXPORT_GONE_S 600
@@ -16,20 +11,6 @@
 static char *export_id(PbaAccess *access, const PbaDisk *disk)
 {
     return pba_disk_name(access, "exp", disk);
-}
-
-bool pba_nbd_socket_answers(const char *socket_path)
-{
-    struct sockaddr_un address = {.sun_family = AF_UNIX};
-    int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
-
-    g_strlcpy(address.sun_path, socket_path, sizeof(address.sun_path));
-    bool answers = fd < 0 || connect(fd, (struct sockaddr *)&address, sizeof(address)) == 0 ||
-                   (errno != ECONNREFUSED && errno != ENOENT);
-    if (fd >= 0) {
-        close(fd);
-    }
-    return answers;
 }
 
 bool pba_nbd_server_start(PbaAccess *access, GError **error)
@@ -44,7 +25,7 @@ bool pba_nbd_server_start(PbaAccess *access, GError **error)
     bool done = pba_qmp_run(access->qmp, "nbd-server-start", arguments, &local);
 
     /* Without a reply it may have been started all the same. */
-    access->server_up = done || pba_error_is_fatal(local) || pba_nbd_socket_answers(access->socket);
+    access->server_up = done || pba_error_is_fatal(local) || pba_socket_answers(access->socket);
     access->begun |= access->server_up;
     if (done) {
         return true;
@@ -204,7 +185,7 @@ static bool stop_server(PbaAccess *access, GError **error)
 
     /* Ours is gone if nothing listens at our socket; another one that runs is none of our business.
      */
-    if (pba_nbd_socket_answers(access->socket)) {
+    if (pba_socket_answers(access->socket)) {
         if (!find_export(access, is_of_others, PBA_EXPORT_PREFIX, &others, error)) {
             return false;
         }

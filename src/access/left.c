@@ -1,7 +1,7 @@
 #include "left.h"
 
-#include "src/base/error.h"
-#include "src/qmp/json.h"
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
 #include <string.h>
 
 bool pba_left_look(PbaAccess *access, bool with_graph, PbaBlock *block, PbaLeft *left,
@@ -237,7 +237,7 @@ static void add_node(const PbaLeft *left, const char *node, GPtrArray *things)
 static void add_path(const char *path, bool is_live, GPtrArray *things)
 {
     g_autofree char *socket = pba_run_dir_left_socket(path);
-    bool answers = socket && !is_live && pba_nbd_socket_answers(socket);
+    bool answers = socket && !is_live && pba_socket_answers(socket);
     char *what = answers ? pba_line("the NBD server at '%s'", socket) : pba_line("'%s'", path);
 
     add_thing(things, path, pba_run_dir_key(path), what, answers ? "was stopped" : "was removed")

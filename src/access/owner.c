@@ -6,8 +6,8 @@
  * follows in the markers of all but one. On Proxmox, pba-dev-... names a device, since QEMU does
  * not tell which ones an access has. */
 #include "access.h"
-#include "src/base/error.h"
-#include "src/qmp/json.h"
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
 #include <errno.h>
 #include <inttypes.h>
 #include <signal.h>
@@ -250,7 +250,7 @@ bool pba_device_marks_add(PbaAccess *access, GError **error)
 /* Ours, and if all is done what marks this target's devices and processes that are gone. */
 static bool is_to_go(const PbaAccess *access, const char *node, const char *own, bool all)
 {
-    g_autofree char *devices = pba_target_prefix(access, PBA_DEVICE_ROLE);
+    g_autofree char *devices = pba_target_prefix(access->target_id, PBA_DEVICE_ROLE);
     Owner owner;
 
     if (strcmp(node, own) == 0) {

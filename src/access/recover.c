@@ -3,8 +3,8 @@
  */
 #include "access.h"
 #include "left.h"
-#include "src/base/error.h"
-#include "src/qmp/json.h"
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
 #include "vfile.h"
 #include <string.h>
 
@@ -216,7 +216,7 @@ static bool take_server(PbaAccess *dead, const char *path)
         return false;
     }
     dead->socket = g_steal_pointer(&socket);
-    dead->server_up = pba_nbd_socket_answers(dead->socket);
+    dead->server_up = pba_socket_answers(dead->socket);
     if (!dead->server_up) {
         g_clear_pointer(&dead->socket, g_free);
         return false;

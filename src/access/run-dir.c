@@ -1,6 +1,6 @@
 /* The private directory of an access. */
 #include "access.h"
-#include "src/base/error.h"
+#include "src/base/base.h"
 #include "vfile.h"
 #include <errno.h>
 #include <string.h>
@@ -95,7 +95,7 @@ bool pba_run_dir_make(PbaAccess *access, GError **error)
     if (!parent) {
         return false;
     }
-    g_autofree char *name = pba_own_name(access, "run", access->identity);
+    g_autofree char *name = pba_own_name(access->target_id, "run", access->identity);
     g_autofree char *path = g_strdup_printf("%s/%s-XXXXXX", parent, name);
     g_autofree char *longest = g_build_filename(path, SOCKET_NAME, NULL);
 

@@ -1,54 +1,12 @@
 /* An access from check to teardown, whatever the backend. */
 #include "access.h"
-#include "src/base/error.h"
-#include "src/qmp/json.h"
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
 #include <string.h>
 #include <unistd.h>
 
 /* BDRV_BITMAP_MAX_NAME_SIZE; the target-id is (part of) a bitmap's name. */
 #define MAX_BITMAP_NAME 1023
-
-static void free_disk(gpointer data)
-{
-    PbaDisk *disk = data;
-
-    g_free(disk->device);
-    g_free(disk->key);
-    g_free(disk->qdev);
-    g_free(disk->root_node);
-    g_free(disk->bitmap_node);
-    g_free(disk->snapshot_node);
-    g_free(disk->bitmap_name);
-    g_free(disk->raw_node);
-    g_free(disk->filter_node);
-    g_free(disk->fleecing_node);
-    g_free(disk);
-}
-
-char *pba_short_hash(const char *text)
-{
-    g_autofree char *hash = g_compute_checksum_for_string(G_CHECKSUM_SHA256, text, -1);
-    return g_strndup(hash, PBA_HASH_LENGTH);
-}
-
-char *pba_own_name(const PbaAccess *access, const char *role, const char *of)
-{
-    g_autofree char *prefix = pba_target_prefix(access, role);
-    g_autofree char *hash = pba_short_hash(of);
-    return g_strconcat(prefix, hash, NULL);
-}
-
-char *pba_disk_name(const PbaAccess *access, const char *role, const PbaDisk *disk)
-{
-    g_autofree char *prefix = pba_target_prefix(access, role);
-    return g_strconcat(prefix, disk->key, NULL);
-}
-
-char *pba_target_prefix(const PbaAccess *access, const char *role)
-{
-    g_autofree char *target = pba_short_hash(access->target_id);
-    return g_strdup_printf("pba-%s-%s-", role, target);
-}
 
 /* What would reach QEMU as a name: QEMU crashes or leaks on some of these. */
 static bool check_target_id(const char *id, GError **error)
@@ -149,7 +107,7 @@ PbaAccess *pba_access_new_observer(PbaQmp *qmp, const PbaAccessOptions *options,
     access->early_bitmap_name = g_strdup(options->bitmap_name);
     access->persistent = options->persistent;
     access->no_recover = options->no_recover;
-    access->disks = g_ptr_array_new_with_free_func(free_disk);
+    access->disks = g_ptr_array_new_with_free_func(pba_disk_free);
     return access;
 }
 
@@ -159,8 +117,7 @@ void pba_access_free(PbaAccess *access)
         return;
     }
     pba_vfiles_free(access);
-    if (access->socket_dir && access->owner == getpid() &&
-        !pba_nbd_socket_answers(access->socket)) {
+    if (access->socket_dir && access->owner == getpid() && !pba_socket_answers(access->socket)) {
         pba_run_dir_remove(access);
     }
     pba_owner_forget(access);

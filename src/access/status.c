@@ -1,7 +1,7 @@
 /* What there is of backups in a QEMU and on disk, for people and monitoring. It only looks. */
 #include "left.h"
-#include "src/base/error.h"
-#include "src/qmp/json.h"
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 

@@ -2,8 +2,7 @@
  * start to its end. */
 #define _GNU_SOURCE
 #include "vfile.h"
-#include "src/base/error.h"
-#include "src/base/wait.h"
+#include "src/base/base.h"
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>

@@ -1,6 +1,6 @@
 /* The mechanism file-handle: a virtual file per device over its NBD export. */
 #include "access.h"
-#include "src/base/error.h"
+#include "src/base/base.h"
 #include "vfile.h"
 
 static void free_vfile(gpointer vfile)

@@ -1,4 +1,4 @@
-#include "error.h"
+#include "base.h"
 
 typedef struct {
     char *klass;

@@ -1,6 +1,5 @@
 /* Directories in which nobody but root and this user can swap what a name stands for. */
-#include "error.h"
-#include "src/access/access.h"
+#include "base.h"
 #include <errno.h>
 #include <limits.h>
 #include <stdlib.h>

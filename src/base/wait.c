@@ -1,6 +1,5 @@
-#include "wait.h"
+#include "base.h"
 
-#include "error.h"
 #include <errno.h>
 
 /* A signal that arrives just before poll() does not end it, so the hook is asked this often. */

@@ -5,7 +5,7 @@
  * is decided here, between two waits. */
 #include "copy.h"
 #include "limit.h"
-#include "src/base/error.h"
+#include "src/base/base.h"
 #include <errno.h>
 #include <inttypes.h>
 #include <sys/mman.h>

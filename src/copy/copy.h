@@ -3,7 +3,6 @@
 #define PBA_SRC_COPY_H
 
 #include "pool.h"
-#include "src/volume/trims.h"
 #include "src/volume/volume.h"
 
 #define PBA_COPY_MAX_CONNECTIONS 16

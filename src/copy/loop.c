@@ -1,6 +1,6 @@
 /* One wait for all of a copy's connections and threads. */
 #include "copy.h"
-#include "src/base/wait.h"
+#include "src/base/base.h"
 
 void pba_loop_add(PbaLoop *loop, struct nbd_handle *handle)
 {

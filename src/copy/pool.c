@@ -1,6 +1,6 @@
 #include "pool.h"
 
-#include "src/base/error.h"
+#include "src/base/base.h"
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>

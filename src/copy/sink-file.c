@@ -1,7 +1,7 @@
 /* Copying to a file or block device. Threads do the writing, since that may block for long. */
 #define _GNU_SOURCE /* fallocate() */
 #include "copy.h"
-#include "src/base/error.h"
+#include "src/base/base.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>

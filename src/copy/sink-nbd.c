@@ -1,6 +1,6 @@
 /* Copying to an NBD server: a qcow2 image behind qemu-nbd, whatever nbdkit or Ceph offer. */
 #include "copy.h"
-#include "src/base/error.h"
+#include "src/base/base.h"
 #include <errno.h>
 #include <inttypes.h>
 

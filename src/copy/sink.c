@@ -1,6 +1,6 @@
 /* The target's side of a copy: which kind it is, and the caller's own function. */
 #include "copy.h"
-#include "src/base/error.h"
+#include "src/base/base.h"
 
 typedef struct {
     PbaSink sink;

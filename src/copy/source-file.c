@@ -1,7 +1,7 @@
 /* The volume's side of a copy where that is a file handle: threads read and discard. */
 #define _GNU_SOURCE /* fallocate() */
 #include "copy.h"
-#include "src/base/error.h"
+#include "src/base/base.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>

@@ -1,5 +1,5 @@
 /* Bitmap modes, actions and statuses: words to values and back. Pure. */
-#include "src/base/error.h"
+#include "src/base/base.h"
 
 static const char *const mode_names[] = {
     [PBA_BITMAP_MODE_NONE] = "none",

@@ -1,7 +1,6 @@
-#include "block.h"
+#include "qemu.h"
 
-#include "src/access/access.h"
-#include "src/qmp/json.h"
+#include "src/qmp/qmp.h"
 #include <string.h>
 
 /* Drivers whose nodes show their child's data unchanged, so that bitmaps belong below them. */

@@ -1,6 +1,6 @@
 /* Which backend a QEMU allows, asked of the QEMU itself. */
-#include "src/base/error.h"
-#include "src/qmp/json.h"
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
 
 /* Sets *form if the version tells it. QEMU takes some 25 ms for its schema and does nothing else
  * meanwhile, while Proxmox' packages have had one form since 10.0. */

@@ -1,6 +1,6 @@
-#include "json.h"
+#include "qmp.h"
 
-#include "src/base/error.h"
+#include "src/base/base.h"
 
 JsonNode *pba_json(const char *format, ...)
 {
@@ -102,40 +102,4 @@ JsonObject *pba_json_object(JsonObject *object, const char *key, GError **error)
         set_member_error(error, key, "object");
     }
     return value;
-}
-
-JsonArray *pba_qmp_query_array(PbaQmp *qmp, const char *command, JsonNode *arguments,
-                               GError **error)
-{
-    g_autoptr(JsonNode) reply = pba_qmp_execute(qmp, command, arguments, error);
-    if (!reply) {
-        return NULL;
-    }
-    if (!JSON_NODE_HOLDS_ARRAY(reply)) {
-        pba_error_set(error, PBA_ERROR_PROTOCOL, "the reply is not an array");
-        pba_error_add_command(error, command);
-        return NULL;
-    }
-    return json_array_ref(json_node_get_array(reply));
-}
-
-JsonObject *pba_qmp_query_object(PbaQmp *qmp, const char *command, JsonNode *arguments,
-                                 GError **error)
-{
-    g_autoptr(JsonNode) reply = pba_qmp_execute(qmp, command, arguments, error);
-    if (!reply) {
-        return NULL;
-    }
-    if (!JSON_NODE_HOLDS_OBJECT(reply)) {
-        pba_error_set(error, PBA_ERROR_PROTOCOL, "the reply is not an object");
-        pba_error_add_command(error, command);
-        return NULL;
-    }
-    return json_object_ref(json_node_get_object(reply));
-}
-
-bool pba_qmp_run(PbaQmp *qmp, const char *command, JsonNode *arguments, GError **error)
-{
-    g_autoptr(JsonNode) reply = pba_qmp_execute(qmp, command, arguments, error);
-    return reply != NULL;
 }

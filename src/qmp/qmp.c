@@ -1,7 +1,6 @@
 /* The QMP client: a connection only while a burst of commands runs. */
-#include "json.h"
-#include "src/base/error.h"
-#include "src/base/wait.h"
+#include "qmp.h"
+#include "src/base/base.h"
 #include "wire.h"
 #include <errno.h>
 #include <poll.h>
@@ -288,4 +287,40 @@ JsonNode *pba_qmp_execute(PbaQmp *qmp, const char *command, JsonNode *arguments,
         g_propagate_error(error, g_steal_pointer(&local));
     }
     return value;
+}
+
+JsonArray *pba_qmp_query_array(PbaQmp *qmp, const char *command, JsonNode *arguments,
+                               GError **error)
+{
+    g_autoptr(JsonNode) reply = pba_qmp_execute(qmp, command, arguments, error);
+    if (!reply) {
+        return NULL;
+    }
+    if (!JSON_NODE_HOLDS_ARRAY(reply)) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the reply is not an array");
+        pba_error_add_command(error, command);
+        return NULL;
+    }
+    return json_array_ref(json_node_get_array(reply));
+}
+
+JsonObject *pba_qmp_query_object(PbaQmp *qmp, const char *command, JsonNode *arguments,
+                                 GError **error)
+{
+    g_autoptr(JsonNode) reply = pba_qmp_execute(qmp, command, arguments, error);
+    if (!reply) {
+        return NULL;
+    }
+    if (!JSON_NODE_HOLDS_OBJECT(reply)) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the reply is not an object");
+        pba_error_add_command(error, command);
+        return NULL;
+    }
+    return json_object_ref(json_node_get_object(reply));
+}
+
+bool pba_qmp_run(PbaQmp *qmp, const char *command, JsonNode *arguments, GError **error)
+{
+    g_autoptr(JsonNode) reply = pba_qmp_execute(qmp, command, arguments, error);
+    return reply != NULL;
 }

@@ -1,7 +1,7 @@
 #include "wire.h"
 
-#include "json.h"
-#include "src/base/error.h"
+#include "qmp.h"
+#include "src/base/base.h"
 #include <string.h>
 
 /* A big VM's query-named-block-nodes has a few MiB; QEMU's own parser stops at depth 1024, and

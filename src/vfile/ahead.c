@@ -1,7 +1,7 @@
 /* What to read ahead. The cursor runs through the dirty regions in front of a reader who reads in
  * order: each region to its end, then on at the beginning of the next one. */
 #include "server.h"
-#include "src/volume/trims.h"
+#include "src/volume/volume.h"
 
 /* A reader who is not where he is expected this often in a row does not read in order. */
 #define MAX_MISSES 4

@@ -3,8 +3,7 @@
  * submitter sends and receives himself: a reader at random would wait each time until the threads
  * have woken each other. */
 #include "server.h"
-#include "src/base/error.h"
-#include "src/base/wait.h"
+#include "src/base/base.h"
 #include "src/volume/volume.h"
 #include <errno.h>
 #include <poll.h>

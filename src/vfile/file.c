@@ -2,7 +2,7 @@
  * are being read. A read takes what there is and has the gaps filled, with exactly the bytes that
  * are missing; reading ahead fills slots on its own account. */
 #include "server.h"
-#include "src/volume/trims.h"
+#include "src/volume/volume.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>

@@ -7,7 +7,7 @@
  * to him (standard error goes there, too), or a NUL character once the file can be opened. When he
  * shuts it down, or is gone, the server unmounts and ends. */
 #include "server.h"
-#include "src/base/error.h"
+#include "src/base/base.h"
 #include "src/volume/volume.h"
 #include <errno.h>
 #include <fcntl.h>

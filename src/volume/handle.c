@@ -1,7 +1,7 @@
 /* A volume behind an open file handle: the mechanism file-handle, as a provider is given it. */
 #define _GNU_SOURCE
 #include "handle.h"
-#include "src/base/error.h"
+#include "src/base/base.h"
 #include "volume.h"
 #include <errno.h>
 #include <fcntl.h>

@@ -3,8 +3,7 @@
  * The map is asked for in chunks, several of which are under way. A server may answer for less
  * than was asked: the rest is asked again. Whatever else is not a full answer is an error, since
  * "nothing more is dirty" would lose data. */
-#include "src/base/error.h"
-#include "src/base/wait.h"
+#include "src/base/base.h"
 #include "volume.h"
 #include <inttypes.h>
 #include <string.h>

@@ -1,7 +1,6 @@
 /* A volume's NBD connection, and reading and discarding over it. */
 #include "volume.h"
-#include "src/base/error.h"
-#include "src/base/wait.h"
+#include "src/base/base.h"
 #include <errno.h>
 #include <inttypes.h>
 #include <poll.h>

@@ -1,7 +1,7 @@
 /* block.c: looking things up in replies like those that were recorded, and in what no QEMU sends.
  */
-#include "src/qemu/block.h"
-#include "src/qmp/json.h"
+#include "src/qemu/qemu.h"
+#include "src/qmp/qmp.h"
 #include "tap.h"
 #include <string.h>
 

@@ -1,5 +1,5 @@
 /* error.c: one line, ours in front, the peer's text as text only. */
-#include "src/base/error.h"
+#include "src/base/base.h"
 #include "tap.h"
 #include <string.h>
 

@@ -1,5 +1,5 @@
 /* json.c: members of replies that lack them or have others than expected. */
-#include "src/qmp/json.h"
+#include "src/qmp/qmp.h"
 #include "tap.h"
 
 static JsonObject *parse(const char *text)

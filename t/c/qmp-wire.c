@@ -1,5 +1,5 @@
 /* qmp-wire.c: whatever a peer sends, a whole message or an error comes out. */
-#include "src/qmp/json.h"
+#include "src/qmp/qmp.h"
 #include "src/qmp/wire.h"
 #include "tap.h"
 #include <string.h>

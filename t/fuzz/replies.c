@@ -7,8 +7,8 @@
  * line gets a good reply. Where that cannot be a message, the connection is lost. */
 #include "fuzz.h"
 #include "src/access/access.h"
-#include "src/base/error.h"
-#include "src/qmp/json.h"
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
 #include "src/qmp/wire.h"
 #include <errno.h>
 #include <stdio.h>
@@ -361,9 +361,8 @@ static void run_status(PbaQmp *qmp)
 /* What a dead client of the same target and guest has left on disk. */
 static void leave_paths(void)
 {
-    PbaAccess left = {.target_id = (char *)TARGET};
-    g_autofree char *run = pba_own_name(&left, "run", ":");
-    g_autofree char *fleece = pba_own_name(&left, "fleece", ":");
+    g_autofree char *run = pba_own_name(TARGET, "run", ":");
+    g_autofree char *fleece = pba_own_name(TARGET, "fleece", ":");
     g_autofree char *dir = g_strdup_printf("%s/%s-abcdef", run_dir, run);
     g_autofree char *image = g_strdup_printf("%s/%s-abcdef", fleecing_dir, fleece);
     FILE *file;

@@ -3,8 +3,8 @@
  * A setup that fails half way cannot be undone there, and some calls crash the VM, so everything
  * that can be looked at is looked at before. */
 #include "src/access/access.h"
-#include "src/base/error.h"
-#include "src/qmp/json.h"
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
 #include <inttypes.h>
 #include <string.h>
 

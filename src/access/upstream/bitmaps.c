@@ -4,35 +4,11 @@
  * records what the guest writes. Bits may be too many at any moment, never too few: a bitmap that
  * cannot be trusted is removed, so that the next backup is a full one. */
 #include "src/access/access.h"
-#include "src/base/error.h"
-#include "src/base/wait.h"
-#include "src/qmp/json.h"
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
 #include <string.h>
 
 #define JOB_LIMIT_S 60
-
-#define TARGET_PREFIX "pba:"
-#define BACKGROUND_PREFIX "pba-background:"
-
-char *pba_target_bitmap(const char *target_id)
-{
-    return g_strconcat(TARGET_PREFIX, target_id, NULL);
-}
-
-char *pba_background_bitmap(const char *target_id)
-{
-    return g_strconcat(BACKGROUND_PREFIX, target_id, NULL);
-}
-
-const char *pba_bitmap_target_of(PbaBackend backend, const char *name)
-{
-    if (backend == PBA_BACKEND_PVE) {
-        return strcmp(name, PBA_PVE_BACKGROUND) == 0 ? NULL : name;
-    }
-    return g_str_has_prefix(name, TARGET_PREFIX)       ? name + strlen(TARGET_PREFIX)
-           : g_str_has_prefix(name, BACKGROUND_PREFIX) ? name + strlen(BACKGROUND_PREFIX)
-                                                       : NULL;
-}
 
 static JsonNode *action(const char *type, JsonNode *data)
 {

@@ -4,7 +4,7 @@
  * guest overwrites it. Proxmox' QEMU leaves those parts out from the start; here they are discarded
  * right after the cut. That also makes them unreadable, as they are there. */
 #include "src/access/access.h"
-#include "src/base/error.h"
+#include "src/base/base.h"
 #include "src/volume/volume.h"
 
 /* In a map with more pieces than this, sending the discards takes longer than it saves. */

@@ -8,8 +8,8 @@
  * All raw nodes are put in place first, one by one. Then a single blockdev-reopen points them all
  * at their filters: QEMU drains them and changes all or none, and that is the instant. */
 #include "src/access/access.h"
-#include "src/base/error.h"
-#include "src/qmp/json.h"
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
@@ -19,11 +19,6 @@
 #define CBW_TIMEOUT_S 45
 /* Before QEMU 9.1 the limit was kept in 32 bits of nanoseconds. */
 #define CBW_TIMEOUT_OLD_S 4
-
-bool pba_is_own_node(const char *node)
-{
-    return g_str_has_prefix(node, "pba-");
-}
 
 /* qom-get where the object may lack the property: NULL then, and also on an error. */
 static JsonNode *find_property(PbaQmp *qmp, const char *path, const char *property, GError **error)
@@ -221,7 +216,7 @@ bool pba_upstream_check(PbaAccess *access, const PbaBlock *block, GError **error
 /* Sparse, private, and of a name that nobody else has: other guests' images may be here, too. */
 static char *create_fleecing_file(PbaAccess *access, uint64_t size, GError **error)
 {
-    g_autofree char *name = pba_own_name(access, "fleece", access->identity);
+    g_autofree char *name = pba_own_name(access->target_id, "fleece", access->identity);
     g_autofree char *dir = pba_trusted_dir("fleecing-dir", access->fleecing_dir, error);
     if (!dir) {
         return NULL;

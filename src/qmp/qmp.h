@@ -1,6 +1,6 @@
-/* Making QMP arguments and reading QMP replies. */
-#ifndef PBA_SRC_JSON_H
-#define PBA_SRC_JSON_H
+/* Talking QMP: commands, their arguments, their replies. */
+#ifndef PBA_QMP_H
+#define PBA_QMP_H
 
 #include "src/pba.h"
 

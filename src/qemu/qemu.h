@@ -1,8 +1,34 @@
-/* QEMU's block devices, nodes and bitmaps at one moment, as the query commands tell them. */
-#ifndef PBA_SRC_BLOCK_H
-#define PBA_SRC_BLOCK_H
+/* What a QEMU has, and how things of ours in it are called. */
+#ifndef PBA_QEMU_H
+#define PBA_QEMU_H
 
 #include "src/pba.h"
+
+/* Names */
+
+typedef enum { PBA_BACKEND_PVE, PBA_BACKEND_UPSTREAM } PbaBackend;
+
+/* Whether the name is of a node of ours, of whatever target. */
+bool pba_is_own_node(const char *node);
+/* The hash in names of ours, of so many hexadecimal digits. */
+#define PBA_HASH_LENGTH 8
+char *pba_short_hash(const char *text);
+/* Name of something of ours for this target and what it is of: a device, or the guest by its
+ * identity. At most 31 bytes, as QEMU wants node names and ids. */
+char *pba_own_name(const char *target_id, const char *role, const char *of);
+/* The same of a disk, by its key: the hash of its device. */
+char *pba_key_name(const char *target_id, const char *role, const char *key);
+/* What such names of this role and target begin with. */
+char *pba_target_prefix(const char *target_id, const char *role);
+/* upstream: names of the bitmaps of a target; the caller's to free. */
+char *pba_target_bitmap(const char *target_id);
+char *pba_background_bitmap(const char *target_id);
+/* In this Proxmox' QEMU records what the guest writes while an access is up. */
+#define PBA_PVE_BACKGROUND "backup-access-background-bitmap"
+/* Both backends: the target in a bitmap's name, or NULL; points into it. */
+const char *pba_bitmap_target_of(PbaBackend backend, const char *name);
+
+/* Block devices, nodes and bitmaps at one moment, as the query commands tell them */
 
 typedef struct {
     JsonArray *devices; /* query-block */

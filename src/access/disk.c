@@ -1,0 +1,24 @@
+/* One disk of an access. */
+#include "access.h"
+
+void pba_disk_free(gpointer data)
+{
+    PbaDisk *disk = data;
+
+    g_free(disk->device);
+    g_free(disk->key);
+    g_free(disk->qdev);
+    g_free(disk->root_node);
+    g_free(disk->bitmap_node);
+    g_free(disk->snapshot_node);
+    g_free(disk->bitmap_name);
+    g_free(disk->raw_node);
+    g_free(disk->filter_node);
+    g_free(disk->fleecing_node);
+    g_free(disk);
+}
+
+char *pba_disk_name(const PbaAccess *access, const char *role, const PbaDisk *disk)
+{
+    return pba_key_name(access->target_id, role, disk->key);
+}

@@ -1,0 +1,56 @@
+/* What everything stands on: errors, waiting, trusted directories, sockets. */
+#ifndef PBA_BASE_H
+#define PBA_BASE_H
+
+#include "src/pba.h"
+#include <poll.h>
+
+/* Making errors; pba.h says what they mean */
+
+void pba_error_set(GError **error, PbaErrorCode code, const char *format, ...) G_GNUC_PRINTF(3, 4);
+/* QEMU's error reply to command. klass and description are the peer's text: cleaned, never a
+ * format. */
+void pba_error_set_qmp(GError **error, const char *command, const char *klass,
+                       const char *description);
+/* Notes that *error happened during command, and says so in the message. */
+void pba_error_add_command(GError **error, const char *command);
+/* Notes that *error is about device, and says so in the message. */
+void pba_error_add_device(GError **error, const char *device);
+/* Adds what to do to the end of the message. */
+void pba_error_add_hint(GError **error, const char *hint);
+/* Keeps the first error of a row of steps: moves *step into *first if that is free, else logs it.
+ */
+void pba_error_keep_first(GError **first, GError *step, const PbaHooks *hooks);
+/* True if the peer can no longer be talked to, so that further steps are in vain. */
+bool pba_error_is_fatal(const GError *error);
+
+/* A line of text, whatever a peer's names in it are: valid UTF-8 without control characters. The
+ * caller's to free. */
+__attribute__((format(printf, 1, 2))) char *pba_line(const char *format, ...);
+void pba_log(const PbaHooks *hooks, PbaLogLevel level, const char *format, ...) G_GNUC_PRINTF(3, 4);
+
+/* Waiting for a descriptor with a time limit and the caller's say */
+
+/* The deadline that many seconds from now, on g_get_monotonic_time's clock. */
+gint64 pba_deadline(unsigned seconds);
+/* Waits for one of events (poll(2)) on fd; *revents says which came. False on timeout and when
+ * hooks->interrupted says so. what names the wait in the messages. */
+bool pba_wait_fd(int fd, short events, short *revents, gint64 deadline, const PbaHooks *hooks,
+                 const char *what, GError **error);
+/* The same for several descriptors, each with its own revents; those with fd -1 are left out. True
+ * as well when the time until is reached, with no revents at all. */
+bool pba_wait_fds(struct pollfd *fds, unsigned count, gint64 until, gint64 deadline,
+                  const PbaHooks *hooks, const char *what, GError **error);
+/* Sleeps so long, under the same rules. */
+bool pba_wait_ms(unsigned milliseconds, gint64 deadline, const PbaHooks *hooks, const char *what,
+                 GError **error);
+
+/* Directories and sockets */
+
+/* The directory's real path, the caller's to free, if nobody but root and this user can change what
+ * a name in it or above it stands for. what names the directory in the error. */
+char *pba_trusted_dir(const char *what, const char *path, GError **error);
+/* True unless nothing listens at the socket. */
+bool pba_socket_answers(const char *path);
+
+#endif

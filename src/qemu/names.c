@@ -1,0 +1,56 @@
+/* Names of what is ours in a QEMU: nodes, exports, jobs, bitmaps. Pure. */
+#include "qemu.h"
+#include <string.h>
+
+#define TARGET_PREFIX "pba:"
+#define BACKGROUND_PREFIX "pba-background:"
+
+bool pba_is_own_node(const char *node)
+{
+    return g_str_has_prefix(node, "pba-");
+}
+
+char *pba_short_hash(const char *text)
+{
+    g_autofree char *hash = g_compute_checksum_for_string(G_CHECKSUM_SHA256, text, -1);
+    return g_strndup(hash, PBA_HASH_LENGTH);
+}
+
+char *pba_own_name(const char *target_id, const char *role, const char *of)
+{
+    g_autofree char *prefix = pba_target_prefix(target_id, role);
+    g_autofree char *hash = pba_short_hash(of);
+    return g_strconcat(prefix, hash, NULL);
+}
+
+char *pba_key_name(const char *target_id, const char *role, const char *key)
+{
+    g_autofree char *prefix = pba_target_prefix(target_id, role);
+    return g_strconcat(prefix, key, NULL);
+}
+
+char *pba_target_prefix(const char *target_id, const char *role)
+{
+    g_autofree char *target = pba_short_hash(target_id);
+    return g_strdup_printf("pba-%s-%s-", role, target);
+}
+
+char *pba_target_bitmap(const char *target_id)
+{
+    return g_strconcat(TARGET_PREFIX, target_id, NULL);
+}
+
+char *pba_background_bitmap(const char *target_id)
+{
+    return g_strconcat(BACKGROUND_PREFIX, target_id, NULL);
+}
+
+const char *pba_bitmap_target_of(PbaBackend backend, const char *name)
+{
+    if (backend == PBA_BACKEND_PVE) {
+        return strcmp(name, PBA_PVE_BACKGROUND) == 0 ? NULL : name;
+    }
+    return g_str_has_prefix(name, TARGET_PREFIX)       ? name + strlen(TARGET_PREFIX)
+           : g_str_has_prefix(name, BACKGROUND_PREFIX) ? name + strlen(BACKGROUND_PREFIX)
+                                                       : NULL;
+}
