@@ -70,45 +70,15 @@ struct PbaAccess {
     bool success_unknown; /* a successful end was asked for, and no reply came */
 };
 
-/* The two backends, each in its own files. Check looks at everything that can be looked at and
- * changes nothing. Setup starts the NBD server, too; it sets begun before its first change, and
- * what it did is undone by teardown. Before teardown the exports are gone. */
-bool pba_pve_check(PbaAccess *access, const PbaBlock *block, GError **error);
-bool pba_pve_setup(PbaAccess *access, GError **error);
-bool pba_pve_teardown(PbaAccess *access, bool success, GError **error);
-bool pba_upstream_check(PbaAccess *access, const PbaBlock *block, GError **error);
-bool pba_upstream_setup(PbaAccess *access, PbaBlock *block, GError **error);
-bool pba_upstream_teardown(PbaAccess *access, bool success, GError **error);
-/* True if QEMU can be asked and has nothing of an access any more but markers. */
-bool pba_upstream_is_clean(PbaAccess *access);
-
-/* upstream: a bitmap of the target on this disk with every bit set, made in one transaction. */
-bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error);
-/* upstream: drops what the above may have left when it was cut short. */
-bool pba_dirty_source_drop(PbaAccess *access, const PbaDisk *disk, const PbaBlock *block,
-                           GError **error);
-/* upstream: the arguments of block-dirty-bitmap-add for a bitmap of ours on this disk. */
-JsonNode *pba_bitmap_add_arguments(const PbaDisk *disk, const char *name);
-/* upstream: removes the disk's bitmap of that name. */
-bool pba_bitmap_remove(PbaAccess *access, const PbaDisk *disk, const char *name, GError **error);
-/* upstream: ends the split into target's and background bitmap on every disk that has one. Where
- * that cannot be done the target's bitmap is removed. */
-bool pba_bitmaps_join(PbaAccess *access, PbaBlock *block, bool success, GError **error);
-/* upstream: discards what is clean in the exported snapshot, if the map is worth it. Nothing
- * depends on it, so that a failure is only logged. */
-void pba_trim_clean_parts(PbaAccess *access, const PbaDisk *disk);
-/* upstream: the disk below our nodes, as the graph shows it: borrowed, NULL if they are not there.
- */
-const char *pba_upstream_root(const PbaBlock *block, const PbaDisk *disk);
-/* upstream: options of the raw node above a disk, with file as its child. discard=unmap hands the
- * guest's own trims down to the disk; the size makes QEMU refuse block_resize, which aborts while a
- * bitmap is exported. */
-JsonNode *pba_raw_options(const PbaDisk *disk, const char *file);
 /* Of PbaDisk, as arrays want it. */
 void pba_disk_free(gpointer disk);
 /* Name of something of ours for the access' target and this disk: pba-ROLE-TARGET-KEY. */
 char *pba_disk_name(const PbaAccess *access, const char *role, const PbaDisk *disk);
-/* Asks QEMU what it can do, and where need be who it is. */
+bool pba_check_utf8(const char *name, const char *value, GError **error);
+bool pba_access_require_up(const PbaAccess *access, GError **error);
+/* Asks QEMU what it can do. */
+bool pba_access_choose_backend(PbaAccess *access, GError **error);
+/* The same, and where need be who it is. */
 bool pba_access_begin(PbaAccess *access, GError **error);
 /* An access of no target, which can only look. */
 PbaAccess *pba_access_new_observer(PbaQmp *qmp, const PbaAccessOptions *options,
@@ -135,6 +105,8 @@ bool pba_owner_read(const PbaAccess *access, const char *node, pid_t *pid, bool 
 /* Undoes what a dead process left of this target; done, refused or nothing there. block is what
  * QEMU has afterwards. What was done is appended to lines. */
 bool pba_recover_left(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GError **error);
+/* No access is up any more: forgets what it knew of it. */
+void pba_access_end(PbaAccess *access);
 /* What every end of an access is: all that is possible is undone. */
 bool pba_tear_down_and_end(PbaAccess *access, bool success, GError **error);
 

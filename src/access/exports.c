@@ -3,6 +3,7 @@
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 #include "src/volume/volume.h"
+#include "upstream/upstream.h"
 #include <string.h>
 
 /* block-export-del waits for requests in flight; Proxmox allows it ten minutes. */
@@ -170,6 +171,29 @@ bool pba_exports_add(PbaAccess *access, GError **error)
     }
     access->exports = PBA_EXPORTS_ALL;
     return true;
+}
+
+bool pba_access_export(PbaAccess *access, GError **error)
+{
+    if (!pba_access_require_up(access, error)) {
+        return false;
+    }
+    if (access->exports == PBA_EXPORTS_ALL) {
+        return true;
+    }
+    if (access->teardown_failed) {
+        pba_error_set(error, PBA_ERROR_STATE, "the access is half torn down - call teardown again");
+        return false;
+    }
+    bool done = pba_exports_add(access, error);
+    pba_qmp_release(access->qmp);
+    for (guint i = 0; done && i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        if (access->backend == PBA_BACKEND_UPSTREAM && disk->action == PBA_BITMAP_ACTION_USED) {
+            pba_trim_clean_parts(access, disk);
+        }
+    }
+    return done;
 }
 
 /* Somebody else has put it on our server. */

@@ -5,6 +5,7 @@
 #include "left.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
+#include "upstream/upstream.h"
 #include "vfile.h"
 #include <string.h>
 
@@ -323,4 +324,13 @@ bool pba_recover_left(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GErr
     }
     return pba_owner_mark(dead, error) && undo_marked(dead, lines, error) &&
            look(access, block, &left, error);
+}
+
+bool pba_access_recover(PbaAccess *access, GPtrArray *lines, GError **error)
+{
+    g_auto(PbaBlock) block = {0};
+
+    bool done = pba_access_begin(access, error) && pba_recover_left(access, &block, lines, error);
+    pba_qmp_release(access->qmp);
+    return done;
 }

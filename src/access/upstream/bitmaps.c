@@ -3,9 +3,9 @@
  * Each target has one bitmap a disk. While an access is up it is frozen, and a background bitmap
  * records what the guest writes. Bits may be too many at any moment, never too few: a bitmap that
  * cannot be trusted is removed, so that the next backup is a full one. */
-#include "src/access/access.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
+#include "upstream.h"
 #include <string.h>
 
 #define JOB_LIMIT_S 60

@@ -3,9 +3,9 @@
  * An incremental backup does not read what is clean, so old data there need not be kept when the
  * guest overwrites it. Proxmox' QEMU leaves those parts out from the start; here they are discarded
  * right after the cut. That also makes them unreadable, as they are there. */
-#include "src/access/access.h"
 #include "src/base/base.h"
 #include "src/volume/volume.h"
+#include "upstream.h"
 
 /* In a map with more pieces than this, sending the discards takes longer than it saves. */
 #define MAX_REGIONS 64

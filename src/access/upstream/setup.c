@@ -7,9 +7,9 @@
  *
  * All raw nodes are put in place first, one by one. Then a single blockdev-reopen points them all
  * at their filters: QEMU drains them and changes all or none, and that is the instant. */
-#include "src/access/access.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
+#include "upstream.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>

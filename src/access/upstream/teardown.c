@@ -1,8 +1,8 @@
 /* Undoing what setup-upstream.c did, or the part of it that there is: what is looked at is QEMU's
  * state, not what we remember. */
-#include "src/access/access.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
+#include "upstream.h"
 #include <string.h>
 
 /* Runs one step; the first error is kept and further steps are still tried, unless QEMU cannot be

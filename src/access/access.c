@@ -1,0 +1,188 @@
+/* An access: its options, what it is of, and what there is of it. */
+#include "access.h"
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
+#include <string.h>
+#include <unistd.h>
+
+/* BDRV_BITMAP_MAX_NAME_SIZE; the target-id is (part of) a bitmap's name. */
+#define MAX_BITMAP_NAME 1023
+
+/* What would reach QEMU as a name: QEMU crashes or leaks on some of these. */
+static bool check_target_id(const char *id, GError **error)
+{
+    const char *problem = NULL;
+
+    if (!id || !*id) {
+        problem = "must not be empty";
+    } else if (strcmp(id, "Proxmox") == 0 || strcmp(id, "Proxmox VE") == 0) {
+        problem = "is reserved: QEMU's own backup uses it";
+    } else if (!g_utf8_validate(id, -1, NULL)) {
+        problem = "must be valid UTF-8";
+    } else {
+        g_autofree char *background = pba_background_bitmap(id);
+        if (strlen(background) > MAX_BITMAP_NAME) {
+            pba_error_set(error, PBA_ERROR_ARGUMENT,
+                          "target-id is too long - %zu bytes, at most %zu can be part of the name "
+                          "of a bitmap",
+                          strlen(id), MAX_BITMAP_NAME - (strlen(background) - strlen(id)));
+            return false;
+        }
+        return true;
+    }
+    pba_error_set(error, PBA_ERROR_ARGUMENT, "target-id '%s' %s", id ? id : "", problem);
+    return false;
+}
+
+/* An option that may be left out is NULL then. */
+bool pba_check_utf8(const char *name, const char *value, GError **error)
+{
+    if (!value || (*value && g_utf8_validate(value, -1, NULL))) {
+        return true;
+    }
+    pba_error_set(error, PBA_ERROR_ARGUMENT, "%s must be valid UTF-8 and not empty", name);
+    return false;
+}
+
+static bool check_dir(const char *name, const char *value, GError **error)
+{
+    if (!pba_check_utf8(name, value, error)) {
+        return false;
+    }
+    if (value && !g_path_is_absolute(value)) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT, "%s '%s' must be an absolute path", name, value);
+        return false;
+    }
+    return true;
+}
+
+static bool check_fleecing(GHashTable *fleecing, GError **error)
+{
+    GHashTableIter iter;
+    gpointer device, node;
+
+    if (!fleecing) {
+        return true;
+    }
+    g_hash_table_iter_init(&iter, fleecing);
+    while (g_hash_table_iter_next(&iter, &device, &node)) {
+        if (!pba_check_utf8("a device of fleecing", device, error) ||
+            !pba_check_utf8("a node of fleecing", node, error)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+PbaAccess *pba_access_new(PbaQmp *qmp, const PbaAccessOptions *options, const PbaHooks *hooks,
+                          GError **error)
+{
+    if (!check_target_id(options->target_id, error)) {
+        return NULL;
+    }
+    PbaAccess *access = pba_access_new_observer(qmp, options, hooks, error);
+    if (access) {
+        access->target_id = g_strdup(options->target_id);
+    }
+    return access;
+}
+
+PbaAccess *pba_access_new_observer(PbaQmp *qmp, const PbaAccessOptions *options,
+                                   const PbaHooks *hooks, GError **error)
+{
+    if (!check_dir("run-dir", options->run_dir, error) ||
+        !check_dir("fleecing-dir", options->fleecing_dir, error) ||
+        !pba_check_utf8("bitmap-name", options->bitmap_name, error) ||
+        !check_fleecing(options->fleecing, error)) {
+        return NULL;
+    }
+    PbaAccess *access = g_new0(PbaAccess, 1);
+    access->owner = getpid();
+    access->qmp = qmp;
+    access->hooks = hooks ? *hooks : (PbaHooks){0};
+    access->run_dir = g_strdup(options->run_dir);
+    access->identity = g_strdup(options->identity);
+    access->fleecing_dir = g_strdup(options->fleecing_dir);
+    access->fleecing = options->fleecing ? g_hash_table_ref(options->fleecing) : NULL;
+    access->early_bitmap_name = g_strdup(options->bitmap_name);
+    access->persistent = options->persistent;
+    access->no_recover = options->no_recover;
+    access->disks = g_ptr_array_new_with_free_func(pba_disk_free);
+    return access;
+}
+
+bool pba_access_is_up(const PbaAccess *access)
+{
+    return access->disks->len > 0;
+}
+
+const char *pba_access_socket(const PbaAccess *access)
+{
+    return access->socket;
+}
+
+size_t pba_access_device_count(const PbaAccess *access)
+{
+    return access->disks->len;
+}
+
+void pba_access_device_info(const PbaAccess *access, size_t index, PbaDeviceInfo *info)
+{
+    const PbaDisk *disk = access->disks->pdata[index];
+
+    *info = (PbaDeviceInfo){
+        .device = disk->device,
+        .node_name = disk->snapshot_node,
+        .size = disk->size,
+        .bitmap_node_name = disk->bitmap_name ? disk->bitmap_node : NULL,
+        .bitmap_name = disk->bitmap_name,
+        .action = disk->action,
+    };
+}
+
+bool pba_access_require_up(const PbaAccess *access, GError **error)
+{
+    if (!pba_access_is_up(access)) {
+        pba_error_set(error, PBA_ERROR_STATE, "no access is set up - call setup first");
+        return false;
+    }
+    return true;
+}
+
+/* Where the caller's transport hides the socket, QEMU must tell who it is. */
+static bool ensure_identity(PbaAccess *access, GError **error)
+{
+    if (access->identity) {
+        return true;
+    }
+    g_autoptr(JsonObject) name = pba_qmp_query_object(access->qmp, "query-name", NULL, error);
+    g_autoptr(JsonObject) uuid =
+        name ? pba_qmp_query_object(access->qmp, "query-uuid", NULL, error) : NULL;
+    if (!uuid) {
+        return false;
+    }
+    const char *vm_name = pba_json_find_string(name, "name");
+    const char *vm_uuid = pba_json_find_string(uuid, "UUID");
+    access->identity = g_strdup_printf("%s:%s", vm_name ? vm_name : "", vm_uuid ? vm_uuid : "");
+    return true;
+}
+
+bool pba_access_choose_backend(PbaAccess *access, GError **error)
+{
+    PbaCapabilities capabilities;
+
+    if (!pba_capabilities(access->qmp, &capabilities, error)) {
+        return false;
+    }
+    access->backend =
+        strcmp(capabilities.backend, "pve") == 0 ? PBA_BACKEND_PVE : PBA_BACKEND_UPSTREAM;
+    access->form =
+        g_strcmp0(capabilities.form, "devlist") == 0 ? PBA_FORM_DEVLIST : PBA_FORM_DEVICES;
+    access->qemu_version = capabilities.major * 100 + capabilities.minor;
+    return true;
+}
+
+bool pba_access_begin(PbaAccess *access, GError **error)
+{
+    return pba_access_choose_backend(access, error) && ensure_identity(access, error);
+}

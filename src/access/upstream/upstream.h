@@ -1,0 +1,43 @@
+/* The backend made of stock QEMU's commands, and what its parts share. */
+#ifndef PBA_UPSTREAM_H
+#define PBA_UPSTREAM_H
+
+#include "src/access/access.h"
+
+/* Looks at everything that can be looked at, and changes nothing. */
+bool pba_upstream_check(PbaAccess *access, const PbaBlock *block, GError **error);
+/* Starts the NBD server, too; sets begun before its first change. Teardown undoes what it did. */
+bool pba_upstream_setup(PbaAccess *access, PbaBlock *block, GError **error);
+/* The exports are gone before. */
+bool pba_upstream_teardown(PbaAccess *access, bool success, GError **error);
+/* True if QEMU can be asked and has nothing of an access any more but markers. */
+bool pba_upstream_is_clean(PbaAccess *access);
+/* Discards what is clean in the exported snapshot, if the map is worth it. Nothing depends on it,
+ * so that a failure is only logged. */
+void pba_trim_clean_parts(PbaAccess *access, const PbaDisk *disk);
+
+/* The graph */
+
+/* The disk below our nodes, as the graph shows it: borrowed, NULL if they are not there. */
+const char *pba_upstream_root(const PbaBlock *block, const PbaDisk *disk);
+/* Options of the raw node above a disk, with file as its child. discard=unmap hands the guest's own
+ * trims down to the disk; the size makes QEMU refuse block_resize, which aborts while a bitmap is
+ * exported. */
+JsonNode *pba_raw_options(const PbaDisk *disk, const char *file);
+
+/* Bitmaps */
+
+/* A bitmap of the target on this disk with every bit set, made in one transaction. */
+bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error);
+/* Drops what the above may have left when it was cut short. */
+bool pba_dirty_source_drop(PbaAccess *access, const PbaDisk *disk, const PbaBlock *block,
+                           GError **error);
+/* The arguments of block-dirty-bitmap-add for a bitmap of ours on this disk. */
+JsonNode *pba_bitmap_add_arguments(const PbaDisk *disk, const char *name);
+/* Removes the disk's bitmap of that name. */
+bool pba_bitmap_remove(PbaAccess *access, const PbaDisk *disk, const char *name, GError **error);
+/* Ends the split into target's and background bitmap on every disk that has one. Where that cannot
+ * be done the target's bitmap is removed. */
+bool pba_bitmaps_join(PbaAccess *access, PbaBlock *block, bool success, GError **error);
+
+#endif
