@@ -70,13 +70,11 @@ PbaVolume *pba_volume_open_handle(const char *device, int fd, uint64_t size,
     return pba_volume_new_handle(handle, device, size, hooks);
 }
 
-void pba_handle_free(PbaHandle *handle)
+static void handle_free(PbaVolume *volume)
 {
-    if (handle) {
-        close(handle->fd);
-        pba_regions_free(handle->given);
-        g_free(handle);
-    }
+    close(volume->handle->fd);
+    pba_regions_free(volume->handle->given);
+    g_free(volume->handle);
 }
 
 int pba_handle_fd(const PbaHandle *handle)
@@ -107,11 +105,13 @@ static bool may_retry(PbaVolume *volume, const char *what, uint64_t offset, GErr
     return false;
 }
 
-bool pba_handle_pread(PbaVolume *volume, char *buffer, uint64_t offset, uint64_t length,
-                      GError **error)
+static bool handle_pread(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t length,
+                         GError **error)
 {
+    char *at = buffer;
+
     while (length > 0) {
-        ssize_t got = pread(volume->handle->fd, buffer, length, (off_t)offset);
+        ssize_t got = pread(volume->handle->fd, at, length, (off_t)offset);
         if (got == 0) {
             pba_error_set(error, PBA_ERROR_INCOMPLETE,
                           "the file ends at offset %" PRIu64 " instead of %" PRIu64, offset,
@@ -123,7 +123,7 @@ bool pba_handle_pread(PbaVolume *volume, char *buffer, uint64_t offset, uint64_t
             return false;
         }
         if (got > 0) {
-            buffer += got;
+            at += got;
             offset += (uint64_t)got;
             length -= (uint64_t)got;
         }
@@ -131,7 +131,7 @@ bool pba_handle_pread(PbaVolume *volume, char *buffer, uint64_t offset, uint64_t
     return true;
 }
 
-bool pba_handle_discard(PbaVolume *volume, uint64_t offset, uint64_t length, GError **error)
+static bool handle_discard(PbaVolume *volume, uint64_t offset, uint64_t length, GError **error)
 {
     while (fallocate(volume->handle->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset,
                      (off_t)length) != 0) {
@@ -173,10 +173,12 @@ static bool ask_region(PbaVolume *volume, GError **error)
     return false;
 }
 
-bool pba_handle_next_region(PbaVolume *volume, uint64_t *offset, uint64_t *length, GError **error)
+static bool handle_next_region(PbaVolume *volume, uint64_t *offset, uint64_t *length, bool *later,
+                               GError **error)
 {
     const PbaHandle *handle = volume->handle;
 
+    (void)later; /* the caller's function is waited for */
     pba_regions_take(handle->given, &volume->map->given, offset, length);
     if (*length > 0 || handle->ended) {
         return true;
@@ -187,3 +189,10 @@ bool pba_handle_next_region(PbaVolume *volume, uint64_t *offset, uint64_t *lengt
     pba_regions_take(handle->given, &volume->map->given, offset, length);
     return true;
 }
+
+const PbaReader pba_handle_reader = {
+    .pread = handle_pread,
+    .discard = handle_discard,
+    .next_region = handle_next_region,
+    .free = handle_free,
+};

@@ -277,17 +277,11 @@ static bool next_run(PbaVolume *volume, bool *later, GError **error)
     return false;
 }
 
-static bool next_region(PbaVolume *volume, uint64_t *offset, uint64_t *length, bool *later,
-                        GError **error)
+bool pba_map_next(PbaVolume *volume, uint64_t *offset, uint64_t *length, bool *later,
+                  GError **error)
 {
     PbaMap *map = volume->map;
 
-    if (volume->broken) {
-        return pba_volume_connect(volume, error);
-    }
-    if (volume->handle) {
-        return pba_handle_next_region(volume, offset, length, error);
-    }
     if (!volume->context) {
         map->run_offset = map->asked;
         map->run_length = map->end - map->asked;
@@ -301,17 +295,4 @@ static bool next_region(PbaVolume *volume, uint64_t *offset, uint64_t *length, b
         map->run_length = 0;
     }
     return true;
-}
-
-bool pba_volume_next_dirty_region(PbaVolume *volume, uint64_t *offset, uint64_t *length,
-                                  GError **error)
-{
-    return next_region(volume, offset, length, NULL, error);
-}
-
-bool pba_volume_poll_dirty_region(PbaVolume *volume, uint64_t *offset, uint64_t *length,
-                                  bool *later, GError **error)
-{
-    *later = false;
-    return next_region(volume, offset, length, later, error);
 }

@@ -44,8 +44,26 @@ typedef struct {
     PbaRegionsCursor given; /* of a handle's regions, where the volume has one */
 } PbaMap;
 
+/* What a volume is read from: an NBD server (connection.c) or a file handle (handle.c). */
+typedef struct {
+    /* The range is inside the volume. */
+    bool (*pread)(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t length,
+                  GError **error);
+    /* Whole clusters, at most PBA_MAX_DISCARD. */
+    bool (*discard)(PbaVolume *volume, uint64_t offset, uint64_t length, GError **error);
+    /* As pba_volume_next_dirty_region. Where later is given there is no wait for an answer of a
+     * server: it says then that the answer is under way. */
+    bool (*next_region)(PbaVolume *volume, uint64_t *offset, uint64_t *length, bool *later,
+                        GError **error);
+    void (*free)(PbaVolume *volume);
+} PbaReader;
+
+extern const PbaReader pba_nbd_reader;
+extern const PbaReader pba_handle_reader;
+
 struct PbaVolume {
-    PbaHandle *handle;      /* owned; NULL: all goes over NBD */
+    const PbaReader *reader;
+    PbaHandle *handle;      /* the handle reader's, owned */
     struct nbd_handle *nbd; /* NULL: not connected */
     unsigned connection;    /* counts them, so that a map knows whether its requests are lost */
     PbaHooks hooks;
@@ -88,6 +106,8 @@ bool pba_volume_is_lost(const PbaVolume *volume);
 void pba_volume_set_nbd_error(const PbaVolume *volume, const char *what, GError **error);
 /* Marks the volume as of no more use because of error. */
 void pba_volume_break(PbaVolume *volume, const GError *error);
+/* False once it is so marked. */
+bool pba_volume_check(const PbaVolume *volume, GError **error);
 
 /* A way through the volume's map from begin to end. The volume must outlive it. */
 PbaMap *pba_map_new(PbaVolume *volume, uint64_t begin, uint64_t end);
@@ -97,6 +117,9 @@ void pba_map_free(PbaMap *map);
 PbaMap *pba_map_swap(PbaVolume *volume, PbaMap *map);
 /* True if no answer to a request of this map is under way any more. */
 bool pba_map_is_idle(const PbaMap *map);
+/* next_region over NBD. */
+bool pba_map_next(PbaVolume *volume, uint64_t *offset, uint64_t *length, bool *later,
+                  GError **error);
 /* pba_volume_next_dirty_region without waiting: *later says that the answer is under way. */
 bool pba_volume_poll_dirty_region(PbaVolume *volume, uint64_t *offset, uint64_t *length,
                                   bool *later, GError **error);

@@ -1,0 +1,231 @@
+/* A volume that is read over NBD: its connection, and reading and discarding over it. */
+#include "src/base/base.h"
+#include "volume.h"
+#include <errno.h>
+#include <inttypes.h>
+#include <poll.h>
+#include <string.h>
+
+#define CONNECT_LIMIT_S 30
+
+void pba_volume_set_nbd_error(const PbaVolume *volume, const char *what, GError **error)
+{
+    const char *text = nbd_get_error();
+    pba_error_set(error, PBA_ERROR_NBD, "%s failed - %s", what, text ? text : "unknown NBD error");
+    pba_error_add_device(error, volume->device);
+}
+
+bool pba_volume_is_lost(const PbaVolume *volume)
+{
+    return !volume->nbd || nbd_aio_is_dead(volume->nbd) || nbd_aio_is_closed(volume->nbd);
+}
+
+void pba_volume_disconnect(PbaVolume *volume)
+{
+    if (volume->nbd) {
+        volume->connection++;
+        pba_connection_forget(volume);
+        g_clear_pointer(&volume->nbd, nbd_close);
+    }
+}
+
+short pba_nbd_events(struct nbd_handle *nbd)
+{
+    unsigned direction = nbd_aio_get_direction(nbd);
+
+    return (short)((direction & LIBNBD_AIO_DIRECTION_READ ? POLLIN : 0) |
+                   (direction & LIBNBD_AIO_DIRECTION_WRITE ? POLLOUT : 0));
+}
+
+int pba_nbd_notify(struct nbd_handle *nbd, short events, short revents)
+{
+    bool can_read = (revents & (POLLIN | POLLHUP | POLLERR)) != 0;
+
+    return can_read && (events & POLLIN) ? nbd_aio_notify_read(nbd) : nbd_aio_notify_write(nbd);
+}
+
+bool pba_volume_turn(PbaVolume *volume, gint64 deadline, const char *what, GError **error)
+{
+    short events = pba_nbd_events(volume->nbd);
+    short revents;
+
+    if (!pba_wait_fd(nbd_aio_get_fd(volume->nbd), events, &revents, deadline, &volume->hooks, what,
+                     error)) {
+        pba_error_add_device(error, volume->device);
+        /* Whatever is in flight still knows the caller's memory. */
+        pba_volume_disconnect(volume);
+        return false;
+    }
+    if (pba_nbd_notify(volume->nbd, events, revents) == -1) {
+        pba_volume_set_nbd_error(volume, what, error);
+        return false;
+    }
+    return true;
+}
+
+static bool start_connecting(PbaVolume *volume, GError **error)
+{
+    bool is_uri = strstr(volume->path, "://") != NULL;
+
+    volume->nbd = nbd_create();
+    if (volume->nbd) {
+        pba_connection_note(volume);
+    }
+    if (volume->nbd && nbd_set_handle_name(volume->nbd, volume->device) == 0 &&
+        nbd_set_full_info(volume->nbd, true) == 0 &&
+        /* Keys and certificates that the URI names are the caller's own. */
+        nbd_set_uri_allow_local_file(volume->nbd, true) == 0 &&
+        (!volume->context || nbd_add_meta_context(volume->nbd, volume->context) == 0) &&
+        (is_uri || nbd_set_export_name(volume->nbd, volume->device) == 0) &&
+        (is_uri ? nbd_aio_connect_uri(volume->nbd, volume->path)
+                : nbd_aio_connect_unix(volume->nbd, volume->path)) == 0) {
+        return true;
+    }
+    pba_volume_set_nbd_error(volume, "connecting", error);
+    return false;
+}
+
+static bool finish_connecting(PbaVolume *volume, GError **error)
+{
+    gint64 deadline = pba_deadline(CONNECT_LIMIT_S);
+
+    while (nbd_aio_is_connecting(volume->nbd)) {
+        if (!pba_volume_turn(volume, deadline, "connecting", error)) {
+            return false;
+        }
+    }
+    if (!nbd_aio_is_ready(volume->nbd)) {
+        pba_volume_set_nbd_error(volume, "connecting", error);
+        return false;
+    }
+    return true;
+}
+
+/* The size is part of the contract; without the context every block would look clean. */
+static bool check_export(PbaVolume *volume, GError **error)
+{
+    int64_t size = nbd_get_size(volume->nbd);
+    char *description = nbd_get_export_description(volume->nbd);
+
+    volume->by_cluster = g_strcmp0(description, PBA_BY_CLUSTER) == 0;
+    free(description);
+    if (size < 0) {
+        pba_volume_set_nbd_error(volume, "asking for the size", error);
+        return false;
+    }
+    if (volume->size == UINT64_MAX) {
+        volume->size = (uint64_t)size;
+    }
+    if ((uint64_t)size != volume->size) {
+        pba_error_set(error, PBA_ERROR_NBD,
+                      "the NBD export has %" PRIi64 " bytes instead of %" PRIu64, size,
+                      volume->size);
+    } else if (volume->context && nbd_can_meta_context(volume->nbd, volume->context) != 1) {
+        pba_error_set(error, PBA_ERROR_INCOMPLETE, "the NBD export has no metadata context '%s'",
+                      volume->context);
+    } else {
+        return true;
+    }
+    pba_error_add_device(error, volume->device);
+    return false;
+}
+
+bool pba_volume_connect(PbaVolume *volume, GError **error)
+{
+    if (!pba_volume_check(volume, error)) {
+        return false;
+    }
+    if (volume->nbd) {
+        return true;
+    }
+    if (start_connecting(volume, error) && finish_connecting(volume, error) &&
+        check_export(volume, error)) {
+        return true;
+    }
+    pba_volume_disconnect(volume);
+    return false;
+}
+
+/* Waits for one request. A lost connection ends the volume; a refused request does not. */
+static bool finish_request(PbaVolume *volume, int64_t cookie, const char *what, GError **error)
+{
+    gint64 deadline = pba_deadline(PBA_NBD_LIMIT_S);
+    GError *local = NULL;
+    int state = -1;
+
+    while (cookie >= 0 && (state = nbd_aio_command_completed(volume->nbd, (uint64_t)cookie)) == 0) {
+        if (!pba_volume_turn(volume, deadline, what, &local)) {
+            break;
+        }
+    }
+    if (state == 1) {
+        return true;
+    }
+    if (!local) {
+        pba_volume_set_nbd_error(volume, what, &local);
+    }
+    if (local->code != PBA_ERROR_INTERRUPTED && pba_volume_is_lost(volume)) {
+        pba_volume_break(volume, local);
+    }
+    if (state == 0) {
+        pba_volume_disconnect(volume); /* the request still knows the caller's memory */
+    }
+    g_propagate_error(error, local);
+    return false;
+}
+
+uint64_t pba_volume_unit(const PbaVolume *volume, uint64_t offset, uint64_t length)
+{
+    return volume->by_cluster ? MIN(length, PBA_CLUSTER - offset % PBA_CLUSTER) : length;
+}
+
+static bool read_piece(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t length,
+                       GError **error)
+{
+    g_autofree char *what =
+        g_strdup_printf("reading %" PRIu64 " bytes at offset %" PRIu64, length, offset);
+    int64_t cookie =
+        nbd_aio_pread(volume->nbd, buffer, (size_t)length, offset, NBD_NULL_COMPLETION, 0);
+
+    if (finish_request(volume, cookie, what, error)) {
+        return true;
+    }
+    if (nbd_get_errno() == EINVAL && !pba_volume_is_lost(volume)) {
+        pba_error_add_hint(error, PBA_HINT_UNREADABLE);
+    }
+    return false;
+}
+
+static bool read_range(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t length,
+                       GError **error)
+{
+    if (!pba_volume_connect(volume, error)) {
+        return false;
+    }
+    for (uint64_t done = 0; done < length;) {
+        uint64_t size = pba_volume_unit(volume, offset + done, length - done);
+        if (!read_piece(volume, (char *)buffer + done, offset + done, size, error)) {
+            return false;
+        }
+        done += size;
+    }
+    return true;
+}
+
+static bool discard_range(PbaVolume *volume, uint64_t offset, uint64_t length, GError **error)
+{
+    g_autofree char *what =
+        g_strdup_printf("discarding %" PRIu64 " bytes at offset %" PRIu64, length, offset);
+    if (!pba_volume_connect(volume, error)) {
+        return false;
+    }
+    int64_t cookie = nbd_aio_trim(volume->nbd, length, offset, NBD_NULL_COMPLETION, 0);
+    return finish_request(volume, cookie, what, error);
+}
+
+const PbaReader pba_nbd_reader = {
+    .pread = read_range,
+    .discard = discard_range,
+    .next_region = pba_map_next,
+    .free = pba_volume_disconnect,
+};
