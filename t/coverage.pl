@@ -23,7 +23,7 @@ my $tree = "$root/.coverage";
 
 # Tests that tell nothing of what the others run: of the tests' own tools and of the documents, and those
 # that build the C core by themselves.
-my $no_use = qr{/(?:bench|c-unit|demo|front-recordings|fuzz|harness|manifest|pod|soak)\.t\z};
+my $no_use = qr{/(?:bench|c-unit|demo|front-recordings|fuzz|harness|house|manifest|pod|soak)\.t\z};
 
 sub run (@command) {
     system(@command) == 0 or die "'$command[0]' failed\n";

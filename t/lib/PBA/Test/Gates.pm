@@ -10,6 +10,7 @@ use v5.36;
 use File::Temp ();
 use List::Util qw(uniq);
 
+use PBA::Test::House qw(broken_rules);
 use PBA::Test::Sources qw(lines_of source_files);
 
 sub _files (@patterns) {
@@ -38,9 +39,10 @@ sub all () {
     my @gates = (
         _clang_tidy(), _perltidy(), _perlcritic(), _cppcheck(),
         _clang_format(), _codespell(), _spelling(), _shellcheck(),
+        _house(),
     );
     for my $gate (@gates) {
-        $gate->{code} = [__FILE__, $INC{'PBA/Test/Sources.pm'}];
+        $gate->{code} = [__FILE__, $INC{'PBA/Test/Sources.pm'}, $INC{'PBA/Test/House.pm'}];
         $gate->{depends_on} //= sub ($file) { return };
         $gate->{at_once} //= 1000;
     }
@@ -181,6 +183,30 @@ sub _first_line ($file) {
     open(my $fh, '<', $file) or die "cannot read $file: $!\n";
     chomp(my $line = <$fh> // '');
     return $line;
+}
+
+# All of them at a time: who is in a circle shows in no single file.
+sub _house () {
+    my $files = sub { _files('src/*.[ch]', 'glue/*.[ch]', '*.xs') };
+    return {
+        name => 'house',
+        files => $files,
+        version => sub { 1 },
+        depends_on => sub ($file) { $files->() },
+        check => sub (@changed) {
+            my @broken = broken_rules({ map { $_ => _content($_) } $files->() });
+            say for @broken;
+            return !@broken;
+        },
+        hint => 'a rule of the floors in doc/architecture.md: move the function down, or call it'
+            . ' through the header of its folder',
+    };
+}
+
+sub _content ($file) {
+    open(my $fh, '<:raw', $file) or die "cannot read $file: $!\n";
+    local $/;
+    return scalar(<$fh>);
 }
 
 # ---- words ----

@@ -1,0 +1,87 @@
+# The gate that holds the floors of src/: it finds each kind of violation, and nothing in the sources as
+# they are.
+# One QEMU is enough: none is started.
+
+use v5.36;
+
+use lib 't/lib';
+
+use Test::More;
+
+use PBA::Test::House qw(broken_rules);
+use PBA::Test::Sources qw(source_files);
+
+sub content ($file) {
+    open(my $fh, '<:raw', $file) or die "$file: $!\n";
+    local $/;
+    return scalar(<$fh>);
+}
+
+my %house = map { $_ => content($_) } source_files('src/*.[ch]', 'glue/*.[ch]', '*.xs');
+cmp_ok(scalar(keys(%house)), '>', 50, 'the sources are looked at');
+is_deeply([broken_rules(\%house)], [], 'the house stands');
+
+# One line more in a file, and what is said then.
+sub breaks ($file, $line, $rule, $what) {
+    ok(exists($house{$file}), "$file is there");
+    my %broken = (%house, $file => "$line\n$house{$file}");
+    my @broken = broken_rules(\%broken);
+    is(scalar(@broken), 1, "$what: found once") or diag(@broken);
+    like($broken[0] // '', qr/\A\Q$file\E includes \S+: .*\Q$rule\E/, "$what: the rule is named");
+    return;
+}
+
+sub include ($header) { return qq(#include "$header") }
+
+breaks('src/base/wait.c', include('src/qmp/qmp.h'), 'lower floors only', 'up the stairs');
+breaks('src/volume/map.c', include('src/qemu/qemu.h'), 'lower floors only', 'one floor up');
+breaks('src/volume/map.c', include('src/qmp/qmp.h'), 'do not know each other', 'next door');
+breaks('src/copy/copy.c', include('src/qemu/qemu.h'), 'do not know each other', 'copy and qemu');
+breaks('src/qemu/block.c', include('src/access/access.h'), 'nobody but access/', 'the old circle');
+breaks(
+    'src/copy/loop.c',
+    include('src/volume/handle.h'),
+    'volume/volume.h only',
+    'a private header'
+);
+breaks('src/access/vfile.c', include('src/vfile/server.h'), 'no header for others', 'a program');
+breaks(
+    'src/access/owner.c',
+    include('src/access/upstream/nodes.h'),
+    'upstream.h only',
+    "a backend's own"
+);
+breaks(
+    'src/access/pve/setup.c',
+    include('src/access/upstream/upstream.h'),
+    'do not know each other',
+    'the other backend'
+);
+breaks('src/qmp/qmp.c', include('src/cellar/cellar.h'), 'no folder', 'a folder without a floor');
+breaks('glue/hash.c', include('src/qmp/qmp.h'), 'src/pba.h only', 'glue below the face');
+
+subtest 'files in a circle' => sub {
+    my %circle = (
+        %house,
+        'src/base/socket.c' => $house{'src/base/socket.c'}
+            . "void pba_round(void)\n{\n    pba_wait_ms(1, 0, NULL, NULL, NULL);\n}\n",
+        'src/base/wait.c' => $house{'src/base/wait.c'}
+            . "void pba_about(void)\n{\n    pba_round();\n}\n",
+    );
+    like(
+        join('', broken_rules(\%circle)),
+        qr{\Asrc/base/socket\.c src/base/wait\.c: .*circle\z},
+        'two functions'
+    );
+    my %comment
+        = (%house, 'src/base/error.c' => "$house{'src/base/error.c'}/* as pba_wait_ms does */\n",);
+    is_deeply([broken_rules(\%comment)], [], 'a comment calls nobody');
+    my %table = (
+        %house,
+        'src/base/error.c' => "$house{'src/base/error.c'}const Table pba_table = {pba_wait_ms};\n",
+    );
+    like(join('', broken_rules(\%table)), qr{error\.c \S+wait\.c: .*circle},
+        'a table of functions');
+};
+
+done_testing();
