@@ -77,14 +77,15 @@ sub copy_dies ($server, $pattern, $name, @options) {
 
 my $read = qr/reading \d+ bytes at offset \d+ failed - /;
 my $map = qr/dirty bitmap cannot be read on from offset \d+ - /;
+my $lost = qr/(?:reading|discarding) \d+ bytes at offset \d+ failed - /;
 my %source_faults = (
     'an error' => [{ read_error => EIO }, qr/${read}Input\/output error/],
     'a broken snapshot' => [{ read_error => EINVAL }, qr/${read}Invalid .* fleecing image full/],
     'short data' => [{ short_read => 1 }, $read],
     'half the data' => [{ short_read => 64 * $KiB }, $read],
     'no data' => [{ missing_data => 1 }, $read],
-    'half a reply' => [{ disconnect_in => 'read' }, $read],
-    'a refused discard' => [{ trim_error => EIO }, qr/discarding at offset \d+ failed - Input/],
+    'half a reply' => [{ disconnect_in => 'read' }, $lost],
+    'a refused discard' => [{ trim_error => EIO }, qr/discarding \d+ bytes at offset \d+ failed - Input/],
     'half a map' => [{ disconnect_in => 'block-status' }, $map],
     'an empty answer' => [{ no_extents => 1 }, $map],
     'extents of no length' => [{ only_zero_extents => 1 }, $map],
@@ -97,7 +98,7 @@ for my $fault (sort keys %source_faults) {
     subtest "source: $fault" => sub {
 
         # Of the map there is one answer; of the discards there may be as few.
-        for my $good ($pattern eq $read || $options->{read_error} ? (0, 1, 7) : 0) {
+        for my $good ($pattern eq $read || $pattern eq $lost || $options->{read_error} ? (0, 1, 7) : 0) {
             for my $connections (1, 4) {
                 copy_dies(
                     start(%$options, good_first => $good), $pattern,
@@ -141,7 +142,6 @@ subtest 'odd answers that are right' => sub {
 
 subtest 'source lost at any offset' => sub {
     srand($seed);
-    my $lost = qr/(?:reading|discarding) \d+ bytes at offset \d+ failed - /;
     for my $round (1 .. 12) {
 
         # The map is answered well, and with it each connection's first read.
@@ -175,7 +175,7 @@ subtest 'servers that are killed' => sub {
     my $volume = PVE::BackupAccess::Volume->open('disk', { 'nbd-path' => $source->uri });
     my ($done, $error) = copy_while_ending($source, $volume, to => "$dir/target");
     ok(!$done, 'the source');
-    like($error, qr/\Adevice disk: $read/, 'the source: error');
+    like($error, qr/\Adevice disk: $lost/, 'the source: error');
     ok(!eval { $volume->pread(0, 512); 1 }, 'the source: it is gone for reads as well');
 
     my $target = PBA::Test::QemuNbd->start(file => filled_file("$dir/target"));
@@ -184,6 +184,23 @@ subtest 'servers that are killed' => sub {
     ok(!$done, 'the target');
     like($error, qr/\Adevice disk: writing \d+ bytes at offset \d+ to nbd/, 'the target: error');
     ok(eval { $volume->pread($size - 512, 512) }, 'the target: the volume can be read');
+};
+
+# The source goes between the only read and the discard of what was read, so that the discard alone can
+# notice.
+subtest 'a source that goes before a discard is sent' => sub {
+    for my $connections (1, 4) {
+        my $source = PBA::Test::QemuNbd->start(file => filled_file("$dir/source"));
+        my $volume = PVE::BackupAccess::Volume->open('disk', { 'nbd-path' => $source->uri });
+        my @options = (discard => 1, connections => $connections, 'request-size' => $size);
+        my $end = sub (@) { $source->stop('KILL') };
+        ok(!eval { $volume->copy(to => $end, @options); 1 }, "$connections connections: dies");
+        like(
+            $@,
+            qr/\Adevice disk: discarding $size bytes at offset 0 failed - .+\n\z/,
+            "$connections connections: names what was lost"
+        );
+    }
 };
 
 # Calls code with a sparse file that its file system has no room for.

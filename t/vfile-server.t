@@ -191,15 +191,11 @@ sub check_discard () {
     ok(!PBA::Test::Handle::fallocate($handle, $_, 0, $at), "mode $_ is refused") for 0, 1, 2, 16;
 }
 
-# What makes QEMU faster, but can end one that has to be read by clusters.
+# Without a map there is nothing to ask for, and a QEMU before 10.0 may not be asked twice at a time.
 sub check_status () {
-    my $description = 'pba: read by clusters of 65536 bytes';
-    for my $case ([[], 1], [[allocation_error => EIO], 1], [[description => $description], 0]) {
-        my ($options, $count) = $case->@*;
-        my ($server, $file) = serve(holes => [], $options->@*);
-        is_pattern(reader($file->handle, $mib), 0, $mib, "@$options: data");
-        is(scalar(() = $server->requests('block-status')), $count, "$count block status");
-    }
+    my ($server, $file) = serve(holes => []);
+    is_pattern(reader($file->handle, $mib), 0, $mib, 'data');
+    is_deeply([$server->requests('block-status')], [], 'is read without any block status');
 }
 
 # A discard is answered before it is done.

@@ -233,8 +233,10 @@ static bool check_trims(const Copy *copy, GError **error)
     if (!copy->source.trim_error) {
         return true;
     }
-    pba_error_set(error, PBA_ERROR_NBD, "discarding at offset %" PRIu64 " failed - %s",
-                  copy->source.trim_error_offset, g_strerror(copy->source.trim_error));
+    const PbaRange *range = &copy->source.trim_error_range;
+    pba_error_set(error, copy->volume->handle ? PBA_ERROR_SYSTEM : PBA_ERROR_NBD,
+                  "discarding %" PRIu64 " bytes at offset %" PRIu64 " failed - %s",
+                  range->end - range->begin, range->begin, g_strerror(copy->source.trim_error));
     return false;
 }
 

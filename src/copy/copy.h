@@ -86,7 +86,7 @@ typedef struct {
     unsigned trimming; /* discards in flight */
     uint64_t discarded;
     int trim_error;
-    uint64_t trim_error_offset;
+    PbaRange trim_error_range;
     PbaPool *pool;       /* of a volume behind a file handle; borrowed */
     PbaSourceFile *file; /* of the same; owned */
 } PbaSource;

@@ -192,7 +192,7 @@ void pba_source_trimmed(PbaSource *source, PbaRange range, int error)
         source->discarded += range.end - range.begin;
     } else if (!source->trim_error) {
         source->trim_error = error;
-        source->trim_error_offset = range.begin;
+        source->trim_error_range = range;
     }
 }
 

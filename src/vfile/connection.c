@@ -356,39 +356,6 @@ static gpointer run(gpointer opaque)
     return NULL;
 }
 
-static int ignore_extents(void *opaque, const char *context, uint64_t offset, uint32_t *entries,
-                          size_t count, int *error)
-{
-    (void)opaque;
-    (void)context;
-    (void)offset;
-    (void)entries;
-    (void)count;
-    (void)error;
-    return 0;
-}
-
-static int ignore_completion(void *opaque, int *error)
-{
-    (void)opaque;
-    (void)error;
-    return 1; /* retire the command */
-}
-
-/* QEMU has the memory for each read mapped anew if it is above glibc's threshold for that. The
- * threshold rises to the size of what is freed, and the answer to a block status is larger than our
- * reads. Where there is a map, asking for that does the same. Nothing depends on it. */
-static void ask_status(PbaVolume *volume)
-{
-    nbd_extent_callback extents = {.callback = ignore_extents};
-    nbd_completion_callback completion = {.callback = ignore_completion};
-
-    if (volume->context && !volume->by_cluster && volume->size > 0) {
-        nbd_aio_block_status(volume->nbd, MIN(volume->size, PBA_CLUSTER), 0, extents, completion,
-                             0);
-    }
-}
-
 PbaConnection *pba_connection_start(PbaVolume *volume, GError **error)
 {
     PbaConnection *connection = g_new0(PbaConnection, 1);
@@ -404,7 +371,6 @@ PbaConnection *pba_connection_start(PbaVolume *volume, GError **error)
      * QEMU 7.2 cannot do twice at a time on a snapshot. */
     nbd_set_pread_initialize(volume->nbd, false); /* what was not filled is not handed out */
     connection->read_flags = nbd_can_df(volume->nbd) == 1 ? LIBNBD_CMD_FLAG_DF : 0;
-    ask_status(volume);
     g_mutex_init(&connection->nbd_mutex);
     g_mutex_init(&connection->mutex);
     g_thread_unref(g_thread_new("nbd", run, connection));

@@ -133,26 +133,16 @@ static void serve(struct fuse_session *session, PbaFile *file, PbaConnection *co
     free(buffer.mem);
 }
 
-/* The connection for the data. Without a map, with a context that can be asked for, if there is
- * one: see pba_connection_start. */
-static PbaVolume *open_volume(const PbaVolumeOptions *options, const PbaHooks *hooks,
-                              GError **error)
-{
-    PbaVolumeOptions data = *options;
-
-    data.bitmap = NULL;
-    return options->bitmap ? pba_volume_open(&data, hooks, error)
-                           : pba_volume_open_holes(&data, hooks, error);
-}
-
 static bool run(const char *path, const PbaVolumeOptions *options, GError **error)
 {
     PbaHooks hooks = {.interrupted = told_to_end};
+    PbaVolumeOptions data = *options; /* the map has a connection of its own: pba_scan_start */
     int signal_fd = watch_signals(error);
     g_autoptr(PbaVolume) volume = NULL;
     PbaConnection *connection;
     struct fuse_session *session;
 
+    data.bitmap = NULL;
     if (signal_fd < 0) {
         return false;
     }
@@ -162,7 +152,7 @@ static bool run(const char *path, const PbaVolumeOptions *options, GError **erro
     if (!make_file(path, error)) {
         return false;
     }
-    bool done = (volume = open_volume(options, &hooks, error)) &&
+    bool done = (volume = pba_volume_open(&data, &hooks, error)) &&
                 (connection = pba_connection_start(g_steal_pointer(&volume), error));
     PbaFile *file = done ? pba_file_new(connection, pba_ahead_new(options), options->size) : NULL;
     done = done && (session = mount_file(path, file, error));

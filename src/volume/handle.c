@@ -83,7 +83,8 @@ int pba_handle_fd(const PbaHandle *handle)
 }
 
 /* True if the call that errno is of is to be made again. */
-static bool may_retry(PbaVolume *volume, const char *what, uint64_t offset, GError **error)
+static bool may_retry(PbaVolume *volume, const char *what, uint64_t offset, uint64_t length,
+                      GError **error)
 {
     const PbaHooks *hooks = &volume->hooks;
     int problem = errno;
@@ -95,8 +96,9 @@ static bool may_retry(PbaVolume *volume, const char *what, uint64_t offset, GErr
         pba_error_set(error, PBA_ERROR_INTERRUPTED, "interrupted while %s at offset %" PRIu64, what,
                       offset);
     } else {
-        pba_error_set(error, PBA_ERROR_SYSTEM, "%s at offset %" PRIu64 " failed - %s", what, offset,
-                      g_strerror(problem));
+        pba_error_set(error, PBA_ERROR_SYSTEM,
+                      "%s %" PRIu64 " bytes at offset %" PRIu64 " failed - %s", what, length,
+                      offset, g_strerror(problem));
         if (problem == EIO) {
             pba_error_add_hint(error, PBA_HINT_UNREADABLE);
         }
@@ -119,7 +121,7 @@ static bool handle_pread(PbaVolume *volume, void *buffer, uint64_t offset, uint6
             pba_error_add_device(error, volume->device);
             return false;
         }
-        if (got < 0 && !may_retry(volume, "reading", offset, error)) {
+        if (got < 0 && !may_retry(volume, "reading", offset, length, error)) {
             return false;
         }
         if (got > 0) {
@@ -135,7 +137,7 @@ static bool handle_discard(PbaVolume *volume, uint64_t offset, uint64_t length, 
 {
     while (fallocate(volume->handle->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset,
                      (off_t)length) != 0) {
-        if (!may_retry(volume, "discarding", offset, error)) {
+        if (!may_retry(volume, "discarding", offset, length, error)) {
             return false;
         }
     }
