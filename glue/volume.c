@@ -93,6 +93,7 @@ PbaCopyOptions glue_copy_options(pTHX_ HV *hash, CopyCalls *calls)
     SV *limit = glue_fetch(aTHX_ hash, "bandwidth-limit");
     SV *connections = glue_fetch(aTHX_ hash, "connections");
     SV *request_size = glue_fetch(aTHX_ hash, "request-size");
+    SV *cluster_size = glue_fetch(aTHX_ hash, "cluster-size");
 
     calls->write = glue_fetch(aTHX_ hash, "write");
     calls->progress = glue_fetch(aTHX_ hash, "progress");
@@ -108,6 +109,7 @@ PbaCopyOptions glue_copy_options(pTHX_ HV *hash, CopyCalls *calls)
         .bandwidth_limit = SvOK(limit) ? (uint64_t)SvUV(limit) : 0,
         .connections = SvOK(connections) ? (unsigned)SvUV(connections) : 0,
         .request_size = SvOK(request_size) ? (uint32_t)SvUV(request_size) : 0,
+        .cluster_size = SvOK(cluster_size) ? (uint32_t)SvUV(cluster_size) : 0,
         .discard = SvTRUE(glue_fetch(aTHX_ hash, "discard")),
     };
 }

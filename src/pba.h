@@ -251,7 +251,8 @@ typedef struct {
     void *opaque;
     uint64_t bandwidth_limit; /* bytes read per second; 0: none */
     unsigned connections;     /* to a server that is safe with several, 1 to 16; 0: as is good */
-    uint32_t request_size;    /* bytes, 4 KiB to 8 MiB in whole 4 KiB; 0: as is good */
+    uint32_t request_size;    /* bytes, 4 KiB to 8 MiB in whole 4 KiB; 0: choose automatically */
+    uint32_t cluster_size;    /* of an NBD target's image, a power of 2 from 64 KiB; 0: 64 KiB */
     bool discard;             /* from the volume what the target has got */
 } PbaCopyOptions;
 

@@ -85,7 +85,8 @@ my %source_faults = (
     'half the data' => [{ short_read => 64 * $KiB }, $read],
     'no data' => [{ missing_data => 1 }, $read],
     'half a reply' => [{ disconnect_in => 'read' }, $lost],
-    'a refused discard' => [{ trim_error => EIO }, qr/discarding \d+ bytes at offset \d+ failed - Input/],
+    'a refused discard' =>
+        [{ trim_error => EIO }, qr/discarding \d+ bytes at offset \d+ failed - Input/],
     'half a map' => [{ disconnect_in => 'block-status' }, $map],
     'an empty answer' => [{ no_extents => 1 }, $map],
     'extents of no length' => [{ only_zero_extents => 1 }, $map],
@@ -98,7 +99,10 @@ for my $fault (sort keys %source_faults) {
     subtest "source: $fault" => sub {
 
         # Of the map there is one answer; of the discards there may be as few.
-        for my $good ($pattern eq $read || $pattern eq $lost || $options->{read_error} ? (0, 1, 7) : 0) {
+        for my $good ($pattern eq $read
+            || $pattern eq $lost
+            || $options->{read_error} ? (0, 1, 7) : 0)
+        {
             for my $connections (1, 4) {
                 copy_dies(
                     start(%$options, good_first => $good), $pattern,

@@ -204,7 +204,8 @@ sub check_regions ($context) {
     is($own->size, $size, 'Volume->open: size');
     ok($own->pread(40 * $mib, 512) eq 'B' x 512, 'Volume->open: reads');
     ok(!eval { $own->pread(16 * $mib, 512); 1 }, 'Volume->open: no clean part');
-    like("$@", qr/reading \d+ bytes at offset 16777216 failed - Input\/output error/, 'and says why');
+    like("$@", qr/reading \d+ bytes at offset 16777216 failed - Input\/output error/,
+        'and says why');
     $own->discard(40 * $mib, 4096);
     ok($own->pread(40 * $mib, 512) eq 'B' x 512, 'Volume->open: parts of a cluster stay');
     $own->discard(40 * $mib, 65536);

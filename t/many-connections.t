@@ -12,9 +12,10 @@ my $count = 120;
 
 for my $name (PBA::Test::Backend->names) {
     subtest $name => sub {
-        my $backend
-            = PBA::Test::Backend->start(name => $name,
-            disks => [{ id => 'disk0', size => 1 << 20 }]);
+        my $backend = PBA::Test::Backend->start(
+            name => $name,
+            disks => [{ id => 'disk0', size => 1 << 20 }]
+        );
         my $access = $backend->access;
         $access->setup($backend->devices('new'));
         my $device = $backend->device('disk0');

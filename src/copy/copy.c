@@ -42,7 +42,8 @@ typedef struct {
     bool waits_for_map; /* or for where it has holes */
     uint64_t next_read; /* sequence numbers */
     uint64_t next_write;
-    uint64_t done; /* bytes that the sink has */
+    uint64_t steps; /* that pieces made towards their end */
+    uint64_t done;  /* bytes that the sink has */
     uint64_t total;
     gint64 last_progress;
     gint64 last_event; /* when something was done last, for the time limit */
@@ -107,7 +108,8 @@ static PbaPiece *free_piece(Copy *copy)
     return NULL;
 }
 
-/* The rest of a stretch, or as much of it as one request may have, up to the edge of a cluster. */
+/* The rest of a stretch, or as much of it as one request may have, up to the edge of a target's
+ * block or of a cluster. */
 static uint32_t next_length(const Copy *copy)
 {
     uint32_t max = copy->stretch.zero ? MIN(MAX_ZERO, copy->sink->max_request) : copy->request;
@@ -115,12 +117,11 @@ static uint32_t next_length(const Copy *copy)
     if (copy->stretch.length <= max) {
         return (uint32_t)copy->stretch.length;
     }
-    if (copy->stretch.zero) {
-        return max;
-    }
-    uint64_t unit = copy->request >= PBA_CLUSTER ? PBA_CLUSTER : SECTOR;
-    uint64_t end = (copy->region_offset + copy->request) / unit * unit;
-    return end > copy->region_offset ? (uint32_t)(end - copy->region_offset) : copy->request;
+    uint64_t unit = max >= copy->sink->block && copy->sink->block ? copy->sink->block
+                    : max >= PBA_CLUSTER                          ? PBA_CLUSTER
+                                                                  : SECTOR;
+    uint64_t end = (copy->region_offset + max) / unit * unit;
+    return end > copy->region_offset ? (uint32_t)(end - copy->region_offset) : max;
 }
 
 /* A piece of zeroes has been read as soon as it begins. */
@@ -192,15 +193,34 @@ static bool fail_piece(const Copy *copy, const PbaPiece *piece, GError **error)
     return false;
 }
 
+/* True while another piece of one of this one's blocks is being written. One that has been may have
+ * to be written again. */
+static bool is_beside_write(const Copy *copy, const PbaPiece *piece)
+{
+    uint64_t block = copy->sink->block;
+
+    for (unsigned i = 0; block && i < copy->piece_count; i++) {
+        const PbaPiece *other = &copy->pieces[i];
+        bool busy = other->state == PBA_PIECE_WRITING || other->state == PBA_PIECE_WRITTEN;
+        if (busy && other->offset / block <= (piece->offset + piece->length - 1) / block &&
+            piece->offset / block <= (other->offset + other->length - 1) / block) {
+            return true;
+        }
+    }
+    return false;
+}
+
 static bool take_read(Copy *copy, PbaPiece *piece, GError **error)
 {
     if (piece->error) {
         return fail_piece(copy, piece, error);
     }
-    if (copy->sink->ordered && piece->sequence != copy->next_write) {
+    if ((copy->sink->ordered && piece->sequence != copy->next_write) ||
+        is_beside_write(copy, piece)) {
         return true; /* its turn comes */
     }
     copy->next_write++;
+    copy->steps++;
     piece->state = PBA_PIECE_WRITING;
     return copy->sink->write(copy->sink, piece, error) && check_owner(copy, error);
 }
@@ -209,6 +229,7 @@ static bool take_written(Copy *copy, PbaPiece *piece, GError **error)
 {
     PbaCopyStatistics *statistics = copy->statistics;
 
+    copy->steps++;
     if (piece->error) {
         return fail_piece(copy, piece, error);
     }
@@ -240,13 +261,13 @@ static bool check_trims(const Copy *copy, GError **error)
     return false;
 }
 
-/* A sink that takes pieces in order may take several once the one they waited for is there. */
+/* Pieces that waited for another one may be taken once that has made its step. */
 static bool take_pieces(Copy *copy, GError **error)
 {
     uint64_t before;
 
     do {
-        before = copy->next_write;
+        before = copy->steps;
         for (unsigned i = 0; i < copy->piece_count; i++) {
             PbaPiece *piece = &copy->pieces[i];
             if (piece->state == PBA_PIECE_READ && !take_read(copy, piece, error)) {
@@ -256,7 +277,7 @@ static bool take_pieces(Copy *copy, GError **error)
                 return false;
             }
         }
-    } while (copy->sink->ordered && copy->next_write != before);
+    } while (copy->steps != before);
     return check_trims(copy, error);
 }
 
@@ -393,7 +414,8 @@ static bool count_total(Copy *copy, GError **error)
 
 static void prepare_pieces(Copy *copy)
 {
-    uint32_t request = copy->options->request_size ? copy->options->request_size : DEFAULT_REQUEST;
+    uint32_t request = copy->options->request_size ? copy->options->request_size
+                                                   : MAX(DEFAULT_REQUEST, copy->sink->block);
 
     request = MIN(request, MIN(copy->source.max_request, copy->sink->max_request));
     copy->piece_count = CLAMP(MEMORY / request, MIN_PIECES, MAX_PIECES);

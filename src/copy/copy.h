@@ -120,14 +120,22 @@ void pba_source_file_close(PbaSource *source);
 
 typedef struct PbaSink PbaSink;
 
+/* What a target's zeroes are made of. */
+typedef struct {
+    uint32_t size;
+    bool whole;   /* a part of a block is written as data, but for the last one */
+    uint64_t end; /* where the target ends, if whole */
+} PbaBlocks;
+
 struct PbaSink {
     /* Begins to write a piece that was read; its state says when that is done. */
     bool (*write)(PbaSink *sink, PbaPiece *piece, GError **error);
     /* Begins to flush; flushed says when that is done, flush_error how. */
     bool (*flush)(PbaSink *sink, GError **error);
     void (*free)(PbaSink *sink);
-    char *name;   /* for messages */
-    bool ordered; /* wants pieces in ascending order */
+    char *name;     /* for messages */
+    bool ordered;   /* wants pieces in ascending order */
+    uint32_t block; /* two pieces of one such block are never written at the same time; 0: may be */
     uint32_t max_request;
     bool flushed;
     int flush_error;
@@ -137,11 +145,11 @@ struct PbaSink {
 PbaSink *pba_sink_new(const PbaCopyOptions *options, PbaVolume *volume, PbaLoop *loop,
                       GError **error);
 PbaSink *pba_sink_file_new(const char *path, int fd, uint64_t size, PbaLoop *loop, GError **error);
-PbaSink *pba_sink_nbd_new(const char *uri, const PbaVolume *volume, unsigned connections,
-                          PbaLoop *loop, GError **error);
+PbaSink *pba_sink_nbd_new(const PbaCopyOptions *options, const PbaVolume *volume, PbaLoop *loop,
+                          GError **error);
 
-/* How many of the bytes from at on are alike: zeroes (*zero) or not. Zeroes are looked for in whole
- * blocks of 4 KiB. */
-size_t pba_piece_run(const PbaPiece *piece, size_t at, bool *zero);
+/* How many of the bytes from at on are alike: zeroes (*zero) or not, looked for in the target's
+ * blocks. */
+size_t pba_piece_run(const PbaPiece *piece, size_t at, const PbaBlocks *blocks, bool *zero);
 
 #endif

@@ -13,6 +13,8 @@
 
 /* That write to a device, or to a file past the page cache. */
 #define DIRECT_THREADS 4
+/* The blocks of most file systems. */
+static const PbaBlocks blocks = {.size = 4096};
 
 /* How zeroes come into the target, the next way if one is not possible there. */
 typedef enum { ZERO_BY_HOLE, ZERO_BY_RANGE, ZERO_BY_WRITING } ZeroWay;
@@ -105,7 +107,7 @@ static void run_write(PbaJob *job)
     bool zero;
 
     for (size_t at = 0; at < piece->length;) {
-        size_t run = pba_piece_run(piece, at, &zero);
+        size_t run = pba_piece_run(piece, at, &blocks, &zero);
         if (!(zero ? write_zeroes(self, piece, at, run) : write_data(self->fd, piece, at, run))) {
             return;
         }

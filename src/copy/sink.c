@@ -58,7 +58,7 @@ PbaSink *pba_sink_new(const PbaCopyOptions *options, PbaVolume *volume, PbaLoop 
         return call_sink_new(options->write, options->opaque);
     }
     if (options->uri) {
-        return pba_sink_nbd_new(options->uri, volume, options->connections, loop, error);
+        return pba_sink_nbd_new(options, volume, loop, error);
     }
     return pba_sink_file_new(options->path, options->fd, volume->size, loop, error);
 }

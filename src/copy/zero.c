@@ -2,7 +2,6 @@
 #include "copy.h"
 #include <string.h>
 
-#define BLOCK 4096u
 #define PROBE 16u
 
 /* Comparing the data with itself, one step on, is as fast as memcmp() is. */
@@ -16,23 +15,30 @@ static bool is_zero(const char *data, size_t length)
     return memcmp(data, zeroes, PROBE) == 0 && memcmp(data, data + PROBE, length - PROBE) == 0;
 }
 
-size_t pba_piece_run(const PbaPiece *piece, size_t at, bool *zero)
+/* The part of one block that begins at at. */
+static size_t take_block(const PbaPiece *piece, size_t at, const PbaBlocks *blocks, bool *zero)
 {
-    const char *data = piece->data + at;
-    size_t length = piece->length - at;
-    size_t run = MIN(length, BLOCK - (piece->offset + at) % BLOCK);
+    uint64_t offset = piece->offset + at;
+    size_t length = MIN(piece->length - at, blocks->size - offset % blocks->size);
+    bool whole =
+        length == blocks->size || (offset % blocks->size == 0 && offset + length == blocks->end);
 
-    if (piece->holes == piece->length) {
-        *zero = true;
-        return length;
-    }
-    *zero = is_zero(data, run);
-    while (run < length) {
-        size_t block = MIN(length - run, BLOCK);
-        if (is_zero(data + run, block) != *zero) {
+    *zero = (whole || !blocks->whole) &&
+            (piece->holes == piece->length || is_zero(piece->data + at, length));
+    return length;
+}
+
+size_t pba_piece_run(const PbaPiece *piece, size_t at, const PbaBlocks *blocks, bool *zero)
+{
+    size_t run = take_block(piece, at, blocks, zero);
+
+    while (at + run < piece->length) {
+        bool next_zero;
+        size_t next = take_block(piece, at + run, blocks, &next_zero);
+        if (next_zero != *zero) {
             break;
         }
-        run += block;
+        run += next;
     }
     return run;
 }

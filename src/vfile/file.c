@@ -8,8 +8,8 @@
 #include <linux/falloc.h>
 #include <unistd.h>
 
-/* One cluster of a snapshot. QEMU takes several times the CPU for larger reads, where the C library has
- * it map memory for each of them anew. */
+/* One cluster of a snapshot. QEMU takes several times the CPU for larger reads, where the C library
+ * has it map memory for each of them anew. */
 #define SLOT_SIZE (64u << 10)
 /* Of all memory; what is read ahead has a part of it. */
 #define MAX_SLOTS 128u

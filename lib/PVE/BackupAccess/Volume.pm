@@ -120,12 +120,19 @@ my sub request_size ($name, $value) {
         if $value % 4096;
 }
 
+my sub cluster_size ($name, $value) {
+    count_in(65536, 8 << 20)->($name, $value);
+    PVE::BackupAccess::Argument::fail("$name must be a power of 2, not $value")
+        if $value & ($value - 1);
+}
+
 my %copy_options = (
     to => sub ($name, $value) { },
     'bandwidth-limit' => count_in(0, 1 << 62),
     progress => \&PVE::BackupAccess::Argument::code,
     connections => count_in(1, 16),
     'request-size' => \&request_size,
+    'cluster-size' => \&cluster_size,
     discard => \&PVE::BackupAccess::Argument::flag,
 );
 
@@ -331,7 +338,14 @@ and at the end. The map is read for that before.
 to a QEMU before 10.0, so that the guest does not wait for its disk behind our reads.
 
 =item C<request-size> - of reads and writes at most, in bytes, from 4096 to 8388608, a multiple of 4096.
-By default 262144. Regions are never joined.
+By default 262144, or C<cluster-size> if that is more. Regions are never joined.
+
+=item C<cluster-size> - of the image behind an NBD target, in bytes: a power of 2 from 65536, the
+default, to 8388608. Give it where the image has larger clusters: an NBD server does not tell. Zeroes are made in
+whole clusters only, parts of one are written as data, and no cluster is written to by two requests at a
+time: some QEMUs (11.0.0 with the fix "qcow2: Fix corruption on discard during write with COW") lose a
+write beside zeroes in the same cluster. With a smaller C<request-size> or a low C<bandwidth-limit>,
+whose requests are parts of a cluster, zeroes are written as data.
 
 =back
 

@@ -229,7 +229,7 @@ sub _store ($self, $task, $device, $volume, $info) {
 }
 
 sub _copy_options ($self, $device, $info) {
-    my %options;
+    my %options = ('cluster-size' => $PVE::BackupAccess::Provider::Qcow2Chain::Image::cluster_size);
     my ($limit, $progress) = ($info->{'bandwidth-limit'}, $self->{progress});
     $options{'bandwidth-limit'} = $limit if $limit;
     $options{progress} = sub ($done, $all) { $progress->($device, $done, $all) }

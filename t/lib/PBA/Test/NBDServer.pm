@@ -11,7 +11,8 @@ package PBA::Test::NBDServer;
 #   $server->uri; $server->socket_path; $server->context;
 #   $server->requests('block-status'); $server->max_in_flight;
 #
-# Writes are accepted, and forgotten, but for dirty_only. holes => [[$offset, $length], ...], in order,
+# Writes are accepted, and forgotten, but for dirty_only. With keep => 1 they and zeroes are kept, and
+# content() is what the disk holds: "\xee" where nothing was written. holes => [[$offset, $length], ...], in order,
 # is what it says of base:allocation; data should have zeroes there. description => of the export.
 #
 # How far it is like a snapshot-access node with a bitmap:
@@ -30,6 +31,7 @@ package PBA::Test::NBDServer;
 #   advertised_size => N    another size than the true one
 #   block_status_error, read_error, trim_error, write_error => ERRNO
 #   allocation_error => ERRNO   for a block status with base:allocation
+#   zero_error => ERRNO     for a write of zeroes, which keep makes possible
 #   no_flush => 1           it cannot flush, and does not say it could
 #   hang_write_at, hang_trim_at => OFFSET   such a write, or trim, is never answered
 #   short_read => N         the data chunk is N bytes shorter than asked, the read ends as if well
@@ -94,6 +96,17 @@ sub max_in_flight ($self) {
     return $max;
 }
 
+# What the kept disk was asked to do and, with { answered }, what was done, in the order of time.
+sub changes ($self) {
+    return grep { $_->{answered} || ($_->{command} // '') =~ m/\Awrite/ } $self->records;
+}
+
+sub content ($self) {
+    open(my $fh, '<:raw', "$self->{dir}/content") or die "$self->{dir}/content: $!\n";
+    local $/ = undef;
+    return <$fh>;
+}
+
 sub connections ($self) { return scalar(() = $self->records('connected')) }
 sub disconnections ($self) { return scalar(() = $self->records('closed')) }
 
@@ -117,6 +130,7 @@ sub serve ($self, $listener) {
         extent_at => ref($self->{dirty}) eq 'CODE' ? $self->{dirty} : _extents_of_list($self),
     );
     $SIG{CHLD} = 'IGNORE';
+    $self->_make_content if $options{keep};
     for (my $number = 1;; $number++) {
         $self->wait_ready($listener, 'read');
         my $client = $listener->accept or next;
@@ -125,6 +139,13 @@ sub serve ($self, $listener) {
         close($listener);
         $self->_serve_connection($client, $number, \%options);
     }
+}
+
+sub _make_content ($self) {
+    open(my $fh, '>:raw', "$self->{dir}/content") or die "$self->{dir}/content: $!\n";
+    print {$fh} "\xee" x $self->{size};
+    close($fh) or die "$self->{dir}/content: $!\n";
+    return;
 }
 
 sub _serve_connection ($self, $client, $number, $options) {

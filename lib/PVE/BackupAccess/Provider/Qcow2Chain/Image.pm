@@ -63,10 +63,14 @@ sub img (@arguments) {
     PVE::BackupAccess::Error->throw('SystemError', "$qemu_img $arguments[0] failed - $message");
 }
 
+# What copies to them have to know; see copy() of PVE::BackupAccess::Volume.
+our $cluster_size = 65536;
+
 # An empty image; with a backing file, which is named relative to it.
 sub create ($file, $size, $backing = undef) {
     my @backing = defined($backing) ? ('-F', 'qcow2', '-b', $backing) : ();
-    img('create', '-q', '-f', 'qcow2', @backing, $file, $size);
+    my @options = ('-f', 'qcow2', '-o', "cluster_size=$cluster_size");
+    img('create', '-q', @options, @backing, $file, $size);
     return;
 }
 

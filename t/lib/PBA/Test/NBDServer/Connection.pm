@@ -26,6 +26,7 @@ use constant {
     # has flags, flush, trim, DF, multiple connections: as QEMU advertises a writable export
     TRANSMISSION_FLAGS => 1 | 1 << 2 | 1 << 5 | 1 << 7 | 1 << 8,
     FLUSH_FLAG => 1 << 2,
+    ZEROES_FLAG => 1 << 6,
 
     CHUNK_NONE => 0,
     CHUNK_DATA => 1,
@@ -183,7 +184,8 @@ sub _advertised_size ($self) {
 }
 
 sub _flags ($self) {
-    return TRANSMISSION_FLAGS & ~($self->{options}{no_flush} ? FLUSH_FLAG : 0);
+    my $more = $self->{options}{keep} ? ZEROES_FLAG : 0;
+    return (TRANSMISSION_FLAGS | $more) & ~($self->{options}{no_flush} ? FLUSH_FLAG : 0);
 }
 
 sub _option_list_meta_context ($self, $option, $data) {
@@ -261,7 +263,7 @@ sub _take_in ($self) {
             = unpack('NnnQ>Q>N', $self->_take(28));
         die "bad request magic\n" if $magic != REQUEST_MAGIC;
         $request{command} = $command_name{ $request{type} } // "unknown-$request{type}";
-        $self->_take($request{length}) if $request{command} eq 'write';
+        $request{data} = $self->_take($request{length}) if $request{command} eq 'write';
         $request{due} = time + ($self->{options}{delay} // 0);
         push @{ $self->{queue} }, \%request;
         $self->{server}->record(
@@ -290,6 +292,9 @@ sub _answer ($self, $request) {
     }
     elsif ($command eq 'write') {
         $self->_answer_write($request);
+    }
+    elsif ($command eq 'write-zeroes' && $self->{options}{keep}) {
+        $self->_answer_zeroes($request);
     }
     elsif ($command eq 'flush' && !$self->{options}{no_flush}) {
         $self->_send_done($request);
@@ -396,7 +401,28 @@ sub _answer_write ($self, $request) {
     return $self->_send_error($request, ENOTSUP, 'not supported') if $self->{options}{dirty_only};
     my $errno = $self->_fault('write_error', $request);
     return $self->_send_error($request, $errno, 'told to fail') if $errno;
+    $self->_keep($request, $request->{data});
     $self->_send_done($request);
+    return;
+}
+
+sub _answer_zeroes ($self, $request) {
+    my $errno = $self->_fault('zero_error', $request);
+    $self->_keep($request, $errno ? '' : "\0" x $request->{length});
+    return $self->_send_error($request, $errno, 'told to fail') if $errno;
+    $self->_send_done($request);
+    return;
+}
+
+# Before it is answered, after which the client may ask for the same place again.
+sub _keep ($self, $request, $data) {
+    return if !$self->{options}{keep};
+    my $file = "$self->{options}{dir}/content";
+    open($self->{content}, '+<:raw', $file) or die "$file: $!\n" if !$self->{content};
+    sysseek($self->{content}, $request->{offset}, 0) // die "$file: $!\n";
+    syswrite($self->{content}, $data) == length($data) or die "$file: $!\n";
+    $self->{server}
+        ->record('answer', answered => 1, map { $_ => $request->{$_} } qw(offset length));
     return;
 }
 
