@@ -5,16 +5,32 @@ package PVE::BackupProvider::Plugin::Base;
 
 use v5.36;
 
-my @methods = qw(
-    new provider_name job_init job_cleanup
-    backup_init backup_cleanup backup_get_mechanism backup_handle_log_file
-    backup_vm_query_incremental backup_vm backup_container_prepare backup_container
-    restore_get_mechanism archive_get_guest_config archive_get_firewall_config
-    restore_vm_init restore_vm_cleanup restore_vm_volume_init restore_vm_volume_cleanup
-    restore_container_init restore_container_cleanup
+# What each method is given after the object or class. t/drift.t compares this with Proxmox VE's.
+our %ARGUMENTS = (
+    new => 'storage_plugin scfg storeid log_function',
+    provider_name => '',
+    job_init => 'start_time',
+    job_cleanup => '',
+    backup_init => 'vmid vmtype start_time',
+    backup_cleanup => 'vmid vmtype success info',
+    backup_get_mechanism => 'vmid vmtype',
+    backup_handle_log_file => 'vmid filename',
+    backup_vm_query_incremental => 'vmid volumes',
+    backup_vm => 'vmid guest_config volumes info',
+    backup_container_prepare => 'vmid info',
+    backup_container => 'vmid guest_config exclude_patterns info',
+    restore_get_mechanism => 'volname',
+    archive_get_guest_config => 'volname',
+    archive_get_firewall_config => 'volname',
+    restore_vm_init => 'volname',
+    restore_vm_cleanup => 'volname',
+    restore_vm_volume_init => 'volname device_name info',
+    restore_vm_volume_cleanup => 'volname device_name info',
+    restore_container_init => 'volname info',
+    restore_container_cleanup => 'volname info',
 );
 
-for my $method (@methods) {
+for my $method (keys(%ARGUMENTS)) {
     my $missing = sub ($self, @) {
         my $class = ref($self) || $self;
         die "the backup provider $class has no method $method\n";

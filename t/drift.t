@@ -1,0 +1,237 @@
+# What others have changed: Proxmox VE's backup provider API against the stand-in for it, and the QAPI of
+# a QEMU against what is sent to it and read of its replies. A release of either that breaks us shows
+# here by name.
+
+use v5.36;
+
+use lib 't/lib';
+
+use JSON::PP ();
+use Test::More;
+
+use PBA::Test::ScriptedQEMU;
+use PBA::Test::VM;
+
+sub content ($file) {
+    open(my $fh, '<', $file) or die "$file: $!\n";
+    local $/;
+    return scalar(<$fh>);
+}
+
+# ---- the backup provider API ----
+
+my $base = 'PVE/BackupProvider/Plugin/Base.pm';
+my $stand_in = "lib/PVE/BackupAccess/StandIn/$base";
+require "./$stand_in";
+my %arguments = do { no warnings 'once'; %PVE::BackupProvider::Plugin::Base::ARGUMENTS };
+
+# { method => 'its arguments' }, as Proxmox writes them.
+sub declared ($source) {
+    my %declared = $source =~ m/^sub (\w+) \{\n\s+my \(\$\w+,? ?(.*?)\) = \@_;/mg;
+    s/[\$,]//g for values(%declared);
+    return \%declared;
+}
+
+sub real_base () {
+    my @dirs = $ENV{PBA_PVE_STORAGE} ? "$ENV{PBA_PVE_STORAGE}/src" : grep { !m/StandIn/ } @INC;
+    my ($file) = grep { -e } map { "$_/$base" } @dirs;
+    die "there is no $base in PBA_PVE_STORAGE\n" if $ENV{PBA_PVE_STORAGE} && !$file;
+    return $file;
+}
+
+SKIP: {
+    my $file = real_base()
+        // skip("needs Proxmox VE's backup provider API (PBA_PVE_STORAGE, or installed)", 1);
+    is_deeply(declared(content($file)), \%arguments, "methods and arguments are those of $file");
+}
+
+# How many arguments a method takes: the least and the most.
+sub taken ($signature) {
+    my (undef, @rest) = split(m/,\s*/, $signature);
+    my $most = (grep { m/^\@/ } @rest) ? 100 : @rest;
+    return (scalar(grep { m/^\$/ && !m/=/ } @rest), $most);
+}
+
+subtest 'our provider takes what it is given' => sub {
+    my $source = content('lib/PVE/BackupAccess/Provider/Qcow2Chain.pm');
+    my %signature = $source =~ m/^sub (\w+) \((.*?)\) \{/mg;
+    for my $method (sort keys(%arguments)) {
+        my $given = () = $arguments{$method} =~ m/\w+/g;
+        next if !exists($signature{$method});
+        my ($least, $most) = taken($signature{$method});
+        ok($least <= $given && $given <= $most, "$method: $given arguments");
+    }
+    cmp_ok(scalar(grep { exists($signature{$_}) } keys(%arguments)), '>', 15,
+        'it has most of them');
+};
+
+# ---- QAPI ----
+
+# A type of a schema by its name.
+sub index_of ($schema) {
+    return { map { $_->{name} => $_ } $schema->@* };
+}
+
+sub is_builtin ($type, $value) {
+    my $json = $type->{'json-type'};
+    return ref($value) && JSON::PP::is_bool($value) if $json eq 'boolean';
+    return !ref($value) && $value =~ m/\A-?\d+\z/ if $json =~ m/\A(?:int|number)\z/;
+    return !ref($value);
+}
+
+sub misfits_object ($types, $type, $value, $where) {
+    return "$where: not an object" if ref($value) ne 'HASH';
+    my %members = map { $_->{name} => $_ } $type->{members}->@*;
+    my @missing = grep { !exists($members{$_}{default}) && !exists($value->{$_}) } keys(%members);
+    my @unknown = grep { !$members{$_} } keys($value->%*);
+    return (
+        (map { "$where: '$_' is asked for" } sort @missing),
+        (map { "$where: '$_' is not known" } sort @unknown),
+        map { misfits($types, $members{$_}{type}, $value->{$_}, "$where.$_") }
+            sort grep { $members{$_} } keys($value->%*),
+    );
+}
+
+# What QEMU would not take of a value, by its own description.
+sub misfits ($types, $name, $value, $where) {
+    my $type = $types->{$name} // return "$where: there is no type '$name'";
+    my $meta = $type->{'meta-type'};
+    return misfits_object($types, $type, $value, $where) if $meta eq 'object';
+    return map { misfits($types, $type->{'element-type'}, $_, "$where\[]") } $value->@*
+        if $meta eq 'array' && ref($value) eq 'ARRAY';
+    my $fits
+        = $meta eq 'enum' ? scalar(grep { $_ eq $value } $type->{values}->@*)
+        : $meta eq 'builtin' ? is_builtin($type, $value)
+        : 0;
+    return $fits ? () : "$where: not of the type '$meta'";
+}
+
+# The type of a member of a reply, by a path: 'inserted.image.virtual-size'.
+sub type_of ($types, $name, $path) {
+    my $type = $types->{$name} // return;
+    $type = $types->{ $type->{'element-type'} } while $type->{'meta-type'} eq 'array';
+    return $type if $path eq '';
+    my ($first, $rest) = split(m/\./, $path, 2);
+    my @types = ($type, map { $types->{ $_->{type} } } ($type->{variants} // [])->@*);
+    for my $member (map { ($_->{members} // [])->@* } @types) {
+        return type_of($types, $member->{type}, $rest // '') if $member->{name} eq $first;
+    }
+    return;
+}
+
+sub reads_ok ($types, $command, @paths) {
+    my @lost = grep { !type_of($types, $types->{$command}{'ret-type'}, $_) } @paths;
+    is("@lost", '', "$command: what is read of its reply");
+    return;
+}
+
+# What Proxmox' commands are sent, with every mode.
+sub proxmox_sends () {
+    my $calls = qmp_calls({ pve_returns() });
+    my $access = new_access($calls->{code});
+    my @modes = qw(none new use);
+    for my $mode (@modes) {
+        $access->setup([map { { device => "drive-scsi$_", 'bitmap-mode' => $mode } } 0, 1]);
+        $access->teardown($mode eq 'use');
+    }
+    return map { [$calls->{names}[$_], $calls->{arguments}[$_]] }
+        grep { $calls->{names}[$_] =~ m/\Abackup-access-/ } 0 .. $#{ $calls->{names} };
+}
+
+sub check_proxmox ($types) {
+    for my $sent (proxmox_sends()) {
+        my ($command, $arguments) = $sent->@*;
+        my @misfits = misfits($types, $types->{$command}{'arg-type'}, $arguments, $command);
+        is("@misfits", '', "$command is sent what it takes");
+    }
+    my @read = qw(node-name device size bitmap-node-name bitmap-name bitmap-action);
+    reads_ok($types, 'backup-access-setup', @read);
+    my $actions = type_of($types, $types->{'backup-access-setup'}{'ret-type'}, 'bitmap-action');
+    for my $action ($actions->{values}->@*) {
+        ok(eval { PVE::BackupAccess::bitmap_status($action); 1 }, "the action '$action' is known");
+    }
+    my %there = map { $_ => 1 } $actions->{values}->@*;
+    my @ours = content('src/qemu/bitmap.c') =~ m/\[PBA_BITMAP_ACTION_\w+\] = "(.*)"/g;
+    is(join(' ', grep { !$there{$_} } @ours), '', 'it has each action that we know');
+    reads_ok($types, 'query-pbs-bitmap-info');
+    return;
+}
+
+subtest 'the recorded Proxmox QEMU' => sub {
+    my ($reply)
+        = content('t/recordings/support-and-schema.txt') =~ m/^C: .*"query-qmp-schema"\}\nS: (.*)/m;
+    check_proxmox(index_of(JSON::PP->new->decode($reply)->{return}));
+};
+
+subtest 'drift is found' => sub {
+    my %types = (
+        args => {
+            'meta-type' => 'object',
+            members => [
+                { name => 'device', type => 'str' },
+                { name => 'mode', type => 'mode', default => undef }
+            ],
+        },
+        str => { 'meta-type' => 'builtin', 'json-type' => 'string' },
+        mode => { 'meta-type' => 'enum', values => ['none'] },
+    );
+    my @cases = (
+        [{ device => 'a' }, ''],
+        [{ device => 'a', mode => 'none' }, ''],
+        [{ mode => 'none' }, "x: 'device' is asked for"],
+        [{ device => 'a', name => 'b' }, "x: 'name' is not known"],
+        [{ device => 'a', mode => 'all' }, "x.mode: not of the type 'enum'"],
+        [{ device => ['a'] }, "x.device: not of the type 'builtin'"],
+    );
+    is(join(' ', misfits(\%types, 'args', $_->[0], 'x')), $_->[1], $_->[1] || 'fits') for @cases;
+    is(type_of(\%types, 'args', 'device')->{'json-type'}, 'string', 'a member that is there');
+    is(type_of(\%types, 'args', 'node'), undef, 'one that is not');
+    is_deeply(
+        declared("sub job_init {\n    my (\$self, \$start_time) = \@_;\n}\n"),
+        { job_init => $arguments{job_init} },
+        'a method'
+    );
+};
+
+# What is read of each reply; what is not mentioned here is not read.
+my %reads = (
+    'query-version' => [qw(qemu.major qemu.minor qemu.micro package)],
+    'query-commands' => ['name'],
+    'query-status' => ['status'],
+    'query-name' => ['name'],
+    'query-uuid' => ['UUID'],
+    'query-jobs' => [qw(id status)],
+    'query-iothreads' => ['id'],
+    'query-block-exports' => [qw(id type node-name)],
+    'query-block' => [qw(device qdev inserted.node-name inserted.ro inserted.image.virtual-size)],
+    'query-named-block-nodes' => [
+        qw(node-name drv ro image.virtual-size image.actual-size image.filename),
+        map { "dirty-bitmaps.$_" }
+            qw(name count granularity recording busy persistent inconsistent),
+    ],
+    'x-debug-query-block-graph' =>
+        [qw(nodes.id nodes.type nodes.name edges.parent edges.child edges.name)],
+);
+
+# Every command that the core names.
+sub commands_sent () {
+    my @names = map { content($_) =~ m/\b(?:pba_qmp_\w+|run_step)\([^;"]*?"([a-z][\w-]+)"/g }
+        glob('src/*/*.c src/*/*/*.c');
+    my %names = map { $_ => 1 } grep { !m/\A(?:backup-access-|query-pbs-)/ } @names;
+    return sort keys(%names);
+}
+
+subtest 'this QEMU' => sub {
+    my $vm = PBA::Test::VM->start(disks => [{ id => 'disk0' }], guest => 0, paused => 1);
+    my $types = index_of($vm->qmp('query-qmp-schema'));
+    my @sent = commands_sent();
+    cmp_ok(scalar(@sent), '>', 20, 'commands that are sent');
+    my @lost = grep { ($types->{$_}{'meta-type'} // '') ne 'command' } @sent;
+    is("@lost", '', 'it has them all');
+    reads_ok($types, $_, $reads{$_}->@*) for sort keys(%reads);
+    subtest "Proxmox' commands" => sub { check_proxmox($types) }
+
+        if PBA::Test::VM->is_proxmox;
+};
+
+done_testing();
