@@ -22,7 +22,7 @@ sub content ($file) {
 
 my $base = 'PVE/BackupProvider/Plugin/Base.pm';
 my $stand_in = "lib/PVE/BackupAccess/StandIn/$base";
-require "./$stand_in";
+do "./$stand_in" or die "$stand_in: $@\n";
 my %arguments = do { no warnings 'once'; %PVE::BackupProvider::Plugin::Base::ARGUMENTS };
 
 # { method => 'its arguments' }, as Proxmox writes them.
