@@ -302,6 +302,57 @@ subtest 'what servers of a killed process leave' => sub {
     is_deeply([sort glob("$tmp/*")], [sort("$tmp/other", $mine)], 'they go with their servers');
 };
 
+# A process with that number; undef if this machine does not let us choose.
+sub start_with_number ($number) {
+    for (1 .. 200) {
+        open(my $last, '>', '/proc/sys/kernel/ns_last_pid') or return undef;
+        print {$last} $number - 1;
+        close($last) or return undef;
+        my $pid = fork() // die "fork: $!\n";
+        if (!$pid) {
+            sleep(60);
+            POSIX::_exit(0);
+        }
+        return $pid if $pid == $number;
+        kill(KILL => $pid);
+        waitpid($pid, 0);
+    }
+    return undef;
+}
+
+# That process is no child of this one, as it would be on a machine. Says by lines whether it is
+# there, and, once it can read one, whether it still is.
+sub hold_number ($number, $say, $go) {
+    my $other = start_with_number($number);
+    syswrite($say, defined($other) ? "ready\n" : "no\n");
+    sysread($go, my $line, 1);
+    if (defined($other)) {
+        kill(TERM => $other);
+        waitpid($other, 0);
+        syswrite($say, POSIX::WTERMSIG($?) == POSIX::SIGTERM() ? "lives\n" : "gone\n");
+    }
+    POSIX::_exit(0);
+}
+
+subtest 'a qemu-nbd that the caller has waited for' => sub {
+    my $server = PVE::BackupAccess::Provider::Qcow2Chain::Server->start(of(1));
+    my $number = $server->pid;
+    kill(KILL => $number);
+    waitpid($number, 0);
+    pipe(my $from_holder, my $say) or die "pipe: $!\n";
+    pipe(my $go, my $to_holder) or die "pipe: $!\n";
+    my $holder = fork() // die "fork: $!\n";
+    hold_number($number, $say, $go) if !$holder;
+    close($say);
+    my $ready = readline($from_holder) eq "ready\n";
+    undef($server);
+    syswrite($to_holder, "\n");
+    my $is = $ready ? readline($from_holder) : undef;
+    waitpid($holder, 0);
+    plan(skip_all => 'needs root to choose the number of a process') if !$ready;
+    is($is, "lives\n", 'a process with its number lives on');
+};
+
 subtest 'a backup is killed at each rename' => sub {
     $base->use_store($store);
     for my $crash (

@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mount.h>
+#include <sys/pidfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
@@ -38,6 +39,7 @@ struct PbaVfile {
     char *path;
     uint64_t size;
     pid_t pid;
+    int process; /* a descriptor of it (pidfd_open(2)); -1: there is none */
     int socket; /* to the server; it ends when this is shut down. -1: it has ended */
 };
 
@@ -108,6 +110,51 @@ static int spawn(char *const *words, int socket, pid_t *pid)
     return result;
 }
 
+static bool is_child(idtype_t type, id_t id)
+{
+    siginfo_t info;
+    return waitid(type, id, &info, WEXITED | WNOHANG | WNOWAIT) == 0;
+}
+
+/* A number is another process' once its own has been waited for, as a handler of the caller's for
+ * SIGCHLD may do at any time. A descriptor stays that process'; it may have come too late for it. */
+static int open_process(pid_t pid)
+{
+    int fd = pidfd_open(pid, 0);
+
+    if (fd >= 0 && !is_child(P_PIDFD, (id_t)fd)) {
+        close(fd);
+        fd = -1;
+    }
+    return fd;
+}
+
+/* Without descriptors of processes (before Linux 5.4): the number is its own as long as nobody has
+ * waited for it. */
+static void kill_server(const PbaVfile *vfile)
+{
+    if (vfile->process >= 0) {
+        pidfd_send_signal(vfile->process, SIGKILL, NULL, 0);
+    } else if (is_child(P_PID, (id_t)vfile->pid)) {
+        kill(vfile->pid, SIGKILL);
+    }
+}
+
+/* The signal that ended it; 0 if it ended by itself, or if others have waited for it. */
+static int wait_for_server(const PbaVfile *vfile)
+{
+    bool by_descriptor = vfile->process >= 0;
+    siginfo_t info = {0};
+    int result;
+
+    do {
+        result = waitid(by_descriptor ? P_PIDFD : P_PID,
+                        (id_t)(by_descriptor ? vfile->process : vfile->pid), &info, WEXITED);
+    } while (result != 0 && errno == EINTR);
+    bool killed = info.si_code == CLD_KILLED || info.si_code == CLD_DUMPED;
+    return result == 0 && killed ? info.si_status : 0;
+}
+
 PbaVfile *pba_vfile_start(const char *path, const PbaVolumeOptions *options, GError **error)
 {
     int sockets[2];
@@ -123,6 +170,7 @@ PbaVfile *pba_vfile_start(const char *path, const PbaVolumeOptions *options, GEr
     vfile->device = g_strdup(options->device);
     vfile->path = g_strdup(path);
     vfile->size = options->size;
+    vfile->process = -1;
     vfile->socket = sockets[0];
     g_autofree char *size = g_strdup_printf("%" PRIu64, options->size);
     char *words[] = {program,       vfile->path, (char *)options->path,
@@ -132,12 +180,12 @@ PbaVfile *pba_vfile_start(const char *path, const PbaVolumeOptions *options, GEr
     close(sockets[1]);
     if (result != 0) {
         pba_error_set(error, PBA_ERROR_SYSTEM, "cannot run '%s' - %s", program, g_strerror(result));
-        vfile->pid = 0;
         close(vfile->socket);
         vfile->socket = -1;
         pba_vfile_free(vfile);
         return NULL;
     }
+    vfile->process = open_process(vfile->pid);
     return vfile;
 }
 
@@ -220,24 +268,21 @@ static void wait_end(PbaVfile *vfile, const PbaHooks *hooks, GError **error)
     gint64 deadline = pba_deadline(END_LIMIT_S);
     g_autoptr(GError) local = NULL;
     char buffer[512];
-    int status = 0;
 
     while (hear(vfile, buffer, sizeof(buffer), deadline, hooks, &local) > 0) {
     }
     if (local) {
-        kill(vfile->pid, SIGKILL);
+        kill_server(vfile);
     }
     close(vfile->socket);
     vfile->socket = -1;
-    pid_t ended;
-    while ((ended = waitpid(vfile->pid, &status, 0)) < 0 && errno == EINTR) {
-    }
+    int killed_by = wait_for_server(vfile);
     if (local && local->code == PBA_ERROR_INTERRUPTED) {
         g_propagate_error(error, g_steal_pointer(&local));
-    } else if (local || (ended == vfile->pid && WIFSIGNALED(status))) {
+    } else if (local || killed_by) {
         pba_log(hooks, PBA_LOG_WARN, "device %s: the server of its virtual file %s%s",
                 vfile->device, local ? "had to be killed" : "died of signal ",
-                local ? "" : g_strsignal(WTERMSIG(status)));
+                local ? "" : g_strsignal(killed_by));
     }
 }
 
@@ -259,7 +304,7 @@ static void run_fusermount(const char *path, const PbaHooks *hooks)
     if (result == 0) {
         pba_wait_fd(sockets[0], POLLIN, &revents, pba_deadline(END_LIMIT_S), hooks,
                     "unmounting a virtual file", NULL);
-        waitpid(pid, NULL, 0);
+        waitpid(pid, NULL, 0); /* by number: it is sent no signal */
     }
     close(sockets[0]);
 }
@@ -321,6 +366,9 @@ void pba_vfile_free(PbaVfile *vfile)
 {
     if (vfile->socket >= 0) {
         close(vfile->socket);
+    }
+    if (vfile->process >= 0) {
+        close(vfile->process);
     }
     g_free(vfile->device);
     g_free(vfile->path);

@@ -47,11 +47,11 @@ sub prepare ($class, %opt) {
 }
 
 # Later releases have a QEMU that is as new, or newer.
-sub has_qemu10 ($class) { return _os_codename() eq 'bookworm' }
+sub has_qemu10 ($class) { return $class->codename eq 'bookworm' }
 
 # Returns { vmlinuz => file, modules => directory with modules.dep, version => ... }.
 sub kernel ($class) {
-    my $dir = $class->_built('kernel', sub ($tmp) { $class->_build_kernel($tmp) });
+    my $dir = $class->built('kernel', sub ($tmp) { $class->_build_kernel($tmp) });
     my ($vmlinuz) = glob "$dir/boot/vmlinuz-*";
     my $version = basename($vmlinuz) =~ s/^vmlinuz-//r;
     return { vmlinuz => $vmlinuz, modules => "$dir/lib/modules/$version", version => $version };
@@ -69,12 +69,12 @@ sub initramfs ($class) {
         $class->_remove_old('initramfs-*');
         $class->_build_initramfs($tmp, $kernel);
     };
-    return $class->_built("initramfs-$key", $build) . '/initramfs.cpio';
+    return $class->built("initramfs-$key", $build) . '/initramfs.cpio';
 }
 
 # Returns the prefix with QEMU 10.0: bin/qemu-system-x86_64, bin/qemu-img, bin/qemu-nbd, ...
 sub qemu10 ($class) {
-    return $class->_built('qemu10', sub ($tmp) { $class->_build_qemu10($tmp) });
+    return $class->built('qemu10', sub ($tmp) { $class->_build_qemu10($tmp) });
 }
 
 # The environment that makes the tests and the module's helpers use that QEMU.
@@ -91,7 +91,7 @@ sub qemu10_env ($class) {
 
 # Returns <cache>/$name, built by $build in a temporary directory beside it when it is not there.
 # The rename makes it appear whole or not at all, the lock keeps two test runs from doing it twice.
-sub _built ($class, $name, $build) {
+sub built ($class, $name, $build) {
     my $cache = $class->directory;
     my $dir = "$cache/$name";
     return $dir if -d $dir;
@@ -171,7 +171,7 @@ sub _apt_options ($class, $tmp) {
 
 # Where the system itself gets Debian from: { suite => URI }. The files are read, not apt asked,
 # since apt names only those it has lists of.
-sub _debian_uris ($class) {
+sub debian_uris ($class) {
     my %uri;
     for my $file ('/etc/apt/sources.list', glob '/etc/apt/sources.list.d/*.{list,sources}') {
         next if !-r $file;
@@ -200,7 +200,7 @@ sub _stanza_sources ($text) {
 # Options that make apt know the given suites only, with lists of its own below $tmp. A suite the
 # system does not use is taken from where the release itself comes from.
 sub _private_lists ($class, $tmp, $release, @suites) {
-    my $uris = $class->_debian_uris;
+    my $uris = $class->debian_uris;
     my $main = $uris->{$release} // die "no mirror for $release in the system's apt sources\n";
     my $text = '';
     for my $suite ($release, @suites) {
@@ -258,7 +258,7 @@ sub _build_kernel ($class, $tmp) {
 
     # The system's lists may be missing or too old for what the mirror still has.
     if (!eval { $class->_download_kernel($tmp, $class->_apt_options($tmp)); 1 }) {
-        my $release = _os_codename();
+        my $release = $class->codename;
         my @suites = ("$release-updates", "$release-security");
         $class->_download_kernel($tmp, $class->_private_lists($tmp, $release, @suites));
     }
@@ -282,7 +282,7 @@ sub _merge_usr ($tmp) {
     rename("$tmp/usr/lib/modules", "$tmp/lib/modules") or die "rename modules: $!\n";
 }
 
-sub _os_codename() {
+sub codename ($class) {
     my ($name) = _read_file('/etc/os-release') =~ /^VERSION_CODENAME=(\w+)/m;
     return $name // die "no VERSION_CODENAME in /etc/os-release\n";
 }

@@ -94,9 +94,14 @@ sub _end ($self, $signal) {
     my $pid = $self->{pid} // return 0;
     local ($!, $?);
     delete($self->{connection});
-    CORE::kill($signal, $pid);
-    my $ended;
-    1 while ($ended = waitpid($pid, 0)) < 0 && $!{EINTR};    # a handler that dies: DESTROY waits
+
+    # A child that has not been waited for keeps its number. A SIGCHLD handler of the caller's may have
+    # waited for it; then the number may be another process' by now.
+    my $ended = waitpid($pid, POSIX::WNOHANG());
+    if ($ended == 0) {
+        CORE::kill($signal, $pid);
+        1 while ($ended = waitpid($pid, 0)) < 0 && $!{EINTR};    # a handler that dies: DESTROY waits
+    }
     my $status = $?;
     delete($self->{pid});
     return $ended == $pid ? $status : undef;
