@@ -40,7 +40,7 @@ struct PbaVfile {
     uint64_t size;
     pid_t pid;
     int process; /* a descriptor of it (pidfd_open(2)); -1: there is none */
-    int socket; /* to the server; it ends when this is shut down. -1: it has ended */
+    int socket;  /* to the server; it ends when this is shut down. -1: it has ended */
 };
 
 /* Beside the library that this code is in. Found when it is loaded, since its path may be relative
@@ -117,7 +117,8 @@ static bool is_child(idtype_t type, id_t id)
 }
 
 /* A number is another process' once its own has been waited for, as a handler of the caller's for
- * SIGCHLD may do at any time. A descriptor stays that process'; it may have come too late for it. */
+ * SIGCHLD may do at any time. A descriptor stays that process'; it may have come too late for it.
+ */
 static int open_process(pid_t pid)
 {
     int fd = pidfd_open(pid, 0);

@@ -1,5 +1,6 @@
-/* vfile.c: whose end it is that a virtual file's server is told, when its number is another process'
- * by then. The server here is a script beside this program, where the real one would be. */
+/* vfile.c: whose end it is that a virtual file's server is told, when its number is another
+ * process' by then. The server here is a script beside this program, where the real one would be.
+ */
 #include "src/access/vfile.h"
 #include "tap.h"
 #include <errno.h>
@@ -133,8 +134,8 @@ int main(G_GNUC_UNUSED int argc, char **argv)
     g_autofree char *number_file = g_strconcat(program, ".pid", NULL);
     g_autofree char *path = g_build_filename(dir, "mount", NULL);
 
-    g_assert(g_file_set_contents(program, "#!/bin/sh\necho $$ >\"$0.pid\"\nexec sleep 60\n", -1,
-                                 NULL));
+    g_assert(
+        g_file_set_contents(program, "#!/bin/sh\necho $$ >\"$0.pid\"\nexec sleep 60\n", -1, NULL));
     g_assert(chmod(program, 0700) == 0);
     has_descriptors = true;
     check_reused(path, number_file);

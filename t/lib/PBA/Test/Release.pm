@@ -33,7 +33,8 @@ sub new ($class, $name) {
 # Runs ./run test there, in this process' place.
 sub run ($self, @arguments) {
     local $| = 1;
-    $self->{root} = PBA::Test::Cache->built("release-$self->{name}", sub ($tmp) { $self->_make($tmp) });
+    $self->{root}
+        = PBA::Test::Cache->built("release-$self->{name}", sub ($tmp) { $self->_make($tmp) });
     my $lock = $self->_lock;
     $self->_update;
     $self->_copy_sources;
@@ -66,10 +67,9 @@ sub _make ($self, $root) {
     }
     _write("$root/etc/apt/sources.list", map { "deb $_->[1] $_->[0] main\n" } @suites);
     _write("$root/etc/apt/apt.conf.d/00host", grep { m/^Acquire::/ } qx{apt-config dump});
-    _write(
-        "$root/etc/apt/preferences.d/qemu",
-        "Package: $BACKPORTED\nPin: release n=$self->{name}\nPin-Priority: 990\n"
-    ) if $self->{backports};
+    _write("$root/etc/apt/preferences.d/qemu",
+        "Package: $BACKPORTED\nPin: release n=$self->{name}\nPin-Priority: 990\n")
+        if $self->{backports};
 
     # No service is to be started there.
     _write("$root/usr/sbin/policy-rc.d", "#!/bin/sh\nexit 101\n");
@@ -95,7 +95,8 @@ sub _copy_sources ($self) {
     remove_tree($target);
     make_path($target);
     my $list = -e '.git' ? 'git ls-files -z' : q{tr '\n' '\0' <MANIFEST};
-    _call('bash', '-c', qq{set -o pipefail; $list | tar -c --null -T - | tar -x -C "\$1"}, '-', $target);
+    _call('bash', '-c', qq{set -o pipefail; $list | tar -c --null -T - | tar -x -C "\$1"},
+        '-', $target);
     return;
 }
 
@@ -110,7 +111,12 @@ sub _enter ($self, $script, @arguments) {
         ('bash', '-c', "for fd in {3..9}; do eval \"exec \$fd>&-\"; done; $mount", '-'),
         ($self->{root}, qw(env -i HOME=/root LANG=C.UTF-8 DEBIAN_FRONTEND=noninteractive)),
         'PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin',
-        @environment, 'bash', '-c', $script, '-', @arguments,
+        @environment,
+        'bash',
+        '-c',
+        $script,
+        '-',
+        @arguments,
     );
     exec(@command) or die "cannot run $command[0]: $!\n";
 }

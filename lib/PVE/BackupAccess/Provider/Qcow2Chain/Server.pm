@@ -100,7 +100,7 @@ sub _end ($self, $signal) {
     my $ended = waitpid($pid, POSIX::WNOHANG());
     if ($ended == 0) {
         CORE::kill($signal, $pid);
-        1 while ($ended = waitpid($pid, 0)) < 0 && $!{EINTR};    # a handler that dies: DESTROY waits
+        1 while ($ended = waitpid($pid, 0)) < 0 && $!{EINTR};   # a handler that dies: DESTROY waits
     }
     my $status = $?;
     delete($self->{pid});
