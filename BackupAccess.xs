@@ -39,6 +39,15 @@ _dispatch_signals()
     CODE:
         PERL_ASYNC_CHECK();
 
+SV *
+_run_all(bool again, ...)
+    CODE:
+        /* The arguments may move while the code runs. */
+        AV *codes = (AV *)sv_2mortal((SV *)av_make(items - 1, &ST(1)));
+        RETVAL = newRV_inc((SV *)glue_run_all(aTHX_ codes, again));
+    OUTPUT:
+        RETVAL
+
 const char *
 _bitmap_status(SV *action)
     PREINIT:
@@ -209,6 +218,11 @@ _setup(PbaAccessObject *self, AV *devices)
         if (!pba_access_setup(self->access, requests, count, &error)) {
             glue_throw_error(aTHX_ &self->caller, error);
         }
+        if (self->caller.exception && !pba_access_teardown(self->access, false, &error)) {
+            /* A setup that dies leaves nothing. */
+            glue_warn(&self->caller, "undoing setup: %s", error->message);
+            g_error_free(error);
+        }
         glue_throw_pending(aTHX_ &self->caller);
         AV *infos = newAV();
         push_infos(aTHX_ self->access, infos);
@@ -272,6 +286,9 @@ _teardown(PbaAccessObject *self, bool success)
         glue_require_idle(aTHX_ &self->caller, self->owner);
         if (!pba_access_teardown(self->access, success, &error)) {
             glue_throw_error(aTHX_ &self->caller, error);
+        }
+        if (success) {
+            glue_warn_pending(aTHX_ &self->caller);
         }
         glue_throw_pending(aTHX_ &self->caller);
 

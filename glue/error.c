@@ -44,3 +44,33 @@ void glue_throw_pending(pTHX_ Caller *caller)
         croak_sv(sv_2mortal(exception));
     }
 }
+
+void glue_warn(Caller *caller, const char *format, ...)
+{
+    PbaHooks hooks = glue_caller_hooks(caller);
+    va_list arguments;
+
+    va_start(arguments, format);
+    g_autofree char *message = g_strdup_vprintf(format, arguments);
+    va_end(arguments);
+    hooks.log(hooks.opaque, PBA_LOG_WARN, message);
+}
+
+/* Only text is shown: to show an object its own code would have to be run. */
+void glue_warn_pending(pTHX_ Caller *caller)
+{
+    SV *exception = caller->exception;
+
+    if (!exception) {
+        return;
+    }
+    caller->exception = NULL;
+    caller->died = false;
+    g_autofree char *text =
+        g_strdup(SvROK(exception) ? sv_reftype(SvRV(exception), true) : SvPVutf8_nolen(exception));
+    SvREFCNT_dec(exception);
+    glue_warn(caller, "the backup was a success, but then: %s", g_strdelimit(text, "\n", ' '));
+    SvREFCNT_dec(caller->exception); /* a log that died of that */
+    caller->exception = NULL;
+    caller->died = false;
+}

@@ -22,8 +22,9 @@ typedef struct {
     SV *log;       /* code ref or NULL */
     SV *transport; /* code ref or NULL: the core uses its own socket */
     SV *regions;   /* code ref or NULL: a volume's next-dirty-region */
-    SV *exception; /* what a signal handler or the log callback died with; NULL: nothing */
+    SV *exception; /* what a signal handler or a callback died with; NULL: nothing */
     SV *object;    /* the Perl object whose call this is, borrowed; NULL: none */
+    bool is_held;  /* the object, until the statement that called us ends */
     bool died;     /* since the core was last told */
     bool in_hook;  /* Perl code runs below a call of the core */
 } Caller;
@@ -49,6 +50,11 @@ __attribute__((noreturn)) void glue_throw_text(pTHX_ const char *klass, const ch
 /* Throws if a handler died, but the call came to a good end all the same. */
 void glue_throw_pending(pTHX_ Caller *caller);
 
+/* Logs a warning for that caller. */
+void glue_warn(Caller *caller, const char *format, ...) G_GNUC_PRINTF(2, 3);
+/* The same in a warning: a backup that was committed is not made a failure by what comes later. */
+void glue_warn_pending(pTHX_ Caller *caller);
+
 /* Hooks */
 
 /* The core's hooks for that caller, who must outlive them. */
@@ -56,7 +62,8 @@ PbaHooks glue_caller_hooks(Caller *caller);
 void glue_caller_clear(pTHX_ Caller *caller);
 /* Before Perl code is run from inside the core, with GLUE_LEAVE_HOOK after it. Its $@ is its own,
  * no "last" or "next" in it leaves it for a loop of the caller's, and the object stays alive until
- * the statement that called us ends, whatever that code lets go of. */
+ * the statement that called us ends, whatever that code lets go of. Whatever it makes is freed: a
+ * call of the core may run such code millions of times. */
 void glue_enter_hook(pTHX_ Caller *caller);
 #define GLUE_LEAVE_HOOK                                                                            \
     POPSTACK;                                                                                      \
@@ -64,8 +71,21 @@ void glue_enter_hook(pTHX_ Caller *caller);
     LEAVE
 /* Whether the Perl code just called died. */
 bool glue_has_died(pTHX);
-/* Keeps what it died with for glue_throw_error. */
-void glue_keep_exception(pTHX_ Caller *caller);
+/* Keeps the exception for glue_throw_error, unless there is one already. */
+void glue_keep_exception(pTHX_ Caller *caller, SV *exception);
+/* The same with what the Perl code just called died with, where the core is yet to be told. */
+void glue_note_death(pTHX_ Caller *caller);
+
+/* Signal handlers */
+
+/* Until the scope of Perl's savestack ends: keeps in *thrown, which is the caller's to free, what
+ * the first handler to die died with. Handlers that are installed meanwhile do not count. */
+void glue_watch_handlers(pTHX_ SV **thrown);
+/* Runs one code ref after the other, whatever becomes of those before; none of Perl's code runs in
+ * between, where a handler could die. Each is told whether one before it died. With again, those
+ * after the first are run once more if a signal handler ended them: what cleans up is not kept from
+ * it by a signal. Returns a mortal list of [exception, whether it is a signal handler's]. */
+AV *glue_run_all(pTHX_ AV *codes, bool again);
 
 /* Values */
 
@@ -98,9 +118,9 @@ SV *glue_new_volume(pTHX_ PbaVolumeObject *object, SV *klass);
 /* Throw if it is no such object. */
 PbaAccessObject *glue_access_from_sv(pTHX_ SV *sv);
 PbaVolumeObject *glue_volume_from_sv(pTHX_ SV *sv);
-/* Throw if it is another process' or in use below. */
-void glue_require_idle(pTHX_ const Caller *caller, pid_t owner);
-void glue_require_open(pTHX_ const PbaVolumeObject *self);
+/* Begin a call; throw if the object is another process' or in use below. */
+void glue_require_idle(pTHX_ Caller *caller, pid_t owner);
+void glue_require_open(pTHX_ PbaVolumeObject *self);
 
 /* QMP by a path or a code ref; hooks and code ref live in the caller. */
 PbaQmp *glue_new_qmp(pTHX_ SV *qmp, unsigned timeout, Caller *caller);

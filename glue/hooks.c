@@ -8,19 +8,25 @@ bool glue_has_died(pTHX)
     return SvROK(exception) || SvTRUE(exception);
 }
 
-void glue_keep_exception(pTHX_ Caller *caller)
+void glue_keep_exception(pTHX_ Caller *caller, SV *exception)
+{
+    if (!caller->exception) {
+        caller->exception = newSVsv(exception);
+    }
+}
+
+void glue_note_death(pTHX_ Caller *caller)
 {
     caller->died = true;
-    if (!caller->exception) {
-        caller->exception = newSVsv(ERRSV);
-    }
+    glue_keep_exception(aTHX_ caller, ERRSV);
 }
 
 void glue_enter_hook(pTHX_ Caller *caller)
 {
     dSP;
 
-    if (caller->object) {
+    if (caller->object && !caller->is_held) {
+        caller->is_held = true;
         sv_2mortal(SvREFCNT_inc(caller->object));
     }
     ENTER;
@@ -42,7 +48,7 @@ static bool hook_interrupted(void *opaque)
         PUSHMARK(SP);
         call_pv("PVE::BackupAccess::_dispatch_signals", G_VOID | G_DISCARD | G_EVAL);
         if (glue_has_died(aTHX)) {
-            glue_keep_exception(aTHX_ caller);
+            glue_note_death(aTHX_ caller);
         }
         GLUE_LEAVE_HOOK;
     }
@@ -76,7 +82,7 @@ static void hook_log(void *opaque, PbaLogLevel level, const char *message)
         call_pv("PVE::BackupAccess::_warn", G_VOID | G_DISCARD | G_EVAL);
     }
     if (glue_has_died(aTHX)) {
-        glue_keep_exception(aTHX_ caller);
+        glue_note_death(aTHX_ caller);
     }
     GLUE_LEAVE_HOOK;
 }

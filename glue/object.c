@@ -63,7 +63,7 @@ static void *pointer_from_sv(pTHX_ SV *sv, const MGVTBL *type, const char *klass
     return magic->mg_ptr;
 }
 
-void glue_require_idle(pTHX_ const Caller *caller, pid_t owner)
+void glue_require_idle(pTHX_ Caller *caller, pid_t owner)
 {
     if (owner != glue_current_pid) {
         glue_throw_text(aTHX_ "StateError", "the object belongs to another process");
@@ -71,9 +71,10 @@ void glue_require_idle(pTHX_ const Caller *caller, pid_t owner)
     if (caller->in_hook) {
         glue_throw_text(aTHX_ "StateError", "the object is in use by a call that is under way");
     }
+    caller->is_held = false;
 }
 
-void glue_require_open(pTHX_ const PbaVolumeObject *self)
+void glue_require_open(pTHX_ PbaVolumeObject *self)
 {
     if (!self->volume) {
         glue_throw_text(aTHX_ "StateError", "the volume was closed already");

@@ -1,14 +1,31 @@
 /* QMP over the caller's own code ref, or a socket. */
 #include "glue.h"
 
+/* What the code ref died with. QEMU's refusals, time limits and lost connections come as text
+ * (mon_cmd): they are errors of the command. What a signal handler of the caller's died with below
+ * it, or an object, is nothing that QEMU said: it ends the work and goes on as it is. Whether the
+ * command was carried out is unknown then, so it is no refusal for the core either. */
+static void set_death(pTHX_ Caller *caller, SV *thrown, GError **error)
+{
+    if (thrown || SvROK(ERRSV)) {
+        glue_keep_exception(aTHX_ caller, thrown ? thrown : ERRSV);
+        g_set_error_literal(error, PBA_ERROR, PBA_ERROR_INTERRUPTED,
+                            "interrupted while the 'qmp' code ref ran");
+    } else {
+        g_set_error_literal(error, PBA_ERROR, PBA_ERROR_QMP, SvPVutf8_nolen(ERRSV));
+    }
+}
+
 static JsonNode *carry_command(void *opaque, const char *command, JsonNode *arguments,
                                GError **error)
 {
     dTHX;
     Caller *caller = opaque;
     JsonNode *reply = NULL;
+    SV *thrown = NULL;
 
     glue_enter_hook(aTHX_ caller);
+    glue_watch_handlers(aTHX_ & thrown);
     dSP;
     PUSHMARK(SP);
     mXPUSHp(command, strlen(command));
@@ -18,15 +35,13 @@ static JsonNode *carry_command(void *opaque, const char *command, JsonNode *argu
     SPAGAIN;
     SV *value = POPs;
     PUTBACK;
-    if (SvROK(ERRSV)) {
-        glue_keep_exception(aTHX_ caller); /* not mon_cmd's: a handler's, or another object */
-        g_set_error_literal(error, PBA_ERROR, PBA_ERROR_QMP, "the 'qmp' code ref died");
-    } else if (SvTRUE(ERRSV)) {
-        g_set_error_literal(error, PBA_ERROR, PBA_ERROR_QMP, SvPVutf8_nolen(ERRSV));
+    if (glue_has_died(aTHX)) {
+        set_death(aTHX_ caller, thrown, error);
     } else {
         reply = glue_json_from_sv(aTHX_ value, 0);
     }
     GLUE_LEAVE_HOOK;
+    SvREFCNT_dec(thrown);
     return reply;
 }
 

@@ -20,7 +20,7 @@ bool glue_next_region(void *opaque, uint64_t *offset, uint64_t *length, GError *
     SPAGAIN;
     SP -= count;
     if (glue_has_died(aTHX)) {
-        glue_keep_exception(aTHX_ caller);
+        glue_note_death(aTHX_ caller);
         g_set_error_literal(error, PBA_ERROR, PBA_ERROR_INCOMPLETE, "next-dirty-region died");
     } else if (count == 2 && is_whole(aTHX_ SP[1]) && is_whole(aTHX_ SP[2]) && SvUV(SP[2]) > 0) {
         *offset = SvUV(SP[1]);
@@ -46,7 +46,7 @@ static bool call_code(pTHX_ Caller *caller, SV *code, uint64_t first, SV *second
     call_sv(code, G_VOID | G_DISCARD | G_EVAL);
     bool died = glue_has_died(aTHX);
     if (died) {
-        glue_keep_exception(aTHX_ caller);
+        glue_note_death(aTHX_ caller);
     }
     GLUE_LEAVE_HOOK;
     return !died;

@@ -283,11 +283,11 @@ static bool delete_marks(PbaAccess *access, bool all, GError **error)
                                          pba_json("{'node-name': <%s>}", last), error));
 }
 
-/* What went wrong may go well over a new connection, but for what took its time. */
+/* What went wrong may go well over a new connection, but for what took its time. A signal handler
+ * that died interrupts one command, not the next one too. */
 static bool is_worth_a_retry(const GError *error)
 {
-    return !g_error_matches(error, PBA_ERROR, PBA_ERROR_TIMEOUT) &&
-           !g_error_matches(error, PBA_ERROR, PBA_ERROR_INTERRUPTED);
+    return !g_error_matches(error, PBA_ERROR, PBA_ERROR_TIMEOUT);
 }
 
 void pba_owner_unmark(PbaAccess *access, bool all)
