@@ -23,6 +23,7 @@ use Demo::Provider;
 use Demo::Screen qw(heading milliseconds now run step);
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Task;
+use PVE::BackupAccess::Try qw(attempt_any);
 
 # ---- how a backup is done ----
 
@@ -93,8 +94,8 @@ sub do_backup ($demo, $name, %how) {
     my $before = surroundings_of($demo);
     my $work = sub {
         my $began = now();
-        my $ok = eval { back_up($demo, $backup); 1 };
-        die $@ if !$ok && !($how{fails} && $@ eq "the store is full\n");
+        my $error = attempt_any { back_up($demo, $backup) };
+        die $error if defined($error) && !($how{fails} && $error eq "the store is full\n");
         my $bytes = sum_of([map { $_->{regions}->@* } $backup->{stored}->@*]);
         return ($bytes, undef, now() - $began - $backup->{waited});
     };

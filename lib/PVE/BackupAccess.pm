@@ -282,8 +282,9 @@ one client at a time. Or a code ref that carries the commands:
     qmp => sub ($command, $arguments) { mon_cmd($vmid, $command, $arguments->%*) },
 
 It is given plain Perl data (integers are integers, booleans are those of L<JSON::PP>) and returns
-what QMP's C<return> holds, or dies with QEMU's error as text. (An object that it dies with goes on as
-it is.)
+what QMP's C<return> holds, or dies with QEMU's error as text. An object that it dies with goes on as
+it is, and so does what a signal handler of yours dies with below it, even if the code ref has put
+other words around that. A handler that the code ref installs itself, as for a time limit, is part of it.
 
 =item target-id
 

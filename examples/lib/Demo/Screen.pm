@@ -10,6 +10,7 @@ use POSIX ();
 use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC);
 
 use PVE::BackupAccess::Format qw(bytes);
+use PVE::BackupAccess::Try qw(ensure);
 
 our @EXPORT_OK = qw(heading milliseconds now output_of problem run step);
 
@@ -36,11 +37,8 @@ sub step ($label, $code, $check = sub { }) {
     my $terminal = -t STDOUT;
     my ($began, $known) = (now(), scalar(@problems));
     print "  $label ..." if $terminal;
-    my ($bytes, $done, $seconds, $ok);
-    $ok = eval { ($bytes, $done, $seconds) = $code->(); 1 };
-    my $error = $@;
-    print "\r\e[K" if $terminal;
-    die $error if !$ok;
+    my ($bytes, $done, $seconds);
+    ensure(sub { ($bytes, $done, $seconds) = $code->() }, sub (@) { print "\r\e[K" if $terminal },);
     check_interrupted();
     $seconds //= now() - $began;
 
@@ -124,7 +122,7 @@ sub main ($code) {
     handle_signals();
     local $SIG{__WARN__} = \&show_warning;
     local $ENV{PATH} = "$ENV{PATH}:/usr/sbin:/sbin";
-    my @errors = eval { $code->(); 1 } ? () : ($@);
+    my @errors = eval { $code->(); 1 } ? () : ($@);    ## bare eval: all ends here
     my $count = @problems;
     push @errors, "differences: $count, see above\n" if $count;
     print "\n";

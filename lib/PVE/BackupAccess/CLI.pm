@@ -110,13 +110,14 @@ sub usage_error ($message) {
 # The first signal ends what is going on like an error, so that everything is undone on the way
 # out. Those that follow are ignored meanwhile.
 my $signal;
+our $is_running = 0;
 
 my sub handle_signals () {
     for my $number_of (qw(INT TERM HUP PIPE)) {
         $SIG{$number_of} = sub {
             $signal = $number_of;
             $SIG{$_} = 'IGNORE' for qw(INT TERM HUP PIPE);
-            die "interrupted by SIG$number_of\n";
+            die "interrupted by SIG$number_of\n" if $is_running;
         };
     }
 }
@@ -223,10 +224,10 @@ sub main (@arguments) {
     @arguments = map { untainted($_) } @arguments;
     clean_environment();
     handle_signals();
-    my $status = eval { run(@arguments) };
+    my $status = eval { local $is_running = 1; run(@arguments) };    ## bare eval: all ends here
     $status //= failed($@, @arguments) if !$signal;
-    if (!$signal && !eval { STDOUT->flush && close(STDOUT) }) {
-        $status = failed("cannot write to standard output: $!") if !$signal;
+    if (!$signal && !(STDOUT->flush && close(STDOUT)) && !$signal) {
+        $status = failed("cannot write to standard output: $!");
     }
     if ($signal) {
         say_error("$name: interrupted by SIG$signal") if $signal ne 'PIPE';

@@ -4,12 +4,12 @@ use v5.36;
 
 use Errno qw(EAGAIN EINTR);
 use JSON::PP ();
-use Scalar::Util qw(blessed);
 use Socket qw(AF_UNIX SOCK_STREAM SOL_SOCKET SO_SNDTIMEO pack_sockaddr_un);
 use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC);
 
 use PVE::BackupAccess::Argument;
 use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Try qw(attempt attempt_any deaths_of worst_of);
 
 my $default_timeout = 60;
 my $max_reply = 65536;
@@ -20,10 +20,6 @@ my %options = (
     timeout => \&PVE::BackupAccess::Argument::positive,
     log => \&PVE::BackupAccess::Argument::code,
 );
-
-my sub is_own ($error) {
-    return blessed($error) && $error->isa('PVE::BackupAccess::Error');
-}
 
 my sub request ($command, $arguments = undef) {
     state $json = JSON::PP->new->ascii->canonical;
@@ -55,10 +51,10 @@ sub freeze ($self) {
 # What a signal handler died with waits for a second try: a frozen guest hangs.
 sub thaw ($self) {
     my $count;
-    return $count if eval { $count = $self->_thaw; 1 };
-    my $error = $@;
-    eval { $self->_thaw } if !is_own($error);
-    die $error;
+    my $thaw = sub { $count = $self->_thaw };
+    my @deaths = deaths_of($thaw) or return $count;
+    push(@deaths, deaths_of($thaw)) if $deaths[0][1];
+    die worst_of(@deaths)->[0];
 }
 
 # Is sent at once: an agent that is busy for longer than we wait carries it out all the same.
@@ -81,9 +77,8 @@ sub hooks ($self) {
 # An agent that fails is no reason to have no backup; anything else, such as a signal handler's
 # exception, goes on.
 sub _try ($self, $method, $problem) {
-    return if eval { $self->$method; 1 };
-    my $error = $@;
-    die $error if !is_own($error);
+    my $error = attempt { $self->$method };
+    return if !$error;
     $self->{log}->('warn', "$problem - $error" =~ s/\s+\z//r);
     return;
 }
@@ -199,7 +194,8 @@ sub _read_reply ($self, $session) {
         $self->_receive($session);
     }
     my $line = substr($session->{buffer}, 0, $end + 1, '');
-    my $reply = eval { JSON::PP->new->utf8->decode($line) };
+    my $reply;
+    attempt_any { $reply = JSON::PP->new->utf8->decode($line) };
     $self->_fail($session, 'ProtocolError', 'had an answer that is no JSON object')
         if ref($reply) ne 'HASH';
     return $reply;

@@ -11,6 +11,7 @@ use PVE::BackupAccess;
 use PVE::BackupAccess::Argument;
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::PluginBase;
+use PVE::BackupAccess::Try qw(attempt deaths_of deaths_of_all is_own worst_of);
 
 my $map_batch = 10_000;    # dirty regions per call
 my $look_every = 10;       # seconds, at fleecing images
@@ -77,30 +78,37 @@ sub log ($self, $level, $message) {
 
 sub run ($self) {
     $self->_check_process;
-    return $self->_back_up(sub ($result) { });
+    my $result = {};
+    $self->_back_up($result, sub { });
+    return $result;
 }
 
 # $finish is called before the teardown and has its part in the outcome: what the provider cannot
 # keep must stay in the bitmap.
-sub _back_up ($self, $finish) {
+sub _back_up ($self, $result, $finish) {
     my $began = Time::HiRes::time();
-    my $result = { devices => {} };
+    $result->{devices} = {};
     delete($self->{'warned of fleecing'});
-    my $done = eval {
-        $self->_hand_over($result);
-        $finish->($result);
-        1;
-    };
-    my $error = $@;
-    eval { $self->_warn_of_fleecing } if !$done && $self->{access}->_is_up;
-    my $teardown_error = $self->_tear_down($done);
-    die $error if !$done;
-
-    # The archive is complete and the bitmap may have begun anew. If that were called a failure, the
-    # archive would be removed, and what it holds would be missing in the next one.
-    $result->{'teardown-error'} = $teardown_error if defined($teardown_error);
+    my $done;
+    my @deaths = deaths_of_all(
+        sub {
+            $self->_hand_over($result);
+            $finish->();
+            $done = 1;
+        },
+        sub { $self->_warn_of_fleecing if !$done && $self->{access}->_is_up },
+        sub { $self->_tear_down($done, $result) },
+    );
+    $self->_die_of(@deaths);
     $result->{seconds} = Time::HiRes::time() - $began;
-    return $result;
+    return;
+}
+
+# Dies of the worst of these; the others are logged.
+sub _die_of ($self, @deaths) {
+    my $worst = worst_of(@deaths) // return;
+    $self->log('warn', "after that - $_->[0]") for grep { $_ != $worst } @deaths;
+    die $worst->[0];
 }
 
 sub _hand_over ($self, $result) {
@@ -130,15 +138,12 @@ sub _warn_of_fleecing ($self) {
     my %options = map { $_ => $self->{$_} }
         grep { exists($self->{$_}) } qw(qmp run-dir fleecing-dir);
     my $timeout = min($look_limit, $self->{timeout} // $look_limit);
-    my $status = eval { PVE::BackupAccess->status(%options, timeout => $timeout) };
-    my $error = $@;
+    my $status;
+    my $error = attempt { $status = PVE::BackupAccess->status(%options, timeout => $timeout) };
 
     # Also where somebody else has the monitor, and nothing can be seen: reading goes on until then.
     $self->{'looked at fleecing'} = time();
-    if (!$status) {
-        die $error if !blessed($error) || !$error->isa('PVE::BackupAccess::Error');    # a signal's
-        return;
-    }
+    return if $error;
     for my $warning ($status->{warnings}->@*) {
         $self->log('warn', $warning);
         $self->{'warned of fleecing'} = 1;
@@ -210,32 +215,32 @@ sub _bitmap_modes ($self, $sizes) {
 sub _set_up ($self, $modes) {
     my @devices = map { { device => $_, 'bitmap-mode' => $modes->{$_} } } $self->{devices}->@*;
     my $infos;
-    my $done = eval {
-        $self->{freeze}->() if $self->{freeze};
-        $infos = $self->{access}->setup(\@devices);
-        1;
-    };
-    my $error = $@;
-    my $thawed = eval { $self->{thaw}->() if $self->{thaw}; 1 };
-    if (!$done) {
-        $self->log('warn', "thawing the guest failed - $@") if !$thawed;
-        die $error;
-    }
-    die $@ if !$thawed;
+    my @deaths = deaths_of_all(
+        sub {
+            $self->{freeze}->() if $self->{freeze};
+            $infos = $self->{access}->setup(\@devices);
+        },
+        sub { $self->{thaw}->() if $self->{thaw} },
+    );
+    $self->_die_of(@deaths);
     return $infos;
 }
 
-# Undoes the access; returns the error if it could not.
-sub _tear_down ($self, $success) {
+# Undoes the access. That it could not is no failure of the backup: when the archive is complete the
+# bitmap may have begun anew, and were it called a failure, the archive would be removed, and what it
+# holds would be missing in the next one. What is not an error of the access, such as a signal
+# handler's exception, goes on.
+sub _tear_down ($self, $success, $result) {
     my $access = $self->{access};
-    return undef if !$access->_is_up;
-    return undef if eval { $access->teardown($success); 1 };
-    my $error = $@;
-    $self->log('warn', "teardown failed - $error");
-    if ($access->_is_up && !eval { $access->teardown(0); 1 }) {
-        $self->log('warn', "teardown failed again - $@");
-    }
-    return "$error";
+    return if !$access->_is_up;
+    my @deaths = deaths_of_all(
+        sub { $access->teardown($success) },
+        sub ($failed) { $access->teardown(0) if $failed && $access->_is_up },
+    ) or return;
+    $self->log('warn', "teardown failed - $_->[0]") for @deaths;
+    $result->{'teardown-error'} = "$deaths[0][0]";
+    $self->_die_of(grep { $_->[1] || !is_own($_->[0]) } @deaths);
+    return;
 }
 
 # ---- what there is to be read ----
@@ -321,47 +326,50 @@ sub run_job ($self) {
 
     my $start_time = time();
     my $result;
-    my $error = $self->_step(
-        undef,
+    $self->_steps(
         sub {
             $provider->job_init($start_time);
             $result = $self->_guest_of_job;
-        }
+        },
+        sub { $provider->job_cleanup },
     );
-    $error = $self->_step($error, sub { $provider->job_cleanup });
-    die $error->$* if $error;
     return $result;
 }
 
-# A failure of the guest's backup goes to the provider, then to its log, then on.
+# A failure of the guest's backup goes to the provider, then to its log, then on. An archive that is
+# complete has not failed, whatever comes after it.
 sub _guest_of_job ($self) {
     my ($provider, $vmid) = $self->@{qw(provider vmid)};
-    my $result;
-    my $error = $self->_step(undef, sub { $result = $self->_init_and_back_up });
-    if ($error) {
-        my $text = $error->$*;
-        $self->log('err', "backup of VM $vmid failed - $text");
-        $self->_step($error,
-            sub { $provider->backup_cleanup($vmid, 'qemu', 0, { error => "$text" }) });
-    }
-    $error = $self->_step($error,
-        sub { $provider->backup_handle_log_file($vmid, $self->{'log file'}->filename) });
-    die $error->$* if $error;
+    my $result = {};
+    $self->_steps(
+        sub {
+            my ($death) = deaths_of(sub { $self->_init_and_back_up($result) }) or return;
+            my $error = $death->[0];
+            die $error if $result->{complete} || $$ != $self->{pid};
+            $self->log('err', "backup of VM $vmid failed - $error");
+            $self->_steps(
+                sub { die $error },
+                sub { $provider->backup_cleanup($vmid, 'qemu', 0, { error => "$error" }) },
+            );
+        },
+        sub { $provider->backup_handle_log_file($vmid, $self->{'log file'}->filename) },
+    );
+    delete($result->{complete});
     return $result;
 }
 
-sub _init_and_back_up ($self) {
+sub _init_and_back_up ($self, $result) {
     my ($provider, $vmid) = $self->@{qw(provider vmid)};
-    my $archive = $self->_init_archive;
-    my $finish = sub ($result) {
+    $result->{'archive-name'} = $self->_init_archive;
+    my $finish = sub {
         my $answer = $provider->backup_cleanup($vmid, 'qemu', 1, {});
-        $result->{'archive-name'} = $archive;
+        $result->{complete} = 1;
         my $statistics = ref($answer) eq 'HASH' ? $answer->{stats} : undef;
         $result->{'archive-size'} = $statistics->{'archive-size'} if ref($statistics) eq 'HASH';
     };
-    my $result = $self->_back_up($finish);
+    $self->_back_up($result, $finish);
     $self->log('info', sprintf('finished backup of VM %d (%.1f s)', $vmid, $result->{seconds}));
-    return $result;
+    return;
 }
 
 # What an archive's name may contain, as Proxmox VE has it.
@@ -381,15 +389,15 @@ sub _init_archive ($self) {
     return $name;
 }
 
-# Runs a step that must be followed by others, whatever comes of it. Returns the first error, by
-# reference, since an exception can be any value; undef if there is none.
-sub _step ($self, $first, $code) {
-    return $first if eval { $code->(); 1 };
-    my $error = $@;
-    die $error if $$ != $self->{pid};
-    return \$error if !$first;
-    $self->log('warn', "after that - $error");
-    return $first;
+# Runs steps that must follow each other, whatever comes of them. A child that a provider forked ends
+# with its first error.
+sub _steps ($self, $first, @more) {
+    my @only_here = map {
+        my $step = $_;
+        sub { $step->() if $$ == $self->{pid} }
+    } @more;
+    $self->_die_of(deaths_of($first, @only_here));
+    return;
 }
 
 1;

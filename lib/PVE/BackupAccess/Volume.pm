@@ -6,6 +6,7 @@ use Hash::Util::FieldHash ();
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::Argument;
+use PVE::BackupAccess::Try qw(attempt_any);
 
 my $max_regions = 1_000_000;
 
@@ -19,10 +20,16 @@ my %volume_keys = (
     'bitmap-name' => \&PVE::BackupAccess::Argument::filled_text,
 );
 
+# -1 if it is none, or not open.
+my sub fd_of ($handle) {
+    my $fd;
+    attempt_any { $fd = fileno($handle) };
+    return $fd // -1;
+}
+
 my sub check_handle ($name, $value) {
-    my $fd = ref($value) ? eval { fileno($value) } : undef;
     PVE::BackupAccess::Argument::fail("$name must be an open file handle")
-        if !defined($fd) || $fd < 0;
+        if !ref($value) || fd_of($value) < 0;
 }
 
 my %handle_keys = (
@@ -140,9 +147,9 @@ my %copy_options = (
 my sub target ($to) {
     return (write => $to) if ref($to) eq 'CODE';
     if (ref($to) || ref(\$to) eq 'GLOB') {
-        my $fd = eval { fileno($to) } // -1;
+        my $fd = fd_of($to);
         PVE::BackupAccess::Argument::fail('to must be an open file, not this handle') if $fd < 0;
-        eval { $to->flush };    # what Perl still holds goes before
+        attempt_any { $to->flush };    # what Perl still holds goes before
         return (fd => $fd);
     }
     PVE::BackupAccess::Argument::filled_text('to', $to);

@@ -17,6 +17,7 @@ use PVE::BackupAccess::CLI::Output qw(parse_bytes read_file say_json say_out);
 use PVE::BackupAccess::CLI::Progress;
 use PVE::BackupAccess::Provider::Qcow2Chain;
 use PVE::BackupAccess::Task;
+use PVE::BackupAccess::Try qw(ensure);
 
 my $id_file = '.backup-id';
 
@@ -125,10 +126,8 @@ sub run ($opt, $directory) {
     my $plan = plan($opt, $directory);
     my $progress = PVE::BackupAccess::CLI::Progress->new;
     my $task = task($opt, $plan, $progress);
-    my $result = eval { $task->run_job };
-    my $error = $@;
-    $progress->end;
-    die $error if !$result;
+    my $result;
+    ensure(sub { $result = $task->run_job }, sub (@) { $progress->end });
     print_result($opt, $plan->{directory}, $result);
     return 0;
 }

@@ -16,6 +16,7 @@ use PVE::BackupAccess::CLI::Map::Heat;
 use PVE::BackupAccess::CLI::Map::SVG;
 use PVE::BackupAccess::CLI::Output qw(columns is_utf8_terminal say_out share write_file write_out);
 use PVE::BackupAccess::Format qw(bytes);
+use PVE::BackupAccess::Try qw(ensure);
 
 my $cluster = 65536;
 my $batch = 10_000;
@@ -40,18 +41,15 @@ my sub read_regions ($volume, $each) {
 # Calls $begin with the size, then $each with the regions, while the access is up.
 my sub read_map ($options, $device, $begin, $each) {
     my $access = PVE::BackupAccess->new($options->%*);
-    my ($info) = $access->setup([{ device => $device, 'bitmap-mode' => 'use' }])->@*;
-    my $ok = eval {
+    my $read = sub {
+        my ($info) = $access->setup([{ device => $device, 'bitmap-mode' => 'use' }])->@*;
         check_action($info);
         $begin->($info->{size});
         my $volume = $access->volume($device);
         read_regions($volume, $each);
         $volume->close;
-        1;
     };
-    my $error = $@;
-    $access->teardown(0);
-    die $error if !$ok;
+    ensure($read, sub (@) { $access->teardown(0) if $access->_is_up });
 }
 
 # { device, target, size, dirty, regions, largest, heats => [of so many parts each], spool }

@@ -95,7 +95,14 @@ sub write_file ($path, $content) {
 sub columns () {
     return $1 if ($ENV{COLUMNS} // '') =~ m/\A([1-9][0-9]{0,3})\z/;
     return 80 if !-t STDOUT;
-    my ($columns) = eval { require Term::ReadKey; Term::ReadKey::GetTerminalSize(\*STDOUT) };
+    require PVE::BackupAccess::Try;
+    my $columns;
+    PVE::BackupAccess::Try::attempt_any(
+        sub {
+            require Term::ReadKey;
+            ($columns) = Term::ReadKey::GetTerminalSize(\*STDOUT);
+        }
+    );
     return $columns || 80;
 }
 

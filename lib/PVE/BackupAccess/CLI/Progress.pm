@@ -9,11 +9,12 @@ use Time::HiRes ();
 
 use PVE::BackupAccess::CLI::Output qw(one_line say_error share);
 use PVE::BackupAccess::Format qw(bytes);
+use PVE::BackupAccess::Try qw(attempt_any);
 
 my $seconds_between = 10;    # lines
 
 sub new ($class) {
-    my $has_bar = -t STDERR && eval { require Term::ProgressBar; 1 };
+    my $has_bar = -t STDERR && !attempt_any { require Term::ProgressBar };
     return bless({ 'has bar' => $has_bar, name => '' }, $class);
 }
 

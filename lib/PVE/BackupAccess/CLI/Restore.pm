@@ -11,6 +11,7 @@ use PVE::BackupAccess::CLI::Archives qw(parse_archive provider_for without_slash
 use PVE::BackupAccess::CLI::Output qw(say_json say_out);
 use PVE::BackupAccess::CLI::Progress;
 use PVE::BackupAccess::Format qw(bytes);
+use PVE::BackupAccess::Try qw(ensure);
 use PVE::BackupAccess::Volume;
 
 my sub image_name ($device) {
@@ -55,8 +56,8 @@ my sub open_new ($file) {
 my sub copy ($provider, $volname, $device, $size, $file, $progress) {
     my $part = -b $file ? undef : "$file.part";
     unlink($part) if $part;    # of a restore that was killed
-    my $info = $provider->restore_vm_volume_init($volname, $device, {});
-    my $ok = eval {
+    my $restore = sub {
+        my $info = $provider->restore_vm_volume_init($volname, $device, {});
         my $volume = PVE::BackupAccess::Volume->open($device,
             { 'nbd-path' => $info->{'qemu-img-path'}, size => $size });
         $volume->copy(
@@ -65,13 +66,13 @@ my sub copy ($provider, $volname, $device, $size, $file, $progress) {
         );
         $volume->close;
         !$part || rename($part, $file) or die "cannot rename $part to $file: $!\n";
-        1;
     };
-    my $error = $@;
-    unlink($part) if !$ok && $part;
-    $progress->end;
-    $provider->restore_vm_volume_cleanup($volname, $device, {});
-    die $error if !$ok;
+    my $end = sub (@) {
+        unlink($part) if $part;    # still there if it failed
+        $progress->end;
+        $provider->restore_vm_volume_cleanup($volname, $device, {});
+    };
+    ensure($restore, $end);
 }
 
 my sub restore_all ($provider, $volname, $volumes, $files) {

@@ -14,6 +14,7 @@ use PVE::BackupAccess::CLI::TryProvider::TAP;
 use PVE::BackupAccess::CLI::TryProvider::Watch;
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Task;
+use PVE::BackupAccess::Try qw(attempt_any);
 
 my $machine_class = 'PVE::BackupAccess::CLI::TryProvider::Machine';
 my $vmid = 999_999_999;    # the last one there is: nobody's archives are found by it
@@ -96,10 +97,11 @@ my sub expected ($trial, $job) {
 my sub load ($class) {
     return 'is not the name of a Perl class' if $class !~ m/\A[A-Za-z_]\w*(?:::\w+)*\z/;
     my $file = $class =~ s!::!/!gr . '.pm';
-    return if eval { require $file; 1 };
+    my $error = attempt_any { require $file };
+    return undef if !defined($error);
     return "there is no $file in Perl's path - name the directory of your modules with -I"
-        if $@ =~ m/\ACan't locate \Q$file\E /;
-    return $@;
+        if $error =~ m/\ACan't locate \Q$file\E /;
+    return $error;
 }
 
 my sub new_provider ($trial) {
@@ -117,9 +119,10 @@ my sub check_class ($trial) {
         @PVE::BackupAccess::CLI::TryProvider::Watch::restore_methods,
     );
     report($trial, "$class has every method of the API", @lacks ? "it lacks @lacks" : undef);
-    my $watch = eval { new_provider($trial) };
-    report($trial, 'new', $watch ? undef : "died: $@") or return;
-    eval { $watch->provider_name };
+    my $watch;
+    my $error = attempt_any { $watch = new_provider($trial) };
+    report($trial, 'new', defined($error) ? "died: $error" : undef) or return;
+    attempt_any { $watch->provider_name };
     report_calls($trial, 'provider', $watch, {}, 'provider_name');
     return 1;
 }
@@ -130,6 +133,7 @@ my sub write_all ($trial, $writes) {
     $trial->{machine}->write($_->@*) for $writes->@*;
 }
 
+# Returns what the task died with, undef if it did not.
 my sub run_task ($trial, $job, $watch) {
     my $task = PVE::BackupAccess::Task->new(
         vmid => $vmid,
@@ -142,7 +146,9 @@ my sub run_task ($trial, $job, $watch) {
         log => sub ($level, $message) { push($trial->{log}->@*, "$level: $message") },
         $trial->{machine}->access_options,
     );
-    my $result = eval { $task->run_job } or return;
+    my $result;
+    my $error = attempt_any { $result = $task->run_job };
+    return $error if defined($error);
     my $devices = $result->{devices};
     for my $device (sort keys $devices->%*) {
         my $about = $devices->{$device};
@@ -151,7 +157,7 @@ my sub run_task ($trial, $job, $watch) {
                 . bytes($about->{size})
                 . ' to be read');
     }
-    return 1;
+    return undef;
 }
 
 my sub back_up ($trial, $job) {
@@ -159,16 +165,16 @@ my sub back_up ($trial, $job) {
     $job->{disks} = $trial->{restore}->keep_disks($trial->{machine});
     my $watch = new_provider($trial);
     $trial->{log} = [];
-    my $ok = run_task($trial, $job, $watch);
-    my $error = $@;
+    my $error = run_task($trial, $job, $watch);
     report_calls(
         $trial, $job->{name}, $watch,
         expected($trial, $job),
         @PVE::BackupAccess::CLI::TryProvider::Watch::backup_methods
     );
     my ($init) = $watch->calls('backup_init');
-    $job->{archive} = $ok && $init && $init->{result}[0]{'archive-name'};
-    return if $ok || $job->{fails};
+    my $failed = defined($error);
+    $job->{archive} = !$failed && $init && $init->{result}[0]{'archive-name'};
+    return if !$failed || $job->{fails};
     $trial->{tap}->explain("the backup failed: $error", $trial->{log}->@*);
 }
 
@@ -216,8 +222,8 @@ my sub scfg_of ($opt) {
 }
 
 my sub load_storage_plugin ($class) {
-    my $problem = load($class) // return;
-    die "the storage plugin $class cannot be loaded: $problem\n";
+    my $problem = load($class);
+    die "the storage plugin $class cannot be loaded: $problem\n" if defined($problem);
 }
 
 sub run ($opt, $class) {

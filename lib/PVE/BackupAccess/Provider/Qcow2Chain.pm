@@ -15,6 +15,7 @@ use PVE::BackupAccess::Provider::Qcow2Chain::File;
 use PVE::BackupAccess::Provider::Qcow2Chain::Guest;
 use PVE::BackupAccess::Provider::Qcow2Chain::RawFile;
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
+use PVE::BackupAccess::Try qw(attempt);
 use PVE::BackupAccess::Volume;
 
 use parent qw(PVE::BackupProvider::Plugin::Base);
@@ -150,8 +151,9 @@ sub backup_vm_query_incremental ($self, $vmid, $volumes) {
     my %modes;
     for my $device (sort keys $volumes->%*) {
         my $size = $volumes->{$device}{size};
-        my $base = eval { $task->{guest}->base($self->{storeid}, $device, $size) };
-        $self->{log}->('warn', "$device: full backup - " . reason($@)) if $@;
+        my $base;
+        my $error = attempt { $base = $task->{guest}->base($self->{storeid}, $device, $size) };
+        $self->{log}->('warn', "$device: full backup - " . reason($error)) if $error;
         $task->{bases}{$device} = $base;
         $modes{$device} = $base ? 'use' : 'new';
     }
@@ -356,8 +358,9 @@ sub _list_guest ($self, $vmid) {
     my @list;
     for my $name ($guest->names) {
         my $entry = { volname => "vm/$vmid/$name", vmid => 0 + $vmid, time => time_of($name) };
-        my $archive = eval { $guest->archive($name) };
-        $entry->{problem} = reason($@) if !$archive;
+        my $archive;
+        my $error = attempt { $archive = $guest->archive($name) };
+        $entry->{problem} = reason($error) if $error;
         $entry->@{qw(size devices)} = ($archive->file_size, _list_devices($archive)) if $archive;
         push(@list, $entry);
     }
@@ -382,12 +385,16 @@ sub verify ($self, $volname) {
     my ($vmid, $name) = $self->_parse($volname);
     my $guest = $self->_guest($vmid);
     $self->_settle($guest);
-    my $archive = eval { $guest->archive($name) } // return [reason($@)];
+    my $archive;
+    my $error = attempt { $archive = $guest->archive($name) };
+    return [reason($error)] if $error;
     my @problems = $archive->problems;
     my %seen = ($name => 1);
+
     for my $device ($archive->devices) {
-        my @chain = eval { $guest->chain($name, $device) };
-        push(@problems, "$device: " . reason($@)) if !@chain;
+        my @chain;
+        my $broken = attempt { @chain = $guest->chain($name, $device) };
+        push(@problems, "$device: " . reason($broken)) if $broken;
         push(@problems, map { $_->problems } grep { !$seen{ $_->name }++ } @chain);
         push(@problems, $guest->headers_problem($device, @chain) // ()) if @chain;
     }

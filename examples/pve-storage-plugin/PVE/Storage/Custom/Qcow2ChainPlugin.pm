@@ -9,6 +9,7 @@ use v5.36;
 use List::Util qw(min);
 
 use PVE::BackupAccess::Provider::Qcow2Chain;
+use PVE::BackupAccess::Try qw(attempt);
 use PVE::Storage;
 
 use parent qw(PVE::Storage::Plugin);
@@ -140,8 +141,9 @@ sub prune_backups ($class, $scfg, $storeid, $keep, $vmid, $type, $dryrun, $log_f
     my $failed = 0;
     for my $entry (grep { $_->{mark} eq 'remove' } @entries) {
         $log_function->('info', "removing backup '$entry->{volid}'");
-        next if eval { $provider->remove($entry->{volid} =~ s!\A.*?:backup/!!r); 1 };
-        $log_function->('err', "cannot remove backup '$entry->{volid}' - $@");
+        my $error = attempt { $provider->remove($entry->{volid} =~ s!\A.*?:backup/!!r) };
+        next if !$error;
+        $log_function->('err', "cannot remove backup '$entry->{volid}' - $error");
         $failed++;
     }
     die "cannot remove $failed backups - see the log\n" if $failed;

@@ -13,6 +13,7 @@ use Time::HiRes qw(sleep);
 
 use PVE::BackupAccess::CLI::Access qw(text);
 use PVE::BackupAccess::CLI::Monitor;
+use PVE::BackupAccess::Try qw(attempt);
 
 my $mib = 1024 * 1024;
 my $timeout = 60;
@@ -108,7 +109,7 @@ sub launch ($self) {
     }
     $self->{pid} = $pid;
     my $deadline = time + $timeout;
-    until (eval { $self->qmp('query-status'); 1 }) {
+    while (attempt { $self->qmp('query-status') }) {
         die "QEMU does not start: " . $self->log if !$self->is_alive || time > $deadline;
         sleep(0.05);
     }

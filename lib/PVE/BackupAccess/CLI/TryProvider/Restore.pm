@@ -8,6 +8,8 @@ use v5.36;
 use File::Temp ();
 use POSIX ();
 
+use PVE::BackupAccess::Try qw(attempt_any);
+
 my $piece = 1 << 20;
 
 sub new ($class) {
@@ -65,7 +67,7 @@ my sub difference ($restored, $kept) {
 my sub restore_volume ($self, $watch, $volname, $device, $kept) {
     my $target = "$self->{dir}/restored.raw";
     my $problem;
-    my $ok = eval {
+    my $error = attempt_any {
         my $info = $watch->restore_vm_volume_init($volname, $device, {});
         my $path = ref($info) eq 'HASH' && $info->{'qemu-img-path'};
         die "there is no path to restore it from\n" if !$path;
@@ -73,10 +75,9 @@ my sub restore_volume ($self, $watch, $volname, $device, $kept) {
         run_program($ENV{PBA_QEMU_IMG} // 'qemu-img', 'convert', qw(-f raw -O raw), $image,
             $target);
         $problem = difference($target, $kept);
-        1;
     };
-    $problem = "it could not be restored: $@" if !$ok;
-    eval { $watch->restore_vm_volume_cleanup($volname, $device, {}) };
+    $problem = "it could not be restored: $error" if defined($error);
+    attempt_any { $watch->restore_vm_volume_cleanup($volname, $device, {}) };
     unlink($target);
     return $problem;
 }
@@ -84,22 +85,19 @@ my sub restore_volume ($self, $watch, $volname, $device, $kept) {
 # Shows an archive's configuration and restores it, for which Proxmox VE calls archive_get_guest_config in
 # two ways; what a method did is in $watch. Returns { device => what is wrong }.
 sub run ($self, $watch, $volname, $storeid, $disks) {
-    eval { $watch->archive_get_guest_config($volname, $storeid) };
-    eval { my @mechanism = $watch->restore_get_mechanism($volname) };
-    eval { $watch->archive_get_guest_config($volname) };
-    eval { $watch->archive_get_firewall_config($volname) };
+    attempt_any { $watch->archive_get_guest_config($volname, $storeid) };
+    attempt_any { my @mechanism = $watch->restore_get_mechanism($volname) };
+    attempt_any { $watch->archive_get_guest_config($volname) };
+    attempt_any { $watch->archive_get_firewall_config($volname) };
     my %problems;
-    if (eval { $watch->restore_vm_init($volname); 1 }) {
-        for my $device (sort keys $disks->%*) {
-            $problems{$device}
-                = restore_volume($self, $watch, $volname, $device, $disks->{$device});
-        }
+    my $error = attempt_any { $watch->restore_vm_init($volname) };
+    for my $device (sort keys $disks->%*) {
+        $problems{$device}
+            = defined($error)
+            ? "it could not be restored: $error"
+            : restore_volume($self, $watch, $volname, $device, $disks->{$device});
     }
-    else {
-        my $error = "it could not be restored: $@";
-        %problems = map { $_ => $error } keys $disks->%*;
-    }
-    eval { $watch->restore_vm_cleanup($volname) };
+    attempt_any { $watch->restore_vm_cleanup($volname) };
     return \%problems;
 }
 

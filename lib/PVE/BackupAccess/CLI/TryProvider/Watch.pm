@@ -5,6 +5,8 @@ package PVE::BackupAccess::CLI::TryProvider::Watch;
 
 use v5.36;
 
+use PVE::BackupAccess::Try qw(deaths_of);
+
 our @backup_methods = qw(
     job_init
     backup_init
@@ -33,16 +35,17 @@ sub new ($class, $provider) {
 sub pass_on ($self, $in_list, $method, @arguments) {
     my $call = { method => $method, arguments => \@arguments };
     push($self->{calls}->@*, $call);
-    my $ok = eval {
-        my @result
-            = $in_list
-            ? $self->{provider}->$method(@arguments)
-            : scalar($self->{provider}->$method(@arguments));
-        $call->{result} = \@result;
-        1;
-    };
-    if (!$ok) {
-        $call->{error} = $@;
+    my ($death) = deaths_of(
+        sub {
+            my @result
+                = $in_list
+                ? $self->{provider}->$method(@arguments)
+                : scalar($self->{provider}->$method(@arguments));
+            $call->{result} = \@result;
+        }
+    );
+    if ($death) {
+        $call->{error} = $death->[0];
         die $call->{error};
     }
     return $in_list ? $call->{result}->@* : $call->{result}[0];

@@ -10,6 +10,7 @@ use JSON::PP ();
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::File;
 use PVE::BackupAccess::Provider::Qcow2Chain::Image;
+use PVE::BackupAccess::Try qw(attempt attempt_any);
 
 my $format = 1;
 my $json = JSON::PP->new->utf8->canonical->pretty;
@@ -123,7 +124,8 @@ sub load ($class, $guest_dir, $name) {
     my ($file) = grep { -e } map { "$dir/$_" } $manifest_name, $removed_name;
     fail("there is no archive $dir") if !defined($file);
     my $content = PVE::BackupAccess::Provider::Qcow2Chain::File::read($file);
-    my $manifest = eval { $json->decode($content) };
+    my $manifest;
+    attempt_any { $manifest = $json->decode($content) };
     my $problem = _manifest_problem($manifest);
     fail("the manifest of archive $dir is damaged - $problem") if defined($problem);
     return
@@ -199,8 +201,9 @@ sub file_problem ($self, $file, $read_all) {
     return "$path has $found->{size} bytes, not $noted->{size}"
         if $found->{size} ne ($noted->{size} // '');
     return undef if !$read_all && $found->{mtime} eq ($noted->{mtime} // '');
-    my $sha256 = eval { PVE::BackupAccess::Provider::Qcow2Chain::File::sha256($path) }
-        // return $@ =~ s/\n\z//r;
+    my $sha256;
+    my $error = attempt { $sha256 = PVE::BackupAccess::Provider::Qcow2Chain::File::sha256($path) };
+    return $error =~ s/\n\z//r if $error;
     return $sha256 eq ($noted->{sha256} // '') ? undef : "$path is damaged - its SHA-256 differs";
 }
 

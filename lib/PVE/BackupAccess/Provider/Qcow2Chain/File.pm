@@ -11,6 +11,7 @@ use IO::Handle ();
 use Time::HiRes ();
 
 use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Try qw(attempt_any);
 
 my sub fail ($message) {
     PVE::BackupAccess::Error->throw('SystemError', $message);
@@ -85,7 +86,7 @@ sub fingerprint ($path) {
 sub sha256 ($path) {
     open(my $fh, '<:raw', $path) or fail("cannot read $path - $!");
     my $digest = Digest::SHA->new(256);
-    eval { $digest->addfile($fh); 1 } or fail("cannot read $path - $!");
+    fail("cannot read $path - $!") if attempt_any { $digest->addfile($fh) };
     return $digest->hexdigest;
 }
 

@@ -11,6 +11,7 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 use PVE::BackupAccess::Provider::Qcow2Chain::File;
 use PVE::BackupAccess::Provider::Qcow2Chain::Image;
+use PVE::BackupAccess::Try qw(attempt attempt_any);
 
 my $Archive = 'PVE::BackupAccess::Provider::Qcow2Chain::Archive';
 my $json = JSON::PP->new->utf8->canonical->pretty;
@@ -86,8 +87,10 @@ sub chain_problem ($self, $device, @chain) {
 
 sub headers_problem ($self, $device, @chain) {
     my $image = $chain[0]->image($device);
-    my @headers = eval { PVE::BackupAccess::Provider::Qcow2Chain::Image::chain($image) }
-        or return $@ =~ s/\n\z//r;
+    my @headers;
+    my $error
+        = attempt { @headers = PVE::BackupAccess::Provider::Qcow2Chain::Image::chain($image) };
+    return $error =~ s/\n\z//r if $error;
     for my $archive (@chain) {
         my $problem = $archive->header_problem($device, shift(@headers) // { size => 0 });
         return $problem if defined($problem);
@@ -108,9 +111,10 @@ sub clean ($self) {
         }
         elsif ($entry =~ m/\A$pattern\z/ && $Archive->is_half_removed($self->{dir}, $1)) {
             my $name = $1;
-            eval { $self->_finish_removal($name); 1 }
-                or push(@problems,
-                "archive $name could not be merged into the next - $@" =~ s/\n.*//sr);
+            my $error = attempt { $self->_finish_removal($name) };
+            push(@problems,
+                "archive $name could not be merged into the next - $error" =~ s/\n.*//sr)
+                if $error;
         }
     }
     return @problems;
@@ -122,8 +126,10 @@ sub _bitmaps_file ($self) { return "$self->{dir}/bitmaps.json" }
 
 # { storage => { device => { archive, id } } }. A file that cannot be read is as good as none.
 sub _bitmaps ($self) {
-    my $bitmaps = eval {
-        $json->decode(PVE::BackupAccess::Provider::Qcow2Chain::File::read($self->_bitmaps_file));
+    my $bitmaps;
+    attempt_any {
+        $bitmaps = $json->decode(
+            PVE::BackupAccess::Provider::Qcow2Chain::File::read($self->_bitmaps_file));
     };
     return ref($bitmaps) eq 'HASH' ? $bitmaps : {};
 }

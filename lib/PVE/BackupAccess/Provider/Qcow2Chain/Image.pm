@@ -9,6 +9,7 @@ use IPC::Open3 ();
 use JSON::PP ();
 
 use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Try qw(attempt_any);
 
 # Where the programs are; nothing else of the caller's environment is given to them.
 our $path = '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin';
@@ -39,16 +40,16 @@ sub run (@arguments) {
     local $SIG{CHLD} = 'DEFAULT';
     local $?;
     open(my $in, '<', '/dev/null') or die "/dev/null: $!\n";
-    my $pid = eval {
-        IPC::Open3::open3(
+    my $pid;
+    my $error = attempt_any {
+        $pid = IPC::Open3::open3(
             '<&' . fileno($in),
             '>&' . fileno($out),
             '>&' . fileno($err),
             $qemu_img, @arguments
         );
     };
-    PVE::BackupAccess::Error->throw('UnsupportedError', "cannot run $qemu_img - $!")
-        if !defined($pid);
+    PVE::BackupAccess::Error->throw('UnsupportedError', "cannot run $qemu_img - $!") if $error;
     my $status = wait_for($pid);
     my $message = read_all($err);
     chomp($message);

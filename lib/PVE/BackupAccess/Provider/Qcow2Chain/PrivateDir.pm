@@ -10,6 +10,7 @@ use File::Spec ();
 use File::Temp ();
 
 use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Try qw(attempt_any);
 
 my $prefix = 'pba-server-';
 
@@ -38,10 +39,12 @@ my sub remove_left ($parent) {
 }
 
 my sub make () {
-    return
-        eval { File::Temp::tempdir("${prefix}XXXXXXXX", TMPDIR => 1) }
-        // PVE::BackupAccess::Error->throw('SystemError',
-        'cannot make a directory in ' . File::Spec->tmpdir . " - $!");
+    my $path;
+    my $error = attempt_any { $path = File::Temp::tempdir("${prefix}XXXXXXXX", TMPDIR => 1) };
+    PVE::BackupAccess::Error->throw('SystemError',
+        'cannot make a directory in ' . File::Spec->tmpdir . " - $!")
+        if $error;
+    return $path;
 }
 
 sub new ($class) {

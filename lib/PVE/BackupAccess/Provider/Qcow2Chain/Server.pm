@@ -13,6 +13,7 @@ use POSIX ();
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Image;
 use PVE::BackupAccess::Provider::Qcow2Chain::PrivateDir;
+use PVE::BackupAccess::Try qw(attempt);
 use PVE::BackupAccess::Volume;
 
 our $qemu_nbd = 'qemu-nbd';
@@ -42,10 +43,11 @@ sub start ($class, $file, %options) {
     );
     $self->{pid} = _spawn($self->dir . '/log', $listener, @command);
     close($listener);
-    $self->{connection}
-        = eval { PVE::BackupAccess::Volume->open('image', { 'nbd-path' => $self->uri }) };
-    return $self if $self->{connection};
-    my $error = $@;
+    my $error = attempt {
+        $self->{connection}
+            = PVE::BackupAccess::Volume->open('image', { 'nbd-path' => $self->uri });
+    };
+    return $self if !$error;
     $self->kill;
     fail("cannot serve $file - " . ($self->_log || $error =~ s/\n\z//r));
 }
