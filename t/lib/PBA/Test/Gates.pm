@@ -11,6 +11,7 @@ use File::Temp ();
 use List::Util qw(uniq);
 
 use PBA::Test::House qw(broken_rules);
+use PBA::Test::PerlRules;
 use PBA::Test::Sources qw(lines_of source_files);
 
 sub _files (@patterns) {
@@ -39,7 +40,7 @@ sub all () {
     my @gates = (
         _clang_tidy(), _perltidy(), _perlcritic(), _cppcheck(),
         _clang_format(), _codespell(), _spelling(), _shellcheck(),
-        _house(),
+        _house(), _evals(), _functions(),
     );
     for my $gate (@gates) {
         $gate->{code} = [__FILE__, $INC{'PBA/Test/Sources.pm'}, $INC{'PBA/Test/House.pm'}];
@@ -164,6 +165,42 @@ sub _perlcritic () {
         hint => 'mend it, or put "## no critic (Policy)" there with the reason;'
             . ' .perlcriticrc says what is asked for, and why not more',
     };
+}
+
+sub _own_perl_files () { return _files('lib/*.pm', 'bin/*', 'examples/*.pm', 'examples/*.pl') }
+
+# A gate of our own: problems of a file, as texts.
+sub _own_gate ($name, $problems, $hint) {
+    return {
+        name => $name,
+        files => \&_own_perl_files,
+        version => sub { return 1 },
+        depends_on => sub ($file) { $INC{'PBA/Test/PerlRules.pm'} },
+        check => sub (@files) {
+            my @found = map { $problems->($_) } @files;
+            say for @found;
+            return !@found;
+        },
+        hint => $hint,
+    };
+}
+
+sub _evals () {
+    return _own_gate(
+        'evals',
+        \&PBA::Test::PerlRules::bare_evals,
+        'a bare eval swallows what signal handlers and callbacks die with: use attempt, attempt_any'
+            . ' or ensure of PVE::BackupAccess::Try, or where it may catch all, put'
+            . ' "## bare eval: REASON" at the end of its line',
+    );
+}
+
+sub _functions () {
+    return _own_gate(
+        'functions',
+        \&PBA::Test::PerlRules::long_functions,
+        'cut it by what its parts do'
+    );
 }
 
 sub _shellcheck () {

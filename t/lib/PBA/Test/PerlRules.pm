@@ -1,0 +1,56 @@
+package PBA::Test::PerlRules;
+
+# What is asked of our own Perl beyond what perlcritic knows. The source is taken by lines, as perltidy
+# leaves it: a named function begins and ends at the left margin.
+
+use v5.36;
+
+my $max_lines = 40;
+
+# [number, text] of the lines of code, up to the end of the program and without POD.
+sub _code_lines ($file) {
+    open(my $fh, '<', $file) or die "cannot read $file: $!\n";
+    my ($in_pod, @lines);
+    while (defined(my $line = <$fh>)) {
+        last if $line =~ m/^__END__$/;
+        $in_pod = 1 if $line =~ m/^=[a-z]/;
+        push(@lines, [$., $line]) if !$in_pod;
+        $in_pod = 0 if $line =~ m/^=cut/;
+    }
+    return @lines;
+}
+
+# The name of the function that begins there.
+sub _function ($text) { return $text =~ m/^(?:my )?sub (\w+)/ ? $1 : undef }
+
+# Functions that are too long, as texts with file and line.
+sub long_functions ($file) {
+    my ($name, $begin, @found);
+    for my $line (_code_lines($file)) {
+        my ($number, $text) = $line->@*;
+        ($name, $begin) = (_function($text), $number) if defined(_function($text));
+        next if !defined($name) || $text !~ m/^\}/;
+        my $length = $number - $begin + 1;
+        push(@found, "$file:$begin: $name has $length lines, more than $max_lines")
+            if $length > $max_lines;
+        $name = undef;
+    }
+    return @found;
+}
+
+# Uses of eval outside of a DESTROY, which must not let anything out, and of the one module for it.
+sub bare_evals ($file) {
+    return if $file =~ m{PVE/BackupAccess/Try\.pm\z};
+    my ($name, @found) = ('');
+    for my $line (_code_lines($file)) {
+        my ($number, $text) = $line->@*;
+        $name = _function($text) // $name;
+        $name = '' if $text =~ m/^\}/;
+        next if $text =~ m/## bare eval: \S/ || $name eq 'DESTROY';
+        my $code = $text =~ s/(?:^|\s)#.*//sr =~ s/'[^']*'|"[^"]*"//gr;
+        push(@found, "$file:$number: a bare eval") if $code =~ m/(?<![\w\$\@%&>:-])eval\b(?!\s*=>)/;
+    }
+    return @found;
+}
+
+1;

@@ -1,0 +1,76 @@
+# The gates for our own Perl find what they are there for, with file and line.
+#
+# One QEMU is enough: none is started.
+
+use v5.36;
+
+use lib 't/lib';
+
+use File::Temp ();
+use Test::More;
+
+use PBA::Test::PerlRules;
+
+my $dir = File::Temp->newdir('pba-rules-XXXXXXXX', TMPDIR => 1);
+
+sub planted ($name, $text) {
+    my $file = "$dir/$name";
+    open(my $fh, '>', $file) or die "$file: $!\n";
+    print {$fh} $text and close($fh) or die "$file: $!\n";
+    return $file;
+}
+
+my %evals = (
+    'a block' => ['my $ok = eval { work(); 1 };', 1],
+    'a text' => ['eval "require $module" or die;', 1],
+    'a condition' => ['return if !eval { work() };', 1],
+    'with parentheses' => ['eval($text);', 1],
+    'a comment' => ['work();    # no eval', 0],
+    'a text that names it' => ["say 'eval {';", 0],
+    'a hash key' => ['my %h = (eval => 1);', 0],
+    'a reason' => ['eval { work() };    ## bare eval: the last one', 0],
+    'no reason' => ['eval { work() };    ## bare eval:', 1],
+);
+
+for my $name (sort keys %evals) {
+    my ($code, $count) = $evals{$name}->@*;
+    my $file = planted('eval.pm', "package X;\n\nsub f () {\n    $code\n}\n\n1;\n");
+    my @expected = $count ? ("$file:4: a bare eval") : ();
+    is_deeply([PBA::Test::PerlRules::bare_evals($file)], \@expected, "evals: $name");
+}
+
+my $file = planted('pod.pm', <<'END');
+=head1 SYNOPSIS
+
+    eval { work() };
+
+=cut
+
+sub DESTROY ($self) {
+    eval { work() };
+}
+
+sub other () {
+    eval { work() };
+}
+
+1;
+
+__END__
+
+eval { work() };
+END
+is_deeply([PBA::Test::PerlRules::bare_evals($file)],
+    ["$file:12: a bare eval"], 'evals: POD, DESTROY');
+
+for my $lines (40, 41) {
+    for my $begin ('sub f ($x) {', 'my sub f ($x) {') {
+        my $body = "    work();\n" x ($lines - 2);
+        my $long = planted('long.pm', "package X;\n\n$begin\n$body}\n\nsub g () {\n}\n");
+        my @expected = $lines > 40 ? ("$long:3: f has 41 lines, more than 40") : ();
+        is_deeply([PBA::Test::PerlRules::long_functions($long)],
+            \@expected, "functions: $begin of $lines lines");
+    }
+}
+
+done_testing;
