@@ -76,9 +76,9 @@ my %calls_until = (
 # These come when the archive is complete, and the bitmap began anew.
 my %is_late = map { $_ => 1 } qw(backup_handle_log_file job_cleanup);
 
-sub check_death ($context, $method, $exception) {
+sub check_death ($context, $method, $exception, $how = sub { die $exception }) {
     my $name = "$method dies" . (ref($exception) ? ' with an object' : '');
-    my $provider = PBA::Test::Provider->new(on => { $method => sub (@) { die $exception } });
+    my $provider = PBA::Test::Provider->new(on => { $method => sub (@) { $how->() } });
     ok(!run_job($context, $name, $provider), "$name: so does the job");
     is_deeply($context->{error}, $exception, "$name: with its exception");
     my @calls = $provider->take_calls;
@@ -97,6 +97,12 @@ sub check_deaths ($context) {
     check_death($context, $_, "$_ has no time\n") for sort keys %calls_until;
     check_death($context, 'backup_vm', { my => 'exception' });
 
+    # VZDump ends its job where the error is this one.
+    my $text = "interrupted by signal\n";
+    local $SIG{TERM} = sub { die $text };
+    my $signal = sub { kill(TERM => $$) };
+    check_death($context, $_, $text, $signal) for qw(backup_vm backup_cleanup job_cleanup);
+
     # The first error counts, and each step is tried.
     my $provider = PBA::Test::Provider->new(
         on => {
@@ -111,6 +117,40 @@ sub check_deaths ($context) {
     is_deeply([$provider->take_names], $calls_until{backup_vm}, 'all die: the calls');
     ok($context->{backend}->logged(qr/\Awarn: after that - $_$/), "all die: $_ is logged")
         for qw(backup_cleanup backup_handle_log_file job_cleanup);
+}
+
+# A signal counts, whatever came before it. One that comes when the archive is complete does not make
+# the provider throw it away.
+sub check_late_signals ($context) {
+    my $text = "interrupted by signal\n";
+    local $SIG{TERM} = sub { die $text };
+    my $provider = PBA::Test::Provider->new(
+        on => {
+            backup_vm => sub (@) { die "no space\n" },
+            backup_cleanup => sub (@) { kill(TERM => $$); return {} },
+        }
+    );
+    run_job($context, 'a signal after an error', $provider);
+    is($context->{error}, $text, 'a signal after an error: it counts');
+    is_deeply([$provider->take_names],
+        $calls_until{backup_vm}, 'a signal after an error: the calls');
+    ok($context->{backend}->logged(qr/\Awarn: after that - no space$/),
+        'a signal after an error: the error is logged');
+
+    my $qmp = PBA::Test::QMP->new(path => $context->{backend}->qmp_path);
+    my $sent = 0;
+    my $transport = sub ($command, $arguments) {
+        kill(TERM => $$) if $command eq 'nbd-server-stop' && !$sent++;
+        return $qmp->execute($command, $arguments->%*);
+    };
+    $provider = PBA::Test::Provider->new;
+    run_job($context, 'a signal in the teardown', $provider, qmp => $transport);
+    is($context->{error}, $text, 'a signal in the teardown: ends the job');
+    is_deeply(
+        [$provider->take_names],
+        $calls_until{job_cleanup},
+        'a signal in the teardown: no failure for the provider'
+    );
 }
 
 # ---- nonsense ----
@@ -405,6 +445,7 @@ sub check_backend ($name) {
     run_job($context, 'the first', PBA::Test::Provider->new);
 
     check_deaths($context);
+    check_late_signals($context);
     check_nonsense($context);
     check_bits($context);
     check_hooks($context);
