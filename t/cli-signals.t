@@ -1,0 +1,102 @@
+# A signal ends the command while it reads archives: it is not taken for their damage. Before it was,
+# so that a backup went on, as a full one, and ended by no further signal.
+#
+# One QEMU is enough: it is not asked anything that depends on it.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+
+use JSON::PP ();
+use Test::More;
+use Time::HiRes qw(sleep time);
+
+use PBA::Test::Backend;
+use PBA::Test::Command qw(run_command start_command);
+
+my $json = JSON::PP->new->utf8->canonical;
+my $huge = 64 << 30;    # takes minutes to be hashed, and no space
+
+my $backend = PBA::Test::Backend->start(
+    name => 'pve',
+    guest => 0,
+    disks => [{ id => 'scsi0', size => 16 << 20, bus => 'scsi', shape => 'drive' }],
+);
+my $vm = $backend->vm;
+my $store = $vm->dir . '/store';
+mkdir($store) or die "$store: $!\n";
+my @backup = ('backup', $store, '--qmp', $backend->qmp_path, '--vmid', 100);
+push(@backup, '--run-dir', $backend->work_dir('run'), '--fleecing-dir', $vm->dir);
+my $outside = $backend->outside;
+
+sub content ($file, @new) {
+    open(my $fh, @new ? '>:raw' : '<:raw', $file) or die "$file: $!\n";
+    if (@new) {
+        print {$fh} @new and close($fh) or die "$file: $!\n";
+        return;
+    }
+    local $/ = undef;
+    return scalar(<$fh>);
+}
+
+# Until the command reads the image.
+sub wait_for_reading ($command, $image) {
+    my $deadline = time + 60;
+    while (!grep { (readlink($_) // '') eq $image } glob('/proc/' . $command->pid . '/fd/*')) {
+        die "it does not read $image: " . $command->text('err')
+            if !$command->goes_on || time > $deadline;
+    }
+    sleep(0.2);
+    return;
+}
+
+my $first = run_command(@backup);
+is($first->{status}, 0, 'a backup') or diag($first->{err});
+chomp(my $archive = $first->{out});
+my ($image, $manifest) = ("$archive/drive-scsi0.qcow2", "$archive/manifest.json");
+my $good = content($manifest);
+
+# An image that was touched since it was hashed, and takes long to be hashed again.
+rename($image, "$image.good") or die "rename: $!\n";
+content($image, '');
+truncate($image, $huge) or die "truncate: $!\n";
+my $changed = $json->decode($good);
+$changed->{files}{'drive-scsi0.qcow2'}{size} = $huge;
+content($manifest, $json->encode($changed));
+
+my %commands = (backup => \@backup, verify => ['verify', $archive]);
+for my $name (sort keys %commands) {
+    for my $signals ([qw(INT)], [qw(TERM INT)], [qw(HUP)]) {
+        my $what = "$name, @$signals";
+        my $command = start_command($commands{$name}->@*);
+        wait_for_reading($command, $image);
+        my $began = time;
+        for my $signal ($signals->@*) {
+            $command->kill($signal);
+            sleep(0.05);
+        }
+        my $run = $command->finish;
+        my %number = (HUP => 1, INT => 2, TERM => 15);
+        is($run->{signal}, $number{ $signals->[0] }, "$what: ends by it");
+        cmp_ok(time - $began, '<', 30, "$what: soon");
+        my @lines = split(m/\n/, $run->{err});
+        is($lines[-1], "pve-backup-access: interrupted by SIG$signals->[0]", "$what: says so");
+        is(scalar(grep { m/interrupted/ } @lines), 1, "$what: once");
+        unlike($run->{out} . $run->{err}, qr/DAMAGED|full backup/, "$what: is no damage");
+        is_deeply($backend->outside, $outside, "$what: nothing is left in QEMU");
+        is_deeply(
+            [map { s{.*/}{}r } glob("$store/vm/100/{.tmp,.del,2}*")],
+            [$archive =~ s{.*/}{}r],
+            "$what: nor in the store"
+        );
+    }
+}
+
+rename("$image.good", $image) or die "rename: $!\n";
+content($manifest, $good);
+my $next = run_command(@backup);
+is($next->{status}, 0, 'the next backup') or diag($next->{err});
+like($next->{err}, qr/^drive-scsi0: storing, incremental/m, 'goes on from the first');
+
+done_testing;
