@@ -389,6 +389,24 @@ static bool finish_discards(Copy *copy, GError **error)
 
 /* Before and after */
 
+char *pba_buffer_new(size_t size, GError **error)
+{
+    void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+
+    if (memory != MAP_FAILED) {
+        return memory;
+    }
+    pba_error_set(error, PBA_ERROR_SYSTEM, "mmap failed - %s", g_strerror(errno));
+    return NULL;
+}
+
+void pba_buffer_free(char *buffer, size_t size)
+{
+    if (buffer) {
+        munmap(buffer, size);
+    }
+}
+
 static PbaMap *whole_map(PbaVolume *volume)
 {
     return pba_map_new(volume, 0, volume->size);
@@ -412,7 +430,7 @@ static bool count_total(Copy *copy, GError **error)
     return read && check_owner(copy, error);
 }
 
-static void prepare_pieces(Copy *copy)
+static bool prepare_pieces(Copy *copy, GError **error)
 {
     uint32_t request = copy->options->request_size ? copy->options->request_size
                                                    : MAX(DEFAULT_REQUEST, copy->sink->block);
@@ -420,11 +438,15 @@ static void prepare_pieces(Copy *copy)
     request = MIN(request, MIN(copy->source.max_request, copy->sink->max_request));
     copy->piece_count = CLAMP(MEMORY / request, MIN_PIECES, MAX_PIECES);
     for (unsigned i = 0; i < copy->piece_count; i++) {
-        /* One byte more: Perl may look at the one behind a string. */
-        copy->pieces[i].buffer = g_aligned_alloc(1, (size_t)request + 1, SECTOR);
+        PbaPiece *piece = &copy->pieces[i];
+        piece->room = (size_t)request + 1; /* Perl may look at the byte behind a string */
+        if (!(piece->buffer = pba_buffer_new(piece->room, error))) {
+            return false;
+        }
     }
     pba_limit_init(&copy->limit, copy->options->bandwidth_limit, g_get_monotonic_time());
     copy->request = pba_limit_request(&copy->limit, request);
+    return true;
 }
 
 /* A function is given the zeroes, so it has them read. */
@@ -453,8 +475,8 @@ static bool prepare(Copy *copy, GError **error)
         !(copy->sink = pba_sink_new(options, copy->volume, &copy->loop, error))) {
         return false;
     }
-    prepare_pieces(copy);
-    return prepare_holes(copy, error);
+    return prepare_pieces(copy, error) && prepare_holes(copy, error) &&
+           (!copy->sink->start || copy->sink->start(copy->sink, error));
 }
 
 /* Whatever still is in flight knows the pieces' memory: its connections and threads go first. */
@@ -469,7 +491,7 @@ static void clean_up(Copy *copy, bool broken)
     pba_source_close(&copy->source, broken);
     for (unsigned i = 0; i < copy->piece_count; i++) {
         if (!from_file || copy->pieces[i].state != PBA_PIECE_READING) {
-            g_aligned_free(copy->pieces[i].buffer);
+            pba_buffer_free(copy->pieces[i].buffer, copy->pieces[i].room);
         }
     }
     if (copy->zeroes) {

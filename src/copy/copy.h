@@ -11,11 +11,18 @@
 typedef struct {
     struct nbd_handle *handles[2 * PBA_COPY_MAX_CONNECTIONS];
     unsigned count;
-    PbaPool *pool; /* NULL until a file is part of the copy */
+    PbaPool *pool; /* NULL until a file is read */
+    int watched;   /* a descriptor, if on_ready */
+    bool (*on_ready)(void *opaque, GError **error);
+    void *opaque;
     PbaHooks hooks;
 } PbaLoop;
 
 void pba_loop_add(PbaLoop *loop, struct nbd_handle *handle);
+/* Has on_ready called at each turn, which watched makes end when it is readable. Its failure is the
+ * turn's. */
+void pba_loop_watch(PbaLoop *loop, int watched, bool (*on_ready)(void *opaque, GError **error),
+                    void *opaque);
 /* The pool, with so many threads at least. */
 PbaPool *pba_loop_pool(PbaLoop *loop, unsigned threads, GError **error);
 /* Waits until something came or the time until is reached, and lets it be handled: completions are
@@ -33,11 +40,11 @@ typedef enum {
 /* A part of a dirty region on its way. Completions change its state and note errors; all else is
  * done by the one who drives. */
 typedef struct {
-    PbaJob job;
     struct PbaSink *sink; /* while it is written */
     PbaPieceState state;
-    char *buffer; /* room for a request's length, aligned for direct I/O */
-    char *data;   /* that, or zeroes */
+    char *buffer; /* room for a request's length, aligned for direct I/O; of pba_buffer_new */
+    size_t room;
+    char *data; /* that, or zeroes */
     uint64_t sequence;
     uint64_t offset;
     uint32_t length;
@@ -49,6 +56,10 @@ typedef struct {
     int error;             /* errno of the first that failed, 0: none */
     uint64_t error_offset; /* what it was about */
 } PbaPiece;
+
+/* Memory of a piece, shared with processes that are cloned from now on. NULL on error. */
+char *pba_buffer_new(size_t size, GError **error);
+void pba_buffer_free(char *buffer, size_t size);
 
 /* Notes a failure; the first one stays. */
 void pba_piece_fail(PbaPiece *piece, int error, uint64_t offset);
@@ -128,6 +139,8 @@ typedef struct {
 } PbaBlocks;
 
 struct PbaSink {
+    /* Begins, once all memory of the pieces is there. NULL: nothing to be done. */
+    bool (*start)(PbaSink *sink, GError **error);
     /* Begins to write a piece that was read; its state says when that is done. */
     bool (*write)(PbaSink *sink, PbaPiece *piece, GError **error);
     /* Begins to flush; flushed says when that is done, flush_error how. */

@@ -8,6 +8,14 @@ void pba_loop_add(PbaLoop *loop, struct nbd_handle *handle)
     loop->handles[loop->count++] = handle;
 }
 
+void pba_loop_watch(PbaLoop *loop, int watched, bool (*on_ready)(void *opaque, GError **error),
+                    void *opaque)
+{
+    loop->watched = watched;
+    loop->on_ready = on_ready;
+    loop->opaque = opaque;
+}
+
 PbaPool *pba_loop_pool(PbaLoop *loop, unsigned threads, GError **error)
 {
     if (!loop->pool) {
@@ -26,7 +34,7 @@ static struct pollfd poll_entry(struct nbd_handle *handle)
 
 bool pba_loop_turn(PbaLoop *loop, gint64 until, gint64 deadline, GError **error)
 {
-    struct pollfd entries[G_N_ELEMENTS(loop->handles) + 1];
+    struct pollfd entries[G_N_ELEMENTS(loop->handles) + 2];
     unsigned count = loop->count;
 
     for (unsigned i = 0; i < loop->count; i++) {
@@ -34,6 +42,9 @@ bool pba_loop_turn(PbaLoop *loop, gint64 until, gint64 deadline, GError **error)
     }
     if (loop->pool) {
         entries[count++] = (struct pollfd){.fd = pba_pool_fd(loop->pool), .events = POLLIN};
+    }
+    if (loop->on_ready) {
+        entries[count++] = (struct pollfd){.fd = loop->watched, .events = POLLIN};
     }
     if (!pba_wait_fds(entries, count, until, deadline, &loop->hooks, "copying", error)) {
         return false;
@@ -48,5 +59,5 @@ bool pba_loop_turn(PbaLoop *loop, gint64 until, gint64 deadline, GError **error)
     if (loop->pool) {
         pba_pool_reap(loop->pool);
     }
-    return true;
+    return !loop->on_ready || loop->on_ready(loop->opaque, error);
 }

@@ -11,11 +11,9 @@ struct PbaPool {
     gatomicrefcount references; /* the owner's and one for each thread */
     GMutex mutex;
     GCond has_work;
-    GCond is_idle;
     PbaJob *first; /* to be run */
     PbaJob *last;
     PbaJob *finished; /* to be reaped, in any order */
-    unsigned busy;    /* jobs that run and have to be waited for */
     unsigned threads; /* the owner's */
     bool stop;
     int fd;
@@ -29,7 +27,6 @@ static void pool_unref(PbaPool *pool)
     }
     g_mutex_clear(&pool->mutex);
     g_cond_clear(&pool->has_work);
-    g_cond_clear(&pool->is_idle);
     if (pool->fd != -1) {
         close(pool->fd);
     }
@@ -45,7 +42,6 @@ static PbaJob *next_job(PbaPool *pool)
     PbaJob *job = pool->stop ? NULL : pool->first;
     if (job) {
         pool->first = job->next;
-        pool->busy += job->leave ? 0 : 1;
     }
     return job;
 }
@@ -55,13 +51,8 @@ static void put_finished(PbaPool *pool, PbaJob *job)
 {
     const uint64_t one = 1;
 
-    if (!job->leave && --pool->busy == 0) {
-        g_cond_signal(&pool->is_idle);
-    }
     if (pool->stop) {
-        if (job->leave) {
-            job->leave(job);
-        }
+        job->leave(job);
         return;
     }
     /* The counter cannot run full: it is read before the list is empty again. */
@@ -117,7 +108,6 @@ PbaPool *pba_pool_new(GError **error)
     g_atomic_ref_count_init(&pool->references);
     g_mutex_init(&pool->mutex);
     g_cond_init(&pool->has_work);
-    g_cond_init(&pool->is_idle);
     pool->owner = getpid();
     pool->fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (pool->fd == -1) {
@@ -142,9 +132,7 @@ static void leave_all(PbaJob *job)
 {
     while (job) {
         PbaJob *next = job->next;
-        if (job->leave) {
-            job->leave(job);
-        }
+        job->leave(job);
         job = next;
     }
 }
@@ -161,9 +149,6 @@ void pba_pool_free(PbaPool *pool)
     g_mutex_lock(&pool->mutex);
     pool->stop = true;
     g_cond_broadcast(&pool->has_work);
-    while (pool->busy > 0) {
-        g_cond_wait(&pool->is_idle, &pool->mutex);
-    }
     leave_all(g_steal_pointer(&pool->first));
     leave_all(g_steal_pointer(&pool->finished));
     g_mutex_unlock(&pool->mutex);

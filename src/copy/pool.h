@@ -7,13 +7,12 @@
 typedef struct PbaPool PbaPool;
 typedef struct PbaJob PbaJob;
 
-/* One call; part of the struct it is about. That struct's owner keeps it alive until done was
- * called, or else pba_pool_free. */
+/* One call; part of a struct with all that it needs. */
 struct PbaJob {
     void (*run)(PbaJob *job);  /* in a thread of the pool */
     void (*done)(PbaJob *job); /* in the thread that reaps */
-    /* Of a job that nobody needs to wait for: called instead of done, in any thread, when the pool
-     * is freed before it was reaped; frees what belongs to the job. NULL: it is waited for. */
+    /* Called instead of done, in any thread, when the pool is freed before the job was reaped;
+     * frees what belongs to the job. */
     void (*leave)(PbaJob *job);
     PbaJob *next;
 };
@@ -23,8 +22,8 @@ PbaPool *pba_pool_new(GError **error);
 /* Starts threads until there are so many. They take no signals: those are for the caller's
  * thread. */
 bool pba_pool_grow(PbaPool *pool, unsigned threads, GError **error);
-/* Waits for the jobs that run and have to be waited for, and drops those that do not run yet. In a
- * forked child, where the threads are not, only the child's descriptor is closed. */
+/* Drops the jobs that do not run yet, and waits for no other: a call may hang. In a forked child,
+ * where the threads are not, only the child's descriptor is closed. */
 void pba_pool_free(PbaPool *pool);
 void pba_pool_submit(PbaPool *pool, PbaJob *job);
 /* Readable when a job is finished (poll(2)). */

@@ -1,277 +1,359 @@
-/* Copying to a file or block device. Threads do the writing, since that may block for long. */
-#define _GNU_SOURCE /* fallocate() */
-#include "copy.h"
+/* Copying to a file or block device.
+ *
+ * A call on the target may hang for ever, and in a state in which the kernel does not let the
+ * process end: with FUSE even a process that only has the file open. So the calls are made in
+ * processes of their own, the writers, which alone have the target open: one that hangs is left
+ * behind. The memory of the pieces is shared with them; orders and answers go over a socket. */
+#define _GNU_SOURCE /* close_range() */
 #include "src/base/base.h"
+#include "target-file.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
-#include <linux/falloc.h>
-#include <linux/fs.h>
-#include <sys/ioctl.h>
-#include <sys/stat.h>
+#include <linux/sched.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
-/* That write to a device, or to a file past the page cache. */
-#define DIRECT_THREADS 4
-/* The blocks of most file systems. */
-static const PbaBlocks blocks = {.size = 4096};
+#define MAX_WRITERS 4
+/* The descriptors of a writer. */
+#define SOCKET_FD 3
+#define TARGET_FD 4
+/* How long those that were killed are waited for. */
+#define END_LIMIT_MS 500
 
-/* How zeroes come into the target, the next way if one is not possible there. */
-typedef enum { ZERO_BY_HOLE, ZERO_BY_RANGE, ZERO_BY_WRITING } ZeroWay;
-
-/* A flush may take long, and a caller that is interrupted does not wait for it: its thread keeps
- * what it needs. */
 typedef struct {
-    PbaJob job;
-    PbaSink *sink; /* for done */
-    int fd;
+    PbaPiece *piece; /* NULL: flush */
+    PbaPiece work;   /* a copy of it */
+} Order;
+
+typedef enum { ANSWER_SIBLING, ANSWER_OPENED, ANSWER_WRITTEN, ANSWER_FLUSHED } AnswerKind;
+
+typedef struct {
+    AnswerKind kind;
+    pid_t pid; /* of a sibling */
+    PbaPiece *piece;
     int error;
-} Flush;
+    uint64_t number; /* of a piece, where the error is; of opening, the device's size */
+    uint32_t zero;
+} Answer;
 
 typedef struct {
     PbaSink sink;
     PbaLoop *loop;
-    int fd;
-    unsigned threads; /* that write to a file or block device; 0: nothing blocks, nor is flushed */
-    uint64_t zero_from; /* from here on the target holds nothing but zeroes yet */
-    gint zero_way;      /* a ZeroWay; atomic */
+    PbaTargetFile target;       /* what a writer does with it is not seen here */
+    int socket;                 /* -1: no writers */
+    pid_t writers[MAX_WRITERS]; /* 0: reaped */
+    unsigned writer_count;
+    pid_t owner;
+    bool opened;
+    bool ending; /* told to */
+    int open_error;
+    uint64_t device_size;
 } FileSink;
 
-/* Writing, in the pool's threads */
+/* ---- in a writer: nothing but system calls, since it was cloned off a process with threads ----
+ */
 
-static bool write_data(int fd, PbaPiece *piece, size_t at, size_t length)
+static void answer(const Answer *answer)
 {
-    while (length > 0) {
-        uint64_t offset = piece->offset + at;
-        ssize_t count = pwrite(fd, piece->data + at, length, (off_t)offset);
-        if (count < 0 && errno == EINTR) {
-            continue;
-        }
-        if (count <= 0) {
-            pba_piece_fail(piece, count == 0 ? EIO : errno, offset);
-            return false;
-        }
-        at += (size_t)count;
-        length -= (size_t)count;
+    while (send(SOCKET_FD, answer, sizeof(*answer), MSG_NOSIGNAL) == -1 && errno == EINTR) {
     }
-    return true;
 }
 
-static bool is_unsupported(int error)
+static void obey(PbaTargetFile *target, Order *order)
 {
-    return error == EOPNOTSUPP || error == ENODEV || error == ENOSYS || error == EINVAL ||
-           error == ESPIPE || error == EPERM;
-}
+    Answer reply = {.kind = ANSWER_FLUSHED, .piece = order->piece};
 
-/* Makes zeroes without writing them. *done is false if the target has no way to. */
-static bool make_hole(FileSink *self, PbaPiece *piece, size_t at, size_t length, bool *done)
-{
-    static const int modes[] = {
-        [ZERO_BY_HOLE] = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-        [ZERO_BY_RANGE] = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE,
-    };
-    uint64_t offset = piece->offset + at;
-    gint way;
-
-    while ((way = g_atomic_int_get(&self->zero_way)) != ZERO_BY_WRITING) {
-        if (fallocate(self->fd, modes[way], (off_t)offset, (off_t)length) == 0) {
-            *done = true;
-            return true;
-        }
-        if (is_unsupported(errno)) {
-            g_atomic_int_compare_and_exchange(&self->zero_way, way, way + 1);
-        } else if (errno != EINTR) {
-            pba_piece_fail(piece, errno, offset);
-            return false;
-        }
+    if (order->piece) {
+        pba_target_file_write(target, &order->work);
+        reply.kind = ANSWER_WRITTEN;
+        reply.error = order->work.error;
+        reply.number = order->work.error_offset;
+        reply.zero = order->work.zero;
+    } else {
+        reply.error = pba_target_file_flush(target);
     }
-    *done = false;
-    return true;
+    answer(&reply);
 }
 
-static bool write_zeroes(FileSink *self, PbaPiece *piece, size_t at, size_t length)
+/* Like fork(), but such a child is no concern of the caller's: no signal when it ends, and a wait
+ * for any child does not find it. */
+static pid_t clone_process(unsigned long flags)
 {
-    bool done = piece->offset + at >= self->zero_from;
-
-    if (!done && !make_hole(self, piece, at, length, &done)) {
-        return false;
-    }
-    piece->zero += done ? (uint32_t)length : 0;
-    return done || write_data(self->fd, piece, at, length);
+#ifdef __s390x__
+    return (pid_t)syscall(SYS_clone, NULL, flags, NULL, NULL, NULL);
+#else
+    return (pid_t)syscall(SYS_clone, flags, NULL, NULL, NULL, NULL);
+#endif
 }
 
-static void run_write(PbaJob *job)
+/* The others are children of the writer's own parent, which can wait for them. With fewer of them
+ * it is slower. */
+static void start_siblings(unsigned count)
 {
-    PbaPiece *piece = (PbaPiece *)job;
-    FileSink *self = (FileSink *)piece->sink;
-    bool zero;
-
-    for (size_t at = 0; at < piece->length;) {
-        size_t run = pba_piece_run(piece, at, &blocks, &zero);
-        if (!(zero ? write_zeroes(self, piece, at, run) : write_data(self->fd, piece, at, run))) {
+    for (unsigned i = 1; i < count; i++) {
+        pid_t pid = clone_process(CLONE_PARENT);
+        if (pid == 0) {
             return;
         }
-        at += run;
+        if (pid > 0) {
+            answer(&(Answer){.kind = ANSWER_SIBLING, .pid = pid});
+        }
     }
 }
 
-static void write_done(PbaJob *job)
+/* Whatever else is open here would stay open for as long as a call hangs: the monitor, connections,
+ * and a pipe that somebody reads to its end. */
+static void keep_descriptors(int socket, int *target)
 {
-    ((PbaPiece *)job)->state = PBA_PIECE_WRITTEN;
+    int null = open("/dev/null", O_RDWR | O_CLOEXEC);
+    int safe_socket = fcntl(socket, F_DUPFD_CLOEXEC, TARGET_FD + 1);
+    int safe_target = *target == -1 ? -1 : fcntl(*target, F_DUPFD_CLOEXEC, TARGET_FD + 1);
+
+    for (int fd = 0; fd < SOCKET_FD; fd++) {
+        dup2(null == -1 ? safe_socket : null, fd);
+    }
+    dup2(safe_socket, SOCKET_FD);
+    if (safe_target == -1) {
+        close(TARGET_FD);
+        *target = -1;
+    } else {
+        *target = dup2(safe_target, TARGET_FD);
+    }
+    close_range(TARGET_FD + 1, ~0U, 0);
+}
+
+static _Noreturn void run_writer(FileSink *self)
+{
+    PbaTargetFile *target = &self->target;
+    Order order;
+    ssize_t got;
+
+    keep_descriptors(self->socket, &target->fd);
+    pid_t first = getpid();
+    Answer opened = {.kind = ANSWER_OPENED, .error = pba_target_file_open(target)};
+    opened.number = target->device_size;
+    if (!opened.error) {
+        start_siblings(target->writers);
+    }
+    if (getpid() == first) {
+        answer(&opened);
+    }
+    while ((got = recv(SOCKET_FD, &order, sizeof(order), 0)) == sizeof(order) || errno == EINTR) {
+        if (got == sizeof(order)) {
+            obey(target, &order);
+        }
+        errno = 0;
+    }
+    /* Before the socket, whose end says that the target is closed. */
+    close(target->fd);
+    _exit(0);
+}
+
+/* ---- in the caller's process ---- */
+
+static bool reap(FileSink *self)
+{
+    bool all = true;
+
+    for (unsigned i = 0; i < self->writer_count; i++) {
+        if (self->writers[i] && waitpid(self->writers[i], NULL, __WALL | WNOHANG) != 0) {
+            self->writers[i] = 0;
+        }
+        all = all && self->writers[i] == 0;
+    }
+    return all;
+}
+
+static void on_answer(FileSink *self, const Answer *answer)
+{
+    switch (answer->kind) {
+    case ANSWER_SIBLING:
+        self->writers[self->writer_count++] = answer->pid;
+        break;
+    case ANSWER_OPENED:
+        self->opened = true;
+        self->open_error = answer->error;
+        self->device_size = answer->number;
+        break;
+    case ANSWER_WRITTEN:
+        answer->piece->zero = answer->zero;
+        if (answer->error) {
+            pba_piece_fail(answer->piece, answer->error, answer->number);
+        }
+        answer->piece->state = PBA_PIECE_WRITTEN;
+        break;
+    case ANSWER_FLUSHED:
+        self->sink.flush_error = answer->error;
+        /* All that is left to be done is to close it. */
+        self->ending = true;
+        shutdown(self->socket, SHUT_WR);
+        break;
+    }
+}
+
+/* What the writers said since. Their end before they were told to is an error, also that of one of
+ * them: it had a piece, maybe. */
+static bool on_ready(void *opaque, GError **error)
+{
+    FileSink *self = opaque;
+    Answer answer;
+    ssize_t got;
+
+    while ((got = recv(self->socket, &answer, sizeof(answer), MSG_DONTWAIT)) == sizeof(answer)) {
+        on_answer(self, &answer);
+    }
+    bool ended = got == 0;
+    reap(self);
+    for (unsigned i = 0; i < self->writer_count; i++) {
+        ended = ended || self->writers[i] == 0;
+    }
+    if (self->ending && got == 0) {
+        self->sink.flushed = true;
+        pba_loop_watch(self->loop, -1, NULL, NULL);
+    }
+    if (self->ending || !ended) {
+        return true;
+    }
+    pba_error_set(error, PBA_ERROR_SYSTEM, "the process that writes to %s was ended",
+                  self->sink.name);
+    return false;
+}
+
+static bool send_order(FileSink *self, const Order *order, GError **error)
+{
+    if (send(self->socket, order, sizeof(*order), MSG_NOSIGNAL | MSG_DONTWAIT) == sizeof(*order)) {
+        return true;
+    }
+    pba_error_set(error, PBA_ERROR_SYSTEM, "the process that writes to %s takes no orders - %s",
+                  self->sink.name, g_strerror(errno));
+    return false;
 }
 
 static bool file_write(PbaSink *sink, PbaPiece *piece, GError **error)
 {
-    FileSink *self = (FileSink *)sink;
+    Order order = {.piece = piece, .work = *piece};
 
-    piece->sink = sink;
-    if (self->threads == 0) {
-        run_write(&piece->job);
-        write_done(&piece->job);
-        return true;
-    }
-    PbaPool *pool = pba_loop_pool(self->loop, self->threads, error);
-    if (!pool) {
-        return false;
-    }
-    piece->job.run = run_write;
-    piece->job.done = write_done;
-    pba_pool_submit(pool, &piece->job);
-    return true;
-}
-
-/* Flushing */
-
-static void run_flush(PbaJob *job)
-{
-    Flush *flush = (Flush *)job;
-
-    flush->error = fdatasync(flush->fd) == 0 ? 0 : errno;
-}
-
-static void leave_flush(PbaJob *job)
-{
-    Flush *flush = (Flush *)job;
-
-    close(flush->fd);
-    g_free(flush);
-}
-
-static void flush_done(PbaJob *job)
-{
-    Flush *flush = (Flush *)job;
-
-    flush->sink->flushed = true;
-    flush->sink->flush_error = flush->error;
-    leave_flush(job);
+    return send_order((FileSink *)sink, &order, error);
 }
 
 static bool file_flush(PbaSink *sink, GError **error)
 {
-    FileSink *self = (FileSink *)sink;
+    Order order = {0};
 
-    if (self->threads == 0) {
-        sink->flushed = true;
-        return true;
-    }
-    PbaPool *pool = pba_loop_pool(self->loop, self->threads, error);
-    if (!pool) {
-        return false;
-    }
-    int fd = fcntl(self->fd, F_DUPFD_CLOEXEC, 0);
-    if (fd == -1) {
-        pba_error_set(error, PBA_ERROR_SYSTEM, "flushing %s failed - %s", sink->name,
-                      g_strerror(errno));
-        return false;
-    }
-    Flush *flush = g_new(Flush, 1);
-    *flush = (Flush){
-        .job = {.run = run_flush, .done = flush_done, .leave = leave_flush},
-        .sink = sink,
-        .fd = fd,
-    };
-    pba_pool_submit(pool, &flush->job);
-    return true;
+    return send_order((FileSink *)sink, &order, error);
 }
 
-/* Opening */
+static bool check_opened(const FileSink *self, GError **error)
+{
+    if (self->open_error == ENOSPC && self->device_size) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT,
+                      "%s has %" PRIu64 " bytes, too few for the volume's %" PRIu64,
+                      self->sink.name, self->device_size, self->target.size);
+    } else if (self->open_error) {
+        pba_error_set(error, PBA_ERROR_SYSTEM, "cannot write to %s - %s", self->sink.name,
+                      g_strerror(self->open_error));
+    }
+    return !self->open_error;
+}
+
+/* A writer takes no signals: those are for the caller, who ends it when they end the copy. */
+static pid_t clone_writer(FileSink *self, int socket)
+{
+    sigset_t all;
+    sigset_t before;
+
+    sigfillset(&all);
+    sigprocmask(SIG_SETMASK, &all, &before);
+    pid_t pid = clone_process(0);
+    if (pid == 0) {
+        self->socket = socket;
+        run_writer(self);
+    }
+    int problem = errno;
+    sigprocmask(SIG_SETMASK, &before, NULL);
+    errno = problem;
+    return pid;
+}
+
+static bool file_start(PbaSink *sink, GError **error)
+{
+    FileSink *self = (FileSink *)sink;
+    int sockets[2] = {-1, -1};
+    pid_t pid = -1;
+
+    if (socketpair(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0, sockets) == 0) {
+        pid = clone_writer(self, sockets[1]);
+    }
+    if (pid == -1) {
+        pba_error_set(error, PBA_ERROR_SYSTEM, "cannot start a process that writes to %s - %s",
+                      sink->name, g_strerror(errno));
+    } else {
+        self->writers[self->writer_count++] = pid;
+    }
+    self->socket = sockets[0];
+    if (sockets[1] != -1) {
+        close(sockets[1]);
+    }
+    pba_loop_watch(self->loop, self->socket, on_ready, self);
+    gint64 deadline = pba_deadline(PBA_NBD_LIMIT_S);
+    while (pid != -1 && !self->opened) {
+        if (!pba_loop_turn(self->loop, G_MAXINT64, deadline, error)) {
+            return false;
+        }
+    }
+    return pid != -1 && check_opened(self, error);
+}
+
+/* Before anything else is written there, by whomever: what was killed does nothing any more, but
+ * for the call that hangs. */
+static void end_writers(FileSink *self)
+{
+    for (unsigned i = 0; i < self->writer_count; i++) {
+        if (self->writers[i]) {
+            kill(self->writers[i], SIGKILL);
+        }
+    }
+    for (unsigned waited = 0; !reap(self) && waited < END_LIMIT_MS; waited++) {
+        g_usleep(1000);
+    }
+}
 
 static void file_free(PbaSink *sink)
 {
     FileSink *self = (FileSink *)sink;
 
-    if (self->fd != -1) {
-        close(self->fd);
+    if (self->socket != -1 && self->owner == getpid()) {
+        shutdown(self->socket, SHUT_RDWR);
+        end_writers(self);
+    }
+    if (self->socket != -1) {
+        close(self->socket);
     }
     g_free(sink->name);
     g_free(self);
 }
 
-static bool fail_open(const FileSink *self, GError **error)
-{
-    pba_error_set(error, PBA_ERROR_SYSTEM, "cannot write to %s - %s", self->sink.name,
-                  g_strerror(errno));
-    return false;
-}
-
-/* The caller's descriptor stays the caller's; what it was opened for can be asked. */
-static bool take_descriptor(FileSink *self, int fd, GError **error)
+/* What the caller's descriptor was opened for can be asked. */
+static bool check_descriptor(const FileSink *self, int fd, GError **error)
 {
     int flags = fcntl(fd, F_GETFL);
 
     if (flags == -1) {
-        return fail_open(self, error);
+        pba_error_set(error, PBA_ERROR_SYSTEM, "cannot write to %s - %s", self->sink.name,
+                      g_strerror(errno));
+        return false;
     }
     if ((flags & O_ACCMODE) == O_RDONLY || (flags & O_APPEND)) {
         pba_error_set(error, PBA_ERROR_ARGUMENT, "%s must be open for writing, not for %s",
                       self->sink.name, flags & O_APPEND ? "appending" : "reading only");
         return false;
     }
-    self->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
-    return self->fd != -1 || fail_open(self, error);
-}
-
-/* The size is part of what is copied: an image of another size would not restore. */
-static bool prepare_file(FileSink *self, uint64_t size, uint64_t old_size, GError **error)
-{
-    /* Through the page cache the kernel lets one write at a time: others would only spin. */
-    self->threads = fcntl(self->fd, F_GETFL) & O_DIRECT ? DIRECT_THREADS : 1;
-    self->zero_from = old_size;
-    return old_size == size || ftruncate(self->fd, (off_t)size) == 0 || fail_open(self, error);
-}
-
-static bool prepare_device(FileSink *self, uint64_t size, GError **error)
-{
-    uint64_t device_size;
-
-    self->threads = DIRECT_THREADS;
-    if (ioctl(self->fd, BLKGETSIZE64, &device_size) == -1) {
-        return fail_open(self, error);
-    }
-    if (device_size < size) {
-        pba_error_set(error, PBA_ERROR_ARGUMENT,
-                      "%s has %" PRIu64 " bytes, too few for the volume's %" PRIu64,
-                      self->sink.name, device_size, size);
-        return false;
-    }
     return true;
-}
-
-static bool prepare(FileSink *self, uint64_t size, GError **error)
-{
-    struct stat stat;
-
-    if (fstat(self->fd, &stat) == -1) {
-        return fail_open(self, error);
-    }
-    if (S_ISREG(stat.st_mode)) {
-        return prepare_file(self, size, (uint64_t)stat.st_size, error);
-    }
-    if (S_ISBLK(stat.st_mode)) {
-        return prepare_device(self, size, error);
-    }
-    /* Such as /dev/null: anything that has offsets. */
-    return lseek(self->fd, 0, SEEK_CUR) != -1 || fail_open(self, error);
 }
 
 PbaSink *pba_sink_file_new(const char *path, int fd, uint64_t size, PbaLoop *loop, GError **error)
@@ -279,6 +361,7 @@ PbaSink *pba_sink_file_new(const char *path, int fd, uint64_t size, PbaLoop *loo
     FileSink *self = g_new0(FileSink, 1);
 
     self->sink = (PbaSink){
+        .start = file_start,
         .write = file_write,
         .flush = file_flush,
         .free = file_free,
@@ -286,17 +369,12 @@ PbaSink *pba_sink_file_new(const char *path, int fd, uint64_t size, PbaLoop *loo
         .max_request = UINT32_MAX,
     };
     self->loop = loop;
-    self->fd = -1;
-    self->zero_from = UINT64_MAX;
-    if (path) {
-        /* What is made is as secret as the disk. */
-        self->fd = open(path, O_WRONLY | O_CREAT | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0600);
+    self->socket = -1;
+    self->owner = getpid();
+    self->target = (PbaTargetFile){.path = path, .fd = path ? -1 : fd, .size = size};
+    if (!path && !check_descriptor(self, fd, error)) {
+        file_free(&self->sink);
+        return NULL;
     }
-    bool opened =
-        path ? self->fd != -1 || fail_open(self, error) : take_descriptor(self, fd, error);
-    if (opened && prepare(self, size, error)) {
-        return &self->sink;
-    }
-    file_free(&self->sink);
-    return NULL;
+    return &self->sink;
 }

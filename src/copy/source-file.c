@@ -17,6 +17,7 @@ typedef struct {
     PbaSourceFile *file;
     PbaPiece *piece;
     char *buffer;
+    size_t room;
     uint64_t offset;
     uint32_t length;
     uint32_t seen;
@@ -86,7 +87,7 @@ static void leave_read(PbaJob *job)
 {
     FileRead *read = (FileRead *)job;
 
-    g_aligned_free(read->buffer);
+    pba_buffer_free(read->buffer, read->room);
     file_unref(read->file);
     g_free(read);
 }
@@ -100,6 +101,7 @@ void pba_source_file_read(PbaSource *source, PbaPiece *piece)
         .file = file_ref(source->file),
         .piece = piece,
         .buffer = piece->buffer,
+        .room = piece->room,
         .offset = piece->offset,
         .length = piece->length,
     };

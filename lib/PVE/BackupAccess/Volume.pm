@@ -326,8 +326,14 @@ C<tls-certificates>). A server that offers no flush has none: what it answers is
 =back
 
 Any other answer than success, of source or target, dies with an error that names the offset; so does
-what the code refs and signal handlers die with, which comes through as it is; a write to a file or a
-device that is under way is waited for. The target then has part of the data. The options are these;
+what the code refs and signal handlers die with, which comes through as it is. The target then has part
+of the data.
+
+Files and devices are written to by processes of the copy's own, which the caller's C<wait> does not find and no
+C<SIGCHLD> tells about. A target that hangs, hangs them alone: they are killed when the copy ends, and one
+that the kernel does not let end is left behind until the target answers. A call that it is in may then still
+take effect. A handle that the caller opened is the caller's own: where the target is a FUSE file whose
+server hangs, the kernel ends no process that has such a handle. The options are these;
 undef counts as not given:
 
 =over

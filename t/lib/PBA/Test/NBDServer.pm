@@ -33,6 +33,7 @@ package PBA::Test::NBDServer;
 #   allocation_error => ERRNO   for a block status with base:allocation
 #   zero_error => ERRNO     for a write of zeroes, which keep makes possible
 #   no_flush => 1           it cannot flush, and does not say it could
+#   hang_flush => 1         no flush is ever answered
 #   hang_write_at, hang_trim_at => OFFSET   such a write, or trim, is never answered
 #   short_read => N         the data chunk is N bytes shorter than asked, the read ends as if well
 #   missing_data => 1       a read ends as if well without any data chunk

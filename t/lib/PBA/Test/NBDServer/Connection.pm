@@ -313,6 +313,7 @@ sub _fault ($self, $name, $request) {
 
 sub _refuses_to_answer ($self, $request) {
     my $command = $request->{command};
+    return 1 if $command eq 'flush' && $self->{options}{hang_flush};
     my $never_at = $self->{options}{"hang_${command}_at"};
     return 1 if defined($never_at) && _covers($request, $never_at);
     return 0 if $command ne 'block-status' && $command ne 'read';

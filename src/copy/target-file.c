@@ -1,0 +1,141 @@
+#define _GNU_SOURCE /* fallocate() */
+#include "target-file.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/falloc.h>
+#include <linux/fs.h>
+#include <sys/ioctl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* That write to a device, or to a file past the page cache. */
+#define DIRECT_WRITERS 4
+/* The blocks of most file systems. */
+static const PbaBlocks blocks = {.size = 4096};
+
+/* Writing */
+
+static bool write_data(int fd, PbaPiece *piece, size_t at, size_t length)
+{
+    while (length > 0) {
+        uint64_t offset = piece->offset + at;
+        ssize_t count = pwrite(fd, piece->data + at, length, (off_t)offset);
+        if (count < 0 && errno == EINTR) {
+            continue;
+        }
+        if (count <= 0) {
+            pba_piece_fail(piece, count == 0 ? EIO : errno, offset);
+            return false;
+        }
+        at += (size_t)count;
+        length -= (size_t)count;
+    }
+    return true;
+}
+
+static bool is_unsupported(int error)
+{
+    return error == EOPNOTSUPP || error == ENODEV || error == ENOSYS || error == EINVAL ||
+           error == ESPIPE || error == EPERM;
+}
+
+/* Makes zeroes without writing them. *done is false if the target has no way to. */
+static bool make_hole(PbaTargetFile *target, PbaPiece *piece, size_t at, size_t length, bool *done)
+{
+    static const int modes[] = {
+        [PBA_ZERO_BY_HOLE] = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+        [PBA_ZERO_BY_RANGE] = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE,
+    };
+    uint64_t offset = piece->offset + at;
+
+    while (target->zero_way != PBA_ZERO_BY_WRITING) {
+        if (fallocate(target->fd, modes[target->zero_way], (off_t)offset, (off_t)length) == 0) {
+            *done = true;
+            return true;
+        }
+        if (is_unsupported(errno)) {
+            target->zero_way++;
+        } else if (errno != EINTR) {
+            pba_piece_fail(piece, errno, offset);
+            return false;
+        }
+    }
+    *done = false;
+    return true;
+}
+
+static bool write_zeroes(PbaTargetFile *target, PbaPiece *piece, size_t at, size_t length)
+{
+    bool done = piece->offset + at >= target->zero_from;
+
+    if (!done && !make_hole(target, piece, at, length, &done)) {
+        return false;
+    }
+    piece->zero += done ? (uint32_t)length : 0;
+    return done || write_data(target->fd, piece, at, length);
+}
+
+void pba_target_file_write(PbaTargetFile *target, PbaPiece *piece)
+{
+    bool zero;
+
+    for (size_t at = 0; at < piece->length;) {
+        size_t run = pba_piece_run(piece, at, &blocks, &zero);
+        if (!(zero ? write_zeroes(target, piece, at, run)
+                   : write_data(target->fd, piece, at, run))) {
+            return;
+        }
+        at += run;
+    }
+}
+
+int pba_target_file_flush(const PbaTargetFile *target)
+{
+    return !target->flushes || fdatasync(target->fd) == 0 ? 0 : errno;
+}
+
+/* Opening */
+
+/* The size is part of what is copied: an image of another size would not restore. */
+static int prepare_file(PbaTargetFile *target, uint64_t old_size)
+{
+    /* Through the page cache the kernel lets one write at a time: others would only spin. */
+    target->writers = fcntl(target->fd, F_GETFL) & O_DIRECT ? DIRECT_WRITERS : 1;
+    target->flushes = true;
+    target->zero_from = old_size;
+    return old_size == target->size || ftruncate(target->fd, (off_t)target->size) == 0 ? 0 : errno;
+}
+
+static int prepare_device(PbaTargetFile *target)
+{
+    target->writers = DIRECT_WRITERS;
+    target->flushes = true;
+    if (ioctl(target->fd, BLKGETSIZE64, &target->device_size) == -1) {
+        return errno;
+    }
+    return target->device_size < target->size ? ENOSPC : 0;
+}
+
+int pba_target_file_open(PbaTargetFile *target)
+{
+    struct stat stat;
+
+    target->writers = 1;
+    target->zero_from = UINT64_MAX;
+    if (target->path) {
+        /* What is made is as secret as the disk. */
+        target->fd =
+            open(target->path, O_WRONLY | O_CREAT | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0600);
+    }
+    if (target->fd == -1 || fstat(target->fd, &stat) == -1) {
+        return errno;
+    }
+    if (S_ISREG(stat.st_mode)) {
+        return prepare_file(target, (uint64_t)stat.st_size);
+    }
+    if (S_ISBLK(stat.st_mode)) {
+        return prepare_device(target);
+    }
+    /* Such as /dev/null: anything that has offsets. */
+    return lseek(target->fd, 0, SEEK_CUR) != -1 ? 0 : errno;
+}

@@ -1,0 +1,158 @@
+# Targets that hang in any call: a signal ends the copy, the volume can be dropped, another copy works, and
+# the process ends, all while the target still hangs. With FUSE the kernel lets no process end that has a file
+# of a server that hangs.
+#
+# One QEMU is enough: qemu-storage-daemon is here as a file system that can be stopped.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+
+use File::Temp ();
+use POSIX ();
+use Test::More;
+use Time::HiRes qw(sleep time);
+
+use PBA::Test::NBDServer qw(open_volume);
+use PBA::Test::Watchdog;
+use PVE::BackupAccess::Volume;
+
+plan(skip_all => 'no qemu-storage-daemon')
+    if !grep { -x "$_/qemu-storage-daemon" } split(m/:/, $ENV{PATH});
+plan(skip_all => 'no /dev/fuse') if !-e '/dev/fuse';
+
+# In a mount namespace of its own, so that nothing stays mounted however it ends.
+if (!$ENV{PBA_UNSHARED} && system('unshare --mount true 2>/dev/null') == 0) {
+    $ENV{PBA_UNSHARED} = 1;
+    exec(qw(unshare --mount), $^X, (map { "-I$_" } @INC), $0) or die "unshare: $!\n";
+}
+
+my $MiB = 1 << 20;
+my $size = 4 * $MiB;
+my $limit = 30;    # seconds: nothing here takes as long, unless it hangs
+my $dir = File::Temp->newdir('pba-hung-XXXXXXXX', TMPDIR => 1);
+my $source = PBA::Test::NBDServer->start(size => $size, dirty => [[0, $size]]);
+
+# Mounts what writes to that NBD server as the file "mnt".
+sub serve ($backing) {
+    open(my $fh, '>', "$dir/mnt") or die "$dir/mnt: $!\n";
+    close($fh);
+    my $pid = fork() // die "cannot fork: $!\n";
+    my $node = 'driver=nbd,node-name=n,export=disk,server.type=unix,server.path=';
+    my $export = "fuse,id=e,node-name=n,mountpoint=$dir/mnt,writable=on";
+    if (!$pid) {
+        exec('qemu-storage-daemon', '--blockdev', $node . $backing->socket_path,
+            '--export', $export)
+            or POSIX::_exit(127);
+    }
+    my $end = time + $limit;
+    while ((-s "$dir/mnt" // 0) != $size) {
+        time < $end or die "no FUSE file after $limit seconds\n";
+        sleep(0.02);
+    }
+    return $pid;
+}
+
+sub unmount ($pid, $signal) {
+    kill($signal, $pid);
+    waitpid($pid, 0);
+    system("umount -l $dir/mnt 2>/dev/null; true");
+    return;
+}
+
+# In a process of its own: a copy that a signal has to end while the target hangs, then another copy, then
+# the end. It says how far it came.
+sub victim ($out, $stop, $to, $at) {
+    my $pid = fork() // die "cannot fork: $!\n";
+    return $pid if $pid;
+    my $say = sub ($what) { syswrite($out, "$what\n") };
+    local $SIG{ALRM} = sub { die "interrupted\n" };
+    my $volume = open_volume($source);
+    my $copy = sub {
+        $stop->() if $at eq 'open';
+        my %options;
+        $options{progress} = sub ($done, $all) { $stop->() if $done > 0 }
+            if $at eq 'write';
+        $options{'bandwidth-limit'} = 2 * $MiB if $at eq 'write';
+        alarm($at eq 'write' ? 2 : 1);
+        $volume->copy(to => $to, discard => 0, 'request-size' => 65536, %options);
+    };
+    $say->(eval { $copy->(); 1 } ? 'copied' : $@ eq "interrupted\n" ? 'interrupted' : "died: $@");
+    alarm(0);
+    undef $volume;
+    $say->('dropped');
+    my $other = eval { open_volume($source)->copy(to => "$dir/other", discard => 0) };
+    $say->($other ? 'copied again' : "not copied: $@");
+    exit(0);
+}
+
+# What it said until it ended, or its time was over.
+sub hear ($in) {
+    my ($text, $end) = ('', time + $limit);
+    while (time < $end) {
+        vec(my $ready = '', fileno($in), 1) = 1;
+        next if select($ready, undef, undef, 0.1) <= 0;
+        last if !sysread($in, $text, 4096, length($text));
+    }
+    return $text;
+}
+
+sub has_ended ($pid) {
+    my $end = time + $limit;
+    while (time < $end) {
+        return 1 if waitpid($pid, POSIX::WNOHANG()) == $pid;
+        sleep(0.02);
+    }
+    return 0;
+}
+
+for my $at (qw(open write flush)) {
+    subtest "a target that hangs at $at" => sub {
+        my $backing
+            = PBA::Test::NBDServer->start(size => $size, keep => 1, hang_flush => $at eq 'flush');
+        my $daemon = serve($backing);
+        pipe(my $in, my $out) or die "pipe: $!\n";
+        my $pid = victim($out, sub { kill('STOP', $daemon) }, "$dir/mnt", $at);
+        close($out);
+        is(hear($in), "interrupted\ndropped\ncopied again\n", 'a signal, then another copy');
+        ok(has_ended($pid), 'the process ends');
+        ok(-s "$dir/other" == $size, 'the other copy is there');
+        unlink("$dir/other");
+        $backing->stop;
+        kill('CONT', $daemon);
+        unmount($daemon, 'KILL');
+    };
+}
+
+sub parent_of ($stat) {
+    open(my $fh, '<', $stat) or return 0;
+    return (readline($fh) // '') =~ m/\) \w (\d+) / ? $1 : 0;
+}
+
+sub children () {
+    return grep { parent_of($_) == $$ } glob('/proc/[0-9]*/stat');
+}
+
+# A writer is no child that the caller could come across.
+subtest 'the processes of a copy' => sub {
+    my %before = map { $_ => 1 } children();
+    my ($signals, $more, @found) = (0, 0);
+    local $SIG{CHLD} = sub { $signals++ };
+    my $look = sub (@) {
+        push(@found, grep { $_ > 0 && !$before{$_} } waitpid(-1, POSIX::WNOHANG()));
+        $more += grep { !$before{$_} } children();
+    };
+    open_volume($source)->copy(
+        to => "$dir/other",
+        discard => 0,
+        'bandwidth-limit' => 4 * $MiB,
+        progress => $look
+    );
+    cmp_ok($more, '>', 0, 'there is one');
+    is_deeply(\@found, [], 'a wait for any child does not find it');
+    is($signals, 0, 'nor does its end send a signal');
+    is_deeply([grep { !$before{$_} } children()], [], 'none is left');
+};
+
+done_testing;
