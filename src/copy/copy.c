@@ -389,24 +389,6 @@ static bool finish_discards(Copy *copy, GError **error)
 
 /* Before and after */
 
-char *pba_buffer_new(size_t size, GError **error)
-{
-    void *memory = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
-
-    if (memory != MAP_FAILED) {
-        return memory;
-    }
-    pba_error_set(error, PBA_ERROR_SYSTEM, "mmap failed - %s", g_strerror(errno));
-    return NULL;
-}
-
-void pba_buffer_free(char *buffer, size_t size)
-{
-    if (buffer) {
-        munmap(buffer, size);
-    }
-}
-
 static PbaMap *whole_map(PbaVolume *volume)
 {
     return pba_map_new(volume, 0, volume->size);
