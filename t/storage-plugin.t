@@ -1,5 +1,5 @@
-# examples/pve-storage-plugin: from storage.cfg to the restore, as Proxmox VE calls it, against a
-# stand-in of its storage layer (t/lib/StandIn).
+# examples/pve-storage-plugin: from storage.cfg to the restore, as Proxmox VE calls it, against
+# stand-ins of its storage layer.
 
 use v5.36;
 
@@ -10,6 +10,7 @@ use Test::More;
 
 use PBA::Test::BitmapDisk;
 use PBA::Test::QemuNbd;
+use PVE::BackupAccess::PluginBase;
 use PVE::Storage;
 use PVE::Storage::Plugin;
 

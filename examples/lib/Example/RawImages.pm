@@ -88,13 +88,13 @@ sub archive ($self, $volname) {
     return "$self->{dir}/$name";
 }
 
-sub restore_get_mechanism ($self, $volname) { return ('qemu-img', 'qemu') }
+sub restore_get_mechanism ($self, $volname, @) { return ('qemu-img', 'qemu') }
 
-sub archive_get_guest_config ($self, $volname, $storeid = undef) {
+sub archive_get_guest_config ($self, $volname, @) {
     return read_file($self->archive($volname) . '/guest.conf') // die "no archive '$volname'\n";
 }
 
-sub archive_get_firewall_config ($self, $volname) {
+sub archive_get_firewall_config ($self, $volname, @) {
     return read_file($self->archive($volname) . '/firewall.conf') || undef;
 }
 

@@ -75,7 +75,7 @@ my %commands = (
     'try-provider' => {
         module => 'TryProvider',
         arguments => ['CLASS'],
-        options => [qw(include|I=s@ scfg=s@ storage-plugin=s)],
+        options => [qw(include|I=s@ scfg=s@ storage-plugin=s backup-only)],
     },
 );
 

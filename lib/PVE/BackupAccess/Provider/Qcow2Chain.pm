@@ -273,17 +273,17 @@ sub backup_container ($self, @) { no_containers() }
 
 # ---- restore ----
 
-sub restore_get_mechanism ($self, $volname) {
+sub restore_get_mechanism ($self, $volname, @) {
     $self->_archive($volname);
     return ('qemu-img', 'qemu');
 }
 
 # Where Proxmox VE shows a backup's configuration, it gives the storage's name as well.
-sub archive_get_guest_config ($self, $volname, $storeid = undef) {
+sub archive_get_guest_config ($self, $volname, @) {
     return $self->_archive($volname)->content($guest_config);
 }
 
-sub archive_get_firewall_config ($self, $volname) {
+sub archive_get_firewall_config ($self, $volname, @) {
     return $self->_archive($volname)->content($firewall_config);
 }
 

@@ -28,15 +28,19 @@ sub provider_name ($self) { return 'raw images' }
 sub job_init ($self, $start_time) { return }
 sub job_cleanup ($self) { return }
 
-# The archives by number, complete ones only.
+# The archives by number, complete ones only. 'by second' numbers them by their time.
 my sub archives ($self) {
     return sort { $a <=> $b }
         map { m!/([0-9]+)/complete\z! ? $1 : () } glob("$self->{path}/*/complete");
 }
 
+# What a faulty one never lets go.
+my @kept;
+
 sub backup_init ($self, $vmid, $vmtype, $start_time) {
     ($self->{base}) = reverse(archives($self));
-    $self->{number} = ($self->{base} // 0) + 1;
+    $self->{number} = $self->{faults}{'by second'} ? $start_time : ($self->{base} // 0) + 1;
+    die "there is an archive of that second\n" if ($self->{base} // 0) == $self->{number};
     File::Path::remove_tree("$self->{path}/$self->{number}");
     File::Path::make_path("$self->{path}/$self->{number}");
     return { 'archive-name' => "raw/a+b=c:d/$self->{number}" };
@@ -48,7 +52,13 @@ sub backup_vm_query_incremental ($self, $vmid, $volumes) {
     if ($self->{faults}{'full only'}) {
         return $self->{base} ? { map { $_ => 'none' } keys $volumes->%* } : ();
     }
-    return { map { $_ => $self->{base} ? 'use' : 'new' } keys $volumes->%* };
+    my %modes;
+    for my $device (keys $volumes->%*) {
+        my $size = $self->{base} ? -s "$self->{path}/$self->{base}/$device.raw" : 0;
+        my $fits = $size == $volumes->{$device}{size} || $size && $self->{faults}{'ignores sizes'};
+        $modes{$device} = $fits ? 'use' : 'new';
+    }
+    return \%modes;
 }
 
 my sub write_file ($file, $content) {
@@ -57,7 +67,17 @@ my sub write_file ($file, $content) {
     close($fh) or die "$file: $!\n";
 }
 
-my sub copy_volume ($self, $device, $volume, $file) {
+# In pieces of a MiB, whatever is dirty of them.
+my sub read_pieces ($reader) {
+    my $mib = 1 << 20;
+    while (my ($offset) = $reader->next_dirty_region) {
+        my $begin = $offset - $offset % $mib;
+        my $left = $reader->size - $begin;
+        $reader->pread($begin, $left < $mib ? $left : $mib);
+    }
+}
+
+my sub copy_volume ($self, $device, $volume, $file, $limit) {
     my $reader = PVE::BackupAccess::Volume->open($device, $volume);
     if ($self->{faults}{'one region only'}) {
         my ($offset, $length) = $reader->next_dirty_region or return;
@@ -66,13 +86,17 @@ my sub copy_volume ($self, $device, $volume, $file) {
         print {$fh} $reader->pread($offset, $length);
         close($fh);
     }
+    elsif ($self->{faults}{'reads beyond'}) {
+        read_pieces($reader);
+    }
     elsif ($self->{faults}{'no map'}) {
         my %whole = ($volume->%*, 'bitmap-mode' => 'none');
         delete($whole{'bitmap-name'});
         PVE::BackupAccess::Volume->open($device, \%whole)->copy(to => $file);
     }
     else {
-        my $ok = eval { $reader->copy(to => $file); 1 };
+        my %limit = $limit && !$self->{faults}{'no limit'} ? ('bandwidth-limit' => $limit) : ();
+        my $ok = eval { $reader->copy(to => $file, %limit); 1 };
         die $@ if !$ok && !$self->{faults}{'errors ignored'};
     }
     $reader->close;
@@ -84,15 +108,23 @@ sub backup_vm ($self, $vmid, $config, $volumes, $info) {
     write_file("$dir/firewall.conf", $info->{'firewall-config'});
     for my $device (sort keys $volumes->%*) {
         my ($file, $volume) = ("$dir/$device.raw", $volumes->{$device});
-        if ($volume->{'bitmap-mode'} eq 'reuse') {
+        my $fast = $self->{faults}{'no limit'};    # as fast as can be
+        if ($volume->{'bitmap-mode'} eq 'reuse' && !$fast) {
             File::Copy::copy("$self->{path}/$self->{base}/$device.raw", $file) or die "$file: $!\n";
         }
         else {
             write_file($file, '');
             truncate($file, $volume->{size});
         }
-        copy_volume($self, $device, $volume, $file);
+        die "there is no bitmap\n"
+            if $self->{base}
+            && $volume->{'bitmap-mode'} ne 'reuse'
+            && $self->{faults}{'insists on use'};
+        copy_volume($self, $device, $volume, $file, $info->{'bandwidth-limit'});
+        truncate($file, -s "$self->{path}/$self->{base}/$device.raw")
+            if $self->{base} && $self->{faults}{'ignores sizes'};
     }
+    push(@kept, $volumes) if $self->{faults}{'keeps volumes'};
     write_file("$dir/complete", '') if !$self->{faults}{'never complete'};
     return;
 }
@@ -100,7 +132,8 @@ sub backup_vm ($self, $vmid, $config, $volumes, $info) {
 sub backup_cleanup ($self, $vmid, $vmtype, $success, $info) {
     my $dir = "$self->{path}/$self->{number}";
     File::Path::remove_tree($dir) if !$success && !$self->{faults}{'errors ignored'};
-    return { stats => { 'archive-size' => -s "$dir/drive-scsi0.raw" } } if $success;
+    my $size = $self->{faults}{'size zero'} ? 0 : -s "$dir/drive-scsi0.raw";
+    return { stats => { 'archive-size' => $size } } if $success;
     return;
 }
 
@@ -120,14 +153,14 @@ my sub content ($file) {
     return <$fh>;
 }
 
-sub restore_get_mechanism ($self, $volname) { return ('qemu-img', 'qemu') }
+sub restore_get_mechanism ($self, $volname, $storeid = undef) { return ('qemu-img', 'qemu') }
 
 sub archive_get_guest_config ($self, $volname, $storeid = undef) {
     die "a restore gives no storage\n" if $storeid && $self->{faults}{'not to be shown'};
     return content(dir_of($self, $volname) . '/guest.conf');
 }
 
-sub archive_get_firewall_config ($self, $volname) {
+sub archive_get_firewall_config ($self, $volname, $storeid = undef) {
     return content(dir_of($self, $volname) . '/firewall.conf');
 }
 
@@ -137,7 +170,14 @@ sub restore_vm_init ($self, $volname) {
 }
 
 sub restore_vm_volume_init ($self, $volname, $device, $info) {
-    return { 'qemu-img-path' => dir_of($self, $volname) . "/$device.raw" };
+    my $file = dir_of($self, $volname) . "/$device.raw";
+    if ($self->{faults}{'one wrong byte'} && $device eq 'drive-scsi0') {
+        open(my $fh, '+<:raw', $file) or die "$file: $!\n";
+        seek($fh, 1_234_567, 0);
+        print {$fh} '3';
+        close($fh);
+    }
+    return { 'qemu-img-path' => $file };
 }
 
 sub restore_vm_volume_cleanup ($self, $volname, $device, $info) { return }

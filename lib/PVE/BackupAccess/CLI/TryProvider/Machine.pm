@@ -1,11 +1,12 @@
 package PVE::BackupAccess::CLI::TryProvider::Machine;
 
-# A QEMU to try a provider on, in a private directory that goes with it. It has two disks and no
+# A QEMU to try a provider on, in a private directory that goes with it. It has four disks and no
 # guest system: writes are made by QEMU's own 'qemu-io' monitor command on the guest's devices, so
 # they are recorded and copied before they happen as a guest's are.
 
 use v5.36;
 
+use File::Copy ();
 use File::Temp ();
 use JSON::PP ();
 use POSIX qw(WNOHANG);
@@ -18,10 +19,12 @@ use PVE::BackupAccess::Try qw(attempt);
 my $mib = 1024 * 1024;
 my $timeout = 60;
 
-# The second one has the size of an EFI disk: small, and not a multiple of anything.
-my %disks = (
-    'drive-scsi0' => { size => 32 * $mib },
-    'drive-efidisk0' => { size => 528 * 1024 },
+# Those of an EFI disk and of a TPM's state are small, and no multiples of anything.
+my %sizes = (
+    'drive-scsi0' => 32 * $mib,
+    'drive-scsi1' => 12 * $mib + 4096,
+    'drive-efidisk0' => 528 * 1024,
+    'drive-tpmstate0-backup' => 4608,
 );
 
 # To write here after the instant of a backup breaks its snapshot, as a full fleecing file system
@@ -30,16 +33,15 @@ my $trap = 28 * $mib;
 
 my $json = JSON::PP->new->utf8->canonical;
 
-sub devices ($class) { return sort keys %disks }
-sub size_of ($class, $device) { return $disks{$device}{size} }
+sub devices ($class) { return sort keys %sizes }
+sub size_of ($self, $device) { return $self->{sizes}{$device} }
 sub trap ($class) { return $trap }
 
 sub start ($class) {
     my $dir = File::Temp->newdir('pve-backup-access-try.XXXXXX', TMPDIR => 1);
-    my $self = bless({ tmp => $dir, dir => "$dir", owner => $$ }, $class);
+    my $self = bless({ tmp => $dir, dir => "$dir", owner => $$, sizes => {%sizes} }, $class);
     for my $device ($class->devices) {
-        $self->make_file("$device.raw", $class->size_of($device));
-        $self->make_file("$device-fleecing.raw", $class->size_of($device));
+        $self->make_file($_, $sizes{$device}) for "$device.raw", "$device-fleecing.raw";
     }
     mkdir("$dir/run", 0700) or die "$dir/run: $!\n";
     $self->launch;
@@ -128,13 +130,18 @@ sub log ($self) {
     return <$fh> // '';
 }
 
+sub end ($self) {
+    return if !$self->is_alive;
+    kill(KILL => $self->{pid});    # not waited for yet: the number is its own
+    waitpid($self->{pid}, 0);
+    delete($self->{pid});
+    return;
+}
+
 sub DESTROY ($self) {
     return if $self->{owner} != $$;
     local ($@, $!, $?);
-    if ($self->is_alive) {
-        kill(KILL => $self->{pid});
-        waitpid($self->{pid}, 0);
-    }
+    $self->end;
     delete($self->{tmp});
     return;
 }
@@ -154,6 +161,34 @@ sub write ($self, $device, $offset, $length, $byte) {
     seek($fh, $offset, 0);
     read($fh, my $data, $length);
     die "QEMU did not write to $device: $said" . $self->log if $data ne chr($byte) x $length;
+    return;
+}
+
+# ---- what happens between backups ----
+
+# To older contents, { device => file }: as Proxmox VE does it, the guest is another process after that.
+sub roll_back ($self, $files) {
+    $self->end;
+    for my $device ($self->devices) {
+        File::Copy::copy($files->{$device}, $self->file($device))
+            or die $self->file($device) . ": $!\n";
+    }
+    $self->launch;
+    return;
+}
+
+sub lose_bitmap ($self, $device) {
+    my ($node)
+        = grep { $_->{'node-name'} eq $device }
+        $self->qmp('query-named-block-nodes', flat => JSON::PP::true)->@*;
+    $self->qmp('block-dirty-bitmap-remove', node => $device, name => $_->{name})
+        for ($node->{'dirty-bitmaps'} // [])->@*;
+    return;
+}
+
+sub resize ($self, $device, $size) {
+    $self->qmp('block_resize', 'node-name' => $_, size => $size) for $device, "$device-fleecing";
+    $self->{sizes}{$device} = $size;
     return;
 }
 

@@ -56,7 +56,7 @@ my sub difference ($restored, $kept) {
         read($restored_file, my $has, $piece);
         read($kept_file, my $had, $piece);
         next if $has eq $had;
-        ($has ^ $had) =~ m/[^\0]/;
+        ($has ^. $had) =~ m/[^\0]/;
         my $offset = $at + $-[0];
         return sprintf('at offset %d it has the byte 0x%02x, the disk had 0x%02x',
             $offset, map { ord(substr($_, $-[0], 1)) } $has, $had);
@@ -82,13 +82,15 @@ my sub restore_volume ($self, $watch, $volname, $device, $kept) {
     return $problem;
 }
 
-# Shows an archive's configuration and restores it, for which Proxmox VE calls archive_get_guest_config in
-# two ways; what a method did is in $watch. Returns { device => what is wrong }.
+# Shows an archive's configuration and restores it; what a method did is in $watch. Where Proxmox VE shows
+# a configuration, and where it restores a container and has to find out that it is none, it passes the
+# storage's name as well. Returns { device => what is wrong }.
 sub run ($self, $watch, $volname, $storeid, $disks) {
-    attempt_any { $watch->archive_get_guest_config($volname, $storeid) };
-    attempt_any { my @mechanism = $watch->restore_get_mechanism($volname) };
-    attempt_any { $watch->archive_get_guest_config($volname) };
-    attempt_any { $watch->archive_get_firewall_config($volname) };
+    for my $more ([$storeid], []) {
+        attempt_any { my @mechanism = $watch->restore_get_mechanism($volname, $more->@*) };
+        attempt_any { $watch->archive_get_guest_config($volname, $more->@*) };
+        attempt_any { $watch->archive_get_firewall_config($volname, $more->@*) };
+    }
     my %problems;
     my $error = attempt_any { $watch->restore_vm_init($volname) };
     for my $device (sort keys $disks->%*) {

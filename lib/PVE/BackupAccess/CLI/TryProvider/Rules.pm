@@ -59,11 +59,9 @@ my sub backup_cleanup ($call, $expected) {
     my ($vmid, $vmtype, $success) = $call->{arguments}->@*;
     return if !$success;
     my $result = $call->{result}[0];
-    my $size
-        = ref($result) eq 'HASH'
-        && ref($result->{stats}) eq 'HASH'
-        && $result->{stats}{'archive-size'};
-    return if is_size($size || undef);
+    my $stats = ref($result) eq 'HASH' ? $result->{stats} : undef;
+    my $size = ref($stats) eq 'HASH' ? $stats->{'archive-size'} : undef;
+    return if is_size($size);
     return q(must return { stats => { 'archive-size' => bytes } } after a success);
 }
 

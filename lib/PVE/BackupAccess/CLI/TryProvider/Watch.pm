@@ -5,6 +5,9 @@ package PVE::BackupAccess::CLI::TryProvider::Watch;
 
 use v5.36;
 
+use Scalar::Util qw(weaken);
+use Time::HiRes ();
+
 use PVE::BackupAccess::Try qw(deaths_of);
 
 our @backup_methods = qw(
@@ -29,12 +32,13 @@ our @restore_methods = qw(
 );
 
 sub new ($class, $provider) {
-    return bless({ provider => $provider, calls => [] }, $class);
+    return bless({ provider => $provider, calls => [], files => {} }, $class);
 }
 
 sub pass_on ($self, $in_list, $method, @arguments) {
-    my $call = { method => $method, arguments => \@arguments };
+    my $call = { method => $method, arguments => $self->arguments($method, @arguments) };
     push($self->{calls}->@*, $call);
+    my $began = Time::HiRes::time();
     my ($death) = deaths_of(
         sub {
             my @result
@@ -44,11 +48,27 @@ sub pass_on ($self, $in_list, $method, @arguments) {
             $call->{result} = \@result;
         }
     );
+    $call->{seconds} = Time::HiRes::time() - $began;
     if ($death) {
         $call->{error} = $death->[0];
         die $call->{error};
     }
     return $in_list ? $call->{result}->@* : $call->{result}[0];
+}
+
+# What is remembered of them. Of volumes it is the file handles, and whether they are still there.
+sub arguments ($self, $method, @arguments) {
+    return \@arguments if $method ne 'backup_vm';
+    my $volumes = splice(@arguments, 2, 1, undef);
+    for my $device (grep { $volumes->{$_}{'file-handle'} } keys $volumes->%*) {
+        weaken($self->{files}{$device} = $volumes->{$device}{'file-handle'});
+    }
+    return \@arguments;
+}
+
+# The devices whose file handle the provider has kept.
+sub kept_files ($self) {
+    return grep { defined($self->{files}{$_}) } sort keys $self->{files}->%*;
 }
 
 for my $method ('provider_name', @backup_methods, @restore_methods) {

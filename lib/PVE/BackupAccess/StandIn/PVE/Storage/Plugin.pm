@@ -1,7 +1,7 @@
 package PVE::Storage::Plugin;
 
-# What a storage plugin derives from, for tests outside of Proxmox VE: registration, and a section of
-# storage.cfg checked against the plugin's options. A plugin has to have its own of each other method.
+# What a storage plugin derives from, outside of Proxmox VE: registration, and a section of storage.cfg
+# checked against the plugin's options. A plugin has to have its own of each other method.
 
 use v5.36;
 
@@ -29,6 +29,10 @@ sub parse_config ($text) {
     }
     $_->{content} = { map { $_ => 1 } split(m/,/, $_->{content} // '') } for values %storages;
     return \%storages;
+}
+
+sub new_backup_provider ($class, @) {
+    die "the storage plugin $class has no method new_backup_provider\n";
 }
 
 sub lookup ($class, $type) {

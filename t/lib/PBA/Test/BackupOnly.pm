@@ -1,0 +1,17 @@
+package PBA::Test::BackupOnly;
+
+# A provider whose archives are restored by other means.
+
+use v5.36;
+
+use parent -norequire, 'PBA::Test::RawProvider';
+
+use PBA::Test::RawProvider;
+use PVE::BackupAccess::CLI::TryProvider::Watch;
+
+for my $method (@PVE::BackupAccess::CLI::TryProvider::Watch::restore_methods) {
+    no strict 'refs';
+    *{$method} = PVE::BackupProvider::Plugin::Base->can($method);
+}
+
+1;

@@ -1,0 +1,18 @@
+package PBA::Test::RawPlugin;
+
+# A storage plugin that has PBA::Test::RawProvider make its backups, and gives it something of its own.
+
+use v5.36;
+
+use parent 'PVE::Storage::Plugin';
+
+use PBA::Test::RawProvider;
+
+sub new_backup_provider ($class, $scfg, $storeid, $log) {
+    return bless({}, 'PBA::Test::Nobody') if $scfg->{'another one'};
+    die "$storeid is no storage of this plugin\n" if $storeid ne 'try-provider';
+    return PBA::Test::RawProvider->new($class, { mechanism => 'file-handle', $scfg->%* },
+        $storeid, $log);
+}
+
+1;
