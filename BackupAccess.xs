@@ -156,6 +156,7 @@ _new(SV *klass, HV *options)
             .bitmap_name = glue_fetch_text(aTHX_ options, "bitmap-name"),
             .persistent = SvTRUE(glue_fetch(aTHX_ options, "persistent")),
             .no_recover = !SvTRUE(glue_fetch(aTHX_ options, "recover")),
+            .force = SvTRUE(glue_fetch(aTHX_ options, "force")),
         };
         object->access = pba_access_new(object->qmp, &access_options, &hooks, &error);
         g_clear_pointer(&fleecing, g_hash_table_unref);
@@ -278,19 +279,24 @@ _open_file(PbaAccessObject *self, UV index)
     OUTPUT:
         RETVAL
 
-void
+bool
 _teardown(PbaAccessObject *self, bool success)
     PREINIT:
         GError *error = NULL;
     CODE:
         glue_require_idle(aTHX_ &self->caller, self->owner);
         if (!pba_access_teardown(self->access, success, &error)) {
+            glue_run_signal_handlers(aTHX_ &self->caller); /* not run while it was committed */
             glue_throw_error(aTHX_ &self->caller, error);
         }
         if (success) {
-            glue_warn_pending(aTHX_ &self->caller);
+            glue_throw_pending_later(aTHX_ &self->caller); /* it is committed */
+        } else {
+            glue_throw_pending(aTHX_ &self->caller);
         }
-        glue_throw_pending(aTHX_ &self->caller);
+        RETVAL = true;
+    OUTPUT:
+        RETVAL
 
 SV *
 _recover(PbaAccessObject *self)

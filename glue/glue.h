@@ -49,11 +49,14 @@ void glue_throw_error(pTHX_ Caller *caller, GError *error);
 __attribute__((noreturn)) void glue_throw_text(pTHX_ const char *klass, const char *message);
 /* Throws if a handler died, but the call came to a good end all the same. */
 void glue_throw_pending(pTHX_ Caller *caller);
+/* Runs the handlers of signals that have come, and has what they or other callbacks died with come
+ * a statement or two after the call: for one that must not look as if it had failed. */
+void glue_throw_pending_later(pTHX_ Caller *caller);
+/* Has Perl look for signals now. */
+void glue_run_signal_handlers(pTHX_ Caller *caller);
 
 /* Logs a warning for that caller. */
 void glue_warn(Caller *caller, const char *format, ...) G_GNUC_PRINTF(2, 3);
-/* The same in a warning: a backup that was committed is not made a failure by what comes later. */
-void glue_warn_pending(pTHX_ Caller *caller);
 
 /* Hooks */
 

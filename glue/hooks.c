@@ -37,11 +37,8 @@ void glue_enter_hook(pTHX_ Caller *caller)
     PUSHSTACKi(PERLSI_MAGIC);
 }
 
-static bool hook_interrupted(void *opaque)
+void glue_run_signal_handlers(pTHX_ Caller *caller)
 {
-    dTHX;
-    Caller *caller = opaque;
-
     if (PL_sig_pending) {
         glue_enter_hook(aTHX_ caller);
         dSP;
@@ -52,6 +49,14 @@ static bool hook_interrupted(void *opaque)
         }
         GLUE_LEAVE_HOOK;
     }
+}
+
+static bool hook_interrupted(void *opaque)
+{
+    dTHX;
+    Caller *caller = opaque;
+
+    glue_run_signal_handlers(aTHX_ caller);
     bool died = caller->died;
     caller->died = false;
     return died;
@@ -87,9 +92,18 @@ static void hook_log(void *opaque, PbaLogLevel level, const char *message)
     GLUE_LEAVE_HOOK;
 }
 
+static bool hook_pending(G_GNUC_UNUSED void *opaque)
+{
+    dTHX;
+    return PL_sig_pending != 0;
+}
+
 PbaHooks glue_caller_hooks(Caller *caller)
 {
-    return (PbaHooks){.interrupted = hook_interrupted, .log = hook_log, .opaque = caller};
+    return (PbaHooks){.interrupted = hook_interrupted,
+                      .pending = hook_pending,
+                      .log = hook_log,
+                      .opaque = caller};
 }
 
 void glue_caller_clear(pTHX_ Caller *caller)

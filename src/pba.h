@@ -49,6 +49,9 @@ typedef struct {
     /* Asked several times a second while waiting; true ends the call with PBA_ERROR_INTERRUPTED.
      * May be NULL. */
     bool (*interrupted)(void *opaque);
+    /* Whether there is something that interrupted would look at. Asked where a call must not be
+     * ended any more; it then comes to its end within a second. May be NULL. */
+    bool (*pending)(void *opaque);
     /* One line without a newline; the message is valid during the call only. May be NULL. */
     void (*log)(void *opaque, PbaLogLevel level, const char *message);
     void *opaque;
@@ -121,6 +124,7 @@ typedef struct {
     const char *bitmap_name;  /* pve, early form of the command only; NULL: the target-id */
     bool persistent;          /* upstream: bitmaps of qcow2 disks survive a VM restart */
     bool no_recover;          /* setup refuses where a dead process left something to undo */
+    bool force;               /* recover takes a process that it cannot see for dead */
 } PbaAccessOptions;
 
 typedef struct {
@@ -165,8 +169,9 @@ bool pba_access_sizes(PbaAccess *access, const PbaDeviceRequest *requests, size_
 bool pba_access_setup(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
                       GError **error);
 /* Undoes what a process that is gone left of an access for this target, as after a failed backup.
- * An access of a living one is PBA_ERROR_STATE. Text lines that say what was done are appended to
- * lines (each to be freed); none if there was nothing. */
+ * An access of a living one, or of one that cannot be judged from here, is PBA_ERROR_STATE. Text
+ * lines that say what was done are appended to lines (each to be freed); none if there was nothing.
+ */
 bool pba_access_recover(PbaAccess *access, GPtrArray *lines, GError **error);
 /* Looks at what there is of backups in this QEMU and on disk, of all targets, and changes nothing.
  * Of the options run_dir, identity and fleecing_dir are used. An object with the keys that the POD
@@ -183,7 +188,10 @@ bool pba_access_serve_files(PbaAccess *access, GError **error);
 int pba_access_open_file(PbaAccess *access, size_t index, GError **error);
 /* Undoes everything; success decides what the bitmaps hold afterwards (QAPI:
  * backup-access-teardown). Every step is tried even if an earlier one failed; the first error is
- * reported. A later call retries what is left, always as a failure. */
+ * reported. A later call retries what is left, always as a failure. With success, true says that
+ * the bitmaps hold what was written since the instant, or that a later setup finds none; from the
+ * moment that they do, what goes wrong is only logged. False says that they also hold what they
+ * held before, or that they cannot be trusted and the next backup is a full one. */
 bool pba_access_teardown(PbaAccess *access, bool success, GError **error);
 bool pba_access_is_up(const PbaAccess *access);
 

@@ -108,7 +108,7 @@ for my $name (sort keys %bad_option) {
 
 subtest 'new: what is allowed' => sub {
     my @good = (
-        { 'target-id' => 'x' x 1000 },
+        { 'target-id' => 'x' x 991 },
         { 'target-id' => 'Proxmox Backup' },
         { 'target-id' => 'proxmox' },
         { 'target-id' => 'schlüssel/%s%n: "x"' },

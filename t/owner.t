@@ -23,12 +23,20 @@ sub start_time ($pid) {
 sub returns ($before, $after, %more) {
     my %returns = pve_returns(%more);
     my ($add, $nodes) = @returns{qw(blockdev-add query-named-block-nodes)};
-    my $added = 0;
+    my ($added, $size) = (0, 0);
     return {
         %returns,
-        'blockdev-add' => sub ($arguments) { return $added++ ? {} : $add },
+        'blockdev-add' => sub ($arguments) {
+            $size ||= $arguments->{size};
+            return $added++ ? {} : $add;
+        },
+
+        # The other's are of version 0.1.0, whose markers have no size.
         'query-named-block-nodes' => sub (@) {
-            return [$nodes->@*, map { node($_) } $added ? $after->@* : $before->@*];
+            return [
+                $nodes->@*,
+                map { mark($_, $_ eq $own_mark ? $size : 0) } $added ? $after->@* : $before->@*
+            ];
         },
     };
 }
@@ -64,10 +72,8 @@ subtest 'somebody else at the same time' => sub {
     my $other = getppid();
     my $other_mark = 'pba-owner-' . join('-', $other, start_time($other));
     my $peer = start_peer(returns([], [$own_mark, $other_mark]));
-    dies(
-        sub { new_access($peer)->setup(\@one) }, qr/\AStateError\z/,
-        qr/not finished: process $other is at it/, 'setup'
-    );
+    dies(sub { new_access($peer)->setup(\@one) },
+        qr/\AStateError\z/, qr/not finished: process $other is already backing it up/, 'setup');
     is(number_of($peer, 'backup-access-setup'), 0, 'nothing was set up');
     is_deeply([deleted($peer)], [$own_mark], 'its own is deleted, that of the other is not');
 };

@@ -217,14 +217,14 @@ subtest 'code ref: dying' => sub {
 
 subtest 'code ref: using the access within' => sub {
     my ($access, @inner);
-    my %returns = pve_returns();
+    my $answer = answers({ pve_returns() });
     my $code = sub ($command, $arguments) {
         if ($command eq 'query-block') {
             for my $use (sub { $access->setup(\@one) }, sub { $access->teardown(0) }) {
                 push @inner, eval { $use->(); 1 } ? 'done' : error_class($@);
             }
         }
-        return value_of($returns{$command}, $arguments);
+        return $answer->($command, $arguments);
     };
 
     # In a child, since what goes wrong here ends the process.

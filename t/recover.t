@@ -100,12 +100,12 @@ sub check_own ($backend) {
         my %options = $backend->options(qmp => $second, 'target-id' => $target);
         refused(
             sub { PVE::BackupAccess->recover(%options) },
-            qr/not finished: process $$ is at it/,
+            qr/not finished: process $$ is already backing it up/,
             "recover of $target"
         );
         refused(
             sub { PVE::BackupAccess->new(%options)->setup($backend->devices('use')) },
-            qr/not finished: process $$ is at it/,
+            qr/not finished: process $$ is already backing it up/,
             "setup for $target"
         );
     }
@@ -217,7 +217,7 @@ sub check_namesakes ($backend) {
     $client->wait_end;
 }
 
-# Of calls that come at once each does it, finds nothing more to do, or names one that is at it.
+# Of calls that come at once each does it, finds nothing more to do, or names one that backs the guest up.
 sub check_concurrent ($backend) {
     my $outside = $backend->outside;
     for my $round (1 .. 3) {
@@ -234,7 +234,7 @@ sub check_concurrent ($backend) {
         my @words = map { $_->next_word } @clients;
         $_->let_go_on for @clients;
         $_->wait_end for @clients;
-        my @strange = grep { !m/\Adone \d+\z|process \d+ is at it/ } @words;
+        my @strange = grep { !m/\Adone \d+\z|process \d+ is already backing it up/ } @words;
         is_deeply(\@strange, [], "round $round: done, or refused for another one's sake");
         my $lines = recover($backend, $backend->qmp_path);
         ok($lines->@* == 0 || !(grep { m/\Adone [1-9]/ } @words), "round $round: once is enough")
@@ -266,7 +266,7 @@ sub check_concurrent_setups ($backend) {
             )
         } 0, 1, 0, 1;
         my @words = map { $_->next_word } @clients;
-        my @strange = grep { !m/\A(?:up|done)\z|process \d+ is at it/ } @words;
+        my @strange = grep { !m/\A(?:up|done)\z|process \d+ is already backing it up/ } @words;
         is_deeply(\@strange, [], "round $round: done, or refused for another one's sake");
         cmp_ok(scalar(grep { $_ eq 'up' } @words), '<=', 1, "round $round: one access at most");
         $_->let_go_on for @clients;

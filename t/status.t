@@ -152,7 +152,7 @@ sub check_no_bitmaps ($backend) {
     ok(!eval { $access->setup($backend->devices('use')); 1 }, 'setup for another target: refused');
     like(
         "$@",
-        qr/process $pid is at it - its target is 'no bitmaps'/,
+        qr/process $pid is already backing it up - its target is 'no bitmaps'/,
         'process and target are named'
     );
     $client->kill9;

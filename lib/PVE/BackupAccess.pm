@@ -57,8 +57,10 @@ my %access_options = (
     recover => \&PVE::BackupAccess::Argument::flag,
 );
 
-my %recover_options
-    = map { $_ => $access_options{$_} } qw(qmp timeout target-id run-dir fleecing-dir log);
+my %recover_options = (
+    (map { $_ => $access_options{$_} } qw(qmp timeout target-id run-dir fleecing-dir log)),
+    force => \&PVE::BackupAccess::Argument::flag,
+);
 
 my %status_options = map { $_ => $access_options{$_} } qw(qmp timeout run-dir fleecing-dir);
 
@@ -86,6 +88,10 @@ my sub core_options ($options) {
 sub new ($class, @options) {
     my $options = PVE::BackupAccess::Argument::options('new', \@options, \%access_options,
         qw(qmp target-id));
+    return $class->_make($options);
+}
+
+sub _make ($class, $options) {
     my $fleecing = { ($options->{fleecing} // {})->%* };
     return $class->_new({ recover => 1, core_options($options)->%*, fleecing => $fleecing });
 }
@@ -99,7 +105,7 @@ sub capabilities ($class, @options) {
 sub recover ($class, @options) {
     my $options = PVE::BackupAccess::Argument::options('recover', \@options, \%recover_options,
         qw(qmp target-id));
-    return $class->new($options->%*)->_recover;
+    return $class->_make($options)->_recover;
 }
 
 sub status ($class, @options) {
@@ -357,15 +363,21 @@ their old bits and get the new ones. L</setup> does the same by itself. Returns 
 of text that say what was done, an empty one if there was nothing to do. It may be called again at any
 time.
 
-Takes C<qmp>, C<target-id>, C<run-dir>, C<fleecing-dir>, C<timeout> and C<log> as L</new> does; they have
+Takes C<qmp>, C<target-id>, C<run-dir>, C<fleecing-dir>, C<timeout> and C<log> as L</new> does, and C<force>; they have
 to be those of the dead process for its NBD server and files to be found.
 
 Dies with class C<StateError> if a process is at a backup of this guest, naming its process ID, or if
 what is left is another target's. On a Proxmox QEMU also where the disk or its bitmap was removed
 meanwhile, so that QEMU would crash: then the access stays up until the VM is stopped.
 
-The process must be one of this machine and PID namespace; elsewhere it cannot be told from a dead
-one.
+Of a process on another machine, of an earlier boot or in another PID namespace, and of one that
+C</proc> hides, it cannot be known whether it lives. Its access is refused as well; if you know that the
+process has ended, say so:
+
+    PVE::BackupAccess->recover(qmp => $path, 'target-id' => $id, force => 1);
+
+The log and the lines returned say which process was taken for dead. An access of a process that is seen
+to live, or of another target, is never undone.
 
 =head2 status
 
@@ -384,7 +396,8 @@ C<pve> or C<upstream>.
 =item access
 
 undef where no access is up and nobody is at making one, else a hash: C<target-id>; C<pid> of the process
-that has it, and C<alive>, whether that process lives; C<devices>, an array ref of names. Where another
+that has it, and C<alive>, whether that process lives (undef where that cannot be known from here, see
+L</recover>); C<devices>, an array ref of names. Where another
 program has used Proxmox' own commands C<pid> and C<alive> are undef. C<target-id> is told by bitmaps and by
 run directories, so it is undef for an access without bitmaps if C<run-dir> is another one.
 
@@ -509,6 +522,19 @@ failure it holds that and all it held before.
 Every step is tried even if an earlier one failed; the first error is what it dies with, and a later
 call tries again what is left, as a failure. A bitmap that could not be brought to its right state is
 removed, so that the next backup is a full one.
+
+With C<$success> it returns true, or dies. When it returns, the bitmaps have begun anew, or the next backup
+is a full one: nothing that goes wrong after that moment makes it die, it is logged as a warning. When it
+dies the next backup contains what this one contained as well, also where the message says that the end
+is not known, because QEMU cannot be asked. A success that could not be carried out is ended as a failure, and that is what
+it dies of.
+
+A signal that comes after that moment is handled, but teardown comes to its end within a second. What the
+handler dies with comes a statement or two later: not in C<< eval { $access->teardown(1); 1 } >>, but
+after it.
+
+Dies with class C<StateError>, and touches nothing, if the access is no more in QEMU: since the VM was started
+again, or another process has undone it (L</recover>). The same holds for volumes.
 
 When an access goes out of scope that was not torn down, that is done as after a failed backup, with a
 warning. A forked child does nothing of the kind.

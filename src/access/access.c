@@ -11,6 +11,7 @@
 /* What would reach QEMU as a name: QEMU crashes or leaks on some of these. */
 static bool check_target_id(const char *id, GError **error)
 {
+    static const char longest_nonce[PBA_NONCE_LENGTH + 1] = "0123456789abcdef";
     const char *problem = NULL;
 
     if (!id || !*id) {
@@ -20,7 +21,7 @@ static bool check_target_id(const char *id, GError **error)
     } else if (!g_utf8_validate(id, -1, NULL)) {
         problem = "must be valid UTF-8";
     } else {
-        g_autofree char *background = pba_background_bitmap(id);
+        g_autofree char *background = pba_background_bitmap(id, longest_nonce);
         if (strlen(background) > MAX_BITMAP_NAME) {
             pba_error_set(error, PBA_ERROR_ARGUMENT,
                           "target-id is too long - %zu bytes, at most %zu can be part of the name "
@@ -107,13 +108,14 @@ PbaAccess *pba_access_new_observer(PbaQmp *qmp, const PbaAccessOptions *options,
     access->early_bitmap_name = g_strdup(options->bitmap_name);
     access->persistent = options->persistent;
     access->no_recover = options->no_recover;
+    access->force = options->force;
     access->disks = g_ptr_array_new_with_free_func(pba_disk_free);
     return access;
 }
 
 bool pba_access_is_up(const PbaAccess *access)
 {
-    return access->disks->len > 0;
+    return access->phase != PBA_PHASE_NEW;
 }
 
 const char *pba_access_socket(const PbaAccess *access)

@@ -35,8 +35,26 @@ typedef struct {
 } PbaDisk;
 
 typedef enum { PBA_FORM_DEVICES, PBA_FORM_DEVLIST } PbaForm;
-/* Tried: some of them may be there. */
-typedef enum { PBA_EXPORTS_NONE, PBA_EXPORTS_TRIED, PBA_EXPORTS_ALL } PbaExports;
+
+/* How far an access is. What there is in QEMU is read off QEMU. */
+typedef enum {
+    PBA_PHASE_NEW,       /* none is up; nothing of it is anywhere */
+    PBA_PHASE_CLAIMED,   /* QEMU may have its marker, and nothing else of it */
+    PBA_PHASE_CHANGING,  /* setup, or the recovery of a dead process' access, has begun */
+    PBA_PHASE_UP,        /* setup is done */
+    PBA_PHASE_EXPORTING, /* some of the exports may be there */
+    PBA_PHASE_EXPORTED,  /* all of them are */
+    PBA_PHASE_ENDING,    /* it is being torn down */
+    PBA_PHASE_STUCK,     /* that went wrong: it can be tried again, as after a failure */
+    PBA_PHASE_COMMITTED, /* the bitmaps are as after a success, whatever else happens */
+    PBA_PHASE_ENDED,     /* the bitmaps are as after a failure, and all else is undone */
+    PBA_PHASE_GONE,      /* its marker is no more in QEMU: what is there is of others */
+    PBA_PHASE_COUNT,
+} PbaPhase;
+
+/* Which phase may follow which. Pure. */
+bool pba_phase_may_follow(PbaPhase from, PbaPhase to);
+const char *pba_phase_name(PbaPhase phase);
 
 struct PbaAccess {
     pid_t owner;
@@ -51,24 +69,23 @@ struct PbaAccess {
     char *early_bitmap_name;
     bool persistent;
     bool no_recover;
+    bool force; /* recovery takes the process of a marker that it cannot judge for dead */
 
     PbaBackend backend;
     PbaForm form;
     unsigned qemu_version; /* 702 is 7.2 */
 
-    GPtrArray *disks;     /* PbaDisk; empty: no access is up */
+    PbaPhase phase;       /* set by pba_access_enter only */
+    GPtrArray *disks;     /* PbaDisk */
+    char *nonce;          /* of this setup; NULL: the access of a dead process is undone */
     char *socket_dir;     /* NULL: not made */
-    char *socket;         /* the NBD server's */
+    char *socket;         /* the NBD server's, whether it is up or not */
     GPtrArray *vfiles;    /* PbaVfile, one for each disk; NULL: none was asked for */
-    bool marked;          /* QEMU may have the marker of this process; see owner.c */
-    unsigned mark_number; /* tells it from markers of the process' other accesses */
-    bool recovering; /* this is what a dead process left: its nodes and devices are not known */
-    bool begun;      /* something else may have been changed in QEMU */
-    bool server_up;  /* we started the NBD server, or tried to */
-    PbaExports exports;
-    bool teardown_failed;
-    bool success_unknown; /* a successful end was asked for, and no reply came */
+    unsigned mark_number; /* tells its marker from those of the process' other accesses */
 };
+
+/* Every change of the phase comes through here, and is checked. */
+void pba_access_enter(PbaAccess *access, PbaPhase phase);
 
 /* Of PbaDisk, as arrays want it. */
 void pba_disk_free(gpointer disk);
@@ -86,25 +103,53 @@ PbaAccess *pba_access_new_observer(PbaQmp *qmp, const PbaAccessOptions *options,
 
 /* Markers in QEMU of who has an access, and on Proxmox to which devices. */
 #define PBA_DEVICE_ROLE "dev"
+
+/* What is known of the process of a marker. */
+typedef enum {
+    PBA_OWNER_DEAD,
+    PBA_OWNER_UNKNOWN, /* of another machine, boot or PID namespace, or hidden: see owner.c */
+    PBA_OWNER_ALIVE,
+} PbaOwnerState;
+
 bool pba_is_owner_mark(const char *node);
 /* The node name of this access'; the caller's to free. */
 char *pba_owner_mark_name(const PbaAccess *access, GError **error);
-/* Refuses if a living process, but for this access, has marked the guest. nodes is
- * query-named-block-nodes' reply. */
+/* The number that it has: from where it is, and for which target. */
+bool pba_owner_mark_size(const PbaAccess *access, uint64_t *size, GError **error);
+/* The number of a marker in query-named-block-nodes' reply. */
+uint64_t pba_owner_node_size(JsonObject *node);
+/* Refuses if another process, or another access of this one, has marked the guest and is not known
+ * to be dead. nodes is query-named-block-nodes' reply. */
 bool pba_owner_check(const PbaAccess *access, JsonArray *nodes, GError **error);
-/* Marks the guest as this process's, unless another one was faster. */
+/* Refuses, and enters the phase gone, if the marker of this access is not among the nodes. */
+bool pba_owner_require(PbaAccess *access, JsonArray *nodes, GError **error);
+void pba_owner_set_gone_error(const PbaAccess *access, GError **error);
+/* The same of what QEMU has now. */
+bool pba_owner_require_now(PbaAccess *access, GError **error);
+/* Claims the guest for this access, unless another one was faster. */
 bool pba_owner_mark(PbaAccess *access, GError **error);
 bool pba_device_marks_add(PbaAccess *access, GError **error);
-/* Takes our marker away, and with all also those of dead processes and of this target's devices. A
- * failure is logged only: nothing but a later access depends on it. */
+bool pba_ending_mark_add(PbaAccess *access, GError **error);
+/* Takes our marker away, and with all also those of dead processes and of this target's devices and
+ * end. Nothing if ours is no more there. A failure is logged only: nothing but a later access
+ * depends on it. */
 void pba_owner_unmark(PbaAccess *access, bool all);
+/* Forgets, in this process, that the access has marked a guest. */
 void pba_owner_forget(PbaAccess *access);
 /* Whose marker it is, if it is one. */
-bool pba_owner_read(const PbaAccess *access, const char *node, pid_t *pid, bool *alive);
+bool pba_owner_read(const PbaAccess *access, const char *node, uint64_t size, pid_t *pid,
+                    PbaOwnerState *state);
+/* What the number of a marker tells of the key of its target, the caller's to free: the beginning.
+ * NULL: nothing. */
+char *pba_owner_target_key(uint64_t size);
+/* Whether recovery undoes it. */
+bool pba_owner_is_dead(const PbaAccess *access, const char *node, uint64_t size);
 
 /* Undoes what a dead process left of this target; done, refused or nothing there. block is what
  * QEMU has afterwards. What was done is appended to lines. */
 bool pba_recover_left(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GError **error);
+/* Setup, or recovery, is about to change something else than markers in QEMU, or has. */
+void pba_access_begin_changes(PbaAccess *access);
 /* No access is up any more: forgets what it knew of it. */
 void pba_access_end(PbaAccess *access);
 /* What every end of an access is: all that is possible is undone. */
@@ -120,8 +165,8 @@ GPtrArray *pba_run_dir_find_left(const PbaAccess *access);
  * free, NULL if it does not. */
 const char *pba_run_dir_key(const char *path);
 char *pba_run_dir_target(const char *path);
-/* Whether its access is a living one: that of another guest that has the same identity, or of one
- * whose QEMU has gone. */
+/* Whether its access is not known to be a dead process': that of another guest that has the same
+ * identity, or of one whose QEMU has gone. */
 bool pba_run_dir_is_live(const PbaAccess *access, const char *path);
 /* The socket in such a directory, the caller's to free; NULL: it is none. */
 char *pba_run_dir_left_socket(const char *path);
@@ -134,10 +179,8 @@ bool pba_vfiles_end(PbaAccess *access, GError **error);
 void pba_vfiles_free(PbaAccess *access);
 
 bool pba_nbd_server_start(PbaAccess *access, GError **error);
-bool pba_exports_add(PbaAccess *access, GError **error);
-/* Whether there is an export whose id begins so. */
-#define PBA_EXPORT_PREFIX "pba-exp-"
-bool pba_exports_find(PbaAccess *access, const char *id_prefix, bool *found, GError **error);
+/* Whether there is any export of an access, whoever made it. */
+bool pba_exports_find_any(PbaAccess *access, bool *found, GError **error);
 /* Removes our exports, waits until they are gone, and stops our NBD server. */
 bool pba_exports_remove(PbaAccess *access, GError **error);
 

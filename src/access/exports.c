@@ -9,9 +9,15 @@
 /* block-export-del waits for requests in flight; Proxmox allows it ten minutes. */
 #define EXPORT_GONE_S 600
 
-static char *export_id(PbaAccess *access, const PbaDisk *disk)
+/* The access' own, or for that of a dead process any of the disk's. */
+static bool is_export_of(const PbaAccess *access, const PbaDisk *disk, const char *id)
 {
-    return pba_disk_name(access, "exp", disk);
+    const char *nonce = access->nonce ? access->nonce : "";
+    g_autofree char *own = pba_export_id(access->target_id, nonce, disk->key);
+
+    return access->nonce ? strcmp(id, own) == 0
+                         : g_str_has_prefix(id, PBA_EXPORT_PREFIX) &&
+                               g_str_has_suffix(id, own + strlen(PBA_EXPORT_PREFIX));
 }
 
 bool pba_nbd_server_start(PbaAccess *access, GError **error)
@@ -26,11 +32,13 @@ bool pba_nbd_server_start(PbaAccess *access, GError **error)
     bool done = pba_qmp_run(access->qmp, "nbd-server-start", arguments, &local);
 
     /* Without a reply it may have been started all the same. */
-    access->server_up = done || pba_error_is_fatal(local) || pba_socket_answers(access->socket);
-    access->begun |= access->server_up;
+    if (done || pba_error_is_fatal(local) || pba_socket_answers(access->socket)) {
+        pba_access_begin_changes(access);
+    }
     if (done) {
         return true;
     }
+    /* QEMU's English decides about a hint only. */
     if (strstr(local->message, "already running")) {
         pba_error_add_hint(&local, "QEMU has one NBD server only: end what another program does "
                                    "with it, then try again");
@@ -49,7 +57,7 @@ static bool reads_by_cluster(const PbaAccess *access)
 
 static bool add_export(PbaAccess *access, const PbaDisk *disk, GError **error)
 {
-    g_autofree char *id = export_id(access, disk);
+    g_autofree char *id = pba_export_id(access->target_id, access->nonce, disk->key);
     JsonNode *arguments = pba_json("{'id': <%s>, 'type': <'nbd'>, 'node-name': <%s>, 'name': <%s>, "
                                    "'writable': <true>, 'description': <%s>}",
                                    id, disk->snapshot_node, disk->device,
@@ -80,44 +88,75 @@ static const char *export_id_of(JsonArray *exports, guint index, GError **error)
     return id;
 }
 
-typedef bool (*ExportTest)(JsonObject *export, const char *id, const char *prefix);
+/* What there is to be found among the exports. */
+typedef bool (*ExportTest)(const PbaAccess *access, const PbaDisk *disk, JsonObject *export,
+                           const char *id);
 
-static bool find_export(PbaAccess *access, ExportTest test, const char *prefix, bool *found,
+/* The id of the first one that passes, the caller's to free; NULL: none does. */
+static bool find_export(PbaAccess *access, ExportTest test, const PbaDisk *disk, char **found,
                         GError **error)
 {
     g_autoptr(JsonArray) exports =
         pba_qmp_query_array(access->qmp, "query-block-exports", NULL, error);
 
-    *found = false;
+    *found = NULL;
     for (guint i = 0; exports && i < json_array_get_length(exports); i++) {
         const char *id = export_id_of(exports, i, error);
         if (!id) {
+            g_clear_pointer(found, g_free);
             return false;
         }
-        *found |= test(pba_json_element(exports, i), id, prefix);
+        if (!*found && test(access, disk, pba_json_element(exports, i), id)) {
+            *found = g_strdup(id);
+        }
     }
     return exports != NULL;
 }
 
-static bool begins_so(G_GNUC_UNUSED JsonObject *export, const char *id, const char *prefix)
+static bool is_of_disk(const PbaAccess *access, const PbaDisk *disk,
+                       G_GNUC_UNUSED JsonObject *export, const char *id)
 {
-    return g_str_has_prefix(id, prefix);
+    return is_export_of(access, disk, id);
 }
 
-bool pba_exports_find(PbaAccess *access, const char *id_prefix, bool *found, GError **error)
+static bool is_of_any_access(G_GNUC_UNUSED const PbaAccess *access,
+                             G_GNUC_UNUSED const PbaDisk *disk, G_GNUC_UNUSED JsonObject *export,
+                             const char *id)
 {
-    return find_export(access, begins_so, id_prefix, found, error);
+    return g_str_has_prefix(id, PBA_EXPORT_PREFIX);
+}
+
+/* Another program has put it on our server. */
+static bool is_of_another_program(G_GNUC_UNUSED const PbaAccess *access,
+                                  G_GNUC_UNUSED const PbaDisk *disk, JsonObject *export,
+                                  const char *id)
+{
+    return g_strcmp0(pba_json_find_string(export, "type"), "nbd") == 0 &&
+           !g_str_has_prefix(id, PBA_EXPORT_PREFIX);
+}
+
+bool pba_exports_find_any(PbaAccess *access, bool *found, GError **error)
+{
+    g_autofree char *id = NULL;
+
+    bool asked = find_export(access, is_of_any_access, NULL, &id, error);
+    *found = id != NULL;
+    return asked;
 }
 
 /* block-export-del may return before the export is gone. */
-static bool wait_export_gone(PbaAccess *access, const char *id, GError **error)
+static bool wait_export_gone(PbaAccess *access, const PbaDisk *disk, const char *removed,
+                             GError **error)
 {
     gint64 deadline = pba_deadline(EXPORT_GONE_S);
     unsigned pause_ms = 1;
-    bool found;
 
-    while (pba_exports_find(access, id, &found, error)) {
-        if (!found) {
+    for (;;) {
+        g_autofree char *id = NULL;
+        if (!find_export(access, is_of_disk, disk, &id, error)) {
+            return false;
+        }
+        if (g_strcmp0(id, removed) != 0) {
             return true;
         }
         if (!pba_qmp_pause(access->qmp, &pause_ms, deadline, "waiting for an export to go",
@@ -125,39 +164,44 @@ static bool wait_export_gone(PbaAccess *access, const char *id, GError **error)
             return false;
         }
     }
-    return false;
 }
 
-static bool remove_export(PbaAccess *access, const PbaDisk *disk, GError **error)
+/* Dead processes may have left several. */
+static bool remove_exports(PbaAccess *access, const PbaDisk *disk, GError **error)
 {
-    g_autofree char *id = export_id(access, disk);
-    bool found;
-
-    if (!pba_exports_find(access, id, &found, error)) {
-        return false;
+    for (;;) {
+        g_autofree char *id = NULL;
+        if (!find_export(access, is_of_disk, disk, &id, error)) {
+            return false;
+        }
+        if (!id) {
+            return true;
+        }
+        if (!pba_qmp_run(access->qmp, "block-export-del",
+                         pba_json("{'id': <%s>, 'mode': <'hard'>}", id), error) ||
+            !wait_export_gone(access, disk, id, error)) {
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
     }
-    if (!found) {
-        return true;
-    }
-    if (!pba_qmp_run(access->qmp, "block-export-del",
-                     pba_json("{'id': <%s>, 'mode': <'hard'>}", id), error) ||
-        !wait_export_gone(access, id, error)) {
-        pba_error_add_device(error, disk->device);
-        return false;
-    }
-    return true;
 }
 
 bool pba_exports_add(PbaAccess *access, GError **error)
 {
-    bool tried = access->exports == PBA_EXPORTS_TRIED;
+    bool tried = access->phase == PBA_PHASE_EXPORTING;
 
+    /* After a restart of the VM the snapshots may be those of a later access. */
+    if (!pba_owner_require_now(access, error)) {
+        return false;
+    }
     for (guint i = 0; tried && i < access->disks->len; i++) {
-        if (!remove_export(access, access->disks->pdata[i], error)) {
+        if (!remove_exports(access, access->disks->pdata[i], error)) {
             return false;
         }
     }
-    access->exports = PBA_EXPORTS_TRIED;
+    if (!tried) {
+        pba_access_enter(access, PBA_PHASE_EXPORTING);
+    }
     if (reads_by_cluster(access)) {
         pba_log(
             &access->hooks, PBA_LOG_INFO,
@@ -169,7 +213,7 @@ bool pba_exports_add(PbaAccess *access, GError **error)
             return false;
         }
     }
-    access->exports = PBA_EXPORTS_ALL;
+    pba_access_enter(access, PBA_PHASE_EXPORTED);
     return true;
 }
 
@@ -178,10 +222,14 @@ bool pba_access_export(PbaAccess *access, GError **error)
     if (!pba_access_require_up(access, error)) {
         return false;
     }
-    if (access->exports == PBA_EXPORTS_ALL) {
+    if (access->phase == PBA_PHASE_EXPORTED) {
         return true;
     }
-    if (access->teardown_failed) {
+    if (access->phase == PBA_PHASE_GONE) {
+        pba_owner_set_gone_error(access, error);
+        return false;
+    }
+    if (access->phase != PBA_PHASE_UP && access->phase != PBA_PHASE_EXPORTING) {
         pba_error_set(error, PBA_ERROR_STATE, "the access is half torn down - call teardown again");
         return false;
     }
@@ -196,32 +244,26 @@ bool pba_access_export(PbaAccess *access, GError **error)
     return done;
 }
 
-/* Somebody else has put it on our server. */
-static bool is_of_others(JsonObject *export, const char *id, const char *prefix)
-{
-    return g_strcmp0(pba_json_find_string(export, "type"), "nbd") == 0 &&
-           !g_str_has_prefix(id, prefix);
-}
-
 static bool stop_server(PbaAccess *access, GError **error)
 {
-    bool others;
+    g_autofree char *other = NULL;
 
-    /* Ours is gone if nothing listens at our socket; another one that runs is none of our business.
-     */
-    if (pba_socket_answers(access->socket)) {
-        if (!find_export(access, is_of_others, PBA_EXPORT_PREFIX, &others, error)) {
-            return false;
-        }
-        if (others) {
-            pba_log(&access->hooks, PBA_LOG_WARN,
-                    "the NBD server stays up: it has got exports that are not ours");
-        } else if (!pba_qmp_run(access->qmp, "nbd-server-stop", NULL, error)) {
-            return false;
-        }
+    /* It is ours while it listens in our directory, which no other access has, and our marker says
+     * that nobody has undone this one. */
+    if (!pba_socket_answers(access->socket)) {
+        return true;
     }
-    access->server_up = false;
-    return true;
+    if (!pba_owner_require_now(access, error) ||
+        !find_export(access, is_of_another_program, NULL, &other, error)) {
+        return false;
+    }
+    if (other) {
+        g_clear_pointer(&access->socket, g_free); /* theirs from now on */
+        pba_log(&access->hooks, PBA_LOG_WARN,
+                "the NBD server stays up: it has got exports that are not ours");
+        return true;
+    }
+    return pba_qmp_run(access->qmp, "nbd-server-stop", NULL, error);
 }
 
 bool pba_exports_remove(PbaAccess *access, GError **error)
@@ -233,19 +275,18 @@ bool pba_exports_remove(PbaAccess *access, GError **error)
         pba_connections_cut(access->socket);
     }
     for (guint i = 0; i < access->disks->len && !pba_error_is_fatal(first); i++) {
-        remove_export(access, access->disks->pdata[i], &step);
+        remove_exports(access, access->disks->pdata[i], &step);
         pba_error_keep_first(&first, g_steal_pointer(&step), &access->hooks);
     }
     /* Not while there is an export: QEMU would wait for its end with the guest stopped, 7.2 for
      * ever if a client is just connecting. */
-    if (access->server_up && !first) {
+    if (access->socket && !first) {
         stop_server(access, &step);
         pba_error_keep_first(&first, g_steal_pointer(&step), &access->hooks);
     }
-    if (!first) {
-        access->exports = PBA_EXPORTS_NONE;
-        return true;
+    if (first) {
+        g_propagate_error(error, first);
+        return false;
     }
-    g_propagate_error(error, first);
-    return false;
+    return true;
 }

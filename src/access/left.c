@@ -67,7 +67,7 @@ bool pba_left_parse(const char *name, const char **target, const char **disk)
 static bool has_hash(const char *name, const char *key)
 {
     g_autofree char *hash = name ? pba_short_hash(name) : NULL;
-    return hash && strncmp(hash, key, PBA_HASH_LENGTH) == 0;
+    return hash && strncmp(hash, key, MIN(strlen(key), PBA_HASH_LENGTH)) == 0;
 }
 
 /* Any of the names that pba_block_find_device takes. */
@@ -129,10 +129,9 @@ char *pba_left_target(const PbaLeft *left, const char *key)
 bool pba_left_is_split(const PbaBlock *block, const char *node, const char *target_id)
 {
     g_autofree char *target = pba_target_bitmap(target_id);
-    g_autofree char *background = pba_background_bitmap(target_id);
     JsonObject *info = pba_block_find_bitmap(block, node, target);
 
-    return pba_block_find_bitmap(block, node, background) ||
+    return pba_block_find_background(block, node, target_id) ||
            (info && !pba_json_find_bool(info, "recording") &&
             !pba_json_find_bool(info, "inconsistent"));
 }
@@ -183,9 +182,8 @@ static void add_exports(const PbaLeft *left, GPtrArray *things)
 static bool are_joinable(const PbaBlock *block, const char *node, const char *target_id)
 {
     g_autofree char *target = pba_target_bitmap(target_id);
-    g_autofree char *background = pba_background_bitmap(target_id);
     JsonObject *info = pba_block_find_bitmap(block, node, target);
-    JsonObject *partner = pba_block_find_bitmap(block, node, background);
+    JsonObject *partner = pba_block_find_background(block, node, target_id);
 
     return info && partner && !pba_json_find_bool(info, "inconsistent") &&
            !pba_json_find_bool(partner, "inconsistent");
@@ -215,6 +213,20 @@ static void add_split_bitmaps(const PbaLeft *left, const char *node, GPtrArray *
     }
 }
 
+static void add_owner(const PbaLeft *left, const char *node, GPtrArray *things)
+{
+    uint64_t size = pba_owner_node_size(pba_block_find_node(left->block, node));
+    PbaOwnerState state;
+    pid_t pid;
+
+    pba_owner_read(left->access, node, size, &pid, &state);
+    add_thing(things, node, NULL, pba_line("process mark '%s'", node),
+              state == PBA_OWNER_UNKNOWN ? "was removed: its process, which cannot be judged from "
+                                           "here, was taken for dead"
+                                         : "was removed")
+        ->harmless = true;
+}
+
 static void add_node(const PbaLeft *left, const char *node, GPtrArray *things)
 {
     const char *target;
@@ -227,8 +239,11 @@ static void add_node(const PbaLeft *left, const char *node, GPtrArray *things)
                    add_thing(things, node, target, what, is_mark ? "was ended" : "was removed"),
                    disk);
     } else if (pba_is_owner_mark(node)) {
-        char *what = pba_line("process mark '%s'", node);
-        add_thing(things, node, NULL, what, "was removed")->harmless = true;
+        add_owner(left, node, things);
+    } else if (g_str_has_prefix(node, PBA_ENDING_PREFIX)) {
+        add_thing(things, node, node + strlen(PBA_ENDING_PREFIX),
+                  pba_line("the mark of a success that was being committed, '%s',", node),
+                  "was removed");
     } else if (left->access->backend == PBA_BACKEND_UPSTREAM) {
         add_split_bitmaps(left, node, things);
     }

@@ -38,7 +38,8 @@ bool pba_left_parse(const char *name, const char **target, const char **disk);
 /* Names of the nodes and ids of the exports, borrowed; NULL where there is none. */
 guint pba_left_name_count(const PbaLeft *left);
 const char *pba_left_name(const PbaLeft *left, guint index);
-/* The name of the target with that key, the caller's to free; NULL where nothing tells it. */
+/* The name of the target with that key, or whose key begins so, the caller's to free; NULL where
+ * nothing tells it. */
 char *pba_left_target(const PbaLeft *left, const char *key);
 /* The name that a device was given to setup by, the caller's to free; NULL where it has gone. */
 char *pba_left_device(const PbaLeft *left, const char *disk);

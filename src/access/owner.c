@@ -1,10 +1,19 @@
-/* Who has an access to this guest: nodes that do nothing but carry a name.
+/* Who has an access to this guest: nodes that do nothing but carry a name and a number.
  *
  * pba-owner-PID-STARTTIME names a process. It is the first thing that an access adds, and the last
  * that it deletes. The start time (proc(5), /proc/PID/stat, field 22) tells a process from a later
  * one with its number. Where a process has several accesses at once, to whatever guests, a number
- * follows in the markers of all but one. On Proxmox, pba-dev-... names a device, since QEMU does
- * not tell which ones an access has. */
+ * follows in the markers of all but one.
+ *
+ * The size of the node is a number that tells from where the process is (machine, boot, PID and
+ * time namespace) and for which target the access is: PIDs and start times mean nothing elsewhere.
+ * Name and number come in one command, so there is no moment at which a marker tells half. Version
+ * 0.1.0 knows the name, and its own markers have no size. A dirty bitmap on the node could carry
+ * text, but a migration that takes dirty bitmaps along then loses all of the guest's: the target
+ * lacks the node (QEMU 7.2 and 10.0).
+ *
+ * On Proxmox, pba-dev-... names a device, since QEMU does not tell which ones an access has, and
+ * pba-ending-... says that a success is being committed. */
 #include "access.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
@@ -22,11 +31,80 @@
 static GMutex marked_lock;
 static GPtrArray *marked;
 
+/* QEMU rounds sizes up to whole sectors, and knows none of 2^63 bytes and more. */
+#define SECTOR 512u
+#define TARGET_BITS 24
+#define PLACE_BITS 29
+
 typedef struct {
     pid_t pid;
     uint64_t start;
     unsigned number; /* of the access; not written if 0 */
 } Owner;
+
+static bool set_place_error(GError **error, const char *what)
+{
+    pba_error_set(error, PBA_ERROR_SYSTEM, "cannot tell where this process is: %s", what);
+    return false;
+}
+
+/* Another kernel has another boot ID. Start times are of a time namespace (time_namespaces(7)),
+ * which kernels before 5.6 do not have. */
+static bool read_place(uint64_t *place, GError **error)
+{
+    g_autofree char *boot = NULL;
+    g_autofree char *self = g_file_read_link("/proc/self", NULL);
+    g_autofree char *pids = g_file_read_link("/proc/self/ns/pid", NULL);
+    g_autofree char *times = g_file_read_link("/proc/self/ns/time", NULL);
+    g_autofree char *pid = g_strdup_printf("%d", (int)getpid());
+
+    if (!g_file_get_contents("/proc/sys/kernel/random/boot_id", &boot, NULL, NULL) || !pids) {
+        return set_place_error(error, "/proc has no boot ID or no PID namespace");
+    }
+    if (g_strcmp0(self, pid) != 0) {
+        return set_place_error(error, "the /proc that is mounted is of another PID namespace");
+    }
+    g_autofree char *text = g_strconcat(boot, pids, times ? times : "", NULL);
+    g_autofree char *hash = pba_short_hash(text);
+    /* Never 0: that is a marker of version 0.1.0. */
+    *place = MAX(g_ascii_strtoull(hash, NULL, 16) >> (32 - PLACE_BITS), 1u);
+    return true;
+}
+
+static uint64_t place_of(uint64_t size)
+{
+    return size / SECTOR >> TARGET_BITS;
+}
+
+static uint64_t target_bits(const PbaAccess *access)
+{
+    g_autofree char *hash = pba_short_hash(access->target_id);
+    return g_ascii_strtoull(hash, NULL, 16) >> (32 - TARGET_BITS);
+}
+
+char *pba_owner_target_key(uint64_t size)
+{
+    uint64_t mask = ((uint64_t)1 << TARGET_BITS) - 1;
+
+    return size ? g_strdup_printf("%0*" PRIx64, TARGET_BITS / 4, size / SECTOR & mask) : NULL;
+}
+
+bool pba_owner_mark_size(const PbaAccess *access, uint64_t *size, GError **error)
+{
+    uint64_t place;
+
+    if (!read_place(&place, error)) {
+        return false;
+    }
+    *size = ((place << TARGET_BITS) | target_bits(access)) * SECTOR;
+    return true;
+}
+
+uint64_t pba_owner_node_size(JsonObject *node)
+{
+    uint64_t size;
+    return pba_block_node_size(node, &size, NULL) ? size : 0;
+}
 
 /* State (field 3) and start time (field 22) are counted from the command's name in parentheses,
  * which may have anything in it. */
@@ -107,23 +185,36 @@ static bool is_of_another(const PbaAccess *access, unsigned number)
     return taken;
 }
 
-/* A process that has ended and was not waited for yet is still in /proc. One that is hidden from us
- * (proc(5), hidepid) counts as alive. */
-static bool is_alive(const PbaAccess *access, const Owner *owner)
+/* Whether PIDs and start times of that place mean something here. Those of version 0.1.0 are taken
+ * for ones of this place, as it does. */
+static bool is_of_this_place(uint64_t size)
+{
+    uint64_t place;
+    return size == 0 || (read_place(&place, NULL) && place_of(size) == place);
+}
+
+/* A process that has ended and was not waited for yet is still in /proc. */
+static PbaOwnerState judge(const PbaAccess *access, const Owner *owner, uint64_t size)
 {
     char state;
     uint64_t now;
 
+    if (!is_of_this_place(size)) {
+        return PBA_OWNER_UNKNOWN;
+    }
     if (!read_stat(owner->pid, &state, &now)) {
-        return kill(owner->pid, 0) == 0 || errno == EPERM;
+        /* One that /proc hides from us (proc(5), hidepid) may be a later one with that number. */
+        return kill(owner->pid, 0) != 0 && errno != EPERM ? PBA_OWNER_DEAD : PBA_OWNER_UNKNOWN;
     }
     if (now != owner->start || state == 'Z' || state == 'X') {
-        return false;
+        return PBA_OWNER_DEAD;
     }
-    return owner->pid != getpid() || is_of_another(access, owner->number);
+    return owner->pid != getpid() || is_of_another(access, owner->number) ? PBA_OWNER_ALIVE
+                                                                          : PBA_OWNER_DEAD;
 }
 
-bool pba_owner_read(const PbaAccess *access, const char *node, pid_t *pid, bool *alive)
+bool pba_owner_read(const PbaAccess *access, const char *node, uint64_t size, pid_t *pid,
+                    PbaOwnerState *state)
 {
     Owner owner;
 
@@ -131,23 +222,63 @@ bool pba_owner_read(const PbaAccess *access, const char *node, pid_t *pid, bool 
         return false;
     }
     *pid = owner.pid;
-    *alive = is_alive(access, &owner);
+    *state = judge(access, &owner, size);
     return true;
 }
 
+/* The caller's word counts for what cannot be known, and for his own target only. */
+static bool counts_as_dead(const PbaAccess *access, PbaOwnerState state, uint64_t size)
+{
+    uint64_t mask = ((uint64_t)1 << TARGET_BITS) - 1;
+    bool forced = state == PBA_OWNER_UNKNOWN && access->force &&
+                  (size == 0 || (size / SECTOR & mask) == target_bits(access));
+    return state == PBA_OWNER_DEAD || forced;
+}
+
+bool pba_owner_is_dead(const PbaAccess *access, const char *node, uint64_t size)
+{
+    pid_t pid;
+    PbaOwnerState state;
+
+    return pba_owner_read(access, node, size, &pid, &state) && counts_as_dead(access, state, size);
+}
+
+static bool refuse_owner(pid_t pid, PbaOwnerState state, GError **error)
+{
+    if (state == PBA_OWNER_ALIVE) {
+        pba_error_set(error, PBA_ERROR_STATE,
+                      "previous backup of this guest not finished: process %d is already backing "
+                      "it up",
+                      (int)pid);
+    } else {
+        pba_error_set(error, PBA_ERROR_STATE,
+                      "previous backup of this guest not finished: whether process %d still backs "
+                      "it up cannot be known from here, since it is of another machine, boot or "
+                      "PID namespace, or hidden - if it has ended, call recover with force for its "
+                      "target-id",
+                      (int)pid);
+    }
+    return false;
+}
+
+/* Of several markers the one that tells most. */
 bool pba_owner_check(const PbaAccess *access, JsonArray *nodes, GError **error)
 {
+    PbaOwnerState worst = PBA_OWNER_DEAD;
+    pid_t worst_pid = 0;
+
     for (guint i = 0; i < json_array_get_length(nodes); i++) {
         const char *name = pba_block_node_name(nodes, i);
-        Owner owner;
-        if (name && parse_owner(name, &owner) && is_alive(access, &owner)) {
-            pba_error_set(error, PBA_ERROR_STATE,
-                          "previous backup of this guest not finished: process %d is at it",
-                          (int)owner.pid);
-            return false;
+        uint64_t size = name ? pba_owner_node_size(pba_json_element(nodes, i)) : 0;
+        pid_t pid;
+        PbaOwnerState state;
+        if (name && pba_owner_read(access, name, size, &pid, &state) &&
+            !counts_as_dead(access, state, size) && state > worst) {
+            worst = state;
+            worst_pid = pid;
         }
     }
-    return true;
+    return worst == PBA_OWNER_DEAD || refuse_owner(worst_pid, worst, error);
 }
 
 static JsonArray *query_nodes(PbaAccess *access, GError **error)
@@ -157,23 +288,55 @@ static JsonArray *query_nodes(PbaAccess *access, GError **error)
 }
 
 /* Read-only, or else QEMU would want it in a snapshot of the VM (savevm), and refuse that. */
-static bool add_mark(PbaAccess *access, const char *name, GError **error)
+static bool add_mark(PbaAccess *access, const char *name, uint64_t size, GError **error)
 {
     return pba_qmp_run(access->qmp, "blockdev-add",
-                       pba_json("{'driver': <'null-co'>, 'node-name': <%s>, 'size': <0>, "
+                       pba_json("{'driver': <'null-co'>, 'node-name': <%s>, 'size': <%x>, "
                                 "'read-only': <true>}",
-                                name),
+                                name, (gint64)size),
                        error);
 }
 
-static bool has_node(JsonArray *nodes, const char *name)
+static bool has_own_mark(const PbaAccess *access, JsonArray *nodes, bool *found, GError **error)
 {
-    for (guint i = 0; i < json_array_get_length(nodes); i++) {
-        if (g_strcmp0(pba_block_node_name(nodes, i), name) == 0) {
-            return true;
-        }
+    uint64_t place;
+    g_autofree char *name = pba_owner_mark_name(access, error);
+
+    *found = false;
+    if (!name || !read_place(&place, error)) {
+        return false;
     }
+    for (guint i = 0; i < json_array_get_length(nodes); i++) {
+        *found |= g_strcmp0(pba_block_node_name(nodes, i), name) == 0 &&
+                  place_of(pba_owner_node_size(pba_json_element(nodes, i))) == place;
+    }
+    return true;
+}
+
+void pba_owner_set_gone_error(const PbaAccess *access, GError **error)
+{
+    pba_error_set(error, PBA_ERROR_STATE,
+                  "the access for target '%s' is no more in QEMU - the VM was started again, or "
+                  "another process has undone it",
+                  access->target_id);
+}
+
+bool pba_owner_require(PbaAccess *access, JsonArray *nodes, GError **error)
+{
+    bool found;
+
+    if (!has_own_mark(access, nodes, &found, error) || found) {
+        return found;
+    }
+    pba_access_enter(access, PBA_PHASE_GONE);
+    pba_owner_set_gone_error(access, error);
     return false;
+}
+
+bool pba_owner_require_now(PbaAccess *access, GError **error)
+{
+    g_autoptr(JsonArray) nodes = query_nodes(access, error);
+    return nodes && pba_owner_require(access, nodes, error);
 }
 
 static void note_marked(PbaAccess *access)
@@ -185,39 +348,40 @@ static void note_marked(PbaAccess *access)
     }
     g_ptr_array_add(marked, access);
     g_mutex_unlock(&marked_lock);
-    access->marked = true;
+    pba_access_enter(access, PBA_PHASE_CLAIMED);
 }
 
 void pba_owner_forget(PbaAccess *access)
 {
-    if (access->marked) {
-        g_mutex_lock(&marked_lock);
+    g_mutex_lock(&marked_lock);
+    if (marked) {
         g_ptr_array_remove(marked, access);
-        g_mutex_unlock(&marked_lock);
-        access->marked = false;
     }
+    g_mutex_unlock(&marked_lock);
 }
 
 /* Of two that mark at once at least one sees the other: who marks looks again afterwards. */
 static bool mark_and_look(PbaAccess *access, GError **error)
 {
     g_autoptr(GError) refused = NULL;
+    uint64_t size;
+    bool found;
 
     note_marked(access);
     g_autofree char *name = pba_owner_mark_name(access, error);
-    if (!name) {
+    if (!name || !pba_owner_mark_size(access, &size, error)) {
         return false;
     }
-    if (!add_mark(access, name, &refused) && pba_error_is_fatal(refused)) {
+    if (!add_mark(access, name, size, &refused) && pba_error_is_fatal(refused)) {
         g_propagate_error(error, g_steal_pointer(&refused));
         return false;
     }
     g_autoptr(JsonArray) nodes = query_nodes(access, error);
-    if (!nodes) {
+    if (!nodes || !has_own_mark(access, nodes, &found, error)) {
         return false;
     }
     /* It may be there from an access of this process whose end failed. */
-    if (refused && !has_node(nodes, name)) {
+    if (refused && !found) {
         g_propagate_error(error, g_steal_pointer(&refused));
         return false;
     }
@@ -231,6 +395,7 @@ bool pba_owner_mark(PbaAccess *access, GError **error)
     }
     /* Ours only: the devices may be marked by the other one. */
     pba_owner_unmark(access, false);
+    pba_access_enter(access, PBA_PHASE_NEW);
     return false;
 }
 
@@ -239,7 +404,7 @@ bool pba_device_marks_add(PbaAccess *access, GError **error)
     for (guint i = 0; i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
         g_autofree char *name = pba_disk_name(access, PBA_DEVICE_ROLE, disk);
-        if (!add_mark(access, name, error)) {
+        if (!add_mark(access, name, 0, error)) {
             pba_error_add_device(error, disk->device);
             return false;
         }
@@ -247,40 +412,55 @@ bool pba_device_marks_add(PbaAccess *access, GError **error)
     return true;
 }
 
-/* Ours, and if all is done what marks this target's devices and processes that are gone. */
-static bool is_to_go(const PbaAccess *access, const char *node, const char *own, bool all)
+bool pba_ending_mark_add(PbaAccess *access, GError **error)
+{
+    g_autofree char *name = pba_ending_mark(access->target_id);
+    return add_mark(access, name, 0, error);
+}
+
+/* The order in which marks are deleted: while ours is there nobody else looks at the others. */
+typedef enum { MARK_STAYS, MARK_OF_END, MARK_OF_OTHERS, MARK_OWN, MARK_RANKS } MarkRank;
+
+static MarkRank rank_of(const PbaAccess *access, JsonObject *node, const char *own, bool all)
 {
     g_autofree char *devices = pba_target_prefix(access->target_id, PBA_DEVICE_ROLE);
-    Owner owner;
+    g_autofree char *ending = pba_ending_mark(access->target_id);
+    const char *name = node ? pba_json_find_string(node, "node-name") : NULL;
 
-    if (strcmp(node, own) == 0) {
-        return true;
+    if (!name || strcmp(name, own) == 0) {
+        return name ? MARK_OWN : MARK_STAYS;
     }
-    return all && (g_str_has_prefix(node, devices) ||
-                   (parse_owner(node, &owner) && !is_alive(access, &owner)));
+    if (!all) {
+        return MARK_STAYS;
+    }
+    return strcmp(name, ending) == 0 ? MARK_OF_END
+           : g_str_has_prefix(name, devices) ||
+                   pba_owner_is_dead(access, name, pba_owner_node_size(node))
+               ? MARK_OF_OTHERS
+               : MARK_STAYS;
 }
 
 static bool delete_marks(PbaAccess *access, bool all, GError **error)
 {
     g_autofree char *own = pba_owner_mark_name(access, error);
     g_autoptr(JsonArray) nodes = own ? query_nodes(access, error) : NULL;
-    const char *last = NULL;
-    bool done = nodes != NULL;
+    bool found;
 
-    for (guint i = 0; done && i < json_array_get_length(nodes); i++) {
-        const char *name = pba_block_node_name(nodes, i);
-        if (!name || !is_to_go(access, name, own, all)) {
-            continue;
-        }
-        if (strcmp(name, own) == 0) {
-            last = name;
-            continue;
-        }
-        done =
-            pba_qmp_run(access->qmp, "blockdev-del", pba_json("{'node-name': <%s>}", name), error);
+    if (!nodes || !has_own_mark(access, nodes, &found, error)) {
+        return false;
     }
-    return done && (!last || pba_qmp_run(access->qmp, "blockdev-del",
-                                         pba_json("{'node-name': <%s>}", last), error));
+    for (MarkRank rank = MARK_STAYS + 1; found && rank < MARK_RANKS; rank++) {
+        for (guint i = 0; i < json_array_get_length(nodes); i++) {
+            JsonObject *node = pba_json_element(nodes, i);
+            if (rank_of(access, node, own, all) == rank &&
+                !pba_qmp_run(access->qmp, "blockdev-del",
+                             pba_json("{'node-name': <%s>}", pba_block_node_name(nodes, i)),
+                             error)) {
+                return false;
+            }
+        }
+    }
+    return true;
 }
 
 /* What went wrong may go well over a new connection, but for what took its time. A signal handler
@@ -294,9 +474,6 @@ void pba_owner_unmark(PbaAccess *access, bool all)
 {
     g_autoptr(GError) error = NULL;
 
-    if (!access->marked) {
-        return;
-    }
     bool done = delete_marks(access, all, &error);
     if (!done && is_worth_a_retry(error)) {
         g_clear_error(&error);

@@ -171,6 +171,27 @@ static bool is_ours(const PbaAccess *access, const PbaLeftThing *thing)
     return !thing->key || strcmp(thing->key, own) == 0;
 }
 
+/* What the caller of recover with force has us assume. */
+static void log_assumed(const PbaAccess *access, const PbaLeft *left)
+{
+    JsonArray *nodes = left->block->nodes;
+
+    for (guint i = 0; access->force && i < json_array_get_length(nodes); i++) {
+        const char *name = pba_block_node_name(nodes, i);
+        pid_t pid;
+        PbaOwnerState state;
+        if (name &&
+            pba_owner_read(access, name, pba_owner_node_size(pba_json_element(nodes, i)), &pid,
+                           &state) &&
+            state == PBA_OWNER_UNKNOWN) {
+            pba_log(&access->hooks, PBA_LOG_WARN,
+                    "process %d, which is of another machine, boot or PID namespace, or hidden, "
+                    "is taken for dead, as recover was told to",
+                    (int)pid);
+        }
+    }
+}
+
 typedef enum { LEFT_NOTHING, LEFT_HARMLESS, LEFT_ACCESS } LeftState;
 
 static LeftState find_state(const PbaAccess *access, const PbaLeft *left)
@@ -196,6 +217,7 @@ static PbaAccess *new_dead_access(const PbaAccess *access, GError **error)
         .identity = access->identity,
         .fleecing_dir = access->fleecing_dir,
         .bitmap_name = access->early_bitmap_name,
+        .force = access->force,
     };
     PbaAccess *dead = pba_access_new(access->qmp, &options, &access->hooks, error);
 
@@ -203,7 +225,6 @@ static PbaAccess *new_dead_access(const PbaAccess *access, GError **error)
         dead->backend = access->backend;
         dead->form = access->form;
         dead->qemu_version = access->qemu_version;
-        dead->recovering = true;
     }
     return dead;
 }
@@ -213,15 +234,10 @@ static bool take_server(PbaAccess *dead, const char *path)
 {
     g_autofree char *socket = pba_run_dir_left_socket(path);
 
-    if (dead->server_up || !socket) {
+    if (dead->socket || !socket || !pba_socket_answers(socket)) {
         return false;
     }
     dead->socket = g_steal_pointer(&socket);
-    dead->server_up = pba_socket_answers(dead->socket);
-    if (!dead->server_up) {
-        g_clear_pointer(&dead->socket, g_free);
-        return false;
-    }
     dead->socket_dir = g_strdup(path);
     pba_vfiles_remove_left(path);
     return true;
@@ -279,8 +295,15 @@ static bool undo_marked(PbaAccess *dead, GPtrArray *lines, GError **error)
     }
     take_paths(dead, &left);
     describe(dead, &left, done);
-    dead->begun = dead->disks->len > 0 || dead->server_up;
+    if (dead->disks->len > 0 || dead->socket) {
+        pba_access_begin_changes(dead);
+    }
     if (!pba_tear_down_and_end(dead, false, error)) {
+        /* What is left is for a later call, of whatever process. */
+        if (dead->phase == PBA_PHASE_STUCK) {
+            pba_owner_unmark(dead, false);
+        }
+        pba_qmp_release(dead->qmp);
         return false;
     }
     while (done->len > 0) {
@@ -306,6 +329,7 @@ bool pba_recover_left(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GErr
         !check_others(access, &left, error)) {
         return false;
     }
+    log_assumed(access, &left);
     LeftState state = find_state(access, &left);
     if (state == LEFT_NOTHING) {
         return true;

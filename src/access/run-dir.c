@@ -3,6 +3,7 @@
 #include "src/base/base.h"
 #include "vfile.h"
 #include <errno.h>
+#include <inttypes.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -11,8 +12,9 @@
 #define SOCKET_NAME "nbd.sock"
 /* Tells the target-id, of which names have a hash only. */
 #define TARGET_NAME "target"
-/* Tells whose it is, by the name of his marker. */
+/* Tell whose it is, by the name and the number of its process' marker. */
 #define OWNER_NAME "owner"
+#define PLACE_NAME "place"
 
 static char *default_run_dir(void)
 {
@@ -107,6 +109,10 @@ bool pba_run_dir_make(PbaAccess *access, GError **error)
         return set_system_error(error, "make", path);
     }
     g_autofree char *mark = pba_owner_mark_name(access, NULL);
+    uint64_t size = 0;
+    pba_owner_mark_size(access, &size, NULL);
+    g_autofree char *place = g_strdup_printf("%" PRIu64, size);
+    note(path, PLACE_NAME, place);
     note(path, OWNER_NAME, mark ? mark : "");
     note(path, TARGET_NAME, access->target_id);
     access->socket = g_build_filename(path, SOCKET_NAME, NULL);
@@ -114,13 +120,16 @@ bool pba_run_dir_make(PbaAccess *access, GError **error)
     return true;
 }
 
-static bool remove_dir(const char *path, const char *socket)
+static bool remove_dir(const char *path)
 {
+    g_autofree char *socket = g_build_filename(path, SOCKET_NAME, NULL);
     g_autofree char *target = g_build_filename(path, TARGET_NAME, NULL);
     g_autofree char *owner = g_build_filename(path, OWNER_NAME, NULL);
+    g_autofree char *place = g_build_filename(path, PLACE_NAME, NULL);
 
     unlink(target);
     unlink(owner);
+    unlink(place);
     unlink(socket);
     return rmdir(path) == 0;
 }
@@ -128,7 +137,7 @@ static bool remove_dir(const char *path, const char *socket)
 void pba_run_dir_remove(PbaAccess *access)
 {
     if (access->socket_dir) {
-        remove_dir(access->socket_dir, access->socket);
+        remove_dir(access->socket_dir);
     }
     g_clear_pointer(&access->socket_dir, g_free);
     g_clear_pointer(&access->socket, g_free);
@@ -201,13 +210,17 @@ char *pba_run_dir_target(const char *path)
 
 bool pba_run_dir_is_live(const PbaAccess *access, const char *path)
 {
-    g_autofree char *file = g_build_filename(path, OWNER_NAME, NULL);
+    g_autofree char *owner = g_build_filename(path, OWNER_NAME, NULL);
+    g_autofree char *place = g_build_filename(path, PLACE_NAME, NULL);
     g_autofree char *mark = NULL;
-    pid_t pid;
-    bool alive;
+    g_autofree char *number = NULL;
 
-    return g_file_get_contents(file, &mark, NULL, NULL) &&
-           pba_owner_read(access, mark, &pid, &alive) && alive;
+    if (!g_file_get_contents(owner, &mark, NULL, NULL)) {
+        return false;
+    }
+    g_file_get_contents(place, &number, NULL, NULL);
+    return pba_is_owner_mark(mark) &&
+           !pba_owner_is_dead(access, mark, number ? g_ascii_strtoull(number, NULL, 10) : 0);
 }
 
 char *pba_run_dir_left_socket(const char *path)
@@ -228,5 +241,5 @@ bool pba_run_dir_remove_left(const char *path)
         return unlink(path) == 0;
     }
     pba_vfiles_remove_left(path);
-    return remove_dir(path, socket);
+    return remove_dir(path);
 }

@@ -9,6 +9,7 @@
 static bool take_requests(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
                           GError **error)
 {
+    g_ptr_array_set_size(access->disks, 0);
     if (count == 0) {
         pba_error_set(error, PBA_ERROR_ARGUMENT, "setup needs at least one device");
         return false;
@@ -99,7 +100,7 @@ static void undo_setup(PbaAccess *access)
 {
     g_autoptr(GError) error = NULL;
 
-    if (!access->begun && !access->marked) {
+    if (access->phase == PBA_PHASE_NEW) {
         pba_access_end(access);
     } else if (!pba_tear_down_and_end(access, false, &error)) {
         pba_log(&access->hooks, PBA_LOG_WARN, "undoing setup: %s", error->message);
@@ -141,6 +142,7 @@ static bool set_up(PbaAccess *access, GError **error)
         return false;
     }
     bool pve = access->backend == PBA_BACKEND_PVE;
+    access->nonce = pba_nonce_new();
     return check_here(access, error) && undo_left(access, &block, error) &&
            resolve_disks(access, &block, error) &&
            (pve ? pba_pve_check(access, &block, error)
@@ -187,7 +189,9 @@ bool pba_access_setup(PbaAccess *access, const PbaDeviceRequest *requests, size_
         return false;
     }
     bool done = take_requests(access, requests, count, error) && set_up(access, error);
-    if (!done) {
+    if (done) {
+        pba_access_enter(access, PBA_PHASE_UP);
+    } else {
         undo_setup(access);
     }
     pba_qmp_release(access->qmp);

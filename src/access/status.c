@@ -15,7 +15,9 @@ typedef struct {
     GPtrArray *things;
     char *key;         /* of the target whose access is up; NULL: none is, or it is not known */
     const char *owner; /* the mark of the process that has an access; NULL: there is none */
+    uint64_t owner_size;
     pid_t pid;
+    PbaOwnerState state; /* of that process */
     JsonArray *warnings;
 } Status;
 
@@ -67,20 +69,23 @@ static void set_target(const Status *status, JsonObject *object, const char *key
 
 /* Whose access it is */
 
-/* The mark of a living process, else one of a dead one. */
+/* The mark of a living process, else of one that cannot be judged, else of a dead one. */
 static void find_owner(Status *status)
 {
     JsonArray *nodes = status->block.nodes;
 
     for (guint i = 0; i < json_array_get_length(nodes); i++) {
         const char *name = pba_block_node_name(nodes, i);
+        uint64_t size = name ? pba_owner_node_size(pba_json_element(nodes, i)) : 0;
         pid_t pid;
-        bool lives;
-        if (name && pba_owner_read(status->access, name, &pid, &lives) &&
-            (!status->owner || lives)) {
+        PbaOwnerState state;
+        if (name && pba_owner_read(status->access, name, size, &pid, &state) &&
+            (!status->owner || state > status->state)) {
             status->owner = name;
+            status->owner_size = size;
             status->pid = pid;
-            status->left.is_live |= lives;
+            status->state = state;
+            status->left.is_live |= state != PBA_OWNER_DEAD;
         }
     }
 }
@@ -160,13 +165,18 @@ static JsonObject *describe_access(Status *status)
     }
     JsonObject *object = json_object_new();
     status->key = g_strdup(key);
-    set_target(status, object, key);
+    g_autofree char *owners_key = key ? NULL : pba_owner_target_key(status->owner_size);
+    set_target(status, object, key ? key : owners_key);
     if (status->owner) {
         json_object_set_int_member(object, "pid", status->pid);
     } else {
         set_text(object, "pid", NULL);
     }
-    json_object_set_int_member(object, "alive", status->left.is_live);
+    if (status->state == PBA_OWNER_UNKNOWN) {
+        set_text(object, "alive", NULL);
+    } else {
+        json_object_set_int_member(object, "alive", status->left.is_live);
+    }
     json_object_set_array_member(object, "devices", devices_of(status));
     return object;
 }
@@ -183,14 +193,13 @@ static void add_bitmap(const Status *status, const char *node, JsonObject *info,
         return;
     }
     g_autofree char *device = pba_block_device_above(&status->block, node);
-    g_autofree char *background = target ? pba_background_bitmap(target) : NULL;
     JsonObject *object = json_object_new();
     set_text(object, "target-id", target);
     set_text(object, "device", device);
     set_text(object, "node", node);
     set_text(object, "name", name);
     json_object_set_int_member(object, "background",
-                               is_pve_background || g_strcmp0(name, background) == 0);
+                               is_pve_background || pba_background_target(name) != NULL);
     copy_size(object, "dirty-bytes", info, "count");
     copy_size(object, "granularity", info, "granularity");
     copy_flag(object, info, "recording");
@@ -345,11 +354,9 @@ static JsonArray *describe_fleecing(Status *status)
 
 static bool is_left(const Status *status, const PbaLeftThing *thing)
 {
-    pid_t pid;
-    bool alive;
-
-    if (pba_owner_read(status->access, thing->name, &pid, &alive)) {
-        return !alive;
+    if (pba_is_owner_mark(thing->name)) {
+        JsonObject *node = pba_block_find_node(&status->block, thing->name);
+        return pba_owner_is_dead(status->access, thing->name, pba_owner_node_size(node));
     }
     return !status->left.is_live || g_strcmp0(thing->key, status->key) != 0;
 }

@@ -12,7 +12,8 @@ void pba_access_free(PbaAccess *access)
         return;
     }
     pba_vfiles_free(access);
-    if (access->socket_dir && access->owner == getpid() && !pba_socket_answers(access->socket)) {
+    bool server_is_up = access->socket && pba_socket_answers(access->socket);
+    if (access->socket_dir && access->owner == getpid() && !server_is_up) {
         pba_run_dir_remove(access);
     }
     pba_owner_forget(access);
@@ -24,6 +25,7 @@ void pba_access_free(PbaAccess *access)
     g_free(access->early_bitmap_name);
     g_free(access->socket_dir);
     g_free(access->socket);
+    g_free(access->nonce);
     g_ptr_array_unref(access->disks);
     g_free(access);
 }
@@ -34,29 +36,26 @@ void pba_access_end(PbaAccess *access)
     pba_run_dir_remove(access);
     pba_owner_forget(access);
     g_ptr_array_set_size(access->disks, 0);
-    access->begun = false;
-    access->server_up = false;
-    access->exports = PBA_EXPORTS_NONE;
-    access->teardown_failed = false;
-    access->success_unknown = false;
+    g_clear_pointer(&access->nonce, g_free);
+    if (access->phase != PBA_PHASE_NEW) {
+        pba_access_enter(access, PBA_PHASE_NEW);
+    }
 }
 
-static bool tear_down(PbaAccess *access, bool success, GError **error)
+/* Undoes what is in QEMU. The phase afterwards says what became of it. */
+static bool undo(PbaAccess *access, bool success, GError **error)
 {
     GError *first = NULL;
     GError *files = NULL;
 
-    if (!access->begun) {
-        return true;
-    }
     if (!pba_vfiles_end(access, &files) && pba_error_is_fatal(files)) {
         g_propagate_error(error, files);
         return false;
     }
-    /* QEMU aborts if a bitmap is still exported when the access ends, or cannot join it. */
+    /* The exports before all else: QEMU aborts if a bitmap is still exported when the access ends,
+     * or cannot join it. */
     if (pba_exports_remove(access, &first)) {
         GError *step = NULL;
-        success = success && !access->teardown_failed;
         if (access->backend == PBA_BACKEND_PVE) {
             pba_pve_teardown(access, success, &step);
         } else {
@@ -69,47 +68,99 @@ static bool tear_down(PbaAccess *access, bool success, GError **error)
         g_propagate_error(error, first);
         return false;
     }
+    if (access->phase == PBA_PHASE_ENDING) {
+        pba_access_enter(access, PBA_PHASE_ENDED);
+    }
     return true;
 }
 
 /* Whether there is nothing left to be torn down by a later call. */
 static bool is_over(PbaAccess *access, const GError *error)
 {
-    if (pba_error_is_fatal(error)) {
+    if (error && pba_error_is_fatal(error)) {
         /* A QEMU that quit has taken the access with it. */
         return error->code == PBA_ERROR_CONNECTION && pba_qmp_is_gone(access->qmp);
     }
-    return access->backend == PBA_BACKEND_UPSTREAM && !access->server_up &&
+    bool server_is_up = access->socket && pba_socket_answers(access->socket);
+    return access->backend == PBA_BACKEND_UPSTREAM && !server_is_up &&
            pba_upstream_is_clean(access);
 }
 
-/* Tears down, and keeps what a later call needs if there is something left to be torn down. */
+/* What there is to be done once the bitmaps are right, or cannot be made so now. */
+static void settle(PbaAccess *access, const GError *error)
+{
+    bool is_reachable = access->phase != PBA_PHASE_ENDING || !pba_error_is_fatal(error);
+
+    if (access->phase == PBA_PHASE_ENDING) {
+        pba_access_enter(access, is_over(access, error) ? PBA_PHASE_ENDED : PBA_PHASE_STUCK);
+    }
+    /* Our marker goes last: without it others take what is there for theirs to undo. */
+    if (is_reachable &&
+        (access->phase == PBA_PHASE_COMMITTED || access->phase == PBA_PHASE_ENDED)) {
+        pba_owner_unmark(access, true);
+    }
+}
+
+/* Returns whether it is as it was asked for. */
+static bool conclude(PbaAccess *access, GError *error, GError **result)
+{
+    settle(access, error);
+    bool committed = access->phase == PBA_PHASE_COMMITTED;
+    if (committed && error) {
+        pba_log(&access->hooks, PBA_LOG_WARN,
+                "the backup is a success, but not all was undone - the next setup does that: %s",
+                error->message);
+        g_clear_error(&error);
+    }
+    if (access->phase != PBA_PHASE_STUCK) {
+        pba_access_end(access);
+    }
+    pba_qmp_settle(access->qmp, false);
+    pba_qmp_release(access->qmp);
+    if (error) {
+        g_propagate_error(result, error);
+        return false;
+    }
+    return true;
+}
+
 bool pba_tear_down_and_end(PbaAccess *access, bool success, GError **error)
 {
-    g_autoptr(GError) local = NULL;
+    GError *local = NULL;
 
-    bool done = tear_down(access, success, &local);
-    bool over = done || is_over(access, local);
-    if (!pba_error_is_fatal(local) && (over || access->recovering)) {
-        pba_owner_unmark(access, over);
-    }
-    if (over) {
+    if (access->phase == PBA_PHASE_GONE) {
+        pba_owner_set_gone_error(access, error);
         pba_access_end(access);
-    } else {
-        access->teardown_failed = true;
+        return false;
     }
-    pba_qmp_release(access->qmp);
-    if (!done) {
-        g_propagate_error(error, g_steal_pointer(&local));
+    if (access->phase == PBA_PHASE_CLAIMED) {
+        /* Nothing but markers was added. */
+        pba_owner_unmark(access, true);
+        pba_access_end(access);
+        pba_qmp_release(access->qmp);
+        return true;
     }
-    return done;
+    /* What went wrong once, and may have cleared bitmaps, is no success any more. */
+    success = success && access->phase != PBA_PHASE_STUCK;
+    pba_access_enter(access, PBA_PHASE_ENDING);
+    undo(access, success, &local);
+    return conclude(access, local, error);
+}
+
+/* A callback that ends the program leaves a call that never returns; then Perl destroys the object.
+ */
+static void end_interrupted_call(PbaAccess *access)
+{
+    pba_qmp_settle(access->qmp, false);
+    pba_qmp_release(access->qmp); /* half of a reply may be in it */
+    if (access->phase == PBA_PHASE_ENDING || access->phase == PBA_PHASE_COMMITTED ||
+        access->phase == PBA_PHASE_ENDED) {
+        pba_access_enter(access, PBA_PHASE_STUCK);
+    }
 }
 
 bool pba_access_teardown(PbaAccess *access, bool success, GError **error)
 {
-    if (!pba_access_require_up(access, error)) {
-        return false;
-    }
-    pba_qmp_release(access->qmp); /* a call that never returned may have left it half used */
-    return pba_tear_down_and_end(access, success, error);
+    end_interrupted_call(access);
+    return pba_access_require_up(access, error) && pba_tear_down_and_end(access, success, error);
 }

@@ -98,6 +98,22 @@ JsonObject *pba_block_find_bitmap(const PbaBlock *block, const char *node, const
     return NULL;
 }
 
+JsonObject *pba_block_find_background(const PbaBlock *block, const char *node,
+                                      const char *target_id)
+{
+    JsonObject *entry = pba_block_find_node(block, node);
+    JsonArray *bitmaps = entry ? pba_json_find_array(entry, "dirty-bitmaps") : NULL;
+
+    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
+        JsonObject *info = pba_json_element(bitmaps, i);
+        const char *name = info ? pba_json_find_string(info, "name") : NULL;
+        if (name && g_strcmp0(pba_background_target(name), target_id) == 0) {
+            return info;
+        }
+    }
+    return NULL;
+}
+
 static JsonObject *find_graph_node(const PbaBlock *block, const char *key, JsonNode *value)
 {
     JsonArray *nodes = pba_json_find_array(block->graph, "nodes");

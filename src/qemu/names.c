@@ -3,7 +3,9 @@
 #include <string.h>
 
 #define TARGET_PREFIX "pba:"
-#define BACKGROUND_PREFIX "pba-background:"
+#define BACKGROUND_PREFIX "pba-background-"
+/* Of version 0.1.0. */
+#define OLD_BACKGROUND_PREFIX "pba-background:"
 
 bool pba_is_own_node(const char *node)
 {
@@ -40,9 +42,46 @@ char *pba_target_bitmap(const char *target_id)
     return g_strconcat(TARGET_PREFIX, target_id, NULL);
 }
 
-char *pba_background_bitmap(const char *target_id)
+/* Version 0.1.0 does not know such a name: it finds the target's bitmap frozen and alone, and makes
+ * a full backup. */
+char *pba_background_bitmap(const char *target_id, const char *nonce)
 {
-    return g_strconcat(BACKGROUND_PREFIX, target_id, NULL);
+    return nonce ? g_strconcat(BACKGROUND_PREFIX, nonce, ":", target_id, NULL)
+                 : g_strconcat(OLD_BACKGROUND_PREFIX, target_id, NULL);
+}
+
+const char *pba_background_target(const char *name)
+{
+    if (g_str_has_prefix(name, OLD_BACKGROUND_PREFIX)) {
+        return name + strlen(OLD_BACKGROUND_PREFIX);
+    }
+    if (!g_str_has_prefix(name, BACKGROUND_PREFIX)) {
+        return NULL;
+    }
+    const char *nonce = name + strlen(BACKGROUND_PREFIX);
+    size_t length = strspn(nonce, "0123456789abcdef");
+    return length == PBA_NONCE_LENGTH && nonce[length] == ':' ? nonce + length + 1 : NULL;
+}
+
+char *pba_nonce_new(void)
+{
+    g_autofree char *uuid = g_uuid_string_random();
+    g_auto(GStrv) parts = g_strsplit(uuid, "-", 5);
+
+    /* The first and the last group are all random. */
+    return g_strdup_printf("%s%.8s", parts[0], parts[4]);
+}
+
+char *pba_export_id(const char *target_id, const char *nonce, const char *key)
+{
+    g_autofree char *target = pba_short_hash(target_id);
+    return g_strconcat(PBA_EXPORT_PREFIX, nonce, "-", target, "-", key, NULL);
+}
+
+char *pba_ending_mark(const char *target_id)
+{
+    g_autofree char *target = pba_short_hash(target_id);
+    return g_strconcat(PBA_ENDING_PREFIX, target, NULL);
 }
 
 const char *pba_bitmap_target_of(PbaBackend backend, const char *name)
@@ -50,7 +89,6 @@ const char *pba_bitmap_target_of(PbaBackend backend, const char *name)
     if (backend == PBA_BACKEND_PVE) {
         return strcmp(name, PBA_PVE_BACKGROUND) == 0 ? NULL : name;
     }
-    return g_str_has_prefix(name, TARGET_PREFIX)       ? name + strlen(TARGET_PREFIX)
-           : g_str_has_prefix(name, BACKGROUND_PREFIX) ? name + strlen(BACKGROUND_PREFIX)
-                                                       : NULL;
+    return g_str_has_prefix(name, TARGET_PREFIX) ? name + strlen(TARGET_PREFIX)
+                                                 : pba_background_target(name);
 }

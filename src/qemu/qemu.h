@@ -20,9 +20,24 @@ char *pba_own_name(const char *target_id, const char *role, const char *of);
 char *pba_key_name(const char *target_id, const char *role, const char *key);
 /* What such names of this role and target begin with. */
 char *pba_target_prefix(const char *target_id, const char *role);
-/* upstream: names of the bitmaps of a target; the caller's to free. */
+/* What tells an access from all others, in names of exports and background bitmaps: a command of an
+ * access that is gone cannot hit what a later one has made. So many random hexadecimal digits, the
+ * caller's to free. */
+#define PBA_NONCE_LENGTH 16
+char *pba_nonce_new(void);
+/* The id of an export begins with this. QEMU does not limit it to 31 bytes (7.2, 10.0). */
+#define PBA_EXPORT_PREFIX "pba-exp-"
+char *pba_export_id(const char *target_id, const char *nonce, const char *key);
+/* On Proxmox: says that a success is being committed for this target. Nothing of version 0.1.0 has
+ * a name like this. */
+#define PBA_ENDING_PREFIX "pba-ending-"
+char *pba_ending_mark(const char *target_id);
+/* upstream: names of the bitmaps of a target; the caller's to free. Without a nonce the background
+ * bitmap is one of version 0.1.0. */
 char *pba_target_bitmap(const char *target_id);
-char *pba_background_bitmap(const char *target_id);
+char *pba_background_bitmap(const char *target_id, const char *nonce);
+/* upstream: the target of a background bitmap, whatever its nonce; NULL if it is none. */
+const char *pba_background_target(const char *name);
 /* In this Proxmox' QEMU records what the guest writes while an access is up. */
 #define PBA_PVE_BACKGROUND "backup-access-background-bitmap"
 /* Both backends: the target in a bitmap's name, or NULL; points into it. */
@@ -49,6 +64,9 @@ JsonObject *pba_block_find_device(const PbaBlock *block, const char *name);
 JsonObject *pba_block_find_user(const PbaBlock *block, const char *node);
 JsonObject *pba_block_find_node(const PbaBlock *block, const char *node);
 JsonObject *pba_block_find_bitmap(const PbaBlock *block, const char *node, const char *bitmap);
+/* The first background bitmap of the target that the node has. */
+JsonObject *pba_block_find_background(const PbaBlock *block, const char *node,
+                                      const char *target_id);
 /* The node's child of that name ("file", "target"); needs the graph. */
 const char *pba_block_find_child(const PbaBlock *block, const char *node, const char *child);
 /* The name of the guest's device that the node is a disk of, as a backup calls it: its block

@@ -11,11 +11,15 @@
 
 #define READ_SIZE 65536
 #define MAX_PAUSE_MS 1000
+/* With the time between two looks for signals it is less than a second. */
+#define SETTLE_LIMIT_US (700 * G_TIME_SPAN_MILLISECOND)
 
 struct PbaQmp {
     char *path;
     unsigned timeout_s;
     PbaHooks hooks;
+    PbaHooks callers_hooks; /* those above, but while it settles */
+    gint64 pending_since;   /* while it settles: 0 until a signal is seen */
     PbaQmpTransport transport;
     void *transport_opaque;
     int fd; /* -1: not connected */
@@ -28,7 +32,7 @@ PbaQmp *pba_qmp_new(const char *path, unsigned timeout_s, const PbaHooks *hooks)
     PbaQmp *qmp = g_new0(PbaQmp, 1);
     qmp->path = g_strdup(path);
     qmp->timeout_s = timeout_s;
-    qmp->hooks = hooks ? *hooks : (PbaHooks){0};
+    qmp->hooks = qmp->callers_hooks = hooks ? *hooks : (PbaHooks){0};
     qmp->fd = -1;
     return qmp;
 }
@@ -49,6 +53,26 @@ void pba_qmp_free(PbaQmp *qmp)
     pba_qmp_release(qmp);
     g_free(qmp->path);
     g_free(qmp);
+}
+
+/* While it settles. */
+static bool is_out_of_time(void *opaque)
+{
+    PbaQmp *qmp = opaque;
+    const PbaHooks *hooks = &qmp->callers_hooks;
+    gint64 now = g_get_monotonic_time();
+
+    if (qmp->pending_since == 0 && hooks->pending && hooks->pending(hooks->opaque)) {
+        qmp->pending_since = now;
+    }
+    return qmp->pending_since > 0 && now - qmp->pending_since > SETTLE_LIMIT_US;
+}
+
+void pba_qmp_settle(PbaQmp *qmp, bool settles)
+{
+    qmp->pending_since = 0;
+    qmp->hooks =
+        settles ? (PbaHooks){.interrupted = is_out_of_time, .opaque = qmp} : qmp->callers_hooks;
 }
 
 void pba_qmp_release(PbaQmp *qmp)

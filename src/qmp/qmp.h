@@ -34,6 +34,9 @@ JsonObject *pba_qmp_query_object(PbaQmp *qmp, const char *command, JsonNode *arg
                                  GError **error);
 /* Runs a command whose reply says nothing. */
 bool pba_qmp_run(PbaQmp *qmp, const char *command, JsonNode *arguments, GError **error);
+/* From here on no call ends because of a signal, until one has been pending for a second: for what
+ * must come to its end once it has begun. False: as before. */
+void pba_qmp_settle(PbaQmp *qmp, bool settles);
 /* Between two times of asking QEMU whether something has happened: closes the connection, so that
  * others can use the monitor, and sleeps for *pause_ms, which it doubles up to a second. The next
  * command opens a new connection: what an earlier one said may have changed. */

@@ -60,15 +60,23 @@ static void test_told_apart(void)
 static void test_bitmaps(void)
 {
     g_autofree char *target = pba_target_bitmap("my:store");
-    g_autofree char *background = pba_background_bitmap("my:store");
+    g_autofree char *nonce = pba_nonce_new();
+    g_autofree char *background = pba_background_bitmap("my:store", nonce);
+    g_autofree char *old = pba_background_bitmap("my:store", NULL);
 
     ok(g_str_has_suffix(target, "my:store"), "the target's bitmap: %s", target);
     ok(g_str_has_suffix(background, "my:store"), "the background bitmap: %s", background);
-    ok(strcmp(target, background) != 0, "they are told apart");
+    ok(strcmp(target, background) != 0 && strcmp(old, background) != 0, "they are told apart");
+    is_text(pba_background_target(background), "my:store", "%s is of its target", background);
+    is_text(pba_background_target(old), "my:store", "that of version 0.1.0, too: %s", old);
+    ok(!pba_background_target(target) && !pba_background_target("pba-background-12:my:store"),
+       "others are none");
+    g_autofree char *again = pba_nonce_new();
+    ok(strlen(nonce) == PBA_NONCE_LENGTH && strcmp(nonce, again) != 0, "no nonce comes twice");
     /* A target-id that looks like the prefix of another kind must not make one of the other. */
     g_autofree char *odd = pba_target_bitmap("background:my:store");
     g_autofree char *odder = pba_target_bitmap("-background:my:store");
-    ok(strcmp(odd, background) != 0 && strcmp(odder, background) != 0,
+    ok(strcmp(odd, old) != 0 && strcmp(odder, old) != 0 && !pba_background_target(odd),
        "no target-id makes one look like the other");
     ok(!pba_is_own_node("drive-scsi0") && !pba_is_own_node("pb") && !pba_is_own_node(""),
        "others' nodes are not ours");
@@ -80,13 +88,24 @@ static void test_owner(void)
         "pba-owner-",     "pba-owner-1",     "pba-owner-1-2x",   "pba-owner--1-2", "pba-owner-a-b",
         "pba-owner-1-2-", "pba-owner-1-2-0", "pba-owner-1-2-3x", "pba-raw-1-2",
     };
-    PbaAccess second = {.mark_number = 1};
-    g_autofree char *name = pba_owner_mark_name(&(PbaAccess){0}, NULL);
+    PbaAccess first = {.target_id = (char *)"a"};
+    PbaAccess second = {.target_id = (char *)"b", .mark_number = 1};
+    uint64_t size = 0;
+    uint64_t other_size = 0;
+    g_autofree char *name = pba_owner_mark_name(&first, NULL);
     g_autofree char *other = pba_owner_mark_name(&second, NULL);
 
     ok(is_good_id(name) && pba_is_own_node(name) && pba_is_owner_mark(name), "marker %s", name);
     ok(is_good_id(other) && pba_is_owner_mark(other), "marker %s", other);
     ok(strcmp(name, other) != 0, "two accesses of a process are told apart");
+    ok(pba_owner_mark_size(&first, &size, NULL) && size > 0 && size <= (uint64_t)1 << 62 &&
+           size % 512 == 0,
+       "its number is one that QEMU takes for a size");
+    ok(pba_owner_mark_size(&second, &other_size, NULL) && other_size != size,
+       "another target has another one");
+    g_autofree char *key = pba_owner_target_key(size);
+    g_autofree char *hash = pba_short_hash("a");
+    ok(g_str_has_prefix(hash, key), "%s is of target %s", key, hash);
     for (size_t i = 0; i < G_N_ELEMENTS(bad); i++) {
         ok(!pba_is_owner_mark(bad[i]), "%s is no marker", bad[i]);
     }

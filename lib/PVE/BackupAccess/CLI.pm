@@ -63,7 +63,7 @@ my %commands = (
         module => 'Status',
         function => 'recover',
         arguments => [],
-        options => [@guest, qw(target-id=s json)],
+        options => [@guest, qw(target-id=s force json)],
         needs => ['qmp', 'target-id'],
     },
     map => {

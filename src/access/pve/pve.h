@@ -6,9 +6,13 @@
 
 /* Looks at everything that can be looked at, and changes nothing. */
 bool pba_pve_check(PbaAccess *access, const PbaBlock *block, GError **error);
-/* Starts the NBD server, too; sets begun before its first change. Teardown undoes what it did. */
+/* Starts the NBD server, too; begins the changes before its first one. Teardown undoes what it did.
+ */
 bool pba_pve_setup(PbaAccess *access, GError **error);
 /* The exports are gone before. */
 bool pba_pve_teardown(PbaAccess *access, bool success, GError **error);
+
+/* The name of this target's bitmaps. */
+const char *pba_pve_bitmap_name(const PbaAccess *access);
 
 #endif

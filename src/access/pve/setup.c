@@ -50,9 +50,10 @@ static bool check_name(const PbaDisk *disk, const PbaBlock *block, GError **erro
     return true;
 }
 
-static const char *early_bitmap_name(const PbaAccess *access)
+const char *pba_pve_bitmap_name(const PbaAccess *access)
 {
-    return access->early_bitmap_name ? access->early_bitmap_name : access->target_id;
+    return access->form == PBA_FORM_DEVLIST && access->early_bitmap_name ? access->early_bitmap_name
+                                                                         : access->target_id;
 }
 
 static bool bitmap_exists(const PbaBlock *block, const char *name)
@@ -90,11 +91,11 @@ static bool check_early_form(PbaAccess *access, const PbaBlock *block, GError **
             return false;
         }
     }
-    if (first->mode == PBA_BITMAP_MODE_NEW && bitmap_exists(block, early_bitmap_name(access))) {
+    if (first->mode == PBA_BITMAP_MODE_NEW && bitmap_exists(block, pba_pve_bitmap_name(access))) {
         pba_error_set(error, PBA_ERROR_UNSUPPORTED,
                       "this QEMU's early backup-access-setup makes a new bitmap only under a new "
                       "name, and '%s' exists - give another 'bitmap-name'",
-                      early_bitmap_name(access));
+                      pba_pve_bitmap_name(access));
         return false;
     }
     return true;
@@ -139,7 +140,7 @@ static JsonNode *devlist_form(const PbaAccess *access)
         pba_json("{'target-id': <%s>, 'devlist': <%s>}", access->target_id, list->str);
     if (first->mode != PBA_BITMAP_MODE_NONE) {
         json_object_set_string_member(json_node_get_object(arguments), "bitmap-name",
-                                      early_bitmap_name(access));
+                                      pba_pve_bitmap_name(access));
     }
     return arguments;
 }
@@ -209,7 +210,10 @@ static bool read_reply(PbaAccess *access, JsonArray *reply, GError **error)
     return true;
 }
 
-/* QEMU's own word for an access or a native backup of somebody else that is up. */
+/* QEMU's own word for an access or a native backup of another program that is up, before it has
+ * changed anything. Where it is not understood, teardown is tried: QEMU refuses that for another
+ * target's, and for one of this target the exports are looked at before. Where it is misunderstood,
+ * the access stays up, and QEMU refuses the next setup: no bit is lost. */
 static bool is_refusal(const GError *error)
 {
     return error->code == PBA_ERROR_QMP && strstr(error->message, "not finished");
@@ -225,13 +229,15 @@ bool pba_pve_setup(PbaAccess *access, GError **error)
         json_node_unref(arguments);
         return false;
     }
-    access->begun = true;
+    pba_access_begin_changes(access);
     g_autoptr(JsonArray) reply =
         pba_qmp_query_array(access->qmp, "backup-access-setup", arguments, &local);
     if (reply && read_reply(access, reply, &local) && pba_nbd_server_start(access, &local)) {
         return true;
     }
-    access->begun = !is_refusal(local);
+    if (!reply && is_refusal(local)) {
+        pba_access_enter(access, PBA_PHASE_CLAIMED);
+    }
     g_propagate_error(error, local);
     return false;
 }

@@ -102,16 +102,48 @@ static bool check_safe(PbaAccess *access, const PbaBlock *block, GError **error)
     return true;
 }
 
-/* Whether the bitmaps were cleared is not known: better none than ones that lack bits. */
-static bool remove_bitmaps(PbaAccess *access, GError **error)
+/* What QEMU has of ours at one moment. */
+static bool is_marked_as_ending(const PbaAccess *access, const PbaBlock *block)
+{
+    g_autofree char *mark = pba_ending_mark(access->target_id);
+    return pba_block_find_node(block, mark) != NULL;
+}
+
+/* While an access with bitmaps is up. */
+static bool has_background(const PbaBlock *block)
+{
+    for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
+        const char *node = pba_block_node_name(block->nodes, i);
+        if (node && pba_block_find_bitmap(block, node, PBA_PVE_BACKGROUND)) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool has_bitmaps(const PbaAccess *access)
 {
     for (guint i = 0; i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
-        if (disk->bitmap_name && !pba_qmp_run(access->qmp, "block-dirty-bitmap-remove",
-                                              pba_json("{'node': <%s>, 'name': <%s>}",
-                                                       disk->bitmap_node, disk->bitmap_name),
-                                              error)) {
-            pba_error_add_device(error, disk->device);
+        if (disk->bitmap_name) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* QEMU has begun them anew, or may have, and who asked for that was not told so, or is dead: better
+ * none than ones that lack bits. On all disks, since which ones they were is not known of a dead
+ * process. */
+static bool remove_bitmaps(PbaAccess *access, const PbaBlock *block, GError **error)
+{
+    const char *name = pba_pve_bitmap_name(access);
+
+    for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
+        const char *node = pba_block_node_name(block->nodes, i);
+        if (node && pba_block_find_bitmap(block, node, name) &&
+            !pba_qmp_run(access->qmp, "block-dirty-bitmap-remove",
+                         pba_json("{'node': <%s>, 'name': <%s>}", node, name), error)) {
             return false;
         }
     }
@@ -125,7 +157,7 @@ static bool check_no_exports(PbaAccess *access, GError **error)
 {
     bool found;
 
-    if (!pba_exports_find(access, PBA_EXPORT_PREFIX, &found, error)) {
+    if (!pba_exports_find_any(access, &found, error)) {
         return false;
     }
     if (found) {
@@ -140,38 +172,133 @@ static JsonNode *teardown_arguments(const PbaAccess *access, bool success)
     return pba_json("{'target-id': <%s>, 'success': <%b>}", access->target_id, (gboolean)success);
 }
 
-/* QEMU's word for an access, or a native backup, of somebody else: then none of this target is up.
- */
+/* QEMU's word for an access, or a native backup, of another program: then none of this target is
+ * up. Asked for a dead process only. Where it is not understood, recovery refuses; where it is
+ * misunderstood, our marks go and QEMU refuses the next setup: no bit is lost. */
 static bool is_not_ours(const PbaAccess *access, const GError *error)
 {
-    return access->recovering && error->code == PBA_ERROR_QMP &&
-           strstr(error->message, "got target");
+    return !access->nonce && error->code == PBA_ERROR_QMP && strstr(error->message, "got target");
+}
+
+typedef enum { DONE, NOT_DONE, UNKNOWN } Outcome;
+
+/* Whatever the error is: a caller's transport says of a time-out what QEMU says of a refusal. Over
+ * a new connection, when QEMU has done with all that came over the one before. Only bitmaps tell.
+ */
+static Outcome find_outcome(PbaAccess *access, GError **error)
+{
+    g_auto(PbaBlock) block = {0};
+    g_autoptr(GError) unreachable = NULL;
+
+    pba_qmp_release(access->qmp);
+    if (pba_block_query(access->qmp, false, &block, &unreachable)) {
+        return has_background(&block) ? NOT_DONE : DONE;
+    }
+    pba_log(&access->hooks, PBA_LOG_WARN,
+            "whether the access has ended is not known, and cannot be asked now (%s): the next "
+            "backup may be a full "
+            "one",
+            unreachable->message);
+    pba_error_add_hint(
+        error, "whether the access has ended is not known: the next backup may be a full one");
+    return UNKNOWN;
+}
+
+static Outcome send_teardown(PbaAccess *access, bool success, GError **error)
+{
+    GError *local = NULL;
+
+    if (pba_qmp_run(access->qmp, "backup-access-teardown", teardown_arguments(access, success),
+                    &local)) {
+        return DONE;
+    }
+    Outcome outcome = is_not_ours(access, local) ? DONE
+                      : has_bitmaps(access)      ? find_outcome(access, &local)
+                                                 : UNKNOWN;
+    if (outcome == DONE) {
+        g_error_free(local);
+    } else {
+        g_propagate_error(error, local);
+    }
+    return outcome;
+}
+
+/* The mark is there before QEMU is told, and goes when its reply has been handled: a process that
+ * dies between, or is not told, leaves it for the next one to find. */
+static Outcome commit(PbaAccess *access, GError **error)
+{
+    if (has_bitmaps(access) && !pba_ending_mark_add(access, error)) {
+        return error && pba_error_is_fatal(*error) ? UNKNOWN : NOT_DONE;
+    }
+    /* From here on a signal would leave in doubt what became of it. */
+    pba_qmp_settle(access->qmp, true);
+    Outcome outcome = send_teardown(access, true, error);
+    if (outcome == DONE) {
+        pba_access_enter(access, PBA_PHASE_COMMITTED);
+    } else {
+        pba_qmp_settle(access->qmp, false);
+    }
+    return outcome;
+}
+
+/* What was to be a success: the caller is told, and so is the log. */
+static void end_as_failure(PbaAccess *access, GError **error)
+{
+    GError *step = NULL;
+
+    pba_log(&access->hooks, PBA_LOG_WARN,
+            "the access is ended as after a failed backup, since it could not be as a success: %s",
+            (*error)->message);
+    if (send_teardown(access, false, &step) == DONE) {
+        pba_error_add_hint(error, "the bitmaps are as after a failed backup");
+        pba_access_enter(access, PBA_PHASE_ENDED);
+    }
+    pba_error_keep_first(error, step, &access->hooks);
+}
+
+static bool end_as_success(PbaAccess *access, GError **error)
+{
+    GError *local = NULL;
+
+    Outcome outcome = commit(access, &local);
+    if (outcome == NOT_DONE) {
+        end_as_failure(access, &local);
+    }
+    if (local) {
+        g_propagate_error(error, local);
+    }
+    return outcome == DONE;
+}
+
+/* Looks, in one query, at our marker and at all that would crash QEMU. */
+static bool look(PbaAccess *access, PbaBlock *block, GError **error)
+{
+    const PbaDisk *first = access->disks->pdata[0];
+    bool is_dead_process = access->nonce == NULL;
+
+    /* Without a reply to setup it is not known whose access is up. */
+    bool is_known = first->snapshot_node && !is_dead_process;
+    return (is_known || check_no_exports(access, error)) &&
+           pba_block_query(access->qmp, false, block, error) &&
+           pba_owner_require(access, block->nodes, error) &&
+           (is_dead_process ? check_left_safe : check_safe)(access, block, error);
 }
 
 bool pba_pve_teardown(PbaAccess *access, bool success, GError **error)
 {
     g_auto(PbaBlock) block = {0};
-    g_autoptr(GError) refused = NULL;
-    const PbaDisk *first = access->disks->len > 0 ? access->disks->pdata[0] : NULL;
 
     /* A dead process that had marked no device had sent nothing. */
-    if (!first) {
+    if (access->disks->len == 0) {
         return true;
     }
-    /* Without a reply to setup it is not known whose access is up. */
-    bool is_known = first->snapshot_node && !access->recovering;
-    if ((!is_known && !check_no_exports(access, error)) ||
-        !pba_block_query(access->qmp, false, &block, error) ||
-        !(access->recovering ? check_left_safe : check_safe)(access, &block, error)) {
+    if (!look(access, &block, error)) {
         return false;
     }
-    if (!pba_qmp_run(access->qmp, "backup-access-teardown", teardown_arguments(access, success),
-                     &refused) &&
-        !is_not_ours(access, refused)) {
-        /* Also where it is QEMU's answer: a caller's transport says the same of a time-out. */
-        access->success_unknown |= success;
-        g_propagate_error(error, g_steal_pointer(&refused));
-        return false;
+    if (success) {
+        return end_as_success(access, error);
     }
-    return !access->success_unknown || remove_bitmaps(access, error);
+    bool may_be_committed = is_marked_as_ending(access, &block) && !has_background(&block);
+    return send_teardown(access, false, error) == DONE &&
+           (!may_be_committed || remove_bitmaps(access, &block, error));
 }

@@ -1,8 +1,7 @@
-/* The dirty bitmaps of the upstream backend.
+/* The dirty bitmaps of a stock QEMU, and how one comes to have every bit set.
  *
  * Each target has one bitmap a disk. While an access is up it is frozen, and a background bitmap
- * records what the guest writes. Bits may be too many at any moment, never too few: a bitmap that
- * cannot be trusted is removed, so that the next backup is a full one. */
+ * records what the guest writes; join.c ends that. */
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 #include "upstream.h"
@@ -10,28 +9,26 @@
 
 #define JOB_LIMIT_S 60
 
-static JsonNode *action(const char *type, JsonNode *data)
+JsonNode *pba_bitmap_action(const char *type, JsonNode *data)
 {
     JsonNode *node = pba_json("{'type': <%s>}", type);
     json_object_set_member(json_node_get_object(node), "data", data);
     return node;
 }
 
-static JsonNode *bitmap_ref(const PbaDisk *disk, const char *name)
+JsonNode *pba_bitmap_ref(const PbaDisk *disk, const char *name)
 {
     return pba_json("{'node': <%s>, 'name': <%s>}", disk->bitmap_node, name);
 }
 
-static JsonNode *merge_action(const PbaDisk *disk, const char *target, JsonNode *source)
+JsonNode *pba_bitmap_merge_action(const PbaDisk *disk, const char *target, JsonArray *sources)
 {
-    JsonArray *sources = json_array_new();
-    json_array_add_element(sources, source);
     JsonNode *data = pba_json("{'node': <%s>, 'target': <%s>}", disk->bitmap_node, target);
     json_object_set_array_member(json_node_get_object(data), "bitmaps", sources);
-    return action("block-dirty-bitmap-merge", data);
+    return pba_bitmap_action("block-dirty-bitmap-merge", data);
 }
 
-static bool run_transaction(PbaAccess *access, JsonArray *actions, GError **error)
+bool pba_bitmap_transaction(PbaAccess *access, JsonArray *actions, GError **error)
 {
     return pba_qmp_run(access->qmp, "transaction", pba_json_wrap_array("actions", actions), error);
 }
@@ -46,7 +43,7 @@ JsonNode *pba_bitmap_add_arguments(const PbaDisk *disk, const char *name)
 
 bool pba_bitmap_remove(PbaAccess *access, const PbaDisk *disk, const char *name, GError **error)
 {
-    return pba_qmp_run(access->qmp, "block-dirty-bitmap-remove", bitmap_ref(disk, name), error);
+    return pba_qmp_run(access->qmp, "block-dirty-bitmap-remove", pba_bitmap_ref(disk, name), error);
 }
 
 /* The three things that make_dirty_source needs, by name. */
@@ -197,142 +194,14 @@ bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error)
         all_dirty_holds(access, disk, &names, error)) {
         /* One transaction: there is no moment at which the bitmap exists and lacks a bit. */
         JsonArray *actions = json_array_new();
-        json_array_add_element(
-            actions, action("block-dirty-bitmap-add", pba_bitmap_add_arguments(disk, bitmap)));
-        json_array_add_element(
-            actions,
-            merge_action(disk, bitmap,
-                         pba_json("{'node': <%s>, 'name': <'" ALL_DIRTY "'>}", names.source)));
-        done = run_transaction(access, actions, error);
+        JsonArray *sources = json_array_new();
+        json_array_add_element(sources,
+                               pba_json("{'node': <%s>, 'name': <'" ALL_DIRTY "'>}", names.source));
+        json_array_add_element(actions, pba_bitmap_action("block-dirty-bitmap-add",
+                                                          pba_bitmap_add_arguments(disk, bitmap)));
+        json_array_add_element(actions, pba_bitmap_merge_action(disk, bitmap, sources));
+        done = pba_bitmap_transaction(access, actions, error);
     }
     return done && delete_node(access, names.sink, error) &&
            delete_node(access, names.source, error);
-}
-
-static void add_join_actions(JsonArray *actions, const PbaDisk *disk, const char *target,
-                             const char *background, bool success)
-{
-    json_array_add_element(actions, action("block-dirty-bitmap-enable", bitmap_ref(disk, target)));
-    if (success) {
-        json_array_add_element(actions,
-                               action("block-dirty-bitmap-clear", bitmap_ref(disk, target)));
-    }
-    json_array_add_element(actions, merge_action(disk, target, bitmap_ref(disk, background)));
-    json_array_add_element(actions,
-                           action("block-dirty-bitmap-remove", bitmap_ref(disk, background)));
-}
-
-/* A bitmap that cannot be trusted. */
-static bool drop_bitmap(PbaAccess *access, const PbaDisk *disk, const char *name, GError **error)
-{
-    if (!pba_bitmap_remove(access, disk, name, error)) {
-        pba_error_add_device(error, disk->device);
-        return false;
-    }
-    pba_log(
-        &access->hooks, PBA_LOG_WARN,
-        "device %s: bitmap '%s' is removed, since it may lack bits: the next backup is a full one",
-        disk->device, name);
-    return true;
-}
-
-/* One disk by itself, after the transaction for all has failed. The caller will be told so, and may
- * take the backup for a failed one: no bitmap loses its old bits. */
-static bool join_or_drop(PbaAccess *access, const PbaDisk *disk, const char *target,
-                         const char *background, GError **error)
-{
-    JsonArray *actions = json_array_new();
-
-    add_join_actions(actions, disk, target, background, false);
-    if (run_transaction(access, actions, error)) {
-        return true;
-    }
-    if (error && pba_error_is_fatal(*error)) {
-        return false; /* whether it was done is not known; the next setup looks */
-    }
-    /* A target's that stays is frozen and alone: the next setup knows it for what it is. */
-    drop_bitmap(access, disk, target, NULL);
-    pba_bitmap_remove(access, disk, background, NULL);
-    return false;
-}
-
-static bool join_each(PbaAccess *access, GPtrArray *split, const char *target,
-                      const char *background, GError **error)
-{
-    GError *first = NULL;
-
-    for (guint i = 0; i < split->len && !pba_error_is_fatal(first); i++) {
-        const PbaDisk *disk = split->pdata[i];
-        GError *step = NULL;
-        if (!join_or_drop(access, disk, target, background, &step)) {
-            pba_error_add_device(&step, disk->device);
-            pba_error_keep_first(&first, step, &access->hooks);
-        }
-    }
-    if (first) {
-        g_propagate_error(error, first);
-        return false;
-    }
-    return true;
-}
-
-/* As QEMU finds persistent ones that it did not store at its last end: good for removing only. */
-static bool is_inconsistent(JsonObject *info)
-{
-    return pba_json_find_bool(info, "inconsistent");
-}
-
-/* A target's bitmap without its background one: frozen by an access that is gone, or cleared by a
- * transaction whose reply was lost. */
-static bool is_doubtful(const PbaAccess *access, JsonObject *info)
-{
-    return access->success_unknown ||
-           (!pba_json_find_bool(info, "recording") && !is_inconsistent(info));
-}
-
-bool pba_bitmaps_join(PbaAccess *access, PbaBlock *block, bool success, GError **error)
-{
-    g_autofree char *target = pba_target_bitmap(access->target_id);
-    g_autofree char *background = pba_background_bitmap(access->target_id);
-    g_autoptr(GPtrArray) split = g_ptr_array_new();
-    g_autoptr(GError) joint_error = NULL;
-    JsonArray *actions = json_array_new();
-    GError *first = NULL;
-
-    for (guint i = 0; i < access->disks->len; i++) {
-        PbaDisk *disk = access->disks->pdata[i];
-        JsonObject *info = pba_block_find_bitmap(block, disk->bitmap_node, target);
-        JsonObject *partner = pba_block_find_bitmap(block, disk->bitmap_node, background);
-        GError *step = NULL;
-        if (info && partner && (is_inconsistent(info) || is_inconsistent(partner))) {
-            drop_bitmap(access, disk, target, &step);
-            drop_bitmap(access, disk, background, step ? NULL : &step);
-        } else if (info && partner) {
-            g_ptr_array_add(split, disk);
-            add_join_actions(actions, disk, target, background, success);
-        } else if (partner) {
-            drop_bitmap(access, disk, background, &step);
-        } else if (info && is_doubtful(access, info)) {
-            drop_bitmap(access, disk, target, &step);
-        }
-        pba_error_keep_first(&first, step, &access->hooks);
-    }
-    if (split->len == 0) {
-        json_array_unref(actions);
-    } else if (!run_transaction(access, actions, &joint_error)) {
-        GError *step = NULL;
-        if (pba_error_is_fatal(joint_error)) {
-            /* The bitmaps may have been cleared although the caller is told of a failure. */
-            access->success_unknown |= success;
-            step = g_steal_pointer(&joint_error);
-        } else {
-            join_each(access, split, target, background, &step);
-        }
-        pba_error_keep_first(&first, step, &access->hooks);
-    }
-    if (first) {
-        g_propagate_error(error, first);
-        return false;
-    }
-    return true;
 }

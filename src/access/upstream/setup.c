@@ -305,7 +305,7 @@ static bool add_background(PbaAccess *access, PbaDisk *disk, GError **error)
     if (!disk->bitmap_name) {
         return true;
     }
-    g_autofree char *name = pba_background_bitmap(access->target_id);
+    g_autofree char *name = pba_background_bitmap(access->target_id, access->nonce);
     return pba_qmp_run(access->qmp, "block-dirty-bitmap-add", pba_bitmap_add_arguments(disk, name),
                        error);
 }

@@ -109,10 +109,19 @@ bool pba_upstream_teardown(PbaAccess *access, bool success, GError **error)
     g_auto(PbaBlock) block = {0};
     GError *first = NULL;
 
-    if (!pba_block_query(access->qmp, true, &block, error)) {
+    /* Our marker and what is undone are looked at in one query: after a restart of the VM the nodes
+     * of a later access have the same names. */
+    if (!pba_block_query(access->qmp, true, &block, error) ||
+        !pba_owner_require(access, block.nodes, error)) {
         return false;
     }
     undo_graph(access, &first, &block);
+    if (success && first && !pba_error_is_fatal(first)) {
+        pba_log(&access->hooks, PBA_LOG_WARN,
+                "the bitmaps are joined as after a failed backup, since not all could be undone");
+    }
+    /* The bitmaps last: until then the guest's writes are in the background ones, whatever becomes
+     * of the nodes. */
     if (!pba_error_is_fatal(first)) {
         GError *step = NULL;
         pba_bitmaps_join(access, &block, success && !first, &step);
@@ -128,7 +137,6 @@ bool pba_upstream_teardown(PbaAccess *access, bool success, GError **error)
 bool pba_upstream_is_clean(PbaAccess *access)
 {
     g_auto(PbaBlock) block = {0};
-    g_autofree char *background = pba_background_bitmap(access->target_id);
 
     if (!pba_block_query(access->qmp, false, &block, NULL)) {
         return false;
@@ -136,7 +144,7 @@ bool pba_upstream_is_clean(PbaAccess *access)
     for (guint i = 0; i < json_array_get_length(block.nodes); i++) {
         const char *name = pba_block_node_name(block.nodes, i);
         if (name && ((pba_is_own_node(name) && !pba_is_owner_mark(name)) ||
-                     pba_block_find_bitmap(&block, name, background))) {
+                     pba_block_find_background(&block, name, access->target_id))) {
             return false;
         }
     }

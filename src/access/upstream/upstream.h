@@ -6,7 +6,8 @@
 
 /* Looks at everything that can be looked at, and changes nothing. */
 bool pba_upstream_check(PbaAccess *access, const PbaBlock *block, GError **error);
-/* Starts the NBD server, too; sets begun before its first change. Teardown undoes what it did. */
+/* Starts the NBD server, too; begins the changes before its first one. Teardown undoes what it did.
+ */
 bool pba_upstream_setup(PbaAccess *access, PbaBlock *block, GError **error);
 /* The exports are gone before. */
 bool pba_upstream_teardown(PbaAccess *access, bool success, GError **error);
@@ -36,8 +37,14 @@ bool pba_dirty_source_drop(PbaAccess *access, const PbaDisk *disk, const PbaBloc
 JsonNode *pba_bitmap_add_arguments(const PbaDisk *disk, const char *name);
 /* Removes the disk's bitmap of that name. */
 bool pba_bitmap_remove(PbaAccess *access, const PbaDisk *disk, const char *name, GError **error);
-/* Ends the split into target's and background bitmap on every disk that has one. Where that cannot
- * be done the target's bitmap is removed. */
+/* Parts of a transaction; sources, an array of what pba_bitmap_ref returns, is consumed. */
+JsonNode *pba_bitmap_action(const char *type, JsonNode *data);
+JsonNode *pba_bitmap_ref(const PbaDisk *disk, const char *name);
+JsonNode *pba_bitmap_merge_action(const PbaDisk *disk, const char *target, JsonArray *sources);
+bool pba_bitmap_transaction(PbaAccess *access, JsonArray *actions, GError **error);
+/* Ends the split into target's and background bitmap on every disk that has one, and enters the
+ * phase committed where that is a success. Where it cannot be done the target's bitmap is removed.
+ */
 bool pba_bitmaps_join(PbaAccess *access, PbaBlock *block, bool success, GError **error);
 
 #endif

@@ -18,6 +18,8 @@ my sub print_access ($access) {
     }
     my $process = !defined($access->{pid}) ? 'another program' : "process $access->{pid}";
     $process .= ', which is dead' if defined($access->{alive}) && !$access->{alive};
+    $process .= ', of which it cannot be known from here whether it lives'
+        if defined($access->{pid}) && !defined($access->{alive});
     say_out('backup access: target ' . shown($access->{'target-id'}) . ", $process");
     say_out('  devices: ' . join(', ', $access->{devices}->@*)) if $access->{devices}->@*;
 }
@@ -103,6 +105,7 @@ sub recover ($opt) {
     my $lines = PVE::BackupAccess->recover(
         access_options($opt),
         'target-id' => text($opt->{'target-id'}),
+        force => $opt->{force} ? 1 : 0,
         log => sub { },
     );
     if ($opt->{json}) {

@@ -8,7 +8,8 @@ package PBA::Test::QMPProxy;
 # before the command reaches QEMU, 'lose' after QEMU has done it and before its reply, 'refuse'
 # answers with an error in QEMU's place, 'deceive' lets QEMU do it and answers with an error.
 # 'kill-before' and 'kill-after' kill the client, before the command reaches QEMU and after QEMU has
-# done it. 'stall' lets QEMU do it and keeps the reply to itself. Without at nothing goes wrong.
+# done it. 'stall' lets QEMU do it and keeps the reply to itself. 'signal' sends the client a SIGUSR1 when
+# QEMU has done it, and the reply a while later. Without at nothing goes wrong.
 #
 # 'kill-before-nbd' and 'kill-after-nbd' kill it at an NBD connection or discard instead, with at
 # counting those: see PBA::Test::NBDRelay.
@@ -65,7 +66,8 @@ sub _converse ($self, $client, $qemu) {
         $self->send_bytes($qemu, $line);
         my $reply = $self->_reply($qemu, \$from_qemu) // return;
         $self->_start_relay($command, $client, $qemu) if $name eq 'nbd-server-start';
-        $self->send_bytes($client, $reply) if !$fault;
+        $self->_signal($client) if $fault eq 'signal';
+        $self->send_bytes($client, $reply) if !$fault || $fault eq 'signal';
         return if $fault eq 'lose';
         return $self->_kill($client) if $fault eq 'kill-after';
         return $self->wait_ready($client, 'read') if $fault eq 'stall';
@@ -73,9 +75,20 @@ sub _converse ($self, $client, $qemu) {
     }
 }
 
-sub _kill ($self, $client) {
+sub _client_pid ($client) {
     my ($pid) = unpack('i', getsockopt($client, SOL_SOCKET, SO_PEERCRED));
-    kill('KILL', $pid);
+    return $pid;
+}
+
+sub _kill ($self, $client) {
+    kill('KILL', _client_pid($client));
+    return;
+}
+
+# Longer than a client takes to look for signals.
+sub _signal ($self, $client) {
+    kill('USR1', _client_pid($client));
+    $self->sleep_for(0.5);
     return;
 }
 

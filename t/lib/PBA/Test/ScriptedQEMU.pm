@@ -16,7 +16,7 @@ use PVE::BackupAccess;
 
 our @EXPORT = qw(
     $json $dir $run_dir $target $size @upstream_commands @one
-    commands schema version device node pve_returns upstream_returns setup_reply value_of spoiled
+    commands schema version device node mark answers pve_returns upstream_returns setup_reply value_of spoiled
     start_peer action qmp_calls arguments_of new_access capabilities error_class dies
     peak_rss_kib reset_peak
 );
@@ -143,14 +143,64 @@ sub upstream_returns (%more) {
 
 sub value_of ($value, $arguments) { return ref($value) eq 'CODE' ? $value->($arguments) : $value }
 
+# What an answer returns in the end, by reference.
+sub returned ($value) {
+    return $value if ref($$value) ne 'HASH' || !exists($$value->{action});
+    my $action = $$value->{action};
+    my ($reply)
+        = grep { ref($_) eq 'HASH' && exists($_->{return}) }
+        ref($action) eq 'ARRAY' ? $action->@* : $action;
+    return $reply ? \$reply->{return} : \undef;
+}
+
+sub mark ($name, $size) {
+    my $mark = node($name);
+    $mark->{image}{'virtual-size'} = $size;
+    return $mark;
+}
+
+# While Proxmox' access is up the nodes of its disks have a second bitmap.
+sub with_background (@nodes) {
+    my %background = (name => 'backup-access-background-bitmap', recording => JSON::PP::true);
+    return map {
+        my @bitmaps = ref($_) eq 'HASH' ? ($_->{'dirty-bitmaps'} // [])->@* : ();
+        @bitmaps ? { $_->%*, 'dirty-bitmaps' => [@bitmaps, \%background] } : $_;
+    } @nodes;
+}
+
+# Of one QEMU: what a command returns. The markers of processes that were added are among the nodes until
+# they are deleted, whatever else a test says of them.
+sub answers ($returns) {
+    my (%marks, $is_up);
+    return sub ($command, $arguments) {
+        my $value = value_of($returns->{$command}, $arguments);
+        my $name = $arguments->{'node-name'} // '';
+        my $returned = returned(\$value);
+        my $done = ref($$returned) eq 'HASH' && !$$returned->%*;
+        $marks{$name} = mark($name, $arguments->{size})
+            if $command eq 'blockdev-add' && $done && $name =~ m/\Apba-owner-/;
+        delete($marks{$name}) if $command eq 'blockdev-del' && $done;
+        $is_up = 1 if $command eq 'backup-access-setup' && ref($$returned) eq 'ARRAY';
+        $is_up = 0 if $command eq 'backup-access-teardown' && $done;
+        return $value if $command ne 'query-named-block-nodes' || ref($$returned) ne 'ARRAY';
+        my %there
+            = map { ref($_) eq 'HASH' ? (($_->{'node-name'} // '') => 1) : () } $$returned->@*;
+        my @marks = map { $marks{$_} } grep { !$there{$_} } sort keys %marks;
+        return $value if !@marks && !$is_up;
+        $$returned = [($is_up ? with_background($$returned->@*) : $$returned->@*), @marks];
+        return $value;
+    };
+}
+
 # A peer lives as long as its object; these outlive the access that a test makes of them.
 my @peers;
 
 # Values of a peer: a plain value is returned; { action => ... } is one of QMPPeer's.
 sub start_peer ($returns, %options) {
+    my $answer = answers($returns);
     my $handler = sub ($command, $arguments, $n) {
         return undef if !exists($returns->{$command});
-        my $value = value_of($returns->{$command}, $arguments);
+        my $value = $answer->($command, $arguments);
         return $value->{action} if ref($value) eq 'HASH' && exists($value->{action});
         return { return => $value };
     };
@@ -210,11 +260,12 @@ sub spoiled ($value, $path, $change) {
 
 sub qmp_calls ($returns) {
     my $calls = { names => [], arguments => [] };
+    my $answer = answers($returns);
     $calls->{code} = sub ($command, $arguments) {
         push $calls->{names}->@*, $command;
         push $calls->{arguments}->@*, $arguments;
         die "no such command\n" if !exists($returns->{$command});
-        return value_of($returns->{$command}, $arguments);
+        return $answer->($command, $arguments);
     };
     return $calls;
 }

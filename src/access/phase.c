@@ -1,0 +1,68 @@
+/* How far an access is, and what may follow: the one table of it.
+ *
+ *   new - claimed - changing - up - exporting - exported     setup, export
+ *     each of these but new - ending - committed             a success
+ *                                    - ended                 as after a failure
+ *                                    - stuck - ending        tried again, as after a failure
+ *                                    - gone                  no more ours
+ *     committed, ended, gone, claimed - new                  forgotten */
+#include "access.h"
+#include "src/base/base.h"
+
+#define TO(phase) (1u << PBA_PHASE_##phase)
+
+static const unsigned followers[PBA_PHASE_COUNT] = {
+    [PBA_PHASE_NEW] = TO(CLAIMED),
+    [PBA_PHASE_CLAIMED] = TO(NEW) | TO(CHANGING),
+    /* Claimed again: QEMU refused the first change. */
+    [PBA_PHASE_CHANGING] = TO(CLAIMED) | TO(UP) | TO(ENDING),
+    [PBA_PHASE_UP] = TO(EXPORTING) | TO(ENDING) | TO(GONE),
+    [PBA_PHASE_EXPORTING] = TO(EXPORTED) | TO(ENDING) | TO(GONE),
+    [PBA_PHASE_EXPORTED] = TO(ENDING),
+    [PBA_PHASE_ENDING] = TO(COMMITTED) | TO(ENDED) | TO(STUCK) | TO(GONE),
+    [PBA_PHASE_STUCK] = TO(ENDING),
+    /* Stuck: the call of teardown never returned, since a callback ended the program. */
+    [PBA_PHASE_COMMITTED] = TO(NEW) | TO(STUCK),
+    [PBA_PHASE_ENDED] = TO(NEW) | TO(STUCK),
+    [PBA_PHASE_GONE] = TO(NEW),
+};
+
+static const char *const names[PBA_PHASE_COUNT] = {
+    [PBA_PHASE_NEW] = "new",
+    [PBA_PHASE_CLAIMED] = "claimed",
+    [PBA_PHASE_CHANGING] = "changing",
+    [PBA_PHASE_UP] = "up",
+    [PBA_PHASE_EXPORTING] = "exporting",
+    [PBA_PHASE_EXPORTED] = "exported",
+    [PBA_PHASE_ENDING] = "ending",
+    [PBA_PHASE_STUCK] = "stuck",
+    [PBA_PHASE_COMMITTED] = "committed",
+    [PBA_PHASE_ENDED] = "ended",
+    [PBA_PHASE_GONE] = "gone",
+};
+
+bool pba_phase_may_follow(PbaPhase from, PbaPhase to)
+{
+    return (followers[from] & (1u << to)) != 0;
+}
+
+const char *pba_phase_name(PbaPhase phase)
+{
+    return names[phase];
+}
+
+void pba_access_begin_changes(PbaAccess *access)
+{
+    if (access->phase == PBA_PHASE_CLAIMED) {
+        pba_access_enter(access, PBA_PHASE_CHANGING);
+    }
+}
+
+void pba_access_enter(PbaAccess *access, PbaPhase phase)
+{
+    if (!pba_phase_may_follow(access->phase, phase)) {
+        g_error("an access in the phase '%s' cannot enter '%s'", names[access->phase],
+                names[phase]);
+    }
+    access->phase = phase;
+}

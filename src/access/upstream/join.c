@@ -1,0 +1,406 @@
+/* The end of the split into the target's and the background bitmap. Bits may be too many at any
+ * moment, never too few: a bitmap that cannot be trusted is removed, so that the next backup is a
+ * full one.
+ *
+ * A success takes two steps. The first one commits it: the target's bitmaps go, and the background
+ * ones stay, which have what was written since the instant. Whoever finds that makes a full backup,
+ * so nothing depends on whether its reply is seen. The second step, when that has been handled,
+ * makes the target's bitmaps of the background ones. A failure takes one step. */
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
+#include "upstream.h"
+#include <string.h>
+
+/* A disk with both bitmaps. */
+typedef struct {
+    const PbaDisk *disk;
+    GPtrArray *backgrounds; /* their names */
+} Split;
+
+typedef struct {
+    PbaAccess *access;
+    char *target; /* the name of the targets' bitmaps */
+    GPtrArray *splits;
+} Join;
+
+static void split_free(gpointer data)
+{
+    Split *split = data;
+
+    g_ptr_array_unref(split->backgrounds);
+    g_free(split);
+}
+
+static void join_clear(Join *join)
+{
+    g_free(join->target);
+    g_clear_pointer(&join->splits, g_ptr_array_unref);
+}
+
+G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Join, join_clear)
+
+/* As QEMU finds persistent ones that it did not store at its last end: good for removing only. */
+static bool is_inconsistent(JsonObject *info)
+{
+    return info && pba_json_find_bool(info, "inconsistent");
+}
+
+/* The names of the access' background bitmap of the disk; of a dead process' all that there are. */
+static GPtrArray *find_backgrounds(const PbaAccess *access, const PbaBlock *block,
+                                   const PbaDisk *disk)
+{
+    GPtrArray *found = g_ptr_array_new_with_free_func(g_free);
+    JsonObject *node = pba_block_find_node(block, disk->bitmap_node);
+    JsonArray *bitmaps = node ? pba_json_find_array(node, "dirty-bitmaps") : NULL;
+    g_autofree char *own =
+        access->nonce ? pba_background_bitmap(access->target_id, access->nonce) : NULL;
+
+    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
+        JsonObject *info = pba_json_element(bitmaps, i);
+        const char *name = info ? pba_json_find_string(info, "name") : NULL;
+        const char *target = name ? pba_background_target(name) : NULL;
+        if (target && (own ? strcmp(name, own) == 0 : strcmp(target, access->target_id) == 0)) {
+            g_ptr_array_add(found, g_strdup(name));
+        }
+    }
+    return found;
+}
+
+static bool is_any_inconsistent(const PbaBlock *block, const PbaDisk *disk, JsonObject *target,
+                                GPtrArray *backgrounds)
+{
+    bool inconsistent = is_inconsistent(target);
+
+    for (guint i = 0; i < backgrounds->len; i++) {
+        inconsistent |=
+            is_inconsistent(pba_block_find_bitmap(block, disk->bitmap_node, backgrounds->pdata[i]));
+    }
+    return inconsistent;
+}
+
+/* A bitmap that cannot be trusted. */
+static bool drop_bitmap(PbaAccess *access, const PbaDisk *disk, const char *name, GError **error)
+{
+    if (!pba_bitmap_remove(access, disk, name, error)) {
+        pba_error_add_device(error, disk->device);
+        return false;
+    }
+    pba_log(
+        &access->hooks, PBA_LOG_WARN,
+        "device %s: bitmap '%s' is removed, since it may lack bits: the next backup is a full one",
+        disk->device, name);
+    return true;
+}
+
+static bool drop_all(PbaAccess *access, const PbaDisk *disk, const char *target,
+                     GPtrArray *backgrounds, GError **error)
+{
+    GError *first = NULL;
+
+    for (guint i = 0; i < backgrounds->len; i++) {
+        GError *step = NULL;
+        drop_bitmap(access, disk, backgrounds->pdata[i], &step);
+        pba_error_keep_first(&first, step, &access->hooks);
+    }
+    if (target) {
+        GError *step = NULL;
+        drop_bitmap(access, disk, target, &step);
+        pba_error_keep_first(&first, step, &access->hooks);
+    }
+    if (first) {
+        g_propagate_error(error, first);
+    }
+    return !first;
+}
+
+/* Finds the disks with both bitmaps, and drops what is of no use without the other. */
+static bool find_splits(Join *join, const PbaBlock *block, GError **error)
+{
+    PbaAccess *access = join->access;
+    GError *first = NULL;
+
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        JsonObject *target = pba_block_find_bitmap(block, disk->bitmap_node, join->target);
+        g_autoptr(GPtrArray) backgrounds = find_backgrounds(access, block, disk);
+        bool inconsistent = is_any_inconsistent(block, disk, target, backgrounds);
+        GError *step = NULL;
+
+        if (target && backgrounds->len > 0 && !inconsistent) {
+            Split *split = g_new0(Split, 1);
+            split->disk = disk;
+            split->backgrounds = g_steal_pointer(&backgrounds);
+            g_ptr_array_add(join->splits, split);
+        } else if (backgrounds->len > 0) {
+            /* Inconsistent, or the success of a process that did not live to take its second step,
+             * or was not told of its first one. */
+            drop_all(access, disk, target ? join->target : NULL, backgrounds, &step);
+        } else if (target && !inconsistent && !pba_json_find_bool(target, "recording")) {
+            /* Frozen by an access that is gone, and its background bitmap with it. */
+            drop_bitmap(access, disk, join->target, &step);
+        }
+        pba_error_keep_first(&first, step, &access->hooks);
+    }
+    if (first) {
+        g_propagate_error(error, first);
+    }
+    return !first;
+}
+
+/* What a step does to one disk, as actions of a transaction. */
+typedef void (*SplitStep)(const Join *join, const Split *split, JsonArray *actions);
+
+/* First of all, whatever the step: if our own background bitmap is no more there, the access is not
+ * ours any more, and all of the transaction is refused. An action block-dirty-bitmap-enable would
+ * crash QEMU (7.2, 10.0) where the bitmap is not there. */
+static void add_merge(const Join *join, const Split *split, JsonArray *actions)
+{
+    JsonArray *sources = json_array_new();
+
+    for (guint i = 0; i < split->backgrounds->len; i++) {
+        json_array_add_element(sources, pba_bitmap_ref(split->disk, split->backgrounds->pdata[i]));
+    }
+    json_array_add_element(actions, pba_bitmap_merge_action(split->disk, join->target, sources));
+}
+
+static void add_removal(const Split *split, JsonArray *actions)
+{
+    for (guint i = 0; i < split->backgrounds->len; i++) {
+        json_array_add_element(
+            actions, pba_bitmap_action("block-dirty-bitmap-remove",
+                                       pba_bitmap_ref(split->disk, split->backgrounds->pdata[i])));
+    }
+}
+
+static void add_failure(const Join *join, const Split *split, JsonArray *actions)
+{
+    add_merge(join, split, actions);
+    json_array_add_element(actions, pba_bitmap_action("block-dirty-bitmap-enable",
+                                                      pba_bitmap_ref(split->disk, join->target)));
+    add_removal(split, actions);
+}
+
+static void add_commit(const Join *join, const Split *split, JsonArray *actions)
+{
+    add_merge(join, split, actions);
+    json_array_add_element(actions, pba_bitmap_action("block-dirty-bitmap-remove",
+                                                      pba_bitmap_ref(split->disk, join->target)));
+}
+
+/* The second step of a success. */
+static void add_finish(const Join *join, const Split *split, JsonArray *actions)
+{
+    json_array_add_element(actions,
+                           pba_bitmap_action("block-dirty-bitmap-add",
+                                             pba_bitmap_add_arguments(split->disk, join->target)));
+    add_merge(join, split, actions);
+    add_removal(split, actions);
+}
+
+/* In one transaction: of all disks or of none. */
+static bool run_step(const Join *join, SplitStep step, GError **error)
+{
+    JsonArray *actions = json_array_new();
+
+    for (guint i = 0; i < join->splits->len; i++) {
+        step(join, join->splits->pdata[i], actions);
+    }
+    return pba_bitmap_transaction(join->access, actions, error);
+}
+
+static bool run_single_step(const Join *join, SplitStep step, const Split *split, GError **error)
+{
+    JsonArray *actions = json_array_new();
+
+    step(join, split, actions);
+    return pba_bitmap_transaction(join->access, actions, error);
+}
+
+/* One disk by itself, after the transaction for all has failed. Where even that cannot be done its
+ * bitmaps are dropped. */
+static bool step_or_drop(const Join *join, SplitStep step, const Split *split, GError **error)
+{
+    GError *local = NULL;
+
+    if (run_single_step(join, step, split, &local)) {
+        return true;
+    }
+    if (!pba_error_is_fatal(local)) { /* else it may have been done: the next setup looks */
+        drop_bitmap(join->access, split->disk, join->target, NULL);
+        for (guint i = 0; i < split->backgrounds->len; i++) {
+            pba_bitmap_remove(join->access, split->disk, split->backgrounds->pdata[i], NULL);
+        }
+    }
+    pba_error_add_device(&local, split->disk->device);
+    g_propagate_error(error, local);
+    return false;
+}
+
+static bool step_each(const Join *join, SplitStep step, GError **error)
+{
+    GError *first = NULL;
+
+    for (guint i = 0; i < join->splits->len && !pba_error_is_fatal(first); i++) {
+        GError *local = NULL;
+        step_or_drop(join, step, join->splits->pdata[i], &local);
+        pba_error_keep_first(&first, local, &join->access->hooks);
+    }
+    if (first) {
+        g_propagate_error(error, first);
+    }
+    return !first;
+}
+
+static bool join_as_failure(const Join *join, GError **error)
+{
+    g_autoptr(GError) local = NULL;
+
+    if (join->splits->len == 0 || run_step(join, add_failure, &local)) {
+        return true;
+    }
+    if (pba_error_is_fatal(local)) {
+        g_propagate_error(error, g_steal_pointer(&local));
+        return false;
+    }
+    return step_each(join, add_failure, error);
+}
+
+/* A name of theirs that is there, or not, decides what became of a transaction. Over a new
+ * connection: QEMU has then done with all that came over the one before. */
+static bool look_again(const Join *join, bool *has_targets, bool *has_backgrounds, GError **error)
+{
+    g_auto(PbaBlock) block = {0};
+
+    *has_targets = *has_backgrounds = false;
+    pba_qmp_release(join->access->qmp);
+    if (!pba_block_query(join->access->qmp, false, &block, error)) {
+        return false;
+    }
+    for (guint i = 0; i < join->splits->len; i++) {
+        const Split *split = join->splits->pdata[i];
+        const char *node = split->disk->bitmap_node;
+        *has_targets |= pba_block_find_bitmap(&block, node, join->target) != NULL;
+        *has_backgrounds |=
+            pba_block_find_bitmap(&block, node, split->backgrounds->pdata[0]) != NULL;
+    }
+    return true;
+}
+
+typedef enum { COMMITTED, NOT_COMMITTED, UNKNOWN } Outcome;
+
+/* Whatever the error is, a lost reply or a refusal (which a caller's transport may also say of a
+ * time-out), QEMU's bitmaps tell whether it was done. */
+static Outcome find_outcome(const Join *join, GError **error)
+{
+    g_autoptr(GError) unreachable = NULL;
+    bool has_targets;
+    bool has_backgrounds;
+
+    if (look_again(join, &has_targets, &has_backgrounds, &unreachable)) {
+        return !has_targets && has_backgrounds ? COMMITTED : NOT_COMMITTED;
+    }
+    pba_log(&join->access->hooks, PBA_LOG_WARN,
+            "whether the backup was committed as a success is not known, and cannot be asked now "
+            "(%s): the next backup may be a full "
+            "one",
+            unreachable->message);
+    pba_error_add_hint(error, "whether the backup was committed as a success is not known: the "
+                              "next backup may be a full one");
+    return UNKNOWN;
+}
+
+/* Whether the background bitmaps have gone: the second step is done. */
+static bool is_finished(const Join *join)
+{
+    bool has_targets;
+    bool has_backgrounds;
+
+    return look_again(join, &has_targets, &has_backgrounds, NULL) && !has_backgrounds;
+}
+
+/* After the commit: what goes wrong here costs a full backup. What was lost on the way is sent once
+ * more. */
+static void finish(const Join *join)
+{
+    g_autoptr(GError) error = NULL;
+
+    if (run_step(join, add_finish, NULL) || is_finished(join) ||
+        run_step(join, add_finish, &error) || is_finished(join)) {
+        return;
+    }
+    pba_log(&join->access->hooks, PBA_LOG_WARN,
+            "the backup is a success, but its bitmaps could not be begun anew: %s",
+            error->message); // NOLINT(clang-analyzer-core.NullDereference): set by what failed
+    if (!pba_error_is_fatal(error)) {
+        step_each(join, add_finish, NULL);
+    }
+}
+
+static Outcome commit(const Join *join, GError **error)
+{
+    PbaAccess *access = join->access;
+    GError *local = NULL;
+    Outcome outcome = COMMITTED;
+
+    /* From here on a signal would leave in doubt what became of it. */
+    pba_qmp_settle(access->qmp, true);
+    if (join->splits->len > 0 && !run_step(join, add_commit, &local)) {
+        outcome = find_outcome(join, &local);
+    }
+    if (outcome == COMMITTED) {
+        g_clear_error(&local);
+        pba_access_enter(access, PBA_PHASE_COMMITTED);
+        if (join->splits->len > 0) {
+            finish(join);
+        }
+        return COMMITTED;
+    }
+    pba_qmp_settle(access->qmp, false);
+    g_propagate_error(error, local);
+    return outcome;
+}
+
+/* What was to be a success: the caller is told, and so is the log. */
+static void end_as_failure(const Join *join, GError **error)
+{
+    GError *step = NULL;
+
+    pba_log(&join->access->hooks, PBA_LOG_WARN,
+            "the bitmaps are joined as after a failed backup, since it could not be committed as a "
+            "success: %s",
+            (*error)->message);
+    if (join_as_failure(join, &step)) {
+        pba_error_add_hint(error, "the bitmaps are as after a failed backup");
+        pba_access_enter(join->access, PBA_PHASE_ENDED);
+    } else {
+        g_clear_error(error); /* it is in the log, and this one names the device */
+        g_propagate_error(error, step);
+    }
+}
+
+bool pba_bitmaps_join(PbaAccess *access, PbaBlock *block, bool success, GError **error)
+{
+    g_auto(Join) join = {
+        .access = access,
+        .target = pba_target_bitmap(access->target_id),
+        .splits = g_ptr_array_new_with_free_func(split_free),
+    };
+    GError *first = NULL;
+
+    bool found = find_splits(&join, block, &first);
+    if (found && success) {
+        Outcome outcome = commit(&join, &first);
+        if (outcome == NOT_COMMITTED) {
+            end_as_failure(&join, &first);
+        }
+    } else if (!pba_error_is_fatal(first)) {
+        GError *step = NULL;
+        join_as_failure(&join, &step);
+        pba_error_keep_first(&first, step, &access->hooks);
+    }
+    if (first) {
+        g_propagate_error(error, first);
+        return false;
+    }
+    return true;
+}

@@ -1,0 +1,211 @@
+# Judging markers: what this process cannot know it does not undo. A process of another PID namespace, a
+# marker of another machine or boot, one of version 0.1.0, and what force does to each (I2, I7). Markers are
+# in nobody's way: a migration takes the guest's bitmaps along, whoever left a marker.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use JSON::PP ();
+use Test::More;
+
+use PBA::Test::Backend;
+use PBA::Test::Client;
+
+my $json = JSON::PP->new->canonical;
+my $size = 16 << 20;
+my $unknown
+    = qr/whether process \d+ still backs it up cannot be known from here.*recover with force/;
+
+sub refused ($code, $pattern, $name) {
+    ok(!eval { $code->(); 1 }, "$name: refused");
+    is(ref($@) && $@->class, 'StateError', "$name: class") or diag($@);
+    like("$@", $pattern, "$name: the message");
+    return;
+}
+
+sub recover ($backend, %more) {
+    return PVE::BackupAccess->recover($backend->options, log => sub { }, %more);
+}
+
+sub state_of ($backend) {
+    my $vm = $backend->vm;
+    return $json->encode([$vm->graph, $vm->exports, $vm->bitmaps]);
+}
+
+# Perl code in a PID namespace of its own; returns what it prints.
+sub elsewhere ($backend, $code) {
+    my $options = JSON::PP->new->encode({ $backend->options });
+    my $program
+        = 'use v5.36; use POSIX (); use JSON::PP; use PVE::BackupAccess; my %o = decode_json(shift)->%*;'
+        . ' eval { '
+        . $code
+        . '; 1 } or print "died: ", ref($@) ? $@->class : "", " $@";';
+    open(
+        my $out, '-|', qw(unshare -pf --mount-proc),
+        $^X, (map { "-I$_" } @INC),
+        '-e', $program, $options
+    ) or die "unshare: $!\n";
+    local $/ = undef;
+    return scalar(<$out>);
+}
+
+sub check_namespaces ($backend) {
+    my $outside = $backend->outside;
+    my $access = $backend->access;
+    $access->setup($backend->devices('use'));
+    $access->volumes('nbd');
+    my $before = state_of($backend);
+    my $device = $backend->device('disk0');
+    like(
+        elsewhere($backend, 'PVE::BackupAccess->recover(%o, log => sub {})'),
+        qr/\Adied: StateError.*$unknown/s,
+        'recover from another PID namespace: refused'
+    );
+    my $setup
+        = "PVE::BackupAccess->new(%o)->setup([{device => '$device', 'bitmap-mode' => 'use'}])";
+    like(elsewhere($backend, $setup), qr/\Adied: StateError.*$unknown/s, 'setup: refused');
+    is(state_of($backend), $before, 'nothing was touched');
+    my $status = 'delete $o{"target-id"}; my $s = PVE::BackupAccess->status(%o);'
+        . ' print JSON::PP->new->canonical->encode($s->{access}), scalar($s->{"left-overs"}->@*)';
+    like(elsewhere($backend, $status), qr/"alive":null.*"pid":$$\D.*\}0\z/, 'status says so');
+    ok(eval { $access->teardown(0); 1 }, 'the access ends well') or diag($@);
+    is_deeply($backend->outside, $outside, 'nothing is left');
+
+    # The other way: one of there is not judged here, until the caller says that it is dead.
+    my $up = "my \$a = PVE::BackupAccess->new(%o); \$a->setup([{device => '$device',"
+        . ' "bitmap-mode" => "use"}]); $a->volumes("nbd"); POSIX::_exit(0)';
+    elsewhere($backend, $up);
+    my $left = state_of($backend);
+    refused(sub { recover($backend) }, $unknown, 'recover');
+    refused(sub { $backend->access->setup($backend->devices('use')) }, $unknown, 'setup');
+    refused(sub { recover($backend, force => 1, 'target-id' => 'another') },
+        $unknown, 'recover of another target with force');
+    is(state_of($backend), $left, 'nothing was touched');
+    my @log;
+    my $lines = recover($backend, force => 1, log => sub ($level, $text) { push(@log, $text) });
+    like("@log", qr/process \d+.*is taken for dead, as recover was told to/, 'the log says it');
+    ok((grep { m/process mark .*taken for dead/ } $lines->@*), 'and the lines') or diag(@$lines);
+    is_deeply($backend->outside, $outside, 'nothing is left');
+    return;
+}
+
+# A process that lives here is not undone, whatever is said.
+sub check_alive ($backend) {
+    my $client = PBA::Test::Client->start(
+        sub ($tell) {
+            my $access = $backend->access;
+            $access->setup($backend->devices('use'));
+            $tell->('up');
+            $access->teardown(0);
+        }
+    );
+    $client->next_word;
+    refused(
+        sub { recover($backend, force => 1) },
+        qr/process @{[$client->pid]} is already backing it up/,
+        'force, and it lives'
+    );
+    $client->let_go_on;
+    $client->wait_end;
+    return;
+}
+
+sub start_time ($pid) {
+    open(my $fh, '<', "/proc/$pid/stat") or die "/proc/$pid/stat: $!\n";
+    return (split(' ', readline($fh) =~ s/.*\) //r))[19];
+}
+
+sub add_mark ($backend, $name, $mark_size) {
+    $backend->vm->qmp(
+        'blockdev-add',
+        driver => 'null-co',
+        'node-name' => $name,
+        size => $mark_size,
+        'read-only' => JSON::PP::true
+    );
+    return $name;
+}
+
+# Markers alone, as version 0.1.0 made them and as another boot or machine did.
+sub check_markers ($backend) {
+    my $outside = $backend->outside;
+    my $dead = 'pba-owner-' . join('-', getppid(), start_time(getppid()) + 1);
+    my $living = 'pba-owner-' . join('-', getppid(), start_time(getppid()));
+    add_mark($backend, $dead, 0);
+    ok(eval { recover($backend); 1 }, 'one of 0.1.0 of a dead process: undone') or diag($@);
+    is_deeply($backend->outside, $outside, 'it has gone');
+    add_mark($backend, $living, 0);
+    refused(
+        sub { recover($backend) },
+        qr/process @{[getppid()]} is already/,
+        'one of 0.1.0 of a living process'
+    );
+    $backend->vm->qmp('blockdev-del', 'node-name' => $living);
+
+    for my $name ($dead, $living) {
+        add_mark($backend, $name, 512 << 30);
+        refused(sub { recover($backend) }, $unknown, "$name of elsewhere");
+        $backend->vm->qmp('blockdev-del', 'node-name' => $name);
+    }
+    is_deeply($backend->outside, $outside, 'nothing is left');
+    return;
+}
+
+sub check_migration () {
+    my @disks = ({ id => 'disk0', size => $size, format => 'qcow2' });
+    my %common = (name => 'upstream', guest => 0);
+    my $source = PBA::Test::Backend->start(%common, disks => \@disks);
+    $disks[0]{file} = $source->vm->disk('disk0')->{file};
+    my $target = PBA::Test::Backend->start(
+        %common,
+        disks => \@disks,
+        paused => 1,
+        args => ['-incoming', 'defer']
+    );
+    my $capability = { capability => 'dirty-bitmaps', state => JSON::PP::true };
+    $_->vm->qmp('migrate-set-capabilities', capabilities => [$capability]) for $source, $target;
+    my $access = $source->access;
+    $access->setup($source->devices('new'));
+    my ($mark)
+        = grep { $_->{'node-name'} =~ m/\Apba-owner-/ }
+        $source->vm->qmp('query-named-block-nodes', flat => JSON::PP::true)->@*;
+    $access->teardown(1);
+    add_mark($source, $mark->{'node-name'}, $mark->{image}{'virtual-size'});
+    is($source->vm->hmp('savevm a'), '', 'a snapshot of the VM is not refused')
+        if !$source->vm->bitmaps->{disk0};
+    my $uri = 'unix:' . $target->vm->dir . '/migration';
+    $target->vm->qmp('migrate-incoming', uri => $uri);
+    $source->vm->qmp('migrate', uri => $uri);
+    my $status = '';
+
+    for (1 .. 600) {
+        $status = $source->vm->qmp('query-migrate')->{status} // '';
+        last if $status =~ m/\A(?:completed|failed)\z/;
+        select(undef, undef, undef, 0.1);
+    }
+    is($status, 'completed', 'a guest with a marker is migrated');
+    ok($target->vm->bitmaps->{disk0}{'pba:snapshot-access:test'}, 'its bitmaps come along');
+    return;
+}
+
+for my $name (PBA::Test::Backend->names) {
+    my $backend = PBA::Test::Backend->start(
+        name => $name,
+        guest => 0,
+        disks => [{ id => 'disk0', size => $size, format => 'qcow2' }]
+    );
+    subtest "backend $name: markers" => sub { check_markers($backend) };
+    subtest "backend $name: alive" => sub { check_alive($backend) };
+    subtest "backend $name: PID namespaces" => sub {
+        plan(skip_all => 'needs root') if $> != 0;
+        check_namespaces($backend);
+    };
+    $backend->check_manners;
+}
+subtest 'migration' => sub {
+    plan(skip_all => 'only for a stock QEMU') if PBA::Test::VM->is_proxmox;
+    check_migration();
+};
+
+done_testing;

@@ -1,0 +1,233 @@
+# What teardown(1) says is what became of the bitmaps. Every QMP command of it goes wrong once: the command
+# or its reply is lost, the reply comes too late or never, a signal comes then. The process dies after that,
+# lives on for a while, or tries again; then another one makes the next backup. A model says which bits that
+# must have (I2): too few never, and after a success that was told none of what was backed up.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use List::Util qw(min shuffle);
+use POSIX ();
+use Test::More;
+
+use PBA::Test::Backend;
+use PBA::Test::QMPProxy;
+
+my $size = 16 * 1024 * 1024;
+my $block = 65536;
+
+# Every fault at every command takes long; PBA_FULL=1 takes all.
+my $points = $ENV{PBA_FULL} ? undef : 5;
+my $seed = 20261128;
+srand($seed);
+
+# What the guest writes before the instant of the backup that goes wrong, and after it. A bit of Proxmox'
+# bitmaps is 4 MiB.
+my %offset = (old => 1 << 20, new => 9 << 20);
+my $coarsest = 4 << 20;
+
+my @faults = qw(lose stall drop refuse signal);
+my @lives = qw(dies lives retries);
+
+# Seconds that a reply may take, where it does not come.
+my $short = 1;
+
+sub proxy ($backend, @fault) {
+    return PBA::Test::QMPProxy->start(
+        target => $backend->qmp_path,
+        listen => $backend->vm->dir . '/proxy.qmp',
+        @fault,
+    );
+}
+
+sub write_disk ($backend, $which) {
+    $backend->vm->qemu_io('disk0', "write -P 7 $offset{$which} $block");
+    return;
+}
+
+# ---- the process that tears down ----
+
+# The words that it says: what teardown(1) did, what the log had, that a signal came.
+sub tear_down ($access, $life) {
+    my (@words, $done);
+    my $signals = 0;
+    local $SIG{USR1} = sub { $signals++; die "the signal\n" };
+    my $caught = !eval {
+        $done = eval { $access->teardown(1); 1 };
+        push(@words, 'error: ' . $@ =~ s/\n.*//sr) if !$done;
+        1;
+    };
+    push(@words, "a signal after teardown: $@" =~ s/\n//gr) if $caught;
+    my $told = $done ? 'success' : 'failure';
+    push(@words, "told: $told", "up: " . ($access->_is_up ? 1 : 0), "signals: $signals");
+    $access->teardown(0) if $life eq 'retries' && $access->_is_up;
+    return @words;
+}
+
+sub run_client ($backend, $path, $life, $fault) {
+    pipe(my $from, my $to) or die "pipe: $!\n";
+    pipe(my $wait, my $go) or die "pipe: $!\n";
+    my $pid = fork() // die "fork: $!\n";
+    if (!$pid) {
+        close($_) for $from, $go;
+        my @words = eval {
+            local $SIG{__WARN__} = sub { };
+            my @log;
+            my $access = $backend->access(
+                qmp => $path,
+                log => sub ($level, $text) { push(@log, "$level: $text") },
+                $fault eq 'stall' ? (timeout => $short) : (),
+            );
+            $access->setup($backend->devices('use'));
+            $access->volumes('nbd');
+            kill('STOP', $$);
+            @log = ();
+            my @words = tear_down($access, $life);
+            (@words, map { "log $_" } @log);
+        };
+        syswrite($to, join("\n", @words, $@ ? "died: $@" : ()) . "\n-\n");
+        sysread($wait, my $byte, 1) if $life eq 'lives';
+        POSIX::_exit(0);
+    }
+    close($_) for $to, $wait;
+    return { pid => $pid, from => $from, go => $go };
+}
+
+# ---- one point ----
+
+# From a bitmap that is clean: { proxy, words }.
+sub backup_with_fault ($backend, $fault, $at, $life) {
+    write_disk($backend, 'old');
+    my $proxy = proxy($backend);
+    my $client = run_client($backend, $proxy->socket_path, $life, $fault);
+    waitpid($client->{pid}, POSIX::WUNTRACED());
+    write_disk($backend, 'new');
+    $proxy->stop;
+    $proxy = proxy($backend, fault => $fault, at => $at);
+    kill('CONT', $client->{pid});
+    my @words;
+
+    while (defined(my $line = readline($client->{from}))) {
+        chomp($line);
+        last if $line eq '-';
+        push(@words, $line);
+    }
+    $proxy->stop;
+    return { client => $client, proxy => $proxy, words => \@words };
+}
+
+sub finish_client ($client) {
+    local $SIG{PIPE} = 'IGNORE';
+    syswrite($client->{go}, '.');
+    waitpid($client->{pid}, 0);
+    return;
+}
+
+# { block => 1 } of the next backup, or undef if it is a full one.
+sub next_blocks ($backend) {
+    my $dirty = $backend->next_dirty(log => sub { })->{disk0} // return undef;
+    return $dirty;
+}
+
+sub old_blocks ($dirty) {
+    return grep { $_ < $offset{new} - $offset{new} % $coarsest } keys $dirty->%*;
+}
+
+sub check_bits ($backend, $told, $fault, $name) {
+    my $dirty = next_blocks($backend);
+    my @missing;
+    if ($dirty) {
+        my @must = $told eq 'success' ? qw(new) : qw(old new);
+        @missing = grep { !$dirty->{ $offset{$_} } } @must;
+    }
+    is("@missing", '', "$name: told a $told: no bit is missing");
+    is_deeply([old_blocks($dirty)], [], "$name: told a success: and none is too many")
+        if $told eq 'success' && $dirty;
+    return;
+}
+
+sub word ($run, $pattern) {
+    my ($value) = map { m/\A$pattern(.*)/ ? $1 : () } $run->{words}->@*;
+    return $value;
+}
+
+# The commands that change the bitmaps, after the exports are gone.
+sub is_commit ($name) { return $name =~ m/\A(?:transaction|backup-access-teardown)\z/ }
+
+sub check_told ($run, $fault, $life, $name) {
+    my @names = map { $_->{name} } $run->{proxy}->commands;
+    my ($struck) = $run->{proxy}->records('fault');
+    my $at = $struck && $run->{at};
+    my ($commit) = grep { is_commit($names[$_]) } 0 .. $#names;
+    my $told = word($run, 'told: ') // return fail("$name: the process says what it was told");
+    is($told, 'success', "$name: what comes after the commit makes no failure of it")
+        if $struck && defined($commit) && $at > $commit + 1;
+    if ($fault eq 'signal') {
+        is(word($run, 'signals: '), 1, "$name: the signal is not swallowed");
+        is(!!word($run, 'a signal after teardown: '), $told eq 'success', "$name: it came after");
+    }
+    is(word($run, 'up: '), 0, "$name: after a success it is down") if $told eq 'success';
+    return $told;
+}
+
+sub point ($backend, $fault, $at, $life) {
+    my $run = backup_with_fault($backend, $fault, $at, $life);
+    $run->{at} = $at;
+    my ($struck) = $run->{proxy}->records('fault');
+    my $name = "$fault, number $at" . ($struck ? " ($struck->{name})" : '') . ", $life";
+    my $told = check_told($run, $fault, $life, $name) // 'failure';
+    if ($life eq 'lives') {
+        my $busy = !eval {
+            PVE::BackupAccess->recover($backend->options, log => sub { });
+            1;
+        };
+        like("$@", qr/process $run->{client}{pid} is/, "$name: nobody else undoes it") if $busy;
+    }
+    finish_client($run->{client});
+    check_bits($backend, $told, $fault, $name);
+    diag(join("\n", $name, $run->{words}->@*)) if !Test::More->builder->is_passing;
+    return $struck;
+}
+
+sub outcome_of_good ($backend) {
+    my $run = backup_with_fault($backend, '', 0, 'dies');
+    finish_client($run->{client});
+    is(word($run, 'told: '), 'success', 'where nothing goes wrong it is a success');
+    is(scalar(grep { m/^log (?:warn|err)/ } $run->{words}->@*), 0, 'without a warning');
+    my $dirty = next_blocks($backend);
+    ok($dirty->{ $offset{new} } && !old_blocks($dirty), 'and the bitmap has what is new');
+    return scalar($run->{proxy}->commands);
+}
+
+sub sweep ($name) {
+    my $backend = PBA::Test::Backend->start(
+        name => $name,
+        guest => 0,
+        disks => [{ id => 'disk0', size => $size, format => 'qcow2' }]
+    );
+    my $access = $backend->access;
+    $access->setup($backend->devices('new'));
+    $access->teardown(1);
+    my $outside = $backend->outside;
+    my $total = outcome_of_good($backend);
+    for my $fault (@faults) {
+        my @places = shuffle(1 .. $total);
+        @places = sort { $a <=> $b } @places[0 .. min($points // $total, $total) - 1];
+        for my $at (@places) {
+            for my $life ($points ? $lives[int(rand(@lives))] : @lives) {
+                point($backend, $fault, $at, $life) or last;
+            }
+        }
+    }
+    is_deeply($backend->outside, $outside, 'nothing is left');
+    $backend->check_manners;
+    return;
+}
+
+diag("$points places of each fault, seed $seed") if $points;
+for my $name (PBA::Test::Backend->names) {
+    subtest "backend $name" => sub { sweep($name) };
+}
+
+done_testing;

@@ -1,0 +1,183 @@
+# The VM is restarted while A has an access, and B comes: another process, or another object of the same
+# one. Whatever A's last step was and however far B is, what A does then is refused, changes nothing in
+# QEMU, and B's bitmap has what it must have (I2, I7).
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use JSON::PP ();
+use Test::More;
+
+use PBA::Test::Backend;
+use PBA::Test::Client;
+use PBA::Test::QMPProxy;
+
+my $size = 16 * 1024 * 1024;
+
+# A bit of a bitmap.
+my %grain = (upstream => 65536, pve => 4 << 20);
+my $json = JSON::PP->new->canonical;
+
+# One VM by one path, also to one whose connection is lost.
+sub proxy ($backend, @fault) {
+    return PBA::Test::QMPProxy->start(
+        target => $backend->qmp_path,
+        listen => $backend->vm->dir . '/proxy.qmp',
+        @fault,
+    );
+}
+
+sub new_access ($backend, @more) {
+    return $backend->access(
+        qmp => $backend->vm->dir . '/proxy.qmp',
+        log => sub { },
+        @more
+    );
+}
+
+# ---- A's steps, and B's ----
+
+my @a_steps = qw(setup volumes copy half);
+my @b_steps = qw(nothing setup volumes failure success killed);
+
+sub take_a_steps ($backend, $last) {
+    my $access = new_access($backend);
+    my %proxy = (proxy => proxy($backend));
+    $access->setup($backend->devices('use'));
+    return ($access, %proxy) if $last eq 'setup';
+    my $volume = $access->volume('disk0');
+    return ($access, %proxy) if $last eq 'volumes';
+    while (my ($offset, $length) = $volume->next_dirty_region) {
+        $volume->pread($offset, $length) if $length <= 1 << 20;
+    }
+    $volume->close;
+    return ($access, %proxy) if $last eq 'copy';
+    (delete($proxy{proxy}))->stop;
+    $proxy{proxy} = proxy($backend, fault => 'drop', at => 3);
+    ok(!eval { $access->teardown(1); 1 }, 'the monitor is lost in the middle of A\'s teardown');
+    $proxy{proxy}->stop;
+    return ($access, proxy => proxy($backend));
+}
+
+sub take_b_steps ($backend, $last, $tell) {
+    return if $last eq 'nothing';
+    my $access = new_access($backend);
+    $access->setup($backend->devices('use'));
+    $access->volumes('nbd') if $last ne 'setup';
+    $access->teardown($last eq 'success') if $last eq 'success' || $last eq 'failure';
+    $tell->('up');
+    $access->teardown(1) if $access->_is_up;
+    return;
+}
+
+my %acts = (
+    volumes => sub ($access) { $access->volumes('nbd') },
+    'file handles' => sub ($access) { $access->volumes('file-handle') },
+    'teardown(1)' => sub ($access) { $access->teardown(1) },
+    'teardown(0)' => sub ($access) { $access->teardown(0) },
+);
+
+# A's directory goes, and nothing else.
+sub state_of ($backend) {
+    my $vm = $backend->vm;
+    return $json->encode([$vm->graph, $vm->exports, $vm->bitmaps]);
+}
+
+# What A does, to the end of its object.
+sub act ($backend, $held, $act) {
+    my $access = delete($held->{access}) // return;
+    my $before = state_of($backend);
+    if ($acts{$act}) {
+        ok(!eval { $acts{$act}->($access); 1 }, "A's $act: refused");
+        is(ref($@) && $@->class, 'StateError', "A's $act: class") or diag($@);
+        like("$@", qr/is no more in QEMU/, "A's $act: and why");
+    }
+    my @warnings;
+    local $SIG{__WARN__} = sub ($text) { push(@warnings, $text) };
+    undef $access;
+    is(state_of($backend), $before, "A's $act: nothing was touched");
+    return;
+}
+
+sub check_end ($backend, $outside, $b_step) {
+    is_deeply($backend->outside, $outside, 'nothing is left');
+    my ($bitmap) = $backend->target_bitmaps;
+    return is($bitmap, undef, 'no bitmap') if $b_step eq 'nothing';
+    my $all = $b_step eq 'failure' || $b_step eq 'killed';
+    is(
+        $bitmap->{count},
+        $all ? $size : $grain{ $backend->name },
+        'B\'s bitmap has what was written since its instant'
+    );
+    is($bitmap->{recording}, 1, 'and goes on');
+    return;
+}
+
+# ---- pairs ----
+
+sub pair ($backend, $a_step, $b_step, $act, $elsewhere) {
+    my $outside = $backend->outside;
+    my ($a_access, %keep) = take_a_steps($backend, $a_step);
+    my %held = (access => $a_access);
+    undef $a_access;
+    $keep{proxy}->stop;
+    $backend->restart;
+    $keep{proxy} = proxy($backend);
+    my $write = sub { $backend->vm->qemu_io('disk0', "write -P 7 2M 64k") };
+    my $b_goes = sub ($tell) { take_b_steps($backend, $b_step, $tell) };
+
+    if (!$elsewhere) {
+        $b_goes->(sub ($word) { $write->(); act($backend, \%held, $act) });
+        act($backend, \%held, $act);
+    }
+    else {
+        my $client = PBA::Test::Client->start($b_goes);
+        is($client->next_word, $b_step eq 'nothing' ? undef : 'up', 'B is as far');
+        $write->();
+        $client->kill9 if $b_step eq 'killed';
+        act($backend, \%held, $act);
+        $client->let_go_on;
+        is($client->next_word, undef, 'B goes on to its end') if $b_step ne 'killed';
+        $client->wait_end;
+    }
+    if ($b_step eq 'killed') {
+        PVE::BackupAccess->recover($backend->options(qmp => $keep{proxy}->socket_path),
+            log => sub { });
+    }
+    check_end($backend, $outside, $b_step);
+    return;
+}
+
+# Every pair with one act each, so that all acts come; PBA_FULL=1 takes all.
+sub sweep ($name) {
+    my $backend = PBA::Test::Backend->start(
+        name => $name,
+        guest => 0,
+        disks => [{ id => 'disk0', size => $size, format => 'qcow2' }]
+    );
+    my @acts = (sort(keys(%acts)), 'DESTROY');
+    shift(@acts) if !-w '/dev/fuse';
+    my $number = 0;
+    for my $a_step (@a_steps) {
+        for my $b_step (@b_steps) {
+            my @turns = $ENV{PBA_FULL} ? 0 .. 2 * $#acts + 1 : $number++;
+            for my $turn (@turns) {
+                my $act = $acts[$turn % @acts];
+                my $elsewhere = $b_step eq 'killed' || ($turn / 2) % 2;
+                next if $a_step ne 'setup' && $act =~ m/volumes|file/;    # it is exported already
+                my $where = $elsewhere ? 'another process' : 'this process';
+                subtest "A: $a_step, B: $b_step, in $where, $act" =>
+                    sub { pair($backend, $a_step, $b_step, $act, $elsewhere) };
+            }
+        }
+    }
+    $backend->check_manners;
+    return;
+}
+
+for my $name (PBA::Test::Backend->names) {
+    subtest "backend $name" => sub { sweep($name) };
+}
+
+done_testing;
