@@ -50,10 +50,10 @@ subtest 'a copy' => sub {
 subtest 'code ref, log' => sub {
     my ($access, %counts);
     my $count = sub ($of) { push($counts{$of}->@*, Internals::SvREFCNT($$access)) if $access };
-    my %returns = pve_returns();
+    my $answer = answers({ pve_returns() });
     my $qmp = sub ($command, $arguments) {
         $count->('qmp');
-        return value_of($returns{$command}, $arguments);
+        return $answer->($command, $arguments);
     };
     $access = new_access($qmp, log => sub (@) { $count->('log') });
     $access->setup(\@one);
