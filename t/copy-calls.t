@@ -47,7 +47,7 @@ subtest 'bandwidth limit' => sub {
     my $statistics = $volume->copy(to => '/dev/null', 'bandwidth-limit' => $limit);
     my $expected = 4 * $MiB / $limit;
     cmp_ok($statistics->{seconds}, '>', $expected * 0.95, 'not faster than the limit');
-    cmp_ok($statistics->{seconds}, '<', $expected * 1.05, 'nor much slower');
+    cmp_ok($statistics->{seconds}, '<', $expected * 1.5, 'nor much slower');
     is($statistics->{'bytes-discarded'}, 4 * $MiB, 'short reads are discarded by whole clusters');
 };
 
