@@ -19,7 +19,7 @@ static bool take_requests(PbaAccess *access, const PbaDeviceRequest *requests, s
             return false;
         }
         for (size_t j = 0; j < i; j++) {
-            if (strcmp(requests[i].device, requests[j].device) == 0) {
+            if (g_strcmp0(requests[i].device, requests[j].device) == 0) {
                 pba_error_set(error, PBA_ERROR_ARGUMENT, "is listed twice");
                 pba_error_add_device(error, requests[i].device);
                 return false;
