@@ -12,7 +12,7 @@
  * has it map memory for each of them anew. */
 #define SLOT_SIZE (64u << 10)
 /* Of all memory; what is read ahead has a part of it. */
-#define MAX_SLOTS 128u
+#define MAX_SLOTS 512u
 #define MAX_AHEAD 32u
 /* Discards answered before they are done. */
 #define MAX_EARLY_TRIMS 16u
