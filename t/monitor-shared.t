@@ -1,5 +1,6 @@
 # A monitor serves one client at a time. While something is waited for over seconds, it is free for
-# others between two questions, and the questions get rarer.
+# others between two questions, and the questions get rarer. A QEMU from 10.0 on ends an export whose
+# reader is stuck at once: nothing is waited for there.
 
 use v5.36;
 
@@ -69,6 +70,7 @@ for my $name (PBA::Test::Backend->names) {
             name => $name,
             disks => [{ id => 'disk0', size => 64 * $MiB }]
         );
+        plan skip_all => 'only for QEMU before 10.0' if $backend->vm->version->[0] >= 10;
         my $outside = $backend->outside;
         my $path = $backend->vm->dir . '/proxy.qmp';
         my $proxy = PBA::Test::QMPProxy->start(target => $backend->qmp_path, listen => $path);
