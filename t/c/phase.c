@@ -1,0 +1,88 @@
+/* The phases of an access: every pair of them, against what must never follow what. */
+#include "src/access/access.h"
+#include "tap.h"
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+/* In the order of the enum: "x" where the column's phase may follow the row's. */
+static const char *const may_follow[PBA_PHASE_COUNT] = {
+    /*                      new claimed changing up exporting exported ending stuck committed ended
+                            gone */
+    [PBA_PHASE_NEW] = ".x.........",       [PBA_PHASE_CLAIMED] = "x.x........",
+    [PBA_PHASE_CHANGING] = ".x.x..x....",  [PBA_PHASE_UP] = "....x.x...x",
+    [PBA_PHASE_EXPORTING] = ".....xx...x", [PBA_PHASE_EXPORTED] = "......x....",
+    [PBA_PHASE_ENDING] = ".......xxxx",    [PBA_PHASE_STUCK] = "......x....",
+    [PBA_PHASE_COMMITTED] = "x......x...", [PBA_PHASE_ENDED] = "x......x...",
+    [PBA_PHASE_GONE] = "x..........",
+};
+
+static void test_pairs(void)
+{
+    for (int from = 0; from < PBA_PHASE_COUNT; from++) {
+        for (int to = 0; to < PBA_PHASE_COUNT; to++) {
+            bool expected = may_follow[from][to] == 'x';
+            ok(pba_phase_may_follow((PbaPhase)from, (PbaPhase)to) == expected, "%s after %s: %s",
+               pba_phase_name((PbaPhase)to), pba_phase_name((PbaPhase)from),
+               expected ? "yes" : "never");
+        }
+    }
+}
+
+/* What becomes of a process whose access enters the phase: it goes on, or it aborts in the phase
+ * that it was in. */
+static bool survives_entering(PbaPhase from, PbaPhase to)
+{
+    int status;
+    pid_t pid = fork();
+
+    if (pid == 0) {
+        PbaAccess access = {.phase = from};
+        setrlimit(RLIMIT_CORE, &(struct rlimit){0});
+        close(STDERR_FILENO);
+        pba_access_enter(&access, to);
+        _exit(access.phase == to ? EXIT_SUCCESS : EXIT_FAILURE);
+    }
+    g_assert(pid > 0 && waitpid(pid, &status, 0) == pid);
+    g_assert(WIFSIGNALED(status) || (WIFEXITED(status) && WEXITSTATUS(status) == EXIT_SUCCESS));
+    return WIFEXITED(status);
+}
+
+static void test_entering(void)
+{
+    for (int from = 0; from < PBA_PHASE_COUNT; from++) {
+        for (int to = 0; to < PBA_PHASE_COUNT; to++) {
+            bool expected = may_follow[from][to] == 'x';
+            ok(survives_entering((PbaPhase)from, (PbaPhase)to) == expected, "%s %s %s",
+               pba_phase_name((PbaPhase)from), expected ? "enters" : "cannot enter",
+               pba_phase_name((PbaPhase)to));
+        }
+    }
+}
+
+/* What the table must say, whatever else it says. */
+static void test_rules(void)
+{
+    for (int phase = 0; phase < PBA_PHASE_COUNT; phase++) {
+        PbaPhase from = (PbaPhase)phase;
+        const char *name = pba_phase_name(from);
+        ok(from == PBA_PHASE_ENDING || !pba_phase_may_follow(from, PBA_PHASE_COMMITTED),
+           "%s: only an end commits", name);
+        ok(from == PBA_PHASE_CLAIMED || !pba_phase_may_follow(from, PBA_PHASE_CHANGING),
+           "%s: nothing is changed without a claim", name);
+        ok(from == PBA_PHASE_CHANGING || !pba_phase_may_follow(from, PBA_PHASE_UP),
+           "%s: up only by setup", name);
+        ok(from != PBA_PHASE_GONE || !pba_phase_may_follow(from, PBA_PHASE_ENDING),
+           "%s: what is gone is not torn down", name);
+    }
+}
+
+int main(void)
+{
+    test_pairs();
+    test_entering();
+    test_rules();
+    return done_testing();
+}
