@@ -72,6 +72,12 @@ my %sinks = (
 );
 delete($sinks{device}) if $> != 0 || !-e '/dev/loop-control';
 
+# What a sink does with data is the same by either mechanism: a plain run takes two by the second one.
+sub sinks_for ($mechanism) {
+    return sort keys %sinks if $mechanism eq 'nbd' || $ENV{PBA_FULL};
+    return qw(descriptor file);
+}
+
 # Has the guest write while the copy is under way, with part of it done and part of it to come.
 sub write_meanwhile ($context) {
     my $is_first = 1;
@@ -183,7 +189,7 @@ sub check_backend ($name, $mechanism) {
     $backend->guest->start_churn(seed => $seed, disks => \@ids, blocks => $blocks);
     $backend->guest->wait_churn(20);
 
-    for my $sink (sort keys %sinks) {
+    for my $sink (sinks_for($mechanism)) {
         for my $mode (qw(new use), $sink eq 'file' || $ENV{PBA_FULL} ? 'none' : ()) {
             my $statistics = backup($context, $mode, $sink);
             check_images($context, "$sink, mode $mode");
