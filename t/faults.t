@@ -16,7 +16,7 @@ my $size = 8 * 1024 * 1024;
 my $seed = 20261122;
 
 # Every fault takes the better part of an hour; PBA_FULL=1 takes all.
-my $points = $ENV{PBA_FULL} ? undef : 2;
+my $points = $ENV{PBA_FULL} ? undef : 1;
 
 # Seconds that a reply may take, where it does not come.
 my $short = 1;

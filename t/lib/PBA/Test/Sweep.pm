@@ -48,7 +48,7 @@ sub _places ($self, $fault, $row) {
     return 1 .. 10_000 if !$row->{points};
     my $kind = $fault =~ m/-nbd\z/ ? 'nbd' : 'command';
     my $total = $row->{total}{$kind} //= scalar($self->_backup($fault, 0, $row)->records($kind));
-    srand($self->{seed}++);
+    srand($self->{seed}++ + $self->{backend}->vm->version->[0]);    # each QEMU takes others
     my @places = shuffle(1 .. $total);
     return sort { $a <=> $b } @places[0 .. min($row->{points}, $total) - 1];
 }
