@@ -73,4 +73,18 @@ for my $lines (40, 41) {
     }
 }
 
+my %names = (
+    'twice' => ['work(PVE::BackupAccess::X->y, PVE::BackupAccess::X::z());', 0],
+    'three times' =>
+        ['PVE::BackupAccess::X->y->(PVE::BackupAccess::X->y, PVE::BackupAccess::X::z);', 3],
+    'of its own' => ["use PVE::BackupAccess::X;\nmy \$X = 'PVE::BackupAccess::X';\n\$X->y;", 0],
+);
+for my $name (sort keys %names) {
+    my ($code, $count) = $names{$name}->@*;
+    my $long = planted('names.pm', "package PVE::BackupAccess::X;\n\n$code\n\n1;\n");
+    my @expected
+        = $count ? ("$long: PVE::BackupAccess::X stands there $count times, more than 2") : ();
+    is_deeply([PBA::Test::PerlRules::long_names($long)], \@expected, "names: $name");
+}
+
 done_testing;

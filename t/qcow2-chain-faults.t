@@ -40,13 +40,17 @@ sub killed_at ($rename, $when, $code) {
         $ENV{TMPDIR} = $base->tmp;    # a killed process leaves its private directory
         my $count = 0;
         my $move = PVE::BackupAccess::Provider::Qcow2Chain::File->can('move');
-        no warnings 'redefine';
-        *PVE::BackupAccess::Provider::Qcow2Chain::File::move = sub (@files) {
+        my $counted = sub (@files) {
             my $is_it = ++$count == $rename;
             kill(KILL => $$) if $is_it && $when eq 'before';
             $move->(@files);
             kill(KILL => $$) if $is_it;
         };
+        for my $user (qw(File Archive Guest)) {
+            no strict 'refs';
+            no warnings 'redefine';
+            *{"PVE::BackupAccess::Provider::Qcow2Chain::${user}::move"} = $counted;
+        }
         my $done = eval { $code->(); 1 };
         print {*STDERR} $@ if !$done;
         POSIX::_exit($done ? 0 : 1);
@@ -213,7 +217,7 @@ subtest 'a removal is killed' => sub {
         $base->use_copy($store);
         my $remove = sub () {
             no warnings 'redefine';
-            local *PVE::BackupAccess::Provider::Qcow2Chain::Image::commit = \&commit_partly;
+            local *PVE::BackupAccess::Provider::Qcow2Chain::Archive::commit_image = \&commit_partly;
             $base->provider->remove($removed);
         };
         ok(killed_at(0, 'never', $remove), 'killed in the merge');

@@ -11,7 +11,8 @@ use JSON::PP ();    # the booleans that a 'qmp' code ref is given
 use Scalar::Util ();
 use XSLoader;
 
-use PVE::BackupAccess::Argument;
+use PVE::BackupAccess::Argument
+    qw(bad_argument check_code check_filled_text check_flag check_hash check_options check_positive check_text);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Volume;
 
@@ -28,45 +29,45 @@ sub _warn ($message) {
 }
 
 my sub check_qmp ($name, $value) {
-    PVE::BackupAccess::Argument::filled_text($name, $value) if ref($value) ne 'CODE';
+    check_filled_text($name, $value) if ref($value) ne 'CODE';
 }
 
 my sub check_fleecing ($name, $value) {
-    PVE::BackupAccess::Argument::fail("$name must be a hash of devices to node names")
+    bad_argument("$name must be a hash of devices to node names")
         if ref($value) ne 'HASH';
     for my $device (sort keys $value->%*) {
-        PVE::BackupAccess::Argument::filled_text("a device of $name", $device);
-        PVE::BackupAccess::Argument::filled_text("$name of device '$device'", $value->{$device});
+        check_filled_text("a device of $name", $device);
+        check_filled_text("$name of device '$device'", $value->{$device});
     }
 }
 
 my %qmp_options = (
     qmp => \&check_qmp,
-    timeout => \&PVE::BackupAccess::Argument::positive,
+    timeout => \&check_positive,
 );
 
 my %access_options = (
     %qmp_options,
-    'target-id' => \&PVE::BackupAccess::Argument::text,
-    'run-dir' => \&PVE::BackupAccess::Argument::filled_text,
-    'fleecing-dir' => \&PVE::BackupAccess::Argument::filled_text,
-    'bitmap-name' => \&PVE::BackupAccess::Argument::filled_text,
+    'target-id' => \&check_text,
+    'run-dir' => \&check_filled_text,
+    'fleecing-dir' => \&check_filled_text,
+    'bitmap-name' => \&check_filled_text,
     fleecing => \&check_fleecing,
-    log => \&PVE::BackupAccess::Argument::code,
-    persistent => \&PVE::BackupAccess::Argument::flag,
-    recover => \&PVE::BackupAccess::Argument::flag,
+    log => \&check_code,
+    persistent => \&check_flag,
+    recover => \&check_flag,
 );
 
 my %recover_options = (
     (map { $_ => $access_options{$_} } qw(qmp timeout target-id run-dir fleecing-dir log)),
-    force => \&PVE::BackupAccess::Argument::flag,
+    force => \&check_flag,
 );
 
 my %status_options = map { $_ => $access_options{$_} } qw(qmp timeout run-dir fleecing-dir);
 
 my %device_keys = (
-    device => \&PVE::BackupAccess::Argument::filled_text,
-    'bitmap-mode' => \&PVE::BackupAccess::Argument::text,
+    device => \&check_filled_text,
+    'bitmap-mode' => \&check_text,
 );
 
 # One VM, one identity, by whatever path its socket is reached.
@@ -86,8 +87,7 @@ my sub core_options ($options) {
 }
 
 sub new ($class, @options) {
-    my $options = PVE::BackupAccess::Argument::options('new', \@options, \%access_options,
-        qw(qmp target-id));
+    my $options = check_options('new', \@options, \%access_options, qw(qmp target-id));
     return $class->_make($options);
 }
 
@@ -97,51 +97,47 @@ sub _make ($class, $options) {
 }
 
 sub capabilities ($class, @options) {
-    my $options
-        = PVE::BackupAccess::Argument::options('capabilities', \@options, \%qmp_options, 'qmp');
+    my $options = check_options('capabilities', \@options, \%qmp_options, 'qmp');
     return _capabilities(core_options($options)->@{qw(qmp timeout)});
 }
 
 sub recover ($class, @options) {
-    my $options = PVE::BackupAccess::Argument::options('recover', \@options, \%recover_options,
-        qw(qmp target-id));
+    my $options = check_options('recover', \@options, \%recover_options, qw(qmp target-id));
     return $class->_make($options)->_recover;
 }
 
 sub status ($class, @options) {
-    my $options
-        = PVE::BackupAccess::Argument::options('status', \@options, \%status_options, 'qmp');
+    my $options = check_options('status', \@options, \%status_options, 'qmp');
     return _status(core_options($options));
 }
 
 sub bitmap_status ($action) {
-    PVE::BackupAccess::Argument::text('bitmap action', $action) if defined($action);
+    check_text('bitmap action', $action) if defined($action);
     return _bitmap_status($action);
 }
 
 sub sizes ($self, @devices) {
-    PVE::BackupAccess::Argument::fail('sizes needs at least one device') if !@devices;
-    PVE::BackupAccess::Argument::filled_text('device', $_) for @devices;
+    bad_argument('sizes needs at least one device') if !@devices;
+    check_filled_text('device', $_) for @devices;
     return $self->_sizes([map { "$_" } @devices]);
 }
 
 sub setup ($self, $devices) {
-    PVE::BackupAccess::Argument::fail('setup takes an array ref of devices')
+    bad_argument('setup takes an array ref of devices')
         if ref($devices) ne 'ARRAY';
     for my $device ($devices->@*) {
-        PVE::BackupAccess::Argument::hash('a device of setup', $device, \%device_keys);
-        PVE::BackupAccess::Argument::fail("a device of setup lacks the key 'device'")
+        check_hash('a device of setup', $device, \%device_keys);
+        bad_argument("a device of setup lacks the key 'device'")
             if !defined($device->{device});
     }
     return $self->_setup([map { +{ $_->%* } } $devices->@*]);    # plain, even if theirs are tied
 }
 
 sub volumes ($self, $mechanism) {
-    PVE::BackupAccess::Argument::text('mechanism', $mechanism);
+    check_text('mechanism', $mechanism);
     return $self->_nbd_volumes if $mechanism eq 'nbd';
     return $self->_handle_volumes if $mechanism eq 'file-handle';
-    PVE::BackupAccess::Argument::fail(
-        "unknown mechanism '$mechanism' - must be one of nbd, file-handle");
+    bad_argument("unknown mechanism '$mechanism' - must be one of nbd, file-handle");
 }
 
 sub _nbd_volumes ($self) {
@@ -193,10 +189,9 @@ sub _open_handle ($self, $index) {
 }
 
 sub volume ($self, $device) {
-    PVE::BackupAccess::Argument::filled_text('device', $device);
+    check_filled_text('device', $device);
     my $volume = $self->volumes('nbd')->{$device}
-        or PVE::BackupAccess::Argument::fail("device $device: is not part of this access",
-        device => $device);
+        or bad_argument("device $device: is not part of this access", device => $device);
     return PVE::BackupAccess::Volume->open($device, $volume);
 }
 

@@ -5,12 +5,15 @@ package PVE::BackupAccess::CLI;
 
 use v5.36;
 
+use Exporter qw(import);
 use File::Spec ();
 use Getopt::Long ();
 use IO::Handle ();
 use Pod::Usage ();
 
 use PVE::BackupAccess::CLI::Output qw(say_error say_out);
+
+our @EXPORT_OK = qw(absolute untainted usage_error);
 
 my $name = 'pve-backup-access';
 

@@ -7,7 +7,7 @@ use JSON::PP ();
 use Socket qw(AF_UNIX SOCK_STREAM SOL_SOCKET SO_SNDTIMEO pack_sockaddr_un);
 use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC);
 
-use PVE::BackupAccess::Argument;
+use PVE::BackupAccess::Argument qw(check_code check_filled_text check_options check_positive);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Try qw(attempt attempt_any deaths_of worst_of);
 
@@ -16,9 +16,9 @@ my $max_reply = 65536;
 my $delimiter = "\xff";
 
 my %options = (
-    socket => \&PVE::BackupAccess::Argument::filled_text,
-    timeout => \&PVE::BackupAccess::Argument::positive,
-    log => \&PVE::BackupAccess::Argument::code,
+    socket => \&check_filled_text,
+    timeout => \&check_positive,
+    log => \&check_code,
 );
 
 my sub request ($command, $arguments = undef) {
@@ -28,7 +28,7 @@ my sub request ($command, $arguments = undef) {
 }
 
 sub new ($class, @options) {
-    my $options = PVE::BackupAccess::Argument::options('new', \@options, \%options, 'socket');
+    my $options = check_options('new', \@options, \%options, 'socket');
     return bless(
         {
             timeout => $default_timeout,

@@ -8,7 +8,8 @@ use Scalar::Util qw(blessed weaken);
 use Time::HiRes ();
 
 use PVE::BackupAccess;
-use PVE::BackupAccess::Argument;
+use PVE::BackupAccess::Argument
+    qw(bad_argument check_bytes check_code check_filled_text check_positive given_options);
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::PluginBase;
 use PVE::BackupAccess::Try qw(attempt deaths_of deaths_of_all is_own worst_of);
@@ -18,18 +19,18 @@ my $look_every = 10;       # seconds, at fleecing images
 my $look_limit = 5;        # seconds, that a QMP command may take for that
 
 my sub check_provider ($name, $value) {
-    PVE::BackupAccess::Argument::fail("$name must be an object") if !blessed($value);
+    bad_argument("$name must be an object") if !blessed($value);
 }
 
 my sub check_devices ($name, $value) {
-    PVE::BackupAccess::Argument::fail("$name must be an array ref of device names")
+    bad_argument("$name must be an array ref of device names")
         if ref($value) ne 'ARRAY' || !$value->@*;
-    PVE::BackupAccess::Argument::filled_text("a device of $name", $_) for $value->@*;
+    check_filled_text("a device of $name", $_) for $value->@*;
 }
 
 # A configuration is raw data, which the provider gets as it is.
 my sub check_data ($name, $value) {
-    PVE::BackupAccess::Argument::fail("$name must be a string") if ref($value);
+    bad_argument("$name must be a string") if ref($value);
 }
 
 # What PVE::BackupAccess->new takes, and checks.
@@ -41,20 +42,19 @@ my %options = (
             $_ => sub { }
         } @access_options
     ),
-    vmid => \&PVE::BackupAccess::Argument::positive,
+    vmid => \&check_positive,
     provider => \&check_provider,
     devices => \&check_devices,
     'guest-config' => \&check_data,
     'firewall-config' => \&check_data,
-    'bandwidth-limit' => \&PVE::BackupAccess::Argument::bytes,
-    freeze => \&PVE::BackupAccess::Argument::code,
-    thaw => \&PVE::BackupAccess::Argument::code,
-    log => \&PVE::BackupAccess::Argument::code,
+    'bandwidth-limit' => \&check_bytes,
+    freeze => \&check_code,
+    thaw => \&check_code,
+    log => \&check_code,
 );
 
 sub new ($class, @options) {
-    my $self = PVE::BackupAccess::Argument::given_options('new', \@options, \%options,
-        qw(vmid provider devices guest-config));
+    my $self = given_options('new', \@options, \%options, qw(vmid provider devices guest-config));
     bless($self, $class);
     my %access = map { $_ => $self->{$_} } grep { exists($self->{$_}) } @access_options;
     weaken(my $task = $self);
@@ -176,9 +176,9 @@ sub _check_process ($self) {
 
 sub _mechanism ($self) {
     my $mechanism = $self->{provider}->backup_get_mechanism($self->{vmid}, 'qemu');
-    PVE::BackupAccess::Argument::fail('the backup provider has no mechanism for VMs')
+    bad_argument('the backup provider has no mechanism for VMs')
         if !defined($mechanism);
-    PVE::BackupAccess::Argument::fail(
+    bad_argument(
               "mechanism '$mechanism' of the backup provider is not one for VMs - must be one of"
             . ' nbd, file-handle')
         if $mechanism !~ m/\A(?:nbd|file-handle)\z/;
@@ -190,13 +190,13 @@ sub _mechanism ($self) {
 sub _bitmap_modes ($self, $sizes) {
     my %volumes = map { $_ => { size => $sizes->{$_} } } keys $sizes->%*;
     my $answer = $self->{provider}->backup_vm_query_incremental($self->{vmid}, \%volumes);
-    PVE::BackupAccess::Argument::fail(
+    bad_argument(
         "backup_vm_query_incremental of the backup provider returned '$answer', not a hash")
         if defined($answer) && ref($answer) ne 'HASH';
 
     my %modes = map { $_ => $answer->{$_} // 'none' } keys $sizes->%*;
     for my $device (sort keys %modes) {
-        PVE::BackupAccess::Argument::fail(
+        bad_argument(
             "device $device: bitmap mode '$modes{$device}' of the backup provider is unknown - must"
                 . ' be one of none, new, use',
             device => $device
@@ -378,10 +378,9 @@ sub _is_archive_name ($name) { return ($name // '') =~ m!\A[a-zA-Z0-9\-.+=_/:]+\
 sub _init_archive ($self) {
     my $answer = $self->{provider}->backup_init($self->{vmid}, 'qemu', time());
     my $name = ref($answer) eq 'HASH' ? $answer->{'archive-name'} : undef;
-    PVE::BackupAccess::Argument::fail(
-        'backup_init of the backup provider returned no hash with an archive-name')
+    bad_argument('backup_init of the backup provider returned no hash with an archive-name')
         if !defined($name) || $name eq '';
-    PVE::BackupAccess::Argument::fail(
+    bad_argument(
         "archive-name '$name' of the backup provider has characters other than a-z, A-Z, 0-9 and"
             . ' - . + = _ / :')
         if !_is_archive_name($name);

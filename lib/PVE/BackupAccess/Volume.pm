@@ -5,7 +5,8 @@ use v5.36;
 use Hash::Util::FieldHash ();
 
 use PVE::BackupAccess;
-use PVE::BackupAccess::Argument;
+use PVE::BackupAccess::Argument
+    qw(bad_argument check_bytes check_code check_filled_text check_flag check_hash check_positive check_text given_options);
 use PVE::BackupAccess::Try qw(attempt_any);
 
 my $max_regions = 1_000_000;
@@ -14,10 +15,10 @@ my $max_regions = 1_000_000;
 Hash::Util::FieldHash::fieldhash(my %is_bare);
 
 my %volume_keys = (
-    size => \&PVE::BackupAccess::Argument::bytes,
-    'bitmap-mode' => \&PVE::BackupAccess::Argument::text,
-    'nbd-path' => \&PVE::BackupAccess::Argument::filled_text,
-    'bitmap-name' => \&PVE::BackupAccess::Argument::filled_text,
+    size => \&check_bytes,
+    'bitmap-mode' => \&check_text,
+    'nbd-path' => \&check_filled_text,
+    'bitmap-name' => \&check_filled_text,
 );
 
 # -1 if it is none, or not open.
@@ -28,19 +29,19 @@ my sub fd_of ($handle) {
 }
 
 my sub check_handle ($name, $value) {
-    PVE::BackupAccess::Argument::fail("$name must be an open file handle")
+    bad_argument("$name must be an open file handle")
         if !ref($value) || fd_of($value) < 0;
 }
 
 my %handle_keys = (
-    size => \&PVE::BackupAccess::Argument::bytes,
-    'bitmap-mode' => \&PVE::BackupAccess::Argument::text,
+    size => \&check_bytes,
+    'bitmap-mode' => \&check_text,
     'file-handle' => \&check_handle,
-    'next-dirty-region' => \&PVE::BackupAccess::Argument::code,
+    'next-dirty-region' => \&check_code,
 );
 
 my sub fail ($device, $message) {
-    PVE::BackupAccess::Argument::fail("device $device: $message", device => $device);
+    bad_argument("device $device: $message", device => $device);
 }
 
 my sub check_mode ($device, $mode) {
@@ -61,7 +62,7 @@ my sub bitmap_name ($device, $volume) {
 # What a provider is given may have keys that are not known here: the API may grow.
 my sub check ($device, $volume, $keys) {
     my %known = map { $_ => $volume->{$_} } grep { exists($volume->{$_}) } keys $keys->%*;
-    PVE::BackupAccess::Argument::hash("the volume of device $device", \%known, $keys);
+    check_hash("the volume of device $device", \%known, $keys);
 }
 
 # What tells whether a range is dirty is the code ref, whatever the bitmap's mode.
@@ -78,7 +79,7 @@ my sub open_handle ($class, $device, $volume) {
 }
 
 sub open ($class, $device, $volume) {
-    PVE::BackupAccess::Argument::filled_text('device', $device);
+    check_filled_text('device', $device);
     fail($device, 'its volume must be a hash') if ref($volume) ne 'HASH';
 
     # Proxmox VE has a bitmap-name of undef where there is no bitmap.
@@ -95,52 +96,52 @@ sub open ($class, $device, $volume) {
 }
 
 sub dirty_regions ($self, $max) {
-    PVE::BackupAccess::Argument::positive('max', $max);
-    PVE::BackupAccess::Argument::fail("max must be at most $max_regions, not $max")
+    check_positive('max', $max);
+    bad_argument("max must be at most $max_regions, not $max")
         if $max > $max_regions;
     return $self->_dirty_regions($max);
 }
 
 sub pread ($self, $offset, $length) {
-    PVE::BackupAccess::Argument::bytes('offset', $offset);
-    PVE::BackupAccess::Argument::bytes('length', $length);
+    check_bytes('offset', $offset);
+    check_bytes('length', $length);
     return $self->_pread($offset, $length);
 }
 
 sub discard ($self, $offset, $length) {
-    PVE::BackupAccess::Argument::bytes('offset', $offset);
-    PVE::BackupAccess::Argument::bytes('length', $length);
+    check_bytes('offset', $offset);
+    check_bytes('length', $length);
     return $self->_discard($offset, $length);
 }
 
 my sub count_in ($min, $max) {
     return sub ($name, $value) {
-        PVE::BackupAccess::Argument::bytes($name, $value);
-        PVE::BackupAccess::Argument::fail("$name must be from $min to $max, not $value")
+        check_bytes($name, $value);
+        bad_argument("$name must be from $min to $max, not $value")
             if $value < $min || $value > $max;
     };
 }
 
 my sub request_size ($name, $value) {
     count_in(4096, 8 << 20)->($name, $value);
-    PVE::BackupAccess::Argument::fail("$name must be a multiple of 4096, not $value")
+    bad_argument("$name must be a multiple of 4096, not $value")
         if $value % 4096;
 }
 
 my sub cluster_size ($name, $value) {
     count_in(65536, 8 << 20)->($name, $value);
-    PVE::BackupAccess::Argument::fail("$name must be a power of 2, not $value")
+    bad_argument("$name must be a power of 2, not $value")
         if $value & ($value - 1);
 }
 
 my %copy_options = (
     to => sub ($name, $value) { },
     'bandwidth-limit' => count_in(0, 1 << 62),
-    progress => \&PVE::BackupAccess::Argument::code,
+    progress => \&check_code,
     connections => count_in(1, 16),
     'request-size' => \&request_size,
     'cluster-size' => \&cluster_size,
-    discard => \&PVE::BackupAccess::Argument::flag,
+    discard => \&check_flag,
 );
 
 # What 'to' says, as the core wants to have it.
@@ -148,11 +149,11 @@ my sub target ($to) {
     return (write => $to) if ref($to) eq 'CODE';
     if (ref($to) || ref(\$to) eq 'GLOB') {
         my $fd = fd_of($to);
-        PVE::BackupAccess::Argument::fail('to must be an open file, not this handle') if $fd < 0;
+        bad_argument('to must be an open file, not this handle') if $fd < 0;
         attempt_any { $to->flush };    # what Perl still holds goes before
         return (fd => $fd);
     }
-    PVE::BackupAccess::Argument::filled_text('to', $to);
+    check_filled_text('to', $to);
     return (fd => $to) if $to =~ m/\A(?:0|[1-9][0-9]{0,8})\z/;
     return (uri => $to) if $to =~ m!\Anbds?(?:\+\w+)?://!;
     utf8::encode($to) if !utf8::downgrade($to, 1);
@@ -160,8 +161,7 @@ my sub target ($to) {
 }
 
 sub copy ($self, @options) {
-    my $options
-        = PVE::BackupAccess::Argument::given_options('copy', \@options, \%copy_options, 'to');
+    my $options = given_options('copy', \@options, \%copy_options, 'to');
     return $self->_copy({ discard => !$is_bare{$self}, $options->%*, target($options->{to}) });
 }
 

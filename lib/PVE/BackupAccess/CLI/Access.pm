@@ -6,6 +6,7 @@ use v5.36;
 
 use Exporter qw(import);
 
+use PVE::BackupAccess::CLI qw(absolute);
 use PVE::BackupAccess;
 
 our @EXPORT_OK = qw(access_options bitmap_of status_of text);
@@ -23,8 +24,8 @@ sub text ($bytes) {
 sub access_options ($opt) {
     my %options = (qmp => $opt->{qmp});
     $options{'fleecing-dir'}
-        = PVE::BackupAccess::CLI::absolute($opt->{'fleecing-dir'} // $fleecing_dir);
-    $options{'run-dir'} = PVE::BackupAccess::CLI::absolute($opt->{'run-dir'})
+        = absolute($opt->{'fleecing-dir'} // $fleecing_dir);
+    $options{'run-dir'} = absolute($opt->{'run-dir'})
         if defined($opt->{'run-dir'});
     return %options;
 }

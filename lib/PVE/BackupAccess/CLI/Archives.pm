@@ -9,6 +9,7 @@ use Exporter qw(import);
 use List::Util qw(max);
 use POSIX ();
 
+use PVE::BackupAccess::CLI qw(untainted usage_error);
 use PVE::BackupAccess::CLI::Access qw(text);
 use PVE::BackupAccess::CLI::Output qw(say_error say_json say_out);
 use PVE::BackupAccess::Format qw(bytes);
@@ -23,7 +24,7 @@ my sub log_line ($level, $message) {
 # The provider of an existing directory. Its name as a storage matters to backups only.
 sub provider_for ($directory) {
     die "$directory is not a directory\n" if !-d $directory;
-    my $path = PVE::BackupAccess::CLI::untainted(Cwd::realpath($directory));
+    my $path = untainted(Cwd::realpath($directory));
     return PVE::BackupAccess::Provider::Qcow2Chain->new(undef, { path => $path }, 'none',
         \&log_line);
 }
@@ -108,7 +109,7 @@ sub verify ($opt, @paths) {
 
 sub prune ($opt, $directory) {
     my $keep = $opt->{keep};
-    PVE::BackupAccess::CLI::usage_error("--keep wants a number from 1 on, not '$keep'")
+    usage_error("--keep wants a number from 1 on, not '$keep'")
         if $keep !~ m/\A[1-9][0-9]{0,8}\z/;
     my $provider = provider_for($directory);
     my %vmids = map { $_->{vmid} => 1 } $provider->list($opt->{vmid})->@*;

@@ -11,6 +11,7 @@ use File::Basename ();
 use IO::Handle ();
 use Scalar::Util qw(weaken);
 
+use PVE::BackupAccess::CLI qw(untainted usage_error);
 use PVE::BackupAccess::CLI::Access qw(access_options text);
 use PVE::BackupAccess::CLI::Monitor qw(ask disks_of);
 use PVE::BackupAccess::CLI::Output qw(parse_bytes read_file say_json say_out);
@@ -25,8 +26,7 @@ my $id_file = '.backup-id';
 my sub vmid_of ($opt) {
     return $opt->{vmid} if defined($opt->{vmid});
     return $1 if File::Basename::basename($opt->{qmp}) =~ m/\A([1-9][0-9]{2,8})[.]qmp\z/;
-    PVE::BackupAccess::CLI::usage_error(
-        'it needs --vmid, the number by which the archives of this guest are known');
+    usage_error('it needs --vmid, the number by which the archives of this guest are known');
 }
 
 # What tells this directory from every other one, also from one that is mounted in its place. Of first
@@ -56,8 +56,7 @@ my sub target_of ($opt, $directory, $vmid) {
 my sub limit_of ($opt) {
     my $text = $opt->{'bandwidth-limit'} // return undef;
     return parse_bytes($text)
-        || PVE::BackupAccess::CLI::usage_error(
-        "--bandwidth-limit wants bytes per second, such as 50M, not '$text'");
+        || usage_error("--bandwidth-limit wants bytes per second, such as 50M, not '$text'");
 }
 
 my sub agent_hooks ($opt, $log) {
@@ -81,7 +80,7 @@ my sub plan ($opt, $directory) {
     my $vmid = vmid_of($opt);
     my $limit = limit_of($opt);
     die "$directory is not a directory - make it first, or mount it\n" if !-d $directory;
-    $directory = PVE::BackupAccess::CLI::untainted(Cwd::realpath($directory));
+    $directory = untainted(Cwd::realpath($directory));
     my @devices = map { text($_) } ($opt->{device} // [disks_of($opt->{qmp})])->@*;
     die "the guest has no disk that could be backed up\n" if !@devices;
     return {

@@ -10,6 +10,7 @@ use File::Temp ();
 use JSON::PP ();
 use List::Util qw(max);
 
+use PVE::BackupAccess::CLI qw(usage_error);
 use PVE::BackupAccess;
 use PVE::BackupAccess::CLI::Access qw(access_options bitmap_of text);
 use PVE::BackupAccess::CLI::Map::Heat;
@@ -112,7 +113,7 @@ my sub print_json ($map) {
 
 sub run ($opt, $device) {
     $device = text($device);
-    PVE::BackupAccess::CLI::usage_error('--json and --svg cannot be had together')
+    usage_error('--json and --svg cannot be had together')
         if $opt->{json} && $opt->{svg};
     my $bitmap = bitmap_of($opt, $device);
     my $options = { access_options($opt), 'target-id' => $bitmap->{'target-id'} };

@@ -10,17 +10,21 @@ use List::Util qw(sum0);
 use Scalar::Util ();
 use Time::HiRes ();
 
+use PVE::BackupAccess::CLI qw(absolute usage_error);
 use PVE::BackupAccess::CLI::TryProvider::Machine;
 use PVE::BackupAccess::CLI::TryProvider::Restore;
 use PVE::BackupAccess::CLI::TryProvider::Rules;
 use PVE::BackupAccess::CLI::TryProvider::TAP;
-use PVE::BackupAccess::CLI::TryProvider::Watch;
+use PVE::BackupAccess::CLI::TryProvider::Watch qw(@backup_methods @restore_methods);
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Task;
 use PVE::BackupAccess::Try qw(attempt_any);
 
-my $machine_class = 'PVE::BackupAccess::CLI::TryProvider::Machine';
-my $base_class = 'PVE::BackupProvider::Plugin::Base';
+my $Machine = 'PVE::BackupAccess::CLI::TryProvider::Machine';
+my $Base = 'PVE::BackupProvider::Plugin::Base';
+my $Restore = 'PVE::BackupAccess::CLI::TryProvider::Restore';
+my $TAP = 'PVE::BackupAccess::CLI::TryProvider::TAP';
+my $Watch = 'PVE::BackupAccess::CLI::TryProvider::Watch';
 my $vmid = 999_999_999;    # the last one there is: nobody's archives are found by it
 my $guest_config = "name: try-provider\nscsi0: store:vm-$vmid-disk-0,size=32M\n";
 my $firewall_config = "[OPTIONS]\nenable: 1\n";
@@ -59,11 +63,11 @@ my @jobs;
         fails => 1,
         before => [
             ['drive-scsi0', 8 * $mib, 64 * $kib, 0x31],
-            ['drive-scsi0', $machine_class->trap, 64 * $kib, 0x32],
+            ['drive-scsi0', $Machine->trap, 64 * $kib, 0x32],
         ],
         after => [
             ['drive-scsi0', 8 * $mib, 64 * $kib, 0xb1],
-            ['drive-scsi0', $machine_class->trap, 64 * $kib, 0xb2],
+            ['drive-scsi0', $Machine->trap, 64 * $kib, 0xb2],
         ],
     },
     {
@@ -113,7 +117,7 @@ my sub report_calls ($trial, $name, $watch, $expected, @methods) {
 
 my sub expected ($trial, $job) {
     return {
-        sizes => { map { $_ => $trial->{machine}->size_of($_) } $machine_class->devices },
+        sizes => { map { $_ => $trial->{machine}->size_of($_) } $Machine->devices },
         'guest-config' => $guest_config,
         'firewall-config' => $firewall_config,
         fails => $job->{fails},
@@ -142,24 +146,20 @@ my sub new_object ($trial) {
 }
 
 my sub new_provider ($trial) {
-    return PVE::BackupAccess::CLI::TryProvider::Watch->new(new_object($trial));
+    return $Watch->new(new_object($trial));
 }
 
 # A method of the base class does nothing but die.
 my sub has_method ($class, $method) {
     my $own = $class->can($method) // return 0;
-    return $own != ($base_class->can($method) // 0);
+    return $own != ($Base->can($method) // 0);
 }
 
 my sub check_class ($trial) {
     my $class = $trial->{class};
     report($trial, "$class can be loaded", load($class)) or return;
-    my @lacks = grep { !has_method($class, $_) } (
-        'new',
-        'provider_name',
-        @PVE::BackupAccess::CLI::TryProvider::Watch::backup_methods,
-        $trial->{'backup-only'} ? () : @PVE::BackupAccess::CLI::TryProvider::Watch::restore_methods,
-    );
+    my @lacks = grep { !has_method($class, $_) }
+        ('new', 'provider_name', @backup_methods, $trial->{'backup-only'} ? () : @restore_methods,);
     report($trial, "$class has every method of the API", @lacks ? "it lacks @lacks" : undef);
     my $watch;
     my $error = attempt_any { $watch = new_provider($trial) };
@@ -202,7 +202,7 @@ my sub run_task ($trial, $job, $watch) {
         vmid => $vmid,
         provider => $watch,
         'target-id' => 'try-provider',
-        devices => [$machine_class->devices],
+        devices => [$Machine->devices],
         'guest-config' => $guest_config,
         'firewall-config' => $firewall_config,
         thaw => sub { write_all($trial, $job->{after}) },
@@ -265,11 +265,7 @@ my sub back_up ($trial, $job) {
     my $error = run_task($trial, $job, $watch);
     $job->{log} = $trial->{log};
     $trial->{tap}->note("$job->{name}: $_") for $job->{log}->@*;
-    report_calls(
-        $trial, $job->{name}, $watch,
-        expected($trial, $job),
-        @PVE::BackupAccess::CLI::TryProvider::Watch::backup_methods
-    );
+    report_calls($trial, $job->{name}, $watch, expected($trial, $job), @backup_methods);
     check_kept($trial, $job, $watch);
     check_limit($trial, $job, $watch) if !defined($error);
     $job->{archive} = archive_of($watch);
@@ -288,10 +284,9 @@ my sub check_archive ($trial, $job, $name) {
     my $watch = new_provider($trial);
     my $volname = "backup/$job->{archive}";
     my $problems = $trial->{restore}->run($watch, $volname, $trial->{storeid}, $job->{disks});
-    report_calls($trial, $name, $watch, $job->{expected},
-        @PVE::BackupAccess::CLI::TryProvider::Watch::restore_methods);
+    report_calls($trial, $name, $watch, $job->{expected}, @restore_methods);
     my @same = map { report($trial, "$name: $_ is the disk as of the backup", $problems->{$_}) }
-        $machine_class->devices;
+        $Machine->devices;
 
     # A stock QEMU before 10.0 gives wrong data to some ways of reading; the log says so.
     $trial->{tap}->explain("log of the $job->{name}:", $job->{log}->@*) if grep { !$_ } @same;
@@ -301,8 +296,8 @@ my sub check_archive ($trial, $job, $name) {
 
 my sub run_trial ($trial) {
     check_class($trial) or return;
-    $trial->{machine} = $machine_class->start;
-    $trial->{restore} = PVE::BackupAccess::CLI::TryProvider::Restore->new;
+    $trial->{machine} = $Machine->start;
+    $trial->{restore} = $Restore->new;
     my $restores = !$trial->{'backup-only'};
     for my $job (@jobs) {
         back_up($trial, $job);
@@ -316,7 +311,7 @@ my sub scfg_of ($opt) {
     my %scfg;
     for my $setting (($opt->{scfg} // [])->@*) {
         my ($key, $value) = split(m/=/, $setting, 2);
-        PVE::BackupAccess::CLI::usage_error("--scfg wants KEY=VALUE, not '$setting'")
+        usage_error("--scfg wants KEY=VALUE, not '$setting'")
             if !defined($value);
         $scfg{$key} = $value;
     }
@@ -329,12 +324,12 @@ my sub load_storage_plugin ($class) {
 }
 
 sub run ($opt, $class) {
-    unshift(@INC, map { PVE::BackupAccess::CLI::absolute($_) } ($opt->{include} // [])->@*);
+    unshift(@INC, map { absolute($_) } ($opt->{include} // [])->@*);
     load_storage_plugin($opt->{'storage-plugin'}) if defined($opt->{'storage-plugin'});
     my $store = File::Temp->newdir('pve-backup-access-store.XXXXXX', TMPDIR => 1);
     my $trial = {
         class => $class,
-        tap => PVE::BackupAccess::CLI::TryProvider::TAP->new,
+        tap => $TAP->new,
         scfg => { path => "$store", scfg_of($opt)->%* },
         storeid => 'try-provider',
         'storage-plugin' => $opt->{'storage-plugin'},

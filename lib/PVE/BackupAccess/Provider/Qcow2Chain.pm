@@ -6,19 +6,25 @@ use List::Util qw(max);
 use POSIX ();
 use Time::Local ();
 
-use PVE::BackupAccess::Argument;
+use PVE::BackupAccess::Argument qw(bad_argument check_code check_filled_text check_positive);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::PluginBase;
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
-use PVE::BackupAccess::Provider::Qcow2Chain::File;
+use PVE::BackupAccess::Provider::Qcow2Chain::File qw(entries make_directory read_file replace_file);
 use PVE::BackupAccess::Provider::Qcow2Chain::Guest;
+use PVE::BackupAccess::Provider::Qcow2Chain::Image qw($cluster_size);
 use PVE::BackupAccess::Provider::Qcow2Chain::RawFile;
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use PVE::BackupAccess::Try qw(attempt);
 use PVE::BackupAccess::Volume;
 
 use parent qw(PVE::BackupProvider::Plugin::Base);
+
+my $Archive = 'PVE::BackupAccess::Provider::Qcow2Chain::Archive';
+my $Guest = 'PVE::BackupAccess::Provider::Qcow2Chain::Guest';
+my $RawFile = 'PVE::BackupAccess::Provider::Qcow2Chain::RawFile';
+my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
 
 my $guest_config = 'guest.conf';
 my $firewall_config = 'firewall.conf';
@@ -34,20 +40,20 @@ my sub reason ($error) {
 
 # As the storage class or another caller has it, without taint: it is the administrator's own.
 my sub checked_path ($path) {
-    PVE::BackupAccess::Argument::filled_text('path', $path);
+    check_filled_text('path', $path);
     my ($absolute) = $path =~ m!\A(/.*?)/*\z!s
-        or PVE::BackupAccess::Argument::fail("path must be absolute, not '$path'");
+        or bad_argument("path must be absolute, not '$path'");
     return $absolute;
 }
 
 my sub checked_vmid ($vmid) {
     my ($number) = ($vmid // '') =~ m/\A([1-9][0-9]{0,8})\z/
-        or PVE::BackupAccess::Argument::fail('vmid must be a number from 1 to 999999999');
+        or bad_argument('vmid must be a number from 1 to 999999999');
     return $number;
 }
 
 sub new ($class, $storage_plugin, $scfg, $storeid, $log_function = undef) {
-    PVE::BackupAccess::Argument::filled_text('storeid', $storeid);
+    check_filled_text('storeid', $storeid);
     return bless(
         {
             path => checked_path($scfg->{path}),
@@ -64,20 +70,20 @@ sub new ($class, $storage_plugin, $scfg, $storeid, $log_function = undef) {
 sub provider_name ($self) { return 'Qcow2Chain' }
 
 sub on_progress ($self, $code) {
-    PVE::BackupAccess::Argument::code('on_progress', $code);
+    check_code('on_progress', $code);
     $self->{progress} = $code;
     return;
 }
 
 sub _guest ($self, $vmid) {
-    return PVE::BackupAccess::Provider::Qcow2Chain::Guest->new("$self->{path}/vm/$vmid");
+    return $Guest->new("$self->{path}/vm/$vmid");
 }
 
 # (vmid, name) of 'vm/100/20261122T064953Z', which Proxmox VE puts a 'backup/' before.
 sub _parse ($self, $volname) {
-    my $pattern = PVE::BackupAccess::Provider::Qcow2Chain::Archive->name_pattern;
+    my $pattern = $Archive->name_pattern;
     my ($vmid, $name) = ($volname // '') =~ m!\A(?:backup/)?vm/([1-9][0-9]{0,8})/$pattern\z!
-        or PVE::BackupAccess::Argument::fail("'"
+        or bad_argument("'"
             . ($volname // '')
             . "' is not the name of an archive, such as vm/100/20261122T064953Z");
     return ($vmid, $name);
@@ -87,7 +93,7 @@ sub _archive ($self, $volname) {
     my ($vmid, $name) = $self->_parse($volname);
     my $guest = $self->_guest($vmid);
     fail('ArchiveError', "there is no archive $volname in $self->{path}")
-        if !PVE::BackupAccess::Provider::Qcow2Chain::Archive->exists($guest->dir, $name);
+        if !$Archive->exists($guest->dir, $name);
     return $guest->archive($name);
 }
 
@@ -113,7 +119,7 @@ sub backup_init ($self, $vmid, $vmtype, $start_time) {
     $vmid = checked_vmid($vmid);
     fail('UnsupportedError', "guests of type '$vmtype' are not supported") if $vmtype ne 'qemu';
     my $guest = $self->_guest($vmid);
-    PVE::BackupAccess::Provider::Qcow2Chain::File::make_directory($guest->dir);
+    make_directory($guest->dir);
     my $lock = $guest->lock;
     $self->_clean($guest);
 
@@ -162,7 +168,7 @@ sub backup_vm_query_incremental ($self, $vmid, $volumes) {
 
 sub backup_vm ($self, $vmid, $guest_config_text, $volumes, $info) {
     my $task = $self->_task($vmid);
-    my $archive = $task->{archive} = PVE::BackupAccess::Provider::Qcow2Chain::Archive->begin(
+    my $archive = $task->{archive} = $Archive->begin(
         $task->{guest}->dir, $task->{name},
         vmid => $vmid,
         time => $task->{time},
@@ -203,7 +209,7 @@ sub _parent ($self, $task, $device, $volume) {
 
 sub _store ($self, $task, $device, $volume, $info) {
     my ($size) = ($volume->{size} // '') =~ m/\A([0-9]{1,19})\z/
-        or PVE::BackupAccess::Argument::fail("device $device: its volume has no size");
+        or bad_argument("device $device: its volume has no size");
     my $parent = $self->_parent($task, $device, $volume);
     my $how = $parent ? 'incremental, on ' . $parent->name : 'full';
     $self->{log}->('info', "$device: storing, $how");
@@ -214,7 +220,7 @@ sub _store ($self, $task, $device, $volume, $info) {
         = $task->{archive}
         ->add_device($device, { size => 0 + $size, 'bitmap-mode' => $volume->{'bitmap-mode'} },
         $parent);
-    my $server = PVE::BackupAccess::Provider::Qcow2Chain::Server->start($image, writable => 1);
+    my $server = $Server->start($image, writable => 1);
     my $reader = PVE::BackupAccess::Volume->open($device, $volume);
     my $statistics = $reader->copy(to => $server->uri, $self->_copy_options($device, $info));
     $reader->close;
@@ -231,7 +237,7 @@ sub _store ($self, $task, $device, $volume, $info) {
 }
 
 sub _copy_options ($self, $device, $info) {
-    my %options = ('cluster-size' => $PVE::BackupAccess::Provider::Qcow2Chain::Image::cluster_size);
+    my %options = ('cluster-size' => $cluster_size);
     my ($limit, $progress) = ($info->{'bandwidth-limit'}, $self->{progress});
     $options{'bandwidth-limit'} = $limit if $limit;
     $options{progress} = sub ($done, $all) { $progress->($device, $done, $all) }
@@ -259,8 +265,7 @@ sub backup_cleanup ($self, $vmid, $vmtype, $success, $info) {
 # The log is not part of what has to be there.
 sub backup_handle_log_file ($self, $vmid, $filename) {
     my $archive = delete($self->{last}) // return;
-    PVE::BackupAccess::Provider::Qcow2Chain::File::replace($archive->dir . "/$log_file",
-        PVE::BackupAccess::Provider::Qcow2Chain::File::read($filename));
+    replace_file($archive->dir . "/$log_file", read_file($filename));
     return;
 }
 
@@ -311,13 +316,12 @@ sub restore_vm_volume_init ($self, $volname, $device, $info) {
         device => $device
     ) if defined($problem);
     my $archive = $self->_archive($volname);
-    my $server = PVE::BackupAccess::Provider::Qcow2Chain::Server->start($archive->image($device));
+    my $server = $Server->start($archive->image($device));
     my $restore = $self->{restores}{$volname}{$device} = { server => $server };
     return { 'qemu-img-path' => $server->uri } if !defined($self->{'storage-plugin'});
 
     # Proxmox VE's qemu-server takes files and block devices, no URI.
-    $restore->{file} = PVE::BackupAccess::Provider::Qcow2Chain::RawFile->start($server,
-        $archive->device($device)->{size});
+    $restore->{file} = $RawFile->start($server, $archive->device($device)->{size});
     return { 'qemu-img-path' => $restore->{file}->path };
 }
 
@@ -349,7 +353,7 @@ sub list ($self, $vmid = undef) {
 }
 
 sub _vmids ($self) {
-    my @entries = PVE::BackupAccess::Provider::Qcow2Chain::File::entries("$self->{path}/vm");
+    my @entries = entries("$self->{path}/vm");
     return sort { $a <=> $b } map { m/\A([1-9][0-9]{0,8})\z/ ? $1 : () } @entries;
 }
 
@@ -403,7 +407,7 @@ sub verify ($self, $volname) {
 
 sub prune ($self, $vmid, $keep) {
     $vmid = checked_vmid($vmid);
-    PVE::BackupAccess::Argument::positive('keep', $keep);
+    check_positive('keep', $keep);
     my $guest = $self->_guest($vmid);
     return [] if !-d $guest->dir;
     my $lock = $guest->lock;

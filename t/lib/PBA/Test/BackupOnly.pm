@@ -7,9 +7,9 @@ use v5.36;
 use parent -norequire, 'PBA::Test::RawProvider';
 
 use PBA::Test::RawProvider;
-use PVE::BackupAccess::CLI::TryProvider::Watch;
+use PVE::BackupAccess::CLI::TryProvider::Watch qw(@restore_methods);
 
-for my $method (@PVE::BackupAccess::CLI::TryProvider::Watch::restore_methods) {
+for my $method (@restore_methods) {
     no strict 'refs';
     *{$method} = PVE::BackupProvider::Plugin::Base->can($method);
 }

@@ -40,7 +40,7 @@ sub all () {
     my @gates = (
         _clang_tidy(), _perltidy(), _perlcritic(), _cppcheck(),
         _clang_format(), _codespell(), _spelling(), _shellcheck(),
-        _house(), _evals(), _functions(),
+        _house(), _evals(), _functions(), _names(),
     );
     for my $gate (@gates) {
         $gate->{code} = [__FILE__, $INC{'PBA/Test/Sources.pm'}, $INC{'PBA/Test/House.pm'}];
@@ -201,6 +201,12 @@ sub _functions () {
         \&PBA::Test::PerlRules::long_functions,
         'cut it by what its parts do'
     );
+}
+
+sub _names () {
+    return _own_gate('names', \&PBA::Test::PerlRules::long_names,
+              "import the module's functions, or give the class a short name: my \$Archive ="
+            . " 'PVE::BackupAccess::Provider::Qcow2Chain::Archive'; then \$Archive->load");
 }
 
 sub _shellcheck () {

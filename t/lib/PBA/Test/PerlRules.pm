@@ -5,7 +5,9 @@ package PBA::Test::PerlRules;
 
 use v5.36;
 
-my $max_lines = 40;
+my $max_lines = 40;    # of a function
+my $max_code = 500;    # lines of a file
+my $max_names = 2;     # that a long name stands in a file
 
 # [number, text] of the lines of code, up to the end of the program and without POD.
 sub _code_lines ($file) {
@@ -36,6 +38,24 @@ sub long_functions ($file) {
         $name = undef;
     }
     return @found;
+}
+
+# Files with too much code, and how much.
+sub long_files ($file) {
+    my $count = _code_lines($file);
+    return $count > $max_code ? ("$file: $count lines of code, more than $max_code") : ();
+}
+
+# Long names of packages that stand in the code again and again, apart from where one gets a short name.
+sub long_names ($file) {
+    my %count;
+    for my $line (_code_lines($file)) {
+        my $text = $line->[1] =~ s/(?:^|\s)#.*//sr;
+        next if $text =~ m/^\s*(?:use|package|require)\b|^my \$\w+ = '[\w:]+';$/;
+        $count{$1}++ while $text =~ m/\b(PVE::BackupAccess(?:::[A-Z]\w*)+)/g;
+    }
+    return map { "$file: $_ stands there $count{$_} times, more than $max_names" }
+        grep { $count{$_} > $max_names } sort keys %count;
 }
 
 # Uses of eval outside of a DESTROY, which must not let anything out, and of the one module for it.

@@ -5,10 +5,13 @@ package PVE::BackupAccess::CLI::TryProvider::Watch;
 
 use v5.36;
 
+use Exporter qw(import);
 use Scalar::Util qw(weaken);
 use Time::HiRes ();
 
 use PVE::BackupAccess::Try qw(deaths_of);
+
+our @EXPORT_OK = qw(@backup_methods @restore_methods);
 
 our @backup_methods = qw(
     job_init

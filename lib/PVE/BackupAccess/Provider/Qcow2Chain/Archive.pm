@@ -8,8 +8,9 @@ use v5.36;
 use JSON::PP ();
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Provider::Qcow2Chain::File;
-use PVE::BackupAccess::Provider::Qcow2Chain::Image;
+use PVE::BackupAccess::Provider::Qcow2Chain::File
+    qw(fingerprint make_directory move read_file replace_file sha256 sync write_file);
+use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(commit_image create_image image_problem);
 use PVE::BackupAccess::Try qw(attempt attempt_any);
 
 my $format = 1;
@@ -37,7 +38,7 @@ sub begin ($class, $guest_dir, $name, %about) {
         },
         $class
     );
-    PVE::BackupAccess::Provider::Qcow2Chain::File::make_directory($self->{dir});
+    make_directory($self->{dir});
     return $self;
 }
 
@@ -49,7 +50,7 @@ sub _new_id () {
 
 sub add_file ($self, $name, $content) {
     utf8::encode($content) if utf8::is_utf8($content);
-    PVE::BackupAccess::Provider::Qcow2Chain::File::write("$self->{dir}/$name", $content);
+    write_file("$self->{dir}/$name", $content);
     $self->{manifest}{files}{$name} = {};
     return;
 }
@@ -59,8 +60,7 @@ sub add_device ($self, $device, $about, $parent = undef) {
     my $file = _file_of($device);
     my $entry = $self->{manifest}{devices}{$device} = { $about->%*, file => $file };
     $entry->@{qw(parent parent-id)} = ($parent->name, $parent->id) if $parent;
-    PVE::BackupAccess::Provider::Qcow2Chain::Image::create("$self->{dir}/$file",
-        $about->{size}, $self->_backing($device));
+    create_image("$self->{dir}/$file", $about->{size}, $self->_backing($device));
     $self->{manifest}{files}{$file} = {};
     return "$self->{dir}/$file";
 }
@@ -80,7 +80,7 @@ sub _backing ($self, $device) {
 # All is durable, and the manifest knows it. What remains is to give it its name.
 sub seal ($self) {
     for my $file (sort keys $self->{manifest}{files}->%*) {
-        PVE::BackupAccess::Provider::Qcow2Chain::File::sync("$self->{dir}/$file");
+        sync("$self->{dir}/$file");
         $self->_note_file($file);
     }
     $self->_write_manifest;
@@ -89,21 +89,20 @@ sub seal ($self) {
 
 sub _note_file ($self, $file) {
     my $path = "$self->{dir}/$file";
-    my $fingerprint = PVE::BackupAccess::Provider::Qcow2Chain::File::fingerprint($path);
-    my $sha256 = PVE::BackupAccess::Provider::Qcow2Chain::File::sha256($path);
+    my $fingerprint = fingerprint($path);
+    my $sha256 = sha256($path);
     $self->{manifest}{files}{$file} = { $fingerprint->%*, sha256 => $sha256 };
     return;
 }
 
 sub _write_manifest ($self) {
-    PVE::BackupAccess::Provider::Qcow2Chain::File::replace("$self->{dir}/$manifest_name",
-        $json->encode($self->{manifest}));
+    replace_file("$self->{dir}/$manifest_name", $json->encode($self->{manifest}));
     return;
 }
 
 sub publish ($self) {
     my $dir = "$self->{guest_dir}/$self->{name}";
-    PVE::BackupAccess::Provider::Qcow2Chain::File::move($self->{dir}, $dir);
+    move($self->{dir}, $dir);
     $self->{dir} = $dir;
     return;
 }
@@ -123,7 +122,7 @@ sub load ($class, $guest_dir, $name) {
     my $dir = "$guest_dir/$name";
     my ($file) = grep { -e } map { "$dir/$_" } $manifest_name, $removed_name;
     fail("there is no archive $dir") if !defined($file);
-    my $content = PVE::BackupAccess::Provider::Qcow2Chain::File::read($file);
+    my $content = read_file($file);
     my $manifest;
     attempt_any { $manifest = $json->decode($content) };
     my $problem = _manifest_problem($manifest);
@@ -186,7 +185,7 @@ sub content ($self, $name) {
     return undef if !$self->{manifest}{files}{$name};
     my $problem = $self->file_problem($name, 1);
     fail($problem) if defined($problem);
-    return PVE::BackupAccess::Provider::Qcow2Chain::File::read("$self->{dir}/$name");
+    return read_file("$self->{dir}/$name");
 }
 
 # ---- is it whole? ----
@@ -196,13 +195,12 @@ sub content ($self, $name) {
 sub file_problem ($self, $file, $read_all) {
     my $path = "$self->{dir}/$file";
     my $noted = $self->{manifest}{files}{$file};
-    my $found = PVE::BackupAccess::Provider::Qcow2Chain::File::fingerprint($path)
-        // return "$path is missing";
+    my $found = fingerprint($path) // return "$path is missing";
     return "$path has $found->{size} bytes, not $noted->{size}"
         if $found->{size} ne ($noted->{size} // '');
     return undef if !$read_all && $found->{mtime} eq ($noted->{mtime} // '');
     my $sha256;
-    my $error = attempt { $sha256 = PVE::BackupAccess::Provider::Qcow2Chain::File::sha256($path) };
+    my $error = attempt { $sha256 = sha256($path) };
     return $error =~ s/\n\z//r if $error;
     return $sha256 eq ($noted->{sha256} // '') ? undef : "$path is damaged - its SHA-256 differs";
 }
@@ -225,7 +223,7 @@ sub problems ($self) {
         my $problem = $self->file_problem($file, 1);
         my $image = $images{$file};
         if (!defined($problem) && $image) {
-            my $text = PVE::BackupAccess::Provider::Qcow2Chain::Image::problem($image);
+            my $text = image_problem($image);
             $problem = "$image is damaged - $text" if defined($text);
         }
         push(@problems, $problem) if defined($problem);
@@ -238,7 +236,7 @@ sub problems ($self) {
 # From here on it is no archive any more, but its images may still be others' backing files.
 sub mark_removed ($self) {
     my $file = "$self->{dir}/$manifest_name";
-    PVE::BackupAccess::Provider::Qcow2Chain::File::move($file, "$self->{dir}/$removed_name")
+    move($file, "$self->{dir}/$removed_name")
         if -e $file;
     return;
 }
@@ -248,9 +246,9 @@ sub mark_removed ($self) {
 sub absorb ($self, $device, $parent) {
     my ($mine, $theirs) = ($self->image($device), $parent->image($device));
     if (-e $theirs) {
-        PVE::BackupAccess::Provider::Qcow2Chain::Image::commit($mine);
-        PVE::BackupAccess::Provider::Qcow2Chain::File::sync($theirs);
-        PVE::BackupAccess::Provider::Qcow2Chain::File::move($theirs, $mine);
+        commit_image($mine);
+        sync($theirs);
+        move($theirs, $mine);
     }
     my $entry = $self->device($device);
     delete($entry->@{qw(parent parent-id)});

@@ -5,6 +5,7 @@ package PVE::BackupAccess::Provider::Qcow2Chain::File;
 use v5.36;
 
 use Digest::SHA ();
+use Exporter qw(import);
 use Fcntl qw(O_CREAT O_DIRECTORY O_RDONLY O_TRUNC O_WRONLY);
 use File::Path ();
 use IO::Handle ();
@@ -12,6 +13,10 @@ use Time::HiRes ();
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Try qw(attempt_any);
+
+our @EXPORT_OK
+    = qw(entries fingerprint make_directory move read_file remove_tree replace_file sha256
+    sync write_file);
 
 my sub fail ($message) {
     PVE::BackupAccess::Error->throw('SystemError', $message);
@@ -25,7 +30,7 @@ sub sync ($path) {
     return;
 }
 
-sub write ($path, $content) {
+sub write_file ($path, $content) {
     sysopen(my $fh, $path, O_WRONLY | O_CREAT | O_TRUNC, 0600)
         or fail("cannot write $path - $!");
     binmode($fh);
@@ -35,8 +40,8 @@ sub write ($path, $content) {
 }
 
 # The old content or the new one, whatever happens, and the new one when this returns.
-sub replace ($path, $content) {
-    PVE::BackupAccess::Provider::Qcow2Chain::File::write("$path.new", $content);
+sub replace_file ($path, $content) {
+    write_file("$path.new", $content);
     sync("$path.new");
     move("$path.new", $path);
     return;
@@ -49,7 +54,7 @@ sub move ($from, $to) {
     return;
 }
 
-sub read ($path) {
+sub read_file ($path) {
     open(my $fh, '<:raw', $path) or fail("cannot read $path - $!");
     local $/ = undef;
     return scalar(<$fh>) // fail("cannot read $path - $!");

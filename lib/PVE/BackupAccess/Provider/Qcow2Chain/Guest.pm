@@ -9,15 +9,17 @@ use JSON::PP ();
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
-use PVE::BackupAccess::Provider::Qcow2Chain::File;
-use PVE::BackupAccess::Provider::Qcow2Chain::Image;
+use PVE::BackupAccess::Provider::Qcow2Chain::File
+    qw(entries move read_file remove_tree replace_file);
+use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(image_chain);
 use PVE::BackupAccess::Try qw(attempt attempt_any);
 
 my $Archive = 'PVE::BackupAccess::Provider::Qcow2Chain::Archive';
+my $Error = 'PVE::BackupAccess::Error';
 my $json = JSON::PP->new->utf8->canonical->pretty;
 
 my sub fail ($message, %context) {
-    PVE::BackupAccess::Error->throw('ArchiveError', $message, %context);
+    $Error->throw('ArchiveError', $message, %context);
 }
 
 sub new ($class, $dir) {
@@ -32,12 +34,12 @@ sub try_lock ($self) {
     local $^F = 2;
     my $path = "$self->{dir}/.lock";
     sysopen(my $fh, $path, O_RDWR | O_CREAT, 0600)
-        or PVE::BackupAccess::Error->throw('SystemError', "cannot open $path - $!");
+        or $Error->throw('SystemError', "cannot open $path - $!");
     return flock($fh, LOCK_EX | LOCK_NB) ? $fh : undef;
 }
 
 sub lock ($self) {
-    return $self->try_lock // PVE::BackupAccess::Error->throw('StateError',
+    return $self->try_lock // $Error->throw('StateError',
         "$self->{dir} is in use by another backup or prune - try again when it has ended");
 }
 
@@ -45,8 +47,7 @@ sub lock ($self) {
 sub names ($self) {
     my $pattern = $Archive->name_pattern;
     return grep { $Archive->exists($self->{dir}, $_) }
-        map { m/\A$pattern\z/ ? $1 : () }
-        PVE::BackupAccess::Provider::Qcow2Chain::File::entries($self->{dir});
+        map { m/\A$pattern\z/ ? $1 : () } entries($self->{dir});
 }
 
 sub archive ($self, $name) { return $Archive->load($self->{dir}, $name) }
@@ -64,7 +65,7 @@ sub chain ($self, $name, $device) {
             : defined($id) && $id ne $archive->id ? 'it is another one than it was'
             : @chain && $entry->{size} != $chain[0]->device($device)->{size} ? 'its size differs'
             : undef;
-        PVE::BackupAccess::Error->throw(
+        $Error->throw(
             'ArchiveError',
             "archive $self->{dir}/$name cannot be used - $problem",
             device => $device
@@ -88,8 +89,7 @@ sub chain_problem ($self, $device, @chain) {
 sub headers_problem ($self, $device, @chain) {
     my $image = $chain[0]->image($device);
     my @headers;
-    my $error
-        = attempt { @headers = PVE::BackupAccess::Provider::Qcow2Chain::Image::chain($image) };
+    my $error = attempt { @headers = image_chain($image) };
     return $error =~ s/\n\z//r if $error;
     for my $archive (@chain) {
         my $problem = $archive->header_problem($device, shift(@headers) // { size => 0 });
@@ -105,9 +105,9 @@ sub headers_problem ($self, $device, @chain) {
 sub clean ($self) {
     my $pattern = $Archive->name_pattern;
     my @problems;
-    for my $entry (PVE::BackupAccess::Provider::Qcow2Chain::File::entries($self->{dir})) {
+    for my $entry (entries($self->{dir})) {
         if ($entry =~ m/\A(\.(?:tmp|del)-$pattern)\z/) {
-            PVE::BackupAccess::Provider::Qcow2Chain::File::remove_tree("$self->{dir}/$1");
+            remove_tree("$self->{dir}/$1");
         }
         elsif ($entry =~ m/\A$pattern\z/ && $Archive->is_half_removed($self->{dir}, $1)) {
             my $name = $1;
@@ -128,8 +128,7 @@ sub _bitmaps_file ($self) { return "$self->{dir}/bitmaps.json" }
 sub _bitmaps ($self) {
     my $bitmaps;
     attempt_any {
-        $bitmaps = $json->decode(
-            PVE::BackupAccess::Provider::Qcow2Chain::File::read($self->_bitmaps_file));
+        $bitmaps = $json->decode(read_file($self->_bitmaps_file));
     };
     return ref($bitmaps) eq 'HASH' ? $bitmaps : {};
 }
@@ -166,8 +165,7 @@ sub publish ($self, $archive, $storage) {
         delete($own->{$device});
         $own->{$device} = { archive => $archive->name, id => $archive->id } if $has_bitmap;
     }
-    PVE::BackupAccess::Provider::Qcow2Chain::File::replace($self->_bitmaps_file,
-        $json->encode($bitmaps));
+    replace_file($self->_bitmaps_file, $json->encode($bitmaps));
     $archive->publish;
     return;
 }
@@ -181,7 +179,7 @@ sub remove ($self, $name) {
         my $child = $children->{$device}->name;
         my @chain = $self->chain($child, $device);
         my $problem = $self->chain_problem($device, @chain) // next;
-        PVE::BackupAccess::Error->throw(
+        $Error->throw(
             'ArchiveError',
             "archive $name cannot be merged into $child - $problem",
             device => $device
@@ -203,7 +201,7 @@ sub _children ($self, $name) {
     for my $other (map { $self->archive($_) } grep { $_ ne $name } $self->names) {
         for my $device ($other->devices) {
             next if ($other->device($device)->{parent} // '') ne $name;
-            PVE::BackupAccess::Error->throw(
+            $Error->throw(
                 'ArchiveError',
                 "archive $name cannot be removed - more than one builds on it",
                 device => $device
@@ -225,9 +223,9 @@ sub _finish_removal ($self, $name) {
 # Away with a directory that nothing builds on, at once for everybody who looks.
 sub discard ($self, $entry) {
     my $gone = "$self->{dir}/.del-" . $entry =~ s/\A\.tmp-//r;
-    PVE::BackupAccess::Provider::Qcow2Chain::File::remove_tree($gone) if -e $gone;
-    PVE::BackupAccess::Provider::Qcow2Chain::File::move("$self->{dir}/$entry", $gone);
-    PVE::BackupAccess::Provider::Qcow2Chain::File::remove_tree($gone);
+    remove_tree($gone) if -e $gone;
+    move("$self->{dir}/$entry", $gone);
+    remove_tree($gone);
     return;
 }
 

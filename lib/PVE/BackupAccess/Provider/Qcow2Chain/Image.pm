@@ -4,6 +4,7 @@ package PVE::BackupAccess::Provider::Qcow2Chain::Image;
 
 use v5.36;
 
+use Exporter qw(import);
 use File::Temp ();
 use IPC::Open3 ();
 use JSON::PP ();
@@ -11,12 +12,15 @@ use JSON::PP ();
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Try qw(attempt_any);
 
+our @EXPORT_OK
+    = qw($cluster_size commit_image create_image image_chain image_problem program_environment);
+
 # Where the programs are; nothing else of the caller's environment is given to them.
 our $path = '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin';
 our $qemu_img = 'qemu-img';
 
 # The environment that QEMU's programs run in.
-sub environment () {
+sub program_environment () {
     return (PATH => $path, LC_ALL => 'C');
 }
 
@@ -36,7 +40,7 @@ my sub wait_for ($pid) {
 # Runs qemu-img; returns its exit status and what it printed.
 sub run (@arguments) {
     my ($out, $err) = (File::Temp->new, File::Temp->new);
-    local %ENV = environment();
+    local %ENV = program_environment();
     local $SIG{CHLD} = 'DEFAULT';
     local $?;
     open(my $in, '<', '/dev/null') or die "/dev/null: $!\n";
@@ -68,7 +72,7 @@ sub img (@arguments) {
 our $cluster_size = 65536;
 
 # An empty image; with a backing file, which is named relative to it.
-sub create ($file, $size, $backing = undef) {
+sub create_image ($file, $size, $backing = undef) {
     my @backing = defined($backing) ? ('-F', 'qcow2', '-b', $backing) : ();
     my @options = ('-f', 'qcow2', '-o', "cluster_size=$cluster_size");
     img('create', '-q', @options, @backing, $file, $size);
@@ -76,7 +80,7 @@ sub create ($file, $size, $backing = undef) {
 }
 
 # What the headers of an image and of those it builds on say: { size, backing, data-file } of each.
-sub chain ($file) {
+sub image_chain ($file) {
     my $out = img('info', '-U', '--backing-chain', '-f', 'qcow2', '--output=json', $file);
     return map {
         +{
@@ -88,7 +92,7 @@ sub chain ($file) {
 }
 
 # What is wrong in the image's own structure, or undef. Clusters that leak waste space, no more.
-sub problem ($file) {
+sub image_problem ($file) {
     my ($status, undef, $message) = run('check', '-q', '-U', '-f', 'qcow2', $file);
     my $code = $status >> 8;
     return undef if $status == 0 || $code == 3;
@@ -98,7 +102,7 @@ sub problem ($file) {
 
 # Puts what an image has itself into its backing file, whose content as seen through the image does
 # not change by that.
-sub commit ($file) {
+sub commit_image ($file) {
     img('commit', '-q', '-d', '-f', 'qcow2', $file);
     return;
 }

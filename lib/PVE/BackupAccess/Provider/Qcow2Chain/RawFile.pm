@@ -12,7 +12,7 @@ use Socket qw(AF_UNIX PF_UNSPEC SHUT_WR SOCK_STREAM);
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Provider::Qcow2Chain::Image;
+use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(program_environment);
 
 # It lies beside the module's library, whose path may be relative to what is the working directory
 # now.
@@ -57,7 +57,7 @@ sub _exec ($socket, @command) {
     open(STDIN, '<&', $socket) or POSIX::_exit(127);
     open(STDOUT, '>', '/dev/null') or POSIX::_exit(127);
     open(STDERR, '>&', $socket) or POSIX::_exit(127);
-    local %ENV = PVE::BackupAccess::Provider::Qcow2Chain::Image::environment();
+    local %ENV = program_environment();
     no warnings 'exec';
     exec({ $command[0] } @command) or POSIX::_exit(127);
 }

@@ -11,7 +11,7 @@ use IO::Socket::UNIX ();
 use POSIX ();
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Provider::Qcow2Chain::Image;
+use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(program_environment);
 use PVE::BackupAccess::Provider::Qcow2Chain::PrivateDir;
 use PVE::BackupAccess::Try qw(attempt);
 use PVE::BackupAccess::Volume;
@@ -65,7 +65,7 @@ sub _spawn ($log, $listener, @command) {
         POSIX::dup2(fileno($listener), $first_passed_fd) or POSIX::_exit(127);
     }
     local %ENV = (
-        PVE::BackupAccess::Provider::Qcow2Chain::Image::environment(),
+        program_environment(),
         LISTEN_PID => $$,
         LISTEN_FDS => 1,
     );
