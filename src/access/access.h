@@ -25,7 +25,7 @@ typedef struct {
     char *bitmap_name;   /* NULL without a bitmap */
     PbaBitmapAction action;
 
-    /* upstream backend: names of the nodes that we add */
+    /* The nodes that we add; NULL where QEMU's own command makes an access. */
     char *raw_node;
     char *filter_node;
     char *fleecing_node; /* or the caller's */
@@ -34,7 +34,10 @@ typedef struct {
     bool device_gone; /* recovering: QEMU has nothing any more that the key is a hash of */
 } PbaDisk;
 
+/* What arguments QEMU's own command takes. */
 typedef enum { PBA_FORM_DEVICES, PBA_FORM_DEVLIST } PbaForm;
+
+typedef struct PbaBackend PbaBackend;
 
 /* How far an access is. What there is in QEMU is read off QEMU. */
 typedef enum {
@@ -71,7 +74,7 @@ struct PbaAccess {
     bool no_recover;
     bool force; /* recovery takes the process of a marker that it cannot judge for dead */
 
-    PbaBackend backend;
+    const PbaBackend *backend;
     PbaForm form;
     unsigned qemu_version; /* 702 is 7.2 */
 
@@ -89,14 +92,12 @@ void pba_access_enter(PbaAccess *access, PbaPhase phase);
 
 /* Of PbaDisk, as arrays want it. */
 void pba_disk_free(gpointer disk);
+/* No device or node has the name that the disk was asked for by. Returns false. */
+bool pba_disk_set_unknown_error(GError **error);
 /* Name of something of ours for the access' target and this disk: pba-ROLE-TARGET-KEY. */
 char *pba_disk_name(const PbaAccess *access, const char *role, const PbaDisk *disk);
 bool pba_check_utf8(const char *name, const char *value, GError **error);
 bool pba_access_require_up(const PbaAccess *access, GError **error);
-/* Asks QEMU what it can do. */
-bool pba_access_choose_backend(PbaAccess *access, GError **error);
-/* The same, and where need be who it is. */
-bool pba_access_begin(PbaAccess *access, GError **error);
 /* An access of no target, which can only look. */
 PbaAccess *pba_access_new_observer(PbaQmp *qmp, const PbaAccessOptions *options,
                                    const PbaHooks *hooks, GError **error);
@@ -147,7 +148,7 @@ bool pba_owner_is_dead(const PbaAccess *access, const char *node, uint64_t size)
 
 /* Undoes what a dead process left of this target; done, refused or nothing there. block is what
  * QEMU has afterwards. What was done is appended to lines. */
-bool pba_recover_left(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GError **error);
+bool pba_recover_leftovers(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GError **error);
 /* Setup, or recovery, is about to change something else than markers in QEMU, or has. */
 void pba_access_begin_changes(PbaAccess *access);
 /* No access is up any more: forgets what it knew of it. */
@@ -160,7 +161,7 @@ bool pba_run_dir_make(PbaAccess *access, GError **error);
 void pba_run_dir_remove(PbaAccess *access);
 /* What accesses to this guest have on disk, of all targets: socket directories and fleecing
  * images; paths, the caller's to free. */
-GPtrArray *pba_run_dir_find_left(const PbaAccess *access);
+GPtrArray *pba_run_dir_find_stale(const PbaAccess *access);
 /* The hash of the target in such a path, and its name as the directory tells it: the caller's to
  * free, NULL if it does not. */
 const char *pba_run_dir_key(const char *path);
@@ -169,8 +170,8 @@ char *pba_run_dir_target(const char *path);
  * identity, or of one whose QEMU has gone. */
 bool pba_run_dir_is_live(const PbaAccess *access, const char *path);
 /* The socket in such a directory, the caller's to free; NULL: it is none. */
-char *pba_run_dir_left_socket(const char *path);
-bool pba_run_dir_remove_left(const char *path);
+char *pba_run_dir_stale_socket(const char *path);
+bool pba_run_dir_remove_stale(const char *path);
 
 /* Unmounts the virtual files and ends their servers. What could not be ended stays for a later
  * call. */

@@ -1,5 +1,6 @@
 /* One disk of an access. */
 #include "access.h"
+#include "src/base/base.h"
 
 void pba_disk_free(gpointer data)
 {
@@ -16,6 +17,12 @@ void pba_disk_free(gpointer data)
     g_free(disk->filter_node);
     g_free(disk->fleecing_node);
     g_free(disk);
+}
+
+bool pba_disk_set_unknown_error(GError **error)
+{
+    pba_error_set(error, PBA_ERROR_ARGUMENT, "there is no such block device in this guest");
+    return false;
 }
 
 char *pba_disk_name(const PbaAccess *access, const char *role, const PbaDisk *disk)

@@ -1,16 +1,15 @@
 /* The NBD server in QEMU and our exports on it. */
-#include "access.h"
+#include "backend.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 #include "src/volume/volume.h"
-#include "upstream/upstream.h"
 #include <string.h>
 
 /* block-export-del waits for requests in flight; Proxmox allows it ten minutes. */
 #define EXPORT_GONE_S 600
 
 /* The access' own, or for that of a dead process any of the disk's. */
-static bool is_export_of(const PbaAccess *access, const PbaDisk *disk, const char *id)
+static bool has_export_id(const PbaAccess *access, const PbaDisk *disk, const char *id)
 {
     const char *nonce = access->nonce ? access->nonce : "";
     g_autofree char *own = pba_export_id(access->target_id, nonce, disk->key);
@@ -47,21 +46,13 @@ bool pba_nbd_server_start(PbaAccess *access, GError **error)
     return false;
 }
 
-/* QEMU 7.2 returns the disk as it is now to a read of a snapshot-access node that begins in a
- * cluster that was copied and ends in one that was not. 10.0 is known to be good; Proxmox' own
- * commands are younger than the bug. */
-static bool reads_by_cluster(const PbaAccess *access)
-{
-    return access->backend == PBA_BACKEND_UPSTREAM && access->qemu_version < 1000;
-}
-
 static bool add_export(PbaAccess *access, const PbaDisk *disk, GError **error)
 {
     g_autofree char *id = pba_export_id(access->target_id, access->nonce, disk->key);
     JsonNode *arguments = pba_json("{'id': <%s>, 'type': <'nbd'>, 'node-name': <%s>, 'name': <%s>, "
                                    "'writable': <true>, 'description': <%s>}",
                                    id, disk->snapshot_node, disk->device,
-                                   reads_by_cluster(access) ? PBA_BY_CLUSTER : "");
+                                   access->backend->reads_by_cluster(access) ? PBA_BY_CLUSTER : "");
     if (disk->bitmap_name) {
         JsonArray *bitmaps = json_array_new();
         json_array_add_element(bitmaps, pba_json("{'node': <%s>, 'name': <%s>}", disk->bitmap_node,
@@ -113,23 +104,23 @@ static bool find_export(PbaAccess *access, ExportTest test, const PbaDisk *disk,
     return exports != NULL;
 }
 
-static bool is_of_disk(const PbaAccess *access, const PbaDisk *disk,
-                       G_GNUC_UNUSED JsonObject *export, const char *id)
+static bool belongs_to_disk(const PbaAccess *access, const PbaDisk *disk,
+                            G_GNUC_UNUSED JsonObject *export, const char *id)
 {
-    return is_export_of(access, disk, id);
+    return has_export_id(access, disk, id);
 }
 
-static bool is_of_any_access(G_GNUC_UNUSED const PbaAccess *access,
-                             G_GNUC_UNUSED const PbaDisk *disk, G_GNUC_UNUSED JsonObject *export,
-                             const char *id)
+static bool belongs_to_any_access(G_GNUC_UNUSED const PbaAccess *access,
+                                  G_GNUC_UNUSED const PbaDisk *disk,
+                                  G_GNUC_UNUSED JsonObject *export, const char *id)
 {
     return g_str_has_prefix(id, PBA_EXPORT_PREFIX);
 }
 
 /* Another program has put it on our server. */
-static bool is_of_another_program(G_GNUC_UNUSED const PbaAccess *access,
-                                  G_GNUC_UNUSED const PbaDisk *disk, JsonObject *export,
-                                  const char *id)
+static bool belongs_to_another_program(G_GNUC_UNUSED const PbaAccess *access,
+                                       G_GNUC_UNUSED const PbaDisk *disk, JsonObject *export,
+                                       const char *id)
 {
     return g_strcmp0(pba_json_find_string(export, "type"), "nbd") == 0 &&
            !g_str_has_prefix(id, PBA_EXPORT_PREFIX);
@@ -139,7 +130,7 @@ bool pba_exports_find_any(PbaAccess *access, bool *found, GError **error)
 {
     g_autofree char *id = NULL;
 
-    bool asked = find_export(access, is_of_any_access, NULL, &id, error);
+    bool asked = find_export(access, belongs_to_any_access, NULL, &id, error);
     *found = id != NULL;
     return asked;
 }
@@ -153,7 +144,7 @@ static bool wait_export_gone(PbaAccess *access, const PbaDisk *disk, const char 
 
     for (;;) {
         g_autofree char *id = NULL;
-        if (!find_export(access, is_of_disk, disk, &id, error)) {
+        if (!find_export(access, belongs_to_disk, disk, &id, error)) {
             return false;
         }
         if (g_strcmp0(id, removed) != 0) {
@@ -171,7 +162,7 @@ static bool remove_exports(PbaAccess *access, const PbaDisk *disk, GError **erro
 {
     for (;;) {
         g_autofree char *id = NULL;
-        if (!find_export(access, is_of_disk, disk, &id, error)) {
+        if (!find_export(access, belongs_to_disk, disk, &id, error)) {
             return false;
         }
         if (!id) {
@@ -202,7 +193,7 @@ bool pba_exports_add(PbaAccess *access, GError **error)
     if (!tried) {
         pba_access_enter(access, PBA_PHASE_EXPORTING);
     }
-    if (reads_by_cluster(access)) {
+    if (access->backend->reads_by_cluster(access)) {
         pba_log(
             &access->hooks, PBA_LOG_INFO,
             "this QEMU has to be read by single clusters of 64 KiB, as PVE::BackupAccess::Volume "
@@ -235,11 +226,8 @@ bool pba_access_export(PbaAccess *access, GError **error)
     }
     bool done = pba_exports_add(access, error);
     pba_qmp_release(access->qmp);
-    for (guint i = 0; done && i < access->disks->len; i++) {
-        const PbaDisk *disk = access->disks->pdata[i];
-        if (access->backend == PBA_BACKEND_UPSTREAM && disk->action == PBA_BITMAP_ACTION_USED) {
-            pba_trim_clean_parts(access, disk);
-        }
+    if (done) {
+        access->backend->after_export(access);
     }
     return done;
 }
@@ -254,7 +242,7 @@ static bool stop_server(PbaAccess *access, GError **error)
         return true;
     }
     if (!pba_owner_require_now(access, error) ||
-        !find_export(access, is_of_another_program, NULL, &other, error)) {
+        !find_export(access, belongs_to_another_program, NULL, &other, error)) {
         return false;
     }
     if (other) {

@@ -164,7 +164,7 @@ char *pba_owner_mark_name(const PbaAccess *access, GError **error)
 }
 
 /* Whether another access of this process has that number. The caller has the lock. */
-static bool is_taken(const PbaAccess *access, unsigned number)
+static bool has_number(const PbaAccess *access, unsigned number)
 {
     for (guint i = 0; marked && i < marked->len; i++) {
         const PbaAccess *other = marked->pdata[i];
@@ -177,17 +177,17 @@ static bool is_taken(const PbaAccess *access, unsigned number)
 
 /* Which guest it is of does not matter: two ways to the same monitor cannot be told from two
  * guests. */
-static bool is_of_another(const PbaAccess *access, unsigned number)
+static bool is_number_in_use(const PbaAccess *access, unsigned number)
 {
     g_mutex_lock(&marked_lock);
-    bool taken = is_taken(access, number);
+    bool taken = has_number(access, number);
     g_mutex_unlock(&marked_lock);
     return taken;
 }
 
 /* Whether PIDs and start times of that place mean something here. Those of version 0.1.0 are taken
  * for ones of this place, as it does. */
-static bool is_of_this_place(uint64_t size)
+static bool is_this_place(uint64_t size)
 {
     uint64_t place;
     return size == 0 || (read_place(&place, NULL) && place_of(size) == place);
@@ -199,7 +199,7 @@ static PbaOwnerState judge(const PbaAccess *access, const Owner *owner, uint64_t
     char state;
     uint64_t now;
 
-    if (!is_of_this_place(size)) {
+    if (!is_this_place(size)) {
         return PBA_OWNER_UNKNOWN;
     }
     if (!read_stat(owner->pid, &state, &now)) {
@@ -209,8 +209,8 @@ static PbaOwnerState judge(const PbaAccess *access, const Owner *owner, uint64_t
     if (now != owner->start || state == 'Z' || state == 'X') {
         return PBA_OWNER_DEAD;
     }
-    return owner->pid != getpid() || is_of_another(access, owner->number) ? PBA_OWNER_ALIVE
-                                                                          : PBA_OWNER_DEAD;
+    return owner->pid != getpid() || is_number_in_use(access, owner->number) ? PBA_OWNER_ALIVE
+                                                                             : PBA_OWNER_DEAD;
 }
 
 bool pba_owner_read(const PbaAccess *access, const char *node, uint64_t size, pid_t *pid,
@@ -343,7 +343,7 @@ static void note_marked(PbaAccess *access)
 {
     g_mutex_lock(&marked_lock);
     marked = marked ? marked : g_ptr_array_new();
-    for (access->mark_number = 0; is_taken(access, access->mark_number);) {
+    for (access->mark_number = 0; has_number(access, access->mark_number);) {
         access->mark_number++;
     }
     g_ptr_array_add(marked, access);

@@ -1,17 +1,16 @@
 /* Finding and undoing what a dead process left. What an access has made is told by the names of
  * nodes and exports and by bitmaps; the rest is done by the ordinary end of an access that failed.
  */
-#include "access.h"
-#include "left.h"
+#include "backend.h"
+#include "leftovers.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
-#include "upstream/upstream.h"
 #include "vfile.h"
 #include <string.h>
 
-static bool look(PbaAccess *access, PbaBlock *block, PbaLeft *left, GError **error)
+static bool look(PbaAccess *access, PbaBlock *block, PbaLeftovers *leftovers, GError **error)
 {
-    return pba_left_look(access, access->backend == PBA_BACKEND_UPSTREAM, block, left, error);
+    return pba_leftovers_look(access, access->backend->recovers_by_graph, block, leftovers, error);
 }
 
 /* The disk's key in a name of this target: "" in another one's, NULL if it is of no access. */
@@ -21,7 +20,7 @@ static const char *find_key(const PbaAccess *access, const char *name)
     const char *target;
     const char *key;
 
-    if (!name || !pba_left_parse(name, &target, &key)) {
+    if (!name || !pba_leftovers_parse_name(name, &target, &key)) {
         return NULL;
     }
     return strncmp(target, own, PBA_HASH_LENGTH) == 0 ? key : "";
@@ -38,7 +37,9 @@ static PbaDisk *find_disk(const PbaAccess *dead, const char *key)
     return NULL;
 }
 
-static PbaDisk *disk_of(PbaAccess *dead, const PbaLeft *left, const char *key)
+/* The disk with that key, found or added; NULL on error. */
+static PbaDisk *ensure_disk(PbaAccess *dead, const PbaLeftovers *leftovers, const char *key,
+                            GError **error)
 {
     PbaDisk *disk = find_disk(dead, key);
 
@@ -47,27 +48,11 @@ static PbaDisk *disk_of(PbaAccess *dead, const PbaLeft *left, const char *key)
     }
     disk = g_new0(PbaDisk, 1);
     disk->key = g_strdup(key);
-    disk->device = pba_left_device(left, key);
+    disk->device = pba_leftovers_device(leftovers, key);
     disk->device_gone = !disk->device;
     disk->device = disk->device ? disk->device : g_strdup_printf("(%s)", key);
-    disk->raw_node = pba_disk_name(dead, "raw", disk);
-    disk->filter_node = pba_disk_name(dead, "cbw", disk);
-    disk->snapshot_node = pba_disk_name(dead, "snap", disk);
-    disk->fleecing_node = pba_disk_name(dead, "fleece", disk);
     g_ptr_array_add(dead->disks, disk);
-    return disk;
-}
-
-/* upstream: the disk below our nodes. */
-static bool find_root(PbaDisk *disk, const PbaBlock *block, GError **error)
-{
-    JsonObject *raw = pba_block_find_node(block, disk->raw_node);
-    const char *root = pba_upstream_root(block, disk);
-
-    disk->root_node = g_strdup(root);
-    disk->bitmap_node = root ? g_strdup(pba_block_skip_filters(block, root)) : NULL;
-    disk->read_only = raw && pba_json_find_bool(raw, "ro");
-    return !raw || pba_block_node_size(raw, &disk->size, error);
+    return dead->backend->resolve_stale(dead, disk, leftovers->block, error) ? disk : NULL;
 }
 
 static bool has_disk_at(const PbaAccess *dead, const char *bitmap_node)
@@ -82,61 +67,57 @@ static bool has_disk_at(const PbaAccess *dead, const char *bitmap_node)
 }
 
 /* Disks whose nodes are undone already, but not their bitmaps. */
-static void find_split_bitmaps(PbaAccess *dead, const PbaLeft *left)
+static bool find_disks_by_bitmaps(PbaAccess *dead, const PbaLeftovers *leftovers, GError **error)
 {
-    JsonArray *nodes = left->block->nodes;
+    JsonArray *nodes = leftovers->block->nodes;
 
     for (guint i = 0; i < json_array_get_length(nodes); i++) {
         const char *node = pba_block_node_name(nodes, i);
-        if (node && pba_left_is_split(left->block, node, dead->target_id) &&
-            !has_disk_at(dead, node)) {
-            g_autofree char *key = pba_short_hash(node);
-            PbaDisk *disk = disk_of(dead, left, key);
-            g_free(disk->bitmap_node);
-            disk->bitmap_node = g_strdup(node);
+        if (!node || !dead->backend->bitmap_repair(leftovers->block, node, dead->target_id) ||
+            has_disk_at(dead, node)) {
+            continue;
         }
-    }
-}
-
-static bool find_disks(PbaAccess *dead, const PbaLeft *left, GError **error)
-{
-    for (guint i = 0; i < pba_left_name_count(left); i++) {
-        const char *key = find_key(dead, pba_left_name(left, i));
-        if (key && *key) {
-            disk_of(dead, left, key);
-        }
-    }
-    if (dead->backend == PBA_BACKEND_PVE) {
-        return true;
-    }
-    for (guint i = 0; i < dead->disks->len; i++) {
-        if (!find_root(dead->disks->pdata[i], left->block, error)) {
+        g_autofree char *key = pba_short_hash(node);
+        PbaDisk *disk = ensure_disk(dead, leftovers, key, error);
+        if (!disk) {
             return false;
         }
+        g_free(disk->bitmap_node);
+        disk->bitmap_node = g_strdup(node);
     }
-    find_split_bitmaps(dead, left);
     return true;
 }
 
-/* The key of another target that has something in QEMU; NULL: none has. */
-static const char *find_other(const PbaAccess *access, const PbaLeft *left)
+static bool find_disks(PbaAccess *dead, const PbaLeftovers *leftovers, GError **error)
 {
-    for (guint i = 0; i < pba_left_name_count(left); i++) {
-        const char *name = pba_left_name(left, i);
+    for (guint i = 0; i < pba_leftovers_name_count(leftovers); i++) {
+        const char *key = find_key(dead, pba_leftovers_name(leftovers, i));
+        if (key && *key && !ensure_disk(dead, leftovers, key, error)) {
+            return false;
+        }
+    }
+    return find_disks_by_bitmaps(dead, leftovers, error);
+}
+
+/* The key of another target that has something in QEMU; NULL: none has. */
+static const char *find_other(const PbaAccess *access, const PbaLeftovers *leftovers)
+{
+    for (guint i = 0; i < pba_leftovers_name_count(leftovers); i++) {
+        const char *name = pba_leftovers_name(leftovers, i);
         const char *key = find_key(access, name);
         const char *target;
         const char *disk;
-        if (key && !*key && pba_left_parse(name, &target, &disk)) {
+        if (key && !*key && pba_leftovers_parse_name(name, &target, &disk)) {
             return target;
         }
     }
     return NULL;
 }
 
-static bool check_others(const PbaAccess *access, const PbaLeft *left, GError **error)
+static bool check_others(const PbaAccess *access, const PbaLeftovers *leftovers, GError **error)
 {
-    const char *other = find_other(access, left);
-    g_autofree char *target = other ? pba_left_target(left, other) : NULL;
+    const char *other = find_other(access, leftovers);
+    g_autofree char *target = other ? pba_leftovers_target(leftovers, other) : NULL;
 
     if (other) {
         pba_error_set(error, PBA_ERROR_STATE,
@@ -149,12 +130,12 @@ static bool check_others(const PbaAccess *access, const PbaLeft *left, GError **
 }
 
 /* Whether no living process is at it; whose backup that is, is told as well as it is known. */
-static bool check_owner(const PbaAccess *access, const PbaLeft *left, GError **error)
+static bool check_owner(const PbaAccess *access, const PbaLeftovers *leftovers, GError **error)
 {
-    const char *other = find_other(access, left);
-    g_autofree char *target = other ? pba_left_target(left, other) : NULL;
+    const char *other = find_other(access, leftovers);
+    g_autofree char *target = other ? pba_leftovers_target(leftovers, other) : NULL;
 
-    if (pba_owner_check(access, left->block->nodes, error)) {
+    if (pba_owner_check(access, leftovers->block->nodes, error)) {
         return true;
     }
     if (target) {
@@ -165,16 +146,16 @@ static bool check_owner(const PbaAccess *access, const PbaLeft *left, GError **e
 }
 
 /* Whether recover of this target has to do with it. */
-static bool is_ours(const PbaAccess *access, const PbaLeftThing *thing)
+static bool is_ours(const PbaAccess *access, const PbaLeftover *thing)
 {
     g_autofree char *own = pba_short_hash(access->target_id);
     return !thing->key || strcmp(thing->key, own) == 0;
 }
 
 /* What the caller of recover with force has us assume. */
-static void log_assumed(const PbaAccess *access, const PbaLeft *left)
+static void log_assumed(const PbaAccess *access, const PbaLeftovers *leftovers)
 {
-    JsonArray *nodes = left->block->nodes;
+    JsonArray *nodes = leftovers->block->nodes;
 
     for (guint i = 0; access->force && i < json_array_get_length(nodes); i++) {
         const char *name = pba_block_node_name(nodes, i);
@@ -192,17 +173,17 @@ static void log_assumed(const PbaAccess *access, const PbaLeft *left)
     }
 }
 
-typedef enum { LEFT_NOTHING, LEFT_HARMLESS, LEFT_ACCESS } LeftState;
+typedef enum { STALE_NOTHING, STALE_HARMLESS, STALE_ACCESS } StaleState;
 
-static LeftState find_state(const PbaAccess *access, const PbaLeft *left)
+static StaleState find_state(const PbaAccess *access, const PbaLeftovers *leftovers)
 {
-    g_autoptr(GPtrArray) things = pba_left_things(left);
-    LeftState state = LEFT_NOTHING;
+    g_autoptr(GPtrArray) things = pba_leftovers_list(leftovers);
+    StaleState state = STALE_NOTHING;
 
     for (guint i = 0; i < things->len; i++) {
-        const PbaLeftThing *thing = things->pdata[i];
+        const PbaLeftover *thing = things->pdata[i];
         if (is_ours(access, thing)) {
-            state = MAX(state, thing->harmless ? LEFT_HARMLESS : LEFT_ACCESS);
+            state = MAX(state, thing->harmless ? STALE_HARMLESS : STALE_ACCESS);
         }
     }
     return state;
@@ -230,49 +211,49 @@ static PbaAccess *new_dead_access(const PbaAccess *access, GError **error)
 }
 
 /* Whether QEMU's NBD server listens there; then it is ours. */
-static bool take_server(PbaAccess *dead, const char *path)
+static bool adopt_server(PbaAccess *dead, const char *path)
 {
-    g_autofree char *socket = pba_run_dir_left_socket(path);
+    g_autofree char *socket = pba_run_dir_stale_socket(path);
 
     if (dead->socket || !socket || !pba_socket_answers(socket)) {
         return false;
     }
     dead->socket = g_steal_pointer(&socket);
     dead->socket_dir = g_strdup(path);
-    pba_vfiles_remove_left(path);
+    pba_vfiles_remove_stale(path);
     return true;
 }
 
 /* The directory of the server goes when that has gone, all else now: QEMU has the fleecing images
  * open that it needs. */
-static void take_paths(PbaAccess *dead, const PbaLeft *left)
+static void sort_paths(PbaAccess *dead, const PbaLeftovers *leftovers)
 {
     g_autofree char *own = pba_short_hash(dead->target_id);
 
-    for (guint i = 0; i < left->paths->len; i++) {
-        const char *path = left->paths->pdata[i];
+    for (guint i = 0; i < leftovers->paths->len; i++) {
+        const char *path = leftovers->paths->pdata[i];
         bool is_own = g_str_has_prefix(pba_run_dir_key(path), own);
-        if (is_own && !pba_run_dir_is_live(dead, path) && !take_server(dead, path)) {
-            pba_run_dir_remove_left(path);
+        if (is_own && !pba_run_dir_is_live(dead, path) && !adopt_server(dead, path)) {
+            pba_run_dir_remove_stale(path);
         }
     }
 }
 
 /* Not the mark of this process, and no path that could not be removed. */
-static bool is_done(const PbaAccess *dead, const PbaLeftThing *thing, const char *own_mark)
+static bool is_done(const PbaAccess *dead, const PbaLeftover *thing, const char *own_mark)
 {
     return is_ours(dead, thing) && g_strcmp0(thing->name, own_mark) != 0 &&
            !(thing->harmless && g_file_test(thing->name, G_FILE_TEST_EXISTS));
 }
 
 /* What is about to be undone, once the paths are gone. */
-static void describe(const PbaAccess *dead, const PbaLeft *left, GPtrArray *lines)
+static void describe(const PbaAccess *dead, const PbaLeftovers *leftovers, GPtrArray *lines)
 {
     g_autofree char *own_mark = pba_owner_mark_name(dead, NULL);
-    g_autoptr(GPtrArray) things = pba_left_things(left);
+    g_autoptr(GPtrArray) things = pba_leftovers_list(leftovers);
 
     for (guint i = 0; i < things->len; i++) {
-        const PbaLeftThing *thing = things->pdata[i];
+        const PbaLeftover *thing = things->pdata[i];
         g_autofree char *device =
             thing->device ? g_strdup_printf("device %s: ", thing->device) : g_strdup("");
         if (is_done(dead, thing, own_mark)) {
@@ -285,16 +266,16 @@ static void describe(const PbaAccess *dead, const PbaLeft *left, GPtrArray *line
 static bool undo_marked(PbaAccess *dead, GPtrArray *lines, GError **error)
 {
     g_auto(PbaBlock) block = {0};
-    g_auto(PbaLeft) left = {0};
+    g_auto(PbaLeftovers) leftovers = {0};
     g_autoptr(GPtrArray) done = g_ptr_array_new_with_free_func(g_free);
 
-    if (!look(dead, &block, &left, error) || !check_others(dead, &left, error) ||
-        !find_disks(dead, &left, error)) {
+    if (!look(dead, &block, &leftovers, error) || !check_others(dead, &leftovers, error) ||
+        !find_disks(dead, &leftovers, error)) {
         pba_owner_unmark(dead, false);
         return false;
     }
-    take_paths(dead, &left);
-    describe(dead, &left, done);
+    sort_paths(dead, &leftovers);
+    describe(dead, &leftovers, done);
     if (dead->disks->len > 0 || dead->socket) {
         pba_access_begin_changes(dead);
     }
@@ -321,21 +302,21 @@ static bool refuse(const PbaAccess *access, GError **error)
     return false;
 }
 
-bool pba_recover_left(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GError **error)
+bool pba_recover_leftovers(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GError **error)
 {
-    g_auto(PbaLeft) left = {0};
+    g_auto(PbaLeftovers) leftovers = {0};
 
-    if (!look(access, block, &left, error) || !check_owner(access, &left, error) ||
-        !check_others(access, &left, error)) {
+    if (!look(access, block, &leftovers, error) || !check_owner(access, &leftovers, error) ||
+        !check_others(access, &leftovers, error)) {
         return false;
     }
-    log_assumed(access, &left);
-    LeftState state = find_state(access, &left);
-    if (state == LEFT_NOTHING) {
+    log_assumed(access, &leftovers);
+    StaleState state = find_state(access, &leftovers);
+    if (state == STALE_NOTHING) {
         return true;
     }
     if (access->no_recover) {
-        return state == LEFT_HARMLESS || refuse(access, error);
+        return state == STALE_HARMLESS || refuse(access, error);
     }
     pba_log(
         &access->hooks, PBA_LOG_WARN,
@@ -347,14 +328,15 @@ bool pba_recover_left(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GErr
         return false;
     }
     return pba_owner_mark(dead, error) && undo_marked(dead, lines, error) &&
-           look(access, block, &left, error);
+           look(access, block, &leftovers, error);
 }
 
 bool pba_access_recover(PbaAccess *access, GPtrArray *lines, GError **error)
 {
     g_auto(PbaBlock) block = {0};
 
-    bool done = pba_access_begin(access, error) && pba_recover_left(access, &block, lines, error);
+    bool done =
+        pba_access_begin(access, error) && pba_recover_leftovers(access, &block, lines, error);
     pba_qmp_release(access->qmp);
     return done;
 }

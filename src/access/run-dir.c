@@ -144,7 +144,7 @@ void pba_run_dir_remove(PbaAccess *access)
 }
 
 /* Whether it is pba-ROLE-TARGET-GUEST-XXXXXX, of whatever target. */
-static bool is_name_of(const PbaAccess *access, const char *name, const char *role)
+static bool has_role_name(const PbaAccess *access, const char *name, const char *role)
 {
     g_autofree char *prefix = g_strdup_printf("pba-%s-", role);
     g_autofree char *guest = pba_short_hash(access->identity);
@@ -157,8 +157,8 @@ static bool is_name_of(const PbaAccess *access, const char *name, const char *ro
 }
 
 /* Appends what has such a name in the directory and is of this user. */
-static void find_left_in(const PbaAccess *access, GPtrArray *paths, const char *parent,
-                         const char *role, mode_t type)
+static void find_stale_in(const PbaAccess *access, GPtrArray *paths, const char *parent,
+                          const char *role, mode_t type)
 {
     GDir *dir = g_dir_open(parent, 0, NULL);
     const char *name;
@@ -166,7 +166,7 @@ static void find_left_in(const PbaAccess *access, GPtrArray *paths, const char *
     while (dir && (name = g_dir_read_name(dir))) {
         g_autofree char *path = g_build_filename(parent, name, NULL);
         struct stat status;
-        if (is_name_of(access, name, role) && lstat(path, &status) == 0 &&
+        if (has_role_name(access, name, role) && lstat(path, &status) == 0 &&
             (status.st_mode & S_IFMT) == type && status.st_uid == geteuid() &&
             !(status.st_mode & 077)) {
             g_ptr_array_add(paths, g_steal_pointer(&path));
@@ -175,7 +175,7 @@ static void find_left_in(const PbaAccess *access, GPtrArray *paths, const char *
     g_clear_pointer(&dir, g_dir_close);
 }
 
-GPtrArray *pba_run_dir_find_left(const PbaAccess *access)
+GPtrArray *pba_run_dir_find_stale(const PbaAccess *access)
 {
     GPtrArray *paths = g_ptr_array_new_with_free_func(g_free);
     g_autofree char *parent = find_run_dir(access, NULL);
@@ -183,10 +183,10 @@ GPtrArray *pba_run_dir_find_left(const PbaAccess *access)
         access->fleecing_dir ? pba_trusted_dir("fleecing-dir", access->fleecing_dir, NULL) : NULL;
 
     if (parent && is_private_dir(parent)) {
-        find_left_in(access, paths, parent, "run", S_IFDIR);
+        find_stale_in(access, paths, parent, "run", S_IFDIR);
     }
     if (fleecing) {
-        find_left_in(access, paths, fleecing, "fleece", S_IFREG);
+        find_stale_in(access, paths, fleecing, "fleece", S_IFREG);
     }
     return paths;
 }
@@ -223,7 +223,7 @@ bool pba_run_dir_is_live(const PbaAccess *access, const char *path)
            !pba_owner_is_dead(access, mark, number ? g_ascii_strtoull(number, NULL, 10) : 0);
 }
 
-char *pba_run_dir_left_socket(const char *path)
+char *pba_run_dir_stale_socket(const char *path)
 {
     g_autofree char *socket = g_build_filename(path, SOCKET_NAME, NULL);
     struct sockaddr_un address;
@@ -233,13 +233,13 @@ char *pba_run_dir_left_socket(const char *path)
                : NULL;
 }
 
-bool pba_run_dir_remove_left(const char *path)
+bool pba_run_dir_remove_stale(const char *path)
 {
-    g_autofree char *socket = pba_run_dir_left_socket(path);
+    g_autofree char *socket = pba_run_dir_stale_socket(path);
 
     if (!socket) {
         return unlink(path) == 0;
     }
-    pba_vfiles_remove_left(path);
+    pba_vfiles_remove_stale(path);
     return remove_dir(path);
 }

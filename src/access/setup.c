@@ -1,12 +1,10 @@
 /* Setting an access up: what is asked for, checked, done, and undone where it fails. */
-#include "access.h"
-#include "pve/pve.h"
+#include "backend.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
-#include "upstream/upstream.h"
 #include <string.h>
 
-static bool take_requests(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
+static bool note_requests(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
                           GError **error)
 {
     g_ptr_array_set_size(access->disks, 0);
@@ -34,31 +32,14 @@ static bool take_requests(PbaAccess *access, const PbaDeviceRequest *requests, s
     return true;
 }
 
-/* Proxmox' QEMU looks for any node of that name. While an access is up its filter hides the nodes
- * of guest devices; then QEMU itself must say whose access that is. */
-static bool resolve_node(PbaDisk *disk, const PbaBlock *block, GError **error)
-{
-    JsonObject *node = pba_block_find_node(block, disk->device);
-
-    if (!node) {
-        pba_error_set(error, PBA_ERROR_ARGUMENT, "there is no such block device in this guest");
-        return false;
-    }
-    disk->root_node = g_strdup(disk->device);
-    return pba_block_node_size(node, &disk->size, error);
-}
-
 /* Fills in what QEMU has; refuses what cannot be backed up. */
-static bool resolve_disk(PbaDisk *disk, PbaBackend backend, const PbaBlock *block, GError **error)
+static bool resolve_disk(PbaDisk *disk, const PbaBackend *backend, const PbaBlock *block,
+                         GError **error)
 {
     JsonObject *device = pba_block_find_device(block, disk->device);
 
-    if (!device && backend == PBA_BACKEND_PVE) {
-        return resolve_node(disk, block, error);
-    }
     if (!device) {
-        pba_error_set(error, PBA_ERROR_ARGUMENT, "there is no such block device in this guest");
-        return false;
+        return backend->resolve_node(disk, block, error);
     }
     if (!pba_json_find_object(device, "inserted")) {
         pba_error_set(error, PBA_ERROR_ARGUMENT,
@@ -107,11 +88,11 @@ static void undo_setup(PbaAccess *access)
     }
 }
 
-static bool undo_left(PbaAccess *access, PbaBlock *block, GError **error)
+static bool undo_leftovers(PbaAccess *access, PbaBlock *block, GError **error)
 {
     g_autoptr(GPtrArray) lines = g_ptr_array_new_with_free_func(g_free);
 
-    bool done = pba_recover_left(access, block, lines, error);
+    bool done = pba_recover_leftovers(access, block, lines, error);
     for (guint i = 0; i < lines->len; i++) {
         pba_log(&access->hooks, PBA_LOG_INFO, "%s", (const char *)lines->pdata[i]);
     }
@@ -141,14 +122,11 @@ static bool set_up(PbaAccess *access, GError **error)
     if (!pba_access_begin(access, error)) {
         return false;
     }
-    bool pve = access->backend == PBA_BACKEND_PVE;
     access->nonce = pba_nonce_new();
-    return check_here(access, error) && undo_left(access, &block, error) &&
-           resolve_disks(access, &block, error) &&
-           (pve ? pba_pve_check(access, &block, error)
-                : pba_upstream_check(access, &block, error)) &&
+    return check_here(access, error) && undo_leftovers(access, &block, error) &&
+           resolve_disks(access, &block, error) && access->backend->check(access, &block, error) &&
            pba_owner_mark(access, error) && pba_run_dir_make(access, error) &&
-           (pve ? pba_pve_setup(access, error) : pba_upstream_setup(access, &block, error));
+           access->backend->setup(access, &block, error);
 }
 
 static bool require_down(const PbaAccess *access, GError **error)
@@ -171,7 +149,7 @@ bool pba_access_sizes(PbaAccess *access, const PbaDeviceRequest *requests, size_
         return false;
     }
     bool done =
-        take_requests(access, requests, count, error) && pba_access_choose_backend(access, error) &&
+        note_requests(access, requests, count, error) && pba_access_choose_backend(access, error) &&
         pba_block_query(access->qmp, true, &block, error) && resolve_disks(access, &block, error);
     for (size_t i = 0; done && i < count; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
@@ -188,7 +166,7 @@ bool pba_access_setup(PbaAccess *access, const PbaDeviceRequest *requests, size_
     if (!require_down(access, error)) {
         return false;
     }
-    bool done = take_requests(access, requests, count, error) && set_up(access, error);
+    bool done = note_requests(access, requests, count, error) && set_up(access, error);
     if (done) {
         pba_access_enter(access, PBA_PHASE_UP);
     } else {

@@ -1,5 +1,6 @@
 /* What there is of backups in a QEMU and on disk, for people and monitoring. It only looks. */
-#include "left.h"
+#include "backend.h"
+#include "leftovers.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 #include <sys/stat.h>
@@ -11,7 +12,7 @@
 typedef struct {
     PbaAccess *access;
     PbaBlock block;
-    PbaLeft left;
+    PbaLeftovers leftovers;
     GPtrArray *things;
     char *key;         /* of the target whose access is up; NULL: none is, or it is not known */
     const char *owner; /* the mark of the process that has an access; NULL: there is none */
@@ -25,7 +26,7 @@ static void status_clear(Status *status)
 {
     g_clear_pointer(&status->things, g_ptr_array_unref);
     g_clear_pointer(&status->warnings, json_array_unref);
-    pba_left_clear(&status->left);
+    pba_leftovers_clear(&status->leftovers);
     pba_block_clear(&status->block);
     g_clear_pointer(&status->access, pba_access_free);
     g_free(status->key);
@@ -63,7 +64,7 @@ static void copy_size(JsonObject *to, const char *to_key, JsonObject *from, cons
 
 static void set_target(const Status *status, JsonObject *object, const char *key)
 {
-    g_autofree char *target = key ? pba_left_target(&status->left, key) : NULL;
+    g_autofree char *target = key ? pba_leftovers_target(&status->leftovers, key) : NULL;
     set_text(object, "target-id", target);
 }
 
@@ -85,38 +86,16 @@ static void find_owner(Status *status)
             status->owner_size = size;
             status->pid = pid;
             status->state = state;
-            status->left.is_live |= state != PBA_OWNER_DEAD;
+            status->leftovers.is_live |= state != PBA_OWNER_DEAD;
         }
     }
-}
-
-/* An access of Proxmox' commands that another program has set up shows by its bitmaps only. */
-static char *find_foreign_target(const PbaBlock *block, bool *found)
-{
-    for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
-        JsonObject *node = pba_json_element(block->nodes, i);
-        JsonArray *bitmaps = node ? pba_json_find_array(node, "dirty-bitmaps") : NULL;
-        const char *frozen = NULL;
-        bool has_background = false;
-        for (guint j = 0; bitmaps && j < json_array_get_length(bitmaps); j++) {
-            JsonObject *info = pba_json_element(bitmaps, j);
-            const char *name = info ? pba_json_find_string(info, "name") : NULL;
-            has_background |= g_strcmp0(name, PBA_PVE_BACKGROUND) == 0;
-            frozen = name && !pba_json_find_bool(info, "recording") ? name : frozen;
-        }
-        if (has_background) {
-            *found = true;
-            return g_strdup(frozen);
-        }
-    }
-    return NULL;
 }
 
 /* The first target that has something in QEMU. */
 static const char *find_key(const Status *status)
 {
     for (guint i = 0; i < status->things->len; i++) {
-        const PbaLeftThing *thing = status->things->pdata[i];
+        const PbaLeftover *thing = status->things->pdata[i];
         if (thing->key && pba_is_own_node(thing->name)) {
             return thing->key;
         }
@@ -130,7 +109,7 @@ static JsonArray *devices_of(const Status *status)
     JsonArray *devices = json_array_new();
 
     for (guint i = 0; i < status->things->len; i++) {
-        const PbaLeftThing *thing = status->things->pdata[i];
+        const PbaLeftover *thing = status->things->pdata[i];
         if (thing->device && g_strcmp0(thing->key, status->key) == 0 &&
             pba_is_own_node(thing->name) && g_hash_table_add(seen, thing->device)) {
             json_array_add_string_element(devices, thing->device);
@@ -141,10 +120,9 @@ static JsonArray *devices_of(const Status *status)
 
 static JsonObject *foreign_access(const Status *status)
 {
-    bool found = false;
-    g_autofree char *target = find_foreign_target(&status->block, &found);
+    g_autofree char *target = NULL;
 
-    if (status->access->backend != PBA_BACKEND_PVE || !found) {
+    if (!status->access->backend->find_foreign(&status->block, &target)) {
         return NULL;
     }
     JsonObject *object = json_object_new();
@@ -160,7 +138,7 @@ static JsonObject *describe_access(Status *status)
 {
     const char *key = find_key(status);
 
-    if (!status->left.is_live && !key) {
+    if (!status->leftovers.is_live && !key) {
         return foreign_access(status);
     }
     JsonObject *object = json_object_new();
@@ -175,7 +153,7 @@ static JsonObject *describe_access(Status *status)
     if (status->state == PBA_OWNER_UNKNOWN) {
         set_text(object, "alive", NULL);
     } else {
-        json_object_set_int_member(object, "alive", status->left.is_live);
+        json_object_set_int_member(object, "alive", status->leftovers.is_live);
     }
     json_object_set_array_member(object, "devices", devices_of(status));
     return object;
@@ -185,11 +163,12 @@ static JsonObject *describe_access(Status *status)
 
 static void add_bitmap(const Status *status, const char *node, JsonObject *info, JsonArray *list)
 {
+    const PbaBackend *backend = status->access->backend;
     const char *name = pba_json_find_string(info, "name");
-    const char *target = name ? pba_bitmap_target_of(status->access->backend, name) : NULL;
-    bool is_pve_background = g_strcmp0(name, PBA_PVE_BACKGROUND) == 0;
+    const char *target = name ? backend->bitmap_target(name) : NULL;
+    bool is_background = name && backend->is_background(name);
 
-    if (!target && !is_pve_background) {
+    if (!target && !is_background) {
         return;
     }
     g_autofree char *device = pba_block_device_above(&status->block, node);
@@ -198,8 +177,7 @@ static void add_bitmap(const Status *status, const char *node, JsonObject *info,
     set_text(object, "device", device);
     set_text(object, "node", node);
     set_text(object, "name", name);
-    json_object_set_int_member(object, "background",
-                               is_pve_background || pba_background_target(name) != NULL);
+    json_object_set_int_member(object, "background", is_background);
     copy_size(object, "dirty-bytes", info, "count");
     copy_size(object, "granularity", info, "granularity");
     copy_flag(object, info, "recording");
@@ -232,16 +210,16 @@ static JsonArray *describe_exports(const Status *status)
 {
     JsonArray *list = json_array_new();
 
-    for (guint i = 0; i < json_array_get_length(status->left.exports); i++) {
-        JsonObject *export = pba_json_element(status->left.exports, i);
+    for (guint i = 0; i < json_array_get_length(status->leftovers.exports); i++) {
+        JsonObject *export = pba_json_element(status->leftovers.exports, i);
         const char *id = export ? pba_json_find_string(export, "id") : NULL;
         const char *target;
         const char *disk;
         if (!id) {
             continue;
         }
-        bool ours = pba_left_parse(id, &target, &disk);
-        g_autofree char *device = ours ? pba_left_device(&status->left, disk) : NULL;
+        bool ours = pba_leftovers_parse_name(id, &target, &disk);
+        g_autofree char *device = ours ? pba_leftovers_device(&status->leftovers, disk) : NULL;
         JsonObject *object = json_object_new();
         set_text(object, "id", id);
         set_text(object, "type", pba_json_find_string(export, "type"));
@@ -352,22 +330,22 @@ static JsonArray *describe_fleecing(Status *status)
 
 /* What is left of dead processes */
 
-static bool is_left(const Status *status, const PbaLeftThing *thing)
+static bool is_leftover(const Status *status, const PbaLeftover *thing)
 {
     if (pba_is_owner_mark(thing->name)) {
         JsonObject *node = pba_block_find_node(&status->block, thing->name);
         return pba_owner_is_dead(status->access, thing->name, pba_owner_node_size(node));
     }
-    return !status->left.is_live || g_strcmp0(thing->key, status->key) != 0;
+    return !status->leftovers.is_live || g_strcmp0(thing->key, status->key) != 0;
 }
 
-static JsonArray *describe_left(const Status *status)
+static JsonArray *describe_leftovers(const Status *status)
 {
     JsonArray *list = json_array_new();
 
     for (guint i = 0; i < status->things->len; i++) {
-        const PbaLeftThing *thing = status->things->pdata[i];
-        if (!is_left(status, thing)) {
+        const PbaLeftover *thing = status->things->pdata[i];
+        if (!is_leftover(status, thing)) {
             continue;
         }
         JsonObject *object = json_object_new();
@@ -380,27 +358,10 @@ static JsonArray *describe_left(const Status *status)
     return list;
 }
 
-/* What Proxmox' QEMU says of the last backup or access, over or not. */
-static bool add_bitmap_info(Status *status, JsonObject *object, GError **error)
-{
-    g_autoptr(GError) refused = NULL;
-    g_autoptr(JsonArray) infos =
-        pba_qmp_query_array(status->access->qmp, "query-pbs-bitmap-info", NULL, &refused);
-
-    if (pba_error_is_fatal(refused)) {
-        g_propagate_error(error, g_steal_pointer(&refused));
-        return false;
-    }
-    if (infos) {
-        json_object_set_array_member(object, "bitmap-info", g_steal_pointer(&infos));
-    }
-    return true;
-}
-
 static bool query(Status *status, GError **error)
 {
     return pba_access_begin(status->access, error) &&
-           pba_left_look(status->access, true, &status->block, &status->left, error);
+           pba_leftovers_look(status->access, true, &status->block, &status->leftovers, error);
 }
 
 JsonNode *pba_status(PbaQmp *qmp, const PbaAccessOptions *options, const PbaHooks *hooks,
@@ -408,22 +369,21 @@ JsonNode *pba_status(PbaQmp *qmp, const PbaAccessOptions *options, const PbaHook
 {
     g_auto(Status) status = {.access = pba_access_new_observer(qmp, options, hooks, error)};
     g_autoptr(JsonObject) object = json_object_new();
-    bool pve = false;
 
     if (!status.access || !query(&status, error)) {
         pba_qmp_release(qmp);
         return NULL;
     }
-    pve = status.access->backend == PBA_BACKEND_PVE;
-    bool told = !pve || add_bitmap_info(&status, object, error);
+    const PbaBackend *backend = status.access->backend;
+    bool told = backend->add_status(qmp, object, error);
     pba_qmp_release(qmp);
     if (!told) {
         return NULL;
     }
     find_owner(&status);
-    status.things = pba_left_things(&status.left);
+    status.things = pba_leftovers_list(&status.leftovers);
     status.warnings = json_array_new();
-    set_text(object, "backend", pve ? "pve" : "upstream");
+    set_text(object, "backend", backend->name);
     JsonObject *up = describe_access(&status);
     if (up) {
         json_object_set_object_member(object, "access", up);
@@ -433,7 +393,7 @@ JsonNode *pba_status(PbaQmp *qmp, const PbaAccessOptions *options, const PbaHook
     json_object_set_array_member(object, "bitmaps", describe_bitmaps(&status));
     json_object_set_array_member(object, "exports", describe_exports(&status));
     json_object_set_array_member(object, "fleecing", describe_fleecing(&status));
-    json_object_set_array_member(object, "left-overs", describe_left(&status));
+    json_object_set_array_member(object, "left-overs", describe_leftovers(&status));
     json_object_set_array_member(object, "warnings", g_steal_pointer(&status.warnings));
     JsonNode *node = json_node_alloc();
     json_node_init_object(node, object);

@@ -1,9 +1,7 @@
 /* The end of an access, whatever the cause. */
-#include "access.h"
-#include "pve/pve.h"
+#include "backend.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
-#include "upstream/upstream.h"
 #include <unistd.h>
 
 void pba_access_free(PbaAccess *access)
@@ -56,11 +54,7 @@ static bool undo(PbaAccess *access, bool success, GError **error)
      * or cannot join it. */
     if (pba_exports_remove(access, &first)) {
         GError *step = NULL;
-        if (access->backend == PBA_BACKEND_PVE) {
-            pba_pve_teardown(access, success, &step);
-        } else {
-            pba_upstream_teardown(access, success, &step);
-        }
+        access->backend->teardown(access, success, &step);
         pba_error_keep_first(&first, step, &access->hooks);
     }
     pba_error_keep_first(&first, files, &access->hooks);
@@ -82,8 +76,7 @@ static bool is_over(PbaAccess *access, const GError *error)
         return error->code == PBA_ERROR_CONNECTION && pba_qmp_is_gone(access->qmp);
     }
     bool server_is_up = access->socket && pba_socket_answers(access->socket);
-    return access->backend == PBA_BACKEND_UPSTREAM && !server_is_up &&
-           pba_upstream_is_clean(access);
+    return !server_is_up && access->backend->is_clean(access);
 }
 
 /* What there is to be done once the bitmaps are right, or cannot be made so now. */

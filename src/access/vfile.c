@@ -329,7 +329,7 @@ static bool remove_file(const char *path, const PbaHooks *hooks, GError **error)
     return false;
 }
 
-void pba_vfiles_remove_left(const char *dir)
+void pba_vfiles_remove_stale(const char *dir)
 {
     GDir *entries = g_dir_open(dir, 0, NULL);
     const char *name;

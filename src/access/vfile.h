@@ -26,6 +26,6 @@ bool pba_vfile_end(PbaVfile *vfile, const PbaHooks *hooks, GError **error);
 void pba_vfile_free(PbaVfile *vfile);
 
 /* Unmounts and removes what killed servers of a dead process left in its directory. */
-void pba_vfiles_remove_left(const char *dir);
+void pba_vfiles_remove_stale(const char *dir);
 
 #endif

@@ -84,11 +84,8 @@ char *pba_ending_mark(const char *target_id)
     return g_strconcat(PBA_ENDING_PREFIX, target, NULL);
 }
 
-const char *pba_bitmap_target_of(PbaBackend backend, const char *name)
+const char *pba_bitmap_target(const char *name)
 {
-    if (backend == PBA_BACKEND_PVE) {
-        return strcmp(name, PBA_PVE_BACKGROUND) == 0 ? NULL : name;
-    }
     return g_str_has_prefix(name, TARGET_PREFIX) ? name + strlen(TARGET_PREFIX)
                                                  : pba_background_target(name);
 }

@@ -6,8 +6,6 @@
 
 /* Names */
 
-typedef enum { PBA_BACKEND_PVE, PBA_BACKEND_UPSTREAM } PbaBackend;
-
 /* Whether the name is of a node of ours, of whatever target. */
 bool pba_is_own_node(const char *node);
 /* The hash in names of ours, of so many hexadecimal digits. */
@@ -32,16 +30,14 @@ char *pba_export_id(const char *target_id, const char *nonce, const char *key);
  * a name like this. */
 #define PBA_ENDING_PREFIX "pba-ending-"
 char *pba_ending_mark(const char *target_id);
-/* upstream: names of the bitmaps of a target; the caller's to free. Without a nonce the background
- * bitmap is one of version 0.1.0. */
+/* Names of the bitmaps that we add for a target; the caller's to free. Without a nonce the
+ * background bitmap is one of version 0.1.0. */
 char *pba_target_bitmap(const char *target_id);
 char *pba_background_bitmap(const char *target_id, const char *nonce);
-/* upstream: the target of a background bitmap, whatever its nonce; NULL if it is none. */
+/* The target in the name of such a background bitmap, whatever its nonce, or of either; NULL if it
+ * is none. Points into it. */
 const char *pba_background_target(const char *name);
-/* In this Proxmox' QEMU records what the guest writes while an access is up. */
-#define PBA_PVE_BACKGROUND "backup-access-background-bitmap"
-/* Both backends: the target in a bitmap's name, or NULL; points into it. */
-const char *pba_bitmap_target_of(PbaBackend backend, const char *name);
+const char *pba_bitmap_target(const char *name);
 
 /* Block devices, nodes and bitmaps at one moment, as the query commands tell them */
 

@@ -2,14 +2,16 @@
 #ifndef PBA_PVE_H
 #define PBA_PVE_H
 
-#include "src/access/access.h"
+#include "src/access/backend.h"
 
-/* Looks at everything that can be looked at, and changes nothing. */
+extern const PbaBackend pba_pve_backend;
+
+/* In this QEMU records what the guest writes while an access with bitmaps is up. */
+#define PBA_PVE_BACKGROUND "backup-access-background-bitmap"
+
+/* The table's */
 bool pba_pve_check(PbaAccess *access, const PbaBlock *block, GError **error);
-/* Starts the NBD server, too; begins the changes before its first one. Teardown undoes what it did.
- */
-bool pba_pve_setup(PbaAccess *access, GError **error);
-/* The exports are gone before. */
+bool pba_pve_setup(PbaAccess *access, PbaBlock *block, GError **error);
 bool pba_pve_teardown(PbaAccess *access, bool success, GError **error);
 
 /* The name of this target's bitmaps. */

@@ -219,7 +219,7 @@ static bool is_refusal(const GError *error)
     return error->code == PBA_ERROR_QMP && strstr(error->message, "not finished");
 }
 
-bool pba_pve_setup(PbaAccess *access, GError **error)
+bool pba_pve_setup(PbaAccess *access, G_GNUC_UNUSED PbaBlock *block, GError **error)
 {
     JsonNode *arguments =
         access->form == PBA_FORM_DEVICES ? devices_form(access) : devlist_form(access);

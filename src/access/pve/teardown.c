@@ -38,7 +38,7 @@ static const char *find_danger(const PbaDisk *disk, const PbaBlock *block)
 
 /* Whether a node with a background bitmap lacks the target's, or has one that is in use. The name
  * is not known of a QEMU with the early form of the command; there any frozen one will do. */
-static const char *find_left_danger(const PbaAccess *access, JsonObject *node)
+static const char *find_stale_danger(const PbaAccess *access, JsonObject *node)
 {
     JsonArray *bitmaps = pba_json_find_array(node, "dirty-bitmaps");
     bool has_background = false;
@@ -64,7 +64,7 @@ static const char *find_left_danger(const PbaAccess *access, JsonObject *node)
 }
 
 /* The same for an access of a dead process, of which only names are known. */
-static bool check_left_safe(PbaAccess *access, const PbaBlock *block, GError **error)
+static bool check_stale_safe(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     const char *danger = NULL;
     const char *device = NULL;
@@ -76,7 +76,7 @@ static bool check_left_safe(PbaAccess *access, const PbaBlock *block, GError **e
     }
     for (guint i = 0; !danger && i < json_array_get_length(block->nodes); i++) {
         JsonObject *node = pba_json_element(block->nodes, i);
-        danger = node ? find_left_danger(access, node) : NULL;
+        danger = node ? find_stale_danger(access, node) : NULL;
         device = pba_block_node_name(block->nodes, i);
     }
     if (danger) {
@@ -281,7 +281,7 @@ static bool look(PbaAccess *access, PbaBlock *block, GError **error)
     return (is_known || check_no_exports(access, error)) &&
            pba_block_query(access->qmp, false, block, error) &&
            pba_owner_require(access, block->nodes, error) &&
-           (is_dead_process ? check_left_safe : check_safe)(access, block, error);
+           (is_dead_process ? check_stale_safe : check_safe)(access, block, error);
 }
 
 bool pba_pve_teardown(PbaAccess *access, bool success, GError **error)

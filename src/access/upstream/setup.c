@@ -15,11 +15,6 @@
 #include <inttypes.h>
 #include <unistd.h>
 
-/* The guest's write is let through when fleecing takes longer. VirtIO drivers give up at 60 s. */
-#define CBW_TIMEOUT_S 45
-/* Before QEMU 9.1 the limit was kept in 32 bits of nanoseconds. */
-#define CBW_TIMEOUT_OLD_S 4
-
 /* qom-get where the object may lack the property: NULL then, and also on an error. */
 static JsonNode *find_property(PbaQmp *qmp, const char *path, const char *property, GError **error)
 {
@@ -68,10 +63,9 @@ static bool find_iothread(PbaQmp *qmp, const char *qdev, bool *found, GError **e
     return true;
 }
 
-/* Before 10.0 QEMU aborts when an NBD client leaves an export of such a disk. */
 static bool check_iothreads(PbaAccess *access, GError **error)
 {
-    if (access->qemu_version >= 1000) {
+    if (pba_upstream_allows_iothreads(access)) {
         return true;
     }
     g_autoptr(JsonArray) threads = pba_qmp_query_array(access->qmp, "query-iothreads", NULL, error);
@@ -185,6 +179,12 @@ static bool check_bitmap(PbaAccess *access, PbaDisk *disk, const PbaBlock *block
     return true;
 }
 
+void pba_upstream_name_nodes(const PbaAccess *access, PbaDisk *disk)
+{
+    disk->raw_node = pba_disk_name(access, "raw", disk);
+    disk->filter_node = pba_disk_name(access, "cbw", disk);
+}
+
 static bool check_disk(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, GError **error)
 {
     if (!disk->qdev) {
@@ -196,8 +196,7 @@ static bool check_disk(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, 
         pba_error_set(error, PBA_ERROR_PROTOCOL, "its block graph has an open end");
         return false;
     }
-    disk->raw_node = pba_disk_name(access, "raw", disk);
-    disk->filter_node = pba_disk_name(access, "cbw", disk);
+    pba_upstream_name_nodes(access, disk);
     return check_fleecing(access, disk, block, error) && check_bitmap(access, disk, block, error);
 }
 
@@ -314,11 +313,11 @@ static bool add_background(PbaAccess *access, PbaDisk *disk, GError **error)
  * missing in it. */
 static bool add_filter(PbaAccess *access, PbaDisk *disk, GError **error)
 {
-    unsigned timeout = access->qemu_version >= 901 ? CBW_TIMEOUT_S : CBW_TIMEOUT_OLD_S;
     JsonNode *arguments = pba_json(
         "{'driver': <'copy-before-write'>, 'node-name': <%s>, 'file': <%s>, 'target': <%s>, "
         "'on-cbw-error': <'break-snapshot'>, 'cbw-timeout': <%u>, 'discard': <'unmap'>}",
-        disk->filter_node, disk->root_node, disk->fleecing_node, timeout);
+        disk->filter_node, disk->root_node, disk->fleecing_node,
+        pba_upstream_cbw_timeout_s(access));
     pba_json_set_if(arguments, "read-only", disk->read_only);
     return pba_qmp_run(access->qmp, "blockdev-add", arguments, error);
 }

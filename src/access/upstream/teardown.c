@@ -60,8 +60,8 @@ static void bypass_filters(PbaAccess *access, GError **first, const PbaBlock *bl
 }
 
 /* Only where the guest device does use our node: qom-set of what is set already stalls QEMU. */
-static void take_out_raw(PbaAccess *access, GError **first, const PbaBlock *block,
-                         const PbaDisk *disk)
+static void give_root_back(PbaAccess *access, GError **first, const PbaBlock *block,
+                           const PbaDisk *disk)
 {
     JsonObject *user = pba_block_find_user(block, disk->raw_node);
     const char *qdev = user ? pba_json_find_string(user, "qdev") : NULL;
@@ -92,7 +92,7 @@ static void undo_graph(PbaAccess *access, GError **first, const PbaBlock *block)
     bypass_filters(access, first, block);
     for (guint i = 0; i < disks->len; i++) {
         const PbaDisk *disk = disks->pdata[i];
-        take_out_raw(access, first, block, disk);
+        give_root_back(access, first, block, disk);
         delete_node(access, first, block, disk, disk->filter_node);
         delete_node(access, first, block, disk, disk->raw_node);
         drop_fleecing(access, first, block, disk);

@@ -2,29 +2,36 @@
 #ifndef PBA_UPSTREAM_H
 #define PBA_UPSTREAM_H
 
-#include "src/access/access.h"
+#include "src/access/backend.h"
 
-/* Looks at everything that can be looked at, and changes nothing. */
+extern const PbaBackend pba_upstream_backend;
+
+/* The table's */
 bool pba_upstream_check(PbaAccess *access, const PbaBlock *block, GError **error);
-/* Starts the NBD server, too; begins the changes before its first one. Teardown undoes what it did.
- */
 bool pba_upstream_setup(PbaAccess *access, PbaBlock *block, GError **error);
-/* The exports are gone before. */
 bool pba_upstream_teardown(PbaAccess *access, bool success, GError **error);
-/* True if QEMU can be asked and has nothing of an access any more but markers. */
 bool pba_upstream_is_clean(PbaAccess *access);
-/* Discards what is clean in the exported snapshot, if the map is worth it. Nothing depends on it,
- * so that a failure is only logged. */
-void pba_trim_clean_parts(PbaAccess *access, const PbaDisk *disk);
+bool pba_upstream_reads_by_cluster(const PbaAccess *access);
+
+/* Versions of QEMU */
+
+bool pba_upstream_allows_iothreads(const PbaAccess *access);
+unsigned pba_upstream_cbw_timeout_s(const PbaAccess *access);
 
 /* The graph */
 
+/* Fills in what the disk's raw node and its filter are called. */
+void pba_upstream_name_nodes(const PbaAccess *access, PbaDisk *disk);
 /* The disk below our nodes, as the graph shows it: borrowed, NULL if they are not there. */
 const char *pba_upstream_root(const PbaBlock *block, const PbaDisk *disk);
 /* Options of the raw node above a disk, with file as its child. discard=unmap hands the guest's own
  * trims down to the disk; the size makes QEMU refuse block_resize, which aborts while a bitmap is
  * exported. */
 JsonNode *pba_raw_options(const PbaDisk *disk, const char *file);
+
+/* Discards what is clean in the exported snapshot, if the map is worth it. Nothing depends on it,
+ * so that a failure is only logged. */
+void pba_trim_clean_parts(PbaAccess *access, const PbaDisk *disk);
 
 /* Bitmaps */
 

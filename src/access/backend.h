@@ -1,0 +1,56 @@
+/* What a backend is: a table of functions, chosen once, by what QEMU says it has. */
+#ifndef PBA_BACKEND_H
+#define PBA_BACKEND_H
+
+#include "access.h"
+
+struct PbaBackend {
+    const char *name; /* as pba_capabilities calls it */
+
+    /* Setup: check comes first and changes nothing. setup starts the NBD server, too, and begins
+     * the changes before its first one. teardown undoes as much of it as there is; the exports are
+     * gone before. */
+
+    /* Fills in a disk by a name that no device of the guest has, or refuses it. */
+    bool (*resolve_node)(PbaDisk *disk, const PbaBlock *block, GError **error);
+    bool (*check)(PbaAccess *access, const PbaBlock *block, GError **error);
+    bool (*setup)(PbaAccess *access, PbaBlock *block, GError **error);
+    bool (*teardown)(PbaAccess *access, bool success, GError **error);
+    /* True if QEMU can be asked and has nothing of an access any more but markers. */
+    bool (*is_clean)(PbaAccess *access);
+
+    /* Exports */
+
+    /* Whether only reads within single clusters of the snapshot are right. */
+    bool (*reads_by_cluster)(const PbaAccess *access);
+    /* Once all are there; nothing depends on it. */
+    void (*after_export)(PbaAccess *access);
+
+    /* Bitmaps, by their names */
+
+    /* The target in the name, which it points into; NULL: it is no bitmap of a target. */
+    const char *(*bitmap_target)(const char *name);
+    /* Whether such a bitmap records what the guest writes while an access is up. */
+    bool (*is_background)(const char *name);
+
+    /* Leftovers of dead processes, and what others do */
+
+    bool recovers_by_graph; /* recovery needs the block graph */
+    /* Fills in what QEMU tells of a disk of which only the key is known. */
+    bool (*resolve_stale)(PbaAccess *dead, PbaDisk *disk, const PbaBlock *block, GError **error);
+    /* What teardown does to the target's bitmaps on that node, as recover says it; NULL where they
+     * need nothing. Static. */
+    const char *(*bitmap_repair)(const PbaBlock *block, const char *node, const char *target_id);
+    /* Whether another program has an access up by QEMU's own commands, and for which target: the
+     * caller's to free, NULL if that is not known. */
+    bool (*find_foreign)(const PbaBlock *block, char **target_id);
+    /* Adds what else QEMU says of backups. */
+    bool (*add_status)(PbaQmp *qmp, JsonObject *status, GError **error);
+};
+
+/* Asks QEMU what it can do, and chooses. */
+bool pba_access_choose_backend(PbaAccess *access, GError **error);
+/* The same, and where need be who it is. */
+bool pba_access_begin(PbaAccess *access, GError **error);
+
+#endif

@@ -1,0 +1,257 @@
+#include "leftovers.h"
+#include "backend.h"
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
+#include <string.h>
+
+bool pba_leftovers_look(PbaAccess *access, bool with_graph, PbaBlock *block,
+                        PbaLeftovers *leftovers, GError **error)
+{
+    pba_leftovers_clear(leftovers);
+    leftovers->access = access;
+    leftovers->block = block;
+    leftovers->paths = pba_run_dir_find_stale(access);
+    if (!pba_block_query(access->qmp, with_graph, block, error)) {
+        return false;
+    }
+    leftovers->exports = pba_qmp_query_array(access->qmp, "query-block-exports", NULL, error);
+    return leftovers->exports != NULL;
+}
+
+void pba_leftovers_clear(PbaLeftovers *leftovers)
+{
+    g_clear_pointer(&leftovers->exports, json_array_unref);
+    g_clear_pointer(&leftovers->paths, g_ptr_array_unref);
+}
+
+static const char *node_name(const PbaLeftovers *leftovers, guint index)
+{
+    return pba_block_node_name(leftovers->block->nodes, index);
+}
+
+static const char *export_id(const PbaLeftovers *leftovers, guint index)
+{
+    JsonObject *export = pba_json_element(leftovers->exports, index);
+    return export ? pba_json_find_string(export, "id") : NULL;
+}
+
+guint pba_leftovers_name_count(const PbaLeftovers *leftovers)
+{
+    return json_array_get_length(leftovers->block->nodes) +
+           json_array_get_length(leftovers->exports);
+}
+
+const char *pba_leftovers_name(const PbaLeftovers *leftovers, guint index)
+{
+    guint nodes = json_array_get_length(leftovers->block->nodes);
+    return index < nodes ? node_name(leftovers, index) : export_id(leftovers, index - nodes);
+}
+
+static bool is_key(const char *text)
+{
+    return strspn(text, "0123456789abcdef") >= PBA_HASH_LENGTH;
+}
+
+bool pba_leftovers_parse_name(const char *name, const char **target, const char **disk)
+{
+    size_t length = strlen(name);
+
+    if (!pba_is_own_node(name) || pba_is_owner_mark(name) ||
+        length < strlen("pba-x-") + (size_t)2 * PBA_HASH_LENGTH + 1) {
+        return false;
+    }
+    *disk = name + length - PBA_HASH_LENGTH;
+    *target = *disk - PBA_HASH_LENGTH - 1;
+    return (*target)[-1] == '-' && (*disk)[-1] == '-' && is_key(*disk) && is_key(*target);
+}
+
+static bool has_hash(const char *name, const char *key)
+{
+    g_autofree char *hash = name ? pba_short_hash(name) : NULL;
+    return hash && strncmp(hash, key, MIN(strlen(key), PBA_HASH_LENGTH)) == 0;
+}
+
+/* Any of the names that pba_block_find_device takes. */
+char *pba_leftovers_device(const PbaLeftovers *leftovers, const char *disk)
+{
+    JsonArray *devices = leftovers->block->devices;
+
+    for (guint i = 0; i < json_array_get_length(devices); i++) {
+        JsonObject *device = pba_json_element(devices, i);
+        const char *qdev = device ? pba_json_find_string(device, "qdev") : NULL;
+        g_autofree char *id = qdev ? pba_block_qdev_id(qdev) : NULL;
+        const char *backend = device ? pba_json_find_string(device, "device") : NULL;
+        const char *const names[] = {backend, qdev, id};
+        for (size_t j = 0; j < G_N_ELEMENTS(names); j++) {
+            if (has_hash(names[j], disk)) {
+                return g_strdup(names[j]);
+            }
+        }
+    }
+    for (guint i = 0; i < json_array_get_length(leftovers->block->nodes); i++) {
+        if (has_hash(node_name(leftovers, i), disk)) {
+            return g_strdup(node_name(leftovers, i));
+        }
+    }
+    return NULL;
+}
+
+/* A bitmap's name has its target's in it. */
+static char *find_in_bitmaps(const PbaLeftovers *leftovers, JsonArray *bitmaps, const char *key)
+{
+    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
+        JsonObject *info = pba_json_element(bitmaps, i);
+        const char *name = info ? pba_json_find_string(info, "name") : NULL;
+        const char *target = name ? leftovers->access->backend->bitmap_target(name) : NULL;
+        if (target && has_hash(target, key)) {
+            return g_strdup(target);
+        }
+    }
+    return NULL;
+}
+
+char *pba_leftovers_target(const PbaLeftovers *leftovers, const char *key)
+{
+    char *target = NULL;
+
+    for (guint i = 0; !target && i < json_array_get_length(leftovers->block->nodes); i++) {
+        JsonObject *node = pba_json_element(leftovers->block->nodes, i);
+        target = node ? find_in_bitmaps(leftovers, pba_json_find_array(node, "dirty-bitmaps"), key)
+                      : NULL;
+    }
+    /* An access without bitmaps, or one of the early form of Proxmox' command. */
+    for (guint i = 0; !target && i < leftovers->paths->len; i++) {
+        g_autofree char *told = pba_run_dir_target(leftovers->paths->pdata[i]);
+        target = told && has_hash(told, key) ? g_steal_pointer(&told) : NULL;
+    }
+    return target;
+}
+
+static void thing_free(gpointer data)
+{
+    PbaLeftover *thing = data;
+
+    g_free(thing->key);
+    g_free(thing->device);
+    g_free(thing->what);
+    g_free(thing);
+}
+
+/* what is taken over. */
+static PbaLeftover *add_thing(GPtrArray *things, const char *name, const char *key, char *what,
+                              const char *undone)
+{
+    PbaLeftover *thing = g_new0(PbaLeftover, 1);
+
+    thing->name = name;
+    thing->key = key ? g_strndup(key, PBA_HASH_LENGTH) : NULL;
+    thing->what = what;
+    thing->undone = undone;
+    g_ptr_array_add(things, thing);
+    return thing;
+}
+
+static void set_device(const PbaLeftovers *leftovers, PbaLeftover *thing, const char *disk)
+{
+    thing->device = pba_leftovers_device(leftovers, disk);
+    thing->device = thing->device ? thing->device : g_strdup_printf("(%s)", disk);
+}
+
+static void add_exports(const PbaLeftovers *leftovers, GPtrArray *things)
+{
+    for (guint i = 0; i < json_array_get_length(leftovers->exports); i++) {
+        const char *id = export_id(leftovers, i);
+        const char *target;
+        const char *disk;
+        if (id && pba_leftovers_parse_name(id, &target, &disk)) {
+            char *what = pba_line("export '%s'", id);
+            set_device(leftovers, add_thing(things, id, target, what, "was removed"), disk);
+        }
+    }
+}
+
+static void add_bitmaps(const PbaLeftovers *leftovers, const char *node, GPtrArray *things)
+{
+    const PbaBackend *backend = leftovers->access->backend;
+    g_autoptr(GHashTable) seen = g_hash_table_new(g_str_hash, g_str_equal);
+    JsonObject *entry = pba_block_find_node(leftovers->block, node);
+    JsonArray *bitmaps = pba_json_find_array(entry, "dirty-bitmaps");
+
+    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
+        JsonObject *info = pba_json_element(bitmaps, i);
+        const char *name = info ? pba_json_find_string(info, "name") : NULL;
+        const char *id = name ? backend->bitmap_target(name) : NULL;
+        const char *undone = id ? backend->bitmap_repair(leftovers->block, node, id) : NULL;
+        if (!undone || !g_hash_table_add(seen, (gpointer)id)) {
+            continue;
+        }
+        g_autofree char *key = pba_short_hash(id);
+        PbaLeftover *thing =
+            add_thing(things, node, key, pba_line("dirty bitmap of node '%s'", node), undone);
+        thing->device = pba_block_device_above(leftovers->block, node);
+    }
+}
+
+static void add_owner(const PbaLeftovers *leftovers, const char *node, GPtrArray *things)
+{
+    uint64_t size = pba_owner_node_size(pba_block_find_node(leftovers->block, node));
+    PbaOwnerState state;
+    pid_t pid;
+
+    pba_owner_read(leftovers->access, node, size, &pid, &state);
+    add_thing(things, node, NULL, pba_line("process mark '%s'", node),
+              state == PBA_OWNER_UNKNOWN ? "was removed: its process, which cannot be judged from "
+                                           "here, was taken for dead"
+                                         : "was removed")
+        ->harmless = true;
+}
+
+static void add_node(const PbaLeftovers *leftovers, const char *node, GPtrArray *things)
+{
+    const char *target;
+    const char *disk;
+
+    if (pba_leftovers_parse_name(node, &target, &disk)) {
+        bool is_mark = g_str_has_prefix(node, "pba-" PBA_DEVICE_ROLE "-");
+        char *what = pba_line(is_mark ? "its backup access (mark '%s')" : "block node '%s'", node);
+        set_device(leftovers,
+                   add_thing(things, node, target, what, is_mark ? "was ended" : "was removed"),
+                   disk);
+    } else if (pba_is_owner_mark(node)) {
+        add_owner(leftovers, node, things);
+    } else if (g_str_has_prefix(node, PBA_ENDING_PREFIX)) {
+        add_thing(things, node, node + strlen(PBA_ENDING_PREFIX),
+                  pba_line("the mark of a success that was being committed, '%s',", node),
+                  "was removed");
+    } else {
+        add_bitmaps(leftovers, node, things);
+    }
+}
+
+static void add_path(const char *path, bool is_live, GPtrArray *things)
+{
+    g_autofree char *socket = pba_run_dir_stale_socket(path);
+    bool answers = socket && !is_live && pba_socket_answers(socket);
+    char *what = answers ? pba_line("the NBD server at '%s'", socket) : pba_line("'%s'", path);
+
+    add_thing(things, path, pba_run_dir_key(path), what, answers ? "was stopped" : "was removed")
+        ->harmless = !answers;
+}
+
+GPtrArray *pba_leftovers_list(const PbaLeftovers *leftovers)
+{
+    GPtrArray *things = g_ptr_array_new_with_free_func(thing_free);
+
+    add_exports(leftovers, things);
+    for (guint i = 0; i < json_array_get_length(leftovers->block->nodes); i++) {
+        if (node_name(leftovers, i)) {
+            add_node(leftovers, node_name(leftovers, i), things);
+        }
+    }
+    for (guint i = 0; i < leftovers->paths->len; i++) {
+        if (!pba_run_dir_is_live(leftovers->access, leftovers->paths->pdata[i])) {
+            add_path(leftovers->paths->pdata[i], leftovers->is_live, things);
+        }
+    }
+    return things;
+}

@@ -1,0 +1,116 @@
+/* The table of the backend, and what of it is short. */
+#include "pve.h"
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
+#include <string.h>
+
+/* QEMU looks for any node of that name. While an access is up its filter hides the nodes of guest
+ * devices; then QEMU itself must say whose access that is. */
+static bool resolve_node(PbaDisk *disk, const PbaBlock *block, GError **error)
+{
+    JsonObject *node = pba_block_find_node(block, disk->device);
+
+    if (!node) {
+        return pba_disk_set_unknown_error(error);
+    }
+    disk->root_node = g_strdup(disk->device);
+    return pba_block_node_size(node, &disk->size, error);
+}
+
+/* QEMU does not tell whether an access without bitmaps is up. */
+static bool is_clean(G_GNUC_UNUSED PbaAccess *access)
+{
+    return false;
+}
+
+/* The commands are younger than the bug that makes it necessary (QEMU 7.2). */
+static bool reads_by_cluster(G_GNUC_UNUSED const PbaAccess *access)
+{
+    return false;
+}
+
+/* QEMU leaves the clean parts out of the snapshot from the start. */
+static void after_export(G_GNUC_UNUSED PbaAccess *access)
+{
+}
+
+static bool is_background(const char *name)
+{
+    return strcmp(name, PBA_PVE_BACKGROUND) == 0;
+}
+
+/* A target's bitmap has its name. */
+static const char *bitmap_target(const char *name)
+{
+    return is_background(name) ? NULL : name;
+}
+
+/* All that teardown needs is the target. */
+static bool resolve_stale(G_GNUC_UNUSED PbaAccess *dead, G_GNUC_UNUSED PbaDisk *disk,
+                          G_GNUC_UNUSED const PbaBlock *block, G_GNUC_UNUSED GError **error)
+{
+    return true;
+}
+
+/* QEMU joins them itself when it ends an access. */
+static const char *bitmap_repair(G_GNUC_UNUSED const PbaBlock *block,
+                                 G_GNUC_UNUSED const char *node,
+                                 G_GNUC_UNUSED const char *target_id)
+{
+    return NULL;
+}
+
+/* It shows by its bitmaps only: the target's is frozen beside the background one. */
+static bool find_foreign(const PbaBlock *block, char **target_id)
+{
+    for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
+        JsonObject *node = pba_json_element(block->nodes, i);
+        JsonArray *bitmaps = node ? pba_json_find_array(node, "dirty-bitmaps") : NULL;
+        const char *frozen = NULL;
+        bool has_background = false;
+        for (guint j = 0; bitmaps && j < json_array_get_length(bitmaps); j++) {
+            JsonObject *info = pba_json_element(bitmaps, j);
+            const char *name = info ? pba_json_find_string(info, "name") : NULL;
+            has_background |= name && is_background(name);
+            frozen = name && !pba_json_find_bool(info, "recording") ? name : frozen;
+        }
+        if (has_background) {
+            *target_id = g_strdup(frozen);
+            return true;
+        }
+    }
+    return false;
+}
+
+/* What QEMU says of the last backup or access, over or not. */
+static bool add_status(PbaQmp *qmp, JsonObject *status, GError **error)
+{
+    g_autoptr(GError) refused = NULL;
+    g_autoptr(JsonArray) infos = pba_qmp_query_array(qmp, "query-pbs-bitmap-info", NULL, &refused);
+
+    if (pba_error_is_fatal(refused)) {
+        g_propagate_error(error, g_steal_pointer(&refused));
+        return false;
+    }
+    if (infos) {
+        json_object_set_array_member(status, "bitmap-info", g_steal_pointer(&infos));
+    }
+    return true;
+}
+
+const PbaBackend pba_pve_backend = {
+    .name = "pve",
+    .resolve_node = resolve_node,
+    .check = pba_pve_check,
+    .setup = pba_pve_setup,
+    .teardown = pba_pve_teardown,
+    .is_clean = is_clean,
+    .reads_by_cluster = reads_by_cluster,
+    .after_export = after_export,
+    .bitmap_target = bitmap_target,
+    .is_background = is_background,
+    .resolve_stale = resolve_stale,
+    .bitmap_repair = bitmap_repair,
+    .find_foreign = find_foreign,
+    .add_status = add_status,
+};

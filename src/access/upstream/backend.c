@@ -1,0 +1,89 @@
+/* The table of the backend, and what of it is short. */
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
+#include "upstream.h"
+
+/* The raw node goes between a guest device and its disk, so a node alone will not do. */
+static bool resolve_node(G_GNUC_UNUSED PbaDisk *disk, G_GNUC_UNUSED const PbaBlock *block,
+                         GError **error)
+{
+    return pba_disk_set_unknown_error(error);
+}
+
+/* Proxmox' QEMU leaves the clean parts out of the snapshot from the start; here they are discarded.
+ */
+static void after_export(PbaAccess *access)
+{
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        if (disk->action == PBA_BITMAP_ACTION_USED) {
+            pba_trim_clean_parts(access, disk);
+        }
+    }
+}
+
+static bool is_background(const char *name)
+{
+    return pba_background_target(name) != NULL;
+}
+
+/* The disk below our nodes. */
+static bool resolve_stale(PbaAccess *dead, PbaDisk *disk, const PbaBlock *block, GError **error)
+{
+    pba_upstream_name_nodes(dead, disk);
+    disk->snapshot_node = pba_disk_name(dead, "snap", disk);
+    disk->fleecing_node = pba_disk_name(dead, "fleece", disk);
+
+    JsonObject *raw = pba_block_find_node(block, disk->raw_node);
+    const char *root = pba_upstream_root(block, disk);
+    disk->root_node = g_strdup(root);
+    disk->bitmap_node = root ? g_strdup(pba_block_skip_filters(block, root)) : NULL;
+    disk->read_only = raw && pba_json_find_bool(raw, "ro");
+    return !raw || pba_block_node_size(raw, &disk->size, error);
+}
+
+/* They are split while the background one is there, or the target's does not record. */
+static const char *bitmap_repair(const PbaBlock *block, const char *node, const char *target_id)
+{
+    g_autofree char *name = pba_target_bitmap(target_id);
+    JsonObject *target = pba_block_find_bitmap(block, node, name);
+    JsonObject *background = pba_block_find_background(block, node, target_id);
+    bool is_good = target && !pba_json_find_bool(target, "inconsistent");
+
+    if (is_good && background && !pba_json_find_bool(background, "inconsistent")) {
+        return "was joined with its background bitmap, as after a failed backup";
+    }
+    return background || (is_good && !pba_json_find_bool(target, "recording"))
+               ? "was removed, since it may lack bits"
+               : NULL;
+}
+
+/* QEMU has no such commands. */
+static bool find_foreign(G_GNUC_UNUSED const PbaBlock *block, G_GNUC_UNUSED char **target_id)
+{
+    return false;
+}
+
+static bool add_status(G_GNUC_UNUSED PbaQmp *qmp, G_GNUC_UNUSED JsonObject *status,
+                       G_GNUC_UNUSED GError **error)
+{
+    return true;
+}
+
+const PbaBackend pba_upstream_backend = {
+    .name = "upstream",
+    .resolve_node = resolve_node,
+    .check = pba_upstream_check,
+    .setup = pba_upstream_setup,
+    .teardown = pba_upstream_teardown,
+    .is_clean = pba_upstream_is_clean,
+    .reads_by_cluster = pba_upstream_reads_by_cluster,
+    .after_export = after_export,
+    .bitmap_target = pba_bitmap_target,
+    .is_background = is_background,
+    .recovers_by_graph = true,
+    .resolve_stale = resolve_stale,
+    .bitmap_repair = bitmap_repair,
+    .find_foreign = find_foreign,
+    .add_status = add_status,
+};
