@@ -14,18 +14,22 @@ my $build = PBA::Test::CBuild->new or plan(skip_all => 'no pkg-config, or no -de
 diag('no sanitizer runtime: without it') if !$build->is_sanitized;
 
 my @targets = map { m{(\w+)\z} } sort glob('t/fuzz/corpus/*');
+
+# A target, and what is cut off it by subject.
+sub sources_of ($target) { return glob("t/fuzz/${target}{,-*}.c") }
+
 my @common = map { "t/fuzz/$_.c" } qw(fake replay);
 my @wrapped = qw(poll getpid kill g_get_monotonic_time g_file_get_contents);
 my $wrap = join(',', '-Wl', map { "--wrap=$_" } @wrapped);
 
-is_deeply([$build->compile($build->core, @common, map { "t/fuzz/$_.c" } @targets)],
+is_deeply([$build->compile($build->core, @common, map { sources_of($_) } @targets)],
     [], 'everything compiles without a warning')
     or BAIL_OUT('the fuzz targets do not compile');
 
 for my $target (@targets) {
     subtest $target => sub {
         my ($status, @output)
-            = $build->link($target, ["t/fuzz/$target.c", @common, $build->core], $wrap);
+            = $build->link($target, [sources_of($target), @common, $build->core], $wrap);
         is($status, 0, 'links') or return diag(@output);
         my @inputs = sort glob("t/fuzz/corpus/$target/*");
         cmp_ok(scalar(@inputs), '>', 5, 'there are inputs');

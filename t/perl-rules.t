@@ -73,6 +73,13 @@ for my $lines (40, 41) {
     }
 }
 
+for my $lines (500, 501) {
+    my $code = "work();\n" x ($lines - 2) . "\n=head1 NAME\n\nX\n\n=cut\n\n__END__\n\n=head1 X\n";
+    my $long = planted('lines.pm', $code);
+    my @expected = $lines > 500 ? ("$long: $lines lines of code, more than 500") : ();
+    is_deeply([PBA::Test::PerlRules::long_files($long)], \@expected, "lengths: $lines lines");
+}
+
 my %names = (
     'twice' => ['work(PVE::BackupAccess::X->y, PVE::BackupAccess::X::z());', 0],
     'three times' =>

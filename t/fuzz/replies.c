@@ -5,20 +5,17 @@
  *
  * Lines of one command are used in their order, the last one again and again; a command without a
  * line gets a good reply. Where that cannot be a message, the connection is lost. */
-#include "fuzz.h"
+#include "replies.h"
 #include "src/access/access.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
-#include "src/qmp/wire.h"
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
-#define TARGET "snapshot-access:mystore"
 #define MAX_COMMANDS 2000
-#define MAX_CACHED 20000
 
 typedef struct {
     const char *command; /* not ended by a NUL */
@@ -29,52 +26,6 @@ typedef struct {
     bool used;
 } Reply;
 
-static const char *const good_replies[][2] = {
-    {"query-version", "{'return': {'qemu': {'major': 8, 'minor': 2, 'micro': 2}}}"},
-    {"query-block",
-     "{'return': [{'device': 'drive-scsi0', 'qdev': '/machine/peripheral/scsi0/virtio-backend',"
-     " 'inserted': {'node-name': '#block1', 'ro': false, 'image': {'virtual-size': 67108864}}},"
-     " {'device': 'drive-scsi1', 'qdev': 'scsi1', 'inserted': {'node-name': '#block2',"
-     " 'ro': false, 'image': {'virtual-size': 50331648}}}]}"},
-    {"query-named-block-nodes",
-     "{'return': [{'node-name': '#block1', 'drv': 'raw', 'image': {'virtual-size': 67108864}},"
-     " {'node-name': '#block2', 'drv': 'qcow2', 'image': {'virtual-size': 50331648}},"
-     " {'node-name': 'drive-scsi0-fleecing', 'drv': 'raw', 'image': {'virtual-size': 67108864}},"
-     " {'node-name': 'drive-scsi1-fleecing', 'drv': 'raw', 'image': {'virtual-size': 50331648}}]}"},
-    {"x-debug-query-block-graph",
-     "{'return': {'nodes': [{'id': 1, 'type': 'block-driver', 'name': '#block1'},"
-     " {'id': 2, 'type': 'block-driver', 'name': '#block2'}], 'edges': []}}"},
-    {"backup-access-setup",
-     "{'return': [{'device': 'drive-scsi0', 'node-name': '#snap0', 'size': 67108864,"
-     " 'bitmap-node-name': '#block1', 'bitmap-name': '" TARGET "', 'bitmap-action': 'used'},"
-     " {'device': 'drive-scsi1', 'node-name': '#snap1', 'size': 50331648,"
-     " 'bitmap-node-name': '#block2', 'bitmap-name': '" TARGET "', 'bitmap-action': 'new'}]}"},
-    {"query-block-exports", "{'return': []}"},
-    {"query-status", "{'return': {'status': 'running'}}"},
-    {"query-iothreads", "{'return': []}"},
-    {"query-jobs", "{'return': []}"},
-    {"", "{'return': {}}"},
-};
-
-static const char *const commands[] = {
-    "{'return': [{'name': 'blockdev-reopen'}, {'name': 'blockdev-backup'},"
-    " {'name': 'block-export-add'}, {'name': 'block-dirty-bitmap-merge'},"
-    " {'name': 'x-debug-query-block-graph'}]}",
-    "{'return': [{'name': 'backup-access-setup'}]}",
-};
-
-static const char *const schemas[] = {
-    "{'return': [{'name': 'backup-access-setup', 'meta-type': 'command', 'arg-type': '1'},"
-    " {'name': '1', 'meta-type': 'object', 'members': [{'name': 'devices'}]}]}",
-    "{'return': [{'name': 'backup-access-setup', 'meta-type': 'command', 'arg-type': '1'},"
-    " {'name': '1', 'meta-type': 'object', 'members': [{'name': 'devlist'},"
-    " {'name': 'bitmap-name'}]}]}",
-};
-
-static GHashTable *good;
-static GHashTable *cache; /* NULL unless PBA_FUZZ_CACHE is set */
-static JsonObject *good_commands[G_N_ELEMENTS(commands)];
-static JsonObject *good_schemas[G_N_ELEMENTS(schemas)];
 static GHashTable *own_fleecing;
 static char run_dir[128];
 static char fleecing_dir[128];
@@ -98,38 +49,6 @@ static struct {
     PbaAccess *access;
 } state;
 
-static JsonObject *parse(const char *text, size_t length)
-{
-    g_autoptr(PbaQmpWire) wire = pba_qmp_wire_new();
-    return pba_qmp_wire_feed(wire, text, length, NULL) ? pba_qmp_wire_pop(wire) : NULL;
-}
-
-/* Most lines of an input are those of one before it, and reading them again is most of the work.
- * But what is kept cannot be seen to be used after it was freed. */
-static JsonObject *parse_cached(const char *text, size_t length)
-{
-    if (!cache) {
-        return parse(text, length);
-    }
-    g_autofree char *key = g_strndup(text, length);
-    JsonObject *message = g_hash_table_lookup(cache, key);
-    if (!message && (message = parse(text, length))) {
-        if (g_hash_table_size(cache) >= MAX_CACHED) {
-            g_hash_table_remove_all(cache);
-        }
-        g_hash_table_insert(cache, g_steal_pointer(&key), message);
-    }
-    return message ? json_object_ref(message) : NULL;
-}
-
-static JsonObject *parse_good(const char *text)
-{
-    g_autofree char *json = g_strdelimit(g_strdup(text), "'", '"');
-    JsonObject *message = parse(json, strlen(json));
-    CHECK(message != NULL);
-    return message;
-}
-
 static void remove_dirs(void)
 {
     rmdir(fleecing_dir);
@@ -139,20 +58,9 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
 {
     (void)argc;
     (void)argv;
-    good = g_hash_table_new(g_str_hash, g_str_equal);
-    for (size_t i = 0; i < G_N_ELEMENTS(good_replies); i++) {
-        g_hash_table_insert(good, (char *)good_replies[i][0], parse_good(good_replies[i][1]));
-    }
-    for (size_t i = 0; i < 2; i++) {
-        good_commands[i] = parse_good(commands[i]);
-        good_schemas[i] = parse_good(schemas[i]);
-    }
+    replies_prepare();
     own_fleecing = g_hash_table_new(g_str_hash, g_str_equal);
     g_hash_table_insert(own_fleecing, (char *)"drive-scsi0", (char *)"drive-scsi0-fleecing");
-    if (g_getenv("PBA_FUZZ_CACHE")) {
-        cache = g_hash_table_new_full(g_str_hash, g_str_equal, g_free,
-                                      (GDestroyNotify)json_object_unref);
-    }
     snprintf(run_dir, sizeof(run_dir), "%s/run", fake_dir());
     snprintf(fleecing_dir, sizeof(fleecing_dir), "%s/fleecing", fake_dir());
     CHECK(mkdir(fleecing_dir, 0700) == 0);
@@ -188,19 +96,12 @@ static JsonObject *reply_to(const char *command)
 
     if (reply) {
         if (!reply->used) {
-            reply->message = parse_cached(reply->text, reply->length);
+            reply->message = replies_parse(reply->text, reply->length);
             reply->used = true;
         }
         return reply->message;
     }
-    if (strcmp(command, "query-commands") == 0) {
-        return good_commands[state.pve];
-    }
-    if (strcmp(command, "query-qmp-schema") == 0) {
-        return good_schemas[state.early];
-    }
-    JsonObject *message = g_hash_table_lookup(good, command);
-    return message ? message : g_hash_table_lookup(good, "");
+    return replies_good(command, state.pve, state.early);
 }
 
 static void stop_listening(void)

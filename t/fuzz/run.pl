@@ -22,7 +22,7 @@ my $dir = $coverage ? '.fuzz/coverage' : '.fuzz/build';
 my @wrapped = qw(poll getpid kill g_get_monotonic_time g_file_get_contents);
 my $wrap = join(',', '-Wl', map { "--wrap=$_" } @wrapped);
 my @core = grep { !m{^src/vfile/} } sort(glob('src/*/*.c src/*/*/*.c'));
-my @sources = (@core, "t/fuzz/$target.c", 't/fuzz/fake.c');
+my @sources = (@core, glob("t/fuzz/${target}{,-*}.c"), 't/fuzz/fake.c');
 push(@sources, 't/fuzz/replay.c') if $coverage;
 my @sanitize
     = $coverage

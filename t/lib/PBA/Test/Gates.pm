@@ -41,6 +41,7 @@ sub all () {
         _clang_tidy(), _perltidy(), _perlcritic(), _cppcheck(),
         _clang_format(), _codespell(), _spelling(), _shellcheck(),
         _house(), _evals(), _functions(), _names(),
+        _lengths(),
     );
     for my $gate (@gates) {
         $gate->{code} = [__FILE__, $INC{'PBA/Test/Sources.pm'}, $INC{'PBA/Test/House.pm'}];
@@ -201,6 +202,14 @@ sub _functions () {
         \&PBA::Test::PerlRules::long_functions,
         'cut it by what its parts do'
     );
+}
+
+sub _lengths () {
+    return {
+        _own_gate('lengths', \&PBA::Test::PerlRules::long_files, 'cut it by subject')->%*,
+        files =>
+            sub { (_perl_files(), _files('glue/*.c', 't/*.c', 't/*.h', '*.xs', '*.sh', 'run')) },
+    };
 }
 
 sub _names () {

@@ -1,7 +1,7 @@
 package PBA::Test::PerlRules;
 
-# What is asked of our own Perl beyond what perlcritic knows. The source is taken by lines, as perltidy
-# leaves it: a named function begins and ends at the left margin.
+# What is asked of our own Perl beyond what perlcritic knows, and of the length of all sources. Perl is taken
+# by lines, as perltidy leaves it: a named function begins and ends at the left margin.
 
 use v5.36;
 

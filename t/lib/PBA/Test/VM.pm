@@ -11,11 +11,11 @@ use POSIX qw(WNOHANG);
 use Scalar::Util ();
 use Time::HiRes ();
 
-use PBA::Test::Cache;
 use PBA::Test::Channel;
 use PBA::Test::Graph;
 use PBA::Test::Guest;
 use PBA::Test::QMP;
+use PBA::Test::VM::CommandLine qw(command_line);
 
 my $JSON = JSON::PP->new->utf8->canonical;
 my $DEFAULT_SIZE = 64 * 1024 * 1024;
@@ -82,7 +82,7 @@ sub restart ($self) {
 # Whether the QEMU that tests start has Proxmox' commands.
 sub is_proxmox ($class = undef) {
     state %known;
-    my $qemu = _qemu();
+    my $qemu = qemu();
     return $known{$qemu} //= do {
         my @ask = qw(qmp_capabilities query-commands quit);
         my $input = join('', map { $JSON->encode({ execute => $_ }) } @ask);
@@ -92,7 +92,7 @@ sub is_proxmox ($class = undef) {
     };
 }
 
-sub _qemu () {
+sub qemu ($class = undef) {
     return $ENV{PBA_QEMU} // 'qemu-system-x86_64';
 }
 
@@ -193,142 +193,6 @@ sub raw_image ($self, $id) {
     return $raw;
 }
 
-# ---- QEMU's command line ----
-
-sub _true ($value) {
-    return $value ? JSON::PP::true : JSON::PP::false;
-}
-
-sub _blockdev_args ($self, $disk) {
-    my ($id, $throttle) = $disk->@{qw(id throttle)};
-    my $cache = { direct => _true($disk->{cache} eq 'none'), 'no-flush' => _true(0) };
-    my $read_only = _true($disk->{readonly});
-    my %file = (
-        driver => 'file',
-        'node-name' => "$id-file",
-        filename => $disk->{file},
-        discard => 'unmap',
-        cache => $cache,
-        'read-only' => $read_only,
-    );
-    my %format = (
-        driver => $disk->{format},
-        'node-name' => $throttle ? "$id-format" : $id,
-        discard => 'unmap',
-        cache => $cache,
-        'read-only' => $read_only,
-        file => \%file,
-    );
-    return ('-blockdev', $JSON->encode(\%format)) if !$throttle;
-
-    # As Proxmox VE does it: the filter is the node the disk is known by.
-    my %filter = (
-        driver => 'throttle',
-        'node-name' => $id,
-        'throttle-group' => "throttle-$id",
-        discard => 'unmap',
-        file => \%format,
-    );
-    return ('-object', "throttle-group,id=throttle-$id", '-blockdev', $JSON->encode(\%filter));
-}
-
-sub _drive_args ($self, $disk) {
-    my @values = (
-        "id=drive-$disk->{id}", 'if=none',
-        "format=$disk->{format}", "cache=$disk->{cache}",
-        'discard=on', 'file=' . $disk->{file} =~ s/,/,,/gr,
-    );
-    push @values, 'readonly=on' if $disk->{readonly};
-    push @values, 'throttling.bps-total=17179869184' if $disk->{throttle};
-    return ('-drive', join ',', @values);
-}
-
-sub _device_args ($self, $disk) {
-    my $id = $disk->{id};
-    my @args;
-    my $iothread = $disk->{iothread} ? ",iothread=iothread-$id" : '';
-    push @args, '-object', "iothread,id=iothread-$id" if $iothread;
-
-    my $drive = $disk->{shape} eq 'drive' ? "drive-$id" : $id;
-    my $common = "drive=$drive,id=$id-dev,serial=$id";
-    $common .= ",$disk->{device_args}" if $disk->{device_args};
-    if ($disk->{bus} eq 'scsi') {
-        push @args, '-device', "virtio-scsi-pci,id=scsihw-$id$iothread";
-        push @args, '-device', "scsi-hd,bus=scsihw-$id.0,$common";
-    }
-    else {
-        push @args, '-device', "virtio-blk-pci,$common$iothread";
-    }
-    return @args;
-}
-
-sub _cdrom_args ($self) {
-    return () if !$self->{opt}{empty_cdrom};
-    my ($first) = map { $_->{shape} } values $self->{disks}->%*;
-    return ('-device', 'ide-cd,bus=ide.1,id=ide2') if ($first // '') ne 'drive';
-    return (
-        '-drive', 'if=none,id=drive-ide2,media=cdrom',
-        '-device', 'ide-cd,bus=ide.1,drive=drive-ide2,id=ide2',
-    );
-}
-
-sub _guest_args ($self) {
-    return () if !$self->{opt}{guest};
-    my @disks = values $self->{disks}->%*;
-    my $scsi = grep { $_->{bus} eq 'scsi' } @disks;
-
-    # What costs time under emulation and gives a test nothing is switched off.
-    my @kernel = (
-        'console=ttyS0', 'quiet',
-        'panic=-1', 'mitigations=off',
-        'nokaslr', 'no_timer_check',
-        'random.trust_cpu=on', 'pba.disks=' . @disks,
-        ('pba.scsi=1') x !!$scsi,
-    );
-    return (
-        '-kernel', PBA::Test::Cache->kernel->{vmlinuz},
-        '-initrd', PBA::Test::Cache->initramfs,
-        '-append', join(' ', @kernel),
-    );
-}
-
-sub _channel_args ($self) {
-    my $dir = $self->{dir};
-    my @args = ('-serial', "file:$dir/console.log");
-    push @args, '-chardev', "socket,id=agent,path=$dir/agent,server=on,wait=off";
-    push @args, '-serial', 'chardev:agent';
-    for my $name (qw(qmp qmp2)) {
-        push @args, '-chardev', "socket,id=$name,path=$dir/$name,server=on,wait=off";
-        push @args, '-mon', "chardev=$name,mode=control";
-    }
-    return @args;
-}
-
-sub _command ($self) {
-    my @more = split ' ', $ENV{PBA_QEMU_ARGS} // '';
-    my $accel = grep { /\A--?(?:accel|enable-kvm)\z/ } @more;
-    my @disks = map { $self->disk($_) } $self->disk_ids;
-    return (
-        _qemu(),
-        ($accel ? () : qw(-accel tcg)),
-        '-machine',
-        $self->{opt}{machine},
-        '-m',
-        $self->{opt}{memory},
-        qw(-nodefaults -display none -no-reboot -S),
-        $self->_channel_args,
-        $self->_guest_args,
-        (
-            map { $_->{shape} eq 'drive' ? $self->_drive_args($_) : $self->_blockdev_args($_) }
-                @disks
-        ),
-        (map { $self->_device_args($_) } @disks),
-        $self->_cdrom_args,
-        ($self->{opt}{args} // [])->@*,
-        @more,
-    );
-}
-
 # ---- the process ----
 
 # setpriv makes the kernel end QEMU with us even if we are killed; stdbuf makes what qemu-io prints
@@ -351,7 +215,7 @@ sub _spawn ($self, @command) {
 sub _launch ($self) {
     unlink map { "$self->{dir}/$_" } qw(qmp qmp2 agent);
     my $began = PBA::Test::Channel::now();
-    $self->_spawn($self->_command);
+    $self->_spawn(command_line($self));
     my $ok = eval {
 
         # Weak: the connections are kept in $self.

@@ -3,45 +3,12 @@ package PBA::Test::NBDServer::Connection;
 # One client of PBA::Test::NBDServer: the protocol as in the NBD project's doc/proto.md.
 
 use v5.36;
-no warnings 'portable';    # 64 bit magic numbers
 
 use Errno qw(EINVAL ENOTSUP);
 use List::Util qw(max min);
 use Time::HiRes qw(time);
 
-use constant {
-    OPTION_REPLY_MAGIC => 0x0003e889045565a9,
-    REQUEST_MAGIC => 0x25609513,
-    SIMPLE_MAGIC => 0x67446698,
-    CHUNK_MAGIC => 0x668e33ef,
-
-    REP_ACK => 1,
-    REP_SERVER => 2,
-    REP_INFO => 3,
-    REP_META_CONTEXT => 4,
-    REP_ERR_UNSUP => 0x80000001,
-    REP_ERR_INVALID => 0x80000003,
-    REP_ERR_UNKNOWN => 0x80000006,
-
-    # has flags, flush, trim, DF, multiple connections: as QEMU advertises a writable export
-    TRANSMISSION_FLAGS => 1 | 1 << 2 | 1 << 5 | 1 << 7 | 1 << 8,
-    FLUSH_FLAG => 1 << 2,
-    ZEROES_FLAG => 1 << 6,
-
-    CHUNK_NONE => 0,
-    CHUNK_DATA => 1,
-    CHUNK_BLOCK_STATUS => 5,
-    CHUNK_ERROR => 32769,
-    CHUNK_DONE => 1,
-
-    FLAG_REQ_ONE => 1 << 3,
-
-    HOLE_AND_ZERO => 1 | 1 << 1,
-
-    BITMAP_ID => 1,
-    ALLOCATION_ID => 2,
-    WRONG_ID => 4711,
-};
+use PBA::Test::NBDServer::Protocol;
 
 my %option_name = (
     1 => 'export_name',

@@ -1,0 +1,147 @@
+package PBA::Test::VM::CommandLine;
+
+# How QEMU is started for a PBA::Test::VM: its disks, its guest, and the channels to both.
+
+use v5.36;
+
+use Exporter qw(import);
+use JSON::PP ();
+
+use PBA::Test::Cache;
+
+our @EXPORT_OK = qw(command_line);
+
+my $JSON = JSON::PP->new->utf8->canonical;
+
+my sub true ($value) {
+    return $value ? JSON::PP::true : JSON::PP::false;
+}
+
+my sub blockdev_args ($disk) {
+    my ($id, $throttle) = $disk->@{qw(id throttle)};
+    my $cache = { direct => true($disk->{cache} eq 'none'), 'no-flush' => true(0) };
+    my $read_only = true($disk->{readonly});
+    my %file = (
+        driver => 'file',
+        'node-name' => "$id-file",
+        filename => $disk->{file},
+        discard => 'unmap',
+        cache => $cache,
+        'read-only' => $read_only,
+    );
+    my %format = (
+        driver => $disk->{format},
+        'node-name' => $throttle ? "$id-format" : $id,
+        discard => 'unmap',
+        cache => $cache,
+        'read-only' => $read_only,
+        file => \%file,
+    );
+    return ('-blockdev', $JSON->encode(\%format)) if !$throttle;
+
+    # As Proxmox VE does it: the filter is the node the disk is known by.
+    my %filter = (
+        driver => 'throttle',
+        'node-name' => $id,
+        'throttle-group' => "throttle-$id",
+        discard => 'unmap',
+        file => \%format,
+    );
+    return ('-object', "throttle-group,id=throttle-$id", '-blockdev', $JSON->encode(\%filter));
+}
+
+my sub drive_args ($disk) {
+    my @values = (
+        "id=drive-$disk->{id}", 'if=none',
+        "format=$disk->{format}", "cache=$disk->{cache}",
+        'discard=on', 'file=' . $disk->{file} =~ s/,/,,/gr,
+    );
+    push @values, 'readonly=on' if $disk->{readonly};
+    push @values, 'throttling.bps-total=17179869184' if $disk->{throttle};
+    return ('-drive', join ',', @values);
+}
+
+my sub device_args ($disk) {
+    my $id = $disk->{id};
+    my @args;
+    my $iothread = $disk->{iothread} ? ",iothread=iothread-$id" : '';
+    push @args, '-object', "iothread,id=iothread-$id" if $iothread;
+
+    my $drive = $disk->{shape} eq 'drive' ? "drive-$id" : $id;
+    my $common = "drive=$drive,id=$id-dev,serial=$id";
+    $common .= ",$disk->{device_args}" if $disk->{device_args};
+    if ($disk->{bus} eq 'scsi') {
+        push @args, '-device', "virtio-scsi-pci,id=scsihw-$id$iothread";
+        push @args, '-device', "scsi-hd,bus=scsihw-$id.0,$common";
+    }
+    else {
+        push @args, '-device', "virtio-blk-pci,$common$iothread";
+    }
+    return @args;
+}
+
+my sub cdrom_args ($vm) {
+    return () if !$vm->{opt}{empty_cdrom};
+    my ($first) = map { $_->{shape} } values $vm->{disks}->%*;
+    return ('-device', 'ide-cd,bus=ide.1,id=ide2') if ($first // '') ne 'drive';
+    return (
+        '-drive', 'if=none,id=drive-ide2,media=cdrom',
+        '-device', 'ide-cd,bus=ide.1,drive=drive-ide2,id=ide2',
+    );
+}
+
+my sub guest_args ($vm) {
+    return () if !$vm->{opt}{guest};
+    my @disks = values $vm->{disks}->%*;
+    my $scsi = grep { $_->{bus} eq 'scsi' } @disks;
+
+    # What costs time under emulation and gives a test nothing is switched off.
+    my @kernel = (
+        'console=ttyS0', 'quiet',
+        'panic=-1', 'mitigations=off',
+        'nokaslr', 'no_timer_check',
+        'random.trust_cpu=on', 'pba.disks=' . @disks,
+        ('pba.scsi=1') x !!$scsi,
+    );
+    return (
+        '-kernel', PBA::Test::Cache->kernel->{vmlinuz},
+        '-initrd', PBA::Test::Cache->initramfs,
+        '-append', join(' ', @kernel),
+    );
+}
+
+my sub channel_args ($vm) {
+    my $dir = $vm->{dir};
+    my @args = ('-serial', "file:$dir/console.log");
+    push @args, '-chardev', "socket,id=agent,path=$dir/agent,server=on,wait=off";
+    push @args, '-serial', 'chardev:agent';
+    for my $name (qw(qmp qmp2)) {
+        push @args, '-chardev', "socket,id=$name,path=$dir/$name,server=on,wait=off";
+        push @args, '-mon', "chardev=$name,mode=control";
+    }
+    return @args;
+}
+
+sub command_line ($vm) {
+    my @more = split ' ', $ENV{PBA_QEMU_ARGS} // '';
+    my $accel = grep { /\A--?(?:accel|enable-kvm)\z/ } @more;
+    my @disks = map { $vm->disk($_) } $vm->disk_ids;
+    return (
+        $vm->qemu,
+        ($accel ? () : qw(-accel tcg)),
+        '-machine',
+        $vm->{opt}{machine},
+        '-m',
+        $vm->{opt}{memory},
+        qw(-nodefaults -display none -no-reboot -S),
+        channel_args($vm),
+        guest_args($vm),
+        (map { $_->{shape} eq 'drive' ? drive_args($_) : blockdev_args($_) } @disks),
+        (map { device_args($_) } @disks),
+        cdrom_args($vm),
+        ($vm->{opt}{args} // [])->@*,
+        @more,
+    );
+}
+
+1;
