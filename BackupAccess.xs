@@ -40,6 +40,22 @@ _dispatch_signals()
         PERL_ASYNC_CHECK();
 
 SV *
+_take_later()
+    CODE:
+        SV *exception = glue_take_later(aTHX);
+        RETVAL = exception ? exception : newSV(0);
+    OUTPUT:
+        RETVAL
+
+SV *
+_return_with_later(SV *result, SV *exception)
+    CODE:
+        glue_throw_later(aTHX_ exception);
+        RETVAL = SvREFCNT_inc(result);
+    OUTPUT:
+        RETVAL
+
+SV *
 _run_all(bool again, ...)
     CODE:
         /* The arguments may move while the code runs. */

@@ -63,18 +63,54 @@ void glue_warn(Caller *caller, const char *format, ...)
 static despatch_signals_proc_t signals_hook;
 static unsigned checks_to_skip;
 
+/* What dies there is no more than a warning. */
+static bool is_in_destructor(pTHX)
+{
+    for (const PERL_SI *info = PL_curstackinfo; info; info = info->si_prev) {
+        if (info->si_type == PERLSI_DESTROY) {
+            return true;
+        }
+    }
+    return false;
+}
+
 /* In the place of Perl's own, wherever Perl looks for signals. */
 static void throw_later(pTHX)
 {
+    if (is_in_destructor(aTHX)) {
+        return;
+    }
     if (checks_to_skip > 0) {
         checks_to_skip--;
         return;
     }
+    croak_sv(
+        sv_2mortal(glue_take_later(aTHX))); /* signals that came since then are still pending */
+}
+
+void glue_throw_later(pTHX_ SV *exception)
+{
+    if (PL_signalhook != throw_later) { /* else there is one already, and the first one counts */
+        sv_setsv(get_sv(LATER, GV_ADD), exception);
+        signals_hook = PL_signalhook;
+        PL_signalhook = throw_later;
+    }
+    /* Perl looks at the beginning of a statement and at the end of an eval: in
+     * eval { $access->teardown(1); 1 } once each, and what dies there ends that eval. */
+    checks_to_skip = 2;
+    PL_sig_pending = 1;
+}
+
+SV *glue_take_later(pTHX)
+{
+    if (PL_signalhook != throw_later) {
+        return NULL;
+    }
     SV *held = get_sv(LATER, GV_ADD);
-    SV *exception = sv_2mortal(newSVsv(held));
+    SV *exception = newSVsv(held);
     PL_signalhook = signals_hook;
     sv_setsv(held, &PL_sv_undef);
-    croak_sv(exception); /* signals that came since then are still pending */
+    return exception;
 }
 
 void glue_throw_pending_later(pTHX_ Caller *caller)
@@ -83,16 +119,8 @@ void glue_throw_pending_later(pTHX_ Caller *caller)
     if (!caller->exception) {
         return;
     }
-    if (PL_signalhook != throw_later) { /* else there is one already, and the first one counts */
-        sv_setsv(get_sv(LATER, GV_ADD), caller->exception);
-        signals_hook = PL_signalhook;
-        PL_signalhook = throw_later;
-    }
+    glue_throw_later(aTHX_ caller->exception);
     SvREFCNT_dec(caller->exception);
     caller->exception = NULL;
     caller->died = false;
-    /* Perl looks at the beginning of a statement and at the end of an eval: in
-     * eval { $access->teardown(1); 1 } once each, and what dies there ends that eval. */
-    checks_to_skip = 2;
-    PL_sig_pending = 1;
 }

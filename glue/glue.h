@@ -52,6 +52,10 @@ void glue_throw_pending(pTHX_ Caller *caller);
 /* Runs the handlers of signals that have come, and has what they or other callbacks died with come
  * a statement or two after the call: for one that must not look as if it had failed. */
 void glue_throw_pending_later(pTHX_ Caller *caller);
+/* Has an exception come that way. */
+void glue_throw_later(pTHX_ SV *exception);
+/* What was to come that way, and does not now: a new scalar; NULL if there is nothing. */
+SV *glue_take_later(pTHX);
 /* Has Perl look for signals now. */
 void glue_run_signal_handlers(pTHX_ Caller *caller);
 

@@ -9,77 +9,23 @@ use v5.36;
 use FindBin;
 use lib "$FindBin::Bin/lib";
 
-use Scalar::Util qw(refaddr);
 use Test::More;
 
 use PBA::Test::Backend;
 use PBA::Test::QMP;
+use PBA::Test::Thrown qw(is_same strike thrown_by what_arrives);
 use PBA::Test::Watchdog;
 
-my $object = { my => 'exception' };
-my $false = bless({}, 'False');
-my $text = "interrupted by signal\n";
-
-{
-
-    package False;
-    use overload bool => sub { 0 }, '""' => sub { '' }, fallback => 1;
-}
-
-my sub send_signal ($signal) { kill($signal => $$) }
-
-# In other words, as mon_cmd does where it catches and dies again.
-my sub reworded ($signal) {
-    eval { send_signal($signal); 1 } or die "VM 100 qmp command failed - $@";
-}
-
-# A time limit of the code ref's own, as PVE::Tools::run_with_timeout has it.
-my sub time_out () {
-    local $SIG{ALRM} = sub { die "got timeout\n" };
-    send_signal('ALRM');
-}
-
-# name => [what happens in the code ref, what arrives; undef: an error of the command's]
-my %kinds = (
-    'TERM, a text' => [
-        sub {
-            local $SIG{ALRM} = sub { };
-            send_signal('TERM');
-        },
-        $text
-    ],
-    'INT, an object' => [sub { send_signal('INT') }, $object],
-    'ALRM, in other words' => [sub { reworded('ALRM') }, "alarm\n"],
-    'HUP, an object in other words' => [sub { reworded('HUP') }, $object],
-    'a false object' => [sub { die $false }, $false],
-    'a time-out' => [\&time_out, undef],
-    'an error' => [sub { die "VM 100 qmp command 'x' failed - no\n" }, undef],
+# What arrives of each; undef: an error of the command's.
+my %kinds = map { $_ => thrown_by($_) } (
+    'TERM, a text',
+    'INT, an object',
+    'ALRM, in other words',
+    'HUP, an object in other words',
+    'a false object',
+    'an error',
 );
-
-sub term_handler { die $text }
-
-my sub with_handlers ($code) {
-    local $SIG{TERM} = 'term_handler';
-    local $SIG{INT} = sub { die $object };
-    local $SIG{ALRM} = sub { die "alarm\n" };
-    local $SIG{HUP} = sub { die $object };
-    local $@ = undef;
-    my ($done, $error);
-
-    # After a backup that was committed it comes when the call, and an eval around it, is over.
-    my $late = !eval {
-        $done = eval { $code->(); 1 };
-        $error = $@;
-        1;
-    };
-    return ($done, $late ? $@ : $error);
-}
-
-my sub is_same ($got, $expected) {
-    return ref($expected)
-        ? ref($got) && refaddr($got) == refaddr($expected)
-        : !ref($got) && $got eq $expected;
-}
+$kinds{'a time-out'} = undef;
 
 my sub is_own ($error) { return ref($error) eq 'PVE::BackupAccess::Error' }
 
@@ -113,51 +59,57 @@ my %uses = (
     },
 );
 
-# One use in which something happens at a command. Returns whether there was such a command.
-sub check_point ($backend, $monitor, $outside, %point) {
-    my ($strike, $expected) = $kinds{ $point{kind} }->@*;
-    my $name = "$point{use}, command $point{at}, $point{when}: $point{kind}";
-    my ($count, $struck, @after, @log) = (0);
-    my $qmp = sub ($command, $arguments) {
-        push(@after, $command) if $count >= $point{at};
-        my $hit = ++$count == $point{at};
-        $struck = $command if $hit;
-        $strike->() if $hit && $point{when} eq 'before';
+# A code ref in which something happens at a command. Counts, and notes what is sent after it.
+sub code_ref ($monitor, $point) {
+    return sub ($command, $arguments) {
+        push($point->{after}->@*, $command) if $point->{count} >= $point->{at};
+        my $hit = ++$point->{count} == $point->{at};
+        strike($point->{kind}) if $hit && $point->{when} eq 'before';
         my $value = $monitor->execute($command, $arguments->%*);
-        $strike->() if $hit && $point{when} eq 'after';
+        strike($point->{kind}) if $hit && $point->{when} eq 'after';
         return $value;
     };
-    my %options = $backend->options(qmp => $qmp);
+}
+
+sub check_error ($name, $point, $context, $got) {
+    my ($access, $expected) = ($context->{access}, $kinds{ $point->{kind} });
+    if ($got->{done}) {
+
+        # A backup that was committed; or a command that may fail.
+        ok(!defined($expected) || is_same($got->{error}, $expected), "$name: arrives after that")
+            or diag($got->{error}, $context->{log}->@*, "after it: $point->{after}->@*");
+        ok(!$access || !$access->_is_up, "$name: and all is over");
+        return;
+    }
+    my $right = defined($expected) ? is_same($got->{error}, $expected) : is_own($got->{error});
+    ok($right, "$name: arrives") or diag(ref($got->{error}) || $got->{error});
+    ok(!$access || $context->{was_up} || !$access->_is_up, "$name: a setup is undone");
+    ok(!(grep { $_ eq 'block-export-add' } $point->{after}->@*), "$name: the work ends");
+}
+
+# One use in which something happens at a command. Returns whether there was such a command.
+sub check_point ($backend, $monitor, $outside, %at) {
+    my $point = { %at, count => 0, after => [] };
+    my $name = "$at{use}, command $at{at}, $at{when}: $at{kind}";
+    my %options = $backend->options(qmp => code_ref($monitor, $point));
     delete($options{timeout});
+    my $log = [];
     my $context = {
         devices => $backend->devices('use'),
         options => \%options,
+        log => $log,
         new => sub {
-            PVE::BackupAccess->new(%options, log => sub ($level, $line) { push(@log, $line) });
+            PVE::BackupAccess->new(%options, log => sub ($level, $line) { push($log->@*, $line) });
         },
     };
-    my ($done, $error) = with_handlers(sub { $uses{ $point{use} }->($context) });
-    return 0 if $count < $point{at};
-    my $access = $context->{access};
-    if ($done) {
-
-        # A backup that was committed; or a command that may fail.
-        ok(!defined($expected) || is_same($error, $expected), "$name: arrives after that")
-            or diag($error, @log, "after it: @after");
-        ok(!$access || !$access->_is_up, "$name: and all is over");
-    }
-    else {
-        ok(defined($expected) ? is_same($error, $expected) : is_own($error), "$name: arrives")
-            or diag(ref($error) || $error);
-        ok(!$access || $context->{was_up} || !$access->_is_up, "$name: a setup is undone");
-        ok(!(grep { $_ eq 'block-export-add' } @after), "$name: the work ends");
-    }
+    my $got = what_arrives(sub { $uses{ $at{use} }->($context) });
+    return 0 if $point->{count} < $at{at};
+    check_error($name, $point, $context, $got);
+    my $access = delete($context->{access});
     $access->teardown(0) if $access && $access->_is_up;
     undef $access;
-    undef $context->{access};
     is_deeply([$backend->problems($outside)], [], "$name: nothing is left")
-        or diag(
-        explain($struck, \@after, \@log, [$backend->problems($outside)], $backend->other_bitmaps)),
+        or diag(explain($point, $log, $backend->other_bitmaps)),
         BAIL_OUT('what is left would be found after each');
     return 1;
 }

@@ -79,8 +79,22 @@ sub log ($self, $level, $message) {
 sub run ($self) {
     $self->_check_process;
     my $result = {};
-    $self->_back_up($result, sub { });
-    return $result;
+    return $self->_outcome(
+        $result,
+        deaths_of(
+            sub {
+                $self->_back_up($result, sub { });
+            }
+        )
+    );
+}
+
+# What ends a call. A stop signal that came when the backup was committed does not make it a failure; it
+# arrives when the caller has the result. To that end nothing may follow here.
+sub _outcome ($self, $result, @deaths) {
+    my $late = delete($self->{late});
+    $self->_die_of(@deaths, defined($late) ? [$late, 1] : ()) if @deaths;
+    return defined($late) ? PVE::BackupAccess::_return_with_later($result, $late) : $result;
 }
 
 # $finish is called before the teardown and has its part in the outcome: what the provider cannot
@@ -234,7 +248,10 @@ sub _tear_down ($self, $success, $result) {
     my $access = $self->{access};
     return if !$access->_is_up;
     my @deaths = deaths_of_all(
-        sub { $access->teardown($success) },
+        sub {
+            $access->teardown($success);
+            $self->{late} //= PVE::BackupAccess::_take_later();    # before it comes by itself
+        },
         sub ($failed) { $access->teardown(0) if $failed && $access->_is_up },
     ) or return;
     $self->log('warn', "teardown failed - $_->[0]") for @deaths;
@@ -316,6 +333,11 @@ sub _dirty_bytes ($self, $device) {
 
 sub run_job ($self) {
     $self->_check_process;
+    my $result = {};
+    return $self->_outcome($result, deaths_of(sub { $self->_job($result) }));
+}
+
+sub _job ($self, $result) {
     my $provider = $self->{provider};
     local $self->{'log file'} = File::Temp->new(
         TEMPLATE => 'pve-backup-access.XXXXXX',
@@ -325,22 +347,20 @@ sub run_job ($self) {
     $self->{'log file'}->autoflush;
 
     my $start_time = time();
-    my $result;
     $self->_steps(
         sub {
             $provider->job_init($start_time);
-            $result = $self->_guest_of_job;
+            $self->_guest_of_job($result);
         },
         sub { $provider->job_cleanup },
     );
-    return $result;
+    return;
 }
 
 # A failure of the guest's backup goes to the provider, then to its log, then on. An archive that is
 # complete has not failed, whatever comes after it.
-sub _guest_of_job ($self) {
+sub _guest_of_job ($self, $result) {
     my ($provider, $vmid) = $self->@{qw(provider vmid)};
-    my $result = {};
     $self->_steps(
         sub {
             my ($death) = deaths_of(sub { $self->_init_and_back_up($result) }) or return;
@@ -355,7 +375,7 @@ sub _guest_of_job ($self) {
         sub { $provider->backup_handle_log_file($vmid, $self->{'log file'}->filename) },
     );
     delete($result->{complete});
-    return $result;
+    return;
 }
 
 sub _init_and_back_up ($self, $result) {
@@ -512,7 +532,9 @@ the provider forked, and that comes back, it dies and does nothing else.
 
 When C<backup_vm> has returned the archive must be complete: from then on the bitmaps may begin anew. An
 error of the teardown after that is no failure of the backup. It is logged, and in the result; the next
-setup undoes what was left.
+setup undoes what was left. A signal that comes when the bitmaps have begun anew is none either: what its handler dies with
+comes when you have the result, a statement or two after the call (see L<PVE::BackupAccess/teardown>), and so before a next
+backup begins.
 
 The result is a hash:
 
@@ -544,6 +566,10 @@ teardown: a provider that dies there has no archive, and so the bitmaps stay as 
 If anything from C<backup_init> to there fails, C<backup_cleanup($vmid, 'qemu', 0, { error => $text })>
 is called after the teardown. C<job_cleanup> is called in every case, and the log file handed over if
 C<job_init> was successful.
+
+A signal that comes when the bitmaps have begun anew does not keep C<backup_handle_log_file> and C<job_cleanup> from being
+called; its exception comes after the call, as with L</run>. If one of these two dies, or a signal comes while
+they run, the exception comes from the call, but the backup is good: the provider is told of no failure.
 
 The result has C<archive-name> and, where the provider tells it, C<archive-size>, too.
 
