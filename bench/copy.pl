@@ -67,7 +67,7 @@ sub open_volume ($server, %more) {
 }
 
 sub copy_to ($target, $server, %volume) {
-    my $statistics = open_volume($server, %volume)->copy(to => $target);
+    my $statistics = open_volume($server, %volume)->copy(to => $target, 'without-base' => 1);
     return { bytes => $statistics->{'bytes-read'} };
 }
 

@@ -74,7 +74,7 @@ sub with_access ($name, $mode, $mechanism, $code) {
 
 sub copy_ours ($volume, $file) {
     my $reader = PVE::BackupAccess::Volume->open('disk0', $volume);
-    my $statistics = $reader->copy(to => $file);
+    my $statistics = $reader->copy(to => $file, 'without-base' => 1);
     $reader->close;
     return $statistics->{'bytes-read'};
 }

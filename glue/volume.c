@@ -111,6 +111,7 @@ PbaCopyOptions glue_copy_options(pTHX_ HV *hash, CopyCalls *calls)
         .request_size = SvOK(request_size) ? (uint32_t)SvUV(request_size) : 0,
         .cluster_size = SvOK(cluster_size) ? (uint32_t)SvUV(cluster_size) : 0,
         .discard = SvTRUE(glue_fetch(aTHX_ hash, "discard")),
+        .is_increment = SvTRUE(glue_fetch(aTHX_ hash, "increment")),
     };
 }
 

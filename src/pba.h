@@ -205,6 +205,9 @@ const char *pba_access_socket(const PbaAccess *access);
 /* The description of an NBD export of which no read may cross a cluster of 64 KiB: its QEMU would
  * return wrong data. */
 #define PBA_BY_CLUSTER "pba: read by clusters of 65536 bytes"
+/* Begins the description of an export whose fleecing image has clusters of more than 64 KiB; their
+ * size in bytes follows, decimal. */
+#define PBA_DISCARDS_BY "pba: discard by clusters of "
 
 typedef struct PbaVolume PbaVolume;
 
@@ -262,6 +265,8 @@ typedef struct {
     uint32_t request_size;    /* bytes, 4 KiB to 8 MiB in whole 4 KiB; 0: choose automatically */
     uint32_t cluster_size;    /* of an NBD target's image, a power of 2 from 64 KiB; 0: 64 KiB */
     bool discard;             /* from the volume what the target has got */
+    bool is_increment; /* what is not copied is in the target: a file has to be there already,
+                          of the volume's size */
 } PbaCopyOptions;
 
 typedef struct {

@@ -28,7 +28,8 @@ my @expected_skips = (
 # are named.
 my @programs = (
     't/check.pl', 't/deb.pl --test',
-    't/valgrind.pl', 't/asan.pl t/args.t t/handle.t t/qmp-code-ref.t t/qmp-early-form.t',
+    't/valgrind.pl',
+    't/asan.pl t/args.t t/handle.t t/nbd-block-sizes.t t/qmp-code-ref.t t/qmp-early-form.t',
 );
 
 my @unexpected;

@@ -19,7 +19,7 @@ use PBA::Test::Sources qw(lines_of source_files);
 # Those that use the C core and need no guest.
 my @default_tests
     = qw(t/args.t t/qmp-hostile.t t/qmp-odd-replies.t t/qmp-code-ref.t t/qmp-early-form.t t/qmp-callbacks.t
-    t/nbd-hostile.t t/nbd-reads.t t/nbd-interrupted.t);
+    t/nbd-hostile.t t/nbd-reads.t t/nbd-block-sizes.t t/nbd-interrupted.t);
 
 my @flags = ('-fsanitize=address,undefined', '-fno-omit-frame-pointer');
 my $root = getcwd();

@@ -112,7 +112,7 @@ subtest 'exceptions and signals' => sub {
         my $done = eval {
             local $SIG{ALRM} = sub { die "alarm\n" };
             Time::HiRes::alarm(0.5);
-            $volume->copy(to => $target);
+            $volume->copy(to => $target, 'without-base' => 1);
             1;
         };
         ok(!$done, "a $name that hangs: a handler ends the copy");
@@ -163,7 +163,8 @@ subtest 'forks' => sub {
             }
             push(@children, $pid);
         };
-        my $statistics = eval { $volume->copy(to => $file, progress => $fork) };
+        my $statistics
+            = eval { $volume->copy(to => $file, 'without-base' => 1, progress => $fork) };
         if ($$ != $test) {
             my $expected = $how eq 'dies' ? qr/\Achild\n\z/ : qr/belongs to another process/;
             undef $volume;
@@ -218,6 +219,7 @@ subtest 'a million regions' => sub {
     my ($total, $calls) = (0, 0);
     my $statistics = $volume->copy(
         to => "$dir/target",
+        'without-base' => 1,
         progress => sub ($done, $all) { $total = $all; $calls++ },
     );
     is($statistics->{regions}, 1 << 20, 'regions');
@@ -242,7 +244,7 @@ subtest 'arguments' => sub {
         [qr/must be an open file/, to => {}],
         [qr/cannot write to the file descriptor 987 - Bad file/, to => 987],
         [qr/cannot write to .*Is a directory/, to => "$dir"],
-        [qr/cannot write to .*No such file/, to => "$dir/none/target"],
+        [qr/cannot write to .*No such file/, to => "$dir/none/target", 'without-base' => 1],
         [qr/connecting failed.*nothing-here/, to => "nbd+unix:///x?socket=$dir/nothing-here"],
         [qr/unknown option 'speed'/, to => '/dev/null', speed => 1],
         [qr/bandwidth-limit must be/, to => '/dev/null', 'bandwidth-limit' => -1],

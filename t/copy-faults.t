@@ -63,7 +63,7 @@ sub threads_but_ours () {
 sub copy_dies ($server, $pattern, $name, @options) {
     my $before = descriptors();
     my $volume = open_volume($server);
-    my $done = eval { $volume->copy(to => '/dev/null', @options); 1 };
+    my $done = eval { $volume->copy(to => '/dev/null', 'without-base' => 1, @options); 1 };
     my $error = $@;
     ok(!$done, "$name: dies");
     like($error, qr/\Adevice disk: .*$pattern.*\n\z/, "$name: message");

@@ -76,13 +76,20 @@ sub victim ($out, $stop, $to, $at) {
             if $at eq 'write';
         $options{'bandwidth-limit'} = 2 * $MiB if $at eq 'write';
         alarm($at eq 'write' ? 2 : 1);
-        $volume->copy(to => $to, discard => 0, 'request-size' => 65536, %options);
+        $volume->copy(
+            to => $to,
+            'without-base' => 1,
+            discard => 0,
+            'request-size' => 65536,
+            %options
+        );
     };
     $say->(eval { $copy->(); 1 } ? 'copied' : $@ eq "interrupted\n" ? 'interrupted' : "died: $@");
     alarm(0);
     undef $volume;
     $say->('dropped');
-    my $other = eval { open_volume($source)->copy(to => "$dir/other", discard => 0) };
+    my $other
+        = eval { open_volume($source)->copy(to => "$dir/other", discard => 0, 'without-base' => 1) };
     $say->($other ? 'copied again' : "not copied: $@");
     exit(0);
 }
@@ -145,6 +152,7 @@ subtest 'the processes of a copy' => sub {
     };
     open_volume($source)->copy(
         to => "$dir/other",
+        'without-base' => 1,
         discard => 0,
         'bandwidth-limit' => 4 * $MiB,
         progress => $look

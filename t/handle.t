@@ -165,7 +165,7 @@ subtest 'copies' => sub {
     my $copy = sub ($volume, $name, @options) {
         my $target = "$dir/target";
         unlink($target);
-        $volume->copy(to => $target, discard => 0, @options);
+        $volume->copy(to => $target, discard => 0, 'without-base' => 1, @options);
         open(my $fh, '<:raw', $target) or die "open: $!\n";
         local $/ = undef;
         ok(scalar(<$fh>) eq $expected, $name);

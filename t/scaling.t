@@ -75,6 +75,13 @@ sub store ($volumes, $target) {
     return $statistics;
 }
 
+# The image that the first increment goes into.
+sub write_empty ($image) {
+    open(my $fh, '>', $image) or die "$image: $!\n";
+    truncate($fh, $size) or die "$image: $!\n";
+    close($fh) or die "$image: $!\n";
+}
+
 sub content_of ($uri) {
     my $file = "$dir/content.raw";
     PBA::Test::QemuNbd::img('convert', '-f', 'raw', '-O', 'raw', $uri, $file);
@@ -185,6 +192,7 @@ subtest 'a source on another host, over TLS' => sub {
         $volume->copy(to => $image);
         $volume->close;
     };
+    write_empty($image);
     for my $mode (qw(new use)) {
         $disk->write([3 << 20, 65536, 20 + ($mode eq 'use')]);
         $disk->open($mode);

@@ -484,9 +484,9 @@ C<bitmap-name>. The first call exports the devices.
 =item for C<file-handle>
 
 C<file-handle>, open for reading with O_DIRECT and for punching holes, which frees fleecing space
-(L<fallocate(2)> with FALLOC_FL_PUNCH_HOLE and FALLOC_FL_KEEP_SIZE, whole clusters of 64 KiB), and
-C<next-dirty-region>, a code ref that returns offset and length of the next dirty region, then the
-empty list. Without a bitmap the whole device is one region. Reading what is not dirty, or what was
+(L<fallocate(2)> with FALLOC_FL_PUNCH_HOLE and FALLOC_FL_KEEP_SIZE, whole clusters: of 64 KiB, or of what
+L<statvfs(3)> calls C<f_frsize> where the fleecing image has larger ones), and C<next-dirty-region>, a code
+ref that returns offset and length of the next dirty region, then the empty list. Without a bitmap the whole device is one region. Reading what is not dirty, or what was
 discarded, is an I/O error. The space is freed soon after the call has returned; if that fails, the next
 one says so. Other programs of the same user can open C</proc/PID/fd/N>, or put a read-only loop
 device on it.

@@ -31,6 +31,8 @@ typedef struct {
     char *fleecing_node; /* or the caller's */
     bool bitmap_persistent;
 
+    uint64_t cluster; /* that the fleecing image frees as a whole; 0: not known */
+
     bool device_gone; /* recovering: QEMU has nothing any more that the key is a hash of */
 } PbaDisk;
 

@@ -3,6 +3,7 @@
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 #include "src/volume/volume.h"
+#include <inttypes.h>
 #include <string.h>
 
 /* block-export-del waits for requests in flight; Proxmox allows it ten minutes. */
@@ -46,13 +47,23 @@ bool pba_nbd_server_start(PbaAccess *access, GError **error)
     return false;
 }
 
+/* What a reader of the export has to know. */
+static char *describe(const PbaAccess *access, const PbaDisk *disk)
+{
+    if (access->backend->reads_by_cluster(access)) {
+        return g_strdup(PBA_BY_CLUSTER);
+    }
+    return disk->cluster > PBA_CLUSTER ? g_strdup_printf(PBA_DISCARDS_BY "%" PRIu64, disk->cluster)
+                                       : g_strdup("");
+}
+
 static bool add_export(PbaAccess *access, const PbaDisk *disk, GError **error)
 {
     g_autofree char *id = pba_export_id(access->target_id, access->nonce, disk->key);
+    g_autofree char *description = describe(access, disk);
     JsonNode *arguments = pba_json("{'id': <%s>, 'type': <'nbd'>, 'node-name': <%s>, 'name': <%s>, "
                                    "'writable': <true>, 'description': <%s>}",
-                                   id, disk->snapshot_node, disk->device,
-                                   access->backend->reads_by_cluster(access) ? PBA_BY_CLUSTER : "");
+                                   id, disk->snapshot_node, disk->device, description);
     if (disk->bitmap_name) {
         JsonArray *bitmaps = json_array_new();
         json_array_add_element(bitmaps, pba_json("{'node': <%s>, 'name': <%s>}", disk->bitmap_node,

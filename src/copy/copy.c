@@ -32,8 +32,9 @@ typedef struct {
     PbaLimit limit;
     PbaPiece pieces[MAX_PIECES];
     unsigned piece_count;
-    unsigned used; /* pieces that are not free */
-    uint32_t request;
+    unsigned used;          /* pieces that are not free */
+    uint32_t request;       /* of reads: whole blocks */
+    uint32_t align;         /* of source and sink */
     uint64_t region_offset; /* what of the current region is not read yet */
     uint64_t region_left;
     PbaStretch stretch; /* what it begins with */
@@ -112,14 +113,14 @@ static PbaPiece *free_piece(Copy *copy)
  * block or of a cluster. */
 static uint32_t next_length(const Copy *copy)
 {
-    uint32_t max = copy->stretch.zero ? MIN(MAX_ZERO, copy->sink->max_request) : copy->request;
+    uint32_t max = copy->stretch.zero ? MIN(MAX_ZERO, copy->sink->max_zero) : copy->request;
 
     if (copy->stretch.length <= max) {
         return (uint32_t)copy->stretch.length;
     }
     uint64_t unit = max >= copy->sink->block && copy->sink->block ? copy->sink->block
                     : max >= PBA_CLUSTER                          ? PBA_CLUSTER
-                                                                  : SECTOR;
+                                                                  : MAX(SECTOR, copy->align);
     uint64_t end = (copy->region_offset + max) / unit * unit;
     return end > copy->region_offset ? (uint32_t)(end - copy->region_offset) : max;
 }
@@ -414,10 +415,12 @@ static bool count_total(Copy *copy, GError **error)
 
 static bool prepare_pieces(Copy *copy, GError **error)
 {
-    uint32_t request = copy->options->request_size ? copy->options->request_size
-                                                   : MAX(DEFAULT_REQUEST, copy->sink->block);
+    uint32_t wanted = copy->options->request_size ? copy->options->request_size
+                                                  : MAX(DEFAULT_REQUEST, copy->sink->block);
+    uint32_t request;
 
-    request = MIN(request, MIN(copy->source.max_request, copy->sink->max_request));
+    copy->align = MAX(copy->source.align, copy->sink->align);
+    request = (uint32_t)pba_whole_blocks(wanted, copy->align);
     copy->piece_count = CLAMP(MEMORY / request, MIN_PIECES, MAX_PIECES);
     for (unsigned i = 0; i < copy->piece_count; i++) {
         PbaPiece *piece = &copy->pieces[i];
@@ -427,14 +430,15 @@ static bool prepare_pieces(Copy *copy, GError **error)
         }
     }
     pba_limit_init(&copy->limit, copy->options->bandwidth_limit, g_get_monotonic_time());
-    copy->request = pba_limit_request(&copy->limit, request);
+    copy->request =
+        (uint32_t)pba_whole_blocks(pba_limit_request(&copy->limit, request), copy->align);
     return true;
 }
 
 /* A function is given the zeroes, so it has them read. */
 static bool prepare_holes(Copy *copy, GError **error)
 {
-    if (copy->options->write || !pba_source_find_holes(&copy->source)) {
+    if (copy->options->write || !pba_source_find_holes(&copy->source, copy->align)) {
         return true;
     }
     copy->zeroes = mmap(NULL, MAX_ZERO, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

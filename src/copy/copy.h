@@ -42,13 +42,13 @@ typedef enum {
 typedef struct {
     struct PbaSink *sink; /* while it is written */
     PbaPieceState state;
-    char *buffer; /* room for a request's length, aligned for direct I/O; of pba_buffer_new */
-    size_t room;
-    char *data; /* that, or zeroes */
+    char *buffer; /* aligned for direct I/O; of pba_buffer_new */
+    size_t room;  /* of the buffer: by no size that a peer says, but for its whole blocks */
+    char *data;   /* that, or zeroes */
     uint64_t sequence;
     uint64_t offset;
     uint32_t length;
-    uint32_t seen;         /* bytes that came */
+    uint32_t seen;         /* bytes that came, at most length */
     uint32_t holes;        /* of them, those the source said are a hole */
     uint32_t zero;         /* bytes written as zeroes */
     unsigned pending;      /* requests in flight */
@@ -57,7 +57,8 @@ typedef struct {
     uint64_t error_offset; /* what it was about */
 } PbaPiece;
 
-/* Memory of a piece, shared with processes that are cloned from now on. NULL on error. */
+/* Memory of a piece, shared with processes that are cloned from now on: zeroes, since a server
+ * whose answers overlap leaves parts of it as they are. NULL on error. */
 char *pba_buffer_new(size_t size, GError **error);
 void pba_buffer_free(char *buffer, size_t size);
 
@@ -75,8 +76,9 @@ typedef struct {
 /* Where regions are zeroes, by the server's word. */
 typedef struct PbaHoles PbaHoles;
 
-/* Asks over a volume of pba_volume_open_holes, which is borrowed. */
-PbaHoles *pba_holes_new(PbaVolume *volume);
+/* Asks over a volume of pba_volume_open_holes, which is borrowed. They begin and end at
+ * multiples of align. */
+PbaHoles *pba_holes_new(PbaVolume *volume, uint32_t align);
 void pba_holes_free(PbaHoles *holes);
 /* From now on it is about this region. */
 void pba_holes_begin(PbaHoles *holes, uint64_t offset, uint64_t length);
@@ -92,7 +94,7 @@ typedef struct {
     PbaHoles *holes; /* owned; NULL: all has to be read */
     uint32_t read_flags;
     bool can_discard;
-    uint32_t max_request;
+    uint32_t align; /* reads begin and end at its multiples */
     PbaTrims trims;
     unsigned trimming; /* discards in flight */
     uint64_t discarded;
@@ -107,10 +109,10 @@ typedef struct {
 bool pba_source_open(PbaSource *source, PbaVolume *volume, unsigned connections, PbaLoop *loop,
                      GError **error);
 /* Has the server asked for holes from now on, where that is possible: true then. */
-bool pba_source_find_holes(PbaSource *source);
+bool pba_source_find_holes(PbaSource *source, uint32_t align);
 /* With broken, requests may still be in flight: all connections are closed. */
 void pba_source_close(PbaSource *source, bool broken);
-/* Begins to read offset and length of the piece. */
+/* Begins to read offset and length of the piece, for which its buffer has room. */
 bool pba_source_read(PbaSource *source, PbaPiece *piece, GError **error);
 /* The range is not needed any more. Discards what is worth a request by now. */
 bool pba_source_release(PbaSource *source, uint64_t offset, uint64_t length, GError **error);
@@ -149,7 +151,9 @@ struct PbaSink {
     char *name;     /* for messages */
     bool ordered;   /* wants pieces in ascending order */
     uint32_t block; /* two pieces of one such block are never written at the same time; 0: may be */
-    uint32_t max_request;
+    uint32_t align; /* pieces have to begin and end at its multiples, or at the volume's end; where
+                       they do not, their buffer has room for the rest */
+    uint32_t max_zero; /* bytes of a piece that is zeroes */
     bool flushed;
     int flush_error;
 };
@@ -157,7 +161,8 @@ struct PbaSink {
 /* Makes what options say to the sink, of the volume's size. */
 PbaSink *pba_sink_new(const PbaCopyOptions *options, PbaVolume *volume, PbaLoop *loop,
                       GError **error);
-PbaSink *pba_sink_file_new(const char *path, int fd, uint64_t size, PbaLoop *loop, GError **error);
+PbaSink *pba_sink_file_new(const PbaCopyOptions *options, uint64_t size, PbaLoop *loop,
+                           GError **error);
 PbaSink *pba_sink_nbd_new(const PbaCopyOptions *options, const PbaVolume *volume, PbaLoop *loop,
                           GError **error);
 

@@ -8,6 +8,7 @@
 
 struct PbaHoles {
     PbaVolume *volume;
+    uint32_t align;
     uint64_t begin; /* of the region */
     uint64_t end;
     bool asks;     /* there may be more holes */
@@ -16,11 +17,12 @@ struct PbaHoles {
     uint64_t hole_left;
 };
 
-PbaHoles *pba_holes_new(PbaVolume *volume)
+PbaHoles *pba_holes_new(PbaVolume *volume, uint32_t align)
 {
     PbaHoles *holes = g_new0(PbaHoles, 1);
 
     holes->volume = volume;
+    holes->align = align;
     return holes;
 }
 
@@ -49,6 +51,16 @@ static bool begin_map(PbaHoles *holes)
     return holes->has_map;
 }
 
+/* What is read before and after a hole has to be aligned, too. */
+static void trim_hole(PbaHoles *holes)
+{
+    uint64_t begin = pba_whole_blocks(holes->hole, holes->align);
+    uint64_t end = (holes->hole + holes->hole_left) / holes->align * holes->align;
+
+    holes->hole = begin;
+    holes->hole_left = end > begin ? end - begin : 0;
+}
+
 /* Finds the next hole; false if the answer is under way. */
 static bool find_hole(PbaHoles *holes)
 {
@@ -68,6 +80,8 @@ static bool find_hole(PbaHoles *holes)
             return false;
         } else if (holes->hole_left == 0) {
             holes->asks = false;
+        } else {
+            trim_hole(holes);
         }
     }
     return true;

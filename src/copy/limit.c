@@ -42,6 +42,6 @@ uint32_t pba_limit_request(const PbaLimit *limit, uint32_t max)
         return max;
     }
     uint64_t share = limit->rate / REQUESTS_PER_SECOND / SMALLEST * SMALLEST;
-    /* Never more than max, the size of the buffers: a peer may allow less than SMALLEST. */
+    /* Never more than max, the size of the buffers. */
     return (uint32_t)MIN(MAX(share, SMALLEST), max);
 }

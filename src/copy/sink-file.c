@@ -52,7 +52,7 @@ typedef struct {
     bool opened;
     bool ending; /* told to */
     int open_error;
-    uint64_t device_size;
+    uint64_t found_size;
 } FileSink;
 
 /* ---- in a writer: nothing but system calls, since it was cloned off a process with threads ----
@@ -136,7 +136,7 @@ static _Noreturn void run_writer(FileSink *self)
     keep_descriptors(self->socket, &target->fd);
     pid_t first = getpid();
     Answer opened = {.kind = ANSWER_OPENED, .error = pba_target_file_open(target)};
-    opened.number = target->device_size;
+    opened.number = target->found_size;
     if (!opened.error) {
         start_siblings(target->writers);
     }
@@ -178,7 +178,7 @@ static void on_answer(FileSink *self, const Answer *answer)
     case ANSWER_OPENED:
         self->opened = true;
         self->open_error = answer->error;
-        self->device_size = answer->number;
+        self->found_size = answer->number;
         break;
     case ANSWER_WRITTEN:
         answer->piece->zero = answer->zero;
@@ -248,12 +248,24 @@ static bool file_flush(PbaSink *sink, GError **error)
     return send_order((FileSink *)sink, &order, error);
 }
 
+#define INCREMENT                                                                                  \
+    "but the volume is an increment, which has only what changed: copy it into the image of the "  \
+    "backup before it, or say 'without-base'"
+
 static bool check_opened(const FileSink *self, GError **error)
 {
-    if (self->open_error == ENOSPC && self->device_size) {
+    bool is_increment = self->target.is_increment;
+
+    if (self->open_error == ENOSPC && self->found_size) {
         pba_error_set(error, PBA_ERROR_ARGUMENT,
                       "%s has %" PRIu64 " bytes, too few for the volume's %" PRIu64,
-                      self->sink.name, self->device_size, self->target.size);
+                      self->sink.name, self->found_size, self->target.size);
+    } else if (self->open_error == ENOENT && is_increment) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT, "there is no %s, " INCREMENT, self->sink.name);
+    } else if (self->open_error == ENODATA && is_increment) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT,
+                      "%s has %" PRIu64 " bytes instead of %" PRIu64 ", " INCREMENT,
+                      self->sink.name, self->found_size, self->target.size);
     } else if (self->open_error) {
         pba_error_set(error, PBA_ERROR_SYSTEM, "cannot write to %s - %s", self->sink.name,
                       g_strerror(self->open_error));
@@ -356,8 +368,11 @@ static bool check_descriptor(const FileSink *self, int fd, GError **error)
     return true;
 }
 
-PbaSink *pba_sink_file_new(const char *path, int fd, uint64_t size, PbaLoop *loop, GError **error)
+PbaSink *pba_sink_file_new(const PbaCopyOptions *options, uint64_t size, PbaLoop *loop,
+                           GError **error)
 {
+    const char *path = options->path;
+    int fd = options->fd;
     FileSink *self = g_new0(FileSink, 1);
 
     self->sink = (PbaSink){
@@ -366,12 +381,18 @@ PbaSink *pba_sink_file_new(const char *path, int fd, uint64_t size, PbaLoop *loo
         .flush = file_flush,
         .free = file_free,
         .name = path ? g_strdup(path) : g_strdup_printf("the file descriptor %d", fd),
-        .max_request = UINT32_MAX,
+        .align = 1,
+        .max_zero = UINT32_MAX,
     };
     self->loop = loop;
     self->socket = -1;
     self->owner = getpid();
-    self->target = (PbaTargetFile){.path = path, .fd = path ? -1 : fd, .size = size};
+    self->target = (PbaTargetFile){
+        .path = path,
+        .fd = path ? -1 : fd,
+        .size = size,
+        .is_increment = options->is_increment,
+    };
     if (!path && !check_descriptor(self, fd, error)) {
         file_free(&self->sink);
         return NULL;

@@ -8,6 +8,7 @@
 #include "src/base/base.h"
 #include <errno.h>
 #include <inttypes.h>
+#include <string.h>
 
 #define DEFAULT_CONNECTIONS 4
 
@@ -15,6 +16,8 @@ typedef struct {
     PbaSink sink;
     PbaVolume *volumes[PBA_COPY_MAX_CONNECTIONS];
     unsigned count;
+    uint64_t size; /* of the volume */
+    uint32_t most; /* bytes of a request that all connections take */
     bool can_zero;
     PbaBlocks blocks;
     unsigned flushing; /* flushes in flight */
@@ -62,8 +65,8 @@ static int take_write(void *opaque, int *error)
     return 1; /* retire the command */
 }
 
-static bool send_part(NbdSink *self, PbaVolume *volume, PbaPiece *piece, size_t at, size_t length,
-                      bool zero, GError **error)
+static bool send_request(NbdSink *self, PbaVolume *volume, PbaPiece *piece, size_t at,
+                         size_t length, bool zero, GError **error)
 {
     Write *part = g_new(Write, 1);
     nbd_completion_callback callback = {.callback = take_write, .user_data = part, .free = g_free};
@@ -82,11 +85,52 @@ static bool send_part(NbdSink *self, PbaVolume *volume, PbaPiece *piece, size_t 
     return true;
 }
 
+/* One part in as many requests as the server wants; of zeroes, in whole blocks. */
+static bool send_part(NbdSink *self, PbaVolume *volume, PbaPiece *piece, size_t at, size_t length,
+                      bool zero, GError **error)
+{
+    uint32_t most = zero ? self->most / self->sink.block * self->sink.block : volume->sizes.request;
+
+    for (size_t end = at + length; at < end;) {
+        size_t size = MIN(most, end - at);
+        if (!send_request(self, volume, piece, at, size, zero, error)) {
+            return false;
+        }
+        at += size;
+    }
+    return true;
+}
+
+/* What is to be written as well, since the target takes whole blocks: zeroes behind the end of the
+ * volume. Behind the end of a region there is something else, which is not known here. */
+static bool fill_block(const NbdSink *self, PbaPiece *piece, size_t *rest, GError **error)
+{
+    uint32_t align = self->sink.align;
+
+    *rest = pba_whole_blocks(piece->length, align) - piece->length;
+    if (piece->offset % align != 0 || (*rest > 0 && piece->offset + piece->length != self->size)) {
+        pba_error_set(error, PBA_ERROR_UNSUPPORTED,
+                      "%s takes whole blocks of %" PRIu32 " bytes only, but %" PRIu32
+                      " bytes at offset %" PRIu64 " are to be written",
+                      self->sink.name, align, piece->length, piece->offset);
+        return false;
+    }
+    if (*rest > 0 && piece->data == piece->buffer) {
+        g_assert(piece->length + *rest <= piece->room);
+        memset(piece->data + piece->length, 0, *rest);
+    }
+    return true;
+}
+
 static bool nbd_sink_write(PbaSink *sink, PbaPiece *piece, GError **error)
 {
     NbdSink *self = (NbdSink *)sink;
     PbaVolume *volume = choose(self);
+    size_t rest;
 
+    if (!fill_block(self, piece, &rest, error)) {
+        return false;
+    }
     piece->sink = sink;
     piece->zero = 0;
     piece->pending = 1; /* this function */
@@ -96,7 +140,8 @@ static bool nbd_sink_write(PbaSink *sink, PbaPiece *piece, GError **error)
         if (self->can_zero) {
             run = pba_piece_run(piece, at, &self->blocks, &zero);
         }
-        if (!send_part(self, volume, piece, at, run, zero, error)) {
+        size_t more = at + run == piece->length ? rest : 0;
+        if (!send_part(self, volume, piece, at, run + more, zero, error)) {
             return false;
         }
         piece->zero += zero ? (uint32_t)run : 0;
@@ -150,10 +195,14 @@ static void nbd_sink_free(PbaSink *sink)
     g_free(self);
 }
 
+/* All see the same export. */
 static bool connect_one(NbdSink *self, const PbaVolume *source, PbaLoop *loop, GError **error)
 {
     PbaVolumeOptions options = {
-        .device = source->device, .path = self->sink.name, .size = UINT64_MAX};
+        .device = source->device,
+        .path = self->sink.name,
+        .size = self->count > 0 ? self->volumes[0]->size : UINT64_MAX,
+    };
     PbaVolume *volume = pba_volume_open(&options, &source->hooks, error);
 
     if (!volume) {
@@ -162,6 +211,8 @@ static bool connect_one(NbdSink *self, const PbaVolume *source, PbaLoop *loop, G
         return false;
     }
     self->volumes[self->count++] = volume;
+    self->sink.align = MAX(self->sink.align, volume->sizes.block);
+    self->most = MIN(self->most, volume->sizes.request);
     pba_loop_add(loop, volume->nbd);
     return true;
 }
@@ -194,15 +245,15 @@ PbaSink *pba_sink_nbd_new(const PbaCopyOptions *options, const PbaVolume *source
         .free = nbd_sink_free,
         .name = g_strdup(options->uri),
         .block = options->cluster_size ? options->cluster_size : PBA_CLUSTER,
+        .align = 1,
     };
+    self->size = source->size;
+    self->most = PBA_MAX_REQUEST;
     if (!connect_one(self, source, loop, error) || !check_target(self, source->size, error)) {
         nbd_sink_free(&self->sink);
         return NULL;
     }
     struct nbd_handle *first = self->volumes[0]->nbd;
-    int64_t max_request = nbd_get_block_size(first, LIBNBD_SIZE_MAXIMUM);
-    self->sink.max_request = max_request > 0 ? (uint32_t)MIN(max_request, UINT32_MAX) : UINT32_MAX;
-    self->can_zero = nbd_can_zero(first) == 1;
     self->blocks =
         (PbaBlocks){.size = self->sink.block, .whole = true, .end = self->volumes[0]->size};
     bool safe = nbd_can_multi_conn(first) == 1;
@@ -213,5 +264,8 @@ PbaSink *pba_sink_nbd_new(const PbaCopyOptions *options, const PbaVolume *source
             return NULL;
         }
     }
+    self->can_zero = nbd_can_zero(first) == 1 && self->most >= self->sink.block;
+    /* Not many requests for one piece, however small they have to be. */
+    self->sink.max_zero = (uint32_t)pba_whole_blocks(self->most, self->sink.align);
     return &self->sink;
 }

@@ -44,7 +44,8 @@ static PbaSink *call_sink_new(PbaCopyWrite write, void *opaque)
         .free = call_free,
         .name = g_strdup("the target's function"),
         .ordered = true,
-        .max_request = UINT32_MAX,
+        .align = 1,
+        .max_zero = UINT32_MAX,
     };
     self->write = write;
     self->opaque = opaque;
@@ -60,5 +61,5 @@ PbaSink *pba_sink_new(const PbaCopyOptions *options, PbaVolume *volume, PbaLoop 
     if (options->uri) {
         return pba_sink_nbd_new(options, volume, loop, error);
     }
-    return pba_sink_file_new(options->path, options->fd, volume->size, loop, error);
+    return pba_sink_file_new(options, volume->size, loop, error);
 }

@@ -96,6 +96,7 @@ void pba_source_file_read(PbaSource *source, PbaPiece *piece)
 {
     FileRead *read = g_new(FileRead, 1);
 
+    g_assert(piece->length <= piece->room);
     *read = (FileRead){
         .job = {.run = run_read, .done = read_done, .leave = leave_read},
         .file = file_ref(source->file),

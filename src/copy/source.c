@@ -45,9 +45,13 @@ static bool open_more(PbaSource *source, unsigned connections, GError **error)
 bool pba_source_open(PbaSource *source, PbaVolume *volume, unsigned connections, PbaLoop *loop,
                      GError **error)
 {
-    *source = (PbaSource){.volumes = {volume}, .count = 1, .trims = {.size = volume->size}};
+    *source = (PbaSource){
+        .volumes = {volume},
+        .count = 1,
+        .align = 1,
+        .trims = {.size = volume->size, .cluster = volume->sizes.cluster},
+    };
     if (volume->handle) {
-        source->max_request = UINT32_MAX;
         source->can_discard = true;
         source->pool = pba_loop_pool(loop, THREADS, error);
         return source->pool && pba_source_file_open(source, error);
@@ -64,8 +68,7 @@ bool pba_source_open(PbaSource *source, PbaVolume *volume, unsigned connections,
     if (!open_more(source, safe ? connections : 1, error)) {
         return false;
     }
-    int64_t max_request = nbd_get_block_size(volume->nbd, LIBNBD_SIZE_MAXIMUM);
-    source->max_request = max_request > 0 ? (uint32_t)MIN(max_request, UINT32_MAX) : UINT32_MAX;
+    source->trims.cluster = volume->sizes.cluster; /* it may have been connected only now */
     source->can_discard = nbd_can_trim(volume->nbd) == 1;
     /* Looking for holes in what is read, a server asks the same. */
     source->read_flags =
@@ -74,14 +77,15 @@ bool pba_source_open(PbaSource *source, PbaVolume *volume, unsigned connections,
         /* Every byte of a read is counted, so none has to be set before. */
         nbd_set_pread_initialize(source->volumes[i]->nbd, false);
         pba_loop_add(loop, source->volumes[i]->nbd);
+        source->align = MAX(source->align, source->volumes[i]->sizes.block);
     }
     return true;
 }
 
-bool pba_source_find_holes(PbaSource *source)
+bool pba_source_find_holes(PbaSource *source, uint32_t align)
 {
     if (source->count > 1 && source->volumes[1]->context) {
-        source->holes = pba_holes_new(source->volumes[1]);
+        source->holes = pba_holes_new(source->volumes[1], align);
     }
     return source->holes != NULL;
 }
@@ -127,6 +131,11 @@ static int take_chunk(void *opaque, const void *data, size_t count, uint64_t off
         pba_piece_fail(piece, *error ? *error : EIO, piece->offset);
         return 0;
     }
+    if (count > piece->length - piece->seen) {
+        pba_piece_fail(piece, EIO,
+                       piece->offset); /* parts came twice, so that others are missing */
+        return 0;
+    }
     piece->seen += (uint32_t)count;
     if (status == LIBNBD_READ_HOLE) {
         piece->holes += (uint32_t)count;
@@ -158,6 +167,7 @@ bool pba_source_read(PbaSource *source, PbaPiece *piece, GError **error)
         return true;
     }
     PbaVolume *volume = choose(source);
+    g_assert(piece->length <= piece->room);
     piece->pending = 1; /* this function */
     for (uint64_t done = 0; done < piece->length;) {
         uint64_t offset = piece->offset + done;
@@ -189,7 +199,9 @@ void pba_source_trimmed(PbaSource *source, PbaRange range, int error)
 {
     source->trimming--;
     if (!error) {
-        source->discarded += range.end - range.begin;
+        /* The last part of a volume is no whole cluster, and newer QEMUs keep it. */
+        source->discarded +=
+            range.end / source->trims.cluster * source->trims.cluster - range.begin;
     } else if (!source->trim_error) {
         source->trim_error = error;
         source->trim_error_range = range;

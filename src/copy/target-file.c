@@ -103,6 +103,10 @@ static int prepare_file(PbaTargetFile *target, uint64_t old_size)
     target->writers = fcntl(target->fd, F_GETFL) & O_DIRECT ? DIRECT_WRITERS : 1;
     target->flushes = true;
     target->zero_from = old_size;
+    if (target->is_increment && old_size != target->size) {
+        target->found_size = old_size;
+        return ENODATA;
+    }
     return old_size == target->size || ftruncate(target->fd, (off_t)target->size) == 0 ? 0 : errno;
 }
 
@@ -110,10 +114,10 @@ static int prepare_device(PbaTargetFile *target)
 {
     target->writers = DIRECT_WRITERS;
     target->flushes = true;
-    if (ioctl(target->fd, BLKGETSIZE64, &target->device_size) == -1) {
+    if (ioctl(target->fd, BLKGETSIZE64, &target->found_size) == -1) {
         return errno;
     }
-    return target->device_size < target->size ? ENOSPC : 0;
+    return target->found_size < target->size ? ENOSPC : 0;
 }
 
 int pba_target_file_open(PbaTargetFile *target)
@@ -124,8 +128,8 @@ int pba_target_file_open(PbaTargetFile *target)
     target->zero_from = UINT64_MAX;
     if (target->path) {
         /* What is made is as secret as the disk. */
-        target->fd =
-            open(target->path, O_WRONLY | O_CREAT | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0600);
+        int make = target->is_increment ? 0 : O_CREAT;
+        target->fd = open(target->path, O_WRONLY | make | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0600);
     }
     if (target->fd == -1 || fstat(target->fd, &stat) == -1) {
         return errno;

@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 struct PbaConnection {
+    PbaSizes sizes;
     uint32_t read_flags;
     int wake_fd;           /* there are new requests */
     int done_fd;           /* there are done requests */
@@ -196,6 +197,7 @@ static bool send_alone(PbaConnection *connection, PbaRequest *request)
 
 void pba_connection_submit(PbaConnection *connection, PbaRequest *request)
 {
+    g_assert(request->is_trim || request->length <= request->capacity);
     request->connection = connection;
     request->error = 0;
     if (g_atomic_int_get(&request->urgent) && send_alone(connection, request)) {
@@ -356,10 +358,16 @@ static gpointer run(gpointer opaque)
     return NULL;
 }
 
+const PbaSizes *pba_connection_sizes(const PbaConnection *connection)
+{
+    return &connection->sizes;
+}
+
 PbaConnection *pba_connection_start(PbaVolume *volume, GError **error)
 {
     PbaConnection *connection = g_new0(PbaConnection, 1);
     connection->volume = volume;
+    connection->sizes = volume->sizes;
     connection->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     connection->done_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (connection->wake_fd < 0 || connection->done_fd < 0) {

@@ -51,7 +51,7 @@ typedef struct {
 struct PbaFile {
     PbaConnection *connection;
     PbaAhead *ahead;
-    uint64_t size;
+    PbaSizes sizes;
     GPtrArray *slots;        /* Slot, in use */
     GPtrArray *free_buffers; /* of SLOT_SIZE */
     unsigned ahead_slots;
@@ -61,12 +61,12 @@ struct PbaFile {
     bool starved;     /* an older reading has got no slot */
 };
 
-PbaFile *pba_file_new(PbaConnection *connection, PbaAhead *ahead, uint64_t size)
+PbaFile *pba_file_new(PbaConnection *connection, PbaAhead *ahead)
 {
     PbaFile *file = g_new0(PbaFile, 1);
     file->connection = connection;
     file->ahead = ahead;
-    file->size = size;
+    file->sizes = *pba_connection_sizes(connection);
     file->slots = g_ptr_array_new();
     file->free_buffers = g_ptr_array_new();
     return file;
@@ -109,7 +109,8 @@ static Slot *load(PbaFile *file, uint64_t offset, uint64_t length, LoadReason re
     slot->nbd.buffer =
         file->free_buffers->len > 0
             ? g_ptr_array_steal_index_fast(file->free_buffers, file->free_buffers->len - 1)
-            : g_malloc(SLOT_SIZE);
+            : g_malloc0(SLOT_SIZE); /* nothing of ours, whatever a server leaves out */
+    slot->nbd.capacity = SLOT_SIZE;
     slot->nbd.urgent = reason == LOAD_LAST;
     slot->ahead = reason == LOAD_AHEAD;
     file->ahead_slots += slot->ahead;
@@ -258,11 +259,15 @@ static void on_read(fuse_req_t request, fuse_ino_t inode, size_t length, off_t o
     (void)info;
     PbaFile *file = fuse_req_userdata(request);
     struct iovec parts[MAX_SLOTS];
-    uint64_t begin = MIN((uint64_t)offset, file->size);
-    uint64_t end = begin + MIN(length, file->size - begin);
+    uint64_t begin = MIN((uint64_t)offset, file->sizes.size);
+    uint64_t end = begin + MIN(length, file->sizes.size - begin);
 
     if (begin == end) {
         fuse_reply_buf(request, NULL, 0);
+        return;
+    }
+    if ((begin | end) % file->sizes.block != 0) {
+        fuse_reply_err(request, EINVAL); /* as from a file that is open with O_DIRECT */
         return;
     }
     if (is_being_trimmed(file, begin, end)) {
@@ -395,8 +400,8 @@ static void on_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t o
     (void)inode;
     (void)info;
     PbaFile *file = fuse_req_userdata(request);
-    uint64_t begin = MIN((uint64_t)offset, file->size);
-    uint64_t end = begin + MIN((uint64_t)length, file->size - begin);
+    uint64_t begin = MIN((uint64_t)offset, file->sizes.size);
+    uint64_t end = begin + MIN((uint64_t)length, file->sizes.size - begin);
 
     if (mode != (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE)) {
         fuse_reply_err(request, EOPNOTSUPP);
@@ -408,7 +413,8 @@ static void on_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t o
         return;
     }
     /* Older QEMUs abort on parts of one. */
-    PbaRange range = pba_whole_clusters((PbaRange){begin, end}, file->size);
+    PbaRange range =
+        pba_whole_clusters((PbaRange){begin, end}, file->sizes.size, file->sizes.cluster);
     if (range.begin == range.end) {
         fuse_reply_err(request, 0);
     } else {
@@ -426,9 +432,9 @@ static void fill_attributes(const PbaFile *file, struct stat *status)
         .st_nlink = 1,
         .st_uid = geteuid(),
         .st_gid = getegid(),
-        .st_size = (off_t)file->size,
+        .st_size = (off_t)file->sizes.size,
         .st_blksize = SLOT_SIZE,
-        .st_blocks = (blkcnt_t)(file->size / 512),
+        .st_blocks = (blkcnt_t)(file->sizes.size / 512),
     };
 }
 
@@ -439,6 +445,20 @@ static void on_getattr(fuse_req_t request, fuse_ino_t inode, struct fuse_file_in
     struct stat status;
     fill_attributes(fuse_req_userdata(request), &status);
     fuse_reply_attr(request, &status, ATTRIBUTES_S);
+}
+
+/* What a hole that is punched has to have at least to free anything. */
+static void on_statfs(fuse_req_t request, fuse_ino_t inode)
+{
+    (void)inode;
+    const PbaFile *file = fuse_req_userdata(request);
+    struct statvfs status = {
+        .f_bsize = file->sizes.cluster,
+        .f_frsize = file->sizes.cluster,
+        .f_blocks = (file->sizes.size + file->sizes.cluster - 1) / file->sizes.cluster,
+        .f_files = 1,
+    };
+    fuse_reply_statfs(request, &status);
 }
 
 /* Without the page cache, however it is opened: the kernel would read ahead across the edges of
@@ -465,6 +485,7 @@ static void on_write(fuse_req_t request, fuse_ino_t inode, const char *data, siz
 
 const struct fuse_lowlevel_ops pba_file_operations = {
     .getattr = on_getattr,
+    .statfs = on_statfs,
     .open = on_open,
     .read = on_read,
     .write = on_write,

@@ -154,7 +154,7 @@ static bool run(const char *path, const PbaVolumeOptions *options, GError **erro
     }
     bool done = (volume = pba_volume_open(&data, &hooks, error)) &&
                 (connection = pba_connection_start(g_steal_pointer(&volume), error));
-    PbaFile *file = done ? pba_file_new(connection, pba_ahead_new(options), options->size) : NULL;
+    PbaFile *file = done ? pba_file_new(connection, pba_ahead_new(options)) : NULL;
     done = done && (session = mount_file(path, file, error));
     if (done) {
         done = report_ready();

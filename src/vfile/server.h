@@ -10,6 +10,7 @@
 #define FUSE_USE_VERSION 35
 
 #include "src/pba.h"
+#include "src/volume/volume.h"
 #include <fuse_lowlevel.h>
 #include <poll.h>
 
@@ -24,16 +25,18 @@ typedef struct PbaRequest {
     bool is_trim;
     uint64_t offset;
     uint64_t length;
-    void *buffer;     /* of length bytes; NULL for a trim */
-    gint urgent;      /* somebody waits for it; atomic, since it may be set on the way */
-    int error;        /* errno; 0: all of it is done */
-    uint64_t seen;    /* bytes that came */
-    unsigned pending; /* pieces that are in flight; the connection's, as the next */
+    void *buffer;      /* NULL for a trim */
+    uint64_t capacity; /* of it: at least length */
+    gint urgent;       /* somebody waits for it; atomic, since it may be set on the way */
+    int error;         /* errno; 0: all of it is done */
+    uint64_t seen;     /* bytes that came */
+    unsigned pending;  /* pieces that are in flight; the connection's, as the next */
     GList link;
 } PbaRequest;
 
 /* Takes over a volume that is connected. Like its thread it lasts as long as the process. */
 PbaConnection *pba_connection_start(PbaVolume *volume, GError **error);
+const PbaSizes *pba_connection_sizes(const PbaConnection *connection);
 void pba_connection_submit(PbaConnection *connection, PbaRequest *request);
 /* The requests that are done, linked by next. For none it is NULL, and the submitter's poll ends
  * once there is an urgent one, or any with all. */
@@ -75,7 +78,7 @@ void pba_ahead_stop(PbaAhead *ahead);
 typedef struct PbaFile PbaFile;
 
 /* connection and ahead are borrowed. */
-PbaFile *pba_file_new(PbaConnection *connection, PbaAhead *ahead, uint64_t size);
+PbaFile *pba_file_new(PbaConnection *connection, PbaAhead *ahead);
 /* userdata of the session is a PbaFile. */
 extern const struct fuse_lowlevel_ops pba_file_operations;
 /* Handles what the connection has done. */

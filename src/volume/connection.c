@@ -7,6 +7,9 @@
 #include <string.h>
 
 #define CONNECT_LIMIT_S 30
+/* Between two attempts at a socket whose queue is full. */
+#define FIRST_PAUSE_MS 5u
+#define LONGEST_PAUSE_MS 100u
 
 void pba_volume_set_nbd_error(const PbaVolume *volume, const char *what, GError **error)
 {
@@ -63,32 +66,61 @@ bool pba_volume_turn(PbaVolume *volume, gint64 deadline, const char *what, GErro
     return true;
 }
 
-static bool start_connecting(PbaVolume *volume, GError **error)
+/* What a path of this kind may do is said to libnbd as well, where it can be said. */
+static int limit_uris(struct nbd_handle *nbd, const char *path)
 {
-    bool is_uri = strstr(volume->path, "://") != NULL;
+    uint32_t transports =
+        LIBNBD_ALLOW_TRANSPORT_TCP | LIBNBD_ALLOW_TRANSPORT_UNIX | LIBNBD_ALLOW_TRANSPORT_VSOCK;
 
+    return nbd_set_uri_allow_transports(nbd, transports) == 0
+               ? nbd_set_uri_allow_local_file(nbd, pba_uri_is_tls(path))
+               : -1;
+}
+
+static bool call_connect(PbaVolume *volume, bool is_uri)
+{
     volume->nbd = nbd_create();
     if (volume->nbd) {
         pba_connection_note(volume);
     }
-    if (volume->nbd && nbd_set_handle_name(volume->nbd, volume->device) == 0 &&
-        nbd_set_full_info(volume->nbd, true) == 0 &&
-        /* Keys and certificates that the URI names are the caller's own. */
-        nbd_set_uri_allow_local_file(volume->nbd, true) == 0 &&
-        (!volume->context || nbd_add_meta_context(volume->nbd, volume->context) == 0) &&
-        (is_uri || nbd_set_export_name(volume->nbd, volume->device) == 0) &&
-        (is_uri ? nbd_aio_connect_uri(volume->nbd, volume->path)
-                : nbd_aio_connect_unix(volume->nbd, volume->path)) == 0) {
-        return true;
-    }
-    pba_volume_set_nbd_error(volume, "connecting", error);
-    return false;
+    return volume->nbd && nbd_set_handle_name(volume->nbd, volume->device) == 0 &&
+           nbd_set_full_info(volume->nbd, true) == 0 &&
+           limit_uris(volume->nbd, volume->path) == 0 &&
+           (!volume->context || nbd_add_meta_context(volume->nbd, volume->context) == 0) &&
+           (is_uri || nbd_set_export_name(volume->nbd, volume->device) == 0) &&
+           (is_uri ? nbd_aio_connect_uri(volume->nbd, volume->path)
+                   : nbd_aio_connect_unix(volume->nbd, volume->path)) == 0;
 }
 
-static bool finish_connecting(PbaVolume *volume, GError **error)
+/* A Unix socket whose queue is full does not let wait, it fails at once (connect(2): EAGAIN): the
+ * server is there, but slower than those that connect. */
+static bool start_connecting(PbaVolume *volume, gint64 deadline, GError **error)
 {
-    gint64 deadline = pba_deadline(CONNECT_LIMIT_S);
+    bool is_uri = pba_uri_is(volume->path);
+    unsigned pause = FIRST_PAUSE_MS;
 
+    if (is_uri && !pba_uri_check(volume->path, error)) {
+        pba_error_add_device(error, volume->device);
+        return false;
+    }
+    while (!call_connect(volume, is_uri)) {
+        if (nbd_get_errno() != EAGAIN) {
+            pba_volume_set_nbd_error(volume, "connecting", error);
+            return false;
+        }
+        pba_volume_disconnect(volume);
+        if (!pba_wait_ms(pause, deadline, &volume->hooks,
+                         "waiting for room in the queue of the NBD server's socket", error)) {
+            pba_error_add_device(error, volume->device);
+            return false;
+        }
+        pause = MIN(2 * pause, LONGEST_PAUSE_MS);
+    }
+    return true;
+}
+
+static bool finish_connecting(PbaVolume *volume, gint64 deadline, GError **error)
+{
     while (nbd_aio_is_connecting(volume->nbd)) {
         if (!pba_volume_turn(volume, deadline, "connecting", error)) {
             return false;
@@ -102,28 +134,33 @@ static bool finish_connecting(PbaVolume *volume, GError **error)
 }
 
 /* The size is part of the contract; without the context every block would look clean. */
+static bool check_contract(PbaVolume *volume, GError **error)
+{
+    if (volume->sizes.size != volume->size) {
+        pba_error_set(error, PBA_ERROR_NBD,
+                      "the NBD export has %" PRIu64 " bytes instead of %" PRIu64,
+                      volume->sizes.size, volume->size);
+        return false;
+    }
+    if (volume->context && nbd_can_meta_context(volume->nbd, volume->context) != 1) {
+        pba_error_set(error, PBA_ERROR_INCOMPLETE, "the NBD export has no metadata context '%s'",
+                      volume->context);
+        return false;
+    }
+    return true;
+}
+
 static bool check_export(PbaVolume *volume, GError **error)
 {
-    int64_t size = nbd_get_size(volume->nbd);
     char *description = nbd_get_export_description(volume->nbd);
 
     volume->by_cluster = g_strcmp0(description, PBA_BY_CLUSTER) == 0;
     free(description);
-    if (size < 0) {
-        pba_volume_set_nbd_error(volume, "asking for the size", error);
-        return false;
-    }
+    bool read = pba_sizes_read(&volume->sizes, volume->nbd, error);
     if (volume->size == UINT64_MAX) {
-        volume->size = (uint64_t)size;
+        volume->size = volume->sizes.size;
     }
-    if ((uint64_t)size != volume->size) {
-        pba_error_set(error, PBA_ERROR_NBD,
-                      "the NBD export has %" PRIi64 " bytes instead of %" PRIu64, size,
-                      volume->size);
-    } else if (volume->context && nbd_can_meta_context(volume->nbd, volume->context) != 1) {
-        pba_error_set(error, PBA_ERROR_INCOMPLETE, "the NBD export has no metadata context '%s'",
-                      volume->context);
-    } else {
+    if (read && check_contract(volume, error)) {
         return true;
     }
     pba_error_add_device(error, volume->device);
@@ -138,7 +175,8 @@ bool pba_volume_connect(PbaVolume *volume, GError **error)
     if (volume->nbd) {
         return true;
     }
-    if (start_connecting(volume, error) && finish_connecting(volume, error) &&
+    gint64 deadline = pba_deadline(CONNECT_LIMIT_S);
+    if (start_connecting(volume, deadline, error) && finish_connecting(volume, deadline, error) &&
         check_export(volume, error)) {
         return true;
     }
@@ -176,7 +214,9 @@ static bool finish_request(PbaVolume *volume, int64_t cookie, const char *what, 
 
 uint64_t pba_volume_unit(const PbaVolume *volume, uint64_t offset, uint64_t length)
 {
-    return volume->by_cluster ? MIN(length, PBA_CLUSTER - offset % PBA_CLUSTER) : length;
+    uint64_t most = MIN(length, volume->sizes.request);
+
+    return volume->by_cluster ? MIN(most, PBA_CLUSTER - offset % PBA_CLUSTER) : most;
 }
 
 static bool read_piece(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t length,
@@ -196,11 +236,36 @@ static bool read_piece(PbaVolume *volume, void *buffer, uint64_t offset, uint64_
     return false;
 }
 
+/* Reads the whole blocks of which a range has parts, and hands out the range. */
+static bool read_blocks(PbaVolume *volume, char *buffer, uint64_t offset, uint64_t length,
+                        GError **error)
+{
+    uint32_t block = volume->sizes.block;
+    uint64_t begin = offset / block * block;
+    uint64_t end = pba_whole_blocks(offset + length, block); /* the export ends with a block */
+    g_autofree char *blocks = g_malloc(MIN(end - begin, volume->sizes.request));
+
+    for (uint64_t at = begin; at < end;) {
+        uint64_t size = pba_volume_unit(volume, at, end - at);
+        if (!read_piece(volume, blocks, at, size, error)) {
+            return false;
+        }
+        uint64_t from = MAX(at, offset);
+        uint64_t to = MIN(at + size, offset + length);
+        memcpy(buffer + (from - offset), blocks + (from - at), to - from);
+        at += size;
+    }
+    return true; // NOLINT(clang-analyzer-unix.Malloc): blocks is freed by g_autofree
+}
+
 static bool read_range(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t length,
                        GError **error)
 {
     if (!pba_volume_connect(volume, error)) {
         return false;
+    }
+    if ((offset | length) % volume->sizes.block != 0) {
+        return read_blocks(volume, buffer, offset, length, error);
     }
     for (uint64_t done = 0; done < length;) {
         uint64_t size = pba_volume_unit(volume, offset + done, length - done);

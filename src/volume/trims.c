@@ -1,9 +1,9 @@
 #include "trims.h"
 
-PbaRange pba_whole_clusters(PbaRange range, uint64_t size)
+PbaRange pba_whole_clusters(PbaRange range, uint64_t size, uint64_t cluster)
 {
-    uint64_t begin = (range.begin + PBA_CLUSTER - 1) / PBA_CLUSTER * PBA_CLUSTER;
-    uint64_t end = range.end == size ? size : range.end / PBA_CLUSTER * PBA_CLUSTER;
+    uint64_t begin = (range.begin + cluster - 1) / cluster * cluster;
+    uint64_t end = range.end == size ? size : range.end / cluster * cluster;
 
     return (PbaRange){begin, MAX(begin, end)};
 }
@@ -55,7 +55,7 @@ bool pba_trims_add(PbaTrims *trims, uint64_t offset, uint64_t length)
 /* As much of a range as one request may have. */
 static PbaRange next_discard(const PbaTrims *trims, PbaRange range)
 {
-    PbaRange whole = pba_whole_clusters(range, trims->size);
+    PbaRange whole = pba_whole_clusters(range, trims->size, trims->cluster);
 
     whole.end = MIN(whole.end, whole.begin + PBA_MAX_DISCARD);
     return whole;
@@ -89,7 +89,7 @@ bool pba_trims_take_first(PbaTrims *trims, PbaRange *range)
         return false;
     }
     *range = next_discard(trims, trims->ranges[0]);
-    if (range->end > range->begin && range->end + PBA_CLUSTER <= trims->ranges[0].end) {
+    if (range->end > range->begin && range->end + trims->cluster <= trims->ranges[0].end) {
         trims->ranges[0].begin = range->end;
     } else {
         delete_range(trims, 0);

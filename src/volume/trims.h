@@ -18,14 +18,15 @@ typedef struct {
 
 /* The whole clusters of a range, the last one up to the end of a volume of that size. Empty if
  * there are none. */
-PbaRange pba_whole_clusters(PbaRange range, uint64_t size);
+PbaRange pba_whole_clusters(PbaRange range, uint64_t size, uint64_t cluster);
 
 /* What may be discarded but was not yet. Joins ranges, so that requests are few, and clusters whose
  * parts came one by one become whole. */
 typedef struct {
     PbaRange ranges[PBA_TRIMS_MAX]; /* ascending, apart from each other */
     unsigned count;
-    uint64_t size; /* of the volume */
+    uint64_t size;    /* of the volume */
+    uint64_t cluster; /* what is freed as a whole */
 } PbaTrims;
 
 /* Adds a range that overlaps no other. False if there is no room: take one first. */

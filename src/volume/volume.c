@@ -78,6 +78,7 @@ PbaVolume *pba_volume_new_handle(PbaHandle *handle, const char *device, uint64_t
     volume->hooks = hooks ? *hooks : (PbaHooks){0};
     volume->device = g_strdup(device);
     volume->size = size;
+    pba_sizes_read_file(&volume->sizes, pba_handle_fd(handle), size);
     volume->handle = handle;
     volume->reader = &pba_handle_reader;
     volume->map = pba_map_new(volume, 0, size);
@@ -131,12 +132,17 @@ bool pba_volume_pread(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t
     return volume->reader->pread(volume, buffer, offset, length, error);
 }
 
+static PbaRange whole_clusters(const PbaVolume *volume, PbaRange range)
+{
+    return pba_whole_clusters(range, volume->size, volume->sizes.cluster);
+}
+
 bool pba_volume_discard(PbaVolume *volume, uint64_t offset, uint64_t length, GError **error)
 {
     if (!check_range(volume, offset, length, error)) {
         return false;
     }
-    PbaRange range = pba_whole_clusters((PbaRange){offset, offset + length}, volume->size);
+    PbaRange range = whole_clusters(volume, (PbaRange){offset, offset + length});
     for (uint64_t at = range.begin; at < range.end; at += PBA_MAX_DISCARD) {
         if (!volume->reader->discard(volume, at, MIN(range.end - at, PBA_MAX_DISCARD), error)) {
             return false;

@@ -4,6 +4,7 @@
 
 #include "handle.h"
 #include "regions.h"
+#include "sizes.h"
 #include "src/pba.h"
 #include "trims.h"
 #include <libnbd.h>
@@ -72,6 +73,7 @@ struct PbaVolume {
     char *context; /* what the map is of; NULL: no bitmap */
     uint32_t flag; /* of the context's extents: those that are regions have it */
     uint64_t size;
+    PbaSizes sizes;  /* of this connection */
     bool by_cluster; /* see PBA_BY_CLUSTER */
     char *broken;    /* why nothing more can be had from this volume; NULL: it works */
     PbaMap *map;     /* owned */
@@ -81,6 +83,10 @@ struct PbaVolume {
  * context). Where the server does not offer that, the volume has no context. */
 PbaVolume *pba_volume_open_holes(const PbaVolumeOptions *options, const PbaHooks *hooks,
                                  GError **error);
+/* Whether a path is a URI, one over TLS, and one that may be connected to: PBA_ERROR_ARGUMENT. */
+bool pba_uri_is(const char *path);
+bool pba_uri_is_tls(const char *uri);
+bool pba_uri_check(const char *uri, GError **error);
 /* Connects, or connects again after an interrupted call. */
 bool pba_volume_connect(PbaVolume *volume, GError **error);
 /* What libnbd waits for (poll(2)), and letting it go on with what came: -1 on error. */
@@ -88,7 +94,7 @@ short pba_nbd_events(struct nbd_handle *nbd);
 int pba_nbd_notify(struct nbd_handle *nbd, short events, short revents);
 /* Lets libnbd send and receive once something can be. what names the wait. */
 bool pba_volume_turn(PbaVolume *volume, gint64 deadline, const char *what, GError **error);
-/* How much of a range one read may ask for. */
+/* How much of a range one request with data may be about. */
 uint64_t pba_volume_unit(const PbaVolume *volume, uint64_t offset, uint64_t length);
 /* Discards these ranges as pba_volume_discard does, many at a time. Over NBD only. */
 bool pba_volume_discard_ranges(PbaVolume *volume, const PbaRange *ranges, unsigned count,

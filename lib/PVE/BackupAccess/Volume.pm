@@ -14,6 +14,9 @@ my $max_regions = 1_000_000;
 # Volumes that may be no snapshot of an access: discarding would destroy what they hold.
 Hash::Util::FieldHash::fieldhash(my %is_bare);
 
+# Volumes that have only what changed.
+Hash::Util::FieldHash::fieldhash(my %is_increment);
+
 my %volume_keys = (
     size => \&check_bytes,
     'bitmap-mode' => \&check_text,
@@ -49,14 +52,15 @@ my sub check_mode ($device, $mode) {
         if $mode !~ m/\A(?:none|new|reuse)\z/;
 }
 
-# The name of the bitmap to read, undef for the whole volume. A bare URI may come without a mode.
-my sub bitmap_name ($device, $volume) {
+# The bitmap's mode, and the name of the one to read, undef for the whole volume. A bare URI may come
+# without a mode.
+my sub bitmap ($device, $volume) {
     my $name = $volume->{'bitmap-name'};
     my $mode = $volume->{'bitmap-mode'} // (defined($name) ? 'reuse' : 'none');
     check_mode($device, $mode);
     fail($device, "bitmap-mode '$mode' needs a 'bitmap-name'")
         if $mode ne 'none' && !defined($name);
-    return $mode eq 'none' ? undef : $name;
+    return ($mode, $mode eq 'none' ? undef : $name);
 }
 
 # What a provider is given may have keys that are not known here: the API may grow.
@@ -72,10 +76,12 @@ my sub open_handle ($class, $device, $volume) {
         fail($device, "its volume lacks '$key'") if !defined($volume->{$key});
     }
     check_mode($device, $volume->{'bitmap-mode'});
-    return $class->_open_handle(
+    my $self = $class->_open_handle(
         $device, fileno($volume->{'file-handle'}),
         $volume->{size}, $volume->{'next-dirty-region'}
     );
+    $is_increment{$self} = 1 if $volume->{'bitmap-mode'} eq 'reuse';
+    return $self;
 }
 
 sub open ($class, $device, $volume) {
@@ -89,8 +95,9 @@ sub open ($class, $device, $volume) {
     check($device, $volume, \%volume_keys);
     fail($device, "its volume lacks 'nbd-path'") if !defined($volume->{'nbd-path'});
     utf8::decode($volume->{'nbd-path'});    # text for the core, also from a file name's bytes
-    my $self = $class->_open($device, $volume->{'nbd-path'}, bitmap_name($device, $volume),
-        $volume->{size});
+    my ($mode, $bitmap) = bitmap($device, $volume);
+    my $self = $class->_open($device, $volume->{'nbd-path'}, $bitmap, $volume->{size});
+    $is_increment{$self} = 1 if $mode eq 'reuse';
     $is_bare{$self} = 1 if !exists($volume->{'bitmap-mode'});
     return $self;
 }
@@ -142,6 +149,7 @@ my %copy_options = (
     'request-size' => \&request_size,
     'cluster-size' => \&cluster_size,
     discard => \&check_flag,
+    'without-base' => \&check_flag,
 );
 
 # What 'to' says, as the core wants to have it.
@@ -162,7 +170,9 @@ my sub target ($to) {
 
 sub copy ($self, @options) {
     my $options = given_options('copy', \@options, \%copy_options, 'to');
-    return $self->_copy({ discard => !$is_bare{$self}, $options->%*, target($options->{to}) });
+    my $increment = $is_increment{$self} && !$options->{'without-base'};
+    my %all = (discard => !$is_bare{$self}, $options->%*, increment => $increment);
+    return $self->_copy({ %all, target($options->{to}) });
 }
 
 sub CLONE_SKIP { return 1 }
@@ -258,7 +268,11 @@ Either works with both mechanisms.
 Connects. C<%volume> is what C<backup_vm()> gets for the device: C<nbd-path> (a Unix socket, where the
 export has the name of the device, or an NBD URI), C<size>, C<bitmap-mode> and C<bitmap-name>. The
 size must be what the server says; without one the server's is taken. With a bitmap the server must
-offer it.
+offer it. A URI is one of those that L</copy> takes.
+
+A server's block sizes are kept to: reads of parts of its smallest block read whole blocks, and long ones are cut. A
+size of the export that is no multiple of the smallest block is an error, since no request could reach the end. Block
+sizes that break the NBD protocol are passed over.
 
 Or, of the mechanism file-handle, C<size>, C<bitmap-mode>, C<file-handle> and C<next-dirty-region>.
 Reads then go through the file, and regions come from the code ref. It gives each region once, so that
@@ -299,7 +313,8 @@ edge of a region.
     $volume->discard($offset, $length);
 
 Says that this range has been read and is not needed any more, which frees its fleecing space. Whole
-clusters of 64 KiB are discarded; parts of one at the edges of the range are not.
+clusters are discarded; parts of one at the edges of the range are not. A cluster has 64 KiB, or more where the
+fleecing image has larger ones.
 
 =head2 copy
 
@@ -311,15 +326,21 @@ written. What the server says is zero, as in a thin disk, is not read. The targe
 
 =over
 
-=item a path - of a raw image file, or of a block device. The file gets the volume's size. If there is
-none it is made, with mode 0600, as it is as secret as the disk. Zeroes become holes where they can.
+=item a path - of a raw image file, or of a block device of at least the volume's size. The file gets the volume's
+size. If there is none it is made, with mode 0600, as it is as secret as the disk. Zeroes become holes where they can.
+
+With bitmap-mode C<reuse> the volume is an increment: it has only what changed, and the rest is in the image of the
+backup before. So the file has to be there already and of the volume's size; any other is an
+C<ArgumentError>, unless C<without-base> says that an incomplete image is wanted.
 
 =item a handle, or the number of a descriptor - the same, opened by the caller for writing. Its position
 does not matter.
 
 =item an NBD URI - of a writable export at least as large as the volume, such as C<qemu-nbd> over a
-qcow2 image. C<nbds://> is TLS, with the key that the URI names (C<tls-psk-file>,
-C<tls-certificates>). A server that offers no flush has none: what it answers is all there is to know of its data.
+qcow2 image. C<nbd:>, C<nbd+unix:>, C<nbd+vsock:> and, for TLS, C<nbds:>, C<nbds+unix:> and
+C<nbds+vsock:> are taken, with the parameter C<socket>; with TLS also C<tls-psk-file>, C<tls-certificates>,
+C<tls-hostname>, C<tls-username> and C<tls-verify-peer>, as far as libnbd knows them. All else is an C<ArgumentError>. A
+server that offers no flush has none: what it answers is all there is to know of its data.
 
 =item a code ref - called with offset and data, in ascending order, zeroes included.
 
@@ -351,7 +372,8 @@ and at the end. The map is read for that before.
 to a QEMU before 10.0, so that the guest does not wait for its disk behind our reads.
 
 =item C<request-size> - of reads and writes at most, in bytes, from 4096 to 8388608, a multiple of 4096.
-By default 262144, or C<cluster-size> if that is more. Regions are never joined.
+By default 262144, or C<cluster-size> if that is more. Regions are never joined. A server's largest request makes
+them smaller, its smallest block larger.
 
 =item C<cluster-size> - of the image behind an NBD target, in bytes: a power of 2 from 65536, the
 default, to 8388608. Give it where the image has larger clusters: an NBD server does not tell. Zeroes are made in
@@ -359,6 +381,9 @@ whole clusters only, parts of one are written as data, and no cluster is written
 time: some QEMUs (11.0.0 with the fix "qcow2: Fix corruption on discard during write with COW") lose a
 write beside zeroes in the same cluster. With a smaller C<request-size> or a low C<bandwidth-limit>,
 whose requests are parts of a cluster, zeroes are written as data.
+
+=item C<without-base> - 1 lets an increment be copied to a file that is not there or has another size. The file then
+has what changed, and zeroes or whatever it had elsewhere: it is no image of the disk.
 
 =back
 
@@ -371,7 +396,7 @@ C<$statistics> is a hash:
 
 =item C<bytes-written>, C<bytes-zero> - of it, what was written as data, and what was made zero without
 
-=item C<bytes-discarded> - whole clusters of 64 KiB
+=item C<bytes-discarded> - whole clusters of the fleecing image, of 64 KiB at least
 
 =item C<regions>, C<seconds>
 

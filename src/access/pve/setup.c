@@ -8,8 +8,20 @@
 #include <inttypes.h>
 #include <string.h>
 
+/* QEMU copies before a write, and frees again, whole clusters of the fleecing image, but of 64 KiB
+ * at least (QEMU: block_copy_calculate_cluster_size, cbw_co_pdiscard_snapshot). An RBD image has
+ * its objects for clusters. */
+static bool read_cluster(PbaDisk *disk, JsonObject *node, JsonObject *device, GError **error)
+{
+    JsonObject *of = node ? node : pba_json_find_object(device, "inserted");
+    JsonObject *image = pba_json_find_object(of, "image");
+
+    return !image || !json_object_has_member(image, "cluster-size") ||
+           pba_json_size(image, "cluster-size", &disk->cluster, error);
+}
+
 /* The fleecing image is attached as <device>-fleecing: a block backend or a node. */
-static bool check_fleecing(const PbaDisk *disk, const PbaBlock *block, GError **error)
+static bool check_fleecing(PbaDisk *disk, const PbaBlock *block, GError **error)
 {
     g_autofree char *name = g_strconcat(disk->device, "-fleecing", NULL);
     JsonObject *device = pba_block_find_device(block, name);
@@ -32,7 +44,7 @@ static bool check_fleecing(const PbaDisk *disk, const PbaBlock *block, GError **
             name, size, disk->size);
         return false;
     }
-    return true;
+    return read_cluster(disk, node, device, error);
 }
 
 /* QEMU looks the name up itself, and does not know guest devices' ids. */
@@ -104,7 +116,7 @@ static bool check_early_form(PbaAccess *access, const PbaBlock *block, GError **
 bool pba_pve_check(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     for (guint i = 0; i < access->disks->len; i++) {
-        const PbaDisk *disk = access->disks->pdata[i];
+        PbaDisk *disk = access->disks->pdata[i];
         if (!check_name(disk, block, error) || !check_fleecing(disk, block, error)) {
             pba_error_add_device(error, disk->device);
             return false;

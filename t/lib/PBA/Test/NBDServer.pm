@@ -12,8 +12,9 @@ package PBA::Test::NBDServer;
 #   $server->requests('block-status'); $server->max_in_flight;
 #
 # Writes are accepted, and forgotten, but for dirty_only. With keep => 1 they and zeroes are kept, and
-# content() is what the disk holds: "\xee" where nothing was written. holes => [[$offset, $length], ...], in order,
-# is what it says of base:allocation; data should have zeroes there. description => of the export.
+# content() is what the disk holds: "\xee" where nothing was written. block_sizes => [$minimum, $preferred,
+# $maximum], [] for none; strict_blocks => 1 refuses requests that do not keep to them. holes => [[$offset,
+# $length], ...], in order, is what it says of base:allocation; data should have zeroes there. description => of the export.
 #
 # How far it is like a snapshot-access node with a bitmap:
 #   dirty_only => 1         EINVAL for reads and allocation outside dirty areas, or where trimmed
@@ -29,6 +30,7 @@ package PBA::Test::NBDServer;
 #   wrong_context_id => 1   the answer is for a context nobody asked for
 #   offer_bitmap => 0       the context does not exist
 #   advertised_size => N    another size than the true one
+#                           (this, block_sizes, strict_blocks: also sub ($connection) => value)
 #   block_status_error, read_error, trim_error, write_error => ERRNO
 #   allocation_error => ERRNO   for a block status with base:allocation
 #   zero_error => ERRNO     for a write of zeroes, which keep makes possible

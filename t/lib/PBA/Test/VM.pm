@@ -438,15 +438,18 @@ sub end_exports ($self) {
 }
 
 # Adds a node that can serve as a fleecing image for the disk: size => of the disk, as => node name
-# (default <device>-fleecing), in => directory. Returns the node name.
+# (default <device>-fleecing), in => directory, cluster => of a qcow2 image. Returns the node name.
 sub add_fleecing_node ($self, $id, %opt) {
     my $disk = $self->disk($id);
     my $node = $opt{as} // "$disk->{device}-fleecing";
-    my $file = ($opt{in} // $self->{dir}) . "/$node.raw";
-    _create_raw($file, $opt{size} // $disk->{size});
+    my $format = $opt{cluster} ? 'qcow2' : 'raw';
+    my $file = ($opt{in} // $self->{dir}) . "/$node.$format";
+    my $size = $opt{size} // $disk->{size};
+    my @create = (qw(create -q -f qcow2 -o), 'cluster_size=' . ($opt{cluster} // 0), $file, $size);
+    $opt{cluster} ? _system(qemu_img(), @create) : _create_raw($file, $size);
     $self->qmp(
         'blockdev-add',
-        driver => 'raw',
+        driver => $format,
         'node-name' => $node,
         discard => 'unmap',
         file => { driver => 'file', filename => $file, discard => 'unmap' },

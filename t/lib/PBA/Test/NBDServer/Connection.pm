@@ -4,7 +4,7 @@ package PBA::Test::NBDServer::Connection;
 
 use v5.36;
 
-use Errno qw(EINVAL ENOTSUP);
+use Errno qw(EINVAL EOVERFLOW ENOTSUP);
 use List::Util qw(max min);
 use Time::HiRes qw(time);
 
@@ -139,15 +139,25 @@ sub _send_info ($self, $option, $data) {
     }
     my $export = pack('nQ>n', 0, $self->_advertised_size, $self->_flags);
     $self->_option_reply($option, REP_INFO, $export);
-    $self->_option_reply($option, REP_INFO, pack('nNNN', 3, 1, 4096, 32 << 20));
+    my @block_sizes = $self->_block_sizes->@*;
+    $self->_option_reply($option, REP_INFO, pack('nNNN', 3, @block_sizes)) if @block_sizes;
     my $description = $self->{options}{description};
     $self->_option_reply($option, REP_INFO, pack('n', 2) . $description) if defined($description);
     $self->_option_reply($option, REP_ACK);
     return 1;
 }
 
+# What an option says of this connection: a code ref is told which one it is.
+sub _of_connection ($self, $value) {
+    return ref($value) eq 'CODE' ? $value->($self->{number}) : $value;
+}
+
 sub _advertised_size ($self) {
-    return $self->{options}{advertised_size} // $self->{options}{size};
+    return $self->_of_connection($self->{options}{advertised_size}) // $self->{options}{size};
+}
+
+sub _block_sizes ($self) {
+    return $self->_of_connection($self->{options}{block_sizes}) // BLOCK_SIZES;
 }
 
 sub _flags ($self) {
@@ -248,6 +258,8 @@ sub _answer ($self, $request) {
     die "client disconnected\n" if $command eq 'disconnect';
     $self->{count}{$command}++;
     return if $self->_refuses_to_answer($request);
+    my $errno = $self->_breaks_block_sizes($request);
+    return $self->_send_error($request, $errno, 'not in whole blocks') if $errno;
     if ($command eq 'block-status') {
         $self->_answer_block_status($request);
     }
@@ -291,6 +303,16 @@ sub _refuses_to_answer ($self, $request) {
     die "disconnected at $at\n" if defined($at) && _covers($request, $at);
     my $hang_at = $self->_fault('hang_at', $request);
     return defined($hang_at) && _covers($request, $hang_at);
+}
+
+# What a server answers that holds its clients to its block sizes.
+sub _breaks_block_sizes ($self, $request) {
+    my $command = $request->{command};
+    return 0 if !$self->_of_connection($self->{options}{strict_blocks}) || $command eq 'flush';
+    my ($min, undef, $max) = $self->_block_sizes->@*;
+    my $has_data = $command eq 'read' || $command eq 'write';
+    return EINVAL if ($request->{offset} | $request->{length}) % $min;
+    return $has_data && $request->{length} > $max ? EOVERFLOW : 0;
 }
 
 sub _covers ($request, $offset) {
@@ -364,7 +386,7 @@ sub _readable ($self, $request) {
     return 1;
 }
 
-# What is written is not kept. A snapshot takes no writes, though it is advertised as writable.
+# A snapshot takes no writes, though it is advertised as writable.
 sub _answer_write ($self, $request) {
     return $self->_send_error($request, ENOTSUP, 'not supported') if $self->{options}{dirty_only};
     my $errno = $self->_fault('write_error', $request);
