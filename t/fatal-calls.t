@@ -10,6 +10,7 @@ use lib "$FindBin::Bin/lib";
 use Test::More;
 
 use PBA::Test::Backend;
+use PBA::Test::QMP;
 
 my @disks = map { { id => $_, size => 16 * 1024 * 1024 } } qw(disk0 disk1);
 
@@ -133,6 +134,78 @@ subtest 'an access of another client is up' => sub {
     is($length, 16 * 1024 * 1024, 'the first access works on');
     $first->teardown(1);
     survived($backend, 'two clients');
+};
+
+# Another program's, of the same target, by QEMU's commands alone: its exports have names of its own.
+sub foreign_access ($backend) {
+    my $qmp = PBA::Test::QMP->new(path => $backend->qmp_path);
+    my %devices = (
+        devices => [
+            map {
+                { $_->%* }
+            } $backend->devices('use', 'disk0')->@*
+        ]
+    );
+    my ($info)
+        = $qmp->execute('backup-access-setup', 'target-id' => 'snapshot-access:test', %devices)->@*;
+    my %address = (type => 'unix', data => { path => $backend->work_dir('foreign') . '/nbd' });
+    $qmp->execute('nbd-server-start', addr => \%address);
+    $qmp->execute(
+        'block-export-add',
+        id => 'foreign',
+        type => 'nbd',
+        'node-name' => $info->{'node-name'},
+        bitmaps => [{ node => $info->{'bitmap-node-name'}, name => $info->{'bitmap-name'} }],
+    );
+    $qmp->close;
+    return;
+}
+
+sub end_foreign_access ($backend) {
+    my $qmp = PBA::Test::QMP->new(path => $backend->qmp_path);
+    $qmp->execute('block-export-del', id => 'foreign', mode => 'hard');
+    $qmp->execute('nbd-server-stop');
+    $qmp->execute('backup-access-teardown', 'target-id' => 'snapshot-access:test', success => $_)
+        for JSON::PP::false;
+    $qmp->close;
+    return;
+}
+
+# The other program comes at once, or right before the command.
+sub meet_foreign ($backend, $words, $when) {
+    my $arrive = sub { foreign_access($backend) };
+    $arrive->() if $when eq 'before setup';
+    my $access = $backend->access(
+        log => sub { },
+        qmp => sub ($command, $arguments) {
+            my $is_setup = $command eq 'backup-access-setup';
+            $arrive->() if $is_setup && $when eq 'during setup';
+            my $qmp = PBA::Test::QMP->new(path => $backend->qmp_path);
+            my $value = eval { $qmp->execute($command, $arguments->%*) };
+            my $error = $@;
+            $qmp->close;
+            return $value if !$error;
+            die(($is_setup ? $words : undef) // $error, "\n");
+        },
+    );
+    ok(!eval { $access->setup($backend->devices('use')); 1 }, 'refused');
+    local $SIG{__WARN__} = sub { };
+    undef $access;
+    return;
+}
+
+subtest 'an access of another program is up, whatever words QEMU has for that' => sub {
+    for my $when ('before setup', 'during setup') {
+        for my $words ('previous backup not finished', 'das geht nicht') {
+            my $backend = start();
+            meet_foreign($backend, $words, $when);
+            survived($backend, "$when, '$words'") or next;
+            is(scalar($backend->vm->exports->@*), 1, "$when, '$words': its export is there");
+            ok((grep { $_->{background} } $backend->status->{bitmaps}->@*),
+                "$when, '$words': and its access");
+            end_foreign_access($backend);
+        }
+    }
 };
 
 done_testing;

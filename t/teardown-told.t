@@ -61,7 +61,11 @@ sub tear_down ($access, $life) {
     push(@words, "a signal after teardown: $@" =~ s/\n//gr) if $caught;
     my $told = $done ? 'success' : 'failure';
     push(@words, "told: $told", "up: " . ($access->_is_up ? 1 : 0), "signals: $signals");
-    $access->teardown(0) if $life eq 'retries' && $access->_is_up;
+    if ($life eq 'retries' && $access->_is_up) {
+        my $again = eval { $access->teardown(1); 1 };
+        push(@words, 'again: ' . ($again ? 'success' : $@ =~ s/\n.*//sr));
+        push(@words, 'class: ' . (ref($@) ? $@->class : '')) if !$again;
+    }
     return @words;
 }
 
@@ -168,6 +172,14 @@ sub check_told ($run, $fault, $life, $name) {
         is(!!word($run, 'a signal after teardown: '), $told eq 'success', "$name: it came after");
     }
     is(word($run, 'up: '), 0, "$name: after a success it is down") if $told eq 'success';
+    if (defined(word($run, 'again: '))) {
+        like(
+            word($run, 'again: '),
+            qr/as after a failed backup/,
+            "$name: a second one says failure"
+        );
+        is(word($run, 'class: '), 'StateError', "$name: by its class");
+    }
     return $told;
 }
 

@@ -11,6 +11,7 @@ use Test::More;
 
 use PBA::Test::Backend;
 use PBA::Test::Client;
+use PBA::Test::QMP;
 use PBA::Test::QMPProxy;
 
 my $size = 16 * 1024 * 1024;
@@ -176,8 +177,58 @@ sub sweep ($name) {
     return;
 }
 
+# ---- recovery, and another process meanwhile ----
+
+# A process that is killed with its exports up. Recovery removes exports of whatever process; between two
+# of its commands the VM is started again, and B comes.
+sub recover_late ($name) {
+    my $backend = PBA::Test::Backend->start(
+        name => $name,
+        guest => 0,
+        disks => [{ id => 'disk0', size => $size, format => 'qcow2' }]
+    );
+    my $client = PBA::Test::Client->start(
+        sub ($tell) {
+            my $access = new_access($backend, qmp => $backend->qmp_path);
+            $access->setup($backend->devices('use'));
+            $access->volumes('nbd');
+            $tell->('up');
+        }
+    );
+    is($client->next_word, 'up', 'an access is up');
+    $client->kill9;
+
+    my ($b_access, $before);
+    my $asks = sub ($command, $arguments) {
+        my $qmp = PBA::Test::QMP->new(path => $backend->qmp_path);
+        my $value = eval { $qmp->execute($command, $arguments->%*) };
+        my $error = $@;
+        $qmp->close;
+        die $error if $error;
+        return $value if $command ne 'block-export-del' || $b_access;
+        $backend->restart;
+        $b_access = new_access($backend, qmp => $backend->qmp_path);
+        $b_access->setup($backend->devices('use'));
+        $b_access->volumes('nbd');
+        $before = state_of($backend);
+        return $value;
+    };
+    ok(
+        !eval {
+            PVE::BackupAccess->recover($backend->options(qmp => $asks), log => sub { });
+            1;
+        },
+        'recover: refused'
+    );
+    like("$@", qr/is no more in QEMU/, 'and why');
+    is(state_of($backend), $before, 'nothing of B was touched');
+    ok(eval { $b_access->teardown(1); 1 }, 'B comes to its end') or diag($@);
+    return;
+}
+
 for my $name (PBA::Test::Backend->names) {
     subtest "backend $name" => sub { sweep($name) };
+    subtest "backend $name, recovery" => sub { recover_late($name) };
 }
 
 done_testing;

@@ -515,14 +515,15 @@ volumes made. After a success each bitmap holds exactly what the guest wrote sin
 failure it holds that and all it held before.
 
 Every step is tried even if an earlier one failed; the first error is what it dies with, and a later
-call tries again what is left, as a failure. A bitmap that could not be brought to its right state is
+call tries again what is left, as after a failed backup, whatever it is told. A bitmap that could not be brought to its right state is
 removed, so that the next backup is a full one.
 
 With C<$success> it returns true, or dies. When it returns, the bitmaps have begun anew, or the next backup
 is a full one: nothing that goes wrong after that moment makes it die, it is logged as a warning. When it
 dies the next backup contains what this one contained as well, also where the message says that the end
 is not known, because QEMU cannot be asked. A success that could not be carried out is ended as a failure, and that is what
-it dies of.
+it dies of. So a later call with C<$success> does not return: when it has undone what was left, it dies with
+class C<StateError>.
 
 A signal that comes after that moment is handled, but teardown comes to its end within a second. What the
 handler dies with comes a statement or two later: not in C<< eval { $access->teardown(1); 1 } >>, but

@@ -168,6 +168,14 @@ static bool wait_export_gone(PbaAccess *access, const PbaDisk *disk, const char 
     }
 }
 
+/* An export's name tells whose it is, but recovery removes those of any dead process. Its marker in
+ * QEMU, seen after an export was, says that this is still the QEMU of that process: while the
+ * monitor was given back the VM may have been started again, and another process have come. */
+static bool may_remove(PbaAccess *access, GError **error)
+{
+    return access->nonce || pba_owner_require_now(access, error);
+}
+
 /* Dead processes may have left several. */
 static bool remove_exports(PbaAccess *access, const PbaDisk *disk, GError **error)
 {
@@ -179,7 +187,8 @@ static bool remove_exports(PbaAccess *access, const PbaDisk *disk, GError **erro
         if (!id) {
             return true;
         }
-        if (!pba_qmp_run(access->qmp, "block-export-del",
+        if (!may_remove(access, error) ||
+            !pba_qmp_run(access->qmp, "block-export-del",
                          pba_json("{'id': <%s>, 'mode': <'hard'>}", id), error) ||
             !wait_export_gone(access, disk, id, error)) {
             pba_error_add_device(error, disk->device);

@@ -122,8 +122,8 @@ static bool set_up(PbaAccess *access, GError **error)
     if (!pba_access_begin(access, error)) {
         return false;
     }
-    access->nonce = pba_nonce_new();
-    return check_here(access, error) && undo_leftovers(access, &block, error) &&
+    access->nonce = pba_nonce_new(error);
+    return access->nonce && check_here(access, error) && undo_leftovers(access, &block, error) &&
            resolve_disks(access, &block, error) && access->backend->check(access, &block, error) &&
            pba_owner_mark(access, error) && pba_run_dir_make(access, error) &&
            access->backend->setup(access, &block, error);

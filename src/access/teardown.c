@@ -133,8 +133,6 @@ bool pba_tear_down_and_end(PbaAccess *access, bool success, GError **error)
         pba_qmp_release(access->qmp);
         return true;
     }
-    /* What went wrong once, and may have cleared bitmaps, is no success any more. */
-    success = success && access->phase != PBA_PHASE_STUCK;
     pba_access_enter(access, PBA_PHASE_ENDING);
     undo(access, success, &local);
     return conclude(access, local, error);
@@ -155,5 +153,18 @@ static void end_interrupted_call(PbaAccess *access)
 bool pba_access_teardown(PbaAccess *access, bool success, GError **error)
 {
     end_interrupted_call(access);
-    return pba_access_require_up(access, error) && pba_tear_down_and_end(access, success, error);
+    if (!pba_access_require_up(access, error)) {
+        return false;
+    }
+    /* What went wrong once may have joined the bitmaps of some disks as after a failure. */
+    bool is_too_late = success && access->phase == PBA_PHASE_STUCK;
+    if (!pba_tear_down_and_end(access, success && !is_too_late, error)) {
+        return false;
+    }
+    if (is_too_late) {
+        pba_error_set(error, PBA_ERROR_STATE,
+                      "the access is ended as after a failed backup, since its first teardown "
+                      "failed - the next backup contains what this one contained");
+    }
+    return !is_too_late;
 }

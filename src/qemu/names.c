@@ -1,6 +1,10 @@
-/* Names of what is ours in a QEMU: nodes, exports, jobs, bitmaps. Pure. */
+/* Names of what is ours in a QEMU: nodes, exports, jobs, bitmaps. */
 #include "qemu.h"
+#include "src/base/base.h"
+#include <errno.h>
+#include <inttypes.h>
 #include <string.h>
+#include <unistd.h>
 
 #define TARGET_PREFIX "pba:"
 #define BACKGROUND_PREFIX "pba-background-"
@@ -63,13 +67,17 @@ const char *pba_background_target(const char *name)
     return length == PBA_NONCE_LENGTH && nonce[length] == ':' ? nonce + length + 1 : NULL;
 }
 
-char *pba_nonce_new(void)
+/* Of the kernel: GLib's generator gives a forked child the numbers of its parent. */
+char *pba_nonce_new(GError **error)
 {
-    g_autofree char *uuid = g_uuid_string_random();
-    g_auto(GStrv) parts = g_strsplit(uuid, "-", 5);
+    uint64_t number;
 
-    /* The first and the last group are all random. */
-    return g_strdup_printf("%s%.8s", parts[0], parts[4]);
+    if (getentropy(&number, sizeof(number)) != 0) {
+        pba_error_set(error, PBA_ERROR_SYSTEM, "the kernel gives no random numbers - %s",
+                      g_strerror(errno));
+        return NULL;
+    }
+    return g_strdup_printf("%0*" PRIx64, PBA_NONCE_LENGTH, number);
 }
 
 char *pba_export_id(const char *target_id, const char *nonce, const char *key)

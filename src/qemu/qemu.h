@@ -22,7 +22,7 @@ char *pba_target_prefix(const char *target_id, const char *role);
  * access that is gone cannot hit what a later one has made. So many random hexadecimal digits, the
  * caller's to free. */
 #define PBA_NONCE_LENGTH 16
-char *pba_nonce_new(void);
+char *pba_nonce_new(GError **error);
 /* The id of an export begins with this. QEMU does not limit it to 31 bytes (7.2, 10.0). */
 #define PBA_EXPORT_PREFIX "pba-exp-"
 char *pba_export_id(const char *target_id, const char *nonce, const char *key);

@@ -2,6 +2,8 @@
 #include "src/access/access.h"
 #include "tap.h"
 #include <string.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 /* Everything that pba_own_name is called with. */
 static const char *const roles[] = {"run",    "exp",  "raw",  "cbw", "snap",
@@ -60,7 +62,7 @@ static void test_told_apart(void)
 static void test_bitmaps(void)
 {
     g_autofree char *target = pba_target_bitmap("my:store");
-    g_autofree char *nonce = pba_nonce_new();
+    g_autofree char *nonce = pba_nonce_new(NULL);
     g_autofree char *background = pba_background_bitmap("my:store", nonce);
     g_autofree char *old = pba_background_bitmap("my:store", NULL);
 
@@ -71,8 +73,6 @@ static void test_bitmaps(void)
     is_text(pba_background_target(old), "my:store", "that of version 0.1.0, too: %s", old);
     ok(!pba_background_target(target) && !pba_background_target("pba-background-12:my:store"),
        "others are none");
-    g_autofree char *again = pba_nonce_new();
-    ok(strlen(nonce) == PBA_NONCE_LENGTH && strcmp(nonce, again) != 0, "no nonce comes twice");
     /* A target-id that looks like the prefix of another kind must not make one of the other. */
     g_autofree char *odd = pba_target_bitmap("background:my:store");
     g_autofree char *odder = pba_target_bitmap("-background:my:store");
@@ -111,11 +111,35 @@ static void test_owner(void)
     }
 }
 
+/* GLib's random numbers go on from where the parent was: all children of a process would have the
+ * same. */
+static void test_nonce_of_child(void)
+{
+    char of_child[PBA_NONCE_LENGTH + 1] = "";
+    int ends[2];
+    g_autofree char *before = pba_nonce_new(NULL);
+
+    g_assert(pipe(ends) == 0);
+    pid_t pid = fork();
+    if (pid == 0) {
+        char *nonce = pba_nonce_new(NULL);
+        _exit(write(ends[1], nonce, PBA_NONCE_LENGTH) == PBA_NONCE_LENGTH ? 0 : 1);
+    }
+    g_assert(pid > 0 && waitpid(pid, NULL, 0) == pid);
+    g_assert(read(ends[0], of_child, PBA_NONCE_LENGTH) == PBA_NONCE_LENGTH);
+    close(ends[0]);
+    close(ends[1]);
+    g_autofree char *after = pba_nonce_new(NULL);
+    ok(strlen(after) == PBA_NONCE_LENGTH && strcmp(before, after) != 0, "a nonce comes once");
+    ok(strcmp(of_child, after) != 0, "also in a forked child");
+}
+
 int main(void)
 {
     test_rules();
     test_owner();
     test_told_apart();
     test_bitmaps();
+    test_nonce_of_child();
     return done_testing();
 }

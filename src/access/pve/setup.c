@@ -222,16 +222,48 @@ static bool read_reply(PbaAccess *access, JsonArray *reply, GError **error)
     return true;
 }
 
-/* QEMU's own word for an access or a native backup of another program that is up, before it has
- * changed anything. Where it is not understood, teardown is tried: QEMU refuses that for another
- * target's, and for one of this target the exports are looked at before. Where it is misunderstood,
- * the access stays up, and QEMU refuses the next setup: no bit is lost. */
+/* Nodes and bitmaps that QEMU makes for an access, or for a native backup. */
+static unsigned count_parts(const PbaBlock *block)
+{
+    unsigned count = 0;
+
+    for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
+        JsonObject *node = pba_json_element(block->nodes, i);
+        const char *driver = node ? pba_json_find_string(node, "drv") : NULL;
+        const char *name = node ? pba_json_find_string(node, "node-name") : NULL;
+        count += g_strcmp0(driver, "snapshot-access") == 0 ||
+                 g_strcmp0(driver, "copy-before-write") == 0;
+        count += name && pba_block_find_bitmap(block, name, PBA_PVE_BACKGROUND);
+    }
+    return count;
+}
+
+/* QEMU's own word for an access or a native backup of another program, before it has changed
+ * anything. It decides only where parts have appeared since this setup began to look: another
+ * program was faster by that moment, or QEMU failed half way. Where it is not understood, teardown
+ * is tried: QEMU refuses that for another target's, and what would crash it is looked at before;
+ * one of this target ends as a failed backup. Where it is misunderstood, the half that QEMU has
+ * made stays, and QEMU refuses the next setup. No bit is lost either way. */
 static bool is_refusal(const GError *error)
 {
     return error->code == PBA_ERROR_QMP && strstr(error->message, "not finished");
 }
 
-bool pba_pve_setup(PbaAccess *access, G_GNUC_UNUSED PbaBlock *block, GError **error)
+/* Whether nothing is up of a setup that failed. Over a new connection, when QEMU has done with all
+ * that came over the one before. */
+static bool has_done_nothing(PbaAccess *access, const PbaBlock *before, const GError *failure)
+{
+    g_auto(PbaBlock) after = {0};
+
+    if (pba_error_is_fatal(failure)) {
+        return false;
+    }
+    pba_qmp_release(access->qmp);
+    return pba_block_query(access->qmp, false, &after, NULL) &&
+           (count_parts(&after) == count_parts(before) || is_refusal(failure));
+}
+
+bool pba_pve_setup(PbaAccess *access, PbaBlock *block, GError **error)
 {
     JsonNode *arguments =
         access->form == PBA_FORM_DEVICES ? devices_form(access) : devlist_form(access);
@@ -247,7 +279,7 @@ bool pba_pve_setup(PbaAccess *access, G_GNUC_UNUSED PbaBlock *block, GError **er
     if (reply && read_reply(access, reply, &local) && pba_nbd_server_start(access, &local)) {
         return true;
     }
-    if (!reply && is_refusal(local)) {
+    if (!reply && has_done_nothing(access, block, local)) {
         pba_access_enter(access, PBA_PHASE_CLAIMED);
     }
     g_propagate_error(error, local);

@@ -276,12 +276,14 @@ static bool look(PbaAccess *access, PbaBlock *block, GError **error)
     const PbaDisk *first = access->disks->pdata[0];
     bool is_dead_process = access->nonce == NULL;
 
-    /* Without a reply to setup it is not known whose access is up. */
+    /* Without a reply to setup it is not known whose access is up: then, as of a dead process' one,
+     * only what the bitmaps of all nodes show is known of it. */
     bool is_known = first->snapshot_node && !is_dead_process;
     return (is_known || check_no_exports(access, error)) &&
            pba_block_query(access->qmp, false, block, error) &&
            pba_owner_require(access, block->nodes, error) &&
-           (is_dead_process ? check_stale_safe : check_safe)(access, block, error);
+           (is_dead_process || check_safe(access, block, error)) &&
+           (is_known || check_stale_safe(access, block, error));
 }
 
 bool pba_pve_teardown(PbaAccess *access, bool success, GError **error)
