@@ -198,6 +198,7 @@ for my $stage (@stages) {
             is(eval { $error->command }, $stage, "$name: the command");
             my @names = $peer->names;
             my $asked = grep { $_ eq 'backup-access-setup' } @names;
+            $asked = 0 if $stage eq 'backup-access-setup' && $name eq 'an error';
             my $undone = grep { $_ eq 'backup-access-teardown' } @names;
             is($undone, $asked, "$name: undone where there is something to undo") or diag("@names");
             my ($teardown) = grep { $_->{execute} eq 'backup-access-teardown' } $peer->commands;
@@ -213,6 +214,24 @@ for my $stage (@stages) {
         }
     };
 }
+
+# What QEMU shows after a refusal decides.
+subtest 'setup: refused, with something left' => sub {
+    my %returns = pve_returns();
+    my $nodes = $returns{'query-named-block-nodes'};
+    my %node = ('node-name' => '#block418', drv => 'snapshot-access', ro => JSON::PP::false);
+    my $is_asked;
+    $returns{'backup-access-setup'} = sub (@) {
+        $is_asked = 1;
+        return action({ error => { class => 'GenericError', desc => 'half way' } });
+    };
+    $returns{'query-named-block-nodes'} = sub ($arguments) {
+        return [value_of($nodes, $arguments)->@*, $is_asked ? \%node : ()];
+    };
+    my $peer = start_peer(\%returns);
+    dies(sub { new_access($peer)->setup(\@one) }, qr/GenericError/, qr/half way/, 'setup');
+    is(scalar(grep { $_ eq 'backup-access-teardown' } $peer->names), 1, 'it is undone');
+};
 
 subtest 'somebody else is at it' => sub {
     my $error = { class => 'GenericError', desc => "previous backup for target 'x' not finished" };

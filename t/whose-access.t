@@ -177,6 +177,44 @@ sub sweep ($name) {
     return;
 }
 
+# ---- between two commands ----
+
+# A reaches QEMU by a code ref, each command by a connection of its own. Right before the command the VM is
+# started again, and B comes. Names of nodes are the same for both.
+sub late_command ($name, $command) {
+    my $backend = PBA::Test::Backend->start(
+        name => $name,
+        guest => 0,
+        disks => [{ id => 'disk0', size => $size, format => 'qcow2' }]
+    );
+    my ($b_access, $before);
+    my $is_late = 0;
+    my $asks = sub ($asked, $arguments) {
+        if ($is_late && !$b_access && $asked eq $command) {
+            $backend->restart;
+            $b_access = new_access($backend, qmp => $backend->qmp_path);
+            $b_access->setup($backend->devices('use'));
+            $b_access->volumes('nbd') if $command eq 'blockdev-del';
+            $before = state_of($backend);
+        }
+        my $qmp = PBA::Test::QMP->new(path => $backend->qmp_path);
+        my $value = eval { $qmp->execute($asked, $arguments->%*) };
+        my $error = $@;
+        $qmp->close;
+        die $error if $error;
+        return $value;
+    };
+    my $access = new_access($backend, qmp => $asks);
+    $access->setup($backend->devices('use'));
+    $is_late = 1;
+    ok(!eval { $access->teardown(1); 1 }, "A is late before $command: refused");
+    local $SIG{__WARN__} = sub { };
+    undef $access;
+    is(state_of($backend), $before, 'nothing of B was touched');
+    ok(eval { $b_access->teardown(1); 1 }, 'B comes to its end') or diag($@);
+    return;
+}
+
 # ---- recovery, and another process meanwhile ----
 
 # A process that is killed with its exports up. Recovery removes exports of whatever process; between two
@@ -229,6 +267,10 @@ sub recover_late ($name) {
 for my $name (PBA::Test::Backend->names) {
     subtest "backend $name" => sub { sweep($name) };
     subtest "backend $name, recovery" => sub { recover_late($name) };
+    next if $name eq 'pve';    # its one command says nothing but the target
+    for my $command (qw(blockdev-del blockdev-reopen transaction)) {
+        subtest "backend $name, late $command" => sub { late_command($name, $command) };
+    }
 }
 
 done_testing;

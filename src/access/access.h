@@ -129,6 +129,8 @@ bool pba_owner_require(PbaAccess *access, JsonArray *nodes, GError **error);
 void pba_owner_set_gone_error(const PbaAccess *access, GError **error);
 /* The same of what QEMU has now. */
 bool pba_owner_require_now(PbaAccess *access, GError **error);
+/* Whether QEMU can be asked, and has the marker of this access. Enters no phase. */
+bool pba_owner_holds(PbaAccess *access);
 /* Claims the guest for this access, unless another one was faster. */
 bool pba_owner_mark(PbaAccess *access, GError **error);
 bool pba_device_marks_add(PbaAccess *access, GError **error);

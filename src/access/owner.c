@@ -339,6 +339,14 @@ bool pba_owner_require_now(PbaAccess *access, GError **error)
     return nodes && pba_owner_require(access, nodes, error);
 }
 
+bool pba_owner_holds(PbaAccess *access)
+{
+    g_autoptr(JsonArray) nodes = query_nodes(access, NULL);
+    bool found;
+
+    return nodes && has_own_mark(access, nodes, &found, NULL) && found;
+}
+
 static void note_marked(PbaAccess *access)
 {
     g_mutex_lock(&marked_lock);

@@ -1,4 +1,4 @@
-/* Undoing what setup-upstream.c did, or the part of it that there is: what is looked at is QEMU's
+/* Undoing what setup.c did, or the part of it that there is: what is looked at is QEMU's
  * state, not what we remember. */
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
@@ -81,17 +81,38 @@ static void drop_fleecing(PbaAccess *access, GError **first, const PbaBlock *blo
     }
 }
 
-static void undo_graph(PbaAccess *access, GError **first, const PbaBlock *block)
+/* After a restart of the VM the nodes of a later access have the same names. QEMU does not undo
+ * that one's cut while its snapshot is there (copy-before-write shares no writes then): what was
+ * refused may be the first that is seen of it. */
+static bool is_still_ours(PbaAccess *access, GError **first)
+{
+    GError *gone = NULL;
+
+    if (!*first || pba_error_is_fatal(*first) || pba_owner_require_now(access, &gone)) {
+        return true;
+    }
+    g_clear_error(first);
+    *first = gone;
+    return false;
+}
+
+/* False if the access is no more ours. */
+static bool undo_graph(PbaAccess *access, GError **first, const PbaBlock *block)
 {
     GPtrArray *disks = access->disks;
 
+    /* The snapshots before the cut is undone: what they show would change under a reader. */
     for (guint i = 0; i < disks->len; i++) {
         const PbaDisk *disk = disks->pdata[i];
         delete_node(access, first, block, disk, disk->snapshot_node);
     }
     bypass_filters(access, first, block);
+    if (!is_still_ours(access, first)) {
+        return false;
+    }
     for (guint i = 0; i < disks->len; i++) {
         const PbaDisk *disk = disks->pdata[i];
+        /* The guest device first: QEMU deletes no node that has a user. */
         give_root_back(access, first, block, disk);
         delete_node(access, first, block, disk, disk->filter_node);
         delete_node(access, first, block, disk, disk->raw_node);
@@ -102,6 +123,7 @@ static void undo_graph(PbaAccess *access, GError **first, const PbaBlock *block)
             pba_error_keep_first(first, step, &access->hooks);
         }
     }
+    return true;
 }
 
 bool pba_upstream_teardown(PbaAccess *access, bool success, GError **error)
@@ -115,7 +137,10 @@ bool pba_upstream_teardown(PbaAccess *access, bool success, GError **error)
         !pba_owner_require(access, block.nodes, error)) {
         return false;
     }
-    undo_graph(access, &first, &block);
+    if (!undo_graph(access, &first, &block)) {
+        g_propagate_error(error, first);
+        return false;
+    }
     if (success && first && !pba_error_is_fatal(first)) {
         pba_log(&access->hooks, PBA_LOG_WARN,
                 "the bitmaps are joined as after a failed backup, since not all could be undone");
