@@ -64,6 +64,7 @@ static bool add_export(PbaAccess *access, const PbaDisk *disk, GError **error)
     JsonNode *arguments = pba_json("{'id': <%s>, 'type': <'nbd'>, 'node-name': <%s>, 'name': <%s>, "
                                    "'writable': <true>, 'description': <%s>}",
                                    id, disk->snapshot_node, disk->device, description);
+    /* Setup has frozen it: a reader of the map must not see it change. */
     if (disk->bitmap_name) {
         JsonArray *bitmaps = json_array_new();
         json_array_add_element(bitmaps, pba_json("{'node': <%s>, 'name': <%s>}", disk->bitmap_node,
@@ -279,6 +280,9 @@ bool pba_exports_remove(PbaAccess *access, GError **error)
     GError *first = NULL;
     GError *step = NULL;
 
+    /* First: QEMU keeps an export until the requests of its clients, also of this process, are
+     * done.
+     */
     if (access->socket) {
         pba_connections_cut(access->socket);
     }

@@ -274,7 +274,9 @@ static bool undo_marked(PbaAccess *dead, GPtrArray *lines, GError **error)
         pba_owner_unmark(dead, false);
         return false;
     }
+    /* Before they are described: what cannot be removed is not said to be. */
     sort_paths(dead, &leftovers);
+    /* Before teardown: afterwards it is not there to be named. */
     describe(dead, &leftovers, done);
     if (dead->disks->len > 0 || dead->socket) {
         pba_access_begin_changes(dead);

@@ -123,10 +123,14 @@ static bool set_up(PbaAccess *access, GError **error)
         return false;
     }
     access->nonce = pba_nonce_new(error);
-    return access->nonce && check_here(access, error) && undo_leftovers(access, &block, error) &&
-           resolve_disks(access, &block, error) && access->backend->check(access, &block, error) &&
-           pba_owner_mark(access, error) && pba_run_dir_make(access, error) &&
-           access->backend->setup(access, &block, error);
+    return access->nonce && check_here(access, error) &&
+           /* Before the disks are looked at: it changes the graph and the bitmaps. */
+           undo_leftovers(access, &block, error) && resolve_disks(access, &block, error) &&
+           access->backend->check(access, &block, error) &&
+           /* Before the first change: whoever comes now sees that somebody is at it. */
+           pba_owner_mark(access, error) &&
+           /* After the marker, whose name it notes; before the NBD server, which listens there. */
+           pba_run_dir_make(access, error) && access->backend->setup(access, &block, error);
 }
 
 static bool require_down(const PbaAccess *access, GError **error)

@@ -46,6 +46,7 @@ static bool undo(PbaAccess *access, bool success, GError **error)
     GError *first = NULL;
     GError *files = NULL;
 
+    /* Before the exports, which they read: so their readers get errors, not a server that waits. */
     if (!pba_vfiles_end(access, &files) && pba_error_is_fatal(files)) {
         g_propagate_error(error, files);
         return false;

@@ -269,6 +269,8 @@ bool pba_pve_setup(PbaAccess *access, PbaBlock *block, GError **error)
         access->form == PBA_FORM_DEVICES ? devices_form(access) : devlist_form(access);
     GError *local = NULL;
 
+    /* Before the command: QEMU does not tell which devices an access has, and recovery must know.
+     */
     if (!pba_device_marks_add(access, error)) {
         json_node_unref(arguments);
         return false;
@@ -276,6 +278,7 @@ bool pba_pve_setup(PbaAccess *access, PbaBlock *block, GError **error)
     pba_access_begin_changes(access);
     g_autoptr(JsonArray) reply =
         pba_qmp_query_array(access->qmp, "backup-access-setup", arguments, &local);
+    /* The NBD server last: without an access there is nothing to serve. */
     if (reply && read_reply(access, reply, &local) && pba_nbd_server_start(access, &local)) {
         return true;
     }

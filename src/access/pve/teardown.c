@@ -300,6 +300,7 @@ bool pba_pve_teardown(PbaAccess *access, bool success, GError **error)
     if (success) {
         return end_as_success(access, error);
     }
+    /* Known before teardown only: then QEMU's background bitmap goes. */
     bool may_be_committed = is_marked_as_ending(access, &block) && !has_background(&block);
     return send_teardown(access, false, error) == DONE &&
            (!may_be_committed || remove_bitmaps(access, &block, error));

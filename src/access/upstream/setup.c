@@ -396,10 +396,26 @@ static bool prepare_bitmaps(PbaAccess *access, const PbaBlock *block, GError **e
 
 bool pba_upstream_setup(PbaAccess *access, PbaBlock *block, GError **error)
 {
-    /* The NBD server first: if another one runs, nothing has been done to the guest yet. */
-    return pba_nbd_server_start(access, error) && each_disk(access, add_fleecing, error) &&
-           each_disk(access, insert_raw, error) && prepare_bitmaps(access, block, error) &&
-           each_disk(access, add_background, error) && each_disk(access, add_filter, error) &&
-           cut(access, error) && freeze_bitmaps(access, block, error) &&
-           each_disk(access, add_snapshot, error);
+    return
+        /* First: if another NBD server runs, nothing has been done to the guest yet. */
+        pba_nbd_server_start(access, error) &&
+        /* Before the filters, which have them as targets. */
+        each_disk(access, add_fleecing, error) &&
+        /* One by one, at any time before the cut: qom-set takes one disk, the cut all at once. */
+        each_disk(access, insert_raw, error) &&
+        /* Before the cut, since making all bits takes a job; the target's records from here on. */
+        prepare_bitmaps(access, block, error) &&
+        /* Before the cut: what is written after it must be in them. Bits from before are too many.
+         */
+        each_disk(access, add_background, error) &&
+        /* After its fleecing node; until the cut a filter has no user and copies nothing. */
+        each_disk(access, add_filter, error) &&
+        /* The instant of all disks. */
+        cut(access, error) &&
+        /* Not before the cut: a write between would be in the snapshot, but not in the bitmap that
+         * says what is to be read of it. */
+        freeze_bitmaps(access, block, error) &&
+        /* Not before the cut: a filter with a user shares no writes of its disk (QEMU's
+         * cbw_child_perm), which until then the guest makes past it. */
+        each_disk(access, add_snapshot, error);
 }

@@ -101,11 +101,13 @@ static bool undo_graph(PbaAccess *access, GError **first, const PbaBlock *block)
 {
     GPtrArray *disks = access->disks;
 
-    /* The snapshots before the cut is undone: what they show would change under a reader. */
+    /* The snapshots first: while a filter has one QEMU does not undo the cut (cbw_child_perm),
+     * since what it shows would change. */
     for (guint i = 0; i < disks->len; i++) {
         const PbaDisk *disk = disks->pdata[i];
         delete_node(access, first, block, disk, disk->snapshot_node);
     }
+    /* All filters before any guest device is touched: one by one they would copy for nobody. */
     bypass_filters(access, first, block);
     if (!is_still_ours(access, first)) {
         return false;
