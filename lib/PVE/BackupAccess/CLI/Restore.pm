@@ -53,26 +53,34 @@ my sub open_new ($file) {
     return $fh;
 }
 
+# Has a new file filled, which is complete or not there.
+my sub make_file ($file, $fill, $end = sub (@) { }) {
+    my $part = "$file.part";
+    unlink($part);    # of a restore that was killed
+    my $make = sub {
+        $fill->(open_new($part));
+        rename($part, $file) or die "cannot rename $part to $file: $!\n";
+    };
+    ensure($make, sub (@) { unlink($part); $end->() });
+}
+
 my sub copy ($provider, $volname, $device, $size, $file, $progress) {
-    my $part = -b $file ? undef : "$file.part";
-    unlink($part) if $part;    # of a restore that was killed
-    my $restore = sub {
+    my $restore = sub ($to) {
         my $info = $provider->restore_vm_volume_init($volname, $device, {});
         my $volume = PVE::BackupAccess::Volume->open($device,
             { 'nbd-path' => $info->{'qemu-img-path'}, size => $size });
         $volume->copy(
-            to => $part ? open_new($part) : $file,
+            to => $to,
             progress => sub ($done, $total) { $progress->update($device, $done, $total) },
         );
         $volume->close;
-        !$part || rename($part, $file) or die "cannot rename $part to $file: $!\n";
     };
     my $end = sub (@) {
-        unlink($part) if $part;    # still there if it failed
         $progress->end;
         $provider->restore_vm_volume_cleanup($volname, $device, {});
     };
-    ensure($restore, $end);
+    return ensure(sub { $restore->($file) }, $end) if -b $file;
+    make_file($file, $restore, $end);
 }
 
 my sub restore_all ($provider, $volname, $volumes, $files) {
@@ -90,8 +98,7 @@ my sub restore_config ($provider, $volname, $target) {
     return if !-d $target || ($config // '') eq '';
     my $file = "$target/guest.conf";
     die "$file exists already - it is not overwritten\n" if -e $file;
-    my $fh = open_new($file);
-    print {$fh} $config and close($fh) or die "$file: $!\n";
+    make_file($file, sub ($fh) { print {$fh} $config and close($fh) or die "$file: $!\n" });
     return $file;
 }
 
