@@ -70,6 +70,11 @@ my %sinks = (
         open(my $fh, '+<:raw', $file) or die "$file: $!\n";
         return ($volume->copy(to => fileno($fh)), read_file($file));
     },
+    'the path of a descriptor' => sub ($volume, $before) {
+        my $file = write_file("$dir/target", $before);
+        open(my $fh, '+<:raw', $file) or die "$file: $!\n";
+        return ($volume->copy(to => '/dev/fd/' . fileno($fh)), read_file($file));
+    },
     'raw over NBD' => sub ($volume, $before) {
         my $file = write_file("$dir/target", $before);
         my $server = PBA::Test::QemuNbd->start(file => $file);
@@ -117,6 +122,19 @@ for my $sink (sort keys %sinks) {
         }
     };
 }
+
+# What writes has other descriptors than the caller, and must not take its own for the caller's.
+subtest 'links to descriptors' => sub {
+    write_file("$dir/target", '');
+    open(my $fh, '+<:raw', "$dir/target") or die "$dir/target: $!\n";
+    for my $number (0 .. 5) {
+        symlink("/proc/self/fd/$number", "$dir/link") or die "symlink: $!\n";
+        ok(!eval { open_volume(start())->copy(to => "$dir/link"); 1 }, "$number: refused")
+            or is(-s "$dir/target", $odd_size, "$number: or copied");
+        like("$@", qr/cannot write to \Q$dir\E\/link - /, "$number: and why");
+        unlink("$dir/link");
+    }
+};
 
 subtest 'to a block device' => sub {
     plan(skip_all => 'needs root and loop devices') if $> != 0 || !-e '/dev/loop-control';

@@ -110,12 +110,13 @@ static void start_siblings(unsigned count)
  * and a pipe that somebody reads to its end. */
 static void keep_descriptors(int socket, int *target)
 {
-    int null = open("/dev/null", O_RDWR | O_CLOEXEC);
     int safe_socket = fcntl(socket, F_DUPFD_CLOEXEC, TARGET_FD + 1);
     int safe_target = *target == -1 ? -1 : fcntl(*target, F_DUPFD_CLOEXEC, TARGET_FD + 1);
 
+    /* Not /dev/null: a path may lead to one of these (/dev/stdout), and a socket cannot be opened
+     * by its path. */
     for (int fd = 0; fd < SOCKET_FD; fd++) {
-        dup2(null == -1 ? safe_socket : null, fd);
+        dup2(safe_socket, fd);
     }
     dup2(safe_socket, SOCKET_FD);
     if (safe_target == -1) {

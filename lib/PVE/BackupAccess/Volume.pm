@@ -152,6 +152,14 @@ my %copy_options = (
     'without-base' => \&check_flag,
 );
 
+# Paths of this process' own descriptors: in a process of the copy's own they would be others.
+my %standard = (stdin => 0, stdout => 1, stderr => 2);
+
+my sub fd_in_path ($path) {
+    return $1 if $path =~ m!\A/(?:dev|proc/self)/fd/([0-9]{1,9})\z!;
+    return $path =~ m!\A/dev/(\w+)\z! ? $standard{$1} : undef;
+}
+
 # What 'to' says, as the core wants to have it.
 my sub target ($to) {
     return (write => $to) if ref($to) eq 'CODE';
@@ -164,6 +172,8 @@ my sub target ($to) {
     check_filled_text('to', $to);
     return (fd => $to) if $to =~ m/\A(?:0|[1-9][0-9]{0,8})\z/;
     return (uri => $to) if $to =~ m!\Anbds?(?:\+\w+)?://!;
+    my $fd = fd_in_path($to);
+    return (fd => $fd) if defined($fd);
     utf8::encode($to) if !utf8::downgrade($to, 1);
     return (path => $to);
 }
@@ -333,8 +343,8 @@ With bitmap-mode C<reuse> the volume is an increment: it has only what changed, 
 backup before. So the file has to be there already and of the volume's size; any other is an
 C<ArgumentError>, unless C<without-base> says that an incomplete image is wanted.
 
-=item a handle, or the number of a descriptor - the same, opened by the caller for writing. Its position
-does not matter.
+=item a handle, or the number of a descriptor, or its path, such as C</dev/stdout> - the same, opened by
+the caller for writing. Its position does not matter.
 
 =item an NBD URI - of a writable export at least as large as the volume, such as C<qemu-nbd> over a
 qcow2 image. C<nbd:>, C<nbd+unix:>, C<nbd+vsock:> and, for TLS, C<nbds:>, C<nbds+unix:> and
