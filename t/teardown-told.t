@@ -101,14 +101,14 @@ sub run_client ($backend, $path, $life, $fault) {
 # ---- one point ----
 
 # From a bitmap that is clean: { proxy, words }.
-sub backup_with_fault ($backend, $fault, $at, $life) {
+sub backup_with_fault ($backend, $fault, $at, $life, $then = undef) {
     write_disk($backend, 'old');
     my $proxy = proxy($backend);
-    my $client = run_client($backend, $proxy->socket_path, $life, $fault);
+    my $client = run_client($backend, $proxy->socket_path, $life, $then ? 'stall' : $fault);
     waitpid($client->{pid}, POSIX::WUNTRACED());
     write_disk($backend, 'new');
     $proxy->stop;
-    $proxy = proxy($backend, fault => $fault, at => $at);
+    $proxy = proxy($backend, fault => $fault, at => $at, then => $then // {});
     kill('CONT', $client->{pid});
     my @words;
 
@@ -128,9 +128,13 @@ sub finish_client ($client) {
     return;
 }
 
-# { block => 1 } of the next backup, or undef if it is a full one.
+# { block => 1 } of the next backup, or undef if it is a full one. By the path that the client knew QEMU by:
+# that tells whose directory it is.
 sub next_blocks ($backend) {
-    my $dirty = $backend->next_dirty(log => sub { })->{disk0} // return undef;
+    my $proxy = proxy($backend);
+    my $all = $backend->next_dirty(log => sub { }, qmp => $proxy->socket_path);
+    $proxy->stop;
+    my $dirty = $all->{disk0} // return undef;
     return $dirty;
 }
 
@@ -172,7 +176,8 @@ sub check_told ($run, $fault, $life, $name) {
         is(!!word($run, 'a signal after teardown: '), $told eq 'success', "$name: it came after");
     }
     is(word($run, 'up: '), 0, "$name: after a success it is down") if $told eq 'success';
-    if (defined(word($run, 'again: '))) {
+    isnt(word($run, 'again: '), 'success', "$name: a second one does not say success");
+    if (defined(word($run, 'again: ')) && !$run->{then}) {
         like(
             word($run, 'again: '),
             qr/as after a failed backup/,
@@ -183,11 +188,13 @@ sub check_told ($run, $fault, $life, $name) {
     return $told;
 }
 
-sub point ($backend, $fault, $at, $life) {
-    my $run = backup_with_fault($backend, $fault, $at, $life);
+sub point ($backend, $fault, $at, $life, $then = undef) {
+    my $run = backup_with_fault($backend, $fault, $at, $life, $then);
     $run->{at} = $at;
+    $run->{then} = $then;
     my ($struck) = $run->{proxy}->records('fault');
     my $name = "$fault, number $at" . ($struck ? " ($struck->{name})" : '') . ", $life";
+    $name .= join('', map { ", then $then->{$_}, number $_" } sort(keys(($then // {})->%*)));
     my $told = check_told($run, $fault, $life, $name) // 'failure';
     if ($life eq 'lives') {
         my $busy = !eval {
@@ -232,8 +239,20 @@ sub sweep ($name) {
             }
         }
     }
+    pairs($backend, $total);
     is_deeply($backend->outside, $outside, 'nothing is left');
     $backend->check_manners;
+    return;
+}
+
+# A second fault, in what is done about the first one. Most of it comes in the few commands after that.
+sub pairs ($backend, $total) {
+    my @kinds = qw(lose stall drop refuse);
+    for my $number (1 .. ($points ? 4 : 200)) {
+        my $at = 1 + int(rand($total));
+        my %then = ($at + 1 + int(rand(4)) => $kinds[int(rand(@kinds))]);
+        point($backend, $kinds[$number % @kinds], $at, $lives[int(rand(@lives))], \%then);
+    }
     return;
 }
 

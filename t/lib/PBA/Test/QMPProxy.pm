@@ -9,7 +9,8 @@ package PBA::Test::QMPProxy;
 # answers with an error in QEMU's place, 'deceive' lets QEMU do it and answers with an error.
 # 'kill-before' and 'kill-after' kill the client, before the command reaches QEMU and after QEMU has
 # done it. 'stall' lets QEMU do it and keeps the reply to itself. 'signal' sends the client a SIGUSR1 when
-# QEMU has done it, and the reply a while later. Without at nothing goes wrong.
+# QEMU has done it, and the reply a while later. Without at nothing goes wrong. then => { 9 => 'drop' } has more go
+# wrong, by the number of the command.
 #
 # 'kill-before-nbd' and 'kill-after-nbd' kill it at an NBD connection or discard instead, with at
 # counting those: see PBA::Test::NBDRelay.
@@ -103,9 +104,11 @@ sub _start_relay ($self, $command, @handles) {
 sub _fault_for ($self, $command) {
     return '' if $command->{execute} eq 'qmp_capabilities';
     $self->record('command', name => $command->{execute});
-    return '' if ++$self->{count} != ($self->{at} // 0) || ($self->{fault} // '') =~ m/-nbd\z/;
-    $self->record('fault', name => $command->{execute});
-    return $self->{fault};
+    my $number = ++$self->{count};
+    my $fault = ($self->{then} // {})->{$number} // '';
+    $fault = $self->{fault} if $number == ($self->{at} // 0) && $self->{fault} !~ m/-nbd\z/;
+    $self->record('fault', name => $command->{execute}) if $fault;
+    return $fault;
 }
 
 sub _send_error ($self, $client, $command) {
