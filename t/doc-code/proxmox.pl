@@ -14,9 +14,10 @@ sub call_provider ($package, $backend) {
     my $dir = File::Temp->newdir('pba-doc.XXXXXX', TMPDIR => 1);
     no strict 'refs';
     *{"${package}::image"} = sub ($self, $device, $mode) { return "$dir/$device.raw" };
+    my %mode = (nbd => 'new', 'file-handle' => 'use');    # there is no image for an increment before
     for my $mechanism (qw(nbd file-handle)) {
         my $access = $backend->access;
-        $access->setup($backend->devices('use'));
+        $access->setup($backend->devices($mode{$mechanism}));
         $backup_vm->(bless({}, $package), 100, '', $access->volumes($mechanism), {});
         $access->teardown(1);
         die "no image of the whole disk\n" if -s "$dir/drive-scsi0.raw" != 16 * $mib;
