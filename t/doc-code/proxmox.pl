@@ -14,7 +14,7 @@ sub call_provider ($package, $backend) {
     my $dir = File::Temp->newdir('pba-doc.XXXXXX', TMPDIR => 1);
     no strict 'refs';
     *{"${package}::image"} = sub ($self, $device, $mode) { return "$dir/$device.raw" };
-    my %mode = (nbd => 'new', 'file-handle' => 'use');    # there is no image for an increment before
+    my %mode = (nbd => 'new', 'file-handle' => 'use');    # an increment needs an image
     for my $mechanism (qw(nbd file-handle)) {
         my $access = $backend->access;
         $access->setup($backend->devices($mode{$mechanism}));
