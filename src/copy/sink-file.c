@@ -75,7 +75,7 @@ static void obey(PbaTargetFile *target, Order *order)
         reply.number = order->work.error_offset;
         reply.zero = order->work.zero;
     } else {
-        reply.error = pba_target_file_flush(target);
+        reply.error = pba_target_file_finish(target);
     }
     answer(&reply);
 }
@@ -151,7 +151,9 @@ static _Noreturn void run_writer(FileSink *self)
         errno = 0;
     }
     /* Before the socket, whose end says that the target is closed. */
-    close(target->fd);
+    if (target->fd != -1) {
+        close(target->fd);
+    }
     _exit(0);
 }
 

@@ -89,9 +89,16 @@ void pba_target_file_write(PbaTargetFile *target, PbaPiece *piece)
     }
 }
 
-int pba_target_file_flush(const PbaTargetFile *target)
+int pba_target_file_finish(PbaTargetFile *target)
 {
-    return !target->flushes || fdatasync(target->fd) == 0 ? 0 : errno;
+    int error = !target->flushes || fdatasync(target->fd) == 0 ? 0 : errno;
+
+    /* A file system without fsync, as some of FUSE are, tells only here. */
+    if (close(target->fd) != 0 && !error) {
+        error = errno;
+    }
+    target->fd = -1;
+    return error;
 }
 
 /* Opening */

@@ -25,6 +25,6 @@ typedef struct {
 int pba_target_file_open(PbaTargetFile *target);
 /* Writes the piece; its error says how that went. */
 void pba_target_file_write(PbaTargetFile *target, PbaPiece *piece);
-int pba_target_file_flush(const PbaTargetFile *target);
+int pba_target_file_finish(PbaTargetFile *target);
 
 #endif
