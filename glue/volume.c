@@ -65,7 +65,8 @@ static bool copy_write(void *opaque, uint64_t offset, const void *data, size_t l
     SvPOK_only(lent);
     SvREADONLY_on(lent);
     bool good = call_code(aTHX_ calls->caller, calls->write, offset, lent);
-    if (SvREFCNT(lent) > 1) {
+    /* After utf8::upgrade, which does not ask whether it may, the data is the scalar's own. */
+    if (SvREFCNT(lent) > 1 && SvPVX(lent) == data) {
         SvREADONLY_off(lent);
         SvPV_set(lent, NULL);
         SvCUR_set(lent, 0);

@@ -402,6 +402,10 @@ subtest 'data that the function keeps' => sub {
     $volume->copy(to => sub { push(@kept, \$_[1], $_[1]) }, 'request-size' => 64 * $KiB);
     same(join('', map { ${ $kept[2 * $_] } } 0 .. $#kept / 2), $image, 'references');
     same(join('', map { $kept[2 * $_ + 1] } 0 .. $#kept / 2), $image, 'copies');
+
+    @kept = ();
+    $volume->copy(to => sub { utf8::upgrade($_[1]); push(@kept, \$_[1]) }, discard => 0);
+    same(join('', map { $$_ } @kept), $image, 'references to what is made wide');
 };
 
 # A plain file is such a handle, too; what is discarded there becomes zero.
