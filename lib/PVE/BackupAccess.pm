@@ -214,6 +214,10 @@ sub DESTROY ($self) {
         if (!eval { $self->_teardown(0); 1 }) {
             my $error = $@;
             eval { warn $error };
+
+            # What a signal handler dies with must not end here.
+            _return_with_later(undef, $error)
+                if ${^GLOBAL_PHASE} eq 'RUN' && !PVE::BackupAccess::Try::is_own($error);
         }
     }
 }
