@@ -113,6 +113,10 @@ static void keep_descriptors(int socket, int *target)
     int safe_socket = fcntl(socket, F_DUPFD_CLOEXEC, TARGET_FD + 1);
     int safe_target = *target == -1 ? -1 : fcntl(*target, F_DUPFD_CLOEXEC, TARGET_FD + 1);
 
+    /* Too few descriptors are left: those below are the caller's still. */
+    if (safe_socket == -1 || (*target != -1 && safe_target == -1)) {
+        _exit(1);
+    }
     /* Not /dev/null: a path may lead to one of these (/dev/stdout), and a socket cannot be opened
      * by its path. */
     for (int fd = 0; fd < SOCKET_FD; fd++) {
