@@ -59,7 +59,7 @@ close($fh);
 sysopen(my $fuse, '/dev/fuse', O_RDWR) or plan(skip_all => "/dev/fuse: $!");
 my @mount
     = ('none', $file, 'fuse', 0, 'fd=' . fileno($fuse) . ',rootmode=100000,user_id=0,group_id=0');
-require 'syscall.ph';
+require 'syscall.ph';    ## no critic (BarewordIncludes)
 syscall(SYS_mount(), @mount) == 0 or die "mount: $!\n";
 my $pid = fork() // die "fork: $!\n";
 
@@ -76,7 +76,7 @@ open(my $handle, '+<', $file) or die "$file: $!\n";
 ok(!eval { open_volume($source)->copy(to => $handle, discard => 0); 1 }, 'a handle: the copy dies');
 like("$@", qr/flushing the file descriptor \d+ failed - Input/, 'of the same');
 {
-    no warnings 'io';
+    no warnings 'io';    ## no critic (ProhibitNoWarnings)
     close($handle);
 }
 

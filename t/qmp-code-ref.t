@@ -185,7 +185,7 @@ subtest 'code ref: dying' => sub {
             like("$error", qr/\Aqmp command '$command' failed - /, "$name: the command is named");
             is(eval { $error->command }, $command, "$name: and known");
             my $torn_down = grep { $_ eq 'backup-access-teardown' } $calls->{names}->@*;
-            is($torn_down, $command eq 'backup-access-setup' ? 1 : 0, "$name: undone");
+            is($torn_down, 0, "$name: nothing is undone where QEMU shows nothing");
         }
     }
 

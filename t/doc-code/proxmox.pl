@@ -12,8 +12,10 @@ my $mib = 1024 * 1024;
 sub call_provider ($package, $backend) {
     my $backup_vm = $package->can('backup_vm') // return;
     my $dir = File::Temp->newdir('pba-doc.XXXXXX', TMPDIR => 1);
-    no strict 'refs';
-    *{"${package}::image"} = sub ($self, $device, $mode) { return "$dir/$device.raw" };
+    {
+        no strict 'refs';
+        *{"${package}::image"} = sub ($self, $device, $mode) { return "$dir/$device.raw" };
+    }
     my %mode = (nbd => 'new', 'file-handle' => 'use');    # an increment needs an image
     for my $mechanism (qw(nbd file-handle)) {
         my $access = $backend->access;

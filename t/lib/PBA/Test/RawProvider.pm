@@ -97,7 +97,8 @@ my sub copy_volume ($self, $device, $volume, $file, $limit) {
     }
     else {
         my %limit = $limit && !$self->{faults}{'no limit'} ? ('bandwidth-limit' => $limit) : ();
-        my $ok = eval { $reader->copy(to => $file, %limit); 1 };
+        my %size = $self->{faults}{'ignores sizes'} ? ('without-base' => 1) : ();
+        my $ok = eval { $reader->copy(to => $file, %limit, %size); 1 };
         die $@ if !$ok && !$self->{faults}{'errors ignored'};
     }
     $reader->close;
