@@ -30,8 +30,8 @@ my $coarsest = 4 << 20;
 my @faults = qw(lose stall drop refuse signal);
 my @lives = qw(dies lives retries);
 
-# Seconds that a reply may take, where it does not come.
-my $short = 1;
+# Seconds that a reply may take, where it does not come; on a loaded machine the others take one.
+my $short = 3;
 
 sub proxy ($backend, @fault) {
     return PBA::Test::QMPProxy->start(
