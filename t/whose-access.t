@@ -20,6 +20,14 @@ my $size = 16 * 1024 * 1024;
 my %grain = (upstream => 65536, pve => 4 << 20);
 my $json = JSON::PP->new->canonical;
 
+sub start_backend ($name) {
+    return PBA::Test::Backend->start(
+        name => $name,
+        guest => 0,
+        disks => [{ id => 'disk0', size => $size, format => 'qcow2' }],
+    );
+}
+
 # One VM by one path, also to one whose connection is lost.
 sub proxy ($backend, @fault) {
     return PBA::Test::QMPProxy->start(
@@ -152,11 +160,7 @@ sub pair ($backend, $a_step, $b_step, $act, $elsewhere) {
 
 # Every pair with one act each, so that all acts come; PBA_FULL=1 takes all.
 sub sweep ($name) {
-    my $backend = PBA::Test::Backend->start(
-        name => $name,
-        guest => 0,
-        disks => [{ id => 'disk0', size => $size, format => 'qcow2' }]
-    );
+    my $backend = start_backend($name);
     my @acts = (sort(keys(%acts)), 'DESTROY');
     shift(@acts) if !-w '/dev/fuse';
     my $number = 0;
@@ -182,11 +186,7 @@ sub sweep ($name) {
 # A reaches QEMU by a code ref, each command by a connection of its own. Right before the command the VM is
 # started again, and B comes. Names of nodes are the same for both.
 sub late_command ($name, $command) {
-    my $backend = PBA::Test::Backend->start(
-        name => $name,
-        guest => 0,
-        disks => [{ id => 'disk0', size => $size, format => 'qcow2' }]
-    );
+    my $backend = start_backend($name);
     my ($b_access, $before);
     my $is_late = 0;
     my $asks = sub ($asked, $arguments) {
@@ -220,11 +220,7 @@ sub late_command ($name, $command) {
 # A process that is killed with its exports up. Recovery removes exports of whatever process; between two
 # of its commands the VM is started again, and B comes.
 sub recover_late ($name) {
-    my $backend = PBA::Test::Backend->start(
-        name => $name,
-        guest => 0,
-        disks => [{ id => 'disk0', size => $size, format => 'qcow2' }]
-    );
+    my $backend = start_backend($name);
     my $client = PBA::Test::Client->start(
         sub ($tell) {
             my $access = new_access($backend, qmp => $backend->qmp_path);

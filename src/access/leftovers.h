@@ -28,8 +28,8 @@ bool pba_leftovers_look(PbaAccess *access, bool with_graph, PbaBlock *block,
                         PbaLeftovers *leftovers, GError **error);
 void pba_leftovers_clear(PbaLeftovers *leftovers);
 
-/* Everything there is, as PbaLeftover, but for the directories of living processes, which may be
- * of another guest; the caller's to free. */
+/* Every PbaLeftover; the caller's to free. The directories of living processes are left out: they
+ * may belong to another guest. */
 GPtrArray *pba_leftovers_list(const PbaLeftovers *leftovers);
 
 /* Takes pba-ROLE-TARGET-DISK apart, the name of a node or export of an access; the results point

@@ -127,7 +127,7 @@ static bool set_up(PbaAccess *access, GError **error)
            /* Before the disks are looked at: it changes the graph and the bitmaps. */
            undo_leftovers(access, &block, error) && resolve_disks(access, &block, error) &&
            access->backend->check(access, &block, error) &&
-           /* Before the first change: whoever comes now sees that somebody is at it. */
+           /* Before the first change: another process sees from now on that this one is at work. */
            pba_owner_mark(access, error) &&
            /* After the marker, whose name it notes; before the NBD server, which listens there. */
            pba_run_dir_make(access, error) && access->backend->setup(access, &block, error);

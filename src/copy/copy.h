@@ -43,7 +43,7 @@ typedef struct {
     struct PbaSink *sink; /* while it is written */
     PbaPieceState state;
     char *buffer; /* aligned for direct I/O; of pba_buffer_new */
-    size_t room;  /* of the buffer: by no size that a peer says, but for its whole blocks */
+    size_t room;  /* bytes of the buffer: our own choice, rounded up to the peer's blocks */
     char *data;   /* that, or zeroes */
     uint64_t sequence;
     uint64_t offset;

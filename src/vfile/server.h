@@ -27,7 +27,7 @@ typedef struct PbaRequest {
     uint64_t length;
     void *buffer;      /* NULL for a trim */
     uint64_t capacity; /* of it: at least length */
-    gint urgent;       /* somebody waits for it; atomic, since it may be set on the way */
+    gint urgent;       /* a reader waits for it; atomic, since it may be set later */
     int error;         /* errno; 0: all of it is done */
     uint64_t seen;     /* bytes that came */
     unsigned pending;  /* pieces that are in flight; the connection's, as the next */

@@ -67,8 +67,7 @@ bool pba_volume_discard_ranges(PbaVolume *volume, const PbaRange *ranges, unsign
     bool ok = pba_volume_connect(volume, error);
 
     for (unsigned i = 0; ok && i < count; i++) {
-        ok = start_discards(
-            &discards, pba_whole_clusters(ranges[i], volume->size, volume->sizes.cluster), error);
+        ok = start_discards(&discards, pba_volume_whole_clusters(volume, ranges[i]), error);
     }
     ok = ok && wait_for_discards(&discards, 0, error);
     if (discards.count > 0) {

@@ -132,7 +132,7 @@ bool pba_volume_pread(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t
     return volume->reader->pread(volume, buffer, offset, length, error);
 }
 
-static PbaRange whole_clusters(const PbaVolume *volume, PbaRange range)
+PbaRange pba_volume_whole_clusters(const PbaVolume *volume, PbaRange range)
 {
     return pba_whole_clusters(range, volume->size, volume->sizes.cluster);
 }
@@ -142,7 +142,7 @@ bool pba_volume_discard(PbaVolume *volume, uint64_t offset, uint64_t length, GEr
     if (!check_range(volume, offset, length, error)) {
         return false;
     }
-    PbaRange range = whole_clusters(volume, (PbaRange){offset, offset + length});
+    PbaRange range = pba_volume_whole_clusters(volume, (PbaRange){offset, offset + length});
     for (uint64_t at = range.begin; at < range.end; at += PBA_MAX_DISCARD) {
         if (!volume->reader->discard(volume, at, MIN(range.end - at, PBA_MAX_DISCARD), error)) {
             return false;

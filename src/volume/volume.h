@@ -96,6 +96,8 @@ int pba_nbd_notify(struct nbd_handle *nbd, short events, short revents);
 bool pba_volume_turn(PbaVolume *volume, gint64 deadline, const char *what, GError **error);
 /* How much of a range one request with data may be about. */
 uint64_t pba_volume_unit(const PbaVolume *volume, uint64_t offset, uint64_t length);
+/* The part of a range that a discard frees: see pba_whole_clusters. */
+PbaRange pba_volume_whole_clusters(const PbaVolume *volume, PbaRange range);
 /* Discards these ranges as pba_volume_discard does, many at a time. Over NBD only. */
 bool pba_volume_discard_ranges(PbaVolume *volume, const PbaRange *ranges, unsigned count,
                                GError **error);

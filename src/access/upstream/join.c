@@ -225,8 +225,8 @@ static bool step_or_drop(const Join *join, SplitStep step, const Split *split, G
     if (run_single_step(join, step, split, &local)) {
         return true;
     }
-    /* After a fatal error it may have been done: the next setup looks. And the target's bitmap has
-     * the same name whoever the access is of, so our marker must still be there. */
+    /* After a fatal error it may have been done: the next setup looks. The target's bitmap has
+     * the same name in every process' access, so our marker must still be there. */
     if (!pba_error_is_fatal(local) && pba_owner_holds(join->access)) {
         drop_bitmap(join->access, split->disk, join->target, NULL);
         for (guint i = 0; i < split->backgrounds->len; i++) {

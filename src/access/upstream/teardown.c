@@ -107,7 +107,8 @@ static bool undo_graph(PbaAccess *access, GError **first, const PbaBlock *block)
         const PbaDisk *disk = disks->pdata[i];
         delete_node(access, first, block, disk, disk->snapshot_node);
     }
-    /* All filters before any guest device is touched: one by one they would copy for nobody. */
+    /* All filters before any guest device is touched: the snapshots are gone, and the filter of a
+     * disk whose turn comes later would still copy what the guest overwrites. */
     bypass_filters(access, first, block);
     if (!is_still_ours(access, first)) {
         return false;
