@@ -108,8 +108,8 @@ _ask(SV *qmp, unsigned timeout, const char *command, SV *arguments)
         GError *error = NULL;
     CODE:
         PbaQmp *client = glue_new_qmp(aTHX_ qmp, timeout, &caller);
-        JsonNode *value =
-            pba_qmp_execute(client, command, glue_json_from_sv(aTHX_ arguments, 0), &error);
+        JsonNode *json = glue_json_from_sv(aTHX_ arguments, command, &error);
+        JsonNode *value = json ? pba_qmp_execute(client, command, json, &error) : NULL;
         pba_qmp_free(client);
         SvREFCNT_dec(caller.transport);
         if (!value) {

@@ -1,8 +1,6 @@
 /* JSON as plain Perl data, and back. */
 #include "glue.h"
 
-#define MAX_DEPTH 64
-
 static SV *sv_from_array(pTHX_ JsonArray *array)
 {
     AV *list = newAV();
@@ -64,13 +62,16 @@ SV *glue_sv_from_json(pTHX_ JsonNode *node)
     }
 }
 
-static JsonNode *json_from_array(pTHX_ AV *list, unsigned depth)
+/* Perl data may contain itself: values counts what there may still be, and is 0 once it is enough. */
+static JsonNode *json_from_sv(pTHX_ SV *sv, unsigned depth, unsigned *values);
+
+static JsonNode *json_from_array(pTHX_ AV *list, unsigned depth, unsigned *values)
 {
     JsonArray *array = json_array_new();
-    for (SSize_t i = 0; i <= av_len(list); i++) {
+    for (SSize_t i = 0; i <= av_len(list) && *values > 0; i++) {
         SV **element = av_fetch(list, i, 0);
-        json_array_add_element(array,
-                               glue_json_from_sv(aTHX_ element ? *element : &PL_sv_undef, depth));
+        json_array_add_element(
+            array, json_from_sv(aTHX_ element ? *element : &PL_sv_undef, depth, values));
     }
     JsonNode *node = json_node_alloc();
     json_node_init_array(node, array);
@@ -78,16 +79,16 @@ static JsonNode *json_from_array(pTHX_ AV *list, unsigned depth)
     return node;
 }
 
-static JsonNode *json_from_hash(pTHX_ HV *hash, unsigned depth)
+static JsonNode *json_from_hash(pTHX_ HV *hash, unsigned depth, unsigned *values)
 {
     JsonObject *object = json_object_new();
     HE *entry;
 
     hv_iterinit(hash);
-    while ((entry = hv_iternext(hash))) {
+    while ((entry = hv_iternext(hash)) && *values > 0) {
         SV *key = hv_iterkeysv(entry);
         json_object_set_member(object, SvPVutf8_nolen(key),
-                               glue_json_from_sv(aTHX_ hv_iterval(hash, entry), depth));
+                               json_from_sv(aTHX_ hv_iterval(hash, entry), depth, values));
     }
     JsonNode *node = json_node_alloc();
     json_node_init_object(node, object);
@@ -119,20 +120,42 @@ static JsonNode *json_from_scalar(pTHX_ SV *sv)
     return json_node_init_int(node, SvIV(sv));
 }
 
-JsonNode *glue_json_from_sv(pTHX_ SV *sv, unsigned depth)
+static JsonNode *json_from_sv(pTHX_ SV *sv, unsigned depth, unsigned *values)
 {
-    if (!SvROK(sv) || depth >= MAX_DEPTH) {
-        return json_from_scalar(aTHX_ SvROK(sv) ? &PL_sv_undef : sv);
+    if (depth > PBA_QMP_MAX_DEPTH) {
+        *values = 0;
+    }
+    if (*values == 0) {
+        return json_node_init_null(json_node_alloc());
+    }
+    --*values;
+    if (!SvROK(sv)) {
+        return json_from_scalar(aTHX_ sv);
     }
     SV *referent = SvRV(sv);
     if (SvTYPE(referent) == SVt_PVAV) {
         AV *list = (AV *)referent;
-        return json_from_array(aTHX_ list, depth + 1);
+        return json_from_array(aTHX_ list, depth + 1, values);
     }
     if (SvTYPE(referent) == SVt_PVHV) {
         HV *hash = (HV *)referent;
-        return json_from_hash(aTHX_ hash, depth + 1);
+        return json_from_hash(aTHX_ hash, depth + 1, values);
     }
     /* \1, \0 and the boolean objects of all JSON decoders are references to a number. */
     return json_node_init_boolean(json_node_alloc(), SvTRUE(referent));
+}
+
+JsonNode *glue_json_from_sv(pTHX_ SV *sv, const char *command, GError **error)
+{
+    unsigned values = PBA_QMP_MAX_VALUES;
+    JsonNode *node = json_from_sv(aTHX_ sv, 0, &values);
+
+    if (values == 0) {
+        json_node_unref(node);
+        g_set_error(error, PBA_ERROR, PBA_ERROR_PROTOCOL,
+                    "%s: the data has over %u values, or is nested deeper than %d", command,
+                    PBA_QMP_MAX_VALUES, PBA_QMP_MAX_DEPTH);
+        return NULL;
+    }
+    return node;
 }

@@ -61,6 +61,11 @@ typedef struct {
 
 typedef struct PbaQmp PbaQmp;
 
+/* What a reply may have, over a socket or a transport. A value takes up to some 200 bytes once it is
+ * parsed, and two on the wire; QEMU's own parser stops at depth 1024. */
+#define PBA_QMP_MAX_VALUES (1u << 20)
+#define PBA_QMP_MAX_DEPTH 128
+
 /* Carries one command by the caller's own means and returns what QMP's "return" holds (a new node,
  * the callee's to free), or NULL with error set, to any text. arguments is an object, borrowed. */
 typedef JsonNode *(*PbaQmpTransport)(void *opaque, const char *command, JsonNode *arguments,

@@ -137,8 +137,13 @@ sub check_commands ($test) {
     my @all = sort keys { commands($test) }->%*;
     for my $name ($ENV{PBA_FULL} ? @all : $plain{ $test->{backend}->name }->@*) {
         measure($test, $name);
-        $ended += run_interrupted($test, $name, $signals[$turn++ % @signals], rand())
-            for 1 .. $times;
+        for (1 .. $times) {
+            my ($signal, $part) = ($signals[$turn++ % @signals], rand());
+
+            # It was measured on a machine that may be less busy now.
+            $ended += run_interrupted($test, $name, $signal, $part)
+                || run_interrupted($test, $name, $signal, $part / 4);
+        }
     }
     cmp_ok($ended, '>', 0, 'some were interrupted');
     chomp(my $archive = succeeds('the next backup', backup($test))->{out});

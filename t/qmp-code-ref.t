@@ -124,12 +124,15 @@ subtest 'code ref: results' => sub {
     }
     my $cyclic = [];
     $cyclic->[0] = $cyclic;
+    my $twice = { a => [] };
+    $twice->{a} = [$twice, $twice];
     my %odd = (
         'undef' => undef,
         'a text' => 'x',
         'a number' => 5,
         'a code ref' => sub { },
         'a ring' => $cyclic,
+        'what contains itself twice' => $twice,
         'an object' => bless([], 'Foreign'),
         'a glob' => \*STDOUT,
         'a regex' => qr/x/,

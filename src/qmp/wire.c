@@ -4,12 +4,9 @@
 #include "src/base/base.h"
 #include <string.h>
 
-/* A big VM's query-named-block-nodes has a few MiB; QEMU's own parser stops at depth 1024, and
- * json-glib's is recursive, so nesting is limited before it sees anything. */
+/* A big VM's query-named-block-nodes has a few MiB. json-glib's parser is recursive, so nesting is
+ * limited before it sees anything. */
 #define MAX_MESSAGE (64 << 20)
-#define MAX_DEPTH 128
-/* A value takes up to some 200 bytes once it is parsed, and two on the wire. */
-#define MAX_VALUES (1u << 20)
 
 struct PbaQmpWire {
     GByteArray *message; /* the one that is arriving */
@@ -133,14 +130,14 @@ static bool track_byte(PbaQmpWire *wire, char c, GError **error)
         wire->depth--;
     }
     wire->values += c == '{' || c == '[' || c == ',';
-    if (wire->depth > MAX_DEPTH) {
+    if (wire->depth > PBA_QMP_MAX_DEPTH) {
         pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent JSON nested deeper than %d",
-                      MAX_DEPTH);
+                      PBA_QMP_MAX_DEPTH);
         return false;
     }
-    if (wire->values > MAX_VALUES) {
+    if (wire->values > PBA_QMP_MAX_VALUES) {
         pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent a message of over %u values",
-                      MAX_VALUES);
+                      PBA_QMP_MAX_VALUES);
         return false;
     }
     return true;
