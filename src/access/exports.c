@@ -246,6 +246,8 @@ bool pba_access_export(PbaAccess *access, GError **error)
         return false;
     }
     bool done = pba_exports_add(access, error);
+    /* Before the discards: they go over NBD and may take long, and others want the monitor. They
+     * come after the export, which is what they go to. */
     pba_qmp_release(access->qmp);
     if (done) {
         access->backend->after_export(access);

@@ -24,6 +24,7 @@
 
 typedef struct {
     PbaVolume *volume;
+    PbaMap *map; /* owned: the volume's own way through it stays where it is */
     const PbaCopyOptions *options;
     PbaCopyStatistics *statistics;
     PbaLoop loop;
@@ -68,8 +69,8 @@ static bool next_region(Copy *copy, GError **error)
     uint64_t offset;
     uint64_t length;
 
-    if (!pba_volume_poll_dirty_region(copy->volume, &offset, &length, &copy->waits_for_map,
-                                      error) ||
+    if (!pba_volume_next_region(copy->volume, copy->map, &offset, &length, &copy->waits_for_map,
+                                error) ||
         !check_owner(copy, error)) {
         return false;
     }
@@ -211,7 +212,7 @@ static bool is_beside_write(const Copy *copy, const PbaPiece *piece)
     return false;
 }
 
-static bool take_read(Copy *copy, PbaPiece *piece, GError **error)
+static bool after_read(Copy *copy, PbaPiece *piece, GError **error)
 {
     if (piece->error) {
         return fail_piece(copy, piece, error);
@@ -226,7 +227,7 @@ static bool take_read(Copy *copy, PbaPiece *piece, GError **error)
     return copy->sink->write(copy->sink, piece, error) && check_owner(copy, error);
 }
 
-static bool take_written(Copy *copy, PbaPiece *piece, GError **error)
+static bool after_written(Copy *copy, PbaPiece *piece, GError **error)
 {
     PbaCopyStatistics *statistics = copy->statistics;
 
@@ -263,7 +264,7 @@ static bool check_trims(const Copy *copy, GError **error)
 }
 
 /* Pieces that waited for another one may be taken once that has made its step. */
-static bool take_pieces(Copy *copy, GError **error)
+static bool move_pieces(Copy *copy, GError **error)
 {
     uint64_t before;
 
@@ -271,10 +272,10 @@ static bool take_pieces(Copy *copy, GError **error)
         before = copy->steps;
         for (unsigned i = 0; i < copy->piece_count; i++) {
             PbaPiece *piece = &copy->pieces[i];
-            if (piece->state == PBA_PIECE_READ && !take_read(copy, piece, error)) {
+            if (piece->state == PBA_PIECE_READ && !after_read(copy, piece, error)) {
                 return false;
             }
-            if (piece->state == PBA_PIECE_WRITTEN && !take_written(copy, piece, error)) {
+            if (piece->state == PBA_PIECE_WRITTEN && !after_written(copy, piece, error)) {
                 return false;
             }
         }
@@ -341,11 +342,11 @@ static bool can_go_on(const Copy *copy)
 static bool copy_regions(Copy *copy, GError **error)
 {
     /* Zeroes are there without a wait. */
-    while (fill(copy, error) && take_pieces(copy, error) && tell_progress(copy, false, error)) {
+    while (fill(copy, error) && move_pieces(copy, error) && tell_progress(copy, false, error)) {
         if (copy->at_end && copy->used == 0) {
             return check_total(copy, error);
         }
-        if (!can_go_on(copy) && (!turn(copy, error) || !take_pieces(copy, error))) {
+        if (!can_go_on(copy) && (!turn(copy, error) || !move_pieces(copy, error))) {
             break;
         }
     }
@@ -390,26 +391,21 @@ static bool finish_discards(Copy *copy, GError **error)
 
 /* Before and after */
 
-static PbaMap *whole_map(PbaVolume *volume)
-{
-    return pba_map_new(volume, 0, volume->size);
-}
-
 static bool count_total(Copy *copy, GError **error)
 {
     uint64_t offset;
     uint64_t length;
-    PbaMap *map = pba_map_swap(copy->volume, whole_map(copy->volume));
+    PbaMap *map = pba_volume_map(copy->volume, 0);
     bool read;
 
     do {
-        read = pba_volume_next_dirty_region(copy->volume, &offset, &length, error);
+        read = pba_volume_next_region(copy->volume, map, &offset, &length, NULL, error);
         copy->total += read ? length : 0;
     } while (read && length > 0);
     if (!read) {
         pba_volume_disconnect(copy->volume); /* answers may be under way to this map */
     }
-    pba_map_free(pba_map_swap(copy->volume, map));
+    pba_map_free(map);
     return read && check_owner(copy, error);
 }
 
@@ -487,6 +483,9 @@ static void clean_up(Copy *copy, bool broken)
 
 static bool run(Copy *copy, GError **error)
 {
+    /* The flush comes before the last discards, so that as little as possible is gone from the
+     * snapshot that a target may still lose; progress comes last, since it says that all is done.
+     */
     bool done = prepare(copy, error) && copy_regions(copy, error) && flush_sink(copy, error) &&
                 finish_discards(copy, error) && tell_progress(copy, true, error);
     clean_up(copy, !done);
@@ -498,11 +497,11 @@ bool pba_volume_copy(PbaVolume *volume, const PbaCopyOptions *options,
 {
     gint64 start = g_get_monotonic_time();
     Copy *copy = g_new0(Copy, 1);
-    PbaMap *map = pba_map_swap(volume, whole_map(volume));
 
     *statistics = (PbaCopyStatistics){0};
     *copy = (Copy){
         .volume = volume,
+        .map = pba_volume_map(volume, 0),
         .options = options,
         .statistics = statistics,
         .loop = {.hooks = volume->hooks},
@@ -510,7 +509,7 @@ bool pba_volume_copy(PbaVolume *volume, const PbaCopyOptions *options,
         .owner = getpid(),
     };
     bool done = run(copy, error);
-    pba_map_free(pba_map_swap(volume, map));
+    pba_map_free(copy->map);
     g_free(copy);
     statistics->seconds = (double)(g_get_monotonic_time() - start) / G_TIME_SPAN_SECOND;
     if (!done) {

@@ -76,9 +76,10 @@ typedef struct {
 /* Where regions are zeroes, by the server's word. */
 typedef struct PbaHoles PbaHoles;
 
-/* Asks over a volume of pba_volume_open_holes, which is borrowed. They begin and end at
+/* Asks over a volume of pba_volume_open_allocation, which is borrowed. They begin and end at
  * multiples of align. */
 PbaHoles *pba_holes_new(PbaVolume *volume, uint32_t align);
+/* The volume is closed before. */
 void pba_holes_free(PbaHoles *holes);
 /* From now on it is about this region. */
 void pba_holes_begin(PbaHoles *holes, uint64_t offset, uint64_t length);

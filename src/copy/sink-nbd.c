@@ -49,7 +49,7 @@ static void finish_part(PbaPiece *piece)
     }
 }
 
-static int take_write(void *opaque, int *error)
+static int on_write_done(void *opaque, int *error)
 {
     Write *part = opaque;
     PbaPiece *piece = part->piece;
@@ -69,7 +69,8 @@ static bool send_request(NbdSink *self, PbaVolume *volume, PbaPiece *piece, size
                          size_t length, bool zero, GError **error)
 {
     Write *part = g_new(Write, 1);
-    nbd_completion_callback callback = {.callback = take_write, .user_data = part, .free = g_free};
+    nbd_completion_callback callback = {
+        .callback = on_write_done, .user_data = part, .free = g_free};
 
     *part = (Write){piece, piece->offset + at, zero};
     piece->pending++;
@@ -151,7 +152,7 @@ static bool nbd_sink_write(PbaSink *sink, PbaPiece *piece, GError **error)
     return true;
 }
 
-static int take_flush(void *opaque, int *error)
+static int on_flush_done(void *opaque, int *error)
 {
     NbdSink *self = opaque;
 
@@ -174,7 +175,7 @@ static bool nbd_sink_flush(PbaSink *sink, GError **error)
     self->flushing = self->count;
     for (unsigned i = 0; i < self->count; i++) {
         if (nbd_aio_flush(self->volumes[i]->nbd,
-                          (nbd_completion_callback){.callback = take_flush, .user_data = self},
+                          (nbd_completion_callback){.callback = on_flush_done, .user_data = self},
                           0) == -1) {
             g_autofree char *what = g_strdup_printf("flushing %s", sink->name);
             pba_volume_set_nbd_error(self->volumes[i], what, error);

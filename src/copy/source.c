@@ -25,7 +25,7 @@ static PbaVolume *open_another(const PbaSource *source, GError **error)
 
     /* QEMU before 10.0 cannot ask a snapshot twice at a time. */
     if (source->count == 1 && !first->by_cluster) {
-        return pba_volume_open_holes(&options, &first->hooks, error);
+        return pba_volume_open_allocation(&options, &first->hooks, error);
     }
     return pba_volume_open(&options, &first->hooks, error);
 }
@@ -92,11 +92,11 @@ bool pba_source_find_holes(PbaSource *source, uint32_t align)
 
 void pba_source_close(PbaSource *source, bool broken)
 {
-    pba_holes_free(source->holes);
     pba_source_file_close(source);
     for (unsigned i = 1; i < source->count; i++) {
         pba_volume_free(source->volumes[i]);
     }
+    pba_holes_free(source->holes); /* what it has asked over them knows its memory */
     if (broken) {
         pba_volume_disconnect(source->volumes[0]);
     } else if (source->volumes[0]->nbd) {
@@ -120,8 +120,8 @@ static PbaVolume *choose(const PbaSource *source)
     return best;
 }
 
-static int take_chunk(void *opaque, const void *data, size_t count, uint64_t offset,
-                      unsigned status, int *error)
+static int on_chunk(void *opaque, const void *data, size_t count, uint64_t offset, unsigned status,
+                    int *error)
 {
     PbaPiece *piece = opaque;
 
@@ -143,7 +143,7 @@ static int take_chunk(void *opaque, const void *data, size_t count, uint64_t off
     return 0;
 }
 
-static int take_read(void *opaque, int *error)
+static int on_read_done(void *opaque, int *error)
 {
     PbaPiece *piece = opaque;
 
@@ -175,8 +175,8 @@ bool pba_source_read(PbaSource *source, PbaPiece *piece, GError **error)
         piece->pending++;
         if (nbd_aio_pread_structured(
                 volume->nbd, piece->data + done, length, offset,
-                (nbd_chunk_callback){.callback = take_chunk, .user_data = piece},
-                (nbd_completion_callback){.callback = take_read, .user_data = piece},
+                (nbd_chunk_callback){.callback = on_chunk, .user_data = piece},
+                (nbd_completion_callback){.callback = on_read_done, .user_data = piece},
                 source->read_flags) == -1) {
             g_autofree char *what =
                 g_strdup_printf("reading %" PRIu64 " bytes at offset %" PRIu64, length, offset);
@@ -186,7 +186,7 @@ bool pba_source_read(PbaSource *source, PbaPiece *piece, GError **error)
         done += length;
     }
     int none = 0;
-    take_read(piece, &none);
+    on_read_done(piece, &none);
     return true;
 }
 
@@ -208,7 +208,7 @@ void pba_source_trimmed(PbaSource *source, PbaRange range, int error)
     }
 }
 
-static int take_trim(void *opaque, int *error)
+static int on_trim_done(void *opaque, int *error)
 {
     Trim *trim = opaque;
 
@@ -228,7 +228,7 @@ static bool send_trim(PbaSource *source, PbaRange range, GError **error)
     *trim = (Trim){source, range};
     if (nbd_aio_trim(
             volume->nbd, range.end - range.begin, range.begin,
-            (nbd_completion_callback){.callback = take_trim, .user_data = trim, .free = g_free},
+            (nbd_completion_callback){.callback = on_trim_done, .user_data = trim, .free = g_free},
             0) == -1) {
         g_autofree char *what = g_strdup_printf("discarding %" PRIu64 " bytes at offset %" PRIu64,
                                                 range.end - range.begin, range.begin);

@@ -16,7 +16,7 @@ static bool is_zero(const char *data, size_t length)
 }
 
 /* The part of one block that begins at at. */
-static size_t take_block(const PbaPiece *piece, size_t at, const PbaBlocks *blocks, bool *zero)
+static size_t measure_block(const PbaPiece *piece, size_t at, const PbaBlocks *blocks, bool *zero)
 {
     uint64_t offset = piece->offset + at;
     size_t length = MIN(piece->length - at, blocks->size - offset % blocks->size);
@@ -30,11 +30,11 @@ static size_t take_block(const PbaPiece *piece, size_t at, const PbaBlocks *bloc
 
 size_t pba_piece_run(const PbaPiece *piece, size_t at, const PbaBlocks *blocks, bool *zero)
 {
-    size_t run = take_block(piece, at, blocks, zero);
+    size_t run = measure_block(piece, at, blocks, zero);
 
     while (at + run < piece->length) {
         bool next_zero;
-        size_t next = take_block(piece, at + run, blocks, &next_zero);
+        size_t next = measure_block(piece, at + run, blocks, &next_zero);
         if (next_zero != *zero) {
             break;
         }

@@ -96,8 +96,8 @@ static void finish(PbaConnection *connection, PbaRequest *request)
     }
 }
 
-static int take_chunk(void *opaque, const void *data, size_t count, uint64_t offset,
-                      unsigned status, int *error)
+static int on_chunk(void *opaque, const void *data, size_t count, uint64_t offset, unsigned status,
+                    int *error)
 {
     (void)data;
     (void)offset;
@@ -109,7 +109,7 @@ static int take_chunk(void *opaque, const void *data, size_t count, uint64_t off
 }
 
 /* libnbd calls this while it has the connection locked, so nothing is sent from here. */
-static int take_completion(void *opaque, int *error)
+static int on_answered(void *opaque, int *error)
 {
     PbaRequest *request = opaque;
 
@@ -127,8 +127,8 @@ static int64_t send_piece(PbaConnection *connection, PbaRequest *request, uint64
                           uint64_t length)
 {
     struct nbd_handle *nbd = connection->volume->nbd;
-    nbd_completion_callback completion = {.callback = take_completion, .user_data = request};
-    nbd_chunk_callback chunk = {.callback = take_chunk, .user_data = request};
+    nbd_completion_callback completion = {.callback = on_answered, .user_data = request};
+    nbd_chunk_callback chunk = {.callback = on_chunk, .user_data = request};
     uint64_t offset = request->offset + done;
 
     return request->is_trim

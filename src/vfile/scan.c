@@ -59,14 +59,14 @@ static void read_map(PbaScan *scan, uint64_t from, unsigned seek)
     uint64_t offset;
     uint64_t length;
 
-    if (volume) {
-        volume->map->asked = from;
-    }
+    PbaMap *map = volume ? pba_volume_map(volume, from) : NULL;
     while (wait_wanted(scan, seek)) {
-        bool more = volume && pba_volume_next_dirty_region(volume, &offset, &length, NULL);
+        bool more = volume && pba_volume_next_region(volume, map, &offset, &length, NULL, NULL);
         more = more && length > 0;
         push(scan, seek, more ? (PbaRange){offset, offset + length} : (PbaRange){0, 0});
     }
+    g_clear_pointer(&volume, pba_volume_free);
+    pba_map_free(map);
 }
 
 static gpointer run(gpointer opaque)

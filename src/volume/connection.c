@@ -288,9 +288,22 @@ static bool discard_range(PbaVolume *volume, uint64_t offset, uint64_t length, G
     return finish_request(volume, cookie, what, error);
 }
 
+/* Without a bitmap all that is left is one region. */
+static bool next_region(PbaVolume *volume, PbaMap *map, uint64_t *offset, uint64_t *length,
+                        bool *later, GError **error)
+{
+    if (volume->context) {
+        return pba_map_next(map, offset, length, later, error);
+    }
+    *offset = map->asked;
+    *length = map->end - map->asked;
+    map->asked = map->end;
+    return true;
+}
+
 const PbaReader pba_nbd_reader = {
     .pread = read_range,
     .discard = discard_range,
-    .next_region = pba_map_next,
+    .next_region = next_region,
     .free = pba_volume_disconnect,
 };

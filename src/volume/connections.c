@@ -29,7 +29,7 @@ void pba_connection_forget(PbaVolume *volume)
     g_mutex_unlock(&lock);
 }
 
-static bool is_to(int fd, const char *socket_path)
+static bool leads_to(int fd, const char *socket_path)
 {
     struct sockaddr_un peer = {0};
     socklen_t length = sizeof(peer) - 1;
@@ -50,7 +50,7 @@ void pba_connections_cut(const char *socket_path)
     for (guint i = 0; connected && i < connected->len; i++) {
         const PbaVolume *volume = connected->pdata[i];
         int fd = nbd_aio_get_fd(volume->nbd);
-        if (is_to(fd, socket_path)) {
+        if (leads_to(fd, socket_path)) {
             dup3(ended[0], fd, O_CLOEXEC);
         }
     }

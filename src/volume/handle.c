@@ -39,7 +39,7 @@ static bool check_size(int fd, uint64_t size, GError **error)
 }
 
 /* A descriptor of our own for it; -1 on error. */
-static int take_descriptor(int fd, uint64_t size, GError **error)
+static int own_descriptor(int fd, uint64_t size, GError **error)
 {
     int own = fcntl(fd, F_DUPFD_CLOEXEC, 0);
 
@@ -57,7 +57,7 @@ PbaVolume *pba_volume_open_handle(const char *device, int fd, uint64_t size,
                                   PbaNextRegion next_region, void *opaque, const PbaHooks *hooks,
                                   GError **error)
 {
-    int own = take_descriptor(fd, size, error);
+    int own = own_descriptor(fd, size, error);
     if (own < 0) {
         pba_error_add_device(error, device);
         return NULL;
@@ -175,20 +175,20 @@ static bool ask_region(PbaVolume *volume, GError **error)
     return false;
 }
 
-static bool handle_next_region(PbaVolume *volume, uint64_t *offset, uint64_t *length, bool *later,
-                               GError **error)
+static bool handle_next_region(PbaVolume *volume, PbaMap *map, uint64_t *offset, uint64_t *length,
+                               bool *later, GError **error)
 {
     const PbaHandle *handle = volume->handle;
 
     (void)later; /* the caller's function is waited for */
-    pba_regions_take(handle->given, &volume->map->given, offset, length);
+    pba_regions_take(handle->given, &map->given, offset, length);
     if (*length > 0 || handle->ended) {
         return true;
     }
     if (!ask_region(volume, error)) {
         return false;
     }
-    pba_regions_take(handle->given, &volume->map->given, offset, length);
+    pba_regions_take(handle->given, &map->given, offset, length);
     return true;
 }
 

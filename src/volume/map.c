@@ -1,4 +1,6 @@
-/* The dirty regions of a volume, from NBD block status (NBD spec: NBD_CMD_BLOCK_STATUS).
+/* What a server tells of an export, by NBD block status (NBD spec: NBD_CMD_BLOCK_STATUS): the runs
+ * of extents that have a flag. Of a dirty bitmap those are the dirty regions; of base:allocation,
+ * zeroes.
  *
  * The map is asked for in chunks, several of which are under way. A server may answer for less
  * than was asked: the rest is asked again. Whatever else is not a full answer is an error, since
@@ -16,34 +18,31 @@
 /* QEMU answers with at most 131,072 extents; stay well below. */
 #define MANY_NUMBERS (UINT64_C(2) * 32768)
 
-PbaMap *pba_map_new(PbaVolume *volume, uint64_t begin, uint64_t end)
+PbaMap *pba_map_new(PbaVolume *volume, uint32_t flag, uint64_t begin, uint64_t end)
 {
     PbaMap *map = g_new0(PbaMap, 1);
 
+    map->volume = volume;
+    map->flag = flag;
     map->asked = begin;
     map->end = end;
     map->chunk_size = FIRST_CHUNK;
     map->connection = volume->connection;
     for (unsigned i = 0; i < PBA_MAP_DEPTH; i++) {
-        map->chunks[i].volume = volume;
+        map->chunks[i].map = map;
     }
     return map;
 }
 
 void pba_map_free(PbaMap *map)
 {
+    if (!map) {
+        return;
+    }
     for (unsigned i = 0; i < PBA_MAP_DEPTH; i++) {
         g_free(map->chunks[i].extents);
     }
     g_free(map);
-}
-
-PbaMap *pba_map_swap(PbaVolume *volume, PbaMap *map)
-{
-    PbaMap *before = volume->map;
-
-    volume->map = map;
-    return before;
 }
 
 bool pba_map_is_idle(const PbaMap *map)
@@ -57,14 +56,12 @@ bool pba_map_is_idle(const PbaMap *map)
 }
 
 /* What was asked over a connection that is gone has to be asked again. */
-static void forget_lost_requests(PbaVolume *volume)
+static void forget_lost_requests(PbaMap *map)
 {
-    PbaMap *map = volume->map;
-
-    if (map->connection == volume->connection) {
+    if (map->connection == map->volume->connection) {
         return;
     }
-    map->connection = volume->connection;
+    map->connection = map->volume->connection;
     for (unsigned i = 0; i < PBA_MAP_DEPTH; i++) {
         PbaMapChunk *chunk = &map->chunks[i];
         if (!chunk->answered) {
@@ -73,12 +70,12 @@ static void forget_lost_requests(PbaVolume *volume)
     }
 }
 
-static int take_extents(void *opaque, const char *context, uint64_t offset, uint32_t *entries,
+static int on_extents(void *opaque, const char *context, uint64_t offset, uint32_t *entries,
                         size_t count, int *error)
 {
     PbaMapChunk *chunk = opaque;
 
-    if (*error || strcmp(context, chunk->volume->context) != 0 || offset != chunk->offset) {
+    if (*error || strcmp(context, chunk->map->volume->context) != 0 || offset != chunk->offset) {
         return 0;
     }
     if (count > chunk->capacity) {
@@ -90,12 +87,12 @@ static int take_extents(void *opaque, const char *context, uint64_t offset, uint
     return 0;
 }
 
-static int take_completion(void *opaque, int *error)
+static int on_answered(void *opaque, int *error)
 {
     PbaMapChunk *chunk = opaque;
 
     /* libnbd 1.22 completes what is in flight when a connection is closed: that is no answer. */
-    if (chunk->volume->nbd) {
+    if (chunk->map->volume->nbd) {
         chunk->error = *error;
         chunk->answered = true;
     }
@@ -111,8 +108,8 @@ static bool send_chunk(PbaVolume *volume, PbaMapChunk *chunk, GError **error)
     chunk->next = 0;
     if (nbd_aio_block_status(
             volume->nbd, chunk->length, chunk->offset,
-            (nbd_extent_callback){.callback = take_extents, .user_data = chunk},
-            (nbd_completion_callback){.callback = take_completion, .user_data = chunk}, 0) == -1) {
+            (nbd_extent_callback){.callback = on_extents, .user_data = chunk},
+            (nbd_completion_callback){.callback = on_answered, .user_data = chunk}, 0) == -1) {
         pba_volume_set_nbd_error(volume, "asking for the dirty bitmap", error);
         return false;
     }
@@ -120,11 +117,9 @@ static bool send_chunk(PbaVolume *volume, PbaMapChunk *chunk, GError **error)
 }
 
 /* Keeps requests in flight: new chunks up to the map's end, and those to be asked again. */
-static bool fill_ring(PbaVolume *volume, GError **error)
+static bool fill_ring(PbaMap *map, GError **error)
 {
-    PbaMap *map = volume->map;
-
-    forget_lost_requests(volume);
+    forget_lost_requests(map);
     while (map->used < PBA_MAP_DEPTH && map->asked < map->end) {
         PbaMapChunk *chunk = &map->chunks[(map->head + map->used) % PBA_MAP_DEPTH];
         chunk->offset = map->asked;
@@ -136,7 +131,7 @@ static bool fill_ring(PbaVolume *volume, GError **error)
     }
     for (unsigned i = 0; i < map->used; i++) {
         PbaMapChunk *chunk = &map->chunks[(map->head + i) % PBA_MAP_DEPTH];
-        if (!chunk->sent && !send_chunk(volume, chunk, error)) {
+        if (!chunk->sent && !send_chunk(map->volume, chunk, error)) {
             return false;
         }
     }
@@ -181,16 +176,16 @@ static bool check_answer(const PbaVolume *volume, const PbaMapChunk *chunk, GErr
 }
 
 /* True if the chunk has its answer, which is waited for unless later is given: that is set then. */
-static bool has_answer(PbaVolume *volume, PbaMapChunk *chunk, bool *later, GError **error)
+static bool has_answer(PbaMap *map, PbaMapChunk *chunk, bool *later, GError **error)
 {
-    if (volume->map->used > 0 && chunk->answered) {
+    if (map->used > 0 && chunk->answered) {
         return true;
     }
-    if (!pba_volume_connect(volume, error) || !fill_ring(volume, error)) {
+    if (!pba_volume_connect(map->volume, error) || !fill_ring(map, error)) {
         return false;
     }
     if (!later) {
-        return wait_answer(volume, chunk, error);
+        return wait_answer(map->volume, chunk, error);
     }
     *later = !chunk->answered;
     return chunk->answered;
@@ -198,33 +193,30 @@ static bool has_answer(PbaVolume *volume, PbaMapChunk *chunk, bool *later, GErro
 
 /* The chunk to read on in; NULL without an error at the end of the map, and where its answer is
  * not there yet but not to be waited for. */
-static PbaMapChunk *current_chunk(PbaVolume *volume, bool *later, GError **error)
+static PbaMapChunk *current_chunk(PbaMap *map, bool *later, GError **error)
 {
-    PbaMap *map = volume->map;
     PbaMapChunk *chunk = &map->chunks[map->head];
 
     if (map->used == 0 && map->asked == map->end) {
         return NULL;
     }
-    if (!has_answer(volume, chunk, later, error)) {
+    if (!has_answer(map, chunk, later, error)) {
         return NULL;
     }
-    return check_answer(volume, chunk, error) ? chunk : NULL;
+    return check_answer(map->volume, chunk, error) ? chunk : NULL;
 }
 
 /* Adds the chunk's extents to the run until one does not belong to it: true then. */
-static bool read_run(PbaVolume *volume, PbaMapChunk *chunk, GError **error)
+static bool read_run(PbaMap *map, PbaMapChunk *chunk, GError **error)
 {
-    PbaMap *map = volume->map;
-
     while (chunk->next < chunk->count && chunk->length > 0) {
         uint64_t length = MIN(chunk->extents[chunk->next], chunk->length);
-        bool dirty = chunk->extents[chunk->next + 1] & volume->flag;
+        bool has_flag = chunk->extents[chunk->next + 1] & map->flag;
         if (length == 0) {
-            set_incomplete(volume, chunk, "the NBD server sent an extent of no length", error);
+            set_incomplete(map->volume, chunk, "the NBD server sent an extent of no length", error);
             return false;
         }
-        if (dirty) {
+        if (has_flag) {
             map->run_offset = map->run_length ? map->run_offset : chunk->offset;
             map->run_length += length;
         } else if (map->run_length > 0) {
@@ -253,40 +245,36 @@ static void finish_chunk(PbaMap *map, PbaMapChunk *chunk)
     map->used--;
 }
 
-static bool next_run(PbaVolume *volume, bool *later, GError **error)
+static bool find_run(PbaMap *map, bool *later, GError **error)
 {
     GError *local = NULL;
     PbaMapChunk *chunk;
 
-    while ((chunk = current_chunk(volume, later, &local))) {
-        if (read_run(volume, chunk, &local)) {
+    while ((chunk = current_chunk(map, later, &local))) {
+        if (read_run(map, chunk, &local)) {
             return true;
         }
         if (local) {
             break;
         }
-        finish_chunk(volume->map, chunk);
+        finish_chunk(map, chunk);
     }
     if (!local) {
         return true;
     }
     if (local->code != PBA_ERROR_INTERRUPTED) {
-        pba_volume_break(volume, local);
+        pba_volume_break(map->volume, local);
     }
     g_propagate_error(error, local);
     return false;
 }
 
-bool pba_map_next(PbaVolume *volume, uint64_t *offset, uint64_t *length, bool *later,
-                  GError **error)
+bool pba_map_next(PbaMap *map, uint64_t *offset, uint64_t *length, bool *later, GError **error)
 {
-    PbaMap *map = volume->map;
-
-    if (!volume->context) {
-        map->run_offset = map->asked;
-        map->run_length = map->end - map->asked;
-        map->asked = map->end;
-    } else if (!next_run(volume, later, error)) {
+    if (later) {
+        *later = false;
+    }
+    if (!find_run(map, later, error)) {
         return false;
     }
     if (!later || !*later) {

@@ -24,7 +24,7 @@ bool pba_volume_check(const PbaVolume *volume, GError **error)
     return false;
 }
 
-static PbaVolume *open_context(const PbaVolumeOptions *options, const char *context, uint32_t flag,
+static PbaVolume *open_context(const PbaVolumeOptions *options, const char *context,
                                const PbaHooks *hooks, GError **error)
 {
     PbaVolume *volume = g_new0(PbaVolume, 1);
@@ -33,15 +33,12 @@ static PbaVolume *open_context(const PbaVolumeOptions *options, const char *cont
     volume->device = g_strdup(options->device);
     volume->path = g_strdup(options->path);
     volume->context = g_strdup(context);
-    volume->flag = flag;
     volume->size = options->size;
     volume->reader = &pba_nbd_reader;
-    volume->map = pba_map_new(volume, 0, volume->size);
     if (!pba_volume_connect(volume, error)) {
         pba_volume_free(volume);
         return NULL;
     }
-    volume->map->end = volume->size; /* by now it is known */
     return volume;
 }
 
@@ -50,15 +47,18 @@ PbaVolume *pba_volume_open(const PbaVolumeOptions *options, const PbaHooks *hook
     g_autofree char *context =
         options->bitmap ? g_strconcat("qemu:dirty-bitmap:", options->bitmap, NULL) : NULL;
 
-    return open_context(options, context, STATE_DIRTY, hooks, error);
+    PbaVolume *volume = open_context(options, context, hooks, error);
+    if (volume) {
+        volume->map = pba_volume_map(volume, 0);
+    }
+    return volume;
 }
 
-PbaVolume *pba_volume_open_holes(const PbaVolumeOptions *options, const PbaHooks *hooks,
-                                 GError **error)
+PbaVolume *pba_volume_open_allocation(const PbaVolumeOptions *options, const PbaHooks *hooks,
+                                      GError **error)
 {
     g_autoptr(GError) local = NULL;
-    PbaVolume *volume =
-        open_context(options, LIBNBD_CONTEXT_BASE_ALLOCATION, LIBNBD_STATE_ZERO, hooks, &local);
+    PbaVolume *volume = open_context(options, LIBNBD_CONTEXT_BASE_ALLOCATION, hooks, &local);
 
     if (volume) {
         return volume;
@@ -67,7 +67,7 @@ PbaVolume *pba_volume_open_holes(const PbaVolumeOptions *options, const PbaHooks
         g_propagate_error(error, g_steal_pointer(&local));
         return NULL;
     }
-    return open_context(options, NULL, 0, hooks, error);
+    return open_context(options, NULL, hooks, error);
 }
 
 PbaVolume *pba_volume_new_handle(PbaHandle *handle, const char *device, uint64_t size,
@@ -81,7 +81,7 @@ PbaVolume *pba_volume_new_handle(PbaHandle *handle, const char *device, uint64_t
     pba_sizes_read_file(&volume->sizes, pba_handle_fd(handle), size);
     volume->handle = handle;
     volume->reader = &pba_handle_reader;
-    volume->map = pba_map_new(volume, 0, size);
+    volume->map = pba_volume_map(volume, 0);
     return volume;
 }
 
@@ -151,22 +151,28 @@ bool pba_volume_discard(PbaVolume *volume, uint64_t offset, uint64_t length, GEr
     return true;
 }
 
-static bool next_region(PbaVolume *volume, uint64_t *offset, uint64_t *length, bool *later,
-                        GError **error)
+PbaMap *pba_volume_map(PbaVolume *volume, uint64_t begin)
 {
+    return pba_map_new(volume, STATE_DIRTY, begin, volume->size);
+}
+
+PbaMap *pba_volume_zeroes(PbaVolume *volume, uint64_t begin, uint64_t end)
+{
+    return pba_map_new(volume, LIBNBD_STATE_ZERO, begin, end);
+}
+
+bool pba_volume_next_region(PbaVolume *volume, PbaMap *map, uint64_t *offset, uint64_t *length,
+                            bool *later, GError **error)
+{
+    if (later) {
+        *later = false;
+    }
     return pba_volume_check(volume, error) &&
-           volume->reader->next_region(volume, offset, length, later, error);
+           volume->reader->next_region(volume, map, offset, length, later, error);
 }
 
 bool pba_volume_next_dirty_region(PbaVolume *volume, uint64_t *offset, uint64_t *length,
                                   GError **error)
 {
-    return next_region(volume, offset, length, NULL, error);
-}
-
-bool pba_volume_poll_dirty_region(PbaVolume *volume, uint64_t *offset, uint64_t *length,
-                                  bool *later, GError **error)
-{
-    *later = false;
-    return next_region(volume, offset, length, later, error);
+    return pba_volume_next_region(volume, volume->map, offset, length, NULL, error);
 }

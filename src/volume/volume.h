@@ -19,7 +19,7 @@
 
 /* One block-status request: a part of the map, asked for and then read out in order. */
 typedef struct {
-    struct PbaVolume *volume;
+    struct PbaMap *map;
     uint64_t offset; /* what it covers */
     uint64_t length;
     bool sent;
@@ -32,14 +32,16 @@ typedef struct {
 } PbaMapChunk;
 
 /* The way through the map. The chunks are a ring: head is read out, the others are under way. */
-typedef struct {
+typedef struct PbaMap {
+    PbaVolume *volume; /* borrowed */
+    uint32_t flag;     /* of the extents that are looked for */
     PbaMapChunk chunks[PBA_MAP_DEPTH];
     unsigned head;
     unsigned used;
     uint64_t asked;      /* up to here chunks were made */
     uint64_t end;        /* of what is to be asked */
     uint64_t chunk_size; /* of the next one */
-    uint64_t run_offset; /* the dirty run that is being joined; run_length 0: none */
+    uint64_t run_offset; /* the run that is being joined; run_length 0: none */
     uint64_t run_length;
     unsigned connection;    /* of the volume that its requests went over */
     PbaRegionsCursor given; /* of a handle's regions, where the volume has one */
@@ -54,8 +56,8 @@ typedef struct {
     bool (*discard)(PbaVolume *volume, uint64_t offset, uint64_t length, GError **error);
     /* As pba_volume_next_dirty_region. Where later is given there is no wait for an answer of a
      * server: it says then that the answer is under way. */
-    bool (*next_region)(PbaVolume *volume, uint64_t *offset, uint64_t *length, bool *later,
-                        GError **error);
+    bool (*next_region)(PbaVolume *volume, PbaMap *map, uint64_t *offset, uint64_t *length,
+                        bool *later, GError **error);
     void (*free)(PbaVolume *volume);
 } PbaReader;
 
@@ -71,18 +73,17 @@ struct PbaVolume {
     char *device;
     char *path;
     char *context; /* what the map is of; NULL: no bitmap */
-    uint32_t flag; /* of the context's extents: those that are regions have it */
     uint64_t size;
     PbaSizes sizes;  /* of this connection */
     bool by_cluster; /* see PBA_BY_CLUSTER */
     char *broken;    /* why nothing more can be had from this volume; NULL: it works */
-    PbaMap *map;     /* owned */
+    PbaMap *map;     /* owned: where pba_volume_next_dirty_region is; NULL: nowhere */
 };
 
-/* pba_volume_open without a bitmap, whose regions are the zeroes (NBD spec: the base:allocation
- * context). Where the server does not offer that, the volume has no context. */
-PbaVolume *pba_volume_open_holes(const PbaVolumeOptions *options, const PbaHooks *hooks,
-                                 GError **error);
+/* A further connection to what pba_volume_open has, without the bitmap. Where the server tells
+ * which parts are zeroes (NBD spec: the base:allocation context), the volume has a context. */
+PbaVolume *pba_volume_open_allocation(const PbaVolumeOptions *options, const PbaHooks *hooks,
+                                      GError **error);
 /* Whether a path is a URI, one over TLS, and one that may be connected to: PBA_ERROR_ARGUMENT. */
 bool pba_uri_is(const char *path);
 bool pba_uri_is_tls(const char *uri);
@@ -117,20 +118,23 @@ void pba_volume_break(PbaVolume *volume, const GError *error);
 /* False once it is so marked. */
 bool pba_volume_check(const PbaVolume *volume, GError **error);
 
-/* A way through the volume's map from begin to end. The volume must outlive it. */
-PbaMap *pba_map_new(PbaVolume *volume, uint64_t begin, uint64_t end);
+/* A way of its own through the dirty regions, from begin on. The volume must outlive it, or at
+ * least be closed before: answers that are under way reach the map that asked. */
+PbaMap *pba_volume_map(PbaVolume *volume, uint64_t begin);
+/* The next dirty region on that way. Without later (NULL) a server's answer is waited for; else
+ * *later says that it is under way. */
+bool pba_volume_next_region(PbaVolume *volume, PbaMap *map, uint64_t *offset, uint64_t *length,
+                            bool *later, GError **error);
+/* The zeroes of a volume of pba_volume_open_allocation, between begin and end: for pba_map_next. */
+PbaMap *pba_volume_zeroes(PbaVolume *volume, uint64_t begin, uint64_t end);
+
+/* The extents of the volume's context that have that flag. */
+PbaMap *pba_map_new(PbaVolume *volume, uint32_t flag, uint64_t begin, uint64_t end);
 void pba_map_free(PbaMap *map);
-/* Makes map (owned by the volume then) the one that regions come from; returns the one before, to
- * be put back or freed by the caller. Answers that are under way reach the map that asked. */
-PbaMap *pba_map_swap(PbaVolume *volume, PbaMap *map);
+/* The next run of extents with the flag; *length is 0 at the end. later as above. */
+bool pba_map_next(PbaMap *map, uint64_t *offset, uint64_t *length, bool *later, GError **error);
 /* True if no answer to a request of this map is under way any more. */
 bool pba_map_is_idle(const PbaMap *map);
-/* next_region over NBD. */
-bool pba_map_next(PbaVolume *volume, uint64_t *offset, uint64_t *length, bool *later,
-                  GError **error);
-/* pba_volume_next_dirty_region without waiting: *later says that the answer is under way. */
-bool pba_volume_poll_dirty_region(PbaVolume *volume, uint64_t *offset, uint64_t *length,
-                                  bool *later, GError **error);
 
 /* Seconds a request may take: storage below may be slow, and a server that is gone is seen at
  * once anyhow. */
