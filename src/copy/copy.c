@@ -181,33 +181,16 @@ static bool fail_piece(const Copy *copy, const PbaPiece *piece, GError **error)
     uint32_t length = piece->length - (uint32_t)(piece->error_offset - piece->offset);
 
     if (piece->state == PBA_PIECE_WRITTEN) {
-        pba_error_set(error, copy->options->uri ? PBA_ERROR_NBD : PBA_ERROR_SYSTEM,
+        pba_error_set(error, copy->sink->error_code,
                       "writing %" PRIu32 " bytes at offset %" PRIu64 " to %s failed - %s", length,
                       piece->error_offset, copy->sink->name, text);
         return false;
     }
-    pba_error_set(error, copy->volume->handle ? PBA_ERROR_SYSTEM : PBA_ERROR_NBD,
+    pba_error_set(error, copy->volume->reader->error_code,
                   "reading %" PRIu32 " bytes at offset %" PRIu64 " failed - %s", length,
                   piece->error_offset, text);
-    if (piece->error == (copy->volume->handle ? EIO : EINVAL)) {
+    if (piece->error == copy->volume->reader->unreadable) {
         pba_error_add_hint(error, PBA_HINT_UNREADABLE);
-    }
-    return false;
-}
-
-/* True while another piece of one of this one's blocks is being written. One that has been may have
- * to be written again. */
-static bool is_beside_write(const Copy *copy, const PbaPiece *piece)
-{
-    uint64_t block = copy->sink->block;
-
-    for (unsigned i = 0; block && i < copy->piece_count; i++) {
-        const PbaPiece *other = &copy->pieces[i];
-        bool busy = other->state == PBA_PIECE_WRITING || other->state == PBA_PIECE_WRITTEN;
-        if (busy && other->offset / block <= (piece->offset + piece->length - 1) / block &&
-            piece->offset / block <= (other->offset + other->length - 1) / block) {
-            return true;
-        }
     }
     return false;
 }
@@ -218,7 +201,7 @@ static bool after_read(Copy *copy, PbaPiece *piece, GError **error)
         return fail_piece(copy, piece, error);
     }
     if ((copy->sink->ordered && piece->sequence != copy->next_write) ||
-        is_beside_write(copy, piece)) {
+        pba_piece_is_beside_write(piece, copy->pieces, copy->piece_count, copy->sink->block)) {
         return true; /* its turn comes */
     }
     copy->next_write++;
@@ -251,18 +234,6 @@ static bool after_written(Copy *copy, PbaPiece *piece, GError **error)
            pba_source_release(&copy->source, piece->offset, piece->length, error);
 }
 
-static bool check_trims(const Copy *copy, GError **error)
-{
-    if (!copy->source.trim_error) {
-        return true;
-    }
-    const PbaRange *range = &copy->source.trim_error_range;
-    pba_error_set(error, copy->volume->handle ? PBA_ERROR_SYSTEM : PBA_ERROR_NBD,
-                  "discarding %" PRIu64 " bytes at offset %" PRIu64 " failed - %s",
-                  range->end - range->begin, range->begin, g_strerror(copy->source.trim_error));
-    return false;
-}
-
 /* Pieces that waited for another one may be taken once that has made its step. */
 static bool move_pieces(Copy *copy, GError **error)
 {
@@ -280,7 +251,7 @@ static bool move_pieces(Copy *copy, GError **error)
             }
         }
     } while (copy->steps != before);
-    return check_trims(copy, error);
+    return pba_source_check_trims(&copy->source, error);
 }
 
 static bool tell_progress(Copy *copy, bool last, GError **error)
@@ -366,8 +337,7 @@ static bool flush_sink(Copy *copy, GError **error)
         }
     }
     if (copy->sink->flush_error) {
-        pba_error_set(error, copy->options->uri ? PBA_ERROR_NBD : PBA_ERROR_SYSTEM,
-                      "flushing %s failed - %s", copy->sink->name,
+        pba_error_set(error, copy->sink->error_code, "flushing %s failed - %s", copy->sink->name,
                       g_strerror(copy->sink->flush_error));
         return false;
     }
@@ -386,7 +356,7 @@ static bool finish_discards(Copy *copy, GError **error)
         }
     }
     copy->statistics->bytes_discarded = copy->source.discarded;
-    return check_trims(copy, error);
+    return pba_source_check_trims(&copy->source, error);
 }
 
 /* Before and after */
@@ -464,7 +434,7 @@ static bool prepare(Copy *copy, GError **error)
 /* Whatever still is in flight knows the pieces' memory: its connections and threads go first. */
 static void clean_up(Copy *copy, bool broken)
 {
-    bool from_file = copy->source.file != NULL;
+    bool keeps_buffers = copy->source.kind && copy->source.kind->keeps_buffers;
 
     pba_pool_free(copy->loop.pool);
     if (copy->sink) {
@@ -472,7 +442,7 @@ static void clean_up(Copy *copy, bool broken)
     }
     pba_source_close(&copy->source, broken);
     for (unsigned i = 0; i < copy->piece_count; i++) {
-        if (!from_file || copy->pieces[i].state != PBA_PIECE_READING) {
+        if (!keeps_buffers || copy->pieces[i].state != PBA_PIECE_READING) {
             pba_buffer_free(copy->pieces[i].buffer, copy->pieces[i].room);
         }
     }

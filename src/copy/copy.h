@@ -65,6 +65,11 @@ void pba_buffer_free(char *buffer, size_t size);
 /* Notes a failure; the first one stays. */
 void pba_piece_fail(PbaPiece *piece, int error, uint64_t offset);
 
+/* True while another one of the pieces of one of this one's blocks is being written. One that has
+ * been may have to be written again. */
+bool pba_piece_is_beside_write(const PbaPiece *piece, const PbaPiece *pieces, unsigned count,
+                               uint64_t block);
+
 /* The volume's side */
 
 /* A part of a region that is zeroes, or else has to be read. */
@@ -87,9 +92,29 @@ void pba_holes_begin(PbaHoles *holes, uint64_t offset, uint64_t length);
  * answer is under way. What the server does not want to tell has to be read. */
 bool pba_holes_next(PbaHoles *holes, uint64_t offset, PbaStretch *stretch);
 
+typedef struct PbaSource PbaSource;
 typedef struct PbaSourceFile PbaSourceFile;
 
+/* What a volume is read from while it is copied: an NBD server or a file handle. */
 typedef struct {
+    /* What is needed beside the volume, which is the first of volumes. */
+    bool (*open)(PbaSource *source, unsigned connections, PbaLoop *loop, GError **error);
+    /* As pba_source_read. */
+    bool (*read)(PbaSource *source, PbaPiece *piece, GError **error);
+    /* Begins to discard whole clusters; pba_source_trimmed is called at the end. */
+    bool (*trim)(PbaSource *source, PbaRange range, GError **error);
+    /* Also of one that failed to open. */
+    void (*close)(PbaSource *source);
+    /* What is under way when the pool is freed goes on by itself, and the buffer of a piece that is
+     * being read goes with it. */
+    bool keeps_buffers;
+} PbaSourceKind;
+
+extern const PbaSourceKind pba_source_nbd;
+extern const PbaSourceKind pba_source_file;
+
+struct PbaSource {
+    const PbaSourceKind *kind;
     PbaVolume *volumes[PBA_COPY_MAX_CONNECTIONS]; /* the first is the caller's */
     unsigned count;
     PbaHoles *holes; /* owned; NULL: all has to be read */
@@ -103,7 +128,7 @@ typedef struct {
     PbaRange trim_error_range;
     PbaPool *pool;       /* of a volume behind a file handle; borrowed */
     PbaSourceFile *file; /* of the same; owned */
-} PbaSource;
+};
 
 /* Opens what is needed beside the volume: connections in all, 0 for as many as are good for the
  * speed. A server that does not say it is safe with several gets one. */
@@ -120,15 +145,10 @@ bool pba_source_release(PbaSource *source, uint64_t offset, uint64_t length, GEr
 /* Discards all that is left to be. */
 bool pba_source_release_all(PbaSource *source, GError **error);
 
+/* False once a discard has failed. */
+bool pba_source_check_trims(const PbaSource *source, GError **error);
 /* A discard came to its end. */
 void pba_source_trimmed(PbaSource *source, PbaRange range, int error);
-
-/* The same of a volume behind a file handle, in source-file.c. What is under way when the pool is
- * freed goes on by itself, and the buffer of a piece that is being read goes with it. */
-bool pba_source_file_open(PbaSource *source, GError **error);
-void pba_source_file_read(PbaSource *source, PbaPiece *piece);
-void pba_source_file_trim(PbaSource *source, PbaRange range);
-void pba_source_file_close(PbaSource *source);
 
 /* The target's side */
 
@@ -154,7 +174,8 @@ struct PbaSink {
     uint32_t block; /* two pieces of one such block are never written at the same time; 0: may be */
     uint32_t align; /* pieces have to begin and end at its multiples, or at the volume's end; where
                        they do not, their buffer has room for the rest */
-    uint32_t max_zero; /* bytes of a piece that is zeroes */
+    uint32_t max_zero;       /* bytes of a piece that is zeroes */
+    PbaErrorCode error_code; /* of writes and flushes that fail */
     bool flushed;
     int flush_error;
 };

@@ -388,6 +388,7 @@ PbaSink *pba_sink_file_new(const PbaCopyOptions *options, uint64_t size, PbaLoop
         .flush = file_flush,
         .free = file_free,
         .name = path ? g_strdup(path) : g_strdup_printf("the file descriptor %d", fd),
+        .error_code = PBA_ERROR_SYSTEM,
         .align = 1,
         .max_zero = UINT32_MAX,
     };

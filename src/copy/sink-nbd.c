@@ -246,6 +246,7 @@ PbaSink *pba_sink_nbd_new(const PbaCopyOptions *options, const PbaVolume *source
         .free = nbd_sink_free,
         .name = g_strdup(options->uri),
         .block = options->cluster_size ? options->cluster_size : PBA_CLUSTER,
+        .error_code = PBA_ERROR_NBD,
         .align = 1,
     };
     self->size = source->size;

@@ -7,6 +7,9 @@
 #include <linux/falloc.h>
 #include <unistd.h>
 
+/* That read and discard. */
+#define THREADS 4
+
 struct PbaSourceFile {
     int fd;
 };
@@ -92,11 +95,11 @@ static void leave_read(PbaJob *job)
     g_free(read);
 }
 
-void pba_source_file_read(PbaSource *source, PbaPiece *piece)
+static bool start_read(PbaSource *source, PbaPiece *piece, GError **error)
 {
     FileRead *read = g_new(FileRead, 1);
 
-    g_assert(piece->length <= piece->room);
+    (void)error;
     *read = (FileRead){
         .job = {.run = run_read, .done = read_done, .leave = leave_read},
         .file = file_ref(source->file),
@@ -107,6 +110,7 @@ void pba_source_file_read(PbaSource *source, PbaPiece *piece)
         .length = piece->length,
     };
     pba_pool_submit(source->pool, &read->job);
+    return true;
 }
 
 static void run_trim(PbaJob *job)
@@ -138,10 +142,11 @@ static void trim_done(PbaJob *job)
     leave_trim(job);
 }
 
-void pba_source_file_trim(PbaSource *source, PbaRange range)
+static bool start_trim(PbaSource *source, PbaRange range, GError **error)
 {
     FileTrim *trim = g_new(FileTrim, 1);
 
+    (void)error;
     *trim = (FileTrim){
         .job = {.run = run_trim, .done = trim_done, .leave = leave_trim},
         .file = file_ref(source->file),
@@ -149,12 +154,18 @@ void pba_source_file_trim(PbaSource *source, PbaRange range)
         .range = range,
     };
     pba_pool_submit(source->pool, &trim->job);
+    return true;
 }
 
-bool pba_source_file_open(PbaSource *source, GError **error)
+static bool open_file(PbaSource *source, unsigned connections, PbaLoop *loop, GError **error)
 {
+    (void)connections;
+    source->can_discard = true;
+    source->pool = pba_loop_pool(loop, THREADS, error);
+    if (!source->pool) {
+        return false;
+    }
     int fd = fcntl(pba_handle_fd(source->volumes[0]->handle), F_DUPFD_CLOEXEC, 0);
-
     if (fd == -1) {
         pba_error_set(error, PBA_ERROR_SYSTEM, "cannot use the file handle - %s",
                       g_strerror(errno));
@@ -165,9 +176,17 @@ bool pba_source_file_open(PbaSource *source, GError **error)
     return true;
 }
 
-void pba_source_file_close(PbaSource *source)
+static void close_source(PbaSource *source)
 {
     if (source->file) {
         file_unref(g_steal_pointer(&source->file));
     }
 }
+
+const PbaSourceKind pba_source_file = {
+    .open = open_file,
+    .read = start_read,
+    .trim = start_trim,
+    .close = close_source,
+    .keeps_buffers = true,
+};

@@ -1,84 +1,30 @@
-/* The volume's side of a copy: reads and discards over one or more connections. */
+/* The volume's side of a copy: what it is read from, and what is discarded of it when. */
 #include "copy.h"
-#include <errno.h>
+#include "src/base/base.h"
 #include <inttypes.h>
 
-#define DEFAULT_CONNECTIONS 4
-/* That read a file handle. */
-#define THREADS 4
 /* A range this long is worth a request of its own at once. */
 #define GOOD_DISCARD (UINT64_C(1) << 20)
 
-void pba_piece_fail(PbaPiece *piece, int error, uint64_t offset)
+static const PbaSourceKind *choose_kind(const PbaVolume *volume)
 {
-    if (!piece->error) {
-        piece->error = error;
-        piece->error_offset = offset;
-    }
-}
-
-/* The second connection can tell where there are holes, if the server can. */
-static PbaVolume *open_another(const PbaSource *source, GError **error)
-{
-    const PbaVolume *first = source->volumes[0];
-    PbaVolumeOptions options = {.device = first->device, .path = first->path, .size = first->size};
-
-    /* QEMU before 10.0 cannot ask a snapshot twice at a time. */
-    if (source->count == 1 && !first->by_cluster) {
-        return pba_volume_open_allocation(&options, &first->hooks, error);
-    }
-    return pba_volume_open(&options, &first->hooks, error);
-}
-
-static bool open_more(PbaSource *source, unsigned connections, GError **error)
-{
-    while (source->count < connections) {
-        PbaVolume *volume = open_another(source, error);
-        if (!volume) {
-            return false;
-        }
-        source->volumes[source->count++] = volume;
-    }
-    return true;
+    return volume->reader == &pba_handle_reader ? &pba_source_file : &pba_source_nbd;
 }
 
 bool pba_source_open(PbaSource *source, PbaVolume *volume, unsigned connections, PbaLoop *loop,
                      GError **error)
 {
     *source = (PbaSource){
+        .kind = choose_kind(volume),
         .volumes = {volume},
         .count = 1,
         .align = 1,
-        .trims = {.size = volume->size, .cluster = volume->sizes.cluster},
+        .trims = {.size = volume->size},
     };
-    if (volume->handle) {
-        source->can_discard = true;
-        source->pool = pba_loop_pool(loop, THREADS, error);
-        return source->pool && pba_source_file_open(source, error);
-    }
-    if (!pba_volume_connect(volume, error)) {
-        return false;
-    }
-    if (connections == 0) {
-        /* So many small requests as of single clusters keep QEMU's main loop busy with one
-         * connection. More would not be faster, but make the guest wait for it. */
-        connections = volume->by_cluster ? 1 : DEFAULT_CONNECTIONS;
-    }
-    bool safe = nbd_can_multi_conn(volume->nbd) == 1;
-    if (!open_more(source, safe ? connections : 1, error)) {
+    if (!source->kind->open(source, connections, loop, error)) {
         return false;
     }
     source->trims.cluster = volume->sizes.cluster; /* it may have been connected only now */
-    source->can_discard = nbd_can_trim(volume->nbd) == 1;
-    /* Looking for holes in what is read, a server asks the same. */
-    source->read_flags =
-        volume->by_cluster && nbd_can_df(volume->nbd) == 1 ? LIBNBD_CMD_FLAG_DF : 0;
-    for (unsigned i = 0; i < source->count; i++) {
-        /* Every byte of a read is counted, so none has to be set before. */
-        nbd_set_pread_initialize(source->volumes[i]->nbd, false);
-        pba_loop_add(loop, source->volumes[i]->nbd);
-        source->align = MAX(source->align, source->volumes[i]->sizes.block);
-    }
     return true;
 }
 
@@ -92,150 +38,28 @@ bool pba_source_find_holes(PbaSource *source, uint32_t align)
 
 void pba_source_close(PbaSource *source, bool broken)
 {
-    pba_source_file_close(source);
     for (unsigned i = 1; i < source->count; i++) {
         pba_volume_free(source->volumes[i]);
     }
     pba_holes_free(source->holes); /* what it has asked over them knows its memory */
     if (broken) {
         pba_volume_disconnect(source->volumes[0]);
-    } else if (source->volumes[0]->nbd) {
-        nbd_set_pread_initialize(source->volumes[0]->nbd, true);
     }
-}
-
-/* The connection with the least to do. */
-static PbaVolume *choose(const PbaSource *source)
-{
-    PbaVolume *best = source->volumes[0];
-    int least = nbd_aio_in_flight(best->nbd);
-
-    for (unsigned i = 1; i < source->count && least > 0; i++) {
-        int in_flight = nbd_aio_in_flight(source->volumes[i]->nbd);
-        if (in_flight < least) {
-            least = in_flight;
-            best = source->volumes[i];
-        }
+    if (source->kind) {
+        source->kind->close(source);
     }
-    return best;
-}
-
-static int on_chunk(void *opaque, const void *data, size_t count, uint64_t offset, unsigned status,
-                    int *error)
-{
-    PbaPiece *piece = opaque;
-
-    (void)data;
-    (void)offset;
-    if (*error || status == LIBNBD_READ_ERROR) {
-        pba_piece_fail(piece, *error ? *error : EIO, piece->offset);
-        return 0;
-    }
-    if (count > piece->length - piece->seen) {
-        pba_piece_fail(piece, EIO,
-                       piece->offset); /* parts came twice, so that others are missing */
-        return 0;
-    }
-    piece->seen += (uint32_t)count;
-    if (status == LIBNBD_READ_HOLE) {
-        piece->holes += (uint32_t)count;
-    }
-    return 0;
-}
-
-static int on_read_done(void *opaque, int *error)
-{
-    PbaPiece *piece = opaque;
-
-    if (*error) {
-        pba_piece_fail(piece, *error, piece->offset);
-    }
-    if (--piece->pending > 0) {
-        return 1;
-    }
-    if (piece->seen != piece->length) {
-        pba_piece_fail(piece, EIO, piece->offset);
-    }
-    piece->state = PBA_PIECE_READ;
-    return 1; /* retire the command */
 }
 
 bool pba_source_read(PbaSource *source, PbaPiece *piece, GError **error)
 {
-    if (source->pool) {
-        pba_source_file_read(source, piece);
-        return true;
-    }
-    PbaVolume *volume = choose(source);
     g_assert(piece->length <= piece->room);
-    piece->pending = 1; /* this function */
-    for (uint64_t done = 0; done < piece->length;) {
-        uint64_t offset = piece->offset + done;
-        uint64_t length = pba_volume_unit(volume, offset, piece->length - done);
-        piece->pending++;
-        if (nbd_aio_pread_structured(
-                volume->nbd, piece->data + done, length, offset,
-                (nbd_chunk_callback){.callback = on_chunk, .user_data = piece},
-                (nbd_completion_callback){.callback = on_read_done, .user_data = piece},
-                source->read_flags) == -1) {
-            g_autofree char *what =
-                g_strdup_printf("reading %" PRIu64 " bytes at offset %" PRIu64, length, offset);
-            pba_volume_set_nbd_error(volume, what, error);
-            return false;
-        }
-        done += length;
-    }
-    int none = 0;
-    on_read_done(piece, &none);
-    return true;
+    return source->kind->read(source, piece, error);
 }
 
-typedef struct {
-    PbaSource *source;
-    PbaRange range;
-} Trim;
-
-void pba_source_trimmed(PbaSource *source, PbaRange range, int error)
-{
-    source->trimming--;
-    if (!error) {
-        /* The last part of a volume is no whole cluster, and newer QEMUs keep it. */
-        source->discarded +=
-            range.end / source->trims.cluster * source->trims.cluster - range.begin;
-    } else if (!source->trim_error) {
-        source->trim_error = error;
-        source->trim_error_range = range;
-    }
-}
-
-static int on_trim_done(void *opaque, int *error)
-{
-    Trim *trim = opaque;
-
-    pba_source_trimmed(trim->source, trim->range, *error);
-    return 1; /* retire the command */
-}
-
-static bool send_trim(PbaSource *source, PbaRange range, GError **error)
+static bool trim(PbaSource *source, PbaRange range, GError **error)
 {
     source->trimming++;
-    if (source->pool) {
-        pba_source_file_trim(source, range);
-        return true;
-    }
-    PbaVolume *volume = choose(source);
-    Trim *trim = g_new(Trim, 1);
-    *trim = (Trim){source, range};
-    if (nbd_aio_trim(
-            volume->nbd, range.end - range.begin, range.begin,
-            (nbd_completion_callback){.callback = on_trim_done, .user_data = trim, .free = g_free},
-            0) == -1) {
-        g_autofree char *what = g_strdup_printf("discarding %" PRIu64 " bytes at offset %" PRIu64,
-                                                range.end - range.begin, range.begin);
-        pba_volume_set_nbd_error(volume, what, error);
-        return false;
-    }
-    return true;
+    return source->kind->trim(source, range, error);
 }
 
 static bool send_good_trims(PbaSource *source, uint64_t at_least, GError **error)
@@ -243,7 +67,7 @@ static bool send_good_trims(PbaSource *source, uint64_t at_least, GError **error
     PbaRange range;
 
     while (pba_trims_take(&source->trims, at_least, &range)) {
-        if (!send_trim(source, range, error)) {
+        if (!trim(source, range, error)) {
             return false;
         }
     }
@@ -256,7 +80,7 @@ bool pba_source_release(PbaSource *source, uint64_t offset, uint64_t length, GEr
 
     while (!pba_trims_add(&source->trims, offset, length)) {
         if (pba_trims_take_first(&source->trims, &range) && range.end > range.begin &&
-            !send_trim(source, range, error)) {
+            !trim(source, range, error)) {
             return false;
         }
     }
@@ -266,4 +90,17 @@ bool pba_source_release(PbaSource *source, uint64_t offset, uint64_t length, GEr
 bool pba_source_release_all(PbaSource *source, GError **error)
 {
     return send_good_trims(source, 1, error);
+}
+
+bool pba_source_check_trims(const PbaSource *source, GError **error)
+{
+    const PbaRange *range = &source->trim_error_range;
+
+    if (!source->trim_error) {
+        return true;
+    }
+    pba_error_set(error, source->volumes[0]->reader->error_code,
+                  "discarding %" PRIu64 " bytes at offset %" PRIu64 " failed - %s",
+                  range->end - range->begin, range->begin, g_strerror(source->trim_error));
+    return false;
 }

@@ -53,13 +53,12 @@ static int own_descriptor(int fd, uint64_t size, GError **error)
     return own;
 }
 
-PbaVolume *pba_volume_open_handle(const char *device, int fd, uint64_t size,
-                                  PbaNextRegion next_region, void *opaque, const PbaHooks *hooks,
-                                  GError **error)
+PbaHandle *pba_handle_new(int fd, uint64_t size, PbaNextRegion next_region, void *opaque,
+                          GError **error)
 {
     int own = own_descriptor(fd, size, error);
+
     if (own < 0) {
-        pba_error_add_device(error, device);
         return NULL;
     }
     PbaHandle *handle = g_new0(PbaHandle, 1);
@@ -67,7 +66,7 @@ PbaVolume *pba_volume_open_handle(const char *device, int fd, uint64_t size,
     handle->next_region = next_region;
     handle->opaque = opaque;
     handle->given = pba_regions_new();
-    return pba_volume_new_handle(handle, device, size, hooks);
+    return handle;
 }
 
 static void handle_free(PbaVolume *volume)
@@ -197,4 +196,6 @@ const PbaReader pba_handle_reader = {
     .discard = handle_discard,
     .next_region = handle_next_region,
     .free = handle_free,
+    .error_code = PBA_ERROR_SYSTEM,
+    .unreadable = EIO,
 };

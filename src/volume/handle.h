@@ -6,9 +6,9 @@
 
 typedef struct PbaHandle PbaHandle;
 
-/* In volume.c: takes over handle. */
-PbaVolume *pba_volume_new_handle(PbaHandle *handle, const char *device, uint64_t size,
-                                 const PbaHooks *hooks);
+/* With a descriptor of its own for what fd is; see pba_volume_open_handle. */
+PbaHandle *pba_handle_new(int fd, uint64_t size, PbaNextRegion next_region, void *opaque,
+                          GError **error);
 
 /* The descriptor; the handle keeps it. */
 int pba_handle_fd(const PbaHandle *handle);

@@ -71,7 +71,7 @@ static void forget_lost_requests(PbaMap *map)
 }
 
 static int on_extents(void *opaque, const char *context, uint64_t offset, uint32_t *entries,
-                        size_t count, int *error)
+                      size_t count, int *error)
 {
     PbaMapChunk *chunk = opaque;
 
@@ -106,10 +106,10 @@ static bool send_chunk(PbaVolume *volume, PbaMapChunk *chunk, GError **error)
     chunk->error = 0;
     chunk->count = 0;
     chunk->next = 0;
-    if (nbd_aio_block_status(
-            volume->nbd, chunk->length, chunk->offset,
-            (nbd_extent_callback){.callback = on_extents, .user_data = chunk},
-            (nbd_completion_callback){.callback = on_answered, .user_data = chunk}, 0) == -1) {
+    if (nbd_aio_block_status(volume->nbd, chunk->length, chunk->offset,
+                             (nbd_extent_callback){.callback = on_extents, .user_data = chunk},
+                             (nbd_completion_callback){.callback = on_answered, .user_data = chunk},
+                             0) == -1) {
         pba_volume_set_nbd_error(volume, "asking for the dirty bitmap", error);
         return false;
     }

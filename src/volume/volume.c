@@ -1,11 +1,9 @@
-/* A volume, whatever it is read from. */
+/* What is done with a volume, whatever it is read from. */
 #include "volume.h"
 #include "src/base/base.h"
 #include <inttypes.h>
 #include <string.h>
 
-/* Of the context qemu:dirty-bitmap (QEMU: docs/interop/nbd). */
-#define STATE_DIRTY 1u
 #define MAX_READ (32u << 20)
 
 void pba_volume_break(PbaVolume *volume, const GError *error)
@@ -22,81 +20,6 @@ bool pba_volume_check(const PbaVolume *volume, GError **error)
     }
     pba_error_set(error, PBA_ERROR_NBD, "an earlier error left no connection - %s", volume->broken);
     return false;
-}
-
-static PbaVolume *open_context(const PbaVolumeOptions *options, const char *context,
-                               const PbaHooks *hooks, GError **error)
-{
-    PbaVolume *volume = g_new0(PbaVolume, 1);
-
-    volume->hooks = hooks ? *hooks : (PbaHooks){0};
-    volume->device = g_strdup(options->device);
-    volume->path = g_strdup(options->path);
-    volume->context = g_strdup(context);
-    volume->size = options->size;
-    volume->reader = &pba_nbd_reader;
-    if (!pba_volume_connect(volume, error)) {
-        pba_volume_free(volume);
-        return NULL;
-    }
-    return volume;
-}
-
-PbaVolume *pba_volume_open(const PbaVolumeOptions *options, const PbaHooks *hooks, GError **error)
-{
-    g_autofree char *context =
-        options->bitmap ? g_strconcat("qemu:dirty-bitmap:", options->bitmap, NULL) : NULL;
-
-    PbaVolume *volume = open_context(options, context, hooks, error);
-    if (volume) {
-        volume->map = pba_volume_map(volume, 0);
-    }
-    return volume;
-}
-
-PbaVolume *pba_volume_open_allocation(const PbaVolumeOptions *options, const PbaHooks *hooks,
-                                      GError **error)
-{
-    g_autoptr(GError) local = NULL;
-    PbaVolume *volume = open_context(options, LIBNBD_CONTEXT_BASE_ALLOCATION, hooks, &local);
-
-    if (volume) {
-        return volume;
-    }
-    if (!g_error_matches(local, PBA_ERROR, PBA_ERROR_INCOMPLETE)) {
-        g_propagate_error(error, g_steal_pointer(&local));
-        return NULL;
-    }
-    return open_context(options, NULL, hooks, error);
-}
-
-PbaVolume *pba_volume_new_handle(PbaHandle *handle, const char *device, uint64_t size,
-                                 const PbaHooks *hooks)
-{
-    PbaVolume *volume = g_new0(PbaVolume, 1);
-
-    volume->hooks = hooks ? *hooks : (PbaHooks){0};
-    volume->device = g_strdup(device);
-    volume->size = size;
-    pba_sizes_read_file(&volume->sizes, pba_handle_fd(handle), size);
-    volume->handle = handle;
-    volume->reader = &pba_handle_reader;
-    volume->map = pba_volume_map(volume, 0);
-    return volume;
-}
-
-void pba_volume_free(PbaVolume *volume)
-{
-    if (!volume) {
-        return;
-    }
-    volume->reader->free(volume);
-    pba_map_free(volume->map);
-    g_free(volume->device);
-    g_free(volume->path);
-    g_free(volume->context);
-    g_free(volume->broken);
-    g_free(volume);
 }
 
 uint64_t pba_volume_size(const PbaVolume *volume)
@@ -149,16 +72,6 @@ bool pba_volume_discard(PbaVolume *volume, uint64_t offset, uint64_t length, GEr
         }
     }
     return true;
-}
-
-PbaMap *pba_volume_map(PbaVolume *volume, uint64_t begin)
-{
-    return pba_map_new(volume, STATE_DIRTY, begin, volume->size);
-}
-
-PbaMap *pba_volume_zeroes(PbaVolume *volume, uint64_t begin, uint64_t end)
-{
-    return pba_map_new(volume, LIBNBD_STATE_ZERO, begin, end);
 }
 
 bool pba_volume_next_region(PbaVolume *volume, PbaMap *map, uint64_t *offset, uint64_t *length,

@@ -47,7 +47,7 @@ typedef struct PbaMap {
     PbaRegionsCursor given; /* of a handle's regions, where the volume has one */
 } PbaMap;
 
-/* What a volume is read from: an NBD server (connection.c) or a file handle (handle.c). */
+/* What a volume is read from: an NBD server (nbd.c) or a file handle (handle.c). */
 typedef struct {
     /* The range is inside the volume. */
     bool (*pread)(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t length,
@@ -59,6 +59,8 @@ typedef struct {
     bool (*next_region)(PbaVolume *volume, PbaMap *map, uint64_t *offset, uint64_t *length,
                         bool *later, GError **error);
     void (*free)(PbaVolume *volume);
+    PbaErrorCode error_code; /* of requests that fail */
+    int unreadable;          /* errno of a read where PBA_HINT_UNREADABLE fits */
 } PbaReader;
 
 extern const PbaReader pba_nbd_reader;

@@ -39,10 +39,7 @@ my %PUBLIC = (
 );
 
 # Files that are one thing, cut for their length.
-my @TOGETHER = (
-    [qw(src/copy/source-file.c src/copy/source.c)],
-    [qw(src/volume/connection.c src/volume/handle.c src/volume/map.c src/volume/volume.c)],
-);
+my @TOGETHER = ();
 
 sub _folder ($file) { return $file =~ m{\Asrc/(.*)/} ? $1 : '' }
 

@@ -1,0 +1,37 @@
+/* What is noted of pieces and discards while they are under way. */
+#include "copy.h"
+
+void pba_piece_fail(PbaPiece *piece, int error, uint64_t offset)
+{
+    if (!piece->error) {
+        piece->error = error;
+        piece->error_offset = offset;
+    }
+}
+
+bool pba_piece_is_beside_write(const PbaPiece *piece, const PbaPiece *pieces, unsigned count,
+                               uint64_t block)
+{
+    for (unsigned i = 0; block && i < count; i++) {
+        const PbaPiece *other = &pieces[i];
+        bool busy = other->state == PBA_PIECE_WRITING || other->state == PBA_PIECE_WRITTEN;
+        if (busy && other->offset / block <= (piece->offset + piece->length - 1) / block &&
+            piece->offset / block <= (other->offset + other->length - 1) / block) {
+            return true;
+        }
+    }
+    return false;
+}
+
+void pba_source_trimmed(PbaSource *source, PbaRange range, int error)
+{
+    source->trimming--;
+    if (!error) {
+        /* The last part of a volume is no whole cluster, and newer QEMUs keep it. */
+        source->discarded +=
+            range.end / source->trims.cluster * source->trims.cluster - range.begin;
+    } else if (!source->trim_error) {
+        source->trim_error = error;
+        source->trim_error_range = range;
+    }
+}

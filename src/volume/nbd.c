@@ -1,0 +1,125 @@
+/* Reading and discarding over NBD, a request at a time. */
+#include "src/base/base.h"
+#include "volume.h"
+#include <errno.h>
+#include <inttypes.h>
+#include <string.h>
+
+/* Waits for one request. A lost connection ends the volume; a refused request does not. */
+static bool finish_request(PbaVolume *volume, int64_t cookie, const char *what, GError **error)
+{
+    gint64 deadline = pba_deadline(PBA_NBD_LIMIT_S);
+    GError *local = NULL;
+    int state = -1;
+
+    while (cookie >= 0 && (state = nbd_aio_command_completed(volume->nbd, (uint64_t)cookie)) == 0) {
+        if (!pba_volume_turn(volume, deadline, what, &local)) {
+            break;
+        }
+    }
+    if (state == 1) {
+        return true;
+    }
+    if (!local) {
+        pba_volume_set_nbd_error(volume, what, &local);
+    }
+    if (local->code != PBA_ERROR_INTERRUPTED && pba_volume_is_lost(volume)) {
+        pba_volume_break(volume, local);
+    }
+    if (state == 0) {
+        pba_volume_disconnect(volume); /* the request still knows the caller's memory */
+    }
+    g_propagate_error(error, local);
+    return false;
+}
+
+static bool read_piece(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t length,
+                       GError **error)
+{
+    g_autofree char *what =
+        g_strdup_printf("reading %" PRIu64 " bytes at offset %" PRIu64, length, offset);
+    int64_t cookie =
+        nbd_aio_pread(volume->nbd, buffer, (size_t)length, offset, NBD_NULL_COMPLETION, 0);
+
+    if (finish_request(volume, cookie, what, error)) {
+        return true;
+    }
+    if (nbd_get_errno() == EINVAL && !pba_volume_is_lost(volume)) {
+        pba_error_add_hint(error, PBA_HINT_UNREADABLE);
+    }
+    return false;
+}
+
+/* Reads the whole blocks of which a range has parts, and hands out the range. */
+static bool read_blocks(PbaVolume *volume, char *buffer, uint64_t offset, uint64_t length,
+                        GError **error)
+{
+    uint32_t block = volume->sizes.block;
+    uint64_t begin = offset / block * block;
+    uint64_t end = pba_whole_blocks(offset + length, block); /* the export ends with a block */
+    g_autofree char *blocks = g_malloc(MIN(end - begin, volume->sizes.request));
+
+    for (uint64_t at = begin; at < end;) {
+        uint64_t size = pba_volume_unit(volume, at, end - at);
+        if (!read_piece(volume, blocks, at, size, error)) {
+            return false;
+        }
+        uint64_t from = MAX(at, offset);
+        uint64_t to = MIN(at + size, offset + length);
+        memcpy(buffer + (from - offset), blocks + (from - at), to - from);
+        at += size;
+    }
+    return true; // NOLINT(clang-analyzer-unix.Malloc): blocks is freed by g_autofree
+}
+
+static bool read_range(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t length,
+                       GError **error)
+{
+    if (!pba_volume_connect(volume, error)) {
+        return false;
+    }
+    if ((offset | length) % volume->sizes.block != 0) {
+        return read_blocks(volume, buffer, offset, length, error);
+    }
+    for (uint64_t done = 0; done < length;) {
+        uint64_t size = pba_volume_unit(volume, offset + done, length - done);
+        if (!read_piece(volume, (char *)buffer + done, offset + done, size, error)) {
+            return false;
+        }
+        done += size;
+    }
+    return true;
+}
+
+static bool discard_range(PbaVolume *volume, uint64_t offset, uint64_t length, GError **error)
+{
+    g_autofree char *what =
+        g_strdup_printf("discarding %" PRIu64 " bytes at offset %" PRIu64, length, offset);
+    if (!pba_volume_connect(volume, error)) {
+        return false;
+    }
+    int64_t cookie = nbd_aio_trim(volume->nbd, length, offset, NBD_NULL_COMPLETION, 0);
+    return finish_request(volume, cookie, what, error);
+}
+
+/* Without a bitmap all that is left is one region. */
+static bool next_region(PbaVolume *volume, PbaMap *map, uint64_t *offset, uint64_t *length,
+                        bool *later, GError **error)
+{
+    if (volume->context) {
+        return pba_map_next(map, offset, length, later, error);
+    }
+    *offset = map->asked;
+    *length = map->end - map->asked;
+    map->asked = map->end;
+    return true;
+}
+
+const PbaReader pba_nbd_reader = {
+    .pread = read_range,
+    .discard = discard_range,
+    .next_region = next_region,
+    .free = pba_volume_disconnect,
+    .error_code = PBA_ERROR_NBD,
+    .unreadable = EINVAL,
+};
