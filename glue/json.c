@@ -62,7 +62,8 @@ SV *glue_sv_from_json(pTHX_ JsonNode *node)
     }
 }
 
-/* Perl data may contain itself: values counts what there may still be, and is 0 once it is enough. */
+/* Perl data may contain itself: values counts what there may still be, and is 0 once it is enough.
+ */
 static JsonNode *json_from_sv(pTHX_ SV *sv, unsigned depth, unsigned *values);
 
 static JsonNode *json_from_array(pTHX_ AV *list, unsigned depth, unsigned *values)

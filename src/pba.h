@@ -61,8 +61,8 @@ typedef struct {
 
 typedef struct PbaQmp PbaQmp;
 
-/* What a reply may have, over a socket or a transport. A value takes up to some 200 bytes once it is
- * parsed, and two on the wire; QEMU's own parser stops at depth 1024. */
+/* What a reply may have, over a socket or a transport. A value takes up to some 200 bytes once it
+ * is parsed, and two on the wire; QEMU's own parser stops at depth 1024. */
 #define PBA_QMP_MAX_VALUES (1u << 20)
 #define PBA_QMP_MAX_DEPTH 128
 
