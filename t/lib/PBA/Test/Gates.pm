@@ -207,8 +207,7 @@ sub _functions () {
 sub _lengths () {
     return {
         _own_gate('lengths', \&PBA::Test::PerlRules::long_files, 'cut it by subject')->%*,
-        files =>
-            sub { (_perl_files(), _files('glue/*.c', 't/*.c', 't/*.h', '*.xs', '*.sh', 'run')) },
+        files => sub { (_perl_files(), _files('*.c', '*.h', '*.xs', '*.sh', 'run')) },
     };
 }
 
