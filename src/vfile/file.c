@@ -6,17 +6,12 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>
-#include <unistd.h>
 
-/* One cluster of a snapshot. QEMU takes several times the CPU for larger reads, where the C library
- * has it map memory for each of them anew. */
-#define SLOT_SIZE (64u << 10)
 /* Of all memory; what is read ahead has a part of it. */
 #define MAX_SLOTS 512u
 #define MAX_AHEAD 32u
 /* Discards answered before they are done. */
 #define MAX_EARLY_TRIMS 16u
-#define ATTRIBUTES_S 3600.0
 
 typedef struct {
     PbaRequest nbd; /* first, since the connection gives them back; its length stays */
@@ -53,7 +48,7 @@ struct PbaFile {
     PbaAhead *ahead;
     PbaSizes sizes;
     GPtrArray *slots;        /* Slot, in use */
-    GPtrArray *free_buffers; /* of SLOT_SIZE */
+    GPtrArray *free_buffers; /* of PBA_FILE_BLOCK */
     unsigned ahead_slots;
     GQueue readings;  /* Reading.link, oldest first */
     GQueue trims;     /* Trim.link, under way */
@@ -109,8 +104,8 @@ static Slot *load(PbaFile *file, uint64_t offset, uint64_t length, LoadReason re
     slot->nbd.buffer =
         file->free_buffers->len > 0
             ? g_ptr_array_steal_index_fast(file->free_buffers, file->free_buffers->len - 1)
-            : g_malloc0(SLOT_SIZE); /* nothing of ours, whatever a server leaves out */
-    slot->nbd.capacity = SLOT_SIZE;
+            : g_malloc0(PBA_FILE_BLOCK); /* nothing of ours, whatever a server leaves out */
+    slot->nbd.capacity = PBA_FILE_BLOCK;
     slot->nbd.urgent = reason == LOAD_LAST;
     slot->ahead = reason == LOAD_AHEAD;
     file->ahead_slots += slot->ahead;
@@ -187,7 +182,7 @@ static void read_ahead(PbaFile *file)
         return;
     }
     while (file->ahead_slots < MAX_AHEAD && file->slots->len < MAX_SLOTS &&
-           pba_ahead_next(file->ahead, SLOT_SIZE, &offset, &length)) {
+           pba_ahead_next(file->ahead, PBA_FILE_BLOCK, &offset, &length)) {
         load(file, offset, gap_end(file, offset, offset + length) - offset, LOAD_AHEAD);
     }
 }
@@ -210,7 +205,7 @@ static int collect(PbaFile *file, uint64_t begin, uint64_t end, struct iovec *pa
     for (uint64_t at = begin; at < end;) {
         Slot *slot = find_slot(file, at);
         if (!slot && !file->starved) {
-            uint64_t stop = gap_end(file, at, MIN(end, at + SLOT_SIZE));
+            uint64_t stop = gap_end(file, at, MIN(end, at + PBA_FILE_BLOCK));
             slot = load(file, at, stop - at, stop < end ? LOAD_PART : LOAD_LAST);
             file->starved = !slot;
         }
@@ -422,73 +417,17 @@ static void on_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t o
     }
 }
 
-/* The rest */
-
-static void fill_attributes(const PbaFile *file, struct stat *status)
+const PbaSizes *pba_file_sizes(const PbaFile *file)
 {
-    *status = (struct stat){
-        .st_ino = FUSE_ROOT_ID,
-        .st_mode = S_IFREG | 0600,
-        .st_nlink = 1,
-        .st_uid = geteuid(),
-        .st_gid = getegid(),
-        .st_size = (off_t)file->sizes.size,
-        .st_blksize = SLOT_SIZE,
-        .st_blocks = (blkcnt_t)(file->sizes.size / 512),
-    };
-}
-
-static void on_getattr(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info *info)
-{
-    (void)inode;
-    (void)info;
-    struct stat status;
-    fill_attributes(fuse_req_userdata(request), &status);
-    fuse_reply_attr(request, &status, ATTRIBUTES_S);
-}
-
-/* What a hole that is punched has to have at least to free anything. */
-static void on_statfs(fuse_req_t request, fuse_ino_t inode)
-{
-    (void)inode;
-    const PbaFile *file = fuse_req_userdata(request);
-    struct statvfs status = {
-        .f_bsize = file->sizes.cluster,
-        .f_frsize = file->sizes.cluster,
-        .f_blocks = (file->sizes.size + file->sizes.cluster - 1) / file->sizes.cluster,
-        .f_files = 1,
-    };
-    fuse_reply_statfs(request, &status);
-}
-
-/* Without the page cache, however it is opened: the kernel would read ahead across the edges of
- * regions. */
-static void on_open(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info *info)
-{
-    (void)inode;
-    info->direct_io = 1;
-    info->noflush = 1; /* nothing is written, so closing needs no server */
-    fuse_reply_open(request, info);
-}
-
-/* The snapshot cannot be written to; its file is open for writing only to be punched. */
-static void on_write(fuse_req_t request, fuse_ino_t inode, const char *data, size_t length,
-                     off_t offset, struct fuse_file_info *info)
-{
-    (void)inode;
-    (void)data;
-    (void)length;
-    (void)offset;
-    (void)info;
-    fuse_reply_err(request, EOPNOTSUPP);
+    return &file->sizes;
 }
 
 const struct fuse_lowlevel_ops pba_file_operations = {
-    .getattr = on_getattr,
-    .statfs = on_statfs,
-    .open = on_open,
+    .getattr = pba_file_getattr,
+    .statfs = pba_file_statfs,
+    .open = pba_file_open,
     .read = on_read,
-    .write = on_write,
+    .write = pba_file_write,
     .fallocate = on_fallocate,
 };
 

@@ -41,8 +41,8 @@ void pba_connection_submit(PbaConnection *connection, PbaRequest *request);
 /* The requests that are done, linked by next. For none it is NULL, and the submitter's poll ends
  * once there is an urgent one, or any with all. */
 PbaRequest *pba_connection_take_done(PbaConnection *connection, bool all);
-/* What the submitter is to poll for, and for how many milliseconds at most (-1: no limit); then he
- * calls the other. */
+/* What the submitter is to poll for, and for how many milliseconds at most (-1: no limit); then
+ * it calls the other. */
 int pba_connection_watch(PbaConnection *connection, struct pollfd fds[2]);
 void pba_connection_turn(PbaConnection *connection, const struct pollfd fds[2]);
 
@@ -77,10 +77,21 @@ void pba_ahead_stop(PbaAhead *ahead);
 
 typedef struct PbaFile PbaFile;
 
+/* The least that it is best read by. One cluster of a snapshot: QEMU takes several times the CPU
+ * for larger reads, where the C library has it map memory for each of them anew. */
+#define PBA_FILE_BLOCK (64u << 10)
+
 /* connection and ahead are borrowed. */
 PbaFile *pba_file_new(PbaConnection *connection, PbaAhead *ahead);
+const PbaSizes *pba_file_sizes(const PbaFile *file);
 /* userdata of the session is a PbaFile. */
 extern const struct fuse_lowlevel_ops pba_file_operations;
+/* Those of them that need no server (attributes.c). */
+void pba_file_getattr(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info *info);
+void pba_file_statfs(fuse_req_t request, fuse_ino_t inode);
+void pba_file_open(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info *info);
+void pba_file_write(fuse_req_t request, fuse_ino_t inode, const char *data, size_t length,
+                    off_t offset, struct fuse_file_info *info);
 /* Handles what the connection has done. */
 void pba_file_turn(PbaFile *file);
 

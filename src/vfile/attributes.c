@@ -1,0 +1,66 @@
+/* What the file looks like, opened or not. */
+#include "server.h"
+#include "src/volume/volume.h"
+#include <errno.h>
+#include <unistd.h>
+
+#define ATTRIBUTES_S 3600.0
+
+static void fill_attributes(const PbaSizes *sizes, struct stat *status)
+{
+    *status = (struct stat){
+        .st_ino = FUSE_ROOT_ID,
+        .st_mode = S_IFREG | 0600,
+        .st_nlink = 1,
+        .st_uid = geteuid(),
+        .st_gid = getegid(),
+        .st_size = (off_t)sizes->size,
+        .st_blksize = PBA_FILE_BLOCK,
+        .st_blocks = (blkcnt_t)(sizes->size / 512),
+    };
+}
+
+void pba_file_getattr(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info *info)
+{
+    (void)inode;
+    (void)info;
+    struct stat status;
+    fill_attributes(pba_file_sizes(fuse_req_userdata(request)), &status);
+    fuse_reply_attr(request, &status, ATTRIBUTES_S);
+}
+
+/* What a hole that is punched has to have at least to free anything. */
+void pba_file_statfs(fuse_req_t request, fuse_ino_t inode)
+{
+    (void)inode;
+    const PbaSizes *sizes = pba_file_sizes(fuse_req_userdata(request));
+    struct statvfs status = {
+        .f_bsize = sizes->cluster,
+        .f_frsize = sizes->cluster,
+        .f_blocks = (sizes->size + sizes->cluster - 1) / sizes->cluster,
+        .f_files = 1,
+    };
+    fuse_reply_statfs(request, &status);
+}
+
+/* Without the page cache, however it is opened: the kernel would read ahead across the edges of
+ * regions. */
+void pba_file_open(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info *info)
+{
+    (void)inode;
+    info->direct_io = 1;
+    info->noflush = 1; /* nothing is written, so closing needs no server */
+    fuse_reply_open(request, info);
+}
+
+/* The snapshot cannot be written to; its file is open for writing only to be punched. */
+void pba_file_write(fuse_req_t request, fuse_ino_t inode, const char *data, size_t length,
+                    off_t offset, struct fuse_file_info *info)
+{
+    (void)inode;
+    (void)data;
+    (void)length;
+    (void)offset;
+    (void)info;
+    fuse_reply_err(request, EOPNOTSUPP);
+}
