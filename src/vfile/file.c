@@ -247,8 +247,8 @@ static bool is_being_trimmed(const PbaFile *file, uint64_t begin, uint64_t end)
     return false;
 }
 
-static void on_read(fuse_req_t request, fuse_ino_t inode, size_t length, off_t offset,
-                    struct fuse_file_info *info)
+void pba_file_read(fuse_req_t request, fuse_ino_t inode, size_t length, off_t offset,
+                   struct fuse_file_info *info)
 {
     (void)inode;
     (void)info;
@@ -389,8 +389,8 @@ static void start_trim(PbaFile *file, fuse_req_t request, PbaRange range)
     }
 }
 
-static void on_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t offset, off_t length,
-                         struct fuse_file_info *info)
+void pba_file_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t offset, off_t length,
+                        struct fuse_file_info *info)
 {
     (void)inode;
     (void)info;
@@ -421,15 +421,6 @@ const PbaSizes *pba_file_sizes(const PbaFile *file)
 {
     return &file->sizes;
 }
-
-const struct fuse_lowlevel_ops pba_file_operations = {
-    .getattr = pba_file_getattr,
-    .statfs = pba_file_statfs,
-    .open = pba_file_open,
-    .read = on_read,
-    .write = pba_file_write,
-    .fallocate = on_fallocate,
-};
 
 void pba_file_turn(PbaFile *file)
 {

@@ -84,14 +84,12 @@ typedef struct PbaFile PbaFile;
 /* connection and ahead are borrowed. */
 PbaFile *pba_file_new(PbaConnection *connection, PbaAhead *ahead);
 const PbaSizes *pba_file_sizes(const PbaFile *file);
-/* userdata of the session is a PbaFile. */
+/* The operations (operations.c) have it as their session's userdata. */
 extern const struct fuse_lowlevel_ops pba_file_operations;
-/* Those of them that need no server (attributes.c). */
-void pba_file_getattr(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info *info);
-void pba_file_statfs(fuse_req_t request, fuse_ino_t inode);
-void pba_file_open(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info *info);
-void pba_file_write(fuse_req_t request, fuse_ino_t inode, const char *data, size_t length,
-                    off_t offset, struct fuse_file_info *info);
+void pba_file_read(fuse_req_t request, fuse_ino_t inode, size_t length, off_t offset,
+                   struct fuse_file_info *info);
+void pba_file_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t offset, off_t length,
+                        struct fuse_file_info *info);
 /* Handles what the connection has done. */
 void pba_file_turn(PbaFile *file);
 

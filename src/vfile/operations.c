@@ -1,4 +1,4 @@
-/* What the file looks like, opened or not. */
+/* What the kernel may ask of the file. Here is what needs no server; file.c has the rest. */
 #include "server.h"
 #include "src/volume/volume.h"
 #include <errno.h>
@@ -20,7 +20,7 @@ static void fill_attributes(const PbaSizes *sizes, struct stat *status)
     };
 }
 
-void pba_file_getattr(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info *info)
+static void on_getattr(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info *info)
 {
     (void)inode;
     (void)info;
@@ -30,7 +30,7 @@ void pba_file_getattr(fuse_req_t request, fuse_ino_t inode, struct fuse_file_inf
 }
 
 /* What a hole that is punched has to have at least to free anything. */
-void pba_file_statfs(fuse_req_t request, fuse_ino_t inode)
+static void on_statfs(fuse_req_t request, fuse_ino_t inode)
 {
     (void)inode;
     const PbaSizes *sizes = pba_file_sizes(fuse_req_userdata(request));
@@ -45,7 +45,7 @@ void pba_file_statfs(fuse_req_t request, fuse_ino_t inode)
 
 /* Without the page cache, however it is opened: the kernel would read ahead across the edges of
  * regions. */
-void pba_file_open(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info *info)
+static void on_open(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info *info)
 {
     (void)inode;
     info->direct_io = 1;
@@ -54,8 +54,8 @@ void pba_file_open(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info *
 }
 
 /* The snapshot cannot be written to; its file is open for writing only to be punched. */
-void pba_file_write(fuse_req_t request, fuse_ino_t inode, const char *data, size_t length,
-                    off_t offset, struct fuse_file_info *info)
+static void on_write(fuse_req_t request, fuse_ino_t inode, const char *data, size_t length,
+                     off_t offset, struct fuse_file_info *info)
 {
     (void)inode;
     (void)data;
@@ -64,3 +64,12 @@ void pba_file_write(fuse_req_t request, fuse_ino_t inode, const char *data, size
     (void)info;
     fuse_reply_err(request, EOPNOTSUPP);
 }
+
+const struct fuse_lowlevel_ops pba_file_operations = {
+    .getattr = on_getattr,
+    .statfs = on_statfs,
+    .open = on_open,
+    .read = pba_file_read,
+    .write = on_write,
+    .fallocate = pba_file_fallocate,
+};
