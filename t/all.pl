@@ -27,9 +27,9 @@ my @expected_skips = (
 # What else there is to run, and speaks TAP: of what git has, so not in a tree without it, nor when tests
 # are named.
 my @programs = (
-    't/check.pl', 't/deb.pl --test',
-    't/valgrind.pl',
-    't/asan.pl t/args.t t/handle.t t/nbd-block-sizes.t t/qmp-code-ref.t t/qmp-early-form.t',
+    't/check.pl --quick',
+    't/deb.pl --test',
+    't/valgrind.pl', 't/asan.pl t/nbd-block-sizes.t t/qmp-early-form.t',
 );
 
 my @unexpected;

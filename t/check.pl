@@ -1,4 +1,5 @@
-# The gates that need no run of the program: ./run check [GATE...]
+# The gates that need no run of the program: ./run check [GATE...]. With --quick, as ./run test has it,
+# without those that take minutes.
 #
 # Each looks at some files; what it found good is remembered (in the tests' cache, by the content of all
 # that the answer depends on), so that the next time only what changed is looked at.
@@ -83,7 +84,9 @@ sub run_all (@parts) {
 mkdir($good_dir);
 unlink(grep { -M $_ > 14 } glob("$good_dir/*"));
 my %wanted = map { $_ => 1 } @ARGV;
+my $is_quick = delete($wanted{'--quick'}) && !$ENV{PBA_FULL};
 my @gates = grep { !%wanted || $wanted{ $_->{name} } } PBA::Test::Gates::all();
+@gates = grep { !$_->{is_slow} } @gates if $is_quick;
 run_all(map { parts($_) } @gates);
 
 # TAP, so that it can be one of the tests.

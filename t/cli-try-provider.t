@@ -244,7 +244,7 @@ my @rows = (
     },
 );
 
-my ($seed, $share) = (20261128, 5);
+my ($seed, $share) = (20261128, 2);
 if (!$ENV{PBA_FULL}) {
     srand($seed);
     diag("$share of " . @rows . " rows, seed $seed");

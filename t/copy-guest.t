@@ -11,6 +11,7 @@ use Test::More;
 
 use PBA::Test::Backend;
 use PBA::Test::QemuNbd;
+use PBA::Test::Share qw(share);
 use PVE::BackupAccess::Volume;
 
 my $mib = 1024 * 1024;
@@ -74,7 +75,7 @@ delete($sinks{device}) if $> != 0 || !-e '/dev/loop-control';
 
 # What a sink does with data is the same by either mechanism: a plain run takes two by the second one.
 sub sinks_for ($mechanism) {
-    return sort keys %sinks if $mechanism eq 'nbd' || $ENV{PBA_FULL};
+    return share(sort keys %sinks) if $mechanism eq 'nbd' || $ENV{PBA_FULL};
     return qw(descriptor file);
 }
 
@@ -207,7 +208,7 @@ sub check_backend ($name, $mechanism) {
     backup($context, 'new', 'file');
     check_images($context, 'before the failures');
     srand($seed);
-    for my $failure (sort keys %failures) {
+    for my $failure (share(sort keys %failures)) {
         $backend->guest->wait_more_churn(200) if $failure =~ m/source/;
         backup($context, 'use', undef, sub ($volume) { $failures{$failure}->($context, $volume) });
         $backend->guest->wait_more_churn(20);

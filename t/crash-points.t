@@ -11,13 +11,14 @@ use Test::More;
 
 use PBA::Test::Backend;
 use PBA::Test::Client;
+use PBA::Test::Share qw(share);
 use PBA::Test::Sweep;
 
 my $size = 8 * 1024 * 1024;
 my $seed = 20261122;
 
-# Every point takes the better part of an hour; PBA_FULL=1 takes all. A plain run takes one of each row
-# and fault.
+# Every point takes the better part of an hour; PBA_FULL=1 takes all. A plain run takes half of
+# the rows on each QEMU, and one point of each fault.
 my @faults = qw(kill-before kill-after kill-before-nbd kill-after-nbd);
 
 my @rows = (
@@ -70,7 +71,7 @@ sub sweep ($name, $disk, @rows) {
         disks => [map { { id => $_, size => $size, $disk->%* } } qw(disk0 disk1)],
     );
     my $sweep = PBA::Test::Sweep->new(backend => $backend, seed => $seed);
-    for my $row (@rows) {
+    for my $row (share(@rows)) {
         my ($ids, $mode, $success) = $row->@*;
         my %row = (
             name => "@$ids, mode $mode, success $success",

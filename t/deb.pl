@@ -3,7 +3,8 @@
 #     perl t/deb.pl [--test] DIRECTORY
 #
 # What is committed or about to be is built, or a release, in a copy, since dpkg-buildpackage writes
-# beside its sources. --test builds it twice, at different places, and holds the result to lintian.
+# beside its sources. --test holds the result to lintian; with PBA_FULL=1 it is built twice, at different
+# places, and both are the same.
 
 use v5.36;
 
@@ -62,19 +63,24 @@ sub packages ($dir) {
 
 sub digest ($file) { return Digest::SHA->new(256)->addfile($file)->hexdigest }
 
+# The packages that a second build, at another place, makes otherwise.
+sub differing ($dir) {
+    my $again = build('the-second-of-two');
+    my %first = map { s{.*/}{}r => digest($_) } packages($dir);
+    return grep { ($first{s{.*/}{}r} // '') ne digest($_) } packages($again);
+}
+
 my $test = @ARGV && $ARGV[0] eq '--test' ? shift(@ARGV) : '';
 my $to = shift(@ARGV);
 my $dir = build('first');
 if ($test) {
-    say '1..3';
+    say $ENV{PBA_FULL} ? '1..3' : '1..2';
     say 'ok 1 - the Debian package is built';
-    my $again = build('the-second-of-two');
-    my %first = map { s{.*/}{}r => digest($_) } packages($dir);
-    my @differ = grep { ($first{s{.*/}{}r} // '') ne digest($_) } packages($again);
-    say @differ ? 'not ok' : 'ok', ' 2 - two builds are the same';
     my ($changes) = glob("$dir/*.changes");
     my $status = system('lintian', '--allow-root', '--fail-on', 'error,warning', $changes) >> 8;
-    say $status ? 'not ok' : 'ok', ' 3 - lintian finds no fault';
+    say $status ? 'not ok' : 'ok', ' 2 - lintian finds no fault';
+    my @differ = $ENV{PBA_FULL} ? differing($dir) : ();
+    say @differ ? 'not ok' : 'ok', ' 3 - two builds are the same' if $ENV{PBA_FULL};
     exit(@differ || $status ? 1 : 0);
 }
 mkdir($to);

@@ -10,6 +10,7 @@ use lib "$FindBin::Bin/lib";
 use Test::More;
 
 use PBA::Test::Backend;
+use PBA::Test::Share qw(share);
 use PBA::Test::Sweep;
 
 my $size = 8 * 1024 * 1024;
@@ -24,8 +25,8 @@ my $short = 1;
 my @rows = (
     [[qw(disk0 disk1)], use => 1, qw(drop lose refuse deceive)],
     [[qw(disk0)], new => 1, qw(drop lose refuse deceive)],
-    [[qw(disk0)], use => 1, qw(stall)],
     [[qw(disk0 disk1)], new => 1, qw(stall)],
+    [[qw(disk0)], use => 1, qw(stall)],
 );
 
 # Who sees teardown die takes the backup for a failed one.
@@ -53,7 +54,7 @@ sub sweep ($name) {
         disks => [map { { id => $_, size => $size } } qw(disk0 disk1)],
     );
     my $sweep = PBA::Test::Sweep->new(backend => $backend, seed => $seed);
-    for my $row (@rows) {
+    for my $row (share(@rows)) {
         my ($ids, $mode, $success, @faults) = $row->@*;
         $sweep->run(
             name => "@$ids, mode $mode",

@@ -1,5 +1,7 @@
 # Many backups of one QEMU from one process, many guests at once, many disks at once, and a disk as
 # large as they come: nothing grows, nothing is left. With PBA_FULL=1 all of it, else a small part.
+#
+# One QEMU is enough: what grows would grow in this process; PBA_FULL=1 runs on both.
 
 use v5.36;
 

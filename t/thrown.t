@@ -1,8 +1,9 @@
 # What signal handlers and code refs die with, in the middle of a call: it arrives as it was thrown,
 # the same reference or the same text; what was begun is undone; an error of QEMU's stays one.
 #
-# The guest does not matter here, so there is none: a point takes a tenth of a second. A plain run
-# strikes before or after a command, on each backend at the other; PBA_FULL=1 takes each kind of exception at all.
+# The guest does not matter here, so there is none: a point takes a tenth of a second. A plain run strikes
+# at every second command, on a newer QEMU at the others, before or after it, on each backend at the
+# other; PBA_FULL=1 takes each kind of exception at all.
 
 use v5.36;
 
@@ -124,11 +125,12 @@ sub check_backend ($name) {
     my $monitor = PBA::Test::QMP->new(path => $backend->qmp_path);
     my @kinds = sort keys %kinds;
     my @whens = qw(before after);
+    my $step = $ENV{PBA_FULL} ? 1 : 2;
     for my $use (sort keys %uses) {
-        my $at = 0;
+        my $at = $ENV{PBA_QEMU} ? 2 - $step : 1 - $step;
         my $more = 1;
         while ($more) {
-            $at++;
+            $at += $step;
             for my $when ($ENV{PBA_FULL} ? @whens : $whens[($at + ($name eq 'pve')) % 2]) {
                 push(@kinds, shift(@kinds));
                 for my $kind ($ENV{PBA_FULL} ? @kinds : $kinds[0]) {

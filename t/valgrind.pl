@@ -9,7 +9,7 @@ use v5.36;
 use File::Copy qw(copy);
 use File::Temp ();
 
-my @default_tests = qw(t/args.t t/handle.t t/qmp-code-ref.t t/scaling.t);
+my @default_tests = qw(t/args.t t/handle.t t/qmp-code-ref.t);
 
 my @valgrind = (
     qw(valgrind --quiet --leak-check=full --show-leak-kinds=definite --errors-for-leak-kinds=definite),

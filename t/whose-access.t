@@ -13,6 +13,7 @@ use PBA::Test::Backend;
 use PBA::Test::Client;
 use PBA::Test::QMP;
 use PBA::Test::QMPProxy;
+use PBA::Test::Share qw(share);
 
 my $size = 16 * 1024 * 1024;
 
@@ -158,23 +159,25 @@ sub pair ($backend, $a_step, $b_step, $act, $elsewhere) {
     return;
 }
 
-# Every pair with one act each, so that all acts come; PBA_FULL=1 takes all.
+# Pairs with one act each, so that all acts come; PBA_FULL=1 takes all acts of all.
 sub sweep ($name) {
     my $backend = start_backend($name);
     my @acts = (sort(keys(%acts)), 'DESTROY');
     shift(@acts) if !-w '/dev/fuse';
     my $number = 0;
-    for my $a_step (@a_steps) {
-        for my $b_step (@b_steps) {
-            my @turns = $ENV{PBA_FULL} ? 0 .. 2 * $#acts + 1 : $number++;
-            for my $turn (@turns) {
-                my $act = $acts[$turn % @acts];
-                my $elsewhere = $b_step eq 'killed' || ($turn / 2) % 2;
-                next if $a_step ne 'setup' && $act =~ m/volumes|file/;    # it is exported already
-                my $where = $elsewhere ? 'another process' : 'this process';
-                subtest "A: $a_step, B: $b_step, in $where, $act" =>
-                    sub { pair($backend, $a_step, $b_step, $act, $elsewhere) };
-            }
+    my @pairs = map {
+        my $a_step = $_;
+        map { [$a_step, $_] } @b_steps
+    } @a_steps;
+    for my $pair (share(@pairs)) {
+        my ($a_step, $b_step) = $pair->@*;
+        for my $turn ($ENV{PBA_FULL} ? 0 .. 2 * $#acts + 1 : $number++) {
+            my $act = $acts[$turn % @acts];
+            my $elsewhere = $b_step eq 'killed' || ($turn / 2) % 2;
+            next if $a_step ne 'setup' && $act =~ m/volumes|file/;    # it is exported already
+            my $where = $elsewhere ? 'another process' : 'this process';
+            subtest "A: $a_step, B: $b_step, in $where, $act" =>
+                sub { pair($backend, $a_step, $b_step, $act, $elsewhere) };
         }
     }
     $backend->check_manners;
