@@ -1,12 +1,15 @@
-# The benches still run, and what they print is what is promised. The figures are nobody's business
+# The benches still run, a plain run has half of them, and what they print is what is promised. The figures are nobody's business
 # here: sizes are the smallest there are, and each side runs once.
 
 use v5.36;
 
 use FindBin;
+use lib "$FindBin::Bin/lib";
 use Test::More;
 
 use JSON::PP ();
+
+use PBA::Test::Share qw(share);
 
 my $mib = 1 << 20;
 my @benches = (
@@ -42,7 +45,7 @@ sub check_record ($record, $name) {
     return;
 }
 
-for my $bench (@benches) {
+for my $bench (share(@benches)) {
     my ($name, @options) = @$bench;
     my @command = ($^X, '-Mblib', "$FindBin::Bin/../bench/$name.pl", qw(--json --runs 1), @options);
     open(my $lines, '-|', @command) or die "cannot run bench $name: $!\n";

@@ -1,5 +1,7 @@
 # Mechanism file-handle: what providers do with the handle works, it ends with the access whoever
 # still has it, and nothing is left of it.
+#
+# One QEMU is enough: what serves the file reads NBD; PBA_FULL=1 runs on both.
 
 use v5.36;
 
@@ -200,6 +202,13 @@ sub check_regions ($context) {
         ok(!$done, "$what, at $offset: unreadable");
         is($! + 0, EIO, "$what, at $offset: an I/O error");
     }
+    check_own_volume($backend, $volume);
+    $access->teardown(1);
+    check_nothing_left($context, 'regions');
+}
+
+# The module's class over what it gave itself.
+sub check_own_volume ($backend, $volume) {
     my $own = PVE::BackupAccess::Volume->open($backend->device('disk0'), $volume);
     is($own->size, $size, 'Volume->open: size');
     ok($own->pread(40 * $mib, 512) eq 'B' x 512, 'Volume->open: reads');
@@ -212,8 +221,6 @@ sub check_regions ($context) {
     ok(!eval { $own->pread(40 * $mib, 512); 1 }, 'Volume->open: a whole one goes');
     my @rest = $own->dirty_regions(10);
     is_deeply(\@rest, [], 'Volume->open: regions come from the code ref');
-    $access->teardown(1);
-    check_nothing_left($context, 'regions');
 }
 
 # An incomplete map is an error, and stays one.

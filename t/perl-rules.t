@@ -73,6 +73,12 @@ for my $lines (40, 41) {
     }
 }
 
+{
+    my $code = "sub one () { return 1 }\n" . "one();\n" x 60 . "if (one()) {\n}\n";
+    is_deeply([PBA::Test::PerlRules::long_functions(planted('one.pm', $code))],
+        [], 'functions: one of one line is no longer than that');
+}
+
 for my $lines (500, 501) {
     my $code = "work();\n" x ($lines - 2) . "\n=head1 NAME\n\nX\n\n=cut\n\n__END__\n\n=head1 X\n";
     my $long = planted('lines.pm', $code);

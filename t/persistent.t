@@ -1,4 +1,6 @@
 # Bitmaps over a restart of the VM, and over its clean end in mid-access (upstream backend).
+#
+# One QEMU is enough: what a qcow2 image keeps of a bitmap is the same; PBA_FULL=1 runs on both.
 
 use v5.36;
 

@@ -272,7 +272,7 @@ for my $name (PBA::Test::Backend->names) {
 }
 
 # A plain run takes a part of them, on each QEMU another one; PBA_FULL=1 takes all.
-my ($seed, $part) = (20261122 + !!$ENV{PBA_QEMU}, 12);
+my ($seed, $part) = (20261122 + !!$ENV{PBA_QEMU}, 8);
 if (!$ENV{PBA_FULL}) {
     srand($seed);
     diag("$part of " . @cells . " cells, seed $seed");

@@ -62,6 +62,13 @@ sub check_live ($backend) {
         like("$@", qr/\bprocess $pid\b/, "setup for $target: names the process");
     }
     ok(same($backend->vm->exports, $exports), 'its exports were not touched');
+    check_zombie($backend, $pid);
+    ok(same($backend->outside, $outside), 'nothing is left');
+    $client->wait_end;
+}
+
+# Nobody has waited for it.
+sub check_zombie ($backend, $pid) {
     kill('KILL', $pid);
     for (1 .. 500) {
         open(my $stat, '<', "/proc/$pid/stat") or last;
@@ -83,8 +90,6 @@ sub check_live ($backend) {
     }
     my $lines = recover($backend, $backend->qmp_path);
     ok($lines->@* > 3, 'a zombie is dead: recover says what it did') or diag(explain($lines));
-    ok(same($backend->outside, $outside), 'nothing is left');
-    $client->wait_end;
 }
 
 # The access of another object of this process, which has come another way: its socket has two names.

@@ -1,5 +1,7 @@
 # What status tells of an access while it is up, after its process was killed, and after recover. It
 # changes nothing itself.
+#
+# One QEMU is enough: other tests have all that it asks QEMU on both; PBA_FULL=1 runs on both.
 
 use v5.36;
 
@@ -65,7 +67,6 @@ sub check_backend ($name) {
     );
     my $block = $name eq 'pve' ? 4 * $mib : 65536;
     my @devices = sort map { $backend->device($_) } @ids;
-    my $outside = $backend->outside;
     is_deeply(check_idle($backend, 'before')->{bitmaps}, [], 'no bitmaps yet');
 
     my $base = $backend->access;
@@ -79,6 +80,16 @@ sub check_backend ($name) {
         'dirty bytes'
     );
 
+    check_while_up($backend, $block);
+    check_other($backend, @devices);
+    check_foreign($backend) if $name eq 'pve';
+    $backend->check_manners;
+}
+
+# By another process, that is killed then.
+sub check_while_up ($backend, $block) {
+    my @devices = sort map { $backend->device($_) } @ids;
+    my $outside = $backend->outside;
     my $client = start_client(
         sub {
             my $access = $backend->access;
@@ -103,7 +114,14 @@ sub check_backend ($name) {
     );
 
     $client->kill9;
-    $status = $backend->status;
+    check_left_overs($backend, $pid, @devices);
+    is_deeply($backend->outside, $outside, 'nothing is left');
+    check_no_bitmaps($backend);
+}
+
+# What the dead process left, before and after recover.
+sub check_left_overs ($backend, $pid, @devices) {
+    my $status = $backend->status;
     check_access($status, pid => $pid, alive => 0, devices => \@devices);
     my @left = $status->{'left-overs'}->@*;
     for my $device (@devices) {
@@ -123,11 +141,6 @@ sub check_backend ($name) {
             or diag(explain($lines));
     }
     check_idle($backend, 'after recover');
-    is_deeply($backend->outside, $outside, 'nothing is left');
-    check_no_bitmaps($backend);
-    check_other($backend, @devices);
-    check_foreign($backend) if $name eq 'pve';
-    $backend->check_manners;
 }
 
 # A target without bitmaps is known by the run directory; by itself QEMU has a hash only.

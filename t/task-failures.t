@@ -2,7 +2,7 @@
 # teardowns that fail. After each the guest's block graph is as before, the provider has been told, and
 # what the guest wrote before is in the next backup.
 #
-# One QEMU is enough: what providers do wrong is independent of QEMU; task.t runs on both.
+# One QEMU is enough: what providers do wrong is independent of QEMU.
 
 use v5.36;
 

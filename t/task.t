@@ -1,5 +1,7 @@
 # A guest's backup by a provider: what the provider is asked and told, in which order, what it reads,
 # and what the result says.
+#
+# One QEMU is enough: a task reaches QEMU through the module; PBA_FULL=1 runs on both.
 
 use v5.36;
 
@@ -76,6 +78,14 @@ sub check_job ($context) {
     my @calls = $provider->take_calls;
     is_deeply([map { $_->[0] } @calls], \@job, 'the order of the calls');
     check_arguments($context, { map { shift($_->@*) => $_ } @calls }, $start);
+    check_result($backend, $result, $log_file);
+    like($log_file, qr/^INFO: the provider's own line \xe2\x98\xba$/m, "log: the provider's line");
+    like($log_file, qr!^INFO: /Gr\xc3\xb6\xc3\x9fe, as bytes$!m, 'log: the name of a file');
+    is_deeply($backend->outside, $context->{outside}, 'nothing is left');
+}
+
+# Of a first backup.
+sub check_result ($backend, $result, $log_file) {
     is($result->{'archive-name'}, 'vm/100/1', 'result: the name of the archive');
     is($result->{'archive-size'}, 4711, 'result: its size');
     my $reason = 'there is no bitmap of an earlier backup';
@@ -94,9 +104,6 @@ sub check_job ($context) {
         );
         like($log_file, qr/^INFO: \Q$device\E: falls back to a full read: $reason$/m, "log: $id");
     }
-    like($log_file, qr/^INFO: the provider's own line \xe2\x98\xba$/m, "log: the provider's line");
-    like($log_file, qr!^INFO: /Gr\xc3\xb6\xc3\x9fe, as bytes$!m, 'log: the name of a file');
-    is_deeply($backend->outside, $context->{outside}, 'nothing is left');
 }
 
 # Inside of somebody else's job, and with nothing but what is required.

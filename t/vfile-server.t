@@ -286,11 +286,8 @@ sub check_memory () {
     cmp_ok($file->peak_kib, '<=', $max_memory_kib, 'within 64 MiB: ' . $file->peak_kib . ' KiB');
 }
 
-# What a provider plugin makes of such a hash, whatever its code ref returns.
-sub check_volume () {
-    my ($server, $file) = serve();
-    my $handle = $file->handle;
-    my $open = sub ($code) {
+sub opener ($handle) {
+    return sub ($code) {
         PVE::BackupAccess::Volume->open(
             'disk',
             {
@@ -301,12 +298,33 @@ sub check_volume () {
             }
         );
     };
+}
+
+# What a provider plugin makes of such a hash, whatever its code ref returns.
+sub check_volume () {
+    my ($server, $file) = serve();
+    my $handle = $file->handle;
+    my $open = opener($handle);
     my @regions = ([0, 512], [512, 1], [$size - 1, 1]);
     my $volume = $open->(sub { @regions ? shift(@regions)->@* : undef });
     is_deeply([$volume->dirty_regions(9)], [0, 512, 512, 1, $size - 1, 1], 'regions as they come');
     is_deeply([$volume->next_dirty_region], [], 'and their end');
     my $data = $volume->pread(1000, 10 * $mib);
     ok($data eq PBA::Test::NBDServer::pattern(1000, 10 * $mib), 'its data');
+    check_bad_regions($open);
+    close($handle);
+    is(length($volume->pread(0, 512)), 512, 'the volume has the file open by itself');
+    ok(
+        !eval {
+            $open->(sub { });
+            1;
+        },
+        'a closed handle'
+    );
+    like("$@", qr/must be an open file handle/, 'is refused');
+}
+
+sub check_bad_regions ($open) {
     for my $case (
         [sub { die { my => 'own' } }, undef],
         [sub { 5 }, qr/not a region/],
@@ -318,23 +336,13 @@ sub check_volume () {
         )
     {
         my ($code, $pattern) = $case->@*;
-        $volume = $open->($code);
+        my $volume = $open->($code);
         ok(!eval { $volume->next_dirty_region; 1 }, 'a bad region');
         $pattern
             ? like("$@", $pattern, 'is refused')
             : is(ref($@), 'HASH', 'an exception as it is');
         ok(!eval { $volume->next_dirty_region; 1 }, 'and is not the end of the map after that');
     }
-    close($handle);
-    is(length($volume->pread(0, 512)), 512, 'the volume has the file open by itself');
-    ok(
-        !eval {
-            $open->(sub { });
-            1;
-        },
-        'a closed handle'
-    );
-    like("$@", qr/must be an open file handle/, 'is refused');
 }
 
 check_content();

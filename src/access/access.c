@@ -142,6 +142,11 @@ void pba_access_device_info(const PbaAccess *access, size_t index, PbaDeviceInfo
     };
 }
 
+bool pba_access_is_recovery(const PbaAccess *access)
+{
+    return access->nonce == NULL;
+}
+
 bool pba_access_require_up(const PbaAccess *access, GError **error)
 {
     if (!pba_access_is_up(access)) {

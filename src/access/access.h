@@ -82,7 +82,7 @@ struct PbaAccess {
 
     PbaPhase phase;       /* set by pba_access_enter only */
     GPtrArray *disks;     /* PbaDisk */
-    char *nonce;          /* of this setup; NULL: the access of a dead process is undone */
+    char *nonce;          /* of this setup; NULL: see pba_access_is_recovery */
     char *socket_dir;     /* NULL: not made */
     char *socket;         /* the NBD server's, whether it is up or not */
     GPtrArray *vfiles;    /* PbaVfile, one for each disk; NULL: none was asked for */
@@ -99,6 +99,8 @@ bool pba_disk_set_unknown_error(GError **error);
 /* Name of something of ours for the access' target and this disk: pba-ROLE-TARGET-KEY. */
 char *pba_disk_name(const PbaAccess *access, const char *role, const PbaDisk *disk);
 bool pba_check_utf8(const char *name, const char *value, GError **error);
+/* What is undone is the access of a dead process: names tell its target, and not its nonce. */
+bool pba_access_is_recovery(const PbaAccess *access);
 bool pba_access_require_up(const PbaAccess *access, GError **error);
 /* An access of no target, which can only look. */
 PbaAccess *pba_access_new_observer(PbaQmp *qmp, const PbaAccessOptions *options,

@@ -12,12 +12,13 @@
 /* The access' own, or for that of a dead process any of the disk's. */
 static bool has_export_id(const PbaAccess *access, const PbaDisk *disk, const char *id)
 {
-    const char *nonce = access->nonce ? access->nonce : "";
+    bool is_recovery = pba_access_is_recovery(access);
+    const char *nonce = is_recovery ? "" : access->nonce;
     g_autofree char *own = pba_export_id(access->target_id, nonce, disk->key);
 
-    return access->nonce ? strcmp(id, own) == 0
-                         : g_str_has_prefix(id, PBA_EXPORT_PREFIX) &&
-                               g_str_has_suffix(id, own + strlen(PBA_EXPORT_PREFIX));
+    return is_recovery ? g_str_has_prefix(id, PBA_EXPORT_PREFIX) &&
+                             g_str_has_suffix(id, own + strlen(PBA_EXPORT_PREFIX))
+                       : strcmp(id, own) == 0;
 }
 
 bool pba_nbd_server_start(PbaAccess *access, GError **error)
@@ -174,7 +175,7 @@ static bool wait_export_gone(PbaAccess *access, const PbaDisk *disk, const char 
  * monitor was given back the VM may have been started again, and another process have come. */
 static bool may_remove(PbaAccess *access, GError **error)
 {
-    return access->nonce || pba_owner_require_now(access, error);
+    return !pba_access_is_recovery(access) || pba_owner_require_now(access, error);
 }
 
 /* Dead processes may have left several. */

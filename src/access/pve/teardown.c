@@ -177,7 +177,8 @@ static JsonNode *teardown_arguments(const PbaAccess *access, bool success)
  * misunderstood, our marks go and QEMU refuses the next setup: no bit is lost. */
 static bool is_not_ours(const PbaAccess *access, const GError *error)
 {
-    return !access->nonce && error->code == PBA_ERROR_QMP && strstr(error->message, "got target");
+    return pba_access_is_recovery(access) && error->code == PBA_ERROR_QMP &&
+           strstr(error->message, "got target");
 }
 
 typedef enum { DONE, NOT_DONE, UNKNOWN } Outcome;
@@ -274,15 +275,15 @@ static bool end_as_success(PbaAccess *access, GError **error)
 static bool look(PbaAccess *access, PbaBlock *block, GError **error)
 {
     const PbaDisk *first = access->disks->pdata[0];
-    bool is_dead_process = access->nonce == NULL;
+    bool is_recovery = pba_access_is_recovery(access);
 
     /* Without a reply to setup it is not known whose access is up: then, as of a dead process' one,
      * only what the bitmaps of all nodes show is known of it. */
-    bool is_known = first->snapshot_node && !is_dead_process;
+    bool is_known = first->snapshot_node && !is_recovery;
     return (is_known || check_no_exports(access, error)) &&
            pba_block_query(access->qmp, false, block, error) &&
            pba_owner_require(access, block->nodes, error) &&
-           (is_dead_process || check_safe(access, block, error)) &&
+           (is_recovery || check_safe(access, block, error)) &&
            (is_known || check_stale_safe(access, block, error));
 }
 

@@ -52,8 +52,9 @@ static GPtrArray *find_backgrounds(const PbaAccess *access, const PbaBlock *bloc
     GPtrArray *found = g_ptr_array_new_with_free_func(g_free);
     JsonObject *node = pba_block_find_node(block, disk->bitmap_node);
     JsonArray *bitmaps = node ? pba_json_find_array(node, "dirty-bitmaps") : NULL;
-    g_autofree char *own =
-        access->nonce ? pba_background_bitmap(access->target_id, access->nonce) : NULL;
+    g_autofree char *own = pba_access_is_recovery(access)
+                               ? NULL
+                               : pba_background_bitmap(access->target_id, access->nonce);
 
     for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
         JsonObject *info = pba_json_element(bitmaps, i);

@@ -205,11 +205,12 @@ sub _evals () {
 }
 
 sub _functions () {
-    return _own_gate(
+    my $gate = _own_gate(
         'functions',
         \&PBA::Test::PerlRules::long_functions,
         'cut it by what its parts do'
     );
+    return { $gate->%*, files => \&_perl_files };
 }
 
 sub _lengths () {
