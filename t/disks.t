@@ -1,5 +1,7 @@
 # Disks of all kinds and sizes, and those that cannot be backed up: refused before anything is done
 # to the guest, with a message that names the device.
+#
+# One QEMU is enough: kinds of disks are this side's; PBA_FULL=1 runs on both.
 
 use v5.36;
 

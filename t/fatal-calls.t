@@ -14,8 +14,15 @@ use PBA::Test::QMP;
 
 my @disks = map { { id => $_, size => 16 * 1024 * 1024 } } qw(disk0 disk1);
 
-sub start () {
-    my $backend = PBA::Test::Backend->start(name => 'pve', disks => \@disks, empty_cdrom => 1);
+# The guest is needed only where a device of it is unplugged.
+sub start (%options) {
+    my $backend = PBA::Test::Backend->start(
+        name => 'pve',
+        disks => \@disks,
+        empty_cdrom => 1,
+        guest => 0,
+        %options,
+    );
     plan(skip_all => 'not on a QEMU with Proxmox\' commands') if !$backend->front;
     return $backend;
 }
@@ -93,7 +100,7 @@ subtest '4. the bitmap or the disk is removed during the access' => sub {
 };
 
 subtest '4. the disk is unplugged during the access' => sub {
-    my $backend = start();
+    my $backend = start(guest => 1);
     my $access = $backend->access;
     $access->setup($backend->devices('none'));
     $access->volumes('nbd');

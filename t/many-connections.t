@@ -14,7 +14,8 @@ for my $name (PBA::Test::Backend->names) {
     subtest $name => sub {
         my $backend = PBA::Test::Backend->start(
             name => $name,
-            disks => [{ id => 'disk0', size => 1 << 20 }]
+            disks => [{ id => 'disk0', size => 1 << 20 }],
+            guest => 0,
         );
         my $access = $backend->access;
         $access->setup($backend->devices('new'));

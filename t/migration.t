@@ -1,6 +1,8 @@
 # A real migration to another QEMU on the same disks. During an access it fails, the guest runs on where
 # it is, and the access goes on. Outside of one it succeeds, and the next backup at the target has
 # everything or says that it is a full one (I2, I3).
+#
+# One QEMU is enough: the same code follows a migration; PBA_FULL=1 runs on both.
 
 use v5.36;
 

@@ -68,7 +68,8 @@ for my $name (PBA::Test::Backend->names) {
     subtest "$name: teardown while a reader is stuck" => sub {
         my $backend = PBA::Test::Backend->start(
             name => $name,
-            disks => [{ id => 'disk0', size => 64 * $MiB }]
+            disks => [{ id => 'disk0', size => 64 * $MiB }],
+            guest => 0,
         );
         plan skip_all => 'only for QEMU before 10.0' if $backend->vm->version->[0] >= 10;
         my $outside = $backend->outside;

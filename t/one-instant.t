@@ -1,5 +1,7 @@
 # All disks of one setup show one instant while the guest writes to them in turn (I1). The control
 # inserts the filters one by one, as a tool without the cut would, and must fail.
+#
+# One QEMU is enough: the cut is one command on both; PBA_FULL=1 runs on both.
 
 use v5.36;
 

@@ -115,10 +115,15 @@ sub disconnections ($self) { return scalar(() = $self->records('closed')) }
 
 # What a disk without data of its own holds: each 8 bytes name their place.
 sub pattern ($offset, $length) {
-    my $start = $offset - $offset % 8;
-    my $words = ($offset + $length - $start + 7) >> 3;
-    my $bytes = pack('Q>*', map { $start + $_ * 8 } 0 .. $words - 1);
-    return substr($bytes, $offset - $start, $length);
+    my ($part, $words) = (1 << 16, (1 << 16) / 8);
+    state $low
+        = pack('Q>*', map { $_ * 8 } 0 .. $words - 1);    # the two bytes that differ within a part
+    my ($first, $end) = ($offset - $offset % $part, $offset + $length);
+    my $bytes = '';
+    for (my $at = $first; $at < $end; $at += $part) {
+        $bytes .= $low |. (pack('Q>', $at) x $words);
+    }
+    return substr($bytes, $offset - $first, $length);
 }
 
 # ---- in the server's process ----
