@@ -196,8 +196,10 @@ sub peak_kib () {
     return $kib;
 }
 
+# A plain run takes a quarter of a million.
 subtest 'a million regions' => sub {
-    my $size = 1 << 30;
+    my $regions = 1 << ($ENV{PBA_FULL} ? 20 : 18);
+    my $size = $regions << 10;
     my $file = "$dir/map.qcow2";
     PBA::Test::QemuNbd::write_map(
         file => $file,
@@ -222,7 +224,7 @@ subtest 'a million regions' => sub {
         'without-base' => 1,
         progress => sub ($done, $all) { $total = $all; $calls++ },
     );
-    is($statistics->{regions}, 1 << 20, 'regions');
+    is($statistics->{regions}, $regions, 'regions');
     is($statistics->{'bytes-read'}, $size / 2, 'bytes');
     is($total, $size / 2, 'progress');
     cmp_ok($calls, '<=', $statistics->{seconds} * 5 + 2, 'is told a few times a second');

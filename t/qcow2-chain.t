@@ -10,7 +10,7 @@ use Test::More;
 use PBA::Test::Chain;
 
 my $seed = 20261122;
-my $length = $ENV{PBA_FULL} ? 30 : 10;
+my $length = $ENV{PBA_FULL} ? 30 : 6;
 srand($seed);
 note("seed $seed");
 
