@@ -21,11 +21,11 @@ my $size = 16 * 1024 * 1024;
 my %grain = (upstream => 65536, pve => 4 << 20);
 my $json = JSON::PP->new->canonical;
 
-sub start_backend ($name) {
+sub start_backend ($name, @ids) {
     return PBA::Test::Backend->start(
         name => $name,
         guest => 0,
-        disks => [{ id => 'disk0', size => $size, format => 'qcow2' }],
+        disks => [map { { id => $_, size => $size, format => 'qcow2' } } 'disk0', @ids],
     );
 }
 
@@ -221,9 +221,9 @@ sub late_command ($name, $command) {
 # ---- recovery, and another process meanwhile ----
 
 # A process that is killed with its exports up. Recovery removes exports of whatever process; between two
-# of its commands the VM is started again, and B comes.
+# of its commands the VM is started again, and B comes. Each disk has an export.
 sub recover_late ($name) {
-    my $backend = start_backend($name);
+    my $backend = start_backend($name, 'disk1');
     my $client = PBA::Test::Client->start(
         sub ($tell) {
             my $access = new_access($backend, qmp => $backend->qmp_path);

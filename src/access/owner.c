@@ -301,7 +301,6 @@ static bool has_own_mark(const PbaAccess *access, JsonArray *nodes, bool *found,
 {
     uint64_t place;
     g_autofree char *name = pba_owner_mark_name(access, error);
-
     *found = false;
     if (!name || !read_place(&place, error)) {
         return false;
@@ -328,7 +327,9 @@ bool pba_owner_require(PbaAccess *access, JsonArray *nodes, GError **error)
     if (!has_own_mark(access, nodes, &found, error) || found) {
         return found;
     }
-    pba_access_enter(access, PBA_PHASE_GONE);
+    if (access->phase != PBA_PHASE_GONE) {
+        pba_access_enter(access, PBA_PHASE_GONE);
+    }
     pba_owner_set_gone_error(access, error);
     return false;
 }
