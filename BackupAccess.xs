@@ -108,7 +108,7 @@ _ask(SV *qmp, unsigned timeout, const char *command, SV *arguments)
         GError *error = NULL;
     CODE:
         PbaQmp *client = glue_new_qmp(aTHX_ qmp, timeout, &caller);
-        JsonNode *json = glue_json_from_sv(aTHX_ arguments, command, &error);
+        JsonNode *json = glue_json_from_sv(aTHX_ arguments, &error);
         JsonNode *value = json ? pba_qmp_execute(client, command, json, &error) : NULL;
         pba_qmp_free(client);
         SvREFCNT_dec(caller.transport);

@@ -102,7 +102,7 @@ SV *glue_sv_from_text(pTHX_ const char *text);
 SV *glue_sv_from_json(pTHX_ JsonNode *node);
 /* A command's arguments or reply. NULL and PBA_ERROR_PROTOCOL where it is too much, as data is that
  * contains itself. */
-JsonNode *glue_json_from_sv(pTHX_ SV *sv, const char *command, GError **error);
+JsonNode *glue_json_from_sv(pTHX_ SV *sv, GError **error);
 /* undef where there is no such member. */
 SV *glue_fetch(pTHX_ HV *hash, const char *key);
 const char *glue_text_or_null(pTHX_ SV *sv);

@@ -62,8 +62,7 @@ SV *glue_sv_from_json(pTHX_ JsonNode *node)
     }
 }
 
-/* Perl data may contain itself: values counts what there may still be, and is 0 once it is enough.
- */
+/* values: how many there may still be, since Perl data may contain itself. 0: no more is made. */
 static JsonNode *json_from_sv(pTHX_ SV *sv, unsigned depth, unsigned *values);
 
 static JsonNode *json_from_array(pTHX_ AV *list, unsigned depth, unsigned *values)
@@ -146,7 +145,7 @@ static JsonNode *json_from_sv(pTHX_ SV *sv, unsigned depth, unsigned *values)
     return json_node_init_boolean(json_node_alloc(), SvTRUE(referent));
 }
 
-JsonNode *glue_json_from_sv(pTHX_ SV *sv, const char *command, GError **error)
+JsonNode *glue_json_from_sv(pTHX_ SV *sv, GError **error)
 {
     unsigned values = PBA_QMP_MAX_VALUES;
     JsonNode *node = json_from_sv(aTHX_ sv, 0, &values);
@@ -154,8 +153,8 @@ JsonNode *glue_json_from_sv(pTHX_ SV *sv, const char *command, GError **error)
     if (values == 0) {
         json_node_unref(node);
         g_set_error(error, PBA_ERROR, PBA_ERROR_PROTOCOL,
-                    "%s: the data has over %u values, or is nested deeper than %d", command,
-                    PBA_QMP_MAX_VALUES, PBA_QMP_MAX_DEPTH);
+                    "the data has over %u values, or is nested deeper than %d", PBA_QMP_MAX_VALUES,
+                    PBA_QMP_MAX_DEPTH);
         return NULL;
     }
     return node;

@@ -38,7 +38,7 @@ static JsonNode *carry_command(void *opaque, const char *command, JsonNode *argu
     if (glue_has_died(aTHX)) {
         set_death(aTHX_ caller, thrown, error);
     } else {
-        reply = glue_json_from_sv(aTHX_ value, command, error);
+        reply = glue_json_from_sv(aTHX_ value, error);
     }
     GLUE_LEAVE_HOOK;
     SvREFCNT_dec(thrown);

@@ -1,5 +1,5 @@
-# The benches still run, a plain run has half of them, and what they print is what is promised. The figures are nobody's business
-# here: sizes are the smallest there are, and each side runs once.
+# The benches still run, and what they print is what is promised; a plain run has half of them. The
+# figures are nobody's business here: sizes are the smallest there are, and each side runs once.
 
 use v5.36;
 

@@ -338,8 +338,9 @@ subtest 'a file system in use' => sub {
     $guest->mount('disk0');
     $guest->start_files;
     my $until = time + 60;
-    Time::HiRes::sleep(0.2) while ($guest->sh('ls /mnt/d*'))[1] !~ m/^f\d+$/m && time < $until;
-    cmp_ok($guest->stop_files, '>', 0, 'files written');
+    my $listed = sub { return scalar(() = ($guest->sh('ls /mnt/d*'))[1] =~ m/^f\d+$/mg) };
+    Time::HiRes::sleep(0.2) while $listed->() <= 20 && time < $until;
+    cmp_ok($guest->stop_files, '>', 20, 'files written');
     my ($status, $list) = $guest->sh('ls /mnt/d*');
     is($status, 0, 'they are there');
     like($list, qr/^f\d+$/m, 'by name');

@@ -132,7 +132,8 @@ sub check_backend ($name) {
         my $more = 1;
         while ($more) {
             $at += $step;
-            for my $when ($ENV{PBA_FULL} ? @whens : $whens[($at / 2 + ($name eq 'pve')) % 2]) {
+            for my $when ($ENV{PBA_FULL} ? @whens : $whens[(($at + 1) / 2 + ($name eq 'pve')) % 2])
+            {
                 push(@kinds, shift(@kinds));
                 for my $kind ($ENV{PBA_FULL} ? @kinds : $kinds[0]) {
                     $more &&= check_point(

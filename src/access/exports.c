@@ -289,10 +289,7 @@ bool pba_exports_remove(PbaAccess *access, GError **error)
     if (access->socket) {
         pba_connections_cut(access->socket);
     }
-    /* Once the marker is gone, so is what was ours: the exports of the other disks are others'. */
-    for (guint i = 0;
-         i < access->disks->len && !pba_error_is_fatal(first) && access->phase != PBA_PHASE_GONE;
-         i++) {
+    for (guint i = 0; i < access->disks->len && !pba_error_is_fatal(first); i++) {
         remove_exports(access, access->disks->pdata[i], &step);
         pba_error_keep_first(&first, g_steal_pointer(&step), &access->hooks);
     }
