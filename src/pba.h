@@ -245,7 +245,7 @@ bool pba_volume_next_dirty_region(PbaVolume *volume, uint64_t *offset, uint64_t 
 bool pba_volume_pread(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t length,
                       GError **error);
 /* Frees the fleecing space of a range that was read; it cannot be read again. Shrunk to whole
- * clusters of 64 KiB, since older QEMUs abort on parts of one (NBD_CMD_TRIM). */
+ * clusters of 64 KiB: a QEMU without commit 507175197b aborts on parts of one (NBD_CMD_TRIM). */
 bool pba_volume_discard(PbaVolume *volume, uint64_t offset, uint64_t length, GError **error);
 
 /* Copying */
@@ -266,12 +266,13 @@ typedef struct {
     bool (*progress)(void *opaque, uint64_t done, uint64_t total);
     void *opaque;
     uint64_t bandwidth_limit; /* bytes read per second; 0: none */
-    unsigned connections;     /* to a server that is safe with several, 1 to 16; 0: as is good */
-    uint32_t request_size;    /* bytes, 4 KiB to 8 MiB in whole 4 KiB; 0: choose automatically */
-    uint32_t cluster_size;    /* of an NBD target's image, a power of 2 from 64 KiB; 0: 64 KiB */
-    bool discard;             /* from the volume what the target has got */
-    bool is_increment; /* what is not copied is in the target: a file has to be there already,
-                          of the volume's size */
+    unsigned
+        connections; /* to a server that is safe with several, 1 to 16; 0: choose automatically */
+    uint32_t request_size; /* bytes, 4 KiB to 8 MiB in whole 4 KiB; 0: choose automatically */
+    uint32_t cluster_size; /* of an NBD target's image, a power of 2 from 64 KiB; 0: 64 KiB */
+    bool discard;          /* from the volume what the target has got */
+    bool is_increment;     /* what is not copied is in the target: a file has to be there already,
+                              of the volume's size */
 } PbaCopyOptions;
 
 typedef struct {

@@ -79,9 +79,16 @@ sub is_builtin ($type, $value) {
     return !ref($value);
 }
 
+# Those of the variant that the value is, too.
+sub members_for ($types, $type, $value) {
+    my $tag = defined($type->{tag}) ? $value->{ $type->{tag} } // '' : '';
+    my ($variant) = grep { $_->{case} eq $tag } ($type->{variants} // [])->@*;
+    return ($type->{members}->@*, $variant ? $types->{ $variant->{type} }{members}->@* : ());
+}
+
 sub misfits_object ($types, $type, $value, $where) {
     return "$where: not an object" if ref($value) ne 'HASH';
-    my %members = map { $_->{name} => $_ } $type->{members}->@*;
+    my %members = map { $_->{name} => $_ } members_for($types, $type, $value);
     my @missing = grep { !exists($members{$_}{default}) && !exists($value->{$_}) } keys(%members);
     my @unknown = grep { !$members{$_} } keys($value->%*);
     return (
@@ -99,6 +106,10 @@ sub misfits ($types, $name, $value, $where) {
     return misfits_object($types, $type, $value, $where) if $meta eq 'object';
     return map { misfits($types, $type->{'element-type'}, $_, "$where\[]") } $value->@*
         if $meta eq 'array' && ref($value) eq 'ARRAY';
+    if ($meta eq 'alternate') {
+        my @tries = map { [misfits($types, $_->{type}, $value, $where)] } $type->{members}->@*;
+        return (grep { !$_->@* } @tries) ? () : map { $_->@* } @tries;
+    }
     my $fits
         = $meta eq 'enum' ? scalar(grep { $_ eq $value } $type->{values}->@*)
         : $meta eq 'builtin' ? is_builtin($type, $value)
@@ -153,7 +164,8 @@ sub check_proxmox ($types) {
     my %there = map { $_ => 1 } $actions->{values}->@*;
     my @ours = content('src/qemu/bitmap.c') =~ m/\[PBA_BITMAP_ACTION_\w+\] = "(.*)"/g;
     is(join(' ', grep { !$there{$_} } @ours), '', 'it has each action that we know');
-    reads_ok($types, 'query-pbs-bitmap-info');
+    is($types->{ $types->{'query-pbs-bitmap-info'}{'ret-type'} }{'meta-type'},
+        'array', 'query-pbs-bitmap-info: a list, which is passed on');
     return;
 }
 
@@ -173,7 +185,16 @@ subtest 'drift is found' => sub {
             ],
         },
         str => { 'meta-type' => 'builtin', 'json-type' => 'string' },
-        mode => { 'meta-type' => 'enum', values => ['none'] },
+        mode => { 'meta-type' => 'enum', values => ['none', 'file'] },
+        union => {
+            'meta-type' => 'object',
+            tag => 'mode',
+            members => [{ name => 'mode', type => 'mode' }],
+            variants => [{ case => 'file', type => 'file' }],
+        },
+        file => { 'meta-type' => 'object', members => [{ name => 'path', type => 'either' }] },
+        either =>
+            { 'meta-type' => 'alternate', members => [{ type => 'str' }, { type => 'args' }] },
     );
     my @cases = (
         [{ device => 'a' }, ''],
@@ -184,6 +205,14 @@ subtest 'drift is found' => sub {
         [{ device => ['a'] }, "x.device: not of the type 'builtin'"],
     );
     is(join(' ', misfits(\%types, 'args', $_->[0], 'x')), $_->[1], $_->[1] || 'fits') for @cases;
+    my @variants = (
+        [{ mode => 'file', path => 'a' }, ''],
+        [{ mode => 'file', path => { device => 'a' } }, ''],
+        [{ mode => 'none', path => 'a' }, "x: 'path' is not known"],
+        [{ mode => 'file' }, "x: 'path' is asked for"],
+    );
+    is(join(' ', misfits(\%types, 'union', $_->[0], 'x')), $_->[1], $_->[1] || 'fits')
+        for @variants;
     is(type_of(\%types, 'args', 'device')->{'json-type'}, 'string', 'a member that is there');
     is(type_of(\%types, 'args', 'node'), undef, 'one that is not');
     is_deeply(
@@ -203,9 +232,16 @@ my %reads = (
     'query-jobs' => [qw(id status)],
     'query-iothreads' => ['id'],
     'query-block-exports' => [qw(id type node-name)],
-    'query-block' => [qw(device qdev inserted.node-name inserted.ro inserted.image.virtual-size)],
+    'query-block' => [
+        qw(
+            device qdev inserted.node-name inserted.ro inserted.image.virtual-size
+            inserted.image.cluster-size
+        )
+    ],
     'query-named-block-nodes' => [
-        qw(node-name drv ro image.virtual-size image.actual-size image.filename),
+        qw(
+            node-name drv ro image.virtual-size image.actual-size image.filename image.cluster-size
+        ),
         map { "dirty-bitmaps.$_" }
             qw(name count granularity recording busy persistent inconsistent),
     ],
@@ -221,6 +257,38 @@ sub commands_sent () {
     return sort keys(%names);
 }
 
+# What accesses with every mode send, exports, success and failure included.
+sub sent_to ($vm) {
+    my @sent;
+    my $code = sub ($command, $arguments) {
+        push @sent, [$command, $arguments];
+        return $vm->qmp($command, $arguments->%*);
+    };
+    my %options = ('target-id' => 'drift', 'run-dir' => $run_dir, 'fleecing-dir' => "$dir");
+    my $access = PVE::BackupAccess->new(qmp => $code, %options);
+    for my $step (['new', 1], ['use', 1], ['use', 0], ['none', 1]) {
+        my ($mode, $success) = $step->@*;
+        $access->setup([{ device => 'disk0', 'bitmap-mode' => $mode }]);
+        $access->volumes('nbd');
+        $access->teardown($success);
+    }
+    return @sent;
+}
+
+sub check_arguments ($vm, $types) {
+    my (%misfits, %checked);
+    for my $sent (sent_to($vm)) {
+        my ($command, $arguments) = $sent->@*;
+        $checked{$command}++;
+        $misfits{$_} = 1 for misfits($types, $types->{$command}{'arg-type'}, $arguments, $command);
+    }
+    is(join("\n", sort keys(%misfits)), '', 'all fit');
+    cmp_ok(scalar(keys(%checked)), '>', 15, 'of commands that are sent');
+    ok($checked{$_}, "$_ among them")
+        for qw(transaction blockdev-reopen blockdev-backup block-export-add);
+    return;
+}
+
 subtest 'this QEMU' => sub {
     my $vm = PBA::Test::VM->start(disks => [{ id => 'disk0' }], guest => 0, paused => 1);
     my $types = index_of($vm->qmp('query-qmp-schema'));
@@ -229,9 +297,12 @@ subtest 'this QEMU' => sub {
     my @lost = grep { ($types->{$_}{'meta-type'} // '') ne 'command' } @sent;
     is("@lost", '', 'it has them all');
     reads_ok($types, $_, $reads{$_}->@*) for sort keys(%reads);
-    subtest "Proxmox' commands" => sub { check_proxmox($types) }
-
-        if PBA::Test::VM->is_proxmox;
+    if (PBA::Test::VM->is_proxmox) {
+        subtest "Proxmox' commands" => sub { check_proxmox($types) };
+    }
+    else {
+        subtest 'the arguments of all that is sent' => sub { check_arguments($vm, $types) };
+    }
 };
 
 done_testing();

@@ -34,6 +34,13 @@ sub breaks ($file, $line, $rule, $what) {
 sub include ($header) { return qq(#include "$header") }
 
 breaks('src/base/wait.c', include('src/qmp/qmp.h'), 'lower floors only', 'up the stairs');
+breaks('src/base/wait.c', $_, 'lower floors only', "up, written $_")
+    for '#include "../qmp/qmp.h"', '#include <src/qmp/qmp.h>', '# include "src/qmp/qmp.h"',
+    '#include "./../qmp/qmp.h"';
+breaks(
+    'src/access/setup.c', include('src/access/pve/pve.h'),
+    'lower floors only', 'a backend by its name'
+);
 breaks('src/volume/map.c', include('src/qemu/qemu.h'), 'lower floors only', 'one floor up');
 breaks('src/volume/map.c', include('src/qmp/qmp.h'), 'do not know each other', 'next door');
 breaks('src/copy/copy.c', include('src/qemu/qemu.h'), 'do not know each other', 'copy and qemu');
@@ -46,7 +53,7 @@ breaks(
 );
 breaks('src/access/vfile.c', include('src/vfile/server.h'), 'no header for others', 'a program');
 breaks(
-    'src/access/owner.c',
+    'src/access/backend.c',
     include('src/access/upstream/nodes.h'),
     'upstream.h only',
     "a backend's own"
@@ -59,6 +66,19 @@ breaks(
 );
 breaks('src/qmp/qmp.c', include('src/cellar/cellar.h'), 'no folder', 'a folder without a floor');
 breaks('glue/hash.c', include('src/qmp/qmp.h'), 'src/pba.h only', 'glue below the face');
+
+subtest 'a call without a header' => sub {
+    my %calls = (%house,
+        'src/volume/map.c' => "$house{'src/volume/map.c'}void *pba_x = pba_qmp_free;\n",);
+    is_deeply(
+        [broken_rules(\%calls)],
+        [
+            'src/volume/map.c calls src/qmp/qmp.c: volume/ and qmp/ stand on one floor and do not'
+                . ' know each other'
+        ],
+        'the folder next door'
+    );
+};
 
 subtest 'files in a circle' => sub {
     my %circle = (

@@ -4,6 +4,7 @@ use v5.36;
 
 use lib 't/lib';
 
+use File::Path qw(remove_tree);
 use JSON::PP ();
 use POSIX ();
 use Scalar::Util qw(refaddr);
@@ -242,6 +243,72 @@ subtest 'code ref: using the access within' => sub {
     waitpid($pid, 0);
     is($?, 0, 'is refused and does no harm');
     is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
+};
+
+# What a program does that leaves a call of teardown by exit, and asks once more in an END block.
+our $at_exit;
+END { $at_exit->() if $at_exit }
+
+# Lets the code ref exit at the command of that number in teardown(1), before or after QEMU has it, and
+# asks once more. Prints what became of that: "success", or the class of the error.
+sub ask_again_after_exit ($number, $is_after) {
+    my $calls = qmp_calls({ pve_returns() });
+    my $commands = -1;
+    my $access = new_access(
+        sub (@command) {
+            my $exits = $commands >= 0 && $commands++ == $number;
+            exit(0) if $exits && !$is_after;
+            my $reply = $calls->{code}->(@command);
+            exit(0) if $exits;
+            return $reply;
+        }
+    );
+    $access->setup(\@one);
+    $at_exit = sub () {
+        my $end = eval { $access->teardown(1); 1 } ? 'success' : error_class($@);
+        my @told = map { $_->{success} ? 'success' : 'failure' }
+            map { $calls->{arguments}[$_] }
+            grep { $calls->{names}[$_] eq 'backup-access-teardown' } 0 .. $#{ $calls->{names} };
+        say "$end @told";
+        POSIX::_exit(0);
+    };
+    $commands = 0;
+    $access->teardown(1);
+    $at_exit->();
+    return;
+}
+
+# The first line that a child writes.
+sub line_of_child ($code) {
+    my $pid = open(my $out, '-|') // die "cannot fork: $!\n";
+    if (!$pid) {
+        open(STDERR, '>', '/dev/null') or POSIX::_exit(126);
+        $code->();
+        POSIX::_exit(1);
+    }
+    my $line = <$out> // '';
+    close($out);
+    chomp($line);
+    return $line;
+}
+
+subtest 'code ref: a program that ends within teardown' => sub {
+    my %ends;
+    for my $number (0 .. 20) {
+        for my $is_after (0, 1) {
+            my $line = line_of_child(sub { ask_again_after_exit($number, $is_after) });
+            $ends{$line}++;
+            my ($end, @told) = split(m/ /, $line);
+            my $committed = ($told[0] // '') eq 'success';
+            ok($end eq 'success' ? $committed : $end eq 'StateError',
+                "command $number: what is said is so")
+                or diag($line);
+            is(scalar(grep { $_ eq 'success' } @told), $committed ? 1 : 0, 'told once');
+        }
+    }
+    cmp_ok($ends{'success success'} // 0, '>', 1, 'a success stays one');
+    cmp_ok($ends{'StateError failure'} // 0, '>', 1, 'and one that was not told is none');
+    remove_tree(glob("$run_dir/*"));
 };
 
 done_testing();

@@ -394,7 +394,7 @@ C<pve> or C<upstream>.
 
 =item access
 
-undef where no access is up and nobody is at making one, else a hash: C<target-id>; C<pid> of the process
+undef where no access is up and no process is setting one up, else a hash: C<target-id>; C<pid> of the process
 that has it, and C<alive>, whether that process lives (undef where that cannot be known from here, see
 L</recover>); C<devices>, an array ref of names. Where another
 program has used Proxmox' own commands C<pid> and C<alive> are undef. C<target-id> is told by bitmaps and by

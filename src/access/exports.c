@@ -207,6 +207,8 @@ bool pba_exports_add(PbaAccess *access, GError **error)
     if (!pba_owner_require_now(access, error)) {
         return false;
     }
+    /* What an earlier try has left goes first: its exports have the names of the new ones, and QEMU
+     * takes a name once. */
     for (guint i = 0; tried && i < access->disks->len; i++) {
         if (!remove_exports(access, access->disks->pdata[i], error)) {
             return false;
@@ -261,7 +263,7 @@ static bool stop_server(PbaAccess *access, GError **error)
     g_autofree char *other = NULL;
 
     /* It is ours while it listens in our directory, which no other access has, and our marker says
-     * that nobody has undone this one. */
+     * that no other process has undone this access. */
     if (!pba_socket_answers(access->socket)) {
         return true;
     }

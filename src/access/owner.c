@@ -226,7 +226,7 @@ bool pba_owner_read(const PbaAccess *access, const char *node, uint64_t size, pi
     return true;
 }
 
-/* The caller's word counts for what cannot be known, and for his own target only. */
+/* The caller's word counts for what cannot be known, and for the caller's own target only. */
 static bool counts_as_dead(const PbaAccess *access, PbaOwnerState state, uint64_t size)
 {
     uint64_t mask = ((uint64_t)1 << TARGET_BITS) - 1;
@@ -287,7 +287,7 @@ static JsonArray *query_nodes(PbaAccess *access, GError **error)
                                error);
 }
 
-/* Read-only, or else QEMU would want it in a snapshot of the VM (savevm), and refuse that. */
+/* Read-only, or else QEMU (7.2 to 11.0) would refuse a snapshot of the VM (savevm). */
 static bool add_mark(PbaAccess *access, const char *name, uint64_t size, GError **error)
 {
     return pba_qmp_run(access->qmp, "blockdev-add",
@@ -427,7 +427,7 @@ bool pba_ending_mark_add(PbaAccess *access, GError **error)
     return add_mark(access, name, 0, error);
 }
 
-/* The order in which marks are deleted: while ours is there nobody else looks at the others. */
+/* The order in which marks are deleted: while ours is there no other process looks at the rest. */
 typedef enum { MARK_STAYS, MARK_OF_END, MARK_OF_OTHERS, MARK_OWN, MARK_RANKS } MarkRank;
 
 static MarkRank rank_of(const PbaAccess *access, JsonObject *node, const char *own, bool all)

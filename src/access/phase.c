@@ -1,11 +1,16 @@
 /* How far an access is, and what may follow: the one table of it.
  *
- *   new - claimed - changing - up - exporting - exported     setup, export
- *     each of these but new - ending - committed             a success
- *                                    - ended                 as after a failure
- *                                    - stuck - ending        tried again, as after a failure
- *                                    - gone                  no more ours
- *     committed, ended, gone, claimed - new                  forgotten */
+ *   new -> claimed -> changing -> up -> exporting -> exported     setup, export
+ *            |  <-       |        |         |            |
+ *            |           +--------+----+----+------------+
+ *            |                         v
+ *            |                      ending -> committed           a success
+ *            |                        |    -> ended               as after a failure
+ *            |                        |    -> stuck -> ending     tried again, as after a failure
+ *            v                        v
+ *           new <- committed, ended, gone                         the access is forgotten
+ *
+ * Gone, its marker no more in QEMU: seen when the access is up, exporting or ending. */
 #include "access.h"
 #include "src/base/base.h"
 
@@ -21,9 +26,8 @@ static const unsigned followers[PBA_PHASE_COUNT] = {
     [PBA_PHASE_EXPORTED] = TO(ENDING),
     [PBA_PHASE_ENDING] = TO(COMMITTED) | TO(ENDED) | TO(STUCK) | TO(GONE),
     [PBA_PHASE_STUCK] = TO(ENDING),
-    /* Stuck: the call of teardown never returned, since a callback ended the program. */
-    [PBA_PHASE_COMMITTED] = TO(NEW) | TO(STUCK),
-    [PBA_PHASE_ENDED] = TO(NEW) | TO(STUCK),
+    [PBA_PHASE_COMMITTED] = TO(NEW),
+    [PBA_PHASE_ENDED] = TO(NEW),
     [PBA_PHASE_GONE] = TO(NEW),
 };
 

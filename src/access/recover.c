@@ -129,7 +129,8 @@ static bool check_others(const PbaAccess *access, const PbaLeftovers *leftovers,
     return !other;
 }
 
-/* Whether no living process is at it; whose backup that is, is told as well as it is known. */
+/* Refuses while a living process backs up this guest, and names the target as far as it is known.
+ */
 static bool check_owner(const PbaAccess *access, const PbaLeftovers *leftovers, GError **error)
 {
     const char *other = find_other(access, leftovers);
@@ -262,7 +263,7 @@ static void describe(const PbaAccess *dead, const PbaLeftovers *leftovers, GPtrA
     }
 }
 
-/* With our own marker in QEMU nobody else does the same. What is there is looked at only then. */
+/* Looks only after its own marker is in QEMU: from then on no other process recovers as well. */
 static bool undo_marked(PbaAccess *dead, GPtrArray *lines, GError **error)
 {
     g_auto(PbaBlock) block = {0};

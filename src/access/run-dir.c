@@ -42,17 +42,17 @@ static bool is_private_dir(const char *path)
            !(status.st_mode & 022);
 }
 
-/* Makes or takes the directory. One that exists must be the caller's own and closed to writers
- * other than him, or else its content could be swapped under us. */
+/* Makes or takes the directory. One that exists must be the caller's own, and no other user may
+ * write to it, or else its content could be swapped under us. */
 static bool ensure_private_dir(const char *path, GError **error)
 {
     if (mkdir(path, 0700) != 0 && errno != EEXIST) {
         return set_system_error(error, "make", path);
     }
     if (!is_private_dir(path)) {
-        pba_error_set(
-            error, PBA_ERROR_SYSTEM,
-            "run directory '%s' is not a directory of this user that only he may write to", path);
+        pba_error_set(error, PBA_ERROR_SYSTEM,
+                      "run directory '%s' does not belong to this user, or others may write to it",
+                      path);
         return false;
     }
     return true;

@@ -133,7 +133,7 @@ static JsonObject *foreign_access(const Status *status)
     return object;
 }
 
-/* NULL: none is up, and nobody is at making one. */
+/* NULL: no access is up, and no process is setting one up. */
 static JsonObject *describe_access(Status *status)
 {
     const char *key = find_key(status);

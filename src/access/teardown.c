@@ -51,8 +51,8 @@ static bool undo(PbaAccess *access, bool success, GError **error)
         g_propagate_error(error, files);
         return false;
     }
-    /* The exports before all else: QEMU aborts if a bitmap is still exported when the access ends,
-     * or cannot join it. */
+    /* The exports before all else: while a bitmap is exported Proxmox' QEMU (to 11.0) aborts when
+     * the access ends, and a stock one does not join it. */
     if (pba_exports_remove(access, &first)) {
         GError *step = NULL;
         access->backend->teardown(access, success, &step);
@@ -95,7 +95,8 @@ static void settle(PbaAccess *access, const GError *error)
     }
 }
 
-/* Returns whether it is as it was asked for. */
+/* Once the backup is committed nothing makes a failure of it: the caller would not count it, and
+ * the next one would lack its data. Returns whether it is as it was asked for. */
 static bool conclude(PbaAccess *access, GError *error, GError **result)
 {
     settle(access, error);
@@ -134,8 +135,11 @@ bool pba_tear_down_and_end(PbaAccess *access, bool success, GError **error)
         pba_qmp_release(access->qmp);
         return true;
     }
-    pba_access_enter(access, PBA_PHASE_ENDING);
-    undo(access, success, &local);
+    /* A call that a callback ended may have come to the bitmaps' end: then the rest is left. */
+    if (access->phase != PBA_PHASE_COMMITTED && access->phase != PBA_PHASE_ENDED) {
+        pba_access_enter(access, PBA_PHASE_ENDING);
+        undo(access, success, &local);
+    }
     return conclude(access, local, error);
 }
 
@@ -145,8 +149,7 @@ static void end_interrupted_call(PbaAccess *access)
 {
     pba_qmp_settle(access->qmp, false);
     pba_qmp_release(access->qmp); /* half of a reply may be in it */
-    if (access->phase == PBA_PHASE_ENDING || access->phase == PBA_PHASE_COMMITTED ||
-        access->phase == PBA_PHASE_ENDED) {
+    if (access->phase == PBA_PHASE_ENDING) {
         pba_access_enter(access, PBA_PHASE_STUCK);
     }
 }
@@ -158,7 +161,8 @@ bool pba_access_teardown(PbaAccess *access, bool success, GError **error)
         return false;
     }
     /* What went wrong once may have joined the bitmaps of some disks as after a failure. */
-    bool is_too_late = success && access->phase == PBA_PHASE_STUCK;
+    bool is_too_late =
+        success && (access->phase == PBA_PHASE_STUCK || access->phase == PBA_PHASE_ENDED);
     if (!pba_tear_down_and_end(access, success && !is_too_late, error)) {
         return false;
     }

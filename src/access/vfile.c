@@ -81,7 +81,7 @@ static bool check_fuse(GError **error)
 }
 
 /* Nothing of the caller's goes along: no descriptor but the socket, no environment, no signal
- * settings; and a terminal's signals are his, not the server's. */
+ * settings; and a terminal's signals are for the caller, not for the server. */
 static int spawn(char *const *words, int socket, pid_t *pid)
 {
     /* GnuTLS comes with libnbd. Not preparing it saves a fifth of the start. */

@@ -21,7 +21,7 @@ void pba_error_add_hint(GError **error, const char *hint);
 /* Keeps the first error of a row of steps: moves *step into *first if that is free, else logs it.
  */
 void pba_error_keep_first(GError **first, GError *step, const PbaHooks *hooks);
-/* True if the peer can no longer be talked to, so that further steps are in vain. */
+/* True if the peer can no longer be talked to, so that further steps must fail as well. */
 bool pba_error_is_fatal(const GError *error);
 
 /* A line of text, whatever a peer's names in it are: valid UTF-8 without control characters. The

@@ -18,7 +18,7 @@
 /* What need not be read is written in larger pieces. */
 #define MAX_ZERO (32u << 20)
 #define SECTOR 4096u
-/* More are not sent before some are done, lest they fill the server's queue. */
+/* More are not sent before some are done: they would fill the server's queue. */
 #define MAX_TRIMMING 32u
 #define PROGRESS_INTERVAL (G_TIME_SPAN_SECOND / 4)
 

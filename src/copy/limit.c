@@ -1,6 +1,7 @@
 #include "limit.h"
 
-/* What was not used may be made up for, but not for long: a limit is there to spare somebody. */
+/* What was not used may be made up for, but not for long: a limit protects others on the same disk
+ * or network. */
 #define SAVED_SECONDS 0.25
 /* Requests are cut so that one of them is a small part of a second's worth. */
 #define REQUESTS_PER_SECOND 20

@@ -27,7 +27,7 @@ void pba_source_trimmed(PbaSource *source, PbaRange range, int error)
 {
     source->trimming--;
     if (!error) {
-        /* The last part of a volume is no whole cluster, and newer QEMUs keep it. */
+        /* The last part of a volume is no whole cluster: a QEMU with commit 507175197b keeps it. */
         source->discarded +=
             range.end / source->trims.cluster * source->trims.cluster - range.begin;
     } else if (!source->trim_error) {

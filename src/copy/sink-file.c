@@ -107,7 +107,7 @@ static void start_siblings(unsigned count)
 }
 
 /* Whatever else is open here would stay open for as long as a call hangs: the monitor, connections,
- * and a pipe that somebody reads to its end. */
+ * and a pipe whose reader waits for its end. */
 static void keep_descriptors(int socket, int *target)
 {
     int safe_socket = fcntl(socket, F_DUPFD_CLOEXEC, TARGET_FD + 1);

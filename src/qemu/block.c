@@ -164,8 +164,8 @@ static bool is_others(const char *node)
     return !pba_is_own_node(node);
 }
 
-/* Somebody gave it its name: those that QEMU makes up, also for the filters of Proxmox' access,
- * begin with a #. */
+/* A user or program chose its name: names that QEMU makes up, also for the filters of Proxmox'
+ * access, begin with a #. */
 static bool is_named(const char *node)
 {
     return is_others(node) && *node != '#';

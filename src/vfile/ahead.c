@@ -1,9 +1,9 @@
-/* What to read ahead. The cursor runs through the dirty regions in front of a reader who reads in
+/* What to read ahead. The cursor runs through the dirty regions in front of a reader that reads in
  * order: each region to its end, then on at the beginning of the next one. */
 #include "server.h"
 #include "src/volume/volume.h"
 
-/* A reader who is not where he is expected this often in a row does not read in order. */
+/* A reader that is not where it is expected this often in a row does not read in order. */
 #define MAX_MISSES 4
 #define MIN_MISSES 1
 /* Discarded ranges that lie ahead; with more of them there is no reading ahead at all. */

@@ -336,7 +336,7 @@ void pba_connection_turn(PbaConnection *connection, const struct pollfd fds[2])
         clear_fd(connection->done_fd);
     }
     if (fds[1].fd == -1) {
-        return; /* nothing was his to receive */
+        return; /* the other thread receives */
     }
     g_mutex_lock(&connection->mutex);
     connection->consumer_waits = false;

@@ -22,7 +22,7 @@ typedef struct {
 
 typedef enum {
     LOAD_AHEAD,
-    LOAD_PART, /* of a range that somebody reads */
+    LOAD_PART, /* of a range that a reader waits for */
     LOAD_LAST, /* the last such part */
 } LoadReason;
 
@@ -32,7 +32,7 @@ typedef struct {
     fuse_req_t request;
     uint64_t begin;
     uint64_t end;
-    bool in_order; /* of the reader for whom is read ahead */
+    bool in_order; /* by the reader that the server reads ahead for */
     GList link;
 } Reading;
 
@@ -157,7 +157,7 @@ static void drop_slots(PbaFile *file, uint64_t begin, uint64_t end)
     }
 }
 
-/* What was read ahead up to here is of no more use, nor is what nobody waits for. */
+/* Frees what was read ahead up to here, and what no reader waits for. */
 static void release_slots(PbaFile *file, uint64_t end)
 {
     for (guint i = file->slots->len; i-- > 0;) {
@@ -287,7 +287,7 @@ void pba_file_read(fuse_req_t request, fuse_ino_t inode, size_t length, off_t of
     fuse_req_interrupt_func(request, on_read_interrupt, reading);
 }
 
-/* Answers whom it can; the oldest gets free memory first. */
+/* Answers the requests that can be answered; the oldest gets free memory first. */
 static void serve_readings(PbaFile *file)
 {
     struct iovec parts[MAX_SLOTS];
@@ -407,7 +407,7 @@ void pba_file_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t of
         fuse_reply_err(request, EIO);
         return;
     }
-    /* Older QEMUs abort on parts of one. */
+    /* A QEMU without commit 507175197b aborts on parts of one. */
     PbaRange range =
         pba_whole_clusters((PbaRange){begin, end}, file->sizes.size, file->sizes.cluster);
     if (range.begin == range.end) {

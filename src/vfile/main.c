@@ -2,10 +2,10 @@
  *
  *   pba-vfile FILE SOCKET DEVICE SIZE [BITMAP]
  *
- * FILE is made, and removed at the end. Standard input is a socket to the parent. He writes a byte
- * there when the volume can be read, so that this can be started before. What is wrong is written
- * to him (standard error goes there, too), or a NUL character once the file can be opened. When he
- * shuts it down, or is gone, the server unmounts and ends. */
+ * FILE is made, and removed at the end. Standard input is a socket to the parent. The parent writes
+ * a byte there when the volume can be read, so that the server can be started before. The server
+ * writes its errors there (standard error goes there, too), or a NUL character once the file can be
+ * opened. When the parent shuts the socket down, or is gone, the server unmounts and ends. */
 #include "server.h"
 #include "src/base/base.h"
 #include "src/volume/volume.h"
@@ -31,8 +31,9 @@ static bool told_to_end(void *opaque)
     return poll(&parent, 1, 0) != 0 || sigismember(&pending, SIGTERM) == 1;
 }
 
-/* The parent's death comes as a signal, or closes the socket; a forked child of his may still have
- * the socket, and the signal comes only once this is asked for. */
+/* The parent's death comes as a signal, or closes the socket. Neither is enough alone: another
+ * child of the parent may still have the socket, and a parent that died before the signal was asked
+ * for sends none. */
 static int watch_signals(GError **error)
 {
     sigset_t signals;

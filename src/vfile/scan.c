@@ -1,5 +1,5 @@
 /* The dirty regions for reading ahead: a thread goes through the map on a connection of its own, so
- * that a slow answer holds up nobody. */
+ * that a slow answer holds up no reader. */
 #include "server.h"
 #include "src/volume/volume.h"
 

@@ -70,7 +70,7 @@ bool pba_ahead_note_read(PbaAhead *ahead, uint64_t begin, uint64_t end, bool kno
 bool pba_ahead_next(PbaAhead *ahead, uint64_t max, uint64_t *offset, uint64_t *length);
 /* A range is discarded: it must not be read any more. */
 void pba_ahead_note_discard(PbaAhead *ahead, uint64_t begin, uint64_t end);
-/* What was read ahead could not be read: no more of that, until somebody reads in order again. */
+/* Reading ahead failed: stops it until a reader reads in order again. */
 void pba_ahead_stop(PbaAhead *ahead);
 
 /* The file */

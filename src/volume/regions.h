@@ -11,7 +11,7 @@ typedef struct {
     uint64_t end; /* of the last region */
 } PbaRegions;
 
-/* Somebody's way through a list. It begins as all zeroes. */
+/* How far a reader of the list is. It begins as all zeroes. */
 typedef struct {
     guint next;   /* of bytes */
     uint64_t end; /* of the last region that was taken */

@@ -15,7 +15,7 @@ static const char *const may_follow[PBA_PHASE_COUNT] = {
     [PBA_PHASE_CHANGING] = ".x.x..x....",  [PBA_PHASE_UP] = "....x.x...x",
     [PBA_PHASE_EXPORTING] = ".....xx...x", [PBA_PHASE_EXPORTED] = "......x....",
     [PBA_PHASE_ENDING] = ".......xxxx",    [PBA_PHASE_STUCK] = "......x....",
-    [PBA_PHASE_COMMITTED] = "x......x...", [PBA_PHASE_ENDED] = "x......x...",
+    [PBA_PHASE_COMMITTED] = "x..........", [PBA_PHASE_ENDED] = "x..........",
     [PBA_PHASE_GONE] = "x..........",
 };
 
@@ -74,6 +74,9 @@ static void test_rules(void)
            "%s: nothing is changed without a claim", name);
         ok(from == PBA_PHASE_CHANGING || !pba_phase_may_follow(from, PBA_PHASE_UP),
            "%s: up only by setup", name);
+        ok((from != PBA_PHASE_COMMITTED && from != PBA_PHASE_ENDED) ||
+               !pba_phase_may_follow(from, PBA_PHASE_ENDING),
+           "%s: no bitmap is ended twice", name);
         ok(from != PBA_PHASE_GONE || !pba_phase_may_follow(from, PBA_PHASE_ENDING),
            "%s: what is gone is not torn down", name);
     }

@@ -257,7 +257,7 @@ Is told what goes wrong in L</hooks>, with level C<warn>. Without it, C<warn> is
     my $count = $agent->freeze;
 
 Freezes all file systems; returns how many. Dies with a L<PVE::BackupAccess::Error>, of class
-C<TimeoutError> if there was no answer in time. The agent may still be at it then: call L</thaw> in any
+C<TimeoutError> if there was no answer in time. The agent may still carry it out then: call L</thaw> in any
 case.
 
 =head2 thaw

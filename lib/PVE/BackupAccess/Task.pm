@@ -155,7 +155,7 @@ sub _warn_of_fleecing ($self) {
     my $status;
     my $error = attempt { $status = PVE::BackupAccess->status(%options, timeout => $timeout) };
 
-    # Also where somebody else has the monitor, and nothing can be seen: reading goes on until then.
+    # Also where another program has the monitor, and nothing can be seen: reading goes on until then.
     $self->{'looked at fleecing'} = time();
     return if $error;
     for my $warning ($status->{warnings}->@*) {

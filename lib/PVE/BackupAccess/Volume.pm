@@ -371,7 +371,7 @@ undef counts as not given:
 
 =item C<discard> - whether to discard what was copied, as by L</discard>: when the target has taken it,
 or for a code ref, when it has returned. By default so for volumes of an access, and not for a bare NBD
-URI without C<bitmap-mode>, which may be somebody's disk. What the server cannot discard is left.
+URI without C<bitmap-mode>, which may be a disk in use. What the server cannot discard is left.
 
 =item C<progress> - a code ref, called with the bytes copied and all dirty bytes, a few times a second
 and at the end. The map is read for that before.

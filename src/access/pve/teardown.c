@@ -14,8 +14,8 @@
     "another program exports or uses its dirty bitmap, and QEMU would abort at a teardown: "       \
     "end that (block-export-del), then try again"
 
-/* QEMU crashes when it tears down an access whose bitmap or node was removed meanwhile, and aborts
- * when another program exports the bitmap. */
+/* QEMU (pve-qemu-kvm to 11.0.0) crashes when it tears down an access whose bitmap or node was
+ * removed meanwhile, and aborts when another program exports the bitmap. */
 static const char *find_danger(const PbaDisk *disk, const PbaBlock *block)
 {
     JsonObject *bitmap = disk->bitmap_name

@@ -202,6 +202,7 @@ bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error)
         json_array_add_element(actions, pba_bitmap_merge_action(disk, bitmap, sources));
         done = pba_bitmap_transaction(access, actions, error);
     }
+    /* The sink first: its node is what tells teardown that there may be a job. */
     return done && delete_node(access, names.sink, error) &&
            delete_node(access, names.source, error);
 }

@@ -188,7 +188,8 @@ static void add_commit(const Join *join, const Split *split, JsonArray *actions)
                                                       pba_bitmap_ref(split->disk, join->target)));
 }
 
-/* The second step of a success. */
+/* The second step of a success: the target's bitmap is there again, and has the background's bits,
+ * before the background goes, which alone has them until then. */
 static void add_finish(const Join *join, const Split *split, JsonArray *actions)
 {
     json_array_add_element(actions,

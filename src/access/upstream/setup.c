@@ -416,6 +416,6 @@ bool pba_upstream_setup(PbaAccess *access, PbaBlock *block, GError **error)
          * says what is to be read of it. */
         freeze_bitmaps(access, block, error) &&
         /* Not before the cut: a filter with a user shares no writes of its disk (QEMU's
-         * cbw_child_perm), which until then the guest makes past it. */
+         * cbw_child_perm, 7.2 to 11.0), which until then the guest makes past it. */
         each_disk(access, add_snapshot, error);
 }

@@ -120,6 +120,7 @@ static bool undo_graph(PbaAccess *access, GError **first, const PbaBlock *block)
         delete_node(access, first, block, disk, disk->filter_node);
         delete_node(access, first, block, disk, disk->raw_node);
         drop_fleecing(access, first, block, disk);
+        /* Last: this may wait for a job, and by now the guest uses its own disk again. */
         if (!pba_error_is_fatal(*first)) {
             GError *step = NULL;
             pba_dirty_source_drop(access, disk, block, &step);

@@ -25,8 +25,8 @@ void pba_upstream_name_nodes(const PbaAccess *access, PbaDisk *disk);
 /* The disk below our nodes, as the graph shows it: borrowed, NULL if they are not there. */
 const char *pba_upstream_root(const PbaBlock *block, const PbaDisk *disk);
 /* Options of the raw node above a disk, with file as its child. discard=unmap hands the guest's own
- * trims down to the disk; the size makes QEMU refuse block_resize, which aborts while a bitmap is
- * exported. */
+ * trims down to the disk; the size makes QEMU refuse block_resize, on which 7.2 to 11.0 abort while
+ * a bitmap is exported. */
 JsonNode *pba_raw_options(const PbaDisk *disk, const char *file);
 
 /* Discards what is clean in the exported snapshot, if the map is worth it. Nothing depends on it,

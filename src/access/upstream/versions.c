@@ -1,5 +1,5 @@
-/* What only some versions of QEMU can do, and what is done where they cannot: the one place that
- * looks at the version. */
+/* What only some versions of QEMU can do, and what is done where they cannot: the one place of this
+ * backend that looks at the version. (Which QEMU is too old is capabilities.c's.) */
 #include "upstream.h"
 
 /* The guest's write is let through when fleecing takes longer. VirtIO drivers give up at 60 s. */

@@ -67,7 +67,7 @@ my sub print_fleecing ($images) {
 my sub print_exports ($exports) {
     return if !$exports->@*;
     my @rows
-        = map { [$_->{id}, $_->{type}, $_->{node}, $_->{ours} ? 'ours' : "somebody else's"] }
+        = map { [$_->{id}, $_->{type}, $_->{node}, $_->{ours} ? 'ours' : "another program's"] }
         $exports->@*;
     say_out('');
     say_table([[qw(EXPORT TYPE NODE), 'OWNER'], @rows]);

@@ -1,6 +1,7 @@
 package PBA::Test::House;
 
-# The floors of src/, held by the #include lines, and that no files call each other in a circle:
+# The floors of src/, held by the #include lines and by the calls, and that no files call each other in
+# a circle:
 #
 #   my @broken = broken_rules({ 'src/copy/loop.c' => $text, 'glue/hash.c' => $text, ... });
 #
@@ -40,23 +41,41 @@ my %PUBLIC = (
 
 sub _folder ($file) { return $file =~ m{\Asrc/(.*)/} ? $1 : '' }
 
+# The one file that knows which backends there are.
+my $CHOOSES_BACKEND = 'src/access/backend.c';
+
+# The files that a file includes, however it writes that: "x.h" of its own folder, <src/x.h>, "../x.h".
 sub _includes ($files, $file) {
     my ($dir) = $file =~ m{\A(.*/|)};
-    my @names = $files->{$file} =~ m/^#include "(.*)"/mg;
-    return map { exists($files->{"$dir$_"}) ? "$dir$_" : $_ } @names;
+    my @names = $files->{$file} =~ m/^\s*#\s*include\s*["<](.*?)[">]/mg;
+    return map { exists($files->{"$dir$_"}) ? "$dir$_" : _from_root($dir, $_) } @names;
 }
 
-# The rule that is broken, or nothing.
-sub _broken_by ($from, $header) {
-    my $to = _folder($header);
+sub _from_root ($dir, $name) {
+    return $name if $name !~ m{(?:\A|/)\.\.?/};
+    my $path = "$dir$name";
+    $path =~ s{(\A|/)\./}{$1}g;
+    1 while $path =~ s{[^/]+/\.\./}{};
+    return $path;
+}
+
+# The rule that a file breaks which includes a header, or calls what a file defines; or nothing.
+sub _broken_by ($file, $other) {
+    my ($from, $to) = (_folder($file), _folder($other));
     return "floors: there is no folder '$to' in the house" if !$FLOOR{$to};
     return if $from eq $to;
-    my $is_backend = $to =~ m{\A\Q$from\E/};
     return 'nobody but access/ knows access/' if $to =~ m{^access\b} && $from !~ m{^access\b};
     return "$from/ and $to/ stand on one floor and do not know each other"
         if $FLOOR{$from} == $FLOOR{$to};
-    return 'a file includes headers of its own folder and of lower floors only'
-        if $FLOOR{$to} > $FLOOR{$from} && !$is_backend;
+    return if $file eq $CHOOSES_BACKEND;
+    return 'a file knows its own folder and lower floors only' if $FLOOR{$to} > $FLOOR{$from};
+    return;
+}
+
+sub _broken_by_include ($file, $header) {
+    my ($from, $to) = (_folder($file), _folder($header));
+    my $rule = _broken_by($file, $header);
+    return $rule if $rule || $from eq $to;
     my $public = $PUBLIC{$to};
     return "$to/ has no header for others" if !$public;
     return if grep { $header eq "src/$_" } $public->@*;
@@ -77,14 +96,14 @@ sub _broken_includes ($files) {
         push(@broken, "$file: the folder '$from' has no floor") if !$FLOOR{$from};
         next if !$FLOOR{$from};
         for my $header (grep { m{\Asrc/} } _includes($files, $file)) {
-            my $rule = _broken_by($from, $header) // next;
+            my $rule = _broken_by_include($file, $header) // next;
             push(@broken, "$file includes $header: $rule");
         }
     }
     return @broken;
 }
 
-# ---- circles ----
+# ---- calls and circles ----
 
 # What a file defines for others: functions and tables whose names begin with pba_.
 sub _definitions ($text) {
@@ -109,6 +128,18 @@ sub _uses ($files) {
     return \%uses;
 }
 
+# A prototype that a file writes for itself needs no header.
+sub _broken_calls ($uses) {
+    my @broken;
+    for my $file (grep { m{\Asrc/} } sort keys($uses->%*)) {
+        for my $other ($uses->{$file}->@*) {
+            my $rule = $FLOOR{ _folder($file) } && _broken_by($file, $other);
+            push(@broken, "$file calls $other: $rule") if $rule;
+        }
+    }
+    return @broken;
+}
+
 # All that can be reached from a file.
 sub _reach ($uses, $file) {
     my (%seen, @todo);
@@ -119,8 +150,7 @@ sub _reach ($uses, $file) {
     return \%seen;
 }
 
-sub _circles ($files) {
-    my $uses = _uses($files);
+sub _circles ($uses) {
     my %reach = map { $_ => _reach($uses, $_) } keys($uses->%*);
     my %circles;
     for my $file (grep { $reach{$_}{$_} } keys(%reach)) {
@@ -131,7 +161,8 @@ sub _circles ($files) {
 }
 
 sub broken_rules ($files) {
-    return (_broken_includes($files), _circles($files));
+    my $uses = _uses($files);
+    return (_broken_includes($files), _broken_calls($uses), _circles($uses));
 }
 
 1;

@@ -245,6 +245,9 @@ sub mark_removed ($self) {
 # stays the same all the time, so that this may be done again from the start after a crash.
 sub absorb ($self, $device, $parent) {
     my ($mine, $theirs) = ($self->image($device), $parent->image($device));
+
+    # The manifest last: until then it names a file that shows this archive, before the move and
+    # after it. The data is durable before the move, which takes away the only other file that has it.
     if (-e $theirs) {
         commit_image($mine);
         sync($theirs);

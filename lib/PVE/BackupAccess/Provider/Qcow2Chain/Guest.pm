@@ -28,7 +28,7 @@ sub new ($class, $dir) {
 
 sub dir ($self) { return $self->{dir} }
 
-# A handle that holds the lock until it is closed, undef if somebody else has it. No other program
+# A handle that holds the lock until it is closed, undef if another process has it. No other program
 # inherits it, and with it the lock, whatever the caller has set.
 sub try_lock ($self) {
     local $^F = 2;
@@ -220,7 +220,7 @@ sub _finish_removal ($self, $name) {
     return;
 }
 
-# Away with a directory that nothing builds on, at once for everybody who looks.
+# Removes a directory that nothing builds on; other processes see all of it or none.
 sub discard ($self, $entry) {
     my $gone = "$self->{dir}/.del-" . $entry =~ s/\A\.tmp-//r;
     remove_tree($gone) if -e $gone;

@@ -1,6 +1,6 @@
 package PVE::BackupAccess::Provider::Qcow2Chain::Server;
 
-# qemu-nbd over one image. It is given a socket that listens already, so nobody has to wait for it;
+# qemu-nbd over one image. It is given a socket that listens already, so no client has to wait for it;
 # and it ends with its last client, one of which is the connection that is kept here: it cannot
 # outlive this process.
 
@@ -118,7 +118,8 @@ sub kill ($self) {
 # What was written is in the image, and the image closed as it should be, when this returns.
 sub stop ($self) {
     my $status = $self->_end('TERM');
-    fail('cannot tell how qemu-nbd ended - somebody else waited for it') if !defined($status);
+    fail('cannot tell how qemu-nbd ended - other code of this process waited for it')
+        if !defined($status);
     fail("qemu-nbd ended with status $status - " . $self->_log) if $status != 0;
     return;
 }
