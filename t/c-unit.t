@@ -13,12 +13,12 @@ my $build = PBA::Test::CBuild->new or plan(skip_all => 'no pkg-config, or no -de
 diag('no sanitizer runtime: without it') if !$build->is_sanitized;
 
 my @programs = sort glob('t/c/*.c');
-is_deeply([$build->compile($build->core, @programs)], [], 'everything compiles without a warning')
+is_deeply([$build->compile(@programs)], [], 'everything compiles without a warning')
     or BAIL_OUT('the C core does not compile');
 
 sub run_program ($source) {
     my ($name) = $source =~ m{([^/]+)\.c\z};
-    my ($status, @output) = $build->link($name, [$source, $build->core]);
+    my ($status, @output) = $build->link($name, [$source]);
     is($status, 0, 'links') or diag(@output);
     return if $status;
 

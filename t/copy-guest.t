@@ -17,7 +17,7 @@ use PVE::BackupAccess::Volume;
 my $mib = 1024 * 1024;
 my $seed = 20261122;
 my $blocks = 2048;
-my %sizes = (disk0 => 64 * $mib, disk1 => 32 * $mib + 512);
+my %sizes = (disk0 => 24 * $mib, disk1 => 12 * $mib + 512);
 my @ids = sort keys %sizes;
 
 # What a target is full of before anything was copied: a gap does not look like zeroes.

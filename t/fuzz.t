@@ -22,14 +22,14 @@ my @common = map { "t/fuzz/$_.c" } qw(fake replay);
 my @wrapped = qw(poll getpid kill g_get_monotonic_time g_file_get_contents);
 my $wrap = join(',', '-Wl', map { "--wrap=$_" } @wrapped);
 
-is_deeply([$build->compile($build->core, @common, map { sources_of($_) } @targets)],
+is_deeply([$build->compile(@common, map { sources_of($_) } @targets)],
     [], 'everything compiles without a warning')
     or BAIL_OUT('the fuzz targets do not compile');
 
 for my $target (@targets) {
     subtest $target => sub {
         my ($status, @output)
-            = $build->link($target, [sources_of($target), @common, $build->core], $wrap);
+            = $build->link($target, [sources_of($target), @common], $wrap);
         is($status, 0, 'links') or return diag(@output);
         my @inputs = sort glob("t/fuzz/corpus/$target/*");
         cmp_ok(scalar(@inputs), '>', 5, 'there are inputs');

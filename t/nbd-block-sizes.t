@@ -103,15 +103,25 @@ subtest 'sizes of a target' => sub {
     copies(source(), target(by_row(@block_sizes)), \@dirty, \@block_sizes);
 };
 
+# What a plain run takes of the rows where both have them: each has been a source's and a target's alone.
+sub part (@rows) {
+    state $calls = 0;
+    return @rows if $ENV{PBA_FULL};
+    my $first = $calls++ % 2;
+    return @rows[grep { $_ % 2 == $first } 0 .. $#rows];
+}
+
 subtest 'sizes of both, with a request size' => sub {
-    my @servers = (source(by_row(@block_sizes)), target(by_row(@block_sizes)));
-    copies(@servers, \@dirty, \@block_sizes, 'request-size' => 4096);
+    my @rows = part(@block_sizes);
+    my @servers = (source(by_row(@rows)), target(by_row(@rows)));
+    copies(@servers, \@dirty, \@rows, 'request-size' => 4096);
 };
 
 # With a limit there is little to read, or it would take long.
 my @little = ([0, 8 * $KiB]);
-my @rows = grep { ($_->[0] // 0) != 64 * $KiB } @block_sizes;
+my @small = grep { ($_->[0] // 0) != 64 * $KiB } @block_sizes;
 for my $request ([], ['request-size' => 16 * $KiB]) {
+    my @rows = part(@small);
     subtest "sizes of both, with a limit@{[$request->@* && ' and a request size']}" => sub {
         my @servers = (source(by_row(@rows), dirty => \@little), target(by_row(@rows)));
         copies(@servers, \@little, \@rows, 'bandwidth-limit' => $low_limit, $request->@*);

@@ -1,16 +1,20 @@
 package PBA::Test::CBuild;
 
-# Builds C programs of the tests with the whole core, under the sanitizers:
+# Builds C programs of the tests with the whole core, under the sanitizers. The core's objects are in
+# the cache, so that the tests that need them compile it once:
 #
 #   my $build = PBA::Test::CBuild->new or plan(skip_all => ...);
-#   my @failed = $build->compile($build->core, 't/c/json.c');
-#   my ($status, @output) = $build->link('json', ['t/c/json.c', $build->core], @flags);
+#   my @failed = $build->compile('t/c/json.c');
+#   my ($status, @output) = $build->link('json', ['t/c/json.c'], @flags);
 #   ($status, @output) = $build->run('json', @arguments);
 
 use v5.36;
 
+use Digest::SHA ();
 use File::Temp ();
 use POSIX ();
+
+use PBA::Test::Cache;
 
 my @WARNINGS = qw(-std=gnu11 -Wall -Wextra -Wpedantic -Werror);
 my @DEBUG = qw(-g -O1 -fno-omit-frame-pointer);
@@ -27,8 +31,35 @@ sub new ($class) {
 sub is_sanitized ($self) { return scalar($self->{sanitize}->@*) }
 
 # The core's sources. The virtual file's server is a program of its own.
-sub core ($self) {
+sub _core () {
     return grep { !m{^src/vfile/} } sort glob('src/*/*.c src/*/*/*.c');
+}
+
+# Tells one state of the core, of the compiler and of the libraries' headers from others.
+sub _core_key ($self) {
+    my $digest = Digest::SHA->new(256);
+    my (undef, @version) = _run_command('gcc', '--version');
+    my (undef, @libraries)
+        = _run_command(qw(pkg-config --modversion libnbd json-glib-1.0 glib-2.0));
+    $digest->add("@version @libraries @{[$self->_flags]}");
+    $digest->addfile($_) for sort glob('src/*.h src/*/*.[ch] src/*/*/*.[ch]');
+    return substr($digest->hexdigest, 0, 16);
+}
+
+# The core's objects, compiled if need be. Empty where it does not compile.
+sub _core_objects ($self) {
+    my $dir = eval {
+        PBA::Test::Cache->built(
+            'core-' . $self->_core_key,
+            sub ($tmp) {
+                PBA::Test::Cache->remove_old('core-*');
+                my @failed = $self->_compile_into($tmp, _core());
+                die "these do not compile without a warning: @failed\n" if @failed;
+            }
+        );
+    };
+    warn $@ if !$dir;
+    return $dir ? glob("$dir/*.o") : ();
 }
 
 sub _pkg_config (@options) {
@@ -62,20 +93,29 @@ sub _sanitizer_flags ($self) {
     return $status == 0 ? \@flags : [];
 }
 
-sub _object ($self, $source) {
-    return "$self->{dir}/" . $source =~ s{[/.]}{-}gr . '.o';
+sub _flags ($self) {
+    return (@WARNINGS, @DEBUG, $self->{sanitize}->@*, $self->{cflags}->@*, '-I.');
 }
 
-# Those that do not compile; two at a time, as there are two processors on most small machines.
+sub _object ($dir, $source) {
+    return "$dir/" . $source =~ s{[/.]}{-}gr . '.o';
+}
+
+# Compiles the core and the sources; returns what does not compile.
 sub compile ($self, @sources) {
+    $self->{core} = [$self->_core_objects];
+    return ($self->{core}->@* ? () : 'the core', $self->_compile_into($self->{dir}, @sources));
+}
+
+# Two at a time, as there are two processors on most small machines.
+sub _compile_into ($self, $dir, @sources) {
     my (%running, @failed);
     while (@sources || %running) {
         while (@sources && keys(%running) < 2) {
             my $source = shift(@sources);
             my $pid = fork() // die "cannot fork: $!\n";
             if (!$pid) {
-                my @flags = (@WARNINGS, @DEBUG, $self->{sanitize}->@*, $self->{cflags}->@*, '-I.');
-                exec('gcc', '-c', @flags, '-o', $self->_object($source), $source)
+                exec('gcc', '-c', $self->_flags, '-o', _object($dir, $source), $source)
                     or POSIX::_exit(127);
             }
             $running{$pid} = $source;
@@ -87,11 +127,11 @@ sub compile ($self, @sources) {
     return @failed;
 }
 
-# A program of what was compiled. As run, returns the status and what was said.
+# A program of what was compiled and of the core. As run, returns the status and what was said.
 sub link ($self, $name, $sources, @flags) {
-    my @objects = map { $self->_object($_) } $sources->@*;
+    my @objects = map { _object($self->{dir}, $_) } $sources->@*;
     return _run_command('gcc', $self->{sanitize}->@*,
-        @flags, '-o', "$self->{dir}/$name", @objects, $self->{libs}->@*);
+        @flags, '-o', "$self->{dir}/$name", @objects, $self->{core}->@*, $self->{libs}->@*);
 }
 
 sub run ($self, $name, @arguments) {

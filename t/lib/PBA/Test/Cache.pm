@@ -66,7 +66,7 @@ sub initramfs ($class) {
     my $key = substr($digest->hexdigest, 0, 16);
 
     my $build = sub ($tmp) {
-        $class->_remove_old('initramfs-*');
+        $class->remove_old('initramfs-*');
         $class->_build_initramfs($tmp, $kernel);
     };
     return $class->built("initramfs-$key", $build) . '/initramfs.cpio';
@@ -110,7 +110,7 @@ sub built ($class, $name, $build) {
 }
 
 # What has not been made today may go; what another test run uses now is not that old.
-sub _remove_old ($class, $pattern) {
+sub remove_old ($class, $pattern) {
     my $cache = $class->directory;
     remove_tree(grep { -M $_ > 1 } glob "$cache/$pattern");
     return;

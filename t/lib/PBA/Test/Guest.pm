@@ -97,7 +97,7 @@ sub start_churn ($self, %opt) {
         join(',', $opt{disks}->@*),
         $opt{blocks} // 0,
         $opt{first} // 1,
-        $opt{pause_us} // 0,
+        $opt{pause_us} // 4000,
     );
     return;
 }
