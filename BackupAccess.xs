@@ -3,27 +3,6 @@
 
 #include <pthread.h>
 
-static SV *sv_from_info(pTHX_ const PbaDeviceInfo *info)
-{
-    HV *hash = newHV();
-    glue_store_text(aTHX_ hash, "device", info->device);
-    glue_store_text(aTHX_ hash, "node-name", info->node_name);
-    glue_store_text(aTHX_ hash, "bitmap-node-name", info->bitmap_node_name);
-    glue_store_text(aTHX_ hash, "bitmap-name", info->bitmap_name);
-    glue_store_text(aTHX_ hash, "bitmap-action", pba_bitmap_action_name(info->action));
-    (void)hv_stores(hash, "size", newSVuv(info->size));
-    return newRV_noinc((SV *)hash);
-}
-
-static void push_infos(pTHX_ PbaAccess *access, AV *list)
-{
-    for (size_t i = 0; i < pba_access_device_count(access); i++) {
-        PbaDeviceInfo info;
-        pba_access_device_info(access, i, &info);
-        av_push(list, sv_from_info(aTHX_ &info));
-    }
-}
-
 MODULE = PVE::BackupAccess  PACKAGE = PVE::BackupAccess
 
 PROTOTYPES: DISABLE
@@ -192,16 +171,9 @@ _sizes(PbaAccessObject *self, AV *devices)
         GError *error = NULL;
     CODE:
         glue_require_idle(aTHX_ &self->caller, self->owner);
-        size_t count = (size_t)(av_len(devices) + 1);
-        /* A scalar of Perl's, so that it goes even if something below throws. */
-        SV *memory = sv_2mortal(newSV(count * (sizeof(PbaDeviceRequest) + sizeof(uint64_t)) + 1));
-        PbaDeviceRequest *requests = (PbaDeviceRequest *)SvPVX(memory);
-        uint64_t *sizes = (uint64_t *)(requests + count);
-        for (size_t i = 0; i < count; i++) {
-            requests[i] = (PbaDeviceRequest){
-                .device = SvPVutf8_nolen(*av_fetch(devices, (SSize_t)i, 0)),
-            };
-        }
+        size_t count;
+        PbaDeviceRequest *requests = glue_requests_by_name(aTHX_ devices, &count);
+        uint64_t *sizes = (uint64_t *)SvPVX(sv_2mortal(newSV(count * sizeof(uint64_t) + 1)));
         if (!pba_access_sizes(self->access, requests, count, sizes, &error)) {
             glue_throw_error(aTHX_ &self->caller, error);
         }
@@ -216,34 +188,47 @@ _sizes(PbaAccessObject *self, AV *devices)
         RETVAL
 
 SV *
+_bases(PbaAccessObject *self, AV *devices)
+    PREINIT:
+        GError *error = NULL;
+    CODE:
+        glue_require_idle(aTHX_ &self->caller, self->owner);
+        size_t count;
+        PbaDeviceRequest *requests = glue_requests_by_name(aTHX_ devices, &count);
+        char **bases = (char **)SvPVX(sv_2mortal(newSV(count * sizeof(char *) + 1)));
+        if (!pba_access_bases(self->access, requests, count, bases, &error)) {
+            glue_throw_error(aTHX_ &self->caller, error);
+        }
+        HV *hash = (HV *)sv_2mortal((SV *)newHV());
+        for (size_t i = 0; i < count; i++) {
+            SV *device = *av_fetch(devices, (SSize_t)i, 0);
+            (void)hv_store_ent(hash, device,
+                               bases[i] ? glue_sv_from_text(aTHX_ bases[i]) : newSV(0), 0);
+            g_free(bases[i]);
+        }
+        glue_throw_pending(aTHX_ &self->caller);
+        RETVAL = newRV_inc((SV *)hash);
+    OUTPUT:
+        RETVAL
+
+SV *
 _setup(PbaAccessObject *self, AV *devices)
     PREINIT:
         GError *error = NULL;
     CODE:
         glue_require_idle(aTHX_ &self->caller, self->owner);
-        size_t count = (size_t)(av_len(devices) + 1);
-        SV *memory = sv_2mortal(newSV(count * sizeof(PbaDeviceRequest) + 1));
-        PbaDeviceRequest *requests = (PbaDeviceRequest *)SvPVX(memory);
-        for (size_t i = 0; i < count; i++) {
-            HV *device = (HV *)SvRV(*av_fetch(devices, (SSize_t)i, 0));
-            const char *mode = glue_fetch_text(aTHX_ device, "bitmap-mode");
-            requests[i].device = glue_fetch_text(aTHX_ device, "device");
-            if (!pba_bitmap_mode_parse(mode ? mode : "none", &requests[i].mode, &error)) {
-                glue_throw_error(aTHX_ NULL, error);
-            }
-        }
+        size_t count;
+        PbaDeviceRequest *requests = glue_requests_from_hashes(aTHX_ devices, &count);
         if (!pba_access_setup(self->access, requests, count, &error)) {
             glue_throw_error(aTHX_ &self->caller, error);
         }
-        if (self->caller.exception && !pba_access_teardown(self->access, false, &error)) {
+        if (self->caller.exception && !pba_access_teardown(self->access, false, NULL, &error)) {
             /* A setup that dies leaves nothing. */
             glue_warn(&self->caller, "undoing setup: %s", error->message);
             g_error_free(error);
         }
         glue_throw_pending(aTHX_ &self->caller);
-        AV *infos = newAV();
-        push_infos(aTHX_ self->access, infos);
-        RETVAL = newRV_noinc((SV *)infos);
+        RETVAL = glue_sv_from_infos(aTHX_ self->access);
     OUTPUT:
         RETVAL
 
@@ -251,9 +236,7 @@ SV *
 _infos(PbaAccessObject *self)
     CODE:
         glue_require_idle(aTHX_ &self->caller, self->owner);
-        AV *infos = newAV();
-        push_infos(aTHX_ self->access, infos);
-        RETVAL = newRV_noinc((SV *)infos);
+        RETVAL = glue_sv_from_infos(aTHX_ self->access);
     OUTPUT:
         RETVAL
 
@@ -296,12 +279,12 @@ _open_file(PbaAccessObject *self, UV index)
         RETVAL
 
 bool
-_teardown(PbaAccessObject *self, bool success)
+_teardown(PbaAccessObject *self, bool success, SV *id)
     PREINIT:
         GError *error = NULL;
     CODE:
         glue_require_idle(aTHX_ &self->caller, self->owner);
-        if (!pba_access_teardown(self->access, success, &error)) {
+        if (!pba_access_teardown(self->access, success, glue_text_or_null(aTHX_ id), &error)) {
             glue_run_signal_handlers(aTHX_ &self->caller); /* not run while it was committed */
             glue_throw_error(aTHX_ &self->caller, error);
         }
@@ -322,11 +305,24 @@ _recover(PbaAccessObject *self)
         glue_require_idle(aTHX_ &self->caller, self->owner);
         GPtrArray *lines = g_ptr_array_new_with_free_func(g_free);
         bool done = pba_access_recover(self->access, lines, &error);
-        AV *list = (AV *)sv_2mortal((SV *)newAV());
-        for (guint i = 0; i < lines->len; i++) {
-            av_push(list, glue_sv_from_text(aTHX_ lines->pdata[i]));
+        AV *list = glue_take_lines(aTHX_ lines);
+        if (!done) {
+            glue_throw_error(aTHX_ &self->caller, error);
         }
-        g_ptr_array_unref(lines);
+        glue_throw_pending(aTHX_ &self->caller);
+        RETVAL = newRV_inc((SV *)list);
+    OUTPUT:
+        RETVAL
+
+SV *
+_forget(PbaAccessObject *self)
+    PREINIT:
+        GError *error = NULL;
+    CODE:
+        glue_require_idle(aTHX_ &self->caller, self->owner);
+        GPtrArray *lines = g_ptr_array_new_with_free_func(g_free);
+        bool done = pba_access_forget(self->access, lines, &error);
+        AV *list = glue_take_lines(aTHX_ lines);
         if (!done) {
             glue_throw_error(aTHX_ &self->caller, error);
         }

@@ -39,6 +39,7 @@ sub back_up ($demo, $backup) {
         'target-id' => 'demo',
         devices => [$guest->devices],
         'guest-config' => "name: demo\n",
+        'state-dir' => "$demo->{dir}/notes",
         freeze => sub { $guest->before_setup($backup) },
         thaw => sub { $guest->after_setup($backup) },
         log => sub ($level, $message) { warn "$message\n" if $level eq 'warn' },

@@ -109,10 +109,20 @@ const char *glue_text_or_null(pTHX_ SV *sv);
 const char *glue_fetch_text(pTHX_ HV *hash, const char *key);
 /* Does nothing with NULL. */
 void glue_store_text(pTHX_ HV *hash, const char *key, const char *text);
+/* A mortal list of these texts; frees the lines. */
+AV *glue_take_lines(pTHX_ GPtrArray *lines);
 /* A copy of a reference; NULL of anything else. */
 SV *glue_copy_code(pTHX_ SV *code);
 /* A new table of texts; NULL if it is no reference. */
 GHashTable *glue_table_from_hash(pTHX_ SV *sv);
+
+/* Devices */
+
+/* Mortal requests, which borrow the texts; the second throws at a mode that there is not. */
+PbaDeviceRequest *glue_requests_by_name(pTHX_ AV *devices, size_t *count);
+PbaDeviceRequest *glue_requests_from_hashes(pTHX_ AV *devices, size_t *count);
+/* A list with a hash for each device of the access. */
+SV *glue_sv_from_infos(pTHX_ PbaAccess *access);
 
 /* Objects */
 

@@ -1,4 +1,4 @@
-/* Text, and members of Perl hashes. */
+/* Text, lists of it, and members of Perl hashes. */
 #include "glue.h"
 
 SV *glue_sv_from_text(pTHX_ const char *text)
@@ -51,4 +51,15 @@ void glue_store_text(pTHX_ HV *hash, const char *key, const char *text)
     if (text) {
         (void)hv_store(hash, key, (I32)strlen(key), glue_sv_from_text(aTHX_ text), 0);
     }
+}
+
+AV *glue_take_lines(pTHX_ GPtrArray *lines)
+{
+    AV *list = (AV *)sv_2mortal((SV *)newAV());
+
+    for (guint i = 0; i < lines->len; i++) {
+        av_push(list, glue_sv_from_text(aTHX_ lines->pdata[i]));
+    }
+    g_ptr_array_unref(lines);
+    return list;
 }

@@ -135,6 +135,8 @@ typedef struct {
 typedef struct {
     const char *device; /* as in query-block: device, qdev id or node name */
     PbaBitmapMode mode;
+    bool tied;        /* the bitmap tells which backup it is relative to; if one does, all do */
+    const char *base; /* mode use: that has to be this one; NULL: there is none */
 } PbaDeviceRequest;
 
 /* One device of an access that is up; everything is owned by the access. */
@@ -145,6 +147,8 @@ typedef struct {
     const char *bitmap_node_name; /* NULL without a bitmap */
     const char *bitmap_name;      /* NULL without a bitmap */
     PbaBitmapAction action;
+    const char *base;   /* id of the backup that a used bitmap is relative to; NULL: not known */
+    const char *reason; /* why a bitmap that was there is not used; NULL: it is, or none was */
 } PbaDeviceInfo;
 
 /* What a QEMU can do, told by the QEMU itself. */
@@ -169,6 +173,11 @@ void pba_access_free(PbaAccess *access);
 /* The sizes of the requests' devices, before setup; no mode matters. sizes has room for count. */
 bool pba_access_sizes(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
                       uint64_t *sizes, GError **error);
+/* The ids of the backups that the bitmaps of the requests' devices are relative to, before setup
+ * and after what a dead process left is undone. bases has room for count; each is the caller's to
+ * free, NULL where a bitmap is not there or must not be used. */
+bool pba_access_bases(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
+                      char **bases, GError **error);
 /* Freezes the state of all devices at one instant (QAPI: backup-access-setup). On error nothing is
  * left behind and every bitmap keeps at least the bits it had. */
 bool pba_access_setup(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
@@ -178,6 +187,10 @@ bool pba_access_setup(PbaAccess *access, const PbaDeviceRequest *requests, size_
  * lines that say what was done are appended to lines (each to be freed); none if there was nothing.
  */
 bool pba_access_recover(PbaAccess *access, GPtrArray *lines, GError **error);
+/* Removes the target's bitmaps of all disks, which keep an earlier state of the guest from being
+ * loaded (HMP: loadvm). PBA_ERROR_STATE while an access of whatever target is up. Text lines that
+ * say what was done are appended to lines. */
+bool pba_access_forget(PbaAccess *access, GPtrArray *lines, GError **error);
 /* Looks at what there is of backups in this QEMU and on disk, of all targets, and changes nothing.
  * Of the options run_dir, identity and fleecing_dir are used. An object with the keys that the POD
  * of PVE::BackupAccess names (status); truth values are 1 and 0. The caller's to free. */
@@ -196,8 +209,9 @@ int pba_access_open_file(PbaAccess *access, size_t index, GError **error);
  * reported. A later call retries what is left, always as a failure. With success, true says that
  * the bitmaps hold what was written since the instant, or that a later setup finds none; from the
  * moment that they do, what goes wrong is only logged. False says that they also hold what they
- * held before, or that they cannot be trusted and the next backup is a full one. */
-bool pba_access_teardown(PbaAccess *access, bool success, GError **error);
+ * held before, or that they cannot be trusted and the next backup is a full one. id, which may be
+ * NULL, tells the backup that the bitmaps are relative to after a success. */
+bool pba_access_teardown(PbaAccess *access, bool success, const char *id, GError **error);
 bool pba_access_is_up(const PbaAccess *access);
 
 size_t pba_access_device_count(const PbaAccess *access);

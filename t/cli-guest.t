@@ -126,7 +126,7 @@ sub check_recover ($test) {
     is($access->{alive}, 1, 'status: of a backup that runs');
     my $busy = run_command('status', $test->{guest}->@*)->{out};
     like($busy, qr/^backup access: target store\@\w+, process $access->{pid}\n/m, 'in words');
-    like($busy, qr/^store\@\w+ +drive-scsi0 .* frozen$/m, 'with its bitmaps');
+    like($busy, qr/^store\@\w+ +drive-scsi0 .* frozen +[0-9a-f]{32}$/m, 'with its bitmaps');
     fails('map meanwhile', 'not finished', 'map', 'drive-scsi0', $test->{guest}->@*);
     $command->kill('KILL');
     $command->finish;

@@ -11,6 +11,7 @@ use Test::More;
 
 use PBA::Test::Backend;
 use PBA::Test::Client;
+use PBA::Test::Repository::ById;
 use PBA::Test::Share qw(share);
 use PBA::Test::Sweep;
 
@@ -28,6 +29,9 @@ my @rows = (
     [[qw(disk0 disk1)], new => 1],
     [[qw(disk0)], new => 0],
 );
+
+# With ids: the image that the id in QEMU names is what the next one goes on from, whatever was killed.
+my @id_rows = ([[qw(disk0 disk1)], use => 1], [[qw(disk0)], new => 1]);
 my @iothread_rows = ([[qw(disk0 disk1)], use => 1], [[qw(disk0)], new => 0]);
 
 # Success or not is what QEMU was told, whatever the client lived to see.
@@ -65,12 +69,16 @@ sub killed_backup ($sweep, $point, $proxy) {
 
 my $count = 0;
 
-sub sweep ($name, $disk, @rows) {
+sub sweep ($name, $disk, $repository, @rows) {
     my $backend = PBA::Test::Backend->start(
         name => $name,
         disks => [map { { id => $_, size => $size, $disk->%* } } qw(disk0 disk1)],
     );
-    my $sweep = PBA::Test::Sweep->new(backend => $backend, seed => $seed);
+    my $sweep = PBA::Test::Sweep->new(
+        backend => $backend,
+        seed => $seed,
+        repository => $repository->new($backend),
+    );
     for my $row (share(@rows)) {
         my ($ids, $mode, $success) = $row->@*;
         my %row = (
@@ -90,10 +98,12 @@ sub sweep ($name, $disk, @rows) {
 diag("a part of them, seed $seed") if !$ENV{PBA_FULL};
 for my $name (PBA::Test::Backend->names) {
     my $version;
-    subtest "backend $name" => sub { $version = sweep($name, {}, @rows) };
+    subtest "backend $name" => sub { $version = sweep($name, {}, 'PBA::Test::Repository', @rows) };
+    subtest "backend $name, with ids" =>
+        sub { sweep($name, {}, 'PBA::Test::Repository::ById', @id_rows) };
     subtest "backend $name, disks in an iothread" => sub {
         plan(skip_all => 'needs QEMU 10.0 or later') if ($version // 0) < 10;
-        sweep($name, { iothread => 1 }, @iothread_rows);
+        sweep($name, { iothread => 1 }, 'PBA::Test::Repository', @iothread_rows);
     };
 }
 diag("$count points");

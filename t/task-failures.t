@@ -49,12 +49,23 @@ sub check_contains ($context, $dirty) {
     is_deeply([$context->{unread}->@{@lost}], [], 'no bit of an earlier backup is lost');
 }
 
+# The bitmap has an id, which only a task goes on from.
 sub check_bits ($context) {
-    my $backend = $context->{backend};
-    my $dirty = $backend->next_dirty->{ $backend->device('disk0') };
-    check_contains($context, $dirty);
-    cmp_ok(65536 * keys $dirty->%*, '<', $slots * $granularity, 'but not everything is dirty');
-    $context->{unread} = {};
+    my $dirty = dirty_of_next($context);
+    cmp_ok($dirty, '<', $slots * $granularity, 'but not everything is dirty');
+}
+
+# A teardown that failed left the id of an earlier backup than the provider has.
+sub check_is_full ($context, $name) {
+    is(dirty_of_next($context), $slots * $granularity, "$name: the next backup is a full one");
+    ok($context->{backend}->logged(qr/\Ainfo: .*relative to backup [0-9a-f]+, not /),
+        "$name: and says why");
+}
+
+sub dirty_of_next ($context) {
+    my $provider = PBA::Test::Provider->new;
+    ok(run_job($context, 'a good one', $provider), 'a good one: done') or diag($context->{error});
+    return 65536 * keys $provider->blocks($context->{backend}->device('disk0'))->%*;
 }
 
 # ---- each method dies ----
@@ -445,7 +456,9 @@ sub check_backend ($name) {
     run_job($context, 'the first', PBA::Test::Provider->new);
 
     check_deaths($context);
+    check_bits($context);
     check_late_signals($context);
+    check_is_full($context, 'a signal in the teardown');
     check_nonsense($context);
     check_bits($context);
     check_hooks($context);
@@ -463,7 +476,7 @@ sub check_backend ($name) {
         check_busy_monitor($context) if $name eq 'upstream';
     }
     check_teardown_error($context);
-    check_bits($context);
+    check_is_full($context, 'teardown fails');
     $backend->guest->stop_churn;
     check_resize($context) if $name eq 'upstream';
     $backend->check_manners;

@@ -131,9 +131,15 @@ sub check_contains ($context, $name, $dirty) {
     return;
 }
 
+# The bitmap has an id, which only a task goes on from.
+sub next_dirty ($context) {
+    my $provider = PBA::Test::Provider->new;
+    $context->{backend}->task($provider, qmp => $context->{qmp})->run_job;
+    return $provider->blocks($context->{device});
+}
+
 sub check_bits ($context, $name) {
-    my $dirty = $context->{backend}->next_dirty(qmp => $context->{qmp});
-    check_contains($context, $name, $dirty->{ $context->{device} });
+    check_contains($context, $name, next_dirty($context));
 }
 
 sub check_point ($context, $place, %at) {
@@ -270,7 +276,7 @@ sub check_backend ($name) {
     $context->{device} = $backend->device('disk0');
     $context->{unread} = {};
     $context->{outside} = $backend->outside;
-    $backend->next_dirty(qmp => $qmp);
+    next_dirty($context);
     check_methods($context);
     check_callbacks($context);
     check_commands($context);

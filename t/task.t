@@ -30,7 +30,7 @@ my @job = (
 
 sub check_arguments ($context, $arguments, $start) {
     my $backend = $context->{backend};
-    my %volumes = map { $backend->device($_) => { size => $sizes{$_} } } @ids;
+    my %volumes = map { $backend->device($_) => { size => $sizes{$_}, base => undef } } @ids;
 
     for my $time ($arguments->{job_init}[0], splice($arguments->{backup_init}->@*, 2, 1)) {
         ok($time >= $start && $time <= time(), 'a time of now');
@@ -38,8 +38,15 @@ sub check_arguments ($context, $arguments, $start) {
     my ($vmid, $config, $volumes, $info) = $arguments->{backup_vm}->@*;
     is_deeply($arguments->{backup_init}, [100, 'qemu'], 'backup_init');
     is_deeply($arguments->{backup_get_mechanism}, [100, 'qemu'], 'backup_get_mechanism');
-    is_deeply($arguments->{backup_vm_query_incremental}, [100, \%volumes], 'the sizes');
+    is_deeply(
+        $arguments->{backup_vm_query_incremental},
+        [100, \%volumes],
+        'the sizes, and no backup before'
+    );
     is_deeply([$vmid, $config], [100, "name: test\n"], 'backup_vm: the configuration');
+    my ($id, $guest) = delete($info->@{qw(backup-id guest-uuid)});
+    like($id, qr/\A[0-9a-f]{32}\z/, 'backup_vm: the id of the backup');
+    like($guest, qr/\A[0-9a-f-]{36}\z/, 'backup_vm: the guest');
     is_deeply(
         $info,
         { 'bandwidth-limit' => 123 * $mib, 'firewall-config' => "[OPTIONS]\n" },
@@ -116,8 +123,12 @@ sub check_run ($context) {
         [qw(backup_get_mechanism backup_vm_query_incremental backup_vm)],
         'run: the calls'
     );
-    is_deeply($calls[2][4], {}, 'run: neither limit nor firewall configuration');
-    is_deeply([sort keys $result->%*], [qw(devices seconds)], 'run: the result');
+    is_deeply(
+        [sort keys $calls[2][4]->%*],
+        [qw(backup-id guest-uuid)],
+        'run: neither limit nor firewall configuration'
+    );
+    is_deeply([sort keys $result->%*], [qw(devices id seconds)], 'run: the result');
 }
 
 # ---- bitmaps ----

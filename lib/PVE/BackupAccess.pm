@@ -18,6 +18,8 @@ use PVE::BackupAccess::Volume;
 
 XSLoader::load('PVE::BackupAccess', $VERSION);
 
+my $Error = 'PVE::BackupAccess::Error';
+
 my $default_timeout = 60;
 
 # The file handles that an access has given out and that are still in use, weakly.
@@ -58,16 +60,21 @@ my %access_options = (
     recover => \&check_flag,
 );
 
-my %recover_options = (
-    (map { $_ => $access_options{$_} } qw(qmp timeout target-id run-dir fleecing-dir log)),
-    force => \&check_flag,
-);
+my %forget_options
+    = map { $_ => $access_options{$_} } qw(qmp timeout target-id run-dir fleecing-dir log);
+
+my %recover_options = (%forget_options, force => \&check_flag);
 
 my %status_options = map { $_ => $access_options{$_} } qw(qmp timeout run-dir fleecing-dir);
+
+my sub check_base ($name, $value) {
+    check_text($name, $value) if defined($value);
+}
 
 my %device_keys = (
     device => \&check_filled_text,
     'bitmap-mode' => \&check_text,
+    base => \&check_base,
 );
 
 # One VM, one identity, by whatever path its socket is reached.
@@ -106,6 +113,11 @@ sub recover ($class, @options) {
     return $class->_make($options)->_recover;
 }
 
+sub forget ($class, @options) {
+    my $options = check_options('forget', \@options, \%forget_options, qw(qmp target-id));
+    return $class->_make($options)->_forget;
+}
+
 sub status ($class, @options) {
     my $options = check_options('status', \@options, \%status_options, 'qmp');
     return _status(core_options($options));
@@ -120,6 +132,19 @@ sub sizes ($self, @devices) {
     bad_argument('sizes needs at least one device') if !@devices;
     check_filled_text('device', $_) for @devices;
     return $self->_sizes([map { "$_" } @devices]);
+}
+
+sub bases ($self, @devices) {
+    bad_argument('bases needs at least one device') if !@devices;
+    check_filled_text('device', $_) for @devices;
+    return $self->_bases([map { "$_" } @devices]);
+}
+
+sub new_id ($class) {
+    my ($fh, $bytes);
+    $Error->throw('SystemError', "cannot read /dev/urandom - $!")
+        if !open($fh, '<:raw', '/dev/urandom') || read($fh, $bytes, 16) != 16;
+    return unpack('H*', $bytes);
 }
 
 sub setup ($self, $devices) {
@@ -151,6 +176,7 @@ sub _nbd_volumes ($self) {
             'nbd-path' => $socket,
         };
         $volume->{'bitmap-name'} = $info->{'bitmap-name'} if $status ne 'none';
+        $volume->{base} = $info->{base} if defined($info->{base});
     }
     return $volumes;
 }
@@ -167,6 +193,7 @@ sub _handle_volumes ($self) {
         $volumes->{$device} = {
             size => $nbd_volume->{size},
             'bitmap-mode' => $nbd_volume->{'bitmap-mode'},
+            exists($nbd_volume->{base}) ? (base => $nbd_volume->{base}) : (),
             'file-handle' => $self->_open_handle($index),
             'next-dirty-region' => sub { return $reader->next_dirty_region },
         };
@@ -177,11 +204,11 @@ sub _handle_volumes ($self) {
 sub _open_handle ($self, $index) {
     my $fd = $self->_open_file($index);
     open(my $handle, '+<&=', $fd)
-        or PVE::BackupAccess::Error->throw('SystemError', "cannot use descriptor $fd - $!");
+        or $Error->throw('SystemError', "cannot use descriptor $fd - $!");
 
     # Perl's open has switched it off for descriptors up to $^F.
     fcntl($handle, F_SETFD, FD_CLOEXEC)
-        or PVE::BackupAccess::Error->throw('SystemError', "fcntl failed - $!");
+        or $Error->throw('SystemError', "fcntl failed - $!");
     my $given = $handles{$self} //= [];
     $given->@* = grep { defined } ($given->@*, $handle);
     Scalar::Util::weaken($_) for $given->@*;
@@ -195,11 +222,12 @@ sub volume ($self, $device) {
     return PVE::BackupAccess::Volume->open($device, $volume);
 }
 
-sub teardown ($self, $success) {
+sub teardown ($self, $success, $id = undef) {
+    check_text('the id', $id) if defined($id);
 
     # Whoever reads on is to get an error at once.
     close($_) for grep { defined } (delete($handles{$self}) // [])->@*;
-    return $self->_teardown($success ? 1 : 0);
+    return $self->_teardown($success ? 1 : 0, $id);
 }
 
 sub CLONE_SKIP { return 1 }
@@ -211,7 +239,7 @@ sub DESTROY ($self) {
 
         # A handler that makes warnings fatal must not keep us from it.
         eval { warn "backup access was not torn down - doing so now, as after a failed backup\n" };
-        if (!eval { $self->_teardown(0); 1 }) {
+        if (!eval { $self->_teardown(0, undef); 1 }) {
             my $error = $@;
             eval { warn $error };
 
@@ -378,6 +406,20 @@ process has ended, say so:
 The log and the lines returned say which process was taken for dead. An access of a process that is seen
 to live, or of another target, is never undone.
 
+=head2 forget
+
+    my $lines = PVE::BackupAccess->forget(qmp => $path, 'target-id' => $id);
+
+Removes the target's bitmaps of all disks, so that the next backup of each is a full one. QEMU loads no
+earlier state of a guest (C<loadvm>, C<qemu-img snapshot -a>) whose disk has a bitmap. Takes what L</recover>
+takes and returns lines likewise. Dies with class C<StateError> while an access is up, of whatever target.
+
+=head2 new_id
+
+    my $id = PVE::BackupAccess->new_id;
+
+A new random id for a backup: 32 hexadecimal digits.
+
 =head2 status
 
     my $status = PVE::BackupAccess->status(qmp => $path);
@@ -403,7 +445,7 @@ run directories, so it is undef for an access without bitmaps if C<run-dir> is a
 =item bitmaps
 
 An array ref of hashes: C<target-id>, C<device>, C<node> and C<name> of the bitmap, C<background> (1 for that
-which records while an access is up), C<dirty-bytes>, C<granularity>, and QEMU's C<recording>, C<busy>,
+which records while an access is up), C<base> (the id of the backup that it is relative to), C<dirty-bytes>, C<granularity>, and QEMU's C<recording>, C<busy>,
 C<persistent> and C<inconsistent>. On a stock QEMU only those of this module, on a Proxmox QEMU all that
 have a name.
 
@@ -453,6 +495,14 @@ else.
 The sizes of devices before L</setup>, as QEMU has them. Dies like setup for a device that cannot be
 backed up: one that is not there, has no medium, or is listed twice.
 
+=head2 bases
+
+    my $bases = $access->bases('drive-scsi0', 'drive-scsi1');    # { 'drive-scsi0' => $id, ... }
+
+The ids of the backups that the devices' bitmaps are relative to, before L</setup> and after what a killed
+process left is undone: see L</WHICH BACKUP A BITMAP IS RELATIVE TO>. undef where a bitmap is not there, or
+must not be used.
+
 =head2 setup
 
     my $infos = $access->setup([{ device => 'drive-scsi0', 'bitmap-mode' => 'use' }, ...]);
@@ -463,7 +513,8 @@ default; removes this target's bitmap), C<new> (starts a bitmap with everything 
 (continues the bitmap, or starts one if there is none to be trusted).
 
 Returns a hash per device, as in QEMU's reply: C<device>, C<node-name>, C<size>, and with a bitmap
-C<bitmap-node-name>, C<bitmap-name> and C<bitmap-action>.
+C<bitmap-node-name>, C<bitmap-name> and C<bitmap-action>. A C<base> per device ties the bitmaps to backups:
+see L</WHICH BACKUP A BITMAP IS RELATIVE TO>.
 
 When setup dies, what it did is undone, and no bitmap lost a bit.
 
@@ -476,7 +527,8 @@ L</recover>. While another process has an access to this guest, setup dies with 
     my $volumes = $access->volumes('file-handle');
 
 The devices' data as a backup provider wants it: exactly the hash of the provider API's
-C<backup_vm()>. Per device there are C<size> and C<bitmap-mode> (C<none>, C<new> or C<reuse>), and
+C<backup_vm()>. Per device there are C<size> and C<bitmap-mode> (C<none>, C<new> or C<reuse>), where setup was
+given a C<base> and the bitmap is used that C<base>, and
 
 =over
 
@@ -513,10 +565,12 @@ One device's data as a L<PVE::BackupAccess::Volume>, connected.
 =head2 teardown
 
     $access->teardown($success);
+    $access->teardown(1, $id);
 
 Closes the file handles that volumes has given out, ends the access and undoes everything setup and
 volumes made. After a success each bitmap holds exactly what the guest wrote since the instant; after a
-failure it holds that and all it held before.
+failure it holds that and all it held before. C<$id> is the id of a backup that has ended well: the bitmaps
+are relative to it from now on.
 
 Every step is tried even if an earlier one failed; the first error is what it dies with, and a later
 call tries again what is left, as after a failed backup, whatever it is told. A bitmap that could not be brought to its right state is
@@ -538,6 +592,33 @@ again, or another process has undone it (L</recover>). The same holds for volume
 
 When an access goes out of scope that was not torn down, that is done as after a failed backup, with a
 warning. A forked child does nothing of the kind.
+
+=head1 WHICH BACKUP A BITMAP IS RELATIVE TO
+
+A bitmap holds what has changed since one backup. It goes back in time with the guest, moves with it to
+another node, and stays with a disk that is plugged in elsewhere; archives do not. With ids neither can be
+taken for what the other does not fit:
+
+    my $id = PVE::BackupAccess->new_id;
+    $access->setup([{ device => 'drive-scsi0', 'bitmap-mode' => 'use', base => $id_of_last_archive }]);
+    ...
+    $access->teardown(1, $id);    # kept with the archive
+
+C<base> is the id of the backup that the bitmap has to be relative to, undef if there is none; where one
+device has the key, all bitmaps of the access are tied to backups. C<use> then gives C<used> only if the
+bitmap is relative to that backup, of this disk of this guest under this name, is recording, and the disk was
+not resized. Otherwise it is made anew (C<missing-recreated>; on a QEMU with the early form of the command
+C<new>), and the log and C<reason> in the device's hash say why. C<base> in there is the id of a bitmap that is
+used.
+
+The id is in the name of a second bitmap beside the target's, which takes the same memory. It is stored,
+migrated and rolled back with it. It tells no change of the disk's size back and forth by less than what a bit
+stands for (64 KiB, on a Proxmox QEMU usually 4 MiB). A teardown without an id takes the id away.
+
+Without C<base> nothing ties a bitmap to an archive: after a rollback, a migration there and back, or a
+swap of disks, C<use> says C<used> although the bitmap does not fit the newest archive. Bitmaps with and
+without an id have different names in QEMU, so that a program that knows of no ids, such as version 0.1.0,
+touches none that has one. The first backup with ids is a full one.
 
 =head1 SEE ALSO
 

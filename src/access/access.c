@@ -22,7 +22,7 @@ static bool check_target_id(const char *id, GError **error)
     } else if (!g_utf8_validate(id, -1, NULL)) {
         problem = "must be valid UTF-8";
     } else {
-        g_autofree char *background = pba_background_bitmap(id, longest_nonce);
+        g_autofree char *background = pba_background_bitmap(id, longest_nonce, true);
         if (strlen(background) > MAX_BITMAP_NAME) {
             pba_error_set(error, PBA_ERROR_ARGUMENT,
                           "target-id is too long - %zu bytes, at most %zu can be part of the name "
@@ -140,6 +140,8 @@ void pba_access_device_info(const PbaAccess *access, size_t index, PbaDeviceInfo
         .bitmap_node_name = disk->bitmap_name ? disk->bitmap_node : NULL,
         .bitmap_name = disk->bitmap_name,
         .action = disk->action,
+        .base = disk->action == PBA_BITMAP_ACTION_USED ? disk->base : NULL,
+        .reason = disk->reason,
     };
 }
 

@@ -14,6 +14,9 @@ typedef struct {
     char *device;
     char *key; /* hash of the device: what names of ours are made from */
     PbaBitmapMode mode;
+    char *base;     /* id of the backup that its bitmap has to be relative to; NULL: none */
+    char *identity; /* see pba_disk_identity */
+    char *reason;   /* why its bitmap is not used; NULL: it is, or there is none */
 
     char *qdev;        /* id or QOM path of the guest device; NULL: none */
     char *root_node;   /* what the guest device used before setup */
@@ -74,7 +77,10 @@ struct PbaAccess {
     char *early_bitmap_name;
     bool persistent;
     bool no_recover;
-    bool force; /* recovery takes the process of a marker that it cannot judge for dead */
+    bool force;      /* recovery takes the process of a marker that it cannot judge for dead */
+    bool tied;       /* its bitmaps have companions */
+    char *guest;     /* the guest's UUID; NULL: not asked for */
+    char *backup_id; /* what its bitmaps are relative to after a success; NULL: nothing */
 
     const PbaBackend *backend;
     PbaForm form;
@@ -135,8 +141,8 @@ bool pba_owner_require_now(PbaAccess *access, GError **error);
 bool pba_owner_holds(PbaAccess *access);
 /* Claims the guest for this access, unless another one was faster. */
 bool pba_owner_mark(PbaAccess *access, GError **error);
-bool pba_device_marks_add(PbaAccess *access, GError **error);
-bool pba_ending_mark_add(PbaAccess *access, GError **error);
+/* A node that does nothing: its name is the mark. */
+bool pba_mark_add(PbaAccess *access, const char *name, uint64_t size, GError **error);
 /* Takes our marker away, and with all also those of dead processes and of this target's devices and
  * end. Nothing if ours is no more there. A failure is logged only: nothing but a later access
  * depends on it. */
@@ -161,6 +167,26 @@ void pba_access_begin_changes(PbaAccess *access);
 void pba_access_end(PbaAccess *access);
 /* What every end of an access is: all that is possible is undone. */
 bool pba_tear_down_and_end(PbaAccess *access, bool success, GError **error);
+
+/* Which backup the bitmaps are relative to */
+
+/* The name of the target's bitmap; the caller's to free. */
+char *pba_access_bitmap(const PbaAccess *access);
+/* Asks QEMU which guest it is, where that is needed. */
+bool pba_tie_ask_guest(PbaAccess *access, GError **error);
+/* The companion that the disk's bitmap has when it is relative to that backup; borrows all. */
+PbaCompanion pba_disk_companion(const PbaAccess *access, const PbaDisk *disk, const char *id);
+/* Whether the target's bitmap of a disk goes on from the disk's base; if not, the disk's reason
+ * says why. */
+bool pba_tie_fits(const PbaAccess *access, PbaDisk *disk, const PbaBlock *block);
+/* Says why the bitmap, which is there, is not used. */
+void pba_tie_log_reason(const PbaAccess *access, const PbaDisk *disk);
+/* Actions of a transaction: the companion that a new bitmap has, without an id; and the one that
+ * takes its place after a success, with the access' id, or none where it has no id. */
+void pba_tie_add_open(JsonArray *actions, const PbaAccess *access, const PbaDisk *disk,
+                      const char *from, uint64_t granularity);
+void pba_tie_add_id(JsonArray *actions, const PbaAccess *access, const PbaDisk *disk,
+                    const PbaBlock *block, uint64_t granularity);
 
 /* The directory of the NBD socket: private, made without following anybody's links. */
 bool pba_run_dir_make(PbaAccess *access, GError **error);

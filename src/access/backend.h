@@ -13,6 +13,10 @@ struct PbaBackend {
 
     /* Fills in a disk by a name that no device of the guest has, or refuses it. */
     bool (*resolve_node)(PbaDisk *disk, const PbaBlock *block, GError **error);
+    /* What tells the disk from others of its guest, also after a restart. Its name is a part of
+     * that: who keeps archives finds them by it. device is query-block's entry, or NULL. The
+     * caller's to free. */
+    char *(*identify)(const char *name, JsonObject *device);
     bool (*check)(PbaAccess *access, const PbaBlock *block, GError **error);
     bool (*setup)(PbaAccess *access, PbaBlock *block, GError **error);
     bool (*teardown)(PbaAccess *access, bool success, GError **error);
@@ -28,6 +32,9 @@ struct PbaBackend {
 
     /* Bitmaps, by their names */
 
+    /* The name of the target's bitmap that has no companion, as version 0.1.0 calls it, too; the
+     * caller's to free. */
+    char *(*plain_bitmap)(const char *target_id);
     /* The target in the name, which it points into; NULL: it is no bitmap of a target. */
     const char *(*bitmap_target)(const char *name);
     /* Whether such a bitmap records what the guest writes while an access is up. */
@@ -44,6 +51,13 @@ struct PbaBackend {
     /* Whether another program has an access up by QEMU's own commands, and for which target: the
      * caller's to free, NULL if that is not known. */
     bool (*find_foreign)(const PbaBlock *block, char **target_id);
+    /* Whether any access is up by QEMU's own commands, also one without bitmaps. */
+    bool (*is_access_up)(const PbaBlock *block);
+    /* Whether there are bitmaps of no access that a snapshot with RAM or a migration in the middle
+     * of one has brought back. */
+    bool (*has_strays)(const PbaAccess *access, const PbaBlock *block);
+    /* Removes them; the marker of this access is there. Lines say what was removed. */
+    bool (*drop_strays)(PbaAccess *access, GPtrArray *lines, GError **error);
     /* Adds what else QEMU says of backups. */
     bool (*add_status)(PbaQmp *qmp, JsonObject *status, GError **error);
 };

@@ -8,6 +8,9 @@ void pba_disk_free(gpointer data)
 
     g_free(disk->device);
     g_free(disk->key);
+    g_free(disk->base);
+    g_free(disk->identity);
+    g_free(disk->reason);
     g_free(disk->qdev);
     g_free(disk->root_node);
     g_free(disk->bitmap_node);

@@ -288,7 +288,7 @@ static JsonArray *query_nodes(PbaAccess *access, GError **error)
 }
 
 /* Read-only, or else QEMU (7.2 to 11.0) would refuse a snapshot of the VM (savevm). */
-static bool add_mark(PbaAccess *access, const char *name, uint64_t size, GError **error)
+bool pba_mark_add(PbaAccess *access, const char *name, uint64_t size, GError **error)
 {
     return pba_qmp_run(access->qmp, "blockdev-add",
                        pba_json("{'driver': <'null-co'>, 'node-name': <%s>, 'size': <%x>, "
@@ -381,7 +381,7 @@ static bool mark_and_look(PbaAccess *access, GError **error)
     if (!name || !pba_owner_mark_size(access, &size, error)) {
         return false;
     }
-    if (!add_mark(access, name, size, &refused) && pba_error_is_fatal(refused)) {
+    if (!pba_mark_add(access, name, size, &refused) && pba_error_is_fatal(refused)) {
         g_propagate_error(error, g_steal_pointer(&refused));
         return false;
     }
@@ -406,25 +406,6 @@ bool pba_owner_mark(PbaAccess *access, GError **error)
     pba_owner_unmark(access, false);
     pba_access_enter(access, PBA_PHASE_NEW);
     return false;
-}
-
-bool pba_device_marks_add(PbaAccess *access, GError **error)
-{
-    for (guint i = 0; i < access->disks->len; i++) {
-        const PbaDisk *disk = access->disks->pdata[i];
-        g_autofree char *name = pba_disk_name(access, PBA_DEVICE_ROLE, disk);
-        if (!add_mark(access, name, 0, error)) {
-            pba_error_add_device(error, disk->device);
-            return false;
-        }
-    }
-    return true;
-}
-
-bool pba_ending_mark_add(PbaAccess *access, GError **error)
-{
-    g_autofree char *name = pba_ending_mark(access->target_id);
-    return add_mark(access, name, 0, error);
 }
 
 /* The order in which marks are deleted: while ours is there no other process looks at the rest. */

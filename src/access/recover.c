@@ -334,12 +334,26 @@ bool pba_recover_leftovers(PbaAccess *access, PbaBlock *block, GPtrArray *lines,
            look(access, block, &leftovers, error);
 }
 
+/* With our marker in QEMU nobody begins an access in between, whose bitmaps would be hit. */
+static bool drop_strays(PbaAccess *access, const PbaBlock *block, GPtrArray *lines, GError **error)
+{
+    if (!access->backend->has_strays(access, block)) {
+        return true;
+    }
+    if (!pba_owner_mark(access, error)) {
+        return false;
+    }
+    bool done = access->backend->drop_strays(access, lines, error);
+    return pba_tear_down_and_end(access, false, done ? error : NULL) && done;
+}
+
 bool pba_access_recover(PbaAccess *access, GPtrArray *lines, GError **error)
 {
     g_auto(PbaBlock) block = {0};
 
-    bool done =
-        pba_access_begin(access, error) && pba_recover_leftovers(access, &block, lines, error);
+    bool done = pba_access_begin(access, error) &&
+                pba_recover_leftovers(access, &block, lines, error) &&
+                drop_strays(access, &block, lines, error);
     pba_qmp_release(access->qmp);
     return done;
 }

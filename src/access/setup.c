@@ -27,7 +27,13 @@ static bool note_requests(PbaAccess *access, const PbaDeviceRequest *requests, s
         disk->device = g_strdup(requests[i].device);
         disk->key = pba_short_hash(disk->device);
         disk->mode = requests[i].mode;
+        disk->base = g_strdup(requests[i].base);
+        access->tied |= requests[i].tied;
         g_ptr_array_add(access->disks, disk);
+        if (disk->base && !pba_companion_check_id(disk->base, error)) {
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
     }
     return true;
 }
@@ -38,6 +44,7 @@ static bool resolve_disk(PbaDisk *disk, const PbaBackend *backend, const PbaBloc
 {
     JsonObject *device = pba_block_find_device(block, disk->device);
 
+    disk->identity = backend->identify(disk->device, device);
     if (!device) {
         return backend->resolve_node(disk, block, error);
     }
@@ -88,15 +95,34 @@ static void undo_setup(PbaAccess *access)
     }
 }
 
+static void log_lines(const PbaAccess *access, const GPtrArray *lines)
+{
+    for (guint i = 0; i < lines->len; i++) {
+        pba_log(&access->hooks, PBA_LOG_INFO, "%s", (const char *)lines->pdata[i]);
+    }
+}
+
 static bool undo_leftovers(PbaAccess *access, PbaBlock *block, GError **error)
 {
     g_autoptr(GPtrArray) lines = g_ptr_array_new_with_free_func(g_free);
 
     bool done = pba_recover_leftovers(access, block, lines, error);
-    for (guint i = 0; i < lines->len; i++) {
-        pba_log(&access->hooks, PBA_LOG_INFO, "%s", (const char *)lines->pdata[i]);
-    }
+    log_lines(access, lines);
     return done;
+}
+
+/* Our marker is there: nobody begins an access in between, whose bitmaps would be hit. */
+static bool drop_strays(PbaAccess *access, PbaBlock *block, GError **error)
+{
+    g_autoptr(GPtrArray) lines = g_ptr_array_new_with_free_func(g_free);
+
+    if (!access->backend->has_strays(access, block)) {
+        return true;
+    }
+    bool done = access->backend->drop_strays(access, lines, error);
+    log_lines(access, lines);
+    /* What setup compares with must not have them any more. */
+    return done && pba_block_query(access->qmp, true, block, error);
 }
 
 /* The disks of a guest that was migrated away are another QEMU's, and change there. */
@@ -123,14 +149,16 @@ static bool set_up(PbaAccess *access, GError **error)
         return false;
     }
     access->nonce = pba_nonce_new(error);
-    return access->nonce && check_here(access, error) &&
+    return access->nonce && check_here(access, error) && pba_tie_ask_guest(access, error) &&
            /* Before the disks are looked at: it changes the graph and the bitmaps. */
            undo_leftovers(access, &block, error) && resolve_disks(access, &block, error) &&
            access->backend->check(access, &block, error) &&
            /* Before the first change: another process sees from now on that this one is at work. */
            pba_owner_mark(access, error) &&
            /* After the marker, whose name it notes; before the NBD server, which listens there. */
-           pba_run_dir_make(access, error) && access->backend->setup(access, &block, error);
+           pba_run_dir_make(access, error) &&
+           /* Before the command: with a stray background bitmap Proxmox' QEMU refuses it. */
+           drop_strays(access, &block, error) && access->backend->setup(access, &block, error);
 }
 
 static bool require_down(const PbaAccess *access, GError **error)
@@ -160,6 +188,43 @@ bool pba_access_sizes(PbaAccess *access, const PbaDeviceRequest *requests, size_
         sizes[i] = disk->size;
     }
     g_ptr_array_set_size(access->disks, 0);
+    access->tied = false;
+    pba_qmp_release(access->qmp);
+    return done;
+}
+
+/* The id that the disk's bitmap has, if nothing speaks against the bitmap. */
+static char *find_base(PbaAccess *access, PbaDisk *disk, const PbaBlock *block)
+{
+    disk->bitmap_node = g_strdup(pba_block_skip_filters(block, disk->root_node));
+    const char *companion = pba_companion_find(block, disk->bitmap_node, access->target_id);
+    disk->base = companion ? g_strdup(pba_companion_id(companion)) : NULL;
+    return disk->base && pba_tie_fits(access, disk, block) ? g_strdup(disk->base) : NULL;
+}
+
+static bool look_for_bases(PbaAccess *access, PbaBlock *block, GError **error)
+{
+    return pba_access_begin(access, error) && check_here(access, error) &&
+           pba_tie_ask_guest(access, error) && undo_leftovers(access, block, error) &&
+           pba_block_query(access->qmp, true, block, error) && resolve_disks(access, block, error);
+}
+
+bool pba_access_bases(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
+                      char **bases, GError **error)
+{
+    g_auto(PbaBlock) block = {0};
+
+    if (!require_down(access, error)) {
+        return false;
+    }
+    bool done = note_requests(access, requests, count, error);
+    access->tied = true;
+    done = done && look_for_bases(access, &block, error);
+    for (size_t i = 0; done && i < count; i++) {
+        bases[i] = find_base(access, access->disks->pdata[i], &block);
+    }
+    g_ptr_array_set_size(access->disks, 0);
+    access->tied = false;
     pba_qmp_release(access->qmp);
     return done;
 }

@@ -161,6 +161,16 @@ static JsonObject *describe_access(Status *status)
 
 /* Bitmaps and exports */
 
+/* The id of the backup that a bitmap is relative to, borrowed; NULL: nothing tells. */
+static const char *find_base(const Status *status, const char *node, const char *bitmap,
+                             const char *target)
+{
+    const char *companion = target && pba_is_tied_bitmap(bitmap)
+                                ? pba_companion_find(&status->block, node, target)
+                                : NULL;
+    return companion ? pba_companion_id(companion) : NULL;
+}
+
 static void add_bitmap(const Status *status, const char *node, JsonObject *info, JsonArray *list)
 {
     const PbaBackend *backend = status->access->backend;
@@ -177,6 +187,7 @@ static void add_bitmap(const Status *status, const char *node, JsonObject *info,
     set_text(object, "device", device);
     set_text(object, "node", node);
     set_text(object, "name", name);
+    set_text(object, "base", find_base(status, node, name, target));
     json_object_set_int_member(object, "background", is_background);
     copy_size(object, "dirty-bytes", info, "count");
     copy_size(object, "granularity", info, "granularity");

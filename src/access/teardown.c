@@ -21,6 +21,8 @@ void pba_access_free(PbaAccess *access)
     g_free(access->fleecing_dir);
     g_clear_pointer(&access->fleecing, g_hash_table_unref);
     g_free(access->early_bitmap_name);
+    g_free(access->guest);
+    g_free(access->backup_id);
     g_free(access->socket_dir);
     g_free(access->socket);
     g_free(access->nonce);
@@ -35,6 +37,8 @@ void pba_access_end(PbaAccess *access)
     pba_owner_forget(access);
     g_ptr_array_set_size(access->disks, 0);
     g_clear_pointer(&access->nonce, g_free);
+    g_clear_pointer(&access->backup_id, g_free);
+    access->tied = false;
     if (access->phase != PBA_PHASE_NEW) {
         pba_access_enter(access, PBA_PHASE_NEW);
     }
@@ -154,10 +158,35 @@ static void end_interrupted_call(PbaAccess *access)
     }
 }
 
-bool pba_access_teardown(PbaAccess *access, bool success, GError **error)
+/* The end of a backup that is told its id. */
+static bool note_id(PbaAccess *access, const char *id, GError **error)
+{
+    if (id && !access->tied) {
+        pba_error_set(
+            error, PBA_ERROR_ARGUMENT,
+            "the access was set up without 'base', so that its bitmaps cannot have an id");
+        return false;
+    }
+    if (id && !pba_companion_check_id(id, error)) {
+        return false;
+    }
+    for (guint i = 0; id && i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        if (g_strcmp0(disk->base, id) == 0) {
+            pba_error_set(error, PBA_ERROR_ARGUMENT, "id '%s' is that of its earlier backup", id);
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+    }
+    g_free(access->backup_id);
+    access->backup_id = g_strdup(id);
+    return true;
+}
+
+bool pba_access_teardown(PbaAccess *access, bool success, const char *id, GError **error)
 {
     end_interrupted_call(access);
-    if (!pba_access_require_up(access, error)) {
+    if (!pba_access_require_up(access, error) || !note_id(access, success ? id : NULL, error)) {
         return false;
     }
     /* What went wrong once may have joined the bitmaps of some disks as after a failure. */

@@ -99,7 +99,7 @@ JsonObject *pba_block_find_bitmap(const PbaBlock *block, const char *node, const
 }
 
 JsonObject *pba_block_find_background(const PbaBlock *block, const char *node,
-                                      const char *target_id)
+                                      const char *target_id, bool tied)
 {
     JsonObject *entry = pba_block_find_node(block, node);
     JsonArray *bitmaps = entry ? pba_json_find_array(entry, "dirty-bitmaps") : NULL;
@@ -107,7 +107,8 @@ JsonObject *pba_block_find_background(const PbaBlock *block, const char *node,
     for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
         JsonObject *info = pba_json_element(bitmaps, i);
         const char *name = info ? pba_json_find_string(info, "name") : NULL;
-        if (name && g_strcmp0(pba_background_target(name), target_id) == 0) {
+        if (name && g_strcmp0(pba_background_target(name), target_id) == 0 &&
+            pba_is_tied_background(name) == tied) {
             return info;
         }
     }

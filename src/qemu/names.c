@@ -8,6 +8,8 @@
 
 #define TARGET_PREFIX "pba:"
 #define BACKGROUND_PREFIX "pba-background-"
+/* Beside a bitmap with a companion: which of the two bitmaps it belongs to is never guessed. */
+#define TIED_BACKGROUND_PREFIX "pba-background+"
 /* Of version 0.1.0. */
 #define OLD_BACKGROUND_PREFIX "pba-background:"
 
@@ -46,12 +48,32 @@ char *pba_target_bitmap(const char *target_id)
     return g_strconcat(TARGET_PREFIX, target_id, NULL);
 }
 
+char *pba_tied_bitmap(const char *target_id)
+{
+    return g_strconcat(PBA_TIED_PREFIX, target_id, NULL);
+}
+
+bool pba_is_tied_bitmap(const char *name)
+{
+    return g_str_has_prefix(name, PBA_TIED_PREFIX);
+}
+
 /* Version 0.1.0 does not know such a name: it finds the target's bitmap frozen and alone, and makes
  * a full backup. */
-char *pba_background_bitmap(const char *target_id, const char *nonce)
+char *pba_background_bitmap(const char *target_id, const char *nonce, bool tied)
 {
-    return nonce ? g_strconcat(BACKGROUND_PREFIX, nonce, ":", target_id, NULL)
+    return nonce ? g_strconcat(tied ? TIED_BACKGROUND_PREFIX : BACKGROUND_PREFIX, nonce, ":",
+                               target_id, NULL)
                  : g_strconcat(OLD_BACKGROUND_PREFIX, target_id, NULL);
+}
+
+/* What follows the nonce. */
+static const char *skip_nonce(const char *name, const char *prefix)
+{
+    const char *nonce = name + strlen(prefix);
+    size_t length = strspn(nonce, "0123456789abcdef");
+
+    return length == PBA_NONCE_LENGTH && nonce[length] == ':' ? nonce + length + 1 : NULL;
 }
 
 const char *pba_background_target(const char *name)
@@ -59,12 +81,15 @@ const char *pba_background_target(const char *name)
     if (g_str_has_prefix(name, OLD_BACKGROUND_PREFIX)) {
         return name + strlen(OLD_BACKGROUND_PREFIX);
     }
-    if (!g_str_has_prefix(name, BACKGROUND_PREFIX)) {
-        return NULL;
+    if (pba_is_tied_background(name)) {
+        return skip_nonce(name, TIED_BACKGROUND_PREFIX);
     }
-    const char *nonce = name + strlen(BACKGROUND_PREFIX);
-    size_t length = strspn(nonce, "0123456789abcdef");
-    return length == PBA_NONCE_LENGTH && nonce[length] == ':' ? nonce + length + 1 : NULL;
+    return g_str_has_prefix(name, BACKGROUND_PREFIX) ? skip_nonce(name, BACKGROUND_PREFIX) : NULL;
+}
+
+bool pba_is_tied_background(const char *name)
+{
+    return g_str_has_prefix(name, TIED_BACKGROUND_PREFIX);
 }
 
 /* Of the kernel: GLib's generator gives a forked child the numbers of its parent. */
@@ -94,6 +119,9 @@ char *pba_ending_mark(const char *target_id)
 
 const char *pba_bitmap_target(const char *name)
 {
+    if (pba_is_tied_bitmap(name)) {
+        return name + strlen(PBA_TIED_PREFIX);
+    }
     return g_str_has_prefix(name, TARGET_PREFIX) ? name + strlen(TARGET_PREFIX)
                                                  : pba_background_target(name);
 }

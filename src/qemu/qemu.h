@@ -33,11 +33,16 @@ char *pba_ending_mark(const char *target_id);
 /* Names of the bitmaps that we add for a target; the caller's to free. Without a nonce the
  * background bitmap is one of version 0.1.0. */
 char *pba_target_bitmap(const char *target_id);
-char *pba_background_bitmap(const char *target_id, const char *nonce);
-/* The target in the name of such a background bitmap, whatever its nonce, or of either; NULL if it
- * is none. Points into it. */
+char *pba_background_bitmap(const char *target_id, const char *nonce, bool tied);
+/* The target's bitmap that has a companion, see below; on both backends. */
+char *pba_tied_bitmap(const char *target_id);
+bool pba_is_tied_bitmap(const char *name);
+/* The target in the name of such a background bitmap, whatever its nonce, or of any; NULL if it is
+ * none. Points into it. */
 const char *pba_background_target(const char *name);
 const char *pba_bitmap_target(const char *name);
+/* Whether a background bitmap belongs to the bitmap with a companion. */
+bool pba_is_tied_background(const char *name);
 
 /* Block devices, nodes and bitmaps at one moment, as the query commands tell them */
 
@@ -60,9 +65,10 @@ JsonObject *pba_block_find_device(const PbaBlock *block, const char *name);
 JsonObject *pba_block_find_user(const PbaBlock *block, const char *node);
 JsonObject *pba_block_find_node(const PbaBlock *block, const char *node);
 JsonObject *pba_block_find_bitmap(const PbaBlock *block, const char *node, const char *bitmap);
-/* The first background bitmap of the target that the node has. */
+/* The first background bitmap that the node has, of the target's bitmap with a companion or of the
+ * one without. */
 JsonObject *pba_block_find_background(const PbaBlock *block, const char *node,
-                                      const char *target_id);
+                                      const char *target_id, bool tied);
 /* The node's child of that name ("file", "target"); needs the graph. */
 const char *pba_block_find_child(const PbaBlock *block, const char *node, const char *child);
 /* The name of the guest's device that the node is a disk of, as a backup calls it: its block
@@ -83,5 +89,51 @@ bool pba_block_device_size(JsonObject *device, uint64_t *size, GError **error);
 bool pba_block_node_size(JsonObject *node, uint64_t *size, GError **error);
 
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(PbaBlock, pba_block_clear)
+
+/* Companions: which backup a target's bitmap is relative to
+ *
+ * A bitmap says what has changed since one backup, and nothing in it says which one that is. So
+ * beside a target's bitmap stands a second one that never records and has every bit set. Its name
+ * says of which target, guest and disk it is, how large that disk was, and the id of the backup. It
+ * is stored, migrated and rolled back together with its partner. A bit that it lacks is a part of
+ * the disk that was cut off since. */
+
+/* What the name of a bitmap with a companion begins with. A program that knows of no companions
+ * never uses such a name, so it cannot clear the bitmap while its companion stays. */
+#define PBA_TIED_PREFIX "pba-tied:"
+
+typedef struct {
+    const char *target_id;
+    const char *guest; /* its UUID */
+    const char *disk;  /* what tells it from others of the guest */
+    uint64_t size;
+    const char *id; /* an access' nonce instead, or NULL: of no backup that has ended well */
+} PbaCompanion;
+
+/* An id is 32 hexadecimal digits, in lower case. */
+bool pba_companion_check_id(const char *id, GError **error);
+
+/* The caller's to free. */
+char *pba_companion_name(const PbaCompanion *companion);
+/* Whether a bitmap of that name is one, of whatever target. */
+bool pba_is_companion(const char *bitmap);
+/* Whether it is one of that target. */
+bool pba_is_companion_of(const char *bitmap, const char *target_id);
+
+/* The name of the target's companion on that node, borrowed; NULL: there is none, or several. */
+const char *pba_companion_find(const PbaBlock *block, const char *node, const char *target_id);
+/* The id in such a name, borrowed; NULL: it has none. */
+const char *pba_companion_id(const char *bitmap);
+/* Why the node's bitmap must not be used as relative to the backup that wanted tells, the caller's
+ * to free; NULL: it may. */
+char *pba_companion_problem(const PbaBlock *block, const char *node, const char *bitmap,
+                            const PbaCompanion *wanted);
+
+/* Actions of a transaction. Removes all of the target's companions on the node. */
+void pba_companion_remove(JsonArray *actions, const PbaBlock *block, const char *node,
+                          const char *target_id);
+/* Adds one of that name with the bits of another bitmap of the node. */
+void pba_companion_add(JsonArray *actions, const char *node, const char *name, const char *from,
+                       uint64_t granularity, bool persistent);
 
 #endif

@@ -63,14 +63,22 @@ static void test_bitmaps(void)
 {
     g_autofree char *target = pba_target_bitmap("my:store");
     g_autofree char *nonce = pba_nonce_new(NULL);
-    g_autofree char *background = pba_background_bitmap("my:store", nonce);
-    g_autofree char *old = pba_background_bitmap("my:store", NULL);
+    g_autofree char *background = pba_background_bitmap("my:store", nonce, false);
+    g_autofree char *tied = pba_background_bitmap("my:store", nonce, true);
+    g_autofree char *old = pba_background_bitmap("my:store", NULL, false);
 
     ok(g_str_has_suffix(target, "my:store"), "the target's bitmap: %s", target);
     ok(g_str_has_suffix(background, "my:store"), "the background bitmap: %s", background);
     ok(strcmp(target, background) != 0 && strcmp(old, background) != 0, "they are told apart");
     is_text(pba_background_target(background), "my:store", "%s is of its target", background);
     is_text(pba_background_target(old), "my:store", "that of version 0.1.0, too: %s", old);
+    is_text(pba_background_target(tied), "my:store", "that beside a companion, too: %s", tied);
+    ok(pba_is_tied_background(tied) && !pba_is_tied_background(background) &&
+           !pba_is_tied_background(old),
+       "it is told apart");
+    g_autofree char *with_id = pba_tied_bitmap("my:store");
+    is_text(pba_bitmap_target(with_id), "my:store", "the bitmap with a companion: %s", with_id);
+    ok(!pba_background_target(with_id) && strcmp(with_id, target) != 0, "is another one");
     ok(!pba_background_target(target) && !pba_background_target("pba-background-12:my:store"),
        "others are none");
     /* A target-id that looks like the prefix of another kind must not make one of the other. */

@@ -11,6 +11,8 @@ use PBA::Test::QMP;
 
 my $mib = 1024 * 1024;
 
+my %notes;
+
 package PBA::Test::VZDumpPlugin {
 
     sub note ($self, $name) { push($self->{calls}->@*, $name) }
@@ -25,6 +27,8 @@ package PBA::Test::VZDumpPlugin {
     sub qga_fs_thaw ($self, $vmid) { $self->note('thaw') }
     sub resume_vm_after_job_start ($self, $task, $vmid) { $self->note('resume') }
     sub restore_vm_power_state ($self, $vmid) { $self->note('power') }
+    sub load_note ($self, $key) { return $notes{$key} }
+    sub store_note ($self, $key, $text) { $notes{$key} = $text }
     sub log ($self, $level, $message) { push($self->{log}->@*, "$level: $message") }
 }
 
@@ -65,6 +69,8 @@ sub check_calls ($plugin, $provider) {
     die "the calls were: $names\n"
         if $names !~ m/\Abackup_get_mechanism \w+_incremental freeze thaw resume backup_vm\b/
         || $names !~ m/ power\z/;
+    delete($query->[2]{'drive-scsi0'}{base});
+    delete($vm->[4]->@{qw(backup-id guest-uuid)});
     PBA::Test::DocCode::check_same({ 'drive-scsi0' => { size => 16 * $mib } }, $query->[2]);
     my %options = ('bandwidth-limit' => $mib);
     $options{'firewall-config'} = $plugin->{firewall} if defined($plugin->{firewall});

@@ -232,7 +232,7 @@ static void run_teardown(PbaAccess *access, bool success)
     GError *error = NULL;
 
     state.successful = success;
-    check_outcome(pba_access_teardown(access, success, &error), &error);
+    check_outcome(pba_access_teardown(access, success, NULL, &error), &error);
     state.successful = false;
 }
 
@@ -279,7 +279,8 @@ static void leave_paths(void)
 static void request(PbaBitmapMode mode)
 {
     static const char *const devices[] = {"drive-scsi0", "drive-scsi1", "#block1", "scsi0"};
-    PbaDeviceRequest request = {devices[state.requests->len % G_N_ELEMENTS(devices)], mode};
+    PbaDeviceRequest request = {.device = devices[state.requests->len % G_N_ELEMENTS(devices)],
+                                .mode = mode};
 
     if (state.requests->len < 2 * G_N_ELEMENTS(devices)) {
         g_array_append_val(state.requests, request);

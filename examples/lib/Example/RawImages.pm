@@ -34,7 +34,15 @@ sub backup_get_mechanism ($self, $vmid, $vmtype) { return $vmtype eq 'qemu' ? 'n
 sub backup_vm_query_incremental ($self, $vmid, $volumes) {
     my ($time) = (read_file("$self->{dir}/$vmid/base") // '') =~ m!/([0-9]+)\z!;
     my $base = $self->{base} = "$self->{dir}/$vmid/" . ($time // 'none');
-    return { map { $_ => is_image("$base/$_.raw", $volumes->{$_}{size}) } keys $volumes->%* };
+    my $id = read_file("$base/id") // '';
+    return { map { $_ => mode_for("$base/$_.raw", $id, $volumes->{$_}) } keys $volumes->%* };
+}
+
+# A caller that knows which backup the bitmap is relative to is told which one the image is of.
+sub mode_for ($file, $id, $volume) {
+    my $mode = is_image($file, $volume->{size});
+    return $mode if !exists($volume->{base});
+    return $mode eq 'use' && $id ne '' ? { 'bitmap-mode' => 'use', base => $id } : 'new';
 }
 
 sub is_image ($file, $size) { return -e $file && -s $file == $size ? 'use' : 'new' }
@@ -45,6 +53,7 @@ sub backup_vm ($self, $vmid, $guest_config, $volumes, $info) {
     make_path("$archive.part");
     write_file("$archive.part/guest.conf", $guest_config);
     write_file("$archive.part/firewall.conf", $info->{'firewall-config'} // '');
+    write_file("$archive.part/id", $info->{'backup-id'} // '');
     for my $device (sort keys $volumes->%*) {
         $self->store($device, $volumes->{$device}, "$archive.part/$device.raw", $info);
     }

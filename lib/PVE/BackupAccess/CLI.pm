@@ -69,6 +69,13 @@ my %commands = (
         options => [@guest, qw(target-id=s force json)],
         needs => ['qmp', 'target-id'],
     },
+    forget => {
+        module => 'Status',
+        function => 'forget',
+        arguments => [],
+        options => [@guest, qw(target-id=s json)],
+        needs => ['qmp', 'target-id'],
+    },
     map => {
         module => 'Map',
         arguments => ['DEVICE'],

@@ -11,9 +11,11 @@ use PVE::BackupAccess;
 use PVE::BackupAccess::Argument
     qw(bad_argument check_bytes check_code check_filled_text check_positive given_options);
 use PVE::BackupAccess::Format qw(bytes);
+use PVE::BackupAccess::Notes;
 use PVE::BackupAccess::PluginBase;
 use PVE::BackupAccess::Try qw(attempt deaths_of deaths_of_all is_own worst_of);
 
+my $default_timeout = 60;
 my $map_batch = 10_000;    # dirty regions per call
 my $look_every = 10;       # seconds, at fleecing images
 my $look_limit = 5;        # seconds, that a QMP command may take for that
@@ -51,6 +53,9 @@ my %options = (
     freeze => \&check_code,
     thaw => \&check_code,
     log => \&check_code,
+    'load-note' => \&check_code,
+    'store-note' => \&check_code,
+    'state-dir' => \&check_filled_text,
 );
 
 sub new ($class, @options) {
@@ -60,6 +65,8 @@ sub new ($class, @options) {
     weaken(my $task = $self);
     $self->{access} = PVE::BackupAccess->new(%access, log => sub { $task->log(@_) if $task });
     $self->{pid} = $$;
+    bad_argument('load-note and store-note go together')
+        if !$self->{'load-note'} != !$self->{'store-note'};
     return $self;
 }
 
@@ -112,6 +119,7 @@ sub _back_up ($self, $result, $finish) {
         },
         sub { $self->_warn_of_fleecing if !$done && $self->{access}->_is_up },
         sub { $self->_tear_down($done, $result) },
+        sub { $self->_end_notes($done, $result) },
     );
     $self->_die_of(@deaths);
     $result->{seconds} = Time::HiRes::time() - $began;
@@ -129,8 +137,10 @@ sub _hand_over ($self, $result) {
     my ($access, $provider) = $self->@{qw(access provider)};
     my $mechanism = $self->_mechanism;
     my $sizes = $access->sizes($self->{devices}->@*);
-    my $modes = $self->_bitmap_modes($sizes);
-    my $infos = $self->_set_up($modes);
+    my $in_qemu = $access->bases($self->{devices}->@*);
+    my ($modes, $bases) = $self->_bitmap_modes($sizes, $in_qemu);
+    my $infos = $self->_set_up($modes, $bases);
+    $result->{id} = PVE::BackupAccess->new_id;
     for my $info ($infos->@*) {
         my $device = $info->{device};
         $self->_check_size($info, $sizes->{$device});
@@ -138,9 +148,10 @@ sub _hand_over ($self, $result) {
     }
     $self->_warn_of_fleecing;
     my $volumes = $self->_watched($access->volumes($mechanism));
-    my %optional;
+    my %optional = ('backup-id' => $result->{id}, 'guest-uuid' => $self->{guest});
     $optional{'bandwidth-limit'} = $self->{'bandwidth-limit'} if $self->{'bandwidth-limit'};
     $optional{'firewall-config'} = $self->{'firewall-config'} if exists($self->{'firewall-config'});
+    $self->_begin_notes;
     $provider->backup_vm($self->{vmid}, $self->{'guest-config'}, $volumes, \%optional);
     $self->_check_process;
     return;
@@ -200,15 +211,66 @@ sub _mechanism ($self) {
     return $mechanism;
 }
 
-# { device => mode as the provider wants it }
-sub _bitmap_modes ($self, $sizes) {
-    my %volumes = map { $_ => { size => $sizes->{$_} } } keys $sizes->%*;
+# Of which guest the bitmaps are, and what is noted of it.
+sub _notes ($self) {
+    return $self->{notes} //= do {
+        my ($qmp, $timeout) = ($self->{qmp}, $self->{timeout} // $default_timeout);
+        utf8::decode($qmp) if !ref($qmp);    # the core takes it as text
+        my $answer = PVE::BackupAccess::_ask($qmp, $timeout, 'query-uuid', {});
+        $self->{guest} = $answer->{UUID};
+        my %options = (
+            load => $self->{'load-note'},
+            store => $self->{'store-note'},
+            dir => $self->{'state-dir'},
+        );
+        PVE::BackupAccess::Notes->new($self->{'target-id'}, $self->{guest}, %options);
+    };
+}
+
+# A provider may have complete data from here on that no bitmap is relative to yet.
+sub _begin_notes ($self) {
+    $self->_notes->note({ map { $_ => undef } $self->{devices}->@* });
+    return;
+}
+
+# After a failure the provider's newest data are what they were before.
+sub _end_notes ($self, $success, $result) {
+    return if !$self->{noted};
+    my %ids = map { $_ => $success ? undef : $self->{noted}{$_} } $self->{devices}->@*;
+    if ($success) {
+        my $devices = $result->{devices};
+        $ids{$_} = $result->{id}
+            for grep { ($devices->{$_}{'bitmap-mode'} // 'none') ne 'none' } keys $devices->%*;
+    }
+    my $error = attempt { $self->_notes->note(\%ids) } or return;
+    $self->log('warn',
+              "which backup this was cannot be noted, so that the next one is a full one"
+            . " if the provider knows of no ids - $error");
+    return;
+}
+
+# A mode, and the id of the archive that the provider has for it, if it tells.
+my sub read_answer ($answer) {
+    return ($answer // 'none', undef) if ref($answer) ne 'HASH';
+    return $answer->@{qw(bitmap-mode base)};
+}
+
+# { device => mode as the provider wants it }, { device => id of what it has for mode use }
+sub _bitmap_modes ($self, $sizes, $in_qemu) {
+    my %volumes
+        = map { $_ => { size => $sizes->{$_}, base => $in_qemu->{$_} } } keys $sizes->%*;
+    my $noted = $self->{noted} = $self->_notes->ids;
     my $answer = $self->{provider}->backup_vm_query_incremental($self->{vmid}, \%volumes);
     bad_argument(
         "backup_vm_query_incremental of the backup provider returned '$answer', not a hash")
         if defined($answer) && ref($answer) ne 'HASH';
 
-    my %modes = map { $_ => $answer->{$_} // 'none' } keys $sizes->%*;
+    my (%modes, %bases);
+    for my $device (keys $sizes->%*) {
+        ($modes{$device}, my $base) = read_answer($answer->{$device});
+        $modes{$device} //= '';
+        $bases{$device} = $base // $noted->{$device} if $modes{$device} eq 'use';
+    }
     for my $device (sort keys %modes) {
         bad_argument(
             "device $device: bitmap mode '$modes{$device}' of the backup provider is unknown - must"
@@ -221,13 +283,15 @@ sub _bitmap_modes ($self, $sizes) {
                   "the backup provider has a bitmap mode for $device, which is no device"
                 . ' of this backup - ignored');
     }
-    return \%modes;
+    return (\%modes, \%bases);
 }
 
 # The guest is thawed whatever becomes of the setup, and also if freezing it failed: it may have
 # been frozen all the same.
-sub _set_up ($self, $modes) {
-    my @devices = map { { device => $_, 'bitmap-mode' => $modes->{$_} } } $self->{devices}->@*;
+sub _set_up ($self, $modes, $bases) {
+    my @devices
+        = map { { device => $_, 'bitmap-mode' => $modes->{$_}, base => $bases->{$_} } }
+        $self->{devices}->@*;
     my $infos;
     my @deaths = deaths_of_all(
         sub {
@@ -249,7 +313,7 @@ sub _tear_down ($self, $success, $result) {
     return if !$access->_is_up;
     my @deaths = deaths_of_all(
         sub {
-            $access->teardown($success);
+            $access->teardown($success, $success ? $result->{id} : undef);
             $self->{late} //= PVE::BackupAccess::_take_later();    # before it comes by itself
         },
         sub ($failed) { $access->teardown(0) if $failed && $access->_is_up },
@@ -305,7 +369,10 @@ sub _describe ($self, $info, $requested) {
     }
     $self->log('info', "$device: dirty-bitmap status: $text");
 
-    my $fallback = $requested eq 'use' && $mode ne 'reuse' ? $fallback_reason{$action} : undef;
+    my $fallback
+        = $requested eq 'use' && $mode ne 'reuse'
+        ? $info->{reason} // $fallback_reason{$action}
+        : undef;
     $self->log('info', "$device: falls back to a full read: $fallback") if defined($fallback);
     return {
         size => $size,
@@ -498,6 +565,20 @@ Code refs that are called right before and after the setup. C<thaw> is called ev
 setup died. If one of them dies the backup has failed: a hook that is to be more lenient catches its
 errors itself, as those of L<PVE::BackupAccess::GuestAgent/hooks> do.
 
+=item load-note, store-note
+
+    'load-note' => sub ($key) { return $text },
+    'store-note' => sub ($key, $text) { ... },
+
+Keep the note that L</run> tells of: a text for each target and guest, undef if there is none. Together, or
+neither: then it is a file of this host. A storage that all nodes of a cluster share may have them
+cluster-wide; for one that is not shared they belong to the node.
+
+=item state-dir
+
+The directory of those files: C</var/lib/pve-backup-access> for root, C<.local/state/pve-backup-access> in the
+home directory of others.
+
 =item log
 
     log => sub ($level, $message) { ... },
@@ -516,11 +597,21 @@ go to C<warn>.
 The backup itself: what VZDump does in C<archive_external>. It calls
 
     backup_get_mechanism($vmid, 'qemu')
-    backup_vm_query_incremental($vmid, { $device => { size => $bytes } })
-    backup_vm($vmid, $guest_config, $volumes, { 'bandwidth-limit' => ..., 'firewall-config' => ... })
+    backup_vm_query_incremental($vmid, { $device => { size => $bytes, base => $id } })
+    backup_vm($vmid, $guest_config, $volumes, { 'bandwidth-limit' => ..., 'firewall-config' => ...,
+        'backup-id' => $new_id, 'guest-uuid' => $uuid })
 
 and sets up the access after the second, with C<freeze> before and C<thaw> after it. A provider that
 answers the second with nothing gets no bitmaps; nor does a device that it leaves out.
+
+Bitmaps are tied to backups (L<PVE::BackupAccess/WHICH BACKUP A BITMAP IS RELATIVE TO>). The provider is told
+C<base>, the id of the backup that the device's bitmap is relative to, undef if there is none that can be
+used. One that knows of ids answers C<< { $device => { 'bitmap-mode' => 'use', base => $id } } >> with the id of
+the archive that it would build on, and keeps C<backup-id> with the new one. For one that answers the word
+C<use> the task keeps a note of which backup the newest data of each device are from: an id in QEMU other than
+the note's, or no note, is answered by a new bitmap. The note is none from the call of C<backup_vm> to the
+end, so that a backup that was killed is followed by a full one. What such a provider lost, or took from another
+program, after a good backup cannot be seen.
 
 The log warns when the file system of a fleecing image is nearly full (see
 L<PVE::BackupAccess/status>): at the beginning, after a failure, and with the mechanism file-handle
@@ -545,6 +636,10 @@ The result is a hash:
 By device: C<size>; C<bitmap-action> as QEMU called it; C<bitmap-mode> as the provider was told it
 (C<none>, C<new>, C<reuse>); C<dirty>, the bytes that the provider had to read; C<fallback>, the reason
 why it had to read everything though it asked for mode C<use>, else undef.
+
+=item id
+
+The id of this backup.
 
 =item seconds
 

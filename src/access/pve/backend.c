@@ -17,6 +17,12 @@ static bool resolve_node(PbaDisk *disk, const PbaBlock *block, GError **error)
     return pba_block_node_size(node, &disk->size, error);
 }
 
+/* A drive has one name. */
+static char *identify(const char *name, G_GNUC_UNUSED JsonObject *device)
+{
+    return g_strdup(name);
+}
+
 /* QEMU does not tell whether an access without bitmaps is up. */
 static bool is_clean(G_GNUC_UNUSED PbaAccess *access)
 {
@@ -39,10 +45,18 @@ static bool is_background(const char *name)
     return strcmp(name, PBA_PVE_BACKGROUND) == 0;
 }
 
-/* A target's bitmap has its name. */
+/* A target's bitmap has its name, or with a companion that with a prefix. */
 static const char *bitmap_target(const char *name)
 {
-    return is_background(name) ? NULL : name;
+    if (is_background(name) || pba_is_companion(name)) {
+        return NULL;
+    }
+    return pba_is_tied_bitmap(name) ? pba_bitmap_target(name) : name;
+}
+
+static char *plain_bitmap(const char *target_id)
+{
+    return g_strdup(target_id);
 }
 
 /* All that teardown needs is the target. */
@@ -72,7 +86,8 @@ static bool find_foreign(const PbaBlock *block, char **target_id)
             JsonObject *info = pba_json_element(bitmaps, j);
             const char *name = info ? pba_json_find_string(info, "name") : NULL;
             has_background |= name && is_background(name);
-            frozen = name && !pba_json_find_bool(info, "recording") ? name : frozen;
+            const char *target = name ? bitmap_target(name) : NULL;
+            frozen = target && !pba_json_find_bool(info, "recording") ? target : frozen;
         }
         if (has_background) {
             *target_id = g_strdup(frozen);
@@ -101,16 +116,21 @@ static bool add_status(PbaQmp *qmp, JsonObject *status, GError **error)
 const PbaBackend pba_pve_backend = {
     .name = "pve",
     .resolve_node = resolve_node,
+    .identify = identify,
     .check = pba_pve_check,
     .setup = pba_pve_setup,
     .teardown = pba_pve_teardown,
     .is_clean = is_clean,
     .reads_by_cluster = reads_by_cluster,
     .after_export = after_export,
+    .plain_bitmap = plain_bitmap,
     .bitmap_target = bitmap_target,
     .is_background = is_background,
     .resolve_stale = resolve_stale,
     .bitmap_repair = bitmap_repair,
     .find_foreign = find_foreign,
+    .is_access_up = pba_pve_is_access_up,
+    .has_strays = pba_pve_has_strays,
+    .drop_strays = pba_pve_drop_strays,
     .add_status = add_status,
 };

@@ -14,7 +14,30 @@ bool pba_pve_check(PbaAccess *access, const PbaBlock *block, GError **error);
 bool pba_pve_setup(PbaAccess *access, PbaBlock *block, GError **error);
 bool pba_pve_teardown(PbaAccess *access, bool success, GError **error);
 
-/* The name of this target's bitmaps. */
-const char *pba_pve_bitmap_name(const PbaAccess *access);
+/* Companions, beside bitmaps whose teardown is QEMU's own */
+
+/* The name of the target's bitmap with a companion, or of the one without; the caller's to free. */
+char *pba_pve_bitmap(const PbaAccess *access, bool tied);
+/* Whether an access of this target can have that bitmap. */
+bool pba_pve_may_be_targets(const PbaAccess *access, const char *name, JsonObject *info);
+/* Before setup: removes bitmaps that must not be used. */
+bool pba_pve_check_ties(PbaAccess *access, GError **error);
+/* After setup: bitmaps that are new get a companion without an id. */
+bool pba_pve_open_ties(PbaAccess *access, GError **error);
+/* Before QEMU is told of a success: takes the companions their ids. */
+bool pba_pve_take_ids(PbaAccess *access, const PbaBlock *block, GError **error);
+/* After it: gives them the access' one. A failure makes the next backup a full one, and is logged.
+ */
+void pba_pve_give_ids(PbaAccess *access);
+/* Action of a transaction: removes the bitmap, if it is there. */
+void pba_pve_add_removal(JsonArray *actions, const PbaBlock *block, const char *node,
+                         const char *bitmap);
+/* Does nothing if there are none; consumes them. */
+bool pba_pve_run_actions(PbaAccess *access, JsonArray *actions, GError **error);
+
+/* The table's */
+bool pba_pve_is_access_up(const PbaBlock *block);
+bool pba_pve_has_strays(const PbaAccess *access, const PbaBlock *block);
+bool pba_pve_drop_strays(PbaAccess *access, GPtrArray *lines, GError **error);
 
 #endif

@@ -62,12 +62,6 @@ static bool check_name(const PbaDisk *disk, const PbaBlock *block, GError **erro
     return true;
 }
 
-const char *pba_pve_bitmap_name(const PbaAccess *access)
-{
-    return access->form == PBA_FORM_DEVLIST && access->early_bitmap_name ? access->early_bitmap_name
-                                                                         : access->target_id;
-}
-
 static bool bitmap_exists(const PbaBlock *block, const char *name)
 {
     for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
@@ -103,11 +97,13 @@ static bool check_early_form(PbaAccess *access, const PbaBlock *block, GError **
             return false;
         }
     }
-    if (first->mode == PBA_BITMAP_MODE_NEW && bitmap_exists(block, pba_pve_bitmap_name(access))) {
+    /* One with a companion is removed before. */
+    g_autofree char *name = pba_pve_bitmap(access, access->tied);
+    if (first->mode == PBA_BITMAP_MODE_NEW && !access->tied && bitmap_exists(block, name)) {
         pba_error_set(error, PBA_ERROR_UNSUPPORTED,
                       "this QEMU's early backup-access-setup makes a new bitmap only under a new "
                       "name, and '%s' exists - give another 'bitmap-name'",
-                      pba_pve_bitmap_name(access));
+                      name);
         return false;
     }
     return true;
@@ -135,7 +131,8 @@ static JsonNode *devices_form(const PbaAccess *access)
                                                  disk->device, pba_bitmap_mode_name(disk->mode)));
     }
     JsonNode *arguments = pba_json_wrap_array("devices", devices);
-    json_object_set_string_member(json_node_get_object(arguments), "target-id", access->target_id);
+    g_autofree char *target = pba_access_bitmap(access);
+    json_object_set_string_member(json_node_get_object(arguments), "target-id", target);
     return arguments;
 }
 
@@ -148,11 +145,11 @@ static JsonNode *devlist_form(const PbaAccess *access)
         const PbaDisk *disk = access->disks->pdata[i];
         g_string_append_printf(list, "%s%s", i ? "," : "", disk->device);
     }
-    JsonNode *arguments =
-        pba_json("{'target-id': <%s>, 'devlist': <%s>}", access->target_id, list->str);
+    g_autofree char *target = pba_access_bitmap(access);
+    g_autofree char *bitmap = pba_pve_bitmap(access, access->tied);
+    JsonNode *arguments = pba_json("{'target-id': <%s>, 'devlist': <%s>}", target, list->str);
     if (first->mode != PBA_BITMAP_MODE_NONE) {
-        json_object_set_string_member(json_node_get_object(arguments), "bitmap-name",
-                                      pba_pve_bitmap_name(access));
+        json_object_set_string_member(json_node_get_object(arguments), "bitmap-name", bitmap);
     }
     return arguments;
 }
@@ -171,6 +168,7 @@ static bool read_bitmap(PbaDisk *disk, JsonObject *info, GError **error)
     if (pba_bitmap_status(disk->action) == PBA_BITMAP_STATUS_NONE) {
         return true;
     }
+    g_free(disk->bitmap_node);
     disk->bitmap_node = g_strdup(pba_json_string(info, "bitmap-node-name", error));
     disk->bitmap_name =
         disk->bitmap_node ? g_strdup(pba_json_string(info, "bitmap-name", error)) : NULL;
@@ -263,15 +261,28 @@ static bool has_done_nothing(PbaAccess *access, const PbaBlock *before, const GE
            (count_parts(&after) == count_parts(before) || is_refusal(failure));
 }
 
+/* QEMU does not tell which devices an access has, and recovery must know. */
+static bool mark_devices(PbaAccess *access, GError **error)
+{
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        g_autofree char *name = pba_disk_name(access, PBA_DEVICE_ROLE, disk);
+        if (!pba_mark_add(access, name, 0, error)) {
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+    }
+    return true;
+}
+
 bool pba_pve_setup(PbaAccess *access, PbaBlock *block, GError **error)
 {
     JsonNode *arguments =
         access->form == PBA_FORM_DEVICES ? devices_form(access) : devlist_form(access);
     GError *local = NULL;
 
-    /* Before the command: QEMU does not tell which devices an access has, and recovery must know.
-     */
-    if (!pba_device_marks_add(access, error)) {
+    /* The marks before the command, which may be the last thing that this process does. */
+    if (!pba_pve_check_ties(access, error) || !mark_devices(access, error)) {
         json_node_unref(arguments);
         return false;
     }
@@ -279,7 +290,8 @@ bool pba_pve_setup(PbaAccess *access, PbaBlock *block, GError **error)
     g_autoptr(JsonArray) reply =
         pba_qmp_query_array(access->qmp, "backup-access-setup", arguments, &local);
     /* The NBD server last: without an access there is nothing to serve. */
-    if (reply && read_reply(access, reply, &local) && pba_nbd_server_start(access, &local)) {
+    if (reply && read_reply(access, reply, &local) && pba_pve_open_ties(access, &local) &&
+        pba_nbd_server_start(access, &local)) {
         return true;
     }
     if (!reply && has_done_nothing(access, block, local)) {

@@ -50,9 +50,7 @@ static const char *find_stale_danger(const PbaAccess *access, JsonObject *node)
         const char *name = info ? pba_json_find_string(info, "name") : NULL;
         if (g_strcmp0(name, PBA_PVE_BACKGROUND) == 0) {
             has_background = true;
-        } else if (name &&
-                   (access->form == PBA_FORM_DEVICES ? strcmp(name, access->target_id) == 0
-                                                     : !pba_json_find_bool(info, "recording"))) {
+        } else if (name && pba_pve_may_be_targets(access, name, info)) {
             has_target = true;
             is_busy |= pba_json_find_bool(info, "busy");
         }
@@ -134,18 +132,25 @@ static bool has_bitmaps(const PbaAccess *access)
 
 /* QEMU has begun them anew, or may have, and who asked for that was not told so, or is dead: better
  * none than ones that lack bits. On all disks, since which ones they were is not known of a dead
- * process. */
+ * process, nor whether they had companions. */
 static bool remove_bitmaps(PbaAccess *access, const PbaBlock *block, GError **error)
 {
-    const char *name = pba_pve_bitmap_name(access);
+    g_autofree char *plain = pba_pve_bitmap(access, false);
+    g_autofree char *tied = pba_pve_bitmap(access, true);
+    JsonArray *actions = json_array_new();
 
     for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
         const char *node = pba_block_node_name(block->nodes, i);
-        if (node && pba_block_find_bitmap(block, node, name) &&
-            !pba_qmp_run(access->qmp, "block-dirty-bitmap-remove",
-                         pba_json("{'node': <%s>, 'name': <%s>}", node, name), error)) {
-            return false;
+        if (node && (!access->nonce || !access->tied)) {
+            pba_pve_add_removal(actions, block, node, plain);
         }
+        if (node && (!access->nonce || access->tied)) {
+            pba_pve_add_removal(actions, block, node, tied);
+            pba_companion_remove(actions, block, node, access->target_id);
+        }
+    }
+    if (!pba_pve_run_actions(access, actions, error)) {
+        return false;
     }
     pba_log(&access->hooks, PBA_LOG_WARN,
             "whether the backup ended as a success is not known: the next one is a full one");
@@ -167,9 +172,14 @@ static bool check_no_exports(PbaAccess *access, GError **error)
     return !found;
 }
 
-static JsonNode *teardown_arguments(const PbaAccess *access, bool success)
+static bool tell_teardown(PbaAccess *access, bool tied, bool success, GError **error)
 {
-    return pba_json("{'target-id': <%s>, 'success': <%b>}", access->target_id, (gboolean)success);
+    g_autofree char *target = tied ? pba_tied_bitmap(access->target_id)
+                                   : access->backend->plain_bitmap(access->target_id);
+
+    return pba_qmp_run(access->qmp, "backup-access-teardown",
+                       pba_json("{'target-id': <%s>, 'success': <%b>}", target, (gboolean)success),
+                       error);
 }
 
 /* QEMU's word for an access, or a native backup, of another program: then none of this target is
@@ -209,9 +219,15 @@ static Outcome send_teardown(PbaAccess *access, bool success, GError **error)
 {
     GError *local = NULL;
 
-    if (pba_qmp_run(access->qmp, "backup-access-teardown", teardown_arguments(access, success),
-                    &local)) {
+    if (tell_teardown(access, access->tied, success, &local)) {
         return DONE;
+    }
+    /* Of a dead process it is not known which of the two names QEMU was given. */
+    if (is_not_ours(access, local)) {
+        g_clear_error(&local);
+        if (tell_teardown(access, true, success, &local)) {
+            return DONE;
+        }
     }
     Outcome outcome = is_not_ours(access, local) ? DONE
                       : has_bitmaps(access)      ? find_outcome(access, &local)
@@ -224,11 +240,19 @@ static Outcome send_teardown(PbaAccess *access, bool success, GError **error)
     return outcome;
 }
 
+static bool mark_ending(PbaAccess *access, GError **error)
+{
+    g_autofree char *name = pba_ending_mark(access->target_id);
+    return pba_mark_add(access, name, 0, error);
+}
+
 /* The mark is there before QEMU is told, and goes when its reply has been handled: a process that
  * dies between, or is not told, leaves it for the next one to find. */
-static Outcome commit(PbaAccess *access, GError **error)
+static Outcome commit(PbaAccess *access, const PbaBlock *block, GError **error)
 {
-    if (has_bitmaps(access) && !pba_ending_mark_add(access, error)) {
+    /* The bitmaps are about to be of another backup: from here on none says of which one. */
+    if (has_bitmaps(access) &&
+        (!mark_ending(access, error) || !pba_pve_take_ids(access, block, error))) {
         return error && pba_error_is_fatal(*error) ? UNKNOWN : NOT_DONE;
     }
     /* From here on a signal would leave in doubt what became of it. */
@@ -236,6 +260,7 @@ static Outcome commit(PbaAccess *access, GError **error)
     Outcome outcome = send_teardown(access, true, error);
     if (outcome == DONE) {
         pba_access_enter(access, PBA_PHASE_COMMITTED);
+        pba_pve_give_ids(access);
     } else {
         pba_qmp_settle(access->qmp, false);
     }
@@ -257,11 +282,11 @@ static void end_as_failure(PbaAccess *access, GError **error)
     pba_error_keep_first(error, step, &access->hooks);
 }
 
-static bool end_as_success(PbaAccess *access, GError **error)
+static bool end_as_success(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     GError *local = NULL;
 
-    Outcome outcome = commit(access, &local);
+    Outcome outcome = commit(access, block, &local);
     if (outcome == NOT_DONE) {
         end_as_failure(access, &local);
     }
@@ -299,7 +324,7 @@ bool pba_pve_teardown(PbaAccess *access, bool success, GError **error)
         return false;
     }
     if (success) {
-        return end_as_success(access, error);
+        return end_as_success(access, &block, error);
     }
     /* Known before teardown only: then QEMU's background bitmap goes. */
     bool may_be_committed = is_marked_as_ending(access, &block) && !has_background(&block);

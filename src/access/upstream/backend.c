@@ -10,6 +10,20 @@ static bool resolve_node(G_GNUC_UNUSED PbaDisk *disk, G_GNUC_UNUSED const PbaBlo
     return pba_disk_set_unknown_error(error);
 }
 
+/* A drive has a name, else the guest's device has; names of nodes change, at least when a snapshot
+ * is taken. */
+static char *identify(const char *name, JsonObject *device)
+{
+    const char *drive = device ? pba_json_find_string(device, "device") : NULL;
+    const char *qdev = device ? pba_json_find_string(device, "qdev") : NULL;
+
+    if (drive && *drive) {
+        return g_strdup_printf("drive %s as %s", drive, name);
+    }
+    g_autofree char *id = qdev ? pba_block_qdev_id(qdev) : NULL;
+    return g_strdup_printf("device %s as %s", id ? id : qdev ? qdev : "", name);
+}
+
 /* Proxmox' QEMU leaves the clean parts out of the snapshot from the start; here they are discarded.
  */
 static void after_export(PbaAccess *access)
@@ -43,11 +57,12 @@ static bool resolve_stale(PbaAccess *dead, PbaDisk *disk, const PbaBlock *block,
 }
 
 /* They are split while the background one is there, or the target's does not record. */
-static const char *bitmap_repair(const PbaBlock *block, const char *node, const char *target_id)
+static const char *find_repair(const PbaBlock *block, const char *node, const char *target_id,
+                               bool tied)
 {
-    g_autofree char *name = pba_target_bitmap(target_id);
+    g_autofree char *name = tied ? pba_tied_bitmap(target_id) : pba_target_bitmap(target_id);
     JsonObject *target = pba_block_find_bitmap(block, node, name);
-    JsonObject *background = pba_block_find_background(block, node, target_id);
+    JsonObject *background = pba_block_find_background(block, node, target_id, tied);
     bool is_good = target && !pba_json_find_bool(target, "inconsistent");
 
     if (is_good && background && !pba_json_find_bool(background, "inconsistent")) {
@@ -58,10 +73,33 @@ static const char *bitmap_repair(const PbaBlock *block, const char *node, const 
                : NULL;
 }
 
+static const char *bitmap_repair(const PbaBlock *block, const char *node, const char *target_id)
+{
+    const char *repair = find_repair(block, node, target_id, false);
+    return repair ? repair : find_repair(block, node, target_id, true);
+}
+
 /* QEMU has no such commands. */
 static bool find_foreign(G_GNUC_UNUSED const PbaBlock *block, G_GNUC_UNUSED char **target_id)
 {
     return false;
+}
+
+static bool is_access_up(G_GNUC_UNUSED const PbaBlock *block)
+{
+    return false;
+}
+
+/* What is brought back there has the names of a dead process' access, and is undone as that. */
+static bool has_strays(G_GNUC_UNUSED const PbaAccess *access, G_GNUC_UNUSED const PbaBlock *block)
+{
+    return false;
+}
+
+static bool drop_strays(G_GNUC_UNUSED PbaAccess *access, G_GNUC_UNUSED GPtrArray *lines,
+                        G_GNUC_UNUSED GError **error)
+{
+    return true;
 }
 
 static bool add_status(G_GNUC_UNUSED PbaQmp *qmp, G_GNUC_UNUSED JsonObject *status,
@@ -73,17 +111,22 @@ static bool add_status(G_GNUC_UNUSED PbaQmp *qmp, G_GNUC_UNUSED JsonObject *stat
 const PbaBackend pba_upstream_backend = {
     .name = "upstream",
     .resolve_node = resolve_node,
+    .identify = identify,
     .check = pba_upstream_check,
     .setup = pba_upstream_setup,
     .teardown = pba_upstream_teardown,
     .is_clean = pba_upstream_is_clean,
     .reads_by_cluster = pba_upstream_reads_by_cluster,
     .after_export = after_export,
+    .plain_bitmap = pba_target_bitmap,
     .bitmap_target = pba_bitmap_target,
     .is_background = is_background,
     .recovers_by_graph = true,
     .resolve_stale = resolve_stale,
     .bitmap_repair = bitmap_repair,
     .find_foreign = find_foreign,
+    .is_access_up = is_access_up,
+    .has_strays = has_strays,
+    .drop_strays = drop_strays,
     .add_status = add_status,
 };

@@ -46,6 +46,32 @@ bool pba_bitmap_remove(PbaAccess *access, const PbaDisk *disk, const char *name,
     return pba_qmp_run(access->qmp, "block-dirty-bitmap-remove", pba_bitmap_ref(disk, name), error);
 }
 
+void pba_bitmap_removals(JsonArray *actions, const PbaAccess *access, const PbaDisk *disk,
+                         const PbaBlock *block, const char *name)
+{
+    if (pba_block_find_bitmap(block, disk->bitmap_node, name)) {
+        json_array_add_element(
+            actions, pba_bitmap_action("block-dirty-bitmap-remove", pba_bitmap_ref(disk, name)));
+    }
+    if (pba_is_tied_bitmap(name)) {
+        pba_companion_remove(actions, block, disk->bitmap_node, access->target_id);
+    }
+}
+
+bool pba_bitmap_drop(PbaAccess *access, const PbaDisk *disk, const PbaBlock *block,
+                     const char *name, GError **error)
+{
+    g_autoptr(JsonArray) actions = json_array_new();
+
+    if (!pba_is_tied_bitmap(name)) {
+        return !pba_block_find_bitmap(block, disk->bitmap_node, name) ||
+               pba_bitmap_remove(access, disk, name, error);
+    }
+    pba_bitmap_removals(actions, access, disk, block, name);
+    return json_array_get_length(actions) == 0 ||
+           pba_bitmap_transaction(access, g_steal_pointer(&actions), error);
+}
+
 /* The three things that make_dirty_source needs, by name. */
 typedef struct {
     char *source;
@@ -187,7 +213,7 @@ bool pba_dirty_source_drop(PbaAccess *access, const PbaDisk *disk, const PbaBloc
 bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error)
 {
     g_auto(DirtySource) names = dirty_source_names(access, disk);
-    g_autofree char *bitmap = pba_target_bitmap(access->target_id);
+    g_autofree char *bitmap = pba_access_bitmap(access);
     bool done = false;
 
     if (make_dirty_source(access, disk, &names, error) &&
@@ -200,6 +226,9 @@ bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error)
         json_array_add_element(actions, pba_bitmap_action("block-dirty-bitmap-add",
                                                           pba_bitmap_add_arguments(disk, bitmap)));
         json_array_add_element(actions, pba_bitmap_merge_action(disk, bitmap, sources));
+        if (access->tied) {
+            pba_tie_add_open(actions, access, disk, bitmap, PBA_GRANULARITY);
+        }
         done = pba_bitmap_transaction(access, actions, error);
     }
     /* The sink first: its node is what tells teardown that there may be a job. */

@@ -14,12 +14,13 @@
 /* A disk with both bitmaps. */
 typedef struct {
     const PbaDisk *disk;
-    GPtrArray *backgrounds; /* their names */
+    char *target;           /* name of the target's bitmap */
+    GPtrArray *backgrounds; /* names of the others */
 } Split;
 
 typedef struct {
     PbaAccess *access;
-    char *target; /* the name of the targets' bitmaps */
+    const PbaBlock *block; /* what QEMU had before; borrowed */
     GPtrArray *splits;
 } Join;
 
@@ -27,13 +28,13 @@ static void split_free(gpointer data)
 {
     Split *split = data;
 
+    g_free(split->target);
     g_ptr_array_unref(split->backgrounds);
     g_free(split);
 }
 
 static void join_clear(Join *join)
 {
-    g_free(join->target);
     g_clear_pointer(&join->splits, g_ptr_array_unref);
 }
 
@@ -45,22 +46,24 @@ static bool is_inconsistent(JsonObject *info)
     return info && pba_json_find_bool(info, "inconsistent");
 }
 
-/* The names of the access' background bitmap of the disk; of a dead process' all that there are. */
+/* The names of the access' background bitmap of the disk; of a dead process' all that there are,
+ * beside its bitmap with a companion or beside the one without. */
 static GPtrArray *find_backgrounds(const PbaAccess *access, const PbaBlock *block,
-                                   const PbaDisk *disk)
+                                   const PbaDisk *disk, bool tied)
 {
     GPtrArray *found = g_ptr_array_new_with_free_func(g_free);
     JsonObject *node = pba_block_find_node(block, disk->bitmap_node);
     JsonArray *bitmaps = node ? pba_json_find_array(node, "dirty-bitmaps") : NULL;
     g_autofree char *own = pba_access_is_recovery(access)
                                ? NULL
-                               : pba_background_bitmap(access->target_id, access->nonce);
+                               : pba_background_bitmap(access->target_id, access->nonce, tied);
 
     for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
         JsonObject *info = pba_json_element(bitmaps, i);
         const char *name = info ? pba_json_find_string(info, "name") : NULL;
         const char *target = name ? pba_background_target(name) : NULL;
-        if (target && (own ? strcmp(name, own) == 0 : strcmp(target, access->target_id) == 0)) {
+        if (target && pba_is_tied_background(name) == tied &&
+            (own ? strcmp(name, own) == 0 : strcmp(target, access->target_id) == 0)) {
             g_ptr_array_add(found, g_strdup(name));
         }
     }
@@ -79,68 +82,87 @@ static bool is_any_inconsistent(const PbaBlock *block, const PbaDisk *disk, Json
     return inconsistent;
 }
 
-/* A bitmap that cannot be trusted. */
-static bool drop_bitmap(PbaAccess *access, const PbaDisk *disk, const char *name, GError **error)
+/* A bitmap that cannot be trusted, in one with its companion. */
+static bool drop_bitmap(const Join *join, const PbaDisk *disk, const char *name, GError **error)
 {
-    if (!pba_bitmap_remove(access, disk, name, error)) {
+    PbaAccess *access = join->access;
+
+    if (!pba_bitmap_drop(access, disk, join->block, name, error)) {
         pba_error_add_device(error, disk->device);
         return false;
     }
-    pba_log(
-        &access->hooks, PBA_LOG_WARN,
-        "device %s: bitmap '%s' is removed, since it may lack bits: the next backup is a full one",
-        disk->device, name);
+    if (pba_block_find_bitmap(join->block, disk->bitmap_node, name)) {
+        pba_log(&access->hooks, PBA_LOG_WARN,
+                "device %s: bitmap '%s' is removed, since it may lack bits: the next backup is a "
+                "full one",
+                disk->device, name);
+    }
     return true;
 }
 
-static bool drop_all(PbaAccess *access, const PbaDisk *disk, const char *target,
+static bool drop_all(const Join *join, const PbaDisk *disk, const char *target,
                      GPtrArray *backgrounds, GError **error)
 {
+    const PbaHooks *hooks = &join->access->hooks;
     GError *first = NULL;
+    GError *last = NULL;
 
     for (guint i = 0; i < backgrounds->len; i++) {
         GError *step = NULL;
-        drop_bitmap(access, disk, backgrounds->pdata[i], &step);
-        pba_error_keep_first(&first, step, &access->hooks);
+        drop_bitmap(join, disk, backgrounds->pdata[i], &step);
+        pba_error_keep_first(&first, step, hooks);
     }
-    if (target) {
-        GError *step = NULL;
-        drop_bitmap(access, disk, target, &step);
-        pba_error_keep_first(&first, step, &access->hooks);
-    }
+    drop_bitmap(join, disk, target, &last);
+    pba_error_keep_first(&first, last, hooks);
     if (first) {
         g_propagate_error(error, first);
     }
     return !first;
 }
 
-/* Finds the disks with both bitmaps, and drops what is of no use without the other. */
-static bool find_splits(Join *join, const PbaBlock *block, GError **error)
+/* One of the disk's two possible bitmaps of the target. */
+static bool find_split(Join *join, const PbaDisk *disk, bool tied, GError **error)
+{
+    const PbaAccess *access = join->access;
+    g_autofree char *name = tied ? pba_tied_bitmap(access->target_id)
+                                 : access->backend->plain_bitmap(access->target_id);
+    JsonObject *target = pba_block_find_bitmap(join->block, disk->bitmap_node, name);
+    g_autoptr(GPtrArray) backgrounds = find_backgrounds(access, join->block, disk, tied);
+    bool inconsistent = is_any_inconsistent(join->block, disk, target, backgrounds);
+
+    if (target && backgrounds->len > 0 && !inconsistent) {
+        Split *split = g_new0(Split, 1);
+        split->disk = disk;
+        split->target = g_steal_pointer(&name);
+        split->backgrounds = g_steal_pointer(&backgrounds);
+        g_ptr_array_add(join->splits, split);
+        return true;
+    }
+    if (backgrounds->len > 0) {
+        /* Inconsistent, or the success of a process that did not live to take its second step, or
+         * was not told of its first one. */
+        return drop_all(join, disk, name, backgrounds, error);
+    }
+    /* Frozen by an access that is gone, and its background bitmap with it. */
+    return !target || inconsistent || pba_json_find_bool(target, "recording") ||
+           drop_bitmap(join, disk, name, error);
+}
+
+/* Finds the disks with both bitmaps, and drops what is of no use without the other. Of a dead
+ * process it is not known whether its bitmaps had companions. */
+static bool find_splits(Join *join, GError **error)
 {
     PbaAccess *access = join->access;
     GError *first = NULL;
 
     for (guint i = 0; i < access->disks->len; i++) {
-        const PbaDisk *disk = access->disks->pdata[i];
-        JsonObject *target = pba_block_find_bitmap(block, disk->bitmap_node, join->target);
-        g_autoptr(GPtrArray) backgrounds = find_backgrounds(access, block, disk);
-        bool inconsistent = is_any_inconsistent(block, disk, target, backgrounds);
-        GError *step = NULL;
-
-        if (target && backgrounds->len > 0 && !inconsistent) {
-            Split *split = g_new0(Split, 1);
-            split->disk = disk;
-            split->backgrounds = g_steal_pointer(&backgrounds);
-            g_ptr_array_add(join->splits, split);
-        } else if (backgrounds->len > 0) {
-            /* Inconsistent, or the success of a process that did not live to take its second step,
-             * or was not told of its first one. */
-            drop_all(access, disk, target ? join->target : NULL, backgrounds, &step);
-        } else if (target && !inconsistent && !pba_json_find_bool(target, "recording")) {
-            /* Frozen by an access that is gone, and its background bitmap with it. */
-            drop_bitmap(access, disk, join->target, &step);
+        for (int tied = 0; tied <= 1; tied++) {
+            GError *step = NULL;
+            if (!access->nonce || access->tied == (bool)tied) {
+                find_split(join, access->disks->pdata[i], tied, &step);
+            }
+            pba_error_keep_first(&first, step, &access->hooks);
         }
-        pba_error_keep_first(&first, step, &access->hooks);
     }
     if (first) {
         g_propagate_error(error, first);
@@ -154,14 +176,14 @@ typedef void (*SplitStep)(const Join *join, const Split *split, JsonArray *actio
 /* First of all, whatever the step: if our own background bitmap is no more there, the access is not
  * ours any more, and all of the transaction is refused. An action block-dirty-bitmap-enable would
  * crash QEMU (7.2, 10.0) where the bitmap is not there. */
-static void add_merge(const Join *join, const Split *split, JsonArray *actions)
+static void add_merge(const Split *split, JsonArray *actions)
 {
     JsonArray *sources = json_array_new();
 
     for (guint i = 0; i < split->backgrounds->len; i++) {
         json_array_add_element(sources, pba_bitmap_ref(split->disk, split->backgrounds->pdata[i]));
     }
-    json_array_add_element(actions, pba_bitmap_merge_action(split->disk, join->target, sources));
+    json_array_add_element(actions, pba_bitmap_merge_action(split->disk, split->target, sources));
 }
 
 static void add_removal(const Split *split, JsonArray *actions)
@@ -173,29 +195,36 @@ static void add_removal(const Split *split, JsonArray *actions)
     }
 }
 
-static void add_failure(const Join *join, const Split *split, JsonArray *actions)
+/* The companion stays as it is: the bitmap goes on from the same backup. */
+static void add_failure(G_GNUC_UNUSED const Join *join, const Split *split, JsonArray *actions)
 {
-    add_merge(join, split, actions);
+    add_merge(split, actions);
     json_array_add_element(actions, pba_bitmap_action("block-dirty-bitmap-enable",
-                                                      pba_bitmap_ref(split->disk, join->target)));
+                                                      pba_bitmap_ref(split->disk, split->target)));
     add_removal(split, actions);
 }
 
-static void add_commit(const Join *join, const Split *split, JsonArray *actions)
+/* The companion stays: without its partner it says nothing, and its bits are still needed. */
+static void add_commit(G_GNUC_UNUSED const Join *join, const Split *split, JsonArray *actions)
 {
-    add_merge(join, split, actions);
+    add_merge(split, actions);
     json_array_add_element(actions, pba_bitmap_action("block-dirty-bitmap-remove",
-                                                      pba_bitmap_ref(split->disk, join->target)));
+                                                      pba_bitmap_ref(split->disk, split->target)));
 }
 
-/* The second step of a success: the target's bitmap is there again, and has the background's bits,
- * before the background goes, which alone has them until then. */
+/* The second step of a success. The target's bitmap is there again, and has the background's bits,
+ * before the background goes, which alone has them until then. The bitmap and the companion with
+ * the id of this backup come in one: there is no moment at which either of them is beside one of
+ * an earlier backup. */
 static void add_finish(const Join *join, const Split *split, JsonArray *actions)
 {
     json_array_add_element(actions,
                            pba_bitmap_action("block-dirty-bitmap-add",
-                                             pba_bitmap_add_arguments(split->disk, join->target)));
-    add_merge(join, split, actions);
+                                             pba_bitmap_add_arguments(split->disk, split->target)));
+    add_merge(split, actions);
+    if (join->access->tied) {
+        pba_tie_add_id(actions, join->access, split->disk, join->block, PBA_GRANULARITY);
+    }
     add_removal(split, actions);
 }
 
@@ -230,7 +259,7 @@ static bool step_or_drop(const Join *join, SplitStep step, const Split *split, G
     /* After a fatal error it may have been done: the next setup looks. The target's bitmap has
      * the same name in every process' access, so our marker must still be there. */
     if (!pba_error_is_fatal(local) && pba_owner_holds(join->access)) {
-        drop_bitmap(join->access, split->disk, join->target, NULL);
+        drop_bitmap(join, split->disk, split->target, NULL);
         for (guint i = 0; i < split->backgrounds->len; i++) {
             pba_bitmap_remove(join->access, split->disk, split->backgrounds->pdata[i], NULL);
         }
@@ -283,7 +312,7 @@ static bool look_again(const Join *join, bool *has_targets, bool *has_background
     for (guint i = 0; i < join->splits->len; i++) {
         const Split *split = join->splits->pdata[i];
         const char *node = split->disk->bitmap_node;
-        *has_targets |= pba_block_find_bitmap(&block, node, join->target) != NULL;
+        *has_targets |= pba_block_find_bitmap(&block, node, split->target) != NULL;
         *has_backgrounds |=
             pba_block_find_bitmap(&block, node, split->backgrounds->pdata[0]) != NULL;
     }
@@ -386,12 +415,12 @@ bool pba_bitmaps_join(PbaAccess *access, PbaBlock *block, bool success, GError *
 {
     g_auto(Join) join = {
         .access = access,
-        .target = pba_target_bitmap(access->target_id),
+        .block = block,
         .splits = g_ptr_array_new_with_free_func(split_free),
     };
     GError *first = NULL;
 
-    bool found = find_splits(&join, block, &first);
+    bool found = find_splits(&join, &first);
     if (found && success) {
         Outcome outcome = commit(&join, &first);
         if (outcome == NOT_COMMITTED) {

@@ -165,7 +165,7 @@ static bool check_fleecing(PbaAccess *access, PbaDisk *disk, const PbaBlock *blo
 
 static bool check_bitmap(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, GError **error)
 {
-    g_autofree char *name = pba_target_bitmap(access->target_id);
+    g_autofree char *name = pba_access_bitmap(access);
     JsonObject *info = pba_block_find_bitmap(block, disk->bitmap_node, name);
     JsonObject *node = pba_block_find_node(block, disk->bitmap_node);
     const char *driver = node ? pba_json_find_string(node, "drv") : NULL;
@@ -275,22 +275,51 @@ static bool insert_raw(PbaAccess *access, PbaDisk *disk, GError **error)
                        error);
 }
 
+/* The bitmap that a program which knows of no companions has used for this target: of another
+ * backup than ours. */
+static bool remove_plain(PbaAccess *access, const PbaDisk *disk, const PbaBlock *block,
+                         GError **error)
+{
+    g_autofree char *plain = pba_target_bitmap(access->target_id);
+
+    return !access->tied || !pba_block_find_bitmap(block, disk->bitmap_node, plain) ||
+           pba_bitmap_remove(access, disk, plain, error);
+}
+
+static bool is_usable(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, JsonObject *info)
+{
+    if (disk->mode != PBA_BITMAP_MODE_USE || !info) {
+        return false;
+    }
+    if (!access->tied) {
+        return !pba_json_find_bool(info, "inconsistent");
+    }
+    if (pba_tie_fits(access, disk, block)) {
+        return true;
+    }
+    pba_tie_log_reason(access, disk);
+    return false;
+}
+
 /* The target's bitmap as the mode wants it: recording, and if it is a new one with all bits set. */
 static bool prepare_bitmap(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, GError **error)
 {
-    g_autofree char *name = pba_target_bitmap(access->target_id);
+    g_autofree char *name = pba_access_bitmap(access);
     JsonObject *info = pba_block_find_bitmap(block, disk->bitmap_node, name);
 
+    if (!remove_plain(access, disk, block, error)) {
+        return false;
+    }
     if (disk->mode == PBA_BITMAP_MODE_NONE) {
         return true;
     }
-    if (disk->mode == PBA_BITMAP_MODE_USE && info && !pba_json_find_bool(info, "inconsistent")) {
+    if (is_usable(access, disk, block, info)) {
         disk->action = PBA_BITMAP_ACTION_USED;
         disk->bitmap_persistent = pba_json_find_bool(info, "persistent");
     } else {
         disk->action = disk->mode == PBA_BITMAP_MODE_NEW ? PBA_BITMAP_ACTION_NEW
                                                          : PBA_BITMAP_ACTION_MISSING_RECREATED;
-        if ((info && !pba_bitmap_remove(access, disk, name, error)) ||
+        if (!pba_bitmap_drop(access, disk, block, name, error) ||
             !pba_bitmap_add_all_dirty(access, disk, error)) {
             return false;
         }
@@ -304,7 +333,7 @@ static bool add_background(PbaAccess *access, PbaDisk *disk, GError **error)
     if (!disk->bitmap_name) {
         return true;
     }
-    g_autofree char *name = pba_background_bitmap(access->target_id, access->nonce);
+    g_autofree char *name = pba_background_bitmap(access->target_id, access->nonce, access->tied);
     return pba_qmp_run(access->qmp, "block-dirty-bitmap-add", pba_bitmap_add_arguments(disk, name),
                        error);
 }
@@ -338,19 +367,16 @@ static bool cut(PbaAccess *access, GError **error)
  * since the cut do no harm. */
 static bool freeze_bitmaps(PbaAccess *access, const PbaBlock *block, GError **error)
 {
-    g_autofree char *name = pba_target_bitmap(access->target_id);
+    g_autofree char *name = pba_access_bitmap(access);
     g_autoptr(JsonArray) actions = json_array_new();
 
     for (guint i = 0; i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
-        const char *type = disk->bitmap_name ? "block-dirty-bitmap-disable"
-                           : pba_block_find_bitmap(block, disk->bitmap_node, name)
-                               ? "block-dirty-bitmap-remove"
-                               : NULL;
-        if (type) {
-            json_array_add_element(
-                actions, pba_json("{'type': <%s>, 'data': <{'node': <%s>, 'name': <%s>}>}", type,
-                                  disk->bitmap_node, name));
+        if (disk->bitmap_name) {
+            json_array_add_element(actions, pba_bitmap_action("block-dirty-bitmap-disable",
+                                                              pba_bitmap_ref(disk, name)));
+        } else {
+            pba_bitmap_removals(actions, access, disk, block, name);
         }
     }
     return json_array_get_length(actions) == 0 ||

@@ -163,6 +163,12 @@ bool pba_upstream_teardown(PbaAccess *access, bool success, GError **error)
     return true;
 }
 
+static bool has_background(const PbaAccess *access, const PbaBlock *block, const char *node)
+{
+    return pba_block_find_background(block, node, access->target_id, false) ||
+           pba_block_find_background(block, node, access->target_id, true);
+}
+
 bool pba_upstream_is_clean(PbaAccess *access)
 {
     g_auto(PbaBlock) block = {0};
@@ -173,7 +179,7 @@ bool pba_upstream_is_clean(PbaAccess *access)
     for (guint i = 0; i < json_array_get_length(block.nodes); i++) {
         const char *name = pba_block_node_name(block.nodes, i);
         if (name && ((pba_is_own_node(name) && !pba_is_owner_mark(name)) ||
-                     pba_block_find_background(&block, name, access->target_id))) {
+                     has_background(access, &block, name))) {
             return false;
         }
     }

@@ -49,6 +49,11 @@ JsonNode *pba_bitmap_action(const char *type, JsonNode *data);
 JsonNode *pba_bitmap_ref(const PbaDisk *disk, const char *name);
 JsonNode *pba_bitmap_merge_action(const PbaDisk *disk, const char *target, JsonArray *sources);
 bool pba_bitmap_transaction(PbaAccess *access, JsonArray *actions, GError **error);
+/* The same if it is there, in one with its companions; and the actions for that. */
+bool pba_bitmap_drop(PbaAccess *access, const PbaDisk *disk, const PbaBlock *block,
+                     const char *name, GError **error);
+void pba_bitmap_removals(JsonArray *actions, const PbaAccess *access, const PbaDisk *disk,
+                         const PbaBlock *block, const char *name);
 /* Ends the split into target's and background bitmap on every disk that has one, and enters the
  * phase committed where that is a success. Where it cannot be done the target's bitmap is removed.
  */

@@ -9,7 +9,7 @@ use Exporter qw(import);
 use PVE::BackupAccess::CLI qw(absolute);
 use PVE::BackupAccess;
 
-our @EXPORT_OK = qw(access_options bitmap_of status_of text);
+our @EXPORT_OK = qw(access_options bitmap_of is_tied status_of text);
 
 # Where fleecing images go that nobody gave a place.
 my $fleecing_dir = '/var/tmp';
@@ -34,12 +34,17 @@ sub status_of ($opt) {
     return PVE::BackupAccess->status(access_options($opt));
 }
 
+# Whether it can have the id of a backup.
+sub is_tied ($bitmap) { return $bitmap->{name} =~ m/\Apba-tied:/ }
+
 # The bitmap of a device, as status has it; without --target-id it must be the only one.
 sub bitmap_of ($opt, $device) {
     my $target = defined($opt->{'target-id'}) ? text($opt->{'target-id'}) : undef;
     my @bitmaps = grep { ($_->{device} // '') eq $device && !$_->{background} }
         grep { defined($_->{'target-id'}) } status_of($opt)->{bitmaps}->@*;
     my @found = grep { !defined($target) || $_->{'target-id'} eq $target } @bitmaps;
+    my %has_tied = map { $_->{'target-id'} => 1 } grep { is_tied($_) } @found;
+    @found = grep { is_tied($_) || !$has_tied{ $_->{'target-id'} } } @found;
     my $for = defined($target) ? "of target '$target' " : '';
     die "device $device: has no bitmap ${for}yet - a backup makes one; see what there is with"
         . " 'pve-backup-access status'\n"

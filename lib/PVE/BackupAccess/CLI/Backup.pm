@@ -115,6 +115,8 @@ my sub task ($opt, $plan, $progress) {
         (map { $_ => $plan->{$_} } qw(vmid target-id devices guest-config bandwidth-limit)),
         provider => $provider,
         persistent => $opt->{persistent},
+        'load-note' => sub (@) { return undef },    # the provider knows of ids
+        'store-note' => sub (@) { },
         log => logger($progress),
     );
     weaken($task = $made);

@@ -12,7 +12,7 @@ use List::Util qw(max);
 
 use PVE::BackupAccess::CLI qw(usage_error);
 use PVE::BackupAccess;
-use PVE::BackupAccess::CLI::Access qw(access_options bitmap_of text);
+use PVE::BackupAccess::CLI::Access qw(access_options bitmap_of is_tied text);
 use PVE::BackupAccess::CLI::Map::Heat;
 use PVE::BackupAccess::CLI::Map::SVG;
 use PVE::BackupAccess::CLI::Output qw(columns is_utf8_terminal say_out share write_file write_out);
@@ -39,11 +39,22 @@ my sub read_regions ($volume, $each) {
     }
 }
 
+# What setup has to be told for the bitmap to be left as it is.
+my sub request_for ($access, $device, $bitmap) {
+    my %request = (device => $device, 'bitmap-mode' => 'use');
+    return \%request if !is_tied($bitmap);
+    $request{base} = $access->bases($device)->{$device}
+        // die "device $device: its bitmap cannot be used any more, or the backups call the disk by"
+        . " another name - the next backup is a full one\n";
+    return \%request;
+}
+
 # Calls $begin with the size, then $each with the regions, while the access is up.
-my sub read_map ($options, $device, $begin, $each) {
+my sub read_map ($options, $bitmap, $begin, $each) {
     my $access = PVE::BackupAccess->new($options->%*);
+    my $device = $bitmap->{device};
     my $read = sub {
-        my ($info) = $access->setup([{ device => $device, 'bitmap-mode' => 'use' }])->@*;
+        my ($info) = $access->setup([request_for($access, $device, $bitmap)])->@*;
         check_action($info);
         $begin->($info->{size});
         my $volume = $access->volume($device);
@@ -54,8 +65,8 @@ my sub read_map ($options, $device, $begin, $each) {
 }
 
 # { device, target, size, dirty, regions, largest, heats => [of so many parts each], spool }
-my sub collect ($options, $device, $spool, @parts) {
-    my $map = { device => $device, target => $options->{'target-id'}, spool => $spool };
+my sub collect ($options, $bitmap, $spool, @parts) {
+    my $map = { device => $bitmap->{device}, target => $options->{'target-id'}, spool => $spool };
     $map->@{qw(dirty regions largest)} = (0, 0, 0);
     my $begin = sub ($size) {
         $map->{size} = $size;
@@ -71,7 +82,7 @@ my sub collect ($options, $device, $spool, @parts) {
             print {$spool} pack('Q>Q>', $offset, $length) or die "cannot keep the map: $!\n";
         }
     };
-    read_map($options, $device, $begin, $each);
+    read_map($options, $bitmap, $begin, $each);
     return $map;
 }
 
@@ -120,16 +131,16 @@ sub run ($opt, $device) {
     if ($opt->{json}) {
         my $spool = File::Temp->new(TMPDIR => 1);
         binmode($spool);
-        print_json(collect($options, $device, $spool));
+        print_json(collect($options, $bitmap, $spool));
     }
     elsif (defined($opt->{svg})) {
-        my $map = collect($options, $device, undef, PVE::BackupAccess::CLI::Map::SVG::cells());
+        my $map = collect($options, $bitmap, undef, PVE::BackupAccess::CLI::Map::SVG::cells());
         my $title = "$map->{device}, target $map->{target}";
         my $svg = PVE::BackupAccess::CLI::Map::SVG::draw($map->{heats}[0], $title, totals($map));
         write_file($opt->{svg}, $svg);
     }
     else {
-        print_strip(collect($options, $device, undef, max(10, columns() - $beside_strip)));
+        print_strip(collect($options, $bitmap, undef, max(10, columns() - $beside_strip)));
     }
     return 0;
 }

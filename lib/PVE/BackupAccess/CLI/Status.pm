@@ -43,10 +43,11 @@ my sub print_bitmaps ($bitmaps) {
         [
             shown($_->{'target-id'}), shown($_->{device}),
             bytes($_->{'dirty-bytes'} // 0), state_of($_),
+            $_->{base} // '',
         ]
     } $bitmaps->@*;
     say_out('');
-    say_table([[qw(TARGET DEVICE DIRTY), 'STATE'], @rows], 2);
+    say_table([[qw(TARGET DEVICE DIRTY STATE), 'SINCE BACKUP'], @rows], 2);
 }
 
 my sub print_fleecing ($images) {
@@ -102,7 +103,16 @@ sub run ($opt) {
 
 # Undoes what a killed process left, without a backup.
 sub recover ($opt) {
-    my $lines = PVE::BackupAccess->recover(
+    return _say_done($opt, 'recover', 'nothing to undo');
+}
+
+# Removes the bitmaps of a target.
+sub forget ($opt) {
+    return _say_done($opt, 'forget', 'the target has no bitmaps');
+}
+
+sub _say_done ($opt, $method, $nothing) {
+    my $lines = PVE::BackupAccess->$method(
         access_options($opt),
         'target-id' => text($opt->{'target-id'}),
         force => $opt->{force} ? 1 : 0,
@@ -113,7 +123,7 @@ sub recover ($opt) {
     }
     else {
         say_out($lines->@*);
-        say_error('nothing to undo') if !$lines->@*;
+        say_error($nothing) if !$lines->@*;
     }
     return 0;
 }

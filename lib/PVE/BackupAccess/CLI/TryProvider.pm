@@ -207,6 +207,8 @@ my sub run_task ($trial, $job, $watch) {
         'firewall-config' => $firewall_config,
         thaw => sub { write_all($trial, $job->{after}) },
         log => sub ($level, $message) { push($trial->{log}->@*, "$level: $message") },
+        'load-note' => sub ($key) { return $trial->{note} },
+        'store-note' => sub ($key, $text) { $trial->{note} = $text },
         $limit ? ('bandwidth-limit' => $limit) : (),
         $trial->{machine}->access_options,
     );

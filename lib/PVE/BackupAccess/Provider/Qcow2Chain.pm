@@ -156,14 +156,24 @@ sub backup_vm_query_incremental ($self, $vmid, $volumes) {
     my $task = $self->_task($vmid);
     my %modes;
     for my $device (sort keys $volumes->%*) {
-        my $size = $volumes->{$device}{size};
         my $base;
-        my $error = attempt { $base = $task->{guest}->base($self->{storeid}, $device, $size) };
+        my $error
+            = attempt { $base = $self->_base($task->{guest}, $device, $volumes->{$device}) };
         $self->{log}->('warn', "$device: full backup - " . reason($error)) if $error;
         $task->{bases}{$device} = $base;
         $modes{$device} = $base ? 'use' : 'new';
+        $modes{$device} = { 'bitmap-mode' => 'use', base => $base->id }
+            if $base && exists($volumes->{$device}{base});
     }
     return \%modes;
+}
+
+# What the device's bitmap can go on from: the archive of that id, where the caller knows it, else the
+# last one.
+sub _base ($self, $guest, $device, $volume) {
+    my $size = $volume->{size};
+    return $guest->base($self->{storeid}, $device, $size) if !exists($volume->{base});
+    return defined($volume->{base}) ? $guest->base_of_id($volume->{base}, $device, $size) : undef;
 }
 
 sub backup_vm ($self, $vmid, $guest_config_text, $volumes, $info) {
@@ -172,7 +182,9 @@ sub backup_vm ($self, $vmid, $guest_config_text, $volumes, $info) {
         $task->{guest}->dir, $task->{name},
         vmid => $vmid,
         time => $task->{time},
-        storage => $self->{storeid}
+        storage => $self->{storeid},
+        defined($info->{'backup-id'}) ? (id => $info->{'backup-id'}) : (),
+        defined($info->{'guest-uuid'}) ? (guest => $info->{'guest-uuid'}) : (),
     );
     my $firewall = $info->{'firewall-config'};
     $archive->add_file($guest_config, $guest_config_text);
@@ -181,7 +193,7 @@ sub backup_vm ($self, $vmid, $guest_config_text, $volumes, $info) {
         $self->_store($task, $device, $volumes->{$device}, $info);
     }
     $archive->seal;
-    $task->{guest}->publish($archive, $self->{storeid});
+    $task->{guest}->publish($archive, $self->{storeid}, defined($info->{'backup-id'}));
     $task->{published} = 1;
 
     # Proxmox VE prunes before it calls backup_cleanup.
@@ -197,7 +209,7 @@ sub _parent ($self, $task, $device, $volume) {
         'StateError',
         "device $device: its bitmap goes on, but there is no archive that it could go on from",
         device => $device
-    ) if !$base;
+    ) if !$base || ($volume->{base} // $base->id) ne $base->id;
     my $size = $base->device($device)->{size};
     fail(
         'StateError',
@@ -362,10 +374,12 @@ sub _list_guest ($self, $vmid) {
     my @list;
     for my $name ($guest->names) {
         my $entry = { volname => "vm/$vmid/$name", vmid => 0 + $vmid, time => time_of($name) };
+        $entry->{protected} = 1 if $guest->is_protected($name);
         my $archive;
         my $error = attempt { $archive = $guest->archive($name) };
         $entry->{problem} = reason($error) if $error;
         $entry->@{qw(size devices)} = ($archive->file_size, _list_devices($archive)) if $archive;
+        $entry->{guest} = $archive->guest if $archive && defined($archive->guest);
         push(@list, $entry);
     }
     return @list;
@@ -405,21 +419,39 @@ sub verify ($self, $volname) {
     return \@problems;
 }
 
+# { 'keep-last' => 7, ... }, or the number of it alone.
+my sub rules ($keep) {
+    return $keep if ref($keep) eq 'HASH';
+    check_positive('keep', $keep);
+    return { 'keep-last' => $keep };
+}
+
+sub retention ($self, $vmid, $keep) {
+    $vmid = checked_vmid($vmid);
+    $keep = rules($keep);
+    check_keep($keep);
+    my @archives = retention_of($self->_guest($vmid), $keep, \&time_of);
+    return [map { { volname => "vm/$vmid/$_->{name}", $_->%{qw(time mark problems)} } } @archives];
+}
+
 sub prune ($self, $vmid, $keep) {
     $vmid = checked_vmid($vmid);
-    check_positive('keep', $keep);
     my $guest = $self->_guest($vmid);
-    return [] if !-d $guest->dir;
-    my $lock = $guest->lock;
-    $self->_clean($guest);
-    my @names = $guest->names;
-    splice(@names, @names > $keep ? -$keep : 0);
-
-    for my $name (@names) {
-        $self->{log}->('info', "removing vm/$vmid/$name");
-        $guest->remove($name);
+    my $lock = -d $guest->dir ? $guest->lock : undef;
+    $self->_clean($guest) if $lock;
+    my @archives = $self->retention($vmid, $keep)->@*;
+    for my $archive (grep { $_->{mark} eq 'broken' } @archives) {
+        $self->{log}->('warn',
+            "$archive->{volname} stays, though it cannot be restored, since no newer one replaces it"
+                . " - $archive->{problems}[0]");
     }
-    return [map { "vm/$vmid/$_" } @names];
+    my @names = map { $_->{volname} =~ s!.*/!!r } grep { $_->{mark} eq 'remove' } @archives;
+    $self->{log}->('info', "removing vm/$vmid/$_") for @names;
+    my ($removed, $problems) = remove_archives($guest, @names);
+    fail('ArchiveError',
+        join('; ', map { "cannot remove vm/$vmid/$_ - $problems->{$_}" } sort keys $problems->%*))
+        if $problems->%*;
+    return [map { "vm/$vmid/$_" } $removed->@*];
 }
 
 sub remove ($self, $volname) {

@@ -19,13 +19,15 @@ my $TARGET = 'snapshot-access:test';
 # Where QEMU has Proxmox' commands they are what is used.
 sub names ($class) { return PBA::Test::VM->is_proxmox ? 'pve' : qw(upstream pve) }
 
-# name => upstream or pve; form => of Proxmox' command; everything else is for PBA::Test::VM.
+# name => upstream or pve; form => of Proxmox' command; fleecing => 0: images for it are attached by the
+# test; everything else is for PBA::Test::VM.
 sub start ($class, %opt) {
-    my ($name, $form) = delete(@opt{qw(name form)});
+    my ($name, $form, $fleecing) = delete(@opt{qw(name form fleecing)});
     Test::More::plan(skip_all => 'only for a stock QEMU')
         if $name eq 'upstream' && PBA::Test::VM->is_proxmox;
     my $vm = PBA::Test::VM->start(%opt);
-    my $self = bless({ name => $name, vm => $vm, form => $form // 'devices' }, $class);
+    my %self = (name => $name, vm => $vm, form => $form // 'devices', fleecing => $fleecing // 1);
+    my $self = bless(\%self, $class);
     $self->connect;
     return $self;
 }
@@ -61,7 +63,7 @@ sub connect ($self) {
             pid => $vm->pid,
         );
     }
-    $self->attach_fleecing($_) for $vm->disk_ids;
+    $self->attach_fleecing($_) for $self->{fleecing} ? $vm->disk_ids : ();
     return;
 }
 
@@ -71,9 +73,9 @@ sub attach_fleecing ($self, $id, %opt) {
     return;
 }
 
-sub restart ($self) {
+sub restart ($self, @args) {
     undef $self->{front};
-    $self->{vm}->restart;
+    $self->{vm}->restart(@args);
     $self->connect;
     return;
 }
@@ -132,6 +134,7 @@ sub task ($self, $provider, %opt) {
     return PVE::BackupAccess::Task->new(
         $self->options,
         vmid => 100,
+        'state-dir' => $self->work_dir('state'),
         provider => $provider,
         devices => [map { $self->device($_) } $self->{vm}->disk_ids],
         'guest-config' => "name: test\n",
@@ -154,17 +157,20 @@ sub outside ($self) {
     };
 }
 
-# The bitmaps that are not the target's own: none outside of an access.
+# The bitmaps that are not the target's own: none outside of an access. One that has an id has one
+# companion.
 sub other_bitmaps ($self) {
     my $bitmaps = $self->{vm}->bitmaps;
-    return [
-        grep { !m/\Q: $TARGET\E\z|: pba:\Q$TARGET\E\z/ }
-            map {
-            my $node = $_;
-            map { "$node: $_" } sort keys $bitmaps->{$node}->%*
-            }
-            sort keys $bitmaps->%*
-    ];
+    my @others;
+    for my $node (sort keys $bitmaps->%*) {
+        my @names = sort keys $bitmaps->{$node}->%*;
+        my ($companion) = grep { m/\Apba-id:/ } @names;
+        my $is_tied = grep { $_ eq "pba-tied:$TARGET" } @names;
+        push(@others,
+            map { "$node: $_" } grep { !m/\A(?:pba:|pba-tied:)?\Q$TARGET\E\z/ }
+            grep { !$is_tied || $_ ne ($companion // '') } @names);
+    }
+    return \@others;
 }
 
 # What is not as it was outside of an access; nothing is as it must be.

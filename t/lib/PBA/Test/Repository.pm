@@ -29,7 +29,7 @@ sub backup ($self, %opt) {
     my @ids = ($opt{disks} // [$backend->vm->disk_ids])->@*;
     my $modes = ref($opt{mode}) ? $opt{mode} : { map { $_ => $opt{mode} } @ids };
     my $access = $backend->access(($opt{options} // {})->%*);
-    my $infos = $access->setup([map { $backend->devices($modes->{$_}, $_)->@* } @ids]);
+    my $infos = $access->setup([$self->requests($access, $modes, @ids)]);
     my $volumes = $access->volumes($opt{mechanism} // 'nbd');
     my $open = $opt{open} // sub (@volume) { PVE::BackupAccess::Volume->open(@volume) };
 
@@ -42,11 +42,27 @@ sub backup ($self, %opt) {
             $volumes->{$device}, $opt{success});
         $result{$id}{action} = $infos->[$i]{'bitmap-action'} // 'none';
     }
-    $access->teardown($opt{success});
-    if ($opt{success}) {
-        rename($self->candidate($_), $self->image($_)) or die "rename: $!\n" for @ids;
-    }
+    $self->finish($access, $opt{success}, @ids);
     return \%result;
+}
+
+# What setup is asked for.
+sub requests ($self, $access, $modes, @ids) {
+    return map { $self->{backend}->devices($modes->{$_}, $_)->@* } @ids;
+}
+
+sub finish ($self, $access, $success, @ids) {
+    $access->teardown($success);
+    $self->take_good(@ids) if $success;
+    return;
+}
+
+# Candidates that there are, of a backup that QEMU knows for a success.
+sub take_good ($self, @ids) {
+    for my $id (grep { -e $self->candidate($_) } @ids) {
+        rename($self->candidate($id), $self->image($id)) or die "rename: $!\n";
+    }
+    return;
 }
 
 sub _read_disk ($self, $id, $reader, $volume, $success) {

@@ -25,7 +25,7 @@ my $block = 65536;
 
 sub new ($class, %opt) {
     my $self = bless({ %opt, count => 0, writes => 0, outside => $opt{backend}->outside }, $class);
-    $self->{repository} = PBA::Test::Repository->new($opt{backend});
+    $self->{repository} //= PBA::Test::Repository->new($opt{backend});
     return $self;
 }
 
@@ -69,7 +69,7 @@ sub _backup ($self, $fault, $at, $row) {
     $self->_before_backup(@ids);
     my $proxy = $self->_proxy(fault => $fault, at => $at);
     my $told = $row->{backup}->({ $row->%*, fault => $fault, at => $at }, $proxy);
-    $self->_take_good(@ids) if $told;
+    $self->{repository}->take_good(@ids) if $told;
     $self->{backend}->guest->stop_churn if !$at;
     $proxy->stop;
     return $proxy;
@@ -128,14 +128,6 @@ sub _recover ($self, $path) {
     my $again = eval { PVE::BackupAccess->recover(%options) } // [$@];
     push(@problems, "recover did something again: $again->@*") if $again->@*;
     return @problems;
-}
-
-sub _take_good ($self, @ids) {
-    my $repository = $self->{repository};
-    for my $id (grep { -e $repository->candidate($_) } @ids) {
-        rename($repository->candidate($id), $repository->image($id)) or die "rename: $!\n";
-    }
-    return;
 }
 
 sub _next_increment ($self, $path, $by_recover, @ids) {

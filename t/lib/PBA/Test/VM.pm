@@ -15,7 +15,7 @@ use PBA::Test::Channel;
 use PBA::Test::Graph;
 use PBA::Test::Guest;
 use PBA::Test::QMP;
-use PBA::Test::VM::CommandLine qw(command_line);
+use PBA::Test::VM::CommandLine qw(command_line drive_args);
 
 my $JSON = JSON::PP->new->utf8->canonical;
 my $DEFAULT_SIZE = 64 * 1024 * 1024;
@@ -72,9 +72,10 @@ sub start ($class, %opt) {
     return $self;
 }
 
-# Stops QEMU where it still runs and starts it again on the same disks.
-sub restart ($self) {
+# Stops QEMU where it still runs and starts it again on the same disks, this once with more arguments.
+sub restart ($self, @args) {
     $self->quit if $self->is_alive;
+    local $self->{once} = \@args;
     $self->_launch;
     return $self;
 }
@@ -181,6 +182,31 @@ sub disk ($self, $id) {
 
 sub disk_ids ($self) {
     return $self->{order}->@*;
+}
+
+# Takes a SCSI disk's guest device away, and with it a -drive.
+sub unplug ($self, $id) {
+    $self->clear_events;
+    $self->qmp('device_del', id => $self->disk($id)->{qdev_id});
+    $self->wait_event('DEVICE_DELETED');
+    return;
+}
+
+# Puts it back, over the node of another disk where that is named.
+sub plug ($self, $id, $of = $id) {
+    my $disk = $self->disk($id);
+    my (undef, $drive) = $disk->{shape} eq 'drive' ? drive_args($disk) : ();
+    $self->hmp("drive_add 0 $drive") if defined $drive;
+    $disk->{plugged} = $of;
+    $self->qmp(
+        'device_add',
+        driver => 'scsi-hd',
+        bus => "scsihw-$id.0",
+        drive => defined $drive ? "drive-$id" : $of,
+        id => $disk->{qdev_id},
+        serial => $id,
+    );
+    return;
 }
 
 # A raw image of the disk as it is on the host now. Only steady while nobody writes.

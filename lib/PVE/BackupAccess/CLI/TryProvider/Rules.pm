@@ -36,6 +36,17 @@ my sub backup_get_mechanism ($call, $expected) {
     return q(must return 'nbd' or 'file-handle' for a VM, not ) . shown($mechanism);
 }
 
+# A word, or in a hash with the id of the archive that the provider would build on.
+my sub answer_problem ($answer) {
+    my ($mode, $base)
+        = ref($answer) eq 'HASH' ? $answer->@{qw(bitmap-mode base)} : ($answer, undef);
+    return q(must be 'new', 'use' or 'none', or a hash with that as 'bitmap-mode', not )
+        . shown($mode)
+        if ref($mode) || ($mode // 'none') !~ m/\A(?:new|use|none)\z/;
+    return if !defined($base) || (!ref($base) && $base =~ m/\A[0-9a-f]{32}\z/);
+    return q('base' must be the id of a backup, not ) . shown($base);
+}
+
 my sub backup_vm_query_incremental ($call, $expected) {
     my $modes = $call->{result}[0];
     return if !defined($modes);
@@ -44,8 +55,8 @@ my sub backup_vm_query_incremental ($call, $expected) {
     for my $device (sort keys $modes->%*) {
         return "returned the device '$device', which was not asked for"
             if !exists($expected->{sizes}{$device});
-        return "device $device: must be 'new', 'use' or 'none', not " . shown($modes->{$device})
-            if ($modes->{$device} // 'none') !~ m/\A(?:new|use|none)\z/;
+        my $problem = answer_problem($modes->{$device});
+        return "device $device: $problem" if defined($problem);
     }
     return;
 }

@@ -140,6 +140,7 @@ sub _manifest_problem ($manifest) {
     return 'its format is unknown'
         if !is_text($manifest->{format}) || $manifest->{format} ne $format;
     return 'its id is missing' if !is_text($manifest->{id});
+    return 'its guest is odd' if exists($manifest->{guest}) && !is_text($manifest->{guest});
     return 'its devices or files are missing'
         if grep { !is_hash($manifest->{$_}) } qw(devices files);
     for my $device (sort keys $manifest->{devices}->%*) {
@@ -164,6 +165,9 @@ sub dir ($self) { return $self->{dir} }
 # Under which name it is in the guest's directory now.
 sub entry ($self) { return $self->{dir} =~ s{.*/}{}sr }
 sub id ($self) { return $self->{manifest}{id} }
+
+# The UUID of the guest, undef if it was not told.
+sub guest ($self) { return $self->{manifest}{guest} }
 sub devices ($self) { return sort keys $self->{manifest}{devices}->%* }
 
 # { size, bitmap-mode, parent, parent-id, file }, undef if the archive has no such device.

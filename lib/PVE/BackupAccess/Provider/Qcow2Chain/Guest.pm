@@ -52,6 +52,15 @@ sub names ($self) {
 
 sub archive ($self, $name) { return $Archive->load($self->{dir}, $name) }
 
+# Those whose manifests can be read.
+sub _readable ($self) {
+    my @archives;
+    for my $name ($self->names) {
+        attempt { push(@archives, $self->archive($name)) };
+    }
+    return @archives;
+}
+
 # The archive that has the device's data, then those it builds on, down to a full one. Dies if one is
 # not there.
 sub chain ($self, $name, $device) {
@@ -144,9 +153,26 @@ sub base ($self, $storage, $device, $size) {
         or fail('the last backup is not known');
     fail("the last backup, $name, is not there any more")
         if !$Archive->exists($self->{dir}, $name);
-    my @chain = $self->chain($name, $device);
     fail("the last backup, $name, is another one than it was")
-        if $chain[0]->id ne ($base->{id} // '');
+        if $self->archive($name)->id ne ($base->{id} // '');
+    return $self->_checked_base($name, $device, $size);
+}
+
+# The archive with that id, which the device's bitmap is relative to. Dies if there is none, or if it
+# cannot be built on. Where another archive builds on it already, that backup's end did not reach QEMU,
+# or the guest was taken back in time: two that build on one could not be told apart in a removal.
+sub base_of_id ($self, $id, $device, $size) {
+    my @archives = $self->_readable;
+    my ($archive) = grep { $_->id eq $id } @archives;
+    fail("the backup that its bitmap is relative to, $id, is not here") if !$archive;
+    my $name = $archive->name;
+    fail("archive $name has been built on already")
+        if grep { ((($_->device($device) // {})->{parent}) // '') eq $name } @archives;
+    return $self->_checked_base($name, $device, $size);
+}
+
+sub _checked_base ($self, $name, $device, $size) {
+    my @chain = $self->chain($name, $device);
     my $old_size = $chain[0]->device($device)->{size};
     fail("its size was $old_size and is $size") if $old_size != $size;
     my $problem = $self->chain_problem($device, @chain);
@@ -155,13 +181,14 @@ sub base ($self, $storage, $device, $size) {
 }
 
 # Gives the archive its name. Before that it is noted as what the bitmaps are relative to: a crash
-# in between makes the next backup a full one.
-sub publish ($self, $archive, $storage) {
+# in between makes the next backup a full one. What is known to QEMU by its id is not noted, so that a
+# caller who knows of no ids makes a full backup.
+sub publish ($self, $archive, $storage, $by_id = 0) {
     my $bitmaps = $self->_bitmaps;
     my $own = $bitmaps->{$storage};
     $own = $bitmaps->{$storage} = {} if ref($own) ne 'HASH';
     for my $device ($archive->devices) {
-        my $has_bitmap = $archive->device($device)->{'bitmap-mode'} ne 'none';
+        my $has_bitmap = !$by_id && $archive->device($device)->{'bitmap-mode'} ne 'none';
         delete($own->{$device});
         $own->{$device} = { archive => $archive->name, id => $archive->id } if $has_bitmap;
     }
@@ -172,8 +199,15 @@ sub publish ($self, $archive, $storage) {
 
 # ---- removal ----
 
+# Proxmox VE's storage plugin keeps that attribute of a backup in this file.
+sub is_protected ($self, $name) { return -e "$self->{dir}/$name/protected" ? 1 : 0 }
+
+sub is_built_on ($self, $name) { return $self->_children($name)->%* ? 1 : 0 }
+
 # Takes an archive away. What others need of it becomes theirs. Needs the lock.
 sub remove ($self, $name) {
+    fail("archive $name is protected - remove the file 'protected' in it first")
+        if $self->is_protected($name);
     my $children = $self->_children($name);
     for my $device (sort keys $children->%*) {
         my $child = $children->{$device}->name;
@@ -195,10 +229,11 @@ sub remove ($self, $name) {
     return;
 }
 
-# { device => the archive that builds on this one's }
+# { device => the archive that builds on this one's }. What has no manifest that can be read cannot be
+# restored, whatever it builds on.
 sub _children ($self, $name) {
     my %children;
-    for my $other (map { $self->archive($_) } grep { $_ ne $name } $self->names) {
+    for my $other (grep { $_->name ne $name } $self->_readable) {
         for my $device ($other->devices) {
             next if ($other->device($device)->{parent} // '') ne $name;
             $Error->throw(

@@ -9,7 +9,7 @@ use JSON::PP ();
 
 use PBA::Test::Cache;
 
-our @EXPORT_OK = qw(command_line);
+our @EXPORT_OK = qw(command_line drive_args);
 
 my $JSON = JSON::PP->new->utf8->canonical;
 
@@ -50,7 +50,7 @@ my sub blockdev_args ($disk) {
     return ('-object', "throttle-group,id=throttle-$id", '-blockdev', $JSON->encode(\%filter));
 }
 
-my sub drive_args ($disk) {
+sub drive_args ($disk) {
     my @values = (
         "id=drive-$disk->{id}", 'if=none',
         "format=$disk->{format}", "cache=$disk->{cache}",
@@ -67,7 +67,7 @@ my sub device_args ($disk) {
     my $iothread = $disk->{iothread} ? ",iothread=iothread-$id" : '';
     push @args, '-object', "iothread,id=iothread-$id" if $iothread;
 
-    my $drive = $disk->{shape} eq 'drive' ? "drive-$id" : $id;
+    my $drive = $disk->{shape} eq 'drive' ? "drive-$id" : $disk->{plugged} // $id;
     my $common = "drive=$drive,id=$id-dev,serial=$id";
     $common .= ",$disk->{device_args}" if $disk->{device_args};
     if ($disk->{bus} eq 'scsi') {
@@ -140,6 +140,7 @@ sub command_line ($vm) {
         (map { device_args($_) } @disks),
         cdrom_args($vm),
         ($vm->{opt}{args} // [])->@*,
+        ($vm->{once} // [])->@*,
         @more,
     );
 }

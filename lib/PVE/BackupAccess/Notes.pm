@@ -1,0 +1,74 @@
+package PVE::BackupAccess::Notes;
+
+# For providers that know of no ids: of which backup the newest data of each device are that a provider
+# has. A text for each target and guest, kept by the caller or in a file of this host.
+
+use v5.36;
+
+use Digest::SHA ();
+use JSON::PP ();
+
+use PVE::BackupAccess::Argument qw(bad_argument);
+use PVE::BackupAccess::Provider::Qcow2Chain::File qw(make_directory read_file replace_file);
+use PVE::BackupAccess::Try qw(attempt_any);
+
+my $system_dir = '/var/lib/pve-backup-access';
+my $json = JSON::PP->new->utf8->canonical;
+
+my sub default_dir () {
+    return $system_dir if $> == 0;
+    my ($home) = ((getpwuid($>))[7] // '') =~ m!\A(/.*)\z!s
+        or bad_argument('this user has no home directory - give state-dir');
+    return "$home/.local/state/pve-backup-access";
+}
+
+# Options: load, store => code refs; dir => where files go without them.
+sub new ($class, $target_id, $guest, %options) {
+    utf8::encode(my $target = $target_id);
+    my $key = Digest::SHA::sha256_hex("$target\0$guest");
+    return bless({ %options, key => $key }, $class);
+}
+
+sub _file ($self) {
+    my $dir = $self->{dir} // default_dir();
+    return "$dir/$self->{key}.json";
+}
+
+sub _text ($self) {
+    return $self->{load}->($self->{key}) if $self->{load};
+    my $file = $self->_file;
+    return -e $file ? read_file($file) : undef;
+}
+
+sub _store ($self, $text) {
+    return $self->{store}->($self->{key}, $text) if $self->{store};
+    my $file = $self->_file;
+    return if !defined($text) && !-e $file;
+    make_directory($file =~ s{/[^/]+\z}{}r);
+    replace_file($file, $text // '{}');
+    return;
+}
+
+# { device => id }. A note that cannot be read is as good as none.
+sub ids ($self) {
+    my $text = $self->_text;
+    my $ids;
+    attempt_any { $ids = $json->decode($text) } if defined($text);
+    return {} if ref($ids) ne 'HASH';
+    return {
+        map { $_ => $ids->{$_} }
+        grep { defined($ids->{$_}) && !ref($ids->{$_}) } keys $ids->%*
+    };
+}
+
+# These devices' ids instead of what is noted; undef: it is not known.
+sub note ($self, $new) {
+    my $old = $self->ids;
+    my %ids = ($old->%*, $new->%*);
+    delete($ids{$_}) for grep { !defined($ids{$_}) } keys %ids;
+    my $text = $json->encode(\%ids);
+    $self->_store($text) if $text ne $json->encode($old);
+    return;
+}
+
+1;

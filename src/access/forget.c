@@ -1,0 +1,96 @@
+/* Giving a target's bitmaps up. A guest's earlier state cannot be loaded while a disk has a bitmap.
+ */
+#include "backend.h"
+#include "leftovers.h"
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
+#include <string.h>
+
+/* Of a dead process, or by QEMU's own commands: living ones of ours refuse our marker. */
+static bool check_down(const PbaAccess *access, const PbaLeftovers *leftovers, GError **error)
+{
+    g_autoptr(GPtrArray) things = pba_leftovers_list(leftovers);
+    bool is_up = access->backend->is_access_up(leftovers->block);
+
+    for (guint i = 0; i < things->len; i++) {
+        const PbaLeftover *thing = things->pdata[i];
+        is_up |= !thing->harmless;
+    }
+    if (is_up) {
+        pba_error_set(error, PBA_ERROR_STATE,
+                      "previous backup of this guest not finished: its bitmaps are in use - wait "
+                      "for it, or call recover if its process is gone");
+    }
+    return !is_up;
+}
+
+static bool is_targets(const PbaAccess *access, const char *bitmap)
+{
+    return pba_is_companion_of(bitmap, access->target_id) ||
+           g_strcmp0(access->backend->bitmap_target(bitmap), access->target_id) == 0;
+}
+
+static void find_bitmaps(const PbaAccess *access, const PbaBlock *block, const char *node,
+                         JsonArray *actions, GPtrArray *lines)
+{
+    JsonObject *entry = pba_block_find_node(block, node);
+    JsonArray *bitmaps = entry ? pba_json_find_array(entry, "dirty-bitmaps") : NULL;
+
+    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
+        JsonObject *info = pba_json_element(bitmaps, i);
+        const char *name = info ? pba_json_find_string(info, "name") : NULL;
+        if (!name || !is_targets(access, name)) {
+            continue;
+        }
+        json_array_add_element(actions, pba_json("{'type': <'block-dirty-bitmap-remove'>, 'data': "
+                                                 "<{'node': <%s>, 'name': <%s>}>}",
+                                                 node, name));
+        if (!pba_is_companion(name)) {
+            g_autofree char *device = pba_block_device_above(block, node);
+            g_ptr_array_add(lines,
+                            pba_line("device %s: bitmap '%s' was removed: the next backup is "
+                                     "a full one",
+                                     device ? device : node, name));
+        }
+    }
+}
+
+/* Our marker is there: nobody begins an access, which would need the bitmaps. */
+static bool forget_marked(PbaAccess *access, GPtrArray *lines, GError **error)
+{
+    g_auto(PbaBlock) block = {0};
+    g_auto(PbaLeftovers) leftovers = {0};
+    g_autoptr(JsonArray) actions = json_array_new();
+
+    if (!pba_leftovers_look(access, true, &block, &leftovers, error) ||
+        !check_down(access, &leftovers, error)) {
+        return false;
+    }
+    for (guint i = 0; i < json_array_get_length(block.nodes); i++) {
+        const char *node = pba_block_node_name(block.nodes, i);
+        if (node) {
+            find_bitmaps(access, &block, node, actions, lines);
+        }
+    }
+    return json_array_get_length(actions) == 0 ||
+           pba_qmp_run(access->qmp, "transaction",
+                       pba_json_wrap_array("actions", g_steal_pointer(&actions)), error);
+}
+
+bool pba_access_forget(PbaAccess *access, GPtrArray *lines, GError **error)
+{
+    g_autoptr(GPtrArray) found = g_ptr_array_new_with_free_func(g_free);
+
+    bool done = pba_access_begin(access, error) && pba_owner_mark(access, error);
+    if (done) {
+        done = forget_marked(access, found, error);
+        /* Ours only: the marks of a dead process tell recovery what it has to do. */
+        pba_owner_unmark(access, false);
+        pba_access_end(access);
+    }
+    while (done && found->len > 0) {
+        g_ptr_array_add(lines, g_ptr_array_steal_index(found, 0));
+    }
+    pba_qmp_release(access->qmp);
+    return done;
+}

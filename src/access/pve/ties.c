@@ -1,0 +1,258 @@
+/* Companions beside the bitmaps of Proxmox' commands, whose teardown is QEMU's own. */
+#include "pve.h"
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
+#include <string.h>
+
+char *pba_pve_bitmap(const PbaAccess *access, bool tied)
+{
+    bool is_named = access->form == PBA_FORM_DEVLIST && access->early_bitmap_name;
+    const char *name = is_named ? access->early_bitmap_name : access->target_id;
+
+    return tied ? pba_tied_bitmap(name) : access->backend->plain_bitmap(name);
+}
+
+/* The name is not known of a QEMU with the early form of the command; there any frozen one will do.
+ */
+bool pba_pve_may_be_targets(const PbaAccess *access, const char *name, JsonObject *info)
+{
+    const char *target = access->backend->bitmap_target(name);
+
+    if (!target) {
+        return false;
+    }
+    return access->form == PBA_FORM_DEVICES ? strcmp(target, access->target_id) == 0
+                                            : !pba_json_find_bool(info, "recording");
+}
+
+void pba_pve_add_removal(JsonArray *actions, const PbaBlock *block, const char *node,
+                         const char *bitmap)
+{
+    if (pba_block_find_bitmap(block, node, bitmap)) {
+        json_array_add_element(actions, pba_json("{'type': <'block-dirty-bitmap-remove'>, 'data': "
+                                                 "<{'node': <%s>, 'name': <%s>}>}",
+                                                 node, bitmap));
+    }
+}
+
+bool pba_pve_run_actions(PbaAccess *access, JsonArray *actions, GError **error)
+{
+    if (json_array_get_length(actions) == 0) {
+        json_array_unref(actions);
+        return true;
+    }
+    return pba_qmp_run(access->qmp, "transaction", pba_json_wrap_array("actions", actions), error);
+}
+
+static bool check_base(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, JsonArray *actions,
+                       GError **error)
+{
+    g_autofree char *bitmap = pba_pve_bitmap(access, true);
+    g_autofree char *plain = pba_pve_bitmap(access, false);
+
+    disk->bitmap_node = g_strdup(pba_block_skip_filters(block, disk->root_node));
+    if (!disk->bitmap_node) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "its block graph has an open end");
+        pba_error_add_device(error, disk->device);
+        return false;
+    }
+    bool exists = pba_block_find_bitmap(block, disk->bitmap_node, bitmap) != NULL;
+    pba_pve_add_removal(actions, block, disk->bitmap_node, plain);
+    if (disk->mode == PBA_BITMAP_MODE_USE && exists && pba_tie_fits(access, disk, block)) {
+        return true;
+    }
+    if (disk->mode == PBA_BITMAP_MODE_USE && exists) {
+        pba_tie_log_reason(access, disk);
+    }
+    if (disk->mode != PBA_BITMAP_MODE_NONE) { /* else QEMU removes it, and says so */
+        pba_pve_add_removal(actions, block, disk->bitmap_node, bitmap);
+    }
+    pba_companion_remove(actions, block, disk->bitmap_node, access->target_id);
+    return true;
+}
+
+bool pba_pve_check_ties(PbaAccess *access, GError **error)
+{
+    g_auto(PbaBlock) block = {0};
+    g_autoptr(JsonArray) actions = json_array_new();
+
+    if (!access->tied) {
+        return true;
+    }
+    if (!pba_block_query(access->qmp, true, &block, error)) {
+        return false;
+    }
+    for (guint i = 0; i < access->disks->len; i++) {
+        if (!check_base(access, access->disks->pdata[i], &block, actions, error)) {
+            return false;
+        }
+    }
+    return pba_pve_run_actions(access, g_steal_pointer(&actions), error);
+}
+
+static bool needs_companion(const PbaAccess *access, const PbaDisk *disk)
+{
+    return access->tied && disk->bitmap_name && disk->action != PBA_BITMAP_ACTION_USED;
+}
+
+bool pba_pve_open_ties(PbaAccess *access, GError **error)
+{
+    g_auto(PbaBlock) block = {0};
+    g_autoptr(JsonArray) actions = json_array_new();
+
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        uint64_t granularity;
+        if (!needs_companion(access, disk)) {
+            continue;
+        }
+        if (!block.nodes && !pba_block_query(access->qmp, false, &block, error)) {
+            return false;
+        }
+        JsonObject *info = pba_block_find_bitmap(&block, disk->bitmap_node, disk->bitmap_name);
+        if (info && pba_json_size(info, "granularity", &granularity, NULL)) {
+            pba_tie_add_open(actions, access, disk, disk->bitmap_name, granularity);
+        }
+    }
+    return pba_pve_run_actions(access, g_steal_pointer(&actions), error);
+}
+
+/* In place of every companion of the access' disks one with that id. */
+static bool replace_companions(PbaAccess *access, const PbaBlock *block, const char *id,
+                               GError **error)
+{
+    g_autoptr(JsonArray) actions = json_array_new();
+
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        const char *node = disk->bitmap_name ? disk->bitmap_node : NULL;
+        const char *old = pba_companion_find(block, node, access->target_id);
+        JsonObject *info = old ? pba_block_find_bitmap(block, node, old) : NULL;
+        PbaCompanion companion = pba_disk_companion(access, disk, id);
+        g_autofree char *name = pba_companion_name(&companion);
+        uint64_t granularity;
+        if (g_strcmp0(old, name) == 0) {
+            continue;
+        }
+        if (access->backup_id && info && pba_json_size(info, "granularity", &granularity, NULL)) {
+            pba_companion_add(actions, node, name, old, granularity, false);
+        }
+        pba_companion_remove(actions, block, node, access->target_id);
+    }
+    return pba_pve_run_actions(access, g_steal_pointer(&actions), error);
+}
+
+/* Without a nonce of this access in its name a command of an earlier one might hit it. */
+bool pba_pve_take_ids(PbaAccess *access, const PbaBlock *block, GError **error)
+{
+    return !access->tied || replace_companions(access, block, access->nonce, error);
+}
+
+void pba_pve_give_ids(PbaAccess *access)
+{
+    g_auto(PbaBlock) block = {0};
+    g_autoptr(GError) error = NULL;
+
+    if (access->backup_id && !(pba_block_query(access->qmp, false, &block, &error) &&
+                               replace_companions(access, &block, access->backup_id, &error))) {
+        pba_log(
+            &access->hooks, PBA_LOG_WARN,
+            "the bitmaps could not be told their backup, so that the next one is a full one: %s",
+            error->message);
+    }
+}
+
+/* It shows by nodes that no disk has. */
+bool pba_pve_is_access_up(const PbaBlock *block)
+{
+    for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
+        JsonObject *node = pba_json_element(block->nodes, i);
+        const char *driver = node ? pba_json_find_string(node, "drv") : NULL;
+        if (g_strcmp0(driver, "snapshot-access") == 0 ||
+            g_strcmp0(driver, "copy-before-write") == 0) {
+            return true;
+        }
+    }
+    return false;
+}
+
+static bool is_stray(const PbaAccess *access, JsonObject *info)
+{
+    const char *name = pba_json_find_string(info, "name");
+
+    return g_strcmp0(name, PBA_PVE_BACKGROUND) == 0 ||
+           (name && !pba_json_find_bool(info, "recording") &&
+            g_strcmp0(access->backend->bitmap_target(name), access->target_id) == 0);
+}
+
+static JsonArray *bitmaps_at(const PbaBlock *block, guint index)
+{
+    JsonObject *node = pba_json_element(block->nodes, index);
+    return node && pba_block_node_name(block->nodes, index)
+               ? pba_json_find_array(node, "dirty-bitmaps")
+               : NULL;
+}
+
+bool pba_pve_has_strays(const PbaAccess *access, const PbaBlock *block)
+{
+    if (pba_pve_is_access_up(block)) {
+        return false;
+    }
+    for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
+        JsonArray *bitmaps = bitmaps_at(block, i);
+        for (guint j = 0; bitmaps && j < json_array_get_length(bitmaps); j++) {
+            JsonObject *info = pba_json_element(bitmaps, j);
+            if (info && is_stray(access, info)) {
+                return true;
+            }
+        }
+    }
+    return false;
+}
+
+static void find_strays(const PbaAccess *access, const PbaBlock *block, guint index,
+                        JsonArray *actions, GPtrArray *lines)
+{
+    const char *node = pba_block_node_name(block->nodes, index);
+    JsonArray *bitmaps = bitmaps_at(block, index);
+    bool found = false;
+
+    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
+        JsonObject *info = pba_json_element(bitmaps, i);
+        if (!info || !is_stray(access, info)) {
+            continue;
+        }
+        const char *name = pba_json_find_string(info, "name");
+        pba_pve_add_removal(actions, block, node, name);
+        g_ptr_array_add(lines, pba_line("bitmap '%s' of node '%s' was removed: it is of an access "
+                                        "that was not torn down, and came with the guest's state",
+                                        name, node));
+        found = true;
+    }
+    if (found) {
+        pba_companion_remove(actions, block, node, access->target_id);
+    }
+}
+
+bool pba_pve_drop_strays(PbaAccess *access, GPtrArray *lines, GError **error)
+{
+    g_auto(PbaBlock) block = {0};
+    g_autoptr(GPtrArray) found = g_ptr_array_new_with_free_func(g_free);
+    JsonArray *actions = json_array_new();
+
+    if (!pba_block_query(access->qmp, false, &block, error)) {
+        json_array_unref(actions);
+        return false;
+    }
+    for (guint i = 0; !pba_pve_is_access_up(&block) && i < json_array_get_length(block.nodes);
+         i++) {
+        find_strays(access, &block, i, actions, found);
+    }
+    if (!pba_pve_run_actions(access, actions, error)) {
+        return false;
+    }
+    while (found->len > 0) {
+        g_ptr_array_add(lines, g_ptr_array_steal_index(found, 0));
+    }
+    return true;
+}

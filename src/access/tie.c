@@ -1,0 +1,68 @@
+/* Which backup the bitmaps of an access are relative to. */
+#include "backend.h"
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
+
+char *pba_access_bitmap(const PbaAccess *access)
+{
+    return access->tied ? pba_tied_bitmap(access->target_id)
+                        : access->backend->plain_bitmap(access->target_id);
+}
+
+bool pba_tie_ask_guest(PbaAccess *access, GError **error)
+{
+    if (!access->tied || access->guest) {
+        return true;
+    }
+    g_autoptr(JsonObject) reply = pba_qmp_query_object(access->qmp, "query-uuid", NULL, error);
+    access->guest = reply ? g_strdup(pba_json_string(reply, "UUID", error)) : NULL;
+    return access->guest != NULL;
+}
+
+PbaCompanion pba_disk_companion(const PbaAccess *access, const PbaDisk *disk, const char *id)
+{
+    return (PbaCompanion){.target_id = access->target_id,
+                          .guest = access->guest,
+                          .disk = disk->identity,
+                          .size = disk->size,
+                          .id = id};
+}
+
+bool pba_tie_fits(const PbaAccess *access, PbaDisk *disk, const PbaBlock *block)
+{
+    g_autofree char *bitmap = pba_access_bitmap(access);
+    PbaCompanion wanted = pba_disk_companion(access, disk, disk->base);
+
+    g_free(disk->reason);
+    disk->reason = pba_companion_problem(block, disk->bitmap_node, bitmap, &wanted);
+    return !disk->reason;
+}
+
+void pba_tie_log_reason(const PbaAccess *access, const PbaDisk *disk)
+{
+    pba_log(&access->hooks, PBA_LOG_INFO, "device %s: its bitmap is not used: %s", disk->device,
+            disk->reason);
+}
+
+void pba_tie_add_open(JsonArray *actions, const PbaAccess *access, const PbaDisk *disk,
+                      const char *from, uint64_t granularity)
+{
+    PbaCompanion open = pba_disk_companion(access, disk, access->nonce);
+    g_autofree char *name = pba_companion_name(&open);
+
+    pba_companion_add(actions, disk->bitmap_node, name, from, granularity, disk->bitmap_persistent);
+}
+
+void pba_tie_add_id(JsonArray *actions, const PbaAccess *access, const PbaDisk *disk,
+                    const PbaBlock *block, uint64_t granularity)
+{
+    const char *old = pba_companion_find(block, disk->bitmap_node, access->target_id);
+
+    if (access->backup_id && old) {
+        PbaCompanion companion = pba_disk_companion(access, disk, access->backup_id);
+        g_autofree char *name = pba_companion_name(&companion);
+        pba_companion_add(actions, disk->bitmap_node, name, old, granularity,
+                          disk->bitmap_persistent);
+    }
+    pba_companion_remove(actions, block, disk->bitmap_node, access->target_id);
+}

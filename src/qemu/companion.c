@@ -1,0 +1,197 @@
+/* Companions: their names, finding them, and what they say. */
+#include "qemu.h"
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
+#include <string.h>
+
+/* The name, between colons: prefix, hashes of target, guest and disk, size, id. */
+#define PREFIX "pba-id:"
+#define ID_DIGITS 32
+
+enum { PART_PREFIX, PART_TARGET, PART_GUEST, PART_DISK, PART_SIZE, PART_ID, PART_COUNT };
+
+static bool is_id(const char *text)
+{
+    return strlen(text) == ID_DIGITS && strspn(text, "0123456789abcdef") == ID_DIGITS;
+}
+
+bool pba_companion_check_id(const char *id, GError **error)
+{
+    if (id && is_id(id)) {
+        return true;
+    }
+    pba_error_set(error, PBA_ERROR_ARGUMENT,
+                  "'%s' is not the id of a backup - must be %d hexadecimal digits in lower case",
+                  id ? id : "", ID_DIGITS);
+    return false;
+}
+
+char *pba_companion_name(const PbaCompanion *companion)
+{
+    g_autofree char *target = pba_short_hash(companion->target_id);
+    g_autofree char *guest = pba_short_hash(companion->guest);
+    g_autofree char *disk = pba_short_hash(companion->disk);
+
+    return g_strdup_printf(PREFIX "%s:%s:%s:%" G_GUINT64_FORMAT ":%s", target, guest, disk,
+                           companion->size, companion->id ? companion->id : "");
+}
+
+bool pba_is_companion(const char *bitmap)
+{
+    return g_str_has_prefix(bitmap, PREFIX);
+}
+
+bool pba_is_companion_of(const char *bitmap, const char *target_id)
+{
+    g_autofree char *target = pba_short_hash(target_id);
+    g_autofree char *prefix = g_strconcat(PREFIX, target, ":", NULL);
+
+    return g_str_has_prefix(bitmap, prefix);
+}
+
+const char *pba_companion_id(const char *bitmap)
+{
+    const char *last = pba_is_companion(bitmap) ? strrchr(bitmap, ':') : NULL;
+
+    return last && is_id(last + 1) ? last + 1 : NULL;
+}
+
+/* The bitmaps of a node; NULL if it has none. */
+static JsonArray *bitmaps_of(const PbaBlock *block, const char *node)
+{
+    JsonObject *entry = pba_block_find_node(block, node);
+
+    return entry ? pba_json_find_array(entry, "dirty-bitmaps") : NULL;
+}
+
+/* The name of the bitmap with that index, if it is a companion of the target; borrowed. */
+static const char *companion_at(JsonArray *bitmaps, guint index, const char *target_id)
+{
+    JsonObject *info = pba_json_element(bitmaps, index);
+    const char *name = info ? pba_json_find_string(info, "name") : NULL;
+
+    return name && pba_is_companion_of(name, target_id) ? name : NULL;
+}
+
+const char *pba_companion_find(const PbaBlock *block, const char *node, const char *target_id)
+{
+    JsonArray *bitmaps = bitmaps_of(block, node);
+    const char *found = NULL;
+
+    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
+        const char *name = companion_at(bitmaps, i, target_id);
+        if (name && found) {
+            return NULL; /* which of them is true cannot be told */
+        }
+        found = name ? name : found;
+    }
+    return found;
+}
+
+/* What makes a bitmap good for nothing. */
+static const char *state_problem(JsonObject *info, bool recording)
+{
+    if (!info) {
+        return "it is gone";
+    }
+    if (pba_json_find_bool(info, "inconsistent")) {
+        return "QEMU did not store it when it ended";
+    }
+    if (pba_json_find_bool(info, "recording") != recording) {
+        return recording ? "it has stopped recording" : "what tells its backup was changed";
+    }
+    return NULL;
+}
+
+static bool lacks_bits(JsonObject *info, uint64_t size)
+{
+    uint64_t count;
+
+    return !pba_json_size(info, "count", &count, NULL) || count < size;
+}
+
+/* What differs between a companion's name and the one that is wanted. */
+static char *name_problem(const char *name, const PbaCompanion *wanted)
+{
+    g_autofree char *expected = pba_companion_name(wanted);
+    g_auto(GStrv) is = g_strsplit(name, ":", PART_COUNT);
+    g_auto(GStrv) want = g_strsplit(expected, ":", PART_COUNT);
+
+    if (g_strv_length(is) != PART_COUNT || !wanted->id) {
+        return g_strdup(wanted->id ? "what tells its backup has an odd name"
+                                   : "there is no backup that it could go on from");
+    }
+    if (strcmp(is[PART_GUEST], want[PART_GUEST]) != 0) {
+        return g_strdup("it is another guest's");
+    }
+    if (strcmp(is[PART_DISK], want[PART_DISK]) != 0) {
+        return g_strdup("it is another disk's, or the disk was backed up under another name");
+    }
+    if (!is_id(is[PART_ID])) {
+        return g_strdup("it is relative to no backup that has ended well");
+    }
+    if (strcmp(is[PART_ID], want[PART_ID]) != 0) {
+        return g_strdup_printf("it is relative to backup %s, not %s", is[PART_ID], want[PART_ID]);
+    }
+    return strcmp(is[PART_SIZE], want[PART_SIZE]) != 0 ? g_strdup("the disk was resized") : NULL;
+}
+
+char *pba_companion_problem(const PbaBlock *block, const char *node, const char *bitmap,
+                            const PbaCompanion *wanted)
+{
+    const char *name = pba_companion_find(block, node, wanted->target_id);
+    const char *problem = state_problem(pba_block_find_bitmap(block, node, bitmap), true);
+
+    if (problem) {
+        return g_strdup(problem);
+    }
+    if (!name) {
+        return g_strdup("nothing tells which backup it is relative to");
+    }
+    JsonObject *info = pba_block_find_bitmap(block, node, name);
+    char *difference = name_problem(name, wanted);
+    if (difference) {
+        return difference;
+    }
+    problem = state_problem(info, false);
+    return problem                          ? g_strdup(problem)
+           : lacks_bits(info, wanted->size) ? g_strdup("the disk was resized")
+                                            : NULL;
+}
+
+static JsonNode *action(const char *type, JsonNode *data)
+{
+    JsonNode *node = pba_json("{'type': <%s>}", type);
+    json_object_set_member(json_node_get_object(node), "data", data);
+    return node;
+}
+
+void pba_companion_remove(JsonArray *actions, const PbaBlock *block, const char *node,
+                          const char *target_id)
+{
+    JsonArray *bitmaps = bitmaps_of(block, node);
+
+    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
+        const char *name = companion_at(bitmaps, i, target_id);
+        if (name) {
+            json_array_add_element(actions,
+                                   action("block-dirty-bitmap-remove",
+                                          pba_json("{'node': <%s>, 'name': <%s>}", node, name)));
+        }
+    }
+}
+
+void pba_companion_add(JsonArray *actions, const char *node, const char *name, const char *from,
+                       uint64_t granularity, bool persistent)
+{
+    JsonNode *add = pba_json("{'node': <%s>, 'name': <%s>, 'granularity': <%t>}", node, name,
+                             (guint64)granularity);
+
+    pba_json_set_if(add, "disabled", true);
+    pba_json_set_if(add, "persistent", persistent);
+    json_array_add_element(actions, action("block-dirty-bitmap-add", add));
+    json_array_add_element(
+        actions,
+        action("block-dirty-bitmap-merge",
+               pba_json("{'node': <%s>, 'target': <%s>, 'bitmaps': <[<%s>]>}", node, name, from)));
+}

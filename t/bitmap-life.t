@@ -1,0 +1,201 @@
+# A bitmap belongs to one backup, for the disk that it is of (I8). Whatever happens to disks, bitmaps
+# and archives between two backups, each archive restored is the disk, byte by byte; and where nothing
+# speaks against it a backup is incremental.
+#
+# PBA_FULL=1: lives that have each kind of mismatch in them, all sequences of up to three events
+# (PBA_LENGTH=4: up to four) in one long walk, and many that the seed makes up (PBA_SEED). A plain run
+# has one life on each QEMU, which the seed and QEMU's version choose.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use Test::More;
+
+use PBA::Test::Life;
+use PBA::Test::VM;
+
+# Each QEMU gets other ones.
+my $qemu = PBA::Test::VM->qemu;
+my $seed = $ENV{PBA_SEED} // 20261128 + unpack('%16C*', qx($qemu --version));
+my $random_length = $ENV{PBA_FULL} ? 12 : 10;
+my $piece = 300;    # events of the walk before a new life begins
+
+# An event, and after a colon the mode that the first disk's backup has to have.
+my @known = (
+    [
+        'nothing speaks against an incremental backup',
+        { provider => 'chain', persistent => 1 },
+        qw(ok:new ok:reuse failed ok:reuse failed-late ok:reuse killed ok:reuse ram ok:reuse),
+        qw(host ok:reuse restart ok:reuse replug ok:reuse second-target:new ok:reuse),
+        qw(second-target:reuse ok:reuse copied-store ok:reuse),
+    ],
+    [
+        'the same with a provider that knows of no ids',
+        { provider => 'raw', naming => 'drive', persistent => 1 },
+        qw(ok:new ok:reuse failed ok:reuse failed-late ok:reuse ram ok:reuse restart ok:reuse),
+        qw(second-target:new ok:reuse),
+    ],
+    [
+        'back in time',
+        { provider => 'chain', persistent => 1 },
+        qw(ok ram ok rollback-ram ok:new ok:reuse host ok rollback-host ok:new ok:reuse),
+        qw(savevm ok loadvm ok ok:reuse crash ok:new),
+    ],
+    [
+        'back in time, a provider that knows of no ids',
+        { provider => 'raw' },
+        qw(ok ram ok rollback-ram ok:new ok:reuse ram killed-late rollback-ram ok migrate ok ok:reuse),
+    ],
+    [
+        'back in time, disks in slots',
+        { provider => 'raw', naming => 'qdev', persistent => 1 },
+        qw(ok host ok rollback-host ok:new swap ok:new ok:reuse)
+    ],
+    [
+        'another disk',
+        { provider => 'chain', naming => 'qdev' },
+        qw(ok swap ok:new ok:reuse alias:new ok:new ok:reuse swap failed swap ok replug ok),
+    ],
+    [
+        'another disk after a restart',
+        { provider => 'chain', persistent => 1, naming => 'drive' },
+        qw(ok swap ok:new ok:reuse replug ok swap ok),
+    ],
+    [
+        'another size',
+        { provider => 'raw' },
+        qw(ok shrink-grow ok:new ok:reuse grow ok:new shrink ok:new ok:reuse),
+    ],
+    [
+        'another store',
+        { provider => 'chain' },
+        qw(ok other-store:new ok:new ok:reuse migrate ok:new removed ok:new ok:reuse unaware ok),
+        qw(ram unaware rollback-ram ok),
+    ],
+);
+
+my (%count, @failed);
+
+sub new_life ($backend, %how) {
+    return PBA::Test::Life->new(backend => $backend, %how);
+}
+
+# The first problem of a life, undef if there is none.
+sub live ($life, @events) {
+    for my $text (@events) {
+        my ($event, $mode) = split(m/:/, $text);
+        my $problem = $life->run($event);
+        return $problem if defined($problem);
+        my $got = $life->modes->{disk0} // '';
+        return "$text: the mode is $got\n" . join("\n", $life->log->@*)
+            if defined($mode) && $got ne $mode;
+    }
+    my @wrong = $life->check_disks;
+    return @wrong ? "the model is wrong: @wrong" : undef;
+}
+
+sub note_counts ($life) {
+    $count{$_} += $life->counts->{$_} for keys $life->counts->%*;
+}
+
+sub one_life ($name, $backend, $how, @events) {
+    my $life = new_life($backend, $how->%*);
+    my $problem = live($life, @events);
+    is($problem, undef, $name) or push(@failed, "$backend, $name");
+    note_counts($life);
+}
+
+# How a backup calls the disks, who keeps it, and whether bitmaps survive a restart.
+sub some_way ($backend, $number) {
+    my @namings = $backend eq 'pve' ? qw(node drive) : qw(node qdev drive);
+    my %way = (
+        provider => $number % 2 ? 'raw' : 'chain',
+        naming => $namings[$number % @namings],
+        persistent => $backend eq 'upstream' && $number % 3 != 2 ? 1 : 0,
+    );
+    return (\%way, join(', ', map { "$_ $way{$_}" } sort keys %way));
+}
+
+sub random_lives ($backend, $lives) {
+    for my $number (1 .. $lives) {
+        my ($how, $text) = some_way($backend, $number);
+        my @all = PBA::Test::Life->events($how->{provider});
+        srand($seed + $number);
+        my @events = ('ok', map { $all[rand(@all)] } 1 .. $random_length);
+        one_life(
+            "made up, number $number, $text",
+            $backend, { $how->%*, seed => $number },
+            @events, 'ok'
+        );
+    }
+}
+
+# A sequence of letters 0 .. $letters - 1 that has every word of that length in it once.
+sub walk ($letters, $length) {
+    my (@word, @walk);
+    my $add = sub ($self, $at, $period) {
+        if ($at > $length) {
+            push(@walk, @word[1 .. $period]) if $length % $period == 0;
+            return;
+        }
+        $word[$at] = $word[$at - $period] // 0;
+        $self->($self, $at + 1, $period);
+        for my $letter (($word[$at - $period] // 0) + 1 .. $letters - 1) {
+            $word[$at] = $letter;
+            $self->($self, $at + 1, $at);
+        }
+    };
+    $add->($add, 1, 1);
+    return @walk;
+}
+
+# Each life ends with a backup, and the next one begins with the events that the cut would tear apart.
+sub all_sequences ($backend, $number) {
+    my ($how, $text) = some_way($backend, $number);
+    my @all = PBA::Test::Life->events($how->{provider});
+    my $length = $ENV{PBA_LENGTH} // 3;
+    my @walk = map { $all[$_] } walk(scalar(@all), $length);
+    my $lives = 0;
+    while (@walk) {
+        my @events = splice(@walk, 0, $piece);
+        one_life("all of length $length, life " . ++$lives . ", $text",
+            $backend, $how, 'ok', @events, 'ok');
+        unshift(@walk, @events[-$length + 1 .. -1]) if @walk;
+    }
+}
+
+# Those of the known ones that this backend can have, or of these a part.
+sub known_lives ($backend) {
+    my @lives = grep {
+        my $how = $_->[1];
+        $backend ne 'pve' || !($how->{persistent} || ($how->{naming} // '') eq 'qdev');
+    } @known;
+    srand($seed);
+    return $ENV{PBA_FULL} ? @lives : $lives[rand(@lives)];
+}
+
+# All there is, or one.
+sub lives ($backend, $is_known) {
+    for my $life ($is_known || $ENV{PBA_FULL} ? known_lives($backend) : ()) {
+        my ($name, $how, @events) = $life->@*;
+        one_life($name, $backend, $how, @events);
+    }
+    random_lives($backend, $ENV{PBA_FULL} ? 60 : 1) if !$is_known || $ENV{PBA_FULL};
+    all_sequences($backend, $_) for $ENV{PBA_FULL} ? 1 .. 6 : ();
+    return;
+}
+
+my @backends = PBA::Test::Backend->names;
+srand($seed);
+@backends = $backends[rand(@backends)] if !$ENV{PBA_FULL};
+my $is_known = rand() < 0.5;
+for my $backend (@backends) {
+    subtest "backend $backend" => sub { lives($backend, $is_known) };
+}
+
+diag("seed $seed", $ENV{PBA_FULL} ? '' : ', a part of them',
+    ': ', join(', ', map { "$count{$_} $_" } sort keys %count));
+diag("wrong: $_") for @failed;
+
+done_testing;

@@ -1,0 +1,258 @@
+# What setup and teardown make of the ids of backups, and how a target's bitmaps are given up: on both
+# backends, and with the early form of Proxmox' command.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use Test::More;
+
+use PBA::Test::Backend;
+
+my $size = 1024 * 1024;
+my $other_target = 'snapshot-access:other';
+my $new_id = sub () { PVE::BackupAccess->new_id };
+
+sub start ($name, $form) {
+    return PBA::Test::Backend->start(
+        name => $name,
+        form => $form,
+        guest => 0,
+        paused => 1,
+        memory => 32,
+        disks => [map { { id => $_, size => $size, format => 'qcow2', bus => 'scsi' } } qw(a b)],
+    );
+}
+
+sub wanted ($backend, $mode, %base) {
+    return [
+        map {
+            { $_->%*, %base }
+        } $backend->devices($mode)->@*
+    ];
+}
+
+# A whole backup: what setup says of the first disk. end => what teardown is given.
+sub backup ($backend, $devices, %opt) {
+    my @log;
+    my $access = $backend->access(
+        log => sub ($level, $text) { push(@log, $text) },
+        ($opt{options} // {})->%*
+    );
+    my $infos = $access->setup($devices);
+    my $volumes = $access->volumes('nbd');
+    my $device = $backend->device('a');
+    my %seen = ($infos->[0]->%{qw(bitmap-action base reason)}, volume => $volumes->{$device}{base});
+    $opt{during}->($access) if $opt{during};
+    $access->teardown(($opt{end} // [0])->@*);
+    return { %seen, log => "@log" };
+}
+
+sub bases_of ($backend) {
+    return [$backend->access->bases(map { $backend->device($_) } qw(a b))
+            ->@{ map { $backend->device($_) } qw(a b) }
+    ];
+}
+
+# The ids that status shows, with each bitmap's name.
+sub shown ($backend) {
+    return { map { $_->{name} => $_->{base} } $backend->status->{bitmaps}->@* };
+}
+
+sub names ($backend) {
+    my $bitmaps = $backend->vm->bitmaps;
+    return [sort map { keys $bitmaps->{$_}->%* } keys $bitmaps->%*];
+}
+
+sub dies_like ($code, $pattern, $what) {
+    my $done = eval { $code->(); 1 };
+    like($done ? 'it did not die' : $@, $pattern, $what);
+}
+
+# As a snapshot with RAM that was taken in the middle of an access, or a migration, brings bitmaps back: the
+# target's does not record, and on Proxmox the background one is of no access.
+sub make_strays ($backend) {
+    my $vm = $backend->vm;
+    my %bitmap = (node => 'a', name => 'pba-tied:snapshot-access:test');
+    $vm->qmp('block-dirty-bitmap-disable', %bitmap);
+    return if $backend->name ne 'pve';
+    $vm->qmp('block-dirty-bitmap-add', node => $_, name => 'backup-access-background-bitmap')
+        for qw(a b);
+    return;
+}
+
+sub check_strays ($backend, $form) {
+    my $id = $new_id->();
+    backup($backend, wanted($backend, 'use', base => undef), end => [1, $id]);
+    make_strays($backend);
+    is_deeply(bases_of($backend), [undef, $id], 'a bitmap that does not record has no id')
+        if $backend->name eq 'pve';
+    my $lines = PVE::BackupAccess->recover($backend->options, log => sub { });
+    like("@$lines", qr/was removed/, 'recover says that it removed it');
+    is_deeply([grep { m/\Apba-.*test\z|background/ } keys $backend->vm->bitmaps->{a}->%*],
+        [], 'with its companion, and what is of no access');
+    is_deeply(PVE::BackupAccess->recover($backend->options, log => sub { }), [], 'once');
+
+    backup($backend, wanted($backend, 'use', base => undef), end => [1, $id]);
+    make_strays($backend);
+    my $seen = backup($backend, wanted($backend, 'use', base => $id), end => [1, $new_id->()]);
+    is($seen->{'bitmap-action'}, remade($form), 'setup does it by itself');
+    like($seen->{log}, qr/was removed/, 'and says so');
+    return;
+}
+
+# The word for a bitmap that is made although mode use was wanted.
+sub remade ($form) { return $form eq 'devlist' ? 'new' : 'missing-recreated' }
+
+sub check_ids ($backend, $form) {
+    my ($first, $second) = ($new_id->(), $new_id->());
+    is_deeply(bases_of($backend), [undef, undef], 'no id at first');
+    my $seen = backup($backend, wanted($backend, 'use', base => undef), end => [1, $first]);
+    is($seen->{'bitmap-action'}, remade($form), 'the first backup is a full one');
+    is_deeply(bases_of($backend), [$first, $first], 'it has an id');
+    is(shown($backend)->{'pba-tied:snapshot-access:test'}, $first, 'status shows it');
+
+    $seen = backup($backend, wanted($backend, 'use', base => $first), end => [0]);
+    is_deeply(
+        [$seen->@{qw(bitmap-action base reason volume)}],
+        ['used', $first, undef, $first],
+        'mode use with it: used'
+    );
+    is_deeply(bases_of($backend), [$first, $first], 'a failed backup leaves it');
+    backup($backend, wanted($backend, 'use', base => $first), end => [1, $second]);
+    is_deeply(bases_of($backend), [$second, $second], 'a good one replaces it');
+
+    $seen = backup($backend, wanted($backend, 'use', base => $first), end => [0]);
+    is($seen->{'bitmap-action'}, remade($form), 'the id of another backup: made anew');
+    like($seen->{reason}, qr/relative to backup $second, not $first/, 'the reason says so');
+    like($seen->{log}, qr/relative to backup $second, not $first/, 'so does the log');
+    is($seen->{volume}, undef, 'it is relative to none');
+    is_deeply(bases_of($backend), [undef, undef], 'nor after the failure');
+    return;
+}
+
+sub check_ends ($backend, $form) {
+    my $id = $new_id->();
+    backup($backend, wanted($backend, 'use', base => undef), end => [1, $id]);
+    backup($backend, wanted($backend, 'use', base => $id), end => [1]);
+    is_deeply(bases_of($backend), [undef, undef], 'a success without an id takes it away');
+    backup($backend, wanted($backend, 'use', base => undef), end => [1, $id]);
+    backup($backend, wanted($backend, 'new', base => undef), end => [0]);
+    is_deeply(bases_of($backend), [undef, undef], 'so does mode new');
+    backup($backend, wanted($backend, 'use', base => undef), end => [1, $id]);
+    backup($backend, wanted($backend, 'none', base => undef), end => [1]) if $form ne 'devlist';
+    my @left = grep { m/\Apba-/ } names($backend)->@*;
+    is_deeply(\@left, [], 'mode none removes the bitmap and its companion') if $form ne 'devlist';
+
+    backup($backend, wanted($backend, 'use', base => undef), end => [1, $id]);
+    backup($backend, wanted($backend, 'use'), end => [1]);
+    is_deeply(bases_of($backend), [$id, $id], 'a program that knows of no ids leaves it alone');
+    my $seen = backup($backend, wanted($backend, 'use', base => $id), end => [1, $new_id->()]);
+    is($seen->{'bitmap-action'}, 'used', 'and the bitmap that has it');
+    return;
+}
+
+sub check_arguments ($backend) {
+    my $id = $new_id->();
+    for my $bad ('', 'x', uc($id) =~ s/.\z/F/r, "${id}0", 'sn:ap') {
+        dies_like(
+            sub { backup($backend, wanted($backend, 'use', base => $bad)) },
+            qr/is not the id of a backup|must be|NUL/,
+            "no id: '$bad'"
+        );
+    }
+    my $access = $backend->access(log => sub { });
+    $access->setup(wanted($backend, 'use'));
+    dies_like(
+        sub { $access->teardown(1, $id) },
+        qr/without 'base'/,
+        'an id for bitmaps that have none'
+    );
+    $access->teardown(0);
+    $access = $backend->access(log => sub { });
+    $access->setup(wanted($backend, 'use', base => undef));
+    dies_like(sub { $access->teardown(1, 'x') }, qr/is not the id of a backup/, 'teardown: no id');
+    $access->teardown(1, $id);
+    $access = $backend->access(log => sub { });
+    $access->setup(wanted($backend, 'use', base => $id));
+    dies_like(sub { $access->teardown(1, $id) }, qr/earlier backup/, 'the same id again');
+    $access->teardown(0);
+    return;
+}
+
+sub forget ($backend, %opt) {
+    return PVE::BackupAccess->forget($backend->options(%opt), log => sub { });
+}
+
+sub check_forget ($backend) {
+    my ($id, $other_id) = ($new_id->(), $new_id->());
+    my $devices = wanted($backend, 'use', base => undef);
+    backup($backend, $devices, end => [1, $id]);
+    my %other = ('target-id' => $other_target);
+    backup($backend, $devices, end => [1, $other_id], options => \%other);
+    my $refused = sub ($access) {
+        dies_like(
+            sub { forget($backend) },
+            qr/already|not finished/,
+            'refused while an access is up'
+        );
+        dies_like(
+            sub { forget($backend, %other) },
+            qr/already|not finished/,
+            'of another target, too'
+        );
+    };
+    my $seen
+        = backup($backend, wanted($backend, 'use', base => $id), end => [0], during => $refused);
+    is_deeply(bases_of($backend), [$id, $id], 'and nothing was removed');
+
+    is(scalar(forget($backend)->@*), 2, 'forget says what it removed');
+    is_deeply([grep { m/test\z/ } names($backend)->@*], [], 'the bitmaps are gone');
+    is_deeply(forget($backend), [], 'there is nothing more');
+    is($backend->access(%other)->bases($backend->device('a'))->{ $backend->device('a') },
+        $other_id, "another target's stay");
+    forget($backend, %other);
+    is_deeply([grep { m/\Apba|snapshot-access/ } names($backend)->@*],
+        [], 'with that one, no bitmap is left');
+    return;
+}
+
+# An access of a dead process keeps its bitmaps until it is undone.
+sub check_forget_dead ($backend) {
+    my $id = $new_id->();
+    backup($backend, wanted($backend, 'use', base => undef), end => [1, $id]);
+    my $pid = fork() // die "fork: $!\n";
+    if (!$pid) {
+        my $access = $backend->access(log => sub { });
+        eval { $access->setup(wanted($backend, 'use', base => $id)) };
+        kill(KILL => $$);
+    }
+    waitpid($pid, 0);
+    dies_like(sub { forget($backend) }, qr/call recover/, 'refused after a process has died');
+    PVE::BackupAccess->recover($backend->options, log => sub { });
+    is_deeply(bases_of($backend), [$id, $id], 'recover leaves the id');
+    is(scalar(forget($backend)->@*), 2, 'then it is done');
+    return;
+}
+
+my @forms = map {
+    $_ eq 'pve' && !PBA::Test::VM->is_proxmox
+        ? ([$_, 'devices'], [$_, 'devlist'])
+        : [$_, 'devices']
+} PBA::Test::Backend->names;
+for my $case (@forms) {
+    my ($name, $form) = $case->@*;
+    subtest "backend $name, form $form" => sub {
+        my $backend = start($name, $form);
+        my $outside = $backend->outside;
+        check_ids($backend, $form);
+        check_ends($backend, $form);
+        check_arguments($backend);
+        check_strays($backend, $form);
+        check_forget($backend);
+        check_forget_dead($backend);
+        is_deeply([$backend->problems($outside)], [], 'all is as before');
+    };
+}
+
+done_testing;

@@ -1,0 +1,342 @@
+package PBA::Test::Life;
+
+# The life of a guest's two disks, their bitmaps and their archives: things happen one after another,
+# between them the guest writes, and after each backup what is restored must be the disk, byte by byte.
+# A model knows what every disk image holds. There is no system in the guest: writes are made by
+# qemu-io as the guest's device makes them.
+#
+#   my $life = PBA::Test::Life->new(backend => 'upstream', provider => 'chain', seed => 1);
+#   my $problem = $life->run(qw(ok ram ok rollback-ram ok));    # undef: all is well
+#
+# provider: chain (PVE::BackupAccess::Provider::Qcow2Chain) or raw, which knows nothing of ids; naming:
+# node, qdev or drive, what a backup calls the disks; persistent: bitmaps survive a restart.
+
+use v5.36;
+
+use File::Path ();
+use POSIX ();
+
+use PVE::BackupAccess::Provider::Qcow2Chain;
+use PVE::BackupAccess::Provider::Qcow2Chain::Image;
+use PVE::BackupAccess::Provider::Qcow2Chain::Server;
+use PVE::BackupAccess::Task;
+
+use PBA::Test::Backend;
+use PBA::Test::Life::Chain;
+use PBA::Test::Life::Machine;
+use PBA::Test::Life::Raw;
+use PBA::Test::QemuNbd;
+use PBA::Test::RawProvider;
+
+use parent -norequire, qw(PBA::Test::Life::Machine);
+
+$PVE::BackupAccess::Provider::Qcow2Chain::Image::qemu_img = $ENV{PBA_QEMU_IMG} // 'qemu-img';
+$PVE::BackupAccess::Provider::Qcow2Chain::Server::qemu_nbd = $ENV{PBA_QEMU_NBD} // 'qemu-nbd';
+
+my $mib = 1024 * 1024;
+my $step = 4 * $mib;    # what a resize adds or takes away: a bit of a bitmap of Proxmox'
+my $size = 4 * $step;
+my $block = 65536;
+my @ids = qw(disk0 disk1);
+my $target = 'snapshot-access:test';
+
+my %events = (
+    'ok' => \&_backup,
+    'failed' => sub ($self) { $self->_failed('begin') },
+    'failed-late' => sub ($self) { $self->_failed('end') },
+    'killed' => sub ($self) { $self->_killed('begin') },
+    'killed-late' => sub ($self) { $self->_killed('end') },
+    'ram' => sub ($self) { $self->_ram_snapshot },
+    'rollback-ram' => sub ($self) { $self->_ram_rollback },
+    'host' => sub ($self) { $self->_host_snapshot },
+    'rollback-host' => sub ($self) { $self->_host_rollback },
+    'savevm' => sub ($self) { $self->_savevm },
+    'loadvm' => sub ($self) { $self->_loadvm },
+    'migrate' => sub ($self) { $self->_migrate_and_back },
+    'restart' => sub ($self) { $self->_restart },
+    'crash' => sub ($self) { $self->_crash },
+    'swap' => sub ($self) { $self->_swap },
+    'replug' => sub ($self) { $self->_replug },
+    'alias' => \&_alias,
+    'grow' => sub ($self) { $self->_resize($step) },
+    'shrink' => sub ($self) { $self->_resize(-$step) },
+    'shrink-grow' => sub ($self) { $self->_resize(-$step) && $self->_resize($step) },
+    'other-store' => sub ($self) { $self->_backup(store => 'other') },
+    'copied-store' => \&_copy_store,
+    'removed' => \&_remove_newest,
+    'second-target' => sub ($self) { $self->_backup(store => 'second', target => 'second') },
+    'unaware' => sub ($self) { $self->_backup(unaware => 1) },
+);
+
+# What no one can see but a provider that knows of ids.
+my %chain_only = map { $_ => 1 } qw(other-store removed unaware);
+
+sub events ($class, $provider) {
+    return sort grep { $provider eq 'chain' || !$chain_only{$_} } keys %events;
+}
+
+sub new ($class, %opt) {
+    my $self = bless({ naming => 'node', persistent => 0, %opt }, $class);
+    my $shape = $self->{naming} eq 'drive' ? 'drive' : 'blockdev';
+    $self->{backend} = PBA::Test::Backend->start(
+        name => $self->{backend},
+        fleecing => 0,
+        guest => 0,
+        paused => 1,
+        memory => 32,
+        args => ['-uuid', '11111111-2222-3333-4444-555555555555'],
+        disks => [
+            map { { id => $_, size => $size, format => 'qcow2', bus => 'scsi', shape => $shape } }
+                @ids
+        ],
+    );
+    $self->{store} = $self->{backend}->work_dir('store');
+    $self->{content} = { map { $self->_vm->disk($_)->{file} => "\7" x $size } @ids };
+    $self->_vm->qemu_io($_, "write -P 7 0 $size") for @ids;
+    $self->{counts} = { incremental => 0, full => 0, events => 0 };
+    $self->{done} = [];
+    srand($self->{seed} // 1);
+    return $self;
+}
+
+sub backend ($self) { return $self->{backend} }
+sub counts ($self) { return $self->{counts} }
+sub modes ($self) { return $self->{modes} }
+sub log ($self) { return $self->{log} }
+sub _vm ($self) { return $self->{backend}->vm }
+
+# What happened and what is wrong then, undef if nothing is.
+sub run ($self, @events) {
+    for my $event (@events) {
+        push($self->{done}->@*, $event);
+        $self->{counts}{events}++;
+        my $problem = eval { $self->_write; $events{$event}->($self); $self->{problem} } // $@;
+        next if !$problem;
+        my @lines = map { "    $_\n" } ($self->{log} // [])->@*;
+        return join(' ', $self->{done}->@*) . ": $problem\n@lines";
+    }
+    return undef;
+}
+
+# The disks are what the model says: else it is the model that is wrong.
+sub check_disks ($self) {
+    my $vm = $self->_vm;
+    $vm->quit;
+    return grep { $self->{content}{ $vm->disk($_)->{file} } ne content($vm->raw_image($_)) } @ids;
+}
+
+sub content ($file) {
+    open(my $fh, '<:raw', $file) or die "$file: $!\n";
+    local $/ = undef;
+    return scalar(<$fh>) // '';
+}
+
+# ---- what there is ----
+
+# The image of the disk that is in that slot, that of a guest's device.
+sub _file_in ($self, $id) {
+    my $disk = $self->_vm->disk($id);
+    return $self->_vm->disk($disk->{plugged} // $id)->{file};
+}
+
+sub _naming ($self, $alias) {
+    return $self->{naming} if !$alias;
+    return $self->{naming} eq 'node' ? 'qdev' : 'node';
+}
+
+sub _name ($self, $id, $alias = 0) {
+    my $naming = $self->_naming($alias);
+    return $naming eq 'qdev' ? "$id-dev" : $naming eq 'drive' ? "drive-$id" : $id;
+}
+
+sub _file_of_name ($self, $id, $alias) {
+    return $self->_naming($alias) eq 'qdev'
+        ? $self->_file_in($id)
+        : $self->_vm->disk($id)->{file};
+}
+
+sub _write ($self) {
+    for my $id (@ids) {
+        my $file = $self->_file_in($id);
+        my $length = length($self->{content}{$file});
+        my $offset = $block * int(rand($length / $block));
+        my $byte = 1 + $self->{writes}++ % 255;
+        $self->_vm->qemu_io($id, "write -P $byte $offset $block");
+        $self->_vm->qemu_io($id, 'flush');
+        substr($self->{content}{$file}, $offset, $block, chr($byte) x $block);
+    }
+    return;
+}
+
+# ---- backups ----
+
+sub _provider ($self, $store) {
+    my $path = "$self->{store}/$store";
+    File::Path::make_path($path);
+    my $class = $self->{provider} eq 'chain' ? 'PBA::Test::Life::Chain' : 'PBA::Test::Life::Raw';
+    return $class->new(undef, { path => $path },
+        'test', sub ($level, $message) { push($self->{log}->@*, "$level: $message") });
+}
+
+sub _current_store ($self) { return $self->{current} // 'first' }
+
+# As qemu-server does: what a killed backup left is undone before that.
+sub _attach_fleecing ($self) {
+    return if $self->{backend}->name eq 'upstream';
+    $self->_detach_fleecing if $self->{fleecing};
+    for my $id (@ids) {
+        my $file = $self->_vm->disk($id)->{file};
+        $self->{backend}->attach_fleecing($id, size => length($self->{content}{$file}));
+    }
+    $self->{fleecing} = 1;
+    return;
+}
+
+sub _detach_fleecing ($self) {
+    return if !$self->{fleecing};
+    $self->_recover;
+    $self->_vm->remove_fleecing_node($self->{backend}->device($_) . '-fleecing') for @ids;
+    $self->{fleecing} = 0;
+    return;
+}
+
+sub _recover ($self) {
+    PVE::BackupAccess->recover($self->{backend}->options, log => sub { });
+    return;
+}
+
+# Options of the task.
+sub _task_options ($self, %opt) {
+    my $target_id = $opt{target} ? "snapshot-access:$opt{target}" : $target;
+    return (
+        devices => [map { $self->_name($_, $opt{alias}) } @ids],
+        'target-id' => $target_id,
+        'firewall-config' => '',
+        $self->{persistent} ? (persistent => 1) : (),
+        'state-dir' => $self->{backend}->work_dir('state-' . ($self->{node} // 'a')),
+        log => sub ($level, $message) { push($self->{log}->@*, "$level: $message") },
+    );
+}
+
+sub _run_backup ($self, $provider, %opt) {
+    my %options = $self->_task_options(%opt);
+    return $self->_unaware($provider, \%options) if $opt{unaware};
+    return $self->{backend}->task($provider, %options)->run_job;
+}
+
+# What a program does that knows nothing of ids, as qemu-server's.
+sub _unaware ($self, $provider, $options) {
+    my @devices = $options->{devices}->@*;
+    my $access = $self->{backend}->access(
+        'target-id' => $options->{'target-id'},
+        $self->{persistent} ? (persistent => 1) : (), log => sub { }
+    );
+    $provider->job_init(time());
+    my $name = $provider->backup_init(100, 'qemu', time())->{'archive-name'};
+    my $sizes = $access->sizes(@devices);
+    my $modes = $provider->backup_vm_query_incremental(100,
+        { map { $_ => { size => $sizes->{$_} } } @devices });
+    $access->setup([map { { device => $_, 'bitmap-mode' => $modes->{$_} } } @devices]);
+    my $volumes = $access->volumes('nbd');
+    $provider->backup_vm(100, "name: test\n", $volumes, { 'firewall-config' => '' });
+    $provider->backup_cleanup(100, 'qemu', 1, {});
+    $access->teardown(1);
+    return {
+        'archive-name' => $name,
+        devices =>
+            { map { $_ => { 'bitmap-mode' => $volumes->{$_}{'bitmap-mode'} } } keys $volumes->%* },
+    };
+}
+
+sub _backup ($self, %opt) {
+    $self->{log} = [];
+    my $provider = $self->_provider($opt{store} // $self->_current_store);
+    $self->_attach_fleecing;
+    my $result = eval { $self->_run_backup($provider, %opt) };
+    my $error = $@;
+    return $self->_retry_after($error, %opt) if !$result;
+    $self->_detach_fleecing;
+    $self->{modes} = {};
+
+    for my $index (0, 1) {
+        my $device = $self->_name($ids[$index], $opt{alias});
+        my $mode = $self->{modes}{ $ids[$index] } = $result->{devices}{$device}{'bitmap-mode'};
+        $self->{counts}{ $mode eq 'reuse' ? 'incremental' : 'full' }++;
+        my $file = $self->_file_of_name($ids[$index], $opt{alias});
+        $self->_compare($provider, $result->{'archive-name'}, $device, $file);
+    }
+    return;
+}
+
+# What a killed one left may not be undone before the VM is stopped.
+sub _retry_after ($self, $error, %opt) {
+    $self->{problem} = "the backup failed: $error";
+    return if $opt{again} || $error !~ m/until the VM is stopped/;
+    delete($self->{problem});
+    $self->_restart;
+    return $self->_backup(%opt, again => 1);
+}
+
+sub _compare ($self, $provider, $archive, $device, $file) {
+    my ($format, $from) = $provider->content_of($archive, $device);
+    my $restored = $from;
+    if ($format ne 'raw') {
+        $restored = "$self->{store}/restored.raw";
+        PBA::Test::QemuNbd::img('convert', '-f', $format, '-O', 'raw', $from, $restored);
+    }
+    my ($got, $expected) = (content($restored), $self->{content}{$file});
+    return if $got eq $expected;
+    my $wrong = length($got) == length($expected) ? ($got ^. $expected) =~ tr/\0//c : 'some';
+    $self->{problem} = "$device: $wrong bytes of what is restored are not the disk's";
+    return;
+}
+
+sub _failed ($self, $when) {
+    $self->{log} = [];
+    my $provider = $self->_provider($self->_current_store);
+    $provider->{strike} = sub ($now) { die "the provider fails\n" if $now eq $when };
+    $self->_attach_fleecing;
+    my $done = eval { $self->_run_backup($provider); 1 };
+    $self->{problem} = 'a backup that fails is good' if $done;
+    $self->_detach_fleecing if $@ !~ m/until the VM is stopped/;
+    return;
+}
+
+sub _killed ($self, $when) {
+    $self->{log} = [];
+    $self->_attach_fleecing;
+    my $pid = fork() // die "fork: $!\n";
+    if (!$pid) {
+        my $provider = $self->_provider($self->_current_store);
+        $provider->{strike} = sub ($now) { kill(KILL => $$) if $now eq $when };
+        eval { $self->_run_backup($provider) };
+        POSIX::_exit(1);
+    }
+    waitpid($pid, 0);
+    return;
+}
+
+sub _alias ($self) {
+    return if $self->{naming} eq 'drive' || $self->{backend}->name ne 'upstream';
+    return $self->_backup(alias => 1);
+}
+
+# ---- stores ----
+
+sub _copy_store ($self) {
+    my $name = 'copy' . ++$self->{copies};
+    my $from = "$self->{store}/" . $self->_current_store;
+    return if !-d $from;
+    system('cp', '-a', $from, "$self->{store}/$name") == 0 or die "cp: $?\n";
+    $self->{current} = $name;
+    return;
+}
+
+sub _remove_newest ($self) {
+    my $provider = $self->_provider($self->_current_store);
+    my $newest = $provider->newest // return;
+    $provider->remove($newest);
+    return;
+}
+
+1;

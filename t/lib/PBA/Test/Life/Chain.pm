@@ -1,0 +1,29 @@
+package PBA::Test::Life::Chain;
+
+# A provider of PBA::Test::Life that knows of ids: Qcow2Chain. It tells 'strike', if it is given one, when
+# the data are about to be stored and when all of them are.
+
+use v5.36;
+
+use parent 'PVE::BackupAccess::Provider::Qcow2Chain';
+
+sub backup_vm ($self, @arguments) {
+    $self->{strike}->('begin') if $self->{strike};
+    $self->SUPER::backup_vm(@arguments);
+    $self->{strike}->('end') if $self->{strike};
+    return;
+}
+
+# A file that has the device's content.
+sub content_of ($self, $archive, $device) {
+    utf8::encode(my $bytes = $device);
+    my $file = $bytes =~ s/([^A-Za-z0-9._-])/sprintf('%%%02X', ord($1))/ger;
+    return ('qcow2', "$self->{path}/$archive/$file.qcow2");
+}
+
+sub newest ($self) {
+    my @list = $self->list(100)->@*;
+    return @list ? $list[-1]{volname} : undef;
+}
+
+1;

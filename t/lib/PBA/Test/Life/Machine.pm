@@ -1,0 +1,194 @@
+package PBA::Test::Life::Machine;
+
+# What happens to the machine of a PBA::Test::Life and to its disks, by their owner's hand.
+
+use v5.36;
+
+use File::Copy ();
+use JSON::PP ();
+use Time::HiRes ();
+
+use PVE::BackupAccess;
+
+my $step = 4 * 1024 * 1024;    # what a resize adds or takes away: a bit of a bitmap of Proxmox'
+my @ids = qw(disk0 disk1);
+my @targets = qw(snapshot-access:test snapshot-access:second);
+
+sub _restart ($self, @args) {
+    $self->{fleecing} = 0;
+    $self->{backend}->restart(@args);
+    return;
+}
+
+# All was written to the images, but for what QEMU does at its end.
+sub _crash ($self) {
+    $self->_vm->kill9;
+    $self->_restart;
+    return;
+}
+
+# { content, files => { image => copy }, disks => what is where }
+sub _take_disks ($self, $name) {
+    my $vm = $self->_vm;
+    my %saved = (content => { $self->{content}->%* });
+    for my $id (@ids) {
+        my $disk = $vm->disk($id);
+        $saved{files}{ $disk->{file} } = "$disk->{file}.$name";
+        $saved{disks}{$id} = { file => $disk->{file}, plugged => $disk->{plugged} };
+        File::Copy::copy($disk->{file}, "$disk->{file}.$name") or die "copy: $!\n";
+    }
+    return \%saved;
+}
+
+sub _put_disks_back ($self, $saved) {
+    for my $file (keys $saved->{files}->%*) {
+        File::Copy::copy($saved->{files}{$file}, $file) or die "copy: $!\n";
+    }
+    $self->{content} = { $saved->{content}->%* };
+    $self->_vm->disk($_)->@{qw(file plugged)} = $saved->{disks}{$_}->@{qw(file plugged)} for @ids;
+    return;
+}
+
+sub _host_snapshot ($self) {
+    $self->_vm->quit;
+    $self->{host} = $self->_take_disks('host');
+    return $self->_restart;
+}
+
+sub _host_rollback ($self) {
+    return if !$self->{host};
+    $self->_vm->quit;
+    $self->_put_disks_back($self->{host});
+    return $self->_restart;
+}
+
+sub _carry_bitmaps ($self) {
+    my %with = (capability => 'dirty-bitmaps', state => JSON::PP::true);
+    $self->_vm->qmp('migrate-set-capabilities', capabilities => [\%with]);
+    return;
+}
+
+sub _wait_migrated ($self) {
+    while (1) {
+        my $now = $self->_vm->qmp('query-migrate');
+        my $status = $now->{status} // 'none';
+        return if $status eq 'completed';
+        die 'migration failed: ' . ($now->{'error-desc'} // '') . "\n" if $status eq 'failed';
+        Time::HiRes::sleep(0.02);
+    }
+}
+
+# The state of the machine into a file, bitmaps included. It stands still afterwards.
+sub _save_state ($self, $file) {
+    $self->_carry_bitmaps;
+    $self->_vm->qmp('migrate', uri => "exec:cat >$file");
+    return $self->_wait_migrated;
+}
+
+sub _start_from ($self, $file) {
+    $self->_restart('-incoming', 'defer');
+    $self->_carry_bitmaps;
+    $self->_vm->qmp('migrate-incoming', uri => "exec:cat $file");
+    $self->_wait_migrated;
+
+    # Of a guest that has not run since it came, QEMU 10.0 and later let nobody write to the disks.
+    $self->_vm->qmp($_) for qw(cont stop);
+    return;
+}
+
+sub _ram_snapshot ($self) {
+    my $vm = $self->_vm;
+    my $file = "$self->{store}/ram";
+    $self->_save_state($file);
+    $self->{ram} = { $self->_take_disks('ram')->%*, state => $file };
+    $vm->qmp('cont');
+    $vm->qmp('stop');
+    return;
+}
+
+sub _ram_rollback ($self) {
+    my $ram = $self->{ram} // return;
+    $self->_vm->kill9;
+    $self->_put_disks_back($ram);
+    return $self->_start_from($ram->{state});
+}
+
+sub _move ($self) {
+    my $file = "$self->{store}/moving";
+    $self->_save_state($file);
+    $self->_vm->quit;
+    return $self->_start_from($file);
+}
+
+# There it is backed up into that node's own directory of the same storage.
+sub _migrate_and_back ($self) {
+    $self->_move;
+    $self->_write;
+    local $self->{node} = 'b';
+    $self->_backup(store => 'node-b');
+    $self->_move if !$self->{problem};
+    return;
+}
+
+sub _savevm ($self) {
+    $self->_recover;
+    my $said = $self->_vm->hmp('savevm saved');
+    $self->{vm_state} = { $self->{content}->%* } if $said eq '';
+    return;
+}
+
+# Refused while a disk has a bitmap.
+sub _loadvm ($self) {
+    my $saved = $self->{vm_state} // return;
+    $self->_recover;
+    my %options = (qmp => $self->{backend}->qmp_path);
+    PVE::BackupAccess->forget(%options, 'target-id' => $_) for @targets;
+    return if $self->_vm->hmp('loadvm saved') ne '';
+    $self->{content} = { $saved->%* };
+    $self->_vm->hmp('delvm saved');
+    delete($self->{vm_state});
+    return;
+}
+
+# By a guest's hotplug, or where a disk has a name of its own in the configuration.
+sub _swap ($self) {
+    $self->_recover;
+    my $vm = $self->_vm;
+    my @disks = map { $vm->disk($_) } @ids;
+    if ($self->{naming} eq 'qdev') {
+        my @nodes = map { $_->{plugged} // $_->{id} } @disks;
+        $vm->unplug($_) for @ids;
+        $vm->plug($ids[0], $nodes[1]);
+        $vm->plug($ids[1], $nodes[0]);
+        return;
+    }
+    $vm->quit;
+    ($disks[0]{file}, $disks[1]{file}) = ($disks[1]{file}, $disks[0]{file});
+    return $self->_restart;
+}
+
+sub _replug ($self) {
+    $self->_recover;
+    my $vm = $self->_vm;
+    $vm->unplug('disk0');
+    $vm->plug('disk0', $vm->disk('disk0')->{plugged} // 'disk0');
+    return;
+}
+
+# False where QEMU refuses.
+sub _resize ($self, $by) {
+    $self->_recover;
+    my $vm = $self->_vm;
+    my $file = $vm->disk('disk0')->{file};
+    my $new = length($self->{content}{$file}) + $by;
+    return 0 if $new < 2 * $step || $new > 6 * $step;
+    my %disk = $self->{naming} eq 'drive' ? (device => 'drive-disk0') : ('node-name' => 'disk0');
+    my $reply = $vm->qmp_try('block_resize', %disk, size => $new);
+    return 0 if $reply->{error};
+    my $content = $self->{content}{$file};
+    $self->{content}{$file}
+        = $by < 0 ? substr($content, 0, $new) : $content . "\0" x ($new - length($content));
+    return 1;
+}
+
+1;

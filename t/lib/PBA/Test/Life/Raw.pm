@@ -1,0 +1,31 @@
+package PBA::Test::Life::Raw;
+
+# A provider of PBA::Test::Life that knows nothing of ids: what it has of the device last is what the bitmap
+# has to go on from. It tells 'strike' as PBA::Test::Life::Chain does.
+
+use v5.36;
+
+use parent 'PBA::Test::RawProvider';
+
+sub backup_vm_query_incremental ($self, $vmid, $volumes) {
+    my %modes;
+    for my $device (keys $volumes->%*) {
+        my $size = defined($self->{base}) ? -s "$self->{path}/$self->{base}/$device.raw" : undef;
+        $modes{$device} = ($size // -1) == $volumes->{$device}{size} ? 'use' : 'new';
+    }
+    return \%modes;
+}
+
+sub backup_vm ($self, @arguments) {
+    $self->{strike}->('begin') if $self->{strike};
+    $self->SUPER::backup_vm(@arguments);
+    $self->{strike}->('end') if $self->{strike};
+    return;
+}
+
+sub content_of ($self, $archive, $device) {
+    my ($number) = $archive =~ m/([0-9]+)\z/;
+    return ('raw', "$self->{path}/$number/$device.raw");
+}
+
+1;

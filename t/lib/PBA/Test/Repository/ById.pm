@@ -1,0 +1,50 @@
+package PBA::Test::Repository::ById;
+
+# A repository that keeps the image of every backup under the backup's id, as soon as all of its data
+# are there, and goes on from the one that the device's bitmap says it is relative to. So whatever id
+# QEMU tells, it is taken at its word.
+
+use v5.36;
+
+use parent 'PBA::Test::Repository';
+
+sub _image_of ($self, $id, $backup) { return "$self->{dir}/$id.of-$backup" }
+
+sub image ($self, $id) {
+    return $self->{base}{$id} // "$self->{dir}/$id.none";
+}
+
+# The ids are asked for over the same way as the backup is made.
+sub requests ($self, $access, $modes, @ids) {
+    my $backend = $self->{backend};
+    my %device = map { $_ => $backend->device($_) } @ids;
+    my $bases = $access->bases(values %device);
+    my @requests;
+    for my $id (@ids) {
+        my $backup = $bases->{ $device{$id} };
+        my $image = $self->_image_of($id, $backup // '');
+        $backup = undef if $modes->{$id} ne 'use' || !-e $image;
+        $self->{base}{$id} = defined($backup) ? $image : undef;
+        push(@requests,
+            { device => $device{$id}, 'bitmap-mode' => $modes->{$id}, base => $backup });
+    }
+    return @requests;
+}
+
+# The data are there before QEMU is told so.
+sub finish ($self, $access, $success, @ids) {
+    return $access->teardown(0) if !$success;
+    my $backup = PVE::BackupAccess->new_id;
+    rename($self->candidate($_), $self->_image_of($_, $backup)) or die "rename: $!\n" for @ids;
+    $access->teardown(1, $backup);
+    for my $id (@ids) {
+        $self->{base}{$id} = $self->_image_of($id, $backup);
+        unlink(grep { $_ ne $self->{base}{$id} } glob("$self->{dir}/$id.of-*"));
+    }
+    return;
+}
+
+# Each is known by its own id.
+sub take_good ($self, @ids) { return }
+
+1;
