@@ -53,8 +53,18 @@ my %commands = (
         module => 'Archives',
         function => 'prune',
         arguments => ['DIRECTORY'],
-        options => [qw(keep=s vmid=s json)],
-        needs => ['keep'],
+        options => [
+            qw(
+                keep-last=s keep-hourly=s keep-daily=s keep-weekly=s keep-monthly=s keep-yearly=s
+                keep=s vmid=s dry-run json
+            )
+        ],
+    },
+    remove => {
+        module => 'Archives',
+        function => 'remove',
+        arguments => ['ARCHIVE'],
+        options => [],
     },
     status => {
         module => 'Status',

@@ -1,6 +1,6 @@
 package PVE::BackupAccess::CLI::Archives;
 
-# What is done with archives: list, verify and prune.
+# What is done with archives: list, verify, prune and remove.
 
 use v5.36;
 
@@ -14,6 +14,8 @@ use PVE::BackupAccess::CLI::Access qw(text);
 use PVE::BackupAccess::CLI::Output qw(say_error say_json say_out);
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Provider::Qcow2Chain;
+use PVE::BackupAccess::Retention qw(periods);
+use PVE::BackupAccess::Try qw(attempt);
 
 our @EXPORT_OK = qw(parse_archive provider_for without_slash);
 
@@ -105,22 +107,78 @@ sub verify ($opt, @paths) {
     return $bad ? 1 : 0;
 }
 
-# ---- prune ----
+# ---- prune and remove ----
+
+# --keep is an older word for --keep-last.
+my sub rules ($opt) {
+    my %keep = map { $_ => $opt->{$_} } grep { defined($opt->{$_}) } periods();
+    usage_error('--keep and --keep-last are the same: give one')
+        if defined($opt->{keep}) && defined($keep{'keep-last'});
+    for my $name (sort keys %keep) {
+        usage_error("--$name wants a whole number, not '$keep{$name}'")
+            if $keep{$name} !~ m/\A[0-9]{1,9}\z/;
+    }
+    usage_error("--keep wants a number from 1 on, not '$opt->{keep}'")
+        if ($opt->{keep} // 1) !~ m/\A[1-9][0-9]{0,8}\z/;
+    $keep{'keep-last'} = $opt->{keep} if defined($opt->{keep});
+    usage_error('it needs something to keep: ' . join(', ', map { "--$_" } periods()))
+        if !grep { $_ > 0 } values %keep;
+    return \%keep;
+}
+
+my sub show_marks ($archives) {
+    for my $archive ($archives->@*) {
+        my $problem = $archive->{problems}[0];
+        say_out(sprintf('%-9s  %s', $archive->{mark}, $archive->{volname})
+                . (defined($problem) ? ' - cannot be restored: ' . text($problem) : ''));
+    }
+}
+
+# The names of those that are there.
+my sub names ($provider, $vmid) {
+    return map { $_->{volname} } $provider->list($vmid)->@*;
+}
+
+# All guests are gone through, also where one cannot be pruned. Returns the removed, and what went wrong.
+my sub prune_guests ($provider, $keep, @vmids) {
+    my (@removed, @problems);
+    for my $vmid (@vmids) {
+        my @before = names($provider, $vmid);
+        my $error = attempt { $provider->prune($vmid, $keep) };
+        push(@problems, $error) if $error;
+        my %stays = map { $_ => 1 } names($provider, $vmid);
+        push(@removed, grep { !$stays{$_} } @before);
+    }
+    return (\@removed, @problems);
+}
 
 sub prune ($opt, $directory) {
-    my $keep = $opt->{keep};
-    usage_error("--keep wants a number from 1 on, not '$keep'")
-        if $keep !~ m/\A[1-9][0-9]{0,8}\z/;
+    my $keep = rules($opt);
     my $provider = provider_for($directory);
     my %vmids = map { $_->{vmid} => 1 } $provider->list($opt->{vmid})->@*;
-    my @removed = map { $provider->prune($_, $keep)->@* } sort { $a <=> $b } keys %vmids;
+    my @vmids = sort { $a <=> $b } keys %vmids;
+    if ($opt->{'dry-run'}) {
+        my @archives = map { $provider->retention($_, $keep)->@* } @vmids;
+        $opt->{json} ? say_json(\@archives) : show_marks(\@archives);
+        return 0;
+    }
+    my ($removed, @problems) = prune_guests($provider, $keep, @vmids);
     if ($opt->{json}) {
-        say_json(\@removed);
+        say_json($removed);
     }
     else {
-        say_out(map { "removed $_" } @removed);
-        say_error('nothing to remove') if !@removed;
+        say_out(map { "removed $_" } $removed->@*);
+        say_error('nothing to remove') if !$removed->@* && !@problems;
     }
+    say_error("pve-backup-access prune: $_") for @problems;
+    return @problems ? 1 : 0;
+}
+
+sub remove ($opt, $path) {
+    my ($directory, $volname) = parse_archive($path)
+        or usage_error("'$path' is not the path of an archive, such as /backups/vm/100/20261122T064953Z");
+    provider_for($directory)->remove($volname);
+    say_out("removed $volname");
     return 0;
 }
 

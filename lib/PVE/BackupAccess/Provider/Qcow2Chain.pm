@@ -14,8 +14,10 @@ use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 use PVE::BackupAccess::Provider::Qcow2Chain::File qw(entries make_directory read_file replace_file);
 use PVE::BackupAccess::Provider::Qcow2Chain::Guest;
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw($cluster_size);
+use PVE::BackupAccess::Provider::Qcow2Chain::Prune qw(remove_archives retention_of);
 use PVE::BackupAccess::Provider::Qcow2Chain::RawFile;
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
+use PVE::BackupAccess::Retention qw(check_keep);
 use PVE::BackupAccess::Try qw(attempt);
 use PVE::BackupAccess::Volume;
 
@@ -627,9 +629,28 @@ backing files. Returns an array ref of texts that say what is wrong, empty if no
 
 =head2 prune
 
-    my $removed = $provider->prune($vmid, 7);
+    my $removed = $provider->prune($vmid, { 'keep-last' => 3, 'keep-daily' => 7, 'keep-weekly' => 4 });
 
-Removes all but the last so many archives of a guest. Returns the names of those removed.
+Removes those archives of a guest that no rule keeps. The rules are those of Proxmox VE (C<prune-backups>):
+C<keep-last>, C<keep-hourly>, C<keep-daily>, C<keep-weekly>, C<keep-monthly>, C<keep-yearly>, each with a number, taken in
+this order; a period (in local time) of which an earlier rule keeps an archive does not count for a later one. A number
+in the hash ref's place is C<keep-last>. Each device's archives are counted for themselves, so that a
+backup of one disk pushes out none of another's. Not counted are protected archives (those with a file
+C<protected> in their directory), which stay, and those that cannot be restored; one of these goes when whole
+ones that are newer replace it, and else stays, with a warning. What newer ones need of one becomes theirs.
+
+Returns an array ref of the names of those removed. What can be removed is, whatever becomes of the rest; if one
+could not be removed it dies at the end (C<ArchiveError>), and says which and why. C<ArgumentError> for rules that
+keep nothing or that do not exist, C<StateError> while another backup or prune has the guest's archives.
+
+=head2 retention
+
+    my $archives = $provider->retention($vmid, { 'keep-last' => 3 });
+
+What L</prune> would do, and changes nothing: an array ref of hashes, the oldest archive first, with C<volname>,
+C<time> (seconds since 1970), C<mark> (C<keep>, C<remove>, C<protected>, or C<broken> for one that cannot be restored
+and stays) and C<problems>, an array ref of texts that say why it cannot be restored, as far as it is known
+without reading its images.
 
 =head2 remove
 

@@ -1,0 +1,90 @@
+package PVE::BackupAccess::Provider::Qcow2Chain::Prune;
+
+# Which archives of a guest go by rules of retention, and the removal of several. The caller holds the
+# guest's lock for a removal.
+
+use v5.36;
+
+use Exporter qw(import);
+use List::Util qw(uniq);
+
+use PVE::BackupAccess::Retention qw(marks);
+use PVE::BackupAccess::Try qw(attempt);
+
+our @EXPORT_OK = qw(remove_archives retention_of);
+
+my sub reason ($error) { return $error =~ s/\n.*//sr }
+
+# Why the device cannot be restored from the archive, or undef. Images are not read but for their
+# headers, and where they were touched since.
+my sub device_problem ($guest, $name, $device) {
+    my $problem;
+    my $error = attempt { $problem = $guest->chain_problem($device, $guest->chain($name, $device)) };
+    return $error ? reason($error) : $problem;
+}
+
+# What rules of retention look at.
+my sub look_at ($guest, $name, $time) {
+    my $entry = { name => $name, time => $time, devices => {}, problems => [] };
+    $entry->{protected} = $guest->is_protected($name);
+    my $archive;
+    my $error = attempt { $archive = $guest->archive($name) };
+    push($entry->{problems}->@*, reason($error)) if $error;
+    return $entry if !$archive;
+    $entry->{guest} = $archive->guest;
+    for my $device ($archive->devices) {
+        my $problem = device_problem($guest, $name, $device);
+        push($entry->{problems}->@*, "$device: $problem") if defined($problem);
+        $entry->{devices}{$device} = defined($problem) ? 0 : 1;
+    }
+    return $entry;
+}
+
+# Of several guests that have had the number each has its own devices. An archive that does not tell its
+# guest is the only one's; with several, it is of another one.
+my sub tell_guests_apart (@archives) {
+    my @known = uniq(map { $_->{guest} // () } @archives);
+    return if @known < 2;
+    for my $archive (@archives) {
+        my ($guest, $devices) = ($archive->{guest} // '', $archive->{devices});
+        $archive->{devices} = { map { "$guest $_" => $devices->{$_} } keys $devices->%* };
+    }
+    return;
+}
+
+# The archives, the oldest first: { name, time, protected, problems => [texts], mark => 'keep' |
+# 'remove' | 'protected' | 'broken' }. time_of gives an archive's time by its name.
+sub retention_of ($guest, $keep, $time_of) {
+    my @archives = map { look_at($guest, $_, $time_of->($_)) } $guest->names;
+    tell_guests_apart(@archives);
+    my $marks = marks(\@archives, $keep);
+    $_->{mark} = $marks->{ $_->{name} } for @archives;
+    return @archives;
+}
+
+# Removes the archives. What can be removed is, whatever becomes of the others. Returns the names of
+# those that are removed, and { name => why it stays }.
+sub remove_archives ($guest, @names) {
+    my (@removed, %problems);
+    my $try = sub ($name, $remove) {
+        my $error = attempt { $remove->($name) };
+        push(@removed, $name) if !$error;
+        $problems{$name} = reason($error) if $error;
+        return !$error;
+    };
+
+    # From the newest on: what nothing builds on that stays need not be merged, and is not looked at. So
+    # a chain that has lost a part can go as well.
+    my @left;
+    for my $name (reverse sort @names) {
+        my $is_base = 1;
+        my $error = attempt { $is_base = $guest->is_built_on($name) };
+        push(@left, $name) if $error || $is_base || !$try->($name, sub ($gone) { $guest->discard($gone) });
+    }
+
+    # Then from the oldest on: what others need of one becomes the next one's.
+    $try->($_, sub ($gone) { $guest->remove($gone) }) for grep { !$problems{$_} } reverse @left;
+    return ([sort @removed], \%problems);
+}
+
+1;
