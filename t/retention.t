@@ -154,7 +154,14 @@ sub problem_of ($archives, $keep) {
         next if !@whole;
         return "the last of $device is not kept" if $marks->{ $whole[-1]{name} } ne 'keep';
         my @others = grep { !$_->{devices}{$device} } $archives->@*;
-        my $alone = marks([map { { $_->%*, devices => { $device => 1 } } } @whole], $keep);
+        my $alone = marks(
+            [
+                map {
+                    { $_->%*, devices => { $device => 1 } }
+                } @whole
+            ],
+            $keep
+        );
         my @kept = grep { $alone->{$_} eq 'keep' } keys $alone->%*;
         return "too many of $device are kept" if @kept > $most;
         return "one of $device is lost, since others are there"
@@ -173,8 +180,13 @@ sub problem_of ($archives, $keep) {
 }
 
 subtest 'rules that are none' => sub {
-    for my $keep ({}, { 'keep-last' => 0 }, { 'keep-last' => -1 }, { 'keep-hours' => 1 },
-        { 'keep-last' => 'all' })
+    for my $keep (
+        {},
+        { 'keep-last' => 0 },
+        { 'keep-last' => -1 },
+        { 'keep-hours' => 1 },
+        { 'keep-last' => 'all' }
+        )
     {
         ok(!eval { check_keep($keep); 1 }, 'refused') or next;
         is($@->class, 'ArgumentError', 'class');

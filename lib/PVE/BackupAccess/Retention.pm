@@ -92,7 +92,7 @@ sub marks ($archives, $keep) {
     }
     return {
         map {
-            $_->{name} => $_->{protected} ? 'protected'
+                  $_->{name} => $_->{protected} ? 'protected'
                 : $kept{ $_->{name} } ? 'keep'
                 : is_replaced($_, \%newest_kept) ? 'remove'
                 : 'broken'

@@ -129,7 +129,8 @@ my sub rules ($opt) {
 my sub show_marks ($archives) {
     for my $archive ($archives->@*) {
         my $problem = $archive->{problems}[0];
-        say_out(sprintf('%-9s  %s', $archive->{mark}, $archive->{volname})
+        say_out(
+            sprintf('%-9s  %s', $archive->{mark}, $archive->{volname})
                 . (defined($problem) ? ' - cannot be restored: ' . text($problem) : ''));
     }
 }
@@ -176,7 +177,8 @@ sub prune ($opt, $directory) {
 
 sub remove ($opt, $path) {
     my ($directory, $volname) = parse_archive($path)
-        or usage_error("'$path' is not the path of an archive, such as /backups/vm/100/20261122T064953Z");
+        or usage_error(
+        "'$path' is not the path of an archive, such as /backups/vm/100/20261122T064953Z");
     provider_for($directory)->remove($volname);
     say_out("removed $volname");
     return 0;

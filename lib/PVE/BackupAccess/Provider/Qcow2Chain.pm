@@ -443,9 +443,11 @@ sub prune ($self, $vmid, $keep) {
     $self->_clean($guest) if $lock;
     my @archives = $self->retention($vmid, $keep)->@*;
     for my $archive (grep { $_->{mark} eq 'broken' } @archives) {
-        $self->{log}->('warn',
+        $self->{log}->(
+            'warn',
             "$archive->{volname} stays, though it cannot be restored, since no newer one replaces it"
-                . " - $archive->{problems}[0]");
+                . " - $archive->{problems}[0]"
+        );
     }
     my @names = map { $_->{volname} =~ s!.*/!!r } grep { $_->{mark} eq 'remove' } @archives;
     $self->{log}->('info', "removing vm/$vmid/$_") for @names;

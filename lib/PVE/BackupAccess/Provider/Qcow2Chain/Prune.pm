@@ -19,7 +19,8 @@ my sub reason ($error) { return $error =~ s/\n.*//sr }
 # headers, and where they were touched since.
 my sub device_problem ($guest, $name, $device) {
     my $problem;
-    my $error = attempt { $problem = $guest->chain_problem($device, $guest->chain($name, $device)) };
+    my $error
+        = attempt { $problem = $guest->chain_problem($device, $guest->chain($name, $device)) };
     return $error ? reason($error) : $problem;
 }
 
@@ -79,7 +80,8 @@ sub remove_archives ($guest, @names) {
     for my $name (reverse sort @names) {
         my $is_base = 1;
         my $error = attempt { $is_base = $guest->is_built_on($name) };
-        push(@left, $name) if $error || $is_base || !$try->($name, sub ($gone) { $guest->discard($gone) });
+        push(@left, $name)
+            if $error || $is_base || !$try->($name, sub ($gone) { $guest->discard($gone) });
     }
 
     # Then from the oldest on: what others need of one becomes the next one's.
