@@ -48,7 +48,7 @@ my sub tell_guests_apart (@archives) {
     return if @known < 2;
     for my $archive (@archives) {
         my ($guest, $devices) = ($archive->{guest} // '', $archive->{devices});
-        $archive->{devices} = { map { "$guest $_" => $devices->{$_} } keys $devices->%* };
+        $archive->{devices} = { map { ("$guest $_" => $devices->{$_}) } keys $devices->%* };
     }
     return;
 }
