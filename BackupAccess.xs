@@ -149,6 +149,7 @@ _new(SV *klass, HV *options)
             .fleecing_dir = glue_fetch_text(aTHX_ options, "fleecing-dir"),
             .fleecing = fleecing,
             .bitmap_name = glue_fetch_text(aTHX_ options, "bitmap-name"),
+            .allow_shared = SvTRUE(glue_fetch(aTHX_ options, "allow-shared")),
             .persistent = SvTRUE(glue_fetch(aTHX_ options, "persistent")),
             .no_recover = !SvTRUE(glue_fetch(aTHX_ options, "recover")),
             .force = SvTRUE(glue_fetch(aTHX_ options, "force")),

@@ -127,6 +127,7 @@ typedef struct {
     const char *fleecing_dir; /* upstream: where fleecing images are created; may be NULL */
     GHashTable *fleecing;     /* upstream: device => the caller's fleecing node; may be NULL */
     const char *bitmap_name;  /* pve, early form of the command only; NULL: the target-id */
+    bool allow_shared;        /* disks that others may write to as well (share-rw) */
     bool persistent;          /* upstream: bitmaps of qcow2 disks survive a VM restart */
     bool no_recover;          /* setup refuses where a dead process left something to undo */
     bool force;               /* recover takes a process that it cannot see for dead */

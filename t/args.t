@@ -94,6 +94,7 @@ my %bad_option = (
         [undef, '', 0, '00', -1, 1.5, '1e3', 'abc', ' 5', "5\n", '0x5', '٣', '9' x 10, [], {}],
     log => [undef, '', 'main::log', [], {}, \'text'],
     persistent => [[], {}, 2, 'no', -1],
+    'allow-shared' => [[], {}, 2, 'no', -1],
 );
 
 for my $name (sort keys %bad_option) {
@@ -116,6 +117,7 @@ subtest 'new: what is allowed' => sub {
         { timeout => 999999999 },
         { persistent => 0 },
         { persistent => 1 },
+        { 'allow-shared' => 1 },
         { fleecing => {} },
         { fleecing => { 'drive-scsi0' => 'node' } },
         { log => sub { } },

@@ -227,9 +227,11 @@ my %reads = (
     'query-version' => [qw(qemu.major qemu.minor qemu.micro package)],
     'query-commands' => ['name'],
     'query-status' => ['status'],
+    'query-migrate' => ['status'],
     'query-name' => ['name'],
     'query-uuid' => ['UUID'],
-    'query-jobs' => [qw(id status)],
+    'query-jobs' => [qw(id type status)],
+    'qom-list' => [qw(name type)],
     'query-iothreads' => ['id'],
     'query-block-exports' => [qw(id type node-name)],
     'query-block' => [
@@ -241,12 +243,15 @@ my %reads = (
     'query-named-block-nodes' => [
         qw(
             node-name drv ro image.virtual-size image.actual-size image.filename image.cluster-size
+            image.format-specific.data.compat
         ),
         map { "dirty-bitmaps.$_" }
             qw(name count granularity recording busy persistent inconsistent),
     ],
-    'x-debug-query-block-graph' =>
-        [qw(nodes.id nodes.type nodes.name edges.parent edges.child edges.name)],
+    'x-debug-query-block-graph' => [
+        qw(nodes.id nodes.type nodes.name),
+        map { "edges.$_" } qw(parent child name perm shared-perm),
+    ],
 );
 
 # Every command that the core names.

@@ -57,6 +57,7 @@ my %access_options = (
     fleecing => \&check_fleecing,
     log => \&check_code,
     persistent => \&check_flag,
+    'allow-shared' => \&check_flag,
     recover => \&check_flag,
 );
 
@@ -358,7 +359,13 @@ C<< <device>-fleecing >> beforehand.
 =item persistent
 
 Stock QEMU only: 1 makes bitmaps of qcow2 disks survive a restart of the VM. A bitmap that is there
-already stays as it was made; mode C<new> makes it anew.
+already stays as it was made; mode C<new> makes it anew. A qcow2 image of version 2 (C<compat=0.10>) can store no bitmap: its
+bitmap is not persistent, and a line in the log says so.
+
+=item allow-shared
+
+1 allows disks that others may write to, too (devices with C<share-rw>). What they write while the backup is
+made may be in it or not, so that it is not the disk at one instant, and it is in no bitmap.
 
 =item recover
 

@@ -108,6 +108,7 @@ PbaAccess *pba_access_new_observer(PbaQmp *qmp, const PbaAccessOptions *options,
     access->fleecing = options->fleecing ? g_hash_table_ref(options->fleecing) : NULL;
     access->early_bitmap_name = g_strdup(options->bitmap_name);
     access->persistent = options->persistent;
+    access->allow_shared = options->allow_shared;
     access->no_recover = options->no_recover;
     access->force = options->force;
     access->disks = g_ptr_array_new_with_free_func(pba_disk_free);

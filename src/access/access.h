@@ -76,6 +76,7 @@ struct PbaAccess {
     GHashTable *fleecing;
     char *early_bitmap_name;
     bool persistent;
+    bool allow_shared; /* disks that others may write to, too */
     bool no_recover;
     bool force;      /* recovery takes the process of a marker that it cannot judge for dead */
     bool tied;       /* its bitmaps have companions */
@@ -167,6 +168,11 @@ void pba_access_begin_changes(PbaAccess *access);
 void pba_access_end(PbaAccess *access);
 /* What every end of an access is: all that is possible is undone. */
 bool pba_tear_down_and_end(PbaAccess *access, bool success, GError **error);
+
+/* What others do; changes nothing. Whether the guest is here and stays here, and whether its disks
+ * are as an access needs them. */
+bool pba_company_check_here(PbaAccess *access, GError **error);
+bool pba_company_check_disks(PbaAccess *access, const PbaBlock *block, GError **error);
 
 /* Which backup the bitmaps are relative to */
 

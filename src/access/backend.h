@@ -42,7 +42,6 @@ struct PbaBackend {
 
     /* Leftovers of dead processes, and what others do */
 
-    bool recovers_by_graph; /* recovery needs the block graph */
     /* Fills in what QEMU tells of a disk of which only the key is known. */
     bool (*resolve_stale)(PbaAccess *dead, PbaDisk *disk, const PbaBlock *block, GError **error);
     /* What teardown does to the target's bitmaps on that node, as recover says it; NULL where they

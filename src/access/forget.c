@@ -62,7 +62,7 @@ static bool forget_marked(PbaAccess *access, GPtrArray *lines, GError **error)
     g_auto(PbaLeftovers) leftovers = {0};
     g_autoptr(JsonArray) actions = json_array_new();
 
-    if (!pba_leftovers_look(access, true, &block, &leftovers, error) ||
+    if (!pba_leftovers_look(access, &block, &leftovers, error) ||
         !check_down(access, &leftovers, error)) {
         return false;
     }

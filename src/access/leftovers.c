@@ -4,14 +4,13 @@
 #include "src/qmp/qmp.h"
 #include <string.h>
 
-bool pba_leftovers_look(PbaAccess *access, bool with_graph, PbaBlock *block,
-                        PbaLeftovers *leftovers, GError **error)
+bool pba_leftovers_look(PbaAccess *access, PbaBlock *block, PbaLeftovers *leftovers, GError **error)
 {
     pba_leftovers_clear(leftovers);
     leftovers->access = access;
     leftovers->block = block;
     leftovers->paths = pba_run_dir_find_stale(access);
-    if (!pba_block_query(access->qmp, with_graph, block, error)) {
+    if (!pba_block_query(access->qmp, true, block, error)) {
         return false;
     }
     leftovers->exports = pba_qmp_query_array(access->qmp, "query-block-exports", NULL, error);

@@ -24,8 +24,8 @@ typedef struct {
     bool harmless;      /* it costs nothing and is in nobody's way */
 } PbaLeftover;
 
-bool pba_leftovers_look(PbaAccess *access, bool with_graph, PbaBlock *block,
-                        PbaLeftovers *leftovers, GError **error);
+bool pba_leftovers_look(PbaAccess *access, PbaBlock *block, PbaLeftovers *leftovers,
+                        GError **error);
 void pba_leftovers_clear(PbaLeftovers *leftovers);
 
 /* Every PbaLeftover; the caller's to free. The directories of living processes are left out: they

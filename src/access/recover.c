@@ -10,7 +10,7 @@
 
 static bool look(PbaAccess *access, PbaBlock *block, PbaLeftovers *leftovers, GError **error)
 {
-    return pba_leftovers_look(access, access->backend->recovers_by_graph, block, leftovers, error);
+    return pba_leftovers_look(access, block, leftovers, error);
 }
 
 /* The disk's key in a name of this target: "" in another one's, NULL if it is of no access. */

@@ -81,7 +81,7 @@ static bool resolve_disks(PbaAccess *access, const PbaBlock *block, GError **err
             }
         }
     }
-    return true;
+    return pba_company_check_disks(access, block, error);
 }
 
 static void undo_setup(PbaAccess *access)
@@ -125,22 +125,6 @@ static bool drop_strays(PbaAccess *access, PbaBlock *block, GError **error)
     return done && pba_block_query(access->qmp, true, block, error);
 }
 
-/* The disks of a guest that was migrated away are another QEMU's, and change there. */
-static bool check_here(PbaAccess *access, GError **error)
-{
-    g_autoptr(JsonObject) reply = pba_qmp_query_object(access->qmp, "query-status", NULL, error);
-    const char *status = reply ? pba_json_string(reply, "status", error) : NULL;
-
-    if (status && strstr(status, "migrate")) {
-        pba_error_set(error, PBA_ERROR_STATE,
-                      "the guest is migrated to or from another machine (its state is '%s') - back "
-                      "it up where it runs",
-                      status);
-        return false;
-    }
-    return status != NULL;
-}
-
 static bool set_up(PbaAccess *access, GError **error)
 {
     g_auto(PbaBlock) block = {0};
@@ -149,7 +133,8 @@ static bool set_up(PbaAccess *access, GError **error)
         return false;
     }
     access->nonce = pba_nonce_new(error);
-    return access->nonce && check_here(access, error) && pba_tie_ask_guest(access, error) &&
+    return access->nonce && pba_company_check_here(access, error) &&
+           pba_tie_ask_guest(access, error) &&
            /* Before the disks are looked at: it changes the graph and the bitmaps. */
            undo_leftovers(access, &block, error) && resolve_disks(access, &block, error) &&
            access->backend->check(access, &block, error) &&
@@ -204,7 +189,7 @@ static char *find_base(PbaAccess *access, PbaDisk *disk, const PbaBlock *block)
 
 static bool look_for_bases(PbaAccess *access, PbaBlock *block, GError **error)
 {
-    return pba_access_begin(access, error) && check_here(access, error) &&
+    return pba_access_begin(access, error) && pba_company_check_here(access, error) &&
            pba_tie_ask_guest(access, error) && undo_leftovers(access, block, error) &&
            pba_block_query(access->qmp, true, block, error) && resolve_disks(access, block, error);
 }

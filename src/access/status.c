@@ -372,7 +372,7 @@ static JsonArray *describe_leftovers(const Status *status)
 static bool query(Status *status, GError **error)
 {
     return pba_access_begin(status->access, error) &&
-           pba_leftovers_look(status->access, true, &status->block, &status->leftovers, error);
+           pba_leftovers_look(status->access, &status->block, &status->leftovers, error);
 }
 
 JsonNode *pba_status(PbaQmp *qmp, const PbaAccessOptions *options, const PbaHooks *hooks,

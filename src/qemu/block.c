@@ -51,6 +51,11 @@ char *pba_block_qdev_id(const char *qdev)
                                                                              : NULL;
 }
 
+char *pba_block_qom_path(const char *qdev)
+{
+    return *qdev == '/' ? g_strdup(qdev) : g_strconcat("/machine/peripheral/", qdev, NULL);
+}
+
 static bool qdev_has_id(const char *qdev, const char *id)
 {
     g_autofree char *own = qdev ? pba_block_qdev_id(qdev) : NULL;
@@ -132,6 +137,20 @@ static JsonObject *find_graph_node(const PbaBlock *block, const char *key, JsonN
     return NULL;
 }
 
+static bool has_graph_type(const PbaBlock *block, JsonNode *id, const char *type)
+{
+    JsonArray *nodes = pba_json_find_array(block->graph, "nodes");
+
+    for (guint i = 0; nodes && i < json_array_get_length(nodes); i++) {
+        JsonObject *node = pba_json_element(nodes, i);
+        JsonNode *member = node ? json_object_get_member(node, "id") : NULL;
+        if (member && json_node_equal(member, id)) {
+            return g_strcmp0(pba_json_find_string(node, "type"), type) == 0;
+        }
+    }
+    return false;
+}
+
 static JsonNode *graph_id(const PbaBlock *block, const char *node)
 {
     g_autoptr(JsonNode) name = pba_json("%s", node);
@@ -186,12 +205,40 @@ static const char *first_node(const PbaBlock *block, const char *node,
     return NULL;
 }
 
+/* Whether a job works on the node: it is its filter, or below that. */
+static bool is_jobs(const PbaBlock *block, const char *node)
+{
+    JsonArray *edges = pba_json_find_array(block->graph, "edges");
+    JsonNode *id = graph_id(block, node);
+
+    for (guint i = 0; id && edges && i < json_array_get_length(edges); i++) {
+        JsonObject *edge = pba_json_element(edges, i);
+        JsonNode *from = edge ? json_object_get_member(edge, "parent") : NULL;
+        JsonNode *to = edge ? json_object_get_member(edge, "child") : NULL;
+        if (from && to && json_node_equal(to, id) && has_graph_type(block, from, "block-job")) {
+            return true;
+        }
+    }
+    return false;
+}
+
+/* A disk keeps the name of its node while there are nodes of ours, or a job's filter, above it. */
 static bool is_node_of(const PbaBlock *block, JsonObject *device, const char *name)
 {
-    const char *root = pba_block_device_node(device);
+    const char *node = pba_block_device_node(device);
 
-    return g_strcmp0(root, name) == 0 ||
-           (root && block->graph && g_strcmp0(first_node(block, root, is_others), name) == 0);
+    /* A peer's graph may be a ring: no more steps than there are nodes. */
+    for (guint i = 0; node && i < json_array_get_length(block->nodes); i++) {
+        if (strcmp(node, name) == 0) {
+            return true;
+        }
+        if (!block->graph || (is_others(node) && !is_jobs(block, node))) {
+            return false;
+        }
+        const char *below = pba_block_find_child(block, node, "file");
+        node = below ? below : pba_block_find_child(block, node, "backing");
+    }
+    return g_strcmp0(node, name) == 0;
 }
 
 JsonObject *pba_block_find_device(const PbaBlock *block, const char *name)

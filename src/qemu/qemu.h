@@ -83,12 +83,30 @@ const char *pba_block_skip_filters(const PbaBlock *block, const char *node);
 const char *pba_block_node_name(JsonArray *nodes, guint index);
 /* The id in what query-block calls qdev, the caller's to free; NULL if it has none. */
 char *pba_block_qdev_id(const char *qdev);
+/* The QOM path of the guest device, the caller's to free: a bare id may be that of other objects,
+ * too (QEMU: "Path '...' is ambiguous"). */
+char *pba_block_qom_path(const char *qdev);
 /* Members of the entries found above. */
 const char *pba_block_device_node(JsonObject *device);
 bool pba_block_device_size(JsonObject *device, uint64_t *size, GError **error);
 bool pba_block_node_size(JsonObject *node, uint64_t *size, GError **error);
 
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(PbaBlock, pba_block_clear)
+
+/* What others have at a disk; all of these need the graph. The disk is what the device uses,
+ * query-block's entry, or without one (NULL) the node.
+ */
+
+/* The id of a job that works on the disk or on what it consists of, the caller's to free; NULL:
+ * none. */
+char *pba_company_job(const PbaBlock *block, JsonObject *device, const char *node);
+/* What else there is of others that an access would harm, or that would harm it: the caller's to
+ * free; NULL: nothing. node is what query-block shows. */
+char *pba_company_problem(const PbaBlock *block, JsonObject *device, const char *node);
+/* Whether the host has a SCSI device there, whose commands may be handed to the guest. */
+bool pba_company_is_host_device(const PbaBlock *block, const char *node);
+/* Whether the device lets others write to its disk (share-rw). */
+bool pba_company_shares_writes(const PbaBlock *block, JsonObject *device);
 
 /* Companions: which backup a target's bitmap is relative to
  *

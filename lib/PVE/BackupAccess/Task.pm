@@ -36,7 +36,8 @@ my sub check_data ($name, $value) {
 }
 
 # What PVE::BackupAccess->new takes, and checks.
-my @access_options = qw(qmp target-id run-dir fleecing-dir fleecing persistent timeout bitmap-name);
+my @access_options
+    = qw(qmp target-id run-dir fleecing-dir fleecing persistent allow-shared timeout bitmap-name);
 
 my %options = (
     (
@@ -530,7 +531,7 @@ of that name is found, provided that this module was loaded first. An installed 
     my $task = PVE::BackupAccess::Task->new(%options);
 
 Checks the options; nothing is sent. An option that is undef counts as not given. It takes C<qmp>,
-C<target-id>, C<run-dir>, C<fleecing-dir>, C<fleecing>, C<persistent>, C<timeout> and C<bitmap-name> as
+C<target-id>, C<run-dir>, C<fleecing-dir>, C<fleecing>, C<persistent>, C<allow-shared>, C<timeout> and C<bitmap-name> as
 L<PVE::BackupAccess/new> does, and
 
 =over

@@ -121,7 +121,6 @@ const PbaBackend pba_upstream_backend = {
     .plain_bitmap = pba_target_bitmap,
     .bitmap_target = pba_bitmap_target,
     .is_background = is_background,
-    .recovers_by_graph = true,
     .resolve_stale = resolve_stale,
     .bitmap_repair = bitmap_repair,
     .find_foreign = find_foreign,

@@ -44,12 +44,13 @@ static bool find_iothread(PbaQmp *qmp, const char *qdev, bool *found, GError **e
 {
     static const char *const properties[] = {"iothread", "iothread-vq-mapping"};
     GError *local = NULL;
-    g_autoptr(JsonNode) bus = find_property(qmp, qdev, "parent_bus", &local);
+    g_autofree char *path = pba_block_qom_path(qdev);
+    g_autoptr(JsonNode) bus = find_property(qmp, path, "parent_bus", &local);
     const char *bus_path = bus && JSON_NODE_HOLDS_VALUE(bus) ? json_node_get_string(bus) : NULL;
-    g_autofree char *parent = g_path_get_dirname(qdev);
+    g_autofree char *parent = g_path_get_dirname(path);
     g_autofree char *controller = g_path_get_dirname(bus_path ? bus_path : "");
     g_autofree char *owner = g_path_get_dirname(controller);
-    const char *const paths[] = {qdev, parent, controller, owner};
+    const char *const paths[] = {path, parent, controller, owner};
 
     *found = false;
     for (size_t i = 0; !local && i < G_N_ELEMENTS(paths) * G_N_ELEMENTS(properties); i++) {
@@ -163,6 +164,24 @@ static bool check_fleecing(PbaAccess *access, PbaDisk *disk, const PbaBlock *blo
     return true;
 }
 
+/* QEMU stores bitmaps in images of compat 1.1 only, and refuses to add one to an older one. */
+static bool can_store(const PbaAccess *access, const PbaDisk *disk, JsonObject *node)
+{
+    JsonObject *image = pba_json_find_object(node, "image");
+    JsonObject *specific = image ? pba_json_find_object(image, "format-specific") : NULL;
+    JsonObject *data = specific ? pba_json_find_object(specific, "data") : NULL;
+    const char *compat = data ? pba_json_find_string(data, "compat") : NULL;
+
+    if (g_strcmp0(compat, "0.10") != 0) {
+        return true;
+    }
+    pba_log(&access->hooks, PBA_LOG_WARN,
+            "device %s: its bitmap cannot be persistent, since its qcow2 image has compat 0.10 "
+            "(qemu-img amend -o compat=1.1 changes that while the guest is off)",
+            disk->device);
+    return false;
+}
+
 static bool check_bitmap(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, GError **error)
 {
     g_autofree char *name = pba_access_bitmap(access);
@@ -175,7 +194,8 @@ static bool check_bitmap(PbaAccess *access, PbaDisk *disk, const PbaBlock *block
                       name);
         return false;
     }
-    disk->bitmap_persistent = access->persistent && g_strcmp0(driver, "qcow2") == 0;
+    disk->bitmap_persistent =
+        access->persistent && g_strcmp0(driver, "qcow2") == 0 && can_store(access, disk, node);
     return true;
 }
 
@@ -267,10 +287,12 @@ JsonNode *pba_raw_options(const PbaDisk *disk, const char *file)
 
 static bool insert_raw(PbaAccess *access, PbaDisk *disk, GError **error)
 {
+    g_autofree char *path = pba_block_qom_path(disk->qdev);
+
     return pba_qmp_run(access->qmp, "blockdev-add", pba_raw_options(disk, disk->root_node),
                        error) &&
            pba_qmp_run(access->qmp, "qom-set",
-                       pba_json("{'path': <%s>, 'property': <'drive'>, 'value': <%s>}", disk->qdev,
+                       pba_json("{'path': <%s>, 'property': <'drive'>, 'value': <%s>}", path,
                                 disk->raw_node),
                        error);
 }

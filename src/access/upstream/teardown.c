@@ -68,8 +68,9 @@ static void give_root_back(PbaAccess *access, GError **first, const PbaBlock *bl
     const char *root = pba_upstream_root(block, disk);
 
     if (qdev && root) {
+        g_autofree char *path = pba_block_qom_path(qdev);
         run_step(access, first, disk, "qom-set",
-                 pba_json("{'path': <%s>, 'property': <'drive'>, 'value': <%s>}", qdev, root));
+                 pba_json("{'path': <%s>, 'property': <'drive'>, 'value': <%s>}", path, root));
     }
 }
 

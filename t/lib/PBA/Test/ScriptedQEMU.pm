@@ -97,6 +97,8 @@ sub pve_returns (%more) {
         ],
         'query-block-exports' => [],
         'query-status' => { status => 'running' },
+        'query-migrate' => {},
+        'x-debug-query-block-graph' => { nodes => [], edges => [] },
         'query-name' => { name => 'vm' },
         'query-uuid' => { UUID => 'a-b-c' },
         'backup-access-setup' => \&setup_reply,

@@ -1,0 +1,156 @@
+/* What others do to the guest's disks, looked at before an access changes anything. */
+#include "backend.h"
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
+#include <string.h>
+
+/* "mirror, ready", the caller's to free; NULL where QEMU does not say. */
+static char *describe_job(PbaAccess *access, const char *id)
+{
+    g_autoptr(JsonArray) jobs = pba_qmp_query_array(access->qmp, "query-jobs", NULL, NULL);
+
+    for (guint i = 0; jobs && i < json_array_get_length(jobs); i++) {
+        JsonObject *job = pba_json_element(jobs, i);
+        const char *type = job ? pba_json_find_string(job, "type") : NULL;
+        const char *status = job ? pba_json_find_string(job, "status") : NULL;
+        if (type && status && g_strcmp0(pba_json_find_string(job, "id"), id) == 0) {
+            return g_strdup_printf("%s, %s", type, status);
+        }
+    }
+    return NULL;
+}
+
+/* When it ends its nodes go, and what we would have put on them; and qom-set would take the guest
+ * out from under them: a mirror's target would lack what is written from then on. */
+static bool check_job(PbaAccess *access, const PbaBlock *block, JsonObject *device,
+                      const char *node, GError **error)
+{
+    g_autofree char *job = pba_company_job(block, device, node);
+
+    if (!job) {
+        return true;
+    }
+    g_autofree char *what = describe_job(access, job);
+    pba_error_set(error, PBA_ERROR_STATE,
+                  "block job '%s'%s%s%s works on it - wait until it has ended, or end it "
+                  "(block-job-cancel; job-dismiss if it is concluded), then try again",
+                  job, what ? " (" : "", what ? what : "", what ? ")" : "");
+    return false;
+}
+
+static bool check_shared(const PbaAccess *access, const PbaBlock *block, JsonObject *device,
+                         GError **error)
+{
+    if (access->allow_shared || !pba_company_shares_writes(block, device)) {
+        return true;
+    }
+    pba_error_set(error, PBA_ERROR_UNSUPPORTED,
+                  "others may write to it as well (share-rw), so that a backup of it is of no one "
+                  "instant - leave it out, or allow that (allow-shared)");
+    return false;
+}
+
+/* scsi-block, scsi-generic: guests' commands go past QEMU's block layer, so that no bitmap and no
+ * filter sees what they write; and a node above the disk that is not its whole passes none on. */
+static bool check_passed_through(PbaAccess *access, const PbaBlock *block, JsonObject *device,
+                                 const char *node, GError **error)
+{
+    const char *qdev = device ? pba_json_find_string(device, "qdev") : NULL;
+
+    if (!qdev || !pba_company_is_host_device(block, node)) {
+        return true;
+    }
+    g_autofree char *path = pba_block_qom_path(qdev);
+    g_autofree char *parent = g_path_get_dirname(path);
+    g_autofree char *name = g_path_get_basename(path);
+    g_autoptr(JsonArray) objects =
+        pba_qmp_query_array(access->qmp, "qom-list", pba_json("{'path': <%s>}", parent), error);
+    for (guint i = 0; objects && i < json_array_get_length(objects); i++) {
+        JsonObject *object = pba_json_element(objects, i);
+        const char *type = object ? pba_json_find_string(object, "type") : NULL;
+        if (type && g_strcmp0(pba_json_find_string(object, "name"), name) == 0 &&
+            (strcmp(type, "child<scsi-block>") == 0 || strcmp(type, "child<scsi-generic>") == 0)) {
+            pba_error_set(error, PBA_ERROR_UNSUPPORTED,
+                          "its guest device is a %.*s, which writes past QEMU's bitmaps and "
+                          "filters - leave it out, or make it a scsi-hd",
+                          (int)strlen(type) - (int)strlen("child<>"), type + strlen("child<"));
+            return false;
+        }
+    }
+    return objects != NULL;
+}
+
+static bool check_disk(PbaAccess *access, const PbaBlock *block, const PbaDisk *disk,
+                       GError **error)
+{
+    JsonObject *device = pba_block_find_device(block, disk->device);
+
+    if (!check_job(access, block, device, disk->root_node, error)) {
+        return false;
+    }
+    g_autofree char *problem = pba_company_problem(block, device, disk->root_node);
+    if (problem) {
+        pba_error_set(error, PBA_ERROR_STATE, "%s", problem);
+        return false;
+    }
+    return check_shared(access, block, device, error) &&
+           check_passed_through(access, block, device, disk->root_node, error);
+}
+
+bool pba_company_check_disks(PbaAccess *access, const PbaBlock *block, GError **error)
+{
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        if (!check_disk(access, block, disk, error)) {
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+    }
+    return true;
+}
+
+/* A guest that is on its way elsewhere takes its bitmaps along, so that what is done to them here
+ * is lost, or its migration fails at the end, for the nodes of an access. */
+static bool check_outgoing(PbaAccess *access, GError **error)
+{
+    static const char *const over[] = {"none", "completed", "failed", "cancelled", "colo", NULL};
+    g_autoptr(JsonObject) reply = pba_qmp_query_object(access->qmp, "query-migrate", NULL, error);
+    const char *status = reply ? pba_json_find_string(reply, "status") : NULL;
+
+    if (status && !g_strv_contains(over, status)) {
+        pba_error_set(error, PBA_ERROR_STATE,
+                      "a migration of the guest is under way (its state is '%s'), and would fail - "
+                      "wait until it has ended, or end it (migrate_cancel), then try again",
+                      status);
+        return false;
+    }
+    return reply != NULL;
+}
+
+/* The disks of a guest that was migrated away are another QEMU's, and change there. */
+static bool check_status(PbaAccess *access, GError **error)
+{
+    g_autoptr(JsonObject) reply = pba_qmp_query_object(access->qmp, "query-status", NULL, error);
+    const char *status = reply ? pba_json_string(reply, "status", error) : NULL;
+
+    if (g_strcmp0(status, "postmigrate") == 0) {
+        pba_error_set(error, PBA_ERROR_STATE,
+                      "the guest is migrated to another machine, or was saved to a file (its state "
+                      "is 'postmigrate') - back it up where it runs, or after it was resumed here "
+                      "(cont)");
+        return false;
+    }
+    if (status && strstr(status, "migrate")) {
+        pba_error_set(error, PBA_ERROR_STATE,
+                      "the guest is migrated to or from another machine (its state is '%s') - back "
+                      "it up where it runs",
+                      status);
+        return false;
+    }
+    return status != NULL;
+}
+
+bool pba_company_check_here(PbaAccess *access, GError **error)
+{
+    return check_status(access, error) && check_outgoing(access, error);
+}

@@ -1,0 +1,249 @@
+# What others do to the same QEMU. What is there before an access and does not go with one is refused,
+# with what it is and what to do, before anything is changed; and it ends as it would have without us.
+#
+# One QEMU is enough for a plain run: PBA_FULL=1 runs on each.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use JSON::PP ();
+use Test::More;
+use Time::HiRes qw(sleep);
+
+use PBA::Test::Backend;
+
+my $mib = 1024 * 1024;
+my $size = 8 * $mib;
+my ($true, $false) = (JSON::PP::true, JSON::PP::false);
+
+# An image beside the disks, and a node of it.
+sub add_node ($vm, $name, %opt) {
+    my $file = $vm->dir . "/$name.raw";
+    open(my $fh, '>', $file) or die "$file: $!\n";
+    truncate($fh, $size) or die "$file: $!\n";
+    my %image = (driver => 'file', filename => $file);
+    $vm->qmp('blockdev-add', driver => 'raw', 'node-name' => $name, file => \%image, %opt);
+    return $file;
+}
+
+# The disk becomes one with a backing file; returns that.
+sub add_overlay ($vm) {
+    my $node = node_of($vm, 'disk0');
+    $vm->qmp(
+        'blockdev-snapshot-sync',
+        'node-name' => $node,
+        'snapshot-file' => $vm->dir . '/overlay.qcow2',
+        'snapshot-node-name' => 'overlay'
+    );
+    return $node;
+}
+
+sub job ($vm) {
+    my ($job) = grep { $_->{id} eq 'theirs' } $vm->qmp('query-jobs')->@*;
+    return $job ? $job->{status} : 'gone';
+}
+
+sub wait_job ($vm, $wanted) {
+    for (1 .. 600) {
+        my $status = job($vm);
+        return 1 if $status =~ $wanted;
+        sleep(0.05);
+    }
+    return 0;
+}
+
+# At 1 byte a second it does not end by itself.
+my %slow = ('job-id' => 'theirs', speed => 1);
+
+sub node_of ($vm, $id) {
+    my $device = $vm->disk($id)->{device};
+    my ($found)
+        = grep { $_->{device} eq $device || ($_->{inserted}{'node-name'} // '') eq $device }
+        $vm->qmp('query-block')->@*;
+    return $found->{inserted}{'node-name'};
+}
+
+sub start_job ($vm, $command, $device, %more) {
+    my $file = add_node($vm, 'theirs-target');
+    $vm->qmp(
+        $command,
+        %slow,
+        device => $device,
+        target => 'theirs-target',
+        sync => 'full',
+        %more
+    );
+    return $file;
+}
+
+# Ended as its owner does it; what it made must be the disk.
+sub complete ($vm, $id, $file, $command) {
+    $vm->qmp('block-job-set-speed', device => 'theirs', speed => 0);
+    $vm->qemu_io($id, "write -P 0x77 3M 64k") if $command eq 'blockdev-mirror';
+    if ($command eq 'blockdev-mirror') {
+        ok(wait_job($vm, qr/ready/), 'the mirror gets ready');
+        $vm->qmp('job-complete', id => 'theirs');
+    }
+    ok(wait_job($vm, qr/gone|concluded/), 'the job ends');
+    $vm->qmp('job-dismiss', id => 'theirs') if job($vm) eq 'concluded';
+    open(my $fh, '<', $file) or die "$file: $!\n";
+    seek($fh, ($command eq 'blockdev-mirror' ? 3 : 1) * $mib, 0);
+    read($fh, my $data, 65536);
+    my $byte = $command eq 'blockdev-mirror' ? "\x77" : "\x41";
+    ok($data eq $byte x 65536, 'and its target has what the guest wrote');
+    return;
+}
+
+# What is there, how it comes there, what the refusal says, and how it ends.
+my %company = (
+    'a backup job' => {
+        begin => sub ($vm, $device) { start_job($vm, 'blockdev-backup', $device) },
+        refusal => qr/block job 'theirs' \(backup, running\) works on it - /,
+        end => sub ($vm, $file) { complete($vm, 'disk0', $file, 'blockdev-backup') },
+    },
+    'a mirror' => {
+        begin => sub ($vm, $device) { start_job($vm, 'blockdev-mirror', $device) },
+        refusal => qr/block job 'theirs' \(mirror, (?:running|ready)\) works on it - /,
+        end => sub ($vm, $file) { $vm->qmp('block-job-cancel', device => 'theirs') },
+        pivots => 1,
+    },
+    'a mirror that is ready' => {
+        begin => sub ($vm, $device) {
+            my $file = start_job($vm, 'blockdev-mirror', $device, speed => 0);
+            wait_job($vm, qr/ready/);
+            return $file;
+        },
+        refusal => qr/block job 'theirs' \(mirror, ready\) works on it - /,
+        end => sub ($vm, $file) { complete($vm, 'disk0', $file, 'blockdev-mirror') },
+        pivots => 1,
+    },
+    'a job that is concluded' => {
+        begin => sub ($vm, $device) {
+            my $file = start_job($vm, 'blockdev-backup', $device, 'auto-dismiss' => $false);
+            $vm->qmp('block-job-cancel', device => 'theirs');
+            wait_job($vm, qr/concluded/);
+            return $file;
+        },
+        end => sub ($vm, $file) { $vm->qmp('job-dismiss', id => 'theirs') },
+    },
+    'a job on the backing file of the disk' => {
+        begin => sub ($vm, $device) {
+            start_job($vm, 'blockdev-backup', add_overlay($vm));
+        },
+        refusal => qr/block job 'theirs' \(backup, running\) works on it - /,
+        end => sub ($vm, $file) { $vm->qmp('block-job-cancel', device => 'theirs') },
+        shapes => { drive => 1 },
+    },
+    'a node of others on the disk' => {
+        begin => sub ($vm, $device) {
+            $vm->qmp(
+                'blockdev-add',
+                driver => 'throttle',
+                'node-name' => 'theirs-filter',
+                'throttle-group' => 'theirs-group',
+                file => node_of($vm, 'disk0')
+            );
+        },
+        refusal => qr/node 'theirs-filter' of another program stands on its node '/,
+        end => sub ($vm, $file) { $vm->qmp('blockdev-del', 'node-name' => 'theirs-filter') },
+    },
+    'a second guest device' => {
+        begin => sub ($vm, $device) {
+            $vm->qmp(
+                'device_add',
+                driver => 'virtio-blk-pci',
+                id => 'second',
+                drive => node_of($vm, 'disk0'),
+                'share-rw' => $true
+            );
+        },
+        impossible => qr/Conflicts with/,
+        refusal => qr/guest device '(?:second|disk0-dev)' uses its node '\S+', too/,
+        end => sub ($vm, $file) { $vm->qmp('device_del', id => 'second') },
+        keeps => 1,
+        shared => 1,
+    },
+);
+
+# Each of the calls that look at disks; none may change anything.
+sub refusals ($backend, $device) {
+    my $access = $backend->access;
+    my %calls = (
+        setup => sub { $access->setup([{ device => $device, 'bitmap-mode' => 'use' }]) },
+        sizes => sub { $access->sizes($device) },
+        bases => sub { $access->bases($device) },
+    );
+    my %error;
+    for my $name (sort keys %calls) {
+        $error{$name} = eval { $calls{$name}->(); 1 } ? 'none' : "$@";
+        $access->teardown(0) if $access->_is_up;
+    }
+    return \%error;
+}
+
+# Two disks of that shape, or undef where QEMU itself does not have such company.
+sub start_in_company ($name, $shape, $company) {
+    my $shared = $company->{shared} ? 'share-rw=on' : undef;
+    my %disk = (size => $size, shape => $shape, format => 'qcow2', device_args => $shared);
+    my $backend = PBA::Test::Backend->start(
+        name => $name,
+        guest => 0,
+        disks => [map { { id => $_, %disk } } qw(disk0 disk1)],
+        args => [-object => 'throttle-group,id=theirs-group'],
+    );
+    my $vm = $backend->vm;
+    $vm->qemu_io('disk0', 'write -P 0x41 1M 64k');
+    my $there = eval { $company->{begin}->($vm, $backend->device('disk0')) };
+    return ($backend, $there) if defined($there);
+    die $@ if $@ !~ ($company->{impossible} // qr/\A\z/);
+    return;
+}
+
+sub check_refused ($backend, $refusal) {
+    my $device = $backend->device('disk0');
+    my $error = refusals($backend, $device);
+    like($error->{$_}, qr/\Adevice $device: $refusal/, "$_ is refused") for sort keys %$error;
+    return;
+}
+
+sub back_up ($backend, $device, %options) {
+    my $access = $backend->access(%options);
+    $access->setup([{ device => $device, 'bitmap-mode' => 'new' }]);
+    $access->teardown(1);
+    return 1;
+}
+
+sub check ($name, $shape, $what) {
+    my $company = $company{$what};
+    my ($backend, $there) = start_in_company($name, $shape, $company);
+    return pass('QEMU itself does not have it') if !$backend;
+    my $before = $backend->outside;
+    check_refused($backend, $company->{refusal}) if $company->{refusal};
+    is_deeply($backend->outside, $before, 'nothing is changed');
+    back_up($backend, $backend->device('disk1'), 'allow-shared' => 1);
+    is_deeply($backend->outside, $before, 'it is no reason against a backup of another disk');
+    $company->{end}->($backend->vm, $there);
+    wait_job($backend->vm, qr/gone/);
+    return if $company->{keeps};
+    my $pivoted = $company->{pivots} && $shape eq 'blockdev';
+    return if $pivoted && $name eq 'pve';    # a node with another name is another disk there
+    ok(eval { back_up($backend, $pivoted ? 'disk0-dev' : $backend->device('disk0')) },
+        'afterwards it is backed up')
+        or diag($@);
+    return;
+}
+
+my @cells;
+for my $what (sort keys %company) {
+    for my $shape (qw(drive blockdev)) {
+        next if $company{$what}{shapes} && !$company{$what}{shapes}{$shape};
+        push(@cells, [$_, $shape, $what]) for PBA::Test::Backend->names;
+    }
+}
+for my $cell (@cells) {
+    my ($name, $shape, $what) = $cell->@*;
+    subtest "backend $name, $shape: $what" => sub { check($cell->@*) };
+}
+
+done_testing;
