@@ -150,6 +150,8 @@ typedef struct {
     Caller *caller;
     SV *write;
     SV *progress;
+    SV *digests;
+    SV *damaged;
 } CopyCalls;
 
 /* PbaNextRegion of a caller's code ref: it returns offset and length, or nothing at the end. */

@@ -88,6 +88,68 @@ static bool copy_progress(void *opaque, uint64_t done, uint64_t total)
     return good;
 }
 
+static bool copy_digests(void *opaque, uint64_t offset, const uint8_t *digests, size_t count)
+{
+    dTHX;
+    CopyCalls *calls = opaque;
+    SV *second = newSVpvn((const char *)digests, count * PBA_DIGEST_SIZE);
+
+    bool good = call_code(aTHX_ calls->caller, calls->digests, offset, second);
+    SvREFCNT_dec(second);
+    return good;
+}
+
+static bool copy_damaged(void *opaque, uint64_t offset, uint64_t length)
+{
+    dTHX;
+    CopyCalls *calls = opaque;
+    SV *second = newSVuv(length);
+
+    bool good = call_code(aTHX_ calls->caller, calls->damaged, offset, second);
+    SvREFCNT_dec(second);
+    return good;
+}
+
+/* A file's name: bytes, undef if it is not given. */
+static const char *fetch_path(pTHX_ HV *hash, const char *key)
+{
+    SV *path = glue_fetch(aTHX_ hash, key);
+    return SvOK(path) ? SvPVbyte_nolen(path) : NULL;
+}
+
+/* Lives as long as Perl's mortals, as what it points to does. */
+static const char *const *fetch_paths(pTHX_ HV *hash, const char *key)
+{
+    SV *list = glue_fetch(aTHX_ hash, key);
+    if (!SvROK(list)) {
+        return NULL;
+    }
+    AV *paths = (AV *)SvRV(list);
+    SSize_t count = av_len(paths) + 1;
+    SV *room = sv_2mortal(newSV((STRLEN)(count + 1) * sizeof(char *)));
+    const char **result = (const char **)SvPVX(room);
+    for (SSize_t i = 0; i < count; i++) {
+        result[i] = SvPVbyte_nolen(*av_fetch(paths, i, 0));
+    }
+    result[count] = NULL;
+    return result;
+}
+
+static void add_digest_options(pTHX_ PbaCopyOptions *options, HV *hash, CopyCalls *calls)
+{
+    SV *block = glue_fetch(aTHX_ hash, "digest-block");
+
+    calls->digests = glue_fetch(aTHX_ hash, "digests");
+    calls->damaged = glue_fetch(aTHX_ hash, "damaged");
+    options->digests = SvOK(calls->digests) ? copy_digests : NULL;
+    options->digest_file = fetch_path(aTHX_ hash, "digest-file");
+    options->digests_increment = SvTRUE(glue_fetch(aTHX_ hash, "digests-increment"));
+    options->digest_block = SvOK(block) ? (uint32_t)SvUV(block) : 0;
+    options->expected = fetch_paths(aTHX_ hash, "expected");
+    options->only_known = SvTRUE(glue_fetch(aTHX_ hash, "only-known"));
+    options->damaged = SvOK(calls->damaged) ? copy_damaged : NULL;
+}
+
 PbaCopyOptions glue_copy_options(pTHX_ HV *hash, CopyCalls *calls)
 {
     SV *fd = glue_fetch(aTHX_ hash, "fd");
@@ -98,11 +160,9 @@ PbaCopyOptions glue_copy_options(pTHX_ HV *hash, CopyCalls *calls)
 
     calls->write = glue_fetch(aTHX_ hash, "write");
     calls->progress = glue_fetch(aTHX_ hash, "progress");
-    return (PbaCopyOptions){
+    PbaCopyOptions options = {
         .uri = glue_fetch_text(aTHX_ hash, "uri"),
-        .path = SvOK(glue_fetch(aTHX_ hash, "path"))
-                    ? SvPVbyte_nolen(glue_fetch(aTHX_ hash, "path"))
-                    : NULL,
+        .path = fetch_path(aTHX_ hash, "path"),
         .fd = SvOK(fd) ? (int)SvIV(fd) : -1,
         .write = SvOK(calls->write) ? copy_write : NULL,
         .progress = SvOK(calls->progress) ? copy_progress : NULL,
@@ -114,6 +174,8 @@ PbaCopyOptions glue_copy_options(pTHX_ HV *hash, CopyCalls *calls)
         .discard = SvTRUE(glue_fetch(aTHX_ hash, "discard")),
         .is_increment = SvTRUE(glue_fetch(aTHX_ hash, "increment")),
     };
+    add_digest_options(aTHX_ & options, hash, calls);
+    return options;
 }
 
 SV *glue_sv_from_statistics(pTHX_ const PbaCopyStatistics *statistics)
@@ -123,6 +185,8 @@ SV *glue_sv_from_statistics(pTHX_ const PbaCopyStatistics *statistics)
     (void)hv_stores(hash, "bytes-written", newSVuv(statistics->bytes_written));
     (void)hv_stores(hash, "bytes-zero", newSVuv(statistics->bytes_zero));
     (void)hv_stores(hash, "bytes-discarded", newSVuv(statistics->bytes_discarded));
+    (void)hv_stores(hash, "bytes-damaged", newSVuv(statistics->bytes_damaged));
+    (void)hv_stores(hash, "bytes-unknown", newSVuv(statistics->bytes_unknown));
     (void)hv_stores(hash, "regions", newSVuv(statistics->regions));
     (void)hv_stores(hash, "seconds", newSVnv(statistics->seconds));
     return newRV_noinc((SV *)hash);

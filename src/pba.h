@@ -1,9 +1,9 @@
 /*
  * The C core of PVE::BackupAccess: access to the disks of a running QEMU guest as of one instant.
  *
- * Plain C on GLib, json-glib and libnbd; it knows nothing of Perl. All offsets, lengths and sizes
- * are bytes. Functions that can fail return false or NULL and set a GError of the domain PBA_ERROR
- * (see the PbaErrorCode values). Nothing here is thread safe: one handle, one thread.
+ * Plain C on GLib, json-glib, libnbd and libcrypto; it knows nothing of Perl. All offsets, lengths
+ * and sizes are bytes. Functions that can fail return false or NULL and set a GError of the domain
+ * PBA_ERROR (see the PbaErrorCode values). Nothing here is thread safe: one handle, one thread.
  */
 #ifndef PBA_H
 #define PBA_H
@@ -29,6 +29,7 @@ typedef enum {
     PBA_ERROR_NBD,         /* an NBD request failed */
     PBA_ERROR_INCOMPLETE,  /* an answer that lacks a part: never taken for the whole */
     PBA_ERROR_SYSTEM,      /* a system call failed */
+    PBA_ERROR_CONTENT,     /* what is stored is not what was stored */
 } PbaErrorCode;
 
 GQuark pba_error_quark(void);
@@ -269,7 +270,23 @@ bool pba_volume_discard(PbaVolume *volume, uint64_t offset, uint64_t length, GEr
  * copy. */
 typedef bool (*PbaCopyWrite)(void *opaque, uint64_t offset, const void *data, size_t length);
 
-/* Where to: one of uri, path, fd and write. */
+/* SHA-256 of blocks of a volume, by libcrypto; its last block may be short. */
+#define PBA_DIGEST_SIZE 32u
+#define PBA_DIGEST_BLOCK 65536u
+
+/* A block size is a power of 2 from 4 KiB to 8 MiB. */
+static inline bool pba_digest_block_is_good(uint32_t block)
+{
+    return block >= 4096 && block <= (8u << 20) && (block & (block - 1)) == 0;
+}
+
+/* Takes the digests of count consecutive blocks, the first of which begins at offset; they are
+ * valid during the call only. False ends the copy. */
+typedef bool (*PbaCopyDigests)(void *opaque, uint64_t offset, const uint8_t *digests, size_t count);
+/* Is told of a range that is damaged; it is copied as it was read. False ends the copy. */
+typedef bool (*PbaCopyDamaged)(void *opaque, uint64_t offset, uint64_t length);
+
+/* Where to: one of uri, path, fd and write; none of them (fd -1): it is only read. */
 typedef struct {
     const char *uri;    /* of an NBD export at least as large as the volume */
     const char *path;   /* of a file, made (0600) if need be and given the volume's size, or of a
@@ -288,6 +305,20 @@ typedef struct {
     bool discard;          /* from the volume what the target has got */
     bool is_increment;     /* what is not copied is in the target: a file has to be there already,
                               of the volume's size */
+    /* Digests of all blocks that are copied go to one of these, or to none. A function is called by
+     * ascending offsets before write is, and in any order where there is no write. */
+    PbaCopyDigests digests;
+    const char *digest_file; /* see FILES OF DIGESTS in Volume.pm; made (0600) if need be */
+    bool digests_increment;  /* a file that is there has the digests of what is not copied */
+    uint32_t digest_block;   /* bytes; regions have to be made of whole ones. 0: what the files of
+                                expected have, or 64 KiB */
+    /* Files of digests that the data must have, the first that knows a block is right about it;
+     * ends with NULL. A block of which none knows anything is not looked at. */
+    const char *const *expected;
+    bool only_known; /* what is copied is not what is dirty, but what the first of them knows */
+    /* NULL: damage is PBA_ERROR_CONTENT. What cannot be read is damaged as well, and copied as
+     * zeroes. */
+    PbaCopyDamaged damaged;
 } PbaCopyOptions;
 
 typedef struct {
@@ -296,6 +327,8 @@ typedef struct {
     uint64_t bytes_zero; /* made zero in the target without writing data */
     uint64_t bytes_discarded;
     uint64_t regions;
+    uint64_t bytes_damaged; /* by expected */
+    uint64_t bytes_unknown; /* of which expected says nothing */
     double seconds;
 } PbaCopyStatistics;
 

@@ -254,6 +254,19 @@ subtest 'arguments' => sub {
         [qr/connections must be/, to => '/dev/null', connections => 17],
         [qr/request-size must be/, to => '/dev/null', 'request-size' => 16 * $MiB],
         [qr/request-size must be a multiple of 4096/, to => '/dev/null', 'request-size' => 5000],
+        [qr/digest-block must be from/, to => '/dev/null', digests => 'x', 'digest-block' => 512],
+        [
+            qr/digest-block must be a power/,
+            to => '/dev/null',
+            digests => 'x',
+            'digest-block' => 12288
+        ],
+        [qr/digest-block is of no use/, to => '/dev/null', 'digest-block' => 4096],
+        [qr/only-known is of no use/, to => '/dev/null', 'only-known' => 1],
+        [qr/expected must be a list/, to => '/dev/null', expected => []],
+        [qr/expected must not be empty/, to => '/dev/null', expected => ['']],
+        [qr/damaged must be/, to => '/dev/null', expected => ['x'], damaged => 1],
+        [qr/digests must/, to => '/dev/null', digests => ''],
         [qr/progress must be a code ref/, to => '/dev/null', progress => 1],
         [qr/discard must be 0 or 1/, to => '/dev/null', discard => 'no'],
     );

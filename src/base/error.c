@@ -39,6 +39,7 @@ static const char *const code_classes[] = {
     [PBA_ERROR_NBD] = "NbdError",
     [PBA_ERROR_INCOMPLETE] = "IncompleteError",
     [PBA_ERROR_SYSTEM] = "SystemError",
+    [PBA_ERROR_CONTENT] = "ContentError",
 };
 
 /* Peers' text goes into one-line messages: valid UTF-8, no control characters. */

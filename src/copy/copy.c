@@ -4,11 +4,12 @@
  * many are under way, each in a buffer of its own. Completions only note what happened; everything
  * is decided here, between two waits. */
 #include "copy.h"
+#include "course.h"
 #include "limit.h"
 #include "src/base/base.h"
 #include <errno.h>
 #include <inttypes.h>
-#include <sys/mman.h>
+#include <string.h>
 #include <unistd.h>
 
 #define DEFAULT_REQUEST (256u << 10)
@@ -24,24 +25,21 @@
 
 typedef struct {
     PbaVolume *volume;
-    PbaMap *map; /* owned: the volume's own way through it stays where it is */
+    PbaCourse course;
     const PbaCopyOptions *options;
     PbaCopyStatistics *statistics;
     PbaLoop loop;
     PbaSource source;
     PbaSink *sink;
+    PbaDigests *digests; /* owned; NULL: none are wanted */
+    PbaDigestsEnd digests_end;
     PbaLimit limit;
     PbaPiece pieces[MAX_PIECES];
     unsigned piece_count;
-    unsigned used;          /* pieces that are not free */
-    uint32_t request;       /* of reads: whole blocks */
-    uint32_t align;         /* of source and sink */
-    uint64_t region_offset; /* what of the current region is not read yet */
-    uint64_t region_left;
-    PbaStretch stretch; /* what it begins with */
+    unsigned used;      /* pieces that are not free */
+    uint32_t request;   /* of reads: whole blocks */
+    uint32_t align;     /* of source and sink */
     char *zeroes;       /* room for MAX_ZERO, never written to, so that it takes no memory */
-    bool at_end;        /* of the map */
-    bool waits_for_map; /* or for where it has holes */
     uint64_t next_read; /* sequence numbers */
     uint64_t next_write;
     uint64_t steps; /* that pieces made towards their end */
@@ -64,42 +62,6 @@ static bool check_owner(const Copy *copy, GError **error)
 
 /* Reading */
 
-static bool next_region(Copy *copy, GError **error)
-{
-    uint64_t offset;
-    uint64_t length;
-
-    if (!pba_volume_next_region(copy->volume, copy->map, &offset, &length, &copy->waits_for_map,
-                                error) ||
-        !check_owner(copy, error)) {
-        return false;
-    }
-    if (copy->waits_for_map) {
-        return true;
-    }
-    copy->at_end = length == 0;
-    copy->statistics->regions += length > 0 ? 1 : 0;
-    copy->region_offset = offset;
-    copy->region_left = length;
-    copy->stretch = (PbaStretch){0};
-    if (copy->source.holes) {
-        pba_holes_begin(copy->source.holes, offset, length);
-    }
-    return true;
-}
-
-/* What the rest of the region begins with; false if that is not known yet. */
-static bool find_stretch(Copy *copy)
-{
-    if (copy->stretch.length == 0 && !copy->source.holes) {
-        copy->stretch = (PbaStretch){copy->region_left, false};
-    } else if (copy->stretch.length == 0) {
-        copy->waits_for_map =
-            !pba_holes_next(copy->source.holes, copy->region_offset, &copy->stretch);
-    }
-    return !copy->waits_for_map;
-}
-
 static PbaPiece *free_piece(Copy *copy)
 {
     for (unsigned i = 0; copy->used < copy->piece_count && i < copy->piece_count; i++) {
@@ -111,59 +73,61 @@ static PbaPiece *free_piece(Copy *copy)
 }
 
 /* The rest of a stretch, or as much of it as one request may have, up to the edge of a target's
- * block or of a cluster. */
+ * block, of a cluster, or of what a digest is of. */
 static uint32_t next_length(const Copy *copy)
 {
-    uint32_t max = copy->stretch.zero ? MIN(MAX_ZERO, copy->sink->max_zero) : copy->request;
+    const PbaStretch *stretch = &copy->course.stretch;
+    uint32_t max =
+        stretch->zero ? MIN(MAX_ZERO, MAX(copy->sink->max_zero, copy->align)) : copy->request;
 
-    if (copy->stretch.length <= max) {
-        return (uint32_t)copy->stretch.length;
+    if (stretch->length <= max) {
+        return (uint32_t)stretch->length;
     }
-    uint64_t unit = max >= copy->sink->block && copy->sink->block ? copy->sink->block
+    uint32_t unit = max >= copy->sink->block && copy->sink->block ? copy->sink->block
                     : max >= PBA_CLUSTER                          ? PBA_CLUSTER
-                                                                  : MAX(SECTOR, copy->align);
-    uint64_t end = (copy->region_offset + max) / unit * unit;
-    return end > copy->region_offset ? (uint32_t)(end - copy->region_offset) : max;
+                                                                  : SECTOR;
+    unit = MAX(unit, copy->align);
+    uint64_t end = (copy->course.offset + max) / unit * unit;
+    return end > copy->course.offset ? (uint32_t)(end - copy->course.offset) : max;
 }
 
 /* A piece of zeroes has been read as soon as it begins. */
 static bool start_piece(Copy *copy, PbaPiece *piece, uint32_t length, GError **error)
 {
-    bool zero = copy->stretch.zero;
+    bool zero = copy->course.stretch.zero;
 
     piece->sequence = copy->next_read++;
-    piece->offset = copy->region_offset;
+    piece->offset = copy->course.offset;
     piece->length = length;
     piece->data = zero ? copy->zeroes : piece->buffer;
     piece->seen = piece->holes = zero ? length : 0;
     piece->zero = 0;
     piece->error = 0;
     piece->state = zero ? PBA_PIECE_READ : PBA_PIECE_READING;
-    copy->region_offset += length;
-    copy->region_left -= length;
-    copy->stretch.length -= length;
+    pba_course_take(&copy->course, length);
     copy->used++;
     return zero || pba_source_read(&copy->source, piece, error);
 }
 
 static bool may_read(const Copy *copy)
 {
-    return !copy->at_end && copy->used < copy->piece_count && copy->source.trimming < MAX_TRIMMING;
+    return !copy->course.at_end && copy->used < copy->piece_count &&
+           copy->source.trimming < MAX_TRIMMING;
 }
 
 /* Keeps as many reads under way as there are buffers. */
 static bool fill(Copy *copy, GError **error)
 {
-    copy->waits_for_map = false;
     while (may_read(copy)) {
-        if (copy->region_left == 0 && !next_region(copy, error)) {
+        if (!pba_course_next(&copy->course, error) || !check_owner(copy, error)) {
             return false;
         }
-        if (copy->region_left == 0 || !find_stretch(copy)) {
+        if (copy->course.stretch.length == 0) {
             return true;
         }
         uint32_t length = next_length(copy);
-        if (!copy->stretch.zero && !pba_limit_take(&copy->limit, length, g_get_monotonic_time())) {
+        if (!copy->course.stretch.zero &&
+            !pba_limit_take(&copy->limit, length, g_get_monotonic_time())) {
             return true;
         }
         if (!start_piece(copy, free_piece(copy), length, error)) {
@@ -175,34 +139,57 @@ static bool fill(Copy *copy, GError **error)
 
 /* What became of the pieces */
 
-static bool fail_piece(const Copy *copy, const PbaPiece *piece, GError **error)
+/* With a function for damage, data that the server says it cannot read is no reason to end. */
+static bool pass_over(const Copy *copy, PbaPiece *piece, GError **error)
 {
-    const char *text = g_strerror(piece->error);
-    uint32_t length = piece->length - (uint32_t)(piece->error_offset - piece->offset);
-
-    if (piece->state == PBA_PIECE_WRITTEN) {
-        pba_error_set(error, copy->sink->error_code,
-                      "writing %" PRIu32 " bytes at offset %" PRIu64 " to %s failed - %s", length,
-                      piece->error_offset, copy->sink->name, text);
+    if (!copy->options->damaged || (piece->error != EIO && piece->error != EINVAL)) {
+        return pba_piece_explain(piece, copy->volume, copy->sink, error);
+    }
+    piece->error = 0;
+    memset(piece->data, 0, piece->length);
+    piece->state = PBA_PIECE_READY;
+    copy->statistics->bytes_damaged += piece->length;
+    if (!copy->options->damaged(copy->options->opaque, piece->offset, piece->length)) {
+        pba_error_set(error, PBA_ERROR_INTERRUPTED, "the function for damage failed");
         return false;
     }
-    pba_error_set(error, copy->volume->reader->error_code,
-                  "reading %" PRIu32 " bytes at offset %" PRIu64 " failed - %s", length,
-                  piece->error_offset, text);
-    if (piece->error == copy->volume->reader->unreadable) {
-        pba_error_add_hint(error, PBA_HINT_UNREADABLE);
-    }
-    return false;
+    return check_owner(copy, error);
 }
 
 static bool after_read(Copy *copy, PbaPiece *piece, GError **error)
 {
+    copy->steps++;
     if (piece->error) {
-        return fail_piece(copy, piece, error);
+        return pass_over(copy, piece, error);
     }
-    if ((copy->sink->ordered && piece->sequence != copy->next_write) ||
-        pba_piece_is_beside_write(piece, copy->pieces, copy->piece_count, copy->sink->block)) {
+    piece->state = PBA_PIECE_READY;
+    if (copy->digests) {
+        pba_digests_begin(copy->digests, copy->loop.pool, piece);
+    }
+    return true;
+}
+
+static bool is_early(const Copy *copy, const PbaPiece *piece)
+{
+    return copy->sink->ordered && piece->sequence != copy->next_write;
+}
+
+static bool after_hashed(Copy *copy, PbaPiece *piece, GError **error)
+{
+    if (is_early(copy, piece)) {
         return true; /* its turn comes */
+    }
+    copy->steps++;
+    piece->state = PBA_PIECE_READY;
+    return pba_digests_tell(copy->digests, piece, copy->options, copy->statistics, error) &&
+           check_owner(copy, error);
+}
+
+static bool write_piece(Copy *copy, PbaPiece *piece, GError **error)
+{
+    if (is_early(copy, piece) ||
+        pba_piece_is_beside_write(piece, copy->pieces, copy->piece_count, copy->sink->block)) {
+        return true;
     }
     copy->next_write++;
     copy->steps++;
@@ -216,7 +203,7 @@ static bool after_written(Copy *copy, PbaPiece *piece, GError **error)
 
     copy->steps++;
     if (piece->error) {
-        return fail_piece(copy, piece, error);
+        return pba_piece_explain(piece, copy->volume, copy->sink, error);
     }
     if (piece->again) {
         piece->again = false;
@@ -234,6 +221,15 @@ static bool after_written(Copy *copy, PbaPiece *piece, GError **error)
            pba_source_release(&copy->source, piece->offset, piece->length, error);
 }
 
+/* One that was hashed is written before anything else is told. */
+static bool move_piece(Copy *copy, PbaPiece *piece, GError **error)
+{
+    return (piece->state != PBA_PIECE_READ || after_read(copy, piece, error)) &&
+           (piece->state != PBA_PIECE_HASHED || after_hashed(copy, piece, error)) &&
+           (piece->state != PBA_PIECE_READY || write_piece(copy, piece, error)) &&
+           (piece->state != PBA_PIECE_WRITTEN || after_written(copy, piece, error));
+}
+
 /* Pieces that waited for another one may be taken once that has made its step. */
 static bool move_pieces(Copy *copy, GError **error)
 {
@@ -242,11 +238,7 @@ static bool move_pieces(Copy *copy, GError **error)
     do {
         before = copy->steps;
         for (unsigned i = 0; i < copy->piece_count; i++) {
-            PbaPiece *piece = &copy->pieces[i];
-            if (piece->state == PBA_PIECE_READ && !after_read(copy, piece, error)) {
-                return false;
-            }
-            if (piece->state == PBA_PIECE_WRITTEN && !after_written(copy, piece, error)) {
+            if (!move_piece(copy, &copy->pieces[i], error)) {
                 return false;
             }
         }
@@ -276,13 +268,13 @@ static bool tell_progress(Copy *copy, bool last, GError **error)
 static bool turn(Copy *copy, GError **error)
 {
     gint64 now = g_get_monotonic_time();
-    bool idle = copy->used == 0 && copy->source.trimming == 0 && !copy->waits_for_map;
+    bool idle = copy->used == 0 && copy->source.trimming == 0 && !copy->course.waits;
     gint64 until = now + PROGRESS_INTERVAL;
 
     if (idle || copy->last_event == 0) {
         copy->last_event = now;
     }
-    if (may_read(copy) && !copy->waits_for_map) {
+    if (may_read(copy) && !copy->course.waits) {
         until = MIN(until, pba_limit_ready_at(&copy->limit));
     }
     return pba_loop_turn(&copy->loop, until,
@@ -306,15 +298,15 @@ static bool check_total(const Copy *copy, GError **error)
 /* True if there is something to be done without a wait: a sink took a piece at once. */
 static bool can_go_on(const Copy *copy)
 {
-    return copy->used < copy->piece_count && !copy->waits_for_map && !copy->at_end &&
-           copy->stretch.zero && copy->source.trimming < MAX_TRIMMING;
+    return copy->used < copy->piece_count && !copy->course.waits && !copy->course.at_end &&
+           copy->course.stretch.zero && copy->source.trimming < MAX_TRIMMING;
 }
 
 static bool copy_regions(Copy *copy, GError **error)
 {
     /* Zeroes are there without a wait. */
     while (fill(copy, error) && move_pieces(copy, error) && tell_progress(copy, false, error)) {
-        if (copy->at_end && copy->used == 0) {
+        if (copy->course.at_end && copy->used == 0) {
             return check_total(copy, error);
         }
         if (!can_go_on(copy) && (!turn(copy, error) || !move_pieces(copy, error))) {
@@ -344,6 +336,21 @@ static bool flush_sink(Copy *copy, GError **error)
     return true;
 }
 
+static bool finish_digests(Copy *copy, GError **error)
+{
+    if (!copy->digests) {
+        return true;
+    }
+    pba_digests_finish(copy->digests, copy->loop.pool, &copy->digests_end);
+    while (!copy->digests_end.done) {
+        copy->last_event = 0; /* a disk takes the time it takes */
+        if (!turn(copy, error)) {
+            return false;
+        }
+    }
+    return pba_digests_check_end(copy->digests, &copy->digests_end, error);
+}
+
 static bool finish_discards(Copy *copy, GError **error)
 {
     copy->last_event = 0;
@@ -356,28 +363,11 @@ static bool finish_discards(Copy *copy, GError **error)
         }
     }
     copy->statistics->bytes_discarded = copy->source.discarded;
+    copy->statistics->regions = copy->course.regions;
     return pba_source_check_trims(&copy->source, error);
 }
 
 /* Before and after */
-
-static bool count_total(Copy *copy, GError **error)
-{
-    uint64_t offset;
-    uint64_t length;
-    PbaMap *map = pba_volume_map(copy->volume, 0);
-    bool read;
-
-    do {
-        read = pba_volume_next_region(copy->volume, map, &offset, &length, NULL, error);
-        copy->total += read ? length : 0;
-    } while (read && length > 0);
-    if (!read) {
-        pba_volume_disconnect(copy->volume); /* answers may be under way to this map */
-    }
-    pba_map_free(map);
-    return read && check_owner(copy, error);
-}
 
 static bool prepare_pieces(Copy *copy, GError **error)
 {
@@ -386,6 +376,9 @@ static bool prepare_pieces(Copy *copy, GError **error)
     uint32_t request;
 
     copy->align = MAX(copy->source.align, copy->sink->align);
+    if (copy->digests) {
+        copy->align = MAX(copy->align, pba_digests_block(copy->digests));
+    }
     request = (uint32_t)pba_whole_blocks(wanted, copy->align);
     copy->piece_count = CLAMP(MEMORY / request, MIN_PIECES, MAX_PIECES);
     for (unsigned i = 0; i < copy->piece_count; i++) {
@@ -407,20 +400,31 @@ static bool prepare_holes(Copy *copy, GError **error)
     if (copy->options->write || !pba_source_find_holes(&copy->source, copy->align)) {
         return true;
     }
-    copy->zeroes = mmap(NULL, MAX_ZERO, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (copy->zeroes == MAP_FAILED) {
-        copy->zeroes = NULL;
-        pba_error_set(error, PBA_ERROR_SYSTEM, "mmap failed - %s", g_strerror(errno));
+    copy->course.holes = copy->source.holes;
+    copy->zeroes = pba_zeroes_new(MAX_ZERO, error);
+    return copy->zeroes != NULL;
+}
+
+/* Threads that compute may all be needed beside those that read. */
+static bool prepare_digests(Copy *copy, GError **error)
+{
+    if (!pba_digests_new(copy->options, copy->volume->size, &copy->digests, error)) {
         return false;
     }
-    return true;
+    copy->course.digests = copy->digests;
+    return !copy->digests || pba_loop_pool(&copy->loop, CLAMP(g_get_num_processors(), 1, 4), error);
+}
+
+static bool count_total(Copy *copy, GError **error)
+{
+    return pba_course_total(&copy->course, &copy->total, error) && check_owner(copy, error);
 }
 
 static bool prepare(Copy *copy, GError **error)
 {
     const PbaCopyOptions *options = copy->options;
 
-    if (options->progress && !count_total(copy, error)) {
+    if (!prepare_digests(copy, error) || (options->progress && !count_total(copy, error))) {
         return false;
     }
     if (!pba_source_open(&copy->source, copy->volume, options->connections, &copy->loop, error) ||
@@ -442,13 +446,15 @@ static void clean_up(Copy *copy, bool broken)
     }
     pba_source_close(&copy->source, broken);
     for (unsigned i = 0; i < copy->piece_count; i++) {
-        if (!keeps_buffers || copy->pieces[i].state != PBA_PIECE_READING) {
-            pba_buffer_free(copy->pieces[i].buffer, copy->pieces[i].room);
+        PbaPiece *piece = &copy->pieces[i];
+        if (piece->state != PBA_PIECE_HASHING &&
+            (!keeps_buffers || piece->state != PBA_PIECE_READING)) {
+            pba_buffer_free(piece->buffer, piece->room);
         }
+        pba_digests_forget(piece);
     }
-    if (copy->zeroes) {
-        munmap(copy->zeroes, MAX_ZERO);
-    }
+    pba_digests_unref(copy->digests);
+    pba_buffer_free(copy->zeroes, MAX_ZERO);
 }
 
 static bool run(Copy *copy, GError **error)
@@ -457,7 +463,8 @@ static bool run(Copy *copy, GError **error)
      * snapshot that a target may still lose; progress comes last, since it says that all is done.
      */
     bool done = prepare(copy, error) && copy_regions(copy, error) && flush_sink(copy, error) &&
-                finish_discards(copy, error) && tell_progress(copy, true, error);
+                finish_digests(copy, error) && finish_discards(copy, error) &&
+                tell_progress(copy, true, error);
     clean_up(copy, !done);
     return done;
 }
@@ -471,15 +478,16 @@ bool pba_volume_copy(PbaVolume *volume, const PbaCopyOptions *options,
     *statistics = (PbaCopyStatistics){0};
     *copy = (Copy){
         .volume = volume,
-        .map = pba_volume_map(volume, 0),
         .options = options,
         .statistics = statistics,
         .loop = {.hooks = volume->hooks},
         .source = {.volumes = {volume}, .count = 1},
         .owner = getpid(),
     };
+    copy->course = (PbaCourse){
+        .volume = volume, .map = pba_volume_map(volume, 0), .only_known = options->only_known};
     bool done = run(copy, error);
-    pba_map_free(copy->map);
+    pba_map_free(copy->course.map);
     g_free(copy);
     statistics->seconds = (double)(g_get_monotonic_time() - start) / G_TIME_SPAN_SECOND;
     if (!done) {

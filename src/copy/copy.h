@@ -23,7 +23,7 @@ void pba_loop_add(PbaLoop *loop, struct nbd_handle *handle);
  * turn's. */
 void pba_loop_watch(PbaLoop *loop, int watched, bool (*on_ready)(void *opaque, GError **error),
                     void *opaque);
-/* The pool, with so many threads at least. */
+/* The pool, with so many threads more. */
 PbaPool *pba_loop_pool(PbaLoop *loop, unsigned threads, GError **error);
 /* Waits until something came or the time until is reached, and lets it be handled: completions are
  * called from in here. False on timeout and interruption. */
@@ -33,14 +33,19 @@ typedef enum {
     PBA_PIECE_FREE,
     PBA_PIECE_READING,
     PBA_PIECE_READ,
+    PBA_PIECE_HASHING,
+    PBA_PIECE_HASHED,
+    PBA_PIECE_READY, /* to be written */
     PBA_PIECE_WRITING,
     PBA_PIECE_WRITTEN,
 } PbaPieceState;
 
+typedef struct PbaSink PbaSink;
+
 /* A part of a dirty region on its way. Completions change its state and note errors; all else is
  * done by the one who drives. */
 typedef struct {
-    struct PbaSink *sink; /* while it is written */
+    PbaSink *sink; /* while it is written */
     PbaPieceState state;
     char *buffer; /* aligned for direct I/O; of pba_buffer_new */
     size_t room;  /* bytes of the buffer: our own choice, rounded up to the peer's blocks */
@@ -48,22 +53,29 @@ typedef struct {
     uint64_t sequence;
     uint64_t offset;
     uint32_t length;
-    uint32_t seen;         /* bytes that came, at most length */
-    uint32_t holes;        /* of them, those the source said are a hole */
-    uint32_t zero;         /* bytes written as zeroes */
-    unsigned pending;      /* requests in flight */
-    bool again;            /* is to be written once more */
-    int error;             /* errno of the first that failed, 0: none */
-    uint64_t error_offset; /* what it was about */
+    uint32_t seen;                /* bytes that came, at most length */
+    uint32_t holes;               /* of them, those the source said are a hole */
+    uint32_t zero;                /* bytes written as zeroes */
+    unsigned pending;             /* requests in flight */
+    bool again;                   /* is to be written once more */
+    struct PbaDigestJob *digests; /* what was found, once hashed; owned */
+    int error;                    /* errno of the first that failed, 0: none */
+    uint64_t error_offset;        /* what it was about */
 } PbaPiece;
 
 /* Memory of a piece, shared with processes that are cloned from now on: zeroes, since a server
  * whose answers overlap leaves parts of it as they are. NULL on error. */
 char *pba_buffer_new(size_t size, GError **error);
 void pba_buffer_free(char *buffer, size_t size);
+/* Zeroes that are never written to, so that they take no memory; of pba_buffer_free as well. */
+char *pba_zeroes_new(size_t size, GError **error);
 
 /* Notes a failure; the first one stays. */
 void pba_piece_fail(PbaPiece *piece, int error, uint64_t offset);
+
+/* Makes an error of that failure of a read or a write: false. */
+bool pba_piece_explain(const PbaPiece *piece, const PbaVolume *volume, const PbaSink *sink,
+                       GError **error);
 
 /* True while another one of the pieces of one of this one's blocks is being written. One that has
  * been may have to be written again. */
@@ -152,8 +164,6 @@ void pba_source_trimmed(PbaSource *source, PbaRange range, int error);
 
 /* The target's side */
 
-typedef struct PbaSink PbaSink;
-
 /* What a target's zeroes are made of. */
 typedef struct {
     uint32_t size;
@@ -188,6 +198,7 @@ PbaSink *pba_sink_file_new(const PbaCopyOptions *options, uint64_t size, PbaLoop
 PbaSink *pba_sink_nbd_new(const PbaCopyOptions *options, const PbaVolume *volume, PbaLoop *loop,
                           GError **error);
 
+bool pba_is_zero(const char *data, size_t length);
 /* How many of the bytes from at on are alike: zeroes (*zero) or not, looked for in the target's
  * blocks. */
 size_t pba_piece_run(const PbaPiece *piece, size_t at, const PbaBlocks *blocks, bool *zero);

@@ -1,5 +1,7 @@
 /* What is noted of pieces and discards while they are under way. */
 #include "copy.h"
+#include "src/base/base.h"
+#include <inttypes.h>
 
 void pba_piece_fail(PbaPiece *piece, int error, uint64_t offset)
 {
@@ -7,6 +9,27 @@ void pba_piece_fail(PbaPiece *piece, int error, uint64_t offset)
         piece->error = error;
         piece->error_offset = offset;
     }
+}
+
+bool pba_piece_explain(const PbaPiece *piece, const PbaVolume *volume, const PbaSink *sink,
+                       GError **error)
+{
+    const char *text = g_strerror(piece->error);
+    uint32_t length = piece->length - (uint32_t)(piece->error_offset - piece->offset);
+
+    if (piece->state == PBA_PIECE_WRITTEN) {
+        pba_error_set(error, sink->error_code,
+                      "writing %" PRIu32 " bytes at offset %" PRIu64 " to %s failed - %s", length,
+                      piece->error_offset, sink->name, text);
+        return false;
+    }
+    pba_error_set(error, volume->reader->error_code,
+                  "reading %" PRIu32 " bytes at offset %" PRIu64 " failed - %s", length,
+                  piece->error_offset, text);
+    if (piece->error == volume->reader->unreadable) {
+        pba_error_add_hint(error, PBA_HINT_UNREADABLE);
+    }
+    return false;
 }
 
 bool pba_piece_is_beside_write(const PbaPiece *piece, const PbaPiece *pieces, unsigned count,

@@ -14,7 +14,6 @@ struct PbaPool {
     PbaJob *first; /* to be run */
     PbaJob *last;
     PbaJob *finished; /* to be reaped, in any order */
-    unsigned threads; /* the owner's */
     bool stop;
     int fd;
     pid_t owner;
@@ -119,13 +118,10 @@ PbaPool *pba_pool_new(GError **error)
 
 bool pba_pool_grow(PbaPool *pool, unsigned threads, GError **error)
 {
-    while (pool->threads < threads) {
-        if (!start_thread(pool, error)) {
-            return false;
-        }
-        pool->threads++;
+    while (threads > 0 && start_thread(pool, error)) {
+        threads--;
     }
-    return true;
+    return threads == 0;
 }
 
 static void leave_all(PbaJob *job)

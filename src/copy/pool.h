@@ -19,7 +19,7 @@ struct PbaJob {
 
 /* Without a thread yet. */
 PbaPool *pba_pool_new(GError **error);
-/* Starts threads until there are so many. They take no signals: those are for the caller's
+/* Starts so many threads more. They take no signals: those are for the caller's
  * thread. */
 bool pba_pool_grow(PbaPool *pool, unsigned threads, GError **error);
 /* Drops the jobs that do not run yet, and waits for no other: a call may hang. In a forked child,

@@ -21,7 +21,7 @@ static bool call_write(PbaSink *sink, PbaPiece *piece, GError **error)
     return true;
 }
 
-static bool call_flush(PbaSink *sink, GError **error)
+static bool flush_nothing(PbaSink *sink, GError **error)
 {
     (void)error;
     sink->flushed = true;
@@ -40,7 +40,7 @@ static PbaSink *call_sink_new(PbaCopyWrite write, void *opaque)
 
     self->sink = (PbaSink){
         .write = call_write,
-        .flush = call_flush,
+        .flush = flush_nothing,
         .free = call_free,
         .name = g_strdup("the target's function"),
         .ordered = true,
@@ -53,6 +53,31 @@ static PbaSink *call_sink_new(PbaCopyWrite write, void *opaque)
     return &self->sink;
 }
 
+/* Nowhere: the volume is only read. */
+static bool no_write(PbaSink *sink, PbaPiece *piece, GError **error)
+{
+    (void)sink;
+    (void)error;
+    piece->zero = piece->holes == piece->length ? piece->length : 0;
+    piece->state = PBA_PIECE_WRITTEN;
+    return true;
+}
+
+static PbaSink *no_sink_new(void)
+{
+    PbaSink *sink = g_new0(PbaSink, 1);
+
+    *sink = (PbaSink){
+        .write = no_write,
+        .flush = flush_nothing,
+        .free = call_free,
+        .error_code = PBA_ERROR_SYSTEM,
+        .align = 1,
+        .max_zero = UINT32_MAX,
+    };
+    return sink;
+}
+
 PbaSink *pba_sink_new(const PbaCopyOptions *options, PbaVolume *volume, PbaLoop *loop,
                       GError **error)
 {
@@ -61,6 +86,9 @@ PbaSink *pba_sink_new(const PbaCopyOptions *options, PbaVolume *volume, PbaLoop 
     }
     if (options->uri) {
         return pba_sink_nbd_new(options, volume, loop, error);
+    }
+    if (!options->path && options->fd == -1) {
+        return no_sink_new();
     }
     return pba_sink_file_new(options, volume->size, loop, error);
 }

@@ -5,7 +5,7 @@
 #define PROBE 16u
 
 /* Comparing the data with itself, one step on, is as fast as memcmp() is. */
-static bool is_zero(const char *data, size_t length)
+bool pba_is_zero(const char *data, size_t length)
 {
     static const char zeroes[PROBE];
 
@@ -24,7 +24,7 @@ static size_t measure_block(const PbaPiece *piece, size_t at, const PbaBlocks *b
         length == blocks->size || (offset % blocks->size == 0 && offset + length == blocks->end);
 
     *zero = (whole || !blocks->whole) &&
-            (piece->holes == piece->length || is_zero(piece->data + at, length));
+            (piece->holes == piece->length || pba_is_zero(piece->data + at, length));
     return length;
 }
 

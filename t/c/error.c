@@ -71,6 +71,7 @@ static void test_classes(void)
         {PBA_ERROR_NBD, "NbdError", false},
         {PBA_ERROR_INCOMPLETE, "IncompleteError", false},
         {PBA_ERROR_SYSTEM, "SystemError", false},
+        {PBA_ERROR_CONTENT, "ContentError", false},
     };
     for (size_t i = 0; i < G_N_ELEMENTS(codes); i++) {
         g_autoptr(GError) error = NULL;

@@ -35,7 +35,7 @@ sub run (@command) {
 }
 
 sub pkg_config ($option) {
-    open(my $pipe, '-|', 'pkg-config', $option, qw(libnbd json-glib-1.0 glib-2.0))
+    open(my $pipe, '-|', 'pkg-config', $option, qw(libnbd json-glib-1.0 glib-2.0 libcrypto))
         or die "no pkg-config: $!\n";
     my $flags = join(' ', <$pipe>);
     close($pipe) or die "a -dev package is missing\n";

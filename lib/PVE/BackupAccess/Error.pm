@@ -73,6 +73,8 @@ QAPI: C<QapiErrorClass>), or one of these:
 
 =item C<SystemError> - a system call failed
 
+=item C<ContentError> - what is stored is not what its digest says, or a file of digests is none
+
 =item C<InterruptedError> - the call was told to stop
 
 =item C<ArchiveError> - an archive of L<PVE::BackupAccess::Provider::Qcow2Chain> is missing or damaged

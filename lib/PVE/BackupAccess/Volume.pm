@@ -64,14 +64,14 @@ my sub bitmap ($device, $volume) {
 }
 
 # What a provider is given may have keys that are not known here: the API may grow.
-my sub check ($device, $volume, $keys) {
+my sub check_volume ($device, $volume, $keys) {
     my %known = map { $_ => $volume->{$_} } grep { exists($volume->{$_}) } keys $keys->%*;
     check_hash("the volume of device $device", \%known, $keys);
 }
 
 # What tells whether a range is dirty is the code ref, whatever the bitmap's mode.
 my sub open_handle ($class, $device, $volume) {
-    check($device, $volume, \%handle_keys);
+    check_volume($device, $volume, \%handle_keys);
     for my $key (sort keys %handle_keys) {
         fail($device, "its volume lacks '$key'") if !defined($volume->{$key});
     }
@@ -92,7 +92,7 @@ sub open ($class, $device, $volume) {
     $volume = { $volume->%* };
     delete($volume->{'bitmap-name'}) if !defined($volume->{'bitmap-name'});
     return open_handle($class, $device, $volume) if exists($volume->{'file-handle'});
-    check($device, $volume, \%volume_keys);
+    check_volume($device, $volume, \%volume_keys);
     fail($device, "its volume lacks 'nbd-path'") if !defined($volume->{'nbd-path'});
     utf8::decode($volume->{'nbd-path'});    # text for the core, also from a file name's bytes
     my ($mode, $bitmap) = bitmap($device, $volume);
@@ -141,11 +141,36 @@ my sub cluster_size ($name, $value) {
         if $value & ($value - 1);
 }
 
-my %copy_options = (
-    to => sub ($name, $value) { },
-    'bandwidth-limit' => count_in(0, 1 << 62),
+my sub digest_block ($name, $value) {
+    count_in(4096, 8 << 20)->($name, $value);
+    bad_argument("$name must be a power of 2, not $value")
+        if $value & ($value - 1);
+}
+
+my sub check_digests ($name, $value) {
+    ref($value) eq 'CODE' || check_filled_text($name, $value);
+}
+
+my sub check_files ($name, $value) {
+    bad_argument("$name must be a list of files, not empty")
+        if ref($value) ne 'ARRAY' || !$value->@*;
+    check_filled_text($name, $_) for $value->@*;
+}
+
+my %check_options = (
+    expected => \&check_files,
+    damaged => \&check_code,
     progress => \&check_code,
     connections => count_in(1, 16),
+    'bandwidth-limit' => count_in(0, 1 << 62),
+    'only-known' => \&check_flag,
+);
+
+my %copy_options = (
+    %check_options,
+    digests => \&check_digests,
+    'digest-block' => \&digest_block,
+    to => sub ($name, $value) { },
     'request-size' => \&request_size,
     'cluster-size' => \&cluster_size,
     discard => \&check_flag,
@@ -158,6 +183,11 @@ my %standard = (stdin => 0, stdout => 1, stderr => 2);
 my sub fd_in_path ($path) {
     return $1 if $path =~ m!\A/(?:dev|proc/self)/fd/([0-9]{1,9})\z!;
     return $path =~ m!\A/dev/(\w+)\z! ? $standard{$1} : undef;
+}
+
+my sub file_bytes ($path) {
+    utf8::encode($path) if !utf8::downgrade($path, 1);
+    return $path;
 }
 
 # What 'to' says, as the core wants to have it.
@@ -174,15 +204,39 @@ my sub target ($to) {
     return (uri => $to) if $to =~ m!\Anbds?(?:\+\w+)?://!;
     my $fd = fd_in_path($to);
     return (fd => $fd) if defined($fd);
-    utf8::encode($to) if !utf8::downgrade($to, 1);
-    return (path => $to);
+    return (path => file_bytes($to));
+}
+
+# The options about digests, as the core wants to have them.
+my sub digest_options ($options, $is_increment) {
+    my ($digests, $expected) = $options->@{qw(digests expected)};
+    bad_argument('digest-block is of no use without digests')
+        if $options->{'digest-block'} && !defined($digests);
+    for my $name ('damaged', 'only-known') {
+        bad_argument("$name is of no use without expected")
+            if $options->{$name} && !defined($expected);
+    }
+    return (
+        defined($expected) ? (expected => [map { file_bytes($_) } $expected->@*]) : (),
+        defined($digests)
+            && !ref($digests)
+        ? (digests => undef, 'digest-file' => file_bytes($digests))
+        : (),
+        'digests-increment' => $is_increment,
+    );
 }
 
 sub copy ($self, @options) {
     my $options = given_options('copy', \@options, \%copy_options, 'to');
     my $increment = $is_increment{$self} && !$options->{'without-base'};
     my %all = (discard => !$is_bare{$self}, $options->%*, increment => $increment);
-    return $self->_copy({ %all, target($options->{to}) });
+    my @digests = digest_options($options, $is_increment{$self});
+    return $self->_copy({ %all, @digests, target($options->{to}) });
+}
+
+sub check ($self, @options) {
+    my $options = given_options('check', \@options, \%check_options, 'expected');
+    return $self->_copy({ $options->%*, digest_options($options, 0), discard => 0 });
 }
 
 sub CLONE_SKIP { return 1 }
@@ -395,6 +449,20 @@ whose requests are parts of a cluster, zeroes are written as data.
 =item C<without-base> - 1 lets an increment be copied to a file that is not there or has another size. The file then
 has what changed, and zeroes or whatever it had elsewhere: it is no image of the disk.
 
+=item C<digests> - a code ref or the name of a file, for the digest of every block that is copied: SHA-256, by
+libcrypto. Threads compute it of the data that was read anyway; zeroes cost nothing. The code ref is called with an
+offset and the digests of consecutive blocks from there on, 32 bytes each, each block once, in any order; but where
+C<to> is a code ref, right before the data of the same blocks. A file is one of those in L</FILES OF DIGESTS>. With
+bitmap-mode C<reuse> it keeps the digests that it has of blocks that are not copied; in all other cases it is begun anew.
+The last block of the volume may be short; its digest is of the bytes that are there.
+
+=item C<digest-block> - bytes that one digest is of: a power of 2 from 4096 to 8388608, by default 65536. Dirty
+regions have to be made of whole blocks, so it is at most the granularity of the bitmap: 65536 for those that
+L<PVE::BackupAccess/setup> makes on a stock QEMU, 4194304 on Proxmox VE. A region with a part of a block is an
+C<ArgumentError>. Requests are at least as long as a block.
+
+=item C<expected>, C<damaged>, C<only-known> - as in L</check>; what is damaged is copied all the same.
+
 =back
 
 Files, devices and NBD exports are flushed at the end. Memory is bounded, whatever the sizes.
@@ -408,12 +476,51 @@ C<$statistics> is a hash:
 
 =item C<bytes-discarded> - whole clusters of the fleecing image, of 64 KiB at least
 
+=item C<bytes-damaged>, C<bytes-unknown> - by C<expected>: what was not as it should be, and of what it says nothing
+
 =item C<regions>, C<seconds>
 
 =back
 
+=head2 check
+
+    my $statistics = $volume->check(expected => \@files, %options);
+
+Reads the volume and compares it with digests that were taken before. The options are C<progress>, C<bandwidth-limit>
+and C<connections>, which are those of L</copy>, and these:
+
+=over
+
+=item C<expected> - names of files, see L</FILES OF DIGESTS>, the newest first: the first one that knows a block is right
+about it. All have the same block size, and are of a volume of this one's size.
+
+=item C<damaged> - a code ref, called with offset and length of what is not as expected, or cannot be read (then it
+is a whole request). Without it the first such range is a C<ContentError>.
+
+=item C<only-known> - 1 has only those blocks read that the first file of C<expected> knows.
+
+=back
+
+C<$statistics> are those of L</copy>.
+
 =head2 close
 
 Closes the connection. Closing twice does no harm.
+
+=head1 FILES OF DIGESTS
+
+A header of 4096 bytes, then 32 bytes for each block of the volume, in order. Of a block whose 32 bytes are all zero
+nothing is known; in a complete file, as of a copy of all of a volume, such a block is zeroes. So the file is sparse where the
+volume is. The header is written when all else is on disk: the file of a copy that failed is none. It has
+
+    offset  length
+         0      12  "PBA-DIGESTS\n"
+        12       4  version: "1", filled up with NUL
+        16      16  "SHA-256", filled up with NUL
+        32       8  size of the volume in bytes, big-endian
+        40       4  size of a block, big-endian
+        44       4  1 for a complete file, else 0, big-endian
+
+Files are made with mode 0600. They say nothing of the data, but whether it is what is known already.
 
 =cut

@@ -40,7 +40,7 @@ sub _core_key ($self) {
     my $digest = Digest::SHA->new(256);
     my (undef, @version) = _run_command('gcc', '--version');
     my (undef, @libraries)
-        = _run_command(qw(pkg-config --modversion libnbd json-glib-1.0 glib-2.0));
+        = _run_command(qw(pkg-config --modversion libnbd json-glib-1.0 glib-2.0 libcrypto));
     $digest->add("@version @libraries @{[$self->_flags]}");
     $digest->addfile($_) for sort glob('src/*.h src/*/*.[ch] src/*/*/*.[ch]');
     return substr($digest->hexdigest, 0, 16);
@@ -63,7 +63,7 @@ sub _core_objects ($self) {
 }
 
 sub _pkg_config (@options) {
-    open(my $pipe, '-|', 'pkg-config', @options, 'libnbd', 'json-glib-1.0', 'glib-2.0')
+    open(my $pipe, '-|', 'pkg-config', @options, 'libnbd', 'json-glib-1.0', 'glib-2.0', 'libcrypto')
         or return;
     my $flags = join(' ', <$pipe>);
     close($pipe) or return;

@@ -121,7 +121,8 @@ sub _clang ($name, $checks) {
         depends_on => sub ($file) { ('.clang-tidy', _included($file)) },
         at_once => 2,
         check => sub (@files) {
-            my @flags = lines_of(qw(pkg-config --cflags libnbd json-glib-1.0 glib-2.0 fuse3));
+            my @flags
+                = lines_of(qw(pkg-config --cflags libnbd json-glib-1.0 glib-2.0 libcrypto fuse3));
             my ($perl) = lines_of($^X, '-MExtUtils::Embed', '-e', 'ccopts');
             open(STDERR, '>', '/dev/null') or die "no /dev/null: $!\n";    # counts what it hides
             return _run(

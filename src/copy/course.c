@@ -1,0 +1,111 @@
+/* What of a volume a copy is about: region after region, each cut where it has holes. */
+#include "course.h"
+
+static bool next_known(PbaCourse *course, uint64_t *offset, uint64_t *length, GError **error)
+{
+    *offset = course->known_end;
+    if (!pba_digest_file_next(pba_digests_known(course->digests), offset, length, error)) {
+        return false;
+    }
+    course->known_end = *offset + *length;
+    return true;
+}
+
+static bool next_region(PbaCourse *course, uint64_t *offset, uint64_t *length, GError **error)
+{
+    if (course->only_known) {
+        return next_known(course, offset, length, error);
+    }
+    return pba_volume_next_region(course->volume, course->map, offset, length, &course->waits,
+                                  error) &&
+           (course->waits || *length == 0 || !course->digests ||
+            pba_digests_check_region(course->digests, *offset, *length, error));
+}
+
+static bool begin_region(PbaCourse *course, GError **error)
+{
+    uint64_t offset;
+    uint64_t length;
+
+    if (!next_region(course, &offset, &length, error)) {
+        return false;
+    }
+    if (course->waits) {
+        return true;
+    }
+    course->at_end = length == 0;
+    course->regions += length > 0 ? 1 : 0;
+    course->offset = offset;
+    course->left = length;
+    course->stretch = (PbaStretch){0};
+    if (course->holes) {
+        pba_holes_begin(course->holes, offset, length);
+    }
+    return true;
+}
+
+/* What the rest of the region begins with. */
+static void find_stretch(PbaCourse *course)
+{
+    if (course->stretch.length == 0 && !course->holes) {
+        course->stretch = (PbaStretch){course->left, false};
+    } else if (course->stretch.length == 0) {
+        course->waits = !pba_holes_next(course->holes, course->offset, &course->stretch);
+    }
+}
+
+bool pba_course_next(PbaCourse *course, GError **error)
+{
+    course->waits = false;
+    if (course->left == 0 && !course->at_end && !begin_region(course, error)) {
+        return false;
+    }
+    if (course->left > 0) {
+        find_stretch(course);
+    }
+    return true;
+}
+
+void pba_course_take(PbaCourse *course, uint32_t length)
+{
+    course->offset += length;
+    course->left -= length;
+    course->stretch.length -= length;
+}
+
+static bool count_dirty(PbaVolume *volume, uint64_t *total, GError **error)
+{
+    uint64_t offset;
+    uint64_t length;
+    PbaMap *map = pba_volume_map(volume, 0);
+    bool read;
+
+    do {
+        read = pba_volume_next_region(volume, map, &offset, &length, NULL, error);
+        *total += read ? length : 0;
+    } while (read && length > 0);
+    if (!read) {
+        pba_volume_disconnect(volume); /* answers may be under way to this map */
+    }
+    pba_map_free(map);
+    return read;
+}
+
+bool pba_course_total(const PbaCourse *course, uint64_t *total, GError **error)
+{
+    PbaCourse known = {.digests = course->digests};
+    uint64_t offset;
+    uint64_t length = 1;
+
+    *total = 0;
+    if (!course->only_known) {
+        return count_dirty(course->volume, total, error);
+    }
+    while (length > 0) {
+        if (!next_known(&known, &offset, &length, error)) {
+            return false;
+        }
+        *total += length;
+    }
+    return true;
+}

@@ -1,0 +1,29 @@
+/* What of a volume a copy is about. */
+#ifndef PBA_SRC_COURSE_H
+#define PBA_SRC_COURSE_H
+
+#include "digest.h"
+
+typedef struct {
+    PbaVolume *volume; /* borrowed, as all of these */
+    PbaMap *map;       /* its own way through the dirty regions: the volume's stays where it is */
+    const PbaDigests *digests; /* NULL: none are wanted */
+    PbaHoles *holes;           /* NULL: all has to be read */
+    bool only_known;           /* not what is dirty, but what has a digest */
+    uint64_t known_end;        /* up to here that was asked */
+    uint64_t offset;           /* what of the current region is left */
+    uint64_t left;
+    PbaStretch stretch; /* what it begins with; of no length when waiting and at the end */
+    bool at_end;
+    bool waits;       /* for an answer of the server */
+    uint64_t regions; /* so far */
+} PbaCourse;
+
+/* Looks for what comes next. */
+bool pba_course_next(PbaCourse *course, GError **error);
+/* So much of the stretch has been taken. */
+void pba_course_take(PbaCourse *course, uint32_t length);
+/* Bytes in all, without going on. */
+bool pba_course_total(const PbaCourse *course, uint64_t *total, GError **error);
+
+#endif

@@ -1,0 +1,424 @@
+/* The digest of every block that a copy reads, computed by threads of the pool between its read and
+ * its write. What a thread works with is its own, as with a read of a file: it is not waited for
+ * when the copy ends, since the files of digests may be where calls hang. */
+#include "digest.h"
+#include "src/base/base.h"
+#include <errno.h>
+#include <inttypes.h>
+#include <openssl/crypto.h>
+#include <openssl/evp.h>
+#include <string.h>
+
+struct PbaDigests {
+    EVP_MD *algorithm;
+    uint64_t size; /* of the volume */
+    uint32_t block;
+    uint8_t zero[PBA_DIGEST_SIZE]; /* of a block of zeroes */
+    uint8_t end[PBA_DIGEST_SIZE];  /* of zeroes of the last block's length */
+    PbaDigestFile *out;            /* owned; NULL: none */
+    bool leaves_zeroes;            /* out: a slot that is not written says it */
+    GPtrArray *expected;           /* of PbaDigestFile, the newest first; owned */
+};
+
+typedef enum { FOUND_UNKNOWN, FOUND_SAME, FOUND_OTHER } Found;
+
+struct PbaDigestJob {
+    PbaJob job;
+    PbaDigests *digests;
+    PbaPiece *piece;
+    char *buffer;
+    size_t room;
+    const char *data; /* NULL: all of it is zeroes */
+    uint64_t first;   /* number of its first block */
+    uint32_t length;
+    size_t count;    /* of blocks */
+    uint8_t *values; /* a digest for each */
+    uint8_t *slots;  /* room for as many of a file */
+    uint8_t *found;  /* a Found for each */
+    int error;
+    const PbaDigestFile *error_file; /* NULL: libcrypto */
+};
+
+/* In a thread */
+
+static const uint8_t *zero_digest(const PbaDigests *digests, size_t length)
+{
+    return length == digests->block ? digests->zero : digests->end;
+}
+
+static bool hash(const PbaDigests *digests, EVP_MD_CTX *context, const char *data, size_t length,
+                 uint8_t *value)
+{
+    return EVP_DigestInit_ex2(context, digests->algorithm, NULL) == 1 &&
+           EVP_DigestUpdate(context, data, length) == 1 &&
+           EVP_DigestFinal_ex(context, value, NULL) == 1;
+}
+
+static size_t length_of(const struct PbaDigestJob *self, size_t i)
+{
+    size_t at = i * self->digests->block;
+
+    return MIN(self->digests->block, self->length - at);
+}
+
+static bool compute(struct PbaDigestJob *self)
+{
+    EVP_MD_CTX *context = EVP_MD_CTX_new();
+    bool good = context != NULL;
+
+    for (size_t i = 0; good && i < self->count; i++) {
+        const char *data = self->data ? self->data + i * self->digests->block : NULL;
+        size_t length = length_of(self, i);
+        uint8_t *value = self->values + i * PBA_DIGEST_SIZE;
+        if (!data || pba_is_zero(data, length)) {
+            memcpy(value, zero_digest(self->digests, length), PBA_DIGEST_SIZE);
+        } else {
+            good = hash(self->digests, context, data, length, value);
+        }
+    }
+    EVP_MD_CTX_free(context);
+    self->error = good ? 0 : ENOMEM;
+    return good;
+}
+
+static bool is_zero_digest(const struct PbaDigestJob *self, size_t i, const uint8_t *values)
+{
+    return memcmp(values + i * PBA_DIGEST_SIZE, zero_digest(self->digests, length_of(self, i)),
+                  PBA_DIGEST_SIZE) == 0;
+}
+
+static bool keep(struct PbaDigestJob *self)
+{
+    PbaDigestFile *out = self->digests->out;
+    bool any = !self->digests->leaves_zeroes;
+
+    if (!out) {
+        return true;
+    }
+    uint8_t *slots = memcpy(self->slots, self->values, self->count * PBA_DIGEST_SIZE);
+    for (size_t i = 0; self->digests->leaves_zeroes && i < self->count; i++) {
+        if (is_zero_digest(self, i, slots)) {
+            memset(slots + i * PBA_DIGEST_SIZE, 0, PBA_DIGEST_SIZE);
+        } else {
+            any = true;
+        }
+    }
+    self->error = any ? pba_digest_file_write(out, self->first, self->count, slots) : 0;
+    self->error_file = out;
+    return !self->error;
+}
+
+/* What one file knows of the blocks that no newer one knew. */
+static void note_known(struct PbaDigestJob *self, const PbaDigestFile *file, const uint8_t *slots)
+{
+    for (size_t i = 0; i < self->count; i++) {
+        const uint8_t *slot = slots + i * PBA_DIGEST_SIZE;
+        if (pba_digest_is_unset(slot)) {
+            slot = pba_digest_file_is_complete(file)
+                       ? zero_digest(self->digests, length_of(self, i))
+                       : NULL;
+        }
+        if (slot && self->found[i] == FOUND_UNKNOWN) {
+            bool same = memcmp(slot, self->values + i * PBA_DIGEST_SIZE, PBA_DIGEST_SIZE) == 0;
+            self->found[i] = same ? FOUND_SAME : FOUND_OTHER;
+        }
+    }
+}
+
+static void compare(struct PbaDigestJob *self)
+{
+    const GPtrArray *files = self->digests->expected;
+
+    for (guint i = 0; i < files->len && !self->error; i++) {
+        const PbaDigestFile *file = g_ptr_array_index(files, i);
+        self->error_file = file;
+        self->error = pba_digest_file_read(file, self->first, self->count, self->slots);
+        if (!self->error) {
+            note_known(self, file, self->slots);
+        }
+    }
+}
+
+static void run_job(PbaJob *job)
+{
+    struct PbaDigestJob *self = (struct PbaDigestJob *)job;
+
+    if (compute(self) && keep(self)) {
+        compare(self);
+    }
+}
+
+static void free_job(struct PbaDigestJob *self)
+{
+    pba_digests_unref(self->digests);
+    g_free(self->values);
+    g_free(self->slots);
+    g_free(self->found);
+    g_free(self);
+}
+
+/* The piece's buffer is the job's own by now. */
+static void leave_job(PbaJob *job)
+{
+    struct PbaDigestJob *self = (struct PbaDigestJob *)job;
+
+    pba_buffer_free(self->buffer, self->room);
+    free_job(self);
+}
+
+/* In the thread of the copy */
+
+static void job_done(PbaJob *job)
+{
+    struct PbaDigestJob *self = (struct PbaDigestJob *)job;
+
+    self->piece->digests = self;
+    self->piece->state = PBA_PIECE_HASHED;
+}
+
+void pba_digests_begin(PbaDigests *digests, PbaPool *pool, PbaPiece *piece)
+{
+    struct PbaDigestJob *self = g_new0(struct PbaDigestJob, 1);
+
+    self->job = (PbaJob){.run = run_job, .done = job_done, .leave = leave_job};
+    self->digests = g_atomic_rc_box_acquire(digests);
+    self->piece = piece;
+    self->buffer = piece->buffer;
+    self->room = piece->room;
+    self->data = piece->holes == piece->length ? NULL : piece->data;
+    self->first = piece->offset / digests->block;
+    self->length = piece->length;
+    self->count = pba_whole_blocks(piece->length, digests->block) / digests->block;
+    self->values = g_malloc(self->count * PBA_DIGEST_SIZE);
+    self->slots = g_malloc(self->count * PBA_DIGEST_SIZE);
+    self->found = g_malloc0(self->count);
+    piece->state = PBA_PIECE_HASHING;
+    pba_pool_submit(pool, &self->job);
+}
+
+void pba_digests_forget(PbaPiece *piece)
+{
+    if (piece->digests) {
+        free_job(g_steal_pointer(&piece->digests));
+    }
+}
+
+static bool fail_file(const PbaDigestFile *file, int problem, GError **error)
+{
+    pba_error_set(error, PBA_ERROR_SYSTEM, "digests: %s failed - %s",
+                  file ? pba_digest_file_path(file) : "libcrypto", g_strerror(problem));
+    return false;
+}
+
+/* A range whose blocks are not what was expected. */
+static bool tell_damage(const PbaCopyOptions *options, uint64_t offset, uint64_t length,
+                        GError **error)
+{
+    if (!options->damaged) {
+        pba_error_set(error, PBA_ERROR_CONTENT,
+                      "%" PRIu64 " bytes at offset %" PRIu64 " are not what their digests say",
+                      length, offset);
+        return false;
+    }
+    if (!options->damaged(options->opaque, offset, length)) {
+        pba_error_set(error, PBA_ERROR_INTERRUPTED, "the function for damage failed");
+        return false;
+    }
+    return true;
+}
+
+static bool tell_found(const struct PbaDigestJob *self, const PbaCopyOptions *options,
+                       PbaCopyStatistics *statistics, GError **error)
+{
+    uint64_t offset = self->first * self->digests->block;
+    uint64_t damaged = 0; /* bytes before the block */
+
+    for (size_t i = 0; i < self->count; i++) {
+        size_t length = length_of(self, i);
+        bool is_last = i + 1 == self->count || self->found[i + 1] != FOUND_OTHER;
+        offset += length;
+        damaged = self->found[i] == FOUND_OTHER ? damaged + length : 0;
+        statistics->bytes_unknown += self->found[i] == FOUND_UNKNOWN ? length : 0;
+        if (damaged > 0 && is_last) {
+            statistics->bytes_damaged += damaged;
+            if (!tell_damage(options, offset - damaged, damaged, error)) {
+                return false;
+            }
+        }
+    }
+    return true;
+}
+
+bool pba_digests_tell(const PbaDigests *digests, PbaPiece *piece, const PbaCopyOptions *options,
+                      PbaCopyStatistics *statistics, GError **error)
+{
+    const struct PbaDigestJob *job = piece->digests;
+
+    if (job->error) {
+        return fail_file(job->error_file, job->error, error);
+    }
+    if (digests->expected->len > 0 && !tell_found(job, options, statistics, error)) {
+        return false;
+    }
+    if (options->digests &&
+        !options->digests(options->opaque, piece->offset, job->values, job->count)) {
+        pba_error_set(error, PBA_ERROR_INTERRUPTED, "the function for digests failed");
+        return false;
+    }
+    pba_digests_forget(piece);
+    return true;
+}
+
+bool pba_digests_check_region(const PbaDigests *digests, uint64_t offset, uint64_t length,
+                              GError **error)
+{
+    uint64_t end = offset + length;
+
+    if (offset % digests->block == 0 && (end % digests->block == 0 || end == digests->size)) {
+        return true;
+    }
+    pba_error_set(error, PBA_ERROR_ARGUMENT,
+                  "the dirty region of %" PRIu64 " bytes at offset %" PRIu64
+                  " is not made of whole blocks of %" PRIu32
+                  " bytes, of which digests are wanted: the bitmap's granularity is the most that "
+                  "'digest-block' may be",
+                  length, offset, digests->block);
+    return false;
+}
+
+/* The end */
+
+typedef struct {
+    PbaJob job;
+    PbaDigestFile *file;
+    PbaDigestsEnd *end; /* for done */
+    int error;
+} EndJob;
+
+static void run_end(PbaJob *job)
+{
+    EndJob *self = (EndJob *)job;
+
+    self->error = pba_digest_file_finish(self->file);
+}
+
+static void leave_end(PbaJob *job)
+{
+    EndJob *self = (EndJob *)job;
+
+    pba_digest_file_unref(self->file);
+    g_free(self);
+}
+
+static void end_done(PbaJob *job)
+{
+    EndJob *self = (EndJob *)job;
+
+    *self->end = (PbaDigestsEnd){.done = true, .error = self->error};
+    leave_end(job);
+}
+
+void pba_digests_finish(PbaDigests *digests, PbaPool *pool, PbaDigestsEnd *end)
+{
+    *end = (PbaDigestsEnd){.done = !digests->out};
+    if (digests->out) {
+        EndJob *self = g_new0(EndJob, 1);
+        self->job = (PbaJob){.run = run_end, .done = end_done, .leave = leave_end};
+        self->file = pba_digest_file_ref(digests->out);
+        self->end = end;
+        pba_pool_submit(pool, &self->job);
+    }
+}
+
+bool pba_digests_check_end(const PbaDigests *digests, const PbaDigestsEnd *end, GError **error)
+{
+    return !end->error || fail_file(digests->out, end->error, error);
+}
+
+/* What the options say */
+
+static void unref_file(gpointer file)
+{
+    pba_digest_file_unref(file);
+}
+
+static bool open_files(PbaDigests *digests, const PbaCopyOptions *options, GError **error)
+{
+    for (size_t i = 0; options->expected && options->expected[i]; i++) {
+        PbaDigestFile *file =
+            pba_digest_file_open(options->expected[i], digests->size, &digests->block, error);
+        if (!file) {
+            return false;
+        }
+        g_ptr_array_add(digests->expected, file);
+    }
+    digests->block = digests->block ? digests->block : PBA_DIGEST_BLOCK;
+    if (!options->digest_file) {
+        return true;
+    }
+    digests->out = pba_digest_file_begin(options->digest_file, digests->size, digests->block,
+                                         options->digests_increment, error);
+    digests->leaves_zeroes = !options->digests_increment;
+    return digests->out != NULL;
+}
+
+static bool prepare(PbaDigests *digests, GError **error)
+{
+    char *zeroes = pba_zeroes_new(digests->block, error);
+    EVP_MD_CTX *context = EVP_MD_CTX_new();
+    size_t rest = digests->size % digests->block;
+
+    if (!zeroes) {
+        EVP_MD_CTX_free(context);
+        return false;
+    }
+    digests->algorithm = EVP_MD_fetch(NULL, "SHA256", NULL);
+    bool good = context && digests->algorithm &&
+                hash(digests, context, zeroes, digests->block, digests->zero) &&
+                hash(digests, context, zeroes, rest, digests->end);
+    EVP_MD_CTX_free(context);
+    pba_buffer_free(zeroes, digests->block);
+    return good || fail_file(NULL, ENOTSUP, error);
+}
+
+bool pba_digests_new(const PbaCopyOptions *options, uint64_t size, PbaDigests **digests,
+                     GError **error)
+{
+    *digests = NULL;
+    if (!options->digests && !options->digest_file && !options->expected) {
+        return true;
+    }
+    /* A thread may be computing while the process ends. */
+    OPENSSL_init_crypto(OPENSSL_INIT_NO_ATEXIT, NULL);
+    *digests = g_atomic_rc_box_new0(PbaDigests);
+    (*digests)->size = size;
+    (*digests)->block = options->digest_block;
+    (*digests)->expected = g_ptr_array_new_with_free_func(unref_file);
+    return open_files(*digests, options, error) && prepare(*digests, error);
+}
+
+static void clear(gpointer opaque)
+{
+    PbaDigests *digests = opaque;
+
+    EVP_MD_free(digests->algorithm);
+    pba_digest_file_unref(digests->out);
+    g_ptr_array_unref(digests->expected);
+}
+
+void pba_digests_unref(PbaDigests *digests)
+{
+    if (digests) {
+        g_atomic_rc_box_release_full(digests, clear);
+    }
+}
+
+uint32_t pba_digests_block(const PbaDigests *digests)
+{
+    return digests->block;
+}
+
+PbaDigestFile *pba_digests_known(const PbaDigests *digests)
+{
+    return g_ptr_array_index(digests->expected, 0);
+}

@@ -1,0 +1,70 @@
+/* Digests of what a copy reads: computed by threads, told to the caller, kept in a file, compared.
+ */
+#ifndef PBA_SRC_DIGEST_H
+#define PBA_SRC_DIGEST_H
+
+#include "copy.h"
+
+/* A file of digests: a header, then a slot for each block of the volume. A slot of zeroes says that
+ * nothing is known of the block, or, in a complete file, that the block is zeroes. */
+typedef struct PbaDigestFile PbaDigestFile;
+
+/* Opens one for reading. *block is its block size, which must be the one given unless that is 0;
+ * its volume must have size bytes. */
+PbaDigestFile *pba_digest_file_open(const char *path, uint64_t size, uint32_t *block,
+                                    GError **error);
+/* Begins one, which is none before it is finished; with is_increment goes on with one that is
+ * there. */
+PbaDigestFile *pba_digest_file_begin(const char *path, uint64_t size, uint32_t block,
+                                     bool is_increment, GError **error);
+/* A reference, for as long as a thread uses it. */
+PbaDigestFile *pba_digest_file_ref(PbaDigestFile *file);
+void pba_digest_file_unref(PbaDigestFile *file);
+const char *pba_digest_file_path(const PbaDigestFile *file);
+/* A slot of zeroes means a block of zeroes. */
+bool pba_digest_file_is_complete(const PbaDigestFile *file);
+/* Slots of consecutive blocks; these block, and give an errno, 0 if they succeed. */
+int pba_digest_file_read(const PbaDigestFile *file, uint64_t first, size_t count, uint8_t *slots);
+int pba_digest_file_write(const PbaDigestFile *file, uint64_t first, size_t count,
+                          const uint8_t *slots);
+/* What was written is durable, and the file valid. */
+int pba_digest_file_finish(PbaDigestFile *file);
+/* The next range of the volume from offset on whose blocks are known; *length is 0 at the end. */
+bool pba_digest_file_next(const PbaDigestFile *file, uint64_t *offset, uint64_t *length,
+                          GError **error);
+bool pba_digest_is_unset(const uint8_t *slot);
+
+/* Zeroes, or the data's own 32 bytes (SHA-256). */
+typedef struct PbaDigests PbaDigests;
+
+/* What the options ask for; *digests is NULL if nothing. */
+bool pba_digests_new(const PbaCopyOptions *options, uint64_t size, PbaDigests **digests,
+                     GError **error);
+void pba_digests_unref(PbaDigests *digests);
+uint32_t pba_digests_block(const PbaDigests *digests);
+/* The file whose blocks alone are copied, with only_known. */
+PbaDigestFile *pba_digests_known(const PbaDigests *digests);
+/* False if a region is not made of whole blocks. */
+bool pba_digests_check_region(const PbaDigests *digests, uint64_t offset, uint64_t length,
+                              GError **error);
+/* Has a thread of the pool look at a piece that was read; its state says when that is done. Until
+ * then its buffer is the thread's. */
+void pba_digests_begin(PbaDigests *digests, PbaPool *pool, PbaPiece *piece);
+/* Tells the caller what was found. */
+bool pba_digests_tell(const PbaDigests *digests, PbaPiece *piece, const PbaCopyOptions *options,
+                      PbaCopyStatistics *statistics, GError **error);
+/* Of a piece that was looked at, but not told. */
+void pba_digests_forget(PbaPiece *piece);
+
+/* The end of a file that is written: done says when, error how (an errno). */
+typedef struct {
+    bool done;
+    int error;
+} PbaDigestsEnd;
+
+/* end has to live as long as the pool. */
+void pba_digests_finish(PbaDigests *digests, PbaPool *pool, PbaDigestsEnd *end);
+/* Why that failed. */
+bool pba_digests_check_end(const PbaDigests *digests, const PbaDigestsEnd *end, GError **error);
+
+#endif
