@@ -163,7 +163,8 @@ sub check_chain ($backend) {
     my $store = File::Temp->newdir('pba-store-XXXXXXXX', TMPDIR => 1);
     $before = of_child();
     my $provider
-        = PVE::BackupAccess::Provider::Qcow2Chain->new(undef, { path => "$store" }, 'test');
+        = PVE::BackupAccess::Provider::Qcow2Chain->new(undef,
+        { path => "$store", 'state-dir' => "$store/state" }, 'test');
     my $during = 0;
     $provider->on_progress(sub (@) { inherits_nothing('Qcow2Chain, copying') if !$during++ });
     $backend->task($provider)->run_job;

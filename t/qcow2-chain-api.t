@@ -173,7 +173,7 @@ subtest 'odd names' => sub {
     utf8::encode($dir);
     mkdir($dir) or die "mkdir: $!\n";
     my $odd = "#block/../\x{20ac} x,y:z";
-    my $provider = $class->new(undef, { path => $dir }, 'test');
+    my $provider = $class->new(undef, { path => $dir, 'state-dir' => $chain->state_dir }, 'test');
     my $disk = $chain->disk('drive-scsi0');
     for (1 .. 2) {
         my $name = $provider->backup_init(100, 'qemu', 1)->{'archive-name'};

@@ -80,6 +80,16 @@ sub spoil_silently ($file) {
     return;
 }
 
+# What this host knows of its last archive, until the next damage.
+sub set_note ($content) {
+    my ($name) = map { s{.*/}{}r } glob($base->state_dir . '/*.json');
+    $base->{state_dir} = $base->tmp . '/state-' . ++$base->{states};
+    mkdir($base->{state_dir}) or die "mkdir: $!\n";
+    overwrite("$base->{state_dir}/$name", $content);
+    $base->use_store($base->store);
+    return;
+}
+
 sub overwrite ($file, $content) {
     open(my $fh, '>', $file) or die "$file: $!\n";
     print {$fh} $content;
@@ -120,7 +130,7 @@ my %damage = (
         qr/SHA-256 differs/,
     ],
     'the last manifest is no JSON' =>
-        [sub { overwrite(of(3, 'manifest.json'), '{') }, qr/damaged - it is no JSON/, qr/no JSON/],
+        [sub { overwrite(of(3, 'manifest.json'), '{') }, qr/is not here/, qr/no JSON/],
     'a manifest is missing' => [
         sub { remove_file(of(2, 'manifest.json')) },
         qr/there is no archive/,
@@ -139,9 +149,8 @@ my %damage = (
     ],
     'the configuration is damaged' =>
         [sub { overwrite(of(3, 'guest.conf'), "name: y\n") }, undef, qr/guest\.conf has 8 bytes/],
-    'what the bitmaps are relative to is not known' =>
-        [sub { remove_file($base->guest_dir . '/bitmaps.json') }, '', undef],
-    'nor can be read' => [sub { overwrite($base->guest_dir . '/bitmaps.json', '[]') }, '', undef],
+    'what the bitmaps are relative to is not known' => [sub { set_note('{}') }, '', undef],
+    'nor can be read' => [sub { set_note('[]') }, '', undef],
     'another storage' => [sub { $base->use_store($base->store, 'other') }, '', undef],
     'nothing' => [sub { }, undef, undef],
 );
@@ -149,6 +158,7 @@ my %damage = (
 subtest 'damage' => sub {
     for my $damage (sort keys %damage) {
         my ($do, $log, $verify) = $damage{$damage}->@*;
+        delete($base->{state_dir});
         $base->use_copy($store);
         $do->();
         my $modes = $base->next_modes;
@@ -169,6 +179,8 @@ subtest 'damage' => sub {
             if $damage =~ m/image/;
     }
 };
+
+delete($base->{state_dir});
 
 subtest 'an image of another chain is not restored' => sub {
     $base->use_copy($store);

@@ -78,6 +78,56 @@ subtest "$length archives, and failures" => sub {
     $chain->check('moved');
 };
 
+# A bitmap is relative to the last backup by the storage's name, whatever directory that was made in.
+subtest 'another directory in its place' => sub {
+    my $chain = PBA::Test::Chain->new;
+    my $first = $chain->store;
+    my $second = $chain->tmp . '/second';
+    mkdir($second) or die "mkdir: $!\n";
+    my %expected;
+    my $back_up = sub ($text, $store, $mode) {
+        $chain->{expected} = $expected{$store} //= {};
+        $chain->use_store($store);
+        $chain->write_random;
+        $chain->backup or die $chain->error;
+        is_deeply($chain->modes, all($chain, $mode), "$text: mode $mode");
+        $chain->check($text);
+    };
+    $back_up->('the first', $first, 'new');
+    $back_up->('the first again', $first, 'reuse');
+    $back_up->('another disk', $second, 'new');
+    $back_up->('the first disk comes back', $first, 'new');
+    $back_up->('and stays', $first, 'reuse');
+    my $copy = $chain->use_copy($first);
+    $expected{$copy} = { $expected{$first}->%* };
+    $back_up->('a copy of it', $copy, 'reuse');
+    $back_up->('what it was copied from', $first, 'new');
+    $chain->{state_dir} = $chain->tmp . '/other-host';
+    $back_up->('another host', $first, 'new');
+    delete($chain->{state_dir});
+    $back_up->('the first host, later', $first, 'new');
+};
+
+# Version 0.1 noted in the directory which archive the bitmaps are relative to.
+subtest 'a directory of version 0.1' => sub {
+    my $chain = PBA::Test::Chain->new;
+    my $name = $chain->backup or die $chain->error;
+    my $note = $chain->guest_dir . '/bitmaps.json';
+    my $id = $chain->provider->_archive($name)->id;
+    my $entry = qq({ "archive": ") . $name =~ s{.*/}{}r . qq(", "id": "$id" });
+    open(my $fh, '>', $note) or die "$note: $!\n";
+    print {$fh} qq({ "test": { "drive-efidisk0": $entry, "drive-scsi0": $entry } });
+    close($fh);
+    $chain->{state_dir} = $chain->tmp . '/empty';
+    $chain->use_store($chain->store);
+    is_deeply($chain->next_modes, all($chain, 'new'), 'it is not built upon');
+    ok(-e $note, 'as long as there is no other archive, it is left to that version');
+    $chain->write_random;
+    $chain->backup or die $chain->error;
+    ok(!-e $note, 'then that version must make a full backup, too');
+    $chain->check('both archives');
+};
+
 # ---- taking archives away ----
 
 sub new_chain ($count) {
@@ -108,7 +158,7 @@ subtest 'remove at every position' => sub {
     is_deeply($chain->modes, all($chain, 'new'), 'without the last: full');
     like(
         $chain->log,
-        qr/warn: drive-scsi0: full backup - the last backup, \w+, is not there any more/,
+        qr/warn: drive-scsi0: full backup - the backup that its bitmap is relative to, \w+, is not here/,
         'and the log says why'
     );
     $chain->check('without the last, and one more');

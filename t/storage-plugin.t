@@ -35,6 +35,7 @@ like(content("$example/README.md"), qr/\Q$config\E/, 'the README shows this stor
 my ($storeid, $scfg) = PVE::Storage::Plugin::parse_config($config)->%*;
 is($scfg->{path}, '/mnt/backup', 'storage.cfg: the path');
 $scfg->{path} = "$tmp/mnt";
+$scfg->{'state-dir'} = "$tmp/state";
 my $plugin = PVE::Storage::Plugin->lookup($scfg->{type});
 
 subtest 'what Proxmox VE asks of a plugin' => sub {

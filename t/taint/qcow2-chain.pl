@@ -6,7 +6,8 @@ use v5.36;
 use PVE::BackupAccess::Provider::Qcow2Chain;
 
 my ($store, $device, %volume) = @ARGV;
-my $provider = PVE::BackupAccess::Provider::Qcow2Chain->new(undef, { path => $store }, 'test');
+my $provider = PVE::BackupAccess::Provider::Qcow2Chain->new(undef,
+    { path => $store, 'state-dir' => "$store/state" }, 'test');
 $provider->job_init(time());
 my $name = $provider->backup_init(100, 'qemu', time())->{'archive-name'};
 $provider->backup_vm_query_incremental(100, { $device => { size => $volume{size} } });

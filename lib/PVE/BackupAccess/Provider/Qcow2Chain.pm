@@ -9,6 +9,7 @@ use Time::Local ();
 use PVE::BackupAccess::Argument qw(bad_argument check_code check_filled_text check_positive);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Format qw(bytes);
+use PVE::BackupAccess::Notes;
 use PVE::BackupAccess::PluginBase;
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 use PVE::BackupAccess::Provider::Qcow2Chain::File qw(entries make_directory read_file replace_file);
@@ -41,10 +42,10 @@ my sub reason ($error) {
 }
 
 # As the storage class or another caller has it, without taint: it is the administrator's own.
-my sub checked_path ($path) {
-    check_filled_text('path', $path);
+my sub checked_path ($name, $path) {
+    check_filled_text($name, $path);
     my ($absolute) = $path =~ m!\A(/.*?)/*\z!s
-        or bad_argument("path must be absolute, not '$path'");
+        or bad_argument("$name must be absolute, not '$path'");
     return $absolute;
 }
 
@@ -55,12 +56,15 @@ my sub checked_vmid ($vmid) {
 }
 
 sub new ($class, $storage_plugin, $scfg, $storeid, $log_function = undef) {
+    my $state_dir = $scfg->{'state-dir'};
+    $state_dir = checked_path('state-dir', $state_dir) if defined($state_dir);
     check_filled_text('storeid', $storeid);
     return bless(
         {
-            path => checked_path($scfg->{path}),
+            path => checked_path('path', $scfg->{path}),
             'storage-plugin' => $storage_plugin,
             storeid => $storeid,
+            'state-dir' => $state_dir,
             log => $log_function
                 // sub ($level, $message) { warn "$message\n" if $level ne 'info' },
             restores => {},
@@ -156,11 +160,12 @@ sub backup_get_mechanism ($self, $vmid, $vmtype) {
 
 sub backup_vm_query_incremental ($self, $vmid, $volumes) {
     my $task = $self->_task($vmid);
+    my $notes = $self->_notes($vmid);
     my %modes;
     for my $device (sort keys $volumes->%*) {
         my $base;
         my $error
-            = attempt { $base = $self->_base($task->{guest}, $device, $volumes->{$device}) };
+            = attempt { $base = $task->{guest}->base($notes, $device, $volumes->{$device}) };
         $self->{log}->('warn', "$device: full backup - " . reason($error)) if $error;
         $task->{bases}{$device} = $base;
         $modes{$device} = $base ? 'use' : 'new';
@@ -170,12 +175,11 @@ sub backup_vm_query_incremental ($self, $vmid, $volumes) {
     return \%modes;
 }
 
-# What the device's bitmap can go on from: the archive of that id, where the caller knows it, else the
-# last one.
-sub _base ($self, $guest, $device, $volume) {
-    my $size = $volume->{size};
-    return $guest->base($self->{storeid}, $device, $size) if !exists($volume->{base});
-    return defined($volume->{base}) ? $guest->base_of_id($volume->{base}, $device, $size) : undef;
+# A caller that knows of no ids has target and bitmap named by the storage. Which archive it made last
+# for that storage is noted outside of the directory: another directory may be in its place by now.
+sub _notes ($self, $vmid) {
+    return PVE::BackupAccess::Notes->new("qcow2-chain $self->{storeid}",
+        $vmid, dir => $self->{'state-dir'});
 }
 
 sub backup_vm ($self, $vmid, $guest_config_text, $volumes, $info) {
@@ -195,7 +199,7 @@ sub backup_vm ($self, $vmid, $guest_config_text, $volumes, $info) {
         $self->_store($task, $device, $volumes->{$device}, $info);
     }
     $archive->seal;
-    $task->{guest}->publish($archive, $self->{storeid}, defined($info->{'backup-id'}));
+    $task->{guest}->publish($archive, defined($info->{'backup-id'}) ? undef : $self->_notes($vmid));
     $task->{published} = 1;
 
     # Proxmox VE prunes before it calls backup_cleanup.
@@ -513,14 +517,15 @@ An archive is complete or not there: it is written under another name, flushed, 
 end of L</backup_vm>; so what a bitmap no longer says is on disk when the bitmap is cleared. The manifest
 has the size, bitmap mode and parent of each device, and the SHA-256 of each file.
 
-Which archive a device's bitmap is relative to is kept in F<vm/100/bitmaps.json>, for each storage id.
-An incremental backup goes on top of that archive and no other. Where it was removed, is damaged, or
-lacks something it builds on, or where the device has another size, the device gets a full backup, and
-the log says why. Damage is seen here if it changed a file's size or time; L</verify> sees all.
+An incremental backup goes on top of the archive that the device's bitmap is relative to, and no other. A caller
+that ties bitmaps to backups (L<PVE::BackupAccess::Task>) says which one that is. For one that does not, Proxmox VE
+itself, the host notes outside of the directory which archive it made last for each storage id (C<state-dir> of
+L</new>), and that must be the directory's newest one. Where the archive is not there, is damaged, or lacks something
+it builds on, or where the device has another size, the device gets a full backup, and the log says why. Damage is seen here if it changed a file's size or time; L</verify> sees all.
 
 One directory takes the backups of one guest for each number, and one storage id stands for one
-target-id of L<PVE::BackupAccess>. Whoever puts a directory back to an earlier state, or uses a copy of it,
-removes F<bitmaps.json> in it: the guest's bitmaps say what changed since a later archive.
+target-id of L<PVE::BackupAccess>. Directories that are used in turn under one storage id, a directory that was put
+back to an earlier state, or a copy that is older than the last backup are safe to use: the next backup is a full one.
 
 Each C<qemu-nbd> has a private directory for its socket, F<pba-server-...> in C<$TMPDIR> or F</tmp>. Of a
 process that was killed it stays there, until the next C<qemu-nbd> is started by the same user.
@@ -538,6 +543,11 @@ Arguments and results are those of C<PVE::BackupProvider::Plugin::Base>.
 
 C<< $scfg->{path} >> is the directory, which must be there, and absolute. C<$storage_plugin> may be
 undef, and so may C<$log_function>: warnings and errors then go to C<warn>. C<$storeid> is any name.
+
+C<< $scfg->{'state-dir'} >>, absolute, is where it notes for callers that know of no ids of backups (Proxmox VE
+itself) which archive it made last for C<$storeid>: by default where L<PVE::BackupAccess::Task/state-dir> is. So a
+directory that took another one's place, such as a rotated disk or a copy, begins with a full backup. Nodes between which
+guests migrate need one that they share, as C</etc/pve/priv> is.
 
 =head2 provider_name
 

@@ -174,8 +174,10 @@ sub _provider ($self, $store) {
     my $path = "$self->{store}/$store";
     File::Path::make_path($path);
     my $class = $self->{provider} eq 'chain' ? 'PBA::Test::Life::Chain' : 'PBA::Test::Life::Raw';
-    return $class->new(undef, { path => $path },
-        'test', sub ($level, $message) { push($self->{log}->@*, "$level: $message") });
+    return $class->new(
+        undef, { path => $path, 'state-dir' => "$self->{store}/notes" },
+        'test', sub ($level, $message) { push($self->{log}->@*, "$level: $message") }
+    );
 }
 
 sub _current_store ($self) { return $self->{current} // 'first' }

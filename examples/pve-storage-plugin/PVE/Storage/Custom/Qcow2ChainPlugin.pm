@@ -16,6 +16,9 @@ use parent qw(PVE::Storage::Plugin);
 
 my $tested_api = 15;    # of PVE::Storage; since 11 there are backup providers
 
+# Bitmaps migrate with their guest, so all nodes have to know which backup was the last.
+my $state_dir = '/etc/pve/priv/qcow2chain';
+
 # ---- what it is ----
 
 sub api { return min($tested_api, PVE::Storage::APIVER()) }
@@ -42,7 +45,9 @@ sub options {
 }
 
 sub new_backup_provider ($class, $scfg, $storeid, $log_function, @) {
-    return PVE::BackupAccess::Provider::Qcow2Chain->new($class, $scfg, $storeid, $log_function);
+    return PVE::BackupAccess::Provider::Qcow2Chain->new($class,
+        { 'state-dir' => $state_dir, $scfg->%* },
+        $storeid, $log_function);
 }
 
 # The same outside of a backup job.

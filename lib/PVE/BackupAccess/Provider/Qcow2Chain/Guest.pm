@@ -5,18 +5,16 @@ package PVE::BackupAccess::Provider::Qcow2Chain::Guest;
 use v5.36;
 
 use Fcntl qw(LOCK_EX LOCK_NB O_CREAT O_RDWR);
-use JSON::PP ();
+use List::Util qw(first);
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
-use PVE::BackupAccess::Provider::Qcow2Chain::File
-    qw(entries move read_file remove_tree replace_file);
+use PVE::BackupAccess::Provider::Qcow2Chain::File qw(entries move remove_tree);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(image_chain);
-use PVE::BackupAccess::Try qw(attempt attempt_any);
+use PVE::BackupAccess::Try qw(attempt);
 
 my $Archive = 'PVE::BackupAccess::Provider::Qcow2Chain::Archive';
 my $Error = 'PVE::BackupAccess::Error';
-my $json = JSON::PP->new->utf8->canonical->pretty;
 
 my sub fail ($message, %context) {
     $Error->throw('ArchiveError', $message, %context);
@@ -131,31 +129,17 @@ sub clean ($self) {
 
 # ---- what the bitmaps are relative to ----
 
-sub _bitmaps_file ($self) { return "$self->{dir}/bitmaps.json" }
-
-# { storage => { device => { archive, id } } }. A file that cannot be read is as good as none.
-sub _bitmaps ($self) {
-    my $bitmaps;
-    attempt_any {
-        $bitmaps = $json->decode(read_file($self->_bitmaps_file));
-    };
-    return ref($bitmaps) eq 'HASH' ? $bitmaps : {};
-}
-
-# The archive that the device's bitmap is relative to and that an incremental one can build on, undef
-# if there was no backup before. Dies if there was one, but it cannot be built on.
-sub base ($self, $storage, $device, $size) {
-    my $bitmaps = $self->_bitmaps->{$storage};
-    my $base = ref($bitmaps) eq 'HASH' ? $bitmaps->{$device} : undef;
-    return undef if ref($base) ne 'HASH';
-    my $pattern = $Archive->name_pattern;
-    my ($name) = ($base->{archive} // '') =~ m/\A$pattern\z/
-        or fail('the last backup is not known');
-    fail("the last backup, $name, is not there any more")
-        if !$Archive->exists($self->{dir}, $name);
-    fail("the last backup, $name, is another one than it was")
-        if $self->archive($name)->id ne ($base->{id} // '');
-    return $self->_checked_base($name, $device, $size);
+# The archive that the device's bitmap can go on from, undef if there is none. Where the bitmap does not
+# tell its backup, that can be the newest archive only: a newer one than is noted is another host's.
+sub base ($self, $notes, $device, $volume) {
+    my $is_told = exists($volume->{base});
+    my $id = $is_told ? $volume->{base} : $notes->ids->{$device};
+    return undef if !defined($id);
+    my $base = $self->base_of_id($id, $device, $volume->{size});
+    my $newest = first { $_->device($device) } reverse($self->_readable);
+    fail('this host did not make the newest archive, ' . $newest->name)
+        if !$is_told && $newest->id ne $id;
+    return $base;
 }
 
 # The archive with that id, which the device's bitmap is relative to. Dies if there is none, or if it
@@ -180,19 +164,14 @@ sub _checked_base ($self, $name, $device, $size) {
     return $chain[0];
 }
 
-# Gives the archive its name. Before that it is noted as what the bitmaps are relative to: a crash
-# in between makes the next backup a full one. What is known to QEMU by its id is not noted, so that a
-# caller who knows of no ids makes a full backup.
-sub publish ($self, $archive, $storage, $by_id = 0) {
-    my $bitmaps = $self->_bitmaps;
-    my $own = $bitmaps->{$storage};
-    $own = $bitmaps->{$storage} = {} if ref($own) ne 'HASH';
-    for my $device ($archive->devices) {
-        my $has_bitmap = !$by_id && $archive->device($device)->{'bitmap-mode'} ne 'none';
-        delete($own->{$device});
-        $own->{$device} = { archive => $archive->name, id => $archive->id } if $has_bitmap;
-    }
-    replace_file($self->_bitmaps_file, $json->encode($bitmaps));
+# Gives the archive its name. Before that it is noted, for a caller that knows of no ids: a crash in
+# between makes the next backup a full one. Versions 0.1.x have a note of theirs here: without it they
+# begin with a full one as well.
+sub publish ($self, $archive, $notes = undef) {
+    my %modes = map { $_ => $archive->device($_)->{'bitmap-mode'} } $archive->devices;
+    my %ids = map { $_ => $modes{$_} ne 'none' ? $archive->id : undef } keys %modes;
+    $notes->note(\%ids) if $notes;
+    remove_tree("$self->{dir}/bitmaps.json");
     $archive->publish;
     return;
 }
