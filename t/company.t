@@ -7,11 +7,13 @@ use v5.36;
 
 use FindBin;
 use lib "$FindBin::Bin/lib";
+use File::Temp ();
 use JSON::PP ();
 use Test::More;
 use Time::HiRes qw(sleep);
 
 use PBA::Test::Backend;
+use PBA::Test::ScriptedQEMU;
 
 my $mib = 1024 * 1024;
 my $size = 8 * $mib;
@@ -95,6 +97,12 @@ sub complete ($vm, $id, $file, $command) {
     return;
 }
 
+sub set_drive ($vm, $node) {
+    my %property = (path => $vm->disk('disk0')->{qdev}, property => 'drive');
+    $vm->qmp('qom-set', %property, value => $node);
+    return;
+}
+
 # What is there, how it comes there, what the refusal says, and how it ends.
 my %company = (
     'a backup job' => {
@@ -148,6 +156,29 @@ my %company = (
         refusal => qr/node 'theirs-filter' of another program stands on its node '/,
         end => sub ($vm, $file) { $vm->qmp('blockdev-del', 'node-name' => 'theirs-filter') },
     },
+    'a filter of another program' => {
+        begin => sub ($vm, $device) {
+            my $node = node_of($vm, 'disk0');
+            add_node($vm, 'theirs-target');
+            $vm->qmp(
+                'blockdev-add',
+                driver => 'copy-before-write',
+                'node-name' => 'theirs-filter',
+                file => $node,
+                target => 'theirs-target'
+            );
+            set_drive($vm, 'theirs-filter');
+            return $node;
+        },
+        refusal => qr/node 'theirs-filter' of another program copies what the guest overwrites - /,
+        end => sub ($vm, $node) {
+            set_drive($vm, $node);
+            $vm->qmp('blockdev-del', 'node-name' => 'theirs-filter');
+        },
+        calls => ['setup'],
+        shapes => { drive => 1 },
+        backends => { upstream => 1 },
+    },
     'a second guest device' => {
         begin => sub ($vm, $device) {
             $vm->qmp(
@@ -200,10 +231,10 @@ sub start_in_company ($name, $shape, $company) {
     return;
 }
 
-sub check_refused ($backend, $refusal) {
+sub check_refused ($backend, $refusal, @calls) {
     my $device = $backend->device('disk0');
     my $error = refusals($backend, $device);
-    like($error->{$_}, qr/\Adevice $device: $refusal/, "$_ is refused") for sort keys %$error;
+    like($error->{$_}, qr/\Adevice $device: $refusal/, "$_ is refused") for @calls;
     return;
 }
 
@@ -219,7 +250,8 @@ sub check ($name, $shape, $what) {
     my ($backend, $there) = start_in_company($name, $shape, $company);
     return pass('QEMU itself does not have it') if !$backend;
     my $before = $backend->outside;
-    check_refused($backend, $company->{refusal}) if $company->{refusal};
+    check_refused($backend, $company->{refusal}, ($company->{calls} // [qw(bases setup sizes)])->@*)
+        if $company->{refusal};
     is_deeply($backend->outside, $before, 'nothing is changed');
     back_up($backend, $backend->device('disk1'), 'allow-shared' => 1);
     is_deeply($backend->outside, $before, 'it is no reason against a backup of another disk');
@@ -234,11 +266,94 @@ sub check ($name, $shape, $what) {
     return;
 }
 
+# A disk that others may write to has no one instant.
+sub check_shared ($name) {
+    my $backend = PBA::Test::Backend->start(
+        name => $name,
+        guest => 0,
+        disks => [{ id => 'disk0', size => $size, device_args => 'share-rw=on' }],
+    );
+    my $before = $backend->outside;
+    my $error = refusals($backend, 'disk0');
+    my $refusal = qr/\Adevice disk0: others may write to it .*--allow-shared/;
+    like($error->{$_}, $refusal, "$_ is refused") for sort keys %$error;
+    is_deeply($backend->outside, $before, 'nothing is changed');
+    ok(eval { back_up($backend, 'disk0', 'allow-shared' => 1) }, 'where it is allowed it is done');
+    return;
+}
+
+# The guest device has an id that other objects have, too.
+sub check_ambiguous_id () {
+    my $backend = PBA::Test::Backend->start(
+        name => 'upstream',
+        guest => 0,
+        disks => [{ id => 'disk0', size => $size, bus => 'scsi', shape => 'drive' }],
+        args => [-chardev => 'null,id=disk0-dev', -object => 'secret,id=disk0-dev,data=x'],
+    );
+    my $before = $backend->outside;
+    ok(eval { back_up($backend, 'drive-disk0') }, 'it is backed up') or diag($@);
+    is_deeply($backend->outside, $before, 'and nothing is left');
+    return;
+}
+
+# qcow2 of version 2 stores no bitmaps.
+sub check_old_qcow2 () {
+    my $dir = File::Temp->newdir;
+    my @create = (PBA::Test::VM->qemu_img, qw(create -q -f qcow2 -o compat=0.10));
+    system(@create, "$dir/old.qcow2", $size) == 0 or die "qemu-img: $?\n";
+    my %disk = (id => 'disk0', format => 'qcow2', file => "$dir/old.qcow2");
+    my $backend = PBA::Test::Backend->start(name => 'upstream', guest => 0, disks => [\%disk]);
+    my @log;
+    my %options = (persistent => 1, log => sub ($level, $line) { push(@log, $line) });
+    ok(eval { back_up($backend, 'disk0', %options) }, 'it is backed up') or diag($@);
+    my ($bitmap) = $backend->target_bitmaps;
+    ok(!$bitmap->{persistent}, 'its bitmap is not persistent');
+    is(scalar(grep { m/disk0: its bitmap cannot be persistent.*compat=1\.1/ } @log),
+        1, 'it is said');
+    return;
+}
+
+# What QEMU says of disks whose guest sends SCSI commands itself: on a Proxmox QEMU, and on a stock one.
+sub check_passed_through ($type, $returns) {
+    my $nodes = $returns->{'query-named-block-nodes'};
+    my @nodes = map {
+        { $_->%*, drv => 'host_device' }
+    } $nodes->@*;
+    my @objects = map { { name => $_, type => "child<$type>" } } qw(scsi0 scsi1);
+    my %returns = ($returns->%*, 'query-named-block-nodes' => \@nodes, 'qom-list' => \@objects);
+    my $calls = qmp_calls(\%returns);
+    my $access = new_access($calls->{code}, 'fleecing-dir' => "$dir");
+    my $done = eval { $access->setup(\@one); 1 };
+
+    if ($type eq 'scsi-hd') {
+        $access->teardown(0) if $done;
+        unlike("$@", qr/past QEMU/, 'a device of the host as such is none');
+        return;
+    }
+    ok(!$done, 'it is refused');
+    like("$@", qr/\Adevice drive-scsi0: its guest device is a $type, .*leave it out/, 'and why');
+    ok(!(grep { m/\A(?:blockdev-|nbd-|qom-set|backup-)/ } $calls->{names}->@*), 'nothing is sent');
+    return;
+}
+
+subtest "backend $_: a shared disk" => sub { check_shared($_) }
+    for PBA::Test::Backend->names;
+if (!PBA::Test::VM->is_proxmox) {
+    subtest 'an id of several objects' => sub { check_ambiguous_id() };
+    subtest 'an old qcow2' => sub { check_old_qcow2() };
+}
+for my $type (qw(scsi-block scsi-generic scsi-hd)) {
+    subtest "$type, Proxmox" => sub { check_passed_through($type, { pve_returns() }) };
+    subtest "$type, stock" => sub { check_passed_through($type, { upstream_returns() }) };
+}
+
 my @cells;
 for my $what (sort keys %company) {
     for my $shape (qw(drive blockdev)) {
         next if $company{$what}{shapes} && !$company{$what}{shapes}{$shape};
-        push(@cells, [$_, $shape, $what]) for PBA::Test::Backend->names;
+        my $backends = $company{$what}{backends};
+        push(@cells, [$_, $shape, $what])
+            for grep { !$backends || $backends->{$_} } PBA::Test::Backend->names;
     }
 }
 for my $cell (@cells) {

@@ -44,9 +44,10 @@ static bool check_shared(const PbaAccess *access, const PbaBlock *block, JsonObj
     if (access->allow_shared || !pba_company_shares_writes(block, device)) {
         return true;
     }
-    pba_error_set(error, PBA_ERROR_UNSUPPORTED,
-                  "others may write to it as well (share-rw), so that a backup of it is of no one "
-                  "instant - leave it out, or allow that (allow-shared)");
+    pba_error_set(
+        error, PBA_ERROR_UNSUPPORTED,
+        "others may write to it as well (share-rw), so that a backup of it is of no one "
+        "instant - leave it out (--exclude), or allow that (--allow-shared, 'allow-shared')");
     return false;
 }
 
@@ -88,7 +89,10 @@ static bool check_disk(PbaAccess *access, const PbaBlock *block, const PbaDisk *
     if (!check_job(access, block, device, disk->root_node, error)) {
         return false;
     }
-    g_autofree char *problem = pba_company_problem(block, device, disk->root_node);
+    /* Of an access by QEMU's own commands QEMU itself says whose it is, or it is to be undone. */
+    g_autofree char *problem = access->backend->is_access_up(block)
+                                   ? NULL
+                                   : pba_company_problem(block, device, disk->root_node);
     if (problem) {
         pba_error_set(error, PBA_ERROR_STATE, "%s", problem);
         return false;

@@ -27,8 +27,8 @@ my %commands = (
         arguments => ['DIRECTORY'],
         options => [
             @guest,
-            qw(vmid=s device=s@ target-id=s guest-config=s guest-agent=s bandwidth-limit=s),
-            qw(persistent json),
+            qw(vmid=s device=s@ exclude=s@ target-id=s guest-config=s guest-agent=s bandwidth-limit=s),
+            qw(persistent allow-shared json),
         ],
         needs => ['qmp'],
     },

@@ -216,6 +216,14 @@ static bool check_disk(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, 
         pba_error_set(error, PBA_ERROR_PROTOCOL, "its block graph has an open end");
         return false;
     }
+    JsonObject *node = pba_block_find_node(block, disk->bitmap_node);
+    if (node && g_strcmp0(pba_json_find_string(node, "drv"), "copy-before-write") == 0) {
+        pba_error_set(error, PBA_ERROR_STATE,
+                      "node '%s' of another program copies what the guest overwrites - end what "
+                      "has put it there, then try again",
+                      disk->bitmap_node);
+        return false;
+    }
     pba_upstream_name_nodes(access, disk);
     return check_fleecing(access, disk, block, error) && check_bitmap(access, disk, block, error);
 }

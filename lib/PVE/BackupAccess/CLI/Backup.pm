@@ -13,7 +13,8 @@ use Scalar::Util qw(weaken);
 
 use PVE::BackupAccess::CLI qw(untainted usage_error);
 use PVE::BackupAccess::CLI::Access qw(access_options text);
-use PVE::BackupAccess::CLI::Monitor qw(ask disks_of);
+use PVE::BackupAccess::CLI::Disks qw(choose_disks);
+use PVE::BackupAccess::CLI::Monitor qw(ask);
 use PVE::BackupAccess::CLI::Output qw(parse_bytes read_file say_json say_out);
 use PVE::BackupAccess::CLI::Progress;
 use PVE::BackupAccess::Provider::Qcow2Chain;
@@ -75,19 +76,33 @@ my sub print_result ($opt, $directory, $result) {
     }
 }
 
+# The disks, and lines about those that are left out.
+my sub devices_of ($opt) {
+    my ($named, $excluded) = map {
+        [map { text($_) } ($_ // [])->@*]
+    } $opt->@{qw(device exclude)};
+    usage_error('--exclude is for a backup of all disks, without --device')
+        if $named->@* && $excluded->@*;
+    return ($named, []) if $named->@*;
+    my ($devices, $left_out) = choose_disks($opt->{qmp}, $excluded->@*);
+    die join('; ', 'the guest has no disk that could be backed up', $left_out->@*) . "\n"
+        if !$devices->@*;
+    return ($devices, $left_out);
+}
+
 # What has to be known before anything is begun.
 my sub plan ($opt, $directory) {
     my $vmid = vmid_of($opt);
     my $limit = limit_of($opt);
     die "$directory is not a directory - make it first, or mount it\n" if !-d $directory;
     $directory = untainted(Cwd::realpath($directory));
-    my @devices = map { text($_) } ($opt->{device} // [disks_of($opt->{qmp})])->@*;
-    die "the guest has no disk that could be backed up\n" if !@devices;
+    my ($devices, $left_out) = devices_of($opt);
     return {
         vmid => $vmid,
         'bandwidth-limit' => $limit,
         directory => $directory,
-        devices => \@devices,
+        devices => $devices,
+        'left-out' => $left_out,
         'guest-config' => defined($opt->{'guest-config'}) ? read_file($opt->{'guest-config'}) : '',
         'target-id' => target_of($opt, $directory, $vmid),
     };
@@ -115,6 +130,7 @@ my sub task ($opt, $plan, $progress) {
         (map { $_ => $plan->{$_} } qw(vmid target-id devices guest-config bandwidth-limit)),
         provider => $provider,
         persistent => $opt->{persistent},
+        'allow-shared' => $opt->{'allow-shared'},
         'load-note' => sub (@) { return undef },    # the provider knows of ids
         'store-note' => sub (@) { },
         log => logger($progress),
@@ -128,6 +144,7 @@ sub run ($opt, $directory) {
     my $progress = PVE::BackupAccess::CLI::Progress->new;
     my $task = task($opt, $plan, $progress);
     my $result;
+    $task->log(info => $_) for $plan->{'left-out'}->@*;
     ensure(sub { $result = $task->run_job }, sub (@) { $progress->end });
     print_result($opt, $plan->{directory}, $result);
     return 0;

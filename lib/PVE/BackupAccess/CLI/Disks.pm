@@ -1,0 +1,108 @@
+package PVE::BackupAccess::CLI::Disks;
+
+# Which disks of a guest a backup takes that is told none, and why not the others.
+
+use v5.36;
+
+use Exporter qw(import);
+use List::Util qw(any uniq);
+
+use PVE::BackupAccess;
+use PVE::BackupAccess::CLI::Monitor qw(ask hashes);
+
+our @EXPORT_OK = qw(choose_disks);
+
+# Guest devices whose disk is not QEMU's block layer's, or not for all that the guest writes.
+my $scsi = q(it passes SCSI commands on, past QEMU's dirty bitmaps);
+my %passes_by = (
+    'scsi-block' => $scsi,
+    'scsi-generic' => $scsi,
+    'vhost-scsi-pci' => 'it is served by the kernel, past QEMU',
+    'vhost-user-blk-pci' => 'it is served by another process, past QEMU',
+    'vhost-user-scsi-pci' => 'it is served by another process, past QEMU',
+);
+
+# The node that has a name of its own. Above it are nodes of ours while the access of a killed process
+# is up, and jobs' filters, whose names QEMU makes up.
+my sub named_node ($path, $name) {
+    return $name if $name !~ m/\A(?:pba-|#)/;
+    my $command = 'x-debug-query-block-graph';
+    my ($graph) = hashes($command, [ask($path, $command)]);
+    my %name_of = map { $_->{id} // '' => $_->{name} }
+        grep { ($_->{type} // '') eq 'block-driver' } hashes($command, $graph->{nodes});
+    my %below = map { ($name_of{ $_->{parent} // '' } // '') => $name_of{ $_->{child} // '' } }
+        grep { ($_->{name} // '') eq 'file' } hashes($command, $graph->{edges});
+    $name = delete($below{$name}) while defined($name) && $name =~ m/\A(?:pba-|#)/;
+    return $name;
+}
+
+# The id of the guest device in what query-block shows.
+my sub id_of ($qdev) {
+    return $1 if $qdev =~ m{\A(?:/machine/peripheral/)?([^/]+)(?:/virtio-backend)?\z};
+    return;
+}
+
+# The id of each guest device that has one, and its type.
+my sub types_of ($path) {
+    my @objects = hashes('qom-list', ask($path, 'qom-list', path => '/machine/peripheral'));
+    my %type;
+    for my $object (@objects) {
+        $type{ $object->{name} // '' } = $1 if ($object->{type} // '') =~ m/\Achild<(.*)>\z/;
+    }
+    return \%type;
+}
+
+# { name, id, why: it is left out, or undef } of each drive with a medium.
+my sub look_at ($path, $disk) {
+    my ($medium) = hashes('query-block', [$disk->{inserted} // return]);
+    my $id = id_of($disk->{qdev} // '');
+    my $name = $disk->{device} // '';
+    $name = named_node($path, $medium->{'node-name'} // return) // $id // return if $name eq '';
+    my $why
+        = !defined($disk->{qdev}) ? 'no device of the guest uses it'
+        : $disk->{removable} ? 'it is removable'
+        : $medium->{ro} ? 'it is read-only'
+        : undef;
+    return { name => $name, id => $id, why => $why };
+}
+
+# Images that fleecing needs on a Proxmox QEMU; elsewhere such a name is one like any other.
+my sub without_fleecing ($path, @disks) {
+    my sub is_fleecing ($disk) { $disk->{name} =~ m/-fleecing\z/ }
+    return @disks if !any { is_fleecing($_) } @disks;
+    my $capabilities = PVE::BackupAccess->capabilities(qmp => $path);
+    return $capabilities->{backend} eq 'pve' ? grep { !is_fleecing($_) } @disks : @disks;
+}
+
+my sub leave_out ($disks, @names) {
+    for my $name (@names) {
+        my @found = grep { $name eq $_->{name} || $name eq ($_->{id} // '') } $disks->@*;
+        die "the guest has no disk '$name' that could be left out - it has: "
+            . join(', ', sort(uniq(map { $_->{name} } $disks->@*))) . "\n"
+            if !@found;
+        $_->{why} //= 'so says --exclude' for @found;
+    }
+    return;
+}
+
+# (names, lines): the disks, and a line for each that is left out. Disks with the names are, too.
+sub choose_disks ($path, @excluded) {
+    my $command = 'query-block';
+    my @disks = without_fleecing($path,
+        map { look_at($path, $_) } hashes($command, ask($path, $command)));
+    my $type_of = @disks ? types_of($path) : {};
+    for my $disk (@disks) {
+        $disk->{why} //= $passes_by{ $type_of->{ $disk->{id} // '' } // '' };
+    }
+    my %known = map { ($_->{id} // '') => 1 } @disks;
+    push(@disks,
+        map { { name => $_, id => $_, why => $passes_by{ $type_of->{$_} } } }
+        grep { $passes_by{ $type_of->{$_} } && !$known{$_} } sort keys $type_of->%*);
+    leave_out(\@disks, @excluded);
+    return (
+        [uniq(map { $_->{name} } grep { !defined($_->{why}) } @disks)],
+        [map { "$_->{name} is left out: $_->{why}" } grep { defined($_->{why}) } @disks],
+    );
+}
+
+1;

@@ -1,0 +1,146 @@
+# Which disks the command backs up without --device, and what it says of the others.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+
+use JSON::PP ();
+use Test::More;
+
+use PBA::Test::QMPPeer;
+use PVE::BackupAccess::CLI::Disks qw(choose_disks);
+
+my ($true, $false) = (JSON::PP::true, JSON::PP::false);
+
+sub disk ($name, $qdev, %more) {
+    my $medium = $more{medium}
+        // { 'node-name' => $more{node} // "#$name", ro => $more{ro} // $false };
+    return {
+        device => $name,
+        defined($qdev) ? (qdev => $qdev) : (),
+        removable => $more{removable} // $false,
+        $more{empty} ? () : (inserted => $medium),
+    };
+}
+
+sub graph (@chain) {
+    my @nodes
+        = map { { id => $_ + 1, type => 'block-driver', name => $chain[$_] } } 0 .. $#chain;
+    my @edges = map { { parent => $_, child => $_ + 1, name => 'file' } } 1 .. $#chain;
+    return { nodes => \@nodes, edges => \@edges };
+}
+
+# ([names], [lines]), or the error.
+sub chosen ($disks, $types, %more) {
+    my $commands = [{ name => $more{pve} ? 'backup-access-setup' : 'blockdev-reopen' }];
+    push(
+        $commands->@*,
+        map { { name => $_ } }
+            qw(blockdev-backup block-export-add block-dirty-bitmap-merge x-debug-query-block-graph)
+    );
+    my @objects = map { { name => $_, type => "child<$types->{$_}>" } } sort keys $types->%*;
+    my %version = (qemu => { major => 10, minor => 1, micro => 0 }, package => 'pve-qemu-kvm_10');
+    my $peer = PBA::Test::QMPPeer->start(
+        replies => {
+            'query-block' => { return => $disks },
+            'qom-list' => { return => \@objects },
+            'query-version' => { return => \%version },
+            'query-commands' => { return => $commands },
+            'x-debug-query-block-graph' => { return => $more{graph} // graph() },
+        }
+    );
+    my @result = eval { choose_disks($peer->socket_path, ($more{exclude} // [])->@*) };
+    return @result ? \@result : "$@";
+}
+
+my @good = (
+    disk('drive-scsi0', 'scsi0'),
+    disk('drive-virtio1', '/machine/peripheral/virtio1/virtio-backend'),
+);
+my %types = (scsi0 => 'scsi-hd', virtio1 => 'virtio-blk-pci', hw => 'virtio-scsi-pci');
+my @names = qw(drive-scsi0 drive-virtio1);
+
+is_deeply(chosen(\@good, \%types), [\@names, []], 'disks');
+
+# [what, more disks, their types, the lines about them]
+my @left_out = (
+    ['an empty drive is no disk', [disk('drive-ide2', 'ide2', empty => 1, removable => $true)], {}],
+    [
+        'a removable one',
+        [disk('drive-ide2', 'ide2', removable => $true, ro => $true)],
+        {}, 'drive-ide2 is left out: it is removable'
+    ],
+    [
+        'a read-only one', [disk('iso', 'scsi5', ro => $true)],
+        {}, 'iso is left out: it is read-only'
+    ],
+    [
+        'one without a guest device',
+        [disk('spare', undef, removable => $true)],
+        {},
+        'spare is left out: no device of the guest uses it'
+    ],
+    map({
+            my $type = $_;
+            [
+                "a $type",
+                [disk('lun', '/machine/peripheral/lun-dev')],
+                { 'lun-dev' => $type },
+                "lun is left out: it passes SCSI commands on, past QEMU's dirty bitmaps"
+            ]
+    } qw(scsi-block scsi-generic)),
+    [
+        'one that another process serves',
+        [],
+        { ssd => 'vhost-user-blk-pci' },
+        'ssd is left out: it is served by another process, past QEMU'
+    ],
+);
+for my $case (@left_out) {
+    my ($what, $disks, $more_types, @lines) = $case->@*;
+    my $chosen = chosen([@good, $disks->@*], { %types, $more_types->%* });
+    is_deeply($chosen, [\@names, \@lines], $what);
+}
+
+subtest 'names' => sub {
+    my $none = { %types, n0 => 'virtio-blk-pci' };
+    my @two = map { disk('', "/machine/peripheral/$_/virtio-backend", node => 'n0') } qw(p1 p2);
+    is_deeply(chosen(\@two, $none), [['n0'], []], 'a node of two devices is one disk');
+    my $filtered = disk('', '/machine/peripheral/v0/virtio-backend', node => '#block7');
+    is_deeply(
+        chosen([$filtered], {}, graph => graph('#block7', 'pba-raw-x', 'n1')),
+        [['n1'], []],
+        "below a job's filter and nodes of ours"
+    );
+    is_deeply(
+        chosen([$filtered], {}, graph => graph('#block7', '#block8')),
+        [['v0'], []],
+        'a disk whose nodes have no names has that of its device'
+    );
+};
+
+subtest 'fleecing' => sub {
+    my @disks = (@good, disk('drive-scsi0-fleecing', 'f0'));
+    is_deeply(
+        chosen(\@disks, \%types),
+        [[@names, 'drive-scsi0-fleecing'], []],
+        'a stock QEMU: a disk'
+    );
+    is_deeply(chosen(\@disks, \%types, pve => 1), [\@names, []], 'a Proxmox QEMU: for fleecing');
+};
+
+subtest '--exclude' => sub {
+    for my $name (qw(drive-scsi0 scsi0)) {
+        is_deeply(chosen(\@good, \%types, exclude => [$name]),
+            [['drive-virtio1'], ['drive-scsi0 is left out: so says --exclude']], $name);
+    }
+    is_deeply(chosen(\@good, \%types, exclude => [@names])->[0], [], 'all of them');
+    is(
+        chosen(\@good, \%types, exclude => ['drive-scsi1']),
+        "the guest has no disk 'drive-scsi1' that could be left out - it has: drive-scsi0, drive-virtio1\n",
+        'one that is not there'
+    );
+};
+
+done_testing;
