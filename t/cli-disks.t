@@ -118,6 +118,14 @@ subtest 'names' => sub {
         [['v0'], []],
         'a disk whose nodes have no names has that of its device'
     );
+    my @libvirt = map { disk('', $_, node => 'libvirt-3-format') }
+        '/machine/peripheral/virtio-disk0/virtio-backend', '/machine/peripheral-anon/device[0]';
+    is_deeply(chosen([$libvirt[0]], {}), [['virtio-disk0'], []], "libvirt's: the device's id");
+    is_deeply(
+        chosen([$libvirt[1]], {}),
+        [['libvirt-3-format'], []],
+        "the node's where the device has none"
+    );
 };
 
 subtest 'fleecing' => sub {

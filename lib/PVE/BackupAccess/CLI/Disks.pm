@@ -36,6 +36,13 @@ my sub named_node ($path, $name) {
     return $name;
 }
 
+# A name that stays the same: a backup of the disk by another one is a full one. libvirt's names of nodes
+# are numbered anew with each snapshot and start.
+my sub lasting_name ($node, $id) {
+    return $id if defined($id) && (!defined($node) || $node =~ m/\Alibvirt-[0-9]+-/);
+    return $node;
+}
+
 # The id of the guest device in what query-block shows.
 my sub id_of ($qdev) {
     return $1 if $qdev =~ m{\A(?:/machine/peripheral/)?([^/]+)(?:/virtio-backend)?\z};
@@ -56,8 +63,9 @@ my sub types_of ($path) {
 my sub look_at ($path, $disk) {
     my ($medium) = hashes('query-block', [$disk->{inserted} // return]);
     my $id = id_of($disk->{qdev} // '');
+    my $node = $medium->{'node-name'} // return;
     my $name = $disk->{device} // '';
-    $name = named_node($path, $medium->{'node-name'} // return) // $id // return if $name eq '';
+    $name = lasting_name(named_node($path, $node), $id) // return if $name eq '';
     my $why
         = !defined($disk->{qdev}) ? 'no device of the guest uses it'
         : $disk->{removable} ? 'it is removable'

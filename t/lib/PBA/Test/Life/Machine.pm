@@ -62,17 +62,20 @@ sub _host_rollback ($self) {
     return $self->_restart;
 }
 
-sub _carry_bitmaps ($self) {
-    my %with = (capability => 'dirty-bitmaps', state => JSON::PP::true);
+sub _carry_bitmaps ($self, $is_on = 1) {
+    my $state = $is_on ? JSON::PP::true : JSON::PP::false;
+    my %with = (capability => 'dirty-bitmaps', state => $state);
     $self->_vm->qmp('migrate-set-capabilities', capabilities => [\%with]);
     return;
 }
 
+# False where QEMU refuses: Proxmox' does while the access of a killed backup is there.
 sub _wait_migrated ($self) {
     while (1) {
         my $now = $self->_vm->qmp('query-migrate');
         my $status = $now->{status} // 'none';
-        return if $status eq 'completed';
+        return 1 if $status eq 'completed';
+        return 0 if $status eq 'failed' && $self->{fleecing};
         die 'migration failed: ' . ($now->{'error-desc'} // '') . "\n" if $status eq 'failed';
         Time::HiRes::sleep(0.02);
     }
@@ -99,7 +102,7 @@ sub _start_from ($self, $file) {
 sub _ram_snapshot ($self) {
     my $vm = $self->_vm;
     my $file = "$self->{store}/ram";
-    $self->_save_state($file);
+    $self->_save_state($file) or return;
     $self->{ram} = { $self->_take_disks('ram')->%*, state => $file };
     $vm->qmp('cont');
     $vm->qmp('stop');
@@ -115,14 +118,15 @@ sub _ram_rollback ($self) {
 
 sub _move ($self) {
     my $file = "$self->{store}/moving";
-    $self->_save_state($file);
+    $self->_save_state($file) or return 0;
     $self->_vm->quit;
-    return $self->_start_from($file);
+    $self->_start_from($file);
+    return 1;
 }
 
 # There it is backed up into that node's own directory of the same storage.
 sub _migrate_and_back ($self) {
-    $self->_move;
+    $self->_move or return;
     $self->_write;
     local $self->{node} = 'b';
     $self->_backup(store => 'node-b');
@@ -132,6 +136,9 @@ sub _migrate_and_back ($self) {
 
 sub _savevm ($self) {
     $self->_recover;
+
+    # Proxmox' QEMU 11.0 hangs in a savevm, which Proxmox VE does not use, that is to save a bitmap.
+    $self->_carry_bitmaps(0) if $self->{backend}->name ne 'upstream';
     my $said = $self->_vm->hmp('savevm saved');
     $self->{vm_state} = { $self->{content}->%* } if $said eq '';
     return;
