@@ -15,8 +15,11 @@ use Test::More;
 use PBA::Test::Backend;
 use PBA::Test::Command qw(run_command start_command start_on_terminal);
 use PBA::Test::CommandGuest;
+use PBA::Test::QemuNbd;
 use PVE::BackupAccess::CLI;
 use PVE::BackupAccess::CLI::Backup;
+
+my $damaged = qr/.*65536 bytes are not what was read from the guest: 65536 at offset 16777216.*/;
 
 sub check_pipes ($test) {
     my $vm = $test->{vm};
@@ -55,7 +58,7 @@ sub check_one_device ($test, $archive) {
     utf8::decode(my $file = "$test->{dir}/one.raw");
     is_deeply(
         $json->decode($again->{out}),
-        { devices => { 'drive-efidisk0' => $file }, 'guest-config' => undef },
+        { devices => { 'drive-efidisk0' => $file }, 'guest-config' => undef, damaged => {} },
         'one device: JSON'
     );
     is(-s "$test->{dir}/one.raw", 528 * 1024, 'one device: its size');
@@ -119,17 +122,42 @@ sub check_archives ($test, @archives) {
         0, 'prune: nothing more');
     restore_and_compare($test, $archives[1], 'after prune');
 
-    open(my $image, '+<', "$archives[1]/drive-scsi0.qcow2") or die "$archives[1]: $!\n";
-    seek($image, -70000, 2);
+    my $image_file = "$archives[1]/drive-scsi0.qcow2";
+    my $map = $json->decode(PBA::Test::QemuNbd::output_of('map', '--output=json', $image_file));
+    my ($place) = grep { $_->{data} && $_->{start} >= 16 * $mib } $map->@*;
+    open(my $image, '+<', $image_file) or die "$image_file: $!\n";
+    seek($image, $place->{offset} + 70, 0);
     print {$image} 'damage';
     close($image);
-    my $damaged = run_command('verify', $archives[1]);
-    is($damaged->{status}, 1, 'verify: exit status with damage');
-    like($damaged->{out}, qr/\A\Q$archives[1]\E: DAMAGED\n  .*SHA-256/, 'verify: says what');
+    my $run = run_command('verify', $archives[1]);
+    is($run->{status}, 1, 'verify: exit status with damage');
+    like($run->{out}, qr/\A\Q$archives[1]\E: DAMAGED\n  $damaged /, 'verify: says what');
     my $problems = $json->decode(run_command('verify', $test->{store}, '--json')->{out});
     utf8::decode(my $damaged_path = $archives[1]);
     is($problems->[0]{archive}, $damaged_path, 'verify: JSON');
     is(scalar($problems->[0]{problems}->@*), 1, 'verify: a problem in it');
+    check_damaged_restore($test, $archives[1]);
+}
+
+# All but what is damaged is restored, and it is said what that is.
+sub check_damaged_restore ($test, $archive) {
+    my $dir = "$test->{dir}/out/damaged";
+    mkdir($dir) or die "$dir: $!\n";
+    my $run = run_command('restore', $archive, $dir, '--json');
+    is($run->{status}, 1, 'restore of what is damaged: exit status');
+    like($run->{err}, qr/$damaged; the rest is restored/, 'restore of what is damaged: says what');
+    my $result = $json->decode($run->{out});
+    is_deeply($result->{damaged}, { 'drive-scsi0' => [[16 * $mib, 65536]] }, 'JSON');
+    is(scalar(keys $result->{devices}->%*), 2, 'all devices are there');
+    is(-s "$dir/drive-scsi0.raw", 32 * $mib, 'and whole');
+    succeeds(
+        'without verification',
+        'restore', $archive, "$test->{dir}/out/unverified.raw",
+        '--device', 'drive-scsi0', '--no-verify'
+    );
+    my $nothing = run_command('verify', $test->{dir});
+    is($nothing->{status}, 1, 'verify of nothing: exit status');
+    like($nothing->{err}, qr/there are no archives in .*mounted/, 'verify of nothing: says so');
 }
 
 # The image above is damaged, so this backup is a full one again, and says so.
@@ -138,11 +166,7 @@ sub check_terminal ($test) {
     $backup->wait_for(out => qr/drive-scsi0 +[0-9.]+ [KM]iB\/s: +[0-9]+% \[=* *\]\S+ Left/);
     my $run = $backup->finish;
     is($run->{status}, 0, 'terminal: exit status');
-    like(
-        $run->{out},
-        qr/^warn: drive-scsi0: full backup - .*SHA-256 differs\r$/m,
-        'terminal: the log'
-    );
+    like($run->{out}, qr/^warn: drive-scsi0: full backup - $damaged\r$/m, 'terminal: the log');
     my ($last) = $run->{out} =~ m/([^\n]*)\r\n\z/;
     like($last, qr!\A\Q$test->{store}\E/$archive_name\z!, 'terminal: the path is the last line');
     unlike($run->{out} =~ s/\e\[K//gr, qr/\e/, 'terminal: no other escape sequences');

@@ -8,6 +8,7 @@ use lib "$FindBin::Bin/lib";
 use Test::More;
 
 use File::Copy ();
+use JSON::PP ();
 use POSIX ();
 use Time::HiRes ();
 
@@ -62,7 +63,14 @@ sub killed_at ($rename, $when, $code) {
 
 # ---- lost, damaged, changed ----
 
-sub spoil ($file, $at = -1000) {
+# Where the image has guest data.
+sub data_of ($file) {
+    my $map = PBA::Test::QemuNbd::output_of('map', '-U', '--output=json', $file);
+    my ($mine) = grep { $_->{data} && $_->{depth} == 0 } JSON::PP::decode_json($map)->@*;
+    return $mine->{offset} + 1000;
+}
+
+sub spoil ($file, $at = data_of($file)) {
     open(my $fh, '+<:raw', $file) or die "$file: $!\n";
     seek($fh, $at, $at < 0 ? 2 : 0);
     read($fh, my $byte, 1);
@@ -107,6 +115,9 @@ sub of ($number, $file = 'drive-scsi0.qcow2') {
     return $base->path_of($names[$number - 1], $file);
 }
 
+my $not_read = qr/65536 bytes are not what was read from the guest: 65536 at offset [0-9]+/;
+my $digests = 'drive-scsi0.digests';
+
 # What is done => [why drive-scsi0 is full next, as the log says it; undef: it is incremental,
 # what verify says of archive 3; undef: nothing].
 my %damage = (
@@ -117,18 +128,21 @@ my %damage = (
     ],
     'an image is missing' => [sub { remove_file(of(2)) }, qr/is missing/, qr/is missing/],
     'an image is cut off' => [sub { truncate(of(1), 300_000) }, qr/has 300000 bytes/, qr/300000/],
-    'an image is damaged' => [sub { spoil(of(1)) }, qr/SHA-256 differs/, qr/SHA-256 differs/],
-    'an image is damaged, its time is not' =>
-        [sub { spoil_silently(of(1)) }, undef, qr/SHA-256 differs/],
-    'the last image is damaged' => [sub { spoil(of(3)) }, qr/SHA-256 differs/, qr/SHA-256 differs/],
+    'an image is damaged' => [sub { spoil(of(1)) }, $not_read, $not_read],
+    'an image is damaged, its time is not' => [sub { spoil_silently(of(1)) }, undef, $not_read],
+    'the last image is damaged' => [sub { spoil(of(3)) }, $not_read, $not_read],
     'an image of another chain' => [
         sub {
             PBA::Test::QemuNbd::img('rebase', '-u', '-f', 'qcow2', '-F', 'qcow2', '-b',
                 "../" . ($names[0] =~ s{.*/}{}r) . '/drive-scsi0.qcow2', of(3));
         },
-        qr/SHA-256 differs/,
-        qr/SHA-256 differs/,
+        qr/another backing file/,
+        qr/another backing file/,
     ],
+    'the digests are missing' =>
+        [sub { remove_file(of(2, $digests)) }, (qr/\Q$digests\E is missing/) x 2],
+    'the digests are damaged' =>
+        [sub { spoil(of(2, $digests), 4096) }, (qr/\Q$digests\E is damaged - its SHA-256/) x 2],
     'the last manifest is no JSON' =>
         [sub { overwrite(of(3, 'manifest.json'), '{') }, qr/is not here/, qr/no JSON/],
     'a manifest is missing' => [

@@ -28,14 +28,14 @@ my %commands = (
         options => [
             @guest,
             qw(vmid=s device=s@ exclude=s@ target-id=s guest-config=s guest-agent=s bandwidth-limit=s),
-            qw(persistent allow-shared json),
+            qw(persistent allow-shared no-check json),
         ],
         needs => ['qmp'],
     },
     restore => {
         module => 'Restore',
         arguments => ['ARCHIVE', 'TARGET'],
-        options => [qw(device=s json)],
+        options => [qw(device=s no-verify json)],
     },
     list => {
         module => 'Archives',

@@ -93,18 +93,42 @@ my sub archives_of ($path) {
     return map { [$provider, $_->{volname}, "$shown/$_->{volname}"] } $provider->list->@*;
 }
 
+# What is said of a whole archive: the digests of version 0.1 are not of what was read.
+my sub verdict ($result) {
+    return 'DAMAGED' if $result->{problems}->@*;
+    return 'ok' if !$result->{unproven}->@*;
+    return 'ok as far as is known, but not provable: it has no digests of what was read of '
+        . join(', ', $result->{unproven}->@*);
+}
+
+# An image that several archives build on is read once.
+my sub verify_one ($provider, $volname, $path, $seen) {
+    my @problems = $provider->verify($volname, $seen)->@*;
+    my $unproven = @problems ? [] : $provider->unproven($volname);
+    my %result = (problems => \@problems, unproven => $unproven);
+    return {
+        archive => text($path),
+        map {
+            $_ => [map { text($_) } $result{$_}->@*]
+        } keys %result
+    };
+}
+
 sub verify ($opt, @paths) {
-    my (@results, $bad);
-    for my $archive (map { archives_of($_) } @paths) {
-        my ($provider, $volname, $path) = $archive->@*;
-        my @problems = map { text($_) } $provider->verify($volname)->@*;
-        $bad ||= @problems > 0;
-        push(@results, { archive => text($path), problems => \@problems });
-        next if $opt->{json};
-        say_out(text($path) . (@problems ? ': DAMAGED' : ': ok'), map { "  $_" } @problems);
+    my (@results, %seen);
+    for my $given (@paths) {
+        my @archives = archives_of($given)
+            or die "there are no archives in $given - is it mounted, and the right directory?\n";
+        for my $archive (@archives) {
+            my ($provider, $volname, $path) = $archive->@*;
+            my $result = verify_one($provider, $volname, $path, \%seen);
+            push(@results, $result);
+            next if $opt->{json};
+            say_out(text($path) . ': ' . verdict($result), map { "  $_" } $result->{problems}->@*);
+        }
     }
     say_json(\@results) if $opt->{json};
-    return $bad ? 1 : 0;
+    return (grep { $_->{problems}->@* } @results) ? 1 : 0;
 }
 
 # ---- prune and remove ----

@@ -121,7 +121,8 @@ my sub task ($opt, $plan, $progress) {
     my $task;
     my $log = sub (@line) { $task->log(@line) if $task };
     my $provider
-        = PVE::BackupAccess::Provider::Qcow2Chain->new(undef, { path => $plan->{directory} },
+        = PVE::BackupAccess::Provider::Qcow2Chain->new(undef,
+        { path => $plan->{directory}, 'no-check' => $opt->{'no-check'} },
         $plan->{'target-id'}, $log);
     $provider->on_progress(sub (@state) { $progress->update(@state) });
     my $made = PVE::BackupAccess::Task->new(

@@ -8,10 +8,11 @@ use Fcntl qw(O_CREAT O_EXCL O_WRONLY);
 
 use PVE::BackupAccess::CLI::Access qw(text);
 use PVE::BackupAccess::CLI::Archives qw(parse_archive provider_for without_slash);
-use PVE::BackupAccess::CLI::Output qw(say_json say_out);
+use PVE::BackupAccess::CLI::Output qw(say_error say_json say_out);
 use PVE::BackupAccess::CLI::Progress;
 use PVE::BackupAccess::Format qw(bytes);
-use PVE::BackupAccess::Try qw(ensure);
+use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(describe joined);
+use PVE::BackupAccess::Try qw(attempt ensure);
 use PVE::BackupAccess::Volume;
 
 my sub image_name ($device) {
@@ -64,14 +65,31 @@ my sub make_file ($file, $fill, $end = sub (@) { }) {
     ensure($make, sub (@) { unlink($part); $end->() });
 }
 
-my sub copy ($provider, $volname, $device, $size, $file, $progress) {
+# What the data has to fit. Where that cannot be told the device is restored, as well as can be, but
+# not in silence.
+my sub expected ($job, $device) {
+    return if $job->{'no-verify'};
+    my $digests = [];
+    my $error = attempt { $digests = $job->{provider}->digests($job->{volname}, $device) };
+    push($job->{problems}->@*, "$error") if $error;
+    $job->{progress}->say("$device: has no digests of what was read, so it is not verified")
+        if !$error && !$digests->@*;
+    return $digests->@* ? (expected => $digests) : ();
+}
+
+my sub copy ($job, $device, $size, $file) {
+    my ($provider, $volname, $progress) = $job->@{qw(provider volname progress)};
+    my @damage;
     my $restore = sub ($to) {
+        my %expected = expected($job, $device);
         my $info = $provider->restore_vm_volume_init($volname, $device, {});
         my $volume = PVE::BackupAccess::Volume->open($device,
             { 'nbd-path' => $info->{'qemu-img-path'}, size => $size });
         $volume->copy(
             to => $to,
             progress => sub ($done, $total) { $progress->update($device, $done, $total) },
+            %expected,
+            %expected ? (damaged => sub (@range) { push(@damage, [@range]) }) : (),
         );
         $volume->close;
     };
@@ -79,16 +97,22 @@ my sub copy ($provider, $volname, $device, $size, $file, $progress) {
         $progress->end;
         $provider->restore_vm_volume_cleanup($volname, $device, {});
     };
-    return ensure(sub { $restore->($file) }, $end) if -b $file;
-    make_file($file, $restore, $end);
+    -b $file ? ensure(sub { $restore->($file) }, $end) : make_file($file, $restore, $end);
+    return joined(@damage);
 }
 
-my sub restore_all ($provider, $volname, $volumes, $files) {
-    my $progress = PVE::BackupAccess::CLI::Progress->new;
+# All that can be restored is. A device of which nothing can be is not there.
+my sub restore_all ($job, $volumes, $files) {
     for my $device (sort keys $files->%*) {
         my ($size, $file) = ($volumes->{$device}{size}, $files->{$device});
-        $progress->say("$device: restoring " . bytes($size) . ' to ' . text($file));
-        copy($provider, $volname, $device, $size, $file, $progress);
+        $job->{progress}->say("$device: restoring " . bytes($size) . ' to ' . text($file));
+        my @damage;
+        my $error = attempt { @damage = copy($job, $device, $size, $file) };
+        push($job->{problems}->@*, "$error") if $error;
+        push($job->{problems}->@*, "$device: " . describe(@damage) . '; the rest is restored')
+            if @damage;
+        $job->{damaged}{$device} = \@damage if @damage;
+        delete($files->{$device}) if $error;
     }
 }
 
@@ -102,6 +126,17 @@ my sub restore_config ($provider, $volname, $target) {
     return $file;
 }
 
+my sub show ($opt, $files, $config, $damaged) {
+    return say_out(map { $files->{$_} } sort keys $files->%*) if !$opt->{json};
+    say_json(
+        {
+            devices => { map { $_ => text($files->{$_}) } keys $files->%* },
+            'guest-config' => defined($config) ? text($config) : undef,
+            damaged => $damaged,
+        }
+    );
+}
+
 sub run ($opt, $path, $target) {
     my ($directory, $volname) = parse_archive($path)
         or die "$path is not an archive - it is called like DIRECTORY/vm/100/20261122T064953Z\n";
@@ -110,18 +145,19 @@ sub run ($opt, $path, $target) {
     my $device = defined($opt->{device}) ? text($opt->{device}) : undef;
     my $files = targets($volumes, $target, $device);
     my $config = defined($device) ? undef : restore_config($provider, $volname, $target);
-    restore_all($provider, $volname, $volumes, $files);
+    my $job = {
+        provider => $provider,
+        volname => $volname,
+        progress => PVE::BackupAccess::CLI::Progress->new,
+        'no-verify' => $opt->{'no-verify'},
+        problems => [],
+        damaged => {},
+    };
+    restore_all($job, $volumes, $files);
     $provider->restore_vm_cleanup($volname);
-
-    if ($opt->{json}) {
-        my %shown = map { $_ => text($files->{$_}) } keys $files->%*;
-        say_json(
-            { devices => \%shown, 'guest-config' => defined($config) ? text($config) : undef });
-    }
-    else {
-        say_out(map { $files->{$_} } sort keys $files->%*);
-    }
-    return 0;
+    show($opt, $files, $config, $job->{damaged});
+    say_error("pve-backup-access restore: $_") for $job->{problems}->@*;
+    return $job->{problems}->@* ? 1 : 0;
 }
 
 1;

@@ -12,12 +12,14 @@ use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Notes;
 use PVE::BackupAccess::PluginBase;
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
+use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(check_stored);
 use PVE::BackupAccess::Provider::Qcow2Chain::File qw(entries make_directory read_file replace_file);
 use PVE::BackupAccess::Provider::Qcow2Chain::Guest;
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw($cluster_size);
 use PVE::BackupAccess::Provider::Qcow2Chain::Prune qw(remove_archives retention_of);
 use PVE::BackupAccess::Provider::Qcow2Chain::RawFile;
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
+use PVE::BackupAccess::Provider::Qcow2Chain::Verify qw(digests_of problems_of unproven_of);
 use PVE::BackupAccess::Retention qw(check_keep);
 use PVE::BackupAccess::Try qw(attempt);
 use PVE::BackupAccess::Volume;
@@ -65,6 +67,7 @@ sub new ($class, $storage_plugin, $scfg, $storeid, $log_function = undef) {
             'storage-plugin' => $storage_plugin,
             storeid => $storeid,
             'state-dir' => $state_dir,
+            'no-check' => $scfg->{'no-check'} ? 1 : 0,
             log => $log_function
                 // sub ($level, $message) { warn "$message\n" if $level ne 'info' },
             restores => {},
@@ -240,7 +243,11 @@ sub _store ($self, $task, $device, $volume, $info) {
         $parent);
     my $server = $Server->start($image, writable => 1);
     my $reader = PVE::BackupAccess::Volume->open($device, $volume);
-    my $statistics = $reader->copy(to => $server->uri, $self->_copy_options($device, $info));
+    my $statistics = $reader->copy(
+        to => $server->uri,
+        digests => $task->{archive}->digests($device),
+        $self->_copy_options($device, $info),
+    );
     $reader->close;
     $server->stop;
     $self->{log}->(
@@ -251,6 +258,7 @@ sub _store ($self, $task, $device, $volume, $info) {
             $statistics->{seconds}, bytes($statistics->{'bytes-zero'})
         )
     );
+    check_stored($task->{archive}, $device, $self->{log}) if !$self->{'no-check'};
     return;
 }
 
@@ -405,24 +413,21 @@ sub _list_devices ($archive) {
     return \%devices;
 }
 
-sub verify ($self, $volname) {
+sub verify ($self, $volname, $seen = {}) {
     my ($vmid, $name) = $self->_parse($volname);
     my $guest = $self->_guest($vmid);
     $self->_settle($guest);
-    my $archive;
-    my $error = attempt { $archive = $guest->archive($name) };
-    return [reason($error)] if $error;
-    my @problems = $archive->problems;
-    my %seen = ($name => 1);
+    return [problems_of($guest, $name, $seen)];
+}
 
-    for my $device ($archive->devices) {
-        my @chain;
-        my $broken = attempt { @chain = $guest->chain($name, $device) };
-        push(@problems, "$device: " . reason($broken)) if $broken;
-        push(@problems, map { $_->problems } grep { !$seen{ $_->name }++ } @chain);
-        push(@problems, $guest->headers_problem($device, @chain) // ()) if @chain;
-    }
-    return \@problems;
+sub unproven ($self, $volname) {
+    my ($vmid, $name) = $self->_parse($volname);
+    return [unproven_of($self->_guest($vmid), $name)];
+}
+
+sub digests ($self, $volname, $device) {
+    my ($vmid, $name) = $self->_parse($volname);
+    return [digests_of($self->_guest($vmid), $name, $device)];
 }
 
 # { 'keep-last' => 7, ... }, or the number of it alone.
@@ -507,7 +512,7 @@ Each backup of a guest is an archive:
 
     vm/100/20261122T064953Z/manifest.json
                             guest.conf, firewall.conf
-                            drive-scsi0.qcow2
+                            drive-scsi0.qcow2, drive-scsi0.digests
 
 A full backup of a device is an image of its own; an incremental one has the image of the archive
 before as its backing file. The names in there are relative: the directory can be moved. Any archive
@@ -515,13 +520,19 @@ can be looked at with QEMU's own tools alone.
 
 An archive is complete or not there: it is written under another name, flushed, and renamed at the
 end of L</backup_vm>; so what a bitmap no longer says is on disk when the bitmap is cleared. The manifest
-has the size, bitmap mode and parent of each device, and the SHA-256 of each file.
+has the size, bitmap mode and parent of each device, and the SHA-256 of each file but the images.
+
+What an image holds is proven by the digests of all blocks that were read from the guest for it, which were taken on the way
+(see L<PVE::BackupAccess::Volume/FILES OF DIGESTS>). A merge joins digests and computes none, so that what is damaged
+stays known as damaged. Archives of version 0.1 have none; nothing builds on them, so the first backup after
+them is a full one. A program of version 0.1 says that the format of later archives is unknown, and leaves them.
 
 An incremental backup goes on top of the archive that the device's bitmap is relative to, and no other. A caller
 that ties bitmaps to backups (L<PVE::BackupAccess::Task>) says which one that is. For one that does not, Proxmox VE
 itself, the host notes outside of the directory which archive it made last for each storage id (C<state-dir> of
 L</new>), and that must be the directory's newest one. Where the archive is not there, is damaged, or lacks something
-it builds on, or where the device has another size, the device gets a full backup, and the log says why. Damage is seen here if it changed a file's size or time; L</verify> sees all.
+it builds on, or where the device has another size, the device gets a full backup, and the log says why. Damage is
+seen here if it changed a file's size or time (then the content is read); L</verify> sees all.
 
 One directory takes the backups of one guest for each number, and one storage id stands for one
 target-id of L<PVE::BackupAccess>. Directories that are used in turn under one storage id, a directory that was put
@@ -542,7 +553,8 @@ Arguments and results are those of C<PVE::BackupProvider::Plugin::Base>.
     my $provider = PVE::BackupAccess::Provider::Qcow2Chain->new($storage_plugin, $scfg, $storeid, $log_function);
 
 C<< $scfg->{path} >> is the directory, which must be there, and absolute. C<$storage_plugin> may be
-undef, and so may C<$log_function>: warnings and errors then go to C<warn>. C<$storeid> is any name.
+undef, and so may C<$log_function>: warnings and errors then go to C<warn>. C<$storeid> is any name. With a true
+C<< $scfg->{'no-check'} >>, L</backup_vm> does not read back what it wrote.
 
 C<< $scfg->{'state-dir'} >>, absolute, is where it notes for callers that know of no ids of backups (Proxmox VE
 itself) which archive it made last for C<$storeid>: by default where L<PVE::BackupAccess::Task/state-dir> is. So a
@@ -573,7 +585,8 @@ C<use> for a device that can be incremental, C<new> for all others.
 
 =head2 backup_vm
 
-When it returns, the archive is complete and durable. When it dies, there is none.
+When it returns, the archive is complete and durable, and its images have been read back and compared with what was read
+from the guest. That proves the programs that wrote, not the disk below the page cache. When it dies, there is no archive.
 
 =head2 backup_cleanup
 
@@ -635,9 +648,27 @@ C<problem>, a text, instead of the last two.
 =head2 verify
 
     my $problems = $provider->verify($volname);
+    my $problems = $provider->verify($volname, \%seen);
 
 Reads all of an archive, and of those it builds on: manifests, SHA-256 of each file, C<qemu-img check>,
-backing files. Returns an array ref of texts that say what is wrong, empty if nothing is.
+backing files, and the content of each image, which must fit its digests. Returns an array ref of texts that say what is
+wrong, empty if nothing is; damage of content names device and offsets. What of an image a later archive has
+overwritten is no damage of that one. C<%seen>, empty at first, keeps what was found in
+an image for further calls, so that each is read once, however many archives build on it.
+
+=head2 unproven
+
+    my $devices = $provider->unproven($volname);
+
+The devices whose content nothing proves, since their chain is of version 0.1, as an array ref.
+
+=head2 digests
+
+    my $files = $provider->digests($volname, $device);
+    my $statistics = $volume->copy(to => $target, $files->@* ? (expected => $files) : ());
+
+The files of digests that a restored device must fit, as C<expected> of L<PVE::BackupAccess::Volume/copy> takes them; an
+empty array ref for a chain of version 0.1. Dies if one of them is damaged.
 
 =head2 prune
 
@@ -670,7 +701,7 @@ without reading its images.
 
 Removes one archive, wherever it is in its chain. What the next one needs of it is kept: the next one's
 changes are merged into its image, which then becomes the next one's. That takes no more space, and
-time as the next one's own size does, plus reading the merged image once for its SHA-256. It can be killed at
+time as the next one's own size does. It can be killed at
 any moment; the next backup or removal ends it. While the archive or the next one is being restored, it dies.
 
 =cut

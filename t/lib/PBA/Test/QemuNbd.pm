@@ -96,6 +96,16 @@ sub img (@arguments) {
     return;
 }
 
+# What it prints.
+sub output_of (@arguments) {
+    delete local $ENV{LD_PRELOAD};
+    local $SIG{CHLD} = 'DEFAULT';
+    open(my $pipe, '-|', $ENV{PBA_QEMU_IMG} // 'qemu-img', @arguments) or die "qemu-img: $!\n";
+    my $output = join('', <$pipe>);
+    close($pipe) or die "qemu-img @arguments failed\n";
+    return $output;
+}
+
 # A qcow2 image with a bitmap of any pattern: see PBA::Bench::BigMap.
 sub write_map (%options) {
     require "$FindBin::Bin/../bench/lib/PBA/Bench/BigMap.pm";    ## no critic (BarewordIncludes)

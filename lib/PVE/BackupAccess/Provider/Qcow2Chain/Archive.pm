@@ -8,12 +8,16 @@ use v5.36;
 use JSON::PP ();
 
 use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Provider::Qcow2Chain::Digests qw(merge_digests);
 use PVE::BackupAccess::Provider::Qcow2Chain::File
     qw(fingerprint make_directory move read_file replace_file sha256 sync write_file);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(commit_image create_image image_problem);
 use PVE::BackupAccess::Try qw(attempt attempt_any);
 
-my $format = 1;
+# With digests of what was read. The one before, 1, of version 0.1, has the SHA-256 of each image; a
+# program of that version does not read 2.
+my $format = 2;
+my $digest_block = 65536;
 my $json = JSON::PP->new->utf8->canonical->pretty;
 
 my $manifest_name = 'manifest.json';
@@ -60,8 +64,10 @@ sub add_device ($self, $device, $about, $parent = undef) {
     my $file = _file_of($device);
     my $entry = $self->{manifest}{devices}{$device} = { $about->%*, file => $file };
     $entry->@{qw(parent parent-id)} = ($parent->name, $parent->id) if $parent;
+    my $digests = _digests_of($device);
+    $entry->{digests} = { file => $digests, algorithm => 'SHA-256', block => $digest_block };
     create_image("$self->{dir}/$file", $about->{size}, $self->_backing($device));
-    $self->{manifest}{files}{$file} = {};
+    $self->{manifest}{files}{$_} = {} for $file, $digests;
     return "$self->{dir}/$file";
 }
 
@@ -71,6 +77,8 @@ sub _file_of ($device) {
     my ($safe) = $bytes =~ s/([^A-Za-z0-9._-])/sprintf('%%%02X', ord($1))/ger =~ m/\A(.*)\z/s;
     return "$safe.qcow2";
 }
+
+sub _digests_of ($device) { return _file_of($device) =~ s/qcow2\z/digests/r }
 
 sub _backing ($self, $device) {
     my $entry = $self->{manifest}{devices}{$device};
@@ -90,9 +98,14 @@ sub seal ($self) {
 sub _note_file ($self, $file) {
     my $path = "$self->{dir}/$file";
     my $fingerprint = fingerprint($path);
-    my $sha256 = sha256($path);
-    $self->{manifest}{files}{$file} = { $fingerprint->%*, sha256 => $sha256 };
+    my %sha256 = $self->_has_digests($file) ? () : (sha256 => sha256($path));
+    $self->{manifest}{files}{$file} = { $fingerprint->%*, %sha256 };
     return;
+}
+
+# Whether it is an image whose content is proven by digests.
+sub _has_digests ($self, $file) {
+    return grep { $_->{file} eq $file && $_->{digests} } values $self->{manifest}{devices}->%*;
 }
 
 sub _write_manifest ($self) {
@@ -138,7 +151,7 @@ my sub is_hash ($value) { return ref($value) eq 'HASH' }
 sub _manifest_problem ($manifest) {
     return 'it is no JSON object' if !is_hash($manifest);
     return 'its format is unknown'
-        if !is_text($manifest->{format}) || $manifest->{format} ne $format;
+        if !is_text($manifest->{format}) || $manifest->{format} !~ m/\A[12]\z/;
     return 'its id is missing' if !is_text($manifest->{id});
     return 'its guest is odd' if exists($manifest->{guest}) && !is_text($manifest->{guest});
     return 'its devices or files are missing'
@@ -152,11 +165,23 @@ sub _manifest_problem ($manifest) {
             if defined($entry->{parent}) && $entry->{parent} !~ m/\A$name_pattern\z/;
         $entry->{parent} = $1 if defined($entry->{parent});
         $entry->{file} = _file_of($device);
+        return "device $device has no digests"
+            if $manifest->{format} == $format && !_check_digests($manifest, $device);
     }
     for my $file (sort keys $manifest->{files}->%*) {
         return 'it names an odd file' if $file !~ m/\A[A-Za-z0-9%_-][A-Za-z0-9._%-]*\z/;
     }
     return undef;
+}
+
+sub _check_digests ($manifest, $device) {
+    my $digests = $manifest->{devices}{$device}{digests};
+    my $file = _digests_of($device);
+    return 0 if !is_hash($digests) || !is_hash($manifest->{files}{$file});
+    return 0 if ($digests->{algorithm} // '') ne 'SHA-256';
+    my ($block) = ($digests->{block} // '') =~ m/\A([1-9][0-9]{3,6})\z/ or return 0;
+    $digests->@{qw(file block)} = ($file, 0 + $block);
+    return 1;
 }
 
 sub name ($self) { return $self->{name} }
@@ -172,6 +197,11 @@ sub devices ($self) { return sort keys $self->{manifest}{devices}->%* }
 
 # { size, bitmap-mode, parent, parent-id, file }, undef if the archive has no such device.
 sub device ($self, $device) { return $self->{manifest}{devices}{$device} }
+
+# The file of digests of what the archive has of the device; undef for one of version 0.1.
+sub digests ($self, $device) {
+    return $self->device($device)->{digests} ? "$self->{dir}/" . _digests_of($device) : undef;
+}
 
 sub image ($self, $device) { return "$self->{dir}/" . _file_of($device) }
 
@@ -195,18 +225,37 @@ sub content ($self, $name) {
 # ---- is it whole? ----
 
 # Why a file is not what the manifest says, or undef. Without read_all what was not touched since it
-# was hashed is not hashed again.
+# was hashed is not hashed again. Of an image with digests this is its size only.
 sub file_problem ($self, $file, $read_all) {
     my $path = "$self->{dir}/$file";
     my $noted = $self->{manifest}{files}{$file};
     my $found = fingerprint($path) // return "$path is missing";
     return "$path has $found->{size} bytes, not $noted->{size}"
         if $found->{size} ne ($noted->{size} // '');
+    return undef if $self->_has_digests($file);
     return undef if !$read_all && $found->{mtime} eq ($noted->{mtime} // '');
     my $sha256;
     my $error = attempt { $sha256 = sha256($path) };
     return $error =~ s/\n\z//r if $error;
     return $sha256 eq ($noted->{sha256} // '') ? undef : "$path is damaged - its SHA-256 differs";
+}
+
+# The same of the device's files, without reading what was not touched.
+sub device_problem ($self, $device) {
+    my @files = (_file_of($device), defined($self->digests($device)) ? _digests_of($device) : ());
+    my ($problem) = map { $self->file_problem($_, 0) // () } @files;
+    return $problem;
+}
+
+# Whether an image with digests was touched since.
+sub is_touched ($self, $device) {
+    my $noted = $self->{manifest}{files}{ _file_of($device) };
+    my $found = fingerprint($self->image($device));
+    return defined($self->digests($device)) && ($found // {})->{mtime} ne ($noted->{mtime} // '');
+}
+
+sub digests_problem ($self, $device) {
+    return $self->file_problem(_digests_of($device), 1);
 }
 
 # Why the image's header, as found, does not fit the manifest, or undef.
@@ -257,12 +306,23 @@ sub absorb ($self, $device, $parent) {
         sync($theirs);
         move($theirs, $mine);
     }
+    $self->_absorb_digests($device, $parent);
     my $entry = $self->device($device);
     delete($entry->@{qw(parent parent-id)});
     my $from = $parent->device($device);
     $entry->@{qw(parent parent-id)} = $from->@{qw(parent parent-id)} if defined($from->{parent});
     $self->_note_file($entry->{file});
     $self->_write_manifest;
+    return;
+}
+
+# Nothing is computed anew: what is damaged stays damaged.
+sub _absorb_digests ($self, $device, $parent) {
+    my $mine = $self->digests($device) // return;
+    merge_digests($mine, $parent->digests($device), "$mine.new");
+    sync("$mine.new");
+    move("$mine.new", $mine);
+    $self->_note_file(_digests_of($device));
     return;
 }
 

@@ -9,6 +9,7 @@ use List::Util qw(first);
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
+use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(content_problem);
 use PVE::BackupAccess::Provider::Qcow2Chain::File qw(entries move remove_tree);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(image_chain);
 use PVE::BackupAccess::Try qw(attempt);
@@ -84,13 +85,17 @@ sub chain ($self, $name, $device) {
 }
 
 # Why the images of such a chain are not what the manifests say, or undef. They are not read but
-# for their headers, and where they were touched since they were hashed.
+# for their headers, and where they were touched since the backup.
 sub chain_problem ($self, $device, @chain) {
     for my $archive (@chain) {
-        my $problem = $archive->file_problem($archive->device($device)->{file}, 0);
+        my $problem = $archive->device_problem($device);
         return $problem if defined($problem);
     }
-    return $self->headers_problem($device, @chain);
+    my $problem = $self->headers_problem($device, @chain);
+    for my $archive (grep { $_->is_touched($device) } @chain) {
+        $problem //= content_problem($archive, $device);
+    }
+    return $problem;
 }
 
 sub headers_problem ($self, $device, @chain) {
@@ -161,6 +166,8 @@ sub _checked_base ($self, $name, $device, $size) {
     fail("its size was $old_size and is $size") if $old_size != $size;
     my $problem = $self->chain_problem($device, @chain);
     fail($problem) if defined($problem);
+    fail("archive $name is of version 0.1: it has no digests of what was read")
+        if !defined($chain[0]->digests($device));
     return $chain[0];
 }
 

@@ -1,0 +1,117 @@
+package PVE::BackupAccess::Provider::Qcow2Chain::Content;
+
+# Whether images hold what was read from the guest, by the digests that were taken then.
+
+use v5.36;
+
+use Exporter qw(import);
+use List::Util qw(min sum0);
+use Time::HiRes qw(time);
+
+use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Provider::Qcow2Chain::Digests qw(is_known);
+use PVE::BackupAccess::Provider::Qcow2Chain::Server;
+use PVE::BackupAccess::Try qw(attempt);
+use PVE::BackupAccess::Volume;
+
+our @EXPORT_OK = qw(chain_damage check_stored content_problem describe joined);
+
+my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
+
+my $most_shown = 8;
+
+my sub reason ($error) { return $error =~ s/\n.*//sr }
+
+# Ranges, [offset, length], in order and neighbours as one.
+sub joined (@ranges) {
+    my @joined;
+    for my $range (sort { $a->[0] <=> $b->[0] } @ranges) {
+        if (@joined && $joined[-1][0] + $joined[-1][1] == $range->[0]) {
+            $joined[-1][1] += $range->[1];
+        }
+        else {
+            push(@joined, [$range->@*]);
+        }
+    }
+    return @joined;
+}
+
+# As text: how much, and where.
+sub describe (@ranges) {
+    my $bytes = sum0(map { $_->[1] } @ranges);
+    my @shown = @ranges[0 .. min($most_shown, scalar(@ranges)) - 1];
+    my $more = @ranges - @shown;
+    return
+          "$bytes bytes are not what was read from the guest: "
+        . join(', ', map { "$_->[1] at offset $_->[0]" } @shown)
+        . ($more ? " and $more more" : '');
+}
+
+# The ranges of what the archive itself has of the device that are not as they were read. What it
+# builds on has to be there.
+my sub damage ($archive, $device) {
+    local $SIG{CHLD} = 'DEFAULT';    # the caller's may wait for every child
+    my $server = $Server->start($archive->image($device));
+    my $volume = PVE::BackupAccess::Volume->open('image',
+        { 'nbd-path' => $server->uri, size => $archive->device($device)->{size} });
+    my @ranges;
+    $volume->check(
+        expected => [$archive->digests($device)],
+        'only-known' => 1,
+        damaged => sub ($offset, $length) { push(@ranges, [$offset, $length]) },
+    );
+    $volume->close;
+    $server->kill;
+    return joined(@ranges);
+}
+
+# Reads what was written just now, as a restore would. It comes from the page cache: what the disk
+# below makes of it is not seen here.
+sub check_stored ($archive, $device, $log) {
+    my $start = time;
+    my @damage = damage($archive, $device);
+    PVE::BackupAccess::Error->throw(
+        'ContentError',
+        "device $device: its image lacks what was written to it - " . describe(@damage),
+        device => $device
+    ) if @damage;
+    $log->('info', sprintf('%s: checked in %.1f s', $device, time - $start));
+    return;
+}
+
+# Why the device's content is not what was read, or undef.
+sub content_problem ($archive, $device) {
+    my $problem = $archive->digests_problem($device);
+    return $problem if defined($problem);
+    my @ranges;
+    my $error = attempt { @ranges = damage($archive, $device) };
+    return $error ? reason($error) : @ranges ? describe(@ranges) : undef;
+}
+
+# Of a range, the blocks that none of the files knows.
+my sub without_known ($range, $block, @files) {
+    return $range if !@files;
+    my ($offset, $length) = $range->@*;
+    my @left;
+    for (my $at = $offset; $at < $offset + $length; $at += $block) {
+        push(@left, [$at, min($block, $offset + $length - $at)])
+            if !grep { is_known($_, $at) } @files;
+    }
+    return joined(@left);
+}
+
+# What is damaged of the device as the first of the chain shows it: [[archive, ranges...], ...]. What
+# was found in an image is kept in seen: each is read once, however many build on it.
+sub chain_damage ($seen, $device, @chain) {
+    my (@found, @newer);
+    for my $archive (@chain) {
+        my $ranges = $seen->{ $archive->dir }{$device} //= [damage($archive, $device)];
+        my $block = $archive->device($device)->{digests}{block};
+        my @visible = map { without_known($_, $block, @newer) } $ranges->@*;
+        push(@found, [$archive, @visible]) if @visible;
+        push(@newer, $archive->digests($device));
+    }
+    return @found;
+}
+
+1;

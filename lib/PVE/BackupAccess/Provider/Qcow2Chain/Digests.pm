@@ -1,0 +1,84 @@
+package PVE::BackupAccess::Provider::Qcow2Chain::Digests;
+
+# Files of digests, as copies write them: see FILES OF DIGESTS in PVE::BackupAccess::Volume.
+
+use v5.36;
+
+use Exporter qw(import);
+use Fcntl qw(O_CREAT O_EXCL O_RDONLY O_WRONLY SEEK_SET);
+
+use PVE::BackupAccess::Error;
+
+our @EXPORT_OK = qw(is_known merge_digests);
+
+my $header_size = 4096;
+my $digest_size = 32;
+my $part = 1 << 20;    # bytes of digests that are held at a time
+
+my sub fail ($message) {
+    PVE::BackupAccess::Error->throw('ArchiveError', $message);
+}
+
+my sub read_at ($file, $at, $length) {
+    sysseek($file->{fh}, $at, SEEK_SET) // fail("cannot read $file->{path} - $!");
+    my $got = sysread($file->{fh}, my $data, $length) // fail("cannot read $file->{path} - $!");
+    fail("$file->{path} ends at " . ($at + $got)) if $got != $length;
+    return $data;
+}
+
+my sub open_file ($path) {
+    sysopen(my $fh, $path, O_RDONLY) or fail("cannot open $path - $!");
+    my $file = { path => $path, fh => $fh };
+    $file->{header} = read_at($file, 0, $header_size);
+    my ($magic, undef, undef, @numbers) = unpack('a12 a4 a16 Q> N N', $file->{header});
+    my ($size, $block, $complete) = map { m/\A([0-9]+)\z/ ? $1 : 0 } @numbers;    # without taint
+    fail("$path is no file of digests") if $magic ne "PBA-DIGESTS\n" || !$block;
+    $file->@{qw(size block complete)} = ($size, $block, $complete);
+    $file->{blocks} = int($size / $block) + ($size % $block ? 1 : 0);
+    return $file;
+}
+
+# Whether a file knows the block at an offset of the volume.
+sub is_known ($path, $offset) {
+    my $file = open_file($path);
+    my $at = $header_size + int($offset / $file->{block}) * $digest_size;
+    return $file->{complete} || read_at($file, $at, $digest_size) =~ m/[^\0]/;
+}
+
+# What the newer one does not know is the older one's.
+my sub join_slots ($newer, $older) {
+    return $older if $newer !~ m/[^\0]/;
+    return join(
+        '',
+        map {
+            my $slot = substr($newer, $_, $digest_size);
+            $slot =~ m/[^\0]/ ? $slot : substr($older, $_, $digest_size)
+            }
+            map { $_ * $digest_size } 0 .. length($newer) / $digest_size - 1
+    );
+}
+
+# The digests of an image into which a newer one is merged, as a new file.
+sub merge_digests ($newer_path, $older_path, $path) {
+    my ($newer, $older) = map { open_file($_) } $newer_path, $older_path;
+    fail("$newer_path and $older_path are not of one volume")
+        if grep { $newer->{$_} != $older->{$_} } qw(size block);
+    unlink($path);
+    sysopen(my $fh, $path, O_WRONLY | O_CREAT | O_EXCL, 0600) or fail("cannot write $path - $!");
+    my $put = sub ($at, $data) {
+        sysseek($fh, $at, SEEK_SET) // fail("cannot write $path - $!");
+        (syswrite($fh, $data) // -1) == length($data) or fail("cannot write $path - $!");
+    };
+    my $end = $header_size + $newer->{blocks} * $digest_size;
+    truncate($fh, $end) or fail("cannot write $path - $!");
+    for (my $at = $header_size; $at < $end; $at += $part) {
+        my $length = $end - $at < $part ? $end - $at : $part;
+        my $slots = join_slots(map { read_at($_, $at, $length) } $newer, $older);
+        $put->($at, $slots) if $slots =~ m/[^\0]/;
+    }
+    $put->(0, $older->{header});
+    close($fh) or fail("cannot write $path - $!");
+    return;
+}
+
+1;

@@ -1,0 +1,79 @@
+package PVE::BackupAccess::Provider::Qcow2Chain::Verify;
+
+# What is wrong with an archive: its files, those it builds on, and the content of their images.
+
+use v5.36;
+
+use Exporter qw(import);
+
+use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(chain_damage describe);
+use PVE::BackupAccess::Try qw(attempt);
+
+our @EXPORT_OK = qw(digests_of problems_of unproven_of);
+
+my sub reason ($error) { return $error =~ s/\n.*//sr }
+
+# The problems of an archive's files, which are looked at once.
+my sub file_problems ($seen, $archive) {
+    return ($seen->{files}{ $archive->dir } //= [$archive->problems])->@*;
+}
+
+my sub content_problems ($seen, $device, @chain) {
+    my @problems;
+    my $error = attempt {
+        @problems = map {
+            my ($archive, @ranges) = $_->@*;
+            "$device: " . describe(@ranges) . ' (in ' . $archive->image($device) . ')'
+        } chain_damage($seen->{content} //= {}, $device, @chain);
+    };
+    return $error ? ("$device: " . reason($error)) : @problems;
+}
+
+# An archive of version 0.1 has the SHA-256 of its files, which says nothing of what was read.
+my sub is_provable ($device, @chain) {
+    return !grep { !$_->device($device)->{digests} } @chain;
+}
+
+my sub device_problems ($guest, $seen, $listed, $device, $name) {
+    my (@chain, @problems);
+    my $broken = attempt { @chain = $guest->chain($name, $device) };
+    return "$device: " . reason($broken) if $broken;
+    push(@problems, map { file_problems($seen, $_) } grep { !$listed->{ $_->name }++ } @chain);
+    push(@problems, $guest->headers_problem($device, @chain) // ());
+    return @problems if @problems || !is_provable($device, @chain);
+    return content_problems($seen, $device, @chain);
+}
+
+# As texts, none if the archive is whole. seen is a hash that keeps what was found, for other archives
+# that have parts in common with this one.
+sub problems_of ($guest, $name, $seen) {
+    my $archive;
+    my $error = attempt { $archive = $guest->archive($name) };
+    return reason($error) if $error;
+    my %listed = ($name => 1);
+    my @problems = file_problems($seen, $archive);
+    push(@problems, map { device_problems($guest, $seen, \%listed, $_, $name) } $archive->devices);
+    return @problems;
+}
+
+# The devices of which no digests prove the content.
+sub unproven_of ($guest, $name) {
+    my $archive = $guest->archive($name);
+    return grep { !is_provable($_, $guest->chain($name, $_)) } $archive->devices;
+}
+
+# The files of digests that the device has to fit, the newest first; none for an archive of version 0.1.
+sub digests_of ($guest, $name, $device) {
+    my @chain = $guest->chain($name, $device);
+    return if !is_provable($device, @chain);
+    my ($problem) = map { $_->digests_problem($device) // () } @chain;
+    PVE::BackupAccess::Error->throw(
+        'ArchiveError',
+        "device $device: what is restored cannot be verified - $problem",
+        device => $device
+    ) if defined($problem);
+    return map { $_->digests($device) } @chain;
+}
+
+1;

@@ -1,0 +1,198 @@
+# What archives hold is what was read: rot, lost writes, merges, and archives of version 0.1.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use Test::More;
+
+use Digest::SHA ();
+use JSON::PP ();
+use List::Util qw(sum0);
+use Time::HiRes ();
+
+use PBA::Test::Chain;
+use PBA::Test::QemuNbd;
+use PVE::BackupAccess::Provider::Qcow2Chain;
+
+my $KiB = 1 << 10;
+my $device = 'drive-scsi0';
+my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
+my $json = JSON::PP->new->utf8->canonical->pretty;
+
+sub read_file ($file) {
+    open(my $fh, '<:raw', $file) or die "$file: $!\n";
+    local $/ = undef;
+    return scalar(<$fh>);
+}
+
+sub write_file ($file, $content) {
+    open(my $fh, '>:raw', $file) or die "$file: $!\n";
+    print {$fh} $content;
+    close($fh) or die "$file: $!\n";
+    return;
+}
+
+# Flips a bit of the guest's data at an offset; time and size stay, as when a disk rots.
+sub rot ($image, $offset) {
+    my @times = (Time::HiRes::stat($image))[8, 9];
+    my $map = $json->decode(PBA::Test::QemuNbd::output_of('map', '-U', '--output=json', $image));
+    my ($part) = grep {
+               $_->{data}
+            && $_->{depth} == 0
+            && $_->{start} <= $offset
+            && $offset < $_->{start}
+            + $_->{length}
+    } $map->@*;
+    open(my $fh, '+<:raw', $image) or die "$image: $!\n";
+    seek($fh, $part->{offset} + $offset - $part->{start}, 0);
+    read($fh, my $byte, 1);
+    seek($fh, -1, 1);
+    print {$fh} chr(ord($byte) ^ 4);
+    close($fh) or die "$image: $!\n";
+    Time::HiRes::utime($times[0], $times[1], $image);
+    return;
+}
+
+sub backup ($chain, @writes) {
+    $chain->disk($device)->write(@writes);
+    return $chain->backup // die $chain->error;
+}
+
+# Three archives: data at 256 KiB, 1 MiB; other data at 1 MiB; data at 2 MiB.
+sub new_chain () {
+    my $chain = PBA::Test::Chain->new;
+    my @names = (
+        backup($chain, [256 * $KiB, 128 * $KiB, 0x11], [1024 * $KiB, 64 * $KiB, 0x12]),
+        backup($chain, [1024 * $KiB, 64 * $KiB, 0x22]),
+        backup($chain, [2048 * $KiB, 64 * $KiB, 0x33]),
+    );
+    return ($chain, @names);
+}
+
+sub problems ($chain, $name) { return join("\n", $chain->provider->verify($name)->@*) }
+
+sub said ($offset) {
+    return
+        qr/\A$device: 65536 bytes are not what was read from the guest: 65536 at offset $offset /;
+}
+
+subtest 'rot stays known through merges' => sub {
+    my ($chain, @names) = new_chain();
+    rot($chain->path_of($names[1], "$device.qcow2"), 1024 * $KiB + 77);
+    is(problems($chain, $names[0]), '', 'the archive before is whole');
+    like(problems($chain, $names[1]), said(1024 * $KiB), 'the archive itself');
+    like(problems($chain, $names[2]), said(1024 * $KiB), 'the one that builds on it');
+    eval { $chain->provider->prune(100, 1) };
+    my ($last) = reverse($chain->names);
+    like(problems($chain, $last), said(1024 * $KiB), 'and what is left after a prune');
+};
+
+subtest 'rot that a later archive does not show' => sub {
+    my ($chain, @names) = new_chain();
+    rot($chain->path_of($names[0], "$device.qcow2"), 1024 * $KiB);
+    like(problems($chain, $names[0]), said(1024 * $KiB), 'is damage of that archive');
+    is(problems($chain, $names[2]), '', 'and not of the later one');
+};
+
+subtest 'each image is read once' => sub {
+    my ($chain, @names) = new_chain();
+    rot($chain->path_of($names[1], "$device.qcow2"), 1024 * $KiB);
+    my (%started, %seen);
+    my $start = $Server->can('start');
+    no warnings 'redefine';
+    local *PVE::BackupAccess::Provider::Qcow2Chain::Server::start = sub (@arguments) {
+        $started{ $arguments[1] }++;
+        return $start->(@arguments);
+    };
+    my %damaged = map { $_ => scalar($chain->provider->verify($_, \%seen)->@*) } @names;
+    is_deeply(\%damaged, { $names[0] => 0, $names[1] => 1, $names[2] => 1 }, 'all are judged');
+    is_deeply([grep { $_ != 1 } values %started], [], 'each is served once');
+    is(sum0(values %started), 3 * scalar(my @devices = $chain->devices), 'all are');
+};
+
+# Has something done to each image that has been written, before it is looked at.
+sub after_writing ($do, $code) {
+    my $stop = $Server->can('stop');
+    my $start = $Server->can('start');
+    my %image;
+    no warnings 'redefine';
+    local *PVE::BackupAccess::Provider::Qcow2Chain::Server::start = sub ($class, $file, %options) {
+        my $server = $start->($class, $file, %options);
+        $image{$server} = $file;
+        return $server;
+    };
+    local *PVE::BackupAccess::Provider::Qcow2Chain::Server::stop = sub ($server) {
+        $stop->($server);
+        $do->($image{$server}) if $image{$server} =~ m/\Q$device\E/;
+    };
+    return $code->();
+}
+
+subtest 'a target that loses a write' => sub {
+    my ($chain, @names) = new_chain();
+    $chain->disk($device)->write([512 * $KiB, 64 * $KiB, 0x44]);
+    my $lose = sub ($image) { rot($image, 512 * $KiB) };
+    is(after_writing($lose, sub { $chain->backup }), undef, 'is no backup');
+    like(
+        $chain->error,
+        qr/device $device: its image lacks what was written to it - 65536 bytes .* at offset 524288/,
+        'and is told'
+    );
+    is($chain->error->class, 'ContentError', 'with a class');
+    is_deeply([$chain->names], \@names, 'there is no such archive');
+    ok($chain->backup, 'the next one');
+    $chain->check('brings it all');
+
+    $chain->{provider} = PVE::BackupAccess::Provider::Qcow2Chain->new(undef,
+        { path => $chain->store, 'no-check' => 1 }, 'test');
+    $chain->disk($device)->write([512 * $KiB, 64 * $KiB, 0x55]);
+    my $name = after_writing($lose, sub { $chain->backup });
+    ok($name, 'unless nobody looks');
+    like(problems($chain, $name), said(512 * $KiB), 'but verify does');
+};
+
+# What a program of version 0.1 would have made of it.
+sub make_old ($chain, $name) {
+    my $dir = $chain->path_of($name);
+    my $manifest = $json->decode(read_file("$dir/manifest.json"));
+    $manifest->{format} = 1;
+    for my $entry (values $manifest->{devices}->%*) {
+        my $digests = delete($entry->{digests});
+        delete($manifest->{files}{ $digests->{file} });
+        unlink("$dir/$digests->{file}");
+        $manifest->{files}{ $entry->{file} }{sha256}
+            = Digest::SHA->new(256)->addfile("$dir/$entry->{file}", 'b')->hexdigest;
+    }
+    write_file("$dir/manifest.json", $json->encode($manifest));
+    return;
+}
+
+subtest 'archives of version 0.1' => sub {
+    my ($chain, @names) = new_chain();
+    is_deeply($chain->provider->unproven($names[2]), [], 'others are proven');
+    make_old($chain, $_) for @names;
+    is(problems($chain, $_), '', 'are read as before') for @names;
+    is_deeply($chain->provider->unproven($names[2]), [$chain->devices], 'but not proven');
+    is_deeply($chain->provider->digests($names[2], $device), [], 'no digests');
+    $chain->provider->prune(100, 2);
+    $chain->forget($names[0]);
+    $chain->check('merged as before');
+    $chain->log;
+    is($chain->next_modes->{$device}, 'new', 'nothing builds on them');
+    my $why = $names[2] =~ s{.*/}{}r . ' is of version 0.1: it has no digests';
+    like($chain->log, qr/\Q$why\E/, 'the log says why');
+    rot($chain->path_of($names[2], "$device.qcow2"), 2048 * $KiB);
+    like(problems($chain, $names[2]), qr/SHA-256 differs/, 'damage is seen as before');
+};
+
+subtest 'archives of a later version' => sub {
+    my ($chain, @names) = new_chain();
+    my $file = $chain->path_of($names[2], 'manifest.json');
+    write_file($file, read_file($file) =~ s/"format" : \K2/3/r);
+    like(problems($chain, $names[2]), qr/its format is unknown/, 'are refused');
+    write_file($file, read_file($file) =~ s/"format" : \K3/2/r =~ s/"digests" : \{/"x" : {/r);
+    like(problems($chain, $names[2]), qr/has no digests/, 'and so are those without digests');
+};
+
+done_testing;
