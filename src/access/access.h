@@ -31,6 +31,8 @@ typedef struct {
     /* The nodes that we add; NULL where QEMU's own command makes an access. */
     char *raw_node;
     char *filter_node;
+    char *guard_node;    /* above raw_node */
+    char *hold_node;     /* above root_node */
     char *fleecing_node; /* or the caller's */
     bool bitmap_persistent;
 
@@ -194,6 +196,8 @@ void pba_tie_add_open(JsonArray *actions, const PbaAccess *access, const PbaDisk
 void pba_tie_add_id(JsonArray *actions, const PbaAccess *access, const PbaDisk *disk,
                     const PbaBlock *block, uint64_t granularity);
 
+/* In the directory of the NBD socket, see upstream/guard.c. */
+#define PBA_GUARD_NAME "guard"
 /* The directory of the NBD socket: private, made without following anybody's links. */
 bool pba_run_dir_make(PbaAccess *access, GError **error);
 void pba_run_dir_remove(PbaAccess *access);

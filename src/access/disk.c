@@ -18,6 +18,8 @@ void pba_disk_free(gpointer data)
     g_free(disk->bitmap_name);
     g_free(disk->raw_node);
     g_free(disk->filter_node);
+    g_free(disk->guard_node);
+    g_free(disk->hold_node);
     g_free(disk->fleecing_node);
     g_free(disk);
 }

@@ -126,7 +126,9 @@ static bool remove_dir(const char *path)
     g_autofree char *target = g_build_filename(path, TARGET_NAME, NULL);
     g_autofree char *owner = g_build_filename(path, OWNER_NAME, NULL);
     g_autofree char *place = g_build_filename(path, PLACE_NAME, NULL);
+    g_autofree char *guard = g_build_filename(path, PBA_GUARD_NAME, NULL);
 
+    unlink(guard);
     unlink(target);
     unlink(owner);
     unlink(place);

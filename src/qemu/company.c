@@ -262,6 +262,29 @@ char *pba_company_problem(const PbaBlock *block, JsonObject *device, const char 
     return problem ? problem : describe_others(&company, path);
 }
 
+char *pba_company_user(const PbaBlock *block, const char *node)
+{
+    g_auto(Company) company = {0};
+
+    company_init(&company, block, NULL, node);
+    for (guint i = 0; company.top && i < edge_count(block); i++) {
+        JsonObject *edge = edge_at(block, i);
+        gint64 parent = number(edge, "parent");
+        const char *name = name_of(&company, parent);
+        bool is_backend = has_type(&company, parent, "block-backend");
+        if (number(edge, "child") != company.top || pba_is_own_node(name) ||
+            (is_backend && *name)) {
+            continue;
+        }
+        return is_backend
+                   ? g_strdup("an export or the like")
+                   : g_strdup_printf("%s '%s'",
+                                     has_type(&company, parent, "block-job") ? "block job" : "node",
+                                     name);
+    }
+    return NULL;
+}
+
 bool pba_company_shares_writes(const PbaBlock *block, JsonObject *device)
 {
     gint64 backend = find_backend(block, device);

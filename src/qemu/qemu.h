@@ -103,6 +103,9 @@ char *pba_company_job(const PbaBlock *block, JsonObject *device, const char *nod
 /* What else there is of others that an access would harm, or that would harm it: the caller's to
  * free; NULL: nothing. node is what query-block shows. */
 char *pba_company_problem(const PbaBlock *block, JsonObject *device, const char *node);
+/* What of others uses the node, but for guest devices: "node 'x'", the caller's to free; NULL:
+ * nothing. */
+char *pba_company_user(const PbaBlock *block, const char *node);
 /* Whether the host has a SCSI device there, whose commands may be handed to the guest. */
 bool pba_company_is_host_device(const PbaBlock *block, const char *node);
 /* Whether the device lets others write to its disk (share-rw). */

@@ -203,6 +203,8 @@ void pba_upstream_name_nodes(const PbaAccess *access, PbaDisk *disk)
 {
     disk->raw_node = pba_disk_name(access, "raw", disk);
     disk->filter_node = pba_disk_name(access, "cbw", disk);
+    disk->guard_node = pba_disk_name(access, "guard", disk);
+    disk->hold_node = pba_disk_name(access, "hold", disk);
 }
 
 static bool check_disk(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, GError **error)
@@ -293,16 +295,29 @@ JsonNode *pba_raw_options(const PbaDisk *disk, const char *file)
     return options;
 }
 
+static bool add_raw(PbaAccess *access, PbaDisk *disk, GError **error)
+{
+    return pba_qmp_run(access->qmp, "blockdev-add", pba_raw_options(disk, disk->root_node), error);
+}
+
+/* Others may have begun something since setup has looked. From here on the guards refuse most of
+ * it, and what they do not finds the raw node above the disk, and stays below the guest. */
+static bool check_again(PbaAccess *access, GError **error)
+{
+    g_auto(PbaBlock) block = {0};
+
+    return pba_block_query(access->qmp, true, &block, error) &&
+           pba_company_check_disks(access, &block, error);
+}
+
 static bool insert_raw(PbaAccess *access, PbaDisk *disk, GError **error)
 {
     g_autofree char *path = pba_block_qom_path(disk->qdev);
 
-    return pba_qmp_run(access->qmp, "blockdev-add", pba_raw_options(disk, disk->root_node),
-                       error) &&
-           pba_qmp_run(access->qmp, "qom-set",
-                       pba_json("{'path': <%s>, 'property': <'drive'>, 'value': <%s>}", path,
-                                disk->raw_node),
-                       error);
+    return pba_qmp_run(
+        access->qmp, "qom-set",
+        pba_json("{'path': <%s>, 'property': <'drive'>, 'value': <%s>}", path, disk->raw_node),
+        error);
 }
 
 /* The bitmap that a program which knows of no companions has used for this target: of another
@@ -456,16 +471,18 @@ bool pba_upstream_setup(PbaAccess *access, PbaBlock *block, GError **error)
         /* First: if another NBD server runs, nothing has been done to the guest yet. */
         pba_nbd_server_start(access, error) &&
         /* Before the filters, which have them as targets. */
-        each_disk(access, add_fleecing, error) &&
-        /* One by one, at any time before the cut: qom-set takes one disk, the cut all at once. */
-        each_disk(access, insert_raw, error) &&
+        each_disk(access, add_fleecing, error) && each_disk(access, add_raw, error) &&
+        /* After what they guard, and before the last look at what others do. */
+        pba_guards_add(access, error) &&
         /* Before the cut, since making all bits takes a job; the target's records from here on. */
         prepare_bitmaps(access, block, error) &&
         /* Before the cut: what is written after it must be in them. Bits from before are too many.
          */
         each_disk(access, add_background, error) &&
         /* After its fleecing node; until the cut a filter has no user and copies nothing. */
-        each_disk(access, add_filter, error) &&
+        each_disk(access, add_filter, error) && check_again(access, error) &&
+        /* One by one, at any time before the cut: qom-set takes one disk, the cut all at once. */
+        each_disk(access, insert_raw, error) &&
         /* The instant of all disks. */
         cut(access, error) &&
         /* Not before the cut: a write between would be in the snapshot, but not in the bitmap that

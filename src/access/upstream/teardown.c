@@ -35,9 +35,10 @@ static void delete_node(PbaAccess *access, GError **first, const PbaBlock *block
 const char *pba_upstream_root(const PbaBlock *block, const PbaDisk *disk)
 {
     const char *file = pba_block_find_child(block, disk->raw_node, "file");
-    return file && strcmp(file, disk->filter_node) != 0
-               ? file
-               : pba_block_find_child(block, disk->filter_node, "file");
+    if (!file || strcmp(file, disk->filter_node) == 0) {
+        file = pba_block_find_child(block, disk->filter_node, "file");
+    }
+    return file ? file : pba_block_find_child(block, disk->hold_node, "backing");
 }
 
 /* The cut undone: again all disks or none, since QEMU drains them together. */
@@ -82,23 +83,90 @@ static void drop_fleecing(PbaAccess *access, GError **first, const PbaBlock *blo
     }
 }
 
-/* After a restart of the VM the nodes of a later access have the same names. QEMU does not undo
- * that one's cut while its snapshot is there (copy-before-write shares no writes then): what was
- * refused may be the first that is seen of it. */
-static bool is_still_ours(PbaAccess *access, GError **first)
+/* What QEMU has now. After each step that changes the graph: others may have changed it, too, and
+ * QEMU may have been started again, with nodes of a later access that have the same names. QEMU
+ * does not undo that one's cut while its snapshot is there (copy-before-write shares no writes
+ * then): what was refused may be the first that is seen of it. False, with an error: nothing is
+ * known. */
+static bool look_again(PbaAccess *access, GError **first, PbaBlock *block)
 {
-    GError *gone = NULL;
+    GError *step = NULL;
 
-    if (!*first || pba_error_is_fatal(*first) || pba_owner_require_now(access, &gone)) {
+    if (pba_error_is_fatal(*first)) {
+        return false;
+    }
+    if (pba_block_query(access->qmp, true, block, &step) &&
+        pba_owner_require(access, block->nodes, &step)) {
         return true;
     }
-    g_clear_error(first);
-    *first = gone;
+    if (access->phase == PBA_PHASE_GONE) {
+        g_clear_error(first);
+    }
+    pba_error_keep_first(first, step, &access->hooks);
     return false;
 }
 
-/* False if the access is no more ours. */
-static bool undo_graph(PbaAccess *access, GError **first, const PbaBlock *block)
+/* Once more where others have put something there since it was looked at. */
+static bool bypass_as_seen(PbaAccess *access, GError **first, PbaBlock *block)
+{
+    GError *step = NULL;
+
+    if (pba_error_is_fatal(*first)) {
+        return false;
+    }
+    bypass_filters(access, &step, block);
+    if (!step) {
+        return look_again(access, first, block);
+    }
+    if (!look_again(access, &step, block)) {
+        pba_error_keep_first(first, step, &access->hooks);
+        return false;
+    }
+    g_clear_error(&step);
+    bypass_filters(access, first, block);
+    return look_again(access, first, block);
+}
+
+/* A job that another program began on the raw node while the access was up. Without our filter the
+ * node shows the disk as it is: it can stay until the job has ended. */
+static bool is_in_use(PbaAccess *access, const PbaBlock *block, const PbaDisk *disk)
+{
+    g_autofree char *user = pba_company_user(block, disk->raw_node);
+
+    if (user) {
+        pba_log(&access->hooks, PBA_LOG_WARN,
+                "device %s: node '%s' stays where it is, since %s uses it - the next backup, or "
+                "recover, removes it when that has ended",
+                disk->device, disk->raw_node, user);
+    }
+    return user != NULL;
+}
+
+static void undo_disk(PbaAccess *access, GError **first, const PbaBlock *block, const PbaDisk *disk)
+{
+    bool in_use = is_in_use(access, block, disk);
+
+    /* The guest device first: QEMU deletes no node that has a user. */
+    if (!in_use) {
+        give_root_back(access, first, block, disk);
+    }
+    delete_node(access, first, block, disk, disk->filter_node);
+    delete_node(access, first, block, disk, disk->guard_node);
+    if (!in_use) {
+        delete_node(access, first, block, disk, disk->raw_node);
+    }
+    drop_fleecing(access, first, block, disk);
+    /* Last: this may wait for a job, and by now the guest uses its own disk again. */
+    if (!pba_error_is_fatal(*first)) {
+        GError *step = NULL;
+        pba_dirty_source_drop(access, disk, block, &step);
+        pba_error_keep_first(first, step, &access->hooks);
+    }
+}
+
+/* False, with an error, if what there is now is not known, or no more ours. block is what there is
+ * afterwards. */
+static bool undo_graph(PbaAccess *access, GError **first, PbaBlock *block)
 {
     GPtrArray *disks = access->disks;
 
@@ -110,25 +178,21 @@ static bool undo_graph(PbaAccess *access, GError **first, const PbaBlock *block)
     }
     /* All filters before any guest device is touched: the snapshots are gone, and the filter of a
      * disk whose turn comes later would still copy what the guest overwrites. */
-    bypass_filters(access, first, block);
-    if (!is_still_ours(access, first)) {
+    if (!bypass_as_seen(access, first, block)) {
         return false;
     }
     for (guint i = 0; i < disks->len; i++) {
-        const PbaDisk *disk = disks->pdata[i];
-        /* The guest device first: QEMU deletes no node that has a user. */
-        give_root_back(access, first, block, disk);
-        delete_node(access, first, block, disk, disk->filter_node);
-        delete_node(access, first, block, disk, disk->raw_node);
-        drop_fleecing(access, first, block, disk);
-        /* Last: this may wait for a job, and by now the guest uses its own disk again. */
-        if (!pba_error_is_fatal(*first)) {
-            GError *step = NULL;
-            pba_dirty_source_drop(access, disk, block, &step);
-            pba_error_keep_first(first, step, &access->hooks);
-        }
+        undo_disk(access, first, block, disks->pdata[i]);
     }
-    return true;
+    return look_again(access, first, block);
+}
+
+static void drop_holds(PbaAccess *access, GError **first, const PbaBlock *block)
+{
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        delete_node(access, first, block, disk, disk->hold_node);
+    }
 }
 
 bool pba_upstream_teardown(PbaAccess *access, bool success, GError **error)
@@ -156,6 +220,11 @@ bool pba_upstream_teardown(PbaAccess *access, bool success, GError **error)
         GError *step = NULL;
         pba_bitmaps_join(access, &block, success && !first, &step);
         pba_error_keep_first(&first, step, &access->hooks);
+    }
+    /* After the bitmaps, which may go with them. A transaction that is refused may be the first
+     * that is seen of a later access, whose nodes have the same names. */
+    if (!first || (!pba_error_is_fatal(first) && pba_owner_holds(access))) {
+        drop_holds(access, &first, &block);
     }
     if (first) {
         g_propagate_error(error, first);

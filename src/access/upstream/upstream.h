@@ -20,7 +20,7 @@ unsigned pba_upstream_cbw_timeout_s(const PbaAccess *access);
 
 /* The graph */
 
-/* Fills in what the disk's raw node and its filter are called. */
+/* Fills in what the nodes around the disk are called. */
 void pba_upstream_name_nodes(const PbaAccess *access, PbaDisk *disk);
 /* The disk below our nodes, as the graph shows it: borrowed, NULL if they are not there. */
 const char *pba_upstream_root(const PbaBlock *block, const PbaDisk *disk);
@@ -28,6 +28,9 @@ const char *pba_upstream_root(const PbaBlock *block, const PbaDisk *disk);
  * trims down to the disk; the size makes QEMU refuse block_resize, on which 7.2 to 11.0 abort while
  * a bitmap is exported. */
 JsonNode *pba_raw_options(const PbaDisk *disk, const char *file);
+
+/* Above each disk and its raw node, once that is there. */
+bool pba_guards_add(PbaAccess *access, GError **error);
 
 /* Discards what is clean in the exported snapshot, if the map is worth it. Nothing depends on it,
  * so that a failure is only logged. */

@@ -1,0 +1,344 @@
+# What others do to the same QEMU while an access is up: QEMU refuses it, by the nodes that are there
+# for that, or it is done, and comes out as it would have without us. Whatever it is and whenever it
+# comes, QEMU lives, no write of the guest is lost (in the disk, in the next increment, in what the
+# other program makes), and nothing of ours is left.
+#
+# Only for a stock QEMU. A plain run takes a part, on each QEMU another one; PBA_FULL=1 takes all.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use JSON::PP ();
+use List::Util qw(shuffle);
+use Test::More;
+use Time::HiRes qw(sleep);
+
+use PBA::Test::Backend;
+
+plan(skip_all => 'only for a stock QEMU') if PBA::Test::VM->is_proxmox;
+
+my $mib = 1024 * 1024;
+my $size = 8 * $mib;
+my ($true, $false) = (JSON::PP::true, JSON::PP::false);
+
+# What the guest has written: offset => byte.
+sub write_disk ($test, $byte, $at) {
+    return if $test->{is_gone};
+    $test->{vm}->qemu_io('disk0', "write -P $byte $at 64k");
+    $test->{model}{$at} = chr($byte);
+    return;
+}
+
+sub has ($file, $model) {
+    open(my $fh, '<', $file) or die "$file: $!\n";
+    for my $at (sort { $a <=> $b } keys $model->%*) {
+        seek($fh, $at, 0);
+        read($fh, my $data, 65536);
+        return "lacks what is at $at" if $data ne $model->{$at} x 65536;
+    }
+    return 'all';
+}
+
+# ---- what happens ----
+
+# As libvirt and people name it: the drive, or the node.
+sub named ($test) {
+    return $test->{shape} eq 'drive' ? 'drive-disk0' : 'disk0';
+}
+
+sub by_name ($test) {
+    return $test->{shape} eq 'drive' ? (device => named($test)) : ('node-name' => named($test));
+}
+
+# Whether QEMU did it. That it does not is asked for where it would lose writes.
+sub try_qmp ($test, $command, %arguments) {
+    my $reply = $test->{vm}->qmp_try($command, %arguments);
+    $test->{refusal} = $reply->{error} ? $reply->{error}{desc} : undef;
+    return !$reply->{error};
+}
+
+sub add_target ($test) {
+    my $file = $test->{vm}->dir . '/target.raw';
+    open(my $fh, '>', $file) or die "$file: $!\n";
+    truncate($fh, $size) or die "$file: $!\n";
+    my %image = (driver => 'file', filename => $file);
+    $test->{vm}->qmp('blockdev-add', driver => 'raw', 'node-name' => 'target', file => \%image);
+    return $file;
+}
+
+sub status_of ($test) {
+    my ($job) = grep { $_->{id} eq 'theirs' } $test->{vm}->qmp('query-jobs')->@*;
+    return $job ? $job->{status} : 'gone';
+}
+
+sub wait_job ($test, $wanted) {
+    for (1 .. 600) {
+        return if status_of($test) =~ $wanted;
+        sleep(0.05);
+    }
+    die "the job does not end\n";
+}
+
+sub mirror ($test) {
+    add_target($test);
+    return try_qmp(
+        $test, 'blockdev-mirror',
+        'job-id' => 'theirs',
+        device => named($test),
+        target => 'target',
+        sync => 'full'
+    );
+}
+
+# It goes on until the access is over; then it must have the disk as it was when it began.
+sub push_backup ($test, $device) {
+    $test->{'target file'} = add_target($test);
+    my %then = $test->{model}->%*;
+    my $done = try_qmp(
+        $test, 'blockdev-backup',
+        'job-id' => 'theirs',
+        device => $device,
+        target => 'target',
+        sync => 'full',
+        speed => 1
+    );
+    $test->{'at end'} = sub {
+        $test->{vm}->qmp('block-job-set-speed', device => 'theirs', speed => 0);
+        wait_job($test, qr/gone/);
+        is(has($test->{'target file'}, \%then), 'all', 'their backup is the disk as it was');
+    };
+    return $done;
+}
+
+# The disk's own node, below ours.
+sub root_node ($test) {
+    return $test->{root};
+}
+
+sub ends_at_once ($test, $done) {
+    $test->{'at end'} = sub { wait_job($test, qr/gone/) };
+    return $done;
+}
+
+sub unplug ($test) {
+    $test->{vm}->unplug('disk0');
+    $test->{is_gone} = 1;
+    return 1;
+}
+
+sub replug ($test) {
+    unplug($test);
+    $test->{is_gone} = !eval { $test->{vm}->plug('disk0'); 1 };
+    return 1;
+}
+
+sub second_client ($test, $target) {
+    my $access = $test->{backend}->access('target-id' => $target);
+    my $done = eval { $access->setup($test->{backend}->devices('use', 'disk0')); 1 };
+    $test->{refusal} = $@;
+    $access->teardown(0) if $done;
+    return $done;
+}
+
+# refused: QEMU must refuse it while the access is up. ours: by us.
+my %events = (
+    'a mirror' => { happens => \&mirror, refused => 1 },
+    'a backup of the drive' => { happens => sub ($test) { push_backup($test, named($test)) } },
+    'a backup of the node' => { happens => sub ($test) { push_backup($test, root_node($test)) } },
+    'a commit' => {
+        happens => sub ($test) {
+            try_qmp($test, 'block-commit', 'job-id' => 'theirs', device => named($test));
+        },
+        refused => 1,
+    },
+    'a stream' => {
+        happens => sub ($test) {
+            ends_at_once($test,
+                try_qmp($test, 'block-stream', 'job-id' => 'theirs', device => root_node($test)));
+        },
+    },
+    'an overlay' => {
+        happens => sub ($test) {
+            my $file = $test->{vm}->dir . '/overlay.qcow2';
+            try_qmp($test, 'blockdev-snapshot-sync', by_name($test), 'snapshot-file' => $file);
+        },
+        refused => 1,
+    },
+    'an overlay of the node' => {
+        happens => sub ($test) {
+            my $file = $test->{vm}->dir . '/overlay.qcow2';
+            my @node = ('node-name' => root_node($test), 'snapshot-node-name' => 'overlay');
+            try_qmp($test, 'blockdev-snapshot-sync', @node, 'snapshot-file' => $file);
+        },
+        refused => 1,
+    },
+    'an internal snapshot' => {
+        happens => sub ($test) {
+            my %names = (device => named($test), name => 's1');
+            try_qmp($test, 'blockdev-snapshot-internal-sync', %names);
+        },
+        refused => 1,
+    },
+    'savevm' => {
+        happens => sub ($test) {
+            $test->{refusal} = $test->{vm}->hmp('savevm s1');
+            return $test->{refusal} !~ m/Error/;
+        },
+        refused => 1,
+    },
+    'a resize' => {
+        happens =>
+            sub ($test) { try_qmp($test, 'block_resize', by_name($test), size => 2 * $size) },
+        refused => 1,
+    },
+    'an unplug' => { happens => \&unplug },
+    'an unplug and replug' => { happens => \&replug },
+    'a second client' => {
+        happens => sub ($test) { second_client($test, 'snapshot-access:test') },
+        refused => 1,
+    },
+    'a second client of another target' => {
+        happens => sub ($test) { second_client($test, 'other') },
+        refused => 1,
+    },
+);
+
+# ---- when ----
+
+# Before which step; or before which command of the teardown.
+my @steps = qw(volumes copy teardown);
+my @in_teardown = (2, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 22);
+
+# The access' commands go over this, so that something can happen between two.
+sub qmp_code ($test) {
+    return sub ($command, $arguments) {
+        if ($test->{counts} && ++$test->{count} == $test->{before}) {
+            happen($test);
+        }
+        return $test->{vm}->qmp($command, $arguments->%*);
+    };
+}
+
+sub happen ($test) {
+    return if exists($test->{done});
+    $test->{done} = undef;
+    $test->{done} = $test->{event}{happens}->($test) ? 1 : 0;
+    $test->{refusal} //= '';
+    return;
+}
+
+# ---- a cell ----
+
+sub start ($shape, $what) {
+    my %disk = (size => $size, format => 'qcow2', bus => 'scsi', shape => $shape);
+    my $backend = PBA::Test::Backend->start(
+        name => 'upstream',
+        guest => 0,
+        disks => [map { { id => $_, %disk } } qw(disk0 disk1)],
+    );
+    my $vm = $backend->vm;
+    my %test = (backend => $backend, vm => $vm, shape => $shape, event => $events{$what});
+    my ($device) = grep { ($_->{qdev} // '') eq 'disk0-dev' } $vm->qmp('query-block')->@*;
+    $test{root} = $device->{inserted}{'node-name'};
+    $test{outside} = $backend->outside;
+    my $access = $backend->access;
+    $access->setup($backend->devices('new'));
+    $access->teardown(1);
+    write_disk(\%test, 0x41, 1 * $mib);
+    return \%test;
+}
+
+# Dies only with what the event is a reason for.
+sub back_up ($test, $when) {
+    my $backend = $test->{backend};
+    my $access
+        = $backend->access(qmp => qmp_code($test), log => sub { push($test->{log}->@*, $_[1]) });
+    $access->setup($backend->devices('use'));
+    my $check = sub ($step) { happen($test) if $when eq $step };
+    $check->('volumes');
+    my $volume = $access->volume($backend->device('disk0'));
+    $check->('copy');
+    write_disk($test, 0x42, 2 * $mib);
+    my $read = '';
+
+    while (my ($offset, $length) = $volume->next_dirty_region) {
+        $read .= $volume->pread($offset, $length);
+    }
+    undef $volume;
+    is($read, "\x41" x 65536, 'what was read is the disk at its instant')
+        if !$test->{is_gone} || $when ne 'volumes';
+    $check->('teardown');
+    @$test{qw(counts count before)} = (1, 0, $when =~ m/\A\d+\z/ ? $when : 0);
+    my $ended = eval { $access->teardown(1); 1 } ? 1 : 0;
+    $test->{error} = $@;
+    $test->{counts} = 0;
+    return $ended;
+}
+
+sub check_next ($test, $ended) {
+    my $backend = $test->{backend};
+    my $next = eval {
+        $backend->next_dirty(log => sub { });
+    };
+    if ($test->{is_gone}) {
+        like(
+            $@,
+            qr/device (?:drive-)?disk0: (?:there is no such|no guest device)/,
+            'the disk is gone'
+        );
+        return;
+    }
+    ok($next, 'the next backup is made') or return diag($@);
+    my $dirty = $next->{ $backend->device('disk0') } // return pass('it is a full one');
+    my @wanted = (map { $_ * $mib } $ended ? () : 1, 2, 3);
+    is(join(' ', grep { !$dirty->{$_} } @wanted), '', 'the next increment lacks nothing');
+    return;
+}
+
+sub check_outcome ($test, $ended) {
+    my $vm = $test->{vm};
+    ok($vm->is_alive, 'QEMU lives') or return;
+    ok(!$test->{done}, 'it is refused') if $test->{event}{refused} && exists($test->{done});
+    diag("teardown: $test->{error}") if !$ended;
+    ok($ended, 'the backup is a success') if $test->{event}{refused};
+    write_disk($test, 0x43, 3 * $mib);
+    $test->{'at end'}->() if $test->{'at end'} && $test->{done};
+    $vm->qmp_try('blockdev-del', 'node-name' => 'target');
+    check_next($test, $ended);
+    return if $test->{is_gone};
+    is_deeply($test->{backend}->outside, $test->{outside}, 'nothing of ours is left');
+    is_deeply($test->{backend}->other_bitmaps, [], 'nor a bitmap');
+    return;
+}
+
+sub check ($what, $when, $shape) {
+    my $test = start($shape, $what);
+    my $ended = back_up($test, $when);
+    check_outcome($test, $ended);
+    my $vm = $test->{vm};
+    return if !$vm->is_alive;
+    $vm->quit;
+    is(has($vm->raw_image('disk0'), $test->{model}), 'all', 'the disk has what the guest wrote');
+    return;
+}
+
+my @cells;
+for my $what (sort keys %events) {
+    for my $when (@steps, @in_teardown) {
+        push(@cells, map { [$what, $when, $_] } qw(drive blockdev));
+    }
+}
+my ($seed, $part) = (20261129 + !!$ENV{PBA_QEMU}, 16);
+if (!$ENV{PBA_FULL}) {
+    srand($seed);
+    diag("$part of " . @cells . " cells, seed $seed");
+    @cells = (shuffle(@cells))[0 .. $part - 1];
+}
+for my $cell (@cells) {
+    my ($what, $when, $shape) = $cell->@*;
+    my $moment = $when =~ m/\A\d/ ? "before command $when of the teardown" : "before $when";
+    subtest "$what $moment, $shape" => sub { check($cell->@*) };
+}
+
+done_testing;
