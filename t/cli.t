@@ -236,6 +236,30 @@ sub check_directories ($test) {
     }
 }
 
+# [kind of each disk's image] of the newest archive of a guest.
+sub kinds ($test, @guest) {
+    my $list = $json->decode(run_command('list', $test->{store}, @guest, '--json')->{out});
+    my $devices = $list->[-1]{devices};
+    return [
+        map { defined($devices->{$_}{parent}) ? 'incremental' : 'full' }
+        sort keys $devices->%*
+    ];
+}
+
+sub check_full_and_named ($test) {
+    my $full = succeeds('full', backup($test, '--full', '--quiet'));
+    is($full->{out} . $full->{err}, '', '--quiet: silence');
+    is_deeply(kinds($test, '--vmid', 100), [qw(full full)], '--full');
+    succeeds('after it', backup($test));
+    is_deeply(kinds($test, '--vmid', 100), [qw(incremental incremental)], 'then incremental');
+    for my $kind (qw(full incremental)) {
+        my $named = succeeds("--guest, $kind", backup($test, '--guest', 'web1'));
+        like($named->{out}, qr!\A\Q$test->{store}\E/vm/1/!, '--guest: a number of its own');
+        is_deeply(kinds($test, '--guest', 'web1'), [$kind, $kind], "--guest: $kind");
+    }
+    restore_and_compare($test, "$test->{store}/web1", '--guest');
+}
+
 # First backups of several guests that begin at once: one directory has one identity.
 sub check_identity () {
     my @others;
@@ -285,6 +309,7 @@ for my $name (PBA::Test::Backend->names) {
         check_output_errors($test);
         check_agent($test);
         check_odd_paths($test);
+        check_full_and_named($test);
         check_directories($test);
         $test->{backend}->check_manners;
     };

@@ -27,27 +27,27 @@ my %commands = (
         arguments => ['DIRECTORY'],
         options => [
             @guest,
-            qw(vmid=s device=s@ exclude=s@ target-id=s guest-config=s guest-agent=s bandwidth-limit=s),
-            qw(persistent allow-shared no-check json),
+            qw(vmid=s guest=s device=s@ exclude=s@ target-id=s guest-config=s guest-agent=s),
+            qw(bandwidth-limit=s full persistent allow-shared no-check quiet|q json),
         ],
         needs => ['qmp'],
     },
     restore => {
         module => 'Restore',
         arguments => ['ARCHIVE', 'TARGET'],
-        options => [qw(device=s no-verify json)],
+        options => [qw(device=s no-verify quiet|q json)],
     },
     list => {
         module => 'Archives',
         function => 'list',
         arguments => ['DIRECTORY'],
-        options => [qw(vmid=s json)],
+        options => [qw(vmid=s guest=s json)],
     },
     verify => {
         module => 'Archives',
         function => 'verify',
         arguments => ['ARCHIVE...'],
-        options => ['json'],
+        options => [qw(quiet|q json)],
     },
     prune => {
         module => 'Archives',
@@ -56,7 +56,7 @@ my %commands = (
         options => [
             qw(
                 keep-last=s keep-hourly=s keep-daily=s keep-weekly=s keep-monthly=s keep-yearly=s
-                keep=s vmid=s dry-run json
+                keep=s vmid=s guest=s dry-run quiet|q json
             )
         ],
     },
@@ -64,7 +64,7 @@ my %commands = (
         module => 'Archives',
         function => 'remove',
         arguments => ['ARCHIVE'],
-        options => [],
+        options => ['quiet|q'],
     },
     status => {
         module => 'Status',
@@ -199,6 +199,13 @@ my sub show_help ($command) {
     return 0;
 }
 
+my sub help_for (@arguments) {
+    my $command = shift(@arguments) // return show_help(undef);
+    usage_error("there is no command '$command'") if !$commands{$command};
+    usage_error("one argument too many: '$arguments[0]'") if @arguments;
+    return show_help($command);
+}
+
 # ---- running ----
 
 my sub run_command ($command, @arguments) {
@@ -214,7 +221,8 @@ my sub run_command ($command, @arguments) {
 
 my sub run (@arguments) {
     my $command = shift(@arguments) // usage_error('no command given');
-    return show_help(undef) if $command =~ m/\A(?:-h|--help|help)\z/;
+    return show_help(undef) if $command =~ m/\A(?:-h|--help)\z/;
+    return help_for(@arguments) if $command eq 'help';
     if ($command eq '--version') {
         require PVE::BackupAccess;
         say_out("$name $PVE::BackupAccess::VERSION");

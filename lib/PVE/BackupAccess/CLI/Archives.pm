@@ -4,41 +4,17 @@ package PVE::BackupAccess::CLI::Archives;
 
 use v5.36;
 
-use Cwd ();
-use Exporter qw(import);
 use List::Util qw(max);
 use POSIX ();
 
-use PVE::BackupAccess::CLI qw(untainted usage_error);
+use PVE::BackupAccess::CLI qw(usage_error);
 use PVE::BackupAccess::CLI::Access qw(text);
+use PVE::BackupAccess::CLI::ArchivePath qw(archive_at find_archive provider_for without_slash);
 use PVE::BackupAccess::CLI::Output qw(say_error say_json say_out);
 use PVE::BackupAccess::Format qw(bytes);
-use PVE::BackupAccess::Provider::Qcow2Chain;
+use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(check_name name_of number_of);
 use PVE::BackupAccess::Retention qw(periods);
 use PVE::BackupAccess::Try qw(attempt);
-
-our @EXPORT_OK = qw(parse_archive provider_for without_slash);
-
-my sub log_line ($level, $message) {
-    say_error("$level: $message") if $level !~ m/\A(?:debug|info)\z/;
-}
-
-# The provider of an existing directory. Its name as a storage matters to backups only.
-sub provider_for ($directory) {
-    die "$directory is not a directory\n" if !-d $directory;
-    my $path = untainted(Cwd::realpath($directory));
-    return PVE::BackupAccess::Provider::Qcow2Chain->new(undef, { path => $path }, 'none',
-        \&log_line);
-}
-
-# A directory as it goes before a slash.
-sub without_slash ($path) { return $path =~ s!(?<=.)/+\z!!r }
-
-# Directory and name of an archive from its path; nothing if it is no such path.
-sub parse_archive ($path) {
-    my ($directory, $volname) = $path =~ m!\A(?:(.*)/)?(vm/[0-9]+/[^/]+)/*\z!s or return;
-    return (defined($directory) ? $directory eq '' ? '/' : $directory : '.', $volname);
-}
 
 # ---- list ----
 
@@ -49,7 +25,8 @@ my sub print_archive ($directory, $entry) {
         return;
     }
     my $time = POSIX::strftime('%Y-%m-%d %H:%M:%S', localtime($entry->{time}));
-    say_out("$path  $time  " . bytes($entry->{size}));
+    my $name = name_of($directory, $entry->{vmid});
+    say_out("$path  $time  " . bytes($entry->{size}) . (defined($name) ? "  $name" : ''));
     my $devices = $entry->{devices};
     my $width = max(map { length } keys $devices->%*);
     for my $name (sort keys $devices->%*) {
@@ -66,8 +43,17 @@ my sub print_archive ($directory, $entry) {
     }
 }
 
+# The number that --vmid or --guest tells, undef for all guests.
+my sub vmid_of ($opt, $directory) {
+    return $opt->{vmid} if !defined($opt->{guest});
+    usage_error('--vmid and --guest exclude each other') if defined($opt->{vmid});
+    my $name = check_name($opt->{guest});
+    return number_of($directory, $name) // die "there is no guest '$name' in $directory\n";
+}
+
 sub list ($opt, $directory) {
-    my $list = provider_for($directory)->list($opt->{vmid});
+    my $provider = provider_for($directory);
+    my $list = $provider->list(vmid_of($opt, $directory));
     if ($opt->{json}) {
         say_json($list);
     }
@@ -85,8 +71,8 @@ sub list ($opt, $directory) {
 
 # [provider, volname, path as the user would write it] of what a path means.
 my sub archives_of ($path) {
-    if (my ($directory, $volname) = parse_archive($path)) {
-        return [provider_for($directory), $volname, $path];
+    if (my ($directory, $volname) = find_archive($path)) {
+        return [provider_for($directory), $volname, without_slash($directory) . "/$volname"];
     }
     my $provider = provider_for($path);
     my $shown = without_slash($path);
@@ -123,7 +109,7 @@ sub verify ($opt, @paths) {
             my ($provider, $volname, $path) = $archive->@*;
             my $result = verify_one($provider, $volname, $path, \%seen);
             push(@results, $result);
-            next if $opt->{json};
+            next if $opt->{json} || ($opt->{quiet} && !$result->{problems}->@*);
             say_out(text($path) . ': ' . verdict($result), map { "  $_" } $result->{problems}->@*);
         }
     }
@@ -180,7 +166,7 @@ my sub prune_guests ($provider, $keep, @vmids) {
 sub prune ($opt, $directory) {
     my $keep = rules($opt);
     my $provider = provider_for($directory);
-    my %vmids = map { $_->{vmid} => 1 } $provider->list($opt->{vmid})->@*;
+    my %vmids = map { $_->{vmid} => 1 } $provider->list(vmid_of($opt, $directory))->@*;
     my @vmids = sort { $a <=> $b } keys %vmids;
     if ($opt->{'dry-run'}) {
         my @archives = map { $provider->retention($_, $keep)->@* } @vmids;
@@ -192,19 +178,17 @@ sub prune ($opt, $directory) {
         say_json($removed);
     }
     else {
-        say_out(map { "removed $_" } $removed->@*);
-        say_error('nothing to remove') if !$removed->@* && !@problems;
+        say_out(map { "removed $_" } $removed->@*) if !$opt->{quiet};
+        say_error('nothing to remove') if !$removed->@* && !@problems && !$opt->{quiet};
     }
     say_error("pve-backup-access prune: $_") for @problems;
     return @problems ? 1 : 0;
 }
 
 sub remove ($opt, $path) {
-    my ($directory, $volname) = parse_archive($path)
-        or usage_error(
-        "'$path' is not the path of an archive, such as /backups/vm/100/20261122T064953Z");
+    my ($directory, $volname) = archive_at($path);
     provider_for($directory)->remove($volname);
-    say_out("removed $volname");
+    say_out("removed $volname") if !$opt->{quiet};
     return 0;
 }
 

@@ -18,16 +18,22 @@ use PVE::BackupAccess::CLI::Monitor qw(ask);
 use PVE::BackupAccess::CLI::Output qw(parse_bytes read_file say_json say_out);
 use PVE::BackupAccess::CLI::Progress;
 use PVE::BackupAccess::Provider::Qcow2Chain;
+use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(check_name number_for);
 use PVE::BackupAccess::Task;
 use PVE::BackupAccess::Try qw(ensure);
 
 my $id_file = '.backup-id';
 
-# The number of the guest, from the option or from the socket's name as on Proxmox VE.
+# The number of the guest, from the options or from the socket's name as on Proxmox VE; undef where a
+# name stands for it.
 my sub vmid_of ($opt) {
+    usage_error('--vmid and --guest exclude each other')
+        if defined($opt->{vmid}) && defined($opt->{guest});
     return $opt->{vmid} if defined($opt->{vmid});
+    return if defined($opt->{guest});
     return $1 if File::Basename::basename($opt->{qmp}) =~ m/\A([1-9][0-9]{2,8})[.]qmp\z/;
-    usage_error('it needs --vmid, the number by which the archives of this guest are known');
+    usage_error('it needs --vmid or --guest, the number or name by which the archives of this guest'
+            . ' are known');
 }
 
 # What tells this directory from every other one, also from one that is mounted in its place. Of first
@@ -71,7 +77,7 @@ my sub print_result ($opt, $directory, $result) {
     if ($opt->{json}) {
         say_json({ $result->%*, archive => text($path) });
     }
-    else {
+    elsif (!$opt->{quiet}) {
         say_out($path);
     }
 }
@@ -93,10 +99,12 @@ my sub devices_of ($opt) {
 # What has to be known before anything is begun.
 my sub plan ($opt, $directory) {
     my $vmid = vmid_of($opt);
+    my $name = defined($opt->{guest}) ? check_name($opt->{guest}) : undef;
     my $limit = limit_of($opt);
     die "$directory is not a directory - make it first, or mount it\n" if !-d $directory;
     $directory = untainted(Cwd::realpath($directory));
     my ($devices, $left_out) = devices_of($opt);
+    $vmid //= number_for($directory, $name);
     return {
         vmid => $vmid,
         'bandwidth-limit' => $limit,
@@ -112,7 +120,7 @@ my sub plan ($opt, $directory) {
 my sub logger ($progress) {
     return sub ($level, $message) {
         return if $level eq 'debug' || $level eq 'err';
-        $progress->say(($level eq 'info' ? '' : "$level: ") . $message);
+        return $level eq 'info' ? $progress->tell($message) : $progress->warn("$level: $message");
     };
 }
 
@@ -125,6 +133,7 @@ my sub task ($opt, $plan, $progress) {
         { path => $plan->{directory}, 'no-check' => $opt->{'no-check'} },
         $plan->{'target-id'}, $log);
     $provider->on_progress(sub (@state) { $progress->update(@state) });
+    $provider->make_full($opt->{full});
     my $made = PVE::BackupAccess::Task->new(
         access_options($opt),
         agent_hooks($opt, $log),
@@ -142,7 +151,7 @@ my sub task ($opt, $plan, $progress) {
 
 sub run ($opt, $directory) {
     my $plan = plan($opt, $directory);
-    my $progress = PVE::BackupAccess::CLI::Progress->new;
+    my $progress = PVE::BackupAccess::CLI::Progress->new($opt->{quiet});
     my $task = task($opt, $plan, $progress);
     my $result;
     $task->log(info => $_) for $plan->{'left-out'}->@*;

@@ -13,9 +13,10 @@ use PVE::BackupAccess::Try qw(attempt_any);
 
 my $seconds_between = 10;    # lines
 
-sub new ($class) {
-    my $has_bar = -t STDERR && !attempt_any { require Term::ProgressBar };
-    return bless({ 'has bar' => $has_bar, name => '' }, $class);
+# A quiet one shows warnings only.
+sub new ($class, $is_quiet = 0) {
+    my $has_bar = !$is_quiet && -t STDERR && !attempt_any { require Term::ProgressBar };
+    return bless({ 'has bar' => $has_bar, 'is quiet' => $is_quiet, name => '' }, $class);
 }
 
 my sub now () { return Time::HiRes::clock_gettime(Time::HiRes::CLOCK_MONOTONIC()) }
@@ -47,6 +48,7 @@ sub label ($self, $done) {
 
 # Takes the bytes that are done, as often as the caller likes.
 sub update ($self, $name, $done, $total) {
+    return if $self->{'is quiet'};
     $self->begin($name, $total) if $name ne $self->{name};
     if ($self->{bar}) {
         $self->{bar}->name(one_line($self->label($done)));
@@ -66,7 +68,12 @@ sub update ($self, $name, $done, $total) {
 }
 
 # A line of the log, above the bar if there is one.
-sub say ($self, $line) {
+sub tell ($self, $line) {
+    $self->warn($line) if !$self->{'is quiet'};
+    return;
+}
+
+sub warn ($self, $line) {
     $self->end;
     say_error($line);
     return;

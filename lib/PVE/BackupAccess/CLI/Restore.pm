@@ -7,7 +7,7 @@ use v5.36;
 use Fcntl qw(O_CREAT O_EXCL O_WRONLY);
 
 use PVE::BackupAccess::CLI::Access qw(text);
-use PVE::BackupAccess::CLI::Archives qw(parse_archive provider_for without_slash);
+use PVE::BackupAccess::CLI::ArchivePath qw(archive_at provider_for without_slash);
 use PVE::BackupAccess::CLI::Output qw(say_error say_json say_out);
 use PVE::BackupAccess::CLI::Progress;
 use PVE::BackupAccess::Format qw(bytes);
@@ -105,7 +105,7 @@ my sub copy ($job, $device, $size, $file) {
 my sub restore_all ($job, $volumes, $files) {
     for my $device (sort keys $files->%*) {
         my ($size, $file) = ($volumes->{$device}{size}, $files->{$device});
-        $job->{progress}->say("$device: restoring " . bytes($size) . ' to ' . text($file));
+        $job->{progress}->tell("$device: restoring " . bytes($size) . ' to ' . text($file));
         my @damage;
         my $error = attempt { @damage = copy($job, $device, $size, $file) };
         push($job->{problems}->@*, "$error") if $error;
@@ -127,6 +127,7 @@ my sub restore_config ($provider, $volname, $target) {
 }
 
 my sub show ($opt, $files, $config, $damaged) {
+    return if $opt->{quiet} && !$opt->{json};
     return say_out(map { $files->{$_} } sort keys $files->%*) if !$opt->{json};
     say_json(
         {
@@ -138,8 +139,7 @@ my sub show ($opt, $files, $config, $damaged) {
 }
 
 sub run ($opt, $path, $target) {
-    my ($directory, $volname) = parse_archive($path)
-        or die "$path is not an archive - it is called like DIRECTORY/vm/100/20261122T064953Z\n";
+    my ($directory, $volname) = archive_at($path);
     my $provider = provider_for($directory);
     my $volumes = $provider->restore_vm_init($volname);
     my $device = defined($opt->{device}) ? text($opt->{device}) : undef;
@@ -148,7 +148,7 @@ sub run ($opt, $path, $target) {
     my $job = {
         provider => $provider,
         volname => $volname,
-        progress => PVE::BackupAccess::CLI::Progress->new,
+        progress => PVE::BackupAccess::CLI::Progress->new($opt->{quiet}),
         'no-verify' => $opt->{'no-verify'},
         problems => [],
         damaged => {},

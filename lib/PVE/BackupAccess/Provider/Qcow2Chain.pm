@@ -84,6 +84,11 @@ sub on_progress ($self, $code) {
     return;
 }
 
+sub make_full ($self, $is_full) {
+    $self->{'make full'} = $is_full;
+    return;
+}
+
 sub _guest ($self, $vmid) {
     return $Guest->new("$self->{path}/vm/$vmid");
 }
@@ -167,8 +172,8 @@ sub backup_vm_query_incremental ($self, $vmid, $volumes) {
     my %modes;
     for my $device (sort keys $volumes->%*) {
         my $base;
-        my $error
-            = attempt { $base = $task->{guest}->base($notes, $device, $volumes->{$device}) };
+        my $find = sub { $base = $task->{guest}->base($notes, $device, $volumes->{$device}) };
+        my $error = $self->{'make full'} ? undef : attempt(\&$find);
         $self->{log}->('warn', "$device: full backup - " . reason($error)) if $error;
         $task->{bases}{$device} = $base;
         $modes{$device} = $base ? 'use' : 'new';
@@ -634,6 +639,12 @@ Die: containers are not supported.
 
 Is called while L</backup_vm> stores a device, a few times a second, with bytes stored and all bytes to
 store.
+
+=head2 make_full
+
+    $provider->make_full(1);
+
+Whether the backups that follow are full ones, whatever could be built on.
 
 =head2 list
 

@@ -1,0 +1,69 @@
+package PVE::BackupAccess::CLI::ArchivePath;
+
+# Which archive a path means: DIRECTORY/vm/100/20261122T064953Z, or the latest one of a guest, by number or
+# name: DIRECTORY/100, DIRECTORY/web1, each with /latest or not.
+
+use v5.36;
+
+use Cwd ();
+use Exporter qw(import);
+
+use PVE::BackupAccess::CLI qw(untainted);
+use PVE::BackupAccess::CLI::Output qw(say_error);
+use PVE::BackupAccess::Provider::Qcow2Chain;
+use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(number_of);
+
+our @EXPORT_OK = qw(archive_at find_archive provider_for without_slash);
+
+my sub log_line ($level, $message) {
+    say_error("$level: $message") if $level !~ m/\A(?:debug|info)\z/;
+}
+
+# The provider of an existing directory. Its name as a storage matters to backups only.
+sub provider_for ($directory) {
+    die "$directory is not a directory\n" if !-d $directory;
+    my $path = untainted(Cwd::realpath($directory));
+    return PVE::BackupAccess::Provider::Qcow2Chain->new(undef, { path => $path }, 'none',
+        \&log_line);
+}
+
+# A directory as it goes before a slash.
+sub without_slash ($path) { return $path =~ s!(?<=.)/+\z!!r }
+
+# (directory, guest) of a path to a guest.
+my sub split_guest ($path) {
+    my ($directory, $guest) = without_slash($path) =~ m!\A(?:(.*)/)?([^/]+)\z!s or return;
+    $directory //= '.';
+    $directory = '/' if $directory eq '';
+    $directory =~ s!(?:\A|/)vm\z!! if $guest =~ m/\A[0-9]+\z/ && !-d "$directory/vm";
+    return ($directory eq '' ? '.' : $directory, $guest);
+}
+
+# (directory, name) of the latest archive of the guest at that path; nothing if there is no such guest.
+my sub find_latest ($path) {
+    my ($directory, $guest) = split_guest($path);
+    return if !defined($guest) || !-d "$directory/vm";
+    my $vmid = $guest =~ m/\A[1-9][0-9]{0,8}\z/ ? $guest : number_of($directory, $guest);
+    return if !defined($vmid) || !-d "$directory/vm/$vmid";
+    my ($latest) = reverse(provider_for($directory)->list($vmid)->@*);
+    die "guest $guest has no archive in $directory\n" if !$latest;
+    return ($directory, $latest->{volname});
+}
+
+# (directory, name) of the archive at that path; nothing if it cannot be that of an archive.
+sub find_archive ($path) {
+    my $is_latest = $path =~ s!/latest/*\z!!;
+    my ($directory, $volname) = $path =~ m!\A(?:(.*)/)?(vm/[0-9]+/[^/]+)/*\z!s;
+    return find_latest($path) if $is_latest || !defined($volname);
+    return (defined($directory) ? $directory eq '' ? '/' : $directory : '.', $volname);
+}
+
+# The same, or it dies.
+sub archive_at ($path) {
+    my ($directory, $volname) = find_archive($path)
+        or die "$path is not an archive - it is called like DIRECTORY/vm/100/20261122T064953Z,"
+        . " or DIRECTORY/100 for the latest one of guest 100\n";
+    return ($directory, $volname);
+}
+
+1;

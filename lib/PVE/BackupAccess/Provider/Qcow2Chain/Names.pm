@@ -1,0 +1,59 @@
+package PVE::BackupAccess::Provider::Qcow2Chain::Names;
+
+# Guests that are known by a name. Archives are in directories of numbers; a name is kept in a file there.
+
+use v5.36;
+
+use Exporter qw(import);
+use Fcntl qw(LOCK_EX O_CREAT O_RDWR);
+
+use PVE::BackupAccess::Argument qw(bad_argument);
+use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Provider::Qcow2Chain::File qw(entries make_directory read_file replace_file);
+
+our @EXPORT_OK = qw(check_name name_of number_for number_of);
+
+my sub fail ($message) { PVE::BackupAccess::Error->throw('SystemError', $message) }
+
+# Names of libvirt and of Proxmox VE pass; what could be taken for a number or a path does not.
+sub check_name ($name) {
+    my ($checked) = $name =~ m/\A([A-Za-z0-9_][A-Za-z0-9_.-]{0,127})\z/
+        or
+        bad_argument("'$name' cannot be a guest's name here - a name has up to 128 letters, digits,"
+            . q( '_', '-' and '.', and begins with none of the last two));
+    bad_argument("'$name' is a number, not a guest's name") if $checked =~ m/\A[0-9]+\z/;
+    return $checked;
+}
+
+# The name of the guest with that number, undef if it has none.
+sub name_of ($store, $vmid) {
+    my $file = "$store/vm/$vmid/name";
+    return undef if !-e $file;
+    my ($name) = read_file($file) =~ m/\A([A-Za-z0-9_.-]+)\n\z/;
+    return $name;
+}
+
+# The number of the guest with that name, undef if there is none.
+sub number_of ($store, $name) {
+    for my $vmid (map { m/\A([1-9][0-9]{0,8})\z/ ? $1 : () } entries("$store/vm")) {
+        return $vmid if (name_of($store, $vmid) // '') eq $name;
+    }
+    return undef;
+}
+
+# The same; a new guest gets the least number that is free. Two that begin at once get one after another.
+sub number_for ($store, $name) {
+    make_directory("$store/vm");
+    my $path = "$store/vm/.lock";
+    sysopen(my $lock, $path, O_RDWR | O_CREAT, 0600) or fail("cannot open $path - $!");
+    flock($lock, LOCK_EX) or fail("cannot lock $path - $!");
+    my $known = number_of($store, $name);
+    return $known if defined($known);
+    my $vmid = 1;
+    $vmid++ while -e "$store/vm/$vmid";
+    make_directory("$store/vm/$vmid");
+    replace_file("$store/vm/$vmid/name", "$name\n");
+    return $vmid;
+}
+
+1;

@@ -1,0 +1,174 @@
+# pve-backup-access and archives, without a guest: their names, retention, removal, silence.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+
+use JSON::PP ();
+use Test::More;
+
+use PBA::Test::Chain;
+use PBA::Test::Command qw(run_command);
+use PVE::BackupAccess::Provider::Qcow2Chain::File qw(remove_tree write_file);
+use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(check_name name_of number_for number_of);
+
+my $json = JSON::PP->new->utf8;
+
+sub new_chain ($count) {
+    my $chain = PBA::Test::Chain->new;
+    for (1 .. $count) {
+        $chain->write_random;
+        $chain->backup or die $chain->error;
+    }
+    return $chain;
+}
+
+sub paths ($chain) {
+    return map { $chain->path_of($_) } $chain->names;
+}
+
+# [exit status, standard output, standard error]
+sub run_of (@arguments) {
+    my $run = run_command(@arguments);
+    return [$run->@{qw(status out err)}];
+}
+
+sub content ($file) {
+    open(my $fh, '<:raw', $file) or return undef;
+    local $/ = undef;
+    return scalar(<$fh>);
+}
+
+# That the command restores this archive by that path.
+sub restores ($chain, $path, $name) {
+    my $file = $chain->tmp . '/' . ++$chain->{restored} . '.raw';
+    my $run = run_command('restore', $path, $file, '--device', 'drive-scsi0', '--quiet');
+    is_deeply([$run->@{qw(status out err)}], [0, '', ''], "restore $path: silent");
+    is(content($file), $chain->{expected}{$name}{'drive-scsi0'}, "restore $path: the content");
+}
+
+subtest 'the latest of a guest' => sub {
+    my $chain = new_chain(2);
+    my $store = $chain->store;
+    my @names = $chain->names;
+    write_file($chain->guest_dir . '/name', "web1\n");
+    restores($chain, "$store/$_", $names[1])
+        for qw(100 100/ 100/latest web1 web1/latest vm/100 vm/100/latest vm/100/latest/);
+    restores($chain, "$store/$names[0]", $names[0]);
+    my ($old, $new) = paths($chain);
+    is_deeply(run_of('verify', "$store/web1"), [0, "$new: ok\n", ''], 'verify tells which one');
+    is_deeply(run_of('remove', "$store/web1/latest", '-q'), [0, '', ''], 'remove, silent');
+    is_deeply([paths($chain)], [$old], 'the latest is gone');
+    like(run_of('list', $store)->[1], qr/^\Q$old\E .*  web1$/m, 'list shows the name');
+
+    for my $path ('101', 'web', 'web1/20', 'vm/101', 'vm/latest', 'latest') {
+        my $run = run_of('restore', "$store/$path", $chain->tmp . '/none');
+        is($run->[0], 1, "$path: exit status");
+        like($run->[2], qr/\A[^\n]* is not an archive - [^\n]*\n\z/, "$path: says so");
+    }
+    mkdir("$store/vm/102") or die "mkdir: $!\n";
+    like(
+        run_of('remove', "$store/102")->[2],
+        qr/: guest 102 has no archive in /,
+        'a guest without archives'
+    );
+};
+
+subtest 'guests by name' => sub {
+    my $chain = new_chain(1);
+    my $store = $chain->store;
+    is(number_of($store, 'web1'), undef, 'not known');
+    is(number_for($store, 'web1'), 1, 'the least number');
+    is(number_for($store, 'db.example'), 2, 'the next one');
+    is(number_for($store, 'web1'), 1, 'the same again');
+    is(number_of($store, 'db.example'), 2, 'and found');
+    is(name_of($store, 100), undef, 'a guest of a number has no name');
+
+    for my $bad ('', '7', '.lock', '-x', 'a/b', '..', "a\nb", 'x' x 129) {
+        ok(!eval { check_name($bad); 1 }, "'$bad' is refused");
+    }
+    write_file($chain->guest_dir . '/name', "old\n");
+    my ($path) = paths($chain);
+    like(run_of('list', $store, '--guest', 'old')->[1], qr/^\Q$path\E /m, 'list --guest');
+    is(run_of('list', $store, '--guest', 'web1')->[1], '', 'of another guest');
+    like(run_of('list', $store, '--guest', 'none')->[2], qr/there is no guest 'none' in/,
+        'of none');
+    is(run_of('list', $store, '--guest', 'old', '--vmid', 100)->[0], 2, 'not with --vmid');
+};
+
+subtest 'prune by rules' => sub {
+    my $chain = new_chain(4);
+    my $store = $chain->store;
+    my @paths = paths($chain);
+    my @names = $chain->names;
+    is_deeply(
+        run_of('prune', $store, '--keep-last', 2, '--dry-run'),
+        [
+            0,
+            join('', map { "remove     $_\n" } @names[0, 1])
+                . join('', map { "keep       $_\n" } @names[2, 3]),
+            ''
+        ],
+        'a dry run'
+    );
+    is_deeply([paths($chain)], \@paths, 'removes nothing');
+    my $shown = $json->decode(run_of('prune', $store, qw(--keep-last 3 --dry-run --json))->[1]);
+    is_deeply([map { $_->{mark} } $shown->@*], [qw(remove keep keep keep)], 'in JSON');
+    write_file("$paths[0]/protected", '');
+    is_deeply(
+        run_of('prune', $store, qw(--keep-daily 1 --keep-hourly 0)),
+        [0, "removed $names[1]\nremoved $names[2]\n", ''],
+        'one for each day, and the protected one'
+    );
+    is_deeply([paths($chain)], [@paths[0, 3]], 'these stay');
+    $chain->forget(@names[1, 2]);
+    $chain->check('after it');
+    my $run = run_of('remove', $paths[0]);
+    is($run->[0], 1, 'a protected one is not removed');
+    like($run->[2], qr/is protected - remove the file 'protected' in it first$/m, 'and says so');
+    is_deeply(run_of('prune', $store, qw(--keep-last 9)), [0, '', "nothing to remove\n"],
+        'nothing');
+    is_deeply(run_of('prune', $store, qw(--keep-last 9 -q)), [0, '', ''], 'silently');
+
+    for my $bad ([], ['--keep-last', 0], ['--keep-daily', 'x'], [qw(--keep 1 --keep-last 1)]) {
+        is(run_of('prune', $store, $bad->@*)->[0], 2, "'$bad->@*' is bad usage");
+    }
+};
+
+# A broken archive is no reason to remove a whole one.
+subtest 'a broken chain' => sub {
+    my $chain = new_chain(3);
+    my @names = $chain->names;
+    remove_tree($chain->path_of($names[1]));
+    my $run = run_of('prune', $chain->store, '--keep-last', 1);
+    is($run->[0], 0, 'prune: exit status');
+    is($run->[1], '', 'nothing is removed');
+    like($run->[2], qr/^warn: \Q$names[2]\E stays, though it cannot be restored/m, 'and why');
+    restores($chain, $chain->path_of($names[0]), $names[0]);
+    is(run_of('restore', $chain->path_of($names[2]), $chain->tmp . '/no')->[0], 1, 'it is broken');
+    like(
+        run_of('prune', $chain->store, '--keep-last', 1, '--dry-run')->[1],
+        qr/^broken     \Q$names[2]\E - cannot be restored: /m,
+        'a dry run says so'
+    );
+};
+
+subtest 'verify and help' => sub {
+    my $chain = new_chain(2);
+    is_deeply(run_of('verify', $chain->store, '--quiet'), [0, '', ''], 'all is well: silence');
+    my ($first, $second) = paths($chain);
+    open(my $fh, '+<', "$second/drive-scsi0.qcow2") or die "$second: $!\n";
+    seek($fh, -70000, 2);
+    print {$fh} 'damage';
+    close($fh);
+    my $run = run_of('verify', $chain->store, '--quiet');
+    is($run->[0], 1, 'damage: exit status');
+    like($run->[1], qr/\A\Q$second\E: DAMAGED\n  /, 'damage: that one only');
+    is_deeply(run_of('help', 'prune'), run_of('prune', '--help'), 'help COMMAND is its --help');
+    is_deeply(run_of('help'), run_of('--help'), 'help alone');
+    is(run_of('help', 'me')->[0], 2, 'help for no command');
+    is(run_of('help', 'prune', 'now')->[0], 2, 'help with one argument too many');
+};
+
+done_testing;
