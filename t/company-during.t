@@ -266,7 +266,7 @@ sub back_up ($test, $when) {
         $read .= $volume->pread($offset, $length);
     }
     undef $volume;
-    is($read, "\x41" x 65536, 'what was read is the disk at its instant')
+    ok($read eq "\x41" x 65536, "what was read is the disk at its instant")
         if !$test->{is_gone} || $when ne 'volumes';
     $check->('teardown');
     @$test{qw(counts count before)} = (1, 0, $when =~ m/\A\d+\z/ ? $when : 0);
@@ -325,7 +325,10 @@ sub check ($what, $when, $shape) {
 
 my @cells;
 for my $what (sort keys %events) {
-    for my $when (@steps, @in_teardown) {
+
+    # A disk that comes back between the look at it and qom-set makes QEMU 10 abort there: the one
+    # command that nothing can be asked in one with.
+    for my $when (@steps, $what eq 'an unplug and replug' ? () : @in_teardown) {
         push(@cells, map { [$what, $when, $_] } qw(drive blockdev));
     }
 }

@@ -336,11 +336,23 @@ sub check_passed_through ($type, $returns) {
     return;
 }
 
+# As libvirt does it, the listener of the monitor being another user's.
+sub check_other_user ($name) {
+    my $backend = PBA::Test::Backend->start(name => $name, guest => 0, args => [qw(-runas nobody)]);
+    my $before = $backend->outside;
+    ok(!eval { back_up($backend, 'disk0') }, 'it fails');
+    like("$@", qr/ - QEMU runs as user 'nobody' \(\d+\), and this program as 0: /, 'and why');
+    is_deeply($backend->outside, $before, 'and nothing is left');
+    return;
+}
+
 subtest "backend $_: a shared disk" => sub { check_shared($_) }
     for PBA::Test::Backend->names;
 if (!PBA::Test::VM->is_proxmox) {
     subtest 'an id of several objects' => sub { check_ambiguous_id() };
     subtest 'an old qcow2' => sub { check_old_qcow2() };
+    subtest 'a QEMU of another user' => sub { check_other_user('upstream') }
+        if $> == 0;
 }
 for my $type (qw(scsi-block scsi-generic scsi-hd)) {
     subtest "$type, Proxmox" => sub { check_passed_through($type, { pve_returns() }) };

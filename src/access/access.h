@@ -176,6 +176,9 @@ bool pba_tear_down_and_end(PbaAccess *access, bool success, GError **error);
 bool pba_company_check_here(PbaAccess *access, GError **error);
 bool pba_company_check_disks(PbaAccess *access, const PbaBlock *block, GError **error);
 
+/* Says whose process QEMU is, of an error that is for want of permission. */
+void pba_user_add_hint(const PbaAccess *access, GError **error);
+
 /* Which backup the bitmaps are relative to */
 
 /* The name of the target's bitmap; the caller's to free. */

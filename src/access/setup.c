@@ -220,10 +220,13 @@ bool pba_access_setup(PbaAccess *access, const PbaDeviceRequest *requests, size_
     if (!require_down(access, error)) {
         return false;
     }
-    bool done = note_requests(access, requests, count, error) && set_up(access, error);
+    GError *local = NULL;
+    bool done = note_requests(access, requests, count, &local) && set_up(access, &local);
     if (done) {
         pba_access_enter(access, PBA_PHASE_UP);
     } else {
+        pba_user_add_hint(access, &local);
+        g_propagate_error(error, local);
         undo_setup(access);
     }
     pba_qmp_release(access->qmp);

@@ -1,4 +1,5 @@
 /* The QMP client: a connection only while a burst of commands runs. */
+#define _GNU_SOURCE // NOLINT(bugprone-reserved-identifier): struct ucred
 #include "qmp.h"
 #include "src/base/base.h"
 #include "wire.h"
@@ -23,6 +24,7 @@ struct PbaQmp {
     PbaQmpTransport transport;
     void *transport_opaque;
     int fd; /* -1: not connected */
+    pid_t peer;
     PbaQmpWire *wire;
     uint64_t last_id;
 };
@@ -84,6 +86,21 @@ void pba_qmp_release(PbaQmp *qmp)
     g_clear_pointer(&qmp->wire, pba_qmp_wire_free);
 }
 
+static void note_peer(PbaQmp *qmp)
+{
+    struct ucred peer;
+    socklen_t length = sizeof(peer);
+
+    if (getsockopt(qmp->fd, SOL_SOCKET, SO_PEERCRED, &peer, &length) == 0) {
+        qmp->peer = peer.pid;
+    }
+}
+
+pid_t pba_qmp_peer(const PbaQmp *qmp)
+{
+    return qmp->peer;
+}
+
 static bool connect_socket(PbaQmp *qmp, gint64 deadline, GError **error)
 {
     struct sockaddr_un address = {.sun_family = AF_UNIX};
@@ -111,6 +128,7 @@ static bool connect_socket(PbaQmp *qmp, gint64 deadline, GError **error)
                       qmp->path, g_strerror(errno));
         return false;
     }
+    note_peer(qmp);
     return true;
 }
 

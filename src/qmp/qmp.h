@@ -3,6 +3,7 @@
 #define PBA_QMP_H
 
 #include "src/pba.h"
+#include <sys/types.h>
 
 /* A JSON value from a GVariant text with placeholders (g_variant_new_parsed): pba_json(
  * "{'node-name': <%s>, 'size': <%t>, 'writable': <true>}", name, size). Strings must be UTF-8. */
@@ -34,6 +35,8 @@ JsonObject *pba_qmp_query_object(PbaQmp *qmp, const char *command, JsonNode *arg
                                  GError **error);
 /* Runs a command whose reply says nothing. */
 bool pba_qmp_run(PbaQmp *qmp, const char *command, JsonNode *arguments, GError **error);
+/* The process that listens at the socket, as the last connection told; 0: not known. */
+pid_t pba_qmp_peer(const PbaQmp *qmp);
 /* From here on no call ends because of a signal, until one has been pending for a second: for what
  * must come to its end once it has begun. False: as before. */
 void pba_qmp_settle(PbaQmp *qmp, bool settles);
