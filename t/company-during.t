@@ -91,6 +91,19 @@ sub mirror ($test) {
     );
 }
 
+# What stays is not said to be removed.
+sub check_recover ($test) {
+    my $backend = $test->{backend};
+    my %options = $backend->options(log => sub { });
+    delete($options{timeout});
+    my $lines = PVE::BackupAccess->recover(%options);
+    my @left = grep { m/\Apba-raw-/ }
+        map { $_->{'node-name'} } $test->{vm}->qmp('query-named-block-nodes')->@*;
+    my @said = grep { m/'pba-raw-\S+' stays until what stands on it has ended/ } $lines->@*;
+    is(scalar(@said), scalar(@left), 'recover says what stays');
+    return;
+}
+
 # It goes on until the access is over; then it must have the disk as it was when it began.
 sub push_backup ($test, $device) {
     $test->{'target file'} = add_target($test);
@@ -104,6 +117,7 @@ sub push_backup ($test, $device) {
         speed => 1
     );
     $test->{'at end'} = sub {
+        check_recover($test);
         $test->{vm}->qmp('block-job-set-speed', device => 'theirs', speed => 0);
         wait_job($test, qr/gone/);
         is(has($test->{'target file'}, \%then), 'all', 'their backup is the disk as it was');

@@ -205,6 +205,15 @@ static void add_owner(const PbaLeftovers *leftovers, const char *node, GPtrArray
         ->harmless = true;
 }
 
+/* What recover does to a node of an access: a raw one stays below the guest's device while a job of
+ * others stands on it, see is_in_use in upstream/teardown.c. */
+static const char *node_undone(const PbaLeftovers *leftovers, const char *node)
+{
+    g_autofree char *user =
+        g_str_has_prefix(node, "pba-raw-") ? pba_company_user(leftovers->block, node) : NULL;
+    return user ? "stays until what stands on it has ended" : "was removed";
+}
+
 static void add_node(const PbaLeftovers *leftovers, const char *node, GPtrArray *things)
 {
     const char *target;
@@ -214,7 +223,8 @@ static void add_node(const PbaLeftovers *leftovers, const char *node, GPtrArray 
         bool is_mark = g_str_has_prefix(node, "pba-" PBA_DEVICE_ROLE "-");
         char *what = pba_line(is_mark ? "its backup access (mark '%s')" : "block node '%s'", node);
         set_device(leftovers,
-                   add_thing(things, node, target, what, is_mark ? "was ended" : "was removed"),
+                   add_thing(things, node, target, what,
+                             is_mark ? "was ended" : node_undone(leftovers, node)),
                    disk);
     } else if (pba_is_owner_mark(node)) {
         add_owner(leftovers, node, things);
