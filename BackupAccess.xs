@@ -19,6 +19,13 @@ _dispatch_signals()
         PERL_ASYNC_CHECK();
 
 SV *
+_free_bytes(SV *path)
+    CODE:
+        RETVAL = glue_free_bytes(aTHX_ path);
+    OUTPUT:
+        RETVAL
+
+SV *
 _take_later()
     CODE:
         SV *exception = glue_take_later(aTHX);

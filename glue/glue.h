@@ -103,6 +103,8 @@ SV *glue_sv_from_json(pTHX_ JsonNode *node);
 /* A command's arguments or reply. NULL and PBA_ERROR_PROTOCOL where it is too much, as data is that
  * contains itself. */
 JsonNode *glue_json_from_sv(pTHX_ SV *sv, GError **error);
+/* What a file system has left for others than root, in bytes; undef if it does not tell. */
+SV *glue_free_bytes(pTHX_ SV *path);
 /* undef where there is no such member. */
 SV *glue_fetch(pTHX_ HV *hash, const char *key);
 const char *glue_text_or_null(pTHX_ SV *sv);

@@ -1,5 +1,7 @@
-/* Text, lists of it, and members of Perl hashes. */
+/* Text, lists of it, members of Perl hashes, and what else makes plain scalars. */
 #include "glue.h"
+
+#include <sys/statvfs.h>
 
 SV *glue_sv_from_text(pTHX_ const char *text)
 {
@@ -62,4 +64,13 @@ AV *glue_take_lines(pTHX_ GPtrArray *lines)
     }
     g_ptr_array_unref(lines);
     return list;
+}
+
+SV *glue_free_bytes(pTHX_ SV *path)
+{
+    struct statvfs about;
+
+    return statvfs(SvPVbyte_nolen(path), &about) == 0
+               ? newSVuv((UV)about.f_bavail * (UV)about.f_frsize)
+               : newSV(0);
 }

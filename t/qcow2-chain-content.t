@@ -13,7 +13,6 @@ use Time::HiRes ();
 
 use PBA::Test::Chain;
 use PBA::Test::QemuNbd;
-use PVE::BackupAccess::Provider::Qcow2Chain;
 
 my $KiB = 1 << 10;
 my $device = 'drive-scsi0';
@@ -144,12 +143,63 @@ subtest 'a target that loses a write' => sub {
     ok($chain->backup, 'the next one');
     $chain->check('brings it all');
 
-    $chain->{provider} = PVE::BackupAccess::Provider::Qcow2Chain->new(undef,
-        { path => $chain->store, 'no-check' => 1 }, 'test');
+    local $chain->provider->{'no-check'} = 1;
     $chain->disk($device)->write([512 * $KiB, 64 * $KiB, 0x55]);
     my $name = after_writing($lose, sub { $chain->backup });
     ok($name, 'unless nobody looks');
     like(problems($chain, $name), said(512 * $KiB), 'but verify does');
+};
+
+subtest 'a merge that loses a write' => sub {
+    my ($chain, @names) = new_chain();
+    my ($lost, $full) = (1, 0);
+    {
+        no warnings qw(redefine once);
+        my $commit = \&PVE::BackupAccess::Provider::Qcow2Chain::Content::commit_image;
+        local *PVE::BackupAccess::Provider::Qcow2Chain::Content::commit_image = sub ($image) {
+            $commit->($image);
+            rot($chain->path_of($names[0], "$device.qcow2"), 1024 * $KiB)
+                if $image =~ m/scsi0/ && $lost;
+            return;
+        };
+        eval { $chain->provider->remove($names[0]) };
+        like($@, qr/the merged image .* lacks what was merged - 65536 .* offset 1048576/,
+            'is found');
+        $chain->forget($names[0]);
+        is($chain->problem($_), '', 'the others are there') for @names[1, 2];
+    }
+    $chain->provider->prune(100, 5);
+    $chain->check('and the merge is ended later');
+
+    my $free = 2 << 20;
+    no warnings 'redefine';
+    local *PVE::BackupAccess::_free_bytes = sub (@) { $free };
+    $chain->disk($device)->write([3 << 20, 1 << 20, 0x66]);
+    $chain->backup or die $chain->error;
+    my @left = $chain->names;
+    my $remove = sub { $chain->provider->remove($left[-2]) };
+    ok(!eval { $remove->(); 1 }, 'what there is no space for');
+    like($@, qr/may take 3\.0 MiB, and there are 2\.0 MiB left/, 'says so');
+    $chain->check('nothing was begun');
+    $free = 4 << 20;
+    $remove->();
+    $chain->forget($left[-2]);
+    $chain->check('with enough');
+};
+
+subtest 'a chain that is long enough' => sub {
+    no warnings 'once';
+    local $PVE::BackupAccess::Provider::Qcow2Chain::Guest::longest_chain = 3;
+    my ($chain, @names) = new_chain();
+    ok($chain->backup, 'another backup');
+    is($chain->modes->{$device}, 'new', 'is a full one');
+    like(
+        $chain->log,
+        qr/full backup - a chain of 3 archives is long enough/,
+        'and the log says why'
+    );
+    ok($chain->backup, 'one more');
+    is($chain->modes->{$device}, 'reuse', 'goes on from that');
 };
 
 # What a program of version 0.1 would have made of it.

@@ -233,7 +233,7 @@ subtest 'a removal is killed' => sub {
         return;
     };
     local $base->{expected} = { map { $_ => $base->{expected}{$_} } @names[0, 2] };
-    for my $crash ((map { [$_, 'before'] } 2 .. 6), more(map { [$_, 'after'] } 1 .. 6)) {
+    for my $crash ((map { [$_, 'before'] } 2 .. 8), more(map { [$_, 'after'] } 1 .. 8)) {
         $base->use_copy($store);
         my $text = "killed $crash->[1] rename $crash->[0]";
         ok(killed_at($crash->@*, sub () { $base->provider->remove($removed) }), $text);
@@ -243,7 +243,7 @@ subtest 'a removal is killed' => sub {
         $base->use_copy($store);
         my $remove = sub () {
             no warnings 'redefine';
-            local *PVE::BackupAccess::Provider::Qcow2Chain::Archive::commit_image = \&commit_partly;
+            local *PVE::BackupAccess::Provider::Qcow2Chain::Content::commit_image = \&commit_partly;
             $base->provider->remove($removed);
         };
         ok(killed_at(0, 'never', $remove), 'killed in the merge');

@@ -279,18 +279,16 @@ sub _copy_options ($self, $device, $info) {
 sub backup_cleanup ($self, $vmid, $vmtype, $success, $info) {
     my $task = delete($self->{task}) // return { stats => {} };
     my ($guest, $name, $archive) = $task->@{qw(guest name archive)};
-    if ($success && $task->{published}) {
-        $self->{last} = $guest->archive($name);
-        return { stats => { 'archive-size' => $self->{last}->file_size } };
+    if (!$task->{published}) {
+        $guest->discard($archive->entry) if $archive;
+        return { stats => {} };
     }
-    if ($task->{published}) {
-        my $lock = $guest->lock;
-        $guest->remove($name);
-    }
-    elsif ($archive) {
-        $guest->discard($archive->entry);
-    }
-    return { stats => {} };
+
+    # Bitmaps may have begun anew with it; if not, they have more than what changed since.
+    $self->{log}->('warn', "vm/$vmid/$name is complete and stays, whatever failed after it")
+        if !$success;
+    $self->{last} = $guest->archive($name);
+    return { stats => { 'archive-size' => $self->{last}->file_size } };
 }
 
 # The log is not part of what has to be there.
@@ -536,7 +534,8 @@ An incremental backup goes on top of the archive that the device's bitmap is rel
 that ties bitmaps to backups (L<PVE::BackupAccess::Task>) says which one that is. For one that does not, Proxmox VE
 itself, the host notes outside of the directory which archive it made last for each storage id (C<state-dir> of
 L</new>), and that must be the directory's newest one. Where the archive is not there, is damaged, or lacks something
-it builds on, or where the device has another size, the device gets a full backup, and the log says why. Damage is
+it builds on, where the device has another size, or where there are 100 archives in its chain, the device gets a full backup, and
+the log says why. Damage is
 seen here if it changed a file's size or time (then the content is read); L</verify> sees all.
 
 One directory takes the backups of one guest for each number, and one storage id stands for one
@@ -595,7 +594,8 @@ from the guest. That proves the programs that wrote, not the disk below the page
 
 =head2 backup_cleanup
 
-Without success, the archive is removed. With success, C<archive-size> is what its own files take.
+Removes what is not complete. An archive that L</backup_vm> has completed stays, also without success: what failed
+came later, such as a prune, and bitmaps may be relative to it already. C<archive-size> is what its own files take.
 
 =head2 backup_handle_log_file
 
@@ -711,8 +711,8 @@ without reading its images.
     $provider->remove($volname);
 
 Removes one archive, wherever it is in its chain. What the next one needs of it is kept: the next one's
-changes are merged into its image, which then becomes the next one's. That takes no more space, and
-time as the next one's own size does. It can be killed at
-any moment; the next backup or removal ends it. While the archive or the next one is being restored, it dies.
+changes are merged into its image and read back, and only then does that take the place of the next one's. Nothing is begun
+where there may not be space enough for what only the next one has. A block that is damaged stays known as damaged. It can
+be killed at any moment; the next backup or removal ends it. While the archive or the next one is being restored, it dies.
 
 =cut

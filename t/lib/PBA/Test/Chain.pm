@@ -84,7 +84,7 @@ sub write_random ($self, $count = 6) {
 }
 
 # One backup in the order of the API. during => called when the volumes are there; late => 1: it
-# fails after the bitmaps were cleared; then => called before backup_cleanup; run => is given
+# fails after the bitmaps were cleared, and the archive stays; then => called before backup_cleanup; run => is given
 # backup_vm to be called in another process, which is to be killed. Returns the archive's name,
 # undef if it failed.
 sub backup ($self, %options) {
@@ -119,9 +119,9 @@ sub backup ($self, %options) {
     $self->{result} = $provider->backup_cleanup($vmid, 'qemu', $success,
         $success ? {} : { error => $self->{error} });
     $self->{modes} = { map { $_ => $volumes{$_}{'bitmap-mode'} } keys %volumes };
-    return undef if !$success;
+    return undef if !$done;
     $self->expect($name);
-    return $name;
+    return $success ? $name : undef;
 }
 
 # What the next backup would be: { device => use or new }.

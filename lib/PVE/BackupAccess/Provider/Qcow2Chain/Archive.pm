@@ -8,16 +8,18 @@ use v5.36;
 use JSON::PP ();
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Provider::Qcow2Chain::Digests qw(merge_digests);
+use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(merge_image);
+use PVE::BackupAccess::Provider::Qcow2Chain::Digests qw(bytes_to_add merge_digests);
 use PVE::BackupAccess::Provider::Qcow2Chain::File
     qw(fingerprint make_directory move read_file replace_file sha256 sync write_file);
-use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(commit_image create_image image_problem);
+use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(create_image image_problem);
 use PVE::BackupAccess::Try qw(attempt attempt_any);
 
 # With digests of what was read. The one before, 1, of version 0.1, has the SHA-256 of each image; a
 # program of that version does not read 2.
 my $format = 2;
 my $digest_block = 65536;
+my $spare = 1 << 20;
 my $json = JSON::PP->new->utf8->canonical->pretty;
 
 my $manifest_name = 'manifest.json';
@@ -294,6 +296,13 @@ sub mark_removed ($self) {
     return;
 }
 
+# What a merge of the parent takes at most, in bytes, with some for what is not data.
+sub merge_space ($self, $device, $parent) {
+    my $digests = $self->digests($device);
+    return -s $self->image($device) if !defined($digests);
+    return $spare + (-s $digests) + bytes_to_add($digests, $parent->digests($device));
+}
+
 # The parent's image becomes this archive's: all of the device that either has. What either shows
 # stays the same all the time, so that this may be done again from the start after a crash.
 sub absorb ($self, $device, $parent) {
@@ -302,7 +311,7 @@ sub absorb ($self, $device, $parent) {
     # The manifest last: until then it names a file that shows this archive, before the move and
     # after it. The data is durable before the move, which takes away the only other file that has it.
     if (-e $theirs) {
-        commit_image($mine);
+        merge_image($self, $device, $theirs);
         sync($theirs);
         move($theirs, $mine);
     }

@@ -10,11 +10,13 @@ use Time::HiRes qw(time);
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Digests qw(is_known);
+use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(commit_image);
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use PVE::BackupAccess::Try qw(attempt);
 use PVE::BackupAccess::Volume;
 
-our @EXPORT_OK = qw(chain_damage check_stored content_problem describe joined);
+our @EXPORT_OK = qw(chain_damage check_stored content_problem describe joined
+    merge_image);
 
 my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
 
@@ -47,22 +49,31 @@ sub describe (@ranges) {
         . ($more ? " and $more more" : '');
 }
 
-# The ranges of what the archive itself has of the device that are not as they were read. What it
-# builds on has to be there.
-my sub damage ($archive, $device) {
+# The ranges of what a file of digests knows that are otherwise in an image. What the image builds on
+# has to be there.
+my sub damage_in ($image, $size, $digests) {
     local $SIG{CHLD} = 'DEFAULT';    # the caller's may wait for every child
-    my $server = $Server->start($archive->image($device));
-    my $volume = PVE::BackupAccess::Volume->open('image',
-        { 'nbd-path' => $server->uri, size => $archive->device($device)->{size} });
+    my $server = $Server->start($image);
+    my $volume
+        = PVE::BackupAccess::Volume->open('image', { 'nbd-path' => $server->uri, size => $size });
     my @ranges;
     $volume->check(
-        expected => [$archive->digests($device)],
+        expected => [$digests],
         'only-known' => 1,
         damaged => sub ($offset, $length) { push(@ranges, [$offset, $length]) },
     );
     $volume->close;
     $server->kill;
     return joined(@ranges);
+}
+
+# Of what the archive itself has of the device.
+my sub damage ($archive, $device) {
+    return damage_in(
+        $archive->image($device),
+        $archive->device($device)->{size},
+        $archive->digests($device)
+    );
 }
 
 # Reads what was written just now, as a restore would. It comes from the page cache: what the disk
@@ -76,6 +87,33 @@ sub check_stored ($archive, $device, $log) {
         device => $device
     ) if @damage;
     $log->('info', sprintf('%s: checked in %.1f s', $device, time - $start));
+    return;
+}
+
+my sub offsets ($block, @ranges) {
+    return map {
+        my ($offset, $length) = $_->@*;
+        map { $offset + $_ * $block } 0 .. ($length - 1) / $block
+    } @ranges;
+}
+
+# Puts what the archive has of the device into the image that it builds on. Until the caller has moved
+# that here, the archive shows what it has itself: nothing is lost when a merge goes wrong, which is
+# found by reading what was merged. What was damaged before stays known by its digests.
+sub merge_image ($archive, $device, $into) {
+    my $digests = $archive->digests($device);
+    return commit_image($archive->image($device)) if !defined($digests);    # version 0.1
+    my $about = $archive->device($device);
+    my $block = $about->{digests}{block};
+    my %known = map { $_ => 1 } offsets($block, damage($archive, $device));
+    commit_image($archive->image($device));
+    my @new = grep { !$known{$_} } offsets($block, damage_in($into, $about->{size}, $digests));
+    PVE::BackupAccess::Error->throw(
+        'ContentError',
+        "device $device: the merged image $into lacks what was merged - "
+            . describe(joined(map { [$_, min($block, $about->{size} - $_)] } @new)),
+        device => $device
+    ) if @new;
     return;
 }
 

@@ -9,7 +9,7 @@ use Fcntl qw(O_CREAT O_EXCL O_RDONLY O_WRONLY SEEK_SET);
 
 use PVE::BackupAccess::Error;
 
-our @EXPORT_OK = qw(is_known merge_digests);
+our @EXPORT_OK = qw(bytes_to_add is_known merge_digests);
 
 my $header_size = 4096;
 my $digest_size = 32;
@@ -79,6 +79,26 @@ sub merge_digests ($newer_path, $older_path, $path) {
     $put->(0, $older->{header});
     close($fh) or fail("cannot write $path - $!");
     return;
+}
+
+# What an image grows by at most when a newer one is merged into it: what only the newer one has. In a
+# complete file what is not known is zeroes, which take no space.
+sub bytes_to_add ($newer_path, $older_path) {
+    my ($newer, $older) = map { open_file($_) } $newer_path, $older_path;
+    my $end = $header_size + $newer->{blocks} * $digest_size;
+    my $blocks = 0;
+    for (my $at = $header_size; $at < $end; $at += $part) {
+        my $length = $end - $at < $part ? $end - $at : $part;
+        my ($new, $old) = map { read_at($_, $at, $length) } $newer, $older;
+        next if $new !~ m/[^\0]/;
+        $blocks += grep {
+                   substr($new, $_, $digest_size) =~ m/[^\0]/
+                && substr($old, $_, $digest_size)
+                !~ m/[^\0]/
+            }
+            map { $_ * $digest_size } 0 .. $length / $digest_size - 1;
+    }
+    return $blocks * $newer->{block};
 }
 
 1;
