@@ -5,11 +5,13 @@ use v5.36;
 use FindBin;
 use lib "$FindBin::Bin/lib";
 
+use Fcntl qw(O_EXCL O_RDONLY);
 use JSON::PP ();
 use Test::More;
 
 use PBA::Test::Chain;
-use PBA::Test::Command qw(run_command);
+use PBA::Test::Command qw(run_command start_command);
+use PBA::Test::QemuNbd;
 use PVE::BackupAccess::Provider::Qcow2Chain::File qw(remove_tree write_file);
 use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(check_name name_of number_for number_of);
 
@@ -153,6 +155,80 @@ subtest 'a broken chain' => sub {
         'a dry run says so'
     );
 };
+
+# The image as qemu-img sees it, raw.
+sub raw_of ($chain, $image) {
+    my $file = $chain->tmp . '/' . ++$chain->{restored} . '.raw';
+    PBA::Test::QemuNbd::img('convert', '-f', 'qcow2', '-O', 'raw', $image, $file);
+    return content($file);
+}
+
+subtest 'restore to qcow2' => sub {
+    my $chain = new_chain(2);
+    my ($name) = reverse($chain->names);
+    my $dir = $chain->tmp . '/qcow2';
+    mkdir($dir) or die "mkdir: $!\n";
+    my $run = run_of('restore', $chain->path_of($name), $dir, '--format', 'qcow2');
+    is($run->[0], 0, 'exit status') or diag($run->[2]);
+    is($run->[1], join('', map { "$dir/$_.qcow2\n" } $chain->devices), 'the files');
+    is(raw_of($chain, "$dir/$_.qcow2"), $chain->{expected}{$name}{$_}, $_) for $chain->devices;
+    is((stat("$dir/drive-scsi0.qcow2"))[2] & 0777, 0600, "its owner's alone");
+    is(run_of('restore', $chain->path_of($name), $dir, '--format', 'vmdk')->[0], 2, 'no other');
+};
+
+# Whatever ends it, nothing has its name until all is there, and it can be run again.
+subtest 'a restore that is interrupted' => sub {
+    my $chain = new_chain(1);
+    my ($name) = $chain->names;
+    my $interrupted = 0;
+    for my $case ([TERM => 'raw', 'raw'], [KILL => 'qcow2', 'raw'], [KILL => 'raw', 'raw']) {
+        my ($signal, $first, $second) = $case->@*;
+        my $text = "SIG$signal, then $second";
+        my $dir = $chain->tmp . "/$signal-$first";
+        mkdir($dir) or die "mkdir: $!\n";
+        my $command = start_command('restore', $chain->path_of($name), $dir, '--format', $first);
+        $command->wait_for(err => qr/drive-scsi0: restoring/);
+        $command->kill($signal);
+        next if ($command->finish->{status} // 1) == 0;    # it had ended already
+        $interrupted++;
+        my @left = grep { !m/[.]part\z/ } glob("$dir/*");
+        is_deeply(\@left, [], "$text: no file has its name");
+        is_deeply([glob("$dir/*")], [], "$text: nor is there any") if $signal ne 'KILL';
+        is(run_of('restore', $chain->path_of($name), $dir, '-q')->[0], 0, "$text: run again");
+        is(content("$dir/$_.$second"), $chain->{expected}{$name}{$_}, "$text: $_")
+            for $chain->devices;
+    }
+    cmp_ok($interrupted, '>', 0, 'at least one was');
+};
+
+subtest 'restore to a block device' => sub {
+    plan(skip_all => 'needs root and loop devices') if $> != 0 || !-e '/dev/loop-control';
+    my $chain = new_chain(1);
+    my ($name) = $chain->names;
+    my $file = $chain->tmp . '/disk';
+    open(my $fh, '>', $file) or die "$file: $!\n";
+    truncate($fh, length($chain->{expected}{$name}{'drive-scsi0'})) or die "$file: $!\n";
+    chomp(my $device = `losetup --find --show $file`);
+    die "losetup failed\n" if $?;
+    my @restore
+        = ('restore', $chain->path_of($name), $device, '--device', 'drive-scsi0', '--format');
+    is(run_of(@restore, 'qcow2')->[0], 2, 'not as qcow2');
+    my $used = open_exclusively($device);
+    my $run = run_of(@restore, 'raw');
+    is($run->[0], 1, 'in use: exit status');
+    like($run->[2], qr/\Q$device\E cannot be written to: .* - it is mounted, or another/, 'why');
+    is(content($file), "\0" x -s $file, 'in use: it is untouched');
+    close($used);
+    is(run_of(@restore, 'raw')->[0], 0, 'free: exit status');
+    system('losetup', '--detach', $device) == 0 or die "losetup failed\n";
+    is(content($file), $chain->{expected}{$name}{'drive-scsi0'}, 'free: the content');
+};
+
+# As the kernel has a device that is mounted.
+sub open_exclusively ($device) {
+    sysopen(my $fh, $device, O_RDONLY | O_EXCL) or die "$device: $!\n";
+    return $fh;
+}
 
 subtest 'verify and help' => sub {
     my $chain = new_chain(2);

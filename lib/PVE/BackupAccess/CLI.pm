@@ -35,7 +35,7 @@ my %commands = (
     restore => {
         module => 'Restore',
         arguments => ['ARCHIVE', 'TARGET'],
-        options => [qw(device=s no-verify quiet|q json)],
+        options => [qw(device=s format=s no-verify quiet|q json)],
     },
     list => {
         module => 'Archives',

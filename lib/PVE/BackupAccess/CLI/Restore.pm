@@ -1,35 +1,38 @@
 package PVE::BackupAccess::CLI::Restore;
 
-# An archive's disks as raw images.
+# An archive's disks as images, or onto block devices.
 
 use v5.36;
 
 use Fcntl qw(O_CREAT O_EXCL O_WRONLY);
 
+use PVE::BackupAccess::CLI qw(usage_error);
 use PVE::BackupAccess::CLI::Access qw(text);
 use PVE::BackupAccess::CLI::ArchivePath qw(archive_at provider_for without_slash);
 use PVE::BackupAccess::CLI::Output qw(say_error say_json say_out);
 use PVE::BackupAccess::CLI::Progress;
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(describe joined);
+use PVE::BackupAccess::Provider::Qcow2Chain::Image qw($cluster_size create_image);
+use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use PVE::BackupAccess::Try qw(attempt ensure);
 use PVE::BackupAccess::Volume;
 
-my sub image_name ($device) {
+my sub image_name ($device, $format) {
     utf8::encode($device);
-    return $device =~ s!/!%2F!gr . '.raw';
+    return $device =~ s!/!%2F!gr . ".$format";
 }
 
 # { device => file } of what is to be restored. Nothing that is there is overwritten but a block
 # device, which the user has named.
-my sub targets ($volumes, $target, $device) {
+my sub targets ($volumes, $target, $device, $format) {
     my @devices = defined($device) ? ($device) : sort keys $volumes->%*;
     die "the archive has no device $device - it has " . join(', ', sort keys $volumes->%*) . "\n"
         if defined($device) && !$volumes->{$device};
     my %files;
     if (-d $target) {
         $target = without_slash($target);
-        %files = map { $_ => "$target/" . image_name($_) } @devices;
+        %files = map { $_ => "$target/" . image_name($_, $format) } @devices;
     }
     elsif ($target =~ m!/\z!) {
         die "$target is not a directory - make it first\n";
@@ -44,6 +47,8 @@ my sub targets ($volumes, $target, $device) {
     }
     for my $file (sort values %files) {
         die "$file exists already - it is not overwritten\n" if -e $file && !-b $file;
+        usage_error("--format qcow2 is for files, and $file is a block device")
+            if -b $file && $format ne 'raw';
     }
     return \%files;
 }
@@ -54,16 +59,54 @@ my sub open_new ($file) {
     return $fh;
 }
 
-# Has a new file filled, which is complete or not there.
-my sub make_file ($file, $fill, $end = sub (@) { }) {
+# ---- new files: all of them are there, or none ----
+
+# A handle for the file, which has another name until the end.
+my sub begin_file ($job, $file) {
     my $part = "$file.part";
     unlink($part);    # of a restore that was killed
-    my $make = sub {
-        $fill->(open_new($part));
-        rename($part, $file) or die "cannot rename $part to $file: $!\n";
-    };
-    ensure($make, sub (@) { unlink($part); $end->() });
+    my $fh = open_new($part);
+    $job->{parts}{$file} = $part;
+    return $fh;
 }
+
+my sub publish_files ($job) {
+    for my $file (sort keys $job->{parts}->%*) {
+        rename($job->{parts}{$file}, $file)
+            or die "cannot rename $job->{parts}{$file} to $file: $!\n";
+        delete($job->{parts}{$file});
+    }
+}
+
+my sub discard_file ($job, $file) {
+    unlink(delete($job->{parts}{$file}) // return);
+}
+
+# ---- formats: what has the data copied into a file ----
+
+my sub fill_raw ($job, $file, $size, $copy) { $copy->(begin_file($job, $file)) }
+
+my sub fill_qcow2 ($job, $file, $size, $copy) {
+    close(begin_file($job, $file));
+    my $part = $job->{parts}{$file};
+    my ($bytes) = $size =~ m/\A([0-9]+)\z/;    # of a manifest, which was checked: no taint
+    create_image($part, $bytes);
+    my $server = PVE::BackupAccess::Provider::Qcow2Chain::Server->start($part, writable => 1);
+    $copy->($server->uri, 'cluster-size' => $cluster_size);
+    $server->stop;
+}
+
+my %fill = (raw => \&fill_raw, qcow2 => \&fill_qcow2);
+
+# A disk that is mounted, or that a guest uses, would be destroyed under it: the kernel refuses (open(2)).
+my sub fill_device ($job, $file, $size, $copy) {
+    sysopen(my $fh, $file, O_WRONLY | O_EXCL)
+        or die "$file cannot be written to: $!"
+        . ($!{EBUSY} ? ' - it is mounted, or another program has it' : '') . "\n";
+    $copy->($fh);
+}
+
+# ---- a restore ----
 
 # What the data has to fit. Where that cannot be told the device is restored, as well as can be, but
 # not in silence.
@@ -72,7 +115,7 @@ my sub expected ($job, $device) {
     my $digests = [];
     my $error = attempt { $digests = $job->{provider}->digests($job->{volname}, $device) };
     push($job->{problems}->@*, "$error") if $error;
-    $job->{progress}->say("$device: has no digests of what was read, so it is not verified")
+    $job->{progress}->warn("$device: has no digests of what was read, so it is not verified")
         if !$error && !$digests->@*;
     return $digests->@* ? (expected => $digests) : ();
 }
@@ -80,7 +123,7 @@ my sub expected ($job, $device) {
 my sub copy ($job, $device, $size, $file) {
     my ($provider, $volname, $progress) = $job->@{qw(provider volname progress)};
     my @damage;
-    my $restore = sub ($to) {
+    my $copy = sub ($to, @options) {
         my %expected = expected($job, $device);
         my $info = $provider->restore_vm_volume_init($volname, $device, {});
         my $volume = PVE::BackupAccess::Volume->open($device,
@@ -88,16 +131,18 @@ my sub copy ($job, $device, $size, $file) {
         $volume->copy(
             to => $to,
             progress => sub ($done, $total) { $progress->update($device, $done, $total) },
+            @options,
             %expected,
             %expected ? (damaged => sub (@range) { push(@damage, [@range]) }) : (),
         );
         $volume->close;
     };
+    my $fill = -b $file ? \&fill_device : $fill{ $job->{format} };
     my $end = sub (@) {
         $progress->end;
         $provider->restore_vm_volume_cleanup($volname, $device, {});
     };
-    -b $file ? ensure(sub { $restore->($file) }, $end) : make_file($file, $restore, $end);
+    ensure(sub { $fill->($job, $file, $size, $copy) }, $end);
     return joined(@damage);
 }
 
@@ -112,17 +157,20 @@ my sub restore_all ($job, $volumes, $files) {
         push($job->{problems}->@*, "$device: " . describe(@damage) . '; the rest is restored')
             if @damage;
         $job->{damaged}{$device} = \@damage if @damage;
-        delete($files->{$device}) if $error;
+        next if !$error;
+        discard_file($job, $file);
+        delete($files->{$device});
     }
 }
 
 # Beside the disks, where there is one and the target is a directory.
-my sub restore_config ($provider, $volname, $target) {
-    my $config = $provider->archive_get_guest_config($volname);
+my sub restore_config ($job, $target) {
+    my $config = $job->{provider}->archive_get_guest_config($job->{volname});
     return if !-d $target || ($config // '') eq '';
     my $file = "$target/guest.conf";
     die "$file exists already - it is not overwritten\n" if -e $file;
-    make_file($file, sub ($fh) { print {$fh} $config and close($fh) or die "$file: $!\n" });
+    my $fh = begin_file($job, $file);
+    print {$fh} $config and close($fh) or die "$file: $!\n";
     return $file;
 }
 
@@ -139,21 +187,30 @@ my sub show ($opt, $files, $config, $damaged) {
 }
 
 sub run ($opt, $path, $target) {
+    my $format = $opt->{format} // 'raw';
+    usage_error("--format wants raw or qcow2, not '$format'") if !$fill{$format};
     my ($directory, $volname) = archive_at($path);
     my $provider = provider_for($directory);
     my $volumes = $provider->restore_vm_init($volname);
     my $device = defined($opt->{device}) ? text($opt->{device}) : undef;
-    my $files = targets($volumes, $target, $device);
-    my $config = defined($device) ? undef : restore_config($provider, $volname, $target);
+    my $files = targets($volumes, $target, $device, $format);
     my $job = {
         provider => $provider,
         volname => $volname,
+        format => $format,
         progress => PVE::BackupAccess::CLI::Progress->new($opt->{quiet}),
         'no-verify' => $opt->{'no-verify'},
+        parts => {},
         problems => [],
         damaged => {},
     };
-    restore_all($job, $volumes, $files);
+    my $config;
+    my $restore = sub {
+        $config = defined($device) ? undef : restore_config($job, $target);
+        restore_all($job, $volumes, $files);
+        publish_files($job);
+    };
+    ensure($restore, sub (@) { discard_file($job, $_) for keys $job->{parts}->%* });
     $provider->restore_vm_cleanup($volname);
     show($opt, $files, $config, $job->{damaged});
     say_error("pve-backup-access restore: $_") for $job->{problems}->@*;
