@@ -204,6 +204,7 @@ sub _detach_fleecing ($self) {
 
 sub _recover ($self) {
     PVE::BackupAccess->recover($self->{backend}->options, log => sub { });
+    $self->{dead} = 0;
     return;
 }
 
@@ -254,9 +255,13 @@ sub _backup ($self, %opt) {
     $self->{log} = [];
     my $provider = $self->_provider($opt{store} // $self->_current_store);
     $self->_attach_fleecing;
-    my $result = eval { $self->_run_backup($provider, %opt) };
+    my $result = eval {
+        $self->_recover if $opt{target};  # a dead process' access for another target stays as it is
+        $self->_run_backup($provider, %opt);
+    };
     my $error = $@;
     return $self->_retry_after($error, %opt) if !$result;
+    $self->{dead} = 0;
     $self->_detach_fleecing;
     $self->{modes} = {};
 
@@ -307,6 +312,7 @@ sub _failed ($self, $when) {
 sub _killed ($self, $when) {
     $self->{log} = [];
     $self->_attach_fleecing;
+    $self->{dead} = 1;
     my $pid = fork() // die "fork: $!\n";
     if (!$pid) {
         my $provider = $self->_provider($self->_current_store);

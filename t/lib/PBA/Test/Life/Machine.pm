@@ -15,7 +15,7 @@ my @ids = qw(disk0 disk1);
 my @targets = qw(snapshot-access:test snapshot-access:second);
 
 sub _restart ($self, @args) {
-    $self->{fleecing} = 0;
+    $self->{fleecing} = $self->{dead} = 0;
     $self->{backend}->restart(@args);
     return;
 }
@@ -69,13 +69,13 @@ sub _carry_bitmaps ($self, $is_on = 1) {
     return;
 }
 
-# False where QEMU refuses: Proxmox' does while the access of a killed backup is there.
+# False where QEMU refuses, as it may while the access of a killed backup is there.
 sub _wait_migrated ($self) {
     while (1) {
         my $now = $self->_vm->qmp('query-migrate');
         my $status = $now->{status} // 'none';
         return 1 if $status eq 'completed';
-        return 0 if $status eq 'failed' && $self->{fleecing};
+        return 0 if $status eq 'failed' && $self->{dead};
         die 'migration failed: ' . ($now->{'error-desc'} // '') . "\n" if $status eq 'failed';
         Time::HiRes::sleep(0.02);
     }
@@ -137,8 +137,8 @@ sub _migrate_and_back ($self) {
 sub _savevm ($self) {
     $self->_recover;
 
-    # Proxmox' QEMU 11.0 hangs in a savevm, which Proxmox VE does not use, that is to save a bitmap.
-    $self->_carry_bitmaps(0) if $self->{backend}->name ne 'upstream';
+    # QEMU (7.2, Proxmox' 11.0) hangs in a savevm that is to take bitmaps along, whoever made them.
+    $self->_carry_bitmaps(0);
     my $said = $self->_vm->hmp('savevm saved');
     $self->{vm_state} = { $self->{content}->%* } if $said eq '';
     return;
