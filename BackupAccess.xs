@@ -123,7 +123,10 @@ _status(HV *options)
             .identity = glue_fetch_text(aTHX_ options, "identity"),
             .fleecing_dir = glue_fetch_text(aTHX_ options, "fleecing-dir"),
         };
-        JsonNode *status = pba_status(client, &access_options, &hooks, &error);
+        SV *known = glue_fetch(aTHX_ options, "access");
+        JsonNode *status =
+            pba_status(client, &access_options,
+                       SvOK(known) ? glue_access_from_sv(aTHX_ known)->access : NULL, &hooks, &error);
         pba_qmp_free(client);
         SvREFCNT_dec(caller.transport);
         if (!status) {
@@ -197,48 +200,68 @@ _sizes(PbaAccessObject *self, AV *devices)
 
 SV *
 _bases(PbaAccessObject *self, AV *devices)
-    PREINIT:
-        GError *error = NULL;
     CODE:
-        glue_require_idle(aTHX_ &self->caller, self->owner);
-        size_t count;
-        PbaDeviceRequest *requests = glue_requests_by_name(aTHX_ devices, &count);
-        char **bases = (char **)SvPVX(sv_2mortal(newSV(count * sizeof(char *) + 1)));
-        if (!pba_access_bases(self->access, requests, count, bases, &error)) {
-            glue_throw_error(aTHX_ &self->caller, error);
-        }
-        HV *hash = (HV *)sv_2mortal((SV *)newHV());
-        for (size_t i = 0; i < count; i++) {
-            SV *device = *av_fetch(devices, (SSize_t)i, 0);
-            (void)hv_store_ent(hash, device,
-                               bases[i] ? glue_sv_from_text(aTHX_ bases[i]) : newSV(0), 0);
-            g_free(bases[i]);
-        }
-        glue_throw_pending(aTHX_ &self->caller);
-        RETVAL = newRV_inc((SV *)hash);
+        RETVAL = glue_ask_bases(aTHX_ self, devices);
     OUTPUT:
         RETVAL
 
 SV *
-_setup(PbaAccessObject *self, AV *devices)
+_guest(PbaAccessObject *self)
+    CODE:
+        const char *guest = pba_access_guest(self->access);
+        RETVAL = guest ? glue_sv_from_text(aTHX_ guest) : newSV(0);
+    OUTPUT:
+        RETVAL
+
+void
+_warnings(PbaAccessObject *self)
+    PPCODE:
+        const GPtrArray *lines = pba_access_warnings(self->access);
+        for (guint i = 0; i < lines->len; i++) {
+            mXPUSHs(glue_sv_from_text(aTHX_ (const char *)lines->pdata[i]));
+        }
+
+void
+_prepare(PbaAccessObject *self, AV *devices)
     PREINIT:
         GError *error = NULL;
     CODE:
         glue_require_idle(aTHX_ &self->caller, self->owner);
         size_t count;
         PbaDeviceRequest *requests = glue_requests_from_hashes(aTHX_ devices, &count);
-        if (!pba_access_setup(self->access, requests, count, &error)) {
+        if (!pba_access_prepare(self->access, requests, count, &error)) {
             glue_throw_error(aTHX_ &self->caller, error);
         }
-        if (self->caller.exception && !pba_access_teardown(self->access, false, NULL, &error)) {
-            /* A setup that dies leaves nothing. */
-            glue_warn(&self->caller, "undoing setup: %s", error->message);
-            g_error_free(error);
-        }
         glue_throw_pending(aTHX_ &self->caller);
-        RETVAL = glue_sv_from_infos(aTHX_ self->access);
-    OUTPUT:
-        RETVAL
+
+void
+_cut(PbaAccessObject *self)
+    CODE:
+        glue_run_step(aTHX_ self, pba_access_cut);
+
+void
+_finish(PbaAccessObject *self)
+    CODE:
+        glue_run_step(aTHX_ self, pba_access_finish);
+
+void
+_release(PbaAccessObject *self)
+    CODE:
+        glue_require_idle(aTHX_ &self->caller, self->owner);
+        pba_qmp_release(self->qmp);
+
+void
+_undo_setup(PbaAccessObject *self)
+    CODE:
+        glue_require_idle(aTHX_ &self->caller, self->owner);
+        pba_access_undo_setup(self->access);
+        glue_throw_pending(aTHX_ &self->caller);
+
+void
+_log_warning(PbaAccessObject *self, const char *text)
+    CODE:
+        glue_warn(&self->caller, "%s", text);
+        glue_throw_pending(aTHX_ &self->caller);
 
 SV *
 _infos(PbaAccessObject *self)
@@ -264,14 +287,8 @@ _export(PbaAccessObject *self)
 
 void
 _serve_files(PbaAccessObject *self)
-    PREINIT:
-        GError *error = NULL;
     CODE:
-        glue_require_idle(aTHX_ &self->caller, self->owner);
-        if (!pba_access_serve_files(self->access, &error)) {
-            glue_throw_error(aTHX_ &self->caller, error);
-        }
-        glue_throw_pending(aTHX_ &self->caller);
+        glue_run_step(aTHX_ self, pba_access_serve_files);
 
 int
 _open_file(PbaAccessObject *self, UV index)
@@ -307,35 +324,15 @@ _teardown(PbaAccessObject *self, bool success, SV *id)
 
 SV *
 _recover(PbaAccessObject *self)
-    PREINIT:
-        GError *error = NULL;
     CODE:
-        glue_require_idle(aTHX_ &self->caller, self->owner);
-        GPtrArray *lines = g_ptr_array_new_with_free_func(g_free);
-        bool done = pba_access_recover(self->access, lines, &error);
-        AV *list = glue_take_lines(aTHX_ lines);
-        if (!done) {
-            glue_throw_error(aTHX_ &self->caller, error);
-        }
-        glue_throw_pending(aTHX_ &self->caller);
-        RETVAL = newRV_inc((SV *)list);
+        RETVAL = glue_take_steps(aTHX_ self, pba_access_recover);
     OUTPUT:
         RETVAL
 
 SV *
 _forget(PbaAccessObject *self)
-    PREINIT:
-        GError *error = NULL;
     CODE:
-        glue_require_idle(aTHX_ &self->caller, self->owner);
-        GPtrArray *lines = g_ptr_array_new_with_free_func(g_free);
-        bool done = pba_access_forget(self->access, lines, &error);
-        AV *list = glue_take_lines(aTHX_ lines);
-        if (!done) {
-            glue_throw_error(aTHX_ &self->caller, error);
-        }
-        glue_throw_pending(aTHX_ &self->caller);
-        RETVAL = newRV_inc((SV *)list);
+        RETVAL = glue_take_steps(aTHX_ self, pba_access_forget);
     OUTPUT:
         RETVAL
 

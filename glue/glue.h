@@ -142,6 +142,14 @@ PbaVolumeObject *glue_volume_from_sv(pTHX_ SV *sv);
 void glue_require_idle(pTHX_ Caller *caller, pid_t owner);
 void glue_require_open(pTHX_ PbaVolumeObject *self);
 
+/* Runs a step of the access, and throws what it ends with. */
+void glue_run_step(pTHX_ PbaAccessObject *self, bool (*step)(PbaAccess *access, GError **error));
+/* The same of one that says in lines what it has done: a list of them. */
+SV *glue_take_steps(pTHX_ PbaAccessObject *self,
+                    bool (*steps)(PbaAccess *access, GPtrArray *lines, GError **error));
+/* A hash with size and base for each of these devices. */
+SV *glue_ask_bases(pTHX_ PbaAccessObject *self, AV *devices);
+
 /* QMP by a path or a code ref; hooks and code ref live in the caller. */
 PbaQmp *glue_new_qmp(pTHX_ SV *qmp, unsigned timeout, Caller *caller);
 

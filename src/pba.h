@@ -160,8 +160,8 @@ typedef struct {
     unsigned major, minor, micro;
 } PbaCapabilities;
 
-/* Asks query-version, query-commands and, where there are Proxmox' commands in a QEMU that is not
- * Proxmox' own package of 10.0 or later, query-qmp-schema.
+/* Asks query-version; of a QEMU that is not Proxmox' own package of 10.0 or later also
+ * query-commands and, where there are Proxmox' commands, query-qmp-schema.
  * PBA_ERROR_UNSUPPORTED where neither backend is possible. */
 bool pba_capabilities(PbaQmp *qmp, PbaCapabilities *capabilities, GError **error);
 
@@ -175,15 +175,25 @@ void pba_access_free(PbaAccess *access);
 /* The sizes of the requests' devices, before setup; no mode matters. sizes has room for count. */
 bool pba_access_sizes(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
                       uint64_t *sizes, GError **error);
-/* The ids of the backups that the bitmaps of the requests' devices are relative to, before setup
- * and after what a dead process left is undone. bases has room for count; each is the caller's to
- * free, NULL where a bitmap is not there or must not be used. */
+/* The sizes, and the ids of the backups that the bitmaps of the requests' devices are relative to,
+ * before setup and after what a dead process left is undone. Both have room for count; each id is
+ * the caller's to free, NULL where a bitmap is not there or must not be used. */
 bool pba_access_bases(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
-                      char **bases, GError **error);
+                      uint64_t *sizes, char **bases, GError **error);
 /* Freezes the state of all devices at one instant (QAPI: backup-access-setup). On error nothing is
  * left behind and every bitmap keeps at least the bits it had. */
 bool pba_access_setup(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
                       GError **error);
+/* The same in three steps: all that may come before the instant; the instant itself, with one query
+ * before it, for which a guest may be frozen; the rest. Between them the caller may release qmp,
+ * for others to use the monitor. Where the second or third fails, pba_access_undo_setup is the
+ * caller's to call, when the guest is thawed. */
+bool pba_access_prepare(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
+                        GError **error);
+bool pba_access_cut(PbaAccess *access, GError **error);
+bool pba_access_finish(PbaAccess *access, GError **error);
+/* Undoes what there is of a setup, as after a failure; what cannot be undone is logged. */
+void pba_access_undo_setup(PbaAccess *access);
 /* Undoes what a process that is gone left of an access for this target, as after a failed backup.
  * An access of a living one, or of one that cannot be judged from here, is PBA_ERROR_STATE. Text
  * lines that say what was done are appended to lines (each to be freed); none if there was nothing.
@@ -194,10 +204,11 @@ bool pba_access_recover(PbaAccess *access, GPtrArray *lines, GError **error);
  * say what was done are appended to lines. */
 bool pba_access_forget(PbaAccess *access, GPtrArray *lines, GError **error);
 /* Looks at what there is of backups in this QEMU and on disk, of all targets, and changes nothing.
- * Of the options run_dir, identity and fleecing_dir are used. An object with the keys that the POD
- * of PVE::BackupAccess names (status); truth values are 1 and 0. The caller's to free. */
-JsonNode *pba_status(PbaQmp *qmp, const PbaAccessOptions *options, const PbaHooks *hooks,
-                     GError **error);
+ * Of the options run_dir, identity and fleecing_dir are used. known, if not NULL, is an access to
+ * the same QEMU, which is not asked again what it can do. An object with the keys that the POD of
+ * PVE::BackupAccess names (status); truth values are 1 and 0. The caller's to free. */
+JsonNode *pba_status(PbaQmp *qmp, const PbaAccessOptions *options, const PbaAccess *known,
+                     const PbaHooks *hooks, GError **error);
 /* Exports every device over NBD under its own name (QAPI: block-export-add), once. */
 bool pba_access_export(PbaAccess *access, GError **error);
 /* Exports, then has every device served as a file by a process of its own, once; on error none is
@@ -218,6 +229,10 @@ bool pba_access_is_up(const PbaAccess *access);
 
 size_t pba_access_device_count(const PbaAccess *access);
 void pba_access_device_info(const PbaAccess *access, size_t index, PbaDeviceInfo *info);
+/* The guest's UUID, borrowed; NULL: it was not asked for yet. */
+const char *pba_access_guest(const PbaAccess *access);
+/* What was to be warned of when the devices were exported: lines, borrowed. */
+const GPtrArray *pba_access_warnings(const PbaAccess *access);
 /* The NBD server's Unix socket; NULL before setup. Owned by the access. */
 const char *pba_access_socket(const PbaAccess *access);
 

@@ -14,6 +14,7 @@ use PVE::BackupAccess::GuestAgent;
 
 my @sync = ('guest-sync-delimited');
 my @freeze = (@sync, 'guest-fsfreeze-freeze');
+my @status = (@sync, 'guest-fsfreeze-status');
 my @thaw = (@sync, 'guest-fsfreeze-thaw');
 
 sub agent ($peer, %opt) {
@@ -83,9 +84,29 @@ for my $case (
 {
     my $peer = PBA::Test::AgentPeer->start(replies => { 'guest-fsfreeze-freeze' => 'busy' });
     check_error('busy', 'freeze', agent($peer, timeout => 1),
-        'TimeoutError', qr/no answer within 1 s/);
+        'TimeoutError', qr/no answer within 1 s - it was sent, and the guest may be frozen$/);
     is(agent($peer)->thaw, 1, 'busy: thawed after that');
-    is_deeply([$peer->commands], [@freeze, @thaw], 'busy: the commands');
+    is_deeply([$peer->commands], [@freeze, @status, @thaw], 'busy: the commands');
+}
+
+# The answer to a freeze is lost: the agent is asked.
+for my $case (['frozen', 1], ['thawed', 0, qr/the connection was closed$/]) {
+    my ($status, $is_frozen, $message) = $case->@*;
+    my $peer = PBA::Test::AgentPeer->start(
+        replies => {
+            'guest-fsfreeze-freeze' => 'close',
+            'guest-fsfreeze-status' => { return => $status },
+        }
+    );
+    my $agent = agent($peer);
+    if ($is_frozen) {
+        my @count = eval { $agent->freeze };
+        is_deeply(\@count, [undef], "$status: frozen") or diag($@);
+    }
+    else {
+        check_error($status, 'freeze', $agent, 'ConnectionError', $message);
+    }
+    is_deeply([$peer->commands], [@freeze, @status], "$status: the commands");
 }
 
 # An agent that takes its commands only when nobody waits any more freezes nothing then, but thaws.
@@ -93,9 +114,18 @@ for my $case (
     my $peer = PBA::Test::AgentPeer->start(asleep => 1);
     $peer->wait_for_record('asleep');
     my $agent = agent($peer, timeout => 1);
-    check_error('asleep', $_, $agent, 'TimeoutError', qr/no answer within 1 s/) for qw(freeze thaw);
+    check_error('asleep', 'freeze', $agent, 'TimeoutError',
+        qr/no answer within 1 s \(nothing was sent but a question whether the agent is there\)/);
+    my $began = time();
+    my @log;
+    my %hooks = agent($peer, timeout => 60, log => sub (@line) { push(@log, "@line") })->hooks;
+    $hooks{$_}->() for qw(freeze thaw);
+    like("@log", qr/\Awarn could not freeze .* within 5 s \(nothing was sent[^)]*\)\z/,
+        'one warning');
+    cmp_ok(time() - $began, '<', 15, 'and no thaw is waited for where no freeze was sent');
+    check_error('asleep', 'thaw', $agent, 'TimeoutError', qr/no answer within 1 s/);
     $peer->wake;
-    is_deeply([$peer->wait_for_commands(3)], [@sync, @thaw], 'asleep: the commands');
+    is_deeply([$peer->wait_for_commands(4)], [@sync, @sync, @thaw], 'asleep: the commands');
 }
 
 # A handler's exception ends waiting, but not thawing.

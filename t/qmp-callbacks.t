@@ -125,8 +125,13 @@ subtest 'handlers that do not die' => sub {
 sub logged_returns () {
     my $refusal = sub ($text) { action({ error => { class => 'GenericError', desc => $text } }) };
     my $refuse = 1;
+    my $odd = spoiled(
+        setup_reply({ devices => \@one }),
+        [0, 'bitmap-action'],
+        sub ($at, $key) { $at->{$key} = 'odd %s%n' }
+    );
     return pve_returns(
-        'nbd-server-start' => $refusal->('NBD server already running %s%n'),
+        'backup-access-setup' => $odd,
         'backup-access-teardown' =>
             sub (@) { return $refuse-- > 0 ? $refusal->("cannot\nundo %s%n") : {} },
     );
@@ -146,7 +151,7 @@ subtest 'log' => sub {
     my $peer = start_peer({ logged_returns() });
     my $access = new_access($peer, log => sub (@got) { push @logged, [@got] });
     ok(!eval { $access->setup(\@one); 1 }, 'setup dies');
-    like("$@", qr/already running %s%n/, 'with the first error');
+    like("$@", qr/odd %s%n/, 'with the first error');
     is((grep { $_->[0] eq 'warn' && $_->[1] =~ m/cannot undo %s%n/ } @logged), 1, 'it was told');
     ok(!(grep { $_->[1] =~ m/\n/ || @$_ != 2 } @logged), 'level and line');
     ends_well($access, $peer);

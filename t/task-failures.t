@@ -305,7 +305,7 @@ sub check_hooks ($context) {
     my $provider = PBA::Test::Provider->new;
     my %bad = ('run-dir' => '/proc/nowhere');
     ok(!run_job($context, 'setup fails', $provider, hooks($provider), %bad), 'setup fails: error');
-    is(hook_calls($provider), 'freeze thaw', 'setup fails: thawed');
+    is(hook_calls($provider), '', 'setup fails before the instant: it was not frozen');
 
     my %dies = map {
         my $hook = $_;

@@ -14,6 +14,7 @@ use XSLoader;
 use PVE::BackupAccess::Argument
     qw(bad_argument check_code check_filled_text check_flag check_hash check_options check_positive check_text);
 use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Try qw(deaths_of deaths_of_all is_own worst_of);
 use PVE::BackupAccess::Volume;
 
 XSLoader::load('PVE::BackupAccess', $VERSION);
@@ -124,6 +125,11 @@ sub status ($class, @options) {
     return _status(core_options($options));
 }
 
+# The same with what this access knows of QEMU already.
+sub _look ($self, %options) {
+    return _status({ core_options(\%options)->%*, access => $self });
+}
+
 sub bitmap_status ($action) {
     check_text('bitmap action', $action) if defined($action);
     return _bitmap_status($action);
@@ -138,6 +144,12 @@ sub sizes ($self, @devices) {
 sub bases ($self, @devices) {
     bad_argument('bases needs at least one device') if !@devices;
     check_filled_text('device', $_) for @devices;
+    my $seen = $self->_bases([map { "$_" } @devices]);
+    return { map { $_ => $seen->{$_}{base} } keys $seen->%* };
+}
+
+# { device => { size, base } }, by one look.
+sub _sizes_and_bases ($self, @devices) {
     return $self->_bases([map { "$_" } @devices]);
 }
 
@@ -148,7 +160,14 @@ sub new_id ($class) {
     return unpack('H*', $bytes);
 }
 
-sub setup ($self, $devices) {
+my %hooks = (
+    freeze => \&check_code,
+    thaw => \&check_code,
+);
+
+sub setup ($self, $devices, @hooks) {
+    my $hooks = check_options('setup', \@hooks, \%hooks);
+    bad_argument('freeze and thaw go together') if !$hooks->{freeze} != !$hooks->{thaw};
     bad_argument('setup takes an array ref of devices')
         if ref($devices) ne 'ARRAY';
     for my $device ($devices->@*) {
@@ -156,7 +175,28 @@ sub setup ($self, $devices) {
         bad_argument("a device of setup lacks the key 'device'")
             if !defined($device->{device});
     }
-    return $self->_setup([map { +{ $_->%* } } $devices->@*]);    # plain, even if theirs are tied
+    my @plain = map { +{ $_->%* } } $devices->@*;    # even if theirs are tied
+    my $was_up = $self->_is_up;                      # then it is refused, and left alone
+    my @deaths = deaths_of(sub { $self->_prepare(\@plain) });
+    @deaths = $self->_frozen($hooks, sub { $self->_cut }) if !@deaths;
+    @deaths = deaths_of(sub { $self->_finish }) if !@deaths;
+    return $self->_infos if !@deaths;
+
+    # A setup that dies leaves nothing. What a callback dies with meanwhile goes on as it is.
+    my @undone = deaths_of(sub { $self->_undo_setup if !$was_up && $self->_is_up });
+    my $worst = worst_of((grep { !is_own($_->[0]) } @undone), @deaths, @undone);
+    $self->_log_warning("after that - $_->[0]") for grep { $_ != $worst } @deaths, @undone;
+    die $worst->[0];
+}
+
+# The guest is thawed whatever becomes of it, and also if freezing it failed: it may have been frozen
+# all the same. What is to be undone waits until then. The hooks may use the monitor.
+sub _frozen ($self, $hooks, $cut) {
+    my ($freeze, $thaw) = $hooks->@{qw(freeze thaw)};
+    return deaths_of($cut) if !$freeze;
+    $self->_release;
+    return deaths_of_all(sub { $freeze->(); $cut->() },
+        sub ($failed) { $self->_release; $thaw->() });
 }
 
 sub volumes ($self, $mechanism) {
@@ -524,6 +564,14 @@ C<bitmap-node-name>, C<bitmap-name> and C<bitmap-action>. A C<base> per device t
 see L</WHICH BACKUP A BITMAP IS RELATIVE TO>.
 
 When setup dies, what it did is undone, and no bitmap lost a bit.
+
+    $access->setup(\@devices, freeze => sub { ... }, thaw => sub { ... });
+
+Calls C<freeze> right before that instant, when all is done that may be done before it, and C<thaw> right after it.
+Between the two QEMU is sent one query, which sees whether the devices are still what they were, and the instant
+itself; the monitor is free while either runs. Once C<freeze> was called C<thaw> is, whatever happens: also where
+C<freeze> or the instant failed, which is what setup dies with then, or a signal came. What is to be undone is undone
+after it.
 
 What a killed process left of an access for the same target is undone first, with a warning in the log: see
 L</recover>. While another process has an access to this guest, setup dies with class C<StateError>.

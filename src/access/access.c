@@ -112,6 +112,7 @@ PbaAccess *pba_access_new_observer(PbaQmp *qmp, const PbaAccessOptions *options,
     access->no_recover = options->no_recover;
     access->force = options->force;
     access->disks = g_ptr_array_new_with_free_func(pba_disk_free);
+    access->warnings = g_ptr_array_new_with_free_func(g_free);
     return access;
 }
 
@@ -123,6 +124,16 @@ bool pba_access_is_up(const PbaAccess *access)
 const char *pba_access_socket(const PbaAccess *access)
 {
     return access->socket;
+}
+
+const char *pba_access_guest(const PbaAccess *access)
+{
+    return access->guest;
+}
+
+const GPtrArray *pba_access_warnings(const PbaAccess *access)
+{
+    return access->warnings;
 }
 
 size_t pba_access_device_count(const PbaAccess *access)

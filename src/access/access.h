@@ -44,6 +44,15 @@ typedef struct {
 /* What arguments QEMU's own command takes. */
 typedef enum { PBA_FORM_DEVICES, PBA_FORM_DEVLIST } PbaForm;
 
+/* What QEMU has said to Proxmox' command for setup. Without bitmaps QEMU does not tell whether an
+ * access is up. */
+typedef enum {
+    PBA_ANSWER_NONE,    /* it was not sent */
+    PBA_ANSWER_UNKNOWN, /* it was sent, or was done */
+    PBA_ANSWER_ERROR,
+    PBA_ANSWER_OTHERS, /* another program has an access */
+} PbaAnswer;
+
 typedef struct PbaBackend PbaBackend;
 
 /* How far an access is. What there is in QEMU is read off QEMU. */
@@ -51,6 +60,8 @@ typedef enum {
     PBA_PHASE_NEW,       /* none is up; nothing of it is anywhere */
     PBA_PHASE_CLAIMED,   /* QEMU may have its marker, and nothing else of it */
     PBA_PHASE_CHANGING,  /* setup, or the recovery of a dead process' access, has begun */
+    PBA_PHASE_PREPARED,  /* all that may come before the instant is there */
+    PBA_PHASE_CUT,       /* the instant was, and setup is not done yet */
     PBA_PHASE_UP,        /* setup is done */
     PBA_PHASE_EXPORTING, /* some of the exports may be there */
     PBA_PHASE_EXPORTED,  /* all of them are */
@@ -90,6 +101,10 @@ struct PbaAccess {
     unsigned qemu_version; /* 702 is 7.2 */
 
     PbaPhase phase;       /* set by pba_access_enter only */
+    PbaBlock seen;        /* before setup, if nothing was to be undone; in setup, before the cut */
+    PbaAnswer answer;     /* to setup's command */
+    bool has_exported;    /* its exports may be there, under the names of this access */
+    GPtrArray *warnings;  /* lines, of the last look at its fleecing images */
     GPtrArray *disks;     /* PbaDisk */
     char *nonce;          /* of this setup; NULL: see pba_access_is_recovery */
     char *socket_dir;     /* NULL: not made */
@@ -114,6 +129,19 @@ bool pba_access_require_up(const PbaAccess *access, GError **error);
 /* An access of no target, which can only look. */
 PbaAccess *pba_access_new_observer(PbaQmp *qmp, const PbaAccessOptions *options,
                                    const PbaHooks *hooks, GError **error);
+
+/* Has an access know of its QEMU what another one has asked. */
+void pba_access_know(PbaAccess *access, const PbaAccess *known);
+
+/* Fleecing images, by their nodes in query-named-block-nodes' reply */
+
+/* Whether the file system that holds the image can be told, and what is free in it. */
+bool pba_fleecing_space(JsonObject *node, const char *path, uint64_t *free_bytes,
+                        bool *is_nearly_full);
+/* A line that says so; the caller's to free. */
+char *pba_fleecing_warning(const char *device, const char *path, uint64_t free_bytes);
+/* Notes what there is to be warned of. */
+void pba_fleecing_check(PbaAccess *access, JsonArray *nodes);
 
 /* Markers in QEMU of who has an access, and on Proxmox to which devices. */
 #define PBA_DEVICE_ROLE "dev"
@@ -142,8 +170,9 @@ void pba_owner_set_gone_error(const PbaAccess *access, GError **error);
 bool pba_owner_require_now(PbaAccess *access, GError **error);
 /* Whether QEMU can be asked, and has the marker of this access. Enters no phase. */
 bool pba_owner_holds(PbaAccess *access);
-/* Claims the guest for this access, unless another one was faster. */
-bool pba_owner_mark(PbaAccess *access, GError **error);
+/* Claims the guest for this access, unless another one was faster. nodes, if not NULL, becomes what
+ * QEMU has with the marker: a new reference in place of the old one. */
+bool pba_owner_mark(PbaAccess *access, JsonArray **nodes, GError **error);
 /* A node that does nothing: its name is the mark. */
 bool pba_mark_add(PbaAccess *access, const char *name, uint64_t size, GError **error);
 /* Takes our marker away, and with all also those of dead processes and of this target's devices and
@@ -161,9 +190,14 @@ char *pba_owner_target_key(uint64_t size);
 /* Whether recovery undoes it. */
 bool pba_owner_is_dead(const PbaAccess *access, const char *node, uint64_t size);
 
-/* Undoes what a dead process left of this target; done, refused or nothing there. block is what
- * QEMU has afterwards. What was done is appended to lines. */
-bool pba_recover_leftovers(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GError **error);
+/* Refuses if a guest's device has not what it had when setup looked: one query. */
+bool pba_access_look_again(PbaAccess *access, GError **error);
+
+/* Looks for what a dead process left of this target, which is_stale tells, and refuses if it must
+ * not be undone, or if a process is at work. */
+bool pba_recover_look(PbaAccess *access, PbaBlock *block, bool *is_stale, GError **error);
+/* Undoes it. block is what QEMU has afterwards. What was done is appended to lines. */
+bool pba_recover_undo(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GError **error);
 /* Setup, or recovery, is about to change something else than markers in QEMU, or has. */
 void pba_access_begin_changes(PbaAccess *access);
 /* No access is up any more: forgets what it knew of it. */
@@ -227,7 +261,10 @@ void pba_vfiles_free(PbaAccess *access);
 bool pba_nbd_server_start(PbaAccess *access, GError **error);
 /* Whether there is any export of an access, whoever made it. */
 bool pba_exports_find_any(PbaAccess *access, bool *found, GError **error);
-/* Removes our exports, waits until they are gone, and stops our NBD server. */
-bool pba_exports_remove(PbaAccess *access, GError **error);
+/* Removes our exports, and waits until they are gone. is_shared tells whether another program has
+ * put some on our NBD server. */
+bool pba_exports_remove(PbaAccess *access, bool *is_shared, GError **error);
+/* Stops our NBD server, but one that is shared. Our marker was seen just before. */
+bool pba_nbd_server_stop(PbaAccess *access, bool is_shared, GError **error);
 
 #endif

@@ -12,6 +12,9 @@ bool pba_access_choose_backend(PbaAccess *access, GError **error)
 {
     PbaCapabilities capabilities;
 
+    if (access->backend) {
+        return true;
+    }
     if (!pba_capabilities(access->qmp, &capabilities, error)) {
         return false;
     }
@@ -24,6 +27,16 @@ bool pba_access_choose_backend(PbaAccess *access, GError **error)
         g_strcmp0(capabilities.form, "devlist") == 0 ? PBA_FORM_DEVLIST : PBA_FORM_DEVICES;
     access->qemu_version = capabilities.major * 100 + capabilities.minor;
     return true;
+}
+
+void pba_access_know(PbaAccess *access, const PbaAccess *known)
+{
+    access->backend = known->backend;
+    access->form = known->form;
+    access->qemu_version = known->qemu_version;
+    if (!access->identity) {
+        access->identity = g_strdup(known->identity);
+    }
 }
 
 /* Where the caller's transport hides the socket, QEMU must tell who it is. */
@@ -41,6 +54,7 @@ static bool ensure_identity(PbaAccess *access, GError **error)
     const char *vm_name = pba_json_find_string(name, "name");
     const char *vm_uuid = pba_json_find_string(uuid, "UUID");
     access->identity = g_strdup_printf("%s:%s", vm_name ? vm_name : "", vm_uuid ? vm_uuid : "");
+    access->guest = access->guest ? access->guest : g_strdup(vm_uuid);
     return true;
 }
 

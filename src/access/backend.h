@@ -7,8 +7,11 @@
 struct PbaBackend {
     const char *name; /* as pba_capabilities calls it */
 
-    /* Setup: check comes first and changes nothing. setup starts the NBD server, too, and begins
-     * the changes before its first one. teardown undoes as much of it as there is; the exports are
+    /* Setup: check comes first and changes nothing. prepare does all that may come before the
+     * instant, the NBD server among it, and begins the changes before its first one. The guest may
+     * be frozen while cut runs, some time later: it looks once at what would be fatal now, makes
+     * the instant, and does nothing else. finish does the rest. block is what QEMU had before.
+     * teardown undoes as much of it as there is, by what QEMU has now; exports and NBD server are
      * gone before. */
 
     /* Fills in a disk by a name that no device of the guest has, or refuses it. */
@@ -18,8 +21,10 @@ struct PbaBackend {
      * caller's to free. */
     char *(*identify)(const char *name, JsonObject *device);
     bool (*check)(PbaAccess *access, const PbaBlock *block, GError **error);
-    bool (*setup)(PbaAccess *access, PbaBlock *block, GError **error);
-    bool (*teardown)(PbaAccess *access, bool success, GError **error);
+    bool (*prepare)(PbaAccess *access, const PbaBlock *block, GError **error);
+    bool (*cut)(PbaAccess *access, const PbaBlock *block, GError **error);
+    bool (*finish)(PbaAccess *access, GError **error);
+    bool (*teardown)(PbaAccess *access, PbaBlock *block, bool success, GError **error);
     /* True if QEMU can be asked and has nothing of an access any more but markers. */
     bool (*is_clean)(PbaAccess *access);
 
@@ -42,6 +47,7 @@ struct PbaBackend {
 
     /* Leftovers of dead processes, and what others do */
 
+    bool ends_by_graph; /* teardown needs the block graph */
     /* Fills in what QEMU tells of a disk of which only the key is known. */
     bool (*resolve_stale)(PbaAccess *dead, PbaDisk *disk, const PbaBlock *block, GError **error);
     /* What teardown does to the target's bitmaps on that node, as recover says it; NULL where they

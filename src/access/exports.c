@@ -92,82 +92,47 @@ static const char *export_id_of(JsonArray *exports, guint index, GError **error)
     return id;
 }
 
-/* What there is to be found among the exports. */
-typedef bool (*ExportTest)(const PbaAccess *access, const PbaDisk *disk, JsonObject *export,
-                           const char *id);
-
-/* The id of the first one that passes, the caller's to free; NULL: none does. */
-static bool find_export(PbaAccess *access, ExportTest test, const PbaDisk *disk, char **found,
-                        GError **error)
+/* All of QEMU's exports, each with an id; NULL on error. */
+static JsonArray *query_exports(PbaAccess *access, GError **error)
 {
     g_autoptr(JsonArray) exports =
         pba_qmp_query_array(access->qmp, "query-block-exports", NULL, error);
 
-    *found = NULL;
     for (guint i = 0; exports && i < json_array_get_length(exports); i++) {
-        const char *id = export_id_of(exports, i, error);
-        if (!id) {
-            g_clear_pointer(found, g_free);
-            return false;
-        }
-        if (!*found && test(access, disk, pba_json_element(exports, i), id)) {
-            *found = g_strdup(id);
+        if (!export_id_of(exports, i, error)) {
+            return NULL;
         }
     }
-    return exports != NULL;
-}
-
-static bool belongs_to_disk(const PbaAccess *access, const PbaDisk *disk,
-                            G_GNUC_UNUSED JsonObject *export, const char *id)
-{
-    return has_export_id(access, disk, id);
-}
-
-static bool belongs_to_any_access(G_GNUC_UNUSED const PbaAccess *access,
-                                  G_GNUC_UNUSED const PbaDisk *disk,
-                                  G_GNUC_UNUSED JsonObject *export, const char *id)
-{
-    return g_str_has_prefix(id, PBA_EXPORT_PREFIX);
-}
-
-/* Another program has put it on our server. */
-static bool belongs_to_another_program(G_GNUC_UNUSED const PbaAccess *access,
-                                       G_GNUC_UNUSED const PbaDisk *disk, JsonObject *export,
-                                       const char *id)
-{
-    return g_strcmp0(pba_json_find_string(export, "type"), "nbd") == 0 &&
-           !g_str_has_prefix(id, PBA_EXPORT_PREFIX);
+    return g_steal_pointer(&exports);
 }
 
 bool pba_exports_find_any(PbaAccess *access, bool *found, GError **error)
 {
-    g_autofree char *id = NULL;
+    g_autoptr(JsonArray) exports = query_exports(access, error);
 
-    bool asked = find_export(access, belongs_to_any_access, NULL, &id, error);
-    *found = id != NULL;
-    return asked;
+    *found = false;
+    for (guint i = 0; exports && i < json_array_get_length(exports); i++) {
+        *found |= g_str_has_prefix(export_id_of(exports, i, NULL), PBA_EXPORT_PREFIX);
+    }
+    return exports != NULL;
 }
 
-/* block-export-del may return before the export is gone. */
-static bool wait_export_gone(PbaAccess *access, const PbaDisk *disk, const char *removed,
-                             GError **error)
+static const PbaDisk *find_disk(const PbaAccess *access, const char *id)
 {
-    gint64 deadline = pba_deadline(EXPORT_GONE_S);
-    unsigned pause_ms = 1;
-
-    for (;;) {
-        g_autofree char *id = NULL;
-        if (!find_export(access, belongs_to_disk, disk, &id, error)) {
-            return false;
-        }
-        if (g_strcmp0(id, removed) != 0) {
-            return true;
-        }
-        if (!pba_qmp_pause(access->qmp, &pause_ms, deadline, "waiting for an export to go",
-                           error)) {
-            return false;
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        if (has_export_id(access, disk, id)) {
+            return disk;
         }
     }
+    return NULL;
+}
+
+/* Another program has put it on our server. */
+static bool is_others(JsonObject *export, const char *id)
+{
+    return g_strcmp0(pba_json_find_string(export, "type"), "nbd") == 0 &&
+           !g_str_has_prefix(id, PBA_EXPORT_PREFIX);
 }
 
 /* An export's name tells whose it is, but recovery removes those of any dead process. Its marker in
@@ -178,22 +143,87 @@ static bool may_remove(PbaAccess *access, GError **error)
     return !pba_access_is_recovery(access) || pba_owner_require_now(access, error);
 }
 
-/* Dead processes may have left several. */
-static bool remove_exports(PbaAccess *access, const PbaDisk *disk, GError **error)
+/* One round over the exports: what is ours and was not in deleted is deleted. */
+typedef struct {
+    bool has_own;    /* there were some */
+    bool has_begun;  /* some were deleted just now */
+    bool has_others; /* another program has some on our server */
+} Round;
+
+static bool delete_exports(PbaAccess *access, JsonArray *exports, GHashTable *deleted, Round *round,
+                           GError **error)
 {
-    for (;;) {
-        g_autofree char *id = NULL;
-        if (!find_export(access, belongs_to_disk, disk, &id, error)) {
+    GError *first = NULL;
+
+    *round = (Round){0};
+    for (guint i = 0; i < json_array_get_length(exports) && !pba_error_is_fatal(first); i++) {
+        const char *id = export_id_of(exports, i, NULL);
+        const PbaDisk *disk = find_disk(access, id);
+        GError *step = NULL;
+        round->has_own |= disk != NULL;
+        round->has_others |= is_others(pba_json_element(exports, i), id);
+        if (!disk || g_hash_table_contains(deleted, id)) {
+            continue;
+        }
+        if (may_remove(access, &step) &&
+            pba_qmp_run(access->qmp, "block-export-del",
+                        pba_json("{'id': <%s>, 'mode': <'hard'>}", id), &step)) {
+            g_hash_table_add(deleted, g_strdup(id));
+            round->has_begun = true;
+        } else {
+            pba_error_add_device(&step, disk->device);
+            pba_error_keep_first(&first, step, &access->hooks);
+        }
+    }
+    if (first) {
+        g_propagate_error(error, first);
+    }
+    return !first;
+}
+
+/* Those that are known, without a look at what there is. What is refused may not be there; a look
+ * comes after it. */
+static bool delete_own(PbaAccess *access, GHashTable *deleted, GError **error)
+{
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        g_autofree char *id = pba_export_id(access->target_id, access->nonce, disk->key);
+        GError *local = NULL;
+        if (pba_qmp_run(access->qmp, "block-export-del",
+                        pba_json("{'id': <%s>, 'mode': <'hard'>}", id), &local)) {
+            g_hash_table_add(deleted, g_steal_pointer(&id));
+        } else if (pba_error_is_fatal(local)) {
+            pba_error_add_device(&local, disk->device);
+            g_propagate_error(error, local);
             return false;
         }
-        if (!id) {
+        g_clear_error(&local);
+    }
+    return true;
+}
+
+/* block-export-del may return before the export is gone. */
+static bool remove_exports(PbaAccess *access, bool *has_others, GError **error)
+{
+    gint64 deadline = pba_deadline(EXPORT_GONE_S);
+    unsigned pause_ms = 1;
+    g_autoptr(GHashTable) deleted = g_hash_table_new_full(g_str_hash, g_str_equal, g_free, NULL);
+
+    if (access->has_exported && !delete_own(access, deleted, error)) {
+        return false;
+    }
+    for (;;) {
+        g_autoptr(JsonArray) exports = query_exports(access, error);
+        Round round;
+        if (!exports || !delete_exports(access, exports, deleted, &round, error)) {
+            return false;
+        }
+        *has_others = round.has_others;
+        if (!round.has_own) {
             return true;
         }
-        if (!may_remove(access, error) ||
-            !pba_qmp_run(access->qmp, "block-export-del",
-                         pba_json("{'id': <%s>, 'mode': <'hard'>}", id), error) ||
-            !wait_export_gone(access, disk, id, error)) {
-            pba_error_add_device(error, disk->device);
+        if (!round.has_begun && !pba_qmp_pause(access->qmp, &pause_ms, deadline,
+                                               "waiting for an export to go", error)) {
             return false;
         }
     }
@@ -202,20 +232,23 @@ static bool remove_exports(PbaAccess *access, const PbaDisk *disk, GError **erro
 bool pba_exports_add(PbaAccess *access, GError **error)
 {
     bool tried = access->phase == PBA_PHASE_EXPORTING;
+    bool has_others;
 
     /* After a restart of the VM the snapshots may be those of a later access. */
-    if (!pba_owner_require_now(access, error)) {
+    g_autoptr(JsonArray) nodes = pba_qmp_query_array(access->qmp, "query-named-block-nodes",
+                                                     pba_json("{'flat': <true>}"), error);
+    if (!nodes || !pba_owner_require(access, nodes, error)) {
         return false;
     }
+    pba_fleecing_check(access, nodes);
     /* What an earlier try has left goes first: its exports have the names of the new ones, and QEMU
      * takes a name once. */
-    for (guint i = 0; tried && i < access->disks->len; i++) {
-        if (!remove_exports(access, access->disks->pdata[i], error)) {
-            return false;
-        }
+    if (tried && !remove_exports(access, &has_others, error)) {
+        return false;
     }
     if (!tried) {
         pba_access_enter(access, PBA_PHASE_EXPORTING);
+        access->has_exported = true;
     }
     if (access->backend->reads_by_cluster(access)) {
         pba_log(
@@ -258,52 +291,30 @@ bool pba_access_export(PbaAccess *access, GError **error)
     return done;
 }
 
-static bool stop_server(PbaAccess *access, GError **error)
+bool pba_nbd_server_stop(PbaAccess *access, bool is_shared, GError **error)
 {
-    g_autofree char *other = NULL;
-
-    /* It is ours while it listens in our directory, which no other access has, and our marker says
-     * that no other process has undone this access. */
-    if (!pba_socket_answers(access->socket)) {
+    /* It is ours while it listens in our directory, which no other access has. */
+    if (!access->socket || !pba_socket_answers(access->socket)) {
         return true;
     }
-    if (!pba_owner_require_now(access, error) ||
-        !find_export(access, belongs_to_another_program, NULL, &other, error)) {
-        return false;
-    }
-    if (other) {
+    if (is_shared) {
         g_clear_pointer(&access->socket, g_free); /* theirs from now on */
         pba_log(&access->hooks, PBA_LOG_WARN,
                 "the NBD server stays up: it has got exports that are not ours");
         return true;
     }
+    /* Not while there is an export: QEMU would wait for its end with the guest stopped, 7.2 for
+     * ever if a client is just connecting. */
     return pba_qmp_run(access->qmp, "nbd-server-stop", NULL, error);
 }
 
-bool pba_exports_remove(PbaAccess *access, GError **error)
+bool pba_exports_remove(PbaAccess *access, bool *is_shared, GError **error)
 {
-    GError *first = NULL;
-    GError *step = NULL;
-
     /* First: QEMU keeps an export until the requests of its clients, also of this process, are
      * done.
      */
     if (access->socket) {
         pba_connections_cut(access->socket);
     }
-    for (guint i = 0; i < access->disks->len && !pba_error_is_fatal(first); i++) {
-        remove_exports(access, access->disks->pdata[i], &step);
-        pba_error_keep_first(&first, g_steal_pointer(&step), &access->hooks);
-    }
-    /* Not while there is an export: QEMU would wait for its end with the guest stopped, 7.2 for
-     * ever if a client is just connecting. */
-    if (access->socket && !first) {
-        stop_server(access, &step);
-        pba_error_keep_first(&first, g_steal_pointer(&step), &access->hooks);
-    }
-    if (first) {
-        g_propagate_error(error, first);
-        return false;
-    }
-    return true;
+    return remove_exports(access, is_shared, error);
 }

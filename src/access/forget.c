@@ -81,7 +81,7 @@ bool pba_access_forget(PbaAccess *access, GPtrArray *lines, GError **error)
 {
     g_autoptr(GPtrArray) found = g_ptr_array_new_with_free_func(g_free);
 
-    bool done = pba_access_begin(access, error) && pba_owner_mark(access, error);
+    bool done = pba_access_begin(access, error) && pba_owner_mark(access, NULL, error);
     if (done) {
         done = forget_marked(access, found, error);
         /* Ours only: the marks of a dead process tell recovery what it has to do. */

@@ -370,7 +370,7 @@ void pba_owner_forget(PbaAccess *access)
 }
 
 /* Of two that mark at once at least one sees the other: who marks looks again afterwards. */
-static bool mark_and_look(PbaAccess *access, GError **error)
+static bool mark_and_look(PbaAccess *access, JsonArray **seen, GError **error)
 {
     g_autoptr(GError) refused = NULL;
     uint64_t size;
@@ -394,12 +394,19 @@ static bool mark_and_look(PbaAccess *access, GError **error)
         g_propagate_error(error, g_steal_pointer(&refused));
         return false;
     }
-    return pba_owner_check(access, nodes, error);
+    if (!pba_owner_check(access, nodes, error)) {
+        return false;
+    }
+    if (seen) {
+        g_clear_pointer(seen, json_array_unref);
+        *seen = g_steal_pointer(&nodes);
+    }
+    return true;
 }
 
-bool pba_owner_mark(PbaAccess *access, GError **error)
+bool pba_owner_mark(PbaAccess *access, JsonArray **nodes, GError **error)
 {
-    if (mark_and_look(access, error)) {
+    if (mark_and_look(access, nodes, error)) {
         return true;
     }
     /* Ours only: the devices may be marked by the other one. */

@@ -1,9 +1,9 @@
 /* How far an access is, and what may follow: the one table of it.
  *
- *   new -> claimed -> changing -> up -> exporting -> exported     setup, export
- *            |  <-       |        |         |            |
- *            |           +--------+----+----+------------+
- *            |                         v
+ *   new -> claimed -> changing -> prepared -> cut -> up -> exporting -> exported
+ *            |           |           |         |     |         |            |
+ *            |           +-----------+---------+-----+----+----+------------+
+ *            |                                            v
  *            |                      ending -> committed           a success
  *            |                        |    -> ended               as after a failure
  *            |                        |    -> stuck -> ending     tried again, as after a failure
@@ -19,8 +19,9 @@
 static const unsigned followers[PBA_PHASE_COUNT] = {
     [PBA_PHASE_NEW] = TO(CLAIMED),
     [PBA_PHASE_CLAIMED] = TO(NEW) | TO(CHANGING),
-    /* Claimed again: QEMU refused the first change. */
-    [PBA_PHASE_CHANGING] = TO(CLAIMED) | TO(UP) | TO(ENDING),
+    [PBA_PHASE_CHANGING] = TO(PREPARED) | TO(ENDING),
+    [PBA_PHASE_PREPARED] = TO(CUT) | TO(ENDING),
+    [PBA_PHASE_CUT] = TO(UP) | TO(ENDING),
     [PBA_PHASE_UP] = TO(EXPORTING) | TO(ENDING) | TO(GONE),
     [PBA_PHASE_EXPORTING] = TO(EXPORTED) | TO(ENDING) | TO(GONE),
     [PBA_PHASE_EXPORTED] = TO(ENDING),
@@ -35,6 +36,8 @@ static const char *const names[PBA_PHASE_COUNT] = {
     [PBA_PHASE_NEW] = "new",
     [PBA_PHASE_CLAIMED] = "claimed",
     [PBA_PHASE_CHANGING] = "changing",
+    [PBA_PHASE_PREPARED] = "prepared",
+    [PBA_PHASE_CUT] = "cut",
     [PBA_PHASE_UP] = "up",
     [PBA_PHASE_EXPORTING] = "exporting",
     [PBA_PHASE_EXPORTED] = "exported",

@@ -204,9 +204,7 @@ static PbaAccess *new_dead_access(const PbaAccess *access, GError **error)
     PbaAccess *dead = pba_access_new(access->qmp, &options, &access->hooks, error);
 
     if (dead) {
-        dead->backend = access->backend;
-        dead->form = access->form;
-        dead->qemu_version = access->qemu_version;
+        pba_access_know(dead, access);
     }
     return dead;
 }
@@ -305,22 +303,28 @@ static bool refuse(const PbaAccess *access, GError **error)
     return false;
 }
 
-bool pba_recover_leftovers(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GError **error)
+bool pba_recover_look(PbaAccess *access, PbaBlock *block, bool *is_stale, GError **error)
 {
     g_auto(PbaLeftovers) leftovers = {0};
 
+    *is_stale = false;
     if (!look(access, block, &leftovers, error) || !check_owner(access, &leftovers, error) ||
         !check_others(access, &leftovers, error)) {
         return false;
     }
     log_assumed(access, &leftovers);
     StaleState state = find_state(access, &leftovers);
-    if (state == STALE_NOTHING) {
-        return true;
+    if (state == STALE_ACCESS && access->no_recover) {
+        return refuse(access, error);
     }
-    if (access->no_recover) {
-        return state == STALE_HARMLESS || refuse(access, error);
-    }
+    *is_stale = state != STALE_NOTHING && !access->no_recover;
+    return true;
+}
+
+bool pba_recover_undo(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GError **error)
+{
+    g_auto(PbaLeftovers) leftovers = {0};
+
     pba_log(
         &access->hooks, PBA_LOG_WARN,
         "a process that is gone left an access for target '%s': it is undone, as after a failed "
@@ -330,7 +334,7 @@ bool pba_recover_leftovers(PbaAccess *access, PbaBlock *block, GPtrArray *lines,
     if (!dead) {
         return false;
     }
-    return pba_owner_mark(dead, error) && undo_marked(dead, lines, error) &&
+    return pba_owner_mark(dead, NULL, error) && undo_marked(dead, lines, error) &&
            look(access, block, &leftovers, error);
 }
 
@@ -340,7 +344,7 @@ static bool drop_strays(PbaAccess *access, const PbaBlock *block, GPtrArray *lin
     if (!access->backend->has_strays(access, block)) {
         return true;
     }
-    if (!pba_owner_mark(access, error)) {
+    if (!pba_owner_mark(access, NULL, error)) {
         return false;
     }
     bool done = access->backend->drop_strays(access, lines, error);
@@ -350,9 +354,11 @@ static bool drop_strays(PbaAccess *access, const PbaBlock *block, GPtrArray *lin
 bool pba_access_recover(PbaAccess *access, GPtrArray *lines, GError **error)
 {
     g_auto(PbaBlock) block = {0};
+    bool is_stale;
 
     bool done = pba_access_begin(access, error) &&
-                pba_recover_leftovers(access, &block, lines, error) &&
+                pba_recover_look(access, &block, &is_stale, error) &&
+                (!is_stale || pba_recover_undo(access, &block, lines, error)) &&
                 drop_strays(access, &block, lines, error);
     pba_qmp_release(access->qmp);
     return done;

@@ -84,7 +84,7 @@ static bool resolve_disks(PbaAccess *access, const PbaBlock *block, GError **err
     return pba_company_check_disks(access, block, error);
 }
 
-static void undo_setup(PbaAccess *access)
+void pba_access_undo_setup(PbaAccess *access)
 {
     g_autoptr(GError) error = NULL;
 
@@ -105,8 +105,16 @@ static void log_lines(const PbaAccess *access, const GPtrArray *lines)
 static bool undo_leftovers(PbaAccess *access, PbaBlock *block, GError **error)
 {
     g_autoptr(GPtrArray) lines = g_ptr_array_new_with_free_func(g_free);
+    bool is_stale;
 
-    bool done = pba_recover_leftovers(access, block, lines, error);
+    if (!pba_recover_look(access, block, &is_stale, error)) {
+        return false;
+    }
+    if (!is_stale) {
+        return true;
+    }
+    bool done =
+        pba_company_check_here(access, error) && pba_recover_undo(access, block, lines, error);
     log_lines(access, lines);
     return done;
 }
@@ -125,27 +133,6 @@ static bool drop_strays(PbaAccess *access, PbaBlock *block, GError **error)
     return done && pba_block_query(access->qmp, true, block, error);
 }
 
-static bool set_up(PbaAccess *access, GError **error)
-{
-    g_auto(PbaBlock) block = {0};
-
-    if (!pba_access_begin(access, error)) {
-        return false;
-    }
-    access->nonce = pba_nonce_new(error);
-    return access->nonce && pba_company_check_here(access, error) &&
-           pba_tie_ask_guest(access, error) &&
-           /* Before the disks are looked at: it changes the graph and the bitmaps. */
-           undo_leftovers(access, &block, error) && resolve_disks(access, &block, error) &&
-           access->backend->check(access, &block, error) &&
-           /* Before the first change: another process sees from now on that this one is at work. */
-           pba_owner_mark(access, error) &&
-           /* After the marker, whose name it notes; before the NBD server, which listens there. */
-           pba_run_dir_make(access, error) &&
-           /* Before the command: with a stray background bitmap Proxmox' QEMU refuses it. */
-           drop_strays(access, &block, error) && access->backend->setup(access, &block, error);
-}
-
 static bool require_down(const PbaAccess *access, GError **error)
 {
     if (pba_access_is_up(access)) {
@@ -157,25 +144,12 @@ static bool require_down(const PbaAccess *access, GError **error)
     return true;
 }
 
-bool pba_access_sizes(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
-                      uint64_t *sizes, GError **error)
-{
-    g_auto(PbaBlock) block = {0};
+/* What is asked for before setup */
 
-    if (!require_down(access, error)) {
-        return false;
-    }
-    bool done =
-        note_requests(access, requests, count, error) && pba_access_choose_backend(access, error) &&
-        pba_block_query(access->qmp, true, &block, error) && resolve_disks(access, &block, error);
-    for (size_t i = 0; done && i < count; i++) {
-        const PbaDisk *disk = access->disks->pdata[i];
-        sizes[i] = disk->size;
-    }
-    g_ptr_array_set_size(access->disks, 0);
-    access->tied = false;
-    pba_qmp_release(access->qmp);
-    return done;
+static bool look_for_bases(PbaAccess *access, PbaBlock *block, GError **error)
+{
+    return pba_access_begin(access, error) && pba_tie_ask_guest(access, error) &&
+           undo_leftovers(access, block, error) && resolve_disks(access, block, error);
 }
 
 /* The id that the disk's bitmap has, if nothing speaks against the bitmap. */
@@ -187,29 +161,193 @@ static char *find_base(PbaAccess *access, PbaDisk *disk, const PbaBlock *block)
     return disk->base && pba_tie_fits(access, disk, block) ? g_strdup(disk->base) : NULL;
 }
 
-static bool look_for_bases(PbaAccess *access, PbaBlock *block, GError **error)
+/* That is over, and setup may come. What was seen is kept for it if it is not NULL. */
+static void end_look(PbaAccess *access, PbaBlock *block)
 {
-    return pba_access_begin(access, error) && pba_company_check_here(access, error) &&
-           pba_tie_ask_guest(access, error) && undo_leftovers(access, block, error) &&
-           pba_block_query(access->qmp, true, block, error) && resolve_disks(access, block, error);
+    g_ptr_array_set_size(access->disks, 0);
+    access->tied = false;
+    pba_qmp_release(access->qmp);
+    pba_block_clear(&access->seen);
+    if (block) {
+        access->seen = *block;
+        *block = (PbaBlock){0};
+    }
+}
+
+/* A guest that another process backs up has sizes, too. has_leftovers: setup has to look again. */
+static bool look_for_sizes(PbaAccess *access, PbaBlock *block, bool *has_leftovers, GError **error)
+{
+    GError *local = NULL;
+
+    if (!pba_access_begin(access, error)) {
+        return false;
+    }
+    if (!pba_recover_look(access, block, has_leftovers, &local)) {
+        *has_leftovers = true;
+        if (!block->graph || pba_error_is_fatal(local)) {
+            g_propagate_error(error, local);
+            return false;
+        }
+        g_error_free(local);
+    }
+    return resolve_disks(access, block, error);
+}
+
+bool pba_access_sizes(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
+                      uint64_t *sizes, GError **error)
+{
+    g_auto(PbaBlock) block = {0};
+    bool has_leftovers;
+
+    if (!require_down(access, error)) {
+        return false;
+    }
+    bool done = note_requests(access, requests, count, error) &&
+                look_for_sizes(access, &block, &has_leftovers, error);
+    for (size_t i = 0; done && i < count; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        sizes[i] = disk->size;
+    }
+    end_look(access, done && !has_leftovers ? &block : NULL);
+    return done;
 }
 
 bool pba_access_bases(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
-                      char **bases, GError **error)
+                      uint64_t *sizes, char **bases, GError **error)
 {
     g_auto(PbaBlock) block = {0};
 
     if (!require_down(access, error)) {
         return false;
     }
-    bool done = note_requests(access, requests, count, error);
     access->tied = true;
-    done = done && look_for_bases(access, &block, error);
+    bool done =
+        note_requests(access, requests, count, error) && look_for_bases(access, &block, error);
     for (size_t i = 0; done && i < count; i++) {
-        bases[i] = find_base(access, access->disks->pdata[i], &block);
+        PbaDisk *disk = access->disks->pdata[i];
+        sizes[i] = disk->size;
+        bases[i] = find_base(access, disk, &block);
     }
-    g_ptr_array_set_size(access->disks, 0);
-    access->tied = false;
+    end_look(access, done ? &block : NULL);
+    return done;
+}
+
+/* Setup */
+
+/* Whether these are the nodes that were seen, but for our marker: then so is the graph. */
+static bool are_nodes_as_seen(PbaAccess *access, JsonArray *nodes)
+{
+    g_auto(PbaBlock) now = {.nodes = json_array_ref(nodes)};
+    JsonArray *seen = access->seen.nodes;
+
+    for (guint i = 0; i < json_array_get_length(seen); i++) {
+        JsonObject *node = pba_block_find_node(&now, pba_block_node_name(seen, i));
+        if (!node || pba_owner_node_size(node) != pba_owner_node_size(pba_json_element(seen, i))) {
+            return false;
+        }
+    }
+    return json_array_get_length(nodes) == json_array_get_length(seen) + 1;
+}
+
+/* By what was seen last, if that still holds: a look at a guest takes four commands, and a caller
+ * may open a connection for each. */
+static bool claim_as_seen(PbaAccess *access)
+{
+    g_autoptr(JsonArray) nodes = NULL;
+
+    if (!access->seen.nodes || !resolve_disks(access, &access->seen, NULL) ||
+        !access->backend->check(access, &access->seen, NULL) ||
+        !pba_owner_mark(access, &nodes, NULL)) {
+        return false;
+    }
+    if (!are_nodes_as_seen(access, nodes)) {
+        pba_owner_unmark(access, false);
+        pba_access_enter(access, PBA_PHASE_NEW);
+        return false;
+    }
+    json_array_unref(access->seen.nodes);
+    access->seen.nodes = g_steal_pointer(&nodes);
+    return true;
+}
+
+static bool claim(PbaAccess *access, const PbaDeviceRequest *requests, size_t count, GError **error)
+{
+    if (claim_as_seen(access)) {
+        return true;
+    }
+    PbaBlock *block = &access->seen;
+    return note_requests(access, requests, count, error) &&
+           /* Before the disks are looked at: it changes the graph and the bitmaps. */
+           undo_leftovers(access, block, error) && resolve_disks(access, block, error) &&
+           access->backend->check(access, block, error) &&
+           /* Before the first change: another process sees from now on that this one is at work. */
+           pba_owner_mark(access, &block->nodes, error);
+}
+
+static bool prepare(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
+                    GError **error)
+{
+    PbaBlock *block = &access->seen;
+
+    if (!note_requests(access, requests, count, error) || !pba_access_begin(access, error)) {
+        return false;
+    }
+    access->nonce = pba_nonce_new(error);
+    return access->nonce && pba_company_check_here(access, error) &&
+           pba_tie_ask_guest(access, error) && claim(access, requests, count, error) &&
+           /* After the marker, whose name it notes; before the NBD server, which listens there. */
+           pba_run_dir_make(access, error) &&
+           /* Before the command: with a stray background bitmap Proxmox' QEMU refuses it. */
+           drop_strays(access, block, error) && access->backend->prepare(access, block, error);
+}
+
+bool pba_access_prepare(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
+                        GError **error)
+{
+    if (!require_down(access, error)) {
+        return false;
+    }
+    GError *local = NULL;
+    bool done = prepare(access, requests, count, &local);
+    if (done) {
+        pba_access_enter(access, PBA_PHASE_PREPARED);
+    } else {
+        pba_user_add_hint(access, &local);
+        g_propagate_error(error, local);
+        pba_access_undo_setup(access);
+        pba_qmp_release(access->qmp);
+    }
+    return done;
+}
+
+static bool require_phase(const PbaAccess *access, PbaPhase phase, GError **error)
+{
+    if (access->phase != phase) {
+        pba_error_set(error, PBA_ERROR_STATE, "the access was torn down while it was set up");
+    }
+    return access->phase == phase;
+}
+
+bool pba_access_cut(PbaAccess *access, GError **error)
+{
+    bool done = require_phase(access, PBA_PHASE_PREPARED, error) &&
+                access->backend->cut(access, &access->seen, error);
+
+    if (done) {
+        pba_access_enter(access, PBA_PHASE_CUT);
+    }
+    return done;
+}
+
+bool pba_access_finish(PbaAccess *access, GError **error)
+{
+    bool done =
+        require_phase(access, PBA_PHASE_CUT, error) && access->backend->finish(access, error);
+
+    if (done) {
+        pba_access_enter(access, PBA_PHASE_UP);
+        pba_block_clear(&access->seen);
+    }
     pba_qmp_release(access->qmp);
     return done;
 }
@@ -217,18 +355,12 @@ bool pba_access_bases(PbaAccess *access, const PbaDeviceRequest *requests, size_
 bool pba_access_setup(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
                       GError **error)
 {
-    if (!require_down(access, error)) {
+    if (!pba_access_prepare(access, requests, count, error)) {
         return false;
     }
-    GError *local = NULL;
-    bool done = note_requests(access, requests, count, &local) && set_up(access, &local);
-    if (done) {
-        pba_access_enter(access, PBA_PHASE_UP);
-    } else {
-        pba_user_add_hint(access, &local);
-        g_propagate_error(error, local);
-        undo_setup(access);
+    if (pba_access_cut(access, error) && pba_access_finish(access, error)) {
+        return true;
     }
-    pba_qmp_release(access->qmp);
-    return done;
+    pba_access_undo_setup(access);
+    return false;
 }

@@ -3,11 +3,6 @@
 #include "leftovers.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
-#include <sys/stat.h>
-#include <sys/statvfs.h>
-
-/* A file system is nearly full with less than this part of it free. */
-#define NEARLY_FULL_PART 10
 
 typedef struct {
     PbaAccess *access;
@@ -257,41 +252,19 @@ static JsonObject *find_file_node(const PbaBlock *block, const char *node)
     return NULL;
 }
 
-/* The file system that the image can fill. An image of ours has no name any more; what is no file,
- * or not on this machine, tells nothing. */
-static bool find_file_system(const char *path, struct statvfs *file_system)
+static void add_space(Status *status, JsonObject *object, JsonObject *node, const char *device,
+                      const char *path)
 {
-    g_autofree char *dir = g_path_get_dirname(path);
-    struct stat status;
+    uint64_t free_bytes;
+    bool is_nearly_full;
 
-    if (!g_path_is_absolute(path)) {
-        return false;
-    }
-    bool exists = stat(path, &status) == 0;
-    return (!exists || S_ISREG(status.st_mode)) && statvfs(exists ? path : dir, file_system) == 0;
-}
-
-static void add_space(Status *status, JsonObject *object, const char *device, const char *path)
-{
-    struct statvfs file_system;
-    uint64_t image = (uint64_t)json_object_get_int_member_with_default(object, "image-bytes", 0);
-    uint64_t size = (uint64_t)json_object_get_int_member_with_default(object, "size", 0);
-
-    if (!find_file_system(path, &file_system)) {
+    if (!pba_fleecing_space(node, path, &free_bytes, &is_nearly_full)) {
         return;
     }
-    uint64_t free_bytes = (uint64_t)file_system.f_bavail * file_system.f_frsize;
-    uint64_t all_bytes = (uint64_t)file_system.f_blocks * file_system.f_frsize;
-    bool nearly_full =
-        free_bytes < all_bytes / NEARLY_FULL_PART && size > image && free_bytes < size - image;
     set_size(object, "free-bytes", free_bytes);
-    json_object_set_int_member(object, "nearly-full", nearly_full);
-    if (nearly_full) {
-        g_autofree char *text =
-            pba_line("device %s: the file system of its fleecing image '%s' is nearly full: "
-                     "%" G_GUINT64_FORMAT
-                     " bytes are free - when it is full, the snapshot breaks and the backup fails",
-                     device, path, free_bytes);
+    json_object_set_int_member(object, "nearly-full", is_nearly_full);
+    if (is_nearly_full) {
+        g_autofree char *text = pba_fleecing_warning(device, path, free_bytes);
         json_array_add_string_element(status->warnings, text);
     }
 }
@@ -319,7 +292,7 @@ static void add_fleecing(Status *status, const char *filter, JsonArray *list)
     copy_size(object, "size", top_image, "virtual-size");
     copy_size(object, "image-bytes", image, "actual-size");
     if (path && g_strcmp0(driver, "file") == 0) {
-        add_space(status, object, device ? device : filter, path);
+        add_space(status, object, top, device ? device : filter, path);
     }
     json_array_add_object_element(list, object);
 }
@@ -375,12 +348,15 @@ static bool query(Status *status, GError **error)
            pba_leftovers_look(status->access, &status->block, &status->leftovers, error);
 }
 
-JsonNode *pba_status(PbaQmp *qmp, const PbaAccessOptions *options, const PbaHooks *hooks,
-                     GError **error)
+JsonNode *pba_status(PbaQmp *qmp, const PbaAccessOptions *options, const PbaAccess *known,
+                     const PbaHooks *hooks, GError **error)
 {
     g_auto(Status) status = {.access = pba_access_new_observer(qmp, options, hooks, error)};
     g_autoptr(JsonObject) object = json_object_new();
 
+    if (status.access && known) {
+        pba_access_know(status.access, known);
+    }
     if (!status.access || !query(&status, error)) {
         pba_qmp_release(qmp);
         return NULL;

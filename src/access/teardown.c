@@ -26,7 +26,9 @@ void pba_access_free(PbaAccess *access)
     g_free(access->socket_dir);
     g_free(access->socket);
     g_free(access->nonce);
+    pba_block_clear(&access->seen);
     g_ptr_array_unref(access->disks);
+    g_ptr_array_unref(access->warnings);
     g_free(access);
 }
 
@@ -38,10 +40,25 @@ void pba_access_end(PbaAccess *access)
     g_ptr_array_set_size(access->disks, 0);
     g_clear_pointer(&access->nonce, g_free);
     g_clear_pointer(&access->backup_id, g_free);
+    pba_block_clear(&access->seen);
+    access->answer = PBA_ANSWER_NONE;
+    access->has_exported = false;
     access->tied = false;
     if (access->phase != PBA_PHASE_NEW) {
         pba_access_enter(access, PBA_PHASE_NEW);
     }
+}
+
+/* The exports are gone. Our marker and what is undone are looked at in one query: after a restart
+ * of the VM the nodes of a later access have the same names. */
+static bool undo_rest(PbaAccess *access, bool success, bool is_shared, GError **error)
+{
+    g_auto(PbaBlock) block = {0};
+
+    return pba_block_query(access->qmp, access->backend->ends_by_graph, &block, error) &&
+           pba_owner_require(access, block.nodes, error) &&
+           pba_nbd_server_stop(access, is_shared, error) &&
+           access->backend->teardown(access, &block, success, error);
 }
 
 /* Undoes what is in QEMU. The phase afterwards says what became of it. */
@@ -49,6 +66,7 @@ static bool undo(PbaAccess *access, bool success, GError **error)
 {
     GError *first = NULL;
     GError *files = NULL;
+    bool is_shared;
 
     /* Before the exports, which they read: so their readers get errors, not a server that waits. */
     if (!pba_vfiles_end(access, &files) && pba_error_is_fatal(files)) {
@@ -57,9 +75,9 @@ static bool undo(PbaAccess *access, bool success, GError **error)
     }
     /* The exports before all else: while a bitmap is exported Proxmox' QEMU (to 11.0) aborts when
      * the access ends, and a stock one does not join it. */
-    if (pba_exports_remove(access, &first)) {
+    if (pba_exports_remove(access, &is_shared, &first)) {
         GError *step = NULL;
-        access->backend->teardown(access, success, &step);
+        undo_rest(access, success, is_shared, &step);
         pba_error_keep_first(&first, step, &access->hooks);
     }
     pba_error_keep_first(&first, files, &access->hooks);

@@ -2,10 +2,10 @@
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 
-/* Sets *form if the version tells it. QEMU takes some 25 ms for its schema and does nothing else
- * meanwhile, while Proxmox' packages have had one form since 10.0. */
-static bool query_version(PbaQmp *qmp, PbaCapabilities *capabilities, const char **form,
-                          GError **error)
+/* Sets backend and form if the version tells them. QEMU takes some 25 ms for its schema and does
+ * nothing else meanwhile, Perl code up to 300 ms to decode it, and Proxmox' packages have had the
+ * commands in one form since 10.0. */
+static bool query_version(PbaQmp *qmp, PbaCapabilities *capabilities, GError **error)
 {
     g_autoptr(JsonObject) reply = pba_qmp_query_object(qmp, "query-version", NULL, error);
     JsonObject *qemu = reply ? pba_json_object(reply, "qemu", error) : NULL;
@@ -21,7 +21,10 @@ static bool query_version(PbaQmp *qmp, PbaCapabilities *capabilities, const char
     capabilities->micro = (unsigned)micro;
 
     const char *package = pba_json_find_string(reply, "package");
-    *form = major >= 10 && package && g_str_has_prefix(package, "pve-qemu-kvm_") ? "devices" : NULL;
+    if (major >= 10 && package && g_str_has_prefix(package, "pve-qemu-kvm_")) {
+        capabilities->backend = "pve";
+        capabilities->form = "devices";
+    }
     return true;
 }
 
@@ -90,11 +93,12 @@ static bool require_commands(JsonArray *commands, GError **error)
 
 bool pba_capabilities(PbaQmp *qmp, PbaCapabilities *capabilities, GError **error)
 {
-    const char *form;
-
     *capabilities = (PbaCapabilities){0};
-    if (!query_version(qmp, capabilities, &form, error)) {
+    if (!query_version(qmp, capabilities, error)) {
         return false;
+    }
+    if (capabilities->backend) {
+        return true;
     }
     g_autoptr(JsonArray) commands = pba_qmp_query_array(qmp, "query-commands", NULL, error);
     if (!commands) {
@@ -102,8 +106,7 @@ bool pba_capabilities(PbaQmp *qmp, PbaCapabilities *capabilities, GError **error
     }
     if (find_by_name(commands, NULL, "backup-access-setup")) {
         capabilities->backend = "pve";
-        capabilities->form = form;
-        return form || query_form(qmp, capabilities, error);
+        return query_form(qmp, capabilities, error);
     }
     capabilities->backend = "upstream";
     return require_version(capabilities, error) && require_commands(commands, error);

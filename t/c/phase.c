@@ -9,14 +9,15 @@
 
 /* In the order of the enum: "x" where the column's phase may follow the row's. */
 static const char *const may_follow[PBA_PHASE_COUNT] = {
-    /*                      new claimed changing up exporting exported ending stuck committed ended
-                            gone */
-    [PBA_PHASE_NEW] = ".x.........",       [PBA_PHASE_CLAIMED] = "x.x........",
-    [PBA_PHASE_CHANGING] = ".x.x..x....",  [PBA_PHASE_UP] = "....x.x...x",
-    [PBA_PHASE_EXPORTING] = ".....xx...x", [PBA_PHASE_EXPORTED] = "......x....",
-    [PBA_PHASE_ENDING] = ".......xxxx",    [PBA_PHASE_STUCK] = "......x....",
-    [PBA_PHASE_COMMITTED] = "x..........", [PBA_PHASE_ENDED] = "x..........",
-    [PBA_PHASE_GONE] = "x..........",
+    /*                      new claimed changing prepared cut up exporting exported ending stuck
+                            committed ended gone */
+    [PBA_PHASE_NEW] = ".x...........",       [PBA_PHASE_CLAIMED] = "x.x..........",
+    [PBA_PHASE_CHANGING] = "...x....x....",  [PBA_PHASE_PREPARED] = "....x...x....",
+    [PBA_PHASE_CUT] = ".....x..x....",       [PBA_PHASE_UP] = "......x.x...x",
+    [PBA_PHASE_EXPORTING] = ".......xx...x", [PBA_PHASE_EXPORTED] = "........x....",
+    [PBA_PHASE_ENDING] = ".........xxxx",    [PBA_PHASE_STUCK] = "........x....",
+    [PBA_PHASE_COMMITTED] = "x............", [PBA_PHASE_ENDED] = "x............",
+    [PBA_PHASE_GONE] = "x............",
 };
 
 static void test_pairs(void)
@@ -72,7 +73,9 @@ static void test_rules(void)
            "%s: only an end commits", name);
         ok(from == PBA_PHASE_CLAIMED || !pba_phase_may_follow(from, PBA_PHASE_CHANGING),
            "%s: nothing is changed without a claim", name);
-        ok(from == PBA_PHASE_CHANGING || !pba_phase_may_follow(from, PBA_PHASE_UP),
+        ok(from == PBA_PHASE_PREPARED || !pba_phase_may_follow(from, PBA_PHASE_CUT),
+           "%s: no instant before all is prepared", name);
+        ok(from == PBA_PHASE_CUT || !pba_phase_may_follow(from, PBA_PHASE_UP),
            "%s: up only by setup", name);
         ok((from != PBA_PHASE_COMMITTED && from != PBA_PHASE_ENDED) ||
                !pba_phase_may_follow(from, PBA_PHASE_ENDING),

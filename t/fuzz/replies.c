@@ -253,7 +253,7 @@ static void run_status(PbaQmp *qmp)
 {
     PbaAccessOptions options = access_options();
     GError *error = NULL;
-    JsonNode *status = pba_status(qmp, &options, &hooks, &error);
+    JsonNode *status = pba_status(qmp, &options, NULL, &hooks, &error);
 
     check_outcome(status != NULL, &error);
     g_clear_pointer(&status, json_node_unref);

@@ -4,6 +4,7 @@ use v5.36;
 
 use Errno qw(EAGAIN EINTR);
 use JSON::PP ();
+use List::Util qw(min);
 use Socket qw(AF_UNIX SOCK_STREAM SOL_SOCKET SO_SNDTIMEO pack_sockaddr_un);
 use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC);
 
@@ -12,6 +13,7 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Try qw(attempt attempt_any deaths_of worst_of);
 
 my $default_timeout = 60;
+my $silence_limit = 5;    # seconds, until an agent that does not answer is taken for none
 my $max_reply = 65536;
 my $delimiter = "\xff";
 
@@ -20,6 +22,8 @@ my %options = (
     timeout => \&check_positive,
     log => \&check_code,
 );
+
+my sub now () { return clock_gettime(CLOCK_MONOTONIC) }
 
 my sub request ($command, $arguments = undef) {
     state $json = JSON::PP->new->ascii->canonical;
@@ -42,10 +46,35 @@ sub new ($class, @options) {
 # Is sent when the agent has said that it is there: who has given up waiting must not have a guest
 # frozen later.
 sub freeze ($self) {
-    my $session = $self->_begin('guest-fsfreeze-freeze');
-    $self->_synchronize($session);
+    $self->{sent} = 0;
+    my $session = $self->_begin_if_there('guest-fsfreeze-freeze');
+    $self->{sent} = 1;
     $self->_send($session, request($session->{command}));
-    return $self->_result($session);
+    my $count;
+    my $error = attempt { $count = $self->_result($session) } or return $count;
+    close($session->{socket});    # QEMU serves one client at a time
+    my $is_answer = $error->class !~ m/\A(?:Timeout|Connection|Protocol)Error\z/;
+    die $error if $is_answer || !$self->_is_frozen($error);
+    return undef;
+}
+
+# Of a freeze whose answer was lost. Dies with that error and what it means where it is not known.
+sub _is_frozen ($self, $error) {
+    my $status;
+    attempt {
+        my $session = $self->_begin_if_there('guest-fsfreeze-status');
+        $session->{deadline} = min($session->{deadline}, now() + $silence_limit);
+        $self->_send($session, request($session->{command}));
+        $status = $self->_result($session);
+    };
+    $status = '' if !defined($status) || ref($status);
+    return 1 if $status eq 'frozen';
+    return 0 if $status eq 'thawed';
+    PVE::BackupAccess::Error->throw(
+        $error->class,
+        "$error" =~ s/\s+\z//r . ' - it was sent, and the guest may be frozen',
+        command => $error->command
+    );
 }
 
 # What a signal handler died with waits for a second try: a frozen guest hangs.
@@ -70,7 +99,9 @@ sub hooks ($self) {
             $self->_try('freeze',
                 'could not freeze the guest, its disks will be as after a power failure');
         },
-        thaw => sub { $self->_try('thaw', 'could not thaw the guest, it may be frozen') },
+        thaw => sub {
+            $self->_try('thaw', 'could not thaw the guest, it may be frozen') if $self->{sent};
+        },
     );
 }
 
@@ -88,10 +119,24 @@ sub _try ($self, $method, $problem) {
 sub _begin ($self, $command) {
     my $session = {
         command => $command,
-        deadline => clock_gettime(CLOCK_MONOTONIC) + $self->{timeout},
+        deadline => now() + $self->{timeout},
+        seconds => $self->{timeout},
         buffer => '',
     };
     $self->_connect($session);
+    return $session;
+}
+
+# When the agent has answered, what is to be sent has the whole time limit. An agent that is not there
+# is seen by its silence: QEMU's socket accepts all the same.
+sub _begin_if_there ($self, $command) {
+    my $session = $self->_begin($command);
+    my $limit = min($silence_limit, $self->{timeout});
+    $session->@{qw(deadline seconds)} = (now() + $limit, $limit);
+    $session->{before} = ' (nothing was sent but a question whether the agent is there)';
+    $self->_synchronize($session);
+    $session->@{qw(deadline seconds)} = (now() + $self->{timeout}, $self->{timeout});
+    delete($session->{before});
     return $session;
 }
 
@@ -120,9 +165,10 @@ sub _result ($self, $session) {
 }
 
 sub _fail ($self, $session, $class, $problem) {
+    my $before = $session->{before} // '';
     PVE::BackupAccess::Error->throw(
         $class,
-        "guest agent command '$session->{command}' $problem",
+        "guest agent command '$session->{command}' $problem$before",
         command => $session->{command}
     );
 }
@@ -162,8 +208,8 @@ sub _send ($self, $session, $data) {
 sub _receive ($self, $session) {
     my $fd = fileno($session->{socket});
     while (1) {
-        my $left = $session->{deadline} - clock_gettime(CLOCK_MONOTONIC);
-        $self->_fail($session, 'TimeoutError', "had no answer within $self->{timeout} s")
+        my $left = $session->{deadline} - now();
+        $self->_fail($session, 'TimeoutError', "had no answer within $session->{seconds} s")
             if $left <= 0;
         vec(my $ready = '', $fd, 1) = 1;
         next if select($ready, undef, undef, $left) < 1;
@@ -256,9 +302,11 @@ Is told what goes wrong in L</hooks>, with level C<warn>. Without it, C<warn> is
 
     my $count = $agent->freeze;
 
-Freezes all file systems; returns how many. Dies with a L<PVE::BackupAccess::Error>, of class
-C<TimeoutError> if there was no answer in time. The agent may still carry it out then: call L</thaw> in any
-case.
+Freezes all file systems; returns how many, or undef where the answer was lost and the agent says
+(C<guest-fsfreeze-status>) that they are frozen. Dies with a L<PVE::BackupAccess::Error>, of class C<TimeoutError> if
+there was no answer in time. An agent that does not say within five seconds that it is there is sent nothing, and the
+message says so. Where it was sent, and what became of it cannot be known, the message says that the guest may be
+frozen: call L</thaw> in any case.
 
 =head2 thaw
 
@@ -272,7 +320,8 @@ that goes on.
 
     my %hooks = $agent->hooks;    # (freeze => sub { ... }, thaw => sub { ... })
 
-Both for L<PVE::BackupAccess::Task/new>, with errors of the agent logged: a backup of a guest whose agent
-does not answer is better than none. What your signal handlers die with goes on.
+Both for L<PVE::BackupAccess::Task/new> and L<PVE::BackupAccess/setup>, with errors of the agent logged: a backup of
+a guest whose agent does not answer is better than none. A guest that was sent no freeze is sent no thaw. What your
+signal handlers die with goes on.
 
 =cut

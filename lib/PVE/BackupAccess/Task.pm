@@ -15,7 +15,6 @@ use PVE::BackupAccess::Notes;
 use PVE::BackupAccess::PluginBase;
 use PVE::BackupAccess::Try qw(attempt deaths_of deaths_of_all is_own worst_of);
 
-my $default_timeout = 60;
 my $map_batch = 10_000;    # dirty regions per call
 my $look_every = 10;       # seconds, at fleecing images
 my $look_limit = 5;        # seconds, that a QMP command may take for that
@@ -137,18 +136,17 @@ sub _die_of ($self, @deaths) {
 sub _hand_over ($self, $result) {
     my ($access, $provider) = $self->@{qw(access provider)};
     my $mechanism = $self->_mechanism;
-    my $sizes = $access->sizes($self->{devices}->@*);
-    my $in_qemu = $access->bases($self->{devices}->@*);
-    my ($modes, $bases) = $self->_bitmap_modes($sizes, $in_qemu);
+    my $seen = $access->_sizes_and_bases($self->{devices}->@*);
+    my ($modes, $bases) = $self->_bitmap_modes($seen);
     my $infos = $self->_set_up($modes, $bases);
     $result->{id} = PVE::BackupAccess->new_id;
     for my $info ($infos->@*) {
         my $device = $info->{device};
-        $self->_check_size($info, $sizes->{$device});
+        $self->_check_size($info, $seen->{$device}{size});
         $result->{devices}{$device} = $self->_describe($info, $modes->{$device});
     }
-    $self->_warn_of_fleecing;
     my $volumes = $self->_watched($access->volumes($mechanism));
+    $self->_log_fleecing($access->_warnings);
     my %optional = ('backup-id' => $result->{id}, 'guest-uuid' => $self->{guest});
     $optional{'bandwidth-limit'} = $self->{'bandwidth-limit'} if $self->{'bandwidth-limit'};
     $optional{'firewall-config'} = $self->{'firewall-config'} if exists($self->{'firewall-config'});
@@ -165,15 +163,18 @@ sub _warn_of_fleecing ($self) {
         grep { exists($self->{$_}) } qw(qmp run-dir fleecing-dir);
     my $timeout = min($look_limit, $self->{timeout} // $look_limit);
     my $status;
-    my $error = attempt { $status = PVE::BackupAccess->status(%options, timeout => $timeout) };
+    my $error = attempt { $status = $self->{access}->_look(%options, timeout => $timeout) };
 
     # Also where another program has the monitor, and nothing can be seen: reading goes on until then.
     $self->{'looked at fleecing'} = time();
-    return if $error;
-    for my $warning ($status->{warnings}->@*) {
-        $self->log('warn', $warning);
-        $self->{'warned of fleecing'} = 1;
-    }
+    $self->_log_fleecing($status->{warnings}->@*) if !$error;
+    return;
+}
+
+sub _log_fleecing ($self, @warnings) {
+    $self->{'looked at fleecing'} = time();
+    $self->log('warn', $_) for @warnings;
+    $self->{'warned of fleecing'} = 1 if @warnings;
     return;
 }
 
@@ -215,10 +216,7 @@ sub _mechanism ($self) {
 # Of which guest the bitmaps are, and what is noted of it.
 sub _notes ($self) {
     return $self->{notes} //= do {
-        my ($qmp, $timeout) = ($self->{qmp}, $self->{timeout} // $default_timeout);
-        utf8::decode($qmp) if !ref($qmp);    # the core takes it as text
-        my $answer = PVE::BackupAccess::_ask($qmp, $timeout, 'query-uuid', {});
-        $self->{guest} = $answer->{UUID};
+        $self->{guest} = $self->{access}->_guest;
         my %options = (
             load => $self->{'load-note'},
             store => $self->{'store-note'},
@@ -256,10 +254,10 @@ my sub read_answer ($answer) {
     return $answer->@{qw(bitmap-mode base)};
 }
 
-# { device => mode as the provider wants it }, { device => id of what it has for mode use }
-sub _bitmap_modes ($self, $sizes, $in_qemu) {
-    my %volumes
-        = map { $_ => { size => $sizes->{$_}, base => $in_qemu->{$_} } } keys $sizes->%*;
+# Of { device => { size, base } } as QEMU has them: { device => mode as the provider wants it },
+# { device => id of what it has for mode use }
+sub _bitmap_modes ($self, $seen) {
+    my %volumes = map { $_ => { $seen->{$_}->%* } } keys $seen->%*;
     my $noted = $self->{noted} = $self->_notes->ids;
     my $answer = $self->{provider}->backup_vm_query_incremental($self->{vmid}, \%volumes);
     bad_argument(
@@ -267,7 +265,7 @@ sub _bitmap_modes ($self, $sizes, $in_qemu) {
         if defined($answer) && ref($answer) ne 'HASH';
 
     my (%modes, %bases);
-    for my $device (keys $sizes->%*) {
+    for my $device (keys $seen->%*) {
         ($modes{$device}, my $base) = read_answer($answer->{$device});
         $modes{$device} //= '';
         $bases{$device} = $base // $noted->{$device} if $modes{$device} eq 'use';
@@ -279,7 +277,7 @@ sub _bitmap_modes ($self, $sizes, $in_qemu) {
             device => $device
         ) if $modes{$device} !~ m/\A(?:none|new|use)\z/;
     }
-    for my $device (sort grep { !exists($sizes->{$_}) } keys(($answer // {})->%*)) {
+    for my $device (sort grep { !exists($seen->{$_}) } keys(($answer // {})->%*)) {
         $self->log('warn',
                   "the backup provider has a bitmap mode for $device, which is no device"
                 . ' of this backup - ignored');
@@ -287,22 +285,15 @@ sub _bitmap_modes ($self, $sizes, $in_qemu) {
     return (\%modes, \%bases);
 }
 
-# The guest is thawed whatever becomes of the setup, and also if freezing it failed: it may have
-# been frozen all the same.
 sub _set_up ($self, $modes, $bases) {
     my @devices
         = map { { device => $_, 'bitmap-mode' => $modes->{$_}, base => $bases->{$_} } }
         $self->{devices}->@*;
-    my $infos;
-    my @deaths = deaths_of_all(
-        sub {
-            $self->{freeze}->() if $self->{freeze};
-            $infos = $self->{access}->setup(\@devices);
-        },
-        sub { $self->{thaw}->() if $self->{thaw} },
-    );
-    $self->_die_of(@deaths);
-    return $infos;
+    my %hooks = map {
+        $_ => $self->{$_} // sub { }
+    } qw(freeze thaw);
+    my $has_hooks = $self->{freeze} || $self->{thaw};
+    return $self->{access}->setup(\@devices, $has_hooks ? %hooks : ());
 }
 
 # Undoes the access. That it could not is no failure of the backup: when the archive is complete the

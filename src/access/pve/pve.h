@@ -11,8 +11,13 @@ extern const PbaBackend pba_pve_backend;
 
 /* The table's */
 bool pba_pve_check(PbaAccess *access, const PbaBlock *block, GError **error);
-bool pba_pve_setup(PbaAccess *access, PbaBlock *block, GError **error);
-bool pba_pve_teardown(PbaAccess *access, bool success, GError **error);
+bool pba_pve_prepare(PbaAccess *access, const PbaBlock *block, GError **error);
+bool pba_pve_cut(PbaAccess *access, const PbaBlock *block, GError **error);
+bool pba_pve_teardown(PbaAccess *access, PbaBlock *block, bool success, GError **error);
+
+/* Whether QEMU has nothing of this access, by what it has now: setup failed, or did not come to its
+ * command. */
+bool pba_pve_has_done_nothing(const PbaAccess *access, const PbaBlock *now);
 
 /* Companions, beside bitmaps whose teardown is QEMU's own */
 
@@ -21,14 +26,14 @@ char *pba_pve_bitmap(const PbaAccess *access, bool tied);
 /* Whether an access of this target can have that bitmap. */
 bool pba_pve_may_be_targets(const PbaAccess *access, const char *name, JsonObject *info);
 /* Before setup: removes bitmaps that must not be used. */
-bool pba_pve_check_ties(PbaAccess *access, GError **error);
+bool pba_pve_check_ties(PbaAccess *access, const PbaBlock *block, GError **error);
 /* After setup: bitmaps that are new get a companion without an id. */
 bool pba_pve_open_ties(PbaAccess *access, GError **error);
 /* Before QEMU is told of a success: takes the companions their ids. */
 bool pba_pve_take_ids(PbaAccess *access, const PbaBlock *block, GError **error);
-/* After it: gives them the access' one. A failure makes the next backup a full one, and is logged.
- */
-void pba_pve_give_ids(PbaAccess *access);
+/* After it: gives them the access' one; block is what QEMU had before they were taken. A failure
+ * makes the next backup a full one, and is logged. */
+void pba_pve_give_ids(PbaAccess *access, const PbaBlock *block);
 /* Action of a transaction: removes the bitmap, if it is there. */
 void pba_pve_add_removal(JsonArray *actions, const PbaBlock *block, const char *node,
                          const char *bitmap);

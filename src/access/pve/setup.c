@@ -32,6 +32,8 @@ static bool check_fleecing(PbaDisk *disk, const PbaBlock *block, GError **error)
         pba_error_set(error, PBA_ERROR_ARGUMENT, "its fleecing image '%s' is not attached", name);
         return false;
     }
+    g_free(disk->fleecing_node);
+    disk->fleecing_node = g_strdup(node ? name : pba_block_device_node(device));
     if (!(node ? pba_block_node_size(node, &size, error)
                : pba_block_device_size(device, &size, error))) {
         return false;
@@ -247,18 +249,10 @@ static bool is_refusal(const GError *error)
     return error->code == PBA_ERROR_QMP && strstr(error->message, "not finished");
 }
 
-/* Whether nothing is up of a setup that failed. Over a new connection, when QEMU has done with all
- * that came over the one before. */
-static bool has_done_nothing(PbaAccess *access, const PbaBlock *before, const GError *failure)
+bool pba_pve_has_done_nothing(const PbaAccess *access, const PbaBlock *now)
 {
-    g_auto(PbaBlock) after = {0};
-
-    if (pba_error_is_fatal(failure)) {
-        return false;
-    }
-    pba_qmp_release(access->qmp);
-    return pba_block_query(access->qmp, false, &after, NULL) &&
-           (count_parts(&after) == count_parts(before) || is_refusal(failure));
+    return access->answer == PBA_ANSWER_NONE || access->answer == PBA_ANSWER_OTHERS ||
+           (access->answer == PBA_ANSWER_ERROR && count_parts(now) == count_parts(&access->seen));
 }
 
 /* QEMU does not tell which devices an access has, and recovery must know. */
@@ -275,28 +269,34 @@ static bool mark_devices(PbaAccess *access, GError **error)
     return true;
 }
 
-bool pba_pve_setup(PbaAccess *access, PbaBlock *block, GError **error)
+bool pba_pve_prepare(PbaAccess *access, const PbaBlock *block, GError **error)
+{
+    /* The marks before the command, which may be the last thing that this process does. */
+    return pba_pve_check_ties(access, block, error) && mark_devices(access, error) &&
+           pba_nbd_server_start(access, error);
+}
+
+static JsonArray *ask(PbaAccess *access, GError **error)
 {
     JsonNode *arguments =
         access->form == PBA_FORM_DEVICES ? devices_form(access) : devlist_form(access);
     GError *local = NULL;
 
-    /* The marks before the command, which may be the last thing that this process does. */
-    if (!pba_pve_check_ties(access, error) || !mark_devices(access, error)) {
-        json_node_unref(arguments);
-        return false;
+    access->answer = PBA_ANSWER_UNKNOWN;
+    JsonArray *reply = pba_qmp_query_array(access->qmp, "backup-access-setup", arguments, &local);
+    if (!reply) {
+        access->answer = pba_error_is_fatal(local) ? PBA_ANSWER_UNKNOWN
+                         : is_refusal(local)       ? PBA_ANSWER_OTHERS
+                                                   : PBA_ANSWER_ERROR;
+        g_propagate_error(error, local);
     }
-    pba_access_begin_changes(access);
-    g_autoptr(JsonArray) reply =
-        pba_qmp_query_array(access->qmp, "backup-access-setup", arguments, &local);
-    /* The NBD server last: without an access there is nothing to serve. */
-    if (reply && read_reply(access, reply, &local) && pba_pve_open_ties(access, &local) &&
-        pba_nbd_server_start(access, &local)) {
-        return true;
-    }
-    if (!reply && has_done_nothing(access, block, local)) {
-        pba_access_enter(access, PBA_PHASE_CLAIMED);
-    }
-    g_propagate_error(error, local);
-    return false;
+    return reply;
+}
+
+bool pba_pve_cut(PbaAccess *access, G_GNUC_UNUSED const PbaBlock *block, GError **error)
+{
+    /* A freeze may have taken minutes. A device that has lost its medium crashes QEMU, and one that
+     * fails leaves the nodes of those before it for good. */
+    g_autoptr(JsonArray) reply = pba_access_look_again(access, error) ? ask(access, error) : NULL;
+    return reply && read_reply(access, reply, error);
 }

@@ -260,7 +260,7 @@ static Outcome commit(PbaAccess *access, const PbaBlock *block, GError **error)
     Outcome outcome = send_teardown(access, true, error);
     if (outcome == DONE) {
         pba_access_enter(access, PBA_PHASE_COMMITTED);
-        pba_pve_give_ids(access);
+        pba_pve_give_ids(access, block);
     } else {
         pba_qmp_settle(access->qmp, false);
     }
@@ -296,8 +296,8 @@ static bool end_as_success(PbaAccess *access, const PbaBlock *block, GError **er
     return outcome == DONE;
 }
 
-/* Looks, in one query, at our marker and at all that would crash QEMU. */
-static bool look(PbaAccess *access, PbaBlock *block, GError **error)
+/* Whether nothing in there would crash QEMU. */
+static bool check(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     const PbaDisk *first = access->disks->pdata[0];
     bool is_recovery = pba_access_is_recovery(access);
@@ -306,28 +306,25 @@ static bool look(PbaAccess *access, PbaBlock *block, GError **error)
      * only what the bitmaps of all nodes show is known of it. */
     bool is_known = first->snapshot_node && !is_recovery;
     return (is_known || check_no_exports(access, error)) &&
-           pba_block_query(access->qmp, false, block, error) &&
-           pba_owner_require(access, block->nodes, error) &&
            (is_recovery || check_safe(access, block, error)) &&
            (is_known || check_stale_safe(access, block, error));
 }
 
-bool pba_pve_teardown(PbaAccess *access, bool success, GError **error)
+bool pba_pve_teardown(PbaAccess *access, PbaBlock *block, bool success, GError **error)
 {
-    g_auto(PbaBlock) block = {0};
-
     /* A dead process that had marked no device had sent nothing. */
-    if (access->disks->len == 0) {
+    if (access->disks->len == 0 ||
+        (!pba_access_is_recovery(access) && pba_pve_has_done_nothing(access, block))) {
         return true;
     }
-    if (!look(access, &block, error)) {
+    if (!check(access, block, error)) {
         return false;
     }
     if (success) {
-        return end_as_success(access, &block, error);
+        return end_as_success(access, block, error);
     }
     /* Known before teardown only: then QEMU's background bitmap goes. */
-    bool may_be_committed = is_marked_as_ending(access, &block) && !has_background(&block);
+    bool may_be_committed = is_marked_as_ending(access, block) && !has_background(block);
     return send_teardown(access, false, error) == DONE &&
-           (!may_be_committed || remove_bitmaps(access, &block, error));
+           (!may_be_committed || remove_bitmaps(access, block, error));
 }

@@ -25,13 +25,18 @@ bool pba_pve_may_be_targets(const PbaAccess *access, const char *name, JsonObjec
                                             : !pba_json_find_bool(info, "recording");
 }
 
+static JsonNode *removal(const char *node, const char *bitmap)
+{
+    return pba_json("{'type': <'block-dirty-bitmap-remove'>, 'data': "
+                    "<{'node': <%s>, 'name': <%s>}>}",
+                    node, bitmap);
+}
+
 void pba_pve_add_removal(JsonArray *actions, const PbaBlock *block, const char *node,
                          const char *bitmap)
 {
     if (pba_block_find_bitmap(block, node, bitmap)) {
-        json_array_add_element(actions, pba_json("{'type': <'block-dirty-bitmap-remove'>, 'data': "
-                                                 "<{'node': <%s>, 'name': <%s>}>}",
-                                                 node, bitmap));
+        json_array_add_element(actions, removal(node, bitmap));
     }
 }
 
@@ -71,19 +76,15 @@ static bool check_base(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, 
     return true;
 }
 
-bool pba_pve_check_ties(PbaAccess *access, GError **error)
+bool pba_pve_check_ties(PbaAccess *access, const PbaBlock *block, GError **error)
 {
-    g_auto(PbaBlock) block = {0};
     g_autoptr(JsonArray) actions = json_array_new();
 
     if (!access->tied) {
         return true;
     }
-    if (!pba_block_query(access->qmp, true, &block, error)) {
-        return false;
-    }
     for (guint i = 0; i < access->disks->len; i++) {
-        if (!check_base(access, access->disks->pdata[i], &block, actions, error)) {
+        if (!check_base(access, access->disks->pdata[i], block, actions, error)) {
             return false;
         }
     }
@@ -117,24 +118,40 @@ bool pba_pve_open_ties(PbaAccess *access, GError **error)
     return pba_pve_run_actions(access, g_steal_pointer(&actions), error);
 }
 
-/* In place of every companion of the access' disks one with that id. */
-static bool replace_companions(PbaAccess *access, const PbaBlock *block, const char *id,
-                               GError **error)
+static char *companion_name(const PbaAccess *access, const PbaDisk *disk, const char *id)
+{
+    PbaCompanion companion = pba_disk_companion(access, disk, id);
+    return pba_companion_name(&companion);
+}
+
+/* The granularity of the companion that the disk has at the end of an access, if it has one. */
+static bool find_granularity(const PbaAccess *access, const PbaDisk *disk, const PbaBlock *block,
+                             const char **companion, uint64_t *granularity)
+{
+    const char *node = disk->bitmap_name ? disk->bitmap_node : NULL;
+    *companion = pba_companion_find(block, node, access->target_id);
+    JsonObject *info = *companion ? pba_block_find_bitmap(block, node, *companion) : NULL;
+
+    return info && pba_json_size(info, "granularity", granularity, NULL);
+}
+
+/* In place of every companion of the access' disks one without an id; none where no id is to come.
+ * Without a nonce of this access in its name a command of an earlier one might hit it. */
+bool pba_pve_take_ids(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     g_autoptr(JsonArray) actions = json_array_new();
 
-    for (guint i = 0; i < access->disks->len; i++) {
+    for (guint i = 0; access->tied && i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
         const char *node = disk->bitmap_name ? disk->bitmap_node : NULL;
-        const char *old = pba_companion_find(block, node, access->target_id);
-        JsonObject *info = old ? pba_block_find_bitmap(block, node, old) : NULL;
-        PbaCompanion companion = pba_disk_companion(access, disk, id);
-        g_autofree char *name = pba_companion_name(&companion);
+        g_autofree char *name = companion_name(access, disk, access->nonce);
+        const char *old;
         uint64_t granularity;
+        bool is_known = find_granularity(access, disk, block, &old, &granularity);
         if (g_strcmp0(old, name) == 0) {
             continue;
         }
-        if (access->backup_id && info && pba_json_size(info, "granularity", &granularity, NULL)) {
+        if (access->backup_id && is_known) {
             pba_companion_add(actions, node, name, old, granularity, false);
         }
         pba_companion_remove(actions, block, node, access->target_id);
@@ -142,19 +159,30 @@ static bool replace_companions(PbaAccess *access, const PbaBlock *block, const c
     return pba_pve_run_actions(access, g_steal_pointer(&actions), error);
 }
 
-/* Without a nonce of this access in its name a command of an earlier one might hit it. */
-bool pba_pve_take_ids(PbaAccess *access, const PbaBlock *block, GError **error)
+/* In place of those of pba_pve_take_ids. */
+static bool give_ids(PbaAccess *access, const PbaBlock *block, GError **error)
 {
-    return !access->tied || replace_companions(access, block, access->nonce, error);
+    JsonArray *actions = json_array_new();
+
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        g_autofree char *open = companion_name(access, disk, access->nonce);
+        g_autofree char *name = companion_name(access, disk, access->backup_id);
+        const char *old;
+        uint64_t granularity;
+        if (find_granularity(access, disk, block, &old, &granularity)) {
+            pba_companion_add(actions, disk->bitmap_node, name, open, granularity, false);
+            json_array_add_element(actions, removal(disk->bitmap_node, open));
+        }
+    }
+    return pba_pve_run_actions(access, actions, error);
 }
 
-void pba_pve_give_ids(PbaAccess *access)
+void pba_pve_give_ids(PbaAccess *access, const PbaBlock *block)
 {
-    g_auto(PbaBlock) block = {0};
     g_autoptr(GError) error = NULL;
 
-    if (access->backup_id && !(pba_block_query(access->qmp, false, &block, &error) &&
-                               replace_companions(access, &block, access->backup_id, &error))) {
+    if (access->backup_id && !give_ids(access, block, &error)) {
         pba_log(
             &access->hooks, PBA_LOG_WARN,
             "the bitmaps could not be told their backup, so that the next one is a full one: %s",

@@ -465,9 +465,11 @@ static bool prepare_bitmaps(PbaAccess *access, const PbaBlock *block, GError **e
     return true;
 }
 
-bool pba_upstream_setup(PbaAccess *access, PbaBlock *block, GError **error)
+bool pba_upstream_prepare(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     return
+        /* A device that has got another disk since would be given the earlier one. */
+        pba_access_look_again(access, error) &&
         /* First: if another NBD server runs, nothing has been done to the guest yet. */
         pba_nbd_server_start(access, error) &&
         /* Before the filters, which have them as targets. */
@@ -482,13 +484,44 @@ bool pba_upstream_setup(PbaAccess *access, PbaBlock *block, GError **error)
         /* After its fleecing node; until the cut a filter has no user and copies nothing. */
         each_disk(access, add_filter, error) && check_again(access, error) &&
         /* One by one, at any time before the cut: qom-set takes one disk, the cut all at once. */
-        each_disk(access, insert_raw, error) &&
-        /* The instant of all disks. */
-        cut(access, error) &&
-        /* Not before the cut: a write between would be in the snapshot, but not in the bitmap that
-         * says what is to be read of it. */
-        freeze_bitmaps(access, block, error) &&
-        /* Not before the cut: a filter with a user shares no writes of its disk (QEMU's
-         * cbw_child_perm, 7.2 to 11.0), which until then the guest makes past it. */
-        each_disk(access, add_snapshot, error);
+        each_disk(access, insert_raw, error);
+}
+
+/* QEMU (7.2, 10.0) crashes at a transaction with a bitmap of a node that has gone. */
+static bool look_again(PbaAccess *access, GError **error)
+{
+    g_auto(PbaBlock) now = {0};
+
+    now.nodes = pba_qmp_query_array(access->qmp, "query-named-block-nodes",
+                                    pba_json("{'flat': <true>}"), error);
+    for (guint i = 0; now.nodes && i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        if (!pba_block_find_node(&now, disk->bitmap_node) ||
+            (disk->bitmap_name &&
+             !pba_block_find_bitmap(&now, disk->bitmap_node, disk->bitmap_name))) {
+            pba_error_set(error, PBA_ERROR_STATE,
+                          "it or its bitmap was removed while the backup began - try again");
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+    }
+    return now.nodes != NULL;
+}
+
+bool pba_upstream_cut(PbaAccess *access, const PbaBlock *block, GError **error)
+{
+    return look_again(access, error) &&
+           /* The instant of all disks. */
+           cut(access, error) &&
+           /* Not before the cut: a write between would be in the snapshot, but not in the bitmap
+            * that says what is to be read of it. Not later: what the guest writes from now on need
+            * not be read. */
+           freeze_bitmaps(access, block, error);
+}
+
+/* Not before the cut: a filter with a user shares no writes of its disk (QEMU's cbw_child_perm, 7.2
+ * to 11.0), which until then the guest makes past it. */
+bool pba_upstream_finish(PbaAccess *access, GError **error)
+{
+    return each_disk(access, add_snapshot, error);
 }

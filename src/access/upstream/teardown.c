@@ -195,18 +195,11 @@ static void drop_holds(PbaAccess *access, GError **first, const PbaBlock *block)
     }
 }
 
-bool pba_upstream_teardown(PbaAccess *access, bool success, GError **error)
+bool pba_upstream_teardown(PbaAccess *access, PbaBlock *block, bool success, GError **error)
 {
-    g_auto(PbaBlock) block = {0};
     GError *first = NULL;
 
-    /* Our marker and what is undone are looked at in one query: after a restart of the VM the nodes
-     * of a later access have the same names. */
-    if (!pba_block_query(access->qmp, true, &block, error) ||
-        !pba_owner_require(access, block.nodes, error)) {
-        return false;
-    }
-    if (!undo_graph(access, &first, &block)) {
+    if (!undo_graph(access, &first, block)) {
         g_propagate_error(error, first);
         return false;
     }
@@ -218,7 +211,7 @@ bool pba_upstream_teardown(PbaAccess *access, bool success, GError **error)
      * of the nodes. */
     if (!pba_error_is_fatal(first)) {
         GError *step = NULL;
-        pba_bitmaps_join(access, &block, success && !first, &step);
+        pba_bitmaps_join(access, block, success && !first, &step);
         pba_error_keep_first(&first, step, &access->hooks);
     }
     /* After the bitmaps, which may go with them. A transaction that is refused may be the first

@@ -8,8 +8,10 @@ extern const PbaBackend pba_upstream_backend;
 
 /* The table's */
 bool pba_upstream_check(PbaAccess *access, const PbaBlock *block, GError **error);
-bool pba_upstream_setup(PbaAccess *access, PbaBlock *block, GError **error);
-bool pba_upstream_teardown(PbaAccess *access, bool success, GError **error);
+bool pba_upstream_prepare(PbaAccess *access, const PbaBlock *block, GError **error);
+bool pba_upstream_cut(PbaAccess *access, const PbaBlock *block, GError **error);
+bool pba_upstream_finish(PbaAccess *access, GError **error);
+bool pba_upstream_teardown(PbaAccess *access, PbaBlock *block, bool success, GError **error);
 bool pba_upstream_is_clean(PbaAccess *access);
 bool pba_upstream_reads_by_cluster(const PbaAccess *access);
 

@@ -96,6 +96,7 @@ sub pve_returns (%more) {
             map { node("drive-scsi$_-fleecing") } 0, 1
         ],
         'query-block-exports' => [],
+        'x-debug-query-block-graph' => { nodes => [], edges => [] },
         'query-status' => { status => 'running' },
         'query-migrate' => {},
         'x-debug-query-block-graph' => { nodes => [], edges => [] },

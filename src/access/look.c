@@ -1,0 +1,44 @@
+/* Whether devices still have what they had when setup looked. */
+#include "access.h"
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
+#include <string.h>
+
+static bool is_as_seen(const PbaDisk *disk, const PbaBlock *now, GError **error)
+{
+    JsonObject *device = pba_block_find_device(now, disk->device);
+    uint64_t size;
+
+    if (!device || g_strcmp0(pba_block_device_node(device), disk->root_node) != 0) {
+        pba_error_set(error, PBA_ERROR_STATE,
+                      "was unplugged, or its medium changed, while the backup began - try again");
+        return false;
+    }
+    if (!pba_block_device_size(device, &size, error)) {
+        return false;
+    }
+    if (size != disk->size) {
+        pba_error_set(error, PBA_ERROR_STATE,
+                      "was resized from %" G_GUINT64_FORMAT " to %" G_GUINT64_FORMAT
+                      " bytes while the backup began - try again",
+                      disk->size, size);
+    }
+    return size == disk->size;
+}
+
+bool pba_access_look_again(PbaAccess *access, GError **error)
+{
+    g_auto(PbaBlock) now = {.nodes = json_array_ref(access->seen.nodes)};
+
+    now.devices = pba_qmp_query_array(access->qmp, "query-block", NULL, error);
+    for (guint i = 0; now.devices && i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        /* QEMU itself says that a node which no device has is no more there. */
+        bool has_device = pba_block_find_device(&access->seen, disk->device) != NULL;
+        if (has_device && !is_as_seen(disk, &now, error)) {
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+    }
+    return now.devices != NULL;
+}

@@ -1,0 +1,93 @@
+# How many QMP commands a backup takes: each opens a connection where the caller's code ref does so, as
+# qemu-server's does, and the schema alone takes Perl code 60 to 300 ms. On Proxmox' commands an increment
+# of one disk, companions included, has had 30; on a stock QEMU 42.
+#
+# One QEMU is enough: versions differ by a command; PBA_FULL=1 runs on both.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use Test::More;
+
+use PBA::Test::Backend;
+use PBA::Test::Provider;
+use PBA::Test::QMP;
+use PBA::Test::VM;
+
+my $size = 1 << 20;
+
+# Of an increment of one disk; and of each further one. The front says a stock QEMU's version, so that
+# what it can do has to be asked.
+my %limit = (
+    pve => [PBA::Test::VM->is_proxmox ? 30 : 32, 4],
+    upstream => [42, 13],
+);
+
+# The names of the commands that the code sends by a code ref.
+sub sent ($backend, $code) {
+    my @names;
+    my $carry = sub ($command, $arguments) {
+        push(@names, $command);
+        my $qmp = PBA::Test::QMP->new(path => $backend->qmp_path);
+        my $value = $qmp->execute($command, $arguments->%*);
+        $qmp->close;
+        return $value;
+    };
+    $code->($carry);
+    return @names;
+}
+
+sub check ($names, $count, $what) {
+    cmp_ok(scalar($names->@*), '<=', $count, "$what: at most $count") or diag("@$names");
+    cmp_ok(scalar(grep { $_ eq 'query-qmp-schema' } $names->@*),
+        '<=', 1, "$what: the schema at most once");
+    return;
+}
+
+# As an object of the call by call kind: no ids.
+sub call_by_call ($backend, $carry) {
+    my $access = $backend->access(qmp => $carry);
+    $access->sizes(map { $_->{device} } $backend->devices('use')->@*);
+    $access->setup($backend->devices('use'));
+    $access->volumes('nbd');
+    $access->teardown(1);
+    return;
+}
+
+for my $name (PBA::Test::Backend->names) {
+    for my $disks (1, 3) {
+        my $backend = PBA::Test::Backend->start(
+            name => $name,
+            guest => 0,
+            paused => 1,
+            memory => 32,
+            disks => [map { { id => "d$_", size => $size, bus => 'scsi' } } 1 .. $disks],
+        );
+        my ($first, $further) = $limit{$name}->@*;
+        my $count = $first + $further * ($disks - 1);
+        my $provider = PBA::Test::Provider->new;
+        $backend->task($provider)->run;
+        my @names = sent($backend, sub ($qmp) { $backend->task($provider, qmp => $qmp)->run });
+        check(\@names, $count, "$name, $disks disks, a task");
+        call_by_call($backend, $backend->qmp_path);
+        @names = sent($backend, sub ($qmp) { call_by_call($backend, $qmp) });
+        check(\@names, $count, "$name, $disks disks, call by call");
+
+        # A second backup by the same object asks no more what QEMU can do.
+        my $access;
+        my $setup = sub ($qmp) {
+            $access //= $backend->access(qmp => $qmp);
+            $access->setup($backend->devices('use'));
+            $access->teardown(1);
+        };
+        @names = sent($backend, sub ($qmp) { $setup->($qmp) for 1, 2 });
+        my @asked = grep { m/\Aquery-(?:version|commands|qmp-schema|name|uuid)\z/ } @names;
+        my %times;
+        $times{$_}++ for @asked;
+        is_deeply([grep { $times{$_} > 1 } sort keys %times], [], "$name: what it is asked once");
+        $backend->check_manners;
+    }
+}
+
+done_testing;
