@@ -217,7 +217,7 @@ bool pba_upstream_teardown(PbaAccess *access, PbaBlock *block, bool success, GEr
     /* After the bitmaps, which may go with them. A transaction that is refused may be the first
      * that is seen of a later access, whose nodes have the same names. */
     if (!first || (!pba_error_is_fatal(first) && pba_owner_holds(access))) {
-        drop_holds(access, &first, &block);
+        drop_holds(access, &first, block);
     }
     if (first) {
         g_propagate_error(error, first);

@@ -1,0 +1,93 @@
+/* The instant of all disks, for which a guest may be frozen, and what can only come after it. */
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
+#include "upstream.h"
+
+static bool cut(PbaAccess *access, GError **error)
+{
+    JsonArray *options = json_array_new();
+
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        json_array_add_element(options, pba_raw_options(disk, disk->filter_node));
+    }
+    return pba_qmp_run(access->qmp, "blockdev-reopen", pba_json_wrap_array("options", options),
+                       error);
+}
+
+/* Freezes the targets' bitmaps, and removes those that mode none has no use for. Bits that were set
+ * since the cut do no harm. */
+static bool freeze_bitmaps(PbaAccess *access, const PbaBlock *block, GError **error)
+{
+    g_autofree char *name = pba_access_bitmap(access);
+    g_autoptr(JsonArray) actions = json_array_new();
+
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        if (disk->bitmap_name) {
+            json_array_add_element(actions, pba_bitmap_action("block-dirty-bitmap-disable",
+                                                              pba_bitmap_ref(disk, name)));
+        } else {
+            pba_bitmap_removals(actions, access, disk, block, name);
+        }
+    }
+    return json_array_get_length(actions) == 0 ||
+           pba_qmp_run(access->qmp, "transaction",
+                       pba_json_wrap_array("actions", g_steal_pointer(&actions)), error);
+}
+
+static bool add_snapshot(PbaAccess *access, PbaDisk *disk, GError **error)
+{
+    disk->snapshot_node = pba_disk_name(access, "snap", disk);
+    return pba_qmp_run(access->qmp, "blockdev-add",
+                       pba_json("{'driver': <'snapshot-access'>, 'node-name': <%s>, 'file': <%s>, "
+                                "'discard': <'unmap'>}",
+                                disk->snapshot_node, disk->filter_node),
+                       error);
+}
+
+/* QEMU (7.2, 10.0) crashes at a transaction with a bitmap of a node that has gone. */
+static bool look_again(PbaAccess *access, GError **error)
+{
+    g_auto(PbaBlock) now = {0};
+
+    now.nodes = pba_qmp_query_array(access->qmp, "query-named-block-nodes",
+                                    pba_json("{'flat': <true>}"), error);
+    for (guint i = 0; now.nodes && i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        if (!pba_block_find_node(&now, disk->bitmap_node) ||
+            (disk->bitmap_name &&
+             !pba_block_find_bitmap(&now, disk->bitmap_node, disk->bitmap_name))) {
+            pba_error_set(error, PBA_ERROR_STATE,
+                          "it or its bitmap was removed while the backup began - try again");
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+    }
+    return now.nodes != NULL;
+}
+
+bool pba_upstream_cut(PbaAccess *access, const PbaBlock *block, GError **error)
+{
+    return look_again(access, error) &&
+           /* The instant of all disks. */
+           cut(access, error) &&
+           /* Not before the cut: a write between would be in the snapshot, but not in the bitmap
+            * that says what is to be read of it. Not later: what the guest writes from now on need
+            * not be read. */
+           freeze_bitmaps(access, block, error);
+}
+
+/* Not before the cut: a filter with a user shares no writes of its disk (QEMU's cbw_child_perm, 7.2
+ * to 11.0), which until then the guest makes past it. */
+bool pba_upstream_finish(PbaAccess *access, GError **error)
+{
+    for (guint i = 0; i < access->disks->len; i++) {
+        PbaDisk *disk = access->disks->pdata[i];
+        if (!add_snapshot(access, disk, error)) {
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+    }
+    return true;
+}
