@@ -14,6 +14,7 @@ use XSLoader;
 use PVE::BackupAccess::Argument
     qw(bad_argument check_code check_filled_text check_flag check_hash check_options check_positive check_text);
 use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Recovery qw(recover_all recover_foreign);
 use PVE::BackupAccess::Try qw(deaths_of deaths_of_all is_own worst_of);
 use PVE::BackupAccess::Volume;
 
@@ -65,7 +66,7 @@ my %access_options = (
 my %forget_options
     = map { $_ => $access_options{$_} } qw(qmp timeout target-id run-dir fleecing-dir log);
 
-my %recover_options = (%forget_options, force => \&check_flag);
+my %recover_options = (%forget_options, force => \&check_flag, foreign => \&check_flag);
 
 my %status_options = map { $_ => $access_options{$_} } qw(qmp timeout run-dir fleecing-dir);
 
@@ -111,7 +112,9 @@ sub capabilities ($class, @options) {
 }
 
 sub recover ($class, @options) {
-    my $options = check_options('recover', \@options, \%recover_options, qw(qmp target-id));
+    my $options = check_options('recover', \@options, \%recover_options, 'qmp');
+    return recover_foreign($class, $options) if delete($options->{foreign});
+    return recover_all($class, $options) if !defined($options->{'target-id'});
     return $class->_make($options)->_recover;
 }
 
@@ -440,6 +443,12 @@ time.
 Takes C<qmp>, C<target-id>, C<run-dir>, C<fleecing-dir>, C<timeout> and C<log> as L</new> does, and C<force>; they have
 to be those of the dead process for its NBD server and files to be found.
 
+    my $lines = PVE::BackupAccess->recover(qmp => $path);
+
+Without a target-id what dead processes left of all targets is undone, and each line says of which. That takes one
+query where there is nothing, so a backup can begin with it: before it attaches what the dead one has attached as well,
+such as a fleecing image.
+
 Dies with class C<StateError> if a process is at a backup of this guest, naming its process ID, or if
 what is left is another target's. On a Proxmox QEMU also where the disk or its bitmap was removed
 meanwhile, so that QEMU would crash: then the access stays up until the VM is stopped.
@@ -452,6 +461,14 @@ process has ended, say so:
 
 The log and the lines returned say which process was taken for dead. An access of a process that is seen
 to live, or of another target, is never undone.
+
+    PVE::BackupAccess->recover(qmp => $path, 'target-id' => $id, foreign => 1);
+
+Undoes an access that another program has made by Proxmox' own commands, such as a qemu-server without this module:
+its exports, the NBD server if nothing else is exported, then the access, as after a failure. Such an access has no
+marker, so whether its program lives cannot be known; a backup that is under way would fail. That is why nothing does it
+by itself. Say it only when you know that the program has ended: on Proxmox VE when no task of the guest runs. After a
+killed C<vzdump> the guest is still locked: C<qm unlock VMID>.
 
 =head2 forget
 

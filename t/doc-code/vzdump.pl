@@ -1,6 +1,6 @@
 # A block defines archive_external, and perhaps cleanup, of a VZDump plugin for a guest as on Proxmox VE
 # with the disk drive-scsi0. They are called as VZDump does, with what stays in qemu-server done here: a
-# full backup, one that fails, and incremental ones, by both mechanisms.
+# full backup, one that fails, and incremental ones, by both mechanisms; and each step failing in turn.
 
 use v5.36;
 
@@ -15,9 +15,16 @@ my %notes;
 
 package PBA::Test::VZDumpPlugin {
 
-    sub note ($self, $name) { push($self->{calls}->@*, $name) }
+    # What is to fail has the name of a call here.
+    sub note ($self, $name) {
+        push($self->{calls}->@*, $name);
+        die "$name failed\n" if ($self->{fails} // '') eq $name;
+    }
 
-    sub prepare_external ($self, $task, $vmid) {
+    sub start_external ($self, $vmid) { $self->note('start') }
+
+    sub attach_external ($self, $task, $vmid) {
+        $self->note('attach');
         $task->{disks} = [{ qmdevice => 'drive-scsi0' }];
     }
 
@@ -25,24 +32,38 @@ package PBA::Test::VZDumpPlugin {
     sub firewall_config ($self, $task) { return $self->{firewall} }
     sub qga_fs_freeze ($self, $task, $vmid) { $self->note('freeze'); return 1 }
     sub qga_fs_thaw ($self, $vmid) { $self->note('thaw') }
-    sub resume_vm_after_job_start ($self, $task, $vmid) { $self->note('resume') }
+
+    # Once for what failed; it fails in the hook only.
+    sub resume_vm_after_job_start ($self, $task, $vmid) {
+        $self->note('resume');
+        delete($self->{fails}) if ($self->{fails} // '') eq 'resume';
+    }
+
     sub restore_vm_power_state ($self, $vmid) { $self->note('power') }
     sub load_note ($self, $key) { return $notes{$key} }
     sub store_note ($self, $key, $text) { $notes{$key} = $text }
     sub log ($self, $level, $message) { push($self->{log}->@*, "$level: $message") }
+    sub loginfo ($self, $message) { $self->log('info', $message) }
+    sub logerr ($self, $message) { $self->log('err', $message) }
 }
 
-# One backup; returns the calls of the hooks and the provider, and the bytes that were dirty.
-sub vzdump ($package, $mechanism, %opt) {
+# One backup by a new plugin, with what is to fail: a call, or a QMP command. Returns the plugin; dies
+# unless it died if and only if it had to.
+sub vzdump ($package, $state, $mechanism, %opt) {
     my $provider = PBA::Test::Provider->new(mechanism => $mechanism);
-    $provider->{on}{backup_vm} = sub (@) { die "full\n" }
-        if $opt{fails};
+    $provider->{on}{ $opt{provider} } = sub (@) { die "$opt{provider} failed\n" }
+        if $opt{provider};
+    $provider->{on}{backup_vm} = sub (@) { kill('TERM', $$); select(undef, undef, undef, 5) }
+        if $opt{signal};
+    my %opts = (storage => 'test', $opt{bwlimit} ? (bwlimit => $opt{bwlimit}) : ());
     my $plugin = bless(
         {
-            vzdump =>
-                { opts => { storage => 'test', bwlimit => 1024 }, 'backup-provider' => $provider },
-            firewall => $opt{fails} ? undef : "[OPTIONS]\n",
+            vzdump => { opts => \%opts, 'backup-provider' => $provider },
+            vm_was_running => !$opt{started},
+            firewall => $opt{firewall},
+            fails => $opt{call},
             calls => $provider->{calls},
+            provider => $provider,
         },
         $package
     );
@@ -50,33 +71,83 @@ sub vzdump ($package, $mechanism, %opt) {
         no strict 'refs';
         @{"${package}::ISA"} = 'PBA::Test::VZDumpPlugin';
     }
+    $state->{fails} = $opt{command};
     my $task = {};
     my $ok = eval { $plugin->archive_external($task, 100); 1 };
     my $error = $@;
     $plugin->cleanup($task, 100) if $plugin->can('cleanup');
-    die "it is '$error' that it died with\n" if !$ok && !($opt{fails} && $error eq "full\n");
-    die "it did not die\n" if $ok && $opt{fails};
-    check_calls($plugin, $provider);
-    return ($provider->{regions}{'drive-scsi0'} // [])->[1];
+    die "it is '$error' that it died with\n" if !$ok && $error !~ ($opt{error} // qr/\A\z/);
+    die "it did not die\n" if $ok && $opt{error};
+    return $plugin;
 }
 
-sub check_calls ($plugin, $provider) {
+sub names ($plugin) {
+    return join(' ', map { ref ? $_->[0] : $_ } $plugin->{calls}->@*);
+}
+
+sub check_good ($plugin, %opt) {
+    my $provider = $plugin->{provider};
     my ($query, $vm) = map {
         my $name = $_;
         grep { ref && $_->[0] eq $name } $plugin->{calls}->@*
     } qw(backup_vm_query_incremental backup_vm);
-    my $names = join(' ', map { ref ? $_->[0] : $_ } $plugin->{calls}->@*);
+    my $names = names($plugin);
     die "the calls were: $names\n"
-        if $names !~ m/\Abackup_get_mechanism \w+_incremental freeze thaw resume backup_vm\b/
-        || $names !~ m/ power\z/;
+        if $names ne 'provider_name start attach backup_get_mechanism backup_vm_query_incremental'
+        . ' freeze thaw resume backup_vm power';
     delete($query->[2]{'drive-scsi0'}{base});
     delete($vm->[4]->@{qw(backup-id guest-uuid)});
     PBA::Test::DocCode::check_same({ 'drive-scsi0' => { size => 16 * $mib } }, $query->[2]);
-    my %options = ('bandwidth-limit' => $mib);
+    my %options;
+    $options{'bandwidth-limit'} = $opt{bwlimit} * 1024 if $opt{bwlimit};
     $options{'firewall-config'} = $plugin->{firewall} if defined($plugin->{firewall});
     PBA::Test::DocCode::check_same(\%options, $vm->[4]);
-    my @warnings = grep { m/\Awarn/ } $plugin->{log}->@*;
+    my @lines = (
+        qr/starting external backup via test/,
+        qr/backup mechanism:? '?(?:nbd|file-handle)/,
+        qr/setting up \S+ ?access/,
+        qr/drive-scsi0: dirty-bitmap status: /,
+        qr/tearing down backup.access/,
+    );
+
+    for my $line (@lines) {
+        my $count = grep { $_ =~ $line } $plugin->{log}->@*;
+        die "$count lines like $line in the log: $plugin->{log}->@*\n" if $count != 1;
+    }
+    my @warnings = grep { m/\A(?:warn|err)/ } $plugin->{log}->@*;
     die "warnings: @warnings\n" if @warnings;
+    return ($provider->{regions}{'drive-scsi0'} // [])->[1];
+}
+
+my %failures = (
+    start => { call => 'start', error => qr/\Astart failed$/ },
+    prepare => { call => 'attach', error => qr/\Aattach failed$/ },
+    mechanism =>
+        { provider => 'backup_get_mechanism', error => qr/\Abackup_get_mechanism failed$/ },
+    query => { provider => 'backup_vm_query_incremental', error => qr/incremental failed$/ },
+    freeze => { call => 'freeze', error => qr/\Afreeze failed$/ },
+    setup => { command => 'backup-access-setup', error => qr/backup-access-setup.*no setup/ },
+    thaw => { call => 'thaw', error => qr/\Athaw failed$/ },
+    hook => { call => 'resume', error => qr/\Aresume failed$/ },
+    volumes => { command => 'block-export-add', error => qr/no export/ },
+    backup_vm => { provider => 'backup_vm', error => qr/\Abackup_vm failed$/ },
+    signal => { signal => 1, error => qr/\Ainterrupted by signal$/ },
+    teardown => { command => 'backup-access-teardown' },
+);
+
+# Whatever fails: the guest is resumed and not frozen, its power state is restored at the end, nothing is
+# left but what the next backup undoes, and that one has all that changed.
+sub check_failure ($package, $state, $mechanism, $name) {
+    my %opt = $failures{$name}->%*;
+    $opt{started} = $name eq 'volumes';
+    my $plugin = vzdump($package, $state, $mechanism, %opt);
+    my $names = names($plugin);
+    die "the calls were: $names\n" if $names !~ m/ power\z/ || $names !~ m/ resume\b/;
+    die "it was thawed before it was frozen: $names\n" if $names =~ m/thaw.*freeze/;
+    die "it stays frozen: $names\n" if $names =~ m/freeze(?!.* thaw)/ && $name ne 'freeze';
+    my @told = grep { m/\A(?:warn|err)/ } $plugin->{log}->@*;
+    die "nothing of it is in the log\n" if !@told;
+    return;
 }
 
 return sub ($block) {
@@ -85,19 +156,37 @@ return sub ($block) {
         disks => [{ id => 'scsi0', size => 16 * $mib, shape => 'drive' }],
     );
     state $qmp = PBA::Test::QMP->new(path => $backend->qmp_path);
+    state $state = {};
+    my %text = (
+        'backup-access-setup' => 'no setup',
+        'block-export-add' => 'no export',
+        'backup-access-teardown' => 'no teardown',
+    );
     my $mon_cmd = sub ($vmid, $command, %arguments) {
         delete($arguments{timeout}) // die "mon_cmd has a time limit of its own\n";
+        if (($state->{fails} // '') eq $command) {
+            delete($state->{fails});
+            die "$text{$command}\n";
+        }
         return $qmp->execute($command, %arguments);
     };
     my $outside = $backend->outside;
     my $package = PBA::Test::DocCode::run_perl($block, mon_cmd => $mon_cmd);
+    my @failures = sort keys %failures;
     for my $mechanism ('nbd', -e '/dev/fuse' ? 'file-handle' : ()) {
-        vzdump($package, $mechanism);
-        $backend->guest->write('scsi0', 5 * $mib, 4096, 0x31);
-        vzdump($package, $mechanism, fails => 1);
-        my $dirty = vzdump($package, $mechanism);
-        die "$dirty bytes in an incremental backup\n" if $dirty != 4 * $mib;
-        die "a good backup keeps the bits\n" if vzdump($package, $mechanism);
+        check_good(vzdump($package, $state, $mechanism, bwlimit => 1024, firewall => "[OPTIONS]\n"),
+            bwlimit => 1024);
+        for my $name ($mechanism eq 'nbd' ? @failures : qw(volumes backup_vm teardown)) {
+            $backend->guest->write('scsi0', 5 * $mib, 4096, 0x31);
+            my $done = eval { check_failure($package, $state, $mechanism, $name); 1 };
+            die "$name fails: $@" if !$done;
+            my $plugin = vzdump($package, $state, $mechanism);
+            my $dirty = ($plugin->{provider}{regions}{'drive-scsi0'} // [])->[1] // 0;
+            die "after $name: $dirty bytes in an incremental backup\n" if $dirty < 4 * $mib;
+            PBA::Test::DocCode::check_same($outside, $backend->outside);
+        }
+        die "a good backup keeps the bits\n"
+            if check_good(vzdump($package, $state, $mechanism));
     }
-    PBA::Test::DocCode::check_same($outside, $backend->outside);
+    return;
 };

@@ -107,7 +107,7 @@ sub archive_get_firewall_config ($self, $volname, @) {
     return read_file($self->archive($volname) . '/firewall.conf') || undef;
 }
 
-sub restore_vm_init ($self, $volname) {
+sub restore_vm_init ($self, $volname, @) {
     return { map { m!([^/]+)\.raw\z! ? ($1 => { size => -s }) : () }
             bsd_glob($self->archive($volname) . '/*') };
 }
@@ -117,7 +117,7 @@ sub restore_vm_volume_init ($self, $volname, $device, $info) {
 }
 
 sub restore_vm_volume_cleanup ($self, $volname, $device, $info) { }
-sub restore_vm_cleanup ($self, $volname) { }
+sub restore_vm_cleanup ($self, $volname, @) { }
 
 # ---- files ----
 

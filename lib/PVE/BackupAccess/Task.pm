@@ -289,6 +289,7 @@ sub _set_up ($self, $modes, $bases) {
     my @devices
         = map { { device => $_, 'bitmap-mode' => $modes->{$_}, base => $bases->{$_} } }
         $self->{devices}->@*;
+    $self->log('info', 'setting up backup access');
     my %hooks = map {
         $_ => $self->{$_} // sub { }
     } qw(freeze thaw);
@@ -303,6 +304,7 @@ sub _set_up ($self, $modes, $bases) {
 sub _tear_down ($self, $success, $result) {
     my $access = $self->{access};
     return if !$access->_is_up;
+    $self->log('info', 'tearing down backup access');
     my @deaths = deaths_of_all(
         sub {
             $access->teardown($success, $success ? $result->{id} : undef);
@@ -347,6 +349,10 @@ my %fallback_reason = (
 sub _describe ($self, $info, $requested) {
     my ($device, $size) = $info->@{qw(device size)};
     my $action = $info->{'bitmap-action'} // 'not-used';
+
+    # A TPM state's drive is attached anew for each backup: that its bitmap is not there means nothing.
+    my $is_new_drive = $action eq 'missing-recreated' && $device =~ m/\Adrive-tpmstate\d+-backup\z/;
+    $action = 'new' if $is_new_drive;
     my $mode = PVE::BackupAccess::bitmap_status($action);
     my $dirty = $mode eq 'none' ? $size : $self->_dirty_bytes($device);
     my $text = $status_text{$action};
@@ -362,14 +368,14 @@ sub _describe ($self, $info, $requested) {
     $self->log('info', "$device: dirty-bitmap status: $text");
 
     my $fallback
-        = $requested eq 'use' && $mode ne 'reuse'
+        = $requested eq 'use' && $mode ne 'reuse' && !$is_new_drive
         ? $info->{reason} // $fallback_reason{$action}
         : undef;
     $self->log('info', "$device: falls back to a full read: $fallback") if defined($fallback);
     return {
         size => $size,
         'bitmap-mode' => $mode,
-        'bitmap-action' => $action,
+        'bitmap-action' => $info->{'bitmap-action'} // 'not-used',
         dirty => $dirty,
         fallback => $fallback,
     };

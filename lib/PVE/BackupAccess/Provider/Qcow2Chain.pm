@@ -328,7 +328,7 @@ sub _settle ($self, $guest) {
     return;
 }
 
-sub restore_vm_init ($self, $volname) {
+sub restore_vm_init ($self, $volname, @) {
     my ($vmid) = $self->_parse($volname);
     $self->_settle($self->_guest($vmid));
     my $archive = $self->_archive($volname);
@@ -365,7 +365,7 @@ sub restore_vm_volume_cleanup ($self, $volname, $device, $info) {
     return;
 }
 
-sub restore_vm_cleanup ($self, $volname) {
+sub restore_vm_cleanup ($self, $volname, @) {
     my $restores = delete($self->{restores}{$volname}) // {};
     end_restore($_) for values $restores->%*;
     return;

@@ -1,0 +1,147 @@
+package PVE::BackupAccess::Recovery;
+
+# Undoing what dead processes left of any target, and what another program left that makes accesses by
+# QEMU's own commands and leaves no markers.
+
+use v5.36;
+
+use Exporter qw(import);
+use JSON::PP ();
+use Time::HiRes ();
+
+use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Try qw(attempt);
+
+our @EXPORT_OK = qw(recover_all recover_foreign);
+
+my $Error = 'PVE::BackupAccess::Error';
+my $export_limit = 600;    # seconds, as for exports of our own
+my $background = 'backup-access-background-bitmap';
+
+# Only a process' marker can be left of no target; any will do to remove it.
+my $any_target = 'pve-backup-access';
+
+my sub ask ($options, $command, %arguments) {
+    my ($qmp, $timeout) = ($options->{qmp}, $options->{timeout} // 60);
+    utf8::decode($qmp) if !ref($qmp);    # the core takes it as text
+    return PVE::BackupAccess::_ask($qmp, $timeout, $command, \%arguments);
+}
+
+my sub nodes_of ($options) {
+    return
+        grep { ref($_) eq 'HASH' }
+        ask($options, 'query-named-block-nodes', flat => JSON::PP::true)->@*;
+}
+
+my sub bitmaps_of ($node) {
+    return grep { defined($_->{name}) } ($node->{'dirty-bitmaps'} // [])->@*;
+}
+
+# Whether a node shows that there may be something: one of ours, or a bitmap that does not record
+# although it is not one that tells a backup.
+my sub is_suspicious ($node) {
+    return 1 if ($node->{'node-name'} // '') =~ m/\Apba-/;
+    return grep {
+               $_->{name} =~ m/\Apba-background/
+            || $_->{name} eq $background
+            || (!$_->{recording} && $_->{name} !~ m/\Apba-id:/)
+    } bitmaps_of($node);
+}
+
+# One query where there is nothing.
+sub recover_all ($class, $options) {
+    return [] if !grep { is_suspicious($_) } nodes_of($options);
+    my %look = map { $_ => $options->{$_} }
+        grep { exists($options->{$_}) } qw(qmp timeout run-dir fleecing-dir);
+    my $status = $class->status(%look);
+    my @left = $status->{'left-overs'}->@*;
+    my $access = $status->{access};
+    my $is_dead = !$access || (defined($access->{alive}) && !$access->{alive});
+    $Error->throw('StateError',
+              'a process that is gone left an access of a target that nothing tells any more'
+            . ' - call recover with its target-id')
+        if $is_dead && grep { !defined($_->{'target-id'}) && !$_->{harmless} } @left;
+
+    my %seen;
+    my @targets = grep { defined && !$seen{$_}++ }
+        map { $_->{'target-id'} } (grep { !$_->{harmless} } @left),
+        (grep { !$_->{recording} } $status->{bitmaps}->@*), @left;
+    my @lines;
+    for my $target (@targets ? @targets : $any_target) {
+        my $done = $class->_make({ $options->%*, 'target-id' => $target })->_recover;
+        push(@lines, map { @targets ? "target '$target': $_" : $_ } $done->@*);
+    }
+    return \@lines;
+}
+
+# ---- of another program ----
+
+my sub refuse ($problem) {
+    $Error->throw('StateError', $problem);
+}
+
+# The target's bitmaps of the access; QEMU would crash at a teardown without one.
+my sub frozen_bitmaps ($target, @nodes) {
+    my @frozen;
+    for my $node (@nodes) {
+        my %bitmaps = map { $_->{name} => $_ } bitmaps_of($node);
+        next if !$bitmaps{$background};
+        push(
+            @frozen,
+            $bitmaps{$target} // refuse(
+                      "the access is not of target '$target', or its bitmap of node"
+                    . " '$node->{'node-name'}' was removed, and QEMU would crash at a teardown"
+            )
+        );
+    }
+    return @frozen;
+}
+
+my sub remove_exports ($options, $lines, @nodes) {
+    my %is_snapshot = map { $_->{'node-name'} => 1 }
+        grep { ($_->{drv} // '') eq 'snapshot-access' && defined($_->{'node-name'}) } @nodes;
+    my $deadline = time() + $export_limit;
+    my %deleted;
+    while (1) {
+        my @exports = ask($options, 'query-block-exports')->@*;
+        my @stale = grep { $is_snapshot{ $_->{'node-name'} // '' } } @exports;
+        return scalar(@exports) if !@stale;
+        for my $id (grep { !$deleted{$_}++ } map { $_->{id} } @stale) {
+            ask($options, 'block-export-del', id => $id, mode => 'hard');
+            push($lines->@*, "export '$id' was removed");
+        }
+        refuse("its exports do not go") if time() > $deadline;
+        Time::HiRes::sleep(0.05);
+    }
+}
+
+# Exports first: QEMU aborts at a teardown while a bitmap is exported.
+sub recover_foreign ($class, $options) {
+    my $target = $options->{'target-id'} // $Error->throw('ArgumentError',
+        "recover with 'foreign' needs the target-id of that access");
+    my @nodes = nodes_of($options);
+    refuse('what is left has markers of this module - call recover without foreign')
+        if grep { ($_->{'node-name'} // '') =~ m/\Apba-/ } @nodes;
+    return [] if !grep { ($_->{drv} // '') =~ m/\A(?:snapshot-access|copy-before-write)\z/ } @nodes;
+    refuse('this QEMU has no accesses of another program')
+        if $class->capabilities($options->%{qw(qmp timeout)})->{backend} ne 'pve';
+    frozen_bitmaps($target, @nodes);
+    my @lines;
+    my $others = remove_exports($options, \@lines, @nodes);
+
+    if (!$others && !attempt { ask($options, 'nbd-server-stop') }) {
+        push(@lines, 'the NBD server was stopped');
+    }
+    refuse("its bitmap '$target' is exported or used by another program - end that first")
+        if grep { $_->{busy} } frozen_bitmaps($target, nodes_of($options));
+    ask(
+        $options, 'backup-access-teardown',
+        'target-id' => $target,
+        success => JSON::PP::false
+    );
+    push(@lines,
+        "the access of another program for target '$target' was ended, as after a failure");
+    return \@lines;
+}
+
+1;

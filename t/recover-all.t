@@ -1,0 +1,144 @@
+# Recovery without a target: what dead processes left of any is undone, one query where there is nothing;
+# and an access of another program, which has no markers, when that is asked for.
+#
+# One QEMU is enough: what is undone is swept on both by crash-points.t.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use JSON::PP ();
+use Test::More;
+
+use PBA::Test::Backend;
+use PBA::Test::Client;
+use PBA::Test::QMP;
+
+my $size = 1 << 20;
+
+sub recover ($backend, %more) {
+    my %options = $backend->options;
+    delete($options{'target-id'});
+    return PVE::BackupAccess->recover(%options, log => sub { }, %more);
+}
+
+# A process that has an access for that target, until it is killed.
+sub leave ($backend, $target, $code = sub { }) {
+    my $client = PBA::Test::Client->start(
+        sub ($tell) {
+            my $access = $backend->access('target-id' => $target);
+            $access->setup($backend->devices('use'));
+            $access->volumes('nbd');
+            $tell->('up');
+        }
+    );
+    is($client->next_word, 'up', "an access for $target");
+    return $client;
+}
+
+sub refused ($code, $pattern, $name) {
+    ok(!eval { $code->(); 1 }, "$name: refused");
+    is(ref($@) && $@->class, 'StateError', "$name: class") or diag($@);
+    like("$@", $pattern, "$name: the message");
+    return;
+}
+
+sub check_dead ($backend) {
+    my $outside = $backend->outside;
+    for my $target ('snapshot-access:one', 'snapshot-access:two') {
+        my $client = leave($backend, $target);
+        refused(
+            sub { recover($backend) },
+            qr/process \d+ is already backing it up/,
+            'while it lives'
+        );
+        $client->kill9;
+        my $lines = recover($backend);
+        cmp_ok(scalar($lines->@*), '>', 2, 'what it left is undone');
+        is_deeply([grep { !m/\Atarget '\Q$target\E': / } $lines->@*], [], 'each line says of which')
+            or diag($lines->@*);
+        is_deeply($backend->outside, $outside, 'nothing is left');
+    }
+    my @sent;
+    my $qmp = sub ($command, $arguments) {
+        push(@sent, $command);
+        my $client = PBA::Test::QMP->new(path => $backend->qmp_path);
+        my $value = $client->execute($command, $arguments->%*);
+        $client->close;
+        return $value;
+    };
+    is_deeply(recover($backend, qmp => $qmp), [], 'nothing to undo, bitmaps of two targets there');
+    is_deeply(\@sent, ['query-named-block-nodes'], 'one query');
+    return;
+}
+
+# By QEMU's own commands, as qemu-server does today.
+sub start_foreign ($backend, $target, $mode) {
+    my $qmp = PBA::Test::QMP->new(path => $backend->qmp_path);
+    my @devices = map {
+        { $_->%* }
+    } $backend->devices($mode)->@*;
+    my $infos = $qmp->execute(
+        'backup-access-setup',
+        'target-id' => $target,
+        devices => \@devices
+    );
+    my %address = (type => 'unix', data => { path => $backend->work_dir('foreign') . '/nbd' });
+    $qmp->execute('nbd-server-start', addr => \%address);
+    for my $info ($infos->@*) {
+        my @bitmaps = map { { node => $info->{'bitmap-node-name'}, name => $_ } }
+            grep { defined } $info->{'bitmap-name'};
+        $qmp->execute(
+            'block-export-add',
+            id => $info->{device},
+            type => 'nbd',
+            'node-name' => $info->{'node-name'},
+            @bitmaps ? (bitmaps => \@bitmaps) : (),
+        );
+    }
+    $qmp->close;
+    return;
+}
+
+sub check_foreign ($backend) {
+    my $outside = $backend->outside;
+    my %foreign = (foreign => 1, 'target-id' => 'snapshot-access:foreign');
+    is_deeply(recover($backend, %foreign), [], 'no access of another program');
+    for my $mode ('use', 'none') {
+        start_foreign($backend, $foreign{'target-id'}, $mode);
+        is_deeply(recover($backend), [], "$mode: it is left alone") if $mode eq 'none';
+        ok(!eval { recover($backend, foreign => 1); 1 }, "$mode: without its target");
+        my %wrong = (%foreign, 'target-id' => 'snapshot-access:wrong');
+        if ($mode eq 'use') {
+            refused(sub { recover($backend, %wrong) }, qr/not of target/, "$mode: another target");
+            is(scalar($backend->vm->exports->@*), 2, "$mode: its exports are there");
+        }
+        my $lines = recover($backend, %foreign);
+        like("@$lines", qr/export .* was removed.*NBD server was stopped.*was ended/,
+            "$mode: lines");
+        is_deeply($backend->outside, $outside, "$mode: nothing is left");
+    }
+    $backend->check_manners;
+    my $client = leave($backend, 'snapshot-access:one');
+    $client->kill9;
+    refused(sub { recover($backend, %foreign) }, qr/without foreign/, 'what has markers');
+    recover($backend);
+    is_deeply($backend->outside, $outside, 'nothing is left');
+    return;
+}
+
+for my $name (PBA::Test::Backend->names) {
+    subtest "backend $name" => sub {
+        my $backend = PBA::Test::Backend->start(
+            name => $name,
+            guest => 0,
+            paused => 1,
+            memory => 32,
+            disks => [map { { id => $_, size => $size, bus => 'scsi' } } qw(a b)],
+        );
+        check_dead($backend);
+        check_foreign($backend) if $name eq 'pve';
+    };
+}
+
+done_testing;
