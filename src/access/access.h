@@ -96,6 +96,10 @@ struct PbaAccess {
     char *guest;     /* the guest's UUID; NULL: not asked for */
     char *backup_id; /* what its bitmaps are relative to after a success; NULL: nothing */
 
+    bool has_qemu_user; /* root serves a QEMU of another user, that is: */
+    uid_t qemu_uid;
+    gid_t qemu_gid;
+
     const PbaBackend *backend;
     PbaForm form;
     unsigned qemu_version; /* 702 is 7.2 */
@@ -210,6 +214,11 @@ bool pba_tear_down_and_end(PbaAccess *access, bool success, GError **error);
 bool pba_company_check_here(PbaAccess *access, GError **error);
 bool pba_company_check_disks(PbaAccess *access, const PbaBlock *block, GError **error);
 
+/* Notes whose process QEMU is, where this one is root's and that is not. */
+void pba_user_note(PbaAccess *access);
+/* Lets QEMU open a file that this process has made, and make a socket in such a directory. */
+bool pba_user_give_file(const PbaAccess *access, int fd);
+bool pba_user_open_dir(const PbaAccess *access, const char *dir);
 /* Says whose process QEMU is, of an error that is for want of permission. */
 void pba_user_add_hint(const PbaAccess *access, GError **error);
 

@@ -60,5 +60,9 @@ static bool ensure_identity(PbaAccess *access, GError **error)
 
 bool pba_access_begin(PbaAccess *access, GError **error)
 {
-    return pba_access_choose_backend(access, error) && ensure_identity(access, error);
+    if (!pba_access_choose_backend(access, error)) {
+        return false;
+    }
+    pba_user_note(access);
+    return ensure_identity(access, error);
 }

@@ -115,6 +115,9 @@ bool pba_run_dir_make(PbaAccess *access, GError **error)
     note(path, PLACE_NAME, place);
     note(path, OWNER_NAME, mark ? mark : "");
     note(path, TARGET_NAME, access->target_id);
+    if (!pba_user_open_dir(access, path)) {
+        return set_system_error(error, "open to QEMU's user", path);
+    }
     access->socket = g_build_filename(path, SOCKET_NAME, NULL);
     access->socket_dir = g_steal_pointer(&path);
     return true;
@@ -158,6 +161,17 @@ static bool has_role_name(const PbaAccess *access, const char *name, const char 
            name[to_end] == '-';
 }
 
+/* Of this user, or given to QEMU's by pba_user_give_file or pba_user_open_dir. */
+static bool is_own(const PbaAccess *access, const struct stat *status)
+{
+    bool is_file = S_ISREG(status->st_mode);
+    mode_t mode = status->st_mode & 01077;
+
+    return (status->st_uid == geteuid() && (!(mode & 077) || (mode == 01030 && !is_file))) ||
+           (access->has_qemu_user && is_file && status->st_uid == access->qemu_uid &&
+            !(mode & 077));
+}
+
 /* Appends what has such a name in the directory and is of this user. */
 static void find_stale_in(const PbaAccess *access, GPtrArray *paths, const char *parent,
                           const char *role, mode_t type)
@@ -169,8 +183,7 @@ static void find_stale_in(const PbaAccess *access, GPtrArray *paths, const char 
         g_autofree char *path = g_build_filename(parent, name, NULL);
         struct stat status;
         if (has_role_name(access, name, role) && lstat(path, &status) == 0 &&
-            (status.st_mode & S_IFMT) == type && status.st_uid == geteuid() &&
-            !(status.st_mode & 077)) {
+            (status.st_mode & S_IFMT) == type && is_own(access, &status)) {
             g_ptr_array_add(paths, g_steal_pointer(&path));
         }
     }

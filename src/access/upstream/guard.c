@@ -24,11 +24,12 @@ static const unsigned char image[1024] = {
     [0] = 'Q', 'F', 'I', 0xfb, 0, 0, 0, 2, [23] = 9, [54] = 2, [59] = 1,
 };
 
-static bool create_image(const char *path, GError **error)
+static bool create_image(const PbaAccess *access, const char *path, GError **error)
 {
     int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
 
-    if (fd < 0 || write(fd, image, sizeof(image)) != sizeof(image)) {
+    if (fd < 0 || write(fd, image, sizeof(image)) != sizeof(image) ||
+        !pba_user_give_file(access, fd)) {
         pba_error_set(error, PBA_ERROR_SYSTEM, "cannot write '%s' - %s", path, g_strerror(errno));
         if (fd >= 0) {
             close(fd);
@@ -67,7 +68,7 @@ bool pba_guards_add(PbaAccess *access, GError **error)
 {
     g_autofree char *path = g_build_filename(access->socket_dir, PBA_GUARD_NAME, NULL);
 
-    bool done = create_image(path, error) && add_guards(access, path, error);
+    bool done = create_image(access, path, error) && add_guards(access, path, error);
     /* QEMU has it open. */
     unlink(path);
     return done;

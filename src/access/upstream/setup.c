@@ -253,7 +253,7 @@ static char *create_fleecing_file(PbaAccess *access, uint64_t size, GError **err
     g_autofree char *path = g_strdup_printf("%s/%s-XXXXXX", dir, name);
     int fd = g_mkstemp_full(path, O_RDWR | O_CLOEXEC, 0600);
 
-    if (fd < 0 || ftruncate(fd, (off_t)size) != 0) {
+    if (fd < 0 || ftruncate(fd, (off_t)size) != 0 || !pba_user_give_file(access, fd)) {
         pba_error_set(error, PBA_ERROR_SYSTEM, "cannot create fleecing image '%s' - %s", path,
                       g_strerror(errno));
         if (fd >= 0) {
