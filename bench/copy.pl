@@ -7,6 +7,7 @@
 #   - an increment, 64 KiB dirty every 128 KiB: beside a full copy of the same image, a bare C loop over
 #     libnbd that reads the same pieces, and a loop that has one request in flight
 #   - the same two from nbdkit, which costs less: what is left is the cost of the copy
+#   - digests: a full copy to a qcow2 image by qemu-nbd, with and without them
 #   - looking for zeroes: a target that can be told of them beside one that cannot
 
 use v5.36;
@@ -179,13 +180,41 @@ sub full_to_nbd ($case, $full) {
     return;
 }
 
+# As the provider stores it.
+sub full_with_digests ($case, $full) {
+    my $server;
+    my $side = sub (%options) {
+        return {
+            before => sub {
+                undef $server;
+                qemu_img(qw(create -q -f qcow2), $target, $size);
+                $server = serve('sink', file => $target, format => 'qcow2', writable => 1);
+            },
+            prepare => \&load_module,
+            run => sub ($) {
+                my $statistics = open_volume($full)->copy(to => $server->uri, %options);
+                return { bytes => $statistics->{'bytes-read'} };
+            },
+        };
+    };
+    $bench->compare(
+        case => "$case, digests",
+        ours => $side->(digests => "$dir/digests"),
+        peer => { name => 'without digests', $side->()->%* },
+    );
+    undef $server;
+    unlink($target);
+    return;
+}
+
 for my $case (qw(full thin)) {
-    next if !grep { $bench->wants("$case, $_") } 'to nowhere', 'to a file', 'NBD to NBD';
+    next if !grep { $bench->wants("$case, $_") } 'to nowhere', 'to a file', 'NBD to NBD', 'digests';
     my $image = PBA::Bench::Image::write_raw("$dir/$case.raw", $size, full => $case eq 'full');
     my $full = serve($case, file => $image, format => 'raw');
     full_to_nowhere($case, $full);
     full_to_file($case, $full);
     full_to_nbd($case, $full);
+    full_with_digests($case, $full);
     undef $full;
     unlink($image);
 }
