@@ -12,6 +12,8 @@ use TAP::Harness;
 
 use PBA::Test::Cache;
 
+my $Cache = 'PBA::Test::Cache';
+
 # A reason to skip that a machine may have; whatever else is skipped hides something.
 my @expected_skips = (
     qr/\Ano \/dev\/fuse\b/,
@@ -55,9 +57,9 @@ sub jobs_for (@files) {
     my @jobs = map { { file => $_, name => $_, environment => {} } } @files;
     my @vm_files = grep { starts_vm($_) } @files;
     return \@jobs if !@vm_files;
-    PBA::Test::Cache->prepare;
-    return \@jobs if $ENV{PBA_QEMU} || !PBA::Test::Cache->has_qemu10;
-    my %newer = PBA::Test::Cache->qemu10_env;
+    $Cache->prepare;
+    return \@jobs if $ENV{PBA_QEMU} || !$Cache->has_qemu10;
+    my %newer = $Cache->qemu10_env;
     push(@jobs,
         map { { file => $_, name => "$_ on QEMU 10.0", environment => \%newer } }
         grep { !one_is_enough($_) } @vm_files);
@@ -66,7 +68,7 @@ sub jobs_for (@files) {
 
 # ---- the longest first, so that at the end no single one is waited for ----
 
-my $times_file = PBA::Test::Cache->directory . '/times.json';
+my $times_file = $Cache->directory . '/times.json';
 
 sub known_times () {
     return eval { JSON::PP->new->decode(content($times_file)) } // {};

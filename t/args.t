@@ -12,6 +12,9 @@ use PBA::Test::NBDServer;
 use PVE::BackupAccess;
 use PVE::BackupAccess::Volume;
 
+my $Error = 'PVE::BackupAccess::Error';
+my $Volume = 'PVE::BackupAccess::Volume';
+
 binmode($_, ':encoding(UTF-8)')
     for Test::More->builder->output, Test::More->builder->failure_output;
 
@@ -33,7 +36,7 @@ sub shown ($value) {
 }
 
 sub is_argument_error ($error, $pattern, $name) {
-    my $class = ref($error) && $error->isa('PVE::BackupAccess::Error') ? $error->class : 'none';
+    my $class = ref($error) && $error->isa($Error) ? $error->class : 'none';
     my $ok = is($class, 'ArgumentError', "$name: refused");
     $ok &= like("$error", $pattern, "$name: the message names it") if $ok;
     $ok &= unlike("$error", qr/[[:cntrl:]](?!\z)/, "$name: one line") if $ok;
@@ -220,7 +223,7 @@ subtest 'volumes and volume' => sub {
 
 subtest 'errors of Perl code' => sub {
     my $path = "/Gr\xc3\xb6\xc3\x9fe";    # in UTF-8: \x9f alone would be a control character
-    eval { PVE::BackupAccess::Error->throw('SystemError', "no $path\n\e[31m\0", device => 'disk0') };
+    eval { $Error->throw('SystemError', "no $path\n\e[31m\0", device => 'disk0') };
     is("$@", "no $path  [31m \n", 'one line, with a path as it is');
     is($@->device, 'disk0', 'of the device');
 };
@@ -230,7 +233,7 @@ subtest 'names from the core, joined to file names' => sub {
     my $tmp = File::Temp->newdir;
     mkdir(my $dir = "$tmp/Gr\xc3\xb6\xc3\x9fe") or die "mkdir: $!\n";
     mkdir("$dir/disk0") or die "mkdir: $!\n";
-    eval { PVE::BackupAccess::Volume->open('disk0', { 'nbd-path' => "$tmp/none" }) };
+    eval { $Volume->open('disk0', { 'nbd-path' => "$tmp/none" }) };
     my $device = $@->device;
     is($device, 'disk0', 'the device of an error');
     ok(-d "$dir/$device", 'it is the file that is meant');
@@ -240,7 +243,7 @@ subtest bitmap_status => sub {
     for my $action ('', 'use', 'reuse', 'none', 'Used', 'used ', "used\0", "new\n", 1, [], '%s%n') {
         my $done = eval { PVE::BackupAccess::bitmap_status($action); 1 };
         ok(!$done, shown($action) . ': refused');
-        isa_ok($@, 'PVE::BackupAccess::Error', shown($action));
+        isa_ok($@, $Error, shown($action));
         unlike("$@", qr/[[:cntrl:]](?!\z)/, 'one line');
     }
 };
@@ -248,16 +251,16 @@ subtest bitmap_status => sub {
 subtest 'wrong invocants' => sub {
     my $access = new_access();
     my %call = (
-        'a string' => sub { PVE::BackupAccess::Volume::size('x') },
-        'undef' => sub { PVE::BackupAccess::Volume::size(undef) },
-        'a hash' => sub { PVE::BackupAccess::Volume::size({}) },
-        'a number' => sub { PVE::BackupAccess::Volume::next_dirty_region(4711) },
-        'a reference to a number' => sub { PVE::BackupAccess::Volume::close(\4711) },
-        'the class' => sub { PVE::BackupAccess::Volume->size },
-        'an access' => sub { PVE::BackupAccess::Volume::size($access) },
+        'a string' => sub { $Volume->can('size')->('x') },
+        'undef' => sub { $Volume->can('size')->(undef) },
+        'a hash' => sub { $Volume->can('size')->({}) },
+        'a number' => sub { $Volume->can('next_dirty_region')->(4711) },
+        'a reference to a number' => sub { $Volume->can('close')->(\4711) },
+        'the class' => sub { $Volume->size },
+        'an access' => sub { $Volume->can('size')->($access) },
         'a subclass of hashes' => sub {
             no warnings 'once';
-            @My::Volume::ISA = ('PVE::BackupAccess::Volume');
+            @My::Volume::ISA = ($Volume);
             local *My::Volume::DESTROY = sub { };
             my $object = bless({}, 'My::Volume');
             $object->size;
@@ -286,7 +289,7 @@ my %volume = (
 
 sub open_refused ($device, $volume, $pattern, $name) {
     my $before = $server->connections;
-    refused(sub { PVE::BackupAccess::Volume->open($device, $volume) }, $pattern, $name);
+    refused(sub { $Volume->open($device, $volume) }, $pattern, $name);
     is($server->connections, $before, "$name: no connection");
     return;
 }
@@ -334,25 +337,27 @@ subtest 'open: mode and name' => sub {
 ok(
     eval {
         my %none = (%volume, 'bitmap-mode' => 'none', 'bitmap-name' => undef);
-        PVE::BackupAccess::Volume->open('drive-scsi0', \%none);
+        $Volume->open('drive-scsi0', \%none);
     },
     'open: mode none with a bitmap-name of undef'
 ) or diag($@);
 
 # The provider API may grow.
 for my $key ('node-name', 'nbd_path', '', "a\nb") {
-    ok(eval { PVE::BackupAccess::Volume->open('drive-scsi0', { %volume, $key => [] }) },
-        'open: a key that is not known is ignored: ' . shown($key))
-        or diag($@);
+    ok(
+        eval { $Volume->open('drive-scsi0', { %volume, $key => [] }) },
+        'open: a key that is not known is ignored: ' . shown($key)
+    ) or diag($@);
 }
 
+my @bad_numbers = (
+    undef, '', -1, 1.5, '1e3', '0x10', '010', 'abc', ' 1', "1\n", '٣', '9' x 20, [], {}, \1,
+    18446744073709551616, 'inf', 'nan',
+);
+
 subtest 'ranges' => sub {
-    my $volume = PVE::BackupAccess::Volume->open('drive-scsi0', \%volume);
+    my $volume = $Volume->open('drive-scsi0', \%volume);
     my $size = 40 << 20;
-    my @bad_numbers = (
-        undef, '', -1, 1.5, '1e3', '0x10', '010', 'abc', ' 1', "1\n", '٣', '9' x 20, [], {}, \1,
-        18446744073709551616, 'inf', 'nan',
-    );
     for my $method (qw(pread discard)) {
         for my $value (@bad_numbers) {
             my $what = "$method " . shown($value);
@@ -392,7 +397,7 @@ subtest 'ranges' => sub {
 # Perl's own words, and plain.
 subtest 'wrong number of arguments' => sub {
     my $access = new_access();
-    my $volume = PVE::BackupAccess::Volume->open('drive-scsi0', \%volume);
+    my $volume = $Volume->open('drive-scsi0', \%volume);
     my %call = (
         setup => sub { $access->setup },
         'setup of a list' => sub { $access->setup({ device => 'a' }, { device => 'b' }) },
@@ -403,7 +408,7 @@ subtest 'wrong number of arguments' => sub {
         dirty_regions => sub { $volume->dirty_regions },
         next_dirty_region => sub { $volume->next_dirty_region(1) },
         size => sub { $volume->size(1) },
-        open => sub { PVE::BackupAccess::Volume->open('drive-scsi0') },
+        open => sub { $Volume->open('drive-scsi0') },
     );
     for my $name (sort keys %call) {
         $calls = 0;

@@ -15,6 +15,8 @@ use Test::More;
 use PBA::Test::Life;
 use PBA::Test::VM;
 
+my $Life = 'PBA::Test::Life';
+
 # Each QEMU gets other ones.
 my $qemu = PBA::Test::VM->qemu;
 my $seed = $ENV{PBA_SEED} // 20261128 + unpack('%16C*', qx($qemu --version));
@@ -78,7 +80,7 @@ my @known = (
 my (%count, @failed);
 
 sub new_life ($backend, %how) {
-    return PBA::Test::Life->new(backend => $backend, %how);
+    return $Life->new(backend => $backend, %how);
 }
 
 # The first problem of a life, undef if there is none.
@@ -120,7 +122,7 @@ sub some_way ($backend, $number) {
 sub random_lives ($backend, $lives) {
     for my $number (1 .. $lives) {
         my ($how, $text) = some_way($backend, $number);
-        my @all = PBA::Test::Life->events($how->{provider});
+        my @all = $Life->events($how->{provider});
         srand($seed + $number);
         my @events = ('ok', map { $all[rand(@all)] } 1 .. $random_length);
         one_life(
@@ -153,7 +155,7 @@ sub walk ($letters, $length) {
 # Each life ends with a backup, and the next one begins with the events that the cut would tear apart.
 sub all_sequences ($backend, $number) {
     my ($how, $text) = some_way($backend, $number);
-    my @all = PBA::Test::Life->events($how->{provider});
+    my @all = $Life->events($how->{provider});
     my $length = $ENV{PBA_LENGTH} // 3;
     my @walk = map { $all[$_] } walk(scalar(@all), $length);
     my $lives = 0;

@@ -15,6 +15,8 @@ use Time::HiRes qw(sleep);
 use PBA::Test::Backend;
 use PBA::Test::ScriptedQEMU;
 
+my $Backend = 'PBA::Test::Backend';
+
 my $mib = 1024 * 1024;
 my $size = 8 * $mib;
 my ($true, $false) = (JSON::PP::true, JSON::PP::false);
@@ -217,7 +219,7 @@ sub refusals ($backend, $device) {
 sub start_in_company ($name, $shape, $company) {
     my $shared = $company->{shared} ? 'share-rw=on' : undef;
     my %disk = (size => $size, shape => $shape, format => 'qcow2', device_args => $shared);
-    my $backend = PBA::Test::Backend->start(
+    my $backend = $Backend->start(
         name => $name,
         guest => 0,
         disks => [map { { id => $_, %disk } } qw(disk0 disk1)],
@@ -268,7 +270,7 @@ sub check ($name, $shape, $what) {
 
 # A disk that others may write to has no one instant.
 sub check_shared ($name) {
-    my $backend = PBA::Test::Backend->start(
+    my $backend = $Backend->start(
         name => $name,
         guest => 0,
         disks => [{ id => 'disk0', size => $size, device_args => 'share-rw=on' }],
@@ -284,7 +286,7 @@ sub check_shared ($name) {
 
 # The guest device has an id that other objects have, too.
 sub check_ambiguous_id () {
-    my $backend = PBA::Test::Backend->start(
+    my $backend = $Backend->start(
         name => 'upstream',
         guest => 0,
         disks => [{ id => 'disk0', size => $size, bus => 'scsi', shape => 'drive' }],
@@ -302,7 +304,7 @@ sub check_old_qcow2 () {
     my @create = (PBA::Test::VM->qemu_img, qw(create -q -f qcow2 -o compat=0.10));
     system(@create, "$dir/old.qcow2", $size) == 0 or die "qemu-img: $?\n";
     my %disk = (id => 'disk0', format => 'qcow2', file => "$dir/old.qcow2");
-    my $backend = PBA::Test::Backend->start(name => 'upstream', guest => 0, disks => [\%disk]);
+    my $backend = $Backend->start(name => 'upstream', guest => 0, disks => [\%disk]);
     my @log;
     my %options = (persistent => 1, log => sub ($level, $line) { push(@log, $line) });
     ok(eval { back_up($backend, 'disk0', %options) }, 'it is backed up') or diag($@);
@@ -359,7 +361,7 @@ sub check_other_user ($name) {
 }
 
 subtest "backend $_: a shared disk" => sub { check_shared($_) }
-    for PBA::Test::Backend->names;
+    for $Backend->names;
 if (!PBA::Test::VM->is_proxmox) {
     subtest 'an id of several objects' => sub { check_ambiguous_id() };
     subtest 'an old qcow2' => sub { check_old_qcow2() };
@@ -379,7 +381,7 @@ for my $what (sort keys %company) {
         next if $company{$what}{shapes} && !$company{$what}{shapes}{$shape};
         my $backends = $company{$what}{backends};
         push(@cells, [$_, $shape, $what])
-            for grep { !$backends || $backends->{$_} } PBA::Test::Backend->names;
+            for grep { !$backends || $backends->{$_} } $Backend->names;
     }
 }
 for my $cell (@cells) {

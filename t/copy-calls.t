@@ -86,7 +86,7 @@ sub slowness () {
     return max(1, $load);
 }
 
-subtest 'exceptions and signals' => sub {
+subtest 'exceptions' => sub {
     my $object = bless({ reason => 'mine' }, 'My::Exception');
     for my $case (['to', sub { die $object }], ['progress', sub { die $object }]) {
         my ($option, $code) = @$case;
@@ -96,7 +96,9 @@ subtest 'exceptions and signals' => sub {
         same($volume->pread(4096, 4096), substr($image, 4096, 4096),
             "$option: the volume works on");
     }
+};
 
+subtest 'signals' => sub {
     my @hangs = (
         [
             'source', sub { open_volume(start(dirty => $maps{all}, hang_at => 5 * $MiB)) },
@@ -119,8 +121,10 @@ subtest 'exceptions and signals' => sub {
         is($@, "alarm\n", "a $name that hangs: with what it died of");
         cmp_ok(time - $start, '<', 1.5 * slowness(), "a $name that hangs: within a second");
     }
+};
 
-    # They would leave the copy behind, half done and without an error.
+# They would leave the copy behind, half done and without an error.
+subtest 'loop controls' => sub {
     for my $option (qw(to progress)) {
         no warnings 'exiting';    ## no critic (ProhibitNoWarnings)
         my @ways = ([last => sub { last }], [next => sub { next }]);
@@ -135,7 +139,9 @@ subtest 'exceptions and signals' => sub {
             is(scalar(grep { m/\ACan't "$word" outside a loop block/ } @seen), 2, 'but dies');
         }
     }
+};
 
+subtest 'the volume in a callback' => sub {
     my $inside;
     my $volume = open_volume(start(dirty => $maps{all}));
     $volume->copy(
@@ -230,13 +236,23 @@ subtest 'a million regions' => sub {
     cmp_ok($calls, '<=', $statistics->{seconds} * 5 + 2, 'is told a few times a second');
 };
 
-subtest 'arguments' => sub {
+sub refused (@cases) {
     my $volume = open_volume(start(dirty => $maps{all}));
+    for my $case (@cases) {
+        my ($pattern, @options) = @$case;
+        ok(!eval { $volume->copy(@options); 1 }, "refused: $pattern");
+        like($@, qr/$pattern.*\n\z/, 'with this error');
+    }
+    is_deeply([$volume->next_dirty_region], [0, $odd_size], 'the volume was not touched');
+    return;
+}
+
+subtest 'targets that will not do' => sub {
     open(my $reader, '<', '/dev/null') or die;
     open(my $appender, '>>', "$dir/appended") or die;
     open(my $closed, '<', '/dev/null') or die;
     close($closed);
-    my @cases = (
+    refused(
         [qr/copy needs the option 'to'/],
         [qr/copy needs the option 'to'/, to => undef],
         [qr/to must not be empty/, to => ''],
@@ -248,6 +264,11 @@ subtest 'arguments' => sub {
         [qr/cannot write to .*Is a directory/, to => "$dir"],
         [qr/cannot write to .*No such file/, to => "$dir/none/target", 'without-base' => 1],
         [qr/connecting failed.*nothing-here/, to => "nbd+unix:///x?socket=$dir/nothing-here"],
+    );
+};
+
+subtest 'arguments' => sub {
+    refused(
         [qr/unknown option 'speed'/, to => '/dev/null', speed => 1],
         [qr/bandwidth-limit must be/, to => '/dev/null', 'bandwidth-limit' => -1],
         [qr/bandwidth-limit must be/, to => '/dev/null', 'bandwidth-limit' => '1M'],
@@ -270,12 +291,6 @@ subtest 'arguments' => sub {
         [qr/progress must be a code ref/, to => '/dev/null', progress => 1],
         [qr/discard must be 0 or 1/, to => '/dev/null', discard => 'no'],
     );
-    for my $case (@cases) {
-        my ($pattern, @options) = @$case;
-        ok(!eval { $volume->copy(@options); 1 }, "refused: $pattern");
-        like($@, qr/$pattern.*\n\z/, 'with this error');
-    }
-    is_deeply([$volume->next_dirty_region], [0, $odd_size], 'the volume was not touched');
 };
 
 done_testing;

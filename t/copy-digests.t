@@ -14,7 +14,7 @@ use Time::HiRes ();
 
 use PBA::Test::CopySource qw($image $odd_size %maps start write_file read_file same);
 use PBA::Test::Handle;
-use PBA::Test::NBDServer qw(open_volume);
+use PBA::Test::NBDServer qw(open_volume pattern);
 use PBA::Test::QemuNbd;
 use PVE::BackupAccess::Volume;
 
@@ -118,7 +118,7 @@ subtest 'other sizes of blocks, requests and connections' => sub {
 subtest 'holes' => sub {
     my $size = 40 * $MiB + 512;
     my $hole = [3 * $MiB + 512, $size - 4 * $MiB];
-    my $data = PBA::Test::NBDServer::pattern(0, $size);
+    my $data = pattern(0, $size);
     substr($data, $hole->[0], $hole->[1]) = "\0" x $hole->[1];
     my $server = start(
         size => $size,
@@ -177,7 +177,7 @@ subtest 'a file' => sub {
             "of an increment: $map"
         );
     }
-    my $new = PBA::Test::NBDServer::pattern($odd_size, $odd_size);
+    my $new = pattern($odd_size, $odd_size);
     my $server = start(
         dirty => [[128 * $KiB, 64 * $KiB], [6 * $MiB, 4608]],
         data => sub ($offset, $length) { substr($new, $offset, $length) }
@@ -283,22 +283,23 @@ sub dies_like ($code, $pattern, $name) {
     return ok(!$done, $name) && like($@, $pattern, $name);
 }
 
+sub copy_to_null ($map, %options) {
+    return open_volume(start(dirty => $maps{$map}))->copy(to => '/dev/null', %options);
+}
+
 subtest 'errors' => sub {
-    my $copy = sub ($map, %options) {
-        open_volume(start(dirty => $maps{$map}))->copy(to => '/dev/null', %options);
-    };
     dies_like(
         sub {
-            $copy->('small blocks', digests => sub (@) { });
+            copy_to_null('small blocks', digests => sub (@) { });
         },
         qr/region of 4096 bytes at offset 0 is not made of whole blocks of 65536.*digest-block/,
         'regions of parts of blocks'
     );
-    $copy->('small blocks', digests => sub (@) { }, 'digest-block' => 4 * $KiB);
+    copy_to_null('small blocks', digests => sub (@) { }, 'digest-block' => 4 * $KiB);
     pass('smaller blocks help');
     dies_like(
         sub {
-            $copy->('all', digests => sub (@) { die "enough\n" });
+            copy_to_null('all', digests => sub (@) { die "enough\n" });
         },
         qr/\Aenough\n\z/,
         'the code ref dies'
@@ -312,16 +313,19 @@ subtest 'errors' => sub {
         'so does that for damage'
     );
     dies_like(
-        sub { $copy->('all', digests => "$dir/none/such") },
+        sub { copy_to_null('all', digests => "$dir/none/such") },
         qr/cannot open .* No such file/,
         'no such directory'
     );
-    dies_like(sub { $copy->('all', digests => '/dev/full') }, qr{/dev/full}, 'no file');
+    dies_like(sub { copy_to_null('all', digests => '/dev/full') }, qr{/dev/full}, 'no file');
     dies_like(
-        sub { $copy->('all', expected => ["$dir/restored"]) },
+        sub { copy_to_null('all', expected => ["$dir/restored"]) },
         qr/is no file of digests/,
         'no digests'
     );
+};
+
+subtest 'files of digests that will not do' => sub {
     my $content = read_file("$dir/expected");
     my %bad = (
         'no file of digests' => "\0$content",
@@ -331,11 +335,11 @@ subtest 'errors' => sub {
     );
     for my $what (sort keys %bad) {
         my $file = write_file("$dir/bad", $bad{$what});
-        dies_like(sub { $copy->('all', expected => [$file]) }, qr/$what/, "a file: $what");
+        dies_like(sub { copy_to_null('all', expected => [$file]) }, qr/$what/, "a file: $what");
     }
     dies_like(
         sub {
-            $copy->(
+            copy_to_null(
                 'all',
                 expected => ["$dir/expected"],
                 digests => sub (@) { },
@@ -345,12 +349,15 @@ subtest 'errors' => sub {
         qr/in blocks of 65536, not/,
         'blocks of two sizes'
     );
+};
+
+subtest 'a copy that fails leaves no digests' => sub {
     unlink("$dir/half");
     my $server = start(dirty => $maps{all}, read_error => EIO, good_first => 10);
     eval { open_volume($server)->copy(to => '/dev/null', digests => "$dir/half", connections => 1) };
     like($@, qr/failed/, 'a copy that fails');
     dies_like(
-        sub { $copy->('all', expected => ["$dir/half"]) },
+        sub { copy_to_null('all', expected => ["$dir/half"]) },
         qr/is no file of digests/,
         'leaves no file of digests'
     );

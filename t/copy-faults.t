@@ -17,6 +17,10 @@ use PBA::Test::QemuNbd;
 use PBA::Test::Watchdog;
 use PVE::BackupAccess::Volume;
 
+my $NBDServer = 'PBA::Test::NBDServer';
+my $QemuNbd = 'PBA::Test::QemuNbd';
+my $Volume = 'PVE::BackupAccess::Volume';
+
 # In a mount namespace of its own, so that nothing stays mounted however it ends.
 if (!$ENV{PBA_UNSHARED} && system('unshare --mount true 2>/dev/null') == 0) {
     $ENV{PBA_UNSHARED} = 1;
@@ -33,7 +37,7 @@ my @servers;
 
 sub start (%options) {
     push @servers,
-        PBA::Test::NBDServer->start(
+        $NBDServer->start(
         size => $size,
         export => 'disk',
         dirty => [[0, $size]],
@@ -175,14 +179,14 @@ sub filled_file ($file) {
 }
 
 subtest 'servers that are killed' => sub {
-    my $source = PBA::Test::QemuNbd->start(file => filled_file("$dir/source"), readonly => 1);
-    my $volume = PVE::BackupAccess::Volume->open('disk', { 'nbd-path' => $source->uri });
+    my $source = $QemuNbd->start(file => filled_file("$dir/source"), readonly => 1);
+    my $volume = $Volume->open('disk', { 'nbd-path' => $source->uri });
     my ($done, $error) = copy_while_ending($source, $volume, to => "$dir/target");
     ok(!$done, 'the source');
     like($error, qr/\Adevice disk: $lost/, 'the source: error');
     ok(!eval { $volume->pread(0, 512); 1 }, 'the source: it is gone for reads as well');
 
-    my $target = PBA::Test::QemuNbd->start(file => filled_file("$dir/target"));
+    my $target = $QemuNbd->start(file => filled_file("$dir/target"));
     $volume = open_volume(start());
     ($done, $error) = copy_while_ending($target, $volume, to => $target->uri);
     ok(!$done, 'the target');
@@ -194,8 +198,8 @@ subtest 'servers that are killed' => sub {
 # notice.
 subtest 'a source that goes before a discard is sent' => sub {
     for my $connections (1, 4) {
-        my $source = PBA::Test::QemuNbd->start(file => filled_file("$dir/source"));
-        my $volume = PVE::BackupAccess::Volume->open('disk', { 'nbd-path' => $source->uri });
+        my $source = $QemuNbd->start(file => filled_file("$dir/source"));
+        my $volume = $Volume->open('disk', { 'nbd-path' => $source->uri });
         my @options = (discard => 1, connections => $connections, 'request-size' => $size);
         my $end = sub (@) { $source->stop('KILL') };
         ok(!eval { $volume->copy(to => $end, @options); 1 }, "$connections connections: dies");
@@ -249,9 +253,7 @@ subtest 'targets that are full' => sub {
         'inject-error.0.errno' => 28,
         'inject-error.0.sector' => $offset / 512,
     );
-    my $target
-        = PBA::Test::QemuNbd->start(
-        image_opts => join(',', map { "$_=$node{$_}" } sort keys %node));
+    my $target = $QemuNbd->start(image_opts => join(',', map { "$_=$node{$_}" } sort keys %node));
     copy_dies(
         start(), qr/writing \d+ bytes at offset $offset to nbd.* $full/, 'a server',
         to => $target->uri,
@@ -262,7 +264,7 @@ subtest 'targets that are full' => sub {
 # What the target refused, or has not answered, can still be read of the source.
 subtest 'discards wait for the target' => sub {
     for my $good (0, 1, 5, 20) {
-        my $target = PBA::Test::NBDServer->start(
+        my $target = $NBDServer->start(
             size => $size,
             write_error => EIO,
             good_first => $good,
@@ -289,11 +291,11 @@ subtest 'discards wait for the target' => sub {
 };
 
 subtest 'a target that cannot flush' => sub {
-    my $target = PBA::Test::NBDServer->start(size => $size, no_flush => 1);
+    my $target = $NBDServer->start(size => $size, no_flush => 1);
     my $statistics = open_volume(start())->copy(to => $target->uri);
     is($statistics->{'bytes-written'}, $size, 'gets all data');
     is_deeply([$target->requests('flush')], [], 'and is not asked to');
-    my $other = PBA::Test::NBDServer->start(size => $size);
+    my $other = $NBDServer->start(size => $size);
     open_volume(start())->copy(to => $other->uri);
     cmp_ok(scalar(() = $other->requests('flush')), '>', 0, 'one that can is');
 };
@@ -307,9 +309,7 @@ subtest 'targets that lose what they took' => sub {
         'inject-error.0.event' => 'none',
         'inject-error.0.iotype' => 'flush',
     );
-    my $target
-        = PBA::Test::QemuNbd->start(
-        image_opts => join(',', map { "$_=$node{$_}" } sort keys %node));
+    my $target = $QemuNbd->start(image_opts => join(',', map { "$_=$node{$_}" } sort keys %node));
     copy_dies(start(), qr/flushing nbd.* failed - Input/, 'a server', to => $target->uri);
 
     SKIP: {

@@ -10,10 +10,11 @@ use POSIX ();
 use Test::More;
 
 use PBA::Test::Backend;
-use PBA::Test::QemuNbd;
+use PBA::Test::QemuNbd qw(img);
 use PBA::Test::Share qw(share);
 use PVE::BackupAccess::Volume;
 
+my $QemuNbd = 'PBA::Test::QemuNbd';
 my $mib = 1024 * 1024;
 my $seed = 20261122;
 my $blocks = 2048;
@@ -38,17 +39,17 @@ my %sinks = (
         return $volume->copy(to => $fh, 'request-size' => 65536, @options);
     },
     server => sub ($volume, $file, @options) {
-        my $server = PBA::Test::QemuNbd->start(file => $file);
+        my $server = $QemuNbd->start(file => $file);
         my $statistics = $volume->copy(to => $server->uri, @options);
         $server->stop;
         return $statistics;
     },
     qcow2 => sub ($volume, $file, @options) {
-        PBA::Test::QemuNbd::img('convert', '-f', 'raw', '-O', 'qcow2', $file, "$file.qcow2");
-        my $server = PBA::Test::QemuNbd->start(file => "$file.qcow2", format => 'qcow2');
+        img('convert', '-f', 'raw', '-O', 'qcow2', $file, "$file.qcow2");
+        my $server = $QemuNbd->start(file => "$file.qcow2", format => 'qcow2');
         my $statistics = $volume->copy(to => $server->uri, @options);
         $server->stop;
-        PBA::Test::QemuNbd::img('convert', '-f', 'qcow2', '-O', 'raw', "$file.qcow2", $file);
+        img('convert', '-f', 'qcow2', '-O', 'raw', "$file.qcow2", $file);
         return $statistics;
     },
     device => sub ($volume, $file, @options) {
@@ -139,7 +140,7 @@ my %failures = (
     'a target that is killed' => sub ($context, $volume) {
         my $file = "$context->{dir}/scratch";
         new_image($file, $volume->size);
-        my $server = PBA::Test::QemuNbd->start(file => $file);
+        my $server = $QemuNbd->start(file => $file);
         $volume->copy(
             to => $server->uri,
             'bandwidth-limit' => 4 * $mib,

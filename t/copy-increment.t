@@ -10,7 +10,7 @@ use File::Temp ();
 use Test::More;
 
 use PBA::Test::CopySource qw(write_file read_file same);
-use PBA::Test::NBDServer qw(open_volume);
+use PBA::Test::NBDServer qw(open_volume pattern);
 use PBA::Test::Watchdog;
 use PVE::BackupAccess::Volume;
 
@@ -27,7 +27,7 @@ sub over_nbd ($mode) {
 
 # The mechanism file-handle, as a provider is given it.
 sub over_file ($mode) {
-    my $file = write_file("$dir/source", PBA::Test::NBDServer::pattern(0, $size));
+    my $file = write_file("$dir/source", pattern(0, $size));
     open(my $handle, '+<:raw', $file) or die "$file: $!\n";
     my @regions = $mode eq 'reuse' ? @dirty : ([0, $size]);
     my %volume = (
@@ -57,7 +57,7 @@ sub prepare ($before) {
 
 sub changed ($before) {
     my $data = $before . "\0" x $size;
-    substr($data, $_->[0], $_->[1]) = PBA::Test::NBDServer::pattern(@$_) for @dirty;
+    substr($data, $_->[0], $_->[1]) = pattern(@$_) for @dirty;
     return substr($data, 0, $size);
 }
 

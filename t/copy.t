@@ -14,7 +14,7 @@ use Test::More;
 
 use PBA::Test::CopySource qw($image $odd_size %maps start write_file read_file same);
 use PBA::Test::NBDServer qw(open_volume);
-use PBA::Test::QemuNbd;
+use PBA::Test::QemuNbd qw(img);
 use PVE::BackupAccess::Volume;
 
 my $KiB = 1 << 10;
@@ -84,11 +84,11 @@ my %sinks = (
     },
     'qcow2 over NBD' => sub ($volume, $before) {
         my $file = write_file("$dir/target", $before);
-        PBA::Test::QemuNbd::img('convert', '-f', 'raw', '-O', 'qcow2', $file, "$file.qcow2");
+        img('convert', '-f', 'raw', '-O', 'qcow2', $file, "$file.qcow2");
         my $server = PBA::Test::QemuNbd->start(file => "$file.qcow2", format => 'qcow2');
         my $statistics = $volume->copy(to => $server->uri, connections => 3);
         $server->stop;
-        PBA::Test::QemuNbd::img('convert', '-f', 'qcow2', '-O', 'raw', "$file.qcow2", $file);
+        img('convert', '-f', 'qcow2', '-O', 'raw', "$file.qcow2", $file);
         return ($statistics, read_file($file));
     },
     'a function' => sub ($volume, $before) {
@@ -223,57 +223,72 @@ subtest 'what is asked of the source' => sub {
     is($server->connections, 1, 'or just one');
 };
 
+my $thin_size = 20 * $MiB + 512;
+my @thin_holes
+    = ([0, 2 * $MiB], [3 * $MiB, 64 * $KiB], [7 * $MiB + 4096, 9 * $MiB], [19 * $MiB, $MiB + 512]);
+
+sub thin_image () {
+    my $thin = 'thin' x ($thin_size / 4);
+    substr($thin, $_->[0], $_->[1]) = "\0" x $_->[1] for @thin_holes;
+    return $thin;
+}
+
+sub start_thin ($thin, $map, $mode, %more) {
+    return start(
+        size => $thin_size,
+        dirty => $map,
+        dirty_only => $mode ne 'none',
+        holes => \@thin_holes,
+        data => sub ($offset, $length) { substr($thin, $offset, $length) },
+        %more
+    );
+}
+
+# [name, map, bitmap mode]
+my @thin_cases
+    = (['a large region', [[$MiB, 17 * $MiB]], 'new'], ['no bitmap', [[0, $thin_size]], 'none'],);
+
 # What the server says is zero is not read, however it is written.
 subtest 'holes' => sub {
-    my $size = 20 * $MiB + 512;
-    my @holes = (
-        [0, 2 * $MiB],
-        [3 * $MiB, 64 * $KiB],
-        [7 * $MiB + 4096, 9 * $MiB],
-        [19 * $MiB, $MiB + 512]
-    );
-    my $thin = 'thin' x ($size / 4);
-    substr($thin, $_->[0], $_->[1]) = "\0" x $_->[1] for @holes;
-    my %servers = (
-        'no bitmap' => [[[0, $size]], 'bitmap-mode' => 'none'],
-        'a large region' => [[[$MiB, 17 * $MiB]]],
-    );
-    for my $case (sort keys %servers) {
-        my ($map, %volume) = ($servers{$case}[0], $servers{$case}->@[1 .. $servers{$case}->$#*]);
-        my @options = (
-            size => $size,
-            dirty => $map,
-            dirty_only => !%volume,
-            holes => \@holes,
-            data => sub ($offset, $length) { substr($thin, $offset, $length) },
-        );
-        my $expected = $unseen x $size;
+    my $thin = thin_image();
+    for my $case (@thin_cases) {
+        my ($name, $map, $mode) = $case->@*;
+        my $expected = $unseen x $thin_size;
         substr($expected, $_->[0], $_->[1]) = substr($thin, $_->[0], $_->[1]) for @$map;
         for my $sink ('a file', 'raw over NBD', 'a function') {
-            my $server = start(@options);
-            my $before = $unseen x $size;
-            my ($statistics, $got) = $sinks{$sink}->(open_volume($server, %volume), $before);
-            same($got, $expected, "$case to $sink: data");
-            check_statistics($statistics, $map, "$case to $sink");
-            my $inside = reads_inside($server, grep { $_->[1] >= 256 * $KiB } @holes);
+            my $server = start_thin($thin, $map, $mode);
+            my $volume = open_volume($server, 'bitmap-mode' => $mode);
+            my ($statistics, $got) = $sinks{$sink}->($volume, $unseen x $thin_size);
+            same($got, $expected, "$name to $sink: data");
+            check_statistics($statistics, $map, "$name to $sink");
+            my $inside = reads_inside($server, grep { $_->[1] >= 256 * $KiB } @thin_holes);
             $sink eq 'a function'
-                ? cmp_ok($inside, '>', 0, "$case to $sink: all is read")
-                : is($inside, 0, "$case to $sink: no hole is read");
+                ? cmp_ok($inside, '>', 0, "$name to $sink: all is read")
+                : is($inside, 0, "$name to $sink: no hole is read");
         }
-        my $server = start(@options);
-        my $target = PBA::Test::NBDServer->start(size => $size);
-        my $statistics = open_volume($server, %volume)->copy(to => $target->uri);
-        is($statistics->{'bytes-zero'}, 0, "$case: a target that cannot write zeroes gets data");
+        my $silent = open_volume(start_thin($thin, $map, $mode, allocation_error => 22),
+            'bitmap-mode' => $mode);
+        my ($again, $got) = $sinks{'a file'}->($silent, $unseen x $thin_size);
+        same($got, $expected, "$name: where the server cannot tell, all is read");
+    }
+};
+
+subtest 'holes, to what has none' => sub {
+    my $thin = thin_image();
+    for my $case (@thin_cases) {
+        my ($name, $map, $mode) = $case->@*;
+        my $volume = open_volume(start_thin($thin, $map, $mode), 'bitmap-mode' => $mode);
+        my $target = PBA::Test::NBDServer->start(size => $thin_size);
+        my $statistics = $volume->copy(to => $target->uri);
+        is($statistics->{'bytes-zero'}, 0, "$name: a target that cannot write zeroes gets data");
         is(
             sum0(map { $_->{length} } $target->requests('write')),
             $statistics->{'bytes-read'},
-            "$case: all of it"
+            "$name: all of it"
         );
-        $statistics = open_volume(start(@options), %volume)->copy(to => '/dev/null');
-        is($statistics->{'bytes-zero'}, 0, "$case: so does a device that has no holes");
-        my $silent = open_volume(start(@options, allocation_error => 22), %volume);
-        my ($again, $got) = $sinks{'a file'}->($silent, $unseen x $size);
-        same($got, $expected, "$case: where the server cannot tell, all is read");
+        $volume = open_volume(start_thin($thin, $map, $mode), 'bitmap-mode' => $mode);
+        $statistics = $volume->copy(to => '/dev/null');
+        is($statistics->{'bytes-zero'}, 0, "$name: so does a device that has no holes");
     }
 };
 
@@ -454,6 +469,9 @@ subtest 'from a file handle' => sub {
             is_deeply(\@last, [$total, $total], "$name: total") if $with_progress;
         }
     }
+};
+
+subtest 'regions of a file handle that end badly' => sub {
     for my $with_progress (0, 1) {
         my @progress = $with_progress ? (progress => sub (@) { }) : ();
         my $calls = 0;

@@ -175,27 +175,28 @@ subtest 'the recorded Proxmox QEMU' => sub {
     check_proxmox(index_of(JSON::PP->new->decode($reply)->{return}));
 };
 
+# As QEMU describes its types.
+my %sample_types = (
+    args => {
+        'meta-type' => 'object',
+        members => [
+            { name => 'device', type => 'str' },
+            { name => 'mode', type => 'mode', default => undef }
+        ],
+    },
+    str => { 'meta-type' => 'builtin', 'json-type' => 'string' },
+    mode => { 'meta-type' => 'enum', values => ['none', 'file'] },
+    union => {
+        'meta-type' => 'object',
+        tag => 'mode',
+        members => [{ name => 'mode', type => 'mode' }],
+        variants => [{ case => 'file', type => 'file' }],
+    },
+    file => { 'meta-type' => 'object', members => [{ name => 'path', type => 'either' }] },
+    either => { 'meta-type' => 'alternate', members => [{ type => 'str' }, { type => 'args' }] },
+);
+
 subtest 'drift is found' => sub {
-    my %types = (
-        args => {
-            'meta-type' => 'object',
-            members => [
-                { name => 'device', type => 'str' },
-                { name => 'mode', type => 'mode', default => undef }
-            ],
-        },
-        str => { 'meta-type' => 'builtin', 'json-type' => 'string' },
-        mode => { 'meta-type' => 'enum', values => ['none', 'file'] },
-        union => {
-            'meta-type' => 'object',
-            tag => 'mode',
-            members => [{ name => 'mode', type => 'mode' }],
-            variants => [{ case => 'file', type => 'file' }],
-        },
-        file => { 'meta-type' => 'object', members => [{ name => 'path', type => 'either' }] },
-        either =>
-            { 'meta-type' => 'alternate', members => [{ type => 'str' }, { type => 'args' }] },
-    );
     my @cases = (
         [{ device => 'a' }, ''],
         [{ device => 'a', mode => 'none' }, ''],
@@ -204,17 +205,19 @@ subtest 'drift is found' => sub {
         [{ device => 'a', mode => 'all' }, "x.mode: not of the type 'enum'"],
         [{ device => ['a'] }, "x.device: not of the type 'builtin'"],
     );
-    is(join(' ', misfits(\%types, 'args', $_->[0], 'x')), $_->[1], $_->[1] || 'fits') for @cases;
+    is(join(' ', misfits(\%sample_types, 'args', $_->[0], 'x')), $_->[1], $_->[1] || 'fits')
+        for @cases;
     my @variants = (
         [{ mode => 'file', path => 'a' }, ''],
         [{ mode => 'file', path => { device => 'a' } }, ''],
         [{ mode => 'none', path => 'a' }, "x: 'path' is not known"],
         [{ mode => 'file' }, "x: 'path' is asked for"],
     );
-    is(join(' ', misfits(\%types, 'union', $_->[0], 'x')), $_->[1], $_->[1] || 'fits')
+    is(join(' ', misfits(\%sample_types, 'union', $_->[0], 'x')), $_->[1], $_->[1] || 'fits')
         for @variants;
-    is(type_of(\%types, 'args', 'device')->{'json-type'}, 'string', 'a member that is there');
-    is(type_of(\%types, 'args', 'node'), undef, 'one that is not');
+    is(type_of(\%sample_types, 'args', 'device')->{'json-type'}, 'string',
+        'a member that is there');
+    is(type_of(\%sample_types, 'args', 'node'), undef, 'one that is not');
     is_deeply(
         declared("sub job_init {\n    my (\$self, \$start_time) = \@_;\n}\n"),
         { job_init => $arguments{job_init} },

@@ -12,6 +12,8 @@ use Test::More;
 use PBA::Test::Backend;
 use PBA::Test::QMP;
 
+my $QMP = 'PBA::Test::QMP';
+
 my @disks = map { { id => $_, size => 16 * 1024 * 1024 } } qw(disk0 disk1);
 
 # The guest is needed only where a device of it is unplugged.
@@ -145,7 +147,7 @@ subtest 'an access of another client is up' => sub {
 
 # Another program's, of the same target, by QEMU's commands alone: its exports have names of its own.
 sub foreign_access ($backend) {
-    my $qmp = PBA::Test::QMP->new(path => $backend->qmp_path);
+    my $qmp = $QMP->new(path => $backend->qmp_path);
     my %devices = (
         devices => [
             map {
@@ -169,7 +171,7 @@ sub foreign_access ($backend) {
 }
 
 sub end_foreign_access ($backend) {
-    my $qmp = PBA::Test::QMP->new(path => $backend->qmp_path);
+    my $qmp = $QMP->new(path => $backend->qmp_path);
     $qmp->execute('block-export-del', id => 'foreign', mode => 'hard');
     $qmp->execute('nbd-server-stop');
     $qmp->execute('backup-access-teardown', 'target-id' => 'snapshot-access:test', success => $_)
@@ -187,7 +189,7 @@ sub meet_foreign ($backend, $words, $when) {
         qmp => sub ($command, $arguments) {
             my $is_setup = $command eq 'backup-access-setup';
             $arrive->() if $is_setup && $when eq 'during setup';
-            my $qmp = PBA::Test::QMP->new(path => $backend->qmp_path);
+            my $qmp = $QMP->new(path => $backend->qmp_path);
             my $value = eval { $qmp->execute($command, $arguments->%*) };
             my $error = $@;
             $qmp->close;

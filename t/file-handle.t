@@ -17,7 +17,9 @@ use PBA::Test::Handle;
 use PBA::Test::Model;
 use PBA::Test::Repository;
 
-my $missing = PBA::Test::Handle->missing;
+my $Handle = 'PBA::Test::Handle';
+
+my $missing = $Handle->missing;
 plan(skip_all => $missing) if defined($missing);
 
 my $mib = 1024 * 1024;
@@ -46,8 +48,8 @@ sub check_nothing_left ($context, $name) {
 
 sub check_no_process ($context, $name) {
     my $dir = $context->{backend}->work_dir('run');
-    is_deeply([PBA::Test::Handle->mounts($dir)], [], "$name: no mount");
-    is_deeply([PBA::Test::Handle->servers($dir)], [], "$name: no process");
+    is_deeply([$Handle->mounts($dir)], [], "$name: no mount");
+    is_deeply([$Handle->servers($dir)], [], "$name: no process");
 }
 
 sub wait_until ($code) {
@@ -87,7 +89,7 @@ sub check_backups ($context) {
     for my $step (@steps) {
         my ($mode, $piece) = $step->@*;
         my $name = "mode $mode, " . ($piece ? "pieces of $piece" : 'Volume->open');
-        my $open = sub ($device, $volume) { PBA::Test::Handle->new($volume, $piece) };
+        my $open = sub ($device, $volume) { $Handle->new($volume, $piece) };
         $backend->guest->wait_more_churn(20);
         my $result = $repository->backup(
             mode => $mode,
@@ -178,7 +180,7 @@ sub check_regions ($context) {
 
     ($access, $volumes) = set_up($backend, 'use');
     my $volume = $volumes->{ $backend->device('disk0') };
-    my $reader = PBA::Test::Handle->new($volume, $mib);
+    my $reader = $Handle->new($volume, $mib);
     is($volume->{'bitmap-mode'}, 'reuse', 'the bitmap is used');
     my @regions;
     while (my @region = $volume->{'next-dirty-region'}->()) {
@@ -248,7 +250,7 @@ sub check_uses ($context) {
     is_deeply([$volume->{'next-dirty-region'}->()], [], 'once');
     check_reopen($volume, 'D' x (4 * $mib));
     my $again = $access->volumes('file-handle');
-    my $other = PBA::Test::Handle->new($again->{ $backend->device('disk0') }, 65536);
+    my $other = $Handle->new($again->{ $backend->device('disk0') }, 65536);
     ok($other->pread(65536, 4096) eq 'D' x 4096, 'asked for again: another handle');
     is(sysseek($volume->{'file-handle'}, 0, 1), $size, 'with a position of its own');
     is(length($access->volume($backend->device('disk0'))->pread(0, 512)), 512, 'and NBD works');
@@ -271,7 +273,7 @@ sub check_busy_teardown ($context) {
     }
     my $busy = fork() // die "fork: $!\n";
     if (!$busy) {
-        my $reader = PBA::Test::Handle->new($volume, 65536);
+        my $reader = $Handle->new($volume, 65536);
         while (eval { $reader->pread(0, 8 * $mib); 1 }) {
         }
         POSIX::_exit($@ =~ m/\Asysread: / ? 7 : 1);
@@ -298,7 +300,7 @@ sub check_forked_child ($context) {
         exit(5);
     }
     is(ended($pid), 5 << 8, 'a child drops its copies');
-    my $reader = PBA::Test::Handle->new($volumes->{$device}, $mib);
+    my $reader = $Handle->new($volumes->{$device}, $mib);
     is(length($reader->pread(0, $odd_size)), $odd_size, 'the parent reads on, to an odd end');
     $access->teardown(0);
     check_nothing_left($context, 'fork');
@@ -321,11 +323,11 @@ sub check_server_fails ($context) {
 sub check_server_killed ($context) {
     my $backend = $context->{backend};
     my ($access, $volumes) = set_up($backend, 'none');
-    my @servers = PBA::Test::Handle->servers($backend->work_dir('run'));
+    my @servers = $Handle->servers($backend->work_dir('run'));
     is(scalar(@servers), 2, 'a server for each disk');
     kill('KILL', @servers);
     for my $id (qw(disk0 disk1)) {
-        my $reader = PBA::Test::Handle->new($volumes->{ $backend->device($id) }, 65536);
+        my $reader = $Handle->new($volumes->{ $backend->device($id) }, 65536);
         ok(!eval { $reader->pread(0, $mib) for 1 .. 1000; 1 }, "$id: its server is gone");
         like("$@", qr/\Asysread: /, "$id: an error");
     }
@@ -351,17 +353,17 @@ sub check_parent_killed ($context) {
             POSIX::_exit(1);
         }
         syswrite($writer, "$child\n");
-        my $handle = PBA::Test::Handle->new($volumes->{ $backend->device('disk0') }, 65536);
+        my $handle = $Handle->new($volumes->{ $backend->device('disk0') }, 65536);
         while (1) { $handle->pread(0, 8 * $mib) }
     }
     close($writer);
     my $child = <$reader>;
     chomp($child);
-    is(scalar(PBA::Test::Handle->servers($dir)), 2, 'a program reads');
+    is(scalar($Handle->servers($dir)), 2, 'a program reads');
     sleep(0.2);
     kill('KILL', $pid);
     waitpid($pid, 0);
-    ok(wait_until(sub { !PBA::Test::Handle->servers($dir) }), 'killed: its servers end');
+    ok(wait_until(sub { !$Handle->servers($dir) }), 'killed: its servers end');
     check_no_process($context, 'killed');
     is_deeply([glob("$dir/*/vfile-*")], [], 'killed: nor a file');
     kill('KILL', $child);

@@ -20,6 +20,8 @@ use PBA::Test::Model ();
 use PBA::Test::QMP ();
 use PBA::Test::VM ();
 
+my $VM = 'PBA::Test::VM';
+
 my $mib = 1 << 20;
 my $cluster = 64 << 10;
 my $target = 'snapshot-access:test';
@@ -215,7 +217,7 @@ sub run_backups ($form, $iothread, @rounds) {
     my @these = map {
         { %$_, iothread => $iothread }
     } @disks;
-    my $vm = PBA::Test::VM->start(disks => \@these);
+    my $vm = $VM->start(disks => \@these);
     my $model = start_writing($vm);
     $vm->add_fleecing_node($_) for $vm->disk_ids;
     my $before = $vm->graph;
@@ -270,7 +272,7 @@ run_backups(
 
 # QEMU 7.2 does not survive NBD clients of disks in iothreads.
 sub survives_iothreads () {
-    my $vm = PBA::Test::VM->start(disks => [{ id => 'one' }], paused => 1, guest => 0);
+    my $vm = $VM->start(disks => [{ id => 'one' }], paused => 1, guest => 0);
     return $vm->version->[0] >= 10;
 }
 
@@ -283,7 +285,7 @@ run_backups(
 ) if survives_iothreads();
 
 subtest 'devlist: one remembered name for each target' => sub {
-    my $vm = PBA::Test::VM->start(disks => [{ id => 'one' }], paused => 1, guest => 0);
+    my $vm = $VM->start(disks => [{ id => 'one' }], paused => 1, guest => 0);
     $vm->add_fleecing_node('one');
     my ($front, $qmp) = begin($vm, 'devlist');
     for my $step (
@@ -334,7 +336,7 @@ sub ask ($socket, $text) {
 }
 
 subtest 'the monitor is one' => sub {
-    my $vm = PBA::Test::VM->start(disks => [{ id => 'one' }], paused => 1, guest => 0);
+    my $vm = $VM->start(disks => [{ id => 'one' }], paused => 1, guest => 0);
     my $front = (begin($vm, 'devices'))[0];
     my $first = raw_client($front);
     ok(next_line($first, 10)->{QMP}, 'a greeting');
@@ -363,7 +365,7 @@ subtest 'the monitor is one' => sub {
 };
 
 subtest 'the ends' => sub {
-    my $vm = PBA::Test::VM->start(disks => [{ id => 'one' }], paused => 1, guest => 0);
+    my $vm = $VM->start(disks => [{ id => 'one' }], paused => 1, guest => 0);
     my ($front, $qmp) = begin($vm, 'devices');
     my $path = $front->socket_path;
     ok(-S $path, 'the socket is there');

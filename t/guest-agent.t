@@ -12,13 +12,16 @@ use Time::HiRes qw(ualarm);
 use PBA::Test::AgentPeer;
 use PVE::BackupAccess::GuestAgent;
 
+my $AgentPeer = 'PBA::Test::AgentPeer';
+my $GuestAgent = 'PVE::BackupAccess::GuestAgent';
+
 my @sync = ('guest-sync-delimited');
 my @freeze = (@sync, 'guest-fsfreeze-freeze');
 my @status = (@sync, 'guest-fsfreeze-status');
 my @thaw = (@sync, 'guest-fsfreeze-thaw');
 
 sub agent ($peer, %opt) {
-    return PVE::BackupAccess::GuestAgent->new(socket => $peer->socket_path, %opt);
+    return $GuestAgent->new(socket => $peer->socket_path, %opt);
 }
 
 sub check_error ($name, $method, $agent, $class, $message) {
@@ -29,7 +32,7 @@ sub check_error ($name, $method, $agent, $class, $message) {
 }
 
 {
-    my $peer = PBA::Test::AgentPeer->start(
+    my $peer = $AgentPeer->start(
         before => qq({"return": 12}\n{"return": {}}\n{"retu),
         replies => { 'guest-fsfreeze-freeze' => { return => 3 } },
     );
@@ -40,13 +43,13 @@ sub check_error ($name, $method, $agent, $class, $message) {
 }
 
 {
-    my $peer = PBA::Test::AgentPeer->start(before => qq(\xff{"return": 1}\n));
+    my $peer = $AgentPeer->start(before => qq(\xff{"return": 1}\n));
     is(agent($peer)->freeze, 1, "the answer to somebody else's synchronization is skipped");
 }
 
 {
     my $refusal = { error => { class => "Not\nHere", desc => "%s it's disabled\n" } };
-    my $peer = PBA::Test::AgentPeer->start(replies => { 'guest-fsfreeze-freeze' => $refusal });
+    my $peer = $AgentPeer->start(replies => { 'guest-fsfreeze-freeze' => $refusal });
     check_error('refused', 'freeze', agent($peer), 'Not Here',
         qr/\Aguest agent command 'guest-fsfreeze-freeze' failed - %s it's disabled \n\z/);
 }
@@ -59,30 +62,30 @@ for my $case (
     )
 {
     my ($name, $reply, $class, $message) = $case->@*;
-    my $peer = PBA::Test::AgentPeer->start(replies => { 'guest-fsfreeze-thaw' => $reply });
+    my $peer = $AgentPeer->start(replies => { 'guest-fsfreeze-thaw' => $reply });
     check_error($name, 'thaw', agent($peer), $class, $message);
 }
 
 {
-    my $agent = PVE::BackupAccess::GuestAgent->new(socket => '/nowhere/agent');
+    my $agent = $GuestAgent->new(socket => '/nowhere/agent');
     check_error('no agent', 'freeze', $agent, 'ConnectionError', qr!cannot connect to /nowhere/!);
 }
 
 {
-    my $peer = PBA::Test::AgentPeer->start;
+    my $peer = $AgentPeer->start;
     my $tmp = File::Temp->newdir;
     my $bytes = "$tmp/Gr\xc3\xb6\xc3\x9fe";
     symlink($peer->socket_path, $bytes) or die "symlink: $!\n";
     utf8::decode(my $text = $bytes);
     for my $path ($bytes, $text) {
-        is(eval { PVE::BackupAccess::GuestAgent->new(socket => $path)->thaw }, 1, 'an odd path')
+        is(eval { $GuestAgent->new(socket => $path)->thaw }, 1, 'an odd path')
             or diag($@);
     }
 }
 
 # The time limit of freezing is over, but the agent is not done: thawing comes after it.
 {
-    my $peer = PBA::Test::AgentPeer->start(replies => { 'guest-fsfreeze-freeze' => 'busy' });
+    my $peer = $AgentPeer->start(replies => { 'guest-fsfreeze-freeze' => 'busy' });
     check_error('busy', 'freeze', agent($peer, timeout => 1),
         'TimeoutError', qr/no answer within 1 s - it was sent, and the guest may be frozen$/);
     is(agent($peer)->thaw, 1, 'busy: thawed after that');
@@ -111,7 +114,7 @@ for my $case (['frozen', 1], ['thawed', 0, qr/the connection was closed$/]) {
 
 # An agent that takes its commands only when nobody waits any more freezes nothing then, but thaws.
 {
-    my $peer = PBA::Test::AgentPeer->start(asleep => 1);
+    my $peer = $AgentPeer->start(asleep => 1);
     $peer->wait_for_record('asleep');
     my $agent = agent($peer, timeout => 1);
     check_error('asleep', 'freeze', $agent, 'TimeoutError',
@@ -130,7 +133,7 @@ for my $case (['frozen', 1], ['thawed', 0, qr/the connection was closed$/]) {
 
 # A handler's exception ends waiting, but not thawing.
 {
-    my $peer = PBA::Test::AgentPeer->start(
+    my $peer = $AgentPeer->start(
         replies => { map { $_ => 'busy' } qw(guest-fsfreeze-freeze guest-fsfreeze-thaw) });
     for my $method (qw(freeze thaw)) {
         local $SIG{ALRM} = sub { die { reason => 'alarm' } };
@@ -144,7 +147,7 @@ for my $case (['frozen', 1], ['thawed', 0, qr/the connection was closed$/]) {
 # What a task is given: the agent's failure is a warning, all else goes on.
 {
     my $refusal = { error => { class => 'GenericError', desc => 'no' } };
-    my $peer = PBA::Test::AgentPeer->start(
+    my $peer = $AgentPeer->start(
         replies => {
             'guest-fsfreeze-freeze' => $refusal,
             'guest-fsfreeze-thaw' => $refusal
@@ -159,7 +162,7 @@ for my $case (['frozen', 1], ['thawed', 0, qr/the connection was closed$/]) {
     is(scalar(@log), 2, 'and nothing else');
 
     local $SIG{ALRM} = sub { die "my own\n" };
-    my $busy = PBA::Test::AgentPeer->start(replies => { 'guest-fsfreeze-freeze' => 'busy' });
+    my $busy = $AgentPeer->start(replies => { 'guest-fsfreeze-freeze' => 'busy' });
     my %slow = agent($busy)->hooks;
     ualarm(200_000);
     ok(!eval { $slow{freeze}->(); 1 }, 'a signal ends freezing');

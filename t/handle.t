@@ -10,6 +10,8 @@ use Test::More;
 
 use PVE::BackupAccess::Volume;
 
+my $Volume = 'PVE::BackupAccess::Volume';
+
 my $KiB = 1 << 10;
 my $size = 256 * $KiB;
 my $dir = File::Temp->newdir('pba-handle-XXXXXXXX', TMPDIR => 1);
@@ -30,8 +32,7 @@ sub open_volume ($mode, $path = "$dir/disk", @answers) {
         return ref($answer) eq 'CODE' ? $answer->() : $answer->@*;
     };
     my %volume = ('file-handle' => $fh, 'next-dirty-region' => $next);
-    return PVE::BackupAccess::Volume->open('drive-scsi0',
-        { %volume, size => $size, 'bitmap-mode' => 'reuse' });
+    return $Volume->open('drive-scsi0', { %volume, size => $size, 'bitmap-mode' => 'reuse' });
 }
 
 sub fails ($code, $class, $message, $name) {
@@ -219,11 +220,11 @@ subtest 'the handle' => sub {
     open(my $fh, '<', "$dir/disk") or die "open: $!\n";
     my %volume = ('file-handle' => $fh, size => $size, 'bitmap-mode' => 'none');
     my %regions = ('next-dirty-region' => sub { return });
-    my $volume = PVE::BackupAccess::Volume->open('drive-scsi0', { %volume, %regions });
+    my $volume = $Volume->open('drive-scsi0', { %volume, %regions });
     POSIX::close(fileno($fh)) or die "close: $!\n";
     is($volume->pread(0, 512), substr($content, 0, 512), 'is needed to open the volume only');
     fails(
-        sub { PVE::BackupAccess::Volume->open('drive-scsi0', { %volume, %regions }) },
+        sub { $Volume->open('drive-scsi0', { %volume, %regions }) },
         'SystemError', qr/drive-scsi0: cannot use the file handle - Bad file descriptor/,
         'a closed one'
     );
@@ -238,7 +239,7 @@ subtest 'the handle' => sub {
         open(my $again, '<', $path) or die "open: $!\n";
         my %other = (%volume, %regions, 'file-handle' => $again, size => $other);
         fails(
-            sub { PVE::BackupAccess::Volume->open('drive-scsi0', \%other) },
+            sub { $Volume->open('drive-scsi0', \%other) },
             'ArgumentError', qr/drive-scsi0: $message/,
             "$other bytes"
         );

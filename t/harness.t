@@ -16,6 +16,9 @@ use Test::More;
 use PBA::Test::Model;
 use PBA::Test::VM;
 
+my $Model = 'PBA::Test::Model';
+my $VM = 'PBA::Test::VM';
+
 my $MiB = 1024 * 1024;
 
 sub slurp ($file) {
@@ -54,7 +57,7 @@ subtest 'model: a naive replay gives the same' => sub {
         substr($naive[$i], $offset, 4096, pack('NNNN', 0, $s, 0, $offset) x 256);
     }
     my @disks = map { { id => "d$_", size => $sizes[$_] } } 0, 1;
-    my $model = PBA::Test::Model->new(seed => 77, disks => \@disks);
+    my $model = $Model->new(seed => 77, disks => \@disks);
     ok($model->state("d$_", 999) eq $naive[$_], "disk $_") for 0, 1;
 
     spew("$tmp/d$_", $naive[$_]) for 0, 1;
@@ -66,7 +69,7 @@ subtest 'model: a naive replay gives the same' => sub {
 
 subtest 'model: what is wrong is seen' => sub {
     my @disks = map { { id => $_, size => 4 * $MiB } } qw(a b);
-    my $model = PBA::Test::Model->new(seed => 3, disks => \@disks, blocks => 256);
+    my $model = $Model->new(seed => 3, disks => \@disks, blocks => 256);
     my %images = map { $_ => "$tmp/$_" } qw(a b);
 
     $model->write_state('a', 101, $images{a});
@@ -92,7 +95,7 @@ subtest 'model: what is wrong is seen' => sub {
     is(($model->check_image('a', $images{a}))[1], 4 * $MiB, 'an image one byte long');
 
     # One write lost in the middle, later ones there.
-    my $lost = PBA::Test::Model->new(seed => 3, disks => \@disks, blocks => 256);
+    my $lost = $Model->new(seed => 3, disks => \@disks, blocks => 256);
     $lost->write_state('a', 101, $images{a});
     my ($missing) = grep { $lost->last_writes('a', 101)->{ ($lost->target($_))[1] / 4096 } == $_ }
         map { 2 * $_ + 1 } 10 .. 49;
@@ -104,10 +107,10 @@ subtest 'model: what is wrong is seen' => sub {
 };
 
 subtest 'model: churn over what an earlier churn left' => sub {
-    my $first = PBA::Test::Model->new(seed => 1, disks => [{ id => 'a', size => 4 * $MiB }]);
+    my $first = $Model->new(seed => 1, disks => [{ id => 'a', size => 4 * $MiB }]);
     $first->write_state('a', 3000, "$tmp/base");
     for my $base ([base_file => "$tmp/base"], [base => slurp("$tmp/base")]) {
-        my $second = PBA::Test::Model->new(
+        my $second = $Model->new(
             seed => 2,
             disks => [{ id => 'a', size => 4 * $MiB, @$base }],
         );
@@ -118,7 +121,7 @@ subtest 'model: churn over what an earlier churn left' => sub {
 };
 
 subtest 'model: written ranges' => sub {
-    my $model = PBA::Test::Model->new(seed => 9, disks => [{ id => 'a', size => 4 * $MiB }]);
+    my $model = $Model->new(seed => 9, disks => [{ id => 'a', size => 4 * $MiB }]);
     my @ranges = $model->written_ranges('a', 10, 200);
     my %inside;
     for my $range (@ranges) {
@@ -130,7 +133,7 @@ subtest 'model: written ranges' => sub {
         'sorted, joined');
 };
 
-my $vm = PBA::Test::VM->start(
+my $vm = $VM->start(
     disks => [{ id => 'disk0' }, { id => 'disk1', size => 32 * $MiB, format => 'qcow2' }],
     empty_cdrom => 1,
 );
@@ -185,14 +188,20 @@ subtest 'errors are answers' => sub {
     pass('and it still answers');
 };
 
+my @churned = qw(disk0 disk1);
+my %churn = (seed => 42, disks => \@churned, blocks => 2048);
+my @churned_disks = map { { id => $_, size => $vm->disk($_)->{size} } } @churned;
+my $model = $Model->new(%churn, disks => \@churned_disks);
+
+my $last_write;    # write of the churn that is known to have been done
+
+sub check_churn () {
+    return $model->check_images({ map { $_ => $vm->raw_image($_) } @churned });
+}
+
 subtest 'churn on two disks' => sub {
-    my @disks = map { { id => $_, size => $vm->disk($_)->{size} } } qw(disk0 disk1);
-    my $model = PBA::Test::Model->new(seed => 42, disks => \@disks, blocks => 2048);
-    my $check = sub {
-        return $model->check_images({ map { $_ => $vm->raw_image($_) } qw(disk0 disk1) });
-    };
     $guest->latency;
-    $guest->start_churn(seed => 42, disks => ['disk0', 'disk1'], blocks => 2048);
+    $guest->start_churn(%churn);
     $guest->wait_churn(500);
     ok(!eval { $guest->start_churn(disks => ['disk0']); 1 }, 'one churn at a time');
 
@@ -200,7 +209,7 @@ subtest 'churn on two disks' => sub {
     for my $round (1 .. 5) {
         $guest->wait_more_churn(50);
         $vm->qmp('stop');
-        my ($n, $problem) = $check->();
+        my ($n, $problem) = check_churn();
         is($problem, undef, "stopped at write $n: one instant");
         $vm->qmp('cont');
     }
@@ -209,32 +218,33 @@ subtest 'churn on two disks' => sub {
     my $old = slurp($vm->disk('disk0')->{file});
     $vm->qmp('cont');
     $guest->wait_more_churn(50);
-    my ($last, $rate) = $guest->stop_churn;
-    cmp_ok($last, '>=', $first + 50, 'churn went on');
+    ($last_write, my $rate) = $guest->stop_churn;
+    cmp_ok($last_write, '>=', $first + 50, 'churn went on');
     note(sprintf '%.0f writes/s on two disks', $rate);
-    is_deeply([$check->()], [$last, undef], 'stopped: the images are as of the last write');
+    is_deeply([check_churn()], [$last_write, undef],
+        'stopped: the images are as of the last write');
     spew("$tmp/old", $old);
     my ($n, $problem)
         = $model->check_images({ disk0 => "$tmp/old", disk1 => $vm->raw_image('disk1') });
     like($problem, qr/not one instant/, 'disks copied one after the other are not one instant');
+};
 
+subtest 'churn that goes on where it was' => sub {
     my $latency = $guest->latency;
-    is($latency->{count}, $last, 'latency: all writes counted');
+    is($latency->{count}, $last_write, 'latency: all writes counted');
     cmp_ok($latency->{longest_us}, '>=', $latency->{write_us}, 'latency: the longest write');
     cmp_ok($latency->{p99_us}, '>', 0, 'latency: 99 of 100 writes took some time');
     cmp_ok($latency->{p99_us}, '<=', $latency->{longest_us} * 17 / 16, '... and no more than all');
     is($guest->latency->{count}, 0, 'latency: begins anew');
 
     $guest->start_churn(
-        seed => 42,
-        disks => ['disk0', 'disk1'],
-        blocks => 2048,
-        first => $last + 1,
+        %churn,
+        first => $last_write + 1,
         pause_us => 1000,
     );
-    $guest->wait_churn($last + 20);
-    $last = $guest->stop_churn;
-    is_deeply([$check->()], [$last, undef], 'churn goes on where it was');
+    $guest->wait_churn($last_write + 20);
+    $last_write = $guest->stop_churn;
+    is_deeply([check_churn()], [$last_write, undef], 'churn goes on where it was');
 };
 
 subtest 'the block graph' => sub {
@@ -286,7 +296,7 @@ subtest 'kill, restart, quit' => sub {
     $vm->quit;
     ok(!$vm->is_alive && !$vm->crashed, 'quit');
 
-    my $crashing = PBA::Test::VM->start(guest => 0);
+    my $crashing = $VM->start(guest => 0);
     kill ABRT => $crashing->pid;
     is($crashing->wait_exit & 127, 6, 'QEMU aborts');
     is($crashing->crashed, 6, 'that is a crash');
@@ -306,7 +316,7 @@ for my $shape (@shapes) {
     } @$shape;
     subtest "disks of $name" => sub {
         my @disks = map { { id => "disk$_", $shape->[$_]->%* } } 0, 1;
-        my $vm = PBA::Test::VM->start(disks => \@disks, empty_cdrom => 1);
+        my $vm = $VM->start(disks => \@disks, empty_cdrom => 1);
         my $seen = $vm->guest->hello->{disks};
         is_deeply($seen, { disk0 => 64 * $MiB, disk1 => 64 * $MiB }, 'disks');
         my %blocks = map { ($_->{qdev} => $_) } $vm->qmp('query-block')->@*;
@@ -323,7 +333,7 @@ for my $shape (@shapes) {
         $vm->restart;
         is_deeply($vm->graph, $before, 'the same graph after a restart');
         $vm->quit;
-        my $model = PBA::Test::Model->new(
+        my $model = $Model->new(
             seed => 8,
             disks => [map { { id => $_, size => 64 * $MiB } } $vm->disk_ids],
         );
@@ -333,7 +343,7 @@ for my $shape (@shapes) {
 }
 
 subtest 'a file system in use' => sub {
-    my $vm = PBA::Test::VM->start(disks => [{ id => 'disk0', filesystem => 'ext4' }]);
+    my $vm = $VM->start(disks => [{ id => 'disk0', filesystem => 'ext4' }]);
     my $guest = $vm->guest;
     $guest->mount('disk0');
     $guest->start_files;
@@ -354,7 +364,7 @@ subtest 'a file system in use' => sub {
 
 subtest 'no guest, paused, an existing image' => sub {
     spew("$tmp/image", 'x' x (4 * $MiB));
-    my $vm = PBA::Test::VM->start(
+    my $vm = $VM->start(
         disks => [{ id => 'disk0', file => "$tmp/image" }, { id => 'tiny', size => 528 * 1024 }],
         guest => 0,
         paused => 1,
@@ -369,7 +379,7 @@ subtest 'no guest, paused, an existing image' => sub {
 };
 
 subtest 'nothing is left behind' => sub {
-    my $vm = PBA::Test::VM->start(guest => 0);
+    my $vm = $VM->start(guest => 0);
     my ($pid, $dir) = ($vm->pid, $vm->dir);
     my $child = fork() // die "fork: $!\n";
     if (!$child) {

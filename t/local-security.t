@@ -215,43 +215,46 @@ subtest 'where no run directory is given' => sub {
 };
 
 # The other one makes, links, renames and removes what is to be the run directory, all the time.
+sub start_attacker ($dir, $trap) {
+    my $attacker = fork() // die "cannot fork: $!\n";
+    return $attacker if $attacker;
+    POSIX::setgid($other);
+    POSIX::setuid($other);
+    my $parent = getppid();
+    while (getppid() == $parent) {
+        symlink($trap, "$dir/run");
+        unlink("$dir/run");
+        mkdir("$dir/run");
+        rename("$dir/run", "$dir/old");
+        symlink($trap, "$dir/link");
+        rename("$dir/link", "$dir/run");
+        unlink("$dir/run");
+        rmdir("$dir/old");
+    }
+    POSIX::_exit(0);
+}
+
+# How often each of what is said of that directory was.
+sub try_often ($dir) {
+    my %seen;
+    for (1 .. 300) {
+        my $result = try_run_dir(
+            "$dir/run",
+            sub ($access, $path) {
+                (stat($path =~ s{/[^/]+\z}{}r))[4] == $user ? 'own' : 'trapped';
+            }
+        );
+        $seen{ $result =~ m/\Adied: .*run directory/ ? 'refused' : $result }++;
+        rmdir("$dir/run");
+    }
+    return join(' ', map { "$_: $seen{$_}" } sort keys %seen);
+}
+
 subtest 'a race' => sub {
     my $dir = make_dir(0, 01777);
     my $trap = make_dir($other, 0777);
-    my $attacker = fork() // die "cannot fork: $!\n";
-    if (!$attacker) {
-        POSIX::setgid($other);
-        POSIX::setuid($other);
-        my $parent = getppid();
-        while (getppid() == $parent) {
-            symlink($trap, "$dir/run");
-            unlink("$dir/run");
-            mkdir("$dir/run");
-            rename("$dir/run", "$dir/old");
-            symlink($trap, "$dir/link");
-            rename("$dir/link", "$dir/run");
-            unlink("$dir/run");
-            rmdir("$dir/old");
-        }
-        POSIX::_exit(0);
-    }
-    my $said = as_user(
-        $user,
-        sub {
-            my %seen;
-            for (1 .. 300) {
-                my $result = try_run_dir(
-                    "$dir/run",
-                    sub ($access, $path) {
-                        (stat($path =~ s{/[^/]+\z}{}r))[4] == $user ? 'own' : 'trapped';
-                    }
-                );
-                $seen{ $result =~ m/\Adied: .*run directory/ ? 'refused' : $result }++;
-                rmdir("$dir/run");
-            }
-            return join(' ', map { "$_: $seen{$_}" } sort keys %seen);
-        }
-    );
+    my $attacker = start_attacker($dir, $trap);
+    my $said = as_user($user, sub { try_often($dir) });
     kill('KILL', $attacker);
     waitpid($attacker, 0);
     like($said, qr/\A(?:own: \d+)? ?(?:refused: \d+)?\z/, "nothing but success or a refusal");
@@ -259,28 +262,30 @@ subtest 'a race' => sub {
     is_deeply([glob("$trap/*")], [], 'nothing was made where the other one wanted it');
 };
 
+# How an access with this fleecing directory ends, after what it made there.
+sub try_fleecing ($dir) {
+    my @files;
+    my %returns = upstream_returns(
+        'blockdev-add' => sub ($arguments) {
+            return {} if ($arguments->{driver} // '') ne 'file';
+            my $file = $arguments->{filename};
+            push(@files, sprintf('%04o %d', (lstat($file))[2] & 07777, (lstat($file))[4]));
+            die "enough\n";
+        }
+    );
+    my $calls = qmp_calls(\%returns);
+    my $access = PVE::BackupAccess->new(
+        qmp => $calls->{code},
+        'target-id' => $target,
+        'run-dir' => "$dir->{run}/run",
+        'fleecing-dir' => $dir->{fleecing}
+    );
+    eval { $access->setup(\@one) };
+    return "@files $@";
+}
+
 # The upstream backend's, as it is before QEMU opens the file.
 subtest 'a fleecing directory' => sub {
-    my $try = sub ($dir) {
-        my @files;
-        my %returns = upstream_returns(
-            'blockdev-add' => sub ($arguments) {
-                return {} if ($arguments->{driver} // '') ne 'file';
-                my $file = $arguments->{filename};
-                push(@files, sprintf('%04o %d', (lstat($file))[2] & 07777, (lstat($file))[4]));
-                die "enough\n";
-            }
-        );
-        my $calls = qmp_calls(\%returns);
-        my $access = PVE::BackupAccess->new(
-            qmp => $calls->{code},
-            'target-id' => $target,
-            'run-dir' => "$dir->{run}/run",
-            'fleecing-dir' => $dir->{fleecing}
-        );
-        eval { $access->setup(\@one) };
-        return "@files $@";
-    };
     my $run = make_dir($user, 0700);
     my $pattern = qr/fleecing-dir .*others than root and this user may change/;
     my %bad = (
@@ -291,12 +296,13 @@ subtest 'a fleecing directory' => sub {
     $bad{'a link to another\'s'} = "$run/link";
     for my $name (sort keys %bad) {
         my $said
-            = as_user($user, sub { $try->({ run => $run, fleecing => $bad{$name} }) });
+            = as_user($user, sub { try_fleecing({ run => $run, fleecing => $bad{$name} }) });
         like($said, $pattern, "$name: refused");
         is_deeply([glob("$bad{$name}/*")], [], "$name: nothing was made");
     }
     for my $good (make_dir(0, 01777), make_dir($user, 0755)) {
-        my $said = as_user($user, sub { umask(0); $try->({ run => $run, fleecing => $good }) });
+        my $said
+            = as_user($user, sub { umask(0); try_fleecing({ run => $run, fleecing => $good }) });
         like($said, qr/\A0600 $user .*enough/, 'a good one: the image is private');
         is_deeply([glob("$good/*")], [], 'and gone after the error');
     }

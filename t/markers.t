@@ -12,6 +12,8 @@ use Test::More;
 use PBA::Test::Backend;
 use PBA::Test::Client;
 
+my $Backend = 'PBA::Test::Backend';
+
 my $json = JSON::PP->new->canonical;
 my $size = 16 << 20;
 my $unknown
@@ -155,9 +157,9 @@ sub check_markers ($backend) {
 sub check_migration () {
     my @disks = ({ id => 'disk0', size => $size, format => 'qcow2' });
     my %common = (name => 'upstream', guest => 0);
-    my $source = PBA::Test::Backend->start(%common, disks => \@disks);
+    my $source = $Backend->start(%common, disks => \@disks);
     $disks[0]{file} = $source->vm->disk('disk0')->{file};
-    my $target = PBA::Test::Backend->start(
+    my $target = $Backend->start(
         %common,
         disks => \@disks,
         paused => 1,
@@ -189,8 +191,8 @@ sub check_migration () {
     return;
 }
 
-for my $name (PBA::Test::Backend->names) {
-    my $backend = PBA::Test::Backend->start(
+for my $name ($Backend->names) {
+    my $backend = $Backend->start(
         name => $name,
         guest => 0,
         disks => [{ id => 'disk0', size => $size, format => 'qcow2' }]

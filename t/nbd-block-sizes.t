@@ -11,7 +11,7 @@ use File::Temp ();
 use Test::More;
 
 use PBA::Test::CopySource qw(write_file read_file same);
-use PBA::Test::NBDServer qw(open_volume);
+use PBA::Test::NBDServer qw(open_volume pattern);
 use PBA::Test::VFile;
 use PBA::Test::Watchdog;
 use PVE::BackupAccess::Volume;
@@ -47,7 +47,7 @@ sub target (%options) {
 
 sub expected (@ranges) {
     my $data = "\xee" x $size;
-    substr($data, $_->[0], $_->[1]) = PBA::Test::NBDServer::pattern(@$_) for @ranges;
+    substr($data, $_->[0], $_->[1]) = pattern(@$_) for @ranges;
     return $data;
 }
 
@@ -136,7 +136,7 @@ subtest 'reads of a volume' => sub {
         my $volume = open_volume($server);
         for my $range ([0, $size], [1, 1], [4095, 2], [513, 70_000], [$size - 1, 1]) {
             my $data = eval { $volume->pread(@$range) } // $@;
-            ok($data eq PBA::Test::NBDServer::pattern(@$range), "(@$sizes): range @$range");
+            ok($data eq pattern(@$range), "(@$sizes): range @$range");
         }
         is(length($volume->pread(4096, 4096)), 4096, "(@$sizes): a whole block");
         ok(!eval { $volume->pread($size, 1); 1 }, "(@$sizes): nothing behind the end");
@@ -160,8 +160,7 @@ subtest 'an end that no request can reach' => sub {
     ok(eval { $volume->copy(to => $larger->uri, connections => 1); 1 }, 'a larger target')
         or diag($@);
     my $kept = $larger->content;
-    same($kept, PBA::Test::NBDServer::pattern(0, 5120) . "\0" x 3072,
-        'its last block is filled up');
+    same($kept, pattern(0, 5120) . "\0" x 3072, 'its last block is filled up');
 };
 
 subtest 'regions that are no whole blocks' => sub {
@@ -248,7 +247,7 @@ subtest 'a file over them' => sub {
             my $data = '';
             sysseek($handle, $range->[0], 0);
             is(sysread($handle, $data, $range->[1]), $range->[1], "(@$sizes): @$range");
-            same($data, PBA::Test::NBDServer::pattern(@$range), "(@$sizes): @$range: data");
+            same($data, pattern(@$range), "(@$sizes): @$range: data");
         }
     }
 };

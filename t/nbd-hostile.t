@@ -102,6 +102,9 @@ subtest 'odd answers that are no lies' => sub {
                 : like($@, qr/cannot be read on .* Protocol error$/, "$name: beyond_end $bytes");
         }
     }
+};
+
+subtest 'runs over several answers' => sub {
 
     # Extents of one byte that split what belongs together, also across answers.
     my $bytes = sub ($offset) { return (1, $offset >= 100 && $offset < 1000 ? 1 : 0) };
@@ -181,8 +184,10 @@ subtest 'maps cut off' => sub {
         my @map = map_dies($server, $broken, "at offset $at");
         is_deeply(\@map, [@blocks[0 .. $#map]], "at offset $at: what came was right");
     }
+};
 
-    # Over many requests, since an answer that is still good is a whole one.
+# Over many requests, since an answer that is still good is a whole one.
+subtest 'maps with a fault in them' => sub {
     my @sparse = map { [$_ * $GiB, 64 * $KiB] } 0 .. 63;
     my %faults = (
         'in the middle of an answer' => [disconnect_in => 'block-status'],
@@ -204,6 +209,9 @@ subtest 'maps cut off' => sub {
             is_deeply(\@map, [@sparse[0 .. $#map]], "$name after $good: what came was right");
         }
     }
+};
+
+subtest 'maps cut off before a region, and in a batch' => sub {
 
     # All clean but for the end, or all dirty: no region was seen when it breaks off.
     map_dies(start(dirty => [[8 * $MiB - 1, 1]], size => 8 * $MiB, disconnect_after => 0),

@@ -10,7 +10,7 @@ use File::Temp ();
 use List::Util qw(pairkeys sum);
 use Test::More;
 
-use PBA::Test::NBDServer;
+use PBA::Test::NBDServer qw(pattern);
 
 my $KiB = 1 << 10;
 my $MiB = 1 << 20;
@@ -87,8 +87,8 @@ subtest 'reading' => sub {
     is($status, 0, 'nbdcopy');
     open(my $fh, '<:raw', "$dir/copy") or die "cannot read the copy: $!\n";
     my $copy = do { local $/; <$fh> };
-    ok($copy eq PBA::Test::NBDServer::pattern(0, 8 * $MiB), 'data as the pattern says');
-    is(PBA::Test::NBDServer::pattern(13, 6), substr($copy, 13, 6), 'unaligned part of it');
+    ok($copy eq pattern(0, 8 * $MiB), 'data as the pattern says');
+    is(pattern(13, 6), substr($copy, 13, 6), 'unaligned part of it');
     cmp_ok(scalar($server->requests('read')), '>', 0, 'reads recorded');
     my $delayed = start(delay => 0.05);
     ($status) = run_tool('nbdcopy', '--request-size=262144', $delayed->uri, 'null:');

@@ -73,6 +73,25 @@ for my $lines (40, 41) {
     }
 }
 
+for my $lines (40, 41) {
+    my %anonymous = (
+        'a subtest' => ["subtest 'x' => sub {", '};'],
+        'one with a signature' => ['my $work = sub ($x) {', '};'],
+        'an argument' => ['    try(sub {', '    });'],
+        'one in a short function' => ["sub f () {\n    return 1;\n}\nmy %h = (x => sub {", '});'],
+    );
+    for my $name (sort keys %anonymous) {
+        my ($begin, $end) = $anonymous{$name}->@*;
+        my $inner = "        work(sub { 1 });\n        if (x()) {\n        }\n";
+        my $body = $inner . "        work();\n" x ($lines - 5);
+        my $file = planted('anonymous.t', "$begin\n$body$end\n");
+        my ($at, $what) = ($begin =~ tr/\n// + 1, $begin =~ s/\A.*\n|\A\s+//sr);
+        my @expected = $lines > 40 ? ("$file:$at: '$what' has 41 lines, more than 40") : ();
+        is_deeply([PBA::Test::PerlRules::long_functions($file)],
+            \@expected, "functions: $name, of $lines lines");
+    }
+}
+
 {
     my $code = "sub one () { return 1 }\n" . "one();\n" x 60 . "if (one()) {\n}\n";
     is_deeply([PBA::Test::PerlRules::long_functions(planted('one.pm', $code))],
@@ -90,13 +109,14 @@ my %names = (
     'twice' => ['work(PVE::BackupAccess::X->y, PVE::BackupAccess::X::z());', 0],
     'three times' =>
         ['PVE::BackupAccess::X->y->(PVE::BackupAccess::X->y, PVE::BackupAccess::X::z);', 3],
+    'of a test' => ["PBA::Test::X->y;\n" x 3, 3, 'PBA::Test::X'],
     'of its own' => ["use PVE::BackupAccess::X;\nmy \$X = 'PVE::BackupAccess::X';\n\$X->y;", 0],
 );
 for my $name (sort keys %names) {
-    my ($code, $count) = $names{$name}->@*;
+    my ($code, $count, $class) = $names{$name}->@*;
+    $class //= 'PVE::BackupAccess::X';
     my $long = planted('names.pm', "package PVE::BackupAccess::X;\n\n$code\n\n1;\n");
-    my @expected
-        = $count ? ("$long: PVE::BackupAccess::X stands there $count times, more than 2") : ();
+    my @expected = $count ? ("$long: $class stands there $count times, more than 2") : ();
     is_deeply([PBA::Test::PerlRules::long_names($long)], \@expected, "names: $name");
 }
 

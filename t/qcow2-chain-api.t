@@ -13,6 +13,8 @@ use Time::HiRes ();
 use PBA::Test::Chain;
 use PVE::BackupAccess::Provider::Qcow2Chain;
 
+my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
+
 my $class = 'PVE::BackupAccess::Provider::Qcow2Chain';
 my $chain = PBA::Test::Chain->new;
 $chain->write_random;
@@ -135,12 +137,20 @@ subtest 'processes' => sub {
     is(scalar(children()), @before + 1, 'a forked child ends none');
     $chain->use_store($chain->store);
     is_deeply([children()], \@before, 'a provider that goes ends its own');
+};
 
+subtest 'a signal in a backup' => sub {
+    my @before = children();
     local $SIG{ALRM} = sub { die "enough\n" };
     $chain->provider->on_progress(sub (@) { kill(ALRM => $$) });
     is($chain->backup, undef, 'a signal handler dies');
     is($chain->error, "enough\n", 'that comes through');
     is_deeply([children()], \@before, 'nothing is left');
+};
+
+subtest 'restores that cannot be' => sub {
+    my $name = ($chain->names)[-1];
+    my @before = children();
     fails(sub () { $chain->provider->restore_vm_volume_init('vm/100/20000101T000000Z', 'x', {}) },
         qr/no archive/, 'no such archive');
     fails(
@@ -150,15 +160,11 @@ subtest 'processes' => sub {
     );
     my $image = $chain->path_of($name, 'drive-scsi0.qcow2');
     local $PVE::BackupAccess::Provider::Qcow2Chain::Server::qemu_nbd = 'no-such-program';
-    fails(
-        sub () { PVE::BackupAccess::Provider::Qcow2Chain::Server->start($image) },
-        qr/cannot run no-such-program/,
-        'no qemu-nbd'
-    );
+    fails(sub () { $Server->start($image) }, qr/cannot run no-such-program/, 'no qemu-nbd');
     fails(
         sub () {
             local $PVE::BackupAccess::Provider::Qcow2Chain::Server::qemu_nbd = 'qemu-nbd';
-            PVE::BackupAccess::Provider::Qcow2Chain::Server->start("$image.none");
+            $Server->start("$image.none");
         },
         qr/cannot serve .*No such file/,
         'no image'

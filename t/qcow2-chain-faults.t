@@ -286,47 +286,50 @@ subtest 'a backup is killed in its data' => sub {
     $base->check('after it all');
 };
 
+my $server_class = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
+my $raw_file = 'PVE::BackupAccess::Provider::Qcow2Chain::RawFile';
+
+# What is in the directory for temporary files after a process that serves the image was killed.
+sub left_by_killed ($image) {
+    my $pid = fork() // die "fork: $!\n";
+    if (!$pid) {
+        eval {
+            my $started = $server_class->start($image);
+            my $file = -w '/dev/fuse' ? $raw_file->start($started, 4 << 20) : undef;
+            kill(KILL => $$);
+        };
+        print {*STDERR} $@;
+        POSIX::_exit(1);
+    }
+    waitpid($pid, 0);
+    for (1 .. 300) {
+        last if !PBA::Test::Handle->mounts($ENV{TMPDIR});    # what serves it ends by itself
+        Time::HiRes::sleep(0.1);
+    }
+    return glob("$ENV{TMPDIR}/*");
+}
+
 subtest 'what servers of a killed process leave' => sub {
-    my $server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
-    my $raw_file = 'PVE::BackupAccess::Provider::Qcow2Chain::RawFile';
     my $image = of(1);
     my $tmp = $base->tmp . '/private';
     mkdir($tmp) or die "$tmp: $!\n";
     local $ENV{TMPDIR} = $tmp;
-    my $killed = sub () {
-        my $pid = fork() // die "fork: $!\n";
-        if (!$pid) {
-            eval {
-                my $started = $server->start($image);
-                my $file = -w '/dev/fuse' ? $raw_file->start($started, 4 << 20) : undef;
-                kill(KILL => $$);
-            };
-            print {*STDERR} $@;
-            POSIX::_exit(1);
-        }
-        waitpid($pid, 0);
-        for (1 .. 300) {
-            last if !PBA::Test::Handle->mounts($tmp);    # what serves it ends by itself
-            Time::HiRes::sleep(0.1);
-        }
-        return glob("$tmp/*");
-    };
-    my @left = $killed->();
+    my @left = left_by_killed($image);
     is(scalar(@left), 1, 'a directory is left');
     my $mine = "$tmp/pba-server-mine";
     mkdir($_) or die "$_: $!\n" for "$tmp/other", $mine;
     overwrite("$mine/content", '');
 
-    my $live = $server->start($image);
+    my $live = $server_class->start($image);
     is_deeply(
         [sort glob("$tmp/*")],
         [sort("$tmp/other", $mine, $live->dir)],
         'the next start removes it, and nothing else'
     );
-    @left = $killed->();
+    @left = left_by_killed($image);
     is(scalar(@left), 4, 'a second process leaves one, too');
     ok(-S $live->socket, 'and has not touched that of a living one');
-    my $other = $server->start($image);
+    my $other = $server_class->start($image);
     undef $live;
     undef $other;
     is_deeply([sort glob("$tmp/*")], [sort("$tmp/other", $mine)], 'they go with their servers');

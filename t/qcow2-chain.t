@@ -9,6 +9,8 @@ use Test::More;
 
 use PBA::Test::Chain;
 
+my $Chain = 'PBA::Test::Chain';
+
 my $seed = 20261122;
 my $length = $ENV{PBA_FULL} ? 30 : 6;
 srand($seed);
@@ -53,7 +55,7 @@ my %failures = (
 );
 
 subtest "$length archives, and failures" => sub {
-    my $chain = PBA::Test::Chain->new;
+    my $chain = $Chain->new;
     my @failures = sort keys %failures;
     my $mode = 'new';
     for my $number (1 .. $length) {
@@ -79,7 +81,7 @@ subtest "$length archives, and failures" => sub {
 
 # A bitmap is relative to the last backup by the storage's name, whatever directory that was made in.
 subtest 'another directory in its place' => sub {
-    my $chain = PBA::Test::Chain->new;
+    my $chain = $Chain->new;
     my $first = $chain->store;
     my $second = $chain->tmp . '/second';
     mkdir($second) or die "mkdir: $!\n";
@@ -109,7 +111,7 @@ subtest 'another directory in its place' => sub {
 
 # Version 0.1 noted in the directory which archive the bitmaps are relative to.
 subtest 'a directory of version 0.1' => sub {
-    my $chain = PBA::Test::Chain->new;
+    my $chain = $Chain->new;
     my $name = $chain->backup or die $chain->error;
     my $note = $chain->guest_dir . '/bitmaps.json';
     my $id = $chain->provider->_archive($name)->id;
@@ -130,7 +132,7 @@ subtest 'a directory of version 0.1' => sub {
 # ---- taking archives away ----
 
 sub new_chain ($count) {
-    my $chain = PBA::Test::Chain->new;
+    my $chain = $Chain->new;
     for (1 .. $count) {
         $chain->write_random;
         $chain->backup or die $chain->error;

@@ -15,6 +15,8 @@ use Time::HiRes qw(time);
 use PBA::Test::Backend;
 use PBA::Test::Handle;
 
+my $Handle = 'PBA::Test::Handle';
+
 my $mib = 1024 * 1024;
 my $size = 8 * $mib;
 my $block = 65536;
@@ -120,7 +122,7 @@ sub expected_error ($event, $name, $phase) {
 
 sub open_reader ($context) {
     my $volume = $context->{volumes}{disk0};
-    return PBA::Test::Handle->new($volume, $mib) if $context->{mechanism} eq 'file-handle';
+    return $Handle->new($volume, $mib) if $context->{mechanism} eq 'file-handle';
     return PVE::BackupAccess::Volume->open('disk0', $volume);
 }
 
@@ -174,8 +176,8 @@ sub check_local ($context, $descriptors) {
     my $backend = $context->{backend};
     my $dir = $backend->work_dir('run');
     is_deeply([$backend->left_files], [], 'no file is left');
-    is_deeply([PBA::Test::Handle->servers($dir)], [], 'nor a server');
-    is_deeply([PBA::Test::Handle->mounts($dir)], [], 'nor a mount');
+    is_deeply([$Handle->servers($dir)], [], 'nor a server');
+    is_deeply([$Handle->mounts($dir)], [], 'nor a mount');
     is(descriptors(), $descriptors, 'nor a descriptor');
 }
 

@@ -57,19 +57,23 @@ subtest 'handlers that die' => sub {
     my $mute = start_peer({}, greeting => { sleep => 3 });
     Time::HiRes::ualarm(400_000);
     interrupted('ALRM', sub { capabilities($mute, timeout => 10) }, 'waiting for the greeting');
+};
 
-    # Setup was sent: it has to be undone, however long the monitor takes to come free.
+# Setup was sent: it has to be undone, however long the monitor takes to come free.
+subtest 'a handler that dies in setup' => sub {
     my $peer = late_peer('backup-access-setup', 'INT');
     my $access = new_access($peer, timeout => 10);
     interrupted('INT', sub { $access->setup(\@one) }, 'INT in backup-access-setup', 9);
     is((grep { $_ eq 'backup-access-teardown' } $peer->names), 1, 'it was undone');
+};
 
-    # In volumes and teardown: the access is still up and can be torn down.
+# The access is still up and can be torn down.
+subtest 'handlers that die in volumes and teardown' => sub {
     for my $command (
         qw(block-export-add query-block-exports nbd-server-stop backup-access-teardown))
     {
-        $peer = late_peer($command, 'INT');
-        $access = new_access($peer, timeout => 10);
+        my $peer = late_peer($command, 'INT');
+        my $access = new_access($peer, timeout => 10);
         $access->setup(\@one);
         my $use = sub { $access->volumes('nbd'); $access->teardown(1) };
         interrupted('INT', $use, "INT in $command");
@@ -79,18 +83,19 @@ subtest 'handlers that die' => sub {
         cmp_ok(scalar(@teardowns), '>=', 1, 'and was sent');
         is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
     }
-    {
-        $peer = late_peer('block-export-add', 'INT');
-        $access = new_access($peer, timeout => 10);
-        $access->setup(\@one);
-        interrupted('INT', sub { $access->volumes('nbd') }, 'INT in block-export-add');
-        my @warnings;
-        local $SIG{__WARN__} = sub ($text) { push @warnings, $text };
-        undef $access;
-        like("@warnings", qr/not torn down/, 'destroyed: says so');
-        is((grep { $_ eq 'backup-access-teardown' } $peer->names), 1, 'and tears down');
-        is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
-    }
+};
+
+subtest 'an access that goes after a handler died' => sub {
+    my $peer = late_peer('block-export-add', 'INT');
+    my $access = new_access($peer, timeout => 10);
+    $access->setup(\@one);
+    interrupted('INT', sub { $access->volumes('nbd') }, 'INT in block-export-add');
+    my @warnings;
+    local $SIG{__WARN__} = sub ($text) { push @warnings, $text };
+    undef $access;
+    like("@warnings", qr/not torn down/, 'destroyed: says so');
+    is((grep { $_ eq 'backup-access-teardown' } $peer->names), 1, 'and tears down');
+    is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
 };
 
 subtest 'handlers that do not die' => sub {

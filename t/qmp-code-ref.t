@@ -17,8 +17,7 @@ use PBA::Test::Watchdog;
 subtest 'code ref: a whole access' => sub {
     my $calls = qmp_calls({ pve_returns() });
     my $access = new_access($calls->{code});
-    my @devices = (@one, { device => 'drive-scsi1' });
-    my $infos = $access->setup(\@devices);
+    my $infos = $access->setup([@one, { device => 'drive-scsi1' }]);
     is_deeply(
         $infos,
         [
@@ -39,7 +38,14 @@ subtest 'code ref: a whole access' => sub {
     is($volumes->{'drive-scsi1'}{'bitmap-mode'}, 'none', 'and the other');
     like($volumes->{'drive-scsi0'}{'nbd-path'}, qr{\A\Q$run_dir\E/.+}, 'socket');
     $access->teardown(1);
+};
 
+subtest 'code ref: arguments' => sub {
+    my $calls = qmp_calls({ pve_returns() });
+    my $access = new_access($calls->{code});
+    $access->setup([@one, { device => 'drive-scsi1' }]);
+    my $volumes = $access->volumes('nbd');
+    $access->teardown(1);
     my $encode = sub ($command) { $json->encode(arguments_of($calls, $command)) };
     is($encode->('query-version'), '{}', 'no arguments');
     is($encode->('query-named-block-nodes'), '{"flat":true}', 'a boolean');
@@ -98,9 +104,8 @@ subtest 'code ref: the filter' => sub {
     }
 };
 
-subtest 'code ref: results' => sub {
-
-    # Numbers as various decoders leave them, and booleans of all kinds.
+# Numbers as various decoders leave them, and booleans of all kinds.
+subtest 'code ref: numbers and booleans' => sub {
     my @sizes = ($size, "$size" + 0, 0 + sprintf('%.0f', $size)); ## no critic (MismatchedOperators)
     my $printed = $size;
     my $text = "also used as text: $printed";
@@ -123,6 +128,9 @@ subtest 'code ref: results' => sub {
         ok(eval { $access->setup(\@one); 1 }, 'a boolean') or diag($@);
         eval { $access->teardown(0) };
     }
+};
+
+subtest 'code ref: results that fit nothing' => sub {
     my $cyclic = [];
     $cyclic->[0] = $cyclic;
     my $twice = { a => [] };
@@ -149,6 +157,9 @@ subtest 'code ref: results' => sub {
                 qr/ProtocolError/, qr/query-version|QEMU/, "$name as a result");
         }
     }
+};
+
+subtest 'code ref: lists and characters' => sub {
 
     # Empty lists are what Perl code returns by mistake.
     my $empty = sub (@) { return };
@@ -171,7 +182,7 @@ subtest 'code ref: results' => sub {
     ok(eval { $access->teardown(0); 1 }, 'teardown') or diag($@);
 };
 
-subtest 'code ref: dying' => sub {
+subtest 'code ref: dying with a text' => sub {
     my %deaths = (
         'mon_cmd' =>
             ["VM 100 qmp command 'x' failed - Device 'y' not found\n", qr/Device 'y' not found/],
@@ -192,6 +203,9 @@ subtest 'code ref: dying' => sub {
             is($torn_down, 0, "$name: nothing is undone where QEMU shows nothing");
         }
     }
+};
+
+subtest 'code ref: dying with an object' => sub {
 
     # What is no text is not mon_cmd's, but a handler's or another module's: it goes on as it is.
     for my $object (bless({ text => 'as text' }, 'My::Error'), { code => 5 }, ['x']) {
@@ -204,6 +218,9 @@ subtest 'code ref: dying' => sub {
             is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
         }
     }
+};
+
+subtest 'code ref: going well' => sub {
     my $calls = qmp_calls({ pve_returns() });
     my $access = new_access($calls->{code});
     $access->setup(\@one);

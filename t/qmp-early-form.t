@@ -51,9 +51,10 @@ sub setup_arguments ($peer) {
     return $setup && $setup->{arguments};
 }
 
-subtest 'early form' => sub {
-    my @both = map { { device => "drive-scsi$_", 'bitmap-mode' => 'use' } } 0, 1;
+my @both = map { { device => "drive-scsi$_", 'bitmap-mode' => 'use' } } 0, 1;
+my @new = ({ device => 'drive-scsi0', 'bitmap-mode' => 'new' });
 
+subtest 'mode use' => sub {
     my $peer = early_peer([$target], { $target => 'used' });
     my $access = new_access($peer);
     my $infos = $access->setup(\@both);
@@ -74,9 +75,10 @@ subtest 'early form' => sub {
         'its arguments'
     );
     $access->teardown(1);
+};
 
-    $peer = early_peer([$target, 'gen-3'], { 'gen-3' => 'new' });
-    my @new = ({ device => 'drive-scsi0', 'bitmap-mode' => 'new' });
+subtest 'mode new' => sub {
+    my $peer = early_peer([$target, 'gen-3'], { 'gen-3' => 'new' });
     dies(
         sub { new_access($peer)->setup(\@new) },
         qr/UnsupportedError/,
@@ -92,15 +94,17 @@ subtest 'early form' => sub {
         'new: another name in use'
     );
     $peer = early_peer([$target], {});
-    $access = new_access($peer, 'bitmap-name' => 'gen-5');
+    my $access = new_access($peer, 'bitmap-name' => 'gen-5');
     is(eval { $access->setup(\@new)->[0]{'bitmap-action'} }, 'new', 'new: a name not in use');
     is(setup_arguments($peer)->{'bitmap-name'}, 'gen-5', 'is sent');
     is(eval { $access->volumes('nbd')->{'drive-scsi0'}{'bitmap-name'} }, 'gen-5', 'and told');
     $access->teardown(0);
+};
 
-    $peer = early_peer([]);
-    $access = new_access($peer);
-    $infos = $access->setup([map { { device => "drive-scsi$_" } } 0, 1]);
+subtest 'mode none, and several modes' => sub {
+    my $peer = early_peer([]);
+    my $access = new_access($peer);
+    my $infos = $access->setup([map { { device => "drive-scsi$_" } } 0, 1]);
     is_deeply(
         setup_arguments($peer),
         { 'target-id' => $target, devlist => 'drive-scsi0,drive-scsi1' },
@@ -117,12 +121,14 @@ subtest 'early form' => sub {
         'mixed modes'
     );
     is(setup_arguments($peer), undef, 'nothing was begun');
+};
 
+subtest 'devices that a list cannot name' => sub {
     for my $separator (',', ';', ':') {
         my $odd = "drive-scsi0${separator}x";
         my $block = [device($odd, '#block1')];
         my $nodes = [node('#block1', $target), node("$odd-fleecing")];
-        $peer = early_peer([], {}, 'query-block' => $block, 'query-named-block-nodes' => $nodes);
+        my $peer = early_peer([], {}, 'query-block' => $block, 'query-named-block-nodes' => $nodes);
         dies(
             sub { new_access($peer)->setup([{ device => $odd }]) },
             qr/UnsupportedError/,

@@ -27,6 +27,9 @@ subtest 'greetings' => sub {
         my ($handshake) = grep { $_->{execute} eq 'qmp_capabilities' } $peer->commands;
         is_deeply($handshake->{arguments}, {}, 'oob is not asked for');
     }
+};
+
+subtest 'greetings that will not do' => sub {
     my %bad = (
         garbage => [qr/ProtocolError/, qr/control character|does not speak QMP/],
         close => [qr/ConnectionError/, qr/closed the QMP connection/],
@@ -49,6 +52,9 @@ subtest 'greetings' => sub {
         my $peer = start_peer({ pve_returns() }, greeting => $greeting);
         dies(sub { capabilities($peer) }, qr/(?:Protocol|Connection)Error/, $pattern, $name);
     }
+};
+
+subtest 'events around a greeting' => sub {
     my $peer = start_peer(
         { pve_returns() },
         greeting => [

@@ -201,9 +201,8 @@ subtest 'names' => sub {
     }
 };
 
-subtest 'counts' => sub {
-
-    # Small values by the million: some gigabytes, if they were all taken.
+# Some gigabytes, if they were all taken.
+subtest 'small values by the million' => sub {
     reset_peak();
     my $raw = '{"return": [' . ('[],{},' x 1_000_000) . "0], \"id\": \"pba-2\"}\r\n";
     my $peer = start_peer({ pve_returns('query-version' => action({ raw => $raw })) });
@@ -216,8 +215,10 @@ subtest 'counts' => sub {
     );
     my $kib = peak_rss_kib();
     cmp_ok($kib, '<', 300 * 1024, "memory is bounded ($kib KiB)");
+};
 
-    # A bitmap that has more or less than the whole disk.
+# A bitmap that has more or less than the whole disk.
+subtest 'counts' => sub {
     for my $count (0, $size - 1, -1, '5', 1e30, undef) {
         my $bitmap = { name => 'all-dirty', recording => JSON::PP::true, count => $count };
         my %returns = upstream_returns();
@@ -251,18 +252,19 @@ subtest 'counts' => sub {
 
 # ---- QEMUs that will not do ----
 
+sub ask (%returns) { return capabilities(start_peer(\%returns)) }
+
 subtest 'capabilities' => sub {
-    my $ask = sub (%returns) { capabilities(start_peer(\%returns)) };
-    is_deeply($ask->(upstream_returns('query-version' => version(7, 2, 22))),
+    is_deeply(ask(upstream_returns('query-version' => version(7, 2, 22))),
         { backend => 'upstream', 'qemu-version' => '7.2.22' }, '7.2');
     is_deeply(
-        $ask->(pve_returns('query-qmp-schema' => schema('devlist'))),
+        ask(pve_returns('query-qmp-schema' => schema('devlist'))),
         { backend => 'pve', form => 'devlist', 'qemu-version' => '10.0.2' },
         'early form'
     );
     my $package = 'pve-qemu-kvm_9.2.0-4';
     is(
-        $ask->(
+        ask(
             pve_returns(
                 'query-version' => version(9, 2, 0, $package),
                 'query-qmp-schema' => schema('devlist')
@@ -274,14 +276,15 @@ subtest 'capabilities' => sub {
     $package = 'pve-qemu-kvm_10.0.2-4';
     my %returns = pve_returns('query-version' => version(10, 0, 2, $package));
     delete $returns{'query-qmp-schema'};
-    is($ask->(%returns)->{form}, 'devices', "$package: QEMU is spared listing its schema");
-    my @old = ([7, 1], [6, 2], [4, 0], [2, 12], [0, 15]);
+    is(ask(%returns)->{form}, 'devices', "$package: QEMU is spared listing its schema");
+};
 
-    for my $old (@old) {
+subtest 'versions and commands that will not do' => sub {
+    for my $old ([7, 1], [6, 2], [4, 0], [2, 12], [0, 15]) {
         my ($major, $minor) = @$old;
         my %returns = upstream_returns('query-version' => version($major, $minor, 50));
         dies(
-            sub { $ask->(%returns) }, qr/UnsupportedError/,
+            sub { ask(%returns) }, qr/UnsupportedError/,
             qr/$major\.$minor\.50.*\b7\.2\b/, "QEMU $major.$minor"
         );
         dies(sub { new_access(start_peer(\%returns))->setup(\@one) },
@@ -293,18 +296,21 @@ subtest 'capabilities' => sub {
     );
     for my $command (@needed) {
         my $commands = commands(grep { $_ ne $command } @upstream_commands);
-        dies(sub { $ask->(upstream_returns('query-commands' => $commands)) },
+        dies(sub { ask(upstream_returns('query-commands' => $commands)) },
             qr/UnsupportedError/, qr/\b$command\b/, "without $command");
     }
-    dies(sub { $ask->(pve_returns('query-qmp-schema' => [])) },
+};
+
+subtest 'forms that will not do' => sub {
+    dies(sub { ask(pve_returns('query-qmp-schema' => [])) },
         qr/UnsupportedError/, qr/backup-access-setup/, 'a form that is not in the schema');
     my $odd_form = schema('devices');
     $odd_form->[1]{members} = [{ name => 'target-id' }, { name => 'disks' }];
-    dies(sub { $ask->(pve_returns('query-qmp-schema' => $odd_form)) },
+    dies(sub { ask(pve_returns('query-qmp-schema' => $odd_form)) },
         qr/UnsupportedError/, qr/backup-access-setup/, 'a form that is not known');
     my %lacks = pve_returns();
     delete $lacks{'query-qmp-schema'};
-    dies(sub { $ask->(%lacks) }, qr/CommandNotFound/, qr/query-qmp-schema/, 'no schema');
+    dies(sub { ask(%lacks) }, qr/CommandNotFound/, qr/query-qmp-schema/, 'no schema');
 };
 
 subtest 'devices that will not do' => sub {

@@ -11,6 +11,8 @@ use Time::HiRes qw(time);
 
 use PBA::Test::QMPPeer;
 
+my $QMPPeer = 'PBA::Test::QMPPeer';
+
 my $json = JSON::PP->new->utf8;
 
 sub connect_to ($peer) {
@@ -28,7 +30,7 @@ sub ask ($socket, $command, %more) {
 }
 
 subtest 'handshake, handler and record' => sub {
-    my $peer = PBA::Test::QMPPeer->start(
+    my $peer = $QMPPeer->start(
         handler => sub ($command, $arguments, $n) {
             return { return => { n => $n, command => $command } } if $command ne 'fail';
             return {
@@ -56,7 +58,7 @@ subtest 'handshake, handler and record' => sub {
 };
 
 subtest 'script and replies' => sub {
-    my $peer = PBA::Test::QMPPeer->start(
+    my $peer = $QMPPeer->start(
         greeting => 'plain',
         script => [{ expect => 'stop', return => {} }, { expect => 'cont', return => {} }],
     );
@@ -67,7 +69,7 @@ subtest 'script and replies' => sub {
     is(ask($socket, 'more')->{error}{class}, 'CommandNotFound', 'after the end');
     is(scalar($peer->problems), 2, 'both are problems');
 
-    $peer = PBA::Test::QMPPeer->start(replies => { stop => sub (@got) { { return => \@got } } });
+    $peer = $QMPPeer->start(replies => { stop => sub (@got) { { return => \@got } } });
     $socket = connect_to($peer);
     <$socket>;
     is_deeply(ask($socket, 'stop')->{return}, ['stop', {}, 1], 'code ref as reply');
@@ -88,7 +90,7 @@ subtest 'actions' => sub {
         silent => { silent => 1 },
         bye => [{ raw => '{"ret' }, { close => 1 }],
     );
-    my $peer = PBA::Test::QMPPeer->start(replies => \%actions);
+    my $peer = $QMPPeer->start(replies => \%actions);
     my $socket = connect_to($peer);
     <$socket>;
     is(ask($socket, 'event')->{event}, 'STOP', 'event before the reply');
@@ -117,7 +119,7 @@ subtest 'actions' => sub {
 subtest 'greetings' => sub {
     my %first = (garbage => qr/not a monitor/, close => qr/\A\z/, endless => qr/\A\{"return": "/);
     for my $name (sort keys %first) {
-        my $peer = PBA::Test::QMPPeer->start(greeting => $name);
+        my $peer = $QMPPeer->start(greeting => $name);
         my $socket = connect_to($peer);
         sysread($socket, my $bytes, 1000);
         like($bytes, $first{$name}, $name);
@@ -127,14 +129,14 @@ subtest 'greetings' => sub {
         cmp_ok($peer->endless_bytes, '>=', 100_000, 'size of the endless line recorded');
     }
     my $start = time;
-    my $peer = PBA::Test::QMPPeer->start(greeting => 'slow');
+    my $peer = $QMPPeer->start(greeting => 'slow');
     my $socket = connect_to($peer);
     like(scalar(<$socket>), qr/"QMP"/, 'slow');
     cmp_ok(time - $start, '>', 1, 'it took its time');
 };
 
 subtest 'quit' => sub {
-    my $peer = PBA::Test::QMPPeer->start(replies => { quit => [{ return => {} }, { quit => 1 }] });
+    my $peer = $QMPPeer->start(replies => { quit => [{ return => {} }, { quit => 1 }] });
     my $socket = connect_to($peer);
     <$socket>;
     ask($socket, 'quit');

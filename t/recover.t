@@ -12,6 +12,10 @@ use PBA::Test::Backend;
 use PBA::Test::Client;
 use PBA::Test::Handle;
 
+my $Backend = 'PBA::Test::Backend';
+my $Client = 'PBA::Test::Client';
+my $Handle = 'PBA::Test::Handle';
+
 my $mib = 1024 * 1024;
 my $size = 16 * $mib;
 
@@ -26,7 +30,7 @@ sub same ($got, $expected) {
 
 # A client that has an access, as far as code goes, and is killed then.
 sub leave_access ($backend, $code) {
-    my $client = PBA::Test::Client->start(
+    my $client = $Client->start(
         sub ($tell) {
             my $access = $backend->access;
             $access->setup($backend->devices('use'));
@@ -40,7 +44,7 @@ sub leave_access ($backend, $code) {
 
 sub check_live ($backend) {
     my $outside = $backend->outside;
-    my $client = PBA::Test::Client->start(
+    my $client = $Client->start(
         sub ($tell) {
             my $access = $backend->access;
             $access->setup($backend->devices('use'));
@@ -121,9 +125,9 @@ sub check_own ($backend) {
 
 sub check_danger () {
     my $backend
-        = PBA::Test::Backend->start(name => 'pve', disks => [{ id => 'disk0', size => $size }]);
+        = $Backend->start(name => 'pve', disks => [{ id => 'disk0', size => $size }]);
     plan(skip_all => 'not on a QEMU with Proxmox\' commands') if !$backend->front;
-    my $client = PBA::Test::Client->start(
+    my $client = $Client->start(
         sub ($tell) {
             my $access = $backend->access;
             my $infos = $access->setup($backend->devices('new'));
@@ -184,7 +188,7 @@ sub check_unasked ($backend) {
 # Two guests without a name, over code refs: nothing tells the directories of the one from the other's.
 sub check_namesakes ($backend) {
     my $vm = $backend->vm;
-    my $other = PBA::Test::Backend->start(
+    my $other = $Backend->start(
         name => 'upstream',
         guest => 0,
         disks => [{ id => 'disk0', size => $size }]
@@ -194,8 +198,8 @@ sub check_namesakes ($backend) {
         qmp => sub ($command, $arguments) { return $other->vm->qmp($command, $arguments->%*) },
         'run-dir' => $backend->work_dir('run')
     );
-    my $mechanism = PBA::Test::Handle->missing ? 'nbd' : 'file-handle';
-    my $client = PBA::Test::Client->start(
+    my $mechanism = $Handle->missing ? 'nbd' : 'file-handle';
+    my $client = $Client->start(
         sub ($tell) {
             my $access = $backend->access(qmp => $code);
             $access->setup($backend->devices('new'));
@@ -228,7 +232,7 @@ sub check_concurrent ($backend) {
     for my $round (1 .. 3) {
         leave_access($backend, sub ($access) { $access->volumes('nbd') })->kill9;
         my @clients = map {
-            PBA::Test::Client->start(
+            $Client->start(
                 sub ($tell) {
                     my $lines = eval { recover($backend, $backend->qmp_path) };
                     chomp(my $error = "$@");
@@ -255,7 +259,7 @@ sub check_concurrent_setups ($backend) {
         leave_access($backend, sub ($access) { $access->volumes('nbd') })->kill9;
         my @clients = map {
             my $sets_up = $_;
-            PBA::Test::Client->start(
+            $Client->start(
                 sub ($tell) {
                     my $access = $backend->access(log => sub { });
                     my $done = eval {
@@ -288,21 +292,21 @@ sub check_mounts ($backend) {
     my $outside = $backend->outside;
     my $client = leave_access($backend, sub ($access) { $access->volumes('file-handle') });
     my $dir = $backend->work_dir('run');
-    my @servers = PBA::Test::Handle->servers($dir);
+    my @servers = $Handle->servers($dir);
     is(scalar(@servers), 1, 'a server of a virtual file');
     kill('STOP', $client->pid);
     kill('KILL', @servers);
     $client->kill9;
-    is(scalar(PBA::Test::Handle->mounts($dir)), 1, 'a dead mount is left');
+    is(scalar($Handle->mounts($dir)), 1, 'a dead mount is left');
     my $lines = recover($backend, $backend->qmp_path);
-    is_deeply([PBA::Test::Handle->mounts($dir)], [], 'recover unmounts it');
+    is_deeply([$Handle->mounts($dir)], [], 'recover unmounts it');
     is_deeply($backend->outside, $outside, 'nothing is left');
     is_deeply(recover($backend, $backend->qmp_path), [], 'and nothing more to do');
 }
 
-for my $name (PBA::Test::Backend->names) {
+for my $name ($Backend->names) {
     my $backend
-        = PBA::Test::Backend->start(name => $name, disks => [{ id => 'disk0', size => $size }]);
+        = $Backend->start(name => $name, disks => [{ id => 'disk0', size => $size }]);
     subtest "backend $name: a live client" => sub { check_live($backend) };
     subtest "backend $name: a live object" => sub { check_own($backend) };
     subtest "backend $name: told not to recover" => sub { check_unasked($backend) };

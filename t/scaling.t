@@ -16,6 +16,8 @@ use PBA::Test::BitmapDisk;
 use PBA::Test::QemuNbd;
 use PVE::BackupAccess::Volume;
 
+my $Volume = 'PVE::BackupAccess::Volume';
+
 my $device = 'drive-scsi0';
 my $tmp = File::Temp->newdir('pba-scaling-XXXXXXXX', TMPDIR => 1);
 my $dir = "$tmp";
@@ -69,7 +71,7 @@ my $disk = PBA::Test::BitmapDisk->new(dir => $dir, device => $device, size => $s
 
 # As a provider does it.
 sub store ($volumes, $target) {
-    my $volume = PVE::BackupAccess::Volume->open($device, $volumes->{$device});
+    my $volume = $Volume->open($device, $volumes->{$device});
     my $statistics = $volume->copy(to => $target);
     $volume->close;
     return $statistics;
@@ -128,7 +130,7 @@ run_shell(<<'SHELL');
 SHELL
 
 sub fails ($uri, $error, $text) {
-    my $volume = eval { PVE::BackupAccess::Volume->open($device, { 'nbd-path' => $uri }) };
+    my $volume = eval { $Volume->open($device, { 'nbd-path' => $uri }) };
     is($volume, undef, "$text: refused");
     like($@, $error, "$text: the error");
     return;
@@ -182,7 +184,7 @@ subtest 'a source on another host, over TLS' => sub {
     my ($host, $port, $key_file) = ('127.0.0.1', free_port(), "$dir/keys/keys.psk");
     my $image = "$dir/copy.raw";
     my $read = sub () {
-        my $volume = PVE::BackupAccess::Volume->open(
+        my $volume = $Volume->open(
             'drive-scsi0',
             {
                 'nbd-path' => "nbds://backup\@$host:$port/drive-scsi0?tls-psk-file=$key_file",

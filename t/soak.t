@@ -18,6 +18,8 @@ use PBA::Test::Backend;
 use PBA::Test::VM;
 use PVE::BackupAccess;
 
+my $Backend = 'PBA::Test::Backend';
+
 my $full = $ENV{PBA_FULL};
 my $cycles = $full ? 1_000 : 15;
 my $warm_up = $full ? 50 : 5;
@@ -74,7 +76,7 @@ sub back_up ($backend, $mode, $success) {
 }
 
 sub check_cycles ($name) {
-    my $backend = PBA::Test::Backend->start(
+    my $backend = $Backend->start(
         name => $name,
         disks => [{ id => 'disk0', size => 32 * $MiB }, { id => 'disk1', size => 32 * $MiB }]
     );
@@ -105,7 +107,7 @@ sub check_cycles ($name) {
     $backend->check_manners;
 }
 
-for my $name (PBA::Test::Backend->names) {
+for my $name ($Backend->names) {
     subtest "$cycles backups, backend $name" => sub { check_cycles($name) };
 }
 
@@ -164,7 +166,7 @@ sub back_up_own ($qmp, $shared, $byte) {
 
 subtest "$disks disks in one access" => sub {
     my @disks = map { { id => "disk$_", size => 8 * $MiB, bus => 'scsi' } } 0 .. $disks - 1;
-    my $backend = PBA::Test::Backend->start(name => 'upstream', disks => \@disks, guest => 0);
+    my $backend = $Backend->start(name => 'upstream', disks => \@disks, guest => 0);
     my $outside = $backend->outside;
     is(back_up($backend, 'new', 1), $disks * 8 * $MiB, 'all of each');
     $backend->vm->qemu_io("disk$_", "write -P 5 1M 64k") for 0 .. $disks - 1;
@@ -176,7 +178,7 @@ subtest "$disks disks in one access" => sub {
 subtest 'a disk of 16 TiB' => sub {
     my $fleecing = File::Temp->newdir('pba-soak-XXXXXXXX', DIR => '/dev/shm');
     my $size = 16 << 40;
-    my $backend = PBA::Test::Backend->start(
+    my $backend = $Backend->start(
         name => 'upstream',
         disks => [{ id => 'disk0', size => $size, format => 'qcow2' }],
         guest => 0

@@ -21,6 +21,8 @@ use PVE::BackupAccess::GuestAgent;
 use PVE::BackupAccess::Task;
 use PVE::BackupAccess::Volume;
 
+my $Provider = 'PBA::Test::Provider';
+
 my $mib = 1024 * 1024;
 my $size = 16 * $mib;
 my $granularity = 4 * $mib;    # of Proxmox' bitmaps
@@ -63,7 +65,7 @@ sub check_is_full ($context, $name) {
 }
 
 sub dirty_of_next ($context) {
-    my $provider = PBA::Test::Provider->new;
+    my $provider = $Provider->new;
     ok(run_job($context, 'a good one', $provider), 'a good one: done') or diag($context->{error});
     return 65536 * keys $provider->blocks($context->{backend}->device('disk0'))->%*;
 }
@@ -89,7 +91,7 @@ my %is_late = map { $_ => 1 } qw(backup_handle_log_file job_cleanup);
 
 sub check_death ($context, $method, $exception, $how = sub { die $exception }) {
     my $name = "$method dies" . (ref($exception) ? ' with an object' : '');
-    my $provider = PBA::Test::Provider->new(on => { $method => sub (@) { $how->() } });
+    my $provider = $Provider->new(on => { $method => sub (@) { $how->() } });
     ok(!run_job($context, $name, $provider), "$name: so does the job");
     is_deeply($context->{error}, $exception, "$name: with its exception");
     my @calls = $provider->take_calls;
@@ -115,7 +117,7 @@ sub check_deaths ($context) {
     check_death($context, $_, $text, $signal) for qw(backup_vm backup_cleanup job_cleanup);
 
     # The first error counts, and each step is tried.
-    my $provider = PBA::Test::Provider->new(
+    my $provider = $Provider->new(
         on => {
             map {
                 my $name = $_;
@@ -135,7 +137,7 @@ sub check_deaths ($context) {
 sub check_late_signals ($context) {
     my $text = "interrupted by signal\n";
     local $SIG{TERM} = sub { die $text };
-    my $provider = PBA::Test::Provider->new(
+    my $provider = $Provider->new(
         on => {
             backup_vm => sub (@) { die "no space\n" },
             backup_cleanup => sub (@) { kill(TERM => $$); return {} },
@@ -154,7 +156,7 @@ sub check_late_signals ($context) {
         kill(TERM => $$) if $command eq 'nbd-server-stop' && !$sent++;
         return $qmp->execute($command, $arguments->%*);
     };
-    $provider = PBA::Test::Provider->new;
+    $provider = $Provider->new;
     run_job($context, 'a signal in the teardown', $provider, qmp => $transport);
     is($context->{error}, $text, 'a signal in the teardown: ends the job');
     is_deeply(
@@ -187,7 +189,7 @@ my %nonsense = (
 sub check_nonsense ($context) {
     for my $name (sort keys %nonsense) {
         my ($method, $value, $message) = $nonsense{$name}->@*;
-        my $provider = PBA::Test::Provider->new(on => { $method => sub (@) { return $value } });
+        my $provider = $Provider->new(on => { $method => sub (@) { return $value } });
         ok(!run_job($context, $name, $provider), "$name: an error");
         like("$context->{error}", $message, "$name: which says so");
         is_deeply([$provider->take_names], $calls_until{$method}, "$name: the calls");
@@ -197,7 +199,7 @@ sub check_nonsense ($context) {
 # A device that is not there is left out of account; of other things nobody makes use.
 sub check_harmless ($context) {
     my $backend = $context->{backend};
-    my $provider = PBA::Test::Provider->new(
+    my $provider = $Provider->new(
         on => {
             backup_vm_query_incremental => sub ($self, $vmid, $volumes) {
                 my %modes = map { $_ => 'use' } keys $volumes->%*, 'drive-scsi7';
@@ -231,7 +233,7 @@ sub is_useless ($name, $device, $volume) {
 sub check_kept_volumes ($context, $mechanism) {
     my $name = "$mechanism: the volumes are kept";
     my $kept;
-    my $provider = PBA::Test::Provider->new(
+    my $provider = $Provider->new(
         mechanism => $mechanism,
         mode => 'new',
         on => { backup_vm => sub ($self, $vmid, $config, $volumes, $info) { $kept = $volumes } },
@@ -247,8 +249,7 @@ sub check_closed_handle ($context) {
         $self->store($volumes);
         close($_->{'file-handle'}) for values $volumes->%*;
     };
-    my $provider
-        = PBA::Test::Provider->new(mechanism => 'file-handle', on => { backup_vm => $close });
+    my $provider = $Provider->new(mechanism => 'file-handle', on => { backup_vm => $close });
     ok(run_job($context, 'closed handles', $provider), 'closed handles: the job is done')
         or diag($context->{error});
 }
@@ -279,7 +280,7 @@ sub check_forks ($context) {
             $self->{status} = $? >> 8;
             $self->store($volumes);
         };
-        my $provider = PBA::Test::Provider->new(on => { backup_vm => $fork, %not_in_child });
+        my $provider = $Provider->new(on => { backup_vm => $fork, %not_in_child });
         ok(run_job($context, $name, $provider), "$name: the job is done")
             or diag($context->{error});
         is($provider->{status}, 7, "$name: and ends, without a result");
@@ -302,7 +303,7 @@ sub hook_calls ($provider) {
 }
 
 sub check_hooks ($context) {
-    my $provider = PBA::Test::Provider->new;
+    my $provider = $Provider->new;
     my %bad = ('run-dir' => '/proc/nowhere');
     ok(!run_job($context, 'setup fails', $provider, hooks($provider), %bad), 'setup fails: error');
     is(hook_calls($provider), '', 'setup fails before the instant: it was not frozen');
@@ -336,7 +337,7 @@ sub check_agent ($context) {
         timeout => 1,
         log => sub (@line) { push(@log, "@line") },
     );
-    my $provider = PBA::Test::Provider->new;
+    my $provider = $Provider->new;
     ok(run_job($context, 'freeze times out', $provider, $agent->hooks),
         'freeze times out: the job is done')
         or diag($context->{error});
@@ -359,7 +360,7 @@ sub check_signal ($context) {
         my $volume = PVE::BackupAccess::Volume->open($device, $volumes->{$device});
         $volume->copy(to => '/dev/null', 'bandwidth-limit' => 4096);
     };
-    my $provider = PBA::Test::Provider->new(mode => 'use', on => { backup_vm => $wait });
+    my $provider = $Provider->new(mode => 'use', on => { backup_vm => $wait });
     ok(!run_job($context, 'a signal', $provider), 'a signal: ends the job');
     is_deeply($context->{error}, { signal => 'ALRM' }, "a signal: by the handler's exception");
     is_deeply([$provider->take_names], $calls_until{backup_vm}, 'a signal: the calls');
@@ -374,7 +375,7 @@ sub check_teardown_error ($context) {
         die "not today\n" if $command eq 'nbd-server-stop' && !$refused++;
         return $qmp->execute($command, $arguments->%*);
     };
-    my $provider = PBA::Test::Provider->new;
+    my $provider = $Provider->new;
     my $result = run_job($context, 'teardown fails', $provider, qmp => $transport);
     ok($result, 'teardown fails: the backup is good') or diag($context->{error});
     like(
@@ -393,7 +394,7 @@ sub check_incomplete_map ($context) {
     my $stop = sub ($level, $message) {
         eval { $vm->end_exports } if $message =~ m/dirty-bitmap status/;
     };
-    my $provider = PBA::Test::Provider->new;
+    my $provider = $Provider->new;
     ok(!run_job($context, 'an incomplete map', $provider, log => $stop),
         'an incomplete map: an error');
     is_deeply(
@@ -420,7 +421,7 @@ sub check_busy_monitor ($context) {
         close($monitor);
         die "that was all\n";
     };
-    my $provider = PBA::Test::Provider->new(
+    my $provider = $Provider->new(
         mechanism => 'file-handle',
         on => { backup_vm => $backup }
     );
@@ -437,7 +438,7 @@ sub check_resize ($context) {
         $vm->qmp('block_resize', device => 'drive-disk1', size => 2 * $size);
         return { map { $_ => 'use' } keys $volumes->%* };
     };
-    my $provider = PBA::Test::Provider->new(on => { backup_vm_query_incremental => $resize });
+    my $provider = $Provider->new(on => { backup_vm_query_incremental => $resize });
     ok(!run_job($context, 'a resize', $provider), 'a resize as the backup begins: an error');
     like("$context->{error}", qr/\Adevice drive-disk1: was resized from $size to/, 'which says so');
 }
@@ -453,7 +454,7 @@ sub check_backend ($name) {
     my $context = { backend => $backend, pid => $$, slot => 0, unread => {} };
     $backend->guest->start_churn(seed => 1, disks => ['disk1'], blocks => 256, pause_us => 2000);
     $context->{outside} = $backend->outside;
-    run_job($context, 'the first', PBA::Test::Provider->new);
+    run_job($context, 'the first', $Provider->new);
 
     check_deaths($context);
     check_bits($context);

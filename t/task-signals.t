@@ -22,6 +22,8 @@ use PBA::Test::QMP;
 use PBA::Test::Thrown qw(is_same strike thrown_by what_arrives);
 use PVE::BackupAccess::Volume;
 
+my $Provider = 'PBA::Test::Provider';
+
 my @methods = qw(job_init backup_init backup_get_mechanism backup_vm_query_incremental backup_vm
     backup_cleanup backup_handle_log_file job_cleanup);
 my @kinds = ('TERM, a text', 'INT, an object', 'a false object', 'an object', 'a text');
@@ -34,7 +36,7 @@ my ($seed, $share) = (20261128, 8);
 
 # As it is without; $when says whether it happens before what the method does, or after.
 sub in_method ($point) {
-    my $usual = PBA::Test::Provider->new;
+    my $usual = $Provider->new;
     my $method = $point->{at};
     my $on = sub ($self, @arguments) {
         $point->hit if $point->{when} eq 'before';
@@ -43,7 +45,7 @@ sub in_method ($point) {
         $point->hit if $point->{when} eq 'after';
         return $result;
     };
-    return (provider => PBA::Test::Provider->new(on => { $method => $on }));
+    return (provider => $Provider->new(on => { $method => $on }));
 }
 
 sub in_log ($point) {
@@ -67,7 +69,7 @@ sub in_progress ($point) {
                 ->copy(to => '/dev/null', progress => sub (@) { $point->hit });
         }
     };
-    return (provider => PBA::Test::Provider->new(on => { backup_vm => $copy }, mode => 'new'));
+    return (provider => $Provider->new(on => { backup_vm => $copy }, mode => 'new'));
 }
 
 sub in_qmp ($point) {
@@ -96,8 +98,8 @@ sub hit ($point) {
 sub run_jobs ($context, $point) {
     my $backend = $context->{backend};
     my %options = $point->{place}->($point);
-    my $provider = $point->{provider} = delete($options{provider}) // PBA::Test::Provider->new;
-    my $next = PBA::Test::Provider->new;
+    my $provider = $point->{provider} = delete($options{provider}) // $Provider->new;
+    my $next = $Provider->new;
     my %qmp = (qmp => $context->{qmp});
     my $tasks = [$backend->task($provider, %qmp, %options), $backend->task($next, %qmp)];
     my $got = what_arrives(
@@ -133,7 +135,7 @@ sub check_contains ($context, $name, $dirty) {
 
 # The bitmap has an id, which only a task goes on from.
 sub next_dirty ($context) {
-    my $provider = PBA::Test::Provider->new;
+    my $provider = $Provider->new;
     $context->{backend}->task($provider, qmp => $context->{qmp})->run_job;
     return $provider->blocks($context->{device});
 }
@@ -214,7 +216,7 @@ sub check_commands ($context) {
         $count++;
         return $context->{monitor}->execute($command, $arguments->%*);
     };
-    $context->{backend}->task(PBA::Test::Provider->new, qmp => $qmp)->run_job;
+    $context->{backend}->task($Provider->new, qmp => $qmp)->run_job;
     cmp_ok($count, '>', 20, 'there are commands');
     my @places = map { ([$_, 'before'], [$_, 'after']) } 1 .. $count;
     @places = (shuffle(@places))[0 .. $share - 1] if !$ENV{PBA_FULL};
@@ -243,7 +245,7 @@ sub check_committed ($context) {
                 return $value;
             };
             local $context->{told};
-            my $provider = PBA::Test::Provider->new(
+            my $provider = $Provider->new(
                 on => {
                     backup_vm => sub ($self, $vmid, $config, $volumes, $info) {
                         $self->store($volumes);

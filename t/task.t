@@ -15,6 +15,8 @@ use PBA::Test::Backend;
 use PBA::Test::Provider;
 use PVE::BackupAccess::Task;
 
+my $Provider = 'PBA::Test::Provider';
+
 my $mib = 1024 * 1024;
 my $seed = 20261122;
 my $blocks = 2048;
@@ -60,7 +62,7 @@ sub check_arguments ($context, $arguments, $start) {
 sub check_job ($context) {
     my $backend = $context->{backend};
     my $log_file;
-    my $provider = PBA::Test::Provider->new(
+    my $provider = $Provider->new(
         on => {
             backup_handle_log_file => sub ($self, $vmid, $file) {
                 open(my $fh, '<', $file) or die "$file: $!\n";
@@ -115,7 +117,7 @@ sub check_result ($backend, $result, $log_file) {
 
 # Inside of somebody else's job, and with nothing but what is required.
 sub check_run ($context) {
-    my $provider = PBA::Test::Provider->new;
+    my $provider = $Provider->new;
     my $result = $context->{backend}->task($provider, 'bandwidth-limit' => 0, freeze => undef)->run;
     my @calls = $provider->take_calls;
     is_deeply(
@@ -134,7 +136,7 @@ sub check_run ($context) {
 # ---- bitmaps ----
 
 sub check_dirty ($context) {
-    my ($backend, $provider) = ($context->{backend}, PBA::Test::Provider->new);
+    my ($backend, $provider) = ($context->{backend}, $Provider->new);
     my ($device0, $device1) = map { $backend->device($_) } @ids;
     my $task = $backend->task($provider);
     $task->run;
@@ -197,13 +199,13 @@ sub check_modes ($context) {
     my @devices = map { $backend->device($_) } @ids;
     for my $case (@answers) {
         my ($name, $answer, @expected) = $case->@*;
-        my $provider = PBA::Test::Provider->new(
+        my $provider = $Provider->new(
             on => { backup_vm_query_incremental => sub (@) { return { $answer->(@devices) } } });
         my $result = $backend->task($provider)->run;
         my @found = map { $_->@{qw(bitmap-mode bitmap-action)} } $result->{devices}->@{@devices};
         is_deeply(\@found, \@expected, "answer '$name': modes and actions");
     }
-    my $provider = PBA::Test::Provider->new(mode => undef);
+    my $provider = $Provider->new(mode => undef);
     my $device = $backend->task($provider)->run->{devices}{ $devices[0] };
     is($device->{'bitmap-mode'}, 'none', 'no answer: no bitmap');
     is($device->{dirty}, $sizes{disk0}, 'no answer: everything is to be read');
@@ -221,7 +223,7 @@ sub image_provider ($context, $mechanism) {
             die "the store is full\n" if $self->{fails};
         }
     };
-    return PBA::Test::Provider->new(mechanism => $mechanism, on => { backup_vm => $copy });
+    return $Provider->new(mechanism => $mechanism, on => { backup_vm => $copy });
 }
 
 sub check_images ($context, $name) {

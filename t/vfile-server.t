@@ -11,8 +11,8 @@ use Time::HiRes qw(alarm sleep time);
 
 use PVE::BackupAccess::Volume;
 
-use PBA::Test::Handle;
-use PBA::Test::NBDServer;
+use PBA::Test::Handle qw(fallocate);
+use PBA::Test::NBDServer qw(pattern);
 use PBA::Test::VFile;
 
 my $missing = PBA::Test::Handle->missing;
@@ -41,7 +41,7 @@ sub reader ($handle, $piece) {
 
 sub is_pattern ($reader, $offset, $length, $name) {
     my $data = eval { $reader->pread($offset, $length) } // '';
-    ok($data eq PBA::Test::NBDServer::pattern($offset, $length), $name) or diag($@);
+    ok($data eq pattern($offset, $length), $name) or diag($@);
 }
 
 # The error of a read that must fail, and soon.
@@ -152,7 +152,7 @@ sub check_edges () {
             $reader->discard($ahead->@*) if $ahead && $gone{ $ahead->[0] };
             next if $gone{$offset};
             my $data = eval { $reader->pread($offset, $length) } // '';
-            $good++ if $data eq PBA::Test::NBDServer::pattern($offset, $length);
+            $good++ if $data eq pattern($offset, $length);
             $reader->discard($offset, $length) if $i % 2;
         }
         is($good, @dirty - keys %gone, "pieces of $piece: all regions have their data");
@@ -178,10 +178,10 @@ sub check_discard () {
     my $handle = $file->handle;
     my $keep = 3;
     my $at = 64 * $kib;
-    ok(PBA::Test::Handle::fallocate($handle, $keep, $at + 1, 3 * $at), 'not aligned');
-    ok(PBA::Test::Handle::fallocate($handle, $keep, $at + 1, $at), 'less than a cluster');
-    ok(PBA::Test::Handle::fallocate($handle, $keep, $odd_size - 512, 512), 'the odd end');
-    ok(PBA::Test::Handle::fallocate($handle, $keep, $odd_size - 512, 1 << 40), 'beyond it');
+    ok(fallocate($handle, $keep, $at + 1, 3 * $at), 'not aligned');
+    ok(fallocate($handle, $keep, $at + 1, $at), 'less than a cluster');
+    ok(fallocate($handle, $keep, $odd_size - 512, 512), 'the odd end');
+    ok(fallocate($handle, $keep, $odd_size - 512, 1 << 40), 'beyond it');
     wait_until(sub { (() = $server->requests('trim')) >= 3 });
     my @trims = map { [$_->{offset}, $_->{length}] } $server->requests('trim');
     is_deeply(
@@ -189,7 +189,7 @@ sub check_discard () {
         [[2 * $at, 2 * $at], [$odd_size - 512, 512], [$odd_size - 512, 512]],
         'whole clusters only'
     );
-    ok(!PBA::Test::Handle::fallocate($handle, $_, 0, $at), "mode $_ is refused") for 0, 1, 2, 16;
+    ok(!fallocate($handle, $_, 0, $at), "mode $_ is refused") for 0, 1, 2, 16;
 }
 
 # Without a map there is nothing to ask for, and a QEMU before 10.0 may not be asked twice at a time.
@@ -277,7 +277,7 @@ sub check_memory () {
             my $reader = reader($file->handle, 4 * $mib);
             my $offset = $number * 7 % 15 * 4 * $mib + $number * 512;
             my $data = eval { $reader->pread($offset, 4 * $mib) } // '';
-            POSIX::_exit($data eq PBA::Test::NBDServer::pattern($offset, 4 * $mib) ? 0 : 1);
+            POSIX::_exit($data eq pattern($offset, 4 * $mib) ? 0 : 1);
         }
         push(@pids, $pid);
     }
@@ -310,7 +310,7 @@ sub check_volume () {
     is_deeply([$volume->dirty_regions(9)], [0, 512, 512, 1, $size - 1, 1], 'regions as they come');
     is_deeply([$volume->next_dirty_region], [], 'and their end');
     my $data = $volume->pread(1000, 10 * $mib);
-    ok($data eq PBA::Test::NBDServer::pattern(1000, 10 * $mib), 'its data');
+    ok($data eq pattern(1000, 10 * $mib), 'its data');
     check_bad_regions($open);
     close($handle);
     is(length($volume->pread(0, 512)), 512, 'the volume has the file open by itself');

@@ -5,7 +5,7 @@
 use v5.36;
 
 use PBA::Test::Backend;
-use PBA::Test::DocCode;
+use PBA::Test::DocCode qw(check_same run_perl);
 use PBA::Test::Provider;
 use PBA::Test::QMP;
 
@@ -97,11 +97,11 @@ sub check_good ($plugin, %opt) {
         . ' freeze thaw resume backup_vm power';
     delete($query->[2]{'drive-scsi0'}{base});
     delete($vm->[4]->@{qw(backup-id guest-uuid)});
-    PBA::Test::DocCode::check_same({ 'drive-scsi0' => { size => 16 * $mib } }, $query->[2]);
+    check_same({ 'drive-scsi0' => { size => 16 * $mib } }, $query->[2]);
     my %options;
     $options{'bandwidth-limit'} = $opt{bwlimit} * 1024 if $opt{bwlimit};
     $options{'firewall-config'} = $plugin->{firewall} if defined($plugin->{firewall});
-    PBA::Test::DocCode::check_same(\%options, $vm->[4]);
+    check_same(\%options, $vm->[4]);
     my @lines = (
         qr/starting external backup via test/,
         qr/backup mechanism:? '?(?:nbd|file-handle)/,
@@ -171,7 +171,7 @@ return sub ($block) {
         return $qmp->execute($command, %arguments);
     };
     my $outside = $backend->outside;
-    my $package = PBA::Test::DocCode::run_perl($block, mon_cmd => $mon_cmd);
+    my $package = run_perl($block, mon_cmd => $mon_cmd);
     my @failures = sort keys %failures;
     for my $mechanism ('nbd', -e '/dev/fuse' ? 'file-handle' : ()) {
         check_good(vzdump($package, $state, $mechanism, bwlimit => 1024, firewall => "[OPTIONS]\n"),
@@ -183,7 +183,7 @@ return sub ($block) {
             my $plugin = vzdump($package, $state, $mechanism);
             my $dirty = ($plugin->{provider}{regions}{'drive-scsi0'} // [])->[1] // 0;
             die "after $name: $dirty bytes in an incremental backup\n" if $dirty < 4 * $mib;
-            PBA::Test::DocCode::check_same($outside, $backend->outside);
+            check_same($outside, $backend->outside);
         }
         die "a good backup keeps the bits\n"
             if check_good(vzdump($package, $state, $mechanism));

@@ -14,18 +14,20 @@ use PBA::Test::Front;
 use PBA::Test::Model;
 use PBA::Test::VM;
 
+my $VM = 'PBA::Test::VM';
+
 my $TARGET = 'snapshot-access:test';
 
 # Where QEMU has Proxmox' commands they are what is used.
-sub names ($class) { return PBA::Test::VM->is_proxmox ? 'pve' : qw(upstream pve) }
+sub names ($class) { return $VM->is_proxmox ? 'pve' : qw(upstream pve) }
 
 # name => upstream or pve; form => of Proxmox' command; fleecing => 0: images for it are attached by the
 # test; everything else is for PBA::Test::VM.
 sub start ($class, %opt) {
     my ($name, $form, $fleecing) = delete(@opt{qw(name form fleecing)});
     Test::More::plan(skip_all => 'only for a stock QEMU')
-        if $name eq 'upstream' && PBA::Test::VM->is_proxmox;
-    my $vm = PBA::Test::VM->start(%opt);
+        if $name eq 'upstream' && $VM->is_proxmox;
+    my $vm = $VM->start(%opt);
     my %self = (name => $name, vm => $vm, form => $form // 'devices', fleecing => $fleecing // 1);
     my $self = bless(\%self, $class);
     $self->connect;
@@ -55,7 +57,7 @@ sub connect ($self) {
     my $vm = $self->{vm};
     undef $self->{front};
     return if $self->{name} eq 'upstream';
-    if (!PBA::Test::VM->is_proxmox) {
+    if (!$VM->is_proxmox) {
         $self->{front} = PBA::Test::Front->start(
             qemu_qmp => $vm->qmp_path,
             listen => $vm->dir . '/front.qmp',

@@ -13,14 +13,14 @@ use v5.36;
 
 use POSIX ();
 
-use PBA::Test::QemuNbd;
+use PBA::Test::QemuNbd qw(img);
 
 my $bitmap = 'bitmap0';
 
 sub new ($class, %options) {
     my $self = bless({ %options, content => "\0" x $options{size}, has_bitmap => 0 }, $class);
     $self->{file} = "$self->{dir}/$self->{device}.qcow2";
-    PBA::Test::QemuNbd::img('create', '-q', '-f', 'qcow2', $self->{file}, $self->{size});
+    img('create', '-q', '-f', 'qcow2', $self->{file}, $self->{size});
     return $self;
 }
 
@@ -56,7 +56,7 @@ sub _io ($self, $file, @commands) {
 }
 
 sub _bitmap ($self, @what) {
-    PBA::Test::QemuNbd::img('bitmap', @what, '-f', 'qcow2', $self->{file}, $bitmap);
+    img('bitmap', @what, '-f', 'qcow2', $self->{file}, $bitmap);
     return;
 }
 
@@ -64,8 +64,8 @@ sub _bitmap ($self, @what) {
 sub _new_bitmap ($self) {
     my $all = "$self->{dir}/all-$self->{size}.qcow2";
     if (!-e $all) {
-        PBA::Test::QemuNbd::img('create', '-q', '-f', 'qcow2', $all, $self->{size});
-        PBA::Test::QemuNbd::img('bitmap', '--add', '-f', 'qcow2', $all, $bitmap);
+        img('create', '-q', '-f', 'qcow2', $all, $self->{size});
+        img('bitmap', '--add', '-f', 'qcow2', $all, $bitmap);
         $self->_io($all, "write -z 0 $self->{size}");
     }
     $self->_bitmap('--remove') if $self->{has_bitmap};

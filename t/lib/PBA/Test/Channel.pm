@@ -4,9 +4,12 @@ package PBA::Test::Channel;
 
 use v5.36;
 
+use Exporter qw(import);
 use IO::Select ();
 use IO::Socket::UNIX ();
 use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC);
+
+our @EXPORT_OK = qw(now);
 
 # $alive, if given, is asked while waiting: a dead peer need not be waited for.
 sub new ($class, %opt) {

@@ -10,8 +10,11 @@ package PBA::Test::DocCode;
 
 use v5.36;
 
+use Exporter qw(import);
 use File::Temp ();
 use JSON::PP ();
+
+our @EXPORT_OK = qw(check_same run_perl);
 
 # Blocks that are no code: a picture, a table, what a program prints.
 my %no_code = map { $_ => 1 } qw(text);

@@ -11,7 +11,7 @@ use File::Temp ();
 use List::Util qw(uniq);
 
 use PBA::Test::House qw(broken_rules);
-use PBA::Test::PerlRules;
+use PBA::Test::PerlRules qw(bare_evals long_files long_functions long_names);
 use PBA::Test::Sources qw(lines_of source_files);
 
 sub _files (@patterns) {
@@ -199,7 +199,7 @@ sub _own_gate ($name, $problems, $hint) {
 sub _evals () {
     return _own_gate(
         'evals',
-        \&PBA::Test::PerlRules::bare_evals,
+        \&bare_evals,
         'a bare eval swallows what signal handlers and callbacks die with: use attempt, attempt_any'
             . ' or ensure of PVE::BackupAccess::Try, or where it may catch all, put'
             . ' "## bare eval: REASON" at the end of its line',
@@ -207,25 +207,22 @@ sub _evals () {
 }
 
 sub _functions () {
-    my $gate = _own_gate(
-        'functions',
-        \&PBA::Test::PerlRules::long_functions,
-        'cut it by what its parts do'
-    );
+    my $gate = _own_gate('functions', \&long_functions, 'cut it by what its parts do');
     return { $gate->%*, files => \&_perl_files };
 }
 
 sub _lengths () {
     return {
-        _own_gate('lengths', \&PBA::Test::PerlRules::long_files, 'cut it by subject')->%*,
+        _own_gate('lengths', \&long_files, 'cut it by subject')->%*,
         files => sub { (_perl_files(), _files('*.c', '*.h', '*.xs', '*.sh', 'run')) },
     };
 }
 
 sub _names () {
-    return _own_gate('names', \&PBA::Test::PerlRules::long_names,
+    my $gate = _own_gate('names', \&long_names,
               "import the module's functions, or give the class a short name: my \$Archive ="
             . " 'PVE::BackupAccess::Provider::Qcow2Chain::Archive'; then \$Archive->load");
+    return { $gate->%*, files => \&_perl_files };
 }
 
 sub _shellcheck () {

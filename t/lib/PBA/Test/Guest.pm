@@ -6,7 +6,7 @@ use v5.36;
 
 use Time::HiRes ();
 
-use PBA::Test::Channel;
+use PBA::Test::Channel qw(now);
 
 sub new ($class, %opt) {
     my $channel = PBA::Test::Channel->new(
@@ -19,9 +19,9 @@ sub new ($class, %opt) {
 
 # Waits until the guest is up, then until it answers. Returns what hello() does.
 sub wait_ready ($self, $timeout) {
-    my $deadline = PBA::Test::Channel::now() + $timeout;
+    my $deadline = now() + $timeout;
     while (1) {
-        my $left = $deadline - PBA::Test::Channel::now();
+        my $left = $deadline - now();
         my $line = $left > 0 ? $self->{channel}->read_line($left) : undef;
         die "guest agent: not ready within $timeout s\n" if !defined $line;
         last if $line eq 'ready';
@@ -43,9 +43,9 @@ sub send ($self, @words) {
 }
 
 sub receive ($self, $id, $what = 'command', $timeout = $self->{timeout}) {
-    my $deadline = PBA::Test::Channel::now() + $timeout;
+    my $deadline = now() + $timeout;
     while (1) {
-        my $left = $deadline - PBA::Test::Channel::now();
+        my $left = $deadline - now();
         my $line = $self->{channel}->read_line($left > 0 ? $left : 0)
             // die "guest agent: no answer to '$what' within $timeout s\n";
         my ($of, $status, $text) = $line =~ /\A(\d+) (ok|error) ?(.*)\z/s;
@@ -115,12 +115,12 @@ sub churn_status ($self) {
 
 # Waits until write number $s is done; returns the number of the last write then.
 sub wait_churn ($self, $s, $timeout = 60) {
-    my $deadline = PBA::Test::Channel::now() + $timeout;
+    my $deadline = now() + $timeout;
     while (1) {
         my $last = $self->churn_status->{last};
         return $last if $last >= $s;
         die "guest agent: churn at write $last, not $s, after $timeout s\n"
-            if PBA::Test::Channel::now() > $deadline;
+            if now() > $deadline;
         Time::HiRes::sleep(0.02);
     }
 }

@@ -6,7 +6,10 @@ package PBA::Test::Handle;
 
 use v5.36;
 
+use Exporter qw(import);
 use POSIX ();
+
+our @EXPORT_OK = qw(fallocate);
 
 my $PUNCH_HOLE_KEEP_SIZE = 3;
 my %fallocate = (x86_64 => 285, aarch64 => 47);

@@ -50,7 +50,7 @@ use v5.36;
 use Exporter qw(import);
 use parent 'PBA::Test::Peer';
 
-our @EXPORT_OK = qw(open_volume);
+our @EXPORT_OK = qw(open_volume pattern);
 
 use List::Util qw(max);
 use POSIX ();

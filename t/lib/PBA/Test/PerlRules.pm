@@ -1,9 +1,14 @@
 package PBA::Test::PerlRules;
 
 # What is asked of our own Perl beyond what perlcritic knows, and of the length of all sources. Perl is taken
-# by lines, as perltidy leaves it: a named function begins and ends at the left margin, or has one line.
+# by lines, as perltidy leaves it: a function ends at the first brace that stands where its own line begins, or has
+# one line.
 
 use v5.36;
+
+use Exporter qw(import);
+
+our @EXPORT_OK = qw(bare_evals long_files long_functions long_names);
 
 my $max_lines = 40;    # of a function
 my $max_code = 500;    # lines of a file
@@ -25,17 +30,26 @@ sub _code_lines ($file) {
 # The name of the function that begins there.
 sub _function ($text) { return $text =~ m/^(?:my )?sub (\w+)/ ? $1 : undef }
 
-# Functions that are too long, as texts with file and line.
+# Its name, or what an anonymous one is for, where its last brace is on another line; and how far it stands in.
+sub _opened ($text) {
+    my ($indent, $what) = $text =~ m/^(\s*)(.*\bsub\b.*\{)\s*(?:#.*)?$/ or return;
+    return (length($indent), _function($text) // "'$what'");
+}
+
+# Functions that are too long, named ones and others, as texts with file and line.
 sub long_functions ($file) {
-    my ($name, $begin, @found);
+    my (@open, @found);
     for my $line (_code_lines($file)) {
         my ($number, $text) = $line->@*;
-        ($name, $begin) = (_function($text), $number) if defined(_function($text));
-        next if !defined($name) || $text !~ m/^(?:\}|sub .*\}\s*$)/;
-        my $length = $number - $begin + 1;
-        push(@found, "$file:$begin: $name has $length lines, more than $max_lines")
-            if $length > $max_lines;
-        $name = undef;
+        if (@open && $text =~ m/^(\s*)\}/ && length($1) == $open[-1]->{indent}) {
+            my $function = pop(@open);
+            my $length = $number - $function->{begin} + 1;
+            push(@found,
+                "$file:$function->{begin}: $function->{name} has $length lines, more than $max_lines"
+            ) if $length > $max_lines;
+        }
+        my ($indent, $name) = _opened($text) or next;
+        push(@open, { indent => $indent, name => $name, begin => $number });
     }
     return @found;
 }
@@ -46,13 +60,14 @@ sub long_files ($file) {
     return $count > $max_code ? ("$file: $count lines of code, more than $max_code") : ();
 }
 
-# Long names of packages that stand in the code again and again, apart from where one gets a short name.
+# Long names of packages that stand in the code again and again, apart from where one gets a short name, and from
+# globs, which take none.
 sub long_names ($file) {
     my %count;
     for my $line (_code_lines($file)) {
         my $text = $line->[1] =~ s/(?:^|\s)#.*//sr;
         next if $text =~ m/^\s*(?:use|package|require)\b|^my \$\w+ = '[\w:]+';$/;
-        $count{$1}++ while $text =~ m/\b(PVE::BackupAccess(?:::[A-Z]\w*)+)/g;
+        $count{$1}++ while $text =~ m/(?<!\*)\b((?:PVE::BackupAccess|PBA::Test)(?:::[A-Z]\w*)+)/g;
     }
     return map { "$file: $_ stands there $count{$_} times, more than $max_names" }
         grep { $count{$_} > $max_names } sort keys %count;

@@ -7,7 +7,7 @@ use v5.36;
 
 use JSON::PP ();
 
-use PBA::Test::Channel;
+use PBA::Test::Channel qw(now);
 
 my $JSON = JSON::PP->new->utf8->canonical->allow_nonref;
 
@@ -42,9 +42,9 @@ sub try ($self, $command, %args) {
     my %message = (execute => $command, id => ++$self->{id});
     $message{arguments} = \%args if %args;
     $self->{channel}->send_line($JSON->encode(\%message));
-    my $deadline = PBA::Test::Channel::now() + $self->{timeout};
+    my $deadline = now() + $self->{timeout};
     while (1) {
-        my $left = $deadline - PBA::Test::Channel::now();
+        my $left = $deadline - now();
         my $message = $self->_next($left > 0 ? $left : 0)
             // die "qmp $command: no reply within $self->{timeout} s\n";
         return $message if ($message->{id} // '') eq $self->{id};
@@ -53,9 +53,9 @@ sub try ($self, $command, %args) {
 
 # Returns the next message that is no event, undef when there is none in time. Events are kept.
 sub _next ($self, $timeout) {
-    my $deadline = PBA::Test::Channel::now() + $timeout;
+    my $deadline = now() + $timeout;
     while (1) {
-        my $left = $deadline - PBA::Test::Channel::now();
+        my $left = $deadline - now();
         my $line = $self->{channel}->read_line($left > 0 ? $left : 0) // return undef;
         my $message = $JSON->decode($line);
         return $message if !$message->{event};
@@ -81,11 +81,11 @@ sub clear_events ($self) {
 sub wait_event ($self, $name, %opt) {
     my $count = $opt{count} // 1;
     my $timeout = $opt{timeout} // 30;
-    my $deadline = PBA::Test::Channel::now() + $timeout;
+    my $deadline = now() + $timeout;
     while (1) {
         my @events = grep { $_->{event} eq $name } $self->{events}->@*;
         return @events if @events >= $count;
-        my $left = $deadline - PBA::Test::Channel::now();
+        my $left = $deadline - now();
         die "no event $name within $timeout s\n" if $left <= 0;
         $self->_next($left < 0.2 ? $left : 0.2);
     }

@@ -11,11 +11,14 @@ package PBA::Test::QemuNbd;
 
 use v5.36;
 
+use Exporter qw(import);
 use File::Temp ();
 use FindBin ();
 use IO::Socket::UNIX ();
 use POSIX ();
 use Time::HiRes ();
+
+our @EXPORT_OK = qw(img);
 
 my $START_SECONDS = 30;
 

@@ -16,6 +16,8 @@ use File::Path qw(make_path remove_tree);
 
 use PBA::Test::Cache;
 
+my $Cache = 'PBA::Test::Cache';
+
 my $KEYRING = '/usr/share/keyrings/debian-archive-keyring.gpg';
 my $BACKPORTED = 'qemu* seabios ipxe-qemu';
 my $SOURCES = '/srv/pve-backup-access';
@@ -34,7 +36,7 @@ sub new ($class, $name) {
 sub run ($self, @arguments) {
     local $| = 1;
     $self->{root}
-        = PBA::Test::Cache->built("release-$self->{name}", sub ($tmp) { $self->_make($tmp) });
+        = $Cache->built("release-$self->{name}", sub ($tmp) { $self->_make($tmp) });
     my $lock = $self->_lock;
     $self->_update;
     $self->_copy_sources;
@@ -56,8 +58,8 @@ sub _lock ($self) {
 
 sub _make ($self, $root) {
     say "making a chroot of $self->{release}";
-    my $uris = PBA::Test::Cache->debian_uris;
-    my $own = PBA::Test::Cache->codename;
+    my $uris = $Cache->debian_uris;
+    my $own = $Cache->codename;
     my $main = $uris->{$own} // die "no mirror for $own in the system's apt sources\n";
     _call('debootstrap', '--variant=minbase', "--keyring=$KEYRING", $self->{release}, $root, $main);
     my @suites = ([$self->{release}, $main]);

@@ -11,7 +11,7 @@ use POSIX qw(WNOHANG);
 use Scalar::Util ();
 use Time::HiRes ();
 
-use PBA::Test::Channel;
+use PBA::Test::Channel qw(now);
 use PBA::Test::Graph;
 use PBA::Test::Guest;
 use PBA::Test::QMP;
@@ -240,7 +240,7 @@ sub _spawn ($self, @command) {
 
 sub _launch ($self) {
     unlink map { "$self->{dir}/$_" } qw(qmp qmp2 agent);
-    my $began = PBA::Test::Channel::now();
+    my $began = now();
     $self->_spawn(command_line($self));
     my $ok = eval {
 
@@ -257,7 +257,7 @@ sub _launch ($self) {
         1;
     };
     my $error = $@;
-    $self->{boot_seconds} = PBA::Test::Channel::now() - $began;
+    $self->{boot_seconds} = now() - $began;
     return if $ok;
     $error .= $self->logs;
     $self->kill9;
@@ -286,10 +286,10 @@ sub is_alive ($self) {
 
 # Waits for QEMU to end by itself; returns its status as in $?.
 sub wait_exit ($self, $timeout = $QUIT_TIMEOUT) {
-    my $deadline = PBA::Test::Channel::now() + $timeout;
+    my $deadline = now() + $timeout;
     while ($self->is_alive) {
         die "QEMU has not ended within $timeout s\n" . $self->logs
-            if PBA::Test::Channel::now() > $deadline;
+            if now() > $deadline;
         Time::HiRes::sleep(0.01);
     }
     return $self->{status};
