@@ -394,10 +394,9 @@ static bool prepare_pieces(Copy *copy, GError **error)
     return true;
 }
 
-/* A function is given the zeroes, so it has them read. */
 static bool prepare_holes(Copy *copy, GError **error)
 {
-    if (copy->options->write || !pba_source_find_holes(&copy->source, copy->align)) {
+    if (copy->sink->wants_zeroes || !pba_source_find_holes(&copy->source, copy->align)) {
         return true;
     }
     copy->course.holes = copy->source.holes;

@@ -109,6 +109,7 @@ typedef struct PbaSourceFile PbaSourceFile;
 
 /* What a volume is read from while it is copied: an NBD server or a file handle. */
 typedef struct {
+    const PbaReader *reader; /* of the volumes that it is for */
     /* What is needed beside the volume, which is the first of volumes. */
     bool (*open)(PbaSource *source, unsigned connections, PbaLoop *loop, GError **error);
     /* As pba_source_read. */
@@ -179,8 +180,9 @@ struct PbaSink {
     /* Begins to flush; flushed says when that is done, flush_error how. */
     bool (*flush)(PbaSink *sink, GError **error);
     void (*free)(PbaSink *sink);
-    char *name;     /* for messages */
-    bool ordered;   /* wants pieces in ascending order */
+    char *name;        /* for messages */
+    bool ordered;      /* wants pieces in ascending order */
+    bool wants_zeroes; /* as data that was read, so that nobody asks where they are */
     uint32_t block; /* two pieces of one such block are never written at the same time; 0: may be */
     uint32_t align; /* pieces have to begin and end at its multiples, or at the volume's end; where
                        they do not, their buffer has room for the rest */

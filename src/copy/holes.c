@@ -11,10 +11,10 @@ struct PbaHoles {
     uint32_t align;
     uint64_t begin; /* of the region */
     uint64_t end;
-    bool asks;     /* there may be more holes */
-    PbaMap *map;   /* owned; NULL until a region was asked about */
-    bool has_map;  /* it is that of the region */
-    uint64_t hole; /* the next one; its length is 0 while it is not known */
+    bool asks;      /* there may be more holes */
+    PbaNbdMap *map; /* owned; NULL until a region was asked about */
+    bool has_map;   /* it is that of the region */
+    uint64_t hole;  /* the next one; its length is 0 while it is not known */
     uint64_t hole_left;
 };
 
@@ -30,7 +30,7 @@ PbaHoles *pba_holes_new(PbaVolume *volume, uint32_t align)
 void pba_holes_free(PbaHoles *holes)
 {
     if (holes) {
-        pba_map_free(holes->map);
+        pba_nbd_map_free(holes->map);
         g_free(holes);
     }
 }
@@ -47,9 +47,9 @@ void pba_holes_begin(PbaHoles *holes, uint64_t offset, uint64_t length)
 /* Answers that nobody waits for still want the map that asked. */
 static bool begin_map(PbaHoles *holes)
 {
-    if (!holes->has_map && (!holes->map || pba_map_is_idle(holes->map))) {
-        pba_map_free(holes->map);
-        holes->map = pba_volume_zeroes(holes->volume, holes->begin, holes->end);
+    if (!holes->has_map && (!holes->map || pba_nbd_map_is_idle(holes->map))) {
+        pba_nbd_map_free(holes->map);
+        holes->map = pba_nbd_zeroes(holes->volume, holes->begin, holes->end);
         holes->has_map = true;
     }
     return holes->has_map;
@@ -75,7 +75,7 @@ static bool find_hole(PbaHoles *holes)
     }
     while (holes->asks && holes->hole_left < MIN_HOLE) {
         g_autoptr(GError) local = NULL;
-        if (!pba_map_next(holes->map, &holes->hole, &holes->hole_left, &later, &local)) {
+        if (!pba_nbd_map_next(holes->map, &holes->hole, &holes->hole_left, &later, &local)) {
             holes->hole_left = 0;
             holes->asks = false; /* whatever is wrong, a read will tell */
         } else if (later) {

@@ -44,6 +44,7 @@ static PbaSink *call_sink_new(PbaCopyWrite write, void *opaque)
         .free = call_free,
         .name = g_strdup("the target's function"),
         .ordered = true,
+        .wants_zeroes = true,
         .error_code = PBA_ERROR_SYSTEM,
         .align = 1,
         .max_zero = UINT32_MAX,

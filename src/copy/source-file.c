@@ -165,7 +165,7 @@ static bool open_file(PbaSource *source, unsigned connections, PbaLoop *loop, GE
     if (!source->pool) {
         return false;
     }
-    int fd = fcntl(pba_handle_fd(source->volumes[0]->handle), F_DUPFD_CLOEXEC, 0);
+    int fd = fcntl(pba_handle_fd(source->volumes[0]), F_DUPFD_CLOEXEC, 0);
     if (fd == -1) {
         pba_error_set(error, PBA_ERROR_SYSTEM, "cannot use the file handle - %s",
                       g_strerror(errno));
@@ -184,6 +184,7 @@ static void close_source(PbaSource *source)
 }
 
 const PbaSourceKind pba_source_file = {
+    .reader = &pba_handle_reader,
     .open = open_file,
     .read = start_read,
     .trim = start_trim,

@@ -178,6 +178,7 @@ static bool send_trim(PbaSource *source, PbaRange range, GError **error)
 }
 
 const PbaSourceKind pba_source_nbd = {
+    .reader = &pba_nbd_reader,
     .open = open_connections,
     .read = send_reads,
     .trim = send_trim,

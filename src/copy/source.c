@@ -6,9 +6,17 @@
 /* A range this long is worth a request of its own at once. */
 #define GOOD_DISCARD (UINT64_C(1) << 20)
 
+static const PbaSourceKind *const kinds[] = {&pba_source_nbd, &pba_source_file};
+
 static const PbaSourceKind *choose_kind(const PbaVolume *volume)
 {
-    return volume->reader == &pba_handle_reader ? &pba_source_file : &pba_source_nbd;
+    unsigned i = 0;
+
+    while (kinds[i]->reader != volume->reader) {
+        i++;
+        g_assert(i < G_N_ELEMENTS(kinds)); /* each reader has one */
+    }
+    return kinds[i];
 }
 
 bool pba_source_open(PbaSource *source, PbaVolume *volume, unsigned connections, PbaLoop *loop,

@@ -1,4 +1,4 @@
-/* Many discards at a time. */
+/* Many discards at a time over NBD. */
 #include "src/base/base.h"
 #include "volume.h"
 
@@ -60,8 +60,8 @@ static bool start_discards(Discards *discards, PbaRange range, GError **error)
     return true;
 }
 
-bool pba_volume_discard_ranges(PbaVolume *volume, const PbaRange *ranges, unsigned count,
-                               GError **error)
+bool pba_nbd_discard_ranges(PbaVolume *volume, const PbaRange *ranges, unsigned count,
+                            GError **error)
 {
     Discards discards = {.volume = volume};
     bool ok = pba_volume_connect(volume, error);

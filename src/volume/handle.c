@@ -1,6 +1,6 @@
 /* A volume behind an open file handle: the mechanism file-handle, as a provider is given it. */
 #define _GNU_SOURCE
-#include "handle.h"
+#include "regions.h"
 #include "src/base/base.h"
 #include "volume.h"
 #include <errno.h>
@@ -10,13 +10,19 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-struct PbaHandle {
-    int fd;
+typedef struct {
+    PbaVolume volume;
+    int fd; /* our own */
     PbaNextRegion next_region;
     void *opaque;
     PbaRegions *given; /* each region is given once, but may be read again */
     bool ended;
-};
+} HandleVolume;
+
+typedef struct {
+    PbaMap map;
+    PbaRegionsCursor cursor; /* in what was given */
+} HandleMap;
 
 /* The size is part of the contract. What is no regular file, or is one of /proc, does not tell it.
  */
@@ -53,32 +59,43 @@ static int own_descriptor(int fd, uint64_t size, GError **error)
     return own;
 }
 
-PbaHandle *pba_handle_new(int fd, uint64_t size, PbaNextRegion next_region, void *opaque,
-                          GError **error)
+PbaVolume *pba_volume_open_handle(const char *device, int fd, uint64_t size,
+                                  PbaNextRegion next_region, void *opaque, const PbaHooks *hooks,
+                                  GError **error)
 {
     int own = own_descriptor(fd, size, error);
 
     if (own < 0) {
+        pba_error_add_device(error, device);
         return NULL;
     }
-    PbaHandle *handle = g_new0(PbaHandle, 1);
-    handle->fd = own;
-    handle->next_region = next_region;
-    handle->opaque = opaque;
-    handle->given = pba_regions_new();
-    return handle;
+    HandleVolume *self = g_new0(HandleVolume, 1);
+    self->volume = (PbaVolume){
+        .reader = &pba_handle_reader,
+        .hooks = hooks ? *hooks : (PbaHooks){0},
+        .device = g_strdup(device),
+        .size = size,
+    };
+    self->fd = own;
+    self->next_region = next_region;
+    self->opaque = opaque;
+    self->given = pba_regions_new();
+    pba_sizes_read_file(&self->volume.sizes, own, size);
+    self->volume.map = pba_volume_map(&self->volume, 0);
+    return &self->volume;
 }
 
 static void handle_free(PbaVolume *volume)
 {
-    close(volume->handle->fd);
-    pba_regions_free(volume->handle->given);
-    g_free(volume->handle);
+    HandleVolume *self = (HandleVolume *)volume;
+
+    close(self->fd);
+    pba_regions_free(self->given);
 }
 
-int pba_handle_fd(const PbaHandle *handle)
+int pba_handle_fd(const PbaVolume *volume)
 {
-    return handle->fd;
+    return ((const HandleVolume *)volume)->fd;
 }
 
 /* True if the call that errno is of is to be made again. */
@@ -112,7 +129,7 @@ static bool handle_pread(PbaVolume *volume, void *buffer, uint64_t offset, uint6
     char *at = buffer;
 
     while (length > 0) {
-        ssize_t got = pread(volume->handle->fd, at, length, (off_t)offset);
+        ssize_t got = pread(pba_handle_fd(volume), at, length, (off_t)offset);
         if (got == 0) {
             pba_error_set(error, PBA_ERROR_INCOMPLETE,
                           "the file ends at offset %" PRIu64 " instead of %" PRIu64, offset,
@@ -134,8 +151,8 @@ static bool handle_pread(PbaVolume *volume, void *buffer, uint64_t offset, uint6
 
 static bool handle_discard(PbaVolume *volume, uint64_t offset, uint64_t length, GError **error)
 {
-    while (fallocate(volume->handle->fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, (off_t)offset,
-                     (off_t)length) != 0) {
+    while (fallocate(pba_handle_fd(volume), FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+                     (off_t)offset, (off_t)length) != 0) {
         if (!may_retry(volume, "discarding", offset, length, error)) {
             return false;
         }
@@ -146,17 +163,17 @@ static bool handle_discard(PbaVolume *volume, uint64_t offset, uint64_t length, 
 /* Has the caller give one more region, unless it was the last. */
 static bool ask_region(PbaVolume *volume, GError **error)
 {
-    PbaHandle *handle = volume->handle;
+    HandleVolume *self = (HandleVolume *)volume;
     GError *local = NULL;
     uint64_t offset = 0;
     uint64_t length = 0;
 
-    if (!handle->next_region(handle->opaque, &offset, &length, &local)) {
+    if (!self->next_region(self->opaque, &offset, &length, &local)) {
         pba_error_add_device(&local, volume->device);
     } else if (length == 0) {
-        handle->ended = true;
+        self->ended = true;
         return true;
-    } else if (offset < handle->given->end || offset > volume->size ||
+    } else if (offset < self->given->end || offset > volume->size ||
                length > volume->size - offset) {
         pba_error_set(&local, PBA_ERROR_INCOMPLETE,
                       "the next dirty region cannot begin at offset %" PRIu64
@@ -164,7 +181,7 @@ static bool ask_region(PbaVolume *volume, GError **error)
                       offset, length);
         pba_error_add_device(&local, volume->device);
     } else {
-        pba_regions_add(handle->given, offset, length);
+        pba_regions_add(self->given, offset, length);
         return true;
     }
     if (local->code != PBA_ERROR_INTERRUPTED) {
@@ -177,23 +194,42 @@ static bool ask_region(PbaVolume *volume, GError **error)
 static bool handle_next_region(PbaVolume *volume, PbaMap *map, uint64_t *offset, uint64_t *length,
                                bool *later, GError **error)
 {
-    const PbaHandle *handle = volume->handle;
+    const HandleVolume *self = (const HandleVolume *)volume;
+    PbaRegionsCursor *cursor = &((HandleMap *)map)->cursor;
 
     (void)later; /* the caller's function is waited for */
-    pba_regions_take(handle->given, &map->given, offset, length);
-    if (*length > 0 || handle->ended) {
+    pba_regions_take(self->given, cursor, offset, length);
+    if (*length > 0 || self->ended) {
         return true;
     }
     if (!ask_region(volume, error)) {
         return false;
     }
-    pba_regions_take(handle->given, &map->given, offset, length);
+    pba_regions_take(self->given, cursor, offset, length);
     return true;
+}
+
+/* From the first region on: what was given is not looked up by where it is. */
+static PbaMap *handle_new_map(PbaVolume *volume, uint64_t begin)
+{
+    HandleMap *map = g_new0(HandleMap, 1);
+
+    (void)volume;
+    (void)begin;
+    map->map.reader = &pba_handle_reader;
+    return &map->map;
+}
+
+static void handle_free_map(PbaMap *map)
+{
+    g_free(map);
 }
 
 const PbaReader pba_handle_reader = {
     .pread = handle_pread,
     .discard = handle_discard,
+    .new_map = handle_new_map,
+    .free_map = handle_free_map,
     .next_region = handle_next_region,
     .free = handle_free,
     .error_code = PBA_ERROR_SYSTEM,

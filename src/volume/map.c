@@ -18,9 +18,9 @@
 /* QEMU answers with at most 131,072 extents; stay well below. */
 #define MANY_NUMBERS (UINT64_C(2) * 32768)
 
-PbaMap *pba_map_new(PbaVolume *volume, uint32_t flag, uint64_t begin, uint64_t end)
+PbaNbdMap *pba_nbd_map_new(PbaVolume *volume, uint32_t flag, uint64_t begin, uint64_t end)
 {
-    PbaMap *map = g_new0(PbaMap, 1);
+    PbaNbdMap *map = g_new0(PbaNbdMap, 1);
 
     map->volume = volume;
     map->flag = flag;
@@ -34,7 +34,7 @@ PbaMap *pba_map_new(PbaVolume *volume, uint32_t flag, uint64_t begin, uint64_t e
     return map;
 }
 
-void pba_map_free(PbaMap *map)
+void pba_nbd_map_free(PbaNbdMap *map)
 {
     if (!map) {
         return;
@@ -45,10 +45,10 @@ void pba_map_free(PbaMap *map)
     g_free(map);
 }
 
-bool pba_map_is_idle(const PbaMap *map)
+bool pba_nbd_map_is_idle(const PbaNbdMap *map)
 {
     for (unsigned i = 0; i < PBA_MAP_DEPTH; i++) {
-        if (map->chunks[i].sent && !map->chunks[i].answered) {
+        if (map->chunks[i].state == PBA_CHUNK_ASKED) {
             return false;
         }
     }
@@ -56,7 +56,7 @@ bool pba_map_is_idle(const PbaMap *map)
 }
 
 /* What was asked over a connection that is gone has to be asked again. */
-static void forget_lost_requests(PbaMap *map)
+static void forget_lost_requests(PbaNbdMap *map)
 {
     if (map->connection == map->volume->connection) {
         return;
@@ -64,8 +64,8 @@ static void forget_lost_requests(PbaMap *map)
     map->connection = map->volume->connection;
     for (unsigned i = 0; i < PBA_MAP_DEPTH; i++) {
         PbaMapChunk *chunk = &map->chunks[i];
-        if (!chunk->answered) {
-            chunk->sent = false;
+        if (chunk->state == PBA_CHUNK_ASKED) {
+            chunk->state = PBA_CHUNK_TO_ASK;
         }
     }
 }
@@ -94,15 +94,14 @@ static int on_answered(void *opaque, int *error)
     /* libnbd 1.22 completes what is in flight when a connection is closed: that is no answer. */
     if (chunk->map->volume->nbd) {
         chunk->error = *error;
-        chunk->answered = true;
+        chunk->state = PBA_CHUNK_ANSWERED;
     }
     return 1; /* retire the command */
 }
 
 static bool send_chunk(PbaVolume *volume, PbaMapChunk *chunk, GError **error)
 {
-    chunk->sent = true;
-    chunk->answered = false;
+    chunk->state = PBA_CHUNK_ASKED;
     chunk->error = 0;
     chunk->count = 0;
     chunk->next = 0;
@@ -117,21 +116,20 @@ static bool send_chunk(PbaVolume *volume, PbaMapChunk *chunk, GError **error)
 }
 
 /* Keeps requests in flight: new chunks up to the map's end, and those to be asked again. */
-static bool fill_ring(PbaMap *map, GError **error)
+static bool fill_ring(PbaNbdMap *map, GError **error)
 {
     forget_lost_requests(map);
     while (map->used < PBA_MAP_DEPTH && map->asked < map->end) {
         PbaMapChunk *chunk = &map->chunks[(map->head + map->used) % PBA_MAP_DEPTH];
         chunk->offset = map->asked;
         chunk->length = MIN(map->chunk_size, map->end - map->asked);
-        chunk->sent = false;
-        chunk->answered = false;
+        chunk->state = PBA_CHUNK_TO_ASK;
         map->asked += chunk->length;
         map->used++;
     }
     for (unsigned i = 0; i < map->used; i++) {
         PbaMapChunk *chunk = &map->chunks[(map->head + i) % PBA_MAP_DEPTH];
-        if (!chunk->sent && !send_chunk(map->volume, chunk, error)) {
+        if (chunk->state == PBA_CHUNK_TO_ASK && !send_chunk(map->volume, chunk, error)) {
             return false;
         }
     }
@@ -151,7 +149,7 @@ static bool wait_answer(PbaVolume *volume, PbaMapChunk *chunk, GError **error)
 {
     gint64 deadline = pba_deadline(PBA_NBD_LIMIT_S);
 
-    while (!chunk->answered) {
+    while (chunk->state != PBA_CHUNK_ANSWERED) {
         if (pba_volume_is_lost(volume)) {
             set_incomplete(volume, chunk, "the NBD server closed the connection", error);
             return false;
@@ -176,9 +174,9 @@ static bool check_answer(const PbaVolume *volume, const PbaMapChunk *chunk, GErr
 }
 
 /* True if the chunk has its answer, which is waited for unless later is given: that is set then. */
-static bool has_answer(PbaMap *map, PbaMapChunk *chunk, bool *later, GError **error)
+static bool has_answer(PbaNbdMap *map, PbaMapChunk *chunk, bool *later, GError **error)
 {
-    if (map->used > 0 && chunk->answered) {
+    if (map->used > 0 && chunk->state == PBA_CHUNK_ANSWERED) {
         return true;
     }
     if (!pba_volume_connect(map->volume, error) || !fill_ring(map, error)) {
@@ -187,13 +185,13 @@ static bool has_answer(PbaMap *map, PbaMapChunk *chunk, bool *later, GError **er
     if (!later) {
         return wait_answer(map->volume, chunk, error);
     }
-    *later = !chunk->answered;
-    return chunk->answered;
+    *later = chunk->state != PBA_CHUNK_ANSWERED;
+    return !*later;
 }
 
 /* The chunk to read on in; NULL without an error at the end of the map, and where its answer is
  * not there yet but not to be waited for. */
-static PbaMapChunk *current_chunk(PbaMap *map, bool *later, GError **error)
+static PbaMapChunk *current_chunk(PbaNbdMap *map, bool *later, GError **error)
 {
     PbaMapChunk *chunk = &map->chunks[map->head];
 
@@ -207,7 +205,7 @@ static PbaMapChunk *current_chunk(PbaMap *map, bool *later, GError **error)
 }
 
 /* Adds the chunk's extents to the run until one does not belong to it: true then. */
-static bool read_run(PbaMap *map, PbaMapChunk *chunk, GError **error)
+static bool read_run(PbaNbdMap *map, PbaMapChunk *chunk, GError **error)
 {
     while (chunk->next < chunk->count && chunk->length > 0) {
         uint64_t length = MIN(chunk->extents[chunk->next], chunk->length);
@@ -230,10 +228,9 @@ static bool read_run(PbaMap *map, PbaMapChunk *chunk, GError **error)
 }
 
 /* The server's pace: short answers make later chunks shorter, sparse ones longer. */
-static void finish_chunk(PbaMap *map, PbaMapChunk *chunk)
+static void finish_chunk(PbaNbdMap *map, PbaMapChunk *chunk)
 {
-    chunk->sent = false;
-    chunk->answered = false;
+    chunk->state = PBA_CHUNK_TO_ASK;
     if (chunk->length > 0) {
         map->chunk_size = MAX(map->chunk_size / 2, MIN_CHUNK);
         return; /* the rest is asked again */
@@ -245,7 +242,7 @@ static void finish_chunk(PbaMap *map, PbaMapChunk *chunk)
     map->used--;
 }
 
-static bool find_run(PbaMap *map, bool *later, GError **error)
+static bool find_run(PbaNbdMap *map, bool *later, GError **error)
 {
     GError *local = NULL;
     PbaMapChunk *chunk;
@@ -269,7 +266,8 @@ static bool find_run(PbaMap *map, bool *later, GError **error)
     return false;
 }
 
-bool pba_map_next(PbaMap *map, uint64_t *offset, uint64_t *length, bool *later, GError **error)
+bool pba_nbd_map_next(PbaNbdMap *map, uint64_t *offset, uint64_t *length, bool *later,
+                      GError **error)
 {
     if (later) {
         *later = false;

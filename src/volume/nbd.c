@@ -5,6 +5,9 @@
 #include <inttypes.h>
 #include <string.h>
 
+/* Of the context qemu:dirty-bitmap (QEMU: docs/interop/nbd). */
+#define STATE_DIRTY 1u
+
 /* Waits for one request. A lost connection ends the volume; a refused request does not. */
 static bool finish_request(PbaVolume *volume, int64_t cookie, const char *what, GError **error)
 {
@@ -103,11 +106,13 @@ static bool discard_range(PbaVolume *volume, uint64_t offset, uint64_t length, G
 }
 
 /* Without a bitmap all that is left is one region. */
-static bool next_region(PbaVolume *volume, PbaMap *map, uint64_t *offset, uint64_t *length,
+static bool next_region(PbaVolume *volume, PbaMap *base, uint64_t *offset, uint64_t *length,
                         bool *later, GError **error)
 {
+    PbaNbdMap *map = (PbaNbdMap *)base;
+
     if (volume->context) {
-        return pba_map_next(map, offset, length, later, error);
+        return pba_nbd_map_next(map, offset, length, later, error);
     }
     *offset = map->asked;
     *length = map->end - map->asked;
@@ -115,9 +120,29 @@ static bool next_region(PbaVolume *volume, PbaMap *map, uint64_t *offset, uint64
     return true;
 }
 
+static PbaMap *new_map(PbaVolume *volume, uint64_t begin)
+{
+    PbaNbdMap *map = pba_nbd_map_new(volume, STATE_DIRTY, begin, volume->size);
+
+    map->map.reader = &pba_nbd_reader;
+    return &map->map;
+}
+
+static void free_map(PbaMap *map)
+{
+    pba_nbd_map_free((PbaNbdMap *)map);
+}
+
+PbaNbdMap *pba_nbd_zeroes(PbaVolume *volume, uint64_t begin, uint64_t end)
+{
+    return pba_nbd_map_new(volume, LIBNBD_STATE_ZERO, begin, end);
+}
+
 const PbaReader pba_nbd_reader = {
     .pread = read_range,
     .discard = discard_range,
+    .new_map = new_map,
+    .free_map = free_map,
     .next_region = next_region,
     .free = pba_volume_disconnect,
     .error_code = PBA_ERROR_NBD,

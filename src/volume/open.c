@@ -1,19 +1,6 @@
-/* Opening a volume: here is chosen what it is read from. */
+/* Opening a volume over NBD, and closing one, whatever it is read from. */
 #include "src/base/base.h"
 #include "volume.h"
-
-/* Of the context qemu:dirty-bitmap (QEMU: docs/interop/nbd). */
-#define STATE_DIRTY 1u
-
-PbaMap *pba_volume_map(PbaVolume *volume, uint64_t begin)
-{
-    return pba_map_new(volume, STATE_DIRTY, begin, volume->size);
-}
-
-PbaMap *pba_volume_zeroes(PbaVolume *volume, uint64_t begin, uint64_t end)
-{
-    return pba_map_new(volume, LIBNBD_STATE_ZERO, begin, end);
-}
 
 static PbaVolume *open_context(const PbaVolumeOptions *options, const char *context,
                                const PbaHooks *hooks, GError **error)
@@ -59,27 +46,6 @@ PbaVolume *pba_volume_open_allocation(const PbaVolumeOptions *options, const Pba
         return NULL;
     }
     return open_context(options, NULL, hooks, error);
-}
-
-PbaVolume *pba_volume_open_handle(const char *device, int fd, uint64_t size,
-                                  PbaNextRegion next_region, void *opaque, const PbaHooks *hooks,
-                                  GError **error)
-{
-    PbaHandle *handle = pba_handle_new(fd, size, next_region, opaque, error);
-
-    if (!handle) {
-        pba_error_add_device(error, device);
-        return NULL;
-    }
-    PbaVolume *volume = g_new0(PbaVolume, 1);
-    volume->reader = &pba_handle_reader;
-    volume->handle = handle;
-    volume->hooks = hooks ? *hooks : (PbaHooks){0};
-    volume->device = g_strdup(device);
-    volume->size = size;
-    pba_sizes_read_file(&volume->sizes, pba_handle_fd(handle), size);
-    volume->map = pba_volume_map(volume, 0);
-    return volume;
 }
 
 void pba_volume_free(PbaVolume *volume)

@@ -18,7 +18,8 @@ bool pba_volume_check(const PbaVolume *volume, GError **error)
     if (!volume->broken) {
         return true;
     }
-    pba_error_set(error, PBA_ERROR_NBD, "an earlier error left no connection - %s", volume->broken);
+    pba_error_set(error, PBA_ERROR_NBD,
+                  "the volume cannot be used any more after an earlier error - %s", volume->broken);
     return false;
 }
 
@@ -72,6 +73,18 @@ bool pba_volume_discard(PbaVolume *volume, uint64_t offset, uint64_t length, GEr
         }
     }
     return true;
+}
+
+PbaMap *pba_volume_map(PbaVolume *volume, uint64_t begin)
+{
+    return volume->reader->new_map(volume, begin);
+}
+
+void pba_map_free(PbaMap *map)
+{
+    if (map) {
+        map->reader->free_map(map);
+    }
 }
 
 bool pba_volume_next_region(PbaVolume *volume, PbaMap *map, uint64_t *offset, uint64_t *length,

@@ -1,9 +1,7 @@
-/* What the parts that read a volume share: its connection and its map. */
+/* What the parts that read a volume share, whatever it is read from; and what is NBD's alone. */
 #ifndef PBA_SRC_VOLUME_H
 #define PBA_SRC_VOLUME_H
 
-#include "handle.h"
-#include "regions.h"
 #include "sizes.h"
 #include "src/pba.h"
 #include "trims.h"
@@ -14,61 +12,38 @@
     "the range is not wholly dirty or was discarded, or the snapshot broke: "                      \
     "is the fleecing image full?"
 
-/* Block-status requests kept in flight. */
-#define PBA_MAP_DEPTH 4
+typedef struct PbaReader PbaReader;
 
-/* One block-status request: a part of the map, asked for and then read out in order. */
+/* A way through the regions; a reader's begins with this. */
 typedef struct {
-    struct PbaMap *map;
-    uint64_t offset; /* what it covers */
-    uint64_t length;
-    bool sent;
-    bool answered;
-    int error;         /* errno of the completion, 0 if good */
-    uint32_t *extents; /* length, flags, length, flags... as the server sent them */
-    size_t count;      /* of numbers in extents */
-    size_t capacity;
-    size_t next; /* number to read out next */
-} PbaMapChunk;
-
-/* The way through the map. The chunks are a ring: head is read out, the others are under way. */
-typedef struct PbaMap {
-    PbaVolume *volume; /* borrowed */
-    uint32_t flag;     /* of the extents that are looked for */
-    PbaMapChunk chunks[PBA_MAP_DEPTH];
-    unsigned head;
-    unsigned used;
-    uint64_t asked;      /* up to here chunks were made */
-    uint64_t end;        /* of what is to be asked */
-    uint64_t chunk_size; /* of the next one */
-    uint64_t run_offset; /* the run that is being joined; run_length 0: none */
-    uint64_t run_length;
-    unsigned connection;    /* of the volume that its requests went over */
-    PbaRegionsCursor given; /* of a handle's regions, where the volume has one */
+    const PbaReader *reader;
 } PbaMap;
 
 /* What a volume is read from: an NBD server (nbd.c) or a file handle (handle.c). */
-typedef struct {
+struct PbaReader {
     /* The range is inside the volume. */
     bool (*pread)(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t length,
                   GError **error);
     /* Whole clusters, at most PBA_MAX_DISCARD. */
     bool (*discard)(PbaVolume *volume, uint64_t offset, uint64_t length, GError **error);
+    /* As pba_volume_map. */
+    PbaMap *(*new_map)(PbaVolume *volume, uint64_t begin);
+    void (*free_map)(PbaMap *map);
     /* As pba_volume_next_dirty_region. Where later is given there is no wait for an answer of a
      * server: it says then that the answer is under way. */
     bool (*next_region)(PbaVolume *volume, PbaMap *map, uint64_t *offset, uint64_t *length,
                         bool *later, GError **error);
+    /* What the reader itself has of the volume. */
     void (*free)(PbaVolume *volume);
     PbaErrorCode error_code; /* of requests that fail */
     int unreadable;          /* errno of a read where PBA_HINT_UNREADABLE fits */
-} PbaReader;
+};
 
 extern const PbaReader pba_nbd_reader;
 extern const PbaReader pba_handle_reader;
 
 struct PbaVolume {
     const PbaReader *reader;
-    PbaHandle *handle;      /* the handle reader's, owned */
     struct nbd_handle *nbd; /* NULL: not connected */
     unsigned connection;    /* counts them, so that a map knows whether its requests are lost */
     PbaHooks hooks;
@@ -101,9 +76,6 @@ bool pba_volume_turn(PbaVolume *volume, gint64 deadline, const char *what, GErro
 uint64_t pba_volume_unit(const PbaVolume *volume, uint64_t offset, uint64_t length);
 /* The part of a range that a discard frees: see pba_whole_clusters. */
 PbaRange pba_volume_whole_clusters(const PbaVolume *volume, PbaRange range);
-/* Discards these ranges as pba_volume_discard does, many at a time. Over NBD only. */
-bool pba_volume_discard_ranges(PbaVolume *volume, const PbaRange *ranges, unsigned count,
-                               GError **error);
 /* Closes the connection, and with it all that is in flight. */
 void pba_volume_disconnect(PbaVolume *volume);
 /* A volume with an NBD handle is noted, so that pba_connections_cut finds its connection. */
@@ -123,23 +95,18 @@ bool pba_volume_check(const PbaVolume *volume, GError **error);
 /* A way of its own through the dirty regions, from begin on. The volume must outlive it, or at
  * least be closed before: answers that are under way reach the map that asked. */
 PbaMap *pba_volume_map(PbaVolume *volume, uint64_t begin);
+void pba_map_free(PbaMap *map);
 /* The next dirty region on that way. Without later (NULL) a server's answer is waited for; else
  * *later says that it is under way. */
 bool pba_volume_next_region(PbaVolume *volume, PbaMap *map, uint64_t *offset, uint64_t *length,
                             bool *later, GError **error);
-/* The zeroes of a volume of pba_volume_open_allocation, between begin and end: for pba_map_next. */
-PbaMap *pba_volume_zeroes(PbaVolume *volume, uint64_t begin, uint64_t end);
-
-/* The extents of the volume's context that have that flag. */
-PbaMap *pba_map_new(PbaVolume *volume, uint32_t flag, uint64_t begin, uint64_t end);
-void pba_map_free(PbaMap *map);
-/* The next run of extents with the flag; *length is 0 at the end. later as above. */
-bool pba_map_next(PbaMap *map, uint64_t *offset, uint64_t *length, bool *later, GError **error);
-/* True if no answer to a request of this map is under way any more. */
-bool pba_map_is_idle(const PbaMap *map);
+/* The descriptor of a volume that is a file handle; the volume keeps it. */
+int pba_handle_fd(const PbaVolume *volume);
 
 /* Seconds a request may take: storage below may be slow, and a server that is gone is seen at
  * once anyhow. */
 #define PBA_NBD_LIMIT_S 300
+
+#include "nbd.h"
 
 #endif

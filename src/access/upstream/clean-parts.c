@@ -53,7 +53,7 @@ void pba_trim_clean_parts(PbaAccess *access, const PbaDisk *disk)
     g_autoptr(PbaVolume) volume = pba_volume_open(&options, &access->hooks, &error);
 
     if (volume && read_clean_ranges(volume, ranges, &error)) {
-        pba_volume_discard_ranges(volume, (PbaRange *)ranges->data, ranges->len, &error);
+        pba_nbd_discard_ranges(volume, (PbaRange *)ranges->data, ranges->len, &error);
     }
     if (error) {
         pba_log(&access->hooks, PBA_LOG_WARN, "the clean parts stay in the snapshot: %s",
