@@ -28,14 +28,14 @@ my %commands = (
         options => [
             @guest,
             qw(vmid=s guest=s device=s@ exclude=s@ target-id=s guest-config=s guest-agent=s),
-            qw(bandwidth-limit=s full persistent allow-shared no-check quiet|q json),
+            qw(bandwidth-limit=s full persistent allow-shared no-check wait=s quiet|q json),
         ],
         needs => ['qmp'],
     },
     restore => {
         module => 'Restore',
         arguments => ['ARCHIVE', 'TARGET'],
-        options => [qw(device=s format=s no-verify quiet|q json)],
+        options => [qw(device=s format=s no-verify wait=s quiet|q json)],
     },
     list => {
         module => 'Archives',
@@ -47,7 +47,7 @@ my %commands = (
         module => 'Archives',
         function => 'verify',
         arguments => ['ARCHIVE...'],
-        options => [qw(quiet|q json)],
+        options => [qw(wait=s quiet|q json)],
     },
     prune => {
         module => 'Archives',
@@ -56,7 +56,7 @@ my %commands = (
         options => [
             qw(
                 keep-last=s keep-hourly=s keep-daily=s keep-weekly=s keep-monthly=s keep-yearly=s
-                keep=s vmid=s guest=s dry-run quiet|q json
+                keep=s vmid=s guest=s dry-run wait=s quiet|q json
             )
         ],
     },
@@ -64,7 +64,7 @@ my %commands = (
         module => 'Archives',
         function => 'remove',
         arguments => ['ARCHIVE'],
-        options => ['quiet|q'],
+        options => [qw(wait=s quiet|q)],
     },
     status => {
         module => 'Status',
@@ -182,6 +182,8 @@ my sub check ($spec, $options, @arguments) {
     }
     usage_error("--vmid wants a number from 1 on, not '$options->{vmid}'")
         if ($options->{vmid} // 1) !~ m/\A[1-9][0-9]{0,8}\z/;
+    usage_error("--wait wants a number of seconds, not '$options->{wait}'")
+        if ($options->{wait} // 0) !~ m/\A[0-9]{1,9}\z/;
 }
 
 # ---- help ----

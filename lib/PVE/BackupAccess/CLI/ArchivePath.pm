@@ -20,11 +20,13 @@ my sub log_line ($level, $message) {
 }
 
 # The provider of an existing directory. Its name as a storage matters to backups only.
-sub provider_for ($directory) {
+sub provider_for ($directory, $opt = {}) {
     die "$directory is not a directory\n" if !-d $directory;
     my $path = untainted(Cwd::realpath($directory));
-    return PVE::BackupAccess::Provider::Qcow2Chain->new(undef, { path => $path }, 'none',
+    my $provider = PVE::BackupAccess::Provider::Qcow2Chain->new(undef, { path => $path }, 'none',
         \&log_line);
+    $provider->wait_for_others($opt->{wait} // 0);
+    return $provider;
 }
 
 # A directory as it goes before a slash.

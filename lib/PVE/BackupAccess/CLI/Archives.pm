@@ -70,11 +70,11 @@ sub list ($opt, $directory) {
 # ---- verify ----
 
 # [provider, volname, path as the user would write it] of what a path means.
-my sub archives_of ($path) {
+my sub archives_of ($opt, $path) {
     if (my ($directory, $volname) = find_archive($path)) {
-        return [provider_for($directory), $volname, without_slash($directory) . "/$volname"];
+        return [provider_for($directory, $opt), $volname, without_slash($directory) . "/$volname"];
     }
-    my $provider = provider_for($path);
+    my $provider = provider_for($path, $opt);
     my $shown = without_slash($path);
     return map { [$provider, $_->{volname}, "$shown/$_->{volname}"] } $provider->list->@*;
 }
@@ -103,7 +103,7 @@ my sub verify_one ($provider, $volname, $path, $seen) {
 sub verify ($opt, @paths) {
     my (@results, %seen);
     for my $given (@paths) {
-        my @archives = archives_of($given)
+        my @archives = archives_of($opt, $given)
             or die "there are no archives in $given - is it mounted, and the right directory?\n";
         for my $archive (@archives) {
             my ($provider, $volname, $path) = $archive->@*;
@@ -165,7 +165,7 @@ my sub prune_guests ($provider, $keep, @vmids) {
 
 sub prune ($opt, $directory) {
     my $keep = rules($opt);
-    my $provider = provider_for($directory);
+    my $provider = provider_for($directory, $opt);
     my %vmids = map { $_->{vmid} => 1 } $provider->list(vmid_of($opt, $directory))->@*;
     my @vmids = sort { $a <=> $b } keys %vmids;
     if ($opt->{'dry-run'}) {
@@ -187,7 +187,7 @@ sub prune ($opt, $directory) {
 
 sub remove ($opt, $path) {
     my ($directory, $volname) = archive_at($path);
-    provider_for($directory)->remove($volname);
+    provider_for($directory, $opt)->remove($volname);
     say_out("removed $volname") if !$opt->{quiet};
     return 0;
 }

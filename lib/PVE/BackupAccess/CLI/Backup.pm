@@ -134,6 +134,7 @@ my sub task ($opt, $plan, $progress) {
         $plan->{'target-id'}, $log);
     $provider->on_progress(sub (@state) { $progress->update(@state) });
     $provider->make_full($opt->{full});
+    $provider->wait_for_others($opt->{wait} // 0);
     my $made = PVE::BackupAccess::Task->new(
         access_options($opt),
         agent_hooks($opt, $log),

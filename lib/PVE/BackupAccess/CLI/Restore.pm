@@ -190,7 +190,7 @@ sub run ($opt, $path, $target) {
     my $format = $opt->{format} // 'raw';
     usage_error("--format wants raw or qcow2, not '$format'") if !$fill{$format};
     my ($directory, $volname) = archive_at($path);
-    my $provider = provider_for($directory);
+    my $provider = provider_for($directory, $opt);
     my $volumes = $provider->restore_vm_init($volname);
     my $device = defined($opt->{device}) ? text($opt->{device}) : undef;
     my $files = targets($volumes, $target, $device, $format);

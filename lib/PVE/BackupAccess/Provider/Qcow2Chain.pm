@@ -71,6 +71,7 @@ sub new ($class, $storage_plugin, $scfg, $storeid, $log_function = undef) {
             log => $log_function
                 // sub ($level, $message) { warn "$message\n" if $level ne 'info' },
             restores => {},
+            wait => 0,
         },
         $class
     );
@@ -84,13 +85,19 @@ sub on_progress ($self, $code) {
     return;
 }
 
+sub wait_for_others ($self, $seconds) {
+    bad_argument('seconds must be a whole number') if ($seconds // '') !~ m/\A[0-9]{1,9}\z/;
+    $self->{wait} = $seconds;
+    return;
+}
+
 sub make_full ($self, $is_full) {
     $self->{'make full'} = $is_full;
     return;
 }
 
 sub _guest ($self, $vmid) {
-    return $Guest->new("$self->{path}/vm/$vmid");
+    return $Guest->new("$self->{path}/vm/$vmid", $self->{wait});
 }
 
 # (vmid, name) of 'vm/100/20261122T064953Z', which Proxmox VE puts a 'backup/' before.
@@ -134,7 +141,7 @@ sub backup_init ($self, $vmid, $vmtype, $start_time) {
     fail('UnsupportedError', "guests of type '$vmtype' are not supported") if $vmtype ne 'qemu';
     my $guest = $self->_guest($vmid);
     make_directory($guest->dir);
-    my $lock = $guest->lock;
+    my $lock = $guest->change_lock;
     $self->_clean($guest);
 
     # The order of names is the order of backups, even if the clock was set back.
@@ -321,9 +328,10 @@ sub archive_get_firewall_config ($self, $volname, @) {
     return $self->_archive($volname)->content($firewall_config);
 }
 
-# A removal that was killed half way is ended first, if nobody is at it.
+# A removal that was killed half way is ended first, if nobody is at it and the directory can be written.
 sub _settle ($self, $guest) {
-    my $lock = -d $guest->dir ? $guest->try_lock : undef;
+    my $lock;
+    attempt { $lock = $guest->try_change_lock } if -d $guest->dir;
     $self->_clean($guest) if $lock;
     return;
 }
@@ -338,6 +346,7 @@ sub restore_vm_init ($self, $volname, @) {
 sub restore_vm_volume_init ($self, $volname, $device, $info) {
     my ($vmid, $name) = $self->_parse($volname);
     my $guest = $self->_guest($vmid);
+    my $reading = $guest->read_lock;
     my $problem = $guest->headers_problem($device, $guest->chain($name, $device));
     fail(
         'ArchiveError',
@@ -346,7 +355,7 @@ sub restore_vm_volume_init ($self, $volname, $device, $info) {
     ) if defined($problem);
     my $archive = $self->_archive($volname);
     my $server = $Server->start($archive->image($device));
-    my $restore = $self->{restores}{$volname}{$device} = { server => $server };
+    my $restore = $self->{restores}{$volname}{$device} = { server => $server, reading => $reading };
     return { 'qemu-img-path' => $server->uri } if !defined($self->{'storage-plugin'});
 
     # Proxmox VE's qemu-server takes files and block devices, no URI.
@@ -420,6 +429,7 @@ sub verify ($self, $volname, $seen = {}) {
     my ($vmid, $name) = $self->_parse($volname);
     my $guest = $self->_guest($vmid);
     $self->_settle($guest);
+    my $reading = $guest->read_lock;
     return [problems_of($guest, $name, $seen)];
 }
 
@@ -451,7 +461,7 @@ sub retention ($self, $vmid, $keep) {
 sub prune ($self, $vmid, $keep) {
     $vmid = checked_vmid($vmid);
     my $guest = $self->_guest($vmid);
-    my $lock = -d $guest->dir ? $guest->lock : undef;
+    my $lock = -d $guest->dir ? $guest->change_lock : undef;
     $self->_clean($guest) if $lock;
     my @archives = $self->retention($vmid, $keep)->@*;
     for my $archive (grep { $_->{mark} eq 'broken' } @archives) {
@@ -463,6 +473,7 @@ sub prune ($self, $vmid, $keep) {
     }
     my @names = map { $_->{volname} =~ s!.*/!!r } grep { $_->{mark} eq 'remove' } @archives;
     $self->{log}->('info', "removing vm/$vmid/$_") for @names;
+    my $alone = @names ? $guest->removal_lock : undef;
     my ($removed, $problems) = remove_archives($guest, @names);
     fail('ArchiveError',
         join('; ', map { "cannot remove vm/$vmid/$_ - $problems->{$_}" } sort keys $problems->%*))
@@ -474,10 +485,11 @@ sub remove ($self, $volname) {
     my ($vmid, $name) = $self->_parse($volname);
     my $guest = $self->_guest($vmid);
     fail('ArchiveError', "there is no archive $volname") if !-d $guest->dir;
-    my $lock = $guest->lock;
+    my $lock = $guest->change_lock;
     $self->_clean($guest);
     fail('ArchiveError', "there is no archive $volname in $self->{path}")
         if !grep { $_ eq $name } $guest->names;
+    my $alone = $guest->removal_lock;
     $guest->remove($name);
     return;
 }
@@ -639,6 +651,14 @@ Die: containers are not supported.
 
 Is called while L</backup_vm> stores a device, a few times a second, with bytes stored and all bytes to
 store.
+
+=head2 wait_for_others
+
+    $provider->wait_for_others(600);
+
+How many seconds methods wait for another process that works on the same guest's archives, 0 at first. Backups, L</prune>
+and L</remove> wait for each other; restores and L</verify> go on beside each other and beside a backup, but not while
+an archive is taken away. After that a method dies with class C<StateError>.
 
 =head2 make_full
 

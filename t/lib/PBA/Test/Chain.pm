@@ -190,7 +190,7 @@ sub check ($self, $text) {
     is_deeply($self->{provider}->verify($names[-1]), [], "$text: the last is in order") if @names;
     my %known = map { m{([^/]+)\z} => 1 } @names;
     my @left
-        = grep { !$known{$_} && !m/\A(?:\.\.?|\.lock)\z/ } entries($self->guest_dir);
+        = grep { !$known{$_} && !m/\A(?:\.\.?|\.lock|\.reading)\z/ } entries($self->guest_dir);
     is_deeply(\@left, [], "$text: nothing is left over");
     return;
 }

@@ -1,10 +1,9 @@
 package PVE::BackupAccess::Provider::Qcow2Chain::Guest;
 
-# All archives of one guest: a directory. Whoever changes something holds its lock.
+# All archives of one guest: a directory.
 
 use v5.36;
 
-use Fcntl qw(LOCK_EX LOCK_NB O_CREAT O_RDWR);
 use List::Util qw(first sum0);
 
 use PVE::BackupAccess;
@@ -14,6 +13,7 @@ use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(content_problem);
 use PVE::BackupAccess::Provider::Qcow2Chain::File qw(entries move remove_tree);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(image_chain);
+use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(take_lock try_lock);
 use PVE::BackupAccess::Try qw(attempt);
 
 my $Archive = 'PVE::BackupAccess::Provider::Qcow2Chain::Archive';
@@ -23,25 +23,21 @@ my sub fail ($message, %context) {
     $Error->throw('ArchiveError', $message, %context);
 }
 
-sub new ($class, $dir) {
-    return bless({ dir => $dir }, $class);
+# wait: so many seconds for other processes that have what is to be locked.
+sub new ($class, $dir, $wait = 0) {
+    return bless({ dir => $dir, wait => $wait }, $class);
 }
 
 sub dir ($self) { return $self->{dir} }
 
-# A handle that holds the lock until it is closed, undef if another process has it. No other program
-# inherits it, and with it the lock, whatever the caller has set.
-sub try_lock ($self) {
-    local $^F = 2;
-    my $path = "$self->{dir}/.lock";
-    sysopen(my $fh, $path, O_RDWR | O_CREAT, 0600)
-        or $Error->throw('SystemError', "cannot open $path - $!");
-    return flock($fh, LOCK_EX | LOCK_NB) ? $fh : undef;
-}
+# Locks: see Lock.pm.
+sub try_change_lock ($self) { return try_lock($self->{dir}, 'change') }
+sub change_lock ($self) { return take_lock($self->{dir}, 'change', $self->{wait}) }
 
-sub lock ($self) {
-    return $self->try_lock // $Error->throw('StateError',
-        "$self->{dir} is in use by another backup or prune - try again when it has ended");
+sub removal_lock ($self) { return take_lock($self->{dir}, 'removal', $self->{wait}) }
+
+sub read_lock ($self) {
+    return -d $self->{dir} ? take_lock($self->{dir}, 'read', $self->{wait}) : undef;
 }
 
 # The archives, the oldest first.
@@ -115,11 +111,12 @@ sub headers_problem ($self, $device, @chain) {
 # ---- after a crash ----
 
 # Takes away what a killed process left, and ends what it began. Needs the lock. Returns what could
-# not be ended now, as texts: the next call tries again.
+# not be ended now, as texts: the next call tries again, as it does where others read now.
 sub clean ($self) {
     my $pattern = $Archive->name_pattern;
+    my $alone = try_lock($self->{dir}, 'removal');
     my @problems;
-    for my $entry (entries($self->{dir})) {
+    for my $entry ($alone ? entries($self->{dir}) : ()) {
         if ($entry =~ m/\A(\.(?:tmp|del)-$pattern)\z/) {
             remove_tree("$self->{dir}/$1");
         }
@@ -197,7 +194,7 @@ sub is_protected ($self, $name) { return -e "$self->{dir}/$name/protected" ? 1 :
 
 sub is_built_on ($self, $name) { return $self->_children($name)->%* ? 1 : 0 }
 
-# Takes an archive away. What others need of it becomes theirs. Needs the lock.
+# Takes an archive away. What others need of it becomes theirs. Needs the locks for a change and a removal.
 sub remove ($self, $name) {
     fail("archive $name is protected - remove the file 'protected' in it first")
         if $self->is_protected($name);

@@ -1,0 +1,144 @@
+# Qcow2Chain: who works on one guest's archives beside whom, who waits, and reading where nothing can be
+# written. Each lock that a process can have, against each thing that another one may do.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+
+use POSIX ();
+use Test::More;
+use Time::HiRes ();
+
+use PBA::Test::Chain;
+use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(take_lock try_lock);
+
+my $base = PBA::Test::Chain->new;
+for (1 .. 3) {
+    $base->write_random;
+    $base->backup or die $base->error;
+}
+my $store = $base->store;
+my @names = $base->names;
+my $oldest = $names[0];
+
+sub restore ($provider) {
+    $provider->restore_vm_init($names[2]);
+    my $file = $base->restored($names[2], 'drive-scsi0');
+    $provider->restore_vm_cleanup($names[2]);
+    return $file eq $base->{expected}{ $names[2] }{'drive-scsi0'} ? 'right' : 'wrong';
+}
+
+# What may be done => it says what came of it, or dies.
+my %actions = (
+    backup => sub ($provider) {
+        $provider->backup_init(100, 'qemu', 1_900_000_000);
+        $provider->backup_cleanup(100, 'qemu', 0, { error => 'only begun' });
+        return 'begun';
+    },
+    prune => sub ($provider) { return scalar($provider->prune(100, 2)->@*) . ' removed' },
+    remove => sub ($provider) { $provider->remove($oldest); return 'removed' },
+    verify => sub ($provider) { return join("\n", $provider->verify($names[2])->@*) || 'ok' },
+    restore => \&restore,
+);
+my %good = (
+    backup => 'begun',
+    prune => '1 removed',
+    remove => 'removed',
+    verify => 'ok',
+    restore => 'right'
+);
+
+# Which lock another process has => what has to wait for it. A removal has both of the first.
+my %waits = (
+    change => [qw(backup prune remove)],
+    read => [qw(prune remove)],
+    removal => [qw(prune remove restore verify)],
+);
+
+# A process that holds the lock until it is told to end, or for so long.
+sub hold ($kind, $seconds = undef) {
+    pipe(my $ready, my $is_ready) or die "pipe: $!\n";
+    pipe(my $told, my $tell) or die "pipe: $!\n";
+    my $pid = fork() // die "fork: $!\n";
+    if (!$pid) {
+        close($tell);
+        my $lock = try_lock($base->guest_dir, $kind);
+        syswrite($is_ready, $lock ? 'y' : 'n');
+        defined($seconds) ? Time::HiRes::sleep($seconds) : sysread($told, my $end, 1);
+        POSIX::_exit(0);
+    }
+    close($is_ready);
+    sysread($ready, my $is_held, 1);
+    is($is_held, 'y', "$kind is held");
+    return sub { close($tell); waitpid($pid, 0) };
+}
+
+for my $kind (sort keys %waits) {
+    subtest "beside one that has $kind" => sub {
+        for my $action (sort keys %actions) {
+            $base->use_copy($store);
+            my $end = hold($kind);
+            my $done = eval { $actions{$action}->($base->provider) };
+            my $error = $@;
+            $end->();
+            if (grep { $_ eq $action } $waits{$kind}->@*) {
+                isa_ok($error, 'PVE::BackupAccess::Error', "$action: it dies");
+                is($error->{class}, 'StateError', "$action: the class");
+                like($error, qr/ - try again when it has ended, or wait for it$/m, "$action: why");
+                is_deeply([$base->names], \@names, "$action: nothing is changed");
+            }
+            else {
+                is($done, $good{$action}, "$action: goes on") or diag($error);
+            }
+        }
+    };
+}
+
+subtest 'waiting' => sub {
+    for my $kind (sort keys %waits) {
+        my ($action) = $waits{$kind}->@*;
+        $base->use_copy($store);
+        $base->provider->wait_for_others(60);
+        my $end = hold($kind, 0.5);
+        is(eval { $actions{$action}->($base->provider) }, $good{$action}, "$action, $kind")
+            or diag($@);
+        $end->();
+    }
+    for my $bad (undef, '', -1, 'x', 1.5) {
+        ok(!eval { $base->provider->wait_for_others($bad); 1 }, 'no such number of seconds');
+    }
+};
+
+# A removal that was killed is not ended under a reader, and the archives can be read all the same.
+subtest 'a removal that was killed, and a reader' => sub {
+    $base->use_copy($store);
+    my $archive = $base->path_of($oldest);
+    rename("$archive/manifest.json", "$archive/removed.json") or die "rename: $!\n";
+    my $end = hold('read');
+    is($actions{$_}->($base->provider), $good{$_}, "$_ beside the reader") for qw(verify restore);
+    ok(-e "$archive/removed.json", 'the removal waits');
+    $end->();
+    is($actions{verify}->($base->provider), 'ok', 'after it');
+    ok(!-e $archive, 'the removal is ended');
+};
+
+subtest 'where nothing can be written' => sub {
+    plan(skip_all => 'needs root to become nobody') if $> != 0;
+    my $copy = $base->use_copy($store);
+    system('chmod', '-R', 'a+rX', $base->tmp) == 0 or die "chmod: $?\n";
+    my $pid = fork() // die "fork: $!\n";
+    if (!$pid) {
+        ($(, $)) = (65534, '65534 65534');
+        ($<, $>) = (65534, 65534);
+        my @said = map {
+            eval { $actions{$_}->($base->provider) }
+                // $@
+        } qw(verify);
+        POSIX::_exit($said[0] eq 'ok' && !eval { try_lock("$copy/vm/100", 'change'); 1 } ? 0 : 1);
+    }
+    waitpid($pid, 0);
+    is($? >> 8, 0, 'it is verified, and not locked for a change');
+};
+
+done_testing;
