@@ -222,7 +222,10 @@ sub _notes ($self) {
             store => $self->{'store-note'},
             dir => $self->{'state-dir'},
         );
-        PVE::BackupAccess::Notes->new($self->{'target-id'}, $self->{guest}, %options);
+
+        # QEMU's UUID is all zeroes where nobody gave it one.
+        my $guest = "$self->{vmid} $self->{guest}";
+        PVE::BackupAccess::Notes->new($self->{'target-id'}, $guest, %options);
     };
 }
 
