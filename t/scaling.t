@@ -71,7 +71,7 @@ my $disk = PBA::Test::BitmapDisk->new(dir => $dir, device => $device, size => $s
 
 # As a provider does it.
 sub store ($volumes, $target) {
-    my $volume = $Volume->open($device, $volumes->{$device});
+    my $volume = PVE::BackupAccess::Volume->open($device, $volumes->{$device});
     my $statistics = $volume->copy(to => $target);
     $volume->close;
     return $statistics;
@@ -184,7 +184,7 @@ subtest 'a source on another host, over TLS' => sub {
     my ($host, $port, $key_file) = ('127.0.0.1', free_port(), "$dir/keys/keys.psk");
     my $image = "$dir/copy.raw";
     my $read = sub () {
-        my $volume = $Volume->open(
+        my $volume = PVE::BackupAccess::Volume->open(
             'drive-scsi0',
             {
                 'nbd-path' => "nbds://backup\@$host:$port/drive-scsi0?tls-psk-file=$key_file",
