@@ -23,6 +23,7 @@ bool pba_access_choose_backend(PbaAccess *access, GError **error)
             access->backend = backends[i];
         }
     }
+    g_assert(access->backend); /* pba_capabilities tells no other name */
     access->form =
         g_strcmp0(capabilities.form, "devlist") == 0 ? PBA_FORM_DEVLIST : PBA_FORM_DEVICES;
     access->qemu_version = capabilities.major * 100 + capabilities.minor;
