@@ -146,6 +146,7 @@ static void add_digest_options(pTHX_ PbaCopyOptions *options, HV *hash, CopyCall
     options->digests_increment = SvTRUE(glue_fetch(aTHX_ hash, "digests-increment"));
     options->digest_block = SvOK(block) ? (uint32_t)SvUV(block) : 0;
     options->expected = fetch_paths(aTHX_ hash, "expected");
+    options->skip_expected = SvTRUE(glue_fetch(aTHX_ hash, "skip-expected"));
     options->only_known = SvTRUE(glue_fetch(aTHX_ hash, "only-known"));
     options->damaged = SvOK(calls->damaged) ? copy_damaged : NULL;
 }
@@ -184,6 +185,7 @@ SV *glue_sv_from_statistics(pTHX_ const PbaCopyStatistics *statistics)
     (void)hv_stores(hash, "bytes-read", newSVuv(statistics->bytes_read));
     (void)hv_stores(hash, "bytes-written", newSVuv(statistics->bytes_written));
     (void)hv_stores(hash, "bytes-zero", newSVuv(statistics->bytes_zero));
+    (void)hv_stores(hash, "bytes-unchanged", newSVuv(statistics->bytes_unchanged));
     (void)hv_stores(hash, "bytes-discarded", newSVuv(statistics->bytes_discarded));
     (void)hv_stores(hash, "bytes-damaged", newSVuv(statistics->bytes_damaged));
     (void)hv_stores(hash, "bytes-unknown", newSVuv(statistics->bytes_unknown));

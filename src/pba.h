@@ -330,16 +330,20 @@ typedef struct {
     /* Files of digests that the data must have, the first that knows a block is right about it;
      * ends with NULL. A block of which none knows anything is not looked at. */
     const char *const *expected;
-    bool only_known; /* what is copied is not what is dirty, but what the first of them knows */
+    bool skip_expected; /* what is as expected is not written, as the target has it; what is not is
+                           written, and no damage. The file of digests then needs digests_increment,
+                           and leaves out what is not written */
+    bool only_known;    /* what is copied is not what is dirty, but what the first of them knows */
     /* NULL: damage is PBA_ERROR_CONTENT. What cannot be read is damaged as well, and copied as
      * zeroes. */
     PbaCopyDamaged damaged;
 } PbaCopyOptions;
 
 typedef struct {
-    uint64_t bytes_read; /* the sum of the next two */
+    uint64_t bytes_read; /* the sum of the next three */
     uint64_t bytes_written;
-    uint64_t bytes_zero; /* made zero in the target without writing data */
+    uint64_t bytes_zero;      /* made zero in the target without writing data */
+    uint64_t bytes_unchanged; /* was not written, since it is as expected */
     uint64_t bytes_discarded;
     uint64_t regions;
     uint64_t bytes_damaged; /* by expected */

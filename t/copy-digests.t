@@ -259,6 +259,75 @@ subtest 'several files' => sub {
     is_deeply(\@progress, [(128 * $KiB + 4608) x 2], 'progress is of that');
 };
 
+# Blocks of 64 KiB that differ between two, as a map of one region each.
+sub differing ($one, $other) {
+    return map { [$_, min(64 * $KiB, $odd_size - $_)] }
+        grep { substr($one, $_, 64 * $KiB) ne substr($other, $_, 64 * $KiB) }
+        map { $_ * 64 * $KiB } 0 .. ($odd_size - 1) / (64 * $KiB);
+}
+
+# Data over zeroes and zeroes over data, beside blocks that stay, in the middle and at the end.
+sub changed_image () {
+    my $data = $image;
+    substr($data, 256 * $KiB, 64 * $KiB) = "\0" x (64 * $KiB);
+    substr($data, 320 * $KiB, 1) = 'x';
+    substr($data, $_ * 192 * $KiB + 77, 3) = 'new' for 4 .. 20;
+    substr($data, 2 * $MiB, 256 * $KiB) = "\0" x (256 * $KiB);
+    substr($data, -1) = 'z';
+    return $data;
+}
+
+# The whole of that data, to be read.
+sub whole ($data) {
+    my $server
+        = start(dirty_only => 0, data => sub ($at, $length) { substr($data, $at, $length) });
+    return open_volume($server, 'bitmap-mode' => 'none', 'bitmap-name' => undef);
+}
+
+# Copies to a code ref; the blocks that it was called with.
+sub blocks_written ($data, %options) {
+    my %blocks;
+    whole($data)->copy(
+        to => sub ($offset, $part) {
+            die "other data at $offset\n" if substr($data, $offset, length($part)) ne $part;
+            my @offsets = map { $offset + 4 * $KiB * $_ } 0 .. (length($part) - 1) / (4 * $KiB);
+            $blocks{ int($_ / (64 * $KiB)) * 64 * $KiB } = 1 for @offsets;
+        },
+        %options,
+    );
+    return sort { $a <=> $b } keys %blocks;
+}
+
+subtest 'what is unchanged is not written' => sub {
+    my ($old, $new) = ($image, changed_image());
+    substr($old, 320 * $KiB, 64 * $KiB) = "\0" x (64 * $KiB);
+    my ($base, $part) = ("$dir/base-digests", "$dir/part-digests");
+    whole($old)->copy(to => '/dev/null', digests => $base);
+    my @differ = differing($old, $new);
+    my $bytes = sum0(map { $_->[1] } @differ);
+    for my $request (4 * $KiB, 256 * $KiB, $MiB) {
+        unlink($part);
+        my %options = (unchanged => [$base], connections => 4, 'request-size' => $request);
+        write_file("$dir/over", $old);
+        my $statistics = whole($new)->copy(to => "$dir/over", digests => $part, %options);
+        same(read_file("$dir/over"), $new, "$request: a file");
+        is_deeply(
+            [$statistics->@{qw(bytes-read bytes-unchanged)}],
+            [$odd_size, $odd_size - $bytes],
+            "$request: all is read"
+        );
+        is($statistics->{'bytes-written'} + $statistics->{'bytes-zero'}, $bytes, 'sums');
+        is_deeply(slots_of($part), digests_of($new, \@differ), "$request: digests");
+        my @offsets = map { $_->[0] } @differ;
+        is_deeply([blocks_written($new, %options)], \@offsets, "$request: a code ref");
+        my $target = PBA::Test::NBDServer->start(size => $odd_size, keep => 1);
+        whole($new)->copy(to => $target->uri, %options);
+        my $expected = "\xee" x $odd_size;
+        substr($expected, $_->[0], $_->[1]) = substr($new, $_->[0], $_->[1]) for @differ;
+        same($target->content, $expected, "$request: NBD");
+    }
+};
+
 subtest 'what cannot be read is damaged' => sub {
     my $server = start(dirty => [[0, 3 * $MiB], [3 * $MiB + 256 * $KiB, 2 * $MiB]]);
     my ($statistics, @damage) = damage_of(
@@ -360,6 +429,20 @@ subtest 'a copy that fails leaves no digests' => sub {
         sub { copy_to_null('all', expected => ["$dir/half"]) },
         qr/is no file of digests/,
         'leaves no file of digests'
+    );
+};
+
+subtest 'errors of what is unchanged' => sub {
+    my @unchanged = (unchanged => ["$dir/expected"]);
+    dies_like(
+        sub { copy_to_null('all', @unchanged, expected => ["$dir/expected"]) },
+        qr/unchanged and expected exclude/,
+        'what excludes each other'
+    );
+    dies_like(
+        sub { whole($image)->copy(to => "$dir/not-there", @unchanged) },
+        qr/there is no .*not-there/,
+        'a target that has no base'
     );
 };
 

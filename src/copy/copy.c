@@ -18,7 +18,6 @@
 #define MIN_PIECES 2u
 /* What need not be read is written in larger pieces. */
 #define MAX_ZERO (32u << 20)
-#define SECTOR 4096u
 /* More are not sent before some are done: they would fill the server's queue. */
 #define MAX_TRIMMING 32u
 #define PROGRESS_INTERVAL (G_TIME_SPAN_SECOND / 4)
@@ -72,38 +71,18 @@ static PbaPiece *free_piece(Copy *copy)
     return NULL;
 }
 
-/* The rest of a stretch, or as much of it as one request may have, up to the edge of a target's
- * block, of a cluster, or of what a digest is of. */
-static uint32_t next_length(const Copy *copy)
+static uint32_t max_length(const Copy *copy)
 {
-    const PbaStretch *stretch = &copy->course.stretch;
-    uint32_t max =
-        stretch->zero ? MIN(MAX_ZERO, MAX(copy->sink->max_zero, copy->align)) : copy->request;
-
-    if (stretch->length <= max) {
-        return (uint32_t)stretch->length;
-    }
-    uint32_t unit = max >= copy->sink->block && copy->sink->block ? copy->sink->block
-                    : max >= PBA_CLUSTER                          ? PBA_CLUSTER
-                                                                  : SECTOR;
-    unit = MAX(unit, copy->align);
-    uint64_t end = (copy->course.offset + max) / unit * unit;
-    return end > copy->course.offset ? (uint32_t)(end - copy->course.offset) : max;
+    return copy->course.stretch.zero ? MIN(MAX_ZERO, MAX(copy->sink->max_zero, copy->align))
+                                     : copy->request;
 }
 
-/* A piece of zeroes has been read as soon as it begins. */
 static bool start_piece(Copy *copy, PbaPiece *piece, uint32_t length, GError **error)
 {
     bool zero = copy->course.stretch.zero;
 
+    pba_piece_begin(piece, copy->course.offset, length, zero ? copy->zeroes : NULL);
     piece->sequence = copy->next_read++;
-    piece->offset = copy->course.offset;
-    piece->length = length;
-    piece->data = zero ? copy->zeroes : piece->buffer;
-    piece->seen = piece->holes = zero ? length : 0;
-    piece->zero = 0;
-    piece->error = 0;
-    piece->state = zero ? PBA_PIECE_READ : PBA_PIECE_READING;
     pba_course_take(&copy->course, length);
     copy->used++;
     return zero || pba_source_read(&copy->source, piece, error);
@@ -125,7 +104,8 @@ static bool fill(Copy *copy, GError **error)
         if (copy->course.stretch.length == 0) {
             return true;
         }
-        uint32_t length = next_length(copy);
+        uint32_t length =
+            pba_course_length(&copy->course, copy->sink, max_length(copy), copy->align);
         if (!copy->course.stretch.zero &&
             !pba_limit_take(&copy->limit, length, g_get_monotonic_time())) {
             return true;
@@ -181,8 +161,13 @@ static bool after_hashed(Copy *copy, PbaPiece *piece, GError **error)
     }
     copy->steps++;
     piece->state = PBA_PIECE_READY;
-    return pba_digests_tell(copy->digests, piece, copy->options, copy->statistics, error) &&
-           check_owner(copy, error);
+    if (!pba_digests_tell(copy->digests, piece, copy->options, copy->statistics, error) ||
+        !check_owner(copy, error)) {
+        return false;
+    }
+    piece->length = 0;
+    pba_digests_next_part(piece, copy->sink->align);
+    return true;
 }
 
 static bool write_piece(Copy *copy, PbaPiece *piece, GError **error)
@@ -191,10 +176,26 @@ static bool write_piece(Copy *copy, PbaPiece *piece, GError **error)
         pba_piece_is_beside_write(piece, copy->pieces, copy->piece_count, copy->sink->block)) {
         return true;
     }
-    copy->next_write++;
     copy->steps++;
+    if (piece->length == 0) { /* all of it is unchanged */
+        piece->state = PBA_PIECE_WRITTEN;
+        return true;
+    }
     piece->state = PBA_PIECE_WRITING;
     return copy->sink->write(copy->sink, piece, error) && check_owner(copy, error);
+}
+
+static bool finish_piece(Copy *copy, PbaPiece *piece, GError **error)
+{
+    copy->next_write++;
+    copy->done += piece->whole_length;
+    copy->statistics->bytes_read += piece->whole_length;
+    copy->statistics->bytes_unchanged += piece->whole_length - piece->written;
+    pba_digests_forget(piece);
+    piece->state = PBA_PIECE_FREE;
+    copy->used--;
+    return !(copy->options->discard && copy->source.can_discard) ||
+           pba_source_release(&copy->source, piece->whole_offset, piece->whole_length, error);
 }
 
 static bool after_written(Copy *copy, PbaPiece *piece, GError **error)
@@ -210,15 +211,16 @@ static bool after_written(Copy *copy, PbaPiece *piece, GError **error)
         piece->state = PBA_PIECE_WRITING;
         return copy->sink->write(copy->sink, piece, error);
     }
-    statistics->bytes_read += piece->length;
+    piece->written += piece->length;
     statistics->bytes_zero += piece->zero;
     statistics->bytes_written += piece->length - piece->zero;
-    copy->done += piece->length;
+    piece->zero = 0;
     copy->last_event = g_get_monotonic_time();
-    piece->state = PBA_PIECE_FREE;
-    copy->used--;
-    return !(copy->options->discard && copy->source.can_discard) ||
-           pba_source_release(&copy->source, piece->offset, piece->length, error);
+    if (pba_digests_next_part(piece, copy->sink->align)) {
+        piece->state = PBA_PIECE_READY;
+        return true;
+    }
+    return finish_piece(copy, piece, error);
 }
 
 /* One that was hashed is written before anything else is told. */

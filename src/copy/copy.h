@@ -49,10 +49,14 @@ typedef struct {
     PbaPieceState state;
     char *buffer; /* aligned for direct I/O; of pba_buffer_new */
     size_t room;  /* bytes of the buffer: our own choice, rounded up to the peer's blocks */
-    char *data;   /* that, or zeroes */
+    char *data;   /* in that, or zeroes */
     uint64_t sequence;
-    uint64_t offset;
+    uint64_t offset; /* of what is read; then of the part that is written */
     uint32_t length;
+    uint64_t whole_offset; /* of what was read */
+    uint32_t whole_length;
+    uint32_t written;             /* bytes of it, so far */
+    bool is_zeroes;               /* was not read: data is not of the buffer */
     uint32_t seen;                /* bytes that came, at most length */
     uint32_t holes;               /* of them, those the source said are a hole */
     uint32_t zero;                /* bytes written as zeroes */
@@ -69,6 +73,10 @@ char *pba_buffer_new(size_t size, GError **error);
 void pba_buffer_free(char *buffer, size_t size);
 /* Zeroes that are never written to, so that they take no memory; of pba_buffer_free as well. */
 char *pba_zeroes_new(size_t size, GError **error);
+
+/* The piece is about that range from now on: to be read, or of zeroes, which have been read as soon
+ * as it begins. */
+void pba_piece_begin(PbaPiece *piece, uint64_t offset, uint32_t length, char *zeroes);
 
 /* Notes a failure; the first one stays. */
 void pba_piece_fail(PbaPiece *piece, int error, uint64_t offset);

@@ -1,6 +1,8 @@
 /* What of a volume a copy is about: region after region, each cut where it has holes. */
 #include "course.h"
 
+#define SECTOR 4096u
+
 static bool next_known(PbaCourse *course, uint64_t *offset, uint64_t *length, GError **error)
 {
     *offset = course->known_end;
@@ -64,6 +66,20 @@ bool pba_course_next(PbaCourse *course, GError **error)
         find_stretch(course);
     }
     return true;
+}
+
+uint32_t pba_course_length(const PbaCourse *course, const PbaSink *sink, uint32_t max,
+                           uint32_t align)
+{
+    if (course->stretch.length <= max) {
+        return (uint32_t)course->stretch.length;
+    }
+    uint32_t unit = max >= sink->block && sink->block ? sink->block
+                    : max >= PBA_CLUSTER              ? PBA_CLUSTER
+                                                      : SECTOR;
+    unit = MAX(unit, align);
+    uint64_t end = (course->offset + max) / unit * unit;
+    return end > course->offset ? (uint32_t)(end - course->offset) : max;
 }
 
 void pba_course_take(PbaCourse *course, uint32_t length)

@@ -21,6 +21,10 @@ typedef struct {
 
 /* Looks for what comes next. */
 bool pba_course_next(PbaCourse *course, GError **error);
+/* Bytes of the next piece: the rest of the stretch, or at most max of it, up to the edge of a
+ * target's block, of a cluster, or of what a digest is of. */
+uint32_t pba_course_length(const PbaCourse *course, const PbaSink *sink, uint32_t max,
+                           uint32_t align);
 /* So much of the stretch has been taken. */
 void pba_course_take(PbaCourse *course, uint32_t length);
 /* Bytes in all, without going on. */

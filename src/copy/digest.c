@@ -17,6 +17,7 @@ struct PbaDigests {
     uint8_t end[PBA_DIGEST_SIZE];  /* of zeroes of the last block's length */
     PbaDigestFile *out;            /* owned; NULL: none */
     bool leaves_zeroes;            /* out: a slot that is not written says it */
+    bool leaves_unchanged;         /* what is as expected is not written, nor is its slot */
     GPtrArray *expected;           /* of PbaDigestFile, the newest first; owned */
 };
 
@@ -87,25 +88,28 @@ static bool is_zero_digest(const struct PbaDigestJob *self, size_t i, const uint
                   PBA_DIGEST_SIZE) == 0;
 }
 
-static bool keep(struct PbaDigestJob *self)
+static bool is_kept(const struct PbaDigestJob *self, size_t i)
+{
+    return !(self->digests->leaves_zeroes && is_zero_digest(self, i, self->values)) &&
+           !(self->digests->leaves_unchanged && self->found[i] == FOUND_SAME);
+}
+
+/* A file that is begun has zeroes where nothing is written. */
+static void keep(struct PbaDigestJob *self)
 {
     PbaDigestFile *out = self->digests->out;
-    bool any = !self->digests->leaves_zeroes;
+    size_t count;
 
-    if (!out) {
-        return true;
-    }
-    uint8_t *slots = memcpy(self->slots, self->values, self->count * PBA_DIGEST_SIZE);
-    for (size_t i = 0; self->digests->leaves_zeroes && i < self->count; i++) {
-        if (is_zero_digest(self, i, slots)) {
-            memset(slots + i * PBA_DIGEST_SIZE, 0, PBA_DIGEST_SIZE);
-        } else {
-            any = true;
+    self->error_file = out;
+    for (size_t i = 0; out && !self->error && i < self->count; i += MAX(count, 1)) {
+        for (count = 0; i + count < self->count && is_kept(self, i + count);) {
+            count++;
+        }
+        if (count > 0) {
+            self->error = pba_digest_file_write(out, self->first + i, count,
+                                                self->values + i * PBA_DIGEST_SIZE);
         }
     }
-    self->error = any ? pba_digest_file_write(out, self->first, self->count, slots) : 0;
-    self->error_file = out;
-    return !self->error;
 }
 
 /* What one file knows of the blocks that no newer one knew. */
@@ -125,7 +129,7 @@ static void note_known(struct PbaDigestJob *self, const PbaDigestFile *file, con
     }
 }
 
-static void compare(struct PbaDigestJob *self)
+static bool compare(struct PbaDigestJob *self)
 {
     const GPtrArray *files = self->digests->expected;
 
@@ -137,14 +141,15 @@ static void compare(struct PbaDigestJob *self)
             note_known(self, file, self->slots);
         }
     }
+    return !self->error;
 }
 
 static void run_job(PbaJob *job)
 {
     struct PbaDigestJob *self = (struct PbaDigestJob *)job;
 
-    if (compute(self) && keep(self)) {
-        compare(self);
+    if (compute(self) && compare(self)) {
+        keep(self);
     }
 }
 
@@ -257,7 +262,8 @@ bool pba_digests_tell(const PbaDigests *digests, PbaPiece *piece, const PbaCopyO
     if (job->error) {
         return fail_file(job->error_file, job->error, error);
     }
-    if (digests->expected->len > 0 && !tell_found(job, options, statistics, error)) {
+    if (digests->expected->len > 0 && !digests->leaves_unchanged &&
+        !tell_found(job, options, statistics, error)) {
         return false;
     }
     if (options->digests &&
@@ -265,8 +271,45 @@ bool pba_digests_tell(const PbaDigests *digests, PbaPiece *piece, const PbaCopyO
         pba_error_set(error, PBA_ERROR_INTERRUPTED, "the function for digests failed");
         return false;
     }
-    pba_digests_forget(piece);
     return true;
+}
+
+static bool is_unchanged(const PbaPiece *piece, size_t at, size_t length)
+{
+    const struct PbaDigestJob *job = piece->digests;
+    bool unchanged = job && job->digests->leaves_unchanged;
+
+    for (size_t end = at + length; unchanged && at < end; at += job->digests->block) {
+        unchanged = job->found[at / job->digests->block] == FOUND_SAME;
+    }
+    return unchanged;
+}
+
+/* Where the units that are unchanged, or those that are not, end. */
+static size_t end_of(const PbaPiece *piece, size_t at, size_t unit, bool unchanged)
+{
+    while (at < piece->whole_length) {
+        size_t length = MIN(unit, piece->whole_length - at);
+        if (is_unchanged(piece, at, length) != unchanged) {
+            break;
+        }
+        at += length;
+    }
+    return at;
+}
+
+bool pba_digests_next_part(PbaPiece *piece, uint32_t align)
+{
+    const struct PbaDigestJob *job = piece->digests;
+    size_t unit = job ? MAX(job->digests->block, align) : piece->whole_length;
+    size_t begin = (size_t)(piece->offset - piece->whole_offset);
+    size_t at = end_of(piece, begin + piece->length, unit, true);
+
+    piece->data += at - begin;
+    piece->offset = piece->whole_offset + at;
+    piece->length = (uint32_t)(end_of(piece, at, unit, false) - at);
+    piece->holes = job && !job->data ? piece->length : 0;
+    return piece->length > 0;
 }
 
 bool pba_digests_check_region(const PbaDigests *digests, uint64_t offset, uint64_t length,
@@ -393,6 +436,7 @@ bool pba_digests_new(const PbaCopyOptions *options, uint64_t size, PbaDigests **
     *digests = g_atomic_rc_box_new0(PbaDigests);
     (*digests)->size = size;
     (*digests)->block = options->digest_block;
+    (*digests)->leaves_unchanged = options->skip_expected;
     (*digests)->expected = g_ptr_array_new_with_free_func(unref_file);
     return open_files(*digests, options, error) && prepare(*digests, error);
 }

@@ -53,7 +53,10 @@ void pba_digests_begin(PbaDigests *digests, PbaPool *pool, PbaPiece *piece);
 /* Tells the caller what was found. */
 bool pba_digests_tell(const PbaDigests *digests, PbaPiece *piece, const PbaCopyOptions *options,
                       PbaCopyStatistics *statistics, GError **error);
-/* Of a piece that was looked at, but not told. */
+/* Makes the part of a piece behind the one that it is about the next one that is to be written, in
+ * whole units of align: all but what is unchanged. False, with a length of 0, if there is none. */
+bool pba_digests_next_part(PbaPiece *piece, uint32_t align);
+/* What was found is not needed any more, if something was. */
 void pba_digests_forget(PbaPiece *piece);
 
 /* The end of a file that is written: done says when, error how (an errno). */

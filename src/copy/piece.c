@@ -3,6 +3,19 @@
 #include "src/base/base.h"
 #include <inttypes.h>
 
+void pba_piece_begin(PbaPiece *piece, uint64_t offset, uint32_t length, char *zeroes)
+{
+    piece->offset = piece->whole_offset = offset;
+    piece->length = piece->whole_length = length;
+    piece->written = 0;
+    piece->is_zeroes = zeroes != NULL;
+    piece->data = zeroes ? zeroes : piece->buffer;
+    piece->seen = piece->holes = zeroes ? length : 0;
+    piece->zero = 0;
+    piece->error = 0;
+    piece->state = zeroes ? PBA_PIECE_READ : PBA_PIECE_READING;
+}
+
 void pba_piece_fail(PbaPiece *piece, int error, uint64_t offset)
 {
     if (!piece->error) {
@@ -35,10 +48,11 @@ bool pba_piece_explain(const PbaPiece *piece, const PbaVolume *volume, const Pba
 bool pba_piece_is_beside_write(const PbaPiece *piece, const PbaPiece *pieces, unsigned count,
                                uint64_t block)
 {
-    for (unsigned i = 0; block && i < count; i++) {
+    for (unsigned i = 0; block && piece->length > 0 && i < count; i++) {
         const PbaPiece *other = &pieces[i];
         bool busy = other->state == PBA_PIECE_WRITING || other->state == PBA_PIECE_WRITTEN;
-        if (busy && other->offset / block <= (piece->offset + piece->length - 1) / block &&
+        if (busy && other->length > 0 &&
+            other->offset / block <= (piece->offset + piece->length - 1) / block &&
             piece->offset / block <= (other->offset + other->length - 1) / block) {
             return true;
         }

@@ -116,8 +116,8 @@ static bool fill_block(const NbdSink *self, PbaPiece *piece, size_t *rest, GErro
                       self->sink.name, align, piece->length, piece->offset);
         return false;
     }
-    if (*rest > 0 && piece->data == piece->buffer) {
-        g_assert(piece->length + *rest <= piece->room);
+    if (*rest > 0 && !piece->is_zeroes) {
+        g_assert(piece->whole_length + *rest <= piece->room);
         memset(piece->data + piece->length, 0, *rest);
     }
     return true;

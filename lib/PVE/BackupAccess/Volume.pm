@@ -174,6 +174,7 @@ my %copy_options = (
     'request-size' => \&request_size,
     'cluster-size' => \&cluster_size,
     discard => \&check_flag,
+    unchanged => \&check_files,
     'without-base' => \&check_flag,
 );
 
@@ -209,7 +210,9 @@ my sub target ($to) {
 
 # The options about digests, as the core wants to have them.
 my sub digest_options ($options, $is_increment) {
-    my ($digests, $expected) = $options->@{qw(digests expected)};
+    my ($digests, $expected, $unchanged) = $options->@{qw(digests expected unchanged)};
+    bad_argument('unchanged and expected exclude each other')
+        if defined($expected) && defined($unchanged);
     bad_argument('digest-block is of no use without digests')
         if $options->{'digest-block'} && !defined($digests);
     for my $name ('damaged', 'only-known') {
@@ -218,9 +221,11 @@ my sub digest_options ($options, $is_increment) {
     }
     return (
         defined($expected) ? (expected => [map { file_bytes($_) } $expected->@*]) : (),
+        defined($unchanged)
+        ? (expected => [map { file_bytes($_) } $unchanged->@*], 'skip-expected' => 1)
+        : (),
         defined($digests)
-            && !ref($digests)
-        ? (digests => undef, 'digest-file' => file_bytes($digests))
+            && !ref($digests) ? (digests => undef, 'digest-file' => file_bytes($digests))
         : (),
         'digests-increment' => $is_increment,
     );
@@ -228,9 +233,10 @@ my sub digest_options ($options, $is_increment) {
 
 sub copy ($self, @options) {
     my $options = given_options('copy', \@options, \%copy_options, 'to');
-    my $increment = $is_increment{$self} && !$options->{'without-base'};
+    my $is_part = $is_increment{$self} || defined($options->{unchanged});
+    my $increment = $is_part && !$options->{'without-base'};
     my %all = (discard => !$is_bare{$self}, $options->%*, increment => $increment);
-    my @digests = digest_options($options, $is_increment{$self});
+    my @digests = digest_options($options, $is_part);
     return $self->_copy({ %all, @digests, target($options->{to}) });
 }
 
@@ -461,6 +467,12 @@ regions have to be made of whole blocks, so it is at most the granularity of the
 L<PVE::BackupAccess/setup> makes on a stock QEMU, 4194304 on Proxmox VE. A region with a part of a block is an
 C<ArgumentError>. Requests are at least as long as a block.
 
+=item C<unchanged> - names of L</FILES OF DIGESTS>, the newest first, that say what the target has already: the first
+one that knows a block is right about it. A block that has its digest is read, but not written, and a code ref is
+not called with it. What is written are whole blocks; zeroes are compared as all else is. The target has to be there, as for
+an increment, and so has its content: it is not looked at. C<digests> tells a code ref all blocks; a file goes on with
+the digests that it has, and only blocks that are written come to it. Excludes C<expected>.
+
 =item C<expected>, C<damaged>, C<only-known> - as in L</check>; what is damaged is copied all the same.
 
 =back
@@ -473,6 +485,8 @@ C<$statistics> is a hash:
 =item C<bytes-read> - all that was dirty
 
 =item C<bytes-written>, C<bytes-zero> - of it, what was written as data, and what was made zero without
+
+=item C<bytes-unchanged> - of it, what was not written because of C<unchanged>
 
 =item C<bytes-discarded> - whole clusters of the fleecing image, of 64 KiB at least
 
