@@ -69,14 +69,16 @@ sub _carry_bitmaps ($self, $is_on = 1) {
     return;
 }
 
-# False where QEMU refuses, as it may while the access of a killed backup is there.
+# False where QEMU refuses, as it may while the access of a killed backup is there, and does while there
+# is a bitmap that it did not store before it was killed.
 sub _wait_migrated ($self) {
     while (1) {
         my $now = $self->_vm->qmp('query-migrate');
         my $status = $now->{status} // 'none';
         return 1 if $status eq 'completed';
-        return 0 if $status eq 'failed' && $self->{dead};
-        die 'migration failed: ' . ($now->{'error-desc'} // '') . "\n" if $status eq 'failed';
+        my $why = $now->{'error-desc'} // '';
+        return 0 if $status eq 'failed' && ($self->{dead} || $why =~ m/ is inconsistent /);
+        die "migration failed: $why\n" if $status eq 'failed';
         Time::HiRes::sleep(0.02);
     }
 }
@@ -150,6 +152,7 @@ sub _loadvm ($self) {
     $self->_recover;
     my %options = (qmp => $self->{backend}->qmp_path);
     PVE::BackupAccess->forget(%options, 'target-id' => $_) for @targets;
+    $self->_carry_bitmaps(0);    # as it was saved: else the disks are loaded, and then not the rest
     return if $self->_vm->hmp('loadvm saved') ne '';
     $self->{content} = { $saved->%* };
     $self->_vm->hmp('delvm saved');
