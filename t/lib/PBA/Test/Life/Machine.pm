@@ -152,8 +152,11 @@ sub _loadvm ($self) {
     $self->_recover;
     my %options = (qmp => $self->{backend}->qmp_path);
     PVE::BackupAccess->forget(%options, 'target-id' => $_) for @targets;
-    $self->_carry_bitmaps(0);    # as it was saved: else the disks are loaded, and then not the rest
-    return if $self->_vm->hmp('loadvm saved') ne '';
+    $self->_carry_bitmaps(0);    # as it was saved
+
+    # QEMU loads the disks first: after a migration that failed 10.0 cannot load the rest.
+    my $said = $self->_vm->hmp('loadvm saved');
+    return if $said ne '' && $said !~ m/ while loading VM state/;
     $self->{content} = { $saved->%* };
     $self->_vm->hmp('delvm saved');
     delete($self->{vm_state});
