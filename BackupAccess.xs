@@ -3,7 +3,7 @@
 
 #include <pthread.h>
 
-MODULE = PVE::BackupAccess  PACKAGE = PVE::BackupAccess
+MODULE = PVE::BackupAccess  PACKAGE = PVE::BackupAccess  PREFIX = glue
 
 PROTOTYPES: DISABLE
 
@@ -17,6 +17,9 @@ void
 _dispatch_signals()
     CODE:
         PERL_ASYNC_CHECK();
+
+bool
+glue_end_with_parent()
 
 SV *
 _free_bytes(SV *path)

@@ -1,11 +1,18 @@
 /* The C half of a Perl object. */
 #include "glue.h"
 
+#include <sys/prctl.h>
+
 pid_t glue_current_pid;
 
 void glue_note_fork(void)
 {
     glue_current_pid = getpid();
+}
+
+bool glue_end_with_parent(void)
+{
+    return prctl(PR_SET_PDEATHSIG, SIGTERM) == 0;
 }
 
 /* The C object hangs on its Perl object by magic, which Perl code can neither forge nor copy, and

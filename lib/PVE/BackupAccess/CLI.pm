@@ -37,6 +37,17 @@ my %commands = (
         arguments => ['ARCHIVE', 'TARGET'],
         options => [qw(device=s format=s no-verify wait=s quiet|q json)],
     },
+    serve => {
+        module => 'Serve',
+        arguments => ['ARCHIVE'],
+        options => [qw(device=s socket-dir=s wait=s json)],
+    },
+    mount => {
+        module => 'Serve',
+        function => 'mount',
+        arguments => ['ARCHIVE', 'DIRECTORY'],
+        options => [qw(device=s wait=s json)],
+    },
     list => {
         module => 'Archives',
         function => 'list',

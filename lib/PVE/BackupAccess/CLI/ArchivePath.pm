@@ -13,7 +13,7 @@ use PVE::BackupAccess::CLI::Output qw(say_error);
 use PVE::BackupAccess::Provider::Qcow2Chain;
 use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(number_of);
 
-our @EXPORT_OK = qw(archive_at find_archive provider_for without_slash);
+our @EXPORT_OK = qw(archive_at chosen_devices file_of find_archive provider_for without_slash);
 
 my sub log_line ($level, $message) {
     say_error("$level: $message") if $level !~ m/\A(?:debug|info)\z/;
@@ -66,6 +66,21 @@ sub archive_at ($path) {
         or die "$path is not an archive - it is called like DIRECTORY/vm/100/20261122T064953Z,"
         . " or DIRECTORY/100 for the latest one of guest 100\n";
     return ($directory, $volname);
+}
+
+# Its devices, or the one that was asked for.
+sub chosen_devices ($volumes, $device) {
+    my @devices = sort keys $volumes->%*;
+    return @devices if !defined($device);
+    die "the archive has no device $device - it has " . join(', ', @devices) . "\n"
+        if !$volumes->{$device};
+    return ($device);
+}
+
+# What a file of a device is called.
+sub file_of ($device, $suffix) {
+    utf8::encode($device);
+    return $device =~ s!/!%2F!gr . ".$suffix";
 }
 
 1;

@@ -8,7 +8,8 @@ use Fcntl qw(O_CREAT O_EXCL O_WRONLY);
 
 use PVE::BackupAccess::CLI qw(usage_error);
 use PVE::BackupAccess::CLI::Access qw(text);
-use PVE::BackupAccess::CLI::ArchivePath qw(archive_at provider_for without_slash);
+use PVE::BackupAccess::CLI::ArchivePath
+    qw(archive_at chosen_devices file_of provider_for without_slash);
 use PVE::BackupAccess::CLI::Output qw(say_error say_json say_out);
 use PVE::BackupAccess::CLI::Progress;
 use PVE::BackupAccess::Format qw(bytes);
@@ -18,21 +19,14 @@ use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use PVE::BackupAccess::Try qw(attempt ensure);
 use PVE::BackupAccess::Volume;
 
-my sub image_name ($device, $format) {
-    utf8::encode($device);
-    return $device =~ s!/!%2F!gr . ".$format";
-}
-
 # { device => file } of what is to be restored. Nothing that is there is overwritten but a block
 # device, which the user has named.
 my sub targets ($volumes, $target, $device, $format) {
-    my @devices = defined($device) ? ($device) : sort keys $volumes->%*;
-    die "the archive has no device $device - it has " . join(', ', sort keys $volumes->%*) . "\n"
-        if defined($device) && !$volumes->{$device};
+    my @devices = chosen_devices($volumes, $device);
     my %files;
     if (-d $target) {
         $target = without_slash($target);
-        %files = map { $_ => "$target/" . image_name($_, $format) } @devices;
+        %files = map { $_ => "$target/" . file_of($_, $format) } @devices;
     }
     elsif ($target =~ m!/\z!) {
         die "$target is not a directory - make it first\n";

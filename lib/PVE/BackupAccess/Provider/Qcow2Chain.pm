@@ -354,7 +354,7 @@ sub restore_vm_volume_init ($self, $volname, $device, $info) {
         device => $device
     ) if defined($problem);
     my $archive = $self->_archive($volname);
-    my $server = $Server->start($archive->image($device));
+    my $server = $Server->start($archive->image($device), $info->%{'socket'});
     my $restore = $self->{restores}{$volname}{$device} = { server => $server, reading => $reading };
     return { 'qemu-img-path' => $server->uri } if !defined($self->{'storage-plugin'});
 
@@ -362,6 +362,8 @@ sub restore_vm_volume_init ($self, $volname, $device, $info) {
     $restore->{file} = $RawFile->start($server, $archive->device($device)->{size});
     return { 'qemu-img-path' => $restore->{file}->path };
 }
+
+sub server ($self, $volname, $device) { return $self->{restores}{$volname}{$device}{server} }
 
 my sub end_restore ($restore) {
     $restore->{file}->stop if $restore->{file};
@@ -631,7 +633,8 @@ Die: containers are not supported.
 
 C<qemu-img-path> is what C<qemu-img convert -f raw> reads the device's content from: with a
 C<$storage_plugin> a file, since Proxmox VE takes nothing else here (it is served by FUSE), without one an NBD URI.
-It is there until L</restore_vm_volume_cleanup>, L</restore_vm_cleanup>, or the end of this process.
+It is there until L</restore_vm_volume_cleanup>, L</restore_vm_cleanup>, or the end of this process. A C<socket> in the
+last argument is the path of the NBD socket; by default it is in a private directory.
 
 =head2 restore_vm_volume_cleanup
 
@@ -644,6 +647,13 @@ It is there until L</restore_vm_volume_cleanup>, L</restore_vm_cleanup>, or the 
 Die: containers are not supported.
 
 =head1 OTHER METHODS
+
+=head2 server
+
+    my $pid = $provider->server($volname, $device)->pid;
+
+The C<qemu-nbd> that L</restore_vm_volume_init> has started for a device: an object with C<pid>, C<socket>, C<uri> and
+C<is_running>.
 
 =head2 on_progress
 

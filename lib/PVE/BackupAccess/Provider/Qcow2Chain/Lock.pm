@@ -31,7 +31,7 @@ my %locks = (
     removal => {
         file => '.reading',
         how => LOCK_EX,
-        busy => 'is read by a verify or restore',
+        busy => 'is read by a verify, restore, serve or mount',
     },
 );
 

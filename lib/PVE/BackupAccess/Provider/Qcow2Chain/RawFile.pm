@@ -15,16 +15,18 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(program_environment);
 
 # It lies beside the module's library, whose path may be relative to what is the working directory
-# now.
-my ($program) = map { Cwd::realpath($_) =~ s{/[^/]+\z}{/pba-vfile}r }
+# now. It is trusted (taint mode) as the library is, whose code runs already.
+my ($program) = map { Cwd::realpath($_) =~ m{\A(.*/)}s ? "$1pba-vfile" : () }
     grep { m{/PVE/BackupAccess/BackupAccess\.} } @DynaLoader::dl_shared_objects;
 
 my sub fail ($class, $message) {
     PVE::BackupAccess::Error->throw($class, $message);
 }
 
-sub start ($class, $server, $size) {
-    my $self = $class->_serve($server->dir . '/raw', $server->socket, 'image', $size);
+# At that path, where nothing may be yet; if none is given in the server's directory.
+sub start ($class, $server, $size, $path = $server->dir . '/raw') {
+    my ($bytes) = $size =~ m/\A([0-9]+)\z/;    # of a manifest, which was checked: no taint
+    my $self = $class->_serve($path, $server->socket, 'image', $bytes);
     $self->{server} = $server;
     return $self;
 }
@@ -64,13 +66,36 @@ sub _exec ($socket, @command) {
 
 sub path ($self) { return $self->{path} }
 
+# Whether it goes on; once it does not, it has been waited for.
+sub is_running ($self) {
+    my $pid = $self->{pid} // return 0;
+    local ($!, $?);
+    my $ended = waitpid($pid, POSIX::WNOHANG());
+    return 1 if $ended == 0;
+    $self->_ended($ended == $pid ? $? : 0);
+    return 0;
+}
+
+# One that was killed has not unmounted its file.
+sub _ended ($self, $status) {
+    delete($self->{pid});
+    return if !POSIX::WIFSIGNALED($status);
+    my @unmount = $> == 0 ? qw(umount -l) : qw(fusermount3 -u -z);
+    local %ENV = program_environment();
+    local $SIG{CHLD} = 'DEFAULT';
+    system({ $unmount[0] } @unmount, $self->{path});
+    unlink($self->{path});
+    return;
+}
+
 # Whoever still reads gets an error.
 sub stop ($self) {
     my $pid = $self->{pid} // return;
     local ($!, $?);
     shutdown($self->{socket}, SHUT_WR);
-    1 while waitpid($pid, 0) < 0 && $!{EINTR};
-    delete($self->{pid});
+    my $ended;
+    1 while ($ended = waitpid($pid, 0)) < 0 && $!{EINTR};
+    $self->_ended($ended == $pid ? $? : 0);
     return;
 }
 

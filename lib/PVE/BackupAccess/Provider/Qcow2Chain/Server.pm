@@ -1,8 +1,8 @@
 package PVE::BackupAccess::Provider::Qcow2Chain::Server;
 
-# qemu-nbd over one image. It is given a socket that listens already, so no client has to wait for it;
-# and it ends with its last client, one of which is the connection that is kept here: it cannot
-# outlive this process.
+# qemu-nbd over one image. It is given a socket that listens already, so no client has to wait for it.
+# It ends with this process, in two ways: it ends with its last client, one of which is the connection
+# that is kept here; and the kernel sends it a signal, which counts while others are connected, too.
 
 use v5.36;
 
@@ -10,6 +10,7 @@ use Fcntl qw(F_SETFD);
 use IO::Socket::UNIX ();
 use POSIX ();
 
+use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(program_environment);
 use PVE::BackupAccess::Provider::Qcow2Chain::PrivateDir;
@@ -20,20 +21,31 @@ our $qemu_nbd = 'qemu-nbd';
 
 my $first_passed_fd = 3;    # by systemd's protocol, see sd_listen_fds(3)
 
+my $longest_socket = 107;   # bytes of a path in a struct sockaddr_un
+
 my sub fail ($message) {
     PVE::BackupAccess::Error->throw('SystemError', $message);
 }
 
-# Serves the qcow2 image: for reading, or with writable => 1.
+# A socket of a process that was killed is in the way of the next one; one that is in use is not touched.
+my sub listen_on ($socket) {
+    fail("$socket is too long for a socket - choose a directory with a shorter path")
+        if length($socket) > $longest_socket;
+    unlink($socket) if -S $socket && !IO::Socket::UNIX->new(Peer => $socket) && $!{ECONNREFUSED};
+    return IO::Socket::UNIX->new(Local => $socket, Listen => 16)
+        // fail("cannot listen on $socket - $!");
+}
+
+# Serves the qcow2 image: for reading, or with writable => 1. With socket => $path at that path.
 sub start ($class, $file, %options) {
     my $private = PVE::BackupAccess::Provider::Qcow2Chain::PrivateDir->new;
     my $self = bless({ owner => $$, private => $private }, $class);
-    my $socket = $self->{socket} = $self->dir . '/nbd';
+    my $socket = $self->{socket} = $options{socket} // $self->dir . '/nbd';
 
     # Whatever the caller has set: a qemu-nbd that inherits a connection to itself never ends.
     local $^F = 2;
-    my $listener = IO::Socket::UNIX->new(Local => $socket, Listen => 16)
-        or fail("cannot listen on $socket - $!");
+    my $listener = listen_on($socket);
+    $self->{listens} = 1;
 
     # Should this process be killed before the connection below is there, this one tells qemu-nbd.
     my $first = IO::Socket::UNIX->new(Peer => $socket) or fail("cannot connect to $socket - $!");
@@ -55,6 +67,8 @@ sub start ($class, $file, %options) {
 sub _spawn ($log, $listener, @command) {
     my $pid = fork() // fail("cannot fork - $!");
     return $pid if $pid;
+    PVE::BackupAccess::_end_with_parent() or POSIX::_exit(127);
+    POSIX::setsid();    # a terminal's signals are for the caller
     open(STDIN, '<', '/dev/null') or POSIX::_exit(127);
     open(STDERR, '>', $log) or POSIX::_exit(127);
     open(STDOUT, '>&', \*STDERR) or POSIX::_exit(127);
@@ -83,6 +97,15 @@ sub uri ($self) {
 sub socket ($self) { return $self->{socket} }
 sub dir ($self) { return $self->{private}->path }
 sub pid ($self) { return $self->{pid} }
+
+# Whether it goes on; once it does not, it has been waited for.
+sub is_running ($self) {
+    my $pid = $self->{pid} // return 0;
+    local ($!, $?);
+    return 1 if waitpid($pid, POSIX::WNOHANG()) == 0;
+    delete($self->{pid});
+    return 0;
+}
 
 sub _log ($self) {
     open(my $fh, '<', $self->dir . '/log') or return '';
@@ -129,6 +152,7 @@ sub CLONE_SKIP { return 1 }
 sub DESTROY ($self) {
     return if $self->{owner} != $$;
     $self->kill;
+    unlink($self->{socket}) if $self->{listens};
     return;
 }
 

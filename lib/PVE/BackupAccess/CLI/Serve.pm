@@ -1,0 +1,99 @@
+package PVE::BackupAccess::CLI::Serve;
+
+# An archive's disks, read where they are: over NBD, or as raw files. A signal is the ordinary end.
+
+use v5.36;
+
+use POSIX qw(SIGCHLD SIGHUP SIGINT SIGTERM SIG_BLOCK);
+
+use PVE::BackupAccess::CLI qw(absolute);
+use PVE::BackupAccess::CLI::Access qw(text);
+use PVE::BackupAccess::CLI::ArchivePath qw(archive_at chosen_devices file_of provider_for);
+use PVE::BackupAccess::CLI::Output qw(say_json say_out);
+use PVE::BackupAccess::Provider::Qcow2Chain::RawFile;
+use PVE::BackupAccess::Try qw(ensure);
+
+# From here on a signal is not an interruption. They are blocked, so that none is lost between a look at
+# what is and the wait, and stay so: what follows the wait is the end. Returns the mask to wait with.
+my sub block_signals () {
+    my $mask = POSIX::SigSet->new;
+    POSIX::sigprocmask(SIG_BLOCK, POSIX::SigSet->new(SIGINT, SIGTERM, SIGHUP, SIGCHLD), $mask)
+        or die "cannot block signals: $!\n";
+    return $mask;
+}
+
+# Returns when a signal asks for the end; dies when one of the processes has ended ({ text => process }).
+my sub wait_for_signal ($mask, $processes) {
+    my $is_over = 0;
+    local @SIG{qw(INT TERM HUP)} = (sub { $is_over = 1 }) x 3;
+    local $SIG{CHLD} = sub { };
+    while (!$is_over) {
+        for my $text (sort keys $processes->%*) {
+            die "$text has ended by itself, and so all of them end - start the command again\n"
+                if !$processes->{$text}->is_running;
+        }
+        POSIX::sigsuspend($mask);
+    }
+}
+
+# Opens the chosen devices, each by $open, which returns where it is and, if another process than
+# its server gives it, that one. Shows them when all are there.
+my sub offer ($opt, $path, $open) {
+    my ($directory, $volname) = archive_at($path);
+    my $provider = provider_for($directory, $opt);
+    my $chosen = defined($opt->{device}) ? text($opt->{device}) : undef;
+    my (%place, %processes, @files);
+    my $work = sub {
+        my $volumes = $provider->restore_vm_init($volname);
+        for my $device (chosen_devices($volumes, $chosen)) {
+            ($place{$device}, my $file)
+                = $open->($provider, $volname, $device, $volumes->{$device}{size});
+            $processes{"device $device: its server"} = $provider->server($volname, $device);
+            $processes{"device $device: its raw file"} = $file if $file;
+            push(@files, $file // ());
+        }
+        my $mask = block_signals();    # whoever reads the lines may send one at once
+        my @devices = sort keys %place;
+        $opt->{json}
+            ? say_json({ devices => { map { $_ => text($place{$_}) } @devices } })
+            : say_out(map { "$_ " . text($place{$_}) } @devices);
+        STDOUT->flush or die "cannot write to standard output: $!\n";
+        wait_for_signal($mask, \%processes);
+    };
+    my $end = sub (@) {
+        $_->stop for @files;
+        $provider->restore_vm_cleanup($volname);
+    };
+    ensure($work, $end);
+    return 0;
+}
+
+sub run ($opt, $path) {
+    my $dir = $opt->{'socket-dir'};
+    die "$dir is not a directory - make it first\n" if defined($dir) && !-d $dir;
+    return offer(
+        $opt, $path,
+        sub ($provider, $volname, $device, $size) {
+            my %socket
+                = defined($dir) ? (socket => absolute($dir) . '/' . file_of($device, 'sock')) : ();
+            return $provider->restore_vm_volume_init($volname, $device, \%socket)
+                ->{'qemu-img-path'};
+        }
+    );
+}
+
+sub mount ($opt, $path, $directory) {
+    die "$directory is not a directory - make it first\n" if !-d $directory;
+    return offer(
+        $opt, $path,
+        sub ($provider, $volname, $device, $size) {
+            $provider->restore_vm_volume_init($volname, $device, {});
+            my $server = $provider->server($volname, $device);
+            my $file = PVE::BackupAccess::Provider::Qcow2Chain::RawFile->start($server, $size,
+                absolute($directory) . '/' . file_of($device, 'raw'));
+            return ($file->path, $file);
+        }
+    );
+}
+
+1;

@@ -1,0 +1,205 @@
+# pve-backup-access serve and mount, without a guest: what they give is what was backed up, to several
+# readers at once, and however they end nothing stays.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+
+use File::Temp ();
+use JSON::PP ();
+use Test::More;
+use Time::HiRes qw(sleep time);
+
+use PBA::Test::Chain;
+use PBA::Test::Command qw(run_command start_command);
+use PBA::Test::QemuNbd;
+
+my $chain = PBA::Test::Chain->new;
+for (1 .. 2) {
+    $chain->write_random;
+    $chain->backup or die $chain->error;
+}
+my ($first, $last) = $chain->names;
+my @devices = $chain->devices;
+my @ways = ('serve', -e '/dev/fuse' ? 'mount' : ());
+
+# All that the command makes is below these.
+my $tmp = File::Temp->newdir('pba-serve-XXXXXXXX', TMPDIR => 1);
+$ENV{TMPDIR} = "$tmp";
+my $dir = "$tmp/here";
+mkdir($dir) or die "mkdir: $!\n";
+
+sub content ($file) {
+    open(my $fh, '<:raw', $file) or return "$file: $!";
+    local $/ = undef;
+    return scalar(<$fh>);
+}
+
+# What a client reads at such a place: a URI, or a file.
+sub read_place ($place) {
+    return content($place) if $place !~ m/^nbd/;
+    my $file = File::Temp->new(DIR => $chain->tmp);
+    PBA::Test::QemuNbd::img('convert', '-f', 'raw', '-O', 'raw', $place, "$file");
+    return content("$file");
+}
+
+# Of what the command has started.
+sub children ($command) {
+    my $pid = $command->pid;
+    return split(' ', content("/proc/$pid/task/$pid/children"));
+}
+
+# A command that gives an archive, and { device => place }.
+sub start ($way, $path, @options) {
+    my $command = start_command($way, $path, $way eq 'mount' ? $dir : (), @options);
+    $command->wait_for(out => qr/^drive-scsi0 .*\n/m);
+    my %places = $command->text('out') =~ m/^(\S+) (.*)$/mg;
+    return ($command, \%places);
+}
+
+# That no file, process or mount is left, of those that there were.
+sub nothing_left ($text, @pids) {
+    my $deadline = time + 30;
+    my @files;
+    while (1) {
+        @files = (
+            glob("$dir/*"), glob("$tmp/pba-*"), grep { m!^\S+ \Q$tmp\E/! }
+                split(m/^/, content('/proc/self/mounts'))
+        );
+        last if time > $deadline || !@files && !grep { kill(0 => $_) } @pids;
+        sleep(0.05);
+    }
+    is_deeply(\@files, [], "$text: no file or mount is left");
+    is_deeply([grep { kill(0 => $_) } @pids], [], "$text: no process is left");
+}
+
+for my $way (@ways) {
+    subtest "$way: content, readers, signals" => sub {
+        for my $signal (qw(INT TERM HUP)) {
+            my $name = $signal eq 'INT' ? $first : $last;
+            my ($command, $places) = start($way, $chain->path_of($name));
+            is_deeply([sort keys $places->%*], \@devices, "$signal: a line for each device");
+            ok(read_place($places->{$_}) eq $chain->{expected}{$name}{$_}, "$signal: $_")
+                for @devices;
+            my @pids = children($command);
+            cmp_ok(@pids, '>=', @devices, "$signal: the processes are seen");
+            $command->kill($signal);
+            is_deeply([$command->finish->@{qw(status signal err)}], [0, 0, ''], "$signal: status");
+            nothing_left($signal, @pids);
+        }
+    };
+
+    subtest "$way: a process of it is killed" => sub {
+        my ($command) = start($way, $chain->path_of($last), '--device', 'drive-scsi0');
+        my @pids = children($command);
+        is(scalar(@pids), $way eq 'mount' ? 2 : 1, 'one device only');
+        for my $victim (0 .. $#pids) {
+            ($command) = start($way, $chain->path_of($last), '--device', 'drive-scsi0') if $victim;
+            @pids = children($command);
+            kill(KILL => $pids[$victim]);
+            my $run = $command->finish;
+            is($run->{status}, 1, "process $victim: exit status");
+            like($run->{err}, qr/: device drive-scsi0: its .* has ended by itself/, 'says which');
+            nothing_left("process $victim", @pids);
+        }
+    };
+}
+
+# The kernel ends the processes, whether or not somebody reads; a later command takes the rest away.
+subtest 'the command itself is killed' => sub {
+    for my $way (@ways) {
+        my ($command, $places) = start($way, $chain->path_of($last));
+        my @pids = children($command);
+        my $client = open_volume($way, $places->{'drive-scsi0'});
+        $command->kill('KILL');
+        $command->finish;
+        sleep(0.05) while grep { kill(0 => $_) } @pids;
+        ($command) = start($way, $chain->path_of($last));
+        $command->kill('TERM');
+        my $run = $command->finish;
+        is($run->{status}, 0, "$way: the next one works") or diag($run->{err}, $run->{signal});
+        nothing_left($way, @pids);
+    }
+};
+
+# A client that stays.
+sub open_volume ($way, $place) {
+    return PVE::BackupAccess::Volume->open('image', { 'nbd-path' => $place }) if $way eq 'serve';
+    open(my $fh, '<', $place) or die "$place: $!\n";
+    return $fh;
+}
+
+subtest 'several readers, and the same archive twice' => sub {
+    my ($one, $places) = start('serve', $chain->path_of($last));
+    my ($two, $others) = start($ways[-1], $chain->store . '/100');
+    my @clients = map { open_volume('serve', $places->{'drive-scsi0'}) } 1 .. 3;
+    ok(read_place($_->{'drive-scsi0'}) eq $chain->{expected}{$last}{'drive-scsi0'}, 'the content')
+        for $places, $others;
+    is(system("nbdinfo '$places->{'drive-scsi0'}' | grep -q 'is_read_only: true'"), 0, 'read-only');
+    like(
+        run_command('remove', $chain->path_of($first))->{err},
+        qr{is read by .* - try again},
+        'no archive is merged away meanwhile'
+    );
+    $_->kill('TERM') for $one, $two;
+    is($_->finish->{status}, 0, 'ends while others are connected') for $one, $two;
+    undef(@clients);
+    nothing_left('both');
+};
+
+subtest 'a directory for the sockets' => sub {
+    my @options = ('--socket-dir', $dir, '--json');
+    my @serve = ('serve', $chain->path_of($last), @options);
+    my $command = start_command(@serve);
+    $command->wait_for(out => qr/^\}\n/m);
+    is_deeply(
+        JSON::PP->new->decode($command->text('out')),
+        { devices => { map { $_ => "nbd+unix:///image?socket=$dir/$_.sock" } @devices } },
+        'named after the devices'
+    );
+    my $run = run_command(@serve);
+    is($run->{status}, 1, 'not twice');
+    like($run->{err}, qr/cannot listen on \Q$dir\E\/\S+[.]sock - Address already in use/, 'why');
+    $command->kill('KILL');
+    $command->finish;
+    is(scalar(@{ [glob("$dir/*.sock")] }), 2, 'sockets of a command that was killed');
+    $command = start_command(@serve);
+    $command->wait_for(out => qr/^\}\n/m);
+    $command->kill('TERM');
+    is($command->finish->{status}, 0, 'do not matter to the next one');
+    nothing_left('after it');
+};
+
+subtest 'what is refused' => sub {
+    my $long = "$tmp/" . 'x' x 90;
+    mkdir($long) or die "mkdir: $!\n";
+    my %refused = (
+        'no such device' => ['serve', $chain->path_of($last), '--device', 'none'],
+        'is not a directory' => ['mount', $chain->path_of($last), "$tmp/none"],
+        'is not a directory - make' => ['serve', $chain->path_of($last), '--socket-dir', '/none'],
+        'too long for a socket' => ['serve', $chain->path_of($last), '--socket-dir', $long],
+    );
+    for my $text (sort keys %refused) {
+        my $run = run_command($refused{$text}->@*);
+        is($run->{status}, 1, "$text: exit status");
+        like($run->{err}, $text eq 'no such device' ? qr/has no device none/ : qr/$text/, 'why');
+    }
+    nothing_left('after it');
+};
+
+subtest 'a file is in the way' => sub {
+    plan(skip_all => 'no /dev/fuse: nothing is mounted') if !-e '/dev/fuse';
+    my $file = "$dir/drive-scsi0.raw";
+    open(my $fh, '>', $file) or die "$file: $!\n";
+    print {$fh} 'mine';
+    close($fh);
+    my $run = run_command('mount', $chain->path_of($last), $dir);
+    is($run->{status}, 1, 'exit status');
+    like($run->{err}, qr/cannot make '\Q$file\E' - File exists/, 'why');
+    is(content($file), 'mine', 'it is untouched');
+    unlink($file);
+    nothing_left('after it');
+};
+
+done_testing;
