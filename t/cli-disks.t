@@ -40,7 +40,10 @@ sub chosen ($disks, $types, %more) {
             qw(blockdev-backup block-export-add block-dirty-bitmap-merge x-debug-query-block-graph)
     );
     my @objects = map { { name => $_, type => "child<$types->{$_}>" } } sort keys $types->%*;
-    my %version = (qemu => { major => 10, minor => 1, micro => 0 }, package => 'pve-qemu-kvm_10');
+    my %version = (
+        qemu => { major => 10, minor => 1, micro => 0 },
+        package => $more{pve} ? 'pve-qemu-kvm_10' : '',
+    );
     my $peer = PBA::Test::QMPPeer->start(
         replies => {
             'query-block' => { return => $disks },

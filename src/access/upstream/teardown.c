@@ -187,12 +187,25 @@ static bool undo_graph(PbaAccess *access, GError **first, PbaBlock *block)
     return look_again(access, first, block);
 }
 
+/* After the bitmaps, which may go with them. False after an error that ended the join: QEMU may
+ * have bitmaps of this access still. Other errors: a transaction that was refused may be the first
+ * that is seen of a later access, whose nodes have the same names. */
+static bool may_drop_holds(PbaAccess *access, const GError *first)
+{
+    bool is_joined = access->phase == PBA_PHASE_ENDED;
+
+    return !first || ((is_joined || !pba_error_is_fatal(first)) && pba_owner_holds(access));
+}
+
 static void drop_holds(PbaAccess *access, GError **first, const PbaBlock *block)
 {
+    GError *step = NULL;
+
     for (guint i = 0; i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
-        delete_node(access, first, block, disk, disk->hold_node);
+        delete_node(access, &step, block, disk, disk->hold_node);
     }
+    pba_error_keep_first(first, step, &access->hooks);
 }
 
 bool pba_upstream_teardown(PbaAccess *access, PbaBlock *block, bool success, GError **error)
@@ -214,9 +227,7 @@ bool pba_upstream_teardown(PbaAccess *access, PbaBlock *block, bool success, GEr
         pba_bitmaps_join(access, block, success && !first, &step);
         pba_error_keep_first(&first, step, &access->hooks);
     }
-    /* After the bitmaps, which may go with them. A transaction that is refused may be the first
-     * that is seen of a later access, whose nodes have the same names. */
-    if (!first || (!pba_error_is_fatal(first) && pba_owner_holds(access))) {
+    if (may_drop_holds(access, first)) {
         drop_holds(access, &first, block);
     }
     if (first) {
