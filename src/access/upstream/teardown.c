@@ -197,13 +197,28 @@ static bool may_drop_holds(PbaAccess *access, const GError *first)
     return !first || ((is_joined || !pba_error_is_fatal(first)) && pba_owner_holds(access));
 }
 
-static void drop_holds(PbaAccess *access, GError **first, const PbaBlock *block)
+static void delete_holds(PbaAccess *access, GError **first, const PbaBlock *block)
 {
-    GError *step = NULL;
-
     for (guint i = 0; i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
-        delete_node(access, &step, block, disk, disk->hold_node);
+        delete_node(access, first, block, disk, disk->hold_node);
+    }
+}
+
+/* Tried twice, whatever the error, once the backup is committed: there is no other teardown, and
+ * until the next setup the holds would keep others from the disks. */
+static void drop_holds(PbaAccess *access, GError **first, const PbaBlock *block)
+{
+    g_auto(PbaBlock) now = {0};
+    GError *step = NULL;
+
+    delete_holds(access, &step, block);
+    if (step && (access->phase == PBA_PHASE_COMMITTED || !pba_error_is_fatal(step))) {
+        pba_qmp_release(access->qmp);
+        if (pba_block_query(access->qmp, false, &now, NULL)) {
+            g_clear_error(&step);
+            delete_holds(access, &step, &now);
+        }
     }
     pba_error_keep_first(first, step, &access->hooks);
 }
