@@ -9,7 +9,6 @@ use Test::More;
 use Digest::SHA ();
 use JSON::PP ();
 use List::Util qw(sum0);
-use Time::HiRes ();
 
 use PBA::Test::Chain;
 use PBA::Test::QemuNbd;
@@ -32,26 +31,7 @@ sub write_file ($file, $content) {
     return;
 }
 
-# Flips a bit of the guest's data at an offset; time and size stay, as when a disk rots.
-sub rot ($image, $offset) {
-    my @times = (Time::HiRes::stat($image))[8, 9];
-    my $map = $json->decode(PBA::Test::QemuNbd::output_of('map', '-U', '--output=json', $image));
-    my ($part) = grep {
-               $_->{data}
-            && $_->{depth} == 0
-            && $_->{start} <= $offset
-            && $offset < $_->{start}
-            + $_->{length}
-    } $map->@*;
-    open(my $fh, '+<:raw', $image) or die "$image: $!\n";
-    seek($fh, $part->{offset} + $offset - $part->{start}, 0);
-    read($fh, my $byte, 1);
-    seek($fh, -1, 1);
-    print {$fh} chr(ord($byte) ^ 4);
-    close($fh) or die "$image: $!\n";
-    Time::HiRes::utime($times[0], $times[1], $image);
-    return;
-}
+*rot = \&PBA::Test::Chain::rot;
 
 sub backup ($chain, @writes) {
     $chain->disk($device)->write(@writes);

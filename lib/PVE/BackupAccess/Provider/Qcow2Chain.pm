@@ -8,21 +8,18 @@ use Time::Local ();
 
 use PVE::BackupAccess::Argument qw(bad_argument check_code check_filled_text check_positive);
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Notes;
 use PVE::BackupAccess::PluginBase;
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
-use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(check_stored);
 use PVE::BackupAccess::Provider::Qcow2Chain::File qw(entries make_directory read_file replace_file);
 use PVE::BackupAccess::Provider::Qcow2Chain::Guest;
-use PVE::BackupAccess::Provider::Qcow2Chain::Image qw($cluster_size);
 use PVE::BackupAccess::Provider::Qcow2Chain::Prune qw(remove_archives retention_of);
 use PVE::BackupAccess::Provider::Qcow2Chain::RawFile;
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
+use PVE::BackupAccess::Provider::Qcow2Chain::Store qw(store_device);
 use PVE::BackupAccess::Provider::Qcow2Chain::Verify qw(digests_of problems_of unproven_of);
 use PVE::BackupAccess::Retention qw(check_keep);
 use PVE::BackupAccess::Try qw(attempt);
-use PVE::BackupAccess::Volume;
 
 use parent qw(PVE::BackupProvider::Plugin::Base);
 
@@ -222,9 +219,11 @@ sub backup_vm ($self, $vmid, $guest_config_text, $volumes, $info) {
     return;
 }
 
-# The archive the device's dirty regions go on top of; none for a full backup.
-sub _parent ($self, $task, $device, $volume) {
-    return undef if $volume->{'bitmap-mode'} ne 'reuse';
+# The archives, the newest first, that the device's data goes on top of; none for a full backup.
+sub _chain ($self, $task, $device, $volume, $info) {
+    return $self->_comparable($task, $device, $volume, $info)
+        if $volume->{'bitmap-mode'} eq 'new' && !$self->{'make full'};
+    return if $volume->{'bitmap-mode'} ne 'reuse';
     my $base = $task->{bases}{$device};
     fail(
         'StateError',
@@ -237,45 +236,36 @@ sub _parent ($self, $task, $device, $volume) {
         "device $device: has $volume->{size} bytes now, not $size",
         device => $device
     ) if $volume->{size} != $size;
-    return $base;
+    return $task->{guest}->chain($base->name, $device);
+}
+
+# A bitmap that was lost costs reading, not storing.
+sub _comparable ($self, $task, $device, $volume, $info) {
+    my @chain;
+    my $error = attempt {
+        @chain = $task->{guest}->comparable($device, $volume->{size}, $info->{'guest-uuid'})
+    };
+    $self->{log}->('info', "$device: nothing to compare with - " . reason($error)) if $error;
+    return $error ? () : @chain;
 }
 
 sub _store ($self, $task, $device, $volume, $info) {
     my ($size) = ($volume->{size} // '') =~ m/\A([0-9]{1,19})\z/
         or bad_argument("device $device: its volume has no size");
-    my $parent = $self->_parent($task, $device, $volume);
-    my $how = $parent ? 'incremental, on ' . $parent->name : 'full';
-    $self->{log}->('info', "$device: storing, $how");
-
-    # The caller's may wait for every child, or ignore them all.
-    local $SIG{CHLD} = 'DEFAULT';
-    my $image
-        = $task->{archive}
-        ->add_device($device, { size => 0 + $size, 'bitmap-mode' => $volume->{'bitmap-mode'} },
-        $parent);
-    my $server = $Server->start($image, writable => 1);
-    my $reader = PVE::BackupAccess::Volume->open($device, $volume);
-    my $statistics = $reader->copy(
-        to => $server->uri,
-        digests => $task->{archive}->digests($device),
-        $self->_copy_options($device, $info),
+    my @chain = $self->_chain($task, $device, $volume, $info);
+    store_device(
+        $task->{archive}, $device,
+        { $volume->%*, size => 0 + $size },
+        \@chain,
+        log => $self->{log},
+        check => !$self->{'no-check'},
+        copy => { $self->_copy_options($device, $info) },
     );
-    $reader->close;
-    $server->stop;
-    $self->{log}->(
-        'info',
-        sprintf(
-            '%s: stored %s in %.1f s (%s of it zero)',
-            $device, bytes($statistics->{'bytes-read'}),
-            $statistics->{seconds}, bytes($statistics->{'bytes-zero'})
-        )
-    );
-    check_stored($task->{archive}, $device, $self->{log}) if !$self->{'no-check'};
     return;
 }
 
 sub _copy_options ($self, $device, $info) {
-    my %options = ('cluster-size' => $cluster_size);
+    my %options;
     my ($limit, $progress) = ($info->{'bandwidth-limit'}, $self->{progress});
     $options{'bandwidth-limit'} = $limit if $limit;
     $options{progress} = sub ($done, $all) { $progress->($device, $done, $all) }
@@ -548,9 +538,18 @@ An incremental backup goes on top of the archive that the device's bitmap is rel
 that ties bitmaps to backups (L<PVE::BackupAccess::Task>) says which one that is. For one that does not, Proxmox VE
 itself, the host notes outside of the directory which archive it made last for each storage id (C<state-dir> of
 L</new>), and that must be the directory's newest one. Where the archive is not there, is damaged, or lacks something
-it builds on, where the device has another size, or where there are 100 archives in its chain, the device gets a full backup, and
+it builds on, or L</verify> found damage in one of them, where the device has another size, or where there are 100 archives in its chain, the device gets a full backup, and
 the log says why. Damage is
 seen here if it changed a file's size or time (then the content is read); L</verify> sees all.
+
+What the archives before have already is not stored again, block by block of 64 KiB, by the digests: an increment
+leaves out what the guest has written without a change. Where a bitmap was lost (or begins anew for another reason)
+all of the device is read, and compared with the newest archive of it; what differs is stored on top of that,
+as an increment is, and the whole is read back. So a lost bitmap costs reading, not storing. It is a full backup
+with L</make_full>, where the chain is long enough, and where the newest archive is of another guest, of another size, or
+damaged as far as is known: L</verify> leaves a note, F<drive-scsi0.damaged>, in the directory of an
+archive that is, and takes it away when the archive is found whole. If the reading back finds that the newest archive
+is damaged, the backup dies with C<ContentError>, and the next one is a full one.
 
 One directory takes the backups of one guest for each number, and one storage id stands for one
 target-id of L<PVE::BackupAccess>. Directories that are used in turn under one storage id, a directory that was put

@@ -9,7 +9,9 @@ package PBA::Test::Chain;
 use v5.36;
 
 use File::Temp ();
+use JSON::PP ();
 use Test::More;
+use Time::HiRes ();
 
 use PBA::Test::BitmapDisk;
 use PBA::Test::QemuNbd;
@@ -198,6 +200,28 @@ sub check ($self, $text) {
 sub entries ($dir) {
     opendir(my $dh, $dir) or die "$dir: $!\n";
     return sort readdir($dh);
+}
+
+# Flips a bit of the guest's data at an offset; time and size stay, as when a disk rots.
+sub rot ($image, $offset) {
+    my @times = (Time::HiRes::stat($image))[8, 9];
+    my $map = JSON::PP->new->utf8->decode(
+        PBA::Test::QemuNbd::output_of('map', '-U', '--output=json', $image));
+    my ($part) = grep {
+               $_->{data}
+            && $_->{depth} == 0
+            && $_->{start} <= $offset
+            && $offset < $_->{start}
+            + $_->{length}
+    } $map->@*;
+    open(my $fh, '+<:raw', $image) or die "$image: $!\n";
+    seek($fh, $part->{offset} + $offset - $part->{start}, 0);
+    read($fh, my $byte, 1);
+    seek($fh, -1, 1);
+    print {$fh} chr(ord($byte) ^ 4);
+    close($fh) or die "$image: $!\n";
+    Time::HiRes::utime($times[0], $times[1], $image);
+    return;
 }
 
 # Goes on in a copy of a directory. No backups can be made there if one is made elsewhere: the bitmaps

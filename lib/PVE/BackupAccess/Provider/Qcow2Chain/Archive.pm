@@ -260,6 +260,22 @@ sub digests_problem ($self, $device) {
     return $self->file_problem(_digests_of($device), 1);
 }
 
+# What a verification found of what the archive itself has of the device; nothing is built on what is
+# damaged. On a store that cannot be written to nothing is noted: there is no backup either.
+sub note_damage ($self, $device, $is_damaged) {
+    my $file = $self->_damage_note($device);
+    attempt_any { write_file($file, ''); sync($file) }
+    if $is_damaged && !-e $file;
+    unlink($file) if !$is_damaged;
+    return;
+}
+
+sub is_known_damaged ($self, $device) { return -e $self->_damage_note($device) ? 1 : 0 }
+
+sub _damage_note ($self, $device) {
+    return $self->image($device) =~ s/qcow2\z/damaged/r;
+}
+
 # Why the image's header, as found, does not fit the manifest, or undef.
 sub header_problem ($self, $device, $header) {
     my $path = $self->image($device);
@@ -307,6 +323,8 @@ sub merge_space ($self, $device, $parent) {
 # stays the same all the time, so that this may be done again from the start after a crash.
 sub absorb ($self, $device, $parent) {
     my ($mine, $theirs) = ($self->image($device), $parent->image($device));
+
+    $self->note_damage($device, 1) if $parent->is_known_damaged($device);
 
     # The manifest last: until then it names a file that shows this archive, before the move and
     # after it. The data is durable before the move, which takes away the only other file that has it.

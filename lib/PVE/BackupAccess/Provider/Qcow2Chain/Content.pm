@@ -15,9 +15,10 @@ use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use PVE::BackupAccess::Try qw(attempt);
 use PVE::BackupAccess::Volume;
 
-our @EXPORT_OK = qw(chain_damage check_stored content_problem describe joined
+our @EXPORT_OK = qw(chain_damage check_base check_stored content_problem describe joined
     merge_image);
 
+my $Error = 'PVE::BackupAccess::Error';
 my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
 
 my $most_shown = 8;
@@ -49,17 +50,17 @@ sub describe (@ranges) {
         . ($more ? " and $more more" : '');
 }
 
-# The ranges of what a file of digests knows that are otherwise in an image. What the image builds on
-# has to be there.
-my sub damage_in ($image, $size, $digests) {
+# The ranges of an image that are otherwise than files of digests know: all of the image, or only
+# what one file knows. What the image builds on has to be there.
+my sub damage_in ($image, $size, @digests) {
     local $SIG{CHLD} = 'DEFAULT';    # the caller's may wait for every child
     my $server = $Server->start($image);
     my $volume
         = PVE::BackupAccess::Volume->open('image', { 'nbd-path' => $server->uri, size => $size });
     my @ranges;
     $volume->check(
-        expected => [$digests],
-        'only-known' => 1,
+        expected => \@digests,
+        'only-known' => @digests == 1 ? 1 : 0,
         damaged => sub ($offset, $length) { push(@ranges, [$offset, $length]) },
     );
     $volume->close;
@@ -81,12 +82,36 @@ my sub damage ($archive, $device) {
 sub check_stored ($archive, $device, $log) {
     my $start = time;
     my @damage = damage($archive, $device);
-    PVE::BackupAccess::Error->throw(
+    $Error->throw(
         'ContentError',
         "device $device: its image lacks what was written to it - " . describe(@damage),
         device => $device
     ) if @damage;
     $log->('info', sprintf('%s: checked in %.1f s', $device, time - $start));
+    return;
+}
+
+# The same for what was not written since what the archive builds on, the chain, has it already: all of
+# the disk is read. Where that is not so the chain is damaged, and the next backup does not build on it.
+sub check_base ($archive, $device, $log, @chain) {
+    my $start = time;
+    my @damage = damage_in(
+        $archive->image($device),
+        $archive->device($device)->{size},
+        map { $_->digests($device) } $archive, @chain
+    );
+    if (@damage) {
+        $chain[0]->note_damage($device, 1);
+        $Error->throw(
+            'ContentError',
+            "device $device: archive "
+                . $chain[0]->name
+                . ', which this one builds on, is damaged, so that the next backup is a full one - '
+                . describe(@damage),
+            device => $device
+        );
+    }
+    $log->('info', sprintf('%s: checked in full in %.1f s', $device, time - $start));
     return;
 }
 
@@ -106,9 +131,10 @@ sub merge_image ($archive, $device, $into) {
     my $about = $archive->device($device);
     my $block = $about->{digests}{block};
     my %known = map { $_ => 1 } offsets($block, damage($archive, $device));
+    $archive->note_damage($device, 1) if %known;
     commit_image($archive->image($device));
     my @new = grep { !$known{$_} } offsets($block, damage_in($into, $about->{size}, $digests));
-    PVE::BackupAccess::Error->throw(
+    $Error->throw(
         'ContentError',
         "device $device: the merged image $into lacks what was merged - "
             . describe(joined(map { [$_, min($block, $about->{size} - $_)] } @new)),

@@ -159,6 +159,20 @@ sub base_of_id ($self, $id, $device, $size) {
     return $self->_checked_base($name, $device, $size);
 }
 
+# The archives, the newest first, that what is read in full can be compared with, so that only what differs
+# is stored. Dies if there is no such chain, or if it cannot be built on.
+sub comparable ($self, $device, $size, $guest) {
+    my $newest = first { $_->device($device) } reverse($self->_readable);
+    fail('there is none before it') if !$newest;
+    fail('archive ' . $newest->name . ' is of another guest')
+        if ($newest->guest // '') ne ($guest // '');
+    my $base = $self->_checked_base($newest->name, $device, $size);
+    my @chain = $self->chain($base->name, $device);
+    my ($problem) = map { $_->digests_problem($device) // () } @chain;
+    fail($problem) if defined($problem);
+    return @chain;
+}
+
 # Each takes descriptors and time to open: 100 images take 0.1 s, 500 take 1.2 s and half of the 1024
 # descriptors that a process usually may have.
 our $longest_chain = 100;
@@ -172,6 +186,8 @@ sub _checked_base ($self, $name, $device, $size) {
     fail($problem) if defined($problem);
     fail("archive $name is of version 0.1: it has no digests of what was read")
         if !defined($chain[0]->digests($device));
+    my ($damaged) = grep { $_->is_known_damaged($device) } @chain;
+    fail('archive ' . $damaged->name . ' is damaged, as its last verification found') if $damaged;
     return $chain[0];
 }
 

@@ -35,14 +35,29 @@ my sub is_provable ($device, @chain) {
     return !grep { !$_->device($device)->{digests} } @chain;
 }
 
+# Leaves a note of what was found of each archive, if all of it was looked at or something is wrong.
+my sub note_damage ($seen, $device, $is_whole, @chain) {
+    for my $archive (@chain) {
+        my $ranges = $seen->{content}{ $archive->dir }{$device};
+        my $problems = $seen->{files}{ $archive->dir };
+        my $is_damaged = ($ranges && $ranges->@*) || ($problems && $problems->@*) ? 1 : 0;
+        $is_damaged = 1 if !$ranges && !$is_whole;
+        $archive->note_damage($device, $is_damaged) if $is_damaged || $ranges;
+    }
+    return;
+}
+
 my sub device_problems ($guest, $seen, $listed, $device, $name) {
     my (@chain, @problems);
     my $broken = attempt { @chain = $guest->chain($name, $device) };
     return "$device: " . reason($broken) if $broken;
     push(@problems, map { file_problems($seen, $_) } grep { !$listed->{ $_->name }++ } @chain);
     push(@problems, $guest->headers_problem($device, @chain) // ());
-    return @problems if @problems || !is_provable($device, @chain);
-    return content_problems($seen, $device, @chain);
+    if (!@problems && is_provable($device, @chain)) {
+        @problems = content_problems($seen, $device, @chain);
+    }
+    note_damage($seen, $device, !@problems, @chain);
+    return @problems;
 }
 
 # As texts, none if the archive is whole. seen is a hash that keeps what was found, for other archives

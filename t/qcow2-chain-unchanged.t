@@ -1,0 +1,146 @@
+# What the archives before have already is not stored again: rewritten blocks, and a full read after a
+# bitmap was lost. What is damaged is.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use Test::More;
+
+use PBA::Test::Chain;
+
+my $KiB = 1 << 10;
+my $device = 'drive-scsi0';
+
+sub backup ($chain, @writes) {
+    $chain->disk($device)->write(@writes);
+    return $chain->backup // die $chain->error;
+}
+
+# One archive, with data from 256 KiB to 384 KiB and from 1 MiB to 1,152 KiB.
+sub new_chain () {
+    my $chain = PBA::Test::Chain->new;
+    my $name = backup($chain, [256 * $KiB, 128 * $KiB, 0x11], [1024 * $KiB, 128 * $KiB, 0x12]);
+    $chain->log;
+    return ($chain, $name);
+}
+
+sub lose_bitmap ($chain) {
+    my $disk = $chain->disk($device);
+    $disk->_bitmap('--remove');
+    $disk->{has_bitmap} = 0;
+    return;
+}
+
+# What the archive's device builds on, as listed.
+sub parent_of ($chain, $name) {
+    my ($entry) = grep { $_->{volname} eq $name } $chain->provider->list(100)->@*;
+    my $parent = $entry->{devices}{$device}{parent};
+    return defined($parent) ? "vm/100/$parent" : undef;
+}
+
+sub rot ($chain, $name, $offset) {
+    PBA::Test::Chain::rot($chain->path_of($name, "$device.qcow2"), $offset);
+    return;
+}
+
+subtest 'a guest that rewrites the same' => sub {
+    my ($chain, $first) = new_chain();
+    my $second = backup(
+        $chain,
+        [256 * $KiB, 128 * $KiB, 0x11],
+        [512 * $KiB, 64 * $KiB, 0],
+        [1024 * $KiB, 64 * $KiB, 0x13],
+    );
+    like(
+        $chain->log,
+        qr/$device: stored 64\.0 KiB in .*, 192\.0 KiB are unchanged\)/,
+        'only what it changed is stored'
+    );
+    backup($chain, [1024 * $KiB, 64 * $KiB, 0x12]);
+    like($chain->log, qr/$device: stored 64\.0 KiB in /, 'what an older archive had is a change');
+    $chain->check('all of them');
+    $chain->provider->remove($first);
+    $chain->forget($first);
+    $chain->check('without the first');
+};
+
+subtest 'a bitmap that was lost' => sub {
+    my ($chain, $first) = new_chain();
+    my $second = backup($chain, [512 * $KiB, 64 * $KiB, 0x15]);
+    lose_bitmap($chain);
+    $chain->log;
+    my $third = backup(
+        $chain,
+        [256 * $KiB, 64 * $KiB, 0],
+        [512 * $KiB + 7 * 512, 512, 0x16],
+        [2048 * $KiB, 64 * $KiB, 0x17],
+    );
+    is($chain->modes->{$device}, 'new', 'has all read');
+    my $name = $second =~ s{.*/}{}r;
+    like(
+        $chain->log,
+        qr/$device: read in full, stored 192\.0 KiB that differ from $name in .*64\.0 KiB of it zero/,
+        'stores what differs'
+    );
+    is(parent_of($chain, $third), $second, 'on top of the newest archive');
+    my $fourth = backup($chain, [2048 * $KiB, 64 * $KiB, 0x18]);
+    is(parent_of($chain, $fourth), $third, 'increments go on from there');
+    $chain->check('each archive');
+    $chain->provider->remove($second);
+    $chain->forget($second);
+    $chain->check('merged');
+    $chain->provider->prune(100, 1);
+    $chain->forget($first, $third);
+    $chain->check('pruned');
+};
+
+subtest 'where all is stored' => sub {
+    my ($chain, $first) = new_chain();
+    $chain->provider->make_full(1);
+    my $full = backup($chain);
+    is(parent_of($chain, $full), undef, 'a full backup that was asked for');
+    $chain->provider->make_full(0);
+    no warnings 'once';
+    local $PVE::BackupAccess::Provider::Qcow2Chain::Guest::longest_chain = 2;
+    lose_bitmap($chain);
+    is(parent_of($chain, backup($chain)), $full, 'the first on top of it is none');
+    lose_bitmap($chain);
+    is(parent_of($chain, backup($chain)), undef, 'the end of a chain');
+    like($chain->log, qr/nothing to compare with - a chain of 2 archives/, 'says why');
+};
+
+subtest 'a base that rots' => sub {
+    my ($chain, $first) = new_chain();
+    rot($chain, $first, 1024 * $KiB);
+    lose_bitmap($chain);
+    is($chain->backup, undef, 'no archive builds on it unseen');
+    like(
+        $chain->error,
+        qr/device $device: archive \w+, which .* is damaged, .* 65536 at offset 1048576/,
+        'the error says where'
+    );
+    $chain->log;
+    my $next = backup($chain);
+    is(parent_of($chain, $next), undef, 'the next backup is a full one');
+    like($chain->log, qr/archive \w+ is damaged, as its last verification found/, 'and says why');
+    is($chain->problem($next), '', 'that has all of the data');
+};
+
+subtest 'what verify found' => sub {
+    my ($chain, $first) = new_chain();
+    rot($chain, $first, 256 * $KiB);
+    is($chain->next_modes->{$device}, 'use', 'rot that nobody has seen');
+    like(join("\n", $chain->provider->verify($first)->@*), qr/offset 262144/, 'is found');
+    is($chain->next_modes->{$device}, 'new', 'and nothing is built on it');
+    rot($chain, $first, 256 * $KiB);
+    is_deeply($chain->provider->verify($first), [], 'if it is well again');
+    is($chain->next_modes->{$device}, 'use', 'it is a base again');
+    rot($chain, $first, 256 * $KiB);
+    $chain->provider->verify($first);
+    my $next = backup($chain, [256 * $KiB, 64 * $KiB, 0x11]);
+    is(parent_of($chain, $next), undef, 'the next backup stores all');
+    is($chain->problem($next), '', 'and holds what it must');
+};
+
+done_testing;
