@@ -28,7 +28,7 @@ my @known = (
     [
         'nothing speaks against an incremental backup',
         { provider => 'chain', persistent => 1 },
-        qw(ok:new ok:reuse failed ok:reuse failed-late ok:reuse killed ok:reuse ram ok:reuse),
+        qw(ok:new ok:reuse failed ok:reuse failed-late ok:new ok:reuse killed ok:reuse ram ok:reuse),
         qw(host ok:reuse restart ok:reuse replug ok:reuse second-target:new ok:reuse),
         qw(second-target:reuse ok:reuse copied-store ok:reuse),
     ],
