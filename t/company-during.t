@@ -199,7 +199,7 @@ my %events = (
             $test->{refusal} = $test->{vm}->hmp('savevm s1');
             return $test->{refusal} !~ m/Error/;
         },
-        refused => 1,
+        refused => 'while guarded', # QEMU 10.0 makes it at the end of a teardown, which is harmless
     },
     'a resize' => {
         happens =>
@@ -237,6 +237,8 @@ sub qmp_code ($test) {
 sub happen ($test) {
     return if exists($test->{done});
     $test->{done} = undef;
+    $test->{guarded} = grep { $_->{'node-name'} =~ m/\Apba-guard-/ }
+        $test->{vm}->qmp('query-named-block-nodes')->@*;
     $test->{done} = $test->{event}{happens}->($test) ? 1 : 0;
     $test->{refusal} //= '';
     return;
@@ -313,7 +315,9 @@ sub check_next ($test, $ended) {
 sub check_outcome ($test, $ended) {
     my $vm = $test->{vm};
     ok($vm->is_alive, 'QEMU lives') or return;
-    ok(!$test->{done}, 'it is refused') if $test->{event}{refused} && exists($test->{done});
+    my $refused = $test->{event}{refused} // '';
+    ok(!$test->{done}, 'it is refused')
+        if exists($test->{done}) && ($refused eq '1' || ($refused && $test->{guarded}));
     diag("teardown: $test->{error}") if !$ended;
     ok($ended, 'the backup is a success') if $test->{event}{refused};
     write_disk($test, 0x43, 3 * $mib);
