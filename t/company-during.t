@@ -237,7 +237,7 @@ sub qmp_code ($test) {
 sub happen ($test) {
     return if exists($test->{done});
     $test->{done} = undef;
-    $test->{guarded} = grep { $_->{'node-name'} =~ m/\Apba-guard-/ }
+    $test->{guarded} = 2 == grep { $_->{'node-name'} =~ m/\Apba-guard-/ }
         $test->{vm}->qmp('query-named-block-nodes')->@*;
     $test->{done} = $test->{event}{happens}->($test) ? 1 : 0;
     $test->{refusal} //= '';
