@@ -273,6 +273,8 @@ bool pba_exports_find_any(PbaAccess *access, bool *found, GError **error);
 /* Removes our exports, and waits until they are gone. is_shared tells whether another program has
  * put some on our NBD server. */
 bool pba_exports_remove(PbaAccess *access, bool *is_shared, GError **error);
+/* Whether our NBD server is there. Connects to it: see undo_rest in teardown.c. */
+bool pba_nbd_server_is_up(const PbaAccess *access);
 /* Stops our NBD server, but one that is shared. Our marker was seen just before. */
 bool pba_nbd_server_stop(PbaAccess *access, bool is_shared, GError **error);
 

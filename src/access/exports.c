@@ -291,12 +291,14 @@ bool pba_access_export(PbaAccess *access, GError **error)
     return done;
 }
 
-bool pba_nbd_server_stop(PbaAccess *access, bool is_shared, GError **error)
+bool pba_nbd_server_is_up(const PbaAccess *access)
 {
     /* It is ours while it listens in our directory, which no other access has. */
-    if (!access->socket || !pba_socket_answers(access->socket)) {
-        return true;
-    }
+    return access->socket && pba_socket_answers(access->socket);
+}
+
+bool pba_nbd_server_stop(PbaAccess *access, bool is_shared, GError **error)
+{
     if (is_shared) {
         g_clear_pointer(&access->socket, g_free); /* theirs from now on */
         pba_log(&access->hooks, PBA_LOG_WARN,

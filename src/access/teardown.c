@@ -10,7 +10,7 @@ void pba_access_free(PbaAccess *access)
         return;
     }
     pba_vfiles_free(access);
-    bool server_is_up = access->socket && pba_socket_answers(access->socket);
+    bool server_is_up = pba_nbd_server_is_up(access);
     if (access->socket_dir && access->owner == getpid() && !server_is_up) {
         pba_run_dir_remove(access);
     }
@@ -54,10 +54,14 @@ void pba_access_end(PbaAccess *access)
 static bool undo_rest(PbaAccess *access, bool success, bool is_shared, GError **error)
 {
     g_auto(PbaBlock) block = {0};
+    /* Before the queries: this connects, and in QEMU before 8.2 (06e0f098d612) nbd-server-stop
+     * waits for ever, with the guest, for a client that is in the middle of its first messages.
+     * Two commands later QEMU has seen the end of this one. */
+    bool server_is_up = pba_nbd_server_is_up(access);
 
     return pba_block_query(access->qmp, access->backend->ends_by_graph, &block, error) &&
            pba_owner_require(access, block.nodes, error) &&
-           pba_nbd_server_stop(access, is_shared, error) &&
+           (!server_is_up || pba_nbd_server_stop(access, is_shared, error)) &&
            access->backend->teardown(access, &block, success, error);
 }
 
@@ -98,7 +102,7 @@ static bool is_over(PbaAccess *access, const GError *error)
         /* A QEMU that quit has taken the access with it. */
         return error->code == PBA_ERROR_CONNECTION && pba_qmp_is_gone(access->qmp);
     }
-    bool server_is_up = access->socket && pba_socket_answers(access->socket);
+    bool server_is_up = pba_nbd_server_is_up(access);
     return !server_is_up && access->backend->is_clean(access);
 }
 
