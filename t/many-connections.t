@@ -4,11 +4,32 @@ use v5.36;
 
 use lib 't/lib';
 
+use IO::Socket::UNIX ();
 use Test::More;
 
 use PBA::Test::Backend;
 
 my $count = 120;
+
+# A client that says nothing: QEMU before 8.2 would wait for it in nbd-server-stop, and the guest with it.
+sub check_half_connected ($backend) {
+    my $access = $backend->access;
+    $access->setup($backend->devices('use'));
+    my ($volume) = values $access->volumes('nbd')->%*;
+    my $path = $volume->{'nbd-path'};
+    my $client = IO::Socket::UNIX->new(Peer => $path) or die "$path: $!\n";
+    my ($major, $minor) = $backend->vm->version->@*;
+    my $waits = $major < 8 || ($major == 8 && $minor < 2);
+    my $done = eval { $access->teardown(1); 1 };
+    is($done ? 1 : 0, $waits ? 0 : 1, 'a client that says nothing: teardown');
+    my $why = $@;
+    ok($backend->vm->qmp('query-status'), 'QEMU goes on');
+    return if !$waits;
+    like($why, qr/has connected to the NBD server at '.*' and does not go on - .*: end it/, 'why');
+    close($client);
+    ok(eval { $access->teardown(0); 1 }, 'after its end, as after a failed backup') or diag($@);
+    return;
+}
 
 for my $name (PBA::Test::Backend->names) {
     subtest $name => sub {
@@ -34,6 +55,7 @@ for my $name (PBA::Test::Backend->names) {
         is(length($_->pread(0, 4096)), 4096, 'each is served') for $open[0], $open[-1];
         undef(@open);
         $access->teardown(1);
+        check_half_connected($backend) if $name eq 'upstream';
         $backend->check_manners;
     };
 }

@@ -32,6 +32,9 @@ struct PbaBackend {
 
     /* Whether only reads within single clusters of the snapshot are right. */
     bool (*reads_by_cluster)(const PbaAccess *access);
+    /* Whether nbd-server-stop waits, and the guest with QEMU, for clients that are in the middle of
+     * their first messages. */
+    bool (*stop_waits)(const PbaAccess *access);
     /* Once all are there; nothing depends on it. */
     void (*after_export)(PbaAccess *access);
 

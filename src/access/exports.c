@@ -6,6 +6,10 @@
 #include <inttypes.h>
 #include <string.h>
 
+/* So long a client may take for its first messages; how often it is looked for. */
+#define CLIENT_LIMIT_S 5
+#define CLIENT_LOOK_MS 50
+
 /* block-export-del waits for requests in flight; Proxmox allows it ten minutes. */
 #define EXPORT_GONE_S 600
 
@@ -297,6 +301,28 @@ bool pba_nbd_server_is_up(const PbaAccess *access)
     return access->socket && pba_socket_answers(access->socket);
 }
 
+/* Those of exports are gone with these; what is left has only begun. */
+static bool wait_for_clients(PbaAccess *access, GError **error)
+{
+    static const char what[] = "waiting for clients of the NBD server";
+    gint64 until = pba_deadline(CLIENT_LIMIT_S);
+
+    while (pba_socket_has_clients(access->socket)) {
+        if (g_get_monotonic_time() >= until) {
+            pba_error_set(error, PBA_ERROR_STATE,
+                          "a program has connected to the NBD server at '%s' and does not go on - "
+                          "QEMU before 8.2 would wait for it with the guest stopped: end it, then "
+                          "call teardown again",
+                          access->socket);
+            return false;
+        }
+        if (!pba_wait_ms(CLIENT_LOOK_MS, G_MAXINT64, &access->hooks, what, error)) {
+            return false;
+        }
+    }
+    return true;
+}
+
 bool pba_nbd_server_stop(PbaAccess *access, bool is_shared, GError **error)
 {
     if (is_shared) {
@@ -307,7 +333,8 @@ bool pba_nbd_server_stop(PbaAccess *access, bool is_shared, GError **error)
     }
     /* Not while there is an export: QEMU would wait for its end with the guest stopped, 7.2 for
      * ever if a client is just connecting. */
-    return pba_qmp_run(access->qmp, "nbd-server-stop", NULL, error);
+    return (!access->backend->stop_waits(access) || wait_for_clients(access, error)) &&
+           pba_qmp_run(access->qmp, "nbd-server-stop", NULL, error);
 }
 
 bool pba_exports_remove(PbaAccess *access, bool *is_shared, GError **error)

@@ -52,5 +52,8 @@ bool pba_wait_ms(unsigned milliseconds, gint64 deadline, const PbaHooks *hooks, 
 char *pba_trusted_dir(const char *what, const char *path, GError **error);
 /* True unless nothing listens at the socket. */
 bool pba_socket_answers(const char *path);
+/* Whether one that was accepted there, or waits for that, is still open, as far as this process'
+ * network namespace tells. */
+bool pba_socket_has_clients(const char *path);
 
 #endif

@@ -35,6 +35,12 @@ static bool reads_by_cluster(G_GNUC_UNUSED const PbaAccess *access)
     return false;
 }
 
+/* The commands are younger than QEMU 8.2. */
+static bool stop_waits(G_GNUC_UNUSED const PbaAccess *access)
+{
+    return false;
+}
+
 /* QEMU leaves the clean parts out of the snapshot from the start. */
 static void after_export(G_GNUC_UNUSED PbaAccess *access)
 {
@@ -124,6 +130,7 @@ const PbaBackend pba_pve_backend = {
     .teardown = pba_pve_teardown,
     .is_clean = is_clean,
     .reads_by_cluster = reads_by_cluster,
+    .stop_waits = stop_waits,
     .after_export = after_export,
     .plain_bitmap = plain_bitmap,
     .bitmap_target = bitmap_target,

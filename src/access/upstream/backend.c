@@ -119,6 +119,7 @@ const PbaBackend pba_upstream_backend = {
     .teardown = pba_upstream_teardown,
     .is_clean = pba_upstream_is_clean,
     .reads_by_cluster = pba_upstream_reads_by_cluster,
+    .stop_waits = pba_upstream_stop_waits,
     .after_export = after_export,
     .plain_bitmap = pba_target_bitmap,
     .bitmap_target = pba_bitmap_target,

@@ -13,6 +13,7 @@ bool pba_upstream_cut(PbaAccess *access, const PbaBlock *block, GError **error);
 bool pba_upstream_finish(PbaAccess *access, GError **error);
 bool pba_upstream_teardown(PbaAccess *access, PbaBlock *block, bool success, GError **error);
 bool pba_upstream_is_clean(PbaAccess *access);
+bool pba_upstream_stop_waits(const PbaAccess *access);
 bool pba_upstream_reads_by_cluster(const PbaAccess *access);
 
 /* Versions of QEMU */

@@ -13,6 +13,13 @@ bool pba_upstream_reads_by_cluster(const PbaAccess *access)
     return access->qemu_version < 1000;
 }
 
+/* Before 8.2 (06e0f098d612) such a client's messages are not read during nbd-server-stop, which
+ * with the fix of CVE-2024-7409 waits for its end. */
+bool pba_upstream_stop_waits(const PbaAccess *access)
+{
+    return access->qemu_version < 802;
+}
+
 /* 7.2 aborts when an NBD client leaves an export of a running guest's disk that is in an iothread
  * (nbd_blockdev_client_closed: Assertion qemu_in_main_thread()). 10.0 is known to be good. */
 bool pba_upstream_allows_iothreads(const PbaAccess *access)
