@@ -63,11 +63,12 @@ sub killed_at ($rename, $when, $code) {
 
 # ---- lost, damaged, changed ----
 
-# Where the image has guest data.
+# Where the image has data that the last archive shows: what later images have again is not read there.
 sub data_of ($file) {
-    my $map = PBA::Test::QemuNbd::output_of('map', '-U', '--output=json', $file);
-    my ($mine) = grep { $_->{data} && $_->{depth} == 0 } JSON::PP::decode_json($map)->@*;
-    return $mine->{offset} + 1000;
+    my $map = PBA::Test::QemuNbd::output_of('map', '-U', '--output=json', of(3));
+    my ($depth) = grep { of(3 - $_) eq $file } 0 .. 2;
+    my ($shown) = grep { $_->{data} && $_->{depth} == $depth } JSON::PP::decode_json($map)->@*;
+    return $shown->{offset} + 1000;
 }
 
 sub spoil ($file, $at = data_of($file)) {
