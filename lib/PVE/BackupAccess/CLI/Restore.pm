@@ -59,9 +59,8 @@ my sub open_new ($file) {
 my sub begin_file ($job, $file) {
     my $part = "$file.part";
     unlink($part);    # of a restore that was killed
-    my $fh = open_new($part);
-    $job->{parts}{$file} = $part;
-    return $fh;
+    $job->{parts}{$file} = $part;    # first: a signal may come in between
+    return open_new($part);
 }
 
 my sub publish_files ($job) {
