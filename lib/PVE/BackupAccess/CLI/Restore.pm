@@ -58,7 +58,7 @@ my sub open_new ($file) {
 # A handle for the file, which has another name until the end.
 my sub begin_file ($job, $file) {
     my $part = "$file.part";
-    unlink($part);    # of a restore that was killed
+    unlink($part);                   # of a restore that was killed
     $job->{parts}{$file} = $part;    # first: a signal may come in between
     return open_new($part);
 }
