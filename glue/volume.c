@@ -52,6 +52,14 @@ static bool call_code(pTHX_ Caller *caller, SV *code, uint64_t first, SV *second
     return !died;
 }
 
+/* The same; the second argument is the callee's. */
+static bool call_and_free(pTHX_ Caller *caller, SV *code, uint64_t first, SV *second)
+{
+    bool good = call_code(aTHX_ caller, code, first, second);
+    SvREFCNT_dec(second);
+    return good;
+}
+
 /* Lends the data to Perl without copying it, and gives it its own copy if it keeps the scalar. */
 static bool copy_write(void *opaque, uint64_t offset, const void *data, size_t length)
 {
@@ -81,33 +89,25 @@ static bool copy_progress(void *opaque, uint64_t done, uint64_t total)
 {
     dTHX;
     CopyCalls *calls = opaque;
-    SV *second = newSVuv(total);
 
-    bool good = call_code(aTHX_ calls->caller, calls->progress, done, second);
-    SvREFCNT_dec(second);
-    return good;
+    return call_and_free(aTHX_ calls->caller, calls->progress, done, newSVuv(total));
 }
 
 static bool copy_digests(void *opaque, uint64_t offset, const uint8_t *digests, size_t count)
 {
     dTHX;
     CopyCalls *calls = opaque;
-    SV *second = newSVpvn((const char *)digests, count * PBA_DIGEST_SIZE);
 
-    bool good = call_code(aTHX_ calls->caller, calls->digests, offset, second);
-    SvREFCNT_dec(second);
-    return good;
+    return call_and_free(aTHX_ calls->caller, calls->digests, offset,
+                         newSVpvn((const char *)digests, count * PBA_DIGEST_SIZE));
 }
 
 static bool copy_damaged(void *opaque, uint64_t offset, uint64_t length)
 {
     dTHX;
     CopyCalls *calls = opaque;
-    SV *second = newSVuv(length);
 
-    bool good = call_code(aTHX_ calls->caller, calls->damaged, offset, second);
-    SvREFCNT_dec(second);
-    return good;
+    return call_and_free(aTHX_ calls->caller, calls->damaged, offset, newSVuv(length));
 }
 
 /* A file's name: bytes, undef if it is not given. */

@@ -29,10 +29,7 @@ sub sent ($backend, $code) {
     my @names;
     my $carry = sub ($command, $arguments) {
         push(@names, $command);
-        my $qmp = PBA::Test::QMP->new(path => $backend->qmp_path);
-        my $value = $qmp->execute($command, $arguments->%*);
-        $qmp->close;
-        return $value;
+        return PBA::Test::QMP->once($backend->qmp_path, $command, $arguments);
     };
     $code->($carry);
     return @names;

@@ -19,12 +19,7 @@ sub carrier ($backend, $calls, %on) {
     return sub ($command, $arguments) {
         push($calls->@*, $command);
         $on{$command}->() if $on{$command};
-        my $qmp = PBA::Test::QMP->new(path => $backend->qmp_path);
-        my $value = eval { $qmp->execute($command, $arguments->%*) };
-        my $error = $@;
-        $qmp->close;
-        die $error if $error;
-        return $value;
+        return PBA::Test::QMP->once($backend->qmp_path, $command, $arguments);
     };
 }
 

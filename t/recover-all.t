@@ -62,10 +62,7 @@ sub check_dead ($backend) {
     my @sent;
     my $qmp = sub ($command, $arguments) {
         push(@sent, $command);
-        my $client = PBA::Test::QMP->new(path => $backend->qmp_path);
-        my $value = $client->execute($command, $arguments->%*);
-        $client->close;
-        return $value;
+        return PBA::Test::QMP->once($backend->qmp_path, $command, $arguments);
     };
     is_deeply(recover($backend, qmp => $qmp), [], 'nothing to undo, bitmaps of two targets there');
     is_deeply(\@sent, ['query-named-block-nodes'], 'one query');

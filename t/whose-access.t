@@ -200,12 +200,7 @@ sub late_command ($name, $command) {
             $b_access->volumes('nbd') if $command eq 'blockdev-del';
             $before = state_of($backend);
         }
-        my $qmp = PBA::Test::QMP->new(path => $backend->qmp_path);
-        my $value = eval { $qmp->execute($asked, $arguments->%*) };
-        my $error = $@;
-        $qmp->close;
-        die $error if $error;
-        return $value;
+        return PBA::Test::QMP->once($backend->qmp_path, $asked, $arguments);
     };
     my $access = new_access($backend, qmp => $asks);
     $access->setup($backend->devices('use'));
@@ -237,11 +232,7 @@ sub recover_late ($name) {
 
     my ($b_access, $before);
     my $asks = sub ($command, $arguments) {
-        my $qmp = PBA::Test::QMP->new(path => $backend->qmp_path);
-        my $value = eval { $qmp->execute($command, $arguments->%*) };
-        my $error = $@;
-        $qmp->close;
-        die $error if $error;
+        my $value = PBA::Test::QMP->once($backend->qmp_path, $command, $arguments);
         return $value if $command ne 'block-export-del' || $b_access;
         $backend->restart;
         $b_access = new_access($backend, qmp => $backend->qmp_path);

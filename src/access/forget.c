@@ -55,7 +55,7 @@ static void find_bitmaps(const PbaAccess *access, const PbaBlock *block, const c
     }
 }
 
-/* Our marker is there: nobody begins an access, which would need the bitmaps. */
+/* Our marker is there: no process begins an access, which would need the bitmaps. */
 static bool forget_marked(PbaAccess *access, GPtrArray *lines, GError **error)
 {
     g_auto(PbaBlock) block = {0};

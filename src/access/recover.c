@@ -338,7 +338,7 @@ bool pba_recover_undo(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GErr
            look(access, block, &leftovers, error);
 }
 
-/* With our marker in QEMU nobody begins an access in between, whose bitmaps would be hit. */
+/* With our marker in QEMU no process begins an access in between, whose bitmaps would be hit. */
 static bool drop_strays(PbaAccess *access, const PbaBlock *block, GPtrArray *lines, GError **error)
 {
     if (!access->backend->has_strays(access, block)) {

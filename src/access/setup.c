@@ -119,7 +119,7 @@ static bool undo_leftovers(PbaAccess *access, PbaBlock *block, GError **error)
     return done;
 }
 
-/* Our marker is there: nobody begins an access in between, whose bitmaps would be hit. */
+/* Our marker is there: no process begins an access in between, whose bitmaps would be hit. */
 static bool drop_strays(PbaAccess *access, PbaBlock *block, GError **error)
 {
     g_autoptr(GPtrArray) lines = g_ptr_array_new_with_free_func(g_free);

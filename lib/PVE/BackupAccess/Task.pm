@@ -223,7 +223,7 @@ sub _notes ($self) {
             dir => $self->{'state-dir'},
         );
 
-        # QEMU's UUID is all zeroes where nobody gave it one.
+        # Without -uuid QEMU's UUID is all zeroes.
         my $guest = "$self->{vmid} $self->{guest}";
         PVE::BackupAccess::Notes->new($self->{'target-id'}, $guest, %options);
     };

@@ -272,8 +272,8 @@ bool pba_pve_drop_strays(PbaAccess *access, GPtrArray *lines, GError **error)
         json_array_unref(actions);
         return false;
     }
-    for (guint i = 0; !pba_pve_is_access_up(&block) && i < json_array_get_length(block.nodes);
-         i++) {
+    guint count = pba_pve_is_access_up(&block) ? 0 : json_array_get_length(block.nodes);
+    for (guint i = 0; i < count; i++) {
         find_strays(access, &block, i, actions, found);
     }
     if (!pba_pve_run_actions(access, actions, error)) {

@@ -82,12 +82,5 @@ bool pba_upstream_cut(PbaAccess *access, const PbaBlock *block, GError **error)
  * to 11.0), which until then the guest makes past it. */
 bool pba_upstream_finish(PbaAccess *access, GError **error)
 {
-    for (guint i = 0; i < access->disks->len; i++) {
-        PbaDisk *disk = access->disks->pdata[i];
-        if (!add_snapshot(access, disk, error)) {
-            pba_error_add_device(error, disk->device);
-            return false;
-        }
-    }
-    return true;
+    return pba_upstream_each_disk(access, add_snapshot, error);
 }

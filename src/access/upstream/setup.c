@@ -396,9 +396,7 @@ static bool add_filter(PbaAccess *access, PbaDisk *disk, GError **error)
     return pba_qmp_run(access->qmp, "blockdev-add", arguments, error);
 }
 
-typedef bool (*DiskStep)(PbaAccess *access, PbaDisk *disk, GError **error);
-
-static bool each_disk(PbaAccess *access, DiskStep step, GError **error)
+bool pba_upstream_each_disk(PbaAccess *access, PbaDiskStep step, GError **error)
 {
     for (guint i = 0; i < access->disks->len; i++) {
         PbaDisk *disk = access->disks->pdata[i];
@@ -430,16 +428,17 @@ bool pba_upstream_prepare(PbaAccess *access, const PbaBlock *block, GError **err
         /* First: if another NBD server runs, nothing has been done to the guest yet. */
         pba_nbd_server_start(access, error) &&
         /* Before the filters, which have them as targets. */
-        each_disk(access, add_fleecing, error) && each_disk(access, add_raw, error) &&
+        pba_upstream_each_disk(access, add_fleecing, error) &&
+        pba_upstream_each_disk(access, add_raw, error) &&
         /* After what they guard, and before the last look at what others do. */
         pba_guards_add(access, error) &&
         /* Before the cut, since making all bits takes a job; the target's records from here on. */
         prepare_bitmaps(access, block, error) &&
         /* Before the cut: what is written after it must be in them. Bits from before are too many.
          */
-        each_disk(access, add_background, error) &&
+        pba_upstream_each_disk(access, add_background, error) &&
         /* After its fleecing node; until the cut a filter has no user and copies nothing. */
-        each_disk(access, add_filter, error) && check_again(access, error) &&
+        pba_upstream_each_disk(access, add_filter, error) && check_again(access, error) &&
         /* One by one, at any time before the cut: qom-set takes one disk, the cut all at once. */
-        each_disk(access, insert_raw, error);
+        pba_upstream_each_disk(access, insert_raw, error);
 }

@@ -16,6 +16,10 @@ bool pba_upstream_is_clean(PbaAccess *access);
 bool pba_upstream_stop_waits(const PbaAccess *access);
 bool pba_upstream_reads_by_cluster(const PbaAccess *access);
 
+/* Runs a step for each disk, until one fails: the error names the device. */
+typedef bool (*PbaDiskStep)(PbaAccess *access, PbaDisk *disk, GError **error);
+bool pba_upstream_each_disk(PbaAccess *access, PbaDiskStep step, GError **error);
+
 /* Versions of QEMU */
 
 bool pba_upstream_allows_iothreads(const PbaAccess *access);

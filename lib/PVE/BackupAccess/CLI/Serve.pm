@@ -52,7 +52,7 @@ my sub offer ($opt, $path, $open) {
             $processes{"device $device: its raw file"} = $file if $file;
             push(@files, $file // ());
         }
-        my $mask = block_signals();    # whoever reads the lines may send one at once
+        my $mask = block_signals();    # a program that reads the lines may send one at once
         my @devices = sort keys %place;
         $opt->{json}
             ? say_json({ devices => { map { $_ => text($place{$_}) } @devices } })

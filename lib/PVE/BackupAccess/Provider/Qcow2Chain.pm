@@ -318,7 +318,7 @@ sub archive_get_firewall_config ($self, $volname, @) {
     return $self->_archive($volname)->content($firewall_config);
 }
 
-# A removal that was killed half way is ended first, if nobody is at it and the directory can be written.
+# First ends a removal that was killed half way, unless another process has the lock or the directory is read-only.
 sub _settle ($self, $guest) {
     my $lock;
     attempt { $lock = $guest->try_change_lock } if -d $guest->dir;

@@ -30,6 +30,16 @@ sub version ($self) {
     return [@{ $self->{greeting}{version}{qemu} }{qw(major minor micro)}];
 }
 
+# One command over a connection of its own, as qemu-server sends each.
+sub once ($class, $path, $command, $arguments) {
+    my $self = $class->new(path => $path);
+    my $value = eval { $self->execute($command, $arguments->%*) };
+    my $error = $@;
+    $self->close;
+    die $error if $error;
+    return $value;
+}
+
 # Runs a command and returns its value; dies with QEMU's error.
 sub execute ($self, $command, %args) {
     my $reply = $self->try($command, %args);

@@ -140,10 +140,15 @@ sub base ($self, $notes, $device, $volume) {
     my $id = $is_told ? $volume->{base} : $notes->ids->{$device};
     return undef if !defined($id);
     my $base = $self->base_of_id($id, $device, $volume->{size});
-    my $newest = first { $_->device($device) } reverse($self->_readable);
-    fail('this host did not make the newest archive, ' . $newest->name)
-        if !$is_told && $newest->id ne $id;
+    return $base if $is_told;
+    my $newest = $self->_newest_of($device);
+    fail('this host did not make the newest archive, ' . $newest->name) if $newest->id ne $id;
     return $base;
+}
+
+# The newest archive that has the device, of those that can be read.
+sub _newest_of ($self, $device) {
+    return first { $_->device($device) } reverse($self->_readable);
 }
 
 # The archive with that id, which the device's bitmap is relative to. Dies if there is none, or if it
@@ -162,7 +167,7 @@ sub base_of_id ($self, $id, $device, $size) {
 # The archives, the newest first, that what is read in full can be compared with, so that only what differs
 # is stored. Dies if there is no such chain, or if it cannot be built on.
 sub comparable ($self, $device, $size, $guest) {
-    my $newest = first { $_->device($device) } reverse($self->_readable);
+    my $newest = $self->_newest_of($device);
     fail('there is none before it') if !$newest;
     fail('archive ' . $newest->name . ' is of another guest')
         if ($newest->guest // '') ne ($guest // '');

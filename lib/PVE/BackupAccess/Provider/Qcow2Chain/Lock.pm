@@ -35,8 +35,8 @@ my %locks = (
     },
 );
 
-# No other program inherits it, and with it the lock, whatever the caller has set. Where nothing can be
-# written there is nobody who could remove anything: undef then for one that only reads.
+# No other program inherits it, and with it the lock, whatever the caller has set. A reader of a read-only
+# directory needs no lock, since no process can remove anything there: undef.
 my sub open_file ($path, $how) {
     local $^F = 2;
     my $fh;
@@ -48,7 +48,7 @@ my sub open_file ($path, $how) {
 # A true value that holds the lock, undef if another process has it.
 sub try_lock ($dir, $kind) {
     my ($file, $how) = $locks{$kind}->@{qw(file how)};
-    my $fh = open_file("$dir/$file", $how) // return 'nobody can change it';
+    my $fh = open_file("$dir/$file", $how) // return 'the directory is read-only';
     return flock($fh, $how | LOCK_NB) ? $fh : undef;
 }
 
