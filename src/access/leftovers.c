@@ -220,7 +220,7 @@ static void add_node(const PbaLeftovers *leftovers, const char *node, GPtrArray 
     const char *disk;
 
     if (pba_leftovers_parse_name(node, &target, &disk)) {
-        bool is_mark = g_str_has_prefix(node, "pba-" PBA_DEVICE_ROLE "-");
+        bool is_mark = g_str_has_prefix(node + strlen("pba-"), PBA_DEVICE_ROLE "-");
         char *what = pba_line(is_mark ? "its backup access (mark '%s')" : "block node '%s'", node);
         set_device(leftovers,
                    add_thing(things, node, target, what,
