@@ -41,9 +41,6 @@ typedef struct {
     bool device_gone; /* recovering: QEMU has nothing any more that the key is a hash of */
 } PbaDisk;
 
-/* What arguments QEMU's own command takes. */
-typedef enum { PBA_FORM_DEVICES, PBA_FORM_DEVLIST } PbaForm;
-
 /* What QEMU has said to Proxmox' command for setup. Without bitmaps QEMU does not tell whether an
  * access is up. */
 typedef enum {
@@ -100,9 +97,8 @@ struct PbaAccess {
     uid_t qemu_uid;
     gid_t qemu_gid;
 
-    const PbaBackend *backend;
-    PbaForm form;
-    unsigned qemu_version; /* 702 is 7.2 */
+    const PbaBackend *backend; /* NULL: QEMU was not asked yet */
+    PbaCapabilities qemu;      /* what it said */
 
     PbaPhase phase;       /* set by pba_access_enter only */
     PbaBlock seen;        /* before setup, if nothing was to be undone; in setup, before the cut */

@@ -4,37 +4,44 @@
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 #include "upstream/upstream.h"
-#include <string.h>
 
+/* Asked in this order; the last one is that of every other QEMU. */
 static const PbaBackend *const backends[] = {&pba_pve_backend, &pba_upstream_backend};
 
-bool pba_access_choose_backend(PbaAccess *access, GError **error)
+static bool choose(PbaQmp *qmp, PbaCapabilities *capabilities, const PbaBackend **backend,
+                   GError **error)
 {
-    PbaCapabilities capabilities;
+    g_auto(PbaQemu) qemu = {0};
+    bool suits = false;
 
-    if (access->backend) {
-        return true;
-    }
-    if (!pba_capabilities(access->qmp, &capabilities, error)) {
+    *capabilities = (PbaCapabilities){0};
+    if (!pba_qemu_query(qmp, &qemu, error)) {
         return false;
     }
-    for (size_t i = 0; i < G_N_ELEMENTS(backends); i++) {
-        if (strcmp(capabilities.backend, backends[i]->name) == 0) {
-            access->backend = backends[i];
+    capabilities->major = qemu.major;
+    capabilities->minor = qemu.minor;
+    capabilities->micro = qemu.micro;
+    for (size_t i = 0; !suits && i < G_N_ELEMENTS(backends); i++) {
+        *backend = backends[i];
+        capabilities->backend = backends[i]->name;
+        if (!backends[i]->suits(qmp, &qemu, &capabilities->form, &suits, error)) {
+            return false;
         }
     }
-    g_assert(access->backend); /* pba_capabilities tells no other name */
-    access->form =
-        g_strcmp0(capabilities.form, "devlist") == 0 ? PBA_FORM_DEVLIST : PBA_FORM_DEVICES;
-    access->qemu_version = capabilities.major * 100 + capabilities.minor;
     return true;
+}
+
+bool pba_capabilities(PbaQmp *qmp, PbaCapabilities *capabilities, GError **error)
+{
+    const PbaBackend *backend;
+
+    return choose(qmp, capabilities, &backend, error);
 }
 
 void pba_access_know(PbaAccess *access, const PbaAccess *known)
 {
     access->backend = known->backend;
-    access->form = known->form;
-    access->qemu_version = known->qemu_version;
+    access->qemu = known->qemu;
     if (!access->identity) {
         access->identity = g_strdup(known->identity);
     }
@@ -61,7 +68,8 @@ static bool ensure_identity(PbaAccess *access, GError **error)
 
 bool pba_access_begin(PbaAccess *access, GError **error)
 {
-    if (!pba_access_choose_backend(access, error)) {
+    if (!access->backend && !choose(access->qmp, &access->qemu, &access->backend, error)) {
+        access->backend = NULL;
         return false;
     }
     pba_user_note(access);

@@ -5,7 +5,11 @@
 #include "access.h"
 
 struct PbaBackend {
-    const char *name; /* as pba_capabilities calls it */
+    const char *name;
+    /* Whether an access is made by it on this QEMU. If so, fills in the form of its commands, where
+     * there are several (static). False, with an error, also where the QEMU lacks something that
+     * no other backend does without. */
+    bool (*suits)(PbaQmp *qmp, PbaQemu *qemu, const char **form, bool *suits, GError **error);
 
     /* Setup: check comes first and changes nothing. prepare does all that may come before the
      * instant, the NBD server among it, and begins the changes before its first one. The guest may
@@ -70,9 +74,7 @@ struct PbaBackend {
     bool (*add_status)(PbaQmp *qmp, JsonObject *status, GError **error);
 };
 
-/* Asks QEMU what it can do, and chooses. */
-bool pba_access_choose_backend(PbaAccess *access, GError **error);
-/* The same, and where need be who it is. */
+/* Asks QEMU what it can do, which chooses the backend, and where need be who it is. */
 bool pba_access_begin(PbaAccess *access, GError **error);
 
 #endif

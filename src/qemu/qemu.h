@@ -4,6 +4,27 @@
 
 #include "src/pba.h"
 
+/* What a QEMU says of itself */
+
+typedef struct {
+    unsigned major, minor, micro;
+    char *package;       /* how its distribution calls it; NULL: not at all */
+    JsonArray *commands; /* NULL: not asked for yet */
+} PbaQemu;
+
+/* Asks for the version. */
+bool pba_qemu_query(PbaQmp *qmp, PbaQemu *qemu, GError **error);
+void pba_qemu_clear(PbaQemu *qemu);
+/* Asks for the commands if that was not done yet. */
+bool pba_qemu_has_command(PbaQmp *qmp, PbaQemu *qemu, const char *command, bool *has,
+                          GError **error);
+/* The QAPI schema. QEMU takes some 25 ms for it and does nothing else meanwhile, Perl code up to
+ * 300 ms to decode it. */
+JsonArray *pba_qemu_schema(PbaQmp *qmp, GError **error);
+bool pba_schema_has_argument(JsonArray *schema, const char *command, const char *argument);
+
+G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(PbaQemu, pba_qemu_clear)
+
 /* Names */
 
 /* Whether the name is of a node of ours, of whatever target. */

@@ -121,6 +121,7 @@ static bool add_status(PbaQmp *qmp, JsonObject *status, GError **error)
 
 const PbaBackend pba_pve_backend = {
     .name = "pve",
+    .suits = pba_pve_suits,
     .resolve_node = resolve_node,
     .identify = identify,
     .check = pba_pve_check,

@@ -9,7 +9,13 @@ extern const PbaBackend pba_pve_backend;
 /* In this QEMU records what the guest writes while an access with bitmaps is up. */
 #define PBA_PVE_BACKGROUND "backup-access-background-bitmap"
 
+/* The form of backup-access-setup that has one bitmap mode for all devices and takes the bitmap's
+ * name. */
+#define PBA_PVE_EARLY_FORM "devlist"
+bool pba_pve_has_early_form(const PbaAccess *access);
+
 /* The table's */
+bool pba_pve_suits(PbaQmp *qmp, PbaQemu *qemu, const char **form, bool *suits, GError **error);
 bool pba_pve_check(PbaAccess *access, const PbaBlock *block, GError **error);
 bool pba_pve_prepare(PbaAccess *access, const PbaBlock *block, GError **error);
 bool pba_pve_cut(PbaAccess *access, const PbaBlock *block, GError **error);

@@ -120,7 +120,7 @@ bool pba_pve_check(PbaAccess *access, const PbaBlock *block, GError **error)
             return false;
         }
     }
-    return access->form == PBA_FORM_DEVICES || check_early_form(access, block, error);
+    return !pba_pve_has_early_form(access) || check_early_form(access, block, error);
 }
 
 static JsonNode *devices_form(const PbaAccess *access)
@@ -279,7 +279,7 @@ bool pba_pve_prepare(PbaAccess *access, const PbaBlock *block, GError **error)
 static JsonArray *ask(PbaAccess *access, GError **error)
 {
     JsonNode *arguments =
-        access->form == PBA_FORM_DEVICES ? devices_form(access) : devlist_form(access);
+        pba_pve_has_early_form(access) ? devlist_form(access) : devices_form(access);
     GError *local = NULL;
 
     access->answer = PBA_ANSWER_UNKNOWN;

@@ -6,7 +6,7 @@
 
 char *pba_pve_bitmap(const PbaAccess *access, bool tied)
 {
-    bool is_named = access->form == PBA_FORM_DEVLIST && access->early_bitmap_name;
+    bool is_named = pba_pve_has_early_form(access) && access->early_bitmap_name;
     const char *name = is_named ? access->early_bitmap_name : access->target_id;
 
     return tied ? pba_tied_bitmap(name) : access->backend->plain_bitmap(name);
@@ -21,8 +21,8 @@ bool pba_pve_may_be_targets(const PbaAccess *access, const char *name, JsonObjec
     if (!target) {
         return false;
     }
-    return access->form == PBA_FORM_DEVICES ? strcmp(target, access->target_id) == 0
-                                            : !pba_json_find_bool(info, "recording");
+    return pba_pve_has_early_form(access) ? !pba_json_find_bool(info, "recording")
+                                          : strcmp(target, access->target_id) == 0;
 }
 
 static JsonNode *removal(const char *node, const char *bitmap)

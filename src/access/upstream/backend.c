@@ -110,6 +110,7 @@ static bool add_status(G_GNUC_UNUSED PbaQmp *qmp, G_GNUC_UNUSED JsonObject *stat
 
 const PbaBackend pba_upstream_backend = {
     .name = "upstream",
+    .suits = pba_upstream_suits,
     .resolve_node = resolve_node,
     .identify = identify,
     .check = pba_upstream_check,

@@ -7,6 +7,7 @@
 extern const PbaBackend pba_upstream_backend;
 
 /* The table's */
+bool pba_upstream_suits(PbaQmp *qmp, PbaQemu *qemu, const char **form, bool *suits, GError **error);
 bool pba_upstream_check(PbaAccess *access, const PbaBlock *block, GError **error);
 bool pba_upstream_prepare(PbaAccess *access, const PbaBlock *block, GError **error);
 bool pba_upstream_cut(PbaAccess *access, const PbaBlock *block, GError **error);

@@ -1,34 +1,78 @@
 /* What only some versions of QEMU can do, and what is done where they cannot: the one place of this
- * backend that looks at the version. (Which QEMU is too old is capabilities.c's.) */
+ * backend that looks at the version. */
+#include "src/base/base.h"
 #include "upstream.h"
 
 /* The guest's write is let through when fleecing takes longer. VirtIO drivers give up at 60 s. */
 #define CBW_TIMEOUT_S 45
 #define CBW_TIMEOUT_OLD_S 4
 
+static bool is_before(unsigned major, unsigned minor, unsigned than_major, unsigned than_minor)
+{
+    return major < than_major || (major == than_major && minor < than_minor);
+}
+
+static bool access_is_before(const PbaAccess *access, unsigned major, unsigned minor)
+{
+    return is_before(access->qemu.major, access->qemu.minor, major, minor);
+}
+
+/* snapshot-access is there since 7.0, cbw-timeout and on-cbw-error since 7.1; nothing older than
+ * 7.2 is tested. */
+static bool require_version(const PbaQemu *qemu, GError **error)
+{
+    if (!is_before(qemu->major, qemu->minor, 7, 2)) {
+        return true;
+    }
+    pba_error_set(error, PBA_ERROR_UNSUPPORTED,
+                  "QEMU %u.%u.%u is too old - it has no backup-access-setup, and without that "
+                  "QEMU 7.2 or later is needed",
+                  qemu->major, qemu->minor, qemu->micro);
+    return false;
+}
+
+bool pba_upstream_suits(PbaQmp *qmp, PbaQemu *qemu, G_GNUC_UNUSED const char **form, bool *suits,
+                        GError **error)
+{
+    static const char *const needed[] = {"blockdev-reopen", "blockdev-backup", "block-export-add",
+                                         "block-dirty-bitmap-merge", "x-debug-query-block-graph"};
+
+    *suits = require_version(qemu, error);
+    for (size_t i = 0; *suits && i < G_N_ELEMENTS(needed); i++) {
+        bool has;
+        *suits = pba_qemu_has_command(qmp, qemu, needed[i], &has, error);
+        if (*suits && !has) {
+            pba_error_set(error, PBA_ERROR_UNSUPPORTED,
+                          "this QEMU lacks the command %s - QEMU 7.2 or later has it", needed[i]);
+            *suits = false;
+        }
+    }
+    return *suits;
+}
+
 /* 7.2 returns the disk as it is now to a read of a snapshot-access node that begins in a cluster
  * that was copied and ends in one that was not. 10.0 is known to be good. */
 bool pba_upstream_reads_by_cluster(const PbaAccess *access)
 {
-    return access->qemu_version < 1000;
+    return access_is_before(access, 10, 0);
 }
 
 /* Before 8.2 (06e0f098d612) such a client's messages are not read during nbd-server-stop, which
  * with the fix of CVE-2024-7409 waits for its end. */
 bool pba_upstream_stop_waits(const PbaAccess *access)
 {
-    return access->qemu_version < 802;
+    return access_is_before(access, 8, 2);
 }
 
 /* 7.2 aborts when an NBD client leaves an export of a running guest's disk that is in an iothread
  * (nbd_blockdev_client_closed: Assertion qemu_in_main_thread()). 10.0 is known to be good. */
 bool pba_upstream_allows_iothreads(const PbaAccess *access)
 {
-    return access->qemu_version >= 1000;
+    return !access_is_before(access, 10, 0);
 }
 
 /* Before 9.1 (10b1e09ed3) the limit was kept in 32 bits of nanoseconds. */
 unsigned pba_upstream_cbw_timeout_s(const PbaAccess *access)
 {
-    return access->qemu_version >= 901 ? CBW_TIMEOUT_S : CBW_TIMEOUT_OLD_S;
+    return access_is_before(access, 9, 1) ? CBW_TIMEOUT_OLD_S : CBW_TIMEOUT_S;
 }
