@@ -97,6 +97,22 @@ my %commands = (
         options => [@guest, qw(target-id=s json)],
         needs => ['qmp', 'target-id'],
     },
+    copy => {
+        module => 'Copy',
+        arguments => ['TARGET'],
+        options => [
+            qw(volume=s device=s status-fd=s bandwidth-limit=s connections=s request-size=s cluster-size=s),
+            qw(digests=s digest-block=s unchanged=s@ without-base no-discard),
+        ],
+        needs => ['volume', 'device'],
+    },
+    regions => {
+        module => 'Copy',
+        function => 'regions',
+        arguments => [],
+        options => [qw(volume=s device=s)],
+        needs => ['volume', 'device'],
+    },
     map => {
         module => 'Map',
         arguments => ['DEVICE'],

@@ -1,0 +1,94 @@
+package PVE::BackupAccess::CLI::Copy::Source;
+
+# A volume that another process was given, as JSON: what backup_vm() has for one device. Where that is a
+# file handle, the numbers of descriptors stand for it and for the regions, which are a stream of lines.
+
+use v5.36;
+
+use Exporter qw(import);
+use JSON::PP ();
+
+use PVE::BackupAccess::CLI qw(untainted usage_error);
+use PVE::BackupAccess::CLI::Access qw(text);
+use PVE::BackupAccess::Try qw(attempt_any);
+use PVE::BackupAccess::Volume;
+
+our @EXPORT_OK = qw(descriptor open_source);
+
+my $json = JSON::PP->new->utf8;
+
+# An open descriptor of this number, as a handle.
+sub descriptor ($name, $number, $mode) {
+    usage_error("$name wants the number of a descriptor, not '$number'")
+        if ref($number) || $number !~ m/\A(?:0|[1-9][0-9]{0,8})\z/;
+    open(my $fh, "$mode&=", untainted($number))
+        or usage_error("$name: descriptor $number cannot be used - $!");
+    binmode($fh);
+    return $fh;
+}
+
+my sub parse ($text) {
+    my $volume;
+    my $error = attempt_any { $volume = $json->decode($text) };
+    usage_error('--volume is not JSON: ' . $error =~ s/ at \S+ line \d+\.?\s*\z//r)
+        if defined($error);
+    usage_error("--volume wants the JSON object of one device, such as"
+            . ' {"size":1048576,"bitmap-mode":"none","nbd-path":"/run/nbd.sock"}')
+        if ref($volume) ne 'HASH';
+    my @devices = grep { ref($volume->{$_}) eq 'HASH' } sort keys $volume->%*;
+    usage_error("--volume has the volumes of several devices - give one of them: @devices")
+        if @devices;
+    return $volume;
+}
+
+my sub read_region ($line) {
+    return ($1, $2, 0)
+        if $line =~ m/\A\s*\{\s*"offset"\s*:\s*([0-9]+)\s*,\s*"length"\s*:\s*([0-9]+)\s*\}\s*\n\z/;
+    return (0, 0, 1) if $line =~ m/\A\s*\{\s*"end"\s*:\s*true\b.*\}\s*\n\z/;
+    return;
+}
+
+# A code ref that gives a region a call, as the API has it. A stream without its end is one that was cut.
+my sub region_reader ($fh) {
+    my ($count, $is_over) = (0, 0);
+    return sub () {
+        return if $is_over;
+        my $line = readline($fh);
+        die "the regions end after $count, without an end - who writes them has failed\n"
+            if !defined($line);
+        my ($offset, $length, $is_end) = read_region($line)
+            or die "line "
+            . ($count + 1)
+            . " of the regions is none - they are lines such as"
+            . qq( {"offset":0,"length":65536}, and at last {"end":true}\n);
+        $count++;
+        $is_over = $is_end;
+        return $is_end ? () : ($offset, $length);
+    };
+}
+
+# The volume that the options describe, and whether it has only what changed.
+sub open_source ($opt) {
+    my $given = $opt->{volume};
+    my $volume = parse(
+        $given eq '-'
+        ? untainted(
+            do { local $/; readline(STDIN) }
+                // ''
+            )
+        : $given
+    );
+    if (exists($volume->{'file-handle'})) {
+        $volume->{'file-handle'}
+            = descriptor(q('file-handle' of --volume), $volume->{'file-handle'} // '', '+<');
+        my $regions = descriptor(q('next-dirty-region' of --volume),
+            $volume->{'next-dirty-region'} // '', '<');
+        $volume->{'next-dirty-region'} = region_reader($regions);
+    }
+    $volume->{$_} = untainted($volume->{$_})
+        for grep { !ref($volume->{$_}) && defined($volume->{$_}) } keys $volume->%*;
+    my $opened = PVE::BackupAccess::Volume->open(text($opt->{device}), $volume);
+    return ($opened, ($volume->{'bitmap-mode'} // 'none') eq 'reuse');
+}
+
+1;

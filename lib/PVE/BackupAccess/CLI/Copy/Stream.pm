@@ -1,0 +1,85 @@
+package PVE::BackupAccess::CLI::Copy::Stream;
+
+# A copy as a stream of frames, as doc/any-language.md describes it. A stream that was cut has no end
+# frame, and the end frame has a digest of all headers before it: nothing can be missing unnoticed.
+
+use v5.36;
+
+use Digest::SHA ();
+use Errno qw(EINTR);
+use List::Util qw(min);
+
+my $header = 'a8 Q> Q> a32';    # kind, offset, length, SHA-256 of the data
+my $digest_size = 32;
+my $version = 1;
+
+my sub write_all ($fh, $data) {
+    for (my $at = 0; $at < length($data);) {
+        my $written = syswrite($fh, $data, length($data) - $at, $at);
+        die "cannot write to standard output: $!\n" if !defined($written) && $! != EINTR;
+        $at += $written // 0;
+    }
+    return;
+}
+
+# Frames are cut at multiples of $block, and have the digests of these blocks.
+sub new ($class, $fh, $size, $block, $is_increment) {
+    my $self = bless(
+        {
+            fh => $fh,
+            block => $block,
+            zeroes => "\0" x $block,
+            headers => Digest::SHA->new(256),
+            frames => 0,
+            bytes => 0,
+        },
+        $class
+    );
+    write_all($fh, $self->_header($is_increment ? 'part' : 'full', $version, $size, ''));
+    return $self;
+}
+
+sub _header ($self, $kind, $offset, $length, $digest) {
+    my $bytes = pack($header, $kind, $offset, $length, $digest);
+    $self->{headers}->add($bytes);
+    return $bytes;
+}
+
+# The copy tells the digests of some blocks right before it tells their data.
+sub digests ($self, $offset, $digests) {
+    $self->@{qw(told digests)} = ($offset, $digests);
+    return;
+}
+
+sub _digest_at ($self, $offset) {
+    my $index = ($offset - $self->{told}) / $self->{block};
+    my $digest = substr($self->{digests}, $index * $digest_size, $digest_size);
+    die "internal error: no digest for offset $offset\n"
+        if $index != int($index) || $index < 0 || length($digest) != $digest_size;
+    return $digest;
+}
+
+sub data ($self, $offset, $data) {
+    my $frames = '';
+    for (my $at = 0; $at < length($data); $at += $self->{block}) {
+        my $length = min($self->{block}, length($data) - $at);
+        my $bytes = substr($data, $at, $length);
+        my $is_zero = $bytes eq substr($self->{zeroes}, 0, $length);
+        my $digest = $self->_digest_at($offset + $at);
+        $frames .= $self->_header($is_zero ? 'zero' : 'data', $offset + $at, $length, $digest);
+        $frames .= $bytes if !$is_zero;
+        $self->{frames}++;
+        $self->{bytes} += $length;
+    }
+    write_all($self->{fh}, $frames);
+    return;
+}
+
+# Only after a copy that has succeeded.
+sub finish ($self) {
+    my $digest = $self->{headers}->clone->digest;
+    write_all($self->{fh}, $self->_header('end', $self->@{qw(frames bytes)}, $digest));
+    return;
+}
+
+1;
