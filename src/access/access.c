@@ -84,9 +84,23 @@ PbaAccess *pba_access_new(PbaQmp *qmp, const PbaAccessOptions *options, const Pb
     }
     PbaAccess *access = pba_access_new_observer(qmp, options, hooks, error);
     if (access) {
-        access->target_id = g_strdup(options->target_id);
+        access->target_id = access->options.target_id;
     }
     return access;
+}
+
+static void keep_options(PbaAccess *access, const PbaAccessOptions *options)
+{
+    PbaAccessOptions *kept = &access->options;
+    const char **texts[] = {&kept->target_id, &kept->run_dir, &kept->identity, &kept->fleecing_dir,
+                            &kept->bitmap_name};
+
+    *kept = *options;
+    access->texts = g_string_chunk_new(256);
+    for (size_t i = 0; i < G_N_ELEMENTS(texts); i++) {
+        *texts[i] = *texts[i] ? g_string_chunk_insert(access->texts, *texts[i]) : NULL;
+    }
+    kept->fleecing = kept->fleecing ? g_hash_table_ref(kept->fleecing) : NULL;
 }
 
 PbaAccess *pba_access_new_observer(PbaQmp *qmp, const PbaAccessOptions *options,
@@ -102,15 +116,8 @@ PbaAccess *pba_access_new_observer(PbaQmp *qmp, const PbaAccessOptions *options,
     access->owner = getpid();
     access->qmp = qmp;
     access->hooks = hooks ? *hooks : (PbaHooks){0};
-    access->run_dir = g_strdup(options->run_dir);
+    keep_options(access, options);
     access->identity = g_strdup(options->identity);
-    access->fleecing_dir = g_strdup(options->fleecing_dir);
-    access->fleecing = options->fleecing ? g_hash_table_ref(options->fleecing) : NULL;
-    access->early_bitmap_name = g_strdup(options->bitmap_name);
-    access->persistent = options->persistent;
-    access->allow_shared = options->allow_shared;
-    access->no_recover = options->no_recover;
-    access->force = options->force;
     access->disks = g_ptr_array_new_with_free_func(pba_disk_free);
     access->warnings = g_ptr_array_new_with_free_func(g_free);
     return access;

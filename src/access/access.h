@@ -28,27 +28,14 @@ typedef struct {
     char *bitmap_name;   /* NULL without a bitmap */
     PbaBitmapAction action;
 
-    /* The nodes that we add; NULL where QEMU's own command makes an access. */
-    char *raw_node;
-    char *filter_node;
-    char *guard_node;    /* above raw_node */
-    char *hold_node;     /* above root_node */
-    char *fleecing_node; /* or the caller's */
-    bool bitmap_persistent;
-
+    char *fleecing_node;
     uint64_t cluster; /* that the fleecing image frees as a whole; 0: not known */
 
     bool device_gone; /* recovering: QEMU has nothing any more that the key is a hash of */
-} PbaDisk;
 
-/* What QEMU has said to Proxmox' command for setup. Without bitmaps QEMU does not tell whether an
- * access is up. */
-typedef enum {
-    PBA_ANSWER_NONE,    /* it was not sent */
-    PBA_ANSWER_UNKNOWN, /* it was sent, or was done */
-    PBA_ANSWER_ERROR,
-    PBA_ANSWER_OTHERS, /* another program has an access */
-} PbaAnswer;
+    void *backend_data; /* what the backend alone knows of it; NULL: nothing yet */
+    GDestroyNotify free_backend_data;
+} PbaDisk;
 
 typedef struct PbaBackend PbaBackend;
 
@@ -76,41 +63,34 @@ const char *pba_phase_name(PbaPhase phase);
 
 struct PbaAccess {
     pid_t owner;
-    PbaQmp *qmp; /* borrowed */
+    PbaPhase phase; /* set by pba_access_enter only */
+    PbaQmp *qmp;    /* borrowed */
     PbaHooks hooks;
 
-    char *target_id;
-    char *run_dir;
-    char *identity;
-    char *fleecing_dir;
-    GHashTable *fleecing;
-    char *early_bitmap_name;
-    bool persistent;
-    bool allow_shared; /* disks that others may write to, too */
-    bool no_recover;
-    bool force;      /* recovery takes the process of a marker that it cannot judge for dead */
-    bool tied;       /* its bitmaps have companions */
-    char *guest;     /* the guest's UUID; NULL: not asked for */
-    char *backup_id; /* what its bitmaps are relative to after a success; NULL: nothing */
-
-    bool has_qemu_user; /* root serves a QEMU of another user, that is: */
-    uid_t qemu_uid;
-    gid_t qemu_gid;
+    const char *target_id;    /* one of the options; NULL: it is an observer's */
+    char *identity;           /* that of the options, or what QEMU has told */
+    PbaAccessOptions options; /* as the caller gave them */
+    GStringChunk *texts;      /* of the options */
 
     const PbaBackend *backend; /* NULL: QEMU was not asked yet */
     PbaCapabilities qemu;      /* what it said */
+    char *guest;               /* the guest's UUID; NULL: not asked for */
+    uid_t qemu_uid;            /* if has_qemu_user */
+    gid_t qemu_gid;
+    bool has_qemu_user; /* root serves a QEMU of another user */
 
-    PbaPhase phase;       /* set by pba_access_enter only */
-    PbaBlock seen;        /* before setup, if nothing was to be undone; in setup, before the cut */
-    PbaAnswer answer;     /* to setup's command */
+    bool tied;            /* its bitmaps have companions; of a dead one see pba_tie_may_be */
     bool has_exported;    /* its exports may be there, under the names of this access */
+    unsigned mark_number; /* tells its marker from those of the process' other accesses */
+    char *backup_id;      /* what its bitmaps are relative to after a success; NULL: nothing */
+    PbaBlock seen;        /* before setup, if nothing was to be undone; in setup, before the cut */
     GPtrArray *warnings;  /* lines, of the last look at its fleecing images */
     GPtrArray *disks;     /* PbaDisk */
     char *nonce;          /* of this setup; NULL: see pba_access_is_recovery */
     char *socket_dir;     /* NULL: not made */
     char *socket;         /* the NBD server's, whether it is up or not */
     GPtrArray *vfiles;    /* PbaVfile, one for each disk; NULL: none was asked for */
-    unsigned mark_number; /* tells its marker from those of the process' other accesses */
+    void *backend_data;   /* what the backend alone knows of it; g_free frees it; NULL: nothing */
 };
 
 /* Every change of the phase comes through here, and is checked. */
@@ -222,6 +202,9 @@ void pba_user_add_hint(const PbaAccess *access, GError **error);
 
 /* The name of the target's bitmap; the caller's to free. */
 char *pba_access_bitmap(const PbaAccess *access);
+/* Whether bitmaps of the access may have companions (tied), or may have none. Of a dead process'
+ * access both may be. */
+bool pba_tie_may_be(const PbaAccess *access, bool tied);
 /* Asks QEMU which guest it is, where that is needed. */
 bool pba_tie_ask_guest(PbaAccess *access, GError **error);
 /* The companion that the disk's bitmap has when it is relative to that backup; borrows all. */
@@ -231,12 +214,9 @@ PbaCompanion pba_disk_companion(const PbaAccess *access, const PbaDisk *disk, co
 bool pba_tie_fits(const PbaAccess *access, PbaDisk *disk, const PbaBlock *block);
 /* Says why the bitmap, which is there, is not used. */
 void pba_tie_log_reason(const PbaAccess *access, const PbaDisk *disk);
-/* Actions of a transaction: the companion that a new bitmap has, without an id; and the one that
- * takes its place after a success, with the access' id, or none where it has no id. */
+/* Action of a transaction: the companion that a new bitmap has, without an id. */
 void pba_tie_add_open(JsonArray *actions, const PbaAccess *access, const PbaDisk *disk,
-                      const char *from, uint64_t granularity);
-void pba_tie_add_id(JsonArray *actions, const PbaAccess *access, const PbaDisk *disk,
-                    const PbaBlock *block, uint64_t granularity);
+                      const char *from, uint64_t granularity, bool persistent);
 
 /* In the directory of the NBD socket, see upstream/guard.c. */
 #define PBA_GUARD_NAME "guard"

@@ -41,7 +41,7 @@ static bool check_job(PbaAccess *access, const PbaBlock *block, JsonObject *devi
 static bool check_shared(const PbaAccess *access, const PbaBlock *block, JsonObject *device,
                          GError **error)
 {
-    if (access->allow_shared || !pba_company_shares_writes(block, device)) {
+    if (access->options.allow_shared || !pba_company_shares_writes(block, device)) {
         return true;
     }
     pba_error_set(

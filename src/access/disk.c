@@ -16,11 +16,10 @@ void pba_disk_free(gpointer data)
     g_free(disk->bitmap_node);
     g_free(disk->snapshot_node);
     g_free(disk->bitmap_name);
-    g_free(disk->raw_node);
-    g_free(disk->filter_node);
-    g_free(disk->guard_node);
-    g_free(disk->hold_node);
     g_free(disk->fleecing_node);
+    if (disk->free_backend_data) {
+        disk->free_backend_data(disk->backend_data);
+    }
     g_free(disk);
 }
 

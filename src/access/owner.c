@@ -230,7 +230,7 @@ bool pba_owner_read(const PbaAccess *access, const char *node, uint64_t size, pi
 static bool counts_as_dead(const PbaAccess *access, PbaOwnerState state, uint64_t size)
 {
     uint64_t mask = ((uint64_t)1 << TARGET_BITS) - 1;
-    bool forced = state == PBA_OWNER_UNKNOWN && access->force &&
+    bool forced = state == PBA_OWNER_UNKNOWN && access->options.force &&
                   (size == 0 || (size / SECTOR & mask) == target_bits(access));
     return state == PBA_OWNER_DEAD || forced;
 }

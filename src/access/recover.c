@@ -158,7 +158,7 @@ static void log_assumed(const PbaAccess *access, const PbaLeftovers *leftovers)
 {
     JsonArray *nodes = leftovers->block->nodes;
 
-    for (guint i = 0; access->force && i < json_array_get_length(nodes); i++) {
+    for (guint i = 0; access->options.force && i < json_array_get_length(nodes); i++) {
         const char *name = pba_block_node_name(nodes, i);
         pid_t pid;
         PbaOwnerState state;
@@ -193,14 +193,8 @@ static StaleState find_state(const PbaAccess *access, const PbaLeftovers *leftov
 /* An access that stands for the dead one's. */
 static PbaAccess *new_dead_access(const PbaAccess *access, GError **error)
 {
-    PbaAccessOptions options = {
-        .target_id = access->target_id,
-        .run_dir = access->run_dir,
-        .identity = access->identity,
-        .fleecing_dir = access->fleecing_dir,
-        .bitmap_name = access->early_bitmap_name,
-        .force = access->force,
-    };
+    PbaAccessOptions options = access->options;
+    options.identity = access->identity;
     PbaAccess *dead = pba_access_new(access->qmp, &options, &access->hooks, error);
 
     if (dead) {
@@ -314,10 +308,10 @@ bool pba_recover_look(PbaAccess *access, PbaBlock *block, bool *is_stale, GError
     }
     log_assumed(access, &leftovers);
     StaleState state = find_state(access, &leftovers);
-    if (state == STALE_ACCESS && access->no_recover) {
+    if (state == STALE_ACCESS && access->options.no_recover) {
         return refuse(access, error);
     }
-    *is_stale = state != STALE_NOTHING && !access->no_recover;
+    *is_stale = state != STALE_NOTHING && !access->options.no_recover;
     return true;
 }
 

@@ -61,7 +61,8 @@ static bool ensure_private_dir(const char *path, GError **error)
 /* The parent of all socket directories: a real path. */
 static char *find_run_dir(const PbaAccess *access, GError **error)
 {
-    g_autofree char *given = access->run_dir ? g_strdup(access->run_dir) : default_run_dir();
+    g_autofree char *given =
+        access->options.run_dir ? g_strdup(access->options.run_dir) : default_run_dir();
 
     for (size_t length = strlen(given); length > 1 && given[length - 1] == '/'; length--) {
         given[length - 1] = '\0';
@@ -195,7 +196,9 @@ GPtrArray *pba_run_dir_find_stale(const PbaAccess *access)
     GPtrArray *paths = g_ptr_array_new_with_free_func(g_free);
     g_autofree char *parent = find_run_dir(access, NULL);
     g_autofree char *fleecing =
-        access->fleecing_dir ? pba_trusted_dir("fleecing-dir", access->fleecing_dir, NULL) : NULL;
+        access->options.fleecing_dir
+            ? pba_trusted_dir("fleecing-dir", access->options.fleecing_dir, NULL)
+            : NULL;
 
     if (parent && is_private_dir(parent)) {
         find_stale_in(access, paths, parent, "run", S_IFDIR);

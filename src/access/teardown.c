@@ -15,17 +15,15 @@ void pba_access_free(PbaAccess *access)
         pba_run_dir_remove(access);
     }
     pba_owner_forget(access);
-    g_free(access->target_id);
-    g_free(access->run_dir);
+    g_string_chunk_free(access->texts);
+    g_clear_pointer(&access->options.fleecing, g_hash_table_unref);
     g_free(access->identity);
-    g_free(access->fleecing_dir);
-    g_clear_pointer(&access->fleecing, g_hash_table_unref);
-    g_free(access->early_bitmap_name);
     g_free(access->guest);
     g_free(access->backup_id);
     g_free(access->socket_dir);
     g_free(access->socket);
     g_free(access->nonce);
+    g_free(access->backend_data);
     pba_block_clear(&access->seen);
     g_ptr_array_unref(access->disks);
     g_ptr_array_unref(access->warnings);
@@ -41,7 +39,7 @@ void pba_access_end(PbaAccess *access)
     g_clear_pointer(&access->nonce, g_free);
     g_clear_pointer(&access->backup_id, g_free);
     pba_block_clear(&access->seen);
-    access->answer = PBA_ANSWER_NONE;
+    g_clear_pointer(&access->backend_data, g_free);
     access->has_exported = false;
     access->tied = false;
     if (access->phase != PBA_PHASE_NEW) {

@@ -9,6 +9,11 @@ char *pba_access_bitmap(const PbaAccess *access)
                         : access->backend->plain_bitmap(access->target_id);
 }
 
+bool pba_tie_may_be(const PbaAccess *access, bool tied)
+{
+    return pba_access_is_recovery(access) || access->tied == tied;
+}
+
 bool pba_tie_ask_guest(PbaAccess *access, GError **error)
 {
     if (!access->tied || access->guest) {
@@ -45,24 +50,10 @@ void pba_tie_log_reason(const PbaAccess *access, const PbaDisk *disk)
 }
 
 void pba_tie_add_open(JsonArray *actions, const PbaAccess *access, const PbaDisk *disk,
-                      const char *from, uint64_t granularity)
+                      const char *from, uint64_t granularity, bool persistent)
 {
     PbaCompanion open = pba_disk_companion(access, disk, access->nonce);
     g_autofree char *name = pba_companion_name(&open);
 
-    pba_companion_add(actions, disk->bitmap_node, name, from, granularity, disk->bitmap_persistent);
-}
-
-void pba_tie_add_id(JsonArray *actions, const PbaAccess *access, const PbaDisk *disk,
-                    const PbaBlock *block, uint64_t granularity)
-{
-    const char *old = pba_companion_find(block, disk->bitmap_node, access->target_id);
-
-    if (access->backup_id && old) {
-        PbaCompanion companion = pba_disk_companion(access, disk, access->backup_id);
-        g_autofree char *name = pba_companion_name(&companion);
-        pba_companion_add(actions, disk->bitmap_node, name, old, granularity,
-                          disk->bitmap_persistent);
-    }
-    pba_companion_remove(actions, block, disk->bitmap_node, access->target_id);
+    pba_companion_add(actions, disk->bitmap_node, name, from, granularity, persistent);
 }

@@ -249,10 +249,22 @@ static bool is_refusal(const GError *error)
     return error->code == PBA_ERROR_QMP && strstr(error->message, "not finished");
 }
 
+/* The access' backend_data, once the command for setup was sent: what QEMU has said to it. Without
+ * bitmaps QEMU does not tell whether an access is up. */
+typedef struct {
+    enum {
+        ANSWER_NOT_KNOWN, /* none came, or it was done */
+        ANSWER_ERROR,
+        ANSWER_OTHERS, /* another program has an access */
+    } answer;
+} Sent;
+
 bool pba_pve_has_done_nothing(const PbaAccess *access, const PbaBlock *now)
 {
-    return access->answer == PBA_ANSWER_NONE || access->answer == PBA_ANSWER_OTHERS ||
-           (access->answer == PBA_ANSWER_ERROR && count_parts(now) == count_parts(&access->seen));
+    const Sent *sent = access->backend_data;
+
+    return !sent || sent->answer == ANSWER_OTHERS ||
+           (sent->answer == ANSWER_ERROR && count_parts(now) == count_parts(&access->seen));
 }
 
 /* QEMU does not tell which devices an access has, and recovery must know. */
@@ -280,14 +292,16 @@ static JsonArray *ask(PbaAccess *access, GError **error)
 {
     JsonNode *arguments =
         pba_pve_has_early_form(access) ? devlist_form(access) : devices_form(access);
+    Sent *sent = g_new0(Sent, 1);
     GError *local = NULL;
 
-    access->answer = PBA_ANSWER_UNKNOWN;
+    sent->answer = ANSWER_NOT_KNOWN;
+    access->backend_data = sent;
     JsonArray *reply = pba_qmp_query_array(access->qmp, "backup-access-setup", arguments, &local);
     if (!reply) {
-        access->answer = pba_error_is_fatal(local) ? PBA_ANSWER_UNKNOWN
-                         : is_refusal(local)       ? PBA_ANSWER_OTHERS
-                                                   : PBA_ANSWER_ERROR;
+        sent->answer = pba_error_is_fatal(local) ? ANSWER_NOT_KNOWN
+                       : is_refusal(local)       ? ANSWER_OTHERS
+                                                 : ANSWER_ERROR;
         g_propagate_error(error, local);
     }
     return reply;

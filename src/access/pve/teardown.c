@@ -141,10 +141,10 @@ static bool remove_bitmaps(PbaAccess *access, const PbaBlock *block, GError **er
 
     for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
         const char *node = pba_block_node_name(block->nodes, i);
-        if (node && (!access->nonce || !access->tied)) {
+        if (node && pba_tie_may_be(access, false)) {
             pba_pve_add_removal(actions, block, node, plain);
         }
-        if (node && (!access->nonce || access->tied)) {
+        if (node && pba_tie_may_be(access, true)) {
             pba_pve_add_removal(actions, block, node, tied);
             pba_companion_remove(actions, block, node, access->target_id);
         }

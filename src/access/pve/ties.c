@@ -6,8 +6,8 @@
 
 char *pba_pve_bitmap(const PbaAccess *access, bool tied)
 {
-    bool is_named = pba_pve_has_early_form(access) && access->early_bitmap_name;
-    const char *name = is_named ? access->early_bitmap_name : access->target_id;
+    bool is_named = pba_pve_has_early_form(access) && access->options.bitmap_name;
+    const char *name = is_named ? access->options.bitmap_name : access->target_id;
 
     return tied ? pba_tied_bitmap(name) : access->backend->plain_bitmap(name);
 }
@@ -112,7 +112,7 @@ bool pba_pve_open_ties(PbaAccess *access, GError **error)
         }
         JsonObject *info = pba_block_find_bitmap(&block, disk->bitmap_node, disk->bitmap_name);
         if (info && pba_json_size(info, "granularity", &granularity, NULL)) {
-            pba_tie_add_open(actions, access, disk, disk->bitmap_name, granularity);
+            pba_tie_add_open(actions, access, disk, disk->bitmap_name, granularity, false);
         }
     }
     return pba_pve_run_actions(access, g_steal_pointer(&actions), error);

@@ -48,7 +48,7 @@ static bool resolve_stale(PbaAccess *dead, PbaDisk *disk, const PbaBlock *block,
     disk->snapshot_node = pba_disk_name(dead, "snap", disk);
     disk->fleecing_node = pba_disk_name(dead, "fleece", disk);
 
-    JsonObject *raw = pba_block_find_node(block, disk->raw_node);
+    JsonObject *raw = pba_block_find_node(block, pba_upstream_disk(disk)->raw);
     const char *root = pba_upstream_root(block, disk);
     disk->root_node = g_strdup(root);
     disk->bitmap_node = root ? g_strdup(pba_block_skip_filters(block, root)) : NULL;

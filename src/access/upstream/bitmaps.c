@@ -37,7 +37,7 @@ JsonNode *pba_bitmap_add_arguments(const PbaDisk *disk, const char *name)
 {
     JsonNode *arguments = pba_json("{'node': <%s>, 'name': <%s>, 'granularity': <%u>}",
                                    disk->bitmap_node, name, PBA_GRANULARITY);
-    pba_json_set_if(arguments, "persistent", disk->bitmap_persistent);
+    pba_json_set_if(arguments, "persistent", pba_upstream_disk(disk)->persistent);
     return arguments;
 }
 
@@ -227,7 +227,8 @@ bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error)
                                                           pba_bitmap_add_arguments(disk, bitmap)));
         json_array_add_element(actions, pba_bitmap_merge_action(disk, bitmap, sources));
         if (access->tied) {
-            pba_tie_add_open(actions, access, disk, bitmap, PBA_GRANULARITY);
+            pba_tie_add_open(actions, access, disk, bitmap, PBA_GRANULARITY,
+                             pba_upstream_disk(disk)->persistent);
         }
         done = pba_bitmap_transaction(access, actions, error);
     }

@@ -9,7 +9,7 @@ static bool cut(PbaAccess *access, GError **error)
 
     for (guint i = 0; i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
-        json_array_add_element(options, pba_raw_options(disk, disk->filter_node));
+        json_array_add_element(options, pba_raw_options(disk, pba_upstream_disk(disk)->filter));
     }
     return pba_qmp_run(access->qmp, "blockdev-reopen", pba_json_wrap_array("options", options),
                        error);
@@ -42,7 +42,7 @@ static bool add_snapshot(PbaAccess *access, PbaDisk *disk, GError **error)
     return pba_qmp_run(access->qmp, "blockdev-add",
                        pba_json("{'driver': <'snapshot-access'>, 'node-name': <%s>, 'file': <%s>, "
                                 "'discard': <'unmap'>}",
-                                disk->snapshot_node, disk->filter_node),
+                                disk->snapshot_node, pba_upstream_disk(disk)->filter),
                        error);
 }
 

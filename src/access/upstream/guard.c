@@ -55,8 +55,9 @@ static bool add_guards(PbaAccess *access, const char *path, GError **error)
 {
     for (guint i = 0; i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
-        if (!add_guard(access, path, disk->hold_node, disk->root_node, error) ||
-            !add_guard(access, path, disk->guard_node, disk->raw_node, error)) {
+        const PbaUpstreamDisk *nodes = pba_upstream_disk(disk);
+        if (!add_guard(access, path, nodes->hold, disk->root_node, error) ||
+            !add_guard(access, path, nodes->guard, nodes->raw, error)) {
             pba_error_add_device(error, disk->device);
             return false;
         }

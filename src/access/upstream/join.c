@@ -158,7 +158,7 @@ static bool find_splits(Join *join, GError **error)
     for (guint i = 0; i < access->disks->len; i++) {
         for (int tied = 0; tied <= 1; tied++) {
             GError *step = NULL;
-            if (!access->nonce || access->tied == (bool)tied) {
+            if (pba_tie_may_be(access, tied)) {
                 find_split(join, access->disks->pdata[i], tied, &step);
             }
             pba_error_keep_first(&first, step, &access->hooks);
@@ -212,6 +212,21 @@ static void add_commit(G_GNUC_UNUSED const Join *join, const Split *split, JsonA
                                                       pba_bitmap_ref(split->disk, split->target)));
 }
 
+/* In place of the companion one with the id of this backup, or none where it has no id. */
+static void add_id(JsonArray *actions, const PbaAccess *access, const PbaDisk *disk,
+                   const PbaBlock *block)
+{
+    const char *old = pba_companion_find(block, disk->bitmap_node, access->target_id);
+
+    if (access->backup_id && old) {
+        PbaCompanion companion = pba_disk_companion(access, disk, access->backup_id);
+        g_autofree char *name = pba_companion_name(&companion);
+        pba_companion_add(actions, disk->bitmap_node, name, old, PBA_GRANULARITY,
+                          pba_upstream_disk(disk)->persistent);
+    }
+    pba_companion_remove(actions, block, disk->bitmap_node, access->target_id);
+}
+
 /* The second step of a success. The target's bitmap is there again, and has the background's bits,
  * before the background goes, which alone has them until then. The bitmap and the companion with
  * the id of this backup come in one: there is no moment at which either of them is beside one of
@@ -223,7 +238,7 @@ static void add_finish(const Join *join, const Split *split, JsonArray *actions)
                                              pba_bitmap_add_arguments(split->disk, split->target)));
     add_merge(split, actions);
     if (join->access->tied) {
-        pba_tie_add_id(actions, join->access, split->disk, join->block, PBA_GRANULARITY);
+        add_id(actions, join->access, split->disk, join->block);
     }
     add_removal(split, actions);
 }

@@ -148,14 +148,15 @@ static bool check_callers_fleecing(const PbaAccess *access, const PbaDisk *disk,
 
 static bool check_fleecing(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, GError **error)
 {
-    const char *node =
-        access->fleecing ? g_hash_table_lookup(access->fleecing, disk->device) : NULL;
+    const char *node = access->options.fleecing
+                           ? g_hash_table_lookup(access->options.fleecing, disk->device)
+                           : NULL;
 
     if (node) {
         disk->fleecing_node = g_strdup(node);
         return check_callers_fleecing(access, disk, block, error);
     }
-    if (!access->fleecing_dir) {
+    if (!access->options.fleecing_dir) {
         pba_error_set(error, PBA_ERROR_ARGUMENT,
                       "has no fleecing image - give 'fleecing-dir' or a node in 'fleecing'");
         return false;
@@ -194,17 +195,10 @@ static bool check_bitmap(PbaAccess *access, PbaDisk *disk, const PbaBlock *block
                       name);
         return false;
     }
-    disk->bitmap_persistent =
-        access->persistent && g_strcmp0(driver, "qcow2") == 0 && can_store(access, disk, node);
+    pba_upstream_disk(disk)->persistent = access->options.persistent &&
+                                          g_strcmp0(driver, "qcow2") == 0 &&
+                                          can_store(access, disk, node);
     return true;
-}
-
-void pba_upstream_name_nodes(const PbaAccess *access, PbaDisk *disk)
-{
-    disk->raw_node = pba_disk_name(access, "raw", disk);
-    disk->filter_node = pba_disk_name(access, "cbw", disk);
-    disk->guard_node = pba_disk_name(access, "guard", disk);
-    disk->hold_node = pba_disk_name(access, "hold", disk);
 }
 
 static bool check_disk(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, GError **error)
@@ -246,7 +240,7 @@ bool pba_upstream_check(PbaAccess *access, const PbaBlock *block, GError **error
 static char *create_fleecing_file(PbaAccess *access, uint64_t size, GError **error)
 {
     g_autofree char *name = pba_own_name(access->target_id, "fleece", access->identity);
-    g_autofree char *dir = pba_trusted_dir("fleecing-dir", access->fleecing_dir, error);
+    g_autofree char *dir = pba_trusted_dir("fleecing-dir", access->options.fleecing_dir, error);
     if (!dir) {
         return NULL;
     }
@@ -290,7 +284,7 @@ JsonNode *pba_raw_options(const PbaDisk *disk, const char *file)
 {
     JsonNode *options = pba_json("{'driver': <'raw'>, 'node-name': <%s>, 'file': <%s>, "
                                  "'size': <%x>, 'discard': <'unmap'>}",
-                                 disk->raw_node, file, (gint64)disk->size);
+                                 pba_upstream_disk(disk)->raw, file, (gint64)disk->size);
     pba_json_set_if(options, "read-only", disk->read_only);
     return options;
 }
@@ -314,10 +308,10 @@ static bool insert_raw(PbaAccess *access, PbaDisk *disk, GError **error)
 {
     g_autofree char *path = pba_block_qom_path(disk->qdev);
 
-    return pba_qmp_run(
-        access->qmp, "qom-set",
-        pba_json("{'path': <%s>, 'property': <'drive'>, 'value': <%s>}", path, disk->raw_node),
-        error);
+    return pba_qmp_run(access->qmp, "qom-set",
+                       pba_json("{'path': <%s>, 'property': <'drive'>, 'value': <%s>}", path,
+                                pba_upstream_disk(disk)->raw),
+                       error);
 }
 
 /* The bitmap that a program which knows of no companions has used for this target: of another
@@ -360,7 +354,7 @@ static bool prepare_bitmap(PbaAccess *access, PbaDisk *disk, const PbaBlock *blo
     }
     if (is_usable(access, disk, block, info)) {
         disk->action = PBA_BITMAP_ACTION_USED;
-        disk->bitmap_persistent = pba_json_find_bool(info, "persistent");
+        pba_upstream_disk(disk)->persistent = pba_json_find_bool(info, "persistent");
     } else {
         disk->action = disk->mode == PBA_BITMAP_MODE_NEW ? PBA_BITMAP_ACTION_NEW
                                                          : PBA_BITMAP_ACTION_MISSING_RECREATED;
@@ -390,7 +384,7 @@ static bool add_filter(PbaAccess *access, PbaDisk *disk, GError **error)
     JsonNode *arguments = pba_json(
         "{'driver': <'copy-before-write'>, 'node-name': <%s>, 'file': <%s>, 'target': <%s>, "
         "'on-cbw-error': <'break-snapshot'>, 'cbw-timeout': <%u>, 'discard': <'unmap'>}",
-        disk->filter_node, disk->root_node, disk->fleecing_node,
+        pba_upstream_disk(disk)->filter, disk->root_node, disk->fleecing_node,
         pba_upstream_cbw_timeout_s(access));
     pba_json_set_if(arguments, "read-only", disk->read_only);
     return pba_qmp_run(access->qmp, "blockdev-add", arguments, error);

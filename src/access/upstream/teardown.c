@@ -34,11 +34,13 @@ static void delete_node(PbaAccess *access, GError **first, const PbaBlock *block
 
 const char *pba_upstream_root(const PbaBlock *block, const PbaDisk *disk)
 {
-    const char *file = pba_block_find_child(block, disk->raw_node, "file");
-    if (!file || strcmp(file, disk->filter_node) == 0) {
-        file = pba_block_find_child(block, disk->filter_node, "file");
+    const PbaUpstreamDisk *nodes = pba_upstream_disk(disk);
+    const char *file = pba_block_find_child(block, nodes->raw, "file");
+
+    if (!file || strcmp(file, nodes->filter) == 0) {
+        file = pba_block_find_child(block, nodes->filter, "file");
     }
-    return file ? file : pba_block_find_child(block, disk->hold_node, "backing");
+    return file ? file : pba_block_find_child(block, nodes->hold, "backing");
 }
 
 /* The cut undone: again all disks or none, since QEMU drains them together. */
@@ -48,7 +50,7 @@ static void bypass_filters(PbaAccess *access, GError **first, const PbaBlock *bl
 
     for (guint i = 0; i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
-        const char *file = pba_block_find_child(block, disk->raw_node, "file");
+        const char *file = pba_block_find_child(block, pba_upstream_disk(disk)->raw, "file");
         const char *root = pba_upstream_root(block, disk);
         if (file && root && strcmp(file, root) != 0) {
             json_array_add_element(options, pba_raw_options(disk, root));
@@ -64,7 +66,7 @@ static void bypass_filters(PbaAccess *access, GError **first, const PbaBlock *bl
 static void give_root_back(PbaAccess *access, GError **first, const PbaBlock *block,
                            const PbaDisk *disk)
 {
-    JsonObject *user = pba_block_find_user(block, disk->raw_node);
+    JsonObject *user = pba_block_find_user(block, pba_upstream_disk(disk)->raw);
     const char *qdev = user ? pba_json_find_string(user, "qdev") : NULL;
     const char *root = pba_upstream_root(block, disk);
 
@@ -131,29 +133,30 @@ static bool bypass_as_seen(PbaAccess *access, GError **first, PbaBlock *block)
  * node shows the disk as it is: it can stay until the job has ended. */
 static bool is_in_use(PbaAccess *access, const PbaBlock *block, const PbaDisk *disk)
 {
-    g_autofree char *user = pba_company_user(block, disk->raw_node);
+    g_autofree char *user = pba_company_user(block, pba_upstream_disk(disk)->raw);
 
     if (user) {
         pba_log(&access->hooks, PBA_LOG_WARN,
                 "device %s: node '%s' stays where it is, since %s uses it - the next backup, or "
                 "recover, removes it when that has ended",
-                disk->device, disk->raw_node, user);
+                disk->device, pba_upstream_disk(disk)->raw, user);
     }
     return user != NULL;
 }
 
 static void undo_disk(PbaAccess *access, GError **first, const PbaBlock *block, const PbaDisk *disk)
 {
+    const PbaUpstreamDisk *nodes = pba_upstream_disk(disk);
     bool in_use = is_in_use(access, block, disk);
 
     /* The guest device first: QEMU deletes no node that has a user. */
     if (!in_use) {
         give_root_back(access, first, block, disk);
     }
-    delete_node(access, first, block, disk, disk->filter_node);
-    delete_node(access, first, block, disk, disk->guard_node);
+    delete_node(access, first, block, disk, nodes->filter);
+    delete_node(access, first, block, disk, nodes->guard);
     if (!in_use) {
-        delete_node(access, first, block, disk, disk->raw_node);
+        delete_node(access, first, block, disk, nodes->raw);
     }
     drop_fleecing(access, first, block, disk);
     /* Last: this may wait for a job, and by now the guest uses its own disk again. */
@@ -201,7 +204,7 @@ static void delete_holds(PbaAccess *access, GError **first, const PbaBlock *bloc
 {
     for (guint i = 0; i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
-        delete_node(access, first, block, disk, disk->hold_node);
+        delete_node(access, first, block, disk, pba_upstream_disk(disk)->hold);
     }
 }
 

@@ -17,6 +17,17 @@ bool pba_upstream_is_clean(PbaAccess *access);
 bool pba_upstream_stop_waits(const PbaAccess *access);
 bool pba_upstream_reads_by_cluster(const PbaAccess *access);
 
+/* What only this backend knows of a disk; there once the disk was checked, or found again. */
+typedef struct {
+    char *raw;       /* the node that takes the disk's place below the guest device */
+    char *filter;    /* copy-before-write */
+    char *guard;     /* above raw */
+    char *hold;      /* above the disk */
+    bool persistent; /* its bitmaps are stored in its image */
+} PbaUpstreamDisk;
+
+PbaUpstreamDisk *pba_upstream_disk(const PbaDisk *disk);
+
 /* Runs a step for each disk, until one fails: the error names the device. */
 typedef bool (*PbaDiskStep)(PbaAccess *access, PbaDisk *disk, GError **error);
 bool pba_upstream_each_disk(PbaAccess *access, PbaDiskStep step, GError **error);
@@ -28,7 +39,7 @@ unsigned pba_upstream_cbw_timeout_s(const PbaAccess *access);
 
 /* The graph */
 
-/* Fills in what the nodes around the disk are called. */
+/* Makes what pba_upstream_disk returns: how the nodes around the disk are called. */
 void pba_upstream_name_nodes(const PbaAccess *access, PbaDisk *disk);
 /* The disk below our nodes, as the graph shows it: borrowed, NULL if they are not there. */
 const char *pba_upstream_root(const PbaBlock *block, const PbaDisk *disk);

@@ -1,0 +1,30 @@
+/* What only this backend knows of a disk. */
+#include "upstream.h"
+
+PbaUpstreamDisk *pba_upstream_disk(const PbaDisk *disk)
+{
+    return disk->backend_data;
+}
+
+static void free_data(void *data)
+{
+    PbaUpstreamDisk *nodes = data;
+
+    g_free(nodes->raw);
+    g_free(nodes->filter);
+    g_free(nodes->guard);
+    g_free(nodes->hold);
+    g_free(nodes);
+}
+
+void pba_upstream_name_nodes(const PbaAccess *access, PbaDisk *disk)
+{
+    PbaUpstreamDisk *nodes = g_new0(PbaUpstreamDisk, 1);
+
+    nodes->raw = pba_disk_name(access, "raw", disk);
+    nodes->filter = pba_disk_name(access, "cbw", disk);
+    nodes->guard = pba_disk_name(access, "guard", disk);
+    nodes->hold = pba_disk_name(access, "hold", disk);
+    disk->backend_data = nodes;
+    disk->free_backend_data = free_data;
+}
