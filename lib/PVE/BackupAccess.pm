@@ -622,7 +622,10 @@ L<statvfs(3)> calls C<f_frsize> where the fleecing image has larger ones), and C
 ref that returns offset and length of the next dirty region, then the empty list. Without a bitmap the whole device is one region. Reading what is not dirty, or what was
 discarded, is an I/O error. The space is freed soon after the call has returned; if that fails, the next
 one says so. Other programs of the same user can open C</proc/PID/fd/N>, or put a read-only loop
-device on it.
+device on it. L<lseek(2)> with SEEK_DATA and SEEK_HOLE tells where the server knows of zeroes (NBD spec:
+base:allocation), of 256 KiB and more, unless the bitmap-mode is C<reuse>: a program that passes over what
+it takes for a hole would keep old data there. Over a snapshot of QEMU before 10.0, which must not be asked
+beside reads, all is data.
 
 The first call starts a process per device that serves the file (FUSE). It ends with the access; what
 still has the file open then gets errors. Without FUSE this dies with class C<UnsupportedError>.

@@ -156,7 +156,8 @@ static int wait_for_server(const PbaVfile *vfile)
     return result == 0 && killed ? info.si_status : 0;
 }
 
-PbaVfile *pba_vfile_start(const char *path, const PbaVolumeOptions *options, GError **error)
+PbaVfile *pba_vfile_start(const char *path, const PbaVolumeOptions *options, bool is_whole,
+                          GError **error)
 {
     int sockets[2];
 
@@ -174,8 +175,13 @@ PbaVfile *pba_vfile_start(const char *path, const PbaVolumeOptions *options, GEr
     vfile->process = -1;
     vfile->socket = sockets[0];
     g_autofree char *size = g_strdup_printf("%" PRIu64, options->size);
-    char *words[] = {program,       vfile->path, (char *)options->path,
-                     vfile->device, size,        (char *)options->bitmap,
+    char *words[] = {program,
+                     vfile->path,
+                     (char *)options->path,
+                     vfile->device,
+                     size,
+                     (char *)(is_whole ? "whole" : "part"),
+                     (char *)options->bitmap,
                      NULL};
     int result = spawn(words, sockets[1], &vfile->pid);
     close(sockets[1]);

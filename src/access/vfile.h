@@ -9,9 +9,11 @@
 
 typedef struct PbaVfile PbaVfile;
 
-/* Starts a server process for what options name, which need not be there yet. PBA_ERROR_UNSUPPORTED
- * where there is no FUSE. */
-PbaVfile *pba_vfile_start(const char *path, const PbaVolumeOptions *options, GError **error);
+/* Starts a server process for what options name, which need not be there yet. The file of a whole
+ * volume tells where zeroes are; one of which a part is to be read, what is dirty, does not.
+ * PBA_ERROR_UNSUPPORTED where there is no FUSE. */
+PbaVfile *pba_vfile_start(const char *path, const PbaVolumeOptions *options, bool is_whole,
+                          GError **error);
 /* Has the file made at path: what the options name is there. */
 void pba_vfile_serve(PbaVfile *vfile);
 /* Waits until the file can be opened, or gives the server's reason why not. */

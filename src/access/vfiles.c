@@ -20,7 +20,8 @@ static bool start_files(PbaAccess *access, GError **error)
         };
         /* Devices may be called anything, so the file is not called after its own. */
         g_autofree char *path = g_strdup_printf("%s/" PBA_VFILE_PREFIX "%u", access->socket_dir, i);
-        PbaVfile *vfile = pba_vfile_start(path, &options, error);
+        bool is_whole = pba_bitmap_status(disk->action) != PBA_BITMAP_STATUS_REUSE;
+        PbaVfile *vfile = pba_vfile_start(path, &options, is_whole, error);
         if (!vfile) {
             return false;
         }

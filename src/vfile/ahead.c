@@ -17,6 +17,7 @@ struct PbaAhead {
     uint64_t cursor;   /* where to read next */
     PbaRange region;   /* the cursor is in it, or behind it: then the next is not known yet */
     GArray *holes;     /* PbaRange, ascending: what was discarded from the cursor on */
+    PbaRange zeroes;   /* that the reader was told of last */
     bool given_up;
 };
 
@@ -26,15 +27,15 @@ PbaAhead *pba_ahead_new(const PbaVolumeOptions *options)
     ahead->holes = g_array_new(FALSE, FALSE, sizeof(PbaRange));
     ahead->last_end = UINT64_MAX;
     if (options->bitmap) {
-        ahead->scan = pba_scan_start(options);
+        ahead->scan = pba_scan_start(options, pba_scan_dirty, 0, -1);
     } else {
         ahead->region.end = options->size;
     }
     return ahead;
 }
 
-/* Moves the cursor out of what is clean or discarded. False if there is nothing more, or it is not
- * known yet. */
+/* Moves the cursor out of what is clean, discarded or passed over. False if there is nothing more,
+ * or it is not known yet. */
 static bool settle(PbaAhead *ahead)
 {
     while (ahead->holes->len > 0) {
@@ -45,8 +46,11 @@ static bool settle(PbaAhead *ahead)
         ahead->cursor = MAX(ahead->cursor, hole->end);
         g_array_remove_index(ahead->holes, 0);
     }
+    if (ahead->cursor >= ahead->zeroes.begin) {
+        ahead->cursor = MAX(ahead->cursor, ahead->zeroes.end);
+    }
     while (ahead->cursor >= ahead->region.end) {
-        if (!ahead->scan || !pba_scan_pop(ahead->scan, &ahead->region.begin, &ahead->region.end)) {
+        if (!ahead->scan || pba_scan_pop(ahead->scan, &ahead->region) != PBA_SCAN_FOUND) {
             return false;
         }
         ahead->cursor = MAX(ahead->cursor, ahead->region.begin);
@@ -122,10 +126,18 @@ bool pba_ahead_next(PbaAhead *ahead, uint64_t max, uint64_t *offset, uint64_t *l
     if (ahead->holes->len > 0) {
         end = MIN(end, g_array_index(ahead->holes, PbaRange, 0).begin);
     }
+    if (ahead->cursor < ahead->zeroes.begin) {
+        end = MIN(end, ahead->zeroes.begin);
+    }
     *offset = ahead->cursor;
     *length = MIN(max, end - ahead->cursor);
     ahead->cursor += *length;
     return true;
+}
+
+void pba_ahead_note_zeroes(PbaAhead *ahead, PbaRange zeroes)
+{
+    ahead->zeroes = zeroes;
 }
 
 void pba_ahead_note_discard(PbaAhead *ahead, uint64_t begin, uint64_t end)

@@ -7,8 +7,6 @@
 #include "src/volume/volume.h"
 #include <errno.h>
 #include <poll.h>
-#include <sys/eventfd.h>
-#include <unistd.h>
 
 struct PbaConnection {
     PbaSizes sizes;
@@ -28,21 +26,6 @@ struct PbaConnection {
     bool consumer_waits;   /* wants done_fd to be written to */
     bool wake_for_all;     /* even for what is not urgent */
 };
-
-static void signal_fd(int fd)
-{
-    uint64_t one = 1;
-    /* It can only fail when it is readable by far. */
-    ssize_t written = write(fd, &one, sizeof(one));
-    (void)written;
-}
-
-static void clear_fd(int fd)
-{
-    uint64_t count;
-    ssize_t got = read(fd, &count, sizeof(count));
-    (void)got;
-}
 
 static PbaRequest *reverse(PbaRequest *list)
 {
@@ -77,7 +60,7 @@ static void give_back(PbaConnection *connection, PbaRequest *request)
     connection->consumer_waits = connection->consumer_waits && !wake;
     g_mutex_unlock(&connection->mutex);
     if (wake) {
-        signal_fd(connection->done_fd);
+        pba_wake(connection->done_fd);
     }
 }
 
@@ -210,7 +193,7 @@ void pba_connection_submit(PbaConnection *connection, PbaRequest *request)
     connection->thread_waits = false;
     g_mutex_unlock(&connection->mutex);
     if (wake) {
-        signal_fd(connection->wake_fd);
+        pba_wake(connection->wake_fd);
     }
 }
 
@@ -305,7 +288,7 @@ static void turn(PbaConnection *connection)
     g_mutex_unlock(&connection->nbd_mutex);
     poll(fds, G_N_ELEMENTS(fds), limit);
     if (fds[0].revents) {
-        clear_fd(connection->wake_fd);
+        pba_wake_clear(connection->wake_fd);
     }
     g_mutex_lock(&connection->nbd_mutex);
     receive(connection, fds[1].revents);
@@ -333,7 +316,7 @@ int pba_connection_watch(PbaConnection *connection, struct pollfd fds[2])
 void pba_connection_turn(PbaConnection *connection, const struct pollfd fds[2])
 {
     if (fds[0].revents) {
-        clear_fd(connection->done_fd);
+        pba_wake_clear(connection->done_fd);
     }
     if (fds[1].fd == -1) {
         return; /* the other thread receives */
@@ -368,10 +351,9 @@ PbaConnection *pba_connection_start(PbaVolume *volume, GError **error)
     PbaConnection *connection = g_new0(PbaConnection, 1);
     connection->volume = volume;
     connection->sizes = volume->sizes;
-    connection->wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    connection->done_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (connection->wake_fd < 0 || connection->done_fd < 0) {
-        pba_error_set(error, PBA_ERROR_SYSTEM, "cannot make an eventfd - %s", g_strerror(errno));
+    connection->wake_fd = pba_wake_new(error);
+    connection->done_fd = connection->wake_fd < 0 ? -1 : pba_wake_new(error);
+    if (connection->done_fd < 0) {
         g_free(connection);
         return NULL;
     }

@@ -46,6 +46,7 @@ typedef struct {
 struct PbaFile {
     PbaConnection *connection;
     PbaAhead *ahead;
+    PbaSeeks *seeks;
     PbaSizes sizes;
     GPtrArray *slots;        /* Slot, in use */
     GPtrArray *free_buffers; /* of PBA_FILE_BLOCK */
@@ -56,11 +57,12 @@ struct PbaFile {
     bool starved;     /* an older reading has got no slot */
 };
 
-PbaFile *pba_file_new(PbaConnection *connection, PbaAhead *ahead)
+PbaFile *pba_file_new(PbaConnection *connection, PbaAhead *ahead, PbaSeeks *seeks)
 {
     PbaFile *file = g_new0(PbaFile, 1);
     file->connection = connection;
     file->ahead = ahead;
+    file->seeks = seeks;
     file->sizes = *pba_connection_sizes(connection);
     file->slots = g_ptr_array_new();
     file->free_buffers = g_ptr_array_new();
@@ -420,6 +422,11 @@ void pba_file_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t of
 const PbaSizes *pba_file_sizes(const PbaFile *file)
 {
     return &file->sizes;
+}
+
+PbaSeeks *pba_file_seeks(const PbaFile *file)
+{
+    return file->seeks;
 }
 
 void pba_file_turn(PbaFile *file)

@@ -1,7 +1,9 @@
 /* pba-vfile: serves one volume of an access as a file, until it is told to end or its parent dies.
  *
- *   pba-vfile FILE SOCKET DEVICE SIZE [BITMAP]
+ *   pba-vfile FILE SOCKET DEVICE SIZE whole|part [BITMAP]
  *
+ * Of a whole volume the file tells where its zeroes are (lseek(2): SEEK_HOLE). Of a part nothing
+ * may be taken for a hole: a reader that writes over an older copy would keep what that has there.
  * FILE is made, and removed at the end. Standard input is a socket to the parent. The parent writes
  * a byte there when the volume can be read, so that the server can be started before. The server
  * writes its errors there (standard error goes there, too), or a NUL character once the file can be
@@ -114,6 +116,7 @@ static void serve(struct fuse_session *session, PbaFile *file, PbaConnection *co
         {.fd = signal_fd, .events = POLLIN},
         {.fd = -1}, /* these are the connection's */
         {.fd = -1},
+        pba_seeks_watch(pba_file_seeks(file)),
     };
 
     while (!fuse_session_exited(session)) {
@@ -127,6 +130,9 @@ static void serve(struct fuse_session *session, PbaFile *file, PbaConnection *co
             continue;
         }
         pba_connection_turn(connection, &fds[3]);
+        if (fds[5].revents) {
+            pba_seeks_turn(pba_file_seeks(file));
+        }
         if (fds[0].revents && fuse_session_receive_buf(session, &buffer) > 0) {
             fuse_session_process_buf(session, &buffer);
         }
@@ -134,7 +140,17 @@ static void serve(struct fuse_session *session, PbaFile *file, PbaConnection *co
     free(buffer.mem);
 }
 
-static bool run(const char *path, const PbaVolumeOptions *options, GError **error)
+/* NULL on error: nothing has to be freed, the process ends then. */
+static PbaFile *new_file(PbaConnection *connection, const PbaVolumeOptions *options, bool is_whole,
+                         GError **error)
+{
+    PbaAhead *ahead = pba_ahead_new(options);
+    PbaSeeks *seeks = is_whole ? pba_seeks_new(options, ahead, error) : NULL;
+
+    return seeks || !is_whole ? pba_file_new(connection, ahead, seeks) : NULL;
+}
+
+static bool run(const char *path, const PbaVolumeOptions *options, bool is_whole, GError **error)
 {
     PbaHooks hooks = {.interrupted = told_to_end};
     PbaVolumeOptions data = *options; /* the map has a connection of its own: pba_scan_start */
@@ -142,6 +158,7 @@ static bool run(const char *path, const PbaVolumeOptions *options, GError **erro
     g_autoptr(PbaVolume) volume = NULL;
     PbaConnection *connection;
     struct fuse_session *session;
+    PbaFile *file;
 
     data.bitmap = NULL;
     if (signal_fd < 0) {
@@ -154,9 +171,9 @@ static bool run(const char *path, const PbaVolumeOptions *options, GError **erro
         return false;
     }
     bool done = (volume = pba_volume_open(&data, &hooks, error)) &&
-                (connection = pba_connection_start(g_steal_pointer(&volume), error));
-    PbaFile *file = done ? pba_file_new(connection, pba_ahead_new(options)) : NULL;
-    done = done && (session = mount_file(path, file, error));
+                (connection = pba_connection_start(g_steal_pointer(&volume), error)) &&
+                (file = new_file(connection, options, is_whole, error)) &&
+                (session = mount_file(path, file, error));
     if (done) {
         done = report_ready();
         serve(session, file, connection, signal_fd);
@@ -170,18 +187,18 @@ int main(int argc, char **argv)
 {
     g_autoptr(GError) error = NULL;
 
-    if (argc < 5 || argc > 6) {
-        fputs("usage: pba-vfile FILE SOCKET DEVICE SIZE [BITMAP]\n", stderr);
+    if (argc < 6 || argc > 7) {
+        fputs("usage: pba-vfile FILE SOCKET DEVICE SIZE whole|part [BITMAP]\n", stderr);
         return EXIT_FAILURE;
     }
     PbaVolumeOptions options = {
         .device = argv[3],
         .path = argv[2],
-        .bitmap = argv[5],
+        .bitmap = argv[6],
         .size = g_ascii_strtoull(argv[4], NULL, 10),
     };
     umask(077);
-    if (chdir("/") != 0 || !run(argv[1], &options, &error)) {
+    if (chdir("/") != 0 || !run(argv[1], &options, g_str_equal(argv[5], "whole"), &error)) {
         fputs(error ? error->message : "cannot serve the file", stderr);
         fflush(stderr);
         _exit(EXIT_FAILURE);

@@ -1,4 +1,5 @@
 /* What the kernel may ask of the file. Here is what needs no server; file.c has the rest. */
+#define _GNU_SOURCE /* SEEK_DATA */
 #include "server.h"
 #include "src/volume/volume.h"
 #include <errno.h>
@@ -65,6 +66,22 @@ static void on_write(fuse_req_t request, fuse_ino_t inode, const char *data, siz
     fuse_reply_err(request, EOPNOTSUPP);
 }
 
+/* Without an answer all is data, for the kernel, and it does not ask again. */
+static void on_lseek(fuse_req_t request, fuse_ino_t inode, off_t offset, int whence,
+                     struct fuse_file_info *info)
+{
+    (void)inode;
+    (void)info;
+    PbaSeeks *seeks = pba_file_seeks(fuse_req_userdata(request));
+    if (!seeks) {
+        fuse_reply_err(request, ENOSYS);
+    } else if (offset < 0 || (whence != SEEK_DATA && whence != SEEK_HOLE)) {
+        fuse_reply_err(request, EINVAL);
+    } else {
+        pba_seeks_ask(seeks, request, (uint64_t)offset, whence);
+    }
+}
+
 const struct fuse_lowlevel_ops pba_file_operations = {
     .getattr = on_getattr,
     .statfs = on_statfs,
@@ -72,4 +89,5 @@ const struct fuse_lowlevel_ops pba_file_operations = {
     .read = pba_file_read,
     .write = on_write,
     .fallocate = pba_file_fallocate,
+    .lseek = on_lseek,
 };

@@ -1,12 +1,14 @@
-/* The dirty regions for reading ahead: a thread goes through the map on a connection of its own, so
- * that a slow answer holds up no reader. */
+/* Runs of a map, the dirty regions or the zeroes: a thread goes through it on a connection of its
+ * own, so that a slow answer holds up no reader. */
 #include "server.h"
 #include "src/volume/volume.h"
 
-/* Regions known ahead of the reader. */
+/* Runs known ahead of the reader. */
 #define RING_SIZE 1024u
 
 struct PbaScan {
+    PbaScanBegin begin;
+    int found_fd; /* -1: nobody polls for it */
     char *device;
     char *path;
     char *bitmap;
@@ -16,12 +18,29 @@ struct PbaScan {
     PbaRange ring[RING_SIZE];
     unsigned head;
     unsigned used;
-    uint64_t from; /* where the map is to be read from */
-    unsigned seek; /* counts the times from was set */
-    bool ended;    /* no more regions, until the next seek */
+    uint64_t from;       /* where the map is to be read from */
+    unsigned seek;       /* counts the times from was set */
+    bool ended;          /* no more runs, until the next seek */
+    bool consumer_waits; /* wants found_fd to be written to */
 };
 
-/* Waits until a region more is wanted; true if the thread is to go on with what it reads. */
+PbaMap *pba_scan_dirty(const PbaVolumeOptions *options, uint64_t from, PbaVolume **volume)
+{
+    *volume = pba_volume_open(options, NULL, NULL);
+    return *volume ? pba_volume_map(*volume, from) : NULL;
+}
+
+PbaMap *pba_scan_zeroes(const PbaVolumeOptions *options, uint64_t from, PbaVolume **volume)
+{
+    *volume = pba_volume_open_allocation(options, NULL, NULL);
+    /* QEMU before 10.0 cannot ask a snapshot twice at a time, and whatever reads it may ask. */
+    if (*volume && (!(*volume)->context || (*volume)->by_cluster)) {
+        g_clear_pointer(volume, pba_volume_free);
+    }
+    return *volume ? &pba_nbd_zeroes(*volume, from, (*volume)->size)->map : NULL;
+}
+
+/* Waits until a run more is wanted; true if the thread is to go on with what it reads. */
 static bool wait_wanted(PbaScan *scan, unsigned seek)
 {
     g_mutex_lock(&scan->mutex);
@@ -33,20 +52,24 @@ static bool wait_wanted(PbaScan *scan, unsigned seek)
     return same;
 }
 
-/* Adds a region; none (its end is 0) is the end of the map. */
-static void push(PbaScan *scan, unsigned seek, PbaRange region)
+/* Adds a run; none (its end is 0) is the end of the map. */
+static void push(PbaScan *scan, unsigned seek, PbaRange run)
 {
     g_mutex_lock(&scan->mutex);
-    if (scan->seek == seek && region.end == 0) {
+    if (scan->seek == seek && run.end == 0) {
         scan->ended = true;
     } else if (scan->seek == seek) {
-        scan->ring[(scan->head + scan->used) % RING_SIZE] = region;
+        scan->ring[(scan->head + scan->used) % RING_SIZE] = run;
         scan->used++;
+    }
+    if (scan->seek == seek && scan->consumer_waits) {
+        scan->consumer_waits = false;
+        pba_wake(scan->found_fd);
     }
     g_mutex_unlock(&scan->mutex);
 }
 
-/* A map that cannot be read is the end of reading ahead: the reader notices nothing. */
+/* A map that cannot be read ends here: the reader notices nothing, but for what it might gain. */
 static void read_map(PbaScan *scan, uint64_t from, unsigned seek)
 {
     PbaVolumeOptions options = {
@@ -55,11 +78,11 @@ static void read_map(PbaScan *scan, uint64_t from, unsigned seek)
         .bitmap = scan->bitmap,
         .size = scan->size,
     };
-    g_autoptr(PbaVolume) volume = pba_volume_open(&options, NULL, NULL);
+    PbaVolume *volume;
     uint64_t offset;
     uint64_t length;
 
-    PbaMap *map = volume ? pba_volume_map(volume, from) : NULL;
+    PbaMap *map = scan->begin(&options, from, &volume);
     while (wait_wanted(scan, seek)) {
         bool more = volume && pba_volume_next_region(volume, map, &offset, &length, NULL, NULL);
         more = more && length > 0;
@@ -82,9 +105,13 @@ static gpointer run(gpointer opaque)
     return NULL;
 }
 
-PbaScan *pba_scan_start(const PbaVolumeOptions *options)
+PbaScan *pba_scan_start(const PbaVolumeOptions *options, PbaScanBegin begin, uint64_t from,
+                        int found_fd)
 {
     PbaScan *scan = g_new0(PbaScan, 1);
+    scan->begin = begin;
+    scan->from = from;
+    scan->found_fd = found_fd;
     scan->device = g_strdup(options->device);
     scan->path = g_strdup(options->path);
     scan->bitmap = g_strdup(options->bitmap);
@@ -95,20 +122,22 @@ PbaScan *pba_scan_start(const PbaVolumeOptions *options)
     return scan;
 }
 
-bool pba_scan_pop(PbaScan *scan, uint64_t *begin, uint64_t *end)
+PbaScanState pba_scan_pop(PbaScan *scan, PbaRange *run)
 {
     g_mutex_lock(&scan->mutex);
-    bool found = scan->used > 0;
-    if (found) {
-        *begin = scan->ring[scan->head].begin;
-        *end = scan->ring[scan->head].end;
+    PbaScanState state = scan->used > 0 ? PBA_SCAN_FOUND
+                         : scan->ended  ? PBA_SCAN_ENDED
+                                        : PBA_SCAN_LATER;
+    if (state == PBA_SCAN_FOUND) {
+        *run = scan->ring[scan->head];
         scan->head = (scan->head + 1) % RING_SIZE;
         if (scan->used-- == RING_SIZE) {
             g_cond_signal(&scan->wanted);
         }
     }
+    scan->consumer_waits = state == PBA_SCAN_LATER && scan->found_fd >= 0;
     g_mutex_unlock(&scan->mutex);
-    return found;
+    return state;
 }
 
 void pba_scan_seek(PbaScan *scan, uint64_t offset)

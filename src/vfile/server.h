@@ -2,8 +2,8 @@
  *
  * One thread (main.c, file.c, ahead.c) has all the state and speaks FUSE; another (connection.c)
  * moves the data of the NBD connection while several requests are in flight, so that receiving and
- * answering go on side by side; a third (scan.c) goes through the dirty bitmap ahead of the
- * reader. */
+ * answering go on side by side; further ones (scan.c) go through the dirty bitmap, and what is
+ * zeroes, ahead of the reader. */
 #ifndef PBA_VFILE_SERVER_H
 #define PBA_VFILE_SERVER_H
 
@@ -13,6 +13,12 @@
 #include "src/volume/volume.h"
 #include <fuse_lowlevel.h>
 #include <poll.h>
+
+/* What one thread has another's poll(2) end with: a descriptor that can be read from then. */
+
+int pba_wake_new(GError **error); /* -1 on error */
+void pba_wake(int fd);
+void pba_wake_clear(int fd);
 
 /* The NBD connection, in a thread of its own */
 
@@ -46,15 +52,31 @@ PbaRequest *pba_connection_take_done(PbaConnection *connection, bool all);
 int pba_connection_watch(PbaConnection *connection, struct pollfd fds[2]);
 void pba_connection_turn(PbaConnection *connection, const struct pollfd fds[2]);
 
-/* The dirty regions, fetched by a thread of their own */
+/* Runs of a map, fetched by a thread of their own */
 
 typedef struct PbaScan PbaScan;
 
-/* options are copied; they name the bitmap. Lasts as long as the process. */
-PbaScan *pba_scan_start(const PbaVolumeOptions *options);
-/* The next region, if it is there already. Never waits. */
-bool pba_scan_pop(PbaScan *scan, uint64_t *begin, uint64_t *end);
-/* Goes on with what is dirty from offset on. */
+/* What the runs are of: connects, and gives the map from that offset on, of *volume. That is NULL
+ * where the server cannot tell. */
+typedef PbaMap *(*PbaScanBegin)(const PbaVolumeOptions *options, uint64_t from, PbaVolume **volume);
+/* The dirty regions of the bitmap that the options name. */
+PbaMap *pba_scan_dirty(const PbaVolumeOptions *options, uint64_t from, PbaVolume **volume);
+/* What the server says is zeroes (NBD spec: base:allocation, NBD_STATE_ZERO). */
+PbaMap *pba_scan_zeroes(const PbaVolumeOptions *options, uint64_t from, PbaVolume **volume);
+
+typedef enum {
+    PBA_SCAN_FOUND,
+    PBA_SCAN_LATER, /* found_fd tells when to ask again */
+    PBA_SCAN_ENDED, /* there is no further run, or it cannot be known */
+} PbaScanState;
+
+/* options are copied. found_fd is borrowed; -1 for a consumer that does not poll for it. Lasts as
+ * long as the process. */
+PbaScan *pba_scan_start(const PbaVolumeOptions *options, PbaScanBegin begin, uint64_t from,
+                        int found_fd);
+/* The next run, if it is there already. Never waits. */
+PbaScanState pba_scan_pop(PbaScan *scan, PbaRange *run);
+/* Goes on with the runs from offset on. */
 void pba_scan_seek(PbaScan *scan, uint64_t offset);
 
 /* What to read ahead */
@@ -70,8 +92,21 @@ bool pba_ahead_note_read(PbaAhead *ahead, uint64_t begin, uint64_t end, bool kno
 bool pba_ahead_next(PbaAhead *ahead, uint64_t max, uint64_t *offset, uint64_t *length);
 /* A range is discarded: it must not be read any more. */
 void pba_ahead_note_discard(PbaAhead *ahead, uint64_t begin, uint64_t end);
+/* A range is zeroes that a reader was told of: it is passed over. */
+void pba_ahead_note_zeroes(PbaAhead *ahead, PbaRange zeroes);
 /* Reading ahead failed: stops it until a reader reads in order again. */
 void pba_ahead_stop(PbaAhead *ahead);
+
+/* Where the zeroes are, for readers who ask (lseek(2): SEEK_DATA, SEEK_HOLE) */
+
+typedef struct PbaSeeks PbaSeeks;
+
+/* ahead is borrowed, options are copied. Lasts as long as the process. */
+PbaSeeks *pba_seeks_new(const PbaVolumeOptions *options, PbaAhead *ahead, GError **error);
+void pba_seeks_ask(PbaSeeks *seeks, fuse_req_t request, uint64_t offset, int whence);
+/* What to poll for, and what to call then. */
+struct pollfd pba_seeks_watch(const PbaSeeks *seeks);
+void pba_seeks_turn(PbaSeeks *seeks);
 
 /* The file */
 
@@ -81,9 +116,10 @@ typedef struct PbaFile PbaFile;
  * for larger reads, where the C library has it map memory for each of them anew. */
 #define PBA_FILE_BLOCK (64u << 10)
 
-/* connection and ahead are borrowed. */
-PbaFile *pba_file_new(PbaConnection *connection, PbaAhead *ahead);
+/* All are borrowed. seeks is NULL for a file that readers may not pass over anything of. */
+PbaFile *pba_file_new(PbaConnection *connection, PbaAhead *ahead, PbaSeeks *seeks);
 const PbaSizes *pba_file_sizes(const PbaFile *file);
+PbaSeeks *pba_file_seeks(const PbaFile *file);
 /* The operations (operations.c) have it as their session's userdata. */
 extern const struct fuse_lowlevel_ops pba_file_operations;
 void pba_file_read(fuse_req_t request, fuse_ino_t inode, size_t length, off_t offset,

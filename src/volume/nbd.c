@@ -135,7 +135,10 @@ static void free_map(PbaMap *map)
 
 PbaNbdMap *pba_nbd_zeroes(PbaVolume *volume, uint64_t begin, uint64_t end)
 {
-    return pba_nbd_map_new(volume, LIBNBD_STATE_ZERO, begin, end);
+    PbaNbdMap *map = pba_nbd_map_new(volume, LIBNBD_STATE_ZERO, begin, end);
+
+    map->map.reader = &pba_nbd_reader;
+    return map;
 }
 
 const PbaReader pba_nbd_reader = {

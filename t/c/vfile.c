@@ -94,7 +94,7 @@ static void check_reused(const char *path, const char *number_file)
     PbaHooks hooks = {.interrupted = always};
     g_autoptr(GError) error = NULL;
 
-    PbaVfile *vfile = pba_vfile_start(path, &options, &error);
+    PbaVfile *vfile = pba_vfile_start(path, &options, false, &error);
     if (!vfile) {
         ok(true, "skipped: %s", error->message);
         return;
@@ -116,7 +116,7 @@ static void check_killed(const char *path, const char *number_file)
     PbaVolumeOptions options = {.device = "disk0", .path = "/nowhere", .size = 1 << 20};
     PbaHooks hooks = {.interrupted = always};
 
-    PbaVfile *vfile = pba_vfile_start(path, &options, NULL);
+    PbaVfile *vfile = pba_vfile_start(path, &options, false, NULL);
     if (!vfile) {
         return;
     }

@@ -16,7 +16,11 @@ use parent qw(PBA::Test::ServedFile PVE::BackupAccess::Provider::Qcow2Chain::Raw
 
 sub start ($class, %opt) {
     my $dir = File::Temp->newdir('pba-vfile.XXXXXX', TMPDIR => 1);
-    my @arguments = ("$dir/vfile-0", @opt{qw(socket device size)}, $opt{bitmap} // ());
+    my @arguments = (
+        "$dir/vfile-0",
+        @opt{qw(socket device size)},
+        $opt{bitmap} ? (part => $opt{bitmap}) : ('whole')
+    );
     my $self = $class->_serve(@arguments);
     $self->{dir} = $dir;
     return $self;

@@ -26,7 +26,7 @@ my sub fail ($class, $message) {
 # At that path, where nothing may be yet; if none is given in the server's directory.
 sub start ($class, $server, $size, $path = $server->dir . '/raw') {
     my ($bytes) = $size =~ m/\A([0-9]+)\z/;    # of a manifest, which was checked: no taint
-    my $self = $class->_serve($path, $server->socket, 'image', $bytes);
+    my $self = $class->_serve($path, $server->socket, 'image', $bytes, 'whole');
     $self->{server} = $server;
     return $self;
 }

@@ -1,0 +1,227 @@
+# Where a virtual file says that it has zeroes (lseek: SEEK_DATA, SEEK_HOLE), and that it says so of
+# nothing else.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use List::Util qw(max min);
+use POSIX qw(EINVAL);
+use Test::More;
+use Time::HiRes qw(sleep time);
+
+use PBA::Test::Handle;
+use PBA::Test::NBDServer;
+use PBA::Test::VFile;
+
+my $missing = PBA::Test::Handle->missing;
+plan(skip_all => $missing) if defined($missing);
+
+my ($SEEK_DATA, $SEEK_HOLE) = (3, 4);
+my $kib = 1024;
+my $mib = 1024 * $kib;
+my $block = 64 * $kib;    # holes begin and end with one
+my $min_hole = 256 * $kib;
+my $size = 96 * $mib + 512;
+
+my $seed = $ENV{PBA_SEED} // int(rand(2**31));
+note("PBA_SEED=$seed");
+srand($seed);
+
+# [offset, length] in order, of all sizes around what is told, at any sector.
+sub random_holes () {
+    my @holes;
+    my $at = int(rand(2)) * 512 * int(rand(4096));
+    while ($at < $size) {
+        my $length = 512 * (1 + int(rand(int(2**rand(15)))));
+        push(@holes, [$at, min($length, $size - $at)]);
+        $at += $length + 512 * (1 + int(rand(int(2**rand(13)))));
+    }
+    return \@holes;
+}
+
+# What of the holes a reader is told of.
+sub told_of ($holes) {
+    return grep { $_->[1] - $_->[0] >= $min_hole } map {
+        my ($begin, $end) = ($_->[0], $_->[0] + $_->[1]);
+        [
+            $block * int(($begin + $block - 1) / $block),
+            $end == $size ? $end : $block * int($end / $block)
+        ]
+    } @$holes;
+}
+
+sub content ($holes) {
+    my $data = "\xa5" x $size;
+    substr($data, $_->[0], $_->[1]) = "\0" x $_->[1] for @$holes;
+    return $data;
+}
+
+sub serve ($holes, %more) {
+    my $data = content($holes);
+    my $server = PBA::Test::NBDServer->start(
+        size => $size,
+        holes => $holes,
+        data => sub ($offset, $length) { substr($data, $offset, $length) },
+        %more,
+    );
+    my $file = PBA::Test::VFile->start(
+        socket => $server->socket_path,
+        device => $server->{export},
+        size => $size,
+        bitmap => $more{dirty} ? $server->{bitmap} : undef,
+    );
+    return ($server, $file, $data);
+}
+
+# undef with $! for an error.
+sub seek_to ($handle, $offset, $whence) {
+    my $at = sysseek($handle, $offset, $whence);
+    return defined($at) ? $at + 0 : undef;
+}
+
+# [begin, end] of all holes that one finds who goes through the file.
+sub walk ($handle) {
+    my @holes;
+    my $at = 0;
+    while ($at < $size) {
+        my $hole = seek_to($handle, $at, $SEEK_HOLE) // die "SEEK_HOLE $at: $!\n";
+        my $data = $hole < $size ? seek_to($handle, $hole, $SEEK_DATA) : $size;
+        $data //= $!{ENXIO} ? $size : die "SEEK_DATA $hole: $!\n";
+        push(@holes, [$hole, $data]) if $hole < $size;
+        $at = $data;
+    }
+    return @holes;
+}
+
+# Whether an answer is true: nothing but zeroes is passed over, and what is called a hole is one; and
+# whether the answer is of use: what one is told of who goes through the file is not missed, but for
+# the block that the question is in.
+sub is_true ($told, $data, $offset, $whence, $answer) {
+    my ($next) = grep { $_->[1] > $offset } @$told;
+    my $end = $answer // $size;
+    if ($whence == $SEEK_DATA) {
+        return substr($data, $offset, $end - $offset) !~ m/[^\0]/;
+    }
+    return 0 if substr($data, $end, min($block - $end % $block, $size - $end)) =~ m/[^\0]/;
+    my ($whole) = grep { $_->[0] >= $offset } @$told;
+    my $inside = $next && $next->[0] < $offset && $next->[1] - $offset >= $min_hole + $block;
+    my $latest = $inside ? $offset + $block : $whole ? $whole->[0] : $size;
+    return $end >= $offset && $end <= $latest;
+}
+
+sub read_at ($handle, $offset, $length) {
+    my $data = '';
+    sysseek($handle, $offset, 0) // die "sysseek: $!\n";
+    while (length($data) < $length) {
+        my $got = sysread($handle, $data, $length - length($data), length($data));
+        die $got // $! if !$got;
+    }
+    return $data;
+}
+
+sub all_is_data ($handle, $name) {
+    for my $offset (0, 8 * $mib, 40 * $mib, $size - 512) {
+        is(seek_to($handle, $offset, $SEEK_DATA), $offset, "$name: data at $offset");
+        is(seek_to($handle, $offset, $SEEK_HOLE), $size, "$name: no hole from $offset on");
+    }
+}
+
+# ---- what is told ----
+
+sub check_walks () {
+    my $holes = random_holes();
+    my @told = told_of($holes);
+    my ($server, $file, $data) = serve($holes);
+    my $handle = $file->handle;
+    cmp_ok(scalar(@told), '>', 2, scalar(@told) . ' holes');
+    is_deeply([walk($handle)], \@told, 'from begin to end');
+    is_deeply([walk($handle)], \@told, 'and again');
+    for (1 .. 300) {
+        my $offset
+            = rand() < 0.3
+            ? max(0, $told[rand(@told)][int(rand(2))] - int(rand(2)))
+            : int(rand($size));
+        next if $offset >= $size;
+        my $whence = rand() < 0.5 ? $SEEK_DATA : $SEEK_HOLE;
+        my $answer = seek_to($handle, $offset, $whence);
+        die "at $offset: $!\n" if !defined($answer) && !($whence == $SEEK_DATA && $!{ENXIO});
+        next if is_true(\@told, $data, $offset, $whence, $answer);
+        fail("at $offset with $whence: " . ($answer // 'ENXIO'));
+        last;
+    }
+    ok(!defined(seek_to($handle, $size, $SEEK_DATA)) && $!{ENXIO}, 'nothing behind the end');
+}
+
+# Who passes over the holes has the same as who does not, and nothing of them was read for that.
+sub check_content () {
+    my $holes = random_holes();
+    my @told = told_of($holes);
+    my ($server, $file, $data) = serve($holes);
+    my $handle = $file->handle;
+    my $copy = "\0" x $size;
+    for (my $at = 0; defined($at = seek_to($handle, $at, $SEEK_DATA));) {
+        my $end = seek_to($handle, $at, $SEEK_HOLE);
+        while ($at < $end) {
+            my $length = min($end - $at, 4 * $mib);
+            substr($copy, $at, $length) = read_at($handle, $at, $length);
+            $at += $length;
+        }
+        last if $at >= $size;
+    }
+    ok($copy eq $data, 'a reader that passes over the holes has all');
+    my @reads = map { [$_->{offset}, $_->{offset} + $_->{length}] } $server->requests('read');
+    my @inside = grep {
+        my $read = $_;
+        grep { $read->[0] >= $_->[0] + 2 * $mib + $block && $read->[1] <= $_->[1] } @told
+    } @reads;
+    is(scalar(@inside), 0, 'little of a hole is read, ahead');
+    for my $offset (0, map { max(0, $_->[0] - $mib) } @told[0 .. min(3, $#told)]) {
+        my $length = min(3 * $mib, $size - $offset);
+        ok(read_at($handle, $offset, $length) eq substr($data, $offset, $length),
+            "a plain read at $offset");
+    }
+}
+
+# ---- what is not ----
+
+# A reader that passed over a hole would keep what an older copy has there.
+sub check_part () {
+    my ($server, $file) = serve([[8 * $mib, 16 * $mib]], dirty => [[0, $size]]);
+    all_is_data($file->handle, 'a part');
+}
+
+sub check_unknown () {
+    my $holes = [[8 * $mib, 16 * $mib], [40 * $mib, 20 * $mib]];
+    my ($old, $by_cluster) = serve($holes, description => 'pba: read by clusters of 65536 bytes');
+    all_is_data($by_cluster->handle, 'one question at a time');
+    my ($silent, $failing) = serve($holes, allocation_error => EINVAL);
+    all_is_data($failing->handle, 'a server that fails');
+    my ($gone, $cut) = serve($holes, disconnect_after => 0);
+    all_is_data($cut->handle, 'a server that hangs up');
+}
+
+# A reader that is told to end while the server says nothing.
+sub check_hang () {
+    my ($server, $file) = serve([[8 * $mib, 16 * $mib]], hang_at => 20 * $mib);
+    my $pid = fork() // die "cannot fork: $!\n";
+    if (!$pid) {
+        seek_to($file->handle, 0, $SEEK_HOLE);
+        POSIX::_exit(0);
+    }
+    sleep(0.5);
+    is(waitpid($pid, POSIX::WNOHANG()), 0, 'a server that hangs: the reader waits');
+    kill('TERM', $pid);
+    my $end = time() + 10;
+    my $ended;
+    sleep(0.05) while !($ended = waitpid($pid, POSIX::WNOHANG())) && time() < $end;
+    is($ended, $pid, 'until a signal') or kill('KILL', $pid);
+    is($file->end, 0, 'and the file can be ended');
+}
+
+check_walks();
+check_content();
+check_part();
+check_unknown();
+check_hang();
+done_testing();
