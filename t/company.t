@@ -338,9 +338,15 @@ sub check_passed_through ($type, $returns) {
     return;
 }
 
+# QEMU 9.1 has -run-with user=, and 10.0 no -runas any more.
+sub as_nobody () {
+    my $has_user = qx(@{[PBA::Test::VM::qemu()]} -help) =~ m/-run-with .*user=/;
+    return $has_user ? qw(-run-with user=nobody) : qw(-runas nobody);
+}
+
 # QEMU makes the socket and opens the images; the listener of the monitor was root.
 sub check_other_user ($name) {
-    my $backend = PBA::Test::Backend->start(name => $name, guest => 0, args => [qw(-runas nobody)]);
+    my $backend = PBA::Test::Backend->start(name => $name, guest => 0, args => [as_nobody()]);
     my $vm = $backend->vm;
     my $before = $backend->outside;
     ok(!eval { back_up($backend, 'disk0') }, 'in directories that are closed to it it fails');

@@ -380,7 +380,7 @@ directory in C</tmp> for others. QEMU must be able to make a socket there. Neith
 directory above it may be one in which others than root and you can rename things: of theirs, or open
 to them without the sticky bit.
 
-Where root backs up a QEMU that runs as another user (C<-runas>), the private directory is opened to QEMU's group
+Where root backs up a QEMU that runs as another user (C<-runas>, C<-run-with user=>), the private directory is opened to QEMU's group
 (mode 1730), this directory to all who want to go through it, and fleecing images are given to QEMU's user; that
 user must be able to go through the directories above. Whose process QEMU is tells the other end of its socket; so not
 where a code ref carries the commands, nor where another program has made the socket.

@@ -99,6 +99,9 @@ sub _copy_sources ($self) {
     my $list = -e '.git' ? 'git ls-files -z' : q{tr '\n' '\0' <MANIFEST};
     _call('bash', '-c', qq{set -o pipefail; $list | tar -c --null -T - | tar -x -C "\$1"},
         '-', $target);
+
+    # Some gates ask git what the project is made of.
+    _call(qw(git -C), $target, @$_) for [qw(init -q)], [qw(add -A)];
     return;
 }
 
@@ -106,7 +109,10 @@ sub _copy_sources ($self) {
 
 # Runs the script there, as its first process: what it leaves running ends with it.
 sub _enter ($self, $script, @arguments) {
-    my $mount = 'mount -t proc proc "$1/proc" && mount --rbind /dev "$1/dev" && exec chroot "$@"';
+
+    # The root there is a mount point too, as on a machine: unshare(1) wants that.
+    my $mount = 'mount --bind "$1" "$1" && mount -t proc proc "$1/proc" && '
+        . 'mount --rbind /dev "$1/dev" && exec chroot "$@"';
     my @environment = map { defined($ENV{$_}) ? "$_=$ENV{$_}" : () } @PASSED_ON;
     my @command = (
         qw(unshare --mount --propagation private --pid --fork --kill-child),
