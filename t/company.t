@@ -15,7 +15,7 @@ use Time::HiRes qw(sleep);
 use PBA::Test::Backend;
 use PBA::Test::ScriptedQEMU;
 
-my $Backend = 'PBA::Test::Backend';
+my ($Backend, $VM) = ('PBA::Test::Backend', 'PBA::Test::VM');
 
 my $mib = 1024 * 1024;
 my $size = 8 * $mib;
@@ -301,7 +301,7 @@ sub check_ambiguous_id () {
 # qcow2 of version 2 stores no bitmaps.
 sub check_old_qcow2 () {
     my $dir = File::Temp->newdir;
-    my @create = (PBA::Test::VM->qemu_img, qw(create -q -f qcow2 -o compat=0.10));
+    my @create = ($VM->qemu_img, qw(create -q -f qcow2 -o compat=0.10));
     system(@create, "$dir/old.qcow2", $size) == 0 or die "qemu-img: $?\n";
     my %disk = (id => 'disk0', format => 'qcow2', file => "$dir/old.qcow2");
     my $backend = $Backend->start(name => 'upstream', guest => 0, disks => [\%disk]);
@@ -340,7 +340,7 @@ sub check_passed_through ($type, $returns) {
 
 # QEMU 9.1 has -run-with user=, and 10.0 no -runas any more.
 sub as_nobody () {
-    my $has_user = qx(@{[PBA::Test::VM::qemu()]} -help) =~ m/-run-with .*user=/;
+    my $has_user = qx(@{[$VM->qemu]} -help) =~ m/-run-with .*user=/;
     return $has_user ? qw(-run-with user=nobody) : qw(-runas nobody);
 }
 
@@ -368,7 +368,7 @@ sub check_other_user ($name) {
 
 subtest "backend $_: a shared disk" => sub { check_shared($_) }
     for $Backend->names;
-if (!PBA::Test::VM->is_proxmox) {
+if (!$VM->is_proxmox) {
     subtest 'an id of several objects' => sub { check_ambiguous_id() };
     subtest 'an old qcow2' => sub { check_old_qcow2() };
 
