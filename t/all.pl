@@ -22,6 +22,7 @@ my @expected_skips = (
     qr/\Aneeds QEMU 10\.0 or later\b/,
     qr/\Aneeds Ceph and PBA_FULL\b/,
     qr/\Aneeds PBA_FULL\b/,
+    qr/\Aneeds PBA_QEMU_SERVER\b/,
     qr/\Aneeds Proxmox VE's backup provider API\b/,
     qr/\Aonly for QEMU before 10\.0\b/,
     qr/\Aonly for a stock QEMU\b/,

@@ -110,7 +110,7 @@ sub check_foreign ($backend) {
             refused(sub { recover($backend, %wrong) }, qr/not of target/, "$mode: another target");
             is(scalar($backend->vm->exports->@*), 2, "$mode: its exports are there");
         }
-        my $lines = recover($backend, %foreign);
+        my $lines = PVE::BackupAccess->recover(qmp => $backend->qmp_path, %foreign);
         like("@$lines", qr/export .* was removed.*NBD server was stopped.*was ended/,
             "$mode: lines");
         is_deeply($backend->outside, $outside, "$mode: nothing is left");

@@ -123,8 +123,9 @@ sub recover_foreign ($class, $options) {
     refuse('what is left has markers of this module - call recover without foreign')
         if grep { ($_->{'node-name'} // '') =~ m/\Apba-/ } @nodes;
     return [] if !grep { ($_->{drv} // '') =~ m/\A(?:snapshot-access|copy-before-write)\z/ } @nodes;
+    my %ask = map { $_ => $options->{$_} } grep { exists($options->{$_}) } qw(qmp timeout);
     refuse('this QEMU has no accesses of another program')
-        if $class->capabilities($options->%{qw(qmp timeout)})->{backend} ne 'pve';
+        if $class->capabilities(%ask)->{backend} ne 'pve';
     frozen_bitmaps($target, @nodes);
     my @lines;
     my $others = remove_exports($options, \@lines, @nodes);

@@ -10,14 +10,12 @@ use Time::HiRes ();
 use PVE::BackupAccess;
 use PVE::BackupAccess::Argument
     qw(bad_argument check_bytes check_code check_filled_text check_positive given_options);
-use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Notes;
 use PVE::BackupAccess::PluginBase;
 use PVE::BackupAccess::Try qw(attempt deaths_of deaths_of_all is_own worst_of);
 
-my $map_batch = 10_000;    # dirty regions per call
-my $look_every = 10;       # seconds, at fleecing images
-my $look_limit = 5;        # seconds, that a QMP command may take for that
+my $look_every = 10;    # seconds, at fleecing images
+my $look_limit = 5;     # seconds, that a QMP command may take for that
 
 my sub check_provider ($name, $value) {
     bad_argument("$name must be an object") if !blessed($value);
@@ -145,6 +143,7 @@ sub _hand_over ($self, $result) {
         $self->_check_size($info, $seen->{$device}{size});
         $result->{devices}{$device} = $self->_describe($info, $modes->{$device});
     }
+    $self->log('info', 'adding NBD exports for ' . join(', ', $self->{devices}->@*));
     my $volumes = $self->_watched($access->volumes($mechanism));
     $self->_log_fleecing($access->_warnings);
     my %optional = ('backup-id' => $result->{id}, 'guest-uuid' => $self->{guest});
@@ -334,14 +333,6 @@ sub _check_size ($self, $info, $told) {
     return;
 }
 
-my %status_text = (
-    'new' => 'created new',
-    'missing-recreated' => 'was missing, created new',
-    'invalid' => 'was invalid, created new',
-    'not-used' => 'not used',
-    'not-used-removed' => 'not used, old one removed',
-);
-
 my %fallback_reason = (
     'missing-recreated' => 'there is no bitmap of an earlier backup',
     'invalid' => 'the bitmap of the earlier backup is invalid',
@@ -350,51 +341,24 @@ my %fallback_reason = (
 
 # A device's part of the result, and its log lines.
 sub _describe ($self, $info, $requested) {
-    my ($device, $size) = $info->@{qw(device size)};
-    my $action = $info->{'bitmap-action'} // 'not-used';
-
-    # A TPM state's drive is attached anew for each backup: that its bitmap is not there means nothing.
-    my $is_new_drive = $action eq 'missing-recreated' && $device =~ m/\Adrive-tpmstate\d+-backup\z/;
-    $action = 'new' if $is_new_drive;
-    my $mode = PVE::BackupAccess::bitmap_status($action);
-    my $dirty = $mode eq 'none' ? $size : $self->_dirty_bytes($device);
-    my $text = $status_text{$action};
-    if (defined($text)) {
-        $text .= ' (' . bytes($dirty) . ' to be read)';
-    }
-    else {
-        $text
-            = $dirty
-            ? 'OK (' . bytes($dirty) . ' of ' . bytes($size) . ' dirty)'
-            : 'OK (nothing of ' . bytes($size) . ' dirty)';
-    }
+    my $device = $info->{device};
+    my $told = $info->{'bitmap-action'} // 'not-used';
+    my ($action, $dirty, $text) = $self->{access}->bitmap_state($info)->@{qw(action dirty text)};
     $self->log('info', "$device: dirty-bitmap status: $text");
 
+    my $is_full = $action ne 'used' && $action eq $told;
     my $fallback
-        = $requested eq 'use' && $mode ne 'reuse' && !$is_new_drive
+        = $requested eq 'use' && $is_full
         ? $info->{reason} // $fallback_reason{$action}
         : undef;
     $self->log('info', "$device: falls back to a full read: $fallback") if defined($fallback);
     return {
-        size => $size,
-        'bitmap-mode' => $mode,
-        'bitmap-action' => $info->{'bitmap-action'} // 'not-used',
+        size => $info->{size},
+        'bitmap-mode' => PVE::BackupAccess::bitmap_status($action),
+        'bitmap-action' => $told,
         dirty => $dirty,
         fallback => $fallback,
     };
-}
-
-# From the map alone; nothing is read. A map that stops early dies.
-sub _dirty_bytes ($self, $device) {
-    my $volume = $self->{access}->volume($device);
-    my $sum = 0;
-    while (my @regions = $volume->dirty_regions($map_batch)) {
-        while (my (undef, $length) = splice(@regions, 0, 2)) {
-            $sum += $length;
-        }
-    }
-    $volume->close;
-    return $sum;
 }
 
 # ---- a job of one guest, as VZDump makes it of several ----

@@ -51,7 +51,7 @@ sub _handle_signals () {
 }
 
 # Options: disks => [{ id, size, format => raw|qcow2, cache => writeback|none, iothread => 0|1,
-# bus => virtio|scsi, shape => blockdev|drive, throttle => 0|1, file => existing image, readonly,
+# bus => virtio|scsi, shape => blockdev|drive|proxmox (its names of nodes), throttle => 0|1, file => existing image, readonly,
 # filesystem => 'ext4', device_args => 'werror=report' }], empty_cdrom => 0|1, guest => 0|1,
 # paused => 0|1, memory => MiB, machine => type, args => [more of QEMU's].
 sub start ($class, %opt) {
@@ -129,12 +129,12 @@ sub _add_disk ($self, %disk) {
     $disk{size} //= $existing ? _image_size($disk{file}, $disk{format}) : $DEFAULT_SIZE;
     _create_image(\%disk) if !$existing;
 
-    $disk{qdev_id} = "$id-dev";
-    $disk{qom_path} = "/machine/peripheral/$id-dev";
+    $disk{qdev_id} = $disk{shape} eq 'proxmox' ? $id : "$id-dev";
+    $disk{qom_path} = "/machine/peripheral/$disk{qdev_id}";
 
     # What query-block shows and qom-get and qemu-io -d take.
-    $disk{qdev} = $disk{bus} eq 'scsi' ? "$id-dev" : "/machine/peripheral/$id-dev/virtio-backend";
-    $disk{device} = $disk{shape} eq 'drive' ? "drive-$id" : $id;
+    $disk{qdev} = $disk{bus} eq 'scsi' ? $disk{qdev_id} : "$disk{qom_path}/virtio-backend";
+    $disk{device} = $disk{shape} eq 'blockdev' ? $id : "drive-$id";
     $disk{index} = $self->{order}->@*;
     push $self->{order}->@*, $id;
     $self->{disks}{$id} = \%disk;
@@ -197,12 +197,12 @@ sub plug ($self, $id, $of = $id) {
     my $disk = $self->disk($id);
     my (undef, $drive) = $disk->{shape} eq 'drive' ? drive_args($disk) : ();
     $self->hmp("drive_add 0 $drive") if defined $drive;
-    $disk->{plugged} = $of;
+    $disk->{plugged} = defined $drive ? $disk->{device} : $of;
     $self->qmp(
         'device_add',
         driver => 'scsi-hd',
         bus => "scsihw-$id.0",
-        drive => defined $drive ? "drive-$id" : $of,
+        drive => $disk->{plugged},
         id => $disk->{qdev_id},
         serial => $id,
     );

@@ -31,7 +31,7 @@ my sub blockdev_args ($disk) {
     );
     my %format = (
         driver => $disk->{format},
-        'node-name' => $throttle ? "$id-format" : $id,
+        'node-name' => $throttle ? "$id-format" : $disk->{device},
         discard => 'unmap',
         cache => $cache,
         'read-only' => $read_only,
@@ -42,7 +42,7 @@ my sub blockdev_args ($disk) {
     # As Proxmox VE does it: the filter is the node the disk is known by.
     my %filter = (
         driver => 'throttle',
-        'node-name' => $id,
+        'node-name' => $disk->{device},
         'throttle-group' => "throttle-$id",
         discard => 'unmap',
         file => \%format,
@@ -67,8 +67,8 @@ my sub device_args ($disk) {
     my $iothread = $disk->{iothread} ? ",iothread=iothread-$id" : '';
     push @args, '-object', "iothread,id=iothread-$id" if $iothread;
 
-    my $drive = $disk->{shape} eq 'drive' ? "drive-$id" : $disk->{plugged} // $id;
-    my $common = "drive=$drive,id=$id-dev,serial=$id";
+    my $drive = $disk->{plugged} // $disk->{device};
+    my $common = "drive=$drive,id=$disk->{qdev_id},serial=$id";
     $common .= ",$disk->{device_args}" if $disk->{device_args};
     if ($disk->{bus} eq 'scsi') {
         push @args, '-device', "virtio-scsi-pci,id=scsihw-$id$iothread";

@@ -1,0 +1,241 @@
+package PBA::Test::VZDump;
+
+# Backups of a guest by the real PVE::VZDump, in one of three forms: 'today' is qemu-server's own code,
+# the others have archive_external and cleanup of doc/qemu-server.md, word for word. Each backup runs in a
+# process of its own, as a task does.
+#
+#   my $made = PBA::Test::VZDump->new(dir => $dir, vmid => 100)->backup('one object', 'nbd');
+
+use v5.36;
+
+use File::Path qw(make_path);
+use JSON::PP ();
+use POSIX ();
+use Time::HiRes ();
+
+use PBA::Test::DocCode;
+use PBA::Test::Provider;
+use PBA::Test::VZDump::Host qw(write_file);
+
+my $json = JSON::PP->new->canonical->allow_blessed;
+
+# What stays in qemu-server, and is in archive_external today. It sees what is private to the file.
+my $stays = <<'PERL';
+sub start_external ($self, $vmid) {
+    $self->enforce_vm_running_for_backup($vmid);
+    $self->{qmeventd_fh} = PVE::QemuServer::register_qmeventd_handle($vmid);
+}
+sub attach_external ($self, $task, $vmid) {
+    $attach_tpmstate_drive->($self, $task, $vmid);
+    my $is_template = PVE::QemuConfig->is_template($self->{vmlist}{$vmid});
+    my $support = mon_cmd($vmid, 'query-proxmox-support');
+    my $options = $self->{vzdump}{opts}{fleecing};
+    check_and_prepare_fleecing($self, $vmid, $options, $task->{disks}, $is_template, $support, 1)
+        or die "cannot set up backup access without fleecing\n";
+    $task->{'use-fleecing'} = 1;
+}
+sub guest_config ($self, $task) {
+    return PVE::Tools::file_get_contents("$task->{tmpdir}/qemu-server.conf");
+}
+sub firewall_config ($self, $task) {
+    my $file = "$task->{tmpdir}/qemu-server.fw";
+    return -e $file ? PVE::Tools::file_get_contents($file) : undef;
+}
+sub load_note ($self, $key) {
+    my $file = '/etc/pve/notes-' . unpack('H*', $key);
+    return -e $file ? PVE::Tools::file_get_contents($file) : undef;
+}
+sub store_note ($self, $key, $text) {
+    PVE::Tools::file_set_contents('/etc/pve/notes-' . unpack('H*', $key), $text);
+}
+PERL
+
+# dir => of images and of what is stored, vmid => the guest's.
+sub new ($class, %opt) {
+    return bless({ forms => _forms(), groups => {}, %opt }, $class);
+}
+
+sub _forms () {
+    my ($blocks) = PBA::Test::DocCode::read_file('doc/qemu-server.md');
+    my ($object, $calls) = grep { $_->{fixture} eq 'vzdump' } $blocks->@*;
+    return { today => undef, 'one object' => $object->{code}, 'call by call' => $calls->{code} };
+}
+
+# The module as it is in that form. The rest of today's cleanup is called after the form's.
+sub _write_plugin ($self, $form) {
+    my $name = 'PVE/VZDump/QemuServer.pm';
+    my ($original) = grep { -e } map { ref ? () : "$_/$name" } @INC;
+    my $source = PVE::Tools::file_get_contents($original);
+    if (my $code = $self->{forms}{$form}) {
+        $source =~ s/^sub archive_external \{.*?^\}\n//ms or die "archive_external has changed\n";
+        $source =~ s/^sub cleanup \{/sub rest_of_cleanup {/m or die "cleanup has changed\n";
+        $source =~ s/^1;\s*\z//m;
+        my $perl = "use feature 'signatures'; no warnings 'experimental::signatures';\n";
+        $source .= "$perl$stays$code\n1;\n";
+    }
+    my $dir = "$self->{dir}/" . $form =~ s/ /-/gr;
+    write_file("$dir/$name", $source);
+    return $dir;
+}
+
+sub _load_plugin ($self, $form) {
+    unshift(@INC, $self->_write_plugin($form));
+    require PVE::VZDump;
+    require PVE::VZDump::QemuServer;
+    my $class = 'PVE::VZDump::QemuServer';
+    my $rest = $class->can('rest_of_cleanup') or return;
+    my $own = $class->can('cleanup');
+    _replace(
+        "${class}::cleanup",
+        sub (@arguments) {
+            $own->(@arguments) if $own != PVE::VZDump::Plugin->can('cleanup');
+            $rest->(@arguments);
+        }
+    );
+    return;
+}
+
+# ---- one backup ----
+
+# Options: signal => sent in the middle of backup_vm, script => a hook, bwlimit. Returns what there is to
+# compare: { state, msg, calls, volumes, info, bytes, log, qmp, took, status }.
+sub backup ($self, $form, $mechanism, %opt) {
+    my $report = "$self->{dir}/report";
+    unlink($report);
+    my $pid = fork() // die "fork: $!\n";
+    if (!$pid) {
+        POSIX::setpgid(0, 0);
+        my $ok = eval { $self->_in_child($form, $mechanism, $report, %opt); 1 };
+        print STDERR $@ if !$ok;
+        POSIX::_exit($ok ? 0 : 1);
+    }
+    waitpid($pid, 0);
+    my $status = $?;
+    $self->{groups}{$pid} = 1;
+    my $made = -e $report ? $json->decode(PVE::Tools::file_get_contents($report)) : {};
+    return { $made->%*, status => $status, group => $pid };
+}
+
+# Processes that a backup left behind. They end with this object at the latest.
+sub end_group ($self, $group) {
+    delete($self->{groups}{$group});
+    return kill('KILL', -$group);
+}
+
+sub DESTROY ($self) {
+    $self->end_group($_) for keys $self->{groups}->%*;
+    return;
+}
+
+sub _in_child ($self, $form, $mechanism, $report, %opt) {
+    open(STDERR, '>', "$self->{dir}/stderr") or die "stderr: $!\n";
+    open(STDOUT, '>&', \*STDERR) or die "stdout: $!\n";
+    $SIG{$_} = 'DEFAULT' for qw(INT TERM HUP PIPE);
+    $self->_load_plugin($form);
+    my $made = { log => [], qmp => [], volumes => {}, took => {} };
+    _watch($made);
+    my $provider = $self->_provider($form, $mechanism, $made, %opt);
+    my %fleecing = (enabled => 1, storage => 'images');
+    my $vzdump = bless(
+        {
+            'backup-provider' => $provider,
+            opts => {
+                storage => $self->storage($form, $mechanism),
+                mode => 'snapshot',
+                remove => 0,
+                'prune-backups' => { 'keep-all' => 1 },
+                fleecing => \%fleecing,
+                map { $_ => $opt{$_} } grep { $opt{$_} } qw(script bwlimit),
+            },
+        },
+        'PVE::VZDump'
+    );
+    my $plugin = PVE::VZDump::QemuServer->new($vzdump);
+    my $task = { vmid => $self->{vmid}, mode => 'snapshot', plugin => $plugin };
+    my $ok = eval { $vzdump->exec_backup_task($task); 1 };
+    $made->{died} = $ok ? undef : $@;
+    $made->@{qw(state msg)} = $task->@{qw(state msg)};
+    $made->{calls} = [map { $_->[0] } $provider->{calls}->@*];
+    write_file($report, $json->encode($made));
+    return;
+}
+
+sub storage ($self, $form, $mechanism) { return "$form-$mechanism" =~ s/ /-/gr }
+
+# The file with what is stored of a device.
+sub image ($self, $form, $mechanism, $device) {
+    return "$self->{dir}/" . $self->storage($form, $mechanism) . "-$device.raw";
+}
+
+sub _replace ($name, $code) {
+    no strict 'refs';
+    no warnings 'redefine';
+    *{$name} = $code;
+    return;
+}
+
+# Notes QMP commands and how long the parts take.
+sub _watch ($made) {
+    my $cmd = \&PVE::QMPClient::cmd;
+    _replace(
+        'PVE::QMPClient::cmd',
+        sub ($client, $peer, $command, @rest) {
+            push($made->{qmp}->@*, $command->{execute});
+            return $cmd->($client, $peer, $command, @rest);
+        }
+    );
+    for my $name (qw(archive_external cleanup)) {
+        my $code = PVE::VZDump::QemuServer->can($name);
+        _replace(
+            "PVE::VZDump::QemuServer::$name",
+            sub (@arguments) {
+                my $began = Time::HiRes::time();
+                my $ok = eval { $code->(@arguments); 1 };
+                $made->{took}{$name} = Time::HiRes::time() - $began;
+                die $@ if !$ok;
+            }
+        );
+    }
+    return;
+}
+
+sub _provider ($self, $form, $mechanism, $made, %opt) {
+    my $provider = PBA::Test::Provider->new(mechanism => $mechanism, mode => 'use');
+    $provider->{on} = {
+        backup_vm => sub ($, $vmid, $config, $volumes, $info) {
+            $made->{info} = { map { $_ => $info->{$_} } qw(bandwidth-limit firewall-config) };
+            $made->{config} = $config;
+            $made->{volumes} = { map { $_ => _described($volumes->{$_}) } keys $volumes->%* };
+            for my $device (sort keys $volumes->%*) {
+                kill($opt{signal}, $$) if $opt{signal} && $made->{bytes};
+                my $file = $self->image($form, $mechanism, $device);
+                my $volume = PVE::BackupAccess::Volume->open($device, $volumes->{$device});
+                my $is_full = $volumes->{$device}{'bitmap-mode'} ne 'reuse';
+                unlink($file) if $is_full;
+                $made->{bytes}{$device} = $volume->copy(to => $file)->{'bytes-read'};
+                $volume->close;
+            }
+        },
+        backup_handle_log_file => sub ($, $vmid, $file) {
+            $made->{log} = [split(m/\n/, PVE::Tools::file_get_contents($file))];
+        },
+    };
+    return $provider;
+}
+
+# What can be compared of a volume.
+sub _described ($volume) {
+    my %kinds = (
+        'nbd-path' => sub ($value) { -S $value ? 'a socket' : 'no socket' },
+        'file-handle' => sub ($value) { 'a file of ' . -s $value },
+        'next-dirty-region' => sub ($value) { ref($value) },
+    );
+    return {
+        map {
+            $_ => ($kinds{$_} // sub ($value) { $value })->($volume->{$_})
+            }
+            keys $volume->%*
+    };
+}
+
+1;

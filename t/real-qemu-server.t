@@ -1,0 +1,321 @@
+# The real PVE::VZDump and its plugin for VMs, of the sources or the Proxmox host that PBA_QEMU_SERVER
+# names, on a real Proxmox QEMU (PBA_QEMU): its own archive_external and cleanup beside the two forms of
+# doc/qemu-server.md, pasted word for word. HACKING.md says what the tree has to have.
+#
+# One QEMU is enough: the one that Proxmox VE has.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use File::Path qw(make_path);
+use File::Temp ();
+use Test::More;
+
+use PBA::Test::AgentPeer;
+use PBA::Test::VM;
+use PBA::Test::VZDump;
+use PBA::Test::VZDump::Host qw(enter_own_mounts load_tree prepare_host);
+use PVE::BackupAccess;
+
+my $VM = 'PBA::Test::VM';
+my $tree = $ENV{PBA_QEMU_SERVER};
+plan(skip_all => 'needs PBA_QEMU_SERVER, and a Proxmox QEMU') if !$tree;
+plan(skip_all => 'needs root') if $>;
+plan(skip_all => "needs a QEMU with Proxmox' commands (PBA_QEMU)") if !$VM->is_proxmox;
+my @programs = qw(fusermount nbdfuse nbdinfo unshare);
+my ($missing) = grep {
+    my $name = $_;
+    !grep { -x "$_/$name" } split(m/:/, $ENV{PATH})
+} @programs;
+plan(skip_all => "needs $missing, as qemu-server does") if $missing;
+enter_own_mounts();
+my $lacks = load_tree($tree);
+plan(skip_all => "needs what qemu-server needs: $lacks") if $lacks;
+
+my $mib = 1 << 20;
+my $vmid = 100;
+my @forms = ('today', 'one object', 'call by call');
+my @mechanisms = ('nbd', 'file-handle');
+my %disks = (
+    scsi0 => { format => 'raw', size => 32 * $mib },
+    scsi1 => { format => 'qcow2', size => 16 * $mib },
+);
+
+my $dir = File::Temp->newdir('pba-vzdump-XXXXXXXX', TMPDIR => 1);
+my $images = "$dir/store/images/$vmid";
+make_path($images, "$dir/made");
+
+sub image ($number, $format) { return "$images/vm-$vmid-disk-$number.$format" }
+
+sub create ($file, $format, $size) {
+    system($VM->qemu_img, qw(create -q -f), $format, $file, $size) == 0
+        or die "qemu-img failed\n";
+    return $file;
+}
+
+sub start_vm () {
+    my @disks = map {
+        my ($number) = m/(\d+)\z/;
+        my $disk = $disks{$_};
+        my $file = create(image($number, $disk->{format}), $disk->@{qw(format size)});
+        { id => $_, file => $file, shape => 'proxmox', throttle => 1, bus => 'scsi', %$disk }
+    } sort keys %disks;
+    create(image(2, 'raw'), 'raw', 4 * $mib);
+    my $pid_file = "/var/run/qemu-server/$vmid.pid";
+    return $VM->start(disks => \@disks, args => ['-pidfile', $pid_file]);
+}
+
+my $config = <<"END";
+agent: 1
+name: test
+scsi0: images:$vmid/vm-$vmid-disk-0.raw,size=32M
+scsi1: images:$vmid/vm-$vmid-disk-1.qcow2,size=16M
+tpmstate0: images:$vmid/vm-$vmid-disk-2.raw,size=4M,version=v2.0
+END
+
+my $vm = start_vm();
+my $agent
+    = PBA::Test::AgentPeer->start(replies => { 'guest-fsfreeze-status' => { return => 'thawed' } },
+    );
+my $qmeventd = prepare_host($vmid, $config, $vm, $agent, "$dir/store");
+my $vzdump = PBA::Test::VZDump->new(dir => "$dir/made", vmid => $vmid);
+
+# The rest of what is looked at is what the guest's disks and its QEMU's bitmaps are after it.
+sub backup ($form, $mechanism, %opt) {
+    my $before = $agent->records('command');
+    my $made = $vzdump->backup($form, $mechanism, %opt);
+    my @commands = $agent->records('command');
+    my %times = map { $_->{execute} => $_->{time} } @commands[$before .. $#commands];
+    my ($freeze, $thaw) = map { $times{"guest-fsfreeze-$_"} } qw(freeze thaw);
+    $made->{frozen} = $thaw - $freeze if $freeze && $thaw;
+    return $made;
+}
+
+# A target's bitmaps: { node => [count, recording, granularity] }. One that knows its backup has another
+# name.
+sub bitmaps_of ($form, $mechanism) {
+    my $target = 'snapshot-access:' . $vzdump->storage($form, $mechanism);
+    my $nodes = $vm->bitmaps;
+    return {
+        map {
+            my ($bitmap) = grep { defined } $nodes->{$_}->@{ $target, "pba-tied:$target" };
+            $bitmap ? ($_ => [$bitmap->@{qw(count recording granularity)}]) : ();
+        } keys $nodes->%*
+    };
+}
+
+# What the provider stored is what the guest has.
+sub stored_all ($form, $mechanism, $what) {
+    for my $id (sort keys %disks) {
+        my $image = $vzdump->image($form, $mechanism, "drive-$id");
+        my $same = system('cmp', '-s', $image, $vm->raw_image($id)) == 0;
+        ok($same, "$what: the archive has each byte of $id");
+    }
+    return;
+}
+
+sub is_outside ($what) {
+    is_deeply($vm->exports, [], "$what: no export is left");
+    my @nodes = map { $_->{'node-name'} } $vm->qmp('query-named-block-nodes')->@*;
+    is(join(' ', grep { m/fleecing|tpmstate|snapshot|pba/ } @nodes), '', "$what: no node is left");
+    return;
+}
+
+# The lines of the log that today's has, as ours may say it.
+my @lines = (
+    qr/starting external backup via test$/,
+    qr/attaching TPM drive to QEMU for backup$/,
+    (map { qr/drive-$_: attaching fleecing image / } qw(scsi0 scsi1 tpmstate0-backup)),
+    qr/backup mechanism:? '?(?:nbd|file-handle)'?$/,
+    qr/setting up (?:snapshot-|backup )access/,
+    qr/issuing guest-agent 'fs-freeze' command$/,
+    qr/issuing guest-agent 'fs-thaw' command$/,
+    qr/resuming VM again$/,
+    (map { qr/(?:drive-)?$_: dirty-bitmap status: / } qw(scsi0 scsi1 tpmstate0-backup)),
+    qr/NBD export/,
+    qr/tearing down backup.access$/,
+);
+
+sub has_lines ($made, $what) {
+    for my $line (@lines) {
+        cmp_ok(scalar(grep { $_ =~ $line } $made->{log}->@*), '>=', 1, "$what: a line like $line");
+    }
+    is_deeply([told($made)], [], "$what: no warning");
+    return;
+}
+
+# Warnings and errors.
+sub told ($made) {
+    return grep { !m/\A\S+ \S+ INFO: / } ($made->{log} // [])->@*;
+}
+
+# What was sent while the guest was frozen.
+sub sent_frozen ($made) {
+    my ($between) = join(' ', $made->{qmp}->@*) =~ m/fsfreeze-freeze (.*) guest-fsfreeze-thaw/;
+    return $between;
+}
+
+# But for the target's name, and 'base', which a task adds.
+sub without_target ($volumes, $form, $mechanism) {
+    my $target = 'snapshot-access:' . $vzdump->storage($form, $mechanism);
+    for my $volume (values $volumes->%*) {
+        delete($volume->{base});
+        $volume->{'bitmap-name'} =~ s/\A(?:pba-tied:)?\Q$target\E\z/TARGET/
+            if $volume->{'bitmap-name'};
+    }
+    return $volumes;
+}
+
+# Full, then 4 MiB are written, then an increment.
+my %today;
+my @figures;
+
+sub check_form ($form, $mechanism) {
+    for my $kind ('full', 'increment') {
+        my $what = "$form, $mechanism, $kind";
+        $vm->guest->write('scsi0', 8 * $mib, 4 * $mib, 0x40 + @figures) if $kind eq 'increment';
+        my $made = backup($form, $mechanism, bwlimit => 1 << 20);
+        is($made->{state}, 'ok', $what) or diag($made->{msg} // $made->{status});
+        stored_all($form, $mechanism, $what);
+        is_outside($what);
+        has_lines($made, $what);
+        my $is_today = $form eq 'today';
+        is(
+            sent_frozen($made),
+            ($is_today ? '' : 'query-block ') . 'backup-access-setup',
+            "$what: what is sent while it is frozen"
+        );
+        my %seen = (
+            calls => $made->{calls},
+            volumes => without_target($made->{volumes}, $form, $mechanism),
+            bitmaps => bitmaps_of($form, $mechanism),
+            $made->%{qw(info config bytes)},
+        );
+        $today{"$mechanism $kind"} = \%seen if $is_today;
+        is_deeply($seen{$_}, $today{"$mechanism $kind"}{$_}, "$what: its $_ are today's")
+            for sort keys %seen;
+        push(@figures, [$form, $mechanism, $kind, $made]);
+    }
+    return;
+}
+
+for my $mechanism (@mechanisms) {
+    check_form($_, $mechanism) for @forms;
+}
+
+# ---- what ends otherwise ----
+
+sub unlock () {
+    PVE::QemuConfig->remove_lock($vmid, 'backup');    # qm unlock
+    return;
+}
+
+# A backup after another that did not succeed: everything is there again.
+sub check_next ($form, $mechanism, $what, @expected) {
+    my $made = backup($form, $mechanism);
+    is($made->{state}, 'ok', "$what: the next backup") or diag($made->{msg} // $made->{status});
+    stored_all($form, $mechanism, "$what, the next one");
+    is_outside("$what, the next one");
+    my @told = told($made);
+    for my $pattern (@expected) {
+        cmp_ok(scalar(grep { $_ =~ $pattern } @told), '>', 0, "$what: it says $pattern")
+            or diag(explain(\@told));
+    }
+    is("@told", '', "$what: no warning is left for the next one") if !@expected;
+    return $made;
+}
+
+sub spoil ($byte) {
+    $vm->guest->write('scsi0', 20 * $mib, $mib, $byte);
+    $vm->guest->write('scsi1', 3 * $mib, $mib, $byte);
+    return;
+}
+
+sub check_interrupted ($form, $mechanism) {
+    my $what = "$form, $mechanism, TERM";
+    spoil(0x51);
+    my $made = backup($form, $mechanism, signal => 'TERM');
+    is($made->{state}, 'err', "$what: failed");
+    like($made->{died} // '', qr/\Ainterrupted by signal$/, "$what: it dies of it");
+    is_outside($what);
+    my ($last) = reverse(grep { m/\A(?:cont|guest-fsfreeze-thaw)\z/ } $made->{qmp}->@*);
+    is($last, 'cont', "$what: thawed and resumed");
+    check_next($form, $mechanism, $what);
+    return;
+}
+
+# The archive is complete when the hook fails, and the bitmap has begun anew, as today: the provider has
+# to know what it keeps.
+sub check_hook ($form, $mechanism) {
+    my $what = "$form, $mechanism, hook";
+    my $script = "$dir/hook";
+    PBA::Test::VZDump::Host::write_file($script, "#!/bin/sh\n[ \$1 != backup-end ]\n");
+    chmod(0755, $script);
+    spoil(0x52);
+    my $made = backup($form, $mechanism, script => $script);
+    is($made->{state}, 'err', "$what: failed");
+    stored_all($form, $mechanism, $what);
+    is_outside($what);
+    my $next = check_next($form, $mechanism, $what);
+    is($next->{bytes}{'drive-scsi0'}, 0, "$what: what was stored is not dirty");
+    return;
+}
+
+sub eventually ($code) {
+    my $left = 100;
+    select(undef, undef, undef, 0.05) while !$code->() && --$left;
+    return $left;
+}
+
+sub check_killed ($form, $mechanism) {
+    my $what = "$form, $mechanism, killed";
+    spoil(0x53);
+    my $made = backup($form, $mechanism, signal => 'KILL');
+    is($made->{status}, 9, "$what: killed");
+    ok(eventually(sub { !kill(0, -$made->{group}) }), "$what: no process is left");
+    spoil(0x54);
+    unlock();
+    check_next($form, $mechanism, $what, qr/undone|undoing/);
+    return;
+}
+
+# What is left of today's has no marker.
+sub check_killed_today ($mechanism) {
+    my $what = "today, $mechanism, killed";
+    spoil(0x55);
+    my $group = backup('today', $mechanism, signal => 'KILL')->{group};
+    unlock();
+    for my $form (@forms) {
+        my $made = backup($form, $mechanism);
+        is($made->{state}, 'err', "$what: the next one as $form fails");
+        diag("$what, then $form: $made->{msg}");
+    }
+    my $target = 'snapshot-access:' . $vzdump->storage('today', $mechanism);
+    PVE::BackupAccess->recover(qmp => $vm->qmp_path, foreign => 1, 'target-id' => $target);
+    check_next($_, $mechanism, "$what, undone, $_") for @forms;
+    $vzdump->end_group($group);
+    return;
+}
+
+for my $mechanism (@mechanisms) {
+    for my $form (@forms) {
+        check_interrupted($form, $mechanism);
+        check_hook($form, $mechanism);
+    }
+    check_killed($_, $mechanism) for grep { $_ ne 'today' } @forms;
+    check_killed_today($mechanism);
+}
+for my $figure (@figures) {
+    my ($form, $mechanism, $kind, $made) = $figure->@*;
+    my ($archive, $cleanup) = $made->{took}->@{qw(archive_external cleanup)};
+    my $commands = grep { !m/\Aguest-/ } $made->{qmp}->@*;
+    diag(
+        sprintf(
+            '%-12s %-11s %-9s archive %.3f s, cleanup %.3f, frozen %.1f ms, %d QMP commands',
+            $form, $mechanism, $kind, $archive, $cleanup, 1000 * $made->{frozen}, $commands
+        )
+    );
+}
+
+done_testing;
