@@ -32,6 +32,7 @@ PbaDeviceRequest *glue_requests_from_hashes(pTHX_ AV *devices, size_t *count)
             .device = glue_fetch_text(aTHX_ device, "device"),
             .base = glue_fetch_text(aTHX_ device, "base"),
             .tied = hv_exists(device, "base", 4),
+            .audit = SvTRUE(glue_fetch(aTHX_ device, "audit")),
         };
         if (!pba_bitmap_mode_parse(mode ? mode : "none", &requests[i].mode, &error)) {
             glue_throw_error(aTHX_ NULL, error);
@@ -51,6 +52,7 @@ static SV *sv_from_info(pTHX_ const PbaDeviceInfo *info)
     glue_store_text(aTHX_ hash, "bitmap-action", pba_bitmap_action_name(info->action));
     glue_store_text(aTHX_ hash, "base", info->base);
     glue_store_text(aTHX_ hash, "reason", info->reason);
+    glue_store_text(aTHX_ hash, "audit-bitmap", info->audit_bitmap);
     (void)hv_stores(hash, "size", newSVuv(info->size));
     return newRV_noinc((SV *)hash);
 }

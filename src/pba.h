@@ -139,6 +139,7 @@ typedef struct {
     PbaBitmapMode mode;
     bool tied;        /* the bitmap tells which backup it is relative to; if one does, all do */
     const char *base; /* mode use: that has to be this one; NULL: there is none */
+    bool audit;       /* mode use of a tied one: as mode new, and what it had is told as well */
 } PbaDeviceRequest;
 
 /* One device of an access that is up; everything is owned by the access. */
@@ -151,6 +152,7 @@ typedef struct {
     PbaBitmapAction action;
     const char *base;   /* id of the backup that a used bitmap is relative to; NULL: not known */
     const char *reason; /* why a bitmap that was there is not used; NULL: it is, or none was */
+    const char *audit_bitmap; /* what the one before it had, of the same export; NULL: no audit */
 } PbaDeviceInfo;
 
 /* What a QEMU can do, told by the QEMU itself. */

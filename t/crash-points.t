@@ -31,7 +31,8 @@ my @rows = (
 );
 
 # With ids: the image that the id in QEMU names is what the next one goes on from, whatever was killed.
-my @id_rows = ([[qw(disk0 disk1)], use => 1], [[qw(disk0)], new => 1]);
+my @id_rows
+    = ([[qw(disk0 disk1)], use => 1], [[qw(disk0)], new => 1], [[qw(disk0)], audit => 1]);
 my @iothread_rows = ([[qw(disk0 disk1)], use => 1], [[qw(disk0)], new => 0]);
 
 # Success or not is what QEMU was told, whatever the client lived to see.

@@ -76,12 +76,16 @@ sub check_backend ($name) {
         4, 'two of three are incremental');
     is(backup($context, $provider, sub (@) { die "enough\n" }), undef, 'one fails');
     push(@names, backup($context, $provider));
+    $provider->audit_every(1);
+    push(@names, backup($context, $provider));
+    is(scalar(grep { m/its bitmap was right/ } $context->{log}->@*), 2, 'an audit finds no fault');
     $backend->guest->stop_churn;
     my @writes = map { check_archive($context, $provider, $_, 'restored') } @names;
     is_deeply(\@writes, [sort { $a <=> $b } @writes], 'in the order of time');
 
     $provider->remove($names[1]);
-    is_deeply([map { $_->{volname} } $provider->list(100)->@*], [@names[0, 2, 3]], 'one removed');
+    is_deeply([map { $_->{volname} } $provider->list(100)->@*],
+        [@names[0, 2, 3, 4]], 'one removed');
     check_archive($context, $provider, $_, 'after a removal') for @names[2, 3];
     is_deeply($provider->verify($names[3]), [], 'all in order');
     SKIP: {

@@ -80,6 +80,7 @@ my %device_keys = (
     device => \&check_filled_text,
     'bitmap-mode' => \&check_text,
     base => \&check_base,
+    audit => \&check_flag,
 );
 
 # One VM, one identity, by whatever path its socket is reached.
@@ -179,6 +180,8 @@ sub setup ($self, $devices, @hooks) {
         check_hash('a device of setup', $device, \%device_keys);
         bad_argument("a device of setup lacks the key 'device'")
             if !defined($device->{device});
+        bad_argument("device $device->{device}: an audit needs 'base'", device => $device->{device})
+            if $device->{audit} && !exists($device->{base});
     }
     my @plain = map { +{ $_->%* } } $devices->@*;    # even if theirs are tied
     my $was_up = $self->_is_up;                      # then it is refused, and left alone
@@ -223,6 +226,7 @@ sub _nbd_volumes ($self) {
         };
         $volume->{'bitmap-name'} = $info->{'bitmap-name'} if $status ne 'none';
         $volume->{base} = $info->{base} if defined($info->{base});
+        $volume->{'audit-bitmap'} = $info->{'audit-bitmap'} if defined($info->{'audit-bitmap'});
     }
     return $volumes;
 }
@@ -285,7 +289,8 @@ sub bitmap_state ($self, $info) {
         if $action eq 'missing-recreated' && $device =~ m/\Adrive-tpmstate\d+-backup\z/;
     my $dirty = bitmap_status($action) eq 'none' ? $size : $self->_dirty_bytes($device);
     my $text
-        = $action_text{$action} ? "$action_text{$action} (" . bytes($dirty) . ' to be read)'
+        = defined($info->{'audit-bitmap'}) ? 'is audited (' . bytes($dirty) . ' to be read)'
+        : $action_text{$action} ? "$action_text{$action} (" . bytes($dirty) . ' to be read)'
         : $dirty ? 'OK (' . bytes($dirty) . ' of ' . bytes($size) . ' dirty)'
         : 'OK (nothing of ' . bytes($size) . ' dirty)';
     return { action => $action, dirty => $dirty, text => $text };
@@ -623,6 +628,9 @@ Returns a hash per device, as in QEMU's reply: C<device>, C<node-name>, C<size>,
 C<bitmap-node-name>, C<bitmap-name> and C<bitmap-action>. A C<base> per device ties the bitmaps to backups:
 see L</WHICH BACKUP A BITMAP IS RELATIVE TO>.
 
+With a true C<audit> per device, beside C<base>, a bitmap that mode C<use> would continue is audited: see
+L</AUDITING A BITMAP>.
+
 When setup dies, what it did is undone, and no bitmap lost a bit.
 
     $access->setup(\@devices, freeze => sub { ... }, thaw => sub { ... });
@@ -718,6 +726,27 @@ again, or another process has undone it (L</recover>). The same holds for volume
 
 When an access goes out of scope that was not torn down, that is done as after a failed backup, with a
 warning. A forked child does nothing of the kind.
+
+=head1 AUDITING A BITMAP
+
+A bitmap that lacks bits makes increments that lack data, and nothing in them shows it. An audit finds it: all of the
+disk is read, and compared with what was read at the last backup. What differs, and is clean in the bitmap, is what the
+bitmap has missed.
+
+    $access->setup([{ device => 'drive-scsi0', 'bitmap-mode' => 'use', base => $id, audit => 1 }]);
+    my $volume = $access->volumes('nbd')->{'drive-scsi0'};
+
+If C<use> would continue the bitmap, it is copied, and begun anew as by C<new>: all of the disk can be read, and after a
+success the new bitmap is relative to this backup. C<audit-bitmap>, in the device's hash of L</setup> and in its volume, is
+the name of the copy, which is exported beside the new bitmap. Its map is that of a volume:
+
+    my $map = PVE::BackupAccess::Volume->open('drive-scsi0',
+        { $volume->%{qw(nbd-path size)}, 'bitmap-mode' => 'reuse', 'bitmap-name' => $volume->{'audit-bitmap'} });
+    while (my ($offset, $length) = $map->next_dirty_region) { ... }
+
+It may have more bits than the bitmap had, those of writes right after the instant. There is no C<audit-bitmap> if the
+bitmap could not be continued; then C<bitmap-action> and C<reason> say why, as without an audit. After a failure the next
+backup reads everything. L<PVE::BackupAccess::Provider::Qcow2Chain/audit_every> does all of this.
 
 =head1 WHICH BACKUP A BITMAP IS RELATIVE TO
 

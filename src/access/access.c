@@ -161,6 +161,7 @@ void pba_access_device_info(const PbaAccess *access, size_t index, PbaDeviceInfo
         .action = disk->action,
         .base = disk->action == PBA_BITMAP_ACTION_USED ? disk->base : NULL,
         .reason = disk->reason,
+        .audit_bitmap = disk->audit_bitmap,
     };
 }
 

@@ -23,10 +23,12 @@ typedef struct {
     char *bitmap_node; /* where the bitmaps are: below filters */
     uint64_t size;
     bool read_only;
+    bool audit; /* all is to be read, and what its bitmap had told beside it */
 
     char *snapshot_node; /* NULL until setup is done */
     char *bitmap_name;   /* NULL without a bitmap */
     PbaBitmapAction action;
+    char *audit_bitmap; /* what the one before it had; NULL: no audit */
 
     char *fleecing_node;
     uint64_t cluster; /* that the fleecing image frees as a whole; 0: not known */
@@ -217,6 +219,17 @@ void pba_tie_log_reason(const PbaAccess *access, const PbaDisk *disk);
 /* Action of a transaction: the companion that a new bitmap has, without an id. */
 void pba_tie_add_open(JsonArray *actions, const PbaAccess *access, const PbaDisk *disk,
                       const char *from, uint64_t granularity, bool persistent);
+
+/* Audits */
+
+/* Copies the bitmaps that are to be audited, which begin anew then; before the backend prepares. */
+bool pba_audit_begin(PbaAccess *access, const PbaBlock *block, GError **error);
+/* After the instant: a reader of the copies must not see them change. */
+bool pba_audit_freeze(PbaAccess *access, GError **error);
+/* Whether there are copies of the target's bitmaps. */
+bool pba_audit_is_stale(const PbaAccess *access, const PbaBlock *block);
+/* Removes those that block has, also of a dead process; the exports are gone. */
+bool pba_audit_end(PbaAccess *access, const PbaBlock *block, GError **error);
 
 /* In the directory of the NBD socket, see upstream/guard.c. */
 #define PBA_GUARD_NAME "guard"

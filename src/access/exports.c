@@ -62,6 +62,12 @@ static char *describe(const PbaAccess *access, const PbaDisk *disk)
                                        : g_strdup("");
 }
 
+static void add_bitmap(JsonArray *bitmaps, const PbaDisk *disk, const char *name)
+{
+    json_array_add_element(bitmaps,
+                           pba_json("{'node': <%s>, 'name': <%s>}", disk->bitmap_node, name));
+}
+
 static bool add_export(PbaAccess *access, const PbaDisk *disk, GError **error)
 {
     g_autofree char *id = pba_export_id(access->target_id, access->nonce, disk->key);
@@ -69,11 +75,13 @@ static bool add_export(PbaAccess *access, const PbaDisk *disk, GError **error)
     JsonNode *arguments = pba_json("{'id': <%s>, 'type': <'nbd'>, 'node-name': <%s>, 'name': <%s>, "
                                    "'writable': <true>, 'description': <%s>}",
                                    id, disk->snapshot_node, disk->device, description);
-    /* Setup has frozen it: a reader of the map must not see it change. */
+    /* Setup has frozen them: a reader of the map must not see it change. */
     if (disk->bitmap_name) {
         JsonArray *bitmaps = json_array_new();
-        json_array_add_element(bitmaps, pba_json("{'node': <%s>, 'name': <%s>}", disk->bitmap_node,
-                                                 disk->bitmap_name));
+        add_bitmap(bitmaps, disk, disk->bitmap_name);
+        if (disk->audit_bitmap) {
+            add_bitmap(bitmaps, disk, disk->audit_bitmap);
+        }
         json_object_set_array_member(json_node_get_object(arguments), "bitmaps", bitmaps);
     }
     if (!pba_qmp_run(access->qmp, "block-export-add", arguments, error)) {

@@ -27,6 +27,7 @@ static bool check_down(const PbaAccess *access, const PbaLeftovers *leftovers, G
 static bool is_targets(const PbaAccess *access, const char *bitmap)
 {
     return pba_is_companion_of(bitmap, access->target_id) ||
+           pba_is_audit_of(bitmap, access->target_id) ||
            g_strcmp0(access->backend->bitmap_target(bitmap), access->target_id) == 0;
 }
 
@@ -45,7 +46,7 @@ static void find_bitmaps(const PbaAccess *access, const PbaBlock *block, const c
         json_array_add_element(actions, pba_json("{'type': <'block-dirty-bitmap-remove'>, 'data': "
                                                  "<{'node': <%s>, 'name': <%s>}>}",
                                                  node, name));
-        if (!pba_is_companion(name)) {
+        if (!pba_is_companion(name) && !pba_audit_key(name)) {
             g_autofree char *device = pba_block_device_above(block, node);
             g_ptr_array_add(lines,
                             pba_line("device %s: bitmap '%s' was removed: the next backup is "

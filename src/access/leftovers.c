@@ -191,6 +191,23 @@ static void add_bitmaps(const PbaLeftovers *leftovers, const char *node, GPtrArr
     }
 }
 
+/* What an audit has copied. */
+static void add_copies(const PbaLeftovers *leftovers, const char *node, GPtrArray *things)
+{
+    JsonArray *bitmaps =
+        pba_json_find_array(pba_block_find_node(leftovers->block, node), "dirty-bitmaps");
+
+    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
+        JsonObject *info = pba_json_element(bitmaps, i);
+        const char *name = info ? pba_json_find_string(info, "name") : NULL;
+        const char *key = name ? pba_audit_key(name) : NULL;
+        if (key) {
+            add_thing(things, name, key, pba_line("bitmap '%s' of node '%s'", name, node),
+                      "was removed");
+        }
+    }
+}
+
 static void add_owner(const PbaLeftovers *leftovers, const char *node, GPtrArray *things)
 {
     uint64_t size = pba_owner_node_size(pba_block_find_node(leftovers->block, node));
@@ -234,6 +251,7 @@ static void add_node(const PbaLeftovers *leftovers, const char *node, GPtrArray 
                   "was removed");
     } else {
         add_bitmaps(leftovers, node, things);
+        add_copies(leftovers, node, things);
     }
 }
 

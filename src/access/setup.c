@@ -28,6 +28,7 @@ static bool note_requests(PbaAccess *access, const PbaDeviceRequest *requests, s
         disk->key = pba_short_hash(disk->device);
         disk->mode = requests[i].mode;
         disk->base = g_strdup(requests[i].base);
+        disk->audit = requests[i].tied && requests[i].audit;
         access->tied |= requests[i].tied;
         g_ptr_array_add(access->disks, disk);
         if (disk->base && !pba_companion_check_id(disk->base, error)) {
@@ -298,7 +299,9 @@ static bool prepare(PbaAccess *access, const PbaDeviceRequest *requests, size_t 
            /* After the marker, whose name it notes; before the NBD server, which listens there. */
            pba_run_dir_make(access, error) &&
            /* Before the command: with a stray background bitmap Proxmox' QEMU refuses it. */
-           drop_strays(access, block, error) && access->backend->prepare(access, block, error);
+           drop_strays(access, block, error) &&
+           /* Before the bitmaps that it copies are begun anew. */
+           pba_audit_begin(access, block, error) && access->backend->prepare(access, block, error);
 }
 
 bool pba_access_prepare(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
@@ -341,8 +344,8 @@ bool pba_access_cut(PbaAccess *access, GError **error)
 
 bool pba_access_finish(PbaAccess *access, GError **error)
 {
-    bool done =
-        require_phase(access, PBA_PHASE_CUT, error) && access->backend->finish(access, error);
+    bool done = require_phase(access, PBA_PHASE_CUT, error) &&
+                access->backend->finish(access, error) && pba_audit_freeze(access, error);
 
     if (done) {
         pba_access_enter(access, PBA_PHASE_UP);

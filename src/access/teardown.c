@@ -60,7 +60,9 @@ static bool undo_rest(PbaAccess *access, bool success, bool is_shared, GError **
     return pba_block_query(access->qmp, access->backend->ends_by_graph, &block, error) &&
            pba_owner_require(access, block.nodes, error) &&
            (!server_is_up || pba_nbd_server_stop(access, is_shared, error)) &&
-           access->backend->teardown(access, &block, success, error);
+           access->backend->teardown(access, &block, success, error) &&
+           /* Last: nothing depends on it. */
+           pba_audit_end(access, &block, error);
 }
 
 /* Undoes what is in QEMU. The phase afterwards says what became of it. */

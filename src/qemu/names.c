@@ -12,6 +12,7 @@
 #define TIED_BACKGROUND_PREFIX "pba-background+"
 /* Of version 0.1.0. */
 #define OLD_BACKGROUND_PREFIX "pba-background:"
+#define AUDIT_PREFIX "pba-audit:"
 
 bool pba_is_own_node(const char *node)
 {
@@ -124,4 +125,22 @@ const char *pba_bitmap_target(const char *name)
     }
     return g_str_has_prefix(name, TARGET_PREFIX) ? name + strlen(TARGET_PREFIX)
                                                  : pba_background_target(name);
+}
+
+/* Of the target's hash, as in companions: a name has at most 1023 bytes, as a target has. */
+char *pba_audit_bitmap(const char *target_id, const char *nonce)
+{
+    g_autofree char *target = pba_short_hash(target_id);
+    return g_strconcat(AUDIT_PREFIX, target, ":", nonce, NULL);
+}
+
+const char *pba_audit_key(const char *name)
+{
+    return g_str_has_prefix(name, AUDIT_PREFIX) ? name + strlen(AUDIT_PREFIX) : NULL;
+}
+
+bool pba_is_audit_of(const char *name, const char *target_id)
+{
+    g_autofree char *prefix = pba_audit_bitmap(target_id, "");
+    return g_str_has_prefix(name, prefix);
 }

@@ -62,6 +62,11 @@ bool pba_is_tied_bitmap(const char *name);
  * none. Points into it. */
 const char *pba_background_target(const char *name);
 const char *pba_bitmap_target(const char *name);
+/* The copy of the target's bitmap that an audit has; the caller's to free. */
+char *pba_audit_bitmap(const char *target_id, const char *nonce);
+/* The hash of the target in such a name, which it begins with; NULL: it is none. */
+const char *pba_audit_key(const char *name);
+bool pba_is_audit_of(const char *name, const char *target_id);
 /* Whether a background bitmap belongs to the bitmap with a companion. */
 bool pba_is_tied_background(const char *name);
 

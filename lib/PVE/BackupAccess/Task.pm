@@ -135,8 +135,8 @@ sub _hand_over ($self, $result) {
     my ($access, $provider) = $self->@{qw(access provider)};
     my $mechanism = $self->_mechanism;
     my $seen = $access->_sizes_and_bases($self->{devices}->@*);
-    my ($modes, $bases) = $self->_bitmap_modes($seen);
-    my $infos = $self->_set_up($modes, $bases);
+    my ($modes, $bases, $audits) = $self->_bitmap_modes($seen);
+    my $infos = $self->_set_up($modes, $bases, $audits);
     $result->{id} = PVE::BackupAccess->new_id;
     for my $info ($infos->@*) {
         my $device = $info->{device};
@@ -252,12 +252,12 @@ sub _end_notes ($self, $success, $result) {
 
 # A mode, and the id of the archive that the provider has for it, if it tells.
 my sub read_answer ($answer) {
-    return ($answer // 'none', undef) if ref($answer) ne 'HASH';
-    return $answer->@{qw(bitmap-mode base)};
+    return ($answer // 'none') if ref($answer) ne 'HASH';
+    return $answer->@{qw(bitmap-mode base audit)};
 }
 
 # Of { device => { size, base } } as QEMU has them: { device => mode as the provider wants it },
-# { device => id of what it has for mode use }
+# { device => id of what it has for mode use }, { device => whether that is to be audited }
 sub _bitmap_modes ($self, $seen) {
     my %volumes = map { $_ => { $seen->{$_}->%* } } keys $seen->%*;
     my $noted = $self->{noted} = $self->_notes->ids;
@@ -266,9 +266,9 @@ sub _bitmap_modes ($self, $seen) {
         "backup_vm_query_incremental of the backup provider returned '$answer', not a hash")
         if defined($answer) && ref($answer) ne 'HASH';
 
-    my (%modes, %bases);
+    my (%modes, %bases, %audits);
     for my $device (keys $seen->%*) {
-        ($modes{$device}, my $base) = read_answer($answer->{$device});
+        ($modes{$device}, my $base, $audits{$device}) = read_answer($answer->{$device});
         $modes{$device} //= '';
         $bases{$device} = $base // $noted->{$device} if $modes{$device} eq 'use';
     }
@@ -284,13 +284,18 @@ sub _bitmap_modes ($self, $seen) {
                   "the backup provider has a bitmap mode for $device, which is no device"
                 . ' of this backup - ignored');
     }
-    return (\%modes, \%bases);
+    return (\%modes, \%bases, \%audits);
 }
 
-sub _set_up ($self, $modes, $bases) {
-    my @devices
-        = map { { device => $_, 'bitmap-mode' => $modes->{$_}, base => $bases->{$_} } }
-        $self->{devices}->@*;
+sub _set_up ($self, $modes, $bases, $audits) {
+    my @devices = map {
+        {
+            device => $_,
+            'bitmap-mode' => $modes->{$_},
+            base => $bases->{$_},
+            audit => $audits->{$_} ? 1 : 0,
+        }
+    } $self->{devices}->@*;
     $self->log('info', 'setting up backup access');
     my %hooks = map {
         $_ => $self->{$_} // sub { }
@@ -346,7 +351,7 @@ sub _describe ($self, $info, $requested) {
     my ($action, $dirty, $text) = $self->{access}->bitmap_state($info)->@{qw(action dirty text)};
     $self->log('info', "$device: dirty-bitmap status: $text");
 
-    my $is_full = $action ne 'used' && $action eq $told;
+    my $is_full = $action ne 'used' && $action eq $told && !defined($info->{'audit-bitmap'});
     my $fallback
         = $requested eq 'use' && $is_full
         ? $info->{reason} // $fallback_reason{$action}
@@ -572,7 +577,8 @@ answers the second with nothing gets no bitmaps; nor does a device that it leave
 Bitmaps are tied to backups (L<PVE::BackupAccess/WHICH BACKUP A BITMAP IS RELATIVE TO>). The provider is told
 C<base>, the id of the backup that the device's bitmap is relative to, undef if there is none that can be
 used. One that knows of ids answers C<< { $device => { 'bitmap-mode' => 'use', base => $id } } >> with the id of
-the archive that it would build on, and keeps C<backup-id> with the new one. For one that answers the word
+the archive that it would build on, and keeps C<backup-id> with the new one. With a true C<audit> in that hash the bitmap is
+audited (L<PVE::BackupAccess/AUDITING A BITMAP>): the volume has C<bitmap-mode> C<new> and, by mechanism nbd, C<audit-bitmap>. For one that answers the word
 C<use> the task keeps a note of which backup the newest data of each device are from: an id in QEMU other than
 the note's, or no note, is answered by a new bitmap. The note is none from the call of C<backup_vm> to the
 end, so that a backup that was killed is followed by a full one. What such a provider lost, or took from another

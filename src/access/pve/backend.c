@@ -54,7 +54,7 @@ static bool is_background(const char *name)
 /* A target's bitmap has its name, or with a companion that with a prefix. */
 static const char *bitmap_target(const char *name)
 {
-    if (is_background(name) || pba_is_companion(name)) {
+    if (is_background(name) || pba_is_companion(name) || pba_audit_key(name)) {
         return NULL;
     }
     return pba_is_tied_bitmap(name) ? pba_bitmap_target(name) : name;

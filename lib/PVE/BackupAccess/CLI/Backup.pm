@@ -66,6 +66,15 @@ my sub limit_of ($opt) {
         || usage_error("--bandwidth-limit wants bytes per second, such as 50M, not '$text'");
 }
 
+my sub audit_of ($opt) {
+    my $every = $opt->{'audit-every'};
+    usage_error('--audit and --audit-every exclude --full, which compares nothing')
+        if $opt->{full} && ($opt->{audit} || defined($every));
+    usage_error("--audit-every wants a number, such as 30, not '$every'")
+        if defined($every) && $every !~ m/\A[1-9][0-9]{0,5}\z/;
+    return $opt->{audit} ? 1 : $every // 0;
+}
+
 my sub agent_hooks ($opt, $log) {
     my $socket = $opt->{'guest-agent'} // return ();
     require PVE::BackupAccess::GuestAgent;
@@ -101,6 +110,7 @@ my sub plan ($opt, $directory) {
     my $vmid = vmid_of($opt);
     my $name = defined($opt->{guest}) ? check_name($opt->{guest}) : undef;
     my $limit = limit_of($opt);
+    my $audit = audit_of($opt);
     die "$directory is not a directory - make it first, or mount it\n" if !-d $directory;
     $directory = untainted(Cwd::realpath($directory));
     my ($devices, $left_out) = devices_of($opt);
@@ -108,6 +118,7 @@ my sub plan ($opt, $directory) {
     return {
         vmid => $vmid,
         'bandwidth-limit' => $limit,
+        audit => $audit,
         directory => $directory,
         devices => $devices,
         'left-out' => $left_out,
@@ -134,6 +145,7 @@ my sub task ($opt, $plan, $progress) {
         $plan->{'target-id'}, $log);
     $provider->on_progress(sub (@state) { $progress->update(@state) });
     $provider->make_full($opt->{full});
+    $provider->audit_every($plan->{audit});
     $provider->wait_for_others($opt->{wait} // 0);
     my $made = PVE::BackupAccess::Task->new(
         access_options($opt),
@@ -147,17 +159,19 @@ my sub task ($opt, $plan, $progress) {
         log => logger($progress),
     );
     weaken($task = $made);
-    return $made;
+    return ($made, $provider);
 }
 
 sub run ($opt, $directory) {
     my $plan = plan($opt, $directory);
     my $progress = PVE::BackupAccess::CLI::Progress->new($opt->{quiet});
-    my $task = task($opt, $plan, $progress);
+    my ($task, $provider) = task($opt, $plan, $progress);
     my $result;
     $task->log(info => $_) for $plan->{'left-out'}->@*;
     ensure(sub { $result = $task->run_job }, sub (@) { $progress->end });
+    $result->{audit} = $provider->audit_findings if $plan->{audit};
     print_result($opt, $plan->{directory}, $result);
+    die join("\n", map { $_->{text} } $result->{audit}->@*) . "\n" if ($result->{audit} // [])->@*;
     return 0;
 }
 

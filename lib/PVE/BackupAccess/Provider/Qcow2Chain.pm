@@ -16,7 +16,7 @@ use PVE::BackupAccess::Provider::Qcow2Chain::Guest;
 use PVE::BackupAccess::Provider::Qcow2Chain::Prune qw(remove_archives retention_of);
 use PVE::BackupAccess::Provider::Qcow2Chain::RawFile;
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
-use PVE::BackupAccess::Provider::Qcow2Chain::Store qw(store_device);
+use PVE::BackupAccess::Provider::Qcow2Chain::Store qw(mode_of store_device);
 use PVE::BackupAccess::Provider::Qcow2Chain::Verify qw(digests_of problems_of unproven_of);
 use PVE::BackupAccess::Retention qw(check_keep);
 use PVE::BackupAccess::Try qw(attempt);
@@ -92,6 +92,14 @@ sub make_full ($self, $is_full) {
     $self->{'make full'} = $is_full;
     return;
 }
+
+sub audit_every ($self, $count) {
+    check_positive('count', $count) if $count;
+    $self->{'audit every'} = $count;
+    return;
+}
+
+sub audit_findings ($self) { return [($self->{findings} // [])->@*] }
 
 sub _guest ($self, $vmid) {
     return $Guest->new("$self->{path}/vm/$vmid", $self->{wait});
@@ -180,9 +188,7 @@ sub backup_vm_query_incremental ($self, $vmid, $volumes) {
         my $error = $self->{'make full'} ? undef : attempt(\&$find);
         $self->{log}->('warn', "$device: full backup - " . reason($error)) if $error;
         $task->{bases}{$device} = $base;
-        $modes{$device} = $base ? 'use' : 'new';
-        $modes{$device} = { 'bitmap-mode' => 'use', base => $base->id }
-            if $base && exists($volumes->{$device}{base});
+        $modes{$device} = mode_of($base, $device, $volumes->{$device}, $self->{'audit every'});
     }
     return \%modes;
 }
@@ -207,6 +213,7 @@ sub backup_vm ($self, $vmid, $guest_config_text, $volumes, $info) {
     my $firewall = $info->{'firewall-config'};
     $archive->add_file($guest_config, $guest_config_text);
     $archive->add_file($firewall_config, $firewall) if defined($firewall);
+    $self->{findings} = [];
     for my $device (sort keys $volumes->%*) {
         $self->_store($task, $device, $volumes->{$device}, $info);
     }
@@ -219,48 +226,19 @@ sub backup_vm ($self, $vmid, $guest_config_text, $volumes, $info) {
     return;
 }
 
-# The archives, the newest first, that the device's data goes on top of; none for a full backup.
-sub _chain ($self, $task, $device, $volume, $info) {
-    return $self->_comparable($task, $device, $volume, $info)
-        if $volume->{'bitmap-mode'} eq 'new' && !$self->{'make full'};
-    return if $volume->{'bitmap-mode'} ne 'reuse';
-    my $base = $task->{bases}{$device};
-    fail(
-        'StateError',
-        "device $device: its bitmap goes on, but there is no archive that it could go on from",
-        device => $device
-    ) if !$base || ($volume->{base} // $base->id) ne $base->id;
-    my $size = $base->device($device)->{size};
-    fail(
-        'StateError',
-        "device $device: has $volume->{size} bytes now, not $size",
-        device => $device
-    ) if $volume->{size} != $size;
-    return $task->{guest}->chain($base->name, $device);
-}
-
-# A bitmap that was lost costs reading, not storing.
-sub _comparable ($self, $task, $device, $volume, $info) {
-    my @chain;
-    my $error = attempt {
-        @chain = $task->{guest}->comparable($device, $volume->{size}, $info->{'guest-uuid'})
-    };
-    $self->{log}->('info', "$device: nothing to compare with - " . reason($error)) if $error;
-    return $error ? () : @chain;
-}
-
 sub _store ($self, $task, $device, $volume, $info) {
     my ($size) = ($volume->{size} // '') =~ m/\A([0-9]{1,19})\z/
         or bad_argument("device $device: its volume has no size");
-    my @chain = $self->_chain($task, $device, $volume, $info);
-    store_device(
-        $task->{archive}, $device,
+    my $finding = store_device(
+        $task, $device,
         { $volume->%*, size => 0 + $size },
-        \@chain,
         log => $self->{log},
+        full => $self->{'make full'},
+        guest => $info->{'guest-uuid'},
         check => !$self->{'no-check'},
         copy => { $self->_copy_options($device, $info) },
     );
+    push($self->{findings}->@*, $finding) if $finding;
     return;
 }
 
@@ -674,6 +652,23 @@ an archive is taken away. After that a method dies with class C<StateError>.
     $provider->make_full(1);
 
 Whether the backups that follow are full ones, whatever could be built on.
+
+=head2 audit_every
+
+    $provider->audit_every(30);
+
+Has one in 30 backups of a device audit its bitmap, with 1 each of them, with 0 none (the default): it reads all of
+the device, compares what the bitmap calls clean with the backups before, and stores what differs. What had changed and
+was called clean is logged as an error, and is in L</audit_findings>; the archive has it as it is, and the bitmap begins
+anew. A full read for another reason counts as an audit. It needs a caller that ties bitmaps to backups.
+
+=head2 audit_findings
+
+    my $findings = $provider->audit_findings;
+
+What the last L</backup_vm> found wrong with bitmaps, none if all were right: an array ref of hashes with C<device>,
+C<bytes>, C<ranges> (the first 1,000, as C<[$offset, $length]>), C<suspects>, the names of the archives that were made
+by that bitmap since the device was read in full, and C<text>, which says it all.
 
 =head2 list
 

@@ -6,10 +6,11 @@ use v5.36;
 
 use Exporter qw(import);
 use Fcntl qw(O_CREAT O_EXCL O_RDONLY O_WRONLY SEEK_SET);
+use List::Util qw(min);
 
 use PVE::BackupAccess::Error;
 
-our @EXPORT_OK = qw(bytes_to_add is_known merge_digests);
+our @EXPORT_OK = qw(bytes_to_add each_known is_known merge_digests);
 
 my $header_size = 4096;
 my $digest_size = 32;
@@ -43,6 +44,24 @@ sub is_known ($path, $offset) {
     my $file = open_file($path);
     my $at = $header_size + int($offset / $file->{block}) * $digest_size;
     return $file->{complete} || read_at($file, $at, $digest_size) =~ m/[^\0]/;
+}
+
+# Calls the function with offset and length of each block that the file knows, in order.
+sub each_known ($path, $code) {
+    my $file = open_file($path);
+    for (my $first = 0; $first < $file->{blocks}; $first += $part / $digest_size) {
+        my $count = min($file->{blocks} - $first, $part / $digest_size);
+        my $slots = read_at($file, $header_size + $first * $digest_size, $count * $digest_size);
+        next if !$file->{complete} && $slots !~ m/[^\0]/;
+        for my $i (0 .. $count - 1) {
+            next
+                if !$file->{complete}
+                && substr($slots, $i * $digest_size, $digest_size) !~ m/[^\0]/;
+            my $offset = ($first + $i) * $file->{block};
+            $code->($offset, min($file->{block}, $file->{size} - $offset));
+        }
+    }
+    return;
 }
 
 # What the newer one does not know is the older one's.

@@ -6,15 +6,71 @@ use v5.36;
 
 use Exporter qw(import);
 
+use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Format qw(bytes);
+use PVE::BackupAccess::Provider::Qcow2Chain::Audit qw(audit is_due);
 use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(check_base check_stored);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw($cluster_size);
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
+use PVE::BackupAccess::Try qw(attempt);
 use PVE::BackupAccess::Volume;
 
-our @EXPORT_OK = qw(store_device);
+our @EXPORT_OK = qw(mode_of store_device);
 
 my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
+
+my sub reason ($error) { return $error =~ s/\n.*//sr }
+
+my sub fail ($device, $message) {
+    PVE::BackupAccess::Error->throw('StateError', "device $device: $message", device => $device);
+}
+
+# What backup_vm_query_incremental answers for a device: audit_every is of what is audited.
+sub mode_of ($base, $device, $volume, $audit_every) {
+    return 'new' if !$base;
+    return 'use' if !exists($volume->{base});
+    my %audit = is_due($base, $device, $audit_every) ? (audit => 1) : ();
+    return { 'bitmap-mode' => 'use', base => $base->id, %audit };
+}
+
+# The archive that the device's bitmap is relative to, and those it builds on.
+my sub chain_of_bitmap ($task, $device, $volume) {
+    my $base = $task->{bases}{$device};
+    fail($device, 'its bitmap goes on, but there is no archive that it could go on from')
+        if !$base || ($volume->{base} // $base->id) ne $base->id;
+    my $size = $base->device($device)->{size};
+    fail($device, "has $volume->{size} bytes now, not $size") if $volume->{size} != $size;
+    return $task->{guest}->chain($base->name, $device);
+}
+
+# A bitmap that was lost costs reading, not storing.
+my sub comparable ($task, $device, $volume, $how) {
+    my @chain;
+    my $error = attempt {
+        @chain = $task->{guest}->comparable($device, $volume->{size}, $how->{guest})
+    };
+    $how->{log}->('info', "$device: nothing to compare with - " . reason($error)) if $error;
+    return $error ? () : @chain;
+}
+
+# The archives, the newest first, that the device's data goes on top of; none for a full backup.
+my sub chain_for ($task, $device, $volume, $how) {
+    my $mode = $volume->{'bitmap-mode'};
+    return chain_of_bitmap($task, $device, $volume) if $mode eq 'reuse';
+    return $mode eq 'new' && !$how->{full} ? comparable($task, $device, $volume, $how) : ();
+}
+
+# What was found of the bitmap that is audited. It was relative to one archive, and nothing else will do.
+my sub audited ($task, $device, $volume, $chain, $log) {
+    my $base = $task->{bases}{$device};
+    if (!$chain->@* || !$base || $chain->[0]->id ne $base->id) {
+        $log->('warn', "$device: its bitmap is not audited, since its archive cannot be built on");
+        return undef;
+    }
+    my $finding = audit($task->{archive}, $device, $volume, $chain->@*);
+    $log->($finding ? ('err', $finding->{text}) : ('info', "$device: its bitmap was right"));
+    return $finding;
+}
 
 my sub stored ($statistics, $base) {
     my ($written, $zero, $unchanged) = $statistics->@{qw(bytes-written bytes-zero bytes-unchanged)};
@@ -44,9 +100,11 @@ my sub copy_data ($archive, $device, $volume, $image, $chain, $options) {
     return $statistics;
 }
 
-# On top of a chain of archives, the newest first, or of none. how: log, a code ref; check, whether what
-# was written is read back; copy, more options of the copy.
-sub store_device ($archive, $device, $volume, $chain, %how) {
+# Into the task's archive. how: log, a code ref; full, whether nothing is built on; guest, its UUID;
+# check, whether what was written is read back; copy, more options of the copy. Returns what an audit found.
+sub store_device ($task, $device, $volume, %how) {
+    my $archive = $task->{archive};
+    my $chain = [chain_for($task, $device, $volume, \%how)];
     my $mode = $volume->{'bitmap-mode'};
     my $base = $chain->@* ? $chain->[0]->name : undef;
     my $is_compared = defined($base) && $mode ne 'reuse';
@@ -58,14 +116,19 @@ sub store_device ($archive, $device, $volume, $chain, %how) {
 
     # The caller's may wait for every child, or ignore them all.
     local $SIG{CHLD} = 'DEFAULT';
-    my %about = (size => $volume->{size}, 'bitmap-mode' => $mode);
+    my $increments = $mode eq 'reuse' ? ($chain->[0]->device($device)->{increments} // 0) + 1 : 0;
+    my %about = (size => $volume->{size}, 'bitmap-mode' => $mode, increments => $increments);
     my $image = $archive->add_device($device, \%about, $chain->[0]);
     my $statistics = copy_data($archive, $device, $volume, $image, $chain, $how{copy});
     $how{log}->('info', "$device: " . stored($statistics, $is_compared ? $base : undef));
-    return if !$how{check};
+    my $finding
+        = defined($volume->{'audit-bitmap'})
+        ? audited($task, $device, $volume, $chain, $how{log})
+        : undef;
+    return $finding if !$how{check};
     check_stored($archive, $device, $how{log});
     check_base($archive, $device, $how{log}, $chain->@*) if $is_compared;
-    return;
+    return $finding;
 }
 
 1;

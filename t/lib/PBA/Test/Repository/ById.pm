@@ -2,7 +2,7 @@ package PBA::Test::Repository::ById;
 
 # A repository that keeps the image of every backup under the backup's id, as soon as all of its data
 # are there, and goes on from the one that the device's bitmap says it is relative to. So whatever id
-# QEMU tells, it is taken at its word.
+# QEMU tells, it is taken at its word. Mode audit is mode use with an audit of the bitmap.
 
 use v5.36;
 
@@ -23,10 +23,17 @@ sub requests ($self, $access, $modes, @ids) {
     for my $id (@ids) {
         my $backup = $bases->{ $device{$id} };
         my $image = $self->_image_of($id, $backup // '');
-        $backup = undef if $modes->{$id} ne 'use' || !-e $image;
+        $backup = undef if $modes->{$id} eq 'new' || !-e $image;
         $self->{base}{$id} = defined($backup) ? $image : undef;
-        push(@requests,
-            { device => $device{$id}, 'bitmap-mode' => $modes->{$id}, base => $backup });
+        push(
+            @requests,
+            {
+                device => $device{$id},
+                'bitmap-mode' => $modes->{$id} =~ s/audit/use/r,
+                base => $backup,
+                audit => $modes->{$id} eq 'audit',
+            }
+        );
     }
     return @requests;
 }

@@ -1,0 +1,133 @@
+/* An audit: all of a disk is read, so that what its bitmap calls clean can be compared with the
+ * backup that the bitmap is relative to. Clean parts cannot be read while the bitmap is used
+ * (Proxmox' QEMU leaves them out of the snapshot), so the bitmap begins anew, and a copy of it is
+ * exported beside it. */
+#include "access.h"
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
+
+static JsonNode *action(const char *type, JsonNode *data)
+{
+    JsonNode *node = pba_json("{'type': <%s>}", type);
+    json_object_set_member(json_node_get_object(node), "data", data);
+    return node;
+}
+
+static bool run_actions(PbaAccess *access, JsonArray *actions, GError **error)
+{
+    return json_array_get_length(actions) == 0 ||
+           pba_qmp_run(access->qmp, "transaction",
+                       pba_json_wrap_array("actions", json_array_ref(actions)), error);
+}
+
+/* Whether there is a bitmap that can be audited; if not, setup says why, and all is read anyway. */
+static bool is_auditable(PbaAccess *access, PbaDisk *disk, const PbaBlock *block)
+{
+    if (!disk->audit || disk->mode != PBA_BITMAP_MODE_USE) {
+        return false;
+    }
+    g_free(disk->bitmap_node);
+    disk->bitmap_node = g_strdup(pba_block_skip_filters(block, disk->root_node));
+    return disk->bitmap_node && pba_tie_fits(access, disk, block);
+}
+
+/* It records from its first moment on, so it lacks nothing that was written before the instant. */
+static bool add_copy(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, JsonArray *actions,
+                     GError **error)
+{
+    g_autofree char *bitmap = pba_access_bitmap(access);
+    JsonObject *info = pba_block_find_bitmap(block, disk->bitmap_node, bitmap);
+    uint64_t granularity;
+
+    if (!pba_json_size(info, "granularity", &granularity, error)) {
+        return false;
+    }
+    disk->audit_bitmap = pba_audit_bitmap(access->target_id, access->nonce);
+    json_array_add_element(
+        actions, action("block-dirty-bitmap-add",
+                        pba_json("{'node': <%s>, 'name': <%s>, 'granularity': <%t>}",
+                                 disk->bitmap_node, disk->audit_bitmap, (guint64)granularity)));
+    json_array_add_element(actions,
+                           action("block-dirty-bitmap-merge",
+                                  pba_json("{'node': <%s>, 'target': <%s>, 'bitmaps': <[<%s>]>}",
+                                           disk->bitmap_node, disk->audit_bitmap, bitmap)));
+    return true;
+}
+
+bool pba_audit_begin(PbaAccess *access, const PbaBlock *block, GError **error)
+{
+    g_autoptr(JsonArray) actions = json_array_new();
+
+    for (guint i = 0; i < access->disks->len; i++) {
+        PbaDisk *disk = access->disks->pdata[i];
+        if (!is_auditable(access, disk, block)) {
+            continue;
+        }
+        if (!add_copy(access, disk, block, actions, error)) {
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+        disk->mode = PBA_BITMAP_MODE_NEW;
+        pba_access_begin_changes(access);
+    }
+    return run_actions(access, actions, error);
+}
+
+bool pba_audit_freeze(PbaAccess *access, GError **error)
+{
+    g_autoptr(JsonArray) actions = json_array_new();
+
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        if (disk->audit_bitmap) {
+            json_array_add_element(actions,
+                                   action("block-dirty-bitmap-disable",
+                                          pba_json("{'node': <%s>, 'name': <%s>}",
+                                                   disk->bitmap_node, disk->audit_bitmap)));
+        }
+    }
+    return run_actions(access, actions, error);
+}
+
+/* Removals of the target's copies on the node with that index. */
+static void find_copies(const PbaAccess *access, const PbaBlock *block, guint index,
+                        JsonArray *actions)
+{
+    const char *node = pba_block_node_name(block->nodes, index);
+    JsonObject *entry = pba_json_element(block->nodes, index);
+    JsonArray *bitmaps = node && entry ? pba_json_find_array(entry, "dirty-bitmaps") : NULL;
+
+    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
+        JsonObject *info = pba_json_element(bitmaps, i);
+        const char *name = info ? pba_json_find_string(info, "name") : NULL;
+        if (name && pba_is_audit_of(name, access->target_id)) {
+            json_array_add_element(actions,
+                                   action("block-dirty-bitmap-remove",
+                                          pba_json("{'node': <%s>, 'name': <%s>}", node, name)));
+        }
+    }
+}
+
+static JsonArray *removals(const PbaAccess *access, const PbaBlock *block)
+{
+    JsonArray *actions = json_array_new();
+
+    for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
+        find_copies(access, block, i, actions);
+    }
+    return actions;
+}
+
+bool pba_audit_is_stale(const PbaAccess *access, const PbaBlock *block)
+{
+    g_autoptr(JsonArray) actions = removals(access, block);
+
+    return json_array_get_length(actions) > 0;
+}
+
+bool pba_audit_end(PbaAccess *access, const PbaBlock *block, GError **error)
+{
+    g_autoptr(JsonArray) actions = removals(access, block);
+
+    return run_actions(access, actions, error);
+}

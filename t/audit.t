@@ -1,0 +1,173 @@
+# A bitmap that has lost bits makes increments that lack data: an audit finds that and names the places, and
+# its archive has what they hold. On both backends.
+#
+# One QEMU is enough: crash-points.t runs audits on both.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use Test::More;
+
+use PBA::Test::Backend;
+use PBA::Test::Client;
+use PBA::Test::QemuNbd;
+use PVE::BackupAccess::Provider::Qcow2Chain;
+use PVE::BackupAccess::Provider::Qcow2Chain::Image;
+use PVE::BackupAccess::Provider::Qcow2Chain::Server;
+
+$PVE::BackupAccess::Provider::Qcow2Chain::Image::qemu_img = $ENV{PBA_QEMU_IMG} // 'qemu-img';
+$PVE::BackupAccess::Provider::Qcow2Chain::Server::qemu_nbd = $ENV{PBA_QEMU_NBD} // 'qemu-nbd';
+
+my $mib = 1 << 20;
+my $target = 'pba-tied:snapshot-access:test';
+
+sub start ($name, $form) {
+    my $backend = PBA::Test::Backend->start(
+        name => $name,
+        form => $form,
+        guest => 0,
+        disks => [
+            { id => 'a', size => 40 * $mib, bus => 'scsi', shape => 'drive' },
+            { id => 'b', size => 9 * $mib, bus => 'scsi', shape => 'drive' },
+        ],
+    );
+    my $test = { backend => $backend, vm => $backend->vm, device => $backend->device('a') };
+    $test->{store} = $backend->work_dir('store');
+    $test->{outside} = $backend->outside;
+    $test->{provider}
+        = PVE::BackupAccess::Provider::Qcow2Chain->new(undef, { path => $test->{store} },
+        'test', sub ($level, $text) { push($test->{log}->@*, "$level: $text") });
+    return $test;
+}
+
+sub write_to ($test, $id, $offset, $byte) {
+    $test->{vm}->qemu_io($id, "write -P $byte $offset 64k");
+    return;
+}
+
+# One backup; the archive's name.
+sub backup ($test, $every = 0) {
+    $test->{log} = [];
+    $test->{provider}->audit_every($every);
+    $test->{result} = $test->{backend}->task($test->{provider})->run_job;
+    is_deeply([$test->{backend}->problems($test->{outside})], [], 'nothing is left');
+    return $test->{result}{'archive-name'};
+}
+
+sub logged ($test, $pattern) {
+    return scalar(grep { $_ =~ $pattern } $test->{log}->@*);
+}
+
+# Whether the archive is the disks as they are now.
+sub is_disks ($test, $name, $text) {
+    for my $id (qw(a b)) {
+        my $device = $test->{backend}->device($id);
+        my $from = $test->{provider}->restore_vm_volume_init($name, $device, {})->{'qemu-img-path'};
+        my $file = "$test->{vm}{dir}/restored.raw";
+        PBA::Test::QemuNbd::img('convert', '-f', 'raw', '-O', 'raw', $from, $file);
+        $test->{provider}->restore_vm_volume_cleanup($name, $device, {});
+        is(system('cmp', '-s', $file, $test->{vm}->raw_image($id)), 0, "$text: $id");
+    }
+    return;
+}
+
+# The bits go, by hand, and nothing else of the bitmap is touched.
+sub clear_bits ($test) {
+    my ($bitmap)
+        = grep { $_->{device} eq $test->{device} && $_->{name} eq $target }
+        $test->{backend}->status->{bitmaps}->@*;
+    $test->{vm}->qmp('block-dirty-bitmap-clear', node => $bitmap->{node}, name => $target);
+    return;
+}
+
+sub check_audits ($test) {
+    my $device = $test->{device};
+    write_to($test, $_, 4 * $mib, 0x11) for qw(a b);
+    my $full = backup($test, 1);
+    is(logged($test, qr/bitmap was/), 0, 'a first backup has nothing to audit');
+
+    write_to($test, 'a', 4 * $mib, 0x12);
+    clear_bits($test);
+    write_to($test, 'a', 32 * $mib, 0x13);
+    my $blind = backup($test);
+    is_deeply($test->{provider}->verify($blind), [], 'what lacks data is what was read');
+
+    write_to($test, 'a', 12 * $mib + 4096, 0x14);
+    write_to($test, 'b', 8 * $mib, 0x15);
+    clear_bits($test);
+    write_to($test, 'a', 20 * $mib, 0x16);
+    my $audited = backup($test, 1);
+    my ($finding, @more) = $test->{provider}->audit_findings->@*;
+    is_deeply(\@more, [], 'one bitmap was wrong');
+    is_deeply(
+        [$finding->@{qw(device bytes ranges suspects)}],
+        [$device, 3 * 65536, [[4 * $mib, 65536], [12 * $mib, 131072]], [$blind =~ s{.*/}{}r]],
+        'what the map called clean'
+    );
+    like($finding->{text},
+        qr/device \Q$device\E: .* 65536 at offset 4194304, 131072 at offset 12582912\./,
+        'in words');
+    is(logged($test, qr/^err: \Q$finding->{text}\E/), 1, 'it is an error in the log');
+    is(logged($test, qr/bitmap was right/), 1, 'the other one was right');
+    is_disks($test, $audited, 'the archive has the data');
+    is($test->{result}{devices}{$device}{fallback}, undef, 'no fallback');
+
+    write_to($test, 'a', 0, 0x17);
+    my $next = backup($test);
+    is($test->{result}{devices}{$device}{'bitmap-mode'}, 'reuse', 'an increment goes on from it');
+    is_disks($test, $next, 'the increment');
+    is_deeply($test->{provider}->audit_findings, [], 'no audit, no findings');
+    return;
+}
+
+# Full or audit, increment, increment, audit, ...
+sub check_every ($test) {
+    my @audits;
+    for (1 .. 4) {
+        write_to($test, 'a', $_ * $mib, 0x20 + $_);
+        backup($test, 3);
+        push(@audits, logged($test, qr/\Q$test->{device}\E: its bitmap was right/));
+    }
+    is_deeply(\@audits, [0, 1, 0, 0], 'every third one');
+    return;
+}
+
+# What a killed one leaves, the next setup takes away, or recover.
+sub check_killed ($test, $by_recover) {
+    my $backend = $test->{backend};
+    my $client = PBA::Test::Client->start(
+        sub ($tell) {
+            $test->{provider}->on_progress(sub (@) { $tell->('up') });
+            backup($test, 1);
+        }
+    );
+    is($client->next_word, 'up', 'an audit goes on');
+    my @copies = grep { m/: pba-audit:/ } $backend->other_bitmaps->@*;
+    is(scalar(@copies), 2, 'copies of the bitmaps');
+    $client->kill9;
+    if ($by_recover) {
+        my %options = ($backend->options, log => sub { });
+        my $lines = PVE::BackupAccess->recover(%options);
+        is(scalar(grep { m/bitmap 'pba-audit:.* was removed/ } $lines->@*),
+            2, 'recover removes them');
+        is_deeply([$backend->problems($test->{outside})], [], 'and leaves nothing');
+    }
+    write_to($test, 'a', 7 * $mib, 0x31);
+    is_disks($test, backup($test), 'the next backup');
+    return;
+}
+
+for my $case (['upstream', 'devices'], ['pve', 'devices'], ['pve', 'devlist']) {
+    my ($name, $form) = $case->@*;
+    next if !grep { $_ eq $name } PBA::Test::Backend->names;
+    subtest "backend $name, $form" => sub {
+        my $test = start($name, $form);
+        check_audits($test);
+        check_every($test) if $form eq 'devices';
+        check_killed($test, $_) for $form eq 'devices' ? (0, 1) : ();
+        $test->{backend}->check_manners;
+    };
+}
+
+done_testing;
