@@ -5,11 +5,15 @@ use v5.36;
 
 use FindBin;
 use lib "$FindBin::Bin/lib";
-use List::Util qw(max min);
+use File::Temp ();
+use List::Util qw(max min sum0);
 use POSIX qw(EINVAL);
 use Test::More;
 use Time::HiRes qw(sleep time);
 
+use PVE::BackupAccess::Volume;
+
+use PBA::Test::Backend;
 use PBA::Test::Handle;
 use PBA::Test::NBDServer;
 use PBA::Test::VFile;
@@ -22,7 +26,7 @@ my $kib = 1024;
 my $mib = 1024 * $kib;
 my $block = 64 * $kib;    # holes begin and end with one
 my $min_hole = 256 * $kib;
-my $size = 96 * $mib + 512;
+our $size = 96 * $mib + 512;
 
 my $seed = $ENV{PBA_SEED} // int(rand(2**31));
 note("PBA_SEED=$seed");
@@ -153,6 +157,15 @@ sub check_walks () {
     ok(!defined(seek_to($handle, $size, $SEEK_DATA)) && $!{ENXIO}, 'nothing behind the end');
 }
 
+# What was read of holes that one was told of, but for what was read ahead of that.
+sub reads_inside ($server, @told) {
+    my @reads = map { [$_->{offset}, $_->{offset} + $_->{length}] } $server->requests('read');
+    return grep {
+        my $read = $_;
+        grep { $read->[0] >= $_->[0] + 2 * $mib + $block && $read->[1] <= $_->[1] } @told
+    } @reads;
+}
+
 # Who passes over the holes has the same as who does not, and nothing of them was read for that.
 sub check_content () {
     my $holes = random_holes();
@@ -170,17 +183,70 @@ sub check_content () {
         last if $at >= $size;
     }
     ok($copy eq $data, 'a reader that passes over the holes has all');
-    my @reads = map { [$_->{offset}, $_->{offset} + $_->{length}] } $server->requests('read');
-    my @inside = grep {
-        my $read = $_;
-        grep { $read->[0] >= $_->[0] + 2 * $mib + $block && $read->[1] <= $_->[1] } @told
-    } @reads;
-    is(scalar(@inside), 0, 'little of a hole is read, ahead');
+    is(scalar(reads_inside($server, @told)), 0, 'little of a hole is read, ahead');
     for my $offset (0, map { max(0, $_->[0] - $mib) } @told[0 .. min(3, $#told)]) {
         my $length = min(3 * $mib, $size - $offset);
         ok(read_at($handle, $offset, $length) eq substr($data, $offset, $length),
             "a plain read at $offset");
     }
+}
+
+# ---- a copy ----
+
+sub slurp ($file) {
+    open(my $fh, '<:raw', $file) or die "$file: $!\n";
+    local $/;
+    return scalar(<$fh>);
+}
+
+# The statistics of a copy over the handle, of the regions, to a file that held something else.
+sub copy_over ($handle, $old, @regions) {
+    my $target = File::Temp->new;
+    syswrite($target, $old) // die "write: $!\n";
+    my $volume = PVE::BackupAccess::Volume->open(
+        'disk',
+        {
+            size => $size,
+            'bitmap-mode' => 'new',
+            'file-handle' => $handle,
+            'next-dirty-region' => sub { return (shift(@regions) // [])->@* },
+        }
+    );
+    sysseek($handle, 12345 * 512, 0);
+    my $statistics = $volume->copy(to => "$target");
+    is(sysseek($handle, 0, 1), 12345 * 512, "the caller's place in the file stays");
+    return ($statistics, slurp("$target"));
+}
+
+sub sum (@ranges) {
+    return sum0(map { $_->[1] - $_->[0] } @ranges);
+}
+
+sub check_copy () {
+    my $holes = random_holes();
+    my @told = told_of($holes);
+    my ($server, $file, $data) = serve($holes);
+    my ($statistics, $got) = copy_over($file->handle, "\xee" x $size, [0, $size]);
+    ok($got eq $data, 'a copy of all: the data');
+    is(scalar(reads_inside($server, @told)), 0, 'a copy of all: little of a hole is read, ahead');
+    cmp_ok($statistics->{'bytes-zero'}, '>=', sum(@told), 'a copy of all: holes are zeroes');
+
+    # Regions that begin and end in holes, long ones and short ones, in turns.
+    my @regions = grep { $_->[0] + $_->[1] <= $size }
+        map { [$_ * 24 * $mib, rand() < 0.7 ? 20 * $mib : 64 * $kib] } 0 .. 3;
+    my $expected = "\xee" x $size;
+    substr($expected, $_->[0], $_->[1]) = substr($data, $_->[0], $_->[1]) for @regions;
+    (undef, $got) = copy_over($file->handle, "\xee" x $size, @regions);
+    ok($got eq $expected, 'a copy of regions: the data, and nothing beside it');
+
+    my $sparse = File::Temp->new;
+    truncate($sparse, $size) or die "truncate: $!\n";
+    for my $at (grep { substr($data, $_, $mib) =~ m/[^\0]/ } map { $_ * $mib } 0 .. $size / $mib) {
+        sysseek($sparse, $at, 0);
+        syswrite($sparse, substr($data, $at, $mib)) // die "write: $!\n";
+    }
+    (undef, $got) = copy_over($sparse, "\xee" x $size, [0, $size]);
+    ok($got eq $data, 'a copy of a sparse file');
 }
 
 # ---- what is not ----
@@ -189,6 +255,8 @@ sub check_content () {
 sub check_part () {
     my ($server, $file) = serve([[8 * $mib, 16 * $mib]], dirty => [[0, $size]]);
     all_is_data($file->handle, 'a part');
+    my ($statistics, $got) = copy_over($file->handle, "\xee" x $size, [0, $size]);
+    is($statistics->{'bytes-read'}, $size, 'a part: a copy reads all of it');
 }
 
 sub check_unknown () {
@@ -219,9 +287,45 @@ sub check_hang () {
     is($file->end, 0, 'and the file can be ended');
 }
 
+# ---- a QEMU ----
+
+# Of a snapshot QEMU before 10.0 must not be asked beside reads.
+sub check_qemu ($name) {
+    my @disks = ({ id => 'disk0', format => 'raw', size => 64 * $mib });
+    my $backend = PBA::Test::Backend->start(name => $name, guest => 0, disks => \@disks);
+    my $vm = $backend->vm;
+    my $device = $backend->device('disk0');
+    $vm->qemu_io('disk0', 'write -P 0x41 8M 1M');
+    my $access = $backend->access;
+    $access->setup($backend->devices('new'));
+    my $handle = $access->volumes('file-handle')->{$device}{'file-handle'};
+    local $size = 64 * $mib;
+
+    if ($vm->version->[0] >= 10) {
+        is_deeply([walk($handle)], [[0, 8 * $mib], [9 * $mib, $size]], "$name: the holes");
+    }
+    else {
+        all_is_data($handle, "$name: QEMU before 10.0");
+    }
+    ok(read_at($handle, 7 * $mib, 3 * $mib) eq "\0" x $mib . "\x41" x $mib . "\0" x $mib,
+        "$name: the data");
+    close($handle);
+    $access->teardown(1);
+
+    $vm->qemu_io('disk0', 'write -z 8M 1M');
+    $access = $backend->access;
+    $access->setup($backend->devices('use'));
+    $handle = $access->volumes('file-handle')->{$device}{'file-handle'};
+    all_is_data($handle, "$name: an increment");
+    close($handle);
+    $access->teardown(1);
+}
+
 check_walks();
 check_content();
+check_copy();
 check_part();
 check_unknown();
 check_hang();
+check_qemu($_) for PBA::Test::Backend->names;
 done_testing();

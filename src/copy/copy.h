@@ -98,18 +98,20 @@ typedef struct {
     bool zero;
 } PbaStretch;
 
-/* Where regions are zeroes, by the server's word. */
+/* Where regions are zeroes, by the word of a server or of a file system. */
 typedef struct PbaHoles PbaHoles;
 
 /* Asks over a volume of pba_volume_open_allocation, which is borrowed. They begin and end at
  * multiples of align. */
-PbaHoles *pba_holes_new(PbaVolume *volume, uint32_t align);
-/* The volume is closed before. */
+PbaHoles *pba_holes_new_nbd(PbaVolume *volume, uint32_t align);
+/* Asks a file, by a thread of the pool. NULL where it cannot be opened anew. */
+PbaHoles *pba_holes_new_file(int fd, PbaPool *pool, uint32_t align);
+/* What is under way goes first: the volume is closed, the pool freed. */
 void pba_holes_free(PbaHoles *holes);
 /* From now on it is about this region. */
 void pba_holes_begin(PbaHoles *holes, uint64_t offset, uint64_t length);
 /* What the region goes on with from offset; offsets ascend. False if it is not known yet: the
- * answer is under way. What the server does not want to tell has to be read. */
+ * answer is under way. What is not told has to be read. */
 bool pba_holes_next(PbaHoles *holes, uint64_t offset, PbaStretch *stretch);
 
 typedef struct PbaSource PbaSource;
@@ -124,6 +126,8 @@ typedef struct {
     bool (*read)(PbaSource *source, PbaPiece *piece, GError **error);
     /* Begins to discard whole clusters; pba_source_trimmed is called at the end. */
     bool (*trim)(PbaSource *source, PbaRange range, GError **error);
+    /* NULL where there is none to ask. */
+    PbaHoles *(*new_holes)(PbaSource *source, uint32_t align);
     /* Also of one that failed to open. */
     void (*close)(PbaSource *source);
     /* What is under way when the pool is freed goes on by itself, and the buffer of a piece that is
@@ -155,7 +159,7 @@ struct PbaSource {
  * speed. A server that does not say it is safe with several gets one. */
 bool pba_source_open(PbaSource *source, PbaVolume *volume, unsigned connections, PbaLoop *loop,
                      GError **error);
-/* Has the server asked for holes from now on, where that is possible: true then. */
+/* Has holes asked for from now on, where that is possible: true then. */
 bool pba_source_find_holes(PbaSource *source, uint32_t align);
 /* With broken, requests may still be in flight: all connections are closed. */
 void pba_source_close(PbaSource *source, bool broken);

@@ -176,6 +176,12 @@ static bool open_file(PbaSource *source, unsigned connections, PbaLoop *loop, GE
     return true;
 }
 
+/* A virtual file has none where a reader may not pass over any: see src/vfile. */
+static PbaHoles *new_holes(PbaSource *source, uint32_t align)
+{
+    return pba_holes_new_file(source->file->fd, source->pool, align);
+}
+
 static void close_source(PbaSource *source)
 {
     if (source->file) {
@@ -188,6 +194,7 @@ const PbaSourceKind pba_source_file = {
     .open = open_file,
     .read = start_read,
     .trim = start_trim,
+    .new_holes = new_holes,
     .close = close_source,
     .keeps_buffers = true,
 };

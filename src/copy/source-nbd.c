@@ -59,6 +59,13 @@ static bool open_connections(PbaSource *source, unsigned connections, PbaLoop *l
     return true;
 }
 
+static PbaHoles *new_holes(PbaSource *source, uint32_t align)
+{
+    bool can_tell = source->count > 1 && source->volumes[1]->context;
+
+    return can_tell ? pba_holes_new_nbd(source->volumes[1], align) : NULL;
+}
+
 static void restore(PbaSource *source)
 {
     if (source->volumes[0]->nbd) {
@@ -182,5 +189,6 @@ const PbaSourceKind pba_source_nbd = {
     .open = open_connections,
     .read = send_reads,
     .trim = send_trim,
+    .new_holes = new_holes,
     .close = restore,
 };

@@ -38,9 +38,7 @@ bool pba_source_open(PbaSource *source, PbaVolume *volume, unsigned connections,
 
 bool pba_source_find_holes(PbaSource *source, uint32_t align)
 {
-    if (source->count > 1 && source->volumes[1]->context) {
-        source->holes = pba_holes_new(source->volumes[1], align);
-    }
+    source->holes = source->kind->new_holes(source, align);
     return source->holes != NULL;
 }
 

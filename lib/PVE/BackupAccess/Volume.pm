@@ -392,7 +392,7 @@ fleecing image has larger ones.
 
 Copies all dirty regions, or without a bitmap the whole volume, with many requests in flight. Where
 L</next_dirty_region> is does not matter and does not change. Nothing outside the regions is read or
-written. What the server says is zero, as in a thin disk, is not read. The target is one of these:
+written. What the server, or a hole of the file, says is zero, as in a thin disk, is not read. The target is one of these:
 
 =over
 

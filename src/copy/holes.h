@@ -1,0 +1,32 @@
+/* Where regions are zeroes: what the ways to find out share. */
+#ifndef PBA_SRC_HOLES_H
+#define PBA_SRC_HOLES_H
+
+#include "copy.h"
+
+typedef enum {
+    PBA_HOLE_FOUND,
+    PBA_HOLE_LATER, /* the answer is under way */
+    PBA_HOLE_NONE,  /* or it cannot be told: a read will say what is wrong */
+} PbaHoleAnswer;
+
+typedef struct {
+    /* Begins to look at the region; false while what was asked about another is under way. */
+    bool (*begin)(PbaHoles *holes);
+    /* The next run of zeroes of the region. */
+    PbaHoleAnswer (*find)(PbaHoles *holes, uint64_t *offset, uint64_t *length);
+    void (*free)(PbaHoles *holes);
+} PbaHolesKind;
+
+struct PbaHoles {
+    const PbaHolesKind *kind;
+    uint32_t align;
+    uint64_t begin; /* of the region */
+    uint64_t end;
+    bool asks;     /* there may be more holes */
+    bool begun;    /* by kind */
+    uint64_t hole; /* the next one; its length is 0 while it is not known */
+    uint64_t hole_left;
+};
+
+#endif
