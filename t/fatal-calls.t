@@ -101,14 +101,38 @@ subtest '4. the bitmap or the disk is removed during the access' => sub {
     survived($backend, 'removed bitmap, object gone');
 };
 
-subtest '4. the disk is unplugged during the access' => sub {
-    my $backend = start(guest => 1);
+# Its hold keeps it; without, as of a program that has none, QEMU would crash.
+sub unplug ($backend, $is_held) {
     my $access = $backend->access;
     $access->setup($backend->devices('none'));
     $access->volumes('nbd');
+    my @holds = grep { m/\Apba-hold-/ }
+        map { $_->{'node-name'} } $backend->vm->qmp('query-named-block-nodes')->@*;
+    is(scalar(@holds), 2, 'each disk has a hold');
+    $backend->vm->qmp('blockdev-del', 'node-name' => $_) for $is_held ? () : @holds;
     $backend->vm->qmp('device_del', id => 'disk1-dev');
     $backend->vm->wait_event('DEVICE_DELETED');
     sent($backend);
+    return $access;
+}
+
+subtest '4. the disk is unplugged during the access' => sub {
+    my $backend = start(guest => 1);
+    my $access = unplug($backend, 1);
+    ok(eval { $access->teardown(1); 1 }, 'teardown ends it') or diag($@);
+    ok(
+        !(
+            grep { m/\Apba-/ }
+            map { $_->{'node-name'} } $backend->vm->qmp('query-named-block-nodes')->@*
+        ),
+        'nothing is left'
+    );
+    survived($backend, 'unplugged disk');
+};
+
+subtest '4. the same without its hold' => sub {
+    my $backend = start(guest => 1);
+    my $access = unplug($backend, 0);
     ok(!eval { $access->teardown(1); 1 }, 'teardown without the disk is refused');
     like("$@", qr/\Adevice disk1: .*the guest device or its node was removed/, 'and says why');
     ok(!(grep { $_ eq 'backup-access-teardown' } sent($backend)), 'it was not sent');

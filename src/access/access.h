@@ -30,6 +30,8 @@ typedef struct {
     PbaBitmapAction action;
     char *audit_bitmap; /* what the one before it had; NULL: no audit */
 
+    char *hold_node;  /* above root_node */
+    char *guard_node; /* above another one: see guard.c */
     char *fleecing_node;
     uint64_t cluster; /* that the fleecing image frees as a whole; 0: not known */
 
@@ -191,6 +193,20 @@ bool pba_tear_down_and_end(PbaAccess *access, bool success, GError **error);
  * are as an access needs them. */
 bool pba_company_check_here(PbaAccess *access, GError **error);
 bool pba_company_check_disks(PbaAccess *access, const PbaBlock *block, GError **error);
+/* The same of what QEMU has now: others may have begun something since. */
+bool pba_company_check_again(PbaAccess *access, GError **error);
+
+/* Nodes that keep the disks, and keep others from them: see guard.c */
+
+/* Fills in what they are called. */
+void pba_guards_name(const PbaAccess *access, PbaDisk *disk);
+/* Above each disk's root node, and above another one of it, which may be the same. */
+typedef const char *(*PbaGuarded)(const PbaDisk *disk);
+bool pba_guards_add(PbaAccess *access, PbaGuarded guarded, GError **error);
+/* Those of block, the last thing in a teardown, whose first error so far *first is. */
+void pba_guards_drop(PbaAccess *access, GError **first, const PbaBlock *block);
+/* Whether the disk's nodes cannot go. */
+bool pba_guard_holds(const PbaDisk *disk, const PbaBlock *block);
 
 /* Notes whose process QEMU is, where this one is root's and that is not. */
 void pba_user_note(PbaAccess *access);
@@ -231,7 +247,7 @@ bool pba_audit_is_stale(const PbaAccess *access, const PbaBlock *block);
 /* Removes those that block has, also of a dead process; the exports are gone. */
 bool pba_audit_end(PbaAccess *access, const PbaBlock *block, GError **error);
 
-/* In the directory of the NBD socket, see upstream/guard.c. */
+/* In the directory of the NBD socket, see guard.c. */
 #define PBA_GUARD_NAME "guard"
 /* The directory of the NBD socket: private, made without following anybody's links. */
 bool pba_run_dir_make(PbaAccess *access, GError **error);

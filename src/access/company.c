@@ -113,6 +113,14 @@ bool pba_company_check_disks(PbaAccess *access, const PbaBlock *block, GError **
     return true;
 }
 
+bool pba_company_check_again(PbaAccess *access, GError **error)
+{
+    g_auto(PbaBlock) block = {0};
+
+    return pba_block_query(access->qmp, true, &block, error) &&
+           pba_company_check_disks(access, &block, error);
+}
+
 /* A guest that is on its way elsewhere takes its bitmaps along, so that what is done to them here
  * is lost, or its migration fails at the end, for the nodes of an access. */
 static bool check_outgoing(PbaAccess *access, GError **error)

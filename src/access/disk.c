@@ -17,6 +17,8 @@ void pba_disk_free(gpointer data)
     g_free(disk->snapshot_node);
     g_free(disk->bitmap_name);
     g_free(disk->audit_bitmap);
+    g_free(disk->hold_node);
+    g_free(disk->guard_node);
     g_free(disk->fleecing_node);
     if (disk->free_backend_data) {
         disk->free_backend_data(disk->backend_data);

@@ -65,10 +65,11 @@ static char *plain_bitmap(const char *target_id)
     return g_strdup(target_id);
 }
 
-/* All that teardown needs is the target. */
-static bool resolve_stale(G_GNUC_UNUSED PbaAccess *dead, G_GNUC_UNUSED PbaDisk *disk,
-                          G_GNUC_UNUSED const PbaBlock *block, G_GNUC_UNUSED GError **error)
+/* All that QEMU's command needs is the target. */
+static bool resolve_stale(PbaAccess *dead, PbaDisk *disk, G_GNUC_UNUSED const PbaBlock *block,
+                          G_GNUC_UNUSED GError **error)
 {
+    pba_guards_name(dead, disk);
     return true;
 }
 

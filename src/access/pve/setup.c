@@ -111,11 +111,23 @@ static bool check_early_form(PbaAccess *access, const PbaBlock *block, GError **
     return true;
 }
 
+static bool find_nodes(const PbaAccess *access, PbaDisk *disk, const PbaBlock *block,
+                       GError **error)
+{
+    pba_guards_name(access, disk);
+    disk->bitmap_node = g_strdup(pba_block_skip_filters(block, disk->root_node));
+    if (!disk->bitmap_node) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "its block graph has an open end");
+    }
+    return disk->bitmap_node != NULL;
+}
+
 bool pba_pve_check(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     for (guint i = 0; i < access->disks->len; i++) {
         PbaDisk *disk = access->disks->pdata[i];
-        if (!check_name(disk, block, error) || !check_fleecing(disk, block, error)) {
+        if (!check_name(disk, block, error) || !check_fleecing(disk, block, error) ||
+            !find_nodes(access, disk, block, error)) {
             pba_error_add_device(error, disk->device);
             return false;
         }
@@ -281,11 +293,20 @@ static bool mark_devices(PbaAccess *access, GError **error)
     return true;
 }
 
+/* QEMU's filter goes between the disk and its throttle filter. */
+static const char *guarded(const PbaDisk *disk)
+{
+    return disk->bitmap_node;
+}
+
 bool pba_pve_prepare(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     /* The marks before the command, which may be the last thing that this process does. */
     return pba_pve_check_ties(access, block, error) && mark_devices(access, error) &&
-           pba_nbd_server_start(access, error);
+           pba_nbd_server_start(access, error) &&
+           /* Before the command, whose filter goes below them; and before the last look at what
+            * others do. */
+           pba_guards_add(access, guarded, error) && pba_company_check_again(access, error);
 }
 
 static JsonArray *ask(PbaAccess *access, GError **error)

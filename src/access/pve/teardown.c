@@ -22,9 +22,11 @@ static const char *find_danger(const PbaDisk *disk, const PbaBlock *block)
                              ? pba_block_find_bitmap(block, disk->bitmap_node, disk->bitmap_name)
                              : NULL;
 
-    /* The device's root may be QEMU's filter now, so its node's name does not find it. */
-    if ((disk->qdev && !pba_block_find_device(block, disk->qdev)) ||
-        !pba_block_find_node(block, disk->root_node)) {
+    /* Without its hold, as in an access that another version has set up. The device's root may be
+     * QEMU's filter now, so its node's name does not find it. */
+    if (!pba_guard_holds(disk, block) &&
+        ((disk->qdev && !pba_block_find_device(block, disk->qdev)) ||
+         !pba_block_find_node(block, disk->root_node))) {
         return DISK_GONE;
     }
     if (disk->bitmap_name && !bitmap) {
@@ -69,7 +71,7 @@ static bool check_stale_safe(PbaAccess *access, const PbaBlock *block, GError **
 
     for (guint i = 0; !danger && i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
-        danger = disk->device_gone ? DISK_GONE : NULL;
+        danger = disk->device_gone && !pba_guard_holds(disk, block) ? DISK_GONE : NULL;
         device = disk->device;
     }
     for (guint i = 0; !danger && i < json_array_get_length(block->nodes); i++) {
@@ -310,7 +312,7 @@ static bool check(PbaAccess *access, const PbaBlock *block, GError **error)
            (is_known || check_stale_safe(access, block, error));
 }
 
-bool pba_pve_teardown(PbaAccess *access, PbaBlock *block, bool success, GError **error)
+static bool end(PbaAccess *access, const PbaBlock *block, bool success, GError **error)
 {
     /* A dead process that had marked no device had sent nothing. */
     if (access->disks->len == 0 ||
@@ -327,4 +329,18 @@ bool pba_pve_teardown(PbaAccess *access, PbaBlock *block, bool success, GError *
     bool may_be_committed = is_marked_as_ending(access, block) && !has_background(block);
     return send_teardown(access, false, error) == DONE &&
            (!may_be_committed || remove_bitmaps(access, block, error));
+}
+
+bool pba_pve_teardown(PbaAccess *access, PbaBlock *block, bool success, GError **error)
+{
+    GError *first = NULL;
+
+    if (end(access, block, success, &first) || access->phase == PBA_PHASE_ENDED) {
+        pba_guards_drop(access, &first, block);
+    }
+    if (first) {
+        g_propagate_error(error, first);
+        return false;
+    }
+    return true;
 }

@@ -49,22 +49,15 @@ bool pba_pve_run_actions(PbaAccess *access, JsonArray *actions, GError **error)
     return pba_qmp_run(access->qmp, "transaction", pba_json_wrap_array("actions", actions), error);
 }
 
-static bool check_base(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, JsonArray *actions,
-                       GError **error)
+static void check_base(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, JsonArray *actions)
 {
     g_autofree char *bitmap = pba_pve_bitmap(access, true);
     g_autofree char *plain = pba_pve_bitmap(access, false);
-
-    disk->bitmap_node = g_strdup(pba_block_skip_filters(block, disk->root_node));
-    if (!disk->bitmap_node) {
-        pba_error_set(error, PBA_ERROR_PROTOCOL, "its block graph has an open end");
-        pba_error_add_device(error, disk->device);
-        return false;
-    }
     bool exists = pba_block_find_bitmap(block, disk->bitmap_node, bitmap) != NULL;
+
     pba_pve_add_removal(actions, block, disk->bitmap_node, plain);
     if (disk->mode == PBA_BITMAP_MODE_USE && exists && pba_tie_fits(access, disk, block)) {
-        return true;
+        return;
     }
     if (disk->mode == PBA_BITMAP_MODE_USE && exists) {
         pba_tie_log_reason(access, disk);
@@ -73,7 +66,6 @@ static bool check_base(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, 
         pba_pve_add_removal(actions, block, disk->bitmap_node, bitmap);
     }
     pba_companion_remove(actions, block, disk->bitmap_node, access->target_id);
-    return true;
 }
 
 bool pba_pve_check_ties(PbaAccess *access, const PbaBlock *block, GError **error)
@@ -84,9 +76,7 @@ bool pba_pve_check_ties(PbaAccess *access, const PbaBlock *block, GError **error
         return true;
     }
     for (guint i = 0; i < access->disks->len; i++) {
-        if (!check_base(access, access->disks->pdata[i], block, actions, error)) {
-            return false;
-        }
+        check_base(access, access->disks->pdata[i], block, actions);
     }
     return pba_pve_run_actions(access, g_steal_pointer(&actions), error);
 }

@@ -12,8 +12,6 @@ static void free_data(void *data)
 
     g_free(nodes->raw);
     g_free(nodes->filter);
-    g_free(nodes->guard);
-    g_free(nodes->hold);
     g_free(nodes);
 }
 
@@ -23,8 +21,7 @@ void pba_upstream_name_nodes(const PbaAccess *access, PbaDisk *disk)
 
     nodes->raw = pba_disk_name(access, "raw", disk);
     nodes->filter = pba_disk_name(access, "cbw", disk);
-    nodes->guard = pba_disk_name(access, "guard", disk);
-    nodes->hold = pba_disk_name(access, "hold", disk);
     disk->backend_data = nodes;
     disk->free_backend_data = free_data;
+    pba_guards_name(access, disk);
 }

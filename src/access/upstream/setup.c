@@ -294,14 +294,9 @@ static bool add_raw(PbaAccess *access, PbaDisk *disk, GError **error)
     return pba_qmp_run(access->qmp, "blockdev-add", pba_raw_options(disk, disk->root_node), error);
 }
 
-/* Others may have begun something since setup has looked. From here on the guards refuse most of
- * it, and what they do not finds the raw node above the disk, and stays below the guest. */
-static bool check_again(PbaAccess *access, GError **error)
+static const char *guarded(const PbaDisk *disk)
 {
-    g_auto(PbaBlock) block = {0};
-
-    return pba_block_query(access->qmp, true, &block, error) &&
-           pba_company_check_disks(access, &block, error);
+    return pba_upstream_disk(disk)->raw;
 }
 
 static bool insert_raw(PbaAccess *access, PbaDisk *disk, GError **error)
@@ -425,14 +420,17 @@ bool pba_upstream_prepare(PbaAccess *access, const PbaBlock *block, GError **err
         pba_upstream_each_disk(access, add_fleecing, error) &&
         pba_upstream_each_disk(access, add_raw, error) &&
         /* After what they guard, and before the last look at what others do. */
-        pba_guards_add(access, error) &&
+        pba_guards_add(access, guarded, error) &&
         /* Before the cut, since making all bits takes a job; the target's records from here on. */
         prepare_bitmaps(access, block, error) &&
         /* Before the cut: what is written after it must be in them. Bits from before are too many.
          */
         pba_upstream_each_disk(access, add_background, error) &&
         /* After its fleecing node; until the cut a filter has no user and copies nothing. */
-        pba_upstream_each_disk(access, add_filter, error) && check_again(access, error) &&
+        pba_upstream_each_disk(access, add_filter, error) &&
+        /* From here on the guards refuse most of what others begin, and what they do not finds the
+         * raw node above the disk, and stays below the guest. */
+        pba_company_check_again(access, error) &&
         /* One by one, at any time before the cut: qom-set takes one disk, the cut all at once. */
         pba_upstream_each_disk(access, insert_raw, error);
 }

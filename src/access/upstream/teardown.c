@@ -40,7 +40,7 @@ const char *pba_upstream_root(const PbaBlock *block, const PbaDisk *disk)
     if (!file || strcmp(file, nodes->filter) == 0) {
         file = pba_block_find_child(block, nodes->filter, "file");
     }
-    return file ? file : pba_block_find_child(block, nodes->hold, "backing");
+    return file ? file : pba_block_find_child(block, disk->hold_node, "backing");
 }
 
 /* The cut undone: again all disks or none, since QEMU drains them together. */
@@ -154,7 +154,7 @@ static void undo_disk(PbaAccess *access, GError **first, const PbaBlock *block, 
         give_root_back(access, first, block, disk);
     }
     delete_node(access, first, block, disk, nodes->filter);
-    delete_node(access, first, block, disk, nodes->guard);
+    delete_node(access, first, block, disk, disk->guard_node);
     if (!in_use) {
         delete_node(access, first, block, disk, nodes->raw);
     }
@@ -190,42 +190,6 @@ static bool undo_graph(PbaAccess *access, GError **first, PbaBlock *block)
     return look_again(access, first, block);
 }
 
-/* After the bitmaps, which may go with them. False after an error that ended the join: QEMU may
- * have bitmaps of this access still. Other errors: a transaction that was refused may be the first
- * that is seen of a later access, whose nodes have the same names. */
-static bool may_drop_holds(PbaAccess *access, const GError *first)
-{
-    bool is_joined = access->phase == PBA_PHASE_ENDED;
-
-    return !first || ((is_joined || !pba_error_is_fatal(first)) && pba_owner_holds(access));
-}
-
-static void delete_holds(PbaAccess *access, GError **first, const PbaBlock *block)
-{
-    for (guint i = 0; i < access->disks->len; i++) {
-        const PbaDisk *disk = access->disks->pdata[i];
-        delete_node(access, first, block, disk, pba_upstream_disk(disk)->hold);
-    }
-}
-
-/* Tried twice, whatever the error, once the backup is committed: there is no other teardown, and
- * until the next setup the holds would keep others from the disks. */
-static void drop_holds(PbaAccess *access, GError **first, const PbaBlock *block)
-{
-    g_auto(PbaBlock) now = {0};
-    GError *step = NULL;
-
-    delete_holds(access, &step, block);
-    if (step && (access->phase == PBA_PHASE_COMMITTED || !pba_error_is_fatal(step))) {
-        pba_qmp_release(access->qmp);
-        if (pba_block_query(access->qmp, false, &now, NULL)) {
-            g_clear_error(&step);
-            delete_holds(access, &step, &now);
-        }
-    }
-    pba_error_keep_first(first, step, &access->hooks);
-}
-
 bool pba_upstream_teardown(PbaAccess *access, PbaBlock *block, bool success, GError **error)
 {
     GError *first = NULL;
@@ -245,9 +209,8 @@ bool pba_upstream_teardown(PbaAccess *access, PbaBlock *block, bool success, GEr
         pba_bitmaps_join(access, block, success && !first, &step);
         pba_error_keep_first(&first, step, &access->hooks);
     }
-    if (may_drop_holds(access, first)) {
-        drop_holds(access, &first, block);
-    }
+    /* After the bitmaps, whose nodes they hold. */
+    pba_guards_drop(access, &first, block);
     if (first) {
         g_propagate_error(error, first);
         return false;

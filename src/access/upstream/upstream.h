@@ -21,8 +21,6 @@ bool pba_upstream_reads_by_cluster(const PbaAccess *access);
 typedef struct {
     char *raw;       /* the node that takes the disk's place below the guest device */
     char *filter;    /* copy-before-write */
-    char *guard;     /* above raw */
-    char *hold;      /* above the disk */
     bool persistent; /* its bitmaps are stored in its image */
 } PbaUpstreamDisk;
 
@@ -47,9 +45,6 @@ const char *pba_upstream_root(const PbaBlock *block, const PbaDisk *disk);
  * trims down to the disk; the size makes QEMU refuse block_resize, on which 7.2 to 11.0 abort while
  * a bitmap is exported. */
 JsonNode *pba_raw_options(const PbaDisk *disk, const char *file);
-
-/* Above each disk and its raw node, once that is there. */
-bool pba_guards_add(PbaAccess *access, GError **error);
 
 /* Discards what is clean in the exported snapshot, if the map is worth it. Nothing depends on it,
  * so that a failure is only logged. */

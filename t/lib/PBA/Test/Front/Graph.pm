@@ -64,7 +64,9 @@ sub writable_disks ($self) {
     return grep { !/-fleecing\z/ } @names;
 }
 
+# What is the backing file of another node does not go with its device.
 sub is_there ($self, $disk) {
+    return 1 if grep { ($_->{backing} // '') eq $disk->{top} } values(%{ $self->{children} });
     return exists($self->{nodes}{ $disk->{top} }) if !$disk->{backend};
     return grep { $_->{device} eq $disk->{device} } @{ $self->{block} };
 }

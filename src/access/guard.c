@@ -1,0 +1,141 @@
+/* Nodes that make QEMU refuse what would lose the guest's writes while an access is up, and that
+ * keep its disks.
+ *
+ * A mirror of what the guest device uses would take the guest along to its target when it is
+ * completed, and so would a commit; an overlay over a node of ours has our nodes' names in its
+ * header, which are nowhere once the access is over. So two nodes stand above them: "hold" on the
+ * disk, and "guard" on our raw node, or on Proxmox' QEMU on what is below the disk's throttle
+ * filter, where QEMU puts its own. Each is a qcow2 image without data, read-only, that has what it
+ * guards for its backing file. Nobody uses them, so they ask for no permission. But of a backing
+ * file QEMU makes no external snapshot and does not resize it (bdrv_backing_attach), and what has a
+ * node above it cannot be mirrored, committed or snapshotted internally (qmp_get_root_bs): 7.2
+ * to 11.0.
+ *
+ * A disk configured by -drive goes with its device when that is unplugged, and one configured by
+ * -blockdev may be deleted then. The hold keeps it until its bitmaps have been joined: QEMU crashes
+ * on an action for a bitmap of a node that is gone, and Proxmox' one (to 11.0) when it ends an
+ * access to it. */
+#include "access.h"
+#include "src/base/base.h"
+#include "src/qmp/qmp.h"
+#include <errno.h>
+#include <fcntl.h>
+#include <string.h>
+#include <unistd.h>
+
+/* Version 2, clusters of 512 bytes, no guest clusters; the second cluster is an empty refcount
+ * table. */
+static const unsigned char image[1024] = {
+    [0] = 'Q', 'F', 'I', 0xfb, 0, 0, 0, 2, [23] = 9, [54] = 2, [59] = 1,
+};
+
+static bool create_image(const PbaAccess *access, const char *path, GError **error)
+{
+    int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0600);
+
+    if (fd < 0 || write(fd, image, sizeof(image)) != sizeof(image) ||
+        !pba_user_give_file(access, fd)) {
+        pba_error_set(error, PBA_ERROR_SYSTEM, "cannot write '%s' - %s", path, g_strerror(errno));
+        if (fd >= 0) {
+            close(fd);
+        }
+        return false;
+    }
+    close(fd);
+    return true;
+}
+
+static bool add_guard(PbaAccess *access, const char *path, const char *node, const char *guarded,
+                      GError **error)
+{
+    return pba_qmp_run(access->qmp, "blockdev-add",
+                       pba_json("{'driver': <'qcow2'>, 'node-name': <%s>, 'read-only': <true>, "
+                                "'file': <{'driver': <'file'>, 'filename': <%s>}>, "
+                                "'backing': <%s>}",
+                                node, path, guarded),
+                       error);
+}
+
+void pba_guards_name(const PbaAccess *access, PbaDisk *disk)
+{
+    disk->guard_node = pba_disk_name(access, "guard", disk);
+    disk->hold_node = pba_disk_name(access, "hold", disk);
+}
+
+static bool add_guards(PbaAccess *access, const char *path, PbaGuarded guarded, GError **error)
+{
+    for (guint i = 0; i < access->disks->len; i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        const char *other = guarded(disk);
+        if (!add_guard(access, path, disk->hold_node, disk->root_node, error) ||
+            (strcmp(other, disk->root_node) != 0 &&
+             !add_guard(access, path, disk->guard_node, other, error))) {
+            pba_error_add_device(error, disk->device);
+            return false;
+        }
+    }
+    return true;
+}
+
+bool pba_guards_add(PbaAccess *access, PbaGuarded guarded, GError **error)
+{
+    g_autofree char *path = g_build_filename(access->socket_dir, PBA_GUARD_NAME, NULL);
+
+    bool done = create_image(access, path, error) && add_guards(access, path, guarded, error);
+    /* QEMU has it open. */
+    unlink(path);
+    return done;
+}
+
+static void delete_guards(PbaAccess *access, GError **first, const PbaBlock *block)
+{
+    for (guint i = 0; i < access->disks->len && !pba_error_is_fatal(*first); i++) {
+        const PbaDisk *disk = access->disks->pdata[i];
+        const char *const nodes[] = {disk->guard_node, disk->hold_node};
+        for (size_t j = 0; j < G_N_ELEMENTS(nodes) && !pba_error_is_fatal(*first); j++) {
+            GError *step = NULL;
+            if (nodes[j] && pba_block_find_node(block, nodes[j]) &&
+                !pba_qmp_run(access->qmp, "blockdev-del", pba_json("{'node-name': <%s>}", nodes[j]),
+                             &step)) {
+                pba_error_add_device(&step, disk->device);
+                pba_error_keep_first(first, step, &access->hooks);
+            }
+        }
+    }
+}
+
+/* False after an error that ended the join: QEMU may have bitmaps of this access still. Other
+ * errors: a transaction that was refused may be the first that is seen of a later access, whose
+ * nodes have the same names. */
+static bool may_drop(PbaAccess *access, const GError *first)
+{
+    bool is_joined = access->phase == PBA_PHASE_ENDED || access->phase == PBA_PHASE_COMMITTED;
+
+    return !first || ((is_joined || !pba_error_is_fatal(first)) && pba_owner_holds(access));
+}
+
+/* Tried twice, whatever the error, once the backup is committed: there is no other teardown, and
+ * until the next setup the holds would keep others from the disks. */
+void pba_guards_drop(PbaAccess *access, GError **first, const PbaBlock *block)
+{
+    g_auto(PbaBlock) now = {0};
+    GError *step = NULL;
+
+    if (!may_drop(access, *first)) {
+        return;
+    }
+    delete_guards(access, &step, block);
+    if (step && (access->phase == PBA_PHASE_COMMITTED || !pba_error_is_fatal(step))) {
+        pba_qmp_release(access->qmp);
+        if (pba_block_query(access->qmp, false, &now, NULL)) {
+            g_clear_error(&step);
+            delete_guards(access, &step, &now);
+        }
+    }
+    pba_error_keep_first(first, step, &access->hooks);
+}
+
+bool pba_guard_holds(const PbaDisk *disk, const PbaBlock *block)
+{
+    return disk->hold_node && pba_block_find_node(block, disk->hold_node);
+}
