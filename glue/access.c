@@ -28,13 +28,21 @@ SV *glue_take_steps(pTHX_ PbaAccessObject *self,
     return newRV_inc((SV *)list);
 }
 
-static SV *sv_from_base(pTHX_ uint64_t size, char *base)
+static SV *take_text(pTHX_ char *text)
+{
+    SV *sv = text ? glue_sv_from_text(aTHX_ text) : newSV(0);
+
+    g_free(text);
+    return sv;
+}
+
+static SV *take_base(pTHX_ const PbaBase *base)
 {
     HV *hash = newHV();
 
-    (void)hv_stores(hash, "size", newSVuv(size));
-    (void)hv_stores(hash, "base", base ? glue_sv_from_text(aTHX_ base) : newSV(0));
-    g_free(base);
+    (void)hv_stores(hash, "size", newSVuv(base->size));
+    (void)hv_stores(hash, "base", take_text(aTHX_ base->id));
+    (void)hv_stores(hash, "reason", take_text(aTHX_ base->reason));
     return newRV_noinc((SV *)hash);
 }
 
@@ -45,15 +53,14 @@ SV *glue_ask_bases(pTHX_ PbaAccessObject *self, AV *devices)
 
     glue_require_idle(aTHX_ & self->caller, self->owner);
     PbaDeviceRequest *requests = glue_requests_by_name(aTHX_ devices, &count);
-    uint64_t *sizes = (uint64_t *)SvPVX(sv_2mortal(newSV(count * sizeof(uint64_t) + 1)));
-    char **bases = (char **)SvPVX(sv_2mortal(newSV(count * sizeof(char *) + 1)));
-    if (!pba_access_bases(self->access, requests, count, sizes, bases, &error)) {
+    PbaBase *bases = (PbaBase *)SvPVX(sv_2mortal(newSV(count * sizeof(PbaBase) + 1)));
+    if (!pba_access_bases(self->access, requests, count, bases, &error)) {
         glue_throw_error(aTHX_ & self->caller, error);
     }
     HV *hash = (HV *)sv_2mortal((SV *)newHV());
     for (size_t i = 0; i < count; i++) {
         SV *device = *av_fetch(devices, (SSize_t)i, 0);
-        (void)hv_store_ent(hash, device, sv_from_base(aTHX_ sizes[i], bases[i]), 0);
+        (void)hv_store_ent(hash, device, take_base(aTHX_ & bases[i]), 0);
     }
     glue_throw_pending(aTHX_ & self->caller);
     return newRV_inc((SV *)hash);

@@ -177,11 +177,17 @@ void pba_access_free(PbaAccess *access);
 /* The sizes of the requests' devices, before setup; no mode matters. sizes has room for count. */
 bool pba_access_sizes(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
                       uint64_t *sizes, GError **error);
+typedef struct {
+    uint64_t size;
+    char *id;     /* NULL: the bitmap is not there or must not be used */
+    char *reason; /* why it must not; NULL: it may, or is not there */
+} PbaBase;
+
 /* The sizes, and the ids of the backups that the bitmaps of the requests' devices are relative to,
- * before setup and after what a dead process left is undone. Both have room for count; each id is
- * the caller's to free, NULL where a bitmap is not there or must not be used. */
+ * before setup and after what a dead process left is undone. bases has room for count; the texts
+ * are the caller's to free. */
 bool pba_access_bases(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
-                      uint64_t *sizes, char **bases, GError **error);
+                      PbaBase *bases, GError **error);
 /* Freezes the state of all devices at one instant (QAPI: backup-access-setup). On error nothing is
  * left behind and every bitmap keeps at least the bits it had. */
 bool pba_access_setup(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,

@@ -154,7 +154,7 @@ sub bases ($self, @devices) {
     return { map { $_ => $seen->{$_}{base} } keys $seen->%* };
 }
 
-# { device => { size, base } }, by one look.
+# { device => { size, base, reason: why there is no base although there is a bitmap } }, by one look.
 sub _sizes_and_bases ($self, @devices) {
     return $self->_bases([map { "$_" } @devices]);
 }

@@ -154,12 +154,18 @@ static bool look_for_bases(PbaAccess *access, PbaBlock *block, GError **error)
 }
 
 /* The id that the disk's bitmap has, if nothing speaks against the bitmap. */
-static char *find_base(PbaAccess *access, PbaDisk *disk, const PbaBlock *block)
+static PbaBase find_base(PbaAccess *access, PbaDisk *disk, const PbaBlock *block)
 {
+    g_autofree char *bitmap = pba_access_bitmap(access);
+
     disk->bitmap_node = g_strdup(pba_block_skip_filters(block, disk->root_node));
     const char *companion = pba_companion_find(block, disk->bitmap_node, access->target_id);
     disk->base = companion ? g_strdup(pba_companion_id(companion)) : NULL;
-    return disk->base && pba_tie_fits(access, disk, block) ? g_strdup(disk->base) : NULL;
+    bool fits = pba_block_find_bitmap(block, disk->bitmap_node, bitmap) &&
+                pba_tie_fits(access, disk, block);
+    return (PbaBase){.size = disk->size,
+                     .id = fits ? g_strdup(disk->base) : NULL,
+                     .reason = g_strdup(disk->reason)};
 }
 
 /* That is over, and setup may come. What was seen is kept for it if it is not NULL. */
@@ -214,7 +220,7 @@ bool pba_access_sizes(PbaAccess *access, const PbaDeviceRequest *requests, size_
 }
 
 bool pba_access_bases(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
-                      uint64_t *sizes, char **bases, GError **error)
+                      PbaBase *bases, GError **error)
 {
     g_auto(PbaBlock) block = {0};
 
@@ -225,9 +231,7 @@ bool pba_access_bases(PbaAccess *access, const PbaDeviceRequest *requests, size_
     bool done =
         note_requests(access, requests, count, error) && look_for_bases(access, &block, error);
     for (size_t i = 0; done && i < count; i++) {
-        PbaDisk *disk = access->disks->pdata[i];
-        sizes[i] = disk->size;
-        bases[i] = find_base(access, disk, &block);
+        bases[i] = find_base(access, access->disks->pdata[i], &block);
     }
     end_look(access, done ? &block : NULL);
     return done;

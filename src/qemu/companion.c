@@ -117,9 +117,8 @@ static char *name_problem(const char *name, const PbaCompanion *wanted)
     g_auto(GStrv) is = g_strsplit(name, ":", PART_COUNT);
     g_auto(GStrv) want = g_strsplit(expected, ":", PART_COUNT);
 
-    if (g_strv_length(is) != PART_COUNT || !wanted->id) {
-        return g_strdup(wanted->id ? "what tells its backup has an odd name"
-                                   : "there is no backup that it could go on from");
+    if (g_strv_length(is) != PART_COUNT) {
+        return g_strdup("what tells its backup has an odd name");
     }
     if (strcmp(is[PART_GUEST], want[PART_GUEST]) != 0) {
         return g_strdup("it is another guest's");
@@ -129,6 +128,9 @@ static char *name_problem(const char *name, const PbaCompanion *wanted)
     }
     if (!is_id(is[PART_ID])) {
         return g_strdup("it is relative to no backup that has ended well");
+    }
+    if (!wanted->id) {
+        return g_strdup("there is no backup that it could go on from");
     }
     if (strcmp(is[PART_ID], want[PART_ID]) != 0) {
         return g_strdup_printf("it is relative to backup %s, not %s", is[PART_ID], want[PART_ID]);

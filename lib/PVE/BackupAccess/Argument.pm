@@ -11,7 +11,7 @@ use List::Util qw(pairgrep);
 use PVE::BackupAccess::Error;
 
 our @EXPORT_OK = qw(bad_argument check_bytes check_code check_filled_text check_flag check_hash
-    check_options check_positive check_text given_options);
+    check_options check_positive check_text given_options is_backup_id);
 
 my $max_bytes = '18446744073709551615';    # 64 bits, unsigned
 
@@ -47,6 +47,11 @@ sub check_bytes ($name, $value) {
         || ref($value)
         || $value !~ m/\A(?:0|[1-9][0-9]{0,19})\z/
         || (length($value) == 20 && $value gt $max_bytes);
+}
+
+# As the core checks one; see pba_companion_check_id.
+sub is_backup_id ($value) {
+    return defined($value) && !ref($value) && $value =~ m/\A[0-9a-f]{32}\z/;
 }
 
 sub check_flag ($name, $value) {

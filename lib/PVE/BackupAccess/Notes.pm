@@ -8,8 +8,9 @@ use v5.36;
 use Digest::SHA ();
 use JSON::PP ();
 
-use PVE::BackupAccess::Argument qw(bad_argument);
-use PVE::BackupAccess::Provider::Qcow2Chain::File qw(make_directory read_file replace_file);
+use PVE::BackupAccess::Argument qw(bad_argument is_backup_id);
+use PVE::BackupAccess::Provider::Qcow2Chain::File qw(make_directory read_file replace_file sync);
+use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Try qw(attempt_any);
 
 my $system_dir = '/var/lib/pve-backup-access';
@@ -40,25 +41,30 @@ sub _text ($self) {
     return -e $file ? read_file($file) : undef;
 }
 
-sub _store ($self, $text) {
-    return $self->{store}->($self->{key}, $text) if $self->{store};
+# A file that says nothing goes: that needs no space, so a full file system keeps no backup from being made.
+sub _store ($self, $ids) {
+    return $self->{store}->($self->{key}, $json->encode($ids)) if $self->{store};
     my $file = $self->_file;
-    return if !defined($text) && !-e $file;
-    make_directory($file =~ s{/[^/]+\z}{}r);
-    replace_file($file, $text // '{}');
+    my $dir = $file =~ s{/[^/]+\z}{}r;
+    make_directory($dir);
+    if ($ids->%*) {
+        replace_file($file, $json->encode($ids));
+    }
+    elsif (!unlink($file) && !$!{ENOENT}) {
+        PVE::BackupAccess::Error->throw('SystemError', "cannot remove $file - $!");
+    }
+    else {
+        sync($dir);
+    }
     return;
 }
 
 # { device => id }. A note that cannot be read is as good as none.
 sub ids ($self) {
-    my $text = $self->_text;
     my $ids;
-    attempt_any { $ids = $json->decode($text) } if defined($text);
+    attempt_any { $ids = $json->decode($self->_text // '{}') };
     return {} if ref($ids) ne 'HASH';
-    return {
-        map { $_ => $ids->{$_} }
-        grep { defined($ids->{$_}) && !ref($ids->{$_}) } keys $ids->%*
-    };
+    return { map { $_ => $ids->{$_} } grep { is_backup_id($ids->{$_}) } keys $ids->%* };
 }
 
 # These devices' ids instead of what is noted; undef: it is not known.
@@ -66,8 +72,7 @@ sub note ($self, $new) {
     my $old = $self->ids;
     my %ids = ($old->%*, $new->%*);
     delete($ids{$_}) for grep { !defined($ids{$_}) } keys %ids;
-    my $text = $json->encode(\%ids);
-    $self->_store($text) if $text ne $json->encode($old);
+    $self->_store(\%ids) if $json->encode(\%ids) ne $json->encode($old);
     return;
 }
 

@@ -9,7 +9,7 @@ use Time::HiRes ();
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::Argument
-    qw(bad_argument check_bytes check_code check_filled_text check_positive given_options);
+    qw(bad_argument check_bytes check_code check_filled_text check_positive given_options is_backup_id);
 use PVE::BackupAccess::Notes;
 use PVE::BackupAccess::PluginBase;
 use PVE::BackupAccess::Try qw(attempt deaths_of deaths_of_all is_own worst_of);
@@ -141,7 +141,8 @@ sub _hand_over ($self, $result) {
     for my $info ($infos->@*) {
         my $device = $info->{device};
         $self->_check_size($info, $seen->{$device}{size});
-        $result->{devices}{$device} = $self->_describe($info, $modes->{$device});
+        $result->{devices}{$device}
+            = $self->_describe($info, $modes->{$device}, $seen->{$device});
     }
     $self->log('info', 'adding NBD exports for ' . join(', ', $self->{devices}->@*));
     my $volumes = $self->_watched($access->volumes($mechanism));
@@ -256,10 +257,18 @@ my sub read_answer ($answer) {
     return $answer->@{qw(bitmap-mode base audit)};
 }
 
-# Of { device => { size, base } } as QEMU has them: { device => mode as the provider wants it },
+# The backup that the bitmap has to be relative to, undef: none that is known.
+sub _base ($self, $device, $given, $noted) {
+    return $noted->{$device} if !defined($given);
+    return $given if is_backup_id($given);
+    $self->log('warn', "$device: '$given' of the backup provider is not the id of a backup");
+    return undef;
+}
+
+# Of { device => { size, base, reason } } as QEMU has them: { device => mode as the provider wants it },
 # { device => id of what it has for mode use }, { device => whether that is to be audited }
 sub _bitmap_modes ($self, $seen) {
-    my %volumes = map { $_ => { $seen->{$_}->%* } } keys $seen->%*;
+    my %volumes = map { $_ => { $seen->{$_}->%{qw(size base)} } } keys $seen->%*;
     my $noted = $self->{noted} = $self->_notes->ids;
     my $answer = $self->{provider}->backup_vm_query_incremental($self->{vmid}, \%volumes);
     bad_argument(
@@ -270,7 +279,7 @@ sub _bitmap_modes ($self, $seen) {
     for my $device (keys $seen->%*) {
         ($modes{$device}, my $base, $audits{$device}) = read_answer($answer->{$device});
         $modes{$device} //= '';
-        $bases{$device} = $base // $noted->{$device} if $modes{$device} eq 'use';
+        $bases{$device} = $self->_base($device, $base, $noted) if $modes{$device} eq 'use';
     }
     for my $device (sort keys %modes) {
         bad_argument(
@@ -344,22 +353,28 @@ my %fallback_reason = (
     'new' => 'a new bitmap had to be made',
 );
 
+# Why it is read in full although its data could have been gone on from. A provider that was told of no base
+# answers mode new for want of one.
+my sub fallback ($info, $requested, $seen) {
+    return $info->{reason} // $fallback_reason{ $info->{'bitmap-action'} } if $requested eq 'use';
+    return defined($seen->{base}) ? undef : $seen->{reason}
+        // $fallback_reason{'missing-recreated'};
+}
+
 # A device's part of the result, and its log lines.
-sub _describe ($self, $info, $requested) {
+sub _describe ($self, $info, $requested, $seen) {
     my $device = $info->{device};
     my $told = $info->{'bitmap-action'} // 'not-used';
     my ($action, $dirty, $text) = $self->{access}->bitmap_state($info)->@{qw(action dirty text)};
     $self->log('info', "$device: dirty-bitmap status: $text");
 
-    my $is_full = $action ne 'used' && $action eq $told && !defined($info->{'audit-bitmap'});
-    my $fallback
-        = $requested eq 'use' && $is_full
-        ? $info->{reason} // $fallback_reason{$action}
-        : undef;
+    my $mode = PVE::BackupAccess::bitmap_status($action);
+    my $is_meant = defined($info->{'audit-bitmap'}) || $device =~ m/\Adrive-tpmstate\d+-backup\z/;
+    my $fallback = $mode eq 'new' && !$is_meant ? fallback($info, $requested, $seen) : undef;
     $self->log('info', "$device: falls back to a full read: $fallback") if defined($fallback);
     return {
         size => $info->{size},
-        'bitmap-mode' => PVE::BackupAccess::bitmap_status($action),
+        'bitmap-mode' => $mode,
         'bitmap-action' => $told,
         dirty => $dirty,
         fallback => $fallback,
@@ -606,7 +621,7 @@ The result is a hash:
 
 By device: C<size>; C<bitmap-action> as QEMU called it; C<bitmap-mode> as the provider was told it
 (C<none>, C<new>, C<reuse>); C<dirty>, the bytes that the provider had to read; C<fallback>, the reason
-why it had to read everything though it asked for mode C<use>, else undef.
+why it had to read everything though it asked for mode C<use>, or was told no C<base>, else undef.
 
 =item id
 

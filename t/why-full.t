@@ -1,0 +1,92 @@
+# A backup that reads all of a disk says why, in its log and in its result: also where the provider is told
+# of no base, and answers mode new.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use Test::More;
+
+use PBA::Test::Backend;
+use PBA::Test::Provider;
+
+my $size = 8 * 1024 * 1024;
+my $tied = 'pba-tied:snapshot-access:test';
+
+# Goes on from what it is told that the bitmap is relative to.
+sub answer ($self, $vmid, $volumes) {
+    my %base = map { $_ => $volumes->{$_}{base} } keys $volumes->%*;
+    return {
+        map { $_ => defined($base{$_}) ? { 'bitmap-mode' => 'use', base => $base{$_} } : 'new' }
+            keys %base
+    };
+}
+
+my $provider = PBA::Test::Provider->new(on => { backup_vm_query_incremental => \&answer });
+
+sub bitmap ($backend, $command, $name, %more) {
+    $backend->vm->qmp("block-dirty-bitmap-$command", node => 'disk0', name => $name, %more);
+    return;
+}
+
+sub companion ($backend) {
+    my ($name) = grep { m/\Apba-id:/ } keys $backend->vm->bitmaps->{disk0}->%*;
+    return $name;
+}
+
+sub resize ($backend, @sizes) {
+    $backend->vm->qmp('block_resize', 'node-name' => 'disk0', size => $_) for @sizes;
+    return;
+}
+
+# A backup of it that goes wrong when nothing can be gone on from.
+sub fail_once ($backend) {
+    bitmap($backend, 'remove', $tied);
+    local $provider->{on}{backup_vm} = sub (@) { die "not today\n" };
+    eval { $backend->task($provider)->run };
+    return;
+}
+
+# What is done to a bitmap that has an id, and what the next backup says.
+my @cases = (
+    [
+        sub ($backend) { bitmap($backend, 'remove', $tied) },
+        'there is no bitmap of an earlier backup'
+    ],
+    [
+        sub ($backend) { bitmap($backend, 'remove', companion($backend)) },
+        'nothing tells which backup it is relative to'
+    ],
+    [
+        sub ($backend) { bitmap($backend, 'enable', companion($backend)) },
+        'what tells its backup was changed'
+    ],
+    [\&fail_once, 'it is relative to no backup that has ended well'],
+    [sub ($backend) { resize($backend, $size / 2, $size) }, 'the disk was resized'],
+);
+
+sub check_case ($backend, $spoil, $reason) {
+    $backend->task($provider)->run;
+    my $device = $backend->device('disk0');
+    is($backend->task($provider)->run->{devices}{$device}{fallback}, undef, 'an increment');
+    $spoil->($backend);
+    my $seen = $backend->task($provider)->run->{devices}{$device};
+    is($seen->{'bitmap-mode'}, 'new', "$reason: a full one");
+    is($seen->{fallback}, $reason, 'the result says why');
+    is($backend->logged(qr/$device.*: $reason\z/), 1, 'and the log, once');
+    return;
+}
+
+for my $name (PBA::Test::Backend->names) {
+    my $backend = PBA::Test::Backend->start(
+        name => $name,
+        guest => 0,
+        paused => 1,
+        memory => 32,
+        disks => [{ id => 'disk0', size => $size, format => 'qcow2', bus => 'scsi' }],
+    );
+    subtest "backend $name, $_->[1]" => sub { check_case($backend, $_->@*) }
+        for @cases;
+}
+
+done_testing;
