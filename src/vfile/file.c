@@ -7,14 +7,19 @@
 #include <fcntl.h>
 #include <linux/falloc.h>
 
+/* What is read at once: QEMU takes half the CPU for it that it takes for single clusters. */
+#define MAX_PIECE (1u << 20)
 /* Of all memory; what is read ahead has a part of it. */
 #define MAX_SLOTS 512u
+#define MAX_BYTES (32u << 20)
 #define MAX_AHEAD 32u
+#define MAX_AHEAD_BYTES (4u << 20)
 /* Discards answered before they are done. */
 #define MAX_EARLY_TRIMS 16u
 
 typedef struct {
     PbaRequest nbd; /* first, since the connection gives them back; its length stays */
+    uint64_t skip;  /* of the buffer: what was discarded since it was loaded */
     bool loaded;
     bool ahead;   /* kept until the reader has passed it */
     bool dropped; /* discarded, or not wanted any more: freed once it is loaded */
@@ -48,9 +53,11 @@ struct PbaFile {
     PbaAhead *ahead;
     PbaSeeks *seeks;
     PbaSizes sizes;
-    GPtrArray *slots;        /* Slot, in use */
-    GPtrArray *free_buffers; /* of PBA_FILE_BLOCK */
+    GPtrArray *slots;           /* Slot, in use */
+    GPtrArray *free_buffers[2]; /* of PBA_FILE_BLOCK and of MAX_PIECE */
+    uint64_t bytes;             /* of the slots' buffers */
     unsigned ahead_slots;
+    uint64_t ahead_bytes;
     GQueue readings;  /* Reading.link, oldest first */
     GQueue trims;     /* Trim.link, under way */
     bool trim_failed; /* one that had been answered */
@@ -65,7 +72,9 @@ PbaFile *pba_file_new(PbaConnection *connection, PbaAhead *ahead, PbaSeeks *seek
     file->seeks = seeks;
     file->sizes = *pba_connection_sizes(connection);
     file->slots = g_ptr_array_new();
-    file->free_buffers = g_ptr_array_new();
+    for (gsize i = 0; i < G_N_ELEMENTS(file->free_buffers); i++) {
+        file->free_buffers[i] = g_ptr_array_new();
+    }
     return file;
 }
 
@@ -94,23 +103,49 @@ static uint64_t gap_end(const PbaFile *file, uint64_t offset, uint64_t end)
     return end;
 }
 
+static uint64_t capacity_for(uint64_t length)
+{
+    return length <= PBA_FILE_BLOCK ? PBA_FILE_BLOCK : MAX_PIECE;
+}
+
+static void take_buffer(PbaFile *file, PbaRequest *nbd)
+{
+    nbd->capacity = capacity_for(nbd->length);
+    GPtrArray *free_buffers = file->free_buffers[nbd->capacity == MAX_PIECE];
+    nbd->buffer =
+        free_buffers->len > 0
+            ? g_ptr_array_steal_index_fast(free_buffers, free_buffers->len - 1)
+            : g_malloc0(nbd->capacity); /* nothing of ours, whatever a server leaves out */
+    file->bytes += nbd->capacity;
+}
+
+static void give_buffer_back(PbaFile *file, const PbaRequest *nbd)
+{
+    g_ptr_array_add(file->free_buffers[nbd->capacity == MAX_PIECE], nbd->buffer);
+    file->bytes -= nbd->capacity;
+}
+
+static void count_ahead(PbaFile *file, Slot *slot, bool ahead)
+{
+    if (slot->ahead != ahead) {
+        file->ahead_slots += ahead ? 1 : -1u;
+        file->ahead_bytes += ahead ? slot->nbd.capacity : -slot->nbd.capacity;
+        slot->ahead = ahead;
+    }
+}
+
 /* Begins to read; NULL if all memory is in use. */
 static Slot *load(PbaFile *file, uint64_t offset, uint64_t length, LoadReason reason)
 {
-    if (file->slots->len >= MAX_SLOTS) {
+    if (file->slots->len >= MAX_SLOTS || file->bytes + capacity_for(length) > MAX_BYTES) {
         return NULL;
     }
     Slot *slot = g_new0(Slot, 1);
     slot->nbd.offset = offset;
     slot->nbd.length = length;
-    slot->nbd.buffer =
-        file->free_buffers->len > 0
-            ? g_ptr_array_steal_index_fast(file->free_buffers, file->free_buffers->len - 1)
-            : g_malloc0(PBA_FILE_BLOCK); /* nothing of ours, whatever a server leaves out */
-    slot->nbd.capacity = PBA_FILE_BLOCK;
+    take_buffer(file, &slot->nbd);
     slot->nbd.urgent = reason == LOAD_LAST;
-    slot->ahead = reason == LOAD_AHEAD;
-    file->ahead_slots += slot->ahead;
+    count_ahead(file, slot, reason == LOAD_AHEAD);
     g_ptr_array_add(file->slots, slot);
     pba_connection_submit(file->connection, &slot->nbd);
     return slot;
@@ -119,14 +154,11 @@ static Slot *load(PbaFile *file, uint64_t offset, uint64_t length, LoadReason re
 /* Frees a slot, now or when it is loaded. */
 static void drop_slot(PbaFile *file, Slot *slot)
 {
-    if (slot->ahead) {
-        slot->ahead = false;
-        file->ahead_slots--;
-    }
+    count_ahead(file, slot, false);
     slot->dropped = true;
     if (slot->loaded) {
         g_ptr_array_remove_fast(file->slots, slot);
-        g_ptr_array_add(file->free_buffers, slot->nbd.buffer);
+        give_buffer_back(file, &slot->nbd);
         g_free(slot);
     }
 }
@@ -147,14 +179,25 @@ static bool is_wanted(const PbaFile *file, const Slot *slot)
     return false;
 }
 
-/* Drops what has a part in a range; whoever waits for it has it loaded again. */
+/* Drops what has a part in a range; whoever waits for it has it loaded again. Of what is loaded the
+ * part behind the range stays, or else the one before it: readers in order discard what they have
+ * read. */
 static void drop_slots(PbaFile *file, uint64_t begin, uint64_t end)
 {
     for (guint i = file->slots->len; i-- > 0;) {
         Slot *slot = file->slots->pdata[i];
-        if (!slot->dropped && slot->nbd.offset < end &&
-            begin < slot->nbd.offset + slot->nbd.length) {
+        uint64_t slot_end = slot->nbd.offset + slot->nbd.length;
+        if (slot->dropped || slot->nbd.offset >= end || begin >= slot_end) {
+            continue;
+        }
+        if (!slot->loaded || (begin <= slot->nbd.offset && slot_end <= end)) {
             drop_slot(file, slot);
+        } else if (end < slot_end) {
+            slot->skip += end - slot->nbd.offset;
+            slot->nbd.length = slot_end - end;
+            slot->nbd.offset = end;
+        } else {
+            slot->nbd.length = begin - slot->nbd.offset;
         }
     }
 }
@@ -164,9 +207,8 @@ static void release_slots(PbaFile *file, uint64_t end)
 {
     for (guint i = file->slots->len; i-- > 0;) {
         Slot *slot = file->slots->pdata[i];
-        if (slot->ahead && slot->nbd.offset + slot->nbd.length <= end) {
-            slot->ahead = false;
-            file->ahead_slots--;
+        if (slot->nbd.offset + slot->nbd.length <= end) {
+            count_ahead(file, slot, false);
         }
         if (slot->loaded && !is_wanted(file, slot)) {
             drop_slot(file, slot);
@@ -180,11 +222,12 @@ static void read_ahead(PbaFile *file)
     uint64_t offset;
     uint64_t length;
 
-    if (file->ahead_slots > MAX_AHEAD / 2) {
+    if (file->ahead_slots > MAX_AHEAD / 2 || file->ahead_bytes > MAX_AHEAD_BYTES / 2) {
         return;
     }
-    while (file->ahead_slots < MAX_AHEAD && file->slots->len < MAX_SLOTS &&
-           pba_ahead_next(file->ahead, PBA_FILE_BLOCK, &offset, &length)) {
+    while (file->ahead_slots < MAX_AHEAD && file->ahead_bytes < MAX_AHEAD_BYTES &&
+           file->slots->len < MAX_SLOTS && file->bytes + MAX_PIECE <= MAX_BYTES &&
+           pba_ahead_next(file->ahead, MAX_PIECE, &offset, &length)) {
         load(file, offset, gap_end(file, offset, offset + length) - offset, LOAD_AHEAD);
     }
 }
@@ -207,7 +250,7 @@ static int collect(PbaFile *file, uint64_t begin, uint64_t end, struct iovec *pa
     for (uint64_t at = begin; at < end;) {
         Slot *slot = find_slot(file, at);
         if (!slot && !file->starved) {
-            uint64_t stop = gap_end(file, at, MIN(end, at + PBA_FILE_BLOCK));
+            uint64_t stop = gap_end(file, at, MIN(end, at + MAX_PIECE));
             slot = load(file, at, stop - at, stop < end ? LOAD_PART : LOAD_LAST);
             file->starved = !slot;
         }
@@ -217,7 +260,7 @@ static int collect(PbaFile *file, uint64_t begin, uint64_t end, struct iovec *pa
         uint64_t skip = at - slot->nbd.offset;
         uint64_t length = MIN(slot->nbd.length - skip, end - at);
         missing = slot->loaded ? missing : slot;
-        parts[count].iov_base = (char *)slot->nbd.buffer + skip;
+        parts[count].iov_base = (char *)slot->nbd.buffer + slot->skip + skip;
         parts[count].iov_len = length;
         count++;
         at += length;

@@ -112,8 +112,7 @@ void pba_seeks_turn(PbaSeeks *seeks);
 
 typedef struct PbaFile PbaFile;
 
-/* The least that it is best read by. One cluster of a snapshot: QEMU takes several times the CPU
- * for larger reads, where the C library has it map memory for each of them anew. */
+/* The least that it is best read by: one cluster of a snapshot. */
 #define PBA_FILE_BLOCK (64u << 10)
 
 /* All are borrowed. seeks is NULL for a file that readers may not pass over anything of. */
