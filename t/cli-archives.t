@@ -12,7 +12,7 @@ use Test::More;
 use PBA::Test::Chain;
 use PBA::Test::Command qw(run_command start_command);
 use PBA::Test::QemuNbd;
-use PVE::BackupAccess::Provider::Qcow2Chain::File qw(remove_tree write_file);
+use PVE::BackupAccess::File qw(remove_tree write_file);
 use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(check_name name_of number_for number_of);
 
 my $json = JSON::PP->new->utf8;

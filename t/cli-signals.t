@@ -49,6 +49,13 @@ sub is_reading ($command, $image) {
     } split(' ', $children);
 }
 
+# The programs that have the image in their command line, whoever started them.
+sub running ($image) {
+    return grep {
+        eval { content("/proc/$_/cmdline") =~ m/\0\Q$image\E\0/ }
+    } map { m{(\d+)\z} } glob('/proc/[0-9]*');
+}
+
 # Until the command has the image read.
 sub wait_for_reading ($command, $image) {
     my $deadline = time + 60;
@@ -85,6 +92,7 @@ for my $name (sort keys %commands) {
             sleep(0.05);
         }
         my $run = $command->finish;
+        is_deeply([running($image)], [], "$what: no program goes on");
         my %number = (HUP => 1, INT => 2, TERM => 15);
         is($run->{signal}, $number{ $signals->[0] }, "$what: ends by it");
         cmp_ok(time - $began, '<', 30, "$what: soon");

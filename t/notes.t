@@ -8,7 +8,7 @@ use FindBin;
 use lib "$FindBin::Bin/lib";
 use Test::More;
 
-use PVE::BackupAccess::Provider::Qcow2Chain::File qw(read_file write_file);
+use PVE::BackupAccess::File qw(read_file write_file);
 
 use PBA::Test::Backend;
 use PBA::Test::Provider;

@@ -40,17 +40,17 @@ sub killed_at ($rename, $when, $code) {
     if (!$pid) {
         $ENV{TMPDIR} = $base->tmp;    # a killed process leaves its private directory
         my $count = 0;
-        my $move = PVE::BackupAccess::Provider::Qcow2Chain::File->can('move');
+        my $move = PVE::BackupAccess::File->can('move');
         my $counted = sub (@files) {
             my $is_it = ++$count == $rename;
             kill(KILL => $$) if $is_it && $when eq 'before';
             $move->(@files);
             kill(KILL => $$) if $is_it;
         };
-        for my $user (qw(File Archive Guest)) {
+        for my $user ('File', map { "Provider::Qcow2Chain::$_" } qw(Archive Guest)) {
             no strict 'refs';
             no warnings 'redefine';
-            *{"PVE::BackupAccess::Provider::Qcow2Chain::${user}::move"} = $counted;
+            *{"PVE::BackupAccess::${user}::move"} = $counted;
         }
         my $done = eval { $code->(); 1 };
         print {*STDERR} $@ if !$done;

@@ -9,8 +9,8 @@ use Digest::SHA ();
 use JSON::PP ();
 
 use PVE::BackupAccess::Argument qw(bad_argument is_backup_id);
-use PVE::BackupAccess::Provider::Qcow2Chain::File qw(make_directory read_file replace_file sync);
 use PVE::BackupAccess::Error;
+use PVE::BackupAccess::File qw(make_directory read_file replace_file sync);
 use PVE::BackupAccess::Try qw(attempt_any);
 
 my $system_dir = '/var/lib/pve-backup-access';

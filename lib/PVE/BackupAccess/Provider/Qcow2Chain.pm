@@ -11,7 +11,7 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Notes;
 use PVE::BackupAccess::PluginBase;
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
-use PVE::BackupAccess::Provider::Qcow2Chain::File qw(entries make_directory read_file replace_file);
+use PVE::BackupAccess::File qw(entries make_directory read_file replace_file);
 use PVE::BackupAccess::Provider::Qcow2Chain::Guest;
 use PVE::BackupAccess::Provider::Qcow2Chain::Prune qw(remove_archives retention_of);
 use PVE::BackupAccess::Provider::Qcow2Chain::RawFile;

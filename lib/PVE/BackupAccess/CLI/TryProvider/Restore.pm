@@ -6,8 +6,8 @@ package PVE::BackupAccess::CLI::TryProvider::Restore;
 use v5.36;
 
 use File::Temp ();
-use POSIX ();
 
+use PVE::BackupAccess::Program qw(run_program);
 use PVE::BackupAccess::Try qw(attempt_any);
 
 my $piece = 1 << 20;
@@ -17,17 +17,9 @@ sub new ($class) {
     return bless({ dir => $dir, count => 0 }, $class);
 }
 
-my sub run_program (@command) {
-    my $pid = open(my $output, '-|') // die "fork: $!\n";
-    if (!$pid) {
-        open(STDERR, '>&', \*STDOUT) or POSIX::_exit(126);
-        { no warnings 'exec'; exec(@command) }
-        syswrite(STDOUT, "$!\n");
-        POSIX::_exit(127);
-    }
-    local $/ = undef;
-    my $said = <$output> // '';
-    close($output) or die "$command[0] failed: $said\n";
+my sub run_or_die (@command) {
+    my ($status, $out, $message) = run_program(@command);
+    die "$command[0] failed: $out$message\n" if $status;
     return;
 }
 
@@ -37,7 +29,7 @@ sub keep_disks ($self, $machine) {
     my $number = ++$self->{count};
     for my $device ($machine->devices) {
         $copies{$device} = "$self->{dir}/$number-$device.kept";
-        run_program('cp', '--sparse=always', $machine->file($device), $copies{$device});
+        run_or_die('cp', '--sparse=always', $machine->file($device), $copies{$device});
     }
     return \%copies;
 }
@@ -72,8 +64,7 @@ my sub restore_volume ($self, $watch, $volname, $device, $kept) {
         my $path = ref($info) eq 'HASH' && $info->{'qemu-img-path'};
         die "there is no path to restore it from\n" if !$path;
         my ($image) = $path =~ m/\A(.+)\z/s;
-        run_program($ENV{PBA_QEMU_IMG} // 'qemu-img', 'convert', qw(-f raw -O raw), $image,
-            $target);
+        run_or_die($ENV{PBA_QEMU_IMG} // 'qemu-img', 'convert', qw(-f raw -O raw), $image, $target);
         $problem = difference($target, $kept);
     };
     $problem = "it could not be restored: $error" if defined($error);

@@ -10,7 +10,7 @@ use JSON::PP ();
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(merge_image);
 use PVE::BackupAccess::Provider::Qcow2Chain::Digests qw(bytes_to_add merge_digests);
-use PVE::BackupAccess::Provider::Qcow2Chain::File
+use PVE::BackupAccess::File
     qw(fingerprint make_directory move read_file replace_file sha256 sync write_file);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(create_image image_problem);
 use PVE::BackupAccess::Try qw(attempt attempt_any);

@@ -11,7 +11,7 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(content_problem);
-use PVE::BackupAccess::Provider::Qcow2Chain::File qw(entries move remove_tree);
+use PVE::BackupAccess::File qw(entries move remove_tree);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(image_chain);
 use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(take_lock try_lock);
 use PVE::BackupAccess::Try qw(attempt);

@@ -5,59 +5,23 @@ package PVE::BackupAccess::Provider::Qcow2Chain::Image;
 use v5.36;
 
 use Exporter qw(import);
-use File::Temp ();
-use IPC::Open3 ();
 use JSON::PP ();
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Try qw(attempt_any);
+use PVE::BackupAccess::Program qw(run_program);
 
-our @EXPORT_OK
-    = qw($cluster_size commit_image create_image image_chain image_problem program_environment);
+our @EXPORT_OK = qw($cluster_size commit_image create_image image_chain image_problem);
 
-# Where the programs are; nothing else of the caller's environment is given to them.
-our $path = '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin';
 our $qemu_img = 'qemu-img';
-
-# The environment that QEMU's programs run in.
-sub program_environment () {
-    return (PATH => $path, LC_ALL => 'C');
-}
-
-my sub read_all ($fh) {
-    seek($fh, 0, 0);
-    local $/ = undef;
-    return <$fh> // '';
-}
-
-my sub wait_for ($pid) {
-    while (waitpid($pid, 0) < 0) {
-        return 255 << 8 if !$!{EINTR};
-    }
-    return $?;
-}
 
 # Runs qemu-img; returns its exit status and what it printed.
 sub run (@arguments) {
-    my ($out, $err) = (File::Temp->new, File::Temp->new);
-    local %ENV = program_environment();
-    local $SIG{CHLD} = 'DEFAULT';
-    local $?;
-    open(my $in, '<', '/dev/null') or die "/dev/null: $!\n";
-    my $pid;
-    my $error = attempt_any {
-        $pid = IPC::Open3::open3(
-            '<&' . fileno($in),
-            '>&' . fileno($out),
-            '>&' . fileno($err),
-            $qemu_img, @arguments
-        );
-    };
-    PVE::BackupAccess::Error->throw('UnsupportedError', "cannot run $qemu_img - $!") if $error;
-    my $status = wait_for($pid);
-    my $message = read_all($err);
+    my ($status, $out, $message) = run_program($qemu_img, @arguments);
     chomp($message);
-    return ($status, read_all($out), $message);
+    PVE::BackupAccess::Error->throw('SystemError',
+        "$qemu_img $arguments[0] was ended by signal " . ($status & 127))
+        if $status & 127;
+    return ($status, $out, $message);
 }
 
 # The same, where only success will do.

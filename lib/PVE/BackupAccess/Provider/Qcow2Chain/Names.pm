@@ -9,7 +9,7 @@ use Fcntl qw(LOCK_EX O_CREAT O_RDWR);
 
 use PVE::BackupAccess::Argument qw(bad_argument);
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Provider::Qcow2Chain::File qw(entries make_directory read_file replace_file);
+use PVE::BackupAccess::File qw(entries make_directory read_file replace_file);
 
 our @EXPORT_OK = qw(check_name name_of number_for number_of);
 

@@ -12,7 +12,7 @@ use Socket qw(AF_UNIX PF_UNSPEC SHUT_WR SOCK_STREAM);
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(program_environment);
+use PVE::BackupAccess::Program qw(program_environment);
 
 # It lies beside the module's library, whose path may be relative to what is the working directory
 # now. It is trusted (taint mode) as the library is, whose code runs already.

@@ -12,7 +12,7 @@ use POSIX ();
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(program_environment);
+use PVE::BackupAccess::Program qw(program_environment);
 use PVE::BackupAccess::Provider::Qcow2Chain::PrivateDir;
 use PVE::BackupAccess::Try qw(attempt);
 use PVE::BackupAccess::Volume;

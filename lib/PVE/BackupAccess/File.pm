@@ -1,4 +1,4 @@
-package PVE::BackupAccess::Provider::Qcow2Chain::File;
+package PVE::BackupAccess::File;
 
 # Files and directories that are to survive a crash.
 

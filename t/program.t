@@ -1,0 +1,125 @@
+# Programs that the module runs to their end: none outlives the work that wants it.
+#
+# One QEMU is enough: none is run.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+
+use POSIX qw(WNOHANG);
+use Test::More;
+use Time::HiRes qw(sleep time);
+
+use PVE::BackupAccess::Program qw(run_program);
+
+# Told from all other processes by its number of seconds.
+my $forever = 100_000 + $$;
+my @sleeper = ('sleep', $forever);
+
+sub is_sleeper ($pid) {
+    open(my $fh, '<', "/proc/$pid/cmdline") or return 0;
+    local $/ = undef;
+    return (<$fh> // '') eq join("\0", @sleeper) . "\0";
+}
+
+sub sleepers () {
+    return grep { is_sleeper($_) } map { m{(\d+)\z} } glob('/proc/[0-9]*');
+}
+
+# Whether there is one, or none, at last.
+sub eventually ($count) {
+    my $deadline = time + 20;
+    sleep(0.01) while sleepers() != $count && time < $deadline;
+    return sleepers() == $count;
+}
+
+subtest 'what it returns' => sub {
+    is_deeply([run_program('echo', 'a b')], [0, "a b\n", ''], 'status and output');
+    is_deeply(
+        [run_program('sh', '-c', 'echo oops >&2; exit 3')],
+        [3 << 8, '', "oops\n"],
+        'a failure and what it says'
+    );
+    is((run_program('sh', '-c', 'kill -9 $$'))[0], 9, 'a signal');
+    is((run_program('cat'))[1], '', 'it has no input');
+    my $error = eval { run_program('no-such-program'); 1 } ? undef : $@;
+    is($error->class, 'UnsupportedError', 'no such program');
+    like($error, qr/cannot run no-such-program - No such file/, 'what is wrong');
+};
+
+subtest 'what it has' => sub {
+    local $ENV{PBA_TEST} = 'given';
+    local @SIG{qw(USR1 USR2)} = ('IGNORE', sub { die "handler\n" });
+    my (undef, $environment) = run_program('env');
+    unlike($environment, qr/PBA_TEST/, 'not the environment of the caller');
+    my (undef, $status) = run_program('cat', '/proc/self/status');
+    my ($blocked) = $status =~ m/^SigBlk:\s*([0-9a-f]+)$/m;
+    is(hex($blocked), 0, 'no signal is blocked');
+    my (undef, $session) = run_program('sh', '-c', 'ps -o sid= -p $$; echo $$');
+    my ($sid, $pid) = $session =~ m/(\d+)/g;
+    is($sid, $pid, "a terminal's signals are not for it");
+};
+
+for my $chld ('DEFAULT', 'IGNORE', sub { 1 while waitpid(-1, WNOHANG) > 0 }) {
+    subtest "with SIGCHLD $chld" => sub {
+        local $SIG{CHLD} = $chld;
+        is((run_program('false'))[0], 1 << 8, 'the status is known');
+        local $SIG{ALRM} = sub { die "enough\n" };
+        Time::HiRes::alarm(0.3);
+        my $began = time;
+        ok(!eval { run_program(@sleeper); 1 }, 'a handler that dies ends the call');
+        is($@, "enough\n", 'with its exception');
+        cmp_ok(time - $began, '<', 10, 'soon');
+        is_deeply([sleepers()], [], 'and the program');
+        is(waitpid(-1, WNOHANG), -1, 'which was waited for');
+    };
+}
+
+subtest 'a handler that does not die' => sub {
+    my $seen = 0;
+    local $SIG{ALRM} = sub { $seen++ };
+    Time::HiRes::alarm(0.1, 0.1);
+    is((run_program('sleep', 0.5))[0], 0, 'the program comes to its end');
+    Time::HiRes::alarm(0);
+    cmp_ok($seen, '>', 1, 'the handler ran');
+};
+
+subtest 'a program that takes no signals' => sub {
+    my @deaf = ('sh', '-c', "trap '' TERM INT HUP; sleep $forever; :");
+    local $SIG{ALRM} = sub { die "enough\n" };
+    Time::HiRes::alarm(0.3);
+    eval { run_program(@deaf) };
+    is($@, "enough\n", 'is ended all the same');
+    kill(KILL => sleepers());    # its child, which is none of ours
+};
+
+subtest 'the caller is killed' => sub {
+    my $caller = fork() // die "fork: $!\n";
+    if (!$caller) {
+        eval { run_program(@sleeper) };
+        POSIX::_exit(0);
+    }
+    ok(eventually(1), 'while the program runs');
+    kill(KILL => $caller);
+    waitpid($caller, 0);
+    ok(eventually(0), 'the program ends, too');
+};
+
+# Each at another moment: around the fork as well.
+subtest 'signals at every moment' => sub {
+    local $SIG{ALRM} = sub { die "enough\n" };
+    my $left = 0;
+    for my $step (1 .. 60) {
+        eval {
+            Time::HiRes::alarm($step * 0.0002);
+            run_program(@sleeper);
+        };
+        Time::HiRes::alarm(0);
+        $left += sleepers();
+        die "$@" if $@ ne "enough\n";
+    }
+    is($left, 0, 'no program stays');
+};
+
+done_testing;
