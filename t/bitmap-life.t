@@ -26,6 +26,26 @@ my $piece = 300;    # events of the walk before a new life begins
 # An event, and after a colon the mode that the first disk's backup has to have.
 my @known = (
     [
+        'the hands of others',
+        { provider => 'chain', persistent => 1, naming => 'qdev' },
+        qw(ok hand-remove ok:new ok:reuse hand-disable ok:new hand-untie ok:new hand-record ok:new),
+        qw(hand-second-companion ok:new hand-rename ok:reuse hand-odd-names ok:reuse),
+        qw(move-disk:new ok overlay:new ok ok:reuse full:new ok:reuse prune ok:reuse one-disk ok:reuse),
+    ],
+    [
+        'the hands of others, bitmaps in memory',
+        { provider => 'raw' },
+        qw(ok hand-remove ok:new ok:reuse hand-disable ok:new hand-untie ok:new hand-record ok:new),
+        qw(hand-second-companion ok:new hand-rename ok:reuse hand-odd-names ok:reuse),
+        qw(other-guest:new ok:new ok:reuse one-disk ok ok:reuse odd-notes ok ok ok:reuse),
+    ],
+    [
+        'other guests',
+        { provider => 'raw', persistent => 1, naming => 'qdev' },
+        qw(ok ok:reuse other-guest:new ok:new ok:reuse twin ok:reuse twin ok:new twin ok:new),
+        qw(one-disk ok ok:reuse odd-notes ok ok ok:reuse grow-offline ok:new shrink-grow-offline ok:new),
+    ],
+    [
         'nothing speaks against an incremental backup',
         { provider => 'chain', persistent => 1 },
         qw(ok:new ok:reuse failed ok:reuse failed-late ok:new ok:reuse killed ok:reuse ram ok:reuse),
@@ -122,7 +142,7 @@ sub some_way ($backend, $number) {
 sub random_lives ($backend, $lives) {
     for my $number (1 .. $lives) {
         my ($how, $text) = some_way($backend, $number);
-        my @all = $Life->events($how->{provider});
+        my @all = $Life->all_events($how->{provider});
         srand($seed + $number);
         my @events = ('ok', map { $all[rand(@all)] } 1 .. $random_length);
         one_life(

@@ -24,11 +24,12 @@ use PVE::BackupAccess::Task;
 use PBA::Test::Backend;
 use PBA::Test::Life::Chain;
 use PBA::Test::Life::Machine;
+use PBA::Test::Life::Others;
 use PBA::Test::Life::Raw;
 use PBA::Test::QemuNbd;
 use PBA::Test::RawProvider;
 
-use parent -norequire, qw(PBA::Test::Life::Machine);
+use parent -norequire, qw(PBA::Test::Life::Machine PBA::Test::Life::Others);
 
 $PVE::BackupAccess::Provider::Qcow2Chain::Image::qemu_img = $ENV{PBA_QEMU_IMG} // 'qemu-img';
 $PVE::BackupAccess::Provider::Qcow2Chain::Server::qemu_nbd = $ENV{PBA_QEMU_NBD} // 'qemu-nbd';
@@ -68,11 +69,38 @@ my %events = (
     'unaware' => sub ($self) { $self->_backup(unaware => 1) },
 );
 
+# Rarer ones, and those of others.
+my %more_events = (
+    'hand-remove' => sub ($self) { $self->_hand('remove') },
+    'hand-disable' => sub ($self) { $self->_hand('disable') },
+    'hand-untie' => sub ($self) { $self->_hand('untie') },
+    'hand-record' => sub ($self) { $self->_hand('record') },
+    'hand-second-companion' => sub ($self) { $self->_hand('second-companion') },
+    'hand-rename' => sub ($self) { $self->_hand('rename') },
+    'hand-odd-names' => sub ($self) { $self->_hand('odd-names') },
+    'move-disk' => sub ($self) { $self->_move_disk },
+    'overlay' => sub ($self) { $self->_overlay },
+    'grow-offline' => sub ($self) { $self->_resize_offline($step) },
+    'shrink-grow-offline' =>
+        sub ($self) { $self->_resize_offline(-$step) && $self->_resize_offline($step) },
+    'twin' => sub ($self) { $self->_twin },
+    'other-guest' => sub ($self) { $self->_other_guest },
+    'odd-notes' => sub ($self) { $self->_spoil_notes },
+    'one-disk' => sub ($self) { $self->_backup(only => ['disk1']) },
+    'full' => sub ($self) { $self->_backup(full => 1) },
+    'prune' => sub ($self) { $self->_provider($self->_current_store)->prune(100, 1); return },
+);
+
 # What no one can see but a provider that knows of ids.
-my %chain_only = map { $_ => 1 } qw(other-store removed unaware);
+my %chain_only = map { $_ => 1 } qw(other-store removed unaware full prune);
 
 sub events ($class, $provider) {
     return sort grep { $provider eq 'chain' || !$chain_only{$_} } keys %events;
+}
+
+sub all_events ($class, $provider) {
+    my @more = sort grep { $provider eq 'chain' || !$chain_only{$_} } keys %more_events;
+    return ($class->events($provider), @more);
 }
 
 sub new ($class, %opt) {
@@ -110,7 +138,8 @@ sub run ($self, @events) {
     for my $event (@events) {
         push($self->{done}->@*, $event);
         $self->{counts}{events}++;
-        my $problem = eval { $self->_write; $events{$event}->($self); $self->{problem} } // $@;
+        my $code = $events{$event} // $more_events{$event};
+        my $problem = eval { $self->_write; $code->($self); $self->{problem} } // $@;
         next if !$problem;
         my @lines = map { "    $_\n" } ($self->{log} // [])->@*;
         return join(' ', $self->{done}->@*) . ": $problem\n@lines";
@@ -212,7 +241,7 @@ sub _recover ($self) {
 sub _task_options ($self, %opt) {
     my $target_id = $opt{target} ? "snapshot-access:$opt{target}" : $target;
     return (
-        devices => [map { $self->_name($_, $opt{alias}) } @ids],
+        devices => [map { $self->_name($_, $opt{alias}) } ($opt{only} // \@ids)->@*],
         'target-id' => $target_id,
         'firewall-config' => '',
         $self->{persistent} ? (persistent => 1) : (),
@@ -223,6 +252,7 @@ sub _task_options ($self, %opt) {
 
 sub _run_backup ($self, $provider, %opt) {
     my %options = $self->_task_options(%opt);
+    $provider->make_full(1) if $opt{full};
     return $self->_unaware($provider, \%options) if $opt{unaware};
     return $self->{backend}->task($provider, %options)->run_job;
 }
@@ -265,11 +295,11 @@ sub _backup ($self, %opt) {
     $self->_detach_fleecing;
     $self->{modes} = {};
 
-    for my $index (0, 1) {
-        my $device = $self->_name($ids[$index], $opt{alias});
-        my $mode = $self->{modes}{ $ids[$index] } = $result->{devices}{$device}{'bitmap-mode'};
+    for my $id (($opt{only} // \@ids)->@*) {
+        my $device = $self->_name($id, $opt{alias});
+        my $mode = $self->{modes}{$id} = $result->{devices}{$device}{'bitmap-mode'};
         $self->{counts}{ $mode eq 'reuse' ? 'incremental' : 'full' }++;
-        my $file = $self->_file_of_name($ids[$index], $opt{alias});
+        my $file = $self->_file_of_name($id, $opt{alias});
         $self->_compare($provider, $result->{'archive-name'}, $device, $file);
     }
     return;
