@@ -1,6 +1,6 @@
-# What others have changed: Proxmox VE's backup provider API against the stand-in for it, and the QAPI of
-# a QEMU against what is sent to it and read of its replies. A release of either that breaks us shows
-# here by name.
+# What others have changed: Proxmox VE's backup provider API and storage plugins against the stand-ins for
+# them, and the QAPI of a QEMU against what is sent to it and read of its replies. A release of either
+# that breaks us shows here by name.
 
 use v5.36;
 
@@ -32,15 +32,15 @@ sub declared ($source) {
     return \%declared;
 }
 
-sub real_base () {
+sub real_file ($name) {
     my @dirs = $ENV{PBA_PVE_STORAGE} ? "$ENV{PBA_PVE_STORAGE}/src" : grep { !m/StandIn/ } @INC;
-    my ($file) = grep { -e } map { "$_/$base" } @dirs;
-    die "there is no $base in PBA_PVE_STORAGE\n" if $ENV{PBA_PVE_STORAGE} && !$file;
+    my ($file) = grep { -e } map { "$_/$name" } @dirs;
+    die "there is no $name in PBA_PVE_STORAGE\n" if $ENV{PBA_PVE_STORAGE} && !$file;
     return $file;
 }
 
 SKIP: {
-    my $file = real_base()
+    my $file = real_file($base)
         // skip("needs Proxmox VE's backup provider API (PBA_PVE_STORAGE, or installed)", 1);
     is_deeply(declared(content($file)), \%arguments, "methods and arguments are those of $file");
 }
@@ -63,6 +63,45 @@ subtest 'our provider takes what it is given' => sub {
     }
     cmp_ok(scalar(grep { exists($signature{$_}) } keys(%arguments)), '>', 15,
         'it has most of them');
+};
+
+# ---- storage plugins ----
+
+# { method => signature }, as we write them.
+sub signatures ($file) { return { content($file) =~ m/^sub (\w+) \((.*?)\)\s*\{/mgs } }
+
+# The methods that do not take what the real ones are given.
+sub unfit ($ours, $real) {
+    return grep {
+        my $given = () = $real->{$_} =~ m/\w+/g;
+        my ($least, $most) = taken($ours->{$_});
+        $given < $least || $given > $most;
+    } sort grep { exists($real->{$_}) } keys($ours->%*);
+}
+
+SKIP: {
+    my $file = real_file('PVE/Storage/Plugin.pm')
+        // skip("needs Proxmox VE's storage (PBA_PVE_STORAGE, or installed)", 4);
+    my $real = declared(content($file));
+    my $plugin = signatures('examples/pve-storage-plugin/PVE/Storage/Custom/Qcow2ChainPlugin.pm');
+    my $stand_in = signatures('lib/PVE/BackupAccess/StandIn/PVE/Storage/Plugin.pm');
+    is(join(' ', unfit($plugin, $real)), '', "our storage plugin takes what $file gives");
+    is(join(' ', unfit($stand_in, $real)), '', 'and so does the stand-in for it');
+
+    my %inherited = map { $_ => 1 } qw(lookup register);    # of PVE::SectionConfig
+    my @own = grep { !$real->{$_} && !$inherited{$_} } sort keys($stand_in->%*);
+    is("@own", '', 'which has no methods of its own');
+    my $version = qr/^(?:use constant|sub) APIVER\b.*?(\d+)/m;
+    my ($api) = content(real_file('PVE/Storage.pm')) =~ $version;
+    my ($known) = content('t/lib/StandIn/PVE/Storage.pm') =~ $version;
+    is($known, $api, 'the version of the API is the one that is tested');
+}
+
+subtest 'drift of a plugin is found' => sub {
+    my %ours = (path => '$class, $scfg, $volname, @', list => '$class, $id, $more = undef');
+    is_deeply([unfit(\%ours, { path => 'scfg, volname, storeid', list => 'id' })], [], 'it fits');
+    is_deeply([unfit(\%ours, { path => 'scfg', list => 'id' })], ['path'], 'too few');
+    is_deeply([unfit(\%ours, { list => 'id, type, vmid' })], ['list'], 'too many');
 };
 
 # ---- QAPI ----

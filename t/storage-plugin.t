@@ -32,7 +32,7 @@ $class->register;
 my $tmp = File::Temp->newdir('pba-plugin-XXXXXXXX', TMPDIR => 1);
 my $config = content("$example/storage.cfg");
 like(content("$example/README.md"), qr/\Q$config\E/, 'the README shows this storage.cfg');
-my ($storeid, $scfg) = PVE::Storage::Plugin::parse_config($config)->%*;
+my ($storeid, $scfg) = PVE::Storage::Plugin->parse_config('storage.cfg', $config)->{ids}->%*;
 is($scfg->{path}, '/mnt/backup', 'storage.cfg: the path');
 $scfg->{path} = "$tmp/mnt";
 $scfg->{'state-dir'} = "$tmp/state";

@@ -3,7 +3,8 @@
 #include "src/base/base.h"
 #include <string.h>
 
-/* The command's arguments, in two forms: "devices", and of pve-qemu-kvm 9.2 "devlist". */
+/* The command's arguments: "devices" in packages (since pve-qemu's cb662eb of April 2025, to
+ * 11.0.0-2), "devlist" in patches that were published before. */
 static bool find_form(PbaQmp *qmp, const char **form, GError **error)
 {
     static const char setup[] = "backup-access-setup";

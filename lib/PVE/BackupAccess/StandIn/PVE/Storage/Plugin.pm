@@ -12,23 +12,24 @@ sub register ($class) {
     return;
 }
 
-# { storage id => { type, option => value } } of a storage.cfg.
-sub parse_config ($text) {
+# { ids => { storage id => { type, option => value } } } of a storage.cfg.
+sub parse_config ($class, $filename, $raw) {
     my (%storages, $section);
-    for my $line (split(m/\n/, $text)) {
+    for my $line (split(m/\n/, $raw)) {
         next if $line =~ m/\A\s*(?:#|\z)/;
         if ($line =~ m/\A(\S+):\s+(\S+)\z/) {
             $section = $storages{$2} = { type => $1 };
-            die "there is no storage type '$1'\n" if !$plugins{$1};
+            die "$filename: there is no storage type '$1'\n" if !$plugins{$1};
             next;
         }
-        my ($option, $value) = $line =~ m/\A\s+(\S+)(?:\s+(.*))?\z/ or die "odd line '$line'\n";
+        my ($option, $value) = $line =~ m/\A\s+(\S+)(?:\s+(.*))?\z/
+            or die "$filename: odd line '$line'\n";
         die "type '$section->{type}' has no option '$option'\n"
             if !$plugins{ $section->{type} }->options->{$option};
         $section->{$option} = $value // 1;
     }
     $_->{content} = { map { $_ => 1 } split(m/,/, $_->{content} // '') } for values %storages;
-    return \%storages;
+    return { ids => \%storages };
 }
 
 sub new_backup_provider ($class, @) {
