@@ -1,6 +1,6 @@
 # How many QMP commands a backup takes: each opens a connection where the caller's code ref does so, as
 # qemu-server's does, and the schema alone takes Perl code 60 to 300 ms. On Proxmox' commands an increment
-# of one disk, companions included, has had 35, on a stock QEMU 55.
+# of one disk, companions included, has had 35, on a stock QEMU 58.
 #
 # One QEMU is enough: versions differ by a command; PBA_FULL=1 runs on both.
 
@@ -21,7 +21,7 @@ my $size = 1 << 20;
 # what it can do has to be asked.
 my %limit = (
     pve => [PBA::Test::VM->is_proxmox ? 35 : 37, 6],
-    upstream => [55, 17],
+    upstream => [58, 20],
 );
 
 # The names of the commands that the code sends by a code ref.

@@ -53,7 +53,10 @@ static bool resolve_stale(PbaAccess *dead, PbaDisk *disk, const PbaBlock *block,
     disk->root_node = g_strdup(root);
     disk->bitmap_node = root ? g_strdup(pba_block_skip_filters(block, root)) : NULL;
     disk->read_only = raw && pba_json_find_bool(raw, "ro");
-    return !raw || pba_block_node_size(raw, &disk->size, error);
+    JsonObject *user = pba_block_find_user(block, pba_upstream_disk(disk)->raw);
+    const char *qdev = user ? pba_json_find_string(user, "qdev") : NULL;
+    return (!raw || pba_block_node_size(raw, &disk->size, error)) &&
+           (!qdev || pba_upstream_find_guest_device(dead, disk, qdev, error));
 }
 
 /* They are split while the background one is there, or the target's does not record. */

@@ -12,6 +12,7 @@ static void free_data(void *data)
 
     g_free(nodes->raw);
     g_free(nodes->filter);
+    g_free(nodes->guest_device);
     g_free(nodes);
 }
 

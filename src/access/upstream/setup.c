@@ -15,82 +15,6 @@
 #include <inttypes.h>
 #include <unistd.h>
 
-/* qom-get where the object may lack the property: NULL then, and also on an error. */
-static JsonNode *find_property(PbaQmp *qmp, const char *path, const char *property, GError **error)
-{
-    GError *local = NULL;
-    JsonNode *value = pba_qmp_execute(
-        qmp, "qom-get", pba_json("{'path': <%s>, 'property': <%s>}", path, property), &local);
-
-    if (pba_error_is_fatal(local)) {
-        g_propagate_error(error, local);
-    } else {
-        g_clear_error(&local);
-    }
-    return value;
-}
-
-static bool is_set(JsonNode *value)
-{
-    if (!value || JSON_NODE_HOLDS_NULL(value)) {
-        return false;
-    }
-    return !JSON_NODE_HOLDS_VALUE(value) || json_node_get_value_type(value) != G_TYPE_STRING ||
-           *json_node_get_string(value);
-}
-
-/* The device itself, the device behind a virtio backend, or the controller its bus is on. */
-static bool find_iothread(PbaQmp *qmp, const char *qdev, bool *found, GError **error)
-{
-    static const char *const properties[] = {"iothread", "iothread-vq-mapping"};
-    GError *local = NULL;
-    g_autofree char *path = pba_block_qom_path(qdev);
-    g_autoptr(JsonNode) bus = find_property(qmp, path, "parent_bus", &local);
-    const char *bus_path = bus && JSON_NODE_HOLDS_VALUE(bus) ? json_node_get_string(bus) : NULL;
-    g_autofree char *parent = g_path_get_dirname(path);
-    g_autofree char *controller = g_path_get_dirname(bus_path ? bus_path : "");
-    g_autofree char *owner = g_path_get_dirname(controller);
-    const char *const paths[] = {path, parent, controller, owner};
-
-    *found = false;
-    for (size_t i = 0; !local && i < G_N_ELEMENTS(paths) * G_N_ELEMENTS(properties); i++) {
-        g_autoptr(JsonNode) value = find_property(qmp, paths[i / 2], properties[i % 2], &local);
-        *found |= is_set(value);
-    }
-    if (local) {
-        g_propagate_error(error, local);
-        return false;
-    }
-    return true;
-}
-
-static bool check_iothreads(PbaAccess *access, GError **error)
-{
-    if (pba_upstream_allows_iothreads(access)) {
-        return true;
-    }
-    g_autoptr(JsonArray) threads = pba_qmp_query_array(access->qmp, "query-iothreads", NULL, error);
-    if (!threads) {
-        return false;
-    }
-    for (guint i = 0; json_array_get_length(threads) > 0 && i < access->disks->len; i++) {
-        const PbaDisk *disk = access->disks->pdata[i];
-        bool found;
-        if (!find_iothread(access->qmp, disk->qdev, &found, error)) {
-            return false;
-        }
-        if (found) {
-            pba_error_set(error, PBA_ERROR_UNSUPPORTED,
-                          "is in an iothread, and QEMU before 10.0 aborts when a reader of such a "
-                          "disk leaves - use QEMU 10.0 or later, or take the disk out of the "
-                          "iothread");
-            pba_error_add_device(error, disk->device);
-            return false;
-        }
-    }
-    return true;
-}
-
 /* QEMU would let two disks keep their old data in one image, each in the other's place. */
 static bool is_fleecing_in_use(const PbaAccess *access, const PbaDisk *disk, const PbaBlock *block)
 {
@@ -233,7 +157,7 @@ bool pba_upstream_check(PbaAccess *access, const PbaBlock *block, GError **error
             return false;
         }
     }
-    return check_iothreads(access, error);
+    return pba_upstream_check_iothreads(access, error);
 }
 
 /* Sparse, private, and of a name that nobody else has: other guests' images may be here, too. */
@@ -294,6 +218,11 @@ static bool add_raw(PbaAccess *access, PbaDisk *disk, GError **error)
     return pba_qmp_run(access->qmp, "blockdev-add", pba_raw_options(disk, disk->root_node), error);
 }
 
+static bool find_guest_device(PbaAccess *access, PbaDisk *disk, GError **error)
+{
+    return pba_upstream_find_guest_device(access, disk, disk->qdev, error);
+}
+
 static const char *guarded(const PbaDisk *disk)
 {
     return pba_upstream_disk(disk)->raw;
@@ -301,11 +230,11 @@ static const char *guarded(const PbaDisk *disk)
 
 static bool insert_raw(PbaAccess *access, PbaDisk *disk, GError **error)
 {
-    g_autofree char *path = pba_block_qom_path(disk->qdev);
+    const PbaUpstreamDisk *own = pba_upstream_disk(disk);
 
     return pba_qmp_run(access->qmp, "qom-set",
-                       pba_json("{'path': <%s>, 'property': <'drive'>, 'value': <%s>}", path,
-                                pba_upstream_disk(disk)->raw),
+                       pba_json("{'path': <%s>, 'property': <'drive'>, 'value': <%s>}",
+                                own->guest_device, own->raw),
                        error);
 }
 
@@ -413,6 +342,7 @@ bool pba_upstream_prepare(PbaAccess *access, const PbaBlock *block, GError **err
 {
     return
         /* A device that has got another disk since would be given the earlier one. */
+        pba_upstream_each_disk(access, find_guest_device, error) &&
         pba_access_look_again(access, error) &&
         /* First: if another NBD server runs, nothing has been done to the guest yet. */
         pba_nbd_server_start(access, error) &&

@@ -62,19 +62,34 @@ static void bypass_filters(PbaAccess *access, GError **first, const PbaBlock *bl
     }
 }
 
-/* Only where the guest device does use our node: qom-set of what is set already stalls QEMU. */
+/* Whether what was refused is no more there to be done. */
+static bool has_user_now(PbaAccess *access, const char *node)
+{
+    g_auto(PbaBlock) now = {0};
+
+    return !pba_block_query(access->qmp, false, &now, NULL) || pba_block_find_user(&now, node);
+}
+
+/* Only where the guest device does use our node: qom-set of what is set already stalls QEMU. One
+ * that was unplugged since is not found. */
 static void give_root_back(PbaAccess *access, GError **first, const PbaBlock *block,
                            const PbaDisk *disk)
 {
-    JsonObject *user = pba_block_find_user(block, pba_upstream_disk(disk)->raw);
-    const char *qdev = user ? pba_json_find_string(user, "qdev") : NULL;
+    const PbaUpstreamDisk *own = pba_upstream_disk(disk);
     const char *root = pba_upstream_root(block, disk);
+    GError *step = NULL;
 
-    if (qdev && root) {
-        g_autofree char *path = pba_block_qom_path(qdev);
-        run_step(access, first, disk, "qom-set",
-                 pba_json("{'path': <%s>, 'property': <'drive'>, 'value': <%s>}", path, root));
+    if (pba_error_is_fatal(*first) || !own->guest_device || !root ||
+        !pba_block_find_user(block, own->raw)) {
+        return;
     }
+    run_step(
+        access, &step, disk, "qom-set",
+        pba_json("{'path': <%s>, 'property': <'drive'>, 'value': <%s>}", own->guest_device, root));
+    if (step && !pba_error_is_fatal(step) && !has_user_now(access, own->raw)) {
+        g_clear_error(&step);
+    }
+    pba_error_keep_first(first, step, &access->hooks);
 }
 
 static void drop_fleecing(PbaAccess *access, GError **first, const PbaBlock *block,

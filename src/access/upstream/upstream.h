@@ -19,9 +19,10 @@ bool pba_upstream_reads_by_cluster(const PbaAccess *access);
 
 /* What only this backend knows of a disk; there once the disk was checked, or found again. */
 typedef struct {
-    char *raw;       /* the node that takes the disk's place below the guest device */
-    char *filter;    /* copy-before-write */
-    bool persistent; /* its bitmaps are stored in its image */
+    char *raw;          /* the node that takes the disk's place below the guest device */
+    char *filter;       /* copy-before-write */
+    char *guest_device; /* its QOM path, which no later device has; NULL: not looked for */
+    bool persistent;    /* its bitmaps are stored in its image */
 } PbaUpstreamDisk;
 
 PbaUpstreamDisk *pba_upstream_disk(const PbaDisk *disk);
@@ -29,6 +30,14 @@ PbaUpstreamDisk *pba_upstream_disk(const PbaDisk *disk);
 /* Runs a step for each disk, until one fails: the error names the device. */
 typedef bool (*PbaDiskStep)(PbaAccess *access, PbaDisk *disk, GError **error);
 bool pba_upstream_each_disk(PbaAccess *access, PbaDiskStep step, GError **error);
+
+/* Guest devices */
+
+/* Fills in the disk's guest_device. */
+bool pba_upstream_find_guest_device(PbaAccess *access, const PbaDisk *disk, const char *qdev,
+                                    GError **error);
+/* Refuses disks in an iothread where QEMU would abort. */
+bool pba_upstream_check_iothreads(PbaAccess *access, GError **error);
 
 /* Versions of QEMU */
 
