@@ -3,12 +3,13 @@
 # speaks against it a backup is incremental.
 #
 # PBA_FULL=1: lives that have each kind of mismatch in them, all sequences of up to three events
-# (PBA_LENGTH=4: up to four) in one long walk, and many that the seed makes up (PBA_SEED). A plain run
-# has one life on each QEMU, which the seed and QEMU's version choose.
+# (PBA_LENGTH=4: up to four) in one long walk, or so many of its lives as PBA_LIVES says, and many lives
+# that the seed makes up (PBA_SEED). A plain run has one on each QEMU, which the seed and QEMU's version choose.
 
 use v5.36;
 
 use FindBin;
+use List::Util qw(shuffle);
 use lib "$FindBin::Bin/lib";
 use Test::More;
 
@@ -173,18 +174,28 @@ sub walk ($letters, $length) {
 }
 
 # Each life ends with a backup, and the next one begins with the events that the cut would tear apart.
+sub pieces ($length, @walk) {
+    my @pieces;
+    while (@walk) {
+        push(@pieces, [splice(@walk, 0, $piece)]);
+        unshift(@walk, $pieces[-1]->@[-$length + 1 .. -1]) if @walk;
+    }
+    return @pieces;
+}
+
 sub all_sequences ($backend, $number) {
     my ($how, $text) = some_way($backend, $number);
     my @all = $Life->events($how->{provider});
     my $length = $ENV{PBA_LENGTH} // 3;
-    my @walk = map { $all[$_] } walk(scalar(@all), $length);
-    my $lives = 0;
-    while (@walk) {
-        my @events = splice(@walk, 0, $piece);
-        one_life("all of length $length, life " . ++$lives . ", $text",
-            $backend, $how, 'ok', @events, 'ok');
-        unshift(@walk, @events[-$length + 1 .. -1]) if @walk;
+    my @pieces = pieces($length, map { $all[$_] } walk(scalar(@all), $length));
+    my @chosen = 1 .. @pieces;
+    srand($seed + $number);
+    @chosen = (shuffle(@chosen))[0 .. $ENV{PBA_LIVES} - 1] if $ENV{PBA_LIVES};
+    for my $life (@chosen) {
+        my $name = "all of length $length, life $life of " . @pieces . ", $text";
+        one_life($name, $backend, $how, 'ok', $pieces[$life - 1]->@*, 'ok');
     }
+    return;
 }
 
 # Those of the known ones that this backend can have, or of these a part.

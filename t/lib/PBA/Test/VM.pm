@@ -197,12 +197,12 @@ sub plug ($self, $id, $of = $id) {
     my $disk = $self->disk($id);
     my (undef, $drive) = $disk->{shape} eq 'drive' ? drive_args($disk) : ();
     $self->hmp("drive_add 0 $drive") if defined $drive;
-    $disk->{plugged} = defined $drive ? $disk->{device} : $of;
+    $disk->{plugged} = $of;
     $self->qmp(
         'device_add',
         driver => 'scsi-hd',
         bus => "scsihw-$id.0",
-        drive => $disk->{plugged},
+        drive => $self->disk($of)->{device},
         id => $disk->{qdev_id},
         serial => $id,
     );

@@ -15,8 +15,8 @@ our @EXPORT_OK = qw(remove_archives retention_of);
 
 my sub reason ($error) { return $error =~ s/\n.*//sr }
 
-# Why the device cannot be restored from the archive, or undef. Images are not read but for their
-# headers, and where they were touched since.
+# The reason why the archive's device cannot be restored, undef if it can. Of images only the headers are
+# read, and all of those that were touched since the backup.
 my sub device_problem ($guest, $name, $device) {
     my $problem;
     my $error

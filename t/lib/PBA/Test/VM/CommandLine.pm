@@ -61,13 +61,13 @@ sub drive_args ($disk) {
     return ('-drive', join ',', @values);
 }
 
-my sub device_args ($disk) {
+# Of a disk and what is plugged into it.
+my sub device_args ($disk, $drive) {
     my $id = $disk->{id};
     my @args;
     my $iothread = $disk->{iothread} ? ",iothread=iothread-$id" : '';
     push @args, '-object', "iothread,id=iothread-$id" if $iothread;
 
-    my $drive = $disk->{plugged} // $disk->{device};
     my $common = "drive=$drive,id=$disk->{qdev_id},serial=$id";
     $common .= ",$disk->{device_args}" if $disk->{device_args};
     if ($disk->{bus} eq 'scsi') {
@@ -137,7 +137,7 @@ sub command_line ($vm) {
         channel_args($vm),
         guest_args($vm),
         (map { $_->{shape} eq 'drive' ? drive_args($_) : blockdev_args($_) } @disks),
-        (map { device_args($_) } @disks),
+        (map { device_args($_, $vm->disk($_->{plugged} // $_->{id})->{device}) } @disks),
         cdrom_args($vm),
         ($vm->{opt}{args} // [])->@*,
         ($vm->{once} // [])->@*,
