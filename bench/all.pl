@@ -11,7 +11,7 @@ use JSON::PP ();
 
 use PBA::Bench::Table;
 
-my @benches = qw(job regions vfile copy setup guest growth);
+my @benches = qw(job regions vfile copy setup guest vzdump growth);
 
 my $as_json = grep { $_ eq '--json' } @ARGV;
 STDOUT->autoflush(1);

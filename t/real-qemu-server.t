@@ -150,9 +150,9 @@ sub told ($made) {
     return grep { !m/\A\S+ \S+ INFO: / } ($made->{log} // [])->@*;
 }
 
-# What was sent while the guest was frozen.
+# What qemu-server sent while the guest was frozen. What we send is in t/freeze.t.
 sub sent_frozen ($made) {
-    my ($between) = join(' ', $made->{qmp}->@*) =~ m/fsfreeze-freeze (.*) guest-fsfreeze-thaw/;
+    my ($between) = join(' ', $made->{qmp}->@*) =~ m/fsfreeze-freeze ?(.*?) guest-fsfreeze-thaw/;
     return $between;
 }
 

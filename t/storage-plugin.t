@@ -4,7 +4,7 @@
 use v5.36;
 
 use FindBin;
-use lib "$FindBin::Bin/lib", "$FindBin::Bin/lib/StandIn";
+use lib "$FindBin::Bin/lib";
 use lib "$FindBin::Bin/../examples/pve-storage-plugin";
 use Test::More;
 

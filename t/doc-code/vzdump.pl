@@ -7,11 +7,12 @@ use v5.36;
 use PBA::Test::Backend;
 use PBA::Test::DocCode qw(check_same run_perl);
 use PBA::Test::Provider;
-use PBA::Test::QMP;
+use PBA::Test::QMPProxy;
 
 my $mib = 1024 * 1024;
 
 my %notes;
+my $proxy;    # between the code and QEMU
 
 package PBA::Test::VZDumpPlugin {
 
@@ -71,7 +72,8 @@ sub vzdump ($package, $state, $mechanism, %opt) {
         no strict 'refs';
         @{"${package}::ISA"} = 'PBA::Test::VZDumpPlugin';
     }
-    $state->{fails} = $opt{command};
+    undef($proxy);
+    $proxy = PBA::Test::QMPProxy->start($state->{proxy}->%*, refuse => $opt{command});
     my $task = {};
     my $ok = eval { $plugin->archive_external($task, 100); 1 };
     my $error = $@;
@@ -126,10 +128,10 @@ my %failures = (
         { provider => 'backup_get_mechanism', error => qr/\Abackup_get_mechanism failed$/ },
     query => { provider => 'backup_vm_query_incremental', error => qr/incremental failed$/ },
     freeze => { call => 'freeze', error => qr/\Afreeze failed$/ },
-    setup => { command => 'backup-access-setup', error => qr/backup-access-setup.*no setup/ },
+    setup => { command => 'backup-access-setup', error => qr/backup-access-setup.*not today/ },
     thaw => { call => 'thaw', error => qr/\Athaw failed$/ },
     hook => { call => 'resume', error => qr/\Aresume failed$/ },
-    volumes => { command => 'block-export-add', error => qr/no export/ },
+    volumes => { command => 'block-export-add', error => qr/not today/ },
     backup_vm => { provider => 'backup_vm', error => qr/\Abackup_vm failed$/ },
     signal => { signal => 1, error => qr/\Ainterrupted by signal$/ },
     teardown => { command => 'backup-access-teardown' },
@@ -155,23 +157,17 @@ return sub ($block) {
         name => 'pve',
         disks => [{ id => 'scsi0', size => 16 * $mib, shape => 'drive' }],
     );
-    state $qmp = PBA::Test::QMP->new(path => $backend->qmp_path);
-    state $state = {};
-    my %text = (
-        'backup-access-setup' => 'no setup',
-        'block-export-add' => 'no export',
-        'backup-access-teardown' => 'no teardown',
-    );
-    my $mon_cmd = sub ($vmid, $command, %arguments) {
-        delete($arguments{timeout}) // die "mon_cmd has a time limit of its own\n";
-        if (($state->{fails} // '') eq $command) {
-            delete($state->{fails});
-            die "$text{$command}\n";
-        }
-        return $qmp->execute($command, %arguments);
+    state $state
+        = {
+        proxy => { target => $backend->qmp_path, listen => $backend->work_dir('proxy') . '/qmp' },
+        };
+    my $peer = sub ($vmid) { return { id => $vmid } };
+    no warnings 'redefine';
+    *PVE::QemuServer::Helpers::qmp_socket = sub ($of) {
+        return $of->{id} == 100 ? $state->{proxy}{listen} : die "no guest $of->{id}\n";
     };
     my $outside = $backend->outside;
-    my $package = run_perl($block, mon_cmd => $mon_cmd);
+    my $package = run_perl($block, vm_qmp_peer => $peer);
     my @failures = sort keys %failures;
     for my $mechanism ('nbd', -e '/dev/fuse' ? 'file-handle' : ()) {
         check_good(vzdump($package, $state, $mechanism, bwlimit => 1024, firewall => "[OPTIONS]\n"),

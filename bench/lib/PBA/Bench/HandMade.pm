@@ -53,7 +53,7 @@ sub _node ($self, $what, $disk) { return "bench-$what-$disk->{id}" }
 # ---- setup ----
 
 # The target's bitmap has to be there already: see add_bitmaps.
-sub setup ($self) {
+sub setup ($self, @) {
     $self->_each($_) for qw(_add_fleecing _insert_raw _add_background _add_filter);
     $self->_reopen('filter');
     $self->_transaction('block-dirty-bitmap-disable');

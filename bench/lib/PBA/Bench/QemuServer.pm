@@ -23,8 +23,9 @@ my %fallocate = (x86_64 => 285, aarch64 => 47);
 my $PUNCH_HOLE_KEEP_SIZE = 3;
 my $piece = 4 << 20;
 
+# access => another than HandMade's of the disks.
 sub new ($class, %options) {
-    my $access = PBA::Bench::HandMade->new(
+    my $access = $options{access} // PBA::Bench::HandMade->new(
         execute => PBA::Bench::HandMade::connection_per_command($options{qmp}),
         map { $_ => $options{$_} } qw(disks dir bitmap),
     );
@@ -34,7 +35,7 @@ sub new ($class, %options) {
 sub add_bitmaps ($self) { return $self->{access}->add_bitmaps }
 
 sub setup ($self, %options) {
-    $self->{access}->setup;
+    $self->{access}->setup(%options);
     $self->{access}->export(with_bitmaps => $options{incremental});
     return { map { $_->{id} => $self->_virtual_file($_, $options{incremental}) }
             $self->{disks}->@* };
@@ -92,7 +93,7 @@ sub _whole_disk ($size) {
 
 # Returns the bytes read. Without a file the data goes nowhere. Zeroes are left out, as they are in
 # a new file.
-sub copy ($volume, $file) {
+sub copy ($volume, $file = undef) {
     my $zeroes = "\0" x $piece;
     my ($bytes, $target) = (0);
     if (defined($file)) {

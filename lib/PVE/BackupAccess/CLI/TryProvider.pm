@@ -22,6 +22,7 @@ use PVE::BackupAccess::Try qw(attempt_any);
 
 my $Machine = 'PVE::BackupAccess::CLI::TryProvider::Machine';
 my $Base = 'PVE::BackupProvider::Plugin::Base';
+my $DirPlugin = 'PVE::Storage::DirPlugin';
 my $Restore = 'PVE::BackupAccess::CLI::TryProvider::Restore';
 my $TAP = 'PVE::BackupAccess::CLI::TryProvider::TAP';
 my $Watch = 'PVE::BackupAccess::CLI::TryProvider::Watch';
@@ -139,7 +140,7 @@ my sub load ($class) {
 my sub new_object ($trial) {
     my $log = sub ($level, $message) { push($trial->{log}->@*, "$level: $message") };
     my ($class, $plugin) = $trial->@{qw(class storage-plugin)};
-    return $class->new(undef, $trial->@{qw(scfg storeid)}, $log) if !defined($plugin);
+    return $class->new($DirPlugin, $trial->@{qw(scfg storeid)}, $log) if !defined($plugin);
     my $provider = $plugin->new_backup_provider($trial->@{qw(scfg storeid)}, $log);
     return $provider if Scalar::Util::blessed($provider) && $provider->isa($class);
     die "new_backup_provider of $plugin returned no $class\n";
@@ -320,6 +321,7 @@ my sub scfg_of ($opt) {
     return \%scfg;
 }
 
+# A provider is always given one, and may ask it where archives are.
 my sub load_storage_plugin ($class) {
     my $problem = load($class);
     die "the storage plugin $class cannot be loaded: $problem\n" if defined($problem);
@@ -327,7 +329,7 @@ my sub load_storage_plugin ($class) {
 
 sub run ($opt, $class) {
     unshift(@INC, map { absolute($_) } ($opt->{include} // [])->@*);
-    load_storage_plugin($opt->{'storage-plugin'}) if defined($opt->{'storage-plugin'});
+    load_storage_plugin($opt->{'storage-plugin'} // $DirPlugin);
     my $store = File::Temp->newdir('pve-backup-access-store.XXXXXX', TMPDIR => 1);
     my $trial = {
         class => $class,

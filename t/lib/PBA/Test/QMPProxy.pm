@@ -10,7 +10,7 @@ package PBA::Test::QMPProxy;
 # 'kill-before' and 'kill-after' kill the client, before the command reaches QEMU and after QEMU has
 # done it. 'stall' lets QEMU do it and keeps the reply to itself. 'signal' sends the client a SIGUSR1 when
 # QEMU has done it, and the reply a while later. Without at nothing goes wrong. then => { 9 => 'drop' } has more go
-# wrong, by the number of the command.
+# wrong, by the number of the command; refuse => NAME has the first command of that name refused.
 #
 # 'kill-before-nbd' and 'kill-after-nbd' kill it at an NBD connection or discard instead, with at
 # counting those: see PBA::Test::NBDRelay.
@@ -107,6 +107,7 @@ sub _fault_for ($self, $command) {
     my $number = ++$self->{count};
     my $fault = ($self->{then} // {})->{$number} // '';
     $fault = $self->{fault} if $number == ($self->{at} // 0) && $self->{fault} !~ m/-nbd\z/;
+    $fault = 'refuse' if $command->{execute} eq ($self->{refuse} // '') && !$self->{refused}++;
     $self->record('fault', name => $command->{execute}) if $fault;
     return $fault;
 }

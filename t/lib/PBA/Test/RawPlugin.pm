@@ -4,9 +4,12 @@ package PBA::Test::RawPlugin;
 
 use v5.36;
 
-use parent 'PVE::Storage::Plugin';
+use PVE::Storage;
+use parent 'PVE::Storage::DirPlugin';
 
 use PBA::Test::RawProvider;
+
+sub api ($class) { return PVE::Storage::APIVER }
 
 sub new_backup_provider ($class, $scfg, $storeid, $log) {
     return bless({}, 'PBA::Test::Nobody') if $scfg->{'another one'};

@@ -15,7 +15,8 @@ use Time::HiRes ();
 use PVE::BackupAccess::Volume;
 
 sub new ($class, $storage_plugin, $scfg, $storeid, $log) {
-    my ($path) = $scfg->{path} =~ m/\A(.*)\z/s;
+    my $dir = $storage_plugin ? $storage_plugin->get_subdir($scfg, 'backup') : $scfg->{path};
+    my ($path) = $dir =~ m/\A(.*)\z/s;
     my %faults = map { $_ => 1 } split(m/,/, $scfg->{faults} // '');
     die "the server is down\n" if $faults{'new dies'};
     my $mechanism = $scfg->{mechanism} // 'nbd';

@@ -1,7 +1,7 @@
 package PVE::Storage::Plugin;
 
-# What a storage plugin derives from, outside of Proxmox VE: registration, and a section of storage.cfg
-# checked against the plugin's options. A plugin has to have its own of each other method.
+# What a storage plugin derives from, outside of Proxmox VE: registration, a section of storage.cfg
+# checked against the plugin's options, and where archives are. A plugin has to have its own of each other method.
 
 use v5.36;
 
@@ -30,6 +30,22 @@ sub parse_config ($class, $filename, $raw) {
     }
     $_->{content} = { map { $_ => 1 } split(m/,/, $_->{content} // '') } for values %storages;
     return { ids => \%storages };
+}
+
+sub parse_volname ($class, $volname) {
+    my ($name) = $volname =~ m!\Abackup/(.+)\z!s or die "no archive '$volname'\n";
+    return ('backup', $name);
+}
+
+sub get_subdir ($class, $scfg, $vtype) {
+    die "storage definition has no path\n" if !$scfg->{path};
+    return "$scfg->{path}/" . ($scfg->{'content-dirs'}{$vtype} // 'dump');
+}
+
+sub filesystem_path ($class, $scfg, $volname, @) {
+    my ($vtype, $name, $vmid) = $class->parse_volname($volname);
+    my $path = $class->get_subdir($scfg, $vtype) . "/$name";
+    return wantarray ? ($path, $vmid, $vtype) : $path;
 }
 
 sub new_backup_provider ($class, @) {

@@ -1,10 +1,13 @@
 package PVE::Storage;
 
-# What a storage plugin finds of Proxmox VE's PVE::Storage, for tests outside of it.
+# What a storage plugin finds of PVE::Storage, outside of Proxmox VE.
 
 use v5.36;
 
+use PVE::Storage::Plugin;
+
 sub APIVER () { return 15 }
+sub APIAGE () { return 6 }
 
 # Marks all but the last so many as to be removed.
 sub prune_mark_backup_group ($group, $keep) {

@@ -1,0 +1,189 @@
+#!/usr/bin/perl
+
+# What VZDump has of it on a Proxmox host: archive_external and cleanup for a disk of 2 GiB, by the monitor's
+# socket and by a code ref that opens a connection for each QMP command, decoded by JSON::PP and, where
+# installed, JSON::XS. Beside today's commands and programs, each by such a connection, with its sleeps and
+# without. The QEMU is that of PBA_QEMU if it has Proxmox' commands, else the front, whose share of the time
+# is the same for all.
+#
+#   - an increment of 4 MiB and a full backup, read by PVE::BackupAccess::Volume by mechanism nbd, by plain
+#     sysread of 4 MiB by file-handle; of the latter the part that backup_vm reads
+#   - from freeze to thaw; QMP commands, which are a number
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib", "$FindBin::Bin/../t/lib";
+
+BEGIN { $ENV{TMPDIR} = '/dev/shm' }
+
+use File::Temp ();
+
+use PBA::Bench;
+use PBA::Bench::Image;
+use PBA::Bench::MonCmd;
+use PBA::Bench::ProxmoxMade;
+use PBA::Bench::QemuServer;
+use PBA::Test::Backend;
+use PBA::Test::Provider;
+
+my $mib = 1 << 20;
+
+my $bench = PBA::Bench->new('vzdump', \@ARGV, 'size=i' => '[--size BYTES]');
+my $size = $bench->option('size', 2 << 30);
+my $dir = File::Temp->newdir('pba-bench-XXXXXXXX', TMPDIR => 1);
+my $image = PBA::Bench::Image::write_raw("$dir/disk.raw", $size, full => 1);
+my $backend = PBA::Test::Backend->start(
+    name => 'pve',
+    guest => 0,
+    memory => 32,
+    disks => [{ id => 'scsi0', file => $image, bus => 'scsi', shape => 'drive' }],
+);
+my $device = $backend->device('scsi0');
+my @decoders = PBA::Bench::MonCmd->decoders;
+
+# ---- the sides: each is given a code ref, mode and mechanism, and returns bytes, and times ----
+
+# What a provider does with a volume.
+sub backup_vm ($seen, $mechanism, $volume) {
+    my $began = PBA::Bench::now();
+    if ($mechanism eq 'nbd') {
+        my $reader = PVE::BackupAccess::Volume->open($device, $volume);
+        $seen->{bytes} = $reader->copy(to => sub (@) { })->{'bytes-read'};
+        $reader->close;
+    }
+    else {
+        my %plain = (handle => $volume->{'file-handle'});
+        $plain{next_dirty_region} = $volume->{'next-dirty-region'};
+        $seen->{bytes} = PBA::Bench::QemuServer::copy(\%plain);
+        $seen->{reads} = PBA::Bench::now() - $began;
+    }
+    return;
+}
+
+sub frozen_hooks ($seen) {
+    my $began;
+    return (
+        freeze => sub { $began = PBA::Bench::now() },
+        thaw => sub { $seen->{frozen} = PBA::Bench::now() - $began },
+    );
+}
+
+sub one_object ($qmp, $mode, $mechanism, $name) {
+    my $seen = {};
+    my $provider = PBA::Test::Provider->new(mechanism => $mechanism, mode => $mode);
+    $provider->{on}{backup_vm} = sub ($, $vmid, $config, $volumes, $info) {
+        backup_vm($seen, $mechanism, $volumes->{$device});
+    };
+    PVE::BackupAccess->recover(qmp => $qmp);
+    $backend->task($provider, qmp => $qmp, 'target-id' => $name, frozen_hooks($seen))->run;
+    return $seen;
+}
+
+sub call_by_call ($qmp, $mode, $mechanism, $name) {
+    my $seen = {};
+    PVE::BackupAccess->recover(qmp => $qmp);
+    my $access = $backend->access(qmp => $qmp, 'target-id' => $name, log => sub { });
+    $access->sizes($device);
+    my $infos
+        = $access->setup([{ device => $device, 'bitmap-mode' => $mode }], frozen_hooks($seen));
+    $access->bitmap_state($infos->[0]);
+    backup_vm($seen, $mechanism, $access->volumes($mechanism)->{$device});
+    $access->teardown(1);
+    return $seen;
+}
+
+sub todays ($qmp, $mode, $mechanism, $name, $sleeps) {
+    my $seen = {};
+    my $access = PBA::Bench::ProxmoxMade->new(
+        execute => $qmp,
+        disks => [$backend->vm->disk('scsi0')],
+        dir => "$dir",
+        target => $name,
+        froze => sub ($seconds) { $seen->{frozen} = $seconds },
+    );
+    if ($mechanism eq 'nbd') {
+        $access->setup(mode => $mode);
+        $access->export;
+        backup_vm($seen, $mechanism, $access->volume(0));
+        $access->teardown;
+        return $seen;
+    }
+    my $task = PBA::Bench::QemuServer->new(
+        access => $access,
+        disks => [$backend->vm->disk('scsi0')],
+        dir => "$dir",
+        sleeps => $sleeps,
+    );
+    my $volume = $task->setup(incremental => 1, mode => $mode)->{scsi0};
+    backup_vm(
+        $seen,
+        $mechanism,
+        {
+            'file-handle' => $volume->{handle},
+            'next-dirty-region' => $volume->{next_dirty_region},
+        }
+    );
+    undef($volume);
+    $task->teardown;
+    return $seen;
+}
+
+# ---- the cases ----
+
+my %forms = ('one object' => \&one_object, 'call by call' => \&call_by_call);
+
+sub write_increment () {
+    state $round = 0;
+    my $byte = ++$round % 255 + 1;
+    $backend->vm->qemu_io('scsi0', "write -P $byte 8M 4M");
+    return;
+}
+
+# One that is run as PBA::Bench wants it. Today's has no socket.
+sub side ($code, $way, $mode, $mechanism, @more) {
+    my $name = join(' ', 'bench', $more[0], $mechanism, $way);
+    my $is_socket = $way eq 'socket' && $code != \&todays;
+    my ($json) = grep { $way eq 'socket' || $way eq $_ } reverse(@decoders);
+    my $run = sub ($) {
+        my $mon_cmd = PBA::Bench::MonCmd->new(path => $backend->qmp_path, json => $json);
+        my $qmp = $is_socket ? $backend->qmp_path : $mon_cmd->code;
+        my $began = PBA::Bench::now();
+        my $seen = $code->($qmp, $mode, $mechanism, $name, @more[1 .. $#more]);
+        my %times = ('all' => PBA::Bench::now() - $began);
+        $times{$_} = $seen->{$_} for grep { defined($seen->{$_}) } qw(frozen reads);
+        $times{'QMP commands'} = $mon_cmd->count if !$is_socket;
+        return { counts => { bytes => $seen->{bytes} }, times => \%times };
+    };
+    $run->(undef) if $mode eq 'use';    # the first one is full
+    return { before => $mode eq 'use' ? \&write_increment : sub { }, run => $run };
+}
+
+sub measure ($form, $way, $kind, $mechanism) {
+    my $case = "$form, $way, $mechanism, $kind";
+    return if !$bench->wants($case);
+    my $mode = $kind eq 'full' ? 'new' : 'use';
+    my @sleeps = $mechanism eq 'nbd' ? 0 : (1, 0);
+    my @peers = map {
+        my $name = $_ || $mechanism eq 'nbd' ? "today's" : "today's, no sleeps";
+        { name => $name, side(\&todays, $way, $mode, $mechanism, "today $_", $_)->%* }
+    } @sleeps;
+    my $ours = side($forms{$form}, $way, $mode, $mechanism, $form);
+    $bench->compare(case => $case, ours => $ours, peer => \@peers);
+    for my $node (sort keys $backend->vm->bitmaps->%*) {
+        my $bitmaps = $backend->vm->bitmaps->{$node};
+        $backend->vm->qmp('block-dirty-bitmap-remove', node => $node, name => $_)
+            for sort keys $bitmaps->%*;
+    }
+    return;
+}
+
+require PVE::BackupAccess::Task;
+for my $way ('socket', @decoders) {
+    for my $mechanism (qw(nbd file-handle)) {
+        for my $kind ('increment of 4 MiB', 'full') {
+            measure($_, $way, $kind, $mechanism) for reverse sort keys %forms;
+        }
+    }
+}
+$bench->finish;
