@@ -7,7 +7,7 @@
 # is the same for all.
 #
 #   - an increment of 4 MiB and a full backup, read by PVE::BackupAccess::Volume by mechanism nbd, by plain
-#     sysread of 4 MiB by file-handle; of the latter the part that backup_vm reads
+#     sysread of 4 MiB by file-handle; of that the part that backup_vm reads
 #   - from freeze to thaw; QMP commands, which are a number
 
 use v5.36;
@@ -56,8 +56,8 @@ sub backup_vm ($seen, $mechanism, $volume) {
         my %plain = (handle => $volume->{'file-handle'});
         $plain{next_dirty_region} = $volume->{'next-dirty-region'};
         $seen->{bytes} = PBA::Bench::QemuServer::copy(\%plain);
-        $seen->{reads} = PBA::Bench::now() - $began;
     }
+    $seen->{reads} = PBA::Bench::now() - $began;
     return;
 }
 

@@ -183,8 +183,8 @@ sub check_form ($form, $mechanism) {
         my $is_today = $form eq 'today';
         is(
             sent_frozen($made),
-            ($is_today ? '' : 'query-block ') . 'backup-access-setup',
-            "$what: what is sent while it is frozen"
+            $is_today ? 'backup-access-setup' : '',
+            "$what: what qemu-server sends while it is frozen"
         );
         my %seen = (
             calls => $made->{calls},
