@@ -37,14 +37,9 @@ subtest 'arguments' => sub {
         'a directory that is missing'
     );
     fails(sub () { $provider->backup_init('../x', 'qemu', 1) }, qr/vmid must be/, 'vmid');
-    fails(sub () { $provider->backup_init(100, 'lxc', 1) }, qr/'lxc' are not supp/, 'containers');
     fails(sub () { $provider->backup_vm(100, '', {}, {}) }, qr/backup_init was not/, 'no init');
     fails(sub () { $provider->verify('vm/100/../x') }, qr/is not the name of an archive/, 'name');
 
-    for my $method (qw(backup_container backup_container_prepare restore_container_init)) {
-        fails(sub () { $provider->$method(100) }, qr/containers are not/, $method);
-    }
-    is($provider->backup_get_mechanism(100, 'lxc'), undef, 'no mechanism for containers');
     is_deeply($provider->backup_cleanup(100, undef, 0, {}), { stats => {} }, 'cleanup alone');
     is_deeply($provider->list, [], 'no archives');
     open(my $file, '>', "$store/vm") or die "$store/vm: $!\n";

@@ -9,6 +9,7 @@ use lib "$FindBin::Bin/../examples/pve-storage-plugin";
 use Test::More;
 
 use PBA::Test::BitmapDisk;
+use PBA::Test::Container;
 use PBA::Test::QemuNbd;
 use PVE::BackupAccess::PluginBase;
 use PVE::Storage;
@@ -140,6 +141,34 @@ subtest 'what is there' => sub {
 subtest 'restore' => sub {
     plan(skip_all => 'no /dev/fuse') if !-e '/dev/fuse';
     ok(restored($_) eq $content{$_}, "$_ is what the disk was") for @backups[0, 2, 3];
+};
+
+# Of the same number: each has its own retention, and Proxmox VE says which one it means.
+subtest 'a container' => sub {
+    plan(skip_all => 'needs zstd') if system('zstd --version >/dev/null 2>&1') != 0;
+    my $container = PBA::Test::Container->new(vmid => $vmid, store => $scfg->{path})->fill;
+    my $log = sub (@) { };
+    $container->{provider} = $plugin->new_backup_provider($scfg, $storeid, $log);
+    my (@names, @removed);
+    for (1 .. 3) {
+        my $then = sub ($name) {
+            push(@names, "backup/$name");
+            $plugin->update_volume_attribute($scfg, $storeid, $names[-1], 'notes', 'a container');
+            my @args = ($scfg, $storeid, { 'keep-last' => 2 }, $vmid);
+            my $pruned = $plugin->prune_backups(@args, 'lxc', 0, $log);
+            push(@removed, map { $_->{volid} } grep { $_->{mark} eq 'remove' } $pruned->@*);
+        };
+        $container->backup(then => $then) // diag($container->error);
+    }
+    is_deeply(\@removed, ["nightly:$names[0]"], 'pruned');
+    my $volumes = $plugin->list_volumes($storeid, $scfg, $vmid, ['backup']);
+    my @containers = grep { $_->{subtype} eq 'lxc' } $volumes->@*;
+    is_deeply([map { $_->{volid} } @containers], [map { "nightly:$_" } @names[1, 2]], 'listed');
+    is($containers[0]{notes}, 'a container', 'notes');
+    is(scalar($volumes->@*), 5, 'beside the virtual machine');
+    ok(-f $plugin->path($scfg, $names[2], $storeid) . '/root.tar.zst', 'a path');
+    is_deeply([$container->provider->restore_get_mechanism($names[2])], [qw(tar lxc)], 'restore');
+    $plugin->free_image($storeid, $scfg, $_, 0)->() for @names[1, 2];
 };
 
 subtest 'removal' => sub {

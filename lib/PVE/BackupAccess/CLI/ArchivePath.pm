@@ -32,22 +32,25 @@ sub provider_for ($directory, $opt = {}) {
 # A directory as it goes before a slash.
 sub without_slash ($path) { return $path =~ s!(?<=.)/+\z!!r }
 
+my sub is_store ($directory) { return -d "$directory/vm" || -d "$directory/ct" }
+
 # (directory, guest) of a path to a guest.
 my sub split_guest ($path) {
     my ($directory, $guest) = without_slash($path) =~ m!\A(?:(.*)/)?([^/]+)\z!s or return;
     $directory //= '.';
     $directory = '/' if $directory eq '';
-    $directory =~ s!(?:\A|/)vm\z!! if $guest =~ m/\A[0-9]+\z/ && !-d "$directory/vm";
+    $directory =~ s!(?:\A|/)(?:vm|ct)\z!! if $guest =~ m/\A[0-9]+\z/ && !is_store($directory);
     return ($directory eq '' ? '.' : $directory, $guest);
 }
 
 # (directory, name) of the latest archive of the guest at that path; nothing if there is no such guest.
 my sub find_latest ($path) {
     my ($directory, $guest) = split_guest($path);
-    return if !defined($guest) || !-d "$directory/vm";
+    return if !defined($guest) || !is_store($directory);
     my $vmid = $guest =~ m/\A[1-9][0-9]{0,8}\z/ ? $guest : number_of($directory, $guest);
-    return if !defined($vmid) || !-d "$directory/vm/$vmid";
-    my ($latest) = reverse(provider_for($directory)->list($vmid)->@*);
+    return if !defined($vmid) || !grep { -d "$directory/$_/$vmid" } qw(vm ct);
+    my ($latest)
+        = sort { $b->{time} <=> $a->{time} } provider_for($directory)->list($vmid)->@*;
     die "guest $guest has no archive in $directory\n" if !$latest;
     return ($directory, $latest->{volname});
 }
@@ -55,7 +58,7 @@ my sub find_latest ($path) {
 # (directory, name) of the archive at that path; nothing if it cannot be that of an archive.
 sub find_archive ($path) {
     my $is_latest = $path =~ s!/latest/*\z!!;
-    my ($directory, $volname) = $path =~ m!\A(?:(.*)/)?(vm/[0-9]+/[^/]+)/*\z!s;
+    my ($directory, $volname) = $path =~ m!\A(?:(.*)/)?((?:vm|ct)/[0-9]+/[^/]+)/*\z!s;
     return find_latest($path) if $is_latest || !defined($volname);
     return (defined($directory) ? $directory eq '' ? '/' : $directory : '.', $volname);
 }

@@ -25,7 +25,7 @@ my sub print_archive ($directory, $entry) {
         return;
     }
     my $time = POSIX::strftime('%Y-%m-%d %H:%M:%S', localtime($entry->{time}));
-    my $name = name_of($directory, $entry->{vmid});
+    my $name = $entry->{type} eq 'qemu' ? name_of($directory, $entry->{vmid}) : undef;
     say_out("$path  $time  " . bytes($entry->{size}) . (defined($name) ? "  $name" : ''));
     my $devices = $entry->{devices};
     my $width = max(map { length } keys $devices->%*);

@@ -2,7 +2,7 @@ package PVE::BackupAccess::Provider::Qcow2Chain;
 
 use v5.36;
 
-use List::Util qw(max);
+use List::Util qw(max uniq);
 use POSIX ();
 use Time::Local ();
 
@@ -12,11 +12,14 @@ use PVE::BackupAccess::Notes;
 use PVE::BackupAccess::PluginBase;
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 use PVE::BackupAccess::File qw(entries make_directory read_file replace_file);
+use PVE::BackupAccess::Provider::Qcow2Chain::Container;
 use PVE::BackupAccess::Provider::Qcow2Chain::Guest;
-use PVE::BackupAccess::Provider::Qcow2Chain::Prune qw(remove_archives retention_of);
+use PVE::BackupAccess::Provider::Qcow2Chain::List qw(list_guest);
+use PVE::BackupAccess::Provider::Qcow2Chain::Prune qw(prune_guest retention_of);
 use PVE::BackupAccess::Provider::Qcow2Chain::RawFile;
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use PVE::BackupAccess::Provider::Qcow2Chain::Store qw(mode_of store_device);
+use PVE::BackupAccess::Provider::Qcow2Chain::Tree qw(mechanism_of);
 use PVE::BackupAccess::Provider::Qcow2Chain::Verify qw(digests_of problems_of unproven_of);
 use PVE::BackupAccess::Retention qw(check_keep);
 use PVE::BackupAccess::Try qw(attempt);
@@ -24,9 +27,15 @@ use PVE::BackupAccess::Try qw(attempt);
 use parent qw(PVE::BackupProvider::Plugin::Base);
 
 my $Archive = 'PVE::BackupAccess::Provider::Qcow2Chain::Archive';
+my $Container = 'PVE::BackupAccess::Provider::Qcow2Chain::Container';
 my $Guest = 'PVE::BackupAccess::Provider::Qcow2Chain::Guest';
 my $RawFile = 'PVE::BackupAccess::Provider::Qcow2Chain::RawFile';
 my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
+
+my $Tree = 'PVE::BackupAccess::Provider::Qcow2Chain::Tree';
+
+# Where archives of each type of guest are.
+my %directories = (qemu => 'vm', lxc => 'ct');
 
 my $guest_config = 'guest.conf';
 my $firewall_config = 'firewall.conf';
@@ -101,23 +110,25 @@ sub audit_every ($self, $count) {
 
 sub audit_findings ($self) { return [($self->{findings} // [])->@*] }
 
-sub _guest ($self, $vmid) {
-    return $Guest->new("$self->{path}/vm/$vmid", $self->{wait});
+# By its directory in the store, such as vm/100.
+sub _guest ($self, $place) {
+    return $Guest->new("$self->{path}/$place", $self->{wait});
 }
 
-# (vmid, name) of 'vm/100/20261122T064953Z', which Proxmox VE puts a 'backup/' before.
+# (vm/100, name) of 'vm/100/20261122T064953Z', which Proxmox VE puts a 'backup/' before.
 sub _parse ($self, $volname) {
     my $pattern = $Archive->name_pattern;
-    my ($vmid, $name) = ($volname // '') =~ m!\A(?:backup/)?vm/([1-9][0-9]{0,8})/$pattern\z!
+    my ($place, $name)
+        = ($volname // '') =~ m!\A(?:backup/)?((?:vm|ct)/[1-9][0-9]{0,8})/$pattern\z!
         or bad_argument("'"
             . ($volname // '')
             . "' is not the name of an archive, such as vm/100/20261122T064953Z");
-    return ($vmid, $name);
+    return ($place, $name);
 }
 
 sub _archive ($self, $volname) {
-    my ($vmid, $name) = $self->_parse($volname);
-    my $guest = $self->_guest($vmid);
+    my ($place, $name) = $self->_parse($volname);
+    my $guest = $self->_guest($place);
     fail('ArchiveError', "there is no archive $volname in $self->{path}")
         if !$Archive->exists($guest->dir, $name);
     return $guest->archive($name);
@@ -143,8 +154,10 @@ my sub time_of ($name) {
 
 sub backup_init ($self, $vmid, $vmtype, $start_time) {
     $vmid = checked_vmid($vmid);
-    fail('UnsupportedError', "guests of type '$vmtype' are not supported") if $vmtype ne 'qemu';
-    my $guest = $self->_guest($vmid);
+    my $directory = $directories{$vmtype}
+        // fail('UnsupportedError', "guests of type '$vmtype' are not supported");
+    my $place = "$directory/$vmid";
+    my $guest = $self->_guest($place);
     make_directory($guest->dir);
     my $lock = $guest->change_lock;
     $self->_clean($guest);
@@ -154,12 +167,13 @@ sub backup_init ($self, $vmid, $vmtype, $start_time) {
     my $name = name_of(max(int($start_time), defined($newest) ? time_of($newest) + 1 : 0));
     $self->{task} = {
         vmid => $vmid,
+        place => $place,
         guest => $guest,
         lock => $lock,
         name => $name,
         time => int($start_time)
     };
-    return { 'archive-name' => "vm/$vmid/$name" };
+    return { 'archive-name' => "$place/$name" };
 }
 
 sub _clean ($self, $guest) {
@@ -175,7 +189,7 @@ sub _task ($self, $vmid) {
 }
 
 sub backup_get_mechanism ($self, $vmid, $vmtype) {
-    return $vmtype eq 'qemu' ? 'nbd' : undef;
+    return { qemu => 'nbd', lxc => 'directory' }->{$vmtype};
 }
 
 sub backup_vm_query_incremental ($self, $vmid, $volumes) {
@@ -202,17 +216,8 @@ sub _notes ($self, $vmid) {
 
 sub backup_vm ($self, $vmid, $guest_config_text, $volumes, $info) {
     my $task = $self->_task($vmid);
-    my $archive = $task->{archive} = $Archive->begin(
-        $task->{guest}->dir, $task->{name},
-        vmid => $vmid,
-        time => $task->{time},
-        storage => $self->{storeid},
-        defined($info->{'backup-id'}) ? (id => $info->{'backup-id'}) : (),
-        defined($info->{'guest-uuid'}) ? (guest => $info->{'guest-uuid'}) : (),
-    );
-    my $firewall = $info->{'firewall-config'};
+    my $archive = $self->_begin($task, $info);
     $archive->add_file($guest_config, $guest_config_text);
-    $archive->add_file($firewall_config, $firewall) if defined($firewall);
     $self->{findings} = [];
     for my $device (sort keys $volumes->%*) {
         $self->_store($task, $device, $volumes->{$device}, $info);
@@ -224,6 +229,19 @@ sub backup_vm ($self, $vmid, $guest_config_text, $volumes, $info) {
     # Proxmox VE prunes before it calls backup_cleanup.
     delete($task->{lock});
     return;
+}
+
+sub _begin ($self, $task, $info) {
+    my $archive = $task->{archive} = $Archive->begin(
+        $task->{guest}->dir, $task->{name},
+        $task->%{qw(vmid time)},
+        storage => $self->{storeid},
+        defined($info->{'backup-id'}) ? (id => $info->{'backup-id'}) : (),
+        defined($info->{'guest-uuid'}) ? (guest => $info->{'guest-uuid'}) : (),
+    );
+    my $firewall = $info->{'firewall-config'};
+    $archive->add_file($firewall_config, $firewall) if defined($firewall);
+    return $archive;
 }
 
 sub _store ($self, $task, $device, $volume, $info) {
@@ -253,14 +271,18 @@ sub _copy_options ($self, $device, $info) {
 
 sub backup_cleanup ($self, $vmid, $vmtype, $success, $info) {
     my $task = delete($self->{task}) // return { stats => {} };
-    my ($guest, $name, $archive) = $task->@{qw(guest name archive)};
+    my ($guest, $name, $archive, $container) = $task->@{qw(guest name archive container)};
+    if ($container) {
+        $container->end($success);
+        $task->{published} = $Archive->exists($guest->dir, $name);
+    }
     if (!$task->{published}) {
-        $guest->discard($archive->entry) if $archive;
+        $container ? $self->_settle($guest) : $archive ? $guest->discard($archive->entry) : ();
         return { stats => {} };
     }
 
     # Bitmaps may have begun anew with it; if not, they have more than what changed since.
-    $self->{log}->('warn', "vm/$vmid/$name is complete and stays, whatever failed after it")
+    $self->{log}->('warn', "$task->{place}/$name is complete and stays, whatever failed after it")
         if !$success;
     $self->{last} = $guest->archive($name);
     return { stats => { 'archive-size' => $self->{last}->file_size } };
@@ -273,18 +295,36 @@ sub backup_handle_log_file ($self, $vmid, $filename) {
     return;
 }
 
-my sub no_containers () {
-    fail('UnsupportedError', 'containers are not supported');
+# The keeper has the lock from here on: Proxmox VE prunes before it calls backup_cleanup.
+sub backup_container_prepare ($self, $vmid, $info) {
+    my $task = $self->_task($vmid);
+    my ($guest, $archive) = ($task->{guest}, $self->_begin($task, $info));
+    $task->{container} = $Container->start(
+        $archive,
+        config => $guest_config,
+        limit => $info->{'bandwidth-limit'},
+        check => !$self->{'no-check'},
+        publish => sub () { $guest->publish($archive) },
+        discard => sub () { $guest->discard($archive->entry) },
+        unlock => sub () { delete($task->{lock}) },
+    );
+    delete($task->{lock});
+    return;
 }
 
-sub backup_container_prepare ($self, @) { no_containers() }
-sub backup_container ($self, @) { no_containers() }
+sub backup_container ($self, $vmid, $guest_config_text, $exclude_patterns, $info) {
+    my $container = $self->_task($vmid)->{container}
+        // fail('StateError', "backup_container_prepare was not called for guest $vmid");
+    $container->feed($guest_config_text, $exclude_patterns // [], $info, $self->{log});
+    return;
+}
 
 # ---- restore ----
 
 sub restore_get_mechanism ($self, $volname, @) {
-    $self->_archive($volname);
-    return ('qemu-img', 'qemu');
+    my $archive = $self->_archive($volname);
+    return ('qemu-img', 'qemu') if !$archive->container;
+    return (mechanism_of($archive), 'lxc');
 }
 
 # Where Proxmox VE shows a backup's configuration, it gives the storage's name as well.
@@ -305,15 +345,19 @@ sub _settle ($self, $guest) {
 }
 
 sub restore_vm_init ($self, $volname, @) {
-    my ($vmid) = $self->_parse($volname);
-    $self->_settle($self->_guest($vmid));
+    my ($place) = $self->_parse($volname);
+    $self->_settle($self->_guest($place));
     my $archive = $self->_archive($volname);
+    fail('ArchiveError',
+        "$volname is of a container: restore it with pct, or by tar from "
+            . $archive->container_path)
+        if $archive->container;
     return { map { $_ => { size => $archive->device($_)->{size} } } $archive->devices };
 }
 
 sub restore_vm_volume_init ($self, $volname, $device, $info) {
-    my ($vmid, $name) = $self->_parse($volname);
-    my $guest = $self->_guest($vmid);
+    my ($place, $name) = $self->_parse($volname);
+    my $guest = $self->_guest($place);
     my $reading = $guest->read_lock;
     my $problem = $guest->headers_problem($device, $guest->chain($name, $device));
     fail(
@@ -350,67 +394,52 @@ sub restore_vm_cleanup ($self, $volname, @) {
     return;
 }
 
-sub restore_container_init ($self, @) { no_containers() }
-sub restore_container_cleanup ($self, @) { no_containers() }
+sub restore_container_init ($self, $volname, @) {
+    my ($place) = $self->_parse($volname);
+    my $reading = $self->_guest($place)->read_lock;
+    my $archive = $self->_archive($volname);
+    fail('ArchiveError', "$volname is of a virtual machine") if !$archive->container;
+    my $tree = $Tree->new($archive);
+    $self->{'container restores'}{$volname} = { tree => $tree, reading => $reading };
+    return { $tree->mechanism eq 'tar' ? 'tar-path' : 'archive-directory' => $tree->path };
+}
+
+sub restore_container_cleanup ($self, $volname, @) {
+    delete($self->{'container restores'}{$volname});
+    return;
+}
 
 # ---- looking after the archives ----
 
 sub list ($self, $vmid = undef) {
     my @vmids = defined($vmid) ? checked_vmid($vmid) : $self->_vmids;
-    return [map { $self->_list_guest($_) } @vmids];
+    return [map { list_guest($self->_guest($_), $_, \&time_of) } map { _places($_) } @vmids];
 }
 
 sub _vmids ($self) {
-    my @entries = entries("$self->{path}/vm");
-    return sort { $a <=> $b } map { m/\A([1-9][0-9]{0,8})\z/ ? $1 : () } @entries;
+    my @entries = map { entries("$self->{path}/$_") } values %directories;
+    return sort { $a <=> $b } uniq(map { m/\A([1-9][0-9]{0,8})\z/ ? $1 : () } @entries);
 }
 
-sub _list_guest ($self, $vmid) {
-    my $guest = $self->_guest($vmid);
-    my @list;
-    for my $name ($guest->names) {
-        my $entry = { volname => "vm/$vmid/$name", vmid => 0 + $vmid, time => time_of($name) };
-        $entry->{protected} = 1 if $guest->is_protected($name);
-        my $archive;
-        my $error = attempt { $archive = $guest->archive($name) };
-        $entry->{problem} = reason($error) if $error;
-        $entry->@{qw(size devices)} = ($archive->file_size, _list_devices($archive)) if $archive;
-        $entry->{guest} = $archive->guest if $archive && defined($archive->guest);
-        push(@list, $entry);
-    }
-    return @list;
-}
-
-sub _list_devices ($archive) {
-    my %devices;
-    for my $device ($archive->devices) {
-        my $about = $archive->device($device);
-        $devices{$device} = {
-            size => $about->{size},
-            'bitmap-mode' => $about->{'bitmap-mode'},
-            'image-size' => $archive->file_size($device),
-            defined($about->{parent}) ? (parent => $about->{parent}) : (),
-        };
-    }
-    return \%devices;
-}
+# A number may have been a container's and a virtual machine's, one after another.
+sub _places ($vmid) { return ("vm/$vmid", "ct/$vmid") }
 
 sub verify ($self, $volname, $seen = {}) {
-    my ($vmid, $name) = $self->_parse($volname);
-    my $guest = $self->_guest($vmid);
+    my ($place, $name) = $self->_parse($volname);
+    my $guest = $self->_guest($place);
     $self->_settle($guest);
     my $reading = $guest->read_lock;
     return [problems_of($guest, $name, $seen)];
 }
 
 sub unproven ($self, $volname) {
-    my ($vmid, $name) = $self->_parse($volname);
-    return [unproven_of($self->_guest($vmid), $name)];
+    my ($place, $name) = $self->_parse($volname);
+    return [unproven_of($self->_guest($place), $name)];
 }
 
 sub digests ($self, $volname, $device) {
-    my ($vmid, $name) = $self->_parse($volname);
-    return [digests_of($self->_guest($vmid), $name, $device)];
+    my ($place, $name) = $self->_parse($volname);
+    return [digests_of($self->_guest($place), $name, $device)];
 }
 
 # { 'keep-last' => 7, ... }, or the number of it alone.
@@ -424,36 +453,31 @@ sub retention ($self, $vmid, $keep) {
     $vmid = checked_vmid($vmid);
     $keep = rules($keep);
     check_keep($keep);
-    my @archives = retention_of($self->_guest($vmid), $keep, \&time_of);
-    return [map { { volname => "vm/$vmid/$_->{name}", $_->%{qw(time mark problems)} } } @archives];
+    return [map { $self->_retention($_, $keep) } _places($vmid)];
+}
+
+sub _retention ($self, $place, $keep) {
+    my @archives = retention_of($self->_guest($place), $keep, \&time_of);
+    return map { { volname => "$place/$_->{name}", $_->%{qw(time mark problems)} } } @archives;
 }
 
 sub prune ($self, $vmid, $keep) {
     $vmid = checked_vmid($vmid);
-    my $guest = $self->_guest($vmid);
-    my $lock = -d $guest->dir ? $guest->change_lock : undef;
-    $self->_clean($guest) if $lock;
-    my @archives = $self->retention($vmid, $keep)->@*;
-    for my $archive (grep { $_->{mark} eq 'broken' } @archives) {
-        $self->{log}->(
-            'warn',
-            "$archive->{volname} stays, though it cannot be restored, since no newer one replaces it"
-                . " - $archive->{problems}[0]"
-        );
-    }
-    my @names = map { $_->{volname} =~ s!.*/!!r } grep { $_->{mark} eq 'remove' } @archives;
-    $self->{log}->('info', "removing vm/$vmid/$_") for @names;
-    my $alone = @names ? $guest->removal_lock : undef;
-    my ($removed, $problems) = remove_archives($guest, @names);
-    fail('ArchiveError',
-        join('; ', map { "cannot remove vm/$vmid/$_ - $problems->{$_}" } sort keys $problems->%*))
-        if $problems->%*;
-    return [map { "vm/$vmid/$_" } $removed->@*];
+    $keep = rules($keep);
+    check_keep($keep);
+    return [map { $self->_prune($_, $keep) } _places($vmid)];
+}
+
+sub _prune ($self, $place, $keep) {
+    my $guest = $self->_guest($place);
+    my $lock = -d $guest->dir ? $guest->change_lock : return;
+    $self->_clean($guest);
+    return prune_guest($guest, $place, $self->{log}, $self->_retention($place, $keep));
 }
 
 sub remove ($self, $volname) {
-    my ($vmid, $name) = $self->_parse($volname);
-    my $guest = $self->_guest($vmid);
+    my ($place, $name) = $self->_parse($volname);
+    my $guest = $self->_guest($place);
     fail('ArchiveError', "there is no archive $volname") if !-d $guest->dir;
     my $lock = $guest->change_lock;
     $self->_clean($guest);
@@ -472,7 +496,7 @@ __END__
 
 =head1 NAME
 
-PVE::BackupAccess::Provider::Qcow2Chain - backups as chains of qcow2 images in a directory
+PVE::BackupAccess::Provider::Qcow2Chain - backups as chains of qcow2 images in a directory, containers as tars
 
 =head1 SYNOPSIS
 
@@ -503,9 +527,19 @@ A full backup of a device is an image of its own; an incremental one has the ima
 before as its backing file. The names in there are relative: the directory can be moved. Any archive
 can be looked at with QEMU's own tools alone.
 
+A container's archive is a full one, with all of its tree, and can be extracted by tar alone:
+
+    ct/101/20261122T064953Z/manifest.json
+                            guest.conf, firewall.conf
+                            root.tar.zst
+
+It needs C<tar> and C<zstd>, has owners as the container sees them, access control lists, the extended
+attributes C<user.*> and C<security.capability>, hard links, device nodes and holes, and the manifest has the SHA-256 of
+the tar before it was compressed.
+
 An archive is complete or not there: it is written under another name, flushed, and renamed at the
-end of L</backup_vm>; so what a bitmap no longer says is on disk when the bitmap is cleared. The manifest
-has the size, bitmap mode and parent of each device, and the SHA-256 of each file but the images.
+end of L</backup_vm> or L</backup_container>; so what a bitmap no longer says is on disk when the bitmap is cleared. The manifest
+has the size, bitmap mode and parent of each device, and the SHA-256 of each file but the images and the tar.
 
 What an image holds is proven by the digests of all blocks that were read from the guest for it, which were taken on the way
 (see L<PVE::BackupAccess::Volume/FILES OF DIGESTS>). A merge joins digests and computes none, so that what is damaged
@@ -567,12 +601,12 @@ C<Qcow2Chain>.
 =head2 backup_init
 
 Locks the guest's directory until the archive is there, or until L</backup_cleanup>, takes away what a
-killed backup left, and names the archive: C<vm/100/20261122T064953Z>, by the start time in UTC, or
-later than the last one there is.
+killed backup left, and names the archive: C<vm/100/20261122T064953Z>, for a container C<ct/100/20261122T064953Z>, by the
+start time in UTC, or later than the last one there is.
 
 =head2 backup_get_mechanism
 
-C<nbd> for virtual machines, undef for containers.
+C<nbd> for virtual machines, C<directory> for containers, undef for all else.
 
 =head2 backup_vm_query_incremental
 
@@ -594,9 +628,19 @@ Puts the log into the archive as F<backup.log>; the manifest does not have it.
 
 =head2 backup_container_prepare
 
+Starts a process that has the archive and the lock. So L</backup_container> may be called by a user who may not
+write to the directory.
+
 =head2 backup_container
 
-Die: containers are not supported.
+Has C<tar> write the C<sources> to that process, which compresses them. When it returns, the archive is
+complete and durable, and has been read back and compared with what was read, unless C<no-check> is set. When it dies, or
+is killed, or C<tar> ends with anything but 0, there is no archive.
+
+The patterns are C<tar>'s: one that begins with a slash is relative to the container's root, any other matches in each
+directory. C<*> matches slashes as well, C</**/> also matches a single slash, and a slash at the end leaves out what is in directories of
+that name. With a C<backup-user-id> other than 0, F<lost+found> is left out: the file system's own, which
+the container's root cannot read.
 
 =head2 restore_get_mechanism
 
@@ -619,9 +663,12 @@ last argument is the path of the NBD socket; by default it is in a private direc
 
 =head2 restore_container_init
 
-=head2 restore_container_cleanup
+C<tar-path> is the archive's tar. pve-container takes no tar of another storage that has less than 10 members or no F<sbin> in its
+root, such as the container of a single program: of one of those C<archive-directory> is a directory in F</var/tmp> (or
+C<$TMPDIR>) with the extracted tree, until L</restore_container_cleanup> or the end of this process. L</restore_get_mechanism> says which.
+What a killed process left of it goes when the next one is made.
 
-Die: containers are not supported.
+=head2 restore_container_cleanup
 
 =head1 OTHER METHODS
 
@@ -675,9 +722,10 @@ by that bitmap since the device was read in full, and C<text>, which says it all
     my $archives = $provider->list;
     my $archives = $provider->list($vmid);
 
-Returns an array ref of hashes, the oldest archive of a guest first: C<volname>, C<vmid>, C<time> (seconds
+Returns an array ref of hashes, the oldest archive of a guest first: C<volname>, C<vmid>, C<type> (C<qemu> or C<lxc>), C<time> (seconds
 since 1970), C<size> (of its own files) and C<devices>: for each device C<size>, C<bitmap-mode>,
-C<image-size>, and C<parent> if it is incremental. Of an archive whose manifest cannot be read there is
+C<image-size>, and C<parent> if it is incremental. A container has one that is called C<container>, with C<size> and
+C<image-size>. Of an archive whose manifest cannot be read there is
 C<problem>, a text, instead of the last two.
 
 =head2 verify
@@ -709,7 +757,7 @@ empty array ref for a chain of version 0.1. Dies if one of them is damaged.
 
     my $removed = $provider->prune($vmid, { 'keep-last' => 3, 'keep-daily' => 7, 'keep-weekly' => 4 });
 
-Removes those archives of a guest that no rule keeps. The rules are those of Proxmox VE (C<prune-backups>):
+Removes those archives of a guest that no rule keeps; of a virtual machine and a container that had the same number each for itself. The rules are those of Proxmox VE (C<prune-backups>):
 C<keep-last>, C<keep-hourly>, C<keep-daily>, C<keep-weekly>, C<keep-monthly>, C<keep-yearly>, each with a number, taken in
 this order; a period (in local time) of which an earlier rule keeps an archive does not count for a later one. A number
 in the hash ref's place is C<keep-last>. Each device's archives are counted for themselves, so that a

@@ -149,7 +149,7 @@ sub forget ($self, @names) {
 }
 
 sub names ($self) {
-    return map { $_->{volname} } $self->{provider}->list($vmid)->@*;
+    return grep { m{\Avm/} } map { $_->{volname} } $self->{provider}->list($vmid)->@*;
 }
 
 sub path_of ($self, $name, $file = undef) {

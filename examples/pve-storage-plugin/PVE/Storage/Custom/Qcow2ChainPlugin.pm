@@ -1,7 +1,7 @@
 package PVE::Storage::Custom::Qcow2ChainPlugin;
 
-# A storage of Proxmox VE that takes backups of virtual machines as chains of qcow2 images. What there is
-# to do is done by the backup provider; here are the parts that the storage layer asks for. Each takes
+# A storage of Proxmox VE that takes backups of virtual machines as chains of qcow2 images, and of containers
+# as compressed tars. What there is to do is done by the backup provider; here are the parts that the storage layer asks for. Each takes
 # more arguments than it knows (@): versions of the API have added some, and count that as compatible.
 
 use v5.36;
@@ -64,7 +64,7 @@ sub activate_storage ($class, $storeid, $scfg, @) {
 }
 
 sub parse_volname ($class, $volname, @) {
-    my ($name, $vmid) = $volname =~ m!\Abackup/(vm/([1-9][0-9]*)/[0-9]{8}T[0-9]{6}Z)\z!
+    my ($name, $vmid) = $volname =~ m!\Abackup/((?:vm|ct)/([1-9][0-9]*)/[0-9]{8}T[0-9]{6}Z)\z!
         or die "'$volname' is not a backup of this storage\n";
     return ('backup', $name, $vmid, undef, undef, undef, 'qcow2-chain');
 }
@@ -98,7 +98,7 @@ sub list_volumes ($class, $storeid, $scfg, $vmid, $content_types, @) {
                 volid => "$storeid:$volname",
                 content => 'backup',
                 format => 'qcow2-chain',
-                subtype => 'qemu',
+                subtype => $archive->{type},
                 vmid => $archive->{vmid},
                 ctime => $archive->{time},
                 size => $archive->{size} // 0,
@@ -132,12 +132,12 @@ sub free_image ($class, $storeid, $scfg, $volname, @) {
 sub prune_backups ($class, $scfg, $storeid, $keep, $vmid, $type, $dryrun, $log_function = undef, @)
 {
     $log_function //= sub ($level, $message) { print "$message\n" };
-    return [] if defined($type) && $type ne 'qemu';
     my (@entries, %of_guest);
     for my $volume ($class->list_volumes($storeid, $scfg, $vmid, ['backup'])->@*) {
-        my $entry = { type => 'qemu', map { $_ => $volume->{$_} } qw(volid vmid ctime) };
+        next if defined($type) && $type ne $volume->{subtype};
+        my $entry = { type => $volume->{subtype}, $volume->%{qw(volid vmid ctime)} };
         $entry->{mark} = 'protected' if $volume->{protected};
-        push($of_guest{ $volume->{vmid} }->@*, $entry);
+        push($of_guest{"$volume->{subtype} $volume->{vmid}"}->@*, $entry);
         push(@entries, $entry);
     }
     PVE::Storage::prune_mark_backup_group($_, $keep) for values %of_guest;

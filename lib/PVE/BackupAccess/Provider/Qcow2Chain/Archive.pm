@@ -13,6 +13,7 @@ use PVE::BackupAccess::Provider::Qcow2Chain::Digests qw(bytes_to_add merge_diges
 use PVE::BackupAccess::File
     qw(fingerprint make_directory move read_file replace_file sha256 sync write_file);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(create_image image_problem);
+use PVE::BackupAccess::Provider::Qcow2Chain::Tar qw(stream_problem);
 use PVE::BackupAccess::Try qw(attempt attempt_any);
 
 # With digests of what was read. The one before, 1, of version 0.1, has the SHA-256 of each image; a
@@ -22,6 +23,7 @@ my $digest_block = 65536;
 my $spare = 1 << 20;
 my $json = JSON::PP->new->utf8->canonical->pretty;
 
+my $tree = 'root.tar.zst';            # of a container
 my $manifest_name = 'manifest.json';
 my $removed_name = 'removed.json';    # the manifest of an archive that is about to go
 my $name_pattern = qr/([0-9]{8}T[0-9]{6}Z)/;
@@ -73,6 +75,15 @@ sub add_device ($self, $device, $about, $parent = undef) {
     return "$self->{dir}/$file";
 }
 
+# A container's tree: fill writes it to a path, and returns { size, sha256 } of what it had before it was
+# compressed. Returns the path.
+sub add_container ($self, $fill) {
+    my $path = "$self->{dir}/$tree";
+    $self->{manifest}{container} = { file => $tree, $fill->($path)->%* };
+    $self->{manifest}{files}{$tree} = {};
+    return $path;
+}
+
 # A file name that is the same in every archive, and safe whatever the device is called.
 sub _file_of ($device) {
     utf8::encode(my $bytes = $device);
@@ -100,7 +111,8 @@ sub seal ($self) {
 sub _note_file ($self, $file) {
     my $path = "$self->{dir}/$file";
     my $fingerprint = fingerprint($path);
-    my %sha256 = $self->_has_digests($file) ? () : (sha256 => sha256($path));
+    my $is_proven = $self->_has_digests($file) || $self->_is_tree($file);
+    my %sha256 = $is_proven ? () : (sha256 => sha256($path));
     $self->{manifest}{files}{$file} = { $fingerprint->%*, %sha256 };
     return;
 }
@@ -109,6 +121,9 @@ sub _note_file ($self, $file) {
 sub _has_digests ($self, $file) {
     return grep { $_->{file} eq $file && $_->{digests} } values $self->{manifest}{devices}->%*;
 }
+
+# Whether it is a container's tree, whose stream has a digest.
+sub _is_tree ($self, $file) { return $file eq $tree && $self->container }
 
 sub _write_manifest ($self) {
     replace_file("$self->{dir}/$manifest_name", $json->encode($self->{manifest}));
@@ -158,6 +173,8 @@ sub _manifest_problem ($manifest) {
     return 'its guest is odd' if exists($manifest->{guest}) && !is_text($manifest->{guest});
     return 'its devices or files are missing'
         if grep { !is_hash($manifest->{$_}) } qw(devices files);
+    return 'its container is odd'
+        if exists($manifest->{container}) && !_check_container($manifest);
     for my $device (sort keys $manifest->{devices}->%*) {
         my $entry = $manifest->{devices}{$device};
         return "device $device is none"
@@ -186,6 +203,13 @@ sub _check_digests ($manifest, $device) {
     return 1;
 }
 
+sub _check_container ($manifest) {
+    my $container = $manifest->{container};
+    return 0 if !is_hash($container) || !is_hash($manifest->{files}{$tree});
+    return 0 if ($container->{size} // '') !~ m/\A[0-9]{1,19}\z/;
+    return ($container->{sha256} // '') =~ m/\A[0-9a-f]{64}\z/;
+}
+
 sub name ($self) { return $self->{name} }
 sub dir ($self) { return $self->{dir} }
 
@@ -204,6 +228,13 @@ sub device ($self, $device) { return $self->{manifest}{devices}{$device} }
 sub digests ($self, $device) {
     return $self->device($device)->{digests} ? "$self->{dir}/" . _digests_of($device) : undef;
 }
+
+# { size, sha256, file } of a container's tree, undef for one of a virtual machine; and where it is.
+sub container ($self) { return $self->{manifest}{container} }
+sub container_path ($self) { return "$self->{dir}/$tree" }
+
+# Why it is not what was read, or undef. What was not touched since is not read.
+sub container_problem ($self) { return $self->file_problem($tree, 0) }
 
 sub image ($self, $device) { return "$self->{dir}/" . _file_of($device) }
 
@@ -236,6 +267,7 @@ sub file_problem ($self, $file, $read_all) {
         if $found->{size} ne ($noted->{size} // '');
     return undef if $self->_has_digests($file);
     return undef if !$read_all && $found->{mtime} eq ($noted->{mtime} // '');
+    return stream_problem($path, $self->container) if $self->_is_tree($file);
     my $sha256;
     my $error = attempt { $sha256 = sha256($path) };
     return $error =~ s/\n\z//r if $error;

@@ -50,7 +50,7 @@ sub number_for ($store, $name) {
     my $known = number_of($store, $name);
     return $known if defined($known);
     my $vmid = 1;
-    $vmid++ while -e "$store/vm/$vmid";
+    $vmid++ while -e "$store/vm/$vmid" || -e "$store/ct/$vmid";
     make_directory("$store/vm/$vmid");
     replace_file("$store/vm/$vmid/name", "$name\n");
     return $vmid;

@@ -1,7 +1,7 @@
 package PVE::BackupAccess::Provider::Qcow2Chain::PrivateDir;
 
-# A directory for the socket and log of one server, and for a raw file of what it serves. It goes with
-# the object. That of a process that was killed goes when the next one is made: nobody has its lock.
+# A directory for the socket and log of one server, and for a raw file of what it serves, or for a tree
+# that is to be restored. It goes with the object. That of a process that was killed goes when the next one is made: nobody has its lock.
 
 use v5.36;
 
@@ -10,12 +10,14 @@ use File::Spec ();
 use File::Temp ();
 
 use PVE::BackupAccess::Error;
+use PVE::BackupAccess::File qw(remove_tree);
 use PVE::BackupAccess::Try qw(attempt_any);
 
 my $prefix = 'pba-server-';
 
 # What may be in it; nothing else is removed.
 my @files = qw(nbd log raw);
+my $tree = 'tree';
 
 # No other program inherits the lock, whatever the caller has set.
 my sub lock_dir ($path, $how) {
@@ -26,6 +28,7 @@ my sub lock_dir ($path, $how) {
 
 my sub remove ($path) {
     unlink(map { "$path/$_" } @files);
+    attempt_any { remove_tree("$path/$tree") } if -d "$path/$tree";
     return rmdir($path);
 }
 
@@ -38,22 +41,21 @@ my sub remove_left ($parent) {
     return;
 }
 
-my sub make () {
+my sub make ($parent) {
     my $path;
-    my $error = attempt_any { $path = File::Temp::tempdir("${prefix}XXXXXXXX", TMPDIR => 1) };
-    PVE::BackupAccess::Error->throw('SystemError',
-        'cannot make a directory in ' . File::Spec->tmpdir . " - $!")
+    my $error = attempt_any { $path = File::Temp::tempdir("${prefix}XXXXXXXX", DIR => $parent) };
+    PVE::BackupAccess::Error->throw('SystemError', "cannot make a directory in $parent - $!")
         if $error;
     return $path;
 }
 
-sub new ($class) {
-    remove_left(File::Spec->tmpdir);
+sub new ($class, $parent = File::Spec->tmpdir) {
+    remove_left($parent);
 
     # Until it is locked, another process may take it for one that was left.
     my ($path, $lock);
     do {
-        $path = make();
+        $path = make($parent);
         $lock = lock_dir($path, LOCK_EX);
     } until (-d $path);
     return bless({ path => $path, lock => $lock, owner => $$ }, $class);

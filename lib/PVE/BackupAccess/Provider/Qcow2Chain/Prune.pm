@@ -8,10 +8,11 @@ use v5.36;
 use Exporter qw(import);
 use List::Util qw(uniq);
 
+use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Retention qw(marks);
 use PVE::BackupAccess::Try qw(attempt);
 
-our @EXPORT_OK = qw(remove_archives retention_of);
+our @EXPORT_OK = qw(prune_guest retention_of);
 
 my sub reason ($error) { return $error =~ s/\n.*//sr }
 
@@ -33,6 +34,11 @@ my sub look_at ($guest, $name, $time) {
     push($entry->{problems}->@*, reason($error)) if $error;
     return $entry if !$archive;
     $entry->{guest} = $archive->guest;
+    if ($archive->container) {
+        my $problem = $archive->container_problem;
+        push($entry->{problems}->@*, $problem) if defined($problem);
+        $entry->{devices}{container} = defined($problem) ? 0 : 1;
+    }
     for my $device ($archive->devices) {
         my $problem = device_problem($guest, $name, $device);
         push($entry->{problems}->@*, "$device: $problem") if defined($problem);
@@ -65,7 +71,7 @@ sub retention_of ($guest, $keep, $time_of) {
 
 # Removes the archives. What can be removed is, whatever becomes of the others. Returns the names of
 # those that are removed, and { name => why it stays }.
-sub remove_archives ($guest, @names) {
+my sub remove_archives ($guest, @names) {
     my (@removed, %problems);
     my $try = sub ($name, $remove) {
         my $error = attempt { $remove->($name) };
@@ -87,6 +93,26 @@ sub remove_archives ($guest, @names) {
     # Then from the oldest on: what others need of one becomes the next one's.
     $try->($_, sub ($gone) { $guest->remove($gone) }) for grep { !$problems{$_} } reverse @left;
     return ([sort @removed], \%problems);
+}
+
+# Does what the marks of a guest's archives say, which have a volname each. The guest is at a place in the
+# store, such as vm/100. Returns the volnames of those that are removed.
+sub prune_guest ($guest, $place, $log, @archives) {
+    for my $archive (grep { $_->{mark} eq 'broken' } @archives) {
+        $log->(
+            'warn',
+            "$archive->{volname} stays, though it cannot be restored, since no newer one replaces it"
+                . " - $archive->{problems}[0]"
+        );
+    }
+    my @names = map { $_->{volname} =~ s!.*/!!r } grep { $_->{mark} eq 'remove' } @archives;
+    $log->('info', "removing $place/$_") for @names;
+    my $alone = @names ? $guest->removal_lock : undef;
+    my ($removed, $problems) = remove_archives($guest, @names);
+    PVE::BackupAccess::Error->throw('ArchiveError',
+        join('; ', map { "cannot remove $place/$_ - $problems->{$_}" } sort keys $problems->%*))
+        if $problems->%*;
+    return map { "$place/$_" } $removed->@*;
 }
 
 1;

@@ -1,0 +1,266 @@
+package PVE::BackupAccess::Provider::Qcow2Chain::Container;
+
+# A container's tree on its way into an archive. The one who may read the tree, the container's root, may
+# not write to the store. So there are two processes: a keeper that is started while still privileged, which
+# has the archive and its lock, and the caller of feed(), which has tar write to it. What the keeper does not
+# get whole, and confirmed as whole, does not become an archive.
+
+use v5.36;
+
+use IO::Select ();
+use JSON::PP ();
+use List::Util qw(max);
+use POSIX qw(SIG_BLOCK SIG_SETMASK);
+use Socket qw(AF_UNIX MSG_NOSIGNAL PF_UNSPEC SOCK_STREAM);
+use Time::HiRes ();
+
+use PVE::BackupAccess;
+use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Format qw(bytes);
+use PVE::BackupAccess::Provider::Qcow2Chain::Tar qw(compress start_tar stream_problem);
+use PVE::BackupAccess::Try qw(attempt_any deaths_of is_own);
+
+my $Error = 'PVE::BackupAccess::Error';
+
+my $piece = 1 << 18;      # bytes that are held at a time
+my $report_every = 60;    # seconds
+
+my sub fail ($class, $message) { $Error->throw($class, $message) }
+
+my sub socket_pair () {
+    local $^F = 2;  # whatever the caller has set: no program has them but the one that is given one
+    socketpair(my $one, my $other, AF_UNIX, SOCK_STREAM, PF_UNSPEC)
+        or fail('SystemError', "cannot make sockets - $!");
+    return ($one, $other);
+}
+
+# ---- messages: hashes, a line of JSON each ----
+
+# The other one may be gone, which shows in what is received.
+my sub tell ($self, %message) {
+    my $line = JSON::PP->new->ascii->encode(\%message) . "\n";
+    while ($line ne '') {
+        my $sent = send($self->{control}, $line, MSG_NOSIGNAL);
+        return if !defined($sent) && !$!{EINTR};
+        substr($line, 0, $sent // 0, '');
+    }
+    return;
+}
+
+# The next one; undef if the other one is gone.
+my sub hear ($self) {
+    while ($self->{heard} !~ m/\n/) {
+        my $got = sysread($self->{control}, $self->{heard}, 65536, length($self->{heard}));
+        next if !defined($got) && $!{EINTR};
+        return undef if !$got;
+    }
+    $self->{heard} =~ s/\A(.*)\n//;
+    return JSON::PP->new->decode($1);
+}
+
+# ---- the keeper ----
+
+# The next part of the stream, undef at its end. Dies unless tar was said to have written all.
+my sub next_part ($self) {
+    my ($data, $control) = $self->@{qw(data control)};
+    while (1) {
+        my %ready
+            = map { fileno($_) => 1 }
+            IO::Select->new($data, $self->{'is complete'} ? () : $control)->can_read
+            or next;
+        if ($ready{ fileno($data) }) {
+            my $got = sysread($data, my $part, $piece);
+            next if !defined($got);
+            return $part if $got;
+            last if $self->{'is complete'};
+        }
+        my $message = hear($self);
+        fail('StateError', 'the backup was given up') if !$message || !$message->{complete};
+        $self->{'is complete'} = 1;
+    }
+    return undef;
+}
+
+# The same, no faster than so many bytes a second, with a word in the log now and then.
+my sub paced ($self, $limit) {
+    my ($began, $size) = (Time::HiRes::time(), 0);
+    my $next_report = $began + $report_every;
+    return sub () {
+        my $part = next_part($self);
+        $size += length($part // '');
+        my $now = Time::HiRes::time();
+        Time::HiRes::sleep(max(0, $began + $size / $limit - $now)) if $limit;
+        if ($now >= $next_report) {
+            tell($self, log => 'container: read ' . bytes($size));
+            $next_report = $now + $report_every;
+        }
+        return $part;
+    };
+}
+
+my sub seconds_since ($time) { return sprintf('%.1f s', Time::HiRes::time() - $time) }
+
+my sub store ($self, $archive, $how) {
+    my $message = hear($self) // {};
+    my $config = $message->{config} // fail('StateError', 'the backup was given up');
+    utf8::downgrade($config);
+    $archive->add_file($how->{config}, $config);
+    my $began = Time::HiRes::time();
+    my $path
+        = $archive->add_container(sub ($path) { compress($path, paced($self, $how->{limit})) });
+    tell($self,
+              log => 'container: stored '
+            . bytes($archive->container->{size}) . ' as '
+            . bytes(-s $path) . ' in '
+            . seconds_since($began));
+    return if !$how->{check};
+    $began = Time::HiRes::time();
+    my $problem = stream_problem($path, $archive->container);
+    fail('ContentError', $problem) if defined($problem);
+    tell($self, log => 'container: checked in ' . seconds_since($began));
+    return;
+}
+
+# Nobody waits for what is to be published: the backup was given up meanwhile.
+my sub check_wanted ($self) {
+    fail('StateError', 'the backup was given up')
+        if IO::Select->new($self->{control})->can_read(0) && !hear($self);
+    return;
+}
+
+# What a signal ends is taken away as well.
+my sub keep ($self, $archive, $how) {
+    my $work = sub (@) {
+        POSIX::sigprocmask(SIG_SETMASK, $self->{mask});
+        store($self, $archive, $how);
+        $archive->seal;
+        check_wanted($self);
+        $how->{publish}->();
+    };
+    my ($death) = deaths_of($work);
+    $SIG{TERM} = 'IGNORE';
+    attempt_any { $how->{discard}->() }
+    if $death;
+    $how->{unlock}->();
+    return tell($self, published => 1) if !$death;
+    my $error = $death->[0];
+    my $class = is_own($error) ? $error->class : 'SystemError';
+    return tell($self, failed => "$error" =~ s/\n\z//r, class => $class);
+}
+
+# No exception leaves this: what follows is the caller's.
+my sub become_keeper ($self, $archive, $how) {
+    $SIG{$_} = 'DEFAULT' for qw(ALRM CHLD HUP INT QUIT USR1 USR2);
+    local $SIG{TERM} = sub ($name) {
+        $SIG{TERM} = 'IGNORE';
+        fail('StateError', 'the backup was given up');
+    };
+
+    # A terminal's signals are for the caller.
+    PVE::BackupAccess::_end_with_parent() and POSIX::setsid();
+    deaths_of(sub (@) { keep($self, $archive, $how) });
+    POSIX::_exit(0);
+}
+
+# Starts the keeper of an archive that is begun. how: config, the name of the file for the guest's
+# configuration; limit, bytes a second; check, whether what was written is read back; publish, discard and
+# unlock, code refs. The lock is the keeper's: the caller lets go of it.
+sub start ($class, $archive, %how) {
+    my ($data, $keepers_data) = socket_pair();
+    my ($control, $keepers_control) = socket_pair();
+
+    # No signal is for the keeper before it can end in order.
+    my ($all, $mask) = (POSIX::SigSet->new, POSIX::SigSet->new);
+    $all->fillset;
+    POSIX::sigprocmask(SIG_BLOCK, $all, $mask);
+    my $pid = fork();
+    if (defined($pid) && !$pid) {
+        close($_) for $data, $control;
+        my %keeper
+            = (data => $keepers_data, control => $keepers_control, heard => '', mask => $mask);
+        become_keeper(\%keeper, $archive, \%how);
+    }
+    my $problem = $!;
+    POSIX::sigprocmask(SIG_SETMASK, $mask);
+    fail('SystemError', "cannot fork - $problem") if !defined($pid);
+    my %self = (pid => $pid, owner => $$, data => $data, control => $control, heard => '');
+    return bless(\%self, $class);
+}
+
+# ---- its caller, which may be a forked process of another user ----
+
+my sub on_message ($self, $log, $message) {
+    fail('StateError', 'the process that stores the container has ended') if !$message;
+    fail($message->{class}, $message->{failed}) if defined($message->{failed});
+    $log->('info', $message->{log}) if defined($message->{log});
+    return $message->{published};
+}
+
+# tar's messages, until it has closed them. Returns the first.
+my sub listen_to_tar ($self, $log, $messages) {
+    my ($select, $text, $first) = (IO::Select->new($messages, $self->{control}), '', undef);
+    while (1) {
+        for my $handle ($select->can_read) {
+            if ($handle == $self->{control}) {
+                on_message($self, $log, hear($self));
+                next;
+            }
+            my $got = sysread($messages, $text, 4096, length($text));
+            return $first if defined($got) && !$got;
+            while ($text =~ s/\A(.*)\n//) {
+                my $line = $1 =~ s/[[:cntrl:]]/ /agr;
+                $first //= $line;
+                $log->('warn', "container: $line");
+            }
+        }
+    }
+}
+
+# What backup_container is given. When it returns the archive is there; when it dies there is none.
+sub feed ($self, $config, $patterns, $info, $log) {
+    local $SIG{CHLD} = 'DEFAULT';    # the caller's may wait for every child
+    utf8::encode($config) if utf8::is_utf8($config);
+    $log->('info', 'container: storing, full');
+    pipe(my $messages, my $err) or fail('SystemError', "cannot make a pipe - $!");
+    my $tar = start_tar($self->{data}, $err, $patterns, $info);
+    close($err);
+    tell($self, config => $config);
+    my $said = listen_to_tar($self, $log, $messages);
+    my $problem = $tar->problem;
+
+    if (defined($problem)) {
+        tell($self, failed => 1);
+        fail('SystemError', "$problem - " . ($said // 'it said nothing'));
+    }
+
+    # tar is the last one that writes; the caller's parent may still have this socket.
+    shutdown($self->{data}, 1);
+    tell($self, complete => 1);
+    1 while !on_message($self, $log, hear($self));
+    return;
+}
+
+# Ends the keeper; waits for it if all is well.
+sub end ($self, $success) {
+    my $pid = delete($self->{pid}) // return;
+    shutdown($self->{control}, 1);
+    local ($!, $?);
+    kill('TERM', $pid) if !$success && waitpid($pid, POSIX::WNOHANG()) == 0;
+
+    # Other code of this process may have waited for it: its end of the socket tells.
+    while (1) {
+        my $got = sysread($self->{control}, my $ignored, 65536);
+        last if defined($got) ? !$got : !$!{EINTR};
+    }
+    waitpid($pid, 0);
+    return;
+}
+
+sub CLONE_SKIP { return 1 }
+
+sub DESTROY ($self) {
+    $self->end(0) if $self->{owner} == $$;
+    return;
+}
+
+1;

@@ -1,0 +1,171 @@
+package PVE::BackupAccess::Provider::Qcow2Chain::Tar;
+
+# A container's tree as a stream: tar, compressed by zstd.
+
+use v5.36;
+
+use Digest::SHA ();
+use Exporter qw(import);
+use Fcntl qw(O_CREAT O_EXCL O_WRONLY);
+
+use PVE::BackupAccess::Argument qw(bad_argument check_filled_text);
+use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Program qw(run_program);
+use PVE::BackupAccess::Provider::Qcow2Chain::Filter;
+
+our @EXPORT_OK = qw(compress extract is_for_pct start_tar stream_problem);
+
+our ($tar, $zstd) = qw(tar zstd);
+
+my $Error = 'PVE::BackupAccess::Error';
+my $Filter = 'PVE::BackupAccess::Provider::Qcow2Chain::Filter';
+
+my $piece = 1 << 18;    # bytes that are held at a time
+
+# What pve-container's own tar keeps, and in a namespace may keep.
+my @kept = qw(--sparse --numeric-owner --acls --xattrs --xattrs-include=user.*
+    --xattrs-include=security.capability);
+
+my sub fail ($class, $message) { $Error->throw($class, $message) }
+
+my sub new_pipe () {
+    local $^F = 2;    # whatever the caller has set: no other program has them
+    pipe(my $from, my $to) or fail('SystemError', "cannot make a pipe - $!");
+    return ($from, $to);
+}
+
+# ---- making one ----
+
+# From the caller, without taint: these go to tar as they are, and to no shell.
+my sub untainted ($name, $text) {
+    check_filled_text($name, $text);
+    return $text =~ m/\A(.+)\z/s ? $1 : undef;
+}
+
+my sub checked_source ($source) {
+    $source = untainted('a source', $source);
+    bad_argument("a source must be in the container's directory, and begin with '.', not '$source'")
+        if $source !~ m!\A\.(?:/|\z)! || $source =~ m!(?:\A|/)\.\.(?:/|\z)!;
+    return $source;
+}
+
+# As tar has it. One that begins with a slash is of the container's root, others match in each directory.
+# tar's '*' matches a slash, and so '**' as well, but not the directory that is none: 'a/**/b' is also
+# 'a/b'. A slash at the end means directories: what is in them is left out, no file of that name.
+my sub exclusions (@patterns) {
+    my (%seen, @anchored, @others);
+    for my $pattern (map { untainted('a pattern', $_) } @patterns) {
+        my $whole = $pattern =~ s!/+\z!/*!r;
+        for my $form (grep { !$seen{$_}++ } $whole, $whole =~ s!/\*\*/!/!gr) {
+            push(@anchored, "--exclude=.$form") if $form =~ m!\A/!;
+            push(@others, "--exclude=$form") if $form !~ m!\A/!;
+        }
+    }
+    return ('--no-anchored', @others, '--anchored', @anchored);
+}
+
+# Starts to write the tree of backup_container's arguments to a handle, and tar's messages to another.
+sub start_tar ($out, $err, $patterns, $info) {
+    my @sources = map { checked_source($_) } ($info->{sources} // ['.'])->@*;
+    bad_argument('sources must name something') if !@sources;
+
+    # What the file system keeps for itself is root's of the host: the root of a namespace cannot read it.
+    my @own = $info->{'backup-user-id'} ? ('lost+found') : ();
+    return $Filter->start(
+        { out => $out, err => $err },
+        $tar,
+        '--create',
+        '--file=-',
+        @kept,
+        '--one-file-system',
+        '--warning=no-file-ignored',
+        '--warning=no-xdev',
+        '--directory=' . untainted('directory', $info->{directory}),
+        exclusions(@own, $patterns->@*),
+        @sources
+    );
+}
+
+my sub write_all ($to, $data) {
+    my $at = 0;
+    while ($at < length($data)) {
+        my $done = syswrite($to, $data, length($data) - $at, $at);
+        return 0 if !defined($done) && !$!{EINTR};
+        $at += $done // 0;
+    }
+    return 1;
+}
+
+# Writes what next returns, until it returns nothing, to a new file. Returns { size, sha256 } of the
+# stream before it was compressed.
+sub compress ($path, $next) {
+    sysopen(my $file, $path, O_WRONLY | O_CREAT | O_EXCL, 0600)
+        or fail('SystemError', "cannot write $path - $!");
+    my ($from, $to) = new_pipe();
+    my $program = $Filter->start({ in => $from, out => $file }, $zstd, '--quiet', '--stdout');
+    close($from);
+    my $digest = Digest::SHA->new(256);
+    my ($size, $is_taken) = (0, 1);
+    local $SIG{PIPE} = 'IGNORE';
+    while ($is_taken && length(my $data = $next->() // '')) {
+        $digest->add($data);
+        $size += length($data);
+        $is_taken = write_all($to, $data);
+    }
+    close($to);
+    my $problem = $program->problem // ($is_taken ? undef : "$zstd did not take all");
+    fail('SystemError', "cannot write $path - $problem") if defined($problem);
+    return { size => $size, sha256 => $digest->hexdigest };
+}
+
+# ---- one that is there ----
+
+# Why a file does not have such a stream, or undef.
+sub stream_problem ($path, $stream) {
+    open(my $file, '<:raw', $path) or return "cannot read $path - $!";
+    my ($from, $to) = new_pipe();
+    my $program = $Filter->start({ in => $file, out => $to }, $zstd, '--decompress', '--stdout');
+    close($to);
+    my $digest = Digest::SHA->new(256);
+    my $size = 0;
+    while (1) {
+        my $got = sysread($from, my $data, $piece);
+        next if !defined($got) && $!{EINTR};
+        last if !$got;
+        $digest->add($data);
+        $size += $got;
+    }
+    my $problem = $program->problem;
+    $problem //= 'it is not what was read of the container'
+        if $size != $stream->{size} || $digest->hexdigest ne $stream->{sha256};
+    return defined($problem) ? "$path is damaged - $problem" : undef;
+}
+
+# Whether pct takes the file as it is. It refuses one without a directory or link sbin, or with less than
+# 10 members, such as a container that has no more than one program.
+my $least_members = 10;
+
+sub is_for_pct ($path) {
+    my ($from, $to) = new_pipe();
+    my $program = $Filter->start({ out => $to },
+        $tar, '--list', '--verbose', '--numeric-owner', '--zstd', "--file=$path");
+    close($to);
+    my ($members, $has_sbin) = (0, 0);
+    while (defined(my $line = <$from>)) {
+        $members++;
+        $has_sbin ||= $line =~ m!\A[dlh].* (?:\./)?sbin(?:/$| -> | link to )!;
+        last if $has_sbin && $members >= $least_members;
+    }
+    $program->stop;
+    return $has_sbin && $members >= $least_members;
+}
+
+sub extract ($path, $directory) {
+    my @how = ('--extract', '--zstd', '--preserve-permissions', '--same-owner', @kept);
+    my ($status, undef, $message)
+        = run_program($tar, @how, "--file=$path", "--directory=$directory");
+    fail('ArchiveError', "cannot extract $path - tar: " . $message =~ s/\n.*//sr) if $status != 0;
+    return;
+}
+
+1;

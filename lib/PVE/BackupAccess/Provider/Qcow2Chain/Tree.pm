@@ -1,0 +1,40 @@
+package PVE::BackupAccess::Provider::Qcow2Chain::Tree;
+
+# A container's tree out of an archive, as Proxmox VE's pct takes it: the tar itself, or a directory that
+# goes with the object.
+
+use v5.36;
+
+use Exporter qw(import);
+
+use PVE::BackupAccess::Error;
+use PVE::BackupAccess::File qw(make_directory);
+use PVE::BackupAccess::Provider::Qcow2Chain::PrivateDir;
+use PVE::BackupAccess::Provider::Qcow2Chain::Tar qw(extract is_for_pct);
+
+our @EXPORT_OK = qw(mechanism_of);
+
+sub mechanism_of ($archive) {
+    return is_for_pct($archive->container_path) ? 'tar' : 'directory';
+}
+
+sub new ($class, $archive) {
+    my $problem = $archive->container_problem;
+    PVE::BackupAccess::Error->throw('ArchiveError', $problem) if defined($problem);
+    my $path = $archive->container_path;
+    my $self = bless({ mechanism => mechanism_of($archive), path => $path }, $class);
+    return $self if $self->{mechanism} eq 'tar';
+
+    # It may be large, and what is in /tmp may be in memory.
+    $self->{private}
+        = PVE::BackupAccess::Provider::Qcow2Chain::PrivateDir->new($ENV{TMPDIR} ? () : '/var/tmp');
+    $self->{path} = $self->{private}->path . '/tree';
+    make_directory($self->{path});
+    extract($path, $self->{path});
+    return $self;
+}
+
+sub mechanism ($self) { return $self->{mechanism} }
+sub path ($self) { return $self->{path} }
+
+1;
