@@ -6,6 +6,7 @@ use v5.36;
 use FindBin;
 use lib "$FindBin::Bin/lib";
 
+use File::Path qw(make_path);
 use File::Temp ();
 use List::Util qw(shuffle);
 use TAP::Parser;
@@ -82,6 +83,18 @@ fails('new dies', new => qr/died: the server is down/);
         qr/returned no \Q$class\E/,
         'a storage plugin that makes another provider: why'
     );
+}
+
+# Sources of Proxmox VE, which cannot be loaded without a cluster.
+{
+    my $dir = File::Temp->newdir('pba-sources-XXXXXXXX', TMPDIR => 1);
+    make_path("$dir/PVE/Storage");
+    open(my $fh, '>', "$dir/PVE/Storage/DirPlugin.pm") or die "DirPlugin: $!\n";
+    say {$fh} 'use PVE::NoCluster; 1;';
+    close($fh) or die "DirPlugin: $!\n";
+    my $tried = try_it($class, '-I', "$dir", '--scfg', 'faults=new dies');
+    ok($tried->{ok}{"$class has every method of the API"},
+        'sources without a cluster: it is tried');
 }
 
 # One that cannot restore.
@@ -258,6 +271,10 @@ $_->() for @rows;
     is($shown->{status}, 0, 'on a terminal: exit status');
     like($shown->{out}, qr/^ok 1 - .*^1\.\.[0-9]+\r$/ms, 'on a terminal: TAP');
     unlike($shown->{out}, qr/^not ok|\e/m, 'on a terminal: nothing else');
+    my $qemu = $ENV{PBA_QEMU} // 'qemu-system-x86_64';
+    my $is_old = qx($qemu --version) =~ m/version [0-9]\./;
+    is(scalar($shown->{out} =~ m/other NBD clients.*can get wrong data/s),
+        $is_old, 'an old QEMU: the warning of wrong data');
     my $exec = join(' ', command('try-provider', @include, '--backup-only'));
     my $output = `prove --exec '$exec' PBA::Test::BackupOnly 2>&1`;
     is($?, 0, 'prove can run it') or diag($output);

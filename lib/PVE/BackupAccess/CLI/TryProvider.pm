@@ -140,7 +140,7 @@ my sub load ($class) {
 my sub new_object ($trial) {
     my $log = sub ($level, $message) { push($trial->{log}->@*, "$level: $message") };
     my ($class, $plugin) = $trial->@{qw(class storage-plugin)};
-    return $class->new($DirPlugin, $trial->@{qw(scfg storeid)}, $log) if !defined($plugin);
+    return $class->new($trial->@{qw(usual-plugin scfg storeid)}, $log) if !defined($plugin);
     my $provider = $plugin->new_backup_provider($trial->@{qw(scfg storeid)}, $log);
     return $provider if Scalar::Util::blessed($provider) && $provider->isa($class);
     die "new_backup_provider of $plugin returned no $class\n";
@@ -321,7 +321,10 @@ my sub scfg_of ($opt) {
     return \%scfg;
 }
 
-# A provider is always given one, and may ask it where archives are.
+# A provider is always given a storage plugin, and may ask it where archives are. The real one can be there
+# without what it needs of a cluster.
+my sub usual_plugin () { return defined(load($DirPlugin)) ? undef : $DirPlugin }
+
 my sub load_storage_plugin ($class) {
     my $problem = load($class);
     die "the storage plugin $class cannot be loaded: $problem\n" if defined($problem);
@@ -329,7 +332,7 @@ my sub load_storage_plugin ($class) {
 
 sub run ($opt, $class) {
     unshift(@INC, map { absolute($_) } ($opt->{include} // [])->@*);
-    load_storage_plugin($opt->{'storage-plugin'} // $DirPlugin);
+    load_storage_plugin($opt->{'storage-plugin'}) if defined($opt->{'storage-plugin'});
     my $store = File::Temp->newdir('pve-backup-access-store.XXXXXX', TMPDIR => 1);
     my $trial = {
         class => $class,
@@ -337,6 +340,7 @@ sub run ($opt, $class) {
         scfg => { path => "$store", scfg_of($opt)->%* },
         storeid => 'try-provider',
         'storage-plugin' => $opt->{'storage-plugin'},
+        'usual-plugin' => usual_plugin(),
         'backup-only' => $opt->{'backup-only'},
         log => [],
     };
