@@ -26,6 +26,7 @@ my $kib = 1024;
 my $mib = 1024 * $kib;
 my $block = 64 * $kib;    # holes begin and end with one
 my $min_hole = 256 * $kib;
+my $ahead = 5 * $mib;     # that may be read ahead before a hole is known
 our $size = 96 * $mib + 512;
 
 my $seed = $ENV{PBA_SEED} // int(rand(2**31));
@@ -162,7 +163,7 @@ sub reads_inside ($server, @told) {
     my @reads = map { [$_->{offset}, $_->{offset} + $_->{length}] } $server->requests('read');
     return grep {
         my $read = $_;
-        grep { $read->[0] >= $_->[0] + 2 * $mib + $block && $read->[1] <= $_->[1] } @told
+        grep { $read->[0] >= $_->[0] + $ahead && $read->[1] <= $_->[1] } @told
     } @reads;
 }
 

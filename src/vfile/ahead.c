@@ -17,21 +17,31 @@ struct PbaAhead {
     uint64_t cursor;   /* where to read next */
     PbaRange region;   /* the cursor is in it, or behind it: then the next is not known yet */
     GArray *holes;     /* PbaRange, ascending: what was discarded from the cursor on */
-    PbaRange zeroes;   /* that the reader was told of last */
+    PbaSeeks *seeks;   /* NULL: nothing is told of zeroes */
     bool given_up;
 };
 
-PbaAhead *pba_ahead_new(const PbaVolumeOptions *options)
+PbaAhead *pba_ahead_new(const PbaVolumeOptions *options, PbaSeeks *seeks)
 {
     PbaAhead *ahead = g_new0(PbaAhead, 1);
     ahead->holes = g_array_new(FALSE, FALSE, sizeof(PbaRange));
     ahead->last_end = UINT64_MAX;
+    ahead->seeks = seeks;
     if (options->bitmap) {
         ahead->scan = pba_scan_start(options, pba_scan_dirty, 0, -1);
     } else {
         ahead->region.end = options->size;
     }
     return ahead;
+}
+
+/* What the reader will pass over, in or behind offset, as far as it is known. */
+static PbaRange zeroes_from(const PbaAhead *ahead, uint64_t offset)
+{
+    PbaRange zeroes;
+    bool known = ahead->seeks && pba_seeks_find(ahead->seeks, offset, &zeroes);
+
+    return known ? zeroes : (PbaRange){UINT64_MAX, UINT64_MAX};
 }
 
 /* Moves the cursor out of what is clean, discarded or passed over. False if there is nothing more,
@@ -46,8 +56,9 @@ static bool settle(PbaAhead *ahead)
         ahead->cursor = MAX(ahead->cursor, hole->end);
         g_array_remove_index(ahead->holes, 0);
     }
-    if (ahead->cursor >= ahead->zeroes.begin) {
-        ahead->cursor = MAX(ahead->cursor, ahead->zeroes.end);
+    PbaRange zeroes = zeroes_from(ahead, ahead->cursor);
+    if (ahead->cursor >= zeroes.begin) {
+        ahead->cursor = zeroes.end;
     }
     while (ahead->cursor >= ahead->region.end) {
         if (!ahead->scan || pba_scan_pop(ahead->scan, &ahead->region) != PBA_SCAN_FOUND) {
@@ -94,6 +105,9 @@ static void start(PbaAhead *ahead, uint64_t offset)
 
 bool pba_ahead_note_read(PbaAhead *ahead, uint64_t begin, uint64_t end, bool known)
 {
+    if (ahead->seeks) {
+        pba_seeks_note_read(ahead->seeks, begin);
+    }
     bool at_cursor = find_data(ahead) && begin == ahead->cursor;
     bool follows = begin == ahead->last_end;
 
@@ -126,18 +140,11 @@ bool pba_ahead_next(PbaAhead *ahead, uint64_t max, uint64_t *offset, uint64_t *l
     if (ahead->holes->len > 0) {
         end = MIN(end, g_array_index(ahead->holes, PbaRange, 0).begin);
     }
-    if (ahead->cursor < ahead->zeroes.begin) {
-        end = MIN(end, ahead->zeroes.begin);
-    }
+    end = MIN(end, zeroes_from(ahead, ahead->cursor).begin);
     *offset = ahead->cursor;
     *length = MIN(max, end - ahead->cursor);
     ahead->cursor += *length;
     return true;
-}
-
-void pba_ahead_note_zeroes(PbaAhead *ahead, PbaRange zeroes)
-{
-    ahead->zeroes = zeroes;
 }
 
 void pba_ahead_note_discard(PbaAhead *ahead, uint64_t begin, uint64_t end)

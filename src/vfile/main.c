@@ -144,10 +144,10 @@ static void serve(struct fuse_session *session, PbaFile *file, PbaConnection *co
 static PbaFile *new_file(PbaConnection *connection, const PbaVolumeOptions *options, bool is_whole,
                          GError **error)
 {
-    PbaAhead *ahead = pba_ahead_new(options);
-    PbaSeeks *seeks = is_whole ? pba_seeks_new(options, ahead, error) : NULL;
+    PbaSeeks *seeks = is_whole ? pba_seeks_new(options, error) : NULL;
 
-    return seeks || !is_whole ? pba_file_new(connection, ahead, seeks) : NULL;
+    return seeks || !is_whole ? pba_file_new(connection, pba_ahead_new(options, seeks), seeks)
+                              : NULL;
 }
 
 static bool run(const char *path, const PbaVolumeOptions *options, bool is_whole, GError **error)

@@ -73,6 +73,7 @@ static void on_lseek(fuse_req_t request, fuse_ino_t inode, off_t offset, int whe
     (void)inode;
     (void)info;
     PbaSeeks *seeks = pba_file_seeks(fuse_req_userdata(request));
+
     if (!seeks) {
         fuse_reply_err(request, ENOSYS);
     } else if (offset < 0 || (whence != SEEK_DATA && whence != SEEK_HOLE)) {

@@ -8,20 +8,22 @@
 
 /* A shorter hole costs a reader more than to read it. */
 #define MIN_HOLE (UINT64_C(256) << 10)
+/* Known in front of the one who asks: reading ahead passes over them. */
+#define MAX_HOLES 64
 
 struct PbaSeeks {
     PbaVolumeOptions options;
-    PbaAhead *ahead;
     int fd;
     PbaScan *scan;      /* NULL until the first one asks */
+    bool is_followed;   /* nobody has read in a hole since */
     uint64_t from;      /* what is known of lies behind it */
-    PbaRange hole;      /* the first that ends behind from; empty at the end: there is none */
+    GArray *holes;      /* PbaRange, ascending: all from there to the last of them */
     fuse_req_t request; /* that waits; NULL: none */
     uint64_t offset;    /* of that */
     int whence;
 };
 
-PbaSeeks *pba_seeks_new(const PbaVolumeOptions *options, PbaAhead *ahead, GError **error)
+PbaSeeks *pba_seeks_new(const PbaVolumeOptions *options, GError **error)
 {
     int fd = pba_wake_new(error);
 
@@ -33,7 +35,7 @@ PbaSeeks *pba_seeks_new(const PbaVolumeOptions *options, PbaAhead *ahead, GError
     seeks->options.device = g_strdup(options->device);
     seeks->options.path = g_strdup(options->path);
     seeks->options.bitmap = NULL;
-    seeks->ahead = ahead;
+    seeks->holes = g_array_new(FALSE, FALSE, sizeof(PbaRange));
     seeks->fd = fd;
     return seeks;
 }
@@ -44,7 +46,7 @@ static void begin_at(PbaSeeks *seeks, uint64_t offset)
         return;
     }
     seeks->from = offset;
-    seeks->hole = (PbaRange){0, 0};
+    g_array_set_size(seeks->holes, 0);
     if (seeks->scan) {
         pba_scan_seek(seeks->scan, offset);
     } else {
@@ -61,43 +63,98 @@ static PbaRange aligned(PbaRange run, uint64_t size)
     return (PbaRange){begin, MAX(begin, end)};
 }
 
-/* Finds the hole that offset is in or before. False: it is not known yet. */
-static bool find_hole(PbaSeeks *seeks, uint64_t offset)
+/* Reads on until one hole more is known; the last is an empty one at the end. */
+static bool next_hole(PbaSeeks *seeks)
 {
     uint64_t size = seeks->options.size;
+    PbaScanState state;
+    PbaRange run;
 
-    begin_at(seeks, offset);
-    while (seeks->hole.end <= offset) {
-        PbaRange run;
-        PbaScanState state = pba_scan_pop(seeks->scan, &run);
-        if (state == PBA_SCAN_LATER) {
-            return false;
-        }
-        if (state == PBA_SCAN_ENDED) {
-            seeks->hole = (PbaRange){size, size};
-            return true;
-        }
+    while ((state = pba_scan_pop(seeks->scan, &run)) == PBA_SCAN_FOUND) {
         run = aligned(run, size);
         if (run.end - run.begin >= MIN_HOLE) {
-            seeks->from = MAX(seeks->from, seeks->hole.end);
-            seeks->hole = run;
+            g_array_append_val(seeks->holes, run);
+            return true;
         }
+    }
+    if (state == PBA_SCAN_ENDED) {
+        g_array_append_val(seeks->holes, ((PbaRange){size, size}));
+    }
+    return state == PBA_SCAN_ENDED;
+}
+
+/* The first hole that ends behind offset, which lies before what next_hole goes on with; NULL if
+ * it is not known yet. */
+static const PbaRange *find_hole(PbaSeeks *seeks, uint64_t offset)
+{
+    guint i = 0;
+
+    do {
+        for (; i < seeks->holes->len; i++) {
+            const PbaRange *hole = &g_array_index(seeks->holes, PbaRange, i);
+            if (hole->end > offset) {
+                return hole;
+            }
+        }
+    } while (seeks->holes->len < MAX_HOLES && next_hole(seeks));
+    return NULL;
+}
+
+/* What lies before offset is asked for anew, should it be. */
+static void forget_before(PbaSeeks *seeks, uint64_t offset)
+{
+    guint passed = 0;
+
+    while (passed < seeks->holes->len &&
+           g_array_index(seeks->holes, PbaRange, passed).end <= offset) {
+        seeks->from = g_array_index(seeks->holes, PbaRange, passed).end;
+        passed++;
+    }
+    g_array_remove_range(seeks->holes, 0, passed);
+}
+
+/* False: it is not known yet. */
+static bool answer(PbaSeeks *seeks, fuse_req_t request, uint64_t offset, int whence)
+{
+    const PbaRange *hole;
+
+    begin_at(seeks, offset);
+    seeks->is_followed = true;
+    do {
+        forget_before(seeks, offset);
+        hole = find_hole(seeks, offset);
+    } while (!hole && seeks->holes->len == MAX_HOLES);
+    if (!hole) {
+        return false;
+    }
+    bool in_hole = offset >= hole->begin;
+    if (whence == SEEK_HOLE) {
+        fuse_reply_lseek(request, (off_t)MAX(offset, hole->begin));
+    } else if (in_hole && hole->end == seeks->options.size) {
+        fuse_reply_err(request, ENXIO);
+    } else {
+        fuse_reply_lseek(request, (off_t)(in_hole ? hole->end : offset));
     }
     return true;
 }
 
-/* Where there is a hole, reading goes on behind it. */
-static void answer(PbaSeeks *seeks, fuse_req_t request, uint64_t offset, int whence)
+bool pba_seeks_find(PbaSeeks *seeks, uint64_t offset, PbaRange *hole)
 {
-    bool in_hole = offset >= seeks->hole.begin;
+    bool may_ask = seeks->is_followed && offset >= seeks->from && offset < seeks->options.size;
+    const PbaRange *found = may_ask ? find_hole(seeks, offset) : NULL;
 
-    pba_ahead_note_zeroes(seeks->ahead, seeks->hole);
-    if (whence == SEEK_HOLE) {
-        fuse_reply_lseek(request, (off_t)MAX(offset, seeks->hole.begin));
-    } else if (in_hole && seeks->hole.end == seeks->options.size) {
-        fuse_reply_err(request, ENXIO);
-    } else {
-        fuse_reply_lseek(request, (off_t)(in_hole ? seeks->hole.end : offset));
+    if (found) {
+        *hole = *found;
+    }
+    return found != NULL;
+}
+
+void pba_seeks_note_read(PbaSeeks *seeks, uint64_t offset)
+{
+    PbaRange hole;
+
+    if (pba_seeks_find(seeks, offset, &hole) && offset >= hole.begin) {
+        seeks->is_followed = false;
     }
 }
 
@@ -118,9 +175,7 @@ void pba_seeks_ask(PbaSeeks *seeks, fuse_req_t request, uint64_t offset, int whe
     } else if (seeks->request) {
         /* Linux has one at a time (fuse_file_llseek). All may be data, for who else asks. */
         fuse_reply_lseek(request, (off_t)(whence == SEEK_HOLE ? seeks->options.size : offset));
-    } else if (find_hole(seeks, offset)) {
-        answer(seeks, request, offset, whence);
-    } else {
+    } else if (!answer(seeks, request, offset, whence)) {
         seeks->request = request;
         seeks->offset = offset;
         seeks->whence = whence;
@@ -136,7 +191,7 @@ struct pollfd pba_seeks_watch(const PbaSeeks *seeks)
 void pba_seeks_turn(PbaSeeks *seeks)
 {
     pba_wake_clear(seeks->fd);
-    if (seeks->request && find_hole(seeks, seeks->offset)) {
-        answer(seeks, g_steal_pointer(&seeks->request), seeks->offset, seeks->whence);
+    if (seeks->request && answer(seeks, seeks->request, seeks->offset, seeks->whence)) {
+        seeks->request = NULL;
     }
 }

@@ -79,12 +79,29 @@ PbaScanState pba_scan_pop(PbaScan *scan, PbaRange *run);
 /* Goes on with the runs from offset on. */
 void pba_scan_seek(PbaScan *scan, uint64_t offset);
 
+/* Where the zeroes are, for readers who ask (lseek(2): SEEK_DATA, SEEK_HOLE) */
+
+typedef struct PbaSeeks PbaSeeks;
+
+/* options are copied. Lasts as long as the process. */
+PbaSeeks *pba_seeks_new(const PbaVolumeOptions *options, GError **error);
+void pba_seeks_ask(PbaSeeks *seeks, fuse_req_t request, uint64_t offset, int whence);
+/* What readers will pass over: the first hole that ends behind offset, if it is known by what was
+ * asked. Never waits. */
+bool pba_seeks_find(PbaSeeks *seeks, uint64_t offset, PbaRange *hole);
+/* Somebody reads there. One who reads in a hole passes over none, until somebody asks again. */
+void pba_seeks_note_read(PbaSeeks *seeks, uint64_t offset);
+/* What to poll for, and what to call then. */
+struct pollfd pba_seeks_watch(const PbaSeeks *seeks);
+void pba_seeks_turn(PbaSeeks *seeks);
+
 /* What to read ahead */
 
 typedef struct PbaAhead PbaAhead;
 
-/* Follows one reader who reads in order. Lasts as long as the process. */
-PbaAhead *pba_ahead_new(const PbaVolumeOptions *options);
+/* Follows one reader who reads in order. seeks is borrowed; NULL for none. Lasts as long as the
+ * process. */
+PbaAhead *pba_ahead_new(const PbaVolumeOptions *options, PbaSeeks *seeks);
 /* Somebody reads a range; known says that it begins in what was read ahead. False if the rest of
  * what was read ahead is of no more use. */
 bool pba_ahead_note_read(PbaAhead *ahead, uint64_t begin, uint64_t end, bool known);
@@ -92,21 +109,8 @@ bool pba_ahead_note_read(PbaAhead *ahead, uint64_t begin, uint64_t end, bool kno
 bool pba_ahead_next(PbaAhead *ahead, uint64_t max, uint64_t *offset, uint64_t *length);
 /* A range is discarded: it must not be read any more. */
 void pba_ahead_note_discard(PbaAhead *ahead, uint64_t begin, uint64_t end);
-/* A range is zeroes that a reader was told of: it is passed over. */
-void pba_ahead_note_zeroes(PbaAhead *ahead, PbaRange zeroes);
 /* Reading ahead failed: stops it until a reader reads in order again. */
 void pba_ahead_stop(PbaAhead *ahead);
-
-/* Where the zeroes are, for readers who ask (lseek(2): SEEK_DATA, SEEK_HOLE) */
-
-typedef struct PbaSeeks PbaSeeks;
-
-/* ahead is borrowed, options are copied. Lasts as long as the process. */
-PbaSeeks *pba_seeks_new(const PbaVolumeOptions *options, PbaAhead *ahead, GError **error);
-void pba_seeks_ask(PbaSeeks *seeks, fuse_req_t request, uint64_t offset, int whence);
-/* What to poll for, and what to call then. */
-struct pollfd pba_seeks_watch(const PbaSeeks *seeks);
-void pba_seeks_turn(PbaSeeks *seeks);
 
 /* The file */
 
