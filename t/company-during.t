@@ -191,6 +191,9 @@ my %events = (
             ends_at_once($test,
                 try_qmp($test, 'block-stream', 'job-id' => 'theirs', device => root_node($test)));
         },
+
+        # A QEMU that refuses it, below a throttle filter, leaves a block backend of it.
+        stays => 1,
     },
     'an overlay' => {
         happens => sub ($test) { overlay($test, by_name($test)) },
@@ -360,7 +363,7 @@ sub check_outcome ($test, $ended) {
         my @nodes = grep { m/pba-/ } $outside->{graph}{nodes}->@*;
         return { $outside->%*, graph => \@nodes };
     };
-    my $what = $test->{done} && $test->{event}{stays} ? $own : sub ($outside) { $outside };
+    my $what = exists($test->{done}) && $test->{event}{stays} ? $own : sub ($outside) { $outside };
     my ($now, $before) = map { $what->($_) } $test->{backend}->outside, $test->{outside};
     is_deeply($now, $before, 'nothing of ours is left');
     is_deeply($test->{backend}->other_bitmaps, [], 'nor a bitmap');
@@ -387,6 +390,10 @@ for my $what (sort keys %events) {
         push(@cells, map { [$what, $when, $_] } @shapes);
     }
 }
+
+# Proxmox' QEMU locks no images: a drive that is added again while an access to it is up has its image open
+# twice, whoever made the access, and what one of the two has not stored is lost.
+@cells = grep { "@$_" !~ m/replug .*drive\z/ } @cells if $is_proxmox;
 my ($seed, $part) = (20261129 + !!$ENV{PBA_QEMU}, 16);
 if (!$ENV{PBA_FULL}) {
     srand($seed);

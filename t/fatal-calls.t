@@ -80,14 +80,15 @@ subtest '2. no devices; 3. an empty removable drive; 6. a device twice' => sub {
     survived($backend, 'bad lists');
 };
 
-subtest '4. the bitmap or the disk is removed during the access' => sub {
+# Without a name it is the target's.
+sub remove_bitmap ($name) {
     my $backend = start();
     my $access = $backend->access;
     my $infos = $access->setup($backend->devices('new'));
     $backend->vm->qmp(
         'block-dirty-bitmap-remove',
         node => $infos->[0]{'bitmap-node-name'},
-        name => $infos->[0]{'bitmap-name'}
+        name => $name // $infos->[0]{'bitmap-name'}
     );
     sent($backend);
     ok(!eval { $access->teardown(1); 1 }, 'teardown without the bitmap is refused');
@@ -99,6 +100,20 @@ subtest '4. the bitmap or the disk is removed during the access' => sub {
     local $SIG{__WARN__} = sub { };
     undef $access;
     survived($backend, 'removed bitmap, object gone');
+    ok(
+        !eval {
+            PVE::BackupAccess->recover($backend->options, log => sub { });
+            1;
+        },
+        'recover refuses it, too'
+    );
+    survived($backend, 'removed bitmap, recovery');
+    return;
+}
+
+subtest '4. the bitmap is removed during the access' => sub { remove_bitmap(undef) };
+subtest '4. the background bitmap is' => sub {
+    remove_bitmap('backup-access-background-bitmap');
 };
 
 # Its hold keeps it; without, as of a program that has none, QEMU would crash.

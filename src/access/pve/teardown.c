@@ -29,7 +29,11 @@ static const char *find_danger(const PbaDisk *disk, const PbaBlock *block)
          !pba_block_find_node(block, disk->root_node))) {
         return DISK_GONE;
     }
-    if (disk->bitmap_name && !bitmap) {
+    /* QEMU removes its own when it ends the access, and lets the target's record again. */
+    bool is_frozen = bitmap && !pba_json_find_bool(bitmap, "recording");
+    if (disk->bitmap_name &&
+        (!bitmap || (is_frozen && pba_pve_is_access_up(block) &&
+                     !pba_block_find_bitmap(block, disk->bitmap_node, PBA_PVE_BACKGROUND)))) {
         return BITMAP_GONE;
     }
     if (bitmap && pba_json_find_bool(bitmap, "busy")) {
@@ -38,13 +42,15 @@ static const char *find_danger(const PbaDisk *disk, const PbaBlock *block)
     return NULL;
 }
 
-/* Whether a node with a background bitmap lacks the target's, or has one that is in use. The name
+/* Whether a node with a background bitmap lacks the target's, or has one that is in use, or a
+ * frozen one has no background bitmap. The name
  * is not known of a QEMU with the early form of the command; there any frozen one will do. */
-static const char *find_stale_danger(const PbaAccess *access, JsonObject *node)
+static const char *find_stale_danger(const PbaAccess *access, JsonObject *node, bool is_up)
 {
     JsonArray *bitmaps = pba_json_find_array(node, "dirty-bitmaps");
     bool has_background = false;
     bool has_target = false;
+    bool is_frozen = false;
     bool is_busy = false;
 
     for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
@@ -54,10 +60,11 @@ static const char *find_stale_danger(const PbaAccess *access, JsonObject *node)
             has_background = true;
         } else if (name && pba_pve_may_be_targets(access, name, info)) {
             has_target = true;
+            is_frozen |= !pba_json_find_bool(info, "recording");
             is_busy |= pba_json_find_bool(info, "busy");
         }
     }
-    if (has_background && !has_target) {
+    if ((has_background && !has_target) || (is_up && is_frozen && !has_background)) {
         return BITMAP_GONE;
     }
     return has_background && is_busy ? BITMAP_BUSY : NULL;
@@ -66,6 +73,7 @@ static const char *find_stale_danger(const PbaAccess *access, JsonObject *node)
 /* The same for an access of a dead process, of which only names are known. */
 static bool check_stale_safe(PbaAccess *access, const PbaBlock *block, GError **error)
 {
+    bool is_up = pba_pve_is_access_up(block);
     const char *danger = NULL;
     const char *device = NULL;
 
@@ -76,7 +84,7 @@ static bool check_stale_safe(PbaAccess *access, const PbaBlock *block, GError **
     }
     for (guint i = 0; !danger && i < json_array_get_length(block->nodes); i++) {
         JsonObject *node = pba_json_element(block->nodes, i);
-        danger = node ? find_stale_danger(access, node) : NULL;
+        danger = node ? find_stale_danger(access, node, is_up) : NULL;
         device = pba_block_node_name(block->nodes, i);
     }
     if (danger) {

@@ -405,6 +405,8 @@ sub _die_if_deadly ($self, $device) {
     my $bitmap = $self->_bitmap($device, $device->{bitmap});
     die { fatal => "the bitmap of $name is gone" } if !$bitmap;
     die { fatal => "an NBD export still carries the bitmap of $name" } if $bitmap->{busy};
+    die { fatal => "the background bitmap of $name is gone" }
+        if $device->{background} && !$self->_bitmap($device, $background);
     return;
 }
 
