@@ -31,7 +31,7 @@ my @known = (
         { provider => 'chain', persistent => 1, naming => 'qdev' },
         qw(ok hand-remove ok:new ok:reuse hand-disable ok:new hand-untie ok:new hand-record ok:new),
         qw(hand-second-companion ok:new hand-rename ok:reuse hand-odd-names ok:reuse),
-        qw(move-disk:new ok overlay:new ok ok:reuse full:new ok:reuse prune ok:reuse one-disk ok:reuse),
+        qw(move-disk:new ok overlay:new ok ok:reuse full:new ok:reuse prune ok:reuse one-disk ok:reuse audit:new ok:reuse),
     ],
     [
         'the hands of others, bitmaps in memory',

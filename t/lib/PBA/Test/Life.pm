@@ -88,11 +88,12 @@ my %more_events = (
     'odd-notes' => sub ($self) { $self->_spoil_notes },
     'one-disk' => sub ($self) { $self->_backup(only => ['disk1']) },
     'full' => sub ($self) { $self->_backup(full => 1) },
+    'audit' => sub ($self) { $self->_backup(audit => 1) },
     'prune' => sub ($self) { $self->_provider($self->_current_store)->prune(100, 1); return },
 );
 
 # What no one can see but a provider that knows of ids.
-my %chain_only = map { $_ => 1 } qw(other-store removed unaware full prune);
+my %chain_only = map { $_ => 1 } qw(other-store removed unaware full audit prune);
 
 sub events ($class, $provider) {
     return sort grep { $provider eq 'chain' || !$chain_only{$_} } keys %events;
@@ -253,6 +254,7 @@ sub _task_options ($self, %opt) {
 sub _run_backup ($self, $provider, %opt) {
     my %options = $self->_task_options(%opt);
     $provider->make_full(1) if $opt{full};
+    $provider->audit_every(1) if $opt{audit};
     return $self->_unaware($provider, \%options) if $opt{unaware};
     return $self->{backend}->task($provider, %options)->run_job;
 }
@@ -293,6 +295,7 @@ sub _backup ($self, %opt) {
     return $self->_retry_after($error, %opt) if !$result;
     $self->{dead} = 0;
     $self->_detach_fleecing;
+    $self->_judge_audit($provider) if $opt{audit};
     $self->{modes} = {};
 
     for my $id (($opt{only} // \@ids)->@*) {
@@ -302,6 +305,13 @@ sub _backup ($self, %opt) {
         my $file = $self->_file_of_name($id, $opt{alias});
         $self->_compare($provider, $result->{'archive-name'}, $device, $file);
     }
+    return;
+}
+
+# Nothing that happens in a life makes a bitmap lack a bit.
+sub _judge_audit ($self, $provider) {
+    my ($finding) = $provider->audit_findings->@*;
+    $self->{problem} = $finding->{text} if $finding;
     return;
 }
 

@@ -83,11 +83,14 @@ sub _wait_migrated ($self) {
     }
 }
 
-# The state of the machine into a file, bitmaps included. It stands still afterwards.
+# The state of the machine into a file, bitmaps included; where QEMU refuses, that stays as it is. The machine
+# stands still afterwards.
 sub _save_state ($self, $file) {
     $self->_carry_bitmaps;
-    $self->_vm->qmp('migrate', uri => "exec:cat >$file");
-    return $self->_wait_migrated;
+    $self->_vm->qmp('migrate', uri => "exec:cat >$file.new");
+    $self->_wait_migrated or return 0;
+    rename("$file.new", $file) or die "rename: $!\n";
+    return 1;
 }
 
 sub _start_from ($self, $file) {
