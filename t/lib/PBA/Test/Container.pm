@@ -248,7 +248,8 @@ sub backup ($self, %options) {
 }
 
 # The flags of PVE::Storage::Plugin for each tar.
-my @flags = qw(--one-file-system -p --sparse --numeric-owner --acls --xattrs --xattrs-include=user.*
+our @flags
+    = qw(--one-file-system -p --sparse --numeric-owner --acls --xattrs --xattrs-include=user.*
     --xattrs-include=security.capability --warning=no-file-ignored --warning=no-xattr-write);
 
 # pct's check of a tar that another storage has, then the extraction. The directory must be there.

@@ -1,0 +1,138 @@
+# The real PVE::VZDump::LXC and PVE::LXC::Create, of the sources or the Proxmox host that PBA_PVE_CONTAINER names: a
+# container's backup into Qcow2Chain and its restore, in user namespaces, by tar and from a directory. What else they
+# use of Proxmox VE are stand-ins, but for pve-common.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use Test::More;
+
+use PBA::Test::Container qw(describe write_file);
+
+my $tree = $ENV{PBA_PVE_CONTAINER};
+plan(skip_all => 'needs PBA_PVE_CONTAINER') if !$tree;
+plan(skip_all => 'needs root') if $>;
+
+my $first_id = 100_000;
+my @id_map = map { [$_, 0, $first_id, 65_536] } qw(u g);
+my $stand_in
+    = qr{\APVE/(?:Cluster|GuestHelpers|INotify|LXC|LXC/(?:Config|Setup)|Storage|Storage/.*|VZDump|VZDump/(?:Plugin|ConvertOVZ)|RPCEnvironment|RESTEnvironment|DataCenterConfig)\.pm\z};
+
+sub empty_module ($, $file) {
+    return if $file !~ $stand_in;
+    my $package = $file =~ s!/!::!gr =~ s/\.pm\z//r;
+    my $text = "package $package; our \$AUTOLOAD; sub AUTOLOAD { return } 1;";
+    open(my $fh, '<', \$text) or die "$file: $!\n";
+    return $fh;
+}
+
+# The map of ids as root may write it himself; and the command that runs another in such a namespace.
+sub make_programs ($dir) {
+    for my $kind (qw(uid gid)) {
+        my $map = "echo \"\$@\" > /proc/\$pid/${kind}_map\n";
+        write_file("$dir/new${kind}map", "#!/bin/sh\npid=\$1\nshift\n$map", 0755);
+    }
+    my $code = 'run_in_namespace(' . $first_id . ', sub { run_command(@ARGV) })';
+    my @lib = map { "-I$FindBin::Bin/$_" } qw(lib ../blib/lib ../blib/arch);
+    write_file(
+        "$dir/in-namespace",
+        "#!/bin/sh\nexec $^X @lib -MPBA::Test::Container=run_command,run_in_namespace -e '$code' -- \"\$@\"\n",
+        0755
+    );
+    return;
+}
+
+my @places = grep { -d "$_/PVE" } map { ($_, "$_/src", "$_/usr/share/perl5") } $tree,
+    glob("$tree/*");
+unshift(@INC, \&empty_module, @places);
+my $is_loaded
+    = eval { require PVE::LXC::Create; require PVE::LXC::Namespaces; require PVE::VZDump::LXC; 1 };
+plan(skip_all => "needs what pve-container needs: $@") if !$is_loaded;
+
+my @log;
+my $note = sub ($self, @line) { push(@log, "@line") };
+{
+    no warnings qw(once redefine);
+    *PVE::LXC::parse_id_maps = sub { return (\@id_map, $first_id, $first_id) };
+    *PVE::LXC::userns_command = sub { return ['in-namespace'] };
+    *PVE::VZDump::Plugin::loginfo = *PVE::VZDump::Plugin::log = $note;
+    @PVE::Storage::Plugin::COMMON_TAR_FLAGS = @PBA::Test::Container::flags;
+}
+
+# A system's container, which pct takes as a tar; one of a single program, which it does not.
+sub make_container ($kind) {
+    my $container = PBA::Test::Container->new(first_id => $first_id);
+    return $container->fill if $kind eq 'tar';
+    write_file($container->root . '/app', 'program', 0755);
+    $container->_own;
+    return $container;
+}
+
+# The part of a job in which the provider stores.
+sub archive ($container, $kind) {
+    my $job = $container->tmp . '/job';
+    write_file("$job/etc/vzdump/pct.conf", "hostname: $kind\n");
+    write_file("$job/etc/vzdump/pct.fw", "[OPTIONS]\n");
+    my %vzdump = (
+        opts => { bwlimit => 102_400 },
+        'backup-provider' => $container->provider,
+        findexcl => ['/tmp/?*'],
+    );
+    my %task = (
+        mode => 'snapshot',
+        disks => [{ mp => '/' }],
+        snapdir => $container->root,
+        tmpdir => $job,
+        id_map => \@id_map,
+        root_uid => $first_id,
+        root_gid => $first_id,
+        userns_cmd => ['in-namespace'],
+    );
+    my $provider = $container->{provider};
+    my $name = $provider->backup_init(101, 'lxc', 1_795_000_000)->{'archive-name'};
+    bless({ vzdump => \%vzdump }, 'PVE::VZDump::LXC')->archive(\%task, 101, undef, undef);
+    like(join("\n", splice(@log)), qr/using backup mechanism 'directory'/, 'pve-container says');
+    is_deeply([map { $_->{volname} } $provider->list->@*], [$name], 'it is there');
+    my $stats = $provider->backup_cleanup(101, 'lxc', 1, {})->{stats};
+    cmp_ok($stats->{'archive-size'}, '>', 0, 'a size');
+    return $name;
+}
+
+# Without what it prints.
+sub restore ($container, $name, $directory) {
+    mkdir($directory) or die "$directory: $!\n";
+    chown($first_id, $first_id, $directory);
+    open(my $stdout, '>&', \*STDOUT) or die "STDOUT: $!\n";
+    open(STDOUT, '>', '/dev/null') or die "STDOUT: $!\n";
+    my @arguments = ($container->provider, 'test', "backup/$name", $directory);
+    my $done = eval {
+        PVE::LXC::Create::restore_external_archive(@arguments, { unprivileged => 1 }, 0, undef);
+        1;
+    };
+    my $error = $done ? '' : $@;
+    open(STDOUT, '>&', $stdout) or die "STDOUT: $!\n";
+    is($error, '', 'restored');
+    return;
+}
+
+for my $kind (qw(tar directory)) {
+    subtest "restored by $kind" => sub {
+        my $container = make_container($kind);
+        my ($root, $tmp) = ($container->root, $container->tmp);
+        make_programs("$tmp/programs");
+        local $ENV{PATH} = "$tmp/programs:$ENV{PATH}";
+        local $ENV{TMPDIR} = $tmp;
+        my $name = archive($container, $kind);
+        my $provider = $container->{provider};
+        is($provider->archive_get_guest_config($name, 'test'), "hostname: $kind\n", 'its config');
+        is(($provider->restore_get_mechanism($name, 'test'))[0], $kind, 'the mechanism');
+        is_deeply($provider->verify($name), [], 'it is in order');
+        restore($container, $name, "$tmp/restored");
+        utime(1, 1, map { ($_, "$_/tmp") } $root, "$tmp/restored");
+        my @left_out = ('./dev/*', './tmp/*');
+        ok(describe($root, @left_out) eq describe("$tmp/restored", @left_out), 'all is there');
+    };
+}
+
+done_testing;
