@@ -1,5 +1,7 @@
 # Qcow2Chain and containers: with the calls of pve-container, as root and in a container's user namespace, beside
 # archives of virtual machines in one store, and whatever goes wrong on the way.
+#
+# One QEMU is enough: containers have none.
 
 use v5.36;
 

@@ -1,6 +1,8 @@
 # The real PVE::VZDump::LXC and PVE::LXC::Create, of the sources or the Proxmox host that PBA_PVE_CONTAINER names: a
 # container's backup into Qcow2Chain and its restore, in user namespaces, by tar and from a directory. What else they
 # use of Proxmox VE are stand-ins, but for pve-common.
+#
+# One QEMU is enough: containers have none.
 
 use v5.36;
 
