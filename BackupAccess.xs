@@ -121,11 +121,8 @@ _status(HV *options)
         PbaQmp *client = glue_new_qmp(aTHX_ glue_fetch(aTHX_ options, "qmp"),
                                       (unsigned)SvUV(glue_fetch(aTHX_ options, "timeout")),
                                       &caller);
-        PbaAccessOptions access_options = {
-            .run_dir = glue_fetch_text(aTHX_ options, "run-dir"),
-            .identity = glue_fetch_text(aTHX_ options, "identity"),
-            .fleecing_dir = glue_fetch_text(aTHX_ options, "fleecing-dir"),
-        };
+        PbaAccessOptions access_options = {0};
+        glue_fetch_places(aTHX_ options, &access_options);
         SV *known = glue_fetch(aTHX_ options, "access");
         JsonNode *status =
             pba_status(client, &access_options,
@@ -157,9 +154,6 @@ _new(SV *klass, HV *options)
         GHashTable *fleecing = glue_table_from_hash(aTHX_ glue_fetch(aTHX_ options, "fleecing"));
         PbaAccessOptions access_options = {
             .target_id = glue_fetch_text(aTHX_ options, "target-id"),
-            .run_dir = glue_fetch_text(aTHX_ options, "run-dir"),
-            .identity = glue_fetch_text(aTHX_ options, "identity"),
-            .fleecing_dir = glue_fetch_text(aTHX_ options, "fleecing-dir"),
             .fleecing = fleecing,
             .bitmap_name = glue_fetch_text(aTHX_ options, "bitmap-name"),
             .allow_shared = SvTRUE(glue_fetch(aTHX_ options, "allow-shared")),
@@ -167,6 +161,7 @@ _new(SV *klass, HV *options)
             .no_recover = !SvTRUE(glue_fetch(aTHX_ options, "recover")),
             .force = SvTRUE(glue_fetch(aTHX_ options, "force")),
         };
+        glue_fetch_places(aTHX_ options, &access_options);
         object->access = pba_access_new(object->qmp, &access_options, &hooks, &error);
         g_clear_pointer(&fleecing, g_hash_table_unref);
         if (!object->access) {

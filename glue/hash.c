@@ -26,6 +26,21 @@ const char *glue_fetch_text(pTHX_ HV *hash, const char *key)
     return glue_text_or_null(aTHX_ glue_fetch(aTHX_ hash, key));
 }
 
+void glue_fetch_places(pTHX_ HV *options, PbaAccessOptions *access_options)
+{
+    SV *uid = glue_fetch(aTHX_ options, "qemu-uid");
+
+    access_options->run_dir = glue_fetch_text(aTHX_ options, "run-dir");
+    access_options->identity = glue_fetch_text(aTHX_ options, "identity");
+    access_options->fleecing_dir = glue_fetch_text(aTHX_ options, "fleecing-dir");
+    access_options->has_qemu_user = SvOK(uid);
+    access_options->qemu_uid = SvOK(uid) ? (uint32_t)SvUV(uid) : 0;
+    access_options->qemu_gid =
+        SvOK(uid) ? (uint32_t)SvUV(glue_fetch(aTHX_ options, "qemu-gid")) : 0;
+    access_options->qemu_run_dir = glue_fetch_text(aTHX_ options, "qemu-run-dir");
+    access_options->qemu_fleecing_dir = glue_fetch_text(aTHX_ options, "qemu-fleecing-dir");
+}
+
 SV *glue_copy_code(pTHX_ SV *code)
 {
     return SvROK(code) ? newSVsv(code) : NULL;

@@ -127,11 +127,16 @@ typedef struct {
     const char *identity;     /* tells this VM from others on the machine, e.g. its QMP socket */
     const char *fleecing_dir; /* upstream: where fleecing images are created; may be NULL */
     GHashTable *fleecing;     /* upstream: device => the caller's fleecing node; may be NULL */
-    const char *bitmap_name;  /* pve, early form of the command only; NULL: the target-id */
-    bool allow_shared;        /* disks that others may write to as well (share-rw) */
-    bool persistent;          /* upstream: bitmaps of qcow2 disks survive a VM restart */
-    bool no_recover;          /* setup refuses where a dead process left something to undo */
-    bool force;               /* recover takes a process that it cannot see for dead */
+    bool has_qemu_user;       /* QEMU runs as these, for transports that do not tell: */
+    uint32_t qemu_uid;
+    uint32_t qemu_gid;
+    const char *qemu_run_dir;      /* run_dir and fleecing_dir as QEMU sees them, where it has */
+    const char *qemu_fleecing_dir; /* another root or mounts; NULL: as this process does */
+    const char *bitmap_name;       /* pve, early form of the command only; NULL: the target-id */
+    bool allow_shared;             /* disks that others may write to as well (share-rw) */
+    bool persistent;               /* upstream: bitmaps of qcow2 disks survive a VM restart */
+    bool no_recover;               /* setup refuses where a dead process left something to undo */
+    bool force;                    /* recover takes a process that it cannot see for dead */
 } PbaAccessOptions;
 
 typedef struct {

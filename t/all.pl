@@ -17,7 +17,7 @@ my $Cache = 'PBA::Test::Cache';
 # A reason to skip that a machine may have; whatever else is skipped hides something.
 my @expected_skips = (
     qr/\Ano \/dev\/fuse\b/,
-    qr/\Ano Go compiler\b/,
+    qr/\Ano (?:Go compiler|libvirt|mount namespaces)\b/,
     qr/\Aneeds root\b/,
     qr/\Aneeds QEMU 10\.0 or later\b/,
     qr/\Aneeds Ceph and PBA_FULL\b/,

@@ -52,11 +52,14 @@ my %qmp_options = (
     timeout => \&check_positive,
 );
 
+# Where files are made that QEMU opens, and who that is.
+my %place_options = map { $_ => \&check_filled_text }
+    qw(run-dir fleecing-dir qemu-user qemu-group qemu-run-dir qemu-fleecing-dir);
+
 my %access_options = (
     %qmp_options,
+    %place_options,
     'target-id' => \&check_text,
-    'run-dir' => \&check_filled_text,
-    'fleecing-dir' => \&check_filled_text,
     'bitmap-name' => \&check_filled_text,
     fleecing => \&check_fleecing,
     log => \&check_code,
@@ -65,12 +68,11 @@ my %access_options = (
     recover => \&check_flag,
 );
 
-my %forget_options
-    = map { $_ => $access_options{$_} } qw(qmp timeout target-id run-dir fleecing-dir log);
+my %forget_options = (%qmp_options, %place_options, %access_options{qw(target-id log)});
 
 my %recover_options = (%forget_options, force => \&check_flag, foreign => \&check_flag);
 
-my %status_options = map { $_ => $access_options{$_} } qw(qmp timeout run-dir fleecing-dir);
+my %status_options = (%qmp_options, %place_options);
 
 my sub check_base ($name, $value) {
     check_text($name, $value) if defined($value);
@@ -90,10 +92,31 @@ my sub identity ($qmp) {
     return realpath($qmp) // $qmp;
 }
 
+# The number of a user or group that is given by name or number; $find looks a name up.
+my sub number_of ($option, $name, $find) {
+    return $name if $name =~ m/\A(?:0|[1-9][0-9]{0,8})\z/;
+    return $find->($name) // bad_argument("$option '$name': this machine knows no such name");
+}
+
+# { qemu-uid, qemu-gid } of QEMU's user, if that is told. Without a group it is the user's own.
+my sub qemu_user ($options) {
+    my ($user, $group) = $options->@{qw(qemu-user qemu-group)};
+    bad_argument('qemu-group goes with qemu-user') if defined($group) && !defined($user);
+    return if !defined($user);
+    my $uid = number_of('qemu-user', $user, sub ($name) { return scalar(getpwnam($name)) });
+    my $gid
+        = defined($group)
+        ? number_of('qemu-group', $group, sub ($name) { return scalar(getgrnam($name)) })
+        : (getpwuid($uid))[3];
+    bad_argument("qemu-user '$user': this machine does not know its group - give qemu-group, too")
+        if !defined($gid);
+    return ('qemu-uid' => $uid, 'qemu-gid' => $gid);
+}
+
 # As the core wants to have them: paths as text, whether they came as that or as a file name's bytes.
 my sub core_options ($options) {
-    my %core = (timeout => $default_timeout, $options->%*);
-    for my $name (grep { exists($core{$_}) } qw(qmp run-dir fleecing-dir)) {
+    my %core = (timeout => $default_timeout, $options->%*, qemu_user($options));
+    for my $name (grep { exists($core{$_}) } 'qmp', grep { m/-dir\z/ } keys %place_options) {
         utf8::decode($core{$name}) if !ref($core{$name});
     }
     return { %core, identity => identity($core{qmp}) };
@@ -425,8 +448,18 @@ to them without the sticky bit.
 
 Where root backs up a QEMU that runs as another user (C<-runas>, C<-run-with user=>), the private directory is opened to QEMU's group
 (mode 1730), this directory to all who want to go through it, and fleecing images are given to QEMU's user; that
-user must be able to go through the directories above. Whose process QEMU is tells the other end of its socket; so not
-where a code ref carries the commands, nor where another program has made the socket.
+user must be able to go through the directories above. Whose process QEMU is tells the other end of its socket; where
+a code ref carries the commands, or another program has made the socket, C<qemu-user> does.
+
+=item qemu-user, qemu-group
+
+The user and group that QEMU runs as, by name or number, where the socket does not tell: libvirt's system domains, a
+code ref as C<qmp>. Without a group it is the user's own. What is said under C<run-dir> is done for them by root.
+
+=item qemu-run-dir, qemu-fleecing-dir
+
+C<run-dir> and C<fleecing-dir> as QEMU sees them, where these are others than here: with C<-chroot>, or in a container
+that has the directory mounted at another place.
 
 =item log
 

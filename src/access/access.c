@@ -92,8 +92,9 @@ PbaAccess *pba_access_new(PbaQmp *qmp, const PbaAccessOptions *options, const Pb
 static void keep_options(PbaAccess *access, const PbaAccessOptions *options)
 {
     PbaAccessOptions *kept = &access->options;
-    const char **texts[] = {&kept->target_id, &kept->run_dir, &kept->identity, &kept->fleecing_dir,
-                            &kept->bitmap_name};
+    const char **texts[] = {&kept->target_id,        &kept->run_dir,     &kept->identity,
+                            &kept->fleecing_dir,     &kept->bitmap_name, &kept->qemu_run_dir,
+                            &kept->qemu_fleecing_dir};
 
     *kept = *options;
     access->texts = g_string_chunk_new(256);
@@ -108,6 +109,8 @@ PbaAccess *pba_access_new_observer(PbaQmp *qmp, const PbaAccessOptions *options,
 {
     if (!check_dir("run-dir", options->run_dir, error) ||
         !check_dir("fleecing-dir", options->fleecing_dir, error) ||
+        !check_dir("qemu-run-dir", options->qemu_run_dir, error) ||
+        !check_dir("qemu-fleecing-dir", options->qemu_fleecing_dir, error) ||
         !pba_check_utf8("bitmap-name", options->bitmap_name, error) ||
         !check_fleecing(options->fleecing, error)) {
         return NULL;

@@ -213,6 +213,10 @@ void pba_user_note(PbaAccess *access);
 /* Lets QEMU open a file that this process has made, and make a socket in such a directory. */
 bool pba_user_give_file(const PbaAccess *access, int fd);
 bool pba_user_open_dir(const PbaAccess *access, const char *dir);
+/* What QEMU is to call a file in the access' private directory, or a fleecing image; the caller's
+ * to free. */
+char *pba_user_run_path(const PbaAccess *access, const char *path);
+char *pba_user_fleecing_path(const PbaAccess *access, const char *path);
 /* Says whose process QEMU is, of an error that is for want of permission. */
 void pba_user_add_hint(const PbaAccess *access, GError **error);
 

@@ -30,9 +30,10 @@ bool pba_nbd_server_start(PbaAccess *access, GError **error)
     /* 0: no limit. Without it a QEMU since 9.1 (c8a76dbd90c2), and an older one whose distribution
      * has that fix, lets in 100. The argument is there since 5.2. Nobody else can connect: the
      * socket is in a directory of ours. */
+    g_autofree char *path = pba_user_run_path(access, access->socket);
     JsonNode *arguments = pba_json("{'addr': <{'type': <'unix'>, 'data': <{'path': <%s>}>}>, "
                                    "'max-connections': <0>}",
-                                   access->socket);
+                                   path);
     GError *local = NULL;
     bool done = pba_qmp_run(access->qmp, "nbd-server-start", arguments, &local);
 

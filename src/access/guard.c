@@ -81,7 +81,8 @@ bool pba_guards_add(PbaAccess *access, PbaGuarded guarded, GError **error)
 {
     g_autofree char *path = g_build_filename(access->socket_dir, PBA_GUARD_NAME, NULL);
 
-    bool done = create_image(access, path, error) && add_guards(access, path, guarded, error);
+    g_autofree char *seen = pba_user_run_path(access, path);
+    bool done = create_image(access, path, error) && add_guards(access, seen, guarded, error);
     /* QEMU has it open. */
     unlink(path);
     return done;

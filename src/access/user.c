@@ -29,12 +29,34 @@ static bool find_user(pid_t pid, unsigned *uid, unsigned *gid)
     return is_qemu && line && sscanf(line, "\nUid: %*u %u %*u %*u Gid: %*u %u", uid, gid) == 2;
 }
 
+char *pba_user_run_path(const PbaAccess *access, const char *path)
+{
+    g_autofree char *dir = g_path_get_basename(access->socket_dir);
+    g_autofree char *name = g_path_get_basename(path);
+
+    return access->options.qemu_run_dir
+               ? g_build_filename(access->options.qemu_run_dir, dir, name, NULL)
+               : g_strdup(path);
+}
+
+char *pba_user_fleecing_path(const PbaAccess *access, const char *path)
+{
+    g_autofree char *name = g_path_get_basename(path);
+
+    return access->options.qemu_fleecing_dir
+               ? g_build_filename(access->options.qemu_fleecing_dir, name, NULL)
+               : g_strdup(path);
+}
+
 void pba_user_note(PbaAccess *access)
 {
-    unsigned uid, gid;
+    unsigned uid = access->options.qemu_uid;
+    unsigned gid = access->options.qemu_gid;
 
     access->has_qemu_user =
-        geteuid() == 0 && find_user(pba_qmp_peer(access->qmp), &uid, &gid) && uid != 0;
+        geteuid() == 0 &&
+        (access->options.has_qemu_user || find_user(pba_qmp_peer(access->qmp), &uid, &gid)) &&
+        uid != 0;
     if (access->has_qemu_user) {
         access->qemu_uid = uid;
         access->qemu_gid = gid;
@@ -58,26 +80,56 @@ bool pba_user_open_dir(const PbaAccess *access, const char *dir)
             chown(dir, 0, access->qemu_gid) == 0 && chmod(dir, 01730) == 0);
 }
 
-void pba_user_add_hint(const PbaAccess *access, GError **error)
+static char *name_of(unsigned uid)
+{
+    const struct passwd *user = getpwuid(uid);
+    return g_strdup_printf("user '%s' (%u)", user ? user->pw_name : "?", uid);
+}
+
+/* The directories have been opened to QEMU's user: it is those above them, or a rule of the host's.
+ */
+static char *confined_hint(unsigned uid)
+{
+    g_autofree char *user = name_of(uid);
+    return g_strdup_printf(
+        "QEMU runs as %s: that user must be able to go through the directories above run-dir and "
+        "fleecing-dir; where AppArmor confines QEMU (dmesg says DENIED), add their names as "
+        "'DIR/** rwk,' to /etc/apparmor.d/local/abstractions/libvirt-qemu and restart the guest",
+        user);
+}
+
+static char *user_hint(const PbaAccess *access)
 {
     unsigned uid, gid;
 
-    if (!strstr((*error)->message, "Permission denied")) {
-        return;
+    if (access->options.has_qemu_user && geteuid() == 0) {
+        return confined_hint(access->options.qemu_uid);
     }
-    if (!find_user(pba_qmp_peer(access->qmp), &uid, &gid)) {
-        pba_error_add_hint(error, "QEMU's user must be able to use run-dir and fleecing-dir: back "
-                                  "up as that user");
-        return;
+    if (access->options.has_qemu_user) {
+        uid = access->options.qemu_uid;
+    } else if (!find_user(pba_qmp_peer(access->qmp), &uid, &gid)) {
+        return g_strdup(geteuid() == 0
+                            ? "QEMU's user must be able to use run-dir and fleecing-dir: say whose "
+                              "process QEMU is by qemu-user"
+                            : "QEMU's user must be able to use run-dir and fleecing-dir: back up "
+                              "as that user");
     }
     if (uid == geteuid()) {
-        return;
+        return NULL;
     }
-    const struct passwd *user = getpwuid(uid);
-    g_autofree char *hint = g_strdup_printf(
-        "QEMU runs as user '%s' (%u), and this program as %u: give a run-dir and a fleecing-dir "
-        "that user can go through%s",
-        user ? user->pw_name : "?", uid, (unsigned)geteuid(),
-        geteuid() == 0 ? "" : ", and back up as that user, or as root");
-    pba_error_add_hint(error, hint);
+    g_autofree char *user = name_of(uid);
+    return g_strdup_printf(
+        "QEMU runs as %s, and this program as %u: give a run-dir and a fleecing-dir that user can "
+        "go through%s",
+        user, (unsigned)geteuid(), geteuid() == 0 ? "" : ", and back up as that user, or as root");
+}
+
+void pba_user_add_hint(const PbaAccess *access, GError **error)
+{
+    g_autofree char *hint =
+        strstr((*error)->message, "Permission denied") ? user_hint(access) : NULL;
+
+    if (hint) {
+        pba_error_add_hint(error, hint);
+    }
 }

@@ -273,15 +273,23 @@ static bool is_above(const PbaBlock *block, const char *node, const char *below)
     return false;
 }
 
+/* libvirt-3-format and the like, which libvirt numbers anew with each snapshot and start. */
+static bool is_numbered(const char *node)
+{
+    return g_str_has_prefix(node, "libvirt-") && g_ascii_isdigit(node[strlen("libvirt-")]);
+}
+
+/* What a user is told: the drive's id, else the node's name if it lasts, else the device's id. */
 static char *device_name(const PbaBlock *block, JsonObject *device, const char *root)
 {
     const char *name = pba_json_find_string(device, "device");
     const char *qdev = pba_json_find_string(device, "qdev");
+    g_autofree char *id = qdev ? pba_block_qdev_id(qdev) : NULL;
 
     if (!name || !*name) {
         name = first_node(block, root, is_named);
     }
-    return name ? g_strdup(name) : qdev ? pba_block_qdev_id(qdev) : NULL;
+    return name && !(id && is_numbered(name)) ? g_strdup(name) : g_steal_pointer(&id);
 }
 
 char *pba_block_device_above(const PbaBlock *block, const char *node)

@@ -6,17 +6,8 @@ use v5.36;
 use File::Temp ();
 
 use PBA::Test::Backend;
-use PBA::Test::Command qw(command);
+use PBA::Test::Command qw(put_in_path);
 use PBA::Test::DocCode;
-
-# Stands for the installed command.
-my sub wrapper ($dir) {
-    my $file = "$dir/pve-backup-access";
-    my $command = join(' ', map { "'$_'" } command());
-    open(my $script, '>', $file) or die "$file: $!\n";
-    print {$script} "#!/bin/sh\nexec $command \"\$@\"\n";
-    close($script) && chmod(0755, $file) or die "$file: $!\n";
-}
 
 return sub ($block) {
     state $backend = PBA::Test::Backend->start(
@@ -27,7 +18,7 @@ return sub ($block) {
     my $outside = $backend->outside;
     my $dir = File::Temp->newdir('pba-doc.XXXXXX', TMPDIR => 1);
     mkdir("$dir/$_") or die "$dir/$_: $!\n" for qw(bin backups out);
-    wrapper("$dir/bin");
+    put_in_path("$dir/bin");
     symlink($backend->qmp_path, "$dir/100.qmp") or die "symlink: $!\n";
     PBA::Test::DocCode::run_shell(
         $block,

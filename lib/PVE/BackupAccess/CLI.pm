@@ -17,7 +17,10 @@ our @EXPORT_OK = qw(absolute untainted usage_error);
 
 my $name = 'pve-backup-access';
 
-my @guest = qw(qmp=s fleecing-dir=s run-dir=s);
+my @guest = qw(
+    qmp=s libvirt=s connect=s image=s@ image-format=s uuid=s fleecing-dir=s run-dir=s qemu-user=s qemu-group=s qemu-run-dir=s
+    qemu-fleecing-dir=s
+);
 
 # What a subcommand takes: its module and function, its arguments ('...' may be several), its
 # options (Getopt::Long), and those that it cannot do without.
@@ -30,7 +33,7 @@ my %commands = (
             qw(vmid=s guest=s device=s@ exclude=s@ target-id=s guest-config=s guest-agent=s),
             qw(bandwidth-limit=s full audit audit-every=s persistent allow-shared no-check wait=s quiet|q json),
         ],
-        needs => ['qmp'],
+        needs => ['qmp|libvirt|image'],
     },
     restore => {
         module => 'Restore',
@@ -81,21 +84,21 @@ my %commands = (
         module => 'Status',
         arguments => [],
         options => [@guest, 'json'],
-        needs => ['qmp'],
+        needs => ['qmp|libvirt|image'],
     },
     recover => {
         module => 'Status',
         function => 'recover',
         arguments => [],
         options => [@guest, qw(target-id=s force json)],
-        needs => ['qmp', 'target-id'],
+        needs => ['qmp|libvirt|image', 'target-id'],
     },
     forget => {
         module => 'Status',
         function => 'forget',
         arguments => [],
         options => [@guest, qw(target-id=s json)],
-        needs => ['qmp', 'target-id'],
+        needs => ['qmp|libvirt|image', 'target-id'],
     },
     copy => {
         module => 'Copy',
@@ -117,7 +120,7 @@ my %commands = (
         module => 'Map',
         arguments => ['DEVICE'],
         options => [@guest, qw(target-id=s json svg=s)],
-        needs => ['qmp'],
+        needs => ['qmp|libvirt|image'],
     },
     'try-provider' => {
         module => 'TryProvider',
@@ -192,6 +195,11 @@ my sub parse ($command, $spec, @arguments) {
     return (\%options, @arguments);
 }
 
+# One of several options that stand for each other, as in 'qmp|libvirt|image'.
+my sub is_given ($options, $names) {
+    return grep { defined($options->{$_}) } split(m/[|]/, $names);
+}
+
 my sub check ($spec, $options, @arguments) {
     my @wanted = $spec->{arguments}->@*;
     my $many = @wanted && $wanted[-1] =~ m/[.]{3}\z/;
@@ -200,8 +208,11 @@ my sub check ($spec, $options, @arguments) {
         usage_error("no $name given") if !defined($arguments[$i]) || $arguments[$i] eq '';
     }
     usage_error("one argument too many: '$arguments[@wanted]'") if @arguments > @wanted && !$many;
-    my @missing = grep { !defined($options->{$_}) } ($spec->{needs} // [])->@*;
-    usage_error('it needs ' . join(' and ', map { "--$_" } @missing)) if @missing;
+    my @missing = map {
+        join(' or ', map { "--$_" } split(m/[|]/))
+        }
+        grep { !is_given($options, $_) } ($spec->{needs} // [])->@*;
+    usage_error('it needs ' . join(' and ', @missing)) if @missing;
     for my $option (sort keys $options->%*) {
         my $value = $options->{$option};
         usage_error("--$option must not be empty")
@@ -243,9 +254,16 @@ my sub run_command ($command, @arguments) {
     (my $options, @arguments) = parse($command, $spec, @arguments);
     return show_help($command) if delete($options->{help});
     check($spec, $options, @arguments);
+    my $has_guest = grep { $_ eq 'libvirt=s' } $spec->{options}->@*;
+    if ($has_guest) {
+        require PVE::BackupAccess::CLI::Guest;
+        PVE::BackupAccess::CLI::Guest::reach_guest($options);
+    }
     my $module = "PVE::BackupAccess::CLI::$spec->{module}";
     require($module =~ s!::!/!gr . '.pm');
-    return $module->can($spec->{function} // 'run')->($options, @arguments);
+    my $status = $module->can($spec->{function} // 'run')->($options, @arguments);
+    PVE::BackupAccess::CLI::Guest::leave_guest($options) if $has_guest;
+    return $status;
 }
 
 my sub run (@arguments) {

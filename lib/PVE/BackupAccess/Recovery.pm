@@ -52,7 +52,7 @@ my sub is_suspicious ($node) {
 sub recover_all ($class, $options) {
     return [] if !grep { is_suspicious($_) } nodes_of($options);
     my %look = map { $_ => $options->{$_} }
-        grep { exists($options->{$_}) } qw(qmp timeout run-dir fleecing-dir);
+        grep { m/\A(?:qmp|timeout|qemu-.*|.*-dir)\z/ } keys $options->%*;
     my $status = $class->status(%look);
     my @left = $status->{'left-overs'}->@*;
     my $access = $status->{access};

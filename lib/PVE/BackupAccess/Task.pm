@@ -33,8 +33,9 @@ my sub check_data ($name, $value) {
 }
 
 # What PVE::BackupAccess->new takes, and checks.
+my @places = qw(run-dir fleecing-dir qemu-user qemu-group qemu-run-dir qemu-fleecing-dir);
 my @access_options
-    = qw(qmp target-id run-dir fleecing-dir fleecing persistent allow-shared timeout bitmap-name);
+    = (@places, qw(qmp target-id fleecing persistent allow-shared timeout bitmap-name));
 
 my %options = (
     (
@@ -160,7 +161,7 @@ sub _hand_over ($self, $result) {
 sub _warn_of_fleecing ($self) {
     return if $self->{'warned of fleecing'};
     my %options = map { $_ => $self->{$_} }
-        grep { exists($self->{$_}) } qw(qmp run-dir fleecing-dir);
+        grep { exists($self->{$_}) } 'qmp', @places;
     my $timeout = min($look_limit, $self->{timeout} // $look_limit);
     my $status;
     my $error = attempt { $status = $self->{access}->_look(%options, timeout => $timeout) };
@@ -515,7 +516,7 @@ of that name is found, provided that this module was loaded first. An installed 
     my $task = PVE::BackupAccess::Task->new(%options);
 
 Checks the options; nothing is sent. An option that is undef counts as not given. It takes C<qmp>,
-C<target-id>, C<run-dir>, C<fleecing-dir>, C<fleecing>, C<persistent>, C<allow-shared>, C<timeout> and C<bitmap-name> as
+C<target-id>, C<run-dir>, C<fleecing-dir>, C<qemu-user>, C<qemu-group>, C<qemu-run-dir>, C<qemu-fleecing-dir>, C<fleecing>, C<persistent>, C<allow-shared>, C<timeout> and C<bitmap-name> as
 L<PVE::BackupAccess/new> does, and
 
 =over

@@ -194,10 +194,11 @@ static bool add_fleecing(PbaAccess *access, PbaDisk *disk, GError **error)
         return false;
     }
     /* Without discard=unmap a trim succeeds and frees nothing. */
+    g_autofree char *seen = pba_user_fleecing_path(access, path);
     bool added = pba_qmp_run(access->qmp, "blockdev-add",
                              pba_json("{'driver': <'file'>, 'node-name': <%s>, 'filename': <%s>, "
                                       "'discard': <'unmap'>}",
-                                      disk->fleecing_node, path),
+                                      disk->fleecing_node, seen),
                              error);
     /* QEMU has it open: without a name its space is free again whoever dies first. */
     unlink(path);

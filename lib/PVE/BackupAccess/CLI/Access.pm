@@ -25,8 +25,9 @@ sub access_options ($opt) {
     my %options = (qmp => $opt->{qmp});
     $options{'fleecing-dir'}
         = absolute($opt->{'fleecing-dir'} // $fleecing_dir);
-    $options{'run-dir'} = absolute($opt->{'run-dir'})
-        if defined($opt->{'run-dir'});
+    $options{$_} = absolute($opt->{$_})
+        for grep { defined($opt->{$_}) } qw(run-dir qemu-run-dir qemu-fleecing-dir);
+    $options{$_} = $opt->{$_} for grep { defined($opt->{$_}) } qw(qemu-user qemu-group);
     return %options;
 }
 

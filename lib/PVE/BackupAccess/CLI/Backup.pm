@@ -9,12 +9,13 @@ use Digest::SHA ();
 use Fcntl qw(LOCK_EX O_CREAT O_RDWR);
 use File::Basename ();
 use IO::Handle ();
+use List::Util qw(uniq);
 use Scalar::Util qw(weaken);
 
 use PVE::BackupAccess::CLI qw(untainted usage_error);
 use PVE::BackupAccess::CLI::Access qw(access_options text);
 use PVE::BackupAccess::CLI::Disks qw(choose_disks);
-use PVE::BackupAccess::CLI::Monitor qw(ask);
+use PVE::BackupAccess::CLI::Monitor qw(ask hashes);
 use PVE::BackupAccess::CLI::Output qw(parse_bytes read_file say_json say_out);
 use PVE::BackupAccess::CLI::Progress;
 use PVE::BackupAccess::Provider::Qcow2Chain;
@@ -30,8 +31,11 @@ my sub vmid_of ($opt) {
     usage_error('--vmid and --guest exclude each other')
         if defined($opt->{vmid}) && defined($opt->{guest});
     return $opt->{vmid} if defined($opt->{vmid});
+    $opt->{guest} //= $opt->{domain}{name} if $opt->{domain};
     return if defined($opt->{guest});
-    return $1 if File::Basename::basename($opt->{qmp}) =~ m/\A([1-9][0-9]{2,8})[.]qmp\z/;
+    return $1
+        if !ref($opt->{qmp})
+        && File::Basename::basename($opt->{qmp}) =~ m/\A([1-9][0-9]{2,8})[.]qmp\z/;
     usage_error('it needs --vmid or --guest, the number or name by which the archives of this guest'
             . ' are known');
 }
@@ -49,14 +53,28 @@ sub identity_of ($directory) {
     return read_file($file);
 }
 
+# The target of that label whose bitmaps the images have: a guest without a UUID was known by its socket when
+# it ran. What the bitmaps are relative to is compared with the archives all the same.
+my sub target_in_images ($opt, $label) {
+    my @bitmaps = map { ($_->{'dirty-bitmaps'} // [])->@* }
+        hashes('query-named-block-nodes', ask($opt->{qmp}, 'query-named-block-nodes'));
+    my @targets
+        = uniq(map { $_->{name} =~ m/\Apba-tied:(\Q$label\E@[0-9a-f]{12})\z/ ? $1 : () } @bitmaps);
+    return @targets == 1 ? $targets[0] : undef;
+}
+
 # A bitmap has what changed since one archive, so the target belongs to one guest in one directory:
 # with the same bitmap for two of them, either would lack what the other one has.
 my sub target_of ($opt, $directory, $vmid) {
     my $guest = ask($opt->{qmp}, 'query-uuid')->{UUID};
-    $guest = Cwd::realpath($opt->{qmp}) if $guest =~ m/\A[0-]+\z/;
+    my $label = $opt->{'target-id'} // File::Basename::basename($directory);
+    if ($guest =~ m/\A[0-]+\z/) {
+        my $known = $opt->{images} && target_in_images($opt, $label);
+        return $known if $known;
+        $guest = ref($opt->{qmp}) ? '' : Cwd::realpath($opt->{qmp});
+    }
     my $digest
         = Digest::SHA::sha256_hex(join("\0", identity_of($directory), $directory, $vmid, $guest));
-    my $label = $opt->{'target-id'} // File::Basename::basename($directory);
     return text($label) . '@' . substr($digest, 0, 12);
 }
 

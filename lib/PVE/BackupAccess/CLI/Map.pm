@@ -13,6 +13,7 @@ use List::Util qw(max);
 use PVE::BackupAccess::CLI qw(usage_error);
 use PVE::BackupAccess;
 use PVE::BackupAccess::CLI::Access qw(access_options bitmap_of is_tied text);
+use PVE::BackupAccess::CLI::Guest qw(device_named);
 use PVE::BackupAccess::CLI::Map::Heat;
 use PVE::BackupAccess::CLI::Map::SVG;
 use PVE::BackupAccess::CLI::Output qw(columns is_utf8_terminal say_out share write_file write_out);
@@ -123,7 +124,7 @@ my sub print_json ($map) {
 }
 
 sub run ($opt, $device) {
-    $device = text($device);
+    $device = device_named($opt, text($device));
     usage_error('--json and --svg cannot be had together')
         if $opt->{json} && $opt->{svg};
     my $bitmap = bitmap_of($opt, $device);

@@ -14,10 +14,10 @@ our @EXPORT_OK = qw(ask hashes);
 
 my $timeout = 60;
 
-# Runs a command on the QMP socket; returns its value, or dies.
-sub ask ($path, $command, %arguments) {
-    utf8::decode($path);    # the core takes it as text
-    return PVE::BackupAccess::_ask($path, $timeout, $command, \%arguments);
+# Runs a command on the QMP socket, or by a code ref; returns its value, or dies.
+sub ask ($qmp, $command, %arguments) {
+    utf8::decode($qmp) if !ref($qmp);    # the core takes it as text
+    return PVE::BackupAccess::_ask($qmp, $timeout, $command, \%arguments);
 }
 
 # What the reply has to be: the hashes in an array, or the hash.

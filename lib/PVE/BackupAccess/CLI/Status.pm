@@ -115,7 +115,7 @@ sub _say_done ($opt, $method, $nothing) {
     my $lines = PVE::BackupAccess->$method(
         access_options($opt),
         'target-id' => text($opt->{'target-id'}),
-        force => $opt->{force} ? 1 : 0,
+        $opt->{force} ? (force => 1) : (),
         log => sub { },
     );
     if ($opt->{json}) {

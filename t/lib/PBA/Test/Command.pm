@@ -11,7 +11,7 @@ use IO::Select ();
 use POSIX ();
 use Test::More ();
 
-our @EXPORT_OK = qw(command run_command start_command start_on_terminal);
+our @EXPORT_OK = qw(command put_in_path run_command start_command start_on_terminal);
 
 my $root = abs_path(dirname(__FILE__) . '/../../../..');
 my $time_limit = 120;
@@ -21,6 +21,16 @@ sub command (@arguments) {
     my @options = ('-T', split(' ', $ENV{PERL5OPT} // ''));
     my @libraries = map { "-I$root/blib/$_" } qw(lib arch);
     return ($^X, @options, @libraries, "$root/blib/script/pve-backup-access", @arguments);
+}
+
+# Makes a program in the directory that stands for the installed command.
+sub put_in_path ($dir) {
+    my $file = "$dir/pve-backup-access";
+    my $command = join(' ', map { "'$_'" } command());
+    open(my $script, '>', $file) or die "$file: $!\n";
+    print {$script} "#!/bin/sh\nexec $command \"\$@\"\n";
+    close($script) && chmod(0755, $file) or die "$file: $!\n";
+    return;
 }
 
 my sub child (@arguments) {

@@ -16,7 +16,7 @@ use PVE::BackupAccess::Try qw(attempt_any);
 my $prefix = 'pba-server-';
 
 # What may be in it; nothing else is removed.
-my @files = qw(nbd log raw);
+my @files = qw(nbd log raw qmp);
 my $tree = 'tree';
 
 # No other program inherits the lock, whatever the caller has set.

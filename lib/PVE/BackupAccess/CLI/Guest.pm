@@ -1,0 +1,116 @@
+package PVE::BackupAccess::CLI::Guest;
+
+# The guest that the options name: by its QMP socket, as a domain of libvirt's, or by its images. After
+# reach_guest 'qmp' is what the module takes, whichever it was.
+
+use v5.36;
+
+use Exporter qw(import);
+use File::Basename qw(basename);
+
+use PVE::BackupAccess::CLI qw(absolute usage_error);
+use PVE::BackupAccess::CLI::Access qw(text);
+
+our @EXPORT_OK = qw(device_named leave_guest reach_guest);
+
+my $no_uuid = '00000000-0000-0000-0000-000000000000';
+
+my sub only_one ($opt) {
+    my @given = grep { defined($opt->{$_}) } qw(qmp libvirt image);
+    usage_error(join(' and ', map { "--$_" } @given) . ' exclude each other') if @given > 1;
+    my %goes_with = (connect => 'libvirt', 'image-format' => 'image', uuid => 'image');
+    for my $option (sort keys %goes_with) {
+        usage_error("--$option goes with --$goes_with{$option}")
+            if defined($opt->{$option}) && !defined($opt->{ $goes_with{$option} });
+    }
+}
+
+# The images are what stands for the guest from here on.
+my sub open_images ($opt, %options) {
+    require PVE::BackupAccess::Image;
+    my $image = $opt->{images} = PVE::BackupAccess::Image->start(%options);
+    $opt->{qmp} = $image->qmp;
+    $opt->{persistent} = 1;
+    return;
+}
+
+my sub format_of ($opt, $file) {
+    my $format = $opt->{'image-format'} // ($file =~ m/[.](qcow2|raw)\z/ ? $1 : undef);
+    usage_error("$file: give --image-format, qcow2 or raw - the name does not tell")
+        if !defined($format);
+    usage_error("--image-format wants qcow2 or raw, not '$format'")
+        if $format !~ m/\A(?:qcow2|raw)\z/;
+    return $format;
+}
+
+# NAME=FILE, or FILE whose name without what follows the dot is the disk's. A path has a slash before the
+# first '='.
+my sub image_disk ($opt, $text) {
+    my ($name, $file) = $text =~ m{\A([^/=]+)=(.+)\z}s ? ($1, $2) : (undef, $text);
+    $name //= basename($file) =~ s/(?<=.)[.][^.]*\z//r;
+    return { device => text($name), file => absolute($file), format => format_of($opt, $file) };
+}
+
+my sub domain_disks ($domain) {
+    my @disks;
+    for my $disk (grep { $_->{kind} eq 'disk' && !$_->{'read-only'} } $domain->{disks}->@*) {
+        my $what = "domain '$domain->{name}': disk $disk->{target}";
+        die
+            "$what is no file and no block device, so that it can be backed up while the domain runs\n"
+            if !defined($disk->{file});
+        die "$what has an address that is not known before the domain runs\n"
+            if !defined($disk->{device});
+        die "$what has format '$disk->{format}', and only qcow2 and raw can be backed up while the"
+            . " domain is off\n"
+            if $disk->{format} !~ m/\A(?:qcow2|raw)\z/;
+        push(@disks, { $disk->%{qw(device file format)} });
+    }
+    die "domain '$domain->{name}' has no disk that could be backed up\n" if !@disks;
+    return @disks;
+}
+
+my sub reach_domain ($opt, $name) {
+    require PVE::BackupAccess::Libvirt;
+    my $domain = $opt->{domain} = PVE::BackupAccess::Libvirt->domain($name,
+        defined($opt->{connect}) ? (connect => $opt->{connect}) : ());
+    $opt->{$_} = [map { device_named($opt, $_) } $opt->{$_}->@*]
+        for grep { ref($opt->{$_}) } qw(device exclude);
+    return open_images(
+        $opt,
+        disks => [domain_disks($domain)],
+        uuid => $domain->{uuid},
+        name => $domain->{name}
+    ) if !$domain->{running};
+    $opt->{qmp} = $domain->{qmp};
+    return if grep { defined } $opt->@{qw(qemu-user qemu-group)};
+    $opt->{$_} = $domain->{options}{$_} for keys $domain->{options}->%*;
+    return;
+}
+
+# Replaces --libvirt and --image by what they stand for.
+sub reach_guest ($opt) {
+    only_one($opt);
+    return reach_domain($opt, $opt->{libvirt}) if defined($opt->{libvirt});
+    return if !defined($opt->{image});
+    usage_error("--uuid wants a UUID, not '$opt->{uuid}'")
+        if ($opt->{uuid} // $no_uuid) !~ m/\A[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\z/i;
+    return open_images(
+        $opt,
+        disks => [map { image_disk($opt, $_) } $opt->{image}->@*],
+        defined($opt->{uuid}) ? (uuid => lc($opt->{uuid})) : ()
+    );
+}
+
+# The images are closed with their bitmaps in them.
+sub leave_guest ($opt) {
+    $opt->{images}->stop if $opt->{images};
+    return;
+}
+
+# A disk of a domain can be named by its target, such as vda.
+sub device_named ($opt, $name) {
+    my ($disk) = grep { $_->{target} eq $name } ($opt->{domain}{disks} // [])->@*;
+    return $disk ? text($disk->{device} // $name) : $name;
+}
+
+1;

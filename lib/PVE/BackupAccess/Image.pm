@@ -1,0 +1,365 @@
+package PVE::BackupAccess::Image;
+
+use v5.36;
+
+use Digest::SHA qw(sha256_hex);
+use Fcntl qw(F_RDLCK F_SETLEASE F_UNLCK S_ISBLK S_ISREG);
+use IO::Socket::UNIX ();
+use JSON::PP ();
+use POSIX ();
+use Time::HiRes ();
+
+use PVE::BackupAccess;
+use PVE::BackupAccess::Argument
+    qw(bad_argument check_filled_text check_hash check_options check_positive);
+use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Program qw(program_environment);
+use PVE::BackupAccess::Provider::Qcow2Chain::PrivateDir;
+use PVE::BackupAccess::Try qw(attempt);
+
+our $qemu_storage_daemon = 'qemu-storage-daemon';
+
+my $json = JSON::PP->new->ascii->canonical;
+my $no_uuid = '00000000-0000-0000-0000-000000000000';
+my $seconds_to_start = 60;
+my $seconds_between_looks = 0.01;
+
+my sub fail ($message) {
+    PVE::BackupAccess::Error->throw('SystemError', $message);
+}
+
+my %disk_keys = (
+    device => \&check_filled_text,
+    file => \&check_filled_text,
+    format => sub ($name, $value) {
+        bad_argument("$name must be qcow2 or raw, not '" . ($value // 'undef') . q('))
+            if ($value // '') !~ m/\A(?:qcow2|raw)\z/;
+    },
+);
+
+my %options = (
+    disks => sub ($name, $value) {
+        bad_argument("$name must be a list of disks, not empty")
+            if ref($value) ne 'ARRAY' || !$value->@*;
+        check_hash("a disk of $name", $_, \%disk_keys) for $value->@*;
+    },
+    name => \&check_filled_text,
+    uuid => \&check_filled_text,
+    timeout => \&check_positive,
+);
+
+# The kernel gives no read lease on a file that any process has open for writing, QEMU or not. Where there
+# are no leases, as on some network file systems, QEMU's own locks tell of QEMUs.
+my sub check_unused ($file) {
+    my $mode = (stat($file))[2] // fail("cannot open $file - $!");
+    fail("$file is neither a file nor a block device") if !S_ISREG($mode) && !S_ISBLK($mode);
+    return if !S_ISREG($mode);
+    open(my $fh, '<', $file) or fail("cannot open $file - $!");
+    if (fcntl($fh, F_SETLEASE, F_RDLCK)) {
+        fcntl($fh, F_SETLEASE, F_UNLCK);
+        return;
+    }
+    fail(
+        "$file is open for writing in another process, as that of a guest that runs - end it, or back"
+            . ' the guest up as one that runs')
+        if $!{EAGAIN};
+    return;
+}
+
+# The disk's name, where it can be a node's.
+my sub node_name ($index, $device) {
+    return $device =~ m/\A[A-Za-z][A-Za-z0-9._-]{0,30}\z/ ? $device : "image$index";
+}
+
+my sub node_options ($disk) {
+    my $is_device = S_ISBLK((stat($disk->{file}))[2]);
+    utf8::decode(my $file = $disk->{file});
+    return $json->encode(
+        {
+            driver => $disk->{format},
+            'node-name' => $disk->{node},
+            discard => 'unmap',
+            file => {
+                driver => $is_device ? 'host_device' : 'file',
+                filename => $file,
+                discard => 'unmap',
+            },
+        }
+    );
+}
+
+# ---- the process ----
+
+my sub run_daemon ($dir, @arguments) {
+    my $pid = fork() // fail("cannot fork - $!");
+    return $pid if $pid;
+    PVE::BackupAccess::_end_with_parent() or POSIX::_exit(127);
+    POSIX::setsid();    # a terminal's signals are for the caller
+    open(STDIN, '<', '/dev/null') or POSIX::_exit(127);
+    open(STDERR, '>', "$dir/log") or POSIX::_exit(127);
+    open(STDOUT, '>&', \*STDERR) or POSIX::_exit(127);
+    local %ENV = program_environment();
+    no warnings 'exec';
+    exec({$qemu_storage_daemon} $qemu_storage_daemon, @arguments)
+        or print {*STDERR} "cannot run $qemu_storage_daemon - $!\n";
+    STDERR->flush;
+    POSIX::_exit(127);
+}
+
+my sub log_line ($self) {
+    open(my $fh, '<', $self->{private}->path . '/log') or return '';
+    my ($line) = <$fh>;
+    return ($line // '') =~ s/\A\S*qemu-storage-daemon: (?:--blockdev \{.*\}: )?//r =~ s/\s+\z//r;
+}
+
+# Looks again for a moment: it may be about to end.
+my sub has_ended ($self, $tries = 1) {
+    local ($!, $?);
+    while (waitpid($self->{pid}, POSIX::WNOHANG()) == 0) {
+        return 0 if !--$tries;
+        Time::HiRes::sleep($seconds_between_looks);
+    }
+    delete($self->{pid});
+    return 1;
+}
+
+my sub ask ($self, $command, $arguments) {
+    my $value;
+    my $error = attempt {
+        $value = PVE::BackupAccess::_ask($self->{socket}, $self->{timeout}, $command, $arguments)
+    };
+    return $value if !defined($error);
+    die $error if $error->class =~ m/\A(?:Connection|Timeout|Protocol|Incomplete)Error\z/;
+    die "$error" =~ s/\Aqmp command '[^']*' failed - //r;
+}
+
+# What the guest's QEMU had it as, by what the bitmaps tell of their disk: 'drive', or a node below a device.
+my sub find_drives ($self) {
+    my %node = map { $_->{'node-name'} => $_ } ask($self, 'query-named-block-nodes', {})->@*;
+    for my $disk ($self->{disks}->@*) {
+        my $hash = substr(sha256_hex("drive $disk->{device} as $disk->{device}"), 0, 8);
+        my @bitmaps = map { $_->{name} // '' } ($node{ $disk->{node} }{'dirty-bitmaps'} // [])->@*;
+        $disk->{'is drive'} = grep { m/\Apba-id:[0-9a-f]+:[0-9a-f]+:$hash:/ } @bitmaps;
+    }
+    return;
+}
+
+my sub wait_until_up ($self) {
+    my $deadline = Time::HiRes::time() + $seconds_to_start;
+    until (IO::Socket::UNIX->new(Peer => $self->{socket})) {
+        fail('cannot open the images - ' . log_line($self)) if has_ended($self);
+        fail("$qemu_storage_daemon is not there after $seconds_to_start seconds")
+            if Time::HiRes::time() > $deadline;
+        Time::HiRes::sleep($seconds_between_looks);
+    }
+    return;
+}
+
+sub start ($class, @options) {
+    my $given = check_options('start', \@options, \%options, 'disks');
+    my @disks = map { +{ $_->%* } } $given->{disks}->@*;
+    my %seen;
+    for my $disk (@disks) {
+        defined($disk->{$_}) or bad_argument("a disk of disks lacks '$_'") for sort keys %disk_keys;
+        bad_argument("disk '$disk->{device}' is there twice") if $seen{ $disk->{device} }++;
+        check_unused($disk->{file});
+    }
+    my $self = bless({ timeout => 60, $given->%*, disks => \@disks, owner => $$ }, $class);
+    $self->{private} = PVE::BackupAccess::Provider::Qcow2Chain::PrivateDir->new;
+    $self->{socket} = $self->{private}->path . '/qmp';
+    $disks[$_]->@{qw(id node)} = ($_, node_name($_, $disks[$_]{device})) for 0 .. $#disks;
+    local $^F = 2;
+    $self->{pid} = run_daemon(
+        $self->{private}->path,
+        '--chardev', "socket,id=monitor,path=$self->{socket},server=on,wait=off",
+        '--monitor', 'chardev=monitor', map { ('--blockdev', node_options($_)) } @disks
+    );
+    wait_until_up($self);
+
+    # It listens before it has opened the images.
+    my $error = attempt { find_drives($self) };
+    die $error if $error && !has_ended($self, 100);
+    fail('cannot open the images - ' . log_line($self)) if $error;
+    return $self;
+}
+
+# Persistent bitmaps are in the images when this returns.
+sub stop ($self) {
+    my $pid = delete($self->{pid}) // return;
+    kill(TERM => $pid);
+    local $?;
+    my $ended;
+    1 while ($ended = waitpid($pid, 0)) < 0 && $!{EINTR};
+    fail("$qemu_storage_daemon ended with status $? - " . log_line($self))
+        if $ended == $pid && $? != 0;
+    return;
+}
+
+sub CLONE_SKIP { return 1 }
+
+sub DESTROY ($self) {
+    return if $self->{owner} != $$;
+    local ($@, $!);
+    my $error = attempt { $self->stop };
+    warn $error if defined($error);
+    return;
+}
+
+# ---- QMP ----
+
+# qom-set's path names the disk.
+my sub disk_at ($self, $path) {
+    my ($id) = $path =~ m!\A/machine/peripheral/(.*)\z!s;
+    my ($disk) = grep { defined($id) && $_->{device} eq $id } $self->{disks}->@*;
+    return $disk // die "Device '$path' not found\n";
+}
+
+my sub devices ($self) {
+    my %node = map { $_->{'node-name'} => $_ } ask($self, 'query-named-block-nodes', {})->@*;
+    return [
+        map {
+            +{
+                device => $_->{'is drive'} ? $_->{device} : '',
+                qdev => $_->{device},
+                locked => JSON::PP::false,
+                removable => JSON::PP::false,
+                type => 'unknown',
+                inserted => $node{ $_->{node} },
+            }
+        } $self->{disks}->@*
+    ];
+}
+
+# With the devices as what they would be in a guest: backends that let nobody else write.
+my sub graph ($self) {
+    my $graph = ask($self, 'x-debug-query-block-graph', {});
+    my %id = map { $_->{name} => $_->{id} } $graph->{nodes}->@*;
+    for my $disk ($self->{disks}->@*) {
+        my $id = (1 << 40) + $disk->{id};
+        push($graph->{nodes}->@*, { id => $id, type => 'block-backend', name => $disk->{device} });
+        push(
+            $graph->{edges}->@*,
+            {
+                parent => $id,
+                child => $id{ $disk->{node} },
+                name => 'root',
+                perm => ['consistent-read'],
+                'shared-perm' => ['consistent-read', 'write-unchanged'],
+            }
+        );
+    }
+    return $graph;
+}
+
+# What a guest has and the storage daemon has not.
+my %answers = (
+    'query-name' => sub ($self, $arguments) { return { name => $self->{name} // '' } },
+    'query-uuid' => sub ($self, $arguments) { return { UUID => $self->{uuid} // $no_uuid } },
+    'query-status' => sub ($self, $arguments) {
+        return { status => 'paused', running => JSON::PP::false };
+    },
+    'query-migrate' => sub ($self, $arguments) { return {} },
+    'query-iothreads' => sub ($self, $arguments) { return [] },
+    'query-block' => sub ($self, $arguments) { return devices($self) },
+    'x-debug-query-block-graph' => sub ($self, $arguments) { return graph($self) },
+    'qom-list' => sub ($self, $arguments) {
+        return [map { +{ name => $_->{device}, type => 'child<image>' } } $self->{disks}->@*];
+    },
+    'qom-get' => sub ($self, $arguments) {
+        disk_at($self, $arguments->{path});
+        die "Property '.$arguments->{property}' not found\n";
+    },
+    'qom-set' => sub ($self, $arguments) {
+        my $disk = disk_at($self, $arguments->{path});
+        $disk->{node} = $arguments->{value};
+        return {};
+    },
+);
+
+# A code ref for 'qmp'; what it is of lives as long as it does.
+sub qmp ($self) {
+    return sub ($command, $arguments) {
+        my $answer = $answers{$command};
+        return $answer ? $answer->($self, $arguments) : ask($self, $command, $arguments // {});
+    };
+}
+
+sub devices_of ($self) {
+    return map { $_->{device} } $self->{disks}->@*;
+}
+
+1;
+
+__END__
+
+=encoding utf8
+
+=head1 NAME
+
+PVE::BackupAccess::Image - the disks of a guest that is off
+
+=head1 SYNOPSIS
+
+=for run images
+
+    use PVE::BackupAccess::Image;
+    use PVE::BackupAccess::Task;
+
+    my $image = PVE::BackupAccess::Image->start(
+        disks => [{ device => 'drive-scsi0', file => $file, format => 'qcow2' }],
+        uuid => $uuid,    # as the guest has it when it runs
+    );
+    my $task = PVE::BackupAccess::Task->new(
+        qmp => $image->qmp,
+        persistent => 1,
+        'fleecing-dir' => $fleecing_dir,
+        devices => ['drive-scsi0'],
+        $options->%*,     # vmid, provider, guest-config and so on
+    );
+    $task->run_job;
+    $image->stop;
+
+=head1 DESCRIPTION
+
+A guest that is off has no QEMU to ask. C<qemu-storage-daemon> opens its images instead, and the access is made of the
+same commands. What a guest has and the daemon has not, such as devices, is answered here. Nothing is written to
+the disks; persistent bitmaps of qcow2 images are read, and brought up to date as at any other backup: so
+an increment goes on from a backup of the running guest, and the next one of the running guest from this.
+Raw images have no bitmaps that last: their backups are full ones.
+
+While the daemon is there no QEMU can open the images for writing, so the guest cannot start.
+
+=head1 METHODS
+
+=head2 start
+
+    my $image = PVE::BackupAccess::Image->start(%options);
+
+Opens the images. Dies if another process has one open for writing. Options are:
+
+=over
+
+=item C<disks> - a list of hashes with C<device>, the name that the guest's device has when it runs, C<file>, the image or
+block device, and C<format>, C<qcow2> or C<raw>. It is not guessed: the guest of a raw image could write what looks like
+qcow2.
+
+=item C<uuid>, C<name> - of the guest. An increment needs the UUID that the backup before had.
+
+=item C<timeout> - seconds that a command may take, 60 if not given
+
+=back
+
+=head2 qmp
+
+A code ref for the option C<qmp> of L<PVE::BackupAccess/new> and of L<PVE::BackupAccess::Task>.
+
+=head2 devices_of
+
+The names of the disks.
+
+=head2 stop
+
+Closes the images. Persistent bitmaps are stored then; dies if that failed, and the next backup is a full one. What goes out
+of scope is stopped with a warning in place of an error.
+
+=cut

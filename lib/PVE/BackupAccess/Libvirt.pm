@@ -1,0 +1,146 @@
+package PVE::BackupAccess::Libvirt;
+
+use v5.36;
+
+use JSON::PP ();
+
+use PVE::BackupAccess::Argument qw(bad_argument check_filled_text check_options check_positive);
+use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Libvirt::Disks qw(disks_of);
+use PVE::BackupAccess::Libvirt::Shell;
+use PVE::BackupAccess::Try qw(attempt);
+
+my $Error = 'PVE::BackupAccess::Error';
+my $Shell = 'PVE::BackupAccess::Libvirt::Shell';
+my $default_timeout = 60;
+
+# In single quotes, which virsh takes as they are: none may be in it.
+my $json = JSON::PP->new->ascii->allow_nonref;
+
+my %options = (
+    connect => \&check_filled_text,
+    timeout => \&check_positive,
+);
+
+# A domain that is there: { shell, uuid, name }.
+my sub find ($domain, @options) {
+    check_filled_text('domain', $domain);
+    my $options = check_options('qmp', \@options, \%options);
+    my $shell = $Shell->new($options->{connect}, $options->{timeout} // $default_timeout);
+    my ($uuid) = $shell->run('domuuid', '--domain', $domain) =~ m/\A\s*([0-9a-f-]{36})\s*\z/
+        or $Error->throw('ProtocolError', "virsh gave no UUID of domain '$domain'");
+    return { shell => $shell, uuid => $uuid, name => $domain };
+}
+
+# What QEMU answered. Of virsh's own errors the text is passed on.
+my sub parse_reply ($command, $text) {
+    my ($line) = $text =~ m/^(\{.*\})\s*$/m;
+    die(($text =~ s/^error:\s*//mgr) =~ s/\s*\n\s*/ - /gr =~ s/ - \z//r . "\n") if !defined($line);
+    my $reply;
+    my $error = attempt { $reply = JSON::PP->new->utf8->decode($line) };
+    die "virsh gave no reply of QEMU's to '$command'\n" if ref($reply) ne 'HASH';
+    die(($reply->{error}{desc} // 'error without a description') . "\n") if $reply->{error};
+    die "virsh gave no reply of QEMU's to '$command'\n" if !exists($reply->{return});
+    return $reply->{return};
+}
+
+my sub code_for ($domain) {
+    my ($shell, $uuid) = $domain->@{qw(shell uuid)};
+    return sub ($command, $arguments) {
+        my $text = $json->encode({ execute => $command, arguments => $arguments // {} });
+        $text =~ s/'/\\u0027/g;
+        return parse_reply($command,
+            $shell->ask("qemu-monitor-command --domain $uuid --cmd '$text'"));
+    };
+}
+
+sub qmp ($class, $domain, @options) {
+    return code_for(find($domain, @options));
+}
+
+# ---- what the command needs ----
+
+# The user and group of QEMU, as libvirt's own access control has them: '+64055:+109', or names.
+my sub user_options ($xml) {
+    my ($label) = $xml =~ m{<seclabel\b[^>]*\bmodel='dac'[^>]*>\s*<label>([^<]*)</label>}s
+        or return;
+    my ($user, $group) = $label =~ m/\A\+?([^:]+):\+?([^:]+)\z/ or return;
+    return ('qemu-user' => $user, 'qemu-group' => $group);
+}
+
+# { name, uuid, running, qmp (a code ref), options (of PVE::BackupAccess->new), disks }
+sub domain ($class, $name, @options) {
+    my $domain = find($name, @options);
+    my $shell = $domain->{shell};
+    my $state = $shell->run('domstate', '--domain', $domain->{uuid}) =~ s/\s+\z//r;
+    my $is_running = $state !~ m/\A(?:shut off|crashed|no state)\z/;
+    my $xml = $shell->run('dumpxml', '--domain', $domain->{uuid});
+    my ($title) = $xml =~ m{<name>([^<]*)</name>};
+    return {
+        name => $title // $name,
+        uuid => $domain->{uuid},
+        running => $is_running,
+        qmp => code_for($domain),
+        options => { $is_running ? user_options($xml) : () },
+        disks => [disks_of($xml)],
+    };
+}
+
+1;
+
+__END__
+
+=encoding utf8
+
+=head1 NAME
+
+PVE::BackupAccess::Libvirt - QEMU's monitor by libvirt
+
+=head1 SYNOPSIS
+
+=for run compiles it needs a libvirt with a domain; t/libvirt.t has one
+
+    use PVE::BackupAccess;
+    use PVE::BackupAccess::Libvirt;
+
+    my $access = PVE::BackupAccess->new(
+        qmp => PVE::BackupAccess::Libvirt->qmp('web1'),
+        'qemu-user' => 'libvirt-qemu',
+        'target-id' => 'nightly',
+        'fleecing-dir' => '/var/tmp',
+    );
+
+=head1 DESCRIPTION
+
+libvirt has QEMU's monitor to itself, and passes commands on. A process of C<virsh> is started with the first command, and
+asked them all; it ends with the code ref. Devices have the names that libvirt gave them, such as C<virtio-disk0>: the
+C<alias> in the domain's description.
+
+=head1 CLASS METHODS
+
+=head2 qmp
+
+    my $qmp = PVE::BackupAccess::Libvirt->qmp($domain, %options);
+
+A code ref for the option C<qmp> of L<PVE::BackupAccess/new>. The domain is named as C<virsh> takes it: by its name, UUID
+or number. Dies with a L<PVE::BackupAccess::Error> if libvirt has no such domain. The options are:
+
+=over
+
+=item C<connect> - which libvirt, a URI as for C<virsh>; by default libvirt's own choice: C<qemu:///system> for root
+
+=item C<timeout> - seconds that a command may take, 60 if not given
+
+=back
+
+Where QEMU runs as another user, as a system domain does, L<PVE::BackupAccess/new> has to be told by C<qemu-user>.
+
+=head2 domain
+
+    my $about = PVE::BackupAccess::Libvirt->domain($domain, %options);
+
+What C<pve-backup-access --libvirt> has to know of a domain, as a hash: C<name>, C<uuid>, C<running>, C<qmp> (as above),
+C<options> for L<PVE::BackupAccess/new>, and C<disks>, a list of hashes with C<target> (C<vda>), C<device> (the name of the
+guest device), C<kind> (C<disk>, C<cdrom>), C<format>, C<file>, C<read-only> and C<shareable>.
+
+=cut

@@ -1,0 +1,125 @@
+package PVE::BackupAccess::Libvirt::Shell;
+
+# A virsh that is asked many commands: to start one for each would take longer than QEMU does.
+
+use v5.36;
+
+use Errno qw(EINTR);
+use IO::Select ();
+use POSIX ();
+use Time::HiRes ();
+
+use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Try qw(attempt_any ensure);
+
+my $Error = 'PVE::BackupAccess::Error';
+my $max_reply = 64 << 20;
+
+my %environment = (
+    PATH => '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin',
+    LC_ALL => 'C',
+    TERM => 'dumb',
+    INPUTRC => '/dev/null',
+);
+
+sub new ($class, $uri, $timeout) {
+    my @connect = defined($uri) ? ('--connect', $uri) : ();
+    return bless({ command => ['virsh', '-q', @connect], timeout => $timeout }, $class);
+}
+
+my sub exec_virsh (@command) {
+    delete(@ENV{qw(IFS CDPATH ENV BASH_ENV)});
+    @ENV{ keys %environment } = values %environment;
+    $SIG{$_} = 'DEFAULT' for qw(INT TERM HUP PIPE);
+    no warnings 'exec';
+    exec { $command[0] } @command;
+    print {*STDERR} "error: virsh cannot be started - $!\n";
+    POSIX::_exit(127);
+}
+
+# Both outputs are one. It is in a process group of its own: an interrupt on the terminal is for us.
+my sub start (@command) {
+    pipe(my $in, my $to) && pipe(my $from, my $out) or die "pipe: $!\n";
+    my $pid = fork() // die "cannot fork: $!\n";
+    if (!$pid) {
+        setpgrp(0, 0);
+        open(STDIN, '<&', $in) && open(STDOUT, '>&', $out) && open(STDERR, '>&', $out)
+            or POSIX::_exit(126);
+        exec_virsh(@command);
+    }
+    return { pid => $pid, to => $to, from => $from, owner => $$ };
+}
+
+my sub end ($process) {
+    close($_) for $process->@{qw(to from)};
+    local ($?, $!);
+    kill(KILL => $process->{pid});
+    waitpid($process->{pid}, 0);
+    return;
+}
+
+# Writes what is still to be written, and appends what comes; false at the end. Signal handlers run while it
+# waits.
+my sub go_on ($self, $process, $to_write, $text, $deadline) {
+    my $left = $deadline - Time::HiRes::time();
+    die "virsh has not answered for $self->{timeout} seconds\n" if $left <= 0;
+    my $writer = $to_write->$* eq '' ? undef : IO::Select->new($process->{to});
+    my ($readable, $writable)
+        = IO::Select::select(IO::Select->new($process->{from}), $writer, undef, $left);
+    if ($writable && $writable->@*) {
+        my $n = syswrite($process->{to}, $to_write->$*, 4096);
+        die "virsh takes no more commands - $!\n" if !defined($n) && $! != EINTR;
+        substr($to_write->$*, 0, $n // 0) = '';
+    }
+    return 1 if !$readable || !$readable->@*;
+    my $n = sysread($process->{from}, $text->$*, 65536, length($text->$*));
+    die "virsh's answer has more than $max_reply bytes\n" if length($text->$*) > $max_reply;
+    return defined($n) ? $n : $! == EINTR;
+}
+
+# What is said by a virsh of its own, whose arguments are taken as they are; dies if it fails.
+sub run ($self, @arguments) {
+    my $process = start($self->{command}->@*, @arguments);
+    my $text = '';
+    my $deadline = Time::HiRes::time() + $self->{timeout};
+    close($process->{to});
+    my $error
+        = attempt_any { 1 while go_on($self, $process, \(my $nothing = ''), \$text, $deadline) };
+    kill(KILL => $process->{pid}) if defined($error);
+    local $?;
+    waitpid($process->{pid}, 0);
+    my $problem = defined($error) ? "$error" : $? ? $text : return $text;
+    $Error->throw('ConnectionError',
+        "virsh $arguments[0] failed - " . ($problem =~ s/^error:\s*//mgr) =~ s/\s+\z//r
+            =~ s/\s*\n\s*/ - /gr);
+}
+
+# The output of a line in the virsh that is asked many. Whatever ends this ends it, too: what it says
+# afterwards would be taken for the next one's answer.
+sub ask ($self, $line) {
+    my $process = delete($self->{process});
+    $process = undef if $process && $process->{owner} != $$;
+    $process //= start($self->{command}->@*);
+    my $mark = 'pba-' . ++$self->{count} . '-end';
+    my $text = '';
+    my $line_left = "$line\necho $mark\n";
+    my $work = sub {
+        local $SIG{PIPE} = 'IGNORE';
+        my $deadline = Time::HiRes::time() + $self->{timeout};
+        while ($text !~ m/^\Q$mark\E/m) {
+            go_on($self, $process, \$line_left, \$text, $deadline)
+                or die 'virsh has ended: ' . ($text =~ s/\s+/ /gr =~ s/\A.*?error: //r) . "\n";
+        }
+    };
+    ensure($work, sub ($failed) { end($process) if $failed });
+    $self->{process} = $process;
+    return $text =~ s/^virsh # .*$//mgr =~ s/^\Q$mark\E.*//msr;
+}
+
+sub DESTROY ($self) {
+    my $process = delete($self->{process}) // return;
+    end($process) if $process->{owner} == $$;
+    return;
+}
+
+1;

@@ -1,0 +1,28 @@
+# pve-backup-access in the PATH, and a libvirt of the test's own, $uri, with the running domain web1, which
+# has the disk vda; $backups and $directory, two empty directories. Where there is no libvirt nothing is run:
+# t/libvirt.t says why.
+
+use v5.36;
+
+use File::Temp ();
+
+use PBA::Test::Command qw(put_in_path);
+use PBA::Test::DocCode;
+use PBA::Test::Libvirt;
+
+return sub ($block) {
+    return if defined(PBA::Test::Libvirt->problem);
+    my $libvirt = PBA::Test::Libvirt->start('system');
+    $libvirt->add_disk('vda', bus => 'virtio', size => 8 << 20, format => 'qcow2');
+    $libvirt->start_domain;
+    my $dir = File::Temp->newdir('pba-doc.XXXXXX', TMPDIR => 1);
+    mkdir("$dir/$_") or die "$dir/$_: $!\n" for qw(bin out);
+    put_in_path("$dir/bin");
+    PBA::Test::DocCode::run_shell(
+        $block,
+        PATH => "$dir/bin:$ENV{PATH}",
+        uri => $libvirt->uri,
+        backups => "$dir/backups",
+        directory => "$dir/out",
+    );
+};

@@ -1,0 +1,202 @@
+# Backups of guests that are off, by their images. What writes to them meanwhile is qemu-io, which keeps
+# persistent bitmaps as a guest's QEMU does; t/libvirt.t has a guest that is on, off and on again.
+#
+# One QEMU is enough: what is asked of a QEMU is in the tests of the access.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+
+use Fcntl qw(O_RDWR);
+use File::Temp ();
+use POSIX ();
+use Test::More;
+
+use PBA::Test::Command qw(run_command start_command);
+use PVE::BackupAccess;
+use PVE::BackupAccess::Image;
+
+my $dir = File::Temp->newdir('pba-image-XXXXXXXX', TMPDIR => 1);
+my %file = (disk => "$dir/disk.qcow2", data => "$dir/data.raw");
+my %format = (disk => 'qcow2', data => 'raw');
+my %size = (disk => '16M', data => '4M');
+my @images = map { ('--image', $file{$_}) } sort keys %file;
+my @guest = (@images, qw(--guest web1));
+
+mkdir("$dir/$_") or die "$dir/$_: $!\n" for qw(store fleecing run);
+
+sub tool ($tool, @arguments) {
+    my $output = qx($tool @{[map { "'$_'" } @arguments]} 2>&1);
+    return ($?, $output);
+}
+
+sub write_to ($name, $byte, $place) {
+    my ($status, $said)
+        = tool('qemu-io', '-f', $format{$name}, '-c', "write -P $byte $place", $file{$name});
+    return $status ? $said : undef;
+}
+
+tool('qemu-img', 'create', '-q', '-f', $format{$_}, $file{$_}, $size{$_}) for sort keys %file;
+is(write_to($_, 1, '1M 1M'), undef, "$_: there is something in it") for sort keys %file;
+
+sub back_up (@options) {
+    return run_command('backup', "$dir/store", '--fleecing-dir', "$dir/fleecing", @options);
+}
+
+sub good ($name, @options) {
+    my $run = back_up(@options);
+    is($run->{status}, 0, "$name: the backup is done") or diag($run->{err});
+    my $out = File::Temp->newdir('pba-image-XXXXXXXX', TMPDIR => 1);
+    chomp($run->{out});
+    run_command('restore', $run->{out}, "$out");
+    for my $device (sort keys %file) {
+        next if !-e "$out/$device.raw";
+        my ($status) = tool(qw(qemu-img compare -q -f raw -F),
+            $format{$device}, "$out/$device.raw", $file{$device});
+        is($status, 0, "$name: $device is the disk");
+    }
+    return $run->{err};
+}
+
+sub refused ($name, $status, $problem, @options) {
+    my $run = back_up(@options);
+    is($run->{status}, $status, "$name: exit status");
+    my $more = $status == 2 ? qr/Try [^\n]+\n/ : qr//;
+    like(
+        $run->{err},
+        qr/\Apve-backup-access backup: [^\n]*$problem[^\n]*\n$more\z/,
+        "$name: a line"
+    );
+    return;
+}
+
+subtest 'qcow2 and raw' => sub {
+    like(good('full', @guest), qr/^disk: storing, full$/m, 'full');
+    is(write_to($_, 2, '3M 64k'), undef, "$_: a change") for sort keys %file;
+    my $log = good('the next', @guest);
+    like(
+        $log,
+        qr/^disk: dirty-bitmap status: OK \(64\.0 KiB of 16\.0 MiB dirty\)$/m,
+        'qcow2: what changed'
+    );
+    like($log, qr/^data: dirty-bitmap status: created new/m, 'raw: there is no bitmap that lasts');
+    like(
+        $log,
+        qr/^data: read in full, stored 64\.0 KiB that differ/m,
+        'raw: what differs is stored'
+    );
+    like(good('nothing', @guest), qr/^disk: .*nothing of 16\.0 MiB dirty/m, 'nothing changed');
+    my $run = run_command('status', @images);
+    like($run->{out}, qr/^store\@\w+ +disk +0 B +recording/m, 'status') or diag($run->{err});
+    $run = run_command('map', 'disk', @images, '--fleecing-dir', "$dir/fleecing");
+    like($run->{out}, qr/\Adisk, target store\@/, 'map') or diag($run->{err});
+    my ($target) = $run->{out} =~ m/target (\S+):/;
+    $run = run_command('forget', @images, '--target-id', $target);
+    is($run->{status}, 0, 'forget') or diag($run->{err});
+    my (undef, $info) = tool(qw(qemu-img info), $file{disk});
+    unlike($info, qr{bitmaps}, 'forget: the image has no bitmap');
+    like(good('after that', @guest), qr/^disk: dirty-bitmap status: created new/m, 'full again');
+};
+
+subtest 'the names of disks, and the UUID' => sub {
+    my @uuid = ('--uuid', '00000000-0000-4000-8000-000000000001');
+    my @named = ('--image', "scsi0=$file{disk}", @uuid, '--guest', 'named');
+    back_up(@named);
+    my $log = back_up(@named)->{err};
+    like($log, qr/^scsi0: .*nothing of/m, 'a name');
+    $log = back_up('--image', "other=$file{disk}", @uuid, '--guest', 'named')->{err};
+    like(
+        $log,
+        qr/^other: dirty-bitmap status: was missing|created new/m,
+        'another name: a full one'
+    );
+    $log
+        = back_up(@named[0, 1], '--uuid', '00000000-0000-4000-8000-000000000002', qw(--guest named))
+        ->{err};
+    unlike($log, qr/nothing of/, 'another guest: a full one');
+};
+
+sub open_image ($name) {
+    return PVE::BackupAccess::Image->start(
+        disks => [{ device => $name, file => $file{$name}, format => $format{$name} }]);
+}
+
+sub access_to ($image) {
+    return PVE::BackupAccess->new(
+        qmp => $image->qmp,
+        'target-id' => 'test',
+        'fleecing-dir' => "$dir/fleecing",
+        'run-dir' => "$dir/run",
+        log => sub { },
+    );
+}
+
+subtest 'who else has the image open' => sub {
+    for my $name (sort keys %file) {
+        sysopen(my $fh, $file{$name}, O_RDWR) or die "$file{$name}: $!\n";
+        refused(
+            "$name: any process that writes", 1,
+            qr/\Q$file{$name}\E is open for writing/, @guest
+        );
+        close($fh);
+        open(my $reader, '<', $file{$name}) or die "$file{$name}: $!\n";
+        good("$name: one that reads", @guest);
+        close($reader);
+        my $image = open_image($name);
+        my $access = access_to($image);
+        $access->setup([{ device => $name, 'bitmap-mode' => 'none' }]);
+        like(write_to($name, 9, '0 64k'),
+            qr/lock/, "$name: a QEMU that would write during the backup");
+        refused("$name: another backup", 1, qr/open for writing/, @guest);
+        $access->teardown(1);
+        $image->stop;
+        is(write_to($name, 9, '0 64k'), undef, "$name: after it");
+    }
+};
+
+# The command is killed: the daemon goes, and the next backup has what the killed one had.
+subtest 'killed' => sub {
+    good('before', @guest);
+    is(write_to('disk', 7, '8M 1M'), undef, 'a change');
+    for my $signal (qw(KILL TERM)) {
+        my $run = start_command('backup', "$dir/store", '--fleecing-dir', "$dir/fleecing", @guest,
+            qw(--bandwidth-limit 64K));
+        $run->wait_for('err', qr/disk: storing/);
+        $run->kill($signal);
+        is($run->finish->{signal}, POSIX->can("SIG$signal")->(), "$signal: it ends");
+        my $tries = 100;
+        select(undef, undef, undef, 0.1)
+            while --$tries && qx(ps -eo args) =~ m/^qemu-storage-daemon .*\Q$dir\E/m;
+        ok($tries, "$signal: so does the daemon");
+    }
+    my $log = good('the next', @guest);
+    like($log, qr/^disk: dirty-bitmap status: OK \(1\.0 MiB of/m, 'it has what changed')
+        or diag($log);
+};
+
+subtest 'bad input' => sub {
+    POSIX::mkfifo("$dir/fifo.raw", 0600);
+    open(my $fh, '>', "$dir/broken.qcow2") or die "broken: $!\n";
+    print {$fh} "no qcow2\n" x 1000;
+    close($fh);
+    my @x = qw(--guest x);
+    refused(
+        'no such file', 1,
+        qr{cannot open /nowhere\.raw - No such file},
+        qw(--image /nowhere.raw), @x
+    );
+    refused('a directory', 1, qr/neither a file nor/, '--image', "$dir", @x,
+        qw(--image-format raw));
+    refused('a FIFO', 1, qr/neither a file nor/, '--image', "$dir/fifo.raw", @x);
+    refused('no qcow2', 1, qr/not in qcow2 format/, '--image', "$dir/broken.qcow2", @x);
+    refused('no format', 2, qr/give --image-format/, '--image', "$dir/broken", @x);
+    refused('a format', 2, qr/wants qcow2 or raw, not 'vmdk'/, @guest, qw(--image-format vmdk));
+    refused('twice', 1, qr/disk 'disk' is there twice/, @guest, '--image', $file{disk});
+    refused('no guest', 2, qr/it needs --vmid or --guest/, @images);
+    refused('a UUID', 2, qr/--uuid wants a UUID/, @guest, qw(--uuid 1));
+    refused('two kinds', 2, qr/--qmp and --image exclude each other/, @guest, qw(--qmp /x));
+    refused('no images', 2, qr/--image-format goes with --image/, qw(--qmp /x --image-format raw));
+};
+
+done_testing;

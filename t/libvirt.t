@@ -1,0 +1,328 @@
+# Guests of libvirt: the command by --libvirt, libvirt's own jobs before and during an access, and what libvirt
+# does to a domain between backups.
+#
+# One QEMU is enough: libvirt has the machine's; what QEMUs do is in the tests of the access.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+
+use File::Temp ();
+use Test::More;
+
+use PBA::Test::Command qw(command run_command);
+use PBA::Test::Libvirt;
+use PBA::Test::Share qw(share);
+use PVE::BackupAccess;
+
+my $problem = PBA::Test::Libvirt->problem;
+plan(skip_all => $problem) if defined($problem);
+
+my $mib = 1 << 20;
+my $store = File::Temp->newdir('pba-libvirt-XXXXXXXX', TMPDIR => 1);
+my $libvirt = PBA::Test::Libvirt->start('system');
+my $run_dir = $libvirt->dir . '/run';
+my @guest = ('--libvirt', 'web1', '--connect', $libvirt->uri, '--run-dir', $run_dir);
+my %device = (vda => 'virtio-disk0', sda => 'scsi0-0-0-0');
+
+$libvirt->add_disk('vda', bus => 'virtio', size => 16 * $mib, format => 'qcow2');
+$libvirt->add_disk('sda', bus => 'scsi', size => 4 * $mib, format => 'raw');
+$libvirt->add_disk('hdc', bus => 'ide', size => $mib, format => 'raw', cdrom => 1);
+$libvirt->start_domain;
+
+sub xml () { return $libvirt->must('dumpxml', 'web1') }
+
+sub back_up ($name, @options) {
+    my $run = run_command('backup', "$store", @guest, @options);
+    is($run->{status}, 0, "$name: the backup is done") or diag($run->{err});
+    chomp($run->{out});
+    return $run;
+}
+
+# The archive is what the guest's disks are, which nobody writes to meanwhile.
+sub is_the_guest ($name, $archive, @targets) {
+    my $out = File::Temp->newdir('pba-libvirt-XXXXXXXX', TMPDIR => 1);
+    my $run = run_command('restore', $archive, "$out");
+    is($run->{status}, 0, "$name: restored") or diag($run->{err});
+    for my $target (@targets ? @targets : sort keys %device) {
+        my ($image, $format) = $libvirt->active_image($target);
+        my @command = ($ENV{PBA_QEMU_IMG} // 'qemu-img', qw(compare -q -U -f raw -F), $format);
+        is(system(@command, "$out/$device{$target}.raw", $image), 0, "$name: $target is the disk");
+    }
+    return;
+}
+
+my $byte = 0;
+
+sub change () {
+    $byte++;
+    $libvirt->write($device{vda}, $byte, $byte % 16 * $mib, 65536);
+    $libvirt->write($device{sda}, $byte, $byte % 4 * $mib, 65536);
+    return;
+}
+
+# Whether the backup is one of what changed, of that disk.
+sub is_increment ($run, $target) {
+    return $run->{err} =~ m/^\Q$device{$target}\E: storing, incremental/m;
+}
+
+subtest 'backups' => sub {
+    change();
+    my $xml = xml();
+    my $full = back_up('full');
+    like($full->{err}, qr/^ide0-1-0 is left out: it is (?:removable|read-only)$/m,
+        'not the CD-ROM');
+    change();
+    my $run = back_up('incremental');
+    ok(is_increment($run, $_), "incremental: $_") for sort keys %device;
+    is(xml(), $xml, q(libvirt's view of the domain is unchanged));
+    is_the_guest('full and incremental', $run->{out});
+    is_the_guest('latest, by the name of the domain', "$store/web1");
+    my $one = back_up('by target', '--device', 'vda');
+    unlike($one->{err}, qr/scsi0/, 'by target: only that disk');
+    my $rest = back_up('exclude', '--exclude', 'vda');
+    like($rest->{err}, qr/^virtio-disk0 is left out: so says --exclude$/m, 'exclude: by target');
+    my $map = run_command('map', 'vda', @guest);
+    like($map->{out}, qr/\Avirtio-disk0, /, 'map by target');
+    my $status = run_command('status', @guest);
+    like($status->{out}, qr/^no backup is going on$/m, 'status');
+    like($status->{out}, qr/ virtio-disk0 /, 'status: the disks by the names that last');
+    my $mode = (stat($run_dir))[2] & 07777;
+    is($mode & 066, 0, 'nobody else can list the run directory');
+    is_deeply([glob("$run_dir/*")], [], 'nothing is left in it');
+};
+
+subtest 'on, off, on' => sub {
+    back_up('on: full', '--full', '--persistent', '--target-id', 'life');
+    for my $state ('off', 'off again', 'on') {
+        change() if $state eq 'off';
+        $libvirt->must($state eq 'on' ? 'start' : 'destroy', 'web1') if $state ne 'off again';
+        change() if $state eq 'on';
+        my $run = back_up($state, '--target-id', 'life');
+        ok(is_increment($run, 'vda'), "$state: an increment");
+        is_the_guest($state, $run->{out});
+    }
+    change();
+    my $run = run_command(
+        'backup', "$store", '--image',
+        $libvirt->image('vda'),
+        qw(--guest x --image-format qcow2)
+    );
+    is($run->{status}, 1, 'the image of a guest that runs: refused');
+    like($run->{err}, qr/\A[^\n]*vda\.img is open for writing in another process[^\n]*\n\z/,
+        'in a line');
+    kill(KILL => $libvirt->qemu_pid);
+    sleep(1) while $libvirt->must('domstate', 'web1') =~ m/running/;
+    $run = back_up('killed', '--target-id', 'life');
+    ok(!is_increment($run, 'vda'), 'killed: its bitmap is not trusted');
+    is_the_guest('killed', $run->{out});
+    $libvirt->must('start', 'web1');
+};
+
+subtest 'what is wrong' => sub {
+    for my $case (
+        ['nosuch', qr/failed to get domain 'nosuch'/],
+        [q(it's "one"), qr/failed to get domain/],
+        ['--help', qr/failed to get domain/],
+        )
+    {
+        my ($domain, $problem) = $case->@*;
+        my $run = run_command('status', "--libvirt=$domain", '--connect', $libvirt->uri);
+        is($run->{status}, 1, "$domain: exit status");
+        like(
+            $run->{err},
+            qr/\Apve-backup-access status: [^\n]*$problem[^\n]*\n\z/,
+            "$domain: a line"
+        );
+    }
+    my $run = run_command('status', @guest, '--qmp', '/x');
+    is($run->{status}, 2, 'one guest only');
+    $run
+        = run_command('status', '--libvirt', 'web1', '--connect', 'qemu:///system?socket=/nowhere');
+    like($run->{err}, qr/\A[^\n]*failed to connect[^\n]*\n\z/, 'no libvirtd');
+    $run = run_command('backup', "$store", @guest, '--qemu-user', 'nosuch');
+    like($run->{err}, qr/\A[^\n]*qemu-user 'nosuch': this machine knows no such name\n\z/,
+        'no user');
+    $run = run_command('backup', "$store", @guest, '--qemu-user', '64002', '--qemu-group', '64002');
+    like($run->{err}, qr/Permission denied.*AppArmor.*rwk/, 'another user than QEMU: what to do');
+};
+
+# ---- libvirt's own jobs ----
+
+sub new_access () {
+    return PVE::BackupAccess->new(
+        qmp => $libvirt->qmp,
+        'target-id' => 'during',
+        'fleecing-dir' => '/var/tmp',
+        'qemu-user' => 64_055,
+        'qemu-group' => 64_055,
+        log => sub { },
+    );
+}
+
+sub devices () {
+    return [map { { device => $_, 'bitmap-mode' => 'use' } } sort values %device];
+}
+
+my $extra = 0;
+sub new_file () { return $libvirt->dir . '/images/extra' . ++$extra }
+
+sub backup_xml ($mode) {
+    my $file = new_file();
+    my $disk
+        = $mode eq 'push'
+        ? "<target file='$file'/><driver type='raw'/>"
+        : "<scratch file='$file'/>";
+    my $server = $mode eq 'pull' ? "<server transport='unix' socket='$file.sock'/>" : '';
+    my $type = "type='file'";
+    open(my $fh, '>', "$file.xml") or die "$file.xml: $!\n";
+    print {$fh}
+        "<domainbackup mode='$mode'>$server<disks><disk name='vda' backup='yes' $type>$disk</disk>"
+        . "<disk name='sda' backup='no'/></disks></domainbackup>";
+    close($fh);
+    return "$file.xml";
+}
+
+# Name => the command, and what ends the job if it began.
+my %jobs = (
+    blockcopy =>
+        [sub { ('blockcopy', 'web1', 'vda', new_file(), '--transient-job', qw(--wait --pivot)) }],
+    'blockcopy, synchronous' => [
+        sub {
+            (
+                'blockcopy', 'web1', 'vda', new_file(), '--transient-job', '--synchronous-writes',
+                qw(--wait --pivot)
+            )
+        }
+    ],
+    'blockcopy that stays' => [
+        sub { ('blockcopy', 'web1', 'vda', new_file(), '--transient-job', qw(--wait)) },
+        ['blockjob', 'web1', 'vda', '--abort']
+    ],
+    'backup-begin push' =>
+        [sub { ('backup-begin', 'web1', backup_xml('push')) }, ['domjobabort', 'web1']],
+    'backup-begin pull' =>
+        [sub { ('backup-begin', 'web1', backup_xml('pull')) }, ['domjobabort', 'web1']],
+    snapshot => [
+        sub {
+            (
+                'snapshot-create-as', 'web1',
+                qw(--disk-only --no-metadata --diskspec), 'vda,file=' . new_file(),
+                '--diskspec', 'sda,snapshot=no'
+            )
+        }
+    ],
+    blockcommit => [sub { ('blockcommit', 'web1', 'vda', qw(--active --wait --pivot)) }],
+    save => [sub { ('save', 'web1', new_file()) }],
+    blockresize => [sub { ('blockresize', 'web1', 'sda', '5M') }],
+);
+
+# Each is up when the backup begins, which is refused, or right.
+my %before = (
+    'blockcopy' => [
+        sub { ('blockcopy', 'web1', 'vda', new_file(), '--transient-job', '--wait') },
+        ['blockjob', 'web1', 'vda', '--abort']
+    ],
+    'backup-begin pull' =>
+        [sub { ('backup-begin', 'web1', backup_xml('pull')) }, ['domjobabort', 'web1']],
+    'backup-begin push' =>
+        [sub { ('backup-begin', 'web1', backup_xml('push')) }, ['domjobabort', 'web1']],
+);
+
+subtest 'a job that is there already' => sub {
+    for my $name (sort keys %before) {
+        my ($command, $end) = $before{$name}->@*;
+        $libvirt->must($command->());
+        my $run = run_command('backup', "$store", @guest);
+        note("$name: $run->{status} ", $run->{err} =~ m/(\N+)\n\z/);
+        like(
+            $run->{err},
+            qr/^pve-backup-access backup: [^\n]*(?:job|NBD server)[^\n]* - [^\n]+\n\z/m,
+            "$name: why it is refused, and what to do"
+        ) if $run->{status};
+        change();
+        $libvirt->virsh($end->@*);
+        my $after = back_up("$name: afterwards");
+        is_the_guest("$name: afterwards", $after->{out});
+    }
+};
+
+subtest 'during an access' => sub {
+    for my $name (share(sort keys %jobs)) {
+        my ($command, $end) = $jobs{$name}->@*;
+        change();
+        my $xml = xml();
+        my $access = new_access();
+        $access->setup(devices());
+        $access->volumes('nbd');
+        my $run = $libvirt->virsh($command->());
+        note("$name: $run->{status} " . $run->{text} =~ s/\s+/ /gr);
+        $libvirt->virsh($end->@*) if $end && !$run->{status};
+        my $done = eval { $access->teardown(1); 1 };
+        my $error = $@;
+        is($libvirt->must('domstate', 'web1') =~ s/\s+//gr, 'running', "$name: the guest runs");
+        ok($done, "$name: teardown") or diag($error);
+        is(xml(), $xml, "$name: refused, and the domain is as it was") if $run->{status};
+        change();
+        my $after = back_up($name);
+        is_the_guest($name, $after->{out});
+    }
+};
+
+# ---- between backups ----
+
+# What is done, and whether vda's next backup may be an increment.
+my %changes = (
+    'the CD-ROM is ejected' => sub { $libvirt->must('change-media', 'web1', 'hdc', '--eject') },
+    'the CD-ROM is removed' => sub {
+        $libvirt->must('destroy', 'web1');
+        $libvirt->must('detach-disk', 'web1', 'hdc', '--config');
+        $libvirt->must('start', 'web1');
+    },
+    'a snapshot' => sub {
+        $libvirt->must(
+            'snapshot-create-as', 'web1',
+            '--disk-only', '--no-metadata',
+            '--diskspec', 'vda,file=' . new_file(),
+            '--diskspec', 'sda,snapshot=no'
+        );
+    },
+    'a snapshot that is committed' => sub {
+        $libvirt->must(
+            'snapshot-create-as', 'web1',
+            '--disk-only', '--no-metadata',
+            '--diskspec', 'vda,file=' . new_file(),
+            '--diskspec', 'sda,snapshot=no'
+        );
+        change();
+        $libvirt->must('blockcommit', 'web1', 'vda', qw(--active --wait --pivot));
+    },
+    'a blockcopy' => sub {
+        $libvirt->must('blockcopy', 'web1', 'vda', new_file(), '--transient-job',
+            qw(--wait --pivot));
+    },
+    'saved and restored' => sub {
+        my $file = new_file();
+        $libvirt->must('save', 'web1', $file);
+        $libvirt->must('restore', $file);
+    },
+);
+
+subtest 'between backups' => sub {
+    for my $name (share(sort keys %changes)) {
+        back_up("$name: before");
+        change();
+        $changes{$name}->();
+        change();
+        my $run = back_up($name);
+        note("$name: vda is ", is_increment($run, 'vda') ? 'an increment' : 'full');
+        is_the_guest($name, $run->{out});
+        change();
+        my $next = back_up("$name: the next");
+        ok(is_increment($next, $_), "$name: the next: $_ is an increment") for sort keys %device;
+        is_the_guest("$name: the next", $next->{out});
+    }
+};
+
+done_testing;
