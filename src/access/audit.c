@@ -6,20 +6,6 @@
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 
-static JsonNode *action(const char *type, JsonNode *data)
-{
-    JsonNode *node = pba_json("{'type': <%s>}", type);
-    json_object_set_member(json_node_get_object(node), "data", data);
-    return node;
-}
-
-static bool run_actions(PbaAccess *access, JsonArray *actions, GError **error)
-{
-    return json_array_get_length(actions) == 0 ||
-           pba_qmp_run(access->qmp, "transaction",
-                       pba_json_wrap_array("actions", json_array_ref(actions)), error);
-}
-
 /* Whether there is a bitmap that can be audited; if not, setup says why, and all is read anyway. */
 static bool is_auditable(PbaAccess *access, PbaDisk *disk, const PbaBlock *block)
 {
@@ -43,14 +29,12 @@ static bool add_copy(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, Js
         return false;
     }
     disk->audit_bitmap = pba_audit_bitmap(access->target_id, access->nonce);
-    json_array_add_element(
-        actions, action("block-dirty-bitmap-add",
-                        pba_json("{'node': <%s>, 'name': <%s>, 'granularity': <%t>}",
-                                 disk->bitmap_node, disk->audit_bitmap, (guint64)granularity)));
-    json_array_add_element(actions,
-                           action("block-dirty-bitmap-merge",
-                                  pba_json("{'node': <%s>, 'target': <%s>, 'bitmaps': <[<%s>]>}",
-                                           disk->bitmap_node, disk->audit_bitmap, bitmap)));
+    pba_actions_add(actions, "block-dirty-bitmap-add",
+                    pba_json("{'node': <%s>, 'name': <%s>, 'granularity': <%t>}", disk->bitmap_node,
+                             disk->audit_bitmap, (guint64)granularity));
+    pba_actions_add(actions, "block-dirty-bitmap-merge",
+                    pba_json("{'node': <%s>, 'target': <%s>, 'bitmaps': <[<%s>]>}",
+                             disk->bitmap_node, disk->audit_bitmap, bitmap));
     return true;
 }
 
@@ -70,7 +54,7 @@ bool pba_audit_begin(PbaAccess *access, const PbaBlock *block, GError **error)
         disk->mode = PBA_BITMAP_MODE_NEW;
         pba_access_begin_changes(access);
     }
-    return run_actions(access, actions, error);
+    return pba_actions_run(access->qmp, actions, error);
 }
 
 bool pba_audit_freeze(PbaAccess *access, GError **error)
@@ -80,13 +64,11 @@ bool pba_audit_freeze(PbaAccess *access, GError **error)
     for (guint i = 0; i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
         if (disk->audit_bitmap) {
-            json_array_add_element(actions,
-                                   action("block-dirty-bitmap-disable",
-                                          pba_json("{'node': <%s>, 'name': <%s>}",
-                                                   disk->bitmap_node, disk->audit_bitmap)));
+            pba_actions_add_ref(actions, "block-dirty-bitmap-disable", disk->bitmap_node,
+                                disk->audit_bitmap);
         }
     }
-    return run_actions(access, actions, error);
+    return pba_actions_run(access->qmp, actions, error);
 }
 
 /* Removals of the target's copies on the node with that index. */
@@ -101,9 +83,7 @@ static void find_copies(const PbaAccess *access, const PbaBlock *block, guint in
         JsonObject *info = pba_json_element(bitmaps, i);
         const char *name = info ? pba_json_find_string(info, "name") : NULL;
         if (name && pba_is_audit_of(name, access->target_id)) {
-            json_array_add_element(actions,
-                                   action("block-dirty-bitmap-remove",
-                                          pba_json("{'node': <%s>, 'name': <%s>}", node, name)));
+            pba_actions_add_ref(actions, "block-dirty-bitmap-remove", node, name);
         }
     }
 }
@@ -129,5 +109,5 @@ bool pba_audit_end(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     g_autoptr(JsonArray) actions = removals(access, block);
 
-    return run_actions(access, actions, error);
+    return pba_actions_run(access->qmp, actions, error);
 }

@@ -43,9 +43,7 @@ static void find_bitmaps(const PbaAccess *access, const PbaBlock *block, const c
         if (!name || !is_targets(access, name)) {
             continue;
         }
-        json_array_add_element(actions, pba_json("{'type': <'block-dirty-bitmap-remove'>, 'data': "
-                                                 "<{'node': <%s>, 'name': <%s>}>}",
-                                                 node, name));
+        pba_actions_add_ref(actions, "block-dirty-bitmap-remove", node, name);
         if (!pba_is_companion(name) && !pba_audit_key(name)) {
             g_autofree char *device = pba_block_device_above(block, node);
             g_ptr_array_add(lines,
@@ -73,9 +71,7 @@ static bool forget_marked(PbaAccess *access, GPtrArray *lines, GError **error)
             find_bitmaps(access, &block, node, actions, lines);
         }
     }
-    return json_array_get_length(actions) == 0 ||
-           pba_qmp_run(access->qmp, "transaction",
-                       pba_json_wrap_array("actions", g_steal_pointer(&actions)), error);
+    return pba_actions_run(access->qmp, actions, error);
 }
 
 bool pba_access_forget(PbaAccess *access, GPtrArray *lines, GError **error)

@@ -17,8 +17,7 @@ void pba_holes_begin(PbaHoles *holes, uint64_t offset, uint64_t length)
 {
     holes->begin = offset;
     holes->end = offset + length;
-    holes->asks = length >= MIN_REGION;
-    holes->begun = false;
+    holes->state = length >= MIN_REGION ? PBA_HOLES_WANTED : PBA_HOLES_OVER;
     holes->hole_left = 0;
 }
 
@@ -35,10 +34,13 @@ static void trim_hole(PbaHoles *holes)
 /* Finds the next hole; false if the answer is under way. */
 static bool find_hole(PbaHoles *holes)
 {
-    if (holes->asks && !holes->begun && !(holes->begun = holes->kind->begin(holes))) {
-        return false;
+    if (holes->state == PBA_HOLES_WANTED) {
+        if (!holes->kind->begin(holes)) {
+            return false;
+        }
+        holes->state = PBA_HOLES_BEGUN;
     }
-    while (holes->asks && holes->hole_left < MIN_HOLE) {
+    while (holes->state == PBA_HOLES_BEGUN && holes->hole_left < MIN_HOLE) {
         PbaHoleAnswer answer = holes->kind->find(holes, &holes->hole, &holes->hole_left);
         if (answer == PBA_HOLE_FOUND) {
             trim_hole(holes);
@@ -48,7 +50,7 @@ static bool find_hole(PbaHoles *holes)
         if (answer == PBA_HOLE_LATER) {
             return false;
         }
-        holes->asks = false;
+        holes->state = PBA_HOLES_OVER;
     }
     return true;
 }

@@ -18,15 +18,21 @@ typedef struct {
     void (*free)(PbaHoles *holes);
 } PbaHolesKind;
 
+/* Of a region. */
+typedef enum {
+    PBA_HOLES_WANTED, /* kind has to begin */
+    PBA_HOLES_BEGUN,
+    PBA_HOLES_OVER, /* there are no more, or none that are asked about */
+} PbaHolesState;
+
 struct PbaHoles {
     const PbaHolesKind *kind;
     uint32_t align;
     uint64_t begin; /* of the region */
     uint64_t end;
-    bool asks;     /* there may be more holes */
-    bool begun;    /* by kind */
-    uint64_t hole; /* the next one; its length is 0 while it is not known */
-    uint64_t hole_left;
+    PbaHolesState state;
+    uint64_t hole;      /* the next one */
+    uint64_t hole_left; /* its length; 0: it is not known, or there is none */
 };
 
 #endif

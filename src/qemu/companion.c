@@ -161,13 +161,6 @@ char *pba_companion_problem(const PbaBlock *block, const char *node, const char 
                                             : NULL;
 }
 
-static JsonNode *action(const char *type, JsonNode *data)
-{
-    JsonNode *node = pba_json("{'type': <%s>}", type);
-    json_object_set_member(json_node_get_object(node), "data", data);
-    return node;
-}
-
 void pba_companion_remove(JsonArray *actions, const PbaBlock *block, const char *node,
                           const char *target_id)
 {
@@ -176,9 +169,7 @@ void pba_companion_remove(JsonArray *actions, const PbaBlock *block, const char 
     for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
         const char *name = companion_at(bitmaps, i, target_id);
         if (name) {
-            json_array_add_element(actions,
-                                   action("block-dirty-bitmap-remove",
-                                          pba_json("{'node': <%s>, 'name': <%s>}", node, name)));
+            pba_actions_add_ref(actions, "block-dirty-bitmap-remove", node, name);
         }
     }
 }
@@ -191,9 +182,8 @@ void pba_companion_add(JsonArray *actions, const char *node, const char *name, c
 
     pba_json_set_if(add, "disabled", true);
     pba_json_set_if(add, "persistent", persistent);
-    json_array_add_element(actions, action("block-dirty-bitmap-add", add));
-    json_array_add_element(
-        actions,
-        action("block-dirty-bitmap-merge",
-               pba_json("{'node': <%s>, 'target': <%s>, 'bitmaps': <[<%s>]>}", node, name, from)));
+    pba_actions_add(actions, "block-dirty-bitmap-add", add);
+    pba_actions_add(
+        actions, "block-dirty-bitmap-merge",
+        pba_json("{'node': <%s>, 'target': <%s>, 'bitmaps': <[<%s>]>}", node, name, from));
 }

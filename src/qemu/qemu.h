@@ -137,6 +137,20 @@ bool pba_company_is_host_device(const PbaBlock *block, const char *node);
 /* Whether the device lets others write to its disk (share-rw). */
 bool pba_company_shares_writes(const PbaBlock *block, JsonObject *device);
 
+/* Transactions on bitmaps */
+
+/* {node, name}: the arguments of commands and actions, a source of a merge. */
+JsonNode *pba_bitmap_ref(const char *node, const char *bitmap);
+/* Adds an action; data is consumed. The second is for those that need no more than which bitmap. */
+void pba_actions_add(JsonArray *actions, const char *type, JsonNode *data);
+void pba_actions_add_ref(JsonArray *actions, const char *type, const char *node,
+                         const char *bitmap);
+/* Removes the bitmap, if it is there. */
+void pba_actions_add_removal(JsonArray *actions, const PbaBlock *block, const char *node,
+                             const char *bitmap);
+/* All of them or none. Sends nothing if there are none. */
+bool pba_actions_run(PbaQmp *qmp, JsonArray *actions, GError **error);
+
 /* Companions: which backup a target's bitmap is relative to
  *
  * A bitmap says what has changed since one backup, and nothing in it says which one that is. So

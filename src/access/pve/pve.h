@@ -40,11 +40,6 @@ bool pba_pve_take_ids(PbaAccess *access, const PbaBlock *block, GError **error);
 /* After it: gives them the access' one; block is what QEMU had before they were taken. A failure
  * makes the next backup a full one, and is logged. */
 void pba_pve_give_ids(PbaAccess *access, const PbaBlock *block);
-/* Action of a transaction: removes the bitmap, if it is there. */
-void pba_pve_add_removal(JsonArray *actions, const PbaBlock *block, const char *node,
-                         const char *bitmap);
-/* Does nothing if there are none; consumes them. */
-bool pba_pve_run_actions(PbaAccess *access, JsonArray *actions, GError **error);
 
 /* The table's */
 bool pba_pve_is_access_up(const PbaBlock *block);

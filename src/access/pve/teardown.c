@@ -147,19 +147,19 @@ static bool remove_bitmaps(PbaAccess *access, const PbaBlock *block, GError **er
 {
     g_autofree char *plain = pba_pve_bitmap(access, false);
     g_autofree char *tied = pba_pve_bitmap(access, true);
-    JsonArray *actions = json_array_new();
+    g_autoptr(JsonArray) actions = json_array_new();
 
     for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
         const char *node = pba_block_node_name(block->nodes, i);
         if (node && pba_tie_may_be(access, false)) {
-            pba_pve_add_removal(actions, block, node, plain);
+            pba_actions_add_removal(actions, block, node, plain);
         }
         if (node && pba_tie_may_be(access, true)) {
-            pba_pve_add_removal(actions, block, node, tied);
+            pba_actions_add_removal(actions, block, node, tied);
             pba_companion_remove(actions, block, node, access->target_id);
         }
     }
-    if (!pba_pve_run_actions(access, actions, error)) {
+    if (!pba_actions_run(access->qmp, actions, error)) {
         return false;
     }
     pba_log(&access->hooks, PBA_LOG_WARN,

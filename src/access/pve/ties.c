@@ -25,37 +25,13 @@ bool pba_pve_may_be_targets(const PbaAccess *access, const char *name, JsonObjec
                                           : strcmp(target, access->target_id) == 0;
 }
 
-static JsonNode *removal(const char *node, const char *bitmap)
-{
-    return pba_json("{'type': <'block-dirty-bitmap-remove'>, 'data': "
-                    "<{'node': <%s>, 'name': <%s>}>}",
-                    node, bitmap);
-}
-
-void pba_pve_add_removal(JsonArray *actions, const PbaBlock *block, const char *node,
-                         const char *bitmap)
-{
-    if (pba_block_find_bitmap(block, node, bitmap)) {
-        json_array_add_element(actions, removal(node, bitmap));
-    }
-}
-
-bool pba_pve_run_actions(PbaAccess *access, JsonArray *actions, GError **error)
-{
-    if (json_array_get_length(actions) == 0) {
-        json_array_unref(actions);
-        return true;
-    }
-    return pba_qmp_run(access->qmp, "transaction", pba_json_wrap_array("actions", actions), error);
-}
-
 static void check_base(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, JsonArray *actions)
 {
     g_autofree char *bitmap = pba_pve_bitmap(access, true);
     g_autofree char *plain = pba_pve_bitmap(access, false);
     bool exists = pba_block_find_bitmap(block, disk->bitmap_node, bitmap) != NULL;
 
-    pba_pve_add_removal(actions, block, disk->bitmap_node, plain);
+    pba_actions_add_removal(actions, block, disk->bitmap_node, plain);
     if (disk->mode == PBA_BITMAP_MODE_USE && exists && pba_tie_fits(access, disk, block)) {
         return;
     }
@@ -63,7 +39,7 @@ static void check_base(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, 
         pba_tie_log_reason(access, disk);
     }
     if (disk->mode != PBA_BITMAP_MODE_NONE) { /* else QEMU removes it, and says so */
-        pba_pve_add_removal(actions, block, disk->bitmap_node, bitmap);
+        pba_actions_add_removal(actions, block, disk->bitmap_node, bitmap);
     }
     pba_companion_remove(actions, block, disk->bitmap_node, access->target_id);
 }
@@ -78,7 +54,7 @@ bool pba_pve_check_ties(PbaAccess *access, const PbaBlock *block, GError **error
     for (guint i = 0; i < access->disks->len; i++) {
         check_base(access, access->disks->pdata[i], block, actions);
     }
-    return pba_pve_run_actions(access, g_steal_pointer(&actions), error);
+    return pba_actions_run(access->qmp, actions, error);
 }
 
 static bool needs_companion(const PbaAccess *access, const PbaDisk *disk)
@@ -105,7 +81,7 @@ bool pba_pve_open_ties(PbaAccess *access, GError **error)
             pba_tie_add_open(actions, access, disk, disk->bitmap_name, granularity, false);
         }
     }
-    return pba_pve_run_actions(access, g_steal_pointer(&actions), error);
+    return pba_actions_run(access->qmp, actions, error);
 }
 
 static char *companion_name(const PbaAccess *access, const PbaDisk *disk, const char *id)
@@ -146,13 +122,13 @@ bool pba_pve_take_ids(PbaAccess *access, const PbaBlock *block, GError **error)
         }
         pba_companion_remove(actions, block, node, access->target_id);
     }
-    return pba_pve_run_actions(access, g_steal_pointer(&actions), error);
+    return pba_actions_run(access->qmp, actions, error);
 }
 
 /* In place of those of pba_pve_take_ids. */
 static bool give_ids(PbaAccess *access, const PbaBlock *block, GError **error)
 {
-    JsonArray *actions = json_array_new();
+    g_autoptr(JsonArray) actions = json_array_new();
 
     for (guint i = 0; i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
@@ -162,10 +138,10 @@ static bool give_ids(PbaAccess *access, const PbaBlock *block, GError **error)
         uint64_t granularity;
         if (find_granularity(access, disk, block, &old, &granularity)) {
             pba_companion_add(actions, disk->bitmap_node, name, open, granularity, false);
-            json_array_add_element(actions, removal(disk->bitmap_node, open));
+            pba_actions_add_ref(actions, "block-dirty-bitmap-remove", disk->bitmap_node, open);
         }
     }
-    return pba_pve_run_actions(access, actions, error);
+    return pba_actions_run(access->qmp, actions, error);
 }
 
 void pba_pve_give_ids(PbaAccess *access, const PbaBlock *block)
@@ -241,7 +217,7 @@ static void find_strays(const PbaAccess *access, const PbaBlock *block, guint in
             continue;
         }
         const char *name = pba_json_find_string(info, "name");
-        pba_pve_add_removal(actions, block, node, name);
+        pba_actions_add_removal(actions, block, node, name);
         g_ptr_array_add(lines, pba_line("bitmap '%s' of node '%s' was removed: it is of an access "
                                         "that was not torn down, and came with the guest's state",
                                         name, node));
@@ -256,17 +232,16 @@ bool pba_pve_drop_strays(PbaAccess *access, GPtrArray *lines, GError **error)
 {
     g_auto(PbaBlock) block = {0};
     g_autoptr(GPtrArray) found = g_ptr_array_new_with_free_func(g_free);
-    JsonArray *actions = json_array_new();
+    g_autoptr(JsonArray) actions = json_array_new();
 
     if (!pba_block_query(access->qmp, false, &block, error)) {
-        json_array_unref(actions);
         return false;
     }
     guint count = pba_pve_is_access_up(&block) ? 0 : json_array_get_length(block.nodes);
     for (guint i = 0; i < count; i++) {
         find_strays(access, &block, i, actions, found);
     }
-    if (!pba_pve_run_actions(access, actions, error)) {
+    if (!pba_actions_run(access->qmp, actions, error)) {
         return false;
     }
     while (found->len > 0) {

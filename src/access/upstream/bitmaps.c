@@ -9,28 +9,13 @@
 
 #define JOB_LIMIT_S 60
 
-JsonNode *pba_bitmap_action(const char *type, JsonNode *data)
-{
-    JsonNode *node = pba_json("{'type': <%s>}", type);
-    json_object_set_member(json_node_get_object(node), "data", data);
-    return node;
-}
-
-JsonNode *pba_bitmap_ref(const PbaDisk *disk, const char *name)
-{
-    return pba_json("{'node': <%s>, 'name': <%s>}", disk->bitmap_node, name);
-}
-
-JsonNode *pba_bitmap_merge_action(const PbaDisk *disk, const char *target, JsonArray *sources)
+void pba_bitmap_add_merge(JsonArray *actions, const PbaDisk *disk, const char *target,
+                          JsonArray *sources)
 {
     JsonNode *data = pba_json("{'node': <%s>, 'target': <%s>}", disk->bitmap_node, target);
-    json_object_set_array_member(json_node_get_object(data), "bitmaps", sources);
-    return pba_bitmap_action("block-dirty-bitmap-merge", data);
-}
 
-bool pba_bitmap_transaction(PbaAccess *access, JsonArray *actions, GError **error)
-{
-    return pba_qmp_run(access->qmp, "transaction", pba_json_wrap_array("actions", actions), error);
+    json_object_set_array_member(json_node_get_object(data), "bitmaps", sources);
+    pba_actions_add(actions, "block-dirty-bitmap-merge", data);
 }
 
 JsonNode *pba_bitmap_add_arguments(const PbaDisk *disk, const char *name)
@@ -43,16 +28,14 @@ JsonNode *pba_bitmap_add_arguments(const PbaDisk *disk, const char *name)
 
 bool pba_bitmap_remove(PbaAccess *access, const PbaDisk *disk, const char *name, GError **error)
 {
-    return pba_qmp_run(access->qmp, "block-dirty-bitmap-remove", pba_bitmap_ref(disk, name), error);
+    return pba_qmp_run(access->qmp, "block-dirty-bitmap-remove",
+                       pba_bitmap_ref(disk->bitmap_node, name), error);
 }
 
 void pba_bitmap_removals(JsonArray *actions, const PbaAccess *access, const PbaDisk *disk,
                          const PbaBlock *block, const char *name)
 {
-    if (pba_block_find_bitmap(block, disk->bitmap_node, name)) {
-        json_array_add_element(
-            actions, pba_bitmap_action("block-dirty-bitmap-remove", pba_bitmap_ref(disk, name)));
-    }
+    pba_actions_add_removal(actions, block, disk->bitmap_node, name);
     if (pba_is_tied_bitmap(name)) {
         pba_companion_remove(actions, block, disk->bitmap_node, access->target_id);
     }
@@ -68,8 +51,7 @@ bool pba_bitmap_drop(PbaAccess *access, const PbaDisk *disk, const PbaBlock *blo
                pba_bitmap_remove(access, disk, name, error);
     }
     pba_bitmap_removals(actions, access, disk, block, name);
-    return json_array_get_length(actions) == 0 ||
-           pba_bitmap_transaction(access, g_steal_pointer(&actions), error);
+    return pba_actions_run(access->qmp, actions, error);
 }
 
 /* The three things that make_dirty_source needs, by name. */
@@ -219,18 +201,16 @@ bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error)
     if (make_dirty_source(access, disk, &names, error) &&
         all_dirty_holds(access, disk, &names, error)) {
         /* One transaction: there is no moment at which the bitmap exists and lacks a bit. */
-        JsonArray *actions = json_array_new();
+        g_autoptr(JsonArray) actions = json_array_new();
         JsonArray *sources = json_array_new();
-        json_array_add_element(sources,
-                               pba_json("{'node': <%s>, 'name': <'" ALL_DIRTY "'>}", names.source));
-        json_array_add_element(actions, pba_bitmap_action("block-dirty-bitmap-add",
-                                                          pba_bitmap_add_arguments(disk, bitmap)));
-        json_array_add_element(actions, pba_bitmap_merge_action(disk, bitmap, sources));
+        json_array_add_element(sources, pba_bitmap_ref(names.source, ALL_DIRTY));
+        pba_actions_add(actions, "block-dirty-bitmap-add", pba_bitmap_add_arguments(disk, bitmap));
+        pba_bitmap_add_merge(actions, disk, bitmap, sources);
         if (access->tied) {
             pba_tie_add_open(actions, access, disk, bitmap, PBA_GRANULARITY,
                              pba_upstream_disk(disk)->persistent);
         }
-        done = pba_bitmap_transaction(access, actions, error);
+        done = pba_actions_run(access->qmp, actions, error);
     }
     /* The sink first: its node is what tells teardown that there may be a job. */
     return done && delete_node(access, names.sink, error) &&

@@ -25,15 +25,12 @@ static bool freeze_bitmaps(PbaAccess *access, const PbaBlock *block, GError **er
     for (guint i = 0; i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
         if (disk->bitmap_name) {
-            json_array_add_element(actions, pba_bitmap_action("block-dirty-bitmap-disable",
-                                                              pba_bitmap_ref(disk, name)));
+            pba_actions_add_ref(actions, "block-dirty-bitmap-disable", disk->bitmap_node, name);
         } else {
             pba_bitmap_removals(actions, access, disk, block, name);
         }
     }
-    return json_array_get_length(actions) == 0 ||
-           pba_qmp_run(access->qmp, "transaction",
-                       pba_json_wrap_array("actions", g_steal_pointer(&actions)), error);
+    return pba_actions_run(access->qmp, actions, error);
 }
 
 static bool add_snapshot(PbaAccess *access, PbaDisk *disk, GError **error)

@@ -181,17 +181,17 @@ static void add_merge(const Split *split, JsonArray *actions)
     JsonArray *sources = json_array_new();
 
     for (guint i = 0; i < split->backgrounds->len; i++) {
-        json_array_add_element(sources, pba_bitmap_ref(split->disk, split->backgrounds->pdata[i]));
+        json_array_add_element(
+            sources, pba_bitmap_ref(split->disk->bitmap_node, split->backgrounds->pdata[i]));
     }
-    json_array_add_element(actions, pba_bitmap_merge_action(split->disk, split->target, sources));
+    pba_bitmap_add_merge(actions, split->disk, split->target, sources);
 }
 
 static void add_removal(const Split *split, JsonArray *actions)
 {
     for (guint i = 0; i < split->backgrounds->len; i++) {
-        json_array_add_element(
-            actions, pba_bitmap_action("block-dirty-bitmap-remove",
-                                       pba_bitmap_ref(split->disk, split->backgrounds->pdata[i])));
+        pba_actions_add_ref(actions, "block-dirty-bitmap-remove", split->disk->bitmap_node,
+                            split->backgrounds->pdata[i]);
     }
 }
 
@@ -199,8 +199,8 @@ static void add_removal(const Split *split, JsonArray *actions)
 static void add_failure(G_GNUC_UNUSED const Join *join, const Split *split, JsonArray *actions)
 {
     add_merge(split, actions);
-    json_array_add_element(actions, pba_bitmap_action("block-dirty-bitmap-enable",
-                                                      pba_bitmap_ref(split->disk, split->target)));
+    pba_actions_add_ref(actions, "block-dirty-bitmap-enable", split->disk->bitmap_node,
+                        split->target);
     add_removal(split, actions);
 }
 
@@ -208,8 +208,8 @@ static void add_failure(G_GNUC_UNUSED const Join *join, const Split *split, Json
 static void add_commit(G_GNUC_UNUSED const Join *join, const Split *split, JsonArray *actions)
 {
     add_merge(split, actions);
-    json_array_add_element(actions, pba_bitmap_action("block-dirty-bitmap-remove",
-                                                      pba_bitmap_ref(split->disk, split->target)));
+    pba_actions_add_ref(actions, "block-dirty-bitmap-remove", split->disk->bitmap_node,
+                        split->target);
 }
 
 /* In place of the companion one with the id of this backup, or none where it has no id. */
@@ -233,9 +233,8 @@ static void add_id(JsonArray *actions, const PbaAccess *access, const PbaDisk *d
  * an earlier backup. */
 static void add_finish(const Join *join, const Split *split, JsonArray *actions)
 {
-    json_array_add_element(actions,
-                           pba_bitmap_action("block-dirty-bitmap-add",
-                                             pba_bitmap_add_arguments(split->disk, split->target)));
+    pba_actions_add(actions, "block-dirty-bitmap-add",
+                    pba_bitmap_add_arguments(split->disk, split->target));
     add_merge(split, actions);
     if (join->access->tied) {
         add_id(actions, join->access, split->disk, join->block);
@@ -246,20 +245,20 @@ static void add_finish(const Join *join, const Split *split, JsonArray *actions)
 /* In one transaction: of all disks or of none. */
 static bool run_step(const Join *join, SplitStep step, GError **error)
 {
-    JsonArray *actions = json_array_new();
+    g_autoptr(JsonArray) actions = json_array_new();
 
     for (guint i = 0; i < join->splits->len; i++) {
         step(join, join->splits->pdata[i], actions);
     }
-    return pba_bitmap_transaction(join->access, actions, error);
+    return pba_actions_run(join->access->qmp, actions, error);
 }
 
 static bool run_single_step(const Join *join, SplitStep step, const Split *split, GError **error)
 {
-    JsonArray *actions = json_array_new();
+    g_autoptr(JsonArray) actions = json_array_new();
 
     step(join, split, actions);
-    return pba_bitmap_transaction(join->access, actions, error);
+    return pba_actions_run(join->access->qmp, actions, error);
 }
 
 /* One disk by itself, after the transaction for all has failed. Where even that cannot be done its

@@ -70,11 +70,9 @@ bool pba_dirty_source_drop(PbaAccess *access, const PbaDisk *disk, const PbaBloc
 JsonNode *pba_bitmap_add_arguments(const PbaDisk *disk, const char *name);
 /* Removes the disk's bitmap of that name. */
 bool pba_bitmap_remove(PbaAccess *access, const PbaDisk *disk, const char *name, GError **error);
-/* Parts of a transaction; sources, an array of what pba_bitmap_ref returns, is consumed. */
-JsonNode *pba_bitmap_action(const char *type, JsonNode *data);
-JsonNode *pba_bitmap_ref(const PbaDisk *disk, const char *name);
-JsonNode *pba_bitmap_merge_action(const PbaDisk *disk, const char *target, JsonArray *sources);
-bool pba_bitmap_transaction(PbaAccess *access, JsonArray *actions, GError **error);
+/* Action of a transaction; sources, an array of what pba_bitmap_ref returns, is consumed. */
+void pba_bitmap_add_merge(JsonArray *actions, const PbaDisk *disk, const char *target,
+                          JsonArray *sources);
 /* The same if it is there, in one with its companions; and the actions for that. */
 bool pba_bitmap_drop(PbaAccess *access, const PbaDisk *disk, const PbaBlock *block,
                      const char *name, GError **error);
