@@ -301,12 +301,18 @@ static const char *guarded(const PbaDisk *disk)
 
 bool pba_pve_prepare(PbaAccess *access, const PbaBlock *block, GError **error)
 {
-    /* The marks before the command, which may be the last thing that this process does. */
-    return pba_pve_check_ties(access, block, error) && mark_devices(access, error) &&
-           pba_nbd_server_start(access, error) &&
-           /* Before the command, whose filter goes below them; and before the last look at what
-            * others do. */
-           pba_guards_add(access, guarded, error) && pba_company_check_again(access, error);
+    return
+        /* Before the command, which would go on from a bitmap that fits no backup. */
+        pba_pve_check_ties(access, block, error) &&
+        /* Before the command, which may be the last thing that this process does: recovery learns
+         * from the marks which devices it was about. */
+        mark_devices(access, error) &&
+        /* Before the command, which is only undone by QEMU's own teardown: another program's NBD
+         * server is a reason not to send it. */
+        pba_nbd_server_start(access, error) &&
+        /* Before the command, whose filter goes below them; and before the last look at what
+         * others do. */
+        pba_guards_add(access, guarded, error) && pba_company_check_again(access, error);
 }
 
 static JsonArray *ask(PbaAccess *access, GError **error)

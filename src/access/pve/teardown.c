@@ -270,6 +270,7 @@ static Outcome commit(PbaAccess *access, const PbaBlock *block, GError **error)
     Outcome outcome = send_teardown(access, true, error);
     if (outcome == DONE) {
         pba_access_enter(access, PBA_PHASE_COMMITTED);
+        /* Not before: until QEMU has begun them anew the bitmaps are relative to the base. */
         pba_pve_give_ids(access, block);
     } else {
         pba_qmp_settle(access->qmp, false);
@@ -343,6 +344,8 @@ bool pba_pve_teardown(PbaAccess *access, PbaBlock *block, bool success, GError *
 {
     GError *first = NULL;
 
+    /* After QEMU's own teardown, which crashes where a disk has gone; and not where that is still
+     * to come. */
     if (end(access, block, success, &first) || access->phase == PBA_PHASE_ENDED) {
         pba_guards_drop(access, &first, block);
     }
