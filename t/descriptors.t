@@ -90,7 +90,7 @@ my %of_server = (
     '/dev/null' => 2,
     '/dev/fuse' => 1,
     'anon_inode:[signalfd]' => 1,
-    'anon_inode:[eventfd]' => 2,
+    'anon_inode:[eventfd]' => 3,    # of two threads, and of who asks for zeroes
     'socket' => 3,    # the parent's, and two connections: data and map
 );
 
