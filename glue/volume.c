@@ -155,6 +155,7 @@ PbaCopyOptions glue_copy_options(pTHX_ HV *hash, CopyCalls *calls)
 {
     SV *fd = glue_fetch(aTHX_ hash, "fd");
     SV *limit = glue_fetch(aTHX_ hash, "bandwidth-limit");
+    SV *limit_fd = glue_fetch(aTHX_ hash, "limit-fd");
     SV *connections = glue_fetch(aTHX_ hash, "connections");
     SV *request_size = glue_fetch(aTHX_ hash, "request-size");
     SV *cluster_size = glue_fetch(aTHX_ hash, "cluster-size");
@@ -169,6 +170,7 @@ PbaCopyOptions glue_copy_options(pTHX_ HV *hash, CopyCalls *calls)
         .progress = SvOK(calls->progress) ? copy_progress : NULL,
         .opaque = calls,
         .bandwidth_limit = SvOK(limit) ? (uint64_t)SvUV(limit) : 0,
+        .limit_fd = SvOK(limit_fd) ? (int)SvIV(limit_fd) : -1,
         .connections = SvOK(connections) ? (unsigned)SvUV(connections) : 0,
         .request_size = SvOK(request_size) ? (uint32_t)SvUV(request_size) : 0,
         .cluster_size = SvOK(cluster_size) ? (uint32_t)SvUV(cluster_size) : 0,

@@ -326,6 +326,8 @@ typedef struct {
     bool (*progress)(void *opaque, uint64_t done, uint64_t total);
     void *opaque;
     uint64_t bandwidth_limit; /* bytes read per second; 0: none */
+    int limit_fd; /* a file of 8 bytes, zeroes at first: copies that have it keep the limit
+                     together; -1: none */
     unsigned
         connections; /* to a server that is safe with several, 1 to 16; 0: choose automatically */
     uint32_t request_size; /* bytes, 4 KiB to 8 MiB in whole 4 KiB; 0: choose automatically */

@@ -145,6 +145,7 @@ sub check_killed ($test, $by_recover) {
     is($client->next_word, 'up', 'an audit goes on');
     my @copies = grep { m/: pba-audit:/ } $backend->other_bitmaps->@*;
     is(scalar(@copies), 2, 'copies of the bitmaps');
+    write_to($test, 'a', 7 * $mib, 0x31);    # before QEMU has to say that readers are gone
     $client->kill9;
     if ($by_recover) {
         my %options = ($backend->options, log => sub { });
@@ -153,7 +154,6 @@ sub check_killed ($test, $by_recover) {
             2, 'recover removes them');
         is_deeply([$backend->problems($test->{outside})], [], 'and leaves nothing');
     }
-    write_to($test, 'a', 7 * $mib, 0x31);
     is_disks($test, backup($test), 'the next backup');
     return;
 }

@@ -390,7 +390,6 @@ static bool prepare_pieces(Copy *copy, GError **error)
             return false;
         }
     }
-    pba_limit_init(&copy->limit, copy->options->bandwidth_limit, g_get_monotonic_time());
     copy->request =
         (uint32_t)pba_whole_blocks(pba_limit_request(&copy->limit, request), copy->align);
     return true;
@@ -425,7 +424,8 @@ static bool prepare(Copy *copy, GError **error)
 {
     const PbaCopyOptions *options = copy->options;
 
-    if (!prepare_digests(copy, error) || (options->progress && !count_total(copy, error))) {
+    if (!pba_limit_init(&copy->limit, options->bandwidth_limit, options->limit_fd, error) ||
+        !prepare_digests(copy, error) || (options->progress && !count_total(copy, error))) {
         return false;
     }
     if (!pba_source_open(&copy->source, copy->volume, options->connections, &copy->loop, error) ||
@@ -456,6 +456,7 @@ static void clean_up(Copy *copy, bool broken)
     }
     pba_digests_unref(copy->digests);
     pba_buffer_free(copy->zeroes, MAX_ZERO);
+    pba_limit_clear(&copy->limit);
 }
 
 static bool run(Copy *copy, GError **error)

@@ -67,6 +67,7 @@ static void copy(PbaVolume *volume, unsigned does)
     GError *error = NULL;
     uint64_t end = 0;
     PbaCopyOptions options = {
+        .limit_fd = -1,
         .fd = -1,
         .write = take_data,
         .opaque = &end,

@@ -31,7 +31,7 @@ my %commands = (
         options => [
             @guest,
             qw(vmid=s guest=s device=s@ exclude=s@ target-id=s guest-config=s guest-agent=s),
-            qw(bandwidth-limit=s full audit audit-every=s persistent allow-shared no-check wait=s quiet|q json),
+            qw(bandwidth-limit=s full audit audit-every=s jobs=s compress persistent allow-shared no-check wait=s quiet|q json),
         ],
         needs => ['qmp|libvirt|image'],
     },

@@ -49,6 +49,7 @@ my %options = (
     'guest-config' => \&check_data,
     'firewall-config' => \&check_data,
     'bandwidth-limit' => \&check_bytes,
+    jobs => \&check_positive,
     freeze => \&check_code,
     thaw => \&check_code,
     log => \&check_code,
@@ -149,7 +150,7 @@ sub _hand_over ($self, $result) {
     my $volumes = $self->_watched($access->volumes($mechanism));
     $self->_log_fleecing($access->_warnings);
     my %optional = ('backup-id' => $result->{id}, 'guest-uuid' => $self->{guest});
-    $optional{'bandwidth-limit'} = $self->{'bandwidth-limit'} if $self->{'bandwidth-limit'};
+    $optional{$_} = $self->{$_} for grep { $self->{$_} } qw(bandwidth-limit jobs);
     $optional{'firewall-config'} = $self->{'firewall-config'} if exists($self->{'firewall-config'});
     $self->_begin_notes;
     $provider->backup_vm($self->{vmid}, $self->{'guest-config'}, $volumes, \%optional);
@@ -545,6 +546,10 @@ The guest's firewall configuration, if it has one.
 
 Bytes per second that the provider is asked not to exceed; 0 is no limit.
 
+=item jobs
+
+How many devices the provider is asked to store side by side.
+
 =item freeze, thaw
 
 Code refs that are called right before and after the setup. C<thaw> is called even if C<freeze> or the
@@ -585,7 +590,7 @@ The backup itself: what VZDump does in C<archive_external>. It calls
     backup_get_mechanism($vmid, 'qemu')
     backup_vm_query_incremental($vmid, { $device => { size => $bytes, base => $id } })
     backup_vm($vmid, $guest_config, $volumes, { 'bandwidth-limit' => ..., 'firewall-config' => ...,
-        'backup-id' => $new_id, 'guest-uuid' => $uuid })
+        'backup-id' => $new_id, 'guest-uuid' => $uuid, jobs => $count })
 
 and sets up the access after the second, with C<freeze> before and C<thaw> after it. A provider that
 answers the second with nothing gets no bitmaps; nor does a device that it leaves out.

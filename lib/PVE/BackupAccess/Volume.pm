@@ -163,6 +163,7 @@ my %check_options = (
     progress => \&check_code,
     connections => count_in(1, 16),
     'bandwidth-limit' => count_in(0, 1 << 62),
+    'shared-limit' => \&check_handle,
     'only-known' => \&check_flag,
 );
 
@@ -231,18 +232,24 @@ my sub digest_options ($options, $is_increment) {
     );
 }
 
+my sub limit_option ($options) {
+    my $shared = $options->{'shared-limit'};
+    return defined($shared) ? ('limit-fd' => fileno($shared)) : ();
+}
+
 sub copy ($self, @options) {
     my $options = given_options('copy', \@options, \%copy_options, 'to');
     my $is_part = $is_increment{$self} || defined($options->{unchanged});
     my $increment = $is_part && !$options->{'without-base'};
     my %all = (discard => !$is_bare{$self}, $options->%*, increment => $increment);
     my @digests = digest_options($options, $is_part);
-    return $self->_copy({ %all, @digests, target($options->{to}) });
+    return $self->_copy({ %all, @digests, limit_option($options), target($options->{to}) });
 }
 
 sub check ($self, @options) {
     my $options = given_options('check', \@options, \%check_options, 'expected');
-    return $self->_copy({ $options->%*, digest_options($options, 0), discard => 0 });
+    return $self->_copy(
+        { $options->%*, digest_options($options, 0), limit_option($options), discard => 0 });
 }
 
 sub CLONE_SKIP { return 1 }
@@ -438,6 +445,9 @@ and at the end. The map is read for that before.
 
 =item C<bandwidth-limit> - bytes read per second; 0 is no limit. What need not be read does not count.
 
+=item C<shared-limit> - a handle, open for reading and writing, of a file with 8 bytes, zeroes at first. Copies that have
+one keep C<bandwidth-limit>, the same for each, together, also if they are made by several processes at once.
+
 =item C<connections> - to use where the server allows several, at most 16. By default 4, or 1
 to a QEMU before 10.0, so that the guest does not wait for its disk behind our reads.
 
@@ -500,8 +510,8 @@ C<$statistics> is a hash:
 
     my $statistics = $volume->check(expected => \@files, %options);
 
-Reads the volume and compares it with digests that were taken before. The options are C<progress>, C<bandwidth-limit>
-and C<connections>, which are those of L</copy>, and these:
+Reads the volume and compares it with digests that were taken before. The options are C<progress>, C<bandwidth-limit>,
+C<shared-limit> and C<connections>, which are those of L</copy>, and these:
 
 =over
 

@@ -9,7 +9,7 @@ use Digest::SHA ();
 use Fcntl qw(LOCK_EX O_CREAT O_RDWR);
 use File::Basename ();
 use IO::Handle ();
-use List::Util qw(uniq);
+use List::Util qw(sum uniq);
 use Scalar::Util qw(weaken);
 
 use PVE::BackupAccess::CLI qw(untainted usage_error);
@@ -93,6 +93,13 @@ my sub audit_of ($opt) {
     return $opt->{audit} ? 1 : $every // 0;
 }
 
+my sub jobs_of ($opt) {
+    my $jobs = $opt->{jobs} // 2;
+    usage_error("--jobs wants a number from 1 to 16, not '$jobs'")
+        if $jobs !~ m/\A[1-9][0-9]?\z/ || $jobs > 16;
+    return $jobs;
+}
+
 my sub agent_hooks ($opt, $log) {
     my $socket = $opt->{'guest-agent'} // return ();
     require PVE::BackupAccess::GuestAgent;
@@ -137,6 +144,7 @@ my sub plan ($opt, $directory) {
         vmid => $vmid,
         'bandwidth-limit' => $limit,
         audit => $audit,
+        jobs => jobs_of($opt),
         directory => $directory,
         devices => $devices,
         'left-out' => $left_out,
@@ -153,6 +161,18 @@ my sub logger ($progress) {
     };
 }
 
+# One progress for disks that are copied side by side.
+my sub progress_of ($plan, $progress) {
+    my $count = $plan->{devices}->@*;
+    return sub (@state) { $progress->update(@state) }
+        if $plan->{jobs} == 1 || $count == 1;
+    my (%done, %all);
+    return sub ($device, $done, $all) {
+        ($done{$device}, $all{$device}) = ($done, $all);
+        $progress->update("$count disks", sum(values %done), sum(values %all));
+    };
+}
+
 # The provider's lines go through the task, into the log file that is kept with the archive.
 my sub task ($opt, $plan, $progress) {
     my $task;
@@ -161,14 +181,15 @@ my sub task ($opt, $plan, $progress) {
         = PVE::BackupAccess::Provider::Qcow2Chain->new(undef,
         { path => $plan->{directory}, 'no-check' => $opt->{'no-check'} },
         $plan->{'target-id'}, $log);
-    $provider->on_progress(sub (@state) { $progress->update(@state) });
+    $provider->on_progress(progress_of($plan, $progress));
     $provider->make_full($opt->{full});
+    $provider->compress($opt->{compress});
     $provider->audit_every($plan->{audit});
     $provider->wait_for_others($opt->{wait} // 0);
     my $made = PVE::BackupAccess::Task->new(
         access_options($opt),
         agent_hooks($opt, $log),
-        (map { $_ => $plan->{$_} } qw(vmid target-id devices guest-config bandwidth-limit)),
+        (map { $_ => $plan->{$_} } qw(vmid target-id devices guest-config bandwidth-limit jobs)),
         provider => $provider,
         persistent => $opt->{persistent},
         'allow-shared' => $opt->{'allow-shared'},

@@ -49,7 +49,7 @@ sub label ($self, $done) {
 # Takes the bytes that are done, as often as the caller likes.
 sub update ($self, $name, $done, $total) {
     return if $self->{'is quiet'};
-    $self->begin($name, $total) if $name ne $self->{name};
+    $self->begin($name, $total) if $name ne $self->{name} || $total != $self->{total};
     if ($self->{bar}) {
         $self->{bar}->name(one_line($self->label($done)));
         $self->{bar}->update($done);

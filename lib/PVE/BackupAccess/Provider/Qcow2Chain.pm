@@ -18,7 +18,7 @@ use PVE::BackupAccess::Provider::Qcow2Chain::List qw(list_guest);
 use PVE::BackupAccess::Provider::Qcow2Chain::Prune qw(prune_guest retention_of);
 use PVE::BackupAccess::Provider::Qcow2Chain::RawFile;
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
-use PVE::BackupAccess::Provider::Qcow2Chain::Store qw(mode_of store_device);
+use PVE::BackupAccess::Provider::Qcow2Chain::Store qw(mode_of store_devices);
 use PVE::BackupAccess::Provider::Qcow2Chain::Tree qw(mechanism_of);
 use PVE::BackupAccess::Provider::Qcow2Chain::Verify qw(digests_of problems_of unproven_of);
 use PVE::BackupAccess::Retention qw(check_keep);
@@ -78,6 +78,7 @@ sub new ($class, $storage_plugin, $scfg, $storeid, $log_function = undef) {
                 // sub ($level, $message) { warn "$message\n" if $level ne 'info' },
             restores => {},
             wait => 0,
+            jobs => 2,
         },
         $class
     );
@@ -105,6 +106,17 @@ sub make_full ($self, $is_full) {
 sub audit_every ($self, $count) {
     check_positive('count', $count) if $count;
     $self->{'audit every'} = $count;
+    return;
+}
+
+sub compress ($self, $is_compressed) {
+    $self->{compress} = $is_compressed;
+    return;
+}
+
+sub jobs ($self, $count) {
+    check_positive('count', $count);
+    $self->{jobs} = $count;
     return;
 }
 
@@ -218,10 +230,7 @@ sub backup_vm ($self, $vmid, $guest_config_text, $volumes, $info) {
     my $task = $self->_task($vmid);
     my $archive = $self->_begin($task, $info);
     $archive->add_file($guest_config, $guest_config_text);
-    $self->{findings} = [];
-    for my $device (sort keys $volumes->%*) {
-        $self->_store($task, $device, $volumes->{$device}, $info);
-    }
+    $self->{findings} = [$self->_store($task, $volumes, $info)];
     $archive->seal;
     $task->{guest}->publish($archive, defined($info->{'backup-id'}) ? undef : $self->_notes($vmid));
     $task->{published} = 1;
@@ -244,29 +253,23 @@ sub _begin ($self, $task, $info) {
     return $archive;
 }
 
-sub _store ($self, $task, $device, $volume, $info) {
-    my ($size) = ($volume->{size} // '') =~ m/\A([0-9]{1,19})\z/
-        or bad_argument("device $device: its volume has no size");
-    my $finding = store_device(
-        $task, $device,
-        { $volume->%*, size => 0 + $size },
-        log => $self->{log},
+sub _store ($self, $task, $volumes, $info) {
+    my %checked;
+    for my $device (sort keys $volumes->%*) {
+        my ($size) = ($volumes->{$device}{size} // '') =~ m/\A([0-9]{1,19})\z/
+            or bad_argument("device $device: its volume has no size");
+        $checked{$device} = { $volumes->{$device}->%*, size => 0 + $size };
+    }
+    return store_devices(
+        $task, \%checked,
+        $self->%{qw(log progress)},
+        jobs => $info->{jobs} // $self->{jobs},
         full => $self->{'make full'},
         guest => $info->{'guest-uuid'},
         check => !$self->{'no-check'},
-        copy => { $self->_copy_options($device, $info) },
+        limit => $info->{'bandwidth-limit'},
+        compress => $self->{compress},
     );
-    push($self->{findings}->@*, $finding) if $finding;
-    return;
-}
-
-sub _copy_options ($self, $device, $info) {
-    my %options;
-    my ($limit, $progress) = ($info->{'bandwidth-limit'}, $self->{progress});
-    $options{'bandwidth-limit'} = $limit if $limit;
-    $options{progress} = sub ($done, $all) { $progress->($device, $done, $all) }
-        if $progress;
-    return %options;
 }
 
 sub backup_cleanup ($self, $vmid, $vmtype, $success, $info) {
@@ -684,7 +687,7 @@ C<is_running>.
     $provider->on_progress(sub ($device, $done, $all) { ... });
 
 Is called while L</backup_vm> stores a device, a few times a second, with bytes stored and all bytes to
-store.
+store. Without it there is a line in the log every half a minute.
 
 =head2 wait_for_others
 
@@ -699,6 +702,23 @@ an archive is taken away. After that a method dies with class C<StateError>.
     $provider->make_full(1);
 
 Whether the backups that follow are full ones, whatever could be built on.
+
+=head2 compress
+
+    $provider->compress(1);
+
+Whether the backups that follow are compressed, by zstd: cluster by cluster, by QEMU's own filter. Any archive may be, on top
+of any other. What is merged into an older archive is not compressed there, nor is a device whose size is no multiple of 64 KiB. It costs more processor time than all of the copy
+(F<doc/performance.md> has the figures), so it is off at first.
+
+=head2 jobs
+
+    $provider->jobs(2);
+
+How many devices of a guest L</backup_vm> stores side by side, each by a process of its own, unless the caller tells
+(C<jobs> of L<PVE::BackupAccess::Task/new>); 2 at first. They keep the
+bandwidth limit together. The first
+failure ends them all, and none is left when C<backup_vm> dies.
 
 =head2 audit_every
 

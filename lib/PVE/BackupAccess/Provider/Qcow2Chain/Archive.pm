@@ -70,7 +70,8 @@ sub add_device ($self, $device, $about, $parent = undef) {
     $entry->@{qw(parent parent-id)} = ($parent->name, $parent->id) if $parent;
     my $digests = _digests_of($device);
     $entry->{digests} = { file => $digests, algorithm => 'SHA-256', block => $digest_block };
-    create_image("$self->{dir}/$file", $about->{size}, $self->_backing($device));
+    create_image("$self->{dir}/$file", $about->{size}, $self->_backing($device),
+        $about->{compressed});
     $self->{manifest}{files}{$_} = {} for $file, $digests;
     return "$self->{dir}/$file";
 }
@@ -348,7 +349,11 @@ sub mark_removed ($self) {
 sub merge_space ($self, $device, $parent) {
     my $digests = $self->digests($device);
     return -s $self->image($device) if !defined($digests);
-    return $spare + (-s $digests) + bytes_to_add($digests, $parent->digests($device));
+
+    # What replaces a compressed block takes space of its own.
+    my $is_compressed = $parent->device($device)->{compressed};
+    return $spare + (-s $digests)
+        + bytes_to_add($digests, $is_compressed ? undef : $parent->digests($device));
 }
 
 # The parent's image becomes this archive's: all of the device that either has. What either shows

@@ -100,16 +100,18 @@ sub merge_digests ($newer_path, $older_path, $path) {
     return;
 }
 
-# What an image grows by at most when a newer one is merged into it: what only the newer one has. In a
-# complete file what is not known is zeroes, which take no space.
+# What an image grows by at most when a newer one is merged into it: what only the newer one has, or all
+# of that without an older one. In a complete file what is not known is zeroes, which take no space.
 sub bytes_to_add ($newer_path, $older_path) {
-    my ($newer, $older) = map { open_file($_) } $newer_path, $older_path;
+    my $newer = open_file($newer_path);
+    my $older = defined($older_path) ? open_file($older_path) : undef;
     my $end = $header_size + $newer->{blocks} * $digest_size;
     my $blocks = 0;
     for (my $at = $header_size; $at < $end; $at += $part) {
         my $length = $end - $at < $part ? $end - $at : $part;
-        my ($new, $old) = map { read_at($_, $at, $length) } $newer, $older;
+        my $new = read_at($newer, $at, $length);
         next if $new !~ m/[^\0]/;
+        my $old = $older ? read_at($older, $at, $length) : "\0" x $length;
         $blocks += grep {
                    substr($new, $_, $digest_size) =~ m/[^\0]/
                 && substr($old, $_, $digest_size)

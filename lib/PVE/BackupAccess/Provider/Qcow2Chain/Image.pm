@@ -35,10 +35,11 @@ sub img (@arguments) {
 # What copies to them have to know; see copy() of PVE::BackupAccess::Volume.
 our $cluster_size = 65536;
 
-# An empty image; with a backing file, which is named relative to it.
-sub create_image ($file, $size, $backing = undef) {
+# An empty image; with a backing file, which is named relative to it; for data that Server compresses.
+sub create_image ($file, $size, $backing = undef, $is_compressed = 0) {
     my @backing = defined($backing) ? ('-F', 'qcow2', '-b', $backing) : ();
-    my @options = ('-f', 'qcow2', '-o', "cluster_size=$cluster_size");
+    my $compression = $is_compressed ? ',compression_type=zstd' : '';
+    my @options = ('-f', 'qcow2', '-o', "cluster_size=$cluster_size$compression");
     img('create', '-q', @options, @backing, $file, $size);
     return;
 }

@@ -12,10 +12,13 @@ use PVE::BackupAccess::Provider::Qcow2Chain::Audit qw(audit is_due);
 use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(check_base check_stored);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw($cluster_size);
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
+use PVE::BackupAccess::Provider::Qcow2Chain::Workers qw(side_by_side);
 use PVE::BackupAccess::Try qw(attempt);
 use PVE::BackupAccess::Volume;
 
-our @EXPORT_OK = qw(mode_of store_device);
+our @EXPORT_OK = qw(mode_of store_devices);
+
+our $seconds_between_lines = 30;
 
 my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
 
@@ -86,7 +89,11 @@ my sub stored ($statistics, $base) {
 }
 
 my sub copy_data ($archive, $device, $volume, $image, $chain, $options) {
-    my $server = $Server->start($image, writable => 1);
+    my $server = $Server->start(
+        $image,
+        writable => 1,
+        compress => $archive->device($device)->{compressed}
+    );
     my $reader = PVE::BackupAccess::Volume->open($device, $volume);
     my $statistics = $reader->copy(
         to => $server->uri,
@@ -100,35 +107,102 @@ my sub copy_data ($archive, $device, $volume, $image, $chain, $options) {
     return $statistics;
 }
 
-# Into the task's archive. how: log, a code ref; full, whether nothing is built on; guest, its UUID;
-# check, whether what was written is read back; copy, more options of the copy. Returns what an audit found.
-sub store_device ($task, $device, $volume, %how) {
-    my $archive = $task->{archive};
-    my $chain = [chain_for($task, $device, $volume, \%how)];
+# Begins a device of the task's archive. how: log, a code ref; full, whether nothing is built on; guest,
+# its UUID; compress. Returns what store_device wants to have.
+my sub begin_device ($task, $device, $volume, %how) {
     my $mode = $volume->{'bitmap-mode'};
-    my $base = $chain->@* ? $chain->[0]->name : undef;
+    my @chain = chain_for($task, $device, $volume, \%how);
+    my $base = @chain ? $chain[0]->name : undef;
     my $is_compared = defined($base) && $mode ne 'reuse';
     my $kind
         = $is_compared ? "what differs from $base"
         : defined($base) ? "incremental, on $base"
         : 'full';
     $how{log}->('info', "$device: storing, $kind");
+    my $increments = $mode eq 'reuse' ? ($chain[0]->device($device)->{increments} // 0) + 1 : 0;
+    my %about = (size => $volume->{size}, 'bitmap-mode' => $mode, increments => $increments);
+
+    # QEMU's filter writes whole clusters only.
+    $about{compressed} = 1 if $how{compress} && $volume->{size} % $cluster_size == 0;
+    return {
+        task => $task,
+        device => $device,
+        volume => $volume,
+        chain => \@chain,
+        'compared with' => $is_compared ? $base : undef,
+        image => $task->{archive}->add_device($device, \%about, $chain[0]),
+    };
+}
+
+# Its data. how: log; check, whether what was written is read back; copy, more options of the copy.
+# Returns what an audit found.
+my sub store_device ($job, %how) {
+    my ($task, $device, $volume, $chain) = $job->@{qw(task device volume chain)};
+    my ($archive, $base) = ($task->{archive}, $job->{'compared with'});
 
     # The caller's may wait for every child, or ignore them all.
     local $SIG{CHLD} = 'DEFAULT';
-    my $increments = $mode eq 'reuse' ? ($chain->[0]->device($device)->{increments} // 0) + 1 : 0;
-    my %about = (size => $volume->{size}, 'bitmap-mode' => $mode, increments => $increments);
-    my $image = $archive->add_device($device, \%about, $chain->[0]);
-    my $statistics = copy_data($archive, $device, $volume, $image, $chain, $how{copy});
-    $how{log}->('info', "$device: " . stored($statistics, $is_compared ? $base : undef));
+    my $statistics = copy_data($archive, $device, $volume, $job->{image}, $chain, $how{copy});
+    $how{log}->('info', "$device: " . stored($statistics, $base));
     my $finding
         = defined($volume->{'audit-bitmap'})
         ? audited($task, $device, $volume, $chain, $how{log})
         : undef;
     return $finding if !$how{check};
     check_stored($archive, $device, $how{log});
-    check_base($archive, $device, $how{log}, $chain->@*) if $is_compared;
+    check_base($archive, $device, $how{log}, $chain->@*) if defined($base);
     return $finding;
+}
+
+# For a caller that does not ask for progress: lines in its log.
+my sub progress_lines ($log) {
+    my $begin = time;
+    my %told;
+    return sub ($device, $done, $all) {
+        return if time - ($told{$device} // $begin) < $seconds_between_lines;
+        $told{$device} = time;
+        $log->('info', "$device: " . bytes($done) . ' of ' . bytes($all));
+    };
+}
+
+my sub store_alone ($job, %how) {
+    my ($device, $progress) = ($job->{device}, $how{progress});
+    my $mine = sub (@state) { $progress->($device, @state) };
+    return store_device($job, %how, copy => { $how{copy}->%*, progress => $mine });
+}
+
+# All devices of a backup, up to so many side by side. how, beside that of the functions above: jobs;
+# limit, bytes per second for all of them; progress, a code ref ($device, $done, $all), or undef. Returns what
+# audits found.
+sub store_devices ($task, $volumes, %how) {
+    my @devices = sort keys $volumes->%*;
+    $how{progress} //= progress_lines($how{log});
+    my %job = map { $_ => begin_device($task, $_, $volumes->{$_}, %how) } @devices;
+    my %copy = $how{limit} ? ('bandwidth-limit' => $how{limit}) : ();
+    if ($how{jobs} == 1 || @devices == 1) {
+        return map { store_alone($job{$_}, %how, copy => \%copy) // () } @devices;
+    }
+    open(my $shared, '+>:raw', undef) or fail('all', "cannot make a file - $!");
+    truncate($shared, 8) or fail('all', "cannot make a file - $!");
+    $copy{'shared-limit'} = $shared if $how{limit};
+    my $found = side_by_side(
+        $how{jobs},
+        \@devices,
+        sub ($device, $tell) {
+            my $log = sub (@line) { $tell->({ log => \@line }) };
+            my $progress = sub (@state) { $tell->({ progress => \@state }) };
+            return store_device(
+                $job{$device}, %how,
+                log => $log,
+                copy => { %copy, progress => $progress }
+            );
+        },
+        sub ($device, $message) {
+            $how{log}->($message->{log}->@*) if $message->{log};
+            $how{progress}->($device, $message->{progress}->@*) if $message->{progress};
+        },
+    );
+    return grep { defined } $found->@{@devices};
 }
 
 1;

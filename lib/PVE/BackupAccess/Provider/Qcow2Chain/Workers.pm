@@ -1,0 +1,149 @@
+package PVE::BackupAccess::Provider::Qcow2Chain::Workers;
+
+# Work on several things at once, each by a process of its own: what a copy calls runs in the caller's
+# thread. Workers tell what they find over pipes; the first failure ends them all, and none is left.
+
+use v5.36;
+
+use IO::Handle ();
+use IO::Select ();
+use JSON::PP ();
+use POSIX ();
+use Time::HiRes ();
+
+use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Try qw(deaths_of ensure is_own);
+
+use Exporter qw(import);
+
+our @EXPORT_OK = qw(side_by_side);
+
+my $Error = 'PVE::BackupAccess::Error';
+my $json = JSON::PP->new->utf8->allow_nonref;
+
+my $seconds_to_end = 10;    # until one that was told to is killed
+
+my sub send_to ($pipe, $kind, $value) {
+    print {$pipe} $json->encode([$kind, $value]), "\n" or die "the parent is gone\n";
+    return;
+}
+
+# An error as data, and back.
+my sub data_of ($error) { return is_own($error) ? { $error->%* } : { text => "$error" } }
+
+my sub throw ($data) {
+    die $data->{text} if defined($data->{text});
+    chomp(my $message = delete($data->{message}));
+    $Error->throw(delete($data->{class}), $message, $data->%*);
+}
+
+# Signals of a terminal are for the parent, which tells.
+my sub run_worker ($pipe, $code, $item) {
+    local @SIG{qw(INT QUIT HUP)} = ('IGNORE') x 3;
+    local $SIG{PIPE} = 'IGNORE';
+    local $SIG{TERM} = sub { die "told to end\n" };
+    PVE::BackupAccess::_end_with_parent();
+    my $result;
+    my ($death) = deaths_of(
+        sub {
+            $result = $code->($item, sub ($value) { send_to($pipe, told => $value) });
+        }
+    );
+    my @outcome = $death ? (error => data_of($death->[0])) : (result => $result);
+    return send_to($pipe, @outcome);
+}
+
+my sub start ($code, $item) {
+    pipe(my $read, my $write) or $Error->throw('SystemError', "cannot make a pipe - $!");
+    my $pid = fork() // $Error->throw('SystemError', "cannot fork - $!");
+    if (!$pid) {
+        $write->autoflush;
+
+        # Nothing of the parent's may be undone here, whatever this dies with.
+        deaths_of(sub { run_worker($write, $code, $item) });
+        POSIX::_exit(0);
+    }
+    return { pid => $pid, read => $read, item => $item, text => '' };
+}
+
+# The next messages of a worker, undef at its end.
+my sub messages_of ($worker) {
+    my $got = sysread($worker->{read}, $worker->{text}, 1 << 16, length($worker->{text}));
+    return [] if !defined($got) && $!{EINTR};
+    return undef if !$got;
+    my @messages;
+    push(@messages, $json->decode($1)) while $worker->{text} =~ s/\A([^\n]*)\n//;
+    return \@messages;
+}
+
+my sub wait_for ($pid, $until) {
+    while (waitpid($pid, POSIX::WNOHANG()) == 0) {
+        return 0 if Time::HiRes::time() > $until;
+        Time::HiRes::sleep(0.02);
+    }
+    return 1;
+}
+
+# All of them end before this returns: a reader that is left would hold up the teardown.
+my sub end_all ($workers) {
+    my $until = Time::HiRes::time() + $seconds_to_end;
+    kill('TERM', $_->{pid}) for values $workers->%*;
+    for my $worker (values $workers->%*) {
+        next if wait_for($worker->{pid}, $until);
+        kill('KILL', $worker->{pid});
+        waitpid($worker->{pid}, 0);
+    }
+    $workers->%* = ();
+    return;
+}
+
+# What a worker has to say; its result is kept.
+my sub hear ($worker, $results, $told) {
+    my $messages = messages_of($worker) // return 0;
+    for my $message ($messages->@*) {
+        my ($kind, $value) = $message->@*;
+        throw($value) if $kind eq 'error';
+        $told->($worker->{item}, $value) if $kind eq 'told';
+        $results->{ $worker->{item} } = $value if $kind eq 'result';
+    }
+    return 1;
+}
+
+my sub finish ($workers, $worker, $results) {
+    delete($workers->{ fileno($worker->{read}) });
+    waitpid($worker->{pid}, 0);
+    $Error->throw('SystemError', "$worker->{item}: its process ended without a result")
+        if !exists($results->{ $worker->{item} });
+    return;
+}
+
+my sub look_after ($workers, $results, $told) {
+    for my $pipe (IO::Select->new(map { $_->{read} } values $workers->%*)->can_read(0.2)) {
+        my $worker = $workers->{ fileno($pipe) };
+        finish($workers, $worker, $results) if !hear($worker, $results, $told);
+    }
+    return;
+}
+
+# Calls $code->($item, $tell) for each item, for so many at a time, and $told->($item, $value) of what
+# they tell. Returns { item => result }. Values are JSON's.
+sub side_by_side ($jobs, $items, $code, $told) {
+    local $SIG{CHLD} = 'DEFAULT';    # the caller's may wait for every child
+    my (%workers, %results);
+    my @waiting = $items->@*;
+    ensure(
+        sub {
+            while (@waiting || %workers) {
+                while (@waiting && keys %workers < $jobs) {
+                    my $worker = start($code, shift(@waiting));
+                    $workers{ fileno($worker->{read}) } = $worker;
+                }
+                look_after(\%workers, \%results, $told);
+            }
+        },
+        sub (@) { end_all(\%workers) },
+    );
+    return \%results;
+}
+
+1;
