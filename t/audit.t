@@ -154,6 +154,7 @@ sub check_killed ($test, $by_recover) {
             2, 'recover removes them');
         is_deeply([$backend->problems($test->{outside})], [], 'and leaves nothing');
     }
+    $test->{provider}->wait_for_others(30);    # its processes end when they see that it is gone
     is_disks($test, backup($test), 'the next backup');
     return;
 }

@@ -66,6 +66,13 @@ subtest 'two at a time' => sub {
     is($most, 2, 'two at once, and no more');
 };
 
+subtest 'random numbers' => sub {
+    rand();
+    my $results = side_by_side(4, [1 .. 4], sub ($, $) { return rand() }, sub (@) { });
+    my %seen = map { $_ => 1 } values $results->%*;
+    is(scalar(keys %seen), 4, 'each has its own');
+};
+
 subtest 'the first failure' => sub {
     my $chain = new_chain(2);
     my $open = $chain->disk($device)->can('open');

@@ -41,6 +41,13 @@ my sub remove_left ($parent) {
     return;
 }
 
+# What was locked may have been removed, and another process may have made one of that name.
+my sub is_same ($lock, $path) {
+    my @locked = $lock ? stat($lock) : ();
+    my @found = stat($path);
+    return @locked && @found && $locked[0] == $found[0] && $locked[1] == $found[1];
+}
+
 my sub make ($parent) {
     my $path;
     my $error = attempt_any { $path = File::Temp::tempdir("${prefix}XXXXXXXX", DIR => $parent) };
@@ -57,7 +64,7 @@ sub new ($class, $parent = File::Spec->tmpdir) {
     do {
         $path = make($parent);
         $lock = lock_dir($path, LOCK_EX);
-    } until (-d $path);
+    } until (is_same($lock, $path));
     return bless({ path => $path, lock => $lock, owner => $$ }, $class);
 }
 

@@ -58,6 +58,7 @@ my sub start ($code, $item) {
     my $pid = fork() // $Error->throw('SystemError', "cannot fork - $!");
     if (!$pid) {
         $write->autoflush;
+        srand();    # else all choose the same names for what is to be theirs alone
 
         # Nothing of the parent's may be undone here, whatever this dies with.
         deaths_of(sub { run_worker($write, $code, $item) });
