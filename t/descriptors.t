@@ -91,7 +91,7 @@ my %of_server = (
     '/dev/fuse' => 1,
     'anon_inode:[signalfd]' => 1,
     'anon_inode:[eventfd]' => 3,    # of two threads, and of who asks for zeroes
-    'socket' => 3,    # the parent's, and two connections: data and map
+    'socket' => 3,                  # the parent's, and two connections: data and map
 );
 
 sub check_servers ($backend, $devices) {
