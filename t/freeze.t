@@ -128,7 +128,8 @@ sub check_changes ($backend) {
         my $seen = setup($backend, hooks => { freeze => $resize });
 
         # A Proxmox QEMU refuses it already, for the node that holds the disk.
-        my $refused = qr/was resized from $size to \d+ bytes while|block_resize.* is (?:busy|in use)/;
+        my $refused
+            = qr/was resized from $size to \d+ bytes while|block_resize.* is (?:busy|in use)/;
         like($seen->{error}, $refused, 'resized');
         ok(!(grep { $_ eq 'backup-access-setup' } $seen->{calls}->@*), 'resized: it was not asked');
         is($vm->is_alive, 1, 'resized: the VM lives');
