@@ -171,6 +171,14 @@ my sub store_alone ($job, %how) {
     return store_device($job, %how, copy => { $how{copy}->%*, progress => $mine });
 }
 
+# So many bytes that forked processes have together.
+my sub shared_file ($bytes) {
+    local $^F = 2;    # whatever the caller has set: no program has it
+    open(my $file, '+>:raw', undef) or fail('all', "cannot make a file - $!");
+    truncate($file, $bytes) or fail('all', "cannot make a file - $!");
+    return $file;
+}
+
 # All devices of a backup, up to so many side by side. how, beside that of the functions above: jobs;
 # limit, bytes per second for all of them; progress, a code ref ($device, $done, $all), or undef. Returns what
 # audits found.
@@ -182,9 +190,7 @@ sub store_devices ($task, $volumes, %how) {
     if ($how{jobs} == 1 || @devices == 1) {
         return map { store_alone($job{$_}, %how, copy => \%copy) // () } @devices;
     }
-    open(my $shared, '+>:raw', undef) or fail('all', "cannot make a file - $!");
-    truncate($shared, 8) or fail('all', "cannot make a file - $!");
-    $copy{'shared-limit'} = $shared if $how{limit};
+    $copy{'shared-limit'} = shared_file(8) if $how{limit};
     my $found = side_by_side(
         $how{jobs},
         \@devices,

@@ -53,8 +53,14 @@ my sub run_worker ($pipe, $code, $item) {
     return send_to($pipe, @outcome);
 }
 
-my sub start ($code, $item) {
+my sub new_pipe () {
+    local $^F = 2;    # whatever the caller has set: no program has them
     pipe(my $read, my $write) or $Error->throw('SystemError', "cannot make a pipe - $!");
+    return ($read, $write);
+}
+
+my sub start ($code, $item) {
+    my ($read, $write) = new_pipe();
     my $pid = fork() // $Error->throw('SystemError', "cannot fork - $!");
     if (!$pid) {
         $write->autoflush;
