@@ -14,7 +14,7 @@ use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Try qw(ensure);
 
-our @EXPORT_OK = qw(program_environment run_program);
+our @EXPORT_OK = qw(end_with program_environment run_program);
 
 my $not_run = 127;    # exit status of a child that cannot become the program
 
@@ -36,11 +36,17 @@ my sub read_all ($fh) {
     return <$fh> // '';
 }
 
-# In the child. Handlers of the caller's would run its code here.
-my sub become ($parent, $mask, $out, $err, @command) {
+# In a child: from now on it ends with its parent, which may have ended before. Handlers of the caller's
+# would run its code here, or swallow the signal.
+sub end_with ($parent) {
     $SIG{$_} = 'DEFAULT' for grep { m/\A[A-Z]/ && ($SIG{$_} // '') ne 'IGNORE' } keys %SIG;
     PVE::BackupAccess::_end_with_parent() or POSIX::_exit($not_run);
     POSIX::_exit($not_run) if getppid() != $parent;
+    return;
+}
+
+my sub become ($parent, $mask, $out, $err, @command) {
+    end_with($parent);
     POSIX::setsid();    # a terminal's signals are for the caller
     open(STDIN, '<', '/dev/null') or POSIX::_exit($not_run);
     open(STDOUT, '>&', $out) or POSIX::_exit($not_run);

@@ -12,7 +12,7 @@ use POSIX ();
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw(program_environment);
+use PVE::BackupAccess::Program qw(end_with program_environment);
 use PVE::BackupAccess::Provider::Qcow2Chain::PrivateDir;
 use PVE::BackupAccess::Try qw(attempt);
 use PVE::BackupAccess::Volume;
@@ -78,9 +78,10 @@ sub start ($class, $file, %options) {
 }
 
 sub _spawn ($log, $listener, @command) {
+    my $parent = $$;
     my $pid = fork() // fail("cannot fork - $!");
     return $pid if $pid;
-    PVE::BackupAccess::_end_with_parent() or POSIX::_exit(127);
+    end_with($parent);
     POSIX::setsid();    # a terminal's signals are for the caller
     open(STDIN, '<', '/dev/null') or POSIX::_exit(127);
     open(STDERR, '>', $log) or POSIX::_exit(127);
