@@ -86,6 +86,7 @@ sub _spawn ($log, $listener, @command) {
     open(STDIN, '<', '/dev/null') or POSIX::_exit(127);
     open(STDERR, '>', $log) or POSIX::_exit(127);
     open(STDOUT, '>&', \*STDERR) or POSIX::_exit(127);
+
     if (fileno($listener) == $first_passed_fd) {
         fcntl($listener, F_SETFD, 0) or POSIX::_exit(127);
     }
