@@ -115,9 +115,9 @@ void glue_store_text(pTHX_ HV *hash, const char *key, const char *text);
 AV *glue_take_lines(pTHX_ GPtrArray *lines);
 /* A copy of a reference; NULL of anything else. */
 SV *glue_copy_code(pTHX_ SV *code);
-/* A new table of texts; NULL if it is no reference. */
 /* What the options tell of directories, and of who QEMU is; lives as long as they. */
 void glue_fetch_places(pTHX_ HV *options, PbaAccessOptions *access_options);
+/* A new table of texts; NULL if it is no reference. */
 GHashTable *glue_table_from_hash(pTHX_ SV *sv);
 
 /* Devices */

@@ -32,9 +32,7 @@ static bool add_copy(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, Js
     pba_actions_add(actions, "block-dirty-bitmap-add",
                     pba_json("{'node': <%s>, 'name': <%s>, 'granularity': <%t>}", disk->bitmap_node,
                              disk->audit_bitmap, (guint64)granularity));
-    pba_actions_add(actions, "block-dirty-bitmap-merge",
-                    pba_json("{'node': <%s>, 'target': <%s>, 'bitmaps': <[<%s>]>}",
-                             disk->bitmap_node, disk->audit_bitmap, bitmap));
+    pba_actions_add_merge(actions, disk->bitmap_node, disk->audit_bitmap, bitmap);
     return true;
 }
 

@@ -6,7 +6,7 @@
  * header, which are nowhere once the access is over. So two nodes stand above them: "hold" on the
  * disk, and "guard" on our raw node, or on Proxmox' QEMU on what is below the disk's throttle
  * filter, where QEMU puts its own. Each is a qcow2 image without data, read-only, that has what it
- * guards for its backing file. Nobody uses them, so they ask for no permission. But of a backing
+ * guards for its backing file. They have no user, so they ask for no permission. But of a backing
  * file QEMU makes no external snapshot and does not resize it (bdrv_backing_attach), and what has a
  * node above it cannot be mirrored, committed or snapshotted internally (qmp_get_root_bs): 7.2
  * to 11.0.

@@ -7,7 +7,7 @@ typedef struct {
     PbaNbdMap *map; /* owned; NULL until a region was asked about */
 } NbdHoles;
 
-/* Answers that nobody waits for still want the map that asked. */
+/* Answers of an earlier region still write to the map that asked. */
 static bool begin_map(PbaHoles *base)
 {
     NbdHoles *holes = (NbdHoles *)base;

@@ -183,7 +183,5 @@ void pba_companion_add(JsonArray *actions, const char *node, const char *name, c
     pba_json_set_if(add, "disabled", true);
     pba_json_set_if(add, "persistent", persistent);
     pba_actions_add(actions, "block-dirty-bitmap-add", add);
-    pba_actions_add(
-        actions, "block-dirty-bitmap-merge",
-        pba_json("{'node': <%s>, 'target': <%s>, 'bitmaps': <[<%s>]>}", node, name, from));
+    pba_actions_add_merge(actions, node, name, from);
 }

@@ -148,6 +148,9 @@ void pba_actions_add_ref(JsonArray *actions, const char *type, const char *node,
 /* Removes the bitmap, if it is there. */
 void pba_actions_add_removal(JsonArray *actions, const PbaBlock *block, const char *node,
                              const char *bitmap);
+/* Gives a bitmap the bits of another one of the same node. */
+void pba_actions_add_merge(JsonArray *actions, const char *node, const char *bitmap,
+                           const char *from);
 /* All of them or none. Sends nothing if there are none. */
 bool pba_actions_run(PbaQmp *qmp, JsonArray *actions, GError **error);
 

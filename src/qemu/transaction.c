@@ -28,6 +28,14 @@ void pba_actions_add_removal(JsonArray *actions, const PbaBlock *block, const ch
     }
 }
 
+void pba_actions_add_merge(JsonArray *actions, const char *node, const char *bitmap,
+                           const char *from)
+{
+    pba_actions_add(
+        actions, "block-dirty-bitmap-merge",
+        pba_json("{'node': <%s>, 'target': <%s>, 'bitmaps': <[<%s>]>}", node, bitmap, from));
+}
+
 bool pba_actions_run(PbaQmp *qmp, JsonArray *actions, GError **error)
 {
     return json_array_get_length(actions) == 0 ||

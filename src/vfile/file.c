@@ -179,9 +179,9 @@ static bool is_wanted(const PbaFile *file, const Slot *slot)
     return false;
 }
 
-/* Drops what has a part in a range; whoever waits for it has it loaded again. Of what is loaded the
- * part behind the range stays, or else the one before it: readers in order discard what they have
- * read. */
+/* Drops what has a part in a range; a reader that waits for it has it loaded again. Of what is
+ * loaded the part behind the range stays, or else the one before it: readers in order discard what
+ * they have read. */
 static void drop_slots(PbaFile *file, uint64_t begin, uint64_t end)
 {
     for (guint i = file->slots->len; i-- > 0;) {

@@ -8,7 +8,7 @@
 
 struct PbaScan {
     PbaScanBegin begin;
-    int found_fd; /* -1: nobody polls for it */
+    int found_fd; /* -1: the consumer does not poll */
     char *device;
     char *path;
     char *bitmap;
@@ -69,7 +69,7 @@ static void push(PbaScan *scan, unsigned seek, PbaRange run)
     g_mutex_unlock(&scan->mutex);
 }
 
-/* A map that cannot be read ends here: the reader notices nothing, but for what it might gain. */
+/* A map that cannot be read ends here: the reader loses speed, no data. */
 static void read_map(PbaScan *scan, uint64_t from, unsigned seek)
 {
     PbaVolumeOptions options = {

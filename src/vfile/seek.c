@@ -15,7 +15,7 @@ struct PbaSeeks {
     PbaVolumeOptions options;
     int fd;
     PbaScan *scan;      /* NULL until the first one asks */
-    bool is_followed;   /* nobody has read in a hole since */
+    bool is_followed;   /* no reader has read in a hole since */
     uint64_t from;      /* what is known of lies behind it */
     GArray *holes;      /* PbaRange, ascending: all from there to the last of them */
     fuse_req_t request; /* that waits; NULL: none */

@@ -89,7 +89,7 @@ void pba_seeks_ask(PbaSeeks *seeks, fuse_req_t request, uint64_t offset, int whe
 /* What readers will pass over: the first hole that ends behind offset, if it is known by what was
  * asked. Never waits. */
 bool pba_seeks_find(PbaSeeks *seeks, uint64_t offset, PbaRange *hole);
-/* Somebody reads there. One who reads in a hole passes over none, until somebody asks again. */
+/* A reader reads there. One that reads in a hole passes over none until it asks again. */
 void pba_seeks_note_read(PbaSeeks *seeks, uint64_t offset);
 /* What to poll for, and what to call then. */
 struct pollfd pba_seeks_watch(const PbaSeeks *seeks);

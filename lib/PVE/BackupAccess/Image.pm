@@ -13,7 +13,7 @@ use PVE::BackupAccess;
 use PVE::BackupAccess::Argument
     qw(bad_argument check_filled_text check_hash check_options check_positive);
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw(program_environment);
+use PVE::BackupAccess::Program qw(end_with program_environment);
 use PVE::BackupAccess::Provider::Qcow2Chain::PrivateDir;
 use PVE::BackupAccess::Try qw(attempt);
 
@@ -91,9 +91,10 @@ my sub node_options ($disk) {
 # ---- the process ----
 
 my sub run_daemon ($dir, @arguments) {
+    my $parent = $$;
     my $pid = fork() // fail("cannot fork - $!");
     return $pid if $pid;
-    PVE::BackupAccess::_end_with_parent() or POSIX::_exit(127);
+    end_with($parent);
     POSIX::setsid();    # a terminal's signals are for the caller
     open(STDIN, '<', '/dev/null') or POSIX::_exit(127);
     open(STDERR, '>', "$dir/log") or POSIX::_exit(127);
@@ -230,7 +231,7 @@ my sub devices ($self) {
     ];
 }
 
-# With the devices as what they would be in a guest: backends that let nobody else write.
+# With the devices as what they would be in a guest: backends that let no other user write.
 my sub graph ($self) {
     my $graph = ask($self, 'x-debug-query-block-graph', {});
     my %id = map { $_->{name} => $_->{id} } $graph->{nodes}->@*;

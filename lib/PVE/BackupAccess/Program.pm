@@ -1,7 +1,8 @@
 package PVE::BackupAccess::Program;
 
-# Programs that are run to their end. None outlives the work that wants it: a signal handler of the
-# caller's that dies ends the program as well, and so does the end of this process.
+# Programs that are run to their end, and what others need that start them. None outlives the work that
+# wants it: a signal handler of the caller's that dies ends the program as well, and so does the end of
+# this process.
 
 use v5.36;
 
@@ -14,7 +15,7 @@ use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Try qw(ensure);
 
-our @EXPORT_OK = qw(end_with program_environment run_program);
+our @EXPORT_OK = qw(end_with new_pipe program_environment run_program);
 
 my $not_run = 127;    # exit status of a child that cannot become the program
 
@@ -28,6 +29,13 @@ sub program_environment () {
 
 my sub fail ($class, $message) {
     PVE::BackupAccess::Error->throw($class, $message);
+}
+
+# Its two ends, which no program inherits, whatever the caller has set.
+sub new_pipe () {
+    local $^F = 2;
+    pipe(my $from, my $to) or fail('SystemError', "cannot make a pipe - $!");
+    return ($from, $to);
 }
 
 my sub read_all ($fh) {

@@ -9,7 +9,7 @@ use v5.36;
 use Exporter qw(import);
 use Scalar::Util qw(blessed);
 
-our @EXPORT_OK = qw(attempt attempt_any deaths_of deaths_of_all ensure is_own worst_of);
+our @EXPORT_OK = qw(attempt attempt_any deaths_of deaths_of_all ensure is_own reason worst_of);
 
 # Whether an exception is one that our own code makes.
 sub is_own ($error) {
@@ -46,6 +46,9 @@ sub attempt_any : prototype(&) ($code) {
     die $error if $by_signal;
     return $error;
 }
+
+# What an error says in one line.
+sub reason ($error) { return $error =~ s/\n.*//sr }
 
 # The death that counts: a signal's, since it is to end all of the work; else the first.
 sub worst_of (@deaths) {

@@ -43,8 +43,8 @@ static const char *find_danger(const PbaDisk *disk, const PbaBlock *block)
 }
 
 /* Whether a node with a background bitmap lacks the target's, or has one that is in use, or a
- * frozen one has no background bitmap. The name
- * is not known of a QEMU with the early form of the command; there any frozen one will do. */
+ * frozen one has no background bitmap. The name is not known of a QEMU with the early form of the
+ * command; there any frozen one will do. */
 static const char *find_stale_danger(const PbaAccess *access, JsonObject *node, bool is_up)
 {
     JsonArray *bitmaps = pba_json_find_array(node, "dirty-bitmaps");

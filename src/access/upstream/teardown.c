@@ -62,7 +62,7 @@ static void bypass_filters(PbaAccess *access, GError **first, const PbaBlock *bl
     }
 }
 
-/* Whether what was refused is no more there to be done. */
+/* Whether a guest device uses the node, as far as QEMU tells. */
 static bool has_user_now(PbaAccess *access, const char *node)
 {
     g_auto(PbaBlock) now = {0};

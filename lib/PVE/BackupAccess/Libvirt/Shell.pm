@@ -10,14 +10,14 @@ use POSIX ();
 use Time::HiRes ();
 
 use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Program qw(program_environment);
 use PVE::BackupAccess::Try qw(attempt_any ensure);
 
 my $Error = 'PVE::BackupAccess::Error';
 my $max_reply = 64 << 20;
 
 my %environment = (
-    PATH => '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin',
-    LC_ALL => 'C',
+    program_environment(),
     TERM => 'dumb',
     INPUTRC => '/dev/null',
 );

@@ -22,7 +22,7 @@ use PVE::BackupAccess::Provider::Qcow2Chain::Store qw(mode_of store_devices);
 use PVE::BackupAccess::Provider::Qcow2Chain::Tree qw(mechanism_of);
 use PVE::BackupAccess::Provider::Qcow2Chain::Verify qw(digests_of problems_of unproven_of);
 use PVE::BackupAccess::Retention qw(check_keep);
-use PVE::BackupAccess::Try qw(attempt);
+use PVE::BackupAccess::Try qw(attempt reason);
 
 use parent qw(PVE::BackupProvider::Plugin::Base);
 
@@ -43,10 +43,6 @@ my $log_file = 'backup.log';
 
 my sub fail ($class, $message, %context) {
     PVE::BackupAccess::Error->throw($class, $message, %context);
-}
-
-my sub reason ($error) {
-    return $error =~ s/\n.*//sr;
 }
 
 # As the storage class or another caller has it, without taint: it is the administrator's own.

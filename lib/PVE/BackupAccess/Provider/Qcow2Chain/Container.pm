@@ -17,6 +17,7 @@ use Time::HiRes ();
 use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Format qw(bytes);
+use PVE::BackupAccess::Program qw(new_pipe);
 use PVE::BackupAccess::Provider::Qcow2Chain::Tar qw(compress start_tar stream_problem);
 use PVE::BackupAccess::Try qw(attempt_any deaths_of is_own);
 
@@ -121,7 +122,7 @@ my sub store ($self, $archive, $how) {
     return;
 }
 
-# Nobody waits for what is to be published: the backup was given up meanwhile.
+# The caller may have given the backup up meanwhile: then it is not published.
 my sub check_wanted ($self) {
     fail('StateError', 'the backup was given up')
         if IO::Select->new($self->{control})->can_read(0) && !hear($self);
@@ -221,7 +222,7 @@ sub feed ($self, $config, $patterns, $info, $log) {
     local $SIG{CHLD} = 'DEFAULT';    # the caller's may wait for every child
     utf8::encode($config) if utf8::is_utf8($config);
     $log->('info', 'container: storing, full');
-    pipe(my $messages, my $err) or fail('SystemError', "cannot make a pipe - $!");
+    my ($messages, $err) = new_pipe();
     my $tar = start_tar($self->{data}, $err, $patterns, $info);
     close($err);
     tell($self, config => $config);

@@ -12,7 +12,7 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Digests qw(is_known);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(commit_image);
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
-use PVE::BackupAccess::Try qw(attempt);
+use PVE::BackupAccess::Try qw(attempt reason);
 use PVE::BackupAccess::Volume;
 
 our @EXPORT_OK = qw(chain_damage check_base check_stored content_problem describe joined
@@ -22,8 +22,6 @@ my $Error = 'PVE::BackupAccess::Error';
 my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
 
 my $most_shown = 8;
-
-my sub reason ($error) { return $error =~ s/\n.*//sr }
 
 # Ranges, [offset, length], in order and neighbours as one.
 sub joined (@ranges) {

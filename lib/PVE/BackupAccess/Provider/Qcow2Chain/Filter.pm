@@ -10,7 +10,7 @@ use POSIX ();
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw(program_environment);
+use PVE::BackupAccess::Program qw(end_with program_environment);
 
 my $Error = 'PVE::BackupAccess::Error';
 my $first_free_fd = 10;    # past those that a program has by itself
@@ -18,10 +18,9 @@ my $first_free_fd = 10;    # past those that a program has by itself
 my sub fail ($message) { $Error->throw('SystemError', $message) }
 
 my sub run_instead ($parent, $handles, @command) {
-    PVE::BackupAccess::_end_with_parent() or POSIX::_exit(127);
-    POSIX::_exit(127) if getppid() != $parent;
-    POSIX::setsid();    # a terminal's signals are for the caller
-    $SIG{$_} = 'DEFAULT' for qw(HUP INT PIPE QUIT TERM);
+    end_with($parent);
+    $SIG{$_} = 'DEFAULT' for qw(HUP INT PIPE QUIT TERM);   # also what the caller ignores
+    POSIX::setsid();                                       # a terminal's signals are for the caller
     open(my $null, '+<', '/dev/null') or POSIX::_exit(127);
 
     # First out of the way of each other, whatever numbers the handles have.

@@ -6,11 +6,9 @@ use v5.36;
 
 use Exporter qw(import);
 
-use PVE::BackupAccess::Try qw(attempt);
+use PVE::BackupAccess::Try qw(attempt reason);
 
 our @EXPORT_OK = qw(list_guest);
-
-my sub reason ($error) { return $error =~ s/\n.*//sr }
 
 my sub parts_of ($archive) {
     my %parts;

@@ -10,11 +10,9 @@ use List::Util qw(uniq);
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Retention qw(marks);
-use PVE::BackupAccess::Try qw(attempt);
+use PVE::BackupAccess::Try qw(attempt reason);
 
 our @EXPORT_OK = qw(prune_guest retention_of);
-
-my sub reason ($error) { return $error =~ s/\n.*//sr }
 
 # The reason why the archive's device cannot be restored, undef if it can. Of images only the headers are
 # read, and all of those that were touched since the backup.

@@ -13,7 +13,7 @@ use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(check_base check_stored)
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw($cluster_size);
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use PVE::BackupAccess::Provider::Qcow2Chain::Workers qw(side_by_side);
-use PVE::BackupAccess::Try qw(attempt);
+use PVE::BackupAccess::Try qw(attempt reason);
 use PVE::BackupAccess::Volume;
 
 our @EXPORT_OK = qw(mode_of store_devices);
@@ -21,8 +21,6 @@ our @EXPORT_OK = qw(mode_of store_devices);
 our $seconds_between_lines = 30;
 
 my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
-
-my sub reason ($error) { return $error =~ s/\n.*//sr }
 
 my sub fail ($device, $message) {
     PVE::BackupAccess::Error->throw('StateError', "device $device: $message", device => $device);

@@ -10,7 +10,7 @@ use Fcntl qw(O_CREAT O_EXCL O_WRONLY);
 
 use PVE::BackupAccess::Argument qw(bad_argument check_filled_text);
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw(run_program);
+use PVE::BackupAccess::Program qw(new_pipe run_program);
 use PVE::BackupAccess::Provider::Qcow2Chain::Filter;
 
 our @EXPORT_OK = qw(compress extract is_for_pct start_tar stream_problem);
@@ -27,12 +27,6 @@ my @kept = qw(--sparse --numeric-owner --acls --xattrs --xattrs-include=user.*
     --xattrs-include=security.capability);
 
 my sub fail ($class, $message) { $Error->throw($class, $message) }
-
-my sub new_pipe () {
-    local $^F = 2;    # whatever the caller has set: no other program has them
-    pipe(my $from, my $to) or fail('SystemError', "cannot make a pipe - $!");
-    return ($from, $to);
-}
 
 # ---- making one ----
 

@@ -8,11 +8,9 @@ use Exporter qw(import);
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(chain_damage describe);
-use PVE::BackupAccess::Try qw(attempt);
+use PVE::BackupAccess::Try qw(attempt reason);
 
 our @EXPORT_OK = qw(digests_of problems_of unproven_of);
-
-my sub reason ($error) { return $error =~ s/\n.*//sr }
 
 # The problems of an archive's files, which are looked at once.
 my sub file_problems ($seen, $archive) {

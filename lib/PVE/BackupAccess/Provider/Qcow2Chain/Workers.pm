@@ -12,6 +12,7 @@ use POSIX ();
 use Time::HiRes ();
 
 use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Program qw(new_pipe);
 use PVE::BackupAccess::Try qw(deaths_of ensure is_own);
 
 use Exporter qw(import);
@@ -51,12 +52,6 @@ my sub run_worker ($pipe, $code, $item) {
     );
     my @outcome = $death ? (error => data_of($death->[0])) : (result => $result);
     return send_to($pipe, @outcome);
-}
-
-my sub new_pipe () {
-    local $^F = 2;    # whatever the caller has set: no program has them
-    pipe(my $read, my $write) or $Error->throw('SystemError', "cannot make a pipe - $!");
-    return ($read, $write);
 }
 
 my sub start ($code, $item) {
