@@ -413,4 +413,25 @@ subtest 'nothing is left behind' => sub {
     }
 };
 
+subtest 'one test: it ends, and leaves nothing running' => sub {
+    my $leaving = 'exit(0) if fork(); sleep(60)';
+    my %case = (
+        'passes' => ['exit(0)', 0, qr/\A\z/],
+        'fails' => ['exit(3)', 3, qr/\A\z/],
+        'is killed' => ['kill(KILL => $$)', 137, qr/\A\z/],
+        'hangs' => ['sleep(60)', 124, qr/^# not ended after 2 s: \d+ perl: \S*perl /m],
+        'hangs with a child' => ["fork(); sleep(60)", 124, qr/^(?:# not ended .*\n){2}\z/m],
+        'leaves a process' => [$leaving, 125, qr/^# left running by the test: \d+ perl: /m],
+        'leaves an orphan' => ["exit(0) if fork(); $leaving", 125, qr/^# left running by /m],
+    );
+    local $ENV{PBA_LIMIT} = 2;
+    for my $name (sort keys %case) {
+        my ($code, $status, $text) = $case{$name}->@*;
+        spew("$tmp/one", $code);
+        system("$^X $FindBin::Bin/one.pl $tmp/one 2>$tmp/one.err");
+        is($? >> 8, $status, "$name: exit status");
+        like(slurp("$tmp/one.err"), $text, "$name: told");
+    }
+};
+
 done_testing;

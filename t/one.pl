@@ -1,0 +1,96 @@
+# Runs one test for t/all.pl: t/one.pl FILE [ARGUMENTS]. A test that hangs is ended, and what one leaves
+# running is a failure: it would hold the harness' pipe, which then waits for ever.
+
+use v5.36;
+
+use POSIX qw(WNOHANG);
+use Time::HiRes qw(sleep);
+
+require 'syscall.ph';    ## no critic (RequireBarewordIncludes)
+
+my $limit = $ENV{PBA_LIMIT} // ($ENV{PBA_FULL} ? 6 * 3600 : 1200);
+my $grace = $limit < 10 ? $limit : 10;
+
+# Orphans of the test become children of this process, so that it can name them.
+my $PR_SET_CHILD_SUBREAPER = 36;
+syscall(SYS_prctl(), $PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0 or die "prctl: $!\n";
+
+sub processes () {
+    my %process;
+    for my $file (glob('/proc/[0-9]*/stat')) {
+        open(my $fh, '<', $file) or next;
+        my ($pid, $name, $parent) = (<$fh> // '') =~ m/\A(\d+) \((.*)\) \S (\d+) /s or next;
+        $process{$pid} = { pid => $pid, name => $name, parent => $parent };
+    }
+    return \%process;
+}
+
+# All that come from this process, the youngest last.
+sub descendants () {
+    my $process = processes();
+    my @found = ($$);
+    my %of;
+    push($of{ $_->{parent} }->@*, $_->{pid}) for values $process->%*;
+    for (my $i = 0; $i < @found; $i++) {
+        push(@found, sort { $a <=> $b } ($of{ $found[$i] } // [])->@*);
+    }
+    return map { $process->{$_} // () } @found[1 .. $#found];
+}
+
+sub command_line ($pid) {
+    open(my $fh, '<', "/proc/$pid/cmdline") or return '';
+    my $line = <$fh> // '';
+    $line =~ tr/\0/ /;
+    return substr($line, 0, 300);
+}
+
+sub end_them ($why) {
+    my @processes = descendants();
+    print STDERR "# $why: $_->{pid} $_->{name}: " . command_line($_->{pid}) . "\n" for @processes;
+    while (@processes) {
+        kill('KILL', map { $_->{pid} } @processes);
+        sleep(0.05);
+        1 while waitpid(-1, WNOHANG) > 0;
+        @processes = descendants();
+    }
+    return;
+}
+
+# The status of the test, or nothing if it did not end in time.
+sub wait_for ($test) {
+    my $end = time() + $limit;
+    while (time() < $end) {
+        my $pid = waitpid(-1, WNOHANG);
+        return $? if $pid == $test;
+        sleep(0.02) if $pid == 0;
+    }
+    return;
+}
+
+# A process that is ending may take a moment.
+sub leaves_nothing () {
+    for (1 .. $grace * 20) {
+        my $pid = waitpid(-1, WNOHANG);
+        return 1 if $pid < 0;
+        sleep(0.05) if $pid == 0;
+    }
+    return 0;
+}
+
+my $test = fork() // die "fork: $!\n";
+if (!$test) {
+    exec($^X, (map { "-I$_" } qw(blib/lib blib/arch t/lib)), @ARGV) or die "$^X: $!\n";
+}
+for my $signal (qw(INT TERM HUP)) {
+    $SIG{$signal} = sub { kill($signal, $test) };    ## no critic (RequireLocalizedPunctuationVars)
+}
+my $status = wait_for($test);
+if (!defined($status)) {
+    end_them("not ended after $limit s");
+    exit(124);
+}
+if (!leaves_nothing()) {
+    end_them('left running by the test');
+    exit(125);
+}
+exit(($status & 127) ? 128 + ($status & 127) : $status >> 8);
