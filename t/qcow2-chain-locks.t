@@ -11,7 +11,7 @@ use Test::More;
 use Time::HiRes ();
 
 use PBA::Test::Chain;
-use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(take_lock try_lock);
+use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(drop_lock take_lock try_lock);
 
 my $base = PBA::Test::Chain->new;
 for (1 .. 3) {
@@ -139,6 +139,21 @@ subtest 'where nothing can be written' => sub {
     }
     waitpid($pid, 0);
     is($? >> 8, 0, 'it is verified, and not locked for a change');
+};
+
+subtest 'a child that has yet to become its program' => sub {
+    my $lock = take_lock("$store/vm/100", 'change', 0);
+    pipe(my $from, my $to) or die "pipe: $!\n";
+    my $pid = fork() // die "fork: $!\n";
+    if (!$pid) {
+        close($to);
+        sysread($from, my $end, 1);
+        POSIX::_exit(0);
+    }
+    drop_lock($lock);
+    ok(try_lock("$store/vm/100", 'change'), 'has no lock that its parent has dropped');
+    close($to);
+    waitpid($pid, 0);
 };
 
 done_testing;

@@ -15,6 +15,7 @@ use PVE::BackupAccess::File qw(entries make_directory read_file replace_file);
 use PVE::BackupAccess::Provider::Qcow2Chain::Container;
 use PVE::BackupAccess::Provider::Qcow2Chain::Guest;
 use PVE::BackupAccess::Provider::Qcow2Chain::List qw(list_guest);
+use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(drop_lock);
 use PVE::BackupAccess::Provider::Qcow2Chain::Prune qw(prune_guest retention_of);
 use PVE::BackupAccess::Provider::Qcow2Chain::RawFile;
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
@@ -232,7 +233,7 @@ sub backup_vm ($self, $vmid, $guest_config_text, $volumes, $info) {
     $task->{published} = 1;
 
     # Proxmox VE prunes before it calls backup_cleanup.
-    delete($task->{lock});
+    drop_lock(delete($task->{lock}));
     return;
 }
 
@@ -277,6 +278,7 @@ sub backup_cleanup ($self, $vmid, $vmtype, $success, $info) {
     }
     if (!$task->{published}) {
         $container ? $self->_settle($guest) : $archive ? $guest->discard($archive->entry) : ();
+        drop_lock($task->{lock});
         return { stats => {} };
     }
 
@@ -305,7 +307,7 @@ sub backup_container_prepare ($self, $vmid, $info) {
         check => !$self->{'no-check'},
         publish => sub () { $guest->publish($archive) },
         discard => sub () { $guest->discard($archive->entry) },
-        unlock => sub () { delete($task->{lock}) },
+        unlock => sub () { drop_lock(delete($task->{lock})) },
     );
     delete($task->{lock});
     return;

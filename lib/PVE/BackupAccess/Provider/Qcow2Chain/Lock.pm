@@ -1,6 +1,7 @@
 package PVE::BackupAccess::Provider::Qcow2Chain::Lock;
 
-# Who works on a guest's archives at once. A lock is a handle: it is held until the handle is closed.
+# Who works on a guest's archives at once. A lock is a handle: it is held until it is dropped, or until all
+# processes that have the handle have closed it.
 
 use v5.36;
 
@@ -10,7 +11,7 @@ use Time::HiRes ();
 
 use PVE::BackupAccess::Error;
 
-our @EXPORT_OK = qw(take_lock try_lock);
+our @EXPORT_OK = qw(drop_lock take_lock try_lock);
 
 my $Error = 'PVE::BackupAccess::Error';
 my $look_every = 0.2;    # seconds
@@ -64,6 +65,13 @@ sub take_lock ($dir, $kind, $seconds) {
     }
     $Error->throw('StateError',
         "$dir $locks{$kind}{busy} - try again when it has ended, or wait for it");
+}
+
+# For all processes that have it: one that was forked to run a program has the handle until it does so, which
+# may be after the work has failed and the next is begun.
+sub drop_lock ($lock) {
+    flock($lock, LOCK_UN) if ref($lock);
+    return;
 }
 
 1;
