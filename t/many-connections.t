@@ -31,6 +31,28 @@ sub check_half_connected ($backend) {
     return;
 }
 
+# One that connects at the last moment, right before nbd-server-stop.
+sub check_late_client ($backend) {
+    my ($path, $client);
+    my $late = sub ($command, $arguments) {
+        $client = IO::Socket::UNIX->new(Peer => $path) if $command eq 'nbd-server-stop';
+        local $SIG{ALRM} = sub { die "QEMU hangs in $command\n" };
+        alarm(20);
+        my $reply = $backend->vm->qmp($command, $arguments->%*);
+        alarm(0);
+        return $reply;
+    };
+    my $access = $backend->access(qmp => $late);
+    $access->setup($backend->devices('use'));
+    my ($volume) = values $access->volumes('nbd')->%*;
+    $path = $volume->{'nbd-path'};
+    my $done = eval { $access->teardown(1); 1 };
+    ok($done, 'a client that connects right before nbd-server-stop: teardown') or diag($@);
+    my ($major, $minor) = $backend->vm->version->@*;
+    ok(!$client, 'it could not') if $major < 8 || ($major == 8 && $minor < 2);
+    return;
+}
+
 for my $name (PBA::Test::Backend->names) {
     subtest $name => sub {
         my $backend = PBA::Test::Backend->start(
@@ -55,7 +77,10 @@ for my $name (PBA::Test::Backend->names) {
         is(length($_->pread(0, 4096)), 4096, 'each is served') for $open[0], $open[-1];
         undef(@open);
         $access->teardown(1);
-        check_half_connected($backend) if $name eq 'upstream';
+        if ($name eq 'upstream') {
+            check_half_connected($backend);
+            check_late_client($backend);
+        }
         $backend->check_manners;
     };
 }

@@ -269,6 +269,10 @@ bool pba_run_dir_is_live(const PbaAccess *access, const char *path);
 /* The socket in such a directory, the caller's to free; NULL: it is none. */
 char *pba_run_dir_stale_socket(const char *path);
 bool pba_run_dir_remove_stale(const char *path);
+/* Gives the socket in the directory a name that no client knows, or its own again, which a process
+ * that died between the two did not do. */
+void pba_run_dir_hide_socket(const char *path);
+void pba_run_dir_show_socket(const char *path);
 
 /* Unmounts the virtual files and ends their servers. What could not be ended stays for a later
  * call. */

@@ -314,9 +314,10 @@ bool pba_nbd_server_is_up(const PbaAccess *access)
 static bool wait_for_clients(PbaAccess *access, GError **error)
 {
     static const char what[] = "waiting for clients of the NBD server";
+    g_autofree char *path = pba_user_run_path(access, access->socket); /* as it was bound */
     gint64 until = pba_deadline(CLIENT_LIMIT_S);
 
-    while (pba_socket_has_clients(access->socket)) {
+    while (pba_socket_has_clients(path)) {
         if (g_get_monotonic_time() >= until) {
             pba_error_set(error, PBA_ERROR_STATE,
                           "a program has connected to the NBD server at '%s' and does not go on - "
@@ -332,6 +333,12 @@ static bool wait_for_clients(PbaAccess *access, GError **error)
     return true;
 }
 
+/* Not while there is an export: QEMU would wait for its end with the guest stopped. */
+static bool stop_server(PbaAccess *access, GError **error)
+{
+    return pba_qmp_run(access->qmp, "nbd-server-stop", NULL, error);
+}
+
 bool pba_nbd_server_stop(PbaAccess *access, bool is_shared, GError **error)
 {
     if (is_shared) {
@@ -340,10 +347,16 @@ bool pba_nbd_server_stop(PbaAccess *access, bool is_shared, GError **error)
                 "the NBD server stays up: it has got exports that are not ours");
         return true;
     }
-    /* Not while there is an export: QEMU would wait for its end with the guest stopped, 7.2 for
-     * ever if a client is just connecting. */
-    return (!access->backend->stop_waits(access) || wait_for_clients(access, error)) &&
-           pba_qmp_run(access->qmp, "nbd-server-stop", NULL, error);
+    if (!access->backend->stop_waits(access)) {
+        return stop_server(access, error);
+    }
+    /* Before the look at who is connected: none can come between that and the command. */
+    pba_run_dir_hide_socket(access->socket_dir);
+    bool done = wait_for_clients(access, error) && stop_server(access, error);
+    if (!done) {
+        pba_run_dir_show_socket(access->socket_dir);
+    }
+    return done;
 }
 
 bool pba_exports_remove(PbaAccess *access, bool *is_shared, GError **error)

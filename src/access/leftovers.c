@@ -258,6 +258,10 @@ static void add_node(const PbaLeftovers *leftovers, const char *node, GPtrArray 
 static void add_path(const char *path, bool is_live, GPtrArray *things)
 {
     g_autofree char *socket = pba_run_dir_stale_socket(path);
+
+    if (!is_live) {
+        pba_run_dir_show_socket(path);
+    }
     bool answers = socket && !is_live && pba_socket_answers(socket);
     char *what = answers ? pba_line("the NBD server at '%s'", socket) : pba_line("'%s'", path);
 

@@ -208,6 +208,7 @@ static bool adopt_server(PbaAccess *dead, const char *path)
 {
     g_autofree char *socket = pba_run_dir_stale_socket(path);
 
+    pba_run_dir_show_socket(path);
     if (dead->socket || !socket || !pba_socket_answers(socket)) {
         return false;
     }

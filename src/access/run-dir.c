@@ -4,12 +4,14 @@
 #include "vfile.h"
 #include <errno.h>
 #include <inttypes.h>
+#include <stdio.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
 #define SOCKET_NAME "nbd.sock"
+#define HIDDEN_NAME "nbd.end"
 /* Tells the target-id, of which names have a hash only. */
 #define TARGET_NAME "target"
 /* Tell whose it is, by the name and the number of its process' marker. */
@@ -124,9 +126,29 @@ bool pba_run_dir_make(PbaAccess *access, GError **error)
     return true;
 }
 
+static void rename_in(const char *dir, const char *from, const char *to)
+{
+    g_autofree char *old = g_build_filename(dir, from, NULL);
+    g_autofree char *new = g_build_filename(dir, to, NULL);
+
+    /* Where it cannot be done the name stays as it is, and clients can come. */
+    rename(old, new);
+}
+
+void pba_run_dir_hide_socket(const char *path)
+{
+    rename_in(path, SOCKET_NAME, HIDDEN_NAME);
+}
+
+void pba_run_dir_show_socket(const char *path)
+{
+    rename_in(path, HIDDEN_NAME, SOCKET_NAME);
+}
+
 static bool remove_dir(const char *path)
 {
     g_autofree char *socket = g_build_filename(path, SOCKET_NAME, NULL);
+    g_autofree char *hidden = g_build_filename(path, HIDDEN_NAME, NULL);
     g_autofree char *target = g_build_filename(path, TARGET_NAME, NULL);
     g_autofree char *owner = g_build_filename(path, OWNER_NAME, NULL);
     g_autofree char *place = g_build_filename(path, PLACE_NAME, NULL);
@@ -137,6 +159,7 @@ static bool remove_dir(const char *path)
     unlink(owner);
     unlink(place);
     unlink(socket);
+    unlink(hidden);
     return rmdir(path) == 0;
 }
 
