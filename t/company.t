@@ -338,43 +338,11 @@ sub check_passed_through ($type, $returns) {
     return;
 }
 
-# QEMU 9.1 has -run-with user=, and 10.0 no -runas any more.
-sub as_nobody () {
-    my $has_user = qx(@{[$VM->qemu]} -help) =~ m/-run-with .*user=/;
-    return $has_user ? qw(-run-with user=nobody) : qw(-runas nobody);
-}
-
-# QEMU makes the socket and opens the images; the listener of the monitor was root.
-sub check_other_user ($name) {
-    my $backend = PBA::Test::Backend->start(name => $name, guest => 0, args => [as_nobody()]);
-    my $vm = $backend->vm;
-    my $before = $backend->outside;
-    ok(!eval { back_up($backend, 'disk0') }, 'in directories that are closed to it it fails');
-    like("$@", qr/ - QEMU runs as user 'nobody' \(\d+\), and this program as 0: /, 'and why');
-    is_deeply($backend->outside, $before, 'and nothing is left');
-
-    chmod(0711, $vm->dir, $backend->work_dir('fleecing')) == 2 or die "chmod: $!\n";
-    $vm->qemu_io('disk0', 'write -P 0x41 1M 64k');
-    my $access = $backend->access;
-    $access->setup([{ device => 'disk0', 'bitmap-mode' => 'new' }]);
-    my ($dir) = glob($backend->work_dir('run') . '/pba-run-*');
-    is(sprintf('%o', (stat($dir))[2] & 07777), '1730', 'its directory is open to its group only');
-    is((stat($dir))[4], 0, 'and belongs to root');
-    ok($access->volume('disk0')->pread($mib, 65536) eq "\x41" x 65536, 'it is read');
-    $access->teardown(1);
-    is_deeply($backend->outside, $before, 'nothing is left');
-    return;
-}
-
 subtest "backend $_: a shared disk" => sub { check_shared($_) }
     for $Backend->names;
 if (!$VM->is_proxmox) {
     subtest 'an id of several objects' => sub { check_ambiguous_id() };
     subtest 'an old qcow2' => sub { check_old_qcow2() };
-
-    # Another QEMU may lie where that user cannot read its files.
-    subtest 'a QEMU of another user' => sub { check_other_user('upstream') }
-        if $> == 0 && !$ENV{PBA_QEMU};
 }
 for my $type (qw(scsi-block scsi-generic scsi-hd)) {
     subtest "$type, Proxmox" => sub { check_passed_through($type, { pve_returns() }) };

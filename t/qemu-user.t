@@ -1,0 +1,165 @@
+# A QEMU that runs as another user, or sees other paths than this program: what has to be said, and that
+# directories and images are closed to everybody else.
+#
+# One QEMU is enough: the rights of files are the kernel's.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+
+use File::Temp ();
+use POSIX ();
+use Test::More;
+
+use PBA::Test::Backend;
+
+my ($Backend, $VM) = ('PBA::Test::Backend', 'PBA::Test::VM');
+
+plan(skip_all => 'needs root') if $> != 0;
+
+# Another QEMU may lie where that user cannot read its files.
+plan(skip_all => 'only for a stock QEMU') if $ENV{PBA_QEMU};
+
+my $mib = 1024 * 1024;
+my $nogroup = (getpwnam('nobody'))[3];
+
+# Of nobody else on this machine: a QEMU's, a backup program's, and a group that both are in.
+my ($qemus, $ours, $group) = (64_101, 64_102, 64_103);
+
+# QEMU 9.1 has -run-with user=, and 10.0 no -runas and no -chroot any more.
+sub run_with (%how) {
+    my $has_user = qx(@{[$VM->qemu]} -help) =~ m/-run-with .*user=/;
+    return ('-run-with', join(',', map { "$_=$how{$_}" } sort keys %how)) if $has_user;
+    my %option = (user => '-runas', chroot => '-chroot');
+    return map { ($option{$_}, $how{$_}) } sort keys %how;
+}
+
+sub start ($how, %opt) {
+    return $Backend->start(name => 'upstream', guest => 0, args => [run_with($how->%*)], %opt);
+}
+
+sub open_above ($backend, @dirs) {
+    chmod(0711, $backend->vm->dir, @dirs) == 1 + @dirs or die "chmod: $!\n";
+    return;
+}
+
+# What one backup reads; look is called while the access is there.
+sub back_up ($access, $look = sub { }) {
+    $access->setup([{ device => 'disk0', 'bitmap-mode' => 'new' }]);
+    $look->();
+    my $data = $access->volume('disk0')->pread($mib, 65536);
+    $access->teardown(1);
+    return $data;
+}
+
+sub is_backed_up ($backend, $text, $look, %options) {
+    my $before = $backend->outside;
+    $backend->vm->qemu_io('disk0', 'write -P 0x41 1M 64k');
+    my $data = eval { back_up($backend->access(%options), $look) } // "$@";
+    ok($data eq "\x41" x 65536, "$text: it is read") or diag(substr($data, 0, 500));
+    is_deeply($backend->outside, $before, "$text: nothing is left");
+    return;
+}
+
+sub fails_and_says ($backend, $text, $pattern, %options) {
+    my $before = $backend->outside;
+    is(eval { back_up($backend->access(%options)) }, undef, "$text: it fails");
+    like("$@", $pattern, "$text: and why");
+    is_deeply($backend->outside, $before, "$text: and nothing is left");
+    return;
+}
+
+# QEMU makes the socket and opens the images; the listener of the monitor was root.
+subtest 'root, and a QEMU of another user' => sub {
+    my $backend = start({ user => 'nobody' });
+    my $run_dir = $backend->work_dir('run');
+    fails_and_says(
+        $backend,
+        'closed directories',
+        qr/ - QEMU runs as user 'nobody' \(\d+\), and this program as 0: /
+    );
+    open_above($backend, $backend->work_dir('fleecing'));
+    my $look = sub {
+        my ($dir) = glob("$run_dir/pba-run-*");
+        my @dir = stat($dir);
+        is(sprintf('%o', $dir[2] & 07777), '1730', 'its directory is open to its group only');
+        is_deeply([@dir[4, 5]], [0, $nogroup], 'and belongs to root');
+    };
+    is_backed_up($backend, 'open ones', $look);
+};
+
+# By a code ref the user cannot be seen: the caller says it.
+subtest 'root, and a QEMU of a user that has no name' => sub {
+    my $backend = start({ user => "$qemus:$group" });
+    my $vm = $backend->vm;
+    my %options = (qmp => sub ($command, $arguments) { return $vm->qmp($command, $arguments->%*) });
+    open_above($backend, $backend->work_dir('fleecing'), $backend->work_dir('run'));
+    fails_and_says(
+        $backend,
+        'by a code ref',
+        qr/say whose process QEMU is by qemu-user$/m, %options
+    );
+    fails_and_says(
+        $backend, 'another user', qr/QEMU runs as user '\?' \(\d+\): that user must/,
+        %options,
+        'qemu-user' => $ours,
+        'qemu-group' => $ours
+    );
+    is_backed_up(
+        $backend, 'by qemu-user', sub { },
+        %options,
+        'qemu-user' => $qemus,
+        'qemu-group' => $group
+    );
+    is_backed_up($backend, 'by the socket', sub { });
+};
+
+# Nothing that a program may do without being root lets it open what another user's process makes. It has to
+# say so, also where a group of both may use the directories and the monitor.
+subtest 'two users with a shared group' => sub {
+    my $backend = start({ user => "$qemus:$group" });
+    my %dir = map { $_ => $backend->work_dir($_) } qw(run fleecing);
+    chmod(0666, $backend->qmp_path);
+    for my $dir (values %dir) {
+        chown($ours, $group, $dir) == 1 && chmod(0750, $dir) == 1 or die "$dir: $!\n";
+    }
+    open_above($backend);
+    my $before = $backend->outside;
+    pipe(my $from, my $to) or die "pipe: $!\n";
+    my $pid = fork() // die "fork: $!\n";
+    if (!$pid) {
+        $) = "$group $group";
+        POSIX::setgid($group);
+        POSIX::setuid($ours);
+        print {$to} eval { back_up($backend->access); 'done' } // "$@";
+        close($to);
+        POSIX::_exit(0);
+    }
+    close($to);
+    my $said = do { local $/ = undef; <$from> };
+    waitpid($pid, 0);
+    like(
+        $said,
+        qr/QEMU runs as user '\?' \($qemus\), and this program as $ours: .* as root$/m,
+        'it fails, and says why'
+    );
+    is_deeply($backend->outside, $before, 'and nothing is left');
+};
+
+subtest 'a QEMU that sees other paths' => sub {
+    for my $user (undef, 'nobody') {
+        my $root = File::Temp->newdir('pba-root-XXXXXX', TMPDIR => 1);
+        chmod(0711, "$root");
+        mkdir("$root/$_") && chmod(0711, "$root/$_") or die "$root/$_: $!\n" for qw(run fleecing);
+        my $backend = start({ chroot => "$root", $user ? (user => $user) : () });
+        my %here = ('run-dir' => "$root/run", 'fleecing-dir' => "$root/fleecing");
+        my %there = ('qemu-run-dir' => '/run', 'qemu-fleecing-dir' => '/fleecing');
+        my $text = 'chroot, ' . ($user // 'root');
+        fails_and_says($backend, "$text: without a word", qr/No such file or directory/, %here);
+        is_backed_up($backend, $text, sub { }, %here, %there);
+        is_deeply([glob("$root/*/*")], [], "$text: nothing is left here either");
+    }
+};
+
+done_testing;
