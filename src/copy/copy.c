@@ -73,13 +73,14 @@ static PbaPiece *free_piece(Copy *copy)
 
 static uint32_t max_length(const Copy *copy)
 {
-    return copy->course.stretch.zero ? MIN(MAX_ZERO, MAX(copy->sink->max_zero, copy->align))
-                                     : copy->request;
+    return copy->course.next == PBA_NEXT_ZEROES
+               ? MIN(MAX_ZERO, MAX(copy->sink->max_zero, copy->align))
+               : copy->request;
 }
 
 static bool start_piece(Copy *copy, PbaPiece *piece, uint32_t length, GError **error)
 {
-    bool zero = copy->course.stretch.zero;
+    bool zero = copy->course.next == PBA_NEXT_ZEROES;
 
     pba_piece_begin(piece, copy->course.offset, length, zero ? copy->zeroes : NULL);
     piece->sequence = copy->next_read++;
@@ -90,7 +91,7 @@ static bool start_piece(Copy *copy, PbaPiece *piece, uint32_t length, GError **e
 
 static bool may_read(const Copy *copy)
 {
-    return !copy->course.at_end && copy->used < copy->piece_count &&
+    return copy->course.next != PBA_NEXT_NOTHING && copy->used < copy->piece_count &&
            copy->source.trimming < MAX_TRIMMING;
 }
 
@@ -101,12 +102,12 @@ static bool fill(Copy *copy, GError **error)
         if (!pba_course_next(&copy->course, error) || !check_owner(copy, error)) {
             return false;
         }
-        if (copy->course.stretch.length == 0) {
+        if (copy->course.next != PBA_NEXT_DATA && copy->course.next != PBA_NEXT_ZEROES) {
             return true;
         }
         uint32_t length =
             pba_course_length(&copy->course, copy->sink, max_length(copy), copy->align);
-        if (!copy->course.stretch.zero &&
+        if (copy->course.next == PBA_NEXT_DATA &&
             !pba_limit_take(&copy->limit, length, g_get_monotonic_time())) {
             return true;
         }
@@ -270,13 +271,14 @@ static bool tell_progress(Copy *copy, bool last, GError **error)
 static bool turn(Copy *copy, GError **error)
 {
     gint64 now = g_get_monotonic_time();
-    bool idle = copy->used == 0 && copy->source.trimming == 0 && !copy->course.waits;
+    bool idle =
+        copy->used == 0 && copy->source.trimming == 0 && copy->course.next != PBA_NEXT_LATER;
     gint64 until = now + PROGRESS_INTERVAL;
 
     if (idle || copy->last_event == 0) {
         copy->last_event = now;
     }
-    if (may_read(copy) && !copy->course.waits) {
+    if (may_read(copy) && copy->course.next != PBA_NEXT_LATER) {
         until = MIN(until, pba_limit_ready_at(&copy->limit));
     }
     return pba_loop_turn(&copy->loop, until,
@@ -300,15 +302,16 @@ static bool check_total(const Copy *copy, GError **error)
 /* True if there is something to be done without a wait: a sink took a piece at once. */
 static bool can_go_on(const Copy *copy)
 {
-    return copy->used < copy->piece_count && !copy->course.waits && !copy->course.at_end &&
-           copy->course.stretch.zero && copy->source.trimming < MAX_TRIMMING;
+    PbaNext next = copy->course.next;
+
+    return may_read(copy) && (next == PBA_NEXT_UNKNOWN || next == PBA_NEXT_ZEROES);
 }
 
 static bool copy_regions(Copy *copy, GError **error)
 {
     /* Zeroes are there without a wait. */
     while (fill(copy, error) && move_pieces(copy, error) && tell_progress(copy, false, error)) {
-        if (copy->course.at_end && copy->used == 0) {
+        if (copy->course.next == PBA_NEXT_NOTHING && copy->used == 0) {
             return check_total(copy, error);
         }
         if (!can_go_on(copy) && (!turn(copy, error) || !move_pieces(copy, error))) {

@@ -92,11 +92,14 @@ bool pba_piece_is_beside_write(const PbaPiece *piece, const PbaPiece *pieces, un
 
 /* The volume's side */
 
-/* A part of a region that is zeroes, or else has to be read. */
-typedef struct {
-    uint64_t length; /* 0: not known */
-    bool zero;
-} PbaStretch;
+/* What a region goes on with. */
+typedef enum {
+    PBA_NEXT_UNKNOWN, /* nobody was asked yet */
+    PBA_NEXT_LATER,   /* the answer is under way */
+    PBA_NEXT_DATA,    /* or what is not told: it has to be read */
+    PBA_NEXT_ZEROES,
+    PBA_NEXT_NOTHING, /* there are no more regions */
+} PbaNext;
 
 /* Where regions are zeroes, by the word of a server or of a file system. */
 typedef struct PbaHoles PbaHoles;
@@ -110,9 +113,8 @@ PbaHoles *pba_holes_new_file(int fd, PbaPool *pool, uint32_t align);
 void pba_holes_free(PbaHoles *holes);
 /* From now on it is about this region. */
 void pba_holes_begin(PbaHoles *holes, uint64_t offset, uint64_t length);
-/* What the region goes on with from offset; offsets ascend. False if it is not known yet: the
- * answer is under way. What is not told has to be read. */
-bool pba_holes_next(PbaHoles *holes, uint64_t offset, PbaStretch *stretch);
+/* What the region goes on with from offset, and for how long; offsets ascend. */
+PbaNext pba_holes_next(PbaHoles *holes, uint64_t offset, uint64_t *length);
 
 typedef struct PbaSource PbaSource;
 typedef struct PbaSourceFile PbaSourceFile;

@@ -13,14 +13,14 @@ static bool next_known(PbaCourse *course, uint64_t *offset, uint64_t *length, GE
     return true;
 }
 
-static bool next_region(PbaCourse *course, uint64_t *offset, uint64_t *length, GError **error)
+static bool next_region(PbaCourse *course, uint64_t *offset, uint64_t *length, bool *later,
+                        GError **error)
 {
     if (course->only_known) {
         return next_known(course, offset, length, error);
     }
-    return pba_volume_next_region(course->volume, course->map, offset, length, &course->waits,
-                                  error) &&
-           (course->waits || *length == 0 || !course->digests ||
+    return pba_volume_next_region(course->volume, course->map, offset, length, later, error) &&
+           (*later || *length == 0 || !course->digests ||
             pba_digests_check_region(course->digests, *offset, *length, error));
 }
 
@@ -28,18 +28,19 @@ static bool begin_region(PbaCourse *course, GError **error)
 {
     uint64_t offset;
     uint64_t length;
+    bool later = false;
 
-    if (!next_region(course, &offset, &length, error)) {
+    if (!next_region(course, &offset, &length, &later, error)) {
         return false;
     }
-    if (course->waits) {
+    if (later || length == 0) {
+        course->next = later ? PBA_NEXT_LATER : PBA_NEXT_NOTHING;
         return true;
     }
-    course->at_end = length == 0;
-    course->regions += length > 0 ? 1 : 0;
+    course->regions++;
     course->offset = offset;
     course->left = length;
-    course->stretch = (PbaStretch){0};
+    course->next = PBA_NEXT_UNKNOWN;
     if (course->holes) {
         pba_holes_begin(course->holes, offset, length);
     }
@@ -47,23 +48,23 @@ static bool begin_region(PbaCourse *course, GError **error)
 }
 
 /* What the rest of the region begins with. */
-static void find_stretch(PbaCourse *course)
+static void find_next(PbaCourse *course)
 {
-    if (course->stretch.length == 0 && !course->holes) {
-        course->stretch = (PbaStretch){course->left, false};
-    } else if (course->stretch.length == 0) {
-        course->waits = !pba_holes_next(course->holes, course->offset, &course->stretch);
+    if (course->holes) {
+        course->next = pba_holes_next(course->holes, course->offset, &course->next_length);
+    } else {
+        course->next = PBA_NEXT_DATA;
+        course->next_length = course->left;
     }
 }
 
 bool pba_course_next(PbaCourse *course, GError **error)
 {
-    course->waits = false;
-    if (course->left == 0 && !course->at_end && !begin_region(course, error)) {
+    if (course->left == 0 && !begin_region(course, error)) {
         return false;
     }
-    if (course->left > 0) {
-        find_stretch(course);
+    if (course->left > 0 && course->next < PBA_NEXT_DATA) {
+        find_next(course);
     }
     return true;
 }
@@ -71,8 +72,8 @@ bool pba_course_next(PbaCourse *course, GError **error)
 uint32_t pba_course_length(const PbaCourse *course, const PbaSink *sink, uint32_t max,
                            uint32_t align)
 {
-    if (course->stretch.length <= max) {
-        return (uint32_t)course->stretch.length;
+    if (course->next_length <= max) {
+        return (uint32_t)course->next_length;
     }
     uint32_t unit = max >= sink->block && sink->block ? sink->block
                     : max >= PBA_CLUSTER              ? PBA_CLUSTER
@@ -86,7 +87,10 @@ void pba_course_take(PbaCourse *course, uint32_t length)
 {
     course->offset += length;
     course->left -= length;
-    course->stretch.length -= length;
+    course->next_length -= length;
+    if (course->next_length == 0) {
+        course->next = PBA_NEXT_UNKNOWN;
+    }
 }
 
 static bool count_dirty(PbaVolume *volume, uint64_t *total, GError **error)

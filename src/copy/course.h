@@ -13,19 +13,18 @@ typedef struct {
     uint64_t known_end;        /* up to here that was asked */
     uint64_t offset;           /* what of the current region is left */
     uint64_t left;
-    PbaStretch stretch; /* what it begins with; of no length when waiting and at the end */
-    bool at_end;
-    bool waits;       /* for an answer of the server */
-    uint64_t regions; /* so far */
+    PbaNext next;         /* what it begins with */
+    uint64_t next_length; /* of data or zeroes */
+    uint64_t regions;     /* so far */
 } PbaCourse;
 
 /* Looks for what comes next. */
 bool pba_course_next(PbaCourse *course, GError **error);
-/* Bytes of the next piece: the rest of the stretch, or at most max of it, up to the edge of a
- * target's block, of a cluster, or of what a digest is of. */
+/* Bytes of the next piece: all of next_length, or at most max of it, up to the edge of a target's
+ * block, of a cluster, or of what a digest is of. */
 uint32_t pba_course_length(const PbaCourse *course, const PbaSink *sink, uint32_t max,
                            uint32_t align);
-/* So much of the stretch has been taken. */
+/* So much of next_length has been taken. */
 void pba_course_take(PbaCourse *course, uint32_t length);
 /* Bytes in all, without going on. */
 bool pba_course_total(const PbaCourse *course, uint64_t *total, GError **error);

@@ -3,8 +3,6 @@
 #include "holes.h"
 
 #define MIN_REGION (UINT64_C(16) << 20)
-/* Shorter holes are read along with what is around them. */
-#define MIN_HOLE (UINT64_C(256) << 10)
 
 void pba_holes_free(PbaHoles *holes)
 {
@@ -18,17 +16,14 @@ void pba_holes_begin(PbaHoles *holes, uint64_t offset, uint64_t length)
     holes->begin = offset;
     holes->end = offset + length;
     holes->state = length >= MIN_REGION ? PBA_HOLES_WANTED : PBA_HOLES_OVER;
-    holes->hole_left = 0;
 }
 
 /* What is read before and after a hole has to be aligned, too. */
-static void trim_hole(PbaHoles *holes)
+static PbaRange aligned(const PbaHoles *holes, uint64_t offset, uint64_t length)
 {
-    uint64_t begin = pba_whole_blocks(holes->hole, holes->align);
-    uint64_t end = (holes->hole + holes->hole_left) / holes->align * holes->align;
+    uint64_t begin = pba_whole_blocks(offset, holes->align);
 
-    holes->hole = begin;
-    holes->hole_left = end > begin ? end - begin : 0;
+    return (PbaRange){begin, MAX(begin, (offset + length) / holes->align * holes->align)};
 }
 
 /* Finds the next hole; false if the answer is under way. */
@@ -38,35 +33,38 @@ static bool find_hole(PbaHoles *holes)
         if (!holes->kind->begin(holes)) {
             return false;
         }
-        holes->state = PBA_HOLES_BEGUN;
+        holes->state = PBA_HOLES_SOUGHT;
     }
-    while (holes->state == PBA_HOLES_BEGUN && holes->hole_left < MIN_HOLE) {
-        PbaHoleAnswer answer = holes->kind->find(holes, &holes->hole, &holes->hole_left);
-        if (answer == PBA_HOLE_FOUND) {
-            trim_hole(holes);
-            continue;
-        }
-        holes->hole_left = 0;
+    while (holes->state == PBA_HOLES_SOUGHT) {
+        uint64_t offset;
+        uint64_t length;
+        PbaHoleAnswer answer = holes->kind->find(holes, &offset, &length);
         if (answer == PBA_HOLE_LATER) {
             return false;
         }
-        holes->state = PBA_HOLES_OVER;
+        if (answer == PBA_HOLE_NONE) {
+            holes->state = PBA_HOLES_OVER;
+            break;
+        }
+        holes->hole = aligned(holes, offset, length);
+        if (holes->hole.end - holes->hole.begin >= PBA_MIN_HOLE) {
+            holes->state = PBA_HOLES_FOUND;
+        }
     }
     return true;
 }
 
-bool pba_holes_next(PbaHoles *holes, uint64_t offset, PbaStretch *stretch)
+PbaNext pba_holes_next(PbaHoles *holes, uint64_t offset, uint64_t *length)
 {
     if (!find_hole(holes)) {
-        return false;
+        return PBA_NEXT_LATER;
     }
-    if (holes->hole_left == 0) {
-        *stretch = (PbaStretch){holes->end - offset, false};
-    } else if (offset < holes->hole) {
-        *stretch = (PbaStretch){holes->hole - offset, false};
-    } else {
-        *stretch = (PbaStretch){holes->hole_left, true};
-        holes->hole_left = 0;
+    uint64_t data_end = holes->state == PBA_HOLES_FOUND ? holes->hole.begin : holes->end;
+    if (offset < data_end) {
+        *length = data_end - offset;
+        return PBA_NEXT_DATA;
     }
-    return true;
+    *length = holes->hole.end - holes->hole.begin;
+    holes->state = PBA_HOLES_SOUGHT;
+    return PBA_NEXT_ZEROES;
 }

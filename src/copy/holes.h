@@ -21,8 +21,9 @@ typedef struct {
 /* Of a region. */
 typedef enum {
     PBA_HOLES_WANTED, /* kind has to begin */
-    PBA_HOLES_BEGUN,
-    PBA_HOLES_OVER, /* there are no more, or none that are asked about */
+    PBA_HOLES_SOUGHT,
+    PBA_HOLES_FOUND, /* hole is the next one */
+    PBA_HOLES_OVER,  /* there are no more, or none that are asked about */
 } PbaHolesState;
 
 struct PbaHoles {
@@ -31,8 +32,7 @@ struct PbaHoles {
     uint64_t begin; /* of the region */
     uint64_t end;
     PbaHolesState state;
-    uint64_t hole;      /* the next one */
-    uint64_t hole_left; /* its length; 0: it is not known, or there is none */
+    PbaRange hole;
 };
 
 #endif

@@ -6,8 +6,6 @@
 #include <errno.h>
 #include <unistd.h>
 
-/* A shorter hole costs a reader more than to read it. */
-#define MIN_HOLE (UINT64_C(256) << 10)
 /* Known in front of the one who asks: reading ahead passes over them. */
 #define MAX_HOLES 64
 
@@ -72,7 +70,7 @@ static bool next_hole(PbaSeeks *seeks)
 
     while ((state = pba_scan_pop(seeks->scan, &run)) == PBA_SCAN_FOUND) {
         run = aligned(run, size);
-        if (run.end - run.begin >= MIN_HOLE) {
+        if (run.end - run.begin >= PBA_MIN_HOLE) {
             g_array_append_val(seeks->holes, run);
             return true;
         }

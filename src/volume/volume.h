@@ -12,6 +12,9 @@
     "the range is not wholly dirty or was discarded, or the snapshot broke: "                      \
     "is the fleecing image full?"
 
+/* A hole that is shorter is read along with what is around it: to ask costs more. */
+#define PBA_MIN_HOLE (UINT64_C(256) << 10)
+
 typedef struct PbaReader PbaReader;
 
 /* A way through the regions; a reader's begins with this. */
