@@ -28,7 +28,7 @@ typedef struct {
     const PbaCopyOptions *options;
     PbaCopyStatistics *statistics;
     PbaLoop loop;
-    PbaSource source;
+    PbaSource *source;
     PbaSink *sink;
     PbaDigests *digests; /* owned; NULL: none are wanted */
     PbaDigestsEnd digests_end;
@@ -86,13 +86,13 @@ static bool start_piece(Copy *copy, PbaPiece *piece, uint32_t length, GError **e
     piece->sequence = copy->next_read++;
     pba_course_take(&copy->course, length);
     copy->used++;
-    return zero || pba_source_read(&copy->source, piece, error);
+    return zero || pba_source_read(copy->source, piece, error);
 }
 
 static bool may_read(const Copy *copy)
 {
     return copy->course.next != PBA_NEXT_NOTHING && copy->used < copy->piece_count &&
-           copy->source.trimming < MAX_TRIMMING;
+           copy->source->trimming < MAX_TRIMMING;
 }
 
 /* Keeps as many reads under way as there are buffers. */
@@ -195,8 +195,8 @@ static bool finish_piece(Copy *copy, PbaPiece *piece, GError **error)
     pba_digests_forget(piece);
     piece->state = PBA_PIECE_FREE;
     copy->used--;
-    return !(copy->options->discard && copy->source.can_discard) ||
-           pba_source_release(&copy->source, piece->whole_offset, piece->whole_length, error);
+    return !(copy->options->discard && copy->source->can_discard) ||
+           pba_source_release(copy->source, piece->whole_offset, piece->whole_length, error);
 }
 
 static bool after_written(Copy *copy, PbaPiece *piece, GError **error)
@@ -246,7 +246,7 @@ static bool move_pieces(Copy *copy, GError **error)
             }
         }
     } while (copy->steps != before);
-    return pba_source_check_trims(&copy->source, error);
+    return pba_source_check_trims(copy->source, error);
 }
 
 static bool tell_progress(Copy *copy, bool last, GError **error)
@@ -272,7 +272,7 @@ static bool turn(Copy *copy, GError **error)
 {
     gint64 now = g_get_monotonic_time();
     bool idle =
-        copy->used == 0 && copy->source.trimming == 0 && copy->course.next != PBA_NEXT_LATER;
+        copy->used == 0 && copy->source->trimming == 0 && copy->course.next != PBA_NEXT_LATER;
     gint64 until = now + PROGRESS_INTERVAL;
 
     if (idle || copy->last_event == 0) {
@@ -359,17 +359,17 @@ static bool finish_digests(Copy *copy, GError **error)
 static bool finish_discards(Copy *copy, GError **error)
 {
     copy->last_event = 0;
-    if (!pba_source_release_all(&copy->source, error)) {
+    if (!pba_source_release_all(copy->source, error)) {
         return false;
     }
-    while (copy->source.trimming > 0) {
+    while (copy->source->trimming > 0) {
         if (!turn(copy, error)) {
             return false;
         }
     }
-    copy->statistics->bytes_discarded = copy->source.discarded;
+    copy->statistics->bytes_discarded = copy->source->discarded;
     copy->statistics->regions = copy->course.regions;
-    return pba_source_check_trims(&copy->source, error);
+    return pba_source_check_trims(copy->source, error);
 }
 
 /* Before and after */
@@ -380,7 +380,7 @@ static bool prepare_pieces(Copy *copy, GError **error)
                                                   : MAX(DEFAULT_REQUEST, copy->sink->block);
     uint32_t request;
 
-    copy->align = MAX(copy->source.align, copy->sink->align);
+    copy->align = MAX(copy->source->align, copy->sink->align);
     if (copy->digests) {
         copy->align = MAX(copy->align, pba_digests_block(copy->digests));
     }
@@ -400,10 +400,10 @@ static bool prepare_pieces(Copy *copy, GError **error)
 
 static bool prepare_holes(Copy *copy, GError **error)
 {
-    if (copy->sink->wants_zeroes || !pba_source_find_holes(&copy->source, copy->align)) {
+    if (copy->sink->wants_zeroes || !pba_source_find_holes(copy->source, copy->align)) {
         return true;
     }
-    copy->course.holes = copy->source.holes;
+    copy->course.holes = copy->source->holes;
     copy->zeroes = pba_zeroes_new(MAX_ZERO, error);
     return copy->zeroes != NULL;
 }
@@ -431,24 +431,24 @@ static bool prepare(Copy *copy, GError **error)
         !prepare_digests(copy, error) || (options->progress && !count_total(copy, error))) {
         return false;
     }
-    if (!pba_source_open(&copy->source, copy->volume, options->connections, &copy->loop, error) ||
-        !(copy->sink = pba_sink_new(options, copy->volume, &copy->loop, error))) {
-        return false;
-    }
-    return prepare_pieces(copy, error) && prepare_holes(copy, error) &&
+    copy->source = pba_source_open(copy->volume, options->connections, &copy->loop, error);
+    copy->sink = copy->source ? pba_sink_new(options, copy->volume, &copy->loop, error) : NULL;
+    return copy->sink && prepare_pieces(copy, error) && prepare_holes(copy, error) &&
            (!copy->sink->start || copy->sink->start(copy->sink, error));
 }
 
 /* Whatever still is in flight knows the pieces' memory: its connections and threads go first. */
 static void clean_up(Copy *copy, bool broken)
 {
-    bool keeps_buffers = copy->source.kind && copy->source.kind->keeps_buffers;
+    bool keeps_buffers = copy->source && copy->source->kind->keeps_buffers;
 
     pba_pool_free(copy->loop.pool);
     if (copy->sink) {
         copy->sink->free(copy->sink);
     }
-    pba_source_close(&copy->source, broken);
+    if (copy->source) {
+        pba_source_close(copy->source, broken);
+    }
     for (unsigned i = 0; i < copy->piece_count; i++) {
         PbaPiece *piece = &copy->pieces[i];
         if (piece->state != PBA_PIECE_HASHING &&
@@ -486,7 +486,6 @@ bool pba_volume_copy(PbaVolume *volume, const PbaCopyOptions *options,
         .options = options,
         .statistics = statistics,
         .loop = {.hooks = volume->hooks},
-        .source = {.volumes = {volume}, .count = 1},
         .owner = getpid(),
     };
     copy->course = (PbaCourse){

@@ -104,12 +104,12 @@ typedef enum {
 /* Where regions are zeroes, by the word of a server or of a file system. */
 typedef struct PbaHoles PbaHoles;
 
-/* Asks over a volume of pba_volume_open_allocation, which is borrowed. They begin and end at
- * multiples of align. */
-PbaHoles *pba_holes_new_nbd(PbaVolume *volume, uint32_t align);
+/* Asks over a volume of pba_nbd_open_allocation, which is borrowed. They begin and end at multiples
+ * of align. */
+PbaHoles *pba_holes_new_nbd(PbaNbdVolume *nbd, uint32_t align);
 /* Asks a file, by a thread of the pool. NULL where it cannot be opened anew. */
 PbaHoles *pba_holes_new_file(int fd, PbaPool *pool, uint32_t align);
-/* What is under way goes first: the volume is closed, the pool freed. */
+/* The volume is there still, the pool freed. */
 void pba_holes_free(PbaHoles *holes);
 /* From now on it is about this region. */
 void pba_holes_begin(PbaHoles *holes, uint64_t offset, uint64_t length);
@@ -117,12 +117,12 @@ void pba_holes_begin(PbaHoles *holes, uint64_t offset, uint64_t length);
 PbaNext pba_holes_next(PbaHoles *holes, uint64_t offset, uint64_t *length);
 
 typedef struct PbaSource PbaSource;
-typedef struct PbaSourceFile PbaSourceFile;
 
 /* What a volume is read from while it is copied: an NBD server or a file handle. */
 typedef struct {
     const PbaReader *reader; /* of the volumes that it is for */
-    /* What is needed beside the volume, which is the first of volumes. */
+    size_t size;             /* of its source, which begins with a PbaSource */
+    /* What is needed beside the volume. */
     bool (*open)(PbaSource *source, unsigned connections, PbaLoop *loop, GError **error);
     /* As pba_source_read. */
     bool (*read)(PbaSource *source, PbaPiece *piece, GError **error);
@@ -130,8 +130,8 @@ typedef struct {
     bool (*trim)(PbaSource *source, PbaRange range, GError **error);
     /* NULL where there is none to ask. */
     PbaHoles *(*new_holes)(PbaSource *source, uint32_t align);
-    /* Also of one that failed to open. */
-    void (*close)(PbaSource *source);
+    /* Also of one that failed to open. As pba_source_close. */
+    void (*close)(PbaSource *source, bool broken);
     /* What is under way when the pool is freed goes on by itself, and the buffer of a piece that is
      * being read goes with it. */
     bool keeps_buffers;
@@ -142,10 +142,8 @@ extern const PbaSourceKind pba_source_file;
 
 struct PbaSource {
     const PbaSourceKind *kind;
-    PbaVolume *volumes[PBA_COPY_MAX_CONNECTIONS]; /* the first is the caller's */
-    unsigned count;
-    PbaHoles *holes; /* owned; NULL: all has to be read */
-    uint32_t read_flags;
+    PbaVolume *volume; /* the caller's */
+    PbaHoles *holes;   /* owned; NULL: all has to be read */
     bool can_discard;
     uint32_t align; /* reads begin and end at its multiples */
     PbaTrims trims;
@@ -153,17 +151,14 @@ struct PbaSource {
     uint64_t discarded;
     int trim_error;
     PbaRange trim_error_range;
-    PbaPool *pool;       /* of a volume behind a file handle; borrowed */
-    PbaSourceFile *file; /* of the same; owned */
 };
 
 /* Opens what is needed beside the volume: connections in all, 0 for as many as are good for the
- * speed. A server that does not say it is safe with several gets one. */
-bool pba_source_open(PbaSource *source, PbaVolume *volume, unsigned connections, PbaLoop *loop,
-                     GError **error);
+ * speed. A server that does not say it is safe with several gets one. NULL on error. */
+PbaSource *pba_source_open(PbaVolume *volume, unsigned connections, PbaLoop *loop, GError **error);
 /* Has holes asked for from now on, where that is possible: true then. */
 bool pba_source_find_holes(PbaSource *source, uint32_t align);
-/* With broken, requests may still be in flight: all connections are closed. */
+/* Frees it. With broken, requests may still be in flight: all connections are closed. */
 void pba_source_close(PbaSource *source, bool broken);
 /* Begins to read offset and length of the piece, for which its buffer has room. */
 bool pba_source_read(PbaSource *source, PbaPiece *piece, GError **error);

@@ -104,9 +104,6 @@ static bool count_dirty(PbaVolume *volume, uint64_t *total, GError **error)
         read = pba_volume_next_region(volume, map, &offset, &length, NULL, error);
         *total += read ? length : 0;
     } while (read && length > 0);
-    if (!read) {
-        pba_volume_disconnect(volume); /* answers may be under way to this map */
-    }
     pba_map_free(map);
     return read;
 }

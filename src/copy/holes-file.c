@@ -7,17 +7,12 @@
 #include <fcntl.h>
 #include <unistd.h>
 
-/* Shared with the thread that asks. */
-typedef struct {
-    int fd; /* a description of its own: the caller's keeps its offset */
-} SeekFile;
-
 typedef struct FileHoles FileHoles;
 
 typedef struct {
     PbaJob job;
     FileHoles *holes; /* for done */
-    SeekFile *file;
+    PbaJobFile *file;
     uint64_t begin; /* where to look, and then the hole; empty: there is none */
     uint64_t end;
 } Seek;
@@ -25,22 +20,12 @@ typedef struct {
 struct FileHoles {
     PbaHoles holes;
     PbaPool *pool;
-    SeekFile *file;
-    uint64_t at;     /* where to look next */
-    bool is_seeking; /* a thread does */
-    bool has_hole;   /* it has found found */
+    PbaJobFile *file; /* a description of its own: the caller's keeps its offset */
+    uint64_t at;      /* where to look next */
+    bool is_seeking;  /* a thread does */
+    bool has_hole;    /* it has found found */
     PbaRange found;
 };
-
-static void close_file(gpointer file)
-{
-    close(((SeekFile *)file)->fd);
-}
-
-static void file_unref(SeekFile *file)
-{
-    g_atomic_rc_box_release_full(file, close_file);
-}
 
 /* Any error is an answer too: there is nothing that need not be read. */
 static void run_seek(PbaJob *job)
@@ -57,7 +42,7 @@ static void run_seek(PbaJob *job)
 
 static void leave_seek(PbaJob *job)
 {
-    file_unref(((Seek *)job)->file);
+    pba_job_file_unref(((Seek *)job)->file);
     g_free(job);
 }
 
@@ -78,7 +63,7 @@ static void start_seek(FileHoles *holes)
     *seek = (Seek){
         .job = {.run = run_seek, .done = seek_done, .leave = leave_seek},
         .holes = holes,
-        .file = g_atomic_rc_box_acquire(holes->file),
+        .file = pba_job_file_ref(holes->file),
         .begin = holes->at,
         .end = holes->holes.end,
     };
@@ -116,7 +101,7 @@ static void free_file_holes(PbaHoles *base)
 {
     FileHoles *holes = (FileHoles *)base;
 
-    file_unref(holes->file);
+    pba_job_file_unref(holes->file);
     g_free(holes);
 }
 
@@ -137,7 +122,6 @@ PbaHoles *pba_holes_new_file(int fd, PbaPool *pool, uint32_t align)
     FileHoles *holes = g_new0(FileHoles, 1);
     holes->holes = (PbaHoles){.kind = &file_holes, .align = align};
     holes->pool = pool;
-    holes->file = g_atomic_rc_box_new(SeekFile);
-    holes->file->fd = own;
+    holes->file = pba_job_file_new(own);
     return &holes->holes;
 }

@@ -3,7 +3,7 @@
 
 typedef struct {
     PbaHoles holes;
-    PbaVolume *volume;
+    PbaNbdVolume *nbd;
     PbaNbdMap *map; /* owned; NULL until a region was asked about */
 } NbdHoles;
 
@@ -16,7 +16,7 @@ static bool begin_map(PbaHoles *base)
         return false;
     }
     pba_nbd_map_free(holes->map);
-    holes->map = pba_nbd_zeroes(holes->volume, base->begin, base->end);
+    holes->map = pba_nbd_zeroes(holes->nbd, base->begin, base->end);
     return true;
 }
 
@@ -45,11 +45,11 @@ static const PbaHolesKind nbd_holes = {
     .free = free_map,
 };
 
-PbaHoles *pba_holes_new_nbd(PbaVolume *volume, uint32_t align)
+PbaHoles *pba_holes_new_nbd(PbaNbdVolume *nbd, uint32_t align)
 {
     NbdHoles *holes = g_new0(NbdHoles, 1);
 
     holes->holes = (PbaHoles){.kind = &nbd_holes, .align = align};
-    holes->volume = volume;
+    holes->nbd = nbd;
     return &holes->holes;
 }

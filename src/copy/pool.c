@@ -1,5 +1,4 @@
 #include "pool.h"
-
 #include "src/base/base.h"
 #include <errno.h>
 #include <pthread.h>
@@ -185,4 +184,27 @@ void pba_pool_reap(PbaPool *pool)
         job->done(job);
         job = next;
     }
+}
+
+PbaJobFile *pba_job_file_new(int fd)
+{
+    PbaJobFile *file = g_atomic_rc_box_new(PbaJobFile);
+
+    file->fd = fd;
+    return file;
+}
+
+PbaJobFile *pba_job_file_ref(PbaJobFile *file)
+{
+    return g_atomic_rc_box_acquire(file);
+}
+
+static void close_file(gpointer file)
+{
+    close(((PbaJobFile *)file)->fd);
+}
+
+void pba_job_file_unref(PbaJobFile *file)
+{
+    g_atomic_rc_box_release_full(file, close_file);
 }

@@ -31,6 +31,17 @@ int pba_pool_fd(const PbaPool *pool);
 /* Calls done of every finished job. */
 void pba_pool_reap(PbaPool *pool);
 
+/* A descriptor that jobs use: open for as long as one does, since a call that hangs is not waited
+ * for. */
+typedef struct {
+    int fd;
+} PbaJobFile;
+
+/* fd is taken over. */
+PbaJobFile *pba_job_file_new(int fd);
+PbaJobFile *pba_job_file_ref(PbaJobFile *file);
+void pba_job_file_unref(PbaJobFile *file);
+
 G_DEFINE_AUTOPTR_CLEANUP_FUNC(PbaPool, pba_pool_free)
 
 #endif

@@ -14,7 +14,7 @@
 
 typedef struct {
     PbaSink sink;
-    PbaVolume *volumes[PBA_COPY_MAX_CONNECTIONS];
+    PbaNbdVolume *connections[PBA_COPY_MAX_CONNECTIONS];
     unsigned count;
     uint64_t size; /* of the volume */
     uint32_t most; /* bytes of a request that all connections take */
@@ -30,13 +30,13 @@ typedef struct {
     bool zero;
 } Write;
 
-static PbaVolume *choose(const NbdSink *self)
+static PbaNbdVolume *choose(const NbdSink *self)
 {
-    PbaVolume *best = self->volumes[0];
+    PbaNbdVolume *best = self->connections[0];
 
     for (unsigned i = 1; i < self->count; i++) {
-        if (nbd_aio_in_flight(self->volumes[i]->nbd) < nbd_aio_in_flight(best->nbd)) {
-            best = self->volumes[i];
+        if (nbd_aio_in_flight(self->connections[i]->handle) < nbd_aio_in_flight(best->handle)) {
+            best = self->connections[i];
         }
     }
     return best;
@@ -65,7 +65,7 @@ static int on_write_done(void *opaque, int *error)
     return 1; /* retire the command */
 }
 
-static bool send_request(NbdSink *self, PbaVolume *volume, PbaPiece *piece, size_t at,
+static bool send_request(NbdSink *self, PbaNbdVolume *nbd, PbaPiece *piece, size_t at,
                          size_t length, bool zero, GError **error)
 {
     Write *part = g_new(Write, 1);
@@ -75,26 +75,27 @@ static bool send_request(NbdSink *self, PbaVolume *volume, PbaPiece *piece, size
     *part = (Write){piece, piece->offset + at, zero};
     piece->pending++;
     int64_t cookie =
-        zero ? nbd_aio_zero(volume->nbd, length, part->offset, callback, 0)
-             : nbd_aio_pwrite(volume->nbd, piece->data + at, length, part->offset, callback, 0);
+        zero ? nbd_aio_zero(nbd->handle, length, part->offset, callback, 0)
+             : nbd_aio_pwrite(nbd->handle, piece->data + at, length, part->offset, callback, 0);
     if (cookie == -1) {
         g_autofree char *what = g_strdup_printf("writing %zu bytes at offset %" PRIu64 " to %s",
                                                 length, piece->offset + at, self->sink.name);
-        pba_volume_set_nbd_error(volume, what, error);
+        pba_nbd_set_error(nbd, what, error);
         return false;
     }
     return true;
 }
 
 /* One part in as many requests as the server wants; of zeroes, in whole blocks. */
-static bool send_part(NbdSink *self, PbaVolume *volume, PbaPiece *piece, size_t at, size_t length,
+static bool send_part(NbdSink *self, PbaNbdVolume *nbd, PbaPiece *piece, size_t at, size_t length,
                       bool zero, GError **error)
 {
-    uint32_t most = zero ? self->most / self->sink.block * self->sink.block : volume->sizes.request;
+    uint32_t most =
+        zero ? self->most / self->sink.block * self->sink.block : nbd->volume.sizes.request;
 
     for (size_t end = at + length; at < end;) {
         size_t size = MIN(most, end - at);
-        if (!send_request(self, volume, piece, at, size, zero, error)) {
+        if (!send_request(self, nbd, piece, at, size, zero, error)) {
             return false;
         }
         at += size;
@@ -126,7 +127,7 @@ static bool fill_block(const NbdSink *self, PbaPiece *piece, size_t *rest, GErro
 static bool nbd_sink_write(PbaSink *sink, PbaPiece *piece, GError **error)
 {
     NbdSink *self = (NbdSink *)sink;
-    PbaVolume *volume = choose(self);
+    PbaNbdVolume *nbd = choose(self);
     size_t rest;
 
     if (!fill_block(self, piece, &rest, error)) {
@@ -142,7 +143,7 @@ static bool nbd_sink_write(PbaSink *sink, PbaPiece *piece, GError **error)
             run = pba_piece_run(piece, at, &self->blocks, &zero);
         }
         size_t more = at + run == piece->length ? rest : 0;
-        if (!send_part(self, volume, piece, at, run + more, zero, error)) {
+        if (!send_part(self, nbd, piece, at, run + more, zero, error)) {
             return false;
         }
         piece->zero += zero ? (uint32_t)run : 0;
@@ -168,17 +169,17 @@ static bool nbd_sink_flush(PbaSink *sink, GError **error)
 {
     NbdSink *self = (NbdSink *)sink;
 
-    sink->flushed = nbd_can_flush(self->volumes[0]->nbd) != 1;
+    sink->flushed = nbd_can_flush(self->connections[0]->handle) != 1;
     if (sink->flushed) {
         return true;
     }
     self->flushing = self->count;
     for (unsigned i = 0; i < self->count; i++) {
-        if (nbd_aio_flush(self->volumes[i]->nbd,
+        if (nbd_aio_flush(self->connections[i]->handle,
                           (nbd_completion_callback){.callback = on_flush_done, .user_data = self},
                           0) == -1) {
             g_autofree char *what = g_strdup_printf("flushing %s", sink->name);
-            pba_volume_set_nbd_error(self->volumes[i], what, error);
+            pba_nbd_set_error(self->connections[i], what, error);
             return false;
         }
     }
@@ -190,7 +191,7 @@ static void nbd_sink_free(PbaSink *sink)
     NbdSink *self = (NbdSink *)sink;
 
     for (unsigned i = 0; i < self->count; i++) {
-        pba_volume_free(self->volumes[i]);
+        pba_volume_free(&self->connections[i]->volume);
     }
     g_free(sink->name);
     g_free(self);
@@ -202,33 +203,33 @@ static bool connect_one(NbdSink *self, const PbaVolume *source, PbaLoop *loop, G
     PbaVolumeOptions options = {
         .device = source->device,
         .path = self->sink.name,
-        .size = self->count > 0 ? self->volumes[0]->size : UINT64_MAX,
+        .size = self->count > 0 ? self->connections[0]->volume.size : UINT64_MAX,
     };
-    PbaVolume *volume = pba_volume_open(&options, &source->hooks, error);
+    PbaNbdVolume *nbd = pba_nbd_open(&options, &source->hooks, error);
 
-    if (!volume) {
+    if (!nbd) {
         g_autofree char *hint = g_strdup_printf("this is about the target %s", self->sink.name);
         pba_error_add_hint(error, hint);
         return false;
     }
-    self->volumes[self->count++] = volume;
-    self->sink.align = MAX(self->sink.align, volume->sizes.block);
-    self->most = MIN(self->most, volume->sizes.request);
-    pba_loop_add(loop, volume->nbd);
+    self->connections[self->count++] = nbd;
+    self->sink.align = MAX(self->sink.align, nbd->volume.sizes.block);
+    self->most = MIN(self->most, nbd->volume.sizes.request);
+    pba_loop_add(loop, nbd->handle);
     return true;
 }
 
 static bool check_target(NbdSink *self, uint64_t size, GError **error)
 {
-    const PbaVolume *volume = self->volumes[0];
+    const PbaNbdVolume *nbd = self->connections[0];
 
-    if (volume->size < size) {
+    if (nbd->volume.size < size) {
         pba_error_set(error, PBA_ERROR_ARGUMENT,
                       "the target %s has %" PRIu64 " bytes, too few for the volume's %" PRIu64,
-                      self->sink.name, volume->size, size);
+                      self->sink.name, nbd->volume.size, size);
         return false;
     }
-    if (nbd_is_read_only(volume->nbd) != 0) {
+    if (nbd_is_read_only(nbd->handle) != 0) {
         pba_error_set(error, PBA_ERROR_ARGUMENT, "the target %s is read-only", self->sink.name);
         return false;
     }
@@ -255,9 +256,9 @@ PbaSink *pba_sink_nbd_new(const PbaCopyOptions *options, const PbaVolume *source
         nbd_sink_free(&self->sink);
         return NULL;
     }
-    struct nbd_handle *first = self->volumes[0]->nbd;
-    self->blocks =
-        (PbaBlocks){.size = self->sink.block, .whole = true, .end = self->volumes[0]->size};
+    struct nbd_handle *first = self->connections[0]->handle;
+    self->blocks = (PbaBlocks){
+        .size = self->sink.block, .whole = true, .end = self->connections[0]->volume.size};
     bool safe = nbd_can_multi_conn(first) == 1;
     unsigned wanted = !safe ? 1 : options->connections ? options->connections : DEFAULT_CONNECTIONS;
     while (self->count < wanted) {

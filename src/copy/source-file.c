@@ -10,14 +10,16 @@
 /* That read and discard. */
 #define THREADS 4
 
-struct PbaSourceFile {
-    int fd;
-};
+typedef struct {
+    PbaSource source;
+    PbaPool *pool;    /* borrowed; NULL until it is open, as the file */
+    PbaJobFile *file; /* owned */
+} FileSource;
 
 /* A read under way. It has all it needs by itself, but for saying that it is done. */
 typedef struct {
     PbaJob job;
-    PbaSourceFile *file;
+    PbaJobFile *file;
     PbaPiece *piece;
     char *buffer;
     size_t room;
@@ -30,28 +32,11 @@ typedef struct {
 /* A discard under way. */
 typedef struct {
     PbaJob job;
-    PbaSourceFile *file;
+    PbaJobFile *file;
     PbaSource *source; /* for done */
     PbaRange range;
     int error;
 } FileTrim;
-
-/* The file, for as long as a thread uses it: a read that hangs is not waited for when the copy
- * ends. */
-static PbaSourceFile *file_ref(PbaSourceFile *file)
-{
-    return g_atomic_rc_box_acquire(file);
-}
-
-static void close_file(gpointer file)
-{
-    close(((PbaSourceFile *)file)->fd);
-}
-
-static void file_unref(PbaSourceFile *file)
-{
-    g_atomic_rc_box_release_full(file, close_file);
-}
 
 static void run_read(PbaJob *job)
 {
@@ -81,7 +66,7 @@ static void read_done(PbaJob *job)
         pba_piece_fail(read->piece, read->error, read->offset + read->seen);
     }
     read->piece->state = PBA_PIECE_READ;
-    file_unref(read->file);
+    pba_job_file_unref(read->file);
     g_free(read);
 }
 
@@ -91,25 +76,26 @@ static void leave_read(PbaJob *job)
     FileRead *read = (FileRead *)job;
 
     pba_buffer_free(read->buffer, read->room);
-    file_unref(read->file);
+    pba_job_file_unref(read->file);
     g_free(read);
 }
 
 static bool start_read(PbaSource *source, PbaPiece *piece, GError **error)
 {
+    FileSource *self = (FileSource *)source;
     FileRead *read = g_new(FileRead, 1);
 
     (void)error;
     *read = (FileRead){
         .job = {.run = run_read, .done = read_done, .leave = leave_read},
-        .file = file_ref(source->file),
+        .file = pba_job_file_ref(self->file),
         .piece = piece,
         .buffer = piece->buffer,
         .room = piece->room,
         .offset = piece->offset,
         .length = piece->length,
     };
-    pba_pool_submit(source->pool, &read->job);
+    pba_pool_submit(self->pool, &read->job);
     return true;
 }
 
@@ -130,7 +116,7 @@ static void leave_trim(PbaJob *job)
 {
     FileTrim *trim = (FileTrim *)job;
 
-    file_unref(trim->file);
+    pba_job_file_unref(trim->file);
     g_free(trim);
 }
 
@@ -144,53 +130,59 @@ static void trim_done(PbaJob *job)
 
 static bool start_trim(PbaSource *source, PbaRange range, GError **error)
 {
+    FileSource *self = (FileSource *)source;
     FileTrim *trim = g_new(FileTrim, 1);
 
     (void)error;
     *trim = (FileTrim){
         .job = {.run = run_trim, .done = trim_done, .leave = leave_trim},
-        .file = file_ref(source->file),
+        .file = pba_job_file_ref(self->file),
         .source = source,
         .range = range,
     };
-    pba_pool_submit(source->pool, &trim->job);
+    pba_pool_submit(self->pool, &trim->job);
     return true;
 }
 
 static bool open_file(PbaSource *source, unsigned connections, PbaLoop *loop, GError **error)
 {
+    FileSource *self = (FileSource *)source;
+
     (void)connections;
     source->can_discard = true;
-    source->pool = pba_loop_pool(loop, THREADS, error);
-    if (!source->pool) {
+    self->pool = pba_loop_pool(loop, THREADS, error);
+    if (!self->pool) {
         return false;
     }
-    int fd = fcntl(pba_handle_fd(source->volumes[0]), F_DUPFD_CLOEXEC, 0);
+    int fd = fcntl(pba_handle_fd(source->volume), F_DUPFD_CLOEXEC, 0);
     if (fd == -1) {
         pba_error_set(error, PBA_ERROR_SYSTEM, "cannot use the file handle - %s",
                       g_strerror(errno));
         return false;
     }
-    source->file = g_atomic_rc_box_new(PbaSourceFile);
-    source->file->fd = fd;
+    self->file = pba_job_file_new(fd);
     return true;
 }
 
 /* A virtual file has none where a reader may not pass over any: see src/vfile. */
 static PbaHoles *new_holes(PbaSource *source, uint32_t align)
 {
-    return pba_holes_new_file(source->file->fd, source->pool, align);
+    const FileSource *self = (const FileSource *)source;
+
+    return pba_holes_new_file(self->file->fd, self->pool, align);
 }
 
-static void close_source(PbaSource *source)
+static void close_source(PbaSource *source, bool broken)
 {
-    if (source->file) {
-        file_unref(g_steal_pointer(&source->file));
-    }
+    FileSource *self = (FileSource *)source;
+
+    (void)broken;
+    g_clear_pointer(&self->file, pba_job_file_unref);
 }
 
 const PbaSourceKind pba_source_file = {
     .reader = &pba_handle_reader,
+    .size = sizeof(FileSource),
     .open = open_file,
     .read = start_read,
     .trim = start_trim,

@@ -5,85 +5,106 @@
 
 #define DEFAULT_CONNECTIONS 4
 
+typedef struct {
+    PbaSource source;
+    PbaNbdVolume *connections[PBA_COPY_MAX_CONNECTIONS]; /* the first is the caller's */
+    unsigned count;
+    uint32_t read_flags;
+} NbdSource;
+
 /* The second connection can tell where there are holes, if the server can. */
-static PbaVolume *open_another(const PbaSource *source, GError **error)
+static PbaNbdVolume *open_another(const NbdSource *self, GError **error)
 {
-    const PbaVolume *first = source->volumes[0];
-    PbaVolumeOptions options = {.device = first->device, .path = first->path, .size = first->size};
+    const PbaNbdVolume *first = self->connections[0];
+    const PbaVolume *volume = &first->volume;
+    PbaVolumeOptions options = {
+        .device = volume->device, .path = first->path, .size = volume->size};
 
     /* QEMU before 10.0 cannot ask a snapshot twice at a time. */
-    if (source->count == 1 && !first->by_cluster) {
-        return pba_volume_open_allocation(&options, &first->hooks, error);
+    if (self->count == 1 && !first->by_cluster) {
+        return pba_nbd_open_allocation(&options, &volume->hooks, error);
     }
-    return pba_volume_open(&options, &first->hooks, error);
+    return pba_nbd_open(&options, &volume->hooks, error);
 }
 
-static bool open_more(PbaSource *source, unsigned connections, GError **error)
+static bool open_more(NbdSource *self, unsigned connections, GError **error)
 {
-    while (source->count < connections) {
-        PbaVolume *volume = open_another(source, error);
-        if (!volume) {
+    while (self->count < connections) {
+        PbaNbdVolume *nbd = open_another(self, error);
+        if (!nbd) {
             return false;
         }
-        source->volumes[source->count++] = volume;
+        self->connections[self->count++] = nbd;
     }
     return true;
 }
 
 static bool open_connections(PbaSource *source, unsigned connections, PbaLoop *loop, GError **error)
 {
-    PbaVolume *volume = source->volumes[0];
+    NbdSource *self = (NbdSource *)source;
+    PbaNbdVolume *first = (PbaNbdVolume *)source->volume;
 
-    if (!pba_volume_connect(volume, error)) {
+    self->connections[0] = first;
+    self->count = 1;
+    if (!pba_nbd_connect(first, error)) {
         return false;
     }
     if (connections == 0) {
         /* So many small requests as of single clusters keep QEMU's main loop busy with one
          * connection. More would not be faster, but make the guest wait for it. */
-        connections = volume->by_cluster ? 1 : DEFAULT_CONNECTIONS;
+        connections = first->by_cluster ? 1 : DEFAULT_CONNECTIONS;
     }
-    bool safe = nbd_can_multi_conn(volume->nbd) == 1;
-    if (!open_more(source, safe ? connections : 1, error)) {
+    bool safe = nbd_can_multi_conn(first->handle) == 1;
+    if (!open_more(self, safe ? connections : 1, error)) {
         return false;
     }
-    source->can_discard = nbd_can_trim(volume->nbd) == 1;
+    source->can_discard = nbd_can_trim(first->handle) == 1;
     /* Looking for holes in what is read, a server asks the same. */
-    source->read_flags =
-        volume->by_cluster && nbd_can_df(volume->nbd) == 1 ? LIBNBD_CMD_FLAG_DF : 0;
-    for (unsigned i = 0; i < source->count; i++) {
+    self->read_flags = first->by_cluster && nbd_can_df(first->handle) == 1 ? LIBNBD_CMD_FLAG_DF : 0;
+    for (unsigned i = 0; i < self->count; i++) {
+        PbaNbdVolume *nbd = self->connections[i];
         /* Every byte of a read is counted, so none has to be set before. */
-        nbd_set_pread_initialize(source->volumes[i]->nbd, false);
-        pba_loop_add(loop, source->volumes[i]->nbd);
-        source->align = MAX(source->align, source->volumes[i]->sizes.block);
+        nbd_set_pread_initialize(nbd->handle, false);
+        pba_loop_add(loop, nbd->handle);
+        source->align = MAX(source->align, nbd->volume.sizes.block);
     }
     return true;
 }
 
 static PbaHoles *new_holes(PbaSource *source, uint32_t align)
 {
-    bool can_tell = source->count > 1 && source->volumes[1]->context;
+    const NbdSource *self = (const NbdSource *)source;
+    bool can_tell = self->count > 1 && self->connections[1]->context;
 
-    return can_tell ? pba_holes_new_nbd(source->volumes[1], align) : NULL;
+    return can_tell ? pba_holes_new_nbd(self->connections[1], align) : NULL;
 }
 
-static void restore(PbaSource *source)
+static void close_connections(PbaSource *source, bool broken)
 {
-    if (source->volumes[0]->nbd) {
-        nbd_set_pread_initialize(source->volumes[0]->nbd, true);
+    NbdSource *self = (NbdSource *)source;
+    PbaNbdVolume *first = self->connections[0];
+
+    for (unsigned i = 1; i < self->count; i++) {
+        pba_volume_free(&self->connections[i]->volume);
+    }
+    if (broken) {
+        pba_nbd_disconnect(first);
+    } else if (first->handle) {
+        nbd_set_pread_initialize(first->handle, true);
     }
 }
 
 /* The connection with the least to do. */
-static PbaVolume *choose(const PbaSource *source)
+static PbaNbdVolume *choose(const NbdSource *self)
 {
-    PbaVolume *best = source->volumes[0];
-    int least = nbd_aio_in_flight(best->nbd);
+    PbaNbdVolume *best = self->connections[0];
+    int least = nbd_aio_in_flight(best->handle);
 
-    for (unsigned i = 1; i < source->count && least > 0; i++) {
-        int in_flight = nbd_aio_in_flight(source->volumes[i]->nbd);
+    for (unsigned i = 1; i < self->count && least > 0; i++) {
+        int in_flight = nbd_aio_in_flight(self->connections[i]->handle);
         if (in_flight < least) {
             least = in_flight;
-            best = source->volumes[i];
+            best = self->connections[i];
         }
     }
     return best;
@@ -131,20 +152,21 @@ static int on_read_done(void *opaque, int *error)
 
 static bool send_reads(PbaSource *source, PbaPiece *piece, GError **error)
 {
-    PbaVolume *volume = choose(source);
+    const NbdSource *self = (const NbdSource *)source;
+    PbaNbdVolume *nbd = choose(self);
     piece->pending = 1; /* this function */
     for (uint64_t done = 0; done < piece->length;) {
         uint64_t offset = piece->offset + done;
-        uint64_t length = pba_volume_unit(volume, offset, piece->length - done);
+        uint64_t length = pba_nbd_unit(nbd, offset, piece->length - done);
         piece->pending++;
         if (nbd_aio_pread_structured(
-                volume->nbd, piece->data + done, length, offset,
+                nbd->handle, piece->data + done, length, offset,
                 (nbd_chunk_callback){.callback = on_chunk, .user_data = piece},
                 (nbd_completion_callback){.callback = on_read_done, .user_data = piece},
-                source->read_flags) == -1) {
+                self->read_flags) == -1) {
             g_autofree char *what =
                 g_strdup_printf("reading %" PRIu64 " bytes at offset %" PRIu64, length, offset);
-            pba_volume_set_nbd_error(volume, what, error);
+            pba_nbd_set_error(nbd, what, error);
             return false;
         }
         done += length;
@@ -169,16 +191,16 @@ static int on_trim_done(void *opaque, int *error)
 
 static bool send_trim(PbaSource *source, PbaRange range, GError **error)
 {
-    PbaVolume *volume = choose(source);
+    PbaNbdVolume *nbd = choose((NbdSource *)source);
     Trim *trim = g_new(Trim, 1);
     *trim = (Trim){source, range};
     if (nbd_aio_trim(
-            volume->nbd, range.end - range.begin, range.begin,
+            nbd->handle, range.end - range.begin, range.begin,
             (nbd_completion_callback){.callback = on_trim_done, .user_data = trim, .free = g_free},
             0) == -1) {
         g_autofree char *what = g_strdup_printf("discarding %" PRIu64 " bytes at offset %" PRIu64,
                                                 range.end - range.begin, range.begin);
-        pba_volume_set_nbd_error(volume, what, error);
+        pba_nbd_set_error(nbd, what, error);
         return false;
     }
     return true;
@@ -186,9 +208,10 @@ static bool send_trim(PbaSource *source, PbaRange range, GError **error)
 
 const PbaSourceKind pba_source_nbd = {
     .reader = &pba_nbd_reader,
+    .size = sizeof(NbdSource),
     .open = open_connections,
     .read = send_reads,
     .trim = send_trim,
     .new_holes = new_holes,
-    .close = restore,
+    .close = close_connections,
 };

@@ -19,21 +19,21 @@ static const PbaSourceKind *choose_kind(const PbaVolume *volume)
     return kinds[i];
 }
 
-bool pba_source_open(PbaSource *source, PbaVolume *volume, unsigned connections, PbaLoop *loop,
-                     GError **error)
+PbaSource *pba_source_open(PbaVolume *volume, unsigned connections, PbaLoop *loop, GError **error)
 {
-    *source = (PbaSource){
-        .kind = choose_kind(volume),
-        .volumes = {volume},
-        .count = 1,
-        .align = 1,
-        .trims = {.size = volume->size},
-    };
-    if (!source->kind->open(source, connections, loop, error)) {
-        return false;
+    const PbaSourceKind *kind = choose_kind(volume);
+    PbaSource *source = g_malloc0(kind->size);
+
+    source->kind = kind;
+    source->volume = volume;
+    source->align = 1;
+    if (!kind->open(source, connections, loop, error)) {
+        pba_source_close(source, true);
+        return NULL;
     }
+    source->trims.size = volume->size;
     source->trims.cluster = volume->sizes.cluster; /* it may have been connected only now */
-    return true;
+    return source;
 }
 
 bool pba_source_find_holes(PbaSource *source, uint32_t align)
@@ -44,16 +44,9 @@ bool pba_source_find_holes(PbaSource *source, uint32_t align)
 
 void pba_source_close(PbaSource *source, bool broken)
 {
-    for (unsigned i = 1; i < source->count; i++) {
-        pba_volume_free(source->volumes[i]);
-    }
-    pba_holes_free(source->holes); /* what it has asked over them knows its memory */
-    if (broken) {
-        pba_volume_disconnect(source->volumes[0]);
-    }
-    if (source->kind) {
-        source->kind->close(source);
-    }
+    pba_holes_free(source->holes);
+    source->kind->close(source, broken);
+    g_free(source);
 }
 
 bool pba_source_read(PbaSource *source, PbaPiece *piece, GError **error)
@@ -105,7 +98,7 @@ bool pba_source_check_trims(const PbaSource *source, GError **error)
     if (!source->trim_error) {
         return true;
     }
-    pba_error_set(error, source->volumes[0]->reader->error_code,
+    pba_error_set(error, source->volume->reader->error_code,
                   "discarding %" PRIu64 " bytes at offset %" PRIu64 " failed - %s",
                   range->end - range->begin, range->begin, g_strerror(source->trim_error));
     return false;

@@ -14,7 +14,7 @@ struct PbaConnection {
     int wake_fd;           /* there are new requests */
     int done_fd;           /* there are done requests */
     GMutex nbd_mutex;      /* of these; taken before the other */
-    PbaVolume *volume;     /* NULL: lost */
+    PbaNbdVolume *nbd;     /* NULL: lost */
     GQueue in_flight;      /* PbaRequest.link */
     GQueue unfinished;     /* trims with a piece still to be sent, PbaRequest.link */
     gint64 deadline;       /* of what is in flight: until then the server has to say something */
@@ -109,14 +109,14 @@ static int on_answered(void *opaque, int *error)
 static int64_t send_piece(PbaConnection *connection, PbaRequest *request, uint64_t done,
                           uint64_t length)
 {
-    struct nbd_handle *nbd = connection->volume->nbd;
+    struct nbd_handle *handle = connection->nbd->handle;
     nbd_completion_callback completion = {.callback = on_answered, .user_data = request};
     nbd_chunk_callback chunk = {.callback = on_chunk, .user_data = request};
     uint64_t offset = request->offset + done;
 
     return request->is_trim
-               ? nbd_aio_trim(nbd, length, offset, completion, 0)
-               : nbd_aio_pread_structured(nbd, (char *)request->buffer + done, length, offset,
+               ? nbd_aio_trim(handle, length, offset, completion, 0)
+               : nbd_aio_pread_structured(handle, (char *)request->buffer + done, length, offset,
                                           chunk, completion, connection->read_flags);
 }
 
@@ -135,12 +135,12 @@ static void send_request(PbaConnection *connection, PbaRequest *request)
     request->seen = 0;
     for (uint64_t done = 0; done < length && !request->error;) {
         uint64_t piece = length;
-        if (!connection->volume) {
+        if (!connection->nbd) {
             request->error = ENOTCONN;
             break;
         }
         if (!request->is_trim) {
-            piece = pba_volume_unit(connection->volume, request->offset + done, length - done);
+            piece = pba_nbd_unit(connection->nbd, request->offset + done, length - done);
         }
         request->pending++;
         if (send_piece(connection, request, done, piece) == -1) {
@@ -221,8 +221,8 @@ static void lose(PbaConnection *connection)
 {
     GList *link;
 
-    pba_volume_free(connection->volume);
-    connection->volume = NULL;
+    pba_volume_free(&connection->nbd->volume);
+    connection->nbd = NULL;
     while ((link = g_queue_pop_head_link(&connection->in_flight))) {
         PbaRequest *request = link->data;
         request->error = ENOTCONN;
@@ -242,9 +242,9 @@ static bool may_wait(PbaConnection *connection)
 
 static void watch(PbaConnection *connection, struct pollfd *fd)
 {
-    if (connection->volume) {
-        fd->fd = nbd_aio_get_fd(connection->volume->nbd);
-        fd->events = pba_nbd_events(connection->volume->nbd);
+    if (connection->nbd) {
+        fd->fd = nbd_aio_get_fd(connection->nbd->handle);
+        fd->events = pba_nbd_events(connection->nbd->handle);
     }
 }
 
@@ -256,16 +256,16 @@ static int time_left(const PbaConnection *connection)
 
 static void receive(PbaConnection *connection, short revents)
 {
-    PbaVolume *volume = connection->volume;
+    PbaNbdVolume *nbd = connection->nbd;
     bool late = connection->in_flight.length > 0 && g_get_monotonic_time() >= connection->deadline;
     /* A server that says nothing for so long is as good as gone. */
     int result = late ? -1 : 0;
 
-    if (volume && revents) {
+    if (nbd && revents) {
         connection->deadline = pba_deadline(PBA_NBD_LIMIT_S);
-        result = pba_nbd_notify(volume->nbd, pba_nbd_events(volume->nbd), revents);
+        result = pba_nbd_notify(nbd->handle, pba_nbd_events(nbd->handle), revents);
     }
-    if (volume && (result == -1 || pba_volume_is_lost(volume))) {
+    if (nbd && (result == -1 || pba_nbd_is_lost(nbd))) {
         lose(connection);
     }
 }
@@ -346,11 +346,11 @@ const PbaSizes *pba_connection_sizes(const PbaConnection *connection)
     return &connection->sizes;
 }
 
-PbaConnection *pba_connection_start(PbaVolume *volume, GError **error)
+PbaConnection *pba_connection_start(PbaNbdVolume *nbd, GError **error)
 {
     PbaConnection *connection = g_new0(PbaConnection, 1);
-    connection->volume = volume;
-    connection->sizes = volume->sizes;
+    connection->nbd = nbd;
+    connection->sizes = nbd->volume.sizes;
     connection->wake_fd = pba_wake_new(error);
     connection->done_fd = connection->wake_fd < 0 ? -1 : pba_wake_new(error);
     if (connection->done_fd < 0) {
@@ -359,8 +359,8 @@ PbaConnection *pba_connection_start(PbaVolume *volume, GError **error)
     }
     /* In one piece: a server that looks for holes first may have to ask the block status, which
      * QEMU 7.2 cannot do twice at a time on a snapshot. */
-    nbd_set_pread_initialize(volume->nbd, false); /* what was not filled is not handed out */
-    connection->read_flags = nbd_can_df(volume->nbd) == 1 ? LIBNBD_CMD_FLAG_DF : 0;
+    nbd_set_pread_initialize(nbd->handle, false); /* what was not filled is not handed out */
+    connection->read_flags = nbd_can_df(nbd->handle) == 1 ? LIBNBD_CMD_FLAG_DF : 0;
     g_mutex_init(&connection->nbd_mutex);
     g_mutex_init(&connection->mutex);
     g_thread_unref(g_thread_new("nbd", run, connection));

@@ -155,7 +155,7 @@ static bool run(const char *path, const PbaVolumeOptions *options, bool is_whole
     PbaHooks hooks = {.interrupted = told_to_end};
     PbaVolumeOptions data = *options; /* the map has a connection of its own: pba_scan_start */
     int signal_fd = watch_signals(error);
-    g_autoptr(PbaVolume) volume = NULL;
+    PbaNbdVolume *nbd;
     PbaConnection *connection;
     struct fuse_session *session;
     PbaFile *file;
@@ -170,8 +170,8 @@ static bool run(const char *path, const PbaVolumeOptions *options, bool is_whole
     if (!make_file(path, error)) {
         return false;
     }
-    bool done = (volume = pba_volume_open(&data, &hooks, error)) &&
-                (connection = pba_connection_start(g_steal_pointer(&volume), error)) &&
+    bool done = (nbd = pba_nbd_open(&data, &hooks, error)) &&
+                (connection = pba_connection_start(nbd, error)) &&
                 (file = new_file(connection, options, is_whole, error)) &&
                 (session = mount_file(path, file, error));
     if (done) {

@@ -32,12 +32,14 @@ PbaMap *pba_scan_dirty(const PbaVolumeOptions *options, uint64_t from, PbaVolume
 
 PbaMap *pba_scan_zeroes(const PbaVolumeOptions *options, uint64_t from, PbaVolume **volume)
 {
-    *volume = pba_volume_open_allocation(options, NULL, NULL);
+    PbaNbdVolume *nbd = pba_nbd_open_allocation(options, NULL, NULL);
+
+    *volume = nbd ? &nbd->volume : NULL;
     /* QEMU before 10.0 cannot ask a snapshot twice at a time, and whatever reads it may ask. */
-    if (*volume && (!(*volume)->context || (*volume)->by_cluster)) {
+    if (nbd && (!nbd->context || nbd->by_cluster)) {
         g_clear_pointer(volume, pba_volume_free);
     }
-    return *volume ? &pba_nbd_zeroes(*volume, from, (*volume)->size)->map : NULL;
+    return *volume ? &pba_nbd_zeroes(nbd, from, (*volume)->size)->map : NULL;
 }
 
 /* Waits until a run more is wanted; true if the thread is to go on with what it reads. */
@@ -88,8 +90,8 @@ static void read_map(PbaScan *scan, uint64_t from, unsigned seek)
         more = more && length > 0;
         push(scan, seek, more ? (PbaRange){offset, offset + length} : (PbaRange){0, 0});
     }
-    g_clear_pointer(&volume, pba_volume_free);
     pba_map_free(map);
+    pba_volume_free(volume);
 }
 
 static gpointer run(gpointer opaque)

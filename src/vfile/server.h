@@ -41,7 +41,7 @@ typedef struct PbaRequest {
 } PbaRequest;
 
 /* Takes over a volume that is connected. Like its thread it lasts as long as the process. */
-PbaConnection *pba_connection_start(PbaVolume *volume, GError **error);
+PbaConnection *pba_connection_start(PbaNbdVolume *nbd, GError **error);
 const PbaSizes *pba_connection_sizes(const PbaConnection *connection);
 void pba_connection_submit(PbaConnection *connection, PbaRequest *request);
 /* The requests that are done, linked by next. For none it is NULL, and the submitter's poll ends

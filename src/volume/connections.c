@@ -12,20 +12,20 @@
 #include <unistd.h>
 
 static GMutex lock;
-static GPtrArray *connected; /* PbaVolume, borrowed */
+static GPtrArray *connected; /* PbaNbdVolume, borrowed */
 
-void pba_connection_note(PbaVolume *volume)
+void pba_connection_note(PbaNbdVolume *nbd)
 {
     g_mutex_lock(&lock);
     connected = connected ? connected : g_ptr_array_new();
-    g_ptr_array_add(connected, volume);
+    g_ptr_array_add(connected, nbd);
     g_mutex_unlock(&lock);
 }
 
-void pba_connection_forget(PbaVolume *volume)
+void pba_connection_forget(PbaNbdVolume *nbd)
 {
     g_mutex_lock(&lock);
-    g_ptr_array_remove_fast(connected, volume);
+    g_ptr_array_remove_fast(connected, nbd);
     g_mutex_unlock(&lock);
 }
 
@@ -48,8 +48,8 @@ void pba_connections_cut(const char *socket_path)
     close(ended[1]);
     g_mutex_lock(&lock);
     for (guint i = 0; connected && i < connected->len; i++) {
-        const PbaVolume *volume = connected->pdata[i];
-        int fd = nbd_aio_get_fd(volume->nbd);
+        const PbaNbdVolume *nbd = connected->pdata[i];
+        int fd = nbd_aio_get_fd(nbd->handle);
         if (leads_to(fd, socket_path)) {
             dup3(ended[0], fd, O_CLOEXEC);
         }

@@ -7,7 +7,7 @@
 
 /* Discards under way. */
 typedef struct {
-    PbaVolume *volume;
+    PbaNbdVolume *nbd;
     unsigned count;
     int error; /* errno of the first that failed, 0 if none did */
 } Discards;
@@ -29,13 +29,13 @@ static bool wait_for_discards(Discards *discards, unsigned at_most, GError **err
     gint64 deadline = pba_deadline(PBA_NBD_LIMIT_S);
 
     while (discards->count > at_most) {
-        if (!pba_volume_turn(discards->volume, deadline, what, error)) {
+        if (!pba_nbd_turn(discards->nbd, deadline, what, error)) {
             return false;
         }
     }
     if (discards->error) {
         pba_error_set(error, PBA_ERROR_NBD, "%s failed - %s", what, g_strerror(discards->error));
-        pba_error_add_device(error, discards->volume->device);
+        pba_error_add_device(error, discards->nbd->volume.device);
         return false;
     }
     return true;
@@ -50,28 +50,28 @@ static bool start_discards(Discards *discards, PbaRange range, GError **error)
             return false;
         }
         discards->count++; /* first, since it may be answered at once */
-        if (nbd_aio_trim(discards->volume->nbd, MIN(range.end - at, PBA_MAX_DISCARD), at, done, 0) <
+        if (nbd_aio_trim(discards->nbd->handle, MIN(range.end - at, PBA_MAX_DISCARD), at, done, 0) <
             0) {
             discards->count--;
-            pba_volume_set_nbd_error(discards->volume, "discarding", error);
+            pba_nbd_set_error(discards->nbd, "discarding", error);
             return false;
         }
     }
     return true;
 }
 
-bool pba_nbd_discard_ranges(PbaVolume *volume, const PbaRange *ranges, unsigned count,
+bool pba_nbd_discard_ranges(PbaNbdVolume *nbd, const PbaRange *ranges, unsigned count,
                             GError **error)
 {
-    Discards discards = {.volume = volume};
-    bool ok = pba_volume_connect(volume, error);
+    Discards discards = {.nbd = nbd};
+    bool ok = pba_nbd_connect(nbd, error);
 
     for (unsigned i = 0; ok && i < count; i++) {
-        ok = start_discards(&discards, pba_volume_whole_clusters(volume, ranges[i]), error);
+        ok = start_discards(&discards, pba_volume_whole_clusters(&nbd->volume, ranges[i]), error);
     }
     ok = ok && wait_for_discards(&discards, 0, error);
     if (discards.count > 0) {
-        pba_volume_disconnect(volume); /* what is under way still knows this function's memory */
+        pba_nbd_disconnect(nbd); /* what is under way still knows this function's memory */
     }
     return ok;
 }

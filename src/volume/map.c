@@ -18,16 +18,16 @@
 /* QEMU answers with at most 131,072 extents; stay well below. */
 #define MANY_NUMBERS (UINT64_C(2) * 32768)
 
-PbaNbdMap *pba_nbd_map_new(PbaVolume *volume, uint32_t flag, uint64_t begin, uint64_t end)
+PbaNbdMap *pba_nbd_map_new(PbaNbdVolume *nbd, uint32_t flag, uint64_t begin, uint64_t end)
 {
     PbaNbdMap *map = g_new0(PbaNbdMap, 1);
 
-    map->volume = volume;
+    map->nbd = nbd;
     map->flag = flag;
     map->asked = begin;
     map->end = end;
     map->chunk_size = FIRST_CHUNK;
-    map->connection = volume->connection;
+    map->connection = nbd->connection;
     for (unsigned i = 0; i < PBA_MAP_DEPTH; i++) {
         map->chunks[i].map = map;
     }
@@ -39,6 +39,9 @@ void pba_nbd_map_free(PbaNbdMap *map)
     if (!map) {
         return;
     }
+    if (!pba_nbd_map_is_idle(map)) {
+        pba_nbd_disconnect(map->nbd);
+    }
     for (unsigned i = 0; i < PBA_MAP_DEPTH; i++) {
         g_free(map->chunks[i].extents);
     }
@@ -47,21 +50,21 @@ void pba_nbd_map_free(PbaNbdMap *map)
 
 bool pba_nbd_map_is_idle(const PbaNbdMap *map)
 {
+    bool is_idle = true;
+
     for (unsigned i = 0; i < PBA_MAP_DEPTH; i++) {
-        if (map->chunks[i].state == PBA_CHUNK_ASKED) {
-            return false;
-        }
+        is_idle &= map->chunks[i].state != PBA_CHUNK_ASKED;
     }
-    return true;
+    return is_idle || map->connection != map->nbd->connection;
 }
 
 /* What was asked over a connection that is gone has to be asked again. */
 static void forget_lost_requests(PbaNbdMap *map)
 {
-    if (map->connection == map->volume->connection) {
+    if (map->connection == map->nbd->connection) {
         return;
     }
-    map->connection = map->volume->connection;
+    map->connection = map->nbd->connection;
     for (unsigned i = 0; i < PBA_MAP_DEPTH; i++) {
         PbaMapChunk *chunk = &map->chunks[i];
         if (chunk->state == PBA_CHUNK_ASKED) {
@@ -75,7 +78,7 @@ static int on_extents(void *opaque, const char *context, uint64_t offset, uint32
 {
     PbaMapChunk *chunk = opaque;
 
-    if (*error || strcmp(context, chunk->map->volume->context) != 0 || offset != chunk->offset) {
+    if (*error || strcmp(context, chunk->map->nbd->context) != 0 || offset != chunk->offset) {
         return 0;
     }
     if (count > chunk->capacity) {
@@ -92,24 +95,24 @@ static int on_answered(void *opaque, int *error)
     PbaMapChunk *chunk = opaque;
 
     /* libnbd 1.22 completes what is in flight when a connection is closed: that is no answer. */
-    if (chunk->map->volume->nbd) {
+    if (chunk->map->nbd->handle) {
         chunk->error = *error;
         chunk->state = PBA_CHUNK_ANSWERED;
     }
     return 1; /* retire the command */
 }
 
-static bool send_chunk(PbaVolume *volume, PbaMapChunk *chunk, GError **error)
+static bool send_chunk(PbaNbdVolume *nbd, PbaMapChunk *chunk, GError **error)
 {
     chunk->state = PBA_CHUNK_ASKED;
     chunk->error = 0;
     chunk->count = 0;
     chunk->next = 0;
-    if (nbd_aio_block_status(volume->nbd, chunk->length, chunk->offset,
+    if (nbd_aio_block_status(nbd->handle, chunk->length, chunk->offset,
                              (nbd_extent_callback){.callback = on_extents, .user_data = chunk},
                              (nbd_completion_callback){.callback = on_answered, .user_data = chunk},
                              0) == -1) {
-        pba_volume_set_nbd_error(volume, "asking for the dirty bitmap", error);
+        pba_nbd_set_error(nbd, "asking for the dirty bitmap", error);
         return false;
     }
     return true;
@@ -129,46 +132,46 @@ static bool fill_ring(PbaNbdMap *map, GError **error)
     }
     for (unsigned i = 0; i < map->used; i++) {
         PbaMapChunk *chunk = &map->chunks[(map->head + i) % PBA_MAP_DEPTH];
-        if (chunk->state == PBA_CHUNK_TO_ASK && !send_chunk(map->volume, chunk, error)) {
+        if (chunk->state == PBA_CHUNK_TO_ASK && !send_chunk(map->nbd, chunk, error)) {
             return false;
         }
     }
     return true;
 }
 
-static void set_incomplete(const PbaVolume *volume, const PbaMapChunk *chunk, const char *problem,
+static void set_incomplete(const PbaNbdVolume *nbd, const PbaMapChunk *chunk, const char *problem,
                            GError **error)
 {
     pba_error_set(error, PBA_ERROR_INCOMPLETE,
                   "the dirty bitmap cannot be read on from offset %" PRIu64 " - %s", chunk->offset,
                   problem);
-    pba_error_add_device(error, volume->device);
+    pba_error_add_device(error, nbd->volume.device);
 }
 
-static bool wait_answer(PbaVolume *volume, PbaMapChunk *chunk, GError **error)
+static bool wait_answer(PbaNbdVolume *nbd, PbaMapChunk *chunk, GError **error)
 {
     gint64 deadline = pba_deadline(PBA_NBD_LIMIT_S);
 
     while (chunk->state != PBA_CHUNK_ANSWERED) {
-        if (pba_volume_is_lost(volume)) {
-            set_incomplete(volume, chunk, "the NBD server closed the connection", error);
+        if (pba_nbd_is_lost(nbd)) {
+            set_incomplete(nbd, chunk, "the NBD server closed the connection", error);
             return false;
         }
-        if (!pba_volume_turn(volume, deadline, "reading the dirty bitmap", error)) {
+        if (!pba_nbd_turn(nbd, deadline, "reading the dirty bitmap", error)) {
             return false;
         }
     }
     return true;
 }
 
-static bool check_answer(const PbaVolume *volume, const PbaMapChunk *chunk, GError **error)
+static bool check_answer(const PbaNbdVolume *nbd, const PbaMapChunk *chunk, GError **error)
 {
     const char *problem = chunk->error            ? g_strerror(chunk->error)
                           : chunk->count == 0     ? "the NBD server's answer is empty"
                           : chunk->count % 2 != 0 ? "the NBD server's answer has half an extent"
                                                   : NULL;
     if (problem) {
-        set_incomplete(volume, chunk, problem, error);
+        set_incomplete(nbd, chunk, problem, error);
     }
     return !problem;
 }
@@ -179,11 +182,11 @@ static bool has_answer(PbaNbdMap *map, PbaMapChunk *chunk, bool *later, GError *
     if (map->used > 0 && chunk->state == PBA_CHUNK_ANSWERED) {
         return true;
     }
-    if (!pba_volume_connect(map->volume, error) || !fill_ring(map, error)) {
+    if (!pba_nbd_connect(map->nbd, error) || !fill_ring(map, error)) {
         return false;
     }
     if (!later) {
-        return wait_answer(map->volume, chunk, error);
+        return wait_answer(map->nbd, chunk, error);
     }
     *later = chunk->state != PBA_CHUNK_ANSWERED;
     return !*later;
@@ -201,7 +204,7 @@ static PbaMapChunk *current_chunk(PbaNbdMap *map, bool *later, GError **error)
     if (!has_answer(map, chunk, later, error)) {
         return NULL;
     }
-    return check_answer(map->volume, chunk, error) ? chunk : NULL;
+    return check_answer(map->nbd, chunk, error) ? chunk : NULL;
 }
 
 /* Adds the chunk's extents to the run until one does not belong to it: true then. */
@@ -211,7 +214,7 @@ static bool read_run(PbaNbdMap *map, PbaMapChunk *chunk, GError **error)
         uint64_t length = MIN(chunk->extents[chunk->next], chunk->length);
         bool has_flag = chunk->extents[chunk->next + 1] & map->flag;
         if (length == 0) {
-            set_incomplete(map->volume, chunk, "the NBD server sent an extent of no length", error);
+            set_incomplete(map->nbd, chunk, "the NBD server sent an extent of no length", error);
             return false;
         }
         if (has_flag) {
@@ -260,7 +263,7 @@ static bool find_run(PbaNbdMap *map, bool *later, GError **error)
         return true;
     }
     if (local->code != PBA_ERROR_INTERRUPTED) {
-        pba_volume_break(map->volume, local);
+        pba_volume_break(&map->nbd->volume, local);
     }
     g_propagate_error(error, local);
     return false;

@@ -9,14 +9,14 @@
 #define STATE_DIRTY 1u
 
 /* Waits for one request. A lost connection ends the volume; a refused request does not. */
-static bool finish_request(PbaVolume *volume, int64_t cookie, const char *what, GError **error)
+static bool finish_request(PbaNbdVolume *nbd, int64_t cookie, const char *what, GError **error)
 {
     gint64 deadline = pba_deadline(PBA_NBD_LIMIT_S);
     GError *local = NULL;
     int state = -1;
 
-    while (cookie >= 0 && (state = nbd_aio_command_completed(volume->nbd, (uint64_t)cookie)) == 0) {
-        if (!pba_volume_turn(volume, deadline, what, &local)) {
+    while (cookie >= 0 && (state = nbd_aio_command_completed(nbd->handle, (uint64_t)cookie)) == 0) {
+        if (!pba_nbd_turn(nbd, deadline, what, &local)) {
             break;
         }
     }
@@ -24,47 +24,47 @@ static bool finish_request(PbaVolume *volume, int64_t cookie, const char *what, 
         return true;
     }
     if (!local) {
-        pba_volume_set_nbd_error(volume, what, &local);
+        pba_nbd_set_error(nbd, what, &local);
     }
-    if (local->code != PBA_ERROR_INTERRUPTED && pba_volume_is_lost(volume)) {
-        pba_volume_break(volume, local);
+    if (local->code != PBA_ERROR_INTERRUPTED && pba_nbd_is_lost(nbd)) {
+        pba_volume_break(&nbd->volume, local);
     }
     if (state == 0) {
-        pba_volume_disconnect(volume); /* the request still knows the caller's memory */
+        pba_nbd_disconnect(nbd); /* the request still knows the caller's memory */
     }
     g_propagate_error(error, local);
     return false;
 }
 
-static bool read_piece(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t length,
+static bool read_piece(PbaNbdVolume *nbd, void *buffer, uint64_t offset, uint64_t length,
                        GError **error)
 {
     g_autofree char *what =
         g_strdup_printf("reading %" PRIu64 " bytes at offset %" PRIu64, length, offset);
     int64_t cookie =
-        nbd_aio_pread(volume->nbd, buffer, (size_t)length, offset, NBD_NULL_COMPLETION, 0);
+        nbd_aio_pread(nbd->handle, buffer, (size_t)length, offset, NBD_NULL_COMPLETION, 0);
 
-    if (finish_request(volume, cookie, what, error)) {
+    if (finish_request(nbd, cookie, what, error)) {
         return true;
     }
-    if (nbd_get_errno() == EINVAL && !pba_volume_is_lost(volume)) {
+    if (nbd_get_errno() == EINVAL && !pba_nbd_is_lost(nbd)) {
         pba_error_add_hint(error, PBA_HINT_UNREADABLE);
     }
     return false;
 }
 
 /* Reads the whole blocks of which a range has parts, and hands out the range. */
-static bool read_blocks(PbaVolume *volume, char *buffer, uint64_t offset, uint64_t length,
+static bool read_blocks(PbaNbdVolume *nbd, char *buffer, uint64_t offset, uint64_t length,
                         GError **error)
 {
-    uint32_t block = volume->sizes.block;
+    uint32_t block = nbd->volume.sizes.block;
     uint64_t begin = offset / block * block;
     uint64_t end = pba_whole_blocks(offset + length, block); /* the export ends with a block */
-    g_autofree char *blocks = g_malloc(MIN(end - begin, volume->sizes.request));
+    g_autofree char *blocks = g_malloc(MIN(end - begin, nbd->volume.sizes.request));
 
     for (uint64_t at = begin; at < end;) {
-        uint64_t size = pba_volume_unit(volume, at, end - at);
-        if (!read_piece(volume, blocks, at, size, error)) {
+        uint64_t size = pba_nbd_unit(nbd, at, end - at);
+        if (!read_piece(nbd, blocks, at, size, error)) {
             return false;
         }
         uint64_t from = MAX(at, offset);
@@ -78,15 +78,17 @@ static bool read_blocks(PbaVolume *volume, char *buffer, uint64_t offset, uint64
 static bool read_range(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t length,
                        GError **error)
 {
-    if (!pba_volume_connect(volume, error)) {
+    PbaNbdVolume *nbd = (PbaNbdVolume *)volume;
+
+    if (!pba_nbd_connect(nbd, error)) {
         return false;
     }
     if ((offset | length) % volume->sizes.block != 0) {
-        return read_blocks(volume, buffer, offset, length, error);
+        return read_blocks(nbd, buffer, offset, length, error);
     }
     for (uint64_t done = 0; done < length;) {
-        uint64_t size = pba_volume_unit(volume, offset + done, length - done);
-        if (!read_piece(volume, (char *)buffer + done, offset + done, size, error)) {
+        uint64_t size = pba_nbd_unit(nbd, offset + done, length - done);
+        if (!read_piece(nbd, (char *)buffer + done, offset + done, size, error)) {
             return false;
         }
         done += size;
@@ -96,13 +98,14 @@ static bool read_range(PbaVolume *volume, void *buffer, uint64_t offset, uint64_
 
 static bool discard_range(PbaVolume *volume, uint64_t offset, uint64_t length, GError **error)
 {
+    PbaNbdVolume *nbd = (PbaNbdVolume *)volume;
     g_autofree char *what =
         g_strdup_printf("discarding %" PRIu64 " bytes at offset %" PRIu64, length, offset);
-    if (!pba_volume_connect(volume, error)) {
+    if (!pba_nbd_connect(nbd, error)) {
         return false;
     }
-    int64_t cookie = nbd_aio_trim(volume->nbd, length, offset, NBD_NULL_COMPLETION, 0);
-    return finish_request(volume, cookie, what, error);
+    int64_t cookie = nbd_aio_trim(nbd->handle, length, offset, NBD_NULL_COMPLETION, 0);
+    return finish_request(nbd, cookie, what, error);
 }
 
 /* Without a bitmap all that is left is one region. */
@@ -111,7 +114,7 @@ static bool next_region(PbaVolume *volume, PbaMap *base, uint64_t *offset, uint6
 {
     PbaNbdMap *map = (PbaNbdMap *)base;
 
-    if (volume->context) {
+    if (((PbaNbdVolume *)volume)->context) {
         return pba_nbd_map_next(map, offset, length, later, error);
     }
     *offset = map->asked;
@@ -122,7 +125,7 @@ static bool next_region(PbaVolume *volume, PbaMap *base, uint64_t *offset, uint6
 
 static PbaMap *new_map(PbaVolume *volume, uint64_t begin)
 {
-    PbaNbdMap *map = pba_nbd_map_new(volume, STATE_DIRTY, begin, volume->size);
+    PbaNbdMap *map = pba_nbd_map_new((PbaNbdVolume *)volume, STATE_DIRTY, begin, volume->size);
 
     map->map.reader = &pba_nbd_reader;
     return &map->map;
@@ -133,12 +136,21 @@ static void free_map(PbaMap *map)
     pba_nbd_map_free((PbaNbdMap *)map);
 }
 
-PbaNbdMap *pba_nbd_zeroes(PbaVolume *volume, uint64_t begin, uint64_t end)
+PbaNbdMap *pba_nbd_zeroes(PbaNbdVolume *nbd, uint64_t begin, uint64_t end)
 {
-    PbaNbdMap *map = pba_nbd_map_new(volume, LIBNBD_STATE_ZERO, begin, end);
+    PbaNbdMap *map = pba_nbd_map_new(nbd, LIBNBD_STATE_ZERO, begin, end);
 
     map->map.reader = &pba_nbd_reader;
     return map;
+}
+
+static void free_nbd(PbaVolume *volume)
+{
+    PbaNbdVolume *nbd = (PbaNbdVolume *)volume;
+
+    pba_nbd_disconnect(nbd);
+    g_free(nbd->path);
+    g_free(nbd->context);
 }
 
 const PbaReader pba_nbd_reader = {
@@ -147,7 +159,7 @@ const PbaReader pba_nbd_reader = {
     .new_map = new_map,
     .free_map = free_map,
     .next_region = next_region,
-    .free = pba_volume_disconnect,
+    .free = free_nbd,
     .error_code = PBA_ERROR_NBD,
     .unreadable = EINVAL,
 };

@@ -1,8 +1,50 @@
-/* What volumes over NBD have beside the reader's table. Included by volume.h. */
+/* What is NBD's alone. Included by volume.h. */
 #ifndef PBA_SRC_VOLUME_NBD_H
 #define PBA_SRC_VOLUME_NBD_H
 
 #include "volume.h"
+#include <libnbd.h>
+
+/* A volume whose reader is pba_nbd_reader. */
+typedef struct {
+    PbaVolume volume;
+    struct nbd_handle *handle; /* NULL: not connected */
+    unsigned connection;       /* counts them, so that a map knows whether its requests are lost */
+    char *path;
+    char *context;   /* what the map is of; NULL: no bitmap */
+    bool by_cluster; /* see PBA_BY_CLUSTER */
+} PbaNbdVolume;
+
+/* pba_volume_open, as one of these. */
+PbaNbdVolume *pba_nbd_open(const PbaVolumeOptions *options, const PbaHooks *hooks, GError **error);
+/* A further connection to what that has, without the bitmap. Where the server tells which parts are
+ * zeroes (NBD spec: the base:allocation context), the volume has a context. */
+PbaNbdVolume *pba_nbd_open_allocation(const PbaVolumeOptions *options, const PbaHooks *hooks,
+                                      GError **error);
+/* Whether a path is a URI, one over TLS, and one that may be connected to: PBA_ERROR_ARGUMENT. */
+bool pba_uri_is(const char *path);
+bool pba_uri_is_tls(const char *uri);
+bool pba_uri_check(const char *uri, GError **error);
+/* Connects, or connects again after an interrupted call. */
+bool pba_nbd_connect(PbaNbdVolume *nbd, GError **error);
+/* What libnbd waits for (poll(2)), and letting it go on with what came: -1 on error. */
+short pba_nbd_events(struct nbd_handle *handle);
+int pba_nbd_notify(struct nbd_handle *handle, short events, short revents);
+/* Lets libnbd send and receive once something can be. what names the wait. */
+bool pba_nbd_turn(PbaNbdVolume *nbd, gint64 deadline, const char *what, GError **error);
+/* How much of a range one request with data may be about. */
+uint64_t pba_nbd_unit(const PbaNbdVolume *nbd, uint64_t offset, uint64_t length);
+/* Closes the connection, and with it all that is in flight. */
+void pba_nbd_disconnect(PbaNbdVolume *nbd);
+/* One with a handle is noted, so that pba_connections_cut finds its connection. */
+void pba_connection_note(PbaNbdVolume *nbd);
+void pba_connection_forget(PbaNbdVolume *nbd);
+/* Ends this process' connections to the server at that socket, whoever uses them. */
+void pba_connections_cut(const char *socket_path);
+/* True if there is no connection any more. */
+bool pba_nbd_is_lost(const PbaNbdVolume *nbd);
+/* libnbd's last error, as one of ours about this device. */
+void pba_nbd_set_error(const PbaNbdVolume *nbd, const char *what, GError **error);
 
 /* Block-status requests kept in flight. */
 #define PBA_MAP_DEPTH 4
@@ -25,7 +67,7 @@ typedef struct {
 /* The way through the map. The chunks are a ring: head is read out, the others are under way. */
 typedef struct PbaNbdMap {
     PbaMap map;
-    PbaVolume *volume; /* borrowed */
+    PbaNbdVolume *nbd; /* borrowed */
     uint32_t flag;     /* of the extents that are looked for */
     PbaMapChunk chunks[PBA_MAP_DEPTH];
     unsigned head;
@@ -39,7 +81,8 @@ typedef struct PbaNbdMap {
 } PbaNbdMap;
 
 /* The extents of the volume's context that have that flag. */
-PbaNbdMap *pba_nbd_map_new(PbaVolume *volume, uint32_t flag, uint64_t begin, uint64_t end);
+PbaNbdMap *pba_nbd_map_new(PbaNbdVolume *nbd, uint32_t flag, uint64_t begin, uint64_t end);
+/* Closes the connection where an answer is under way, which would reach the map. */
 void pba_nbd_map_free(PbaNbdMap *map);
 /* The next run of extents with the flag; *length is 0 at the end. later as above. */
 bool pba_nbd_map_next(PbaNbdMap *map, uint64_t *offset, uint64_t *length, bool *later,
@@ -47,12 +90,12 @@ bool pba_nbd_map_next(PbaNbdMap *map, uint64_t *offset, uint64_t *length, bool *
 /* True if no answer to a request of this map is under way any more. */
 bool pba_nbd_map_is_idle(const PbaNbdMap *map);
 
-/* The zeroes of a volume of pba_volume_open_allocation, between begin and end: for
- * pba_nbd_map_next. */
-PbaNbdMap *pba_nbd_zeroes(PbaVolume *volume, uint64_t begin, uint64_t end);
+/* The zeroes of a volume of pba_nbd_open_allocation, between begin and end: for pba_nbd_map_next.
+ */
+PbaNbdMap *pba_nbd_zeroes(PbaNbdVolume *nbd, uint64_t begin, uint64_t end);
 
 /* Discards these ranges as pba_volume_discard does, many at a time. */
-bool pba_nbd_discard_ranges(PbaVolume *volume, const PbaRange *ranges, unsigned count,
+bool pba_nbd_discard_ranges(PbaNbdVolume *nbd, const PbaRange *ranges, unsigned count,
                             GError **error);
 
 #endif

@@ -1,11 +1,10 @@
-/* What the parts that read a volume share, whatever it is read from; and what is NBD's alone. */
+/* What the parts that read a volume share, whatever it is read from. */
 #ifndef PBA_SRC_VOLUME_H
 #define PBA_SRC_VOLUME_H
 
 #include "sizes.h"
 #include "src/pba.h"
 #include "trims.h"
-#include <libnbd.h>
 
 /* What EINVAL for a read most likely means. */
 #define PBA_HINT_UNREADABLE                                                                        \
@@ -47,56 +46,22 @@ extern const PbaReader pba_handle_reader;
 
 struct PbaVolume {
     const PbaReader *reader;
-    struct nbd_handle *nbd; /* NULL: not connected */
-    unsigned connection;    /* counts them, so that a map knows whether its requests are lost */
     PbaHooks hooks;
     char *device;
-    char *path;
-    char *context; /* what the map is of; NULL: no bitmap */
     uint64_t size;
-    PbaSizes sizes;  /* of this connection */
-    bool by_cluster; /* see PBA_BY_CLUSTER */
-    char *broken;    /* why nothing more can be had from this volume; NULL: it works */
-    PbaMap *map;     /* owned: where pba_volume_next_dirty_region is; NULL: nowhere */
+    PbaSizes sizes; /* of this connection */
+    char *broken;   /* why nothing more can be had from this volume; NULL: it works */
+    PbaMap *map;    /* owned: where pba_volume_next_dirty_region is; NULL: nowhere */
 };
 
-/* A further connection to what pba_volume_open has, without the bitmap. Where the server tells
- * which parts are zeroes (NBD spec: the base:allocation context), the volume has a context. */
-PbaVolume *pba_volume_open_allocation(const PbaVolumeOptions *options, const PbaHooks *hooks,
-                                      GError **error);
-/* Whether a path is a URI, one over TLS, and one that may be connected to: PBA_ERROR_ARGUMENT. */
-bool pba_uri_is(const char *path);
-bool pba_uri_is_tls(const char *uri);
-bool pba_uri_check(const char *uri, GError **error);
-/* Connects, or connects again after an interrupted call. */
-bool pba_volume_connect(PbaVolume *volume, GError **error);
-/* What libnbd waits for (poll(2)), and letting it go on with what came: -1 on error. */
-short pba_nbd_events(struct nbd_handle *nbd);
-int pba_nbd_notify(struct nbd_handle *nbd, short events, short revents);
-/* Lets libnbd send and receive once something can be. what names the wait. */
-bool pba_volume_turn(PbaVolume *volume, gint64 deadline, const char *what, GError **error);
-/* How much of a range one request with data may be about. */
-uint64_t pba_volume_unit(const PbaVolume *volume, uint64_t offset, uint64_t length);
 /* The part of a range that a discard frees: see pba_whole_clusters. */
 PbaRange pba_volume_whole_clusters(const PbaVolume *volume, PbaRange range);
-/* Closes the connection, and with it all that is in flight. */
-void pba_volume_disconnect(PbaVolume *volume);
-/* A volume with an NBD handle is noted, so that pba_connections_cut finds its connection. */
-void pba_connection_note(PbaVolume *volume);
-void pba_connection_forget(PbaVolume *volume);
-/* Ends this process' connections to the server at that socket, whoever uses them. */
-void pba_connections_cut(const char *socket_path);
-/* True if there is no connection any more. */
-bool pba_volume_is_lost(const PbaVolume *volume);
-/* libnbd's last error, as one of ours about this device. */
-void pba_volume_set_nbd_error(const PbaVolume *volume, const char *what, GError **error);
 /* Marks the volume as of no more use because of error. */
 void pba_volume_break(PbaVolume *volume, const GError *error);
 /* False once it is so marked. */
 bool pba_volume_check(const PbaVolume *volume, GError **error);
 
-/* A way of its own through the dirty regions, from begin on. The volume must outlive it, or at
- * least be closed before: answers that are under way reach the map that asked. */
+/* A way of its own through the dirty regions, from begin on. The volume must outlive it. */
 PbaMap *pba_volume_map(PbaVolume *volume, uint64_t begin);
 void pba_map_free(PbaMap *map);
 /* The next dirty region on that way. Without later (NULL) a server's answer is waited for; else

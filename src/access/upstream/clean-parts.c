@@ -50,10 +50,11 @@ void pba_trim_clean_parts(PbaAccess *access, const PbaDisk *disk)
         .bitmap = disk->bitmap_name,
         .size = disk->size,
     };
-    g_autoptr(PbaVolume) volume = pba_volume_open(&options, &access->hooks, &error);
+    PbaNbdVolume *nbd = pba_nbd_open(&options, &access->hooks, &error);
+    g_autoptr(PbaVolume) volume = nbd ? &nbd->volume : NULL;
 
     if (volume && read_clean_ranges(volume, ranges, &error)) {
-        pba_nbd_discard_ranges(volume, (PbaRange *)ranges->data, ranges->len, &error);
+        pba_nbd_discard_ranges(nbd, (PbaRange *)ranges->data, ranges->len, &error);
     }
     if (error) {
         pba_log(&access->hooks, PBA_LOG_WARN, "the clean parts stay in the snapshot: %s",
