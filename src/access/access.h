@@ -92,7 +92,7 @@ struct PbaAccess {
     GPtrArray *disks;     /* PbaDisk */
     char *nonce;          /* of this setup; NULL: see pba_access_is_recovery */
     char *socket_dir;     /* NULL: not made */
-    char *socket;         /* the NBD server's, whether it is up or not */
+    char *socket;         /* the NBD server's, in that, whether it is up or not */
     GPtrArray *vfiles;    /* PbaVfile, one for each disk; NULL: none was asked for */
     void *backend_data;   /* what the backend alone knows of it; g_free frees it; NULL: nothing */
 };

@@ -69,29 +69,16 @@ bool pba_audit_freeze(PbaAccess *access, GError **error)
     return pba_actions_run(access->qmp, actions, error);
 }
 
-/* Removals of the target's copies on the node with that index. */
-static void find_copies(const PbaAccess *access, const PbaBlock *block, guint index,
-                        JsonArray *actions)
-{
-    const char *node = pba_block_node_name(block->nodes, index);
-    JsonObject *entry = pba_json_element(block->nodes, index);
-    JsonArray *bitmaps = node && entry ? pba_json_find_array(entry, "dirty-bitmaps") : NULL;
-
-    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
-        JsonObject *info = pba_json_element(bitmaps, i);
-        const char *name = info ? pba_json_find_string(info, "name") : NULL;
-        if (name && pba_is_audit_of(name, access->target_id)) {
-            pba_actions_add_ref(actions, "block-dirty-bitmap-remove", node, name);
-        }
-    }
-}
-
+/* Removals of the target's copies. */
 static JsonArray *removals(const PbaAccess *access, const PbaBlock *block)
 {
     JsonArray *actions = json_array_new();
+    PbaBitmapWalk at = pba_bitmaps_everywhere(block);
 
-    for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
-        find_copies(access, block, i, actions);
+    while (pba_bitmaps_next(&at)) {
+        if (pba_is_audit_of(at.name, access->target_id)) {
+            pba_actions_add_ref(actions, "block-dirty-bitmap-remove", at.node, at.name);
+        }
     }
     return actions;
 }

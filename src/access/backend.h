@@ -74,6 +74,17 @@ struct PbaBackend {
     bool (*add_status)(PbaQmp *qmp, JsonObject *status, GError **error);
 };
 
+/* What became of the step that makes a success of a backup, whatever its reply was. */
+typedef enum {
+    PBA_OUTCOME_DONE,
+    PBA_OUTCOME_NOT_DONE, /* it can still end as a failure */
+    PBA_OUTCOME_UNKNOWN,  /* QEMU cannot be asked: no other step is taken */
+} PbaOutcome;
+
+/* Says so, in the log and in *error: whether done, "the access has ended", is not known. */
+PbaOutcome pba_outcome_unknown(const PbaAccess *access, const char *done, const GError *unreachable,
+                               GError **error);
+
 /* Asks QEMU what it can do, which chooses the backend, and where need be who it is. */
 bool pba_access_begin(PbaAccess *access, GError **error);
 

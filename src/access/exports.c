@@ -5,6 +5,7 @@
 #include "src/volume/volume.h"
 #include <inttypes.h>
 #include <string.h>
+#include <unistd.h>
 
 /* So long a client may take for its first messages; how often it is looked for. */
 #define CLIENT_LIMIT_S 5
@@ -342,7 +343,7 @@ static bool stop_server(PbaAccess *access, GError **error)
 bool pba_nbd_server_stop(PbaAccess *access, bool is_shared, GError **error)
 {
     if (is_shared) {
-        g_clear_pointer(&access->socket, g_free); /* theirs from now on */
+        unlink(access->socket); /* theirs from now on: it is not found there any more */
         pba_log(&access->hooks, PBA_LOG_WARN,
                 "the NBD server stays up: it has got exports that are not ours");
         return true;

@@ -31,25 +31,22 @@ static bool is_targets(const PbaAccess *access, const char *bitmap)
            g_strcmp0(access->backend->bitmap_target(bitmap), access->target_id) == 0;
 }
 
-static void find_bitmaps(const PbaAccess *access, const PbaBlock *block, const char *node,
-                         JsonArray *actions, GPtrArray *lines)
+static void find_bitmaps(const PbaAccess *access, const PbaBlock *block, JsonArray *actions,
+                         GPtrArray *lines)
 {
-    JsonObject *entry = pba_block_find_node(block, node);
-    JsonArray *bitmaps = entry ? pba_json_find_array(entry, "dirty-bitmaps") : NULL;
+    PbaBitmapWalk at = pba_bitmaps_everywhere(block);
 
-    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
-        JsonObject *info = pba_json_element(bitmaps, i);
-        const char *name = info ? pba_json_find_string(info, "name") : NULL;
-        if (!name || !is_targets(access, name)) {
+    while (pba_bitmaps_next(&at)) {
+        if (!is_targets(access, at.name)) {
             continue;
         }
-        pba_actions_add_ref(actions, "block-dirty-bitmap-remove", node, name);
-        if (!pba_is_companion(name) && !pba_audit_key(name)) {
-            g_autofree char *device = pba_block_device_above(block, node);
+        pba_actions_add_ref(actions, "block-dirty-bitmap-remove", at.node, at.name);
+        if (!pba_is_companion(at.name) && !pba_audit_key(at.name)) {
+            g_autofree char *device = pba_block_device_above(block, at.node);
             g_ptr_array_add(lines,
                             pba_line("device %s: bitmap '%s' was removed: the next backup is "
                                      "a full one",
-                                     device ? device : node, name));
+                                     device ? device : at.node, at.name));
         }
     }
 }
@@ -65,12 +62,7 @@ static bool forget_marked(PbaAccess *access, GPtrArray *lines, GError **error)
         !check_down(access, &leftovers, error)) {
         return false;
     }
-    for (guint i = 0; i < json_array_get_length(block.nodes); i++) {
-        const char *node = pba_block_node_name(block.nodes, i);
-        if (node) {
-            find_bitmaps(access, &block, node, actions, lines);
-        }
-    }
+    find_bitmaps(access, &block, actions, lines);
     return pba_actions_run(access->qmp, actions, error);
 }
 

@@ -95,28 +95,17 @@ char *pba_leftovers_device(const PbaLeftovers *leftovers, const char *disk)
     return NULL;
 }
 
-/* A bitmap's name has its target's in it. */
-static char *find_in_bitmaps(const PbaLeftovers *leftovers, JsonArray *bitmaps, const char *key)
-{
-    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
-        JsonObject *info = pba_json_element(bitmaps, i);
-        const char *name = info ? pba_json_find_string(info, "name") : NULL;
-        const char *target = name ? leftovers->access->backend->bitmap_target(name) : NULL;
-        if (target && has_hash(target, key)) {
-            return g_strdup(target);
-        }
-    }
-    return NULL;
-}
-
 char *pba_leftovers_target(const PbaLeftovers *leftovers, const char *key)
 {
+    PbaBitmapWalk at = pba_bitmaps_everywhere(leftovers->block);
     char *target = NULL;
 
-    for (guint i = 0; !target && i < json_array_get_length(leftovers->block->nodes); i++) {
-        JsonObject *node = pba_json_element(leftovers->block->nodes, i);
-        target = node ? find_in_bitmaps(leftovers, pba_json_find_array(node, "dirty-bitmaps"), key)
-                      : NULL;
+    /* A bitmap's name has its target's in it. */
+    while (pba_bitmaps_next(&at)) {
+        const char *told = leftovers->access->backend->bitmap_target(at.name);
+        if (told && has_hash(told, key)) {
+            return g_strdup(told);
+        }
     }
     /* An access without bitmaps, or one of the early form of Proxmox' command. */
     for (guint i = 0; !target && i < leftovers->paths->len; i++) {
@@ -173,13 +162,10 @@ static void add_bitmaps(const PbaLeftovers *leftovers, const char *node, GPtrArr
 {
     const PbaBackend *backend = leftovers->access->backend;
     g_autoptr(GHashTable) seen = g_hash_table_new(g_str_hash, g_str_equal);
-    JsonObject *entry = pba_block_find_node(leftovers->block, node);
-    JsonArray *bitmaps = pba_json_find_array(entry, "dirty-bitmaps");
+    PbaBitmapWalk at = pba_bitmaps_of(leftovers->block, node);
 
-    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
-        JsonObject *info = pba_json_element(bitmaps, i);
-        const char *name = info ? pba_json_find_string(info, "name") : NULL;
-        const char *id = name ? backend->bitmap_target(name) : NULL;
+    while (pba_bitmaps_next(&at)) {
+        const char *id = backend->bitmap_target(at.name);
         const char *undone = id ? backend->bitmap_repair(leftovers->block, node, id) : NULL;
         if (!undone || !g_hash_table_add(seen, (gpointer)id)) {
             continue;
@@ -194,15 +180,12 @@ static void add_bitmaps(const PbaLeftovers *leftovers, const char *node, GPtrArr
 /* What an audit has copied. */
 static void add_copies(const PbaLeftovers *leftovers, const char *node, GPtrArray *things)
 {
-    JsonArray *bitmaps =
-        pba_json_find_array(pba_block_find_node(leftovers->block, node), "dirty-bitmaps");
+    PbaBitmapWalk at = pba_bitmaps_of(leftovers->block, node);
 
-    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
-        JsonObject *info = pba_json_element(bitmaps, i);
-        const char *name = info ? pba_json_find_string(info, "name") : NULL;
-        const char *key = name ? pba_audit_key(name) : NULL;
+    while (pba_bitmaps_next(&at)) {
+        const char *key = pba_audit_key(at.name);
         if (key) {
-            add_thing(things, name, key, pba_line("bitmap '%s' of node '%s'", name, node),
+            add_thing(things, at.name, key, pba_line("bitmap '%s' of node '%s'", at.name, node),
                       "was removed");
         }
     }

@@ -166,48 +166,39 @@ static const char *find_base(const Status *status, const char *node, const char 
     return companion ? pba_companion_id(companion) : NULL;
 }
 
-static void add_bitmap(const Status *status, const char *node, JsonObject *info, JsonArray *list)
+static void add_bitmap(const Status *status, const PbaBitmapWalk *at, JsonArray *list)
 {
     const PbaBackend *backend = status->access->backend;
-    const char *name = pba_json_find_string(info, "name");
-    const char *target = name ? backend->bitmap_target(name) : NULL;
-    bool is_background = name && backend->is_background(name);
+    const char *target = backend->bitmap_target(at->name);
+    bool is_background = backend->is_background(at->name);
 
     if (!target && !is_background) {
         return;
     }
-    g_autofree char *device = pba_block_device_above(&status->block, node);
+    g_autofree char *device = pba_block_device_above(&status->block, at->node);
     JsonObject *object = json_object_new();
     set_text(object, "target-id", target);
     set_text(object, "device", device);
-    set_text(object, "node", node);
-    set_text(object, "name", name);
-    set_text(object, "base", find_base(status, node, name, target));
+    set_text(object, "node", at->node);
+    set_text(object, "name", at->name);
+    set_text(object, "base", find_base(status, at->node, at->name, target));
     json_object_set_int_member(object, "background", is_background);
-    copy_size(object, "dirty-bytes", info, "count");
-    copy_size(object, "granularity", info, "granularity");
-    copy_flag(object, info, "recording");
-    copy_flag(object, info, "busy");
-    copy_flag(object, info, "persistent");
-    copy_flag(object, info, "inconsistent");
+    copy_size(object, "dirty-bytes", at->info, "count");
+    copy_size(object, "granularity", at->info, "granularity");
+    copy_flag(object, at->info, "recording");
+    copy_flag(object, at->info, "busy");
+    copy_flag(object, at->info, "persistent");
+    copy_flag(object, at->info, "inconsistent");
     json_array_add_object_element(list, object);
 }
 
 static JsonArray *describe_bitmaps(const Status *status)
 {
     JsonArray *list = json_array_new();
-    JsonArray *nodes = status->block.nodes;
+    PbaBitmapWalk at = pba_bitmaps_everywhere(&status->block);
 
-    for (guint i = 0; i < json_array_get_length(nodes); i++) {
-        JsonObject *node = pba_json_element(nodes, i);
-        const char *name = node ? pba_json_find_string(node, "node-name") : NULL;
-        JsonArray *bitmaps = name ? pba_json_find_array(node, "dirty-bitmaps") : NULL;
-        for (guint j = 0; bitmaps && j < json_array_get_length(bitmaps); j++) {
-            JsonObject *info = pba_json_element(bitmaps, j);
-            if (info) {
-                add_bitmap(status, name, info, list);
-            }
-        }
+    while (pba_bitmaps_next(&at)) {
+        add_bitmap(status, &at, list);
     }
     return list;
 }

@@ -180,6 +180,20 @@ static void end_interrupted_call(PbaAccess *access)
     }
 }
 
+PbaOutcome pba_outcome_unknown(const PbaAccess *access, const char *done, const GError *unreachable,
+                               GError **error)
+{
+    g_autofree char *hint =
+        g_strdup_printf("whether %s is not known: the next backup may be a full one", done);
+
+    pba_log(&access->hooks, PBA_LOG_WARN,
+            "whether %s is not known, and cannot be asked now (%s): the next backup may be a full "
+            "one",
+            done, unreachable->message);
+    pba_error_add_hint(error, hint);
+    return PBA_OUTCOME_UNKNOWN;
+}
+
 /* The end of a backup that is told its id. */
 static bool note_id(PbaAccess *access, const char *id, GError **error)
 {

@@ -89,32 +89,81 @@ JsonObject *pba_block_find_node(const PbaBlock *block, const char *node)
     return NULL;
 }
 
-JsonObject *pba_block_find_bitmap(const PbaBlock *block, const char *node, const char *bitmap)
+static JsonArray *bitmaps_at(JsonObject *node)
 {
-    JsonObject *entry = pba_block_find_node(block, node);
-    JsonArray *bitmaps = entry ? pba_json_find_array(entry, "dirty-bitmaps") : NULL;
+    return node ? pba_json_find_array(node, "dirty-bitmaps") : NULL;
+}
 
-    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
-        JsonObject *info = pba_json_element(bitmaps, i);
-        if (info && g_strcmp0(pba_json_find_string(info, "name"), bitmap) == 0) {
-            return info;
+PbaBitmapWalk pba_bitmaps_of(const PbaBlock *block, const char *node)
+{
+    return (PbaBitmapWalk){.node = node, .bitmaps = bitmaps_at(pba_block_find_node(block, node))};
+}
+
+PbaBitmapWalk pba_bitmaps_everywhere(const PbaBlock *block)
+{
+    return (PbaBitmapWalk){.nodes = block->nodes};
+}
+
+static bool has_next(const PbaBitmapWalk *at)
+{
+    return at->bitmaps && at->next < json_array_get_length(at->bitmaps);
+}
+
+static bool next_node(PbaBitmapWalk *at)
+{
+    if (!at->nodes || at->next_node == json_array_get_length(at->nodes)) {
+        return false;
+    }
+    at->node = pba_block_node_name(at->nodes, at->next_node);
+    at->bitmaps = at->node ? bitmaps_at(pba_json_element(at->nodes, at->next_node)) : NULL;
+    at->next = 0;
+    at->next_node++;
+    return true;
+}
+
+bool pba_bitmaps_next(PbaBitmapWalk *at)
+{
+    do {
+        while (has_next(at)) {
+            at->info = pba_json_element(at->bitmaps, at->next++);
+            at->name = at->info ? pba_json_find_string(at->info, "name") : NULL;
+            if (at->name) {
+                return true;
+            }
+        }
+    } while (next_node(at));
+    return false;
+}
+
+static JsonObject *find_named(PbaBitmapWalk at, const char *bitmap)
+{
+    while (pba_bitmaps_next(&at)) {
+        if (g_strcmp0(at.name, bitmap) == 0) {
+            return at.info;
         }
     }
     return NULL;
 }
 
+JsonObject *pba_block_find_bitmap(const PbaBlock *block, const char *node, const char *bitmap)
+{
+    return find_named(pba_bitmaps_of(block, node), bitmap);
+}
+
+bool pba_block_has_bitmap(const PbaBlock *block, const char *bitmap)
+{
+    return find_named(pba_bitmaps_everywhere(block), bitmap) != NULL;
+}
+
 JsonObject *pba_block_find_background(const PbaBlock *block, const char *node,
                                       const char *target_id, bool tied)
 {
-    JsonObject *entry = pba_block_find_node(block, node);
-    JsonArray *bitmaps = entry ? pba_json_find_array(entry, "dirty-bitmaps") : NULL;
+    PbaBitmapWalk at = pba_bitmaps_of(block, node);
 
-    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
-        JsonObject *info = pba_json_element(bitmaps, i);
-        const char *name = info ? pba_json_find_string(info, "name") : NULL;
-        if (name && g_strcmp0(pba_background_target(name), target_id) == 0 &&
-            pba_is_tied_background(name) == tied) {
-            return info;
+    while (pba_bitmaps_next(&at)) {
+        if (g_strcmp0(pba_background_target(at.name), target_id) == 0 &&
+            pba_is_tied_background(at.name) == tied) {
+            return at.info;
         }
     }
     return NULL;

@@ -56,34 +56,19 @@ const char *pba_companion_id(const char *bitmap)
     return last && is_id(last + 1) ? last + 1 : NULL;
 }
 
-/* The bitmaps of a node; NULL if it has none. */
-static JsonArray *bitmaps_of(const PbaBlock *block, const char *node)
-{
-    JsonObject *entry = pba_block_find_node(block, node);
-
-    return entry ? pba_json_find_array(entry, "dirty-bitmaps") : NULL;
-}
-
-/* The name of the bitmap with that index, if it is a companion of the target; borrowed. */
-static const char *companion_at(JsonArray *bitmaps, guint index, const char *target_id)
-{
-    JsonObject *info = pba_json_element(bitmaps, index);
-    const char *name = info ? pba_json_find_string(info, "name") : NULL;
-
-    return name && pba_is_companion_of(name, target_id) ? name : NULL;
-}
-
 const char *pba_companion_find(const PbaBlock *block, const char *node, const char *target_id)
 {
-    JsonArray *bitmaps = bitmaps_of(block, node);
+    PbaBitmapWalk at = pba_bitmaps_of(block, node);
     const char *found = NULL;
 
-    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
-        const char *name = companion_at(bitmaps, i, target_id);
-        if (name && found) {
+    while (pba_bitmaps_next(&at)) {
+        if (!pba_is_companion_of(at.name, target_id)) {
+            continue;
+        }
+        if (found) {
             return NULL; /* which of them is true cannot be told */
         }
-        found = name ? name : found;
+        found = at.name;
     }
     return found;
 }
@@ -164,12 +149,11 @@ char *pba_companion_problem(const PbaBlock *block, const char *node, const char 
 void pba_companion_remove(JsonArray *actions, const PbaBlock *block, const char *node,
                           const char *target_id)
 {
-    JsonArray *bitmaps = bitmaps_of(block, node);
+    PbaBitmapWalk at = pba_bitmaps_of(block, node);
 
-    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
-        const char *name = companion_at(bitmaps, i, target_id);
-        if (name) {
-            pba_actions_add_ref(actions, "block-dirty-bitmap-remove", node, name);
+    while (pba_bitmaps_next(&at)) {
+        if (pba_is_companion_of(at.name, target_id)) {
+            pba_actions_add_ref(actions, "block-dirty-bitmap-remove", node, at.name);
         }
     }
 }

@@ -105,6 +105,25 @@ bool pba_block_has_parent(const PbaBlock *block, const char *node);
 /* The first node from node downwards that is no filter: where a disk's bitmaps belong. */
 const char *pba_block_skip_filters(const PbaBlock *block, const char *node);
 
+/* Whether any node has a bitmap of that name. */
+bool pba_block_has_bitmap(const PbaBlock *block, const char *bitmap);
+
+/* Goes through the bitmaps that have a name, of one node or of all that have one. */
+typedef struct {
+    const char *node;
+    const char *name;
+    JsonObject *info;
+    JsonArray *bitmaps; /* of the node */
+    guint next;         /* of them */
+    JsonArray *nodes;   /* NULL: of one node */
+    guint next_node;
+} PbaBitmapWalk;
+
+PbaBitmapWalk pba_bitmaps_of(const PbaBlock *block, const char *node);
+PbaBitmapWalk pba_bitmaps_everywhere(const PbaBlock *block);
+/* False after the last one. */
+bool pba_bitmaps_next(PbaBitmapWalk *at);
+
 /* The name of one of the nodes, borrowed; NULL if it has none. */
 const char *pba_block_node_name(JsonArray *nodes, guint index);
 /* The id in what query-block calls qdev, the caller's to free; NULL if it has none. */

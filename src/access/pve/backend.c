@@ -85,16 +85,13 @@ static const char *bitmap_repair(G_GNUC_UNUSED const PbaBlock *block,
 static bool find_foreign(const PbaBlock *block, char **target_id)
 {
     for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
-        JsonObject *node = pba_json_element(block->nodes, i);
-        JsonArray *bitmaps = node ? pba_json_find_array(node, "dirty-bitmaps") : NULL;
+        PbaBitmapWalk at = pba_bitmaps_of(block, pba_block_node_name(block->nodes, i));
         const char *frozen = NULL;
         bool has_background = false;
-        for (guint j = 0; bitmaps && j < json_array_get_length(bitmaps); j++) {
-            JsonObject *info = pba_json_element(bitmaps, j);
-            const char *name = info ? pba_json_find_string(info, "name") : NULL;
-            has_background |= name && is_background(name);
-            const char *target = name ? bitmap_target(name) : NULL;
-            frozen = target && !pba_json_find_bool(info, "recording") ? target : frozen;
+        while (pba_bitmaps_next(&at)) {
+            const char *target = bitmap_target(at.name);
+            has_background |= is_background(at.name);
+            frozen = target && !pba_json_find_bool(at.info, "recording") ? target : frozen;
         }
         if (has_background) {
             *target_id = g_strdup(frozen);

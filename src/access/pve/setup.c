@@ -64,17 +64,6 @@ static bool check_name(const PbaDisk *disk, const PbaBlock *block, GError **erro
     return true;
 }
 
-static bool bitmap_exists(const PbaBlock *block, const char *name)
-{
-    for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
-        const char *node_name = pba_block_node_name(block->nodes, i);
-        if (node_name && pba_block_find_bitmap(block, node_name, name)) {
-            return true;
-        }
-    }
-    return false;
-}
-
 /* What the early form of the command cannot say. */
 static bool check_early_form(PbaAccess *access, const PbaBlock *block, GError **error)
 {
@@ -101,7 +90,7 @@ static bool check_early_form(PbaAccess *access, const PbaBlock *block, GError **
     }
     /* One with a companion is removed before. */
     g_autofree char *name = pba_pve_bitmap(access, access->tied);
-    if (first->mode == PBA_BITMAP_MODE_NEW && !access->tied && bitmap_exists(block, name)) {
+    if (first->mode == PBA_BITMAP_MODE_NEW && !access->tied && pba_block_has_bitmap(block, name)) {
         pba_error_set(error, PBA_ERROR_UNSUPPORTED,
                       "this QEMU's early backup-access-setup makes a new bitmap only under a new "
                       "name, and '%s' exists - give another 'bitmap-name'",

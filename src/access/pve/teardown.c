@@ -45,23 +45,20 @@ static const char *find_danger(const PbaDisk *disk, const PbaBlock *block)
 /* Whether a node with a background bitmap lacks the target's, or has one that is in use, or a
  * frozen one has no background bitmap. The name is not known of a QEMU with the early form of the
  * command; there any frozen one will do. */
-static const char *find_stale_danger(const PbaAccess *access, JsonObject *node, bool is_up)
+static const char *find_stale_danger(const PbaAccess *access, PbaBitmapWalk at, bool is_up)
 {
-    JsonArray *bitmaps = pba_json_find_array(node, "dirty-bitmaps");
     bool has_background = false;
     bool has_target = false;
     bool is_frozen = false;
     bool is_busy = false;
 
-    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
-        JsonObject *info = pba_json_element(bitmaps, i);
-        const char *name = info ? pba_json_find_string(info, "name") : NULL;
-        if (g_strcmp0(name, PBA_PVE_BACKGROUND) == 0) {
+    while (pba_bitmaps_next(&at)) {
+        if (strcmp(at.name, PBA_PVE_BACKGROUND) == 0) {
             has_background = true;
-        } else if (name && pba_pve_may_be_targets(access, name, info)) {
+        } else if (pba_pve_may_be_targets(access, at.name, at.info)) {
             has_target = true;
-            is_frozen |= !pba_json_find_bool(info, "recording");
-            is_busy |= pba_json_find_bool(info, "busy");
+            is_frozen |= !pba_json_find_bool(at.info, "recording");
+            is_busy |= pba_json_find_bool(at.info, "busy");
         }
     }
     if ((has_background && !has_target) || (is_up && is_frozen && !has_background)) {
@@ -83,9 +80,8 @@ static bool check_stale_safe(PbaAccess *access, const PbaBlock *block, GError **
         device = disk->device;
     }
     for (guint i = 0; !danger && i < json_array_get_length(block->nodes); i++) {
-        JsonObject *node = pba_json_element(block->nodes, i);
-        danger = node ? find_stale_danger(access, node, is_up) : NULL;
         device = pba_block_node_name(block->nodes, i);
+        danger = find_stale_danger(access, pba_bitmaps_of(block, device), is_up);
     }
     if (danger) {
         pba_error_set(error, PBA_ERROR_STATE, "%s", danger);
@@ -120,13 +116,7 @@ static bool is_marked_as_ending(const PbaAccess *access, const PbaBlock *block)
 /* While an access with bitmaps is up. */
 static bool has_background(const PbaBlock *block)
 {
-    for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
-        const char *node = pba_block_node_name(block->nodes, i);
-        if (node && pba_block_find_bitmap(block, node, PBA_PVE_BACKGROUND)) {
-            return true;
-        }
-    }
-    return false;
+    return pba_block_has_bitmap(block, PBA_PVE_BACKGROUND);
 }
 
 static bool has_bitmaps(const PbaAccess *access)
@@ -201,48 +191,39 @@ static bool is_not_ours(const PbaAccess *access, const GError *error)
            strstr(error->message, "got target");
 }
 
-typedef enum { DONE, NOT_DONE, UNKNOWN } Outcome;
-
 /* Whatever the error is: a caller's transport says of a time-out what QEMU says of a refusal. Over
  * a new connection, when QEMU has done with all that came over the one before. Only bitmaps tell.
  */
-static Outcome find_outcome(PbaAccess *access, GError **error)
+static PbaOutcome find_outcome(PbaAccess *access, GError **error)
 {
     g_auto(PbaBlock) block = {0};
     g_autoptr(GError) unreachable = NULL;
 
     pba_qmp_release(access->qmp);
     if (pba_block_query(access->qmp, false, &block, &unreachable)) {
-        return has_background(&block) ? NOT_DONE : DONE;
+        return has_background(&block) ? PBA_OUTCOME_NOT_DONE : PBA_OUTCOME_DONE;
     }
-    pba_log(&access->hooks, PBA_LOG_WARN,
-            "whether the access has ended is not known, and cannot be asked now (%s): the next "
-            "backup may be a full "
-            "one",
-            unreachable->message);
-    pba_error_add_hint(
-        error, "whether the access has ended is not known: the next backup may be a full one");
-    return UNKNOWN;
+    return pba_outcome_unknown(access, "the access has ended", unreachable, error);
 }
 
-static Outcome send_teardown(PbaAccess *access, bool success, GError **error)
+static PbaOutcome send_teardown(PbaAccess *access, bool success, GError **error)
 {
     GError *local = NULL;
 
     if (tell_teardown(access, access->tied, success, &local)) {
-        return DONE;
+        return PBA_OUTCOME_DONE;
     }
     /* Of a dead process it is not known which of the two names QEMU was given. */
     if (is_not_ours(access, local)) {
         g_clear_error(&local);
         if (tell_teardown(access, true, success, &local)) {
-            return DONE;
+            return PBA_OUTCOME_DONE;
         }
     }
-    Outcome outcome = is_not_ours(access, local) ? DONE
-                      : has_bitmaps(access)      ? find_outcome(access, &local)
-                                                 : UNKNOWN;
-    if (outcome == DONE) {
+    PbaOutcome outcome = is_not_ours(access, local) ? PBA_OUTCOME_DONE
+                         : has_bitmaps(access)      ? find_outcome(access, &local)
+                                                    : PBA_OUTCOME_UNKNOWN;
+    if (outcome == PBA_OUTCOME_DONE) {
         g_error_free(local);
     } else {
         g_propagate_error(error, local);
@@ -258,17 +239,17 @@ static bool mark_ending(PbaAccess *access, GError **error)
 
 /* The mark is there before QEMU is told, and goes when its reply has been handled: a process that
  * dies between, or is not told, leaves it for the next one to find. */
-static Outcome commit(PbaAccess *access, const PbaBlock *block, GError **error)
+static PbaOutcome commit(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     /* The bitmaps are about to be of another backup: from here on none says of which one. */
     if (has_bitmaps(access) &&
         (!mark_ending(access, error) || !pba_pve_take_ids(access, block, error))) {
-        return error && pba_error_is_fatal(*error) ? UNKNOWN : NOT_DONE;
+        return error && pba_error_is_fatal(*error) ? PBA_OUTCOME_UNKNOWN : PBA_OUTCOME_NOT_DONE;
     }
     /* From here on a signal would leave in doubt what became of it. */
     pba_qmp_settle(access->qmp, true);
-    Outcome outcome = send_teardown(access, true, error);
-    if (outcome == DONE) {
+    PbaOutcome outcome = send_teardown(access, true, error);
+    if (outcome == PBA_OUTCOME_DONE) {
         pba_access_enter(access, PBA_PHASE_COMMITTED);
         /* Not before: until QEMU has begun them anew the bitmaps are relative to the base. */
         pba_pve_give_ids(access, block);
@@ -286,7 +267,7 @@ static void end_as_failure(PbaAccess *access, GError **error)
     pba_log(&access->hooks, PBA_LOG_WARN,
             "the access is ended as after a failed backup, since it could not be as a success: %s",
             (*error)->message);
-    if (send_teardown(access, false, &step) == DONE) {
+    if (send_teardown(access, false, &step) == PBA_OUTCOME_DONE) {
         pba_error_add_hint(error, "the bitmaps are as after a failed backup");
         pba_access_enter(access, PBA_PHASE_ENDED);
     }
@@ -297,14 +278,14 @@ static bool end_as_success(PbaAccess *access, const PbaBlock *block, GError **er
 {
     GError *local = NULL;
 
-    Outcome outcome = commit(access, block, &local);
-    if (outcome == NOT_DONE) {
+    PbaOutcome outcome = commit(access, block, &local);
+    if (outcome == PBA_OUTCOME_NOT_DONE) {
         end_as_failure(access, &local);
     }
     if (local) {
         g_propagate_error(error, local);
     }
-    return outcome == DONE;
+    return outcome == PBA_OUTCOME_DONE;
 }
 
 /* Whether nothing in there would crash QEMU. */
@@ -313,12 +294,13 @@ static bool check(PbaAccess *access, const PbaBlock *block, GError **error)
     const PbaDisk *first = access->disks->pdata[0];
     bool is_recovery = pba_access_is_recovery(access);
 
-    /* Without a reply to setup it is not known whose access is up: then, as of a dead process' one,
+    if (first->snapshot_node && !is_recovery) {
+        return check_safe(access, block, error);
+    }
+    /* Of a dead process' access, or without a reply to setup, it is not known whose access is up:
      * only what the bitmaps of all nodes show is known of it. */
-    bool is_known = first->snapshot_node && !is_recovery;
-    return (is_known || check_no_exports(access, error)) &&
-           (is_recovery || check_safe(access, block, error)) &&
-           (is_known || check_stale_safe(access, block, error));
+    return check_no_exports(access, error) && (is_recovery || check_safe(access, block, error)) &&
+           check_stale_safe(access, block, error);
 }
 
 static bool end(PbaAccess *access, const PbaBlock *block, bool success, GError **error)
@@ -336,7 +318,7 @@ static bool end(PbaAccess *access, const PbaBlock *block, bool success, GError *
     }
     /* Known before teardown only: then QEMU's background bitmap goes. */
     bool may_be_committed = is_marked_as_ending(access, block) && !has_background(block);
-    return send_teardown(access, false, error) == DONE &&
+    return send_teardown(access, false, error) == PBA_OUTCOME_DONE &&
            (!may_be_committed || remove_bitmaps(access, block, error));
 }
 

@@ -170,58 +170,39 @@ bool pba_pve_is_access_up(const PbaBlock *block)
     return false;
 }
 
-static bool is_stray(const PbaAccess *access, JsonObject *info)
+static bool is_stray(const PbaAccess *access, const PbaBitmapWalk *at)
 {
-    const char *name = pba_json_find_string(info, "name");
-
-    return g_strcmp0(name, PBA_PVE_BACKGROUND) == 0 ||
-           (name && !pba_json_find_bool(info, "recording") &&
-            g_strcmp0(access->backend->bitmap_target(name), access->target_id) == 0);
-}
-
-static JsonArray *bitmaps_at(const PbaBlock *block, guint index)
-{
-    JsonObject *node = pba_json_element(block->nodes, index);
-    return node && pba_block_node_name(block->nodes, index)
-               ? pba_json_find_array(node, "dirty-bitmaps")
-               : NULL;
+    return strcmp(at->name, PBA_PVE_BACKGROUND) == 0 ||
+           (!pba_json_find_bool(at->info, "recording") &&
+            g_strcmp0(access->backend->bitmap_target(at->name), access->target_id) == 0);
 }
 
 bool pba_pve_has_strays(const PbaAccess *access, const PbaBlock *block)
 {
-    if (pba_pve_is_access_up(block)) {
-        return false;
-    }
-    for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
-        JsonArray *bitmaps = bitmaps_at(block, i);
-        for (guint j = 0; bitmaps && j < json_array_get_length(bitmaps); j++) {
-            JsonObject *info = pba_json_element(bitmaps, j);
-            if (info && is_stray(access, info)) {
-                return true;
-            }
-        }
-    }
-    return false;
-}
-
-static void find_strays(const PbaAccess *access, const PbaBlock *block, guint index,
-                        JsonArray *actions, GPtrArray *lines)
-{
-    const char *node = pba_block_node_name(block->nodes, index);
-    JsonArray *bitmaps = bitmaps_at(block, index);
+    PbaBitmapWalk at = pba_bitmaps_everywhere(block);
     bool found = false;
 
-    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
-        JsonObject *info = pba_json_element(bitmaps, i);
-        if (!info || !is_stray(access, info)) {
-            continue;
+    while (!found && pba_bitmaps_next(&at)) {
+        found = is_stray(access, &at);
+    }
+    return found && !pba_pve_is_access_up(block);
+}
+
+static void find_strays(const PbaAccess *access, const PbaBlock *block, const char *node,
+                        JsonArray *actions, GPtrArray *lines)
+{
+    PbaBitmapWalk at = pba_bitmaps_of(block, node);
+    bool found = false;
+
+    while (pba_bitmaps_next(&at)) {
+        if (is_stray(access, &at)) {
+            pba_actions_add_removal(actions, block, node, at.name);
+            g_ptr_array_add(lines, pba_line("bitmap '%s' of node '%s' was removed: it is of an "
+                                            "access that was not torn down, and came with the "
+                                            "guest's state",
+                                            at.name, node));
+            found = true;
         }
-        const char *name = pba_json_find_string(info, "name");
-        pba_actions_add_removal(actions, block, node, name);
-        g_ptr_array_add(lines, pba_line("bitmap '%s' of node '%s' was removed: it is of an access "
-                                        "that was not torn down, and came with the guest's state",
-                                        name, node));
-        found = true;
     }
     if (found) {
         pba_companion_remove(actions, block, node, access->target_id);
@@ -239,7 +220,7 @@ bool pba_pve_drop_strays(PbaAccess *access, GPtrArray *lines, GError **error)
     }
     guint count = pba_pve_is_access_up(&block) ? 0 : json_array_get_length(block.nodes);
     for (guint i = 0; i < count; i++) {
-        find_strays(access, &block, i, actions, found);
+        find_strays(access, &block, pba_block_node_name(block.nodes, i), actions, found);
     }
     if (!pba_actions_run(access->qmp, actions, error)) {
         return false;

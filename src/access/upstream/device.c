@@ -4,6 +4,16 @@
 #include "upstream.h"
 #include <string.h>
 
+/* A QEMU that refuses does not have it; any other error is the caller's. */
+static void keep_fatal(GError *step, GError **error)
+{
+    if (pba_error_is_fatal(step)) {
+        g_propagate_error(error, step);
+    } else {
+        g_clear_error(&step);
+    }
+}
+
 /* qom-get where the object may lack the property: NULL then, and also on an error. */
 static JsonNode *find_property(PbaQmp *qmp, const char *path, const char *property, GError **error)
 {
@@ -11,11 +21,7 @@ static JsonNode *find_property(PbaQmp *qmp, const char *path, const char *proper
     JsonNode *value = pba_qmp_execute(
         qmp, "qom-get", pba_json("{'path': <%s>, 'property': <%s>}", path, property), &local);
 
-    if (pba_error_is_fatal(local)) {
-        g_propagate_error(error, local);
-    } else {
-        g_clear_error(&local);
-    }
+    keep_fatal(local, error);
     return value;
 }
 
@@ -105,11 +111,7 @@ static char *find_link(PbaQmp *qmp, const char *bus, const char *device, GError 
             return g_strdup(name);
         }
     }
-    if (pba_error_is_fatal(local)) {
-        g_propagate_error(error, local);
-    } else {
-        g_clear_error(&local);
-    }
+    keep_fatal(local, error);
     return NULL;
 }
 

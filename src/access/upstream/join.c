@@ -52,19 +52,16 @@ static GPtrArray *find_backgrounds(const PbaAccess *access, const PbaBlock *bloc
                                    const PbaDisk *disk, bool tied)
 {
     GPtrArray *found = g_ptr_array_new_with_free_func(g_free);
-    JsonObject *node = pba_block_find_node(block, disk->bitmap_node);
-    JsonArray *bitmaps = node ? pba_json_find_array(node, "dirty-bitmaps") : NULL;
+    PbaBitmapWalk at = pba_bitmaps_of(block, disk->bitmap_node);
     g_autofree char *own = pba_access_is_recovery(access)
                                ? NULL
                                : pba_background_bitmap(access->target_id, access->nonce, tied);
 
-    for (guint i = 0; bitmaps && i < json_array_get_length(bitmaps); i++) {
-        JsonObject *info = pba_json_element(bitmaps, i);
-        const char *name = info ? pba_json_find_string(info, "name") : NULL;
-        const char *target = name ? pba_background_target(name) : NULL;
-        if (target && pba_is_tied_background(name) == tied &&
-            (own ? strcmp(name, own) == 0 : strcmp(target, access->target_id) == 0)) {
-            g_ptr_array_add(found, g_strdup(name));
+    while (pba_bitmaps_next(&at)) {
+        const char *target = pba_background_target(at.name);
+        if (target && pba_is_tied_background(at.name) == tied &&
+            (own ? strcmp(at.name, own) == 0 : strcmp(target, access->target_id) == 0)) {
+            g_ptr_array_add(found, g_strdup(at.name));
         }
     }
     return found;
@@ -333,27 +330,19 @@ static bool look_again(const Join *join, bool *has_targets, bool *has_background
     return true;
 }
 
-typedef enum { COMMITTED, NOT_COMMITTED, UNKNOWN } Outcome;
-
 /* Whatever the error is, a lost reply or a refusal (which a caller's transport may also say of a
  * time-out), QEMU's bitmaps tell whether it was done. */
-static Outcome find_outcome(const Join *join, GError **error)
+static PbaOutcome find_outcome(const Join *join, GError **error)
 {
     g_autoptr(GError) unreachable = NULL;
     bool has_targets;
     bool has_backgrounds;
 
     if (look_again(join, &has_targets, &has_backgrounds, &unreachable)) {
-        return !has_targets && has_backgrounds ? COMMITTED : NOT_COMMITTED;
+        return !has_targets && has_backgrounds ? PBA_OUTCOME_DONE : PBA_OUTCOME_NOT_DONE;
     }
-    pba_log(&join->access->hooks, PBA_LOG_WARN,
-            "whether the backup was committed as a success is not known, and cannot be asked now "
-            "(%s): the next backup may be a full "
-            "one",
-            unreachable->message);
-    pba_error_add_hint(error, "whether the backup was committed as a success is not known: the "
-                              "next backup may be a full one");
-    return UNKNOWN;
+    return pba_outcome_unknown(join->access, "the backup was committed as a success", unreachable,
+                               error);
 }
 
 /* Whether the background bitmaps have gone: the second step is done. */
@@ -383,24 +372,24 @@ static void finish(const Join *join)
     }
 }
 
-static Outcome commit(const Join *join, GError **error)
+static PbaOutcome commit(const Join *join, GError **error)
 {
     PbaAccess *access = join->access;
     GError *local = NULL;
-    Outcome outcome = COMMITTED;
+    PbaOutcome outcome = PBA_OUTCOME_DONE;
 
     /* From here on a signal would leave in doubt what became of it. */
     pba_qmp_settle(access->qmp, true);
     if (join->splits->len > 0 && !run_step(join, add_commit, &local)) {
         outcome = find_outcome(join, &local);
     }
-    if (outcome == COMMITTED) {
+    if (outcome == PBA_OUTCOME_DONE) {
         g_clear_error(&local);
         pba_access_enter(access, PBA_PHASE_COMMITTED);
         if (join->splits->len > 0) {
             finish(join);
         }
-        return COMMITTED;
+        return PBA_OUTCOME_DONE;
     }
     pba_qmp_settle(access->qmp, false);
     g_propagate_error(error, local);
@@ -436,8 +425,8 @@ bool pba_bitmaps_join(PbaAccess *access, PbaBlock *block, bool success, GError *
 
     bool found = find_splits(&join, &first);
     if (found && success) {
-        Outcome outcome = commit(&join, &first);
-        if (outcome == NOT_COMMITTED) {
+        PbaOutcome outcome = commit(&join, &first);
+        if (outcome == PBA_OUTCOME_NOT_DONE) {
             end_as_failure(&join, &first);
         }
     } else if (!pba_error_is_fatal(first)) {
