@@ -11,6 +11,7 @@ use lib "$FindBin::Bin/lib";
 use Test::More;
 
 use PBA::Test::Container qw(describe write_file);
+use PBA::Test::VZDump::Host qw(empty_modules);
 
 my $tree = $ENV{PBA_PVE_CONTAINER};
 plan(skip_all => 'needs PBA_PVE_CONTAINER') if !$tree;
@@ -20,14 +21,6 @@ my $first_id = 100_000;
 my @id_map = map { [$_, 0, $first_id, 65_536] } qw(u g);
 my $stand_in
     = qr{\APVE/(?:Cluster|GuestHelpers|INotify|LXC|LXC/(?:Config|Setup)|Storage|Storage/.*|VZDump|VZDump/(?:Plugin|ConvertOVZ)|RPCEnvironment|RESTEnvironment|DataCenterConfig)\.pm\z};
-
-sub empty_module ($, $file) {
-    return if $file !~ $stand_in;
-    my $package = $file =~ s!/!::!gr =~ s/\.pm\z//r;
-    my $text = "package $package; our \$AUTOLOAD; sub AUTOLOAD { return } 1;";
-    open(my $fh, '<', \$text) or die "$file: $!\n";
-    return $fh;
-}
 
 # The map of ids as root may write it himself; and the command that runs another in such a namespace.
 sub make_programs ($dir) {
@@ -47,7 +40,7 @@ sub make_programs ($dir) {
 
 my @places = grep { -d "$_/PVE" } map { ($_, "$_/src", "$_/usr/share/perl5") } $tree,
     glob("$tree/*");
-unshift(@INC, \&empty_module, @places);
+unshift(@INC, empty_modules($stand_in), @places);
 my $is_loaded
     = eval { require PVE::LXC::Create; require PVE::LXC::Namespaces; require PVE::VZDump::LXC; 1 };
 plan(skip_all => "needs what pve-container needs: $@") if !$is_loaded;

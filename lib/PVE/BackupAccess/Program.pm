@@ -7,7 +7,6 @@ package PVE::BackupAccess::Program;
 use v5.36;
 
 use Exporter qw(import);
-use File::Temp ();
 use POSIX qw(SIG_BLOCK SIG_SETMASK WNOHANG);
 use Time::HiRes qw(sleep time);
 
@@ -15,7 +14,7 @@ use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Try qw(ensure);
 
-our @EXPORT_OK = qw(end_with new_pipe program_environment run_program);
+our @EXPORT_OK = qw(end_with new_pipe program_environment run_program temporary_file);
 
 my $not_run = 127;    # exit status of a child that cannot become the program
 
@@ -36,6 +35,13 @@ sub new_pipe () {
     local $^F = 2;
     pipe(my $from, my $to) or fail('SystemError', "cannot make a pipe - $!");
     return ($from, $to);
+}
+
+# Has no name, and no program inherits it either.
+sub temporary_file () {
+    local $^F = 2;
+    open(my $file, '+>:raw', undef) or fail('SystemError', "cannot make a temporary file - $!");
+    return $file;
 }
 
 my sub read_all ($fh) {
@@ -99,7 +105,7 @@ my sub kill_child ($pid) {
 
 # Runs the program; returns its status, as in $?, and what it wrote to standard output and error.
 sub run_program (@command) {
-    my ($out, $err) = (File::Temp->new, File::Temp->new);
+    my ($out, $err) = (temporary_file(), temporary_file());
     my ($pid, $status);
     local $SIG{CHLD} = 'DEFAULT';
     local ($!, $?);

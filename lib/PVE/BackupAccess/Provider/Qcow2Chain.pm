@@ -204,10 +204,13 @@ sub backup_get_mechanism ($self, $vmid, $vmtype) {
 sub backup_vm_query_incremental ($self, $vmid, $volumes) {
     my $task = $self->_task($vmid);
     my $notes = $self->_notes($vmid);
+    my $archives = $task->{archives} = [$task->{guest}->readable];
     my %modes;
     for my $device (sort keys $volumes->%*) {
         my $base;
-        my $find = sub { $base = $task->{guest}->base($notes, $device, $volumes->{$device}) };
+        my $find = sub {
+            $base = $task->{guest}->base($archives, $notes, $device, $volumes->{$device});
+        };
         my $error = $self->{'make full'} ? undef : attempt(\&$find);
         $self->{log}->('warn', "$device: full backup - " . reason($error)) if $error;
         $task->{bases}{$device} = $base;

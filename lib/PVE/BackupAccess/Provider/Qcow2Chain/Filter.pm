@@ -10,7 +10,7 @@ use POSIX ();
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw(end_with program_environment);
+use PVE::BackupAccess::Program qw(end_with program_environment temporary_file);
 
 my $Error = 'PVE::BackupAccess::Error';
 my $first_free_fd = 10;    # past those that a program has by itself
@@ -36,15 +36,9 @@ my sub run_instead ($parent, $handles, @command) {
     POSIX::_exit(127);
 }
 
-my sub log_file () {
-    local $^F = 2;    # whatever the caller has set: no other program has it
-    open(my $log, '+>', undef) or fail("cannot make a temporary file - $!");
-    return $log;
-}
-
 # handles: in, out, err; /dev/null where there is none, and for err a file whose content said() gives.
 sub start ($class, $handles, @command) {
-    my $log = $handles->{err} ? undef : log_file();
+    my $log = $handles->{err} ? undef : temporary_file();
     my $parent = $$;
     my $pid = fork() // fail("cannot fork - $!");
     run_instead($parent, { err => $log, $handles->%* }, @command) if !$pid;

@@ -49,8 +49,8 @@ sub names ($self) {
 
 sub archive ($self, $name) { return $Archive->load($self->{dir}, $name) }
 
-# Those whose manifests can be read.
-sub _readable ($self) {
+# Those whose manifests can be read, the oldest first.
+sub readable ($self) {
     my @archives;
     for my $name ($self->names) {
         attempt { push(@archives, $self->archive($name)) };
@@ -133,41 +133,40 @@ sub clean ($self) {
 
 # ---- what the bitmaps are relative to ----
 
+my sub newest_of ($archives, $device) {
+    return first { $_->device($device) } reverse($archives->@*);
+}
+
 # The archive that the device's bitmap can go on from, undef if there is none. Where the bitmap does not
-# tell its backup, that can be the newest archive only: a newer one than is noted is another host's.
-sub base ($self, $notes, $device, $volume) {
+# tell its backup, that can be the newest archive only: a newer one than is noted is another host's. archives are
+# those that can be read, as below: they are the same for all devices of a backup.
+sub base ($self, $archives, $notes, $device, $volume) {
     my $is_told = exists($volume->{base});
     my $id = $is_told ? $volume->{base} : $notes->ids->{$device};
     return undef if !defined($id);
-    my $base = $self->base_of_id($id, $device, $volume->{size});
+    my $base = $self->_base_of_id($archives, $id, $device, $volume->{size});
     return $base if $is_told;
-    my $newest = $self->_newest_of($device);
+    my $newest = newest_of($archives, $device);
     fail('this host did not make the newest archive, ' . $newest->name) if $newest->id ne $id;
     return $base;
-}
-
-# The newest archive that has the device, of those that can be read.
-sub _newest_of ($self, $device) {
-    return first { $_->device($device) } reverse($self->_readable);
 }
 
 # The archive with that id, which the device's bitmap is relative to. Dies if there is none, or if it
 # cannot be built on. Where another archive builds on it already, that backup's end did not reach QEMU,
 # or the guest was taken back in time: two that build on one could not be told apart in a removal.
-sub base_of_id ($self, $id, $device, $size) {
-    my @archives = $self->_readable;
-    my ($archive) = grep { $_->id eq $id } @archives;
+sub _base_of_id ($self, $archives, $id, $device, $size) {
+    my ($archive) = grep { $_->id eq $id } $archives->@*;
     fail("the backup that its bitmap is relative to, $id, is not here") if !$archive;
     my $name = $archive->name;
     fail("archive $name has been built on already")
-        if grep { ((($_->device($device) // {})->{parent}) // '') eq $name } @archives;
+        if grep { ((($_->device($device) // {})->{parent}) // '') eq $name } $archives->@*;
     return $self->_checked_base($name, $device, $size);
 }
 
 # The archives, the newest first, that what is read in full can be compared with, so that only what differs
 # is stored. Dies if there is no such chain, or if it cannot be built on.
-sub comparable ($self, $device, $size, $guest) {
-    my $newest = $self->_newest_of($device);
+sub comparable ($self, $archives, $device, $size, $guest) {
+    my $newest = newest_of($archives, $device);
     fail('there is none before it') if !$newest;
     fail('archive ' . $newest->name . ' is of another guest')
         if ($newest->guest // '') ne ($guest // '');
@@ -258,7 +257,7 @@ sub _check_space ($self, $name, $children) {
 # restored, whatever it builds on.
 sub _children ($self, $name) {
     my %children;
-    for my $other (grep { $_->name ne $name } $self->_readable) {
+    for my $other (grep { $_->name ne $name } $self->readable) {
         for my $device ($other->devices) {
             next if ($other->device($device)->{parent} // '') ne $name;
             $Error->throw(

@@ -8,6 +8,7 @@ use Exporter qw(import);
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Format qw(bytes);
+use PVE::BackupAccess::Program qw(temporary_file);
 use PVE::BackupAccess::Provider::Qcow2Chain::Audit qw(audit is_due);
 use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(check_base check_stored);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw($cluster_size);
@@ -48,7 +49,8 @@ my sub chain_of_bitmap ($task, $device, $volume) {
 my sub comparable ($task, $device, $volume, $how) {
     my @chain;
     my $error = attempt {
-        @chain = $task->{guest}->comparable($device, $volume->{size}, $how->{guest})
+        @chain
+            = $task->{guest}->comparable($task->{archives}, $device, $volume->{size}, $how->{guest})
     };
     $how->{log}->('info', "$device: nothing to compare with - " . reason($error)) if $error;
     return $error ? () : @chain;
@@ -171,8 +173,7 @@ my sub store_alone ($job, %how) {
 
 # So many bytes that forked processes have together.
 my sub shared_file ($bytes) {
-    local $^F = 2;    # whatever the caller has set: no program has it
-    open(my $file, '+>:raw', undef) or fail('all', "cannot make a file - $!");
+    my $file = temporary_file();
     truncate($file, $bytes) or fail('all', "cannot make a file - $!");
     return $file;
 }

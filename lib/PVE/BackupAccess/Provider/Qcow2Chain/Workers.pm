@@ -12,7 +12,7 @@ use POSIX ();
 use Time::HiRes ();
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw(new_pipe);
+use PVE::BackupAccess::Program qw(end_with new_pipe);
 use PVE::BackupAccess::Try qw(deaths_of ensure is_own);
 
 use Exporter qw(import);
@@ -43,7 +43,6 @@ my sub run_worker ($pipe, $code, $item) {
     local @SIG{qw(INT QUIT HUP)} = ('IGNORE') x 3;
     local $SIG{PIPE} = 'IGNORE';
     local $SIG{TERM} = sub { die "told to end\n" };
-    PVE::BackupAccess::_end_with_parent();
     my $result;
     my ($death) = deaths_of(
         sub {
@@ -56,8 +55,10 @@ my sub run_worker ($pipe, $code, $item) {
 
 my sub start ($code, $item) {
     my ($read, $write) = new_pipe();
+    my $parent = $$;
     my $pid = fork() // $Error->throw('SystemError', "cannot fork - $!");
     if (!$pid) {
+        end_with($parent);
         $write->autoflush;
         srand();    # else all choose the same names for what is to be theirs alone
 

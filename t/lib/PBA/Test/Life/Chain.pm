@@ -1,18 +1,10 @@
 package PBA::Test::Life::Chain;
 
-# A provider of PBA::Test::Life that knows of ids: Qcow2Chain. It tells 'strike', if it is given one, when
-# the data are about to be stored and when all of them are.
+# A provider of PBA::Test::Life that knows of ids: Qcow2Chain.
 
 use v5.36;
 
-use parent 'PVE::BackupAccess::Provider::Qcow2Chain';
-
-sub backup_vm ($self, @arguments) {
-    $self->{strike}->('begin') if $self->{strike};
-    $self->SUPER::backup_vm(@arguments);
-    $self->{strike}->('end') if $self->{strike};
-    return;
-}
+use parent qw(PBA::Test::Life::Strike PVE::BackupAccess::Provider::Qcow2Chain);
 
 # A file that has the device's content.
 sub content_of ($self, $archive, $device) {

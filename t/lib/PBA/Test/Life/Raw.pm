@@ -1,11 +1,11 @@
 package PBA::Test::Life::Raw;
 
 # A provider of PBA::Test::Life that knows nothing of ids: what it has of the device last is what the bitmap
-# has to go on from. It tells 'strike' as PBA::Test::Life::Chain does.
+# has to go on from.
 
 use v5.36;
 
-use parent 'PBA::Test::RawProvider';
+use parent qw(PBA::Test::Life::Strike PBA::Test::RawProvider);
 
 sub backup_vm_query_incremental ($self, $vmid, $volumes) {
     my %modes;
@@ -14,13 +14,6 @@ sub backup_vm_query_incremental ($self, $vmid, $volumes) {
         $modes{$device} = ($size // -1) == $volumes->{$device}{size} ? 'use' : 'new';
     }
     return \%modes;
-}
-
-sub backup_vm ($self, @arguments) {
-    $self->{strike}->('begin') if $self->{strike};
-    $self->SUPER::backup_vm(@arguments);
-    $self->{strike}->('end') if $self->{strike};
-    return;
 }
 
 sub content_of ($self, $archive, $device) {

@@ -10,7 +10,7 @@ use File::Path qw(make_path);
 use FindBin;
 use IO::Socket::UNIX;
 
-our @EXPORT_OK = qw(enter_own_mounts load_tree prepare_host write_file);
+our @EXPORT_OK = qw(empty_modules enter_own_mounts load_tree prepare_host write_file);
 
 # Cluster, HA and firewall are never the real ones; sources lack modules that are not of Perl. Nothing is
 # asked of either in these tests.
@@ -47,18 +47,18 @@ sub _libraries ($tree) {
 
 # Why the tree cannot be loaded, or nothing. Whatever is loaded later comes from it first.
 sub load_tree ($tree) {
-    unshift(@INC, _empty_for($stand_in), "$FindBin::Bin/lib/Cluster", _libraries($tree));
-    push(@INC, _empty_for($absent));
+    unshift(@INC, empty_modules($stand_in), "$FindBin::Bin/lib/Cluster", _libraries($tree));
+    push(@INC, empty_modules($absent));
     my $ok = eval { require PVE::VZDump; require PVE::QemuServer; 1 };
     return $ok ? undef : ($@ =~ m/\A(.*?)(?: \(\@INC| at |$)/m)[0];
 }
 
-# Modules with such names that have whatever function is called, which returns nothing.
-sub _empty_for ($names) {
+# For @INC: modules with such names that have whatever function is called, which returns nothing.
+sub empty_modules ($names) {
     return sub ($, $file) {
         return if $file !~ $names;
         my $package = $file =~ s!/!::!gr =~ s/\.pm\z//r;
-        my $text = "package $package; sub AUTOLOAD { return } 1;";
+        my $text = "package $package; our \$AUTOLOAD; sub AUTOLOAD { return } 1;";
         open(my $fh, '<', \$text) or die "$file: $!\n";
         return $fh;
     };
