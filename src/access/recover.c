@@ -330,6 +330,7 @@ bool pba_recover_undo(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GErr
         return false;
     }
     return pba_owner_mark(dead, NULL, error) && undo_marked(dead, lines, error) &&
+           /* What setup goes on with has none of it any more. */
            look(access, block, &leftovers, error);
 }
 
@@ -354,6 +355,7 @@ bool pba_access_recover(PbaAccess *access, GPtrArray *lines, GError **error)
     bool done = pba_access_begin(access, error) &&
                 pba_recover_look(access, &block, &is_stale, error) &&
                 (!is_stale || pba_recover_undo(access, &block, lines, error)) &&
+                /* After that: while an access is up its bitmaps are no strays. */
                 drop_strays(access, &block, lines, error);
     pba_qmp_release(access->qmp);
     return done;

@@ -149,7 +149,10 @@ static bool require_down(const PbaAccess *access, GError **error)
 
 static bool look_for_bases(PbaAccess *access, PbaBlock *block, GError **error)
 {
-    return pba_access_begin(access, error) && pba_tie_ask_guest(access, error) &&
+    return pba_access_begin(access, error) &&
+           /* Before companions are looked at, which tell their guest. */
+           pba_tie_ask_guest(access, error) &&
+           /* Before the bitmaps are looked at, which it may join or remove. */
            undo_leftovers(access, block, error) && resolve_disks(access, block, error);
 }
 
@@ -265,6 +268,7 @@ static bool claim_as_seen(PbaAccess *access)
         !pba_owner_mark(access, &nodes, NULL)) {
         return false;
     }
+    /* After the marker: from then on no process of ours changes what there is. */
     if (!are_nodes_as_seen(access, nodes)) {
         pba_owner_unmark(access, false);
         pba_access_enter(access, PBA_PHASE_NEW);
@@ -298,11 +302,15 @@ static bool prepare(PbaAccess *access, const PbaDeviceRequest *requests, size_t 
         return false;
     }
     access->nonce = pba_nonce_new(error);
-    return access->nonce && pba_company_check_here(access, error) &&
+    return access->nonce &&
+           /* Before the first change: what is done to a guest that is about to leave is lost. */
+           pba_company_check_here(access, error) &&
+           /* Before companions are looked at, which tell their guest. */
            pba_tie_ask_guest(access, error) && claim(access, requests, count, error) &&
            /* After the marker, whose name it notes; before the NBD server, which listens there. */
            pba_run_dir_make(access, error) &&
-           /* Before the command: with a stray background bitmap Proxmox' QEMU refuses it. */
+           /* Before the command: with a stray background bitmap Proxmox' QEMU (to 11.0) refuses it.
+            */
            drop_strays(access, block, error) &&
            /* Before the bitmaps that it copies are begun anew. */
            pba_audit_begin(access, block, error) && access->backend->prepare(access, block, error);
@@ -349,7 +357,9 @@ bool pba_access_cut(PbaAccess *access, GError **error)
 bool pba_access_finish(PbaAccess *access, GError **error)
 {
     bool done = require_phase(access, PBA_PHASE_CUT, error) &&
-                access->backend->finish(access, error) && pba_audit_freeze(access, error);
+                access->backend->finish(access, error) &&
+                /* After the instant, up to which they have to record; before the exports. */
+                pba_audit_freeze(access, error);
 
     if (done) {
         pba_access_enter(access, PBA_PHASE_UP);

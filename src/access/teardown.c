@@ -59,6 +59,7 @@ static bool undo_rest(PbaAccess *access, bool success, bool is_shared, GError **
 
     return pba_block_query(access->qmp, access->backend->ends_by_graph, &block, error) &&
            pba_owner_require(access, block.nodes, error) &&
+           /* Before the rest, of which it needs nothing: a fault there leaves no server behind. */
            (!server_is_up || pba_nbd_server_stop(access, is_shared, error)) &&
            access->backend->teardown(access, &block, success, error) &&
            /* Last: nothing depends on it. */
@@ -78,7 +79,7 @@ static bool undo(PbaAccess *access, bool success, GError **error)
         return false;
     }
     /* The exports before all else: while a bitmap is exported Proxmox' QEMU (to 11.0) aborts when
-     * the access ends, and a stock one does not join it. */
+     * the access ends, and a stock one (7.2 to 11.0) does not join it. */
     if (pba_exports_remove(access, &is_shared, &first)) {
         GError *step = NULL;
         undo_rest(access, success, is_shared, &step);

@@ -358,7 +358,7 @@ PbaConnection *pba_connection_start(PbaNbdVolume *nbd, GError **error)
         return NULL;
     }
     /* In one piece: a server that looks for holes first may have to ask the block status, which
-     * QEMU 7.2 cannot do twice at a time on a snapshot. */
+     * QEMU before 9.2 (6475155d51) cannot do twice at a time on a snapshot. */
     nbd_set_pread_initialize(nbd->handle, false); /* what was not filled is not handed out */
     connection->read_flags = nbd_can_df(nbd->handle) == 1 ? LIBNBD_CMD_FLAG_DF : 0;
     g_mutex_init(&connection->nbd_mutex);

@@ -452,7 +452,7 @@ void pba_file_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t of
         fuse_reply_err(request, EIO);
         return;
     }
-    /* A QEMU without commit 507175197b aborts on parts of one. */
+    /* QEMU before 9.1 (507175197b) aborts on parts of one. */
     PbaRange range =
         pba_whole_clusters((PbaRange){begin, end}, file->sizes.size, file->sizes.cluster);
     if (range.begin == range.end) {

@@ -35,7 +35,8 @@ PbaMap *pba_scan_zeroes(const PbaVolumeOptions *options, uint64_t from, PbaVolum
     PbaNbdVolume *nbd = pba_nbd_open_allocation(options, NULL, NULL);
 
     *volume = nbd ? &nbd->volume : NULL;
-    /* QEMU before 10.0 cannot ask a snapshot twice at a time, and whatever reads it may ask. */
+    /* QEMU before 9.2 (6475155d51) cannot ask a snapshot twice at a time, and whatever reads it may
+     * ask. */
     if (nbd && (!nbd->context || nbd->by_cluster)) {
         g_clear_pointer(volume, pba_volume_free);
     }

@@ -29,13 +29,13 @@ static bool is_clean(G_GNUC_UNUSED PbaAccess *access)
     return false;
 }
 
-/* The commands are younger than the bug that makes it necessary (QEMU 7.2). */
+/* The commands are younger than the bugs that make it necessary: see upstream/versions.c. */
 static bool reads_by_cluster(G_GNUC_UNUSED const PbaAccess *access)
 {
     return false;
 }
 
-/* The commands are younger than QEMU 8.2. */
+/* The commands are younger than QEMU 8.2: see upstream/versions.c. */
 static bool stop_waits(G_GNUC_UNUSED const PbaAccess *access)
 {
     return false;

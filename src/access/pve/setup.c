@@ -1,7 +1,7 @@
 /* Setup by Proxmox' own command (QAPI: backup-access-setup).
  *
- * A setup that fails half way cannot be undone there, and some calls crash the VM, so everything
- * that can be looked at is looked at before. */
+ * A setup that fails half way cannot be undone there, and some calls crash the VM (pve-qemu-kvm to
+ * 11.0.0), so everything that can be looked at is looked at before. */
 #include "pve.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
@@ -325,8 +325,8 @@ static JsonArray *ask(PbaAccess *access, GError **error)
 
 bool pba_pve_cut(PbaAccess *access, G_GNUC_UNUSED const PbaBlock *block, GError **error)
 {
-    /* A freeze may have taken minutes. A device that has lost its medium crashes QEMU, and one that
-     * fails leaves the nodes of those before it for good. */
+    /* A freeze may have taken minutes. A device that has lost its medium crashes QEMU (to 11.0.0),
+     * and one that fails leaves the nodes of those before it for good. */
     g_autoptr(JsonArray) reply = pba_access_look_again(access, error) ? ask(access, error) : NULL;
     return reply && read_reply(access, reply, error);
 }

@@ -319,6 +319,7 @@ static bool end(PbaAccess *access, const PbaBlock *block, bool success, GError *
     /* Known before teardown only: then QEMU's background bitmap goes. */
     bool may_be_committed = is_marked_as_ending(access, block) && !has_background(block);
     return send_teardown(access, false, error) == PBA_OUTCOME_DONE &&
+           /* After it, which crashes QEMU where a bitmap is gone: see find_danger. */
            (!may_be_committed || remove_bitmaps(access, block, error));
 }
 
@@ -326,8 +327,8 @@ bool pba_pve_teardown(PbaAccess *access, PbaBlock *block, bool success, GError *
 {
     GError *first = NULL;
 
-    /* After QEMU's own teardown, which crashes where a disk has gone; and not where that is still
-     * to come. */
+    /* After QEMU's own teardown, which crashes (to 11.0) where a disk has gone; not where that is
+     * still to come. */
     if (end(access, block, success, &first) || access->phase == PBA_PHASE_ENDED) {
         pba_guards_drop(access, &first, block);
     }

@@ -97,8 +97,8 @@ static bool wait_job_concluded(PbaAccess *access, const char *id, GError **error
     return false;
 }
 
-/* QMP cannot set bits. But a backup job that is to keep its bitmap right whatever happens
- * (bitmap-mode always) and whose every write fails leaves all bits set. */
+/* QMP (7.2 to 11.0) cannot set bits. But a backup job that is to keep its bitmap right whatever
+ * happens (bitmap-mode always) and whose every write fails leaves all bits set. */
 static bool make_dirty_source(PbaAccess *access, const PbaDisk *disk, const DirtySource *names,
                               GError **error)
 {

@@ -53,7 +53,8 @@ static bool check_callers_fleecing(const PbaAccess *access, const PbaDisk *disk,
                       disk->fleecing_node, size, disk->size);
         return false;
     }
-    /* Discards are sent in units of 64 KiB, and QEMU 7.2 aborts on parts of a cluster. */
+    /* Discards are sent in units of 64 KiB, and QEMU before 9.1 (507175197b) aborts on parts of a
+     * cluster. */
     JsonObject *image = pba_json_find_object(node, "image");
     if (json_object_has_member(image, "cluster-size")) {
         uint64_t cluster;
@@ -89,7 +90,8 @@ static bool check_fleecing(PbaAccess *access, PbaDisk *disk, const PbaBlock *blo
     return true;
 }
 
-/* QEMU stores bitmaps in images of compat 1.1 only, and refuses to add one to an older one. */
+/* QEMU (7.2 to 11.0) stores bitmaps in images of compat 1.1 only, and refuses to add one to an
+ * older one. */
 static bool can_store(const PbaAccess *access, const PbaDisk *disk, JsonObject *node)
 {
     JsonObject *image = pba_json_find_object(node, "image");
@@ -193,7 +195,7 @@ static bool add_fleecing(PbaAccess *access, PbaDisk *disk, GError **error)
     if (!path) {
         return false;
     }
-    /* Without discard=unmap a trim succeeds and frees nothing. */
+    /* Without discard=unmap a trim succeeds and frees nothing (7.2 to 11.0). */
     g_autofree char *seen = pba_user_fleecing_path(access, path);
     bool added = pba_qmp_run(access->qmp, "blockdev-add",
                              pba_json("{'driver': <'file'>, 'node-name': <%s>, 'filename': <%s>, "
@@ -302,8 +304,8 @@ static bool add_background(PbaAccess *access, PbaDisk *disk, GError **error)
                        error);
 }
 
-/* No bitmap option: QEMU copies that when the node is made, and bits set until the cut would be
- * missing in it. */
+/* No bitmap option: QEMU (7.2 to 11.0) copies that when the node is made, and bits set until the
+ * cut would be missing in it. */
 static bool add_filter(PbaAccess *access, PbaDisk *disk, GError **error)
 {
     JsonNode *arguments = pba_json(

@@ -70,8 +70,8 @@ static bool has_user_now(PbaAccess *access, const char *node)
     return !pba_block_query(access->qmp, false, &now, NULL) || pba_block_find_user(&now, node);
 }
 
-/* Only where the guest device does use our node: qom-set of what is set already stalls QEMU. One
- * that was unplugged since is not found. */
+/* Only where the guest device does use our node: qom-set of what is set already makes QEMU stall,
+ * or abort (10.0: "old_bs != new_bs"). One that was unplugged since is not found. */
 static void give_root_back(PbaAccess *access, GError **first, const PbaBlock *block,
                            const PbaDisk *disk)
 {
@@ -188,8 +188,8 @@ static bool undo_graph(PbaAccess *access, GError **first, PbaBlock *block)
 {
     GPtrArray *disks = access->disks;
 
-    /* The snapshots first: while a filter has one QEMU does not undo the cut (cbw_child_perm),
-     * since what it shows would change. */
+    /* The snapshots first: while a filter has one QEMU does not undo the cut (cbw_child_perm, 7.2
+     * to 11.0), since what it shows would change. */
     for (guint i = 0; i < disks->len; i++) {
         const PbaDisk *disk = disks->pdata[i];
         delete_node(access, first, block, disk, disk->snapshot_node);
@@ -217,8 +217,8 @@ bool pba_upstream_teardown(PbaAccess *access, PbaBlock *block, bool success, GEr
         pba_log(&access->hooks, PBA_LOG_WARN,
                 "the bitmaps are joined as after a failed backup, since not all could be undone");
     }
-    /* The bitmaps last: until then the guest's writes are in the background ones, whatever becomes
-     * of the nodes. */
+    /* The bitmaps after the graph: until then the guest's writes are in the background ones,
+     * whatever becomes of the nodes. */
     if (!pba_error_is_fatal(first)) {
         GError *step = NULL;
         pba_bitmaps_join(access, block, success && !first, &step);

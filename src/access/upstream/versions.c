@@ -50,8 +50,9 @@ bool pba_upstream_suits(PbaQmp *qmp, PbaQemu *qemu, G_GNUC_UNUSED const char **f
     return *suits;
 }
 
-/* 7.2 returns the disk as it is now to a read of a snapshot-access node that begins in a cluster
- * that was copied and ends in one that was not. 10.0 is known to be good. */
+/* Before 8.0 (a4d5224c2c) a range of a snapshot-access node that begins in a cluster that was
+ * copied and ends in one that was not is taken for one of the disk as it is now: 7.2 says that what
+ * the guest has trimmed there is a hole. 10.0 is the oldest known to be good. */
 bool pba_upstream_reads_by_cluster(const PbaAccess *access)
 {
     return access_is_before(access, 10, 0);
@@ -64,8 +65,10 @@ bool pba_upstream_stop_waits(const PbaAccess *access)
     return access_is_before(access, 8, 2);
 }
 
-/* 7.2 aborts when an NBD client leaves an export of a running guest's disk that is in an iothread
- * (nbd_blockdev_client_closed: Assertion qemu_in_main_thread()). 10.0 is known to be good. */
+/* 7.2 aborts when an NBD client leaves an export of a running guest's disk that is in an iothread:
+ * nbd_blockdev_client_closed: Assertion qemu_in_main_thread(), of the fix of CVE-2024-7409
+ * (3e7ef738c8), where what 9.0 has before it is missing (f816310d0c, 7075d23511). 10.0 is the
+ * oldest known to be good. */
 bool pba_upstream_allows_iothreads(const PbaAccess *access)
 {
     return !access_is_before(access, 10, 0);
