@@ -446,9 +446,7 @@ static void clean_up(Copy *copy, bool broken)
     if (copy->sink) {
         copy->sink->free(copy->sink);
     }
-    if (copy->source) {
-        pba_source_close(copy->source, broken);
-    }
+    pba_source_close(copy->source, broken);
     for (unsigned i = 0; i < copy->piece_count; i++) {
         PbaPiece *piece = &copy->pieces[i];
         if (piece->state != PBA_PIECE_HASHING &&

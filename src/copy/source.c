@@ -44,6 +44,9 @@ bool pba_source_find_holes(PbaSource *source, uint32_t align)
 
 void pba_source_close(PbaSource *source, bool broken)
 {
+    if (!source) {
+        return;
+    }
     pba_holes_free(source->holes);
     source->kind->close(source, broken);
     g_free(source);
