@@ -13,6 +13,7 @@ use File::Temp ();
 use Test::More;
 
 use PBA::Test::AgentPeer;
+use PBA::Test::QMP;
 use PBA::Test::VM;
 use PBA::Test::VZDump;
 use PBA::Test::VZDump::Host qw(enter_own_mounts load_tree prepare_host);
@@ -306,6 +307,44 @@ for my $mechanism (@mechanisms) {
     check_killed($_, $mechanism) for grep { $_ ne 'today' } @forms;
     check_killed_today($mechanism);
 }
+
+# ---- guests that are suspended or shut down for it ----
+
+sub qmp ($command) {
+    return PBA::Test::QMP->once("/run/qemu-server/$vmid.qmp", $command, {});
+}
+
+# The same lines as today's, but for what the two forms say of themselves, and a guest that runs.
+sub check_mode ($mode, $form, $mechanism) {
+    my $what = "$form, $mechanism, mode $mode";
+    my $made = backup($form, $mechanism, mode => $mode);
+    is($made->{state}, 'ok', $what) or diag($made->{msg} // $made->{status});
+    stored_all($form, $mechanism, $what);
+    is(qmp('query-status')->{status}, 'running', "$what: the guest runs");
+    is(scalar(grep { m/ resuming VM again after \d+ seconds$/ } $made->{log}->@*),
+        1, "$what: and the log says since when");
+    is_deeply([told($made)], [], "$what: no warning");
+    for my $method (qw(backup_get_mechanism backup_vm_query_incremental backup_vm)) {
+        $made = backup($form, $mechanism, mode => $mode, dies => $method);
+        is($made->{state}, 'err', "$what: $method fails");
+        is(qmp('query-status')->{status}, 'running', "$what, $method fails: the guest runs");
+        is_deeply(qmp('query-block-exports'), [], "$what, $method fails: no export is left");
+    }
+    return;
+}
+
+# The process of the VM that this test has started ends with the first that is shut down.
+sub check_modes () {
+    for my $mode (qw(suspend stop)) {
+        for my $mechanism (@mechanisms) {
+            check_mode($mode, $_, $mechanism) for @forms;
+        }
+    }
+    qmp('quit');
+    return;
+}
+
+check_modes();
 for my $figure (@figures) {
     my ($form, $mechanism, $kind, $made) = $figure->@*;
     my ($archive, $cleanup) = $made->{took}->@{qw(archive_external cleanup)};

@@ -97,8 +97,8 @@ sub _load_plugin ($self, $form) {
 
 # ---- one backup ----
 
-# Options: signal => sent in the middle of backup_vm, script => a hook, bwlimit. Returns what there is to
-# compare: { state, msg, calls, volumes, info, bytes, log, qmp, took, status }.
+# Options: mode => snapshot, suspend or stop, signal => sent in the middle of backup_vm, dies => the name of a
+# method of the provider, script => a hook, bwlimit. Returns what there is to compare: { state, msg, calls, volumes, info, bytes, log, qmp, took, status }.
 sub backup ($self, $form, $mechanism, %opt) {
     my $report = "$self->{dir}/report";
     unlink($report);
@@ -134,6 +134,8 @@ sub _in_child ($self, $form, $mechanism, $report, %opt) {
     $self->_load_plugin($form);
     my $made = { log => [], qmp => [], volumes => {}, took => {} };
     _watch($made);
+    _replace('PVE::QemuServer::vm_start',
+        sub (@) { system(qw(qm start), $self->{vmid}, '--paused') });
     my $provider = $self->_provider($form, $mechanism, $made, %opt);
     my %fleecing = (enabled => 1, storage => 'images');
     my $vzdump = bless(
@@ -141,7 +143,8 @@ sub _in_child ($self, $form, $mechanism, $report, %opt) {
             'backup-provider' => $provider,
             opts => {
                 storage => $self->storage($form, $mechanism),
-                mode => 'snapshot',
+                mode => $opt{mode} // 'snapshot',
+                stopwait => 1,
                 remove => 0,
                 'prune-backups' => { 'keep-all' => 1 },
                 fleecing => \%fleecing,
@@ -151,7 +154,7 @@ sub _in_child ($self, $form, $mechanism, $report, %opt) {
         'PVE::VZDump'
     );
     my $plugin = PVE::VZDump::QemuServer->new($vzdump);
-    my $task = { vmid => $self->{vmid}, mode => 'snapshot', plugin => $plugin };
+    my $task = { vmid => $self->{vmid}, mode => $opt{mode} // 'snapshot', plugin => $plugin };
     my $ok = eval { $vzdump->exec_backup_task($task); 1 };
     $made->{died} = $ok ? undef : $@;
     $made->@{qw(state msg)} = $task->@{qw(state msg)};
@@ -220,6 +223,8 @@ sub _provider ($self, $form, $mechanism, $made, %opt) {
             $made->{log} = [split(m/\n/, PVE::Tools::file_get_contents($file))];
         },
     };
+    $provider->{on}{ $opt{dies} } = sub (@) { die "$opt{dies} fails\n" }
+        if $opt{dies};
     return $provider;
 }
 
