@@ -15,6 +15,7 @@ use PBA::Test::QMP;
 use PBA::Test::QMPProxy;
 use PBA::Test::Share qw(share);
 
+my $Client = 'PBA::Test::Client';
 my $size = 16 * 1024 * 1024;
 
 # A bit of a bitmap.
@@ -51,18 +52,23 @@ sub new_access ($backend, @more) {
 my @a_steps = qw(setup volumes copy half);
 my @b_steps = qw(nothing setup volumes failure success killed);
 
-sub take_a_steps ($backend, $last) {
-    my $access = new_access($backend);
-    my %proxy = (proxy => proxy($backend));
+sub go_to ($access, $backend, $last) {
     $access->setup($backend->devices('use'));
-    return ($access, %proxy) if $last eq 'setup';
+    return if $last eq 'setup';
     my $volume = $access->volume('disk0');
-    return ($access, %proxy) if $last eq 'volumes';
+    return if $last eq 'volumes';
     while (my ($offset, $length) = $volume->next_dirty_region) {
         $volume->pread($offset, $length) if $length <= 1 << 20;
     }
     $volume->close;
-    return ($access, %proxy) if $last eq 'copy';
+    return;
+}
+
+sub take_a_steps ($backend, $last) {
+    my $access = new_access($backend);
+    my %proxy = (proxy => proxy($backend));
+    go_to($access, $backend, $last);
+    return ($access, %proxy) if $last ne 'half';
     (delete($proxy{proxy}))->stop;
     $proxy{proxy} = proxy($backend, fault => 'drop', at => 3);
     ok(!eval { $access->teardown(1); 1 }, 'the monitor is lost in the middle of A\'s teardown');
@@ -142,7 +148,7 @@ sub pair ($backend, $a_step, $b_step, $act, $elsewhere) {
         act($backend, \%held, $act);
     }
     else {
-        my $client = PBA::Test::Client->start($b_goes);
+        my $client = $Client->start($b_goes);
         is($client->next_word, $b_step eq 'nothing' ? undef : 'up', 'B is as far');
         $write->();
         $client->kill9 if $b_step eq 'killed';
@@ -219,7 +225,7 @@ sub late_command ($name, $command) {
 # of its commands the VM is started again, and B comes. Each disk has an export.
 sub recover_late ($name) {
     my $backend = start_backend($name, 'disk1');
-    my $client = PBA::Test::Client->start(
+    my $client = $Client->start(
         sub ($tell) {
             my $access = new_access($backend, qmp => $backend->qmp_path);
             $access->setup($backend->devices('use'));
@@ -254,8 +260,90 @@ sub recover_late ($name) {
     return;
 }
 
+# ---- the marker is deleted by hand ----
+
+sub delete_mark ($backend) {
+    for my $node ($backend->vm->qmp('query-named-block-nodes', flat => JSON::PP::true)->@*) {
+        next if $node->{'node-name'} !~ m/\Apba-owner-/;
+        $backend->vm->qmp('blockdev-del', 'node-name' => $node->{'node-name'});
+    }
+    return;
+}
+
+# While A lives its directory is not touched: it could be that of another guest with the same name and UUID.
+sub others_before_it_ends ($backend, $pid) {
+    my $next = eval {
+        $backend->next_dirty(log => sub { });
+    };
+    is($next, undef, 'the next setup while A lives: refused');
+    like("$@", qr/already running.*process $pid, whose mark was deleted/, 'and why') if !$next;
+    return;
+}
+
+# A's process: the step, what it does when the marker is gone, and its end.
+sub without_mark ($backend, $a_step, $act, $tell) {
+    local $SIG{__WARN__} = sub { };
+    my $access = $backend->access(log => sub { });
+    go_to($access, $backend, $a_step);
+    $tell->('up');
+    eval { $acts{$act}->($access) } if $acts{$act};
+    $tell->('error: ' . "$@" =~ s/\n//gr) if $acts{$act};
+    undef $access;
+    $tell->('ended');
+    return;
+}
+
+sub mark_deleted ($backend, $a_step, $act) {
+    my $outside = $backend->outside;
+    $backend->vm->qemu_io('disk0', 'write -P 7 2M 64k');
+    my $client
+        = $Client->start(sub ($tell) { without_mark($backend, $a_step, $act, $tell) });
+    is($client->next_word, 'up', 'A is as far');
+    delete_mark($backend);
+    $backend->vm->qemu_io('disk0', 'write -P 7 9M 64k');
+    others_before_it_ends($backend, $client->pid) if $act eq 'lives';
+    if ($act eq 'killed' || $act eq 'lives') { $client->kill9 }
+    else {
+        $client->let_go_on;
+        like($client->next_word, qr/is no more in QEMU/, "A's $act: refused") if $acts{$act};
+        $client->let_go_on if $acts{$act};
+        is($client->next_word, 'ended', 'A goes on to its end');
+        $client->let_go_on;
+    }
+
+    # By recover, or by the next setup.
+    PVE::BackupAccess->recover($backend->options(log => sub { })) if $a_step ne 'volumes';
+    my $next = eval {
+        $backend->next_dirty(log => sub { });
+    } or diag($@);
+    ok($next, 'the next backup is made');
+    my $dirty = ($next // {})->{disk0};
+    ok(!$dirty || ($dirty->{ 2 << 20 } && $dirty->{ 9 << 20 }), 'and lacks nothing');
+    is_deeply($backend->outside, $outside, 'nothing is left');
+    return;
+}
+
+sub marks_deleted ($name) {
+    my $backend = start_backend($name);
+    my $access = $backend->access;
+    $access->setup($backend->devices('new'));
+    $access->teardown(1);
+    my @ends = ('teardown(1)', 'DESTROY', 'killed', 'lives');
+    my @cells = map {
+        my $a_step = $_;
+        map { [$a_step, $_] } @ends
+    } qw(setup volumes copy);
+    for my $cell (share(@cells)) {
+        my ($a_step, $act) = $cell->@*;
+        subtest "A: $a_step, $act" => sub { mark_deleted($backend, $a_step, $act) };
+    }
+    $backend->check_manners;
+    return;
+}
+
 for my $name (PBA::Test::Backend->names) {
     subtest "backend $name" => sub { sweep($name) };
+    subtest "backend $name, the marker is deleted" => sub { marks_deleted($name) };
     subtest "backend $name, recovery" => sub { recover_late($name) };
     next if $name eq 'pve';    # its one command says nothing but the target
     for my $command (qw(blockdev-del blockdev-reopen transaction)) {

@@ -256,6 +256,11 @@ bool pba_audit_end(PbaAccess *access, const PbaBlock *block, GError **error);
 /* The directory of the NBD socket: private, made without following anybody's links. */
 bool pba_run_dir_make(PbaAccess *access, GError **error);
 void pba_run_dir_remove(PbaAccess *access);
+/* Leaves it to recovery, as if its process were dead. */
+void pba_run_dir_disown(PbaAccess *access);
+/* The living process in whose directory for this guest a server listens, but for the access'; 0:
+ * none. */
+pid_t pba_run_dir_live_server(const PbaAccess *access);
 /* What accesses to this guest have on disk, of all targets: socket directories and fleecing
  * images; paths, the caller's to free. */
 GPtrArray *pba_run_dir_find_stale(const PbaAccess *access);

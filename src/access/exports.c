@@ -26,6 +26,22 @@ static bool has_export_id(const PbaAccess *access, const PbaDisk *disk, const ch
                        : strcmp(id, own) == 0;
 }
 
+/* Ours with the marker of its process deleted: recovery undoes all else, but not what a living
+ * process listens with, since its guest may be another one with the same name and UUID. */
+static void add_server_hint(const PbaAccess *access, GError **error)
+{
+    pid_t pid = pba_run_dir_live_server(access);
+    g_autofree char *hint =
+        pid ? g_strdup_printf(
+                  "it seems to be that of process %d, whose mark was deleted from QEMU: end that "
+                  "process, then try again",
+                  (int)pid)
+            : g_strdup("QEMU has one NBD server only: end what another program does with it, or, "
+                       "if none uses it, send QEMU 'nbd-server-stop', then try again");
+
+    pba_error_add_hint(error, hint);
+}
+
 bool pba_nbd_server_start(PbaAccess *access, GError **error)
 {
     /* 0: no limit. Without it a QEMU since 9.1 (c8a76dbd90c2), and an older one whose distribution
@@ -47,8 +63,7 @@ bool pba_nbd_server_start(PbaAccess *access, GError **error)
     }
     /* QEMU's English decides about a hint only. */
     if (strstr(local->message, "already running")) {
-        pba_error_add_hint(&local, "QEMU has one NBD server only: end what another program does "
-                                   "with it, then try again");
+        add_server_hint(access, &local);
     }
     g_propagate_error(error, local);
     return false;

@@ -172,6 +172,15 @@ void pba_run_dir_remove(PbaAccess *access)
     g_clear_pointer(&access->socket, g_free);
 }
 
+void pba_run_dir_disown(PbaAccess *access)
+{
+    g_autofree char *owner = g_build_filename(access->socket_dir, OWNER_NAME, NULL);
+
+    unlink(owner);
+    g_clear_pointer(&access->socket_dir, g_free);
+    g_clear_pointer(&access->socket, g_free);
+}
+
 /* Whether it is pba-ROLE-TARGET-GUEST-XXXXXX, of whatever target. */
 static bool has_role_name(const PbaAccess *access, const char *name, const char *role)
 {
@@ -262,6 +271,27 @@ bool pba_run_dir_is_live(const PbaAccess *access, const char *path)
     g_file_get_contents(place, &number, NULL, NULL);
     return pba_is_owner_mark(mark) &&
            !pba_owner_is_dead(access, mark, number ? g_ascii_strtoull(number, NULL, 10) : 0);
+}
+
+pid_t pba_run_dir_live_server(const PbaAccess *access)
+{
+    g_autoptr(GPtrArray) paths = pba_run_dir_find_stale(access);
+
+    for (guint i = 0; i < paths->len; i++) {
+        const char *path = paths->pdata[i];
+        g_autofree char *socket = pba_run_dir_stale_socket(path);
+        g_autofree char *owner = g_build_filename(path, OWNER_NAME, NULL);
+        g_autofree char *mark = NULL;
+        pid_t pid;
+        PbaOwnerState state;
+        if (socket && g_strcmp0(path, access->socket_dir) != 0 &&
+            pba_run_dir_is_live(access, path) && pba_socket_answers(socket) &&
+            g_file_get_contents(owner, &mark, NULL, NULL) &&
+            pba_owner_read(access, mark, 0, &pid, &state)) {
+            return pid;
+        }
+    }
+    return 0;
 }
 
 char *pba_run_dir_stale_socket(const char *path)

@@ -30,9 +30,22 @@ void pba_access_free(PbaAccess *access)
     g_free(access);
 }
 
+/* By its directory recovery knows that the NBD server is none of another program. */
+static void leave_run_dir(PbaAccess *access)
+{
+    pba_log(&access->hooks, PBA_LOG_WARN,
+            "the NBD server at '%s' is still up - recover, or the next setup, stops it",
+            access->socket);
+    pba_run_dir_disown(access);
+}
+
 void pba_access_end(PbaAccess *access)
 {
     pba_vfiles_free(access);
+    if (access->phase == PBA_PHASE_GONE && pba_nbd_server_is_up(access)) {
+        /* The VM was not started again: somebody has deleted our marker. */
+        leave_run_dir(access);
+    }
     pba_run_dir_remove(access);
     pba_owner_forget(access);
     g_ptr_array_set_size(access->disks, 0);
