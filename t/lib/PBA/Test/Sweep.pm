@@ -11,6 +11,12 @@ package PBA::Test::Sweep;
 # many places of it as points says (undef: all), chosen by the seed. backup makes it through the proxy
 # and returns whether QEMU was told of a success after all data had been read. With ends_clean it leaves
 # nothing that would be for recover.
+#
+#   $sweep->pair(\%row, { fault => 'lose', at => 7, then => { 9 => 'kill-after' } });
+#   $sweep->pair(\%row, { fault => 'kill-before', at => 7, by => 'recover', next => 'drop', next_at => 3 });
+#
+# A second fault: in the same backup, or in what the next client, another process, does: recover, or a
+# backup (by => 'setup'). client is what such a backup is made in.
 
 use v5.36;
 
@@ -18,9 +24,11 @@ use File::Compare ();
 use List::Util qw(min shuffle);
 use Test::More ();
 
+use PBA::Test::Client;
 use PBA::Test::QMPProxy;
 use PBA::Test::Repository;
 
+my $Client = 'PBA::Test::Client';
 my $block = 65536;
 
 sub new ($class, %opt) {
@@ -30,6 +38,9 @@ sub new ($class, %opt) {
 }
 
 sub count ($self) { return $self->{count} }
+
+# What became of the bitmaps in the backups after the faults: { action => times }.
+sub actions ($self) { return $self->{actions} }
 sub backend ($self) { return $self->{backend} }
 sub repository ($self) { return $self->{repository} }
 
@@ -64,10 +75,10 @@ sub _proxy ($self, %fault) {
 }
 
 # Returns the proxy that it went through.
-sub _backup ($self, $fault, $at, $row) {
+sub _backup ($self, $fault, $at, $row, $then = {}) {
     my @ids = $row->{ids}->@*;
     $self->_before_backup(@ids);
-    my $proxy = $self->_proxy(fault => $fault, at => $at);
+    my $proxy = $self->_proxy(fault => $fault, at => $at, then => $then);
     my $told = $row->{backup}->({ $row->%*, fault => $fault, at => $at }, $proxy);
     $self->{repository}->take_good(@ids) if $told;
     $self->{backend}->guest->stop_churn if !$at;
@@ -106,18 +117,82 @@ sub _before_backup ($self, @ids) {
 sub _point ($self, $fault, $at, $row) {
     my ($struck) = $self->_backup($fault, $at, $row)->records('fault');
     my $name = $struck ? $struck->{name} : '';
-    my $clean = $self->_proxy;
 
     # Between any two steps of a backup it is once the one, once the other.
     my $by_recover = ($at + ($fault =~ m/after/)) % 2;
     my @problems = $row->{ends_clean} ? $self->{backend}->problems($self->{outside}) : ();
-    push(@problems, $self->_recover($clean->socket_path)) if $by_recover;
-    $self->{backend}->guest->stop_churn;
-    push(@problems, $self->_next_increment($clean->socket_path, $by_recover, $row->{ids}->@*));
+    push(@problems, $self->_afterwards($by_recover, $row));
     $self->{count}++ if $name ne '';
     my $how = $by_recover ? 'recover' : 'the next setup';
     Test::More::is("@problems", '', "$row->{name}: $fault $name, number $at, $how");
     return @problems ? undef : $name;
+}
+
+# What is wrong with what is there, once nothing goes wrong any more.
+sub _afterwards ($self, $by_recover, $row) {
+    my $clean = $self->_proxy;
+    my @problems = $by_recover ? $self->_recover($clean->socket_path) : ();
+    $self->{backend}->guest->stop_churn;
+    push(@problems, $self->_next_increment($clean->socket_path, $by_recover, $row->{ids}->@*));
+    return @problems;
+}
+
+# Whether all is well after it.
+sub pair ($self, $row, $pair) {
+    my ($fault, $at, $then) = $pair->@{qw(fault at then)};
+    my @struck = $self->_backup($fault, $at, $row, $then // {})->records('fault');
+    push(@struck, $self->_second($pair, $row)->records('fault')) if $pair->{by};
+    my $by_recover = ($self->{pairs}++) % 2;
+    my @problems = $self->_afterwards($by_recover, $row);
+    $self->{count}++ if @struck > 1;
+    my @second = $pair->{by} ? $pair->@{qw(by next next_at)} : ('then', reverse(%$then));
+    my $how = $by_recover ? 'recover' : 'the next setup';
+    my $names = join(', ', map { $_->{name} } @struck);
+    return Test::More::is("@problems", '', "$row->{name}: $fault $at, @second ($names); $how");
+}
+
+# The next client, in which something goes wrong as well. Returns the proxy that it went through.
+sub _second ($self, $pair, $row) {
+    my $proxy = $self->_proxy(fault => $pair->{next}, at => $pair->{next_at});
+    my %options = (qmp => $proxy->socket_path, log => sub { });
+    $options{timeout} = $row->{short} if $pair->{next} eq 'stall';
+    my $client = $self->client(
+        sub ($tell) {
+            my %recover = $self->{backend}->options(%options);
+            return PVE::BackupAccess->recover(%recover) if $pair->{by} eq 'recover';
+            my %backup = (mode => 'use', success => 1, disks => $row->{ids});
+            $self->{repository}->backup(%backup, options => \%options);
+        }
+    );
+    1 while defined($client->next_word);
+    $client->wait_end;
+    $proxy->stop;
+    return $proxy;
+}
+
+# A process that may be killed, or dies of SIGUSR1.
+sub client ($self, $code) {
+    return $Client->start(
+        sub ($tell) {
+            local $SIG{USR1} = sub { die "the signal\n" };
+            local $SIG{__WARN__} = sub { };
+            eval { $code->($tell) };    # what it has made ends in here
+            return;
+        }
+    );
+}
+
+# How many commands there are: of a backup, and of each next client after one that was killed with all up.
+sub totals ($self, $row) {
+    my $backup = $self->_backup('', 0, $row)->commands;
+    my %totals = (backup => $backup);
+    for my $by (qw(recover setup)) {
+        $self->_backup('kill-after', int($backup / 2), $row);
+        my $next = $self->_second({ by => $by, next => '', next_at => 0 }, $row);
+        $totals{$by} = $next->commands;
+        $self->{backend}->guest->stop_churn;
+    }
+    return \%totals;
 }
 
 sub _recover ($self, $path) {
@@ -135,10 +210,12 @@ sub _next_increment ($self, $path, $by_recover, @ids) {
     my (@problems, @warnings);
     my $log = sub ($level, $text) { push(@warnings, $text) if $level eq 'warn' };
     my %backup = (mode => 'use', success => 1, disks => \@ids);
-    eval { $repository->backup(%backup, options => { qmp => $path, log => $log }); 1 }
+    my $result = eval { $repository->backup(%backup, options => { qmp => $path, log => $log }) }
         or push(@problems, "the next backup: $@");
+    $self->{actions}{ $_->{action} }++ for values(($result // {})->%*);
     push(@problems, "the next backup warns after recover: @warnings") if $by_recover && @warnings;
     push(@problems, $backend->problems($self->{outside}));
+
     for my $id (@ids) {
         push(@problems, "$id: what is restored is not the disk")
             if File::Compare::compare($repository->image($id), $backend->vm->raw_image($id)) != 0;
