@@ -193,14 +193,12 @@ typedef struct {
  * are the caller's to free. */
 bool pba_access_bases(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
                       PbaBase *bases, GError **error);
-/* Freezes the state of all devices at one instant (QAPI: backup-access-setup). On error nothing is
- * left behind and every bitmap keeps at least the bits it had. */
-bool pba_access_setup(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
-                      GError **error);
-/* The same in three steps: all that may come before the instant; the instant itself, with one query
- * before it, for which a guest may be frozen; the rest. Between them the caller may release qmp,
- * for others to use the monitor. Where the second or third fails, pba_access_undo_setup is the
- * caller's to call, when the guest is thawed. */
+/* Freezes the state of all devices at one instant (QAPI: backup-access-setup), in three steps: all
+ * that may come before the instant; the instant itself, with one query before it, for which a guest
+ * may be frozen; the rest. Between them the caller may release qmp, for others to use the monitor.
+ * Where the first fails nothing is left behind, and every bitmap keeps at least the bits it had;
+ * where the second or third does, pba_access_undo_setup is the caller's to call, when the guest is
+ * thawed. */
 bool pba_access_prepare(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
                         GError **error);
 bool pba_access_cut(PbaAccess *access, GError **error);

@@ -368,16 +368,3 @@ bool pba_access_finish(PbaAccess *access, GError **error)
     pba_qmp_release(access->qmp);
     return done;
 }
-
-bool pba_access_setup(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
-                      GError **error)
-{
-    if (!pba_access_prepare(access, requests, count, error)) {
-        return false;
-    }
-    if (pba_access_cut(access, error) && pba_access_finish(access, error)) {
-        return true;
-    }
-    pba_access_undo_setup(access);
-    return false;
-}

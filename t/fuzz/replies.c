@@ -211,12 +211,24 @@ static PbaAccess *get_access(void)
     return state.access;
 }
 
+static bool set_up(PbaAccess *access, GError **error)
+{
+    const PbaDeviceRequest *requests = (PbaDeviceRequest *)(void *)state.requests->data;
+
+    if (!pba_access_prepare(access, requests, state.requests->len, error)) {
+        return false;
+    }
+    bool done = pba_access_cut(access, error) && pba_access_finish(access, error);
+    if (!done) {
+        pba_access_undo_setup(access);
+    }
+    return done;
+}
+
 static void run_setup(PbaAccess *access)
 {
     GError *error = NULL;
-    const PbaDeviceRequest *requests = (PbaDeviceRequest *)(void *)state.requests->data;
-
-    bool done = pba_access_setup(access, requests, state.requests->len, &error);
+    bool done = set_up(access, &error);
     for (size_t i = 0; done && i < pba_access_device_count(access); i++) {
         PbaDeviceInfo info;
         pba_access_device_info(access, i, &info);
