@@ -15,6 +15,9 @@ use Time::HiRes qw(sleep time);
 use PBA::Test::Backend;
 use PBA::Test::QMPProxy;
 use PBA::Test::ScriptedQEMU;
+use PBA::Test::VM;
+
+my $Backend = 'PBA::Test::Backend';
 
 my $MiB = 1 << 20;
 
@@ -64,9 +67,9 @@ sub watch ($proxy, $reader, $result) {
     return;
 }
 
-for my $name (PBA::Test::Backend->names) {
+for my $name ($Backend->names) {
     subtest "$name: teardown while a reader is stuck" => sub {
-        my $backend = PBA::Test::Backend->start(
+        my $backend = $Backend->start(
             name => $name,
             disks => [{ id => 'disk0', size => 64 * $MiB }],
             guest => 0,
@@ -88,6 +91,30 @@ for my $name (PBA::Test::Backend->names) {
         $backend->check_manners;
     };
 }
+
+# QEMU sends the reply of a command whose client has gone to the next one.
+subtest 'after a client that went in the middle of a command' => sub {
+    my $backend = $Backend->start(
+        name => PBA::Test::VM->is_proxmox ? 'pve' : 'upstream',
+        guest => 0,
+        disks => [{ id => 'disk0', size => $MiB }],
+        args => ['-m', 512],
+    );
+    my $slow
+        = '"execute": "pmemsave", "arguments": {"val": 0, "size": 536870912, "filename": "/dev/null"}';
+    my @errors;
+    for (1 .. 5) {
+        my $client = IO::Socket::UNIX->new(Peer => $backend->qmp_path) or die "monitor: $!\n";
+        readline($client);
+        syswrite($client, qq({"execute": "qmp_capabilities"}\n));
+        readline($client);
+        syswrite($client, "{$slow, \"id\": \"2\"}\n");
+        sleep(0.02);
+        close($client);
+        eval { $backend->status; 1 } or push(@errors, "$@");
+    }
+    is("@errors", '', 'its reply is not taken for another one');
+};
 
 # After a command that begins something, each of so many questions comes over a connection of its own.
 sub check_polls ($peer, $begin, $command, $times) {

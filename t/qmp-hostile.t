@@ -66,6 +66,23 @@ subtest 'events around a greeting' => sub {
     is(eval { capabilities($peer)->{backend} }, 'pve', 'events around the greeting') or diag($@);
 };
 
+# A client that went in the middle of a command leaves its reply to the next one.
+subtest 'replies to a client that has gone' => sub {
+    my %replies = (
+        'a value' => '{"return": {"a": [1]}, "id": "7"}',
+        'an id of another type' => '{"return": {}, "id": 1}',
+        'no id' => '{"return": {}}',
+        'an error' => '{"error": {"class": "GenericError", "desc": "x"}, "id": "7"}',
+        'an error without an id' => '{"error": {"class": "GenericError", "desc": "x"}}',
+    );
+    for my $name (sort keys %replies) {
+        my $greeting = "{\"QMP\": {\"capabilities\": []}}\r\n";
+        my $peer = start_peer({ pve_returns() },
+            greeting => { raw => $greeting . "$replies{$name}\r\n" x 2 });
+        is(eval { capabilities($peer)->{backend} }, 'pve', "$name: does no harm") or diag($@);
+    }
+};
+
 subtest 'no peer' => sub {
     my %paths = (
         'no socket' => "$dir/nothing",

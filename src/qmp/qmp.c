@@ -4,6 +4,7 @@
 #include "src/base/base.h"
 #include "wire.h"
 #include <errno.h>
+#include <inttypes.h>
 #include <poll.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -249,10 +250,15 @@ static JsonNode *unwrap_reply(JsonObject *reply, const char *command, const char
     return json_node_copy(value);
 }
 
+static char *next_id(PbaQmp *qmp)
+{
+    return g_strdup_printf("%" PRIu64, ++qmp->last_id);
+}
+
 static JsonNode *converse(PbaQmp *qmp, const char *command, JsonNode *arguments, gint64 deadline,
                           GError **error)
 {
-    g_autofree char *id = g_strdup_printf("%" G_GUINT64_FORMAT, ++qmp->last_id);
+    g_autofree char *id = next_id(qmp);
     g_autofree char *text = pba_qmp_wire_command(command, arguments, id);
 
     if (!send_text(qmp, text, deadline, error)) {
@@ -260,6 +266,34 @@ static JsonNode *converse(PbaQmp *qmp, const char *command, JsonNode *arguments,
     }
     g_autoptr(JsonObject) reply = receive_reply(qmp, deadline, "waiting for the reply", error);
     return reply ? unwrap_reply(reply, command, id, error) : NULL;
+}
+
+/* A client that was here before may have gone in the middle of a command: its reply goes to whoever
+ * is connected when that is done. Commands run one after the other, so it comes before ours. */
+static JsonObject *receive_own_reply(PbaQmp *qmp, const char *id, gint64 deadline, GError **error)
+{
+    JsonObject *reply;
+
+    while ((reply = receive_reply(qmp, deadline, "waiting for the reply", error)) &&
+           g_strcmp0(pba_json_find_string(reply, "id"), id) != 0) {
+        json_object_unref(reply);
+    }
+    return reply;
+}
+
+/* "oob" is not asked for: commands run one after the other here. */
+static bool agree(PbaQmp *qmp, gint64 deadline, GError **error)
+{
+    static const char command[] = "qmp_capabilities";
+    g_autofree char *id = next_id(qmp);
+    g_autofree char *text = pba_qmp_wire_command(command, NULL, id);
+
+    if (!send_text(qmp, text, deadline, error)) {
+        return false;
+    }
+    g_autoptr(JsonObject) reply = receive_own_reply(qmp, id, deadline, error);
+    g_autoptr(JsonNode) value = reply ? unwrap_reply(reply, command, id, error) : NULL;
+    return value != NULL;
 }
 
 static bool greet(PbaQmp *qmp, gint64 deadline, GError **error)
@@ -275,9 +309,7 @@ static bool greet(PbaQmp *qmp, gint64 deadline, GError **error)
                       qmp->path);
         return false;
     }
-    /* "oob" is not asked for: commands run one after the other here. */
-    g_autoptr(JsonNode) reply = converse(qmp, "qmp_capabilities", NULL, deadline, error);
-    return reply != NULL;
+    return agree(qmp, deadline, error);
 }
 
 static bool ensure_connected(PbaQmp *qmp, gint64 deadline, GError **error)
