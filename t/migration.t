@@ -38,18 +38,29 @@ sub next_backup ($backend, @ids) {
         }
         my %name = reverse(%offset);
         my @names = map { $_->[1] == 65536 ? $name{ $_->[0] } : 'other' } @regions;
-        $next{ $info->{device} }
+        $next{ $info->{device} =~ s/\Adrive-//r }
             = $info->{'bitmap-action'} eq 'used' ? "@names" : $info->{'bitmap-action'};
     }
     $access->teardown(1);
     return \%next;
 }
 
+# How the disks are configured, the one and the other in turn.
+sub next_shape () {
+    state $number = 0;
+    return (qw(drive blockdev))[$number++ % 2];
+}
+
 # Two QEMUs on the same disks, the second one waiting for the first one's guest; the first has had a
 # backup of each disk.
 sub pair (%options) {
-    my @disks
-        = map { { id => $_, size => $size, format => 'qcow2' } } ($options{disks} // ['disk0'])->@*;
+    my %disk = (
+        size => $size,
+        format => 'qcow2',
+        bus => 'scsi',
+        shape => $options{shape} // next_shape()
+    );
+    my @disks = map { { id => $_, %disk } } ($options{disks} // ['disk0'])->@*;
     my %common = (name => 'upstream', guest => 0);
     my $source = PBA::Test::Backend->start(%common, disks => \@disks);
     $_->{file} = $source->vm->disk($_->{id})->{file} for @disks;
@@ -110,11 +121,12 @@ for my $bitmaps (0, 1) {
             my $outside = $source->outside;
             my $access = $source->access;
             $access->setup($source->devices('use'));
-            my $volume = $exported ? $access->volume('disk0') : undef;
+            my $device = $source->device('disk0');
+            my $volume = $exported ? $access->volume($device) : undef;
             write_disk($source->vm, 'during', 'disk0');
             is(migrate($source, $target), 'failed', 'QEMU refuses it');
             runs_at_source($source, $target);
-            $volume //= $access->volume('disk0');
+            $volume //= $access->volume($device);
             is_deeply([$volume->next_dirty_region], [$offset{before}, 65536], 'the map goes on');
             is($volume->pread($offset{before}, 65536), "\x07" x 65536, 'and reading');
             undef $volume;
@@ -133,6 +145,7 @@ for my $bitmaps (0, 1) {
             my ($source, $target) = pair(bitmaps => $bitmaps, persistent => 1, disks => \@ids);
             my $access = $source->access(persistent => 1);
             $access->setup($source->devices('use', $id));
+            $access->volumes('nbd');
             write_disk($source->vm, 'during', @ids);
             is(migrate($source, $target), 'failed', "access to $id: QEMU refuses it");
             runs_at_source($source, $target);
@@ -162,7 +175,8 @@ for my $bitmaps (0, 1) {
 # can go.
 subtest 'with the two halves of a bitmap' => sub {
     for my $persistent ($full ? (0, 1) : 0) {
-        my ($source, $target) = pair(bitmaps => !$persistent, persistent => $persistent);
+        my %options = (bitmaps => !$persistent, persistent => $persistent);
+        my ($source, $target) = pair(%options, shape => 'blockdev');
         my $vm = $source->vm;
         $vm->qmp(
             'block-dirty-bitmap-add',

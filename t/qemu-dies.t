@@ -69,6 +69,8 @@ sub resize ($backend, $phase) {
     return undef;
 }
 
+my @handed_over = (StateError => qr/the guest is migrated .*'postmigrate'/);
+
 my $gone = qr/\A(?:ConnectionError|NbdError|SystemError|IncompleteError)\z/;
 
 # What each event makes of an access, by the phase that it comes before. Without an error everything
@@ -78,7 +80,12 @@ my %events = (
     quits => { happens => sub ($backend, $phase) { $backend->vm->quit; undef }, dies => 1 },
     migrated => {
         happens => \&migrate,
-        error => { setup => [StateError => qr/the guest is migrated .*'postmigrate'/] },
+
+        # While nothing is exported Proxmox' QEMU does not refuse it.
+        error => {
+            setup => \@handed_over,
+            PBA::Test::VM->is_proxmox ? (volumes => \@handed_over) : (),
+        },
     },
     reset => { happens => \&reset_guest, guest => 1 },
     unplugged => {

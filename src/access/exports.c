@@ -266,7 +266,10 @@ bool pba_exports_add(PbaAccess *access, GError **error)
     /* After a restart of the VM the snapshots may be those of a later access. */
     g_autoptr(JsonArray) nodes = pba_qmp_query_array(access->qmp, "query-named-block-nodes",
                                                      pba_json("{'flat': <true>}"), error);
-    if (!nodes || !pba_owner_require(access, nodes, error)) {
+    if (!nodes || !pba_owner_require(access, nodes, error) ||
+        /* An export takes images back that were handed over, though the guest writes to them
+         * elsewhere (Proxmox' QEMU; a stock one refuses to hand them over during an access). */
+        !pba_company_check_here(access, error)) {
         return false;
     }
     pba_fleecing_check(access, nodes);
