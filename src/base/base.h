@@ -1,4 +1,4 @@
-/* What everything stands on: errors, waiting, trusted directories, sockets. */
+/* What everything stands on: errors, waiting, threads, trusted directories, sockets. */
 #ifndef PBA_BASE_H
 #define PBA_BASE_H
 
@@ -44,6 +44,9 @@ bool pba_wait_fds(struct pollfd *fds, unsigned count, gint64 until, gint64 deadl
 /* Sleeps so long, under the same rules. */
 bool pba_wait_ms(unsigned milliseconds, gint64 deadline, const PbaHooks *hooks, const char *what,
                  GError **error);
+
+/* Starts a thread that takes no signals, and that nobody waits for. */
+bool pba_thread_start(GThreadFunc run, void *opaque, GError **error);
 
 /* Directories and sockets */
 

@@ -1,8 +1,6 @@
 #include "pool.h"
 #include "src/base/base.h"
 #include <errno.h>
-#include <pthread.h>
-#include <signal.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -78,24 +76,13 @@ static void *work(void *opaque)
     return NULL;
 }
 
-/* A signal handler of Perl's must not run in a thread that Perl does not know. */
 static bool start_thread(PbaPool *pool, GError **error)
 {
-    sigset_t all;
-    sigset_t before;
-    g_autoptr(GError) local = NULL;
-
-    sigfillset(&all);
     g_atomic_ref_count_inc(&pool->references);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
-    GThread *thread = g_thread_try_new("pba", work, pool, &local);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    if (!thread) {
+    if (!pba_thread_start(work, pool, error)) {
         pool_unref(pool);
-        pba_error_set(error, PBA_ERROR_SYSTEM, "cannot start a thread - %s", local->message);
         return false;
     }
-    g_thread_unref(thread);
     return true;
 }
 

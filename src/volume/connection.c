@@ -78,7 +78,7 @@ static int limit_uris(struct nbd_handle *handle, const char *path)
                : -1;
 }
 
-static bool call_connect(PbaNbdVolume *nbd, bool is_uri)
+static bool prepare(PbaNbdVolume *nbd)
 {
     nbd->handle = nbd_create();
     if (nbd->handle) {
@@ -87,23 +87,40 @@ static bool call_connect(PbaNbdVolume *nbd, bool is_uri)
     return nbd->handle && nbd_set_handle_name(nbd->handle, nbd->volume.device) == 0 &&
            nbd_set_full_info(nbd->handle, true) == 0 && limit_uris(nbd->handle, nbd->path) == 0 &&
            (!nbd->context || nbd_add_meta_context(nbd->handle, nbd->context) == 0) &&
-           (is_uri || nbd_set_export_name(nbd->handle, nbd->volume.device) == 0) &&
-           (is_uri ? nbd_aio_connect_uri(nbd->handle, nbd->path)
-                   : nbd_aio_connect_unix(nbd->handle, nbd->path)) == 0;
+           (pba_uri_is(nbd->path) || nbd_set_export_name(nbd->handle, nbd->volume.device) == 0);
+}
+
+static bool call_connect(const PbaNbdVolume *nbd)
+{
+    return (pba_uri_is(nbd->path) ? nbd_aio_connect_uri(nbd->handle, nbd->path)
+                                  : nbd_aio_connect_unix(nbd->handle, nbd->path)) == 0;
+}
+
+/* Meanwhile the volume has no connection that others could find. */
+static bool connect_by_name(PbaNbdVolume *nbd, gint64 deadline, GError **error)
+{
+    if (!prepare(nbd)) {
+        pba_nbd_set_error(nbd, "connecting", error);
+        return false;
+    }
+    pba_connection_forget(nbd);
+    nbd->handle = pba_connect_by_name(g_steal_pointer(&nbd->handle), nbd->path, deadline,
+                                      &nbd->volume.hooks, error);
+    if (!nbd->handle) {
+        pba_error_add_device(error, nbd->volume.device);
+        return false;
+    }
+    pba_connection_note(nbd);
+    return true;
 }
 
 /* A Unix socket whose queue is full does not let wait, it fails at once (connect(2): EAGAIN): the
  * server is there, but slower than those that connect. */
-static bool start_connecting(PbaNbdVolume *nbd, gint64 deadline, GError **error)
+static bool connect_by_socket(PbaNbdVolume *nbd, gint64 deadline, GError **error)
 {
-    bool is_uri = pba_uri_is(nbd->path);
     unsigned pause = FIRST_PAUSE_MS;
 
-    if (is_uri && !pba_uri_check(nbd->path, error)) {
-        pba_error_add_device(error, nbd->volume.device);
-        return false;
-    }
-    while (!call_connect(nbd, is_uri)) {
+    while (!prepare(nbd) || !call_connect(nbd)) {
         if (nbd_get_errno() != EAGAIN) {
             pba_nbd_set_error(nbd, "connecting", error);
             return false;
@@ -117,6 +134,16 @@ static bool start_connecting(PbaNbdVolume *nbd, gint64 deadline, GError **error)
         pause = MIN(2 * pause, LONGEST_PAUSE_MS);
     }
     return true;
+}
+
+static bool start_connecting(PbaNbdVolume *nbd, gint64 deadline, GError **error)
+{
+    if (pba_uri_is(nbd->path) && !pba_uri_check(nbd->path, error)) {
+        pba_error_add_device(error, nbd->volume.device);
+        return false;
+    }
+    return pba_uri_is_tcp(nbd->path) ? connect_by_name(nbd, deadline, error)
+                                     : connect_by_socket(nbd, deadline, error);
 }
 
 static bool finish_connecting(PbaNbdVolume *nbd, gint64 deadline, GError **error)

@@ -26,6 +26,11 @@ bool pba_uri_is_tls(const char *uri)
     return g_str_has_prefix(uri, "nbds");
 }
 
+bool pba_uri_is_tcp(const char *uri)
+{
+    return g_str_has_prefix(uri, "nbd://") || g_str_has_prefix(uri, "nbds://");
+}
+
 static bool check_parameter(const char *parameter, bool is_tls, GError **error)
 {
     g_autofree char *name = g_strndup(parameter, strcspn(parameter, "="));
