@@ -17,7 +17,9 @@ my $Backend = 'PBA::Test::Backend';
 my $json = JSON::PP->new->canonical;
 my $size = 16 << 20;
 my $unknown
-    = qr/whether process \d+ still backs it up cannot be known from here.*recover with force/;
+    = qr/whether process \d+, which is .*, still backs it up cannot be known from here.*recover with force/;
+my $damaged
+    = qr/the process of a marker that is damaged or of a later version still backs it up cannot/;
 
 sub refused ($code, $pattern, $name) {
     ok(!eval { $code->(); 1 }, "$name: refused");
@@ -73,16 +75,24 @@ sub check_namespaces ($backend) {
     like(elsewhere($backend, $status), qr/"alive":null.*"pid":$$\D.*\}0\z/, 'status says so');
     ok(eval { $access->teardown(0); 1 }, 'the access ends well') or diag($@);
     is_deeply($backend->outside, $outside, 'nothing is left');
+    return;
+}
 
-    # The other way: one of there is not judged here, until the caller says that it is dead.
+# One of there is not judged here, until the caller says that it is dead.
+sub check_force ($backend) {
+    my $outside = $backend->outside;
+    my $device = $backend->device('disk0');
     my $up = "my \$a = PVE::BackupAccess->new(%o); \$a->setup([{device => '$device',"
         . ' "bitmap-mode" => "use"}]); $a->volumes("nbd"); POSIX::_exit(0)';
     elsewhere($backend, $up);
     my $left = state_of($backend);
     refused(sub { recover($backend) }, $unknown, 'recover');
     refused(sub { $backend->access->setup($backend->devices('use')) }, $unknown, 'setup');
-    refused(sub { recover($backend, force => 1, 'target-id' => 'another') },
-        $unknown, 'recover of another target with force');
+    refused(
+        sub { recover($backend, force => 1, 'target-id' => 'another') },
+        qr/$unknown for its target-id - it is not of the one/,
+        'recover of another target with force'
+    );
     is(state_of($backend), $left, 'nothing was touched');
     my @log;
     my $lines = recover($backend, force => 1, log => sub ($level, $text) { push(@log, $text) });
@@ -154,6 +164,31 @@ sub check_markers ($backend) {
     return;
 }
 
+# Names that tell no process, and what force makes of them.
+sub check_damaged ($backend) {
+    my $outside = $backend->outside;
+    my $process = join('-', getppid(), start_time(getppid()));
+    my @names = map { "pba-owner-$_" } '', 'x', 12, "$process-0", "$process-1-2", "$process-x",
+        '99999999999-1', '4294967297-5', '0-1', '-5-3', "5-9999999999999999x";
+    for my $name (@names) {
+        add_mark($backend, $name, 0);
+        refused(sub { recover($backend) }, $damaged, "'$name', recover");
+        refused(sub { $backend->access->setup($backend->devices('use')) }, $damaged, "setup");
+        is($backend->status->{access}{alive}, undef, 'status does not know, either');
+        my @log;
+        my $lines = recover($backend, force => 1, log => sub ($level, $text) { push(@log, $text) });
+        like(
+            "@log",
+            qr/the process of a marker that is damaged.*is taken for dead/,
+            'force says it'
+        );
+        ok((grep { m/process mark '$name' was removed/ } $lines->@*), 'and the lines')
+            or diag(explain($lines));
+        is_deeply($backend->outside, $outside, 'nothing is left');
+    }
+    return;
+}
+
 sub check_migration () {
     my @disks = ({ id => 'disk0', size => $size, format => 'qcow2' });
     my %common = (name => 'upstream', guest => 0);
@@ -198,10 +233,12 @@ for my $name ($Backend->names) {
         disks => [{ id => 'disk0', size => $size, format => 'qcow2' }]
     );
     subtest "backend $name: markers" => sub { check_markers($backend) };
+    subtest "backend $name: damaged markers" => sub { check_damaged($backend) };
     subtest "backend $name: alive" => sub { check_alive($backend) };
     subtest "backend $name: PID namespaces" => sub {
         plan(skip_all => 'needs root') if $> != 0;
         check_namespaces($backend);
+        check_force($backend);
     };
     $backend->check_manners;
 }

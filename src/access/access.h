@@ -165,9 +165,11 @@ bool pba_mark_add(PbaAccess *access, const char *name, uint64_t size, GError **e
 void pba_owner_unmark(PbaAccess *access, bool all);
 /* Forgets, in this process, that the access has marked a guest. */
 void pba_owner_forget(PbaAccess *access);
-/* Whose marker it is, if it is one. */
+/* Whose marker it is, if it is one; the PID is 0 where it tells none. */
 bool pba_owner_read(const PbaAccess *access, const char *node, uint64_t size, pid_t *pid,
                     PbaOwnerState *state);
+/* A process that cannot be judged, for a message; the caller's to free. */
+char *pba_owner_describe(pid_t pid);
 /* What the number of a marker tells of the key of its target, the caller's to free: the beginning.
  * NULL: nothing. */
 char *pba_owner_target_key(uint64_t size);

@@ -19,8 +19,8 @@
 #include "src/qmp/qmp.h"
 #include <errno.h>
 #include <inttypes.h>
+#include <limits.h>
 #include <signal.h>
-#include <stdio.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -37,7 +37,7 @@ static GPtrArray *marked;
 #define PLACE_BITS 29
 
 typedef struct {
-    pid_t pid;
+    pid_t pid; /* 0: not known */
     uint64_t start;
     unsigned number; /* of the access; not written if 0 */
 } Owner;
@@ -106,6 +106,11 @@ uint64_t pba_owner_node_size(JsonObject *node)
     return pba_block_node_size(node, &size, NULL) ? size : 0;
 }
 
+bool pba_is_owner_mark(const char *node)
+{
+    return g_str_has_prefix(node, OWNER_PREFIX);
+}
+
 /* State (field 3) and start time (field 22) are counted from the command's name in parentheses,
  * which may have anything in it. */
 static bool read_stat(pid_t pid, char *state, uint64_t *start)
@@ -125,28 +130,24 @@ static bool read_stat(pid_t pid, char *state, uint64_t *start)
     return g_ascii_string_to_unsigned(fields[19], 10, 0, UINT64_MAX, start, NULL);
 }
 
+/* A marker that tells no process is of a later version, or damaged. */
 static bool parse_owner(const char *node, Owner *owner)
 {
-    int pid;
-    int length;
-    char more;
+    uint64_t pid;
+    uint64_t start;
+    uint64_t number = 0;
 
     *owner = (Owner){0};
-    if (!g_str_has_prefix(node, OWNER_PREFIX) ||
-        sscanf(node + strlen(OWNER_PREFIX), "%d-%" SCNu64 "%n", &pid, &owner->start, &length) !=
-            2 ||
-        pid <= 0) {
+    if (!pba_is_owner_mark(node)) {
         return false;
     }
-    const char *rest = node + strlen(OWNER_PREFIX) + length;
-    owner->pid = pid;
-    return !*rest || (sscanf(rest, "-%u%c", &owner->number, &more) == 1 && owner->number > 0);
-}
-
-bool pba_is_owner_mark(const char *node)
-{
-    Owner owner;
-    return parse_owner(node, &owner);
+    g_auto(GStrv) words = g_strsplit(node + strlen(OWNER_PREFIX), "-", 3);
+    if (words[0] && g_ascii_string_to_unsigned(words[0], 10, 1, INT_MAX, &pid, NULL) && words[1] &&
+        g_ascii_string_to_unsigned(words[1], 10, 0, UINT64_MAX, &start, NULL) &&
+        (!words[2] || g_ascii_string_to_unsigned(words[2], 10, 1, UINT_MAX, &number, NULL))) {
+        *owner = (Owner){.pid = (pid_t)pid, .start = start, .number = (unsigned)number};
+    }
+    return true;
 }
 
 char *pba_owner_mark_name(const PbaAccess *access, GError **error)
@@ -199,7 +200,7 @@ static PbaOwnerState judge(const PbaAccess *access, const Owner *owner, uint64_t
     char state;
     uint64_t now;
 
-    if (!is_this_place(size)) {
+    if (owner->pid == 0 || !is_this_place(size)) {
         return PBA_OWNER_UNKNOWN;
     }
     if (!read_stat(owner->pid, &state, &now)) {
@@ -243,20 +244,30 @@ bool pba_owner_is_dead(const PbaAccess *access, const char *node, uint64_t size)
     return pba_owner_read(access, node, size, &pid, &state) && counts_as_dead(access, state, size);
 }
 
-static bool refuse_owner(pid_t pid, PbaOwnerState state, GError **error)
+char *pba_owner_describe(pid_t pid)
+{
+    return pid ? g_strdup_printf("process %d, which is of another machine, boot or PID namespace, "
+                                 "or hidden,",
+                                 (int)pid)
+               : g_strdup("the process of a marker that is damaged or of a later version");
+}
+
+static bool refuse_owner(const PbaAccess *access, pid_t pid, PbaOwnerState state, GError **error)
 {
     if (state == PBA_OWNER_ALIVE) {
         pba_error_set(error, PBA_ERROR_STATE,
                       "previous backup of this guest not finished: process %d is already backing "
                       "it up",
                       (int)pid);
-    } else {
-        pba_error_set(error, PBA_ERROR_STATE,
-                      "previous backup of this guest not finished: whether process %d still backs "
-                      "it up cannot be known from here, since it is of another machine, boot or "
-                      "PID namespace, or hidden - if it has ended, call recover with force for its "
-                      "target-id",
-                      (int)pid);
+        return false;
+    }
+    g_autofree char *process = pba_owner_describe(pid);
+    pba_error_set(error, PBA_ERROR_STATE,
+                  "previous backup of this guest not finished: whether %s still backs it up cannot "
+                  "be known from here - if it has ended, call recover with force for its target-id",
+                  process);
+    if (access->options.force) {
+        pba_error_add_hint(error, "it is not of the one that was given");
     }
     return false;
 }
@@ -278,7 +289,7 @@ bool pba_owner_check(const PbaAccess *access, JsonArray *nodes, GError **error)
             worst_pid = pid;
         }
     }
-    return worst == PBA_OWNER_DEAD || refuse_owner(worst_pid, worst, error);
+    return worst == PBA_OWNER_DEAD || refuse_owner(access, worst_pid, worst, error);
 }
 
 static JsonArray *query_nodes(PbaAccess *access, GError **error)

@@ -166,10 +166,9 @@ static void log_assumed(const PbaAccess *access, const PbaLeftovers *leftovers)
             pba_owner_read(access, name, pba_owner_node_size(pba_json_element(nodes, i)), &pid,
                            &state) &&
             state == PBA_OWNER_UNKNOWN) {
-            pba_log(&access->hooks, PBA_LOG_WARN,
-                    "process %d, which is of another machine, boot or PID namespace, or hidden, "
-                    "is taken for dead, as recover was told to",
-                    (int)pid);
+            g_autofree char *process = pba_owner_describe(pid);
+            pba_log(&access->hooks, PBA_LOG_WARN, "%s is taken for dead, as recover was told to",
+                    process);
         }
     }
 }

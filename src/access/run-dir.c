@@ -264,13 +264,16 @@ bool pba_run_dir_is_live(const PbaAccess *access, const char *path)
     g_autofree char *place = g_build_filename(path, PLACE_NAME, NULL);
     g_autofree char *mark = NULL;
     g_autofree char *number = NULL;
+    PbaOwnerState state;
+    pid_t pid;
 
     if (!g_file_get_contents(owner, &mark, NULL, NULL)) {
         return false;
     }
     g_file_get_contents(place, &number, NULL, NULL);
-    return pba_is_owner_mark(mark) &&
-           !pba_owner_is_dead(access, mark, number ? g_ascii_strtoull(number, NULL, 10) : 0);
+    uint64_t size = number ? g_ascii_strtoull(number, NULL, 10) : 0;
+    return pba_owner_read(access, mark, size, &pid, &state) && pid != 0 &&
+           !pba_owner_is_dead(access, mark, size);
 }
 
 pid_t pba_run_dir_live_server(const PbaAccess *access)

@@ -140,7 +140,7 @@ static JsonObject *describe_access(Status *status)
     status->key = g_strdup(key);
     g_autofree char *owners_key = key ? NULL : pba_owner_target_key(status->owner_size);
     set_target(status, object, key ? key : owners_key);
-    if (status->owner) {
+    if (status->pid) {
         json_object_set_int_member(object, "pid", status->pid);
     } else {
         set_text(object, "pid", NULL);
