@@ -15,6 +15,14 @@ static SV *new_error(pTHX_ const char *message, const char *klass, const char *c
     return sv_bless(ref, gv_stashpvs("PVE::BackupAccess::Error", GV_ADD));
 }
 
+/* What Perl code of the caller's has thrown, as it is: its __DIE__ handler has had it then. */
+static _Noreturn void throw_again(pTHX_ SV *exception)
+{
+    SAVESPTR(PL_diehook);
+    PL_diehook = NULL;
+    croak_sv(sv_2mortal(exception));
+}
+
 void glue_throw_error(pTHX_ Caller *caller, GError *error)
 {
     SV *exception = caller ? caller->exception : NULL;
@@ -22,7 +30,7 @@ void glue_throw_error(pTHX_ Caller *caller, GError *error)
         caller->exception = NULL;
         caller->died = false;
         g_error_free(error);
-        croak_sv(sv_2mortal(exception));
+        throw_again(aTHX_ exception);
     }
     SV *object = new_error(aTHX_ error->message, pba_error_class(error), pba_error_command(error),
                            pba_error_device(error));
@@ -41,7 +49,7 @@ void glue_throw_pending(pTHX_ Caller *caller)
         SV *exception = caller->exception;
         caller->exception = NULL;
         caller->died = false;
-        croak_sv(sv_2mortal(exception));
+        throw_again(aTHX_ exception);
     }
 }
 
@@ -84,8 +92,7 @@ static void throw_later(pTHX)
         checks_to_skip--;
         return;
     }
-    croak_sv(
-        sv_2mortal(glue_take_later(aTHX))); /* signals that came since then are still pending */
+    throw_again(aTHX_ glue_take_later(aTHX)); /* signals that came since then are still pending */
 }
 
 void glue_throw_later(pTHX_ SV *exception)

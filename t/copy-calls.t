@@ -41,6 +41,34 @@ subtest 'progress' => sub {
     }
 };
 
+# One that puts words around what it gets has it as often as without this module. Perl itself has it twice where
+# a signal handler dies.
+subtest 'a __DIE__ handler' => sub {
+    my $calls = 0;
+    my $wrap = sub ($text) { die "wrapped: $text" if ++$calls };
+    my $thrown = sub (@) {
+        local $SIG{__DIE__} = $wrap;
+        die "thrown\n";
+    };
+    my %codes = (
+        progress => [to => '/dev/null', progress => $thrown],
+        target => [to => $thrown],
+        digests => [to => '/dev/null', digests => $thrown],
+        signal => [to => '/dev/null', progress => sub (@) { kill('USR1', $$) }],
+    );
+    local $SIG{USR1} = sub { $thrown->() };
+    for my $of (sort keys %codes) {
+        local $SIG{__DIE__} = $wrap;
+        ok(!eval { $codes{$of}[-1]->(); 1 }, "$of: dies by itself");
+        my @plain = ($@, $calls);
+        $calls = 0;
+        my $volume = open_volume(start(dirty => $maps{all}));
+        ok(!eval { $volume->copy($codes{$of}->@*); 1 }, "$of: dies");
+        is_deeply([$@, $calls], \@plain, 'as it was thrown');
+        $calls = 0;
+    }
+};
+
 subtest 'bandwidth limit' => sub {
     my $limit = 400 * $KiB;
     my $volume = open_volume(start(size => 4 * $MiB, dirty => [[0, 4 * $MiB]]));

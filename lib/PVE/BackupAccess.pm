@@ -16,7 +16,7 @@ use PVE::BackupAccess::Argument
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Recovery qw(recover_all recover_foreign);
-use PVE::BackupAccess::Try qw(deaths_of deaths_of_all is_own worst_of);
+use PVE::BackupAccess::Try qw(deaths_of deaths_of_all is_own rethrow worst_of);
 use PVE::BackupAccess::Volume;
 
 XSLoader::load('PVE::BackupAccess', $VERSION);
@@ -217,7 +217,7 @@ sub setup ($self, $devices, @hooks) {
     my @undone = deaths_of(sub { $self->_undo_setup if !$was_up && $self->_is_up });
     my $worst = worst_of((grep { !is_own($_->[0]) } @undone), @deaths, @undone);
     $self->_log_warning("after that - $_->[0]") for grep { $_ != $worst } @deaths, @undone;
-    die $worst->[0];
+    rethrow($worst->[0]);
 }
 
 # The guest is thawed whatever becomes of it, and also if freezing it failed: it may have been frozen

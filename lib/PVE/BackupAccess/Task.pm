@@ -12,7 +12,7 @@ use PVE::BackupAccess::Argument
     qw(bad_argument check_bytes check_code check_filled_text check_positive given_options is_backup_id);
 use PVE::BackupAccess::Notes;
 use PVE::BackupAccess::PluginBase;
-use PVE::BackupAccess::Try qw(attempt deaths_of deaths_of_all is_own worst_of);
+use PVE::BackupAccess::Try qw(attempt deaths_of deaths_of_all is_own rethrow worst_of);
 
 my $look_every = 10;    # seconds, at fleecing images
 my $look_limit = 5;     # seconds, that a QMP command may take for that
@@ -130,7 +130,7 @@ sub _back_up ($self, $result, $finish) {
 sub _die_of ($self, @deaths) {
     my $worst = worst_of(@deaths) // return;
     $self->log('warn', "after that - $_->[0]") for grep { $_ != $worst } @deaths;
-    die $worst->[0];
+    rethrow($worst->[0]);
 }
 
 sub _hand_over ($self, $result) {
@@ -419,10 +419,10 @@ sub _guest_of_job ($self, $result) {
         sub {
             my ($death) = deaths_of(sub { $self->_init_and_back_up($result) }) or return;
             my $error = $death->[0];
-            die $error if $result->{complete} || $$ != $self->{pid};
+            rethrow($error) if $result->{complete} || $$ != $self->{pid};
             $self->log('err', "backup of VM $vmid failed - $error");
             $self->_steps(
-                sub { die $error },
+                sub { rethrow($error) },
                 sub { $provider->backup_cleanup($vmid, 'qemu', 0, { error => "$error" }) },
             );
         },

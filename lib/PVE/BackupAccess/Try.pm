@@ -9,11 +9,18 @@ use v5.36;
 use Exporter qw(import);
 use Scalar::Util qw(blessed);
 
-our @EXPORT_OK = qw(attempt attempt_any deaths_of deaths_of_all ensure is_own reason worst_of);
+our @EXPORT_OK
+    = qw(attempt attempt_any deaths_of deaths_of_all ensure is_own reason rethrow worst_of);
 
 # Whether an exception is one that our own code makes.
 sub is_own ($error) {
     return blessed($error) && $error->isa('PVE::BackupAccess::Error');
+}
+
+# Dies with what was thrown before, as it is: a __DIE__ handler has had it then.
+sub rethrow ($exception) {
+    local $SIG{__DIE__} = undef;
+    die $exception;
 }
 
 # What the code refs die with, each of which is run whatever becomes of those before, as
@@ -34,7 +41,7 @@ sub deaths_of_all (@code) {
 sub attempt : prototype(&) ($code) {
     my ($death) = deaths_of($code) or return undef;
     my ($error, $by_signal) = $death->@*;
-    die $error if $by_signal || !is_own($error);
+    rethrow($error) if $by_signal || !is_own($error);
     return $error;
 }
 
@@ -43,7 +50,7 @@ sub attempt : prototype(&) ($code) {
 sub attempt_any : prototype(&) ($code) {
     my ($death) = deaths_of($code) or return undef;
     my ($error, $by_signal) = $death->@*;
-    die $error if $by_signal;
+    rethrow($error) if $by_signal;
     return $error;
 }
 
@@ -62,7 +69,7 @@ sub ensure ($work, $cleanup) {
     my @deaths = deaths_of_all($work, $cleanup) or return;
     my $worst = worst_of(@deaths);
     warn "after that - $_->[0]" for grep { $_ != $worst } @deaths;
-    die $worst->[0];
+    rethrow($worst->[0]);
 }
 
 # Here, since it uses this module itself.
