@@ -41,7 +41,10 @@ static SV *take_base(pTHX_ const PbaBase *base)
     HV *hash = newHV();
 
     (void)hv_stores(hash, "size", newSVuv(base->size));
-    (void)hv_stores(hash, "base", take_text(aTHX_ base->id));
+    (void)hv_stores(hash, "identity", take_text(aTHX_ base->identity));
+    (void)hv_stores(hash, "node", take_text(aTHX_ base->node));
+    (void)hv_stores(hash, "base", take_text(aTHX_ base->is_alias ? NULL : base->id));
+    (void)hv_stores(hash, "alias-base", take_text(aTHX_ base->is_alias ? base->id : NULL));
     (void)hv_stores(hash, "reason", take_text(aTHX_ base->reason));
     return newRV_noinc((SV *)hash);
 }

@@ -31,6 +31,7 @@ PbaDeviceRequest *glue_requests_from_hashes(pTHX_ AV *devices, size_t *count)
         requests[i] = (PbaDeviceRequest){
             .device = glue_fetch_text(aTHX_ device, "device"),
             .base = glue_fetch_text(aTHX_ device, "base"),
+            .identity = glue_fetch_text(aTHX_ device, "identity"),
             .tied = hv_exists(device, "base", 4),
             .audit = SvTRUE(glue_fetch(aTHX_ device, "audit")),
         };
@@ -50,6 +51,7 @@ static SV *sv_from_info(pTHX_ const PbaDeviceInfo *info)
     glue_store_text(aTHX_ hash, "bitmap-node-name", info->bitmap_node_name);
     glue_store_text(aTHX_ hash, "bitmap-name", info->bitmap_name);
     glue_store_text(aTHX_ hash, "bitmap-action", pba_bitmap_action_name(info->action));
+    glue_store_text(aTHX_ hash, "identity", info->identity);
     glue_store_text(aTHX_ hash, "base", info->base);
     glue_store_text(aTHX_ hash, "reason", info->reason);
     glue_store_text(aTHX_ hash, "audit-bitmap", info->audit_bitmap);

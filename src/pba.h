@@ -144,7 +144,10 @@ typedef struct {
     PbaBitmapMode mode;
     bool tied;        /* the bitmap tells which backup it is relative to; if one does, all do */
     const char *base; /* mode use: that has to be this one; NULL: there is none */
-    bool audit;       /* mode use of a tied one: as mode new, and what it had is told as well */
+    /* The base was found by this identity of its disk, whatever the disk was called then; NULL: by
+     * the name. */
+    const char *identity;
+    bool audit; /* mode use of a tied one: as mode new, and what it had is told as well */
 } PbaDeviceRequest;
 
 /* One device of an access that is up; everything is owned by the access. */
@@ -155,8 +158,9 @@ typedef struct {
     const char *bitmap_node_name; /* NULL without a bitmap */
     const char *bitmap_name;      /* NULL without a bitmap */
     PbaBitmapAction action;
-    const char *base;   /* id of the backup that a used bitmap is relative to; NULL: not known */
-    const char *reason; /* why a bitmap that was there is not used; NULL: it is, or none was */
+    const char *identity; /* what tells the disk from others, whatever its name; NULL: not tied */
+    const char *base;     /* id of the backup that a used bitmap is relative to; NULL: not known */
+    const char *reason;   /* why a bitmap that was there is not used; NULL: it is, or none was */
     const char *audit_bitmap; /* what the one before it had, of the same export; NULL: no audit */
 } PbaDeviceInfo;
 
@@ -184,8 +188,11 @@ bool pba_access_sizes(PbaAccess *access, const PbaDeviceRequest *requests, size_
                       uint64_t *sizes, GError **error);
 typedef struct {
     uint64_t size;
-    char *id;     /* NULL: the bitmap is not there or must not be used */
-    char *reason; /* why it must not; NULL: it may, or is not there */
+    char *identity;
+    char *node;    /* the name that its node has now; NULL: one that QEMU has made up */
+    char *id;      /* NULL: the bitmap is not there or must not be used */
+    bool is_alias; /* the backup called the disk otherwise: its base has to be found by identity */
+    char *reason;  /* why it must not, or is_alias; NULL: it may, or is not there */
 } PbaBase;
 
 /* The sizes, and the ids of the backups that the bitmaps of the requests' devices are relative to,

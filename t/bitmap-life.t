@@ -78,7 +78,27 @@ my @known = (
     [
         'another disk',
         { provider => 'chain', naming => 'qdev' },
-        qw(ok swap ok:new ok:reuse alias:new ok:new ok:reuse swap failed swap ok replug ok),
+        qw(ok swap ok:new ok:reuse alias:reuse ok:reuse swap failed swap ok replug ok),
+    ],
+    [
+        'a disk by all of its names',
+        { provider => 'chain', persistent => 1 },
+        qw(ok alias:reuse alias:reuse ok:reuse rename ok:reuse failed ok:reuse prune ok:reuse),
+        qw(rename killed ok:reuse renumber ok:reuse ok:reuse alias:reuse renumber alias:reuse),
+        qw(swap ok:new renumber ok:reuse rename replug ok:reuse removed ok:new audit alias:reuse),
+        qw(old-manifests ok:new ok:reuse old-manifests ok:reuse prune full ok:reuse),
+    ],
+    [
+        'the same with a provider that knows disks by their names',
+        { provider => 'blind', persistent => 1 },
+        qw(ok ok:reuse alias:new alias:reuse ok:new ok:reuse renumber ok:new ok:reuse rename ok:new),
+        qw(ok:reuse swap ok:new renumber ok:reuse audit rename renumber ok:new prune ok:reuse),
+    ],
+    [
+        'and with one that knows of no ids',
+        { provider => 'raw', persistent => 1 },
+        qw(ok ok:reuse alias:new alias:reuse ok:new ok:reuse renumber ok:new ok:reuse rename ok:new),
+        qw(ok:reuse swap ok:new renumber ok:reuse rename renumber ok:new odd-notes ok ok ok:reuse),
     ],
     [
         'another disk after a restart',
@@ -133,7 +153,7 @@ sub one_life ($name, $backend, $how, @events) {
 sub some_way ($backend, $number) {
     my @namings = $backend eq 'pve' ? qw(node drive) : qw(node qdev drive);
     my %way = (
-        provider => $number % 2 ? 'raw' : 'chain',
+        provider => $number % 2 ? 'raw' : $number % 8 ? 'chain' : 'blind',
         naming => $namings[$number % @namings],
         persistent => $backend eq 'upstream' && $number % 3 != 2 ? 1 : 0,
     );

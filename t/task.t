@@ -33,6 +33,9 @@ my @job = (
 sub check_arguments ($context, $arguments, $start) {
     my $backend = $context->{backend};
     my %volumes = map { $backend->device($_) => { size => $sizes{$_}, base => undef } } @ids;
+    $volumes{$_}{identity} = "drive $_" for keys %volumes;
+    $volumes{disk0}{node} = 'disk0';
+    $volumes{disk0}{identity} = 'device /machine/peripheral/disk0-dev' if $backend->name ne 'pve';
 
     for my $time ($arguments->{job_init}[0], splice($arguments->{backup_init}->@*, 2, 1)) {
         ok($time >= $start && $time <= time(), 'a time of now');

@@ -78,10 +78,15 @@ my sub check_base ($name, $value) {
     check_text($name, $value) if defined($value);
 }
 
+my sub check_identity ($name, $value) {
+    check_filled_text($name, $value) if defined($value);
+}
+
 my %device_keys = (
     device => \&check_filled_text,
     'bitmap-mode' => \&check_text,
     base => \&check_base,
+    identity => \&check_identity,
     audit => \&check_flag,
 );
 
@@ -177,7 +182,8 @@ sub bases ($self, @devices) {
     return { map { $_ => $seen->{$_}{base} } keys $seen->%* };
 }
 
-# { device => { size, base, reason: why there is no base although there is a bitmap } }, by one look.
+# { device => { size, identity, base, alias-base: instead, where the disk had another name then, reason: why
+# there is no base although there is a bitmap } }, by one look.
 sub _sizes_and_bases ($self, @devices) {
     return $self->_bases([map { "$_" } @devices]);
 }
@@ -205,6 +211,9 @@ sub setup ($self, $devices, @hooks) {
             if !defined($device->{device});
         bad_argument("device $device->{device}: an audit needs 'base'", device => $device->{device})
             if $device->{audit} && !exists($device->{base});
+        bad_argument("device $device->{device}: 'identity' goes with 'base'",
+            device => $device->{device})
+            if defined($device->{identity}) && !exists($device->{base});
     }
     my @plain = map { +{ $_->%* } } $devices->@*;    # even if theirs are tied
     my $was_up = $self->_is_up;                      # then it is refused, and left alone
@@ -248,8 +257,9 @@ sub _nbd_volumes ($self) {
             'nbd-path' => $socket,
         };
         $volume->{'bitmap-name'} = $info->{'bitmap-name'} if $status ne 'none';
-        $volume->{base} = $info->{base} if defined($info->{base});
-        $volume->{'audit-bitmap'} = $info->{'audit-bitmap'} if defined($info->{'audit-bitmap'});
+        for my $key (grep { defined($info->{$_}) } qw(identity base audit-bitmap)) {
+            $volume->{$key} = $info->{$key};
+        }
     }
     return $volumes;
 }
@@ -266,7 +276,7 @@ sub _handle_volumes ($self) {
         $volumes->{$device} = {
             size => $nbd_volume->{size},
             'bitmap-mode' => $nbd_volume->{'bitmap-mode'},
-            exists($nbd_volume->{base}) ? (base => $nbd_volume->{base}) : (),
+            (map { $_ => $nbd_volume->{$_} } grep { exists($nbd_volume->{$_}) } qw(identity base)),
             'file-handle' => $self->_open_handle($index),
             'next-dirty-region' => sub { return $reader->next_dirty_region },
         };
@@ -684,7 +694,7 @@ L</recover>. While another process has an access to this guest, setup dies with 
 
 The devices' data as a backup provider wants it: exactly the hash of the provider API's
 C<backup_vm()>. Per device there are C<size> and C<bitmap-mode> (C<none>, C<new> or C<reuse>), where setup was
-given a C<base> and the bitmap is used that C<base>, and
+given a C<base> C<identity> and, if the bitmap is used, that C<base> (L</WHICH BACKUP A BITMAP IS RELATIVE TO>), and
 
 =over
 
@@ -798,6 +808,16 @@ bitmap is relative to that backup, of this disk of this guest under this name, i
 not resized. Otherwise it is made anew (C<missing-recreated>; on a QEMU with the early form of the command
 C<new>), and the log and C<reason> in the device's hash say why. C<base> in there is the id of a bitmap that is
 used.
+
+A disk has several names, and a name may go from one disk to another: libvirt numbers its nodes anew. C<identity> in
+the device's hash of setup, and in its volume, is what tells the disk from others of its guest, whichever name was given:
+the drive, else the guest device by its QOM path, else the node; on a Proxmox QEMU the drive. Whoever keeps it with the
+archive can find the base of a disk under another name, and says so:
+
+    { device => 'virtio-disk0', 'bitmap-mode' => 'use', base => $id, identity => $identity_in_the_archive }
+
+With C<identity> the name does not matter. The bitmap is used only if that is the identity of this disk. What else
+C<use> needs is the same.
 
 The id is in the name of a second bitmap beside the target's, which takes the same memory. It is stored,
 migrated and rolled back with it. It tells no change of the disk's size back and forth by less than what a bit

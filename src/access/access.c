@@ -162,6 +162,7 @@ void pba_access_device_info(const PbaAccess *access, size_t index, PbaDeviceInfo
         .bitmap_node_name = disk->bitmap_name ? disk->bitmap_node : NULL,
         .bitmap_name = disk->bitmap_name,
         .action = disk->action,
+        .identity = access->tied ? disk->identity : NULL,
         .base = disk->action == PBA_BITMAP_ACTION_USED ? disk->base : NULL,
         .reason = disk->reason,
         .audit_bitmap = disk->audit_bitmap,

@@ -14,9 +14,10 @@ typedef struct {
     char *device;
     char *key; /* hash of the device: what names of ours are made from */
     PbaBitmapMode mode;
-    char *base;     /* id of the backup that its bitmap has to be relative to; NULL: none */
-    char *identity; /* see pba_disk_identity */
-    char *reason;   /* why its bitmap is not used; NULL: it is, or there is none */
+    char *base;      /* id of the backup that its bitmap has to be relative to; NULL: none */
+    char *base_disk; /* the identity by which it was found; NULL: by its name */
+    char *identity;  /* see PbaBackend */
+    char *reason;    /* why its bitmap is not used; NULL: it is, or there is none */
 
     char *qdev;        /* id or QOM path of the guest device; NULL: none */
     char *root_node;   /* what the guest device used before setup */

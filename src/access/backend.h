@@ -20,9 +20,8 @@ struct PbaBackend {
 
     /* Fills in a disk by a name that no device of the guest has, or refuses it. */
     bool (*resolve_node)(PbaDisk *disk, const PbaBlock *block, GError **error);
-    /* What tells the disk from others of its guest, also after a restart. Its name is a part of
-     * that: who keeps archives finds them by it. device is query-block's entry, or NULL. The
-     * caller's to free. */
+    /* What tells the disk from others of its guest, also after a restart, whichever of its names
+     * was given. device is query-block's entry, or NULL. The caller's to free. */
     char *(*identify)(const char *name, JsonObject *device);
     bool (*check)(PbaAccess *access, const PbaBlock *block, GError **error);
     bool (*prepare)(PbaAccess *access, const PbaBlock *block, GError **error);

@@ -9,6 +9,7 @@ void pba_disk_free(gpointer data)
     g_free(disk->device);
     g_free(disk->key);
     g_free(disk->base);
+    g_free(disk->base_disk);
     g_free(disk->identity);
     g_free(disk->reason);
     g_free(disk->qdev);

@@ -28,6 +28,7 @@ static bool note_requests(PbaAccess *access, const PbaDeviceRequest *requests, s
         disk->key = pba_short_hash(disk->device);
         disk->mode = requests[i].mode;
         disk->base = g_strdup(requests[i].base);
+        disk->base_disk = g_strdup(requests[i].identity);
         disk->audit = requests[i].tied && requests[i].audit;
         access->tied |= requests[i].tied;
         g_ptr_array_add(access->disks, disk);
@@ -74,7 +75,8 @@ static bool resolve_disks(PbaAccess *access, const PbaBlock *block, GError **err
         }
         for (guint j = 0; j < i; j++) {
             const PbaDisk *other = access->disks->pdata[j];
-            if (strcmp(disk->root_node, other->root_node) == 0) {
+            if (strcmp(disk->root_node, other->root_node) == 0 ||
+                strcmp(disk->identity, other->identity) == 0) {
                 pba_error_set(error, PBA_ERROR_ARGUMENT, "is listed twice - also as '%s'",
                               other->device);
                 pba_error_add_device(error, disk->device);
@@ -156,6 +158,8 @@ static bool look_for_bases(PbaAccess *access, PbaBlock *block, GError **error)
            undo_leftovers(access, block, error) && resolve_disks(access, block, error);
 }
 
+static const char other_name[] = "the disk was backed up under another name";
+
 /* The id that the disk's bitmap has, if nothing speaks against the bitmap. */
 static PbaBase find_base(PbaAccess *access, PbaDisk *disk, const PbaBlock *block)
 {
@@ -164,11 +168,16 @@ static PbaBase find_base(PbaAccess *access, PbaDisk *disk, const PbaBlock *block
     disk->bitmap_node = g_strdup(pba_block_skip_filters(block, disk->root_node));
     const char *companion = pba_companion_find(block, disk->bitmap_node, access->target_id);
     disk->base = companion ? g_strdup(pba_companion_id(companion)) : NULL;
+    disk->base_disk = g_strdup(disk->identity);
     bool fits = pba_block_find_bitmap(block, disk->bitmap_node, bitmap) &&
                 pba_tie_fits(access, disk, block);
+    bool is_alias = fits && !pba_companion_is_named(companion, disk->device);
     return (PbaBase){.size = disk->size,
+                     .identity = g_strdup(disk->identity),
+                     .node = *disk->root_node == '#' ? NULL : g_strdup(disk->root_node),
                      .id = fits ? g_strdup(disk->base) : NULL,
-                     .reason = g_strdup(disk->reason)};
+                     .is_alias = is_alias,
+                     .reason = g_strdup(is_alias ? other_name : disk->reason)};
 }
 
 /* That is over, and setup may come. What was seen is kept for it if it is not NULL. */

@@ -2,6 +2,7 @@
 #include "backend.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
+#include <string.h>
 
 char *pba_access_bitmap(const PbaAccess *access)
 {
@@ -29,6 +30,7 @@ PbaCompanion pba_disk_companion(const PbaAccess *access, const PbaDisk *disk, co
     return (PbaCompanion){.target_id = access->target_id,
                           .guest = access->guest,
                           .disk = disk->identity,
+                          .name = disk->device,
                           .size = disk->size,
                           .id = id};
 }
@@ -39,6 +41,16 @@ bool pba_tie_fits(const PbaAccess *access, PbaDisk *disk, const PbaBlock *block)
     PbaCompanion wanted = pba_disk_companion(access, disk, disk->base);
 
     g_free(disk->reason);
+    if (disk->base_disk && strcmp(disk->base_disk, disk->identity) != 0) {
+        disk->reason = g_strdup_printf("what it would go on from is of another disk: %s, not %s",
+                                       disk->base_disk, disk->identity);
+        return false;
+    }
+    /* Names may go from one disk to another, so a base that was found by its name is one only if
+     * the disk had that name then. */
+    if (disk->base_disk) {
+        wanted.name = NULL;
+    }
     disk->reason = pba_companion_problem(block, disk->bitmap_node, bitmap, &wanted);
     return !disk->reason;
 }

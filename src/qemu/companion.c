@@ -4,11 +4,11 @@
 #include "src/qmp/qmp.h"
 #include <string.h>
 
-/* The name, between colons: prefix, hashes of target, guest and disk, size, id. */
+/* The name, between colons: prefix, hashes of target, guest, disk and the disk's name, size, id. */
 #define PREFIX "pba-id:"
 #define ID_DIGITS 32
 
-enum { PART_PREFIX, PART_TARGET, PART_GUEST, PART_DISK, PART_SIZE, PART_ID, PART_COUNT };
+enum { PART_PREFIX, PART_TARGET, PART_GUEST, PART_DISK, PART_NAME, PART_SIZE, PART_ID, PART_COUNT };
 
 static bool is_id(const char *text)
 {
@@ -31,8 +31,9 @@ char *pba_companion_name(const PbaCompanion *companion)
     g_autofree char *target = pba_short_hash(companion->target_id);
     g_autofree char *guest = pba_short_hash(companion->guest);
     g_autofree char *disk = pba_short_hash(companion->disk);
+    g_autofree char *name = pba_short_hash(companion->name ? companion->name : "");
 
-    return g_strdup_printf(PREFIX "%s:%s:%s:%" G_GUINT64_FORMAT ":%s", target, guest, disk,
+    return g_strdup_printf(PREFIX "%s:%s:%s:%s:%" G_GUINT64_FORMAT ":%s", target, guest, disk, name,
                            companion->size, companion->id ? companion->id : "");
 }
 
@@ -54,6 +55,14 @@ const char *pba_companion_id(const char *bitmap)
     const char *last = pba_is_companion(bitmap) ? strrchr(bitmap, ':') : NULL;
 
     return last && is_id(last + 1) ? last + 1 : NULL;
+}
+
+bool pba_companion_is_named(const char *bitmap, const char *name)
+{
+    g_autofree char *expected = pba_short_hash(name);
+    g_auto(GStrv) parts = g_strsplit(bitmap, ":", PART_COUNT);
+
+    return g_strv_length(parts) == PART_COUNT && strcmp(parts[PART_NAME], expected) == 0;
 }
 
 const char *pba_companion_find(const PbaBlock *block, const char *node, const char *target_id)
@@ -109,7 +118,7 @@ static char *name_problem(const char *name, const PbaCompanion *wanted)
         return g_strdup("it is another guest's");
     }
     if (strcmp(is[PART_DISK], want[PART_DISK]) != 0) {
-        return g_strdup("it is another disk's, or the disk was backed up under another name");
+        return g_strdup("it is another disk's");
     }
     if (!is_id(is[PART_ID])) {
         return g_strdup("it is relative to no backup that has ended well");
@@ -119,6 +128,9 @@ static char *name_problem(const char *name, const PbaCompanion *wanted)
     }
     if (strcmp(is[PART_ID], want[PART_ID]) != 0) {
         return g_strdup_printf("it is relative to backup %s, not %s", is[PART_ID], want[PART_ID]);
+    }
+    if (wanted->name && strcmp(is[PART_NAME], want[PART_NAME]) != 0) {
+        return g_strdup("the disk was backed up under another name");
     }
     return strcmp(is[PART_SIZE], want[PART_SIZE]) != 0 ? g_strdup("the disk was resized") : NULL;
 }

@@ -177,9 +177,9 @@ bool pba_actions_run(PbaQmp *qmp, JsonArray *actions, GError **error);
  *
  * A bitmap says what has changed since one backup, and nothing in it says which one that is. So
  * beside a target's bitmap stands a second one that never records and has every bit set. Its name
- * says of which target, guest and disk it is, how large that disk was, and the id of the backup. It
- * is stored, migrated and rolled back together with its partner. A bit that it lacks is a part of
- * the disk that was cut off since. */
+ * says of which target, guest and disk it is, what the disk was called and how large it was, and
+ * the id of the backup. It is stored, migrated and rolled back together with its partner. A bit
+ * that it lacks is a part of the disk that was cut off since. */
 
 /* What the name of a bitmap with a companion begins with. A program that knows of no companions
  * never uses such a name, so it cannot clear the bitmap while its companion stays. */
@@ -188,7 +188,8 @@ bool pba_actions_run(PbaQmp *qmp, JsonArray *actions, GError **error);
 typedef struct {
     const char *target_id;
     const char *guest; /* its UUID */
-    const char *disk;  /* what tells it from others of the guest */
+    const char *disk;  /* what tells it from others of the guest, whatever its name */
+    const char *name;  /* what the backup called it; NULL, of one that is looked for: any */
     uint64_t size;
     const char *id; /* an access' nonce instead, or NULL: of no backup that has ended well */
 } PbaCompanion;
@@ -207,6 +208,8 @@ bool pba_is_companion_of(const char *bitmap, const char *target_id);
 const char *pba_companion_find(const PbaBlock *block, const char *node, const char *target_id);
 /* The id in such a name, borrowed; NULL: it has none. */
 const char *pba_companion_id(const char *bitmap);
+/* Whether the backup called the disk that. */
+bool pba_companion_is_named(const char *bitmap, const char *name);
 /* Why the node's bitmap must not be used as relative to the backup that wanted tells, the caller's
  * to free; NULL: it may. */
 char *pba_companion_problem(const PbaBlock *block, const char *node, const char *bitmap,

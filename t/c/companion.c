@@ -12,7 +12,8 @@ static PbaCompanion companion_of(const char *id)
 {
     return (PbaCompanion){.target_id = "mystore",
                           .guest = "11111111-2222-3333-4444-555555555555",
-                          .disk = "scsi0",
+                          .disk = "device /machine/peripheral/scsi0",
+                          .name = "disk0",
                           .size = SIZE,
                           .id = id};
 }
@@ -49,6 +50,9 @@ static void test_names(void)
     ok(!pba_is_companion_of(name, "mystore2"), "not of another one");
     is_text(pba_companion_id(name), ID_1, "its id");
     is_text(pba_companion_id(without), NULL, "one without an id has none");
+    ok(pba_companion_is_named(name, "disk0"), "what the disk was called");
+    ok(!pba_companion_is_named(name, "scsi0"), "and nothing else");
+    ok(!pba_companion_is_named("pba-id:", ""), "an odd one is of no name");
     ok(strlen(name) <= 1023, "QEMU takes a name of %zu bytes", strlen(name));
     static const char *const others[] = {"",
                                          "mystore",
@@ -96,21 +100,29 @@ static void test_problems(void)
     PbaCompanion guest = companion_of(ID_1);
     PbaCompanion disk = companion_of(ID_1);
     PbaCompanion size = companion_of(ID_1);
+    PbaCompanion alias = companion_of(ID_1);
+    PbaCompanion any = companion_of(ID_1);
     guest.guest = "00000000-0000-0000-0000-000000000000";
     disk.disk = "scsi1";
     size.size = SIZE / 2;
+    alias.name = "scsi0";
+    any.name = NULL;
     g_autofree char *name = pba_companion_name(&wanted);
     g_autofree char *no_id = pba_companion_name(&nothing);
     g_autofree char *old_name = pba_companion_name(&old);
     g_autofree char *guest_name = pba_companion_name(&guest);
     g_autofree char *disk_name = pba_companion_name(&disk);
     g_autofree char *size_name = pba_companion_name(&size);
+    g_autofree char *alias_name = pba_companion_name(&alias);
 
     check_problem(RECORDING, name, WHOLE, &wanted, NULL);
     check_problem(RECORDING, old_name, WHOLE, &wanted, "backup " ID_2 ", not " ID_1);
     check_problem(RECORDING, guest_name, WHOLE, &wanted, "another guest's");
     check_problem(RECORDING, disk_name, WHOLE, &wanted, "another disk's");
     check_problem(RECORDING, size_name, WHOLE, &wanted, "resized");
+    check_problem(RECORDING, alias_name, WHOLE, &wanted, "under another name");
+    check_problem(RECORDING, alias_name, WHOLE, &any, NULL);
+    check_problem(RECORDING, disk_name, WHOLE, &any, "another disk's");
     check_problem(RECORDING, no_id, WHOLE, &wanted, "no backup that has ended well");
     check_problem(RECORDING, name, WHOLE, &nothing, "no backup that it could go on from");
     check_problem(RECORDING, "other", WHOLE, &wanted, "nothing tells");

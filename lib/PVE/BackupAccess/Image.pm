@@ -138,7 +138,7 @@ my sub ask ($self, $command, $arguments) {
 my sub find_drives ($self) {
     my %node = map { $_->{'node-name'} => $_ } ask($self, 'query-named-block-nodes', {})->@*;
     for my $disk ($self->{disks}->@*) {
-        my $hash = substr(sha256_hex("drive $disk->{device} as $disk->{device}"), 0, 8);
+        my $hash = substr(sha256_hex("drive $disk->{device}"), 0, 8);
         my @bitmaps = map { $_->{name} // '' } ($node{ $disk->{node} }{'dirty-bitmaps'} // [])->@*;
         $disk->{'is drive'} = grep { m/\Apba-id:[0-9a-f]+:[0-9a-f]+:$hash:/ } @bitmaps;
     }

@@ -59,15 +59,23 @@ sub _store ($self, $ids) {
     return;
 }
 
-# { device => id }. A note that cannot be read is as good as none.
+# An id alone is what there was before the identity of its disk was noted.
+my sub read_note ($note) {
+    my ($id, $identity) = ref($note) eq 'HASH' ? $note->@{qw(id identity)} : $note;
+    return if !is_backup_id($id) || ref($identity);
+    return { id => $id, identity => $identity };
+}
+
+# { device => { id, identity of the disk that had the name then, undef if it is not known } }. A note that cannot be
+# read is as good as none.
 sub ids ($self) {
     my $ids;
     attempt_any { $ids = $json->decode($self->_text // '{}') };
     return {} if ref($ids) ne 'HASH';
-    return { map { $_ => $ids->{$_} } grep { is_backup_id($ids->{$_}) } keys $ids->%* };
+    return { map { my $note = read_note($ids->{$_}); $note ? ($_ => $note) : () } keys $ids->%* };
 }
 
-# These devices' ids instead of what is noted; undef: it is not known.
+# These devices' notes instead of what is noted; undef: it is not known.
 sub note ($self, $new) {
     my $old = $self->ids;
     my %ids = ($old->%*, $new->%*);

@@ -136,15 +136,15 @@ sub _die_of ($self, @deaths) {
 sub _hand_over ($self, $result) {
     my ($access, $provider) = $self->@{qw(access provider)};
     my $mechanism = $self->_mechanism;
-    my $seen = $access->_sizes_and_bases($self->{devices}->@*);
-    my ($modes, $bases, $audits) = $self->_bitmap_modes($seen);
-    my $infos = $self->_set_up($modes, $bases, $audits);
+    my $seen = $self->{seen} = $access->_sizes_and_bases($self->{devices}->@*);
+    my $requests = $self->_requests($seen);
+    my $infos = $self->_set_up($requests);
     $result->{id} = PVE::BackupAccess->new_id;
     for my $info ($infos->@*) {
         my $device = $info->{device};
         $self->_check_size($info, $seen->{$device}{size});
         $result->{devices}{$device}
-            = $self->_describe($info, $modes->{$device}, $seen->{$device});
+            = $self->_describe($info, $requests->{$device}{'bitmap-mode'}, $seen->{$device});
     }
     $self->log('info', 'adding NBD exports for ' . join(', ', $self->{devices}->@*));
     my $volumes = $self->_watched($access->volumes($mechanism));
@@ -243,7 +243,7 @@ sub _end_notes ($self, $success, $result) {
     my %ids = map { $_ => $success ? undef : $self->{noted}{$_} } $self->{devices}->@*;
     if ($success) {
         my $devices = $result->{devices};
-        $ids{$_} = $result->{id}
+        $ids{$_} = { id => $result->{id}, identity => $self->{seen}{$_}{identity} }
             for grep { ($devices->{$_}{'bitmap-mode'} // 'none') ne 'none' } keys $devices->%*;
     }
     my $error = attempt { $self->_notes->note(\%ids) } or return;
@@ -253,60 +253,80 @@ sub _end_notes ($self, $success, $result) {
     return;
 }
 
-# A mode, and the id of the archive that the provider has for it, if it tells.
+# A mode, and of the archive that the provider has for it, if it tells, the id, and the identity of the disk if
+# it was found by that.
 my sub read_answer ($answer) {
-    return ($answer // 'none') if ref($answer) ne 'HASH';
-    return $answer->@{qw(bitmap-mode base audit)};
+    return { 'bitmap-mode' => $answer // 'none' } if ref($answer) ne 'HASH';
+    my %request = map { $_ => $answer->{$_} }
+        grep { defined($answer->{$_}) } qw(bitmap-mode base identity);
+    $request{'bitmap-mode'} //= '';
+    $request{audit} = $answer->{audit} ? 1 : 0;
+    return \%request;
 }
 
 # The backup that the bitmap has to be relative to, undef: none that is known.
-sub _base ($self, $device, $given, $noted) {
-    return $noted->{$device} if !defined($given);
-    return $given if is_backup_id($given);
-    $self->log('warn', "$device: '$given' of the backup provider is not the id of a backup");
+sub _base ($self, $request, $identity) {
+    my ($device, $given, $found_by) = $request->@{qw(device base identity)};
+    return $self->_noted_base($device, $identity) if !defined($given);
+    my $odd
+        = !is_backup_id($given) ? "'$given' of the backup provider is not the id of a backup"
+        : ref($found_by)
+        || ($found_by // 'none') eq '' ? "the backup provider's identity is no text"
+        : return $given;
+    $self->log('warn', "$device: $odd");
+    delete($request->{identity});
     return undef;
 }
 
-# Of { device => { size, base, reason } } as QEMU has them: { device => mode as the provider wants it },
-# { device => id of what it has for mode use }, { device => whether that is to be audited }
-sub _bitmap_modes ($self, $seen) {
-    my %volumes = map { $_ => { $seen->{$_}->%{qw(size base)} } } keys $seen->%*;
-    my $noted = $self->{noted} = $self->_notes->ids;
+# That of which the provider's newest data are under that name, if they are of this disk.
+sub _noted_base ($self, $device, $identity) {
+    my $note = $self->{noted}{$device} // return undef;
+    my $of = $note->{identity};
+    return $note->{id} if !defined($of) || $of eq $identity;
+    $self->log('info',
+        "$device: was the name of another disk at the last backup: $of, not $identity");
+    return undef;
+}
+
+# What setup is to do, by device, of what QEMU has.
+sub _requests ($self, $seen) {
+    my %volumes;
+    for my $device (keys $seen->%*) {
+        my $about = $seen->{$device};
+        $volumes{$device} = { $about->%{qw(size base identity)} };
+        for my $key (grep { defined($about->{$_}) } qw(node alias-base)) {
+            $volumes{$device}{$key} = $about->{$key};
+        }
+    }
+    $self->{noted} = $self->_notes->ids;
     my $answer = $self->{provider}->backup_vm_query_incremental($self->{vmid}, \%volumes);
     bad_argument(
         "backup_vm_query_incremental of the backup provider returned '$answer', not a hash")
         if defined($answer) && ref($answer) ne 'HASH';
 
-    my (%modes, %bases, %audits);
-    for my $device (keys $seen->%*) {
-        ($modes{$device}, my $base, $audits{$device}) = read_answer($answer->{$device});
-        $modes{$device} //= '';
-        $bases{$device} = $self->_base($device, $base, $noted) if $modes{$device} eq 'use';
-    }
-    for my $device (sort keys %modes) {
+    my %requests;
+    for my $device (sort keys $seen->%*) {
+        my $request = $requests{$device} = read_answer($answer->{$device});
+        my $mode = $request->{'bitmap-mode'};
         bad_argument(
-            "device $device: bitmap mode '$modes{$device}' of the backup provider is unknown - must"
+            "device $device: bitmap mode '$mode' of the backup provider is unknown - must"
                 . ' be one of none, new, use',
             device => $device
-        ) if $modes{$device} !~ m/\A(?:none|new|use)\z/;
+        ) if $mode !~ m/\A(?:none|new|use)\z/;
+        $request->{device} = $device;
+        $request->{base}
+            = $mode eq 'use' ? $self->_base($request, $seen->{$device}{identity}) : undef;
     }
     for my $device (sort grep { !exists($seen->{$_}) } keys(($answer // {})->%*)) {
         $self->log('warn',
                   "the backup provider has a bitmap mode for $device, which is no device"
                 . ' of this backup - ignored');
     }
-    return (\%modes, \%bases, \%audits);
+    return \%requests;
 }
 
-sub _set_up ($self, $modes, $bases, $audits) {
-    my @devices = map {
-        {
-            device => $_,
-            'bitmap-mode' => $modes->{$_},
-            base => $bases->{$_},
-            audit => $audits->{$_} ? 1 : 0,
-        }
-    } $self->{devices}->@*;
+sub _set_up ($self, $requests) {
+    my @devices = map { $requests->{$_} } $self->{devices}->@*;
     $self->log('info', 'setting up backup access');
     my %hooks = map {
         $_ => $self->{$_} // sub { }
@@ -588,7 +608,7 @@ go to C<warn>.
 The backup itself: what VZDump does in C<archive_external>. It calls
 
     backup_get_mechanism($vmid, 'qemu')
-    backup_vm_query_incremental($vmid, { $device => { size => $bytes, base => $id } })
+    backup_vm_query_incremental($vmid, { $device => { size => $bytes, base => $id, identity => $text } })
     backup_vm($vmid, $guest_config, $volumes, { 'bandwidth-limit' => ..., 'firewall-config' => ...,
         'backup-id' => $new_id, 'guest-uuid' => $uuid, jobs => $count })
 
@@ -599,9 +619,16 @@ Bitmaps are tied to backups (L<PVE::BackupAccess/WHICH BACKUP A BITMAP IS RELATI
 C<base>, the id of the backup that the device's bitmap is relative to, undef if there is none that can be
 used. One that knows of ids answers C<< { $device => { 'bitmap-mode' => 'use', base => $id } } >> with the id of
 the archive that it would build on, and keeps C<backup-id> with the new one. With a true C<audit> in that hash the bitmap is
-audited (L<PVE::BackupAccess/AUDITING A BITMAP>): the volume has C<bitmap-mode> C<new> and, by mechanism nbd, C<audit-bitmap>. For one that answers the word
-C<use> the task keeps a note of which backup the newest data of each device are from: an id in QEMU other than
-the note's, or no note, is answered by a new bitmap. The note is none from the call of C<backup_vm> to the
+audited (L<PVE::BackupAccess/AUDITING A BITMAP>): the volume has C<bitmap-mode> C<new> and, by mechanism nbd, C<audit-bitmap>.
+
+C<identity> tells the disk from others of the guest, whatever it is called, and C<node>, if it is there, is the name
+that its node has now. If the disk was backed up under another name last, C<base> is undef and C<alias-base> has the id. A
+provider that keeps identities with its archives, and finds the disk in that archive by its identity, adds C<identity> to
+its answer: then the name does not matter.
+
+For one that answers the word
+C<use> the task keeps a note of which backup the newest data of each device are from, and of which disk: an id in QEMU other than
+the note's, another disk, or no note, is answered by a new bitmap. The note is none from the call of C<backup_vm> to the
 end, so that a backup that was killed is followed by a full one. What such a provider lost, or took from another
 program, after a good backup cannot be seen.
 

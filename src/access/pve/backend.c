@@ -17,10 +17,12 @@ static bool resolve_node(PbaDisk *disk, const PbaBlock *block, GError **error)
     return pba_block_node_size(node, &disk->size, error);
 }
 
-/* A drive has one name. */
-static char *identify(const char *name, G_GNUC_UNUSED JsonObject *device)
+/* The drive's name, that of its block backend or of its node. */
+static char *identify(const char *name, JsonObject *device)
 {
-    return g_strdup(name);
+    const char *drive = device ? pba_json_find_string(device, "device") : NULL;
+
+    return g_strdup_printf("drive %s", drive && *drive ? drive : name);
 }
 
 /* QEMU does not tell whether an access without bitmaps is up. */

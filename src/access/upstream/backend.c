@@ -18,10 +18,14 @@ static char *identify(const char *name, JsonObject *device)
     const char *qdev = device ? pba_json_find_string(device, "qdev") : NULL;
 
     if (drive && *drive) {
-        return g_strdup_printf("drive %s as %s", drive, name);
+        return g_strdup_printf("drive %s", drive);
     }
-    g_autofree char *id = qdev ? pba_block_qdev_id(qdev) : NULL;
-    return g_strdup_printf("device %s as %s", id ? id : qdev ? qdev : "", name);
+    if (!qdev || !*qdev) {
+        return g_strdup_printf("node %s", name);
+    }
+    g_autofree char *id = pba_block_qdev_id(qdev);
+    g_autofree char *path = pba_block_qom_path(id ? id : qdev);
+    return g_strdup_printf("device %s", path);
 }
 
 /* Proxmox' QEMU leaves the clean parts out of the snapshot from the start; here they are discarded.

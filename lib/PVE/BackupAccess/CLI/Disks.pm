@@ -36,8 +36,8 @@ my sub named_node ($path, $name) {
     return $name;
 }
 
-# A name that stays the same: a backup of the disk by another one is a full one. libvirt's names of nodes
-# are numbered anew with each snapshot and start.
+# A name that stays the same, so that archives can be told apart by it. libvirt's names of nodes are numbered anew with
+# each snapshot and start.
 my sub lasting_name ($node, $id) {
     return $id if defined($id) && (!defined($node) || $node =~ m/\Alibvirt-[0-9]+-/);
     return $node;

@@ -185,7 +185,10 @@ sub run ($opt, $path, $target) {
     my ($directory, $volname) = archive_at($path);
     my $provider = provider_for($directory, $opt);
     my $volumes = $provider->restore_vm_init($volname);
-    my $device = defined($opt->{device}) ? text($opt->{device}) : undef;
+    my $device
+        = defined($opt->{device})
+        ? $provider->device_called($volname, text($opt->{device}))
+        : undef;
     my $files = targets($volumes, $target, $device, $format);
     my $job = {
         provider => $provider,

@@ -45,6 +45,7 @@ my sub offer ($opt, $path, $open) {
     my (%place, %processes, @files);
     my $work = sub {
         my $volumes = $provider->restore_vm_init($volname);
+        $chosen = $provider->device_called($volname, $chosen) if defined($chosen);
         for my $device (chosen_devices($volumes, $chosen)) {
             ($place{$device}, my $file)
                 = $open->($provider, $volname, $device, $volumes->{$device}{size});

@@ -13,6 +13,7 @@ use PVE::BackupAccess::PluginBase;
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 use PVE::BackupAccess::File qw(entries make_directory read_file replace_file);
 use PVE::BackupAccess::Provider::Qcow2Chain::Container;
+use PVE::BackupAccess::Provider::Qcow2Chain::Disks qw(device_meant);
 use PVE::BackupAccess::Provider::Qcow2Chain::Guest;
 use PVE::BackupAccess::Provider::Qcow2Chain::List qw(list_guest);
 use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(drop_lock);
@@ -32,7 +33,6 @@ my $Container = 'PVE::BackupAccess::Provider::Qcow2Chain::Container';
 my $Guest = 'PVE::BackupAccess::Provider::Qcow2Chain::Guest';
 my $RawFile = 'PVE::BackupAccess::Provider::Qcow2Chain::RawFile';
 my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
-
 my $Tree = 'PVE::BackupAccess::Provider::Qcow2Chain::Tree';
 
 # Where archives of each type of guest are.
@@ -205,16 +205,15 @@ sub backup_vm_query_incremental ($self, $vmid, $volumes) {
     my $task = $self->_task($vmid);
     my $notes = $self->_notes($vmid);
     my $archives = $task->{archives} = [$task->{guest}->readable];
+    $task->{about} = $volumes;
     my %modes;
     for my $device (sort keys $volumes->%*) {
-        my $base;
-        my $find = sub {
-            $base = $task->{guest}->base($archives, $notes, $device, $volumes->{$device});
-        };
+        my ($base, $about) = (undef, $volumes->{$device});
+        my $find = sub { $base = $task->{guest}->base($archives, $notes, $device, $about) };
         my $error = $self->{'make full'} ? undef : attempt(\&$find);
         $self->{log}->('warn', "$device: full backup - " . reason($error)) if $error;
         $task->{bases}{$device} = $base;
-        $modes{$device} = mode_of($base, $device, $volumes->{$device}, $self->{'audit every'});
+        $modes{$device} = mode_of($base, $device, $about, $self->{'audit every'});
     }
     return \%modes;
 }
@@ -357,6 +356,11 @@ sub restore_vm_init ($self, $volname, @) {
             . $archive->container_path)
         if $archive->container;
     return { map { $_ => { size => $archive->device($_)->{size} } } $archive->devices };
+}
+
+sub device_called ($self, $volname, $name) {
+    my ($place) = $self->_parse($volname);
+    return device_meant($self->_archive($volname), $name, $self->_guest($place));
 }
 
 sub restore_vm_volume_init ($self, $volname, $device, $info) {
@@ -558,6 +562,12 @@ it builds on, or L</verify> found damage in one of them, where the device has an
 the log says why. Damage is
 seen here if it changed a file's size or time (then the content is read); L</verify> sees all.
 
+Where the caller tells it, the manifest has the identity of each disk and the name of its node (L<PVE::BackupAccess::Task/run>).
+So a disk is found whatever it was called: what an increment builds on, or is compared with, may be a device of another name, and
+L</prune> counts them as one. A device of the same name and another identity is never built on. An archive without
+identities has disks by their names; L</prune> takes a device of such an archive for the only disk that other archives know by
+that name.
+
 What the archives before have already is not stored again, block by block of 64 KiB, by the digests: an increment
 leaves out what the guest has written without a change. Where a bitmap was lost (or begins anew for another reason)
 all of the device is read, and compared with the newest archive of it; what differs is stored on top of that,
@@ -567,7 +577,8 @@ damaged as far as is known: L</verify> leaves a note, F<drive-scsi0.damaged>, in
 archive that is, and takes it away when the archive is found whole. If the reading back finds that the newest archive
 is damaged, the backup dies with C<ContentError>, and the next one is a full one.
 
-One directory takes the backups of one guest for each number, and one storage id stands for one
+Two guests that have had one number in a directory have their archives side by side: neither builds on the other's, and
+L</prune> counts each one's for itself. One storage id stands for one
 target-id of L<PVE::BackupAccess>. Directories that are used in turn under one storage id, a directory that was put
 back to an earlier state, or a copy that is older than the last backup are safe to use: the next backup is a full one.
 
@@ -690,6 +701,13 @@ C<is_running>.
 Is called while L</backup_vm> stores a device, a few times a second, with bytes stored and all bytes to
 store. Without it there is a line in the log every half a minute.
 
+=head2 device_called
+
+    my $device = $provider->device_called($volname, $name);
+
+What the archive calls the disk of that name: the name itself, or, where a backup has stored more of its names (its node,
+the guest's device, the drive), the only device that had it. Dies with C<ArgumentError> if there is none.
+
 =head2 wait_for_others
 
     $provider->wait_for_others(600);
@@ -745,7 +763,7 @@ by that bitmap since the device was read in full, and C<text>, which says it all
 
 Returns an array ref of hashes, the oldest archive of a guest first: C<volname>, C<vmid>, C<type> (C<qemu> or C<lxc>), C<time> (seconds
 since 1970), C<size> (of its own files) and C<devices>: for each device C<size>, C<bitmap-mode>,
-C<image-size>, and C<parent> if it is incremental. A container has one that is called C<container>, with C<size> and
+C<image-size>, C<identity> if it is known, and C<parent> if it is incremental. A container has one that is called C<container>, with C<size> and
 C<image-size>. Of an archive whose manifest cannot be read there is
 C<problem>, a text, instead of the last two.
 

@@ -8,7 +8,8 @@ package PBA::Test::Life;
 #   my $life = PBA::Test::Life->new(backend => 'upstream', provider => 'chain', seed => 1);
 #   my $problem = $life->run(qw(ok ram ok rollback-ram ok));    # undef: all is well
 #
-# provider: chain (PVE::BackupAccess::Provider::Qcow2Chain) or raw, which knows nothing of ids; naming:
+# provider: chain (PVE::BackupAccess::Provider::Qcow2Chain), blind, which is that without what tells disks apart, or
+# raw, which knows nothing of ids; naming:
 # node, qdev or drive, what a backup calls the disks; persistent: bitmaps survive a restart.
 
 use v5.36;
@@ -22,6 +23,7 @@ use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use PVE::BackupAccess::Task;
 
 use PBA::Test::Backend;
+use PBA::Test::Life::Blind;
 use PBA::Test::Life::Chain;
 use PBA::Test::Life::Machine;
 use PBA::Test::Life::Others;
@@ -41,6 +43,8 @@ my $block = 65536;
 my @ids = qw(disk0 disk1);
 my $target = 'snapshot-access:test';
 
+my %classes = map { lc($_) => "PBA::Test::Life::$_" } qw(Blind Chain Raw);
+
 my %events = (
     'ok' => \&_backup,
     'failed' => sub ($self) { $self->_failed('begin') },
@@ -59,6 +63,8 @@ my %events = (
     'swap' => sub ($self) { $self->_swap },
     'replug' => sub ($self) { $self->_replug },
     'alias' => \&_alias,
+    'rename' => \&_rename_disks,
+    'renumber' => sub ($self) { $self->_renumber },
     'grow' => sub ($self) { $self->_resize($step) },
     'shrink' => sub ($self) { $self->_resize(-$step) },
     'shrink-grow' => sub ($self) { $self->_resize(-$step) && $self->_resize($step) },
@@ -85,6 +91,7 @@ my %more_events = (
         sub ($self) { $self->_resize_offline(-$step) && $self->_resize_offline($step) },
     'twin' => sub ($self) { $self->_twin },
     'other-guest' => sub ($self) { $self->_other_guest },
+    'old-manifests' => sub ($self) { $self->_forget_identities },
     'odd-notes' => sub ($self) { $self->_spoil_notes },
     'one-disk' => sub ($self) { $self->_backup(only => ['disk1']) },
     'full' => sub ($self) { $self->_backup(full => 1) },
@@ -93,14 +100,14 @@ my %more_events = (
 );
 
 # What no one can see but a provider that knows of ids.
-my %chain_only = map { $_ => 1 } qw(other-store removed unaware full audit prune);
+my %chain_only = map { $_ => 1 } qw(other-store removed unaware full audit prune old-manifests);
 
 sub events ($class, $provider) {
-    return sort grep { $provider eq 'chain' || !$chain_only{$_} } keys %events;
+    return sort grep { $provider ne 'raw' || !$chain_only{$_} } keys %events;
 }
 
 sub all_events ($class, $provider) {
-    my @more = sort grep { $provider eq 'chain' || !$chain_only{$_} } keys %more_events;
+    my @more = sort grep { $provider ne 'raw' || !$chain_only{$_} } keys %more_events;
     return ($class->events($provider), @more);
 }
 
@@ -203,8 +210,7 @@ sub _write ($self) {
 sub _provider ($self, $store) {
     my $path = "$self->{store}/$store";
     File::Path::make_path($path);
-    my $class = $self->{provider} eq 'chain' ? 'PBA::Test::Life::Chain' : 'PBA::Test::Life::Raw';
-    return $class->new(
+    return $classes{ $self->{provider} }->new(
         undef, { path => $path, 'state-dir' => "$self->{store}/notes" },
         'test', sub ($level, $message) { push($self->{log}->@*, "$level: $message") }
     );
@@ -364,9 +370,17 @@ sub _killed ($self, $when) {
     return;
 }
 
-sub _alias ($self) {
-    return if $self->{naming} eq 'drive' || $self->{backend}->name ne 'upstream';
-    return $self->_backup(alias => 1);
+# Whether a disk has two names that a backup can use.
+sub _has_alias ($self) {
+    return $self->{naming} ne 'drive' && $self->{backend}->name eq 'upstream';
+}
+
+sub _alias ($self) { return $self->_has_alias ? $self->_backup(alias => 1) : undef }
+
+# From now on backups use the disks' other names.
+sub _rename_disks ($self) {
+    $self->{naming} = $self->_naming(1) if $self->_has_alias;
+    return;
 }
 
 # ---- stores ----

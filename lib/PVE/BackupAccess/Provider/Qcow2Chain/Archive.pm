@@ -63,11 +63,16 @@ sub add_file ($self, $name, $content) {
     return;
 }
 
-# An empty image for the device; all of it comes from the parent, if one is given. Returns its path.
+# An empty image for the device; all of it comes from the parent, if one is given, which answers to the device's
+# name. Returns its path.
 sub add_device ($self, $device, $about, $parent = undef) {
     my $file = _file_of($device);
     my $entry = $self->{manifest}{devices}{$device} = { $about->%*, file => $file };
-    $entry->@{qw(parent parent-id)} = ($parent->name, $parent->id) if $parent;
+    if ($parent) {
+        $entry->@{qw(parent parent-id)} = ($parent->name, $parent->id);
+        my $there = $parent->own($device);
+        $entry->{'parent-device'} = $there if $there ne $device;
+    }
     my $digests = _digests_of($device);
     $entry->{digests} = { file => $digests, algorithm => 'SHA-256', block => $digest_block };
     create_image("$self->{dir}/$file", $about->{size}, $self->_backing($device),
@@ -95,8 +100,8 @@ sub _file_of ($device) {
 sub _digests_of ($device) { return _file_of($device) =~ s/qcow2\z/digests/r }
 
 sub _backing ($self, $device) {
-    my $entry = $self->{manifest}{devices}{$device};
-    return defined($entry->{parent}) ? "../$entry->{parent}/$entry->{file}" : undef;
+    my ($parent, $there) = $self->parent_of($self->own($device)) or return undef;
+    return "../$parent/" . _file_of($there);
 }
 
 # All is durable, and the manifest knows it. What remains is to give it its name.
@@ -184,6 +189,9 @@ sub _manifest_problem ($manifest) {
         return "device $device has an odd parent"
             if defined($entry->{parent}) && $entry->{parent} !~ m/\A$name_pattern\z/;
         $entry->{parent} = $1 if defined($entry->{parent});
+        return "device $device has an odd $_"
+            for grep { exists($entry->{$_}) && !is_text($entry->{$_}) }
+            qw(identity node parent-device);
         $entry->{file} = _file_of($device);
         return "device $device has no digests"
             if $manifest->{format} == $format && !_check_digests($manifest, $device);
@@ -222,12 +230,29 @@ sub id ($self) { return $self->{manifest}{id} }
 sub guest ($self) { return $self->{manifest}{guest} }
 sub devices ($self) { return sort keys $self->{manifest}{devices}->%* }
 
-# { size, bitmap-mode, parent, parent-id, file }, undef if the archive has no such device.
-sub device ($self, $device) { return $self->{manifest}{devices}{$device} }
+# A disk may have had other names in the archives of a chain: there each answers to the name by which it is asked
+# for. What it calls that itself:
+sub answer_to ($self, $device, $own) {
+    $self->{own}{$device} = $own;
+    return;
+}
+
+sub own ($self, $device) { return ($self->{own} // {})->{$device} // $device }
+
+# { size, bitmap-mode, identity, node, parent, parent-id, file }, undef if the archive has no such device.
+sub device ($self, $device) { return $self->{manifest}{devices}{ $self->own($device) } }
+
+# By its own name: (archive that it builds on, what that calls the device), or nothing.
+sub parent_of ($self, $own) {
+    my $entry = $self->{manifest}{devices}{$own} // {};
+    return defined($entry->{parent}) ? ($entry->{parent}, $entry->{'parent-device'} // $own) : ();
+}
 
 # The file of digests of what the archive has of the device; undef for one of version 0.1.
 sub digests ($self, $device) {
-    return $self->device($device)->{digests} ? "$self->{dir}/" . _digests_of($device) : undef;
+    return $self->device($device)->{digests}
+        ? "$self->{dir}/" . _digests_of($self->own($device))
+        : undef;
 }
 
 # { size, sha256, file } of a container's tree, undef for one of a virtual machine; and where it is.
@@ -237,14 +262,14 @@ sub container_path ($self) { return "$self->{dir}/$tree" }
 # Why it is not what was read, or undef. What was not touched since is not read.
 sub container_problem ($self) { return $self->file_problem($tree, 0) }
 
-sub image ($self, $device) { return "$self->{dir}/" . _file_of($device) }
+sub image ($self, $device) { return "$self->{dir}/" . _file_of($self->own($device)) }
 
 # What its files take.
 sub file_size ($self, $device = undef) {
     my $files = $self->{manifest}{files};
     my $size = 0;
     $size += $_->{size} // 0
-        for defined($device) ? $files->{ _file_of($device) } : values $files->%*;
+        for defined($device) ? $files->{ _file_of($self->own($device)) } : values $files->%*;
     return $size;
 }
 
@@ -277,20 +302,21 @@ sub file_problem ($self, $file, $read_all) {
 
 # The same of the device's files, without reading what was not touched.
 sub device_problem ($self, $device) {
-    my @files = (_file_of($device), defined($self->digests($device)) ? _digests_of($device) : ());
+    my $own = $self->own($device);
+    my @files = (_file_of($own), defined($self->digests($device)) ? _digests_of($own) : ());
     my ($problem) = map { $self->file_problem($_, 0) // () } @files;
     return $problem;
 }
 
 # Whether an image with digests was touched since.
 sub is_touched ($self, $device) {
-    my $noted = $self->{manifest}{files}{ _file_of($device) };
+    my $noted = $self->{manifest}{files}{ _file_of($self->own($device)) };
     my $found = fingerprint($self->image($device));
     return defined($self->digests($device)) && ($found // {})->{mtime} ne ($noted->{mtime} // '');
 }
 
 sub digests_problem ($self, $device) {
-    return $self->file_problem(_digests_of($device), 1);
+    return $self->file_problem(_digests_of($self->own($device)), 1);
 }
 
 # What a verification found of what the archive itself has of the device; nothing is built on what is
@@ -322,7 +348,7 @@ sub header_problem ($self, $device, $header) {
 # What is wrong with its files, as texts. Reads all of them.
 sub problems ($self) {
     my @problems;
-    my %images = map { $self->device($_)->{file} => $self->image($_) } $self->devices;
+    my %images = map { my $file = _file_of($_); ($file => "$self->{dir}/$file") } $self->devices;
     for my $file (sort keys $self->{manifest}{files}->%*) {
         my $problem = $self->file_problem($file, 1);
         my $image = $images{$file};
@@ -372,9 +398,11 @@ sub absorb ($self, $device, $parent) {
     }
     $self->_absorb_digests($device, $parent);
     my $entry = $self->device($device);
-    delete($entry->@{qw(parent parent-id)});
-    my $from = $parent->device($device);
-    $entry->@{qw(parent parent-id)} = $from->@{qw(parent parent-id)} if defined($from->{parent});
+    delete($entry->@{qw(parent parent-id parent-device)});
+    if (my ($name, $there) = $parent->parent_of($parent->own($device))) {
+        $entry->@{qw(parent parent-id)} = ($name, $parent->device($device)->{'parent-id'});
+        $entry->{'parent-device'} = $there if $there ne $self->own($device);
+    }
     $self->_note_file($entry->{file});
     $self->_write_manifest;
     return;
@@ -386,7 +414,7 @@ sub _absorb_digests ($self, $device, $parent) {
     merge_digests($mine, $parent->digests($device), "$mine.new");
     sync("$mine.new");
     move("$mine.new", $mine);
-    $self->_note_file(_digests_of($device));
+    $self->_note_file(_digests_of($self->own($device)));
     return;
 }
 

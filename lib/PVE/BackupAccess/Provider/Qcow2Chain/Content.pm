@@ -167,7 +167,8 @@ my sub without_known ($range, $block, @files) {
 sub chain_damage ($seen, $device, @chain) {
     my (@found, @newer);
     for my $archive (@chain) {
-        my $ranges = $seen->{ $archive->dir }{$device} //= [damage($archive, $device)];
+        my $ranges = $seen->{ $archive->dir }{ $archive->own($device) }
+            //= [damage($archive, $device)];
         my $block = $archive->device($device)->{digests}{block};
         my @visible = map { without_known($_, $block, @newer) } $ranges->@*;
         push(@found, [$archive, @visible]) if @visible;

@@ -4,13 +4,14 @@ package PVE::BackupAccess::Provider::Qcow2Chain::Guest;
 
 use v5.36;
 
-use List::Util qw(first sum0);
+use List::Util qw(sum0);
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(content_problem);
+use PVE::BackupAccess::Provider::Qcow2Chain::Disks qw(builders find_alias find_device missing);
 use PVE::BackupAccess::File qw(entries move remove_tree);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(image_chain);
 use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(take_lock try_lock);
@@ -58,16 +59,17 @@ sub readable ($self) {
     return @archives;
 }
 
-# The archive that has the device's data, then those it builds on, down to a full one. Dies if one is
-# not there.
-sub chain ($self, $name, $device) {
+# The archive that has the device's data, then those it builds on, down to a full one: each answers to the
+# device's name, whatever it calls that itself. Dies if one is not there.
+sub chain ($self, $name, $device, $own = $device) {
     my (@chain, %seen, $id);
     while (defined($name)) {
         my $archive = $self->archive($name);
+        $archive->answer_to($device, $own);
         my $entry = $archive->device($device);
         my $problem
             = $seen{$name}++ ? 'its chain has no end'
-            : !$entry ? "it has no device $device"
+            : !$entry ? "it has no device $own"
             : defined($id) && $id ne $archive->id ? 'it is another one than it was'
             : @chain && $entry->{size} != $chain[0]->device($device)->{size} ? 'its size differs'
             : undef;
@@ -77,7 +79,8 @@ sub chain ($self, $name, $device) {
             device => $device
         ) if defined($problem);
         push(@chain, $archive);
-        ($name, $id) = $entry->@{qw(parent parent-id)};
+        $id = $entry->{'parent-id'};
+        ($name, $own) = $archive->parent_of($own);
     }
     return @chain;
 }
@@ -133,8 +136,17 @@ sub clean ($self) {
 
 # ---- what the bitmaps are relative to ----
 
-my sub newest_of ($archives, $device) {
-    return first { $_->device($device) } reverse($archives->@*);
+# The newest archive that has the disk, and what it calls it. guest: its UUID, of no other one; undef: of whichever.
+my sub newest_of ($archives, $device, $about, $guest = undef) {
+    my @archives = reverse($archives->@*);
+    @archives = grep { ($_->guest // '') eq $guest } @archives if defined($guest);
+    for my $find (\&find_device, \&find_alias) {
+        for my $archive (@archives) {
+            my $own = $find->($archive, $device, $about);
+            return ($archive, $own) if defined($own);
+        }
+    }
+    return;
 }
 
 # The archive that the device's bitmap can go on from, undef if there is none. Where the bitmap does not
@@ -142,11 +154,14 @@ my sub newest_of ($archives, $device) {
 # those that can be read, as below: they are the same for all devices of a backup.
 sub base ($self, $archives, $notes, $device, $volume) {
     my $is_told = exists($volume->{base});
-    my $id = $is_told ? $volume->{base} : $notes->ids->{$device};
+    my $id
+        = $is_told
+        ? $volume->{base} // $volume->{'alias-base'}
+        : ($notes->ids->{$device} // {})->{id};
     return undef if !defined($id);
-    my $base = $self->_base_of_id($archives, $id, $device, $volume->{size});
+    my $base = $self->_base_of_id($archives, $id, $device, $volume);
     return $base if $is_told;
-    my $newest = newest_of($archives, $device);
+    my ($newest) = newest_of($archives, $device, $volume);
     fail('this host did not make the newest archive, ' . $newest->name) if $newest->id ne $id;
     return $base;
 }
@@ -154,24 +169,32 @@ sub base ($self, $archives, $notes, $device, $volume) {
 # The archive with that id, which the device's bitmap is relative to. Dies if there is none, or if it
 # cannot be built on. Where another archive builds on it already, that backup's end did not reach QEMU,
 # or the guest was taken back in time: two that build on one could not be told apart in a removal.
-sub _base_of_id ($self, $archives, $id, $device, $size) {
+sub _base_of_id ($self, $archives, $id, $device, $about) {
     my ($archive) = grep { $_->id eq $id } $archives->@*;
     fail("the backup that its bitmap is relative to, $id, is not here") if !$archive;
     my $name = $archive->name;
+    my $own = find_device($archive, $device, $about) // fail(missing($archive, $device, $about));
+    fail("archive $name does not tell which of its disks $device was")
+        if defined($about->{'alias-base'}) && !defined($archive->device($own)->{identity});
     fail("archive $name has been built on already")
-        if grep { ((($_->device($device) // {})->{parent}) // '') eq $name } $archives->@*;
-    return $self->_checked_base($name, $device, $size);
+        if grep { builders($_, $name, $own) } $archives->@*;
+    return $self->_checked_base($name, $device, $own, $about->{size});
 }
 
 # The archives, the newest first, that what is read in full can be compared with, so that only what differs
 # is stored. Dies if there is no such chain, or if it cannot be built on.
-sub comparable ($self, $archives, $device, $size, $guest) {
-    my $newest = newest_of($archives, $device);
-    fail('there is none before it') if !$newest;
-    fail('archive ' . $newest->name . ' is of another guest')
-        if ($newest->guest // '') ne ($guest // '');
-    my $base = $self->_checked_base($newest->name, $device, $size);
-    my @chain = $self->chain($base->name, $device);
+sub comparable ($self, $archives, $device, $about, $guest) {
+    my ($newest, $own) = newest_of($archives, $device, $about, $guest // '');
+    if (!$newest) {
+        my ($other) = newest_of($archives, $device, $about);
+        fail(
+            $other
+            ? 'archive ' . $other->name . ' is of another guest'
+            : 'there is none before it'
+        );
+    }
+    my $base = $self->_checked_base($newest->name, $device, $own, $about->{size});
+    my @chain = $self->chain($base->name, $device, $own);
     my ($problem) = map { $_->digests_problem($device) // () } @chain;
     fail($problem) if defined($problem);
     return @chain;
@@ -181,8 +204,8 @@ sub comparable ($self, $archives, $device, $size, $guest) {
 # descriptors that a process usually may have.
 our $longest_chain = 100;
 
-sub _checked_base ($self, $name, $device, $size) {
-    my @chain = $self->chain($name, $device);
+sub _checked_base ($self, $name, $device, $own, $size) {
+    my @chain = $self->chain($name, $device, $own);
     fail("a chain of $longest_chain archives is long enough") if @chain >= $longest_chain;
     my $old_size = $chain[0]->device($device)->{size};
     fail("its size was $old_size and is $size") if $old_size != $size;
@@ -200,7 +223,7 @@ sub _checked_base ($self, $name, $device, $size) {
 # begin with a full one as well.
 sub publish ($self, $archive, $notes = undef) {
     my %modes = map { $_ => $archive->device($_)->{'bitmap-mode'} } $archive->devices;
-    my %ids = map { $_ => $modes{$_} ne 'none' ? $archive->id : undef } keys %modes;
+    my %ids = map { $_ => $modes{$_} ne 'none' ? { id => $archive->id } : undef } keys %modes;
     $notes->note(\%ids) if $notes;
     remove_tree("$self->{dir}/bitmaps.json");
     $archive->publish;
@@ -221,7 +244,7 @@ sub remove ($self, $name) {
     my $children = $self->_children($name);
     for my $device (sort keys $children->%*) {
         my $child = $children->{$device}->name;
-        my @chain = $self->chain($child, $device);
+        my @chain = $self->chain($child, $device, $children->{$device}->own($device));
         my $problem = $self->chain_problem($device, @chain) // next;
         $Error->throw(
             'ArchiveError',
@@ -253,18 +276,20 @@ sub _check_space ($self, $name, $children) {
     return;
 }
 
-# { device => the archive that builds on this one's }. What has no manifest that can be read cannot be
+# { device => the archive that builds on this one's, and answers to that name }. What has no manifest that can be read cannot be
 # restored, whatever it builds on.
 sub _children ($self, $name) {
     my %children;
     for my $other (grep { $_->name ne $name } $self->readable) {
-        for my $device ($other->devices) {
-            next if ($other->device($device)->{parent} // '') ne $name;
+        for my $own ($other->devices) {
+            my ($parent, $device) = $other->parent_of($own);
+            next if ($parent // '') ne $name;
             $Error->throw(
                 'ArchiveError',
                 "archive $name cannot be removed - more than one builds on it",
                 device => $device
             ) if $children{$device};
+            $other->answer_to($device, $own);
             $children{$device} = $other;
         }
     }

@@ -18,7 +18,7 @@ my sub parts_of ($archive) {
             size => $about->{size},
             'bitmap-mode' => $about->{'bitmap-mode'},
             'image-size' => $archive->file_size($device),
-            defined($about->{parent}) ? (parent => $about->{parent}) : (),
+            (map { $_ => $about->{$_} } grep { defined($about->{$_}) } qw(parent identity)),
         };
     }
     my $container = $archive->container // return \%parts;

@@ -9,6 +9,7 @@ use Exporter qw(import);
 use List::Util qw(uniq);
 
 use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Provider::Qcow2Chain::Disks qw(disk_keys);
 use PVE::BackupAccess::Retention qw(marks);
 use PVE::BackupAccess::Try qw(attempt reason);
 
@@ -24,7 +25,7 @@ my sub device_problem ($guest, $name, $device) {
 }
 
 # What rules of retention look at.
-my sub look_at ($guest, $name, $time) {
+my sub look_at ($guest, $name, $time, $key_of) {
     my $entry = { name => $name, time => $time, devices => {}, problems => [] };
     $entry->{protected} = $guest->is_protected($name);
     my $archive;
@@ -40,7 +41,7 @@ my sub look_at ($guest, $name, $time) {
     for my $device ($archive->devices) {
         my $problem = device_problem($guest, $name, $device);
         push($entry->{problems}->@*, "$device: $problem") if defined($problem);
-        $entry->{devices}{$device} = defined($problem) ? 0 : 1;
+        $entry->{devices}{ $key_of->($archive, $device) } = defined($problem) ? 0 : 1;
     }
     return $entry;
 }
@@ -60,7 +61,8 @@ my sub tell_guests_apart (@archives) {
 # The archives, the oldest first: { name, time, protected, problems => [texts], mark => 'keep' |
 # 'remove' | 'protected' | 'broken' }. time_of gives an archive's time by its name.
 sub retention_of ($guest, $keep, $time_of) {
-    my @archives = map { look_at($guest, $_, $time_of->($_)) } $guest->names;
+    my $key_of = disk_keys($guest->readable);
+    my @archives = map { look_at($guest, $_, $time_of->($_), $key_of) } $guest->names;
     tell_guests_apart(@archives);
     my $marks = marks(\@archives, $keep);
     $_->{mark} = $marks->{ $_->{name} } for @archives;

@@ -31,8 +31,10 @@ my sub fail ($device, $message) {
 sub mode_of ($base, $device, $volume, $audit_every) {
     return 'new' if !$base;
     return 'use' if !exists($volume->{base});
-    my %audit = is_due($base, $device, $audit_every) ? (audit => 1) : ();
-    return { 'bitmap-mode' => 'use', base => $base->id, %audit };
+    my %more = is_due($base, $device, $audit_every) ? (audit => 1) : ();
+    my $identity = $base->device($device)->{identity};
+    $more{identity} = $identity if defined($identity);
+    return { 'bitmap-mode' => 'use', base => $base->id, %more };
 }
 
 # The archive that the device's bitmap is relative to, and those it builds on.
@@ -42,15 +44,15 @@ my sub chain_of_bitmap ($task, $device, $volume) {
         if !$base || ($volume->{base} // $base->id) ne $base->id;
     my $size = $base->device($device)->{size};
     fail($device, "has $volume->{size} bytes now, not $size") if $volume->{size} != $size;
-    return $task->{guest}->chain($base->name, $device);
+    return $task->{guest}->chain($base->name, $device, $base->own($device));
 }
 
 # A bitmap that was lost costs reading, not storing.
 my sub comparable ($task, $device, $volume, $how) {
     my @chain;
     my $error = attempt {
-        @chain
-            = $task->{guest}->comparable($task->{archives}, $device, $volume->{size}, $how->{guest})
+        my %about = (($task->{about}{$device} // {})->%*, size => $volume->{size});
+        @chain = $task->{guest}->comparable($task->{archives}, $device, \%about, $how->{guest})
     };
     $how->{log}->('info', "$device: nothing to compare with - " . reason($error)) if $error;
     return $error ? () : @chain;
@@ -121,6 +123,10 @@ my sub begin_device ($task, $device, $volume, %how) {
     $how{log}->('info', "$device: storing, $kind");
     my $increments = $mode eq 'reuse' ? ($chain[0]->device($device)->{increments} // 0) + 1 : 0;
     my %about = (size => $volume->{size}, 'bitmap-mode' => $mode, increments => $increments);
+
+    # Which disk it is, and another name that it has now.
+    my $disk = $task->{about}{$device} // {};
+    $about{$_} = $disk->{$_} for grep { defined($disk->{$_}) } qw(identity node);
 
     # QEMU's filter writes whole clusters only.
     $about{compressed} = 1 if $how{compress} && $volume->{size} % $cluster_size == 0;

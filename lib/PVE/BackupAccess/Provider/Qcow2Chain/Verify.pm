@@ -36,7 +36,7 @@ my sub is_provable ($device, @chain) {
 # Leaves a note of what was found of each archive, if all of it was looked at or something is wrong.
 my sub note_damage ($seen, $device, $is_whole, @chain) {
     for my $archive (@chain) {
-        my $ranges = $seen->{content}{ $archive->dir }{$device};
+        my $ranges = $seen->{content}{ $archive->dir }{ $archive->own($device) };
         my $problems = $seen->{files}{ $archive->dir };
         my $is_damaged = ($ranges && $ranges->@*) || ($problems && $problems->@*) ? 1 : 0;
         $is_damaged = 1 if !$ranges && !$is_whole;

@@ -183,6 +183,19 @@ sub _swap ($self) {
     return $self->_restart;
 }
 
+# Each disk stays in its slot, and has the other one's name of a node, as with libvirt, which counts them anew.
+sub _renumber ($self) {
+    return if $self->{naming} eq 'drive';
+    $self->_recover;
+    my $vm = $self->_vm;
+    my @disks = map { $vm->disk($_) } @ids;
+    my %other = ($ids[0] => $ids[1], $ids[1] => $ids[0]);
+    $vm->quit;
+    ($disks[0]{file}, $disks[1]{file}) = ($disks[1]{file}, $disks[0]{file});
+    $_->{plugged} = $other{ $_->{plugged} // $_->{id} } for @disks;
+    return $self->_restart;
+}
+
 sub _replug ($self) {
     $self->_recover;
     my $vm = $self->_vm;

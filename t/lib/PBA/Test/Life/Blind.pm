@@ -1,0 +1,15 @@
+package PBA::Test::Life::Blind;
+
+# A provider of PBA::Test::Life that knows of ids, and nothing of what tells a disk from others but its name: so
+# are its manifests.
+
+use v5.36;
+
+use parent 'PBA::Test::Life::Chain';
+
+sub backup_vm_query_incremental ($self, $vmid, $volumes) {
+    my %known = map { $_ => { $volumes->{$_}->%{qw(size base)} } } keys $volumes->%*;
+    return $self->SUPER::backup_vm_query_incremental($vmid, \%known);
+}
+
+1;
