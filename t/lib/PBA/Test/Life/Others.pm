@@ -55,7 +55,7 @@ sub _rename ($self, $node, $do) {
     return;
 }
 
-sub _second_companion ($self, $node, $do, $companion) {
+sub _second_companion ($self, $node, $do, $companion, @) {
     my $name = $companion =~ s/[^:]*\z/$some_id/r;
     my $info = $self->_vm->bitmaps->{$node};
     return if $info->{$name};
