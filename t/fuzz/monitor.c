@@ -58,12 +58,13 @@ static void close_client(void)
 
 static void agree(const char *command)
 {
-    const char *id = strstr(command, "\"pba-");
-    int length = id ? (int)strcspn(id + 1, "\"") : 0;
+    static const char key[] = "\"id\":\"";
+    const char *found = strstr(command, key);
+    const char *id = found ? found + strlen(key) : NULL;
+    int length = id ? (int)strcspn(id, "\"") : 0;
 
     if (id) {
-        g_string_append_printf(peer.to_send, "{\"return\": [], \"id\": \"%.*s\"}\r\n", length,
-                               id + 1);
+        g_string_append_printf(peer.to_send, "{\"return\": [], \"id\": \"%.*s\"}\r\n", length, id);
     } else {
         g_string_append(peer.to_send, "{\"QMP\": {}}\r\n");
     }
