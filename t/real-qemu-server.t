@@ -157,11 +157,11 @@ sub sent_frozen ($made) {
     return $between;
 }
 
-# But for the target's name, and 'base', which a task adds.
+# But for the target's name, and what a task adds.
 sub without_target ($volumes, $form, $mechanism) {
     my $target = 'snapshot-access:' . $vzdump->storage($form, $mechanism);
     for my $volume (values $volumes->%*) {
-        delete($volume->{base});
+        delete($volume->@{qw(base identity node)});
         $volume->{'bitmap-name'} =~ s/\A(?:pba-tied:)?\Q$target\E\z/TARGET/
             if $volume->{'bitmap-name'};
     }

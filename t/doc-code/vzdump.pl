@@ -97,7 +97,7 @@ sub check_good ($plugin, %opt) {
     die "the calls were: $names\n"
         if $names ne 'provider_name start attach backup_get_mechanism backup_vm_query_incremental'
         . ' freeze thaw resume backup_vm power';
-    delete($query->[2]{'drive-scsi0'}{base});
+    delete($query->[2]{'drive-scsi0'}->@{qw(base identity node)});
     delete($vm->[4]->@{qw(backup-id guest-uuid)});
     check_same({ 'drive-scsi0' => { size => 16 * $mib } }, $query->[2]);
     my %options;
