@@ -92,9 +92,10 @@ static void test_bitmaps(void)
 
 static void test_owner(void)
 {
-    static const char *const bad[] = {
-        "pba-owner-",     "pba-owner-1",     "pba-owner-1-2x",   "pba-owner--1-2", "pba-owner-a-b",
-        "pba-owner-1-2-", "pba-owner-1-2-0", "pba-owner-1-2-3x", "pba-raw-1-2",
+    static const char *const damaged[] = {
+        "pba-owner-",      "pba-owner-1",      "pba-owner-1-2x",
+        "pba-owner--1-2",  "pba-owner-a-b",    "pba-owner-1-2-",
+        "pba-owner-1-2-0", "pba-owner-1-2-3x", "pba-owner-4294967297-2",
     };
     PbaAccess first = {.target_id = (char *)"a"};
     PbaAccess second = {.target_id = (char *)"b", .mark_number = 1};
@@ -114,9 +115,14 @@ static void test_owner(void)
     g_autofree char *key = pba_owner_target_key(size);
     g_autofree char *hash = pba_short_hash("a");
     ok(g_str_has_prefix(hash, key), "%s is of target %s", key, hash);
-    for (size_t i = 0; i < G_N_ELEMENTS(bad); i++) {
-        ok(!pba_is_owner_mark(bad[i]), "%s is no marker", bad[i]);
+    for (size_t i = 0; i < G_N_ELEMENTS(damaged); i++) {
+        PbaOwnerState state;
+        pid_t pid;
+        ok(pba_owner_read(&first, damaged[i], size, &pid, &state) && pid == 0 &&
+               state == PBA_OWNER_UNKNOWN,
+           "%s is a marker that tells no process", damaged[i]);
     }
+    ok(!pba_is_owner_mark("pba-raw-1-2"), "another node is no marker");
 }
 
 /* GLib's random numbers go on from where the parent was: all children of a process would have the
