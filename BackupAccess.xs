@@ -19,7 +19,7 @@ _dispatch_signals()
         PERL_ASYNC_CHECK();
 
 bool
-glue_end_with_parent()
+glue_end_with_parent(int signal)
 
 SV *
 _free_bytes(SV *path)

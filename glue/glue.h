@@ -134,7 +134,7 @@ SV *glue_sv_from_infos(pTHX_ PbaAccess *access);
 extern pid_t glue_current_pid;
 void glue_note_fork(void);
 /* For a child that is about to run a program: the kernel ends it with its parent (prctl(2)). */
-bool glue_end_with_parent(void);
+bool glue_end_with_parent(int signal);
 
 /* The Perl object that owns the C half from now on. */
 SV *glue_new_access(pTHX_ PbaAccessObject *object, SV *klass);

@@ -10,9 +10,9 @@ void glue_note_fork(void)
     glue_current_pid = getpid();
 }
 
-bool glue_end_with_parent(void)
+bool glue_end_with_parent(int signal)
 {
-    return prctl(PR_SET_PDEATHSIG, SIGTERM) == 0;
+    return prctl(PR_SET_PDEATHSIG, signal) == 0;
 }
 
 /* The C object hangs on its Perl object by magic, which Perl code can neither forge nor copy, and

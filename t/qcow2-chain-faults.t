@@ -387,6 +387,32 @@ subtest 'a qemu-nbd that the caller has waited for' => sub {
     is($is, "lives\n", 'a process with its number lives on');
 };
 
+# Before its main loop a real one forgets that signal.
+subtest 'a qemu-nbd that forgets a SIGTERM' => sub {
+    my $script = "$store/forgets";
+    open(my $fh, '>', $script) or die "$script: $!\n";
+    print {$fh} "#!/bin/sh\ntrap '' TERM\necho \$\$ >$script.pid\nexec sleep 60\n";
+    close($fh) && chmod(0755, $script) or die "$script: $!\n";
+    my $user = fork() // die "fork: $!\n";
+    if (!$user) {
+        local $PVE::BackupAccess::Provider::Qcow2Chain::Server::qemu_nbd = $script;
+        eval { PVE::BackupAccess::Provider::Qcow2Chain::Server->start(of(1)) };
+        POSIX::_exit(0);
+    }
+    my $in_time = sub ($is) {
+        my $left = 200;
+        Time::HiRes::sleep(0.05) while !$is->() && $left--;
+        return $left > 0;
+    };
+    ok($in_time->(sub { -s "$script.pid" }), 'it runs') or return;
+    chomp(my $pid = PVE::BackupAccess::File::read_file("$script.pid"));
+    kill(KILL => $user);
+    waitpid($user, 0);
+    ok($in_time->(sub { !kill(0, $pid) }), 'it ends with the process that started it');
+    kill(KILL => $pid);
+    unlink($script, "$script.pid");
+};
+
 subtest 'a backup is killed at each rename' => sub {
     $base->use_store($store);
     for my $crash (

@@ -7,7 +7,7 @@ package PVE::BackupAccess::Program;
 use v5.36;
 
 use Exporter qw(import);
-use POSIX qw(SIG_BLOCK SIG_SETMASK WNOHANG);
+use POSIX qw(SIGTERM SIG_BLOCK SIG_SETMASK WNOHANG);
 use Time::HiRes qw(sleep time);
 
 use PVE::BackupAccess;
@@ -50,11 +50,11 @@ my sub read_all ($fh) {
     return <$fh> // '';
 }
 
-# In a child: from now on it ends with its parent, which may have ended before. Handlers of the caller's
-# would run its code here, or swallow the signal.
-sub end_with ($parent) {
+# In a child: from now on a signal ends it with its parent, which may have ended before. Handlers of the
+# caller's would run its code here, or swallow the signal.
+sub end_with ($parent, $signal = SIGTERM) {
     $SIG{$_} = 'DEFAULT' for grep { m/\A[A-Z]/ && ($SIG{$_} // '') ne 'IGNORE' } keys %SIG;
-    PVE::BackupAccess::_end_with_parent() or POSIX::_exit($not_run);
+    PVE::BackupAccess::_end_with_parent($signal) or POSIX::_exit($not_run);
     POSIX::_exit($not_run) if getppid() != $parent;
     return;
 }

@@ -158,7 +158,7 @@ my sub become_keeper ($self, $archive, $how) {
     };
 
     # A terminal's signals are for the caller.
-    PVE::BackupAccess::_end_with_parent() and POSIX::setsid();
+    PVE::BackupAccess::_end_with_parent(POSIX::SIGTERM()) and POSIX::setsid();
     deaths_of(sub (@) { keep($self, $archive, $how) });
     POSIX::_exit(0);
 }

@@ -81,7 +81,9 @@ sub _spawn ($log, $listener, @command) {
     my $parent = $$;
     my $pid = fork() // fail("cannot fork - $!");
     return $pid if $pid;
-    end_with($parent);
+
+    # qemu-nbd (7.2 to 11.0) forgets a SIGTERM that comes before its main loop.
+    end_with($parent, POSIX::SIGKILL());
     POSIX::setsid();    # a terminal's signals are for the caller
     open(STDIN, '<', '/dev/null') or POSIX::_exit(127);
     open(STDERR, '>', $log) or POSIX::_exit(127);
