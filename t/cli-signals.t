@@ -8,6 +8,7 @@ use v5.36;
 use FindBin;
 use lib "$FindBin::Bin/lib";
 
+use Digest::SHA ();
 use JSON::PP ();
 use POSIX ();
 use Test::More;
@@ -78,7 +79,10 @@ rename($image, "$image.good") or die "rename: $!\n";
 POSIX::mkfifo($image, 0600) or die "mkfifo: $!\n";
 my $changed = $json->decode($good);
 $changed->{files}{'drive-scsi0.qcow2'}{size} = 0;
-content($manifest, $json->encode($changed));
+delete($changed->{sha256});
+my $text = JSON::PP->new->utf8->canonical->pretty->encode($changed);
+my $digest = Digest::SHA::sha256_hex($text);
+content($manifest, $text =~ s/\A\{\n/{\n   "sha256" : "$digest",\n/r);
 
 my %commands = (backup => \@backup, verify => ['verify', $archive]);
 for my $name (sort keys %commands) {

@@ -202,7 +202,9 @@ sub run ($opt, $path, $target) {
     };
     my $config;
     my $restore = sub {
-        $config = defined($device) ? undef : restore_config($job, $target);
+        my $error
+            = defined($device) ? undef : attempt { $config = restore_config($job, $target) };
+        push($job->{problems}->@*, "$error") if $error;
         restore_all($job, $volumes, $files);
         publish_files($job);
     };

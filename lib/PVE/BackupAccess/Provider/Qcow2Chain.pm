@@ -547,7 +547,7 @@ the tar before it was compressed.
 
 An archive is complete or not there: it is written under another name, flushed, and renamed at the
 end of L</backup_vm> or L</backup_container>; so what a bitmap no longer says is on disk when the bitmap is cleared. The manifest
-has the size, bitmap mode and parent of each device, and the SHA-256 of each file but the images and the tar.
+has the size, bitmap mode and parent of each device, and the SHA-256 of each file but the images and the tar, and of itself.
 
 What an image holds is proven by the digests of all blocks that were read from the guest for it, which were taken on the way
 (see L<PVE::BackupAccess::Volume/FILES OF DIGESTS>). A merge joins digests and computes none, so that what is damaged

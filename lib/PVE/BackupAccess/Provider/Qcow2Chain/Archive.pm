@@ -5,6 +5,7 @@ package PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 
 use v5.36;
 
+use Digest::SHA qw(sha256_hex);
 use JSON::PP ();
 
 use PVE::BackupAccess::Error;
@@ -30,6 +31,19 @@ my $name_pattern = qr/([0-9]{8}T[0-9]{6}Z)/;
 
 my sub fail ($message, %context) {
     PVE::BackupAccess::Error->throw('ArchiveError', $message, %context);
+}
+
+my sub is_text ($value) { return defined($value) && !ref($value) }
+my sub is_hash ($value) { return ref($value) eq 'HASH' }
+
+# A manifest's text has a digest of all the rest of it in its second line.
+my sub with_digest ($text) {
+    my $sha256 = sha256_hex($text);
+    return $text =~ s/\A\{\n/{\n   "sha256" : "$sha256",\n/r;
+}
+
+my sub has_its_digest ($text) {
+    return $text =~ s/\A\{\n   "sha256" : "([0-9a-f]{64})",\n/{\n/ && $1 eq sha256_hex($text);
 }
 
 sub name_pattern ($class) { return $name_pattern }
@@ -59,7 +73,7 @@ sub _new_id () {
 sub add_file ($self, $name, $content) {
     utf8::encode($content) if utf8::is_utf8($content);
     write_file("$self->{dir}/$name", $content);
-    $self->{manifest}{files}{$name} = {};
+    $self->{manifest}{files}{$name} = { sha256 => sha256_hex($content) };
     return;
 }
 
@@ -108,17 +122,21 @@ sub _backing ($self, $device) {
 sub seal ($self) {
     for my $file (sort keys $self->{manifest}{files}->%*) {
         sync("$self->{dir}/$file");
-        $self->_note_file($file);
+        $self->_note_file($file, 1);
     }
     $self->_write_manifest;
     return;
 }
 
-sub _note_file ($self, $file) {
+sub _note_file ($self, $file, $is_new = 0) {
     my $path = "$self->{dir}/$file";
     my $fingerprint = fingerprint($path);
     my $is_proven = $self->_has_digests($file) || $self->_is_tree($file);
     my %sha256 = $is_proven ? () : (sha256 => sha256($path));
+
+    # What was given has its digest from then: what the file holds by now may be something else.
+    my $given = $self->{manifest}{files}{$file}{sha256};
+    fail("$path lacks what was written to it") if $is_new && $given && $given ne $sha256{sha256};
     $self->{manifest}{files}{$file} = { $fingerprint->%*, %sha256 };
     return;
 }
@@ -131,8 +149,14 @@ sub _has_digests ($self, $file) {
 # Whether it is a container's tree, whose stream has a digest.
 sub _is_tree ($self, $file) { return $file eq $tree && $self->container }
 
+# One that was damaged when it was read is not written again: it would be taken for good from then on.
 sub _write_manifest ($self) {
-    replace_file("$self->{dir}/$manifest_name", $json->encode($self->{manifest}));
+    fail($self->manifest_problem) if defined($self->manifest_problem);
+    my %manifest = $self->{manifest}->%*;
+    delete($manifest{sha256});
+    my $text = $json->encode(\%manifest);
+    replace_file("$self->{dir}/$manifest_name",
+        $manifest{format} == $format ? with_digest($text) : $text);
     return;
 }
 
@@ -163,13 +187,19 @@ sub load ($class, $guest_dir, $name) {
     attempt_any { $manifest = $json->decode($content) };
     my $problem = _manifest_problem($manifest);
     fail("the manifest of archive $dir is damaged - $problem") if defined($problem);
-    return
-        bless({ guest_dir => $guest_dir, name => $name, dir => $dir, manifest => $manifest },
+    my $self
+        = bless({ guest_dir => $guest_dir, name => $name, dir => $dir, manifest => $manifest },
         $class);
+    $self->{'is damaged'} = 1 if $manifest->{format} == $format && !has_its_digest($content);
+    return $self;
 }
 
-my sub is_text ($value) { return defined($value) && !ref($value) }
-my sub is_hash ($value) { return ref($value) eq 'HASH' }
+# Why the manifest is not as it was written, or undef. What it says of disks is proven by digests all the same,
+# so these can be restored; but nothing builds on it, and it is not merged.
+sub manifest_problem ($self) {
+    return undef if !$self->{'is damaged'};
+    return "the manifest of archive $self->{dir} is damaged - its SHA-256 differs";
+}
 
 sub _manifest_problem ($manifest) {
     return 'it is no JSON object' if !is_hash($manifest);
@@ -275,6 +305,7 @@ sub file_size ($self, $device = undef) {
 
 # The content of a file of it, undef if it has none such.
 sub content ($self, $name) {
+    fail($self->manifest_problem) if defined($self->manifest_problem);
     return undef if !$self->{manifest}{files}{$name};
     my $problem = $self->file_problem($name, 1);
     fail($problem) if defined($problem);
@@ -302,6 +333,7 @@ sub file_problem ($self, $file, $read_all) {
 
 # The same of the device's files, without reading what was not touched.
 sub device_problem ($self, $device) {
+    return $self->manifest_problem if defined($self->manifest_problem);
     my $own = $self->own($device);
     my @files = (_file_of($own), defined($self->digests($device)) ? _digests_of($own) : ());
     my ($problem) = map { $self->file_problem($_, 0) // () } @files;
@@ -347,7 +379,7 @@ sub header_problem ($self, $device, $header) {
 
 # What is wrong with its files, as texts. Reads all of them.
 sub problems ($self) {
-    my @problems;
+    my @problems = $self->manifest_problem // ();
     my %images = map { my $file = _file_of($_); ($file => "$self->{dir}/$file") } $self->devices;
     for my $file (sort keys $self->{manifest}{files}->%*) {
         my $problem = $self->file_problem($file, 1);
@@ -392,6 +424,11 @@ sub absorb ($self, $device, $parent) {
     # The manifest last: until then it names a file that shows this archive, before the move and
     # after it. The data is durable before the move, which takes away the only other file that has it.
     if (-e $theirs) {
+        my ($problem) = map {
+            $_->manifest_problem // ($_->digests($device) ? $_->digests_problem($device) : undef)
+                // ()
+        } $self, $parent;
+        fail($problem, device => $device) if defined($problem);
         merge_image($self, $device, $theirs);
         sync($theirs);
         move($theirs, $mine);

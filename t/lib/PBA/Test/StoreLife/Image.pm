@@ -1,0 +1,102 @@
+package PBA::Test::StoreLife::Image;
+
+# What a small qcow2 image shows, with those it builds on, read by nothing of QEMU's. Dies if it cannot tell.
+
+use v5.36;
+
+use Exporter qw(import);
+use Time::HiRes ();
+
+our @EXPORT_OK = qw(content_of forget slurp state_of);
+
+my $most = 64 << 20;
+my $longest = 120;                         # images of a chain
+my $offset_bits = (1 << 56) - (1 << 9);    # of an entry of a table
+my %cache;    # path => [state of the chain, content, path of the image below]
+
+sub slurp ($path) {
+    open(my $fh, '<:raw', $path) or die "$path: $!\n";
+    local $/ = undef;
+    return scalar(<$fh>) // '';
+}
+
+# What changes when a file does, unless its time is set back: then call forget.
+sub state_of ($path) {
+    return join(' ', (Time::HiRes::stat($path))[1, 7, 9]);
+}
+
+sub forget () {
+    %cache = ();
+    return;
+}
+
+my sub header ($path, $image) {
+    my %header;
+    @header{qw(magic version backing-at backing-length bits size crypt l1-entries l1-at)}
+        = unpack('a4 N Q> N N Q> N N Q>', $image);
+    die "$path: no qcow2 image\n" if length($image) < 104 || $header{magic} ne "QFI\xfb";
+    die "$path: an odd header\n"
+        if $header{bits} != 16 || $header{size} > $most || $header{crypt} || $header{version} != 3;
+    my $features = unpack('Q>', substr($image, 72, 8));
+    die "$path: cannot tell\n" if $features;
+    return \%header;
+}
+
+# The cluster that an entry of an L2 table stands for, undef where the image has none.
+my sub cluster ($image, $entry, $length) {
+    die "compressed\n" if $entry & 1 << 62;
+    return "\0" x $length if $entry & 1;
+    my $at = $entry & $offset_bits;
+    return undef if !$at;
+    my $data = substr($image, $at, $length) // '';
+    return $data . "\0" x ($length - length($data));
+}
+
+my sub entry_at ($image, $at) { return unpack('Q>', substr($image, $at, 8) // '') // 0 }
+
+my sub lay_over ($image, $header, $content) {
+    my ($size, $bits, $per_table) = ($header->{size}, 16, 1 << 13);
+    for (my ($at, $i) = (0, 0); $at < $size; $at += 1 << $bits, $i++) {
+        my $l1 = entry_at($image, $header->{'l1-at'} + 8 * int($i / $per_table));
+        my $table = $l1 & $offset_bits or next;
+        my $length = $size - $at < 1 << $bits ? $size - $at : 1 << $bits;
+        my $data = cluster($image, entry_at($image, $table + 8 * ($i % $per_table)), $length);
+        substr(${$content}, $at, $length) = $data if defined($data);
+    }
+    return;
+}
+
+# What the image builds on: its path, undef for nothing.
+my sub below ($path, $image, $header) {
+    return undef if !$header->{'backing-at'};
+    my $name = substr($image, $header->{'backing-at'}, $header->{'backing-length'}) // '';
+    return $path =~ s{[^/]+\z}{$name}r;
+}
+
+my sub chain_state ($path) {
+    my $state = '';
+    for (1 .. $longest) {
+        $state .= state_of($path) . "\n";
+        my $known = $cache{$path} // return $state;
+        $path = $known->[2] // return $state;
+    }
+    die "$path: its chain has no end\n";
+}
+
+sub content_of ($path, $depth = 0) {
+    die "$path: its chain has no end\n" if $depth > $longest;
+    my $known = $cache{$path};
+    return $known->[1] if $known && $known->[0] eq chain_state($path);
+    my $image = slurp($path);
+    my $header = header($path, $image);
+    my $below = below($path, $image, $header);
+    my $content = defined($below) ? content_of($below, $depth + 1) : '';
+    $content = substr($content, 0, $header->{size});
+    $content .= "\0" x ($header->{size} - length($content));
+    lay_over($image, $header, \$content);
+    $cache{$path} = ['', $content, $below];
+    $cache{$path}[0] = chain_state($path);
+    return $content;
+}
+
+1;

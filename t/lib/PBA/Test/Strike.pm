@@ -1,0 +1,94 @@
+package PBA::Test::Strike;
+
+# Something happens at the nth call by which this process changes files or has another program run, before
+# it or after it. Loaded before the modules whose calls are to be seen.
+#
+#   strike_at($number, sub ($where) { kill(KILL => $$) });
+#   strike_at($number, sub ($where) { 1 });    # true: the call fails, as on a full disk
+#   my $where = strikes_ended();                # undef: there were not so many calls
+
+use v5.36;
+
+use Errno ();
+use Exporter qw(import);
+
+our @EXPORT_OK = qw(strike_at strikes_ended);
+
+my ($left, $action, $owner, $struck) = (0, undef, 0, undef);
+
+sub strike_at ($number, $code) {
+    ($left, $action, $owner, $struck) = ($number, $code, $$, undef);
+    return;
+}
+
+sub strikes_ended () {
+    $action = undef;
+    return $struck;
+}
+
+# Not in a process that was forked to run a program.
+my sub point ($where) {
+    return 0 if !$action || $$ != $owner || --$left;
+    my $code = $action;
+    ($action, $struck) = (undef, $where);
+    return $code->($where);
+}
+
+my sub around ($name, $call) {
+    if (point("before $name")) {
+        $! = Errno::ENOSPC();
+        return 0;
+    }
+    my $result = $call->();
+    my $errno = $! + 0;
+    point("after $name");
+    $! = $errno;
+    return $result;
+}
+
+# Once there is an end: how often it is looked for depends on the time.
+my sub wait_for ($pid, $flags) {
+    my $ended = CORE::waitpid($pid, $flags);
+    my ($errno, $status) = ($! + 0, $?);
+    point('after a program') if $ended > 0;
+    ($!, $?) = ($errno, $status);
+    return $ended;
+}
+
+BEGIN {
+    no warnings 'once';
+    *CORE::GLOBAL::rename = sub : prototype($$) ($from, $to) {
+        return around("rename to $to", sub { CORE::rename($from, $to) });
+    };
+    *CORE::GLOBAL::unlink = sub : prototype(@) (@files) {
+        return @files ? around("unlink @files", sub { CORE::unlink(@files) }) : 0;
+    };
+    *CORE::GLOBAL::mkdir = sub : prototype(_;$) ($path, $mode = 0777) {
+        return around("mkdir $path", sub { CORE::mkdir($path, $mode) });
+    };
+    *CORE::GLOBAL::rmdir = sub : prototype(_) ($path) {
+        return around("rmdir $path", sub { CORE::rmdir($path) });
+    };
+    *CORE::GLOBAL::fork = sub : prototype() () {
+        my $pid = CORE::fork();
+        point('after fork') if $pid;
+        return $pid;
+    };
+    *CORE::GLOBAL::waitpid = sub : prototype($$) ($pid, $flags) { return wait_for($pid, $flags) };
+    no feature 'signatures';
+
+    # The first one is the caller's variable.
+    *CORE::GLOBAL::sysopen = sub (*$$;$) {
+        my ($handle, @more) = (\$_[0], @_[1 .. $#_]);
+        return around(
+            "open $more[0]",
+            sub {
+                @more == 3
+                    ? CORE::sysopen(${$handle}, $more[0], $more[1], $more[2])
+                    : CORE::sysopen(${$handle}, $more[0], $more[1]);
+            }
+        );
+    };
+}
+
+1;

@@ -1,0 +1,61 @@
+# A random life of a store: whatever happens to it, each archive that is listed is restored to exactly its instant,
+# or verify and restore name it as damaged, and what is whole is never called damaged.
+#
+# PBA_SEED is the first life's seed, each has the next one. PBA_STEPS: how many steps in all, half of them on each QEMU
+# unless PBA_FULL=1.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+
+use PBA::Test::Strike;    # before what it is to see
+
+use Test::More;
+
+use File::Temp ();
+use List::Util qw(min);
+use POSIX ();
+
+use PBA::Test::StoreLife;
+
+my $steps = $ENV{PBA_STEPS} // ($ENV{PBA_FULL} ? 5000 : 1000);
+$steps = int($steps / 2) if !$ENV{PBA_FULL};
+my $seed = $ENV{PBA_SEED} // 20261129 + ($ENV{PBA_QEMU} ? 500 : 0);
+my $length = 100;
+
+# What a killed process leaves becomes a child of this one, which waits for it (prctl, PR_SET_CHILD_SUBREAPER).
+my %prctl = (x86_64 => 157, aarch64 => 167);
+my $number = $prctl{ (POSIX::uname())[4] };
+plan(skip_all => 'needs root or a known kernel') if !$number;
+syscall($number, 36, 1, 0, 0, 0) == 0 or die "prctl: $!\n";
+
+my $tmp = File::Temp->newdir('pba-store-XXXXXXXX', TMPDIR => 1);
+mkdir("$tmp/$_") or die "mkdir: $!\n" for qw(disk scratch tmp);
+$ENV{TMPDIR} = "$tmp/tmp";
+my $is_mounted = system("mount -t tmpfs -o size=48m tmpfs $tmp/disk 2>/dev/null") == 0;
+note('needs root for a disk of its own: none is full, none is read-only') if !$is_mounted;
+
+my %count;
+for (my $done = 0; $done < $steps; $done += $length) {
+    my $life = PBA::Test::StoreLife->new(
+        seed => $seed,
+        dir => "$tmp/disk",
+        scratch => "$tmp/scratch",
+        is_mounted => $is_mounted,
+    );
+    my $problem;
+    for (1 .. min($length, $steps - $done)) {
+        $problem = $life->step // next;
+        last;
+    }
+    is($problem, undef, "the life of seed $seed") or diag($life->log);
+    $count{$_} += $life->count->{$_} for keys $life->count->%*;
+    last if defined($problem);
+    system("rm -rf $tmp/disk/* $tmp/scratch/*");
+    $seed++;
+}
+note("$_: $count{$_}") for sort keys %count;
+system('umount', "$tmp/disk") if $is_mounted;
+
+done_testing;
