@@ -334,9 +334,7 @@ sub file_problem ($self, $file, $read_all) {
 # The same of the device's files, without reading what was not touched.
 sub device_problem ($self, $device) {
     return $self->manifest_problem if defined($self->manifest_problem);
-    my $own = $self->own($device);
-    my @files = (_file_of($own), defined($self->digests($device)) ? _digests_of($own) : ());
-    my ($problem) = map { $self->file_problem($_, 0) // () } @files;
+    my ($problem) = map { $self->file_problem($_, 0) // () } $self->files_of($device);
     return $problem;
 }
 
@@ -377,20 +375,22 @@ sub header_problem ($self, $device, $header) {
     return undef;
 }
 
-# What is wrong with its files, as texts. Reads all of them.
-sub problems ($self) {
-    my @problems = $self->manifest_problem // ();
-    my %images = map { my $file = _file_of($_); ($file => "$self->{dir}/$file") } $self->devices;
-    for my $file (sort keys $self->{manifest}{files}->%*) {
-        my $problem = $self->file_problem($file, 1);
-        my $image = $images{$file};
-        if (!defined($problem) && $image) {
-            my $text = image_problem($image);
-            $problem = "$image is damaged - $text" if defined($text);
-        }
-        push(@problems, $problem) if defined($problem);
-    }
-    return @problems;
+sub files ($self) { return sort keys $self->{manifest}{files}->%* }
+
+# Those of a device.
+sub files_of ($self, $device) {
+    my $own = $self->own($device);
+    return (_file_of($own), defined($self->digests($device)) ? _digests_of($own) : ());
+}
+
+# What is wrong with a file, as texts. Reads all of it.
+sub problems ($self, $file) {
+    my $problem = $self->file_problem($file, 1);
+    return $problem if defined($problem);
+    return if !grep { _file_of($_) eq $file } $self->devices;
+    my $image = "$self->{dir}/$file";
+    my $text = image_problem($image);
+    return defined($text) ? "$image is damaged - $text" : ();
 }
 
 # ---- taking one away ----

@@ -12,9 +12,13 @@ use PVE::BackupAccess::Try qw(attempt reason);
 
 our @EXPORT_OK = qw(digests_of problems_of unproven_of);
 
-# The problems of an archive's files, which are looked at once.
-my sub file_problems ($seen, $archive) {
-    return ($seen->{files}{ $archive->dir } //= [$archive->problems])->@*;
+# The problems of an archive's files, each of which is looked at once: of all of them, or of what a device has.
+my sub file_problems ($seen, $archive, @devices) {
+    my $known = $seen->{files}{ $archive->dir } //= {};
+    my @files = @devices ? map { $archive->files_of($_) } @devices : $archive->files;
+    my @problems = map { ($known->{$_} //= [$archive->problems($_)])->@* } @files;
+    unshift(@problems, $archive->manifest_problem // ());
+    return @problems;
 }
 
 my sub content_problems ($seen, $device, @chain) {
@@ -37,19 +41,19 @@ my sub is_provable ($device, @chain) {
 my sub note_damage ($seen, $device, $is_whole, @chain) {
     for my $archive (@chain) {
         my $ranges = $seen->{content}{ $archive->dir }{ $archive->own($device) };
-        my $problems = $seen->{files}{ $archive->dir };
-        my $is_damaged = ($ranges && $ranges->@*) || ($problems && $problems->@*) ? 1 : 0;
+        my @problems = file_problems($seen, $archive, $device);
+        my $is_damaged = @problems || ($ranges && $ranges->@*) ? 1 : 0;
         $is_damaged = 1 if !$ranges && !$is_whole;
         $archive->note_damage($device, $is_damaged) if $is_damaged || $ranges;
     }
     return;
 }
 
-my sub device_problems ($guest, $seen, $listed, $device, $name) {
+my sub device_problems ($guest, $seen, $device, $name) {
     my (@chain, @problems);
     my $broken = attempt { @chain = $guest->chain($name, $device) };
     return "$device: " . reason($broken) if $broken;
-    push(@problems, map { file_problems($seen, $_) } grep { !$listed->{ $_->name }++ } @chain);
+    push(@problems, map { file_problems($seen, $_, $device) } @chain[1 .. $#chain]);
     push(@problems, $guest->headers_problem($device, @chain) // ());
     if (!@problems && is_provable($device, @chain)) {
         @problems = content_problems($seen, $device, @chain);
@@ -64,9 +68,8 @@ sub problems_of ($guest, $name, $seen) {
     my $archive;
     my $error = attempt { $archive = $guest->archive($name) };
     return reason($error) if $error;
-    my %listed = ($name => 1);
     my @problems = file_problems($seen, $archive);
-    push(@problems, map { device_problems($guest, $seen, \%listed, $_, $name) } $archive->devices);
+    push(@problems, map { device_problems($guest, $seen, $_, $name) } $archive->devices);
     return @problems;
 }
 
