@@ -369,7 +369,7 @@ sub hold_number ($number, $say, $go) {
 }
 
 subtest 'a qemu-nbd that the caller has waited for' => sub {
-    my $server = PVE::BackupAccess::Provider::Qcow2Chain::Server->start(of(1));
+    my $server = $server_class->start(of(1));
     my $number = $server->pid;
     kill(KILL => $number);
     waitpid($number, 0);
@@ -396,7 +396,7 @@ subtest 'a qemu-nbd that forgets a SIGTERM' => sub {
     my $user = fork() // die "fork: $!\n";
     if (!$user) {
         local $PVE::BackupAccess::Provider::Qcow2Chain::Server::qemu_nbd = $script;
-        eval { PVE::BackupAccess::Provider::Qcow2Chain::Server->start(of(1)) };
+        eval { $server_class->start(of(1)) };
         POSIX::_exit(0);
     }
     my $in_time = sub ($is) {
