@@ -8,16 +8,13 @@ use v5.36;
 use FindBin;
 use lib "$FindBin::Bin/lib";
 
-use Digest::SHA ();
-use JSON::PP ();
 use POSIX ();
 use Test::More;
 use Time::HiRes qw(sleep time);
 
 use PBA::Test::Backend;
 use PBA::Test::Command qw(run_command start_command);
-
-my $json = JSON::PP->new->utf8->canonical;
+use PBA::Test::Manifest qw(change_manifest);
 
 my $backend = PBA::Test::Backend->start(
     name => 'pve',
@@ -77,12 +74,7 @@ my $good = content($manifest);
 # An image that was touched since it was made, on a storage that does not answer: who opens it waits.
 rename($image, "$image.good") or die "rename: $!\n";
 POSIX::mkfifo($image, 0600) or die "mkfifo: $!\n";
-my $changed = $json->decode($good);
-$changed->{files}{'drive-scsi0.qcow2'}{size} = 0;
-delete($changed->{sha256});
-my $text = JSON::PP->new->utf8->canonical->pretty->encode($changed);
-my $digest = Digest::SHA::sha256_hex($text);
-content($manifest, $text =~ s/\A\{\n/{\n   "sha256" : "$digest",\n/r);
+change_manifest($manifest, sub ($changed) { $changed->{files}{'drive-scsi0.qcow2'}{size} = 0 });
 
 my %commands = (backup => \@backup, verify => ['verify', $archive]);
 for my $name (sort keys %commands) {

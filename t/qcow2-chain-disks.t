@@ -8,14 +8,14 @@ use v5.36;
 use FindBin;
 use lib "$FindBin::Bin/lib";
 use File::Temp ();
-use JSON::PP ();
 use Test::More;
 
 use PVE::BackupAccess;
-use PVE::BackupAccess::File qw(read_file write_file);
+use PVE::BackupAccess::File qw(read_file);
 use PVE::BackupAccess::Provider::Qcow2Chain;
 
 use PBA::Test::BitmapDisk;
+use PBA::Test::Manifest qw(change_manifest);
 use PBA::Test::QemuNbd;
 
 my $tmp = File::Temp->newdir('pba-disks-XXXXXXXX', TMPDIR => 1);
@@ -111,12 +111,10 @@ sub check ($store, $text) {
 }
 
 sub forget_identities ($store) {
-    my $json = JSON::PP->new->utf8->canonical->pretty;
-    for my $file (glob("$tmp/$store/vm/100/*/manifest.json")) {
-        my $manifest = $json->decode(read_file($file));
+    my $forget = sub ($manifest) {
         delete($_->@{qw(identity node)}) for values $manifest->{devices}->%*;
-        write_file($file, $json->encode($manifest));
-    }
+    };
+    change_manifest($_, $forget) for glob("$tmp/$store/vm/100/*/manifest.json");
     return;
 }
 

@@ -7,8 +7,7 @@ use v5.36;
 
 use JSON::PP ();
 
-use PVE::BackupAccess::File qw(read_file write_file);
-
+use PBA::Test::Manifest qw(change_manifest);
 use PBA::Test::QemuNbd qw(img);
 
 my $step = 4 * 1024 * 1024;
@@ -193,12 +192,10 @@ sub _other_guest ($self) {
 
 # As archives are that were made before manifests told disks apart.
 sub _forget_identities ($self) {
-    my $json = JSON::PP->new->utf8->canonical->pretty;
-    for my $file (glob("$self->{store}/*/vm/100/*/manifest.json")) {
-        my $manifest = $json->decode(read_file($file));
+    my $forget = sub ($manifest) {
         delete($_->@{qw(identity node)}) for values $manifest->{devices}->%*;
-        write_file($file, $json->encode($manifest));
-    }
+    };
+    change_manifest($_, $forget) for glob("$self->{store}/*/vm/100/*/manifest.json");
     return;
 }
 

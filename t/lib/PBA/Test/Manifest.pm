@@ -1,0 +1,27 @@
+package PBA::Test::Manifest;
+
+# Changes an archive's manifest as its program would have written it, with the digest that belongs to it.
+
+use v5.36;
+
+use Digest::SHA qw(sha256_hex);
+use Exporter qw(import);
+use JSON::PP ();
+
+use PVE::BackupAccess::File qw(read_file write_file);
+
+our @EXPORT_OK = qw(change_manifest);
+
+my $json = JSON::PP->new->utf8->canonical->pretty;
+
+sub change_manifest ($file, $code) {
+    my $manifest = $json->decode(read_file($file));
+    delete($manifest->{sha256});
+    $code->($manifest);
+    my $text = $json->encode($manifest);
+    my $digest = sha256_hex($text);
+    write_file($file, $text =~ s/\A\{\n/{\n   "sha256" : "$digest",\n/r);
+    return;
+}
+
+1;
