@@ -3,17 +3,18 @@
 
 use v5.36;
 
+use FindBin;
+use lib "$FindBin::Bin/lib";
+
 use POSIX qw(WNOHANG);
 use Time::HiRes qw(sleep);
 
-require 'syscall.ph';    ## no critic (RequireBarewordIncludes)
+use PBA::Test::Orphans qw(adopt_orphans);
 
 my $limit = $ENV{PBA_LIMIT} // ($ENV{PBA_FULL} ? 6 * 3600 : 1200);
 my $grace = $limit < 10 ? $limit : 10;
 
-# Orphans of the test become children of this process, so that it can name them.
-my $PR_SET_CHILD_SUBREAPER = 36;
-syscall(SYS_prctl(), $PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0 or die "prctl: $!\n";
+adopt_orphans();    # so that what the test leaves can be named
 
 sub processes () {
     my %process;

@@ -15,7 +15,7 @@ use PVE::BackupAccess::File qw(read_file);
 use PVE::BackupAccess::Provider::Qcow2Chain;
 
 use PBA::Test::BitmapDisk;
-use PBA::Test::Manifest qw(change_manifest);
+use PBA::Test::Manifest qw(forget_identities);
 use PBA::Test::QemuNbd;
 
 my $tmp = File::Temp->newdir('pba-disks-XXXXXXXX', TMPDIR => 1);
@@ -110,14 +110,6 @@ sub check ($store, $text) {
     return;
 }
 
-sub forget_identities ($store) {
-    my $forget = sub ($manifest) {
-        delete($_->@{qw(identity node)}) for values $manifest->{devices}->%*;
-    };
-    change_manifest($_, $forget) for glob("$tmp/$store/vm/100/*/manifest.json");
-    return;
-}
-
 sub names ($store) {
     return map { $_->{volname} } provider($store)->list(100)->@*;
 }
@@ -169,10 +161,10 @@ subtest 'a name is another disk' => sub {
 subtest 'archives that do not tell disks apart' => sub {
     my $guest = guest('c');
     backup('old', $guest, ['libvirt-1-format', 'libvirt-2-format']) for 1, 2;
-    forget_identities('old');
+    forget_identities(glob("$tmp/old/vm/100/*/manifest.json"));
     my ($modes) = backup('old', $guest, ['libvirt-1-format', 'libvirt-2-format']);
     is_modes($modes, { map { ("libvirt-$_-format" => 'reuse') } 1, 2 }, 'goes on by the names');
-    forget_identities('old');
+    forget_identities(glob("$tmp/old/vm/100/*/manifest.json"));
     my %node = (virtio0 => 'libvirt-1-format', virtio1 => 'libvirt-2-format');
     @log = ();
     ($modes, my $new) = backup('old', $guest, ['virtio0', 'virtio1'], node => \%node);

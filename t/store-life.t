@@ -15,8 +15,7 @@ use Test::More;
 
 use File::Temp ();
 use List::Util qw(min);
-use POSIX ();
-
+use PBA::Test::Orphans qw(adopt_orphans);
 use PBA::Test::StoreLife;
 
 my $steps = $ENV{PBA_STEPS} // ($ENV{PBA_FULL} ? 5000 : 300);
@@ -24,11 +23,7 @@ $steps = int($steps / 2) if !$ENV{PBA_FULL};
 my $seed = $ENV{PBA_SEED} // 20261129 + ($ENV{PBA_QEMU} ? 500 : 0);
 my $length = 100;
 
-# What a killed process leaves becomes a child of this one, which waits for it (prctl, PR_SET_CHILD_SUBREAPER).
-my %prctl = (x86_64 => 157, aarch64 => 167);
-my $number = $prctl{ (POSIX::uname())[4] };
-plan(skip_all => 'needs root or a known kernel') if !$number;
-syscall($number, 36, 1, 0, 0, 0) == 0 or die "prctl: $!\n";
+adopt_orphans();    # so that what a killed process leaves can be waited for
 
 my $tmp = File::Temp->newdir('pba-store-XXXXXXXX', TMPDIR => 1);
 mkdir("$tmp/$_") or die "mkdir: $!\n" for qw(disk scratch tmp);

@@ -261,8 +261,8 @@ bool pba_run_dir_make(PbaAccess *access, GError **error);
 void pba_run_dir_remove(PbaAccess *access);
 /* Leaves it to recovery, as if its process were dead. */
 void pba_run_dir_disown(PbaAccess *access);
-/* The living process in whose directory for this guest a server listens, but for the access'; 0:
- * none. */
+/* The PID of a live process with an access to this guest, other than the given one, whose NBD
+ * server listens; 0: there is none. */
 pid_t pba_run_dir_live_server(const PbaAccess *access);
 /* What accesses to this guest have on disk, of all targets: socket directories and fleecing
  * images; paths, the caller's to free. */
@@ -274,11 +274,11 @@ char *pba_run_dir_target(const char *path);
 /* Whether its access is not known to be a dead process': that of another guest that has the same
  * identity, or of one whose QEMU has gone. */
 bool pba_run_dir_is_live(const PbaAccess *access, const char *path);
-/* The socket in such a directory, the caller's to free; NULL: it is none. */
-char *pba_run_dir_stale_socket(const char *path);
+/* The socket at which QEMU still listens in the directory of a dead process, the caller's to free;
+ * NULL: it does not. */
+char *pba_run_dir_stale_server(const char *path);
 bool pba_run_dir_remove_stale(const char *path);
-/* Gives the socket in the directory a name that no client knows, or its own again, which a process
- * that died between the two did not do. */
+/* Gives the socket in the directory a name that no client knows, or its own again. */
 void pba_run_dir_hide_socket(const char *path);
 void pba_run_dir_show_socket(const char *path);
 

@@ -240,16 +240,11 @@ static void add_node(const PbaLeftovers *leftovers, const char *node, GPtrArray 
 
 static void add_path(const char *path, bool is_live, GPtrArray *things)
 {
-    g_autofree char *socket = pba_run_dir_stale_socket(path);
+    g_autofree char *socket = is_live ? NULL : pba_run_dir_stale_server(path);
+    char *what = socket ? pba_line("the NBD server at '%s'", socket) : pba_line("'%s'", path);
 
-    if (!is_live) {
-        pba_run_dir_show_socket(path);
-    }
-    bool answers = socket && !is_live && pba_socket_answers(socket);
-    char *what = answers ? pba_line("the NBD server at '%s'", socket) : pba_line("'%s'", path);
-
-    add_thing(things, path, pba_run_dir_key(path), what, answers ? "was stopped" : "was removed")
-        ->harmless = !answers;
+    add_thing(things, path, pba_run_dir_key(path), what, socket ? "was stopped" : "was removed")
+        ->harmless = !socket;
 }
 
 GPtrArray *pba_leftovers_list(const PbaLeftovers *leftovers)

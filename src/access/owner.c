@@ -471,9 +471,9 @@ static bool delete_marks(PbaAccess *access, bool all, GError **error)
     return true;
 }
 
-/* What went wrong may go well over a new connection, but for what took its time: unlike a hold (see
- * guard.c), a marker is in nobody's way once this process has ended. A signal handler that died
- * interrupts one command, not the next one too. */
+/* Over a new connection the removal may succeed. After a time-out it is not tried again: unlike a
+ * hold (see guard.c), a marker does not matter once this process has ended. A signal handler that
+ * died interrupts one command, not the next one too. */
 static bool is_worth_a_retry(const GError *error)
 {
     return !g_error_matches(error, PBA_ERROR, PBA_ERROR_TIMEOUT);

@@ -205,13 +205,13 @@ static PbaAccess *new_dead_access(const PbaAccess *access, GError **error)
 /* Whether QEMU's NBD server listens there; then it is ours. */
 static bool adopt_server(PbaAccess *dead, const char *path)
 {
-    g_autofree char *socket = pba_run_dir_stale_socket(path);
-
-    pba_run_dir_show_socket(path);
-    if (dead->socket || !socket || !pba_socket_answers(socket)) {
+    if (dead->socket) {
         return false;
     }
-    dead->socket = g_steal_pointer(&socket);
+    dead->socket = pba_run_dir_stale_server(path);
+    if (!dead->socket) {
+        return false;
+    }
     dead->socket_dir = g_strdup(path);
     pba_vfiles_remove_stale(path);
     return true;

@@ -258,7 +258,8 @@ char *pba_run_dir_target(const char *path)
     return target;
 }
 
-bool pba_run_dir_is_live(const PbaAccess *access, const char *path)
+/* Of the process that made the directory; 0: it is dead, or the directory does not tell. */
+static pid_t live_owner(const PbaAccess *access, const char *path)
 {
     g_autofree char *owner = g_build_filename(path, OWNER_NAME, NULL);
     g_autofree char *place = g_build_filename(path, PLACE_NAME, NULL);
@@ -268,36 +269,23 @@ bool pba_run_dir_is_live(const PbaAccess *access, const char *path)
     pid_t pid;
 
     if (!g_file_get_contents(owner, &mark, NULL, NULL)) {
-        return false;
+        return 0;
     }
     g_file_get_contents(place, &number, NULL, NULL);
     uint64_t size = number ? g_ascii_strtoull(number, NULL, 10) : 0;
-    return pba_owner_read(access, mark, size, &pid, &state) && pid != 0 &&
-           !pba_owner_is_dead(access, mark, size);
+    return pba_owner_read(access, mark, size, &pid, &state) &&
+                   !pba_owner_is_dead(access, mark, size)
+               ? pid
+               : 0;
 }
 
-pid_t pba_run_dir_live_server(const PbaAccess *access)
+bool pba_run_dir_is_live(const PbaAccess *access, const char *path)
 {
-    g_autoptr(GPtrArray) paths = pba_run_dir_find_stale(access);
-
-    for (guint i = 0; i < paths->len; i++) {
-        const char *path = paths->pdata[i];
-        g_autofree char *socket = pba_run_dir_stale_socket(path);
-        g_autofree char *owner = g_build_filename(path, OWNER_NAME, NULL);
-        g_autofree char *mark = NULL;
-        pid_t pid;
-        PbaOwnerState state;
-        if (socket && g_strcmp0(path, access->socket_dir) != 0 &&
-            pba_run_dir_is_live(access, path) && pba_socket_answers(socket) &&
-            g_file_get_contents(owner, &mark, NULL, NULL) &&
-            pba_owner_read(access, mark, 0, &pid, &state)) {
-            return pid;
-        }
-    }
-    return 0;
+    return live_owner(access, path) != 0;
 }
 
-char *pba_run_dir_stale_socket(const char *path)
+/* The socket in such a directory, the caller's to free; NULL: it is none. */
+static char *find_socket(const char *path)
 {
     g_autofree char *socket = g_build_filename(path, SOCKET_NAME, NULL);
     struct sockaddr_un address;
@@ -307,9 +295,34 @@ char *pba_run_dir_stale_socket(const char *path)
                : NULL;
 }
 
+pid_t pba_run_dir_live_server(const PbaAccess *access)
+{
+    g_autoptr(GPtrArray) paths = pba_run_dir_find_stale(access);
+
+    for (guint i = 0; i < paths->len; i++) {
+        const char *path = paths->pdata[i];
+        g_autofree char *socket = find_socket(path);
+        bool is_others = socket && g_strcmp0(path, access->socket_dir) != 0;
+        pid_t pid = is_others ? live_owner(access, path) : 0;
+        if (pid && pba_socket_answers(socket)) {
+            return pid;
+        }
+    }
+    return 0;
+}
+
+char *pba_run_dir_stale_server(const char *path)
+{
+    g_autofree char *socket = find_socket(path);
+
+    /* A process may have died while it was hidden. */
+    pba_run_dir_show_socket(path);
+    return socket && pba_socket_answers(socket) ? g_steal_pointer(&socket) : NULL;
+}
+
 bool pba_run_dir_remove_stale(const char *path)
 {
-    g_autofree char *socket = pba_run_dir_stale_socket(path);
+    g_autofree char *socket = find_socket(path);
 
     if (!socket) {
         return unlink(path) == 0;

@@ -43,7 +43,7 @@ void pba_access_end(PbaAccess *access)
 {
     pba_vfiles_free(access);
     if (access->phase == PBA_PHASE_GONE && pba_nbd_server_is_up(access)) {
-        /* The VM was not started again: somebody has deleted our marker. */
+        /* The VM was not started again: another program has deleted our marker. */
         leave_run_dir(access);
     }
     pba_run_dir_remove(access);

@@ -45,7 +45,7 @@ bool pba_wait_fds(struct pollfd *fds, unsigned count, gint64 until, gint64 deadl
 bool pba_wait_ms(unsigned milliseconds, gint64 deadline, const PbaHooks *hooks, const char *what,
                  GError **error);
 
-/* Starts a thread that takes no signals, and that nobody waits for. */
+/* Starts a detached thread, with all signals blocked. */
 bool pba_thread_start(GThreadFunc run, void *opaque, GError **error);
 
 /* Directories and sockets */

@@ -94,7 +94,7 @@ bool pba_piece_is_beside_write(const PbaPiece *piece, const PbaPiece *pieces, un
 
 /* What a region goes on with. */
 typedef enum {
-    PBA_NEXT_UNKNOWN, /* nobody was asked yet */
+    PBA_NEXT_UNKNOWN, /* the source was not asked yet */
     PBA_NEXT_LATER,   /* the answer is under way */
     PBA_NEXT_DATA,    /* or what is not told: it has to be read */
     PBA_NEXT_ZEROES,

@@ -268,8 +268,8 @@ static JsonNode *converse(PbaQmp *qmp, const char *command, JsonNode *arguments,
     return reply ? unwrap_reply(reply, command, id, error) : NULL;
 }
 
-/* A client that was here before may have gone in the middle of a command: its reply goes to whoever
- * is connected when that is done. Commands run one after the other, so it comes before ours. */
+/* If the client before us disconnected in the middle of a command, QEMU sends us its reply when the
+ * command is done. Commands run one after the other, so it comes before ours. */
 static JsonObject *receive_own_reply(PbaQmp *qmp, const char *id, gint64 deadline, GError **error)
 {
     JsonObject *reply;

@@ -45,7 +45,7 @@ void pba_nbd_disconnect(PbaNbdVolume *nbd);
 /* One with a handle is noted, so that pba_connections_cut finds its connection. */
 void pba_connection_note(PbaNbdVolume *nbd);
 void pba_connection_forget(PbaNbdVolume *nbd);
-/* Ends this process' connections to the server at that socket, whoever uses them. */
+/* Ends all connections of this process to the server at that socket, also those in use. */
 void pba_connections_cut(const char *socket_path);
 /* True if there is no connection any more. */
 bool pba_nbd_is_lost(const PbaNbdVolume *nbd);

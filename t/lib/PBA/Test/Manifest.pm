@@ -10,7 +10,7 @@ use JSON::PP ();
 
 use PVE::BackupAccess::File qw(read_file write_file);
 
-our @EXPORT_OK = qw(change_manifest);
+our @EXPORT_OK = qw(change_manifest forget_identities);
 
 my $json = JSON::PP->new->utf8->canonical->pretty;
 
@@ -21,6 +21,15 @@ sub change_manifest ($file, $code) {
     my $text = $json->encode($manifest);
     my $digest = sha256_hex($text);
     write_file($file, $text =~ s/\A\{\n/{\n   "sha256" : "$digest",\n/r);
+    return;
+}
+
+# As archives are that were made before manifests told disks apart.
+sub forget_identities (@files) {
+    my $forget = sub ($manifest) {
+        delete($_->@{qw(identity node)}) for values $manifest->{devices}->%*;
+    };
+    change_manifest($_, $forget) for @files;
     return;
 }
 

@@ -414,6 +414,15 @@ sub merge_space ($self, $device, $parent) {
         + bytes_to_add($digests, $is_compressed ? undef : $parent->digests($device));
 }
 
+# Why the parent must not be merged into this archive: a manifest or a file of digests is damaged, and a merge would
+# hash what it makes of that anew.
+sub merge_problem ($self, $device, $parent) {
+    my ($problem) = map {
+        $_->manifest_problem // ($_->digests($device) ? $_->digests_problem($device) : undef) // ()
+    } $self, $parent;
+    return $problem;
+}
+
 # The parent's image becomes this archive's: all of the device that either has. What either shows
 # stays the same all the time, so that this may be done again from the start after a crash.
 sub absorb ($self, $device, $parent) {
@@ -424,10 +433,7 @@ sub absorb ($self, $device, $parent) {
     # The manifest last: until then it names a file that shows this archive, before the move and
     # after it. The data is durable before the move, which takes away the only other file that has it.
     if (-e $theirs) {
-        my ($problem) = map {
-            $_->manifest_problem // ($_->digests($device) ? $_->digests_problem($device) : undef)
-                // ()
-        } $self, $parent;
+        my $problem = $self->merge_problem($device, $parent);
         fail($problem, device => $device) if defined($problem);
         merge_image($self, $device, $theirs);
         sync($theirs);

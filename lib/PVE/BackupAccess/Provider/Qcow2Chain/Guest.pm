@@ -237,13 +237,6 @@ sub is_protected ($self, $name) { return -e "$self->{dir}/$name/protected" ? 1 :
 
 sub is_built_on ($self, $name) { return $self->_children($name)->%* ? 1 : 0 }
 
-# Why two files of digests cannot be joined: nothing is begun that would then stop half way.
-my sub merge_problem ($device, @archives) {
-    my ($problem)
-        = map { $_->digests_problem($device) // () } grep { $_->digests($device) } @archives;
-    return $problem;
-}
-
 # Takes an archive away. What others need of it becomes theirs. Needs the locks for a change and a removal.
 sub remove ($self, $name) {
     fail("archive $name is protected - remove the file 'protected' in it first")
@@ -252,8 +245,8 @@ sub remove ($self, $name) {
     for my $device (sort keys $children->%*) {
         my $child = $children->{$device}->name;
         my @chain = $self->chain($child, $device, $children->{$device}->own($device));
-        my $problem = $self->chain_problem($device, @chain) // merge_problem($device, @chain[0, 1])
-            // next;
+        my $problem = $self->chain_problem($device, @chain)
+            // $chain[0]->merge_problem($device, $chain[1]) // next;
         $Error->throw(
             'ArchiveError',
             "archive $name cannot be merged into $child - $problem",

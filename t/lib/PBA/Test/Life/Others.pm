@@ -7,7 +7,7 @@ use v5.36;
 
 use JSON::PP ();
 
-use PBA::Test::Manifest qw(change_manifest);
+use PBA::Test::Manifest qw(forget_identities);
 use PBA::Test::QemuNbd qw(img);
 
 my $step = 4 * 1024 * 1024;
@@ -190,12 +190,8 @@ sub _other_guest ($self) {
     return $self->_restart;
 }
 
-# As archives are that were made before manifests told disks apart.
 sub _forget_identities ($self) {
-    my $forget = sub ($manifest) {
-        delete($_->@{qw(identity node)}) for values $manifest->{devices}->%*;
-    };
-    change_manifest($_, $forget) for glob("$self->{store}/*/vm/100/*/manifest.json");
+    forget_identities(glob("$self->{store}/*/vm/100/*/manifest.json"));
     return;
 }
 
