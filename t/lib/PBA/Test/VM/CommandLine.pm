@@ -101,6 +101,9 @@ my sub guest_args ($vm) {
         'panic=-1', 'mitigations=off',
         'nokaslr', 'no_timer_check',
         'random.trust_cpu=on', 'pba.disks=' . @disks,
+        'cryptomgr.notests', 'lsm=',
+        'init_on_alloc=0',
+        'initcall_blacklist=cubictcp_register,init_kprobe_trace,load_system_certificate_list',
         ('pba.scsi=1') x !!$scsi,
     );
     return (
