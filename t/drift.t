@@ -25,17 +25,22 @@ my $stand_in = "lib/PVE/BackupAccess/StandIn/$base";
 do "./$stand_in" or die "$stand_in: $@\n";
 my %arguments = do { no warnings 'once'; %PVE::BackupProvider::Plugin::Base::ARGUMENTS };
 
-# { method => 'its arguments' }, as Proxmox writes them.
+# { method => 'its arguments' }, as Proxmox writes them; '?' where it does not do it like that.
 sub declared ($source) {
     my %declared = $source =~ m/^sub (\w+) \{\n\s+my \(\$\w+,? ?(.*?)\) = \@_;/mg;
     s/[\$,]//g for values(%declared);
-    return \%declared;
+    return { (map { $_ => '?' } $source =~ m/^sub (\w+)/mg), %declared };
 }
 
+# The sources of pve-storage, which are also among those that t/real-qemu-server.t is given.
+my $tree = $ENV{PBA_PVE_STORAGE};
+$tree //= "$ENV{PBA_QEMU_SERVER}/pve-storage"
+    if $ENV{PBA_QEMU_SERVER} && -d "$ENV{PBA_QEMU_SERVER}/pve-storage";
+
 sub real_file ($name) {
-    my @dirs = $ENV{PBA_PVE_STORAGE} ? "$ENV{PBA_PVE_STORAGE}/src" : grep { !m/StandIn/ } @INC;
+    my @dirs = defined($tree) ? "$tree/src" : grep { !m/StandIn/ } @INC;
     my ($file) = grep { -e } map { "$_/$name" } @dirs;
-    die "there is no $name in PBA_PVE_STORAGE\n" if $ENV{PBA_PVE_STORAGE} && !$file;
+    die "there is no $name in $tree\n" if defined($tree) && !$file;
     return $file;
 }
 
@@ -76,25 +81,43 @@ sub unfit ($ours, $real) {
         my $given = () = $real->{$_} =~ m/\w+/g;
         my ($least, $most) = taken($ours->{$_});
         $given < $least || $given > $most;
-    } sort grep { exists($real->{$_}) } keys($ours->%*);
+    } sort grep { ($real->{$_} // '?') ne '?' } keys($ours->%*);
+}
+
+# Looked at whether the real ones are there or not, so that a file that was moved is missed at once.
+my $storage_version = qr/^(?:use constant|sub) (API\w+)\b.*?(\d+)/m;
+my $plugin = signatures('examples/pve-storage-plugin/PVE/Storage/Custom/Qcow2ChainPlugin.pm');
+my %storage_stand_ins = map { $_ => "lib/PVE/BackupAccess/StandIn/PVE/$_" }
+    qw(Storage.pm Storage/Plugin.pm Storage/DirPlugin.pm);
+my %known_versions = content($storage_stand_ins{'Storage.pm'}) =~ m/$storage_version/g;
+is(join(' ', sort keys(%known_versions)), 'APIAGE APIVER', 'versions of the API that is tested');
+
+# The stand-in's methods that the real one does not have.
+sub own_methods ($stand_in, $real) {
+    my %other = map { $_ => 1 } qw(lookup register), keys(%known_versions);  # of PVE::SectionConfig
+    return grep { !$real->{$_} && !$other{$_} } sort keys($stand_in->%*);
+}
+
+sub check_stand_in ($name) {
+    my ($stand_in, $file) = ($storage_stand_ins{$name}, real_file("PVE/$name"));
+    my ($ours, $real) = (signatures($stand_in), declared(content($file)));
+    cmp_ok(scalar(keys($ours->%*)), '>', 0, "$stand_in has methods");
+    is(join(' ', unfit($ours, $real)), '', "which take what $file gives");
+    is(join(' ', own_methods($ours, $real)), '', 'and none of its own');
+    return;
 }
 
 SKIP: {
     my $file = real_file('PVE/Storage/Plugin.pm')
-        // skip("needs Proxmox VE's storage (PBA_PVE_STORAGE, or installed)", 4);
+        // skip("needs Proxmox VE's storage (PBA_PVE_STORAGE, or installed)", 5);
     my $real = declared(content($file));
-    my $plugin = signatures('examples/pve-storage-plugin/PVE/Storage/Custom/Qcow2ChainPlugin.pm');
-    my $stand_in = signatures('lib/PVE/BackupAccess/StandIn/PVE/Storage/Plugin.pm');
     is(join(' ', unfit($plugin, $real)), '', "our storage plugin takes what $file gives");
-    is(join(' ', unfit($stand_in, $real)), '', 'and so does the stand-in for it');
-
-    my %inherited = map { $_ => 1 } qw(lookup register);    # of PVE::SectionConfig
-    my @own = grep { !$real->{$_} && !$inherited{$_} } sort keys($stand_in->%*);
-    is("@own", '', 'which has no methods of its own');
-    my $version = qr/^(?:use constant|sub) APIVER\b.*?(\d+)/m;
-    my ($api) = content(real_file('PVE/Storage.pm')) =~ $version;
-    my ($known) = content('t/lib/StandIn/PVE/Storage.pm') =~ $version;
-    is($known, $api, 'the version of the API is the one that is tested');
+    for my $name (sort keys(%storage_stand_ins)) {
+        subtest "the stand-in for $name" => sub { check_stand_in($name) };
+    }
+    my %versions = content(real_file('PVE/Storage.pm')) =~ m/$storage_version/g;
+    is_deeply({ map { $_ => $versions{$_} } keys(%known_versions) },
+        \%known_versions, 'the version of the API is the one that is tested');
 }
 
 subtest 'drift of a plugin is found' => sub {
@@ -182,18 +205,37 @@ sub proxmox_sends () {
     my @modes = qw(none new use);
     for my $mode (@modes) {
         $access->setup([map { { device => "drive-scsi$_", 'bitmap-mode' => $mode } } 0, 1]);
+        $access->volumes('nbd');
         $access->teardown($mode eq 'use');
     }
-    return map { [$calls->{names}[$_], $calls->{arguments}[$_]] }
-        grep { $calls->{names}[$_] =~ m/\Abackup-access-/ } 0 .. $#{ $calls->{names} };
+    return map { [$calls->{names}[$_], $calls->{arguments}[$_]] } 0 .. $#{ $calls->{names} };
 }
 
-sub check_proxmox ($types) {
-    for my $sent (proxmox_sends()) {
+# Whether these take what they are sent; { command => how often it was sent }.
+sub check_sent ($types, @sent) {
+    my (%misfits, %checked);
+    for my $sent (@sent) {
         my ($command, $arguments) = $sent->@*;
-        my @misfits = misfits($types, $types->{$command}{'arg-type'}, $arguments, $command);
-        is("@misfits", '', "$command is sent what it takes");
+        $checked{$command}++;
+        my $type = ($types->{$command} // {})->{'arg-type'};
+        $misfits{$_}
+            = 1
+            for defined($type)
+            ? misfits($types, $type, $arguments // {}, $command)
+            : "$command: there is none";
     }
+    is(join("\n", sort keys(%misfits)), '', 'all fit');
+    return \%checked;
+}
+
+# The recording has its own commands of Proxmox, and no others.
+sub check_proxmox ($types) {
+    my $is_all = exists($types->{'query-version'});
+    my $checked
+        = check_sent($types, grep { $is_all || $_->[0] =~ m/\Abackup-access-/ } proxmox_sends());
+    ok($checked->{$_}, "$_ was sent")
+        for qw(backup-access-setup backup-access-teardown),
+        $is_all ? qw(nbd-server-start block-export-add blockdev-add) : ();
     my @read = qw(node-name device size bitmap-node-name bitmap-name bitmap-action);
     reads_ok($types, 'backup-access-setup', @read);
     my $actions = type_of($types, $types->{'backup-access-setup'}{'ret-type'}, 'bitmap-action');
@@ -258,9 +300,10 @@ subtest 'drift is found' => sub {
         'a member that is there');
     is(type_of(\%sample_types, 'args', 'node'), undef, 'one that is not');
     is_deeply(
-        declared("sub job_init {\n    my (\$self, \$start_time) = \@_;\n}\n"),
-        { job_init => $arguments{job_init} },
-        'a method'
+        declared(
+            "sub job_init {\n    my (\$self, \$start_time) = \@_;\n}\nsub job_run(\$self) {}\n"),
+        { job_init => $arguments{job_init}, job_run => '?' },
+        'a method, and one that is written in another way'
     );
 };
 
@@ -323,15 +366,9 @@ sub sent_to ($vm) {
 }
 
 sub check_arguments ($vm, $types) {
-    my (%misfits, %checked);
-    for my $sent (sent_to($vm)) {
-        my ($command, $arguments) = $sent->@*;
-        $checked{$command}++;
-        $misfits{$_} = 1 for misfits($types, $types->{$command}{'arg-type'}, $arguments, $command);
-    }
-    is(join("\n", sort keys(%misfits)), '', 'all fit');
-    cmp_ok(scalar(keys(%checked)), '>', 15, 'of commands that are sent');
-    ok($checked{$_}, "$_ among them")
+    my $checked = check_sent($types, sent_to($vm));
+    cmp_ok(scalar(keys($checked->%*)), '>', 15, 'of commands that are sent');
+    ok($checked->{$_}, "$_ among them")
         for qw(transaction blockdev-reopen blockdev-backup block-export-add);
     return;
 }
