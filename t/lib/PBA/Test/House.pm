@@ -1,7 +1,7 @@
 package PBA::Test::House;
 
-# The floors of src/, held by the #include lines and by the calls, and that no files call each other in
-# a circle:
+# The floors of src/, held by the #include lines and by what files name of others, and that no files
+# call each other in a circle:
 #
 #   my @broken = broken_rules({ 'src/copy/loop.c' => $text, 'glue/hash.c' => $text, ... });
 #
@@ -12,7 +12,7 @@ use v5.36;
 use Exporter qw(import);
 use List::Util qw(uniq);
 
-our @EXPORT_OK = qw(broken_rules);
+our @EXPORT_OK = qw(broken_rules definitions);
 
 # A folder stands on what is below it. Folders on one floor do not know each other; a backend's folder
 # belongs to access/, and the backends do not know each other either.
@@ -44,18 +44,32 @@ sub _folder ($file) { return $file =~ m{\Asrc/(.*)/} ? $1 : '' }
 # The one file that knows which backends there are.
 my $CHOOSES_BACKEND = 'src/access/backend.c';
 
-# The files that a file includes, however it writes that: "x.h" of its own folder, <src/x.h>, "../x.h".
-sub _includes ($files, $file) {
-    my ($dir) = $file =~ m{\A(.*/|)};
-    my @names = $files->{$file} =~ m/^\s*#\s*include\s*["<](.*?)[">]/mg;
-    return map { exists($files->{"$dir$_"}) ? "$dir$_" : _from_root($dir, $_) } @names;
+# A file as the compiler reads it: lines joined, without comments. Those in texts are none.
+sub _without_comments ($text) {
+    my $quoted = qr/"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'/;
+    return $text =~ s/\\\n//gr =~ s{($quoted)|/\*.*?\*/|//[^\n]*}{$1 // ' '}gser;
 }
 
-sub _from_root ($dir, $name) {
-    return $name if $name !~ m{(?:\A|/)\.\.?/};
-    my $path = "$dir$name";
-    $path =~ s{(\A|/)\./}{$1}g;
-    1 while $path =~ s{[^/]+/\.\./}{};
+# The files that a file includes, however it writes that: "x.h" of its own folder, <src/x.h>, "../x.h".
+# undef for what cannot be read here.
+sub _includes ($files, $file) {
+    my ($dir) = $file =~ m{\A(.*/|)};
+    my @directives
+        = _without_comments($files->{$file}) =~ m/^\s*(?:\#|%:|\?\?=)\s*(include.*|import.*)/mg;
+    return
+        map { m/\Ainclude\s*["<]([^\/].*?)[">]\s*\z/ ? _find_header($files, $dir, $1) : undef }
+        @directives;
+}
+
+sub _find_header ($files, $dir, $name) {
+    my @paths = map { _real_path($_) } "$dir$name", $name;
+    return (grep { exists($files->{$_}) } @paths)[0] // $paths[1];
+}
+
+sub _real_path ($path) {
+    $path =~ s{/(?:\./|/)+}{/}g;
+    $path =~ s{\A(?:\./)+}{};
+    1 while $path =~ s{(?:\A|(?<=/))(?!\.\./)[^/]+/\.\./}{};
     return $path;
 }
 
@@ -84,18 +98,25 @@ sub _broken_by_include ($file, $header) {
 
 sub _broken_outside ($files, $file) {
     return map { "$file includes $_: what is not in src/ includes src/pba.h only" }
-        grep { m{\Asrc/} && $_ ne 'src/pba.h' } _includes($files, $file);
+        grep { m{\Asrc/} && $_ ne 'src/pba.h' } grep { defined } _includes($files, $file);
+}
+
+sub _unreadable_includes ($files, $file) {
+    return
+        map { "$file: an include must be a line of its own, with the header's path from the root" }
+        grep { !defined } _includes($files, $file);
 }
 
 sub _broken_includes ($files) {
     my @broken;
     for my $file (sort keys($files->%*)) {
+        push(@broken, _unreadable_includes($files, $file));
         push(@broken, _broken_outside($files, $file)) if $file !~ m{\Asrc/};
         next if $file !~ m{\Asrc/};
         my $from = _folder($file);
         push(@broken, "$file: the folder '$from' has no floor") if !$FLOOR{$from};
         next if !$FLOOR{$from};
-        for my $header (grep { m{\Asrc/} } _includes($files, $file)) {
+        for my $header (grep { m{\Asrc/} } grep { defined } _includes($files, $file)) {
             my $rule = _broken_by_include($file, $header) // next;
             push(@broken, "$file includes $header: $rule");
         }
@@ -105,30 +126,41 @@ sub _broken_includes ($files) {
 
 # ---- calls and circles ----
 
-# What a file defines for others: functions and tables whose names begin with pba_.
-sub _definitions ($text) {
+# What a file defines for others: functions, tables and variables.
+sub definitions ($text) { return _definitions(_code($text)) }
+
+sub _definitions ($code) {
     return uniq(
-        $text =~ m/^(?!static|extern|typedef|#)\w[\w *]*?\b(pba_\w+)(?=\([^;{]*\n?\{| = \{)/mg);
+        $code =~ m/^(?!static|extern|typedef|struct\ \w+;|\#)\w[\w\ *]*?\b
+            (\w+)(?=\([^;{]*\n?\{|(?:\[\w*\])*(?:\ =\ |;))/mgx
+    );
 }
 
-sub _code ($text) { return $text =~ s{/\*.*?\*/|"(?:\\.|[^"\\])*"}{}gsr }
+# What a file declares that others define, so that no header says it.
+sub _declarations ($code) {
+    return uniq($code =~ m/\bextern\b[^;(]*?(\w+)\s*[;([]/g,
+        $code =~ m/^(?!static|typedef|\#)\w[\w\ *]*?[ *](\w+)\([^;{]*\);/mg);
+}
 
-# { file => [the files whose functions it uses] }
-sub _uses ($files) {
+sub _code ($text) {
+    return _without_comments($text) =~ s/"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])+'/0/gr;
+}
+
+# { file => [the files of which it names something] }. Headers define nothing; pba.h is of all.
+sub _uses ($code) {
     my (%home, %uses);
-    my %code = map { $_ => _code($files->{$_}) } grep { m/\.c\z/ } keys($files->%*);
-    for my $file (keys(%code)) {
-        $home{$_} = $file for _definitions($code{$file});
+    for my $file (grep { m/\.c\z/ } sort keys($code->%*)) {
+        $home{$_} = $file for _definitions($code->{$file});
     }
-    for my $file (keys(%code)) {
+    for my $file (grep { $_ ne 'src/pba.h' } keys($code->%*)) {
         my @names
-            = grep { $_ ne $file } map { $home{$_} // () } uniq($code{$file} =~ m/\b(pba_\w+)/g);
+            = grep { $_ ne $file } map { $home{$_} // () } uniq($code->{$file} =~ m/\b(\w+)/g);
         $uses{$file} = [sort(uniq(@names))];
     }
     return \%uses;
 }
 
-# A prototype that a file writes for itself needs no header.
+# A macro or an inline function of a header, and what stands there without a header, tell no floor.
 sub _broken_calls ($uses) {
     my @broken;
     for my $file (grep { m{\Asrc/} } sort keys($uses->%*)) {
@@ -136,6 +168,27 @@ sub _broken_calls ($uses) {
             my $rule = $FLOOR{ _folder($file) } && _broken_by($file, $other);
             push(@broken, "$file calls $other: $rule") if $rule;
         }
+    }
+    return @broken;
+}
+
+# Names that others could take without a header.
+sub _broken_names ($code) {
+    my %face = map { $_ => 1 } $code->{'src/pba.h'} =~ m/\b(pba_\w+)/g;
+    my @broken;
+    for my $file (sort keys($code->%*)) {
+        my $text = $code->{$file};
+        if ($file !~ m{\Asrc/}) {
+            push(@broken,
+                map { "$file names $_: src/pba.h does not" }
+                grep { !$face{$_} } sort(uniq($text =~ m/\b(pba_\w+)/g)));
+        }
+        next if $file =~ m/\.h\z/;
+        push(@broken, map { "$file declares $_: that is for a header" } _declarations($text));
+        push(@broken,
+            map { "$file defines $_: what others may call begins with pba_" }
+            grep { !m/\A(?:pba_|main\z)/ } _definitions($text))
+            if $file =~ m{\Asrc/};
     }
     return @broken;
 }
@@ -161,8 +214,9 @@ sub _circles ($uses) {
 }
 
 sub broken_rules ($files) {
-    my $uses = _uses($files);
-    return (_broken_includes($files), _broken_calls($uses), _circles($uses));
+    my %code = map { $_ => _code($files->{$_}) } keys($files->%*);
+    my $uses = _uses(\%code);
+    return (_broken_includes($files), _broken_calls($uses), _broken_names(\%code), _circles($uses));
 }
 
 1;
