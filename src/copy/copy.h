@@ -92,6 +92,11 @@ bool pba_piece_is_beside_write(const PbaPiece *piece, const PbaPiece *pieces, un
 
 /* The volume's side */
 
+/* Of a volume that is a file handle: a request at a time, for callers and for the map of a copy. */
+extern const PbaReader pba_handle_reader;
+/* Its descriptor; the volume keeps it. */
+int pba_handle_fd(const PbaVolume *volume);
+
 /* What a region goes on with. */
 typedef enum {
     PBA_NEXT_UNKNOWN, /* the source was not asked yet */

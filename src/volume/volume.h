@@ -21,7 +21,7 @@ typedef struct {
     const PbaReader *reader;
 } PbaMap;
 
-/* What a volume is read from: an NBD server (nbd.c) or a file handle (handle.c). */
+/* What a volume is read from: an NBD server (nbd.c), or what copy/ has. */
 struct PbaReader {
     /* The range is inside the volume. */
     bool (*pread)(PbaVolume *volume, void *buffer, uint64_t offset, uint64_t length,
@@ -42,7 +42,6 @@ struct PbaReader {
 };
 
 extern const PbaReader pba_nbd_reader;
-extern const PbaReader pba_handle_reader;
 
 struct PbaVolume {
     const PbaReader *reader;
@@ -68,8 +67,6 @@ void pba_map_free(PbaMap *map);
  * *later says that it is under way. */
 bool pba_volume_next_region(PbaVolume *volume, PbaMap *map, uint64_t *offset, uint64_t *length,
                             bool *later, GError **error);
-/* The descriptor of a volume that is a file handle; the volume keeps it. */
-int pba_handle_fd(const PbaVolume *volume);
 
 /* Seconds a request may take: storage below may be slow, and a server that is gone is seen at
  * once anyhow. */

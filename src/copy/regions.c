@@ -1,5 +1,5 @@
 #include "regions.h"
-#include "trims.h"
+#include "src/volume/volume.h"
 
 #define MORE 0x80u
 

@@ -1,8 +1,8 @@
 /* A volume behind an open file handle: the mechanism file-handle, as a provider is given it. */
 #define _GNU_SOURCE
+#include "copy.h"
 #include "regions.h"
 #include "src/base/base.h"
-#include "volume.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <inttypes.h>
