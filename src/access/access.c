@@ -162,16 +162,11 @@ void pba_access_device_info(const PbaAccess *access, size_t index, PbaDeviceInfo
         .bitmap_node_name = disk->bitmap_name ? disk->bitmap_node : NULL,
         .bitmap_name = disk->bitmap_name,
         .action = disk->action,
-        .identity = access->tied ? disk->identity : NULL,
+        .identity = access->tied == PBA_TIED_YES ? disk->identity : NULL,
         .base = disk->action == PBA_BITMAP_ACTION_USED ? disk->base : NULL,
         .reason = disk->reason,
         .audit_bitmap = disk->audit_bitmap,
     };
-}
-
-bool pba_access_is_recovery(const PbaAccess *access)
-{
-    return access->nonce == NULL;
 }
 
 bool pba_access_require_up(const PbaAccess *access, GError **error)

@@ -66,6 +66,13 @@ typedef enum {
 bool pba_phase_may_follow(PbaPhase from, PbaPhase to);
 const char *pba_phase_name(PbaPhase phase);
 
+/* Whether its bitmaps have companions, which tell the backup that they are relative to. */
+typedef enum {
+    PBA_TIED_NO,
+    PBA_TIED_YES,     /* all of them */
+    PBA_TIED_UNKNOWN, /* of a dead process' access: either may be there */
+} PbaTied;
+
 struct PbaAccess {
     pid_t owner;
     PbaPhase phase; /* set by pba_access_enter only */
@@ -84,14 +91,15 @@ struct PbaAccess {
     gid_t qemu_gid;
     bool has_qemu_user; /* root serves a QEMU of another user */
 
-    bool tied;            /* its bitmaps have companions; of a dead one see pba_tie_may_be */
+    bool is_recovery; /* it stands for a dead process' access: names tell its target alone */
+    PbaTied tied;
     bool has_exported;    /* its exports may be there, under the names of this access */
     unsigned mark_number; /* tells its marker from those of the process' other accesses */
     char *backup_id;      /* what its bitmaps are relative to after a success; NULL: nothing */
     PbaBlock seen;        /* before setup, if nothing was to be undone; in setup, before the cut */
     GPtrArray *warnings;  /* lines, of the last look at its fleecing images */
     GPtrArray *disks;     /* PbaDisk */
-    char *nonce;          /* of this setup; NULL: see pba_access_is_recovery */
+    char *nonce;          /* of this setup; NULL: none was made, or that of a dead one's */
     char *socket_dir;     /* NULL: not made */
     char *socket;         /* the NBD server's, in that, whether it is up or not */
     GPtrArray *vfiles;    /* PbaVfile, one for each disk; NULL: none was asked for */
@@ -108,8 +116,6 @@ bool pba_disk_set_unknown_error(GError **error);
 /* Name of something of ours for the access' target and this disk: pba-ROLE-TARGET-KEY. */
 char *pba_disk_name(const PbaAccess *access, const char *role, const PbaDisk *disk);
 bool pba_check_utf8(const char *name, const char *value, GError **error);
-/* What is undone is the access of a dead process: names tell its target, and not its nonce. */
-bool pba_access_is_recovery(const PbaAccess *access);
 bool pba_access_require_up(const PbaAccess *access, GError **error);
 /* An access of no target, which can only look. */
 PbaAccess *pba_access_new_observer(PbaQmp *qmp, const PbaAccessOptions *options,

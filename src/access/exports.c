@@ -17,7 +17,7 @@
 /* The access' own, or for that of a dead process any of the disk's. */
 static bool has_export_id(const PbaAccess *access, const PbaDisk *disk, const char *id)
 {
-    bool is_recovery = pba_access_is_recovery(access);
+    bool is_recovery = access->is_recovery;
     const char *nonce = is_recovery ? "" : access->nonce;
     g_autofree char *own = pba_export_id(access->target_id, nonce, disk->key);
 
@@ -169,7 +169,7 @@ static bool is_others(JsonObject *export, const char *id)
  * monitor was given back the VM may have been started again, and another process have come. */
 static bool may_remove(PbaAccess *access, GError **error)
 {
-    return !pba_access_is_recovery(access) || pba_owner_require_now(access, error);
+    return !access->is_recovery || pba_owner_require_now(access, error);
 }
 
 /* One round over the exports: what is ours and was not in deleted is deleted. */
@@ -268,7 +268,8 @@ bool pba_exports_add(PbaAccess *access, GError **error)
                                                      pba_json("{'flat': <true>}"), error);
     if (!nodes || !pba_owner_require(access, nodes, error) ||
         /* An export takes images back that were handed over, though the guest writes to them
-         * elsewhere (Proxmox' QEMU; a stock one refuses to hand them over during an access). */
+         * elsewhere (Proxmox' QEMU, 11.0; a stock one, 7.2 and 10.0, does not hand over those of an
+         * access). */
         !pba_company_check_here(access, error)) {
         return false;
     }
@@ -352,7 +353,8 @@ static bool wait_for_clients(PbaAccess *access, GError **error)
     return true;
 }
 
-/* Not while there is an export: QEMU would wait for its end with the guest stopped. */
+/* Not while there is an export: QEMU (7.2 to 11.0) would wait for its end with the guest stopped.
+ */
 static bool stop_server(PbaAccess *access, GError **error)
 {
     return pba_qmp_run(access->qmp, "nbd-server-stop", NULL, error);

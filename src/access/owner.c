@@ -31,7 +31,7 @@
 static GMutex marked_lock;
 static GPtrArray *marked;
 
-/* QEMU rounds sizes up to whole sectors, and knows none of 2^63 bytes and more. */
+/* QEMU (7.2 to 11.0) rounds sizes up to whole sectors, and knows none of 2^63 bytes and more. */
 #define SECTOR 512u
 #define TARGET_BITS 24
 #define PLACE_BITS 29

@@ -198,6 +198,8 @@ static PbaAccess *new_dead_access(const PbaAccess *access, GError **error)
 
     if (dead) {
         pba_access_know(dead, access);
+        dead->is_recovery = true;
+        dead->tied = PBA_TIED_UNKNOWN;
     }
     return dead;
 }

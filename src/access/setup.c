@@ -30,7 +30,9 @@ static bool note_requests(PbaAccess *access, const PbaDeviceRequest *requests, s
         disk->base = g_strdup(requests[i].base);
         disk->base_disk = g_strdup(requests[i].identity);
         disk->audit = requests[i].tied && requests[i].audit;
-        access->tied |= requests[i].tied;
+        if (requests[i].tied) {
+            access->tied = PBA_TIED_YES;
+        }
         g_ptr_array_add(access->disks, disk);
         if (disk->base && !pba_companion_check_id(disk->base, error)) {
             pba_error_add_device(error, disk->device);
@@ -184,7 +186,7 @@ static PbaBase find_base(PbaAccess *access, PbaDisk *disk, const PbaBlock *block
 static void end_look(PbaAccess *access, PbaBlock *block)
 {
     g_ptr_array_set_size(access->disks, 0);
-    access->tied = false;
+    access->tied = PBA_TIED_NO;
     pba_qmp_release(access->qmp);
     pba_block_clear(&access->seen);
     if (block) {
@@ -239,7 +241,7 @@ bool pba_access_bases(PbaAccess *access, const PbaDeviceRequest *requests, size_
     if (!require_down(access, error)) {
         return false;
     }
-    access->tied = true;
+    access->tied = PBA_TIED_YES;
     bool done =
         note_requests(access, requests, count, error) && look_for_bases(access, &block, error);
     for (size_t i = 0; done && i < count; i++) {

@@ -54,7 +54,7 @@ void pba_access_end(PbaAccess *access)
     pba_block_clear(&access->seen);
     g_clear_pointer(&access->backend_data, g_free);
     access->has_exported = false;
-    access->tied = false;
+    access->tied = PBA_TIED_NO;
     if (access->phase != PBA_PHASE_NEW) {
         pba_access_enter(access, PBA_PHASE_NEW);
     }
@@ -211,7 +211,7 @@ PbaOutcome pba_outcome_unknown(const PbaAccess *access, const char *done, const 
 /* The end of a backup that is told its id. */
 static bool note_id(PbaAccess *access, const char *id, GError **error)
 {
-    if (id && !access->tied) {
+    if (id && access->tied != PBA_TIED_YES) {
         pba_error_set(
             error, PBA_ERROR_ARGUMENT,
             "the access was set up without 'base', so that its bitmaps cannot have an id");

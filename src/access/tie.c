@@ -6,18 +6,18 @@
 
 char *pba_access_bitmap(const PbaAccess *access)
 {
-    return access->tied ? pba_tied_bitmap(access->target_id)
-                        : access->backend->plain_bitmap(access->target_id);
+    return access->tied == PBA_TIED_YES ? pba_tied_bitmap(access->target_id)
+                                        : access->backend->plain_bitmap(access->target_id);
 }
 
 bool pba_tie_may_be(const PbaAccess *access, bool tied)
 {
-    return pba_access_is_recovery(access) || access->tied == tied;
+    return access->tied == (tied ? PBA_TIED_YES : PBA_TIED_NO) || access->tied == PBA_TIED_UNKNOWN;
 }
 
 bool pba_tie_ask_guest(PbaAccess *access, GError **error)
 {
-    if (!access->tied || access->guest) {
+    if (access->tied != PBA_TIED_YES || access->guest) {
         return true;
     }
     g_autoptr(JsonObject) reply = pba_qmp_query_object(access->qmp, "query-uuid", NULL, error);

@@ -15,7 +15,8 @@
 #define FIRST_CHUNK (UINT64_C(256) << 20)
 #define MAX_CHUNK (UINT64_C(2) << 30)
 #define MIN_CHUNK (UINT64_C(1) << 20)
-/* QEMU answers with at most 131,072 extents; stay well below. */
+/* QEMU answers with at most 131,072 extents (NBD_MAX_BLOCK_STATUS_EXTENTS, 7.2 to 11.0); stay well
+ * below. */
 #define MANY_NUMBERS (UINT64_C(2) * 32768)
 
 PbaNbdMap *pba_nbd_map_new(PbaNbdVolume *nbd, uint32_t flag, uint64_t begin, uint64_t end)

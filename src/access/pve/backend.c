@@ -4,8 +4,8 @@
 #include "src/qmp/qmp.h"
 #include <string.h>
 
-/* QEMU looks for any node of that name. While an access is up its filter hides the nodes of guest
- * devices; then QEMU itself must say whose access that is. */
+/* QEMU's command (to 11.0) takes any node of that name. While an access is up its filter hides the
+ * nodes of guest devices; then QEMU itself must say whose access that is. */
 static bool resolve_node(PbaDisk *disk, const PbaBlock *block, GError **error)
 {
     JsonObject *node = pba_block_find_node(block, disk->device);
@@ -25,7 +25,7 @@ static char *identify(const char *name, JsonObject *device)
     return g_strdup_printf("drive %s", drive && *drive ? drive : name);
 }
 
-/* QEMU does not tell whether an access without bitmaps is up. */
+/* QEMU (to 11.0) does not tell whether an access without bitmaps is up. */
 static bool is_clean(G_GNUC_UNUSED PbaAccess *access)
 {
     return false;
@@ -43,7 +43,7 @@ static bool stop_waits(G_GNUC_UNUSED const PbaAccess *access)
     return false;
 }
 
-/* QEMU leaves the clean parts out of the snapshot from the start. */
+/* QEMU (to 11.0) leaves the clean parts out of the snapshot from the start. */
 static void after_export(G_GNUC_UNUSED PbaAccess *access)
 {
 }

@@ -89,8 +89,9 @@ static bool check_early_form(PbaAccess *access, const PbaBlock *block, GError **
         }
     }
     /* One with a companion is removed before. */
-    g_autofree char *name = pba_pve_bitmap(access, access->tied);
-    if (first->mode == PBA_BITMAP_MODE_NEW && !access->tied && pba_block_has_bitmap(block, name)) {
+    g_autofree char *name = pba_pve_bitmap(access, access->tied == PBA_TIED_YES);
+    if (first->mode == PBA_BITMAP_MODE_NEW && access->tied != PBA_TIED_YES &&
+        pba_block_has_bitmap(block, name)) {
         pba_error_set(error, PBA_ERROR_UNSUPPORTED,
                       "this QEMU's early backup-access-setup makes a new bitmap only under a new "
                       "name, and '%s' exists - give another 'bitmap-name'",
@@ -149,7 +150,7 @@ static JsonNode *devlist_form(const PbaAccess *access)
         g_string_append_printf(list, "%s%s", i ? "," : "", disk->device);
     }
     g_autofree char *target = pba_access_bitmap(access);
-    g_autofree char *bitmap = pba_pve_bitmap(access, access->tied);
+    g_autofree char *bitmap = pba_pve_bitmap(access, access->tied == PBA_TIED_YES);
     JsonNode *arguments = pba_json("{'target-id': <%s>, 'devlist': <%s>}", target, list->str);
     if (first->mode != PBA_BITMAP_MODE_NONE) {
         json_object_set_string_member(json_node_get_object(arguments), "bitmap-name", bitmap);

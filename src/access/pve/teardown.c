@@ -187,7 +187,7 @@ static bool tell_teardown(PbaAccess *access, bool tied, bool success, GError **e
  * misunderstood, our marks go and QEMU refuses the next setup: no bit is lost. */
 static bool is_not_ours(const PbaAccess *access, const GError *error)
 {
-    return pba_access_is_recovery(access) && error->code == PBA_ERROR_QMP &&
+    return access->is_recovery && error->code == PBA_ERROR_QMP &&
            strstr(error->message, "got target");
 }
 
@@ -210,7 +210,7 @@ static PbaOutcome send_teardown(PbaAccess *access, bool success, GError **error)
 {
     GError *local = NULL;
 
-    if (tell_teardown(access, access->tied, success, &local)) {
+    if (tell_teardown(access, access->tied == PBA_TIED_YES, success, &local)) {
         return PBA_OUTCOME_DONE;
     }
     /* Of a dead process it is not known which of the two names QEMU was given. */
@@ -292,7 +292,7 @@ static bool end_as_success(PbaAccess *access, const PbaBlock *block, GError **er
 static bool check(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     const PbaDisk *first = access->disks->pdata[0];
-    bool is_recovery = pba_access_is_recovery(access);
+    bool is_recovery = access->is_recovery;
 
     if (first->snapshot_node && !is_recovery) {
         return check_safe(access, block, error);
@@ -307,7 +307,7 @@ static bool end(PbaAccess *access, const PbaBlock *block, bool success, GError *
 {
     /* A dead process that had marked no device had sent nothing. */
     if (access->disks->len == 0 ||
-        (!pba_access_is_recovery(access) && pba_pve_has_done_nothing(access, block))) {
+        (!access->is_recovery && pba_pve_has_done_nothing(access, block))) {
         return true;
     }
     if (!check(access, block, error)) {

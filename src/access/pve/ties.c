@@ -48,7 +48,7 @@ bool pba_pve_check_ties(PbaAccess *access, const PbaBlock *block, GError **error
 {
     g_autoptr(JsonArray) actions = json_array_new();
 
-    if (!access->tied) {
+    if (access->tied != PBA_TIED_YES) {
         return true;
     }
     for (guint i = 0; i < access->disks->len; i++) {
@@ -59,7 +59,8 @@ bool pba_pve_check_ties(PbaAccess *access, const PbaBlock *block, GError **error
 
 static bool needs_companion(const PbaAccess *access, const PbaDisk *disk)
 {
-    return access->tied && disk->bitmap_name && disk->action != PBA_BITMAP_ACTION_USED;
+    return access->tied == PBA_TIED_YES && disk->bitmap_name &&
+           disk->action != PBA_BITMAP_ACTION_USED;
 }
 
 bool pba_pve_open_ties(PbaAccess *access, GError **error)
@@ -107,7 +108,7 @@ bool pba_pve_take_ids(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     g_autoptr(JsonArray) actions = json_array_new();
 
-    for (guint i = 0; access->tied && i < access->disks->len; i++) {
+    for (guint i = 0; access->tied == PBA_TIED_YES && i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
         const char *node = disk->bitmap_name ? disk->bitmap_node : NULL;
         g_autofree char *name = companion_name(access, disk, access->nonce);

@@ -206,7 +206,7 @@ bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error)
         json_array_add_element(sources, pba_bitmap_ref(names.source, ALL_DIRTY));
         pba_actions_add(actions, "block-dirty-bitmap-add", pba_bitmap_add_arguments(disk, bitmap));
         pba_bitmap_add_merge(actions, disk, bitmap, sources);
-        if (access->tied) {
+        if (access->tied == PBA_TIED_YES) {
             pba_tie_add_open(actions, access, disk, bitmap, PBA_GRANULARITY,
                              pba_upstream_disk(disk)->persistent);
         }

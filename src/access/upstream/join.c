@@ -53,9 +53,8 @@ static GPtrArray *find_backgrounds(const PbaAccess *access, const PbaBlock *bloc
 {
     GPtrArray *found = g_ptr_array_new_with_free_func(g_free);
     PbaBitmapWalk at = pba_bitmaps_of(block, disk->bitmap_node);
-    g_autofree char *own = pba_access_is_recovery(access)
-                               ? NULL
-                               : pba_background_bitmap(access->target_id, access->nonce, tied);
+    g_autofree char *own =
+        access->is_recovery ? NULL : pba_background_bitmap(access->target_id, access->nonce, tied);
 
     while (pba_bitmaps_next(&at)) {
         const char *target = pba_background_target(at.name);
@@ -233,7 +232,7 @@ static void add_finish(const Join *join, const Split *split, JsonArray *actions)
     pba_actions_add(actions, "block-dirty-bitmap-add",
                     pba_bitmap_add_arguments(split->disk, split->target));
     add_merge(split, actions);
-    if (join->access->tied) {
+    if (join->access->tied == PBA_TIED_YES) {
         add_id(actions, join->access, split->disk, join->block);
     }
     add_removal(split, actions);

@@ -6,7 +6,8 @@
  *                            snapshot-access -> NBD export
  *
  * All raw nodes are put in place first, one by one. Then a single blockdev-reopen points them all
- * at their filters: QEMU drains them and changes all or none, and that is the instant. */
+ * at their filters: QEMU (since 6.1) drains them and changes all or none, and that is the instant.
+ */
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 #include "upstream.h"
@@ -15,7 +16,8 @@
 #include <inttypes.h>
 #include <unistd.h>
 
-/* QEMU would let two disks keep their old data in one image, each in the other's place. */
+/* QEMU (7.2 to 11.0) would let two disks keep their old data in one image, each in the other's
+ * place. */
 static bool is_fleecing_in_use(const PbaAccess *access, const PbaDisk *disk, const PbaBlock *block)
 {
     for (guint i = 0; i < access->disks->len; i++) {
@@ -248,7 +250,8 @@ static bool remove_plain(PbaAccess *access, const PbaDisk *disk, const PbaBlock 
 {
     g_autofree char *plain = pba_target_bitmap(access->target_id);
 
-    return !access->tied || !pba_block_find_bitmap(block, disk->bitmap_node, plain) ||
+    return access->tied != PBA_TIED_YES ||
+           !pba_block_find_bitmap(block, disk->bitmap_node, plain) ||
            pba_bitmap_remove(access, disk, plain, error);
 }
 
@@ -257,7 +260,7 @@ static bool is_usable(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, J
     if (disk->mode != PBA_BITMAP_MODE_USE || !info) {
         return false;
     }
-    if (!access->tied) {
+    if (access->tied != PBA_TIED_YES) {
         return !pba_json_find_bool(info, "inconsistent");
     }
     if (pba_tie_fits(access, disk, block)) {
@@ -299,7 +302,8 @@ static bool add_background(PbaAccess *access, PbaDisk *disk, GError **error)
     if (!disk->bitmap_name) {
         return true;
     }
-    g_autofree char *name = pba_background_bitmap(access->target_id, access->nonce, access->tied);
+    g_autofree char *name =
+        pba_background_bitmap(access->target_id, access->nonce, access->tied == PBA_TIED_YES);
     return pba_qmp_run(access->qmp, "block-dirty-bitmap-add", pba_bitmap_add_arguments(disk, name),
                        error);
 }

@@ -43,7 +43,7 @@ const char *pba_upstream_root(const PbaBlock *block, const PbaDisk *disk)
     return file ? file : pba_block_find_child(block, disk->hold_node, "backing");
 }
 
-/* The cut undone: again all disks or none, since QEMU drains them together. */
+/* The cut undone: again all disks or none (blockdev-reopen of a list, QEMU since 6.1). */
 static void bypass_filters(PbaAccess *access, GError **first, const PbaBlock *block)
 {
     g_autoptr(JsonArray) options = json_array_new();
@@ -70,8 +70,8 @@ static bool has_user_now(PbaAccess *access, const char *node)
     return !pba_block_query(access->qmp, false, &now, NULL) || pba_block_find_user(&now, node);
 }
 
-/* Only where the guest device does use our node: qom-set of what is set already makes QEMU stall,
- * or abort (10.0: "old_bs != new_bs"). One that was unplugged since is not found. */
+/* Only where the guest device does use our node: qom-set of what is set already makes QEMU abort
+ * (7.2 to 11.0: "old_bs != new_bs"). One that was unplugged since is not found. */
 static void give_root_back(PbaAccess *access, GError **first, const PbaBlock *block,
                            const PbaDisk *disk)
 {
@@ -164,7 +164,8 @@ static void undo_disk(PbaAccess *access, GError **first, const PbaBlock *block, 
     const PbaUpstreamDisk *nodes = pba_upstream_disk(disk);
     bool in_use = is_in_use(access, block, disk);
 
-    /* The guest device first: QEMU deletes no node that has a user. */
+    /* QEMU deletes no node that has a user: the guest device goes before the raw node, and so does
+     * the guard, which stands on it; the filter before the fleecing image, which is its target. */
     if (!in_use) {
         give_root_back(access, first, block, disk);
     }
