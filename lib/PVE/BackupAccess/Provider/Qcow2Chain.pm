@@ -18,8 +18,7 @@ use PVE::BackupAccess::Provider::Qcow2Chain::Guest;
 use PVE::BackupAccess::Provider::Qcow2Chain::List qw(list_guest);
 use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(drop_lock);
 use PVE::BackupAccess::Provider::Qcow2Chain::Prune qw(prune_guest retention_of);
-use PVE::BackupAccess::Provider::Qcow2Chain::RawFile;
-use PVE::BackupAccess::Provider::Qcow2Chain::Server;
+use PVE::BackupAccess::Provider::Qcow2Chain::Restore;
 use PVE::BackupAccess::Provider::Qcow2Chain::Store qw(mode_of store_devices);
 use PVE::BackupAccess::Provider::Qcow2Chain::Tree qw(mechanism_of);
 use PVE::BackupAccess::Provider::Qcow2Chain::Verify qw(digests_of problems_of unproven_of);
@@ -31,8 +30,7 @@ use parent qw(PVE::BackupProvider::Plugin::Base);
 my $Archive = 'PVE::BackupAccess::Provider::Qcow2Chain::Archive';
 my $Container = 'PVE::BackupAccess::Provider::Qcow2Chain::Container';
 my $Guest = 'PVE::BackupAccess::Provider::Qcow2Chain::Guest';
-my $RawFile = 'PVE::BackupAccess::Provider::Qcow2Chain::RawFile';
-my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
+my $Restore = 'PVE::BackupAccess::Provider::Qcow2Chain::Restore';
 my $Tree = 'PVE::BackupAccess::Provider::Qcow2Chain::Tree';
 
 # Where archives of each type of guest are.
@@ -230,6 +228,9 @@ sub backup_vm ($self, $vmid, $guest_config_text, $volumes, $info) {
     my $archive = $self->_begin($task, $info);
     $archive->add_file($guest_config, $guest_config_text);
     $self->{findings} = [$self->_store($task, $volumes, $info)];
+
+    # Durable before it gets its name, and named before the caller has the bitmaps begin anew: what they no longer
+    # say must be in an archive that a crash cannot take away.
     $archive->seal;
     $task->{guest}->publish($archive, defined($info->{'backup-id'}) ? undef : $self->_notes($vmid));
     $task->{published} = 1;
@@ -365,40 +366,28 @@ sub device_called ($self, $volname, $name) {
 
 sub restore_vm_volume_init ($self, $volname, $device, $info) {
     my ($place, $name) = $self->_parse($volname);
-    my $guest = $self->_guest($place);
-    my $reading = $guest->read_lock;
-    my $problem = $guest->headers_problem($device, $guest->chain($name, $device));
-    fail(
-        'ArchiveError',
-        "device $device: cannot be restored from $volname - $problem",
-        device => $device
-    ) if defined($problem);
-    my $archive = $self->_archive($volname);
-    my $server = $Server->start($archive->image($device), $info->%{'socket'});
-    my $restore = $self->{restores}{$volname}{$device} = { server => $server, reading => $reading };
-    return { 'qemu-img-path' => $server->uri } if !defined($self->{'storage-plugin'});
+    my $restore = $self->{restores}{$volname}{$device} = $Restore->start(
+        $self->_guest($place), $name, $device,
+        volname => $volname,
+        $info->%{'socket'},
 
-    # Proxmox VE's qemu-server takes files and block devices, no URI.
-    $restore->{file} = $RawFile->start($server, $archive->device($device)->{size});
-    return { 'qemu-img-path' => $restore->{file}->path };
+        # Proxmox VE's qemu-server takes files and block devices, no URI.
+        'is-file' => defined($self->{'storage-plugin'}),
+    );
+    return { 'qemu-img-path' => $restore->path };
 }
 
-sub server ($self, $volname, $device) { return $self->{restores}{$volname}{$device}{server} }
-
-my sub end_restore ($restore) {
-    $restore->{file}->stop if $restore->{file};
-    $restore->{server}->kill;
-}
+sub server ($self, $volname, $device) { return $self->{restores}{$volname}{$device}->server }
 
 sub restore_vm_volume_cleanup ($self, $volname, $device, $info) {
     my $restore = delete($self->{restores}{$volname}{$device});
-    end_restore($restore) if $restore;
+    $restore->stop if $restore;
     return;
 }
 
 sub restore_vm_cleanup ($self, $volname, @) {
     my $restores = delete($self->{restores}{$volname}) // {};
-    end_restore($_) for values $restores->%*;
+    $_->stop for values $restores->%*;
     return;
 }
 

@@ -128,6 +128,8 @@ sub merge_image ($archive, $device, $into) {
     return commit_image($archive->image($device)) if !defined($digests);    # version 0.1
     my $about = $archive->device($device);
     my $block = $about->{digests}{block};
+
+    # Before the merge: afterwards what it has damaged could not be told from what was damaged before.
     my %known = map { $_ => 1 } offsets($block, damage($archive, $device));
     $archive->note_damage($device, 1) if %known;
     commit_image($archive->image($device));

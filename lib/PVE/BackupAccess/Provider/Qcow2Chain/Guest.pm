@@ -255,6 +255,8 @@ sub remove ($self, $name) {
     }
     if ($children->%*) {
         $self->_check_space($name, $children);
+
+        # Before the first merge, which changes its images: after a crash clean goes on with what has this mark.
         $self->archive($name)->mark_removed;
         $self->_finish_removal($name);
     }
@@ -301,6 +303,8 @@ sub _finish_removal ($self, $name) {
     my $archive = $self->archive($name);
     my $children = $self->_children($name);
     $children->{$_}->absorb($_, $archive) for sort keys $children->%*;
+
+    # Only when all of its images have gone to those that were built on them.
     $self->discard($name);
     return;
 }
