@@ -162,7 +162,7 @@ sub check_damaged_restore ($test, $archive) {
 
 # The image above is damaged, so this backup is a full one again, and says so.
 sub check_terminal ($test) {
-    my $backup = start_on_terminal(100, backup($test, '--bandwidth-limit', '24M'));
+    my $backup = start_on_terminal(100, backup($test, '--bandwidth-limit', '8M'));
     $backup->wait_for(out => qr/2 disks +[0-9.]+ [KM]iB\/s: +[0-9]+% \[=* *\]\S+ Left/);
     my $run = $backup->finish;
     is($run->{status}, 0, 'terminal: exit status');

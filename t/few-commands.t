@@ -1,6 +1,6 @@
 # How many QMP commands a backup takes: each opens a connection where the caller's code ref does so, as
 # qemu-server's does, and the schema alone takes Perl code 60 to 300 ms. On Proxmox' commands an increment
-# of one disk, companions included, has had 37, on a stock QEMU 60.
+# of one disk, companions included, has 30, on a stock QEMU 55.
 #
 # One QEMU is enough: versions differ by a command; PBA_FULL=1 runs on both.
 
@@ -20,8 +20,8 @@ my $size = 1 << 20;
 # Of an increment of one disk; and of each further one. The front says a stock QEMU's version, so that
 # what it can do has to be asked.
 my %limit = (
-    pve => [PBA::Test::VM->is_proxmox ? 37 : 39, 6],
-    upstream => [60, 20],
+    pve => [PBA::Test::VM->is_proxmox ? 30 : 32, 4],
+    upstream => [55, 20],
 );
 
 # The names of the commands that the code sends by a code ref.

@@ -240,7 +240,7 @@ subtest 'a removal is killed' => sub {
         ok(killed_at($crash->@*, sub () { $base->provider->remove($removed) }), $text);
         $check->($text);
     }
-    for (1 .. $ENV{PBA_FULL} ? 10 : 1) {
+    for (1 .. ($ENV{PBA_FULL} ? 10 : 1)) {
         $base->use_copy($store);
         my $remove = sub () {
             no warnings 'redefine';
@@ -271,7 +271,7 @@ sub command_line ($file) {
 
 subtest 'a backup is killed in its data' => sub {
     $base->use_store($store);
-    for (1 .. $ENV{PBA_FULL} ? 20 : 2) {
+    for (1 .. ($ENV{PBA_FULL} ? 20 : 2)) {
         $base->write_random(20);
         $base->provider->on_progress(sub (@) { kill(KILL => $$) });
         my $killed;

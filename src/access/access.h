@@ -100,6 +100,7 @@ struct PbaAccess {
     GPtrArray *warnings;  /* lines, of the last look at its fleecing images */
     GPtrArray *disks;     /* PbaDisk */
     char *nonce;          /* of this setup; NULL: none was made, or that of a dead one's */
+    char *end_mark;       /* says in QEMU that a success is being committed; NULL: none does */
     char *socket_dir;     /* NULL: not made */
     char *socket;         /* the NBD server's, in that, whether it is up or not */
     GPtrArray *vfiles;    /* PbaVfile, one for each disk; NULL: none was asked for */
@@ -134,8 +135,7 @@ char *pba_fleecing_warning(const char *device, const char *path, uint64_t free_b
 /* Notes what there is to be warned of. */
 void pba_fleecing_check(PbaAccess *access, JsonArray *nodes);
 
-/* Markers in QEMU of who has an access, and on Proxmox to which devices. */
-#define PBA_DEVICE_ROLE "dev"
+/* Markers in QEMU of who has an access */
 
 /* What is known of the process of a marker. */
 typedef enum {
@@ -159,6 +159,8 @@ bool pba_owner_require(PbaAccess *access, JsonArray *nodes, GError **error);
 void pba_owner_set_gone_error(const PbaAccess *access, GError **error);
 /* The same of what QEMU has now. */
 bool pba_owner_require_now(PbaAccess *access, GError **error);
+/* Whether the marker of this access is among the nodes. Enters no phase. */
+bool pba_owner_find(const PbaAccess *access, JsonArray *nodes, bool *found, GError **error);
 /* Whether QEMU can be asked, and has the marker of this access. Enters no phase. */
 bool pba_owner_holds(PbaAccess *access);
 /* Claims the guest for this access, unless another one was faster. nodes, if not NULL, becomes what
@@ -166,11 +168,14 @@ bool pba_owner_holds(PbaAccess *access);
 bool pba_owner_mark(PbaAccess *access, JsonArray **nodes, GError **error);
 /* A node that does nothing: its name is the mark. */
 bool pba_mark_add(PbaAccess *access, const char *name, uint64_t size, GError **error);
-/* Takes our marker away, and with all also those of dead processes and of this target's devices and
- * end. Nothing if ours is no more there. A failure is logged only: nothing but a later access
- * depends on it. */
+bool pba_mark_delete(PbaAccess *access, const char *name, GError **error);
+/* Takes our marker away; in recovery, with all, also those of dead processes and of this target's
+ * devices and end. Nothing if ours is no more there. A failure is logged only: nothing but a later
+ * access depends on it. */
 void pba_owner_unmark(PbaAccess *access, bool all);
-/* Forgets, in this process, that the access has marked a guest. */
+/* Notes, in this process, that the access is about to mark a guest, and enters the phase claimed;
+ * or forgets it. */
+void pba_owner_note(PbaAccess *access);
 void pba_owner_forget(PbaAccess *access);
 /* Whose marker it is, if it is one; the PID is 0 where it tells none. */
 bool pba_owner_read(const PbaAccess *access, const char *node, uint64_t size, pid_t *pid,
@@ -201,8 +206,10 @@ bool pba_tear_down_and_end(PbaAccess *access, bool success, GError **error);
 /* What others do; changes nothing. Whether the guest is here and stays here, and whether its disks
  * are as an access needs them. */
 bool pba_company_check_here(PbaAccess *access, GError **error);
+/* Whether its disks are this QEMU's now. */
+bool pba_company_check_handed_over(PbaAccess *access, GError **error);
 bool pba_company_check_disks(PbaAccess *access, const PbaBlock *block, GError **error);
-/* The same of what QEMU has now: others may have begun something since. */
+/* The same of what QEMU has now: others may have begun something since the disks were seen. */
 bool pba_company_check_again(PbaAccess *access, GError **error);
 
 /* Nodes that keep the disks, and keep others from them: see guard.c */

@@ -264,13 +264,12 @@ bool pba_exports_add(PbaAccess *access, GError **error)
     bool has_others;
 
     /* After a restart of the VM the snapshots may be those of a later access. */
-    g_autoptr(JsonArray) nodes = pba_qmp_query_array(access->qmp, "query-named-block-nodes",
-                                                     pba_json("{'flat': <true>}"), error);
+    g_autoptr(JsonArray) nodes = pba_block_query_nodes(access->qmp, error);
     if (!nodes || !pba_owner_require(access, nodes, error) ||
         /* An export takes images back that were handed over, though the guest writes to them
          * elsewhere (Proxmox' QEMU, 11.0; a stock one, 7.2 and 10.0, does not hand over those of an
-         * access). */
-        !pba_company_check_here(access, error)) {
+         * access). A migration that is under way meets it, and fails. */
+        !pba_company_check_handed_over(access, error)) {
         return false;
     }
     pba_fleecing_check(access, nodes);

@@ -59,7 +59,7 @@ static bool add_guard(PbaAccess *access, const char *path, const char *node, con
 void pba_guards_name(const PbaAccess *access, PbaDisk *disk)
 {
     disk->guard_node = pba_disk_name(access, "guard", disk);
-    disk->hold_node = pba_disk_name(access, "hold", disk);
+    disk->hold_node = pba_disk_name(access, PBA_HOLD_ROLE, disk);
 }
 
 static bool add_guards(PbaAccess *access, const char *path, PbaGuarded guarded, GError **error)

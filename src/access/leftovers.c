@@ -4,6 +4,18 @@
 #include "src/qmp/qmp.h"
 #include <string.h>
 
+/* A process adds its marker before its exports, and deletes it after them. */
+static bool has_own_nodes(const PbaBlock *block)
+{
+    for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
+        const char *name = pba_block_node_name(block->nodes, i);
+        if (name && pba_is_own_node(name)) {
+            return true;
+        }
+    }
+    return false;
+}
+
 bool pba_leftovers_look(PbaAccess *access, PbaBlock *block, PbaLeftovers *leftovers, GError **error)
 {
     pba_leftovers_clear(leftovers);
@@ -13,7 +25,9 @@ bool pba_leftovers_look(PbaAccess *access, PbaBlock *block, PbaLeftovers *leftov
     if (!pba_block_query(access->qmp, true, block, error)) {
         return false;
     }
-    leftovers->exports = pba_qmp_query_array(access->qmp, "query-block-exports", NULL, error);
+    leftovers->exports = has_own_nodes(block)
+                             ? pba_qmp_query_array(access->qmp, "query-block-exports", NULL, error)
+                             : json_array_new();
     return leftovers->exports != NULL;
 }
 
@@ -214,21 +228,28 @@ static const char *node_undone(const PbaLeftovers *leftovers, const char *node)
     return user ? "stays until what stands on it has ended" : "was removed";
 }
 
+/* Each access has one for each of its disks. */
+static bool tells_access(const char *node)
+{
+    const char *role = node + strlen("pba-");
+    return g_str_has_prefix(role, PBA_HOLD_ROLE "-") || g_str_has_prefix(role, PBA_DEVICE_ROLE "-");
+}
+
 static void add_node(const PbaLeftovers *leftovers, const char *node, GPtrArray *things)
 {
     const char *target;
     const char *disk;
 
     if (pba_leftovers_parse_name(node, &target, &disk)) {
-        bool is_mark = g_str_has_prefix(node + strlen("pba-"), PBA_DEVICE_ROLE "-");
-        char *what = pba_line(is_mark ? "its backup access (mark '%s')" : "block node '%s'", node);
+        bool is_mark = tells_access(node);
+        char *what = pba_line(is_mark ? "its backup access (node '%s')" : "block node '%s'", node);
         set_device(leftovers,
                    add_thing(things, node, target, what,
                              is_mark ? "was ended" : node_undone(leftovers, node)),
                    disk);
     } else if (pba_is_owner_mark(node)) {
         add_owner(leftovers, node, things);
-    } else if (g_str_has_prefix(node, PBA_ENDING_PREFIX)) {
+    } else if (pba_is_ending_mark(node, NULL)) {
         add_thing(things, node, node + strlen(PBA_ENDING_PREFIX),
                   pba_line("the mark of a success that was being committed, '%s',", node),
                   "was removed");

@@ -12,8 +12,8 @@
  * text, but a migration that takes dirty bitmaps along then loses all of the guest's: the target
  * lacks the node (QEMU 7.2 and 10.0).
  *
- * On Proxmox, pba-dev-... names a device, since QEMU does not tell which ones an access has, and
- * pba-ending-... says that a success is being committed. */
+ * On Proxmox pba-ending-... says that a success is being committed; it goes once QEMU's reply has
+ * been handled. */
 #include "access.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
@@ -292,23 +292,7 @@ bool pba_owner_check(const PbaAccess *access, JsonArray *nodes, GError **error)
     return worst == PBA_OWNER_DEAD || refuse_owner(access, worst_pid, worst, error);
 }
 
-static JsonArray *query_nodes(PbaAccess *access, GError **error)
-{
-    return pba_qmp_query_array(access->qmp, "query-named-block-nodes", pba_json("{'flat': <true>}"),
-                               error);
-}
-
-/* Read-only, or else QEMU (7.2 to 11.0) would refuse a snapshot of the VM (savevm). */
-bool pba_mark_add(PbaAccess *access, const char *name, uint64_t size, GError **error)
-{
-    return pba_qmp_run(access->qmp, "blockdev-add",
-                       pba_json("{'driver': <'null-co'>, 'node-name': <%s>, 'size': <%x>, "
-                                "'read-only': <true>}",
-                                name, (gint64)size),
-                       error);
-}
-
-static bool has_own_mark(const PbaAccess *access, JsonArray *nodes, bool *found, GError **error)
+bool pba_owner_find(const PbaAccess *access, JsonArray *nodes, bool *found, GError **error)
 {
     uint64_t place;
     g_autofree char *name = pba_owner_mark_name(access, error);
@@ -335,7 +319,7 @@ bool pba_owner_require(PbaAccess *access, JsonArray *nodes, GError **error)
 {
     bool found;
 
-    if (!has_own_mark(access, nodes, &found, error) || found) {
+    if (!pba_owner_find(access, nodes, &found, error) || found) {
         return found;
     }
     if (access->phase != PBA_PHASE_GONE) {
@@ -347,19 +331,19 @@ bool pba_owner_require(PbaAccess *access, JsonArray *nodes, GError **error)
 
 bool pba_owner_require_now(PbaAccess *access, GError **error)
 {
-    g_autoptr(JsonArray) nodes = query_nodes(access, error);
+    g_autoptr(JsonArray) nodes = pba_block_query_nodes(access->qmp, error);
     return nodes && pba_owner_require(access, nodes, error);
 }
 
 bool pba_owner_holds(PbaAccess *access)
 {
-    g_autoptr(JsonArray) nodes = query_nodes(access, NULL);
+    g_autoptr(JsonArray) nodes = pba_block_query_nodes(access->qmp, NULL);
     bool found;
 
-    return nodes && has_own_mark(access, nodes, &found, NULL) && found;
+    return nodes && pba_owner_find(access, nodes, &found, NULL) && found;
 }
 
-static void note_marked(PbaAccess *access)
+void pba_owner_note(PbaAccess *access)
 {
     g_mutex_lock(&marked_lock);
     marked = marked ? marked : g_ptr_array_new();
@@ -378,123 +362,4 @@ void pba_owner_forget(PbaAccess *access)
         g_ptr_array_remove(marked, access);
     }
     g_mutex_unlock(&marked_lock);
-}
-
-/* Of two that mark at once at least one sees the other: who marks looks again afterwards. */
-static bool mark_and_look(PbaAccess *access, JsonArray **seen, GError **error)
-{
-    g_autoptr(GError) refused = NULL;
-    uint64_t size;
-    bool found;
-
-    note_marked(access);
-    g_autofree char *name = pba_owner_mark_name(access, error);
-    if (!name || !pba_owner_mark_size(access, &size, error)) {
-        return false;
-    }
-    if (!pba_mark_add(access, name, size, &refused) && pba_error_is_fatal(refused)) {
-        g_propagate_error(error, g_steal_pointer(&refused));
-        return false;
-    }
-    g_autoptr(JsonArray) nodes = query_nodes(access, error);
-    if (!nodes || !has_own_mark(access, nodes, &found, error)) {
-        return false;
-    }
-    /* It may be there from an access of this process whose end failed. */
-    if (refused && !found) {
-        g_propagate_error(error, g_steal_pointer(&refused));
-        return false;
-    }
-    if (!pba_owner_check(access, nodes, error)) {
-        return false;
-    }
-    if (seen) {
-        g_clear_pointer(seen, json_array_unref);
-        *seen = g_steal_pointer(&nodes);
-    }
-    return true;
-}
-
-bool pba_owner_mark(PbaAccess *access, JsonArray **nodes, GError **error)
-{
-    if (mark_and_look(access, nodes, error)) {
-        return true;
-    }
-    /* Ours only: the devices may be marked by the other one. */
-    pba_owner_unmark(access, false);
-    pba_access_enter(access, PBA_PHASE_NEW);
-    return false;
-}
-
-/* The order in which marks are deleted: while ours is there no other process looks at the rest. */
-typedef enum { MARK_STAYS, MARK_OF_END, MARK_OF_OTHERS, MARK_OWN, MARK_RANKS } MarkRank;
-
-static MarkRank rank_of(const PbaAccess *access, JsonObject *node, const char *own, bool all)
-{
-    g_autofree char *devices = pba_target_prefix(access->target_id, PBA_DEVICE_ROLE);
-    g_autofree char *ending = pba_ending_mark(access->target_id);
-    const char *name = node ? pba_json_find_string(node, "node-name") : NULL;
-
-    if (!name || strcmp(name, own) == 0) {
-        return name ? MARK_OWN : MARK_STAYS;
-    }
-    if (!all) {
-        return MARK_STAYS;
-    }
-    return strcmp(name, ending) == 0 ? MARK_OF_END
-           : g_str_has_prefix(name, devices) ||
-                   pba_owner_is_dead(access, name, pba_owner_node_size(node))
-               ? MARK_OF_OTHERS
-               : MARK_STAYS;
-}
-
-static bool delete_marks(PbaAccess *access, bool all, GError **error)
-{
-    g_autofree char *own = pba_owner_mark_name(access, error);
-    g_autoptr(JsonArray) nodes = own ? query_nodes(access, error) : NULL;
-    bool found;
-
-    if (!nodes || !has_own_mark(access, nodes, &found, error)) {
-        return false;
-    }
-    for (MarkRank rank = MARK_STAYS + 1; found && rank < MARK_RANKS; rank++) {
-        for (guint i = 0; i < json_array_get_length(nodes); i++) {
-            JsonObject *node = pba_json_element(nodes, i);
-            if (rank_of(access, node, own, all) == rank &&
-                !pba_qmp_run(access->qmp, "blockdev-del",
-                             pba_json("{'node-name': <%s>}", pba_block_node_name(nodes, i)),
-                             error)) {
-                return false;
-            }
-        }
-    }
-    return true;
-}
-
-/* Over a new connection the removal may succeed. After a time-out it is not tried again: unlike a
- * hold (see guard.c), a marker does not matter once this process has ended. A signal handler that
- * died interrupts one command, not the next one too. */
-static bool is_worth_a_retry(const GError *error)
-{
-    return !g_error_matches(error, PBA_ERROR, PBA_ERROR_TIMEOUT);
-}
-
-void pba_owner_unmark(PbaAccess *access, bool all)
-{
-    g_autoptr(GError) error = NULL;
-
-    bool done = delete_marks(access, all, &error);
-    if (!done && is_worth_a_retry(error)) {
-        g_clear_error(&error);
-        pba_qmp_release(access->qmp);
-        done = delete_marks(access, all, &error);
-    }
-    if (!done) {
-        pba_log(
-            &access->hooks, PBA_LOG_WARN,
-            "the marker of this process stays in QEMU, so that other processes cannot set up an "
-            "access until it ends: %s",
-            error->message); // NOLINT(clang-analyzer-core.NullDereference): set, as done is false
-    }
-    pba_owner_forget(access);
 }

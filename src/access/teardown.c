@@ -23,6 +23,7 @@ void pba_access_free(PbaAccess *access)
     g_free(access->socket_dir);
     g_free(access->socket);
     g_free(access->nonce);
+    g_free(access->end_mark);
     g_free(access->backend_data);
     pba_block_clear(&access->seen);
     g_ptr_array_unref(access->disks);
@@ -50,6 +51,7 @@ void pba_access_end(PbaAccess *access)
     pba_owner_forget(access);
     g_ptr_array_set_size(access->disks, 0);
     g_clear_pointer(&access->nonce, g_free);
+    g_clear_pointer(&access->end_mark, g_free);
     g_clear_pointer(&access->backup_id, g_free);
     pba_block_clear(&access->seen);
     g_clear_pointer(&access->backend_data, g_free);

@@ -6,6 +6,11 @@
 /* Drivers whose nodes show their child's data unchanged, so that bitmaps belong below them. */
 static const char *const filters[] = {"throttle", "copy-on-read", "compress", "preallocate", NULL};
 
+JsonArray *pba_block_query_nodes(PbaQmp *qmp, GError **error)
+{
+    return pba_qmp_query_array(qmp, "query-named-block-nodes", pba_json("{'flat': <true>}"), error);
+}
+
 bool pba_block_query(PbaQmp *qmp, bool with_graph, PbaBlock *block, GError **error)
 {
     pba_block_clear(block);
@@ -13,8 +18,7 @@ bool pba_block_query(PbaQmp *qmp, bool with_graph, PbaBlock *block, GError **err
     if (!block->devices) {
         return false;
     }
-    block->nodes =
-        pba_qmp_query_array(qmp, "query-named-block-nodes", pba_json("{'flat': <true>}"), error);
+    block->nodes = pba_block_query_nodes(qmp, error);
     if (!block->nodes) {
         return false;
     }

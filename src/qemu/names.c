@@ -112,10 +112,20 @@ char *pba_export_id(const char *target_id, const char *nonce, const char *key)
     return g_strconcat(PBA_EXPORT_PREFIX, nonce, "-", target, "-", key, NULL);
 }
 
-char *pba_ending_mark(const char *target_id)
+/* Node names have 31 bytes: a part of the nonce has to do. A name pba-ending-TARGET-... would be
+ * taken for that of a disk's node. */
+char *pba_ending_mark(const char *target_id, const char *nonce)
 {
     g_autofree char *target = pba_short_hash(target_id);
-    return g_strconcat(PBA_ENDING_PREFIX, target, NULL);
+    return g_strdup_printf("%s%s.%.*s", PBA_ENDING_PREFIX, target, PBA_HASH_LENGTH, nonce);
+}
+
+bool pba_is_ending_mark(const char *node, const char *target_id)
+{
+    g_autofree char *target = target_id ? pba_short_hash(target_id) : NULL;
+
+    return g_str_has_prefix(node, PBA_ENDING_PREFIX) &&
+           (!target || g_str_has_prefix(node + strlen(PBA_ENDING_PREFIX), target));
 }
 
 const char *pba_bitmap_target(const char *name)

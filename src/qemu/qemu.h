@@ -39,6 +39,10 @@ char *pba_own_name(const char *target_id, const char *role, const char *of);
 char *pba_key_name(const char *target_id, const char *role, const char *key);
 /* What such names of this role and target begin with. */
 char *pba_target_prefix(const char *target_id, const char *role);
+/* Of every disk of an access there is one with this; version 0.1.0 has one of the other for each,
+ * on Proxmox. See src/access/guard.c. */
+#define PBA_HOLD_ROLE "hold"
+#define PBA_DEVICE_ROLE "dev"
 /* What tells an access from all others, in names of exports and background bitmaps: a command of an
  * access that is gone cannot hit what a later one has made. So many random hexadecimal digits, the
  * caller's to free. */
@@ -47,10 +51,12 @@ char *pba_nonce_new(GError **error);
 /* The id of an export begins with this. QEMU does not limit it to 31 bytes (7.2, 10.0). */
 #define PBA_EXPORT_PREFIX "pba-exp-"
 char *pba_export_id(const char *target_id, const char *nonce, const char *key);
-/* On Proxmox: says that a success is being committed for this target. Nothing of version 0.1.0 has
- * a name like this. */
+/* On Proxmox: says that a success is being committed for this target, by the access of this nonce;
+ * the caller's to free. Nothing of version 0.1.0 has a name like this. */
 #define PBA_ENDING_PREFIX "pba-ending-"
-char *pba_ending_mark(const char *target_id);
+char *pba_ending_mark(const char *target_id, const char *nonce);
+/* Whether it is one, of this target or, with NULL, of any. */
+bool pba_is_ending_mark(const char *node, const char *target_id);
 /* Names of the bitmaps that we add for a target; the caller's to free. Without a nonce the
  * background bitmap is one of version 0.1.0. */
 char *pba_target_bitmap(const char *target_id);
@@ -78,6 +84,7 @@ typedef struct {
     JsonObject *graph;  /* x-debug-query-block-graph, where asked for */
 } PbaBlock;
 
+JsonArray *pba_block_query_nodes(PbaQmp *qmp, GError **error);
 bool pba_block_query(PbaQmp *qmp, bool with_graph, PbaBlock *block, GError **error);
 void pba_block_clear(PbaBlock *block);
 

@@ -269,20 +269,6 @@ bool pba_pve_has_done_nothing(const PbaAccess *access, const PbaBlock *now)
            (sent->answer == ANSWER_ERROR && count_parts(now) == count_parts(&access->seen));
 }
 
-/* QEMU does not tell which devices an access has, and recovery must know. */
-static bool mark_devices(PbaAccess *access, GError **error)
-{
-    for (guint i = 0; i < access->disks->len; i++) {
-        const PbaDisk *disk = access->disks->pdata[i];
-        g_autofree char *name = pba_disk_name(access, PBA_DEVICE_ROLE, disk);
-        if (!pba_mark_add(access, name, 0, error)) {
-            pba_error_add_device(error, disk->device);
-            return false;
-        }
-    }
-    return true;
-}
-
 /* QEMU's filter goes between the disk and its throttle filter. */
 static const char *guarded(const PbaDisk *disk)
 {
@@ -294,14 +280,12 @@ bool pba_pve_prepare(PbaAccess *access, const PbaBlock *block, GError **error)
     return
         /* Before the command, which would go on from a bitmap that fits no backup. */
         pba_pve_check_ties(access, block, error) &&
-        /* Before the command, which may be the last thing that this process does: recovery learns
-         * from the marks which devices it was about. */
-        mark_devices(access, error) &&
         /* Before the command, which is only undone by QEMU's own teardown: another program's NBD
          * server is a reason not to send it. */
         pba_nbd_server_start(access, error) &&
-        /* Before the command, whose filter goes below them; and before the last look at what
-         * others do. */
+        /* Before the command, whose filter goes below them, and which may be the last thing that
+         * this process does: QEMU does not tell which devices an access has, and recovery learns it
+         * from their holds. Before the last look at what others do. */
         pba_guards_add(access, guarded, error) && pba_company_check_again(access, error);
 }
 

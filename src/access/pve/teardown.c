@@ -109,8 +109,13 @@ static bool check_safe(PbaAccess *access, const PbaBlock *block, GError **error)
 /* What QEMU has of ours at one moment. */
 static bool is_marked_as_ending(const PbaAccess *access, const PbaBlock *block)
 {
-    g_autofree char *mark = pba_ending_mark(access->target_id);
-    return pba_block_find_node(block, mark) != NULL;
+    for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
+        const char *name = pba_block_node_name(block->nodes, i);
+        if (name && pba_is_ending_mark(name, access->target_id)) {
+            return true;
+        }
+    }
+    return false;
 }
 
 /* While an access with bitmaps is up. */
@@ -233,8 +238,18 @@ static PbaOutcome send_teardown(PbaAccess *access, bool success, GError **error)
 
 static bool mark_ending(PbaAccess *access, GError **error)
 {
-    g_autofree char *name = pba_ending_mark(access->target_id);
-    return pba_mark_add(access, name, 0, error);
+    access->end_mark = pba_ending_mark(access->target_id, access->nonce);
+    return pba_mark_add(access, access->end_mark, 0, error);
+}
+
+static void unmark_ending(PbaAccess *access, GError **first)
+{
+    GError *step = NULL;
+
+    if (access->end_mark && pba_mark_delete(access, access->end_mark, &step)) {
+        g_clear_pointer(&access->end_mark, g_free);
+    }
+    pba_error_keep_first(first, step, &access->hooks);
 }
 
 /* The mark is there before QEMU is told, and goes when its reply has been handled: a process that
@@ -330,6 +345,8 @@ bool pba_pve_teardown(PbaAccess *access, PbaBlock *block, bool success, GError *
     /* After QEMU's own teardown, which crashes (to 11.0) where a disk has gone; not where that is
      * still to come. */
     if (end(access, block, success, &first) || access->phase == PBA_PHASE_ENDED) {
+        /* Before the holds, by which recovery knows that there was an access to be asked about. */
+        unmark_ending(access, &first);
         pba_guards_drop(access, &first, block);
     }
     if (first) {

@@ -48,8 +48,7 @@ static bool look_again(PbaAccess *access, GError **error)
 {
     g_auto(PbaBlock) now = {0};
 
-    now.nodes = pba_qmp_query_array(access->qmp, "query-named-block-nodes",
-                                    pba_json("{'flat': <true>}"), error);
+    now.nodes = pba_block_query_nodes(access->qmp, error);
     for (guint i = 0; now.nodes && i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
         if (!pba_block_find_node(&now, disk->bitmap_node) ||
