@@ -9,6 +9,7 @@ use Digest::SHA qw(sha256);
 use Errno qw(EIO);
 use File::Temp ();
 use List::Util qw(min sum0);
+use POSIX ();
 use Test::More;
 use Time::HiRes ();
 
@@ -392,6 +393,16 @@ subtest 'errors' => sub {
         qr/is no file of digests/,
         'no digests'
     );
+};
+
+subtest 'a pipe for a file of digests' => sub {
+    POSIX::mkfifo("$dir/pipe", 0600) or die "$dir/pipe: $!\n";
+    for my $option ([digests => "$dir/pipe"], [expected => ["$dir/pipe"]]) {
+        local $SIG{ALRM} = sub { die "it hangs\n" };
+        alarm(60);
+        dies_like(sub { copy_to_null('all', @$option) }, qr!/pipe!, "$option->[0]: a pipe");
+        alarm(0);
+    }
 };
 
 subtest 'files of digests that will not do' => sub {

@@ -126,7 +126,7 @@ static bool read_header(PbaDigestFile *file, uint64_t size, uint32_t block, GErr
 
 static PbaDigestFile *file_new(const char *path, int flags, GError **error)
 {
-    int fd = open(path, flags | O_CLOEXEC | O_NOCTTY, 0600);
+    int fd = open(path, flags | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0600);
 
     if (fd == -1) {
         pba_error_set(error, PBA_ERROR_SYSTEM, "cannot open %s - %s", path, g_strerror(errno));
