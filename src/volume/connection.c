@@ -32,22 +32,6 @@ void pba_nbd_disconnect(PbaNbdVolume *nbd)
     }
 }
 
-short pba_nbd_events(struct nbd_handle *handle)
-{
-    unsigned direction = nbd_aio_get_direction(handle);
-
-    return (short)((direction & LIBNBD_AIO_DIRECTION_READ ? POLLIN : 0) |
-                   (direction & LIBNBD_AIO_DIRECTION_WRITE ? POLLOUT : 0));
-}
-
-int pba_nbd_notify(struct nbd_handle *handle, short events, short revents)
-{
-    bool can_read = (revents & (POLLIN | POLLHUP | POLLERR)) != 0;
-
-    return can_read && (events & POLLIN) ? nbd_aio_notify_read(handle)
-                                         : nbd_aio_notify_write(handle);
-}
-
 bool pba_nbd_turn(PbaNbdVolume *nbd, gint64 deadline, const char *what, GError **error)
 {
     short events = pba_nbd_events(nbd->handle);
@@ -97,15 +81,11 @@ static bool call_connect(const PbaNbdVolume *nbd)
 }
 
 /* Meanwhile the volume has no connection that others could find. */
-static bool connect_by_name(PbaNbdVolume *nbd, gint64 deadline, GError **error)
+static bool connect_aside(PbaNbdVolume *nbd, gint64 deadline, bool *is_full, GError **error)
 {
-    if (!prepare(nbd)) {
-        pba_nbd_set_error(nbd, "connecting", error);
-        return false;
-    }
     pba_connection_forget(nbd);
-    nbd->handle = pba_connect_by_name(g_steal_pointer(&nbd->handle), nbd->path, deadline,
-                                      &nbd->volume.hooks, error);
+    nbd->handle = pba_connect_aside(g_steal_pointer(&nbd->handle), nbd->path, deadline,
+                                    &nbd->volume.hooks, is_full, error);
     if (!nbd->handle) {
         pba_error_add_device(error, nbd->volume.device);
         return false;
@@ -114,17 +94,41 @@ static bool connect_by_name(PbaNbdVolume *nbd, gint64 deadline, GError **error)
     return true;
 }
 
+/* *is_full: it failed since the socket's queue is. */
+static bool try_to_connect(PbaNbdVolume *nbd, gint64 deadline, bool *is_full, GError **error)
+{
+    bool is_prepared = prepare(nbd);
+
+    *is_full = false;
+    if (is_prepared && pba_uri_may_block(nbd->path)) {
+        return connect_aside(nbd, deadline, is_full, error);
+    }
+    if (is_prepared && call_connect(nbd)) {
+        return true;
+    }
+    *is_full = nbd_get_errno() == EAGAIN;
+    pba_nbd_set_error(nbd, "connecting", error);
+    return false;
+}
+
 /* A Unix socket whose queue is full does not let wait, it fails at once (connect(2): EAGAIN): the
  * server is there, but slower than those that connect. */
-static bool connect_by_socket(PbaNbdVolume *nbd, gint64 deadline, GError **error)
+static bool start_connecting(PbaNbdVolume *nbd, gint64 deadline, GError **error)
 {
     unsigned pause = FIRST_PAUSE_MS;
+    GError *local = NULL;
+    bool is_full;
 
-    while (!prepare(nbd) || !call_connect(nbd)) {
-        if (nbd_get_errno() != EAGAIN) {
-            pba_nbd_set_error(nbd, "connecting", error);
+    if (pba_uri_is(nbd->path) && !pba_uri_check(nbd->path, error)) {
+        pba_error_add_device(error, nbd->volume.device);
+        return false;
+    }
+    while (!try_to_connect(nbd, deadline, &is_full, &local)) {
+        if (!is_full) {
+            g_propagate_error(error, local);
             return false;
         }
+        g_clear_error(&local);
         pba_nbd_disconnect(nbd);
         if (!pba_wait_ms(pause, deadline, &nbd->volume.hooks,
                          "waiting for room in the queue of the NBD server's socket", error)) {
@@ -134,16 +138,6 @@ static bool connect_by_socket(PbaNbdVolume *nbd, gint64 deadline, GError **error
         pause = MIN(2 * pause, LONGEST_PAUSE_MS);
     }
     return true;
-}
-
-static bool start_connecting(PbaNbdVolume *nbd, gint64 deadline, GError **error)
-{
-    if (pba_uri_is(nbd->path) && !pba_uri_check(nbd->path, error)) {
-        pba_error_add_device(error, nbd->volume.device);
-        return false;
-    }
-    return pba_uri_is_tcp(nbd->path) ? connect_by_name(nbd, deadline, error)
-                                     : connect_by_socket(nbd, deadline, error);
 }
 
 static bool finish_connecting(PbaNbdVolume *nbd, gint64 deadline, GError **error)

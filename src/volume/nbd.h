@@ -21,18 +21,20 @@ PbaNbdVolume *pba_nbd_open(const PbaVolumeOptions *options, const PbaHooks *hook
  * zeroes (NBD spec: the base:allocation context), the volume has a context. */
 PbaNbdVolume *pba_nbd_open_allocation(const PbaVolumeOptions *options, const PbaHooks *hooks,
                                       GError **error);
-/* Whether a path is a URI, one over TLS, one with a host's name, and one that may be connected to:
- * PBA_ERROR_ARGUMENT. */
+/* Whether a path is a URI, one over TLS, one where libnbd may block while it connects, and one that
+ * may be connected to: PBA_ERROR_ARGUMENT. */
 bool pba_uri_is(const char *path);
 bool pba_uri_is_tls(const char *uri);
-bool pba_uri_is_tcp(const char *uri);
+bool pba_uri_may_block(const char *uri);
 bool pba_uri_check(const char *uri, GError **error);
+/* Whether the files that it names for TLS can be read to their ends. May block. */
+bool pba_uri_check_files(const char *uri, GError **error);
 /* Connects, or connects again after an interrupted call. */
 bool pba_nbd_connect(PbaNbdVolume *nbd, GError **error);
-/* Begins the connection to a URI with a host's name, and waits until that is looked up. Takes the
- * handle over, and returns it, the caller's to close; NULL on error. */
-struct nbd_handle *pba_connect_by_name(struct nbd_handle *handle, const char *uri, gint64 deadline,
-                                       const PbaHooks *hooks, GError **error);
+/* Connects to a URI where libnbd may block meanwhile. Takes the handle over, and returns it, the
+ * caller's to close; NULL on error: *is_full if that is a socket's full queue. */
+struct nbd_handle *pba_connect_aside(struct nbd_handle *handle, const char *uri, gint64 deadline,
+                                     const PbaHooks *hooks, bool *is_full, GError **error);
 /* What libnbd waits for (poll(2)), and letting it go on with what came: -1 on error. */
 short pba_nbd_events(struct nbd_handle *handle);
 int pba_nbd_notify(struct nbd_handle *handle, short events, short revents);

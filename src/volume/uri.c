@@ -2,7 +2,12 @@
  * others may come: only what is known to be a connection, and nothing else, is. */
 #include "src/base/base.h"
 #include "volume.h"
+#include <inttypes.h>
 #include <string.h>
+#include <sys/stat.h>
+
+/* The largest list of keys or of certificates that is read: libnbd takes any into memory. */
+#define MAX_FILE (INT64_C(16) << 20)
 
 static const char *const schemes[] = {"nbd",       "nbd+unix",   "nbd+vsock", "nbds",
                                       "nbds+unix", "nbds+vsock", NULL};
@@ -26,9 +31,19 @@ bool pba_uri_is_tls(const char *uri)
     return g_str_has_prefix(uri, "nbds");
 }
 
-bool pba_uri_is_tcp(const char *uri)
+/* A host's name is looked up, files are read. */
+bool pba_uri_may_block(const char *uri)
 {
-    return g_str_has_prefix(uri, "nbd://") || g_str_has_prefix(uri, "nbds://");
+    return g_str_has_prefix(uri, "nbd://") || pba_uri_is_tls(uri);
+}
+
+/* Strings: name=value. */
+static char **parameters_of(const char *uri)
+{
+    g_autofree char *text = g_strndup(uri, strcspn(uri, "#"));
+    const char *query = strchr(text, '?');
+
+    return g_strsplit_set(query ? query + 1 : "", "&;", -1);
 }
 
 static bool check_parameter(const char *parameter, bool is_tls, GError **error)
@@ -49,9 +64,7 @@ static bool check_parameter(const char *parameter, bool is_tls, GError **error)
 
 static bool check_parameters(const char *uri, GError **error)
 {
-    g_autofree char *text = g_strndup(uri, strcspn(uri, "#"));
-    const char *query = strchr(text, '?');
-    g_auto(GStrv) list = g_strsplit_set(query ? query + 1 : "", "&;", -1);
+    g_auto(GStrv) list = parameters_of(uri);
 
     for (char **parameter = list; *parameter; parameter++) {
         if (!check_parameter(*parameter, pba_uri_is_tls(uri), error)) {
@@ -73,4 +86,58 @@ bool pba_uri_check(const char *uri, GError **error)
         return false;
     }
     return check_parameters(uri, error);
+}
+
+/* What is not there is said by libnbd. */
+static bool check_file(const char *path, GError **error)
+{
+    struct stat about;
+
+    if (stat(path, &about) != 0) {
+        return true;
+    }
+    if (!S_ISREG(about.st_mode)) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT,
+                      "'%s' is no regular file - others are not read for TLS", path);
+        return false;
+    }
+    if (about.st_size > MAX_FILE) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT,
+                      "'%s' has %" PRIi64 " bytes - at most %" PRIi64 " are read for TLS", path,
+                      (int64_t)about.st_size, MAX_FILE);
+        return false;
+    }
+    return true;
+}
+
+/* The files that libnbd looks for (nbd_set_tls_certificates(3)). */
+static bool check_certificates(const char *dir, GError **error)
+{
+    static const char *const names[] = {"ca-cert.pem", "ca-crl.pem", "client-cert.pem",
+                                        "client-key.pem"};
+
+    for (size_t i = 0; i < G_N_ELEMENTS(names); i++) {
+        g_autofree char *path = g_build_filename(dir, names[i], NULL);
+        if (!check_file(path, error)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+bool pba_uri_check_files(const char *uri, GError **error)
+{
+    g_auto(GStrv) list = parameters_of(uri);
+    bool good = true;
+
+    for (char **parameter = list; *parameter && good; parameter++) {
+        const char *value = strchr(*parameter, '=');
+        g_autofree char *path = g_uri_unescape_string(value ? value + 1 : "", NULL);
+        if (path && g_str_has_prefix(*parameter, "tls-psk-file=")) {
+            good = check_file(path, error);
+        } else if (path && g_str_has_prefix(*parameter, "tls-certificates=")) {
+            good = check_certificates(path, error);
+        }
+    }
+    return good;
 }

@@ -416,8 +416,9 @@ the caller for writing. Its position does not matter.
 =item an NBD URI - of a writable export at least as large as the volume, such as C<qemu-nbd> over a
 qcow2 image. C<nbd:>, C<nbd+unix:>, C<nbd+vsock:> and, for TLS, C<nbds:>, C<nbds+unix:> and
 C<nbds+vsock:> are taken, with the parameter C<socket>; with TLS also C<tls-psk-file>, C<tls-certificates>,
-C<tls-hostname>, C<tls-username> and C<tls-verify-peer>, as far as libnbd knows them. All else is an C<ArgumentError>. A
-server that offers no flush has none: what it answers is all there is to know of its data.
+C<tls-hostname>, C<tls-username> and C<tls-verify-peer>, as far as libnbd knows them. All else is an C<ArgumentError>,
+and so are keys and certificates that are no regular files or have more than 16 MiB. A server that offers
+no flush has none: what it answers is all there is to know of its data.
 
 =item a code ref - called with offset and data, in ascending order, zeroes included.
 
