@@ -42,7 +42,8 @@ sub backup ($backend, $devices, %opt) {
     my $infos = $access->setup($devices);
     my $volumes = $access->volumes('nbd');
     my $device = $backend->device('a');
-    my %seen = ($infos->[0]->%{qw(bitmap-action base reason)}, volume => $volumes->{$device}{base});
+    my %seen = $infos->[0]->%{qw(bitmap-action base reason identity)};
+    $seen{volume} = $volumes->{$device}{base} if $volumes->{$device};
     $opt{during}->($access) if $opt{during};
     $access->teardown(($opt{end} // [0])->@*);
     return { %seen, log => "@log" };
@@ -180,6 +181,44 @@ sub check_arguments ($backend) {
     return;
 }
 
+# What tells a disk from others of its guest goes before its name.
+sub check_identity ($backend, $form) {
+    my $id = $new_id->();
+    my $open = wanted($backend, 'use', base => undef);
+    my $own = backup($backend, $open, end => [1, $id])->{identity};
+    my ($disk, @others) = wanted($backend, 'use', base => $id)->@*;
+
+    my $seen = backup($backend, [{ $disk->%*, identity => $own }, @others], end => [0]);
+    is_deeply([$seen->@{qw(bitmap-action base)}], ['used', $id], 'its own identity: used');
+    $seen = backup($backend, [{ $disk->%*, identity => 'drive other' }, @others], end => [0]);
+    is($seen->{'bitmap-action'}, remade($form), "another disk's identity: made anew");
+    my $reason = "what it would go on from is of another disk: drive other, not $own";
+    is($seen->{reason}, $reason, 'and the reason');
+
+    dies_like(
+        sub { backup($backend, [{ $open->[0]->%{qw(device bitmap-mode)}, identity => $own }]) },
+        qr/'identity' goes with 'base'/,
+        'an identity of no backup'
+    );
+    check_other_name($backend, $open, $own) if $backend->name eq 'upstream';
+    return;
+}
+
+sub check_other_name ($backend, $open, $own) {
+    my $id = $new_id->();
+    my $device = $backend->vm->disk('a')->{qdev};
+    my $renamed = { device => $device, 'bitmap-mode' => 'use', base => $id };
+    my $other = wanted($backend, 'use', base => $id)->[1];
+
+    backup($backend, $open, end => [1, $id]);
+    my $seen = backup($backend, [{ $renamed->%*, identity => $own }, $other], end => [0]);
+    is_deeply([$seen->@{qw(bitmap-action base)}], ['used', $id], 'under another name: used');
+    $seen = backup($backend, [$renamed, $other], end => [0]);
+    is($seen->{'bitmap-action'}, 'missing-recreated', 'without its identity: made anew');
+    like($seen->{reason}, qr/name/, 'and the reason');
+    return;
+}
+
 sub forget ($backend, %opt) {
     return PVE::BackupAccess->forget($backend->options(%opt), log => sub { });
 }
@@ -248,6 +287,7 @@ for my $case (@forms) {
         check_ids($backend, $form);
         check_ends($backend, $form);
         check_arguments($backend);
+        check_identity($backend, $form);
         check_strays($backend, $form);
         check_forget($backend);
         check_forget_dead($backend);
