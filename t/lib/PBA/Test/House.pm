@@ -14,8 +14,8 @@ use List::Util qw(uniq);
 
 our @EXPORT_OK = qw(broken_rules definitions);
 
-# A folder stands on what is below it. Folders on one floor do not know each other; a backend's folder
-# belongs to access/, and the backends do not know each other either.
+# A folder stands on what is below it. Folders on one floor do not know each other; a backend is a folder
+# of access/, and the backends do not know each other either.
 my %FLOOR = (
     '' => 1,
     base => 2,
@@ -25,9 +25,11 @@ my %FLOOR = (
     copy => 4,
     vfile => 4,
     access => 5,
-    'access/pve' => 6,
-    'access/upstream' => 6,
 );
+my $backends_floor = 6;
+
+sub _backend ($folder) { return $folder =~ m{\Aaccess/(\w+)\z} ? $1 : undef }
+sub _floor ($folder) { return _backend($folder) ? $backends_floor : $FLOOR{$folder} }
 
 # The headers that others include. What has none, nobody includes: it is called through src/pba.h, or
 # is a program.
@@ -35,9 +37,12 @@ my %PUBLIC = (
     '' => ['pba.h'],
     (map { $_ => ["$_/$_.h"] } qw(base qmp volume qemu)),
     access => [qw(access/access.h access/backend.h)],
-    'access/pve' => ['access/pve/pve.h'],
-    'access/upstream' => ['access/upstream/upstream.h'],
 );
+
+sub _public ($folder) {
+    my $backend = _backend($folder);
+    return $backend ? ["$folder/$backend.h"] : $PUBLIC{$folder};
+}
 
 sub _folder ($file) { return $file =~ m{\Asrc/(.*)/} ? $1 : '' }
 
@@ -76,13 +81,13 @@ sub _real_path ($path) {
 # The rule that a file breaks which includes a header, or calls what a file defines; or nothing.
 sub _broken_by ($file, $other) {
     my ($from, $to) = (_folder($file), _folder($other));
-    return "floors: there is no folder '$to' in the house" if !$FLOOR{$to};
+    return "floors: there is no folder '$to' in the house" if !_floor($to);
     return if $from eq $to;
     return 'nobody but access/ knows access/' if $to =~ m{^access\b} && $from !~ m{^access\b};
     return "$from/ and $to/ stand on one floor and do not know each other"
-        if $FLOOR{$from} == $FLOOR{$to};
+        if _floor($from) == _floor($to);
     return if $file eq $CHOOSES_BACKEND;
-    return 'a file knows its own folder and lower floors only' if $FLOOR{$to} > $FLOOR{$from};
+    return 'a file knows its own folder and lower floors only' if _floor($to) > _floor($from);
     return;
 }
 
@@ -90,7 +95,7 @@ sub _broken_by_include ($file, $header) {
     my ($from, $to) = (_folder($file), _folder($header));
     my $rule = _broken_by($file, $header);
     return $rule if $rule || $from eq $to;
-    my $public = $PUBLIC{$to};
+    my $public = _public($to);
     return "$to/ has no header for others" if !$public;
     return if grep { $header eq "src/$_" } $public->@*;
     return "of $to/ others include " . join(' and ', $public->@*) . ' only';
@@ -114,8 +119,8 @@ sub _broken_includes ($files) {
         push(@broken, _broken_outside($files, $file)) if $file !~ m{\Asrc/};
         next if $file !~ m{\Asrc/};
         my $from = _folder($file);
-        push(@broken, "$file: the folder '$from' has no floor") if !$FLOOR{$from};
-        next if !$FLOOR{$from};
+        push(@broken, "$file: the folder '$from' has no floor") if !_floor($from);
+        next if !_floor($from);
         for my $header (grep { m{\Asrc/} } grep { defined } _includes($files, $file)) {
             my $rule = _broken_by_include($file, $header) // next;
             push(@broken, "$file includes $header: $rule");
@@ -165,7 +170,7 @@ sub _broken_calls ($uses) {
     my @broken;
     for my $file (grep { m{\Asrc/} } sort keys($uses->%*)) {
         for my $other ($uses->{$file}->@*) {
-            my $rule = $FLOOR{ _folder($file) } && _broken_by($file, $other);
+            my $rule = _floor(_folder($file)) && _broken_by($file, $other);
             push(@broken, "$file calls $other: $rule") if $rule;
         }
     }
