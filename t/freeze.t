@@ -90,6 +90,19 @@ sub cases ($backend, $cut) {
             hooks => { freeze => sub ($access) { $access->teardown(0) } },
             error => qr/torn down while it was set up/
         },
+        map {
+            my $hook = $_;
+            (
+                "exported by $hook" => {
+                    hooks => { $hook => sub ($access) { $access->volumes('nbd') } },
+                    error => qr/the access is not set up yet/
+                },
+                "set up again by $hook" => {
+                    hooks => { $hook => sub ($access) { $access->setup([{ device => 'x' }]) } },
+                    error => qr/not finished - tear it down first/
+                },
+            );
+        } qw(freeze thaw)
     );
 }
 

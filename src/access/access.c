@@ -177,3 +177,14 @@ bool pba_access_require_up(const PbaAccess *access, GError **error)
     }
     return true;
 }
+
+bool pba_access_require_down(const PbaAccess *access, GError **error)
+{
+    if (pba_access_is_up(access)) {
+        pba_error_set(error, PBA_ERROR_STATE,
+                      "previous backup for target '%s' not finished - tear it down first",
+                      access->target_id);
+        return false;
+    }
+    return true;
+}

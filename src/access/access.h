@@ -118,6 +118,7 @@ bool pba_disk_set_unknown_error(GError **error);
 char *pba_disk_name(const PbaAccess *access, const char *role, const PbaDisk *disk);
 bool pba_check_utf8(const char *name, const char *value, GError **error);
 bool pba_access_require_up(const PbaAccess *access, GError **error);
+bool pba_access_require_down(const PbaAccess *access, GError **error);
 /* An access of no target, which can only look. */
 PbaAccess *pba_access_new_observer(PbaQmp *qmp, const PbaAccessOptions *options,
                                    const PbaHooks *hooks, GError **error);

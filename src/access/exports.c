@@ -309,6 +309,10 @@ bool pba_access_export(PbaAccess *access, GError **error)
         pba_owner_set_gone_error(access, error);
         return false;
     }
+    if (access->phase < PBA_PHASE_UP) { /* a caller's freeze or thaw */
+        pba_error_set(error, PBA_ERROR_STATE, "the access is not set up yet");
+        return false;
+    }
     if (access->phase != PBA_PHASE_UP && access->phase != PBA_PHASE_EXPORTING) {
         pba_error_set(error, PBA_ERROR_STATE, "the access is half torn down - call teardown again");
         return false;

@@ -70,6 +70,9 @@ bool pba_access_forget(PbaAccess *access, GPtrArray *lines, GError **error)
 {
     g_autoptr(GPtrArray) found = g_ptr_array_new_with_free_func(g_free);
 
+    if (!pba_access_require_down(access, error)) {
+        return false;
+    }
     bool done = pba_access_begin(access, error) && pba_owner_mark(access, NULL, error);
     if (done) {
         done = forget_marked(access, found, error);

@@ -353,6 +353,9 @@ bool pba_access_recover(PbaAccess *access, GPtrArray *lines, GError **error)
     g_auto(PbaBlock) block = {0};
     bool is_stale;
 
+    if (!pba_access_require_down(access, error)) {
+        return false;
+    }
     bool done = pba_access_begin(access, error) &&
                 pba_recover_look(access, &block, &is_stale, error) &&
                 (!is_stale || pba_recover_undo(access, &block, lines, error)) &&

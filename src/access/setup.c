@@ -138,17 +138,6 @@ static bool drop_strays(PbaAccess *access, PbaBlock *block, GError **error)
     return done && pba_block_query(access->qmp, true, block, error);
 }
 
-static bool require_down(const PbaAccess *access, GError **error)
-{
-    if (pba_access_is_up(access)) {
-        pba_error_set(error, PBA_ERROR_STATE,
-                      "previous backup for target '%s' not finished - tear it down first",
-                      access->target_id);
-        return false;
-    }
-    return true;
-}
-
 /* What is asked for before setup */
 
 static bool look_for_bases(PbaAccess *access, PbaBlock *block, GError **error)
@@ -220,7 +209,7 @@ bool pba_access_sizes(PbaAccess *access, const PbaDeviceRequest *requests, size_
     g_auto(PbaBlock) block = {0};
     bool has_leftovers;
 
-    if (!require_down(access, error)) {
+    if (!pba_access_require_down(access, error)) {
         return false;
     }
     bool done = note_requests(access, requests, count, error) &&
@@ -238,7 +227,7 @@ bool pba_access_bases(PbaAccess *access, const PbaDeviceRequest *requests, size_
 {
     g_auto(PbaBlock) block = {0};
 
-    if (!require_down(access, error)) {
+    if (!pba_access_require_down(access, error)) {
         return false;
     }
     access->tied = PBA_TIED_YES;
@@ -330,7 +319,7 @@ static bool prepare(PbaAccess *access, const PbaDeviceRequest *requests, size_t 
 bool pba_access_prepare(PbaAccess *access, const PbaDeviceRequest *requests, size_t count,
                         GError **error)
 {
-    if (!require_down(access, error)) {
+    if (!pba_access_require_down(access, error)) {
         return false;
     }
     GError *local = NULL;

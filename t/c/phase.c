@@ -85,10 +85,55 @@ static void test_rules(void)
     }
 }
 
+#define REFUSED(is_refused, call)                                                                  \
+    do {                                                                                           \
+        g_autoptr(GError) error = NULL;                                                            \
+        PbaPhase before = access->phase;                                                           \
+        if (is_refused) {                                                                          \
+            ok(!(call) && g_error_matches(error, PBA_ERROR, PBA_ERROR_STATE), "%s: not %s",        \
+               pba_phase_name(before), #call);                                                     \
+            ok(access->phase == before, "%s: as it was", pba_phase_name(before));                  \
+        }                                                                                          \
+    } while (0)
+
+/* What callers ask for in a phase that it is not for: refused before anything is sent. */
+static void check_calls(PbaAccess *access, PbaPhase phase)
+{
+    PbaDeviceRequest request = {.device = "disk"};
+    g_autoptr(GPtrArray) lines = g_ptr_array_new_with_free_func(g_free);
+    uint64_t size;
+    PbaBase base;
+
+    access->phase = phase;
+    REFUSED(phase != PBA_PHASE_NEW, pba_access_sizes(access, &request, 1, &size, &error));
+    REFUSED(phase != PBA_PHASE_NEW, pba_access_bases(access, &request, 1, &base, &error));
+    REFUSED(phase != PBA_PHASE_NEW, pba_access_prepare(access, &request, 1, &error));
+    REFUSED(phase != PBA_PHASE_NEW, pba_access_recover(access, lines, &error));
+    REFUSED(phase != PBA_PHASE_NEW, pba_access_forget(access, lines, &error));
+    REFUSED(phase != PBA_PHASE_PREPARED, pba_access_cut(access, &error));
+    REFUSED(phase != PBA_PHASE_CUT, pba_access_finish(access, &error));
+    REFUSED(phase < PBA_PHASE_UP || phase > PBA_PHASE_EXPORTED, pba_access_export(access, &error));
+    REFUSED(phase == PBA_PHASE_NEW, pba_access_teardown(access, true, NULL, &error));
+}
+
+static void test_calls(void)
+{
+    PbaAccessOptions options = {.target_id = "target"};
+
+    for (int phase = 0; phase < PBA_PHASE_COUNT; phase++) {
+        PbaQmp *qmp = pba_qmp_new("/nowhere/qmp", 1, NULL);
+        PbaAccess *access = pba_access_new(qmp, &options, NULL, NULL);
+        check_calls(access, (PbaPhase)phase);
+        pba_access_free(access);
+        pba_qmp_free(qmp);
+    }
+}
+
 int main(void)
 {
     test_pairs();
     test_entering();
     test_rules();
+    test_calls();
     return done_testing();
 }
