@@ -86,23 +86,28 @@ sub cases ($backend, $cut) {
             },
             error => qr/\Amy signal$/
         },
-        'torn down by the hook' => {
-            hooks => { freeze => sub ($access) { $access->teardown(0) } },
-            error => qr/torn down while it was set up/
-        },
-        map {
-            my $hook = $_;
-            (
-                "exported by $hook" => {
-                    hooks => { $hook => sub ($access) { $access->volumes('nbd') } },
-                    error => qr/the access is not set up yet/
-                },
-                "set up again by $hook" => {
-                    hooks => { $hook => sub ($access) { $access->setup([{ device => 'x' }]) } },
-                    error => qr/not finished - tear it down first/
-                },
-            );
-        } qw(freeze thaw)
+        calls_of_hooks(),
+    );
+}
+
+# What a hook asks of the access that is being set up.
+sub calls_of_hooks () {
+    my $teardown = sub ($access) { $access->teardown(0) };
+    my $volumes = sub ($access) { $access->volumes('nbd') };
+    my $setup = sub ($access) { $access->setup([{ device => 'x' }]) };
+    return (
+        'torn down by the hook' =>
+            { hooks => { freeze => $teardown }, error => qr/torn down while it was set up/ },
+        (
+            map {
+                ("exported by $_" => { hooks => { $_ => $volumes }, error => qr/not set up yet/ })
+            } qw(freeze thaw)
+        ),
+        (
+            map {
+                ("set up by $_" => { hooks => { $_ => $setup }, error => qr/tear it down first/ })
+            } qw(freeze thaw)
+        ),
     );
 }
 

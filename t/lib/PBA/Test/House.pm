@@ -28,7 +28,7 @@ my %FLOOR = (
 );
 my $backends_floor = 6;
 
-sub _backend ($folder) { return $folder =~ m{\Aaccess/(\w+)\z} ? $1 : undef }
+sub _backend ($folder) { return $folder =~ m{^access/(\w+)\z} ? $1 : undef }
 sub _floor ($folder) { return _backend($folder) ? $backends_floor : $FLOOR{$folder} }
 
 # The headers that others include. What has none, nobody includes: it is called through src/pba.h, or
