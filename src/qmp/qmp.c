@@ -27,6 +27,7 @@ struct PbaQmp {
     int fd; /* -1: not connected */
     pid_t peer;
     PbaQmpWire *wire;
+    guint32 nonce; /* of its commands' ids */
     uint64_t last_id;
 };
 
@@ -37,6 +38,7 @@ PbaQmp *pba_qmp_new(const char *path, unsigned timeout_s, const PbaHooks *hooks)
     qmp->timeout_s = timeout_s;
     qmp->hooks = qmp->callers_hooks = hooks ? *hooks : (PbaHooks){0};
     qmp->fd = -1;
+    qmp->nonce = g_random_int();
     return qmp;
 }
 
@@ -250,9 +252,11 @@ static JsonNode *unwrap_reply(JsonObject *reply, const char *command, const char
     return json_node_copy(value);
 }
 
+/* One that no other client has: a reply to such a client may come first (see receive_own_reply). A
+ * forked process has its parent's random numbers. */
 static char *next_id(PbaQmp *qmp)
 {
-    return g_strdup_printf("%" PRIu64, ++qmp->last_id);
+    return g_strdup_printf("pba-%d-%08x-%" PRIu64, (int)getpid(), qmp->nonce, ++qmp->last_id);
 }
 
 static JsonNode *converse(PbaQmp *qmp, const char *command, JsonNode *arguments, gint64 deadline,

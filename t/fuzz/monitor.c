@@ -56,17 +56,42 @@ static void close_client(void)
     peer.closing = false;
 }
 
-static void agree(const char *command)
+/* The caller's to free; NULL if there is none. */
+static char *id_of(const char *command)
 {
     static const char key[] = "\"id\":\"";
     const char *found = strstr(command, key);
     const char *id = found ? found + strlen(key) : NULL;
-    int length = id ? (int)strcspn(id, "\"") : 0;
+
+    return id ? g_strndup(id, strcspn(id, "\"")) : NULL;
+}
+
+static void agree(const char *command)
+{
+    g_autofree char *id = id_of(command);
 
     if (id) {
-        g_string_append_printf(peer.to_send, "{\"return\": [], \"id\": \"%.*s\"}\r\n", length, id);
+        g_string_append_printf(peer.to_send, "{\"return\": [], \"id\": \"%s\"}\r\n", id);
     } else {
         g_string_append(peer.to_send, "{\"QMP\": {}}\r\n");
+    }
+}
+
+/* Ids of the input are numbers, the last part of those of commands. */
+static void append_line(const char *command, const char *text, size_t length)
+{
+    g_autofree char *id = id_of(command);
+    const char *number = id ? strrchr(id, '-') : NULL;
+    g_autofree char *quoted = number ? g_strdup_printf("\"%s\"", number + 1) : NULL;
+    const char *found = quoted ? g_strrstr_len(text, (gssize)length, quoted) : NULL;
+
+    if (found) {
+        g_string_append_len(peer.to_send, text, found - text);
+        g_string_append_printf(peer.to_send, "\"%s\"", id);
+        found += strlen(quoted);
+        g_string_append_len(peer.to_send, found, text + length - found);
+    } else {
+        g_string_append_len(peer.to_send, text, (gssize)length);
     }
 }
 
@@ -89,7 +114,7 @@ static void say(const char *command)
             peer.closing = true;
         } else if (*peer.next != '?') {
             const char *text = peer.next + (*peer.next == '+');
-            g_string_append_len(peer.to_send, text, stop - text);
+            append_line(command, text, (size_t)(stop - text));
         }
         peer.next = stop;
         first = false;
