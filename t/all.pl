@@ -20,6 +20,7 @@ my @expected_skips = (
     qr/\Ano (?:Go compiler|libvirt|mount namespaces)\b/,
     qr/\Aneeds root\b/,
     qr/\Aneeds QEMU 10\.0 or later\b/,
+    qr/\Aneeds the tools of Debian 12\b/,
     qr/\Aneeds Ceph and PBA_FULL\b/,
     qr/\Aneeds PBA_FULL\b/,
     qr/\Aneeds PBA_(?:QEMU_SERVER|PVE_CONTAINER)\b/,

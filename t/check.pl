@@ -87,14 +87,22 @@ my %wanted = map { $_ => 1 } @ARGV;
 my $is_quick = delete($wanted{'--quick'}) && !$ENV{PBA_FULL};
 my @gates = grep { !%wanted || $wanted{ $_->{name} } } PBA::Test::Gates::all();
 @gates = grep { !$_->{is_slow} } @gates if $is_quick;
-run_all(map { parts($_) } @gates);
+
+# What formatters and checkers say changes with their version.
+my $is_elsewhere = $is_quick && PBA::Test::Cache->codename ne 'bookworm';
+my sub is_left_out ($gate) { return $is_elsewhere && !$gate->{is_own} }
+run_all(map { parts($_) } grep { !is_left_out($_) } @gates);
 
 # TAP, so that it can be one of the tests.
 say '1..' . @gates;
 my ($number, $failed) = (0, 0);
 for my $gate (@gates) {
-    my $count = () = $gate->{files}->();
     $number++;
+    if (is_left_out($gate)) {
+        say "ok $number # skip needs the tools of Debian 12: $gate->{name}";
+        next;
+    }
+    my $count = () = $gate->{files}->();
     say $gate->{wrong} ? 'not ok' : 'ok', " $number - $gate->{name}, $count files";
     next if !$gate->{wrong};
     $failed++;

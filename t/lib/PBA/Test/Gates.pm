@@ -1,9 +1,9 @@
 package PBA::Test::Gates;
 
-# What t/check.pl looks at. A gate is { name, files => its files, version => of its tools,
-# depends_on => other files that the answer for one depends on, code => files of the gate itself,
-# at_once => files that one process takes, check => whether these files are good (prints what is
-# wrong), hint => what to do }.
+# What t/check.pl looks at. A gate is { name, files => its files, is_own => no tool of others says
+# what is wrong, version => of its tools, depends_on => other files that the answer for one depends on,
+# code => files of the gate itself, at_once => files that one process takes, check => whether these
+# files are good (prints what is wrong), hint => what to do }.
 
 use v5.36;
 
@@ -185,6 +185,7 @@ sub _own_gate ($name, $problems, $hint) {
     return {
         name => $name,
         files => \&_own_perl_files,
+        is_own => 1,
         version => sub { return 1 },
         depends_on => sub ($file) { $INC{'PBA/Test/PerlRules.pm'} },
         check => sub (@files) {
@@ -250,6 +251,7 @@ sub _house () {
     return {
         name => 'house',
         files => $files,
+        is_own => 1,
         version => sub { 1 },
         depends_on => sub ($file) { $files->() },
         check => sub (@changed) {
