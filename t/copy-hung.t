@@ -28,11 +28,13 @@ if (!$ENV{PBA_UNSHARED} && system('unshare --mount true 2>/dev/null') == 0) {
     exec(qw(unshare --mount), $^X, (map { "-I$_" } @INC), $0) or die "unshare: $!\n";
 }
 
+my $Server = 'PBA::Test::NBDServer';
+
 my $MiB = 1 << 20;
 my $size = 4 * $MiB;
 my $limit = 30;    # seconds: nothing here takes as long, unless it hangs
 my $dir = File::Temp->newdir('pba-hung-XXXXXXXX', TMPDIR => 1);
-my $source = PBA::Test::NBDServer->start(size => $size, dirty => [[0, $size]]);
+my $source = $Server->start(size => $size, dirty => [[0, $size]]);
 
 # Mounts what writes to that NBD server as the file "mnt".
 sub serve ($backing) {
@@ -116,8 +118,7 @@ sub has_ended ($pid) {
 
 for my $at (qw(open write flush)) {
     subtest "a target that hangs at $at" => sub {
-        my $backing
-            = PBA::Test::NBDServer->start(size => $size, keep => 1, hang_flush => $at eq 'flush');
+        my $backing = $Server->start(size => $size, keep => 1, hang_flush => $at eq 'flush');
         my $daemon = serve($backing);
         pipe(my $in, my $out) or die "pipe: $!\n";
         my $pid = victim($out, sub { kill('STOP', $daemon) }, "$dir/mnt", $at);
@@ -131,6 +132,40 @@ for my $at (qw(open write flush)) {
         unmount($daemon, 'KILL');
     };
 }
+
+# In a process of its own, which ends after that.
+sub says_with (@options) {
+    pipe(my $in, my $out) or die "pipe: $!\n";
+    my $pid = fork() // die "cannot fork: $!\n";
+    if (!$pid) {
+        local $SIG{ALRM} = sub { die "interrupted\n" };
+        alarm(1);
+        eval {
+            open_volume($source)->copy(to => sub (@) { }, discard => 0, @options);
+        };
+        syswrite($out, $@);
+        exit(0);
+    }
+    close($out);
+    my $said = hear($in);
+    my $ended = has_ended($pid);
+    kill('KILL', $pid) if !$ended;
+    return $ended ? $said : "$said, still there";
+}
+
+subtest 'files of digests' => sub {
+    my $backing = $Server->start(size => $size, keep => 1);
+    my $daemon = serve($backing);
+    kill('STOP', $daemon);
+    my @file = ("$dir/mnt");
+    is(says_with(expected => \@file), "interrupted\n", 'of what is expected');
+    is(says_with(unchanged => \@file, 'without-base' => 1), "interrupted\n",
+        'of what is unchanged');
+    is(says_with(digests => @file), "interrupted\n", 'to be written');
+    $backing->stop;
+    kill('CONT', $daemon);
+    unmount($daemon, 'KILL');
+};
 
 sub parent_of ($stat) {
     open(my $fh, '<', $stat) or return 0;

@@ -408,14 +408,12 @@ static bool prepare_holes(Copy *copy, GError **error)
     return copy->zeroes != NULL;
 }
 
-/* Threads that compute may all be needed beside those that read. */
 static bool prepare_digests(Copy *copy, GError **error)
 {
-    if (!pba_digests_new(copy->options, copy->volume->size, &copy->digests, error)) {
-        return false;
-    }
+    bool good =
+        pba_digests_open(copy->options, copy->volume->size, &copy->loop, &copy->digests, error);
     copy->course.digests = copy->digests;
-    return !copy->digests || pba_loop_pool(&copy->loop, CLAMP(g_get_num_processors(), 1, 4), error);
+    return good;
 }
 
 static bool count_total(Copy *copy, GError **error)

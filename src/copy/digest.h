@@ -37,9 +37,12 @@ bool pba_digest_is_unset(const uint8_t *slot);
 /* Zeroes, or the data's own 32 bytes (SHA-256). */
 typedef struct PbaDigests PbaDigests;
 
-/* What the options ask for; *digests is NULL if nothing. */
+/* What the options ask for; *digests is NULL if nothing. May block: pba_digests_open does it by a
+ * thread of the loop's pool, and stays able to be interrupted. */
 bool pba_digests_new(const PbaCopyOptions *options, uint64_t size, PbaDigests **digests,
                      GError **error);
+bool pba_digests_open(const PbaCopyOptions *options, uint64_t size, PbaLoop *loop,
+                      PbaDigests **digests, GError **error);
 void pba_digests_unref(PbaDigests *digests);
 uint32_t pba_digests_block(const PbaDigests *digests);
 /* The file whose blocks alone are copied, with only_known. */
