@@ -110,9 +110,11 @@ sub _copy_sources ($self) {
 # Runs the script there, as its first process: what it leaves running ends with it.
 sub _enter ($self, $script, @arguments) {
 
-    # The root there is a mount point too, as on a machine: unshare(1) wants that.
-    my $mount = 'mount --bind "$1" "$1" && mount -t proc proc "$1/proc" && '
-        . 'mount --rbind /dev "$1/dev" && exec chroot "$@"';
+    # As a machine has it, by pivot_root: in a chroot the kernel makes no user namespaces.
+    my $mount
+        = 'mount --bind "$1" "$1" && mount -t proc proc "$1/proc" && '
+        . 'mount --rbind /dev "$1/dev" && cd "$1" && pivot_root . mnt && cd / && umount -l mnt && '
+        . 'shift && exec "$@"';
     my @environment = map { defined($ENV{$_}) ? "$_=$ENV{$_}" : () } @PASSED_ON;
     my @command = (
         qw(unshare --mount --propagation private --pid --fork --kill-child),
