@@ -253,10 +253,10 @@ static JsonNode *unwrap_reply(JsonObject *reply, const char *command, const char
 }
 
 /* One that no other client has: a reply to such a client may come first (see receive_own_reply). A
- * forked process has its parent's random numbers. */
+ * forked process has its parent's random numbers. Short, since QEMU reads commands byte by byte. */
 static char *next_id(PbaQmp *qmp)
 {
-    return g_strdup_printf("pba-%d-%08x-%" PRIu64, (int)getpid(), qmp->nonce, ++qmp->last_id);
+    return g_strdup_printf("%08x-%" PRIu64, qmp->nonce ^ (guint32)getpid(), ++qmp->last_id);
 }
 
 static JsonNode *converse(PbaQmp *qmp, const char *command, JsonNode *arguments, gint64 deadline,
