@@ -29,10 +29,9 @@ sub interrupted ($signal, $code, $name, $limit = $late) {
     return;
 }
 
-# The first query-block-exports is setup's.
 sub late_peer ($command, $signal) {
     my %returns = pve_returns();
-    my ($good, $left) = ($returns{$command}, $command eq 'query-block-exports' ? 2 : 1);
+    my ($good, $left) = ($returns{$command}, 1);
     my $main = $$;
     $returns{$command} = sub ($arguments) {
         my $reply = { return => value_of($good, $arguments) };
