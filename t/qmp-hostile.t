@@ -184,12 +184,15 @@ my %hostile = (
     'an error that is none' => [{ error => 5 }, qr/ProtocolError/, qr/./],
 );
 
+# On a busy machine what answers takes its time, too.
+sub limit_for ($class) { return 'TimeoutError' =~ $class ? 3 : 30 }
+
 for my $name (sort keys %hostile) {
     subtest "the answer is $name" => sub {
         my ($action, $class, $pattern) = $hostile{$name}->@*;
         my $peer = start_peer({ pve_returns('query-version' => action($action)) });
         my $started = time;
-        my $timeout = 'TimeoutError' =~ $class ? 1 : 30;
+        my $timeout = limit_for($class);
         my $error = dies(sub { capabilities($peer, timeout => $timeout) },
             $class, $pattern, 'query-version');
         cmp_ok(time - $started, '<', $timeout + 2, 'within the limit');
@@ -217,10 +220,11 @@ for my $stage (@stages) {
                 return $hostile-- > 0 ? action($action) : value_of($good, $arguments);
             };
             my $peer = start_peer(\%returns);
-            my $access = new_access($peer, timeout => 1);
+            my $timeout = limit_for($class);
+            my $access = new_access($peer, timeout => $timeout);
             my $started = time;
             my $error = dies(sub { $access->setup(\@one) }, $class, $pattern, $name);
-            cmp_ok(time - $started, '<', 4, "$name: in time");
+            cmp_ok(time - $started, '<', $timeout + 3, "$name: in time");
             is(eval { $error->command }, $stage, "$name: the command");
             my @names = $peer->names;
             my $asked = grep { $_ eq 'backup-access-setup' } @names;
