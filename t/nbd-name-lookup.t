@@ -13,8 +13,8 @@ use IO::Socket::INET ();
 use IO::Socket::UNIX ();
 use POSIX ();
 use Test::More;
-use Time::HiRes qw(sleep time);
 
+use PBA::Test::HostileNBD qw(interrupted);
 use PBA::Test::NBDServer qw(open_volume pattern);
 use PBA::Test::Watchdog;
 use PVE::BackupAccess::Volume;
@@ -56,28 +56,9 @@ my %sides = (
     target => sub ($uri) { open_volume($source)->copy(to => $uri, discard => 0) },
 );
 
-# In a process of its own, which ends after that.
-sub interrupted ($side, $uri) {
-    my $pid = fork() // die "cannot fork: $!\n";
-    if (!$pid) {
-        local $SIG{ALRM} = sub { die "interrupted\n" };
-        alarm(1);
-        my $done = eval { $sides{$side}->($uri); 1 };
-        exit(!$done && $@ eq "interrupted\n" ? 7 : 8);
-    }
-    my $end = time() + $limit;
-    while (time() < $end) {
-        return $? >> 8 if waitpid($pid, POSIX::WNOHANG()) == $pid;
-        sleep(0.02);
-    }
-    kill('KILL', $pid);
-    waitpid($pid, 0);
-    return 'still there';
-}
-
 for my $side (sort keys %sides) {
     for my $scheme (qw(nbd nbds)) {
-        is(interrupted($side, "$scheme://silent.example.org/disk"),
+        is(interrupted(sub { $sides{$side}->("$scheme://silent.example.org/disk") }, $limit),
             7, "$scheme, $side: a signal ends it, and the process ends");
     }
     ok(!eval { $sides{$side}->('nbd://found.example.org:1/disk'); 1 },

@@ -15,6 +15,7 @@ use POSIX ();
 use Test::More;
 use Time::HiRes qw(alarm sleep time);
 
+use PBA::Test::HostileNBD qw(interrupted);
 use PBA::Test::NBDServer qw(open_volume);
 use PBA::Test::Watchdog;
 use PVE::BackupAccess::Volume;
@@ -106,27 +107,6 @@ for my $side (sort keys %sides) {
     }
 }
 
-# In a process of its own, which ends after that.
-sub interrupted ($side, $uri) {
-    my $pid = fork() // die "cannot fork: $!\n";
-    if (!$pid) {
-        my $object = bless({}, 'Interrupted');
-        local $SIG{ALRM} = sub { die $object };
-        alarm(1);
-        my $done = eval { $sides{$side}->($uri); 1 };
-        my $error = $@;
-        exit(!$done && ref($error) eq 'Interrupted' && $error == $object ? 7 : 8);
-    }
-    my $end = time() + $limit;
-    while (time() < $end) {
-        return $? >> 8 if waitpid($pid, POSIX::WNOHANG()) == $pid;
-        sleep(0.02);
-    }
-    kill('KILL', $pid);
-    waitpid($pid, 0);
-    return 'still there';
-}
-
 my $key = make_file('psk');
 {
     open(my $fh, '>', $key) or die "$key: $!\n";
@@ -134,7 +114,7 @@ my $key = make_file('psk');
     close($fh) or die "$key: $!\n";
 }
 for my $side (sort keys %sides) {
-    is(interrupted($side, uri("tls-psk-file=$key")),
+    is(interrupted(sub { $sides{$side}->(uri("tls-psk-file=$key")) }, $limit),
         7, "$side: a server that stops in the handshake: a signal ends it, and the process ends");
 }
 
@@ -175,7 +155,7 @@ subtest 'a file system that hangs' => sub {
     }
     kill('STOP', $pid);
     for my $side (sort keys %sides) {
-        is(interrupted($side, uri("tls-psk-file=$mounted")),
+        is(interrupted(sub { $sides{$side}->(uri("tls-psk-file=$mounted")) }, $limit),
             7, "$side: a signal ends it, and the process ends");
     }
     kill('CONT', $pid);

@@ -220,6 +220,8 @@ void pba_guards_name(const PbaAccess *access, PbaDisk *disk);
 /* Above each disk's root node, and above another one of it, which may be the same. */
 typedef const char *(*PbaGuarded)(const PbaDisk *disk);
 bool pba_guards_add(PbaAccess *access, PbaGuarded guarded, GError **error);
+/* Their image, as QEMU calls it; the caller's to free. */
+char *pba_guards_image(const PbaAccess *access);
 /* Those of block, the last thing in a teardown, whose first error so far *first is. */
 void pba_guards_drop(PbaAccess *access, GError **first, const PbaBlock *block);
 /* Whether the disk's nodes cannot go. */

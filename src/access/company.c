@@ -113,28 +113,27 @@ bool pba_company_check_disks(PbaAccess *access, const PbaBlock *block, GError **
     return true;
 }
 
-/* The file of a guard has no name of ours, but our path. */
-static bool is_ours(const PbaAccess *access, JsonObject *node)
+/* The node of a guard's file has no name of ours: its file tells it. */
+static bool is_ours(JsonObject *node, const char *guards_image)
 {
     const char *name = node ? pba_json_find_string(node, "node-name") : NULL;
-    g_autofree char *guard = g_build_filename(access->socket_dir, PBA_GUARD_NAME, NULL);
-    g_autofree char *path = pba_user_run_path(access, guard);
 
-    return name &&
-           (pba_is_own_node(name) || g_strcmp0(pba_json_find_string(node, "file"), path) == 0);
+    return name && (pba_is_own_node(name) ||
+                    g_strcmp0(pba_json_find_string(node, "file"), guards_image) == 0);
 }
 
-/* Whether all nodes are those that were seen, and ours: then nobody works on a disk that did not
- * before, since all that does has a node of its own there (jobs: QEMU 7.2 to 11.0). */
+/* Whether QEMU has only the nodes that setup saw, and ours. Then no other program has begun to work
+ * on a disk: each job adds a node of its own to the disk (QEMU 7.2 to 11.0). */
 static bool are_seen_or_ours(const PbaAccess *access, JsonArray *nodes)
 {
+    g_autofree char *guards_image = pba_guards_image(access);
     guint seen = 0;
 
     for (guint i = 0; i < json_array_get_length(nodes); i++) {
         const char *name = pba_block_node_name(nodes, i);
         if (name && pba_block_find_node(&access->seen, name)) {
             seen++;
-        } else if (!is_ours(access, pba_json_element(nodes, i))) {
+        } else if (!is_ours(pba_json_element(nodes, i), guards_image)) {
             return false;
         }
     }

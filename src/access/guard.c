@@ -77,11 +77,21 @@ static bool add_guards(PbaAccess *access, const char *path, PbaGuarded guarded, 
     return true;
 }
 
+static char *image_path(const PbaAccess *access)
+{
+    return g_build_filename(access->socket_dir, PBA_GUARD_NAME, NULL);
+}
+
+char *pba_guards_image(const PbaAccess *access)
+{
+    g_autofree char *path = image_path(access);
+    return pba_user_run_path(access, path);
+}
+
 bool pba_guards_add(PbaAccess *access, PbaGuarded guarded, GError **error)
 {
-    g_autofree char *path = g_build_filename(access->socket_dir, PBA_GUARD_NAME, NULL);
-
-    g_autofree char *seen = pba_user_run_path(access, path);
+    g_autofree char *path = image_path(access);
+    g_autofree char *seen = pba_guards_image(access);
     bool done = create_image(access, path, error) && add_guards(access, seen, guarded, error);
     /* QEMU has it open. */
     unlink(path);

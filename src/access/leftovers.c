@@ -4,18 +4,6 @@
 #include "src/qmp/qmp.h"
 #include <string.h>
 
-/* A process adds its marker before its exports, and deletes it after them. */
-static bool has_own_nodes(const PbaBlock *block)
-{
-    for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
-        const char *name = pba_block_node_name(block->nodes, i);
-        if (name && pba_is_own_node(name)) {
-            return true;
-        }
-    }
-    return false;
-}
-
 bool pba_leftovers_look(PbaAccess *access, PbaBlock *block, PbaLeftovers *leftovers, GError **error)
 {
     pba_leftovers_clear(leftovers);
@@ -25,7 +13,8 @@ bool pba_leftovers_look(PbaAccess *access, PbaBlock *block, PbaLeftovers *leftov
     if (!pba_block_query(access->qmp, true, block, error)) {
         return false;
     }
-    leftovers->exports = has_own_nodes(block)
+    /* A process adds its marker before its exports, and deletes it after them. */
+    leftovers->exports = pba_block_has_nodes(block, PBA_OWN_PREFIX)
                              ? pba_qmp_query_array(access->qmp, "query-block-exports", NULL, error)
                              : json_array_new();
     return leftovers->exports != NULL;
@@ -249,7 +238,7 @@ static void add_node(const PbaLeftovers *leftovers, const char *node, GPtrArray 
                    disk);
     } else if (pba_is_owner_mark(node)) {
         add_owner(leftovers, node, things);
-    } else if (pba_is_ending_mark(node, NULL)) {
+    } else if (g_str_has_prefix(node, PBA_ENDING_PREFIX)) {
         add_thing(things, node, node + strlen(PBA_ENDING_PREFIX),
                   pba_line("the mark of a success that was being committed, '%s',", node),
                   "was removed");

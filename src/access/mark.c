@@ -60,7 +60,7 @@ bool pba_owner_mark(PbaAccess *access, JsonArray **nodes, GError **error)
     if (mark_and_look(access, nodes, error)) {
         return true;
     }
-    /* Ours only: the devices may be marked by the other one. */
+    /* Ours only: all else may be the other one's. */
     pba_owner_unmark(access, false);
     pba_access_enter(access, PBA_PHASE_NEW);
     return false;
@@ -72,6 +72,7 @@ typedef enum { MARK_STAYS, MARK_OF_END, MARK_OF_OTHERS, MARK_OWN, MARK_RANKS } M
 static MarkRank rank_of(const PbaAccess *access, JsonObject *node, const char *own, bool all)
 {
     g_autofree char *devices = pba_target_prefix(access->target_id, PBA_DEVICE_ROLE);
+    g_autofree char *ending = pba_ending_prefix(access->target_id);
     const char *name = node ? pba_json_find_string(node, "node-name") : NULL;
 
     if (!name || strcmp(name, own) == 0) {
@@ -80,7 +81,7 @@ static MarkRank rank_of(const PbaAccess *access, JsonObject *node, const char *o
     if (!all) {
         return MARK_STAYS;
     }
-    return pba_is_ending_mark(name, access->target_id) ? MARK_OF_END
+    return g_str_has_prefix(name, ending) ? MARK_OF_END
            : g_str_has_prefix(name, devices) ||
                    pba_owner_is_dead(access, name, pba_owner_node_size(node))
                ? MARK_OF_OTHERS

@@ -35,6 +35,17 @@ void pba_block_clear(PbaBlock *block)
     g_clear_pointer(&block->graph, json_object_unref);
 }
 
+bool pba_block_has_nodes(const PbaBlock *block, const char *prefix)
+{
+    for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
+        const char *name = pba_block_node_name(block->nodes, i);
+        if (name && g_str_has_prefix(name, prefix)) {
+            return true;
+        }
+    }
+    return false;
+}
+
 const char *pba_block_device_node(JsonObject *device)
 {
     JsonObject *inserted = pba_json_find_object(device, "inserted");

@@ -16,7 +16,7 @@
 
 bool pba_is_own_node(const char *node)
 {
-    return g_str_has_prefix(node, "pba-");
+    return g_str_has_prefix(node, PBA_OWN_PREFIX);
 }
 
 char *pba_short_hash(const char *text)
@@ -112,20 +112,18 @@ char *pba_export_id(const char *target_id, const char *nonce, const char *key)
     return g_strconcat(PBA_EXPORT_PREFIX, nonce, "-", target, "-", key, NULL);
 }
 
+char *pba_ending_prefix(const char *target_id)
+{
+    g_autofree char *target = pba_short_hash(target_id);
+    return g_strconcat(PBA_ENDING_PREFIX, target, NULL);
+}
+
 /* Node names have 31 bytes: a part of the nonce has to do. A name pba-ending-TARGET-... would be
  * taken for that of a disk's node. */
 char *pba_ending_mark(const char *target_id, const char *nonce)
 {
-    g_autofree char *target = pba_short_hash(target_id);
-    return g_strdup_printf("%s%s.%.*s", PBA_ENDING_PREFIX, target, PBA_HASH_LENGTH, nonce);
-}
-
-bool pba_is_ending_mark(const char *node, const char *target_id)
-{
-    g_autofree char *target = target_id ? pba_short_hash(target_id) : NULL;
-
-    return g_str_has_prefix(node, PBA_ENDING_PREFIX) &&
-           (!target || g_str_has_prefix(node + strlen(PBA_ENDING_PREFIX), target));
+    g_autofree char *prefix = pba_ending_prefix(target_id);
+    return g_strdup_printf("%s.%.*s", prefix, PBA_HASH_LENGTH, nonce);
 }
 
 const char *pba_bitmap_target(const char *name)

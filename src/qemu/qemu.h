@@ -28,6 +28,7 @@ G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(PbaQemu, pba_qemu_clear)
 /* Names */
 
 /* Whether the name is of a node of ours, of whatever target. */
+#define PBA_OWN_PREFIX "pba-"
 bool pba_is_own_node(const char *node);
 /* The hash in names of ours, of so many hexadecimal digits. */
 #define PBA_HASH_LENGTH 8
@@ -55,8 +56,8 @@ char *pba_export_id(const char *target_id, const char *nonce, const char *key);
  * the caller's to free. Nothing of version 0.1.0 has a name like this. */
 #define PBA_ENDING_PREFIX "pba-ending-"
 char *pba_ending_mark(const char *target_id, const char *nonce);
-/* Whether it is one, of this target or, with NULL, of any. */
-bool pba_is_ending_mark(const char *node, const char *target_id);
+/* What all such names of this target begin with. */
+char *pba_ending_prefix(const char *target_id);
 /* Names of the bitmaps that we add for a target; the caller's to free. Without a nonce the
  * background bitmap is one of version 0.1.0. */
 char *pba_target_bitmap(const char *target_id);
@@ -97,6 +98,8 @@ JsonObject *pba_block_find_device(const PbaBlock *block, const char *name);
 /* The device whose root is that node. */
 JsonObject *pba_block_find_user(const PbaBlock *block, const char *node);
 JsonObject *pba_block_find_node(const PbaBlock *block, const char *node);
+/* Whether there are any whose names begin so. */
+bool pba_block_has_nodes(const PbaBlock *block, const char *prefix);
 JsonObject *pba_block_find_bitmap(const PbaBlock *block, const char *node, const char *bitmap);
 /* The first background bitmap that the node has, of the target's bitmap with a companion or of the
  * one without. */

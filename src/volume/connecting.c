@@ -2,8 +2,8 @@
  * (getaddrinfo(3)), for as long as name servers let it wait, and reads the files of TLS within
  * others, from wherever they are: many seconds, or for ever. And where a server stops in the middle
  * of a TLS handshake, libnbd (1.14.2) does not return from nbd_aio_notify_read(3), but asks GnuTLS
- * again and again. So those calls are made in a thread, which is left behind if it is not waited
- * for any more; its socket is shut down then, which ends that loop. */
+ * again and again. So a thread makes those calls. A caller that stops waiting leaves the thread
+ * behind, and shuts its socket down, which ends that loop. */
 #include "src/base/base.h"
 #include "volume.h"
 #include <errno.h>
@@ -42,7 +42,7 @@ typedef struct {
     int done;
     pid_t owner;
     GMutex mutex; /* of what follows */
-    bool is_left; /* nobody waits any more */
+    bool is_left; /* the caller has stopped waiting */
     int socket;   /* a copy of the handle's, which the handle may close at any time; -1: none */
 } Connecting;
 
@@ -74,7 +74,7 @@ static bool is_left(void *opaque)
     return is_left;
 }
 
-/* False if nobody waits any more. */
+/* False if the caller has stopped waiting. */
 static bool note_socket(Connecting *connecting, int fd)
 {
     int copy = fcntl(fd, F_DUPFD_CLOEXEC, 0);

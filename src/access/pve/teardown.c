@@ -109,13 +109,8 @@ static bool check_safe(PbaAccess *access, const PbaBlock *block, GError **error)
 /* What QEMU has of ours at one moment. */
 static bool is_marked_as_ending(const PbaAccess *access, const PbaBlock *block)
 {
-    for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
-        const char *name = pba_block_node_name(block->nodes, i);
-        if (name && pba_is_ending_mark(name, access->target_id)) {
-            return true;
-        }
-    }
-    return false;
+    g_autofree char *prefix = pba_ending_prefix(access->target_id);
+    return pba_block_has_nodes(block, prefix);
 }
 
 /* While an access with bitmaps is up. */
@@ -320,7 +315,7 @@ static bool check(PbaAccess *access, const PbaBlock *block, GError **error)
 
 static bool end(PbaAccess *access, const PbaBlock *block, bool success, GError **error)
 {
-    /* A dead process that had marked no device had sent nothing. */
+    /* A dead process that had put no hold on a disk had sent nothing. */
     if (access->disks->len == 0 ||
         (!access->is_recovery && pba_pve_has_done_nothing(access, block))) {
         return true;

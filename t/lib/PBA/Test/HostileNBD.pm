@@ -13,7 +13,8 @@ use PBA::Test::NBDServer qw(open_volume);
 
 our @EXPORT = qw(
     $KiB $MiB $GiB @blocks
-    start open_volume map_of expected_map error_class map_dies pattern in_child status_of dies_by_alarm
+    start open_volume map_of expected_map error_class map_dies pattern in_child interrupted status_of
+    dies_by_alarm
 );
 
 our $KiB = 1 << 10;
@@ -98,6 +99,21 @@ sub in_child ($code) {
         exit($status);
     }
     return status_of($pid);
+}
+
+# What a signal has to end with what its handler dies with, in a process of its own, which has to end after that.
+# The exit status is 7 then.
+sub interrupted ($code, $seconds) {
+    my $pid = fork() // die "cannot fork: $!\n";
+    if (!$pid) {
+        my $object = bless({}, 'Interrupted');
+        local $SIG{ALRM} = sub { die $object };
+        alarm(1);
+        my $done = eval { $code->(); 1 };
+        my $error = $@;
+        exit(!$done && ref($error) eq 'Interrupted' && $error == $object ? 7 : 8);
+    }
+    return status_of($pid, $seconds) >> 8;
 }
 
 # The child's exit status; one that hangs is ended.

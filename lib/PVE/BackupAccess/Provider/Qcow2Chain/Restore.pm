@@ -15,7 +15,7 @@ my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
 # is-file: a raw file is needed as well.
 sub start ($class, $guest, $name, $device, %options) {
 
-    # Before the chain is looked at: nobody merges a part of it from here on.
+    # Before the chain is read: while this lock is held, no prune and no removal merges a part of it.
     my $self = bless({ reading => $guest->read_lock }, $class);
     my @chain = $guest->chain($name, $device);
     my $problem = $guest->headers_problem($device, @chain);
