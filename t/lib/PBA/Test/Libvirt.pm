@@ -77,6 +77,16 @@ sub _spawn ($self, $code) {
     return;
 }
 
+# Commands of the shell, in its mount namespace, that make a user known.
+sub _with_user ($self, $name, $id) {
+    my %lines = (passwd => "x:$id:${id}::/:/bin/false", group => "x:$id:");
+    for my $file (sort keys %lines) {
+        my $others = read_file("/etc/$file") =~ s/^\Q$name\E:.*\n//mr;
+        write_file("$self->{dir}/$file", "${others}$name:$lines{$file}\n");
+    }
+    return map { "mount --bind $self->{dir}/$_ /etc/$_" } sort keys %lines;
+}
+
 sub _start_system ($self) {
     my $dir = $self->{dir};
     my @mounts = ('mount --make-rprivate /');
@@ -84,12 +94,7 @@ sub _start_system ($self) {
         make_path("$dir/$system_dirs{$target}", $target);
         push(@mounts, "mount --bind $dir/$system_dirs{$target} $target");
     }
-    my %lines = (passwd => "x:$qemu_id:${qemu_id}::/:/bin/false", group => "x:$qemu_id:");
-    for my $file (sort keys %lines) {
-        my $others = read_file("/etc/$file") =~ s/^libvirt-qemu:.*\n//mr;
-        write_file("$dir/$file", "${others}libvirt-qemu:$lines{$file}\n");
-        push(@mounts, "mount --bind $dir/$file /etc/$file");
-    }
+    push(@mounts, $self->_with_user('libvirt-qemu', $qemu_id));
     write_file("$dir/-etc-libvirt/qemu.conf",
         qq(security_driver = "none"\nnamespaces = []\ncgroup_controllers = []\nstdio_handler = "file"\n)
     );
@@ -118,9 +123,17 @@ sub _start_session ($self) {
     write_file("$self->{dir}/home/config/libvirt/qemu.conf", qq(stdio_handler = "file"\n));
     system('chown', '-R', "$session_id:$session_id", "$self->{dir}/home", "$self->{dir}/images");
     $self->{socket} = "$environment{XDG_RUNTIME_DIR}/libvirt/libvirt-sock";
+
+    # libvirt wants to know its name.
+    my $script = join(' && ',
+        'mount --make-rprivate /',
+        $self->_with_user('pba-session', $session_id),
+        "exec setpriv --reuid $session_id --regid $session_id --clear-groups"
+            . " libvirtd -p $self->{dir}/home/pid");
     $self->_spawn(
         sub {
-            $self->as_user(sub { exec('libvirtd', '-p', "$self->{dir}/home/pid") });
+            @ENV{ keys %environment } = values %environment;
+            exec('unshare', '-m', 'sh', '-c', $script);
         }
     );
     return;
