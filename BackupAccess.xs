@@ -21,6 +21,9 @@ _dispatch_signals()
 bool
 glue_end_with_parent(int signal)
 
+int
+glue_open_process(int pid)
+
 SV *
 _free_bytes(SV *path)
     CODE:

@@ -135,6 +135,8 @@ extern pid_t glue_current_pid;
 void glue_note_fork(void);
 /* For a child that is about to run a program: the kernel ends it with its parent (prctl(2)). */
 bool glue_end_with_parent(int signal);
+/* A descriptor that has input when the process has ended (pidfd_open(2)); -1 if there is none. */
+int glue_open_process(pid_t pid);
 
 /* The Perl object that owns the C half from now on. */
 SV *glue_new_access(pTHX_ PbaAccessObject *object, SV *klass);

@@ -1,6 +1,7 @@
 /* The C half of a Perl object. */
 #include "glue.h"
 
+#include <sys/pidfd.h>
 #include <sys/prctl.h>
 
 pid_t glue_current_pid;
@@ -13,6 +14,11 @@ void glue_note_fork(void)
 bool glue_end_with_parent(int signal)
 {
     return prctl(PR_SET_PDEATHSIG, signal) == 0;
+}
+
+int glue_open_process(pid_t pid)
+{
+    return pidfd_open(pid, 0);
 }
 
 /* The C object hangs on its Perl object by magic, which Perl code can neither forge nor copy, and

@@ -39,6 +39,29 @@ for my $name (sort keys %evals) {
     is_deeply([PBA::Test::PerlRules::bare_evals($file)], \@expected, "evals: $name");
 }
 
+my %waits = (
+    'a child' => ['waitpid($pid, 0);', 1],
+    'a child of a hash' => ['1 while ($ended = waitpid($self->{pid}, 0)) < 0;', 1],
+    'one that is looked at' => ['waitpid($pid, WNOHANG);', 0],
+    'handles' => ['for my $handle ($select->can_read) {', 1],
+    'handles for a time' => ['$select->can_read(0.2);', 0],
+    'select' => ['select($ready, undef, undef, undef);', 1],
+    'select for a time' => ['select($ready, undef, undef, $left);', 0],
+    'a lock' => ['flock($fh, LOCK_EX) or die;', 1],
+    'a lock that is tried' => ['flock($fh, $how | LOCK_NB);', 0],
+    'a lock that is let go' => ['flock($fh, LOCK_UN);', 0],
+    'a long sleep' => ['sleep(60);', 1],
+    'a short sleep' => ['sleep(0.02);', 0],
+    'a comment' => ['work();    # not waitpid($pid, 0)', 0],
+);
+
+for my $name (sort keys %waits) {
+    my ($code, $count) = $waits{$name}->@*;
+    my $file = planted('wait.pm', "package X;\n\nsub f () {\n    $code\n}\n\n1;\n");
+    my @expected = $count ? ("$file:4: a wait without an end") : ();
+    is_deeply([PBA::Test::PerlRules::long_waits($file)], \@expected, "waits: $name");
+}
+
 my $file = planted('pod.pm', <<'END');
 =head1 SYNOPSIS
 

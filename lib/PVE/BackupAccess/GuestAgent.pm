@@ -11,6 +11,7 @@ use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC);
 use PVE::BackupAccess::Argument qw(check_code check_filled_text check_options check_positive);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Try qw(attempt attempt_any deaths_of worst_of);
+use PVE::BackupAccess::Wait qw(slice);
 
 my $default_timeout = 60;
 my $silence_limit = 5;    # seconds, until an agent that does not answer is taken for none
@@ -212,7 +213,7 @@ sub _receive ($self, $session) {
         $self->_fail($session, 'TimeoutError', "had no answer within $session->{seconds} s")
             if $left <= 0;
         vec(my $ready = '', $fd, 1) = 1;
-        next if select($ready, undef, undef, $left) < 1;
+        next if select($ready, undef, undef, slice($left)) < 1;
         my $got = sysread($session->{socket}, $session->{buffer}, 4096, length($session->{buffer}));
         next if !defined($got) && ($! == EAGAIN || $! == EINTR);
         $self->_fail($session, 'ConnectionError',

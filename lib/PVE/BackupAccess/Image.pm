@@ -16,6 +16,7 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Program qw(end_with program_environment);
 use PVE::BackupAccess::Provider::Qcow2Chain::PrivateDir;
 use PVE::BackupAccess::Try qw(attempt);
+use PVE::BackupAccess::Wait qw(wait_for_child);
 
 our $qemu_storage_daemon = 'qemu-storage-daemon';
 
@@ -189,10 +190,8 @@ sub stop ($self) {
     my $pid = delete($self->{pid}) // return;
     kill(TERM => $pid);
     local $?;
-    my $ended;
-    1 while ($ended = waitpid($pid, 0)) < 0 && $!{EINTR};
-    fail("$qemu_storage_daemon ended with status $? - " . log_line($self))
-        if $ended == $pid && $? != 0;
+    my $status = wait_for_child($pid);
+    fail("$qemu_storage_daemon ended with status $status - " . log_line($self)) if $status;
     return;
 }
 

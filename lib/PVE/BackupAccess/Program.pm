@@ -13,6 +13,7 @@ use Time::HiRes qw(sleep time);
 use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Try qw(ensure);
+use PVE::BackupAccess::Wait qw(wait_for_child);
 
 our @EXPORT_OK = qw(end_with new_pipe program_environment run_program temporary_file);
 
@@ -87,13 +88,6 @@ my sub start ($pid, $out, $err, @command) {
     fail('SystemError', "cannot fork - $problem");
 }
 
-# Its status, once it has ended; undef if other code of this process has waited for it.
-my sub wait_for ($pid) {
-    my $ended;
-    1 while ($ended = waitpid($pid, 0)) < 0 && $!{EINTR};
-    return $ended == $pid ? $? : undef;
-}
-
 # A child that has not been waited for keeps its number.
 my sub kill_child ($pid) {
     my $deadline = time + $end_limit;
@@ -111,7 +105,7 @@ sub run_program (@command) {
     local ($!, $?);
     my $work = sub {
         start(\$pid, $out, $err, @command);
-        $status = wait_for($pid);
+        $status = wait_for_child($pid);
     };
     ensure($work, sub ($died) { kill_child($pid) if $died && $pid });
     my $message = read_all($err);

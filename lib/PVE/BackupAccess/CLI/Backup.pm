@@ -22,6 +22,7 @@ use PVE::BackupAccess::Provider::Qcow2Chain;
 use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(check_name number_for);
 use PVE::BackupAccess::Task;
 use PVE::BackupAccess::Try qw(ensure);
+use PVE::BackupAccess::Wait qw(wait_for_lock);
 
 my $id_file = '.backup-id';
 
@@ -45,7 +46,7 @@ my sub vmid_of ($opt) {
 sub identity_of ($directory) {
     my $file = "$directory/$id_file";
     sysopen(my $fh, $file, O_RDWR | O_CREAT, 0600) or die "$directory cannot be written to - $!\n";
-    flock($fh, LOCK_EX) or die "$file: cannot be locked - $!\n";
+    wait_for_lock($fh, LOCK_EX) or die "$file: cannot be locked - $!\n";
     if (!-s $fh) {
         print {$fh} unpack('H*', read_file('/dev/urandom', 16)), "\n";
         $fh->flush && $fh->sync or die "$file: $!\n";

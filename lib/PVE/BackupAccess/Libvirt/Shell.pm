@@ -12,6 +12,7 @@ use Time::HiRes ();
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Program qw(program_environment);
 use PVE::BackupAccess::Try qw(attempt_any ensure);
+use PVE::BackupAccess::Wait qw(slice wait_for_child);
 
 my $Error = 'PVE::BackupAccess::Error';
 my $max_reply = 64 << 20;
@@ -54,7 +55,7 @@ my sub end ($process) {
     close($_) for $process->@{qw(to from)};
     local ($?, $!);
     kill(KILL => $process->{pid});
-    waitpid($process->{pid}, 0);
+    wait_for_child($process->{pid});
     return;
 }
 
@@ -65,7 +66,7 @@ my sub go_on ($self, $process, $to_write, $text, $deadline) {
     die "virsh has not answered for $self->{timeout} seconds\n" if $left <= 0;
     my $writer = $to_write->$* eq '' ? undef : IO::Select->new($process->{to});
     my ($readable, $writable)
-        = IO::Select::select(IO::Select->new($process->{from}), $writer, undef, $left);
+        = IO::Select::select(IO::Select->new($process->{from}), $writer, undef, slice($left));
     if ($writable && $writable->@*) {
         my $n = syswrite($process->{to}, $to_write->$*, 4096);
         die "virsh takes no more commands - $!\n" if !defined($n) && $! != EINTR;
@@ -87,7 +88,7 @@ sub run ($self, @arguments) {
         = attempt_any { 1 while go_on($self, $process, \(my $nothing = ''), \$text, $deadline) };
     kill(KILL => $process->{pid}) if defined($error);
     local $?;
-    waitpid($process->{pid}, 0);
+    wait_for_child($process->{pid});
     my $problem = defined($error) ? "$error" : $? ? $text : return $text;
     $Error->throw('ConnectionError',
         "virsh $arguments[0] failed - " . ($problem =~ s/^error:\s*//mgr) =~ s/\s+\z//r

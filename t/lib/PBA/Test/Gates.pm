@@ -11,7 +11,8 @@ use File::Temp ();
 use List::Util qw(uniq);
 
 use PBA::Test::House qw(broken_rules);
-use PBA::Test::PerlRules qw(bare_evals long_files long_functions long_names);
+use PBA::Test::PerlRules qw(bare_evals long_files long_functions long_names
+    long_waits);
 use PBA::Test::Sources qw(lines_of source_files);
 
 sub _files (@patterns) {
@@ -40,8 +41,8 @@ sub all () {
     my @gates = (
         _clang_tidy(), _clang_analyzer(), _perltidy(), _perlcritic(),
         _cppcheck(), _clang_format(), _codespell(), _spelling(),
-        _shellcheck(), _house(), _evals(), _functions(),
-        _names(), _lengths(),
+        _shellcheck(), _house(), _evals(), _waits(),
+        _functions(), _names(), _lengths(),
     );
     for my $gate (@gates) {
         $gate->{code} = [__FILE__, $INC{'PBA/Test/Sources.pm'}, $INC{'PBA/Test/House.pm'}];
@@ -195,6 +196,15 @@ sub _own_gate ($name, $problems, $hint) {
         },
         hint => $hint,
     };
+}
+
+sub _waits () {
+    return _own_gate(
+        'waits',
+        \&long_waits,
+        'a signal that arrives just before a call that blocks does not end it: use'
+            . ' PVE::BackupAccess::Wait, which waits by slices',
+    );
 }
 
 sub _evals () {

@@ -8,7 +8,7 @@ use v5.36;
 
 use Exporter qw(import);
 
-our @EXPORT_OK = qw(bare_evals long_files long_functions long_names);
+our @EXPORT_OK = qw(bare_evals long_files long_functions long_names long_waits);
 
 my $max_lines = 40;    # of a function
 my $max_code = 500;    # lines of a file
@@ -71,6 +71,25 @@ sub long_names ($file) {
     }
     return map { "$file: $_ stands there $count{$_} times, more than $max_names" }
         grep { $count{$_} > $max_names } sort keys %count;
+}
+
+# Calls that block until something happens, outside of the one module for it: a signal that arrives just
+# before such a call does not end it.
+my @blocking = (
+    qr/\bwaitpid\([^()]*(?:\([^()]*\)[^()]*)*,\s*0\)/, qr/->can_(?:read|write)\b(?:\(\))?(?!\()/,
+    qr/\bselect\([^;]*,\s*undef\)/, qr/\bflock\((?![^;]*(?:LOCK_NB|LOCK_UN))/,
+    qr/\bsleep\((?:\d{2,}|[1-9])\b/,
+);
+
+sub long_waits ($file) {
+    return if $file =~ m{PVE/BackupAccess/Wait\.pm\z};
+    my @found;
+    for my $line (_code_lines($file)) {
+        my ($number, $text) = $line->@*;
+        my $code = $text =~ s/(?:^|\s)#.*//sr =~ s/'[^']*'|"[^"]*"//gr;
+        push(@found, "$file:$number: a wait without an end") if grep { $code =~ $_ } @blocking;
+    }
+    return @found;
 }
 
 # Uses of eval outside of a DESTROY, which must not let anything out, and of the one module for it.

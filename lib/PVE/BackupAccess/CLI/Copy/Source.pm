@@ -12,6 +12,7 @@ use PVE::BackupAccess::CLI qw(untainted usage_error);
 use PVE::BackupAccess::CLI::Access qw(text);
 use PVE::BackupAccess::Try qw(attempt_any);
 use PVE::BackupAccess::Volume;
+use PVE::BackupAccess::Wait qw(next_line);
 
 our @EXPORT_OK = qw(descriptor open_source);
 
@@ -50,10 +51,10 @@ my sub read_region ($line) {
 
 # A code ref that gives a region a call, as the API has it. A stream without its end is one that was cut.
 my sub region_reader ($fh) {
-    my ($count, $is_over) = (0, 0);
+    my ($count, $is_over, $text) = (0, 0, '');
     return sub () {
         return if $is_over;
-        my $line = readline($fh);
+        my $line = next_line($fh, \$text);
         die "the regions end after $count, without an end - who writes them has failed\n"
             if !defined($line);
         my ($offset, $length, $is_end) = read_region($line)

@@ -15,6 +15,7 @@ use Time::HiRes qw(sleep);
 use PVE::BackupAccess::CLI::Access qw(text);
 use PVE::BackupAccess::CLI::Monitor;
 use PVE::BackupAccess::Try qw(attempt);
+use PVE::BackupAccess::Wait qw(wait_for_child);
 
 my $mib = 1024 * 1024;
 my $timeout = 60;
@@ -133,7 +134,7 @@ sub log ($self) {
 sub end ($self) {
     return if !$self->is_alive;
     kill(KILL => $self->{pid});    # not waited for yet: the number is its own
-    waitpid($self->{pid}, 0);
+    wait_for_child($self->{pid});
     delete($self->{pid});
     return;
 }

@@ -9,7 +9,6 @@ use v5.36;
 
 use IO::Select ();
 use JSON::PP ();
-use List::Util qw(max);
 use POSIX qw(SIG_BLOCK SIG_SETMASK);
 use Socket qw(AF_UNIX MSG_NOSIGNAL PF_UNSPEC SOCK_STREAM);
 use Time::HiRes ();
@@ -20,6 +19,7 @@ use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Program qw(new_pipe);
 use PVE::BackupAccess::Provider::Qcow2Chain::Tar qw(compress start_tar stream_problem);
 use PVE::BackupAccess::Try qw(attempt_any deaths_of is_own);
+use PVE::BackupAccess::Wait qw(pause read_some wait_for_child wait_until_readable);
 
 my $Error = 'PVE::BackupAccess::Error';
 
@@ -51,9 +51,7 @@ my sub tell ($self, %message) {
 # The next one; undef if the other one is gone.
 my sub hear ($self) {
     while ($self->{heard} !~ m/\n/) {
-        my $got = sysread($self->{control}, $self->{heard}, 65536, length($self->{heard}));
-        next if !defined($got) && $!{EINTR};
-        return undef if !$got;
+        read_some($self->{control}, \$self->{heard}, 65536) or return undef;
     }
     $self->{heard} =~ s/\A(.*)\n//;
     return JSON::PP->new->decode($1);
@@ -67,8 +65,7 @@ my sub next_part ($self) {
     while (1) {
         my %ready
             = map { fileno($_) => 1 }
-            IO::Select->new($data, $self->{'is complete'} ? () : $control)->can_read
-            or next;
+            wait_until_readable($data, $self->{'is complete'} ? () : $control);
         if ($ready{ fileno($data) }) {
             my $got = sysread($data, my $part, $piece);
             next if !defined($got);
@@ -90,7 +87,7 @@ my sub paced ($self, $limit) {
         my $part = next_part($self);
         $size += length($part // '');
         my $now = Time::HiRes::time();
-        Time::HiRes::sleep(max(0, $began + $size / $limit - $now)) if $limit;
+        pause($began + $size / $limit - $now) if $limit;
         if ($now >= $next_report) {
             tell($self, log => 'container: read ' . bytes($size));
             $next_report = $now + $report_every;
@@ -199,14 +196,14 @@ my sub on_message ($self, $log, $message) {
 
 # tar's messages, until it has closed them. Returns the first.
 my sub listen_to_tar ($self, $log, $messages) {
-    my ($select, $text, $first) = (IO::Select->new($messages, $self->{control}), '', undef);
+    my ($text, $first) = ('', undef);
     while (1) {
-        for my $handle ($select->can_read) {
+        for my $handle (wait_until_readable($messages, $self->{control})) {
             if ($handle == $self->{control}) {
                 on_message($self, $log, hear($self));
                 next;
             }
-            my $got = sysread($messages, $text, 4096, length($text));
+            my $got = read_some($messages, \$text, 4096);
             return $first if defined($got) && !$got;
             while ($text =~ s/\A(.*)\n//) {
                 my $line = $1 =~ s/[[:cntrl:]]/ /agr;
@@ -249,11 +246,8 @@ sub end ($self, $success) {
     kill('TERM', $pid) if !$success && waitpid($pid, POSIX::WNOHANG()) == 0;
 
     # Other code of this process may have waited for it: its end of the socket tells.
-    while (1) {
-        my $got = sysread($self->{control}, my $ignored, 65536);
-        last if defined($got) ? !$got : !$!{EINTR};
-    }
-    waitpid($pid, 0);
+    1 while read_some($self->{control}, \(my $ignored = ''), 65536);
+    wait_for_child($pid);
     return;
 }
 

@@ -11,6 +11,7 @@ use POSIX ();
 use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Program qw(end_with program_environment temporary_file);
+use PVE::BackupAccess::Wait qw(wait_for_child);
 
 my $Error = 'PVE::BackupAccess::Error';
 my $first_free_fd = 10;    # past those that a program has by itself
@@ -57,9 +58,7 @@ sub said ($self) {
 sub _wait ($self) {
     my $pid = delete($self->{pid});
     local ($!, $?);
-    my $ended;
-    1 while ($ended = waitpid($pid, 0)) < 0 && $!{EINTR};
-    return $ended == $pid ? $? : undef;
+    return wait_for_child($pid);
 }
 
 # Why it did not end well, undef if it did.

@@ -10,6 +10,7 @@ use Fcntl qw(LOCK_EX O_CREAT O_RDWR);
 use PVE::BackupAccess::Argument qw(bad_argument);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::File qw(entries make_directory read_file replace_file);
+use PVE::BackupAccess::Wait qw(wait_for_lock);
 
 our @EXPORT_OK = qw(check_name name_of number_for number_of);
 
@@ -46,7 +47,7 @@ sub number_for ($store, $name) {
     make_directory("$store/vm");
     my $path = "$store/vm/.lock";
     sysopen(my $lock, $path, O_RDWR | O_CREAT, 0600) or fail("cannot open $path - $!");
-    flock($lock, LOCK_EX) or fail("cannot lock $path - $!");
+    wait_for_lock($lock, LOCK_EX) or fail("cannot lock $path - $!");
     my $known = number_of($store, $name);
     return $known if defined($known);
     my $vmid = 1;

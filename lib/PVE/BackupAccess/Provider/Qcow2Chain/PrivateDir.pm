@@ -12,6 +12,7 @@ use File::Temp ();
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::File qw(remove_tree);
 use PVE::BackupAccess::Try qw(attempt_any);
+use PVE::BackupAccess::Wait qw(wait_for_lock);
 
 my $prefix = 'pba-server-';
 
@@ -23,7 +24,7 @@ my $tree = 'tree';
 my sub lock_dir ($path, $how) {
     local $^F = 2;
     sysopen(my $lock, $path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW) or return undef;
-    return flock($lock, $how) ? $lock : undef;
+    return wait_for_lock($lock, $how) ? $lock : undef;
 }
 
 my sub remove ($path) {

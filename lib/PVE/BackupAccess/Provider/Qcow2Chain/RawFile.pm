@@ -13,6 +13,7 @@ use Socket qw(AF_UNIX PF_UNSPEC SHUT_WR SOCK_STREAM);
 use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Program qw(program_environment);
+use PVE::BackupAccess::Wait qw(read_some wait_for_child);
 
 # It lies beside the module's library, whose path may be relative to what is the working directory
 # now. It is trusted (taint mode) as the library is, whose code runs already.
@@ -45,10 +46,7 @@ sub _serve ($class, $path, @more) {
     my $self = bless({ pid => $pid, owner => $$, socket => $parent, path => $path }, $class);
     my $said = '';
 
-    while ($said !~ m/\0/) {
-        my $got = sysread($parent, $said, 4096, length($said));
-        last if defined($got) ? !$got : !$!{EINTR};
-    }
+    1 while $said !~ m/\0/ && read_some($parent, \$said, 4096);
     fail('SystemError', 'cannot serve a raw file - ' . ($said || 'pba-vfile ended'))
         if $said !~ m/\0\z/;
     return $self;
@@ -93,9 +91,7 @@ sub stop ($self) {
     my $pid = $self->{pid} // return;
     local ($!, $?);
     shutdown($self->{socket}, SHUT_WR);
-    my $ended;
-    1 while ($ended = waitpid($pid, 0)) < 0 && $!{EINTR};
-    $self->_ended($ended == $pid ? $? : 0);
+    $self->_ended(wait_for_child($pid) // 0);
     return;
 }
 

@@ -16,6 +16,7 @@ use PVE::BackupAccess::Program qw(end_with program_environment);
 use PVE::BackupAccess::Provider::Qcow2Chain::PrivateDir;
 use PVE::BackupAccess::Try qw(attempt);
 use PVE::BackupAccess::Volume;
+use PVE::BackupAccess::Wait qw(wait_for_child);
 
 our $qemu_nbd = 'qemu-nbd';
 
@@ -141,13 +142,13 @@ sub _end ($self, $signal) {
     # A child that has not been waited for keeps its number. A SIGCHLD handler of the caller's may have
     # waited for it; then the number may be another process' by now.
     my $ended = waitpid($pid, POSIX::WNOHANG());
+    my $status = $ended == $pid ? $? : undef;
     if ($ended == 0) {
         CORE::kill($signal, $pid);
-        1 while ($ended = waitpid($pid, 0)) < 0 && $!{EINTR};   # a handler that dies: DESTROY waits
+        $status = wait_for_child($pid);    # a handler that dies: DESTROY waits
     }
-    my $status = $?;
     delete($self->{pid});
-    return $ended == $pid ? $status : undef;
+    return $status;
 }
 
 # For one that only reads.

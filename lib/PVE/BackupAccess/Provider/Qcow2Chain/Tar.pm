@@ -12,6 +12,7 @@ use PVE::BackupAccess::Argument qw(bad_argument check_filled_text);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Program qw(new_pipe run_program);
 use PVE::BackupAccess::Provider::Qcow2Chain::Filter;
+use PVE::BackupAccess::Wait qw(next_line read_some);
 
 our @EXPORT_OK = qw(compress extract is_for_pct start_tar stream_problem);
 
@@ -121,12 +122,9 @@ sub stream_problem ($path, $stream) {
     my $program = $Filter->start({ in => $file, out => $to }, $zstd, '--decompress', '--stdout');
     close($to);
     my $digest = Digest::SHA->new(256);
-    my $size = 0;
-    while (1) {
-        my $got = sysread($from, my $data, $piece);
-        next if !defined($got) && $!{EINTR};
-        last if !$got;
-        $digest->add($data);
+    my ($size, $data) = (0, '');
+    while (my $got = read_some($from, \$data, $piece)) {
+        $digest->add(substr($data, 0, $got, ''));
         $size += $got;
     }
     my $problem = $program->problem;
@@ -144,8 +142,8 @@ sub is_for_pct ($path) {
     my $program = $Filter->start({ out => $to },
         $tar, '--list', '--verbose', '--numeric-owner', '--zstd', "--file=$path");
     close($to);
-    my ($members, $has_sbin) = (0, 0);
-    while (defined(my $line = <$from>)) {
+    my ($members, $has_sbin, $text) = (0, 0, '');
+    while (defined(my $line = next_line($from, \$text))) {
         $members++;
         $has_sbin ||= $line =~ m!\A[dlh].* (?:\./)?sbin(?:/$| -> | link to )!;
         last if $has_sbin && $members >= $least_members;

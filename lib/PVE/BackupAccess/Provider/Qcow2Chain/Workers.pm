@@ -14,6 +14,7 @@ use Time::HiRes ();
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Program qw(end_with new_pipe);
 use PVE::BackupAccess::Try qw(deaths_of ensure is_own);
+use PVE::BackupAccess::Wait qw(wait_for_child);
 
 use Exporter qw(import);
 
@@ -94,7 +95,7 @@ my sub end_all ($workers) {
     for my $worker (values $workers->%*) {
         next if wait_for($worker->{pid}, $until);
         kill('KILL', $worker->{pid});
-        waitpid($worker->{pid}, 0);
+        wait_for_child($worker->{pid});
     }
     $workers->%* = ();
     return;
@@ -114,7 +115,7 @@ my sub hear ($worker, $results, $told) {
 
 my sub finish ($workers, $worker, $results) {
     delete($workers->{ fileno($worker->{read}) });
-    waitpid($worker->{pid}, 0);
+    wait_for_child($worker->{pid});
     $Error->throw('SystemError', "$worker->{item}: its process ended without a result")
         if !exists($results->{ $worker->{item} });
     return;

@@ -1,0 +1,84 @@
+package PVE::BackupAccess::Wait;
+
+# Waiting for processes, handles and locks, which a signal handler of the caller's that dies always ends.
+# Perl runs a handler between two operations. A signal that arrives just before a call that blocks does
+# not end that call, so none here blocks for longer than a slice: "./run check waits" finds those that do.
+
+use v5.36;
+
+use Errno qw(EINTR EWOULDBLOCK);
+use Exporter qw(import);
+use Fcntl qw(LOCK_NB);
+use IO::Select ();
+use List::Util qw(min);
+use POSIX qw(WNOHANG);
+use Time::HiRes qw(sleep time);
+
+use PVE::BackupAccess;
+
+our @EXPORT_OK
+    = qw(next_line pause read_some slice wait_for_child wait_for_lock wait_until_readable);
+
+my $slice = 0.2;            # seconds
+my $look_again = 0.02;      # the same, where nothing tells
+my $read_size = 1 << 16;    # bytes, of a stream of lines
+
+# How long a call of the caller's own may wait of so many seconds.
+sub slice ($seconds) { return min($seconds, $slice) }
+
+# Sleeps so many seconds; not at all if that is negative.
+sub pause ($seconds) {
+    my $end = time + $seconds;
+    while ((my $left = $end - time) > 0) {
+        sleep(slice($left));
+    }
+    return;
+}
+
+# Waits until a child has ended. Returns its status, as in $?, undef if other code of this process has waited for it.
+sub wait_for_child ($pid) {
+    my $fd = PVE::BackupAccess::_open_process($pid);
+    open(my $process, '<&=', $fd) if $fd >= 0;
+    my $ended;
+    while (($ended = waitpid($pid, WNOHANG)) == 0) {
+        $process ? IO::Select->new($process)->can_read($slice) : sleep($look_again);
+    }
+    return $ended == $pid ? $? : undef;
+}
+
+# Those of the handles that have input, or are at their end.
+sub wait_until_readable (@handles) {
+    my $select = IO::Select->new(@handles);
+    my @ready;
+    1 until @ready = $select->can_read($slice);
+    return @ready;
+}
+
+# Appends to the text what there is, at most so many bytes, when there is something. Returns how many,
+# 0 at the end, undef if it failed.
+sub read_some ($handle, $text, $most) {
+    my $got;
+    do {
+        wait_until_readable($handle);
+        $got = sysread($handle, $text->$*, $most, length($text->$*));
+    } while !defined($got) && $! == EINTR;
+    return $got;
+}
+
+# The next line, with its newline unless it is the last; undef at the end. The text is what has been read
+# beyond it: the caller keeps it for the next call.
+sub next_line ($handle, $text) {
+    1 while $text->$* !~ m/\n/ && read_some($handle, $text, $read_size);
+    return $text->$* =~ s/\A([^\n]*\n|[^\n]+)// ? $1 : undef;
+}
+
+# The lock of flock; false if there is none to be had.
+sub wait_for_lock ($handle, $how) {
+    until (flock($handle, $how | LOCK_NB)) {
+        return 0 if $! != EWOULDBLOCK && $! != EINTR;
+        sleep($look_again);
+    }
+    return 1;
+}
+
+1;
