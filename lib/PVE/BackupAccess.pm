@@ -378,7 +378,7 @@ __END__
 
 =head1 NAME
 
-PVE::BackupAccess - the disks of a running QEMU guest as of one instant, and what changed since
+PVE::BackupAccess - the disks of a running QEMU guest at one instant, and what changed since the last backup
 
 =head1 SYNOPSIS
 
@@ -401,187 +401,244 @@ PVE::BackupAccess - the disks of a running QEMU guest as of one instant, and wha
 
 =head1 DESCRIPTION
 
-An access freezes the state of one or more disks of a running guest at one instant and shows it
-over NBD, together with a dirty bitmap: which parts changed since the last successful backup for
-the same target. The guest runs on; what it overwrites meanwhile goes to a I<fleecing image> first.
+An access is a snapshot of one or more disks of a running guest at one instant. It exports each disk over NBD, together
+with a dirty bitmap that tells which parts changed since the last successful backup for the same target. The guest
+continues to run. Before it overwrites data, QEMU copies the old data to a I<fleecing image>.
 
-On a Proxmox QEMU the access is made by its own commands (QAPI: C<backup-access-setup>,
-C<backup-access-teardown>). On a stock QEMU since 7.2 the same is built from upstream's commands.
+A Proxmox QEMU makes the access by commands of its own (QAPI: C<backup-access-setup>,
+C<backup-access-teardown>). On a stock QEMU 7.2 or later, this module makes the same access from upstream's commands.
 The results are the same.
 
-Bitmaps are kept per target and device. A backup that failed, or whose process was killed, loses no
-bit: the next one contains what it should have contained. What cannot be known for sure becomes a
-full backup, and says so.
+Bitmaps are kept per target and device. If a backup fails or its process is killed, no bit of a bitmap is lost: the
+next backup contains everything that this one should have contained. If the module cannot be sure of a bitmap, the next
+backup is a full one, and the log says so.
 
-All offsets, lengths and sizes are bytes. Paths are text, or the bytes of a file's name, in UTF-8. All
-methods die with a L<PVE::BackupAccess::Error>, but for what your own signal handlers and callbacks die
-with: that goes on as it is. Signal handlers run while a call waits.
+All offsets, lengths and sizes are bytes. A path is a text string, or the bytes of a file name in UTF-8.
+
+=head1 ERRORS
+
+All methods die with a L<PVE::BackupAccess::Error>. What your own signal handlers and callbacks die with is passed on
+unchanged. Signal handlers run while a call waits. The description of each method lists the error classes that have a
+special meaning for that method. In addition, every method can die with
+
+=over
+
+=item C<ArgumentError> - an argument is missing, unknown or wrong; no command that changes anything was sent
+
+=back
+
+and every method that sends commands to QEMU (all but L</new>, L</new_id> and L</bitmap_status>) with
+
+=over
+
+=item C<ConnectionError>, C<TimeoutError>, C<ProtocolError> - QEMU cannot be reached, does not answer in time, or gives
+an answer that breaks the protocol
+
+=item QEMU's own class, such as C<GenericError> - QEMU refused a command; the message has the command, the device and
+QEMU's text
+
+=item C<SystemError> - a system call failed; the message has the file
+
+=back
 
 =head1 CLASS METHODS
 
 =head2 new
 
-    my $access = PVE::BackupAccess->new(%options);
+=for run proxmox
 
-Checks the options; nothing is sent. Options are:
+    my $access = PVE::BackupAccess->new(
+        qmp => $qmp_socket,
+        'target-id' => 'snapshot-access:mystore',
+        timeout => 30,
+        log => sub ($level, $message) { warn "$level: $message\n" },
+    );
+
+Checks the options and returns an access. Sends nothing to QEMU. The options are:
 
 =over
 
 =item qmp
 
-Required. The path of a QMP socket; a connection is open only while commands run, since QEMU serves
-one client at a time. Or a code ref that carries the commands:
+Required. The path of a QMP socket. A connection is open only while commands run, because QEMU serves one client at a
+time. Or a code ref that carries the commands:
 
     qmp => sub ($command, $arguments) { mon_cmd($vmid, $command, $arguments->%*) },
 
-It is given plain Perl data (integers are integers, booleans are those of L<JSON::PP>) and returns
-what QMP's C<return> holds, or dies with QEMU's error as text. An object that it dies with goes on as
-it is, and so does what a signal handler of yours dies with below it, even if the code ref has put
-other words around that. A handler that the code ref installs itself, as for a time limit, is part of it.
+The code ref gets plain Perl data (integers are integers, booleans are those of L<JSON::PP>). It returns
+what QMP's C<return> holds, or dies with QEMU's error as text. If it dies with an object, that object is passed on
+unchanged. The exception of one of your signal handlers that runs inside the code ref is also passed on unchanged, even
+if the code ref has wrapped it in other words. A handler that the code ref itself installs, for example for a time limit,
+counts as part of the code ref.
 
 =item target-id
 
-Required. Who the backup is for; a valid UTF-8 string. C<Proxmox> and C<Proxmox VE> are reserved.
+Required. The target of the backup; a valid UTF-8 string. C<Proxmox> and C<Proxmox VE> are reserved.
 
 =item timeout
 
-Seconds that any single QMP command may take, 60 if not given. With a code ref as C<qmp>, limits are
-the code's own.
+Seconds that any single QMP command may take. The default is 60. If C<qmp> is a code ref, it must enforce its own time
+limits.
 
 =item run-dir
 
-An absolute path: the directory below which the private directory of the NBD socket is made. Both are
-made with mode 0700. Without it, C</run/pve-backup-access> for root, C<$XDG_RUNTIME_DIR> or a
-directory in C</tmp> for others. QEMU must be able to make a socket there. Neither it nor a
-directory above it may be one in which others than root and you can rename things: of theirs, or open
-to them without the sticky bit.
+The absolute path of the directory in which the private directory of the NBD socket is created. Both are
+created with mode 0700. The default is C</run/pve-backup-access> for root, and C<$XDG_RUNTIME_DIR> or a
+directory in C</tmp> for other users. QEMU must be able to create a socket there. No user other than root and you may be
+able to rename entries in this directory or in a directory above it. So none of them may belong to another user, and none
+may be writable to others without the sticky bit.
 
-Where root backs up a QEMU that runs as another user (C<-runas>, C<-run-with user=>), the private directory is opened to QEMU's group
-(mode 1730), this directory to all who want to go through it, and fleecing images are given to QEMU's user; that
-user must be able to go through the directories above. Whose process QEMU is tells the other end of its socket; where
-a code ref carries the commands, or another program has made the socket, C<qemu-user> does.
+If root backs up a QEMU that runs as another user (C<-runas>, C<-run-with user=>), the private directory is
+accessible to QEMU's group (mode 1730), C<run-dir> may be traversed by all users, and fleecing images belong to
+QEMU's user. That user must be able to traverse the directories above. The QMP socket shows which user QEMU runs as. If
+C<qmp> is a code ref, or if another program created the socket, set C<qemu-user>.
 
 =item qemu-user, qemu-group
 
-The user and group that QEMU runs as, by name or number, where the socket does not tell: libvirt's system domains, a
-code ref as C<qmp>. Without a group it is the user's own. What is said under C<run-dir> is done for them by root.
+The user and group that QEMU runs as, by name or number. Set them where the socket does not show the user: for libvirt's
+system domains, or if C<qmp> is a code ref. The default group is that of the user. If the caller is root, files are
+given to this user as described for C<run-dir>.
 
 =item qemu-run-dir, qemu-fleecing-dir
 
-C<run-dir> and C<fleecing-dir> as QEMU sees them, where these are others than here: with C<-chroot>, or in a container
+The paths of C<run-dir> and C<fleecing-dir> as QEMU sees them, if they differ: with C<-chroot>, or in a container
 that has the directory mounted at another place.
 
 =item log
 
     log => sub ($level, $message) { ... },
 
-Is told what happens; C<$level> is C<debug>, C<info> or C<warn>. Without it warnings go to C<warn>.
+A code ref that is called with each log message. C<$level> is C<debug>, C<info> or C<warn>. Without this option,
+warnings go to C<warn>.
 
 =item fleecing-dir
 
-Stock QEMU only: an absolute path of a directory where a sparse fleecing image is made for each
-device, and removed at teardown. QEMU must be able to open it. As with C<run-dir>,
-nobody but root and you may be able to rename what is in it or above it.
+Stock QEMU only: the absolute path of a directory in which a sparse fleecing image is created for each
+device. The images are removed at teardown. QEMU must be able to open them. As for C<run-dir>, no user other than root
+and you may be able to rename entries in this directory or above it.
 
 =item fleecing
 
-Stock QEMU only: a hash C<< { $device => $node_name } >> of fleecing nodes of your own. Each must have
-exactly the size of its device, clusters of at most 64 KiB, and be added with C<discard=unmap>, or
-else discarding frees nothing. On a Proxmox QEMU fleecing images are attached as
-C<< <device>-fleecing >> beforehand.
+Stock QEMU only: a hash C<< { $device => $node_name } >> of fleecing nodes that you provide. Each node must have
+exactly the size of its device, clusters of at most 64 KiB, and C<discard=unmap>; without C<discard=unmap>, a discard
+frees no space. On a Proxmox QEMU, fleecing images are attached before setup, as C<< <device>-fleecing >>.
 
 =item persistent
 
-Stock QEMU only: 1 makes bitmaps of qcow2 disks survive a restart of the VM. A bitmap that is there
-already stays as it was made; mode C<new> makes it anew. A qcow2 image of version 2 (C<compat=0.10>) can store no bitmap: its
-bitmap is not persistent, and a line in the log says so.
+Stock QEMU only: 1 makes new bitmaps of qcow2 disks survive a restart of the VM. An existing bitmap keeps the setting
+with which it was created; mode C<new> replaces it. A qcow2 image of version 2 (C<compat=0.10>) cannot store
+bitmaps: its bitmap is not persistent, and a line in the log says so.
 
 =item allow-shared
 
-1 allows disks that others may write to, too (devices with C<share-rw>). What they write while the backup is
-made may be in it or not, so that it is not the disk at one instant, and it is in no bitmap.
+1 allows disks that other processes or hosts may write to (devices with C<share-rw>). The backup may or may not contain
+what they write while it is made, so it is not the disk at one instant. No bitmap records their writes.
 
 =item recover
 
-0 makes L</setup> die with class C<StateError> where a killed process left an access for the same target, and
-change nothing, instead of undoing that first.
+If 0 and a killed process left behind an access for the same target, L</setup> dies with C<StateError> and changes
+nothing. By default, setup undoes that access first.
 
 =item bitmap-name
 
-For the early form of Proxmox' command only, which makes a new bitmap only under a new name. The
-target-id if not given.
+Only for the early form of Proxmox' command, which needs a new name for each new bitmap. The default is the target-id.
 
 =back
 
+Errors: C<ArgumentError> if an option is unknown, missing or wrong.
+
 =head2 capabilities
 
-    my $capabilities = PVE::BackupAccess->capabilities(qmp => $path);
+=for run proxmox
 
-Asks a QEMU what it can do. Returns a hash: C<backend> (C<pve> or C<upstream>), C<form> (Proxmox'
-command: C<devices> or the early C<devlist>), C<qemu-version>. Takes C<qmp> and C<timeout> as L</new>
-does. Dies with class C<UnsupportedError> where neither backend is possible, naming what is missing.
+    my $capabilities = PVE::BackupAccess->capabilities(qmp => $qmp_socket);
+    say "$capabilities->{backend}, QEMU $capabilities->{'qemu-version'}";
+
+Asks a QEMU what it supports. Takes C<qmp> and C<timeout>, as L</new> does. Returns a hash: C<backend> (C<pve> or
+C<upstream>), C<form> (of Proxmox' command: C<devices>, or the early C<devlist>), and C<qemu-version>.
+
+Errors: C<UnsupportedError> if this QEMU supports neither backend; the message names what is missing.
 
 =head2 recover
 
-    my $lines = PVE::BackupAccess->recover(qmp => $path, 'target-id' => $id);
+=for run proxmox
 
-Undoes what a process that was killed left of an access for this target, as after a failed backup:
-exports, its NBD server, block nodes, the access of a Proxmox QEMU, run directories; bitmaps keep
-their old bits and get the new ones. L</setup> does the same by itself. Returns an array ref of lines
-of text that say what was done, an empty one if there was nothing to do. It may be called again at any
-time.
+    my $lines = PVE::BackupAccess->recover(qmp => $qmp_socket, 'target-id' => 'snapshot-access:mystore');
+    say for $lines->@*;
 
-Takes C<qmp>, C<target-id>, C<run-dir>, C<fleecing-dir>, C<timeout> and C<log> as L</new> does, and C<force>; they have
-to be those of the dead process for its NBD server and files to be found.
+Undoes what a killed process left behind of an access for this target, as after a failed backup:
+exports, its NBD server, block nodes, the access of a Proxmox QEMU, and run directories. Bitmaps keep
+their old bits and get the new ones. L</setup> does the same automatically. Returns an array ref of lines
+of text that say what was done. The array is empty if there was nothing to undo. It is safe to call recover at any time.
 
-    my $lines = PVE::BackupAccess->recover(qmp => $path);
+Takes C<qmp>, C<target-id>, C<run-dir>, C<fleecing-dir>, C<timeout> and C<log>, as L</new> does, and C<force> and
+C<foreign>. C<run-dir> and C<fleecing-dir> must be the same as in the killed process, or its NBD server and files are not
+found.
 
-Without a target-id what dead processes left of all targets is undone, and each line says of which. That takes one
-query where there is nothing, so a backup can begin with it: before it attaches what the dead one has attached as well,
-such as a fleecing image.
+=for run proxmox
 
-Dies with class C<StateError> if a process is at a backup of this guest, naming its process ID, or if
-what is left is another target's. On a Proxmox QEMU also where the disk or its bitmap was removed
-meanwhile, so that QEMU would crash: then the access stays up until the VM is stopped.
+    my $lines = PVE::BackupAccess->recover(qmp => $qmp_socket);
 
-Of a process on another machine, of an earlier boot or in another PID namespace, and of one that
-C</proc> hides, it cannot be known whether it lives. Its access is refused as well; if you know that the
-process has ended, say so:
+Without a target-id, recover undoes what killed processes left behind for all targets, and each line names the target.
+If there is nothing to undo, this takes one query. So call it at the beginning of a backup, before you attach anything
+that the killed process also attached, such as a fleecing image.
 
-    PVE::BackupAccess->recover(qmp => $path, 'target-id' => $id, force => 1);
+If recover cannot tell whether the process still runs, it refuses to undo that process' access. This is so for a process
+on another machine, of an earlier boot, in another PID namespace, or hidden in C</proc>. If you know that the
+process has ended, set C<force>:
 
-The log and the lines returned say which process was taken for dead. An access of a process that is seen
-to live, or of another target, is never undone.
+=for run proxmox
+
+    PVE::BackupAccess->recover(qmp => $qmp_socket, 'target-id' => 'snapshot-access:mystore', force => 1);
+
+The log and the returned lines say which process was assumed to be dead. Even with C<force>, recover never undoes an
+access of a process that is known to run, or of another target.
 
     PVE::BackupAccess->recover(qmp => $path, 'target-id' => $id, foreign => 1);
 
-Undoes an access that another program has made by Proxmox' own commands, such as a qemu-server without this module:
-its exports, the NBD server if nothing else is exported, then the access, as after a failure. Such an access has no
-marker, so whether its program lives cannot be known; a backup that is under way would fail. That is why nothing does it
-by itself. Say it only when you know that the program has ended: on Proxmox VE when no task of the guest runs. After a
-killed C<vzdump> the guest is still locked: C<qm unlock VMID>.
+With C<foreign>, recover undoes an access that another program made by Proxmox' own commands, such as a qemu-server
+without this module: its exports, then the NBD server if it has no other export, then the access, as after a
+failed backup. Such an access has no marker, so recover cannot tell whether that program still runs. If a backup is in
+progress, it fails. That is why nothing calls this automatically. Use C<foreign> only if you know that the program has
+ended: on Proxmox VE, if no task of the guest runs. After a killed C<vzdump>, the guest is still locked: unlock it by
+C<qm unlock VMID>.
+
+Errors: C<StateError> if a process is backing up this guest (the message has its process ID), or if the access belongs
+to another target. On a Proxmox QEMU, also if the disk or its bitmap has been removed since, because QEMU would crash;
+the access then stays active until the VM is stopped.
 
 =head2 forget
 
-    my $lines = PVE::BackupAccess->forget(qmp => $path, 'target-id' => $id);
+=for run proxmox
 
-Removes the target's bitmaps of all disks, so that the next backup of each is a full one. QEMU loads no
-earlier state of a guest (C<loadvm>, C<qemu-img snapshot -a>) whose disk has a bitmap. Takes what L</recover>
-takes and returns lines likewise. Dies with class C<StateError> while an access is up, of whatever target.
+    my $lines = PVE::BackupAccess->forget(qmp => $qmp_socket, 'target-id' => 'snapshot-access:mystore');
+
+Removes the target's bitmaps of all disks, so that the next backup of each disk is a full one. QEMU refuses to load an
+earlier state of a guest (C<loadvm>, C<qemu-img snapshot -a>) while a disk has a bitmap. Takes the same options as
+L</recover> but C<force> and C<foreign>, and returns an array ref of lines that say what was done.
+
+Errors: C<StateError> while an access is active, for any target.
 
 =head2 new_id
 
+=for run proxmox
+
     my $id = PVE::BackupAccess->new_id;
 
-A new random id for a backup: 32 hexadecimal digits.
+Returns a new random ID for a backup: 32 hexadecimal digits. Takes no arguments.
+
+Errors: C<SystemError> if F</dev/urandom> cannot be read.
 
 =head2 status
 
-    my $status = PVE::BackupAccess->status(qmp => $path);
+=for run proxmox
 
-Looks at what there is of backups in a QEMU and on disk, for all targets, and changes nothing. Takes
-C<qmp>, C<run-dir>, C<fleecing-dir> and C<timeout> as L</new> does. Sizes are bytes, truth values 1 or 0,
-what is not known is undef. Returns a hash:
+    my $status = PVE::BackupAccess->status(qmp => $qmp_socket);
+    say "$_->{device}: $_->{'dirty-bytes'} bytes dirty" for $status->{bitmaps}->@*;
+
+Reports what backups of all targets have created in a QEMU and on disk. Changes nothing. Takes
+C<qmp>, C<run-dir>, C<fleecing-dir>, the C<qemu-*> options and C<timeout>, as L</new> does. In the result, sizes are
+bytes, truth values are 1 or 0, and unknown values are undef. Returns a hash:
 
 =over
 
@@ -591,110 +648,140 @@ C<pve> or C<upstream>.
 
 =item access
 
-undef where no access is up and no process is setting one up, else a hash: C<target-id>; C<pid> of the process
-that has it, and C<alive>, whether that process lives (undef where that cannot be known from here, see
-L</recover>); C<devices>, an array ref of names. Where another
-program has used Proxmox' own commands C<pid> and C<alive> are undef. C<target-id> is told by bitmaps and by
-run directories, so it is undef for an access without bitmaps if C<run-dir> is another one.
+undef if no access is active and no process is setting one up. Otherwise a hash: C<target-id>; C<pid>, the process
+that owns the access; C<alive>, whether that process runs (undef if that cannot be determined, see
+L</recover>); and C<devices>, an array ref of names. If another program used Proxmox' own commands, C<pid> and C<alive>
+are undef. The target-id is read from bitmaps and run directories, so it is undef for an access without bitmaps if
+C<run-dir> is not the same as in that process.
 
 =item bitmaps
 
-An array ref of hashes: C<target-id>, C<device>, C<node> and C<name> of the bitmap, C<background> (1 for that
-which records while an access is up), C<base> (the id of the backup that it is relative to), C<dirty-bytes>, C<granularity>, and QEMU's C<recording>, C<busy>,
-C<persistent> and C<inconsistent>. On a stock QEMU only those of this module, on a Proxmox QEMU all that
-have a name.
+An array ref of hashes: C<target-id>, C<device>, C<node> and C<name> of the bitmap, C<background> (1 for the bitmap
+that records while an access is active), C<base> (the ID of the backup that the bitmap is relative to), C<dirty-bytes>,
+C<granularity>, and QEMU's C<recording>, C<busy>, C<persistent> and C<inconsistent>. On a stock QEMU, only bitmaps of this
+module are listed; on a Proxmox QEMU, all that have a name.
 
 =item exports
 
-An array ref of hashes: C<id>, C<type>, C<node>, C<ours>, and C<device> if it is ours.
+An array ref of hashes: C<id>, C<type>, C<node>, C<ours> (whether this module made the export), and C<device> if it did.
 
 =item fleecing
 
-An array ref of hashes, one for each device of an access that is up: C<device>, C<node>, C<file>, C<size>, and
-C<image-bytes>, what it occupies. If it is a file that this machine can see there are C<free-bytes> of its
-file system, and C<nearly-full>: 1 if less than a tenth of the file system is free and the image
+An array ref of hashes, one for each device of an active access: C<device>, C<node>, C<file>, C<size>, and
+C<image-bytes>, the space that the image occupies. If the image is a file that this machine can see, also C<free-bytes> of
+its file system, and C<nearly-full>: 1 if less than a tenth of the file system is free and the image
 can outgrow that. A fleecing image that is full breaks the snapshot, and the backup fails.
 
 =item left-overs
 
-What dead processes left and L</recover> would undo, an array ref of hashes: C<target-id>, C<device>, C<what> (a
-text as in L</recover>'s lines) and C<harmless>: 1 for what costs nothing and is in nobody's way. An access of
-a live process is not left over.
+What killed processes left behind and L</recover> would undo, an array ref of hashes: C<target-id>, C<device>, C<what> (a
+text as in the lines of L</recover>), and C<harmless>: 1 if it costs nothing and blocks nothing. An access of
+a running process is not listed.
 
 =item warnings
 
-An array ref of lines of text, such as that a fleecing image's file system is nearly full.
+An array ref of lines of text, for example that the file system of a fleecing image is nearly full.
 
 =item bitmap-info
 
-On a Proxmox QEMU only: what C<query-pbs-bitmap-info> says of the devices of the last backup or access.
+Only on a Proxmox QEMU: what C<query-pbs-bitmap-info> returns for the devices of the last backup or access.
 
 =back
+
+Errors: C<UnsupportedError> if this QEMU supports neither backend.
 
 =head1 FUNCTIONS
 
 =head2 bitmap_status
 
-    PVE::BackupAccess::bitmap_status('used');    # 'reuse'
+=for run proxmox
 
-What a provider is told for a bitmap action of QEMU: C<not-used>, C<not-used-removed> and undef are
-C<none>; C<new>, C<invalid> and C<missing-recreated> are C<new>; C<used> is C<reuse>. Dies on anything
-else.
+    my $mode = PVE::BackupAccess::bitmap_status('used');    # 'reuse'
+
+Takes QEMU's bitmap action, or undef, and returns the bitmap mode that a provider is given: C<none> for C<not-used>,
+C<not-used-removed> and undef; C<new> for C<new>, C<invalid> and C<missing-recreated>; C<reuse> for C<used>.
+
+Errors: C<ProtocolError> for any other action.
 
 =head1 METHODS
 
 =head2 sizes
 
-    my $sizes = $access->sizes('drive-scsi0', 'drive-scsi1');    # { 'drive-scsi0' => 34359738368, ... }
+=for run proxmox
 
-The sizes of devices before L</setup>, as QEMU has them. Dies like setup for a device that cannot be
-backed up: one that is not there, has no medium, or is listed twice.
+    my $sizes = $access->sizes('drive-scsi0');
+    say "drive-scsi0: $sizes->{'drive-scsi0'} bytes";
+
+Takes the names of devices, at least one. Returns a hash of their sizes as QEMU reports them. Call it before L</setup>.
+
+Errors: those of L</setup> for a device that cannot be backed up: it does not exist, has no medium, or is given twice.
 
 =head2 bases
 
-    my $bases = $access->bases('drive-scsi0', 'drive-scsi1');    # { 'drive-scsi0' => $id, ... }
+=for run proxmox
 
-The ids of the backups that the devices' bitmaps are relative to, before L</setup> and after what a killed
-process left is undone: see L</WHICH BACKUP A BITMAP IS RELATIVE TO>. undef where a bitmap is not there, or
-must not be used.
+    my $bases = $access->bases('drive-scsi0');    # { 'drive-scsi0' => $id }
+
+Takes the names of devices, at least one. First undoes what a killed process left behind, as L</setup> does. Returns a
+hash of the IDs of the backups that the devices' bitmaps are relative to: see
+L</WHICH BACKUP A BITMAP IS RELATIVE TO>. The value is undef if there is no bitmap, or if the bitmap must not be used.
+Call it before setup.
+
+Errors: those of L</setup>.
 
 =head2 setup
 
-    my $infos = $access->setup([{ device => 'drive-scsi0', 'bitmap-mode' => 'use' }, ...]);
+=for run proxmox
 
-Freezes the state of all these devices at one instant. C<device> is the name of a block backend, the
-id of a guest device (stock QEMU only) or the name of its node. C<bitmap-mode> is C<none> (the
-default; removes this target's bitmap), C<new> (starts a bitmap with everything dirty) or C<use>
-(continues the bitmap, or starts one if there is none to be trusted).
+    my $infos = $access->setup([{ device => 'drive-scsi0', 'bitmap-mode' => 'use' }]);
+    say "$_->{device}: $_->{size} bytes, bitmap $_->{'bitmap-action'}" for $infos->@*;
 
-Returns a hash per device, as in QEMU's reply: C<device>, C<node-name>, C<size>, and with a bitmap
-C<bitmap-node-name>, C<bitmap-name> and C<bitmap-action>. A C<base> per device ties the bitmaps to backups:
-see L</WHICH BACKUP A BITMAP IS RELATIVE TO>.
+Makes the snapshot of all given devices at one instant. Takes an array ref of hashes, one per device:
 
-With a true C<audit> per device, beside C<base>, a bitmap that mode C<use> would continue is audited: see
-L</AUDITING A BITMAP>.
+=over
 
-When setup dies, what it did is undone, and no bitmap lost a bit.
+=item C<device> - required: the name of a block backend, the ID of a guest device (stock QEMU only), or a node name
 
-    $access->setup(\@devices, freeze => sub { ... }, thaw => sub { ... });
+=item C<bitmap-mode> - C<none> (the default) removes this target's bitmap; C<new> creates a bitmap in which everything is
+dirty; C<use> continues the bitmap, or creates one if there is none that can be trusted
 
-Calls C<freeze> right before that instant, when all is done that may be done before it, and C<thaw> right after it.
-Between the two QEMU is sent one query, which sees whether the devices are still what they were, and the instant
-itself; the monitor is free while either runs. Once C<freeze> was called C<thaw> is, whatever happens: also where
-C<freeze> or the instant failed, which is what setup dies with then, or a signal came. What is to be undone is undone
-after it.
+=item C<base>, C<identity> - tie the bitmap to a backup, see L</WHICH BACKUP A BITMAP IS RELATIVE TO>
 
-What a killed process left of an access for the same target is undone first, with a warning in the log: see
-L</recover>. While another process has an access to this guest, setup dies with class C<StateError>.
+=item C<audit> - true audits a bitmap that mode C<use> would continue, see L</AUDITING A BITMAP>; needs C<base>
+
+=back
+
+Returns an array ref of hashes, one per device, as in QEMU's reply: C<device>, C<node-name>, C<size>, and with a bitmap
+C<bitmap-node-name>, C<bitmap-name> and C<bitmap-action>.
+
+=for run proxmox
+
+    $access->setup([{ device => 'drive-scsi0' }], freeze => sub { say 'freeze' }, thaw => sub { say 'thaw' });
+
+C<freeze> is called immediately before the instant, when all other preparations are done. C<thaw> is called immediately
+after it. Between the two, QEMU gets one query that checks that the devices have not changed, and the command that makes
+the snapshot. The monitor is free while either hook runs. If C<freeze> was called, C<thaw> is called in any case: also if
+C<freeze> or the snapshot failed, or if a signal came. Setup then dies with that first error. It undoes its changes after
+C<thaw>.
+
+If a killed process left behind an access for the same target, setup undoes that access first and logs a warning: see
+L</recover>. If setup dies, it undoes its changes, and no bitmap loses a bit.
+
+Errors: C<StateError> if this access is already set up, or while another process has an access to this guest;
+C<UnsupportedError> if this QEMU, a device or this host lacks what the access needs.
 
 =head2 volumes
 
-    my $volumes = $access->volumes('nbd');
-    my $volumes = $access->volumes('file-handle');
+=for run proxmox
 
-The devices' data as a backup provider wants it: exactly the hash of the provider API's
-C<backup_vm()>. Per device there are C<size> and C<bitmap-mode> (C<none>, C<new> or C<reuse>), where setup was
-given a C<base> C<identity> and, if the bitmap is used, that C<base> (L</WHICH BACKUP A BITMAP IS RELATIVE TO>), and
+    $access->setup([{ device => 'drive-scsi0', 'bitmap-mode' => 'use' }]);
+    my $volumes = $access->volumes('nbd');
+    say "$_: $volumes->{$_}{'nbd-path'}" for sort keys $volumes->%*;
+
+Takes the mechanism, C<nbd> or C<file-handle>. Exports the devices and returns the hash that the provider API's
+C<backup_vm()> gets. The keys are the devices. Each value is a hash with C<size> and C<bitmap-mode> (C<none>, C<new> or
+C<reuse>). If setup was given a C<base>, the hash also has C<identity> and, if the bitmap is used, that C<base>
+(L</WHICH BACKUP A BITMAP IS RELATIVE TO>). It also has
 
 =over
 
@@ -705,128 +792,160 @@ C<bitmap-name>. The first call exports the devices.
 
 =item for C<file-handle>
 
-C<file-handle>, open for reading with O_DIRECT and for punching holes, which frees fleecing space
-(L<fallocate(2)> with FALLOC_FL_PUNCH_HOLE and FALLOC_FL_KEEP_SIZE, whole clusters: of 64 KiB, or of what
-L<statvfs(3)> calls C<f_frsize> where the fleecing image has larger ones), and C<next-dirty-region>, a code
-ref that returns offset and length of the next dirty region, then the empty list. Without a bitmap the whole device is one region. Reading what is not dirty, or what was
-discarded, is an I/O error. The space is freed soon after the call has returned; if that fails, the next
-one says so. Other programs of the same user can open C</proc/PID/fd/N>, or put a read-only loop
-device on it. L<lseek(2)> with SEEK_DATA and SEEK_HOLE tells where the server knows of zeroes (NBD spec:
-base:allocation), of 256 KiB and more, unless the bitmap-mode is C<reuse>: a program that passes over what
-it takes for a hole would keep old data there. Over a snapshot of QEMU before 10.0, which must not be asked
-beside reads, all is data.
+C<file-handle>, a file handle that is open for reading with O_DIRECT and for punching holes. A hole frees fleecing space
+(L<fallocate(2)> with FALLOC_FL_PUNCH_HOLE and FALLOC_FL_KEEP_SIZE). Only whole clusters are freed: of 64 KiB, or of the
+C<f_frsize> of L<statvfs(3)> if the fleecing image has larger clusters. The space is freed soon after the call returns; if
+that fails, the next call reports the error.
 
-The first call starts a process per device that serves the file (FUSE). It ends with the access; what
-still has the file open then gets errors. Without FUSE this dies with class C<UnsupportedError>.
+C<next-dirty-region>, a code ref that returns offset and length of the next dirty region, then the empty list. Without a
+bitmap, the whole device is one region. Reading a range that is not dirty, or that was discarded, is an I/O error.
+
+Other programs of the same user can open C</proc/PID/fd/N>, or attach a read-only loop device to it. L<lseek(2)> with
+SEEK_DATA and SEEK_HOLE reports zeroes that the server knows of (NBD spec: base:allocation), of 256 KiB and more, unless
+the bitmap-mode is C<reuse>: in an increment, a program that skips a hole would keep old data there. Before QEMU 10.0,
+the block status of a snapshot must not be queried while it is read, so the whole file is reported as data.
+
+The first call starts a process per device that serves the file over FUSE. The process ends with the access. A program
+that still has the file open then gets errors.
 
 =back
 
 Stock QEMU 7.2 returns wrong data to NBD clients that read a snapshot across clusters of 64 KiB while
-the guest writes. L<PVE::BackupAccess::Volume> never does that with such a QEMU; C<nbdcopy>,
-C<qemu-img> and others do. Read by the former, or use QEMU 10.0.
+the guest writes. L<PVE::BackupAccess::Volume> never reads in this way from such a QEMU; C<nbdcopy>,
+C<qemu-img> and others do. Read through L<PVE::BackupAccess::Volume>, or use QEMU 10.0.
+
+Errors: C<StateError> if no access is set up, or if the access no longer exists in QEMU; C<UnsupportedError> for
+C<file-handle> if FUSE is not available.
 
 =head2 volume
 
-    my $volume = $access->volume('drive-scsi0');
+=for run proxmox
 
-One device's data as a L<PVE::BackupAccess::Volume>, connected.
+    $access->setup([{ device => 'drive-scsi0' }]);
+    my $volume = $access->volume('drive-scsi0');
+    my $data = $volume->pread(0, 65536);
+
+Takes the name of a device. Returns a connected L<PVE::BackupAccess::Volume> of that device.
+
+Errors: those of L</volumes> and of L<PVE::BackupAccess::Volume/open>; C<ArgumentError> if the device is not part of this
+access.
 
 =head2 bitmap_state
 
-    my $state = $access->bitmap_state($info);    # one of those that setup returned
-    say "$info->{device}: dirty-bitmap status: $state->{text}";
+=for run proxmox
 
-For a log: C<text>, such as C<OK (4.0 MiB of 32.0 MiB dirty)>, C<dirty>, the bytes that are to be read, and C<action>,
-the bitmap's. A TPM state's drive is attached for each backup, so that C<missing-recreated> is C<new> there. The map is read for it.
+    my $infos = $access->setup([{ device => 'drive-scsi0', 'bitmap-mode' => 'use' }]);
+    for my $info ($infos->@*) {
+        my $state = $access->bitmap_state($info);
+        say "$info->{device}: dirty-bitmap status: $state->{text}";
+    }
+
+Takes one of the hashes that L</setup> returned. Returns a hash for a log: C<text>, such as
+C<OK (4.0 MiB of 32.0 MiB dirty)>; C<dirty>, the bytes that must be read; and C<action>, the bitmap's. The drive of a TPM
+state is attached anew for each backup, so C<missing-recreated> is reported as C<new> there. The method reads the
+bitmap over NBD.
+
+Errors: those of L</volume> and of L<PVE::BackupAccess::Volume/next_dirty_region>.
 
 =head2 teardown
 
-    $access->teardown($success);
+=for run proxmox
+
+    my $id = PVE::BackupAccess->new_id;
+    $access->setup([{ device => 'drive-scsi0', 'bitmap-mode' => 'use', base => undef }]);
+    # back up all volumes here
     $access->teardown(1, $id);
 
-Closes the file handles that volumes has given out, ends the access and undoes everything setup and
-volumes made. After a success each bitmap holds exactly what the guest wrote since the instant; after a
-failure it holds that and all it held before. C<$id> is the id of a backup that has ended well: the bitmaps
-are relative to it from now on.
+Closes the file handles that L</volumes> returned, ends the access, and undoes everything that setup and
+volumes created. Takes C<$success>, whether the backup succeeded, and optionally the ID of the backup. After a success,
+each bitmap holds exactly what the guest wrote since the instant, and is relative to the backup with this ID. After a
+failure, each bitmap holds that and everything that it held before.
 
-Every step is tried even if an earlier one failed; the first error is what it dies with, and a later
-call tries again what is left, as after a failed backup, whatever it is told. A bitmap that could not be brought to its right state is
+Every step is tried, even if an earlier one failed. Teardown dies with the first error. A later call retries the failed
+steps, as after a failed backup, whatever C<$success> is. If a bitmap cannot be brought to its right state, it is
 removed, so that the next backup is a full one.
 
-With C<$success> it returns true, or dies. When it returns, the bitmaps have begun anew, or the next backup
-is a full one: nothing that goes wrong after that moment makes it die, it is logged as a warning. When it
-dies the next backup contains what this one contained as well, also where the message says that the end
-is not known, because QEMU cannot be asked. A success that could not be carried out is ended as a failure, and that is what
-it dies of. So a later call with C<$success> does not return: when it has undone what was left, it dies with
-class C<StateError>.
+With C<$success>, teardown returns true or dies:
 
-A signal that comes after that moment is handled, but teardown comes to its end within a second. What the
-handler dies with comes a statement or two later: not in C<< eval { $access->teardown(1); 1 } >>, but
+=over
+
+=item * If it returns, the bitmaps are cleared, or the next backup is a full one. Errors after that moment are logged as
+warnings.
+
+=item * If it dies, the next backup also contains everything that this one contained. That holds even if the message says
+that the outcome is unknown because QEMU cannot be asked. The access is then ended as after a failed backup. A later call
+with C<$success> does not return true: when it has undone the rest, it dies with C<StateError>.
+
+=back
+
+If a signal arrives after the bitmaps are cleared, its handler runs, but teardown completes within a second. An exception
+of the handler is thrown a statement or two later: not inside C<< eval { $access->teardown(1); 1 } >>, but
 after it.
 
-Dies with class C<StateError>, and touches nothing, if the access is no more in QEMU: since the VM was started
-again, or another process has undone it (L</recover>). The same holds for volumes.
+If an access goes out of scope without teardown, it is torn down as after a failed backup, with a warning. This does not
+happen in a forked child.
 
-When an access goes out of scope that was not torn down, that is done as after a failed backup, with a
-warning. A forked child does nothing of the kind.
+Errors: C<StateError> if the access no longer exists in QEMU, because the VM was restarted or because another process
+undid the access (L</recover>). Nothing is changed then. L</volumes> dies in the same way.
 
 =head1 AUDITING A BITMAP
 
-A bitmap that lacks bits makes increments that lack data, and nothing in them shows it. An audit finds it: all of the
-disk is read, and compared with what was read at the last backup. What differs, and is clean in the bitmap, is what the
-bitmap has missed.
+If a bitmap lacks bits, increments lack data, and nothing in the increments shows it. An audit finds such bits: the whole
+disk is read and compared with what was read at the last backup. The bitmap has missed a block that differs but
+is clean in the bitmap.
 
     $access->setup([{ device => 'drive-scsi0', 'bitmap-mode' => 'use', base => $id, audit => 1 }]);
     my $volume = $access->volumes('nbd')->{'drive-scsi0'};
 
-If C<use> would continue the bitmap, it is copied, and begun anew as by C<new>: all of the disk can be read, and after a
-success the new bitmap is relative to this backup. C<audit-bitmap>, in the device's hash of L</setup> and in its volume, is
-the name of the copy, which is exported beside the new bitmap. Its map is that of a volume:
+If C<use> would continue the bitmap, setup copies the bitmap and then starts a new one, as for mode C<new>: the whole disk
+can be read, and after a success the new bitmap is relative to this backup. C<audit-bitmap>, in the hash that L</setup>
+returns for the device and in its volume, is the name of the copy. The copy is exported together with the new bitmap. Open
+it as the bitmap of a volume:
 
     my $map = PVE::BackupAccess::Volume->open('drive-scsi0',
         { $volume->%{qw(nbd-path size)}, 'bitmap-mode' => 'reuse', 'bitmap-name' => $volume->{'audit-bitmap'} });
     while (my ($offset, $length) = $map->next_dirty_region) { ... }
 
-It may have more bits than the bitmap had, those of writes right after the instant. There is no C<audit-bitmap> if the
-bitmap could not be continued; then C<bitmap-action> and C<reason> say why, as without an audit. After a failure the next
-backup reads everything. L<PVE::BackupAccess::Provider::Qcow2Chain/audit_every> does all of this.
+The copy may have more bits than the bitmap had: those of writes immediately after the instant. There is no
+C<audit-bitmap> if the bitmap could not be continued; C<bitmap-action> and C<reason> then say why, as without an audit.
+After a failure, the next backup reads everything. L<PVE::BackupAccess::Provider::Qcow2Chain/audit_every> implements a
+complete audit.
 
 =head1 WHICH BACKUP A BITMAP IS RELATIVE TO
 
-A bitmap holds what has changed since one backup. It goes back in time with the guest, moves with it to
-another node, and stays with a disk that is plugged in elsewhere; archives do not. With ids neither can be
-taken for what the other does not fit:
+A bitmap records what has changed since one backup. When a guest is rolled back, its bitmap goes back in time too. When a
+guest is migrated, or a disk is plugged in elsewhere, the bitmap moves along. Archives do not move. IDs ensure that
+a bitmap is only used with the archive that it fits:
 
     my $id = PVE::BackupAccess->new_id;
     $access->setup([{ device => 'drive-scsi0', 'bitmap-mode' => 'use', base => $id_of_last_archive }]);
     ...
-    $access->teardown(1, $id);    # kept with the archive
+    $access->teardown(1, $id);    # store the ID with the archive
 
-C<base> is the id of the backup that the bitmap has to be relative to, undef if there is none; where one
-device has the key, all bitmaps of the access are tied to backups. C<use> then gives C<used> only if the
-bitmap is relative to that backup, of this disk of this guest under this name, is recording, and the disk was
-not resized. Otherwise it is made anew (C<missing-recreated>; on a QEMU with the early form of the command
-C<new>), and the log and C<reason> in the device's hash say why. C<base> in there is the id of a bitmap that is
-used.
+C<base> is the ID of the backup that the bitmap must be relative to, or undef if there is no backup. If one
+device has this key, all bitmaps of the access are tied to backups. C<bitmap-action> is C<used> only if all of this holds:
+the bitmap is relative to that backup, of this disk of this guest under this name; it is recording; and the disk was
+not resized. Otherwise a new bitmap is created (C<missing-recreated>; on a QEMU with the early form of the command,
+C<new>), and the log and C<reason> in the device's hash say why. If the bitmap is used, the device's hash has its C<base>.
 
-A disk has several names, and a name may go from one disk to another: libvirt numbers its nodes anew. C<identity> in
-the device's hash of setup, and in its volume, is what tells the disk from others of its guest, whichever name was given:
-the drive, else the guest device by its QOM path, else the node; on a Proxmox QEMU the drive. Whoever keeps it with the
-archive can find the base of a disk under another name, and says so:
+A disk has several names, and a name may move from one disk to another: libvirt renumbers nodes. C<identity>, in
+the hash that setup returns for the device and in its volume, tells the disk from all others of its guest, whichever name
+it was given by. It is the drive, else the QOM path of the guest device, else the node; on a Proxmox QEMU it is the drive. A
+program that stores the identity with the archive can find the base of a disk under another name, and passes it to setup:
 
     { device => 'virtio-disk0', 'bitmap-mode' => 'use', base => $id, identity => $identity_in_the_archive }
 
-With C<identity> the name does not matter. The bitmap is used only if that is the identity of this disk. What else
-C<use> needs is the same.
+With C<identity>, the name does not matter. The bitmap is used only if the disk has this identity, and if all other
+conditions above hold.
 
-The id is in the name of a second bitmap beside the target's, which takes the same memory. It is stored,
-migrated and rolled back with it. It tells no change of the disk's size back and forth by less than what a bit
-stands for (64 KiB, on a Proxmox QEMU usually 4 MiB). A teardown without an id takes the id away.
+The ID is in the name of a second bitmap beside the target's, which takes the same memory. The second bitmap is stored,
+migrated and rolled back with the first. It does not detect that a disk was resized and resized back by less than one bit
+stands for (64 KiB; on a Proxmox QEMU usually 4 MiB). A teardown without an ID removes the ID.
 
-Without C<base> nothing ties a bitmap to an archive: after a rollback, a migration there and back, or a
-swap of disks, C<use> says C<used> although the bitmap does not fit the newest archive. Bitmaps with and
-without an id have different names in QEMU, so that a program that knows of no ids, such as version 0.1.0,
-touches none that has one. The first backup with ids is a full one.
+Without C<base>, nothing ties a bitmap to an archive: after a rollback, a migration there and back, or a
+swap of disks, C<use> reports C<used> although the bitmap does not fit the newest archive. Bitmaps with and
+without an ID have different names in QEMU, so a program that does not know IDs, such as version 0.1.0,
+never changes a bitmap that has one. The first backup with IDs is a full one.
 
 =head1 SEE ALSO
 

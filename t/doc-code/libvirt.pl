@@ -1,6 +1,6 @@
 # pve-backup-access in the PATH, and a libvirt of the test's own, $uri, with the running domain web1, which
-# has the disk vda; $backups and $directory, two empty directories. Where there is no libvirt nothing is run:
-# t/libvirt.t says why.
+# has the disk vda; $backups and $directory, two empty directories. A block of Perl finds $uri. Where there
+# is no libvirt nothing is run: t/libvirt.t says why.
 
 use v5.36;
 
@@ -10,11 +10,7 @@ use PBA::Test::Command qw(put_in_path);
 use PBA::Test::DocCode;
 use PBA::Test::Libvirt;
 
-return sub ($block) {
-    return if defined(PBA::Test::Libvirt->problem);
-    my $libvirt = PBA::Test::Libvirt->start('system');
-    $libvirt->add_disk('vda', bus => 'virtio', size => 8 << 20, format => 'qcow2');
-    $libvirt->start_domain;
+sub run_shell ($block, $libvirt) {
     my $dir = File::Temp->newdir('pba-doc.XXXXXX', TMPDIR => 1);
     mkdir("$dir/$_") or die "$dir/$_: $!\n" for qw(bin out);
     put_in_path("$dir/bin");
@@ -25,4 +21,19 @@ return sub ($block) {
         backups => "$dir/backups",
         directory => "$dir/out",
     );
+    return;
+}
+
+sub start_libvirt () {
+    my $libvirt = PBA::Test::Libvirt->start('system');
+    $libvirt->add_disk('vda', bus => 'virtio', size => 8 << 20, format => 'qcow2');
+    $libvirt->start_domain;
+    return $libvirt;
+}
+
+return sub ($block) {
+    return if defined(PBA::Test::Libvirt->problem);
+    return run_shell($block, start_libvirt()) if $block->{language} ne 'perl';
+    state $libvirt = start_libvirt();
+    PBA::Test::DocCode::run_perl($block, '$uri' => $libvirt->uri);
 };

@@ -256,7 +256,7 @@ __END__
 
 =head1 NAME
 
-PVE::BackupAccess::GuestAgent - freezing and thawing a guest's file systems by the QEMU guest agent
+PVE::BackupAccess::GuestAgent - freeze and thaw a guest's file systems through the QEMU guest agent
 
 =head1 SYNOPSIS
 
@@ -271,15 +271,32 @@ PVE::BackupAccess::GuestAgent - freezing and thawing a guest's file systems by t
 
 =head1 DESCRIPTION
 
-File systems that are frozen at the instant of a backup are clean in it; else they are as after a power
-failure. The agent is reached by the Unix socket that QEMU makes for its virtio-serial port. Each call
-connects anew.
+If the file systems are frozen at the instant of a backup, they are clean in the backup; otherwise they are as after a power
+failure. The agent is reached through the Unix socket that QEMU creates for its virtio-serial port. Each call
+makes a new connection.
+
+=head1 ERRORS
+
+The methods die with a L<PVE::BackupAccess::Error>: C<ConnectionError> if the socket cannot be connected to or the
+connection is lost, C<TimeoutError> if the agent does not answer in time, C<ProtocolError> if the answer is not
+valid, and the agent's own class (such as C<GenericError>) if the agent refuses the command. What your signal handlers die
+with is passed on unchanged.
 
 =head1 METHODS
 
 =head2 new
 
-    my $agent = PVE::BackupAccess::GuestAgent->new(%options);
+=for run task
+
+    use PVE::BackupAccess::GuestAgent;
+
+    my $agent = PVE::BackupAccess::GuestAgent->new(
+        socket => $agent_socket,
+        timeout => 30,
+        log => sub ($level, $message) { warn "$level: $message\n" },
+    );
+
+Checks the options and returns the agent. Connects to nothing. The options are:
 
 =over
 
@@ -289,40 +306,63 @@ Required. The path of the agent's socket.
 
 =item timeout
 
-Seconds that a call may take, 60 if not given.
+Seconds that a call may take. The default is 60.
 
 =item log
 
     log => sub ($level, $message) { ... },
 
-Is told what goes wrong in L</hooks>, with level C<warn>. Without it, C<warn> is.
+A code ref that is called with each error of L</hooks>, with level C<warn>. Without this option, errors go to C<warn>.
 
 =back
 
+Errors: C<ArgumentError> if an option is unknown, missing or wrong.
+
 =head2 freeze
 
-    my $count = $agent->freeze;
+=for run task
 
-Freezes all file systems; returns how many, or undef where the answer was lost and the agent says
-(C<guest-fsfreeze-status>) that they are frozen. Dies with a L<PVE::BackupAccess::Error>, of class C<TimeoutError> if
-there was no answer in time. An agent that does not say within five seconds that it is there is sent nothing, and the
-message says so. Where it was sent, and what became of it cannot be known, the message says that the guest may be
-frozen: call L</thaw> in any case.
+    use PVE::BackupAccess::GuestAgent;
+
+    my $agent = PVE::BackupAccess::GuestAgent->new(socket => $agent_socket);
+    my $count = $agent->freeze;
+    $agent->thaw;
+
+Freezes all file systems. Takes no arguments. Returns how many file systems were frozen, or undef if the answer was lost
+and the agent reports (C<guest-fsfreeze-status>) that they are frozen.
+
+First the agent must answer a ping within five seconds. If it does not, no freeze is sent, and the message says so. If the
+freeze was sent and its outcome is unknown, the message says that the guest may be frozen. So call L</thaw> after every
+L</freeze>, even if freeze dies.
+
+Errors: as above.
 
 =head2 thaw
 
+=for run task
+
+    use PVE::BackupAccess::GuestAgent;
+
+    my $agent = PVE::BackupAccess::GuestAgent->new(socket => $agent_socket);
     my $count = $agent->thaw;
 
-Thaws them; returns how many. Where there is no answer in time the agent has the command all the same,
-and carries it out after those before it. A signal handler's exception makes it try once more before
-that goes on.
+Thaws all file systems. Takes no arguments. Returns how many file systems were thawed. If the agent does not answer in
+time, it still has the command and executes it after the commands before it. If a signal handler dies meanwhile, thaw tries
+once more before it passes on the exception.
+
+Errors: as above.
 
 =head2 hooks
 
+=for run task
+
+    use PVE::BackupAccess::GuestAgent;
+
+    my $agent = PVE::BackupAccess::GuestAgent->new(socket => $agent_socket);
     my %hooks = $agent->hooks;    # (freeze => sub { ... }, thaw => sub { ... })
 
-Both for L<PVE::BackupAccess::Task/new> and L<PVE::BackupAccess/setup>, with errors of the agent logged: a backup of
-a guest whose agent does not answer is better than none. A guest that was sent no freeze is sent no thaw. What your
-signal handlers die with goes on.
+Returns the options C<freeze> and C<thaw> of L<PVE::BackupAccess::Task/new> and L<PVE::BackupAccess/setup>. Takes no
+arguments. The hooks log errors of the agent and continue, because a backup without a freeze is better than no backup. If no
+freeze was sent to the guest, no thaw is sent either.
 
 =cut

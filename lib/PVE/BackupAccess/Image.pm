@@ -296,7 +296,7 @@ __END__
 
 =head1 NAME
 
-PVE::BackupAccess::Image - the disks of a guest that is off
+PVE::BackupAccess::Image - access to the disks of a guest that is off
 
 =head1 SYNOPSIS
 
@@ -313,7 +313,7 @@ PVE::BackupAccess::Image - the disks of a guest that is off
         qmp => $image->qmp,
         persistent => 1,
         'fleecing-dir' => $fleecing_dir,
-        devices => ['drive-scsi0'],
+        devices => [$image->devices_of],
         $options->%*,     # vmid, provider, guest-config and so on
     );
     $task->run_job;
@@ -321,45 +321,97 @@ PVE::BackupAccess::Image - the disks of a guest that is off
 
 =head1 DESCRIPTION
 
-A guest that is off has no QEMU to ask. C<qemu-storage-daemon> opens its images instead, and the access is made of the
-same commands. What a guest has and the daemon has not, such as devices, is answered here. Nothing is written to
-the disks; persistent bitmaps of qcow2 images are read, and brought up to date as at any other backup: so
-an increment goes on from a backup of the running guest, and the next one of the running guest from this.
-Raw images have no bitmaps that last: their backups are full ones.
+A guest that is off has no QEMU to ask. This module starts a C<qemu-storage-daemon>, which opens the images and executes
+the same commands. The module itself answers the commands for what a guest has and the daemon lacks, such as devices. The
+disks' content is not changed. Persistent bitmaps of qcow2 images are read, and updated as in any other backup. So an
+increment can follow a backup of the running guest, and the next backup of the running guest can follow this one. Bitmaps
+of raw images do not persist, so each backup of a raw image is a full one.
 
-While the daemon is there no QEMU can open the images for writing, so the guest cannot start.
+While the daemon runs, no QEMU can open the images for writing, so the guest cannot start.
+
+=head1 ERRORS
+
+The methods die with a L<PVE::BackupAccess::Error>.
 
 =head1 METHODS
 
 =head2 start
 
-    my $image = PVE::BackupAccess::Image->start(%options);
+=for run images
 
-Opens the images. Dies if another process has one open for writing. Options are:
+    use PVE::BackupAccess::Image;
+
+    my $image = PVE::BackupAccess::Image->start(
+        disks => [{ device => 'drive-scsi0', file => $file, format => 'qcow2' }],
+        uuid => $uuid,
+        timeout => 30,
+    );
+    $image->stop;
+
+Starts the daemon, opens the images and returns the object. The options are:
 
 =over
 
-=item C<disks> - a list of hashes with C<device>, the name that the guest's device has when it runs, C<file>, the image or
-block device, and C<format>, C<qcow2> or C<raw>. It is not guessed: the guest of a raw image could write what looks like
-qcow2.
+=item C<disks> - required: an array ref of hashes with C<device>, the name that the guest's device has when it runs;
+C<file>, the image or block device; and C<format>, C<qcow2> or C<raw>. The format is never guessed, because the guest of a
+raw image could write a qcow2 header to it.
 
-=item C<uuid>, C<name> - of the guest. An increment needs the UUID that the backup before had.
+=item C<uuid>, C<name> - of the guest. An increment needs the UUID that the guest had at the previous backup.
 
-=item C<timeout> - seconds that a command may take, 60 if not given
+=item C<timeout> - seconds that a command may take. The default is 60.
 
 =back
 
+Errors: C<ArgumentError> if an option is unknown, missing or wrong; C<SystemError> if a file cannot be opened or is open
+for writing in another process, if the daemon cannot be started, or if it cannot open the images.
+
 =head2 qmp
 
-A code ref for the option C<qmp> of L<PVE::BackupAccess/new> and of L<PVE::BackupAccess::Task>.
+=for run images
+
+    use PVE::BackupAccess;
+    use PVE::BackupAccess::Image;
+
+    my $image = PVE::BackupAccess::Image->start(
+        disks => [{ device => 'drive-scsi0', file => $file, format => 'qcow2' }]);
+    my $access = PVE::BackupAccess->new(
+        qmp => $image->qmp,
+        'target-id' => 'nightly',
+        'fleecing-dir' => $fleecing_dir,
+    );
+    my $sizes = $access->sizes($image->devices_of);
+    $image->stop;
+
+Returns a code ref for the option C<qmp> of L<PVE::BackupAccess/new> and L<PVE::BackupAccess::Task/new>. Takes no
+arguments. The code ref dies with QEMU's error as text, or with C<ConnectionError>, C<TimeoutError> or C<ProtocolError>.
 
 =head2 devices_of
 
-The names of the disks.
+=for run images
+
+    use PVE::BackupAccess::Image;
+
+    my $image = PVE::BackupAccess::Image->start(
+        disks => [{ device => 'drive-scsi0', file => $file, format => 'qcow2' }]);
+    say for $image->devices_of;
+    $image->stop;
+
+Returns the names of the disks, as a list. Takes no arguments.
 
 =head2 stop
 
-Closes the images. Persistent bitmaps are stored then; dies if that failed, and the next backup is a full one. What goes out
-of scope is stopped with a warning in place of an error.
+=for run images
+
+    use PVE::BackupAccess::Image;
+
+    my $image = PVE::BackupAccess::Image->start(
+        disks => [{ device => 'drive-scsi0', file => $file, format => 'qcow2' }]);
+    $image->stop;
+
+Closes the images and ends the daemon. Takes no arguments. The daemon stores persistent bitmaps when it ends. A second call
+does nothing. If the object goes out of scope, it is stopped, and an error becomes a warning.
+
+Errors: C<SystemError> if the daemon ends with an error. The bitmaps may then not be stored, and the next backup is a full
+one.
 
 =cut

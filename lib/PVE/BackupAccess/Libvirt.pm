@@ -94,53 +94,72 @@ __END__
 
 =head1 NAME
 
-PVE::BackupAccess::Libvirt - QEMU's monitor by libvirt
+PVE::BackupAccess::Libvirt - QMP commands through libvirt
 
 =head1 SYNOPSIS
 
-=for run compiles it needs a libvirt with a domain; t/libvirt.t has one
+=for run libvirt
 
     use PVE::BackupAccess;
     use PVE::BackupAccess::Libvirt;
 
+    my $domain = PVE::BackupAccess::Libvirt->domain('web1', connect => $uri);
     my $access = PVE::BackupAccess->new(
-        qmp => PVE::BackupAccess::Libvirt->qmp('web1'),
-        'qemu-user' => 'libvirt-qemu',
+        qmp => $domain->{qmp},
+        $domain->{options}->%*,    # qemu-user and qemu-group
         'target-id' => 'nightly',
         'fleecing-dir' => '/var/tmp',
     );
 
 =head1 DESCRIPTION
 
-libvirt has QEMU's monitor to itself, and passes commands on. A process of C<virsh> is started with the first command, and
-asked them all; it ends with the code ref. Devices have the names that libvirt gave them, such as C<virtio-disk0>: the
-C<alias> in the domain's description.
+libvirt keeps QEMU's monitor connected, and passes commands on. The first call starts a C<virsh>, which executes all
+further commands; it ends with the code ref. Devices have the names that libvirt gave them, such as C<virtio-disk0>: the
+C<alias> in the domain XML.
+
+=head1 ERRORS
+
+The methods die with a L<PVE::BackupAccess::Error>: C<ArgumentError> if an argument is unknown or wrong,
+C<ConnectionError> if C<virsh> cannot be run or fails (for example because libvirt has no such domain), and
+C<ProtocolError> if its answer is not valid.
 
 =head1 CLASS METHODS
 
 =head2 qmp
 
-    my $qmp = PVE::BackupAccess::Libvirt->qmp($domain, %options);
+=for run libvirt
 
-A code ref for the option C<qmp> of L<PVE::BackupAccess/new>. The domain is named as C<virsh> takes it: by its name, UUID
-or number. Dies with a L<PVE::BackupAccess::Error> if libvirt has no such domain. The options are:
+    use PVE::BackupAccess;
+    use PVE::BackupAccess::Libvirt;
+
+    my $qmp = PVE::BackupAccess::Libvirt->qmp('web1', connect => $uri);
+    my $capabilities = PVE::BackupAccess->capabilities(qmp => $qmp);
+
+Takes a domain, given by its name, UUID or ID as for C<virsh>, and options. Returns a code ref for the option C<qmp> of
+L<PVE::BackupAccess/new>. The code ref dies with QEMU's or libvirt's error as text. The options are:
 
 =over
 
-=item C<connect> - which libvirt, a URI as for C<virsh>; by default libvirt's own choice: C<qemu:///system> for root
+=item C<connect> - the libvirt to connect to, a URI as for C<virsh>. The default is libvirt's own: C<qemu:///system> for
+root.
 
-=item C<timeout> - seconds that a command may take, 60 if not given
+=item C<timeout> - seconds that a command may take. The default is 60.
 
 =back
 
-Where QEMU runs as another user, as a system domain does, L<PVE::BackupAccess/new> has to be told by C<qemu-user>.
+If QEMU runs as another user, as that of a system domain does, give C<qemu-user> to L<PVE::BackupAccess/new>.
 
 =head2 domain
 
-    my $about = PVE::BackupAccess::Libvirt->domain($domain, %options);
+=for run libvirt
 
-What C<pve-backup-access --libvirt> has to know of a domain, as a hash: C<name>, C<uuid>, C<running>, C<qmp> (as above),
-C<options> for L<PVE::BackupAccess/new>, and C<disks>, a list of hashes with C<target> (C<vda>), C<device> (the name of the
-guest device), C<kind> (C<disk>, C<cdrom>), C<format>, C<file>, C<read-only> and C<shareable>.
+    use PVE::BackupAccess::Libvirt;
+
+    my $domain = PVE::BackupAccess::Libvirt->domain('web1', connect => $uri);
+    say "$_->{target}: $_->{file}" for $domain->{disks}->@*;
+
+Takes the same arguments as L</qmp>. Returns a hash that describes the domain: C<name>, C<uuid>, C<running>, C<qmp> (as
+above), C<options> for L<PVE::BackupAccess/new>, and C<disks>, an array ref of hashes with C<target> (C<vda>), C<device>
+(the name of the guest device), C<kind> (C<disk>, C<cdrom>), C<format>, C<file>, C<read-only> and C<shareable>.
 
 =cut

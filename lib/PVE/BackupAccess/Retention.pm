@@ -101,3 +101,80 @@ sub marks ($archives, $keep) {
 }
 
 1;
+
+__END__
+
+=encoding utf8
+
+=head1 NAME
+
+PVE::BackupAccess::Retention - which archives of a guest to keep
+
+=head1 SYNOPSIS
+
+=for run store
+
+    use PVE::BackupAccess::Retention qw(marks);
+
+    my $marks = marks(
+        [
+            { name => 'monday', time => 1_764_547_200, protected => 0, devices => { 'drive-scsi0' => 1 } },
+            { name => 'tuesday', time => 1_764_633_600, protected => 0, devices => { 'drive-scsi0' => 1 } },
+        ],
+        { 'keep-last' => 1 }
+    );
+    say "$_: $marks->{$_}" for sort keys $marks->%*;    # monday: remove, tuesday: keep
+
+=head1 DESCRIPTION
+
+The retention rules of Proxmox VE (C<prune-backups>), applied to a list of archives. The functions read and remove
+nothing. L<PVE::BackupAccess::Provider::Qcow2Chain/prune> uses them; another provider can use them too.
+
+=head1 FUNCTIONS
+
+=head2 periods
+
+=for run store
+
+    use PVE::BackupAccess::Retention qw(periods);
+
+    say for periods();
+
+Returns the names of the rules in the order in which they apply: C<keep-last>, C<keep-hourly>, C<keep-daily>,
+C<keep-weekly>, C<keep-monthly>, C<keep-yearly>. Takes no arguments.
+
+=head2 check_keep
+
+=for run store
+
+    use PVE::BackupAccess::Retention qw(check_keep);
+
+    check_keep({ 'keep-last' => 3, 'keep-daily' => 7 });
+
+Takes a hash ref of rules to numbers. Returns nothing.
+
+Errors: C<ArgumentError> if a rule does not exist, a number is not a whole number from 0 on, or the rules keep nothing.
+
+=head2 marks
+
+Takes an array ref of the archives of one guest, and a hash ref of rules. An archive is a hash ref with C<name>, C<time>
+(seconds since 1970), C<protected>, and C<devices>, a hash that says for each device whether it can be restored. Returns a
+hash ref of names to marks:
+
+=over
+
+=item C<keep> - a rule keeps the archive
+
+=item C<remove> - no rule keeps it
+
+=item C<protected> - it is protected; it is kept and not counted
+
+=item C<broken> - it cannot be restored, but no newer intact archive that is kept replaces it
+
+=back
+
+The archives of each device are counted separately. Only archives that are not protected and can be restored are counted.
+
+Errors: those of L</check_keep>.
+
+=cut

@@ -501,7 +501,7 @@ __END__
 
 =head1 NAME
 
-PVE::BackupAccess::Task - one guest's backup with a backup provider
+PVE::BackupAccess::Task - back up one guest with a backup provider
 
 =head1 SYNOPSIS
 
@@ -517,28 +517,44 @@ PVE::BackupAccess::Task - one guest's backup with a backup provider
         devices => ['drive-scsi0'],
         'guest-config' => $guest_config,
     );
-    my $result = $task->run_job;    # alone; $task->run inside of a job that VZDump makes
+    my $result = $task->run_job;    # a job of its own; use $task->run inside a job of VZDump
     say "$_: $result->{devices}{$_}{dirty} bytes" for sort keys $result->{devices}->%*;
 
 =head1 DESCRIPTION
 
-A task does for one running guest what VZDump does with a provider of Proxmox VE's backup provider
-API: it asks the provider how it wants to read, sets up the access, hands the volumes over, and tears
-the access down by the outcome.
+A task does for one running guest what VZDump does with a provider of Proxmox VE's backup provider API. It asks the
+provider for its mechanism, sets up the access, passes the volumes to the provider, and tears down the access according
+to the outcome.
 
 The provider is any object with the methods of that API. Plugins that derive from
-C<PVE::BackupProvider::Plugin::Base> need nothing else: where that class is not installed, a stand-in
-of that name is found, provided that this module was loaded first. An installed one always comes first.
+C<PVE::BackupProvider::Plugin::Base> need nothing else: if that class is not installed, this module supplies a substitute
+with the same name. Load this module before the plugin. An installed class always takes precedence.
+
+=head1 ERRORS
+
+The methods die with a L<PVE::BackupAccess::Error>, or with what the provider, a hook, a callback or a signal
+handler dies with, unchanged.
 
 =head1 CLASS METHODS
 
 =head2 new
 
-    my $task = PVE::BackupAccess::Task->new(%options);
+=for run task
 
-Checks the options; nothing is sent. An option that is undef counts as not given. It takes C<qmp>,
-C<target-id>, C<run-dir>, C<fleecing-dir>, C<qemu-user>, C<qemu-group>, C<qemu-run-dir>, C<qemu-fleecing-dir>, C<fleecing>, C<persistent>, C<allow-shared>, C<timeout> and C<bitmap-name> as
-L<PVE::BackupAccess/new> does, and
+    my $task = PVE::BackupAccess::Task->new(
+        vmid => 100,
+        provider => $provider,
+        qmp => $qmp_socket,
+        'target-id' => 'snapshot-access:mystore',
+        devices => ['drive-scsi0'],
+        'guest-config' => $guest_config,
+        'bandwidth-limit' => 50 << 20,
+        log => sub ($level, $message) { warn "$level: $message\n" },
+    );
+
+Checks the options and returns a task. Sends nothing to QEMU. An option that is undef counts as not given. Takes C<qmp>,
+C<target-id>, C<run-dir>, C<fleecing-dir>, C<qemu-user>, C<qemu-group>, C<qemu-run-dir>, C<qemu-fleecing-dir>,
+C<fleecing>, C<persistent>, C<allow-shared>, C<timeout> and C<bitmap-name>, as L<PVE::BackupAccess/new> does, and
 
 =over
 
@@ -548,7 +564,7 @@ Required. The number of the guest, for the provider.
 
 =item provider
 
-Required. The object.
+Required. The provider object.
 
 =item devices
 
@@ -556,7 +572,7 @@ Required. An array ref of the devices, by QEMU's names.
 
 =item guest-config
 
-Required. The guest's configuration, which the provider keeps as it is.
+Required. The guest's configuration, a text that the provider stores unchanged.
 
 =item firewall-config
 
@@ -568,99 +584,107 @@ Bytes per second that the provider is asked not to exceed; 0 is no limit.
 
 =item jobs
 
-How many devices the provider is asked to store side by side.
+The number of devices that the provider is asked to store in parallel.
 
 =item freeze, thaw
 
-Code refs that are called right before and after the setup. C<thaw> is called even if C<freeze> or the
-setup died. If one of them dies the backup has failed: a hook that is to be more lenient catches its
-errors itself, as those of L<PVE::BackupAccess::GuestAgent/hooks> do.
+Code refs that are called immediately before and after the snapshot. C<thaw> is called even if C<freeze> or the
+snapshot failed. If one of them dies, the backup fails. A hook that must not fail the backup catches its own errors, as
+those of L<PVE::BackupAccess::GuestAgent/hooks> do.
 
 =item load-note, store-note
 
     'load-note' => sub ($key) { return $text },
     'store-note' => sub ($key, $text) { ... },
 
-Keep the note that L</run> tells of: a text for each target and guest, undef if there is none. Together, or
-neither: then it is a file of this host. A storage that all nodes of a cluster share may have them
-cluster-wide; for one that is not shared they belong to the node.
+Code refs that load and store the note that L</run> describes: one text per target and guest, undef if there is none. Give
+both or neither. By default, the note is a file on this host. If all nodes of a cluster share the storage, the notes
+may be cluster-wide; for a storage that is not shared, they belong to the node.
 
 =item state-dir
 
-The directory of those files: C</var/lib/pve-backup-access> for root, C<.local/state/pve-backup-access> in the
-home directory of others.
+The directory of those files. The default is C</var/lib/pve-backup-access> for root, and
+C<.local/state/pve-backup-access> in the home directory of other users.
 
 =item log
 
     log => sub ($level, $message) { ... },
 
-Is told what happens; C<$level> is C<debug>, C<info>, C<warn> or C<err>. Without it warnings and errors
-go to C<warn>.
+A code ref that is called with each log message. C<$level> is C<debug>, C<info>, C<warn> or C<err>. Without this option,
+warnings and errors go to C<warn>.
 
 =back
+
+Errors: C<ArgumentError> if an option is unknown, missing or wrong.
 
 =head1 METHODS
 
 =head2 run
 
-    my $result = $task->run;
+=for run task
 
-The backup itself: what VZDump does in C<archive_external>. It calls
+    my $task = PVE::BackupAccess::Task->new($options->%*);
+    $provider->job_init(time);
+    $provider->backup_init(100, 'qemu', time);
+    my $result = $task->run;
+    say "$_: $result->{devices}{$_}{'bitmap-mode'}" for sort keys $result->{devices}->%*;
+
+Makes the backup: the part that VZDump does in C<archive_external>. Takes no arguments. It calls the provider's methods
 
     backup_get_mechanism($vmid, 'qemu')
     backup_vm_query_incremental($vmid, { $device => { size => $bytes, base => $id, identity => $text } })
     backup_vm($vmid, $guest_config, $volumes, { 'bandwidth-limit' => ..., 'firewall-config' => ...,
         'backup-id' => $new_id, 'guest-uuid' => $uuid, jobs => $count })
 
-and sets up the access after the second, with C<freeze> before and C<thaw> after it. A provider that
-answers the second with nothing gets no bitmaps; nor does a device that it leaves out.
+It sets up the access after the second call, with C<freeze> before and C<thaw> after the snapshot. If the provider returns
+nothing from C<backup_vm_query_incremental>, no device gets a bitmap. A device that the provider omits there gets no
+bitmap either.
 
-Bitmaps are tied to backups (L<PVE::BackupAccess/WHICH BACKUP A BITMAP IS RELATIVE TO>). The provider is told
-C<base>, the id of the backup that the device's bitmap is relative to, undef if there is none that can be
-used. One that knows of ids answers C<< { $device => { 'bitmap-mode' => 'use', base => $id } } >> with the id of
-the archive that it would build on, and keeps C<backup-id> with the new one. With a true C<audit> in that hash the bitmap is
-audited (L<PVE::BackupAccess/AUDITING A BITMAP>): the volume has C<bitmap-mode> C<new> and, by mechanism nbd, C<audit-bitmap>.
+B<Bitmaps are tied to backups> (L<PVE::BackupAccess/WHICH BACKUP A BITMAP IS RELATIVE TO>). The provider gets
+C<base>, the ID of the backup that the device's bitmap is relative to, or undef if no bitmap can be
+used. A provider that knows IDs returns C<< { $device => { 'bitmap-mode' => 'use', base => $id } } >> with the ID of
+the archive that it would build on, and stores C<backup-id> with the new archive. With a true C<audit> in that hash, the
+bitmap is audited (L<PVE::BackupAccess/AUDITING A BITMAP>): the volume has C<bitmap-mode> C<new> and, for mechanism nbd,
+C<audit-bitmap>.
 
-C<identity> tells the disk from others of the guest, whatever it is called, and C<node>, if it is there, is the name
-that its node has now. If the disk was backed up under another name last, C<base> is undef and C<alias-base> has the id. A
-provider that keeps identities with its archives, and finds the disk in that archive by its identity, adds C<identity> to
-its answer: then the name does not matter.
+B<Disks that change their names.> C<identity> tells the disk from others of the guest, whatever its name. C<node>, if
+present, is the current name of its node. If the disk had another name in the last backup, C<base> is undef and
+C<alias-base> has the ID. A provider that stores identities with its archives, and finds the disk in that archive by its
+identity, adds C<identity> to its answer: the name then does not matter.
 
-For one that answers the word
-C<use> the task keeps a note of which backup the newest data of each device are from, and of which disk: an id in QEMU other than
-the note's, another disk, or no note, is answered by a new bitmap. The note is none from the call of C<backup_vm> to the
-end, so that a backup that was killed is followed by a full one. What such a provider lost, or took from another
-program, after a good backup cannot be seen.
+B<Providers that do not know IDs> return the word C<use>. For them, the task keeps a note of the backup and of the disk that
+the newest data of each device comes from. If the ID in QEMU differs from the note, if the disk is another one, or if there
+is no note, the device gets a new bitmap. The note is empty from the call of C<backup_vm> until the end, so that a backup
+that was killed is followed by a full one. The task cannot detect that such a provider lost an archive after a good backup,
+or took over an archive from another program.
 
-The log warns when the file system of a fleecing image is nearly full (see
-L<PVE::BackupAccess/status>): at the beginning, after a failure, and with the mechanism file-handle
+B<Fleecing.> The log warns if the file system of a fleecing image is nearly full (see
+L<PVE::BackupAccess/status>): at the beginning, after a failure, and with mechanism file-handle
 every ten seconds.
 
-Dies with the first error, whoever made it, when all is undone; the bitmaps then have all that they had,
-and what the guest wrote since. That includes the exceptions of your signal handlers. In a child that
-the provider forked, and that comes back, it dies and does nothing else.
+B<Completion.> When C<backup_vm> returns, the archive must be complete: from then on, the bitmaps may be cleared. An
+error of the teardown after that does not fail the backup. It is logged and is in the result, and the next
+setup cleans up. A signal that arrives after the bitmaps are cleared does not fail the backup either. The exception of its
+handler is thrown a statement or two after the call, when you have the result (see L<PVE::BackupAccess/teardown>), and
+before another backup can begin.
 
-When C<backup_vm> has returned the archive must be complete: from then on the bitmaps may begin anew. An
-error of the teardown after that is no failure of the backup. It is logged, and in the result; the next
-setup undoes what was left. A signal that comes when the bitmaps have begun anew is none either: what its handler dies with
-comes when you have the result, a statement or two after the call (see L<PVE::BackupAccess/teardown>), and so before a next
-backup begins.
-
-The result is a hash:
+Returns a hash:
 
 =over
 
 =item devices
 
-By device: C<size>; C<bitmap-action> as QEMU called it; C<bitmap-mode> as the provider was told it
-(C<none>, C<new>, C<reuse>); C<dirty>, the bytes that the provider had to read; C<fallback>, the reason
-why it had to read everything though it asked for mode C<use>, or was told no C<base>, else undef.
+For each device: C<size>; C<bitmap-action> as QEMU returned it; C<bitmap-mode> as the provider got it
+(C<none>, C<new>, C<reuse>); C<dirty>, the bytes that the provider had to read; and C<fallback>, why it had to read
+everything although it asked for mode C<use> or got no C<base>, else undef.
 
 =item id
 
-The id of this backup.
+The ID of this backup.
 
 =item seconds
+
+How long the backup took.
 
 =item teardown-error
 
@@ -668,34 +692,50 @@ Only if there was one.
 
 =back
 
+Errors: run undoes everything and then dies with the first error, from whatever source. The bitmaps then hold everything
+that they held before, and what the guest wrote since. C<ArgumentError> if the provider returned something that the API
+does not allow; C<StateError> if the task belongs to another process: in a child that the provider forked and that
+returns, run dies and does nothing else; and the errors of L<PVE::BackupAccess/setup> and L<PVE::BackupAccess/volumes>.
+
 =head2 run_job
 
+=for run task
+
+    my $task = PVE::BackupAccess::Task->new($options->%*);
     my $result = $task->run_job;
+    say "$result->{'archive-name'}: $result->{seconds} seconds";
 
-The same as a job of its own, with what VZDump does around it: C<job_init($time)>,
+Makes the backup as a job of its own, including what VZDump does around L</run>: C<job_init($time)>,
 C<backup_init($vmid, 'qemu', $time)>, then L</run>, C<backup_cleanup($vmid, 'qemu', 1, {})>,
-C<backup_handle_log_file($vmid, $file)>, C<job_cleanup()>. C<backup_cleanup> is called before the
-teardown: a provider that dies there has no archive, and so the bitmaps stay as after a failure.
+C<backup_handle_log_file($vmid, $file)>, C<job_cleanup()>. Takes no arguments. C<backup_cleanup> is called before the
+teardown: if the provider dies there, it has no archive, and the bitmaps are kept as after a failure.
 
-If anything from C<backup_init> to there fails, C<backup_cleanup($vmid, 'qemu', 0, { error => $text })>
-is called after the teardown. C<job_cleanup> is called in every case, and the log file handed over if
-C<job_init> was successful.
+If a step from C<backup_init> to C<backup_cleanup> fails, C<backup_cleanup($vmid, 'qemu', 0, { error => $text })>
+is called after the teardown. C<job_cleanup> is always called. The log file is passed to the provider if
+C<job_init> succeeded.
 
-A signal that comes when the bitmaps have begun anew does not keep C<backup_handle_log_file> and C<job_cleanup> from being
-called; its exception comes after the call, as with L</run>. If one of these two dies, or a signal comes while
-they run, the exception comes from the call, but the backup is good: the provider is told of no failure.
+If a signal arrives after the bitmaps are cleared, C<backup_handle_log_file> and C<job_cleanup> are still
+called, and the exception is thrown after the call, as with L</run>. If one of these two dies, or a signal arrives while
+they run, run_job dies with that exception, but the backup is good, and the provider is not told of a failure.
 
-The result has C<archive-name> and, where the provider tells it, C<archive-size>, too.
+Returns the same hash as L</run>, with C<archive-name> and, if the provider returns it, C<archive-size>.
+
+Errors: those of L</run>; C<ArgumentError> if C<backup_init> returns no valid C<archive-name>.
 
 =head2 log
 
-    my $logger;
-    my $provider = $class->new($plugin, $config, $storeid, sub { $logger->log(@_) if $logger });
-    my $task = PVE::BackupAccess::Task->new(provider => $provider, ...);
-    weaken($logger = $task);    # the task has the provider
+=for run task
 
-Logs a line as the task does. A provider that is given this has its own lines in the log file of
-L</run_job>.
+    use Scalar::Util qw(weaken);
+
+    my $logger;
+    my $log_function = sub ($level, $message) { $logger->log($level, $message) if $logger };
+    my $task = PVE::BackupAccess::Task->new($options->%*);
+    weaken($logger = $task);    # the task holds the provider, which holds the log function
+    $log_function->('info', 'a line of the provider');
+
+Takes a level (C<debug>, C<info>, C<warn> or C<err>) and a message, and logs the message as the task does. Give a provider
+such a function, as the log function of its C<new>, to have its lines in the log file of L</run_job>.
 
 =head1 SEE ALSO
 

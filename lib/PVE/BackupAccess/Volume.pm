@@ -262,7 +262,7 @@ __END__
 
 =head1 NAME
 
-PVE::BackupAccess::Volume - one device's data: dirty regions, reading, discarding
+PVE::BackupAccess::Volume - the data of one device: dirty regions, reading, discarding, copying
 
 =head1 SYNOPSIS
 
@@ -281,18 +281,35 @@ PVE::BackupAccess::Volume - one device's data: dirty regions, reading, discardin
 
 =head1 DESCRIPTION
 
-A volume reads one device of an access, over NBD or a file handle. It is what a backup provider makes of the hash that
-it is given, and what L<PVE::BackupAccess/volume> returns.
+A volume reads one device of an access, over NBD or through a file handle. A backup provider opens it from the hash that
+C<backup_vm()> gets. L<PVE::BackupAccess/volume> also returns one.
 
-All offsets, lengths and sizes are bytes. All methods die with a L<PVE::BackupAccess::Error>.
+All offsets, lengths and sizes are bytes.
+
+=head1 ERRORS
+
+All methods die with a L<PVE::BackupAccess::Error>. The message names the device. What your own signal handlers and
+callbacks die with is passed on unchanged. Every method can die with
+
+=over
+
+=item C<ArgumentError> - an argument is missing, unknown or wrong
+
+=item C<NbdError> - a request failed: the server refused it, or the connection was lost
+
+=item C<SystemError> - the same for a file handle, or a system call failed
+
+=item C<StateError> - the volume was opened by another process, such as the parent of a fork
+
+=back
 
 =head1 IN A BACKUP PROVIDER
 
-What a provider of Proxmox VE does with the C<$volumes> that C<backup_vm()> gets, in full. When it dies, the backup
-has failed: the bitmaps keep what was to be copied, and the next backup brings it again.
+The following two examples show a complete C<backup_vm()> of a provider of Proxmox VE. If it dies, the backup
+has failed: the bitmaps keep what was to be copied, and the next backup contains it.
 
-With mechanism nbd, an image for each disk, of which an increment makes the next state. L</copy> keeps many requests in
-flight and discards what the image has got:
+With mechanism nbd: one image per disk, which each increment brings to the next state. L</copy> keeps many requests in
+flight and discards what the image has received.
 
 =for run provider nbd
 
@@ -312,8 +329,8 @@ flight and discards what the image has got:
         }
     }
 
-With mechanism file-handle, pieces for a store of the provider's own. The data comes through the file handle, which can
-be read and punched without this module, too, as L<PVE::BackupAccess/volumes> says:
+With mechanism file-handle: pieces for a store of the provider's own. The file handle can also be read and punched
+without this module, as described in L<PVE::BackupAccess/volumes>.
 
 =for run provider file-handle
 
@@ -334,209 +351,289 @@ be read and punched without this module, too, as L<PVE::BackupAccess/volumes> sa
         $self->commit($vmid);
     }
 
-Either works with both mechanisms.
+Both examples work with both mechanisms.
 
 =head1 METHODS
 
 =head2 open
 
-    my $volume = PVE::BackupAccess::Volume->open($device, \%volume);
+=for run volume
 
-Connects. C<%volume> is what C<backup_vm()> gets for the device: C<nbd-path> (a Unix socket, where the
-export has the name of the device, or an NBD URI), C<size>, C<bitmap-mode> and C<bitmap-name>. The
-size must be what the server says; without one the server's is taken. With a bitmap the server must
-offer it. A URI is one of those that L</copy> takes.
+    use PVE::BackupAccess::Volume;
 
-A server's block sizes are kept to: reads of parts of its smallest block read whole blocks, and long ones are cut. A
-size of the export that is no multiple of the smallest block is an error, since no request could reach the end. Block
-sizes that break the NBD protocol are passed over.
+    my $volumes = $access->volumes('nbd');
+    my $volume = PVE::BackupAccess::Volume->open('drive-scsi0', $volumes->{'drive-scsi0'});
+    $volume->close;
 
-Or, of the mechanism file-handle, C<size>, C<bitmap-mode>, C<file-handle> and C<next-dirty-region>.
-Reads then go through the file, and regions come from the code ref. It gives each region once, so that
-such a hash is for one volume only. The size must be the file's, too.
+Takes the name of the device and the hash that C<backup_vm()> gets for it. Connects and returns the volume. The keys of
+the hash are, for mechanism nbd:
 
-Other keys are ignored, so that Proxmox VE may add some.
+=over
+
+=item C<nbd-path> - required: a Unix socket on which the export has the name of the device, or an NBD URI. L</copy> lists
+the URI schemes that are accepted.
+
+=item C<size> - the size that the server must report; without it, the server's size is used
+
+=item C<bitmap-mode>, C<bitmap-name> - C<none>, C<new> or C<reuse>, and the bitmap, which the server must export
+
+=back
+
+and for mechanism file-handle, all of them required:
+
+=over
+
+=item C<file-handle> - the data is read from this file
+
+=item C<next-dirty-region> - a code ref that returns the dirty regions. It returns each region only once, so open
+only one volume from such a hash.
+
+=item C<size>, C<bitmap-mode> - as above; C<size> must be the size of the file
+
+=back
+
+All other keys are ignored, so Proxmox VE may add keys.
+
+The volume obeys the block sizes that the server advertises: a read of a part of the minimum block reads the whole block,
+and long reads are split. Advertised block sizes that violate the NBD protocol are ignored.
+
+Errors: C<NbdError> if the connection fails, if the size of the export differs, or if it is not a multiple of the
+minimum block (no request could then reach the end); C<IncompleteError> if the server does not export the bitmap.
 
 =head2 size
 
-The size of the volume.
+=for run volume
+
+    say $volume->size;
+
+Returns the size of the volume. Takes no arguments.
 
 =head2 next_dirty_region
 
-    while (my ($offset, $length) = $volume->next_dirty_region) { ... }
+=for run volume
 
-The next dirty region, in ascending order, neighbours joined; the empty list after the last one.
-Without a bitmap the whole volume is one region. An answer of the server that stops early, or that
-cannot be right, dies: it is never taken for the end of the map. After that the volume is of no more
-use.
+    while (my ($offset, $length) = $volume->next_dirty_region) {
+        say "$offset: $length bytes";
+    }
+
+Returns offset and length of the next dirty region, in ascending order, and the empty list after the last one. Adjacent
+regions are joined. Without a bitmap, the whole volume is one region. Takes no arguments.
+
+Errors: C<IncompleteError> or C<NbdError> if the server's answer ends early or cannot be right. Such an answer is never
+taken for the end of the map. The volume cannot be used after that.
 
 =head2 dirty_regions
 
-    my @regions = $volume->dirty_regions(1000);    # offset, length, offset, length, ...
+=for run volume
 
-Up to so many next dirty regions (at most 1,000,000) as a flat list, which is faster than one by one;
-the empty list after the last one.
+    while (my @regions = $volume->dirty_regions(1000)) {
+        while (my ($offset, $length) = splice(@regions, 0, 2)) {
+            say "$offset: $length bytes";
+        }
+    }
+
+Takes a number, at most 1,000,000. Returns up to this number of dirty regions as a flat list (offset, length, offset,
+length, ...), and the empty list after the last one. This is faster than L</next_dirty_region>.
+
+Errors: those of L</next_dirty_region>.
 
 =head2 pread
 
-    my $data = $volume->pread($offset, $length);
+=for run volume
 
-Exactly that range; at least 1 byte, at most 32 MiB. With a bitmap only dirty regions can be read, and
-only until they are discarded: QEMU answers everything else with an error. A read must not cross the
+    my $data = $volume->pread(0, 65536);
+
+Takes an offset and a length from 1 byte to 32 MiB. Returns exactly that range. With a bitmap, only dirty regions can be
+read, and only until they are discarded; QEMU answers all other reads with an error. A read must not cross the
 edge of a region.
+
+Errors: C<ArgumentError> if the range is too long or ends beyond the volume; C<NbdError> or C<SystemError> if
+the read fails.
 
 =head2 discard
 
-    $volume->discard($offset, $length);
+=for run volume
 
-Says that this range has been read and is not needed any more, which frees its fleecing space. Whole
-clusters are discarded; parts of one at the edges of the range are not. A cluster has 64 KiB, or more where the
-fleecing image has larger ones.
+    my $data = $volume->pread(0, 65536);
+    $volume->discard(0, 65536);
+
+Takes an offset and a length. Tells QEMU that this range has been read and is no longer needed, which frees its fleecing
+space. Only whole clusters are discarded; parts of a cluster at the edges of the range are not. A cluster has 64 KiB, or
+more if the fleecing image has larger clusters.
+
+Errors: C<NbdError> or C<SystemError> if the discard fails.
 
 =head2 copy
 
-    my $statistics = $volume->copy(to => $target);
+=for run volume
 
-Copies all dirty regions, or without a bitmap the whole volume, with many requests in flight. Where
-L</next_dirty_region> is does not matter and does not change. Nothing outside the regions is read or
-written. What the server, or a hole of the file, says is zero, as in a thin disk, is not read. The target is one of these:
+    my $statistics = $volume->copy(
+        to => "$dir/disk.raw",
+        digests => "$dir/disk.digests",
+        progress => sub ($done, $total) { say "$done of $total bytes" },
+    );
+    say "$statistics->{'bytes-written'} bytes written";
+
+Copies all dirty regions, or without a bitmap the whole volume, with many requests in flight. It does not depend on the
+position of L</next_dirty_region>, and does not change it. Nothing outside the regions is read or
+written. Zeroes that the server or a hole of the file reports, as in a thin disk, are not read.
+
+The option C<to> is required. It is one of these targets:
 
 =over
 
 =item a path - of a raw image file, or of a block device of at least the volume's size. The file gets the volume's
-size. If there is none it is made, with mode 0600, as it is as secret as the disk. Zeroes become holes where they can.
+size. A file that does not exist is created with mode 0600, because it is as secret as the disk. Zeroes become holes where
+possible.
 
-With bitmap-mode C<reuse> the volume is an increment: it has only what changed, and the rest is in the image of the
-backup before. So the file has to be there already and of the volume's size; any other is an
-C<ArgumentError>, unless C<without-base> says that an incomplete image is wanted.
+With bitmap-mode C<reuse>, the volume is an increment: it holds only what changed, and the rest is in the image of the
+previous backup. So the file must already exist and have the volume's size. Otherwise copy dies with
+C<ArgumentError>, unless C<without-base> allows an incomplete image.
 
-=item a handle, or the number of a descriptor, or its path, such as C</dev/stdout> - the same, opened by
-the caller for writing. Its position does not matter.
+=item a file handle, the number of a file descriptor, or the path of one, such as C</dev/stdout> - the same, opened by
+the caller for writing. The position of the handle is ignored.
 
-=item an NBD URI - of a writable export at least as large as the volume, such as C<qemu-nbd> over a
-qcow2 image. C<nbd:>, C<nbd+unix:>, C<nbd+vsock:> and, for TLS, C<nbds:>, C<nbds+unix:> and
-C<nbds+vsock:> are taken, with the parameter C<socket>; with TLS also C<tls-psk-file>, C<tls-certificates>,
-C<tls-hostname>, C<tls-username> and C<tls-verify-peer>, as far as libnbd knows them. All else is an C<ArgumentError>,
-and so are keys and certificates that are no regular files or have more than 16 MiB. A server that offers
-no flush has none: what it answers is all there is to know of its data.
+=item an NBD URI - of a writable export at least as large as the volume, such as C<qemu-nbd> with a
+qcow2 image. The schemes are C<nbd:>, C<nbd+unix:>, C<nbd+vsock:> and, for TLS, C<nbds:>, C<nbds+unix:> and
+C<nbds+vsock:>. The parameters are C<socket> and, for TLS, C<tls-psk-file>, C<tls-certificates>,
+C<tls-hostname>, C<tls-username> and C<tls-verify-peer>, if libnbd supports them. Everything else is an C<ArgumentError>.
+So is a key or certificate that is not a regular file or is larger than 16 MiB. If the server does not offer flush, no
+flush is sent, and copy cannot ensure that the data is on disk.
 
-=item a code ref - called with offset and data, in ascending order, zeroes included.
+=item a code ref - called with offset and data, in ascending order, including zeroes
 
 =back
 
-Any other answer than success, of source or target, dies with an error that names the offset; so does
-what the code refs and signal handlers die with, which comes through as it is. The target then has part
-of the data.
+Files and devices are written by processes that belong to the copy. The caller's C<wait> does not return them, and they
+cause no C<SIGCHLD>. If a target hangs, only these processes hang. They are killed when the copy ends. If the kernel
+does not let such a process end, it is left behind until the target answers; the call that it is in may still take effect
+then. If the caller opened the handle, and the target is a FUSE file whose server hangs, the kernel cannot end any
+process that has the handle.
 
-Files and devices are written to by processes of the copy's own, which the caller's C<wait> does not find and no
-C<SIGCHLD> tells about. A target that hangs, hangs them alone: they are killed when the copy ends, and one
-that the kernel does not let end is left behind until the target answers. A call that it is in may then still
-take effect. A handle that the caller opened is the caller's own: where the target is a FUSE file whose
-server hangs, the kernel ends no process that has such a handle. The options are these;
-undef counts as not given:
+An option that is undef counts as not given. The other options are:
 
 =over
 
-=item C<discard> - whether to discard what was copied, as by L</discard>: when the target has taken it,
-or for a code ref, when it has returned. By default so for volumes of an access, and not for a bare NBD
-URI without C<bitmap-mode>, which may be a disk in use. What the server cannot discard is left.
+=item C<discard> - whether to discard what was copied, as L</discard> does: when the target has taken it,
+or when the code ref has returned. The default is true for volumes of an access, and false for a bare NBD
+URI without C<bitmap-mode>, which may be a disk in use. If the server cannot discard, nothing is discarded.
 
-=item C<progress> - a code ref, called with the bytes copied and all dirty bytes, a few times a second
-and at the end. The map is read for that before.
+=item C<progress> - a code ref that is called with the bytes copied and the total of dirty bytes, a few times a second
+and at the end. The map is read before the copy for this.
 
-=item C<bandwidth-limit> - bytes read per second; 0 is no limit. What need not be read does not count.
+=item C<bandwidth-limit> - bytes read per second; 0 is no limit. Data that need not be read does not count.
 
-=item C<shared-limit> - a handle, open for reading and writing, of a file with 8 bytes, zeroes at first. Copies that have
-one keep C<bandwidth-limit>, the same for each, together, also if they are made by several processes at once.
+=item C<shared-limit> - a file handle, open for reading and writing, of a file of 8 zero bytes. All copies that are
+given the same file share C<bandwidth-limit>, also copies in different processes. All must have the same
+C<bandwidth-limit>.
 
-=item C<connections> - to use where the server allows several, at most 16. By default 4, or 1
-to a QEMU before 10.0, so that the guest does not wait for its disk behind our reads.
+=item C<connections> - the number of connections, if the server allows several, at most 16. The default is 4, or 1
+to a QEMU before 10.0, so that the guest's I/O does not wait behind the reads of the backup.
 
-=item C<request-size> - of reads and writes at most, in bytes, from 4096 to 8388608, a multiple of 4096.
-By default 262144, or C<cluster-size> if that is more. Regions are never joined. A server's largest request makes
-them smaller, its smallest block larger.
+=item C<request-size> - the maximum size of reads and writes in bytes, from 4096 to 8388608, a multiple of 4096.
+The default is 262144, or C<cluster-size> if that is larger. Regions are never joined. The server's maximum request
+lowers the size, its minimum block raises it.
 
-=item C<cluster-size> - of the image behind an NBD target, in bytes: a power of 2 from 65536, the
-default, to 8388608. Give it where the image has larger clusters: an NBD server does not tell. Zeroes are made in
-whole clusters only, parts of one are written as data, and no cluster is written to by two requests at a
-time: some QEMUs (11.0.0 with the fix "qcow2: Fix corruption on discard during write with COW") lose a
-write beside zeroes in the same cluster. With a smaller C<request-size> or a low C<bandwidth-limit>,
-whose requests are parts of a cluster, zeroes are written as data.
+=item C<cluster-size> - the cluster size in bytes of the image behind an NBD target: a power of 2 from 65536 (the
+default) to 8388608. Set it if the image has larger clusters, because an NBD server does not report it. Zeroes are written
+as zeroes in whole clusters only; parts of a cluster are written as data. No cluster is written by two requests at a
+time, because some QEMUs (11.0.0 with the fix "qcow2: Fix corruption on discard during write with COW") lose a
+write that runs next to a zero write in the same cluster. With a smaller C<request-size> or a low C<bandwidth-limit>,
+requests are parts of a cluster, and zeroes are written as data.
 
-=item C<without-base> - 1 lets an increment be copied to a file that is not there or has another size. The file then
-has what changed, and zeroes or whatever it had elsewhere: it is no image of the disk.
+=item C<without-base> - 1 allows an increment to be copied to a file that does not exist or has another size. The file
+then holds what changed, and elsewhere zeroes or its old content: it is not an image of the disk.
 
-=item C<digests> - a code ref or the name of a file, for the digest of every block that is copied: SHA-256, by
-libcrypto. Threads compute it of the data that was read anyway; zeroes cost nothing. The code ref is called with an
-offset and the digests of consecutive blocks from there on, 32 bytes each, each block once, in any order; but where
-C<to> is a code ref, right before the data of the same blocks. A file is one of those in L</FILES OF DIGESTS>. With
-bitmap-mode C<reuse> it keeps the digests that it has of blocks that are not copied; in all other cases it is begun anew.
-The last block of the volume may be short; its digest is of the bytes that are there.
+=item C<digests> - a code ref or a file name, for the SHA-256 digest (by libcrypto) of every block that is copied. Threads
+compute the digests of the data that is read anyway; zeroes cost nothing. The code ref is called with an
+offset and the digests of consecutive blocks from there on, 32 bytes each. It gets each block once, in any order; if
+C<to> is a code ref, immediately before the data of the same blocks. A file name names one of the L</FILES OF DIGESTS>.
+With bitmap-mode C<reuse>, the file keeps its digests of blocks that are not copied; otherwise it is written anew.
+If the last block of the volume is short, its digest covers the bytes that exist.
 
-=item C<digest-block> - bytes that one digest is of: a power of 2 from 4096 to 8388608, by default 65536. Dirty
-regions have to be made of whole blocks, so it is at most the granularity of the bitmap: 65536 for those that
-L<PVE::BackupAccess/setup> makes on a stock QEMU, 4194304 on Proxmox VE. A region with a part of a block is an
+=item C<digest-block> - the bytes that one digest covers: a power of 2 from 4096 to 8388608. The default is 65536. Dirty
+regions must consist of whole blocks, so the value must not exceed the granularity of the bitmap: 65536 for bitmaps that
+L<PVE::BackupAccess/setup> creates on a stock QEMU, 4194304 on Proxmox VE. A region with a part of a block is an
 C<ArgumentError>. Requests are at least as long as a block.
 
-=item C<unchanged> - names of L</FILES OF DIGESTS>, the newest first, that say what the target has already: the first
-one that knows a block is right about it. A block that has its digest is read, but not written, and a code ref is
-not called with it. What is written are whole blocks; zeroes are compared as all else is. The target has to be there, as for
-an increment, and so has its content: it is not looked at. C<digests> tells a code ref all blocks; a file goes on with
-the digests that it has, and only blocks that are written come to it. Excludes C<expected>.
+=item C<unchanged> - an array ref of L</FILES OF DIGESTS>, the newest first, that describe what the target already has. For
+each block, the first file that knows it counts. A block with the same digest is read but not written, and a code ref is
+not called with it. Whole blocks are written. Zeroes are compared like other data. The target and its content must exist,
+as for an increment; the content is not checked. With C<digests>, a code ref gets the digests of all blocks; a file
+keeps its old digests, and gets those of blocks that are written. Excludes C<expected>.
 
-=item C<expected>, C<damaged>, C<only-known> - as in L</check>; what is damaged is copied all the same.
+=item C<expected>, C<damaged>, C<only-known> - as for L</check>. Damaged blocks are copied all the same.
 
 =back
 
-Files, devices and NBD exports are flushed at the end. Memory is bounded, whatever the sizes.
-C<$statistics> is a hash:
+Files, devices and NBD exports are flushed at the end. Memory use is bounded, whatever the sizes.
+Returns C<$statistics>, a hash:
 
 =over
 
-=item C<bytes-read> - all that was dirty
+=item C<bytes-read> - everything that was dirty
 
-=item C<bytes-written>, C<bytes-zero> - of it, what was written as data, and what was made zero without
+=item C<bytes-written>, C<bytes-zero> - the part of it that was written as data, and that was written as zeroes
 
-=item C<bytes-unchanged> - of it, what was not written because of C<unchanged>
+=item C<bytes-unchanged> - the part of it that was not written because of C<unchanged>
 
 =item C<bytes-discarded> - whole clusters of the fleecing image, of 64 KiB at least
 
-=item C<bytes-damaged>, C<bytes-unknown> - by C<expected>: what was not as it should be, and of what it says nothing
+=item C<bytes-damaged>, C<bytes-unknown> - by C<expected>: what differs from its digest, and what has no digest
 
 =item C<regions>, C<seconds>
 
 =back
 
+Errors: copy dies at the first request of source or target that fails, and the message names the offset. The target then
+holds a part of the data. C<NbdError> is for NBD, C<SystemError> for files, C<UnsupportedError> for an NBD target that
+lacks a feature. C<IncompleteError> means that the map or the data ended early, C<ContentError> that a file of digests is
+damaged.
+
 =head2 check
 
-    my $statistics = $volume->check(expected => \@files, %options);
+=for run volume
 
-Reads the volume and compares it with digests that were taken before. The options are C<progress>, C<bandwidth-limit>,
-C<shared-limit> and C<connections>, which are those of L</copy>, and these:
+    $volume->copy(to => "$dir/disk.raw", digests => "$dir/disk.digests", discard => 0);
+    my $statistics = $volume->check(
+        expected => ["$dir/disk.digests"],
+        damaged => sub ($offset, $length) { say "damaged: $length bytes at $offset" },
+    );
+
+Reads the volume and compares it with digests that were taken earlier. Takes C<progress>, C<bandwidth-limit>,
+C<shared-limit> and C<connections>, as L</copy> does, and these options:
 
 =over
 
-=item C<expected> - names of files, see L</FILES OF DIGESTS>, the newest first: the first one that knows a block is right
-about it. All have the same block size, and are of a volume of this one's size.
+=item C<expected> - required: an array ref of L</FILES OF DIGESTS>, the newest first. For each block, the first file that
+knows it counts. All files must have the same block size and be of a volume of this size.
 
-=item C<damaged> - a code ref, called with offset and length of what is not as expected, or cannot be read (then it
-is a whole request). Without it the first such range is a C<ContentError>.
+=item C<damaged> - a code ref that is called with offset and length of each range that differs or cannot be read (a
+range that cannot be read is a whole request). Without it, the first such range is an error.
 
-=item C<only-known> - 1 has only those blocks read that the first file of C<expected> knows.
+=item C<only-known> - 1 reads only those blocks that the first file of C<expected> knows.
 
 =back
 
-C<$statistics> are those of L</copy>.
+Returns the same C<$statistics> as L</copy>.
+
+Errors: those of L</copy>; C<ContentError> for the first damaged range, if there is no C<damaged>, and for a damaged file
+of digests.
 
 =head2 close
 
-Closes the connection. Closing twice does no harm.
+=for run volume
+
+    $volume->close;
+
+Closes the connection. Takes no arguments. A second call does nothing.
 
 =head1 FILES OF DIGESTS
 
-A header of 4096 bytes, then 32 bytes for each block of the volume, in order. Of a block whose 32 bytes are all zero
-nothing is known; in a complete file, as of a copy of all of a volume, such a block is zeroes. So the file is sparse where the
-volume is. The header is written when all else is on disk: the file of a copy that failed is none. It has
+A file of digests has a header of 4096 bytes, then 32 bytes for each block of the volume, in order. If the 32 bytes of
+a block are all zero, the digest is unknown. In a complete file, such as that of a copy of a whole volume, such a block
+consists of zeroes. So the file is sparse where the volume is. The header is written when everything else is on
+disk, so the file of a failed copy is not valid. The header is
 
     offset  length
          0      12  "PBA-DIGESTS\n"
@@ -546,6 +643,7 @@ volume is. The header is written when all else is on disk: the file of a copy th
         40       4  size of a block, big-endian
         44       4  1 for a complete file, else 0, big-endian
 
-Files are made with mode 0600. They say nothing of the data, but whether it is what is known already.
+Files are created with mode 0600. A file of digests reveals nothing about the data, except to confirm a guess of
+what a block contains.
 
 =cut

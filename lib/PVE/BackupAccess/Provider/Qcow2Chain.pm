@@ -493,7 +493,7 @@ __END__
 
 =head1 NAME
 
-PVE::BackupAccess::Provider::Qcow2Chain - backups as chains of qcow2 images in a directory, containers as tars
+PVE::BackupAccess::Provider::Qcow2Chain - backups as chains of qcow2 images in a directory, containers as tar archives
 
 =head1 SYNOPSIS
 
@@ -511,308 +511,493 @@ PVE::BackupAccess::Provider::Qcow2Chain - backups as chains of qcow2 images in a
 
 =head1 DESCRIPTION
 
-A provider of Proxmox VE's backup provider API that needs nothing but a directory, C<qemu-img> and
-C<qemu-nbd>. It is what C<pve-backup-access> uses, and works as a storage plugin's provider.
+A provider of Proxmox VE's backup provider API that needs only a directory, C<qemu-img> and
+C<qemu-nbd>. C<pve-backup-access> uses it. It also works as the provider of a storage plugin.
 
-Each backup of a guest is an archive:
+=head2 Layout of the directory
+
+Each backup of a virtual machine is an archive:
 
     vm/100/20261122T064953Z/manifest.json
                             guest.conf, firewall.conf
                             drive-scsi0.qcow2, drive-scsi0.digests
 
-A full backup of a device is an image of its own; an incremental one has the image of the archive
-before as its backing file. The names in there are relative: the directory can be moved. Any archive
-can be looked at with QEMU's own tools alone.
+A full backup of a device is an image of its own. An incremental backup is an image with the image of an earlier
+archive as its backing file. File names in the images are relative, so the directory can be moved. QEMU's own tools can
+read every archive.
 
-A container's archive is a full one, with all of its tree, and can be extracted by tar alone:
+The archive of a container is always a full backup of its whole tree. C<tar> alone can extract it:
 
     ct/101/20261122T064953Z/manifest.json
                             guest.conf, firewall.conf
                             root.tar.zst
 
-It needs C<tar> and C<zstd>, has owners as the container sees them, access control lists, the extended
-attributes C<user.*> and C<security.capability>, hard links, device nodes and holes, and the manifest has the SHA-256 of
-the tar before it was compressed.
+It needs C<tar> and C<zstd>. It contains owners as the container sees them, access control lists, the extended
+attributes C<user.*> and C<security.capability>, hard links, device nodes and holes. The manifest has the SHA-256 of
+the tar before compression.
 
-An archive is complete or not there: it is written under another name, flushed, and renamed at the
-end of L</backup_vm> or L</backup_container>; so what a bitmap no longer says is on disk when the bitmap is cleared. The manifest
-has the size, bitmap mode and parent of each device, and the SHA-256 of each file but the images and the tar, and of itself.
+=head2 Archives are complete or do not exist
 
-What an image holds is proven by the digests of all blocks that were read from the guest for it, which were taken on the way
-(see L<PVE::BackupAccess::Volume/FILES OF DIGESTS>). A merge joins digests and computes none, so that what is damaged
-stays known as damaged. Archives of version 0.1 have none; nothing builds on them, so the first backup after
-them is a full one. A program of version 0.1 says that the format of later archives is unknown, and leaves them.
+An archive is written under a temporary name, flushed, and renamed at the end of L</backup_vm> or
+L</backup_container>. So when a bitmap is cleared, the data that it recorded is on disk. The manifest has the size, bitmap
+mode and parent of each device, and the SHA-256 of itself and of every file except the images and the tar.
 
-An incremental backup goes on top of the archive that the device's bitmap is relative to, and no other. A caller
-that ties bitmaps to backups (L<PVE::BackupAccess::Task>) says which one that is. For one that does not, Proxmox VE
-itself, the host notes outside of the directory which archive it made last for each storage id (C<state-dir> of
-L</new>), and that must be the directory's newest one. Where the archive is not there, is damaged, or lacks something
-it builds on, or L</verify> found damage in one of them, where the device has another size, or where there are 100 archives in its chain, the device gets a full backup, and
-the log says why. Damage is
-seen here if it changed a file's size or time (then the content is read); L</verify> sees all.
+The content of an image is proven by digests of all blocks that were read from the guest, which are computed during the
+backup (see L<PVE::BackupAccess::Volume/FILES OF DIGESTS>). A merge joins digests and computes none, so a damaged block
+remains detectable. Archives of version 0.1 have no digests, and no archive builds on them, so the first backup after
+them is a full one. A program of version 0.1 reports that the format of later archives is unknown, and does not touch
+them.
 
-Where the caller tells it, the manifest has the identity of each disk and the name of its node (L<PVE::BackupAccess::Task/run>).
-So a disk is found whatever it was called: what an increment builds on, or is compared with, may be a device of another name, and
-L</prune> counts them as one. A device of the same name and another identity is never built on. An archive without
-identities has disks by their names; L</prune> takes a device of such an archive for the only disk that other archives know by
-that name.
+=head2 What an incremental backup builds on
 
-What the archives before have already is not stored again, block by block of 64 KiB, by the digests: an increment
-leaves out what the guest has written without a change. Where a bitmap was lost (or begins anew for another reason)
-all of the device is read, and compared with the newest archive of it; what differs is stored on top of that,
-as an increment is, and the whole is read back. So a lost bitmap costs reading, not storing. It is a full backup
-with L</make_full>, where the chain is long enough, and where the newest archive is of another guest, of another size, or
-damaged as far as is known: L</verify> leaves a note, F<drive-scsi0.damaged>, in the directory of an
-archive that is, and takes it away when the archive is found whole. If the reading back finds that the newest archive
-is damaged, the backup dies with C<ContentError>, and the next one is a full one.
+An incremental backup only builds on the archive that the device's bitmap is relative to. A caller
+that ties bitmaps to backups (L<PVE::BackupAccess::Task>) passes the ID of that archive. For a caller that does not, such
+as Proxmox VE itself, the host keeps a note outside of the directory (C<state-dir> of L</new>) of the archive that it made
+last for each storage ID. That archive must be the newest one in the directory.
 
-Two guests that have had one number in a directory have their archives side by side: neither builds on the other's, and
-L</prune> counts each one's for itself. One storage id stands for one
-target-id of L<PVE::BackupAccess>. Directories that are used in turn under one storage id, a directory that was put
-back to an earlier state, or a copy that is older than the last backup are safe to use: the next backup is a full one.
+The device gets a full backup, and the log says why, if the archive does not exist, is damaged, or lacks a file that it
+depends on; if L</verify> found damage in one of these; if the device has another size; or if the chain has 100 archives.
+Before a backup, damage is only detected if a file's size or time changed (the content is then read). L</verify> detects
+all damage.
 
-Each C<qemu-nbd> has a private directory for its socket, F<pba-server-...> in C<$TMPDIR> or F</tmp>. Of a
-process that was killed it stays there, until the next C<qemu-nbd> is started by the same user.
+If the caller passes them, the manifest stores the identity of each disk and the name of its node
+(L<PVE::BackupAccess::Task/run>). A disk is then found under any name: an increment may build on a device with another
+name, and L</prune> counts both as one. An increment never builds on a device with the same name and another identity.
+In archives without identities, disks are found by name. L</prune> takes a device of such an archive for the only disk that
+has that name in other archives.
 
-All sizes are bytes. Methods die with a L<PVE::BackupAccess::Error>: C<ArchiveError> where an archive
-is missing or damaged, C<StateError> while another process works on the same guest's archives.
+Blocks of 64 KiB that earlier archives already have are not stored again; this is decided by their digests. An increment
+omits blocks that the guest wrote without changing them. If a bitmap was lost (or starts anew for another reason), the
+whole device is read and compared with its newest archive. What differs is stored as an increment on top of that
+archive, and the result is read back in full. So a lost bitmap costs reading, not space.
+
+The device is instead stored in full with L</make_full>, if the chain is long enough, or if the newest
+archive is of another guest or size or is known to be damaged. L</verify> leaves a note, F<drive-scsi0.damaged>, in the
+directory of a damaged archive, and removes the note when the archive is intact again. If the backup detects, when
+it reads the result back, that the newest archive is damaged, it dies with C<ContentError>, and the next backup is a full
+one.
+
+=head2 Several guests, storages and hosts
+
+If two guests have had the same number in a directory, their archives are stored side by side. Neither builds on the
+other's, and L</prune> counts them separately. One storage ID corresponds to one target-id of L<PVE::BackupAccess>. It is
+safe to use directories in turn under one storage ID, to put a directory back to an earlier state, or to use a copy that is
+older than the last backup: the next backup is a full one.
+
+Each C<qemu-nbd> has a private directory for its socket, F<pba-server-...> in C<$TMPDIR> or F</tmp>. If a process is
+killed, its directory remains until the same user starts the next C<qemu-nbd>.
+
+=head1 ERRORS
+
+All sizes are bytes. Methods die with a L<PVE::BackupAccess::Error>. What callbacks and signal handlers die with is passed
+on unchanged. Every method that takes C<$volname> or C<$vmid> can die with
+
+=over
+
+=item C<ArgumentError> - an argument is wrong, such as a C<$volname> that is not the name of an archive
+
+=item C<ArchiveError> - the archive does not exist, is damaged, or is of the other type of guest; a message about damage
+names the file
+
+=item C<StateError> - another process uses the archives of this guest (see L</wait_for_others>), or a method was called in
+the wrong order
+
+=item C<SystemError>, C<UnsupportedError> - a file cannot be read or written, or a program fails or is not installed
+
+=back
 
 =head1 METHODS OF THE API
 
-Arguments and results are those of C<PVE::BackupProvider::Plugin::Base>.
+Arguments and results are those of C<PVE::BackupProvider::Plugin::Base>. A L<PVE::BackupAccess::Task> calls the backup
+methods in this order:
+
+=for run store
+
+    use PVE::BackupAccess::Provider::Qcow2Chain;
+
+    my $provider = PVE::BackupAccess::Provider::Qcow2Chain->new(undef, { path => $directory }, 'mystore');
+    $provider->job_init(time);
+    say $provider->backup_init(100, 'qemu', time)->{'archive-name'};
+    say $provider->backup_get_mechanism(100, 'qemu');
+    my $modes = $provider->backup_vm_query_incremental(100, { 'drive-scsi0' => { size => 4 << 20 } });
+    say "drive-scsi0: $modes->{'drive-scsi0'}";
+
+    # set up the access; then $provider->backup_vm(100, $guest_config, $volumes, {});
+    $provider->backup_cleanup(100, 'qemu', 0, {});
+    $provider->job_cleanup;
+
+and a restore calls:
+
+=for run archive
+
+    my ($mechanism, $type) = $provider->restore_get_mechanism($volname);
+    my $config = $provider->archive_get_guest_config($volname);
+    my $firewall_config = $provider->archive_get_firewall_config($volname);
+    my $volumes = $provider->restore_vm_init($volname);
+    for my $device (sort keys $volumes->%*) {
+        my $source = $provider->restore_vm_volume_init($volname, $device, {});
+        system('qemu-img', 'convert', '-f', 'raw', '-O', 'raw', $source->{'qemu-img-path'}, "$dir/$device.raw") == 0
+            or die "qemu-img failed\n";
+        $provider->restore_vm_volume_cleanup($volname, $device, {});
+    }
+    $provider->restore_vm_cleanup($volname);
 
 =head2 new
 
     my $provider = PVE::BackupAccess::Provider::Qcow2Chain->new($storage_plugin, $scfg, $storeid, $log_function);
 
-C<< $scfg->{path} >> is the directory, which must be there, and absolute. C<$storage_plugin> may be
-undef, and so may C<$log_function>: warnings and errors then go to C<warn>. C<$storeid> is any name. With a true
-C<< $scfg->{'no-check'} >>, L</backup_vm> does not read back what it wrote.
+Returns a provider. The arguments are:
 
-C<< $scfg->{'state-dir'} >>, absolute, is where it notes for callers that know of no ids of backups (Proxmox VE
-itself) which archive it made last for C<$storeid>: by default where L<PVE::BackupAccess::Task/state-dir> is. So a
-directory that took another one's place, such as a rotated disk or a copy, begins with a full backup. Nodes between which
-guests migrate need one that they share, as C</etc/pve/priv> is.
+=over
+
+=item C<$storage_plugin> - the storage plugin, or undef
+
+=item C<$scfg> - a hash with C<path>, the absolute path of the directory, which must exist before the first backup. With a
+true C<no-check>, L</backup_vm> does not read back what it wrote. C<state-dir>, an absolute path, is where the provider
+keeps its notes for callers that do not know IDs of backups (Proxmox VE itself); the default is that of
+L<PVE::BackupAccess::Task/state-dir>. Because of these notes, the first backup to a directory that replaced another one,
+such as a rotated disk or a copy, is a full one. Nodes between which guests migrate need a C<state-dir> that they share,
+such as C</etc/pve/priv>.
+
+=item C<$storeid> - any name
+
+=item C<$log_function> - a code ref that is called with a level and a message, or undef; warnings and errors then go to
+C<warn>
+
+=back
+
+Errors: C<ArgumentError>.
 
 =head2 provider_name
 
-C<Qcow2Chain>.
+Returns C<Qcow2Chain>.
 
 =head2 job_init
 
+Takes the start time. Errors: C<StateError> if the directory does not exist, for example because it is not mounted.
+
 =head2 job_cleanup
+
+Does nothing.
 
 =head2 backup_init
 
-Locks the guest's directory until the archive is there, or until L</backup_cleanup>, takes away what a
-killed backup left, and names the archive: C<vm/100/20261122T064953Z>, for a container C<ct/100/20261122T064953Z>, by the
-start time in UTC, or later than the last one there is.
+Takes the guest's number, C<qemu> or C<lxc>, and the start time. Locks the guest's directory until the archive is complete
+or L</backup_cleanup> is called, removes what a killed backup left behind, and returns C<archive-name>:
+C<vm/100/20261122T064953Z>, for a container C<ct/100/20261122T064953Z>. The name is the start time in UTC, or later than
+the last existing archive.
+
+Errors: C<UnsupportedError> for any other type of guest; C<StateError> while another process uses the archives.
 
 =head2 backup_get_mechanism
 
-C<nbd> for virtual machines, C<directory> for containers, undef for all else.
+Takes the guest's number and type. Returns C<nbd> for virtual machines, C<directory> for containers, undef for everything
+else.
 
 =head2 backup_vm_query_incremental
 
-C<use> for a device that can be incremental, C<new> for all others.
+Takes the guest's number and a hash of devices. Returns a hash with C<use> for each device that can be backed up
+incrementally, and C<new> for all others. For a caller that passes IDs of backups, a value is a hash, as described in
+L<PVE::BackupAccess::Task/run>.
+
+Errors: C<StateError> if L</backup_init> was not called.
 
 =head2 backup_vm
 
-When it returns, the archive is complete and durable, and its images have been read back and compared with what was read
-from the guest. That proves the programs that wrote, not the disk below the page cache. When it dies, there is no archive.
+Takes the guest's number, its configuration, the volumes, and a hash with C<bandwidth-limit>, C<firewall-config>,
+C<backup-id>, C<guest-uuid> and C<jobs>. When it returns, the archive is complete and durable, and its images have been
+read back and compared with what was read from the guest. The comparison covers the programs that wrote, not the disk below
+the page cache. When it dies, there is no archive.
+
+Errors: C<ContentError> if the comparison fails; those of L<PVE::BackupAccess::Volume/copy>.
 
 =head2 backup_cleanup
 
-Removes what is not complete. An archive that L</backup_vm> has completed stays, also without success: what failed
-came later, such as a prune, and bitmaps may be relative to it already. C<archive-size> is what its own files take.
+Takes the guest's number and type, whether the backup succeeded, and a hash. Removes an incomplete archive. An archive that
+L</backup_vm> has completed is kept even if the backup did not succeed: the error came later, for example from a prune, and
+bitmaps may already be relative to the archive. Returns C<stats> with C<archive-size>, the size of the archive's own files.
 
 =head2 backup_handle_log_file
 
-Puts the log into the archive as F<backup.log>; the manifest does not have it.
+Takes the guest's number and the path of the log. Copies the log to the archive as F<backup.log>. The manifest does not
+list it.
 
 =head2 backup_container_prepare
 
-Starts a process that has the archive and the lock. So L</backup_container> may be called by a user who may not
-write to the directory.
+Takes the guest's number and a hash. Starts a process that holds the archive and the lock. So a user who cannot
+write to the directory can call L</backup_container>.
 
 =head2 backup_container
 
-Has C<tar> write the C<sources> to that process, which compresses them. When it returns, the archive is
-complete and durable, and has been read back and compared with what was read, unless C<no-check> is set. When it dies, or
-is killed, or C<tar> ends with anything but 0, there is no archive.
+Takes the guest's number, its configuration, an array ref of patterns to exclude, and a hash. Runs C<tar>, which writes the
+C<sources> to that process, which compresses them. When it returns, the archive is complete and durable, and has been read
+back and compared with what was read, unless C<no-check> is set. When it dies or is killed, or C<tar> ends with a status
+other than 0, there is no archive.
 
-The patterns are C<tar>'s: one that begins with a slash is relative to the container's root, any other matches in each
-directory. C<*> matches slashes as well, C</**/> also matches a single slash, and a slash at the end leaves out what is in directories of
-that name. With a C<backup-user-id> other than 0, F<lost+found> is left out: the file system's own, which
-the container's root cannot read.
+The patterns are those of C<tar>: a pattern that begins with a slash is relative to the container's root, any other matches
+in each directory. C<*> also matches slashes, C</**/> also matches a single slash, and a slash at the end excludes the
+content of directories with that name. With a C<backup-user-id> other than 0, F<lost+found> is excluded: it belongs to the
+file system, and the container's root cannot read it.
+
+Errors: C<SystemError> if C<tar> or C<zstd> fails; C<ContentError> if the comparison fails; C<StateError> if the process
+that stores the archive has ended.
 
 =head2 restore_get_mechanism
 
+Takes C<$volname>. Returns C<qemu-img> and C<qemu>, or for a container C<tar> or C<directory> and C<lxc>.
+
 =head2 archive_get_guest_config
+
+Takes C<$volname>. Returns the guest's configuration.
 
 =head2 archive_get_firewall_config
 
+Takes C<$volname>. Returns the firewall configuration, or undef.
+
 =head2 restore_vm_init
+
+Takes C<$volname>. Returns a hash with the C<size> of each device.
 
 =head2 restore_vm_volume_init
 
-C<qemu-img-path> is what C<qemu-img convert -f raw> reads the device's content from: with a
-C<$storage_plugin> a file, since Proxmox VE takes nothing else here (it is served by FUSE), without one an NBD URI.
-It is there until L</restore_vm_volume_cleanup>, L</restore_vm_cleanup>, or the end of this process. A C<socket> in the
-last argument is the path of the NBD socket; by default it is in a private directory.
+Takes C<$volname>, the device and a hash. Returns C<qemu-img-path>, which C<qemu-img convert -f raw> can read the
+device's content from. With a C<$storage_plugin>, it is a file that is served over FUSE, because Proxmox VE accepts nothing
+else here; without one, it is an NBD URI. It exists until L</restore_vm_volume_cleanup>, L</restore_vm_cleanup>, or the end
+of this process. C<socket> in the hash is the path of the NBD socket; by default the socket is in a private directory.
+
+Errors: C<ArchiveError> if there is no such device; C<UnsupportedError> if a file is needed and there is no F</dev/fuse>.
 
 =head2 restore_vm_volume_cleanup
 
+Takes C<$volname>, the device and a hash. Ends what L</restore_vm_volume_init> started.
+
 =head2 restore_vm_cleanup
+
+Takes C<$volname>. Does the same for all devices.
 
 =head2 restore_container_init
 
-C<tar-path> is the archive's tar. pve-container takes no tar of another storage that has less than 10 members or no F<sbin> in its
-root, such as the container of a single program: of one of those C<archive-directory> is a directory in F</var/tmp> (or
-C<$TMPDIR>) with the extracted tree, until L</restore_container_cleanup> or the end of this process. L</restore_get_mechanism> says which.
-What a killed process left of it goes when the next one is made.
+Takes C<$volname>. Returns C<tar-path>, the archive's tar. pve-container does not accept a tar of another storage that has
+less than 10 members or no F<sbin> in its root, such as that of a container with a single program. For such an archive it
+returns C<archive-directory>, a directory in F</var/tmp> (or C<$TMPDIR>) with the extracted tree. The directory exists until
+L</restore_container_cleanup> or the end of this process. L</restore_get_mechanism> tells which of the two is used.
+If a process is killed, the next call removes its directory.
 
 =head2 restore_container_cleanup
+
+Takes C<$volname>. Removes what L</restore_container_init> created.
 
 =head1 OTHER METHODS
 
 =head2 server
 
-    my $pid = $provider->server($volname, $device)->pid;
+=for run archive
 
-The C<qemu-nbd> that L</restore_vm_volume_init> has started for a device: an object with C<pid>, C<socket>, C<uri> and
-C<is_running>.
+    $provider->restore_vm_volume_init($volname, $device, {});
+    my $server = $provider->server($volname, $device);
+    say $server->uri, ' is served by process ', $server->pid;
+    $provider->restore_vm_cleanup($volname);
+
+Takes C<$volname> and a device. Returns the C<qemu-nbd> that L</restore_vm_volume_init> has started for the device: an
+object with the methods C<pid>, C<socket>, C<uri> and C<is_running>.
 
 =head2 on_progress
 
-    $provider->on_progress(sub ($device, $done, $all) { ... });
+=for run archive
 
-Is called while L</backup_vm> stores a device, a few times a second, with bytes stored and all bytes to
-store. Without it there is a line in the log every half a minute.
+    $provider->on_progress(sub ($device, $done, $total) { say "$device: $done of $total bytes" });
+
+Takes a code ref. While L</backup_vm> stores a device, the code ref is called a few times a second, with the device, the
+bytes stored and the bytes to store. Without one, a line is logged every 30 seconds.
+
+Errors: C<ArgumentError>.
 
 =head2 device_called
 
-    my $device = $provider->device_called($volname, $name);
+=for run archive
 
-What the archive calls the disk of that name: the name itself, or, where a backup has stored more of its names (its node,
-the guest's device, the drive), the only device that had it. Dies with C<ArgumentError> if there is none.
+    my $name = $provider->device_called($volname, 'drive-scsi0');
+
+Takes C<$volname> and a name of a disk. Returns the name that the archive has for this disk: the same name, or, if a backup
+has stored other names of the disk (its node, the guest device, the drive), the only device that had this name.
+
+Errors: C<ArgumentError> if there is none.
 
 =head2 wait_for_others
 
+=for run archive
+
     $provider->wait_for_others(600);
 
-How many seconds methods wait for another process that works on the same guest's archives, 0 at first. Backups, L</prune>
-and L</remove> wait for each other; restores and L</verify> go on beside each other and beside a backup, but not while
-an archive is taken away. After that a method dies with class C<StateError>.
+Takes a number of seconds, 0 by default: how long methods wait for another process that uses the archives of the same guest.
+Backups, L</prune> and L</remove> exclude each other. Restores and L</verify> run in parallel with each other and with a
+backup, but not while an archive is being removed. After this time, a method dies with C<StateError>.
+
+Errors: C<ArgumentError>.
 
 =head2 make_full
 
+=for run archive
+
     $provider->make_full(1);
 
-Whether the backups that follow are full ones, whatever could be built on.
+Takes 1 or 0 (the default). With 1, the following backups are full ones, even if an increment would be possible.
 
 =head2 compress
 
+=for run archive
+
     $provider->compress(1);
 
-Whether the backups that follow are compressed, by zstd: cluster by cluster, by QEMU's own filter. Any archive may be, on top
-of any other. What is merged into an older archive is not compressed there, nor is a device whose size is no multiple of 64 KiB. It costs more processor time than all of the copy
-(F<doc/performance.md> has the figures), so it is off at first.
+Takes 1 or 0 (the default). With 1, the following backups are compressed with zstd, cluster by cluster, by QEMU's own
+filter. Compressed and uncompressed archives can build on each other. Data that is merged into another archive is not
+compressed there. A device whose size is not a multiple of 64 KiB is not compressed. Compression takes more processor time
+than the copy itself (F<doc/performance.md> has the figures).
 
 =head2 jobs
 
-    $provider->jobs(2);
+=for run archive
 
-How many devices of a guest L</backup_vm> stores side by side, each by a process of its own, unless the caller tells
-(C<jobs> of L<PVE::BackupAccess::Task/new>); 2 at first. They keep the
-bandwidth limit together. The first
-failure ends them all, and none is left when C<backup_vm> dies.
+    $provider->jobs(4);
+
+Takes the number of devices of a guest that L</backup_vm> stores in parallel, each in a process of its own. The default is
+2. The caller's C<jobs> (L<PVE::BackupAccess::Task/new>) takes precedence. The processes share the bandwidth limit. The
+first failure ends all of them, and none remains when C<backup_vm> dies.
+
+Errors: C<ArgumentError>.
 
 =head2 audit_every
 
+=for run archive
+
     $provider->audit_every(30);
 
-Has one in 30 backups of a device audit its bitmap, with 1 each of them, with 0 none (the default): it reads all of
-the device, compares what the bitmap calls clean with the backups before, and stores what differs. What had changed and
-was called clean is logged as an error, and is in L</audit_findings>; the archive has it as it is, and the bitmap begins
-anew. A full read for another reason counts as an audit. It needs a caller that ties bitmaps to backups.
+Takes a number, 0 by default. With 30, one in 30 backups of a device audits its bitmap; with 1 every backup does, with 0
+none. An audit reads the whole device, compares the parts that the bitmap calls clean with the earlier backups, and stores
+what differs. Each difference is logged as an error and returned by L</audit_findings>. The archive holds the right data,
+and a new bitmap is started. A full read for another reason counts as an audit. Audits need a caller that ties bitmaps to
+backups.
+
+Errors: C<ArgumentError>.
 
 =head2 audit_findings
 
-    my $findings = $provider->audit_findings;
+=for run archive
 
-What the last L</backup_vm> found wrong with bitmaps, none if all were right: an array ref of hashes with C<device>,
+    say $_->{text} for $provider->audit_findings->@*;
+
+Takes no arguments. Returns what the last L</backup_vm> found wrong with bitmaps: an array ref of hashes with C<device>,
 C<bytes>, C<ranges> (the first 1,000, as C<[$offset, $length]>), C<suspects>, the names of the archives that were made
-by that bitmap since the device was read in full, and C<text>, which says it all.
+with that bitmap since the device was last read in full, and C<text>, a message with all of this. The array is empty if
+all bitmaps were right.
 
 =head2 list
 
-    my $archives = $provider->list;
-    my $archives = $provider->list($vmid);
+=for run archive
 
-Returns an array ref of hashes, the oldest archive of a guest first: C<volname>, C<vmid>, C<type> (C<qemu> or C<lxc>), C<time> (seconds
-since 1970), C<size> (of its own files) and C<devices>: for each device C<size>, C<bitmap-mode>,
-C<image-size>, C<identity> if it is known, and C<parent> if it is incremental. A container has one that is called C<container>, with C<size> and
-C<image-size>. Of an archive whose manifest cannot be read there is
-C<problem>, a text, instead of the last two.
+    for my $archive ($provider->list(100)->@*) {
+        say "$archive->{volname}: $archive->{size} bytes";
+    }
+
+Takes the guest's number, or nothing for all guests. Returns an array ref of hashes, the oldest archive of a guest first:
+C<volname>, C<vmid>, C<type> (C<qemu> or C<lxc>), C<time> (seconds since 1970), C<size> (of its own files) and C<devices>.
+C<devices> has for each device C<size>, C<bitmap-mode>, C<image-size>, C<identity> if it is known, and C<parent> if the
+backup is incremental. A container has one device, C<container>, with C<size> and C<image-size>. If the manifest cannot be
+read, the hash has C<problem>, a text, instead of C<size> and C<devices>.
+
+Errors: C<ArgumentError>.
 
 =head2 verify
 
-    my $problems = $provider->verify($volname);
-    my $problems = $provider->verify($volname, \%seen);
+=for run archive
 
-Reads all of an archive, and of those it builds on: manifests, SHA-256 of each file, C<qemu-img check>,
-backing files, and the content of each image, which must fit its digests. Returns an array ref of texts that say what is
-wrong, empty if nothing is; damage of content names device and offsets. What of an image a later archive has
-overwritten is no damage of that one. C<%seen>, empty at first, keeps what was found in
-an image for further calls, so that each is read once, however many archives build on it.
+    my %seen;
+    for my $archive ($provider->list(100)->@*) {
+        my $problems = $provider->verify($archive->{volname}, \%seen);
+        say "$archive->{volname}: $_" for $problems->@*;
+    }
+
+Takes C<$volname> and optionally a hash ref. Reads the archive and everything that it depends on: the manifests, the SHA-256
+of each file, the metadata of each image (C<qemu-img check>), the backing files, and the content of each image, which must
+match its digests. Returns an array ref of texts that describe the damage; the array is empty if there is none. Damage of
+content is described by device and offsets. Damage of a block that a later archive has overwritten does not affect the
+later archive. C<%seen>, empty at first, caches the result for each image, so that further calls read each image only
+once.
+
+Errors: C<ArgumentError>, C<StateError>.
 
 =head2 unproven
 
-    my $devices = $provider->unproven($volname);
+=for run archive
 
-The devices whose content nothing proves, since their chain is of version 0.1, as an array ref.
+    say "$_: no digests" for $provider->unproven($volname)->@*;
+
+Takes C<$volname>. Returns an array ref of the devices whose content cannot be proven, because their chain was made by
+version 0.1.
 
 =head2 digests
 
-    my $files = $provider->digests($volname, $device);
-    my $statistics = $volume->copy(to => $target, $files->@* ? (expected => $files) : ());
+=for run archive
 
-The files of digests that a restored device must fit, as C<expected> of L<PVE::BackupAccess::Volume/copy> takes them; an
-empty array ref for a chain of version 0.1. Dies if one of them is damaged.
+    my $files = $provider->digests($volname, $device);
+
+Takes C<$volname> and a device. Returns an array ref of the files of digests that the restored device must match, for the
+option C<expected> of L<PVE::BackupAccess::Volume/copy> and L<PVE::BackupAccess::Volume/check>. The array is empty for a
+chain of version 0.1.
+
+Errors: C<ArchiveError> if one of the files is damaged.
 
 =head2 prune
 
-    my $removed = $provider->prune($vmid, { 'keep-last' => 3, 'keep-daily' => 7, 'keep-weekly' => 4 });
+=for run archive
 
-Removes those archives of a guest that no rule keeps; of a virtual machine and a container that had the same number each for itself. The rules are those of Proxmox VE (C<prune-backups>):
-C<keep-last>, C<keep-hourly>, C<keep-daily>, C<keep-weekly>, C<keep-monthly>, C<keep-yearly>, each with a number, taken in
-this order; a period (in local time) of which an earlier rule keeps an archive does not count for a later one. A number
-in the hash ref's place is C<keep-last>. Each device's archives are counted for themselves, so that a
-backup of one disk pushes out none of another's. Not counted are protected archives (those with a file
-C<protected> in their directory), which stay, and those that cannot be restored; one of these goes when whole
-ones that are newer replace it, and else stays, with a warning. What newer ones need of one becomes theirs.
+    my $removed = $provider->prune(100, { 'keep-last' => 3, 'keep-daily' => 7, 'keep-weekly' => 4 });
+    say for $removed->@*;
 
-Returns an array ref of the names of those removed. What can be removed is, whatever becomes of the rest; if one
-could not be removed it dies at the end (C<ArchiveError>), and says which and why. C<ArgumentError> for rules that
-keep nothing or that do not exist, C<StateError> while another backup or prune has the guest's archives.
+Takes the guest's number and a hash ref of rules. Removes those archives of the guest that no rule keeps. If a virtual
+machine and a container had the same number, they are pruned separately. The rules are those of Proxmox VE
+(C<prune-backups>): C<keep-last>, C<keep-hourly>, C<keep-daily>, C<keep-weekly>, C<keep-monthly>, C<keep-yearly>, each with
+a number. They apply in this order. A rule does not count a period (in local time) from which an earlier rule keeps an
+archive. A number instead of the hash ref means C<keep-last>.
+
+The archives of each device are counted separately, so a backup of one disk never causes the removal of another disk's
+archive. Protected archives (with a file C<protected> in their directory) are kept and not counted. Archives that cannot be
+restored are not counted: they are removed once newer intact archives replace them, and kept with a warning until then.
+Data that a kept archive needs from a removed one is merged into the kept one.
+
+Returns an array ref of the names of the removed archives.
+
+Errors: C<ArgumentError> if a rule does not exist or the rules keep nothing; C<StateError> while another backup or prune
+uses the guest's archives; C<ArchiveError>, at the end, if an archive could not be removed; the message says which and why.
+All others are removed nevertheless.
 
 =head2 retention
 
-    my $archives = $provider->retention($vmid, { 'keep-last' => 3 });
+=for run archive
 
-What L</prune> would do, and changes nothing: an array ref of hashes, the oldest archive first, with C<volname>,
-C<time> (seconds since 1970), C<mark> (C<keep>, C<remove>, C<protected>, or C<broken> for one that cannot be restored
-and stays) and C<problems>, an array ref of texts that say why it cannot be restored, as far as it is known
-without reading its images.
+    for my $archive ($provider->retention(100, { 'keep-last' => 3 })->@*) {
+        say "$archive->{volname}: $archive->{mark}";
+    }
+
+Takes the same arguments as L</prune>. Removes nothing, and returns what L</prune> would do: an array ref of hashes, the
+oldest archive first, with C<volname>, C<time> (seconds since 1970), C<mark> (C<keep>, C<remove>, C<protected>, or C<broken>
+for an archive that is kept although it cannot be restored), and C<problems>, an array ref of texts that say why it cannot
+be restored, as far as this is known without reading its images.
+
+Errors: C<ArgumentError>.
 
 =head2 remove
 
+=for run archive
+
     $provider->remove($volname);
 
-Removes one archive, wherever it is in its chain. What the next one needs of it is kept: the next one's
-changes are merged into its image and read back, and only then does that take the place of the next one's. Nothing is begun
-where there may not be space enough for what only the next one has. A block that is damaged stays known as damaged. It can
-be killed at any moment; the next backup or removal ends it. While the archive or the next one is being restored, it dies.
+Takes C<$volname>. Removes one archive, wherever it is in its chain. Data that the next archive needs is kept: the next
+archive's changes are merged into this archive's image, the result is read back, and only then does it replace the next
+archive's image. The removal does not start if the space may not suffice for what only the next archive has. A damaged block
+remains detectable. The process can be killed at any time; the next backup or removal completes the removal.
+
+Errors: C<ArchiveError> if the archive does not exist or there is not enough space; C<StateError> while another process
+uses the guest's archives, for example while this archive or the next one is being restored.
 
 =cut

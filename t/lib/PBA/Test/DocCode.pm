@@ -155,12 +155,20 @@ sub run_perl ($block, %given) {
     return $package;
 }
 
+# What the code prints, and the programs that it runs: they have descriptor 1.
 sub _captured ($code) {
-    open(local *STDOUT, '>', \my $output)    ## no critic (BarewordFileHandles)
-        or die "cannot open a string: $!\n";
-    $code->();
+    my $file = File::Temp->new;
     STDOUT->flush;
-    return $output // '';
+    open(my $saved, '>&', \*STDOUT) or die "cannot duplicate standard output: $!\n";
+    open(STDOUT, '>&', $file) or die "cannot redirect standard output: $!\n";
+    my $ok = eval { $code->(); 1 };
+    my $error = $@;
+    STDOUT->flush;
+    open(STDOUT, '>&', $saved) or die "cannot restore standard output: $!\n";
+    die $error if !$ok;
+    seek($file, 0, 0);
+    local $/ = undef;
+    return <$file> // '';
 }
 
 # Runs a block of shell commands as one script that ends at the first failure, in the project's

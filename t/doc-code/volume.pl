@@ -1,0 +1,34 @@
+# A guest as on Proxmox VE, with the disk drive-scsi0, of which 16 MiB are to be read. A block finds
+# $access, which is set up; $volume, the disk's, opened; and $dir, a directory of its own. A block must
+# leave nothing behind but what these are.
+
+use v5.36;
+
+use File::Temp ();
+
+use PBA::Test::Backend;
+use PBA::Test::DocCode;
+
+my $mib = 1024 * 1024;
+
+return sub ($block) {
+    state $backend = PBA::Test::Backend->start(
+        name => 'pve',
+        disks => [{ id => 'scsi0', size => 16 * $mib, shape => 'drive' }],
+    );
+    my $outside = $backend->outside;
+    $backend->guest->write('scsi0', 3 * $mib, 65536, 0x31);
+    my $dir = File::Temp->newdir('pba-doc.XXXXXX', TMPDIR => 1);
+    my $access = $backend->access;
+    $access->setup($backend->devices('new'));
+    my $volume = $access->volume('drive-scsi0');
+    PBA::Test::DocCode::run_perl(
+        $block,
+        '$access' => $access,
+        '$volume' => $volume,
+        '$dir' => "$dir",
+    );
+    $volume->close;
+    $access->teardown(1);
+    PBA::Test::DocCode::check_same($outside, $backend->outside);
+};
