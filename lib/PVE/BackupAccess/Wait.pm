@@ -8,7 +8,7 @@ use v5.36;
 
 use Errno qw(EINTR EWOULDBLOCK);
 use Exporter qw(import);
-use Fcntl qw(LOCK_NB);
+use Fcntl qw(LOCK_EX LOCK_NB);
 use IO::Select ();
 use List::Util qw(min);
 use POSIX qw(WNOHANG);
@@ -72,9 +72,9 @@ sub next_line ($handle, $text) {
     return $text->$* =~ s/\A([^\n]*\n|[^\n]+)// ? $1 : undef;
 }
 
-# The lock of flock; false if there is none to be had.
-sub wait_for_lock ($handle, $how) {
-    until (flock($handle, $how | LOCK_NB)) {
+# Takes the exclusive lock of flock; false if there is none to be had.
+sub wait_for_lock ($handle) {
+    until (flock($handle, LOCK_EX | LOCK_NB)) {
         return 0 if $! != EWOULDBLOCK && $! != EINTR;
         sleep($look_again);
     }

@@ -6,7 +6,7 @@ use v5.36;
 
 use Cwd ();
 use Digest::SHA ();
-use Fcntl qw(LOCK_EX O_CREAT O_RDWR);
+use Fcntl qw(O_CREAT O_RDWR);
 use File::Basename ();
 use IO::Handle ();
 use List::Util qw(sum uniq);
@@ -46,7 +46,7 @@ my sub vmid_of ($opt) {
 sub identity_of ($directory) {
     my $file = "$directory/$id_file";
     sysopen(my $fh, $file, O_RDWR | O_CREAT, 0600) or die "$directory cannot be written to - $!\n";
-    wait_for_lock($fh, LOCK_EX) or die "$file: cannot be locked - $!\n";
+    wait_for_lock($fh) or die "$file: cannot be locked - $!\n";
     if (!-s $fh) {
         print {$fh} unpack('H*', read_file('/dev/urandom', 16)), "\n";
         $fh->flush && $fh->sync or die "$file: $!\n";

@@ -5,7 +5,7 @@ package PVE::BackupAccess::Provider::Qcow2Chain::Names;
 use v5.36;
 
 use Exporter qw(import);
-use Fcntl qw(LOCK_EX O_CREAT O_RDWR);
+use Fcntl qw(O_CREAT O_RDWR);
 
 use PVE::BackupAccess::Argument qw(bad_argument);
 use PVE::BackupAccess::Error;
@@ -47,7 +47,7 @@ sub number_for ($store, $name) {
     make_directory("$store/vm");
     my $path = "$store/vm/.lock";
     sysopen(my $lock, $path, O_RDWR | O_CREAT, 0600) or fail("cannot open $path - $!");
-    wait_for_lock($lock, LOCK_EX) or fail("cannot lock $path - $!");
+    wait_for_lock($lock) or fail("cannot lock $path - $!");
     my $known = number_of($store, $name);
     return $known if defined($known);
     my $vmid = 1;

@@ -5,7 +5,7 @@ package PVE::BackupAccess::Provider::Qcow2Chain::PrivateDir;
 
 use v5.36;
 
-use Fcntl qw(:flock O_DIRECTORY O_NOFOLLOW O_RDONLY);
+use Fcntl qw(LOCK_EX LOCK_NB O_DIRECTORY O_NOFOLLOW O_RDONLY);
 use File::Spec ();
 use File::Temp ();
 
@@ -21,10 +21,10 @@ my @files = qw(nbd log raw qmp);
 my $tree = 'tree';
 
 # No other program inherits the lock, whatever the caller has set.
-my sub lock_dir ($path, $how) {
+my sub open_dir ($path) {
     local $^F = 2;
     sysopen(my $lock, $path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW) or return undef;
-    return wait_for_lock($lock, $how) ? $lock : undef;
+    return $lock;
 }
 
 my sub remove ($path) {
@@ -36,15 +36,15 @@ my sub remove ($path) {
 my sub remove_left ($parent) {
     opendir(my $dh, $parent) or return;
     for my $path (map { m/\A(\Q$prefix\E\w+)\z/ ? "$parent/$1" : () } readdir($dh)) {
-        my $lock = lock_dir($path, LOCK_EX | LOCK_NB) // next;
-        remove($path) if (stat($lock))[4] == $>;
+        my $lock = open_dir($path) // next;
+        remove($path) if flock($lock, LOCK_EX | LOCK_NB) && (stat($lock))[4] == $>;
     }
     return;
 }
 
 # What was locked may have been removed, and another process may have made one of that name.
 my sub is_same ($lock, $path) {
-    my @locked = $lock ? stat($lock) : ();
+    my @locked = stat($lock);
     my @found = stat($path);
     return @locked && @found && $locked[0] == $found[0] && $locked[1] == $found[1];
 }
@@ -64,8 +64,8 @@ sub new ($class, $parent = File::Spec->tmpdir) {
     my ($path, $lock);
     do {
         $path = make($parent);
-        $lock = lock_dir($path, LOCK_EX);
-    } until (is_same($lock, $path));
+        $lock = open_dir($path);
+    } until ($lock && wait_for_lock($lock) && is_same($lock, $path));
     return bless({ path => $path, lock => $lock, owner => $$ }, $class);
 }
 
