@@ -154,11 +154,11 @@ subtest 'restores that cannot be' => sub {
         'no such device'
     );
     my $image = $chain->path_of($name, 'drive-scsi0.qcow2');
-    local $PVE::BackupAccess::Provider::Qcow2Chain::Server::qemu_nbd = 'no-such-program';
+    local $PVE::BackupAccess::Provider::Store::Server::qemu_nbd = 'no-such-program';
     fails(sub () { $Server->start($image) }, qr/cannot run no-such-program/, 'no qemu-nbd');
     fails(
         sub () {
-            local $PVE::BackupAccess::Provider::Qcow2Chain::Server::qemu_nbd = 'qemu-nbd';
+            local $PVE::BackupAccess::Provider::Store::Server::qemu_nbd = 'qemu-nbd';
             $Server->start("$image.none");
         },
         qr/cannot serve .*No such file/,

@@ -288,7 +288,7 @@ subtest 'a backup is killed in its data' => sub {
 };
 
 my $server_class = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
-my $raw_file = 'PVE::BackupAccess::Provider::Qcow2Chain::RawFile';
+my $raw_file = 'PVE::BackupAccess::Provider::Store::RawFile';
 
 # What is in the directory for temporary files after a process that serves the image was killed.
 sub left_by_killed ($image) {
@@ -395,7 +395,7 @@ subtest 'a qemu-nbd that forgets a SIGTERM' => sub {
     close($fh) && chmod(0755, $script) or die "$script: $!\n";
     my $user = fork() // die "fork: $!\n";
     if (!$user) {
-        local $PVE::BackupAccess::Provider::Qcow2Chain::Server::qemu_nbd = $script;
+        local $PVE::BackupAccess::Provider::Store::Server::qemu_nbd = $script;
         eval { $server_class->start(of(1)) };
         POSIX::_exit(0);
     }

@@ -16,7 +16,7 @@ use PVE::BackupAccess::Provider::Qcow2Chain::Image;
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 
 $PVE::BackupAccess::Provider::Qcow2Chain::Image::qemu_img = $ENV{PBA_QEMU_IMG} // 'qemu-img';
-$PVE::BackupAccess::Provider::Qcow2Chain::Server::qemu_nbd = $ENV{PBA_QEMU_NBD} // 'qemu-nbd';
+$PVE::BackupAccess::Provider::Store::Server::qemu_nbd = $ENV{PBA_QEMU_NBD} // 'qemu-nbd';
 
 my $mib = 1024 * 1024;
 my $seed = 20261122;

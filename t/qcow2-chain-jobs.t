@@ -12,7 +12,7 @@ use Test::More;
 use Time::HiRes qw(sleep time);
 
 use PBA::Test::Chain;
-use PVE::BackupAccess::Provider::Qcow2Chain::Workers qw(side_by_side);
+use PVE::BackupAccess::Provider::Store::Workers qw(side_by_side);
 
 my $MiB = 1 << 20;
 my $device = 'drive-scsi0';
@@ -110,7 +110,7 @@ subtest 'a signal' => sub {
 subtest 'progress in lines' => sub {
     my $chain = new_chain(2);
     no warnings 'once';
-    local $PVE::BackupAccess::Provider::Qcow2Chain::Store::seconds_between_lines = 0;
+    local $PVE::BackupAccess::Provider::Store::Devices::seconds_between_lines = 0;
     $chain->backup // die $chain->error;
     like($chain->log, qr/^info: $device: 4\.0 MiB of 4\.0 MiB$/m, 'where nobody asks for it');
 };

@@ -14,7 +14,7 @@ use PVE::BackupAccess::Argument
     qw(bad_argument check_filled_text check_hash check_options check_positive);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Program qw(end_with program_environment);
-use PVE::BackupAccess::Provider::Qcow2Chain::PrivateDir;
+use PVE::BackupAccess::Provider::Store::PrivateDir;
 use PVE::BackupAccess::Try qw(attempt);
 use PVE::BackupAccess::Wait qw(wait_for_child);
 
@@ -167,7 +167,7 @@ sub start ($class, @options) {
         check_unused($disk->{file});
     }
     my $self = bless({ timeout => 60, $given->%*, disks => \@disks, owner => $$ }, $class);
-    $self->{private} = PVE::BackupAccess::Provider::Qcow2Chain::PrivateDir->new;
+    $self->{private} = PVE::BackupAccess::Provider::Store::PrivateDir->new;
     $self->{socket} = $self->{private}->path . '/qmp';
     $disks[$_]->@{qw(id node)} = ($_, node_name($_, $disks[$_]{device})) for 0 .. $#disks;
     local $^F = 2;

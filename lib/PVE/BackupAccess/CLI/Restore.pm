@@ -13,7 +13,7 @@ use PVE::BackupAccess::CLI::ArchivePath
 use PVE::BackupAccess::CLI::Output qw(say_error say_json say_out);
 use PVE::BackupAccess::CLI::Progress;
 use PVE::BackupAccess::Format qw(bytes);
-use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(describe joined);
+use PVE::BackupAccess::Provider::Store::Content qw(describe joined);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw($cluster_size create_image);
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use PVE::BackupAccess::Try qw(attempt ensure);

@@ -10,7 +10,7 @@ use PVE::BackupAccess::CLI qw(absolute);
 use PVE::BackupAccess::CLI::Access qw(text);
 use PVE::BackupAccess::CLI::ArchivePath qw(archive_at chosen_devices file_of provider_for);
 use PVE::BackupAccess::CLI::Output qw(say_json say_out);
-use PVE::BackupAccess::Provider::Qcow2Chain::RawFile;
+use PVE::BackupAccess::Provider::Store::RawFile;
 use PVE::BackupAccess::Try qw(ensure);
 
 # From here on a signal is not an interruption. They are blocked, so that none is lost between a look at
@@ -90,7 +90,7 @@ sub mount ($opt, $path, $directory) {
         sub ($provider, $volname, $device, $size) {
             $provider->restore_vm_volume_init($volname, $device, {});
             my $server = $provider->server($volname, $device);
-            my $file = PVE::BackupAccess::Provider::Qcow2Chain::RawFile->start($server, $size,
+            my $file = PVE::BackupAccess::Provider::Store::RawFile->start($server, $size,
                 absolute($directory) . '/' . file_of($device, 'raw'));
             return ($file->path, $file);
         }

@@ -2,144 +2,69 @@ package PVE::BackupAccess::Provider::Qcow2Chain;
 
 use v5.36;
 
-use List::Util qw(max uniq);
-use POSIX ();
-use Time::Local ();
+use List::Util qw(uniq);
 
-use PVE::BackupAccess::Argument qw(bad_argument check_code check_filled_text check_positive);
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Notes;
-use PVE::BackupAccess::PluginBase;
+use PVE::BackupAccess::File qw(entries);
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
-use PVE::BackupAccess::File qw(entries make_directory read_file replace_file);
 use PVE::BackupAccess::Provider::Qcow2Chain::Container;
-use PVE::BackupAccess::Provider::Qcow2Chain::Disks qw(device_meant);
 use PVE::BackupAccess::Provider::Qcow2Chain::Guest;
-use PVE::BackupAccess::Provider::Qcow2Chain::List qw(list_guest);
-use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(drop_lock);
-use PVE::BackupAccess::Provider::Qcow2Chain::Prune qw(prune_guest retention_of);
-use PVE::BackupAccess::Provider::Qcow2Chain::Restore;
-use PVE::BackupAccess::Provider::Qcow2Chain::Store qw(mode_of store_devices);
+use PVE::BackupAccess::Provider::Qcow2Chain::Store qw(store_devices);
 use PVE::BackupAccess::Provider::Qcow2Chain::Tree qw(mechanism_of);
 use PVE::BackupAccess::Provider::Qcow2Chain::Verify qw(digests_of problems_of unproven_of);
-use PVE::BackupAccess::Retention qw(check_keep);
-use PVE::BackupAccess::Try qw(attempt reason);
 
-use parent qw(PVE::BackupProvider::Plugin::Base);
+use parent qw(PVE::BackupAccess::Provider::Store);
 
 my $Archive = 'PVE::BackupAccess::Provider::Qcow2Chain::Archive';
 my $Container = 'PVE::BackupAccess::Provider::Qcow2Chain::Container';
-my $Guest = 'PVE::BackupAccess::Provider::Qcow2Chain::Guest';
-my $Restore = 'PVE::BackupAccess::Provider::Qcow2Chain::Restore';
 my $Tree = 'PVE::BackupAccess::Provider::Qcow2Chain::Tree';
 
 # Where archives of each type of guest are.
 my %directories = (qemu => 'vm', lxc => 'ct');
 
-my $guest_config = 'guest.conf';
-my $firewall_config = 'firewall.conf';
-my $log_file = 'backup.log';
-
 my sub fail ($class, $message, %context) {
     PVE::BackupAccess::Error->throw($class, $message, %context);
 }
 
-# As the storage class or another caller has it, without taint: it is the administrator's own.
-my sub checked_path ($name, $path) {
-    check_filled_text($name, $path);
-    my ($absolute) = $path =~ m!\A(/.*?)/*\z!s
-        or bad_argument("$name must be absolute, not '$path'");
-    return $absolute;
-}
-
-my sub checked_vmid ($vmid) {
-    my ($number) = ($vmid // '') =~ m/\A([1-9][0-9]{0,8})\z/
-        or bad_argument('vmid must be a number from 1 to 999999999');
-    return $number;
-}
-
 sub new ($class, $storage_plugin, $scfg, $storeid, $log_function = undef) {
-    my $state_dir = $scfg->{'state-dir'};
-    $state_dir = checked_path('state-dir', $state_dir) if defined($state_dir);
-    check_filled_text('storeid', $storeid);
-    return bless(
-        {
-            path => checked_path('path', $scfg->{path}),
-            'storage-plugin' => $storage_plugin,
-            storeid => $storeid,
-            'state-dir' => $state_dir,
-            'no-check' => $scfg->{'no-check'} ? 1 : 0,
-            log => $log_function
-                // sub ($level, $message) { warn "$message\n" if $level ne 'info' },
-            restores => {},
-            wait => 0,
-            jobs => 2,
-        },
-        $class
-    );
+    my %settings = $class->_settings($storage_plugin, $scfg, $storeid, $log_function);
+    return
+        bless({ %settings, path => $class->can('_checked_path')->('path', $scfg->{path}) }, $class);
 }
 
 sub provider_name ($self) { return 'Qcow2Chain' }
-
-sub on_progress ($self, $code) {
-    check_code('on_progress', $code);
-    $self->{progress} = $code;
-    return;
-}
-
-sub wait_for_others ($self, $seconds) {
-    bad_argument('seconds must be a whole number') if ($seconds // '') !~ m/\A[0-9]{1,9}\z/;
-    $self->{wait} = $seconds;
-    return;
-}
-
-sub make_full ($self, $is_full) {
-    $self->{'make full'} = $is_full;
-    return;
-}
-
-sub audit_every ($self, $count) {
-    check_positive('count', $count) if $count;
-    $self->{'audit every'} = $count;
-    return;
-}
 
 sub compress ($self, $is_compressed) {
     $self->{compress} = $is_compressed;
     return;
 }
 
-sub jobs ($self, $count) {
-    check_positive('count', $count);
-    $self->{jobs} = $count;
-    return;
-}
+# ---- what Store wants to know ----
 
-sub audit_findings ($self) { return [($self->{findings} // [])->@*] }
-
-# By its directory in the store, such as vm/100.
 sub _guest ($self, $place) {
-    return $Guest->new("$self->{path}/$place", $self->{wait});
+    return PVE::BackupAccess::Provider::Qcow2Chain::Guest->new("$self->{path}/$place",
+        $self->{wait});
 }
 
-# (vm/100, name) of 'vm/100/20261122T064953Z', which Proxmox VE puts a 'backup/' before.
-sub _parse ($self, $volname) {
-    my $pattern = $Archive->name_pattern;
-    my ($place, $name)
-        = ($volname // '') =~ m!\A(?:backup/)?((?:vm|ct)/[1-9][0-9]{0,8})/$pattern\z!
-        or bad_argument("'"
-            . ($volname // '')
-            . "' is not the name of an archive, such as vm/100/20261122T064953Z");
-    return ($place, $name);
+sub _places_of_type ($self) { return \%directories }
+sub _where ($self) { return $self->{path} }
+sub _notes_name ($self) { return 'qcow2-chain' }
+
+sub _vmids ($self) {
+    my @entries = map { entries("$self->{path}/$_") } values %directories;
+    return sort { $a <=> $b } uniq(map { m/\A([1-9][0-9]{0,8})\z/ ? $1 : () } @entries);
 }
 
-sub _archive ($self, $volname) {
-    my ($place, $name) = $self->_parse($volname);
-    my $guest = $self->_guest($place);
-    fail('ArchiveError', "there is no archive $volname in $self->{path}")
-        if !$Archive->exists($guest->dir, $name);
-    return $guest->archive($name);
+sub _begin ($self, $task, %about) {
+    return $Archive->begin($task->{guest}->dir, $task->{name}, %about);
 }
+
+sub _store_devices ($self, $task, $volumes, %how) {
+    return store_devices($task, $volumes, %how, compress => $self->{compress});
+}
+
+sub _problems_of ($self, @what) { return problems_of(@what) }
+sub _digests_of ($self, @what) { return digests_of(@what) }
 
 # ---- backup ----
 
@@ -148,169 +73,36 @@ sub job_init ($self, $start_time) {
     return;
 }
 
-sub job_cleanup ($self) { return }
-
-# Seconds since 1970 to a name and back; names sort as times do.
-my sub name_of ($time) { return POSIX::strftime('%Y%m%dT%H%M%SZ', gmtime($time)) }
-
-my sub time_of ($name) {
-    my ($year, $month, @rest) = $name =~ m/\A(....)(..)(..)T(..)(..)(..)Z\z/;
-    my ($day, $hour, $minute, $second) = @rest;
-    return Time::Local::timegm_modern($second, $minute, $hour, $day, $month - 1, $year);
-}
-
-sub backup_init ($self, $vmid, $vmtype, $start_time) {
-    $vmid = checked_vmid($vmid);
-    my $directory = $directories{$vmtype}
-        // fail('UnsupportedError', "guests of type '$vmtype' are not supported");
-    my $place = "$directory/$vmid";
-    my $guest = $self->_guest($place);
-    make_directory($guest->dir);
-    my $lock = $guest->change_lock;
-    $self->_clean($guest);
-
-    # The order of names is the order of backups, even if the clock was set back.
-    my ($newest) = reverse($guest->names);
-    my $name = name_of(max(int($start_time), defined($newest) ? time_of($newest) + 1 : 0));
-    $self->{task} = {
-        vmid => $vmid,
-        place => $place,
-        guest => $guest,
-        lock => $lock,
-        name => $name,
-        time => int($start_time)
-    };
-    return { 'archive-name' => "$place/$name" };
-}
-
-sub _clean ($self, $guest) {
-    $self->{log}->('warn', $_) for $guest->clean;
-    return;
-}
-
-sub _task ($self, $vmid) {
-    my $task = $self->{task};
-    fail('StateError', "backup_init was not called for guest $vmid")
-        if !$task || $task->{vmid} != $vmid;
-    return $task;
-}
-
 sub backup_get_mechanism ($self, $vmid, $vmtype) {
     return { qemu => 'nbd', lxc => 'directory' }->{$vmtype};
 }
 
-sub backup_vm_query_incremental ($self, $vmid, $volumes) {
-    my $task = $self->_task($vmid);
-    my $notes = $self->_notes($vmid);
-    my $archives = $task->{archives} = [$task->{guest}->readable];
-    $task->{about} = $volumes;
-    my %modes;
-    for my $device (sort keys $volumes->%*) {
-        my ($base, $about) = (undef, $volumes->{$device});
-        my $find = sub { $base = $task->{guest}->base($archives, $notes, $device, $about) };
-        my $error = $self->{'make full'} ? undef : attempt(\&$find);
-        $self->{log}->('warn', "$device: full backup - " . reason($error)) if $error;
-        $task->{bases}{$device} = $base;
-        $modes{$device} = mode_of($base, $device, $about, $self->{'audit every'});
-    }
-    return \%modes;
-}
-
-# A caller that knows of no ids has target and bitmap named by the storage. Which archive it made last
-# for that storage is noted outside of the directory: another directory may be in its place by now.
-sub _notes ($self, $vmid) {
-    return PVE::BackupAccess::Notes->new("qcow2-chain $self->{storeid}",
-        $vmid, dir => $self->{'state-dir'});
-}
-
-sub backup_vm ($self, $vmid, $guest_config_text, $volumes, $info) {
-    my $task = $self->_task($vmid);
-    my $archive = $self->_begin($task, $info);
-    $archive->add_file($guest_config, $guest_config_text);
-    $self->{findings} = [$self->_store($task, $volumes, $info)];
-
-    # Durable before it gets its name, and named before the caller has the bitmaps begin anew: what they no longer
-    # say must be in an archive that a crash cannot take away.
-    $archive->seal;
-    $task->{guest}->publish($archive, defined($info->{'backup-id'}) ? undef : $self->_notes($vmid));
-    $task->{published} = 1;
-
-    # Proxmox VE prunes before it calls backup_cleanup.
-    drop_lock(delete($task->{lock}));
-    return;
-}
-
-sub _begin ($self, $task, $info) {
-    my $archive = $task->{archive} = $Archive->begin(
-        $task->{guest}->dir, $task->{name},
-        $task->%{qw(vmid time)},
-        storage => $self->{storeid},
-        defined($info->{'backup-id'}) ? (id => $info->{'backup-id'}) : (),
-        defined($info->{'guest-uuid'}) ? (guest => $info->{'guest-uuid'}) : (),
-    );
-    my $firewall = $info->{'firewall-config'};
-    $archive->add_file($firewall_config, $firewall) if defined($firewall);
-    return $archive;
-}
-
-sub _store ($self, $task, $volumes, $info) {
-    my %checked;
-    for my $device (sort keys $volumes->%*) {
-        my ($size) = ($volumes->{$device}{size} // '') =~ m/\A([0-9]{1,19})\z/
-            or bad_argument("device $device: its volume has no size");
-        $checked{$device} = { $volumes->{$device}->%*, size => 0 + $size };
-    }
-    return store_devices(
-        $task, \%checked,
-        $self->%{qw(log progress)},
-        jobs => $info->{jobs} // $self->{jobs},
-        full => $self->{'make full'},
-        guest => $info->{'guest-uuid'},
-        check => !$self->{'no-check'},
-        limit => $info->{'bandwidth-limit'},
-        compress => $self->{compress},
-    );
-}
-
 sub backup_cleanup ($self, $vmid, $vmtype, $success, $info) {
-    my $task = delete($self->{task}) // return { stats => {} };
-    my ($guest, $name, $archive, $container) = $task->@{qw(guest name archive container)};
+    my $task = $self->{task} // return { stats => {} };
+    my ($guest, $container) = $task->@{qw(guest container)};
     if ($container) {
         $container->end($success);
-        $task->{published} = $Archive->exists($guest->dir, $name);
-    }
-    if (!$task->{published}) {
-        $container ? $self->_settle($guest) : $archive ? $guest->discard($archive->entry) : ();
-        drop_lock($task->{lock});
-        return { stats => {} };
-    }
+        $task->{published} = $Archive->exists($guest->dir, $task->{name});
 
-    # Bitmaps may have begun anew with it; if not, they have more than what changed since.
-    $self->{log}->('warn', "$task->{place}/$name is complete and stays, whatever failed after it")
-        if !$success;
-    $self->{last} = $guest->archive($name);
-    return { stats => { 'archive-size' => $self->{last}->file_size } };
-}
-
-# The log is not part of what has to be there.
-sub backup_handle_log_file ($self, $vmid, $filename) {
-    my $archive = delete($self->{last}) // return;
-    replace_file($archive->dir . "/$log_file", read_file($filename));
-    return;
+        # Whatever is left of it, another process' backup may have the lock by now.
+        delete($task->{archive});
+        $self->_settle($guest) if !$task->{published};
+    }
+    return $self->SUPER::backup_cleanup($vmid, $vmtype, $success, $info);
 }
 
 # The keeper has the lock from here on: Proxmox VE prunes before it calls backup_cleanup.
 sub backup_container_prepare ($self, $vmid, $info) {
     my $task = $self->_task($vmid);
-    my ($guest, $archive) = ($task->{guest}, $self->_begin($task, $info));
+    my ($guest, $archive) = ($task->{guest}, $self->_begin_archive($task, $info));
     $task->{container} = $Container->start(
         $archive,
-        config => $guest_config,
+        config => $PVE::BackupAccess::Provider::Store::guest_config,
         limit => $info->{'bandwidth-limit'},
         check => !$self->{'no-check'},
         publish => sub () { $guest->publish($archive) },
-        discard => sub () { $guest->discard($archive->entry) },
-        unlock => sub () { drop_lock(delete($task->{lock})) },
+        discard => sub () { $guest->give_up($archive) },
+        unlock => sub () { $guest->drop(delete($task->{lock})) },
     );
     delete($task->{lock});
     return;
@@ -331,66 +123,6 @@ sub restore_get_mechanism ($self, $volname, @) {
     return (mechanism_of($archive), 'lxc');
 }
 
-# Where Proxmox VE shows a backup's configuration, it gives the storage's name as well.
-sub archive_get_guest_config ($self, $volname, @) {
-    return $self->_archive($volname)->content($guest_config);
-}
-
-sub archive_get_firewall_config ($self, $volname, @) {
-    return $self->_archive($volname)->content($firewall_config);
-}
-
-# First ends a removal that was killed half way, unless another process has the lock or the directory is read-only.
-sub _settle ($self, $guest) {
-    my $lock;
-    attempt { $lock = $guest->try_change_lock } if -d $guest->dir;
-    $self->_clean($guest) if $lock;
-    return;
-}
-
-sub restore_vm_init ($self, $volname, @) {
-    my ($place) = $self->_parse($volname);
-    $self->_settle($self->_guest($place));
-    my $archive = $self->_archive($volname);
-    fail('ArchiveError',
-        "$volname is of a container: restore it with pct, or by tar from "
-            . $archive->container_path)
-        if $archive->container;
-    return { map { $_ => { size => $archive->device($_)->{size} } } $archive->devices };
-}
-
-sub device_called ($self, $volname, $name) {
-    my ($place) = $self->_parse($volname);
-    return device_meant($self->_archive($volname), $name, $self->_guest($place));
-}
-
-sub restore_vm_volume_init ($self, $volname, $device, $info) {
-    my ($place, $name) = $self->_parse($volname);
-    my $restore = $self->{restores}{$volname}{$device} = $Restore->start(
-        $self->_guest($place), $name, $device,
-        volname => $volname,
-        $info->%{'socket'},
-
-        # Proxmox VE's qemu-server takes files and block devices, no URI.
-        'is-file' => defined($self->{'storage-plugin'}),
-    );
-    return { 'qemu-img-path' => $restore->path };
-}
-
-sub server ($self, $volname, $device) { return $self->{restores}{$volname}{$device}->server }
-
-sub restore_vm_volume_cleanup ($self, $volname, $device, $info) {
-    my $restore = delete($self->{restores}{$volname}{$device});
-    $restore->stop if $restore;
-    return;
-}
-
-sub restore_vm_cleanup ($self, $volname, @) {
-    my $restores = delete($self->{restores}{$volname}) // {};
-    $_->stop for values $restores->%*;
-    return;
-}
-
 sub restore_container_init ($self, $volname, @) {
     my ($place) = $self->_parse($volname);
     my $reading = $self->_guest($place)->read_lock;
@@ -408,81 +140,9 @@ sub restore_container_cleanup ($self, $volname, @) {
 
 # ---- looking after the archives ----
 
-sub list ($self, $vmid = undef) {
-    my @vmids = defined($vmid) ? checked_vmid($vmid) : $self->_vmids;
-    return [map { list_guest($self->_guest($_), $_, \&time_of) } map { _places($_) } @vmids];
-}
-
-sub _vmids ($self) {
-    my @entries = map { entries("$self->{path}/$_") } values %directories;
-    return sort { $a <=> $b } uniq(map { m/\A([1-9][0-9]{0,8})\z/ ? $1 : () } @entries);
-}
-
-# A number may have been a container's and a virtual machine's, one after another.
-sub _places ($vmid) { return ("vm/$vmid", "ct/$vmid") }
-
-sub verify ($self, $volname, $seen = {}) {
-    my ($place, $name) = $self->_parse($volname);
-    my $guest = $self->_guest($place);
-    $self->_settle($guest);
-    my $reading = $guest->read_lock;
-    return [problems_of($guest, $name, $seen)];
-}
-
 sub unproven ($self, $volname) {
     my ($place, $name) = $self->_parse($volname);
     return [unproven_of($self->_guest($place), $name)];
-}
-
-sub digests ($self, $volname, $device) {
-    my ($place, $name) = $self->_parse($volname);
-    return [digests_of($self->_guest($place), $name, $device)];
-}
-
-# { 'keep-last' => 7, ... }, or the number of it alone.
-my sub rules ($keep) {
-    return $keep if ref($keep) eq 'HASH';
-    check_positive('keep', $keep);
-    return { 'keep-last' => $keep };
-}
-
-sub retention ($self, $vmid, $keep) {
-    $vmid = checked_vmid($vmid);
-    $keep = rules($keep);
-    check_keep($keep);
-    return [map { $self->_retention($_, $keep) } _places($vmid)];
-}
-
-sub _retention ($self, $place, $keep) {
-    my @archives = retention_of($self->_guest($place), $keep, \&time_of);
-    return map { { volname => "$place/$_->{name}", $_->%{qw(time mark problems)} } } @archives;
-}
-
-sub prune ($self, $vmid, $keep) {
-    $vmid = checked_vmid($vmid);
-    $keep = rules($keep);
-    check_keep($keep);
-    return [map { $self->_prune($_, $keep) } _places($vmid)];
-}
-
-sub _prune ($self, $place, $keep) {
-    my $guest = $self->_guest($place);
-    my $lock = -d $guest->dir ? $guest->change_lock : return;
-    $self->_clean($guest);
-    return prune_guest($guest, $place, $self->{log}, $self->_retention($place, $keep));
-}
-
-sub remove ($self, $volname) {
-    my ($place, $name) = $self->_parse($volname);
-    my $guest = $self->_guest($place);
-    fail('ArchiveError', "there is no archive $volname") if !-d $guest->dir;
-    my $lock = $guest->change_lock;
-    $self->_clean($guest);
-    fail('ArchiveError', "there is no archive $volname in $self->{path}")
-        if !grep { $_ eq $name } $guest->names;
-    my $alone = $guest->removal_lock;
-    $guest->remove($name);
-    return;
 }
 
 1;

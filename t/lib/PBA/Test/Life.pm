@@ -34,7 +34,7 @@ use PBA::Test::RawProvider;
 use parent -norequire, qw(PBA::Test::Life::Machine PBA::Test::Life::Others);
 
 $PVE::BackupAccess::Provider::Qcow2Chain::Image::qemu_img = $ENV{PBA_QEMU_IMG} // 'qemu-img';
-$PVE::BackupAccess::Provider::Qcow2Chain::Server::qemu_nbd = $ENV{PBA_QEMU_NBD} // 'qemu-nbd';
+$PVE::BackupAccess::Provider::Store::Server::qemu_nbd = $ENV{PBA_QEMU_NBD} // 'qemu-nbd';
 
 my $mib = 1024 * 1024;
 my $step = 4 * $mib;    # what a resize adds or takes away: a bit of a bitmap of Proxmox'

@@ -26,7 +26,7 @@ use PVE::BackupAccess::Retention ();
 use parent -norequire, 'PBA::Test::StoreLife::Mishaps';
 
 $PVE::BackupAccess::Provider::Qcow2Chain::Image::qemu_img = $ENV{PBA_QEMU_IMG} // 'qemu-img';
-$PVE::BackupAccess::Provider::Qcow2Chain::Server::qemu_nbd = $ENV{PBA_QEMU_NBD} // 'qemu-nbd';
+$PVE::BackupAccess::Provider::Store::Server::qemu_nbd = $ENV{PBA_QEMU_NBD} // 'qemu-nbd';
 
 my $Guest = 'PBA::Test::StoreLife::Guest';
 my $Provider = 'PVE::BackupAccess::Provider::Qcow2Chain';

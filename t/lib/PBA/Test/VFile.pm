@@ -12,7 +12,7 @@ use v5.36;
 use File::Temp ();
 use Socket qw(SHUT_WR);
 
-use parent qw(PBA::Test::ServedFile PVE::BackupAccess::Provider::Qcow2Chain::RawFile);
+use parent qw(PBA::Test::ServedFile PVE::BackupAccess::Provider::Store::RawFile);
 
 sub start ($class, %opt) {
     my $dir = File::Temp->newdir('pba-vfile.XXXXXX', TMPDIR => 1);

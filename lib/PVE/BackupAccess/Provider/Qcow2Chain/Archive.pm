@@ -6,44 +6,35 @@ package PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 use v5.36;
 
 use Digest::SHA qw(sha256_hex);
-use JSON::PP ();
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(merge_image);
-use PVE::BackupAccess::Provider::Qcow2Chain::Digests qw(bytes_to_add merge_digests);
+use PVE::BackupAccess::Provider::Store::Digests qw(bytes_to_add merge_digests);
 use PVE::BackupAccess::File
     qw(fingerprint make_directory move read_file replace_file sha256 sync write_file);
-use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(create_image image_problem);
+use PVE::BackupAccess::Provider::Qcow2Chain::Image qw($cluster_size create_image image_problem);
+use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use PVE::BackupAccess::Provider::Qcow2Chain::Tar qw(stream_problem);
+use PVE::BackupAccess::Provider::Store::Manifest
+    qw($name_pattern decode_manifest device_fault encode_manifest has_its_digest is_hash manifest_fault new_id);
 use PVE::BackupAccess::Try qw(attempt attempt_any);
+
+use parent qw(PVE::BackupAccess::Provider::Store::Archive);
 
 # With digests of what was read. The one before, 1, of version 0.1, has the SHA-256 of each image; a
 # program of that version does not read 2.
 my $format = 2;
 my $digest_block = 65536;
 my $spare = 1 << 20;
-my $json = JSON::PP->new->utf8->canonical->pretty;
+
+my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
 
 my $tree = 'root.tar.zst';            # of a container
 my $manifest_name = 'manifest.json';
 my $removed_name = 'removed.json';    # the manifest of an archive that is about to go
-my $name_pattern = qr/([0-9]{8}T[0-9]{6}Z)/;
 
 my sub fail ($message, %context) {
     PVE::BackupAccess::Error->throw('ArchiveError', $message, %context);
-}
-
-my sub is_text ($value) { return defined($value) && !ref($value) }
-my sub is_hash ($value) { return ref($value) eq 'HASH' }
-
-# A manifest's text has a digest of all the rest of it in its second line.
-my sub with_digest ($text) {
-    my $sha256 = sha256_hex($text);
-    return $text =~ s/\A\{\n/{\n   "sha256" : "$sha256",\n/r;
-}
-
-my sub has_its_digest ($text) {
-    return $text =~ s/\A\{\n   "sha256" : "([0-9a-f]{64})",\n/{\n/ && $1 eq sha256_hex($text);
 }
 
 sub name_pattern ($class) { return $name_pattern }
@@ -56,18 +47,12 @@ sub begin ($class, $guest_dir, $name, %about) {
             guest_dir => $guest_dir,
             name => $name,
             dir => "$guest_dir/.tmp-$name",
-            manifest => { format => $format, id => _new_id(), %about, devices => {}, files => {} },
+            manifest => { format => $format, id => new_id(), %about, devices => {}, files => {} },
         },
         $class
     );
     make_directory($self->{dir});
     return $self;
-}
-
-sub _new_id () {
-    open(my $fh, '<:raw', '/dev/urandom') or fail("cannot read /dev/urandom - $!");
-    read($fh, my $bytes, 16) == 16 or fail("cannot read /dev/urandom - $!");
-    return unpack('H*', $bytes);
 }
 
 sub add_file ($self, $name, $content) {
@@ -152,11 +137,9 @@ sub _is_tree ($self, $file) { return $file eq $tree && $self->container }
 # One that was damaged when it was read is not written again: it would be taken for good from then on.
 sub _write_manifest ($self) {
     fail($self->manifest_problem) if defined($self->manifest_problem);
-    my %manifest = $self->{manifest}->%*;
-    delete($manifest{sha256});
-    my $text = $json->encode(\%manifest);
+    my $manifest = $self->{manifest};
     replace_file("$self->{dir}/$manifest_name",
-        $manifest{format} == $format ? with_digest($text) : $text);
+        encode_manifest($manifest, $manifest->{format} == $format));
     return;
 }
 
@@ -183,8 +166,7 @@ sub load ($class, $guest_dir, $name) {
     my ($file) = grep { -e } map { "$dir/$_" } $manifest_name, $removed_name;
     fail("there is no archive $dir") if !defined($file);
     my $content = read_file($file);
-    my $manifest;
-    attempt_any { $manifest = $json->decode($content) };
+    my $manifest = decode_manifest($content);
     my $problem = _manifest_problem($manifest);
     fail("the manifest of archive $dir is damaged - $problem") if defined($problem);
     my $self
@@ -202,26 +184,15 @@ sub manifest_problem ($self) {
 }
 
 sub _manifest_problem ($manifest) {
-    return 'it is no JSON object' if !is_hash($manifest);
-    return 'its format is unknown'
-        if !is_text($manifest->{format}) || $manifest->{format} !~ m/\A[12]\z/;
-    return 'its id is missing' if !is_text($manifest->{id});
-    return 'its guest is odd' if exists($manifest->{guest}) && !is_text($manifest->{guest});
-    return 'its devices or files are missing'
-        if grep { !is_hash($manifest->{$_}) } qw(devices files);
+    my $common = manifest_fault($manifest, qr/[12]/);
+    return $common if defined($common);
     return 'its container is odd'
         if exists($manifest->{container}) && !_check_container($manifest);
     for my $device (sort keys $manifest->{devices}->%*) {
         my $entry = $manifest->{devices}{$device};
-        return "device $device is none"
-            if !is_hash($entry) || !is_hash($manifest->{files}{ _file_of($device) });
-        return "device $device has no size" if ($entry->{size} // '') !~ m/\A[0-9]{1,19}\z/;
-        return "device $device has an odd parent"
-            if defined($entry->{parent}) && $entry->{parent} !~ m/\A$name_pattern\z/;
-        $entry->{parent} = $1 if defined($entry->{parent});
-        return "device $device has an odd $_"
-            for grep { exists($entry->{$_}) && !is_text($entry->{$_}) }
-            qw(identity node parent-device);
+        my $problem = device_fault($device, $entry);
+        return $problem if defined($problem);
+        return "device $device is none" if !is_hash($manifest->{files}{ _file_of($device) });
         $entry->{file} = _file_of($device);
         return "device $device has no digests"
             if $manifest->{format} == $format && !_check_digests($manifest, $device);
@@ -249,28 +220,10 @@ sub _check_container ($manifest) {
     return ($container->{sha256} // '') =~ m/\A[0-9a-f]{64}\z/;
 }
 
-sub name ($self) { return $self->{name} }
 sub dir ($self) { return $self->{dir} }
 
 # Under which name it is in the guest's directory now.
 sub entry ($self) { return $self->{dir} =~ s{.*/}{}sr }
-sub id ($self) { return $self->{manifest}{id} }
-
-# The UUID of the guest, undef if it was not told.
-sub guest ($self) { return $self->{manifest}{guest} }
-sub devices ($self) { return sort keys $self->{manifest}{devices}->%* }
-
-# A disk may have had other names in the archives of a chain: there each answers to the name by which it is asked
-# for. What it calls that itself:
-sub answer_to ($self, $device, $own) {
-    $self->{own}{$device} = $own;
-    return;
-}
-
-sub own ($self, $device) { return ($self->{own} // {})->{$device} // $device }
-
-# { size, bitmap-mode, identity, node, parent, parent-id, file }, undef if the archive has no such device.
-sub device ($self, $device) { return $self->{manifest}{devices}{ $self->own($device) } }
 
 # By its own name: (archive that it builds on, what that calls the device), or nothing.
 sub parent_of ($self, $own) {
@@ -292,6 +245,19 @@ sub container_path ($self) { return "$self->{dir}/$tree" }
 # Why it is not what was read, or undef. What was not touched since is not read.
 sub container_problem ($self) { return $self->file_problem($tree, 0) }
 
+# options: those of the server.
+sub serve ($self, $device, %options) { return $Server->start($self->image($device), %options) }
+
+sub open_to_write ($self, $device) {
+    return $Server->start(
+        $self->image($device),
+        writable => 1,
+        compress => $self->device($device)->{compressed}
+    );
+}
+
+sub cluster_size ($self) { return $cluster_size }
+
 sub image ($self, $device) { return "$self->{dir}/" . _file_of($self->own($device)) }
 
 # What its files take.
@@ -310,6 +276,12 @@ sub content ($self, $name) {
     my $problem = $self->file_problem($name, 1);
     fail($problem) if defined($problem);
     return read_file("$self->{dir}/$name");
+}
+
+# Beside what has to be there.
+sub keep_log ($self, $text) {
+    replace_file("$self->{dir}/backup.log", $text);
+    return;
 }
 
 # ---- is it whole? ----

@@ -1,117 +1,22 @@
 package PVE::BackupAccess::Provider::Qcow2Chain::Content;
 
-# Whether images hold what was read from the guest, by the digests that were taken then.
+# What of a chain's images is not what was read from the guest, and merging one into another.
 
 use v5.36;
 
 use Exporter qw(import);
-use List::Util qw(min sum0);
-use Time::HiRes qw(time);
+use List::Util qw(min);
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Provider::Qcow2Chain::Digests qw(is_known);
+use PVE::BackupAccess::Provider::Store::Digests qw(is_known);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(commit_image);
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
-use PVE::BackupAccess::Try qw(attempt reason);
-use PVE::BackupAccess::Volume;
+use PVE::BackupAccess::Provider::Store::Content qw(damage damage_in describe joined);
 
-our @EXPORT_OK = qw(chain_damage check_base check_stored content_problem describe joined
-    merge_image);
+our @EXPORT_OK = qw(chain_damage merge_image);
 
 my $Error = 'PVE::BackupAccess::Error';
 my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
-
-my $most_shown = 8;
-
-# Ranges, [offset, length], in order and neighbours as one.
-sub joined (@ranges) {
-    my @joined;
-    for my $range (sort { $a->[0] <=> $b->[0] } @ranges) {
-        if (@joined && $joined[-1][0] + $joined[-1][1] == $range->[0]) {
-            $joined[-1][1] += $range->[1];
-        }
-        else {
-            push(@joined, [$range->@*]);
-        }
-    }
-    return @joined;
-}
-
-# As text: how much, and where.
-sub describe (@ranges) {
-    my $bytes = sum0(map { $_->[1] } @ranges);
-    my @shown = @ranges[0 .. min($most_shown, scalar(@ranges)) - 1];
-    my $more = @ranges - @shown;
-    return
-          "$bytes bytes are not what was read from the guest: "
-        . join(', ', map { "$_->[1] at offset $_->[0]" } @shown)
-        . ($more ? " and $more more" : '');
-}
-
-# The ranges of an image that are otherwise than files of digests know: all of the image, or only
-# what one file knows. What the image builds on has to be there.
-my sub damage_in ($image, $size, @digests) {
-    local $SIG{CHLD} = 'DEFAULT';    # the caller's may wait for every child
-    my $server = $Server->start($image);
-    my $volume
-        = PVE::BackupAccess::Volume->open('image', { 'nbd-path' => $server->uri, size => $size });
-    my @ranges;
-    $volume->check(
-        expected => \@digests,
-        'only-known' => @digests == 1 ? 1 : 0,
-        damaged => sub ($offset, $length) { push(@ranges, [$offset, $length]) },
-    );
-    $volume->close;
-    $server->kill;
-    return joined(@ranges);
-}
-
-# Of what the archive itself has of the device.
-my sub damage ($archive, $device) {
-    return damage_in(
-        $archive->image($device),
-        $archive->device($device)->{size},
-        $archive->digests($device)
-    );
-}
-
-# Reads what was written just now, as a restore would. It comes from the page cache: what the disk
-# below makes of it is not seen here.
-sub check_stored ($archive, $device, $log) {
-    my $start = time;
-    my @damage = damage($archive, $device);
-    $Error->throw(
-        'ContentError',
-        "device $device: its image lacks what was written to it - " . describe(@damage),
-        device => $device
-    ) if @damage;
-    $log->('info', sprintf('%s: checked in %.1f s', $device, time - $start));
-    return;
-}
-
-# The same for what was not written since what the archive builds on, the chain, has it already: all of
-# the disk is read. Where that is not so the chain is damaged, and the next backup does not build on it.
-sub check_base ($archive, $device, $log, @chain) {
-    my $start = time;
-    my @damage = damage_in(
-        $archive->image($device),
-        $archive->device($device)->{size},
-        map { $_->digests($device) } $archive, @chain
-    );
-    if (@damage) {
-        $chain[0]->note_damage($device, 1);
-        $Error->throw(
-            'ContentError',
-            "device $device: archive "
-                . $chain[0]->name
-                . ', which this one builds on, is damaged, so that the next backup is a full one - '
-                . describe(@damage),
-            device => $device
-        );
-    }
-    $log->('info', sprintf('%s: checked in full in %.1f s', $device, time - $start));
-    return;
-}
 
 my sub offsets ($block, @ranges) {
     return map {
@@ -133,7 +38,8 @@ sub merge_image ($archive, $device, $into) {
     my %known = map { $_ => 1 } offsets($block, damage($archive, $device));
     $archive->note_damage($device, 1) if %known;
     commit_image($archive->image($device));
-    my @new = grep { !$known{$_} } offsets($block, damage_in($into, $about->{size}, $digests));
+    my @new = grep { !$known{$_} }
+        offsets($block, damage_in(sub () { $Server->start($into) }, $about->{size}, $digests));
     $Error->throw(
         'ContentError',
         "device $device: the merged image $into lacks what was merged - "
@@ -141,15 +47,6 @@ sub merge_image ($archive, $device, $into) {
         device => $device
     ) if @new;
     return;
-}
-
-# Why the device's content is not what was read, or undef.
-sub content_problem ($archive, $device) {
-    my $problem = $archive->digests_problem($device);
-    return $problem if defined($problem);
-    my @ranges;
-    my $error = attempt { @ranges = damage($archive, $device) };
-    return $error ? reason($error) : @ranges ? describe(@ranges) : undef;
 }
 
 # Of a range, the blocks that none of the files knows.

@@ -10,12 +10,13 @@ use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
-use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(content_problem);
-use PVE::BackupAccess::Provider::Qcow2Chain::Disks qw(builders find_alias find_device missing);
-use PVE::BackupAccess::File qw(entries move remove_tree);
+use PVE::BackupAccess::Provider::Store::Content qw(content_problem);
+use PVE::BackupAccess::File qw(entries make_directory move remove_tree);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(image_chain);
-use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(take_lock try_lock);
-use PVE::BackupAccess::Try qw(attempt);
+use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(drop_lock take_lock try_lock);
+use PVE::BackupAccess::Try qw(attempt reason);
+
+use parent qw(PVE::BackupAccess::Provider::Store::Guest);
 
 my $Archive = 'PVE::BackupAccess::Provider::Qcow2Chain::Archive';
 my $Error = 'PVE::BackupAccess::Error';
@@ -30,10 +31,21 @@ sub new ($class, $dir, $wait = 0) {
 }
 
 sub dir ($self) { return $self->{dir} }
+sub is_there ($self) { return -d $self->{dir} }
+
+sub make_place ($self) {
+    make_directory($self->{dir});
+    return;
+}
 
 # Locks: see Lock.pm.
 sub try_change_lock ($self) { return try_lock($self->{dir}, 'change') }
 sub change_lock ($self) { return take_lock($self->{dir}, 'change', $self->{wait}) }
+
+sub drop ($self, $lock) {
+    drop_lock($lock);
+    return;
+}
 
 sub removal_lock ($self) { return take_lock($self->{dir}, 'removal', $self->{wait}) }
 
@@ -48,16 +60,8 @@ sub names ($self) {
         map { m/\A$pattern\z/ ? $1 : () } entries($self->{dir});
 }
 
+sub has ($self, $name) { return $Archive->exists($self->{dir}, $name) }
 sub archive ($self, $name) { return $Archive->load($self->{dir}, $name) }
-
-# Those whose manifests can be read, the oldest first.
-sub readable ($self) {
-    my @archives;
-    for my $name ($self->names) {
-        attempt { push(@archives, $self->archive($name)) };
-    }
-    return @archives;
-}
 
 # The archive that has the device's data, then those it builds on, down to a full one: each answers to the
 # device's name, whatever it calls that itself. Dies if one is not there.
@@ -99,6 +103,21 @@ sub chain_problem ($self, $device, @chain) {
     return $problem;
 }
 
+# The reason why the archive's device cannot be restored, undef if it can. Of images only the headers are
+# read, and all of those that were touched since the backup.
+sub device_problem ($self, $name, $device) {
+    my $problem;
+    my $error
+        = attempt { $problem = $self->chain_problem($device, $self->chain($name, $device)) };
+    return $error ? reason($error) : $problem;
+}
+
+# (archive, why the device cannot be read from it, or undef). Its data is not looked at.
+sub restorable ($self, $name, $device) {
+    my @chain = $self->chain($name, $device);
+    return ($chain[0], $self->headers_problem($device, @chain));
+}
+
 sub headers_problem ($self, $device, @chain) {
     my $image = $chain[0]->image($device);
     my @headers;
@@ -134,77 +153,14 @@ sub clean ($self) {
     return @problems;
 }
 
-# ---- what the bitmaps are relative to ----
-
-# The newest archive that has the disk, and what it calls it. guest: its UUID, of no other one; undef: of whichever.
-my sub newest_of ($archives, $device, $about, $guest = undef) {
-    my @archives = reverse($archives->@*);
-    @archives = grep { ($_->guest // '') eq $guest } @archives if defined($guest);
-    for my $find (\&find_device, \&find_alias) {
-        for my $archive (@archives) {
-            my $own = $find->($archive, $device, $about);
-            return ($archive, $own) if defined($own);
-        }
-    }
-    return;
-}
-
-# The archive that the device's bitmap can go on from, undef if there is none. Where the bitmap does not
-# tell its backup, that can be the newest archive only: a newer one than is noted is another host's. archives are
-# those that can be read, as below: they are the same for all devices of a backup.
-sub base ($self, $archives, $notes, $device, $volume) {
-    my $is_told = exists($volume->{base});
-    my $id
-        = $is_told
-        ? $volume->{base} // $volume->{'alias-base'}
-        : ($notes->ids->{$device} // {})->{id};
-    return undef if !defined($id);
-    my $base = $self->_base_of_id($archives, $id, $device, $volume);
-    return $base if $is_told;
-    my ($newest) = newest_of($archives, $device, $volume);
-    fail('this host did not make the newest archive, ' . $newest->name) if $newest->id ne $id;
-    return $base;
-}
-
-# The archive with that id, which the device's bitmap is relative to. Dies if there is none, or if it
-# cannot be built on. Where another archive builds on it already, that backup's end did not reach QEMU,
-# or the guest was taken back in time: two that build on one could not be told apart in a removal.
-sub _base_of_id ($self, $archives, $id, $device, $about) {
-    my ($archive) = grep { $_->id eq $id } $archives->@*;
-    fail("the backup that its bitmap is relative to, $id, is not here") if !$archive;
-    my $name = $archive->name;
-    my $own = find_device($archive, $device, $about) // fail(missing($archive, $device, $about));
-    fail("archive $name does not tell which of its disks $device was")
-        if defined($about->{'alias-base'}) && !defined($archive->device($own)->{identity});
-    fail("archive $name has been built on already")
-        if grep { builders($_, $name, $own) } $archives->@*;
-    return $self->_checked_base($name, $device, $own, $about->{size});
-}
-
-# The archives, the newest first, that what is read in full can be compared with, so that only what differs
-# is stored. Dies if there is no such chain, or if it cannot be built on.
-sub comparable ($self, $archives, $device, $about, $guest) {
-    my ($newest, $own) = newest_of($archives, $device, $about, $guest // '');
-    if (!$newest) {
-        my ($other) = newest_of($archives, $device, $about);
-        fail(
-            $other
-            ? 'archive ' . $other->name . ' is of another guest'
-            : 'there is none before it'
-        );
-    }
-    my $base = $self->_checked_base($newest->name, $device, $own, $about->{size});
-    my @chain = $self->chain($base->name, $device, $own);
-    my ($problem) = map { $_->digests_problem($device) // () } @chain;
-    fail($problem) if defined($problem);
-    return @chain;
-}
+# ---- what a backup builds on ----
 
 # Each takes descriptors and time to open: 100 images take 0.1 s, 500 take 1.2 s and half of the 1024
 # descriptors that a process usually may have.
 our $longest_chain = 100;
 
-sub _checked_base ($self, $name, $device, $own, $size) {
+# Of the archive of that name, which calls the device so: it, if the device can be stored on top of it. Else it dies.
+sub checked_base ($self, $name, $device, $own, $size) {
     my @chain = $self->chain($name, $device, $own);
     fail("a chain of $longest_chain archives is long enough") if @chain >= $longest_chain;
     my $old_size = $chain[0]->device($device)->{size};
@@ -308,6 +264,9 @@ sub _finish_removal ($self, $name) {
     $self->discard($name);
     return;
 }
+
+# Takes away what there is of a new one.
+sub give_up ($self, $archive) { return $self->discard($archive->entry) }
 
 # Removes a directory that nothing builds on; other processes see all of it or none.
 sub discard ($self, $entry) {

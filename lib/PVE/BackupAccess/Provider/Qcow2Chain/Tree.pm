@@ -9,7 +9,7 @@ use Exporter qw(import);
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::File qw(make_directory);
-use PVE::BackupAccess::Provider::Qcow2Chain::PrivateDir;
+use PVE::BackupAccess::Provider::Store::PrivateDir;
 use PVE::BackupAccess::Provider::Qcow2Chain::Tar qw(extract is_for_pct);
 
 our @EXPORT_OK = qw(mechanism_of);
@@ -27,7 +27,7 @@ sub new ($class, $archive) {
 
     # It may be large, and what is in /tmp may be in memory.
     $self->{private}
-        = PVE::BackupAccess::Provider::Qcow2Chain::PrivateDir->new($ENV{TMPDIR} ? () : '/var/tmp');
+        = PVE::BackupAccess::Provider::Store::PrivateDir->new($ENV{TMPDIR} ? () : '/var/tmp');
     $self->{path} = $self->{private}->path . '/tree';
     make_directory($self->{path});
     extract($path, $self->{path});

@@ -7,7 +7,8 @@ use v5.36;
 use Exporter qw(import);
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(chain_damage describe);
+use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(chain_damage);
+use PVE::BackupAccess::Provider::Store::Content qw(describe);
 use PVE::BackupAccess::Try qw(attempt reason);
 
 our @EXPORT_OK = qw(digests_of problems_of unproven_of);

@@ -1,4 +1,4 @@
-package PVE::BackupAccess::Provider::Qcow2Chain::List;
+package PVE::BackupAccess::Provider::Store::List;
 
 # What is told of a guest's archives.
 

@@ -1,4 +1,4 @@
-package PVE::BackupAccess::Provider::Qcow2Chain::Digests;
+package PVE::BackupAccess::Provider::Store::Digests;
 
 # Files of digests, as copies write them: see FILES OF DIGESTS in PVE::BackupAccess::Volume.
 
@@ -10,7 +10,7 @@ use List::Util qw(min);
 
 use PVE::BackupAccess::Error;
 
-our @EXPORT_OK = qw(bytes_to_add each_known is_known merge_digests);
+our @EXPORT_OK = qw(bytes_to_add digests_size each_known is_known merge_digests);
 
 my $header_size = 4096;
 my $digest_size = 32;
@@ -37,6 +37,11 @@ my sub open_file ($path) {
     $file->@{qw(size block complete)} = ($size, $block, $complete);
     $file->{blocks} = int($size / $block) + ($size % $block ? 1 : 0);
     return $file;
+}
+
+# Of a file that is of so many bytes.
+sub digests_size ($size, $block) {
+    return $header_size + $digest_size * (int($size / $block) + ($size % $block ? 1 : 0));
 }
 
 # Whether a file knows the block at an offset of the volume.

@@ -1,4 +1,4 @@
-package PVE::BackupAccess::Provider::Qcow2Chain::RawFile;
+package PVE::BackupAccess::Provider::Store::RawFile;
 
 # What a server of an image exports, as a file that can be read like a raw image. It is served by
 # pba-vfile, which says when it is ready, and unmounts and ends with this process.

@@ -1,4 +1,4 @@
-package PVE::BackupAccess::Provider::Qcow2Chain::Disks;
+package PVE::BackupAccess::Provider::Store::Disks;
 
 # Which device of an archive is which disk. Names may go from one disk to another; what tells a disk from others, its
 # identity, is in the manifests of callers that tell it.

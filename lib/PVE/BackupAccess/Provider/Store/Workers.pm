@@ -1,4 +1,4 @@
-package PVE::BackupAccess::Provider::Qcow2Chain::Workers;
+package PVE::BackupAccess::Provider::Store::Workers;
 
 # Work on several things at once, each by a process of its own: what a copy calls runs in the caller's
 # thread. Workers tell what they find over pipes; the first failure ends them all, and none is left.

@@ -1,4 +1,4 @@
-package PVE::BackupAccess::Provider::Qcow2Chain::Prune;
+package PVE::BackupAccess::Provider::Store::Prune;
 
 # Which archives of a guest go by rules of retention, and the removal of several. The caller holds the
 # guest's lock for a removal.
@@ -9,20 +9,11 @@ use Exporter qw(import);
 use List::Util qw(uniq);
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Provider::Qcow2Chain::Disks qw(disk_keys);
+use PVE::BackupAccess::Provider::Store::Disks qw(disk_keys);
 use PVE::BackupAccess::Retention qw(marks);
 use PVE::BackupAccess::Try qw(attempt reason);
 
 our @EXPORT_OK = qw(prune_guest retention_of);
-
-# The reason why the archive's device cannot be restored, undef if it can. Of images only the headers are
-# read, and all of those that were touched since the backup.
-my sub device_problem ($guest, $name, $device) {
-    my $problem;
-    my $error
-        = attempt { $problem = $guest->chain_problem($device, $guest->chain($name, $device)) };
-    return $error ? reason($error) : $problem;
-}
 
 # What rules of retention look at.
 my sub look_at ($guest, $name, $time, $key_of) {
@@ -39,7 +30,7 @@ my sub look_at ($guest, $name, $time, $key_of) {
         $entry->{devices}{container} = defined($problem) ? 0 : 1;
     }
     for my $device ($archive->devices) {
-        my $problem = device_problem($guest, $name, $device);
+        my $problem = $guest->device_problem($name, $device);
         push($entry->{problems}->@*, "$device: $problem") if defined($problem);
         $entry->{devices}{ $key_of->($archive, $device) } = defined($problem) ? 0 : 1;
     }

@@ -1,31 +1,28 @@
-package PVE::BackupAccess::Provider::Qcow2Chain::Restore;
+package PVE::BackupAccess::Provider::Store::Restore;
 
-# A device of an archive while it is restored: what it builds on is locked against removal, and a server shows it.
+# A device of an archive while it is restored: what it needs is locked against removal, and a server shows it.
 
 use v5.36;
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Provider::Qcow2Chain::RawFile;
-use PVE::BackupAccess::Provider::Qcow2Chain::Server;
+use PVE::BackupAccess::Provider::Store::RawFile;
 
-my $RawFile = 'PVE::BackupAccess::Provider::Qcow2Chain::RawFile';
-my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
+my $RawFile = 'PVE::BackupAccess::Provider::Store::RawFile';
 
 # Of the guest's archive of that name. volname: how it is called in an error; socket: where the server listens;
 # is-file: a raw file is needed as well.
 sub start ($class, $guest, $name, $device, %options) {
 
-    # Before the chain is read: while this lock is held, no prune and no removal merges a part of it.
+    # Before the archive is read: while this lock is held, no prune and no removal takes a part of it away.
     my $self = bless({ reading => $guest->read_lock }, $class);
-    my @chain = $guest->chain($name, $device);
-    my $problem = $guest->headers_problem($device, @chain);
+    my ($archive, $problem) = $guest->restorable($name, $device);
     PVE::BackupAccess::Error->throw(
         'ArchiveError',
         "device $device: cannot be restored from $options{volname} - $problem",
         device => $device
     ) if defined($problem);
-    $self->{server} = $Server->start($chain[0]->image($device), %options{'socket'});
-    $self->{file} = $RawFile->start($self->{server}, $chain[0]->device($device)->{size})
+    $self->{server} = $archive->serve($device, %options{'socket'});
+    $self->{file} = $RawFile->start($self->{server}, $archive->device($device)->{size})
         if $options{'is-file'};
     return $self;
 }

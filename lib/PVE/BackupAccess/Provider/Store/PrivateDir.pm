@@ -1,4 +1,4 @@
-package PVE::BackupAccess::Provider::Qcow2Chain::PrivateDir;
+package PVE::BackupAccess::Provider::Store::PrivateDir;
 
 # A directory for the socket and log of one server, and for a raw file of what it serves, or for a tree
 # that is to be restored. It goes with the object. That of a process that was killed goes when the next one is made: its lock is free.

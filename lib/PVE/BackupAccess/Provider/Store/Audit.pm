@@ -1,4 +1,4 @@
-package PVE::BackupAccess::Provider::Qcow2Chain::Audit;
+package PVE::BackupAccess::Provider::Store::Audit;
 
 # Whether a dirty bitmap has told all that changed: a device was read in full and compared with the
 # archives before, and the archive has what differs.
@@ -8,7 +8,7 @@ use v5.36;
 use Exporter qw(import);
 use List::Util qw(min);
 
-use PVE::BackupAccess::Provider::Qcow2Chain::Digests qw(each_known);
+use PVE::BackupAccess::Provider::Store::Digests qw(each_known);
 use PVE::BackupAccess::Volume;
 
 our @EXPORT_OK = qw(audit is_due);

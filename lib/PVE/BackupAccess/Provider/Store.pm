@@ -1,0 +1,409 @@
+package PVE::BackupAccess::Provider::Store;
+
+# The backup provider API over archives that have a manifest, whatever they are stored in. A subclass has new, which
+# blesses what _settings returns and more, provider_name, backup_get_mechanism, job_init, and these methods:
+#
+#   _guest($place)       a Store::Guest: the archives of the guest at a place in the store, such as vm/100
+#   _places_of_type      { type of guest => the first part of its places }
+#   _vmids               of the guests that there are
+#   _where               the store, as a message calls it
+#   _notes_name          what the notes of this kind of store are called by
+#   _begin($task, %about)    a new archive, for the manifest of which about is
+#   _store_devices($task, $volumes, %how)    all their data; see Store/Devices.pm. Returns what audits found
+#   _problems_of($guest, $name, $seen), _digests_of($guest, $name, $device)    what verify and digests return
+
+use v5.36;
+
+use List::Util qw(max);
+use POSIX ();
+use Time::Local ();
+
+use PVE::BackupAccess::Argument qw(bad_argument check_code check_filled_text check_positive);
+use PVE::BackupAccess::Error;
+use PVE::BackupAccess::File qw(read_file);
+use PVE::BackupAccess::Notes;
+use PVE::BackupAccess::PluginBase;
+use PVE::BackupAccess::Provider::Store::Devices qw(mode_of);
+use PVE::BackupAccess::Provider::Store::Disks qw(device_meant);
+use PVE::BackupAccess::Provider::Store::List qw(list_guest);
+use PVE::BackupAccess::Provider::Store::Manifest qw($name_pattern);
+use PVE::BackupAccess::Provider::Store::Prune qw(prune_guest retention_of);
+use PVE::BackupAccess::Provider::Store::Restore;
+use PVE::BackupAccess::Retention qw(check_keep);
+use PVE::BackupAccess::Try qw(attempt reason);
+
+use parent qw(PVE::BackupProvider::Plugin::Base);
+
+my $Restore = 'PVE::BackupAccess::Provider::Store::Restore';
+
+our $guest_config = 'guest.conf';
+our $firewall_config = 'firewall.conf';
+
+my sub fail ($class, $message, %context) {
+    PVE::BackupAccess::Error->throw($class, $message, %context);
+}
+
+# As the storage class or another caller has it, without taint: it is the administrator's own.
+sub _checked_path ($name, $path) {
+    check_filled_text($name, $path);
+    my ($absolute) = $path =~ m!\A(/.*?)/*\z!s
+        or bad_argument("$name must be absolute, not '$path'");
+    return $absolute;
+}
+
+my sub checked_vmid ($vmid) {
+    my ($number) = ($vmid // '') =~ m/\A([1-9][0-9]{0,8})\z/
+        or bad_argument('vmid must be a number from 1 to 999999999');
+    return $number;
+}
+
+sub _settings ($class, $storage_plugin, $scfg, $storeid, $log_function) {
+    my $state_dir = $scfg->{'state-dir'};
+    $state_dir = _checked_path('state-dir', $state_dir) if defined($state_dir);
+    check_filled_text('storeid', $storeid);
+    return (
+        'storage-plugin' => $storage_plugin,
+        storeid => $storeid,
+        'state-dir' => $state_dir,
+        'no-check' => $scfg->{'no-check'} ? 1 : 0,
+        log => $log_function // sub ($level, $message) { warn "$message\n" if $level ne 'info' },
+        restores => {},
+        wait => 0,
+        jobs => 2,
+    );
+}
+
+sub on_progress ($self, $code) {
+    check_code('on_progress', $code);
+    $self->{progress} = $code;
+    return;
+}
+
+sub wait_for_others ($self, $seconds) {
+    bad_argument('seconds must be a whole number') if ($seconds // '') !~ m/\A[0-9]{1,9}\z/;
+    $self->{wait} = $seconds;
+    return;
+}
+
+sub make_full ($self, $is_full) {
+    $self->{'make full'} = $is_full;
+    return;
+}
+
+sub audit_every ($self, $count) {
+    check_positive('count', $count) if $count;
+    $self->{'audit every'} = $count;
+    return;
+}
+
+sub jobs ($self, $count) {
+    check_positive('count', $count);
+    $self->{jobs} = $count;
+    return;
+}
+
+sub audit_findings ($self) { return [($self->{findings} // [])->@*] }
+
+# (vm/100, name) of 'vm/100/20261122T064953Z', which Proxmox VE puts a 'backup/' before.
+sub _parse ($self, $volname) {
+    my ($place, $name)
+        = ($volname // '') =~ m!\A(?:backup/)?((?:vm|ct)/[1-9][0-9]{0,8})/$name_pattern\z!
+        or bad_argument("'"
+            . ($volname // '')
+            . "' is not the name of an archive, such as vm/100/20261122T064953Z");
+    return ($place, $name);
+}
+
+sub _archive ($self, $volname) {
+    my ($place, $name) = $self->_parse($volname);
+    my $guest = $self->_guest($place);
+    fail('ArchiveError', "there is no archive $volname in " . $self->_where) if !$guest->has($name);
+    return $guest->archive($name);
+}
+
+# ---- backup ----
+
+sub job_cleanup ($self) { return }
+
+# Seconds since 1970 to a name and back; names sort as times do.
+my sub name_of ($time) { return POSIX::strftime('%Y%m%dT%H%M%SZ', gmtime($time)) }
+
+my sub time_of ($name) {
+    my ($year, $month, @rest) = $name =~ m/\A(....)(..)(..)T(..)(..)(..)Z\z/;
+    my ($day, $hour, $minute, $second) = @rest;
+    return Time::Local::timegm_modern($second, $minute, $hour, $day, $month - 1, $year);
+}
+
+sub backup_init ($self, $vmid, $vmtype, $start_time) {
+    $vmid = checked_vmid($vmid);
+    my $directory = $self->_places_of_type->{$vmtype}
+        // fail('UnsupportedError', "guests of type '$vmtype' are not supported");
+    my $place = "$directory/$vmid";
+    my $guest = $self->_guest($place);
+    $guest->make_place;
+    my $lock = $guest->change_lock;
+    $self->_clean($guest);
+
+    # The order of names is the order of backups, even if the clock was set back.
+    my ($newest) = reverse($guest->names);
+    my $name = name_of(max(int($start_time), defined($newest) ? time_of($newest) + 1 : 0));
+    $self->{task} = {
+        vmid => $vmid,
+        place => $place,
+        guest => $guest,
+        lock => $lock,
+        name => $name,
+        time => int($start_time)
+    };
+    return { 'archive-name' => "$place/$name" };
+}
+
+sub _clean ($self, $guest) {
+    $self->{log}->('warn', $_) for $guest->clean;
+    return;
+}
+
+sub _task ($self, $vmid) {
+    my $task = $self->{task};
+    fail('StateError', "backup_init was not called for guest $vmid")
+        if !$task || $task->{vmid} != $vmid;
+    return $task;
+}
+
+sub backup_vm_query_incremental ($self, $vmid, $volumes) {
+    my $task = $self->_task($vmid);
+    my $notes = $self->_notes($vmid);
+    my $archives = $task->{archives} = [$task->{guest}->readable];
+    $task->{about} = $volumes;
+    my %modes;
+    for my $device (sort keys $volumes->%*) {
+        my ($base, $about) = (undef, $volumes->{$device});
+        my $find = sub { $base = $task->{guest}->base($archives, $notes, $device, $about) };
+        my $error = $self->{'make full'} ? undef : attempt(\&$find);
+        $self->{log}->('warn', "$device: full backup - " . reason($error)) if $error;
+        $task->{bases}{$device} = $base;
+        $modes{$device} = mode_of($base, $device, $about, $self->{'audit every'});
+    }
+    return \%modes;
+}
+
+# A caller that knows of no ids has target and bitmap named by the storage. Which archive it made last
+# for that storage is noted outside of the store: another one may be in its place by now.
+sub _notes ($self, $vmid) {
+    return PVE::BackupAccess::Notes->new($self->_notes_name . " $self->{storeid}",
+        $vmid, dir => $self->{'state-dir'});
+}
+
+sub backup_vm ($self, $vmid, $guest_config_text, $volumes, $info) {
+    my $task = $self->_task($vmid);
+    my $archive = $self->_begin_archive($task, $info);
+    $archive->add_file($guest_config, $guest_config_text);
+    $self->{findings} = [$self->_store($task, $volumes, $info)];
+
+    # Durable before it gets its name, and named before the caller has the bitmaps begin anew: what they no longer
+    # say must be in an archive that a crash cannot take away.
+    $archive->seal;
+    $task->{guest}->publish($archive, defined($info->{'backup-id'}) ? undef : $self->_notes($vmid));
+    $task->{published} = 1;
+
+    # Proxmox VE prunes before it calls backup_cleanup.
+    $task->{guest}->drop(delete($task->{lock}));
+    return;
+}
+
+sub _begin_archive ($self, $task, $info) {
+    my $archive = $task->{archive} = $self->_begin(
+        $task,
+        $task->%{qw(vmid time)},
+        storage => $self->{storeid},
+        defined($info->{'backup-id'}) ? (id => $info->{'backup-id'}) : (),
+        defined($info->{'guest-uuid'}) ? (guest => $info->{'guest-uuid'}) : (),
+    );
+    my $firewall = $info->{'firewall-config'};
+    $archive->add_file($firewall_config, $firewall) if defined($firewall);
+    return $archive;
+}
+
+sub _store ($self, $task, $volumes, $info) {
+    my %checked;
+    for my $device (sort keys $volumes->%*) {
+        my ($size) = ($volumes->{$device}{size} // '') =~ m/\A([0-9]{1,19})\z/
+            or bad_argument("device $device: its volume has no size");
+        $checked{$device} = { $volumes->{$device}->%*, size => 0 + $size };
+    }
+    return $self->_store_devices(
+        $task, \%checked,
+        $self->%{qw(log progress)},
+        jobs => $info->{jobs} // $self->{jobs},
+        full => $self->{'make full'},
+        guest => $info->{'guest-uuid'},
+        check => !$self->{'no-check'},
+        limit => $info->{'bandwidth-limit'},
+    );
+}
+
+sub backup_cleanup ($self, $vmid, $vmtype, $success, $info) {
+    my $task = delete($self->{task}) // return { stats => {} };
+    my ($guest, $name, $archive) = $task->@{qw(guest name archive)};
+    if (!$task->{published}) {
+        $guest->give_up($archive) if $archive;
+        $guest->drop($task->{lock});
+        return { stats => {} };
+    }
+
+    # Bitmaps may have begun anew with it; if not, they have more than what changed since.
+    $self->{log}->('warn', "$task->{place}/$name is complete and stays, whatever failed after it")
+        if !$success;
+    $self->{last} = $guest->archive($name);
+    return { stats => { 'archive-size' => $self->{last}->file_size } };
+}
+
+# The log is not part of what has to be there.
+sub backup_handle_log_file ($self, $vmid, $filename) {
+    my $archive = delete($self->{last}) // return;
+    $archive->keep_log(read_file($filename));
+    return;
+}
+
+# ---- restore ----
+
+sub restore_get_mechanism ($self, $volname, @) {
+    $self->_archive($volname);
+    return ('qemu-img', 'qemu');
+}
+
+# Where Proxmox VE shows a backup's configuration, it gives the storage's name as well.
+sub archive_get_guest_config ($self, $volname, @) {
+    return $self->_archive($volname)->content($guest_config);
+}
+
+sub archive_get_firewall_config ($self, $volname, @) {
+    return $self->_archive($volname)->content($firewall_config);
+}
+
+# First ends a removal that was killed half way, unless another process has the lock or the store is read-only.
+sub _settle ($self, $guest) {
+    my $lock;
+    attempt { $lock = $guest->try_change_lock } if $guest->is_there;
+    $self->_clean($guest) if $lock;
+    return;
+}
+
+sub restore_vm_init ($self, $volname, @) {
+    my ($place) = $self->_parse($volname);
+    $self->_settle($self->_guest($place));
+    my $archive = $self->_archive($volname);
+    fail('ArchiveError',
+        "$volname is of a container: restore it with pct, or by tar from "
+            . $archive->container_path)
+        if $archive->container;
+    return { map { $_ => { size => $archive->device($_)->{size} } } $archive->devices };
+}
+
+sub device_called ($self, $volname, $name) {
+    my ($place) = $self->_parse($volname);
+    return device_meant($self->_archive($volname), $name, $self->_guest($place));
+}
+
+sub restore_vm_volume_init ($self, $volname, $device, $info) {
+    my ($place, $name) = $self->_parse($volname);
+    my $restore = $self->{restores}{$volname}{$device} = $Restore->start(
+        $self->_guest($place), $name, $device,
+        volname => $volname,
+        $info->%{'socket'},
+
+        # Proxmox VE's qemu-server takes files and block devices, no URI.
+        'is-file' => defined($self->{'storage-plugin'}),
+    );
+    return { 'qemu-img-path' => $restore->path };
+}
+
+sub server ($self, $volname, $device) { return $self->{restores}{$volname}{$device}->server }
+
+sub restore_vm_volume_cleanup ($self, $volname, $device, $info) {
+    my $restore = delete($self->{restores}{$volname}{$device});
+    $restore->stop if $restore;
+    return;
+}
+
+sub restore_vm_cleanup ($self, $volname, @) {
+    my $restores = delete($self->{restores}{$volname}) // {};
+    $_->stop for values $restores->%*;
+    return;
+}
+
+# ---- looking after the archives ----
+
+# A number may have been a container's and a virtual machine's, one after another.
+sub _places ($self, $vmid) {
+    return map { "$_/$vmid" } reverse sort values $self->_places_of_type->%*;
+}
+
+sub list ($self, $vmid = undef) {
+    my @vmids = defined($vmid) ? checked_vmid($vmid) : $self->_vmids;
+    return [map { list_guest($self->_guest($_), $_, \&time_of) } map { $self->_places($_) } @vmids];
+}
+
+sub verify ($self, $volname, $seen = {}) {
+    my ($place, $name) = $self->_parse($volname);
+    my $guest = $self->_guest($place);
+    $self->_settle($guest);
+    my $reading = $guest->read_lock;
+    return [$self->_problems_of($guest, $name, $seen)];
+}
+
+# Of which nothing proves the content.
+sub unproven ($self, $volname) { return [] }
+
+sub digests ($self, $volname, $device) {
+    my ($place, $name) = $self->_parse($volname);
+    return [$self->_digests_of($self->_guest($place), $name, $device)];
+}
+
+# { 'keep-last' => 7, ... }, or the number of it alone.
+my sub rules ($keep) {
+    return $keep if ref($keep) eq 'HASH';
+    check_positive('keep', $keep);
+    return { 'keep-last' => $keep };
+}
+
+sub retention ($self, $vmid, $keep) {
+    $vmid = checked_vmid($vmid);
+    $keep = rules($keep);
+    check_keep($keep);
+    return [map { $self->_retention($_, $keep) } $self->_places($vmid)];
+}
+
+sub _retention ($self, $place, $keep) {
+    my @archives = retention_of($self->_guest($place), $keep, \&time_of);
+    return map { { volname => "$place/$_->{name}", $_->%{qw(time mark problems)} } } @archives;
+}
+
+sub prune ($self, $vmid, $keep) {
+    $vmid = checked_vmid($vmid);
+    $keep = rules($keep);
+    check_keep($keep);
+    return [map { $self->_prune($_, $keep) } $self->_places($vmid)];
+}
+
+sub _prune ($self, $place, $keep) {
+    my $guest = $self->_guest($place);
+    my $lock = $guest->is_there ? $guest->change_lock : return;
+    $self->_clean($guest);
+    return prune_guest($guest, $place, $self->{log}, $self->_retention($place, $keep));
+}
+
+sub remove ($self, $volname) {
+    my ($place, $name) = $self->_parse($volname);
+    my $guest = $self->_guest($place);
+    fail('ArchiveError', "there is no archive $volname") if !$guest->is_there;
+    my $lock = $guest->change_lock;
+    $self->_clean($guest);
+    fail('ArchiveError', "there is no archive $volname in " . $self->_where)
+        if !grep { $_ eq $name } $guest->names;
+    my $alone = $guest->removal_lock;
+    $guest->remove($name);
+    return;
+}
+
+1;

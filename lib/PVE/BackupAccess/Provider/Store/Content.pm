@@ -1,0 +1,119 @@
+package PVE::BackupAccess::Provider::Store::Content;
+
+# Whether an archive holds what was read from the guest, by the digests that were taken then.
+
+use v5.36;
+
+use Exporter qw(import);
+use List::Util qw(min sum0);
+use Time::HiRes qw(time);
+
+use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Try qw(attempt reason);
+use PVE::BackupAccess::Volume;
+
+our @EXPORT_OK = qw(check_base check_stored content_problem damage damage_in describe joined);
+
+my $Error = 'PVE::BackupAccess::Error';
+
+my $most_shown = 8;
+
+# Ranges, [offset, length], in order and neighbours as one.
+sub joined (@ranges) {
+    my @joined;
+    for my $range (sort { $a->[0] <=> $b->[0] } @ranges) {
+        if (@joined && $joined[-1][0] + $joined[-1][1] == $range->[0]) {
+            $joined[-1][1] += $range->[1];
+        }
+        else {
+            push(@joined, [$range->@*]);
+        }
+    }
+    return @joined;
+}
+
+# As text: how much, and where.
+sub describe (@ranges) {
+    my $bytes = sum0(map { $_->[1] } @ranges);
+    my @shown = @ranges[0 .. min($most_shown, scalar(@ranges)) - 1];
+    my $more = @ranges - @shown;
+    return
+          "$bytes bytes are not what was read from the guest: "
+        . join(', ', map { "$_->[1] at offset $_->[0]" } @shown)
+        . ($more ? " and $more more" : '');
+}
+
+# The ranges of what serve->() shows that are otherwise than files of digests know: all of it, or only what one file knows.
+sub damage_in ($serve, $size, @digests) {
+    local $SIG{CHLD} = 'DEFAULT';    # the caller's may wait for every child
+    my $server = $serve->();
+    my $volume
+        = PVE::BackupAccess::Volume->open('image', { 'nbd-path' => $server->uri, size => $size });
+    my @ranges;
+    $volume->check(
+        expected => \@digests,
+        'only-known' => @digests == 1 ? 1 : 0,
+        damaged => sub ($offset, $length) { push(@ranges, [$offset, $length]) },
+    );
+    $volume->close;
+    $server->kill;
+    return joined(@ranges);
+}
+
+# Of what the archive itself has of the device.
+sub damage ($archive, $device) {
+    return damage_in(
+        sub () { $archive->serve($device) },
+        $archive->device($device)->{size},
+        $archive->digests($device)
+    );
+}
+
+# Reads what was written just now, as a restore would. It comes from the page cache: what the disk
+# below makes of it is not seen here.
+sub check_stored ($archive, $device, $log) {
+    my $start = time;
+    my @damage = damage($archive, $device);
+    $Error->throw(
+        'ContentError',
+        "device $device: its image lacks what was written to it - " . describe(@damage),
+        device => $device
+    ) if @damage;
+    $log->('info', sprintf('%s: checked in %.1f s', $device, time - $start));
+    return;
+}
+
+# The same for what was not written since what the archive builds on, the chain, has it already: all of
+# the disk is read. Where that is not so the chain is damaged, and the next backup does not build on it.
+sub check_base ($archive, $device, $log, @chain) {
+    my $start = time;
+    my @damage = damage_in(
+        sub () { $archive->serve($device) },
+        $archive->device($device)->{size},
+        map { $_->digests($device) } $archive, @chain
+    );
+    if (@damage) {
+        $chain[0]->note_damage($device, 1);
+        $Error->throw(
+            'ContentError',
+            "device $device: archive "
+                . $chain[0]->name
+                . ', which this one builds on, is damaged, so that the next backup is a full one - '
+                . describe(@damage),
+            device => $device
+        );
+    }
+    $log->('info', sprintf('%s: checked in full in %.1f s', $device, time - $start));
+    return;
+}
+
+# Why the device's content is not what was read, or undef.
+sub content_problem ($archive, $device) {
+    my $problem = $archive->digests_problem($device);
+    return $problem if defined($problem);
+    my @ranges;
+    my $error = attempt { @ranges = damage($archive, $device) };
+    return $error ? reason($error) : @ranges ? describe(@ranges) : undef;
+}
+
+1;

@@ -1,0 +1,225 @@
+package PVE::BackupAccess::Provider::Store::Devices;
+
+# Devices' data on their way from the guest into an archive. The archive that is being made has these methods, beside
+# those of Store::Archive:
+#
+#   add_device($device, \%about, $parent)    all of it comes from the parent, if one is given, but for what is copied
+#   open_to_write($device)    a Store::Server of the image that the data goes to
+#   cluster_size
+
+use v5.36;
+
+use Exporter qw(import);
+
+use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Format qw(bytes);
+use PVE::BackupAccess::Program qw(temporary_file);
+use PVE::BackupAccess::Provider::Store::Audit qw(audit is_due);
+use PVE::BackupAccess::Provider::Store::Content qw(check_base check_stored);
+use PVE::BackupAccess::Provider::Store::Workers qw(side_by_side);
+use PVE::BackupAccess::Try qw(attempt reason);
+use PVE::BackupAccess::Volume;
+
+our @EXPORT_OK = qw(begin_devices check_device for_devices mode_of store_device);
+
+our $seconds_between_lines = 30;
+
+my sub fail ($device, $message) {
+    PVE::BackupAccess::Error->throw('StateError', "device $device: $message", device => $device);
+}
+
+# What backup_vm_query_incremental answers for a device: audit_every is of what is audited.
+sub mode_of ($base, $device, $volume, $audit_every) {
+    return 'new' if !$base;
+    return 'use' if !exists($volume->{base});
+    my %more = is_due($base, $device, $audit_every) ? (audit => 1) : ();
+    my $identity = $base->device($device)->{identity};
+    $more{identity} = $identity if defined($identity);
+    return { 'bitmap-mode' => 'use', base => $base->id, %more };
+}
+
+# The archive that the device's bitmap is relative to, and those it builds on.
+my sub chain_of_bitmap ($task, $device, $volume) {
+    my $base = $task->{bases}{$device};
+    fail($device, 'its bitmap goes on, but there is no archive that it could go on from')
+        if !$base || ($volume->{base} // $base->id) ne $base->id;
+    my $size = $base->device($device)->{size};
+    fail($device, "has $volume->{size} bytes now, not $size") if $volume->{size} != $size;
+    return $task->{guest}->chain($base->name, $device, $base->own($device));
+}
+
+# A bitmap that was lost costs reading, not storing.
+my sub comparable ($task, $device, $volume, $how) {
+    my @chain;
+    my $error = attempt {
+        my %about = (($task->{about}{$device} // {})->%*, size => $volume->{size});
+        @chain = $task->{guest}->comparable($task->{archives}, $device, \%about, $how->{guest})
+    };
+    $how->{log}->('info', "$device: nothing to compare with - " . reason($error)) if $error;
+    return $error ? () : @chain;
+}
+
+# The archives, the newest first, that the device's data goes on top of; none for a full backup.
+my sub chain_for ($task, $device, $volume, $how) {
+    my $mode = $volume->{'bitmap-mode'};
+    return chain_of_bitmap($task, $device, $volume) if $mode eq 'reuse';
+    return $mode eq 'new' && !$how->{full} ? comparable($task, $device, $volume, $how) : ();
+}
+
+# What was found of the bitmap that is audited. It was relative to one archive, and nothing else will do.
+my sub audited ($task, $device, $volume, $chain, $log) {
+    my $base = $task->{bases}{$device};
+    if (!$chain->@* || !$base || $chain->[0]->id ne $base->id) {
+        $log->('warn', "$device: its bitmap is not audited, since its archive cannot be built on");
+        return undef;
+    }
+    my $finding = audit($task->{archive}, $device, $volume, $chain->@*);
+    $log->($finding ? ('err', $finding->{text}) : ('info', "$device: its bitmap was right"));
+    return $finding;
+}
+
+my sub stored ($statistics, $base) {
+    my ($written, $zero, $unchanged) = $statistics->@{qw(bytes-written bytes-zero bytes-unchanged)};
+    my $more = defined($base) || !$unchanged ? '' : ', ' . bytes($unchanged) . ' are unchanged';
+    return sprintf(
+        '%s%s%s in %.1f s (%s of it zero%s)',
+        defined($base) ? 'read in full, stored ' : 'stored ',
+        bytes($written + $zero),
+        defined($base) ? " that differ from $base" : '',
+        $statistics->{seconds},
+        bytes($zero), $more
+    );
+}
+
+# Returns the copy's statistics. All of it is in the image's store when this returns.
+my sub copy_data ($archive, $device, $volume, $chain, $options) {
+    my $server = $archive->open_to_write($device);
+    my $reader = PVE::BackupAccess::Volume->open($device, $volume);
+    my $statistics = $reader->copy(
+        to => $server->uri,
+        digests => $archive->digests($device),
+        $chain->@* ? (unchanged => [map { $_->digests($device) } $chain->@*]) : (),
+        'cluster-size' => $archive->cluster_size,
+        $options->%*,
+    );
+    $reader->close;
+    $server->stop;
+    return $statistics;
+}
+
+# Begins a device of the task's archive. how: log, a code ref; full, whether nothing is built on; guest,
+# its UUID; about, what more is to be known of the device. Returns what store_device wants to have.
+my sub begin_device ($task, $device, $volume, %how) {
+    my $mode = $volume->{'bitmap-mode'};
+    my @chain = chain_for($task, $device, $volume, \%how);
+    my $base = @chain ? $chain[0]->name : undef;
+    my $is_compared = defined($base) && $mode ne 'reuse';
+    my $kind
+        = $is_compared ? "what differs from $base"
+        : defined($base) ? "incremental, on $base"
+        : 'full';
+    $how{log}->('info', "$device: storing, $kind");
+    my $increments = $mode eq 'reuse' ? ($chain[0]->device($device)->{increments} // 0) + 1 : 0;
+    my %about = (
+        size => $volume->{size},
+        'bitmap-mode' => $mode,
+        increments => $increments,
+        $how{about} ? $how{about}->($volume)->%* : ()
+    );
+
+    # Which disk it is, and another name that it has now.
+    my $disk = $task->{about}{$device} // {};
+    $about{$_} = $disk->{$_} for grep { defined($disk->{$_}) } qw(identity node);
+
+    $task->{archive}->add_device($device, \%about, $chain[0]);
+    return {
+        task => $task,
+        device => $device,
+        volume => $volume,
+        chain => \@chain,
+        'compared with' => $is_compared ? $base : undef,
+    };
+}
+
+# { device => what store_device and check_device want to have } of all devices of a backup.
+sub begin_devices ($task, $volumes, %how) {
+    return { map { $_ => begin_device($task, $_, $volumes->{$_}, %how) } sort keys $volumes->%* };
+}
+
+# The data of one. how: log; copy, more options of the copy. Returns { statistics, finding, what an audit found }.
+sub store_device ($job, %how) {
+    my ($task, $device, $volume, $chain) = $job->@{qw(task device volume chain)};
+    my ($archive, $base) = ($task->{archive}, $job->{'compared with'});
+
+    # The caller's may wait for every child, or ignore them all.
+    local $SIG{CHLD} = 'DEFAULT';
+    my $statistics = copy_data($archive, $device, $volume, $chain, $how{copy});
+    $how{log}->('info', "$device: " . stored($statistics, $base));
+    my $finding
+        = defined($volume->{'audit-bitmap'})
+        ? audited($task, $device, $volume, $chain, $how{log})
+        : undef;
+    return { statistics => $statistics, finding => $finding };
+}
+
+# Reads back what was written, and where the device was compared, all that it was compared with.
+sub check_device ($job, $log) {
+    my ($archive, $device) = ($job->{task}{archive}, $job->{device});
+    check_stored($archive, $device, $log);
+    check_base($archive, $device, $log, $job->{chain}->@*) if defined($job->{'compared with'});
+    return;
+}
+
+# For a caller that does not ask for progress: lines in its log.
+my sub progress_lines ($log) {
+    my $begin = time;
+    my %told;
+    return sub ($device, $done, $all) {
+        return if time - ($told{$device} // $begin) < $seconds_between_lines;
+        $told{$device} = time;
+        $log->('info', "$device: " . bytes($done) . ' of ' . bytes($all));
+    };
+}
+
+# So many bytes that forked processes have together.
+my sub shared_file ($bytes) {
+    my $file = temporary_file();
+    truncate($file, $bytes) or fail('all', "cannot make a file - $!");
+    return $file;
+}
+
+my sub alone ($work, $jobs, $copy, %how) {
+    my %found;
+    for my $device (sort keys $jobs->%*) {
+        my $progress = sub (@state) { $how{progress}->($device, @state) };
+        $found{$device}
+            = $work->($jobs->{$device}, $how{log}, { $copy->%*, progress => $progress });
+    }
+    return \%found;
+}
+
+# Calls $work->($job, $log, \%copy) for each device's job, up to so many side by side: then each has a process of its own.
+# how: log; jobs, a number; limit, bytes per second for all of them; progress, a code ref ($device, $done, $all), or
+# undef. Returns { device => what was returned }.
+sub for_devices ($work, $jobs, %how) {
+    my @devices = sort keys $jobs->%*;
+    $how{progress} //= progress_lines($how{log});
+    my %copy = $how{limit} ? ('bandwidth-limit' => $how{limit}) : ();
+    return alone($work, $jobs, \%copy, %how) if $how{jobs} == 1 || @devices == 1;
+    $copy{'shared-limit'} = shared_file(8) if $how{limit};
+    return side_by_side(
+        $how{jobs},
+        \@devices,
+        sub ($device, $tell) {
+            my $log = sub (@line) { $tell->({ log => \@line }) };
+            my $progress = sub (@state) { $tell->({ progress => \@state }) };
+            return $work->($jobs->{$device}, $log, { %copy, progress => $progress });
+        },
+        sub ($device, $message) {
+            $how{log}->($message->{log}->@*) if $message->{log};
+            $how{progress}->($device, $message->{progress}->@*) if $message->{progress};
+        },
+    );
+}
+
+1;
