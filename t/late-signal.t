@@ -25,7 +25,7 @@ use PVE::BackupAccess::Provider::Qcow2Chain::Filter;
 use PVE::BackupAccess::Provider::Qcow2Chain::Names;
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use PVE::BackupAccess::Provider::Qcow2Chain::Tar;
-use PVE::BackupAccess::Provider::Qcow2Chain::Workers qw(side_by_side);
+use PVE::BackupAccess::Provider::Store::Workers qw(side_by_side);
 
 my $provider = 'PVE::BackupAccess::Provider::Qcow2Chain';
 my $seconds = 20;    # that a call may take to end
