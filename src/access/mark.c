@@ -20,8 +20,11 @@ bool pba_mark_delete(PbaAccess *access, const char *name, GError **error)
     return pba_qmp_run(access->qmp, "blockdev-del", pba_json("{'node-name': <%s>}", name), error);
 }
 
-/* Of two that mark at once at least one sees the other: who marks looks again afterwards. */
-static bool mark_and_look(PbaAccess *access, JsonArray **seen, GError **error)
+static void unmark(PbaAccess *access, bool all, bool is_known);
+
+/* Of two that mark at once at least one sees the other: who marks looks again afterwards. is_known:
+ * QEMU has added the marker. */
+static bool mark_and_look(PbaAccess *access, JsonArray **seen, bool *is_known, GError **error)
 {
     g_autoptr(GError) refused = NULL;
     uint64_t size;
@@ -32,7 +35,8 @@ static bool mark_and_look(PbaAccess *access, JsonArray **seen, GError **error)
     if (!name || !pba_owner_mark_size(access, &size, error)) {
         return false;
     }
-    if (!pba_mark_add(access, name, size, &refused) && pba_error_is_fatal(refused)) {
+    *is_known = pba_mark_add(access, name, size, &refused);
+    if (pba_error_is_fatal(refused)) {
         g_propagate_error(error, g_steal_pointer(&refused));
         return false;
     }
@@ -57,11 +61,15 @@ static bool mark_and_look(PbaAccess *access, JsonArray **seen, GError **error)
 
 bool pba_owner_mark(PbaAccess *access, JsonArray **nodes, GError **error)
 {
-    if (mark_and_look(access, nodes, error)) {
+    bool is_known = false;
+
+    if (mark_and_look(access, nodes, &is_known, error)) {
         return true;
     }
-    /* Ours only: all else may be the other one's. */
-    pba_owner_unmark(access, false);
+    /* Ours only: all else may be the other one's. Where it was refused the name may be that of a
+     * process of another place, which has the same number and start time: in two containers, say.
+     */
+    unmark(access, false, is_known);
     pba_access_enter(access, PBA_PHASE_NEW);
     return false;
 }
@@ -127,11 +135,12 @@ static bool is_worth_a_retry(const GError *error)
     return !g_error_matches(error, PBA_ERROR, PBA_ERROR_TIMEOUT);
 }
 
-void pba_owner_unmark(PbaAccess *access, bool all)
+/* is_known: QEMU has had our marker, and need not be asked. */
+static void unmark(PbaAccess *access, bool all, bool is_known)
 {
     g_autoptr(GError) error = NULL;
 
-    bool done = !access->is_recovery && delete_own_marks(access, &error);
+    bool done = !access->is_recovery && is_known && delete_own_marks(access, &error);
     if (!done && !pba_error_is_fatal(error)) {
         /* Of what a dead process left, or where what has the names is gone. */
         g_clear_error(&error);
@@ -150,4 +159,9 @@ void pba_owner_unmark(PbaAccess *access, bool all)
             error->message); // NOLINT(clang-analyzer-core.NullDereference): set, as done is false
     }
     pba_owner_forget(access);
+}
+
+void pba_owner_unmark(PbaAccess *access, bool all)
+{
+    unmark(access, all, true);
 }
