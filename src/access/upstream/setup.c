@@ -348,9 +348,8 @@ static bool prepare_bitmaps(PbaAccess *access, const PbaBlock *block, GError **e
 bool pba_upstream_prepare(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     return
-        /* A device that has got another disk since would be given the earlier one. */
+        /* Before the last look: a device that takes its place later has another path. */
         pba_upstream_each_disk(access, find_guest_device, error) &&
-        pba_access_look_again(access, error) &&
         /* First: if another NBD server runs, nothing has been done to the guest yet. */
         pba_nbd_server_start(access, error) &&
         /* Before the filters, which have them as targets. */
@@ -368,6 +367,10 @@ bool pba_upstream_prepare(PbaAccess *access, const PbaBlock *block, GError **err
         /* From here on the guards refuse most of what others begin, and what they do not finds the
          * raw node above the disk, and stays below the guest. */
         pba_company_check_again(access, error) &&
+        /* After that, when no job is there that could do it any more: a device that has got another
+         * disk since, from a mirror that was completed or by a change of its medium, would be given
+         * the earlier one. */
+        pba_access_look_again(access, error) &&
         /* One by one, at any time before the cut: qom-set takes one disk, the cut all at once. */
         pba_upstream_each_disk(access, insert_raw, error);
 }
