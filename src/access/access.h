@@ -265,8 +265,6 @@ void pba_tie_add_open(JsonArray *actions, const PbaAccess *access, const PbaDisk
 bool pba_audit_begin(PbaAccess *access, const PbaBlock *block, GError **error);
 /* After the instant: a reader of the copies must not see them change. */
 bool pba_audit_freeze(PbaAccess *access, GError **error);
-/* Whether there are copies of the target's bitmaps. */
-bool pba_audit_is_stale(const PbaAccess *access, const PbaBlock *block);
 /* Removes those that block has, also of a dead process; the exports are gone. */
 bool pba_audit_end(PbaAccess *access, const PbaBlock *block, GError **error);
 

@@ -83,13 +83,6 @@ static JsonArray *removals(const PbaAccess *access, const PbaBlock *block)
     return actions;
 }
 
-bool pba_audit_is_stale(const PbaAccess *access, const PbaBlock *block)
-{
-    g_autoptr(JsonArray) actions = removals(access, block);
-
-    return json_array_get_length(actions) > 0;
-}
-
 bool pba_audit_end(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     g_autoptr(JsonArray) actions = removals(access, block);

@@ -273,7 +273,7 @@ static bool undo_marked(PbaAccess *dead, GPtrArray *lines, GError **error)
     sort_paths(dead, &leftovers);
     /* Before teardown: afterwards it is not there to be named. */
     describe(dead, &leftovers, done);
-    if (dead->disks->len > 0 || dead->socket || pba_audit_is_stale(dead, &block)) {
+    if (find_state(dead, &leftovers) == STALE_ACCESS) {
         pba_access_begin_changes(dead);
     }
     if (!pba_tear_down_and_end(dead, false, error)) {

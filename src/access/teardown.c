@@ -71,8 +71,10 @@ static bool undo_rest(PbaAccess *access, bool success, bool is_shared, GError **
      * waits for ever, with the guest, for a client that is in the middle of its first messages.
      * Two commands later QEMU has seen the end of this one. */
     bool server_is_up = pba_nbd_server_is_up(access);
+    /* Of a dead process it is not known which disks there were: the graph tells it. */
+    bool with_graph = access->backend->ends_by_graph || access->is_recovery;
 
-    return pba_block_query(access->qmp, access->backend->ends_by_graph, &block, error) &&
+    return pba_block_query(access->qmp, with_graph, &block, error) &&
            pba_owner_require(access, block.nodes, error) &&
            /* Before the rest, of which it needs nothing: a fault there leaves no server behind. */
            (!server_is_up || pba_nbd_server_stop(access, is_shared, error)) &&

@@ -368,19 +368,34 @@ char *pba_block_device_above(const PbaBlock *block, const char *node)
     return NULL;
 }
 
-bool pba_block_has_parent(const PbaBlock *block, const char *node)
+static bool has_driver(const PbaBlock *block, JsonNode *id, const char *driver)
+{
+    JsonObject *found = id ? find_graph_node(block, "id", id) : NULL;
+    const char *name = found ? pba_json_find_string(found, "name") : NULL;
+    JsonObject *node = pba_block_find_node(block, name);
+
+    return node && g_strcmp0(pba_json_find_string(node, "drv"), driver) == 0;
+}
+
+bool pba_block_has_parent_but(const PbaBlock *block, const char *node, const char *driver)
 {
     JsonArray *edges = pba_json_find_array(block->graph, "edges");
     JsonNode *id = graph_id(block, node);
 
     for (guint i = 0; id && edges && i < json_array_get_length(edges); i++) {
         JsonObject *edge = pba_json_element(edges, i);
+        JsonNode *from = edge ? json_object_get_member(edge, "parent") : NULL;
         JsonNode *to = edge ? json_object_get_member(edge, "child") : NULL;
-        if (to && json_node_equal(to, id)) {
+        if (to && json_node_equal(to, id) && !(driver && has_driver(block, from, driver))) {
             return true;
         }
     }
     return false;
+}
+
+bool pba_block_has_parent(const PbaBlock *block, const char *node)
+{
+    return pba_block_has_parent_but(block, node, NULL);
 }
 
 const char *pba_block_skip_filters(const PbaBlock *block, const char *node)

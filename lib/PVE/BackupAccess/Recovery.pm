@@ -97,6 +97,27 @@ my sub frozen_bitmaps ($target, @nodes) {
     return @frozen;
 }
 
+# QEMU's filter above a disk that was unplugged: nothing but its snapshot uses it any more.
+my sub refuse_lost_disks ($options, @nodes) {
+    my %driver = map { ($_->{'node-name'} // '') => $_->{drv} // '' } @nodes;
+    my $graph = ask($options, 'x-debug-query-block-graph');
+    my %name = map { $_->{id} => $_->{name} }
+        grep { $_->{type} eq 'block-driver' } $graph->{nodes}->@*;
+    my %users;
+    for my $edge ($graph->{edges}->@*) {
+        my $user = $driver{ $name{ $edge->{parent} } // '' } // '';
+        push($users{ $name{ $edge->{child} } // '' }->@*, $user);
+    }
+    for my $filter (grep { $driver{$_} eq 'copy-before-write' } sort keys %driver) {
+        my @users = ($users{$filter} // [])->@*;
+        refuse(
+            'a guest device or its node was removed while the access was up, and QEMU would crash at'
+                . ' a teardown: the access stays up until the VM is stopped')
+            if @users && !grep { $_ ne 'snapshot-access' } @users;
+    }
+    return;
+}
+
 my sub remove_exports ($options, $lines, @nodes) {
     my %is_snapshot = map { $_->{'node-name'} => 1 }
         grep { ($_->{drv} // '') eq 'snapshot-access' && defined($_->{'node-name'}) } @nodes;
@@ -127,6 +148,7 @@ sub recover_foreign ($class, $options) {
     refuse('this QEMU has no accesses of another program')
         if $class->capabilities(%ask)->{backend} ne 'pve';
     frozen_bitmaps($target, @nodes);
+    refuse_lost_disks($options, @nodes);
     my @lines;
     my $others = remove_exports($options, \@lines, @nodes);
 

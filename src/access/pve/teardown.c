@@ -67,6 +67,18 @@ static const char *find_stale_danger(const PbaAccess *access, PbaBitmapWalk at, 
     return has_background && is_busy ? BITMAP_BUSY : NULL;
 }
 
+/* QEMU's filter above a disk that was unplugged without a hold, or whose hold was deleted since: no
+ * name tells that there was one, but nothing uses the filter any more except its snapshot. Needs
+ * the graph. */
+static bool has_lost_disk(const PbaBlock *block, const char *node)
+{
+    JsonObject *entry = pba_block_find_node(block, node);
+
+    return entry && g_strcmp0(pba_json_find_string(entry, "drv"), "copy-before-write") == 0 &&
+           pba_block_has_parent(block, node) &&
+           !pba_block_has_parent_but(block, node, "snapshot-access");
+}
+
 /* The same for an access of a dead process, of which only names are known. */
 static bool check_stale_safe(PbaAccess *access, const PbaBlock *block, GError **error)
 {
@@ -81,7 +93,9 @@ static bool check_stale_safe(PbaAccess *access, const PbaBlock *block, GError **
     }
     for (guint i = 0; !danger && i < json_array_get_length(block->nodes); i++) {
         device = pba_block_node_name(block->nodes, i);
-        danger = find_stale_danger(access, pba_bitmaps_of(block, device), is_up);
+        danger = has_lost_disk(block, device)
+                     ? DISK_GONE
+                     : find_stale_danger(access, pba_bitmaps_of(block, device), is_up);
     }
     if (danger) {
         pba_error_set(error, PBA_ERROR_STATE, "%s", danger);
@@ -301,22 +315,23 @@ static bool end_as_success(PbaAccess *access, const PbaBlock *block, GError **er
 /* Whether nothing in there would crash QEMU. */
 static bool check(PbaAccess *access, const PbaBlock *block, GError **error)
 {
-    const PbaDisk *first = access->disks->pdata[0];
-    bool is_recovery = access->is_recovery;
-
-    if (first->snapshot_node && !is_recovery) {
-        return check_safe(access, block, error);
-    }
     /* Of a dead process' access, or without a reply to setup, it is not known whose access is up:
      * only what the bitmaps of all nodes show is known of it. */
-    return check_no_exports(access, error) && (is_recovery || check_safe(access, block, error)) &&
-           check_stale_safe(access, block, error);
+    if (access->is_recovery) {
+        return check_no_exports(access, error) && check_stale_safe(access, block, error);
+    }
+    const PbaDisk *first = access->disks->pdata[0];
+
+    return check_safe(access, block, error) &&
+           (first->snapshot_node ||
+            (check_no_exports(access, error) && check_stale_safe(access, block, error)));
 }
 
 static bool end(PbaAccess *access, const PbaBlock *block, bool success, GError **error)
 {
-    /* A dead process that had put no hold on a disk had sent nothing. */
-    if (access->disks->len == 0 ||
+    /* A dead process that had put no hold on a disk had sent nothing, unless its holds were deleted
+     * by others: while it has marked an end they are to be there. */
+    if ((access->disks->len == 0 && !is_marked_as_ending(access, block)) ||
         (!access->is_recovery && pba_pve_has_done_nothing(access, block))) {
         return true;
     }
@@ -333,10 +348,19 @@ static bool end(PbaAccess *access, const PbaBlock *block, bool success, GError *
            (!may_be_committed || remove_bitmaps(access, block, error));
 }
 
+/* The mark of an earlier try may never have come to QEMU, and there is nothing to be deleted. */
+static void forget_lost_mark(PbaAccess *access, const PbaBlock *block)
+{
+    if (!pba_block_find_node(block, access->end_mark)) {
+        g_clear_pointer(&access->end_mark, g_free);
+    }
+}
+
 bool pba_pve_teardown(PbaAccess *access, PbaBlock *block, bool success, GError **error)
 {
     GError *first = NULL;
 
+    forget_lost_mark(access, block);
     /* After QEMU's own teardown, which crashes (to 11.0) where a disk has gone; not where that is
      * still to come. */
     if (end(access, block, success, &first) || access->phase == PBA_PHASE_ENDED) {
