@@ -1,0 +1,279 @@
+# What others do between two commands of a backup, or to what it has left, that a look less would not see:
+# nodes of ours are deleted by hand, a disk is unplugged, a mirror is completed, a marker has our name. No
+# command of ours may end QEMU, give the guest another disk, or use a bitmap that lacks bits (I2, I3, I10).
+#
+# On a Proxmox QEMU by its own commands.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use Digest::SHA qw(sha256_hex);
+use JSON::PP ();
+use Test::More;
+use Time::HiRes qw(sleep);
+
+use PBA::Test::Backend;
+use PBA::Test::Client;
+use PBA::Test::QMP;
+use PBA::Test::QMPProxy;
+
+my $QMP = 'PBA::Test::QMP';
+my $size = 16 << 20;
+my ($true, $false) = (JSON::PP::true, JSON::PP::false);
+
+# A disk of shape drive takes its nodes with it when it is unplugged.
+sub start ($name, $shape = 'blockdev', %more) {
+    my %disk = (size => $size, bus => 'scsi', shape => $shape);
+    return PBA::Test::Backend->start(
+        name => $name,
+        disks => [map { { id => $_, %disk } } qw(disk0 disk1)],
+        %more,
+    );
+}
+
+sub recover ($backend, %more) {
+    return PVE::BackupAccess->recover($backend->options(%more), log => sub { });
+}
+
+sub nodes ($backend, $pattern) {
+    return grep { $_ =~ $pattern }
+        map { $_->{'node-name'} } $backend->vm->qmp('query-named-block-nodes', flat => $true)->@*;
+}
+
+sub delete_nodes ($backend, $pattern) {
+    my @nodes = nodes($backend, $pattern);
+    $backend->vm->qmp('blockdev-del', 'node-name' => $_) for @nodes;
+    return scalar(@nodes);
+}
+
+sub good_backup ($backend) {
+    my $access = $backend->access;
+    $access->setup($backend->devices('use'));
+    $access->teardown(1);
+    return;
+}
+
+# A client that is killed with an access up, or right after QEMU has done a command of its teardown.
+sub leave_access ($backend, $mode, $after = undef) {
+    my $client = PBA::Test::Client->start(
+        sub ($tell) {
+            my $access = $backend->access(
+                qmp => sub ($command, $arguments) {
+                    my $value = $QMP->once($backend->qmp_path, $command, $arguments);
+                    kill(KILL => $$) if $command eq ($after // '');
+                    return $value;
+                }
+            );
+            $access->setup($backend->devices($mode));
+            $tell->('up');
+            $access->teardown(1);
+        }
+    );
+    is($client->next_word, 'up', 'a client has an access');
+    return $client;
+}
+
+# As the code ref above, whose guest's directories have other names than those of a socket.
+sub by_code ($backend) {
+    return (qmp => sub (@call) { $QMP->once($backend->qmp_path, @call) });
+}
+
+# ---- on Proxmox ----
+
+# Without its hold QEMU's filter loses the disk, and a teardown crashes QEMU.
+sub unplug_without_hold ($mode, $shape) {
+    my $backend = start('pve', $shape);
+    my $client = leave_access($backend, $mode);
+    my $key = substr(sha256_hex($backend->device('disk0')), 0, 8);
+    is(delete_nodes($backend, qr/\Apba-hold-.*-$key\z/), 1, 'the hold of a disk is deleted');
+    $backend->vm->unplug('disk0');
+    $client->kill9;
+    for my $word (qw(recover setup)) {
+        my $done = eval {
+            $word eq 'recover'
+                ? recover($backend, by_code($backend))
+                : $backend->access(by_code($backend), log => sub { })
+                ->setup($backend->devices('use', 'disk1'));
+        };
+        ok(!$done, "mode $mode: $word is refused");
+        like("$@", qr/the guest device or its node was removed/, "mode $mode: $word says why");
+        ok($backend->vm->is_alive, "mode $mode: $word: the VM lives") or return;
+    }
+    $backend->check_manners;
+    return;
+}
+
+# The same of an access that was never ours.
+sub unplug_of_foreign () {
+    my $backend = start('pve', 'drive');
+    my @devices = map {
+        { $_->%* }
+    } $backend->devices('none')->@*;
+    my %foreign = ('target-id' => 'snapshot-access:foreign');
+    $QMP->once($backend->qmp_path, 'backup-access-setup', { %foreign, devices => \@devices });
+    $backend->vm->unplug('disk0');
+    my $done = eval {
+        PVE::BackupAccess->recover(qmp => $backend->qmp_path, %foreign, foreign => 1);
+        1;
+    };
+    ok(!$done, 'recover of another program\'s access is refused');
+    like("$@", qr/a guest device or its node was removed/, 'and says why');
+    ok($backend->vm->is_alive, 'the VM lives') or return;
+    $backend->check_manners;
+    return;
+}
+
+# The mark of the end alone tells that QEMU may have begun the bitmaps anew.
+sub end_without_holds ($backend) {
+    my $outside = $backend->outside;
+    good_backup($backend);
+    my $client = leave_access($backend, 'use', 'backup-access-teardown');
+    is(delete_nodes($backend, qr/\Apba-hold-/), 2, 'the holds are deleted');
+    $client->let_go_on;
+    $client->wait_end;
+    is(scalar(nodes($backend, qr/\Apba-ending-/)), 1, 'QEMU has the mark of an end');
+    my $access = $backend->access(by_code($backend), log => sub { });
+    my @actions = map { $_->{'bitmap-action'} } $access->setup($backend->devices('use'))->@*;
+    is_deeply(\@actions, [('missing-recreated') x 2], 'the next backup is a full one');
+    $access->teardown(1);
+    is_deeply($backend->outside, $outside, 'nothing is left');
+    return;
+}
+
+sub proxy ($backend, @fault) {
+    return PBA::Test::QMPProxy->start(
+        target => $backend->qmp_path,
+        listen => $backend->vm->dir . '/proxy.qmp',
+        @fault,
+    );
+}
+
+# The first command that adds a node after the server was stopped.
+sub number_of_mark ($backend) {
+    my $proxy = proxy($backend);
+    my $access = $backend->access(qmp => $proxy->socket_path);
+    $access->setup($backend->devices('use'));
+    $access->volumes('nbd');
+    $access->teardown(1);
+    my @names = map { $_->{name} } $proxy->commands;
+    $proxy->stop;
+    my ($stop) = grep { $names[$_] eq 'nbd-server-stop' } 0 .. $#names;
+    my ($mark) = grep { $names[$_] eq 'blockdev-add' } $stop .. $#names;
+    return $mark + 1;
+}
+
+# The next teardown does not wait for a mark to go that never came.
+sub mark_is_lost ($backend) {
+    my $outside = $backend->outside;
+    my $proxy = proxy($backend, fault => 'drop', at => number_of_mark($backend));
+    my $access = $backend->access(qmp => $proxy->socket_path, log => sub { });
+    $access->setup($backend->devices('use'));
+    $access->volumes('nbd');
+    ok(!eval { $access->teardown(1); 1 }, 'the mark of an end is lost: teardown fails');
+    ok($access->_is_up, 'and is to be tried again');
+    ok(!eval { $access->teardown(1); 1 }, 'then it fails');
+    like("$@", qr/as after a failed backup/, 'as it was told');
+    ok(!$access->_is_up, 'and is over');
+    is_deeply($backend->outside, $outside, 'nothing is left');
+    $proxy->stop;
+    return;
+}
+
+# ---- on both ----
+
+sub start_time ($pid) {
+    open(my $fh, '<', "/proc/$pid/stat") or die "/proc/$pid/stat: $!\n";
+    return (split(' ', readline($fh) =~ s/.*\) //r))[19];
+}
+
+# Of a container, say, whose process has the same number and was started in the same moment: it comes when
+# this one has looked.
+sub same_name ($backend) {
+    my $outside = $backend->outside;
+    my $name = "pba-owner-$$-" . start_time($$);
+    my %node = (driver => 'null-co', 'node-name' => $name, size => 512 << 30, 'read-only' => $true);
+    my $come = 0;
+    my $access = $backend->access(
+        qmp => sub ($command, $arguments) {
+            $backend->vm->qmp('blockdev-add', %node) if $command eq 'blockdev-add' && !$come++;
+            return $QMP->once($backend->qmp_path, $command, $arguments);
+        }
+    );
+    ok(!eval { $access->setup($backend->devices('use')); 1 }, 'setup is refused');
+    is(scalar(nodes($backend, qr/\A\Q$name\E\z/)), 1, 'the marker of another place stays');
+    delete_nodes($backend, qr/\Apba-owner-/);
+    is_deeply($backend->outside, $outside, 'and nothing of ours does');
+    return;
+}
+
+sub wait_job ($vm, $wanted) {
+    for (1 .. 600) {
+        my ($job) = $vm->qmp('query-jobs')->@*;
+        return if ($job ? $job->{status} : 'gone') eq $wanted;
+        sleep(0.05);
+    }
+    die "the job does not become $wanted\n";
+}
+
+# The guest goes over to the target, as with a disk that is moved.
+sub move_disk ($vm) {
+    my %job = ('job-id' => 'move', device => 'disk0', target => 'moved', sync => 'full');
+    $vm->qmp('blockdev-mirror', %job);
+    wait_job($vm, 'ready');
+    $vm->qmp('job-complete', id => 'move');
+    wait_job($vm, 'gone');
+    return;
+}
+
+sub node_of ($vm) {
+    my ($device) = grep { ($_->{qdev} // '') =~ m/disk0-dev/ } $vm->qmp('query-block')->@*;
+    return $device->{inserted}{'node-name'};
+}
+
+# All nodes are those that were seen, but the guest has another of them.
+sub moved_between ($name, $when) {
+    my $backend = start($name, 'blockdev', guest => 0, paused => 1, memory => 32);
+    my $vm = $backend->vm;
+    my $file = $vm->dir . '/moved.raw';
+    open(my $fh, '>', $file) or die "$file: $!\n";
+    truncate($fh, $size) or die "$file: $!\n";
+    $vm->qmp(
+        'blockdev-add',
+        driver => 'raw',
+        'node-name' => 'moved',
+        file => { driver => 'file', filename => $file }
+    );
+    my $seen = 0;
+    my $access = $backend->access(
+        log => sub { },
+        qmp => sub ($command, $arguments) {
+            move_disk($vm) if $command eq $when && !$seen++;
+            return $QMP->once($backend->qmp_path, $command, $arguments);
+        }
+    );
+    my $done = eval { $access->setup($backend->devices('use')); 1 };
+    ok($seen, "the disk is moved before $when");
+    ok(!$done, 'setup is refused') or $access->teardown(0);
+    like("$@", qr/device disk0: was unplugged, or its medium changed/, 'and says why');
+    is(node_of($vm), 'moved', 'the guest keeps the disk that it has');
+    is_deeply([nodes($backend, qr/\Apba-/)], [], 'nothing is left');
+    return;
+}
+
+for my $name (PBA::Test::Backend->names) {
+    my $backend = start($name, 'blockdev', guest => 0, paused => 1, memory => 32);
+    subtest "backend $name: a marker of the same name" => sub { same_name($backend) };
+    if ($name eq 'pve') {
+        subtest 'the end of a killed process' => sub { end_without_holds($backend) };
+        subtest 'the mark of an end is lost' => sub { mark_is_lost($backend) };
+    }
+    subtest "backend $name: moved before $_" => sub { moved_between($name, $_) }
+        for qw(nbd-server-start);
+}
+for my $how ([use => 'drive'], [none => 'blockdev']) {
+    subtest "unplugged without a hold, @$how" => sub { unplug_without_hold(@$how) };
+}
+subtest 'an access of another program' => sub { unplug_of_foreign() };
+
+done_testing;
