@@ -12,6 +12,7 @@ use PVE::BackupAccess::File qw(read_file write_file);
 
 use PBA::Test::Backend;
 use PBA::Test::Provider;
+use PBA::Test::Thrown qw(what_arrives);
 
 # One QEMU is enough: it is about files.
 my $backend = PBA::Test::Backend->start(
@@ -68,6 +69,57 @@ sub check_code_refs () {
     return;
 }
 
+# What is noted must be gone before the provider has new data, also where it could not be read: the backup may be
+# killed then, and the guest taken back in time.
+sub check_load_dies () {
+    my ($note, $is_down, $seen);
+    my %code = (
+        'load-note' => sub (@) { $is_down ? die "the cluster is away\n" : $note },
+        'store-note' => sub ($key, $new) { $note = $new },
+    );
+    is(mode_of_next(%code), 'new', 'a note that the caller keeps');
+    is(mode_of_next(%code), 'reuse', 'is good');
+    $is_down = 1;
+    my %on = (backup_vm => sub ($self, @) { $seen = $note; die "killed\n" });
+    local $provider->{on} = \%on;
+    eval { $backend->task($provider, %code)->run };
+    unlike($seen, qr/[0-9a-f]{32}/,
+        'where it cannot be read, it is none when there may be new data');
+    $is_down = 0;
+    delete($on{backup_vm});
+    is(mode_of_next(%code), 'new', 'so the next backup is a full one');
+    is(mode_of_next(%code), 'reuse', 'then incremental');
+    return;
+}
+
+# The backup is good by then: that it cannot be noted costs a full one. A signal comes when the caller has the result.
+sub check_store_dies () {
+    my ($note, $strike);
+    my $store = sub ($key, $new) { $new eq '{}' || $strike->(); $note = $new };
+    my %code = ('load-note' => sub (@) { $note }, 'store-note' => $store);
+    $strike = sub () { die "the cluster is away\n" };
+    is(mode_of_next(%code), 'new', 'a note that cannot be stored: the backup is good');
+    is($backend->logged(qr/\Awarn: .*cannot be noted.*the cluster is away/s),
+        1, 'and the log says so');
+    $strike = sub () { };
+    is(mode_of_next(%code), 'new', 'the next one is a full one');
+
+    $strike = sub () { kill(ALRM => $$) };
+    my $seen = what_arrives(sub () { $backend->task($provider, %code)->run });
+    is($seen->{error}, "alarm\n", 'a signal while it is stored goes on');
+    is($seen->{value}{devices}{$device}{'bitmap-mode'}, 'reuse', 'when the caller has the result');
+    return;
+}
+
+# A signal that comes while the caller's code runs ends the backup.
+sub check_load_signal () {
+    my %code = ('load-note' => sub (@) { kill(USR1 => $$); undef }, 'store-note' => sub (@) { });
+    local $SIG{USR1} = sub { die "stop\n" };
+    my $done = eval { $backend->task($provider, %code)->run; 1 };
+    is($done ? 'it did not die' : $@, "stop\n", 'a signal in load-note ends the backup');
+    return;
+}
+
 sub check_answer ($base) {
     local $provider->{on}{backup_vm_query_incremental} = sub ($self, $vmid, $volumes) {
         return { map { $_ => { 'bitmap-mode' => 'use', base => $base } } keys $volumes->%* };
@@ -83,6 +135,9 @@ is(mode_of_next(), 'reuse', 'a note that is good');
 check_file($_) for @odd;
 check_unreadable();
 check_code_refs();
+check_load_dies();
+check_store_dies();
+check_load_signal();
 check_answer($_) for 'x', 'A' x 32, 'a' x 33, 'a' x 32 . "\n", '', "a\0b", 12;
 
 done_testing;

@@ -66,21 +66,25 @@ my sub read_note ($note) {
     return { id => $id, identity => $identity };
 }
 
-# { device => { id, identity of the disk that had the name then, undef if it is not known } }. A note that cannot be
-# read is as good as none.
-sub ids ($self) {
+# undef: it cannot be read.
+sub _read ($self) {
     my $ids;
     attempt_any { $ids = $json->decode($self->_text // '{}') };
-    return {} if ref($ids) ne 'HASH';
+    return undef if ref($ids) ne 'HASH';
     return { map { my $note = read_note($ids->{$_}); $note ? ($_ => $note) : () } keys $ids->%* };
 }
 
-# These devices' notes instead of what is noted; undef: it is not known.
+# { device => { id, identity of the disk that had the name then, undef if it is not known } }. A note that cannot be
+# read is as good as none.
+sub ids ($self) { return $self->_read // {} }
+
+# These devices' notes instead of what is noted; undef: it is not known. What cannot be read now may be read later, and
+# is replaced.
 sub note ($self, $new) {
-    my $old = $self->ids;
-    my %ids = ($old->%*, $new->%*);
+    my $old = $self->_read;
+    my %ids = (($old // {})->%*, $new->%*);
     delete($ids{$_}) for grep { !defined($ids{$_}) } keys %ids;
-    $self->_store(\%ids) if $json->encode(\%ids) ne $json->encode($old);
+    $self->_store(\%ids) if !$old || $json->encode(\%ids) ne $json->encode($old);
     return;
 }
 

@@ -246,7 +246,10 @@ sub _end_notes ($self, $success, $result) {
         $ids{$_} = { id => $result->{id}, identity => $self->{seen}{$_}{identity} }
             for grep { ($devices->{$_}{'bitmap-mode'} // 'none') ne 'none' } keys $devices->%*;
     }
-    my $error = attempt { $self->_notes->note(\%ids) } or return;
+    my ($death) = deaths_of(sub { $self->_notes->note(\%ids) }) or return;
+    my ($error, $by_signal) = $death->@*;
+    rethrow($error) if $by_signal && !$success;
+    return $self->{late} //= $error if $by_signal;
     $self->log('warn',
               "which backup this was cannot be noted, so that the next one is a full one"
             . " if the provider knows of no ids - $error");
@@ -599,7 +602,9 @@ those of L<PVE::BackupAccess::GuestAgent/hooks> do.
 
 Code refs that load and store the note that L</run> describes: one text per target and guest, undef if there is none. Give
 both or neither. By default, the note is a file on this host. If all nodes of a cluster share the storage, the notes
-may be cluster-wide; for a storage that is not shared, they belong to the node.
+may be cluster-wide; for a storage that is not shared, they belong to the node. If C<load-note> dies, there is
+no note, and a new one is stored. If C<store-note> dies before the provider's C<backup_vm>, the backup fails, because an old
+note must not be taken for one of the new data; if it dies after the end, the log says so, and the next backup is full.
 
 =item state-dir
 
