@@ -71,15 +71,26 @@ subtest 'new: options' => sub {
     }
 };
 
+# Proxmox' commands give a target's bitmap the target's name, which must not be that of a bitmap of another one.
+my @others_bitmaps = (
+    'pba-tied:snapshot-access:other',
+    'pba-id:x',
+    'pba-audit:x',
+    'pba-background:other',
+    map({ "pba-background${_}0123456789abcdef:other" } '-', '+'),
+    'backup-access-background-bitmap',
+    'pbs-incremental-dirty-bitmap',
+);
+
 my %bad_option = (
     qmp => [undef, '', [], {}, \'path', "a\0b"],
     'target-id' => [
         undef, '', [], {}, 'Proxmox', 'Proxmox VE', 'x' x 1024, 'ü' x 512, "a${no_character}b",
-        $beyond_unicode, "my\0store", "Proxmox\0", "\0",
+        $beyond_unicode, "my\0store", "Proxmox\0", "\0", @others_bitmaps,
     ],
     'run-dir' => [undef, '', [], 'run', './run', '../run', "$dir$no_character", "$dir/a\0b"],
     'fleecing-dir' => [undef, '', {}, 'fleecing', '.', "/$no_character", "$dir/a\0b"],
-    'bitmap-name' => [undef, '', [], $no_character, "a\0b"],
+    'bitmap-name' => [undef, '', [], $no_character, "a\0b", @others_bitmaps],
     fleecing => [
         undef,
         '',

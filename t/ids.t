@@ -8,6 +8,7 @@ use lib "$FindBin::Bin/lib";
 use Test::More;
 
 use PBA::Test::Backend;
+use PBA::Test::QemuNbd qw(img);
 
 my $size = 1024 * 1024;
 my $other_target = 'snapshot-access:other';
@@ -256,6 +257,86 @@ sub check_forget ($backend) {
     return;
 }
 
+# What a hand left of a bitmap keeps an earlier state from being loaded as well.
+sub check_forget_alone ($backend) {
+    backup($backend, wanted($backend, 'use', base => undef), end => [1, $new_id->()]);
+    my %bitmap = (node => 'a', name => 'pba-tied:snapshot-access:test');
+    $backend->vm->qmp('block-dirty-bitmap-remove', %bitmap);
+    my $device = $backend->device('a');
+    my $lines = forget($backend);
+    my ($line, @others) = sort { $a cmp $b } $lines->@*;
+    like($line, qr/\Adevice $device: bitmap 'pba-id:.*' was removed/, 'forget says that, too');
+    is(scalar(@others), 1, 'in one line for each disk');
+    is_deeply([grep { m/\Apba/ } names($backend)->@*], [], 'nothing of it is left');
+    return;
+}
+
+sub put_overlay ($vm) {
+    my ($base, $file) = ($vm->disk('a')->{file}, $vm->dir . '/above.qcow2');
+    img(qw(create -q -f qcow2 -u -F qcow2 -b), $base, $file, $size);
+    $vm->qmp(
+        'blockdev-add',
+        driver => 'qcow2',
+        'node-name' => 'above',
+        file => { driver => 'file', filename => $file },
+        backing => undef
+    );
+    $vm->qmp('blockdev-snapshot', node => 'a', overlay => 'above');
+    return;
+}
+
+sub take_overlay ($vm) {
+    $vm->clear_events;
+    $vm->qmp('block-commit', 'job-id' => 'commit', device => 'above');
+    $vm->wait_event('BLOCK_JOB_READY');
+    $vm->qmp('job-complete', id => 'commit');
+    $vm->wait_event('BLOCK_JOB_COMPLETED');
+    $vm->qmp('blockdev-del', 'node-name' => 'above');
+    return;
+}
+
+# Below an overlay QEMU lets nobody change stored bitmaps. The others go, which keep a state from being loaded.
+sub check_forget_below ($backend) {
+    my ($vm, %stored) = ($backend->vm, options => { persistent => 1 });
+    my $open = sub ($device) { { device => $device, 'bitmap-mode' => 'use', base => undef } };
+    my @devices = map { $open->($backend->device($_)) } qw(a b);
+    backup($backend, \@devices, end => [1, $new_id->()], %stored);
+    put_overlay($vm);
+    my @above = ($open->('above'), $devices[1]);
+    backup($backend, \@above, end => [1, $new_id->()], %stored);
+
+    my $lines = forget($backend);
+    is(scalar(grep { m/was removed/ } $lines->@*), 2, 'forget removes what can be removed');
+    is(scalar(grep { m/\Anode a: .* stays, since/ } $lines->@*), 1, 'and names what cannot');
+    my $bitmaps = $vm->bitmaps;
+    is_deeply([map { keys(($bitmaps->{$_} // {})->%*) } qw(above b)], [], 'so it is');
+    $vm->hmp('savevm before');
+    is($vm->hmp('loadvm before'), '', 'an earlier state can be loaded');
+    take_overlay($vm);
+    is(scalar(forget($backend)->@*), 1, 'it goes when the overlay has gone');
+    return;
+}
+
+# The early form's bitmap may have a name of its own.
+sub check_own_name ($backend) {
+    my ($first, $second) = ($new_id->(), $new_id->());
+    my %named = (options => { 'bitmap-name' => 'generation-1' });
+    my @devices = map { $backend->device($_) } qw(a b);
+    backup($backend, wanted($backend, 'use', base => undef), end => [1, $first], %named);
+    my $bases = $backend->access($named{options}->%*)->bases(@devices);
+    is_deeply([$bases->@{@devices}], [$first, $first], 'a bitmap with its own name has an id');
+    my $seen = backup($backend, wanted($backend, 'use', base => $first), end => [0], %named);
+    is_deeply([$seen->@{qw(bitmap-action base)}], ['used', $first], 'and is used with it');
+    $seen = backup($backend, wanted($backend, 'use', base => $second), end => [0], %named);
+    is($seen->{'bitmap-action'}, 'new', 'with another one it is made anew');
+    like($seen->{reason}, qr/relative to backup $first, not $second/, 'and the reason');
+    is(scalar(forget($backend, 'target-id' => 'generation-1')->@*),
+        2, 'forget knows it by its name');
+    forget($backend);
+    is_deeply([grep { m/\Apba/ } names($backend)->@*], [], 'and its companion by the target');
+    return;
+}
+
 # An access of a dead process keeps its bitmaps until it is undone.
 sub check_forget_dead ($backend) {
     my $id = $new_id->();
@@ -289,7 +370,10 @@ for my $case (@forms) {
         check_arguments($backend);
         check_identity($backend, $form);
         check_strays($backend, $form);
+        check_own_name($backend) if $form eq 'devlist';
         check_forget($backend);
+        check_forget_alone($backend);
+        check_forget_below($backend) if $name eq 'upstream';
         check_forget_dead($backend);
         is_deeply([$backend->problems($outside)], [], 'all is as before');
     };

@@ -473,7 +473,9 @@ counts as part of the code ref.
 
 =item target-id
 
-Required. The target of the backup; a valid UTF-8 string. C<Proxmox> and C<Proxmox VE> are reserved.
+Required. The target of the backup; a valid UTF-8 string. C<Proxmox> and C<Proxmox VE> are reserved, and so are the
+names of bitmaps that this module or a Proxmox QEMU makes for itself, such as all that begin with C<pba-tied:>: a Proxmox
+QEMU gives a target's bitmap the name of the target.
 
 =item timeout
 
@@ -541,7 +543,8 @@ nothing. By default, setup undoes that access first.
 
 =item bitmap-name
 
-Only for the early form of Proxmox' command, which needs a new name for each new bitmap. The default is the target-id.
+Only for the early form of Proxmox' command, which needs a new name for each new bitmap. The default is the target-id; the
+same names are reserved. L</status> shows it as the bitmap's target, and L</forget> takes it as one.
 
 =back
 
@@ -611,11 +614,10 @@ the access then stays active until the VM is stopped.
 
 =for run proxmox
 
-    my $lines = PVE::BackupAccess->forget(qmp => $qmp_socket, 'target-id' => 'snapshot-access:mystore');
-
 Removes the target's bitmaps of all disks, so that the next backup of each disk is a full one. QEMU refuses to load an
 earlier state of a guest (C<loadvm>, C<qemu-img snapshot -a>) while a disk has a bitmap. Takes the same options as
-L</recover> but C<force> and C<foreign>, and returns an array ref of lines that say what was done.
+L</recover> but C<force> and C<foreign>, and returns an array ref of lines that say what was done. QEMU cannot remove a
+stored bitmap from an image below an overlay: a line says that it stays. Such a bitmap does not prevent loading a state.
 
 Errors: C<StateError> while an access is active, for any target.
 

@@ -8,6 +8,8 @@
 /* BDRV_BITMAP_MAX_NAME_SIZE; the target-id is (part of) a bitmap's name. */
 #define MAX_BITMAP_NAME 1023
 
+static const char reserved[] = "is reserved: it is the name of a bitmap of something else";
+
 /* What would reach QEMU as a name. With 'Proxmox' a teardown crashes QEMU (pve-qemu-kvm to 11.0.0)
  * during a native backup; an access of 'Proxmox VE' can never be torn down. */
 static bool check_target_id(const char *id, GError **error)
@@ -19,6 +21,8 @@ static bool check_target_id(const char *id, GError **error)
         problem = "must not be empty";
     } else if (strcmp(id, "Proxmox") == 0 || strcmp(id, "Proxmox VE") == 0) {
         problem = "is reserved: QEMU's own backup uses it";
+    } else if (pba_is_reserved_bitmap(id)) {
+        problem = reserved;
     } else if (!g_utf8_validate(id, -1, NULL)) {
         problem = "must be valid UTF-8";
     } else {
@@ -44,6 +48,18 @@ bool pba_check_utf8(const char *name, const char *value, GError **error)
     }
     pba_error_set(error, PBA_ERROR_ARGUMENT, "%s must be valid UTF-8 and not empty", name);
     return false;
+}
+
+static bool check_bitmap_name(const char *name, GError **error)
+{
+    if (!pba_check_utf8("bitmap-name", name, error)) {
+        return false;
+    }
+    if (name && pba_is_reserved_bitmap(name)) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT, "bitmap-name '%s' %s", name, reserved);
+        return false;
+    }
+    return true;
 }
 
 static bool check_dir(const char *name, const char *value, GError **error)
@@ -111,7 +127,7 @@ PbaAccess *pba_access_new_observer(PbaQmp *qmp, const PbaAccessOptions *options,
         !check_dir("fleecing-dir", options->fleecing_dir, error) ||
         !check_dir("qemu-run-dir", options->qemu_run_dir, error) ||
         !check_dir("qemu-fleecing-dir", options->qemu_fleecing_dir, error) ||
-        !pba_check_utf8("bitmap-name", options->bitmap_name, error) ||
+        !check_bitmap_name(options->bitmap_name, error) ||
         !check_fleecing(options->fleecing, error)) {
         return NULL;
     }

@@ -46,6 +46,8 @@ struct PbaBackend {
     /* The name of the target's bitmap that has no companion, as version 0.1.0 calls it, too; the
      * caller's to free. */
     char *(*plain_bitmap)(const char *target_id);
+    /* That of the access' target with a companion, or without one; the caller's to free. */
+    char *(*bitmap)(const PbaAccess *access, bool tied);
     /* The target in the name, which it points into; NULL: it is no bitmap of a target. */
     const char *(*bitmap_target)(const char *name);
     /* Whether such a bitmap records what the guest writes while an access is up. */

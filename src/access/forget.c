@@ -31,6 +31,37 @@ static bool is_targets(const PbaAccess *access, const char *bitmap)
            g_strcmp0(access->backend->bitmap_target(bitmap), access->target_id) == 0;
 }
 
+/* A companion or an audit's copy, which goes with the target's bitmap. */
+static bool is_beside(const PbaAccess *access, const PbaBlock *block, const PbaBitmapWalk *at)
+{
+    PbaBitmapWalk other = pba_bitmaps_of(block, at->node);
+    bool has_target = false;
+
+    while (pba_bitmaps_next(&other)) {
+        has_target |= g_strcmp0(access->backend->bitmap_target(other.name), access->target_id) == 0;
+    }
+    return has_target && (pba_is_companion(at->name) || pba_audit_key(at->name));
+}
+
+/* QEMU removes no stored bitmap of an image that it has opened for reading only, as below an
+ * overlay. It keeps no state of the overlay from being loaded. */
+static bool stays(const PbaBlock *block, const PbaBitmapWalk *at)
+{
+    return pba_json_find_bool(at->info, "persistent") &&
+           pba_json_find_bool(pba_block_find_node(block, at->node), "ro");
+}
+
+static char *line_of(const PbaBlock *block, const PbaBitmapWalk *at)
+{
+    g_autofree char *device = pba_block_device_above(block, at->node);
+
+    return stays(block, at)
+               ? pba_line("node %s: bitmap '%s' stays, since its image is read-only now", at->node,
+                          at->name)
+               : pba_line("device %s: bitmap '%s' was removed: the next backup is a full one",
+                          device ? device : at->node, at->name);
+}
+
 static void find_bitmaps(const PbaAccess *access, const PbaBlock *block, JsonArray *actions,
                          GPtrArray *lines)
 {
@@ -40,13 +71,11 @@ static void find_bitmaps(const PbaAccess *access, const PbaBlock *block, JsonArr
         if (!is_targets(access, at.name)) {
             continue;
         }
-        pba_actions_add_ref(actions, "block-dirty-bitmap-remove", at.node, at.name);
-        if (!pba_is_companion(at.name) && !pba_audit_key(at.name)) {
-            g_autofree char *device = pba_block_device_above(block, at.node);
-            g_ptr_array_add(lines,
-                            pba_line("device %s: bitmap '%s' was removed: the next backup is "
-                                     "a full one",
-                                     device ? device : at.node, at.name));
+        if (!stays(block, &at)) {
+            pba_actions_add_ref(actions, "block-dirty-bitmap-remove", at.node, at.name);
+        }
+        if (!is_beside(access, block, &at)) {
+            g_ptr_array_add(lines, line_of(block, &at));
         }
     }
 }

@@ -6,8 +6,7 @@
 
 char *pba_access_bitmap(const PbaAccess *access)
 {
-    return access->tied == PBA_TIED_YES ? pba_tied_bitmap(access->target_id)
-                                        : access->backend->plain_bitmap(access->target_id);
+    return access->backend->bitmap(access, access->tied == PBA_TIED_YES);
 }
 
 bool pba_tie_may_be(const PbaAccess *access, bool tied)

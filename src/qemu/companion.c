@@ -181,3 +181,13 @@ void pba_companion_add(JsonArray *actions, const char *node, const char *name, c
     pba_actions_add(actions, "block-dirty-bitmap-add", add);
     pba_actions_add_merge(actions, node, name, from);
 }
+
+/* The second one is that of the QEMU's own backups where backup-access-setup has its early form. */
+static const char *const proxmox_bitmaps[] = {PBA_PVE_BACKGROUND, "pbs-incremental-dirty-bitmap",
+                                              NULL};
+
+bool pba_is_reserved_bitmap(const char *name)
+{
+    return pba_is_tied_bitmap(name) || pba_is_companion(name) || pba_audit_key(name) ||
+           pba_background_target(name) || g_strv_contains(proxmox_bitmaps, name);
+}

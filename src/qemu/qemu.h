@@ -69,6 +69,8 @@ bool pba_is_tied_bitmap(const char *name);
  * none. Points into it. */
 const char *pba_background_target(const char *name);
 const char *pba_bitmap_target(const char *name);
+/* In this a Proxmox QEMU records what the guest writes while an access with bitmaps is up. */
+#define PBA_PVE_BACKGROUND "backup-access-background-bitmap"
 /* The copy of the target's bitmap that an audit has; the caller's to free. */
 char *pba_audit_bitmap(const char *target_id, const char *nonce);
 /* The hash of the target in such a name, which it begins with; NULL: it is none. */
@@ -215,6 +217,10 @@ char *pba_companion_name(const PbaCompanion *companion);
 bool pba_is_companion(const char *bitmap);
 /* Whether it is one of that target. */
 bool pba_is_companion_of(const char *bitmap, const char *target_id);
+/* Whether a bitmap of that name is one of ours, or of a Proxmox QEMU's own. Proxmox' commands give
+ * a target's bitmap the target's name: as a target's it would be taken for that bitmap, and begun
+ * anew. */
+bool pba_is_reserved_bitmap(const char *name);
 
 /* The name of the target's companion on that node, borrowed; NULL: there is none, or several. */
 const char *pba_companion_find(const PbaBlock *block, const char *node, const char *target_id);

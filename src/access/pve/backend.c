@@ -134,6 +134,7 @@ const PbaBackend pba_pve_backend = {
     .stop_waits = stop_waits,
     .after_export = after_export,
     .plain_bitmap = plain_bitmap,
+    .bitmap = pba_pve_bitmap,
     .bitmap_target = bitmap_target,
     .is_background = is_background,
     .resolve_stale = resolve_stale,

@@ -6,9 +6,6 @@
 
 extern const PbaBackend pba_pve_backend;
 
-/* In this QEMU records what the guest writes while an access with bitmaps is up. */
-#define PBA_PVE_BACKGROUND "backup-access-background-bitmap"
-
 /* The form of backup-access-setup that has one bitmap mode for all devices and takes the bitmap's
  * name. */
 #define PBA_PVE_EARLY_FORM "devlist"
@@ -27,7 +24,11 @@ bool pba_pve_has_done_nothing(const PbaAccess *access, const PbaBlock *now);
 
 /* Companions, beside bitmaps whose teardown is QEMU's own */
 
-/* The name of the target's bitmap with a companion, or of the one without; the caller's to free. */
+/* What QEMU is told as the target of an access whose bitmaps have companions, or have none; the
+ * caller's to free. */
+char *pba_pve_target(const PbaAccess *access, bool tied);
+/* The name of the target's bitmap with a companion, or of the one without: the early form of the
+ * command may have another one than the target. */
 char *pba_pve_bitmap(const PbaAccess *access, bool tied);
 /* Whether an access of this target can have that bitmap. */
 bool pba_pve_may_be_targets(const PbaAccess *access, const char *name, JsonObject *info);

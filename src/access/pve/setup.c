@@ -89,7 +89,7 @@ static bool check_early_form(PbaAccess *access, const PbaBlock *block, GError **
         }
     }
     /* One with a companion is removed before. */
-    g_autofree char *name = pba_pve_bitmap(access, access->tied == PBA_TIED_YES);
+    g_autofree char *name = pba_access_bitmap(access);
     if (first->mode == PBA_BITMAP_MODE_NEW && access->tied != PBA_TIED_YES &&
         pba_block_has_bitmap(block, name)) {
         pba_error_set(error, PBA_ERROR_UNSUPPORTED,
@@ -125,6 +125,11 @@ bool pba_pve_check(PbaAccess *access, const PbaBlock *block, GError **error)
     return !pba_pve_has_early_form(access) || check_early_form(access, block, error);
 }
 
+static char *told_target(const PbaAccess *access)
+{
+    return pba_pve_target(access, access->tied == PBA_TIED_YES);
+}
+
 static JsonNode *devices_form(const PbaAccess *access)
 {
     JsonArray *devices = json_array_new();
@@ -135,7 +140,7 @@ static JsonNode *devices_form(const PbaAccess *access)
                                                  disk->device, pba_bitmap_mode_name(disk->mode)));
     }
     JsonNode *arguments = pba_json_wrap_array("devices", devices);
-    g_autofree char *target = pba_access_bitmap(access);
+    g_autofree char *target = told_target(access);
     json_object_set_string_member(json_node_get_object(arguments), "target-id", target);
     return arguments;
 }
@@ -149,8 +154,8 @@ static JsonNode *devlist_form(const PbaAccess *access)
         const PbaDisk *disk = access->disks->pdata[i];
         g_string_append_printf(list, "%s%s", i ? "," : "", disk->device);
     }
-    g_autofree char *target = pba_access_bitmap(access);
-    g_autofree char *bitmap = pba_pve_bitmap(access, access->tied == PBA_TIED_YES);
+    g_autofree char *target = told_target(access);
+    g_autofree char *bitmap = pba_access_bitmap(access);
     JsonNode *arguments = pba_json("{'target-id': <%s>, 'devlist': <%s>}", target, list->str);
     if (first->mode != PBA_BITMAP_MODE_NONE) {
         json_object_set_string_member(json_node_get_object(arguments), "bitmap-name", bitmap);

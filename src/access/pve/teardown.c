@@ -188,8 +188,7 @@ static bool check_no_exports(PbaAccess *access, GError **error)
 
 static bool tell_teardown(PbaAccess *access, bool tied, bool success, GError **error)
 {
-    g_autofree char *target = tied ? pba_tied_bitmap(access->target_id)
-                                   : access->backend->plain_bitmap(access->target_id);
+    g_autofree char *target = pba_pve_target(access, tied);
 
     return pba_qmp_run(access->qmp, "backup-access-teardown",
                        pba_json("{'target-id': <%s>, 'success': <%b>}", target, (gboolean)success),

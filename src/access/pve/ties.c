@@ -4,6 +4,12 @@
 #include "src/qmp/qmp.h"
 #include <string.h>
 
+char *pba_pve_target(const PbaAccess *access, bool tied)
+{
+    return tied ? pba_tied_bitmap(access->target_id)
+                : access->backend->plain_bitmap(access->target_id);
+}
+
 char *pba_pve_bitmap(const PbaAccess *access, bool tied)
 {
     bool is_named = pba_pve_has_early_form(access) && access->options.bitmap_name;

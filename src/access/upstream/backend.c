@@ -28,6 +28,11 @@ static char *identify(const char *name, JsonObject *device)
     return g_strdup_printf("device %s", path);
 }
 
+static char *bitmap(const PbaAccess *access, bool tied)
+{
+    return tied ? pba_tied_bitmap(access->target_id) : pba_target_bitmap(access->target_id);
+}
+
 /* Proxmox' QEMU leaves the clean parts out of the snapshot from the start; here they are discarded.
  */
 static void after_export(PbaAccess *access)
@@ -130,6 +135,7 @@ const PbaBackend pba_upstream_backend = {
     .stop_waits = pba_upstream_stop_waits,
     .after_export = after_export,
     .plain_bitmap = pba_target_bitmap,
+    .bitmap = bitmap,
     .bitmap_target = pba_bitmap_target,
     .is_background = is_background,
     .ends_by_graph = true,

@@ -120,8 +120,7 @@ static bool drop_all(const Join *join, const PbaDisk *disk, const char *target,
 static bool find_split(Join *join, const PbaDisk *disk, bool tied, GError **error)
 {
     const PbaAccess *access = join->access;
-    g_autofree char *name = tied ? pba_tied_bitmap(access->target_id)
-                                 : access->backend->plain_bitmap(access->target_id);
+    g_autofree char *name = access->backend->bitmap(access, tied);
     JsonObject *target = pba_block_find_bitmap(join->block, disk->bitmap_node, name);
     g_autoptr(GPtrArray) backgrounds = find_backgrounds(access, join->block, disk, tied);
     bool inconsistent = is_any_inconsistent(join->block, disk, target, backgrounds);
