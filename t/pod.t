@@ -10,7 +10,7 @@ eval { require Test::Pod; require Test::Pod::Coverage; 1 }
 my @modules = qw(
     PVE::BackupAccess PVE::BackupAccess::Volume PVE::BackupAccess::Error PVE::BackupAccess::Task
     PVE::BackupAccess::GuestAgent PVE::BackupAccess::Image PVE::BackupAccess::Libvirt
-    PVE::BackupAccess::Retention PVE::BackupAccess::Provider::Qcow2Chain
+    PVE::BackupAccess::Retention PVE::BackupAccess::Provider::Qcow2Chain PVE::BackupAccess::Provider::RBD
 );
 
 Test::Pod::pod_file_ok($_) for Test::Pod::all_pod_files('lib');

@@ -1,0 +1,214 @@
+package PVE::BackupAccess::Provider::RBD::Archive;
+
+# One archive: a snapshot, of its name, of an image for each device, files of digests as objects, and a manifest as a value
+# of the guest's object, by its name. Without its manifest it is no archive.
+
+use v5.36;
+
+use PVE::BackupAccess::Error;
+use PVE::BackupAccess::File qw(make_directory sha256 write_file);
+use PVE::BackupAccess::Provider::RBD::Parts qw(get_parts part_names put_parts);
+use PVE::BackupAccess::Provider::RBD::Server;
+use PVE::BackupAccess::Provider::Store::Digests qw(digests_size merge_digests);
+use PVE::BackupAccess::Provider::Store::Manifest
+    qw(decode_manifest device_fault encode_manifest has_its_digest is_hash is_text manifest_fault new_id);
+use PVE::BackupAccess::Provider::Store::PrivateDir;
+use PVE::BackupAccess::Try qw(attempt reason);
+
+use parent qw(PVE::BackupAccess::Provider::Store::Archive);
+
+my $Server = 'PVE::BackupAccess::Provider::RBD::Server';
+
+my $format = 1;
+my $digest_block = 65536;
+
+my sub fail ($message, %context) {
+    PVE::BackupAccess::Error->throw('ArchiveError', $message, %context);
+}
+
+# ---- making one ----
+
+sub begin ($class, $guest, $name, %about) {
+    my $manifest = { format => $format, id => new_id(), %about, devices => {}, files => {} };
+    return bless({ guest => $guest, name => $name, manifest => $manifest, is_new => 1 }, $class);
+}
+
+sub add_file ($self, $name, $content) {
+    utf8::encode($content) if utf8::is_utf8($content);
+    $self->{manifest}{files}{$name} = { content => $content };
+    return;
+}
+
+# It is stored in the parent's image, if one is given, which answers to the device's name; else in one of its own.
+sub add_device ($self, $device, $about, $parent = undef) {
+    my $entry = $self->{manifest}{devices}{$device} = { $about->%* };
+    $entry->{image}
+        = $parent
+        ? $parent->device($device)->{image}
+        : $self->{guest}->image_for($device, $self->{name});
+    $entry->{parent} = $parent->name if $parent;
+    $self->{parents}{$device} = $parent;
+    return;
+}
+
+# What a backup that was killed has written to the image is undone first.
+sub open_to_write ($self, $device) {
+    my ($ceph, $entry) = ($self->{guest}->ceph, $self->device($device));
+    my $parent = $self->{parents}{$device};
+    if ($parent) {
+        $ceph->fence($entry->{image});
+        $ceph->roll_back($entry->{image}, $parent->name)
+            if $ceph->differs($entry->{image}, $parent->name);
+    }
+    else {
+        $ceph->create($entry->{image}, $entry->{size});
+    }
+    return $Server->start({ ceph => $ceph, image => $entry->{image} }, writable => 1);
+}
+
+sub cluster_size ($self) { return $digest_block }
+
+# When all devices are stored, and flushed.
+sub freeze ($self) {
+    for my $device ($self->devices) {
+        $self->{guest}->ceph->snap($self->device($device)->{image}, $self->{name});
+    }
+    return;
+}
+
+# Puts the digests beside the snapshot, and returns what the manifest is to have of them. An archive has those of all
+# of the device, so that it needs no other one.
+sub put_digests ($self, $device) {
+    my ($parent, $file) = ($self->{parents}{$device}, $self->digests($device));
+    if ($parent) {
+        merge_digests($file, $parent->digests($device), "$file.all");
+        $file = "$file.all";
+    }
+    my $place = _digests_of($self->device($device)->{image}, $self->{name});
+    put_parts($self->{guest}->ceph, $place, $file);
+    return { sha256 => sha256($file), algorithm => 'SHA-256', block => $digest_block };
+}
+
+# bytes: that were written for the device.
+sub note_device ($self, $device, $digests, $bytes) {
+    $self->device($device)->@{qw(digests stored)} = ($digests, $bytes);
+    return;
+}
+
+# All is in the cluster but the manifest, with which it gets its name.
+sub seal ($self) { return }
+sub text ($self) { return encode_manifest($self->{manifest}) }
+
+# ---- one that is there ----
+
+sub load ($class, $guest, $name, $text) {
+    my $manifest = decode_manifest($text);
+    my $problem = has_its_digest($text) ? manifest_fault($manifest, qr/1/) : 'its SHA-256 differs';
+    $problem //= _devices_fault($manifest);
+    fail("the manifest of archive $name is damaged - $problem") if defined($problem);
+    return bless({ guest => $guest, name => $name, manifest => $manifest }, $class);
+}
+
+sub _devices_fault ($manifest) {
+    for my $device (sort keys $manifest->{devices}->%*) {
+        my $entry = $manifest->{devices}{$device};
+        my $fault = device_fault($device, $entry);
+        return $fault if defined($fault);
+        ($entry->{image}) = ($entry->{image} // '') =~ m/\A(pba-[A-Za-z0-9%._-]+)\z/
+            or return "device $device has no image";
+        my $digests = $entry->{digests};
+        return "device $device has no digests"
+            if !is_hash($digests) || ($digests->{sha256} // '') !~ m/\A[0-9a-f]{64}\z/;
+    }
+    my ($odd) = grep { !is_hash($_) || !is_text($_->{content}) } values $manifest->{files}->%*;
+    return $odd ? 'it has an odd file' : undef;
+}
+
+# Snapshots need no other archive's.
+sub parent_of ($self, $own) { return }
+sub manifest_problem ($self) { return undef }
+
+# What was written for it.
+sub file_size ($self, $device = undef) {
+    my $devices = $self->{manifest}{devices};
+    my $size = 0;
+    $size += $_->{stored} // 0 for defined($device) ? $self->device($device) : values $devices->%*;
+    return $size;
+}
+
+# undef if it has no such file.
+sub content ($self, $name) {
+    my $file = $self->{manifest}{files}{$name} // return undef;
+    utf8::downgrade(my $content = $file->{content});
+    return $content;
+}
+
+sub keep_log ($self, $text) {
+    my $file = $self->_directory . '/log';
+    write_file($file, $text);
+    $self->{guest}->ceph->put($self->{guest}->log_of($self->{name}), $file);
+    return;
+}
+
+# For files of this process; it goes with the archive.
+sub _directory ($self) {
+    my $private = $self->{private}
+        //= PVE::BackupAccess::Provider::Store::PrivateDir->new($ENV{TMPDIR} ? () : '/var/tmp');
+    my $directory = $private->path . '/tree';
+    make_directory($directory) if !-d $directory;
+    return $directory;
+}
+
+# Before a worker is forked: all of them have one.
+sub prepare ($self) {
+    $self->_directory;
+    return;
+}
+
+# What digests of a device are called that has so many bytes, in a snapshot of an image.
+sub digest_objects ($class, $image, $snapshot, $size) {
+    return part_names(_digests_of($image, $snapshot), digests_size($size, $digest_block));
+}
+
+sub _digests_of ($image, $snapshot) { return "$image\@$snapshot.digests" }
+
+# The file that has what this backup has read; of an archive that is there, all of the device.
+sub digests ($self, $device) {
+    my $own = $self->own($device);
+    my $file
+        = $self->_directory . '/' . unpack('H*', $own =~ s/([^ -~])/sprintf('%%%X', ord($1))/ger);
+    return $file if $self->{is_new} || $self->{fetched}{$own};
+    my $entry = $self->device($device);
+    my $place = _digests_of($entry->{image}, $self->{name});
+    get_parts($self->{guest}->ceph, $place, digests_size($entry->{size}, $digest_block), $file);
+    fail("the digests of archive $self->{name} are damaged - their SHA-256 differs",
+        device => $device)
+        if sha256($file) ne $entry->{digests}{sha256};
+    $self->{fetched}{$own} = 1;
+    return $file;
+}
+
+sub digests_problem ($self, $device) {
+    my $error = attempt { $self->digests($device) };
+    return $error ? reason($error) : undef;
+}
+
+# Of the snapshot, as a restore reads it. options: those of the server.
+sub serve ($self, $device, %options) {
+    my $image = { ceph => $self->{guest}->ceph, image => $self->device($device)->{image} };
+    return $Server->start({ $image->%*, snapshot => $self->{name} }, %options);
+}
+
+sub uri ($self, $device) {
+    return $self->{guest}->ceph->uri($self->device($device)->{image}, $self->{name});
+}
+
+sub is_known_damaged ($self, $device) {
+    return $self->{guest}->is_known_damaged($self->{name}, $self->own($device));
+}
+
+sub note_damage ($self, $device, $is_damaged) {
+    return $self->{guest}->note_damage($self->{name}, $self->own($device), $is_damaged);
+}
+
+1;

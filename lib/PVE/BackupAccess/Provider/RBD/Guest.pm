@@ -1,0 +1,261 @@
+package PVE::BackupAccess::Provider::RBD::Guest;
+
+# All archives of one guest: an object whose values, by key, are
+#
+#   archive NAME           the manifest of one
+#   damaged NAME DEVICE    that a verification found damage there
+#
+# and images whose names begin with the guest's number. What a snapshot of an image is good for the manifest of its
+# name says; without one it is what a killed process left.
+
+use v5.36;
+
+use PVE::BackupAccess::Error;
+use PVE::BackupAccess::File qw(write_file);
+use PVE::BackupAccess::Provider::RBD::Archive;
+use PVE::BackupAccess::Provider::RBD::Lock;
+use PVE::BackupAccess::Provider::Store::Manifest qw($name_pattern);
+use PVE::BackupAccess::Provider::Store::PrivateDir;
+use PVE::BackupAccess::Try qw(attempt reason);
+
+use parent qw(PVE::BackupAccess::Provider::Store::Guest);
+
+my $Archive = 'PVE::BackupAccess::Provider::RBD::Archive';
+my $Lock = 'PVE::BackupAccess::Provider::RBD::Lock';
+
+my sub fail ($message, %context) {
+    PVE::BackupAccess::Error->throw('ArchiveError', $message, %context);
+}
+
+# ceph; store, the store's own object; place, such as vm/100; wait, so many seconds for others.
+sub new ($class, %options) {
+    my $number = $options{place} =~ s!/!-!r;
+    return bless({ %options, object => "pba.$number", prefix => "pba-$number-" }, $class);
+}
+
+sub ceph ($self) { return $self->{ceph} }
+sub log_of ($self, $name) { return "$self->{object}.$name.log" }
+
+# An image of its own for each full backup of a device: what is not there yet cannot be damaged, or in use.
+sub image_for ($self, $device, $name) {
+    utf8::encode(my $bytes = $device);
+    my ($safe) = $bytes =~ s/([^A-Za-z0-9._-])/sprintf('%%%02X', ord($1))/ger =~ m/\A(.*)\z/s;
+    return "$self->{prefix}$safe-$name";
+}
+
+# ---- what is noted ----
+
+# As far as is known since the last lock was taken.
+sub _values ($self) {
+    return $self->{values} //= $self->{ceph}->values($self->{object}) // {};
+}
+
+sub _set ($self, $key, $value) {
+    my $private = PVE::BackupAccess::Provider::Store::PrivateDir->new;
+    my $file = $private->path . '/raw';
+    write_file($file, $value);
+    $self->{ceph}->set_value($self->{object}, $key, $file);
+    $self->{values}{$key} = $value if $self->{values};
+    return;
+}
+
+sub _unset ($self, $key) {
+    $self->{ceph}->remove_value($self->{object}, $key);
+    delete($self->{values}{$key}) if $self->{values};
+    return;
+}
+
+sub is_there ($self) { return defined($self->{values} //= $self->{ceph}->values($self->{object})) }
+
+sub make_place ($self) {
+    return if $self->is_there;
+    my $object = $self->{object};
+
+    # Else clean would take them for what a killed process left.
+    fail("there are images of $self->{place}, but their list, the object $object, is gone")
+        if $self->_snapshots->%*;
+    $self->{ceph}->make_object($_) for (map { "$object.$_" } $Lock->kinds), $object;
+    $self->{store}->add_place($self->{place});
+    return;
+}
+
+sub names ($self) {
+    return sort map { m/\Aarchive $name_pattern\z/ ? $1 : () } keys $self->_values->%*;
+}
+
+sub has ($self, $name) { return exists($self->_values->{"archive $name"}) }
+
+sub archive ($self, $name) {
+    my $text = $self->_values->{"archive $name"}
+        // fail("there is no archive $self->{place}/$name");
+    return $Archive->load($self, $name, $text);
+}
+
+sub is_known_damaged ($self, $name, $own) {
+    return exists($self->_values->{ _damage_key($name, $own) }) ? 1 : 0;
+}
+
+sub _damage_key ($name, $own) {
+    utf8::encode(my $bytes = $own);
+    return "damaged $name " . $bytes =~ s/([^!-~]|%)/sprintf('%%%02X', ord($1))/ger;
+}
+
+sub note_damage ($self, $name, $own, $is_damaged) {
+    return if $is_damaged == $self->is_known_damaged($name, $own);
+    my $key = _damage_key($name, $own);
+    return $is_damaged ? $self->_set($key, "yes\n") : $self->_unset($key);
+}
+
+# ---- locks: see Lock.pm ----
+
+sub _take ($self, $how, $kind, @wait) {
+    my $lock = $Lock->$how($self->@{qw(ceph object)}, $kind, @wait);
+    delete($self->@{qw(values snapshots some)});
+    return $lock;
+}
+
+sub try_change_lock ($self) { return $self->_take('try', 'change') }
+sub change_lock ($self) { return $self->_take('take', 'change', $self->{wait}) }
+sub removal_lock ($self) { return $self->_take('take', 'removal', $self->{wait}) }
+
+sub read_lock ($self) {
+    return $self->is_there ? $self->_take('take', 'read', $self->{wait}) : undef;
+}
+
+sub drop ($self, $lock) {
+    $lock->drop if $lock;
+    return;
+}
+
+# ---- images ----
+
+# { image => [{ name, size, protected }] } of the guest's.
+sub _snapshots ($self) {
+    return $self->{snapshots} //= {
+        map { $_ => $self->{ceph}->snapshots($_) // [] }
+        map { m/\A(\Q$self->{prefix}\E[A-Za-z0-9%._-]+)\z/ ? $1 : () } $self->{ceph}->images
+    };
+}
+
+sub _snapshots_of ($self, $image) {
+    return $self->{snapshots}{$image} if $self->{snapshots};
+    return $self->{some}{$image} //= $self->{ceph}->snapshots($image) // [];
+}
+
+my sub snapshot_of ($snapshots, $name) {
+    my ($found) = grep { $_->{name} eq $name } ($snapshots // [])->@*;
+    return $found;
+}
+
+# The data is not read.
+sub _snapshot_problem ($self, $archive, $device) {
+    my ($name, $entry) = ($archive->name, $archive->device($device));
+    my $image = "$entry->{image}\@$name";
+    my $snapshot = snapshot_of($self->_snapshots_of($entry->{image}), $name)
+        // return "the snapshot $image is missing";
+    return undef if $snapshot->{size} == $entry->{size};
+    return "the snapshot $image has $snapshot->{size} bytes, not $entry->{size}";
+}
+
+sub device_problem ($self, $name, $device) {
+    my $problem;
+    my $error = attempt { $problem = $self->_snapshot_problem($self->archive($name), $device) };
+    return $error ? reason($error) : $problem;
+}
+
+# It is all of the chain: each snapshot has all of the device.
+sub chain ($self, $name, $device, $own = $device) {
+    my $archive = $self->archive($name);
+    $archive->answer_to($device, $own);
+    fail("archive $self->{place}/$name cannot be used - it has no device $own", device => $device)
+        if !$archive->device($device);
+    return $archive;
+}
+
+sub checked_base ($self, $name, $device, $own, $size) {
+    my ($archive) = $self->chain($name, $device, $own);
+    my $old_size = $archive->device($device)->{size};
+    fail("its size was $old_size and is $size") if $old_size != $size;
+    my $problem = $self->_snapshot_problem($archive, $device) // $archive->digests_problem($device);
+    fail($problem) if defined($problem);
+    fail("archive $name is damaged, as its last verification found")
+        if $archive->is_known_damaged($device);
+    return $archive;
+}
+
+sub restorable ($self, $name, $device) {
+    my ($archive) = $self->chain($name, $device);
+    my $problem = $self->_snapshot_problem($archive, $device);
+    return ($archive, $problem);
+}
+
+# ---- ends ----
+
+sub publish ($self, $archive, $notes = undef) {
+    my %modes = map { $_ => $archive->device($_)->{'bitmap-mode'} } $archive->devices;
+    my %ids = map { $_ => $modes{$_} ne 'none' ? { id => $archive->id } : undef } keys %modes;
+    $notes->note(\%ids) if $notes;
+    $self->_set('archive ' . $archive->name, $archive->text);
+    return;
+}
+
+sub give_up ($self, $archive) {
+    delete($self->{snapshots});
+    $self->clean;
+    return;
+}
+
+# Where somebody made a clone of it, or wants to keep it.
+sub is_protected ($self, $name) {
+    return scalar(
+        grep { $_->{protected} }
+        map { snapshot_of($_, $name) // () } values $self->_snapshots->%*
+    ) ? 1 : 0;
+}
+
+sub is_built_on ($self, $name) { return 0 }
+
+# First it is no archive any more; then clean takes away what a killed process may have left of it as well.
+sub remove ($self, $name) {
+    fail("archive $name is protected - unprotect its snapshots first")
+        if $self->is_protected($name);
+    $self->_unset($_) for grep { m/\Adamaged \Q$name\E / } keys $self->_values->%*;
+    $self->_unset("archive $name");
+    $self->{ceph}->remove_object($self->log_of($name));
+    my @problems = $self->clean;
+    fail(join('; ', @problems)) if @problems;
+    return;
+}
+
+sub discard ($self, $name) { return $self->remove($name) }
+
+sub clean ($self) {
+    my @problems;
+    for my $image (sort keys $self->_snapshots->%*) {
+        my $error = attempt { $self->_clean_image($image) };
+        push(@problems, "image $image keeps what is no archive - " . reason($error)) if $error;
+    }
+    return @problems;
+}
+
+# The digests first: they are found by the snapshot.
+sub _clean_image ($self, $image) {
+    my ($ceph, @left) = ($self->{ceph});
+    for my $snapshot ($self->_snapshots->{$image}->@*) {
+        my ($name) = $snapshot->{name} =~ m/\A$name_pattern\z/;
+        if (!defined($name) || $self->has($name) || $snapshot->{protected}) {
+            push(@left, $snapshot);
+            next;
+        }
+        my ($size) = $snapshot->{size} =~ m/\A([0-9]+)\z/;
+        $ceph->remove_object($_) for $Archive->digest_objects($image, $name, $size);
+        $ceph->remove_snapshot($image, $name);
+    }
+    $self->{snapshots}{$image} = \@left;
+    return if @left;
+    $ceph->remove_image($image);
+    delete($self->{snapshots}{$image});
+    return;
+}
+
+1;

@@ -1,0 +1,87 @@
+package PVE::BackupAccess::Provider::RBD::Store;
+
+# What a pool, or a namespace of one, has of all guests: an object whose values, by key, are
+#
+#   guest vm/100    a guest's name, if it has one
+#   id              what tells this store from all others
+
+use v5.36;
+
+use PVE::BackupAccess::File qw(write_file);
+use PVE::BackupAccess::Provider::RBD::Lock;
+use PVE::BackupAccess::Provider::Store::Manifest qw(new_id);
+use PVE::BackupAccess::Provider::Store::PrivateDir;
+
+my $object = 'pba';
+my $seconds = 60;    # for another process that makes something of it
+
+sub new ($class, $ceph) { return bless({ ceph => $ceph }, $class) }
+
+sub _values ($self) { return $self->{ceph}->values($object) // {} }
+
+sub _set ($self, $key, $value) {
+    my $private = PVE::BackupAccess::Provider::Store::PrivateDir->new;
+    my $file = $private->path . '/raw';
+    write_file($file, $value);
+    $self->{ceph}->set_value($object, $key, $file);
+    return;
+}
+
+# Alone among processes that would make the same.
+sub _alone ($self, $code) {
+    my $ceph = $self->{ceph};
+    $ceph->make_object("$object.change") if !defined($ceph->size_of("$object.change"));
+    my $lock = PVE::BackupAccess::Provider::RBD::Lock->take($ceph, $object, 'change', $seconds);
+    return $code->();
+}
+
+sub id ($self) {
+    my $known = $self->_values->{id} // $self->_alone(
+        sub () {
+            my $id = $self->_values->{id} // new_id();
+            $self->_set('id', $id);
+            return $id;
+        }
+    );
+    my ($id) = $known =~ m/\A([0-9a-f]+)\z/;
+    return $id;
+}
+
+sub add_place ($self, $place) {
+    $self->_set("guest $place", '') if !exists($self->_values->{"guest $place"});
+    return;
+}
+
+sub vmids ($self) {
+    return
+        sort { $a <=> $b }
+        map { m!\Aguest vm/([1-9][0-9]{0,8})\z! ? $1 : () } keys $self->_values->%*;
+}
+
+sub name_of ($self, $vmid) {
+    my ($name) = ($self->_values->{"guest vm/$vmid"} // '') =~ m/\A([A-Za-z0-9_.-]+)\z/;
+    return $name;
+}
+
+sub number_of ($self, $name) {
+    my $values = $self->_values;
+    my ($key) = grep { m!\Aguest vm/! && $values->{$_} eq $name } sort keys $values->%*;
+    my ($vmid) = ($key // '') =~ m!/([1-9][0-9]{0,8})\z!;
+    return $vmid;
+}
+
+# The same; a new guest gets the least number that is free.
+sub number_for ($self, $name) {
+    return $self->number_of($name) // $self->_alone(
+        sub () {
+            my $known = $self->number_of($name);
+            return $known if defined($known);
+            my ($values, $vmid) = ($self->_values, 1);
+            $vmid++ while exists($values->{"guest vm/$vmid"});
+            $self->_set("guest vm/$vmid", $name);
+            return $vmid;
+        }
+    );
+}
+
+1;

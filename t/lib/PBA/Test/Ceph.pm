@@ -1,0 +1,67 @@
+package PBA::Test::Ceph;
+
+# A one-node Ceph for a test, which ends with the object. PBA_CEPH is the directory of one that one-node-ceph.sh has
+# started before.
+#
+#   my $ceph = PBA::Test::Ceph->start;    # undef where Ceph is not installed
+#   my $namespace = $ceph->new_namespace;
+#   my $text = $ceph->run('rbd', 'ls', "backup/$namespace");
+
+use v5.36;
+
+use FindBin;
+use File::Temp ();
+use IO::Socket::INET ();
+
+my @programs = qw(ceph-mon ceph-mgr ceph-osd rbd rados);
+
+sub is_installed ($class) {
+    return !grep { !-x "/usr/bin/$_" } @programs;
+}
+
+sub start ($class) {
+    my $dir = $ENV{PBA_CEPH};
+    my $self = bless({ dir => $dir, owner => $$ }, $class);
+    return $self if defined($dir);
+    $self->{tmp} = File::Temp->newdir('pba-ceph-XXXXXXXX', TMPDIR => 1);
+    $self->{dir} = "$self->{tmp}";
+    my $socket = IO::Socket::INET->new(LocalAddr => '127.0.0.1', Listen => 1)
+        or die "no port: $!\n";
+    my $port = $socket->sockport;
+    close($socket);
+    system("$FindBin::Bin/one-node-ceph.sh '$self->{dir}' $port >'$self->{dir}/start.log' 2>&1")
+        == 0
+        or die "Ceph did not start: see $self->{dir}/start.log\n";
+    return $self;
+}
+
+sub conf ($self) { return "$self->{dir}/ceph.conf" }
+
+sub run ($self, @command) {
+    local $ENV{CEPH_CONF} = $self->conf;
+    open(my $out, '-|', @command) or die "$command[0]: $!\n";
+    local $/ = undef;
+    my $text = <$out> // '';
+    close($out) or die "@command failed: $?\n";
+    return $text;
+}
+
+sub new_namespace ($self) {
+    my $name = "test-$$-" . ++$self->{namespaces};
+    $self->run('rbd', 'namespace', 'create', "backup/$name");
+    return $name;
+}
+
+sub DESTROY ($self) {
+    return if !$self->{tmp} || $self->{owner} != $$;
+    local ($!, $?);
+    for my $file (glob("$self->{dir}/*.pid")) {
+        open(my $fh, '<', $file) or next;
+        my ($pid) = (<$fh> // '') =~ m/\A([0-9]+)/ or next;
+        kill(KILL => $pid);
+        while (kill(0 => $pid)) { waitpid($pid, 1); select(undef, undef, undef, 0.05) }
+    }
+    return;
+}
+
+1;

@@ -1,0 +1,157 @@
+package PBA::Test::RBDLife;
+
+# A guest without a machine (PBA::Test::StoreLife::Guest), its backups by Provider::RBD, and what each must hold.
+#
+#   my $life = PBA::Test::RBDLife->new(ceph => $ceph, namespace => $name, dir => $dir);
+#   $life->write; my $name = $life->backup; my $problem = $life->problem;
+
+use v5.36;
+
+use POSIX ();
+use Test::More;
+
+use PBA::Test::StoreLife::Guest;
+use PBA::Test::Strike qw(strike_at);
+use PVE::BackupAccess::Provider::RBD;
+
+$PVE::BackupAccess::Provider::Store::Server::qemu_nbd = $ENV{PBA_QEMU_NBD} // 'qemu-nbd';
+
+my $vmid = 100;
+
+sub new ($class, %options) {
+    my $self = bless({ %options, time => 1_795_000_000, log => [], expected => {} }, $class);
+    $self->{guest} = PBA::Test::StoreLife::Guest->new(
+        dir => $self->{dir},
+        vmid => $vmid,
+        uuid => '00000000-0000-0000-0000-000000000100',
+        is_aware => 1,
+    );
+    return $self;
+}
+
+# As another process would find it: nothing is kept but what is in the cluster.
+sub provider ($self) {
+    my $scfg = {
+        pool => 'backup',
+        namespace => $self->{namespace},
+        'ceph-conf' => $self->{ceph}->conf,
+        'state-dir' => "$self->{dir}/state"
+    };
+    my $log = sub ($level, $message) { push($self->{log}->@*, "$level: $message") };
+    return PVE::BackupAccess::Provider::RBD->new(undef, $scfg, 'test', $log);
+}
+
+sub guest ($self) { return $self->{guest} }
+sub log ($self) { return join("\n", splice($self->{log}->@*)) }
+sub names ($self) { return sort keys $self->{expected}->%* }
+
+my sub content_of ($guest) {
+    return { map { $_ => $guest->content($_) } $guest->devices };
+}
+
+# In the order of the API.
+my sub perform ($self, $id, $report) {
+    my ($provider, $guest) = ($self->provider, $self->{guest});
+    $provider->job_init($self->{time});
+    my $name = $provider->backup_init($vmid, 'qemu', $self->{time})->{'archive-name'};
+    $report->("name $name");
+    my @devices = $guest->devices;
+    my $done = eval {
+        my $modes = $provider->backup_vm_query_incremental($vmid, $guest->asked(@devices));
+        my $statuses = $guest->statuses($modes);
+        $report->(join(' ', 'statuses', $statuses->%*));
+        $guest->begin($statuses);
+        my %info = ('backup-id' => $id, 'guest-uuid' => $guest->uuid);
+        $provider->backup_vm($vmid, "name: $name\n", $guest->volumes($statuses), \%info);
+        1;
+    };
+    my $error = $@;
+    $provider->backup_cleanup($vmid, 'qemu', $done, $done ? {} : { error => $error });
+    die $error if !$done;
+    return $name;
+}
+
+# Returns the archive's name; it dies if it failed.
+sub backup ($self) {
+    my $id = sprintf('%032x', 1 + int(rand(1 << 40)));
+    $self->{time} += 60;
+    my %said;
+    my $content = content_of($self->{guest});
+    my $name = perform($self, $id,
+        sub ($line) { my ($key, @rest) = split(' ', $line); $said{$key} = \@rest });
+    $self->{expected}{$name} = $content;
+    $self->{guest}->succeed($id, $self->{guest}->devices);
+    $self->{statuses} = { $said{statuses}->@* };
+    return $name;
+}
+
+# A backup that is killed at the nth call that has a program run, or never. The model knows of its archive if it is
+# there. Returns where it was killed, undef if it was not.
+sub killed_backup ($self, $number) {
+    my ($id, $file) = (sprintf('%032x', 1 + int(rand(1 << 40))), "$self->{dir}/report");
+    $self->{time} += 60;
+    my $content = content_of($self->{guest});
+    unlink($file);
+    my $pid = fork() // die "fork: $!\n";
+    if (!$pid) {
+        open(my $out, '>', $file) or POSIX::_exit(1);
+        $out->autoflush(1);
+        my $report = sub ($line) { print {$out} "$line\n" };
+        strike_at($number, sub ($where) { $report->("where $where"); kill(KILL => $$) });
+        my $done = eval { perform($self, $id, $report); 1 };
+        $report->($done ? 'done' : "died $@");
+        POSIX::_exit(0);
+    }
+    waitpid($pid, 0);
+    open(my $in, '<', $file) or return 'at once';
+    my %said = map { m/\A(\w+) ?(.*)/ ? ($1 => $2) : () } <$in>;
+    close($in);
+    $self->{guest}->begin({ split(' ', $said{statuses}) }) if $said{statuses};
+    die "a backup that was not killed died: $said{died}\n" if defined($said{died});
+    my $name = $said{name};
+    my $is_there = defined($name) && grep { $_->{volname} eq $name } $self->provider->list->@*;
+    die "the new archive is not there\n" if exists($said{done}) && !$is_there;
+    $self->{expected}{$name} = $content if $is_there;
+    $self->{guest}->succeed($id, $self->{guest}->devices) if exists($said{done});
+    return $said{where};
+}
+
+# { device => new or reuse } of the last backup.
+sub statuses ($self) { return $self->{statuses} }
+
+sub forget ($self, @names) {
+    delete($self->{expected}->@{@names});
+    return;
+}
+
+sub restored ($self, $provider, $name, $device, $size) {
+    my $uri = $provider->restore_vm_volume_init($name, $device, {})->{'qemu-img-path'};
+    my $volume = PVE::BackupAccess::Volume->open($device, { 'nbd-path' => $uri, size => $size });
+    my $content = $volume->pread(0, $size);
+    $volume->close;
+    $provider->restore_vm_volume_cleanup($name, $device, {});
+    return $content;
+}
+
+# What is wrong of the archives, undef if each is as it must be and there are no others.
+sub problem ($self, @names) {
+    my $provider = $self->provider;
+    my @listed = map { $_->{volname} } $provider->list->@*;
+    return "there are @listed, not " . join(' ', $self->names)
+        if "@listed" ne join(' ', $self->names);
+    for my $name (@names ? @names : $self->names) {
+        my $expected = $self->{expected}{$name};
+        my $sizes = $provider->restore_vm_init($name);
+        for my $device (sort keys $expected->%*) {
+            my $content = $expected->{$device};
+            return "$name has another $device"
+                if ($sizes->{$device}{size} // -1) != length($content)
+                || $self->restored($provider, $name, $device, length($content)) ne $content;
+        }
+        return "$name has another configuration"
+            if $provider->archive_get_guest_config($name) ne "name: $name\n";
+    }
+    return undef;
+}
+
+1;

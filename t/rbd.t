@@ -1,0 +1,185 @@
+# Backups in a Ceph cluster, by Provider::RBD: what each holds, whatever happens on the way.
+#
+# One QEMU is enough: nothing here is a guest's, and qemu-nbd's rbd driver is the machine's.
+#
+# PBA_SEED and PBA_STEPS are of the random life at the end.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+
+use PBA::Test::Strike;    # before what it is to see
+
+use Test::More;
+
+use File::Temp ();
+
+use PBA::Test::Ceph;
+use PBA::Test::RBDLife;
+
+plan(skip_all => 'needs Ceph and PBA_FULL')
+    if !$ENV{PBA_FULL} || !PBA::Test::Ceph->is_installed;
+
+my $ceph = PBA::Test::Ceph->start;
+my $dir = File::Temp->newdir('pba-rbd-XXXXXXXX', TMPDIR => 1);
+my $scsi = 'drive-scsi0';
+my $steps = $ENV{PBA_STEPS} // 40;
+my $seed = $ENV{PBA_SEED} // 20261130;
+srand($seed);
+
+sub new_life () {
+    return PBA::Test::RBDLife->new(
+        ceph => $ceph,
+        namespace => $ceph->new_namespace,
+        dir => "$dir"
+    );
+}
+
+sub images ($life) {
+    return split(' ', $ceph->run('rbd', 'ls', "backup/$life->{namespace}"));
+}
+
+sub objects ($life) {
+    return split(' ', $ceph->run('rados', '-p', 'backup', '-N', $life->{namespace}, 'ls'));
+}
+
+sub content ($file) {
+    open(my $fh, '<:raw', $file) or die "$file: $!\n";
+    local $/ = undef;
+    return scalar(<$fh>);
+}
+
+my $life = new_life();
+
+subtest 'a first backup, and an increment' => sub {
+    $life->guest->write_random(8);
+    my $first = $life->backup;
+    is($life->statuses->{$scsi}, 'new', 'the first one is full');
+    is($life->problem, undef, 'it is as it was read');
+    $life->guest->write_random(2);
+    my $second = $life->backup;
+    is($life->statuses->{$scsi}, 'reuse', 'the second one is an increment');
+    is($life->problem, undef, 'both are as they were read');
+    is(scalar(images($life)), 3, 'there is one image for each device');
+    my $uri = $life->provider->rbd_uri($first, $scsi);
+    $ceph->run('qemu-img', 'convert', '-f', 'raw', '-O', 'raw', $uri, "$dir/restored.raw");
+    ok(content("$dir/restored.raw") eq $life->{expected}{$first}{$scsi}, 'restored by its URI');
+    my ($entry) = grep { $_->{volname} eq $second } $life->provider->list(100)->@*;
+    is($entry->{devices}{$scsi}{parent}, $first =~ s{.*/}{}r, 'the list tells what it builds on');
+    is_deeply($life->provider->verify($second), [], 'verify finds nothing wrong');
+};
+
+subtest 'a lost bitmap costs reading' => sub {
+    $life->guest->lose_bitmap($scsi);
+    $life->guest->write_random(1);
+    $life->log;
+    $life->backup;
+    is($life->statuses->{$scsi}, 'new', 'all is read');
+    like($life->log, qr/$scsi: read in full, stored .* that differ from /,
+        'what differs is stored');
+    is(scalar(images($life)), 3, 'in the same image');
+    is($life->problem, undef, 'all are as they were read');
+};
+
+subtest 'killed on the way' => sub {
+    my %where;
+    for my $number (24, 44, 56, 68) {
+        $life->guest->write_random(3);
+        my $where = $life->killed_backup($number);
+        note("killed at call $number: " . ($where // 'not'));
+        $where{$where} = 1 if defined($where);
+        my ($last) = reverse($life->names);
+        is($life->problem($last), undef, "killed at call $number: the last good one is restored");
+        $life->guest->write_random(1);
+        my $name = $life->backup;
+        is($life->problem($name), undef, 'and the next one is right');
+    }
+    ok(%where, 'some were killed');
+    is($life->problem, undef, 'all are as they were read');
+};
+
+subtest 'prune and remove' => sub {
+    my @names = $life->names;
+    my $removed = $life->provider->prune(100, 2);
+    is_deeply($removed, [@names[0 .. $#names - 2]], 'prune removes what is not kept');
+    $life->forget($removed->@*);
+    is($life->problem, undef, 'the others are as they were read');
+    my ($first, $second) = $life->names;
+    $life->provider->remove($second);
+    $life->forget($second);
+    is($life->problem, undef, 'the newest one was removed');
+    $life->guest->write_random(1);
+    $life->backup;
+    is($life->problem, undef, 'the next one is right');
+    $life->provider->remove($_) for $life->names;
+    $life->forget($life->names);
+    is_deeply([images($life)], [], 'without archives there are no images');
+    is_deeply([grep { m/digests|[.]log/ } objects($life)], [], 'and no digests');
+};
+
+# The object that has the first bytes of a device's image.
+sub damage ($life, $device) {
+    my ($image) = grep { m/\Q$device\E/ } images($life);
+    my ($prefix)
+        = $ceph->run('rbd', 'info', "backup/$life->{namespace}/$image")
+        =~ m/block_name_prefix: (\S+)/;
+    my ($object) = grep { m/\A\Q$prefix\E/ } objects($life);
+    my @rados = ('rados', '-p', 'backup', '-N', $life->{namespace});
+    $ceph->run(@rados, 'get', $object, "$dir/object");
+    my $data = content("$dir/object");
+    substr($data, 4096, 1) = chr(ord(substr($data, 4096, 1)) ^ 1);
+    open(my $fh, '>:raw', "$dir/object") or die "open: $!\n";
+    print {$fh} $data;
+    close($fh) or die "close: $!\n";
+    $ceph->run(@rados, 'put', $object, "$dir/object");
+    return;
+}
+
+subtest 'damage is found' => sub {
+    $life = new_life();
+    $life->guest->write_random(20);
+    my $name = $life->backup;
+    damage($life, $scsi);
+    my $problems = $life->provider->verify($name);
+    like(
+        "@{$problems}",
+        qr/\A$scsi: 65536 bytes are not what was read .* offset 0/,
+        'verify names it'
+    );
+    $life->log;
+    my $next = $life->backup;
+    like($life->log, qr/$scsi: full backup - archive \S+ is damaged/, 'nothing is built on it');
+    is($life->problem($next), undef, 'the next one is right');
+};
+
+# ---- a random life ----
+
+sub one_step ($life) {
+    my $what = rand();
+    if ($what < 0.4) {
+        $life->guest->write_random(3);
+        $life->backup;
+    }
+    elsif ($what < 0.7) {
+        $life->guest->write_random(3);
+        $life->killed_backup(1 + int(rand(80)));
+    }
+    elsif ($what < 0.8) { $life->guest->lose_bitmap($scsi) }
+    elsif ($what < 0.85) { $life->guest->resize($scsi) }
+    elsif (my @names = $life->names) {
+        my $name = $names[rand(@names)];
+        $what < 0.95 ? $life->provider->remove($name) : $life->provider->prune(100, 2);
+        $life->forget($what < 0.95 ? $name : @names[0 .. $#names - 2]);
+    }
+    return $life->problem;
+}
+
+$life = new_life();
+for my $step (1 .. $steps) {
+    srand($seed * 1009 + $step);
+    my $problem = eval { one_step($life) } // ($@ || undef);
+    is($problem, undef, "step $step of seed $seed") or diag($life->log) or last;
+}
+
+done_testing;
