@@ -16,6 +16,7 @@ use Test::More;
 use File::Temp ();
 
 use PBA::Test::Ceph;
+use PBA::Test::Command qw(run_command);
 use PBA::Test::RBDLife;
 
 plan(skip_all => 'needs Ceph and PBA_FULL')
@@ -83,19 +84,19 @@ subtest 'a lost bitmap costs reading' => sub {
 };
 
 subtest 'killed on the way' => sub {
-    my %where;
-    for my $number (24, 44, 56, 68) {
+    my $differs = 0;
+    for my $point ([3, 'progress'], [24], [2, 'snap'], [1, 'put'], [1, 'set_value'], [60]) {
         $life->guest->write_random(3);
-        my $where = $life->killed_backup($number);
-        note("killed at call $number: " . ($where // 'not'));
-        $where{$where} = 1 if defined($where);
+        my $where = $life->killed_backup($point->@*) // 'not at all';
         my ($last) = reverse($life->names);
-        is($life->problem($last), undef, "killed at call $number: the last good one is restored");
+        is($life->problem($last), undef, "killed: $where: the last good one is restored");
+        $differs += $life->different;
+        $life->guest->lose_bitmap($scsi) if $where =~ m/progress/;
         $life->guest->write_random(1);
         my $name = $life->backup;
         is($life->problem($name), undef, 'and the next one is right');
     }
-    ok(%where, 'some were killed');
+    cmp_ok($differs, '>', 0, 'some left images that were written to');
     is($life->problem, undef, 'all are as they were read');
 };
 
@@ -151,6 +152,45 @@ subtest 'damage is found' => sub {
     my $next = $life->backup;
     like($life->log, qr/$scsi: full backup - archive \S+ is damaged/, 'nothing is built on it');
     is($life->problem($next), undef, 'the next one is right');
+};
+
+subtest 'one at a time' => sub {
+    my $guest = $life->provider->_guest('vm/100');
+    my $lock = $guest->change_lock;
+    is(eval { $life->backup }, undef, 'beside another backup there is none');
+    my $error = $@;
+    is(eval { $error->class }, 'StateError', 'it is refused') or diag($error);
+    is($life->problem, undef, 'but restores');
+    $guest->drop($lock);
+    my $reading = $guest->read_lock;
+    my ($name) = $life->names;
+    is(eval { $life->provider->remove($name); 1 }, undef, 'what is read is not removed');
+    $guest->drop($reading);
+};
+
+subtest 'the command' => sub {
+    my $store = 'rbd:backup/' . $ceph->new_namespace;
+    my $run = sub ($command, @arguments) {
+        my $done = run_command($command, @arguments, '--ceph-conf', $ceph->conf);
+        is($done->{status}, 0, "$command: exit status") or diag($done->{err});
+        return $done->{out};
+    };
+    my $image = "$dir/disk0.qcow2";
+    $ceph->run('qemu-img', 'create', '-q', '-f', 'qcow2', $image, '8M');
+    $ceph->run('qemu-io', '-f', 'qcow2', '-c', 'write -q -P 7 1M 300k', $image);
+    my @guest = ('--image', $image, '--vmid', 100, '--fleecing-dir', "$dir");
+    my $first = $run->('backup', $store, @guest);
+    like($first, qr!\A\Q$store\E/vm/100/[0-9TZ]+\n\z!, 'backup prints what it made');
+    $ceph->run('qemu-io', '-f', 'qcow2', '-c', 'write -q -P 8 2M 64k', $image);
+    $run->('backup', $store, @guest);
+    my $list = $run->('list', $store);
+    like($list, qr/disk0 +full .*disk0 +incremental /s, 'list shows a full one and an increment');
+    $run->('verify', $store);
+    $run->('restore', "$store/vm/100", "$dir/disk0.raw");
+    is(system('qemu-img', 'compare', '-q', $image, "$dir/disk0.raw"), 0, 'restored as it was');
+    $run->('prune', $store, '--keep-last', 1);
+    $run->('remove', $store . ($run->('list', $store) =~ m!\A\Q$store\E(\S+)! ? $1 : ''));
+    is(run_command('list', $store, '--ceph-conf', $ceph->conf)->{out}, '', 'nothing is left');
 };
 
 # ---- a random life ----

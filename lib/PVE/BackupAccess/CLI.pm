@@ -30,7 +30,7 @@ my %commands = (
         arguments => ['DIRECTORY'],
         options => [
             @guest,
-            qw(vmid=s guest=s device=s@ exclude=s@ target-id=s guest-config=s guest-agent=s),
+            qw(ceph-conf=s vmid=s guest=s device=s@ exclude=s@ target-id=s guest-config=s guest-agent=s),
             qw(bandwidth-limit=s full audit audit-every=s jobs=s compress persistent allow-shared no-check wait=s quiet|q json),
         ],
         needs => ['qmp|libvirt|image'],
@@ -38,30 +38,30 @@ my %commands = (
     restore => {
         module => 'Restore',
         arguments => ['ARCHIVE', 'TARGET'],
-        options => [qw(device=s format=s no-verify wait=s quiet|q json)],
+        options => [qw(ceph-conf=s device=s format=s no-verify wait=s quiet|q json)],
     },
     serve => {
         module => 'Serve',
         arguments => ['ARCHIVE'],
-        options => [qw(device=s socket-dir=s wait=s json)],
+        options => [qw(ceph-conf=s device=s socket-dir=s wait=s json)],
     },
     mount => {
         module => 'Serve',
         function => 'mount',
         arguments => ['ARCHIVE', 'DIRECTORY'],
-        options => [qw(device=s wait=s json)],
+        options => [qw(ceph-conf=s device=s wait=s json)],
     },
     list => {
         module => 'Archives',
         function => 'list',
         arguments => ['DIRECTORY'],
-        options => [qw(vmid=s guest=s json)],
+        options => [qw(ceph-conf=s vmid=s guest=s json)],
     },
     verify => {
         module => 'Archives',
         function => 'verify',
         arguments => ['ARCHIVE...'],
-        options => [qw(wait=s quiet|q json)],
+        options => [qw(ceph-conf=s wait=s quiet|q json)],
     },
     prune => {
         module => 'Archives',
@@ -70,7 +70,7 @@ my %commands = (
         options => [
             qw(
                 keep-last=s keep-hourly=s keep-daily=s keep-weekly=s keep-monthly=s keep-yearly=s
-                keep=s vmid=s guest=s dry-run wait=s quiet|q json
+                keep=s ceph-conf=s vmid=s guest=s dry-run wait=s quiet|q json
             )
         ],
     },
@@ -78,7 +78,7 @@ my %commands = (
         module => 'Archives',
         function => 'remove',
         arguments => ['ARCHIVE'],
-        options => [qw(wait=s quiet|q)],
+        options => [qw(ceph-conf=s wait=s quiet|q)],
     },
     status => {
         module => 'Status',

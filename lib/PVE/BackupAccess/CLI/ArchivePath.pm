@@ -1,17 +1,14 @@
 package PVE::BackupAccess::CLI::ArchivePath;
 
 # Which archive a path means: DIRECTORY/vm/100/20261122T064953Z, or the latest one of a guest, by number or
-# name: DIRECTORY/100, DIRECTORY/web1, each with /latest or not.
+# name: DIRECTORY/100, DIRECTORY/web1, each with /latest or not. In a Ceph cluster rbd:POOL[/NAMESPACE] is before vm/100.
 
 use v5.36;
 
-use Cwd ();
 use Exporter qw(import);
 
-use PVE::BackupAccess::CLI qw(untainted);
 use PVE::BackupAccess::CLI::Output qw(say_error);
-use PVE::BackupAccess::Provider::Qcow2Chain;
-use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(number_of);
+use PVE::BackupAccess::CLI::Store qw(check_store is_rbd provider_in store_number_of);
 
 our @EXPORT_OK = qw(archive_at chosen_devices file_of find_archive provider_for without_slash);
 
@@ -19,12 +16,10 @@ my sub log_line ($level, $message) {
     say_error("$level: $message") if $level !~ m/\A(?:debug|info)\z/;
 }
 
-# The provider of an existing directory. Its name as a storage matters to backups only.
+# The provider of an existing directory or pool. Its name as a storage matters to backups only.
 sub provider_for ($directory, $opt = {}) {
-    die "$directory is not a directory\n" if !-d $directory;
-    my $path = untainted(Cwd::realpath($directory));
-    my $provider = PVE::BackupAccess::Provider::Qcow2Chain->new(undef, { path => $path }, 'none',
-        \&log_line);
+    die "$directory is not a directory\n" if !is_rbd($directory) && !-d $directory;
+    my $provider = provider_in($opt, check_store($opt, $directory), 'none', \&log_line);
     $provider->wait_for_others($opt->{wait} // 0);
     return $provider;
 }
@@ -43,29 +38,38 @@ my sub split_guest ($path) {
     return ($directory eq '' ? '.' : $directory, $guest);
 }
 
-# (directory, name) of the latest archive of the guest at that path; nothing if there is no such guest.
-my sub find_latest ($path) {
-    my ($directory, $guest) = split_guest($path);
-    return if !defined($guest) || !is_store($directory);
-    my $vmid = $guest =~ m/\A[1-9][0-9]{0,8}\z/ ? $guest : number_of($directory, $guest);
-    return if !defined($vmid) || !grep { -d "$directory/$_/$vmid" } qw(vm ct);
+my sub latest_of ($opt, $directory, $vmid, $guest) {
     my ($latest)
-        = sort { $b->{time} <=> $a->{time} } provider_for($directory)->list($vmid)->@*;
+        = sort { $b->{time} <=> $a->{time} } provider_for($directory, $opt)->list($vmid)->@*;
     die "guest $guest has no archive in $directory\n" if !$latest;
     return ($directory, $latest->{volname});
 }
 
+# (directory, name) of the latest archive of the guest at that path; nothing if there is no such guest.
+my sub find_latest ($opt, $path) {
+    if (is_rbd($path)) {
+        my ($store, $number) = $path =~ m!\A(.*)/vm/([1-9][0-9]{0,8})/*\z!s;
+        return defined($store) ? latest_of($opt, $store, $number, $number) : ();
+    }
+    my ($directory, $guest) = split_guest($path);
+    return if !defined($guest) || !is_store($directory);
+    my $vmid
+        = $guest =~ m/\A[1-9][0-9]{0,8}\z/ ? $guest : store_number_of($opt, $directory, $guest);
+    return if !defined($vmid) || !grep { -d "$directory/$_/$vmid" } qw(vm ct);
+    return latest_of($opt, $directory, $vmid, $guest);
+}
+
 # (directory, name) of the archive at that path; nothing if it cannot be that of an archive.
-sub find_archive ($path) {
+sub find_archive ($opt, $path) {
     my $is_latest = $path =~ s!/latest/*\z!!;
     my ($directory, $volname) = $path =~ m!\A(?:(.*)/)?((?:vm|ct)/[0-9]+/[^/]+)/*\z!s;
-    return find_latest($path) if $is_latest || !defined($volname);
+    return find_latest($opt, $path) if $is_latest || !defined($volname);
     return (defined($directory) ? $directory eq '' ? '/' : $directory : '.', $volname);
 }
 
 # The same, or it dies.
-sub archive_at ($path) {
-    my ($directory, $volname) = find_archive($path)
+sub archive_at ($opt, $path) {
+    my ($directory, $volname) = find_archive($opt, $path)
         or die "$path is not an archive - it is called like DIRECTORY/vm/100/20261122T064953Z,"
         . " or DIRECTORY/100 for the latest one of guest 100\n";
     return ($directory, $volname);

@@ -11,21 +11,22 @@ use PVE::BackupAccess::CLI qw(usage_error);
 use PVE::BackupAccess::CLI::Access qw(text);
 use PVE::BackupAccess::CLI::ArchivePath qw(archive_at find_archive provider_for without_slash);
 use PVE::BackupAccess::CLI::Output qw(say_error say_json say_out);
+use PVE::BackupAccess::CLI::Store qw(check_store store_name_of store_number_of);
 use PVE::BackupAccess::Format qw(bytes);
-use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(check_name name_of number_of);
+use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(check_name);
 use PVE::BackupAccess::Retention qw(periods);
 use PVE::BackupAccess::Try qw(attempt);
 
 # ---- list ----
 
-my sub print_archive ($directory, $entry) {
+my sub print_archive ($opt, $directory, $entry) {
     my $path = text("$directory/$entry->{volname}");
     if (defined($entry->{problem})) {
         say_out("$path: cannot be used - $entry->{problem}");
         return;
     }
     my $time = POSIX::strftime('%Y-%m-%d %H:%M:%S', localtime($entry->{time}));
-    my $name = $entry->{type} eq 'qemu' ? name_of($directory, $entry->{vmid}) : undef;
+    my $name = $entry->{type} eq 'qemu' ? store_name_of($opt, $directory, $entry->{vmid}) : undef;
     say_out("$path  $time  " . bytes($entry->{size}) . (defined($name) ? "  $name" : ''));
     my $devices = $entry->{devices};
     my $width = max(map { length } keys $devices->%*);
@@ -48,18 +49,19 @@ my sub vmid_of ($opt, $directory) {
     return $opt->{vmid} if !defined($opt->{guest});
     usage_error('--vmid and --guest exclude each other') if defined($opt->{vmid});
     my $name = check_name($opt->{guest});
-    return number_of($directory, $name) // die "there is no guest '$name' in $directory\n";
+    return store_number_of($opt, $directory, $name)
+        // die "there is no guest '$name' in $directory\n";
 }
 
 sub list ($opt, $directory) {
-    my $provider = provider_for($directory);
+    my $provider = provider_for($directory, $opt);
     my $list = $provider->list(vmid_of($opt, $directory));
     if ($opt->{json}) {
         say_json($list);
     }
     elsif ($list->@*) {
         my $shown = without_slash($directory);
-        print_archive($shown, $_) for $list->@*;
+        print_archive($opt, $shown, $_) for $list->@*;
     }
     else {
         say_error("there are no archives in $directory");
@@ -71,7 +73,7 @@ sub list ($opt, $directory) {
 
 # [provider, volname, path as the user would write it] of what a path means.
 my sub archives_of ($opt, $path) {
-    if (my ($directory, $volname) = find_archive($path)) {
+    if (my ($directory, $volname) = find_archive($opt, $path)) {
         return [provider_for($directory, $opt), $volname, without_slash($directory) . "/$volname"];
     }
     my $provider = provider_for($path, $opt);
@@ -186,7 +188,7 @@ sub prune ($opt, $directory) {
 }
 
 sub remove ($opt, $path) {
-    my ($directory, $volname) = archive_at($path);
+    my ($directory, $volname) = archive_at($opt, $path);
     provider_for($directory, $opt)->remove($volname);
     say_out("removed $volname") if !$opt->{quiet};
     return 0;

@@ -12,14 +12,14 @@ use IO::Handle ();
 use List::Util qw(sum uniq);
 use Scalar::Util qw(weaken);
 
-use PVE::BackupAccess::CLI qw(untainted usage_error);
+use PVE::BackupAccess::CLI qw(usage_error);
 use PVE::BackupAccess::CLI::Access qw(access_options text);
 use PVE::BackupAccess::CLI::Disks qw(choose_disks);
 use PVE::BackupAccess::CLI::Monitor qw(ask hashes);
 use PVE::BackupAccess::CLI::Output qw(parse_bytes read_file say_json say_out);
 use PVE::BackupAccess::CLI::Progress;
-use PVE::BackupAccess::Provider::Qcow2Chain;
-use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(check_name number_for);
+use PVE::BackupAccess::CLI::Store qw(check_store provider_in store_id store_number_for);
+use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(check_name);
 use PVE::BackupAccess::Task;
 use PVE::BackupAccess::Try qw(ensure);
 use PVE::BackupAccess::Wait qw(wait_for_lock);
@@ -74,8 +74,11 @@ my sub target_of ($opt, $directory, $vmid) {
         return $known if $known;
         $guest = ref($opt->{qmp}) ? '' : Cwd::realpath($opt->{qmp});
     }
-    my $digest
-        = Digest::SHA::sha256_hex(join("\0", identity_of($directory), $directory, $vmid, $guest));
+    my $digest = Digest::SHA::sha256_hex(
+        join(
+            "\0", store_id($opt, $directory) // identity_of($directory), $directory, $vmid, $guest
+        )
+    );
     return text($label) . '@' . substr($digest, 0, 12);
 }
 
@@ -137,10 +140,9 @@ my sub plan ($opt, $directory) {
     my $name = defined($opt->{guest}) ? check_name($opt->{guest}) : undef;
     my $limit = limit_of($opt);
     my $audit = audit_of($opt);
-    die "$directory is not a directory - make it first, or mount it\n" if !-d $directory;
-    $directory = untainted(Cwd::realpath($directory));
+    $directory = check_store($opt, $directory);
     my ($devices, $left_out) = devices_of($opt);
-    $vmid //= number_for($directory, $name);
+    $vmid //= store_number_for($opt, $directory, $name);
     return {
         vmid => $vmid,
         'bandwidth-limit' => $limit,
@@ -178,13 +180,9 @@ my sub progress_of ($plan, $progress) {
 my sub task ($opt, $plan, $progress) {
     my $task;
     my $log = sub (@line) { $task->log(@line) if $task };
-    my $provider
-        = PVE::BackupAccess::Provider::Qcow2Chain->new(undef,
-        { path => $plan->{directory}, 'no-check' => $opt->{'no-check'} },
-        $plan->{'target-id'}, $log);
+    my $provider = provider_in($opt, $plan->{directory}, $plan->{'target-id'}, $log);
     $provider->on_progress(progress_of($plan, $progress));
     $provider->make_full($opt->{full});
-    $provider->compress($opt->{compress});
     $provider->audit_every($plan->{audit});
     $provider->wait_for_others($opt->{wait} // 0);
     my $made = PVE::BackupAccess::Task->new(

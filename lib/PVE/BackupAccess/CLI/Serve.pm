@@ -39,7 +39,7 @@ my sub wait_for_signal ($mask, $processes) {
 # Opens the chosen devices, each by $open, which returns where it is and, if another process than
 # its server gives it, that one. Shows them when all are there.
 my sub offer ($opt, $path, $open) {
-    my ($directory, $volname) = archive_at($path);
+    my ($directory, $volname) = archive_at($opt, $path);
     my $provider = provider_for($directory, $opt);
     my $chosen = defined($opt->{device}) ? text($opt->{device}) : undef;
     my (%place, %processes, @files);

@@ -68,9 +68,8 @@ sub _store_devices ($self, $task, $volumes, %how) {
     };
     my $digests = for_devices($check, $jobs, %how);
     for my $device ($archive->devices) {
-        my $statistics = $stored->{$device}{statistics};
-        $archive->note_device($device, $digests->{$device},
-            $statistics->{'bytes-written'} + $statistics->{'bytes-zero'});
+        my $written = $stored->{$device}{statistics}{'bytes-written'};
+        $archive->note_device($device, $digests->{$device}, $written);
     }
     return map { $stored->{$_}{finding} // () } $archive->devices;
 }
@@ -242,13 +241,13 @@ C<nbd> for virtual machines, undef for all else.
 C<backup_init>, C<backup_vm_query_incremental>, C<backup_vm>, C<backup_cleanup>, C<backup_handle_log_file>, C<restore_vm_init>,
 C<restore_vm_volume_init>, C<restore_vm_volume_cleanup>, C<restore_vm_cleanup>, C<archive_get_guest_config> and
 C<archive_get_firewall_config> are as in L<PVE::BackupAccess::Provider::Qcow2Chain>. C<archive-size> is what the backup has
-written to its images.
+written to its images, zeroes not counted.
 
 =head1 OTHER METHODS
 
 C<on_progress>, C<device_called>, C<wait_for_others>, C<make_full>, C<jobs>, C<audit_every>, C<audit_findings>, C<server>, C<list>,
 C<verify>, C<digests>, C<prune>, C<retention> and C<remove> are those of L<PVE::BackupAccess::Provider::Qcow2Chain>. In C<list> the
-C<image-size> of a device is what the backup has written for it. An archive is protected while one of its snapshots is
+C<image-size> of a device is what the backup has written for it, zeroes not counted. An archive is protected while one of its snapshots is
 (C<rbd snap protect>).
 
 =head2 rbd_uri

@@ -52,6 +52,7 @@ my sub content_of ($guest) {
 # In the order of the API.
 my sub perform ($self, $id, $report) {
     my ($provider, $guest) = ($self->provider, $self->{guest});
+    $provider->on_progress($self->{progress}) if $self->{progress};
     $provider->job_init($self->{time});
     my $name = $provider->backup_init($vmid, 'qemu', $self->{time})->{'archive-name'};
     $report->("name $name");
@@ -85,9 +86,10 @@ sub backup ($self) {
     return $name;
 }
 
-# A backup that is killed at the nth call that has a program run, or never. The model knows of its archive if it is
+# A backup that is killed at the nth call that has a program run, or before the nth call of a method of RBD::Ceph, or in the
+# nth report of the copies' progress; or never. The model knows of its archive if it is
 # there. Returns where it was killed, undef if it was not.
-sub killed_backup ($self, $number) {
+sub killed_backup ($self, $number, $method = undef) {
     my ($id, $file) = (sprintf('%032x', 1 + int(rand(1 << 40))), "$self->{dir}/report");
     $self->{time} += 60;
     my $content = content_of($self->{guest});
@@ -97,7 +99,9 @@ sub killed_backup ($self, $number) {
         open(my $out, '>', $file) or POSIX::_exit(1);
         $out->autoflush(1);
         my $report = sub ($line) { print {$out} "$line\n" };
-        strike_at($number, sub ($where) { $report->("where $where"); kill(KILL => $$) });
+        my $all = $$;    # also where a worker comes to the point
+        my $end = sub ($where) { $report->("where $where"); kill(KILL => $all) };
+        defined($method) ? _end_at($self, $method, $number, $end) : strike_at($number, $end);
         my $done = eval { perform($self, $id, $report); 1 };
         $report->($done ? 'done' : "died $@");
         POSIX::_exit(0);
@@ -114,6 +118,30 @@ sub killed_backup ($self, $number) {
     $self->{expected}{$name} = $content if $is_there;
     $self->{guest}->succeed($id, $self->{guest}->devices) if exists($said{done});
     return $said{where};
+}
+
+sub _end_at ($self, $method, $number, $end) {
+    my $look = sub () { $end->($method) if !--$number };
+    if ($method eq 'progress') {
+        $self->{progress} = sub (@) { $look->() };
+        return;
+    }
+    my $class = 'PVE::BackupAccess::Provider::RBD::Ceph';
+    my $real = $class->can($method);
+    my $wrapped = sub (@arguments) { $look->(); return $real->(@arguments) };
+    no strict 'refs';    ## no critic (ProhibitProlongedStrictureOverride)
+    no warnings 'redefine';
+    *{"${class}::$method"} = $wrapped;
+    return;
+}
+
+# How many of the images hold something else than the newest archive.
+sub different ($self) {
+    my ($name) = map { s{.*/}{}r } reverse($self->names);
+    my $ceph = $self->provider->{ceph};
+    my $guest = $self->provider->_guest("vm/$vmid");
+    my $archive = $guest->archive($name);
+    return scalar(grep { $ceph->differs($archive->device($_)->{image}, $name) } $archive->devices);
 }
 
 # { device => new or reuse } of the last backup.

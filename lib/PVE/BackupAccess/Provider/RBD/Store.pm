@@ -53,8 +53,7 @@ sub add_place ($self, $place) {
 }
 
 sub vmids ($self) {
-    return
-        sort { $a <=> $b }
+    return sort { $a <=> $b }
         map { m!\Aguest vm/([1-9][0-9]{0,8})\z! ? $1 : () } keys $self->_values->%*;
 }
 

@@ -1,0 +1,84 @@
+package PVE::BackupAccess::CLI::Store;
+
+# What DIRECTORY means: a directory, or rbd:POOL[/NAMESPACE] in a Ceph cluster.
+
+use v5.36;
+
+use Cwd ();
+use Exporter qw(import);
+
+use PVE::BackupAccess::CLI qw(absolute untainted usage_error);
+use PVE::BackupAccess::Provider::Qcow2Chain;
+use PVE::BackupAccess::Provider::Qcow2Chain::Names ();
+
+our @EXPORT_OK
+    = qw(check_store is_rbd provider_in store_id store_name_of store_number_for store_number_of);
+
+my $names = 'PVE::BackupAccess::Provider::Qcow2Chain::Names';
+
+sub is_rbd ($store) { return $store =~ m/\Arbd:/ }
+
+my sub rbd_settings ($opt, $store) {
+    my ($pool, $namespace) = $store =~ m!\Arbd:([^/]+)(?:/([^/]+))?\z!
+        or usage_error(
+        "a store in a Ceph cluster is called rbd:POOL or rbd:POOL/NAMESPACE, not '$store'");
+    return {
+        pool => $pool,
+        namespace => $namespace,
+        defined($opt->{'ceph-conf'}) ? ('ceph-conf' => absolute($opt->{'ceph-conf'})) : (),
+        'no-check' => $opt->{'no-check'},
+    };
+}
+
+# Dies unless there is one. Returns it as it is called from now on.
+sub check_store ($opt, $store) {
+    return $store if is_rbd($store);
+    usage_error('--ceph-conf goes with rbd:POOL') if defined($opt->{'ceph-conf'});
+    die "$store is not a directory - make it first, or mount it\n" if !-d $store;
+    return untainted(Cwd::realpath($store));
+}
+
+# The provider of a store that was checked. name: of a storage, which matters to backups only.
+sub provider_in ($opt, $store, $name, $log) {
+    if (is_rbd($store)) {
+        usage_error('--compress is for a directory') if $opt->{compress};
+        require PVE::BackupAccess::Provider::RBD;
+        return PVE::BackupAccess::Provider::RBD->new(undef, rbd_settings($opt, $store), $name,
+            $log);
+    }
+    my $provider
+        = PVE::BackupAccess::Provider::Qcow2Chain->new(undef,
+        { path => $store, 'no-check' => $opt->{'no-check'} },
+        $name, $log);
+    $provider->compress($opt->{compress});
+    return $provider;
+}
+
+# ---- guests by name ----
+
+my sub rbd_store ($opt, $store) {
+    return provider_in($opt, $store, 'none', sub (@) { })->store;
+}
+
+sub store_name_of ($opt, $store, $vmid) {
+    return is_rbd($store)
+        ? rbd_store($opt, $store)->name_of($vmid)
+        : $names->can('name_of')->($store, $vmid);
+}
+
+sub store_number_of ($opt, $store, $name) {
+    return is_rbd($store)
+        ? rbd_store($opt, $store)->number_of($name)
+        : $names->can('number_of')->($store, $name);
+}
+
+sub store_number_for ($opt, $store, $name) {
+    return is_rbd($store)
+        ? rbd_store($opt, $store)->number_for($name)
+        : $names->can('number_for')->($store, $name);
+}
+
+# What tells it from every other one; undef for a directory.
+sub store_id ($opt, $store) { return is_rbd($store) ? rbd_store($opt, $store)->id : undef }
+
+1;
