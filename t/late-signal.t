@@ -24,7 +24,7 @@ use PVE::BackupAccess::Program qw(run_program);
 use PVE::BackupAccess::Provider::Qcow2Chain::Filter;
 use PVE::BackupAccess::Provider::Qcow2Chain::Names;
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
-use PVE::BackupAccess::Provider::Qcow2Chain::Tar;
+use PVE::BackupAccess::Provider::Qcow2Chain::Tar qw(is_for_pct stream_problem);
 use PVE::BackupAccess::Provider::Store::Workers qw(side_by_side);
 
 my $provider = 'PVE::BackupAccess::Provider::Qcow2Chain';
@@ -64,11 +64,11 @@ my %waits = (
     },
     'a stream' => sub ($dir) {
         local $PVE::BackupAccess::Provider::Qcow2Chain::Tar::zstd = slow($dir);
-        PVE::BackupAccess::Provider::Qcow2Chain::Tar::stream_problem(image($dir), {});
+        stream_problem(image($dir), {});
     },
     'a list of lines' => sub ($dir) {
         local $PVE::BackupAccess::Provider::Qcow2Chain::Tar::tar = slow($dir);
-        PVE::BackupAccess::Provider::Qcow2Chain::Tar::is_for_pct('x');
+        is_for_pct('x');
     },
     'a server that is to end' => sub ($dir) {
         my $server = "${provider}::Server"->start(image($dir));

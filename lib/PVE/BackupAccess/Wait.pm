@@ -38,7 +38,8 @@ sub pause ($seconds) {
 # Waits until a child has ended. Returns its status, as in $?, undef if other code of this process has waited for it.
 sub wait_for_child ($pid) {
     my $fd = PVE::BackupAccess::_open_process($pid);
-    open(my $process, '<&=', $fd) if $fd >= 0;
+    my $process;
+    $fd >= 0 && (open($process, '<&=', $fd) or undef($process));
     my $ended;
     while (($ended = waitpid($pid, WNOHANG)) == 0) {
         $process ? IO::Select->new($process)->can_read($slice) : sleep($look_again);
