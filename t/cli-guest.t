@@ -171,6 +171,29 @@ sub check_interruption ($test) {
     is(scalar(grep { !m!/$archive_name\z! } glob("$test->{store}/vm/100/*Z")), 0, 'no remains');
 }
 
+# A target's bitmaps are given up, by the name that status shows; not while they are in use.
+sub check_forget ($test) {
+    my $shown = sub () { [map { $_->{'target-id'} } status($test)->{bitmaps}->@*] };
+    my ($target, @more) = $shown->()->@*;
+    my @forget = ('forget', $test->{guest}->@*, '--target-id', $target);
+    $test->{vm}->qemu_io('scsi0', 'write -P 0x41 0 16M');
+    my $command = start_command(backup($test, '--bandwidth-limit', '1M'));
+    $command->wait_for(err => qr/^drive-scsi0: storing, incremental/m);
+    fails('forget meanwhile', 'not finished', @forget);
+    $command->kill('TERM');
+    $command->finish;
+    is_deeply($shown->(), [$target, @more], 'forget meanwhile: all bitmaps are there');
+
+    my $lines = succeeds('forget', @forget)->{out};
+    is(scalar(() = $lines =~ m/^device drive-\S+: bitmap '.*' was removed/mg),
+        1 + @more, 'forget: a line for each disk');
+    is_deeply($test->{vm}->bitmaps, {}, 'forget: no bitmap is left');
+    like(succeeds('forget', @forget)->{err}, qr/has no bitmaps/, 'forget: once');
+    my $run = succeeds('forget', backup($test));
+    like($run->{err}, qr/^drive-scsi0: falls back to a full read: /m, 'forget: then a full one');
+    check_outside($test, 'forget');
+}
+
 # As Proxmox VE 9 has disks: a throttle filter that is called like the drive of old.
 sub check_blockdev ($test) {
     my $device = 'drive-scsi0';
@@ -203,6 +226,7 @@ for my $name (PBA::Test::Backend->names) {
         check_hostile_name($test);
         check_recover($test);
         check_interruption($test);
+        check_forget($test);
         $test->{backend}->check_manners;
     };
     subtest "backend $name, blockdev" => sub {
