@@ -101,6 +101,11 @@ my @known = (
         qw(ok:reuse swap ok:new renumber ok:reuse rename renumber ok:new odd-notes ok ok ok:reuse),
     ],
     [
+        'another disk, and programs that know of no ids',
+        { provider => 'chain', persistent => 1, naming => 'qdev' },
+        qw(ok unaware swap unaware ok:new unaware swap unaware rename unaware rename unaware ok),
+    ],
+    [
         'another disk after a restart',
         { provider => 'chain', persistent => 1, naming => 'drive' },
         qw(ok swap ok:new ok:reuse replug ok swap ok),

@@ -99,6 +99,10 @@ my %more_events = (
     'prune' => sub ($self) { $self->_provider($self->_current_store)->prune(100, 1); return },
 );
 
+# After these a bitmap without an id may not fit the newest archive, and no one can see that.
+my %unseen = map { $_ => 1 } qw(rollback-ram rollback-host loadvm migrate swap renumber rename alias shrink-grow
+    shrink-grow-offline twin other-guest move-disk overlay);
+
 # What no one can see but a provider that knows of ids.
 my %chain_only = map { $_ => 1 } qw(other-store removed unaware full audit prune old-manifests);
 
@@ -148,6 +152,7 @@ sub run ($self, @events) {
         $self->{counts}{events}++;
         my $code = $events{$event} // $more_events{$event};
         my $problem = eval { $self->_write; $code->($self); $self->{problem} } // $@;
+        $self->{unfit} = { map { $_ => 1 } @ids } if $unseen{$event};
         next if !$problem;
         my @lines = map { "    $_\n" } ($self->{log} // [])->@*;
         return join(' ', $self->{done}->@*) . ": $problem\n@lines";
@@ -308,10 +313,17 @@ sub _backup ($self, %opt) {
         my $device = $self->_name($id, $opt{alias});
         my $mode = $self->{modes}{$id} = $result->{devices}{$device}{'bitmap-mode'};
         $self->{counts}{ $mode eq 'reuse' ? 'incremental' : 'full' }++;
+        next if $opt{unaware} && $self->_is_unfit($id, $mode);
         my $file = $self->_file_of_name($id, $opt{alias});
         $self->_compare($provider, $result->{'archive-name'}, $device, $file);
     }
     return;
+}
+
+# Of a backup without ids: whether it may be wrong, since it went on from a bitmap after something unseen.
+sub _is_unfit ($self, $id, $mode) {
+    delete($self->{unfit}{$id}) if $mode ne 'reuse';
+    return $self->{unfit}{$id};
 }
 
 # Nothing that happens in a life makes a bitmap lack a bit.
