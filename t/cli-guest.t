@@ -173,7 +173,9 @@ sub check_interruption ($test) {
 
 # A target's bitmaps are given up, by the name that status shows; not while they are in use.
 sub check_forget ($test) {
-    my $shown = sub () { [map { $_->{'target-id'} } status($test)->{bitmaps}->@*] };
+    my $shown = sub () {
+        [map { $_->{'target-id'} } status($test)->{bitmaps}->@*]
+    };
     my ($target, @more) = $shown->()->@*;
     my @forget = ('forget', $test->{guest}->@*, '--target-id', $target);
     $test->{vm}->qemu_io('scsi0', 'write -P 0x41 0 16M');

@@ -100,7 +100,8 @@ my %more_events = (
 );
 
 # After these a bitmap without an id may not fit the newest archive, and no one can see that.
-my %unseen = map { $_ => 1 } qw(rollback-ram rollback-host loadvm migrate swap renumber rename alias shrink-grow
+my %unseen = map { $_ => 1 }
+    qw(rollback-ram rollback-host loadvm migrate swap renumber rename alias shrink-grow
     shrink-grow-offline twin other-guest move-disk overlay);
 
 # What no one can see but a provider that knows of ids.
