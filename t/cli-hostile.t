@@ -53,7 +53,7 @@ my @answers = (
     ['JSON that is nested deep', { depth => 100_000 }, qr/nested deeper than/],
     ['a NUL byte', { nul => 1 }, qr/control character/],
     ['no object', { raw => "[1]\r\n" }, qr/does not speak QMP/],
-    ['another reply', { wrong_id => 1, return => [] }, qr/answered another command/],
+    ['another reply', { wrong_id => 1, return => [] }, qr/sent the reply to another command/],
     ['an error without a text', { error => {} }, qr/'query-block' failed/],
     ['an error that is none', { error => [1] }, qr/without a result/],
     ['the end of the connection', { close => 1 }, qr/closed the QMP connection/],

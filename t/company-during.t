@@ -208,7 +208,7 @@ my %events = (
         # Below Proxmox' own filter it is one as at any other time: the node's disk is another one then.
         refused => !$is_proxmox,
         stays => 1,
-        next => qr/node 'overlay' of another program stands on its node/,
+        next => qr/node 'overlay' of another program is on top of this disk's node/,
     },
     'an internal snapshot' => {
         happens => sub ($test) {

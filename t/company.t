@@ -109,12 +109,12 @@ sub set_drive ($vm, $node) {
 my %company = (
     'a backup job' => {
         begin => sub ($vm, $device) { start_job($vm, 'blockdev-backup', $device) },
-        refusal => qr/block job 'theirs' \(backup, running\) works on it - /,
+        refusal => qr/block job 'theirs' \(backup, running\) uses this disk - /,
         end => sub ($vm, $file) { complete($vm, 'disk0', $file, 'blockdev-backup') },
     },
     'a mirror' => {
         begin => sub ($vm, $device) { start_job($vm, 'blockdev-mirror', $device) },
-        refusal => qr/block job 'theirs' \(mirror, (?:running|ready)\) works on it - /,
+        refusal => qr/block job 'theirs' \(mirror, (?:running|ready)\) uses this disk - /,
         end => sub ($vm, $file) { $vm->qmp('block-job-cancel', device => 'theirs') },
         pivots => 1,
     },
@@ -124,7 +124,7 @@ my %company = (
             wait_job($vm, qr/ready/);
             return $file;
         },
-        refusal => qr/block job 'theirs' \(mirror, ready\) works on it - /,
+        refusal => qr/block job 'theirs' \(mirror, ready\) uses this disk - /,
         end => sub ($vm, $file) { complete($vm, 'disk0', $file, 'blockdev-mirror') },
         pivots => 1,
     },
@@ -141,7 +141,7 @@ my %company = (
         begin => sub ($vm, $device) {
             start_job($vm, 'blockdev-backup', add_overlay($vm));
         },
-        refusal => qr/block job 'theirs' \(backup, running\) works on it - /,
+        refusal => qr/block job 'theirs' \(backup, running\) uses this disk - /,
         end => sub ($vm, $file) { $vm->qmp('block-job-cancel', device => 'theirs') },
         shapes => { drive => 1 },
     },
@@ -155,7 +155,7 @@ my %company = (
                 file => node_of($vm, 'disk0')
             );
         },
-        refusal => qr/node 'theirs-filter' of another program stands on its node '/,
+        refusal => qr/node 'theirs-filter' of another program is on top of this disk's node '/,
         end => sub ($vm, $file) { $vm->qmp('blockdev-del', 'node-name' => 'theirs-filter') },
     },
     'a filter of another program' => {
@@ -192,7 +192,7 @@ my %company = (
             );
         },
         impossible => qr/Conflicts with/,
-        refusal => qr/guest device '(?:second|disk0-dev)' uses its node '\S+', too/,
+        refusal => qr/guest device '(?:second|disk0-dev)' also uses this disk's node '\S+'/,
         end => sub ($vm, $file) { $vm->qmp('device_del', id => 'second') },
         keeps => 1,
         shared => 1,
@@ -277,7 +277,7 @@ sub check_shared ($name) {
     );
     my $before = $backend->outside;
     my $error = refusals($backend, 'disk0');
-    my $refusal = qr/\Adevice disk0: others may write to it .*--allow-shared/;
+    my $refusal = qr/\Adevice disk0: others may write to this disk .*--allow-shared/;
     like($error->{$_}, $refusal, "$_ is refused") for sort keys %$error;
     is_deeply($backend->outside, $before, 'nothing is changed');
     ok(eval { back_up($backend, 'disk0', 'allow-shared' => 1) }, 'where it is allowed it is done');

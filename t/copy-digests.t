@@ -237,7 +237,7 @@ subtest 'what is expected' => sub {
         'bitmap-name' => undef
     );
     eval { $volume->check(expected => [$file], connections => 1) };
-    like($@, qr/65536 bytes at offset 65536 are not what their digests say/, 'or dies');
+    like($@, qr/65536 bytes at offset 65536 do not match their digests/, 'or dies');
     is(ref($@) && $@->class, 'ContentError', 'with a class of its own');
 };
 
@@ -362,7 +362,7 @@ subtest 'errors' => sub {
         sub {
             copy_to_null('small blocks', digests => sub (@) { });
         },
-        qr/region of 4096 bytes at offset 0 is not made of whole blocks of 65536.*digest-block/,
+        qr/region of 4096 bytes at offset 0 does not consist of whole blocks of 65536.*digest-block/,
         'regions of parts of blocks'
     );
     copy_to_null('small blocks', digests => sub (@) { }, 'digest-block' => 4 * $KiB);
@@ -390,7 +390,7 @@ subtest 'errors' => sub {
     dies_like(sub { copy_to_null('all', digests => '/dev/full') }, qr{/dev/full}, 'no file');
     dies_like(
         sub { copy_to_null('all', expected => ["$dir/restored"]) },
-        qr/is no file of digests/,
+        qr/is not a file of digests/,
         'no digests'
     );
 };
@@ -438,7 +438,7 @@ subtest 'a copy that fails leaves no digests' => sub {
     like($@, qr/failed/, 'a copy that fails');
     dies_like(
         sub { copy_to_null('all', expected => ["$dir/half"]) },
-        qr/is no file of digests/,
+        qr/is not a file of digests/,
         'leaves no file of digests'
     );
 };

@@ -80,7 +80,7 @@ sub copy_dies ($server, $pattern, $name, @options) {
 }
 
 my $read = qr/reading \d+ bytes at offset \d+ failed - /;
-my $map = qr/dirty bitmap cannot be read on from offset \d+ - /;
+my $map = qr/dirty bitmap cannot be read from offset \d+ on - /;
 my $lost = qr/(?:reading|discarding) \d+ bytes at offset \d+ failed - /;
 my %source_faults = (
     'an error' => [{ read_error => EIO }, qr/${read}Input\/output error/],

@@ -193,7 +193,7 @@ sub check_identity ($backend, $form) {
     is_deeply([$seen->@{qw(bitmap-action base)}], ['used', $id], 'its own identity: used');
     $seen = backup($backend, [{ $disk->%*, identity => 'drive other' }, @others], end => [0]);
     is($seen->{'bitmap-action'}, remade($form), "another disk's identity: made anew");
-    my $reason = "what it would go on from is of another disk: drive other, not $own";
+    my $reason = "the base backup is of another disk: drive other, not $own";
     is($seen->{reason}, $reason, 'and the reason');
 
     dies_like(

@@ -175,7 +175,7 @@ subtest 'what somebody else has prepared' => sub {
 
 # A directory that is all right is of no use where others can put another one in its place.
 subtest 'above the run directory' => sub {
-    my $pattern = qr/others than root and this user may change/;
+    my $pattern = qr/users other than root and this user may change/;
     my $open = make_dir(0, 0777);
     refused("$open/run", 'no sticky bit', $pattern);
     make_dir($user, 0700, "$open/ready");
@@ -287,7 +287,7 @@ sub try_fleecing ($dir) {
 # The upstream backend's, as it is before QEMU opens the file.
 subtest 'a fleecing directory' => sub {
     my $run = make_dir($user, 0700);
-    my $pattern = qr/fleecing-dir .*others than root and this user may change/;
+    my $pattern = qr/fleecing-dir .*users other than root and this user may change/;
     my %bad = (
         'no sticky bit' => make_dir(0, 0777),
         "another's" => make_dir($other, 01777),

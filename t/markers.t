@@ -17,9 +17,9 @@ my $Backend = 'PBA::Test::Backend';
 my $json = JSON::PP->new->canonical;
 my $size = 16 << 20;
 my $unknown
-    = qr/whether process \d+, which is .*, still backs it up cannot be known from here.*recover with force/;
+    = qr/this host cannot tell whether process \d+ \(on another .*\) still runs.*recover with force/;
 my $damaged
-    = qr/the process of a marker that is damaged or of a later version still backs it up cannot/;
+    = qr/this host cannot tell whether the process whose marker is damaged or of a later version still runs/;
 
 sub refused ($code, $pattern, $name) {
     ok(!eval { $code->(); 1 }, "$name: refused");
@@ -90,7 +90,7 @@ sub check_force ($backend) {
     refused(sub { $backend->access->setup($backend->devices('use')) }, $unknown, 'setup');
     refused(
         sub { recover($backend, force => 1, 'target-id' => 'another') },
-        qr/$unknown for its target-id - it is not of the one/,
+        qr/$unknown for its target-id - it belongs to another target-id/,
         'recover of another target with force'
     );
     is(state_of($backend), $left, 'nothing was touched');
@@ -179,7 +179,7 @@ sub check_damaged ($backend) {
         my $lines = recover($backend, force => 1, log => sub ($level, $text) { push(@log, $text) });
         like(
             "@log",
-            qr/the process of a marker that is damaged.*is taken for dead/,
+            qr/the process whose marker is damaged.*is taken for dead/,
             'force says it'
         );
         ok((grep { m/process mark '$name' was removed/ } $lines->@*), 'and the lines')

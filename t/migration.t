@@ -163,7 +163,7 @@ for my $bitmaps (0, 1) {
             is(migrate($source, $target), 'completed', 'it is done');
             ok(!eval { next_backup($source, 'disk0'); 1 }, 'a backup where it was: refused');
             is($@->class, 'StateError', 'with a class');
-            like("$@", qr/the guest is migrated .*back it up where it runs/, 'and the reason');
+            like("$@", qr/the guest (?:was|is being) migrated .*back it up where it runs/, 'and the reason');
             write_disk($target->vm, 'after', 'disk0');
             my $next = $bitmaps || $persistent ? 'before after' : 'missing-recreated';
             is_deeply(next_backup($target, 'disk0'), { disk0 => $next }, "where it is: $next");
@@ -227,7 +227,7 @@ for my $bitmaps (0, 1) {
         my ($source, $target, $go_on) = slow_migration($bitmaps);
         my $outside = $source->outside;
         ok(!eval { $source->access->setup($source->devices('use')); 1 }, 'is refused');
-        like("$@", qr/\Aa migration of the guest is under way .*'active'/, 'and why');
+        like("$@", qr/\Aa migration of the guest is in progress .*'active'/, 'and why');
         is($@->class, 'StateError', 'with a class');
         is_deeply($source->outside, $outside, 'nothing is left');
         is($go_on->(), 'completed', 'it goes on');

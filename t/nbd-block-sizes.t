@@ -144,7 +144,7 @@ subtest 'reads of a volume' => sub {
 };
 
 subtest 'an end that no request can reach' => sub {
-    my $no_end = qr/\Adevice disk: .*has 5120 bytes.*blocks of 4096 bytes.*\n\z/;
+    my $no_end = qr/\Adevice disk: .*has 5120 bytes.*minimum block of 4096 bytes.*\n\z/;
     my @odd = (size => 5120, dirty => [[0, 5120]], block_sizes => [4096, 4096, 8192]);
     my $server = source(@odd);
     ok(!eval { open_volume($server); 1 }, 'of the source: refused');
@@ -154,7 +154,7 @@ subtest 'an end that no request can reach' => sub {
     my $volume = open_volume(my $good = source(size => 5120, dirty => [[0, 5120]]));
     my $target = target(@odd);
     ok(!eval { $volume->copy(to => $target->uri); 1 }, 'of the target: refused');
-    like($@, qr/has 5120 bytes.*about the target/, 'of the target: error');
+    like($@, qr/has 5120 bytes.*at the target/, 'of the target: error');
 
     my $larger = target(size => 8192, block_sizes => [4096, 4096, 4096], strict_blocks => 1);
     ok(eval { $volume->copy(to => $larger->uri, connections => 1); 1 }, 'a larger target')
@@ -167,7 +167,7 @@ subtest 'regions that are no whole blocks' => sub {
     my $volume = open_volume(my $server = source(dirty => [[512, 4096]]));
     my $target = target(block_sizes => [4096, 4096, 32 * $MiB]);
     ok(!eval { $volume->copy(to => $target->uri); 1 }, 'of the target: refused');
-    like($@, qr/whole blocks of 4096 bytes only, but \d+ bytes at offset 512/, 'error');
+    like($@, qr/only whole blocks of 4096 bytes, and cannot take \d+ bytes at offset 512/, 'error');
     is($@->class, 'UnsupportedError', 'class');
     is(scalar($target->requests('write')), 0, 'nothing was written');
 
@@ -205,7 +205,7 @@ subtest 'connections that differ' => sub {
         $volume = open_volume($server = source());
         my $target = target(@$changes);
         ok(!eval { $volume->copy(to => $target->uri); 1 }, "the target's size: refused");
-        like($@, qr/\d+ bytes instead of $size.*about the target/, 'error');
+        like($@, qr/\d+ bytes instead of $size.*at the target/, 'error');
     }
 };
 

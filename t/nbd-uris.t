@@ -37,8 +37,8 @@ my %sides = (
     target => sub ($uri) { open_uri($server->uri)->copy(to => $uri) },
 );
 
-my $scheme = qr/begins with '\S+:' is not taken - use nbd:/;
-my $parameter = sub ($name) { qr/the NBD URI has the parameter '\Q$name\E' - 'socket' can be/ };
+my $scheme = qr/begins with '\S+:' is not supported - use nbd:/;
+my $parameter = sub ($name) { qr/the NBD URI has the parameter '\Q$name\E', which is not supported/ };
 my %refused = (
     'nbd+ssh://localhost/disk' => $scheme,
     'nbds+ssh://localhost/disk' => $scheme,

@@ -69,7 +69,7 @@ sub resize ($backend, $phase) {
     return undef;
 }
 
-my @handed_over = (StateError => qr/the guest is migrated .*'postmigrate'/);
+my @handed_over = (StateError => qr/the guest was migrated .*'postmigrate'/);
 
 my $gone = qr/\A(?:ConnectionError|NbdError|SystemError|IncompleteError)\z/;
 

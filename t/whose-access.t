@@ -107,7 +107,7 @@ sub act ($backend, $held, $act) {
     if ($acts{$act}) {
         ok(!eval { $acts{$act}->($access); 1 }, "A's $act: refused");
         is(ref($@) && $@->class, 'StateError', "A's $act: class") or diag($@);
-        like("$@", qr/is no more in QEMU/, "A's $act: and why");
+        like("$@", qr/no longer exists in QEMU/, "A's $act: and why");
     }
     my @warnings;
     local $SIG{__WARN__} = sub ($text) { push(@warnings, $text) };
@@ -254,7 +254,7 @@ sub recover_late ($name) {
         },
         'recover: refused'
     );
-    like("$@", qr/is no more in QEMU/, 'and why');
+    like("$@", qr/no longer exists in QEMU/, 'and why');
     is(state_of($backend), $before, 'nothing of B was touched');
     ok(eval { $b_access->teardown(1); 1 }, 'B comes to its end') or diag($@);
     return;
@@ -305,7 +305,7 @@ sub mark_deleted ($backend, $a_step, $act) {
     if ($act eq 'killed' || $act eq 'lives') { $client->kill9 }
     else {
         $client->let_go_on;
-        like($client->next_word, qr/is no more in QEMU/, "A's $act: refused") if $acts{$act};
+        like($client->next_word, qr/no longer exists in QEMU/, "A's $act: refused") if $acts{$act};
         $client->let_go_on if $acts{$act};
         is($client->next_word, 'ended', 'A goes on to its end');
         $client->let_go_on;

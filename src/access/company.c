@@ -32,8 +32,8 @@ static bool check_job(PbaAccess *access, const PbaBlock *block, JsonObject *devi
     }
     g_autofree char *what = describe_job(access, job);
     pba_error_set(error, PBA_ERROR_STATE,
-                  "block job '%s'%s%s%s works on it - wait until it has ended, or end it "
-                  "(block-job-cancel; job-dismiss if it is concluded), then try again",
+                  "block job '%s'%s%s%s uses this disk - wait until the job ends, or end it "
+                  "(block-job-cancel, or job-dismiss if it is concluded), then try again",
                   job, what ? " (" : "", what ? what : "", what ? ")" : "");
     return false;
 }
@@ -46,8 +46,8 @@ static bool check_shared(const PbaAccess *access, const PbaBlock *block, JsonObj
     }
     pba_error_set(
         error, PBA_ERROR_UNSUPPORTED,
-        "others may write to it as well (share-rw), so that a backup of it is of no one "
-        "instant - leave it out (--exclude), or allow that (--allow-shared, 'allow-shared')");
+        "others may write to this disk (share-rw), so a backup of it would not be of one instant - "
+        "exclude the disk (--exclude), or allow this (--allow-shared, 'allow-shared')");
     return false;
 }
 
@@ -72,8 +72,8 @@ static bool check_passed_through(PbaAccess *access, const PbaBlock *block, JsonO
         if (type && g_strcmp0(pba_json_find_string(object, "name"), name) == 0 &&
             (strcmp(type, "child<scsi-block>") == 0 || strcmp(type, "child<scsi-generic>") == 0)) {
             pba_error_set(error, PBA_ERROR_UNSUPPORTED,
-                          "its guest device is a %.*s, which writes past QEMU's bitmaps and "
-                          "filters - leave it out, or make it a scsi-hd",
+                          "its guest device is a %.*s, whose writes bypass QEMU's bitmaps and "
+                          "filters - exclude the disk, or use scsi-hd",
                           (int)strlen(type) - (int)strlen("child<>"), type + strlen("child<"));
             return false;
         }
@@ -161,8 +161,8 @@ static bool check_outgoing(PbaAccess *access, GError **error)
 
     if (status && !g_strv_contains(over, status)) {
         pba_error_set(error, PBA_ERROR_STATE,
-                      "a migration of the guest is under way (its state is '%s'), and would fail - "
-                      "wait until it has ended, or end it (migrate_cancel), then try again",
+                      "a migration of the guest is in progress (state '%s') and would fail - wait "
+                      "until it ends, or cancel it (migrate_cancel), then try again",
                       status);
         return false;
     }
@@ -177,14 +177,13 @@ bool pba_company_check_handed_over(PbaAccess *access, GError **error)
 
     if (g_strcmp0(status, "postmigrate") == 0) {
         pba_error_set(error, PBA_ERROR_STATE,
-                      "the guest is migrated to another machine, or was saved to a file (its state "
-                      "is 'postmigrate') - back it up where it runs, or after it was resumed here "
-                      "(cont)");
+                      "the guest was migrated to another machine or saved to a file (state "
+                      "'postmigrate') - back it up where it runs, or resume it here first (cont)");
         return false;
     }
     if (status && strstr(status, "migrate")) {
         pba_error_set(error, PBA_ERROR_STATE,
-                      "the guest is migrated to or from another machine (its state is '%s') - back "
+                      "the guest is being migrated to or from another machine (state '%s') - back "
                       "it up where it runs",
                       status);
         return false;

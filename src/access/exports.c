@@ -32,12 +32,11 @@ static void add_server_hint(const PbaAccess *access, GError **error)
 {
     pid_t pid = pba_run_dir_live_server(access);
     g_autofree char *hint =
-        pid ? g_strdup_printf(
-                  "it seems to be that of process %d, whose mark was deleted from QEMU: end that "
-                  "process, then try again",
-                  (int)pid)
-            : g_strdup("QEMU has one NBD server only: end what another program does with it, or, "
-                       "if none uses it, send QEMU 'nbd-server-stop', then try again");
+        pid ? g_strdup_printf("the NBD server seems to belong to process %d, whose marker was "
+                              "deleted from QEMU: end that process, then try again",
+                              (int)pid)
+            : g_strdup("QEMU has only one NBD server: end the program that uses it, or, if no "
+                       "program does, send QEMU 'nbd-server-stop', then try again");
 
     pba_error_add_hint(error, hint);
 }
@@ -314,7 +313,8 @@ bool pba_access_export(PbaAccess *access, GError **error)
         return false;
     }
     if (access->phase != PBA_PHASE_UP && access->phase != PBA_PHASE_EXPORTING) {
-        pba_error_set(error, PBA_ERROR_STATE, "the access is half torn down - call teardown again");
+        pba_error_set(error, PBA_ERROR_STATE,
+                      "the access is partly torn down - call teardown again");
         return false;
     }
     bool done = pba_exports_add(access, error);
@@ -343,9 +343,9 @@ static bool wait_for_clients(PbaAccess *access, GError **error)
     while (pba_socket_has_clients(path)) {
         if (g_get_monotonic_time() >= until) {
             pba_error_set(error, PBA_ERROR_STATE,
-                          "a program has connected to the NBD server at '%s' and does not go on - "
-                          "QEMU before 8.2 would wait for it with the guest stopped: end it, then "
-                          "call teardown again",
+                          "a program has connected to the NBD server at '%s' and sends nothing "
+                          "more - QEMU before 8.2 would stop the guest to wait for that program: "
+                          "end it, then call teardown again",
                           access->socket);
             return false;
         }
@@ -368,7 +368,7 @@ bool pba_nbd_server_stop(PbaAccess *access, bool is_shared, GError **error)
     if (is_shared) {
         unlink(access->socket); /* theirs from now on: it is not found there any more */
         pba_log(&access->hooks, PBA_LOG_WARN,
-                "the NBD server stays up: it has got exports that are not ours");
+                "the NBD server keeps running, because another program has added exports to it");
         return true;
     }
     if (!access->backend->stop_waits(access)) {

@@ -44,7 +44,8 @@ typedef struct {
 
 static bool set_place_error(GError **error, const char *what)
 {
-    pba_error_set(error, PBA_ERROR_SYSTEM, "cannot tell where this process is: %s", what);
+    pba_error_set(error, PBA_ERROR_SYSTEM,
+                  "cannot identify the machine, boot and PID namespace of this process: %s", what);
     return false;
 }
 
@@ -246,10 +247,10 @@ bool pba_owner_is_dead(const PbaAccess *access, const char *node, uint64_t size)
 
 char *pba_owner_describe(pid_t pid)
 {
-    return pid ? g_strdup_printf("process %d, which is of another machine, boot or PID namespace, "
-                                 "or hidden,",
-                                 (int)pid)
-               : g_strdup("the process of a marker that is damaged or of a later version");
+    return pid ? g_strdup_printf(
+                     "process %d (on another machine, of another boot or PID namespace, or hidden)",
+                     (int)pid)
+               : g_strdup("the process whose marker is damaged or of a later version");
 }
 
 static bool refuse_owner(const PbaAccess *access, pid_t pid, PbaOwnerState state, GError **error)
@@ -263,11 +264,11 @@ static bool refuse_owner(const PbaAccess *access, pid_t pid, PbaOwnerState state
     }
     g_autofree char *process = pba_owner_describe(pid);
     pba_error_set(error, PBA_ERROR_STATE,
-                  "previous backup of this guest not finished: whether %s still backs it up cannot "
-                  "be known from here - if it has ended, call recover with force for its target-id",
+                  "previous backup of this guest not finished: this host cannot tell whether %s "
+                  "still runs - if it has ended, call recover with force for its target-id",
                   process);
     if (access->options.force) {
-        pba_error_add_hint(error, "it is not of the one that was given");
+        pba_error_add_hint(error, "it belongs to another target-id than the one given");
     }
     return false;
 }
@@ -310,8 +311,8 @@ bool pba_owner_find(const PbaAccess *access, JsonArray *nodes, bool *found, GErr
 void pba_owner_set_gone_error(const PbaAccess *access, GError **error)
 {
     pba_error_set(error, PBA_ERROR_STATE,
-                  "the access for target '%s' is no more in QEMU - the VM was started again, or "
-                  "another process has undone it",
+                  "the access for target '%s' no longer exists in QEMU - the VM was restarted, or "
+                  "another process has undone the access",
                   access->target_id);
 }
 

@@ -61,7 +61,7 @@ static bool resolve_disk(PbaDisk *disk, const PbaBackend *backend, const PbaBloc
     disk->root_node = g_strdup(pba_block_device_node(device));
     disk->read_only = pba_json_find_bool(pba_json_find_object(device, "inserted"), "ro");
     if (!disk->root_node) {
-        pba_error_set(error, PBA_ERROR_PROTOCOL, "query-block shows no node for it");
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "query-block shows no block node for this device");
         return false;
     }
     return pba_block_device_size(device, &disk->size, error);

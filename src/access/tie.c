@@ -41,7 +41,7 @@ bool pba_tie_fits(const PbaAccess *access, PbaDisk *disk, const PbaBlock *block)
 
     g_free(disk->reason);
     if (disk->base_disk && strcmp(disk->base_disk, disk->identity) != 0) {
-        disk->reason = g_strdup_printf("what it would go on from is of another disk: %s, not %s",
+        disk->reason = g_strdup_printf("the base backup is of another disk: %s, not %s",
                                        disk->base_disk, disk->identity);
         return false;
     }

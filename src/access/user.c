@@ -92,9 +92,9 @@ static char *confined_hint(unsigned uid)
 {
     g_autofree char *user = name_of(uid);
     return g_strdup_printf(
-        "QEMU runs as %s: that user must be able to go through the directories above run-dir and "
-        "fleecing-dir; where AppArmor confines QEMU (dmesg says DENIED), add their names as "
-        "'DIR/** rwk,' to /etc/apparmor.d/local/abstractions/libvirt-qemu and restart the guest",
+        "QEMU runs as %s: that user must be able to traverse the directories above run-dir and "
+        "fleecing-dir; if AppArmor confines QEMU (dmesg says DENIED), add both as 'DIR/** rwk,' to "
+        "/etc/apparmor.d/local/abstractions/libvirt-qemu and restart the guest",
         user);
 }
 
@@ -109,8 +109,8 @@ static char *user_hint(const PbaAccess *access)
         uid = access->options.qemu_uid;
     } else if (!find_user(pba_qmp_peer(access->qmp), &uid, &gid)) {
         return g_strdup(geteuid() == 0
-                            ? "QEMU's user must be able to use run-dir and fleecing-dir: say whose "
-                              "process QEMU is by qemu-user"
+                            ? "QEMU's user must be able to use run-dir and fleecing-dir: give that "
+                              "user as qemu-user"
                             : "QEMU's user must be able to use run-dir and fleecing-dir: back up "
                               "as that user");
     }
@@ -118,10 +118,10 @@ static char *user_hint(const PbaAccess *access)
         return NULL;
     }
     g_autofree char *user = name_of(uid);
-    return g_strdup_printf(
-        "QEMU runs as %s, and this program as %u: give a run-dir and a fleecing-dir that user can "
-        "go through%s",
-        user, (unsigned)geteuid(), geteuid() == 0 ? "" : ", and back up as that user, or as root");
+    return g_strdup_printf("QEMU runs as %s, and this program as %u: give a run-dir and a "
+                           "fleecing-dir that QEMU's user can traverse%s",
+                           user, (unsigned)geteuid(),
+                           geteuid() == 0 ? "" : ", and back up as that user, or as root");
 }
 
 void pba_user_add_hint(const PbaAccess *access, GError **error)

@@ -103,7 +103,7 @@ static bool read_header(PbaDigestFile *file, uint64_t size, uint32_t block, GErr
                       g_strerror(problem));
     } else if (memcmp(found.magic, wanted.magic, sizeof(found.magic)) != 0 ||
                !pba_digest_block_is_good(file->block)) {
-        pba_error_set(error, PBA_ERROR_CONTENT, "%s is no file of digests", file->path);
+        pba_error_set(error, PBA_ERROR_CONTENT, "%s is not a file of digests", file->path);
     } else if (memcmp(found.version, wanted.version, sizeof(found.version)) != 0 ||
                memcmp(found.algorithm, wanted.algorithm, sizeof(found.algorithm)) != 0 ||
                found.flags != wanted.flags) {
@@ -116,7 +116,7 @@ static bool read_header(PbaDigestFile *file, uint64_t size, uint32_t block, GErr
                       file->path, GUINT64_FROM_BE(found.size), file->block, size,
                       block ? block : file->block);
     } else if (fstat(file->fd, &stat) == -1 || stat.st_size != place_of(blocks_of(file))) {
-        pba_error_set(error, PBA_ERROR_CONTENT, "%s does not have the length it should have",
+        pba_error_set(error, PBA_ERROR_CONTENT, "%s has the wrong length for its volume",
                       file->path);
     } else {
         return true;

@@ -221,8 +221,8 @@ static bool tell_damage(const PbaCopyOptions *options, uint64_t offset, uint64_t
 {
     if (!options->damaged) {
         pba_error_set(error, PBA_ERROR_CONTENT,
-                      "%" PRIu64 " bytes at offset %" PRIu64 " are not what their digests say",
-                      length, offset);
+                      "%" PRIu64 " bytes at offset %" PRIu64 " do not match their digests", length,
+                      offset);
         return false;
     }
     if (!options->damaged(options->opaque, offset, length)) {
@@ -322,9 +322,8 @@ bool pba_digests_check_region(const PbaDigests *digests, uint64_t offset, uint64
     }
     pba_error_set(error, PBA_ERROR_ARGUMENT,
                   "the dirty region of %" PRIu64 " bytes at offset %" PRIu64
-                  " is not made of whole blocks of %" PRIu32
-                  " bytes, of which digests are wanted: the bitmap's granularity is the most that "
-                  "'digest-block' may be",
+                  " does not consist of whole blocks of %" PRIu32
+                  " bytes - 'digest-block' must not exceed the granularity of the bitmap",
                   length, offset, digests->block);
     return false;
 }

@@ -38,7 +38,7 @@ static bool check_size(int fd, uint64_t size, GError **error)
         return false;
     }
     if (size > G_MAXINT64) {
-        pba_error_set(error, PBA_ERROR_ARGUMENT, "no file has %" PRIu64 " bytes", size);
+        pba_error_set(error, PBA_ERROR_ARGUMENT, "a file cannot have %" PRIu64 " bytes", size);
         return false;
     }
     return true;

@@ -226,7 +226,7 @@ static bool on_ready(void *opaque, GError **error)
     if (self->ending || !ended) {
         return true;
     }
-    pba_error_set(error, PBA_ERROR_SYSTEM, "the process that writes to %s was ended",
+    pba_error_set(error, PBA_ERROR_SYSTEM, "the process that writes to %s was killed",
                   self->sink.name);
     return false;
 }
@@ -236,8 +236,9 @@ static bool send_order(FileSink *self, const Order *order, GError **error)
     if (send(self->socket, order, sizeof(*order), MSG_NOSIGNAL | MSG_DONTWAIT) == sizeof(*order)) {
         return true;
     }
-    pba_error_set(error, PBA_ERROR_SYSTEM, "the process that writes to %s takes no orders - %s",
-                  self->sink.name, g_strerror(errno));
+    pba_error_set(error, PBA_ERROR_SYSTEM,
+                  "the process that writes to %s does not accept requests - %s", self->sink.name,
+                  g_strerror(errno));
     return false;
 }
 
@@ -257,7 +258,7 @@ static bool file_flush(PbaSink *sink, GError **error)
 
 #define INCREMENT                                                                                  \
     "but the volume is an increment, which has only what changed: copy it into the image of the "  \
-    "backup before it, or say 'without-base'"
+    "previous backup, or give 'without-base'"
 
 static bool check_opened(const FileSink *self, GError **error)
 {

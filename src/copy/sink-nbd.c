@@ -112,8 +112,8 @@ static bool fill_block(const NbdSink *self, PbaPiece *piece, size_t *rest, GErro
     *rest = pba_whole_blocks(piece->length, align) - piece->length;
     if (piece->offset % align != 0 || (*rest > 0 && piece->offset + piece->length != self->size)) {
         pba_error_set(error, PBA_ERROR_UNSUPPORTED,
-                      "%s takes whole blocks of %" PRIu32 " bytes only, but %" PRIu32
-                      " bytes at offset %" PRIu64 " are to be written",
+                      "%s accepts only whole blocks of %" PRIu32 " bytes, and cannot take %" PRIu32
+                      " bytes at offset %" PRIu64,
                       self->sink.name, align, piece->length, piece->offset);
         return false;
     }
@@ -208,7 +208,7 @@ static bool connect_one(NbdSink *self, const PbaVolume *source, PbaLoop *loop, G
     PbaNbdVolume *nbd = pba_nbd_open(&options, &source->hooks, error);
 
     if (!nbd) {
-        g_autofree char *hint = g_strdup_printf("this is about the target %s", self->sink.name);
+        g_autofree char *hint = g_strdup_printf("the error is at the target %s", self->sink.name);
         pba_error_add_hint(error, hint);
         return false;
     }

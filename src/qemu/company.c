@@ -181,9 +181,10 @@ static char *describe_filter(const Company *company, const char *node)
 
     return !company->backend || g_strcmp0(top, node) == 0
                ? NULL
-               : g_strdup_printf("node '%s' of another program is between the guest and its node "
-                                 "'%s' - end what has put it there, then try again",
-                                 top, node);
+               : g_strdup_printf(
+                     "node '%s' of another program is between the guest and this disk's node '%s' "
+                     "- end the program or job that added it, then try again",
+                     top, node);
 }
 
 static char *describe_parent(const Company *company, gint64 parent, gint64 child, bool writes)
@@ -192,14 +193,15 @@ static char *describe_parent(const Company *company, gint64 parent, gint64 child
     const char *below = name_of(company, child);
 
     if (has_type(company, parent, "block-driver")) {
-        return g_strdup_printf("node '%s' of another program stands on its node '%s' - end what "
-                               "has put it there, or remove it (blockdev-del), then try again",
-                               name, below);
+        return g_strdup_printf(
+            "node '%s' of another program is on top of this disk's node '%s' - end the program "
+            "that added it, or remove it (blockdev-del), then try again",
+            name, below);
     }
     if (*name) {
         g_autofree char *id = pba_block_qdev_id(name);
-        return g_strdup_printf("guest device '%s' uses its node '%s', too, and one node of two "
-                               "devices cannot be backed up - leave both out, or unplug one",
+        return g_strdup_printf("guest device '%s' also uses this disk's node '%s', and a node with "
+                               "two devices cannot be backed up - exclude both, or unplug one",
                                id ? id : name, below);
     }
     return writes ? g_strdup_printf("another program can write to its node '%s', past the guest, "

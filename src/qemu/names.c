@@ -99,7 +99,7 @@ char *pba_nonce_new(GError **error)
     uint64_t number;
 
     if (getentropy(&number, sizeof(number)) != 0) {
-        pba_error_set(error, PBA_ERROR_SYSTEM, "the kernel gives no random numbers - %s",
+        pba_error_set(error, PBA_ERROR_SYSTEM, "cannot get random numbers from the kernel - %s",
                       g_strerror(errno));
         return NULL;
     }

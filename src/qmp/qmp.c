@@ -234,7 +234,7 @@ static JsonNode *unwrap_reply(JsonObject *reply, const char *command, const char
         reply_id = id; /* QEMU could not read the command far enough to see its id */
     }
     if (g_strcmp0(reply_id, id) != 0) {
-        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer answered another command");
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent the reply to another command");
         return NULL;
     }
     if (failure) {
@@ -309,7 +309,7 @@ static bool greet(PbaQmp *qmp, gint64 deadline, GError **error)
         return false;
     }
     if (!pba_json_find_object(greeting, "QMP")) {
-        pba_error_set(error, PBA_ERROR_PROTOCOL, "the peer at '%s' does not greet like QMP",
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the peer at '%s' did not send a QMP greeting",
                       qmp->path);
         return false;
     }

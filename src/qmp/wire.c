@@ -85,7 +85,7 @@ static bool finish_message(PbaQmpWire *wire, GError **error)
         return false;
     }
     if (!json_parser_load_from_data(wire->parser, text, length, &parse_error)) {
-        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent no JSON - %s",
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent text that is not JSON - %s",
                       parse_error->message);
         return false;
     }
@@ -119,7 +119,7 @@ static bool track_byte(PbaQmpWire *wire, char c, GError **error)
         return true;
     }
     if (!is_json(c)) {
-        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent no JSON");
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent text that is not JSON");
         return false;
     }
     if (c == '"') {

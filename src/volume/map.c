@@ -144,7 +144,7 @@ static void set_incomplete(const PbaNbdVolume *nbd, const PbaMapChunk *chunk, co
                            GError **error)
 {
     pba_error_set(error, PBA_ERROR_INCOMPLETE,
-                  "the dirty bitmap cannot be read on from offset %" PRIu64 " - %s", chunk->offset,
+                  "the dirty bitmap cannot be read from offset %" PRIu64 " on - %s", chunk->offset,
                   problem);
     pba_error_add_device(error, nbd->volume.device);
 }

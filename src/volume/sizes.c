@@ -66,15 +66,16 @@ static bool check_blocks(PbaSizes *sizes, int64_t block, int64_t request, GError
     if (!is_power_of_two((uint64_t)block) || block > PBA_MAX_BLOCK || request < MIN_REQUEST ||
         request < block) {
         pba_error_set(error, PBA_ERROR_NBD,
-                      "the NBD server says that its requests have from %" PRIi64 " to %" PRIi64
-                      " bytes, which cannot be",
+                      "the NBD server advertises request sizes from %" PRIi64 " to %" PRIi64
+                      " bytes, which is not valid",
                       block, request);
         return false;
     }
     if (sizes->size % (uint64_t)block != 0) {
         pba_error_set(error, PBA_ERROR_NBD,
-                      "the NBD export has %" PRIu64 " bytes, but its server takes whole blocks of "
-                      "%" PRIi64 " bytes only, so that the end could be neither read nor written",
+                      "the NBD export has %" PRIu64
+                      " bytes, which is not a multiple of the server's minimum block of %" PRIi64
+                      " bytes, so its end can be neither read nor written",
                       sizes->size, block);
         return false;
     }
@@ -92,7 +93,7 @@ bool pba_sizes_read(PbaSizes *sizes, struct nbd_handle *nbd, GError **error)
 
     if (size < 0 || block < 0 || request < 0) {
         const char *text = nbd_get_error();
-        pba_error_set(error, PBA_ERROR_NBD, "asking for the size failed - %s",
+        pba_error_set(error, PBA_ERROR_NBD, "cannot get the size of the NBD export - %s",
                       text ? text : "unknown NBD error");
         return false;
     }

@@ -54,11 +54,11 @@ static bool check_parameter(const char *parameter, bool is_tls, GError **error)
         (is_tls && g_strv_contains(tls_parameters, name))) {
         return true;
     }
-    pba_error_set(error, PBA_ERROR_ARGUMENT,
-                  "the NBD URI has the parameter '%s' - 'socket' can be given, and with nbds: "
-                  "'tls-certificates', 'tls-hostname', 'tls-psk-file', 'tls-username' and "
-                  "'tls-verify-peer'",
-                  name);
+    pba_error_set(
+        error, PBA_ERROR_ARGUMENT,
+        "the NBD URI has the parameter '%s', which is not supported - use 'socket', and with nbds: "
+        "'tls-certificates', 'tls-hostname', 'tls-psk-file', 'tls-username' and 'tls-verify-peer'",
+        name);
     return false;
 }
 
@@ -80,7 +80,7 @@ bool pba_uri_check(const char *uri, GError **error)
 
     if (!g_strv_contains(schemes, scheme)) {
         pba_error_set(error, PBA_ERROR_ARGUMENT,
-                      "a URI that begins with '%s:' is not taken - use nbd: or nbds: (TCP), "
+                      "a URI that begins with '%s:' is not supported - use nbd: or nbds: (TCP), "
                       "nbd+unix: or nbds+unix:, nbd+vsock: or nbds+vsock:",
                       scheme);
         return false;
@@ -97,14 +97,17 @@ static bool check_file(const char *path, GError **error)
         return true;
     }
     if (!S_ISREG(about.st_mode)) {
-        pba_error_set(error, PBA_ERROR_ARGUMENT,
-                      "'%s' is no regular file - others are not read for TLS", path);
+        pba_error_set(
+            error, PBA_ERROR_ARGUMENT,
+            "'%s' is not a regular file - keys and certificates for TLS must be regular files",
+            path);
         return false;
     }
     if (about.st_size > MAX_FILE) {
         pba_error_set(error, PBA_ERROR_ARGUMENT,
-                      "'%s' has %" PRIi64 " bytes - at most %" PRIi64 " are read for TLS", path,
-                      (int64_t)about.st_size, MAX_FILE);
+                      "'%s' has %" PRIi64
+                      " bytes - a key or certificate for TLS may have at most %" PRIi64,
+                      path, (int64_t)about.st_size, MAX_FILE);
         return false;
     }
     return true;

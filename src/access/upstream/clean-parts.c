@@ -57,7 +57,9 @@ void pba_trim_clean_parts(PbaAccess *access, const PbaDisk *disk)
         pba_nbd_discard_ranges(nbd, (PbaRange *)ranges->data, ranges->len, &error);
     }
     if (error) {
-        pba_log(&access->hooks, PBA_LOG_WARN, "the clean parts stay in the snapshot: %s",
+        pba_log(&access->hooks, PBA_LOG_WARN,
+                "the clean parts of the snapshot could not be discarded, so the fleecing image may "
+                "grow larger: %s",
                 error->message);
     }
 }

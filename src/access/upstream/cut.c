@@ -55,7 +55,7 @@ static bool look_again(PbaAccess *access, GError **error)
             (disk->bitmap_name &&
              !pba_block_find_bitmap(&now, disk->bitmap_node, disk->bitmap_name))) {
             pba_error_set(error, PBA_ERROR_STATE,
-                          "it or its bitmap was removed while the backup began - try again");
+                          "the disk or its bitmap was removed while the backup began - try again");
             pba_error_add_device(error, disk->device);
             return false;
         }

@@ -75,10 +75,10 @@ bool pba_upstream_check_iothreads(PbaAccess *access, GError **error)
             return false;
         }
         if (found) {
-            pba_error_set(error, PBA_ERROR_UNSUPPORTED,
-                          "is in an iothread, and QEMU before 10.0 aborts when a reader of such a "
-                          "disk leaves - use QEMU 10.0 or later, or take the disk out of the "
-                          "iothread");
+            pba_error_set(
+                error, PBA_ERROR_UNSUPPORTED,
+                "is in an iothread, and QEMU before 10.0 aborts when an NBD client of such a disk "
+                "disconnects - use QEMU 10.0 or later, or take the disk out of the iothread");
             pba_error_add_device(error, disk->device);
             return false;
         }

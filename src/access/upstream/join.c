@@ -88,10 +88,10 @@ static bool drop_bitmap(const Join *join, const PbaDisk *disk, const char *name,
         return false;
     }
     if (pba_block_find_bitmap(join->block, disk->bitmap_node, name)) {
-        pba_log(&access->hooks, PBA_LOG_WARN,
-                "device %s: bitmap '%s' is removed, since it may lack bits: the next backup is a "
-                "full one",
-                disk->device, name);
+        pba_log(
+            &access->hooks, PBA_LOG_WARN,
+            "device %s: bitmap '%s' may lack bits and is removed: the next backup is a full one",
+            disk->device, name);
     }
     return true;
 }
@@ -363,7 +363,7 @@ static void finish(const Join *join)
         return;
     }
     pba_log(&join->access->hooks, PBA_LOG_WARN,
-            "the backup is a success, but its bitmaps could not be begun anew: %s",
+            "the backup succeeded, but its bitmaps could not be cleared: %s",
             error->message); // NOLINT(clang-analyzer-core.NullDereference): set by what failed
     if (!pba_error_is_fatal(error)) {
         step_each(join, add_finish, NULL);
@@ -400,8 +400,8 @@ static void end_as_failure(const Join *join, GError **error)
     GError *step = NULL;
 
     pba_log(&join->access->hooks, PBA_LOG_WARN,
-            "the bitmaps are joined as after a failed backup, since it could not be committed as a "
-            "success: %s",
+            "the bitmaps are merged as after a failed backup, because the success could not be "
+            "committed: %s",
             (*error)->message);
     if (join_as_failure(join, &step)) {
         pba_error_add_hint(error, "the bitmaps are as after a failed backup");

@@ -152,8 +152,8 @@ static bool is_in_use(PbaAccess *access, const PbaBlock *block, const PbaDisk *d
 
     if (user) {
         pba_log(&access->hooks, PBA_LOG_WARN,
-                "device %s: node '%s' stays where it is, since %s uses it - the next backup, or "
-                "recover, removes it when that has ended",
+                "device %s: node '%s' cannot be removed, because %s uses it - the next backup, or "
+                "recover, removes the node when its user has ended",
                 disk->device, pba_upstream_disk(disk)->raw, user);
     }
     return user != NULL;
@@ -216,7 +216,8 @@ bool pba_upstream_teardown(PbaAccess *access, PbaBlock *block, bool success, GEr
     }
     if (success && first && !pba_error_is_fatal(first)) {
         pba_log(&access->hooks, PBA_LOG_WARN,
-                "the bitmaps are joined as after a failed backup, since not all could be undone");
+                "the bitmaps are merged as after a failed backup, because teardown could not undo "
+                "everything");
     }
     /* The bitmaps after the graph: until then the guest's writes are in the background ones,
      * whatever becomes of the nodes. */
