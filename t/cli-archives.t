@@ -216,7 +216,7 @@ subtest 'restore to a block device' => sub {
     my $used = open_exclusively($device);
     my $run = run_of(@restore, 'raw');
     is($run->[0], 1, 'in use: exit status');
-    like($run->[2], qr/\Q$device\E cannot be written to: .* - it is mounted, or another/, 'why');
+    like($run->[2], qr/cannot write to \Q$device\E: .* - it is mounted, or another/, 'why');
     is(content($file), "\0" x -s $file, 'in use: it is untouched');
     close($used);
     is(run_of(@restore, 'raw')->[0], 0, 'free: exit status');

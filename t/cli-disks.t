@@ -90,14 +90,15 @@ my @left_out = (
                 "a $type",
                 [disk('lun', '/machine/peripheral/lun-dev')],
                 { 'lun-dev' => $type },
-                "lun is left out: it passes SCSI commands on, past QEMU's dirty bitmaps"
+                "lun is left out: it passes SCSI commands through, so QEMU's dirty bitmaps do not"
+                    . ' record its writes'
             ]
     } qw(scsi-block scsi-generic)),
     [
         'one that another process serves',
         [],
         { ssd => 'vhost-user-blk-pci' },
-        'ssd is left out: it is served by another process, past QEMU'
+        'ssd is left out: another process serves it, and QEMU does not see its data'
     ],
 );
 for my $case (@left_out) {
@@ -144,12 +145,12 @@ subtest 'fleecing' => sub {
 subtest '--exclude' => sub {
     for my $name (qw(drive-scsi0 scsi0)) {
         is_deeply(chosen(\@good, \%types, exclude => [$name]),
-            [['drive-virtio1'], ['drive-scsi0 is left out: so says --exclude']], $name);
+            [['drive-virtio1'], ['drive-scsi0 is left out: --exclude names it']], $name);
     }
     is_deeply(chosen(\@good, \%types, exclude => [@names])->[0], [], 'all of them');
     is(
         chosen(\@good, \%types, exclude => ['drive-scsi1']),
-        "the guest has no disk 'drive-scsi1' that could be left out - it has: drive-scsi0, drive-virtio1\n",
+        "--exclude: the guest has no disk 'drive-scsi1' - it has drive-scsi0, drive-virtio1\n",
         'one that is not there'
     );
 };

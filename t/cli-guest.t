@@ -19,7 +19,7 @@ sub check_without_bitmaps ($test) {
     my $status = succeeds('status', 'status', $test->{guest}->@*);
     like(
         $status->{out},
-        qr/\Abackend: $test->{backend}{name}\nno backup is going on\nno bitmaps/,
+        qr/\Abackend: $test->{backend}{name}\nno backup is running\nno bitmaps/,
         'status: nothing yet'
     );
     fails('map without a bitmap', 'has no bitmap yet', 'map', 'drive-scsi0', $test->{guest}->@*);
@@ -133,7 +133,7 @@ sub check_recover ($test) {
 
     my $left = run_command('status', $test->{guest}->@*)->{out};
     like($left, qr/process $access->{pid}, which is dead/, 'status: of one that was killed');
-    like($left, qr/^left over of a process that is gone/m, 'and what it left');
+    like($left, qr/^left behind by a killed process/m, 'and what it left');
     my @recover = ('recover', $test->{guest}->@*, '--target-id', $access->{'target-id'});
     like(succeeds('recover', @recover)->{out}, qr/\w/, 'recover: says what it undoes');
     is_deeply($json->decode(succeeds('recover', @recover, '--json')->{out}), [], 'once');

@@ -60,8 +60,8 @@ my @answers = (
     ['not an array', { return => { device => 'disk0' } }, qr/is not an array of objects/],
     ['an array of numbers', { return => [1] }, qr/is not an array of objects/],
     ['a medium that is none', { return => [{ inserted => 1 }] }, qr/is not an array of objects/],
-    ['nothing', { return => [] }, qr/no disk that could be backed up/],
-    ['disks without a name', { return => [{}, { inserted => {} }] }, qr/no disk that could be/],
+    ['nothing', { return => [] }, qr/no disk that can be backed up/],
+    ['disks without a name', { return => [{}, { inserted => {} }] }, qr/no disk that can be/],
     [
         'format directives',
         { error => { class => 'GenericError', desc => '%s%n%1000000000d' } },

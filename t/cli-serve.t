@@ -177,7 +177,7 @@ subtest 'what is refused' => sub {
     my %refused = (
         'no such device' => ['serve', $chain->path_of($last), '--device', 'none'],
         'is not a directory' => ['mount', $chain->path_of($last), "$tmp/none"],
-        'is not a directory - make' => ['serve', $chain->path_of($last), '--socket-dir', '/none'],
+        'is not a directory - create' => ['serve', $chain->path_of($last), '--socket-dir', '/none'],
         'too long for a socket' => ['serve', $chain->path_of($last), '--socket-dir', $long],
     );
     for my $text (sort keys %refused) {

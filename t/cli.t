@@ -70,7 +70,7 @@ sub check_one_device ($test, $archive) {
 }
 
 sub check_refusals ($test, $archive) {
-    fails('restore over files', 'exists already', 'restore', $archive, "$test->{dir}/out/full");
+    fails('restore over files', 'already exists', 'restore', $archive, "$test->{dir}/out/full");
     fails('restore of two to a file', 'several devices', 'restore', $archive, "$test->{dir}/new");
     fails('restore to no directory', 'not a directory', 'restore', $archive, "$test->{dir}/new/");
     fails('restore of no device',

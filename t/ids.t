@@ -198,7 +198,7 @@ sub check_identity ($backend, $form) {
 
     dies_like(
         sub { backup($backend, [{ $open->[0]->%{qw(device bitmap-mode)}, identity => $own }]) },
-        qr/'identity' goes with 'base'/,
+        qr/'identity' needs 'base'/,
         'an identity of no backup'
     );
     check_other_name($backend, $open, $own) if $backend->name eq 'upstream';

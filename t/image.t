@@ -191,12 +191,12 @@ subtest 'bad input' => sub {
     refused('a FIFO', 1, qr/neither a file nor/, '--image', "$dir/fifo.raw", @x);
     refused('no qcow2', 1, qr/not in qcow2 format/, '--image', "$dir/broken.qcow2", @x);
     refused('no format', 2, qr/give --image-format/, '--image', "$dir/broken", @x);
-    refused('a format', 2, qr/wants qcow2 or raw, not 'vmdk'/, @guest, qw(--image-format vmdk));
-    refused('twice', 1, qr/disk 'disk' is there twice/, @guest, '--image', $file{disk});
-    refused('no guest', 2, qr/it needs --vmid or --guest/, @images);
-    refused('a UUID', 2, qr/--uuid wants a UUID/, @guest, qw(--uuid 1));
+    refused('a format', 2, qr/must be qcow2 or raw, not 'vmdk'/, @guest, qw(--image-format vmdk));
+    refused('twice', 1, qr/disk 'disk' is given twice/, @guest, '--image', $file{disk});
+    refused('no guest', 2, qr/--vmid or --guest is missing/, @images);
+    refused('a UUID', 2, qr/--uuid must be a UUID/, @guest, qw(--uuid 1));
     refused('two kinds', 2, qr/--qmp and --image exclude each other/, @guest, qw(--qmp /x));
-    refused('no images', 2, qr/--image-format goes with --image/, qw(--qmp /x --image-format raw));
+    refused('no images', 2, qr/--image-format needs --image/, qw(--qmp /x --image-format raw));
 };
 
 done_testing;

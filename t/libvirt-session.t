@@ -59,7 +59,7 @@ sub run_tests () {
     like($run->{err}, qr/^\Q$_\E: storing, incremental/m, "an increment of $_")
         for sort values %device;
     is($libvirt->must('dumpxml', 'web1'), $xml, q(libvirt's view of the domain is unchanged));
-    like(run_command('status', @guest)->{out}, qr/^no backup is going on$/m, 'status');
+    like(run_command('status', @guest)->{out}, qr/^no backup is running$/m, 'status');
     $libvirt->must('destroy', 'web1');
     back_up('off', '--target-id', 'default');
     done_testing;

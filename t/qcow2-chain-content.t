@@ -175,7 +175,7 @@ subtest 'a chain that is long enough' => sub {
     is($chain->modes->{$device}, 'new', 'is a full one');
     like(
         $chain->log,
-        qr/full backup - a chain of 3 archives is long enough/,
+        qr/full backup - its chain has 3 archives, which is the limit/,
         'and the log says why'
     );
     ok($chain->backup, 'one more');

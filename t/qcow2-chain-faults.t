@@ -159,8 +159,8 @@ my %damage = (
             local $/ = undef;
             overwrite($file, <$fh> =~ s/"id" : "\K\w+/0123456789abcdef/r);
         },
-        qr/is another one than it was/,
-        qr/is another one than it was/,
+        qr/is not the archive that it was/,
+        qr/is not the archive that it was/,
     ],
     'the configuration is damaged' =>
         [sub { overwrite(of(3, 'guest.conf'), "name: y\n") }, undef, qr/guest\.conf has 8 bytes/],
@@ -211,7 +211,7 @@ subtest 'a disk of another size' => sub {
     my $size = $disk->size;
     local $disk->{size} = $size + 65536;
     is($base->next_modes->{'drive-scsi0'}, 'new', 'the next one is full');
-    like($base->log, qr/warn: drive-scsi0: full backup - its size was $size/, 'the log says why');
+    like($base->log, qr/warn: drive-scsi0: full backup - its size changed from $size/, 'the log says why');
 };
 
 # ---- killed while an archive is removed ----

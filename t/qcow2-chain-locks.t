@@ -85,7 +85,8 @@ for my $kind (sort keys %waits) {
             if (grep { $_ eq $action } $waits{$kind}->@*) {
                 isa_ok($error, 'PVE::BackupAccess::Error', "$action: it dies");
                 is($error->{class}, 'StateError', "$action: the class");
-                like($error, qr/ - try again when it has ended, or wait for it$/m, "$action: why");
+                like($error, qr/ - try again when that has ended, or wait for it \(--wait\)$/m,
+                    "$action: why");
                 is_deeply([$base->names], \@names, "$action: nothing is changed");
             }
             else {

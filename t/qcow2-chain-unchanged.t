@@ -107,7 +107,7 @@ subtest 'where all is stored' => sub {
     is(parent_of($chain, backup($chain)), $full, 'the first on top of it is none');
     lose_bitmap($chain);
     is(parent_of($chain, backup($chain)), undef, 'the end of a chain');
-    like($chain->log, qr/nothing to compare with - a chain of 2 archives/, 'says why');
+    like($chain->log, qr/nothing to compare with - its chain has 2 archives/, 'says why');
 };
 
 subtest 'a base that rots' => sub {

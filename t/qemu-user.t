@@ -98,7 +98,7 @@ subtest 'root, and a QEMU of a user that has no name' => sub {
     fails_and_says(
         $backend,
         'by a code ref',
-        qr/say whose process QEMU is by qemu-user$/m, %options
+        qr/give that user as qemu-user$/m, %options
     );
     fails_and_says(
         $backend, 'another user', qr/QEMU runs as user '\?' \(\d+\): that user must/,

@@ -276,7 +276,7 @@ sub others_before_it_ends ($backend, $pid) {
         $backend->next_dirty(log => sub { });
     };
     is($next, undef, 'the next setup while A lives: refused');
-    like("$@", qr/already running.*process $pid, whose mark was deleted/, 'and why') if !$next;
+    like("$@", qr/already running.*process $pid, whose marker was deleted/, 'and why') if !$next;
     return;
 }
 

@@ -52,7 +52,7 @@ my %qmp_options = (
     timeout => \&check_positive,
 );
 
-# Where files are made that QEMU opens, and who that is.
+# Where files are created that QEMU opens, and the user that QEMU runs as.
 my %place_options = map { $_ => \&check_filled_text }
     qw(run-dir fleecing-dir qemu-user qemu-group qemu-run-dir qemu-fleecing-dir);
 
@@ -100,20 +100,20 @@ my sub identity ($qmp) {
 # The number of a user or group that is given by name or number; $find looks a name up.
 my sub number_of ($option, $name, $find) {
     return $name if $name =~ m/\A(?:0|[1-9][0-9]{0,8})\z/;
-    return $find->($name) // bad_argument("$option '$name': this machine knows no such name");
+    return $find->($name) // bad_argument("$option '$name': there is no such name on this machine");
 }
 
 # { qemu-uid, qemu-gid } of QEMU's user, if that is told. Without a group it is the user's own.
 my sub qemu_user ($options) {
     my ($user, $group) = $options->@{qw(qemu-user qemu-group)};
-    bad_argument('qemu-group goes with qemu-user') if defined($group) && !defined($user);
+    bad_argument('qemu-group needs qemu-user') if defined($group) && !defined($user);
     return if !defined($user);
     my $uid = number_of('qemu-user', $user, sub ($name) { return scalar(getpwnam($name)) });
     my $gid
         = defined($group)
         ? number_of('qemu-group', $group, sub ($name) { return scalar(getgrnam($name)) })
         : (getpwuid($uid))[3];
-    bad_argument("qemu-user '$user': this machine does not know its group - give qemu-group, too")
+    bad_argument("qemu-user '$user': its group is not known on this machine - also give qemu-group")
         if !defined($gid);
     return ('qemu-uid' => $uid, 'qemu-gid' => $gid);
 }
@@ -202,7 +202,7 @@ my %hooks = (
 
 sub setup ($self, $devices, @hooks) {
     my $hooks = check_options('setup', \@hooks, \%hooks);
-    bad_argument('freeze and thaw go together') if !$hooks->{freeze} != !$hooks->{thaw};
+    bad_argument('freeze and thaw must be given together') if !$hooks->{freeze} != !$hooks->{thaw};
     bad_argument('setup takes an array ref of devices')
         if ref($devices) ne 'ARRAY';
     for my $device ($devices->@*) {
@@ -211,7 +211,7 @@ sub setup ($self, $devices, @hooks) {
             if !defined($device->{device});
         bad_argument("device $device->{device}: an audit needs 'base'", device => $device->{device})
             if $device->{audit} && !exists($device->{base});
-        bad_argument("device $device->{device}: 'identity' goes with 'base'",
+        bad_argument("device $device->{device}: 'identity' needs 'base'",
             device => $device->{device})
             if defined($device->{identity}) && !exists($device->{base});
     }
@@ -345,7 +345,7 @@ sub _dirty_bytes ($self, $device) {
 sub teardown ($self, $success, $id = undef) {
     check_text('the id', $id) if defined($id);
 
-    # Whoever reads on is to get an error at once.
+    # A program that still reads gets an error at once.
     close($_) for grep { defined } (delete($handles{$self}) // [])->@*;
     return $self->_teardown($success ? 1 : 0, $id);
 }

@@ -172,7 +172,7 @@ my sub handle_signals () {
     }
 }
 
-# So that whoever started the command sees what ended it.
+# So that the parent process sees which signal ended the command.
 my sub die_of_signal () {
     $SIG{$signal} = 'DEFAULT';
     kill($signal => $$);
@@ -212,15 +212,15 @@ my sub check ($spec, $options, @arguments) {
         join(' or ', map { "--$_" } split(m/[|]/))
         }
         grep { !is_given($options, $_) } ($spec->{needs} // [])->@*;
-    usage_error('it needs ' . join(' and ', @missing)) if @missing;
+    usage_error('missing option: ' . join(' and ', @missing)) if @missing;
     for my $option (sort keys $options->%*) {
         my $value = $options->{$option};
         usage_error("--$option must not be empty")
             if grep { $_ eq '' } ref($value) ? $value->@* : $value;
     }
-    usage_error("--vmid wants a number from 1 on, not '$options->{vmid}'")
+    usage_error("--vmid must be a number from 1 on, not '$options->{vmid}'")
         if ($options->{vmid} // 1) !~ m/\A[1-9][0-9]{0,8}\z/;
-    usage_error("--wait wants a number of seconds, not '$options->{wait}'")
+    usage_error("--wait must be a number of seconds, not '$options->{wait}'")
         if ($options->{wait} // 0) !~ m/\A[0-9]{1,9}\z/;
 }
 

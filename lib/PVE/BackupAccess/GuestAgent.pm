@@ -44,8 +44,8 @@ sub new ($class, @options) {
     );
 }
 
-# Is sent when the agent has said that it is there: who has given up waiting must not have a guest
-# frozen later.
+# Sent only after the agent has answered a ping: if the caller has stopped waiting, the guest must
+# not be frozen later.
 sub freeze ($self) {
     $self->{sent} = 0;
     my $session = $self->_begin_if_there('guest-fsfreeze-freeze');
@@ -73,7 +73,7 @@ sub _is_frozen ($self, $error) {
     return 0 if $status eq 'thawed';
     PVE::BackupAccess::Error->throw(
         $error->class,
-        "$error" =~ s/\s+\z//r . ' - it was sent, and the guest may be frozen',
+        "$error" =~ s/\s+\z//r . ' - the command was sent, and the guest may be frozen',
         command => $error->command
     );
 }
@@ -98,10 +98,12 @@ sub hooks ($self) {
     return (
         freeze => sub {
             $self->_try('freeze',
-                'could not freeze the guest, its disks will be as after a power failure');
+                'could not freeze the guest, so its disks will be as after a power failure');
         },
         thaw => sub {
-            $self->_try('thaw', 'could not thaw the guest, it may be frozen') if $self->{sent};
+            $self->_try('thaw',
+                'could not thaw the guest, which may still be frozen - thaw it by guest-fsfreeze-thaw'
+            ) if $self->{sent};
         },
     );
 }
@@ -134,7 +136,7 @@ sub _begin_if_there ($self, $command) {
     my $session = $self->_begin($command);
     my $limit = min($silence_limit, $self->{timeout});
     $session->@{qw(deadline seconds)} = (now() + $limit, $limit);
-    $session->{before} = ' (nothing was sent but a question whether the agent is there)';
+    $session->{before} = ' (only a ping was sent)';
     $self->_synchronize($session);
     $session->@{qw(deadline seconds)} = (now() + $self->{timeout}, $self->{timeout});
     delete($session->{before});
@@ -243,7 +245,7 @@ sub _read_reply ($self, $session) {
     my $line = substr($session->{buffer}, 0, $end + 1, '');
     my $reply;
     attempt_any { $reply = JSON::PP->new->utf8->decode($line) };
-    $self->_fail($session, 'ProtocolError', 'had an answer that is no JSON object')
+    $self->_fail($session, 'ProtocolError', 'had an answer that is not a JSON object')
         if ref($reply) ne 'HASH';
     return $reply;
 }

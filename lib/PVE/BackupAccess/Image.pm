@@ -61,8 +61,8 @@ my sub check_unused ($file) {
         return;
     }
     fail(
-        "$file is open for writing in another process, as that of a guest that runs - end it, or back"
-            . ' the guest up as one that runs')
+        "$file is open for writing in another process, such as a running QEMU - end that process, or"
+            . ' back up the running guest')
         if $!{EAGAIN};
     return;
 }
@@ -150,7 +150,7 @@ my sub wait_until_up ($self) {
     my $deadline = Time::HiRes::time() + $seconds_to_start;
     until (IO::Socket::UNIX->new(Peer => $self->{socket})) {
         fail('cannot open the images - ' . log_line($self)) if has_ended($self);
-        fail("$qemu_storage_daemon is not there after $seconds_to_start seconds")
+        fail("$qemu_storage_daemon did not start within $seconds_to_start seconds")
             if Time::HiRes::time() > $deadline;
         Time::HiRes::sleep($seconds_between_looks);
     }
@@ -163,7 +163,7 @@ sub start ($class, @options) {
     my %seen;
     for my $disk (@disks) {
         defined($disk->{$_}) or bad_argument("a disk of disks lacks '$_'") for sort keys %disk_keys;
-        bad_argument("disk '$disk->{device}' is there twice") if $seen{ $disk->{device} }++;
+        bad_argument("disk '$disk->{device}' is given twice") if $seen{ $disk->{device} }++;
         check_unused($disk->{file});
     }
     my $self = bless({ timeout => 60, $given->%*, disks => \@disks, owner => $$ }, $class);

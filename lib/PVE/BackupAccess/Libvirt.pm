@@ -28,7 +28,7 @@ my sub find ($domain, @options) {
     my $options = check_options('qmp', \@options, \%options);
     my $shell = $Shell->new($options->{connect}, $options->{timeout} // $default_timeout);
     my ($uuid) = $shell->run('domuuid', '--domain', $domain) =~ m/\A\s*([0-9a-f-]{36})\s*\z/
-        or $Error->throw('ProtocolError', "virsh gave no UUID of domain '$domain'");
+        or $Error->throw('ProtocolError', "virsh returned no UUID for domain '$domain'");
     return { shell => $shell, uuid => $uuid, name => $domain };
 }
 
@@ -38,9 +38,9 @@ my sub parse_reply ($command, $text) {
     die(($text =~ s/^error:\s*//mgr) =~ s/\s*\n\s*/ - /gr =~ s/ - \z//r . "\n") if !defined($line);
     my $reply;
     my $error = attempt { $reply = JSON::PP->new->utf8->decode($line) };
-    die "virsh gave no reply of QEMU's to '$command'\n" if ref($reply) ne 'HASH';
+    die "virsh returned no reply from QEMU to '$command'\n" if ref($reply) ne 'HASH';
     die(($reply->{error}{desc} // 'error without a description') . "\n") if $reply->{error};
-    die "virsh gave no reply of QEMU's to '$command'\n" if !exists($reply->{return});
+    die "virsh returned no reply from QEMU to '$command'\n" if !exists($reply->{return});
     return $reply->{return};
 }
 

@@ -29,11 +29,11 @@ sub periods () {
 sub check_keep ($keep) {
     my %known = map { $_ => 1 } periods();
     for my $name (sort keys $keep->%*) {
-        bad_argument("there is no rule '$name' for what is kept") if !$known{$name};
+        bad_argument("unknown retention rule '$name'") if !$known{$name};
         bad_argument("$name must be a whole number from 0 on, not '$keep->{$name}'")
             if ($keep->{$name} // '') !~ m/\A[0-9]{1,9}\z/;
     }
-    bad_argument('what is kept must be said, and be something: ' . join(', ', periods()))
+    bad_argument('the retention rules keep nothing - set at least one of ' . join(', ', periods()))
         if !grep { $_ } values $keep->%*;
     return;
 }

@@ -1,8 +1,8 @@
 package PVE::BackupAccess::Try;
 
-# Trying something that may fail, without taking a signal for a failure. This is the one place for
-# it: a bare eval catches what a signal handler dies with as well, and the work goes on as if nobody
-# had wanted to stop it. "./run check evals" finds those.
+# Tries code that may fail, without mistaking a signal for a failure. Only this module may do that:
+# a bare eval also catches the exception of a signal handler, and the work continues as if no signal
+# had come. "./run check evals" finds bare evals.
 
 use v5.36;
 
@@ -23,9 +23,9 @@ sub rethrow ($exception) {
     die $exception;
 }
 
-# What the code refs die with, each of which is run whatever becomes of those before, as
-# [exception, whether it is a signal handler's]. Each is told whether one before it died. This is for
-# those who see to it that no exception is lost.
+# Calls each code ref, even if an earlier one died, and passes it whether one did. Returns the
+# exceptions, each as [exception, whether a signal handler threw it]. The caller must not lose any
+# of them.
 sub deaths_of (@code) {
     return PVE::BackupAccess::_run_all(0, @code)->@*;
 }

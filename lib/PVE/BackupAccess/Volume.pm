@@ -24,7 +24,7 @@ my %volume_keys = (
     'bitmap-name' => \&check_filled_text,
 );
 
-# -1 if it is none, or not open.
+# -1 if it is not a handle, or not open.
 my sub fd_of ($handle) {
     my $fd;
     attempt_any { $fd = fileno($handle) };
@@ -197,7 +197,7 @@ my sub target ($to) {
     return (write => $to) if ref($to) eq 'CODE';
     if (ref($to) || ref(\$to) eq 'GLOB') {
         my $fd = fd_of($to);
-        bad_argument('to must be an open file, not this handle') if $fd < 0;
+        bad_argument('to must be a handle that is open, or a path, a URI or a code ref') if $fd < 0;
         attempt_any { $to->flush };    # what Perl still holds goes before
         return (fd => $fd);
     }
@@ -214,10 +214,10 @@ my sub digest_options ($options, $is_increment) {
     my ($digests, $expected, $unchanged) = $options->@{qw(digests expected unchanged)};
     bad_argument('unchanged and expected exclude each other')
         if defined($expected) && defined($unchanged);
-    bad_argument('digest-block is of no use without digests')
+    bad_argument('digest-block needs digests')
         if $options->{'digest-block'} && !defined($digests);
     for my $name ('damaged', 'only-known') {
-        bad_argument("$name is of no use without expected")
+        bad_argument("$name needs expected")
             if $options->{$name} && !defined($expected);
     }
     return (

@@ -11,7 +11,7 @@ use PVE::BackupAccess;
 
 our @EXPORT_OK = qw(access_options bitmap_of is_tied status_of text);
 
-# Where fleecing images go that nobody gave a place.
+# The default directory of fleecing images.
 my $fleecing_dir = '/var/tmp';
 
 # Names in QEMU are text; arguments are bytes.
@@ -20,7 +20,7 @@ sub text ($bytes) {
     return $bytes;
 }
 
-# Options of PVE::BackupAccess->new, but for the target.
+# The options of PVE::BackupAccess->new, except the target.
 sub access_options ($opt) {
     my %options = (qmp => $opt->{qmp});
     $options{'fleecing-dir'}
@@ -47,13 +47,14 @@ sub bitmap_of ($opt, $device) {
     my %has_tied = map { $_->{'target-id'} => 1 } grep { is_tied($_) } @found;
     @found = grep { is_tied($_) || !$has_tied{ $_->{'target-id'} } } @found;
     my $for = defined($target) ? "of target '$target' " : '';
-    die "device $device: has no bitmap ${for}yet - a backup makes one; see what there is with"
-        . " 'pve-backup-access status'\n"
+    die "device $device: has no bitmap ${for}yet - a backup creates one; 'pve-backup-access status'"
+        . " shows the bitmaps there are\n"
         if !@found;
     die "device $device: has bitmaps of several targets - choose one with --target-id: "
         . join(', ', sort map { $_->{'target-id'} } @found) . "\n"
         if @found > 1;
-    die "device $device: the bitmap of target '$found[0]{'target-id'}' cannot be used any more -"
+    die
+        "device $device: the bitmap of target '$found[0]{'target-id'}' is inconsistent and cannot be used -"
         . " the next backup is a full one\n"
         if $found[0]{inconsistent};
     return $found[0];

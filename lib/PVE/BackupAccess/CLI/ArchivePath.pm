@@ -70,8 +70,9 @@ sub find_archive ($opt, $path) {
 # The same, or it dies.
 sub archive_at ($opt, $path) {
     my ($directory, $volname) = find_archive($opt, $path)
-        or die "$path is not an archive - it is called like DIRECTORY/vm/100/20261122T064953Z,"
-        . " or DIRECTORY/100 for the latest one of guest 100\n";
+        or die "$path is not an archive - give DIRECTORY/vm/100/20261122T064953Z, or DIRECTORY/100"
+        . " for the latest archive of guest 100
+";
     return ($directory, $volname);
 }
 

@@ -85,7 +85,7 @@ my sub archives_of ($opt, $path) {
 my sub verdict ($result) {
     return 'DAMAGED' if $result->{problems}->@*;
     return 'ok' if !$result->{unproven}->@*;
-    return 'ok as far as is known, but not provable: it has no digests of what was read of '
+    return 'no damage found, but not provable: there are no digests of what was read from '
         . join(', ', $result->{unproven}->@*);
 }
 
@@ -106,7 +106,8 @@ sub verify ($opt, @paths) {
     my (@results, %seen);
     for my $given (@paths) {
         my @archives = archives_of($opt, $given)
-            or die "there are no archives in $given - is it mounted, and the right directory?\n";
+            or die
+            "there are no archives in $given - check that the directory is right and mounted\n";
         for my $archive (@archives) {
             my ($provider, $volname, $path) = $archive->@*;
             my $result = verify_one($provider, $volname, $path, \%seen);
@@ -127,13 +128,14 @@ my sub rules ($opt) {
     usage_error('--keep and --keep-last are the same: give one')
         if defined($opt->{keep}) && defined($keep{'keep-last'});
     for my $name (sort keys %keep) {
-        usage_error("--$name wants a whole number, not '$keep{$name}'")
+        usage_error("--$name must be a whole number, not '$keep{$name}'")
             if $keep{$name} !~ m/\A[0-9]{1,9}\z/;
     }
-    usage_error("--keep wants a number from 1 on, not '$opt->{keep}'")
+    usage_error("--keep must be a number from 1 on, not '$opt->{keep}'")
         if ($opt->{keep} // 1) !~ m/\A[1-9][0-9]{0,8}\z/;
     $keep{'keep-last'} = $opt->{keep} if defined($opt->{keep});
-    usage_error('it needs something to keep: ' . join(', ', map { "--$_" } periods()))
+    usage_error(
+        'the rules keep nothing - give at least one of ' . join(', ', map { "--$_" } periods()))
         if !grep { $_ > 0 } values %keep;
     return \%keep;
 }

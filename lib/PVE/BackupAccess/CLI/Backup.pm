@@ -37,8 +37,8 @@ my sub vmid_of ($opt) {
     return $1
         if !ref($opt->{qmp})
         && File::Basename::basename($opt->{qmp}) =~ m/\A([1-9][0-9]{2,8})[.]qmp\z/;
-    usage_error('it needs --vmid or --guest, the number or name by which the archives of this guest'
-            . ' are known');
+    usage_error(
+        '--vmid or --guest is missing: the number or name that the archives of this guest have');
 }
 
 # What tells this directory from every other one, also from one that is mounted in its place. Of first
@@ -85,21 +85,21 @@ my sub target_of ($opt, $directory, $vmid) {
 my sub limit_of ($opt) {
     my $text = $opt->{'bandwidth-limit'} // return undef;
     return parse_bytes($text)
-        || usage_error("--bandwidth-limit wants bytes per second, such as 50M, not '$text'");
+        || usage_error("--bandwidth-limit must be bytes per second, such as 50M, not '$text'");
 }
 
 my sub audit_of ($opt) {
     my $every = $opt->{'audit-every'};
     usage_error('--audit and --audit-every exclude --full, which compares nothing')
         if $opt->{full} && ($opt->{audit} || defined($every));
-    usage_error("--audit-every wants a number, such as 30, not '$every'")
+    usage_error("--audit-every must be a number, such as 30, not '$every'")
         if defined($every) && $every !~ m/\A[1-9][0-9]{0,5}\z/;
     return $opt->{audit} ? 1 : $every // 0;
 }
 
 my sub jobs_of ($opt) {
     my $jobs = $opt->{jobs} // 2;
-    usage_error("--jobs wants a number from 1 to 16, not '$jobs'")
+    usage_error("--jobs must be a number from 1 to 16, not '$jobs'")
         if $jobs !~ m/\A[1-9][0-9]?\z/ || $jobs > 16;
     return $jobs;
 }
@@ -125,11 +125,11 @@ my sub devices_of ($opt) {
     my ($named, $excluded) = map {
         [map { text($_) } ($_ // [])->@*]
     } $opt->@{qw(device exclude)};
-    usage_error('--exclude is for a backup of all disks, without --device')
+    usage_error('--exclude and --device exclude each other')
         if $named->@* && $excluded->@*;
     return ($named, []) if $named->@*;
     my ($devices, $left_out) = choose_disks($opt->{qmp}, $excluded->@*);
-    die join('; ', 'the guest has no disk that could be backed up', $left_out->@*) . "\n"
+    die join('; ', 'the guest has no disk that can be backed up', $left_out->@*) . "\n"
         if !$devices->@*;
     return ($devices, $left_out);
 }
@@ -156,7 +156,8 @@ my sub plan ($opt, $directory) {
     };
 }
 
-# Log lines go to the progress. The error that the task ends with is said once, by whoever gets it.
+# Log lines go to the progress. The error that ends the task is not logged here: the caller reports
+# it.
 my sub logger ($progress) {
     return sub ($level, $message) {
         return if $level eq 'debug' || $level eq 'err';

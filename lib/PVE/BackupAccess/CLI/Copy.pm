@@ -23,7 +23,7 @@ my %numbers = map { $_ => 1 } qw(bandwidth-limit request-size cluster-size diges
 
 my sub number_of ($name, $text) {
     return $text if !$numbers{$name};
-    return parse_bytes($text) // usage_error("--$name wants a number of bytes, not '$text'");
+    return parse_bytes($text) // usage_error("--$name must be a number of bytes, not '$text'");
 }
 
 my sub copy_options ($opt) {

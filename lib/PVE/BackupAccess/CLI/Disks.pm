@@ -13,17 +13,17 @@ use PVE::BackupAccess::CLI::Monitor qw(ask hashes);
 our @EXPORT_OK = qw(choose_disks);
 
 # Guest devices whose disk is not QEMU's block layer's, or not for all that the guest writes.
-my $scsi = q(it passes SCSI commands on, past QEMU's dirty bitmaps);
+my $scsi = q(it passes SCSI commands through, so QEMU's dirty bitmaps do not record its writes);
 my %passes_by = (
     'scsi-block' => $scsi,
     'scsi-generic' => $scsi,
-    'vhost-scsi-pci' => 'it is served by the kernel, past QEMU',
-    'vhost-user-blk-pci' => 'it is served by another process, past QEMU',
-    'vhost-user-scsi-pci' => 'it is served by another process, past QEMU',
+    'vhost-scsi-pci' => 'the kernel serves it, and QEMU does not see its data',
+    'vhost-user-blk-pci' => 'another process serves it, and QEMU does not see its data',
+    'vhost-user-scsi-pci' => 'another process serves it, and QEMU does not see its data',
 );
 
-# The node that has a name of its own. Above it are nodes of ours while the access of a killed process
-# is up, and jobs' filters, whose names QEMU makes up.
+# The disk's own node. Above it are our nodes, while the access of a killed process is active, and
+# filters of jobs, whose names QEMU generates.
 my sub named_node ($path, $name) {
     return $name if $name !~ m/\A(?:pba-|#)/;
     my $command = 'x-debug-query-block-graph';
@@ -85,10 +85,10 @@ my sub without_fleecing ($path, @disks) {
 my sub leave_out ($disks, @names) {
     for my $name (@names) {
         my @found = grep { $name eq $_->{name} || $name eq ($_->{id} // '') } $disks->@*;
-        die "the guest has no disk '$name' that could be left out - it has: "
+        die "--exclude: the guest has no disk '$name' - it has "
             . join(', ', sort(uniq(map { $_->{name} } $disks->@*))) . "\n"
             if !@found;
-        $_->{why} //= 'so says --exclude' for @found;
+        $_->{why} //= '--exclude names it' for @found;
     }
     return;
 }

@@ -20,7 +20,7 @@ my sub only_one ($opt) {
     usage_error(join(' and ', map { "--$_" } @given) . ' exclude each other') if @given > 1;
     my %goes_with = (connect => 'libvirt', 'image-format' => 'image', uuid => 'image');
     for my $option (sort keys %goes_with) {
-        usage_error("--$option goes with --$goes_with{$option}")
+        usage_error("--$option needs --$goes_with{$option}")
             if defined($opt->{$option}) && !defined($opt->{ $goes_with{$option} });
     }
 }
@@ -36,9 +36,9 @@ my sub open_images ($opt, %options) {
 
 my sub format_of ($opt, $file) {
     my $format = $opt->{'image-format'} // ($file =~ m/[.](qcow2|raw)\z/ ? $1 : undef);
-    usage_error("$file: give --image-format, qcow2 or raw - the name does not tell")
+    usage_error("$file: the file name does not tell the format - give --image-format qcow2 or raw")
         if !defined($format);
-    usage_error("--image-format wants qcow2 or raw, not '$format'")
+    usage_error("--image-format must be qcow2 or raw, not '$format'")
         if $format !~ m/\A(?:qcow2|raw)\z/;
     return $format;
 }
@@ -55,17 +55,16 @@ my sub domain_disks ($domain) {
     my @disks;
     for my $disk (grep { $_->{kind} eq 'disk' && !$_->{'read-only'} } $domain->{disks}->@*) {
         my $what = "domain '$domain->{name}': disk $disk->{target}";
-        die
-            "$what is no file and no block device, so that it can be backed up while the domain runs\n"
+        die "$what is neither a file nor a block device - start the domain to back it up\n"
             if !defined($disk->{file});
-        die "$what has an address that is not known before the domain runs\n"
+        die "$what gets its address when the domain starts - start the domain to back it up\n"
             if !defined($disk->{device});
-        die "$what has format '$disk->{format}', and only qcow2 and raw can be backed up while the"
-            . " domain is off\n"
+        die "$what has format '$disk->{format}', but only qcow2 and raw can be backed up while"
+            . " the domain is off - start the domain to back it up\n"
             if $disk->{format} !~ m/\A(?:qcow2|raw)\z/;
         push(@disks, { $disk->%{qw(device file format)} });
     }
-    die "domain '$domain->{name}' has no disk that could be backed up\n" if !@disks;
+    die "domain '$domain->{name}' has no disk that can be backed up\n" if !@disks;
     return @disks;
 }
 
@@ -92,7 +91,7 @@ sub reach_guest ($opt) {
     only_one($opt);
     return reach_domain($opt, $opt->{libvirt}) if defined($opt->{libvirt});
     return if !defined($opt->{image});
-    usage_error("--uuid wants a UUID, not '$opt->{uuid}'")
+    usage_error("--uuid must be a UUID, not '$opt->{uuid}'")
         if ($opt->{uuid} // $no_uuid) !~ m/\A[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\z/i;
     return open_images(
         $opt,

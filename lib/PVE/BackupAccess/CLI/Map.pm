@@ -24,11 +24,11 @@ my $cluster = 65536;
 my $batch = 10_000;
 my $beside_strip = 16;    # columns, for what is written left and right of it
 
-# What may not happen here is said rather than done: with mode 'use' a missing bitmap is made anew.
+# With mode 'use', setup replaces a missing bitmap. A map must not do that, so it fails instead.
 my sub check_action ($info) {
     my $action = $info->{'bitmap-action'};
     return if $action eq 'used';
-    die "device $info->{device}: its bitmap was lost just now ($action)"
+    die "device $info->{device}: its bitmap has just been lost ($action)"
         . " - the next backup is a full one\n";
 }
 
@@ -44,9 +44,9 @@ my sub read_regions ($volume, $each) {
 my sub request_for ($access, $device, $bitmap) {
     my %request = (device => $device, 'bitmap-mode' => 'use');
     return \%request if !is_tied($bitmap);
-    $request{base} = $access->bases($device)->{$device}
-        // die "device $device: its bitmap cannot be used any more, or the backups call the disk by"
-        . " another name - the next backup is a full one\n";
+    $request{base} = $access->bases($device)->{$device} // die
+        "device $device: its bitmap cannot be used, or the backups use another name for the disk"
+        . " - the next backup is a full one\n";
     return \%request;
 }
 
@@ -125,7 +125,7 @@ my sub print_json ($map) {
 
 sub run ($opt, $device) {
     $device = device_named($opt, text($device));
-    usage_error('--json and --svg cannot be had together')
+    usage_error('--json and --svg exclude each other')
         if $opt->{json} && $opt->{svg};
     my $bitmap = bitmap_of($opt, $device);
     my $options = { access_options($opt), 'target-id' => $bitmap->{'target-id'} };

@@ -70,7 +70,8 @@ sub share ($part, $whole) {
     return sprintf($percent < 10 ? '%.2f' : '%.1f', $percent) =~ s/[.]?0+\z//r . ' %';
 }
 
-# A number of bytes as people type it: 500M, 1.5 GiB, 1048576. Undef if it is none.
+# Parses a number of bytes as people type it: 500M, 1.5 GiB, 1048576. Returns undef if it is not
+# one.
 sub parse_bytes ($text) {
     my ($number, $unit) = $text =~ m/\A([0-9]+(?:[.][0-9]+)?)\s*([KMGT]?)(?:i?B)?\z/i or return;
     return int($number * 1024**index('_KMGT', uc($unit) || '_'));

@@ -29,18 +29,20 @@ my sub targets ($volumes, $target, $device, $format) {
         %files = map { $_ => "$target/" . file_of($_, $format) } @devices;
     }
     elsif ($target =~ m!/\z!) {
-        die "$target is not a directory - make it first\n";
+        die "$target is not a directory - create it first\n";
     }
     elsif (@devices == 1) {
         %files = ($devices[0] => $target);
     }
     else {
-        die "$target is not a directory, and the archive has several devices - choose one with"
+        die
+            "$target is not a directory, but the archive has several devices - create it, or choose one with"
             . ' --device: '
             . join(', ', @devices) . "\n";
     }
     for my $file (sort values %files) {
-        die "$file exists already - it is not overwritten\n" if -e $file && !-b $file;
+        die "$file already exists and is not overwritten - choose another target\n"
+            if -e $file && !-b $file;
         usage_error("--format qcow2 is for files, and $file is a block device")
             if -b $file && $format ne 'raw';
     }
@@ -94,8 +96,8 @@ my %fill = (raw => \&fill_raw, qcow2 => \&fill_qcow2);
 # A disk that is mounted, or that a guest uses, would be destroyed under it: the kernel refuses (open(2)).
 my sub fill_device ($job, $file, $size, $copy) {
     sysopen(my $fh, $file, O_WRONLY | O_EXCL)
-        or die "$file cannot be written to: $!"
-        . ($!{EBUSY} ? ' - it is mounted, or another program has it' : '') . "\n";
+        or die "cannot write to $file: $!"
+        . ($!{EBUSY} ? ' - it is mounted, or another program uses it' : '') . "\n";
     $copy->($fh);
 }
 
@@ -108,7 +110,8 @@ my sub expected ($job, $device) {
     my $digests = [];
     my $error = attempt { $digests = $job->{provider}->digests($job->{volname}, $device) };
     push($job->{problems}->@*, "$error") if $error;
-    $job->{progress}->warn("$device: has no digests of what was read, so it is not verified")
+    $job->{progress}->warn(
+        "$device: the archive has no digests of this disk, so what is restored is not verified")
         if !$error && !$digests->@*;
     return $digests->@* ? (expected => $digests) : ();
 }
@@ -161,7 +164,7 @@ my sub restore_config ($job, $target) {
     my $config = $job->{provider}->archive_get_guest_config($job->{volname});
     return if !-d $target || ($config // '') eq '';
     my $file = "$target/guest.conf";
-    die "$file exists already - it is not overwritten\n" if -e $file;
+    die "$file already exists and is not overwritten - choose another target\n" if -e $file;
     my $fh = begin_file($job, $file);
     print {$fh} $config and close($fh) or die "$file: $!\n";
     return $file;

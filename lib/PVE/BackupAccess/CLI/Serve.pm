@@ -29,7 +29,7 @@ my sub wait_for_signal ($mask, $processes) {
     local $SIG{CHLD} = sub { };
     while (!$is_over) {
         for my $text (sort keys $processes->%*) {
-            die "$text has ended by itself, and so all of them end - start the command again\n"
+            die "$text has ended by itself, so the command ends - start it again\n"
                 if !$processes->{$text}->is_running;
         }
         POSIX::sigsuspend($mask);
@@ -71,7 +71,7 @@ my sub offer ($opt, $path, $open) {
 
 sub run ($opt, $path) {
     my $dir = $opt->{'socket-dir'};
-    die "$dir is not a directory - make it first\n" if defined($dir) && !-d $dir;
+    die "$dir is not a directory - create it first\n" if defined($dir) && !-d $dir;
     return offer(
         $opt, $path,
         sub ($provider, $volname, $device, $size) {
@@ -84,7 +84,7 @@ sub run ($opt, $path) {
 }
 
 sub mount ($opt, $path, $directory) {
-    die "$directory is not a directory - make it first\n" if !-d $directory;
+    die "$directory is not a directory - create it first\n" if !-d $directory;
     return offer(
         $opt, $path,
         sub ($provider, $volname, $device, $size) {

@@ -13,12 +13,12 @@ my sub shown ($value) { return $value // 'unknown' }
 
 my sub print_access ($access) {
     if (!$access) {
-        say_out('no backup is going on');
+        say_out('no backup is running');
         return;
     }
     my $process = !defined($access->{pid}) ? 'another program' : "process $access->{pid}";
     $process .= ', which is dead' if defined($access->{alive}) && !$access->{alive};
-    $process .= ', of which it cannot be known from here whether it lives'
+    $process .= ' (this host cannot tell whether it runs)'
         if defined($access->{pid}) && !defined($access->{alive});
     say_out('backup access: target ' . shown($access->{'target-id'}) . ", $process");
     say_out('  devices: ' . join(', ', $access->{devices}->@*)) if $access->{devices}->@*;
@@ -77,8 +77,8 @@ my sub print_exports ($exports) {
 my sub print_left_overs ($things) {
     return if !$things->@*;
     say_out('',
-              "left over of a process that is gone, until the next backup of that target"
-            . " or 'recover':");
+              "left behind by a killed process; the next backup of the target, or 'recover',"
+            . ' removes it:');
     for my $thing ($things->@*) {
         my $of = join(', ', grep { defined } $thing->@{qw(target-id device)});
         say_out("  $thing->{what}" . ($of ne '' ? " ($of)" : ''));

@@ -314,7 +314,7 @@ my sub scfg_of ($opt) {
     my %scfg;
     for my $setting (($opt->{scfg} // [])->@*) {
         my ($key, $value) = split(m/=/, $setting, 2);
-        usage_error("--scfg wants KEY=VALUE, not '$setting'")
+        usage_error("--scfg must be KEY=VALUE, not '$setting'")
             if !defined($value);
         $scfg{$key} = $value;
     }

@@ -63,13 +63,13 @@ my sub end ($process) {
 # waits.
 my sub go_on ($self, $process, $to_write, $text, $deadline) {
     my $left = $deadline - Time::HiRes::time();
-    die "virsh has not answered for $self->{timeout} seconds\n" if $left <= 0;
+    die "virsh did not answer within $self->{timeout} seconds\n" if $left <= 0;
     my $writer = $to_write->$* eq '' ? undef : IO::Select->new($process->{to});
     my ($readable, $writable)
         = IO::Select::select(IO::Select->new($process->{from}), $writer, undef, slice($left));
     if ($writable && $writable->@*) {
         my $n = syswrite($process->{to}, $to_write->$*, 4096);
-        die "virsh takes no more commands - $!\n" if !defined($n) && $! != EINTR;
+        die "cannot send a command to virsh - $!\n" if !defined($n) && $! != EINTR;
         substr($to_write->$*, 0, $n // 0) = '';
     }
     return 1 if !$readable || !$readable->@*;

@@ -20,7 +20,7 @@ my $json = JSON::PP->new->utf8;
 
 # An open descriptor of this number, as a handle.
 sub descriptor ($name, $number, $mode) {
-    usage_error("$name wants the number of a descriptor, not '$number'")
+    usage_error("$name must be the number of a file descriptor, not '$number'")
         if ref($number) || $number !~ m/\A(?:0|[1-9][0-9]{0,8})\z/;
     open(my $fh, "$mode&=", untainted($number))
         or usage_error("$name: descriptor $number cannot be used - $!");
@@ -33,7 +33,7 @@ my sub parse ($text) {
     my $error = attempt_any { $volume = $json->decode($text) };
     usage_error('--volume is not JSON: ' . $error =~ s/ at \S+ line \d+\.?\s*\z//r)
         if defined($error);
-    usage_error("--volume wants the JSON object of one device, such as"
+    usage_error("--volume must be the JSON object of one device, such as"
             . ' {"size":1048576,"bitmap-mode":"none","nbd-path":"/run/nbd.sock"}')
         if ref($volume) ne 'HASH';
     my @devices = grep { ref($volume->{$_}) eq 'HASH' } sort keys $volume->%*;
@@ -55,12 +55,13 @@ my sub region_reader ($fh) {
     return sub () {
         return if $is_over;
         my $line = next_line($fh, \$text);
-        die "the regions end after $count, without an end - who writes them has failed\n"
+        die
+            "the regions end after $count, without an end mark - the program that writes them has failed\n"
             if !defined($line);
         my ($offset, $length, $is_end) = read_region($line)
             or die "line "
             . ($count + 1)
-            . " of the regions is none - they are lines such as"
+            . " of the regions is not valid - write lines such as"
             . qq( {"offset":0,"length":65536}, and at last {"end":true}\n);
         $count++;
         $is_over = $is_end;

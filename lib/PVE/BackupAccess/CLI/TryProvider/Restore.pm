@@ -23,7 +23,7 @@ my sub run_or_die (@command) {
     return;
 }
 
-# Copies of the disks as they are now; nobody writes. Returns { device => file }.
+# Copies the disks as they are now; nothing writes to them meanwhile. Returns { device => file }.
 sub keep_disks ($self, $machine) {
     my %copies;
     my $number = ++$self->{count};
@@ -73,9 +73,9 @@ my sub restore_volume ($self, $watch, $volname, $device, $kept) {
     return $problem;
 }
 
-# Shows an archive's configuration and restores it; what a method did is in $watch. Where Proxmox VE shows
-# a configuration, and where it restores a container and has to find out that it is none, it passes the
-# storage's name as well. Returns { device => what is wrong }.
+# Shows an archive's configuration and restores the archive; $watch records what each method did.
+# Proxmox VE also passes the storage's name when it shows a configuration, and when a container
+# restore checks the type of the archive. Returns { device => problem }.
 sub run ($self, $watch, $volname, $storeid, $disks) {
     for my $more ([$storeid], []) {
         attempt_any { my @mechanism = $watch->restore_get_mechanism($volname, $more->@*) };

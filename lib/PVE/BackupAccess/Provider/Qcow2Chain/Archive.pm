@@ -121,7 +121,8 @@ sub _note_file ($self, $file, $is_new = 0) {
 
     # What was given has its digest from then: what the file holds by now may be something else.
     my $given = $self->{manifest}{files}{$file}{sha256};
-    fail("$path lacks what was written to it") if $is_new && $given && $given ne $sha256{sha256};
+    fail("$path lost data that was written to it")
+        if $is_new && $given && $given ne $sha256{sha256};
     $self->{manifest}{files}{$file} = { $fingerprint->%*, %sha256 };
     return;
 }
@@ -186,7 +187,7 @@ sub manifest_problem ($self) {
 sub _manifest_problem ($manifest) {
     my $common = manifest_fault($manifest, qr/[12]/);
     return $common if defined($common);
-    return 'its container is odd'
+    return 'its container is not valid'
         if exists($manifest->{container}) && !_check_container($manifest);
     for my $device (sort keys $manifest->{devices}->%*) {
         my $entry = $manifest->{devices}{$device};
@@ -198,7 +199,7 @@ sub _manifest_problem ($manifest) {
             if $manifest->{format} == $format && !_check_digests($manifest, $device);
     }
     for my $file (sort keys $manifest->{files}->%*) {
-        return 'it names an odd file' if $file !~ m/\A[A-Za-z0-9%_-][A-Za-z0-9._%-]*\z/;
+        return 'it names an invalid file' if $file !~ m/\A[A-Za-z0-9%_-][A-Za-z0-9._%-]*\z/;
     }
     return undef;
 }

@@ -1,9 +1,10 @@
 package PVE::BackupAccess::Provider::Qcow2Chain::Container;
 
-# A container's tree on its way into an archive. The one who may read the tree, the container's root, may
-# not write to the store. So there are two processes: a keeper that is started while still privileged, which
-# has the archive and its lock, and the caller of feed(), which has tar write to it. What the keeper does not
-# get whole, and confirmed as whole, does not become an archive.
+# Stores a container's tree in an archive. The user that may read the tree, the container's root,
+# may not write to the store. So there are two processes: a keeper, which is started while still
+# privileged and holds the archive and its lock, and the caller of feed(), which lets tar write to
+# the keeper. The keeper completes the archive only if it gets all data and a confirmation that this
+# is all.
 
 use v5.36;
 

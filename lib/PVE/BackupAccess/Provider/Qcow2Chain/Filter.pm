@@ -37,7 +37,7 @@ my sub run_instead ($parent, $handles, @command) {
     POSIX::_exit(127);
 }
 
-# handles: in, out, err; /dev/null where there is none, and for err a file whose content said() gives.
+# handles: in, out, err. The default is /dev/null, and for err a file whose content said() returns.
 sub start ($class, $handles, @command) {
     my $log = $handles->{err} ? undef : temporary_file();
     my $parent = $$;

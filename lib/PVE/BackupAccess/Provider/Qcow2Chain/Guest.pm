@@ -72,9 +72,9 @@ sub chain ($self, $name, $device, $own = $device) {
         $archive->answer_to($device, $own);
         my $entry = $archive->device($device);
         my $problem
-            = $seen{$name}++ ? 'its chain has no end'
+            = $seen{$name}++ ? 'its chain is a loop'
             : !$entry ? "it has no device $own"
-            : defined($id) && $id ne $archive->id ? 'it is another one than it was'
+            : defined($id) && $id ne $archive->id ? 'it is not the archive that it was'
             : @chain && $entry->{size} != $chain[0]->device($device)->{size} ? 'its size differs'
             : undef;
         $Error->throw(
@@ -89,8 +89,8 @@ sub chain ($self, $name, $device, $own = $device) {
     return @chain;
 }
 
-# Why the images of such a chain are not what the manifests say, or undef. They are not read but
-# for their headers, and where they were touched since the backup.
+# Why the images of such a chain do not match the manifests, or undef. Only headers are read, and
+# the content of files that were touched since the backup.
 sub chain_problem ($self, $device, @chain) {
     for my $archive (@chain) {
         my $problem = $archive->device_problem($device);
@@ -162,9 +162,9 @@ our $longest_chain = 100;
 # Of the archive of that name, which calls the device so: it, if the device can be stored on top of it. Else it dies.
 sub checked_base ($self, $name, $device, $own, $size) {
     my @chain = $self->chain($name, $device, $own);
-    fail("a chain of $longest_chain archives is long enough") if @chain >= $longest_chain;
+    fail("its chain has $longest_chain archives, which is the limit") if @chain >= $longest_chain;
     my $old_size = $chain[0]->device($device)->{size};
-    fail("its size was $old_size and is $size") if $old_size != $size;
+    fail("its size changed from $old_size to $size") if $old_size != $size;
     my $problem = $self->chain_problem($device, @chain);
     fail($problem) if defined($problem);
     fail("archive $name is of version 0.1: it has no digests of what was read")
@@ -193,7 +193,8 @@ sub is_protected ($self, $name) { return -e "$self->{dir}/$name/protected" ? 1 :
 
 sub is_built_on ($self, $name) { return $self->_children($name)->%* ? 1 : 0 }
 
-# Takes an archive away. What others need of it becomes theirs. Needs the locks for a change and a removal.
+# Removes an archive. Data that other archives need is merged into them. Needs the locks for a
+# change and a removal.
 sub remove ($self, $name) {
     fail("archive $name is protected - remove the file 'protected' in it first")
         if $self->is_protected($name);
@@ -245,7 +246,7 @@ sub _children ($self, $name) {
             next if ($parent // '') ne $name;
             $Error->throw(
                 'ArchiveError',
-                "archive $name cannot be removed - more than one builds on it",
+                "archive $name cannot be removed - more than one archive builds on it",
                 device => $device
             ) if $children{$device};
             $other->answer_to($device, $own);

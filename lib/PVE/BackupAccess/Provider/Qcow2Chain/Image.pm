@@ -56,7 +56,7 @@ sub image_chain ($file) {
     } JSON::PP->new->utf8->decode($out)->@*;
 }
 
-# What is wrong in the image's own structure, or undef. Clusters that leak waste space, no more.
+# What is wrong in the image's own metadata, or undef. Leaked clusters only waste space.
 sub image_problem ($file) {
     my ($status, undef, $message) = run('check', '-q', '-U', '-f', 'qcow2', $file);
     my $code = $status >> 8;

@@ -1,7 +1,7 @@
 package PVE::BackupAccess::Provider::Qcow2Chain::Lock;
 
-# Who works on a guest's archives at once. A lock is a handle: it is held until it is dropped, or until all
-# processes that have the handle have closed it.
+# Which processes may use a guest's archives at the same time. A lock is a handle: it is held until
+# it is dropped, or until all processes that have the handle have closed it.
 
 use v5.36;
 
@@ -27,7 +27,7 @@ my %locks = (
     read => {
         file => '.reading',
         how => LOCK_SH,
-        busy => 'is having an archive removed by another process',
+        busy => 'is in use: another process is removing an archive',
     },
     removal => {
         file => '.reading',
@@ -64,7 +64,7 @@ sub take_lock ($dir, $kind, $seconds) {
         Time::HiRes::sleep($left < $look_every ? $left : $look_every);
     }
     $Error->throw('StateError',
-        "$dir $locks{$kind}{busy} - try again when it has ended, or wait for it");
+        "$dir $locks{$kind}{busy} - try again when that has ended, or wait for it (--wait)");
 }
 
 # For all processes that have it: one that was forked to run a program has the handle until it does so, which

@@ -19,9 +19,9 @@ my sub fail ($message) { PVE::BackupAccess::Error->throw('SystemError', $message
 # Names of libvirt and of Proxmox VE pass; what could be taken for a number or a path does not.
 sub check_name ($name) {
     my ($checked) = $name =~ m/\A([A-Za-z0-9_][A-Za-z0-9_.-]{0,127})\z/
-        or
-        bad_argument("'$name' cannot be a guest's name here - a name has up to 128 letters, digits,"
-            . q( '_', '-' and '.', and begins with none of the last two));
+        or bad_argument(
+              "'$name' is not a valid name of a guest - a name has up to 128 letters, digits,"
+            . q( '_', '-' and '.', and does not begin with '-' or '.'));
     bad_argument("'$name' is a number, not a guest's name") if $checked =~ m/\A[0-9]+\z/;
     return $checked;
 }

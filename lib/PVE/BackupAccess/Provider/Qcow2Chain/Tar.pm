@@ -44,9 +44,10 @@ my sub checked_source ($source) {
     return $source;
 }
 
-# As tar has it. One that begins with a slash is of the container's root, others match in each directory.
-# tar's '*' matches a slash, and so '**' as well, but not the directory that is none: 'a/**/b' is also
-# 'a/b'. A slash at the end means directories: what is in them is left out, no file of that name.
+# Patterns as tar takes them. A pattern that begins with a slash is relative to the container's
+# root; others match in each directory. tar's '*' matches slashes, and so does '**', but tar's
+# 'a/**/b' does not match 'a/b', which it should. A slash at the end means directories: their
+# content is excluded, and a file of that name is not.
 my sub exclusions (@patterns) {
     my (%seen, @anchored, @others);
     for my $pattern (map { untainted('a pattern', $_) } @patterns) {
@@ -62,7 +63,7 @@ my sub exclusions (@patterns) {
 # Starts to write the tree of backup_container's arguments to a handle, and tar's messages to another.
 sub start_tar ($out, $err, $patterns, $info) {
     my @sources = map { checked_source($_) } ($info->{sources} // ['.'])->@*;
-    bad_argument('sources must name something') if !@sources;
+    bad_argument('sources must not be empty') if !@sources;
 
     # What the file system keeps for itself is root's of the host: the root of a namespace cannot read it.
     my @own = $info->{'backup-user-id'} ? ('lost+found') : ();
@@ -128,13 +129,13 @@ sub stream_problem ($path, $stream) {
         $size += $got;
     }
     my $problem = $program->problem;
-    $problem //= 'it is not what was read of the container'
+    $problem //= 'it differs from what was read from the container'
         if $size != $stream->{size} || $digest->hexdigest ne $stream->{sha256};
     return defined($problem) ? "$path is damaged - $problem" : undef;
 }
 
-# Whether pct takes the file as it is. It refuses one without a directory or link sbin, or with less than
-# 10 members, such as a container that has no more than one program.
+# Whether pct accepts the file. It refuses a tar without a directory or link sbin, or with less than
+# 10 members, such as that of a container with a single program.
 my $least_members = 10;
 
 sub is_for_pct ($path) {
