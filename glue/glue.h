@@ -64,7 +64,7 @@ void glue_warn(Caller *caller, const char *format, ...) G_GNUC_PRINTF(2, 3);
 
 /* Hooks */
 
-/* The core's hooks for that caller, who must outlive them. */
+/* The core's hooks for that caller, which must outlive them. */
 PbaHooks glue_caller_hooks(Caller *caller);
 void glue_caller_clear(pTHX_ Caller *caller);
 /* Before Perl code is run from inside the core, with GLUE_LEAVE_HOOK after it. Its $@ is its own,
@@ -115,7 +115,7 @@ void glue_store_text(pTHX_ HV *hash, const char *key, const char *text);
 AV *glue_take_lines(pTHX_ GPtrArray *lines);
 /* A copy of a reference; NULL of anything else. */
 SV *glue_copy_code(pTHX_ SV *code);
-/* What the options tell of directories, and of who QEMU is; lives as long as they. */
+/* Directories and QEMU's user, from the options; valid as long as the options are. */
 void glue_fetch_places(pTHX_ HV *options, PbaAccessOptions *access_options);
 /* A new table of texts; NULL if it is no reference. */
 GHashTable *glue_table_from_hash(pTHX_ SV *sv);

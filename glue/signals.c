@@ -110,8 +110,8 @@ void glue_watch_handlers(pTHX_ SV **thrown)
     SAVEDESTRUCTOR_X(end_watch, watch);
 }
 
-/* Runs the code, which is told whether something before it died. Returns a new scalar with what it
- * died with, or NULL; by_signal says whether that is a signal handler's. */
+/* Calls the code and passes it whether an earlier code died. Returns a new scalar with its
+ * exception, or NULL; by_signal tells whether a signal handler threw it. */
 static SV *run_code(pTHX_ SV *code, bool has_failed, bool *by_signal)
 {
     Caller none = {0};

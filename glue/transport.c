@@ -1,10 +1,11 @@
 /* QMP over the caller's own code ref, or a socket. */
 #include "glue.h"
 
-/* What the code ref died with. QEMU's refusals, time limits and lost connections come as text
- * (mon_cmd): they are errors of the command. What a signal handler of the caller's died with below
- * it, or an object, is nothing that QEMU said: it ends the work and goes on as it is. Whether the
- * command was carried out is unknown then, so it is no refusal for the core either. */
+/* The exception of the code ref. mon_cmd reports QEMU's errors, timeouts and lost connections as
+ * text: these are errors of the command. An object, or the exception of a signal handler that ran
+ * inside the code ref, does not come from QEMU: it ends the work and is passed on unchanged. It is
+ * then unknown whether QEMU executed the command, so the core must not take the exception for a
+ * refusal. */
 static void set_death(pTHX_ Caller *caller, SV *thrown, GError **error)
 {
     if (thrown || SvROK(ERRSV)) {

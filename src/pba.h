@@ -114,7 +114,7 @@ bool pba_bitmap_action_parse(const char *word, PbaBitmapAction *action, GError *
 const char *pba_bitmap_mode_name(PbaBitmapMode mode);
 const char *pba_bitmap_action_name(PbaBitmapAction action); /* NULL for ABSENT */
 const char *pba_bitmap_status_name(PbaBitmapStatus status);
-/* What a provider is told: not-used* is none; used is reuse; all others are new. */
+/* The bitmap mode for a provider: none for not-used*, reuse for used, new for all others. */
 PbaBitmapStatus pba_bitmap_status(PbaBitmapAction action);
 
 /* The access to one guest */
@@ -122,7 +122,7 @@ PbaBitmapStatus pba_bitmap_status(PbaBitmapAction action);
 typedef struct PbaAccess PbaAccess;
 
 typedef struct {
-    const char *target_id;    /* who the backup is for; required */
+    const char *target_id;    /* the target of the backup; required */
     const char *run_dir;      /* parent of the socket directory; NULL: a default by user */
     const char *identity;     /* tells this VM from others on the machine, e.g. its QMP socket */
     const char *fleecing_dir; /* upstream: where fleecing images are created; may be NULL */
@@ -180,7 +180,7 @@ bool pba_capabilities(PbaQmp *qmp, PbaCapabilities *capabilities, GError **error
  * copied. */
 PbaAccess *pba_access_new(PbaQmp *qmp, const PbaAccessOptions *options, const PbaHooks *hooks,
                           GError **error);
-/* Frees what is local only: what is up in QEMU stays up (see pba_access_teardown). */
+/* Frees local memory only. The access in QEMU stays active (see pba_access_teardown). */
 void pba_access_free(PbaAccess *access);
 
 /* The sizes of the requests' devices, before setup; no mode matters. sizes has room for count. */
@@ -237,11 +237,12 @@ bool pba_access_serve_files(PbaAccess *access, GError **error);
 int pba_access_open_file(PbaAccess *access, size_t index, GError **error);
 /* Undoes everything; success decides what the bitmaps hold afterwards (QAPI:
  * backup-access-teardown). Every step is tried even if an earlier one failed; the first error is
- * reported. A later call retries what is left, always as a failure. With success, true says that
- * the bitmaps hold what was written since the instant, or that a later setup finds none; from the
- * moment that they do, what goes wrong is only logged. False says that they also hold what they
- * held before, or that they cannot be trusted and the next backup is a full one. id, which may be
- * NULL, tells the backup that the bitmaps are relative to after a success. */
+ * reported. A later call retries the failed steps, always as a failure. With success, the result
+ * true means that the bitmaps hold exactly what was written since the instant, or that a later
+ * setup finds no bitmap; errors after that moment are only logged. The result false means that the
+ * bitmaps also hold what they held before, or that they cannot be trusted and the next backup is a
+ * full one. id, which may be NULL, is the ID of the backup that the bitmaps are relative to after a
+ * success. */
 bool pba_access_teardown(PbaAccess *access, bool success, const char *id, GError **error);
 bool pba_access_is_up(const PbaAccess *access);
 
@@ -350,10 +351,12 @@ typedef struct {
     /* Files of digests that the data must have, the first that knows a block is right about it;
      * ends with NULL. A block of which none knows anything is not looked at. */
     const char *const *expected;
-    bool skip_expected; /* what is as expected is not written, as the target has it; what is not is
-                           written, and no damage. The file of digests then needs digests_increment,
-                           and leaves out what is not written */
-    bool only_known;    /* what is copied is not what is dirty, but what the first of them knows */
+    bool skip_expected; /* do not write blocks that match their expected digest, because the target
+                           already has them; write all other blocks, without reporting damage. The
+                           file of digests then needs digests_increment, and omits blocks that are
+                           not written */
+    bool only_known;    /* copy the blocks that the first of these files knows, instead of the dirty
+                           ones */
     /* NULL: damage is PBA_ERROR_CONTENT. What cannot be read is damaged as well, and copied as
      * zeroes. */
     PbaCopyDamaged damaged;
@@ -371,10 +374,10 @@ typedef struct {
     double seconds;
 } PbaCopyStatistics;
 
-/* Copies all dirty regions, wherever pba_volume_next_dirty_region is. Whatever a read, a write or a
- * discard says but success is an error that names the offset. A range is discarded when the target
- * has taken it; the target is flushed before this returns true. What was copied before an error is
- * in the target; the volume can be used again unless its server is gone. */
+/* Copies all dirty regions, independently of pba_volume_next_dirty_region. A read, write or discard
+ * that does not succeed is an error that names the offset. A range is discarded when the target has
+ * taken it; the target is flushed before this returns true. After an error, the target holds what
+ * was copied before; the volume can still be used unless the connection is lost. */
 bool pba_volume_copy(PbaVolume *volume, const PbaCopyOptions *options,
                      PbaCopyStatistics *statistics, GError **error);
 

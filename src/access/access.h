@@ -136,7 +136,7 @@ char *pba_fleecing_warning(const char *device, const char *path, uint64_t free_b
 /* Notes what there is to be warned of. */
 void pba_fleecing_check(PbaAccess *access, JsonArray *nodes);
 
-/* Markers in QEMU of who has an access */
+/* Markers in QEMU: which process has an access */
 
 /* What is known of the process of a marker. */
 typedef enum {
@@ -170,9 +170,9 @@ bool pba_owner_mark(PbaAccess *access, JsonArray **nodes, GError **error);
 /* A node that does nothing: its name is the mark. */
 bool pba_mark_add(PbaAccess *access, const char *name, uint64_t size, GError **error);
 bool pba_mark_delete(PbaAccess *access, const char *name, GError **error);
-/* Takes our marker away; in recovery, with all, also those of dead processes and of this target's
- * devices and end. Nothing if ours is no more there. A failure is logged only: nothing but a later
- * access depends on it. */
+/* Removes our marker; in recovery, with all, also the markers of dead processes and those of this
+ * target's devices and of its end. Does nothing if our marker has been removed already. A failure
+ * is only logged, because only a later access depends on it. */
 void pba_owner_unmark(PbaAccess *access, bool all);
 /* Notes, in this process, that the access is about to mark a guest, and enters the phase claimed;
  * or forgets it. */
@@ -250,8 +250,7 @@ bool pba_tie_may_be(const PbaAccess *access, bool tied);
 bool pba_tie_ask_guest(PbaAccess *access, GError **error);
 /* The companion that the disk's bitmap has when it is relative to that backup; borrows all. */
 PbaCompanion pba_disk_companion(const PbaAccess *access, const PbaDisk *disk, const char *id);
-/* Whether the target's bitmap of a disk goes on from the disk's base; if not, the disk's reason
- * says why. */
+/* Whether the target's bitmap is relative to the disk's base; if not, sets the disk's reason. */
 bool pba_tie_fits(const PbaAccess *access, PbaDisk *disk, const PbaBlock *block);
 /* Says why the bitmap, which is there, is not used. */
 void pba_tie_log_reason(const PbaAccess *access, const PbaDisk *disk);
@@ -281,12 +280,12 @@ pid_t pba_run_dir_live_server(const PbaAccess *access);
 /* What accesses to this guest have on disk, of all targets: socket directories and fleecing
  * images; paths, the caller's to free. */
 GPtrArray *pba_run_dir_find_stale(const PbaAccess *access);
-/* The hash of the target in such a path, and its name as the directory tells it: the caller's to
- * free, NULL if it does not. */
+/* The hash of the target in such a path, and the target's name that is stored in the directory
+ * (owned by the caller, NULL if there is none). */
 const char *pba_run_dir_key(const char *path);
 char *pba_run_dir_target(const char *path);
-/* Whether its access is not known to be a dead process': that of another guest that has the same
- * identity, or of one whose QEMU has gone. */
+/* Whether the access may belong to a live process: to one that backs up another guest with the same
+ * identity, or one whose QEMU has ended. */
 bool pba_run_dir_is_live(const PbaAccess *access, const char *path);
 /* The socket at which QEMU still listens in the directory of a dead process, the caller's to free;
  * NULL: it does not. */
@@ -303,7 +302,7 @@ bool pba_vfiles_end(PbaAccess *access, GError **error);
 void pba_vfiles_free(PbaAccess *access);
 
 bool pba_nbd_server_start(PbaAccess *access, GError **error);
-/* Whether there is any export of an access, whoever made it. */
+/* Whether there is an export of any access, of this or of another process. */
 bool pba_exports_find_any(PbaAccess *access, bool *found, GError **error);
 /* Removes our exports, and waits until they are gone. is_shared tells whether another program has
  * put some on our NBD server. */

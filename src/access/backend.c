@@ -47,7 +47,7 @@ void pba_access_know(PbaAccess *access, const PbaAccess *known)
     }
 }
 
-/* Where the caller's transport hides the socket, QEMU must tell who it is. */
+/* If the caller's transport hides the socket, only QEMU itself can identify the guest. */
 static bool ensure_identity(PbaAccess *access, GError **error)
 {
     if (access->identity) {

@@ -86,7 +86,7 @@ typedef enum {
 PbaOutcome pba_outcome_unknown(const PbaAccess *access, const char *done, const GError *unreachable,
                                GError **error);
 
-/* Asks QEMU what it can do, which chooses the backend, and where need be who it is. */
+/* Asks QEMU for its capabilities, which choose the backend, and if needed for its identity. */
 bool pba_access_begin(PbaAccess *access, GError **error);
 
 #endif

@@ -151,8 +151,8 @@ bool pba_company_check_again(PbaAccess *access, GError **error)
                                                 pba_company_check_disks(access, &block, error)));
 }
 
-/* A guest that is on its way elsewhere takes its bitmaps along, so that what is done to them here
- * is lost, or its migration fails at the end, for the nodes of an access. */
+/* A migration takes the bitmaps along, so changes to them on this side are lost; or the migration
+ * fails at its end because of the access' nodes. */
 static bool check_outgoing(PbaAccess *access, GError **error)
 {
     static const char *const over[] = {"none", "completed", "failed", "cancelled", "colo", NULL};

@@ -43,9 +43,9 @@ static void add_server_hint(const PbaAccess *access, GError **error)
 
 bool pba_nbd_server_start(PbaAccess *access, GError **error)
 {
-    /* 0: no limit. Without it a QEMU since 9.1 (c8a76dbd90c2), and an older one whose distribution
-     * has that fix, lets in 100. The argument is there since 5.2. Nobody else can connect: the
-     * socket is in a directory of ours. */
+    /* 0: no limit. By default, QEMU since 9.1 (c8a76dbd90c2), and an older QEMU with that fix
+     * backported, accepts at most 100 connections. The argument exists since 5.2. No other user can
+     * connect, because the socket is in our private directory. */
     g_autofree char *path = pba_user_run_path(access, access->socket);
     JsonNode *arguments = pba_json("{'addr': <{'type': <'unix'>, 'data': <{'path': <%s>}>}>, "
                                    "'max-connections': <0>}",
@@ -163,9 +163,10 @@ static bool is_others(JsonObject *export, const char *id)
            !g_str_has_prefix(id, PBA_EXPORT_PREFIX);
 }
 
-/* An export's name tells whose it is, but recovery removes those of any dead process. Its marker in
- * QEMU, seen after an export was, says that this is still the QEMU of that process: while the
- * monitor was given back the VM may have been started again, and another process have come. */
+/* An export's name identifies its access, but recovery removes the exports of any dead process.
+ * While the monitor was released, the VM may have been restarted and another process may have set
+ * up an access. If the marker is seen in QEMU after the export, this is still the QEMU of that
+ * process. */
 static bool may_remove(PbaAccess *access, GError **error)
 {
     return !access->is_recovery || pba_owner_require_now(access, error);
@@ -333,7 +334,7 @@ bool pba_nbd_server_is_up(const PbaAccess *access)
     return access->socket && pba_socket_answers(access->socket);
 }
 
-/* Those of exports are gone with these; what is left has only begun. */
+/* The clients of exports left with their exports. The remaining ones are still in the handshake. */
 static bool wait_for_clients(PbaAccess *access, GError **error)
 {
     static const char what[] = "waiting for clients of the NBD server";
@@ -374,7 +375,7 @@ bool pba_nbd_server_stop(PbaAccess *access, bool is_shared, GError **error)
     if (!access->backend->stop_waits(access)) {
         return stop_server(access, error);
     }
-    /* Before the look at who is connected: none can come between that and the command. */
+    /* Before the check for clients, so that none can connect between the check and the command. */
     pba_run_dir_hide_socket(access->socket_dir);
     bool done = wait_for_clients(access, error) && stop_server(access, error);
     if (!done) {

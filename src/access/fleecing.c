@@ -9,8 +9,8 @@
 /* A file system is nearly full with less than this part of it free. */
 #define NEARLY_FULL_PART 10
 
-/* The file system that the image can fill. An image of ours has no name any more; what is no file,
- * or not on this machine, tells nothing. */
+/* The file system that the image can fill. Our own images have been unlinked, so they have no name.
+ * If the image is not a file, or not on this machine, nothing is known. */
 static bool find_file_system(const char *path, struct statvfs *file_system)
 {
     g_autofree char *dir = g_path_get_dirname(path);

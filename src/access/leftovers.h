@@ -1,5 +1,5 @@
-/* What accesses have in QEMU and on disk, whoever made them: told by names, since a dead process
- * can tell nothing. */
+/* What accesses of all processes have in QEMU and on disk. It is found by names, because a dead
+ * process cannot be asked. */
 #ifndef PBA_SRC_LEFTOVERS_H
 #define PBA_SRC_LEFTOVERS_H
 
@@ -21,7 +21,7 @@ typedef struct {
     char *device;       /* NULL: of none */
     char *what;         /* "block node 'pba-raw-...'" */
     const char *undone; /* what recover says it did to it; static */
-    bool harmless;      /* it costs nothing and is in nobody's way */
+    bool harmless;      /* it costs nothing and blocks nothing */
 } PbaLeftover;
 
 bool pba_leftovers_look(PbaAccess *access, PbaBlock *block, PbaLeftovers *leftovers,

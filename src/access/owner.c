@@ -26,8 +26,8 @@
 
 #define OWNER_PREFIX "pba-owner-"
 
-/* Accesses of this process that have marked a guest: a marker of a living process says nothing if
- * the access is that of an object which is gone. */
+/* Accesses of this process that have marked a guest. A marker of this live process is stale if the
+ * object of its access has been freed. */
 static GMutex marked_lock;
 static GPtrArray *marked;
 

@@ -284,7 +284,7 @@ bool pba_run_dir_is_live(const PbaAccess *access, const char *path)
     return live_owner(access, path) != 0;
 }
 
-/* The socket in such a directory, the caller's to free; NULL: it is none. */
+/* The socket in such a directory, owned by the caller; NULL if this is not one. */
 static char *find_socket(const char *path)
 {
     g_autofree char *socket = g_build_filename(path, SOCKET_NAME, NULL);

@@ -65,7 +65,7 @@ static void set_target(const Status *status, JsonObject *object, const char *key
 
 /* Whose access it is */
 
-/* The mark of a living process, else of one that cannot be judged, else of a dead one. */
+/* The marker of a live process; else of one whose state is unknown; else of a dead one. */
 static void find_owner(Status *status)
 {
     JsonArray *nodes = status->block.nodes;

@@ -130,8 +130,7 @@ static int open_process(pid_t pid)
     return fd;
 }
 
-/* Without descriptors of processes (before Linux 5.4): the number is its own as long as nobody has
- * waited for it. */
+/* Without pidfds (before Linux 5.4): the PID cannot be reused until the child is waited for. */
 static void kill_server(const PbaVfile *vfile)
 {
     if (vfile->process >= 0) {
@@ -196,7 +195,7 @@ PbaVfile *pba_vfile_start(const char *path, const PbaVolumeOptions *options, boo
     return vfile;
 }
 
-/* A server that is not there any more is noticed by who waits for it. */
+/* If the server has ended, the code that waits for it notices. */
 void pba_vfile_serve(PbaVfile *vfile)
 {
     ssize_t sent = send(vfile->socket, "", 1, MSG_NOSIGNAL);

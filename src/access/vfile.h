@@ -9,9 +9,9 @@
 
 typedef struct PbaVfile PbaVfile;
 
-/* Starts a server process for what options name, which need not be there yet. The file of a whole
- * volume tells where zeroes are; one of which a part is to be read, what is dirty, does not.
- * PBA_ERROR_UNSUPPORTED where there is no FUSE. */
+/* Starts a server process for the export in options, which need not exist yet. The file of a whole
+ * volume reports zeroes as holes; the file of an increment does not. Fails with
+ * PBA_ERROR_UNSUPPORTED without FUSE. */
 PbaVfile *pba_vfile_start(const char *path, const PbaVolumeOptions *options, bool is_whole,
                           GError **error);
 /* Has the file made at path: what the options name is there. */
@@ -22,7 +22,8 @@ bool pba_vfile_wait_ready(PbaVfile *vfile, const PbaHooks *hooks, GError **error
 int pba_vfile_open(PbaVfile *vfile, GError **error);
 /* Tells the server to unmount and end, without waiting for it. */
 void pba_vfile_tell_end(PbaVfile *vfile);
-/* Has it unmounted and ended, whoever still has it open. Can be called again after an error. */
+/* Unmounts the file and ends its server, even while programs have the file open. Can be called
+ * again after an error. */
 bool pba_vfile_end(PbaVfile *vfile, const PbaHooks *hooks, GError **error);
 /* Frees what is local: also in a forked child, where nothing else may be done. */
 void pba_vfile_free(PbaVfile *vfile);

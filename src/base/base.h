@@ -33,8 +33,8 @@ void pba_log(const PbaHooks *hooks, PbaLogLevel level, const char *format, ...) 
 
 /* The deadline that many seconds from now, on g_get_monotonic_time's clock. */
 gint64 pba_deadline(unsigned seconds);
-/* Waits for one of events (poll(2)) on fd; *revents says which came. False on timeout and when
- * hooks->interrupted says so. what names the wait in the messages. */
+/* Waits for one of events (poll(2)) on fd and sets *revents. Fails on timeout, and if
+ * hooks->interrupted returns true. what names the wait in messages. */
 bool pba_wait_fd(int fd, short events, short *revents, gint64 deadline, const PbaHooks *hooks,
                  const char *what, GError **error);
 /* The same for several descriptors, each with its own revents; those with fd -1 are left out. True
@@ -50,8 +50,8 @@ bool pba_thread_start(GThreadFunc run, void *opaque, GError **error);
 
 /* Directories and sockets */
 
-/* The directory's real path, the caller's to free, if nobody but root and this user can change what
- * a name in it or above it stands for. what names the directory in the error. */
+/* The directory's real path, owned by the caller. Fails if a user other than root and this user can
+ * rename entries in it or in a directory above it. what names the directory in the error. */
 char *pba_trusted_dir(const char *what, const char *path, GError **error);
 /* True unless nothing listens at the socket. */
 bool pba_socket_answers(const char *path);

@@ -1,4 +1,4 @@
-/* Directories in which nobody but root and this user can swap what a name stands for. */
+/* Directories in which only root and this user can replace or rename entries. */
 #include "base.h"
 #include <errno.h>
 #include <limits.h>
@@ -7,7 +7,8 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* Where others may write, the sticky bit keeps them from renaming what is not theirs. */
+/* In a directory that others may write to, the sticky bit prevents them from renaming the entries
+ * of other users. */
 static bool is_trusted(const char *path)
 {
     struct stat status;

@@ -42,8 +42,8 @@ typedef enum {
 
 typedef struct PbaSink PbaSink;
 
-/* A part of a dirty region on its way. Completions change its state and note errors; all else is
- * done by the one who drives. */
+/* A part of a dirty region that is being copied. Completion callbacks change its state and record
+ * errors; the copy loop does everything else. */
 typedef struct {
     PbaSink *sink; /* while it is written */
     PbaPieceState state;
@@ -101,7 +101,7 @@ int pba_handle_fd(const PbaVolume *volume);
 typedef enum {
     PBA_NEXT_UNKNOWN, /* the source was not asked yet */
     PBA_NEXT_LATER,   /* the answer is under way */
-    PBA_NEXT_DATA,    /* or what is not told: it has to be read */
+    PBA_NEXT_DATA,    /* or unknown: it must be read */
     PBA_NEXT_ZEROES,
     PBA_NEXT_NOTHING, /* there are no more regions */
 } PbaNext;
@@ -196,7 +196,7 @@ struct PbaSink {
     void (*free)(PbaSink *sink);
     char *name;        /* for messages */
     bool ordered;      /* wants pieces in ascending order */
-    bool wants_zeroes; /* as data that was read, so that nobody asks where they are */
+    bool wants_zeroes; /* zeroes count as data that was read, so their position is not queried */
     uint32_t block; /* two pieces of one such block are never written at the same time; 0: may be */
     uint32_t align; /* pieces have to begin and end at its multiples, or at the volume's end; where
                        they do not, their buffer has room for the rest */

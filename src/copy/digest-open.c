@@ -52,7 +52,7 @@ static void open_done(PbaJob *job)
     leave_open(job);
 }
 
-/* The caller's memory may be gone before a thread that hangs goes on: it gets its own. */
+/* A thread that hangs may continue after the caller's memory is freed, so it has its own copy. */
 static PbaJob *new_job(const PbaCopyOptions *options, uint64_t size, Opened *opened)
 {
     OpenJob *self = g_new0(OpenJob, 1);

@@ -13,8 +13,8 @@ typedef struct PbaDigestFile PbaDigestFile;
  * its volume must have size bytes. */
 PbaDigestFile *pba_digest_file_open(const char *path, uint64_t size, uint32_t *block,
                                     GError **error);
-/* Begins one, which is none before it is finished; with is_increment goes on with one that is
- * there. */
+/* Creates a file of digests, which is not valid until it is finished. With is_increment, continues
+ * an existing one. */
 PbaDigestFile *pba_digest_file_begin(const char *path, uint64_t size, uint32_t block,
                                      bool is_increment, GError **error);
 /* A reference, for as long as a thread uses it. */
@@ -50,14 +50,14 @@ PbaDigestFile *pba_digests_known(const PbaDigests *digests);
 /* False if a region is not made of whole blocks. */
 bool pba_digests_check_region(const PbaDigests *digests, uint64_t offset, uint64_t length,
                               GError **error);
-/* Has a thread of the pool look at a piece that was read; its state says when that is done. Until
- * then its buffer is the thread's. */
+/* Lets a thread of the pool compute the digests of a piece that was read. The piece's state tells
+ * when this is done; until then, the thread owns its buffer. */
 void pba_digests_begin(PbaDigests *digests, PbaPool *pool, PbaPiece *piece);
 /* Tells the caller what was found. */
 bool pba_digests_tell(const PbaDigests *digests, PbaPiece *piece, const PbaCopyOptions *options,
                       PbaCopyStatistics *statistics, GError **error);
-/* Makes the part of a piece behind the one that it is about the next one that is to be written, in
- * whole units of align: all but what is unchanged. False, with a length of 0, if there is none. */
+/* Advances the piece to its next part that must be written, in whole units of align, skipping
+ * unchanged blocks. Returns false, with a length of 0, if there is no such part. */
 bool pba_digests_next_part(PbaPiece *piece, uint32_t align);
 /* What was found is not needed any more, if something was. */
 void pba_digests_forget(PbaPiece *piece);

@@ -7,7 +7,7 @@
 typedef enum {
     PBA_HOLE_FOUND,
     PBA_HOLE_LATER, /* the answer is under way */
-    PBA_HOLE_NONE,  /* or it cannot be told: a read will say what is wrong */
+    PBA_HOLE_NONE,  /* or unknown: a read will report the error */
 } PbaHoleAnswer;
 
 typedef struct {

@@ -203,8 +203,8 @@ static void on_answer(FileSink *self, const Answer *answer)
     }
 }
 
-/* What the writers said since. Their end before they were told to is an error, also that of one of
- * them: it had a piece, maybe. */
+/* Reads the replies of the writers. A writer that ends before it is told to is an error, because it
+ * may have had a piece. */
 static bool on_ready(void *opaque, GError **error)
 {
     FileSink *self = opaque;
@@ -281,7 +281,8 @@ static bool check_opened(const FileSink *self, GError **error)
     return !self->open_error;
 }
 
-/* A writer takes no signals: those are for the caller, who ends it when they end the copy. */
+/* A writer process blocks signals. They are for the caller, which ends the writer if a signal ends
+ * the copy. */
 static pid_t clone_writer(FileSink *self, int socket)
 {
     sigset_t all;
@@ -329,8 +330,8 @@ static bool file_start(PbaSink *sink, GError **error)
     return pid != -1 && check_opened(self, error);
 }
 
-/* Before anything else is written there, by whomever: what was killed does nothing any more, but
- * for the call that hangs. */
+/* Waits before any process writes to the target again: a killed writer does nothing more, except
+ * for a system call that hangs. */
 static void end_writers(FileSink *self)
 {
     for (unsigned i = 0; i < self->writer_count; i++) {

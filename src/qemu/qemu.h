@@ -44,9 +44,9 @@ char *pba_target_prefix(const char *target_id, const char *role);
  * on Proxmox. See src/access/guard.c. */
 #define PBA_HOLD_ROLE "hold"
 #define PBA_DEVICE_ROLE "dev"
-/* What tells an access from all others, in names of exports and background bitmaps: a command of an
- * access that is gone cannot hit what a later one has made. So many random hexadecimal digits, the
- * caller's to free. */
+/* A nonce that identifies an access in the names of its exports and background bitmaps, so that a
+ * late command of an ended access cannot affect a later one. This many random hexadecimal digits,
+ * owned by the caller. */
 #define PBA_NONCE_LENGTH 16
 char *pba_nonce_new(GError **error);
 /* The id of an export begins with this. QEMU does not limit it to 31 bytes (7.2, 10.0). */
@@ -65,15 +65,16 @@ char *pba_background_bitmap(const char *target_id, const char *nonce, bool tied)
 /* The target's bitmap that has a companion, see below; on both backends. */
 char *pba_tied_bitmap(const char *target_id);
 bool pba_is_tied_bitmap(const char *name);
-/* The target in the name of such a background bitmap, whatever its nonce, or of any; NULL if it is
- * none. Points into it. */
+/* The target in the name of a background bitmap of any form, whatever its nonce; NULL if the name
+ * is not one. Points into the name. */
 const char *pba_background_target(const char *name);
 const char *pba_bitmap_target(const char *name);
 /* In this a Proxmox QEMU records what the guest writes while an access with bitmaps is up. */
 #define PBA_PVE_BACKGROUND "backup-access-background-bitmap"
 /* The copy of the target's bitmap that an audit has; the caller's to free. */
 char *pba_audit_bitmap(const char *target_id, const char *nonce);
-/* The hash of the target in such a name, which it begins with; NULL: it is none. */
+/* The rest of such a name, which begins with the hash of the target; NULL if the name is not one.
+ */
 const char *pba_audit_key(const char *name);
 bool pba_is_audit_of(const char *name, const char *target_id);
 /* Whether a background bitmap belongs to the bitmap with a companion. */

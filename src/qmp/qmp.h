@@ -40,9 +40,9 @@ pid_t pba_qmp_peer(const PbaQmp *qmp);
 /* From here on no call ends because of a signal, until one has been pending for a second: for what
  * must come to its end once it has begun. False: as before. */
 void pba_qmp_settle(PbaQmp *qmp, bool settles);
-/* Between two times of asking QEMU whether something has happened: closes the connection, so that
- * others can use the monitor, and sleeps for *pause_ms, which it doubles up to a second. The next
- * command opens a new connection: what an earlier one said may have changed. */
+/* Pauses a polling loop: closes the connection, so that other clients can use the monitor, and
+ * sleeps for *pause_ms, which it doubles up to a second. The next command opens a new connection,
+ * so state that was queried before may have changed. */
 bool pba_qmp_pause(PbaQmp *qmp, unsigned *pause_ms, gint64 deadline, const char *what,
                    GError **error);
 

@@ -117,7 +117,7 @@ bool pba_ahead_note_read(PbaAhead *ahead, uint64_t begin, uint64_t end, bool kno
         return true;
     }
     ahead->last_end = end;
-    /* One who reads on elsewhere takes over once the old reader is not seen any more. */
+    /* A reader at another position takes over once the old reader no longer reads. */
     if (ahead->active && ++ahead->misses <= (follows ? MIN_MISSES : MAX_MISSES)) {
         return true;
     }

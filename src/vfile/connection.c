@@ -1,7 +1,7 @@
-/* The NBD connection of the file's server. A thread sends requests and receives their data, so that
- * this goes on beside the answering of readers. Only a request that is urgent and alone the
- * submitter sends and receives himself: a reader at random would wait each time until the threads
- * have woken each other. */
+/* The NBD connection of the file's server. A thread sends requests and receives their data while
+ * the main thread answers readers. Only if a request is urgent and the only one does the submitting
+ * thread send it and receive the reply itself; otherwise each random read would wait for two thread
+ * wakeups. */
 #include "server.h"
 #include "src/base/base.h"
 #include "src/volume/volume.h"

@@ -386,8 +386,8 @@ static void finish_slot(PbaFile *file, Slot *slot)
 
 /* Discarding
  *
- * The kernel has one discard of a file under way at a time, so that each would cost a round trip to
- * QEMU. So some are answered at once; what becomes of them the next one tells. */
+ * The kernel sends one discard of a file at a time, so each would cost a round trip to QEMU. Some
+ * are therefore answered at once; an error of such a discard is reported by the next one. */
 
 static void on_trim_interrupt(fuse_req_t request, void *opaque)
 {

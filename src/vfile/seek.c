@@ -6,7 +6,7 @@
 #include <errno.h>
 #include <unistd.h>
 
-/* Known in front of the one who asks: reading ahead passes over them. */
+/* Zeroes ahead of the reader; reading ahead skips them. */
 #define MAX_HOLES 64
 
 struct PbaSeeks {
@@ -52,7 +52,8 @@ static void begin_at(PbaSeeks *seeks, uint64_t offset)
     }
 }
 
-/* Whole blocks, so that what is read between two holes is aligned; the last ends with the file. */
+/* Holes consist of whole blocks, so that reads between two holes are aligned; the last hole may end
+ * with the file. */
 static PbaRange aligned(PbaRange run, uint64_t size)
 {
     uint64_t begin = (run.begin + PBA_FILE_BLOCK - 1) / PBA_FILE_BLOCK * PBA_FILE_BLOCK;
@@ -171,7 +172,8 @@ void pba_seeks_ask(PbaSeeks *seeks, fuse_req_t request, uint64_t offset, int whe
     if (offset >= seeks->options.size) {
         fuse_reply_err(request, ENXIO);
     } else if (seeks->request) {
-        /* Linux has one at a time (fuse_file_llseek). All may be data, for who else asks. */
+        /* Linux sends one such request at a time (fuse_file_llseek). A second one may be told that
+         * all is data. */
         fuse_reply_lseek(request, (off_t)(whence == SEEK_HOLE ? seeks->options.size : offset));
     } else if (!answer(seeks, request, offset, whence)) {
         seeks->request = request;

@@ -79,7 +79,7 @@ PbaScanState pba_scan_pop(PbaScan *scan, PbaRange *run);
 /* Goes on with the runs from offset on. */
 void pba_scan_seek(PbaScan *scan, uint64_t offset);
 
-/* Where the zeroes are, for readers who ask (lseek(2): SEEK_DATA, SEEK_HOLE) */
+/* Where the zeroes are, for readers that use lseek(2) with SEEK_DATA and SEEK_HOLE */
 
 typedef struct PbaSeeks PbaSeeks;
 
@@ -99,8 +99,7 @@ void pba_seeks_turn(PbaSeeks *seeks);
 
 typedef struct PbaAhead PbaAhead;
 
-/* Follows one reader who reads in order. seeks is borrowed; NULL for none. Lasts as long as the
- * process. */
+/* Follows one sequential reader. seeks is borrowed, or NULL. Lives as long as the process. */
 PbaAhead *pba_ahead_new(const PbaVolumeOptions *options, PbaSeeks *seeks);
 /* Somebody reads a range; known says that it begins in what was read ahead. False if the rest of
  * what was read ahead is of no more use. */

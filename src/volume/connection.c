@@ -51,7 +51,7 @@ bool pba_nbd_turn(PbaNbdVolume *nbd, gint64 deadline, const char *what, GError *
     return true;
 }
 
-/* What a path of this kind may do is said to libnbd as well, where it can be said. */
+/* Restrict libnbd, too, to what a path of this kind may use, where it has an option for that. */
 static int limit_uris(struct nbd_handle *handle, const char *path)
 {
     uint32_t transports =

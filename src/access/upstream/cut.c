@@ -68,9 +68,9 @@ bool pba_upstream_cut(PbaAccess *access, const PbaBlock *block, GError **error)
     return look_again(access, error) &&
            /* The instant of all disks. */
            cut(access, error) &&
-           /* Not before the cut: a write between would be in the snapshot, but not in the bitmap
-            * that says what is to be read of it. Not later: what the guest writes from now on need
-            * not be read. */
+           /* Not before the cut: a write in between would be in the snapshot but not in the bitmap
+              that selects what is read. Not later: guest writes from now on need not be in that
+              bitmap. */
            freeze_bitmaps(access, block, error);
 }
 

@@ -126,9 +126,9 @@ static char *plugged_part(const char *path)
     return end ? g_strndup(path, end - path) : g_strdup(path);
 }
 
-/* A device that comes back under its id has the path of the one before, and may have got its node
- * already, so that qom-set of it makes QEMU (10.0) abort: "old_bs != new_bs". But a bus does not
- * give a number twice to what is plugged into it. */
+/* If a device is unplugged and plugged in again with the same ID, it has the same QOM path and may
+ * already use the node; qom-set of that node then makes QEMU (10.0) abort: "old_bs != new_bs". A
+ * bus never reuses the number of a child, so the number identifies the device. */
 bool pba_upstream_find_guest_device(PbaAccess *access, const PbaDisk *disk, const char *qdev,
                                     GError **error)
 {

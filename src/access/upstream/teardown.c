@@ -183,8 +183,8 @@ static void undo_disk(PbaAccess *access, GError **first, const PbaBlock *block, 
     }
 }
 
-/* False, with an error, if what there is now is not known, or no more ours. block is what there is
- * afterwards. */
+/* Returns false with an error if the state of QEMU is unknown or the access is no longer ours.
+ * block is the state afterwards. */
 static bool undo_graph(PbaAccess *access, GError **first, PbaBlock *block)
 {
     GPtrArray *disks = access->disks;

@@ -55,8 +55,8 @@ const char *pba_upstream_root(const PbaBlock *block, const PbaDisk *disk);
  * a bitmap is exported. */
 JsonNode *pba_raw_options(const PbaDisk *disk, const char *file);
 
-/* Discards what is clean in the exported snapshot, if the map is worth it. Nothing depends on it,
- * so that a failure is only logged. */
+/* Discards the clean parts of the exported snapshot, if the map is small enough. This is an
+ * optimization, so a failure is only logged. */
 void pba_trim_clean_parts(PbaAccess *access, const PbaDisk *disk);
 
 /* Bitmaps */

@@ -50,9 +50,10 @@ bool pba_upstream_suits(PbaQmp *qmp, PbaQemu *qemu, G_GNUC_UNUSED const char **f
     return *suits;
 }
 
-/* Before 8.0 (a4d5224c2c) a range of a snapshot-access node that begins in a cluster that was
- * copied and ends in one that was not is taken for one of the disk as it is now: 7.2 says that what
- * the guest has trimmed there is a hole. 10.0 is the oldest known to be good. */
+/* Before 8.0 (a4d5224c2c), block status of a snapshot-access node is wrong for a range that begins
+ * in a copied cluster and ends in one that was not copied: the range is looked up in the current
+ * disk, so QEMU 7.2 reports a hole where the guest has trimmed. 10.0 is the oldest version known to
+ * be good. */
 bool pba_upstream_reads_by_cluster(const PbaAccess *access)
 {
     return access_is_before(access, 10, 0);
