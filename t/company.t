@@ -333,7 +333,8 @@ sub check_passed_through ($type, $returns) {
         return;
     }
     ok(!$done, 'it is refused');
-    like("$@", qr/\Adevice drive-scsi0: its guest device is a $type, .*exclude the disk/, 'and why');
+    like("$@", qr/\Adevice drive-scsi0: its guest device is a $type, .*exclude the disk/,
+        'and why');
     ok(!(grep { m/\A(?:blockdev-|nbd-|qom-set|backup-)/ } $calls->{names}->@*), 'nothing is sent');
     return;
 }

@@ -408,7 +408,7 @@ subtest 'a pipe for a file of digests' => sub {
 subtest 'files of digests that will not do' => sub {
     my $content = read_file("$dir/expected");
     my %bad = (
-        'no file of digests' => "\0$content",
+        'not a file of digests' => "\0$content",
         'later version' => $content =~ s/\n1/\n2/r,
         'is of a volume' => substr($content, 0, 32) . pack('Q>', 5) . substr($content, 40),
         'length' => substr($content, 0, -1),

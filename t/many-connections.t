@@ -25,7 +25,8 @@ sub check_half_connected ($backend) {
     my $why = $@;
     ok($backend->vm->qmp('query-status'), 'QEMU goes on');
     return if !$waits;
-    like($why, qr/has connected to the NBD server at '.*' and sends nothing more - .*: end it/, 'why');
+    like($why, qr/has connected to the NBD server at '.*' and sends nothing more - .*: end it/,
+        'why');
     close($client);
     ok(eval { $access->teardown(0); 1 }, 'after its end, as after a failed backup') or diag($@);
     return;

@@ -177,11 +177,7 @@ sub check_damaged ($backend) {
         is($backend->status->{access}{alive}, undef, 'status does not know, either');
         my @log;
         my $lines = recover($backend, force => 1, log => sub ($level, $text) { push(@log, $text) });
-        like(
-            "@log",
-            qr/the process whose marker is damaged.*is taken for dead/,
-            'force says it'
-        );
+        like("@log", qr/the process whose marker is damaged.*is taken for dead/, 'force says it');
         ok((grep { m/process mark '$name' was removed/ } $lines->@*), 'and the lines')
             or diag(explain($lines));
         is_deeply($backend->outside, $outside, 'nothing is left');

@@ -163,7 +163,11 @@ for my $bitmaps (0, 1) {
             is(migrate($source, $target), 'completed', 'it is done');
             ok(!eval { next_backup($source, 'disk0'); 1 }, 'a backup where it was: refused');
             is($@->class, 'StateError', 'with a class');
-            like("$@", qr/the guest (?:was|is being) migrated .*back it up where it runs/, 'and the reason');
+            like(
+                "$@",
+                qr/the guest (?:was|is being) migrated .*back it up where it runs/,
+                'and the reason'
+            );
             write_disk($target->vm, 'after', 'disk0');
             my $next = $bitmaps || $persistent ? 'before after' : 'missing-recreated';
             is_deeply(next_backup($target, 'disk0'), { disk0 => $next }, "where it is: $next");

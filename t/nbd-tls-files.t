@@ -96,7 +96,8 @@ my %refused = (
     'tls-psk-file=/dev/zero' => qr!'/dev/zero' $kind!,
     "tls-certificates=$dir/fifo" => qr/ca-cert\.pem' $kind/,
     "tls-certificates=$dir/key" => qr/client-key\.pem' $kind/,
-    'tls-psk-file=' . make_file('huge', 1 << 40) => qr/huge' has 1099511627776 bytes - .* may have at most/,
+    'tls-psk-file='
+        . make_file('huge', 1 << 40) => qr/huge' has 1099511627776 bytes - .* may have at most/,
 );
 
 for my $side (sort keys %sides) {

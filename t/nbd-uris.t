@@ -38,7 +38,8 @@ my %sides = (
 );
 
 my $scheme = qr/begins with '\S+:' is not supported - use nbd:/;
-my $parameter = sub ($name) { qr/the NBD URI has the parameter '\Q$name\E', which is not supported/ };
+my $parameter
+    = sub ($name) { qr/the NBD URI has the parameter '\Q$name\E', which is not supported/ };
 my %refused = (
     'nbd+ssh://localhost/disk' => $scheme,
     'nbds+ssh://localhost/disk' => $scheme,

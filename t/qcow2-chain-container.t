@@ -256,7 +256,8 @@ subtest 'damage' => sub {
     print {$fh} pack('V V a*', 0x184d2a50, $size - 8 - -s $other, "\0" x ($size - 8 - -s $other));
     close($fh);
     is(-s $other, $size, 'another stream');
-    like($provider->verify($names[2])->[0], qr/differs from what was read/, 'another stream: found');
+    like($provider->verify($names[2])->[0], qr/differs from what was read/,
+        'another stream: found');
 
     my %marks = map { $_->{volname} => $_->{mark} } $provider->retention(101, 1)->@*;
     is_deeply([@marks{@names}], [('broken') x 3], 'none of them counts');

@@ -211,7 +211,11 @@ subtest 'a disk of another size' => sub {
     my $size = $disk->size;
     local $disk->{size} = $size + 65536;
     is($base->next_modes->{'drive-scsi0'}, 'new', 'the next one is full');
-    like($base->log, qr/warn: drive-scsi0: full backup - its size changed from $size/, 'the log says why');
+    like(
+        $base->log,
+        qr/warn: drive-scsi0: full backup - its size changed from $size/,
+        'the log says why'
+    );
 };
 
 # ---- killed while an archive is removed ----

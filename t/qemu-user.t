@@ -95,11 +95,7 @@ subtest 'root, and a QEMU of a user that has no name' => sub {
     my $vm = $backend->vm;
     my %options = (qmp => sub ($command, $arguments) { return $vm->qmp($command, $arguments->%*) });
     open_above($backend, $backend->work_dir('fleecing'), $backend->work_dir('run'));
-    fails_and_says(
-        $backend,
-        'by a code ref',
-        qr/give that user as qemu-user$/m, %options
-    );
+    fails_and_says($backend, 'by a code ref', qr/give that user as qemu-user$/m, %options);
     fails_and_says(
         $backend, 'another user', qr/QEMU runs as user '\?' \(\d+\): that user must/,
         %options,

@@ -41,7 +41,8 @@ subtest 'greetings that will not do' => sub {
         is_deeply([$peer->commands], [], "greeting $greeting: nothing was sent");
     }
     my %raw = (
-        'another object' => [{ raw => "{\"hello\": \"world\"}\r\n" }, qr/did not send a QMP greeting/],
+        'another object' =>
+            [{ raw => "{\"hello\": \"world\"}\r\n" }, qr/did not send a QMP greeting/],
         'QMP without an object' => [{ raw => "{\"QMP\": 5}\r\n" }, qr/did not send a QMP greeting/],
         'a reply' => [{ raw => "{\"return\": {}}\r\n" }, qr/did not send a QMP greeting/],
         'SSH' => [{ raw => "SSH-2.0-OpenSSH_9.2\r\n" }, qr/does not speak QMP/],

@@ -26,7 +26,7 @@ __END__
 
 =head1 NAME
 
-PVE::BackupAccess::Error - what PVE::BackupAccess dies with
+PVE::BackupAccess::Error - the exception class of PVE::BackupAccess
 
 =head1 SYNOPSIS
 
@@ -44,36 +44,36 @@ An error is an object that stringifies to one line ending in a newline, such as
 
     device drive-scsi0: qmp command 'blockdev-add' failed - Could not open '/mnt/x': No space left
 
-What a signal handler or a callback of yours dies with is not wrapped: it goes on as it is.
+The exception of a signal handler or a callback of yours is not wrapped: it is passed on unchanged.
 
 =head1 METHODS
 
 =head2 class
 
-QEMU's own class for what QEMU answered (C<GenericError>, C<DeviceNotFound>, C<CommandNotFound>, ...;
+Returns QEMU's own class if QEMU refused a command (C<GenericError>, C<DeviceNotFound>, C<CommandNotFound>, ...;
 QAPI: C<QapiErrorClass>), or one of these:
 
 =over
 
-=item C<ArgumentError> - the request cannot be right; nothing was sent
+=item C<ArgumentError> - an argument is wrong; no command that changes anything was sent
 
-=item C<StateError> - not now: an access is up already, or none is
+=item C<StateError> - not possible in this state, for example because an access is already active, or none is
 
-=item C<UnsupportedError> - this QEMU or this machine lacks what is needed
+=item C<UnsupportedError> - this QEMU or this machine lacks something that is needed
 
 =item C<ConnectionError> - the connection could not be made, or was lost
 
-=item C<TimeoutError> - no answer within the time limit
+=item C<TimeoutError> - there was no answer within the time limit
 
-=item C<ProtocolError> - the peer does not speak the protocol
+=item C<ProtocolError> - the peer violated the protocol
 
-=item C<IncompleteError> - an answer that lacks a part, which is never taken for the whole
+=item C<IncompleteError> - an answer is incomplete, so it was not used
 
 =item C<NbdError> - an NBD request failed
 
 =item C<SystemError> - a system call failed
 
-=item C<ContentError> - what is stored is not what its digest says, or a file of digests is none
+=item C<ContentError> - stored data does not match its digest, or a file of digests is not valid
 
 =item C<InterruptedError> - the call was told to stop
 
@@ -83,16 +83,21 @@ QAPI: C<QapiErrorClass>), or one of these:
 
 =head2 command
 
-The QMP command that failed, or undef.
+Returns the QMP command that failed, or undef.
 
 =head2 device
 
-The device the error is about, or undef.
+Returns the device that the error is about, or undef.
 
 =head2 throw
 
-    PVE::BackupAccess::Error->throw($class, $message, device => $device);
+=for run proxmox
 
-Dies with a new error. C<$message> has no newline at its end.
+    use PVE::BackupAccess::Error;
+
+    eval { PVE::BackupAccess::Error->throw('StateError', 'the store is locked', device => 'drive-scsi0') };
+    print $@->device, ': ', $@;
+
+Takes a class, a message without a newline at its end, and optionally C<device> and C<command>. Dies with a new error.
 
 =cut
