@@ -184,7 +184,7 @@ my sub show ($opt, $files, $config, $damaged) {
 
 sub run ($opt, $path, $target) {
     my $format = $opt->{format} // 'raw';
-    usage_error("--format wants raw or qcow2, not '$format'") if !$fill{$format};
+    usage_error("--format must be raw or qcow2, not '$format'") if !$fill{$format};
     my ($directory, $volname) = archive_at($opt, $path);
     my $provider = provider_for($directory, $opt);
     my $volumes = $provider->restore_vm_init($volname);

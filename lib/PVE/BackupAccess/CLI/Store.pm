@@ -33,8 +33,8 @@ my sub rbd_settings ($opt, $store) {
 # Dies unless there is one. Returns it as it is called from now on.
 sub check_store ($opt, $store) {
     return $store if is_rbd($store);
-    usage_error('--ceph-conf goes with rbd:POOL') if defined($opt->{'ceph-conf'});
-    die "$store is not a directory - make it first, or mount it\n" if !-d $store;
+    usage_error('--ceph-conf needs rbd:POOL') if defined($opt->{'ceph-conf'});
+    die "$store is not a directory - create it, or mount it, first\n" if !-d $store;
     return untainted(Cwd::realpath($store));
 }
 
