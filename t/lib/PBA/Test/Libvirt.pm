@@ -4,6 +4,8 @@ package PBA::Test::Libvirt;
 # are private: the machine's libvirt, if there is one, sees nothing of it. As 'system' its QEMUs run as
 # libvirt-qemu; as 'session' it is that of an ordinary user.
 #
+# Each is a host of its own, by its name and UUID, so that a domain can be migrated from one to another.
+#
 #   my $libvirt = PBA::Test::Libvirt->start('system');   # skips the test where it cannot
 #   $libvirt->add_disk('vda', bus => 'virtio', size => 32 << 20, format => 'qcow2');
 #   $libvirt->start_domain;
@@ -89,6 +91,8 @@ sub _with_user ($self, $name, $id) {
 
 sub _start_system ($self) {
     my $dir = $self->{dir};
+    my ($host) = lc($dir) =~ m/(\w+)\z/;
+    my $uuid = read_file('/proc/sys/kernel/random/uuid') =~ s/\n//r;
     my @mounts = ('mount --make-rprivate /');
     for my $target (sort keys %system_dirs) {
         make_path("$dir/$system_dirs{$target}", $target);
@@ -98,11 +102,19 @@ sub _start_system ($self) {
     write_file("$dir/-etc-libvirt/qemu.conf",
         qq(security_driver = "none"\nnamespaces = []\ncgroup_controllers = []\nstdio_handler = "file"\n)
     );
-    write_file("$dir/-etc-libvirt/libvirtd.conf",
-        qq(auth_unix_rw = "none"\nunix_sock_rw_perms = "0700"\n));
+    write_file(
+        "$dir/-etc-libvirt/libvirtd.conf",
+        join("\n",
+            'auth_unix_rw = "none"',
+            'unix_sock_rw_perms = "0700"',
+            qq(host_uuid = "$uuid"), '')
+    );
     $self->{socket} = "$dir/-run-libvirt/libvirt-sock";
-    my $script = join(' && ', @mounts, "exec libvirtd -f /etc/libvirt/libvirtd.conf -p $dir/pid");
-    $self->_spawn(sub { exec('unshare', '-m', 'sh', '-c', $script) });
+    my $script = join(' && ',
+        @mounts,
+        "hostname $host",
+        "exec libvirtd -f /etc/libvirt/libvirtd.conf -p $dir/pid");
+    $self->_spawn(sub { exec('unshare', '-m', '-u', 'sh', '-c', $script) });
     return;
 }
 
