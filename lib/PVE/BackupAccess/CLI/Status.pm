@@ -4,6 +4,8 @@ package PVE::BackupAccess::CLI::Status;
 
 use v5.36;
 
+use List::Util qw(uniq);
+
 use PVE::BackupAccess;
 use PVE::BackupAccess::CLI::Access qw(access_options status_of text);
 use PVE::BackupAccess::CLI::Output qw(say_error say_json say_out say_table);
@@ -103,12 +105,20 @@ sub run ($opt) {
 
 # Undoes what a killed process left, without a backup.
 sub recover ($opt) {
-    return _say_done($opt, 'recover', 'nothing to undo');
+    return _say_done($opt, 'recover', sub { 'nothing to undo' });
+}
+
+# Targets of the command's own backups have more in their names than what --target-id said there.
+my sub no_bitmaps ($opt) {
+    my @targets
+        = uniq(sort grep { defined } map { $_->{'target-id'} } status_of($opt)->{bitmaps}->@*);
+    return "target '$opt->{'target-id'}' has no bitmaps - "
+        . (@targets ? "targets that have: @targets" : 'no other target has any');
 }
 
 # Removes the bitmaps of a target.
 sub forget ($opt) {
-    return _say_done($opt, 'forget', 'the target has no bitmaps');
+    return _say_done($opt, 'forget', sub { no_bitmaps($opt) });
 }
 
 sub _say_done ($opt, $method, $nothing) {
@@ -123,7 +133,7 @@ sub _say_done ($opt, $method, $nothing) {
     }
     else {
         say_out($lines->@*);
-        say_error($nothing) if !$lines->@*;
+        say_error($nothing->()) if !$lines->@*;
     }
     return 0;
 }
