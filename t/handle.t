@@ -231,7 +231,7 @@ subtest 'the handle' => sub {
     my @sizes = (
         ["$dir/disk", $size - 512, qr/the file has 262144 bytes instead of 261632/],
         ["$dir/disk", $size + 512, qr/the file has 262144 bytes instead of 262656/],
-        ['/dev/zero', 1 << 63, qr/no file has 9223372036854775808 bytes/],
+        ['/dev/zero', 1 << 63, qr/a file cannot have 9223372036854775808 bytes/],
     );
 
     for my $case (@sizes) {

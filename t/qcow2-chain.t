@@ -32,7 +32,7 @@ my %failures = (
         $chain->backup;
     },
     'the server of the new image is killed' => sub ($chain) {
-        no warnings 'redefine';
+        no warnings qw(once redefine);
         my $class = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
         my $start = $class->can('start');
         local *PVE::BackupAccess::Provider::Qcow2Chain::Server::start = sub (@arguments) {

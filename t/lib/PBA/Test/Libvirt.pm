@@ -24,6 +24,7 @@ use PVE::BackupAccess::Libvirt;
 my $qemu_id = 64_055;
 my $session_id = 64_001;
 my $seconds = 60;
+my $hosts = 0;
 my %system_dirs = map { $_ => $_ =~ tr{/}{-}r } qw(/etc/libvirt /run/libvirt /var/lib/libvirt
     /var/cache/libvirt /var/log/libvirt);
 
@@ -91,7 +92,7 @@ sub _with_user ($self, $name, $id) {
 
 sub _start_system ($self) {
     my $dir = $self->{dir};
-    my ($host) = lc($dir) =~ m/(\w+)\z/;
+    my $host = 'host' . ++$hosts;
     my $uuid = read_file('/proc/sys/kernel/random/uuid') =~ s/\n//r;
     my @mounts = ('mount --make-rprivate /');
     for my $target (sort keys %system_dirs) {
