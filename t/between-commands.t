@@ -3,6 +3,8 @@
 # command of ours may end QEMU, give the guest another disk, or use a bitmap that lacks bits (I2, I3, I10).
 #
 # On a Proxmox QEMU by its own commands.
+#
+# One QEMU is enough: our commands have one order on all; PBA_FULL=1 runs on both.
 
 use v5.36;
 

@@ -78,7 +78,7 @@ for my $success (1, 0) {
         );
         like(
             "@log",
-            qr/device disk0: bitmap '.*' is removed.* the next backup is a full one/,
+            qr/device disk0: bitmap '.*' may lack bits and is removed: the next backup is a full one/,
             'a warning says what that means'
         );
         is(bitmap_of('disk0'), undef, 'the bitmap that may lack bits is removed');
@@ -126,7 +126,7 @@ subtest 'the bitmap itself is removed during the access' => sub {
     $access->teardown(1);
     like(
         "@log",
-        qr/device disk0: bitmap '.*' is removed.* the next backup is a full one/,
+        qr/device disk0: bitmap '.*' may lack bits and is removed: the next backup is a full one/,
         'a warning says what that means'
     );
     is_deeply($backend->other_bitmaps, [], 'no background bitmap is left');

@@ -58,7 +58,8 @@ sub taken ($signature) {
 }
 
 subtest 'our provider takes what it is given' => sub {
-    my $source = content('lib/PVE/BackupAccess/Provider/Qcow2Chain.pm');
+    my $source
+        = join('', map { content("lib/PVE/BackupAccess/Provider/$_.pm") } qw(Store Qcow2Chain));
     my %signature = $source =~ m/^sub (\w+) \((.*?)\) \{/mg;
     for my $method (sort keys(%arguments)) {
         my $given = () = $arguments{$method} =~ m/\w+/g;

@@ -28,8 +28,8 @@ use PVE::BackupAccess::Provider::Qcow2Chain::Tar qw(is_for_pct stream_problem);
 use PVE::BackupAccess::Provider::Store::Workers qw(side_by_side);
 
 my $provider = 'PVE::BackupAccess::Provider::Qcow2Chain';
-my $seconds = 20;    # that a call may take to end
-my $most = 3;        # calls that block, each of which gets the signal
+my $seconds = 20;                     # that a call may take to end
+my $most = $ENV{PBA_FULL} ? 6 : 2;    # calls that block, each of which gets the signal
 
 # The one that is to be waited for does not go on.
 sub hold ($pid) {

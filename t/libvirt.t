@@ -16,13 +16,14 @@ use PBA::Test::Libvirt;
 use PBA::Test::Share qw(share);
 use PVE::BackupAccess;
 
-my $problem = PBA::Test::Libvirt->problem;
+my $Libvirt = 'PBA::Test::Libvirt';
+my $problem = $Libvirt->problem;
 plan(skip_all => $problem) if defined($problem);
 
 my $mib = 1 << 20;
 my $store = File::Temp->newdir('pba-libvirt-XXXXXXXX', TMPDIR => 1);
-my $libvirt = PBA::Test::Libvirt->start('system');
-my $other_host = PBA::Test::Libvirt->start('system');
+my $libvirt = $Libvirt->start('system');
+my $other_host = $Libvirt->start('system');
 my $run_dir = $libvirt->dir . '/run';
 my @guest = ('--libvirt', 'web1', '--connect', $libvirt->uri, '--run-dir', $run_dir);
 my %device = (vda => 'virtio-disk0', sda => 'scsi0-0-0-0');
