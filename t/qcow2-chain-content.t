@@ -95,7 +95,7 @@ sub after_writing ($do, $code) {
     my $stop = $Server->can('stop');
     my $start = $Server->can('start');
     my %image;
-    no warnings 'redefine';
+    no warnings qw(once redefine);
     local *PVE::BackupAccess::Provider::Qcow2Chain::Server::start = sub ($class, $file, %options) {
         my $server = $start->($class, $file, %options);
         $image{$server} = $file;

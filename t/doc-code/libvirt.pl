@@ -31,9 +31,13 @@ sub start_libvirt () {
     return $libvirt;
 }
 
+# While virsh can still be asked to end the domain.
+my $libvirt;
+END { undef $libvirt }
+
 return sub ($block) {
     return if defined(PBA::Test::Libvirt->problem);
     return run_shell($block, start_libvirt()) if $block->{language} ne 'perl';
-    state $libvirt = start_libvirt();
+    $libvirt //= start_libvirt();
     PBA::Test::DocCode::run_perl($block, '$uri' => $libvirt->uri);
 };
