@@ -32,12 +32,18 @@ my %evals = (
     'no reason' => ['eval { work() };    ## bare eval:', 1],
 );
 
-for my $name (sort keys %evals) {
-    my ($code, $count) = $evals{$name}->@*;
-    my $file = planted('eval.pm', "package X;\n\nsub f () {\n    $code\n}\n\n1;\n");
-    my @expected = $count ? ("$file:4: a bare eval") : ();
-    is_deeply([PBA::Test::PerlRules::bare_evals($file)], \@expected, "evals: $name");
+# Each case: a line of a function, and whether it is found as that.
+sub check_lines ($gate, $rule, $found_as, %cases) {
+    for my $name (sort keys %cases) {
+        my ($code, $count) = $cases{$name}->@*;
+        my $file = planted("$gate.pm", "package X;\n\nsub f () {\n    $code\n}\n\n1;\n");
+        my @expected = $count ? ("$file:4: $found_as") : ();
+        is_deeply([$rule->($file)], \@expected, "$gate: $name");
+    }
+    return;
 }
+
+check_lines('evals', \&PBA::Test::PerlRules::bare_evals, 'a bare eval', %evals);
 
 my %waits = (
     'a child' => ['waitpid($pid, 0);', 1],
@@ -55,12 +61,7 @@ my %waits = (
     'a comment' => ['work();    # not waitpid($pid, 0)', 0],
 );
 
-for my $name (sort keys %waits) {
-    my ($code, $count) = $waits{$name}->@*;
-    my $file = planted('wait.pm', "package X;\n\nsub f () {\n    $code\n}\n\n1;\n");
-    my @expected = $count ? ("$file:4: a wait without an end") : ();
-    is_deeply([PBA::Test::PerlRules::long_waits($file)], \@expected, "waits: $name");
-}
+check_lines('waits', \&PBA::Test::PerlRules::long_waits, 'a wait without an end', %waits);
 
 my $file = planted('pod.pm', <<'END');
 =head1 SYNOPSIS

@@ -115,7 +115,7 @@ const char *pba_block_find_child(const PbaBlock *block, const char *node, const 
 char *pba_block_device_above(const PbaBlock *block, const char *node);
 /* Whether a device or another node uses the node; needs the graph. */
 bool pba_block_has_parent(const PbaBlock *block, const char *node);
-/* The same, but for nodes of that driver. */
+/* The same, but ignores users that are nodes of that driver. */
 bool pba_block_has_parent_but(const PbaBlock *block, const char *node, const char *driver);
 /* The first node from node downwards that is no filter: where a disk's bitmaps belong. */
 const char *pba_block_skip_filters(const PbaBlock *block, const char *node);

@@ -4,8 +4,7 @@
 
 use v5.36;
 
-use PBA::Test::Backend;
-use PBA::Test::DocCode;
+use PBA::Test::DocCode qw(check_same run_perl start_guest);
 
 my $mib = 1024 * 1024;
 
@@ -28,14 +27,11 @@ sub call_provider ($package, $backend) {
 }
 
 return sub ($block) {
-    state $backend = PBA::Test::Backend->start(
-        name => 'pve',
-        disks => [{ id => 'scsi0', size => 16 * $mib, shape => 'drive' }],
-    );
+    state $backend = start_guest();
     my $outside = $backend->outside;
     $backend->guest->write('scsi0', 3 * $mib, 65536, 0x31);
     my $access = $backend->access;
-    my $package = PBA::Test::DocCode::run_perl(
+    my $package = run_perl(
         $block,
         '$qmp_socket' => $backend->qmp_path,
         '$access' => $access,
@@ -44,5 +40,5 @@ return sub ($block) {
     );
     $access->teardown(1) if $access->_is_up;
     call_provider($package, $backend);
-    PBA::Test::DocCode::check_same($outside, $backend->outside);
+    check_same($outside, $backend->outside);
 };

@@ -5,17 +5,11 @@
 use v5.36;
 
 use PBA::Test::AgentPeer;
-use PBA::Test::Backend;
-use PBA::Test::DocCode;
+use PBA::Test::DocCode qw(check_same run_perl start_guest);
 use PBA::Test::Provider;
 
-my $mib = 1024 * 1024;
-
 return sub ($block) {
-    state $backend = PBA::Test::Backend->start(
-        name => 'pve',
-        disks => [{ id => 'scsi0', size => 16 * $mib, shape => 'drive' }],
-    );
+    state $backend = start_guest();
     my $outside = $backend->outside;
     my $agent = PBA::Test::AgentPeer->start;
     my %values = (
@@ -32,6 +26,6 @@ return sub ($block) {
         'guest-config' => $values{'$guest_config'},
         log => sub { },
     );
-    PBA::Test::DocCode::run_perl($block, %values, '$options' => \%options);
-    PBA::Test::DocCode::check_same($outside, $backend->outside);
+    run_perl($block, %values, '$options' => \%options);
+    check_same($outside, $backend->outside);
 };

@@ -6,23 +6,19 @@ use v5.36;
 
 use File::Temp ();
 
-use PBA::Test::Backend;
-use PBA::Test::DocCode;
+use PBA::Test::DocCode qw(check_same run_perl start_guest);
 
 my $mib = 1024 * 1024;
 
 return sub ($block) {
-    state $backend = PBA::Test::Backend->start(
-        name => 'pve',
-        disks => [{ id => 'scsi0', size => 16 * $mib, shape => 'drive' }],
-    );
+    state $backend = start_guest();
     my $outside = $backend->outside;
     $backend->guest->write('scsi0', 3 * $mib, 65536, 0x31);
     my $dir = File::Temp->newdir('pba-doc.XXXXXX', TMPDIR => 1);
     my $access = $backend->access;
     $access->setup($backend->devices('new'));
     my $volume = $access->volume('drive-scsi0');
-    PBA::Test::DocCode::run_perl(
+    run_perl(
         $block,
         '$access' => $access,
         '$volume' => $volume,
@@ -30,5 +26,5 @@ return sub ($block) {
     );
     $volume->close;
     $access->teardown(1);
-    PBA::Test::DocCode::check_same($outside, $backend->outside);
+    check_same($outside, $backend->outside);
 };

@@ -39,7 +39,7 @@ sub pause ($seconds) {
 sub wait_for_child ($pid) {
     my $fd = PVE::BackupAccess::_open_process($pid);
     my $process;
-    $fd >= 0 && (open($process, '<&=', $fd) or undef($process));
+    undef($process) if $fd < 0 || !open($process, '<&=', $fd);
     my $ended;
     while (($ended = waitpid($pid, WNOHANG)) == 0) {
         $process ? IO::Select->new($process)->can_read($slice) : sleep($look_again);

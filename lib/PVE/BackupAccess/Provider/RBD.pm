@@ -52,8 +52,8 @@ sub _begin ($self, $task, %about) {
     return PVE::BackupAccess::Provider::RBD::Archive->begin($task->{guest}, $task->{name}, %about);
 }
 
-# Snapshots are made when all disks are stored and flushed, and what is checked is what they show: whatever somebody
-# writes to an image, it is found, or it is not in the backup.
+# Snapshots are made when all disks are stored and flushed, and the check reads the snapshots. So it finds what another
+# program wrote to an image before, and what one writes later is not in the backup.
 sub _store_devices ($self, $task, $volumes, %how) {
     my ($archive, $jobs) = ($task->{archive}, begin_devices($task, $volumes, %how));
     $archive->prepare;
@@ -74,7 +74,7 @@ sub _store_devices ($self, $task, $volumes, %how) {
     return map { $stored->{$_}{finding} // () } $archive->devices;
 }
 
-# What a killed process left is in nobody's way, so that the next backup or prune has time enough for it.
+# What a killed process left does not disturb a restore: the next backup or prune removes it.
 sub _settle ($self, $guest) { return }
 
 # As texts, none if the archive is whole. What was found is noted, so that nothing is built on what is damaged.
@@ -186,7 +186,7 @@ list of the whole pool. An EC pool has no omap: let it be the images' data pool 
 =item the objects C<IMAGE@ARCHIVE.digests.N>: the digests of all blocks of a device, 32 bytes for 64 KiB, in parts of 16 MiB,
 zeroes left out. An omap value cannot be that large. Each archive has all of them, so that it needs no other one
 
-=item the objects C<pba.vm-100.change>, C<.read> and C<.removal>: whoever works on the archives watches one of them, on whichever
+=item the objects C<pba.vm-100.change>, C<.read> and C<.removal>: a process that works on the archives watches one of them, on any
 host. The cluster forgets a watch with its client, at once if the process ended and after half a minute if the host did
 
 =item the object C<pba>: the guests that there are, and the store's id
@@ -256,7 +256,7 @@ C<image-size> of a device is what the backup has written for it, zeroes not coun
     system('qemu-img', 'convert', '-f', 'raw', '-O', 'raw', $uri, 'drive-scsi0.raw');
 
 Takes the archive's name and a device's, and returns the snapshot as an URI that QEMU's programs read
-(C<rbd:POOL/IMAGE@SNAPSHOT:conf=FILE>). Nothing is locked: whoever reads it sees to it that the archive is not removed meanwhile.
+(C<rbd:POOL/IMAGE@SNAPSHOT:conf=FILE>). It locks nothing: the caller must make sure that the archive is not removed while it is read.
 
 Errors: C<ArchiveError> if there is no such archive, C<ArgumentError> if it has no such device.
 

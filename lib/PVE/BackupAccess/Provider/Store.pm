@@ -361,16 +361,18 @@ sub digests ($self, $volname, $device) {
 }
 
 # { 'keep-last' => 7, ... }, or the number of it alone.
-my sub rules ($keep) {
-    return $keep if ref($keep) eq 'HASH';
-    check_positive('keep', $keep);
-    return { 'keep-last' => $keep };
+my sub checked_rules ($keep) {
+    if (ref($keep) ne 'HASH') {
+        check_positive('keep', $keep);
+        $keep = { 'keep-last' => $keep };
+    }
+    check_keep($keep);
+    return $keep;
 }
 
 sub retention ($self, $vmid, $keep) {
     $vmid = checked_vmid($vmid);
-    $keep = rules($keep);
-    check_keep($keep);
+    $keep = checked_rules($keep);
     return [map { $self->_retention($_, $keep) } $self->_places($vmid)];
 }
 
@@ -381,8 +383,7 @@ sub _retention ($self, $place, $keep) {
 
 sub prune ($self, $vmid, $keep) {
     $vmid = checked_vmid($vmid);
-    $keep = rules($keep);
-    check_keep($keep);
+    $keep = checked_rules($keep);
     return [map { $self->_prune($_, $keep) } $self->_places($vmid)];
 }
 

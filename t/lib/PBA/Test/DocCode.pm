@@ -14,7 +14,9 @@ use Exporter qw(import);
 use File::Temp ();
 use JSON::PP ();
 
-our @EXPORT_OK = qw(check_same run_perl);
+use PBA::Test::Backend;
+
+our @EXPORT_OK = qw(check_same run_perl start_guest);
 
 # Blocks that are no code: a picture, a table, what a program prints.
 my %no_code = map { $_ => 1 } qw(text);
@@ -127,6 +129,14 @@ sub _pod (@lines) {
 }
 
 # ---- for fixtures ----
+
+# The guest of several kinds of blocks, as on Proxmox VE: it has the disk drive-scsi0 of 16 MiB.
+sub start_guest () {
+    return PBA::Test::Backend->start(
+        name => 'pve',
+        disks => [{ id => 'scsi0', size => 1 << 24, shape => 'drive' }],
+    );
+}
 
 # Dies if two structures differ: of what a block found, and of what it left.
 sub check_same ($before, $after) {

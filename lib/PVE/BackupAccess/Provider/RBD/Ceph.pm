@@ -7,7 +7,9 @@ use v5.36;
 use JSON::PP ();
 
 use PVE::BackupAccess::Error;
+use PVE::BackupAccess::File qw(write_file);
 use PVE::BackupAccess::Program qw(run_program);
+use PVE::BackupAccess::Provider::Store::PrivateDir;
 use PVE::BackupAccess::Try qw(attempt_any);
 
 my $json = JSON::PP->new->utf8;
@@ -178,7 +180,11 @@ sub values ($self, $object) {
     return \%values;
 }
 
-sub set_value ($self, $object, $key, $file) {
+# By a file: an argument of a program cannot be as long as a value.
+sub set_value ($self, $object, $key, $value) {
+    my $private = PVE::BackupAccess::Provider::Store::PrivateDir->new;
+    my $file = $private->path . '/raw';
+    write_file($file, $value);
     $self->rados('setomapval', $object, $key, '--input-file', $file);
     return;
 }

@@ -11,11 +11,9 @@ package PVE::BackupAccess::Provider::RBD::Guest;
 use v5.36;
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::File qw(write_file);
 use PVE::BackupAccess::Provider::RBD::Archive;
 use PVE::BackupAccess::Provider::RBD::Lock;
 use PVE::BackupAccess::Provider::Store::Manifest qw($name_pattern);
-use PVE::BackupAccess::Provider::Store::PrivateDir;
 use PVE::BackupAccess::Try qw(attempt reason);
 
 use parent qw(PVE::BackupAccess::Provider::Store::Guest);
@@ -51,10 +49,7 @@ sub _values ($self) {
 }
 
 sub _set ($self, $key, $value) {
-    my $private = PVE::BackupAccess::Provider::Store::PrivateDir->new;
-    my $file = $private->path . '/raw';
-    write_file($file, $value);
-    $self->{ceph}->set_value($self->{object}, $key, $file);
+    $self->{ceph}->set_value($self->{object}, $key, $value);
     $self->{values}{$key} = $value if $self->{values};
     return;
 }
@@ -205,7 +200,7 @@ sub give_up ($self, $archive) {
     return;
 }
 
-# Where somebody made a clone of it, or wants to keep it.
+# An administrator protects snapshots in order to clone them, or to keep them.
 sub is_protected ($self, $name) {
     return scalar(
         grep { $_->{protected} }

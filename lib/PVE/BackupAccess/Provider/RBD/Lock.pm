@@ -38,8 +38,8 @@ sub kinds ($class) { return sort keys %locks }
 
 my sub fail ($message) { $Error->throw('SystemError', $message) }
 
-# In the child, which ends when nobody has the other end of its standard input, and tells the cluster so. A signal would
-# have the cluster miss it first, half a minute long.
+# In the child. The program ends, and tells the cluster so, when all processes have closed the other end of its standard
+# input. If a signal ended it, the cluster would keep the watch for half a minute.
 my sub become ($parent, $in, $out, @command) {
     end_with($parent, 0);
     POSIX::setsid();    # a terminal's signals are for the caller
@@ -95,7 +95,7 @@ sub take ($class, $ceph, $object, $kind, $seconds) {
             . " $locks{$kind}{busy} - try again when it has ended, or wait for it");
 }
 
-# Whoever forked this process has the pipe as well: the program is told, so that it ends now.
+# A forked process may still have the other end of the pipe: the newline tells the program to end now.
 sub drop ($self) {
     my $pid = delete($self->{pid}) // return;
     local ($!, $?);

@@ -7,10 +7,8 @@ package PVE::BackupAccess::Provider::RBD::Store;
 
 use v5.36;
 
-use PVE::BackupAccess::File qw(write_file);
 use PVE::BackupAccess::Provider::RBD::Lock;
 use PVE::BackupAccess::Provider::Store::Manifest qw(new_id);
-use PVE::BackupAccess::Provider::Store::PrivateDir;
 
 my $object = 'pba';
 my $seconds = 60;    # for another process that makes something of it
@@ -20,10 +18,7 @@ sub new ($class, $ceph) { return bless({ ceph => $ceph }, $class) }
 sub _values ($self) { return $self->{ceph}->values($object) // {} }
 
 sub _set ($self, $key, $value) {
-    my $private = PVE::BackupAccess::Provider::Store::PrivateDir->new;
-    my $file = $private->path . '/raw';
-    write_file($file, $value);
-    $self->{ceph}->set_value($object, $key, $file);
+    $self->{ceph}->set_value($object, $key, $value);
     return;
 }
 

@@ -3,7 +3,7 @@ package PVE::BackupAccess::Provider::Store::Devices;
 # Devices' data on their way from the guest into an archive. The archive that is being made has these methods, beside
 # those of Store::Archive:
 #
-#   add_device($device, \%about, $parent)    all of it comes from the parent, if one is given, but for what is copied
+#   add_device($device, \%about, $parent)    with a parent, it begins with the parent's data, and the copy changes that
 #   open_to_write($device)    a Store::Server of the image that the data goes to
 #   cluster_size
 
