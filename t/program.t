@@ -49,6 +49,8 @@ subtest 'what it returns' => sub {
 };
 
 subtest 'what it has' => sub {
+    local $SIG{__DIE__} = sub { print {*STDERR} 'a handler in the child' };
+    local $SIG{PIPE} = 'IGNORE';
     local $ENV{PBA_TEST} = 'given';
     local @SIG{qw(USR1 USR2)} = ('IGNORE', sub { die "handler\n" });
     my (undef, $environment) = run_program('env');

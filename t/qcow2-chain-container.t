@@ -406,7 +406,7 @@ subtest 'programs that are not there' => sub {
         no strict 'refs';
         local ${"${class}::Tar::$program"} = 'no-such-program';
         is($container->backup, undef, "no $program");
-        like($container->error, qr/no-such-program ended with status 127 - No such file/, 'why');
+        like($container->error, qr/cannot run no-such-program - No such file/, 'why');
     }
     is_clean($container, [], 'afterwards');
 };

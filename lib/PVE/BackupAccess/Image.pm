@@ -13,7 +13,7 @@ use PVE::BackupAccess;
 use PVE::BackupAccess::Argument
     qw(bad_argument check_filled_text check_hash check_options check_positive);
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw(end_with program_environment);
+use PVE::BackupAccess::Program qw(start_program);
 use PVE::BackupAccess::Provider::Store::PrivateDir;
 use PVE::BackupAccess::Try qw(attempt);
 use PVE::BackupAccess::Wait qw(wait_for_child);
@@ -91,21 +91,11 @@ my sub node_options ($disk) {
 
 # ---- the process ----
 
-my sub run_daemon ($dir, @arguments) {
-    my $parent = $$;
-    my $pid = fork() // fail("cannot fork - $!");
-    return $pid if $pid;
-    end_with($parent);
-    POSIX::setsid();    # a terminal's signals are for the caller
-    open(STDIN, '<', '/dev/null') or POSIX::_exit(127);
-    open(STDERR, '>', "$dir/log") or POSIX::_exit(127);
-    open(STDOUT, '>&', \*STDERR) or POSIX::_exit(127);
-    local %ENV = program_environment();
-    no warnings 'exec';
-    exec({$qemu_storage_daemon} $qemu_storage_daemon, @arguments)
-        or print {*STDERR} "cannot run $qemu_storage_daemon - $!\n";
-    STDERR->flush;
-    POSIX::_exit(127);
+my sub run_daemon ($self, @arguments) {
+    my $log = $self->{private}->path . '/log';
+    open(my $fh, '>', $log) or fail("cannot open $log - $!");
+    start_program(\$self->{pid}, { out => $fh, err => $fh }, $qemu_storage_daemon, @arguments);
+    return;
 }
 
 my sub log_line ($self) {
@@ -171,11 +161,8 @@ sub start ($class, @options) {
     $self->{socket} = $self->{private}->path . '/qmp';
     $disks[$_]->@{qw(id node)} = ($_, node_name($_, $disks[$_]{device})) for 0 .. $#disks;
     local $^F = 2;
-    $self->{pid} = run_daemon(
-        $self->{private}->path,
-        '--chardev', "socket,id=monitor,path=$self->{socket},server=on,wait=off",
-        '--monitor', 'chardev=monitor', map { ('--blockdev', node_options($_)) } @disks
-    );
+    run_daemon($self, '--chardev', "socket,id=monitor,path=$self->{socket},server=on,wait=off",
+        '--monitor', 'chardev=monitor', map { ('--blockdev', node_options($_)) } @disks);
     wait_until_up($self);
 
     # It listens before it has opened the images.

@@ -7,17 +7,19 @@ package PVE::BackupAccess::Program;
 use v5.36;
 
 use Exporter qw(import);
+use Fcntl qw(F_DUPFD);
 use POSIX qw(SIGTERM SIG_BLOCK SIG_SETMASK WNOHANG);
 use Time::HiRes qw(sleep time);
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Try qw(ensure);
+use PVE::BackupAccess::Try qw(deaths_of ensure);
 use PVE::BackupAccess::Wait qw(wait_for_child);
 
-our @EXPORT_OK = qw(end_with new_pipe program_environment run_program temporary_file);
+our @EXPORT_OK = qw(end_with new_pipe program_environment run_program start_program temporary_file);
 
-my $not_run = 127;    # exit status of a child that cannot become the program
+my $first_free_fd = 10;    # past those that a program has by itself
+my $not_run = 127;         # exit status of a child that cannot become the program
 
 # How long a program that was killed is waited for: storage that does not answer may keep it.
 my $end_limit = 0.5;
@@ -60,28 +62,57 @@ sub end_with ($parent, $signal = SIGTERM) {
     return;
 }
 
-my sub become ($parent, $mask, $out, $err, @command) {
-    end_with($parent);
-    POSIX::setsid();    # a terminal's signals are for the caller
-    open(STDIN, '<', '/dev/null') or POSIX::_exit($not_run);
-    open(STDOUT, '>&', $out) or POSIX::_exit($not_run);
-    open(STDERR, '>&', $err) or POSIX::_exit($not_run);
-    POSIX::sigprocmask(SIG_SETMASK, $mask);
-    local %ENV = program_environment();
-    { no warnings 'exec'; exec({ $command[0] } @command) }
-    syswrite(STDERR, "$!");
+# Handles become descriptors 0, 1, 2 ...: first out of the way of each other, whatever numbers they have.
+my sub place (@handles) {
+    my @fds
+        = map { fcntl($_, F_DUPFD, $first_free_fd) // die "cannot copy a handle - $!\n" } @handles;
+    for my $fd (0 .. $#fds) {
+        POSIX::dup2($fds[$fd], $fd) // die "cannot set descriptor $fd - $!\n";
+        POSIX::close($fds[$fd]);
+    }
+    return;
+}
+
+# systemd's protocol for a socket that listens already, see sd_listen_fds(3): it is descriptor 3.
+my sub socket_variables () { return (LISTEN_PID => $$, LISTEN_FDS => 1) }
+
+my sub run_instead ($how, @command) {
+    local $^F = 2;
+    open(my $null, '+<', '/dev/null') or die "cannot open /dev/null - $!\n";
+    my $listener = $how->{listener};
+    place((map { $how->{$_} // $null } qw(in out err)), $listener // ());
+    POSIX::sigprocmask(SIG_SETMASK, $how->{mask});
+    local %ENV = (
+        program_environment(),
+        ($how->{environment} // {})->%*,
+        $listener ? socket_variables() : ()
+    );
+    no warnings 'exec';
+    exec({ $command[0] } @command) or die "cannot run $command[0] - $!\n";
+}
+
+my sub become ($parent, $how, @command) {
+    end_with($parent, $how->{signal} // SIGTERM);
+    $SIG{$_} = 'DEFAULT' for qw(HUP INT PIPE QUIT TERM);   # also what the caller ignores
+    POSIX::setsid();                                       # a terminal's signals are for the caller
+    local $SIG{__DIE__} = undef;
+    my ($death) = deaths_of(sub (@) { run_instead($how, @command) });
+    my $message = "$death->[0]";
+    POSIX::write(2, $message, length($message));
     POSIX::_exit($not_run);
 }
 
-# Signals are blocked until the number of the child is known: the one that would be lost is the only
-# way to end it.
-my sub start ($pid, $out, $err, @command) {
+# Starts a program, which has these handles and nothing else of the caller's, and sets the number of its
+# process: a signal handler that dies cannot come between the two. how: in, out, err, handles, otherwise
+# /dev/null; listener, a socket that listens, by systemd's protocol; environment, more variables; signal,
+# which the kernel sends to it when this process ends, 0 for none, otherwise SIGTERM.
+sub start_program ($pid, $how, @command) {
     my ($all, $mask) = (POSIX::SigSet->new, POSIX::SigSet->new);
     my $parent = $$;
     $all->fillset;
     POSIX::sigprocmask(SIG_BLOCK, $all, $mask);
     $pid->$* = fork();
-    become($parent, $mask, $out, $err, @command) if defined($pid->$*) && !$pid->$*;
+    become($parent, { $how->%*, mask => $mask }, @command) if defined($pid->$*) && !$pid->$*;
     my $problem = $!;
     POSIX::sigprocmask(SIG_SETMASK, $mask);
     return if defined($pid->$*);
@@ -104,14 +135,14 @@ sub run_program (@command) {
     local $SIG{CHLD} = 'DEFAULT';
     local ($!, $?);
     my $work = sub {
-        start(\$pid, $out, $err, @command);
+        start_program(\$pid, { out => $out, err => $err }, @command);
         $status = wait_for_child($pid);
     };
     ensure($work, sub ($died) { kill_child($pid) if $died && $pid });
     my $message = read_all($err);
     fail('SystemError', "cannot tell how $command[0] ended")
         if !defined($status);
-    fail('UnsupportedError', "cannot run $command[0] - $message")
+    fail('UnsupportedError', $message =~ s/\n\z//r)
         if $status == $not_run << 8;
     return ($status, read_all($out), $message);
 }

@@ -5,45 +5,17 @@ package PVE::BackupAccess::Provider::Qcow2Chain::Filter;
 
 use v5.36;
 
-use Fcntl qw(F_DUPFD);
 use POSIX ();
 
-use PVE::BackupAccess;
-use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw(end_with program_environment temporary_file);
+use PVE::BackupAccess::Program qw(start_program temporary_file);
 use PVE::BackupAccess::Wait qw(wait_for_child);
-
-my $Error = 'PVE::BackupAccess::Error';
-my $first_free_fd = 10;    # past those that a program has by itself
-
-my sub fail ($message) { $Error->throw('SystemError', $message) }
-
-my sub run_instead ($parent, $handles, @command) {
-    end_with($parent);
-    $SIG{$_} = 'DEFAULT' for qw(HUP INT PIPE QUIT TERM);   # also what the caller ignores
-    POSIX::setsid();                                       # a terminal's signals are for the caller
-    open(my $null, '+<', '/dev/null') or POSIX::_exit(127);
-
-    # First out of the way of each other, whatever numbers the handles have.
-    my @fds = map { fcntl($_ // $null, F_DUPFD, $first_free_fd) } $handles->@{qw(in out err)};
-    for my $fd (0 .. 2) {
-        POSIX::dup2($fds[$fd], $fd) // POSIX::_exit(127);
-        POSIX::close($fds[$fd]);
-    }
-    local %ENV = program_environment();
-    no warnings 'exec';
-    exec({ $command[0] } @command) or print {*STDERR} "$!\n";
-    STDERR->flush;
-    POSIX::_exit(127);
-}
 
 # handles: in, out, err. The default is /dev/null, and for err a file whose content said() returns.
 sub start ($class, $handles, @command) {
     my $log = $handles->{err} ? undef : temporary_file();
-    my $parent = $$;
-    my $pid = fork() // fail("cannot fork - $!");
-    run_instead($parent, { err => $log, $handles->%* }, @command) if !$pid;
-    return bless({ pid => $pid, owner => $$, name => $command[0], log => $log }, $class);
+    my $self = bless({ owner => $$, name => $command[0], log => $log }, $class);
+    start_program(\$self->{pid}, { err => $log, $handles->%* }, @command);
+    return $self;
 }
 
 # The first line of what it said.
@@ -65,11 +37,12 @@ sub _wait ($self) {
 sub problem ($self) {
     my $status = $self->_wait;
     return undef if defined($status) && $status == 0;
+    my $said = $self->said;
+    return $said if $said =~ m/\Acannot run /;    # it never began
     my $how
         = !defined($status) ? 'ended, and other code of this process waited for it'
         : $status & 127 ? 'was ended by signal ' . ($status & 127)
         : 'ended with status ' . ($status >> 8);
-    my $said = $self->said;
     return "$self->{name} $how" . ($said eq '' ? '' : " - $said");
 }
 

@@ -7,11 +7,10 @@ package PVE::BackupAccess::Provider::RBD::Lock;
 use v5.36;
 
 use IO::Handle ();
-use POSIX ();
 use Time::HiRes ();
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw(end_with new_pipe program_environment);
+use PVE::BackupAccess::Program qw(new_pipe start_program);
 use PVE::BackupAccess::Wait qw(pause read_some wait_for_child);
 
 my $Error = 'PVE::BackupAccess::Error';
@@ -38,31 +37,15 @@ sub kinds ($class) { return sort keys %locks }
 
 my sub fail ($message) { $Error->throw('SystemError', $message) }
 
-# In the child. The program ends, and tells the cluster so, when all processes have closed the other end of its standard
-# input. If a signal ended it, the cluster would keep the watch for half a minute.
-my sub become ($parent, $in, $out, @command) {
-    end_with($parent, 0);
-    POSIX::setsid();    # a terminal's signals are for the caller
-    open(STDIN, '<&', $in) or POSIX::_exit(127);
-    open(STDOUT, '>&', $out) or POSIX::_exit(127);
-    open(STDERR, '>&', $out) or POSIX::_exit(127);
-    local %ENV = program_environment();
-    no warnings 'exec';
-    exec({ $command[0] } @command) or print {*STDERR} "cannot run $command[0] - $!\n";
-    STDERR->flush;
-    POSIX::_exit(127);
-}
-
-# Returns when the object is watched.
+# Returns when the object is watched. The program ends, and tells the cluster so, when all processes have closed the other
+# end of its standard input. If a signal ended it, the cluster would keep the watch for half a minute.
 my sub watch ($class, $ceph, $object) {
     my ($child_in, $in) = new_pipe();
     my ($out, $child_out) = new_pipe();
-    my @command = $ceph->command('rados', 'watch', $object);
-    my $parent = $$;
-    my $pid = fork() // fail("cannot fork - $!");
-    become($parent, $child_in, $child_out, @command) if !$pid;
+    my $self = bless({ owner => $$, in => $in, out => $out }, $class);
+    my %how = (in => $child_in, out => $child_out, err => $child_out, signal => 0);
+    start_program(\$self->{pid}, \%how, $ceph->command('rados', 'watch', $object));
     close($_) for $child_in, $child_out;
-    my $self = bless({ pid => $pid, owner => $$, in => $in, out => $out }, $class);
     my $said = '';
     1 while $said !~ m/press enter/ && read_some($out, \$said, 4096);
     return $self if $said =~ m/press enter/;

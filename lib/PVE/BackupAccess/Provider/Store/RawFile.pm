@@ -12,7 +12,7 @@ use Socket qw(AF_UNIX PF_UNSPEC SHUT_WR SOCK_STREAM);
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw(program_environment);
+use PVE::BackupAccess::Program qw(program_environment start_program);
 use PVE::BackupAccess::Wait qw(read_some wait_for_child);
 
 # It lies beside the module's library, whose path may be relative to what is the working directory
@@ -40,26 +40,18 @@ sub _serve ($class, $path, @more) {
     socketpair(my $parent, my $child, AF_UNIX, SOCK_STREAM, PF_UNSPEC)
         or fail('SystemError', "cannot make sockets - $!");
     syswrite($parent, "\0");    # what it waits for: the server is up
-    my $pid = fork() // fail('SystemError', "cannot fork - $!");
-    _exec($child, $program, $path, @more) if !$pid;
+    my $self = bless({ owner => $$, socket => $parent, path => $path }, $class);
+
+    # It unmounts, and then ends, when the other end of its socket is closed: a signal would not let it.
+    my %how = (in => $child, err => $child, signal => 0);
+    start_program(\$self->{pid}, \%how, $program, $path, @more);
     close($child);
-    my $self = bless({ pid => $pid, owner => $$, socket => $parent, path => $path }, $class);
     my $said = '';
 
     1 while $said !~ m/\0/ && read_some($parent, \$said, 4096);
     fail('SystemError', 'cannot serve a raw file - ' . ($said || 'pba-vfile ended'))
         if $said !~ m/\0\z/;
     return $self;
-}
-
-sub _exec ($socket, @command) {
-    POSIX::setsid();    # a terminal's signals are for the caller
-    open(STDIN, '<&', $socket) or POSIX::_exit(127);
-    open(STDOUT, '>', '/dev/null') or POSIX::_exit(127);
-    open(STDERR, '>&', $socket) or POSIX::_exit(127);
-    local %ENV = program_environment();
-    no warnings 'exec';
-    exec({ $command[0] } @command) or POSIX::_exit(127);
 }
 
 sub path ($self) { return $self->{path} }

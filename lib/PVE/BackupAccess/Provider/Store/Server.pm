@@ -6,21 +6,18 @@ package PVE::BackupAccess::Provider::Store::Server;
 
 use v5.36;
 
-use Fcntl qw(F_SETFD);
 use IO::Socket::UNIX ();
-use POSIX ();
+use POSIX qw(SIGKILL);
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw(end_with program_environment);
+use PVE::BackupAccess::Program qw(start_program);
 use PVE::BackupAccess::Provider::Store::PrivateDir;
 use PVE::BackupAccess::Try qw(attempt);
 use PVE::BackupAccess::Volume;
 use PVE::BackupAccess::Wait qw(wait_for_child);
 
 our $qemu_nbd = 'qemu-nbd';
-
-my $first_passed_fd = 3;    # by systemd's protocol, see sd_listen_fds(3)
 
 # A qemu-nbd has a buffer for each request. From 128 KiB on malloc would map one anew each time, and the
 # kernel clear it: a third of what a copy costs.
@@ -60,7 +57,7 @@ sub start ($class, $image, %options) {
         $options{writable} ? '--discard=unmap' : '--read-only',
         $class->_image_arguments($image, %options),
     );
-    $self->{pid} = _spawn($self->dir . '/log', $listener, @command);
+    $self->_spawn($listener, @command);
     close($listener);
     my $error = attempt {
         $self->{connection}
@@ -74,34 +71,19 @@ sub start ($class, $image, %options) {
 # What a message calls the image.
 sub _name_of ($class, $image) { return $image }
 
-sub _spawn ($log, $listener, @command) {
-    my $parent = $$;
-    my $pid = fork() // fail("cannot fork - $!");
-    return $pid if $pid;
-
-    # qemu-nbd (7.2 to 11.0) forgets a SIGTERM that comes before its main loop.
-    end_with($parent, POSIX::SIGKILL());
-    POSIX::setsid();    # a terminal's signals are for the caller
-    open(STDIN, '<', '/dev/null') or POSIX::_exit(127);
-    open(STDERR, '>', $log) or POSIX::_exit(127);
-    open(STDOUT, '>&', \*STDERR) or POSIX::_exit(127);
-
-    if (fileno($listener) == $first_passed_fd) {
-        fcntl($listener, F_SETFD, 0) or POSIX::_exit(127);
-    }
-    else {
-        POSIX::dup2(fileno($listener), $first_passed_fd) or POSIX::_exit(127);
-    }
-    local %ENV = (
-        program_environment(),
-        GLIBC_TUNABLES => $malloc,
-        LISTEN_PID => $$,
-        LISTEN_FDS => 1,
+sub _spawn ($self, $listener, @command) {
+    my $log = $self->dir . '/log';
+    open(my $fh, '>', $log) or fail("cannot open $log - $!");
+    my %how = (
+        out => $fh,
+        err => $fh,
+        listener => $listener,
+        environment => { GLIBC_TUNABLES => $malloc },
+        signal =>
+            SIGKILL,    # qemu-nbd (7.2 to 11.0) forgets a SIGTERM that comes before its main loop
     );
-    no warnings 'exec';
-    exec({ $command[0] } @command) or print {*STDERR} "cannot run $command[0] - $!\n";
-    STDERR->flush;
-    POSIX::_exit(127);
+    start_program(\$self->{pid}, \%how, @command);
+    return;
 }
 
 sub uri ($self) {
