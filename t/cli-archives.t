@@ -146,7 +146,7 @@ subtest 'a broken chain' => sub {
     my $run = run_of('prune', $chain->store, '--keep-last', 1);
     is($run->[0], 0, 'prune: exit status');
     is($run->[1], '', 'nothing is removed');
-    like($run->[2], qr/^warn: \Q$names[2]\E stays, though it cannot be restored/m, 'and why');
+    like($run->[2], qr/^warn: archive \Q$names[2]\E cannot be restored, but is kept/m, 'and why');
     restores($chain, $chain->path_of($names[0]), $names[0]);
     is(run_of('restore', $chain->path_of($names[2]), $chain->tmp . '/no')->[0], 1, 'it is broken');
     like(

@@ -139,7 +139,7 @@ subtest 'several readers, and the same archive twice' => sub {
     is(system("nbdinfo '$places->{'drive-scsi0'}' | grep -q 'is_read_only: true'"), 0, 'read-only');
     like(
         run_command('remove', $chain->path_of($first))->{err},
-        qr{is read by .* - try again},
+        qr{is in use by a verify, .* - try again},
         'no archive is merged away meanwhile'
     );
     $_->kill('TERM') for $one, $two;
@@ -178,7 +178,7 @@ subtest 'what is refused' => sub {
         'no such device' => ['serve', $chain->path_of($last), '--device', 'none'],
         'is not a directory' => ['mount', $chain->path_of($last), "$tmp/none"],
         'is not a directory - create' => ['serve', $chain->path_of($last), '--socket-dir', '/none'],
-        'too long for a socket' => ['serve', $chain->path_of($last), '--socket-dir', $long],
+        'is longer than 107 bytes' => ['serve', $chain->path_of($last), '--socket-dir', $long],
     );
     for my $text (sort keys %refused) {
         my $run = run_command($refused{$text}->@*);

@@ -99,7 +99,7 @@ sub check_store_dies () {
     my %code = ('load-note' => sub (@) { $note }, 'store-note' => $store);
     $strike = sub () { die "the cluster is away\n" };
     is(mode_of_next(%code), 'new', 'a note that cannot be stored: the backup is good');
-    is($backend->logged(qr/\Awarn: .*cannot be noted.*the cluster is away/s),
+    is($backend->logged(qr/\Awarn: .*cannot note the ID.*the cluster is away/s),
         1, 'and the log says so');
     $strike = sub () { };
     is(mode_of_next(%code), 'new', 'the next one is a full one');

@@ -28,16 +28,21 @@ sub fails ($code, $error, $text) {
 subtest 'arguments' => sub {
     my $provider = $chain->provider;
     my $store = $chain->store;
-    fails(sub () { $class->new(undef, { path => 'backup' }, 's') }, qr/must be absolute/, 'path');
+    fails(sub () { $class->new(undef, { path => 'backup' }, 's') },
+        qr/must be an absolute path/, 'path');
     fails(sub () { $class->new(undef, {}, 's') }, qr/path must be a string/, 'no path');
     fails(sub () { $class->new(undef, { path => $store }, '') }, qr/storeid must not/, 'no id');
     fails(
         sub () { $class->new(undef, { path => "$store/none" }, 's')->job_init(time()) },
-        qr/is not there - is it mounted/,
+        qr/does not exist - is its file system mounted/,
         'a directory that is missing'
     );
     fails(sub () { $provider->backup_init('../x', 'qemu', 1) }, qr/vmid must be/, 'vmid');
-    fails(sub () { $provider->backup_vm(100, '', {}, {}) }, qr/backup_init was not/, 'no init');
+    fails(
+        sub () { $provider->backup_vm(100, '', {}, {}) },
+        qr/backup_init must be called/,
+        'no init'
+    );
     fails(sub () { $provider->verify('vm/100/../x') }, qr/is not the name of an archive/, 'name');
 
     is_deeply($provider->backup_cleanup(100, undef, 0, {}), { stats => {} }, 'cleanup alone');

@@ -61,7 +61,7 @@ subtest 'what a merge takes' => sub {
     no warnings 'redefine';
     local *PVE::BackupAccess::_free_bytes = sub ($dir) { return 2560 * $KiB };
     eval { $chain->provider->remove($full) };
-    like($@, qr/cannot be merged .* may take 3\.0 MiB/, 'what replaces compressed data counts');
+    like($@, qr/cannot be merged .* may need 3\.0 MiB/, 'what replaces compressed data counts');
     local *PVE::BackupAccess::_free_bytes = sub ($dir) { return 4096 * $KiB };
     $chain->provider->remove($full);
     $chain->forget($full);

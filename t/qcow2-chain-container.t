@@ -146,7 +146,7 @@ subtest 'arguments' => sub {
     $provider->backup_init(101, 'lxc', 1);
     fails(
         sub () { $provider->backup_container(101, '', [], {}) },
-        qr/prepare was not called/,
+        qr/prepare must be called/,
         'not prepared'
     );
     $provider->backup_cleanup(101, 'lxc', 0, {});

@@ -149,7 +149,7 @@ subtest 'a name is another disk' => sub {
     is_modes($modes, { x => 'new', y => 'reuse' }, 'full for the one');
     like(
         "@log",
-        qr{x: full backup - archive \w+ has another disk as x: device /machine/peripheral/virtio0, not drive new},
+        qr{x: full backup - x is another disk in archive \w+: device /machine/peripheral/virtio0, not drive new},
         'the log says why'
     );
     check('other', 'another disk');
@@ -180,7 +180,7 @@ subtest 'archives that do not tell disks apart' => sub {
     ok(!eval { $provider->device_called($old, 'virtio0') }, 'of an old one it is a guess');
     like(
         $@,
-        qr/no device virtio0 - it has .*; as far as other archives tell, that is libvirt-1-format here/,
+        qr/archive \w+ has no device virtio0 - it has .*; according to other archives, virtio0 is probably libvirt-1-format here/,
         'which is said'
     );
     ok(!eval { $provider->device_called($new, 'none') }, 'no such disk');

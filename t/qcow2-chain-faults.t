@@ -128,7 +128,8 @@ my %damage = (
         qr/there is no archive/,
     ],
     'an image is missing' => [sub { remove_file(of(2)) }, qr/is missing/, qr/is missing/],
-    'an image is cut off' => [sub { truncate(of(1), 300_000) }, qr/has 300000 bytes/, qr/300000/],
+    'an image is cut off' =>
+        [sub { truncate(of(1), 300_000) }, qr/it has 300000 bytes/, qr/300000/],
     'an image is damaged' => [sub { spoil(of(1)) }, $not_read, $not_read],
     'an image is damaged, its time is not' => [sub { spoil_silently(of(1)) }, undef, $not_read],
     'the last image is damaged' => [sub { spoil(of(3)) }, $not_read, $not_read],
@@ -137,15 +138,18 @@ my %damage = (
             PBA::Test::QemuNbd::img('rebase', '-u', '-f', 'qcow2', '-F', 'qcow2', '-b',
                 "../" . ($names[0] =~ s{.*/}{}r) . '/drive-scsi0.qcow2', of(3));
         },
-        qr/another backing file/,
-        qr/another backing file/,
+        qr/has a different backing file/,
+        qr/has a different backing file/,
     ],
     'the digests are missing' =>
         [sub { remove_file(of(2, $digests)) }, (qr/\Q$digests\E is missing/) x 2],
     'the digests are damaged' =>
         [sub { spoil(of(2, $digests), 4096) }, (qr/\Q$digests\E is damaged - its SHA-256/) x 2],
-    'the last manifest is no JSON' =>
-        [sub { overwrite(of(3, 'manifest.json'), '{') }, qr/is not here/, qr/no JSON/],
+    'the last manifest is no JSON' => [
+        sub { overwrite(of(3, 'manifest.json'), '{') },
+        qr/is not in this store/,
+        qr/not a JSON object/
+    ],
     'a manifest is missing' => [
         sub { remove_file(of(2, 'manifest.json')) },
         qr/there is no archive/,
@@ -159,11 +163,14 @@ my %damage = (
             local $/ = undef;
             overwrite($file, <$fh> =~ s/"id" : "\K\w+/0123456789abcdef/r);
         },
-        qr/is not the archive that it was/,
-        qr/is not the archive that it was/,
+        qr/another archive has replaced it/,
+        qr/another archive has replaced it/,
     ],
-    'the configuration is damaged' =>
-        [sub { overwrite(of(3, 'guest.conf'), "name: y\n") }, undef, qr/guest\.conf has 8 bytes/],
+    'the configuration is damaged' => [
+        sub { overwrite(of(3, 'guest.conf'), "name: y\n") },
+        undef,
+        qr/guest\.conf is damaged - it has 8 bytes/
+    ],
     'what the bitmaps are relative to is not known' => [sub { set_note('{}') }, '', undef],
     'nor can be read' => [sub { set_note('[]') }, '', undef],
     'another storage' => [sub { $base->use_store($base->store, 'other') }, '', undef],
@@ -202,7 +209,7 @@ subtest 'an image of another chain is not restored' => sub {
     $damage{'an image of another chain'}[0]->();
     my $done = eval { $base->restored($names[2], 'drive-scsi0'); 1 };
     ok(!$done, 'it dies');
-    like($@, qr/has another backing file than it should have/, 'and says why');
+    like($@, qr/has a different backing file or data file than the manifest says/, 'and says why');
 };
 
 subtest 'a disk of another size' => sub {
@@ -213,7 +220,7 @@ subtest 'a disk of another size' => sub {
     is($base->next_modes->{'drive-scsi0'}, 'new', 'the next one is full');
     like(
         $base->log,
-        qr/warn: drive-scsi0: full backup - its size changed from $size/,
+        qr/warn: drive-scsi0: full backup - the disk's size changed from $size/,
         'the log says why'
     );
 };

@@ -124,7 +124,7 @@ subtest 'a process that is killed' => sub {
         );
         1;
     };
-    like($@, qr/^1: its process ended without a result/, 'is an error');
+    like($@, qr/^1: its worker process ended without a result/, 'is an error');
     is_deeply([children()], [], 'no process is left');
 };
 

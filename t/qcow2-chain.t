@@ -159,7 +159,7 @@ subtest 'remove at every position' => sub {
     is_deeply($chain->modes, all($chain, 'new'), 'without the last: full');
     like(
         $chain->log,
-        qr/warn: drive-scsi0: full backup - the backup that its bitmap is relative to, \w+, is not here/,
+        qr/warn: drive-scsi0: full backup - the archive that its bitmap is relative to, ID \w+, is not in this store/,
         'and the log says why'
     );
     $chain->check('without the last, and one more');

@@ -171,7 +171,7 @@ sub check_late_signals ($context) {
 my %nonsense = (
     'an unknown mechanism' =>
         [backup_get_mechanism => 'directory', qr/\Amechanism 'directory' .* nbd, file-handle$/],
-    'no mechanism' => [backup_get_mechanism => undef, qr/has no mechanism for VMs$/],
+    'no mechanism' => [backup_get_mechanism => undef, qr/returned no mechanism for VMs$/],
     'a text for a hash of modes' =>
         [backup_vm_query_incremental => 'use', qr/returned 'use', not a hash$/],
     'a list for a hash of modes' => [backup_vm_query_incremental => ['use'], qr/not a hash$/],
@@ -212,7 +212,7 @@ sub check_harmless ($context) {
     );
     my $result = run_job($context, 'a device that is not there', $provider);
     ok($result, 'a device that is not there: is ignored') or diag($context->{error});
-    ok($backend->logged(qr/\Awarn: .* for drive-scsi7, which is no device of this backup/),
+    ok($backend->logged(qr/\Awarn: .* for drive-scsi7, which is not a device of this backup/),
         'a device that is not there: but logged');
     ok(!exists($result->{'archive-size'}), 'no statistics: no size of the archive');
 }
@@ -440,7 +440,7 @@ sub check_resize ($context) {
     };
     my $provider = $Provider->new(on => { backup_vm_query_incremental => $resize });
     ok(!run_job($context, 'a resize', $provider), 'a resize as the backup begins: an error');
-    like("$context->{error}", qr/\Adevice drive-disk1: was resized from $size to/, 'which says so');
+    like("$context->{error}", qr/\Adevice drive-disk1 was resized from $size to/, 'which says so');
 }
 
 sub check_backend ($name) {

@@ -26,10 +26,10 @@ my $Error = 'PVE::BackupAccess::Error';
 my $default_timeout = 60;
 my $map_batch = 10_000;    # dirty regions per call
 
-# The file handles that an access has given out and that are still in use, weakly.
+# The file handles that an access has returned and that are still in use, as weak references.
 Hash::Util::FieldHash::fieldhash(my %handles);
 
-# Where the log goes without a 'log' option.
+# The default of the 'log' option.
 sub _warn ($message) {
     warn $message;
 }
@@ -90,7 +90,7 @@ my %device_keys = (
     audit => \&check_flag,
 );
 
-# One VM, one identity, by whatever path its socket is reached.
+# A VM has one identity, whatever path its socket is reached by.
 my sub identity ($qmp) {
     return undef if ref($qmp);
     utf8::encode($qmp);
@@ -103,7 +103,8 @@ my sub number_of ($option, $name, $find) {
     return $find->($name) // bad_argument("$option '$name': there is no such name on this machine");
 }
 
-# { qemu-uid, qemu-gid } of QEMU's user, if that is told. Without a group it is the user's own.
+# { qemu-uid, qemu-gid } of QEMU's user, if it was given. Without a group it is the user's own
+# group.
 my sub qemu_user ($options) {
     my ($user, $group) = $options->@{qw(qemu-user qemu-group)};
     bad_argument('qemu-group needs qemu-user') if defined($group) && !defined($user);
@@ -118,7 +119,7 @@ my sub qemu_user ($options) {
     return ('qemu-uid' => $uid, 'qemu-gid' => $gid);
 }
 
-# As the core wants to have them: paths as text, whether they came as that or as a file name's bytes.
+# The options in the core's form: paths as text, whether they are text or the bytes of a file name.
 my sub core_options ($options) {
     my %core = (timeout => $default_timeout, $options->%*, qemu_user($options));
     for my $name (grep { exists($core{$_}) } 'qmp', grep { m/-dir\z/ } keys %place_options) {
@@ -159,7 +160,7 @@ sub status ($class, @options) {
     return _status(core_options($options));
 }
 
-# The same with what this access knows of QEMU already.
+# The same, with this access' knowledge of QEMU.
 sub _look ($self, %options) {
     return _status({ core_options(\%options)->%*, access => $self });
 }
@@ -182,8 +183,8 @@ sub bases ($self, @devices) {
     return { map { $_ => $seen->{$_}{base} } keys $seen->%* };
 }
 
-# { device => { size, identity, base, alias-base: instead, where the disk had another name then, reason: why
-# there is no base although there is a bitmap } }, by one look.
+# { device => { size, identity, base (or alias-base, if the disk had another name then), reason (why
+# there is no base although there is a bitmap) } }, from one look at QEMU.
 sub _sizes_and_bases ($self, @devices) {
     return $self->_bases([map { "$_" } @devices]);
 }
@@ -222,15 +223,15 @@ sub setup ($self, $devices, @hooks) {
     @deaths = deaths_of(sub { $self->_finish }) if !@deaths;
     return $self->_infos if !@deaths;
 
-    # A setup that dies leaves nothing. What a callback dies with meanwhile goes on as it is.
+    # A setup that dies leaves nothing behind. The exception of a callback is passed on unchanged.
     my @undone = deaths_of(sub { $self->_undo_setup if !$was_up && $self->_is_up });
     my $worst = worst_of((grep { !is_own($_->[0]) } @undone), @deaths, @undone);
     $self->_log_warning("after that - $_->[0]") for grep { $_ != $worst } @deaths, @undone;
     rethrow($worst->[0]);
 }
 
-# The guest is thawed whatever becomes of it, and also if freezing it failed: it may have been frozen
-# all the same. What is to be undone waits until then. The hooks may use the monitor.
+# The guest is always thawed, even if freezing it failed, because it may be frozen nevertheless. The
+# undo steps wait until then. The hooks may use the monitor.
 sub _frozen ($self, $hooks, $cut) {
     my ($freeze, $thaw) = $hooks->@{qw(freeze thaw)};
     return deaths_of($cut) if !$freeze;
@@ -317,7 +318,8 @@ sub bitmap_state ($self, $info) {
     my ($device, $size) = $info->@{qw(device size)};
     my $action = $info->{'bitmap-action'} // 'not-used';
 
-    # A TPM state's drive is attached anew for each backup: that its bitmap is not there means nothing.
+    # The drive of a TPM state is attached anew for each backup, so its missing bitmap means
+    # nothing.
     $action = 'new'
         if $action eq 'missing-recreated' && $device =~ m/\Adrive-tpmstate\d+-backup\z/;
     my $dirty = bitmap_status($action) eq 'none' ? $size : $self->_dirty_bytes($device);
@@ -329,7 +331,7 @@ sub bitmap_state ($self, $info) {
     return { action => $action, dirty => $dirty, text => $text };
 }
 
-# From the map alone; nothing is read. A map that stops early dies.
+# Uses only the map and reads no data. A map that ends early is an error.
 sub _dirty_bytes ($self, $device) {
     my $volume = $self->volume($device);
     my $sum = 0;
@@ -345,7 +347,7 @@ sub _dirty_bytes ($self, $device) {
 sub teardown ($self, $success, $id = undef) {
     check_text('the id', $id) if defined($id);
 
-    # A program that still reads gets an error at once.
+    # A program that still reads the file gets an error at once.
     close($_) for grep { defined } (delete($handles{$self}) // [])->@*;
     return $self->_teardown($success ? 1 : 0, $id);
 }
@@ -357,13 +359,13 @@ sub DESTROY ($self) {
 
     if ($self->_is_up) {
 
-        # A handler that makes warnings fatal must not keep us from it.
+        # A handler that makes warnings fatal must not prevent the rest.
         eval { warn "backup access was not torn down - doing so now, as after a failed backup\n" };
         if (!eval { $self->_teardown(0, undef); 1 }) {
             my $error = $@;
             eval { warn $error };
 
-            # What a signal handler dies with must not end here.
+            # The exception of a signal handler must not be lost here.
             _return_with_later(undef, $error)
                 if ${^GLOBAL_PHASE} eq 'RUN' && !PVE::BackupAccess::Try::is_own($error);
         }

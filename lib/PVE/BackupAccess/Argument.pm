@@ -1,7 +1,7 @@
 package PVE::BackupAccess::Argument;
 
-# Checks of what callers pass in, for the other modules here. Each dies with a message that names the
-# argument; what is then left for the C core is right in form.
+# Checks arguments for the other modules here. Each function dies with a message that names the
+# argument. After that, the arguments have the right form for the C core.
 
 use v5.36;
 
@@ -49,7 +49,7 @@ sub check_bytes ($name, $value) {
         || (length($value) == 20 && $value gt $max_bytes);
 }
 
-# As the core checks one; see pba_companion_check_id.
+# The same check as the core's; see pba_companion_check_id.
 sub is_backup_id ($value) {
     return defined($value) && !ref($value) && $value =~ m/\A[0-9a-f]{32}\z/;
 }
@@ -87,7 +87,7 @@ sub check_options ($method, $options, $checks, @required) {
     return $hash;
 }
 
-# The same, where undef counts as not given.
+# The same, but undef counts as not given.
 sub given_options ($method, $options, $checks, @required) {
     bad_argument("options of $method must be pairs of names and values") if $options->@* % 2;
     return check_options($method, [pairgrep { defined($b) } $options->@*], $checks, @required);

@@ -1,7 +1,7 @@
 package PVE::BackupAccess::CLI;
 
-# The command pve-backup-access, from its arguments to its exit status. What a subcommand does is in
-# a module of its own below this one; its options are here, so that they are in one place.
+# The command pve-backup-access, from its arguments to its exit status. Each subcommand has a module
+# below this one. All options are here, in one place.
 
 use v5.36;
 
@@ -22,8 +22,8 @@ my @guest = qw(
     qemu-fleecing-dir=s
 );
 
-# What a subcommand takes: its module and function, its arguments ('...' may be several), its
-# options (Getopt::Long), and those that it cannot do without.
+# The subcommands: each one's module and function, its arguments ('...' may be several), its options
+# (Getopt::Long), and the required ones.
 my %commands = (
     backup => {
         module => 'Backup',
@@ -131,13 +131,13 @@ my %commands = (
 
 sub commands () { return \%commands }
 
-# What the user types is trusted as the user is; it is data from elsewhere that stays tainted.
+# The user's arguments are trusted like the user; only data from elsewhere stays tainted.
 sub untainted ($text) {
     my ($same) = $text =~ m/\A(.*)\z/s;
     return $same;
 }
 
-# A path that stays right wherever it is used; the current directory is trusted likewise.
+# Makes a path absolute. The current directory is trusted, too.
 sub absolute ($path) {
     return untainted(File::Spec->rel2abs($path));
 }
@@ -150,15 +150,15 @@ my sub clean_environment () {
     }
 }
 
-# Dies with what is wrong with how the command was called.
+# Dies with an error in the usage of the command.
 sub usage_error ($message) {
     die bless({ message => $message }, 'PVE::BackupAccess::CLI::UsageError');
 }
 
 # ---- signals ----
 
-# The first signal ends what is going on like an error, so that everything is undone on the way
-# out. Those that follow are ignored meanwhile.
+# The first signal ends the work like an error, so that everything is undone. Further signals are
+# ignored until then.
 my $signal;
 our $is_running = 0;
 
@@ -172,7 +172,7 @@ my sub handle_signals () {
     }
 }
 
-# So that the parent process sees which signal ended the command.
+# Dies of the signal, so that the parent process sees it.
 my sub die_of_signal () {
     $SIG{$signal} = 'DEFAULT';
     kill($signal => $$);
@@ -195,7 +195,7 @@ my sub parse ($command, $spec, @arguments) {
     return (\%options, @arguments);
 }
 
-# One of several options that stand for each other, as in 'qmp|libvirt|image'.
+# An option with alternatives, such as 'qmp|libvirt|image'.
 my sub is_given ($options, $names) {
     return grep { defined($options->{$_}) } split(m/[|]/, $names);
 }
@@ -283,7 +283,7 @@ my sub is_bad_usage ($error) {
     return ref($error) && $error->isa('PVE::BackupAccess::CLI::UsageError');
 }
 
-# Says what went wrong; returns the exit status.
+# Prints the error and returns the exit status.
 my sub failed ($error, @arguments) {
     my $command = $commands{ $arguments[0] // '' } ? " $arguments[0]" : '';
     if (is_bad_usage($error)) {

@@ -9,7 +9,7 @@ use overload
 
 sub throw ($class, $error_class, $message, %context) {
 
-    # What callers and peers say may be part of both; names of files are bytes.
+    # Both may contain text of callers and peers; names of files are bytes.
     s/[[:cntrl:]]/ /ag for $error_class, $message;
     die bless({ %context, class => $error_class, message => "$message\n" }, $class);
 }

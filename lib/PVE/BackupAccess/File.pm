@@ -1,6 +1,6 @@
 package PVE::BackupAccess::File;
 
-# Files and directories that are to survive a crash.
+# Files and directories that survive a crash.
 
 use v5.36;
 
@@ -22,7 +22,7 @@ my sub fail ($message) {
     PVE::BackupAccess::Error->throw('SystemError', $message);
 }
 
-# What a file or directory holds is on disk when this returns.
+# When this returns, the content of the file or directory is on disk.
 sub sync ($path) {
     my $flags = O_RDONLY | (-d $path ? O_DIRECTORY : 0);
     sysopen(my $fh, $path, $flags) or fail("cannot open $path - $!");
@@ -39,7 +39,7 @@ sub write_file ($path, $content) {
     return;
 }
 
-# The old content or the new one, whatever happens, and the new one when this returns.
+# After a crash, the file has either the old or the new content; after this returns, the new one.
 sub replace_file ($path, $content) {
     write_file("$path.new", $content);
     sync("$path.new");
@@ -60,8 +60,8 @@ sub read_file ($path) {
     return scalar(<$fh>) // fail("cannot read $path - $!");
 }
 
-# The names in a directory, none if there is no such directory. One that cannot be read is not empty:
-# an archive that is overlooked may build on one that is about to be removed.
+# The names in a directory, none if it does not exist. An unreadable directory is an error: an
+# archive that is overlooked may build on one that is about to be removed.
 sub entries ($path) {
     my $is_open = opendir(my $dh, $path);
     return () if !$is_open && $!{ENOENT};
@@ -82,7 +82,7 @@ sub remove_tree ($path) {
     return;
 }
 
-# What tells whether a file was touched since it was hashed.
+# Size and time of a file, which show whether it was changed since it was hashed.
 sub fingerprint ($path) {
     my @stat = Time::HiRes::stat($path) or return undef;
     return { size => $stat[7], mtime => sprintf('%.6f', $stat[9]) };

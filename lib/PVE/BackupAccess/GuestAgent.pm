@@ -59,7 +59,8 @@ sub freeze ($self) {
     return undef;
 }
 
-# Of a freeze whose answer was lost. Dies with that error and what it means where it is not known.
+# Handles a freeze whose answer was lost. Dies with that error and its meaning if the outcome is
+# unknown.
 sub _is_frozen ($self, $error) {
     my $status;
     attempt {
@@ -78,7 +79,7 @@ sub _is_frozen ($self, $error) {
     );
 }
 
-# What a signal handler died with waits for a second try: a frozen guest hangs.
+# The exception of a signal handler waits until a second try: a frozen guest hangs.
 sub thaw ($self) {
     my $count;
     my $thaw = sub { $count = $self->_thaw };
@@ -87,7 +88,7 @@ sub thaw ($self) {
     die worst_of(@deaths)->[0];
 }
 
-# Is sent at once: an agent that is busy for longer than we wait carries it out all the same.
+# Sent at once: even if the agent is busy for longer than we wait, it will execute this.
 sub _thaw ($self) {
     my $session = $self->_begin('guest-fsfreeze-thaw');
     $self->_synchronize($session, request($session->{command}));
@@ -108,8 +109,8 @@ sub hooks ($self) {
     );
 }
 
-# An agent that fails is no reason to have no backup; anything else, such as a signal handler's
-# exception, goes on.
+# A failing agent does not prevent a backup. Anything else, such as the exception of a signal
+# handler, is passed on.
 sub _try ($self, $method, $problem) {
     my $error = attempt { $self->$method };
     return if !$error;
@@ -130,8 +131,8 @@ sub _begin ($self, $command) {
     return $session;
 }
 
-# When the agent has answered, what is to be sent has the whole time limit. An agent that is not there
-# is seen by its silence: QEMU's socket accepts all the same.
+# Once the agent has answered, the command has the whole time limit. A missing agent is only noticed
+# by its silence, because QEMU's socket accepts connections anyway.
 sub _begin_if_there ($self, $command) {
     my $session = $self->_begin($command);
     my $limit = min($silence_limit, $self->{timeout});
@@ -143,7 +144,8 @@ sub _begin_if_there ($self, $command) {
     return $session;
 }
 
-# Until the agent has answered to us, and not to an earlier client. What follows is sent with it.
+# Waits until the agent has answered to us, and not to an earlier client. The command is sent
+# together with this request.
 sub _synchronize ($self, $session, $following = '') {
     my $id = int(rand(2**31));
     $self->_send($session,
@@ -225,7 +227,7 @@ sub _receive ($self, $session) {
     }
 }
 
-# Whatever an earlier client was too late for comes before the delimiter.
+# Answers to an earlier client arrive before the delimiter.
 sub _skip_to_delimiter ($self, $session) {
     while ((my $end = index($session->{buffer}, $delimiter)) != 0) {
         substr($session->{buffer}, 0, $end < 0 ? length($session->{buffer}) : $end, '');

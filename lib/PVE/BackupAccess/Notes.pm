@@ -1,7 +1,8 @@
 package PVE::BackupAccess::Notes;
 
-# For providers that know of no ids: of which backup the newest data of each device are that a provider
-# has. A text for each target and guest, kept by the caller or in a file of this host.
+# For providers that do not know IDs: a note of the backup that the provider's newest data of each
+# device comes from. The note is a text for each target and guest, stored by the caller or in a file
+# of this host.
 
 use v5.36;
 
@@ -23,7 +24,7 @@ my sub default_dir () {
     return "$home/.local/state/pve-backup-access";
 }
 
-# Options: load, store => code refs; dir => where files go without them.
+# Options: load, store => code refs; dir => the directory of the files that are used otherwise.
 sub new ($class, $target_id, $guest, %options) {
     utf8::encode(my $target = $target_id);
     my $key = Digest::SHA::sha256_hex("$target\0$guest");
@@ -41,7 +42,8 @@ sub _text ($self) {
     return -e $file ? read_file($file) : undef;
 }
 
-# A file that says nothing goes: that needs no space, so a full file system keeps no backup from being made.
+# An empty note removes the file. This needs no space, so a full file system does not prevent a
+# backup.
 sub _store ($self, $ids) {
     return $self->{store}->($self->{key}, $json->encode($ids)) if $self->{store};
     my $file = $self->_file;
@@ -59,14 +61,14 @@ sub _store ($self, $ids) {
     return;
 }
 
-# An id alone is what there was before the identity of its disk was noted.
+# Earlier versions stored an ID without the identity of its disk.
 my sub read_note ($note) {
     my ($id, $identity) = ref($note) eq 'HASH' ? $note->@{qw(id identity)} : $note;
     return if !is_backup_id($id) || ref($identity);
     return { id => $id, identity => $identity };
 }
 
-# undef: it cannot be read.
+# Returns undef if the note cannot be read.
 sub _read ($self) {
     my $ids;
     attempt_any { $ids = $json->decode($self->_text // '{}') };
@@ -74,12 +76,12 @@ sub _read ($self) {
     return { map { my $note = read_note($ids->{$_}); $note ? ($_ => $note) : () } keys $ids->%* };
 }
 
-# { device => { id, identity of the disk that had the name then, undef if it is not known } }. A note that cannot be
-# read is as good as none.
+# { device => { id, identity } }: the identity of the disk that had the name then, undef if it is
+# not known. An unreadable note counts as an empty one.
 sub ids ($self) { return $self->_read // {} }
 
-# These devices' notes instead of what is noted; undef: it is not known. What cannot be read now may be read later, and
-# is replaced.
+# Replaces the notes of these devices; undef: not known. An unreadable note is replaced completely,
+# because it might become readable later.
 sub note ($self, $new) {
     my $old = $self->_read;
     my %ids = (($old // {})->%*, $new->%*);

@@ -1,8 +1,8 @@
 package PVE::BackupAccess::PluginBase;
 
-# Lets plugins that derive from PVE::BackupProvider::Plugin::Base be loaded where Proxmox VE's
-# libpve-storage-perl is not installed. The stand-in's directory is the last one that is searched, so
-# that the real class always wins.
+# Supplies a substitute for PVE::BackupProvider::Plugin::Base if Proxmox VE's libpve-storage-perl is
+# not installed, so that plugins that derive from it can be loaded. Its directory is the last one in
+# the search path, so an installed class takes precedence.
 
 use v5.36;
 

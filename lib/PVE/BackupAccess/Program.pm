@@ -1,8 +1,8 @@
 package PVE::BackupAccess::Program;
 
-# Programs that are run to their end, and what others need that start them. None outlives the work that
-# wants it: a signal handler of the caller's that dies ends the program as well, and so does the end of
-# this process.
+# Runs programs to their end, and has functions for modules that start programs themselves. No
+# program outlives the work that started it: it ends if a signal handler of the caller dies, and
+# with this process.
 
 use v5.36;
 
@@ -18,13 +18,13 @@ use PVE::BackupAccess::Wait qw(wait_for_child);
 
 our @EXPORT_OK = qw(end_with new_pipe program_environment run_program start_program temporary_file);
 
-my $first_free_fd = 10;    # past those that a program has by itself
+my $first_free_fd = 10;    # above standard input, output and error, and a passed listener
 my $not_run = 127;         # exit status of a child that cannot become the program
 
-# How long a program that was killed is waited for: storage that does not answer may keep it.
+# How long to wait for a killed program: unresponsive storage may delay its end.
 my $end_limit = 0.5;
 
-# Where programs are; nothing else of the caller's environment is given to them.
+# The search path for programs. They get nothing else of the caller's environment.
 sub program_environment () {
     return (PATH => '/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin', LC_ALL => 'C');
 }
@@ -33,14 +33,14 @@ my sub fail ($class, $message) {
     PVE::BackupAccess::Error->throw($class, $message);
 }
 
-# Its two ends, which no program inherits, whatever the caller has set.
+# Returns the two ends of a pipe. No program inherits them, even if the caller has changed $^F.
 sub new_pipe () {
     local $^F = 2;
     pipe(my $from, my $to) or fail('SystemError', "cannot make a pipe - $!");
     return ($from, $to);
 }
 
-# Has no name, and no program inherits it either.
+# A file without a name, which no program inherits either.
 sub temporary_file () {
     local $^F = 2;
     open(my $file, '+>:raw', undef) or fail('SystemError', "cannot make a temporary file - $!");
@@ -53,8 +53,8 @@ my sub read_all ($fh) {
     return <$fh> // '';
 }
 
-# In a child: from now on a signal ends it with its parent, which may have ended before. Handlers of the
-# caller's would run its code here, or swallow the signal.
+# Runs in a child: from now on, the kernel ends it by a signal when its parent ends, which may
+# already have happened. Handlers of the caller would run its code here, or swallow the signal.
 sub end_with ($parent, $signal = SIGTERM) {
     $SIG{$_} = 'DEFAULT' for grep { m/\A[A-Z]/ && ($SIG{$_} // '') ne 'IGNORE' } keys %SIG;
     PVE::BackupAccess::_end_with_parent($signal) or POSIX::_exit($not_run);
@@ -62,7 +62,8 @@ sub end_with ($parent, $signal = SIGTERM) {
     return;
 }
 
-# Handles become descriptors 0, 1, 2 ...: first out of the way of each other, whatever numbers they have.
+# Makes the handles descriptors 0, 1, 2 and so on. First copies them to high numbers: a handle may itself have one of these
+# numbers.
 my sub place (@handles) {
     my @fds
         = map { fcntl($_, F_DUPFD, $first_free_fd) // die "cannot copy a handle - $!\n" } @handles;
@@ -93,8 +94,8 @@ my sub run_instead ($how, @command) {
 
 my sub become ($parent, $how, @command) {
     end_with($parent, $how->{signal} // SIGTERM);
-    $SIG{$_} = 'DEFAULT' for qw(HUP INT PIPE QUIT TERM);   # also what the caller ignores
-    POSIX::setsid();                                       # a terminal's signals are for the caller
+    $SIG{$_} = 'DEFAULT' for qw(HUP INT PIPE QUIT TERM);    # also what the caller ignores
+    POSIX::setsid();    # a terminal's signals go to the caller only
     local $SIG{__DIE__} = undef;
     my ($death) = deaths_of(sub (@) { run_instead($how, @command) });
     my $message = "$death->[0]";
@@ -102,10 +103,10 @@ my sub become ($parent, $how, @command) {
     POSIX::_exit($not_run);
 }
 
-# Starts a program, which has these handles and nothing else of the caller's, and sets the number of its
-# process: a signal handler that dies cannot come between the two. how: in, out, err, handles, otherwise
-# /dev/null; listener, a socket that listens, by systemd's protocol; environment, more variables; signal,
-# which the kernel sends to it when this process ends, 0 for none, otherwise SIGTERM.
+# Starts a program with these handles and nothing else of the caller's, and stores its PID. A signal handler that dies
+# cannot run in between, because then the PID would be lost and the program could not be ended. how: in, out and err are
+# handles, by default /dev/null; listener is a listening socket, passed by systemd's protocol; environment has more
+# variables; signal is sent by the kernel when this process ends: 0 for none, by default SIGTERM.
 sub start_program ($pid, $how, @command) {
     my ($all, $mask) = (POSIX::SigSet->new, POSIX::SigSet->new);
     my $parent = $$;
@@ -116,10 +117,10 @@ sub start_program ($pid, $how, @command) {
     my $problem = $!;
     POSIX::sigprocmask(SIG_SETMASK, $mask);
     return if defined($pid->$*);
-    fail('SystemError', "cannot fork - $problem");
+    fail('SystemError', "cannot start $command[0] - $problem");
 }
 
-# A child that has not been waited for keeps its number.
+# A child keeps its PID until it has been waited for.
 my sub kill_child ($pid) {
     my $deadline = time + $end_limit;
     return if waitpid($pid, WNOHANG) != 0;
@@ -128,7 +129,7 @@ my sub kill_child ($pid) {
     return;
 }
 
-# Runs the program; returns its status, as in $?, and what it wrote to standard output and error.
+# Runs the program. Returns its status, as in $?, and its standard output and error.
 sub run_program (@command) {
     my ($out, $err) = (temporary_file(), temporary_file());
     my ($pid, $status);
@@ -140,7 +141,8 @@ sub run_program (@command) {
     };
     ensure($work, sub ($died) { kill_child($pid) if $died && $pid });
     my $message = read_all($err);
-    fail('SystemError', "cannot tell how $command[0] ended")
+    fail('SystemError',
+        "the exit status of $command[0] is unknown - other code of this process waited for it")
         if !defined($status);
     fail('UnsupportedError', $message =~ s/\n\z//r)
         if $status == $not_run << 8;

@@ -1,7 +1,7 @@
 package PVE::BackupAccess::Recovery;
 
-# Undoing what dead processes left of any target, and what another program left that makes accesses by
-# QEMU's own commands and leaves no markers.
+# Undoes what dead processes left, for all targets, and an access that another program made with
+# QEMU's own commands and left without markers.
 
 use v5.36;
 
@@ -18,7 +18,7 @@ my $Error = 'PVE::BackupAccess::Error';
 my $export_limit = 600;    # seconds, as for exports of our own
 my $background = 'backup-access-background-bitmap';
 
-# Only a process' marker can be left of no target; any will do to remove it.
+# Only the marker of a process can be left without a target. Any target can be used to remove it.
 my $any_target = 'pve-backup-access';
 
 my sub ask ($options, $command, %arguments) {
@@ -37,8 +37,8 @@ my sub bitmaps_of ($node) {
     return grep { defined($_->{name}) } ($node->{'dirty-bitmaps'} // [])->@*;
 }
 
-# Whether a node shows that there may be something: one of ours, or a bitmap that does not record
-# although it is not one that tells a backup.
+# Whether a node is a sign of something to recover: one of our nodes, or one with a bitmap that does
+# not record and is not a companion.
 my sub is_suspicious ($node) {
     return 1 if ($node->{'node-name'} // '') =~ m/\Apba-/;
     return grep {
@@ -48,7 +48,7 @@ my sub is_suspicious ($node) {
     } bitmaps_of($node);
 }
 
-# One query where there is nothing.
+# If there is nothing to do, this takes one query.
 sub recover_all ($class, $options) {
     return [] if !grep { is_suspicious($_) } nodes_of($options);
     my %look = map { $_ => $options->{$_} }
@@ -58,7 +58,7 @@ sub recover_all ($class, $options) {
     my $access = $status->{access};
     my $is_dead = !$access || (defined($access->{alive}) && !$access->{alive});
     $Error->throw('StateError',
-              'a process that is gone left an access of a target that nothing tells any more'
+              'a dead process left an access, and nothing in QEMU shows its target any more'
             . ' - call recover with its target-id')
         if $is_dead && grep { !defined($_->{'target-id'}) && !$_->{harmless} } @left;
 
@@ -74,13 +74,13 @@ sub recover_all ($class, $options) {
     return \@lines;
 }
 
-# ---- of another program ----
+# ---- accesses of another program ----
 
 my sub refuse ($problem) {
     $Error->throw('StateError', $problem);
 }
 
-# The target's bitmaps of the access; QEMU would crash at a teardown without one.
+# The access' bitmaps of the target. QEMU would crash at a teardown if one is missing.
 my sub frozen_bitmaps ($target, @nodes) {
     my @frozen;
     for my $node (@nodes) {
@@ -97,7 +97,7 @@ my sub frozen_bitmaps ($target, @nodes) {
     return @frozen;
 }
 
-# QEMU's filter above a disk that was unplugged: nothing but its snapshot uses it any more.
+# QEMU's filter above an unplugged disk: only its snapshot still uses it.
 my sub refuse_lost_disks ($options, @nodes) {
     my %driver = map { ($_->{'node-name'} // '') => $_->{drv} // '' } @nodes;
     my $graph = ask($options, 'x-debug-query-block-graph');

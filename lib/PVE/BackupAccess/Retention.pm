@@ -1,6 +1,6 @@
 package PVE::BackupAccess::Retention;
 
-# Which archives of a guest are kept. Pure: it looks at what it is given, and removes nothing.
+# Decides which archives of a guest are kept. Removes nothing.
 
 use v5.36;
 
@@ -11,7 +11,7 @@ use PVE::BackupAccess::Argument qw(bad_argument);
 
 our @EXPORT_OK = qw(check_keep marks periods);
 
-# By what the archives of one period are known, in local time. Every archive is a period for keep-last.
+# The period of an archive, in local time. For keep-last, every archive is a period of its own.
 my @periods = (
     ['keep-last', undef],
     ['keep-hourly', '%Y-%m-%d %H'],
@@ -25,7 +25,7 @@ sub periods () {
     return map { $_->[0] } @periods;
 }
 
-# Dies unless it keeps something.
+# Dies if the rules keep nothing.
 sub check_keep ($keep) {
     my %known = map { $_ => 1 } periods();
     for my $name (sort keys $keep->%*) {
@@ -43,8 +43,8 @@ my sub period_of ($format, $archive) {
     return POSIX::strftime($format, localtime($archive->{time}));
 }
 
-# One rule: of each of the newest $count periods that no archive is kept of yet, the newest archive.
-# Those of a period that an earlier rule has kept one of are covered by it.
+# Applies one rule: keeps the newest archive of each of the newest $count periods of which no
+# archive is kept yet. An archive of a period of which an earlier rule keeps one is covered by that.
 my sub keep_by ($count, $format, $kept, @newest_first) {
     my %covered = map { period_of($format, $_) => 1 } grep { $kept->{ $_->{name} } } @newest_first;
     for my $archive (@newest_first) {
@@ -56,7 +56,7 @@ my sub keep_by ($count, $format, $kept, @newest_first) {
     return;
 }
 
-# { name => 1 } of those that the rules keep of one device's archives.
+# { name => 1 } of the archives of one device that the rules keep.
 my sub kept_of_device ($keep, @newest_first) {
     my %kept;
     for my $rule (@periods) {
@@ -66,17 +66,18 @@ my sub kept_of_device ($keep, @newest_first) {
     return \%kept;
 }
 
-# Whether each device of the archive is in a whole archive that is newer and kept.
+# Whether each device of the archive is also in a newer, intact archive that is kept.
 my sub is_replaced ($archive, $newest_kept) {
     my @devices = keys $archive->{devices}->%*;
     my @held = grep { ($newest_kept->{$_} // -1) <= $archive->{time} } @devices;
     return @devices && !@held;
 }
 
-# { name => 'keep' | 'remove' | 'protected' | 'broken' } of one guest's archives. Each is a hash ref with
-# name, time, protected, and devices: { device => whether it can be restored }. A device's archives
-# are counted apart from others', and only those that can be restored count, and are not protected. One
-# that is broken is removed only when whole ones that are newer are kept of each of its devices.
+# { name => 'keep' | 'remove' | 'protected' | 'broken' } of one guest's archives. Each is a hash ref
+# with name, time, protected, and devices: { device => whether it can be restored }. The archives of
+# each device are counted separately, and only those count that can be restored and are not
+# protected. A broken archive is only removed when newer, intact archives of each of its devices are
+# kept.
 sub marks ($archives, $keep) {
     check_keep($keep);
     my @newest_first

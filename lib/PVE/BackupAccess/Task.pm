@@ -14,8 +14,8 @@ use PVE::BackupAccess::Notes;
 use PVE::BackupAccess::PluginBase;
 use PVE::BackupAccess::Try qw(attempt deaths_of deaths_of_all is_own rethrow worst_of);
 
-my $look_every = 10;    # seconds, at fleecing images
-my $look_limit = 5;     # seconds, that a QMP command may take for that
+my $look_every = 10;    # seconds between two looks at the fleecing images
+my $look_limit = 5;     # seconds for a QMP command of such a look
 
 my sub check_provider ($name, $value) {
     bad_argument("$name must be an object") if !blessed($value);
@@ -27,12 +27,12 @@ my sub check_devices ($name, $value) {
     check_filled_text("a device of $name", $_) for $value->@*;
 }
 
-# A configuration is raw data, which the provider gets as it is.
+# A configuration is raw data that the provider gets unchanged.
 my sub check_data ($name, $value) {
     bad_argument("$name must be a string") if ref($value);
 }
 
-# What PVE::BackupAccess->new takes, and checks.
+# Options that PVE::BackupAccess->new takes and checks.
 my @places = qw(run-dir fleecing-dir qemu-user qemu-group qemu-run-dir qemu-fleecing-dir);
 my @access_options
     = (@places, qw(qmp target-id fleecing persistent allow-shared timeout bitmap-name));
@@ -65,7 +65,7 @@ sub new ($class, @options) {
     weaken(my $task = $self);
     $self->{access} = PVE::BackupAccess->new(%access, log => sub { $task->log(@_) if $task });
     $self->{pid} = $$;
-    bad_argument('load-note and store-note go together')
+    bad_argument('load-note and store-note must be given together')
         if !$self->{'load-note'} != !$self->{'store-note'};
     return $self;
 }
@@ -96,16 +96,16 @@ sub run ($self) {
     );
 }
 
-# What ends a call. A stop signal that came when the backup was committed does not make it a failure; it
-# arrives when the caller has the result. To that end nothing may follow here.
+# Ends a call. A stop signal that arrived after the backup was committed is not a failure of the backup: its exception is
+# thrown when the caller has the result. So this must be the last statement of the call.
 sub _outcome ($self, $result, @deaths) {
     my $late = delete($self->{late});
     $self->_die_of(@deaths, defined($late) ? [$late, 1] : ()) if @deaths;
     return defined($late) ? PVE::BackupAccess::_return_with_later($result, $late) : $result;
 }
 
-# $finish is called before the teardown and has its part in the outcome: what the provider cannot
-# keep must stay in the bitmap.
+# $finish is called before the teardown, and if it dies, the backup has failed: the bitmap must keep what the provider
+# could not store.
 sub _back_up ($self, $result, $finish) {
     my $began = Time::HiRes::time();
     $result->{devices} = {};
@@ -126,7 +126,7 @@ sub _back_up ($self, $result, $finish) {
     return;
 }
 
-# Dies of the worst of these; the others are logged.
+# Dies with the worst of these exceptions and logs the others.
 sub _die_of ($self, @deaths) {
     my $worst = worst_of(@deaths) // return;
     $self->log('warn', "after that - $_->[0]") for grep { $_ != $worst } @deaths;
@@ -158,7 +158,7 @@ sub _hand_over ($self, $result) {
     return;
 }
 
-# Says early, and once, that a fleecing image will fill its file system. Nothing depends on it.
+# Warns once, and early, that the file system of a fleecing image is nearly full. A failure of this check is ignored.
 sub _warn_of_fleecing ($self) {
     return if $self->{'warned of fleecing'};
     my %options = map { $_ => $self->{$_} }
@@ -167,7 +167,7 @@ sub _warn_of_fleecing ($self) {
     my $status;
     my $error = attempt { $status = $self->{access}->_look(%options, timeout => $timeout) };
 
-    # Also where another program has the monitor, and nothing can be seen: reading goes on until then.
+    # Also if the look failed, for example because another program has the monitor: the next one is due later.
     $self->{'looked at fleecing'} = time();
     $self->_log_fleecing($status->{warnings}->@*) if !$error;
     return;
@@ -180,7 +180,8 @@ sub _log_fleecing ($self, @warnings) {
     return;
 }
 
-# A provider with the mechanism file-handle asks for regions all the time: that is when to look again.
+# A provider with the mechanism file-handle asks for regions during the whole backup, so these calls look at the fleecing
+# images.
 sub _watched ($self, $volumes) {
     weaken(my $task = $self);
     for my $volume (grep { $_->{'next-dirty-region'} } values $volumes->%*) {
@@ -196,16 +197,17 @@ sub _watched ($self, $volumes) {
     return $volumes;
 }
 
-# A child that the provider forked comes back here if it neither ends nor runs another program.
+# A child that the provider forked returns to this code if it neither exits nor runs another program.
 sub _check_process ($self) {
-    PVE::BackupAccess::Error->throw('StateError', 'the task belongs to another process')
+    PVE::BackupAccess::Error->throw('StateError',
+        'the task belongs to another process - a forked child must exit, not return')
         if $$ != $self->{pid};
     return;
 }
 
 sub _mechanism ($self) {
     my $mechanism = $self->{provider}->backup_get_mechanism($self->{vmid}, 'qemu');
-    bad_argument('the backup provider has no mechanism for VMs')
+    bad_argument('backup_get_mechanism of the backup provider returned no mechanism for VMs')
         if !defined($mechanism);
     bad_argument(
               "mechanism '$mechanism' of the backup provider is not one for VMs - must be one of"
@@ -215,7 +217,7 @@ sub _mechanism ($self) {
     return $mechanism;
 }
 
-# Of which guest the bitmaps are, and what is noted of it.
+# The notes of this guest and target. Also finds the guest's UUID, which is a part of their name.
 sub _notes ($self) {
     return $self->{notes} //= do {
         $self->{guest} = $self->{access}->_guest;
@@ -225,19 +227,19 @@ sub _notes ($self) {
             dir => $self->{'state-dir'},
         );
 
-        # Without -uuid QEMU's UUID is all zeroes.
+        # The number is needed too: the UUID of a QEMU without -uuid is all zeroes.
         my $guest = "$self->{vmid} $self->{guest}";
         PVE::BackupAccess::Notes->new($self->{'target-id'}, $guest, %options);
     };
 }
 
-# A provider may have complete data from here on that no bitmap is relative to yet.
+# Empties the note: from here on, the provider may have complete data that no bitmap is relative to yet.
 sub _begin_notes ($self) {
     $self->_notes->note({ map { $_ => undef } $self->{devices}->@* });
     return;
 }
 
-# After a failure the provider's newest data are what they were before.
+# After a success, notes this backup. After a failure, restores the note: the provider's newest data is the old one.
 sub _end_notes ($self, $success, $result) {
     return if !$self->{noted};
     my %ids = map { $_ => $success ? undef : $self->{noted}{$_} } $self->{devices}->@*;
@@ -251,13 +253,13 @@ sub _end_notes ($self, $success, $result) {
     rethrow($error) if $by_signal && !$success;
     return $self->{late} //= $error if $by_signal;
     $self->log('warn',
-              "which backup this was cannot be noted, so that the next one is a full one"
-            . " if the provider knows of no ids - $error");
+              "cannot note the ID of this backup, so the next one is full"
+            . " unless the provider stores IDs - $error");
     return;
 }
 
-# A mode, and of the archive that the provider has for it, if it tells, the id, and the identity of the disk if
-# it was found by that.
+# The provider's answer for a device as a hash: the mode, and, if the provider returned them, the ID of the archive that it
+# would build on, and the identity by which it found the disk there.
 my sub read_answer ($answer) {
     return { 'bitmap-mode' => $answer // 'none' } if ref($answer) ne 'HASH';
     my %request = map { $_ => $answer->{$_} }
@@ -267,31 +269,31 @@ my sub read_answer ($answer) {
     return \%request;
 }
 
-# The backup that the bitmap has to be relative to, undef: none that is known.
+# The ID of the backup that the bitmap must be relative to, undef if none is known.
 sub _base ($self, $request, $identity) {
     my ($device, $given, $found_by) = $request->@{qw(device base identity)};
     return $self->_noted_base($device, $identity) if !defined($given);
     my $odd
-        = !is_backup_id($given) ? "'$given' of the backup provider is not the id of a backup"
+        = !is_backup_id($given) ? "base '$given' of the backup provider is not the id of a backup"
         : ref($found_by)
-        || ($found_by // 'none') eq '' ? "the backup provider's identity is no text"
+        || ($found_by // 'none') eq '' ? "identity of the backup provider is not a text"
         : return $given;
     $self->log('warn', "$device: $odd");
     delete($request->{identity});
     return undef;
 }
 
-# That of which the provider's newest data are under that name, if they are of this disk.
+# The noted ID of the backup that has the provider's newest data under this name, if that data is of this disk.
 sub _noted_base ($self, $device, $identity) {
     my $note = $self->{noted}{$device} // return undef;
     my $of = $note->{identity};
     return $note->{id} if !defined($of) || $of eq $identity;
     $self->log('info',
-        "$device: was the name of another disk at the last backup: $of, not $identity");
+        "$device: the last backup had another disk under this name: $of, not $identity");
     return undef;
 }
 
-# What setup is to do, by device, of what QEMU has.
+# Asks the provider for the modes and returns setup's requests by device. seen: what QEMU says about the devices.
 sub _requests ($self, $seen) {
     my %volumes;
     for my $device (keys $seen->%*) {
@@ -322,8 +324,8 @@ sub _requests ($self, $seen) {
     }
     for my $device (sort grep { !exists($seen->{$_}) } keys(($answer // {})->%*)) {
         $self->log('warn',
-                  "the backup provider has a bitmap mode for $device, which is no device"
-                . ' of this backup - ignored');
+                  "ignoring the backup provider's bitmap mode for $device, which is not a device"
+                . ' of this backup');
     }
     return \%requests;
 }
@@ -338,10 +340,9 @@ sub _set_up ($self, $requests) {
     return $self->{access}->setup(\@devices, $has_hooks ? %hooks : ());
 }
 
-# Undoes the access. That it could not is no failure of the backup: when the archive is complete the
-# bitmap may have begun anew, and were it called a failure, the archive would be removed, and what it
-# holds would be missing in the next one. What is not an error of the access, such as a signal
-# handler's exception, goes on.
+# Tears down the access. An error here is not a failure of the backup: the archive is complete, and the bitmap may already
+# be cleared. If the backup were reported as failed, the provider would remove the archive, and the next one would lack its
+# data. Other exceptions, such as that of a signal handler, are passed on.
 sub _tear_down ($self, $success, $result) {
     my $access = $self->{access};
     return if !$access->_is_up;
@@ -349,7 +350,7 @@ sub _tear_down ($self, $success, $result) {
     my @deaths = deaths_of_all(
         sub {
             $access->teardown($success, $success ? $result->{id} : undef);
-            $self->{late} //= PVE::BackupAccess::_take_later();    # before it comes by itself
+            $self->{late} //= PVE::BackupAccess::_take_later();    # before it is thrown by itself
         },
         sub ($failed) { $access->teardown(0) if $failed && $access->_is_up },
     ) or return;
@@ -359,14 +360,14 @@ sub _tear_down ($self, $success, $result) {
     return;
 }
 
-# ---- what there is to be read ----
+# ---- devices ----
 
-# The provider has answered for that size. A bitmap in use would show a part that came later as clean.
+# The provider answered for the size that it was told. A bitmap would show a part that was added since as clean.
 sub _check_size ($self, $info, $told) {
     my ($device, $size) = $info->@{qw(device size)};
     PVE::BackupAccess::Error->throw(
         'StateError',
-        "device $device: was resized from $told to $size bytes while the backup began - try again",
+        "device $device was resized from $told to $size bytes while the backup began - try again",
         device => $device
     ) if $size != $told;
     return;
@@ -378,8 +379,7 @@ my %fallback_reason = (
     'new' => 'a new bitmap had to be made',
 );
 
-# Why it is read in full although its data could have been gone on from. A provider that was told of no base
-# answers mode new for want of one.
+# Why a device is read in full although the provider asked for mode use, or would have if it had got a base.
 my sub fallback ($info, $requested, $seen) {
     return $info->{reason} // $fallback_reason{ $info->{'bitmap-action'} } if $requested eq 'use';
     return defined($seen->{base}) ? undef : $seen->{reason}
@@ -406,7 +406,7 @@ sub _describe ($self, $info, $requested, $seen) {
     };
 }
 
-# ---- a job of one guest, as VZDump makes it of several ----
+# ---- a job with one guest; VZDump's jobs have several ----
 
 sub run_job ($self) {
     $self->_check_process;
@@ -434,8 +434,8 @@ sub _job ($self, $result) {
     return;
 }
 
-# A failure of the guest's backup goes to the provider, then to its log, then on. An archive that is
-# complete has not failed, whatever comes after it.
+# If the backup fails, the provider is told, the log file is passed on, and then the error. An error after the archive is
+# complete is not a failure of the backup.
 sub _guest_of_job ($self, $result) {
     my ($provider, $vmid) = $self->@{qw(provider vmid)};
     $self->_steps(
@@ -469,7 +469,7 @@ sub _init_and_back_up ($self, $result) {
     return;
 }
 
-# What an archive's name may contain, as Proxmox VE has it.
+# Proxmox VE's rule for names of archives.
 sub _is_archive_name ($name) { return ($name // '') =~ m!\A[a-zA-Z0-9\-.+=_/:]+\z! }
 
 sub _init_archive ($self) {
@@ -485,8 +485,7 @@ sub _init_archive ($self) {
     return $name;
 }
 
-# Runs steps that must follow each other, whatever comes of them. A child that a provider forked ends
-# with its first error.
+# Runs all steps, even if an earlier one died. In a child that a provider forked, only the first step runs.
 sub _steps ($self, $first, @more) {
     my @only_here = map {
         my $step = $_;

@@ -12,12 +12,13 @@ use Scalar::Util qw(blessed);
 our @EXPORT_OK
     = qw(attempt attempt_any deaths_of deaths_of_all ensure is_own reason rethrow worst_of);
 
-# Whether an exception is one that our own code makes.
+# Whether an exception was made by our own code.
 sub is_own ($error) {
     return blessed($error) && $error->isa('PVE::BackupAccess::Error');
 }
 
-# Dies with what was thrown before, as it is: a __DIE__ handler has had it then.
+# Throws an earlier exception again, unchanged, and without the __DIE__ handler, which has already
+# seen it.
 sub rethrow ($exception) {
     local $SIG{__DIE__} = undef;
     die $exception;
@@ -30,14 +31,14 @@ sub deaths_of (@code) {
     return PVE::BackupAccess::_run_all(0, @code)->@*;
 }
 
-# The same where the code refs after the first undo something: one that is ended by a signal is run
-# once more.
+# The same, but the code refs after the first undo something: if a signal ends one of them, it is
+# run once more.
 sub deaths_of_all (@code) {
     return PVE::BackupAccess::_run_all(1, @code)->@*;
 }
 
-# Runs the code; returns its error, undef if there was none. Only an error of our own is returned: all
-# else, such as a callback's exception or a mistake in the code, goes on as it was thrown.
+# Runs the code. Returns its error, or undef. Only returns errors of our own: everything else, such
+# as the exception of a callback or a mistake in the code, is passed on unchanged.
 sub attempt : prototype(&) ($code) {
     my ($death) = deaths_of($code) or return undef;
     my ($error, $by_signal) = $death->@*;
@@ -45,8 +46,8 @@ sub attempt : prototype(&) ($code) {
     return $error;
 }
 
-# The same for code that has no errors of our own: a module of Perl's, a provider that is on trial.
-# Only what a signal handler dies with goes on.
+# The same for code that does not throw our own errors, such as a module of Perl or a provider under
+# test. Only the exception of a signal handler is passed on.
 sub attempt_any : prototype(&) ($code) {
     my ($death) = deaths_of($code) or return undef;
     my ($error, $by_signal) = $death->@*;
@@ -54,17 +55,18 @@ sub attempt_any : prototype(&) ($code) {
     return $error;
 }
 
-# What an error says in one line.
+# The first line of an error.
 sub reason ($error) { return $error =~ s/\n.*//sr }
 
-# The death that counts: a signal's, since it is to end all of the work; else the first.
+# The most important exception: that of a signal handler, because it must end all of the work, else
+# the first.
 sub worst_of (@deaths) {
     my ($signal) = grep { $_->[1] } @deaths;
     return $signal // $deaths[0];
 }
 
-# Runs the work, and then the cleanup whatever becomes of it, which is told whether the work died. Dies
-# as they did. What is not thrown of two errors is warned of.
+# Runs the work and then, in any case, the cleanup, which gets the information whether the work
+# died. Dies with the exception of one of them, and warns of the other.
 sub ensure ($work, $cleanup) {
     my @deaths = deaths_of_all($work, $cleanup) or return;
     my $worst = worst_of(@deaths);

@@ -11,10 +11,10 @@ use PVE::BackupAccess::Try qw(attempt_any);
 
 my $max_regions = 1_000_000;
 
-# Volumes that may be no snapshot of an access: discarding would destroy what they hold.
+# Volumes that may not be snapshots of an access: discarding would destroy their content.
 Hash::Util::FieldHash::fieldhash(my %is_bare);
 
-# Volumes that have only what changed.
+# Volumes that only have what changed.
 Hash::Util::FieldHash::fieldhash(my %is_increment);
 
 my %volume_keys = (
@@ -63,13 +63,13 @@ my sub bitmap ($device, $volume) {
     return ($mode, $mode eq 'none' ? undef : $name);
 }
 
-# What a provider is given may have keys that are not known here: the API may grow.
+# A provider's volume may have keys that are not known here, because the API may grow.
 my sub check_volume ($device, $volume, $keys) {
     my %known = map { $_ => $volume->{$_} } grep { exists($volume->{$_}) } keys $keys->%*;
     check_hash("the volume of device $device", \%known, $keys);
 }
 
-# What tells whether a range is dirty is the code ref, whatever the bitmap's mode.
+# The code ref decides whether a range is dirty, whatever the bitmap's mode.
 my sub open_handle ($class, $device, $volume) {
     check_volume($device, $volume, \%handle_keys);
     for my $key (sort keys %handle_keys) {
@@ -179,7 +179,7 @@ my %copy_options = (
     'without-base' => \&check_flag,
 );
 
-# Paths of this process' own descriptors: in a process of the copy's own they would be others.
+# Paths of this process' own descriptors. In a process that a copy starts, they would mean others.
 my %standard = (stdin => 0, stdout => 1, stderr => 2);
 
 my sub fd_in_path ($path) {
@@ -192,7 +192,7 @@ my sub file_bytes ($path) {
     return $path;
 }
 
-# What 'to' says, as the core wants to have it.
+# The option 'to' in the core's form.
 my sub target ($to) {
     return (write => $to) if ref($to) eq 'CODE';
     if (ref($to) || ref(\$to) eq 'GLOB') {
@@ -209,7 +209,7 @@ my sub target ($to) {
     return (path => file_bytes($to));
 }
 
-# The options about digests, as the core wants to have them.
+# The options about digests in the core's form.
 my sub digest_options ($options, $is_increment) {
     my ($digests, $expected, $unchanged) = $options->@{qw(digests expected unchanged)};
     bad_argument('unchanged and expected exclude each other')

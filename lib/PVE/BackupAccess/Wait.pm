@@ -1,8 +1,9 @@
 package PVE::BackupAccess::Wait;
 
-# Waiting for processes, handles and locks, which a signal handler of the caller's that dies always ends.
-# Perl runs a handler between two operations. A signal that arrives just before a call that blocks does
-# not end that call, so none here blocks for longer than a slice: "./run check waits" finds those that do.
+# Waits for processes, handles and locks. If a signal handler of the caller dies, the wait always
+# ends. Perl runs a handler between two operations. A signal that arrives just before a blocking
+# call does not end that call, so no call here blocks for longer than a slice: "./run check waits"
+# finds calls that do.
 
 use v5.36;
 
@@ -23,10 +24,10 @@ my $slice = 0.2;            # seconds
 my $look_again = 0.02;      # the same, where nothing tells
 my $read_size = 1 << 16;    # bytes, of a stream of lines
 
-# How long a call of the caller's own may wait of so many seconds.
+# How long a blocking call may wait at once, of the given number of seconds.
 sub slice ($seconds) { return min($seconds, $slice) }
 
-# Sleeps so many seconds; not at all if that is negative.
+# Sleeps for that many seconds, or not at all if the number is negative.
 sub pause ($seconds) {
     my $end = time + $seconds;
     while ((my $left = $end - time) > 0) {
@@ -47,7 +48,7 @@ sub wait_for_child ($pid) {
     return $ended == $pid ? $? : undef;
 }
 
-# Those of the handles that have input, or are at their end.
+# The handles that have input or are at their end.
 sub wait_until_readable (@handles) {
     my $select = IO::Select->new(@handles);
     my @ready;
@@ -55,8 +56,8 @@ sub wait_until_readable (@handles) {
     return @ready;
 }
 
-# Appends to the text what there is, at most so many bytes, when there is something. Returns how many,
-# 0 at the end, undef if it failed.
+# Waits for input and appends at most that many bytes to the text. Returns their number, 0 at the
+# end, undef on error.
 sub read_some ($handle, $text, $most) {
     my $got;
     do {
@@ -66,14 +67,14 @@ sub read_some ($handle, $text, $most) {
     return $got;
 }
 
-# The next line, with its newline unless it is the last; undef at the end. The text is what has been read
-# beyond it: the caller keeps it for the next call.
+# The next line, with its newline unless it is the last; undef at the end. The caller keeps the
+# text, which has what was read beyond the line, for the next call.
 sub next_line ($handle, $text) {
     1 while $text->$* !~ m/\n/ && read_some($handle, $text, $read_size);
     return $text->$* =~ s/\A([^\n]*\n|[^\n]+)// ? $1 : undef;
 }
 
-# Takes the exclusive lock of flock; false if there is none to be had.
+# Takes the exclusive lock of flock. False on error.
 sub wait_for_lock ($handle) {
     until (flock($handle, LOCK_EX | LOCK_NB)) {
         return 0 if $! != EWOULDBLOCK && $! != EINTR;

@@ -1,6 +1,6 @@
 package PVE::BackupAccess::CLI::Access;
 
-# What the options about the guest say, as the module wants to have it.
+# The options about the guest in the module's form.
 
 use v5.36;
 
@@ -35,10 +35,10 @@ sub status_of ($opt) {
     return PVE::BackupAccess->status(access_options($opt));
 }
 
-# Whether it can have the id of a backup.
+# Whether the bitmap has a companion, which may contain the ID of a backup.
 sub is_tied ($bitmap) { return $bitmap->{name} =~ m/\Apba-tied:/ }
 
-# The bitmap of a device, as status has it; without --target-id it must be the only one.
+# The bitmap of a device, from status. Without --target-id, it must be the only one.
 sub bitmap_of ($opt, $device) {
     my $target = defined($opt->{'target-id'}) ? text($opt->{'target-id'}) : undef;
     my @bitmaps = grep { ($_->{device} // '') eq $device && !$_->{background} }

@@ -1,7 +1,8 @@
 package PVE::BackupAccess::CLI::ArchivePath;
 
-# Which archive a path means: DIRECTORY/vm/100/20261122T064953Z, or the latest one of a guest, by number or
-# name: DIRECTORY/100, DIRECTORY/web1, each with /latest or not. In a Ceph cluster rbd:POOL[/NAMESPACE] is before vm/100.
+# Finds the archive that a path means: DIRECTORY/vm/100/20261122T064953Z, or the latest one of a
+# guest, by number or name: DIRECTORY/100 or DIRECTORY/web1, optionally with /latest. In a Ceph
+# cluster, rbd:POOL[/NAMESPACE] takes the place of DIRECTORY.
 
 use v5.36;
 
@@ -16,7 +17,7 @@ my sub log_line ($level, $message) {
     say_error("$level: $message") if $level !~ m/\A(?:debug|info)\z/;
 }
 
-# The provider of an existing directory or pool. Its name as a storage matters to backups only.
+# The provider of an existing directory or pool. The storage's name only matters for backups.
 sub provider_for ($directory, $opt = {}) {
     die "$directory is not a directory\n" if !is_rbd($directory) && !-d $directory;
     my $provider = provider_in($opt, check_store($opt, $directory), 'none', \&log_line);
@@ -24,7 +25,7 @@ sub provider_for ($directory, $opt = {}) {
     return $provider;
 }
 
-# A directory as it goes before a slash.
+# A directory without the slash at its end.
 sub without_slash ($path) { return $path =~ s!(?<=.)/+\z!!r }
 
 my sub is_store ($directory) { return -d "$directory/vm" || -d "$directory/ct" }
@@ -59,7 +60,7 @@ my sub find_latest ($opt, $path) {
     return latest_of($opt, $directory, $vmid, $guest);
 }
 
-# (directory, name) of the archive at that path; nothing if it cannot be that of an archive.
+# (directory, name) of the archive at that path; nothing if an archive cannot have this path.
 sub find_archive ($opt, $path) {
     my $is_latest = $path =~ s!/latest/*\z!!;
     my ($directory, $volname) = $path =~ m!\A(?:(.*)/)?((?:vm|ct)/[0-9]+/[^/]+)/*\z!s;
@@ -67,7 +68,7 @@ sub find_archive ($opt, $path) {
     return (defined($directory) ? $directory eq '' ? '/' : $directory : '.', $volname);
 }
 
-# The same, or it dies.
+# The same, but dies instead of returning nothing.
 sub archive_at ($opt, $path) {
     my ($directory, $volname) = find_archive($opt, $path)
         or die "$path is not an archive - give DIRECTORY/vm/100/20261122T064953Z, or DIRECTORY/100"
@@ -76,7 +77,7 @@ sub archive_at ($opt, $path) {
     return ($directory, $volname);
 }
 
-# Its devices, or the one that was asked for.
+# The archive's devices, or the requested one.
 sub chosen_devices ($volumes, $device) {
     my @devices = sort keys $volumes->%*;
     return @devices if !defined($device);
@@ -85,7 +86,7 @@ sub chosen_devices ($volumes, $device) {
     return ($device);
 }
 
-# What a file of a device is called.
+# The name of a device's file.
 sub file_of ($device, $suffix) {
     utf8::encode($device);
     return $device =~ s!/!%2F!gr . ".$suffix";

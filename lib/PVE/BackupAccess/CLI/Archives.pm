@@ -1,6 +1,6 @@
 package PVE::BackupAccess::CLI::Archives;
 
-# What is done with archives: list, verify, prune and remove.
+# The subcommands list, verify, prune and remove.
 
 use v5.36;
 
@@ -44,7 +44,7 @@ my sub print_archive ($opt, $directory, $entry) {
     }
 }
 
-# The number that --vmid or --guest tells, undef for all guests.
+# The guest's number by --vmid or --guest, undef for all guests.
 my sub vmid_of ($opt, $directory) {
     return $opt->{vmid} if !defined($opt->{guest});
     usage_error('--vmid and --guest exclude each other') if defined($opt->{vmid});
@@ -71,7 +71,7 @@ sub list ($opt, $directory) {
 
 # ---- verify ----
 
-# [provider, volname, path as the user would write it] of what a path means.
+# [provider, volname, path in the user's form] of each archive that a path means.
 my sub archives_of ($opt, $path) {
     if (my ($directory, $volname) = find_archive($opt, $path)) {
         return [provider_for($directory, $opt), $volname, without_slash($directory) . "/$volname"];
@@ -81,7 +81,8 @@ my sub archives_of ($opt, $path) {
     return map { [$provider, $_->{volname}, "$shown/$_->{volname}"] } $provider->list->@*;
 }
 
-# What is said of a whole archive: the digests of version 0.1 are not of what was read.
+# The line for an intact archive. The digests of version 0.1 do not prove what was read from the
+# guest.
 my sub verdict ($result) {
     return 'DAMAGED' if $result->{problems}->@*;
     return 'ok' if !$result->{unproven}->@*;
@@ -89,7 +90,7 @@ my sub verdict ($result) {
         . join(', ', $result->{unproven}->@*);
 }
 
-# An image that several archives build on is read once.
+# An image that several archives build on is only read once.
 my sub verify_one ($provider, $volname, $path, $seen) {
     my @problems = $provider->verify($volname, $seen)->@*;
     my $unproven = @problems ? [] : $provider->unproven($volname);
@@ -149,12 +150,13 @@ my sub show_marks ($archives) {
     }
 }
 
-# The names of those that are there.
+# The names of the existing ones.
 my sub names ($provider, $vmid) {
     return map { $_->{volname} } $provider->list($vmid)->@*;
 }
 
-# All guests are gone through, also where one cannot be pruned. Returns the removed, and what went wrong.
+# Continues with the other guests if one cannot be pruned. Returns the removed archives and the
+# errors.
 my sub prune_guests ($provider, $keep, @vmids) {
     my (@removed, @problems);
     for my $vmid (@vmids) {

@@ -26,8 +26,8 @@ use PVE::BackupAccess::Wait qw(wait_for_lock);
 
 my $id_file = '.backup-id';
 
-# The number of the guest, from the options or from the socket's name as on Proxmox VE; undef where a
-# name stands for it.
+# The number of the guest, from the options or from the socket's name as on Proxmox VE; undef if a
+# name is used instead.
 my sub vmid_of ($opt) {
     usage_error('--vmid and --guest exclude each other')
         if defined($opt->{vmid}) && defined($opt->{guest});
@@ -41,21 +41,21 @@ my sub vmid_of ($opt) {
         '--vmid or --guest is missing: the number or name that the archives of this guest have');
 }
 
-# What tells this directory from every other one, also from one that is mounted in its place. Of first
-# backups that begin at once one makes it, and all have the same.
+# The ID of this directory: another directory that is mounted in its place has another one. If
+# several first backups begin at once, one of them makes the ID, and all use it.
 sub identity_of ($directory) {
     my $file = "$directory/$id_file";
-    sysopen(my $fh, $file, O_RDWR | O_CREAT, 0600) or die "$directory cannot be written to - $!\n";
-    wait_for_lock($fh) or die "$file: cannot be locked - $!\n";
+    sysopen(my $fh, $file, O_RDWR | O_CREAT, 0600) or die "cannot write to $directory - $!\n";
+    wait_for_lock($fh) or die "cannot lock $file - $!\n";
     if (!-s $fh) {
         print {$fh} unpack('H*', read_file('/dev/urandom', 16)), "\n";
-        $fh->flush && $fh->sync or die "$file: $!\n";
+        $fh->flush && $fh->sync or die "cannot write $file - $!\n";
     }
     return read_file($file);
 }
 
-# The target of that label whose bitmaps the images have: a guest without a UUID was known by its socket when
-# it ran. What the bitmaps are relative to is compared with the archives all the same.
+# The target with that label to which the images' bitmaps belong: a guest without a UUID was
+# identified by its socket when it ran. The bitmaps are still compared with the archives.
 my sub target_in_images ($opt, $label) {
     my @bitmaps = map { ($_->{'dirty-bitmaps'} // [])->@* }
         hashes('query-named-block-nodes', ask($opt->{qmp}, 'query-named-block-nodes'));
@@ -64,8 +64,8 @@ my sub target_in_images ($opt, $label) {
     return @targets == 1 ? $targets[0] : undef;
 }
 
-# A bitmap has what changed since one archive, so the target belongs to one guest in one directory:
-# with the same bitmap for two of them, either would lack what the other one has.
+# A bitmap contains what changed since one archive, so the target belongs to one guest in one
+# directory: if two shared a bitmap, each would lack the changes that the other one has stored.
 my sub target_of ($opt, $directory, $vmid) {
     my $guest = ask($opt->{qmp}, 'query-uuid')->{UUID};
     my $label = $opt->{'target-id'} // File::Basename::basename($directory);
@@ -120,7 +120,7 @@ my sub print_result ($opt, $directory, $result) {
     }
 }
 
-# The disks, and lines about those that are left out.
+# The disks, and lines about the disks that are not backed up.
 my sub devices_of ($opt) {
     my ($named, $excluded) = map {
         [map { text($_) } ($_ // [])->@*]
@@ -134,7 +134,7 @@ my sub devices_of ($opt) {
     return ($devices, $left_out);
 }
 
-# What has to be known before anything is begun.
+# The checks before the backup begins.
 my sub plan ($opt, $directory) {
     my $vmid = vmid_of($opt);
     my $name = defined($opt->{guest}) ? check_name($opt->{guest}) : undef;
@@ -156,8 +156,8 @@ my sub plan ($opt, $directory) {
     };
 }
 
-# Log lines go to the progress. The error that ends the task is not logged here: the caller reports
-# it.
+# Log lines go to the progress display. The error that ends the task is not logged here, because the
+# caller reports it.
 my sub logger ($progress) {
     return sub ($level, $message) {
         return if $level eq 'debug' || $level eq 'err';
@@ -165,7 +165,7 @@ my sub logger ($progress) {
     };
 }
 
-# One progress for disks that are copied side by side.
+# One progress display for disks that are copied in parallel.
 my sub progress_of ($plan, $progress) {
     my $count = $plan->{devices}->@*;
     return sub (@state) { $progress->update(@state) }
@@ -177,7 +177,7 @@ my sub progress_of ($plan, $progress) {
     };
 }
 
-# The provider's lines go through the task, into the log file that is kept with the archive.
+# The provider's lines go through the task to the log file that is stored with the archive.
 my sub task ($opt, $plan, $progress) {
     my $task;
     my $log = sub (@line) { $task->log(@line) if $task };

@@ -1,6 +1,6 @@
 package PVE::BackupAccess::CLI::Disks;
 
-# Which disks of a guest a backup takes that is told none, and why not the others.
+# Which disks of a guest a backup includes if none are named, and why it omits the others.
 
 use v5.36;
 
@@ -12,7 +12,7 @@ use PVE::BackupAccess::CLI::Monitor qw(ask hashes);
 
 our @EXPORT_OK = qw(choose_disks);
 
-# Guest devices whose disk is not QEMU's block layer's, or not for all that the guest writes.
+# Guest devices whose disk is not in QEMU's block layer, or whose guest can bypass it.
 my $scsi = q(it passes SCSI commands through, so QEMU's dirty bitmaps do not record its writes);
 my %passes_by = (
     'scsi-block' => $scsi,
@@ -36,20 +36,20 @@ my sub named_node ($path, $name) {
     return $name;
 }
 
-# A name that stays the same, so that archives can be told apart by it. libvirt's names of nodes are numbered anew with
-# each snapshot and start.
+# A permanent name, by which a disk is found in archives. libvirt renumbers its nodes with each
+# snapshot and start.
 my sub lasting_name ($node, $id) {
     return $id if defined($id) && (!defined($node) || $node =~ m/\Alibvirt-[0-9]+-/);
     return $node;
 }
 
-# The id of the guest device in what query-block shows.
+# The ID of the guest device in query-block's reply.
 my sub id_of ($qdev) {
     return $1 if $qdev =~ m{\A(?:/machine/peripheral/)?([^/]+)(?:/virtio-backend)?\z};
     return;
 }
 
-# The id of each guest device that has one, and its type.
+# The ID of each guest device that has one, and its type.
 my sub types_of ($path) {
     my @objects = hashes('qom-list', ask($path, 'qom-list', path => '/machine/peripheral'));
     my %type;
@@ -59,7 +59,7 @@ my sub types_of ($path) {
     return \%type;
 }
 
-# { name, id, why: it is left out, or undef } of each drive with a medium.
+# { name, id, why } of each drive with a medium. why: the reason to omit it, or undef.
 my sub look_at ($path, $disk) {
     my ($medium) = hashes('query-block', [$disk->{inserted} // return]);
     my $id = id_of($disk->{qdev} // '');
@@ -74,7 +74,7 @@ my sub look_at ($path, $disk) {
     return { name => $name, id => $id, why => $why };
 }
 
-# Images that fleecing needs on a Proxmox QEMU; elsewhere such a name is one like any other.
+# Fleecing images on a Proxmox QEMU; on another QEMU, such a name has no meaning.
 my sub without_fleecing ($path, @disks) {
     my sub is_fleecing ($disk) { $disk->{name} =~ m/-fleecing\z/ }
     return @disks if !any { is_fleecing($_) } @disks;
@@ -93,7 +93,7 @@ my sub leave_out ($disks, @names) {
     return;
 }
 
-# (names, lines): the disks, and a line for each that is left out. Disks with the names are, too.
+# (names, lines): the disks, and a line for each disk that is omitted, also because of its name.
 sub choose_disks ($path, @excluded) {
     my $command = 'query-block';
     my @disks = without_fleecing($path,

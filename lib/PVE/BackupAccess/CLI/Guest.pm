@@ -1,7 +1,7 @@
 package PVE::BackupAccess::CLI::Guest;
 
-# The guest that the options name: by its QMP socket, as a domain of libvirt's, or by its images. After
-# reach_guest 'qmp' is what the module takes, whichever it was.
+# The guest of the options: by its QMP socket, as a domain of libvirt, or by its images. After
+# reach_guest, the option 'qmp' has the module's form in all three cases.
 
 use v5.36;
 
@@ -25,7 +25,7 @@ my sub only_one ($opt) {
     }
 }
 
-# The images are what stands for the guest from here on.
+# From here on, the images represent the guest.
 my sub open_images ($opt, %options) {
     require PVE::BackupAccess::Image;
     my $image = $opt->{images} = PVE::BackupAccess::Image->start(%options);
@@ -43,7 +43,7 @@ my sub format_of ($opt, $file) {
     return $format;
 }
 
-# NAME=FILE, or FILE whose name without what follows the dot is the disk's. A path has a slash before the
+# NAME=FILE, or a FILE whose name up to the dot is the disk's name. A path has a slash before the
 # first '='.
 my sub image_disk ($opt, $text) {
     my ($name, $file) = $text =~ m{\A([^/=]+)=(.+)\z}s ? ($1, $2) : (undef, $text);
@@ -86,7 +86,7 @@ my sub reach_domain ($opt, $name) {
     return;
 }
 
-# Replaces --libvirt and --image by what they stand for.
+# Replaces --libvirt and --image by the options that they stand for.
 sub reach_guest ($opt) {
     only_one($opt);
     return reach_domain($opt, $opt->{libvirt}) if defined($opt->{libvirt});
@@ -100,13 +100,13 @@ sub reach_guest ($opt) {
     );
 }
 
-# The images are closed with their bitmaps in them.
+# Closes the images, which stores their bitmaps.
 sub leave_guest ($opt) {
     $opt->{images}->stop if $opt->{images};
     return;
 }
 
-# A disk of a domain can be named by its target, such as vda.
+# A disk of a domain may also be named by its target, such as vda.
 sub device_named ($opt, $name) {
     my ($disk) = grep { $_->{target} eq $name } ($opt->{domain}{disks} // [])->@*;
     return $disk ? text($disk->{device} // $name) : $name;

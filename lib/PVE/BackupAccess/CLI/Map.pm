@@ -1,8 +1,8 @@
 package PVE::BackupAccess::CLI::Map;
 
-# The dirty map of a device. Only an access can read it; that ends as after a failed backup, so that
-# the bitmap keeps every bit. The regions go to a temporary file first: what is printed is a whole
-# map or none, and a slow reader of our output does not keep the access up.
+# The dirty map of a device. Only an access can read it. The access ends as after a failed backup,
+# so that the bitmap keeps every bit. The regions first go to a temporary file: the output is a
+# whole map or nothing, and a slow reader of the output does not prolong the access.
 
 use v5.36;
 
@@ -40,7 +40,7 @@ my sub read_regions ($volume, $each) {
     }
 }
 
-# What setup has to be told for the bitmap to be left as it is.
+# The request to setup that leaves the bitmap as it is.
 my sub request_for ($access, $device, $bitmap) {
     my %request = (device => $device, 'bitmap-mode' => 'use');
     return \%request if !is_tied($bitmap);
@@ -50,7 +50,7 @@ my sub request_for ($access, $device, $bitmap) {
     return \%request;
 }
 
-# Calls $begin with the size, then $each with the regions, while the access is up.
+# Calls $begin with the size, then $each with the regions, during the access.
 my sub read_map ($options, $bitmap, $begin, $each) {
     my $access = PVE::BackupAccess->new($options->%*);
     my $device = $bitmap->{device};
@@ -65,7 +65,8 @@ my sub read_map ($options, $bitmap, $begin, $each) {
     ensure($read, sub (@) { $access->teardown(0) if $access->_is_up });
 }
 
-# { device, target, size, dirty, regions, largest, heats => [of so many parts each], spool }
+# { device, target, size, dirty, regions, largest, heats => [one list for each number of parts],
+# spool }
 my sub collect ($options, $bitmap, $spool, @parts) {
     my $map = { device => $bitmap->{device}, target => $options->{'target-id'}, spool => $spool };
     $map->@{qw(dirty regions largest)} = (0, 0, 0);
@@ -80,7 +81,8 @@ my sub collect ($options, $bitmap, $spool, @parts) {
         $map->{largest} = max($map->{largest}, $length);
         $_->add($offset, $length) for $map->{heats}->@*;
         if ($spool) {
-            print {$spool} pack('Q>Q>', $offset, $length) or die "cannot keep the map: $!\n";
+            print {$spool} pack('Q>Q>', $offset, $length)
+                or die "cannot write the map to a temporary file: $!\n";
         }
     };
     read_map($options, $bitmap, $begin, $each);
@@ -102,7 +104,7 @@ my sub print_strip ($map) {
     say_out('0 ' . $open . $map->{heats}[0]->strip($is_utf8) . $close . ' ' . bytes($map->{size}));
 }
 
-# One JSON object, a region a line, written as it is read from the spool.
+# One JSON object with one line for each region, written while the spool is read.
 my sub print_json ($map) {
     my $json = JSON::PP->new->utf8->allow_nonref;
     my $line = sub ($key, $value) { sprintf("  %s: %s,\n", $json->encode($key), $value) };

@@ -1,6 +1,6 @@
 package PVE::BackupAccess::CLI::Monitor;
 
-# Questions to a QEMU that are not the module's own: a connection for each, since a monitor serves
+# Queries to a QEMU that the module does not make: a connection for each, because a monitor serves
 # one client at a time.
 
 use v5.36;
@@ -14,13 +14,13 @@ our @EXPORT_OK = qw(ask hashes);
 
 my $timeout = 60;
 
-# Runs a command on the QMP socket, or by a code ref; returns its value, or dies.
+# Runs a command on the QMP socket, or by a code ref. Returns its value, or dies.
 sub ask ($qmp, $command, %arguments) {
     utf8::decode($qmp) if !ref($qmp);    # the core takes it as text
     return PVE::BackupAccess::_ask($qmp, $timeout, $command, \%arguments);
 }
 
-# What the reply has to be: the hashes in an array, or the hash.
+# Checks the reply: the hashes in an array, or the hash.
 sub hashes ($command, $array) {
     PVE::BackupAccess::Error->throw('ProtocolError',
         "qmp command '$command' failed - the reply is not an array of objects")

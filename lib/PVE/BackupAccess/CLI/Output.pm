@@ -1,6 +1,6 @@
 package PVE::BackupAccess::CLI::Output;
 
-# What the command prints, and how: text, tables, JSON.
+# The command's output: text, tables, JSON.
 
 use v5.36;
 
@@ -13,19 +13,19 @@ our @EXPORT_OK = qw(
     share write_file write_out
 );
 
-# Text is encoded; what comes as bytes, such as the name of a file, stays as it is.
+# Text is encoded; bytes, such as the name of a file, are printed unchanged.
 my sub bytes_of ($text) {
     utf8::encode($text) if utf8::is_utf8($text);
     return $text;
 }
 
-# Names come from QEMU, from archives, from providers: none of them may end a line, or tell a terminal
-# what to do. These are the control characters of ASCII and, in UTF-8, of Latin 1.
+# Names come from QEMU, archives and providers. None of them may end a line or control a terminal.
+# So this removes the control characters of ASCII and, in UTF-8, of Latin 1.
 sub one_line ($text) {
     return bytes_of($text) =~ s/[\x00-\x1f\x7f]|\xc2[\x80-\x9f]/ /gr;
 }
 
-# What cannot be written is an error at once, not after hours of work.
+# A write error is reported at once, not after hours of work.
 sub write_out (@parts) {
     print {*STDOUT} map { bytes_of($_) } @parts or die "cannot write to standard output: $!\n";
     return;
@@ -61,7 +61,7 @@ sub say_table ($rows, @right) {
     return;
 }
 
-# A part of a whole in per cent; what is not nothing does not look like it.
+# A part of a whole in per cent. A part that is not zero is not shown as zero.
 sub share ($part, $whole) {
     return '0 %' if !$part;
     my $percent = 100 * $part / $whole;

@@ -1,7 +1,7 @@
 package PVE::BackupAccess::CLI::Progress;
 
-# How far a copy is: a bar on a terminal, a line now and then elsewhere. All of it goes to standard
-# error, as the log does.
+# Shows the progress of a copy: by a bar on a terminal, otherwise by a line now and then. It is
+# printed to standard error, like the log.
 
 use v5.36;
 
@@ -13,7 +13,7 @@ use PVE::BackupAccess::Try qw(attempt_any);
 
 my $seconds_between = 10;    # lines
 
-# A quiet one shows warnings only.
+# A quiet one only shows warnings.
 sub new ($class, $is_quiet = 0) {
     my $has_bar = !$is_quiet && -t STDERR && !attempt_any { require Term::ProgressBar };
     return bless({ 'has bar' => $has_bar, 'is quiet' => $is_quiet, name => '' }, $class);
@@ -39,14 +39,14 @@ sub begin ($self, $name, $total) {
     return;
 }
 
-# The same width all the time, since the bar is laid out once.
+# The width does not change, because the bar is laid out once.
 sub label ($self, $done) {
     my $seconds = now() - $self->{began};
     my $rate = $seconds > 0.2 ? bytes(int($done / $seconds)) . '/s' : '';
     return sprintf('%s %12s', $self->{name}, $rate);
 }
 
-# Takes the bytes that are done, as often as the caller likes.
+# Takes the number of bytes done. May be called as often as you like.
 sub update ($self, $name, $done, $total) {
     return if $self->{'is quiet'};
     $self->begin($name, $total) if $name ne $self->{name} || $total != $self->{total};
@@ -67,7 +67,7 @@ sub update ($self, $name, $done, $total) {
     return;
 }
 
-# A line of the log, above the bar if there is one.
+# A line of the log, above the bar.
 sub tell ($self, $line) {
     $self->warn($line) if !$self->{'is quiet'};
     return;

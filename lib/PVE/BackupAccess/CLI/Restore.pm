@@ -1,6 +1,6 @@
 package PVE::BackupAccess::CLI::Restore;
 
-# An archive's disks as images, or onto block devices.
+# Restores an archive's disks as images, or to block devices.
 
 use v5.36;
 
@@ -19,8 +19,8 @@ use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use PVE::BackupAccess::Try qw(attempt ensure);
 use PVE::BackupAccess::Volume;
 
-# { device => file } of what is to be restored. Nothing that is there is overwritten but a block
-# device, which the user has named.
+# { device => file } of the restore. Nothing is overwritten except a block device that the user has
+# named.
 my sub targets ($volumes, $target, $device, $format) {
     my @devices = chosen_devices($volumes, $device);
     my %files;
@@ -49,7 +49,8 @@ my sub targets ($volumes, $target, $device, $format) {
     return \%files;
 }
 
-# Not what others have put there. Like the archive it is its owner's alone.
+# Never a file that another program has created there. Like the archive, it is readable by its owner
+# only.
 my sub open_new ($file) {
     sysopen(my $fh, $file, O_WRONLY | O_CREAT | O_EXCL, 0600) or die "cannot make $file: $!\n";
     return $fh;
@@ -57,7 +58,7 @@ my sub open_new ($file) {
 
 # ---- new files: all of them are there, or none ----
 
-# A handle for the file, which has another name until the end.
+# A handle for the file, which has a temporary name until the end.
 my sub begin_file ($job, $file) {
     my $part = "$file.part";
     unlink($part);                   # of a restore that was killed
@@ -77,7 +78,7 @@ my sub discard_file ($job, $file) {
     unlink(delete($job->{parts}{$file}) // return);
 }
 
-# ---- formats: what has the data copied into a file ----
+# ---- formats: copying data into a file ----
 
 my sub fill_raw ($job, $file, $size, $copy) { $copy->(begin_file($job, $file)) }
 
@@ -93,7 +94,8 @@ my sub fill_qcow2 ($job, $file, $size, $copy) {
 
 my %fill = (raw => \&fill_raw, qcow2 => \&fill_qcow2);
 
-# A disk that is mounted, or that a guest uses, would be destroyed under it: the kernel refuses (open(2)).
+# A disk that is mounted or used by a guest would be destroyed. The kernel refuses to open it
+# (open(2): O_EXCL).
 my sub fill_device ($job, $file, $size, $copy) {
     sysopen(my $fh, $file, O_WRONLY | O_EXCL)
         or die "cannot write to $file: $!"
@@ -103,8 +105,8 @@ my sub fill_device ($job, $file, $size, $copy) {
 
 # ---- a restore ----
 
-# What the data has to fit. Where that cannot be told the device is restored, as well as can be, but
-# not in silence.
+# The digests that the data must match. If they are not available, the device is restored as far as
+# possible, with a warning.
 my sub expected ($job, $device) {
     return if $job->{'no-verify'};
     my $digests = [];
@@ -142,7 +144,7 @@ my sub copy ($job, $device, $size, $file) {
     return joined(@damage);
 }
 
-# All that can be restored is. A device of which nothing can be is not there.
+# Restores everything that can be restored. A device of which nothing can be restored is omitted.
 my sub restore_all ($job, $volumes, $files) {
     for my $device (sort keys $files->%*) {
         my ($size, $file) = ($volumes->{$device}{size}, $files->{$device});
@@ -159,14 +161,14 @@ my sub restore_all ($job, $volumes, $files) {
     }
 }
 
-# Beside the disks, where there is one and the target is a directory.
+# Next to the disks, if there is one and the target is a directory.
 my sub restore_config ($job, $target) {
     my $config = $job->{provider}->archive_get_guest_config($job->{volname});
     return if !-d $target || ($config // '') eq '';
     my $file = "$target/guest.conf";
     die "$file already exists and is not overwritten - choose another target\n" if -e $file;
     my $fh = begin_file($job, $file);
-    print {$fh} $config and close($fh) or die "$file: $!\n";
+    print {$fh} $config and close($fh) or die "cannot write $file: $!\n";
     return $file;
 }
 

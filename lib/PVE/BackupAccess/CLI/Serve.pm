@@ -1,6 +1,7 @@
 package PVE::BackupAccess::CLI::Serve;
 
-# An archive's disks, read where they are: over NBD, or as raw files. A signal is the ordinary end.
+# Serves an archive's disks without copying them: over NBD, or as raw files. A signal is the regular
+# end.
 
 use v5.36;
 
@@ -13,8 +14,9 @@ use PVE::BackupAccess::CLI::Output qw(say_json say_out);
 use PVE::BackupAccess::Provider::Store::RawFile;
 use PVE::BackupAccess::Try qw(ensure);
 
-# From here on a signal is not an interruption. They are blocked, so that none is lost between a look at
-# what is and the wait, and stay so: what follows the wait is the end. Returns the mask to wait with.
+# From here on, a signal is not an interruption. Signals are blocked, so that none is lost between a
+# check and the wait, and stay blocked, because the command ends after the wait. Returns the mask to
+# wait with.
 my sub block_signals () {
     my $mask = POSIX::SigSet->new;
     POSIX::sigprocmask(SIG_BLOCK, POSIX::SigSet->new(SIGINT, SIGTERM, SIGHUP, SIGCHLD), $mask)
@@ -22,7 +24,7 @@ my sub block_signals () {
     return $mask;
 }
 
-# Returns when a signal asks for the end; dies when one of the processes has ended ({ text => process }).
+# Returns when a signal arrives; dies when one of the processes has ended ({ text => process }).
 my sub wait_for_signal ($mask, $processes) {
     my $is_over = 0;
     local @SIG{qw(INT TERM HUP)} = (sub { $is_over = 1 }) x 3;
@@ -36,8 +38,8 @@ my sub wait_for_signal ($mask, $processes) {
     }
 }
 
-# Opens the chosen devices, each by $open, which returns where it is and, if another process than
-# its server gives it, that one. Shows them when all are there.
+# Opens the chosen devices with $open, which returns the place of the device and, if another process
+# than its server provides it, that process. Prints the places when all exist.
 my sub offer ($opt, $path, $open) {
     my ($directory, $volname) = archive_at($opt, $path);
     my $provider = provider_for($directory, $opt);

@@ -1,6 +1,6 @@
 package PVE::BackupAccess::CLI::Status;
 
-# What there is of backups in a QEMU, and undoing what is left over.
+# The state of backups in a QEMU, and undoing what was left.
 
 use v5.36;
 
@@ -103,12 +103,12 @@ sub run ($opt) {
     return 0;
 }
 
-# Undoes what a killed process left, without a backup.
+# Undoes what a killed process left, without making a backup.
 sub recover ($opt) {
     return _say_done($opt, 'recover', sub { 'nothing to undo' });
 }
 
-# Targets of the command's own backups have more in their names than what --target-id said there.
+# The targets of the command's own backups have longer names than their --target-id.
 my sub no_bitmaps ($opt) {
     my @targets
         = uniq(sort grep { defined } map { $_->{'target-id'} } status_of($opt)->{bitmaps}->@*);

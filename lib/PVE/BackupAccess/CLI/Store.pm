@@ -1,6 +1,6 @@
 package PVE::BackupAccess::CLI::Store;
 
-# What DIRECTORY means: a directory, or rbd:POOL[/NAMESPACE] in a Ceph cluster.
+# The argument DIRECTORY: a directory, or rbd:POOL[/NAMESPACE] in a Ceph cluster.
 
 use v5.36;
 
@@ -30,7 +30,7 @@ my sub rbd_settings ($opt, $store) {
     };
 }
 
-# Dies unless there is one. Returns it as it is called from now on.
+# Dies unless it exists. Returns it in the form that is used from now on.
 sub check_store ($opt, $store) {
     return $store if is_rbd($store);
     usage_error('--ceph-conf needs rbd:POOL') if defined($opt->{'ceph-conf'});
@@ -38,7 +38,7 @@ sub check_store ($opt, $store) {
     return untainted(Cwd::realpath($store));
 }
 
-# The provider of a store that was checked. name: of a storage, which matters to backups only.
+# The provider of a checked store. name: of the storage, which only matters for backups.
 sub provider_in ($opt, $store, $name, $log) {
     if (is_rbd($store)) {
         usage_error('--compress is for a directory') if $opt->{compress};
@@ -78,7 +78,7 @@ sub store_number_for ($opt, $store, $name) {
         : $names->can('number_for')->($store, $name);
 }
 
-# What tells it from every other one; undef for a directory.
+# The store's unique ID; undef for a directory.
 sub store_id ($opt, $store) { return is_rbd($store) ? rbd_store($opt, $store)->id : undef }
 
 1;

@@ -1,7 +1,8 @@
 package PVE::BackupAccess::CLI::TryProvider;
 
-# Runs a backup provider through everything Proxmox VE does with one, on a QEMU of its own, and says
-# in TAP what was right and what was not. As there, every job and every restore gets a new object.
+# Runs everything that Proxmox VE does with a backup provider, on a QEMU of its own, and reports in
+# TAP what was right and what was not. As in Proxmox VE, every job and every restore gets a new
+# object.
 
 use v5.36;
 
@@ -32,9 +33,9 @@ my $firewall_config = "[OPTIONS]\nenable: 1\n";
 my $kib = 1024;
 my $mib = 1024 * 1024;
 
-# The jobs: what happens to the guest after the last one (change), and what it writes before the instant
-# of the backup and after it, as device, offset, length and byte. In the second one two disks are
-# unchanged, and data becomes zeroes.
+# The jobs: what happens to the guest after the previous one (change), and what the guest writes
+# before and after the instant of the backup, as device, offset, length and byte. In the second job,
+# two disks are unchanged, and data becomes zeroes.
 my @jobs;
 @jobs = (
     {
@@ -150,7 +151,7 @@ my sub new_provider ($trial) {
     return $Watch->new(new_object($trial));
 }
 
-# A method of the base class does nothing but die.
+# The methods of the base class only die.
 my sub has_method ($class, $method) {
     my $own = $class->can($method) // return 0;
     return $own != ($Base->can($method) // 0);
@@ -176,7 +177,7 @@ my sub write_all ($trial, $writes) {
     $trial->{machine}->write($_->@*) for $writes->@*;
 }
 
-# Most providers name an archive by the second in which its backup began.
+# Most providers name an archive after the second in which its backup began.
 my sub wait_for_next_second ($trial) {
     Time::HiRes::sleep(0.05) while time() <= ($trial->{second} // 0);
     $trial->{second} = time();
@@ -194,7 +195,7 @@ my sub note_devices ($trial, $job, $devices) {
     return;
 }
 
-# Returns what the task died with, undef if it did not.
+# Returns the task's exception, or undef.
 my sub run_task ($trial, $job, $watch) {
     wait_for_next_second($trial);
     $job->{'bandwidth-limit'} *= 16 if $job->{'bandwidth-limit'} && $trial->{'reads all'};
@@ -222,7 +223,7 @@ my sub run_task ($trial, $job, $watch) {
     return undef;
 }
 
-# It may begin with what the limit has room for, so half of the time is enough.
+# The limit permits a burst at the beginning, so half of the time is enough.
 my sub check_limit ($trial, $job, $watch) {
     my $limit = $job->{'bandwidth-limit'} // return;
     my ($call) = $watch->calls('backup_vm');
@@ -251,7 +252,7 @@ my sub check_kept ($trial, $job, $watch) {
     return;
 }
 
-# There is an archive once the provider was told of a success, whatever comes after that.
+# The archive exists once the provider was told of a success, whatever happens after that.
 my sub archive_of ($watch) {
     my ($init) = $watch->calls('backup_init');
     my ($kept)
@@ -291,7 +292,7 @@ my sub check_archive ($trial, $job, $name) {
     my @same = map { report($trial, "$name: $_ is the disk as of the backup", $problems->{$_}) }
         $Machine->devices;
 
-    # A stock QEMU before 10.0 gives wrong data to some ways of reading; the log says so.
+    # A stock QEMU before 10.0 returns wrong data for some kinds of reads; the log says so.
     $trial->{tap}->explain("log of the $job->{name}:", $job->{log}->@*) if grep { !$_ } @same;
 }
 
@@ -321,8 +322,8 @@ my sub scfg_of ($opt) {
     return \%scfg;
 }
 
-# A provider is always given a storage plugin, and may ask it where archives are. The real one can be there
-# without what it needs of a cluster.
+# A provider always gets a storage plugin, and may ask it where archives are. The real plugin may be
+# installed without the parts of a cluster that it needs.
 my sub usual_plugin () { return defined(load($DirPlugin)) ? undef : $DirPlugin }
 
 my sub load_storage_plugin ($class) {

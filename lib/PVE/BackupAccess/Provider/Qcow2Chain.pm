@@ -19,7 +19,7 @@ my $Archive = 'PVE::BackupAccess::Provider::Qcow2Chain::Archive';
 my $Container = 'PVE::BackupAccess::Provider::Qcow2Chain::Container';
 my $Tree = 'PVE::BackupAccess::Provider::Qcow2Chain::Tree';
 
-# Where archives of each type of guest are.
+# The directory of each type of guest.
 my %directories = (qemu => 'vm', lxc => 'ct');
 
 my sub fail ($class, $message, %context) {
@@ -39,7 +39,7 @@ sub compress ($self, $is_compressed) {
     return;
 }
 
-# ---- what Store wants to know ----
+# ---- what Provider::Store requires ----
 
 sub _guest ($self, $place) {
     return PVE::BackupAccess::Provider::Qcow2Chain::Guest->new("$self->{path}/$place",
@@ -69,7 +69,8 @@ sub _digests_of ($self, @what) { return digests_of(@what) }
 # ---- backup ----
 
 sub job_init ($self, $start_time) {
-    fail('StateError', "$self->{path} is not there - is it mounted?") if !-d $self->{path};
+    fail('StateError', "the directory $self->{path} does not exist - is its file system mounted?")
+        if !-d $self->{path};
     return;
 }
 
@@ -84,14 +85,15 @@ sub backup_cleanup ($self, $vmid, $vmtype, $success, $info) {
         $container->end($success);
         $task->{published} = $Archive->exists($guest->dir, $task->{name});
 
-        # Whatever is left of it, another process' backup may have the lock by now.
+        # What remains of the archive is removed under the lock: another process' backup may hold it by now.
         delete($task->{archive});
         $self->_settle($guest) if !$task->{published};
     }
     return $self->SUPER::backup_cleanup($vmid, $vmtype, $success, $info);
 }
 
-# The keeper has the lock from here on: Proxmox VE prunes before it calls backup_cleanup.
+# From here on the keeper holds the lock and releases it with the archive, because Proxmox VE prunes before it calls
+# backup_cleanup.
 sub backup_container_prepare ($self, $vmid, $info) {
     my $task = $self->_task($vmid);
     my ($guest, $archive) = ($task->{guest}, $self->_begin_archive($task, $info));
@@ -109,8 +111,8 @@ sub backup_container_prepare ($self, $vmid, $info) {
 }
 
 sub backup_container ($self, $vmid, $guest_config_text, $exclude_patterns, $info) {
-    my $container = $self->_task($vmid)->{container}
-        // fail('StateError', "backup_container_prepare was not called for guest $vmid");
+    my $container = $self->_task($vmid)->{container} // fail('StateError',
+        "guest $vmid: backup_container_prepare must be called before backup_container");
     $container->feed($guest_config_text, $exclude_patterns // [], $info, $self->{log});
     return;
 }
@@ -127,7 +129,8 @@ sub restore_container_init ($self, $volname, @) {
     my ($place) = $self->_parse($volname);
     my $reading = $self->_guest($place)->read_lock;
     my $archive = $self->_archive($volname);
-    fail('ArchiveError', "$volname is of a virtual machine") if !$archive->container;
+    fail('ArchiveError', "archive $volname is of a virtual machine, not of a container")
+        if !$archive->container;
     my $tree = $Tree->new($archive);
     $self->{'container restores'}{$volname} = { tree => $tree, reading => $reading };
     return { $tree->mechanism eq 'tar' ? 'tar-path' : 'archive-directory' => $tree->path };

@@ -17,7 +17,7 @@ use parent qw(PVE::BackupAccess::Provider::Store);
 
 my sub checked_name ($what, $name) {
     my ($good) = ($name // '') =~ m!\A([^/\@:\s"'][^/\@:\s]*)\z!
-        or bad_argument("$what must be the name of a $what, not '" . ($name // '') . q('));
+        or bad_argument("'" . ($name // '') . "' is not a valid name of a $what");
     return $good;
 }
 
@@ -36,7 +36,7 @@ sub new ($class, $storage_plugin, $scfg, $storeid, $log_function = undef) {
 
 sub provider_name ($self) { return 'RBD' }
 
-# ---- what Store wants to know ----
+# ---- what Provider::Store requires ----
 
 sub _guest ($self, $place) {
     return PVE::BackupAccess::Provider::RBD::Guest->new($self->%{qw(ceph store wait)},
@@ -52,8 +52,8 @@ sub _begin ($self, $task, %about) {
     return PVE::BackupAccess::Provider::RBD::Archive->begin($task->{guest}, $task->{name}, %about);
 }
 
-# Snapshots are made when all disks are stored and flushed, and the check reads the snapshots. So it finds what another
-# program wrote to an image before, and what one writes later is not in the backup.
+# The snapshots are made after all disks are stored and flushed, and the check reads the snapshots. So the check detects
+# what another program wrote to an image before, and what a program writes later is not in the backup.
 sub _store_devices ($self, $task, $volumes, %how) {
     my ($archive, $jobs) = ($task->{archive}, begin_devices($task, $volumes, %how));
     $archive->prepare;
@@ -74,10 +74,10 @@ sub _store_devices ($self, $task, $volumes, %how) {
     return map { $stored->{$_}{finding} // () } $archive->devices;
 }
 
-# What a killed process left does not disturb a restore: the next backup or prune removes it.
+# A restore ignores what a killed process left. The next backup or prune removes it.
 sub _settle ($self, $guest) { return }
 
-# As texts, none if the archive is whole. What was found is noted, so that nothing is built on what is damaged.
+# The problems as texts, none if the archive is intact. Damage is noted, so that no backup builds on it.
 sub _problems_of ($self, $guest, $name, $seen) {
     my $archive;
     my $error = attempt { $archive = $guest->archive($name) };
@@ -102,18 +102,18 @@ sub _digests_of ($self, $guest, $name, $device) {
     my $problem = $archive->digests_problem($device);
     PVE::BackupAccess::Error->throw(
         'ArchiveError',
-        "device $device: what is restored cannot be verified - $problem",
+        "device $device: a restored disk cannot be verified - $problem",
         device => $device
     ) if defined($problem);
 
-    # The file goes with the archive.
+    # The object removes the file in its destructor.
     push($self->{kept}->@*, $archive);
     return $archive->digests($device);
 }
 
 # ---- backup ----
 
-# Looks whether the pool can be reached.
+# Fails early if the pool cannot be reached.
 sub job_init ($self, $start_time) {
     $self->{store}->id;
     return;
@@ -127,11 +127,12 @@ sub backup_get_mechanism ($self, $vmid, $vmtype) {
 
 sub rbd_uri ($self, $volname, $device) {
     my $archive = $self->_archive($volname);
-    bad_argument("the archive has no device $device") if !$archive->device($device);
+    bad_argument("archive $volname has no device $device - it has " . join(', ', $archive->devices))
+        if !$archive->device($device);
     return $archive->uri($device);
 }
 
-# What tells this store from all others, and the guests that are known by name.
+# The store's ID, and the guests that are known by name.
 sub store ($self) { return $self->{store} }
 
 1;
@@ -161,47 +162,49 @@ PVE::BackupAccess::Provider::RBD - backups as snapshots of RBD images in a Ceph 
 
 =head1 DESCRIPTION
 
-A backup provider of Proxmox VE for virtual machines, whose archives are in a pool of a Ceph cluster, or in a namespace of
-one. It needs the programs C<rbd> and C<rados> (Debian: C<ceph-common>) and QEMU's rbd driver (C<qemu-block-extra>).
+A backup provider of Proxmox VE for virtual machines. It keeps the archives in a pool of a Ceph cluster, or in a namespace of
+a pool. It needs the programs C<rbd> and C<rados> (Debian: C<ceph-common>) and QEMU's rbd driver (C<qemu-block-extra>).
 
-Each device of a guest has an RBD image. A backup writes to it through C<qemu-nbd>: an increment writes what has changed, a
-full backup over an older one writes what differs. When all devices are stored and flushed, each image gets a snapshot
-with the archive's name. What was written is then read back through the snapshot and compared with the digests of what was read
-from the guest. The manifest comes last, and with it the archive is there. A full backup with nothing to build on gets new
-images. An image goes with its last snapshot.
+Each device of a guest has an RBD image. A backup writes to it through C<qemu-nbd>: an increment writes what has changed, and a
+full backup over an older one writes what differs. When all devices are stored and flushed, each image gets a snapshot with
+the archive's name. The backup then reads the written data back through the snapshot and compares it with the digests of
+what was read from the guest. The manifest is written last, and only then does the archive exist. A full backup with nothing
+to build on gets new images. The removal of an image's last snapshot also removes the image.
 
-A snapshot needs no other one, so C<prune> and C<remove> move no data, and each archive can be restored by Ceph's own tools as
-well (L</rbd_uri>).
+A snapshot does not depend on any other, so C<prune> and C<remove> move no data, and Ceph's own tools can restore each archive
+(L</rbd_uri>).
 
-Where things are:
+The pool contains:
 
 =over
 
-=item the images C<pba-vm-100-DEVICE-ARCHIVE>, named by guest, device and the archive that began them
+=item the images C<pba-vm-100-DEVICE-ARCHIVE>, named after the guest, the device and the first archive of the image
 
 =item the object C<pba.vm-100>: its omap has each manifest, with the configurations, as a value. One call sets a value
-durably, no two processes overwrite each other's, and one call reads them all; an object for each would have to be found by a
-list of the whole pool. An EC pool has no omap: let it be the images' data pool (C<rbd default data pool>)
+durably, processes cannot overwrite each other's values, and one call reads all of them. (With one object for each manifest, a
+search would have to list the whole pool.) An erasure-coded pool has no omap: use it as the images' data pool (C<rbd default
+data pool>)
 
-=item the objects C<IMAGE@ARCHIVE.digests.N>: the digests of all blocks of a device, 32 bytes for 64 KiB, in parts of 16 MiB,
-zeroes left out. An omap value cannot be that large. Each archive has all of them, so that it needs no other one
+=item the objects C<IMAGE@ARCHIVE.digests.N>: the digests of all blocks of a device, 32 bytes for each 64 KiB, in parts of
+16 MiB; parts with only zeroes are left out. An omap value cannot be that large. Each archive has all digests, so it does not
+depend on another one
 
-=item the objects C<pba.vm-100.change>, C<.read> and C<.removal>: a process that works on the archives watches one of them, on any
-host. The cluster forgets a watch with its client, at once if the process ended and after half a minute if the host did
+=item the objects C<pba.vm-100.change>, C<.read> and C<.removal>: the locks. A process on any host that works on the archives
+watches one of these objects. The watch ends with its client: at once if the process ends, after half a minute if the host fails
 
-=item the object C<pba>: the guests that there are, and the store's id
+=item the object C<pba>: the list of guests, and the store's ID
 
 =back
 
-A backup can be killed at any moment. The images then differ from the last snapshots. The next backup first breaks the lock of the
-dead writer, so that the cluster takes nothing from it any more. Then it compares the image with the snapshot that it builds on, by
-the map of objects, which takes no reading, and rolls it back (C<rbd snap rollback>) if they differ. That is right
-whatever was written, also by others, and costs a copy in the cluster of the changed objects alone. A full copy that compares would
-read all of the guest's disk.
+If a backup is killed, the images may differ from the last snapshots. The next backup first breaks the lock of the dead
+writer, so that the cluster accepts nothing more from it. Then it compares each image with the snapshot that it builds on, by
+means of the object map, which needs no reading. If they differ, it rolls the image back (C<rbd snap rollback>). This is
+correct whatever was written to the image, by this or another program, and the cluster only copies the changed objects. A full
+backup that compares would instead read the whole disk of the guest.
 
 Which backup a bitmap is relative to, disks with other names, audits, retention and bandwidth are as in
-L<PVE::BackupAccess::Provider::Qcow2Chain>. But an increment can build on any archive, not only the newest one: after the guest
-was rolled back, the image is, too. Containers are not supported.
+L<PVE::BackupAccess::Provider::Qcow2Chain>. But an increment can build on any archive, not only on the newest one: if the guest
+was rolled back, the image is rolled back too. Containers are not supported.
 
 All sizes are bytes. Methods die with a L<PVE::BackupAccess::Error>: C<ArchiveError> if an archive is missing or damaged,
 C<StateError> while another process uses the same guest's archives, C<SystemError> if C<rbd>, C<rados> or C<qemu-nbd> fails,
@@ -210,53 +213,54 @@ what was read from the guest.
 
 =head1 METHODS OF THE API
 
-Arguments and results are those of C<PVE::BackupProvider::Plugin::Base>, and of
-L<PVE::BackupAccess::Provider::Qcow2Chain/METHODS OF THE API> where nothing else is said here.
+Unless noted here, arguments and results are those of C<PVE::BackupProvider::Plugin::Base>, and of
+L<PVE::BackupAccess::Provider::Qcow2Chain/METHODS OF THE API>.
 
 =head2 new
 
     my $provider = PVE::BackupAccess::Provider::RBD->new($storage_plugin, $scfg, $storeid, $log_function);
 
 Returns a provider. C<$scfg> is a hash with C<pool>, the pool's name; C<namespace>, which must exist (C<rbd namespace create>), or
-undef for none; and C<ceph-conf>, the absolute path of the cluster's configuration, by default F</etc/ceph/ceph.conf>. The user is the one
-that the configuration and C<rbd> have by default, C<client.admin>; it needs the profile C<rbd> for the pool.
-C<no-check> and C<state-dir> are those of L<PVE::BackupAccess::Provider::Qcow2Chain/new>, as the other arguments are.
+undef for none; and C<ceph-conf>, the absolute path of the cluster's configuration, by default F</etc/ceph/ceph.conf>. The Ceph
+user is the default one of the configuration and of C<rbd>, C<client.admin>; it needs the profile C<rbd> for the pool.
+C<no-check>, C<state-dir> and the other arguments are those of L<PVE::BackupAccess::Provider::Qcow2Chain/new>.
 
 Errors: C<ArgumentError>.
 
 =head2 provider_name
 
-C<RBD>.
+Returns C<RBD>.
 
 =head2 job_init
 
-Reads the object C<pba>, and makes it for the first backup. Errors: C<SystemError> if the pool cannot be reached.
+Reads the object C<pba>, or creates it for the first backup. Errors: C<SystemError> if the pool cannot be reached.
 
 =head2 backup_get_mechanism
 
-C<nbd> for virtual machines, undef for all else.
+Returns C<nbd> for virtual machines, undef for everything else.
 
-=head2 the others
+=head2 other methods of the API
 
 C<backup_init>, C<backup_vm_query_incremental>, C<backup_vm>, C<backup_cleanup>, C<backup_handle_log_file>, C<restore_vm_init>,
 C<restore_vm_volume_init>, C<restore_vm_volume_cleanup>, C<restore_vm_cleanup>, C<archive_get_guest_config> and
-C<archive_get_firewall_config> are as in L<PVE::BackupAccess::Provider::Qcow2Chain>. C<archive-size> is what the backup has
-written to its images, zeroes not counted.
+C<archive_get_firewall_config> are as in L<PVE::BackupAccess::Provider::Qcow2Chain>. C<archive-size> is the number of bytes that
+the backup has written to its images, without zeroes.
 
 =head1 OTHER METHODS
 
 C<on_progress>, C<device_called>, C<wait_for_others>, C<make_full>, C<jobs>, C<audit_every>, C<audit_findings>, C<server>, C<list>,
-C<verify>, C<digests>, C<prune>, C<retention> and C<remove> are those of L<PVE::BackupAccess::Provider::Qcow2Chain>. In C<list> the
-C<image-size> of a device is what the backup has written for it, zeroes not counted. An archive is protected while one of its snapshots is
-(C<rbd snap protect>).
+C<verify>, C<digests>, C<prune>, C<retention> and C<remove> are those of L<PVE::BackupAccess::Provider::Qcow2Chain>. In C<list>,
+the C<image-size> of a device is the number of bytes that the backup has written for it, without zeroes. An archive is protected
+while one of its snapshots is protected (C<rbd snap protect>).
 
 =head2 rbd_uri
 
     my $uri = $provider->rbd_uri($volname, $device);
     system('qemu-img', 'convert', '-f', 'raw', '-O', 'raw', $uri, 'drive-scsi0.raw');
 
-Takes the archive's name and a device's, and returns the snapshot as an URI that QEMU's programs read
-(C<rbd:POOL/IMAGE@SNAPSHOT:conf=FILE>). It locks nothing: the caller must make sure that the archive is not removed while it is read.
+Takes C<$volname> and a device. Returns the URI of the snapshot for QEMU's programs
+(C<rbd:POOL/IMAGE@SNAPSHOT:conf=FILE>). It locks nothing: the caller must make sure that the archive is not removed while it is
+read.
 
 Errors: C<ArchiveError> if there is no such archive, C<ArgumentError> if it has no such device.
 
@@ -264,8 +268,8 @@ Errors: C<ArchiveError> if there is no such archive, C<ArgumentError> if it has 
 
     my $id = $provider->store->id;
 
-Returns what the store has of all guests: an object with C<id>, a text that no other store has, and C<name_of($vmid)>,
-C<number_of($name)> and C<number_for($name)>, for guests that are known by a name; the last one gives a new guest the least number
-that is free. Errors: C<SystemError>.
+Returns an object that describes the store. Its method C<id> returns the store's unique ID. C<name_of($vmid)>,
+C<number_of($name)> and C<number_for($name)> are for guests that are known by a name; C<number_for> gives a new guest the lowest
+free number. Errors: C<SystemError>.
 
 =cut

@@ -1,16 +1,16 @@
 package PVE::BackupAccess::Provider::Store;
 
-# The backup provider API over archives that have a manifest, whatever they are stored in. A subclass has new, which
-# blesses what _settings returns and more, provider_name, backup_get_mechanism, job_init, and these methods:
+# The backup provider API over archives with a manifest, wherever they are stored. A subclass implements provider_name,
+# backup_get_mechanism, job_init, new, which blesses the result of _settings with fields of its own, and:
 #
-#   _guest($place)       a Store::Guest: the archives of the guest at a place in the store, such as vm/100
+#   _guest($place)       returns a Store::Guest: the archives of the guest at a place in the store, such as vm/100
 #   _places_of_type      { type of guest => the first part of its places }
-#   _vmids               of the guests that there are
-#   _where               the store, as a message calls it
-#   _notes_name          what the notes of this kind of store are called by
-#   _begin($task, %about)    a new archive, for the manifest of which about is
-#   _store_devices($task, $volumes, %how)    all their data; see Store/Devices.pm. Returns what audits found
-#   _problems_of($guest, $name, $seen), _digests_of($guest, $name, $device)    what verify and digests return
+#   _vmids               the numbers of all guests in the store
+#   _where               the store's name for messages
+#   _notes_name          the kind of store, as the first part of the name of its notes
+#   _begin($task, %about)    begins an archive; about becomes a part of its manifest
+#   _store_devices($task, $volumes, %how)    stores the devices' data; see Store/Devices.pm. Returns what audits found
+#   _problems_of($guest, $name, $seen), _digests_of($guest, $name, $device)    return the results of verify and digests
 
 use v5.36;
 
@@ -43,11 +43,11 @@ my sub fail ($class, $message, %context) {
     PVE::BackupAccess::Error->throw($class, $message, %context);
 }
 
-# As the storage class or another caller has it, without taint: it is the administrator's own.
+# Returns the path without taint: it comes from the administrator's configuration.
 sub _checked_path ($name, $path) {
     check_filled_text($name, $path);
     my ($absolute) = $path =~ m!\A(/.*?)/*\z!s
-        or bad_argument("$name must be absolute, not '$path'");
+        or bad_argument("$name must be an absolute path, not '$path'");
     return $absolute;
 }
 
@@ -104,7 +104,7 @@ sub jobs ($self, $count) {
 
 sub audit_findings ($self) { return [($self->{findings} // [])->@*] }
 
-# (vm/100, name) of 'vm/100/20261122T064953Z', which Proxmox VE puts a 'backup/' before.
+# Splits 'vm/100/20261122T064953Z' into (vm/100, 20261122T064953Z). Proxmox VE prepends 'backup/'.
 sub _parse ($self, $volname) {
     my ($place, $name)
         = ($volname // '') =~ m!\A(?:backup/)?((?:vm|ct)/[1-9][0-9]{0,8})/$name_pattern\z!
@@ -125,7 +125,7 @@ sub _archive ($self, $volname) {
 
 sub job_cleanup ($self) { return }
 
-# Seconds since 1970 to a name and back; names sort as times do.
+# Seconds since 1970 to a name and back. The order of names is that of times.
 my sub name_of ($time) { return POSIX::strftime('%Y%m%dT%H%M%SZ', gmtime($time)) }
 
 my sub time_of ($name) {
@@ -136,15 +136,15 @@ my sub time_of ($name) {
 
 sub backup_init ($self, $vmid, $vmtype, $start_time) {
     $vmid = checked_vmid($vmid);
-    my $directory = $self->_places_of_type->{$vmtype}
-        // fail('UnsupportedError', "guests of type '$vmtype' are not supported");
+    my $directory = $self->_places_of_type->{$vmtype} // fail('UnsupportedError',
+        "guest $vmid: guests of type '$vmtype' are not supported by this provider");
     my $place = "$directory/$vmid";
     my $guest = $self->_guest($place);
     $guest->make_place;
     my $lock = $guest->change_lock;
     $self->_clean($guest);
 
-    # The order of names is the order of backups, even if the clock was set back.
+    # Names stay in the order of the backups even if the clock was set back.
     my ($newest) = reverse($guest->names);
     my $name = name_of(max(int($start_time), defined($newest) ? time_of($newest) + 1 : 0));
     $self->{task} = {
@@ -165,7 +165,7 @@ sub _clean ($self, $guest) {
 
 sub _task ($self, $vmid) {
     my $task = $self->{task};
-    fail('StateError', "backup_init was not called for guest $vmid")
+    fail('StateError', "guest $vmid: backup_init must be called before the other backup methods")
         if !$task || $task->{vmid} != $vmid;
     return $task;
 }
@@ -187,8 +187,8 @@ sub backup_vm_query_incremental ($self, $vmid, $volumes) {
     return \%modes;
 }
 
-# A caller that knows of no ids has target and bitmap named by the storage. Which archive it made last
-# for that storage is noted outside of the store: another one may be in its place by now.
+# A caller that does not know IDs names targets and bitmaps after the storage. The note of the archive that this host
+# made last for that storage is kept outside of the store, because another store may have taken its place.
 sub _notes ($self, $vmid) {
     return PVE::BackupAccess::Notes->new($self->_notes_name . " $self->{storeid}",
         $vmid, dir => $self->{'state-dir'});
@@ -200,8 +200,8 @@ sub backup_vm ($self, $vmid, $guest_config_text, $volumes, $info) {
     $archive->add_file($guest_config, $guest_config_text);
     $self->{findings} = [$self->_store($task, $volumes, $info)];
 
-    # Durable before it gets its name, and named before the caller has the bitmaps begin anew: what they no longer
-    # say must be in an archive that a crash cannot take away.
+    # The archive is made durable before it gets its name, and gets its name before the caller clears the bitmaps: what a
+    # cleared bitmap recorded must be in an archive that survives a crash.
     $archive->seal;
     $task->{guest}->publish($archive, defined($info->{'backup-id'}) ? undef : $self->_notes($vmid));
     $task->{published} = 1;
@@ -251,14 +251,16 @@ sub backup_cleanup ($self, $vmid, $vmtype, $success, $info) {
         return { stats => {} };
     }
 
-    # Bitmaps may have begun anew with it; if not, they have more than what changed since.
-    $self->{log}->('warn', "$task->{place}/$name is complete and stays, whatever failed after it")
-        if !$success;
+    # The bitmaps may already be relative to this archive. If they are not, they hold too many bits, which is harmless.
+    $self->{log}->(
+        'warn',
+        "archive $task->{place}/$name is complete and is kept, although the backup failed after that"
+    ) if !$success;
     $self->{last} = $guest->archive($name);
     return { stats => { 'archive-size' => $self->{last}->file_size } };
 }
 
-# The log is not part of what has to be there.
+# The manifest does not list the log: an archive without it is complete.
 sub backup_handle_log_file ($self, $vmid, $filename) {
     my $archive = delete($self->{last}) // return;
     $archive->keep_log(read_file($filename));
@@ -272,7 +274,7 @@ sub restore_get_mechanism ($self, $volname, @) {
     return ('qemu-img', 'qemu');
 }
 
-# Where Proxmox VE shows a backup's configuration, it gives the storage's name as well.
+# To show a backup's configuration, Proxmox VE passes the storage's name as another argument.
 sub archive_get_guest_config ($self, $volname, @) {
     return $self->_archive($volname)->content($guest_config);
 }
@@ -281,7 +283,7 @@ sub archive_get_firewall_config ($self, $volname, @) {
     return $self->_archive($volname)->content($firewall_config);
 }
 
-# First ends a removal that was killed half way, unless another process has the lock or the store is read-only.
+# Completes a removal that was killed, unless another process has the lock or the store is read-only.
 sub _settle ($self, $guest) {
     my $lock;
     attempt { $lock = $guest->try_change_lock } if $guest->is_there;
@@ -294,7 +296,7 @@ sub restore_vm_init ($self, $volname, @) {
     $self->_settle($self->_guest($place));
     my $archive = $self->_archive($volname);
     fail('ArchiveError',
-        "$volname is of a container: restore it with pct, or by tar from "
+        "archive $volname is of a container, not of a virtual machine - restore it with pct, or extract it with tar from "
             . $archive->container_path)
         if $archive->container;
     return { map { $_ => { size => $archive->device($_)->{size} } } $archive->devices };
@@ -312,7 +314,7 @@ sub restore_vm_volume_init ($self, $volname, $device, $info) {
         volname => $volname,
         $info->%{'socket'},
 
-        # Proxmox VE's qemu-server takes files and block devices, no URI.
+        # Proxmox VE's qemu-server accepts files and block devices, but no URI.
         'is-file' => defined($self->{'storage-plugin'}),
     );
     return { 'qemu-img-path' => $restore->path };
@@ -334,7 +336,7 @@ sub restore_vm_cleanup ($self, $volname, @) {
 
 # ---- looking after the archives ----
 
-# A number may have been a container's and a virtual machine's, one after another.
+# A container and a virtual machine may have had the same number, one after the other.
 sub _places ($self, $vmid) {
     return map { "$_/$vmid" } reverse sort values $self->_places_of_type->%*;
 }
@@ -352,7 +354,7 @@ sub verify ($self, $volname, $seen = {}) {
     return [$self->_problems_of($guest, $name, $seen)];
 }
 
-# Of which nothing proves the content.
+# The devices whose content no digests prove.
 sub unproven ($self, $volname) { return [] }
 
 sub digests ($self, $volname, $device) {
@@ -360,7 +362,7 @@ sub digests ($self, $volname, $device) {
     return [$self->_digests_of($self->_guest($place), $name, $device)];
 }
 
-# { 'keep-last' => 7, ... }, or the number of it alone.
+# Rules as { 'keep-last' => 7, ... }, or a number, which means keep-last.
 my sub checked_rules ($keep) {
     if (ref($keep) ne 'HASH') {
         check_positive('keep', $keep);
@@ -397,7 +399,7 @@ sub _prune ($self, $place, $keep) {
 sub remove ($self, $volname) {
     my ($place, $name) = $self->_parse($volname);
     my $guest = $self->_guest($place);
-    fail('ArchiveError', "there is no archive $volname") if !$guest->is_there;
+    fail('ArchiveError', "there is no archive $volname in " . $self->_where) if !$guest->is_there;
     my $lock = $guest->change_lock;
     $self->_clean($guest);
     fail('ArchiveError', "there is no archive $volname in " . $self->_where)

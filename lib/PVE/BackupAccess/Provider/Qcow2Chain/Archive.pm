@@ -1,7 +1,7 @@
 package PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 
-# One archive: a directory with an image for each device, the guest's configuration, and a manifest
-# that says what has to be there. Without its manifest it is no archive.
+# One archive: a directory with an image for each device, the guest's configuration, and a manifest that lists them. A
+# directory without a manifest is not an archive.
 
 use v5.36;
 
@@ -21,8 +21,8 @@ use PVE::BackupAccess::Try qw(attempt attempt_any);
 
 use parent qw(PVE::BackupAccess::Provider::Store::Archive);
 
-# With digests of what was read. The one before, 1, of version 0.1, has the SHA-256 of each image; a
-# program of that version does not read 2.
+# Format 2 has digests of the data that was read. Format 1, of version 0.1, has the SHA-256 of each image. A program of
+# version 0.1 refuses format 2.
 my $format = 2;
 my $digest_block = 65536;
 my $spare = 1 << 20;
@@ -31,7 +31,7 @@ my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
 
 my $tree = 'root.tar.zst';            # of a container
 my $manifest_name = 'manifest.json';
-my $removed_name = 'removed.json';    # the manifest of an archive that is about to go
+my $removed_name = 'removed.json';    # the manifest of an archive whose removal has begun
 
 my sub fail ($message, %context) {
     PVE::BackupAccess::Error->throw('ArchiveError', $message, %context);
@@ -62,8 +62,8 @@ sub add_file ($self, $name, $content) {
     return;
 }
 
-# An empty image for the device; all of it comes from the parent, if one is given, which answers to the device's
-# name. Returns its path.
+# Creates an empty image for the device and returns its path. With a parent, which must answer to the device's name, the
+# parent's image is the backing file.
 sub add_device ($self, $device, $about, $parent = undef) {
     my $file = _file_of($device);
     my $entry = $self->{manifest}{devices}{$device} = { $about->%*, file => $file };
@@ -80,8 +80,8 @@ sub add_device ($self, $device, $about, $parent = undef) {
     return "$self->{dir}/$file";
 }
 
-# A container's tree: fill writes it to a path, and returns { size, sha256 } of what it had before it was
-# compressed. Returns the path.
+# Adds a container's tree: fill writes it to a path, and returns { size, sha256 } of the stream before compression.
+# Returns the path.
 sub add_container ($self, $fill) {
     my $path = "$self->{dir}/$tree";
     $self->{manifest}{container} = { file => $tree, $fill->($path)->%* };
@@ -89,7 +89,7 @@ sub add_container ($self, $fill) {
     return $path;
 }
 
-# A file name that is the same in every archive, and safe whatever the device is called.
+# A file name that is the same in every archive, and safe for any device name.
 sub _file_of ($device) {
     utf8::encode(my $bytes = $device);
     my ($safe) = $bytes =~ s/([^A-Za-z0-9._-])/sprintf('%%%02X', ord($1))/ger =~ m/\A(.*)\z/s;
@@ -103,7 +103,7 @@ sub _backing ($self, $device) {
     return "../$parent/" . _file_of($there);
 }
 
-# All is durable, and the manifest knows it. What remains is to give it its name.
+# Makes all files durable and writes the manifest. Only the rename remains.
 sub seal ($self) {
     for my $file (sort keys $self->{manifest}{files}->%*) {
         sync("$self->{dir}/$file");
@@ -119,23 +119,23 @@ sub _note_file ($self, $file, $is_new = 0) {
     my $is_proven = $self->_has_digests($file) || $self->_is_tree($file);
     my %sha256 = $is_proven ? () : (sha256 => sha256($path));
 
-    # What was given has its digest from then: what the file holds by now may be something else.
+    # The digest of a file that was given as a text was computed from the text. The file must still match it.
     my $given = $self->{manifest}{files}{$file}{sha256};
-    fail("$path lost data that was written to it")
+    fail("$path does not contain what was written to it: its SHA-256 differs")
         if $is_new && $given && $given ne $sha256{sha256};
     $self->{manifest}{files}{$file} = { $fingerprint->%*, %sha256 };
     return;
 }
 
-# Whether it is an image whose content is proven by digests.
+# Whether the file is an image whose content is proven by digests.
 sub _has_digests ($self, $file) {
     return grep { $_->{file} eq $file && $_->{digests} } values $self->{manifest}{devices}->%*;
 }
 
-# Whether it is a container's tree, whose stream has a digest.
+# Whether the file is a container's tree, whose stream has a digest.
 sub _is_tree ($self, $file) { return $file eq $tree && $self->container }
 
-# One that was damaged when it was read is not written again: it would be taken for good from then on.
+# A manifest that was damaged when it was read is not written again, because it would then count as intact.
 sub _write_manifest ($self) {
     fail($self->manifest_problem) if defined($self->manifest_problem);
     my $manifest = $self->{manifest};
@@ -157,7 +157,7 @@ sub exists ($class, $guest_dir, $name) {
     return -e "$guest_dir/$name/$manifest_name";
 }
 
-# Whether its removal was begun.
+# Whether the archive's removal has begun.
 sub is_half_removed ($class, $guest_dir, $name) {
     return -e "$guest_dir/$name/$removed_name" && !-e "$guest_dir/$name/$manifest_name";
 }
@@ -177,8 +177,8 @@ sub load ($class, $guest_dir, $name) {
     return $self;
 }
 
-# Why the manifest is not as it was written, or undef. What it says of disks is proven by digests all the same,
-# so these can be restored; but nothing builds on it, and it is not merged.
+# Why the manifest differs from what was written, or undef. The disks can still be restored, because their digests prove
+# them; but no archive builds on this one, and it is not merged.
 sub manifest_problem ($self) {
     return undef if !$self->{'is damaged'};
     return "the manifest of archive $self->{dir} is damaged - its SHA-256 differs";
@@ -193,13 +193,15 @@ sub _manifest_problem ($manifest) {
         my $entry = $manifest->{devices}{$device};
         my $problem = device_fault($device, $entry);
         return $problem if defined($problem);
-        return "device $device is none" if !is_hash($manifest->{files}{ _file_of($device) });
+        return "the image of device $device is not among its files"
+            if !is_hash($manifest->{files}{ _file_of($device) });
         $entry->{file} = _file_of($device);
-        return "device $device has no digests"
+        return "device $device has no valid digests"
             if $manifest->{format} == $format && !_check_digests($manifest, $device);
     }
     for my $file (sort keys $manifest->{files}->%*) {
-        return 'it names an invalid file' if $file !~ m/\A[A-Za-z0-9%_-][A-Za-z0-9._%-]*\z/;
+        return 'the name of one of its files is not valid'
+            if $file !~ m/\A[A-Za-z0-9%_-][A-Za-z0-9._%-]*\z/;
     }
     return undef;
 }
@@ -223,27 +225,27 @@ sub _check_container ($manifest) {
 
 sub dir ($self) { return $self->{dir} }
 
-# Under which name it is in the guest's directory now.
+# The current name of the archive's directory.
 sub entry ($self) { return $self->{dir} =~ s{.*/}{}sr }
 
-# By its own name: (archive that it builds on, what that calls the device), or nothing.
+# For a device by its own name: (the archive that it builds on, the device's name there), or nothing.
 sub parent_of ($self, $own) {
     my $entry = $self->{manifest}{devices}{$own} // {};
     return defined($entry->{parent}) ? ($entry->{parent}, $entry->{'parent-device'} // $own) : ();
 }
 
-# The file of digests of what the archive has of the device; undef for one of version 0.1.
+# The file with the digests of the archive's own data of the device; undef for an archive of version 0.1.
 sub digests ($self, $device) {
     return $self->device($device)->{digests}
         ? "$self->{dir}/" . _digests_of($self->own($device))
         : undef;
 }
 
-# { size, sha256, file } of a container's tree, undef for one of a virtual machine; and where it is.
+# { size, sha256, file } of a container's tree, undef for a virtual machine; and the path of the tree.
 sub container ($self) { return $self->{manifest}{container} }
 sub container_path ($self) { return "$self->{dir}/$tree" }
 
-# Why it is not what was read, or undef. What was not touched since is not read.
+# Why the tree is not what was read from the container, or undef. A file with the noted size and time is not read.
 sub container_problem ($self) { return $self->file_problem($tree, 0) }
 
 # options: those of the server.
@@ -261,7 +263,7 @@ sub cluster_size ($self) { return $cluster_size }
 
 sub image ($self, $device) { return "$self->{dir}/" . _file_of($self->own($device)) }
 
-# What its files take.
+# The size of the archive's files, or of a device's image.
 sub file_size ($self, $device = undef) {
     my $files = $self->{manifest}{files};
     my $size = 0;
@@ -270,7 +272,7 @@ sub file_size ($self, $device = undef) {
     return $size;
 }
 
-# The content of a file of it, undef if it has none such.
+# The content of one of the archive's files, undef if there is no such file.
 sub content ($self, $name) {
     fail($self->manifest_problem) if defined($self->manifest_problem);
     return undef if !$self->{manifest}{files}{$name};
@@ -279,7 +281,7 @@ sub content ($self, $name) {
     return read_file("$self->{dir}/$name");
 }
 
-# Beside what has to be there.
+# The manifest does not list the log.
 sub keep_log ($self, $text) {
     replace_file("$self->{dir}/backup.log", $text);
     return;
@@ -287,13 +289,13 @@ sub keep_log ($self, $text) {
 
 # ---- is it whole? ----
 
-# Why a file is not what the manifest says, or undef. Without read_all what was not touched since it
-# was hashed is not hashed again. Of an image with digests this is its size only.
+# Why a file does not match the manifest, or undef. Without read_all, a file with the noted size and time is not hashed
+# again. For an image with digests, only the size is compared.
 sub file_problem ($self, $file, $read_all) {
     my $path = "$self->{dir}/$file";
     my $noted = $self->{manifest}{files}{$file};
     my $found = fingerprint($path) // return "$path is missing";
-    return "$path has $found->{size} bytes, not $noted->{size}"
+    return "$path is damaged - it has $found->{size} bytes, not $noted->{size}"
         if $found->{size} ne ($noted->{size} // '');
     return undef if $self->_has_digests($file);
     return undef if !$read_all && $found->{mtime} eq ($noted->{mtime} // '');
@@ -304,14 +306,14 @@ sub file_problem ($self, $file, $read_all) {
     return $sha256 eq ($noted->{sha256} // '') ? undef : "$path is damaged - its SHA-256 differs";
 }
 
-# The same of the device's files, without reading what was not touched.
+# The same for the device's files. Files with the noted size and time are not read.
 sub device_problem ($self, $device) {
     return $self->manifest_problem if defined($self->manifest_problem);
     my ($problem) = map { $self->file_problem($_, 0) // () } $self->files_of($device);
     return $problem;
 }
 
-# Whether an image with digests was touched since.
+# Whether the time of an image with digests differs from the noted one.
 sub is_touched ($self, $device) {
     my $noted = $self->{manifest}{files}{ _file_of($self->own($device)) };
     my $found = fingerprint($self->image($device));
@@ -322,8 +324,8 @@ sub digests_problem ($self, $device) {
     return $self->file_problem(_digests_of($self->own($device)), 1);
 }
 
-# What a verification found of what the archive itself has of the device; nothing is built on what is
-# damaged. On a store that cannot be written to nothing is noted: there is no backup either.
+# Notes whether a verification found damage in the archive's own data of the device. No archive builds on a damaged one.
+# On a read-only store nothing is noted, and there are no backups either.
 sub note_damage ($self, $device, $is_damaged) {
     my $file = $self->_damage_note($device);
     attempt_any { write_file($file, ''); sync($file) }
@@ -338,25 +340,25 @@ sub _damage_note ($self, $device) {
     return $self->image($device) =~ s/qcow2\z/damaged/r;
 }
 
-# Why the image's header, as found, does not fit the manifest, or undef.
+# Why the header that was found in the image does not match the manifest, or undef.
 sub header_problem ($self, $device, $header) {
     my $path = $self->image($device);
     my ($size, $backing) = ($self->device($device)->{size}, $self->_backing($device));
     return "$path is an image of $header->{size} bytes, not $size" if $header->{size} != $size;
-    return "$path has another backing file than it should have"
+    return "$path has a different backing file or data file than the manifest says"
         if ($header->{backing} // '') ne ($backing // '') || defined($header->{'data-file'});
     return undef;
 }
 
 sub files ($self) { return sort keys $self->{manifest}{files}->%* }
 
-# Those of a device.
+# The files of a device.
 sub files_of ($self, $device) {
     my $own = $self->own($device);
     return (_file_of($own), defined($self->digests($device)) ? _digests_of($own) : ());
 }
 
-# What is wrong with a file, as texts. Reads all of it.
+# What is wrong with a file, as texts. Reads the whole file.
 sub problems ($self, $file) {
     my $problem = $self->file_problem($file, 1);
     return $problem if defined($problem);
@@ -366,9 +368,9 @@ sub problems ($self, $file) {
     return defined($text) ? "$image is damaged - $text" : ();
 }
 
-# ---- taking one away ----
+# ---- removal ----
 
-# From here on it is no archive any more, but its images may still be others' backing files.
+# From here on this is not an archive any more, but its images may still be backing files of others.
 sub mark_removed ($self) {
     my $file = "$self->{dir}/$manifest_name";
     move($file, "$self->{dir}/$removed_name")
@@ -376,19 +378,19 @@ sub mark_removed ($self) {
     return;
 }
 
-# What a merge of the parent takes at most, in bytes, with some for what is not data.
+# The most bytes that a merge of the parent takes, including metadata.
 sub merge_space ($self, $device, $parent) {
     my $digests = $self->digests($device);
     return -s $self->image($device) if !defined($digests);
 
-    # What replaces a compressed block takes space of its own.
+    # Data that replaces a compressed block needs new space.
     my $is_compressed = $parent->device($device)->{compressed};
     return $spare + (-s $digests)
         + bytes_to_add($digests, $is_compressed ? undef : $parent->digests($device));
 }
 
-# Why the parent must not be merged into this archive: a manifest or a file of digests is damaged, and a merge would
-# hash what it makes of that anew.
+# Why the parent must not be merged into this archive, or undef: if a manifest or a file of digests is damaged, a merge
+# would compute a new hash of the damaged file and so hide the damage.
 sub merge_problem ($self, $device, $parent) {
     my ($problem) = map {
         $_->manifest_problem // ($_->digests($device) ? $_->digests_problem($device) : undef) // ()
@@ -396,15 +398,15 @@ sub merge_problem ($self, $device, $parent) {
     return $problem;
 }
 
-# The parent's image becomes this archive's: all of the device that either has. What either shows
-# stays the same all the time, so that this may be done again from the start after a crash.
+# Merges this archive's image into the parent's, which then becomes this archive's. The content that this archive shows
+# stays the same all the time, so after a crash this is simply done again.
 sub absorb ($self, $device, $parent) {
     my ($mine, $theirs) = ($self->image($device), $parent->image($device));
 
     $self->note_damage($device, 1) if $parent->is_known_damaged($device);
 
-    # The manifest last: until then it names a file that shows this archive, before the move and
-    # after it. The data is durable before the move, which takes away the only other file that has it.
+    # The manifest is written last: until then, it names a file that shows this archive's content, both before and after
+    # the move. The data is made durable before the move, which removes the only other file that has it.
     if (-e $theirs) {
         my $problem = $self->merge_problem($device, $parent);
         fail($problem, device => $device) if defined($problem);
@@ -424,7 +426,7 @@ sub absorb ($self, $device, $parent) {
     return;
 }
 
-# Nothing is computed anew: what is damaged stays damaged.
+# Digests are joined, not computed, so damaged data still does not match them.
 sub _absorb_digests ($self, $device, $parent) {
     my $mine = $self->digests($device) // return;
     merge_digests($mine, $parent->digests($device), "$mine.new");

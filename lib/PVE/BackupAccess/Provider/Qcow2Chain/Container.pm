@@ -24,21 +24,22 @@ use PVE::BackupAccess::Wait qw(pause read_some wait_for_child wait_until_readabl
 
 my $Error = 'PVE::BackupAccess::Error';
 
-my $piece = 1 << 18;      # bytes that are held at a time
+my $piece = 1 << 18;      # bytes in memory at a time
 my $report_every = 60;    # seconds
 
 my sub fail ($class, $message) { $Error->throw($class, $message) }
 
 my sub socket_pair () {
-    local $^F = 2;  # whatever the caller has set: no program has them but the one that is given one
+    local $^F = 2;        # no program inherits them by accident, even if the caller has changed $^F
     socketpair(my $one, my $other, AF_UNIX, SOCK_STREAM, PF_UNSPEC)
-        or fail('SystemError', "cannot make sockets - $!");
+        or
+        fail('SystemError', "cannot make sockets for the process that stores the container - $!");
     return ($one, $other);
 }
 
 # ---- messages: hashes, a line of JSON each ----
 
-# The other one may be gone, which shows in what is received.
+# If the other process is gone, this does nothing: the receiver notices.
 my sub tell ($self, %message) {
     my $line = JSON::PP->new->ascii->encode(\%message) . "\n";
     while ($line ne '') {
@@ -49,7 +50,7 @@ my sub tell ($self, %message) {
     return;
 }
 
-# The next one; undef if the other one is gone.
+# The next message; undef if the other process is gone.
 my sub hear ($self) {
     while ($self->{heard} !~ m/\n/) {
         read_some($self->{control}, \$self->{heard}, 65536) or return undef;
@@ -60,7 +61,7 @@ my sub hear ($self) {
 
 # ---- the keeper ----
 
-# The next part of the stream, undef at its end. Dies unless tar was said to have written all.
+# The next part of the stream, undef at its end. Dies unless the caller confirmed that tar has written everything.
 my sub next_part ($self) {
     my ($data, $control) = $self->@{qw(data control)};
     while (1) {
@@ -74,13 +75,14 @@ my sub next_part ($self) {
             last if $self->{'is complete'};
         }
         my $message = hear($self);
-        fail('StateError', 'the backup was given up') if !$message || !$message->{complete};
+        fail('StateError', 'the backup of the container was given up')
+            if !$message || !$message->{complete};
         $self->{'is complete'} = 1;
     }
     return undef;
 }
 
-# The same, no faster than so many bytes a second, with a word in the log now and then.
+# The same, no faster than $limit bytes a second, with a line in the log every minute.
 my sub paced ($self, $limit) {
     my ($began, $size) = (Time::HiRes::time(), 0);
     my $next_report = $began + $report_every;
@@ -101,7 +103,8 @@ my sub seconds_since ($time) { return sprintf('%.1f s', Time::HiRes::time() - $t
 
 my sub store ($self, $archive, $how) {
     my $message = hear($self) // {};
-    my $config = $message->{config} // fail('StateError', 'the backup was given up');
+    my $config = $message->{config}
+        // fail('StateError', 'the backup of the container was given up');
     utf8::downgrade($config);
     $archive->add_file($how->{config}, $config);
     my $began = Time::HiRes::time();
@@ -120,14 +123,14 @@ my sub store ($self, $archive, $how) {
     return;
 }
 
-# The caller may have given the backup up meanwhile: then it is not published.
+# If the caller has given up the backup in the meantime, the archive must not be published.
 my sub check_wanted ($self) {
-    fail('StateError', 'the backup was given up')
+    fail('StateError', 'the backup of the container was given up')
         if IO::Select->new($self->{control})->can_read(0) && !hear($self);
     return;
 }
 
-# What a signal ends is taken away as well.
+# Also if a signal ends the work, the incomplete archive is removed.
 my sub keep ($self, $archive, $how) {
     my $work = sub (@) {
         POSIX::sigprocmask(SIG_SETMASK, $self->{mask});
@@ -147,28 +150,28 @@ my sub keep ($self, $archive, $how) {
     return tell($self, failed => "$error" =~ s/\n\z//r, class => $class);
 }
 
-# No exception leaves this: what follows is the caller's.
+# No exception leaves this, because the code above belongs to the caller.
 my sub become_keeper ($self, $archive, $how) {
     $SIG{$_} = 'DEFAULT' for qw(ALRM CHLD HUP INT QUIT USR1 USR2);
     local $SIG{TERM} = sub ($name) {
         $SIG{TERM} = 'IGNORE';
-        fail('StateError', 'the backup was given up');
+        fail('StateError', 'the backup of the container was given up');
     };
 
-    # A terminal's signals are for the caller.
+    # A terminal's signals go to the caller only.
     PVE::BackupAccess::_end_with_parent(POSIX::SIGTERM()) and POSIX::setsid();
     deaths_of(sub (@) { keep($self, $archive, $how) });
     POSIX::_exit(0);
 }
 
-# Starts the keeper of an archive that is begun. how: config, the name of the file for the guest's
-# configuration; limit, bytes a second; check, whether what was written is read back; publish, discard and
-# unlock, code refs. The lock is the keeper's: the caller lets go of it.
+# Starts the keeper of a new archive. how: config, the name of the file for the guest's configuration; limit, bytes a
+# second; check, whether the written data is read back; publish, discard and unlock, code refs. The keeper takes over the
+# lock: the caller closes its handle.
 sub start ($class, $archive, %how) {
     my ($data, $keepers_data) = socket_pair();
     my ($control, $keepers_control) = socket_pair();
 
-    # No signal is for the keeper before it can end in order.
+    # Signals are blocked until the keeper has its handlers.
     my ($all, $mask) = (POSIX::SigSet->new, POSIX::SigSet->new);
     $all->fillset;
     POSIX::sigprocmask(SIG_BLOCK, $all, $mask);
@@ -181,21 +184,22 @@ sub start ($class, $archive, %how) {
     }
     my $problem = $!;
     POSIX::sigprocmask(SIG_SETMASK, $mask);
-    fail('SystemError', "cannot fork - $problem") if !defined($pid);
+    fail('SystemError', "cannot start the process that stores the container - $problem")
+        if !defined($pid);
     my %self = (pid => $pid, owner => $$, data => $data, control => $control, heard => '');
     return bless(\%self, $class);
 }
 
-# ---- its caller, which may be a forked process of another user ----
+# ---- the keeper's caller, which may be a forked process of another user ----
 
 my sub on_message ($self, $log, $message) {
-    fail('StateError', 'the process that stores the container has ended') if !$message;
+    fail('StateError', 'the process that stores the container has ended unexpectedly') if !$message;
     fail($message->{class}, $message->{failed}) if defined($message->{failed});
     $log->('info', $message->{log}) if defined($message->{log});
     return $message->{published};
 }
 
-# tar's messages, until it has closed them. Returns the first.
+# Logs tar's messages until tar closes its standard error. Returns the first one.
 my sub listen_to_tar ($self, $log, $messages) {
     my ($text, $first) = ('', undef);
     while (1) {
@@ -215,7 +219,7 @@ my sub listen_to_tar ($self, $log, $messages) {
     }
 }
 
-# What backup_container is given. When it returns the archive is there; when it dies there is none.
+# Takes the arguments of backup_container. When it returns, the archive is complete; when it dies, there is no archive.
 sub feed ($self, $config, $patterns, $info, $log) {
     local $SIG{CHLD} = 'DEFAULT';    # the caller's may wait for every child
     utf8::encode($config) if utf8::is_utf8($config);
@@ -229,24 +233,24 @@ sub feed ($self, $config, $patterns, $info, $log) {
 
     if (defined($problem)) {
         tell($self, failed => 1);
-        fail('SystemError', "$problem - " . ($said // 'it said nothing'));
+        fail('SystemError', "$problem - " . ($said // 'it printed no message'));
     }
 
-    # tar is the last one that writes; the caller's parent may still have this socket.
+    # tar has ended, but the caller's parent may still have this socket open: closing it would not end the stream.
     shutdown($self->{data}, 1);
     tell($self, complete => 1);
     1 while !on_message($self, $log, hear($self));
     return;
 }
 
-# Ends the keeper; waits for it if all is well.
+# Ends the keeper, by a signal if the backup failed, and waits for it.
 sub end ($self, $success) {
     my $pid = delete($self->{pid}) // return;
     shutdown($self->{control}, 1);
     local ($!, $?);
     kill('TERM', $pid) if !$success && waitpid($pid, POSIX::WNOHANG()) == 0;
 
-    # Other code of this process may have waited for it: its end of the socket tells.
+    # Other code of this process may have waited for the keeper already, so its end of the socket tells when it ends.
     1 while read_some($self->{control}, \(my $ignored = ''), 65536);
     wait_for_child($pid);
     return;

@@ -1,6 +1,6 @@
 package PVE::BackupAccess::Provider::Qcow2Chain::Content;
 
-# What of a chain's images is not what was read from the guest, and merging one into another.
+# Finds the parts of a chain's images that differ from what was read from the guest, and merges one image into another.
 
 use v5.36;
 
@@ -25,16 +25,16 @@ my sub offsets ($block, @ranges) {
     } @ranges;
 }
 
-# Puts what the archive has of the device into the image that it builds on. Until the caller has moved
-# that here, the archive shows what it has itself: nothing is lost when a merge goes wrong, which is
-# found by reading what was merged. What was damaged before stays known by its digests.
+# Writes the archive's own data of the device into the image that it builds on, and reads it back there. The archive's own
+# image stays as it is until the caller replaces it, so a merge that goes wrong loses nothing. Earlier damage remains
+# detectable, because its digests are kept.
 sub merge_image ($archive, $device, $into) {
     my $digests = $archive->digests($device);
     return commit_image($archive->image($device)) if !defined($digests);    # version 0.1
     my $about = $archive->device($device);
     my $block = $about->{digests}{block};
 
-    # Before the merge: afterwards what it has damaged could not be told from what was damaged before.
+    # Before the merge: afterwards, damage by the merge could not be told from earlier damage.
     my %known = map { $_ => 1 } offsets($block, damage($archive, $device));
     $archive->note_damage($device, 1) if %known;
     commit_image($archive->image($device));
@@ -49,7 +49,7 @@ sub merge_image ($archive, $device, $into) {
     return;
 }
 
-# Of a range, the blocks that none of the files knows.
+# The blocks of a range for which none of the files has a digest.
 my sub without_known ($range, $block, @files) {
     return $range if !@files;
     my ($offset, $length) = $range->@*;
@@ -61,8 +61,8 @@ my sub without_known ($range, $block, @files) {
     return joined(@left);
 }
 
-# What is damaged of the device as the first of the chain shows it: [[archive, ranges...], ...]. What
-# was found in an image is kept in seen: each is read once, however many build on it.
+# The damage that the first archive of the chain shows: [[archive, ranges...], ...]. seen caches the damage of each image,
+# so that each is read only once, however many archives build on it.
 sub chain_damage ($seen, $device, @chain) {
     my (@found, @newer);
     for my $archive (@chain) {

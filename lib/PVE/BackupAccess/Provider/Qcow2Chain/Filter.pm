@@ -1,7 +1,7 @@
 package PVE::BackupAccess::Provider::Qcow2Chain::Filter;
 
-# A program that reads or writes a stream while its caller goes on. It has the handles that it is given and nothing else of the
-# caller's, and ends with this process.
+# Runs a program that reads or writes a stream while its caller goes on. The program gets only the handles that are passed
+# to it, and ends with this process.
 
 use v5.36;
 
@@ -10,7 +10,7 @@ use POSIX ();
 use PVE::BackupAccess::Program qw(start_program temporary_file);
 use PVE::BackupAccess::Wait qw(wait_for_child);
 
-# handles: in, out, err. The default is /dev/null, and for err a file whose content said() returns.
+# handles: in, out, err. The default is /dev/null, and for err a file whose first line said() returns.
 sub start ($class, $handles, @command) {
     my $log = $handles->{err} ? undef : temporary_file();
     my $self = bless({ owner => $$, name => $command[0], log => $log }, $class);
@@ -18,7 +18,7 @@ sub start ($class, $handles, @command) {
     return $self;
 }
 
-# The first line of what it said.
+# The first line that the program wrote to its standard error.
 sub said ($self) {
     my $log = $self->{log} // return '';
     seek($log, 0, 0);
@@ -26,14 +26,14 @@ sub said ($self) {
     return $line;
 }
 
-# Waits until it has ended. Returns its status, undef if other code of this process waited for it.
+# Waits for the program. Returns its status, undef if other code of this process waited for it.
 sub _wait ($self) {
     my $pid = delete($self->{pid});
     local ($!, $?);
     return wait_for_child($pid);
 }
 
-# Why it did not end well, undef if it did.
+# Waits for the program. Returns why it failed, undef if it did not.
 sub problem ($self) {
     my $status = $self->_wait;
     return undef if defined($status) && $status == 0;
@@ -46,12 +46,12 @@ sub problem ($self) {
     return "$self->{name} $how" . ($said eq '' ? '' : " - $said");
 }
 
-# Whatever it is at.
+# Kills the program.
 sub stop ($self) {
     my $pid = $self->{pid} // return;
     local ($!, $?);
 
-    # A child that has not been waited for keeps its number.
+    # A child keeps its PID until it has been waited for.
     kill('KILL', $pid) if waitpid($pid, POSIX::WNOHANG()) == 0;
     $self->_wait;
     return;

@@ -25,7 +25,7 @@ my sub fail ($message, %context) {
     $Error->throw('ArchiveError', $message, %context);
 }
 
-# wait: so many seconds for other processes that have what is to be locked.
+# wait: how many seconds to wait for a lock that another process holds.
 sub new ($class, $dir, $wait = 0) {
     return bless({ dir => $dir, wait => $wait }, $class);
 }
@@ -63,8 +63,8 @@ sub names ($self) {
 sub has ($self, $name) { return $Archive->exists($self->{dir}, $name) }
 sub archive ($self, $name) { return $Archive->load($self->{dir}, $name) }
 
-# The archive that has the device's data, then those it builds on, down to a full one: each answers to the
-# device's name, whatever it calls that itself. Dies if one is not there.
+# The archive $name, then those that it builds on, down to the full one. Each answers to the name $device, whatever name
+# it has for the disk. Dies if one does not exist.
 sub chain ($self, $name, $device, $own = $device) {
     my (@chain, %seen, $id);
     while (defined($name)) {
@@ -72,10 +72,12 @@ sub chain ($self, $name, $device, $own = $device) {
         $archive->answer_to($device, $own);
         my $entry = $archive->device($device);
         my $problem
-            = $seen{$name}++ ? 'its chain is a loop'
+            = $seen{$name}++ ? 'its chain leads back to itself'
             : !$entry ? "it has no device $own"
-            : defined($id) && $id ne $archive->id ? 'it is not the archive that it was'
-            : @chain && $entry->{size} != $chain[0]->device($device)->{size} ? 'its size differs'
+            : defined($id)
+            && $id ne $archive->id ? 'another archive has replaced it'
+            : @chain
+            && $entry->{size} != $chain[0]->device($device)->{size} ? "its $own has another size"
             : undef;
         $Error->throw(
             'ArchiveError',
@@ -89,8 +91,8 @@ sub chain ($self, $name, $device, $own = $device) {
     return @chain;
 }
 
-# Why the images of such a chain do not match the manifests, or undef. Only headers are read, and
-# the content of files that were touched since the backup.
+# Why the images of a chain do not match the manifests, or undef. Reads only the headers, and the content of files whose
+# size or time has changed since the backup.
 sub chain_problem ($self, $device, @chain) {
     for my $archive (@chain) {
         my $problem = $archive->device_problem($device);
@@ -103,8 +105,7 @@ sub chain_problem ($self, $device, @chain) {
     return $problem;
 }
 
-# The reason why the archive's device cannot be restored, undef if it can. Of images only the headers are
-# read, and all of those that were touched since the backup.
+# Why the archive's device cannot be restored, undef if it can. Reads what chain_problem reads.
 sub device_problem ($self, $name, $device) {
     my $problem;
     my $error
@@ -112,7 +113,7 @@ sub device_problem ($self, $name, $device) {
     return $error ? reason($error) : $problem;
 }
 
-# (archive, why the device cannot be read from it, or undef). Its data is not looked at.
+# (archive, why the device cannot be read from it, or undef). Does not read the data.
 sub restorable ($self, $name, $device) {
     my @chain = $self->chain($name, $device);
     return ($chain[0], $self->headers_problem($device, @chain));
@@ -132,8 +133,8 @@ sub headers_problem ($self, $device, @chain) {
 
 # ---- after a crash ----
 
-# Takes away what a killed process left, and ends what it began. Needs the lock. Returns what could
-# not be ended now, as texts: the next call tries again, as it does where others read now.
+# Removes what a killed process left, and completes a removal that it began. Needs the change lock. Returns what could not
+# be completed, as texts. The next call tries again, also if this one did nothing because other processes read archives.
 sub clean ($self) {
     my $pattern = $Archive->name_pattern;
     my $alone = try_lock($self->{dir}, 'removal');
@@ -145,8 +146,7 @@ sub clean ($self) {
         elsif ($entry =~ m/\A$pattern\z/ && $Archive->is_half_removed($self->{dir}, $1)) {
             my $name = $1;
             my $error = attempt { $self->_finish_removal($name) };
-            push(@problems,
-                "archive $name could not be merged into the next - $error" =~ s/\n.*//sr)
+            push(@problems, "cannot complete the removal of archive $name - $error" =~ s/\n.*//sr)
                 if $error;
         }
     }
@@ -155,28 +155,30 @@ sub clean ($self) {
 
 # ---- what a backup builds on ----
 
-# Each takes descriptors and time to open: 100 images take 0.1 s, 500 take 1.2 s and half of the 1024
-# descriptors that a process usually may have.
+# Each image takes time and descriptors to open: 100 images take 0.1 s; 500 take 1.2 s, and half of the 1024 descriptors
+# that a process may usually have.
 our $longest_chain = 100;
 
-# Of the archive of that name, which calls the device so: it, if the device can be stored on top of it. Else it dies.
+# Returns the archive $name if a backup of the device, which the archive calls $own, can build on it. Else dies.
 sub checked_base ($self, $name, $device, $own, $size) {
     my @chain = $self->chain($name, $device, $own);
-    fail("its chain has $longest_chain archives, which is the limit") if @chain >= $longest_chain;
+    fail("the chain of archive $name has $longest_chain archives, which is the limit")
+        if @chain >= $longest_chain;
     my $old_size = $chain[0]->device($device)->{size};
-    fail("its size changed from $old_size to $size") if $old_size != $size;
+    fail("the disk's size changed from $old_size to $size bytes") if $old_size != $size;
     my $problem = $self->chain_problem($device, @chain);
     fail($problem) if defined($problem);
     fail("archive $name is of version 0.1: it has no digests of what was read")
         if !defined($chain[0]->digests($device));
     my ($damaged) = grep { $_->is_known_damaged($device) } @chain;
-    fail('archive ' . $damaged->name . ' is damaged, as its last verification found') if $damaged;
+    fail('archive ' . $damaged->name . ' is damaged, according to its last verification')
+        if $damaged;
     return $chain[0];
 }
 
-# Gives the archive its name. Before that it is noted, for a caller that knows of no ids: a crash in
-# between makes the next backup a full one. Versions 0.1.x have a note of theirs here: without it they
-# begin with a full one as well.
+# Gives the archive its name. For a caller that does not know IDs, the archive is noted first: after a crash in between,
+# the next backup is a full one. Versions 0.1.x keep bitmaps.json here. It is removed, so that they too begin with a full
+# backup.
 sub publish ($self, $archive, $notes = undef) {
     my %modes = map { $_ => $archive->device($_)->{'bitmap-mode'} } $archive->devices;
     my %ids = map { $_ => $modes{$_} ne 'none' ? { id => $archive->id } : undef } keys %modes;
@@ -188,7 +190,7 @@ sub publish ($self, $archive, $notes = undef) {
 
 # ---- removal ----
 
-# Proxmox VE's storage plugin keeps that attribute of a backup in this file.
+# Proxmox VE's storage plugin creates this file to protect a backup.
 sub is_protected ($self, $name) { return -e "$self->{dir}/$name/protected" ? 1 : 0 }
 
 sub is_built_on ($self, $name) { return $self->_children($name)->%* ? 1 : 0 }
@@ -206,14 +208,15 @@ sub remove ($self, $name) {
             // $chain[0]->merge_problem($device, $chain[1]) // next;
         $Error->throw(
             'ArchiveError',
-            "archive $name cannot be merged into $child - $problem",
+            "archive $name cannot be merged into $child, which builds on it - $problem",
             device => $device
         );
     }
     if ($children->%*) {
         $self->_check_space($name, $children);
 
-        # Before the first merge, which changes its images: after a crash clean goes on with what has this mark.
+        # Marked before the first merge, which changes the archive's images: after a crash, clean completes the removal of
+        # marked archives.
         $self->archive($name)->mark_removed;
         $self->_finish_removal($name);
     }
@@ -223,21 +226,22 @@ sub remove ($self, $name) {
     return;
 }
 
-# A merge that stopped for want of space would have to be ended before anything else can be done.
+# A removal does not start if it may run out of space: a half-finished merge blocks everything else until it is completed.
 sub _check_space ($self, $name, $children) {
     my $archive = $self->archive($name);
     my $needed = sum0(map { $children->{$_}->merge_space($_, $archive) } keys $children->%*);
     my $free = PVE::BackupAccess::_free_bytes($self->{dir});
-    fail(     "archive $name cannot be merged into the next - that may take "
+    fail(     "archive $name cannot be merged into the next one - this may need "
             . bytes($needed)
-            . ', and there are '
-            . bytes($free) . ' left')
+            . ", but only "
+            . bytes($free)
+            . " are free in $self->{dir}")
         if defined($free) && $free < $needed;
     return;
 }
 
-# { device => the archive that builds on this one's, and answers to that name }. What has no manifest that can be read cannot be
-# restored, whatever it builds on.
+# { device => the archive that builds on this archive's device, and answers to that name }. Archives with an unreadable
+# manifest are left out: they cannot be restored anyway.
 sub _children ($self, $name) {
     my %children;
     for my $other (grep { $_->name ne $name } $self->readable) {
@@ -261,15 +265,15 @@ sub _finish_removal ($self, $name) {
     my $children = $self->_children($name);
     $children->{$_}->absorb($_, $archive) for sort keys $children->%*;
 
-    # Only when all of its images have gone to those that were built on them.
+    # Only after all of its images have moved to the archives that build on them.
     $self->discard($name);
     return;
 }
 
-# Takes away what there is of a new one.
+# Removes an incomplete new archive.
 sub give_up ($self, $archive) { return $self->discard($archive->entry) }
 
-# Removes a directory that nothing builds on; other processes see all of it or none.
+# Removes an archive that nothing builds on. Other processes see either all of it or nothing.
 sub discard ($self, $entry) {
     my $gone = "$self->{dir}/.del-" . $entry =~ s/\A\.tmp-//r;
     remove_tree($gone) if -e $gone;

@@ -24,7 +24,7 @@ sub run (@arguments) {
     return ($status, $out, $message);
 }
 
-# The same, where only success will do.
+# The same, but dies if qemu-img fails.
 sub img (@arguments) {
     my ($status, $out, $message) = run(@arguments);
     return $out if $status == 0;
@@ -32,10 +32,10 @@ sub img (@arguments) {
     PVE::BackupAccess::Error->throw('SystemError', "$qemu_img $arguments[0] failed - $message");
 }
 
-# What copies to them have to know; see copy() of PVE::BackupAccess::Volume.
+# For copies to such images; see copy() of PVE::BackupAccess::Volume.
 our $cluster_size = 65536;
 
-# An empty image; with a backing file, which is named relative to it; for data that Server compresses.
+# Creates an empty image. The path of the backing file is relative to the image. is_compressed: Server will compress.
 sub create_image ($file, $size, $backing = undef, $is_compressed = 0) {
     my @backing = defined($backing) ? ('-F', 'qcow2', '-b', $backing) : ();
     my $compression = $is_compressed ? ',compression_type=zstd' : '';
@@ -44,7 +44,7 @@ sub create_image ($file, $size, $backing = undef, $is_compressed = 0) {
     return;
 }
 
-# What the headers of an image and of those it builds on say: { size, backing, data-file } of each.
+# The headers of an image and of its backing files: { size, backing, data-file } of each.
 sub image_chain ($file) {
     my $out = img('info', '-U', '--backing-chain', '-f', 'qcow2', '--output=json', $file);
     return map {
@@ -56,7 +56,7 @@ sub image_chain ($file) {
     } JSON::PP->new->utf8->decode($out)->@*;
 }
 
-# What is wrong in the image's own metadata, or undef. Leaked clusters only waste space.
+# What is wrong with the image's own metadata, or undef. Leaked clusters are not an error: they only waste space.
 sub image_problem ($file) {
     my ($status, undef, $message) = run('check', '-q', '-U', '-f', 'qcow2', $file);
     my $code = $status >> 8;
@@ -65,8 +65,7 @@ sub image_problem ($file) {
     return $code == 2 ? 'the image is corrupt' : "qemu-img check ended with status $code";
 }
 
-# Puts what an image has itself into its backing file, whose content as seen through the image does
-# not change by that.
+# Writes the image's own data into its backing file. The content seen through the image does not change.
 sub commit_image ($file) {
     img('commit', '-q', '-d', '-f', 'qcow2', $file);
     return;

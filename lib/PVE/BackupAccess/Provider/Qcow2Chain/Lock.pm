@@ -16,8 +16,8 @@ our @EXPORT_OK = qw(drop_lock take_lock try_lock);
 my $Error = 'PVE::BackupAccess::Error';
 my $look_every = 0.2;    # seconds
 
-# Archives are added or removed by one process at a time. Any number of others may read meanwhile, but not
-# while images are merged or taken away.
+# One process at a time adds or removes archives. Any number of others may read in the meantime, but not while images are
+# merged or removed.
 my %locks = (
     change => {
         file => '.lock',
@@ -32,12 +32,12 @@ my %locks = (
     removal => {
         file => '.reading',
         how => LOCK_EX,
-        busy => 'is read by a verify, restore, serve or mount',
+        busy => 'is in use by a verify, restore, serve or mount',
     },
 );
 
-# No other program inherits it, and with it the lock, whatever the caller has set. A reader of a read-only
-# directory needs no lock, since no process can remove anything there: undef.
+# No other program inherits the handle, and with it the lock, even if the caller has changed $^F. A reader of a read-only
+# directory needs no lock, because no process can remove anything there: undef.
 my sub open_file ($path, $how) {
     local $^F = 2;
     my $fh;
@@ -53,7 +53,7 @@ sub try_lock ($dir, $kind) {
     return flock($fh, $how | LOCK_NB) ? $fh : undef;
 }
 
-# The same, or it dies after so many seconds.
+# The same, but waits up to $seconds, and then dies.
 sub take_lock ($dir, $kind, $seconds) {
     my $deadline = Time::HiRes::time() + $seconds;
     while (1) {
@@ -67,8 +67,8 @@ sub take_lock ($dir, $kind, $seconds) {
         "$dir $locks{$kind}{busy} - try again when that has ended, or wait for it (--wait)");
 }
 
-# For all processes that have it: one that was forked to run a program has the handle until it does so, which
-# may be after the work has failed and the next is begun.
+# Releases the lock for all processes that have the handle: a child has it between fork and exec, and that may last until
+# this work has failed and the next one has begun.
 sub drop_lock ($lock) {
     flock($lock, LOCK_UN) if ref($lock);
     return;

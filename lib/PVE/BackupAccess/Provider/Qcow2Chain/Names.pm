@@ -1,6 +1,6 @@
 package PVE::BackupAccess::Provider::Qcow2Chain::Names;
 
-# Guests that are known by a name. Archives are in directories of numbers; a name is kept in a file there.
+# Guests that are known by a name. The directories of archives are named by numbers, and a file in each has the name.
 
 use v5.36;
 
@@ -16,7 +16,7 @@ our @EXPORT_OK = qw(check_name name_of number_for number_of);
 
 my sub fail ($message) { PVE::BackupAccess::Error->throw('SystemError', $message) }
 
-# Names of libvirt and of Proxmox VE pass; what could be taken for a number or a path does not.
+# Accepts the names of libvirt and of Proxmox VE, but nothing that could be taken for a number or a path.
 sub check_name ($name) {
     my ($checked) = $name =~ m/\A([A-Za-z0-9_][A-Za-z0-9_.-]{0,127})\z/
         or bad_argument(
@@ -42,7 +42,7 @@ sub number_of ($store, $name) {
     return undef;
 }
 
-# The same; a new guest gets the least number that is free. Two that begin at once get one after another.
+# The same, but a new guest gets the lowest free number. The lock keeps two processes from taking the same number.
 sub number_for ($store, $name) {
     make_directory("$store/vm");
     my $path = "$store/vm/.lock";

@@ -6,7 +6,7 @@ use v5.36;
 
 use parent qw(PVE::BackupAccess::Provider::Store::Server);
 
-# The image, or with compress => 1 QEMU's filter above it, which compresses each cluster that is written.
+# Exports the image, or with compress => 1 QEMU's filter above it, which compresses each written cluster.
 sub _image_arguments ($class, $file, %options) {
     return ('--format=qcow2', $file) if !$options{compress};
     my $name = $file =~ s/,/,,/gr;

@@ -1,6 +1,6 @@
 package PVE::BackupAccess::Provider::Qcow2Chain::Store;
 
-# Devices' data on their way from the guest into an archive: each is read back as soon as it is stored.
+# Stores the devices of a guest in an archive. Each device is read back as soon as it is stored.
 
 use v5.36;
 
@@ -17,8 +17,8 @@ my sub compression ($volume) {
     return $volume->{size} % $cluster_size == 0 ? { compressed => 1 } : {};
 }
 
-# All devices of a backup. how, beside that of Store/Devices.pm: compress; check, whether what was written is read back.
-# Returns what audits found.
+# Stores all devices of a backup. how, in addition to that of Store/Devices.pm: compress; check, whether the written data
+# is read back. Returns what audits found.
 sub store_devices ($task, $volumes, %how) {
     $how{about} = \&compression if $how{compress};
     my $jobs = begin_devices($task, $volumes, %how);

@@ -21,17 +21,17 @@ our ($tar, $zstd) = qw(tar zstd);
 my $Error = 'PVE::BackupAccess::Error';
 my $Filter = 'PVE::BackupAccess::Provider::Qcow2Chain::Filter';
 
-my $piece = 1 << 18;    # bytes that are held at a time
+my $piece = 1 << 18;    # bytes in memory at a time
 
-# What pve-container's own tar keeps, and in a namespace may keep.
+# The same metadata that pve-container's own tar keeps, as far as a user namespace permits it.
 my @kept = qw(--sparse --numeric-owner --acls --xattrs --xattrs-include=user.*
     --xattrs-include=security.capability);
 
 my sub fail ($class, $message) { $Error->throw($class, $message) }
 
-# ---- making one ----
+# ---- writing a tar ----
 
-# From the caller, without taint: these go to tar as they are, and to no shell.
+# The caller's argument without taint: it is passed to tar unchanged, and to no shell.
 my sub untainted ($name, $text) {
     check_filled_text($name, $text);
     return $text =~ m/\A(.+)\z/s ? $1 : undef;
@@ -44,7 +44,7 @@ my sub checked_source ($source) {
     return $source;
 }
 
-# Patterns as tar takes them. A pattern that begins with a slash is relative to the container's
+# Converts patterns to tar's options. A pattern that begins with a slash is relative to the container's
 # root; others match in each directory. tar's '*' matches slashes, and so does '**', but tar's
 # 'a/**/b' does not match 'a/b', which it should. A slash at the end means directories: their
 # content is excluded, and a file of that name is not.
@@ -60,12 +60,12 @@ my sub exclusions (@patterns) {
     return ('--no-anchored', @others, '--anchored', @anchored);
 }
 
-# Starts to write the tree of backup_container's arguments to a handle, and tar's messages to another.
+# Starts tar with the arguments of backup_container. It writes the tree to one handle, and its messages to another.
 sub start_tar ($out, $err, $patterns, $info) {
     my @sources = map { checked_source($_) } ($info->{sources} // ['.'])->@*;
     bad_argument('sources must not be empty') if !@sources;
 
-    # What the file system keeps for itself is root's of the host: the root of a namespace cannot read it.
+    # lost+found belongs to the host's root, so the root of a user namespace cannot read it.
     my @own = $info->{'backup-user-id'} ? ('lost+found') : ();
     return $Filter->start(
         { out => $out, err => $err },
@@ -92,8 +92,8 @@ my sub write_all ($to, $data) {
     return 1;
 }
 
-# Writes what next returns, until it returns nothing, to a new file. Returns { size, sha256 } of the
-# stream before it was compressed.
+# Compresses what next returns into a new file, until next returns nothing. Returns { size, sha256 } of the stream before
+# compression.
 sub compress ($path, $next) {
     sysopen(my $file, $path, O_WRONLY | O_CREAT | O_EXCL, 0600)
         or fail('SystemError', "cannot write $path - $!");
@@ -109,14 +109,14 @@ sub compress ($path, $next) {
         $is_taken = write_all($to, $data);
     }
     close($to);
-    my $problem = $program->problem // ($is_taken ? undef : "$zstd did not take all");
+    my $problem = $program->problem // ($is_taken ? undef : "$zstd stopped reading its input");
     fail('SystemError', "cannot write $path - $problem") if defined($problem);
     return { size => $size, sha256 => $digest->hexdigest };
 }
 
-# ---- one that is there ----
+# ---- reading a tar ----
 
-# Why a file does not have such a stream, or undef.
+# Why a file does not contain the stream with this size and SHA-256, or undef.
 sub stream_problem ($path, $stream) {
     open(my $file, '<:raw', $path) or return "cannot read $path - $!";
     my ($from, $to) = new_pipe();
@@ -134,8 +134,8 @@ sub stream_problem ($path, $stream) {
     return defined($problem) ? "$path is damaged - $problem" : undef;
 }
 
-# Whether pct accepts the file. It refuses a tar without a directory or link sbin, or with less than
-# 10 members, such as that of a container with a single program.
+# Whether pct accepts the tar. It refuses one without a directory or link sbin, or with less than 10 members, such as that
+# of a container with a single program.
 my $least_members = 10;
 
 sub is_for_pct ($path) {

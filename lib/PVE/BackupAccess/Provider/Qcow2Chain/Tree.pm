@@ -1,7 +1,7 @@
 package PVE::BackupAccess::Provider::Qcow2Chain::Tree;
 
-# A container's tree out of an archive, as Proxmox VE's pct takes it: the tar itself, or a directory that
-# goes with the object.
+# A container's tree from an archive in a form that Proxmox VE's pct accepts: the tar itself, or a directory that is removed
+# with the object.
 
 use v5.36;
 
@@ -25,7 +25,7 @@ sub new ($class, $archive) {
     my $self = bless({ mechanism => mechanism_of($archive), path => $path }, $class);
     return $self if $self->{mechanism} eq 'tar';
 
-    # It may be large, and what is in /tmp may be in memory.
+    # Not in /tmp: the tree may be large, and /tmp may be in memory.
     $self->{private}
         = PVE::BackupAccess::Provider::Store::PrivateDir->new($ENV{TMPDIR} ? () : '/var/tmp');
     $self->{path} = $self->{private}->path . '/tree';

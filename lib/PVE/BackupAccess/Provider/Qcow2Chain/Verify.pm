@@ -1,6 +1,6 @@
 package PVE::BackupAccess::Provider::Qcow2Chain::Verify;
 
-# What is wrong with an archive: its files, those it builds on, and the content of their images.
+# Verifies an archive: its files, the archives that it builds on, and the content of their images.
 
 use v5.36;
 
@@ -13,7 +13,7 @@ use PVE::BackupAccess::Try qw(attempt reason);
 
 our @EXPORT_OK = qw(digests_of problems_of unproven_of);
 
-# The problems of an archive's files, each of which is looked at once: of all of them, or of what a device has.
+# The problems of an archive's files: of all files, or of those of the devices. Each file is read once.
 my sub file_problems ($seen, $archive, @devices) {
     my $known = $seen->{files}{ $archive->dir } //= {};
     my @files = @devices ? map { $archive->files_of($_) } @devices : $archive->files;
@@ -33,12 +33,12 @@ my sub content_problems ($seen, $device, @chain) {
     return $error ? ("$device: " . reason($error)) : @problems;
 }
 
-# An archive of version 0.1 has the SHA-256 of its files, which says nothing of what was read.
+# An archive of version 0.1 has the SHA-256 of its files, but this does not prove what was read from the guest.
 my sub is_provable ($device, @chain) {
     return !grep { !$_->device($device)->{digests} } @chain;
 }
 
-# Leaves a note of what was found of each archive, if all of it was looked at or something is wrong.
+# Notes for each archive whether it is damaged. An archive whose content was not read is only noted if it is damaged.
 my sub note_damage ($seen, $device, $is_whole, @chain) {
     for my $archive (@chain) {
         my $ranges = $seen->{content}{ $archive->dir }{ $archive->own($device) };
@@ -63,8 +63,8 @@ my sub device_problems ($guest, $seen, $device, $name) {
     return @problems;
 }
 
-# As texts, none if the archive is whole. seen is a hash that keeps what was found, for other archives
-# that have parts in common with this one.
+# The problems of an archive as texts, none if it is intact. seen caches results for other archives that share files with
+# this one.
 sub problems_of ($guest, $name, $seen) {
     my $archive;
     my $error = attempt { $archive = $guest->archive($name) };
@@ -74,20 +74,20 @@ sub problems_of ($guest, $name, $seen) {
     return @problems;
 }
 
-# The devices of which no digests prove the content.
+# The devices whose content no digests prove.
 sub unproven_of ($guest, $name) {
     my $archive = $guest->archive($name);
     return grep { !is_provable($_, $guest->chain($name, $_)) } $archive->devices;
 }
 
-# The files of digests that the device has to fit, the newest first; none for an archive of version 0.1.
+# The files of digests that the device must match, the newest first; none for an archive of version 0.1.
 sub digests_of ($guest, $name, $device) {
     my @chain = $guest->chain($name, $device);
     return if !is_provable($device, @chain);
     my ($problem) = map { $_->digests_problem($device) // () } @chain;
     PVE::BackupAccess::Error->throw(
         'ArchiveError',
-        "device $device: what is restored cannot be verified - $problem",
+        "device $device: a restored disk cannot be verified - $problem",
         device => $device
     ) if defined($problem);
     return map { $_->digests($device) } @chain;

@@ -1,7 +1,7 @@
 package PVE::BackupAccess::Provider::RBD::Archive;
 
-# One archive: a snapshot, of its name, of an image for each device, files of digests as objects, and a manifest as a value
-# of the guest's object, by its name. Without its manifest it is no archive.
+# One archive: for each device a snapshot of an image, with the archive's name, and the digests as objects; and a manifest
+# as a value of the guest's object. Without a manifest it is not an archive.
 
 use v5.36;
 
@@ -26,7 +26,7 @@ my sub fail ($message, %context) {
     PVE::BackupAccess::Error->throw('ArchiveError', $message, %context);
 }
 
-# ---- making one ----
+# ---- a new archive ----
 
 sub begin ($class, $guest, $name, %about) {
     my $manifest = { format => $format, id => new_id(), %about, devices => {}, files => {} };
@@ -39,7 +39,8 @@ sub add_file ($self, $name, $content) {
     return;
 }
 
-# It is stored in the parent's image, if one is given, which answers to the device's name; else in one of its own.
+# Stores the device in the image of the parent, which must answer to the device's name, or without a parent in a new
+# image.
 sub add_device ($self, $device, $about, $parent = undef) {
     my $entry = $self->{manifest}{devices}{$device} = { $about->%* };
     $entry->{image}
@@ -51,7 +52,7 @@ sub add_device ($self, $device, $about, $parent = undef) {
     return;
 }
 
-# What a backup that was killed has written to the image is undone first.
+# First undoes what a killed backup has written to the image.
 sub open_to_write ($self, $device) {
     my ($ceph, $entry) = ($self->{guest}->ceph, $self->device($device));
     my $parent = $self->{parents}{$device};
@@ -68,7 +69,7 @@ sub open_to_write ($self, $device) {
 
 sub cluster_size ($self) { return $digest_block }
 
-# When all devices are stored, and flushed.
+# To be called when all devices are stored and flushed.
 sub freeze ($self) {
     for my $device ($self->devices) {
         $self->{guest}->ceph->snap($self->device($device)->{image}, $self->{name});
@@ -76,8 +77,8 @@ sub freeze ($self) {
     return;
 }
 
-# Puts the digests beside the snapshot, and returns what the manifest is to have of them. An archive has those of all
-# of the device, so that it needs no other one.
+# Stores the digests as objects, and returns their entry for the manifest. The archive gets the digests of the whole
+# device, so that it does not depend on another one.
 sub put_digests ($self, $device) {
     my ($parent, $file) = ($self->{parents}{$device}, $self->digests($device));
     if ($parent) {
@@ -89,17 +90,17 @@ sub put_digests ($self, $device) {
     return { sha256 => sha256($file), algorithm => 'SHA-256', block => $digest_block };
 }
 
-# bytes: that were written for the device.
+# bytes: how many were written for the device.
 sub note_device ($self, $device, $digests, $bytes) {
     $self->device($device)->@{qw(digests stored)} = ($digests, $bytes);
     return;
 }
 
-# All is in the cluster but the manifest, with which it gets its name.
+# Nothing remains to be done: all data is in the cluster. publish writes the manifest, and with it the archive exists.
 sub seal ($self) { return }
 sub text ($self) { return encode_manifest($self->{manifest}) }
 
-# ---- one that is there ----
+# ---- an existing archive ----
 
 sub load ($class, $guest, $name, $text) {
     my $manifest = decode_manifest($text);
@@ -115,20 +116,20 @@ sub _devices_fault ($manifest) {
         my $fault = device_fault($device, $entry);
         return $fault if defined($fault);
         ($entry->{image}) = ($entry->{image} // '') =~ m/\A(pba-[A-Za-z0-9%._-]+)\z/
-            or return "device $device has no image";
+            or return "device $device has no valid name of an image";
         my $digests = $entry->{digests};
-        return "device $device has no digests"
+        return "device $device has no valid digests"
             if !is_hash($digests) || ($digests->{sha256} // '') !~ m/\A[0-9a-f]{64}\z/;
     }
     my ($odd) = grep { !is_hash($_) || !is_text($_->{content}) } values $manifest->{files}->%*;
-    return $odd ? 'it has an odd file' : undef;
+    return $odd ? 'the content of one of its files is not a text' : undef;
 }
 
-# Snapshots need no other archive's.
+# A snapshot does not depend on another archive.
 sub parent_of ($self, $own) { return }
 sub manifest_problem ($self) { return undef }
 
-# What was written for it.
+# The bytes that the backup has written, for the archive or for a device.
 sub file_size ($self, $device = undef) {
     my $devices = $self->{manifest}{devices};
     my $size = 0;
@@ -150,7 +151,7 @@ sub keep_log ($self, $text) {
     return;
 }
 
-# For files of this process; it goes with the archive.
+# A directory for files of this process. It is removed with the object.
 sub _directory ($self) {
     my $private = $self->{private}
         //= PVE::BackupAccess::Provider::Store::PrivateDir->new($ENV{TMPDIR} ? () : '/var/tmp');
@@ -159,20 +160,20 @@ sub _directory ($self) {
     return $directory;
 }
 
-# Before a worker is forked: all of them have one.
+# To be called before workers are forked, so that all of them use the same directory.
 sub prepare ($self) {
     $self->_directory;
     return;
 }
 
-# What digests of a device are called that has so many bytes, in a snapshot of an image.
+# The names of the objects with the digests of a device of that size, in a snapshot of an image.
 sub digest_objects ($class, $image, $snapshot, $size) {
     return part_names(_digests_of($image, $snapshot), digests_size($size, $digest_block));
 }
 
 sub _digests_of ($image, $snapshot) { return "$image\@$snapshot.digests" }
 
-# The file that has what this backup has read; of an archive that is there, all of the device.
+# The file of digests: in a new archive of what this backup has read, in an existing one of the whole device.
 sub digests ($self, $device) {
     my $own = $self->own($device);
     my $file
@@ -193,7 +194,7 @@ sub digests_problem ($self, $device) {
     return $error ? reason($error) : undef;
 }
 
-# Of the snapshot, as a restore reads it. options: those of the server.
+# Serves the snapshot. options: those of the server.
 sub serve ($self, $device, %options) {
     my $image = { ceph => $self->{guest}->ceph, image => $self->device($device)->{image} };
     return $Server->start({ $image->%*, snapshot => $self->{name} }, %options);

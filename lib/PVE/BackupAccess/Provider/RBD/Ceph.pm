@@ -1,6 +1,6 @@
 package PVE::BackupAccess::Provider::RBD::Ceph;
 
-# A pool, or a namespace of it, by Ceph's own programs: rbd for images, rados for objects.
+# Access to a pool, or a namespace of it, by Ceph's own programs: rbd for images, rados for objects.
 
 use v5.36;
 
@@ -29,27 +29,27 @@ sub place ($self) {
     return defined($self->{namespace}) ? "$self->{pool}/$self->{namespace}" : $self->{pool};
 }
 
-# Of an image, or with snapshot of one, as qemu-img takes it.
+# The URI of a snapshot for qemu-img.
 sub uri ($self, $image, $snapshot) {
     my ($name, $conf) = map { s/([\\:@])/\\$1/gr } "$image", $self->{conf};
     return 'rbd:' . $self->place . "/$name\@$snapshot:conf=$conf";
 }
 
-# A program with what tells it where to look.
+# A program with the options for the cluster, pool and namespace.
 sub command ($self, $program, @arguments) {
     my @in = ('--conf', $self->{conf}, '--pool', $self->{pool});
     push(@in, '--namespace', $self->{namespace}) if defined($self->{namespace});
     return ($program, @in, @arguments);
 }
 
-# Runs a program; returns its exit status, what it printed, and what it said of an error.
+# Runs a program. Returns its exit status, its output and its error message.
 sub run ($self, $program, @arguments) {
     my ($status, $out, $message) = run_program($self->command($program, @arguments));
     fail("$program $arguments[0] was ended by signal " . ($status & 127)) if $status & 127;
     return ($status >> 8, $out, $message =~ s/\s+\z//r);
 }
 
-# The same, where only success will do; or where also that will do that there is no such object.
+# The same, but returns the output, and dies if the program fails. With may_lack, returns undef if there is no such object.
 my sub wanted ($self, $may_lack, $program, @arguments) {
     my ($status, $out, $message) = $self->run($program, @arguments);
     return $out if $status == 0;
@@ -62,14 +62,14 @@ my sub wanted ($self, $may_lack, $program, @arguments) {
 sub rbd ($self, @arguments) { return wanted($self, 0, 'rbd', @arguments) }
 sub rados ($self, @arguments) { return wanted($self, 0, 'rados', @arguments) }
 
-# undef if what they are about is not there.
+# The same, but undef if the image or object does not exist.
 sub try_rbd ($self, @arguments) { return wanted($self, 1, 'rbd', @arguments) }
 sub try_rados ($self, @arguments) { return wanted($self, 1, 'rados', @arguments) }
 
 my sub decode ($program, $text) {
     my $value;
     my $error = attempt_any { $value = $json->decode($text) };
-    fail("$program printed no JSON") if $error;
+    fail("the output of $program is not valid JSON") if $error;
     return $value;
 }
 
@@ -91,8 +91,8 @@ sub snapshots ($self, $image) {
     ];
 }
 
-# Whatever the cluster's defaults: with a lock a client that is gone can be kept from writing, and with the map of
-# objects what has changed is found at once.
+# Independent of the cluster's defaults: the lock lets us stop the writes of a dead client, and the object map shows at once
+# what has changed.
 my $features = 'layering,exclusive-lock,object-map,fast-diff,deep-flatten';
 
 sub create ($self, $image, $size) {
@@ -100,21 +100,24 @@ sub create ($self, $image, $size) {
     return;
 }
 
-# A client that was killed has the image's lock until the cluster misses it, half a minute later, and what it has sent
-# may still be written. Breaking its lock has the cluster refuse that. So this is for who knows that no other one
-# writes.
+# A killed client keeps the image's lock for half a minute, until the cluster notices, and writes that it has sent may still
+# arrive. If its lock is broken, the cluster refuses them. Call this only if no other process may be writing: the caller
+# has the lock for changes.
 sub fence ($self, $image) {
     my $text = $self->try_rbd('lock', 'ls', '--format', 'json', $image) // return;
     for my $lock (decode('rbd', $text)->@*) {
-        my ($id, $locker)
-            = map { m/\A([a-z0-9. ]+)\z/ ? $1 : fail("$image has an odd lock") }
-            $lock->@{qw(id locker)};
+        my ($id, $locker) = map {
+            m/\A([a-z0-9. ]+)\z/
+                ? $1
+                : fail(
+                "cannot break the lock of image $image - 'rbd lock ls' printed an unexpected value")
+        } $lock->@{qw(id locker)};
         $self->try_rbd('lock', 'rm', $image, $id, $locker);
     }
     return;
 }
 
-# Whether the image holds something else than its snapshot does.
+# Whether the image differs from its snapshot.
 sub differs ($self, $image, $snapshot) {
     my @how = ('--whole-object', '--format', 'json', '--from-snap', $snapshot);
     return decode('rbd', $self->rbd('diff', @how, $image))->@* ? 1 : 0;
@@ -143,7 +146,7 @@ sub remove_image ($self, $image) {
 
 # ---- objects with values by key ----
 
-# 16 bytes a line, each with its offset; a '*' stands for lines that are all like the one before.
+# Parses a hex dump: 16 bytes a line, each line with its offset; a '*' stands for repetitions of the line before.
 my sub bytes_of ($length, @lines) {
     my ($bytes, $last, $is_repeated) = ('', '', 0);
     for my $line (@lines) {
@@ -153,13 +156,14 @@ my sub bytes_of ($length, @lines) {
         }
         my ($offset, $hex)
             = $line =~ m/\A([0-9a-f]{8,16})((?:\s+[0-9a-f]{2}){0,16})(?:\s+\|.*)?\z/s
-            or fail('rados listomapvals printed what is no value');
+            or fail("cannot parse the output of 'rados listomapvals': unexpected line in a value");
         $bytes .= $last while $is_repeated && $last ne '' && length($bytes) < hex($offset);
         $is_repeated = 0;
         $last = pack('H*', $hex =~ s/\s//gr);
         $bytes .= $last;
     }
-    fail('rados listomapvals printed a part of a value') if length($bytes) != $length;
+    fail("cannot parse the output of 'rados listomapvals': a value has a wrong length")
+        if length($bytes) != $length;
     return $bytes;
 }
 
@@ -171,7 +175,7 @@ sub values ($self, $object) {
     while (@lines) {
         my $key = shift(@lines);
         my ($length) = (shift(@lines) // '') =~ m/\Avalue \(([0-9]+) bytes\) :\z/
-            or fail('rados listomapvals printed what is no value');
+            or fail("cannot parse the output of 'rados listomapvals': unexpected line after a key");
         my @value;
         push(@value, shift(@lines)) while @lines && $lines[0] ne '';
         shift(@lines);
@@ -180,7 +184,7 @@ sub values ($self, $object) {
     return \%values;
 }
 
-# By a file: an argument of a program cannot be as long as a value.
+# Passes the value in a file, because it may be longer than an argument of a program can be.
 sub set_value ($self, $object, $key, $value) {
     my $private = PVE::BackupAccess::Provider::Store::PrivateDir->new;
     my $file = $private->path . '/raw';
@@ -206,7 +210,7 @@ sub put ($self, $object, $file) {
     return;
 }
 
-# Whether it was there.
+# Returns whether the object exists.
 sub get ($self, $object, $file) {
     return defined($self->try_rados('get', $object, $file)) ? 1 : 0;
 }
@@ -219,7 +223,7 @@ sub remove_object ($self, $object) {
 # undef if there is no such object.
 sub size_of ($self, $object) { return $self->try_rados('stat', $object) }
 
-# So many clients watch it now.
+# How many clients watch the object now.
 sub watchers ($self, $object) {
     my $text = $self->try_rados('listwatchers', $object) // return 0;
     return scalar(grep { m/\Awatcher=/ } split(m/\n/, $text));

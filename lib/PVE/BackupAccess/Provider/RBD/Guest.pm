@@ -2,11 +2,11 @@ package PVE::BackupAccess::Provider::RBD::Guest;
 
 # All archives of one guest: an object whose values, by key, are
 #
-#   archive NAME           the manifest of one
-#   damaged NAME DEVICE    that a verification found damage there
+#   archive NAME           the manifest of the archive
+#   damaged NAME DEVICE    exists if the last verification found damage
 #
-# and images whose names begin with the guest's number. What a snapshot of an image is good for the manifest of its
-# name says; without one it is what a killed process left.
+# and images whose names begin with the guest's place. A snapshot belongs to the archive with its name. If there is no
+# manifest with this name, a killed process left the snapshot.
 
 use v5.36;
 
@@ -25,7 +25,7 @@ my sub fail ($message, %context) {
     PVE::BackupAccess::Error->throw('ArchiveError', $message, %context);
 }
 
-# ceph; store, the store's own object; place, such as vm/100; wait, so many seconds for others.
+# ceph; store, the RBD::Store; place, such as vm/100; wait, how many seconds to wait for a lock.
 sub new ($class, %options) {
     my $number = $options{place} =~ s!/!-!r;
     return bless({ %options, object => "pba.$number", prefix => "pba-$number-" }, $class);
@@ -34,16 +34,16 @@ sub new ($class, %options) {
 sub ceph ($self) { return $self->{ceph} }
 sub log_of ($self, $name) { return "$self->{object}.$name.log" }
 
-# An image of its own for each full backup of a device: what is not there yet cannot be damaged, or in use.
+# Each full backup of a device gets a new image: a new one is neither damaged nor in use.
 sub image_for ($self, $device, $name) {
     utf8::encode(my $bytes = $device);
     my ($safe) = $bytes =~ s/([^A-Za-z0-9._-])/sprintf('%%%02X', ord($1))/ger =~ m/\A(.*)\z/s;
     return "$self->{prefix}$safe-$name";
 }
 
-# ---- what is noted ----
+# ---- the guest's object ----
 
-# As far as is known since the last lock was taken.
+# Cached since the last lock was taken.
 sub _values ($self) {
     return $self->{values} //= $self->{ceph}->values($self->{object}) // {};
 }
@@ -66,8 +66,10 @@ sub make_place ($self) {
     return if $self->is_there;
     my $object = $self->{object};
 
-    # Else clean would take them for what a killed process left.
-    fail("there are images of $self->{place}, but their list, the object $object, is gone")
+    # Otherwise clean would take the images for leftovers of a killed process and remove them.
+    fail(
+        "the object $object, which lists the archives of $self->{place}, is missing, but there are images"
+            . " $self->{prefix}* - remove these images, or restore the object")
         if $self->_snapshots->%*;
     $self->{ceph}->make_object($_) for (map { "$object.$_" } $Lock->kinds), $object;
     $self->{store}->add_place($self->{place});
@@ -142,7 +144,7 @@ my sub snapshot_of ($snapshots, $name) {
     return $found;
 }
 
-# The data is not read.
+# Does not read the data.
 sub _snapshot_problem ($self, $archive, $device) {
     my ($name, $entry) = ($archive->name, $archive->device($device));
     my $image = "$entry->{image}\@$name";
@@ -158,7 +160,7 @@ sub device_problem ($self, $name, $device) {
     return $error ? reason($error) : $problem;
 }
 
-# It is all of the chain: each snapshot has all of the device.
+# The chain is the archive alone, because each snapshot has the whole device.
 sub chain ($self, $name, $device, $own = $device) {
     my $archive = $self->archive($name);
     $archive->answer_to($device, $own);
@@ -170,10 +172,10 @@ sub chain ($self, $name, $device, $own = $device) {
 sub checked_base ($self, $name, $device, $own, $size) {
     my ($archive) = $self->chain($name, $device, $own);
     my $old_size = $archive->device($device)->{size};
-    fail("its size was $old_size and is $size") if $old_size != $size;
+    fail("the disk's size changed from $old_size to $size bytes") if $old_size != $size;
     my $problem = $self->_snapshot_problem($archive, $device) // $archive->digests_problem($device);
     fail($problem) if defined($problem);
-    fail("archive $name is damaged, as its last verification found")
+    fail("archive $name is damaged, according to its last verification")
         if $archive->is_known_damaged($device);
     return $archive;
 }
@@ -184,7 +186,7 @@ sub restorable ($self, $name, $device) {
     return ($archive, $problem);
 }
 
-# ---- ends ----
+# ---- completion and removal ----
 
 sub publish ($self, $archive, $notes = undef) {
     my %modes = map { $_ => $archive->device($_)->{'bitmap-mode'} } $archive->devices;
@@ -210,9 +212,10 @@ sub is_protected ($self, $name) {
 
 sub is_built_on ($self, $name) { return 0 }
 
-# First it is no archive any more; then clean takes away what a killed process may have left of it as well.
+# First removes the manifest, so that this is not an archive any more. Then clean removes the snapshots and images, as it
+# does for those of a killed process.
 sub remove ($self, $name) {
-    fail("archive $name is protected - unprotect its snapshots first")
+    fail("archive $name is protected - unprotect its snapshots first (rbd snap unprotect)")
         if $self->is_protected($name);
     $self->_unset($_) for grep { m/\Adamaged \Q$name\E / } keys $self->_values->%*;
     $self->_unset("archive $name");
@@ -228,12 +231,14 @@ sub clean ($self) {
     my @problems;
     for my $image (sort keys $self->_snapshots->%*) {
         my $error = attempt { $self->_clean_image($image) };
-        push(@problems, "image $image keeps what is no archive - " . reason($error)) if $error;
+        push(@problems,
+            "cannot remove what a backup or removal left of image $image - " . reason($error))
+            if $error;
     }
     return @problems;
 }
 
-# The digests first: they are found by the snapshot.
+# The digests first, because the snapshot is what leads to them.
 sub _clean_image ($self, $image) {
     my ($ceph, @left) = ($self->{ceph});
     for my $snapshot ($self->_snapshots->{$image}->@*) {

@@ -1,8 +1,8 @@
 package PVE::BackupAccess::Provider::RBD::Lock;
 
-# Who works on a guest's archives at once, on whichever host. Ceph's own locks stay when their owner is killed; what
-# goes with a client is that it watches an object. So a lock is a program that watches one. Each first watches and
-# then looks who else does: of two that begin at once none can miss the other one, and at worst both begin again.
+# Which processes, on any host, may use a guest's archives at the same time. Ceph's own locks remain when their owner is
+# killed, but a watch of an object ends with its client. So a lock is a program that watches an object. Each process first
+# watches and then looks for other watchers: if two start at once, each sees the other, and at worst both try again.
 
 use v5.36;
 
@@ -17,7 +17,7 @@ my $Error = 'PVE::BackupAccess::Error';
 my $look_every
     = 0.2;    # seconds, or half of it more: two that try at once are to be apart the next time
 
-# What is watched, and of what others may not watch.
+# others: the lock that no other process may hold at the same time.
 my %locks = (
     change => {
         others => 'change',
@@ -25,11 +25,11 @@ my %locks = (
     },
     read => {
         others => 'removal',
-        busy => 'is having an archive removed by another process',
+        busy => 'is in use: another process is removing an archive',
     },
     removal => {
         others => 'read',
-        busy => 'is read by a verify, restore, serve or mount',
+        busy => 'is in use by a verify, restore, serve or mount',
     },
 );
 
@@ -37,8 +37,9 @@ sub kinds ($class) { return sort keys %locks }
 
 my sub fail ($message) { $Error->throw('SystemError', $message) }
 
-# Returns when the object is watched. The program ends, and tells the cluster so, when all processes have closed the other
-# end of its standard input. If a signal ended it, the cluster would keep the watch for half a minute.
+# Starts to watch the object, and returns when the watch is established. The program ends, and tells the cluster so, when all
+# processes have closed the other end of its standard input. If a signal killed it, the cluster would keep the watch for half
+# a minute.
 my sub watch ($class, $ceph, $object) {
     my ($child_in, $in) = new_pipe();
     my ($out, $child_out) = new_pipe();
@@ -50,10 +51,10 @@ my sub watch ($class, $ceph, $object) {
     1 while $said !~ m/press enter/ && read_some($out, \$said, 4096);
     return $self if $said =~ m/press enter/;
     $self->drop;
-    fail("cannot watch $object - " . $said =~ s/\s+\z//r);
+    fail("cannot watch the object $object in " . $ceph->place . ' - ' . $said =~ s/\s+\z//r);
 }
 
-# Undef if another process has what excludes it. The objects are $object.change and so on.
+# Returns undef if another process has a lock that excludes this one. The objects are $object.change and so on.
 sub try ($class, $ceph, $object, $kind) {
     my $others = $locks{$kind}{others};
     my $self = watch($class, $ceph, "$object.$kind");
@@ -63,7 +64,7 @@ sub try ($class, $ceph, $object, $kind) {
     return undef;
 }
 
-# The same, or it dies after so many seconds.
+# The same, but waits up to $seconds, and then dies.
 sub take ($class, $ceph, $object, $kind, $seconds) {
     my $deadline = Time::HiRes::time() + $seconds;
     while (1) {
@@ -75,7 +76,7 @@ sub take ($class, $ceph, $object, $kind, $seconds) {
     $Error->throw('StateError',
               "$object in "
             . $ceph->place
-            . " $locks{$kind}{busy} - try again when it has ended, or wait for it");
+            . " $locks{$kind}{busy} - try again when that has ended, or wait for it (--wait)");
 }
 
 # A forked process may still have the other end of the pipe: the newline tells the program to end now.

@@ -1,6 +1,6 @@
 package PVE::BackupAccess::Provider::RBD::Parts;
 
-# A file as objects of some megabytes: an object has a largest size. What is all zeroes has none.
+# Stores a file as several objects, because the size of an object is limited. Parts with only zeroes get no object.
 
 use v5.36;
 
@@ -15,9 +15,11 @@ our @EXPORT_OK = qw(get_parts part_names put_parts);
 
 my $part_size = 16 << 20;
 
-my sub fail ($path) { PVE::BackupAccess::Error->throw('SystemError', "cannot use $path - $!") }
+my sub fail ($path) {
+    PVE::BackupAccess::Error->throw('SystemError', "cannot read or write $path - $!");
+}
 
-# Of a file of that size, as objects that are called so.
+# The names of the objects for a file of that size.
 sub part_names ($object, $size) {
     return map { "$object.$_" } 0 .. int(($size - 1) / $part_size);
 }
@@ -33,7 +35,7 @@ sub put_parts ($ceph, $object, $path) {
     return;
 }
 
-# What is missing is zeroes: that it was so is for a digest of the whole to tell.
+# A missing object counts as zeroes. A lost object is detected by the caller's digest of the whole file.
 sub get_parts ($ceph, $object, $size, $path) {
     open(my $fh, '+>:raw', $path) or fail($path);
     truncate($fh, $size) or fail($path);

@@ -1,9 +1,9 @@
 package PVE::BackupAccess::Provider::RBD::Store;
 
-# What a pool, or a namespace of one, has of all guests: an object whose values, by key, are
+# The store's own object in a pool or namespace, with the values, by key:
 #
-#   guest vm/100    a guest's name, if it has one
-#   id              what tells this store from all others
+#   guest vm/100    a guest's name, empty if it has none
+#   id              the store's unique ID
 
 use v5.36;
 
@@ -11,7 +11,7 @@ use PVE::BackupAccess::Provider::RBD::Lock;
 use PVE::BackupAccess::Provider::Store::Manifest qw(new_id);
 
 my $object = 'pba';
-my $seconds = 60;    # for another process that makes something of it
+my $seconds = 60;    # to wait for another process that changes the object
 
 sub new ($class, $ceph) { return bless({ ceph => $ceph }, $class) }
 
@@ -22,7 +22,7 @@ sub _set ($self, $key, $value) {
     return;
 }
 
-# Alone among processes that would make the same.
+# Runs the code while no other process changes the object.
 sub _alone ($self, $code) {
     my $ceph = $self->{ceph};
     $ceph->make_object("$object.change") if !defined($ceph->size_of("$object.change"));
@@ -64,7 +64,7 @@ sub number_of ($self, $name) {
     return $vmid;
 }
 
-# The same; a new guest gets the least number that is free.
+# The same, but a new guest gets the lowest free number.
 sub number_for ($self, $name) {
     return $self->number_of($name) // $self->_alone(
         sub () {

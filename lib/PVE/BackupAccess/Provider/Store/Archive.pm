@@ -1,30 +1,30 @@
 package PVE::BackupAccess::Provider::Store::Archive;
 
-# One archive by its manifest, wherever it is stored. A subclass has it in its guest's store, and has these methods:
+# An archive as its manifest describes it, wherever it is stored. A subclass implements:
 #
-#   parent_of($own)          (name of the archive that it builds on, what that calls the device), or nothing
-#   digests($device)         a file with the digests of what the archive itself has of the device
+#   parent_of($own)          (name of the archive that this one builds on, the device's name there), or nothing
+#   digests($device)         a file with the digests of the data that this archive itself has of the device
 #   digests_problem($device) why that file cannot be read, undef if it can
-#   serve($device, %options) a Store::Server of what the device holds
-#   is_known_damaged($device), note_damage($device, $is_damaged)    what a verification found
-#   content($name)           of a file of it, undef if it has none such
-#   keep_log($text)          beside what has to be there
-#   add_file($name, $content), seal    while it is being made; what it has is durable after seal
-#   file_size([$device])     bytes that it takes
-#   container, container_path, container_problem    see Qcow2Chain/Archive.pm; of virtual machines alone: undef
+#   serve($device, %options) starts a Store::Server of the device's content
+#   is_known_damaged($device), note_damage($device, $is_damaged)    the result of the last verification
+#   content($name)           the content of a file of the archive, undef if there is no such file
+#   keep_log($text)          stores the log, which the manifest does not list
+#   add_file($name, $content), seal    for a new archive; its data is durable after seal
+#   file_size([$device])     the bytes that the archive, or one device, occupies
+#   container, container_path, container_problem    see Qcow2Chain/Archive.pm; a store without containers lacks them
 
 use v5.36;
 
 sub name ($self) { return $self->{name} }
 sub id ($self) { return $self->{manifest}{id} }
 
-# The UUID of the guest, undef if it was not told.
+# The UUID of the guest, undef if it is unknown.
 sub guest ($self) { return $self->{manifest}{guest} }
 sub devices ($self) { return sort keys $self->{manifest}{devices}->%* }
 sub container ($self) { return undef }
 
-# A disk may have had other names in the archives of a chain: there each answers to the name by which it is asked
-# for. What it calls that itself:
+# A disk may have had another name in older archives of a chain. After this call, the archive finds the disk that it
+# calls $own under the name $device.
 sub answer_to ($self, $device, $own) {
     $self->{own}{$device} = $own;
     return;
@@ -32,7 +32,7 @@ sub answer_to ($self, $device, $own) {
 
 sub own ($self, $device) { return ($self->{own} // {})->{$device} // $device }
 
-# { size, bitmap-mode, identity, node, parent, parent-id, ... }, undef if the archive has no such device.
+# The device's entry in the manifest: { size, bitmap-mode, identity, node, parent, parent-id, ... }, or undef.
 sub device ($self, $device) { return $self->{manifest}{devices}{ $self->own($device) } }
 
 1;

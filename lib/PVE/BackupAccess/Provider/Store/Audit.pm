@@ -1,7 +1,7 @@
 package PVE::BackupAccess::Provider::Store::Audit;
 
-# Whether a dirty bitmap has told all that changed: a device was read in full and compared with the
-# archives before, and the archive has what differs.
+# Audits a dirty bitmap: the device was read in full and compared with the earlier archives, and the new archive has
+# what differs. A difference that the bitmap does not cover shows that the bitmap was wrong.
 
 use v5.36;
 
@@ -17,12 +17,12 @@ my $most_ranges = 1000;
 my $most_shown = 8;
 my $batch = 10_000;
 
-# Of every so many backups of a device one audits, or reads all of it for another reason.
+# Whether the next backup of a device must be an audit. A full read for another reason counts as one.
 sub is_due ($base, $device, $every) {
     return $every && ($base->device($device)->{increments} // 0) + 1 >= $every;
 }
 
-# A function that says whether a range was dirty in the bitmap; its ranges ascend.
+# Returns a function that says whether a range is dirty in the bitmap. It must be called with ascending ranges.
 my sub dirty_map ($device, $volume) {
     my $map = PVE::BackupAccess::Volume->open(
         $device,
@@ -51,13 +51,14 @@ my sub describe ($finding, $name) {
     $places .= ' and more' if $ranges->@* > @shown;
     my $others
         = $suspects->@*
-        ? '. They may be missing in ' . join(', ', $suspects->@*)
+        ? '; these archives may lack them: ' . join(', ', $suspects->@*)
         : '';
-    return "device $device: its dirty bitmap was wrong: $bytes bytes have changed that it called"
-        . " clean: $places. Archive $name has them$others";
+    return
+        "device $device: its dirty bitmap was wrong: it called $bytes bytes clean that have changed:"
+        . " $places. Archive $name has them$others";
 }
 
-# The archives since the device was read in full, which have what the bitmap told, the newest first.
+# The archives that were made with this bitmap since the device was last read in full, the newest first.
 my sub suspects_of ($device, @chain) {
     my @suspects;
     for my $archive (@chain) {
@@ -67,8 +68,8 @@ my sub suspects_of ($device, @chain) {
     return \@suspects;
 }
 
-# What the bitmap called clean and is in the archive all the same, since it differs from the chain; undef if
-# there is nothing.
+# Returns what the archive stored although the bitmap calls it clean, undef if there is nothing: whatever the archive
+# has differs from the chain.
 sub audit ($archive, $device, $volume, @chain) {
     my $is_dirty = dirty_map($device, $volume);
     my ($bytes, @ranges) = (0);

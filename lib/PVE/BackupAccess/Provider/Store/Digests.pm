@@ -14,7 +14,7 @@ our @EXPORT_OK = qw(bytes_to_add digests_size each_known is_known merge_digests)
 
 my $header_size = 4096;
 my $digest_size = 32;
-my $part = 1 << 20;    # bytes of digests that are held at a time
+my $part = 1 << 20;    # bytes of digests in memory at a time
 
 my sub fail ($message) {
     PVE::BackupAccess::Error->throw('ArchiveError', $message);
@@ -23,7 +23,8 @@ my sub fail ($message) {
 my sub read_at ($file, $at, $length) {
     sysseek($file->{fh}, $at, SEEK_SET) // fail("cannot read $file->{path} - $!");
     my $got = sysread($file->{fh}, my $data, $length) // fail("cannot read $file->{path} - $!");
-    fail("$file->{path} ends at " . ($at + $got)) if $got != $length;
+    fail("the file of digests $file->{path} is too short: it ends at byte " . ($at + $got))
+        if $got != $length;
     return $data;
 }
 
@@ -33,25 +34,26 @@ my sub open_file ($path) {
     $file->{header} = read_at($file, 0, $header_size);
     my ($magic, undef, undef, @numbers) = unpack('a12 a4 a16 Q> N N', $file->{header});
     my ($size, $block, $complete) = map { m/\A([0-9]+)\z/ ? $1 : 0 } @numbers;    # without taint
-    fail("$path is no file of digests") if $magic ne "PBA-DIGESTS\n" || !$block;
+    fail("$path is not a file of digests: its header is wrong")
+        if $magic ne "PBA-DIGESTS\n" || !$block;
     $file->@{qw(size block complete)} = ($size, $block, $complete);
     $file->{blocks} = int($size / $block) + ($size % $block ? 1 : 0);
     return $file;
 }
 
-# Of a file that is of so many bytes.
+# The size of the file of digests for a volume of that size.
 sub digests_size ($size, $block) {
     return $header_size + $digest_size * (int($size / $block) + ($size % $block ? 1 : 0));
 }
 
-# Whether a file knows the block at an offset of the volume.
+# Whether the file has a digest for the block at an offset of the volume. In a complete file, no digest means zeroes.
 sub is_known ($path, $offset) {
     my $file = open_file($path);
     my $at = $header_size + int($offset / $file->{block}) * $digest_size;
     return $file->{complete} || read_at($file, $at, $digest_size) =~ m/[^\0]/;
 }
 
-# Calls the function with offset and length of each block that the file knows, in order.
+# Calls the function with offset and length of each block that the file has a digest for, in ascending order.
 sub each_known ($path, $code) {
     my $file = open_file($path);
     for (my $first = 0; $first < $file->{blocks}; $first += $part / $digest_size) {
@@ -69,7 +71,7 @@ sub each_known ($path, $code) {
     return;
 }
 
-# What the newer one does not know is the older one's.
+# Takes each digest from the newer file, or, where that has none, from the older one.
 my sub join_slots ($newer, $older) {
     return $older if $newer !~ m/[^\0]/;
     return join(
@@ -82,10 +84,11 @@ my sub join_slots ($newer, $older) {
     );
 }
 
-# The digests of an image into which a newer one is merged, as a new file.
+# Writes the digests of an older image with a newer one merged into it to a new file.
 sub merge_digests ($newer_path, $older_path, $path) {
     my ($newer, $older) = map { open_file($_) } $newer_path, $older_path;
-    fail("$newer_path and $older_path are not of one volume")
+    fail(
+        "cannot merge the digests $newer_path into $older_path - their sizes or block sizes differ")
         if grep { $newer->{$_} != $older->{$_} } qw(size block);
     unlink($path);
     sysopen(my $fh, $path, O_WRONLY | O_CREAT | O_EXCL, 0600) or fail("cannot write $path - $!");
@@ -105,8 +108,8 @@ sub merge_digests ($newer_path, $older_path, $path) {
     return;
 }
 
-# What an image grows by at most when a newer one is merged into it: what only the newer one has, or all
-# of that without an older one. In a complete file what is not known is zeroes, which take no space.
+# The most bytes by which an image grows when a newer one is merged into it: the blocks that only the newer one has, or
+# all of its blocks if there is no older file. Blocks without a digest are zeroes in a complete file and take no space.
 sub bytes_to_add ($newer_path, $older_path) {
     my $newer = open_file($newer_path);
     my $older = defined($older_path) ? open_file($older_path) : undef;

@@ -1,7 +1,7 @@
 package PVE::BackupAccess::Provider::Store::Disks;
 
-# Which device of an archive is which disk. Names may go from one disk to another; what tells a disk from others, its
-# identity, is in the manifests of callers that tell it.
+# Finds a disk among the devices of an archive. A name may move from one disk to another. The identity, which stays with
+# the disk, is in a manifest if the caller of the backup passed it.
 
 use v5.36;
 
@@ -12,14 +12,14 @@ use PVE::BackupAccess::Argument qw(bad_argument);
 
 our @EXPORT_OK = qw(builders device_meant disk_keys find_alias find_device missing);
 
-# What a disk is called: by the backup, its node, and by the drive or the guest's device that it is.
+# All names of a disk: in the backup, of its node, and of its drive or guest device.
 my sub names_of ($device, $about) {
     my ($of) = ($about->{identity} // '') =~ m!\A(?:drive |device /machine/peripheral/)(.+)\z!s;
     return uniq(grep { defined } $device, $about->{node}, $of);
 }
 
-# What the archive calls the disk, undef if it does not have it. about: its identity, where that is known. An archive
-# that tells no identity has it by its name.
+# The disk's name in the archive, undef if the archive does not have it. The disk is found by the identity in about if
+# that is known and the archive has identities, else by its name.
 sub find_device ($archive, $device, $about) {
     my $identity = $about->{identity};
     my $same = $archive->device($device);
@@ -28,8 +28,8 @@ sub find_device ($archive, $device, $about) {
     return $found // ($same && !defined($same->{identity}) ? $device : undef);
 }
 
-# Of an archive that tells no identity: what it calls a disk that it does not have by that name, but by another of its
-# names. That is a guess, good for what is compared or said.
+# The same for an archive without identities, by any of the disk's names. This is a guess: use it only for data that is
+# compared anyway, or for a message.
 sub find_alias ($archive, $device, $about) {
     my ($found)
         = grep { $archive->device($_) && !defined($archive->device($_)->{identity}) }
@@ -42,12 +42,12 @@ sub missing ($archive, $device, $about) {
     my $same = ($archive->device($device) // {})->{identity};
     return 'archive ' . $archive->name . " does not have the disk $device" if !defined($same);
     return
-          'archive '
+          "$device is another disk in archive "
         . $archive->name
-        . " has another disk as $device: $same, not $about->{identity}";
+        . ": $same, not $about->{identity}";
 }
 
-# What of the archive builds on that device of the archive of that name.
+# The devices of the archive that build on $device of the archive $name.
 sub builders ($archive, $name, $device) {
     return grep {
         my ($parent, $there) = $archive->parent_of($_);
@@ -55,8 +55,8 @@ sub builders ($archive, $name, $device) {
     } $archive->devices;
 }
 
-# A function that gives the identity of the only disk that has had a name in these archives, undef if there is none, or
-# several.
+# Returns a function that maps a name to the identity of the only disk that had this name in these archives, or to undef
+# if there is none or more than one.
 my sub only_disks (@archives) {
     my %named;
     for my $archive (@archives) {
@@ -72,8 +72,8 @@ my sub only_disks (@archives) {
     };
 }
 
-# A function ($archive, $device) that gives what is the same for one disk in all of these archives: its identity. Of an
-# archive that tells none it is that of the only disk that has had the name; else the name.
+# Returns a function ($archive, $device) whose result is the same for one disk in all of these archives: its identity.
+# In an archive without identities, it is that of the only disk that had the name, or else the name.
 sub disk_keys (@archives) {
     my $disk_of = only_disks(@archives);
     return sub ($archive, $device) {
@@ -82,7 +82,7 @@ sub disk_keys (@archives) {
     };
 }
 
-# What an archive that tells no identities may call the disk that has the name in others; undef: nothing that is known.
+# The probable name, in an archive without identities, of the disk that other archives have under $name, or undef.
 my sub guess_called ($archive, $name, @archives) {
     my $disk_of = only_disks(@archives);
     my $identity = $disk_of->($name) // return undef;
@@ -92,8 +92,8 @@ my sub guess_called ($archive, $name, @archives) {
     return @found == 1 ? $found[0] : undef;
 }
 
-# The device of an archive that a name means: its own one, else the only one that had that name as well. Dies if there
-# is none. A guess by the other archives of the guest is said, and no more.
+# The device of the archive that a name means: the device with this name, else the only one that also had this name.
+# Dies if there is none; the message then has a guess from the guest's other archives.
 sub device_meant ($archive, $name, $guest) {
     return $name if $archive->device($name);
     my @devices = $archive->devices;
@@ -103,9 +103,15 @@ sub device_meant ($archive, $name, $guest) {
     } @devices;
     return $found[0] if @found == 1;
     my $guess = guess_called($archive, $name, $guest->readable);
-    bad_argument("the archive has no device $name - it has "
+    bad_argument(
+              'archive '
+            . $archive->name
+            . " has no device $name - it has "
             . join(', ', @devices)
-            . (defined($guess) ? "; as far as other archives tell, that is $guess here" : ''));
+            . (
+            defined($guess) ? "; according to other archives, $name is probably $guess here" : ''
+            )
+    );
 }
 
 1;

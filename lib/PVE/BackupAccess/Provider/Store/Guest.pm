@@ -1,22 +1,23 @@
 package PVE::BackupAccess::Provider::Store::Guest;
 
-# All archives of one guest, wherever they are stored: what the next backup of a disk can build on. A subclass says which
-# archives there are and what each is, by these methods:
+# All archives of one guest, wherever they are stored, and what the next backup of a disk can build on. A subclass
+# implements:
 #
-#   names                    of the archives, the oldest first
-#   archive($name)           one of them, a Store::Archive
-#   checked_base($name, $device, $own, $size)    it, if the device can be stored on top of what it calls $own; else it dies
-#   chain($name, $device[, $own])    the archives that the device's data of that one is in, the newest first
+#   names                    the names of the archives, the oldest first
+#   archive($name)           returns a Store::Archive
+#   checked_base($name, $device, $own, $size)    returns the archive if the device, which it calls $own, can build on it; else dies
+#   chain($name, $device[, $own])    the archives that hold the device's data as of that archive, the newest first
 #   device_problem($name, $device)   why the device cannot be restored, undef if it can
 #   restorable($name, $device)       (archive, why the device cannot be read, undef if it can)
-#   is_protected($name)
-#   is_built_on($name), remove($name), discard($name)    by which several are removed, see Prune.pm
-#   is_there, make_place, has($name)    whether there is a place for the guest's archives, making it, whether it has that one
-#   change_lock, try_change_lock, read_lock, removal_lock    what Qcow2Chain/Lock.pm says of them
-#   clean                    takes away what a killed process left; returns what could not be ended, as texts
-#   drop($lock)              for all processes that have it
-#   give_up($archive)        takes away what there is of a new one
-#   publish($archive, $notes)    gives a new one its name
+#   is_protected($name)      whether the archive must not be removed
+#   is_built_on($name), remove($name), discard($name)    for the removal of several archives, see Prune.pm
+#   is_there, make_place     whether the store has a place for the guest's archives; makes it
+#   has($name)               whether there is such an archive
+#   change_lock, try_change_lock, read_lock, removal_lock    see Qcow2Chain/Lock.pm
+#   clean                    removes what a killed process left; returns what could not be completed, as texts
+#   drop($lock)              releases the lock for all processes that have it
+#   give_up($archive)        removes an incomplete new archive
+#   publish($archive, $notes)    gives a new archive its name
 
 use v5.36;
 
@@ -28,7 +29,7 @@ my sub fail ($message, %context) {
     PVE::BackupAccess::Error->throw('ArchiveError', $message, %context);
 }
 
-# Those whose manifests can be read, the oldest first.
+# The archives whose manifests can be read, the oldest first.
 sub readable ($self) {
     my @archives;
     for my $name ($self->names) {
@@ -39,7 +40,8 @@ sub readable ($self) {
 
 # ---- what the bitmaps are relative to ----
 
-# The newest archive that has the disk, and what it calls it. guest: its UUID, of no other one; undef: of whichever.
+# Returns the newest archive that has the disk, and the disk's name there. With guest, a UUID, only archives of that
+# guest count.
 my sub newest_of ($archives, $device, $about, $guest = undef) {
     my @archives = reverse($archives->@*);
     @archives = grep { ($_->guest // '') eq $guest } @archives if defined($guest);
@@ -52,9 +54,9 @@ my sub newest_of ($archives, $device, $about, $guest = undef) {
     return;
 }
 
-# The archive that the device's bitmap can go on from, undef if there is none. Where the bitmap does not
-# tell its backup, that can be the newest archive only: a newer one than is noted is another host's. archives are
-# those that can be read, as below: they are the same for all devices of a backup.
+# The archive that the device's bitmap is relative to, undef if none is known. If the caller does not pass its ID, it is
+# the noted one, which must be the newest archive: a newer one was made by another host. archives are the readable ones;
+# the caller reads them once for all devices of a backup.
 sub base ($self, $archives, $notes, $device, $volume) {
     my $is_told = exists($volume->{base});
     my $id
@@ -65,27 +67,28 @@ sub base ($self, $archives, $notes, $device, $volume) {
     my $base = $self->_base_of_id($archives, $id, $device, $volume);
     return $base if $is_told;
     my ($newest) = newest_of($archives, $device, $volume);
-    fail('this host did not make the newest archive, ' . $newest->name) if $newest->id ne $id;
+    fail('the newest archive, ' . $newest->name . ', is not the one that this host made last')
+        if $newest->id ne $id;
     return $base;
 }
 
-# The archive with that id, which the device's bitmap is relative to. Dies if there is none, or if it
-# cannot be built on. Where another archive builds on it already, that backup's end did not reach QEMU,
-# or the guest was taken back in time: two that build on one could not be told apart in a removal.
+# The archive with that ID, which the device's bitmap is relative to. Dies if there is none, or if nothing can build on
+# it. If another archive already builds on it, QEMU was not told that this backup succeeded, or the guest was rolled
+# back. A removal can merge an archive into one other only, so a second one must not build on it.
 sub _base_of_id ($self, $archives, $id, $device, $about) {
     my ($archive) = grep { $_->id eq $id } $archives->@*;
-    fail("the backup that its bitmap is relative to, $id, is not here") if !$archive;
+    fail("the archive that its bitmap is relative to, ID $id, is not in this store") if !$archive;
     my $name = $archive->name;
     my $own = find_device($archive, $device, $about) // fail(missing($archive, $device, $about));
-    fail("archive $name does not tell which of its disks $device was")
+    fail("archive $name has no identities of disks, so it is unknown which of them $device was")
         if defined($about->{'alias-base'}) && !defined($archive->device($own)->{identity});
-    fail("archive $name has been built on already")
+    fail("another archive already builds on archive $name")
         if grep { builders($_, $name, $own) } $archives->@*;
     return $self->checked_base($name, $device, $own, $about->{size});
 }
 
-# The archives, the newest first, that what is read in full can be compared with, so that only what differs
-# is stored. Dies if there is no such chain, or if it cannot be built on.
+# The chain of archives, the newest first, that a device that is read in full can be compared with, so that only
+# differences are stored. Dies if there is no such chain, or if nothing can build on it.
 sub comparable ($self, $archives, $device, $about, $guest) {
     my ($newest, $own) = newest_of($archives, $device, $about, $guest // '');
     if (!$newest) {
@@ -93,7 +96,7 @@ sub comparable ($self, $archives, $device, $about, $guest) {
         fail(
             $other
             ? 'archive ' . $other->name . ' is of another guest'
-            : 'there is none before it'
+            : 'there is no earlier archive of it'
         );
     }
     my $base = $self->checked_base($newest->name, $device, $own, $about->{size});

@@ -1,6 +1,6 @@
 package PVE::BackupAccess::Provider::Store::List;
 
-# What is told of a guest's archives.
+# The entries of list: what a store says about a guest's archives.
 
 use v5.36;
 
@@ -28,8 +28,7 @@ my sub parts_of ($archive) {
 
 my %types = (vm => 'qemu', ct => 'lxc');
 
-# The archives of the guest at a place in the store, such as vm/100, the oldest first. time_of gives an
-# archive's time by its name.
+# The archives of the guest at a place in the store, such as vm/100, the oldest first. time_of converts a name to a time.
 sub list_guest ($guest, $place, $time_of) {
     my ($directory, $vmid) = split(m!/!, $place);
     my %about = (vmid => 0 + $vmid, type => $types{$directory});

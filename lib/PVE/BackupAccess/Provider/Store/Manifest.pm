@@ -1,6 +1,7 @@
 package PVE::BackupAccess::Provider::Store::Manifest;
 
-# The text of an archive's manifest: JSON with a digest of itself. What the manifests of all stores have is checked here.
+# The text of an archive's manifest: JSON with a digest of itself. This file checks what the manifests of all stores have
+# in common.
 
 use v5.36;
 
@@ -14,7 +15,7 @@ use PVE::BackupAccess::Try qw(attempt_any);
 our @EXPORT_OK = qw($name_pattern decode_manifest device_fault encode_manifest has_its_digest
     is_hash is_text manifest_fault new_id);
 
-# An archive is called by its time. Names sort as times do.
+# An archive's name is its time. The order of names is that of times.
 our $name_pattern = qr/([0-9]{8}T[0-9]{6}Z)/;
 
 my $json = JSON::PP->new->utf8->canonical->pretty;
@@ -24,14 +25,14 @@ my sub fail ($message) { PVE::BackupAccess::Error->throw('SystemError', $message
 sub is_text ($value) { return defined($value) && !ref($value) }
 sub is_hash ($value) { return ref($value) eq 'HASH' }
 
-# What tells an archive from all others.
+# A unique ID of an archive.
 sub new_id () {
     open(my $fh, '<:raw', '/dev/urandom') or fail("cannot read /dev/urandom - $!");
     read($fh, my $bytes, 16) == 16 or fail("cannot read /dev/urandom - $!");
     return unpack('H*', $bytes);
 }
 
-# The text has a digest of all the rest of it in its second line, but where it is of a format that has none.
+# The second line of the text is a digest of all the others. Format 1 of Qcow2Chain has no digest.
 sub encode_manifest ($manifest, $with_digest = 1) {
     my %all = $manifest->%*;
     delete($all{sha256});
@@ -45,34 +46,34 @@ sub has_its_digest ($text) {
     return $text =~ s/\A\{\n   "sha256" : "([0-9a-f]{64})",\n/{\n/ && $1 eq sha256_hex($text);
 }
 
-# undef for what is no JSON.
+# Returns undef if the text is not JSON.
 sub decode_manifest ($text) {
     my $manifest;
     attempt_any { $manifest = $json->decode($text) };
     return $manifest;
 }
 
-# Why a manifest is none of a store's, or undef. formats: a pattern.
+# Why a manifest is not valid, or undef. formats: a pattern of the store's formats.
 sub manifest_fault ($manifest, $formats) {
-    return 'it is no JSON object' if !is_hash($manifest);
+    return 'it is not a JSON object' if !is_hash($manifest);
     return 'its format is unknown'
         if !is_text($manifest->{format}) || $manifest->{format} !~ m/\A$formats\z/;
     return 'its id is missing' if !is_text($manifest->{id});
-    return 'its guest is odd' if exists($manifest->{guest}) && !is_text($manifest->{guest});
+    return 'its guest is not a text' if exists($manifest->{guest}) && !is_text($manifest->{guest});
     return 'its devices or files are missing'
         if grep { !is_hash($manifest->{$_}) } qw(devices files);
     return undef;
 }
 
-# The same of what it says of a device. Takes the taint off the parent's name.
+# The same for the entry of a device. Removes the taint from the parent's name.
 sub device_fault ($device, $entry) {
-    return "device $device is none" if !is_hash($entry);
+    return "the entry of device $device is not an object" if !is_hash($entry);
     return "device $device has no size" if ($entry->{size} // '') !~ m/\A[0-9]{1,19}\z/;
-    return "device $device has an odd parent"
+    return "the parent of device $device is not the name of an archive"
         if defined($entry->{parent}) && $entry->{parent} !~ m/\A$name_pattern\z/;
     $entry->{parent} = $1 if defined($entry->{parent});
     for my $key (qw(identity node parent-device)) {
-        return "device $device has an odd $key"
+        return "the $key of device $device is not a text"
             if exists($entry->{$key}) && !is_text($entry->{$key});
     }
     return undef;

@@ -1,7 +1,7 @@
 package PVE::BackupAccess::Provider::Store::PrivateDir;
 
-# A directory for the socket and log of one server, and for a raw file of what it serves, or for a tree
-# that is to be restored. It goes with the object. That of a process that was killed goes when the next one is made: its lock is free.
+# A private temporary directory: for the socket, log and raw file of a server, or for a tree that is restored. It is
+# removed with the object. If its process was killed, its lock is free, and the next new directory removes it.
 
 use v5.36;
 
@@ -16,11 +16,11 @@ use PVE::BackupAccess::Wait qw(wait_for_lock);
 
 my $prefix = 'pba-server-';
 
-# What may be in it; nothing else is removed.
+# The files that such a directory may contain. Nothing else is removed.
 my @files = qw(nbd log raw qmp);
 my $tree = 'tree';
 
-# No other program inherits the lock, whatever the caller has set.
+# No other program inherits the lock, even if the caller has changed $^F.
 my sub open_dir ($path) {
     local $^F = 2;
     sysopen(my $lock, $path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW) or return undef;
@@ -42,7 +42,7 @@ my sub remove_left ($parent) {
     return;
 }
 
-# What was locked may have been removed, and another process may have made one of that name.
+# Another process may have removed the locked directory, and a third one made a directory with the same name.
 my sub is_same ($lock, $path) {
     my @locked = stat($lock);
     my @found = stat($path);
@@ -52,7 +52,8 @@ my sub is_same ($lock, $path) {
 my sub make ($parent) {
     my $path;
     my $error = attempt_any { $path = File::Temp::tempdir("${prefix}XXXXXXXX", DIR => $parent) };
-    PVE::BackupAccess::Error->throw('SystemError', "cannot make a directory in $parent - $!")
+    PVE::BackupAccess::Error->throw('SystemError',
+        "cannot make a temporary directory in $parent - $!")
         if $error;
     return $path;
 }
@@ -60,7 +61,7 @@ my sub make ($parent) {
 sub new ($class, $parent = File::Spec->tmpdir) {
     remove_left($parent);
 
-    # Until it is locked, another process may take it for one that was left.
+    # Before the lock is taken, another process may take the new directory for a leftover and remove it.
     my ($path, $lock);
     do {
         $path = make($parent);

@@ -1,7 +1,7 @@
 package PVE::BackupAccess::Provider::Store::Prune;
 
-# Which archives of a guest go by rules of retention, and the removal of several. The caller holds the
-# guest's lock for a removal.
+# Applies rules of retention to a guest's archives, and removes several archives. For a removal, the caller holds the
+# guest's lock.
 
 use v5.36;
 
@@ -15,7 +15,7 @@ use PVE::BackupAccess::Try qw(attempt reason);
 
 our @EXPORT_OK = qw(prune_guest retention_of);
 
-# What rules of retention look at.
+# An archive as the rules of retention see it.
 my sub look_at ($guest, $name, $time, $key_of) {
     my $entry = { name => $name, time => $time, devices => {}, problems => [] };
     $entry->{protected} = $guest->is_protected($name);
@@ -37,8 +37,8 @@ my sub look_at ($guest, $name, $time, $key_of) {
     return $entry;
 }
 
-# Of several guests that have had the number each has its own devices. An archive that does not tell its
-# guest is the only one's; with several, it is of another one.
+# If several guests have had this number, the devices of each count separately. Archives without a guest's UUID belong to
+# the only guest; if there are several, they count as those of a further one.
 my sub tell_guests_apart (@archives) {
     my @known = uniq(map { $_->{guest} // () } @archives);
     return if @known < 2;
@@ -50,7 +50,7 @@ my sub tell_guests_apart (@archives) {
 }
 
 # The archives, the oldest first: { name, time, protected, problems => [texts], mark => 'keep' |
-# 'remove' | 'protected' | 'broken' }. time_of gives an archive's time by its name.
+# 'remove' | 'protected' | 'broken' }. time_of converts a name to a time.
 sub retention_of ($guest, $keep, $time_of) {
     my $key_of = disk_keys($guest->readable);
     my @archives = map { look_at($guest, $_, $time_of->($_), $key_of) } $guest->names;
@@ -60,8 +60,8 @@ sub retention_of ($guest, $keep, $time_of) {
     return @archives;
 }
 
-# Removes the archives. What can be removed is, whatever becomes of the others. Returns the names of
-# those that are removed, and { name => why it stays }.
+# Removes the archives, and goes on if one cannot be removed. Returns the names of the removed ones, and
+# { name => why it was not removed }.
 my sub remove_archives ($guest, @names) {
     my (@removed, %problems);
     my $try = sub ($name, $remove) {
@@ -71,8 +71,8 @@ my sub remove_archives ($guest, @names) {
         return !$error;
     };
 
-    # From the newest on: what nothing builds on that stays need not be merged, and is not looked at. So
-    # a chain that has lost a part can go as well.
+    # The newest first: an archive that nothing builds on any more is discarded without a merge, and without reading it.
+    # So a chain that lacks an archive can be removed too.
     my @left;
     for my $name (reverse sort @names) {
         my $is_base = 1;
@@ -81,18 +81,18 @@ my sub remove_archives ($guest, @names) {
             if $error || $is_base || !$try->($name, sub ($gone) { $guest->discard($gone) });
     }
 
-    # Then from the oldest on: what others need of one becomes the next one's.
+    # Then the oldest first: data that is still needed moves into the next archive.
     $try->($_, sub ($gone) { $guest->remove($gone) }) for grep { !$problems{$_} } reverse @left;
     return ([sort @removed], \%problems);
 }
 
-# Does what the marks of a guest's archives say, which have a volname each. The guest is at a place in the
-# store, such as vm/100. Returns the volnames of those that are removed.
+# Removes the archives that are marked so. Each has a volname. place: the guest's place in the store, such as vm/100.
+# Returns the volnames of the removed archives.
 sub prune_guest ($guest, $place, $log, @archives) {
     for my $archive (grep { $_->{mark} eq 'broken' } @archives) {
         $log->(
             'warn',
-            "$archive->{volname} stays, though it cannot be restored, since no newer one replaces it"
+            "archive $archive->{volname} cannot be restored, but is kept until a newer one replaces it"
                 . " - $archive->{problems}[0]"
         );
     }

@@ -1,7 +1,7 @@
 package PVE::BackupAccess::Provider::Store::RawFile;
 
-# What a server of an image exports, as a file that can be read like a raw image. It is served by
-# pba-vfile, which says when it is ready, and unmounts and ends with this process.
+# Shows what a Store::Server exports as a file that can be read like a raw image. pba-vfile serves the file. It reports
+# when it is ready, and unmounts the file and ends with this process.
 
 use v5.36;
 
@@ -15,8 +15,8 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Program qw(program_environment start_program);
 use PVE::BackupAccess::Wait qw(read_some wait_for_child);
 
-# It lies beside the module's library, whose path may be relative to what is the working directory
-# now. It is trusted (taint mode) as the library is, whose code runs already.
+# pba-vfile is in the directory of the module's library, whose path may be relative to the current directory. In taint
+# mode it is trusted like the library, whose code already runs.
 my ($program) = map { Cwd::realpath($_) =~ m{\A(.*/)}s ? "$1pba-vfile" : () }
     grep { m{/PVE/BackupAccess/BackupAccess\.} } @DynaLoader::dl_shared_objects;
 
@@ -24,39 +24,40 @@ my sub fail ($class, $message) {
     PVE::BackupAccess::Error->throw($class, $message);
 }
 
-# At that path, where nothing may be yet; if none is given in the server's directory.
+# Nothing may exist at the path. By default the file is in the server's directory.
 sub start ($class, $server, $size, $path = $server->dir . '/raw') {
-    my ($bytes) = $size =~ m/\A([0-9]+)\z/;    # of a manifest, which was checked: no taint
+    my ($bytes) = $size =~ m/\A([0-9]+)\z/;    # removes taint: the manifest was checked
     my $self = $class->_serve($path, $server->socket, 'image', $bytes, 'whole');
     $self->{server} = $server;
     return $self;
 }
 
-# The arguments are the program's.
+# The arguments are those of pba-vfile.
 sub _serve ($class, $path, @more) {
-    fail('UnsupportedError', 'no /dev/fuse - a raw file for qemu-img needs FUSE')
+    fail('UnsupportedError',
+        "cannot serve $path as a raw file - this needs FUSE, but there is no /dev/fuse")
         if !-e '/dev/fuse';
-    local $^F = 2;    # whatever the caller has set: no program but this one has them
+    local $^F = 2;    # only pba-vfile inherits the sockets, even if the caller has changed $^F
     socketpair(my $parent, my $child, AF_UNIX, SOCK_STREAM, PF_UNSPEC)
-        or fail('SystemError', "cannot make sockets - $!");
-    syswrite($parent, "\0");    # what it waits for: the server is up
+        or fail('SystemError', "cannot make sockets for pba-vfile - $!");
+    syswrite($parent, "\0");    # tells pba-vfile that the server is up
     my $self = bless({ owner => $$, socket => $parent, path => $path }, $class);
 
-    # It unmounts, and then ends, when the other end of its socket is closed: a signal would not let it.
+    # pba-vfile unmounts the file and ends when the other end of its socket is closed. A signal would end it before that.
     my %how = (in => $child, err => $child, signal => 0);
     start_program(\$self->{pid}, \%how, $program, $path, @more);
     close($child);
     my $said = '';
 
     1 while $said !~ m/\0/ && read_some($parent, \$said, 4096);
-    fail('SystemError', 'cannot serve a raw file - ' . ($said || 'pba-vfile ended'))
+    fail('SystemError', "cannot serve $path as a raw file - " . ($said || 'pba-vfile ended'))
         if $said !~ m/\0\z/;
     return $self;
 }
 
 sub path ($self) { return $self->{path} }
 
-# Whether it goes on; once it does not, it has been waited for.
+# Whether pba-vfile runs. If it has ended, this waits for it.
 sub is_running ($self) {
     my $pid = $self->{pid} // return 0;
     local ($!, $?);
@@ -66,7 +67,7 @@ sub is_running ($self) {
     return 0;
 }
 
-# One that was killed has not unmounted its file.
+# If pba-vfile was killed, it has not unmounted its file.
 sub _ended ($self, $status) {
     delete($self->{pid});
     return if !POSIX::WIFSIGNALED($status);
@@ -78,7 +79,7 @@ sub _ended ($self, $status) {
     return;
 }
 
-# Whoever still reads gets an error.
+# Programs that still read the file get an error.
 sub stop ($self) {
     my $pid = $self->{pid} // return;
     local ($!, $?);

@@ -1,6 +1,6 @@
 package PVE::BackupAccess::Provider::Store::Restore;
 
-# A device of an archive while it is restored: what it needs is locked against removal, and a server shows it.
+# A device of an archive during its restore: its data is locked against removal, and a server exports it.
 
 use v5.36;
 
@@ -9,11 +9,10 @@ use PVE::BackupAccess::Provider::Store::RawFile;
 
 my $RawFile = 'PVE::BackupAccess::Provider::Store::RawFile';
 
-# Of the guest's archive of that name. volname: how it is called in an error; socket: where the server listens;
-# is-file: a raw file is needed as well.
+# volname: the archive's name for errors; socket: where the server listens; is-file: a raw file is needed too.
 sub start ($class, $guest, $name, $device, %options) {
 
-    # Before the archive is read: while this lock is held, no prune and no removal takes a part of it away.
+    # Taken before the archive is read: while this lock is held, no prune and no removal changes the archive.
     my $self = bless({ reading => $guest->read_lock }, $class);
     my ($archive, $problem) = $guest->restorable($name, $device);
     PVE::BackupAccess::Error->throw(
@@ -29,10 +28,10 @@ sub start ($class, $guest, $name, $device, %options) {
 
 sub server ($self) { return $self->{server} }
 
-# Of the raw file, or the server's URI.
+# The path of the raw file, or the server's URI.
 sub path ($self) { return $self->{file} ? $self->{file}->path : $self->{server}->uri }
 
-# The file first, which the server's data goes through.
+# The raw file first: it reads from the server.
 sub stop ($self) {
     $self->{file}->stop if $self->{file};
     $self->{server}->kill;

@@ -1,8 +1,8 @@
 package PVE::BackupAccess::Provider::Store::Server;
 
-# qemu-nbd over one image; a subclass says what an image is. It is given a socket that listens already, so no client has to wait for it.
-# It ends with this process, in two ways: it ends with its last client, one of which is the connection
-# that is kept here; and the kernel sends it a signal, which counts while others are connected, too.
+# qemu-nbd over one image; a subclass says what an image is. qemu-nbd gets a socket that already listens, so no client has
+# to wait for it. It ends with this process for two reasons: it ends with its last client, and this process keeps a
+# connection; and the kernel sends it a signal, which also works while other clients are connected.
 
 use v5.36;
 
@@ -19,8 +19,8 @@ use PVE::BackupAccess::Wait qw(wait_for_child);
 
 our $qemu_nbd = 'qemu-nbd';
 
-# A qemu-nbd has a buffer for each request. From 128 KiB on malloc would map one anew each time, and the
-# kernel clear it: a third of what a copy costs.
+# qemu-nbd allocates a buffer for each request. By default malloc maps each buffer of 128 KiB or more anew, and the kernel
+# clears it, which takes a third of the time of a copy.
 my $malloc = 'glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=67108864';
 
 my $longest_socket = 107;    # bytes of a path in a struct sockaddr_un
@@ -29,28 +29,29 @@ my sub fail ($message) {
     PVE::BackupAccess::Error->throw('SystemError', $message);
 }
 
-# A socket of a process that was killed is in the way of the next one; one that is in use is not touched.
+# Removes a socket that a killed process left at this path, but not one that is in use.
 my sub listen_on ($socket) {
-    fail("$socket is too long for a socket - choose a directory with a shorter path")
-        if length($socket) > $longest_socket;
+    fail(
+        "the socket's path $socket is longer than $longest_socket bytes - choose a directory with a shorter path"
+    ) if length($socket) > $longest_socket;
     unlink($socket) if -S $socket && !IO::Socket::UNIX->new(Peer => $socket) && $!{ECONNREFUSED};
     return IO::Socket::UNIX->new(Local => $socket, Listen => 16)
         // fail("cannot listen on $socket - $!");
 }
 
-# Serves the image: for reading, or with writable => 1. With socket => $path at that path. What _image_arguments of the
-# subclass makes of image and options are qemu-nbd's arguments.
+# Serves the image: read-only, or with writable => 1 for writing; with socket => $path at that path. The subclass'
+# _image_arguments converts the image and the options to qemu-nbd's arguments.
 sub start ($class, $image, %options) {
     my $private = PVE::BackupAccess::Provider::Store::PrivateDir->new;
     my $self = bless({ owner => $$, private => $private }, $class);
     my $socket = $self->{socket} = $options{socket} // $self->dir . '/nbd';
 
-    # Whatever the caller has set: a qemu-nbd that inherits a connection to itself never ends.
+    # Even if the caller has changed $^F: a qemu-nbd that inherits a connection to itself never ends.
     local $^F = 2;
     my $listener = listen_on($socket);
     $self->{listens} = 1;
 
-    # Should this process be killed before the connection below is there, this one tells qemu-nbd.
+    # If this process is killed before the connection below exists, the end of this one tells qemu-nbd.
     my $first = IO::Socket::UNIX->new(Peer => $socket) or fail("cannot connect to $socket - $!");
     my @command = (
         $qemu_nbd, '--shared=32', '--export-name=image',
@@ -68,7 +69,7 @@ sub start ($class, $image, %options) {
     fail('cannot serve ' . $class->_name_of($image) . ' - ' . ($self->_log || $error =~ s/\n\z//r));
 }
 
-# What a message calls the image.
+# The image's name for messages.
 sub _name_of ($class, $image) { return $image }
 
 sub _spawn ($self, $listener, @command) {
@@ -79,8 +80,8 @@ sub _spawn ($self, $listener, @command) {
         err => $fh,
         listener => $listener,
         environment => { GLIBC_TUNABLES => $malloc },
-        signal =>
-            SIGKILL,    # qemu-nbd (7.2 to 11.0) forgets a SIGTERM that comes before its main loop
+        signal => SIGKILL
+        ,    # qemu-nbd (7.2 to 11.0) ignores a SIGTERM that arrives before its main loop runs
     );
     start_program(\$self->{pid}, \%how, @command);
     return;
@@ -95,7 +96,7 @@ sub socket ($self) { return $self->{socket} }
 sub dir ($self) { return $self->{private}->path }
 sub pid ($self) { return $self->{pid} }
 
-# Whether it goes on; once it does not, it has been waited for.
+# Whether qemu-nbd runs. If it has ended, this waits for it.
 sub is_running ($self) {
     my $pid = $self->{pid} // return 0;
     local ($!, $?);
@@ -111,34 +112,34 @@ sub _log ($self) {
     return $line;
 }
 
-# Ends it, and returns its exit status. What it has not written yet it writes, unless killed.
+# Ends qemu-nbd and returns its exit status. Unless it is killed, it first writes what it has not written yet.
 sub _end ($self, $signal) {
     my $pid = $self->{pid} // return 0;
     local ($!, $?);
     delete($self->{connection});
 
-    # A child that has not been waited for keeps its number. A SIGCHLD handler of the caller's may have
-    # waited for it; then the number may be another process' by now.
+    # A child keeps its PID until it has been waited for. If a SIGCHLD handler of the caller has done that, the PID may
+    # already be that of another process.
     my $ended = waitpid($pid, POSIX::WNOHANG());
     my $status = $ended == $pid ? $? : undef;
     if ($ended == 0) {
         CORE::kill($signal, $pid);
-        $status = wait_for_child($pid);    # a handler that dies: DESTROY waits
+        $status = wait_for_child($pid);    # if a handler dies here, DESTROY waits
     }
     delete($self->{pid});
     return $status;
 }
 
-# For one that only reads.
+# Only for a read-only server.
 sub kill ($self) {
     $self->_end('KILL');
     return;
 }
 
-# What was written is in the image, and the image closed as it should be, when this returns.
+# When this returns, all written data is in the image, and the image was closed cleanly.
 sub stop ($self) {
     my $status = $self->_end('TERM');
-    fail('cannot tell how qemu-nbd ended - other code of this process waited for it')
+    fail('the exit status of qemu-nbd is unknown - other code of this process waited for it')
         if !defined($status);
     fail("qemu-nbd ended with status $status - " . $self->_log) if $status != 0;
     return;

@@ -1,7 +1,7 @@
 package PVE::BackupAccess::Provider::Store::Workers;
 
-# Work on several things at once, each by a process of its own: what a copy calls runs in the caller's
-# thread. Workers tell what they find over pipes; the first failure ends them all, and none is left.
+# Works on several items in parallel, each in a process of its own, because a copy runs its callbacks in the caller's
+# thread. Workers report over pipes. The first failure ends all of them, and none remains.
 
 use v5.36;
 
@@ -23,7 +23,7 @@ our @EXPORT_OK = qw(side_by_side);
 my $Error = 'PVE::BackupAccess::Error';
 my $json = JSON::PP->new->utf8->allow_nonref;
 
-my $seconds_to_end = 10;    # until one that was told to is killed
+my $seconds_to_end = 10;    # after SIGTERM, before SIGKILL
 
 my sub send_to ($pipe, $kind, $value) {
     print {$pipe} $json->encode([$kind, $value]), "\n" or die "the parent is gone\n";
@@ -39,7 +39,7 @@ my sub throw ($data) {
     $Error->throw(delete($data->{class}), $message, $data->%*);
 }
 
-# Signals of a terminal are for the parent, which tells.
+# A worker ignores a terminal's signals. The parent gets them and ends the workers.
 my sub run_worker ($pipe, $code, $item) {
     local @SIG{qw(INT QUIT HUP)} = ('IGNORE') x 3;
     local $SIG{PIPE} = 'IGNORE';
@@ -57,13 +57,13 @@ my sub run_worker ($pipe, $code, $item) {
 my sub start ($code, $item) {
     my ($read, $write) = new_pipe();
     my $parent = $$;
-    my $pid = fork() // $Error->throw('SystemError', "cannot fork - $!");
+    my $pid = fork() // $Error->throw('SystemError', "$item: cannot start a worker process - $!");
     if (!$pid) {
         end_with($parent);
         $write->autoflush;
-        srand();    # else all choose the same names for what is to be theirs alone
+        srand();    # else all workers choose the same random names for their private files
 
-        # Nothing of the parent's may be undone here, whatever this dies with.
+        # A worker must not run the parent's cleanup, so no exception leaves this block.
         deaths_of(sub { run_worker($write, $code, $item) });
         POSIX::_exit(0);
     }
@@ -88,7 +88,7 @@ my sub wait_for ($pid, $until) {
     return 1;
 }
 
-# All of them end before this returns: a reader that is left would hold up the teardown.
+# All workers have ended when this returns: a remaining reader would delay the teardown.
 my sub end_all ($workers) {
     my $until = Time::HiRes::time() + $seconds_to_end;
     kill('TERM', $_->{pid}) for values $workers->%*;
@@ -101,7 +101,7 @@ my sub end_all ($workers) {
     return;
 }
 
-# What a worker has to say; its result is kept.
+# Handles the next messages of a worker. Returns 0 at its end.
 my sub hear ($worker, $results, $told) {
     my $messages = messages_of($worker) // return 0;
     for my $message ($messages->@*) {
@@ -116,7 +116,7 @@ my sub hear ($worker, $results, $told) {
 my sub finish ($workers, $worker, $results) {
     delete($workers->{ fileno($worker->{read}) });
     wait_for_child($worker->{pid});
-    $Error->throw('SystemError', "$worker->{item}: its process ended without a result")
+    $Error->throw('SystemError', "$worker->{item}: its worker process ended without a result")
         if !exists($results->{ $worker->{item} });
     return;
 }
@@ -129,8 +129,8 @@ my sub look_after ($workers, $results, $told) {
     return;
 }
 
-# Calls $code->($item, $tell) for each item, for so many at a time, and $told->($item, $value) of what
-# they tell. Returns { item => result }. Values are JSON's.
+# Calls $code->($item, $tell) for each item, for up to $jobs items in parallel, and $told->($item, $value) for each value
+# that a worker passes to $tell. Returns { item => result }. Values must be expressible in JSON.
 sub side_by_side ($jobs, $items, $code, $told) {
     local $SIG{CHLD} = 'DEFAULT';    # the caller's may wait for every child
     my (%workers, %results);

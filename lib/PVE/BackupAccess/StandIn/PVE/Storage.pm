@@ -1,6 +1,6 @@
 package PVE::Storage;
 
-# What a storage plugin finds of PVE::Storage, outside of Proxmox VE.
+# The parts of PVE::Storage that a storage plugin needs outside of Proxmox VE.
 
 use v5.36;
 
@@ -9,7 +9,7 @@ use PVE::Storage::Plugin;
 sub APIVER () { return 15 }
 sub APIAGE () { return 6 }
 
-# Marks all but the last so many as to be removed.
+# Marks the newest archives, as many as keep-last says, to be kept, and all others to be removed.
 sub prune_mark_backup_group ($group, $keep) {
     my $left = $keep->{'keep-last'} || die "the stand-in knows keep-last only\n";
     for my $entry (sort { $b->{ctime} <=> $a->{ctime} } $group->@*) {
