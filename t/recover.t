@@ -170,7 +170,7 @@ sub check_unasked ($backend) {
     my @log;
     $access = $backend->access(log => sub ($level, $text) { push(@log, "$level: $text") });
     $access->setup($backend->devices('use'));
-    like("@log", qr/warn: a process that is gone left an access/, 'a setup that may logs it');
+    like("@log", qr/warn: a dead process left an access/, 'a setup that may logs it');
     like("@log", qr/info: device disk0: export 'pba-exp-\S+ was removed/, 'and what it did')
         if $backend->name eq 'upstream';
     $access->teardown(1);

@@ -55,13 +55,13 @@ my @cases = (
     ],
     [
         sub ($backend) { bitmap($backend, 'remove', companion($backend)) },
-        'nothing tells which backup it is relative to'
+        'it is unknown which backup the bitmap is relative to'
     ],
     [
         sub ($backend) { bitmap($backend, 'enable', companion($backend)) },
-        'what tells its backup was changed'
+        q(the bitmap's companion was changed)
     ],
-    [\&fail_once, 'it is relative to no backup that has ended well'],
+    [\&fail_once, 'the bitmap is not relative to a backup that succeeded'],
     [sub ($backend) { resize($backend, $size / 2, $size) }, 'the disk was resized'],
 );
 

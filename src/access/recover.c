@@ -1,6 +1,5 @@
-/* Finding and undoing what a dead process left. What an access has made is told by the names of
- * nodes and exports and by bitmaps; the rest is done by the ordinary end of an access that failed.
- */
+/* Finds and undoes what a dead process left. The names of nodes and exports and the bitmaps show
+ * what its access has made; the rest is an ordinary teardown as after a failure. */
 #include "backend.h"
 #include "leftovers.h"
 #include "src/base/base.h"
@@ -13,7 +12,8 @@ static bool look(PbaAccess *access, PbaBlock *block, PbaLeftovers *leftovers, GE
     return pba_leftovers_look(access, block, leftovers, error);
 }
 
-/* The disk's key in a name of this target: "" in another one's, NULL if it is of no access. */
+/* The disk's key in a name of this target: "" in a name of another target, NULL if the name is not
+ * of an access. */
 static const char *find_key(const PbaAccess *access, const char *name)
 {
     g_autofree char *own = pba_short_hash(access->target_id);
@@ -66,7 +66,7 @@ static bool has_disk_at(const PbaAccess *dead, const char *bitmap_node)
     return false;
 }
 
-/* Disks whose nodes are undone already, but not their bitmaps. */
+/* Disks whose nodes are already undone, but whose bitmaps are not. */
 static bool find_disks_by_bitmaps(PbaAccess *dead, const PbaLeftovers *leftovers, GError **error)
 {
     JsonArray *nodes = leftovers->block->nodes;
@@ -99,7 +99,7 @@ static bool find_disks(PbaAccess *dead, const PbaLeftovers *leftovers, GError **
     return find_disks_by_bitmaps(dead, leftovers, error);
 }
 
-/* The key of another target that has something in QEMU; NULL: none has. */
+/* The key of another target that has something in QEMU; NULL: there is none. */
 static const char *find_other(const PbaAccess *access, const PbaLeftovers *leftovers)
 {
     for (guint i = 0; i < pba_leftovers_name_count(leftovers); i++) {
@@ -121,16 +121,15 @@ static bool check_others(const PbaAccess *access, const PbaLeftovers *leftovers,
 
     if (other) {
         pba_error_set(error, PBA_ERROR_STATE,
-                      "previous backup of this guest not finished: a process that is gone left its "
-                      "access for %s%s%s - call recover for that target-id",
+                      "previous backup of this guest not finished: a dead process left its access "
+                      "for %s%s%s - call recover for that target-id",
                       target ? "target '" : "another target", target ? target : "",
                       target ? "'" : "");
     }
     return !other;
 }
 
-/* Refuses while a living process backs up this guest, and names the target as far as it is known.
- */
+/* Refuses while a live process backs up this guest, and names the target as far as it is known. */
 static bool check_owner(const PbaAccess *access, const PbaLeftovers *leftovers, GError **error)
 {
     const char *other = find_other(access, leftovers);
@@ -146,14 +145,14 @@ static bool check_owner(const PbaAccess *access, const PbaLeftovers *leftovers, 
     return false;
 }
 
-/* Whether recover of this target has to do with it. */
+/* Whether a recover of this target concerns it. */
 static bool is_ours(const PbaAccess *access, const PbaLeftover *thing)
 {
     g_autofree char *own = pba_short_hash(access->target_id);
     return !thing->key || strcmp(thing->key, own) == 0;
 }
 
-/* What the caller of recover with force has us assume. */
+/* The assumptions of a caller of recover with force. */
 static void log_assumed(const PbaAccess *access, const PbaLeftovers *leftovers)
 {
     JsonArray *nodes = leftovers->block->nodes;
@@ -189,7 +188,7 @@ static StaleState find_state(const PbaAccess *access, const PbaLeftovers *leftov
     return state;
 }
 
-/* An access that stands for the dead one's. */
+/* An access that stands for that of the dead process. */
 static PbaAccess *new_dead_access(const PbaAccess *access, GError **error)
 {
     PbaAccessOptions options = access->options;
@@ -204,7 +203,7 @@ static PbaAccess *new_dead_access(const PbaAccess *access, GError **error)
     return dead;
 }
 
-/* Whether QEMU's NBD server listens there; then it is ours. */
+/* Whether QEMU's NBD server listens in that directory; then it is ours. */
 static bool adopt_server(PbaAccess *dead, const char *path)
 {
     if (dead->socket) {
@@ -219,8 +218,8 @@ static bool adopt_server(PbaAccess *dead, const char *path)
     return true;
 }
 
-/* The directory of the server goes when that has gone, all else now: QEMU has the fleecing images
- * open that it needs. */
+/* Removes the directory of the server after the server has ended, and everything else now: QEMU has
+ * opened the fleecing images that it needs. */
 static void sort_paths(PbaAccess *dead, const PbaLeftovers *leftovers)
 {
     g_autofree char *own = pba_short_hash(dead->target_id);
@@ -234,14 +233,14 @@ static void sort_paths(PbaAccess *dead, const PbaLeftovers *leftovers)
     }
 }
 
-/* Not the mark of this process, and no path that could not be removed. */
+/* Without the marker of this process, and without paths that could not be removed. */
 static bool is_done(const PbaAccess *dead, const PbaLeftover *thing, const char *own_mark)
 {
     return is_ours(dead, thing) && g_strcmp0(thing->name, own_mark) != 0 &&
            !(thing->harmless && g_file_test(thing->name, G_FILE_TEST_EXISTS));
 }
 
-/* What is about to be undone, once the paths are gone. */
+/* What is about to be undone, after the paths were removed. */
 static void describe(const PbaAccess *dead, const PbaLeftovers *leftovers, GPtrArray *lines)
 {
     g_autofree char *own_mark = pba_owner_mark_name(dead, NULL);
@@ -257,7 +256,8 @@ static void describe(const PbaAccess *dead, const PbaLeftovers *leftovers, GPtrA
     }
 }
 
-/* Looks only after its own marker is in QEMU: from then on no other process recovers as well. */
+/* Looks only after its own marker is in QEMU: from then on, no other process recovers at the same
+ * time. */
 static bool undo_marked(PbaAccess *dead, GPtrArray *lines, GError **error)
 {
     g_auto(PbaBlock) block = {0};
@@ -269,15 +269,15 @@ static bool undo_marked(PbaAccess *dead, GPtrArray *lines, GError **error)
         pba_owner_unmark(dead, false);
         return false;
     }
-    /* Before they are described: what cannot be removed is not said to be. */
+    /* Before the description: a path that cannot be removed must not be reported as removed. */
     sort_paths(dead, &leftovers);
-    /* Before teardown: afterwards it is not there to be named. */
+    /* Before the teardown, because afterwards they do not exist any more. */
     describe(dead, &leftovers, done);
     if (find_state(dead, &leftovers) == STALE_ACCESS) {
         pba_access_begin_changes(dead);
     }
     if (!pba_tear_down_and_end(dead, false, error)) {
-        /* What is left is for a later call, of whatever process. */
+        /* A later call, of any process, handles what is left. */
         if (dead->phase == PBA_PHASE_STUCK) {
             pba_owner_unmark(dead, false);
         }
@@ -293,8 +293,8 @@ static bool undo_marked(PbaAccess *dead, GPtrArray *lines, GError **error)
 static bool refuse(const PbaAccess *access, GError **error)
 {
     pba_error_set(error, PBA_ERROR_STATE,
-                  "previous backup for target '%s' not finished: a process that is gone left its "
-                  "access - call recover",
+                  "previous backup for target '%s' not finished: a dead process left its access - "
+                  "call recover",
                   access->target_id);
     return false;
 }
@@ -321,21 +321,19 @@ bool pba_recover_undo(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GErr
 {
     g_auto(PbaLeftovers) leftovers = {0};
 
-    pba_log(
-        &access->hooks, PBA_LOG_WARN,
-        "a process that is gone left an access for target '%s': it is undone, as after a failed "
-        "backup",
-        access->target_id);
+    pba_log(&access->hooks, PBA_LOG_WARN,
+            "a dead process left an access for target '%s': it is undone, as after a failed backup",
+            access->target_id);
     g_autoptr(PbaAccess) dead = new_dead_access(access, error);
     if (!dead) {
         return false;
     }
     return pba_owner_mark(dead, NULL, error) && undo_marked(dead, lines, error) &&
-           /* What setup goes on with has none of it any more. */
+           /* Setup continues with a state without any of it. */
            look(access, block, &leftovers, error);
 }
 
-/* With our marker in QEMU no process begins an access in between, whose bitmaps would be hit. */
+/* While our marker is in QEMU, no process begins an access whose bitmaps could be hit. */
 static bool drop_strays(PbaAccess *access, const PbaBlock *block, GPtrArray *lines, GError **error)
 {
     if (!access->backend->has_strays(access, block)) {
@@ -359,7 +357,7 @@ bool pba_access_recover(PbaAccess *access, GPtrArray *lines, GError **error)
     bool done = pba_access_begin(access, error) &&
                 pba_recover_look(access, &block, &is_stale, error) &&
                 (!is_stale || pba_recover_undo(access, &block, lines, error)) &&
-                /* After that: while an access is up its bitmaps are no strays. */
+                /* Afterwards: while an access is active, its bitmaps are not strays. */
                 drop_strays(access, &block, lines, error);
     pba_qmp_release(access->qmp);
     return done;

@@ -1,10 +1,11 @@
-/* Companions: their names, finding them, and what they say. */
+/* Companions: their names, finding them, and reading them. */
 #include "qemu.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 #include <string.h>
 
-/* The name, between colons: prefix, hashes of target, guest, disk and the disk's name, size, id. */
+/* The parts of the name, between colons: prefix, hashes of target, guest, disk and the disk's name,
+ * size, ID. */
 #define PREFIX "pba-id:"
 #define ID_DIGITS 32
 
@@ -75,24 +76,25 @@ const char *pba_companion_find(const PbaBlock *block, const char *node, const ch
             continue;
         }
         if (found) {
-            return NULL; /* which of them is true cannot be told */
+            return NULL; /* which of them is right is not known */
         }
         found = at.name;
     }
     return found;
 }
 
-/* What makes a bitmap good for nothing. */
+/* What makes a bitmap unusable. */
 static const char *state_problem(JsonObject *info, bool recording)
 {
     if (!info) {
-        return "it is gone";
+        return "the bitmap does not exist any more";
     }
     if (pba_json_find_bool(info, "inconsistent")) {
-        return "QEMU did not store it when it ended";
+        return "QEMU did not store the bitmap when it ended";
     }
     if (pba_json_find_bool(info, "recording") != recording) {
-        return recording ? "it has stopped recording" : "what tells its backup was changed";
+        return recording ? "the bitmap has stopped recording"
+                         : "the bitmap's companion was changed";
     }
     return NULL;
 }
@@ -104,7 +106,7 @@ static bool lacks_bits(JsonObject *info, uint64_t size)
     return !pba_json_size(info, "count", &count, NULL) || count < size;
 }
 
-/* What differs between a companion's name and the one that is wanted. */
+/* How a companion's name differs from the wanted one. */
 static char *name_problem(const char *name, const PbaCompanion *wanted)
 {
     g_autofree char *expected = pba_companion_name(wanted);
@@ -112,22 +114,23 @@ static char *name_problem(const char *name, const PbaCompanion *wanted)
     g_auto(GStrv) want = g_strsplit(expected, ":", PART_COUNT);
 
     if (g_strv_length(is) != PART_COUNT) {
-        return g_strdup("what tells its backup has an odd name");
+        return g_strdup("the bitmap's companion has an invalid name");
     }
     if (strcmp(is[PART_GUEST], want[PART_GUEST]) != 0) {
-        return g_strdup("it is another guest's");
+        return g_strdup("the bitmap belongs to another guest");
     }
     if (strcmp(is[PART_DISK], want[PART_DISK]) != 0) {
-        return g_strdup("it is another disk's");
+        return g_strdup("the bitmap belongs to another disk");
     }
     if (!is_id(is[PART_ID])) {
-        return g_strdup("it is relative to no backup that has ended well");
+        return g_strdup("the bitmap is not relative to a backup that succeeded");
     }
     if (!wanted->id) {
-        return g_strdup("there is no backup that it could go on from");
+        return g_strdup("there is no backup that the bitmap could be relative to");
     }
     if (strcmp(is[PART_ID], want[PART_ID]) != 0) {
-        return g_strdup_printf("it is relative to backup %s, not %s", is[PART_ID], want[PART_ID]);
+        return g_strdup_printf("the bitmap is relative to backup %s, not %s", is[PART_ID],
+                               want[PART_ID]);
     }
     if (wanted->name && strcmp(is[PART_NAME], want[PART_NAME]) != 0) {
         return g_strdup("the disk was backed up under another name");
@@ -145,7 +148,7 @@ char *pba_companion_problem(const PbaBlock *block, const char *node, const char 
         return g_strdup(problem);
     }
     if (!name) {
-        return g_strdup("nothing tells which backup it is relative to");
+        return g_strdup("it is unknown which backup the bitmap is relative to");
     }
     JsonObject *info = pba_block_find_bitmap(block, node, name);
     char *difference = name_problem(name, wanted);
@@ -182,7 +185,7 @@ void pba_companion_add(JsonArray *actions, const char *node, const char *name, c
     pba_actions_add_merge(actions, node, name, from);
 }
 
-/* The second one is that of the QEMU's own backups where backup-access-setup has its early form. */
+/* The second one belongs to QEMU's own backups if backup-access-setup has its early form. */
 static const char *const proxmox_bitmaps[] = {PBA_PVE_BACKGROUND, "pbs-incremental-dirty-bitmap",
                                               NULL};
 

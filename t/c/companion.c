@@ -117,15 +117,15 @@ static void test_problems(void)
 
     check_problem(RECORDING, name, WHOLE, &wanted, NULL);
     check_problem(RECORDING, old_name, WHOLE, &wanted, "backup " ID_2 ", not " ID_1);
-    check_problem(RECORDING, guest_name, WHOLE, &wanted, "another guest's");
-    check_problem(RECORDING, disk_name, WHOLE, &wanted, "another disk's");
+    check_problem(RECORDING, guest_name, WHOLE, &wanted, "another guest");
+    check_problem(RECORDING, disk_name, WHOLE, &wanted, "another disk");
     check_problem(RECORDING, size_name, WHOLE, &wanted, "resized");
     check_problem(RECORDING, alias_name, WHOLE, &wanted, "under another name");
     check_problem(RECORDING, alias_name, WHOLE, &any, NULL);
-    check_problem(RECORDING, disk_name, WHOLE, &any, "another disk's");
-    check_problem(RECORDING, no_id, WHOLE, &wanted, "no backup that has ended well");
-    check_problem(RECORDING, name, WHOLE, &nothing, "no backup that it could go on from");
-    check_problem(RECORDING, "other", WHOLE, &wanted, "nothing tells");
+    check_problem(RECORDING, disk_name, WHOLE, &any, "another disk");
+    check_problem(RECORDING, no_id, WHOLE, &wanted, "not relative to a backup that succeeded");
+    check_problem(RECORDING, name, WHOLE, &nothing, "no backup that the bitmap could be");
+    check_problem(RECORDING, "other", WHOLE, &wanted, "unknown which backup");
     check_problem("\"recording\": false", name, WHOLE, &wanted, "stopped recording");
     check_problem("\"recording\": true, \"inconsistent\": true", name, WHOLE, &wanted,
                   "did not store");
@@ -135,13 +135,13 @@ static void test_problems(void)
     check_problem(RECORDING, name, "\"recording\": false, \"count\": 67043328", &wanted, "resized");
     check_problem(RECORDING, name, "\"recording\": false", &wanted, "resized");
     check_problem(RECORDING, name, "\"recording\": false, \"count\": -1", &wanted, "resized");
-    check_problem(RECORDING, "pba-id:", WHOLE, &wanted, "nothing tells");
+    check_problem(RECORDING, "pba-id:", WHOLE, &wanted, "unknown which backup");
     g_autofree char *odd = g_strndup(name, strlen("pba-id:12345678:"));
-    check_problem(RECORDING, odd, WHOLE, &wanted, "odd name");
+    check_problem(RECORDING, odd, WHOLE, &wanted, "invalid name");
     g_auto(PbaBlock) block = block_with(RECORDING, name, WHOLE);
     g_autofree char *gone =
         pba_companion_problem(&block, "nowhere", PBA_TIED_PREFIX "mystore", &wanted);
-    is_text(gone, "it is gone", "no such node");
+    is_text(gone, "the bitmap does not exist any more", "no such node");
 }
 
 static void test_several(void)
