@@ -50,7 +50,7 @@ _return_with_later(SV *result, SV *exception)
 SV *
 _run_all(bool again, ...)
     CODE:
-        /* The arguments may move while the code runs. */
+        /* The Perl stack may move while the code runs. */
         AV *codes = (AV *)sv_2mortal((SV *)av_make(items - 1, &ST(1)));
         RETVAL = newRV_inc((SV *)glue_run_all(aTHX_ codes, again));
     OUTPUT:
@@ -340,7 +340,8 @@ _forget(PbaAccessObject *self)
 bool
 _is_up(PbaAccessObject *self)
     CODE:
-        /* In a forked child it is not: only the process that set it up tears it down. */
+        /* In a forked child, this does nothing: only the process that set the access up tears it
+         * down. */
         RETVAL = self->owner == getpid() && pba_access_is_up(self->access);
     OUTPUT:
         RETVAL
@@ -402,7 +403,7 @@ size(PbaVolumeObject *self)
 void
 next_dirty_region(PbaVolumeObject *self)
     PREINIT:
-        dXSTARG; /* one scalar less to be made for each region */
+        dXSTARG; /* saves the creation of one scalar for each region */
         GError *error = NULL;
         uint64_t offset;
         uint64_t length;
@@ -449,7 +450,7 @@ _pread(PbaVolumeObject *self, uint64_t offset, uint64_t length)
         GError *error = NULL;
     CODE:
         glue_require_open(aTHX_ self);
-        /* Not more than a read can have; the core refuses what is longer. */
+        /* At most what a read can have; the core refuses a longer one. */
         SV *data = newSV(MIN(length, 64 << 20) + 1);
         SvPOK_only(data);
         if (!pba_volume_pread(self->volume, SvPVX(data), offset, length, &error)) {

@@ -1,10 +1,10 @@
-/* What an access is asked for each device, and what it has. */
+/* An access's requests and results for each device. */
 #include "glue.h"
 
 static PbaDeviceRequest *new_requests(pTHX_ AV *devices, size_t *count)
 {
     *count = (size_t)(av_len(devices) + 1);
-    /* A scalar of Perl's, so that it goes even if something below throws. */
+    /* A Perl scalar, so that it is freed even if something below throws. */
     return (PbaDeviceRequest *)SvPVX(sv_2mortal(newSV(*count * sizeof(PbaDeviceRequest) + 1)));
 }
 

@@ -15,7 +15,7 @@ static SV *new_error(pTHX_ const char *message, const char *klass, const char *c
     return sv_bless(ref, gv_stashpvs("PVE::BackupAccess::Error", GV_ADD));
 }
 
-/* What Perl code of the caller's has thrown, as it is: its __DIE__ handler has had it then. */
+/* The exception of the caller's Perl code, unchanged: its __DIE__ handler has already seen it. */
 static _Noreturn void throw_again(pTHX_ SV *exception)
 {
     SAVESPTR(PL_diehook);
@@ -71,7 +71,7 @@ void glue_warn(Caller *caller, const char *format, ...)
 static despatch_signals_proc_t signals_hook;
 static unsigned checks_to_skip;
 
-/* What dies there is no more than a warning. */
+/* If this dies, there is only a warning. */
 static bool is_in_destructor(pTHX)
 {
     for (const PERL_SI *info = PL_curstackinfo; info; info = info->si_prev) {
@@ -82,7 +82,7 @@ static bool is_in_destructor(pTHX)
     return false;
 }
 
-/* In the place of Perl's own, wherever Perl looks for signals. */
+/* Replaces Perl's own function, which Perl calls wherever it checks for signals. */
 static void throw_later(pTHX)
 {
     if (is_in_destructor(aTHX)) {
@@ -92,18 +92,20 @@ static void throw_later(pTHX)
         checks_to_skip--;
         return;
     }
-    throw_again(aTHX_ glue_take_later(aTHX)); /* signals that came since then are still pending */
+    throw_again(
+        aTHX_ glue_take_later(aTHX)); /* signals that have arrived since then are still pending */
 }
 
 void glue_throw_later(pTHX_ SV *exception)
 {
-    if (PL_signalhook != throw_later) { /* else there is one already, and the first one counts */
+    if (PL_signalhook !=
+        throw_later) { /* otherwise there is one already, and the first one counts */
         sv_setsv(get_sv(LATER, GV_ADD), exception);
         signals_hook = PL_signalhook;
         PL_signalhook = throw_later;
     }
-    /* Perl looks at the beginning of a statement and at the end of an eval: in
-     * eval { $access->teardown(1); 1 } once each, and what dies there ends that eval. */
+    /* Perl checks for signals at the beginning of a statement and at the end of an eval: in eval {
+     * $access->teardown(1); 1 } once each, and an exception there ends that eval. */
     checks_to_skip = 2;
     PL_sig_pending = 1;
 }

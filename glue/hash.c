@@ -1,4 +1,4 @@
-/* Text, lists of it, members of Perl hashes, and what else makes plain scalars. */
+/* Texts, lists of texts, members of Perl hashes, and other plain scalars. */
 #include "glue.h"
 
 #include <sys/statvfs.h>

@@ -1,4 +1,4 @@
-/* Perl code that runs below a call of the core. */
+/* Perl code that runs during a call of the core. */
 #include "glue.h"
 
 /* An exception object may be false, or die when asked. */

@@ -25,7 +25,7 @@ static SV *sv_from_object(pTHX_ JsonObject *object)
     return newRV_noinc((SV *)hash);
 }
 
-/* JSON::PP's booleans are those of core Perl, and every JSON encoder takes them. */
+/* JSON::PP's booleans are those of core Perl, and every JSON encoder accepts them. */
 static SV *sv_from_bool(pTHX_ bool value)
 {
     SV *boolean = get_sv(value ? "JSON::PP::true" : "JSON::PP::false", 0);
@@ -62,7 +62,8 @@ SV *glue_sv_from_json(pTHX_ JsonNode *node)
     }
 }
 
-/* values: how many there may still be, since Perl data may contain itself. 0: no more is made. */
+/* values: how many more are allowed, because Perl data may contain itself. 0: no more are
+ * converted. */
 static JsonNode *json_from_sv(pTHX_ SV *sv, unsigned depth, unsigned *values);
 
 static JsonNode *json_from_array(pTHX_ AV *list, unsigned depth, unsigned *values)

@@ -21,8 +21,8 @@ int glue_open_process(pid_t pid)
     return pidfd_open(pid, 0);
 }
 
-/* The C object hangs on its Perl object by magic, which Perl code can neither forge nor copy, and
- * goes with it. */
+/* The C object is attached to its Perl object by magic, which Perl code can neither forge nor copy,
+ * and is freed with it. */
 
 static int free_access(pTHX_ SV *sv, MAGIC *magic)
 {

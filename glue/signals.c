@@ -1,16 +1,15 @@
-/*
- * Whether a signal handler died below a call.
+/* Detects that a signal handler died during a call.
  *
  * Perl code that we call may die with an error of its own, or because a signal handler of the
- * caller's died while it ran. The two must not be confused: the first is a refusal by QEMU or a
- * module's complaint, the second ends the work. The exception does not tell, since both are often
- * plain text, and the code may have put its own words around the handler's. So the handlers
- * themselves are watched: while the code runs each handler that is installed has a watcher in its
- * place, which calls it and keeps what it died with. A handler that the code installs for itself,
- * such as that of a time limit by alarm(), is part of the code and is not watched.
+ * caller died while it ran. The two must not be confused: the first is QEMU's refusal or a module's
+ * error, the second ends the work. The exception does not show the difference, because both are
+ * often plain text, and the code may have added its own words to the handler's. So the handlers
+ * themselves are watched: while the code runs, each installed handler is replaced by a watcher,
+ * which calls the handler and stores its exception. A handler that the code itself installs, such
+ * as that of a time limit by alarm(), is part of the code and is not watched.
  *
- * Perl's table of handlers is changed, not the process' dispositions: no signal can come between.
- */
+ * Only Perl's table of handlers is changed, not the process' dispositions, so no signal can arrive
+ * in between. */
 #include "glue.h"
 
 typedef struct {
@@ -19,7 +18,8 @@ typedef struct {
     SV *handlers[SIG_SIZE]; /* copies of what %SIG has */
 } Watch;
 
-/* A new thread gets its own copies of the watchers; what they keep is the first thread's. */
+/* A new thread gets its own copies of the watchers; the exceptions that they store belong to the
+ * first thread. */
 static int forget_watch(pTHX_ MAGIC *magic, CLONE_PARAMS *params)
 {
     PERL_UNUSED_CONTEXT;
@@ -30,7 +30,7 @@ static int forget_watch(pTHX_ MAGIC *magic, CLONE_PARAMS *params)
 
 static const MGVTBL watcher_magic = {.svt_dup = forget_watch};
 
-/* In a handler's place, with its arguments. */
+/* Replaces a handler, and is called with its arguments. */
 static void run_handler(pTHX_ CV *cv)
 {
     dXSARGS;
@@ -73,8 +73,8 @@ static void set_handler(pTHX_ int number, SV *handler)
     SvREFCNT_dec(old);
 }
 
-/* What the code has put into a watcher's place for good stays there. A watcher that it keeps goes
- * on calling its handler. */
+/* A handler that the code has permanently installed in place of a watcher stays there. If the code
+ * keeps a watcher, it still calls its handler. */
 static void end_watch(pTHX_ void *pointer)
 {
     Watch *watch = pointer;

@@ -1,7 +1,7 @@
 /* A volume's code refs: its next-dirty-region and those of copy. */
 #include "glue.h"
 
-/* A fraction is no place in a volume. */
+/* A fraction is not a position in a volume. */
 static bool is_whole(pTHX_ SV *sv)
 {
     return looks_like_number(sv) && SvNV(sv) == (NV)SvUV(sv);
@@ -25,7 +25,8 @@ bool glue_next_region(void *opaque, uint64_t *offset, uint64_t *length, GError *
     } else if (count == 2 && is_whole(aTHX_ SP[1]) && is_whole(aTHX_ SP[2]) && SvUV(SP[2]) > 0) {
         *offset = SvUV(SP[1]);
         *length = SvUV(SP[2]);
-    } else if (count > 1 || (count == 1 && SvOK(SP[1]))) { /* undef is the API's word for the end */
+    } else if (count > 1 ||
+               (count == 1 && SvOK(SP[1]))) { /* undef is the API's value for the end */
         g_set_error_literal(error, PBA_ERROR, PBA_ERROR_INCOMPLETE,
                             "next-dirty-region returned something that is not a region");
     }
@@ -52,7 +53,7 @@ static bool call_code(pTHX_ Caller *caller, SV *code, uint64_t first, SV *second
     return !died;
 }
 
-/* The same; the second argument is the callee's. */
+/* The same, but takes over the second argument. */
 static bool call_and_free(pTHX_ Caller *caller, SV *code, uint64_t first, SV *second)
 {
     bool good = call_code(aTHX_ caller, code, first, second);
@@ -73,7 +74,7 @@ static bool copy_write(void *opaque, uint64_t offset, const void *data, size_t l
     SvPOK_only(lent);
     SvREADONLY_on(lent);
     bool good = call_code(aTHX_ calls->caller, calls->write, offset, lent);
-    /* After utf8::upgrade, which does not ask whether it may, the data is the scalar's own. */
+    /* After utf8::upgrade, which cannot be refused, the data belongs to the scalar. */
     if (SvREFCNT(lent) > 1 && SvPVX(lent) == data) {
         SvREADONLY_off(lent);
         SvPV_set(lent, NULL);
@@ -110,14 +111,14 @@ static bool copy_damaged(void *opaque, uint64_t offset, uint64_t length)
     return call_and_free(aTHX_ calls->caller, calls->damaged, offset, newSVuv(length));
 }
 
-/* A file's name: bytes, undef if it is not given. */
+/* A file's name as bytes, undef if it was not given. */
 static const char *fetch_path(pTHX_ HV *hash, const char *key)
 {
     SV *path = glue_fetch(aTHX_ hash, key);
     return SvOK(path) ? SvPVbyte_nolen(path) : NULL;
 }
 
-/* Lives as long as Perl's mortals, as what it points to does. */
+/* Lives as long as Perl's mortals, like the texts that it refers to. */
 static const char *const *fetch_paths(pTHX_ HV *hash, const char *key)
 {
     SV *list = glue_fetch(aTHX_ hash, key);

@@ -1,4 +1,4 @@
-/* An access: its options, what it is of, and what there is of it. */
+/* An access: its options and its state. */
 #include "access.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
@@ -10,8 +10,9 @@
 
 static const char reserved[] = "is reserved: it is the name of a bitmap of something else";
 
-/* What would reach QEMU as a name. With 'Proxmox' a teardown crashes QEMU (pve-qemu-kvm to 11.0.0)
- * during a native backup; an access of 'Proxmox VE' can never be torn down. */
+/* The target-id becomes a part of names in QEMU. With 'Proxmox', a teardown crashes QEMU
+ * (pve-qemu-kvm to 11.0.0) during a native backup; an access of 'Proxmox VE' can never be torn
+ * down. */
 static bool check_target_id(const char *id, GError **error)
 {
     static const char longest_nonce[PBA_NONCE_LENGTH + 1] = "0123456789abcdef";
@@ -40,7 +41,7 @@ static bool check_target_id(const char *id, GError **error)
     return false;
 }
 
-/* An option that may be left out is NULL then. */
+/* NULL is allowed for an option that may be left out. */
 bool pba_check_utf8(const char *name, const char *value, GError **error)
 {
     if (!value || (*value && g_utf8_validate(value, -1, NULL))) {

@@ -1,12 +1,12 @@
-/* An audit: all of a disk is read, so that what its bitmap calls clean can be compared with the
- * backup that the bitmap is relative to. Clean parts cannot be read while the bitmap is used
- * (Proxmox' QEMU leaves them out of the snapshot), so the bitmap begins anew, and a copy of it is
- * exported beside it. */
+/* An audit: the whole disk is read, so that what its bitmap calls clean can be compared with the
+ * backup that the bitmap is relative to. While the bitmap is used, its clean parts cannot be read
+ * (Proxmox' QEMU leaves them out of the snapshot), so the bitmap is started anew, and a copy of it
+ * is exported beside it. */
 #include "access.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 
-/* Whether there is a bitmap that can be audited; if not, setup says why, and all is read anyway. */
+/* Whether there is a bitmap to audit; if not, setup says why, and everything is read anyway. */
 static bool is_auditable(PbaAccess *access, PbaDisk *disk, const PbaBlock *block)
 {
     if (!disk->audit || disk->mode != PBA_BITMAP_MODE_USE) {

@@ -1,11 +1,11 @@
-/* The choice of a backend, and what QEMU is asked for before all else. */
+/* The choice of a backend, and the first queries to QEMU. */
 #include "backend.h"
 #include "pve/pve.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 #include "upstream/upstream.h"
 
-/* Asked in this order; the last one is that of every other QEMU. */
+/* Asked in this order; the last one accepts every other QEMU. */
 static const PbaBackend *const backends[] = {&pba_pve_backend, &pba_upstream_backend};
 
 static bool choose(PbaQmp *qmp, PbaCapabilities *capabilities, const PbaBackend **backend,

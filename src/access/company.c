@@ -1,10 +1,10 @@
-/* What others do to the guest's disks, looked at before an access changes anything. */
+/* Checks what other programs do to the guest's disks, before an access changes anything. */
 #include "backend.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 #include <string.h>
 
-/* "mirror, ready", the caller's to free; NULL where QEMU does not say. */
+/* "mirror, ready"; the caller frees it; NULL if QEMU does not say. */
 static char *describe_job(PbaAccess *access, const char *id)
 {
     g_autoptr(JsonArray) jobs = pba_qmp_query_array(access->qmp, "query-jobs", NULL, NULL);
@@ -20,8 +20,8 @@ static char *describe_job(PbaAccess *access, const char *id)
     return NULL;
 }
 
-/* When it ends its nodes go, and what we would have put on them; and qom-set would take the guest
- * out from under them: a mirror's target would lack what is written from then on. */
+/* When the job ends, its nodes are deleted with everything that we would have put on them. And
+ * qom-set would move the guest away from them: a mirror's target would lack all later writes. */
 static bool check_job(PbaAccess *access, const PbaBlock *block, JsonObject *device,
                       const char *node, GError **error)
 {
@@ -51,8 +51,9 @@ static bool check_shared(const PbaAccess *access, const PbaBlock *block, JsonObj
     return false;
 }
 
-/* scsi-block, scsi-generic: guests' commands go past QEMU's block layer, so that no bitmap and no
- * filter sees what they write; and a node above the disk that is not its whole passes none on. */
+/* scsi-block, scsi-generic: the guest's commands bypass QEMU's block layer, so bitmaps and filters
+ * do not see what they write; and a node above the disk that shows only a part of it does not pass
+ * them on. */
 static bool check_passed_through(PbaAccess *access, const PbaBlock *block, JsonObject *device,
                                  const char *node, GError **error)
 {
@@ -89,7 +90,8 @@ static bool check_disk(PbaAccess *access, const PbaBlock *block, const PbaDisk *
     if (!check_job(access, block, device, disk->root_node, error)) {
         return false;
     }
-    /* Of an access by QEMU's own commands QEMU itself says whose it is, or it is to be undone. */
+    /* For an access by QEMU's own commands, QEMU itself says whose it is; otherwise it is a
+     * leftover to undo. */
     g_autofree char *problem = access->backend->is_access_up(block)
                                    ? NULL
                                    : pba_company_problem(block, device, disk->root_node);
@@ -113,7 +115,7 @@ bool pba_company_check_disks(PbaAccess *access, const PbaBlock *block, GError **
     return true;
 }
 
-/* The node of a guard's file has no name of ours: its file tells it. */
+/* The node of a guard's file does not have one of our names, but its file does. */
 static bool is_ours(JsonObject *node, const char *guards_image)
 {
     const char *name = node ? pba_json_find_string(node, "node-name") : NULL;
@@ -123,7 +125,7 @@ static bool is_ours(JsonObject *node, const char *guards_image)
 }
 
 /* Whether QEMU has only the nodes that setup saw, and ours. Then no other program has begun to work
- * on a disk: each job adds a node of its own to the disk (QEMU 7.2 to 11.0). */
+ * on a disk, because each job adds a node of its own to the disk (QEMU 7.2 to 11.0). */
 static bool are_seen_or_ours(const PbaAccess *access, JsonArray *nodes)
 {
     g_autofree char *guards_image = pba_guards_image(access);
@@ -140,7 +142,7 @@ static bool are_seen_or_ours(const PbaAccess *access, JsonArray *nodes)
     return seen == json_array_get_length(access->seen.nodes);
 }
 
-/* By one command where that tells enough. */
+/* Uses one command if that suffices. */
 bool pba_company_check_again(PbaAccess *access, GError **error)
 {
     g_autoptr(JsonArray) nodes = pba_block_query_nodes(access->qmp, error);
@@ -151,8 +153,8 @@ bool pba_company_check_again(PbaAccess *access, GError **error)
                                                 pba_company_check_disks(access, &block, error)));
 }
 
-/* A migration takes the bitmaps along, so changes to them on this side are lost; or the migration
- * fails at its end because of the access' nodes. */
+/* A migration transfers the bitmaps, so later changes on this side are lost; or the migration fails
+ * at its end because of the access' nodes. */
 static bool check_outgoing(PbaAccess *access, GError **error)
 {
     static const char *const over[] = {"none", "completed", "failed", "cancelled", "colo", NULL};
@@ -169,7 +171,7 @@ static bool check_outgoing(PbaAccess *access, GError **error)
     return reply != NULL;
 }
 
-/* The disks of a guest that was migrated away are another QEMU's, and change there. */
+/* After a migration, the disks belong to another QEMU, which changes them. */
 bool pba_company_check_handed_over(PbaAccess *access, GError **error)
 {
     g_autoptr(JsonObject) reply = pba_qmp_query_object(access->qmp, "query-status", NULL, error);

@@ -7,14 +7,14 @@
 #include <string.h>
 #include <unistd.h>
 
-/* So long a client may take for its first messages; how often it is looked for. */
+/* How long a client may take for the handshake, and how often that is checked. */
 #define CLIENT_LIMIT_S 5
 #define CLIENT_LOOK_MS 50
 
 /* block-export-del waits for requests in flight; Proxmox allows it ten minutes. */
 #define EXPORT_GONE_S 600
 
-/* The access' own, or for that of a dead process any of the disk's. */
+/* The access' own exports, or in recovery any export of the disk. */
 static bool has_export_id(const PbaAccess *access, const PbaDisk *disk, const char *id)
 {
     bool is_recovery = access->is_recovery;
@@ -26,8 +26,9 @@ static bool has_export_id(const PbaAccess *access, const PbaDisk *disk, const ch
                        : strcmp(id, own) == 0;
 }
 
-/* Ours with the marker of its process deleted: recovery undoes all else, but not what a living
- * process listens with, since its guest may be another one with the same name and UUID. */
+/* Ours, but another program has deleted the marker of its live process: recovery undoes everything
+ * else, but leaves the server of a live process alone, because it may serve another guest with the
+ * same name and UUID. */
 static void add_server_hint(const PbaAccess *access, GError **error)
 {
     pid_t pid = pba_run_dir_live_server(access);
@@ -53,14 +54,14 @@ bool pba_nbd_server_start(PbaAccess *access, GError **error)
     GError *local = NULL;
     bool done = pba_qmp_run(access->qmp, "nbd-server-start", arguments, &local);
 
-    /* Without a reply it may have been started all the same. */
+    /* Without a reply, the server may have been started nevertheless. */
     if (done || pba_error_is_fatal(local) || pba_socket_answers(access->socket)) {
         pba_access_begin_changes(access);
     }
     if (done) {
         return true;
     }
-    /* QEMU's English decides about a hint only. */
+    /* QEMU's English message only decides about a hint. */
     if (strstr(local->message, "already running")) {
         add_server_hint(access, &local);
     }
@@ -68,7 +69,7 @@ bool pba_nbd_server_start(PbaAccess *access, GError **error)
     return false;
 }
 
-/* What a reader of the export has to know. */
+/* What a reader of the export must know. */
 static char *describe(const PbaAccess *access, const PbaDisk *disk)
 {
     if (access->backend->reads_by_cluster(access)) {
@@ -91,7 +92,7 @@ static bool add_export(PbaAccess *access, const PbaDisk *disk, GError **error)
     JsonNode *arguments = pba_json("{'id': <%s>, 'type': <'nbd'>, 'node-name': <%s>, 'name': <%s>, "
                                    "'writable': <true>, 'description': <%s>}",
                                    id, disk->snapshot_node, disk->device, description);
-    /* Setup has frozen them: a reader of the map must not see it change. */
+    /* Setup has frozen them: a reader must not see the map change. */
     if (disk->bitmap_name) {
         JsonArray *bitmaps = json_array_new();
         add_bitmap(bitmaps, disk, disk->bitmap_name);
@@ -107,7 +108,7 @@ static bool add_export(PbaAccess *access, const PbaDisk *disk, GError **error)
     return true;
 }
 
-/* What cannot be read is no proof that an export is gone. */
+/* If the exports cannot be queried, that does not prove that one is gone. */
 static const char *export_id_of(JsonArray *exports, guint index, GError **error)
 {
     JsonObject *export = pba_json_element(exports, index);
@@ -156,7 +157,7 @@ static const PbaDisk *find_disk(const PbaAccess *access, const char *id)
     return NULL;
 }
 
-/* Another program has put it on our server. */
+/* Another program has added it to our server. */
 static bool is_others(JsonObject *export, const char *id)
 {
     return g_strcmp0(pba_json_find_string(export, "type"), "nbd") == 0 &&
@@ -172,7 +173,7 @@ static bool may_remove(PbaAccess *access, GError **error)
     return !access->is_recovery || pba_owner_require_now(access, error);
 }
 
-/* One round over the exports: what is ours and was not in deleted is deleted. */
+/* One pass over the exports: deletes those that are ours and not in deleted. */
 typedef struct {
     bool has_own;    /* there were some */
     bool has_begun;  /* some were deleted just now */
@@ -263,18 +264,19 @@ bool pba_exports_add(PbaAccess *access, GError **error)
     bool tried = access->phase == PBA_PHASE_EXPORTING;
     bool has_others;
 
-    /* After a restart of the VM the snapshots may be those of a later access. */
+    /* After a restart of the VM, the snapshots may be those of a later access. */
     g_autoptr(JsonArray) nodes = pba_block_query_nodes(access->qmp, error);
     if (!nodes || !pba_owner_require(access, nodes, error) ||
-        /* An export takes images back that were handed over, though the guest writes to them
-         * elsewhere (Proxmox' QEMU, 11.0; a stock one, 7.2 and 10.0, does not hand over those of an
-         * access). A migration that is under way meets it, and fails. */
+        /* An export takes the images back after a migration has handed them over, although the
+         * guest now writes to them elsewhere (Proxmox' QEMU, 11.0; a stock one, 7.2 and 10.0, does
+         * not hand over those of an access). If a migration is running, it fails because of the
+         * export. */
         !pba_company_check_handed_over(access, error)) {
         return false;
     }
     pba_fleecing_check(access, nodes);
-    /* What an earlier try has left goes first: its exports have the names of the new ones, and QEMU
-     * takes a name once. */
+    /* First removes what an earlier try has left: its exports have the names of the new ones, and
+     * QEMU accepts a name only once. */
     if (tried && !remove_exports(access, &has_others, error)) {
         return false;
     }
@@ -319,8 +321,8 @@ bool pba_access_export(PbaAccess *access, GError **error)
         return false;
     }
     bool done = pba_exports_add(access, error);
-    /* Before the discards: they go over NBD and may take long, and others want the monitor. They
-     * come after the export, which is what they go to. */
+    /* Before the discards: they go over NBD and may take long, and others want the monitor. The
+     * discards need the exports, so they come last. */
     pba_qmp_release(access->qmp);
     if (done) {
         access->backend->after_export(access);
@@ -330,11 +332,12 @@ bool pba_access_export(PbaAccess *access, GError **error)
 
 bool pba_nbd_server_is_up(const PbaAccess *access)
 {
-    /* It is ours while it listens in our directory, which no other access has. */
+    /* The server is ours if it listens in our directory, which no other access uses. */
     return access->socket && pba_socket_answers(access->socket);
 }
 
-/* The clients of exports left with their exports. The remaining ones are still in the handshake. */
+/* Clients of exports are disconnected with their exports. The remaining ones are still in the
+ * handshake. */
 static bool wait_for_clients(PbaAccess *access, GError **error)
 {
     static const char what[] = "waiting for clients of the NBD server";
@@ -357,8 +360,8 @@ static bool wait_for_clients(PbaAccess *access, GError **error)
     return true;
 }
 
-/* Not while there is an export: QEMU (7.2 to 11.0) would wait for its end with the guest stopped.
- */
+/* Not while there is an export: QEMU (7.2 to 11.0) would wait for its end with the guest
+ * stopped. */
 static bool stop_server(PbaAccess *access, GError **error)
 {
     return pba_qmp_run(access->qmp, "nbd-server-stop", NULL, error);
@@ -367,7 +370,8 @@ static bool stop_server(PbaAccess *access, GError **error)
 bool pba_nbd_server_stop(PbaAccess *access, bool is_shared, GError **error)
 {
     if (is_shared) {
-        unlink(access->socket); /* theirs from now on: it is not found there any more */
+        unlink(access->socket); /* it belongs to the others from now on, and cannot be found there
+                                   any more */
         pba_log(&access->hooks, PBA_LOG_WARN,
                 "the NBD server keeps running, because another program has added exports to it");
         return true;
@@ -387,8 +391,7 @@ bool pba_nbd_server_stop(PbaAccess *access, bool is_shared, GError **error)
 bool pba_exports_remove(PbaAccess *access, bool *is_shared, GError **error)
 {
     /* First: QEMU keeps an export until the requests of its clients, also of this process, are
-     * done.
-     */
+     * done. */
     if (access->socket) {
         pba_connections_cut(access->socket);
     }

@@ -1,12 +1,12 @@
-/* Whether fleecing images have room: where one runs full the snapshot breaks, and the backup fails.
- */
+/* Whether fleecing images have enough space: if one's file system is full, the snapshot breaks, and
+ * the backup fails. */
 #include "access.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 #include <sys/stat.h>
 #include <sys/statvfs.h>
 
-/* A file system is nearly full with less than this part of it free. */
+/* A file system is nearly full if less than this part of it is free. */
 #define NEARLY_FULL_PART 10
 
 /* The file system that the image can fill. Our own images have been unlinked, so they have no name.

@@ -1,12 +1,13 @@
-/* Giving a target's bitmaps up. A guest's earlier state cannot be loaded while a disk has a bitmap.
- */
+/* Removes a target's bitmaps. An earlier state of the guest cannot be loaded while a disk has a
+ * bitmap. */
 #include "backend.h"
 #include "leftovers.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 #include <string.h>
 
-/* Of a dead process, or by QEMU's own commands: living ones of ours refuse our marker. */
+/* An access of a dead process, or by QEMU's own commands. Live processes of ours have refused our
+ * marker. */
 static bool check_down(const PbaAccess *access, const PbaLeftovers *leftovers, GError **error)
 {
     g_autoptr(GPtrArray) things = pba_leftovers_list(leftovers);
@@ -31,7 +32,7 @@ static bool is_targets(const PbaAccess *access, const char *bitmap)
            g_strcmp0(access->backend->bitmap_target(bitmap), access->target_id) == 0;
 }
 
-/* A companion or an audit's copy, which goes with the target's bitmap. */
+/* A companion or an audit's copy, which is removed together with the target's bitmap. */
 static bool is_beside(const PbaAccess *access, const PbaBlock *block, const PbaBitmapWalk *at)
 {
     PbaBitmapWalk other = pba_bitmaps_of(block, at->node);
@@ -43,8 +44,8 @@ static bool is_beside(const PbaAccess *access, const PbaBlock *block, const PbaB
     return has_target && (pba_is_companion(at->name) || pba_audit_key(at->name));
 }
 
-/* QEMU removes no stored bitmap of an image that it has opened for reading only, as below an
- * overlay. It keeps no state of the overlay from being loaded. */
+/* QEMU does not remove a stored bitmap of an image that it has opened read-only, such as one below
+ * an overlay. Such a bitmap does not prevent the loading of a state of the overlay. */
 static bool stays(const PbaBlock *block, const PbaBitmapWalk *at)
 {
     return pba_json_find_bool(at->info, "persistent") &&
@@ -80,7 +81,7 @@ static void find_bitmaps(const PbaAccess *access, const PbaBlock *block, JsonArr
     }
 }
 
-/* Our marker is there: no process begins an access, which would need the bitmaps. */
+/* While our marker is in QEMU, no process begins an access, which would need the bitmaps. */
 static bool forget_marked(PbaAccess *access, GPtrArray *lines, GError **error)
 {
     g_auto(PbaBlock) block = {0};
@@ -105,7 +106,7 @@ bool pba_access_forget(PbaAccess *access, GPtrArray *lines, GError **error)
     bool done = pba_access_begin(access, error) && pba_owner_mark(access, NULL, error);
     if (done) {
         done = forget_marked(access, found, error);
-        /* Ours only: the marks of a dead process tell recovery what it has to do. */
+        /* Only our marker: those of a dead process tell recovery what to do. */
         pba_owner_unmark(access, false);
         pba_access_end(access);
     }

@@ -1,20 +1,20 @@
-/* Nodes that make QEMU refuse what would lose the guest's writes while an access is up, and that
- * keep its disks.
+/* Nodes that keep the guest's disks during an access, and make QEMU refuse operations that would
+ * lose the guest's writes.
  *
- * A mirror of what the guest device uses would take the guest along to its target when it is
- * completed, and so would a commit; an overlay over a node of ours has our nodes' names in its
- * header, which are nowhere once the access is over. So two nodes stand above them: "hold" on the
- * disk, and "guard" on our raw node, or on Proxmox' QEMU on what is below the disk's throttle
- * filter, where QEMU puts its own. Each is a qcow2 image without data, read-only, that has what it
- * guards for its backing file. They have no user, so they ask for no permission. But of a backing
- * file QEMU makes no external snapshot and does not resize it (bdrv_backing_attach), and what has a
- * node above it cannot be mirrored, committed or snapshotted internally (qmp_get_root_bs): 7.2
- * to 11.0.
+ * When a mirror of the node that the guest device uses is completed, the guest would move to the
+ * mirror's target, and with a commit to the commit's target. An overlay over one of our nodes would
+ * have our nodes' names in its header, and these do not exist after the access. So two nodes are
+ * put above them: "hold" on the disk, and "guard" on our raw node, or on Proxmox' QEMU on the node
+ * below the disk's throttle filter, where QEMU inserts its own. Each is a read-only qcow2 image
+ * without data that has the guarded node as its backing file. They have no user, so they ask for no
+ * permissions. But QEMU makes no external snapshot of a backing file and does not resize it
+ * (bdrv_backing_attach), and a node with a node above it cannot be mirrored, committed or
+ * snapshotted internally (qmp_get_root_bs): 7.2 to 11.0.
  *
- * A disk configured by -drive goes with its device when that is unplugged, and one configured by
- * -blockdev may be deleted then. The hold keeps it until its bitmaps have been joined: QEMU crashes
- * on an action for a bitmap of a node that is gone, and Proxmox' one (to 11.0) when it ends an
- * access to it. */
+ * When a disk that is configured by -drive is unplugged, its node disappears with the device; a
+ * node that is configured by -blockdev may be deleted then. The hold keeps it until its bitmaps
+ * have been joined: QEMU crashes on an action for a bitmap of a missing node, and Proxmox' QEMU (to
+ * 11.0) crashes when it ends an access to it. */
 #include "access.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
@@ -115,9 +115,9 @@ static void delete_guards(PbaAccess *access, GError **first, const PbaBlock *blo
     }
 }
 
-/* False after an error that ended the join: QEMU may have bitmaps of this access still. Other
- * errors: a transaction that was refused may be the first that is seen of a later access, whose
- * nodes have the same names. */
+/* False after an error that ended the join: QEMU may still have bitmaps of this access. Other
+ * errors do not count: a refused transaction may be the first sign of a later access, whose nodes
+ * have the same names. */
 static bool may_drop(PbaAccess *access, const GError *first)
 {
     bool is_joined = access->phase == PBA_PHASE_ENDED || access->phase == PBA_PHASE_COMMITTED;
@@ -126,7 +126,7 @@ static bool may_drop(PbaAccess *access, const GError *first)
 }
 
 /* Tried twice, whatever the error, once the backup is committed: there is no other teardown, and
- * until the next setup the holds would keep others from the disks. */
+ * until the next setup the holds would block other programs' operations on the disks. */
 void pba_guards_drop(PbaAccess *access, GError **first, const PbaBlock *block)
 {
     g_auto(PbaBlock) now = {0};

@@ -73,7 +73,7 @@ static bool has_hash(const char *name, const char *key)
     return hash && strncmp(hash, key, MIN(strlen(key), PBA_HASH_LENGTH)) == 0;
 }
 
-/* Any of the names that pba_block_find_device takes. */
+/* Any name that pba_block_find_device accepts. */
 char *pba_leftovers_device(const PbaLeftovers *leftovers, const char *disk)
 {
     JsonArray *devices = leftovers->block->devices;
@@ -103,14 +103,14 @@ char *pba_leftovers_target(const PbaLeftovers *leftovers, const char *key)
     PbaBitmapWalk at = pba_bitmaps_everywhere(leftovers->block);
     char *target = NULL;
 
-    /* A bitmap's name has its target's in it. */
+    /* The name of a bitmap contains its target. */
     while (pba_bitmaps_next(&at)) {
         const char *told = leftovers->access->backend->bitmap_target(at.name);
         if (told && has_hash(told, key)) {
             return g_strdup(told);
         }
     }
-    /* An access without bitmaps, or one of the early form of Proxmox' command. */
+    /* An access without bitmaps, or one by the early form of Proxmox' command. */
     for (guint i = 0; !target && i < leftovers->paths->len; i++) {
         g_autofree char *told = pba_run_dir_target(leftovers->paths->pdata[i]);
         target = told && has_hash(told, key) ? g_steal_pointer(&told) : NULL;
@@ -208,8 +208,8 @@ static void add_owner(const PbaLeftovers *leftovers, const char *node, GPtrArray
         ->harmless = true;
 }
 
-/* What recover does to a node of an access: a raw one stays below the guest's device while a job of
- * others stands on it, see is_in_use in upstream/teardown.c. */
+/* What recover does to a node of an access. A raw node stays below the guest's device while a job
+ * of another program uses it, see is_in_use in upstream/teardown.c. */
 static const char *node_undone(const PbaLeftovers *leftovers, const char *node)
 {
     g_autofree char *user =
@@ -217,7 +217,7 @@ static const char *node_undone(const PbaLeftovers *leftovers, const char *node)
     return user ? "stays until what stands on it has ended" : "was removed";
 }
 
-/* Each access has one for each of its disks. */
+/* Each access has one of these for each of its disks. */
 static bool tells_access(const char *node)
 {
     const char *role = node + strlen("pba-");

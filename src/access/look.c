@@ -1,4 +1,4 @@
-/* Whether devices still have what they had when setup looked. */
+/* Whether the devices have changed since setup looked. */
 #include "access.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
@@ -33,7 +33,7 @@ bool pba_access_look_again(PbaAccess *access, GError **error)
     now.devices = pba_qmp_query_array(access->qmp, "query-block", NULL, error);
     for (guint i = 0; now.devices && i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
-        /* QEMU itself says that a node which no device has is no more there. */
+        /* QEMU itself refuses a missing node that no device has. */
         bool has_device = pba_block_find_device(&access->seen, disk->device) != NULL;
         if (has_device && !is_as_seen(disk, &now, error)) {
             pba_error_add_device(error, disk->device);

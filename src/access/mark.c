@@ -1,11 +1,11 @@
-/* Markers in QEMU (see owner.c for what they tell) are added before anything else of an access, and
+/* Markers in QEMU (owner.c says what they mean) are added before everything else of an access, and
  * deleted after it. */
 #include "access.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 #include <string.h>
 
-/* Read-only, or else QEMU (7.2 to 11.0) would refuse a snapshot of the VM (savevm). */
+/* Read-only, because QEMU (7.2 to 11.0) would otherwise refuse a snapshot of the VM (savevm). */
 bool pba_mark_add(PbaAccess *access, const char *name, uint64_t size, GError **error)
 {
     return pba_qmp_run(access->qmp, "blockdev-add",
@@ -22,8 +22,8 @@ bool pba_mark_delete(PbaAccess *access, const char *name, GError **error)
 
 static void unmark(PbaAccess *access, bool all, bool is_known);
 
-/* Of two that mark at once at least one sees the other: who marks looks again afterwards. is_known:
- * QEMU has added the marker. */
+/* If two processes add their markers at the same time, at least one of them sees the other, because
+ * each looks again afterwards. is_known: QEMU has added the marker. */
 static bool mark_and_look(PbaAccess *access, JsonArray **seen, bool *is_known, GError **error)
 {
     g_autoptr(GError) refused = NULL;
@@ -44,7 +44,7 @@ static bool mark_and_look(PbaAccess *access, JsonArray **seen, bool *is_known, G
     if (!nodes || !pba_owner_find(access, nodes, &found, error)) {
         return false;
     }
-    /* It may be there from an access of this process whose end failed. */
+    /* A failed teardown of this process may have left it. */
     if (refused && !found) {
         g_propagate_error(error, g_steal_pointer(&refused));
         return false;
@@ -66,15 +66,15 @@ bool pba_owner_mark(PbaAccess *access, JsonArray **nodes, GError **error)
     if (mark_and_look(access, nodes, &is_known, error)) {
         return true;
     }
-    /* Ours only: all else may be the other one's. Where it was refused the name may be that of a
-     * process of another place, which has the same number and start time: in two containers, say.
-     */
+    /* Only our own marker: the rest may belong to the other process. If QEMU refused the marker,
+     * this name may be that of a process at another place with the same PID and start time, for
+     * example in another container. */
     unmark(access, false, is_known);
     pba_access_enter(access, PBA_PHASE_NEW);
     return false;
 }
 
-/* The order in which marks are deleted: while ours is there no other process looks at the rest. */
+/* Our marker is deleted last: while it exists, no other process looks at the rest. */
 typedef enum { MARK_STAYS, MARK_OF_END, MARK_OF_OTHERS, MARK_OWN, MARK_RANKS } MarkRank;
 
 static MarkRank rank_of(const PbaAccess *access, JsonObject *node, const char *own, bool all)
@@ -117,8 +117,8 @@ static bool delete_marks(PbaAccess *access, bool all, GError **error)
     return true;
 }
 
-/* Without a look: the names are of this access alone, so that nothing is hit where the VM was
- * started again. */
+/* Without checking the marker: the names are unique to this access, so nothing else is hit if the
+ * VM was restarted. */
 static bool delete_own_marks(PbaAccess *access, GError **error)
 {
     g_autofree char *own = pba_owner_mark_name(access, error);
@@ -135,14 +135,15 @@ static bool is_worth_a_retry(const GError *error)
     return !g_error_matches(error, PBA_ERROR, PBA_ERROR_TIMEOUT);
 }
 
-/* is_known: QEMU has had our marker, and need not be asked. */
+/* is_known: QEMU has had our marker, so no query is needed. */
 static void unmark(PbaAccess *access, bool all, bool is_known)
 {
     g_autoptr(GError) error = NULL;
 
     bool done = !access->is_recovery && is_known && delete_own_marks(access, &error);
     if (!done && !pba_error_is_fatal(error)) {
-        /* Of what a dead process left, or where what has the names is gone. */
+        /* For the remains of a dead process' access, or if the objects with these names are
+         * gone. */
         g_clear_error(&error);
         done = delete_marks(access, all, &error);
     }

@@ -1,19 +1,19 @@
-/* Who has an access to this guest: nodes that do nothing but carry a name and a number.
+/* Which process has an access to this guest: nodes that only carry a name and a number.
  *
- * pba-owner-PID-STARTTIME names a process. It is the first thing that an access adds, and the last
- * that it deletes. The start time (proc(5), /proc/PID/stat, field 22) tells a process from a later
- * one with its number. Where a process has several accesses at once, to whatever guests, a number
- * follows in the markers of all but one.
+ * The name pba-owner-PID-STARTTIME identifies a process. Its node is the first thing that an access
+ * adds, and the last that it deletes. The start time (proc(5), /proc/PID/stat, field 22)
+ * distinguishes a process from a later one with the same PID. If a process has several accesses at
+ * once, to any guests, the markers of all but one end in a number.
  *
- * The size of the node is a number that tells from where the process is (machine, boot, PID and
- * time namespace) and for which target the access is: PIDs and start times mean nothing elsewhere.
- * Name and number come in one command, so there is no moment at which a marker tells half. Version
- * 0.1.0 knows the name, and its own markers have no size. A dirty bitmap on the node could carry
- * text, but a migration that takes dirty bitmaps along then loses all of the guest's: the target
- * lacks the node (QEMU 7.2 and 10.0).
+ * The size of the node is a number that depends on the process' place (machine, boot, PID and time
+ * namespace) and on the access' target: elsewhere, PIDs and start times mean nothing. One command
+ * adds the name and the number, so a marker is always complete. Version 0.1.0 knows the name, and
+ * its own markers have no size. A dirty bitmap on the node could carry text, but then a migration
+ * that transfers dirty bitmaps loses all bitmaps of the guest, because the target lacks the node
+ * (QEMU 7.2 and 10.0).
  *
- * On Proxmox pba-ending-... says that a success is being committed; it goes once QEMU's reply has
- * been handled. */
+ * On Proxmox, pba-ending-... says that a success is being committed; it is deleted once QEMU's
+ * reply has been handled. */
 #include "access.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
@@ -31,7 +31,7 @@
 static GMutex marked_lock;
 static GPtrArray *marked;
 
-/* QEMU (7.2 to 11.0) rounds sizes up to whole sectors, and knows none of 2^63 bytes and more. */
+/* QEMU (7.2 to 11.0) rounds sizes up to whole sectors, and cannot represent 2^63 bytes or more. */
 #define SECTOR 512u
 #define TARGET_BITS 24
 #define PLACE_BITS 29
@@ -49,8 +49,8 @@ static bool set_place_error(GError **error, const char *what)
     return false;
 }
 
-/* Another kernel has another boot ID. Start times are of a time namespace (time_namespaces(7)),
- * which kernels before 5.6 do not have. */
+/* Another kernel has another boot ID. Start times depend on the time namespace
+ * (time_namespaces(7)), which kernels before 5.6 do not have. */
 static bool read_place(uint64_t *place, GError **error)
 {
     g_autofree char *boot = NULL;
@@ -67,7 +67,7 @@ static bool read_place(uint64_t *place, GError **error)
     }
     g_autofree char *text = g_strconcat(boot, pids, times ? times : "", NULL);
     g_autofree char *hash = pba_short_hash(text);
-    /* Never 0: that is a marker of version 0.1.0. */
+    /* Never 0, which marks version 0.1.0. */
     *place = MAX(g_ascii_strtoull(hash, NULL, 16) >> (32 - PLACE_BITS), 1u);
     return true;
 }
@@ -131,7 +131,7 @@ static bool read_stat(pid_t pid, char *state, uint64_t *start)
     return g_ascii_string_to_unsigned(fields[19], 10, 0, UINT64_MAX, start, NULL);
 }
 
-/* A marker that tells no process is of a later version, or damaged. */
+/* A marker without a process is of a later version, or damaged. */
 static bool parse_owner(const char *node, Owner *owner)
 {
     uint64_t pid;
@@ -165,7 +165,7 @@ char *pba_owner_mark_name(const PbaAccess *access, GError **error)
                                : g_steal_pointer(&process);
 }
 
-/* Whether another access of this process has that number. The caller has the lock. */
+/* Whether another access of this process has that number. The caller holds the lock. */
 static bool has_number(const PbaAccess *access, unsigned number)
 {
     for (guint i = 0; marked && i < marked->len; i++) {
@@ -177,8 +177,7 @@ static bool has_number(const PbaAccess *access, unsigned number)
     return false;
 }
 
-/* Which guest it is of does not matter: two ways to the same monitor cannot be told from two
- * guests. */
+/* For all guests: two connections to the same monitor cannot be distinguished from two guests. */
 static bool is_number_in_use(const PbaAccess *access, unsigned number)
 {
     g_mutex_lock(&marked_lock);
@@ -187,15 +186,15 @@ static bool is_number_in_use(const PbaAccess *access, unsigned number)
     return taken;
 }
 
-/* Whether PIDs and start times of that place mean something here. Those of version 0.1.0 are taken
- * for ones of this place, as it does. */
+/* Whether PIDs and start times of that place mean something here. Those of version 0.1.0 are
+ * assumed to be of this place, as it does itself. */
 static bool is_this_place(uint64_t size)
 {
     uint64_t place;
     return size == 0 || (read_place(&place, NULL) && place_of(size) == place);
 }
 
-/* A process that has ended and was not waited for yet is still in /proc. */
+/* A process that has ended but was not waited for is still in /proc. */
 static PbaOwnerState judge(const PbaAccess *access, const Owner *owner, uint64_t size)
 {
     char state;
@@ -205,7 +204,8 @@ static PbaOwnerState judge(const PbaAccess *access, const Owner *owner, uint64_t
         return PBA_OWNER_UNKNOWN;
     }
     if (!read_stat(owner->pid, &state, &now)) {
-        /* One that /proc hides from us (proc(5), hidepid) may be a later one with that number. */
+        /* A process that /proc hides from us (proc(5), hidepid) may be a later one with that
+         * PID. */
         return kill(owner->pid, 0) != 0 && errno != EPERM ? PBA_OWNER_DEAD : PBA_OWNER_UNKNOWN;
     }
     if (now != owner->start || state == 'Z' || state == 'X') {
@@ -228,7 +228,7 @@ bool pba_owner_read(const PbaAccess *access, const char *node, uint64_t size, pi
     return true;
 }
 
-/* The caller's word counts for what cannot be known, and for the caller's own target only. */
+/* The caller's word decides what cannot be known, but only for the caller's own target. */
 static bool counts_as_dead(const PbaAccess *access, PbaOwnerState state, uint64_t size)
 {
     uint64_t mask = ((uint64_t)1 << TARGET_BITS) - 1;
@@ -273,7 +273,7 @@ static bool refuse_owner(const PbaAccess *access, pid_t pid, PbaOwnerState state
     return false;
 }
 
-/* Of several markers the one that tells most. */
+/* Of several markers, the one that says most. */
 bool pba_owner_check(const PbaAccess *access, JsonArray *nodes, GError **error)
 {
     PbaOwnerState worst = PBA_OWNER_DEAD;

@@ -12,9 +12,9 @@
 
 #define SOCKET_NAME "nbd.sock"
 #define HIDDEN_NAME "nbd.end"
-/* Tells the target-id, of which names have a hash only. */
+/* Contains the target-id, because names only contain a hash of it. */
 #define TARGET_NAME "target"
-/* Tell whose it is, by the name and the number of its process' marker. */
+/* Identify the owner, by the name and the number of its process' marker. */
 #define OWNER_NAME "owner"
 #define PLACE_NAME "place"
 
@@ -44,8 +44,8 @@ static bool is_private_dir(const char *path)
            !(status.st_mode & 022);
 }
 
-/* Makes or takes the directory. One that exists must be the caller's own, and no other user may
- * write to it, or else its content could be swapped under us. */
+/* Creates or reuses the directory. An existing one must be the caller's own, and no other user may
+ * write to it, because otherwise its content could be swapped. */
 static bool ensure_private_dir(const char *path, GError **error)
 {
     if (mkdir(path, 0700) != 0 && errno != EEXIST) {
@@ -87,7 +87,7 @@ static bool socket_path_fits(const char *path, GError **error)
     return false;
 }
 
-/* Nothing depends on it: without it a directory is one of a dead process. */
+/* Nothing depends on this: without it, the directory counts as that of a dead process. */
 static void note(const char *dir, const char *name, const char *text)
 {
     g_autofree char *path = g_build_filename(dir, name, NULL);
@@ -107,7 +107,7 @@ bool pba_run_dir_make(PbaAccess *access, GError **error)
     if (!socket_path_fits(longest, error) || !ensure_private_dir(parent, error)) {
         return false;
     }
-    /* One of its own for each access: a socket is never taken over. */
+    /* Each access gets a new one: a socket is never reused. */
     if (!g_mkdtemp_full(path, 0700)) {
         return set_system_error(error, "make", path);
     }
@@ -131,7 +131,7 @@ static void rename_in(const char *dir, const char *from, const char *to)
     g_autofree char *old = g_build_filename(dir, from, NULL);
     g_autofree char *new = g_build_filename(dir, to, NULL);
 
-    /* Where it cannot be done the name stays as it is, and clients can come. */
+    /* If this fails, the name stays as it is, and clients can connect. */
     rename(old, new);
 }
 
@@ -181,7 +181,7 @@ void pba_run_dir_disown(PbaAccess *access)
     g_clear_pointer(&access->socket, g_free);
 }
 
-/* Whether it is pba-ROLE-TARGET-GUEST-XXXXXX, of whatever target. */
+/* Whether it is pba-ROLE-TARGET-GUEST-XXXXXX, of any target. */
 static bool has_role_name(const PbaAccess *access, const char *name, const char *role)
 {
     g_autofree char *prefix = g_strdup_printf("pba-%s-", role);
@@ -194,7 +194,7 @@ static bool has_role_name(const PbaAccess *access, const char *name, const char 
            name[to_end] == '-';
 }
 
-/* Of this user, or given to QEMU's by pba_user_give_file or pba_user_open_dir. */
+/* Owned by this user, or handed over to QEMU's user by pba_user_give_file or pba_user_open_dir. */
 static bool is_own(const PbaAccess *access, const struct stat *status)
 {
     bool is_file = S_ISREG(status->st_mode);
@@ -205,7 +205,7 @@ static bool is_own(const PbaAccess *access, const struct stat *status)
             !(mode & 077));
 }
 
-/* Appends what has such a name in the directory and is of this user. */
+/* Appends the directory's entries with such a name that belong to this user. */
 static void find_stale_in(const PbaAccess *access, GPtrArray *paths, const char *parent,
                           const char *role, mode_t type)
 {
@@ -258,7 +258,7 @@ char *pba_run_dir_target(const char *path)
     return target;
 }
 
-/* Of the process that made the directory; 0: it is dead, or the directory does not tell. */
+/* The PID of the process that made the directory; 0: it is dead, or the directory does not say. */
 static pid_t live_owner(const PbaAccess *access, const char *path)
 {
     g_autofree char *owner = g_build_filename(path, OWNER_NAME, NULL);
@@ -284,7 +284,7 @@ bool pba_run_dir_is_live(const PbaAccess *access, const char *path)
     return live_owner(access, path) != 0;
 }
 
-/* The socket in such a directory, owned by the caller; NULL if this is not one. */
+/* The socket in such a directory, owned by the caller; NULL if it is not such a directory. */
 static char *find_socket(const char *path)
 {
     g_autofree char *socket = g_build_filename(path, SOCKET_NAME, NULL);
@@ -315,7 +315,7 @@ char *pba_run_dir_stale_server(const char *path)
 {
     g_autofree char *socket = find_socket(path);
 
-    /* A process may have died while it was hidden. */
+    /* A process may have died while the socket was hidden. */
     pba_run_dir_show_socket(path);
     return socket && pba_socket_answers(socket) ? g_steal_pointer(&socket) : NULL;
 }

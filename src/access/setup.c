@@ -1,4 +1,4 @@
-/* Setting an access up: what is asked for, checked, done, and undone where it fails. */
+/* Sets an access up: checks the request, carries it out, and undoes it if a step fails. */
 #include "backend.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
@@ -42,7 +42,7 @@ static bool note_requests(PbaAccess *access, const PbaDeviceRequest *requests, s
     return true;
 }
 
-/* Fills in what QEMU has; refuses what cannot be backed up. */
+/* Fills in QEMU's state of the disk; refuses what cannot be backed up. */
 static bool resolve_disk(PbaDisk *disk, const PbaBackend *backend, const PbaBlock *block,
                          GError **error)
 {
@@ -124,7 +124,7 @@ static bool undo_leftovers(PbaAccess *access, PbaBlock *block, GError **error)
     return done;
 }
 
-/* Our marker is there: no process begins an access in between, whose bitmaps would be hit. */
+/* While our marker is in QEMU, no process begins an access whose bitmaps could be hit. */
 static bool drop_strays(PbaAccess *access, PbaBlock *block, GError **error)
 {
     g_autoptr(GPtrArray) lines = g_ptr_array_new_with_free_func(g_free);
@@ -134,7 +134,7 @@ static bool drop_strays(PbaAccess *access, PbaBlock *block, GError **error)
     }
     bool done = access->backend->drop_strays(access, lines, error);
     log_lines(access, lines);
-    /* What setup compares with must not have them any more. */
+    /* Setup must not compare with the removed ones later. */
     return done && pba_block_query(access->qmp, true, block, error);
 }
 
@@ -143,15 +143,16 @@ static bool drop_strays(PbaAccess *access, PbaBlock *block, GError **error)
 static bool look_for_bases(PbaAccess *access, PbaBlock *block, GError **error)
 {
     return pba_access_begin(access, error) &&
-           /* Before companions are looked at, which tell their guest. */
+           /* Before the companions are checked, because their names contain the guest. */
            pba_tie_ask_guest(access, error) &&
-           /* Before the bitmaps are looked at, which it may join or remove. */
+           /* Before the bitmaps are checked, because recovery may join or remove them. */
            undo_leftovers(access, block, error) && resolve_disks(access, block, error);
 }
 
 static const char other_name[] = "the disk was backed up under another name";
 
-/* The id that the disk's bitmap has, if nothing speaks against the bitmap. */
+/* The ID of the backup that the disk's bitmap is relative to, unless the bitmap must not be
+ * used. */
 static PbaBase find_base(PbaAccess *access, PbaDisk *disk, const PbaBlock *block)
 {
     g_autofree char *bitmap = pba_access_bitmap(access);
@@ -171,7 +172,7 @@ static PbaBase find_base(PbaAccess *access, PbaDisk *disk, const PbaBlock *block
                      .reason = g_strdup(is_alias ? other_name : disk->reason)};
 }
 
-/* That is over, and setup may come. What was seen is kept for it if it is not NULL. */
+/* Nothing remains to be undone, and setup may follow. What was seen is kept for it, if not NULL. */
 static void end_look(PbaAccess *access, PbaBlock *block)
 {
     g_ptr_array_set_size(access->disks, 0);
@@ -184,7 +185,8 @@ static void end_look(PbaAccess *access, PbaBlock *block)
     }
 }
 
-/* A guest that another process backs up has sizes, too. has_leftovers: setup has to look again. */
+/* Sizes can be queried even while another process backs up the guest. has_leftovers: setup must
+ * look again. */
 static bool look_for_sizes(PbaAccess *access, PbaBlock *block, bool *has_leftovers, GError **error)
 {
     GError *local = NULL;
@@ -242,7 +244,8 @@ bool pba_access_bases(PbaAccess *access, const PbaDeviceRequest *requests, size_
 
 /* Setup */
 
-/* Whether these are the nodes that were seen, but for our marker: then so is the graph. */
+/* Whether these are the nodes that were seen, except for our marker: then the graph is the same,
+ * too. */
 static bool are_nodes_as_seen(PbaAccess *access, JsonArray *nodes)
 {
     g_auto(PbaBlock) now = {.nodes = json_array_ref(nodes)};
@@ -257,7 +260,7 @@ static bool are_nodes_as_seen(PbaAccess *access, JsonArray *nodes)
     return json_array_get_length(nodes) == json_array_get_length(seen) + 1;
 }
 
-/* By what was seen last, if that still holds: a look at a guest takes four commands, and a caller
+/* Uses what was seen last, if it still holds: a look at a guest takes four commands, and a caller
  * may open a connection for each. */
 static bool claim_as_seen(PbaAccess *access)
 {
@@ -268,7 +271,7 @@ static bool claim_as_seen(PbaAccess *access)
         !pba_owner_mark(access, &nodes, NULL)) {
         return false;
     }
-    /* After the marker: from then on no process of ours changes what there is. */
+    /* After the marker: from then on, no other process of ours changes the state. */
     if (!are_nodes_as_seen(access, nodes)) {
         pba_owner_unmark(access, false);
         pba_access_enter(access, PBA_PHASE_NEW);
@@ -286,10 +289,10 @@ static bool claim(PbaAccess *access, const PbaDeviceRequest *requests, size_t co
     }
     PbaBlock *block = &access->seen;
     return note_requests(access, requests, count, error) &&
-           /* Before the disks are looked at: it changes the graph and the bitmaps. */
+           /* Before the disks are looked at, because it changes the graph and the bitmaps. */
            undo_leftovers(access, block, error) && resolve_disks(access, block, error) &&
            access->backend->check(access, block, error) &&
-           /* Before the first change: another process sees from now on that this one is at work. */
+           /* Before the first change: from now on, another process sees that this one is active. */
            pba_owner_mark(access, &block->nodes, error);
 }
 
@@ -303,16 +306,17 @@ static bool prepare(PbaAccess *access, const PbaDeviceRequest *requests, size_t 
     }
     access->nonce = pba_nonce_new(error);
     return access->nonce &&
-           /* Before the first change: what is done to a guest that is about to leave is lost. */
+           /* Before the first change: changes to a guest that is about to migrate are lost. */
            pba_company_check_here(access, error) &&
-           /* Before companions are looked at, which tell their guest. */
+           /* Before the companions are checked, because their names contain the guest. */
            pba_tie_ask_guest(access, error) && claim(access, requests, count, error) &&
-           /* After the marker, whose name it notes; before the NBD server, which listens there. */
+           /* After the marker, whose name the directory stores; before the NBD server, which
+            * listens there. */
            pba_run_dir_make(access, error) &&
-           /* Before the command: with a stray background bitmap Proxmox' QEMU (to 11.0) refuses it.
-            */
+           /* Before the command, which Proxmox' QEMU (to 11.0) refuses if there is a stray
+            * background bitmap. */
            drop_strays(access, block, error) &&
-           /* Before the bitmaps that it copies are begun anew. */
+           /* Before the bitmaps that it copies are started anew. */
            pba_audit_begin(access, block, error) && access->backend->prepare(access, block, error);
 }
 
@@ -358,7 +362,7 @@ bool pba_access_finish(PbaAccess *access, GError **error)
 {
     bool done = require_phase(access, PBA_PHASE_CUT, error) &&
                 access->backend->finish(access, error) &&
-                /* After the instant, up to which they have to record; before the exports. */
+                /* After the instant, because they record until then; before the exports. */
                 pba_audit_freeze(access, error);
 
     if (done) {

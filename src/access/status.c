@@ -1,4 +1,4 @@
-/* What there is of backups in a QEMU and on disk, for people and monitoring. It only looks. */
+/* The status of backups in a QEMU and on disk, for people and monitoring. It changes nothing. */
 #include "backend.h"
 #include "leftovers.h"
 #include "src/base/base.h"
@@ -9,8 +9,8 @@ typedef struct {
     PbaBlock block;
     PbaLeftovers leftovers;
     GPtrArray *things;
-    char *key;         /* of the target whose access is up; NULL: none is, or it is not known */
-    const char *owner; /* the mark of the process that has an access; NULL: there is none */
+    char *key;         /* of the target whose access is active; NULL: none, or not known */
+    const char *owner; /* the marker of the process that has an access; NULL: there is none */
     uint64_t owner_size;
     pid_t pid;
     PbaOwnerState state; /* of that process */
@@ -29,7 +29,7 @@ static void status_clear(Status *status)
 
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Status, status_clear)
 
-/* Texts that are not known are null. */
+/* Unknown texts are null. */
 static void set_text(JsonObject *object, const char *key, const char *text)
 {
     if (text) {
@@ -128,7 +128,7 @@ static JsonObject *foreign_access(const Status *status)
     return object;
 }
 
-/* NULL: no access is up, and no process is setting one up. */
+/* NULL: no access is active, and no process is setting one up. */
 static JsonObject *describe_access(Status *status)
 {
     const char *key = find_key(status);
@@ -156,7 +156,7 @@ static JsonObject *describe_access(Status *status)
 
 /* Bitmaps and exports */
 
-/* The id of the backup that a bitmap is relative to, borrowed; NULL: nothing tells. */
+/* The ID of the backup that a bitmap is relative to, borrowed; NULL: not known. */
 static const char *find_base(const Status *status, const char *node, const char *bitmap,
                              const char *target)
 {
@@ -230,7 +230,7 @@ static JsonArray *describe_exports(const Status *status)
 
 /* Fleecing images */
 
-/* The node that is the image's file, below its format. */
+/* The node of the image's file, below its format node. */
 static JsonObject *find_file_node(const PbaBlock *block, const char *node)
 {
     for (guint i = 0; node && i < json_array_get_length(block->nodes); i++) {

@@ -1,4 +1,4 @@
-/* The end of an access, whatever the cause. */
+/* The end of an access, for whatever reason. */
 #include "backend.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
@@ -31,7 +31,7 @@ void pba_access_free(PbaAccess *access)
     g_free(access);
 }
 
-/* By its directory recovery knows that the NBD server is none of another program. */
+/* The directory shows recovery that the NBD server does not belong to another program. */
 static void leave_run_dir(PbaAccess *access)
 {
     pba_log(&access->hooks, PBA_LOG_WARN,
@@ -44,7 +44,7 @@ void pba_access_end(PbaAccess *access)
 {
     pba_vfiles_free(access);
     if (access->phase == PBA_PHASE_GONE && pba_nbd_server_is_up(access)) {
-        /* The VM was not started again: another program has deleted our marker. */
+        /* The VM was not restarted: another program has deleted our marker. */
         leave_run_dir(access);
     }
     pba_run_dir_remove(access);
@@ -62,41 +62,43 @@ void pba_access_end(PbaAccess *access)
     }
 }
 
-/* The exports are gone. Our marker and what is undone are looked at in one query: after a restart
- * of the VM the nodes of a later access have the same names. */
+/* The exports are gone. One query returns our marker and what is to be undone: after a restart of
+ * the VM, the nodes of a later access have the same names. */
 static bool undo_rest(PbaAccess *access, bool success, bool is_shared, GError **error)
 {
     g_auto(PbaBlock) block = {0};
     /* Before the queries: this connects, and in QEMU before 8.2 (06e0f098d612) nbd-server-stop
-     * waits for ever, with the guest, for a client that is in the middle of its first messages.
-     * Two commands later QEMU has seen the end of this one. */
+     * waits forever, with the guest, for a client that is in the middle of the handshake. Two
+     * commands later, QEMU has seen the end of this connection. */
     bool server_is_up = pba_nbd_server_is_up(access);
-    /* Of a dead process it is not known which disks there were: the graph tells it. */
+    /* The disks of a dead process' access are not known; the graph shows them. */
     bool with_graph = access->backend->ends_by_graph || access->is_recovery;
 
     return pba_block_query(access->qmp, with_graph, &block, error) &&
            pba_owner_require(access, block.nodes, error) &&
-           /* Before the rest, of which it needs nothing: a fault there leaves no server behind. */
+           /* Before the rest, which does not need the server: so a later fault leaves no server
+            * behind. */
            (!server_is_up || pba_nbd_server_stop(access, is_shared, error)) &&
            access->backend->teardown(access, &block, success, error) &&
            /* Last: nothing depends on it. */
            pba_audit_end(access, &block, error);
 }
 
-/* Undoes what is in QEMU. The phase afterwards says what became of it. */
+/* Undoes what is in QEMU. The phase afterwards shows the outcome. */
 static bool undo(PbaAccess *access, bool success, GError **error)
 {
     GError *first = NULL;
     GError *files = NULL;
     bool is_shared;
 
-    /* Before the exports, which they read: so their readers get errors, not a server that waits. */
+    /* Before the exports, which the virtual files read: so their readers get errors and do not wait
+     * for a server. */
     if (!pba_vfiles_end(access, &files) && pba_error_is_fatal(files)) {
         g_propagate_error(error, files);
         return false;
     }
-    /* The exports before all else: while a bitmap is exported Proxmox' QEMU (to 11.0) aborts when
-     * the access ends, and a stock one (7.2 to 11.0) does not join it. */
+    /* The exports first: while a bitmap is exported, Proxmox' QEMU (to 11.0) aborts when the access
+     * ends, and a stock one (7.2 to 11.0) refuses to join it. */
     if (pba_exports_remove(access, &is_shared, &first)) {
         GError *step = NULL;
         undo_rest(access, success, is_shared, &step);
@@ -113,18 +115,18 @@ static bool undo(PbaAccess *access, bool success, GError **error)
     return true;
 }
 
-/* Whether there is nothing left to be torn down by a later call. */
+/* Whether nothing is left for a later call. */
 static bool is_over(PbaAccess *access, const GError *error)
 {
     if (error && pba_error_is_fatal(error)) {
-        /* A QEMU that quit has taken the access with it. */
+        /* When QEMU quit, the access ended with it. */
         return error->code == PBA_ERROR_CONNECTION && pba_qmp_is_gone(access->qmp);
     }
     bool server_is_up = pba_nbd_server_is_up(access);
     return !server_is_up && access->backend->is_clean(access);
 }
 
-/* What there is to be done once the bitmaps are right, or cannot be made so now. */
+/* The rest of the teardown, when the bitmaps are right, or cannot be made right now. */
 static void settle(PbaAccess *access, const GError *error)
 {
     bool is_reachable = access->phase != PBA_PHASE_ENDING || !pba_error_is_fatal(error);
@@ -132,15 +134,15 @@ static void settle(PbaAccess *access, const GError *error)
     if (access->phase == PBA_PHASE_ENDING) {
         pba_access_enter(access, is_over(access, error) ? PBA_PHASE_ENDED : PBA_PHASE_STUCK);
     }
-    /* Our marker goes last: without it others take what is there for theirs to undo. */
+    /* Our marker is deleted last: without it, other processes would undo what is there. */
     if (is_reachable &&
         (access->phase == PBA_PHASE_COMMITTED || access->phase == PBA_PHASE_ENDED)) {
         pba_owner_unmark(access, true);
     }
 }
 
-/* Once the backup is committed nothing makes a failure of it: the caller would not count it, and
- * the next one would lack its data. Returns whether it is as it was asked for. */
+/* Once the backup is committed, nothing turns it into a failure: the caller would discard it, and
+ * the next one would lack its data. Returns whether the outcome is the requested one. */
 static bool conclude(PbaAccess *access, GError *error, GError **result)
 {
     settle(access, error);
@@ -179,7 +181,8 @@ bool pba_tear_down_and_end(PbaAccess *access, bool success, GError **error)
         pba_qmp_release(access->qmp);
         return true;
     }
-    /* A call that a callback ended may have come to the bitmaps' end: then the rest is left. */
+    /* A call that a callback ended may already have joined the bitmaps; then only the rest
+     * remains. */
     if (access->phase != PBA_PHASE_COMMITTED && access->phase != PBA_PHASE_ENDED) {
         pba_access_enter(access, PBA_PHASE_ENDING);
         undo(access, success, &local);
@@ -187,8 +190,7 @@ bool pba_tear_down_and_end(PbaAccess *access, bool success, GError **error)
     return conclude(access, local, error);
 }
 
-/* A callback that ends the program leaves a call that never returns; then Perl destroys the object.
- */
+/* If a callback ends the program, the call never returns; then Perl destroys the object. */
 static void end_interrupted_call(PbaAccess *access)
 {
     pba_qmp_settle(access->qmp, false);
@@ -212,7 +214,7 @@ PbaOutcome pba_outcome_unknown(const PbaAccess *access, const char *done, const 
     return PBA_OUTCOME_UNKNOWN;
 }
 
-/* The end of a backup that is told its id. */
+/* The end of a backup whose ID is given. */
 static bool note_id(PbaAccess *access, const char *id, GError **error)
 {
     if (id && access->tied != PBA_TIED_YES) {
@@ -243,7 +245,7 @@ bool pba_access_teardown(PbaAccess *access, bool success, const char *id, GError
     if (!pba_access_require_up(access, error) || !note_id(access, success ? id : NULL, error)) {
         return false;
     }
-    /* What went wrong once may have joined the bitmaps of some disks as after a failure. */
+    /* The failed attempt may have joined the bitmaps of some disks as after a failure. */
     bool is_too_late =
         success && (access->phase == PBA_PHASE_STUCK || access->phase == PBA_PHASE_ENDED);
     if (!pba_tear_down_and_end(access, success && !is_too_late, error)) {

@@ -45,8 +45,8 @@ bool pba_tie_fits(const PbaAccess *access, PbaDisk *disk, const PbaBlock *block)
                                        disk->base_disk, disk->identity);
         return false;
     }
-    /* Names may go from one disk to another, so a base that was found by its name is one only if
-     * the disk had that name then. */
+    /* A name may move from one disk to another, so a base that was found by name only counts if the
+     * disk had that name at that backup. */
     if (disk->base_disk) {
         wanted.name = NULL;
     }

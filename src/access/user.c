@@ -1,5 +1,5 @@
-/* Whose process QEMU is. It opens the fleecing images and makes the NBD socket, in directories of
- * the user that backs up. */
+/* The user that QEMU runs as. QEMU opens the fleecing images and creates the NBD socket, in
+ * directories of the user that backs up. */
 #include "access.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
@@ -17,8 +17,8 @@ static char *read_proc(pid_t pid, const char *name)
     return g_file_get_contents(path, &text, NULL, NULL) ? text : NULL;
 }
 
-/* Who listens at the QMP socket may be another process, as with libvirt, or have another user by
- * now, as with -runas: the process' name and effective user say. */
+/* The listener of the QMP socket may be another process, as with libvirt, or may have another user
+ * by now, as with -runas. So the process' name and effective user are checked. */
 static bool find_user(pid_t pid, unsigned *uid, unsigned *gid)
 {
     g_autofree char *name = pid > 0 ? read_proc(pid, "comm") : NULL;
@@ -68,8 +68,8 @@ bool pba_user_give_file(const PbaAccess *access, int fd)
     return !access->has_qemu_user || fchown(fd, access->qemu_uid, access->qemu_gid) == 0;
 }
 
-/* QEMU's group may add something and use it by its name, and neither list nor, for the sticky bit,
- * remove or rename what is root's. All others may go through the directory above only. */
+/* QEMU's group may add files and use them by name, but cannot list the directory or, because of the
+ * sticky bit, remove or rename root's files. All other users can only enter the directory above. */
 bool pba_user_open_dir(const PbaAccess *access, const char *dir)
 {
     g_autofree char *above = g_path_get_dirname(dir);
@@ -86,8 +86,8 @@ static char *name_of(unsigned uid)
     return g_strdup_printf("user '%s' (%u)", user ? user->pw_name : "?", uid);
 }
 
-/* The directories have been opened to QEMU's user: it is those above them, or a rule of the host's.
- */
+/* The directories have been opened to QEMU's user, so the cause is a directory above them, or a
+ * rule of the host. */
 static char *confined_hint(unsigned uid)
 {
     g_autofree char *user = name_of(uid);

@@ -40,11 +40,11 @@ struct PbaVfile {
     uint64_t size;
     pid_t pid;
     int process; /* a descriptor of it (pidfd_open(2)); -1: there is none */
-    int socket;  /* to the server; it ends when this is shut down. -1: it has ended */
+    int socket;  /* to the server, which ends when this is shut down. -1: it has ended */
 };
 
-/* Beside the library that this code is in. Found when it is loaded, since its path may be relative
- * to what is then the working directory. */
+/* pba-vfile is in the directory of the library that contains this code. Its path is determined when
+ * the library is loaded, because it may be relative to the working directory at that time. */
 static char program[PATH_MAX];
 
 __attribute__((constructor)) static void find_program(void)
@@ -80,11 +80,11 @@ static bool check_fuse(GError **error)
     return !problem;
 }
 
-/* Nothing of the caller's goes along: no descriptor but the socket, no environment, no signal
- * settings; and a terminal's signals are for the caller, not for the server. */
+/* The server inherits nothing from the caller: no descriptor but the socket, no environment, no
+ * signal settings. A terminal's signals go to the caller, not to the server. */
 static int spawn(char *const *words, int socket, pid_t *pid)
 {
-    /* GnuTLS comes with libnbd. Not preparing it saves a fifth of the start. */
+    /* libnbd loads GnuTLS. Without its initialization, the start takes a fifth less time. */
     static char *const environment[] = {(char *)"PATH=/usr/sbin:/usr/bin:/sbin:/bin",
                                         (char *)"GNUTLS_NO_IMPLICIT_INIT=1", NULL};
     posix_spawn_file_actions_t actions;
@@ -116,9 +116,9 @@ static bool is_child(idtype_t type, id_t id)
     return waitid(type, id, &info, WEXITED | WNOHANG | WNOWAIT) == 0;
 }
 
-/* A number is another process' once its own has been waited for, as a handler of the caller's for
- * SIGCHLD may do at any time. A descriptor stays that process'; it may have come too late for it.
- */
+/* After a child was waited for, its PID may be reused, and a handler of the caller's for SIGCHLD
+ * may wait at any time. A pidfd always refers to the same process, but may have been opened too
+ * late. */
 static int open_process(pid_t pid)
 {
     int fd = pidfd_open(pid, 0);
@@ -140,7 +140,7 @@ static void kill_server(const PbaVfile *vfile)
     }
 }
 
-/* The signal that ended it; 0 if it ended by itself, or if others have waited for it. */
+/* The signal that ended it; 0 if it ended by itself, or if other code has waited for it. */
 static int wait_for_server(const PbaVfile *vfile)
 {
     bool by_descriptor = vfile->process >= 0;
@@ -202,7 +202,7 @@ void pba_vfile_serve(PbaVfile *vfile)
     (void)sent;
 }
 
-/* One read of what the server says; its end is 0. */
+/* One read of the server's output; 0 at its end. */
 static ssize_t hear(PbaVfile *vfile, char *buffer, size_t size, gint64 deadline,
                     const PbaHooks *hooks, GError **error)
 {
@@ -250,7 +250,7 @@ int pba_vfile_open(PbaVfile *vfile, GError **error)
                       g_strerror(errno));
     } else if (fstatfs(fd, &fs) != 0 || fs.f_type != FUSE_SUPER_MAGIC || fstat(fd, &status) != 0 ||
                (uint64_t)status.st_size != vfile->size) {
-        /* The mount point shows when there is no mount any more. */
+        /* At the mount point, the file system shows that there is no mount any more. */
         pba_error_set(error, PBA_ERROR_SYSTEM, "the server of virtual file '%s' has ended",
                       vfile->path);
         close(fd);
@@ -267,8 +267,8 @@ void pba_vfile_tell_end(PbaVfile *vfile)
     }
 }
 
-/* Waits until the server has closed its end, which it does by ending. Whoever interrupts the wait
- * gets the same end, less gently. */
+/* Waits until the server closes its end of the socket, which it does when it ends. If the wait
+ * fails or is interrupted, the server is killed. */
 static void wait_end(PbaVfile *vfile, const PbaHooks *hooks, GError **error)
 {
     gint64 deadline = pba_deadline(END_LIMIT_S);
@@ -292,7 +292,7 @@ static void wait_end(PbaVfile *vfile, const PbaHooks *hooks, GError **error)
     }
 }
 
-/* Only a program that is set-uid root may, for other users. It says nothing and ends when it is
+/* Only a set-uid root program may unmount for other users. It prints nothing and ends when it is
  * done. */
 static void run_fusermount(const char *path, const PbaHooks *hooks)
 {
@@ -315,7 +315,7 @@ static void run_fusermount(const char *path, const PbaHooks *hooks)
     close(sockets[0]);
 }
 
-/* What a server that died left. One that ended has done this itself. */
+/* Cleans up after a server that died. A server that ended regularly has done this itself. */
 static bool remove_file(const char *path, const PbaHooks *hooks, GError **error)
 {
     if (unlink(path) == 0 || errno == ENOENT) {

@@ -1,4 +1,4 @@
-/* One device's virtual file, as the process sees it that has it served. */
+/* The virtual file of one device, from the point of view of the process that starts its server. */
 #ifndef PBA_SRC_VFILE_H
 #define PBA_SRC_VFILE_H
 
@@ -14,18 +14,18 @@ typedef struct PbaVfile PbaVfile;
  * PBA_ERROR_UNSUPPORTED without FUSE. */
 PbaVfile *pba_vfile_start(const char *path, const PbaVolumeOptions *options, bool is_whole,
                           GError **error);
-/* Has the file made at path: what the options name is there. */
+/* Tells the server to create the file at path: the export in the options exists. */
 void pba_vfile_serve(PbaVfile *vfile);
-/* Waits until the file can be opened, or gives the server's reason why not. */
+/* Waits until the file can be opened, or returns the server's error. */
 bool pba_vfile_wait_ready(PbaVfile *vfile, const PbaHooks *hooks, GError **error);
-/* A new descriptor of the file, the caller's to close; -1 on error. */
+/* A new descriptor of the file, which the caller closes; -1 on error. */
 int pba_vfile_open(PbaVfile *vfile, GError **error);
 /* Tells the server to unmount and end, without waiting for it. */
 void pba_vfile_tell_end(PbaVfile *vfile);
 /* Unmounts the file and ends its server, even while programs have the file open. Can be called
  * again after an error. */
 bool pba_vfile_end(PbaVfile *vfile, const PbaHooks *hooks, GError **error);
-/* Frees what is local: also in a forked child, where nothing else may be done. */
+/* Frees local memory only: also for a forked child, which must not do anything else. */
 void pba_vfile_free(PbaVfile *vfile);
 
 /* Unmounts and removes what killed servers of a dead process left in its directory. */

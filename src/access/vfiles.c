@@ -18,7 +18,7 @@ static bool start_files(PbaAccess *access, GError **error)
             .bitmap = disk->bitmap_name,
             .size = disk->size,
         };
-        /* Devices may be called anything, so the file is not called after its own. */
+        /* A device's name may contain anything, so it is not used as the file's name. */
         g_autofree char *path = g_strdup_printf("%s/" PBA_VFILE_PREFIX "%u", access->socket_dir, i);
         bool is_whole = pba_bitmap_status(disk->action) != PBA_BITMAP_STATUS_REUSE;
         PbaVfile *vfile = pba_vfile_start(path, &options, is_whole, error);
@@ -49,7 +49,7 @@ bool pba_access_serve_files(PbaAccess *access, GError **error)
         return true;
     }
     access->vfiles = g_ptr_array_new_with_free_func(free_vfile);
-    /* They are loaded while QEMU is at the exports, and connect all at once. */
+    /* The servers are loaded while QEMU makes the exports, and connect all at once. */
     if (start_files(access, error) && pba_access_export(access, error) &&
         serve_and_wait(access, error)) {
         return true;

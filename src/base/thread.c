@@ -4,7 +4,7 @@
 #include <pthread.h>
 #include <signal.h>
 
-/* A signal handler of Perl's must not run in a thread that Perl does not know. */
+/* Perl's signal handlers must not run in a thread that Perl does not know. */
 bool pba_thread_start(GThreadFunc run, void *opaque, GError **error)
 {
     sigset_t all;

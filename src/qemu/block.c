@@ -3,7 +3,7 @@
 #include "src/qmp/qmp.h"
 #include <string.h>
 
-/* Drivers whose nodes show their child's data unchanged, so that bitmaps belong below them. */
+/* Drivers of nodes that show their child's data unchanged, so bitmaps belong below them. */
 static const char *const filters[] = {"throttle", "copy-on-read", "compress", "preallocate", NULL};
 
 JsonArray *pba_block_query_nodes(PbaQmp *qmp, GError **error)
@@ -52,7 +52,7 @@ const char *pba_block_device_node(JsonObject *device)
     return inserted ? pba_json_find_string(inserted, "node-name") : NULL;
 }
 
-/* query-block shows the id, or the QOM path of what the id is in. */
+/* query-block shows the ID, or the QOM path of the object that contains the ID. */
 char *pba_block_qdev_id(const char *qdev)
 {
     static const char peripheral[] = "/machine/peripheral/";
@@ -248,18 +248,18 @@ static bool is_others(const char *node)
     return !pba_is_own_node(node);
 }
 
-/* A user or program chose its name: names that QEMU makes up, also for the filters of Proxmox'
+/* A name that a user or program chose. Names that QEMU makes up, also for the filters of Proxmox'
  * access, begin with a #. */
 static bool is_named(const char *node)
 {
     return is_others(node) && *node != '#';
 }
 
-/* The first node from node downwards that passes; needs the graph. */
+/* The first node from node downwards for which passes is true; needs the graph. */
 static const char *first_node(const PbaBlock *block, const char *node,
                               bool (*passes)(const char *node))
 {
-    /* A peer's graph may be a ring: no more steps than there are nodes. */
+    /* A wrong graph may be a ring, so this takes no more steps than there are nodes. */
     for (guint i = 0; node && i < json_array_get_length(block->nodes); i++) {
         if (passes(node)) {
             return node;
@@ -269,7 +269,7 @@ static const char *first_node(const PbaBlock *block, const char *node,
     return NULL;
 }
 
-/* Whether a job works on the node: it is its filter, or below that. */
+/* Whether a job works on the node: the node is the job's filter, or below that. */
 static bool is_jobs(const PbaBlock *block, const char *node)
 {
     JsonArray *edges = pba_json_find_array(block->graph, "edges");
@@ -291,7 +291,7 @@ static bool is_node_of(const PbaBlock *block, JsonObject *device, const char *na
 {
     const char *node = pba_block_device_node(device);
 
-    /* A peer's graph may be a ring: no more steps than there are nodes. */
+    /* A wrong graph may be a ring, so this takes no more steps than there are nodes. */
     for (guint i = 0; node && i < json_array_get_length(block->nodes); i++) {
         if (strcmp(node, name) == 0) {
             return true;
@@ -327,7 +327,7 @@ JsonObject *pba_block_find_device(const PbaBlock *block, const char *name)
 
 static bool is_above(const PbaBlock *block, const char *node, const char *below)
 {
-    /* A peer's graph may be a ring: no more steps than there are nodes. */
+    /* A wrong graph may be a ring, so this takes no more steps than there are nodes. */
     for (guint i = 0; node && i < json_array_get_length(block->nodes); i++) {
         if (strcmp(node, below) == 0) {
             return true;
@@ -337,13 +337,14 @@ static bool is_above(const PbaBlock *block, const char *node, const char *below)
     return false;
 }
 
-/* libvirt-3-format and the like, which libvirt numbers anew with each snapshot and start. */
+/* Names such as libvirt-3-format, which libvirt renumbers with each snapshot and start. */
 static bool is_numbered(const char *node)
 {
     return g_str_has_prefix(node, "libvirt-") && g_ascii_isdigit(node[strlen("libvirt-")]);
 }
 
-/* What a user is told: the drive's id, else the node's name if it lasts, else the device's id. */
+/* The name for users: the drive's ID, else the node's name if it is permanent, else the device's
+ * ID. */
 static char *device_name(const PbaBlock *block, JsonObject *device, const char *root)
 {
     const char *name = pba_json_find_string(device, "device");
@@ -400,7 +401,7 @@ bool pba_block_has_parent(const PbaBlock *block, const char *node)
 
 const char *pba_block_skip_filters(const PbaBlock *block, const char *node)
 {
-    /* A peer's graph may be a ring: no more steps than there are nodes. */
+    /* A wrong graph may be a ring, so this takes no more steps than there are nodes. */
     for (guint i = 0; node && i < json_array_get_length(block->nodes); i++) {
         JsonObject *entry = pba_block_find_node(block, node);
         const char *driver = entry ? pba_json_find_string(entry, "drv") : NULL;

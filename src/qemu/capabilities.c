@@ -1,4 +1,4 @@
-/* What a QEMU says of itself: its version, its commands and their arguments. */
+/* A QEMU's version, commands and arguments, as it reports them. */
 #include "qemu.h"
 #include "src/qmp/qmp.h"
 

@@ -1,5 +1,5 @@
-/* What else there is at a disk of the guest: jobs, filters, nodes and users of other programs, as
- * the block graph shows them. query-block does not: it hides the filters that jobs put in. */
+/* Other programs at a disk of the guest: their jobs, filters, nodes and users, as the block graph
+ * shows them. query-block is not enough: it hides the filters that jobs insert. */
 #include "qemu.h"
 
 #include "src/qmp/qmp.h"
@@ -88,7 +88,7 @@ static gint64 find_id(const PbaBlock *block, const char *type, const char *name)
     return 0;
 }
 
-/* A block backend has its own name in the graph, or its guest device's. */
+/* In the graph, a block backend has its own name, or that of its guest device. */
 static gint64 find_backend(const PbaBlock *block, JsonObject *device)
 {
     const char *name = device ? pba_json_find_string(device, "device") : NULL;
@@ -109,7 +109,7 @@ static gint64 child_of(const PbaBlock *block, gint64 parent)
     return 0;
 }
 
-/* In as many rounds as the graph is deep. */
+/* As many rounds as the graph is deep. */
 static void collect_below(Company *company)
 {
     guint before;
@@ -161,7 +161,7 @@ static bool has_permission(JsonObject *edge, const char *key, const char *permis
     return false;
 }
 
-/* Its nodes come and go with it, and what the guest writes goes through them. */
+/* The node appears and disappears with the job, and the guest's writes go through it. */
 static char *find_job(const Company *company)
 {
     for (guint i = 0; i < edge_count(company->block); i++) {
@@ -174,7 +174,7 @@ static char *find_job(const Company *company)
     return NULL;
 }
 
-/* query-block's node is the first one that is no implicit filter. */
+/* query-block shows the first node that is not an implicit filter. */
 static char *describe_filter(const Company *company, const char *node)
 {
     const char *top = name_of(company, company->top);
@@ -210,8 +210,8 @@ static char *describe_parent(const Company *company, gint64 parent, gint64 child
                   : NULL;
 }
 
-/* From what the guest uses down to what is no filter. That an image below has several overlays is
- * nothing special. */
+/* From what the guest uses down to the first node that is not a filter. An image below that may
+ * have several overlays. */
 static char *describe_others(const Company *company, GHashTable *path)
 {
     for (guint i = 0; i < edge_count(company->block); i++) {
@@ -304,7 +304,7 @@ static const char *const scsi_drivers[] = {"host_device", "iscsi", NULL};
 
 bool pba_company_is_host_device(const PbaBlock *block, const char *node)
 {
-    /* A peer's graph may be a ring: no more steps than there are nodes. */
+    /* A wrong graph may be a ring, so this takes no more steps than there are nodes. */
     for (guint i = 0; node && i < json_array_get_length(block->nodes); i++) {
         JsonObject *entry = pba_block_find_node(block, node);
         const char *driver = entry ? pba_json_find_string(entry, "drv") : NULL;

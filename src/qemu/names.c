@@ -1,4 +1,4 @@
-/* Names of what is ours in a QEMU: nodes, exports, jobs, bitmaps. */
+/* Names of what we add to a QEMU: nodes, exports, jobs, bitmaps. */
 #include "qemu.h"
 #include "src/base/base.h"
 #include <errno.h>
@@ -8,7 +8,7 @@
 
 #define TARGET_PREFIX "pba:"
 #define BACKGROUND_PREFIX "pba-background-"
-/* Beside a bitmap with a companion: which of the two bitmaps it belongs to is never guessed. */
+/* For a bitmap with a companion: the name must show which of the two bitmaps it belongs to. */
 #define TIED_BACKGROUND_PREFIX "pba-background+"
 /* Of version 0.1.0. */
 #define OLD_BACKGROUND_PREFIX "pba-background:"
@@ -59,8 +59,8 @@ bool pba_is_tied_bitmap(const char *name)
     return g_str_has_prefix(name, PBA_TIED_PREFIX);
 }
 
-/* Version 0.1.0 does not know such a name: it finds the target's bitmap frozen and alone, and makes
- * a full backup. */
+/* Version 0.1.0 does not know this name: it finds the target's bitmap frozen and alone, and makes a
+ * full backup. */
 char *pba_background_bitmap(const char *target_id, const char *nonce, bool tied)
 {
     return nonce ? g_strconcat(tied ? TIED_BACKGROUND_PREFIX : BACKGROUND_PREFIX, nonce, ":",
@@ -93,7 +93,7 @@ bool pba_is_tied_background(const char *name)
     return g_str_has_prefix(name, TIED_BACKGROUND_PREFIX);
 }
 
-/* Of the kernel: GLib's generator gives a forked child the numbers of its parent. */
+/* From the kernel, because GLib's generator gives a forked child its parent's numbers. */
 char *pba_nonce_new(GError **error)
 {
     uint64_t number;
@@ -118,8 +118,8 @@ char *pba_ending_prefix(const char *target_id)
     return g_strconcat(PBA_ENDING_PREFIX, target, NULL);
 }
 
-/* Node names have 31 bytes: a part of the nonce has to do. A name pba-ending-TARGET-... would be
- * taken for that of a disk's node. */
+/* Node names have at most 31 bytes, so only a part of the nonce fits. A name pba-ending-TARGET-...
+ * would be taken for that of a disk's node. */
 char *pba_ending_mark(const char *target_id, const char *nonce)
 {
     g_autofree char *prefix = pba_ending_prefix(target_id);
@@ -135,7 +135,8 @@ const char *pba_bitmap_target(const char *name)
                                                  : pba_background_target(name);
 }
 
-/* Of the target's hash, as in companions: a name has at most 1023 bytes, as a target has. */
+/* The target's hash, as in companions: a bitmap's name has at most 1023 bytes, and so may a
+ * target. */
 char *pba_audit_bitmap(const char *target_id, const char *nonce)
 {
     g_autofree char *target = pba_short_hash(target_id);

@@ -85,8 +85,8 @@ bool pba_json_size(JsonObject *object, const char *key, uint64_t *value, GError 
     bool is_integer = node && json_node_get_value_type(node) == G_TYPE_INT64;
     gint64 size = is_integer ? json_node_get_int(node) : -1;
 
-    /* json-glib 1.10 makes of every greater number the greatest, which QEMU has for no size; older
-     * ones make negative numbers of them. */
+    /* json-glib 1.10 turns every greater number into the greatest one, which QEMU uses for no size;
+     * older versions turn them into negative numbers. */
     if (size < 0 || size == G_MAXINT64) {
         set_member_error(error, key, "size");
         return false;

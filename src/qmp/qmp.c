@@ -13,7 +13,7 @@
 
 #define READ_SIZE 65536
 #define MAX_PAUSE_MS 1000
-/* With the time between two looks for signals it is less than a second. */
+/* Together with the time between two checks for signals, this is less than a second. */
 #define SETTLE_LIMIT_US (700 * G_TIME_SPAN_MILLISECOND)
 
 struct PbaQmp {
@@ -21,7 +21,7 @@ struct PbaQmp {
     unsigned timeout_s;
     PbaHooks hooks;
     PbaHooks callers_hooks; /* those above, but while it settles */
-    gint64 pending_since;   /* while it settles: 0 until a signal is seen */
+    gint64 pending_since;   /* while it is set: 0 until a signal is seen */
     PbaQmpTransport transport;
     void *transport_opaque;
     int fd; /* -1: not connected */
@@ -120,7 +120,7 @@ static bool connect_socket(PbaQmp *qmp, gint64 deadline, GError **error)
         return false;
     }
     while (connect(qmp->fd, (struct sockaddr *)&address, sizeof(address)) != 0) {
-        /* EAGAIN: others are queueing at this monitor. */
+        /* EAGAIN: other clients are waiting for this monitor. */
         if (errno == EAGAIN || errno == EINTR) {
             if (!pba_wait_ms(10, deadline, &qmp->hooks, "connecting to the QMP socket", error)) {
                 return false;
@@ -135,8 +135,8 @@ static bool connect_socket(PbaQmp *qmp, gint64 deadline, GError **error)
     return true;
 }
 
-/* The connection goes for the time of the sleep: a monitor serves one client at a time, and what is
- * asked for again and again may take minutes. */
+/* The connection is closed during the sleep: a monitor serves one client at a time, and polling may
+ * take minutes. */
 bool pba_qmp_pause(PbaQmp *qmp, unsigned *pause_ms, gint64 deadline, const char *what,
                    GError **error)
 {
@@ -185,8 +185,8 @@ static bool send_text(PbaQmp *qmp, const char *text, gint64 deadline, GError **e
     return true;
 }
 
-/* Reads what is there, waiting for at least one byte. The wait is also what keeps the time limit
- * when a peer never stops talking. */
+/* Reads what has arrived, waiting for at least one byte. This wait also keeps the time limit if a
+ * peer never stops sending. */
 static bool receive(PbaQmp *qmp, gint64 deadline, const char *what, GError **error)
 {
     char buffer[READ_SIZE];
@@ -252,8 +252,9 @@ static JsonNode *unwrap_reply(JsonObject *reply, const char *command, const char
     return json_node_copy(value);
 }
 
-/* One that no other client has: a reply to such a client may come first (see receive_own_reply). A
- * forked process has its parent's random numbers. Short, since QEMU reads commands byte by byte. */
+/* An ID that no other client uses: a reply to such a client may come first (see receive_own_reply).
+ * A forked process has its parent's random numbers. The ID is short because QEMU reads commands
+ * byte by byte. */
 static char *next_id(PbaQmp *qmp)
 {
     return g_strdup_printf("%08x-%" PRIu64, qmp->nonce ^ (guint32)getpid(), ++qmp->last_id);
@@ -272,8 +273,8 @@ static JsonNode *converse(PbaQmp *qmp, const char *command, JsonNode *arguments,
     return reply ? unwrap_reply(reply, command, id, error) : NULL;
 }
 
-/* If the client before us disconnected in the middle of a command, QEMU sends us its reply when the
- * command is done. Commands run one after the other, so it comes before ours. */
+/* If the previous client disconnected in the middle of a command, QEMU sends us its reply when the
+ * command is done. Commands run one after the other, so this reply comes before ours. */
 static JsonObject *receive_own_reply(PbaQmp *qmp, const char *id, gint64 deadline, GError **error)
 {
     JsonObject *reply;
@@ -285,7 +286,7 @@ static JsonObject *receive_own_reply(PbaQmp *qmp, const char *id, gint64 deadlin
     return reply;
 }
 
-/* "oob" is not asked for: commands run one after the other here. */
+/* "oob" is not requested: commands run one after the other here. */
 static bool agree(PbaQmp *qmp, gint64 deadline, GError **error)
 {
     static const char command[] = "qmp_capabilities";
@@ -329,7 +330,7 @@ static bool ensure_connected(PbaQmp *qmp, gint64 deadline, GError **error)
     return false;
 }
 
-/* By the caller's transport, whose error is a peer's text. */
+/* Runs the command by the caller's transport. The text of its error is treated as a peer's. */
 static JsonNode *carry(PbaQmp *qmp, const char *command, JsonNode *arguments, GError **error)
 {
     g_autoptr(JsonNode) none = arguments ? NULL : pba_json("@a{sv} {}");

@@ -4,8 +4,8 @@
 #include "src/base/base.h"
 #include <string.h>
 
-/* A big VM's query-named-block-nodes has a few MiB. json-glib's parser is recursive, so nesting is
- * limited before it sees anything. */
+/* The reply to query-named-block-nodes of a big VM has a few MiB. json-glib's parser is recursive,
+ * so nesting is limited before it sees anything. */
 #define MAX_MESSAGE (64 << 20)
 
 struct PbaQmpWire {
@@ -38,7 +38,7 @@ void pba_qmp_wire_free(PbaQmpWire *wire)
     g_free(wire);
 }
 
-/* The number after a backslash and a u, or -1 if that is not what is there. */
+/* The number after a backslash and a u, or -1 if there is no such escape. */
 static int unicode_escape(const char *text, const char *end)
 {
     int value = 0;
@@ -55,9 +55,9 @@ static int unicode_escape(const char *text, const char *end)
     return value;
 }
 
-/* What json-glib would take beyond JSON: other escapes, for any byte, and \u with less than four
- * digits. It turns half a surrogate pair into bytes that are not UTF-8, and a NUL into the end of
- * the string. */
+/* Refuses what json-glib accepts beyond JSON: other escapes, for any byte, and \u with less than
+ * four digits. It turns half a surrogate pair into bytes that are not UTF-8, and a NUL into the end
+ * of the string. */
 static bool escapes_are_text(const char *text, const char *end)
 {
     while ((text = memchr(text, '\\', (size_t)(end - text)))) {
@@ -89,18 +89,18 @@ static bool finish_message(PbaQmpWire *wire, GError **error)
                       parse_error->message);
         return false;
     }
-    /* It begins with a brace, so it is an object. */
+    /* The text begins with a brace, so it is an object. */
     JsonObject *object = json_node_get_object(json_parser_get_root(wire->parser));
     g_queue_push_tail(&wire->messages, json_object_ref(object));
-    /* Big replies must not stay allocated for the rest of the connection. */
+    /* The buffer of a big reply must not stay allocated for the rest of the connection. */
     g_byte_array_unref(wire->message);
     wire->message = g_byte_array_new();
     wire->values = 0;
     return true;
 }
 
-/* What JSON has outside of strings. json-glib would take more, and its comments and other quotes
- * would hide strings and nesting from us. */
+/* The characters that JSON has outside of strings. json-glib accepts more, and its comments and
+ * other quotes would hide strings and nesting from this check. */
 static bool is_json(char c)
 {
     return c && strchr("{}[]:,\" \t\r\n0123456789+-.Eaeflnrstu", c);

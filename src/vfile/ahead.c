@@ -1,23 +1,23 @@
-/* What to read ahead. The cursor runs through the dirty regions in front of a reader that reads in
+/* What to read ahead. The cursor moves through the dirty regions in front of a reader that reads in
  * order: each region to its end, then on at the beginning of the next one. */
 #include "server.h"
 #include "src/volume/volume.h"
 
-/* A reader that is not where it is expected this often in a row does not read in order. */
+/* A reader whose position is unexpected this many times in a row does not read in order. */
 #define MAX_MISSES 4
 #define MIN_MISSES 1
-/* Discarded ranges that lie ahead; with more of them there is no reading ahead at all. */
+/* Discarded ranges in front of the cursor; with more of them, there is no read-ahead at all. */
 #define MAX_HOLES 256
 
 struct PbaAhead {
     PbaScan *scan; /* NULL: the whole volume is one region */
     bool active;
     unsigned misses;
-    uint64_t last_end; /* where the last read ended that was not in order */
+    uint64_t last_end; /* the end of the last read that was not in order */
     uint64_t cursor;   /* where to read next */
-    PbaRange region;   /* the cursor is in it, or behind it: then the next is not known yet */
-    GArray *holes;     /* PbaRange, ascending: what was discarded from the cursor on */
-    PbaSeeks *seeks;   /* NULL: nothing is told of zeroes */
+    PbaRange region; /* the cursor is in it, or behind it: then the next region is not known yet */
+    GArray *holes;   /* PbaRange, ascending: discarded ranges from the cursor on */
+    PbaSeeks *seeks; /* NULL: nothing is told of zeroes */
     bool given_up;
 };
 
@@ -35,7 +35,7 @@ PbaAhead *pba_ahead_new(const PbaVolumeOptions *options, PbaSeeks *seeks)
     return ahead;
 }
 
-/* What the reader will pass over, in or behind offset, as far as it is known. */
+/* The first hole that the reader will skip, in or behind offset, as far as it is known. */
 static PbaRange zeroes_from(const PbaAhead *ahead, uint64_t offset)
 {
     PbaRange zeroes;
@@ -44,8 +44,8 @@ static PbaRange zeroes_from(const PbaAhead *ahead, uint64_t offset)
     return known ? zeroes : (PbaRange){UINT64_MAX, UINT64_MAX};
 }
 
-/* Moves the cursor out of what is clean, discarded or passed over. False if there is nothing more,
- * or it is not known yet. */
+/* Moves the cursor out of parts that are clean, discarded or skipped. False if there is nothing
+ * more, or it is not known yet. */
 static bool settle(PbaAhead *ahead)
 {
     while (ahead->holes->len > 0) {
@@ -95,7 +95,7 @@ static void start(PbaAhead *ahead, uint64_t offset)
             pba_scan_seek(ahead->scan, offset);
             ahead->region = (PbaRange){0, 0};
         }
-        /* What was discarded there is not known any more: reading it ahead fails, no more. */
+        /* Forgets discarded ranges there: at worst, read-ahead of them fails. */
         g_array_set_size(ahead->holes, 0);
     }
     ahead->cursor = offset;
@@ -125,7 +125,7 @@ bool pba_ahead_note_read(PbaAhead *ahead, uint64_t begin, uint64_t end, bool kno
     if (follows || at_cursor) {
         start(ahead, end);
     } else if (end > ahead->cursor) {
-        /* It may be the first of the next reads in order, so be there. */
+        /* This may be the first of several reads in order, so read ahead from here. */
         ahead->cursor = end;
     }
     return false;

@@ -11,15 +11,15 @@
 struct PbaConnection {
     PbaSizes sizes;
     uint32_t read_flags;
-    int wake_fd;           /* there are new requests */
-    int done_fd;           /* there are done requests */
-    GMutex nbd_mutex;      /* of these; taken before the other */
-    PbaNbdVolume *nbd;     /* NULL: lost */
-    GQueue in_flight;      /* PbaRequest.link */
-    GQueue unfinished;     /* trims with a piece still to be sent, PbaRequest.link */
-    gint64 deadline;       /* of what is in flight: until then the server has to say something */
-    gint is_threads;       /* the thread receives what is in flight; atomic */
-    GMutex mutex;          /* of all below */
+    int wake_fd;       /* there are new requests */
+    int done_fd;       /* there are done requests */
+    GMutex nbd_mutex;  /* of these; taken before the other */
+    PbaNbdVolume *nbd; /* NULL: lost */
+    GQueue in_flight;  /* PbaRequest.link */
+    GQueue unfinished; /* trims with a piece still to be sent, PbaRequest.link */
+    gint64 deadline;   /* requests in flight: while there are any, the server must answer in time */
+    gint is_threads;   /* the thread receives the requests in flight; atomic */
+    GMutex mutex;      /* of all below */
     PbaRequest *submitted; /* newest first */
     PbaRequest *done;      /* newest first */
     bool thread_waits;     /* wants wake_fd to be written to */
@@ -91,7 +91,7 @@ static int on_chunk(void *opaque, const void *data, size_t count, uint64_t offse
     return 0;
 }
 
-/* libnbd calls this while it has the connection locked, so nothing is sent from here. */
+/* libnbd calls this with the connection locked, so nothing is sent from here. */
 static int on_answered(void *opaque, int *error)
 {
     PbaRequest *request = opaque;
@@ -120,8 +120,8 @@ static int64_t send_piece(PbaConnection *connection, PbaRequest *request, uint64
                                           chunk, completion, connection->read_flags);
 }
 
-/* Sends a trim's next piece, or all of a read. libnbd may complete what it sends before it returns,
- * so that the request is kept pending until all is sent. */
+/* Sends a trim's next piece, or a whole read. libnbd may complete a request before the call
+ * returns, so the request is kept pending until everything is sent. */
 static void send_request(PbaConnection *connection, PbaRequest *request)
 {
     uint64_t length = request->is_trim ? MIN(request->length, PBA_MAX_DISCARD) : request->length;
@@ -162,7 +162,7 @@ static bool has_submitted(PbaConnection *connection)
     return has;
 }
 
-/* False if the thread has to send it. */
+/* False if the thread must send it. */
 static bool send_alone(PbaConnection *connection, PbaRequest *request)
 {
     if (!g_mutex_trylock(&connection->nbd_mutex)) {
@@ -216,7 +216,7 @@ static void send_requests(PbaConnection *connection)
     }
 }
 
-/* Whatever is in flight, and all that comes, fails from now on. */
+/* All requests in flight, and all later ones, fail from now on. */
 static void lose(PbaConnection *connection)
 {
     GList *link;
@@ -230,7 +230,7 @@ static void lose(PbaConnection *connection)
     }
 }
 
-/* True if the thread may sleep until wake_fd says that there is more to do. */
+/* True if the thread may sleep until wake_fd reports more work. */
 static bool may_wait(PbaConnection *connection)
 {
     g_mutex_lock(&connection->mutex);
@@ -258,7 +258,7 @@ static void receive(PbaConnection *connection, short revents)
 {
     PbaNbdVolume *nbd = connection->nbd;
     bool late = connection->in_flight.length > 0 && g_get_monotonic_time() >= connection->deadline;
-    /* A server that says nothing for so long is as good as gone. */
+    /* A server that is silent for this long counts as lost. */
     int result = late ? -1 : 0;
 
     if (nbd && revents) {
@@ -302,7 +302,7 @@ int pba_connection_watch(PbaConnection *connection, struct pollfd fds[2])
     fds[0] = (struct pollfd){.fd = connection->done_fd, .events = POLLIN};
     fds[1] = (struct pollfd){.fd = -1};
     if (g_atomic_int_get(&connection->is_threads)) {
-        return limit; /* it may have the mutex for as long as a request takes to come in */
+        return limit; /* the other thread may hold the mutex until a whole request has arrived */
     }
     g_mutex_lock(&connection->nbd_mutex);
     if (connection->in_flight.length > 0) {
@@ -357,9 +357,9 @@ PbaConnection *pba_connection_start(PbaNbdVolume *nbd, GError **error)
         g_free(connection);
         return NULL;
     }
-    /* In one piece: a server that looks for holes first may have to ask the block status, which
-     * QEMU before 9.2 (6475155d51) cannot do twice at a time on a snapshot. */
-    nbd_set_pread_initialize(nbd->handle, false); /* what was not filled is not handed out */
+    /* In one piece: a server that looks for holes first may query the block status, which QEMU
+     * before 9.2 (6475155d51) cannot do twice at a time on a snapshot. */
+    nbd_set_pread_initialize(nbd->handle, false); /* unfilled parts must not contain old data */
     connection->read_flags = nbd_can_df(nbd->handle) == 1 ? LIBNBD_CMD_FLAG_DF : 0;
     g_mutex_init(&connection->nbd_mutex);
     g_mutex_init(&connection->mutex);

@@ -1,33 +1,33 @@
-/* The file: answers the kernel's requests from slots, which are pieces of the volume that were or
- * are being read. A read takes what there is and has the gaps filled, with exactly the bytes that
- * are missing; reading ahead fills slots on its own account. */
+/* The file: answers the kernel's requests from slots, which are pieces of the volume that were read
+ * or are being read. A read uses the existing slots and fills the gaps with exactly the missing
+ * bytes; read-ahead fills slots on its own. */
 #include "server.h"
 #include "src/volume/volume.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>
 
-/* What is read at once: QEMU takes half the CPU for it that it takes for single clusters. */
+/* Bytes of one request: QEMU takes half the CPU time that it takes for single clusters. */
 #define MAX_PIECE (1u << 20)
-/* Of all memory; what is read ahead has a part of it. */
+/* Of all memory; read-ahead may use a part of it. */
 #define MAX_SLOTS 512u
 #define MAX_BYTES (32u << 20)
 #define MAX_AHEAD 32u
 #define MAX_AHEAD_BYTES (4u << 20)
-/* Discards answered before they are done. */
+/* Discards that are answered before they are done. */
 #define MAX_EARLY_TRIMS 16u
 
 typedef struct {
-    PbaRequest nbd; /* first, since the connection gives them back; its length stays */
-    uint64_t skip;  /* of the buffer: what was discarded since it was loaded */
+    PbaRequest nbd; /* first, because the connection returns it; its length does not change */
+    uint64_t skip;  /* of the buffer: parts that were discarded since it was loaded */
     bool loaded;
     bool ahead;   /* kept until the reader has passed it */
-    bool dropped; /* discarded, or not wanted any more: freed once it is loaded */
+    bool dropped; /* discarded, or not needed any more: freed once it is loaded */
 } Slot;
 
 typedef enum {
     LOAD_AHEAD,
-    LOAD_PART, /* of a range that a reader waits for */
+    LOAD_PART, /* part of a range that a reader waits for */
     LOAD_LAST, /* the last such part */
 } LoadReason;
 
@@ -37,7 +37,7 @@ typedef struct {
     fuse_req_t request;
     uint64_t begin;
     uint64_t end;
-    bool in_order; /* by the reader that the server reads ahead for */
+    bool in_order; /* by the reader that read-ahead follows */
     GList link;
 } Reading;
 
@@ -91,7 +91,7 @@ static Slot *find_slot(const PbaFile *file, uint64_t offset)
     return NULL;
 }
 
-/* Where the slot begins that comes after offset, at most end. */
+/* The beginning of the next slot after offset, at most end. */
 static uint64_t gap_end(const PbaFile *file, uint64_t offset, uint64_t end)
 {
     for (guint i = 0; i < file->slots->len; i++) {
@@ -115,7 +115,7 @@ static void take_buffer(PbaFile *file, PbaRequest *nbd)
     nbd->buffer =
         free_buffers->len > 0
             ? g_ptr_array_steal_index_fast(free_buffers, free_buffers->len - 1)
-            : g_malloc0(nbd->capacity); /* nothing of ours, whatever a server leaves out */
+            : g_malloc0(nbd->capacity); /* no old data, even if a server leaves parts out */
     file->bytes += nbd->capacity;
 }
 
@@ -179,9 +179,9 @@ static bool is_wanted(const PbaFile *file, const Slot *slot)
     return false;
 }
 
-/* Drops what has a part in a range; a reader that waits for it has it loaded again. Of what is
- * loaded the part behind the range stays, or else the one before it: readers in order discard what
- * they have read. */
+/* Drops slots that overlap the range; a reader that waits for one loads it again. Of a loaded slot,
+ * the part behind the range stays, or else the one before it: readers in order discard what they
+ * have read. */
 static void drop_slots(PbaFile *file, uint64_t begin, uint64_t end)
 {
     for (guint i = file->slots->len; i-- > 0;) {
@@ -202,7 +202,7 @@ static void drop_slots(PbaFile *file, uint64_t begin, uint64_t end)
     }
 }
 
-/* Frees what was read ahead up to here, and what no reader waits for. */
+/* Frees slots of read-ahead up to here that no reader waits for. */
 static void release_slots(PbaFile *file, uint64_t end)
 {
     for (guint i = file->slots->len; i-- > 0;) {
@@ -216,7 +216,7 @@ static void release_slots(PbaFile *file, uint64_t end)
     }
 }
 
-/* In bursts: each wakes the connection's thread, and QEMU. */
+/* In bursts, because each request wakes the connection's thread, and QEMU. */
 static void read_ahead(PbaFile *file)
 {
     uint64_t offset;
@@ -240,8 +240,8 @@ static void end_reading(Reading *reading)
     g_free(reading);
 }
 
-/* Collects the parts of a range, and has loaded what is missing. Returns their number; 0 if not all
- * of it is there yet. */
+/* Collects the slots of a range, and requests the missing ones. Returns their number; 0 if the
+ * range is not complete yet. */
 static int collect(PbaFile *file, uint64_t begin, uint64_t end, struct iovec *parts)
 {
     Slot *missing = NULL;
@@ -266,7 +266,7 @@ static int collect(PbaFile *file, uint64_t begin, uint64_t end, struct iovec *pa
         at += length;
     }
     if (missing) {
-        /* They come in order, mostly: so one wake-up will do. */
+        /* They usually arrive in order, so one wake-up suffices. */
         g_atomic_int_set(&missing->nbd.urgent, true);
     }
     return missing ? 0 : count;
@@ -280,7 +280,7 @@ static void on_read_interrupt(fuse_req_t request, void *opaque)
     end_reading(reading);
 }
 
-/* Such a range is gone for readers, even if QEMU is still about to free it. */
+/* Such a range is unreadable for readers, even if QEMU has not freed it yet. */
 static bool is_being_trimmed(const PbaFile *file, uint64_t begin, uint64_t end)
 {
     for (GList *link = file->trims.head; link; link = link->next) {
@@ -307,7 +307,7 @@ void pba_file_read(fuse_req_t request, fuse_ino_t inode, size_t length, off_t of
         return;
     }
     if ((begin | end) % file->sizes.block != 0) {
-        fuse_reply_err(request, EINVAL); /* as from a file that is open with O_DIRECT */
+        fuse_reply_err(request, EINVAL); /* as with a file that is open with O_DIRECT */
         return;
     }
     if (is_being_trimmed(file, begin, end)) {
@@ -352,8 +352,8 @@ static void serve_readings(PbaFile *file)
     }
 }
 
-/* A piece cannot be read: neither can a range that has all of it. One that has only a part of it
- * tries that part by itself. */
+/* If a piece cannot be read, a range that contains it completely fails, too. A range with only a
+ * part of it tries that part by itself. */
 static void fail_slot(PbaFile *file, Slot *slot)
 {
     GList *next;
@@ -404,7 +404,7 @@ static void finish_trim(PbaFile *file, Trim *trim)
     } else {
         file->trim_failed |= trim->nbd.error != 0;
     }
-    drop_slots(file, trim->range.begin, trim->range.end); /* reading ahead may have run into it */
+    drop_slots(file, trim->range.begin, trim->range.end); /* read-ahead may have requested it */
     g_queue_unlink(&file->trims, &trim->link);
     g_free(trim);
 }

@@ -33,9 +33,9 @@ static bool told_to_end(void *opaque)
     return poll(&parent, 1, 0) != 0 || sigismember(&pending, SIGTERM) == 1;
 }
 
-/* The parent's death comes as a signal, or closes the socket. Neither is enough alone: another
- * child of the parent may still have the socket, and a parent that died before the signal was asked
- * for sends none. */
+/* The parent's death arrives as a signal, or closes the socket. Neither suffices alone: another
+ * child of the parent may still have the socket, and no signal is sent if the parent died before it
+ * was requested. */
 static int watch_signals(GError **error)
 {
     sigset_t signals;
@@ -79,7 +79,7 @@ static bool make_file(const char *path, GError **error)
     return true;
 }
 
-/* libfuse says by itself, on standard error, why it cannot mount. */
+/* libfuse itself prints on standard error why it cannot mount. */
 static struct fuse_session *mount_file(const char *path, PbaFile *file, GError **error)
 {
     char *words[] = {(char *)"pba-vfile", (char *)"-ofsname=pve-backup-access"};
@@ -96,7 +96,7 @@ static struct fuse_session *mount_file(const char *path, PbaFile *file, GError *
     return session;
 }
 
-/* From now on the parent hears nothing but our end. */
+/* From now on, the parent only notices our end. */
 static bool report_ready(void)
 {
     int null_fd = open("/dev/null", O_RDWR | O_CLOEXEC);
@@ -140,7 +140,7 @@ static void serve(struct fuse_session *session, PbaFile *file, PbaConnection *co
     free(buffer.mem);
 }
 
-/* NULL on error: nothing has to be freed, the process ends then. */
+/* NULL on error: nothing must be freed, because the process ends then. */
 static PbaFile *new_file(PbaConnection *connection, const PbaVolumeOptions *options, bool is_whole,
                          GError **error)
 {
@@ -203,6 +203,6 @@ int main(int argc, char **argv)
         fflush(stderr);
         _exit(EXIT_FAILURE);
     }
-    /* Threads still run: there is nothing to be cleaned up that the kernel does not. */
+    /* Threads still run, and the kernel cleans up everything else. */
     _exit(EXIT_SUCCESS);
 }

@@ -1,4 +1,5 @@
-/* What the kernel may ask of the file. Here is what needs no server; file.c has the rest. */
+/* The kernel's requests for the file. Those that need no server are answered here; file.c has the
+ * rest. */
 #define _GNU_SOURCE /* SEEK_DATA */
 #include "server.h"
 #include "src/volume/volume.h"
@@ -30,7 +31,7 @@ static void on_getattr(fuse_req_t request, fuse_ino_t inode, struct fuse_file_in
     fuse_reply_attr(request, &status, ATTRIBUTES_S);
 }
 
-/* What a hole that is punched has to have at least to free anything. */
+/* The least size of a punched hole that frees anything. */
 static void on_statfs(fuse_req_t request, fuse_ino_t inode)
 {
     (void)inode;
@@ -44,8 +45,7 @@ static void on_statfs(fuse_req_t request, fuse_ino_t inode)
     fuse_reply_statfs(request, &status);
 }
 
-/* Without the page cache, however it is opened: the kernel would read ahead across the edges of
- * regions. */
+/* Always without the page cache: the kernel would read ahead across the edges of regions. */
 static void on_open(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info *info)
 {
     (void)inode;
@@ -54,7 +54,7 @@ static void on_open(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info 
     fuse_reply_open(request, info);
 }
 
-/* The snapshot cannot be written to; its file is open for writing only to be punched. */
+/* The snapshot cannot be written to; its file is opened for writing only to punch holes. */
 static void on_write(fuse_req_t request, fuse_ino_t inode, const char *data, size_t length,
                      off_t offset, struct fuse_file_info *info)
 {
@@ -66,7 +66,7 @@ static void on_write(fuse_req_t request, fuse_ino_t inode, const char *data, siz
     fuse_reply_err(request, EOPNOTSUPP);
 }
 
-/* Without an answer all is data, for the kernel, and it does not ask again. */
+/* Without an answer, the kernel treats everything as data and does not ask again. */
 static void on_lseek(fuse_req_t request, fuse_ino_t inode, off_t offset, int whence,
                      struct fuse_file_info *info)
 {

@@ -1,5 +1,5 @@
-/* Runs of a map, the dirty regions or the zeroes: a thread goes through it on a connection of its
- * own, so that a slow answer holds up no reader. */
+/* The runs of a map, dirty regions or zeroes. A thread reads the map on its own connection, so that
+ * a slow answer does not delay readers. */
 #include "server.h"
 #include "src/volume/volume.h"
 
@@ -35,15 +35,15 @@ PbaMap *pba_scan_zeroes(const PbaVolumeOptions *options, uint64_t from, PbaVolum
     PbaNbdVolume *nbd = pba_nbd_open_allocation(options, NULL, NULL);
 
     *volume = nbd ? &nbd->volume : NULL;
-    /* QEMU before 9.2 (6475155d51) cannot ask a snapshot twice at a time, and whatever reads it may
-     * ask. */
+    /* QEMU before 9.2 (6475155d51) cannot query a snapshot twice at a time, and any read of it may
+     * query. */
     if (nbd && (!nbd->context || nbd->by_cluster)) {
         g_clear_pointer(volume, pba_volume_free);
     }
     return *volume ? &pba_nbd_zeroes(nbd, from, (*volume)->size)->map : NULL;
 }
 
-/* Waits until a run more is wanted; true if the thread is to go on with what it reads. */
+/* Waits until another run is needed; true if the thread is to continue. */
 static bool wait_wanted(PbaScan *scan, unsigned seek)
 {
     g_mutex_lock(&scan->mutex);
@@ -55,7 +55,7 @@ static bool wait_wanted(PbaScan *scan, unsigned seek)
     return same;
 }
 
-/* Adds a run; none (its end is 0) is the end of the map. */
+/* Adds a run; an empty one (its end is 0) is the end of the map. */
 static void push(PbaScan *scan, unsigned seek, PbaRange run)
 {
     g_mutex_lock(&scan->mutex);
@@ -72,7 +72,7 @@ static void push(PbaScan *scan, unsigned seek, PbaRange run)
     g_mutex_unlock(&scan->mutex);
 }
 
-/* A map that cannot be read ends here: the reader loses speed, no data. */
+/* If the map cannot be read, it ends here: the reader loses speed, but no data. */
 static void read_map(PbaScan *scan, uint64_t from, unsigned seek)
 {
     PbaVolumeOptions options = {

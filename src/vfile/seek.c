@@ -1,12 +1,12 @@
-/* Tells readers where the zeroes are, by what the server says of them. The map is read on from
- * where the last one asked: programs that copy a sparse file ask from its beginning to its end. */
+/* Tells readers where zeroes are, according to the server. The map is read on from the end of the
+ * last query, because programs that copy a sparse file query it from its beginning to its end. */
 #define _GNU_SOURCE /* SEEK_HOLE */
 #include "server.h"
 #include "src/volume/volume.h"
 #include <errno.h>
 #include <unistd.h>
 
-/* Zeroes ahead of the reader; reading ahead skips them. */
+/* Zeroes ahead of the reader; read-ahead skips them. */
 #define MAX_HOLES 64
 
 struct PbaSeeks {
@@ -15,7 +15,7 @@ struct PbaSeeks {
     PbaScan *scan;      /* NULL until the first one asks */
     bool is_followed;   /* no reader has read in a hole since */
     uint64_t from;      /* what is known of lies behind it */
-    GArray *holes;      /* PbaRange, ascending: all from there to the last of them */
+    GArray *holes;      /* PbaRange, ascending: all holes from there to the last of them */
     fuse_req_t request; /* that waits; NULL: none */
     uint64_t offset;    /* of that */
     int whence;
@@ -62,7 +62,7 @@ static PbaRange aligned(PbaRange run, uint64_t size)
     return (PbaRange){begin, MAX(begin, end)};
 }
 
-/* Reads on until one hole more is known; the last is an empty one at the end. */
+/* Reads on until one more hole is known; the last one is an empty one at the end. */
 static bool next_hole(PbaSeeks *seeks)
 {
     uint64_t size = seeks->options.size;
@@ -82,8 +82,8 @@ static bool next_hole(PbaSeeks *seeks)
     return state == PBA_SCAN_ENDED;
 }
 
-/* The first hole that ends behind offset, which lies before what next_hole goes on with; NULL if
- * it is not known yet. */
+/* The first hole that ends behind offset, which lies before the part that next_hole continues with;
+ * NULL if it is not known yet. */
 static const PbaRange *find_hole(PbaSeeks *seeks, uint64_t offset)
 {
     guint i = 0;
@@ -99,7 +99,7 @@ static const PbaRange *find_hole(PbaSeeks *seeks, uint64_t offset)
     return NULL;
 }
 
-/* What lies before offset is asked for anew, should it be. */
+/* Holes before offset are queried again if they are needed. */
 static void forget_before(PbaSeeks *seeks, uint64_t offset)
 {
     guint passed = 0;
@@ -172,8 +172,8 @@ void pba_seeks_ask(PbaSeeks *seeks, fuse_req_t request, uint64_t offset, int whe
     if (offset >= seeks->options.size) {
         fuse_reply_err(request, ENXIO);
     } else if (seeks->request) {
-        /* Linux sends one such request at a time (fuse_file_llseek). A second one may be told that
-         * all is data. */
+        /* Linux sends one such request at a time (fuse_file_llseek). The answer to a second one may
+         * be that everything is data. */
         fuse_reply_lseek(request, (off_t)(whence == SEEK_HOLE ? seeks->options.size : offset));
     } else if (!answer(seeks, request, offset, whence)) {
         seeks->request = request;

@@ -1,9 +1,9 @@
 /* The parts of pba-vfile: the process that serves one volume as a file.
  *
  * One thread (main.c, file.c, ahead.c) has all the state and speaks FUSE; another (connection.c)
- * moves the data of the NBD connection while several requests are in flight, so that receiving and
- * answering go on side by side; further ones (scan.c) go through the dirty bitmap, and what is
- * zeroes, ahead of the reader. */
+ * moves the data of the NBD connection with several requests in flight, so that receiving and
+ * answering run in parallel; further ones (scan.c) read the dirty bitmap and the zeroes ahead of
+ * the reader. */
 #ifndef PBA_VFILE_SERVER_H
 #define PBA_VFILE_SERVER_H
 
@@ -14,7 +14,7 @@
 #include <fuse_lowlevel.h>
 #include <poll.h>
 
-/* What one thread has another's poll(2) end with: a descriptor that can be read from then. */
+/* Wakes another thread's poll(2): a descriptor that becomes readable. */
 
 int pba_wake_new(GError **error); /* -1 on error */
 void pba_wake(int fd);
@@ -24,7 +24,8 @@ void pba_wake_clear(int fd);
 
 typedef struct PbaConnection PbaConnection;
 
-/* A request; the submitter's memory until the connection has given it back. */
+/* A request. Its memory is the submitter's, and must stay valid until the connection has returned
+ * it. */
 typedef struct PbaRequest {
     PbaConnection *connection;
     struct PbaRequest *next;
@@ -33,65 +34,65 @@ typedef struct PbaRequest {
     uint64_t length;
     void *buffer;      /* NULL for a trim */
     uint64_t capacity; /* of it: at least length */
-    gint urgent;       /* a reader waits for it; atomic, since it may be set later */
+    gint urgent;       /* a reader waits for it; atomic, because it may be set later */
     int error;         /* errno; 0: all of it is done */
     uint64_t seen;     /* bytes that came */
-    unsigned pending;  /* pieces that are in flight; the connection's, as the next */
+    unsigned pending;  /* pieces in flight; used by the connection only, like the next */
     GList link;
 } PbaRequest;
 
-/* Takes over a volume that is connected. Like its thread it lasts as long as the process. */
+/* Takes over a connected volume. Like its thread, it lasts as long as the process. */
 PbaConnection *pba_connection_start(PbaNbdVolume *nbd, GError **error);
 const PbaSizes *pba_connection_sizes(const PbaConnection *connection);
 void pba_connection_submit(PbaConnection *connection, PbaRequest *request);
-/* The requests that are done, linked by next. For none it is NULL, and the submitter's poll ends
- * once there is an urgent one, or any with all. */
+/* The finished requests, linked by next, or NULL. The submitter's poll then ends once there is an
+ * urgent one, or with all, any one. */
 PbaRequest *pba_connection_take_done(PbaConnection *connection, bool all);
-/* What the submitter is to poll for, and for how many milliseconds at most (-1: no limit); then
- * it calls the other. */
+/* What the submitter must poll for, and for how many milliseconds at most (-1: no limit); then it
+ * calls the second function. */
 int pba_connection_watch(PbaConnection *connection, struct pollfd fds[2]);
 void pba_connection_turn(PbaConnection *connection, const struct pollfd fds[2]);
 
-/* Runs of a map, fetched by a thread of their own */
+/* The runs of a map, read by a thread of their own */
 
 typedef struct PbaScan PbaScan;
 
-/* What the runs are of: connects, and gives the map from that offset on, of *volume. That is NULL
- * where the server cannot tell. */
+/* The kind of runs: connects, and returns the map of *volume from that offset on. The volume is
+ * NULL if the server has no such map. */
 typedef PbaMap *(*PbaScanBegin)(const PbaVolumeOptions *options, uint64_t from, PbaVolume **volume);
 /* The dirty regions of the bitmap that the options name. */
 PbaMap *pba_scan_dirty(const PbaVolumeOptions *options, uint64_t from, PbaVolume **volume);
-/* What the server says is zeroes (NBD spec: base:allocation, NBD_STATE_ZERO). */
+/* What the server reports as zeroes (NBD spec: base:allocation, NBD_STATE_ZERO). */
 PbaMap *pba_scan_zeroes(const PbaVolumeOptions *options, uint64_t from, PbaVolume **volume);
 
 typedef enum {
     PBA_SCAN_FOUND,
     PBA_SCAN_LATER, /* found_fd tells when to ask again */
-    PBA_SCAN_ENDED, /* there is no further run, or it cannot be known */
+    PBA_SCAN_ENDED, /* there is no further run, or it is not known */
 } PbaScanState;
 
 /* options are copied. found_fd is borrowed; -1 for a consumer that does not poll for it. Lasts as
  * long as the process. */
 PbaScan *pba_scan_start(const PbaVolumeOptions *options, PbaScanBegin begin, uint64_t from,
                         int found_fd);
-/* The next run, if it is there already. Never waits. */
+/* The next run, if it has arrived. Never waits. */
 PbaScanState pba_scan_pop(PbaScan *scan, PbaRange *run);
-/* Goes on with the runs from offset on. */
+/* Continues with the runs from offset on. */
 void pba_scan_seek(PbaScan *scan, uint64_t offset);
 
-/* Where the zeroes are, for readers that use lseek(2) with SEEK_DATA and SEEK_HOLE */
+/* The positions of zeroes, for readers that use lseek(2) with SEEK_DATA and SEEK_HOLE */
 
 typedef struct PbaSeeks PbaSeeks;
 
 /* options are copied. Lasts as long as the process. */
 PbaSeeks *pba_seeks_new(const PbaVolumeOptions *options, GError **error);
 void pba_seeks_ask(PbaSeeks *seeks, fuse_req_t request, uint64_t offset, int whence);
-/* What readers will pass over: the first hole that ends behind offset, if it is known by what was
- * asked. Never waits. */
+/* What readers will skip: the first hole that ends behind offset, if it is already known. Never
+ * waits. */
 bool pba_seeks_find(PbaSeeks *seeks, uint64_t offset, PbaRange *hole);
-/* A reader reads there. One that reads in a hole passes over none until it asks again. */
+/* A reader reads there. A reader that reads in a hole does not skip any until it queries again. */
 void pba_seeks_note_read(PbaSeeks *seeks, uint64_t offset);
-/* What to poll for, and what to call then. */
+/* What to poll for, and the function to call then. */
 struct pollfd pba_seeks_watch(const PbaSeeks *seeks);
 void pba_seeks_turn(PbaSeeks *seeks);
 
@@ -101,24 +102,24 @@ typedef struct PbaAhead PbaAhead;
 
 /* Follows one sequential reader. seeks is borrowed, or NULL. Lives as long as the process. */
 PbaAhead *pba_ahead_new(const PbaVolumeOptions *options, PbaSeeks *seeks);
-/* Somebody reads a range; known says that it begins in what was read ahead. False if the rest of
- * what was read ahead is of no more use. */
+/* A reader reads a range; known says that it begins in data that was read ahead. False if the rest
+ * of that data is not needed any more. */
 bool pba_ahead_note_read(PbaAhead *ahead, uint64_t begin, uint64_t end, bool known);
 /* The next piece worth reading, of at most max bytes, inside one region and not discarded. */
 bool pba_ahead_next(PbaAhead *ahead, uint64_t max, uint64_t *offset, uint64_t *length);
 /* A range is discarded: it must not be read any more. */
 void pba_ahead_note_discard(PbaAhead *ahead, uint64_t begin, uint64_t end);
-/* Reading ahead failed: stops it until a reader reads in order again. */
+/* Read-ahead failed: stops it until a reader reads in order again. */
 void pba_ahead_stop(PbaAhead *ahead);
 
 /* The file */
 
 typedef struct PbaFile PbaFile;
 
-/* The least that it is best read by: one cluster of a snapshot. */
+/* The smallest efficient read: one cluster of a snapshot. */
 #define PBA_FILE_BLOCK (64u << 10)
 
-/* All are borrowed. seeks is NULL for a file that readers may not pass over anything of. */
+/* All are borrowed. seeks is NULL for a file of which readers must not skip anything. */
 PbaFile *pba_file_new(PbaConnection *connection, PbaAhead *ahead, PbaSeeks *seeks);
 const PbaSizes *pba_file_sizes(const PbaFile *file);
 PbaSeeks *pba_file_seeks(const PbaFile *file);

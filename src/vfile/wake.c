@@ -1,4 +1,4 @@
-/* What one thread has another's poll(2) end with. */
+/* Wakes another thread's poll(2). */
 #include "server.h"
 #include "src/base/base.h"
 #include <errno.h>
@@ -18,7 +18,7 @@ int pba_wake_new(GError **error)
 void pba_wake(int fd)
 {
     uint64_t one = 1;
-    /* It can only fail when it is readable by far. */
+    /* This can only fail if the counter is so high that it is readable anyway. */
     ssize_t written = write(fd, &one, sizeof(one));
     (void)written;
 }

@@ -1,9 +1,9 @@
-/* Beginning a connection where that may block. libnbd looks a host's name up within a call
- * (getaddrinfo(3)), for as long as name servers let it wait, and reads the files of TLS within
- * others, from wherever they are: many seconds, or for ever. And where a server stops in the middle
- * of a TLS handshake, libnbd (1.14.2) does not return from nbd_aio_notify_read(3), but asks GnuTLS
- * again and again. So a thread makes those calls. A caller that stops waiting leaves the thread
- * behind, and shuts its socket down, which ends that loop. */
+/* Connecting in the cases in which it may block. libnbd looks up a host's name in one call
+ * (getaddrinfo(3)), which waits for name servers, and reads the files of TLS in others, from any
+ * file system: many seconds, or forever. And if a server stops in the middle of a TLS handshake,
+ * libnbd (1.14.2) does not return from nbd_aio_notify_read(3), but calls GnuTLS again and again. So
+ * a thread makes these calls. A caller that stops waiting leaves the thread behind, and shuts its
+ * socket down, which ends that loop. */
 #include "src/base/base.h"
 #include "volume.h"
 #include <errno.h>
@@ -13,7 +13,7 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-/* For a thread whose socket was shut down to end. */
+/* How long a thread has to end after its socket was shut down. */
 #define END_LIMIT_MS 200
 
 short pba_nbd_events(struct nbd_handle *handle)
@@ -34,7 +34,7 @@ int pba_nbd_notify(struct nbd_handle *handle, short events, short revents)
 
 typedef struct {
     gatomicrefcount references; /* the caller's and the thread's */
-    struct nbd_handle *handle;  /* the thread's, until done is readable */
+    struct nbd_handle *handle;  /* owned by the thread until done is readable */
     char *uri;
     gint64 deadline;
     GError *error; /* why it is not connected; NULL: it is */
@@ -90,7 +90,7 @@ static bool note_socket(Connecting *connecting, int fd)
     return !is_left;
 }
 
-/* libnbd's error is this thread's: it goes with it. */
+/* libnbd stores its error for each thread, so it must be read here. */
 static void set_error(GError **error)
 {
     const char *text = nbd_get_error();
@@ -121,7 +121,7 @@ static bool take_turn(Connecting *connecting, GError **error)
     return true;
 }
 
-/* To the end of the handshake: the files of TLS are read in the middle of it. */
+/* Until the end of the handshake, because the files of TLS are read in the middle of it. */
 static bool make_connection(Connecting *connecting, GError **error)
 {
     struct nbd_handle *handle = connecting->handle;
@@ -169,7 +169,7 @@ static bool wait_done(Connecting *connecting, const PbaHooks *hooks, bool *is_fu
                      error)) {
         return false;
     }
-    /* Perl code that ran meanwhile may have forked, and come back in the child. */
+    /* Perl code that ran in the meantime may have forked, and this may be the child. */
     if (connecting->owner != getpid()) {
         pba_error_set(error, PBA_ERROR_STATE, "the connection belongs to another process");
         return false;
@@ -182,13 +182,13 @@ static bool wait_done(Connecting *connecting, const PbaHooks *hooks, bool *is_fu
     return true;
 }
 
-/* The process may end next: its thread had better not be in GnuTLS then, whose state goes first. */
+/* The process may end next: the thread should not be in GnuTLS then, whose state is freed first. */
 static void leave(Connecting *connecting)
 {
     struct pollfd done = {.fd = connecting->done, .events = POLLIN};
 
     if (connecting->owner != getpid()) {
-        return; /* the mutex may be locked for ever here, and the socket is the parent's, too */
+        return; /* the mutex may be locked forever here, and the socket is the parent's, too */
     }
     g_mutex_lock(&connecting->mutex);
     connecting->is_left = true;

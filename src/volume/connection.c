@@ -1,4 +1,4 @@
-/* The connection of a volume that is read over NBD: libnbd, and what a server has to promise. */
+/* The connection of a volume that is read over NBD: libnbd, and what we require of a server. */
 #include "src/base/base.h"
 #include "volume.h"
 #include <errno.h>
@@ -7,7 +7,7 @@
 #include <string.h>
 
 #define CONNECT_LIMIT_S 30
-/* Between two attempts at a socket whose queue is full. */
+/* Between two attempts to connect to a socket whose queue is full. */
 #define FIRST_PAUSE_MS 5u
 #define LONGEST_PAUSE_MS 100u
 
@@ -40,7 +40,7 @@ bool pba_nbd_turn(PbaNbdVolume *nbd, gint64 deadline, const char *what, GError *
     if (!pba_wait_fd(nbd_aio_get_fd(nbd->handle), events, &revents, deadline, &nbd->volume.hooks,
                      what, error)) {
         pba_error_add_device(error, nbd->volume.device);
-        /* Whatever is in flight still knows the caller's memory. */
+        /* Requests in flight still refer to the caller's memory. */
         pba_nbd_disconnect(nbd);
         return false;
     }
@@ -51,7 +51,7 @@ bool pba_nbd_turn(PbaNbdVolume *nbd, gint64 deadline, const char *what, GError *
     return true;
 }
 
-/* Restrict libnbd, too, to what a path of this kind may use, where it has an option for that. */
+/* Also let libnbd restrict what a path of this kind may use, if it has such an option. */
 static int limit_uris(struct nbd_handle *handle, const char *path)
 {
     uint32_t transports =
@@ -80,7 +80,7 @@ static bool call_connect(const PbaNbdVolume *nbd)
                                   : nbd_aio_connect_unix(nbd->handle, nbd->path)) == 0;
 }
 
-/* Meanwhile the volume has no connection that others could find. */
+/* Until then, others find no connection of the volume. */
 static bool connect_aside(PbaNbdVolume *nbd, gint64 deadline, bool *is_full, GError **error)
 {
     pba_connection_forget(nbd);
@@ -94,7 +94,7 @@ static bool connect_aside(PbaNbdVolume *nbd, gint64 deadline, bool *is_full, GEr
     return true;
 }
 
-/* *is_full: it failed since the socket's queue is. */
+/* *is_full: it failed because the socket's queue is full. */
 static bool try_to_connect(PbaNbdVolume *nbd, gint64 deadline, bool *is_full, GError **error)
 {
     bool is_prepared = prepare(nbd);
@@ -111,8 +111,8 @@ static bool try_to_connect(PbaNbdVolume *nbd, gint64 deadline, bool *is_full, GE
     return false;
 }
 
-/* A Unix socket whose queue is full does not let wait, it fails at once (connect(2): EAGAIN): the
- * server is there, but slower than those that connect. */
+/* If the queue of a Unix socket is full, connect(2) does not wait but fails with EAGAIN: the server
+ * exists, but is slower than its clients. */
 static bool start_connecting(PbaNbdVolume *nbd, gint64 deadline, GError **error)
 {
     unsigned pause = FIRST_PAUSE_MS;
@@ -154,7 +154,7 @@ static bool finish_connecting(PbaNbdVolume *nbd, gint64 deadline, GError **error
     return true;
 }
 
-/* The size is part of the contract; without the context every block would look clean. */
+/* The size is part of the contract; without the context, every block would look clean. */
 static bool check_contract(PbaNbdVolume *nbd, GError **error)
 {
     if (nbd->volume.sizes.size != nbd->volume.size) {

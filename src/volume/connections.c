@@ -1,8 +1,8 @@
 /* All NBD connections of this process.
  *
- * Where a client does not take its replies, QEMU does not notice that the connection is shut down,
- * and keeps the export for as long. So a teardown from below a copy, as of a signal handler, has to
- * close them itself. */
+ * If a client does not read its replies, QEMU does not notice that the connection is shut down, and
+ * keeps the export until then. So a teardown during a copy, such as by a signal handler, must close
+ * the connections itself. */
 #define _GNU_SOURCE /* dup3() */
 #include "volume.h"
 #include <fcntl.h>
@@ -43,7 +43,7 @@ void pba_connections_cut(const char *socket_path)
     int ended[2];
 
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ended) != 0) {
-        return; /* QEMU closes them all but those that it waits for */
+        return; /* QEMU closes all connections except those that it waits for */
     }
     close(ended[1]);
     g_mutex_lock(&lock);

@@ -49,7 +49,7 @@ static bool start_discards(Discards *discards, PbaRange range, GError **error)
         if (!wait_for_discards(discards, MAX_DISCARDS - 1, error)) {
             return false;
         }
-        discards->count++; /* first, since it may be answered at once */
+        discards->count++; /* first, because it may be answered at once */
         if (nbd_aio_trim(discards->nbd->handle, MIN(range.end - at, PBA_MAX_DISCARD), at, done, 0) <
             0) {
             discards->count--;
@@ -71,7 +71,7 @@ bool pba_nbd_discard_ranges(PbaNbdVolume *nbd, const PbaRange *ranges, unsigned 
     }
     ok = ok && wait_for_discards(&discards, 0, error);
     if (discards.count > 0) {
-        pba_nbd_disconnect(nbd); /* what is under way still knows this function's memory */
+        pba_nbd_disconnect(nbd); /* discards in flight still refer to this function's memory */
     }
     return ok;
 }

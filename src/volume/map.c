@@ -1,17 +1,16 @@
-/* What a server tells of an export, by NBD block status (NBD spec: NBD_CMD_BLOCK_STATUS): the runs
- * of extents that have a flag. Of a dirty bitmap those are the dirty regions; of base:allocation,
- * zeroes.
+/* The map of an export, by NBD block status (NBD spec: NBD_CMD_BLOCK_STATUS): the runs of extents
+ * that have a flag. For a dirty bitmap these are the dirty regions; for base:allocation, zeroes.
  *
- * The map is asked for in chunks, several of which are under way. A server may answer for less
- * than was asked: the rest is asked again. Whatever else is not a full answer is an error, since
+ * The map is requested in chunks, several of which are in flight. If a server answers for less than
+ * was requested, the rest is requested again. Any other incomplete answer is an error, because
  * "nothing more is dirty" would lose data. */
 #include "src/base/base.h"
 #include "volume.h"
 #include <inttypes.h>
 #include <string.h>
 
-/* The first region is wanted soon; later chunks are as big as the server's answers allow, and as a
- * request can be: under 4 GiB. */
+/* The first region is needed soon; later chunks are as large as the server's answers and a request
+ * allow: under 4 GiB. */
 #define FIRST_CHUNK (UINT64_C(256) << 20)
 #define MAX_CHUNK (UINT64_C(2) << 30)
 #define MIN_CHUNK (UINT64_C(1) << 20)
@@ -59,7 +58,7 @@ bool pba_nbd_map_is_idle(const PbaNbdMap *map)
     return is_idle || map->connection != map->nbd->connection;
 }
 
-/* What was asked over a connection that is gone has to be asked again. */
+/* Requests over a lost connection must be sent again. */
 static void forget_lost_requests(PbaNbdMap *map)
 {
     if (map->connection == map->nbd->connection) {
@@ -95,7 +94,8 @@ static int on_answered(void *opaque, int *error)
 {
     PbaMapChunk *chunk = opaque;
 
-    /* libnbd 1.22 completes what is in flight when a connection is closed: that is no answer. */
+    /* When a connection is closed, libnbd 1.22 completes the requests in flight: that is no
+     * answer. */
     if (chunk->map->nbd->handle) {
         chunk->error = *error;
         chunk->state = PBA_CHUNK_ANSWERED;
@@ -119,7 +119,7 @@ static bool send_chunk(PbaNbdVolume *nbd, PbaMapChunk *chunk, GError **error)
     return true;
 }
 
-/* Keeps requests in flight: new chunks up to the map's end, and those to be asked again. */
+/* Keeps requests in flight: new chunks up to the map's end, and those to be sent again. */
 static bool fill_ring(PbaNbdMap *map, GError **error)
 {
     forget_lost_requests(map);
@@ -177,7 +177,8 @@ static bool check_answer(const PbaNbdVolume *nbd, const PbaMapChunk *chunk, GErr
     return !problem;
 }
 
-/* True if the chunk has its answer, which is waited for unless later is given: that is set then. */
+/* True if the chunk has its answer. Waits for it unless later is given; then sets *later
+ * instead. */
 static bool has_answer(PbaNbdMap *map, PbaMapChunk *chunk, bool *later, GError **error)
 {
     if (map->used > 0 && chunk->state == PBA_CHUNK_ANSWERED) {
@@ -193,8 +194,8 @@ static bool has_answer(PbaNbdMap *map, PbaMapChunk *chunk, bool *later, GError *
     return !*later;
 }
 
-/* The chunk to read on in; NULL without an error at the end of the map, and where its answer is
- * not there yet but not to be waited for. */
+/* The next chunk to read; NULL without an error at the end of the map, and if its answer has not
+ * arrived and must not be waited for. */
 static PbaMapChunk *current_chunk(PbaNbdMap *map, bool *later, GError **error)
 {
     PbaMapChunk *chunk = &map->chunks[map->head];
@@ -208,7 +209,7 @@ static PbaMapChunk *current_chunk(PbaNbdMap *map, bool *later, GError **error)
     return check_answer(map->nbd, chunk, error) ? chunk : NULL;
 }
 
-/* Adds the chunk's extents to the run until one does not belong to it: true then. */
+/* Adds the chunk's extents to the run until one does not belong to it; then returns true. */
 static bool read_run(PbaNbdMap *map, PbaMapChunk *chunk, GError **error)
 {
     while (chunk->next < chunk->count && chunk->length > 0) {
@@ -231,7 +232,7 @@ static bool read_run(PbaNbdMap *map, PbaMapChunk *chunk, GError **error)
     return false;
 }
 
-/* The server's pace: short answers make later chunks shorter, sparse ones longer. */
+/* Adapts to the server: short answers make later chunks shorter, sparse ones longer. */
 static void finish_chunk(PbaNbdMap *map, PbaMapChunk *chunk)
 {
     chunk->state = PBA_CHUNK_TO_ASK;

@@ -1,11 +1,11 @@
-/* Reading and discarding over NBD, a request at a time. */
+/* Reading and discarding over NBD, one request at a time. */
 #include "src/base/base.h"
 #include "volume.h"
 #include <errno.h>
 #include <inttypes.h>
 #include <string.h>
 
-/* Of the context qemu:dirty-bitmap (QEMU: docs/interop/nbd). */
+/* Flags of the context qemu:dirty-bitmap (QEMU: docs/interop/nbd). */
 #define STATE_DIRTY 1u
 
 /* Waits for one request. A lost connection ends the volume; a refused request does not. */
@@ -30,7 +30,7 @@ static bool finish_request(PbaNbdVolume *nbd, int64_t cookie, const char *what, 
         pba_volume_break(&nbd->volume, local);
     }
     if (state == 0) {
-        pba_nbd_disconnect(nbd); /* the request still knows the caller's memory */
+        pba_nbd_disconnect(nbd); /* the request still refers to the caller's memory */
     }
     g_propagate_error(error, local);
     return false;
@@ -53,7 +53,7 @@ static bool read_piece(PbaNbdVolume *nbd, void *buffer, uint64_t offset, uint64_
     return false;
 }
 
-/* Reads the whole blocks of which a range has parts, and hands out the range. */
+/* Reads all blocks that the range touches, and returns the range. */
 static bool read_blocks(PbaNbdVolume *nbd, char *buffer, uint64_t offset, uint64_t length,
                         GError **error)
 {
@@ -108,7 +108,7 @@ static bool discard_range(PbaVolume *volume, uint64_t offset, uint64_t length, G
     return finish_request(nbd, cookie, what, error);
 }
 
-/* Without a bitmap all that is left is one region. */
+/* Without a bitmap, the rest of the volume is one region. */
 static bool next_region(PbaVolume *volume, PbaMap *base, uint64_t *offset, uint64_t *length,
                         bool *later, GError **error)
 {

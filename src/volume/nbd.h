@@ -1,4 +1,4 @@
-/* What is NBD's alone. Included by volume.h. */
+/* Declarations for NBD only. Included by volume.h. */
 #ifndef PBA_SRC_VOLUME_NBD_H
 #define PBA_SRC_VOLUME_NBD_H
 
@@ -9,47 +9,47 @@
 typedef struct {
     PbaVolume volume;
     struct nbd_handle *handle; /* NULL: not connected */
-    unsigned connection;       /* counts them, so that a map knows whether its requests are lost */
+    unsigned connection; /* counts connections, so that a map knows whether its requests are lost */
     char *path;
-    char *context;   /* what the map is of; NULL: no bitmap */
+    char *context;   /* the bitmap of the map; NULL: none */
     bool by_cluster; /* see PBA_BY_CLUSTER */
 } PbaNbdVolume;
 
 /* pba_volume_open, as one of these. */
 PbaNbdVolume *pba_nbd_open(const PbaVolumeOptions *options, const PbaHooks *hooks, GError **error);
-/* A further connection to what that has, without the bitmap. Where the server tells which parts are
- * zeroes (NBD spec: the base:allocation context), the volume has a context. */
+/* Another connection to the same export, without the bitmap. If the server reports which parts are
+ * zeroes (NBD spec: the base:allocation context), the new volume has a context. */
 PbaNbdVolume *pba_nbd_open_allocation(const PbaVolumeOptions *options, const PbaHooks *hooks,
                                       GError **error);
-/* Whether a path is a URI, one over TLS, one where libnbd may block while it connects, and one that
- * may be connected to: PBA_ERROR_ARGUMENT. */
+/* Whether a path is a URI, a URI over TLS, a URI for which libnbd may block while it connects, and
+ * a URI that may be used: else PBA_ERROR_ARGUMENT. */
 bool pba_uri_is(const char *path);
 bool pba_uri_is_tls(const char *uri);
 bool pba_uri_may_block(const char *uri);
 bool pba_uri_check(const char *uri, GError **error);
-/* Whether the files that it names for TLS can be read to their ends. May block. */
+/* Whether the TLS files that it names can be read completely. May block. */
 bool pba_uri_check_files(const char *uri, GError **error);
 /* Connects, or connects again after an interrupted call. */
 bool pba_nbd_connect(PbaNbdVolume *nbd, GError **error);
-/* Connects to a URI where libnbd may block meanwhile. Takes the handle over, and returns it, the
- * caller's to close; NULL on error: *is_full if that is a socket's full queue. */
+/* Connects to a URI for which libnbd may block. Takes over the handle, and returns it; the caller
+ * closes it. NULL on error: *is_full if the queue of a socket is full. */
 struct nbd_handle *pba_connect_aside(struct nbd_handle *handle, const char *uri, gint64 deadline,
                                      const PbaHooks *hooks, bool *is_full, GError **error);
-/* What libnbd waits for (poll(2)), and letting it go on with what came: -1 on error. */
+/* What libnbd waits for (poll(2)), and a step of libnbd after an event: -1 on error. */
 short pba_nbd_events(struct nbd_handle *handle);
 int pba_nbd_notify(struct nbd_handle *handle, short events, short revents);
-/* Lets libnbd send and receive once something can be. what names the wait. */
+/* Waits until something can be sent or received, and lets libnbd do so. what describes the wait. */
 bool pba_nbd_turn(PbaNbdVolume *nbd, gint64 deadline, const char *what, GError **error);
-/* How much of a range one request with data may be about. */
+/* The most of a range that one request with data may cover. */
 uint64_t pba_nbd_unit(const PbaNbdVolume *nbd, uint64_t offset, uint64_t length);
-/* Closes the connection, and with it all that is in flight. */
+/* Closes the connection, and with it all requests in flight. */
 void pba_nbd_disconnect(PbaNbdVolume *nbd);
-/* One with a handle is noted, so that pba_connections_cut finds its connection. */
+/* Registers a volume with a handle, so that pba_connections_cut finds its connection. */
 void pba_connection_note(PbaNbdVolume *nbd);
 void pba_connection_forget(PbaNbdVolume *nbd);
 /* Ends all connections of this process to the server at that socket, also those in use. */
 void pba_connections_cut(const char *socket_path);
-/* True if there is no connection any more. */
+/* True if the connection is lost or closed. */
 bool pba_nbd_is_lost(const PbaNbdVolume *nbd);
 /* libnbd's last error, as one of ours about this device. */
 void pba_nbd_set_error(const PbaNbdVolume *nbd, const char *what, GError **error);
@@ -59,7 +59,7 @@ void pba_nbd_set_error(const PbaNbdVolume *nbd, const char *what, GError **error
 
 typedef enum { PBA_CHUNK_TO_ASK, PBA_CHUNK_ASKED, PBA_CHUNK_ANSWERED } PbaMapChunkState;
 
-/* One block-status request: a part of the map, asked for and then read out in order. */
+/* One block-status request: a part of the map, requested and then read in order. */
 typedef struct {
     struct PbaNbdMap *map;
     uint64_t offset; /* what it covers */
@@ -72,11 +72,12 @@ typedef struct {
     size_t next; /* number to read out next */
 } PbaMapChunk;
 
-/* The way through the map. The chunks are a ring: head is read out, the others are under way. */
+/* The iteration over the map. The chunks are a ring: head is being read, the others are in
+ * flight. */
 typedef struct PbaNbdMap {
     PbaMap map;
     PbaNbdVolume *nbd; /* borrowed */
-    uint32_t flag;     /* of the extents that are looked for */
+    uint32_t flag;     /* the flag of the extents that are searched for */
     PbaMapChunk chunks[PBA_MAP_DEPTH];
     unsigned head;
     unsigned used;
@@ -85,24 +86,23 @@ typedef struct PbaNbdMap {
     uint64_t chunk_size; /* of the next one */
     uint64_t run_offset; /* the run that is being joined; run_length 0: none */
     uint64_t run_length;
-    unsigned connection; /* of the volume that its requests went over */
+    unsigned connection; /* of the volume, when its requests were sent */
 } PbaNbdMap;
 
 /* The extents of the volume's context that have that flag. */
 PbaNbdMap *pba_nbd_map_new(PbaNbdVolume *nbd, uint32_t flag, uint64_t begin, uint64_t end);
-/* Closes the connection where an answer is under way, which would reach the map. */
+/* Closes the connection if an answer is in flight, because it would write to the map. */
 void pba_nbd_map_free(PbaNbdMap *map);
-/* The next run of extents with the flag; *length is 0 at the end. later as above. */
+/* The next run of extents with the flag; *length is 0 at the end. later is as above. */
 bool pba_nbd_map_next(PbaNbdMap *map, uint64_t *offset, uint64_t *length, bool *later,
                       GError **error);
-/* True if no answer to a request of this map is under way any more. */
+/* True if no request of this map is in flight any more. */
 bool pba_nbd_map_is_idle(const PbaNbdMap *map);
 
-/* The zeroes of a volume of pba_nbd_open_allocation, between begin and end: for pba_nbd_map_next.
- */
+/* The zeroes of a volume of pba_nbd_open_allocation between begin and end, for pba_nbd_map_next. */
 PbaNbdMap *pba_nbd_zeroes(PbaNbdVolume *nbd, uint64_t begin, uint64_t end);
 
-/* Discards these ranges as pba_volume_discard does, many at a time. */
+/* Discards these ranges like pba_volume_discard, many at a time. */
 bool pba_nbd_discard_ranges(PbaNbdVolume *nbd, const PbaRange *ranges, unsigned count,
                             GError **error);
 

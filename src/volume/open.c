@@ -1,4 +1,4 @@
-/* Opening a volume over NBD, and closing one, whatever it is read from. */
+/* Opens a volume over NBD, and closes a volume of any kind. */
 #include "src/base/base.h"
 #include "volume.h"
 

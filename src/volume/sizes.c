@@ -6,7 +6,7 @@
 #include <string.h>
 #include <sys/statvfs.h>
 
-/* Below the size of a sector a server would be asked for too many pieces at once. */
+/* With blocks below the size of a sector, a server would get too many pieces at once. */
 #define MIN_REQUEST 512u
 
 static bool is_power_of_two(uint64_t number)
@@ -44,7 +44,7 @@ uint64_t pba_whole_blocks(uint64_t bytes, uint32_t block)
     return (bytes + block - 1) / block * block;
 }
 
-/* Only what is written exactly as we write it. */
+/* Only numbers in exactly the form that we write. */
 static uint64_t read_cluster(struct nbd_handle *nbd)
 {
     char *description = nbd_get_export_description(nbd);

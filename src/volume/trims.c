@@ -52,7 +52,7 @@ bool pba_trims_add(PbaTrims *trims, uint64_t offset, uint64_t length)
     return insert_range(trims, next, range);
 }
 
-/* As much of a range as one request may have. */
+/* The part of a range that one request may cover. */
 static PbaRange next_discard(const PbaTrims *trims, PbaRange range)
 {
     PbaRange whole = pba_whole_clusters(range, trims->size, trims->cluster);
@@ -69,7 +69,8 @@ bool pba_trims_take(PbaTrims *trims, uint64_t at_least, PbaRange *range)
         if (whole.end - whole.begin < at_least || whole.end == whole.begin) {
             continue;
         }
-        /* The part of a cluster before it is given up if it would need more room than there is. */
+        /* The part of a cluster before it is dropped if it would need another range and there is no
+         * room. */
         trims->ranges[i].begin = whole.end;
         if (whole.end == from.end) {
             delete_range(trims, i);

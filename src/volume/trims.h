@@ -4,7 +4,7 @@
 
 #include "src/pba.h"
 
-/* What QEMU copies before a write, and discards as a whole. */
+/* QEMU's unit for copying before a write, and for discards. */
 #define PBA_CLUSTER UINT64_C(65536)
 /* Of one request: below its limit of 32 bits, and whole clusters. */
 #define PBA_MAX_DISCARD (UINT64_C(1) << 30)
@@ -20,8 +20,8 @@ typedef struct {
  * there are none. */
 PbaRange pba_whole_clusters(PbaRange range, uint64_t size, uint64_t cluster);
 
-/* What may be discarded but was not yet. Joins ranges, so that requests are few, and clusters whose
- * parts came one by one become whole. */
+/* The ranges that may be discarded but were not yet. Adjacent ranges are joined, so that requests
+ * are few, and clusters whose parts were added one by one become whole. */
 typedef struct {
     PbaRange ranges[PBA_TRIMS_MAX]; /* ascending, apart from each other */
     unsigned count;
@@ -29,12 +29,12 @@ typedef struct {
     uint64_t cluster; /* what is freed as a whole */
 } PbaTrims;
 
-/* Adds a range that overlaps no other. False if there is no room: take one first. */
+/* Adds a range that overlaps no other. False if there is no room: then take a range first. */
 bool pba_trims_add(PbaTrims *trims, uint64_t offset, uint64_t length);
-/* Takes out whole clusters of a range of at least so many bytes, for one request. False: none. */
+/* Removes whole clusters of a range of at least that many bytes, for one request. False: none. */
 bool pba_trims_take(PbaTrims *trims, uint64_t at_least, PbaRange *range);
-/* Makes room: takes the range that is least likely to grow, the first. *range is empty where it
- * has no whole cluster. False: nothing is left. */
+/* Makes room: removes the first range, which is least likely to grow. *range is empty if it has no
+ * whole cluster. False: nothing is left. */
 bool pba_trims_take_first(PbaTrims *trims, PbaRange *range);
 
 #endif

@@ -1,18 +1,18 @@
-/* Which NBD URIs are taken. libnbd's newer versions know some that run programs (nbd+ssh), and
- * others may come: only what is known to be a connection, and nothing else, is. */
+/* Which NBD URIs are accepted. Newer versions of libnbd support some that run programs (nbd+ssh),
+ * and others may follow, so only known kinds of connections are accepted. */
 #include "src/base/base.h"
 #include "volume.h"
 #include <inttypes.h>
 #include <string.h>
 #include <sys/stat.h>
 
-/* The largest list of keys or of certificates that is read: libnbd takes any into memory. */
+/* The size limit for a list of keys or certificates: libnbd reads files of any size into memory. */
 #define MAX_FILE (INT64_C(16) << 20)
 
 static const char *const schemes[] = {"nbd",       "nbd+unix",   "nbd+vsock", "nbds",
                                       "nbds+unix", "nbds+vsock", NULL};
 static const char *const parameters[] = {"socket", NULL};
-/* Keys and certificates that a URI names are the caller's own. */
+/* Keys and certificates in a URI must belong to the caller. */
 static const char *const tls_parameters[] = {"tls-certificates", "tls-hostname",    "tls-psk-file",
                                              "tls-username",     "tls-verify-peer", NULL};
 
@@ -31,7 +31,7 @@ bool pba_uri_is_tls(const char *uri)
     return g_str_has_prefix(uri, "nbds");
 }
 
-/* A host's name is looked up, files are read. */
+/* A host's name is looked up, or files are read. */
 bool pba_uri_may_block(const char *uri)
 {
     return g_str_has_prefix(uri, "nbd://") || pba_uri_is_tls(uri);
@@ -88,7 +88,7 @@ bool pba_uri_check(const char *uri, GError **error)
     return check_parameters(uri, error);
 }
 
-/* What is not there is said by libnbd. */
+/* If the file does not exist, libnbd reports this. */
 static bool check_file(const char *path, GError **error)
 {
     struct stat about;

@@ -1,4 +1,4 @@
-/* What is done with a volume, whatever it is read from. */
+/* Operations on a volume that do not depend on its source. */
 #include "volume.h"
 #include "src/base/base.h"
 #include <inttypes.h>

@@ -1,11 +1,11 @@
-/* The table of the backend, and what of it is short. */
+/* The backend's table, and its short functions. */
 #include "pve.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 #include <string.h>
 
-/* QEMU's command (to 11.0) takes any node of that name. While an access is up its filter hides the
- * nodes of guest devices; then QEMU itself must say whose access that is. */
+/* QEMU's command (to 11.0) accepts any node with that name. While an access is active, its filter
+ * hides the nodes of guest devices; then QEMU itself must say whose access that is. */
 static bool resolve_node(PbaDisk *disk, const PbaBlock *block, GError **error)
 {
     JsonObject *node = pba_block_find_node(block, disk->device);
@@ -17,7 +17,7 @@ static bool resolve_node(PbaDisk *disk, const PbaBlock *block, GError **error)
     return pba_block_node_size(node, &disk->size, error);
 }
 
-/* The drive's name, that of its block backend or of its node. */
+/* The drive's name: that of its block backend, or of its node. */
 static char *identify(const char *name, JsonObject *device)
 {
     const char *drive = device ? pba_json_find_string(device, "device") : NULL;
@@ -25,25 +25,25 @@ static char *identify(const char *name, JsonObject *device)
     return g_strdup_printf("drive %s", drive && *drive ? drive : name);
 }
 
-/* QEMU (to 11.0) does not tell whether an access without bitmaps is up. */
+/* QEMU (to 11.0) does not report an access without bitmaps. */
 static bool is_clean(G_GNUC_UNUSED PbaAccess *access)
 {
     return false;
 }
 
-/* The commands are younger than the bugs that make it necessary: see upstream/versions.c. */
+/* The commands are newer than the bugs that would require this: see upstream/versions.c. */
 static bool reads_by_cluster(G_GNUC_UNUSED const PbaAccess *access)
 {
     return false;
 }
 
-/* The commands are younger than QEMU 8.2: see upstream/versions.c. */
+/* The commands are newer than QEMU 8.2: see upstream/versions.c. */
 static bool stop_waits(G_GNUC_UNUSED const PbaAccess *access)
 {
     return false;
 }
 
-/* QEMU (to 11.0) leaves the clean parts out of the snapshot from the start. */
+/* QEMU (to 11.0) excludes the clean parts from the snapshot from the start. */
 static void after_export(G_GNUC_UNUSED PbaAccess *access)
 {
 }
@@ -53,7 +53,7 @@ static bool is_background(const char *name)
     return strcmp(name, PBA_PVE_BACKGROUND) == 0;
 }
 
-/* A target's bitmap has its name, or with a companion that with a prefix. */
+/* A bitmap of a target has the target's name, or with a companion the prefix and that name. */
 static const char *bitmap_target(const char *name)
 {
     if (is_background(name) || pba_is_companion(name) || pba_audit_key(name)) {
@@ -67,7 +67,7 @@ static char *plain_bitmap(const char *target_id)
     return g_strdup(target_id);
 }
 
-/* All that QEMU's command needs is the target. */
+/* QEMU's command only needs the target. */
 static bool resolve_stale(PbaAccess *dead, PbaDisk *disk, G_GNUC_UNUSED const PbaBlock *block,
                           G_GNUC_UNUSED GError **error)
 {
@@ -75,7 +75,7 @@ static bool resolve_stale(PbaAccess *dead, PbaDisk *disk, G_GNUC_UNUSED const Pb
     return true;
 }
 
-/* QEMU joins them itself when it ends an access. */
+/* QEMU itself joins them when it ends an access. */
 static const char *bitmap_repair(G_GNUC_UNUSED const PbaBlock *block,
                                  G_GNUC_UNUSED const char *node,
                                  G_GNUC_UNUSED const char *target_id)
@@ -83,7 +83,7 @@ static const char *bitmap_repair(G_GNUC_UNUSED const PbaBlock *block,
     return NULL;
 }
 
-/* It shows by its bitmaps only: the target's is frozen beside the background one. */
+/* Only its bitmaps show it: the target's is frozen, and there is a background bitmap. */
 static bool find_foreign(const PbaBlock *block, char **target_id)
 {
     for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
@@ -103,7 +103,7 @@ static bool find_foreign(const PbaBlock *block, char **target_id)
     return false;
 }
 
-/* What QEMU says of the last backup or access, over or not. */
+/* QEMU's report about the last backup or access, even if it is over. */
 static bool add_status(PbaQmp *qmp, JsonObject *status, GError **error)
 {
     g_autoptr(GError) refused = NULL;

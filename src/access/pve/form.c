@@ -27,7 +27,7 @@ static bool find_form(PbaQmp *qmp, const char **form, GError **error)
     return true;
 }
 
-/* The version tells it of Proxmox' packages, which have had the commands in one form since 10.0. */
+/* The version identifies Proxmox' packages, which have had the commands in one form since 10.0. */
 bool pba_pve_suits(PbaQmp *qmp, PbaQemu *qemu, const char **form, bool *suits, GError **error)
 {
     if (qemu->major >= 10 && qemu->package && g_str_has_prefix(qemu->package, "pve-qemu-kvm_")) {

@@ -6,8 +6,8 @@
 
 extern const PbaBackend pba_pve_backend;
 
-/* The form of backup-access-setup that has one bitmap mode for all devices and takes the bitmap's
- * name. */
+/* The form of backup-access-setup with one bitmap mode for all devices, and the bitmap's name as an
+ * argument. */
 #define PBA_PVE_EARLY_FORM "devlist"
 bool pba_pve_has_early_form(const PbaAccess *access);
 
@@ -18,28 +18,28 @@ bool pba_pve_prepare(PbaAccess *access, const PbaBlock *block, GError **error);
 bool pba_pve_cut(PbaAccess *access, const PbaBlock *block, GError **error);
 bool pba_pve_teardown(PbaAccess *access, PbaBlock *block, bool success, GError **error);
 
-/* Whether QEMU has nothing of this access, by what it has now: setup failed, or did not come to its
+/* Whether QEMU's current state has nothing of this access: setup failed, or did not reach its
  * command. */
 bool pba_pve_has_done_nothing(const PbaAccess *access, const PbaBlock *now);
 
-/* Companions, beside bitmaps whose teardown is QEMU's own */
+/* Companions of bitmaps that QEMU's own teardown handles */
 
-/* What QEMU is told as the target of an access whose bitmaps have companions, or have none; the
- * caller's to free. */
+/* The target that QEMU gets for an access whose bitmaps have companions, or have none; the caller
+ * frees it. */
 char *pba_pve_target(const PbaAccess *access, bool tied);
-/* The name of the target's bitmap with a companion, or of the one without: the early form of the
- * command may have another one than the target. */
+/* The name of the target's bitmap with a companion, or of the one without. In the early form of the
+ * command, it may differ from the target's name. */
 char *pba_pve_bitmap(const PbaAccess *access, bool tied);
-/* Whether an access of this target can have that bitmap. */
+/* Whether an access of this target may have that bitmap. */
 bool pba_pve_may_be_targets(const PbaAccess *access, const char *name, JsonObject *info);
 /* Before setup: removes bitmaps that must not be used. */
 bool pba_pve_check_ties(PbaAccess *access, const PbaBlock *block, GError **error);
-/* After setup: bitmaps that are new get a companion without an id. */
+/* After setup: adds a companion without an ID for each new bitmap. */
 bool pba_pve_open_ties(PbaAccess *access, GError **error);
-/* Before QEMU is told of a success: takes the companions their ids. */
+/* Before QEMU is told of a success: removes the IDs from the companions. */
 bool pba_pve_take_ids(PbaAccess *access, const PbaBlock *block, GError **error);
-/* After it: gives them the access' one; block is what QEMU had before they were taken. A failure
- * makes the next backup a full one, and is logged. */
+/* Afterwards: adds the ID of the access; block is QEMU's state before the IDs were removed. A
+ * failure makes the next backup a full one, and is logged. */
 void pba_pve_give_ids(PbaAccess *access, const PbaBlock *block);
 
 /* The table's */

@@ -1,16 +1,16 @@
 /* Setup by Proxmox' own command (QAPI: backup-access-setup).
  *
- * A setup that fails half way cannot be undone there, and some calls crash the VM (pve-qemu-kvm to
- * 11.0.0), so everything that can be looked at is looked at before. */
+ * A setup that fails half way cannot be undone, and some calls crash the VM (pve-qemu-kvm to
+ * 11.0.0), so everything that can be checked is checked before. */
 #include "pve.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 #include <inttypes.h>
 #include <string.h>
 
-/* QEMU copies before a write, and frees again, whole clusters of the fleecing image, but of 64 KiB
- * at least (QEMU: block_copy_calculate_cluster_size, cbw_co_pdiscard_snapshot). An RBD image has
- * its objects for clusters. */
+/* Before a write, QEMU copies whole clusters of the fleecing image, but at least 64 KiB, and frees
+ * them again as a whole (QEMU: block_copy_calculate_cluster_size, cbw_co_pdiscard_snapshot). The
+ * clusters of an RBD image are its objects. */
 static bool read_cluster(PbaDisk *disk, JsonObject *node, JsonObject *device, GError **error)
 {
     JsonObject *of = node ? node : pba_json_find_object(device, "inserted");
@@ -49,7 +49,7 @@ static bool check_fleecing(PbaDisk *disk, const PbaBlock *block, GError **error)
     return read_cluster(disk, node, device, error);
 }
 
-/* QEMU looks the name up itself, and does not know guest devices' ids. */
+/* QEMU looks the name up itself, and does not accept the IDs of guest devices. */
 static bool check_name(const PbaDisk *disk, const PbaBlock *block, GError **error)
 {
     JsonObject *device = pba_block_find_device(block, disk->device);
@@ -64,7 +64,7 @@ static bool check_name(const PbaDisk *disk, const PbaBlock *block, GError **erro
     return true;
 }
 
-/* What the early form of the command cannot say. */
+/* Refuses what the early form of the command cannot express. */
 static bool check_early_form(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     const PbaDisk *first = access->disks->pdata[0];
@@ -88,7 +88,7 @@ static bool check_early_form(PbaAccess *access, const PbaBlock *block, GError **
             return false;
         }
     }
-    /* One with a companion is removed before. */
+    /* A bitmap with a companion is removed before. */
     g_autofree char *name = pba_access_bitmap(access);
     if (first->mode == PBA_BITMAP_MODE_NEW && access->tied != PBA_TIED_YES &&
         pba_block_has_bitmap(block, name)) {
@@ -245,19 +245,20 @@ static unsigned count_parts(const PbaBlock *block)
     return count;
 }
 
-/* QEMU's own word for an access or a native backup of another program, before it has changed
- * anything. It decides only where parts have appeared since this setup began to look: another
- * program was faster by that moment, or QEMU failed half way. Where it is not understood, teardown
- * is tried: QEMU refuses that for another target's, and what would crash it is looked at before;
- * one of this target ends as a failed backup. Where it is misunderstood, the half that QEMU has
- * made stays, and QEMU refuses the next setup. No bit is lost either way. */
+/* Whether this is QEMU's error for an access or a native backup of another program, from before it
+ * changed anything. This only matters if its parts have appeared since this setup began to look:
+ * either another program was faster, or QEMU failed half way. If the error is not recognized,
+ * teardown is tried: QEMU refuses it for another target's access, and what would crash QEMU is
+ * checked before; an access of this target ends as a failed backup. If it is recognized wrongly,
+ * the half that QEMU has made remains, and QEMU refuses the next setup. No bit is lost either
+ * way. */
 static bool is_refusal(const GError *error)
 {
     return error->code == PBA_ERROR_QMP && strstr(error->message, "not finished");
 }
 
-/* The access' backend_data, once the command for setup was sent: what QEMU has said to it. Without
- * bitmaps QEMU does not tell whether an access is up. */
+/* The access' backend_data after the command for setup was sent: QEMU's answer to it. QEMU does not
+ * report an access without bitmaps. */
 typedef struct {
     enum {
         ANSWER_NOT_KNOWN, /* none came, or it was done */
@@ -274,7 +275,7 @@ bool pba_pve_has_done_nothing(const PbaAccess *access, const PbaBlock *now)
            (sent->answer == ANSWER_ERROR && count_parts(now) == count_parts(&access->seen));
 }
 
-/* QEMU's filter goes between the disk and its throttle filter. */
+/* QEMU's filter is inserted between the disk and its throttle filter. */
 static const char *guarded(const PbaDisk *disk)
 {
     return disk->bitmap_node;
@@ -283,14 +284,14 @@ static const char *guarded(const PbaDisk *disk)
 bool pba_pve_prepare(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     return
-        /* Before the command, which would go on from a bitmap that fits no backup. */
+        /* Before the command, which would continue with a bitmap that fits no backup. */
         pba_pve_check_ties(access, block, error) &&
-        /* Before the command, which is only undone by QEMU's own teardown: another program's NBD
-         * server is a reason not to send it. */
+        /* Before the command, which only QEMU's own teardown can undo: if another program's NBD
+         * server runs, the command must not be sent. */
         pba_nbd_server_start(access, error) &&
-        /* Before the command, whose filter goes below them, and which may be the last thing that
-         * this process does: QEMU does not tell which devices an access has, and recovery learns it
-         * from their holds. Before the last look at what others do. */
+        /* Before the command: its filter is inserted below these nodes, and this process may die
+         * after sending it. QEMU does not report the devices of an access, so recovery needs their
+         * holds. Before the last check for other programs. */
         pba_guards_add(access, guarded, error) && pba_company_check_again(access, error);
 }
 
@@ -315,8 +316,8 @@ static JsonArray *ask(PbaAccess *access, GError **error)
 
 bool pba_pve_cut(PbaAccess *access, G_GNUC_UNUSED const PbaBlock *block, GError **error)
 {
-    /* A freeze may have taken minutes. A device that has lost its medium crashes QEMU (to 11.0.0),
-     * and one that fails leaves the nodes of those before it for good. */
+    /* The freeze before this may have taken minutes. A device that has lost its medium crashes QEMU
+     * (to 11.0.0), and if one device fails, the nodes of those before it remain forever. */
     g_autoptr(JsonArray) reply = pba_access_look_again(access, error) ? ask(access, error) : NULL;
     return reply && read_reply(access, reply, error);
 }

@@ -1,5 +1,5 @@
 /* The end of an access by Proxmox' own commands. Some calls crash the VM, so everything that can be
- * looked at is looked at before. */
+ * checked is checked before. */
 #include "pve.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
@@ -15,21 +15,21 @@
     "end that (block-export-del), then try again"
 
 /* QEMU (pve-qemu-kvm to 11.0.0) crashes when it tears down an access whose bitmap or node was
- * removed meanwhile, and aborts when another program exports the bitmap. */
+ * removed in the meantime, and aborts when another program exports the bitmap. */
 static const char *find_danger(const PbaDisk *disk, const PbaBlock *block)
 {
     JsonObject *bitmap = disk->bitmap_name
                              ? pba_block_find_bitmap(block, disk->bitmap_node, disk->bitmap_name)
                              : NULL;
 
-    /* Without its hold, as in an access that another version has set up. The device's root may be
-     * QEMU's filter now, so its node's name does not find it. */
+    /* For a disk without a hold, as in an access of another version. The device's root may now be
+     * QEMU's filter, so its node's name does not find the disk. */
     if (!pba_guard_holds(disk, block) &&
         ((disk->qdev && !pba_block_find_device(block, disk->qdev)) ||
          !pba_block_find_node(block, disk->root_node))) {
         return DISK_GONE;
     }
-    /* QEMU removes its own when it ends the access, and lets the target's record again. */
+    /* When QEMU ends the access, it removes its own bitmap, and the target's records again. */
     bool is_frozen = bitmap && !pba_json_find_bool(bitmap, "recording");
     if (disk->bitmap_name &&
         (!bitmap || (is_frozen && pba_pve_is_access_up(block) &&
@@ -43,8 +43,8 @@ static const char *find_danger(const PbaDisk *disk, const PbaBlock *block)
 }
 
 /* Whether a node with a background bitmap lacks the target's, or has one that is in use, or a
- * frozen one has no background bitmap. The name is not known of a QEMU with the early form of the
- * command; there any frozen one will do. */
+ * frozen one has no background bitmap. With the early form of the command, the bitmap's name is not
+ * known, so any frozen one counts. */
 static const char *find_stale_danger(const PbaAccess *access, PbaBitmapWalk at, bool is_up)
 {
     bool has_background = false;
@@ -67,9 +67,8 @@ static const char *find_stale_danger(const PbaAccess *access, PbaBitmapWalk at, 
     return has_background && is_busy ? BITMAP_BUSY : NULL;
 }
 
-/* QEMU's filter above a disk that was unplugged without a hold, or whose hold was deleted since: no
- * name tells that there was one, but nothing uses the filter any more except its snapshot. Needs
- * the graph. */
+/* QEMU's filter above a disk that was unplugged without a hold, or whose hold was deleted since. No
+ * name reveals it, but only its snapshot still uses the filter. Needs the graph. */
 static bool has_lost_disk(const PbaBlock *block, const char *node)
 {
     JsonObject *entry = pba_block_find_node(block, node);
@@ -120,14 +119,14 @@ static bool check_safe(PbaAccess *access, const PbaBlock *block, GError **error)
     return true;
 }
 
-/* What QEMU has of ours at one moment. */
+/* Our objects in QEMU at one moment. */
 static bool is_marked_as_ending(const PbaAccess *access, const PbaBlock *block)
 {
     g_autofree char *prefix = pba_ending_prefix(access->target_id);
     return pba_block_has_nodes(block, prefix);
 }
 
-/* While an access with bitmaps is up. */
+/* While an access with bitmaps is active. */
 static bool has_background(const PbaBlock *block)
 {
     return pba_block_has_bitmap(block, PBA_PVE_BACKGROUND);
@@ -144,9 +143,9 @@ static bool has_bitmaps(const PbaAccess *access)
     return false;
 }
 
-/* QEMU has begun them anew, or may have, and who asked for that was not told so, or is dead: better
- * none than ones that lack bits. On all disks, since which ones they were is not known of a dead
- * process, nor whether they had companions. */
+/* QEMU has cleared them, or may have, and the process that asked for this was not told, or is dead:
+ * removing them is better than keeping bitmaps that lack bits. On all disks, because the disks of a
+ * dead process' access are not known, nor whether their bitmaps had companions. */
 static bool remove_bitmaps(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     g_autofree char *plain = pba_pve_bitmap(access, false);
@@ -171,7 +170,7 @@ static bool remove_bitmaps(PbaAccess *access, const PbaBlock *block, GError **er
     return true;
 }
 
-/* While an access is exported, nothing that we do may come to a teardown. */
+/* While the access is exported, no teardown may be sent. */
 static bool check_no_exports(PbaAccess *access, GError **error)
 {
     bool found;
@@ -195,18 +194,19 @@ static bool tell_teardown(PbaAccess *access, bool tied, bool success, GError **e
                        error);
 }
 
-/* QEMU's word for an access, or a native backup, of another program: then none of this target is
- * up. Asked for a dead process only. Where it is not understood, recovery refuses; where it is
- * misunderstood, our marks go and QEMU refuses the next setup: no bit is lost. */
+/* Whether this is QEMU's error for an access or a native backup of another program: then no access
+ * of this target is active. Only asked for a dead process. If the error is not recognized, recovery
+ * refuses; if it is recognized wrongly, our markers are deleted and QEMU refuses the next setup. No
+ * bit is lost. */
 static bool is_not_ours(const PbaAccess *access, const GError *error)
 {
     return access->is_recovery && error->code == PBA_ERROR_QMP &&
            strstr(error->message, "got target");
 }
 
-/* Whatever the error is: a caller's transport says of a time-out what QEMU says of a refusal. Over
- * a new connection, when QEMU has done with all that came over the one before. Only bitmaps tell.
- */
+/* For any error, because a caller's transport may report a time-out with QEMU's words for a
+ * refusal. Over a new connection, so that QEMU has handled everything from the previous one. Only
+ * bitmaps show the outcome. */
 static PbaOutcome find_outcome(PbaAccess *access, GError **error)
 {
     g_auto(PbaBlock) block = {0};
@@ -226,7 +226,7 @@ static PbaOutcome send_teardown(PbaAccess *access, bool success, GError **error)
     if (tell_teardown(access, access->tied == PBA_TIED_YES, success, &local)) {
         return PBA_OUTCOME_DONE;
     }
-    /* Of a dead process it is not known which of the two names QEMU was given. */
+    /* For a dead process, it is not known which of the two names QEMU was given. */
     if (is_not_ours(access, local)) {
         g_clear_error(&local);
         if (tell_teardown(access, true, success, &local)) {
@@ -260,21 +260,22 @@ static void unmark_ending(PbaAccess *access, GError **first)
     pba_error_keep_first(first, step, &access->hooks);
 }
 
-/* The mark is there before QEMU is told, and goes when its reply has been handled: a process that
- * dies between, or is not told, leaves it for the next one to find. */
+/* The marker is added before QEMU gets the command, and deleted when its reply has been handled. If
+ * the process dies in between, or gets no reply, the next one finds the marker. */
 static PbaOutcome commit(PbaAccess *access, const PbaBlock *block, GError **error)
 {
-    /* The bitmaps are about to be of another backup: from here on none says of which one. */
+    /* From here on, no companion says which backup the bitmaps are relative to, because this is
+     * about to change. */
     if (has_bitmaps(access) &&
         (!mark_ending(access, error) || !pba_pve_take_ids(access, block, error))) {
         return error && pba_error_is_fatal(*error) ? PBA_OUTCOME_UNKNOWN : PBA_OUTCOME_NOT_DONE;
     }
-    /* From here on a signal would leave in doubt what became of it. */
+    /* From here on, a signal would leave the outcome in doubt. */
     pba_qmp_settle(access->qmp, true);
     PbaOutcome outcome = send_teardown(access, true, error);
     if (outcome == PBA_OUTCOME_DONE) {
         pba_access_enter(access, PBA_PHASE_COMMITTED);
-        /* Not before: until QEMU has begun them anew the bitmaps are relative to the base. */
+        /* Only now: until QEMU has cleared the bitmaps, they are relative to the base. */
         pba_pve_give_ids(access, block);
     } else {
         pba_qmp_settle(access->qmp, false);
@@ -282,7 +283,7 @@ static PbaOutcome commit(PbaAccess *access, const PbaBlock *block, GError **erro
     return outcome;
 }
 
-/* What was to be a success: the caller is told, and so is the log. */
+/* The backup was to be a success, so both the caller and the log are told. */
 static void end_as_failure(PbaAccess *access, GError **error)
 {
     GError *step = NULL;
@@ -311,11 +312,11 @@ static bool end_as_success(PbaAccess *access, const PbaBlock *block, GError **er
     return outcome == PBA_OUTCOME_DONE;
 }
 
-/* Whether nothing in there would crash QEMU. */
+/* Whether a teardown would not crash QEMU. */
 static bool check(PbaAccess *access, const PbaBlock *block, GError **error)
 {
-    /* Of a dead process' access, or without a reply to setup, it is not known whose access is up:
-     * only what the bitmaps of all nodes show is known of it. */
+    /* For a dead process' access, or without a reply to setup, it is not known whose access is
+     * active; only the bitmaps of all nodes show it. */
     if (access->is_recovery) {
         return check_no_exports(access, error) && check_stale_safe(access, block, error);
     }
@@ -328,8 +329,8 @@ static bool check(PbaAccess *access, const PbaBlock *block, GError **error)
 
 static bool end(PbaAccess *access, const PbaBlock *block, bool success, GError **error)
 {
-    /* A dead process that had put no hold on a disk had sent nothing, unless its holds were deleted
-     * by others: while it has marked an end they are to be there. */
+    /* A dead process that had put no hold on a disk had not sent the command, unless others have
+     * deleted its holds: while there is its marker of an end, they must exist. */
     if ((access->disks->len == 0 && !is_marked_as_ending(access, block)) ||
         (!access->is_recovery && pba_pve_has_done_nothing(access, block))) {
         return true;
@@ -340,14 +341,14 @@ static bool end(PbaAccess *access, const PbaBlock *block, bool success, GError *
     if (success) {
         return end_as_success(access, block, error);
     }
-    /* Known before teardown only: then QEMU's background bitmap goes. */
+    /* Only known before the teardown, which removes QEMU's background bitmap. */
     bool may_be_committed = is_marked_as_ending(access, block) && !has_background(block);
     return send_teardown(access, false, error) == PBA_OUTCOME_DONE &&
-           /* After it, which crashes QEMU where a bitmap is gone: see find_danger. */
+           /* After the teardown, which crashes QEMU if a bitmap is missing: see find_danger. */
            (!may_be_committed || remove_bitmaps(access, block, error));
 }
 
-/* The mark of an earlier try may never have come to QEMU, and there is nothing to be deleted. */
+/* The marker of an earlier try may never have reached QEMU; then there is nothing to delete. */
 static void forget_lost_mark(PbaAccess *access, const PbaBlock *block)
 {
     if (!pba_block_find_node(block, access->end_mark)) {
@@ -360,10 +361,10 @@ bool pba_pve_teardown(PbaAccess *access, PbaBlock *block, bool success, GError *
     GError *first = NULL;
 
     forget_lost_mark(access, block);
-    /* After QEMU's own teardown, which crashes (to 11.0) where a disk has gone; not where that is
-     * still to come. */
+    /* After QEMU's own teardown, which crashes (to 11.0) if a disk is missing; not if this teardown
+     * is yet to come. */
     if (end(access, block, success, &first) || access->phase == PBA_PHASE_ENDED) {
-        /* Before the holds, by which recovery knows that there was an access to be asked about. */
+        /* Before the holds, which show recovery that QEMU must be asked about an access. */
         unmark_ending(access, &first);
         pba_guards_drop(access, &first, block);
     }

@@ -1,4 +1,4 @@
-/* Companions beside the bitmaps of Proxmox' commands, whose teardown is QEMU's own. */
+/* Companions of the bitmaps of Proxmox' commands, which QEMU's own teardown handles. */
 #include "pve.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
@@ -18,8 +18,7 @@ char *pba_pve_bitmap(const PbaAccess *access, bool tied)
     return tied ? pba_tied_bitmap(name) : access->backend->plain_bitmap(name);
 }
 
-/* The name is not known of a QEMU with the early form of the command; there any frozen one will do.
- */
+/* With the early form of the command, the bitmap's name is not known, so any frozen one counts. */
 bool pba_pve_may_be_targets(const PbaAccess *access, const char *name, JsonObject *info)
 {
     const char *target = access->backend->bitmap_target(name);
@@ -97,7 +96,7 @@ static char *companion_name(const PbaAccess *access, const PbaDisk *disk, const 
     return pba_companion_name(&companion);
 }
 
-/* The granularity of the companion that the disk has at the end of an access, if it has one. */
+/* The granularity of the companion that the disk gets at the end of an access, if it gets one. */
 static bool find_granularity(const PbaAccess *access, const PbaDisk *disk, const PbaBlock *block,
                              const char **companion, uint64_t *granularity)
 {
@@ -108,8 +107,9 @@ static bool find_granularity(const PbaAccess *access, const PbaDisk *disk, const
     return info && pba_json_size(info, "granularity", granularity, NULL);
 }
 
-/* In place of every companion of the access' disks one without an id; none where no id is to come.
- * Without a nonce of this access in its name a command of an earlier one might hit it. */
+/* Replaces every companion of the access' disks by one without an ID, or by none if there will be
+ * no ID. The name contains a nonce of this access, so that a late command of an earlier access
+ * cannot hit it. */
 bool pba_pve_take_ids(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     g_autoptr(JsonArray) actions = json_array_new();
@@ -132,7 +132,7 @@ bool pba_pve_take_ids(PbaAccess *access, const PbaBlock *block, GError **error)
     return pba_actions_run(access->qmp, actions, error);
 }
 
-/* In place of those of pba_pve_take_ids. */
+/* Replaces the companions of pba_pve_take_ids. */
 static bool give_ids(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     g_autoptr(JsonArray) actions = json_array_new();
@@ -163,7 +163,7 @@ void pba_pve_give_ids(PbaAccess *access, const PbaBlock *block)
     }
 }
 
-/* It shows by nodes that no disk has. */
+/* Nodes that belong to no disk show it. */
 bool pba_pve_is_access_up(const PbaBlock *block)
 {
     for (guint i = 0; i < json_array_get_length(block->nodes); i++) {

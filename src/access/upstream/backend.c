@@ -1,16 +1,16 @@
-/* The table of the backend, and what of it is short. */
+/* The backend's table, and its short functions. */
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 #include "upstream.h"
 
-/* The raw node goes between a guest device and its disk, so a node alone will not do. */
+/* The raw node is inserted between a guest device and its disk, so a node alone is not enough. */
 static bool resolve_node(G_GNUC_UNUSED PbaDisk *disk, G_GNUC_UNUSED const PbaBlock *block,
                          GError **error)
 {
     return pba_disk_set_unknown_error(error);
 }
 
-/* A drive has a name, else the guest's device has; names of nodes change, at least when a snapshot
+/* The name of the drive, or else of the guest's device; node names change, at least when a snapshot
  * is taken. */
 static char *identify(const char *name, JsonObject *device)
 {
@@ -33,8 +33,8 @@ static char *bitmap(const PbaAccess *access, bool tied)
     return tied ? pba_tied_bitmap(access->target_id) : pba_target_bitmap(access->target_id);
 }
 
-/* Proxmox' QEMU leaves the clean parts out of the snapshot from the start; here they are discarded.
- */
+/* Proxmox' QEMU excludes the clean parts from the snapshot from the start; here they are
+ * discarded. */
 static void after_export(PbaAccess *access)
 {
     for (guint i = 0; i < access->disks->len; i++) {
@@ -68,7 +68,7 @@ static bool resolve_stale(PbaAccess *dead, PbaDisk *disk, const PbaBlock *block,
            (!qdev || pba_upstream_find_guest_device(dead, disk, qdev, error));
 }
 
-/* They are split while the background one is there, or the target's does not record. */
+/* They are split while there is a background bitmap, or the target's bitmap does not record. */
 static const char *find_repair(const PbaBlock *block, const char *node, const char *target_id,
                                bool tied)
 {
@@ -102,7 +102,7 @@ static bool is_access_up(G_GNUC_UNUSED const PbaBlock *block)
     return false;
 }
 
-/* What is brought back there has the names of a dead process' access, and is undone as that. */
+/* What is brought back has the names of a dead process' access, and is undone like one. */
 static bool has_strays(G_GNUC_UNUSED const PbaAccess *access, G_GNUC_UNUSED const PbaBlock *block)
 {
     return false;

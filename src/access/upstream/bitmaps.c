@@ -1,7 +1,7 @@
-/* The dirty bitmaps of a stock QEMU, and how one comes to have every bit set.
+/* The dirty bitmaps of a stock QEMU, and how a bitmap gets every bit set.
  *
- * Each target has one bitmap a disk. While an access is up it is frozen, and a background bitmap
- * records what the guest writes; join.c ends that. */
+ * Each target has one bitmap for each disk. While an access is active, it is frozen, and a
+ * background bitmap records the guest's writes; join.c ends that. */
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 #include "upstream.h"
@@ -54,7 +54,7 @@ bool pba_bitmap_drop(PbaAccess *access, const PbaDisk *disk, const PbaBlock *blo
     return pba_actions_run(access->qmp, actions, error);
 }
 
-/* The three things that make_dirty_source needs, by name. */
+/* The names of the three objects that make_dirty_source needs. */
 typedef struct {
     char *source;
     char *sink;
@@ -97,8 +97,8 @@ static bool wait_job_concluded(PbaAccess *access, const char *id, GError **error
     return false;
 }
 
-/* QMP (7.2 to 11.0) cannot set bits. But a backup job that is to keep its bitmap right whatever
- * happens (bitmap-mode always) and whose every write fails leaves all bits set. */
+/* QMP (7.2 to 11.0) cannot set bits. But a backup job whose bitmap must stay right in any case
+ * (bitmap-mode always), and whose every write fails, leaves all bits set. */
 static bool make_dirty_source(PbaAccess *access, const PbaDisk *disk, const DirtySource *names,
                               GError **error)
 {
@@ -178,12 +178,12 @@ bool pba_dirty_source_drop(PbaAccess *access, const PbaDisk *disk, const PbaBloc
 {
     g_auto(DirtySource) names = dirty_source_names(access, disk);
 
-    /* The job cannot be there without its target. */
+    /* The job cannot exist without its target. */
     if (pba_block_find_node(block, names.sink)) {
         if (!wait_job_concluded(access, names.job, error)) {
             return false;
         }
-        /* Fails where there is no job, or no more. */
+        /* Fails if there is no job, or no longer one. */
         pba_qmp_run(access->qmp, "job-dismiss", pba_json("{'id': <%s>}", names.job), NULL);
         if (!delete_node(access, names.sink, error)) {
             return false;
@@ -200,7 +200,7 @@ bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error)
 
     if (make_dirty_source(access, disk, &names, error) &&
         all_dirty_holds(access, disk, &names, error)) {
-        /* One transaction: there is no moment at which the bitmap exists and lacks a bit. */
+        /* One transaction: at no moment does the bitmap exist and lack a bit. */
         g_autoptr(JsonArray) actions = json_array_new();
         JsonArray *sources = json_array_new();
         json_array_add_element(sources, pba_bitmap_ref(names.source, ALL_DIRTY));
@@ -212,7 +212,7 @@ bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error)
         }
         done = pba_actions_run(access->qmp, actions, error);
     }
-    /* The sink first: its node is what tells teardown that there may be a job. */
+    /* The sink first: its node shows teardown that there may be a job. */
     return done && delete_node(access, names.sink, error) &&
            delete_node(access, names.source, error);
 }

@@ -1,13 +1,13 @@
-/* Letting go of the clean parts of a snapshot (upstream backend).
+/* Discards the clean parts of a snapshot (upstream backend).
  *
- * An incremental backup does not read what is clean, so old data there need not be kept when the
- * guest overwrites it. Proxmox' QEMU leaves those parts out from the start; here they are discarded
- * right after the cut. That also makes them unreadable, as they are there. */
+ * An incremental backup does not read clean parts, so QEMU need not copy their old data when the
+ * guest overwrites it. Proxmox' QEMU excludes those parts from the start; here they are discarded
+ * right after the cut. This also makes them unreadable, as with Proxmox' QEMU. */
 #include "src/base/base.h"
 #include "src/volume/volume.h"
 #include "upstream.h"
 
-/* In a map with more pieces than this, sending the discards takes longer than it saves. */
+/* With more pieces than this, sending the discards takes longer than they save. */
 #define MAX_REGIONS 64
 
 static void append_range(GArray *ranges, uint64_t begin, uint64_t end)
@@ -19,7 +19,7 @@ static void append_range(GArray *ranges, uint64_t begin, uint64_t end)
     }
 }
 
-/* What lies between the dirty regions. False if the map cannot be read or has too many regions. */
+/* The gaps between the dirty regions. False if the map cannot be read or has too many regions. */
 static bool read_clean_ranges(PbaVolume *volume, GArray *ranges, GError **error)
 {
     uint64_t offset;

@@ -1,4 +1,5 @@
-/* The instant of all disks, for which a guest may be frozen, and what can only come after it. */
+/* The instant of all disks, for which a guest may be frozen, and the steps that can only follow
+ * it. */
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 #include "upstream.h"
@@ -15,7 +16,7 @@ static bool cut(PbaAccess *access, GError **error)
                        error);
 }
 
-/* Freezes the targets' bitmaps, and removes those that mode none has no use for. Bits that were set
+/* Freezes the target's bitmaps, and removes those that mode none does not need. Bits that were set
  * since the cut do no harm. */
 static bool freeze_bitmaps(PbaAccess *access, const PbaBlock *block, GError **error)
 {
@@ -43,7 +44,7 @@ static bool add_snapshot(PbaAccess *access, PbaDisk *disk, GError **error)
                        error);
 }
 
-/* QEMU (7.2, 10.0) crashes at a transaction with a bitmap of a node that has gone. */
+/* QEMU (7.2, 10.0) crashes on a transaction with a bitmap of a missing node. */
 static bool look_again(PbaAccess *access, GError **error)
 {
     g_auto(PbaBlock) now = {0};
@@ -69,13 +70,13 @@ bool pba_upstream_cut(PbaAccess *access, const PbaBlock *block, GError **error)
            /* The instant of all disks. */
            cut(access, error) &&
            /* Not before the cut: a write in between would be in the snapshot but not in the bitmap
-              that selects what is read. Not later: guest writes from now on need not be in that
-              bitmap. */
+            * that selects what is read. Not later: guest writes from now on need not be in that
+            * bitmap. */
            freeze_bitmaps(access, block, error);
 }
 
-/* Not before the cut: a filter with a user shares no writes of its disk (QEMU's cbw_child_perm, 7.2
- * to 11.0), which until then the guest makes past it. */
+/* Not before the cut: a filter with a user does not share writes of its disk (QEMU's
+ * cbw_child_perm, 7.2 to 11.0), and until the cut the guest's writes bypass the filter. */
 bool pba_upstream_finish(PbaAccess *access, GError **error)
 {
     return pba_upstream_each_disk(access, add_snapshot, error);

@@ -4,7 +4,7 @@
 #include "upstream.h"
 #include <string.h>
 
-/* A QEMU that refuses does not have it; any other error is the caller's. */
+/* If QEMU refuses, the property does not exist; any other error is returned. */
 static void keep_fatal(GError *step, GError **error)
 {
     if (pba_error_is_fatal(step)) {
@@ -14,7 +14,7 @@ static void keep_fatal(GError *step, GError **error)
     }
 }
 
-/* qom-get where the object may lack the property: NULL then, and also on an error. */
+/* qom-get of a property that the object may lack: NULL then, and also on an error. */
 static JsonNode *find_property(PbaQmp *qmp, const char *path, const char *property, GError **error)
 {
     GError *local = NULL;
@@ -34,7 +34,7 @@ static bool is_set(JsonNode *value)
            *json_node_get_string(value);
 }
 
-/* The device itself, the device behind a virtio backend, or the controller its bus is on. */
+/* The device itself, the device behind a virtio backend, or the controller of its bus. */
 static bool find_iothread(PbaQmp *qmp, const char *qdev, bool *found, GError **error)
 {
     static const char *const properties[] = {"iothread", "iothread-vq-mapping"};
@@ -93,7 +93,7 @@ static bool is_text(JsonNode *value, const char *text)
            (!text || strcmp(json_node_get_string(value), text) == 0);
 }
 
-/* The device's link on its bus, "child[3]"; NULL where QEMU does not tell, and also on an error. */
+/* The device's link on its bus, "child[3]"; NULL if QEMU does not say, and also on an error. */
 static char *find_link(PbaQmp *qmp, const char *bus, const char *device, GError **error)
 {
     GError *local = NULL;
@@ -115,7 +115,7 @@ static char *find_link(PbaQmp *qmp, const char *bus, const char *device, GError 
     return NULL;
 }
 
-/* The part of a path that is plugged in, "/machine/peripheral/ID". */
+/* The part of a path that was plugged in, "/machine/peripheral/ID". */
 static char *plugged_part(const char *path)
 {
     const char *end = path;

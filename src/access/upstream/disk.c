@@ -1,4 +1,4 @@
-/* What only this backend knows of a disk. */
+/* The data of a disk that only this backend has. */
 #include "upstream.h"
 
 PbaUpstreamDisk *pba_upstream_disk(const PbaDisk *disk)

@@ -1,11 +1,11 @@
-/* The end of the split into the target's and the background bitmap. Bits may be too many at any
- * moment, never too few: a bitmap that cannot be trusted is removed, so that the next backup is a
- * full one.
+/* Joins the target's bitmap and the background bitmap. Bits may be too many at any moment, but
+ * never too few: a bitmap that cannot be trusted is removed, so that the next backup is a full one.
  *
- * A success takes two steps. The first one commits it: the target's bitmaps go, and the background
- * ones stay, which have what was written since the instant. Whoever finds that makes a full backup,
- * so nothing depends on whether its reply is seen. The second step, when that has been handled,
- * makes the target's bitmaps of the background ones. A failure takes one step. */
+ * A success takes two steps. The first one commits it: it removes the target's bitmaps and keeps
+ * the background ones, which have everything that was written since the instant. A process that
+ * finds this state makes a full backup, so nothing depends on whether the reply is seen. The second
+ * step, after the reply was handled, makes the target's bitmaps from the background ones. A failure
+ * takes one step. */
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 #include "upstream.h"
@@ -40,14 +40,15 @@ static void join_clear(Join *join)
 
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Join, join_clear)
 
-/* As QEMU finds persistent ones that it did not store at its last end: good for removing only. */
+/* QEMU loads persistent bitmaps as inconsistent if it did not store them when it ended: they can
+ * only be removed. */
 static bool is_inconsistent(JsonObject *info)
 {
     return info && pba_json_find_bool(info, "inconsistent");
 }
 
-/* The names of the access' background bitmap of the disk; of a dead process' all that there are,
- * beside its bitmap with a companion or beside the one without. */
+/* The names of the disk's background bitmap of the access; for a dead process' access, all that
+ * exist, both that of its bitmap with a companion and that of the one without. */
 static GPtrArray *find_backgrounds(const PbaAccess *access, const PbaBlock *block,
                                    const PbaDisk *disk, bool tied)
 {
@@ -78,7 +79,7 @@ static bool is_any_inconsistent(const PbaBlock *block, const PbaDisk *disk, Json
     return inconsistent;
 }
 
-/* A bitmap that cannot be trusted, in one with its companion. */
+/* Removes a bitmap that cannot be trusted, together with its companion. */
 static bool drop_bitmap(const Join *join, const PbaDisk *disk, const char *name, GError **error)
 {
     PbaAccess *access = join->access;
@@ -116,7 +117,7 @@ static bool drop_all(const Join *join, const PbaDisk *disk, const char *target,
     return !first;
 }
 
-/* One of the disk's two possible bitmaps of the target. */
+/* One of the two bitmaps that the target may have on the disk. */
 static bool find_split(Join *join, const PbaDisk *disk, bool tied, GError **error)
 {
     const PbaAccess *access = join->access;
@@ -134,17 +135,17 @@ static bool find_split(Join *join, const PbaDisk *disk, bool tied, GError **erro
         return true;
     }
     if (backgrounds->len > 0) {
-        /* Inconsistent, or the success of a process that did not live to take its second step, or
-         * was not told of its first one. */
+        /* Inconsistent, or from a success whose process died before its second step, or was not
+         * told of its first one. */
         return drop_all(join, disk, name, backgrounds, error);
     }
-    /* Frozen by an access that is gone, and its background bitmap with it. */
+    /* Frozen by an access that no longer exists; its background bitmap is gone, too. */
     return !target || inconsistent || pba_json_find_bool(target, "recording") ||
            drop_bitmap(join, disk, name, error);
 }
 
-/* Finds the disks with both bitmaps, and drops what is of no use without the other. Of a dead
- * process it is not known whether its bitmaps had companions. */
+/* Finds the disks with both bitmaps, and removes single ones that are useless. For a dead process'
+ * access, it is not known whether its bitmaps had companions. */
 static bool find_splits(Join *join, GError **error)
 {
     PbaAccess *access = join->access;
@@ -165,12 +166,12 @@ static bool find_splits(Join *join, GError **error)
     return !first;
 }
 
-/* What a step does to one disk, as actions of a transaction. */
+/* Adds what a step does to one disk to a transaction. */
 typedef void (*SplitStep)(const Join *join, const Split *split, JsonArray *actions);
 
-/* First of all, whatever the step: if our own background bitmap is no more there, the access is not
- * ours any more, and all of the transaction is refused. An action block-dirty-bitmap-enable would
- * crash QEMU (7.2, 10.0) where the bitmap is not there. */
+/* The first action of any step: if our own background bitmap does not exist any more, the access is
+ * not ours any more, and QEMU refuses the whole transaction. An action block-dirty-bitmap-enable
+ * would instead crash QEMU (7.2, 10.0) if the bitmap does not exist. */
 static void add_merge(const Split *split, JsonArray *actions)
 {
     JsonArray *sources = json_array_new();
@@ -190,7 +191,7 @@ static void add_removal(const Split *split, JsonArray *actions)
     }
 }
 
-/* The companion stays as it is: the bitmap goes on from the same backup. */
+/* The companion stays as it is: the bitmap remains relative to the same backup. */
 static void add_failure(G_GNUC_UNUSED const Join *join, const Split *split, JsonArray *actions)
 {
     add_merge(split, actions);
@@ -199,7 +200,7 @@ static void add_failure(G_GNUC_UNUSED const Join *join, const Split *split, Json
     add_removal(split, actions);
 }
 
-/* The companion stays: without its partner it says nothing, and its bits are still needed. */
+/* The companion stays: without its bitmap it means nothing, and its bits are still needed. */
 static void add_commit(G_GNUC_UNUSED const Join *join, const Split *split, JsonArray *actions)
 {
     add_merge(split, actions);
@@ -207,7 +208,7 @@ static void add_commit(G_GNUC_UNUSED const Join *join, const Split *split, JsonA
                         split->target);
 }
 
-/* In place of the companion one with the id of this backup, or none where it has no id. */
+/* Replaces the companion by one with the ID of this backup, or by none if there is no ID. */
 static void add_id(JsonArray *actions, const PbaAccess *access, const PbaDisk *disk,
                    const PbaBlock *block)
 {
@@ -222,10 +223,10 @@ static void add_id(JsonArray *actions, const PbaAccess *access, const PbaDisk *d
     pba_companion_remove(actions, block, disk->bitmap_node, access->target_id);
 }
 
-/* The second step of a success. The target's bitmap is there again, and has the background's bits,
- * before the background goes, which alone has them until then. The bitmap and the companion with
- * the id of this backup come in one: there is no moment at which either of them is beside one of
- * an earlier backup. */
+/* The second step of a success. The target's bitmap exists again, with the background bitmap's
+ * bits, before that is removed, which alone had them. One transaction adds the bitmap and the
+ * companion with the ID of this backup: at no moment is either of them beside one of an earlier
+ * backup. */
 static void add_finish(const Join *join, const Split *split, JsonArray *actions)
 {
     pba_actions_add(actions, "block-dirty-bitmap-add",
@@ -237,7 +238,7 @@ static void add_finish(const Join *join, const Split *split, JsonArray *actions)
     add_removal(split, actions);
 }
 
-/* In one transaction: of all disks or of none. */
+/* One transaction for all disks. */
 static bool run_step(const Join *join, SplitStep step, GError **error)
 {
     g_autoptr(JsonArray) actions = json_array_new();
@@ -256,8 +257,8 @@ static bool run_single_step(const Join *join, SplitStep step, const Split *split
     return pba_actions_run(join->access->qmp, actions, error);
 }
 
-/* One disk by itself, after the transaction for all has failed. Where even that cannot be done its
- * bitmaps are dropped. */
+/* One disk by itself, after the transaction for all has failed. If even that fails, its bitmaps are
+ * removed. */
 static bool step_or_drop(const Join *join, SplitStep step, const Split *split, GError **error)
 {
     GError *local = NULL;
@@ -265,8 +266,8 @@ static bool step_or_drop(const Join *join, SplitStep step, const Split *split, G
     if (run_single_step(join, step, split, &local)) {
         return true;
     }
-    /* After a fatal error it may have been done: the next setup looks. The target's bitmap has
-     * the same name in every process' access, so our marker must still be there. */
+    /* After a fatal error, it may have been executed: the next setup finds out. The target's bitmap
+     * has the same name in every process' access, so our marker must still exist. */
     if (!pba_error_is_fatal(local) && pba_owner_holds(join->access)) {
         drop_bitmap(join, split->disk, split->target, NULL);
         for (guint i = 0; i < split->backgrounds->len; i++) {
@@ -307,8 +308,8 @@ static bool join_as_failure(const Join *join, GError **error)
     return step_each(join, add_failure, error);
 }
 
-/* A name of theirs that is there, or not, decides what became of a transaction. Over a new
- * connection: QEMU has then done with all that came over the one before. */
+/* Whether one of these names exists shows the outcome of a transaction. Over a new connection, so
+ * that QEMU has handled everything from the previous one. */
 static bool look_again(const Join *join, bool *has_targets, bool *has_backgrounds, GError **error)
 {
     g_auto(PbaBlock) block = {0};
@@ -328,8 +329,8 @@ static bool look_again(const Join *join, bool *has_targets, bool *has_background
     return true;
 }
 
-/* Whatever the error is, a lost reply or a refusal (which a caller's transport may also say of a
- * time-out), QEMU's bitmaps tell whether it was done. */
+/* For any error, a lost reply or a refusal (a caller's transport may report a time-out as one),
+ * QEMU's bitmaps show whether it was executed. */
 static PbaOutcome find_outcome(const Join *join, GError **error)
 {
     g_autoptr(GError) unreachable = NULL;
@@ -343,7 +344,7 @@ static PbaOutcome find_outcome(const Join *join, GError **error)
                                error);
 }
 
-/* Whether the background bitmaps have gone: the second step is done. */
+/* Whether the background bitmaps are gone: then the second step is done. */
 static bool is_finished(const Join *join)
 {
     bool has_targets;
@@ -352,7 +353,7 @@ static bool is_finished(const Join *join)
     return look_again(join, &has_targets, &has_backgrounds, NULL) && !has_backgrounds;
 }
 
-/* After the commit: what goes wrong here costs a full backup. What was lost on the way is sent once
+/* After the commit, an error only costs a full backup. If a command was lost, it is sent once
  * more. */
 static void finish(const Join *join)
 {
@@ -376,7 +377,7 @@ static PbaOutcome commit(const Join *join, GError **error)
     GError *local = NULL;
     PbaOutcome outcome = PBA_OUTCOME_DONE;
 
-    /* From here on a signal would leave in doubt what became of it. */
+    /* From here on, a signal would leave the outcome in doubt. */
     pba_qmp_settle(access->qmp, true);
     if (join->splits->len > 0 && !run_step(join, add_commit, &local)) {
         outcome = find_outcome(join, &local);
@@ -394,7 +395,7 @@ static PbaOutcome commit(const Join *join, GError **error)
     return outcome;
 }
 
-/* What was to be a success: the caller is told, and so is the log. */
+/* The backup was to be a success, so both the caller and the log are told. */
 static void end_as_failure(const Join *join, GError **error)
 {
     GError *step = NULL;
@@ -407,7 +408,7 @@ static void end_as_failure(const Join *join, GError **error)
         pba_error_add_hint(error, "the bitmaps are as after a failed backup");
         pba_access_enter(join->access, PBA_PHASE_ENDED);
     } else {
-        g_clear_error(error); /* it is in the log, and this one names the device */
+        g_clear_error(error); /* the first error is in the log, and this one names the device */
         g_propagate_error(error, step);
     }
 }

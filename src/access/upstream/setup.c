@@ -92,8 +92,8 @@ static bool check_fleecing(PbaAccess *access, PbaDisk *disk, const PbaBlock *blo
     return true;
 }
 
-/* QEMU (7.2 to 11.0) stores bitmaps in images of compat 1.1 only, and refuses to add one to an
- * older one. */
+/* QEMU (7.2 to 11.0) stores bitmaps only in images of compat 1.1, and refuses to add one to an
+ * older image. */
 static bool can_store(const PbaAccess *access, const PbaDisk *disk, JsonObject *node)
 {
     JsonObject *image = pba_json_find_object(node, "image");
@@ -164,7 +164,7 @@ bool pba_upstream_check(PbaAccess *access, const PbaBlock *block, GError **error
     return pba_upstream_check_iothreads(access, error);
 }
 
-/* Sparse, private, and of a name that nobody else has: other guests' images may be here, too. */
+/* Sparse, private, and with a unique name: the directory may contain images of other guests. */
 static char *create_fleecing_file(PbaAccess *access, uint64_t size, GError **error)
 {
     g_autofree char *name = pba_own_name(access->target_id, "fleece", access->identity);
@@ -197,14 +197,14 @@ static bool add_fleecing(PbaAccess *access, PbaDisk *disk, GError **error)
     if (!path) {
         return false;
     }
-    /* Without discard=unmap a trim succeeds and frees nothing (7.2 to 11.0). */
+    /* Without discard=unmap, a trim succeeds but frees nothing (7.2 to 11.0). */
     g_autofree char *seen = pba_user_fleecing_path(access, path);
     bool added = pba_qmp_run(access->qmp, "blockdev-add",
                              pba_json("{'driver': <'file'>, 'node-name': <%s>, 'filename': <%s>, "
                                       "'discard': <'unmap'>}",
                                       disk->fleecing_node, seen),
                              error);
-    /* QEMU has it open: without a name its space is free again whoever dies first. */
+    /* QEMU has opened the file. Without a name, its space is freed whichever process dies first. */
     unlink(path);
     return added;
 }
@@ -243,8 +243,7 @@ static bool insert_raw(PbaAccess *access, PbaDisk *disk, GError **error)
                        error);
 }
 
-/* The bitmap that a program which knows of no companions has used for this target: of another
- * backup than ours. */
+/* The bitmap of a program without companions for this target: it is relative to another backup. */
 static bool remove_plain(PbaAccess *access, const PbaDisk *disk, const PbaBlock *block,
                          GError **error)
 {
@@ -270,7 +269,7 @@ static bool is_usable(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, J
     return false;
 }
 
-/* The target's bitmap as the mode wants it: recording, and if it is a new one with all bits set. */
+/* Prepares the target's bitmap for the mode: it records, and if it is new, all bits are set. */
 static bool prepare_bitmap(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, GError **error)
 {
     g_autofree char *name = pba_access_bitmap(access);
@@ -308,8 +307,8 @@ static bool add_background(PbaAccess *access, PbaDisk *disk, GError **error)
                        error);
 }
 
-/* No bitmap option: QEMU (7.2 to 11.0) copies that when the node is made, and bits set until the
- * cut would be missing in it. */
+/* No bitmap option: QEMU (7.2 to 11.0) copies that bitmap when the node is made, and bits set until
+ * the cut would be missing in the copy. */
 static bool add_filter(PbaAccess *access, PbaDisk *disk, GError **error)
 {
     JsonNode *arguments = pba_json(
@@ -348,29 +347,32 @@ static bool prepare_bitmaps(PbaAccess *access, const PbaBlock *block, GError **e
 bool pba_upstream_prepare(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     return
-        /* Before the last look: a device that takes its place later has another path. */
+        /* Before the last check: a device that takes its place later has another path. */
         pba_upstream_each_disk(access, find_guest_device, error) &&
-        /* First: if another NBD server runs, nothing has been done to the guest yet. */
+        /* First: if another NBD server runs, setup fails and nothing has been done to the guest
+         * yet. */
         pba_nbd_server_start(access, error) &&
-        /* Before the filters, which have them as targets. */
+        /* Before the filters, whose targets they are. */
         pba_upstream_each_disk(access, add_fleecing, error) &&
         pba_upstream_each_disk(access, add_raw, error) &&
-        /* After what they guard, and before the last look at what others do. */
+        /* After the nodes that they guard, and before the last check for other programs. */
         pba_guards_add(access, guarded, error) &&
-        /* Before the cut, since making all bits takes a job; the target's records from here on. */
+        /* Before the cut, because setting all bits takes a job. From here on, the target's bitmap
+         * records. */
         prepare_bitmaps(access, block, error) &&
-        /* Before the cut: what is written after it must be in them. Bits from before are too many.
-         */
+        /* Before the cut: they must have everything that is written after it. Earlier bits do no
+         * harm. */
         pba_upstream_each_disk(access, add_background, error) &&
-        /* After its fleecing node; until the cut a filter has no user and copies nothing. */
+        /* After its fleecing node. Until the cut, a filter has no user and copies nothing. */
         pba_upstream_each_disk(access, add_filter, error) &&
-        /* From here on the guards refuse most of what others begin, and what they do not finds the
-         * raw node above the disk, and stays below the guest. */
+        /* From here on, the guards refuse most operations of other programs. The others find the
+         * raw node above the disk, and stay below the guest's device. */
         pba_company_check_again(access, error) &&
-        /* After that, when no job is there that could do it any more: a device that has got another
-         * disk since, from a mirror that was completed or by a change of its medium, would be given
-         * the earlier one. */
+        /* After that, when no job exists any more that could change a device's disk. A device that
+         * has got another disk since, by the completion of a mirror or a change of its medium,
+         * would otherwise get the earlier one back. */
         pba_access_look_again(access, error) &&
-        /* One by one, at any time before the cut: qom-set takes one disk, the cut all at once. */
+        /* One by one, at any time before the cut: qom-set changes one disk, the cut changes all at
+         * once. */
         pba_upstream_each_disk(access, insert_raw, error);
 }

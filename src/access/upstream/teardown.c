@@ -1,5 +1,5 @@
-/* Undoing what setup.c did, or the part of it that there is: what is looked at is QEMU's
- * state, not what we remember. */
+/* Undoes what setup.c has done, or a part of it, based on QEMU's current state and not on what we
+ * remember. */
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 #include "upstream.h"
@@ -43,7 +43,7 @@ const char *pba_upstream_root(const PbaBlock *block, const PbaDisk *disk)
     return file ? file : pba_block_find_child(block, disk->hold_node, "backing");
 }
 
-/* The cut undone: again all disks or none (blockdev-reopen of a list, QEMU since 6.1). */
+/* Undoes the cut, again of all disks or of none (blockdev-reopen of a list, QEMU since 6.1). */
 static void bypass_filters(PbaAccess *access, GError **first, const PbaBlock *block)
 {
     g_autoptr(JsonArray) options = json_array_new();
@@ -62,7 +62,7 @@ static void bypass_filters(PbaAccess *access, GError **first, const PbaBlock *bl
     }
 }
 
-/* Whether a guest device uses the node, as far as QEMU tells. */
+/* Whether a guest device uses the node, as far as QEMU shows. */
 static bool has_user_now(PbaAccess *access, const char *node)
 {
     g_auto(PbaBlock) now = {0};
@@ -70,8 +70,8 @@ static bool has_user_now(PbaAccess *access, const char *node)
     return !pba_block_query(access->qmp, false, &now, NULL) || pba_block_find_user(&now, node);
 }
 
-/* Only where the guest device does use our node: qom-set of what is set already makes QEMU abort
- * (7.2 to 11.0: "old_bs != new_bs"). One that was unplugged since is not found. */
+/* Only if the guest device uses our node: a qom-set of the current value makes QEMU abort (7.2 to
+ * 11.0: "old_bs != new_bs"). A device that was unplugged since is not found. */
 static void give_root_back(PbaAccess *access, GError **first, const PbaBlock *block,
                            const PbaDisk *disk)
 {
@@ -100,10 +100,10 @@ static void drop_fleecing(PbaAccess *access, GError **first, const PbaBlock *blo
     }
 }
 
-/* What QEMU has now. After each step that changes the graph: others may have changed it, too, and
- * QEMU may have been started again, with nodes of a later access that have the same names. QEMU
- * does not undo that one's cut while its snapshot is there (copy-before-write shares no writes
- * then): what was refused may be the first that is seen of it. False, with an error: nothing is
+/* QEMU's current state, queried after each step that changes the graph: others may have changed it
+ * too, and QEMU may have been restarted and have nodes of a later access with the same names. QEMU
+ * does not undo the cut of that access while its snapshot exists (copy-before-write does not share
+ * writes then), so the refusal may be the first sign of it. False, with an error: nothing is
  * known. */
 static bool look_again(PbaAccess *access, GError **first, PbaBlock *block)
 {
@@ -123,7 +123,7 @@ static bool look_again(PbaAccess *access, GError **first, PbaBlock *block)
     return false;
 }
 
-/* Once more where others have put something there since it was looked at. */
+/* Tried again, because others may have added a node since the graph was queried. */
 static bool bypass_as_seen(PbaAccess *access, GError **first, PbaBlock *block)
 {
     GError *step = NULL;
@@ -144,8 +144,8 @@ static bool bypass_as_seen(PbaAccess *access, GError **first, PbaBlock *block)
     return look_again(access, first, block);
 }
 
-/* A job that another program began on the raw node while the access was up. Without our filter the
- * node shows the disk as it is: it can stay until the job has ended. */
+/* A job that another program began on the raw node during the access. Without our filter, the node
+ * shows the disk as it is, so it can stay until the job has ended. */
 static bool is_in_use(PbaAccess *access, const PbaBlock *block, const PbaDisk *disk)
 {
     g_autofree char *user = pba_company_user(block, pba_upstream_disk(disk)->raw);
@@ -164,8 +164,9 @@ static void undo_disk(PbaAccess *access, GError **first, const PbaBlock *block, 
     const PbaUpstreamDisk *nodes = pba_upstream_disk(disk);
     bool in_use = is_in_use(access, block, disk);
 
-    /* QEMU deletes no node that has a user: the guest device goes before the raw node, and so does
-     * the guard, which stands on it; the filter before the fleecing image, which is its target. */
+    /* QEMU does not delete a node that has a user. So the order is: the guest device and the guard,
+     * which is above it, before the raw node; the filter before the fleecing image, which is its
+     * target. */
     if (!in_use) {
         give_root_back(access, first, block, disk);
     }
@@ -189,14 +190,14 @@ static bool undo_graph(PbaAccess *access, GError **first, PbaBlock *block)
 {
     GPtrArray *disks = access->disks;
 
-    /* The snapshots first: while a filter has one QEMU does not undo the cut (cbw_child_perm, 7.2
-     * to 11.0), since what it shows would change. */
+    /* The snapshots first: while a filter has one, QEMU does not undo the cut (cbw_child_perm, 7.2
+     * to 11.0), because the snapshot's content would change. */
     for (guint i = 0; i < disks->len; i++) {
         const PbaDisk *disk = disks->pdata[i];
         delete_node(access, first, block, disk, disk->snapshot_node);
     }
-    /* All filters before any guest device is touched: the snapshots are gone, and the filter of a
-     * disk whose turn comes later would still copy what the guest overwrites. */
+    /* All filters before any guest device: the snapshots are gone, but a filter that remains would
+     * still copy what the guest overwrites. */
     if (!bypass_as_seen(access, first, block)) {
         return false;
     }
@@ -219,14 +220,14 @@ bool pba_upstream_teardown(PbaAccess *access, PbaBlock *block, bool success, GEr
                 "the bitmaps are merged as after a failed backup, because teardown could not undo "
                 "everything");
     }
-    /* The bitmaps after the graph: until then the guest's writes are in the background ones,
-     * whatever becomes of the nodes. */
+    /* The bitmaps after the graph: until then, the background bitmaps record the guest's writes,
+     * whatever happens to the nodes. */
     if (!pba_error_is_fatal(first)) {
         GError *step = NULL;
         pba_bitmaps_join(access, block, success && !first, &step);
         pba_error_keep_first(&first, step, &access->hooks);
     }
-    /* After the bitmaps, whose nodes they hold. */
+    /* After the bitmaps, because they hold the bitmaps' nodes. */
     pba_guards_drop(access, &first, block);
     if (first) {
         g_propagate_error(error, first);

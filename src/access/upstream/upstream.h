@@ -1,4 +1,4 @@
-/* The backend made of stock QEMU's commands, and what its parts share. */
+/* The backend made of stock QEMU's commands, and declarations that its parts share. */
 #ifndef PBA_UPSTREAM_H
 #define PBA_UPSTREAM_H
 
@@ -17,11 +17,12 @@ bool pba_upstream_is_clean(PbaAccess *access);
 bool pba_upstream_stop_waits(const PbaAccess *access);
 bool pba_upstream_reads_by_cluster(const PbaAccess *access);
 
-/* What only this backend knows of a disk; there once the disk was checked, or found again. */
+/* The data of a disk that only this backend has. It exists after the disk was checked, or found
+ * again. */
 typedef struct {
-    char *raw;          /* the node that takes the disk's place below the guest device */
+    char *raw;          /* the node that replaces the disk below the guest device */
     char *filter;       /* copy-before-write */
-    char *guest_device; /* its QOM path, which no later device has; NULL: not looked for */
+    char *guest_device; /* its QOM path, which no later device has; NULL: not queried */
     bool persistent;    /* its bitmaps are stored in its image */
 } PbaUpstreamDisk;
 
@@ -46,12 +47,12 @@ unsigned pba_upstream_cbw_timeout_s(const PbaAccess *access);
 
 /* The graph */
 
-/* Makes what pba_upstream_disk returns: how the nodes around the disk are called. */
+/* Makes what pba_upstream_disk returns: the names of the nodes around the disk. */
 void pba_upstream_name_nodes(const PbaAccess *access, PbaDisk *disk);
-/* The disk below our nodes, as the graph shows it: borrowed, NULL if they are not there. */
+/* The disk below our nodes, according to the graph: borrowed, NULL if they do not exist. */
 const char *pba_upstream_root(const PbaBlock *block, const PbaDisk *disk);
-/* Options of the raw node above a disk, with file as its child. discard=unmap hands the guest's own
- * trims down to the disk; the size makes QEMU refuse block_resize, on which 7.2 to 11.0 abort while
+/* Options of the raw node above a disk, with file as its child. discard=unmap passes the guest's
+ * own trims to the disk; the size makes QEMU refuse block_resize, on which 7.2 to 11.0 abort while
  * a bitmap is exported. */
 JsonNode *pba_raw_options(const PbaDisk *disk, const char *file);
 
@@ -61,26 +62,25 @@ void pba_trim_clean_parts(PbaAccess *access, const PbaDisk *disk);
 
 /* Bitmaps */
 
-/* A bitmap of the target on this disk with every bit set, made in one transaction. */
+/* Makes a bitmap of the target on this disk with every bit set, in one transaction. */
 bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error);
-/* Drops what the above may have left when it was cut short. */
+/* Removes what an interrupted pba_bitmap_make_dirty may have left. */
 bool pba_dirty_source_drop(PbaAccess *access, const PbaDisk *disk, const PbaBlock *block,
                            GError **error);
-/* The arguments of block-dirty-bitmap-add for a bitmap of ours on this disk. */
+/* The arguments of block-dirty-bitmap-add for one of our bitmaps on this disk. */
 JsonNode *pba_bitmap_add_arguments(const PbaDisk *disk, const char *name);
-/* Removes the disk's bitmap of that name. */
+/* Removes the disk's bitmap with that name. */
 bool pba_bitmap_remove(PbaAccess *access, const PbaDisk *disk, const char *name, GError **error);
 /* Action of a transaction; sources, an array of what pba_bitmap_ref returns, is consumed. */
 void pba_bitmap_add_merge(JsonArray *actions, const PbaDisk *disk, const char *target,
                           JsonArray *sources);
-/* The same if it is there, in one with its companions; and the actions for that. */
+/* The same if the bitmap exists, together with its companions; and the actions for that. */
 bool pba_bitmap_drop(PbaAccess *access, const PbaDisk *disk, const PbaBlock *block,
                      const char *name, GError **error);
 void pba_bitmap_removals(JsonArray *actions, const PbaAccess *access, const PbaDisk *disk,
                          const PbaBlock *block, const char *name);
-/* Ends the split into target's and background bitmap on every disk that has one, and enters the
- * phase committed where that is a success. Where it cannot be done the target's bitmap is removed.
- */
+/* Joins target's and background bitmap on every disk that has both, and enters the phase committed
+ * if this is a success. If it fails, the target's bitmap is removed. */
 bool pba_bitmaps_join(PbaAccess *access, PbaBlock *block, bool success, GError **error);
 
 #endif

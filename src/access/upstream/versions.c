@@ -1,9 +1,9 @@
-/* What only some versions of QEMU can do, and what is done where they cannot: the one place of this
- * backend that looks at the version. */
+/* What only some versions of QEMU can do, and what is done instead: the only place of this backend
+ * that checks the version. */
 #include "src/base/base.h"
 #include "upstream.h"
 
-/* The guest's write is let through when fleecing takes longer. VirtIO drivers give up at 60 s. */
+/* If fleecing takes longer, the guest's write is let through. VirtIO drivers give up after 60 s. */
 #define CBW_TIMEOUT_S 45
 #define CBW_TIMEOUT_OLD_S 4
 
@@ -17,8 +17,8 @@ static bool access_is_before(const PbaAccess *access, unsigned major, unsigned m
     return is_before(access->qemu.major, access->qemu.minor, major, minor);
 }
 
-/* snapshot-access is there since 7.0, cbw-timeout and on-cbw-error since 7.1; nothing older than
- * 7.2 is tested. */
+/* snapshot-access exists since 7.0, cbw-timeout and on-cbw-error since 7.1; nothing older than 7.2
+ * is tested. */
 static bool require_version(const PbaQemu *qemu, GError **error)
 {
     if (!is_before(qemu->major, qemu->minor, 7, 2)) {
@@ -59,23 +59,23 @@ bool pba_upstream_reads_by_cluster(const PbaAccess *access)
     return access_is_before(access, 10, 0);
 }
 
-/* Before 8.2 (06e0f098d612) such a client's messages are not read during nbd-server-stop, which
- * with the fix of CVE-2024-7409 waits for its end. */
+/* Before 8.2 (06e0f098d612), such a client's messages are not read during nbd-server-stop, which
+ * with the fix of CVE-2024-7409 waits for the client's end. */
 bool pba_upstream_stop_waits(const PbaAccess *access)
 {
     return access_is_before(access, 8, 2);
 }
 
 /* 7.2 aborts when an NBD client leaves an export of a running guest's disk that is in an iothread:
- * nbd_blockdev_client_closed: Assertion qemu_in_main_thread(), of the fix of CVE-2024-7409
- * (3e7ef738c8), where what 9.0 has before it is missing (f816310d0c, 7075d23511). 10.0 is the
- * oldest known to be good. */
+ * nbd_blockdev_client_closed: Assertion qemu_in_main_thread(). The assertion is part of the fix of
+ * CVE-2024-7409 (3e7ef738c8), which needs changes that came with 9.0 (f816310d0c, 7075d23511). 10.0
+ * is the oldest version known to be good. */
 bool pba_upstream_allows_iothreads(const PbaAccess *access)
 {
     return !access_is_before(access, 10, 0);
 }
 
-/* Before 9.1 (10b1e09ed3) the limit was kept in 32 bits of nanoseconds. */
+/* Before 9.1 (10b1e09ed3), the limit was stored in 32 bits of nanoseconds. */
 unsigned pba_upstream_cbw_timeout_s(const PbaAccess *access)
 {
     return access_is_before(access, 9, 1) ? CBW_TIMEOUT_OLD_S : CBW_TIMEOUT_S;
