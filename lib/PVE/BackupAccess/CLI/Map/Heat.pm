@@ -1,7 +1,7 @@
 package PVE::BackupAccess::CLI::Map::Heat;
 
-# How dirty each of some equal parts of a disk is. Regions are added one by one; what is kept is a
-# number a part, however many there are.
+# Counts the dirty bytes of equal parts of a disk. Regions are added one by one; only one number is
+# kept for each part, whatever the number of regions.
 
 use v5.36;
 
@@ -38,7 +38,7 @@ sub part ($self, $index) {
     return ($offset, min($self->{part}, $self->{size} - $offset), $self->{dirty}[$index]);
 }
 
-# One character a part; whatever is dirty at all can be seen.
+# One character for each part; even the smallest dirty part is visible.
 sub strip ($self, $is_utf8) {
     my $levels = $is_utf8 ? \@blocks : \@letters;
     my $strip = '';

@@ -1,7 +1,7 @@
 package PVE::BackupAccess::CLI::Map::SVG;
 
-# A dirty map as a picture: the disk in rows from left to right, a cell for each part of it, the
-# darker the more of it is dirty.
+# A dirty map as a picture: the disk in rows from left to right, with a cell for each part of it.
+# The more of a part is dirty, the darker is its cell.
 
 use v5.36;
 
@@ -44,7 +44,7 @@ my sub cell_at ($heat, $index) {
     return "$rect><title>$what</title></rect>";
 }
 
-# The offset at which each row begins; every fourth one where there are many.
+# The offset at which each row begins, or every fourth one if there are many.
 my sub row_labels ($heat) {
     my $rows = int(($heat->count + $columns - 1) / $columns);
     my $step = $rows > 8 ? 4 : 1;

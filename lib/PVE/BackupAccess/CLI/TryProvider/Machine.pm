@@ -1,8 +1,8 @@
 package PVE::BackupAccess::CLI::TryProvider::Machine;
 
-# A QEMU to try a provider on, in a private directory that goes with it. It has four disks and no
-# guest system: writes are made by QEMU's own 'qemu-io' monitor command on the guest's devices, so
-# they are recorded and copied before they happen as a guest's are.
+# A QEMU to try a provider on, in a private directory that is removed with the object. It has four
+# disks and no guest system. QEMU's own monitor command 'qemu-io' writes on the guest's devices, so
+# these writes are recorded, and old data is copied, as with a guest.
 
 use v5.36;
 
@@ -20,7 +20,7 @@ use PVE::BackupAccess::Wait qw(wait_for_child);
 my $mib = 1024 * 1024;
 my $timeout = 60;
 
-# Those of an EFI disk and of a TPM's state are small, and no multiples of anything.
+# The disks of EFI and of a TPM's state are small, and their sizes are not multiples of anything.
 my %sizes = (
     'drive-scsi0' => 32 * $mib,
     'drive-scsi1' => 12 * $mib + 4096,
@@ -28,8 +28,8 @@ my %sizes = (
     'drive-tpmstate0-backup' => 4608,
 );
 
-# To write here after the instant of a backup breaks its snapshot, as a full fleecing file system
-# does: the fleecing image cannot be written to at this place.
+# A write here after the instant of a backup breaks its snapshot, as a full fleecing file system
+# does, because the fleecing image cannot be written to at this place.
 my $trap = 28 * $mib;
 
 my $json = JSON::PP->new->utf8->canonical;
@@ -153,7 +153,7 @@ sub qmp ($self, @question) {
 
 # ---- disks ----
 
-# As the guest: fills a range with a byte.
+# Fills a range with a byte, as the guest would.
 sub write ($self, $device, $offset, $length, $byte) {
     my $id = $device =~ s/\Adrive-//r;
     my $line = sprintf('qemu-io -d %s "write -P %d %d %d"', $id, $byte, $offset, $length);
@@ -167,7 +167,8 @@ sub write ($self, $device, $offset, $length, $byte) {
 
 # ---- what happens between backups ----
 
-# To older contents, { device => file }: as Proxmox VE does it, the guest is another process after that.
+# Rolls the disks back to older contents, { device => file }. As with Proxmox VE, the guest is
+# another process after that.
 sub roll_back ($self, $files) {
     $self->end;
     for my $device ($self->devices) {
@@ -195,7 +196,7 @@ sub resize ($self, $device, $size) {
 
 sub file ($self, $device) { return "$self->{dir}/$device.raw" }
 
-# What an access to it needs.
+# The options of an access to it.
 sub access_options ($self) {
     return (
         qmp => "$self->{dir}/qmp",

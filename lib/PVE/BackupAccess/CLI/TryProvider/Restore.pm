@@ -23,7 +23,7 @@ my sub run_or_die (@command) {
     return;
 }
 
-# Copies the disks as they are now; nothing writes to them meanwhile. Returns { device => file }.
+# Copies the disks as they are now; nothing writes to them at this time. Returns { device => file }.
 sub keep_disks ($self, $machine) {
     my %copies;
     my $number = ++$self->{count};
@@ -39,7 +39,7 @@ my sub open_file ($file) {
     return $fh;
 }
 
-# Where a restored image differs from the disk, in words; nothing where it does not.
+# A text that says where a restored image differs from the disk; nothing if it does not.
 my sub difference ($restored, $kept) {
     my ($size, $wanted) = (-s $restored, -s $kept);
     return "it has $size bytes, the disk had $wanted" if $size != $wanted;

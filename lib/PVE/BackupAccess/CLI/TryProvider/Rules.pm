@@ -1,7 +1,7 @@
 package PVE::BackupAccess::CLI::TryProvider::Rules;
 
-# What the backup provider API wants of each method. A rule looks at one call that returned, and at
-# what is expected ({ sizes, guest-config, firewall-config, fails }); it returns what is wrong.
+# The rules of the backup provider API for each method. A rule checks one call that returned against
+# the expectations ({ sizes, guest-config, firewall-config, fails }), and returns what is wrong.
 
 use v5.36;
 
@@ -36,7 +36,7 @@ my sub backup_get_mechanism ($call, $expected) {
     return q(must return 'nbd' or 'file-handle' for a VM, not ) . shown($mechanism);
 }
 
-# A word, or in a hash with the id of the archive that the provider would build on.
+# A word, or a hash with the word and the ID of the archive that the provider would build on.
 my sub answer_problem ($answer) {
     my ($mode, $base)
         = ref($answer) eq 'HASH' ? $answer->@{qw(bitmap-mode base)} : ($answer, undef);
@@ -125,7 +125,7 @@ my %rules = (
     restore_vm_volume_init => \&restore_vm_volume_init,
 );
 
-# What is wrong with a call, or nothing. In a backup that has to fail, backup_vm has to die.
+# What is wrong with a call, or nothing. In a backup that must fail, backup_vm must die.
 sub problem ($call, $expected) {
     my $method = $call->{method};
     if (defined($call->{error})) {

@@ -1,7 +1,7 @@
 package PVE::BackupAccess::CLI::TryProvider::TAP;
 
-# Test results in the Test Anything Protocol. What explains a failure goes to standard error, where
-# prove shows it.
+# Test results in the Test Anything Protocol. Explanations of failures go to standard error, where
+# prove shows them.
 
 use v5.36;
 
@@ -12,7 +12,7 @@ sub new ($class) {
     return bless({ count => 0, failed => 0 }, $class);
 }
 
-# A test that passed if nothing is wrong. Returns whether it did.
+# A test that passes if nothing is wrong. Returns whether it passed.
 sub result ($self, $name, $problem = undef) {
     $self->{count}++;
     my $ok = !defined($problem);
@@ -38,7 +38,7 @@ sub note ($self, $text) {
     return;
 }
 
-# The plan; returns whether all passed.
+# Prints the plan. Returns whether all tests passed.
 sub finish ($self) {
     say_out("1..$self->{count}");
     $self->explain("failed: $self->{failed} of $self->{count}") if $self->{failed};

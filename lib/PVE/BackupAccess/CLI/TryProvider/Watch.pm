@@ -1,7 +1,6 @@
 package PVE::BackupAccess::CLI::TryProvider::Watch;
 
-# Stands in front of a provider: passes every call on and remembers it, with its arguments and how
-# it ended.
+# A proxy of a provider: passes on every call and records it, with its arguments and its outcome.
 
 use v5.36;
 
@@ -59,7 +58,7 @@ sub pass_on ($self, $in_list, $method, @arguments) {
     return $in_list ? $call->{result}->@* : $call->{result}[0];
 }
 
-# What is remembered of them. Of volumes it is the file handles, and whether they are still there.
+# The recorded form of arguments. For volumes, only the file handles, and whether they still exist.
 sub arguments ($self, $method, @arguments) {
     return \@arguments if $method ne 'backup_vm';
     my $volumes = splice(@arguments, 2, 1, undef);
@@ -69,7 +68,7 @@ sub arguments ($self, $method, @arguments) {
     return \@arguments;
 }
 
-# The devices whose file handle the provider has kept.
+# The devices whose file handle the provider still holds.
 sub kept_files ($self) {
     return grep { defined($self->{files}{$_}) } sort keys $self->{files}->%*;
 }

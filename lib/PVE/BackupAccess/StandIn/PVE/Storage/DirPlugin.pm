@@ -1,6 +1,6 @@
 package PVE::Storage::DirPlugin;
 
-# What many storage plugins derive from, outside of Proxmox VE.
+# The base class of many storage plugins, for use outside of Proxmox VE.
 
 use v5.36;
 

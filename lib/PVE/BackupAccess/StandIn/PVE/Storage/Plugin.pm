@@ -1,7 +1,8 @@
 package PVE::Storage::Plugin;
 
-# What a storage plugin derives from, outside of Proxmox VE: registration, a section of storage.cfg
-# checked against the plugin's options, and where archives are. A plugin has to have its own of each other method.
+# The base class of storage plugins, for use outside of Proxmox VE: registration, a section of
+# storage.cfg checked against the plugin's options, and the paths of archives. A plugin must have
+# its own versions of all other methods.
 
 use v5.36;
 

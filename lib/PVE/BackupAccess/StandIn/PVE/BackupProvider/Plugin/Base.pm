@@ -1,11 +1,11 @@
 package PVE::BackupProvider::Plugin::Base;
 
-# The methods of Proxmox VE's backup provider API, for plugins outside of Proxmox VE. A plugin has to
-# have its own of each that is called.
+# The methods of Proxmox VE's backup provider API, for plugins outside of Proxmox VE. A plugin must
+# have its own version of each method that is called.
 
 use v5.36;
 
-# What each method is given after the object or class. t/drift.t compares this with Proxmox VE's.
+# The arguments of each method after the object or class. t/drift.t compares them with Proxmox VE's.
 our %ARGUMENTS = (
     new => 'storage_plugin scfg storeid log_function',
     provider_name => '',
