@@ -30,7 +30,7 @@ my @guest = ('--libvirt', 'web1', '--connect', $libvirt->uri, '--run-dir', $run_
 my %device = (vda => 'virtio-disk0', sda => 'scsi0-0-0-0');
 
 $libvirt->add_disk('vda', bus => 'virtio', size => 16 * $mib, format => 'qcow2');
-$libvirt->add_disk('sda', bus => 'scsi', size => 4 * $mib, format => 'raw');
+$libvirt->add_disk('sda', bus => 'scsi', size => 4 * $mib, format => 'raw', label => '64001:64001');
 $libvirt->add_disk('hdc', bus => 'ide', size => $mib, format => 'raw', cdrom => 1);
 $libvirt->start_domain;
 
@@ -94,6 +94,48 @@ subtest 'backups' => sub {
     my $mode = (stat($run_dir))[2] & 07777;
     is($mode & 066, 0, 'nobody else can list the run directory');
     is_deeply([glob("$run_dir/*")], [], 'nothing is left in it');
+};
+
+# A domain that is off, with another image.
+sub define ($name) {
+    my $image = $libvirt->dir . "/images/it's & $name.qcow2";
+    system($ENV{PBA_QEMU_IMG} // 'qemu-img', qw(create -q -f qcow2), $image, '1M');
+    my %text = map { $_ => $_ =~ s/&/&amp;/gr =~ s/'/&apos;/gr } $name, $image;
+    open(my $fh, '>', $libvirt->dir . '/other.xml') or die "other.xml: $!\n";
+    print {$fh} "<domain type='qemu'><name>$text{$name}</name><memory unit='MiB'>32</memory>"
+        . "<metadata><a xmlns='http://example.org/'><disk type='file' device='disk'>"
+        . "<target dev='vdb' bus='virtio'/></disk></a></metadata>"
+        . "<os><type arch='x86_64' machine='pc'>hvm</type></os><devices><disk type='file' device='disk'>"
+        . "<driver type='qcow2'/><source file='$text{$image}'/><target dev='vda' bus='virtio'/></disk>"
+        . '</devices></domain>';
+    close($fh);
+    $libvirt->must('define', $libvirt->dir . '/other.xml');
+    return;
+}
+
+subtest 'what a domain is called' => sub {
+    my ($id, $uuid) = map { $libvirt->must($_, 'web1') =~ s/\s+//gr } qw(domid domuuid);
+    my @connect = ('--connect', $libvirt->uri, '--run-dir', $run_dir);
+    for my $name ($id, $uuid) {
+        my $run = run_command('status', '--libvirt', $name, @connect);
+        like($run->{out}, qr/ virtio-disk0 /, "$name: is web1") or diag($run->{err});
+    }
+    define($id);
+    my $run = run_command('backup', "$store", '--libvirt', $id, @connect, qw(--vmid 500));
+    is($run->{status}, 0, 'a name of digits') or diag($run->{err});
+    unlike($run->{err}, qr/scsi0/, 'a name of digits: comes before the ID of another domain');
+    define('R & D');
+    $run = run_command('backup', "$store", '--libvirt', 'R & D', @connect);
+    like(
+        $run->{err},
+        qr/'R & D' is not a valid name of a guest [^\n]* - give another one with --guest, or/,
+        'a name that archives cannot have: what to do'
+    );
+    $run = run_command('backup', "$store", '--libvirt', 'R & D', @connect, qw(--guest rd));
+    is($run->{status}, 0, 'such a name, and --guest') or diag($run->{err});
+    unlike($run->{err}, qr/disk1/, 'a disk in the metadata is none');
+    my @others = grep { $_ ne $uuid } $libvirt->must(qw(list --all --uuid)) =~ m/(\S+)/g;
+    $libvirt->must('undefine', $_) for @others;    # by name, virsh would take the ID for web1's
 };
 
 subtest 'on, off, on' => sub {

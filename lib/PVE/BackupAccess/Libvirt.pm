@@ -6,7 +6,7 @@ use JSON::PP ();
 
 use PVE::BackupAccess::Argument qw(bad_argument check_filled_text check_options check_positive);
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Libvirt::Disks qw(disks_of);
+use PVE::BackupAccess::Libvirt::Description qw(disks_of element_text is_running user_of);
 use PVE::BackupAccess::Libvirt::Shell;
 use PVE::BackupAccess::Try qw(attempt);
 
@@ -22,14 +22,25 @@ my %options = (
     timeout => \&check_positive,
 );
 
-# A domain that is there: { shell, uuid, name }.
+# virsh takes digits for an ID first, and IDs are given anew at each start. A name stays: it comes first here. Of
+# what libvirt has of that name this is the UUID.
+my sub uuid_of_name ($shell, $name) {
+    return $shell->run(qw(list --all --uuid --name)) =~ m/^\s*([0-9a-f-]{36})\s+\Q$name\E\s*$/m
+        ? $1
+        : undef;
+}
+
+# A domain that is there: { shell, uuid, name, xml }.
 my sub find ($domain, @options) {
     check_filled_text('domain', $domain);
     my $options = check_options('qmp', \@options, \%options);
     my $shell = $Shell->new($options->{connect}, $options->{timeout} // $default_timeout);
-    my ($uuid) = $shell->run('domuuid', '--domain', $domain) =~ m/\A\s*([0-9a-f-]{36})\s*\z/
-        or $Error->throw('ProtocolError', "virsh returned no UUID for domain '$domain'");
-    return { shell => $shell, uuid => $uuid, name => $domain };
+    my $same = $domain =~ m/\A[0-9]+\z/ ? uuid_of_name($shell, $domain) : undef;
+    my $xml = $shell->run('dumpxml', '--domain', $same // $domain);
+    my ($name, $uuid) = map { element_text($xml, $_) // '' } qw(name uuid);
+    $Error->throw('ProtocolError', "virsh returned no UUID for domain '$domain'")
+        if $uuid !~ m/\A[0-9a-f-]{36}\z/;
+    return { shell => $shell, uuid => $uuid, name => $name, xml => $xml };
 }
 
 # What QEMU answered. Of virsh's own errors the text is passed on.
@@ -60,28 +71,17 @@ sub qmp ($class, $domain, @options) {
 
 # ---- what the command needs ----
 
-# The user and group of QEMU, as libvirt's own access control has them: '+64055:+109', or names.
-my sub user_options ($xml) {
-    my ($label) = $xml =~ m{<seclabel\b[^>]*\bmodel='dac'[^>]*>\s*<label>([^<]*)</label>}s
-        or return;
-    my ($user, $group) = $label =~ m/\A\+?([^:]+):\+?([^:]+)\z/ or return;
-    return ('qemu-user' => $user, 'qemu-group' => $group);
-}
-
 # { name, uuid, running, qmp (a code ref), options (of PVE::BackupAccess->new), disks }
 sub domain ($class, $name, @options) {
     my $domain = find($name, @options);
-    my $shell = $domain->{shell};
-    my $state = $shell->run('domstate', '--domain', $domain->{uuid}) =~ s/\s+\z//r;
-    my $is_running = $state !~ m/\A(?:shut off|crashed|no state)\z/;
-    my $xml = $shell->run('dumpxml', '--domain', $domain->{uuid});
-    my ($title) = $xml =~ m{<name>([^<]*)</name>};
+    my $xml = $domain->{xml};
+    my $is_running = is_running($xml);
+    my ($user, $group) = $is_running ? user_of($xml) : ();
     return {
-        name => $title // $name,
-        uuid => $domain->{uuid},
+        $domain->%{qw(name uuid)},
         running => $is_running,
         qmp => code_for($domain),
-        options => { $is_running ? user_options($xml) : () },
+        options => { defined($user) ? ('qemu-user' => $user, 'qemu-group' => $group) : () },
         disks => [disks_of($xml)],
     };
 }

@@ -21,7 +21,7 @@ use PVE::BackupAccess::CLI::Progress;
 use PVE::BackupAccess::CLI::Store qw(check_store provider_in store_id store_number_for);
 use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(check_name);
 use PVE::BackupAccess::Task;
-use PVE::BackupAccess::Try qw(ensure);
+use PVE::BackupAccess::Try qw(attempt ensure);
 use PVE::BackupAccess::Wait qw(wait_for_lock);
 
 my $id_file = '.backup-id';
@@ -32,13 +32,24 @@ my sub vmid_of ($opt) {
     usage_error('--vmid and --guest exclude each other')
         if defined($opt->{vmid}) && defined($opt->{guest});
     return $opt->{vmid} if defined($opt->{vmid});
-    $opt->{guest} //= $opt->{domain}{name} if $opt->{domain};
+    return if defined($opt->{guest});
+    $opt->{guest} = $opt->{domain}{name} if $opt->{domain};
     return if defined($opt->{guest});
     return $1
         if !ref($opt->{qmp})
         && File::Basename::basename($opt->{qmp}) =~ m/\A([1-9][0-9]{2,8})[.]qmp\z/;
     usage_error(
         '--vmid or --guest is missing: the number or name that the archives of this guest have');
+}
+
+# A domain's name may have characters that the name of a directory of archives may not have.
+my sub guest_name ($opt) {
+    my $name;
+    my $error = attempt { $name = check_name($opt->{guest}) };
+    return $name if !$error;
+    die $error if ($opt->{domain}{name} // '') ne $opt->{guest};
+    usage_error(
+        "$error" =~ s/\s+\z//r . ' - give another one with --guest, or a number with --vmid');
 }
 
 # The ID of this directory: another directory that is mounted in its place has another one. If
@@ -137,7 +148,7 @@ my sub devices_of ($opt) {
 # The checks before the backup begins.
 my sub plan ($opt, $directory) {
     my $vmid = vmid_of($opt);
-    my $name = defined($opt->{guest}) ? check_name($opt->{guest}) : undef;
+    my $name = defined($opt->{guest}) ? guest_name($opt) : undef;
     my $limit = limit_of($opt);
     my $audit = audit_of($opt);
     $directory = check_store($opt, $directory);

@@ -198,10 +198,14 @@ sub add_disk ($self, $target, %disk) {
 }
 
 my sub disk_xml ($disk) {
+    my $label
+        = $disk->{label}
+        ? "<seclabel model='dac' relabel='yes'><label>$disk->{label}</label></seclabel>"
+        : '';
     my ($kind, $more) = $disk->{cdrom} ? ('cdrom', '<readonly/>') : ('disk', '');
     return
         "<disk type='file' device='$kind'><driver name='qemu' type='$disk->{format}' discard='unmap'/>"
-        . "<source file='$disk->{image}'/><target dev='$disk->{target}' bus='$disk->{bus}'/>$more</disk>";
+        . "<source file='$disk->{image}'>$label</source><target dev='$disk->{target}' bus='$disk->{bus}'/>$more</disk>";
 }
 
 sub start_domain ($self, $name = 'web1') {

@@ -1,13 +1,13 @@
-package PVE::BackupAccess::Libvirt::Disks;
+package PVE::BackupAccess::Libvirt::Description;
 
-# The disks in a domain's description, as libvirt prints it: attributes in single quotes, one element a
-# line. What is looked for in it are a few attributes of <disk>, so that no XML parser is needed.
+# A domain's description, as libvirt prints it: attributes in single quotes, one element a line, two spaces
+# for each level. What is looked for in it are a few elements and attributes, so that no XML parser is needed.
 
 use v5.36;
 
 use Exporter qw(import);
 
-our @EXPORT_OK = qw(disks_of);
+our @EXPORT_OK = qw(disks_of element_text is_running user_of);
 
 my %entities = (lt => '<', gt => '>', amp => '&', quot => '"', apos => q('));
 
@@ -63,14 +63,35 @@ my sub disk_of ($type, $kind, $xml) {
 }
 
 sub disks_of ($xml) {
+    my ($devices) = $xml =~ m{^  <devices>\n(.*?)^  </devices>}ms or return;
     my @disks;
-    while ($xml =~ m{<disk\b([^>]*)>(.*?)</disk>}gs) {
+    while ($devices =~ m{^    <disk\b([^>]*)>(.*?)^    </disk>}gms) {
         my ($about, $content) = ($1, $2);
         my ($type) = $about =~ m/\btype='(\w+)'/;
         my ($kind) = $about =~ m/\bdevice='(\w+)'/;
         push(@disks, disk_of($type // 'file', $kind // 'disk', $content));
     }
     return @disks;
+}
+
+# ---- the domain ----
+
+# Of an element of the domain itself, not of a device or of other programs' metadata.
+sub element_text ($xml, $element) {
+    my ($text) = $xml =~ m{^  <$element>([^<]*)</$element>}m;
+    return defined($text) ? plain($text) : undef;
+}
+
+# It has an ID as long as it has a QEMU, whatever state it is in.
+sub is_running ($xml) { return $xml =~ m/^<domain\b[^>]*\bid='/m ? 1 : 0 }
+
+# The user and group of QEMU, as libvirt's own access control has them: '+64055:+109', or names. A disk may
+# have a label of its own, which is its file's.
+sub user_of ($xml) {
+    my ($label) = $xml =~ m{^  <seclabel\b[^>]*\bmodel='dac'[^>]*>\s*<label>([^<]*)</label>}m
+        or return;
+    my ($user, $group) = $label =~ m/\A\+?([^:]+):\+?([^:]+)\z/ or return;
+    return ($user, $group);
 }
 
 1;
