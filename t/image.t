@@ -8,7 +8,7 @@ use v5.36;
 use FindBin;
 use lib "$FindBin::Bin/lib";
 
-use Fcntl qw(O_RDWR);
+use Fcntl qw(O_EXCL O_RDWR);
 use File::Temp ();
 use POSIX ();
 use Test::More;
@@ -153,6 +153,65 @@ subtest 'who else has the image open' => sub {
         $image->stop;
         is(write_to($name, 9, '0 64k'), undef, "$name: after it");
     }
+};
+
+# As a kernel does, and qemu-io without locks.
+subtest 'devices, and what an image is based on' => sub {
+    tool(qw(qemu-img create -q -f raw), "$dir/base", '4M');
+    tool(qw(qemu-img create -q -f qcow2 -F raw -b), "$dir/base", "$dir/top.qcow2");
+    my @top = ('--image', "$dir/top.qcow2", qw(--guest top));
+    sysopen(my $fh, "$dir/base", O_RDWR) or die "$dir/base: $!\n";
+    refused('the backing file', 1, qr{\Q$dir/base\E is open for writing}, @top);
+    close($fh);
+    is(back_up(@top)->{status}, 0, 'the backing file: nobody writes to it');
+
+    my $device = $> == 0 ? qx(losetup --find --show $dir/base 2>/dev/null) =~ s/\n//r : '';
+    return note('no loop devices') if $device eq '';
+    my @device = ('--image', "vd=$device", qw(--image-format raw --guest device));
+    is(back_up(@device)->{status}, 0, 'a block device') or diag(back_up(@device)->{err});
+    sysopen($fh, $device, O_RDWR) or die "$device: $!\n";
+    refused('a block device', 1, qr/\Q$device\E is open for writing/, @device);
+    close($fh);
+    sysopen($fh, $device, O_RDWR | O_EXCL) or die "$device: $!\n";
+    refused('a device that is mounted', 1, qr/\Q$device\E is mounted or used/, @device);
+    close($fh);
+    system('losetup', '--detach', $device);
+};
+
+# QEMU would find in the base what the base's guest has written there: a header that names another file.
+subtest 'formats are not guessed' => sub {
+    tool(qw(qemu-img create -q -f raw), "$dir/secret", '1M');
+    tool(qw(qemu-img create -q -f qcow2 -F raw -b), "$dir/secret", "$dir/evil");
+    tool(qw(qemu-img create -q -f qcow2 -F raw -b), "$dir/evil", "$dir/top.qcow2");
+    sysopen(my $fh, "$dir/top.qcow2", O_RDWR) or die "top.qcow2: $!\n";
+    sysread($fh, my $header, 65_536);
+    sysseek($fh, index($header, "\xe2\x79\x2a\xca"), 0);
+    syswrite($fh, "\x12\x34\x56\x78");    # an extension that QEMU does not know: no format
+    close($fh);
+    refused(
+        'the format of a backing file',
+        1, qr{the format of its backing file \Q$dir/evil\E is not recorded .*qemu-img rebase -u},
+        '--image', "$dir/top.qcow2", qw(--guest evil)
+    );
+};
+
+subtest 'names and directories' => sub {
+    mkdir("$dir/$_") for 'again', 'a,b', my $long = 'x' x 90;
+    tool(qw(qemu-img create -q -f raw), $_, '1M')
+        for "$dir/again/disk.raw", "$dir/\xff.raw", "$dir/\xc3\xbc.raw";
+    refused('one name', 2,
+        qr{\Q$dir/again/disk.raw\E are both called 'disk' - give one another name},
+        @guest, '--image', "$dir/again/disk.raw");
+    refused('not UTF-8', 1, qr/the path is not UTF-8/, '--image', "$dir/\xff.raw", qw(--guest x));
+    my $run = back_up(qw(--guest two --image),
+        "$dir/\xc3\xbc.raw", '--image', "image0=$dir/again/disk.raw");
+    is($run->{status}, 0, q(a name that another disk's node might have)) or diag($run->{err});
+    {
+        local $ENV{TMPDIR} = "$dir/a,b";
+        is(back_up(@guest)->{status}, 0, 'a comma in TMPDIR');
+    }
+    local $ENV{TMPDIR} = "$dir/$long";
+    refused('a long TMPDIR', 1, qr/cannot make the socket .* set TMPDIR/, @guest);
 };
 
 # The command is killed: the daemon goes, and the next backup has what the killed one had.

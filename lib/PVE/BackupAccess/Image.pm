@@ -3,7 +3,7 @@ package PVE::BackupAccess::Image;
 use v5.36;
 
 use Digest::SHA qw(sha256_hex);
-use Fcntl qw(F_RDLCK F_SETLEASE F_UNLCK S_ISBLK S_ISREG);
+use Fcntl qw(S_ISBLK);
 use IO::Socket::UNIX ();
 use JSON::PP ();
 use POSIX ();
@@ -13,6 +13,7 @@ use PVE::BackupAccess;
 use PVE::BackupAccess::Argument
     qw(bad_argument check_filled_text check_hash check_options check_positive);
 use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Image::InUse qw(check_unused);
 use PVE::BackupAccess::Program qw(start_program);
 use PVE::BackupAccess::Provider::Store::PrivateDir;
 use PVE::BackupAccess::Try qw(attempt);
@@ -49,32 +50,20 @@ my %options = (
     timeout => \&check_positive,
 );
 
-# The kernel gives no read lease on a file that any process has open for writing, QEMU or not. Where there
-# are no leases, as on some network file systems, QEMU's own locks tell of QEMUs.
-my sub check_unused ($file) {
-    my $mode = (stat($file))[2] // fail("cannot open $file - $!");
-    fail("$file is neither a file nor a block device") if !S_ISREG($mode) && !S_ISBLK($mode);
-    return if !S_ISREG($mode);
-    open(my $fh, '<', $file) or fail("cannot open $file - $!");
-    if (fcntl($fh, F_SETLEASE, F_RDLCK)) {
-        fcntl($fh, F_SETLEASE, F_UNLCK);
-        return;
-    }
-    fail(
-        "$file is open for writing in another process, such as a running QEMU - end that process, or"
-            . ' back up the running guest')
-        if $!{EAGAIN};
-    return;
-}
-
-# The disk's name, where it can be a node's.
-my sub node_name ($index, $device) {
-    return $device =~ m/\A[A-Za-z][A-Za-z0-9._-]{0,30}\z/ ? $device : "image$index";
+# The disk's name, where it can be a node's; else one that no disk has.
+my sub node_name ($index, @disks) {
+    my $device = $disks[$index]{device};
+    return $device if $device =~ m/\A[A-Za-z][A-Za-z0-9._-]{0,30}\z/;
+    my %is_device = map { $_->{device} => 1 } @disks;
+    my $name = "image$index";
+    $name .= '-' while $is_device{$name};
+    return $name;
 }
 
 my sub node_options ($disk) {
     my $is_device = S_ISBLK((stat($disk->{file}))[2]);
-    utf8::decode(my $file = $disk->{file});
+    utf8::decode(my $file = $disk->{file})
+        or fail("$disk->{file}: the path is not UTF-8, as QEMU wants it - use a link to the image");
     return $json->encode(
         {
             driver => $disk->{format},
@@ -90,6 +79,15 @@ my sub node_options ($disk) {
 }
 
 # ---- the process ----
+
+# QEMU and the kernel take no longer path of a socket.
+my sub check_socket ($path) {
+    my $most = 107;
+    fail(
+        "cannot make the socket $path - its path has more than $most bytes, so set TMPDIR to another directory"
+    ) if length($path) > $most;
+    return $path;
+}
 
 my sub run_daemon ($self, @arguments) {
     my $log = $self->{private}->path . '/log';
@@ -136,6 +134,24 @@ my sub find_drives ($self) {
     return;
 }
 
+# The format of what an image is based on is not guessed either: its own guest may have written a header that
+# names another file. And whoever changes it changes the disk.
+my sub check_backing ($self) {
+    my %node = map { $_->{'node-name'} => $_ } ask($self, 'query-named-block-nodes', {})->@*;
+    for my $disk ($self->{disks}->@*) {
+        my $image = $node{ $disk->{node} }{image};
+        while (defined(my $name = $image->{'backing-filename'})) {
+            fail("$image->{filename}: the format of its backing file $name is not recorded in it -"
+                    . " record it with 'qemu-img rebase -u -b FILE -F FORMAT'")
+                if !defined($image->{'backing-filename-format'});
+            $image = $image->{'backing-image'} // last;
+            utf8::encode(my $file = $image->{filename});
+            check_unused($file) if -e $file;
+        }
+    }
+    return;
+}
+
 my sub wait_until_up ($self) {
     my $deadline = Time::HiRes::time() + $seconds_to_start;
     until (IO::Socket::UNIX->new(Peer => $self->{socket})) {
@@ -158,10 +174,11 @@ sub start ($class, @options) {
     }
     my $self = bless({ timeout => 60, $given->%*, disks => \@disks, owner => $$ }, $class);
     $self->{private} = PVE::BackupAccess::Provider::Store::PrivateDir->new;
-    $self->{socket} = $self->{private}->path . '/qmp';
-    $disks[$_]->@{qw(id node)} = ($_, node_name($_, $disks[$_]{device})) for 0 .. $#disks;
+    $self->{socket} = check_socket($self->{private}->path . '/qmp');
+    $disks[$_]->@{qw(id node)} = ($_, node_name($_, @disks)) for 0 .. $#disks;
     local $^F = 2;
-    run_daemon($self, '--chardev', "socket,id=monitor,path=$self->{socket},server=on,wait=off",
+    my $path = $self->{socket} =~ s/,/,,/gr;
+    run_daemon($self, '--chardev', "socket,id=monitor,path=$path,server=on,wait=off",
         '--monitor', 'chardev=monitor', map { ('--blockdev', node_options($_)) } @disks);
     wait_until_up($self);
 
@@ -169,6 +186,7 @@ sub start ($class, @options) {
     my $error = attempt { find_drives($self) };
     die $error if $error && !has_ended($self, 100);
     fail('cannot open the images - ' . log_line($self)) if $error;
+    check_backing($self);
     return $self;
 }
 
@@ -178,7 +196,11 @@ sub stop ($self) {
     kill(TERM => $pid);
     local $?;
     my $status = wait_for_child($pid);
-    fail("$qemu_storage_daemon ended with status $status - " . log_line($self)) if $status;
+    my $how
+        = $status & 127
+        ? 'was killed by signal ' . ($status & 127)
+        : 'ended with status ' . ($status >> 8);
+    fail(join(' - ', "$qemu_storage_daemon $how", grep { $_ ne '' } log_line($self))) if $status;
     return;
 }
 
@@ -341,7 +363,7 @@ Starts the daemon, opens the images and returns the object. The options are:
 
 =item C<disks> - required: an array ref of hashes with C<device>, the name that the guest's device has when it runs;
 C<file>, the image or block device; and C<format>, C<qcow2> or C<raw>. The format is never guessed, because the guest of a
-raw image could write a qcow2 header to it.
+raw image could write a qcow2 header to it. For the same reason, an image must record the format of its backing file.
 
 =item C<uuid>, C<name> - of the guest. An increment needs the UUID that the guest had at the previous backup.
 

@@ -25,6 +25,18 @@ my sub only_one ($opt) {
     }
 }
 
+# Files of one name in several directories have the same name unless they are given others.
+my sub check_names (@disks) {
+    my %first;
+    for my $disk (@disks) {
+        my $other = $first{ $disk->{device} } //= $disk->{file};
+        usage_error("the disks $other and $disk->{file} are both called '$disk->{device}'"
+                . ' - give one another name, as in --image NAME=FILE')
+            if $other ne $disk->{file};
+    }
+    return @disks;
+}
+
 # From here on, the images represent the guest.
 my sub open_images ($opt, %options) {
     require PVE::BackupAccess::Image;
@@ -95,7 +107,7 @@ sub reach_guest ($opt) {
         if ($opt->{uuid} // $no_uuid) !~ m/\A[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}\z/i;
     return open_images(
         $opt,
-        disks => [map { image_disk($opt, $_) } $opt->{image}->@*],
+        disks => [check_names(map { image_disk($opt, $_) } $opt->{image}->@*)],
         defined($opt->{uuid}) ? (uuid => lc($opt->{uuid})) : ()
     );
 }
