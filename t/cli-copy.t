@@ -15,7 +15,7 @@ use JSON::PP ();
 use List::Util qw(min);
 use Test::More;
 
-use PBA::Test::Command qw(run_command start_command start_on_terminal);
+use PBA::Test::Command qw(command run_command start_command start_on_terminal);
 use PBA::Test::CopySource qw($image $odd_size %maps start write_file read_file same);
 use PBA::Test::NBDServer qw(pattern);
 
@@ -154,6 +154,8 @@ sub damaged ($bytes, $first) {
         'cut in a block' => substr($bytes, 0, 56 + 56 + 100),
         'a frame is missing' => $without,
         'another byte' => $other,
+        'nothing but an end' => pack('a8 Q> Q> a32', 'end', 0, 0, sha256('')),
+        'no first frame' => pack('a8 Q> Q> a32', 'zero', 0, 65536, ''),
     );
 }
 
@@ -294,7 +296,19 @@ subtest 'failures' => sub {
         is($run->{status}, 1, "$name: regions");
         unlike($run->{out}, qr/end/, "$name: regions: no end");
     }
+    open(my $full, '>', '/dev/full') or die "/dev/full: $!\n";
+    fcntl($full, F_SETFD, 0);
     my $run
+        = run_command('copy', "$dir/new", @device, '--volume',
+        volume_of(start(dirty_only => 0), 'none'),
+        '--status-fd', fileno($full));
+    is($run->{status}, 1, 'a full status descriptor');
+    like(
+        $run->{err},
+        qr/\A[^\n]*cannot write to the status descriptor: No space left on device\n\z/,
+        'a full status descriptor: one line'
+    );
+    $run
         = start_command('copy', '-', @device, '--volume', volume_of(start(dirty => $maps{all})));
     $run->close_output('out');
     is($run->finish->{signal}, 13, 'nobody reads: SIGPIPE');
@@ -305,6 +319,31 @@ subtest 'failures' => sub {
     my $killed = $run->finish;
     is($killed->{signal}, 15, 'SIGTERM');
     ok(!eval { read_stream($killed->{out}); 1 }, 'SIGTERM: no whole stream');
+};
+
+# A wrong descriptor, such as the disk's, is not read to its end.
+subtest 'what is no line, and no JSON' => sub {
+    write_file("$dir/disk", $image);
+    my $long = '0' x (8 * $MiB);
+    my ($volume, @handles) = handle_volume($long);
+    my $run = copy_to_file($volume);
+    like($run->{err}, qr/line 1 of the regions is not valid/, 'an endless line');
+    cmp_ok(sysseek($handles[1], 0, 1), '<=', $MiB, 'an endless line: little of it is read');
+    write_file("$dir/long", $long);
+    my $command = join(' ', map { "'$_'" } command(), 'regions', @device);
+    my $said = qx($command --volume - < $dir/long 2>&1 > /dev/null);
+    like($said, qr/--volume: standard input has more than 1048576 bytes/, 'endless JSON');
+    $said = qx($command --volume - <&- 2>&1 > /dev/null);
+    like($said, qr/\A[^\n]*--volume[^\n]*\n[^\n]*\n\z/, 'no standard input');
+};
+
+subtest 'members that are not known, or not set' => sub {
+    my $server = start(dirty => $maps{all});
+    for my $more ({ future => { a => 1 } }, { 'file-handle' => undef }) {
+        my $run
+            = run_command('regions', @device, '--volume', volume_of($server, 'reuse', $more->%*));
+        is($run->{status}, 0, (keys $more->%*)[0]) or diag($run->{err});
+    }
 };
 
 # Exit status, what it says, the volume, and options.
@@ -349,8 +388,10 @@ subtest 'bad usage' => sub {
         like($run->{err}, qr/\Apve-backup-access copy: [^\n]*$problem[^\n]*\n$more\z/, 'one line');
         ok(!eval { read_stream($run->{out}); 1 }, 'no whole stream');
     }
+    my $run = run_command('copy', "$dir/new", @device, '--volume', '{}x');
+    is((lines($run->{out}))[-1]{type}, 'error', 'bad usage is told to the program as well');
     my @terminal = ('copy', '-', @device, '--volume', volume_of($server));
-    my $run = start_on_terminal(80, @terminal)->finish;
+    $run = start_on_terminal(80, @terminal)->finish;
     like($run->{out}, qr/standard output is a terminal/, 'a terminal');
     is($run->{status}, 2, 'a terminal: exit status');
 };

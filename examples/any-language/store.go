@@ -34,6 +34,7 @@ type frame struct {
 func readFrames(stream io.Reader, each func(frame) error) error {
 	headers := sha256.New()
 	var count, total uint64
+	first := true
 	for {
 		var f frame
 		err := binary.Read(stream, binary.BigEndian, &f.header)
@@ -42,7 +43,7 @@ func readFrames(stream io.Reader, each func(frame) error) error {
 		}
 		f.kind = string(bytes.TrimRight(f.Kind[:], "\x00"))
 		if f.kind == "end" {
-			if f.Offset != count || f.Length != total || !bytes.Equal(f.Digest[:], headers.Sum(nil)) {
+			if first || f.Offset != count || f.Length != total || !bytes.Equal(f.Digest[:], headers.Sum(nil)) {
 				return errors.New("the stream is not complete")
 			}
 			return nil
@@ -58,6 +59,10 @@ func readFrames(stream io.Reader, each func(frame) error) error {
 		default:
 			return fmt.Errorf("a frame of an unknown kind: %q", f.kind)
 		}
+		if first != (f.kind == "full" || f.kind == "part") {
+			return fmt.Errorf("a frame of kind %q in the wrong place", f.kind)
+		}
+		first = false
 		if f.kind == "data" {
 			f.data = make([]byte, f.Length)
 			if _, err := io.ReadFull(stream, f.data); err != nil {

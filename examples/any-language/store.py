@@ -22,7 +22,7 @@ BLOCK = 65536
 
 def frames(stream):
     """Each frame as (kind, offset, length, digest, data); raises if the stream is not a whole one."""
-    headers, count, total = hashlib.sha256(), 0, 0
+    headers, count, total, first = hashlib.sha256(), 0, 0, True
     while True:
         header = stream.read(FRAME.size)
         if len(header) != FRAME.size:
@@ -30,7 +30,7 @@ def frames(stream):
         kind, offset, length, digest = FRAME.unpack(header)
         kind = kind.rstrip(b"\0").decode()
         if kind == "end":
-            if (offset, length, digest) != (count, total, headers.digest()):
+            if first or (offset, length, digest) != (count, total, headers.digest()):
                 raise ValueError("the stream is not complete")
             return
         headers.update(header)
@@ -43,6 +43,9 @@ def frames(stream):
                 raise ValueError("the block at %d is not what was sent" % offset)
         elif kind not in ("zero", "full", "part"):
             raise ValueError("a frame of an unknown kind: " + kind)
+        if first != (kind in ("full", "part")):
+            raise ValueError("a frame of kind %s in the wrong place" % kind)
+        first = False
         if kind in ("data", "zero"):
             count, total = count + 1, total + length
         yield kind, offset, length, digest, data

@@ -10,10 +10,11 @@ use File::Spec ();
 use Getopt::Long ();
 use IO::Handle ();
 use Pod::Usage ();
+use Scalar::Util qw(blessed);
 
 use PVE::BackupAccess::CLI::Output qw(say_error say_out);
 
-our @EXPORT_OK = qw(absolute untainted usage_error);
+our @EXPORT_OK = qw(absolute is_bad_usage untainted usage_error);
 
 my $name = 'pve-backup-access';
 
@@ -155,6 +156,10 @@ sub usage_error ($message) {
     die bless({ message => $message }, 'PVE::BackupAccess::CLI::UsageError');
 }
 
+sub is_bad_usage ($error) {
+    return blessed($error) && $error->isa('PVE::BackupAccess::CLI::UsageError');
+}
+
 # ---- signals ----
 
 # The first signal ends the work like an error, so that everything is undone. Further signals are
@@ -277,10 +282,6 @@ my sub run (@arguments) {
     }
     usage_error("unknown option '$command'") if $command =~ m/\A-/;
     return run_command($command, @arguments);
-}
-
-my sub is_bad_usage ($error) {
-    return ref($error) && $error->isa('PVE::BackupAccess::CLI::UsageError');
 }
 
 # Prints the error and returns the exit status.

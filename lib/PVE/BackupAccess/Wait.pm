@@ -68,9 +68,12 @@ sub read_some ($handle, $text, $most) {
 }
 
 # The next line, with its newline unless it is the last; undef at the end. The caller keeps the
-# text, which has what was read beyond the line, for the next call.
-sub next_line ($handle, $text) {
-    1 while $text->$* !~ m/\n/ && read_some($handle, $text, $read_size);
+# text, which has what was read beyond the line, for the next call. If a line has more than $most
+# bytes, only a part of it is returned.
+sub next_line ($handle, $text, $most = undef) {
+    1 while $text->$* !~ m/\n/
+        && !(defined($most) && length($text->$*) > $most)
+        && read_some($handle, $text, $read_size);
     return $text->$* =~ s/\A([^\n]*\n|[^\n]+)// ? $1 : undef;
 }
 

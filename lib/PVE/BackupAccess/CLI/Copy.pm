@@ -5,13 +5,12 @@ package PVE::BackupAccess::CLI::Copy;
 
 use v5.36;
 
-use IO::Handle ();
 use JSON::PP ();
 
-use PVE::BackupAccess::CLI qw(usage_error);
+use PVE::BackupAccess::CLI qw(is_bad_usage usage_error);
 use PVE::BackupAccess::CLI::Copy::Source qw(descriptor open_source);
 use PVE::BackupAccess::CLI::Copy::Stream;
-use PVE::BackupAccess::CLI::Output qw(parse_bytes write_out);
+use PVE::BackupAccess::CLI::Output qw(parse_bytes write_all write_out);
 use PVE::BackupAccess::Try qw(deaths_of is_own);
 
 my $json = JSON::PP->new->utf8->canonical->allow_blessed->convert_blessed;
@@ -48,9 +47,8 @@ my sub teller ($opt, $target) {
     return sub ($line) { }
         if $target =~ $is_stdout && !defined($number);
     my $fh = defined($number) ? descriptor('--status-fd', $number, '>') : \*STDOUT;
-    $fh->autoflush;
     return sub ($line) {
-        print {$fh} $json->encode($line), "\n" or die "cannot write to the status descriptor: $!\n";
+        write_all($fh, 'the status descriptor', $json->encode($line) . "\n");
     };
 }
 
@@ -90,14 +88,14 @@ sub run ($opt, $target) {
     my $statistics;
     my ($death) = deaths_of(sub { $statistics = copy_all($opt, $target, $tell) });
     if ($death) {
-        my $error = $death->[0];
+        my ($error, $by_signal) = $death->@*;
         $tell->(
             {
                 type => 'error',
-                message => "$error" =~ s/\s+\z//r,
+                message => (is_bad_usage($error) ? $error->{message} : "$error") =~ s/\s+\z//r,
                 is_own($error) ? (class => $error->class) : ()
             }
-        ) if !$death->[1] && (!ref($error) || is_own($error));
+        ) if !$by_signal;
         die $error;
     }
     $tell->({ type => 'result', $statistics->%* });

@@ -4,13 +4,14 @@ package PVE::BackupAccess::CLI::Output;
 
 use v5.36;
 
+use Errno qw(EINTR);
 use Exporter qw(import);
 use JSON::PP ();
 use List::Util qw(max);
 
 our @EXPORT_OK = qw(
     columns is_utf8_terminal one_line parse_bytes read_file say_error say_json say_out say_table
-    share write_file write_out
+    share write_all write_file write_out
 );
 
 # Text is encoded; bytes, such as the name of a file, are printed unchanged.
@@ -28,6 +29,16 @@ sub one_line ($text) {
 # A write error is reported at once, not after hours of work.
 sub write_out (@parts) {
     print {*STDOUT} map { bytes_of($_) } @parts or die "cannot write to standard output: $!\n";
+    return;
+}
+
+# The same at once, and without a buffer, from which Perl would try again when it ends.
+sub write_all ($fh, $where, $data) {
+    for (my $at = 0; $at < length($data);) {
+        my $written = syswrite($fh, $data, length($data) - $at, $at);
+        die "cannot write to $where: $!\n" if !defined($written) && $! != EINTR;
+        $at += $written // 0;
+    }
     return;
 }
 

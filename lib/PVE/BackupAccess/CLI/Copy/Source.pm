@@ -12,11 +12,13 @@ use PVE::BackupAccess::CLI qw(untainted usage_error);
 use PVE::BackupAccess::CLI::Access qw(text);
 use PVE::BackupAccess::Try qw(attempt_any);
 use PVE::BackupAccess::Volume;
-use PVE::BackupAccess::Wait qw(next_line);
+use PVE::BackupAccess::Wait qw(next_line read_some);
 
 our @EXPORT_OK = qw(descriptor open_source);
 
 my $json = JSON::PP->new->utf8;
+my $max_line = 4096;         # bytes, of a region: what has more is something else, such as the disk
+my $max_volume = 1 << 20;    # of standard input
 
 # An open descriptor of this number, as a handle.
 sub descriptor ($name, $number, $mode) {
@@ -37,9 +39,21 @@ my sub parse ($text) {
             . ' {"size":1048576,"bitmap-mode":"none","nbd-path":"/run/nbd.sock"}')
         if ref($volume) ne 'HASH';
     my @devices = grep { ref($volume->{$_}) eq 'HASH' } sort keys $volume->%*;
+    @devices = () if grep { exists($volume->{$_}) } qw(size nbd-path file-handle);
     usage_error("--volume has the volumes of several devices - give one of them: @devices")
         if @devices;
     return $volume;
+}
+
+# The JSON from standard input.
+my sub read_volume () {
+    usage_error('--volume: standard input is closed') if !stat(STDIN);
+    my ($text, $got) = ('', 1);
+    $got = read_some(\*STDIN, \$text, 65536) while $got && length($text) <= $max_volume;
+    usage_error("--volume: standard input cannot be read - $!") if !defined($got);
+    usage_error("--volume: standard input has more than $max_volume bytes")
+        if length($text) > $max_volume;
+    return untainted($text);
 }
 
 my sub read_region ($line) {
@@ -54,7 +68,7 @@ my sub region_reader ($fh) {
     my ($count, $is_over, $text) = (0, 0, '');
     return sub () {
         return if $is_over;
-        my $line = next_line($fh, \$text);
+        my $line = next_line($fh, \$text, $max_line);
         die
             "the regions end after $count, without an end mark - the program that writes them has failed\n"
             if !defined($line);
@@ -72,17 +86,11 @@ my sub region_reader ($fh) {
 # The volume that the options describe, and whether it has only what changed.
 sub open_source ($opt) {
     my $given = $opt->{volume};
-    my $volume = parse(
-        $given eq '-'
-        ? untainted(
-            do { local $/; readline(STDIN) }
-                // ''
-            )
-        : $given
-    );
+    my $volume = parse($given eq '-' ? read_volume() : $given);
+    delete($volume->{'file-handle'}) if !defined($volume->{'file-handle'});
     if (exists($volume->{'file-handle'})) {
         $volume->{'file-handle'}
-            = descriptor(q('file-handle' of --volume), $volume->{'file-handle'} // '', '+<');
+            = descriptor(q('file-handle' of --volume), $volume->{'file-handle'}, '+<');
         my $regions = descriptor(q('next-dirty-region' of --volume),
             $volume->{'next-dirty-region'} // '', '<');
         $volume->{'next-dirty-region'} = region_reader($regions);

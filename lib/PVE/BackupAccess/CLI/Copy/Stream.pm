@@ -6,21 +6,14 @@ package PVE::BackupAccess::CLI::Copy::Stream;
 use v5.36;
 
 use Digest::SHA ();
-use Errno qw(EINTR);
 use List::Util qw(min);
+
+use PVE::BackupAccess::CLI::Output qw(write_all);
 
 my $header = 'a8 Q> Q> a32';    # kind, offset, length, SHA-256 of the data
 my $digest_size = 32;
 my $version = 1;
-
-my sub write_all ($fh, $data) {
-    for (my $at = 0; $at < length($data);) {
-        my $written = syswrite($fh, $data, length($data) - $at, $at);
-        die "cannot write to standard output: $!\n" if !defined($written) && $! != EINTR;
-        $at += $written // 0;
-    }
-    return;
-}
+my $where = 'standard output';
 
 # Frames are cut at multiples of $block, and have the digests of these blocks.
 sub new ($class, $fh, $size, $block, $is_increment) {
@@ -35,7 +28,7 @@ sub new ($class, $fh, $size, $block, $is_increment) {
         },
         $class
     );
-    write_all($fh, $self->_header($is_increment ? 'part' : 'full', $version, $size, ''));
+    write_all($fh, $where, $self->_header($is_increment ? 'part' : 'full', $version, $size, ''));
     return $self;
 }
 
@@ -71,14 +64,14 @@ sub data ($self, $offset, $data) {
         $self->{frames}++;
         $self->{bytes} += $length;
     }
-    write_all($self->{fh}, $frames);
+    write_all($self->{fh}, $where, $frames);
     return;
 }
 
 # Only after a copy that has succeeded.
 sub finish ($self) {
     my $digest = $self->{headers}->clone->digest;
-    write_all($self->{fh}, $self->_header('end', $self->@{qw(frames bytes)}, $digest));
+    write_all($self->{fh}, $where, $self->_header('end', $self->@{qw(frames bytes)}, $digest));
     return;
 }
 
