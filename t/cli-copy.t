@@ -296,6 +296,20 @@ subtest 'failures' => sub {
         is($run->{status}, 1, "$name: regions");
         unlike($run->{out}, qr/end/, "$name: regions: no end");
     }
+    my $run
+        = start_command('copy', '-', @device, '--volume', volume_of(start(dirty => $maps{all})));
+    $run->close_output('out');
+    is($run->finish->{signal}, 13, 'nobody reads: SIGPIPE');
+    $run = start_command('copy', '-', @device, '--volume',
+        volume_of(start(dirty => $maps{all}, hang_at => 4 * $MiB)));
+    $run->wait_for('out', qr{part});
+    $run->kill('TERM');
+    my $killed = $run->finish;
+    is($killed->{signal}, 15, 'SIGTERM');
+    ok(!eval { read_stream($killed->{out}); 1 }, 'SIGTERM: no whole stream');
+};
+
+subtest 'a status descriptor that is full' => sub {
     open(my $full, '>', '/dev/full') or die "/dev/full: $!\n";
     fcntl($full, F_SETFD, 0);
     my $run
@@ -308,17 +322,6 @@ subtest 'failures' => sub {
         qr/\A[^\n]*cannot write to the status descriptor: No space left on device\n\z/,
         'a full status descriptor: one line'
     );
-    $run
-        = start_command('copy', '-', @device, '--volume', volume_of(start(dirty => $maps{all})));
-    $run->close_output('out');
-    is($run->finish->{signal}, 13, 'nobody reads: SIGPIPE');
-    $run = start_command('copy', '-', @device, '--volume',
-        volume_of(start(dirty => $maps{all}, hang_at => 4 * $MiB)));
-    $run->wait_for('out', qr{part});
-    $run->kill('TERM');
-    my $killed = $run->finish;
-    is($killed->{signal}, 15, 'SIGTERM');
-    ok(!eval { read_stream($killed->{out}); 1 }, 'SIGTERM: no whole stream');
 };
 
 # A wrong descriptor, such as the disk's, is not read to its end.
