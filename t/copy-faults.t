@@ -290,6 +290,19 @@ subtest 'discards wait for the target' => sub {
     }
 };
 
+# libnbd tells of a dead connection neither that it can flush nor that it cannot.
+subtest 'a target whose first connection dies once it is idle' => sub {
+    my $delay = sub ($connection) { $connection == 1 ? 0.3 : 1 };
+    my $target = $NBDServer->start(size => $size, delay => $delay, garbage_on => 1);
+    my $copied = eval {
+        open_volume(start())->copy(to => $target->uri, 'request-size' => $size / 2);
+        1;
+    };
+    ok(!$copied, 'dies: what it has written may not be flushed');
+    is(ref($@) && $@->class, 'NbdError', 'class') or diag($@);
+    is(scalar(() = $target->requests('write')), 2, 'though all was written');
+};
+
 subtest 'a target that cannot flush' => sub {
     my $target = $NBDServer->start(size => $size, no_flush => 1);
     my $statistics = open_volume(start())->copy(to => $target->uri);

@@ -70,6 +70,24 @@ sub fails_and_says ($backend, $text, $pattern, %options) {
     return;
 }
 
+# As from a signal handler: QEMU keeps the export until this process' connection to it is closed.
+sub ends_below_copy ($backend, $text, %options) {
+    $backend->vm->qemu_io('disk0', 'write -P 0x42 0 8M');
+    my $access = $backend->access(%options);
+    $access->setup([{ device => 'disk0', 'bitmap-mode' => 'new' }]);
+    my ($calls, $done) = (0, 0);
+    my $take = sub ($, $) {
+        return if ++$calls != 3;
+        local $SIG{ALRM} = sub { die "it waits\n" };
+        alarm(30);
+        $done = eval { $access->teardown(0); 1 } or diag($@);
+        alarm(0);
+    };
+    eval { $access->volume('disk0')->copy(to => $take, 'request-size' => 65536) };
+    ok($done, "$text: a teardown from below a copy");
+    return;
+}
+
 # QEMU makes the socket and opens the images; the listener of the monitor was root.
 subtest 'root, and a QEMU of another user' => sub {
     my $backend = start({ user => 'nobody' });
@@ -154,6 +172,7 @@ subtest 'a QEMU that sees other paths' => sub {
         my $text = 'chroot, ' . ($user // 'root');
         fails_and_says($backend, "$text: without a word", qr/No such file or directory/, %here);
         is_backed_up($backend, $text, sub { }, %here, %there);
+        ends_below_copy($backend, $text, %here, %there);
         is_deeply([glob("$root/*/*")], [], "$text: nothing is left here either");
     }
 };

@@ -186,6 +186,13 @@ void pba_access_device_info(const PbaAccess *access, size_t index, PbaDeviceInfo
     };
 }
 
+void pba_access_log_lines(const PbaAccess *access, const GPtrArray *lines)
+{
+    for (guint i = 0; i < lines->len; i++) {
+        pba_log(&access->hooks, PBA_LOG_INFO, "%s", (const char *)lines->pdata[i]);
+    }
+}
+
 bool pba_access_require_up(const PbaAccess *access, GError **error)
 {
     if (!pba_access_is_up(access)) {

@@ -105,11 +105,14 @@ struct PbaAccess {
     char *socket; /* the path of the NBD server's socket in that directory, whether the server runs
                      or not */
     GPtrArray *vfiles;  /* PbaVfile, one for each disk; NULL: none was requested */
+    bool serves_files;  /* all of them are up */
     void *backend_data; /* the backend's own data, freed by g_free; NULL: none */
 };
 
 /* Changes the phase. Every change goes through this function, which checks it. */
 void pba_access_enter(PbaAccess *access, PbaPhase phase);
+/* What recovery has undone, to the log. */
+void pba_access_log_lines(const PbaAccess *access, const GPtrArray *lines);
 
 /* Of PbaDisk, as arrays want it. */
 void pba_disk_free(gpointer disk);

@@ -8,16 +8,11 @@
 static char *describe_job(PbaAccess *access, const char *id)
 {
     g_autoptr(JsonArray) jobs = pba_qmp_query_array(access->qmp, "query-jobs", NULL, NULL);
+    JsonObject *job = jobs ? pba_json_find_element(jobs, "id", id) : NULL;
+    const char *type = job ? pba_json_find_string(job, "type") : NULL;
+    const char *status = job ? pba_json_find_string(job, "status") : NULL;
 
-    for (guint i = 0; jobs && i < json_array_get_length(jobs); i++) {
-        JsonObject *job = pba_json_element(jobs, i);
-        const char *type = job ? pba_json_find_string(job, "type") : NULL;
-        const char *status = job ? pba_json_find_string(job, "status") : NULL;
-        if (type && status && g_strcmp0(pba_json_find_string(job, "id"), id) == 0) {
-            return g_strdup_printf("%s, %s", type, status);
-        }
-    }
-    return NULL;
+    return type && status ? g_strdup_printf("%s, %s", type, status) : NULL;
 }
 
 /* When the job ends, its nodes are deleted with everything that we would have put on them. And
@@ -67,17 +62,15 @@ static bool check_passed_through(PbaAccess *access, const PbaBlock *block, JsonO
     g_autofree char *name = g_path_get_basename(path);
     g_autoptr(JsonArray) objects =
         pba_qmp_query_array(access->qmp, "qom-list", pba_json("{'path': <%s>}", parent), error);
-    for (guint i = 0; objects && i < json_array_get_length(objects); i++) {
-        JsonObject *object = pba_json_element(objects, i);
-        const char *type = object ? pba_json_find_string(object, "type") : NULL;
-        if (type && g_strcmp0(pba_json_find_string(object, "name"), name) == 0 &&
-            (strcmp(type, "child<scsi-block>") == 0 || strcmp(type, "child<scsi-generic>") == 0)) {
-            pba_error_set(error, PBA_ERROR_UNSUPPORTED,
-                          "its guest device is a %.*s, whose writes bypass QEMU's bitmaps and "
-                          "filters - exclude the disk, or use scsi-hd",
-                          (int)strlen(type) - (int)strlen("child<>"), type + strlen("child<"));
-            return false;
-        }
+    JsonObject *object = objects ? pba_json_find_element(objects, "name", name) : NULL;
+    const char *type = object ? pba_json_find_string(object, "type") : NULL;
+    if (g_strcmp0(type, "child<scsi-block>") == 0 || g_strcmp0(type, "child<scsi-generic>") == 0) {
+        pba_error_set(
+            error, PBA_ERROR_UNSUPPORTED,
+            "its guest device is a %.*s, whose writes bypass QEMU's bitmaps and filters - "
+            "exclude the disk, or use scsi-hd",
+            (int)strlen(type) - (int)strlen("child<>"), type + strlen("child<"));
+        return false;
     }
     return objects != NULL;
 }
@@ -125,7 +118,9 @@ static bool is_ours(JsonObject *node, const char *guards_image)
 }
 
 /* Whether QEMU has only the nodes that setup saw, and ours. Then no other program has begun to work
- * on a disk, because each job adds a node of its own to the disk (QEMU 7.2 to 11.0). */
+ * on a disk, because each job adds a node of its own to the disk (QEMU 7.2 to 11.0). An export or a
+ * second guest device adds none: QEMU refuses one that writes, unless the disk is shared
+ * (share-rw). */
 static bool are_seen_or_ours(const PbaAccess *access, JsonArray *nodes)
 {
     g_autofree char *guards_image = pba_guards_image(access);

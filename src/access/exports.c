@@ -79,12 +79,6 @@ static char *describe(const PbaAccess *access, const PbaDisk *disk)
                                        : g_strdup("");
 }
 
-static void add_bitmap(JsonArray *bitmaps, const PbaDisk *disk, const char *name)
-{
-    json_array_add_element(bitmaps,
-                           pba_json("{'node': <%s>, 'name': <%s>}", disk->bitmap_node, name));
-}
-
 static bool add_export(PbaAccess *access, const PbaDisk *disk, GError **error)
 {
     g_autofree char *id = pba_export_id(access->target_id, access->nonce, disk->key);
@@ -95,9 +89,9 @@ static bool add_export(PbaAccess *access, const PbaDisk *disk, GError **error)
     /* Setup has frozen them: a reader must not see the map change. */
     if (disk->bitmap_name) {
         JsonArray *bitmaps = json_array_new();
-        add_bitmap(bitmaps, disk, disk->bitmap_name);
+        json_array_add_element(bitmaps, pba_bitmap_ref(disk->bitmap_node, disk->bitmap_name));
         if (disk->audit_bitmap) {
-            add_bitmap(bitmaps, disk, disk->audit_bitmap);
+            json_array_add_element(bitmaps, pba_bitmap_ref(disk->bitmap_node, disk->audit_bitmap));
         }
         json_object_set_array_member(json_node_get_object(arguments), "bitmaps", bitmaps);
     }
@@ -259,7 +253,7 @@ static bool remove_exports(PbaAccess *access, bool *has_others, GError **error)
     }
 }
 
-bool pba_exports_add(PbaAccess *access, GError **error)
+static bool add_exports(PbaAccess *access, GError **error)
 {
     bool tried = access->phase == PBA_PHASE_EXPORTING;
     bool has_others;
@@ -320,7 +314,7 @@ bool pba_access_export(PbaAccess *access, GError **error)
                       "the access is partly torn down - call teardown again");
         return false;
     }
-    bool done = pba_exports_add(access, error);
+    bool done = add_exports(access, error);
     /* Before the discards: they go over NBD and may take long, and others want the monitor. The
      * discards need the exports, so they come last. */
     pba_qmp_release(access->qmp);
@@ -393,7 +387,8 @@ bool pba_exports_remove(PbaAccess *access, bool *is_shared, GError **error)
     /* First: QEMU keeps an export until the requests of its clients, also of this process, are
      * done. */
     if (access->socket) {
-        pba_connections_cut(access->socket);
+        g_autofree char *path = pba_user_run_path(access, access->socket); /* as it was bound */
+        pba_connections_cut(path);
     }
     return remove_exports(access, is_shared, error);
 }

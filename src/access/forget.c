@@ -110,8 +110,8 @@ bool pba_access_forget(PbaAccess *access, GPtrArray *lines, GError **error)
         pba_owner_unmark(access, false);
         pba_access_end(access);
     }
-    while (done && found->len > 0) {
-        g_ptr_array_add(lines, g_ptr_array_steal_index(found, 0));
+    if (done) {
+        g_ptr_array_extend_and_steal(lines, g_steal_pointer(&found));
     }
     pba_qmp_release(access->qmp);
     return done;

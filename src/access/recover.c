@@ -284,9 +284,7 @@ static bool undo_marked(PbaAccess *dead, GPtrArray *lines, GError **error)
         pba_qmp_release(dead->qmp);
         return false;
     }
-    while (done->len > 0) {
-        g_ptr_array_add(lines, g_ptr_array_steal_index(done, 0));
-    }
+    g_ptr_array_extend_and_steal(lines, g_steal_pointer(&done));
     return true;
 }
 
@@ -360,5 +358,8 @@ bool pba_access_recover(PbaAccess *access, GPtrArray *lines, GError **error)
                 /* Afterwards: while an access is active, its bitmaps are not strays. */
                 drop_strays(access, &block, lines, error);
     pba_qmp_release(access->qmp);
+    if (!done) {
+        pba_access_log_lines(access, lines); /* the caller gets the error in their place */
+    }
     return done;
 }

@@ -100,13 +100,6 @@ void pba_access_undo_setup(PbaAccess *access)
     }
 }
 
-static void log_lines(const PbaAccess *access, const GPtrArray *lines)
-{
-    for (guint i = 0; i < lines->len; i++) {
-        pba_log(&access->hooks, PBA_LOG_INFO, "%s", (const char *)lines->pdata[i]);
-    }
-}
-
 static bool undo_leftovers(PbaAccess *access, PbaBlock *block, GError **error)
 {
     g_autoptr(GPtrArray) lines = g_ptr_array_new_with_free_func(g_free);
@@ -120,7 +113,7 @@ static bool undo_leftovers(PbaAccess *access, PbaBlock *block, GError **error)
     }
     bool done =
         pba_company_check_here(access, error) && pba_recover_undo(access, block, lines, error);
-    log_lines(access, lines);
+    pba_access_log_lines(access, lines);
     return done;
 }
 
@@ -133,7 +126,7 @@ static bool drop_strays(PbaAccess *access, PbaBlock *block, GError **error)
         return true;
     }
     bool done = access->backend->drop_strays(access, lines, error);
-    log_lines(access, lines);
+    pba_access_log_lines(access, lines);
     /* Setup must not compare with the removed ones later. */
     return done && pba_block_query(access->qmp, true, block, error);
 }

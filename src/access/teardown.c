@@ -10,8 +10,8 @@ void pba_access_free(PbaAccess *access)
         return;
     }
     pba_vfiles_free(access);
-    bool server_is_up = pba_nbd_server_is_up(access);
-    if (access->socket_dir && access->owner == getpid() && !server_is_up) {
+    /* The server is asked last: this connects. */
+    if (access->socket_dir && access->owner == getpid() && !pba_nbd_server_is_up(access)) {
         pba_run_dir_remove(access);
     }
     pba_owner_forget(access);
@@ -88,23 +88,21 @@ static bool undo_rest(PbaAccess *access, bool success, bool is_shared, GError **
 static bool undo(PbaAccess *access, bool success, GError **error)
 {
     GError *first = NULL;
-    GError *files = NULL;
+    GError *step = NULL;
     bool is_shared;
 
     /* Before the exports, which the virtual files read: so their readers get errors and do not wait
      * for a server. */
-    if (!pba_vfiles_end(access, &files) && pba_error_is_fatal(files)) {
-        g_propagate_error(error, files);
+    if (!pba_vfiles_end(access, &first) && pba_error_is_fatal(first)) {
+        g_propagate_error(error, first);
         return false;
     }
     /* The exports first: while a bitmap is exported, Proxmox' QEMU (to 11.0) aborts when the access
      * ends, and a stock one (7.2 to 11.0) refuses to join it. */
-    if (pba_exports_remove(access, &is_shared, &first)) {
-        GError *step = NULL;
+    if (pba_exports_remove(access, &is_shared, &step)) {
         undo_rest(access, success, is_shared, &step);
-        pba_error_keep_first(&first, step, &access->hooks);
     }
-    pba_error_keep_first(&first, files, &access->hooks);
+    pba_error_keep_first(&first, step, &access->hooks);
     if (first) {
         g_propagate_error(error, first);
         return false;

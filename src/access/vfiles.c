@@ -45,13 +45,18 @@ static bool serve_and_wait(PbaAccess *access, GError **error)
 
 bool pba_access_serve_files(PbaAccess *access, GError **error)
 {
-    if (access->vfiles) {
+    if (access->serves_files) {
         return true;
+    }
+    /* What an earlier try has left: its end may have failed as well. */
+    if (!pba_vfiles_end(access, error)) {
+        return false;
     }
     access->vfiles = g_ptr_array_new_with_free_func(free_vfile);
     /* The servers are loaded while QEMU makes the exports, and connect all at once. */
     if (start_files(access, error) && pba_access_export(access, error) &&
         serve_and_wait(access, error)) {
+        access->serves_files = true;
         return true;
     }
     GError *step = NULL;
@@ -62,7 +67,7 @@ bool pba_access_serve_files(PbaAccess *access, GError **error)
 
 int pba_access_open_file(PbaAccess *access, size_t index, GError **error)
 {
-    if (!access->vfiles || index >= access->vfiles->len) {
+    if (!access->serves_files || index >= access->vfiles->len) {
         pba_error_set(error, PBA_ERROR_STATE, "no virtual file is being served");
         return -1;
     }
@@ -73,6 +78,7 @@ bool pba_vfiles_end(PbaAccess *access, GError **error)
 {
     GError *first = NULL;
 
+    access->serves_files = false;
     for (guint i = 0; access->vfiles && i < access->vfiles->len; i++) {
         pba_vfile_tell_end(access->vfiles->pdata[i]);
     }
@@ -91,5 +97,6 @@ bool pba_vfiles_end(PbaAccess *access, GError **error)
 
 void pba_vfiles_free(PbaAccess *access)
 {
+    access->serves_files = false;
     g_clear_pointer(&access->vfiles, g_ptr_array_unref);
 }

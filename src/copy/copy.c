@@ -362,10 +362,12 @@ static bool finish_discards(Copy *copy, GError **error)
     if (!pba_source_release_all(copy->source, error)) {
         return false;
     }
-    while (copy->source->trimming > 0) {
+    for (unsigned left; (left = copy->source->trimming) > 0;) {
         if (!turn(copy, error)) {
             return false;
         }
+        /* The limit is for each request. */
+        copy->last_event = copy->source->trimming < left ? 0 : copy->last_event;
     }
     copy->statistics->bytes_discarded = copy->source->discarded;
     copy->statistics->regions = copy->course.regions;

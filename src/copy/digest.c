@@ -426,10 +426,6 @@ static bool prepare(PbaDigests *digests, GError **error)
 bool pba_digests_new(const PbaCopyOptions *options, uint64_t size, PbaDigests **digests,
                      GError **error)
 {
-    *digests = NULL;
-    if (!options->digests && !options->digest_file && !options->expected) {
-        return true;
-    }
     /* A thread may be computing while the process ends. */
     OPENSSL_init_crypto(OPENSSL_INIT_NO_ATEXIT, NULL);
     *digests = g_atomic_rc_box_new0(PbaDigests);

@@ -18,14 +18,6 @@ void pba_holes_begin(PbaHoles *holes, uint64_t offset, uint64_t length)
     holes->state = length >= MIN_REGION ? PBA_HOLES_WANTED : PBA_HOLES_OVER;
 }
 
-/* What is read before and after a hole has to be aligned, too. */
-static PbaRange aligned(const PbaHoles *holes, uint64_t offset, uint64_t length)
-{
-    uint64_t begin = pba_whole_blocks(offset, holes->align);
-
-    return (PbaRange){begin, MAX(begin, (offset + length) / holes->align * holes->align)};
-}
-
 /* Finds the next hole; false if the answer is under way. */
 static bool find_hole(PbaHoles *holes)
 {
@@ -46,7 +38,9 @@ static bool find_hole(PbaHoles *holes)
             holes->state = PBA_HOLES_OVER;
             break;
         }
-        holes->hole = aligned(holes, offset, length);
+        /* What is read before and after a hole has to be aligned, too. */
+        holes->hole =
+            pba_whole_clusters((PbaRange){offset, offset + length}, UINT64_MAX, holes->align);
         if (holes->hole.end - holes->hole.begin >= PBA_MIN_HOLE) {
             holes->state = PBA_HOLES_FOUND;
         }

@@ -11,7 +11,8 @@
 #define NS_PER_US 1000
 /* Requests are cut so that one of them is a small part of a second's worth. */
 #define REQUESTS_PER_SECOND 20
-/* The largest smallest block of NBD servers; also that of most disks. */
+/* The least bytes of a request: the block of most disks. A server that has larger ones gets them.
+ */
 #define SMALLEST 4096u
 
 static bool map_state(PbaLimit *limit, int fd, GError **error)

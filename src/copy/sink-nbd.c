@@ -19,6 +19,7 @@ typedef struct {
     uint64_t size; /* of the volume */
     uint32_t most; /* bytes of a request that all connections take */
     bool can_zero;
+    bool can_flush;
     PbaBlocks blocks;
     unsigned flushing; /* flushes in flight */
 } NbdSink;
@@ -164,12 +165,12 @@ static int on_flush_done(void *opaque, int *error)
     return 1;
 }
 
-/* All of them: only servers that are safe with several say that one flush is for all. */
+/* Flushes every connection: only with NBD_FLAG_CAN_MULTI_CONN does one flush cover the others. */
 static bool nbd_sink_flush(PbaSink *sink, GError **error)
 {
     NbdSink *self = (NbdSink *)sink;
 
-    sink->flushed = nbd_can_flush(self->connections[0]->handle) != 1;
+    sink->flushed = !self->can_flush;
     if (sink->flushed) {
         return true;
     }
@@ -268,6 +269,8 @@ PbaSink *pba_sink_nbd_new(const PbaCopyOptions *options, const PbaVolume *source
         }
     }
     self->can_zero = nbd_can_zero(first) == 1 && self->most >= self->sink.block;
+    /* Asked now: of a connection that has died libnbd does not know it any more. */
+    self->can_flush = nbd_can_flush(first) == 1;
     /* Not many requests for one piece, however small they have to be. */
     self->sink.max_zero = (uint32_t)pba_whole_blocks(self->most, self->sink.align);
     return &self->sink;

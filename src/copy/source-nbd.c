@@ -50,8 +50,8 @@ static bool open_connections(PbaSource *source, unsigned connections, PbaLoop *l
         return false;
     }
     if (connections == 0) {
-        /* So many small requests as of single clusters keep QEMU's main loop busy with one
-         * connection. More would not be faster, but make the guest wait for it. */
+        /* Requests of single clusters keep QEMU's main loop busy over one connection: more
+         * connections would only delay the guest. */
         connections = first->by_cluster ? 1 : DEFAULT_CONNECTIONS;
     }
     bool safe = nbd_can_multi_conn(first->handle) == 1;
@@ -59,7 +59,7 @@ static bool open_connections(PbaSource *source, unsigned connections, PbaLoop *l
         return false;
     }
     source->can_discard = nbd_can_trim(first->handle) == 1;
-    /* Looking for holes in what is read, a server asks the same. */
+    /* Without DF QEMU looks for holes in what is read, by block status on the snapshot. */
     self->read_flags = first->by_cluster && nbd_can_df(first->handle) == 1 ? LIBNBD_CMD_FLAG_DF : 0;
     for (unsigned i = 0; i < self->count; i++) {
         PbaNbdVolume *nbd = self->connections[i];

@@ -96,12 +96,7 @@ const char *pba_block_node_name(JsonArray *nodes, guint index)
 
 JsonObject *pba_block_find_node(const PbaBlock *block, const char *node)
 {
-    for (guint i = 0; node && i < json_array_get_length(block->nodes); i++) {
-        if (g_strcmp0(pba_block_node_name(block->nodes, i), node) == 0) {
-            return pba_json_element(block->nodes, i);
-        }
-    }
-    return NULL;
+    return node ? pba_json_find_element(block->nodes, "node-name", node) : NULL;
 }
 
 static JsonArray *bitmaps_at(JsonObject *node)

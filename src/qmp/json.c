@@ -70,6 +70,17 @@ JsonObject *pba_json_element(JsonArray *array, guint index)
     return JSON_NODE_HOLDS_OBJECT(node) ? json_node_get_object(node) : NULL;
 }
 
+JsonObject *pba_json_find_element(JsonArray *array, const char *key, const char *value)
+{
+    for (guint i = 0; i < json_array_get_length(array); i++) {
+        JsonObject *object = pba_json_element(array, i);
+        if (object && g_strcmp0(pba_json_find_string(object, key), value) == 0) {
+            return object;
+        }
+    }
+    return NULL;
+}
+
 const char *pba_json_string(JsonObject *object, const char *key, GError **error)
 {
     const char *value = pba_json_find_string(object, key);

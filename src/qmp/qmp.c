@@ -60,7 +60,8 @@ void pba_qmp_free(PbaQmp *qmp)
     g_free(qmp);
 }
 
-/* While it settles. */
+/* The hook that ends calls, while signals are deferred (pba_qmp_settle): true once one has been
+ * pending for a second. */
 static bool is_out_of_time(void *opaque)
 {
     PbaQmp *qmp = opaque;
@@ -135,8 +136,8 @@ static bool connect_socket(PbaQmp *qmp, gint64 deadline, GError **error)
     return true;
 }
 
-/* The connection is closed during the sleep: a monitor serves one client at a time, and polling may
- * take minutes. */
+/* Closes the connection while it sleeps: a QMP monitor serves one client at a time, and what is
+ * polled for may take minutes. */
 bool pba_qmp_pause(PbaQmp *qmp, unsigned *pause_ms, gint64 deadline, const char *what,
                    GError **error)
 {
@@ -149,16 +150,7 @@ bool pba_qmp_pause(PbaQmp *qmp, unsigned *pause_ms, gint64 deadline, const char 
 
 bool pba_qmp_is_gone(PbaQmp *qmp)
 {
-    g_autoptr(GError) error = NULL;
-
-    if (qmp->transport) {
-        return false;
-    }
-    pba_qmp_release(qmp);
-    bool gone = !connect_socket(qmp, pba_deadline(1), &error) &&
-                g_error_matches(error, PBA_ERROR, PBA_ERROR_CONNECTION);
-    pba_qmp_release(qmp);
-    return gone;
+    return !qmp->transport && !pba_socket_answers(qmp->path);
 }
 
 static bool send_text(PbaQmp *qmp, const char *text, gint64 deadline, GError **error)
@@ -368,34 +360,32 @@ JsonNode *pba_qmp_execute(PbaQmp *qmp, const char *command, JsonNode *arguments,
     return value;
 }
 
-JsonArray *pba_qmp_query_array(PbaQmp *qmp, const char *command, JsonNode *arguments,
-                               GError **error)
+static JsonNode *query(PbaQmp *qmp, const char *command, JsonNode *arguments, JsonNodeType type,
+                       GError **error)
 {
     g_autoptr(JsonNode) reply = pba_qmp_execute(qmp, command, arguments, error);
-    if (!reply) {
-        return NULL;
-    }
-    if (!JSON_NODE_HOLDS_ARRAY(reply)) {
-        pba_error_set(error, PBA_ERROR_PROTOCOL, "the reply is not an array");
+
+    if (reply && JSON_NODE_TYPE(reply) != type) {
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "the reply is not an %s",
+                      type == JSON_NODE_ARRAY ? "array" : "object");
         pba_error_add_command(error, command);
         return NULL;
     }
-    return json_array_ref(json_node_get_array(reply));
+    return g_steal_pointer(&reply);
+}
+
+JsonArray *pba_qmp_query_array(PbaQmp *qmp, const char *command, JsonNode *arguments,
+                               GError **error)
+{
+    g_autoptr(JsonNode) reply = query(qmp, command, arguments, JSON_NODE_ARRAY, error);
+    return reply ? json_node_dup_array(reply) : NULL;
 }
 
 JsonObject *pba_qmp_query_object(PbaQmp *qmp, const char *command, JsonNode *arguments,
                                  GError **error)
 {
-    g_autoptr(JsonNode) reply = pba_qmp_execute(qmp, command, arguments, error);
-    if (!reply) {
-        return NULL;
-    }
-    if (!JSON_NODE_HOLDS_OBJECT(reply)) {
-        pba_error_set(error, PBA_ERROR_PROTOCOL, "the reply is not an object");
-        pba_error_add_command(error, command);
-        return NULL;
-    }
-    return json_object_ref(json_node_get_object(reply));
+    g_autoptr(JsonNode) reply = query(qmp, command, arguments, JSON_NODE_OBJECT, error);
+    return reply ? json_node_dup_object(reply) : NULL;
 }
 
 bool pba_qmp_run(PbaQmp *qmp, const char *command, JsonNode *arguments, GError **error)

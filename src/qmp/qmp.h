@@ -27,6 +27,9 @@ JsonObject *pba_json_find_object(JsonObject *object, const char *key);
 /* Element as an object, or NULL. */
 JsonObject *pba_json_element(JsonArray *array, guint index);
 
+/* The first object of the array whose member has this text, borrowed; NULL: there is none. */
+JsonObject *pba_json_find_element(JsonArray *array, const char *key, const char *value);
+
 /* Runs a command whose reply is an array (of objects) or an object. The result holds its own
  * reference: json_array_unref, json_object_unref. */
 JsonArray *pba_qmp_query_array(PbaQmp *qmp, const char *command, JsonNode *arguments,

@@ -81,7 +81,8 @@ static bool finish_message(PbaQmpWire *wire, GError **error)
     g_autoptr(GError) parse_error = NULL;
 
     if (!g_utf8_validate(text, length, NULL) || !escapes_are_text(text, text + length)) {
-        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent text that is not UTF-8");
+        pba_error_set(error, PBA_ERROR_PROTOCOL,
+                      "the QMP peer sent text with invalid UTF-8 or an invalid escape");
         return false;
     }
     if (!json_parser_load_from_data(wire->parser, text, length, &parse_error)) {
@@ -90,8 +91,8 @@ static bool finish_message(PbaQmpWire *wire, GError **error)
         return false;
     }
     /* The text begins with a brace, so it is an object. */
-    JsonObject *object = json_node_get_object(json_parser_get_root(wire->parser));
-    g_queue_push_tail(&wire->messages, json_object_ref(object));
+    g_autoptr(JsonNode) root = json_parser_steal_root(wire->parser);
+    g_queue_push_tail(&wire->messages, json_node_dup_object(root));
     /* The buffer of a big reply must not stay allocated for the rest of the connection. */
     g_byte_array_unref(wire->message);
     wire->message = g_byte_array_new();

@@ -52,16 +52,6 @@ static void begin_at(PbaSeeks *seeks, uint64_t offset)
     }
 }
 
-/* Holes consist of whole blocks, so that reads between two holes are aligned; the last hole may end
- * with the file. */
-static PbaRange aligned(PbaRange run, uint64_t size)
-{
-    uint64_t begin = (run.begin + PBA_FILE_BLOCK - 1) / PBA_FILE_BLOCK * PBA_FILE_BLOCK;
-    uint64_t end = run.end == size ? size : run.end / PBA_FILE_BLOCK * PBA_FILE_BLOCK;
-
-    return (PbaRange){begin, MAX(begin, end)};
-}
-
 /* Reads on until one more hole is known; the last one is an empty one at the end. */
 static bool next_hole(PbaSeeks *seeks)
 {
@@ -70,7 +60,8 @@ static bool next_hole(PbaSeeks *seeks)
     PbaRange run;
 
     while ((state = pba_scan_pop(seeks->scan, &run)) == PBA_SCAN_FOUND) {
-        run = aligned(run, size);
+        /* Of whole blocks, so that reads between two holes are aligned. */
+        run = pba_whole_clusters(run, size, PBA_FILE_BLOCK);
         if (run.end - run.begin >= PBA_MIN_HOLE) {
             g_array_append_val(seeks->holes, run);
             return true;

@@ -1,9 +1,7 @@
-/* Connecting in the cases in which it may block. libnbd looks up a host's name in one call
- * (getaddrinfo(3)), which waits for name servers, and reads the files of TLS in others, from any
- * file system: many seconds, or forever. And if a server stops in the middle of a TLS handshake,
- * libnbd (1.14.2) does not return from nbd_aio_notify_read(3), but calls GnuTLS again and again. So
- * a thread makes these calls. A caller that stops waiting leaves the thread behind, and shuts its
- * socket down, which ends that loop. */
+/* Connects in a thread of its own where libnbd may block: in getaddrinfo(3), as long as name
+ * servers let it wait; while it reads the files of TLS; and in a TLS handshake that the server
+ * stalls, where libnbd (1.14.2) asks GnuTLS again and again. To abandon the thread, the caller
+ * shuts its socket down, which ends that loop. */
 #include "src/base/base.h"
 #include "volume.h"
 #include <errno.h>

@@ -1,5 +1,5 @@
-/* The map of an export, by NBD block status (NBD spec: NBD_CMD_BLOCK_STATUS): the runs of extents
- * that have a flag. For a dirty bitmap these are the dirty regions; for base:allocation, zeroes.
+/* Iterates over the runs of extents that have a flag (NBD spec: NBD_CMD_BLOCK_STATUS): the dirty
+ * regions of a qemu:dirty-bitmap context, or the zeroes of base:allocation.
  *
  * The map is requested in chunks, several of which are in flight. If a server answers for less than
  * was requested, the rest is requested again. Any other incomplete answer is an error, because

@@ -7,9 +7,10 @@
 #include "trims.h"
 #include <libnbd.h>
 
-/* Of data in one request, if the server reports no limit (NBD spec: block sizes). */
+/* The most data of a request to a server that advertises no maximum (NBD spec: block size
+ * constraints). */
 #define PBA_MAX_REQUEST (32u << 20)
-/* The largest permitted minimum block size, from the same section. */
+/* The largest minimum block size that the NBD spec allows. */
 #define PBA_MAX_BLOCK 65536u
 
 typedef struct {

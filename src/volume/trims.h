@@ -4,7 +4,7 @@
 
 #include "src/pba.h"
 
-/* QEMU's unit for copying before a write, and for discards. */
+/* copy-before-write's smallest cluster, which is also the least that a discard frees. */
 #define PBA_CLUSTER UINT64_C(65536)
 /* Of one request: below its limit of 32 bits, and whole clusters. */
 #define PBA_MAX_DISCARD (UINT64_C(1) << 30)

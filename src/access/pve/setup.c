@@ -107,7 +107,8 @@ static bool find_nodes(const PbaAccess *access, PbaDisk *disk, const PbaBlock *b
     pba_guards_name(access, disk);
     disk->bitmap_node = g_strdup(pba_block_skip_filters(block, disk->root_node));
     if (!disk->bitmap_node) {
-        pba_error_set(error, PBA_ERROR_PROTOCOL, "its block graph has an open end");
+        pba_error_set(error, PBA_ERROR_PROTOCOL,
+                      "its block graph ends in a filter without a child");
     }
     return disk->bitmap_node != NULL;
 }
@@ -201,22 +202,11 @@ static bool read_info(PbaDisk *disk, JsonObject *info, GError **error)
     return read_bitmap(disk, info, error);
 }
 
-static JsonObject *find_info(JsonArray *reply, const char *device)
-{
-    for (guint i = 0; i < json_array_get_length(reply); i++) {
-        JsonObject *info = pba_json_element(reply, i);
-        if (info && g_strcmp0(pba_json_find_string(info, "device"), device) == 0) {
-            return info;
-        }
-    }
-    return NULL;
-}
-
 static bool read_reply(PbaAccess *access, JsonArray *reply, GError **error)
 {
     for (guint i = 0; i < access->disks->len; i++) {
         PbaDisk *disk = access->disks->pdata[i];
-        JsonObject *info = find_info(reply, disk->device);
+        JsonObject *info = pba_json_find_element(reply, "device", disk->device);
         if (!info) {
             pba_error_set(error, PBA_ERROR_INCOMPLETE, "QEMU's reply does not mention it");
         }

@@ -232,8 +232,6 @@ bool pba_pve_drop_strays(PbaAccess *access, GPtrArray *lines, GError **error)
     if (!pba_actions_run(access->qmp, actions, error)) {
         return false;
     }
-    while (found->len > 0) {
-        g_ptr_array_add(lines, g_ptr_array_steal_index(found, 0));
-    }
+    g_ptr_array_extend_and_steal(lines, g_steal_pointer(&found));
     return true;
 }

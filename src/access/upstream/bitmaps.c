@@ -82,13 +82,8 @@ static bool wait_job_concluded(PbaAccess *access, const char *id, GError **error
         if (!jobs) {
             return false;
         }
-        const char *status = NULL;
-        for (guint i = 0; i < json_array_get_length(jobs); i++) {
-            JsonObject *job = pba_json_element(jobs, i);
-            if (job && g_strcmp0(pba_json_find_string(job, "id"), id) == 0) {
-                status = pba_json_find_string(job, "status");
-            }
-        }
+        JsonObject *job = pba_json_find_element(jobs, "id", id);
+        const char *status = job ? pba_json_find_string(job, "status") : NULL;
         if (!status || g_strcmp0(status, "concluded") == 0) {
             return true;
         }
@@ -97,8 +92,8 @@ static bool wait_job_concluded(PbaAccess *access, const char *id, GError **error
     return false;
 }
 
-/* QMP (7.2 to 11.0) cannot set bits. But a backup job whose bitmap must stay right in any case
- * (bitmap-mode always), and whose every write fails, leaves all bits set. */
+/* No QMP command (7.2 to 11.0) sets bits. A backup job with sync=full and bitmap-mode=always whose
+ * target fails every write leaves all bits set. */
 static bool make_dirty_source(PbaAccess *access, const PbaDisk *disk, const DirtySource *names,
                               GError **error)
 {

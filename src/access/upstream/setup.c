@@ -137,7 +137,8 @@ static bool check_disk(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, 
     }
     disk->bitmap_node = g_strdup(pba_block_skip_filters(block, disk->root_node));
     if (!disk->bitmap_node) {
-        pba_error_set(error, PBA_ERROR_PROTOCOL, "its block graph has an open end");
+        pba_error_set(error, PBA_ERROR_PROTOCOL,
+                      "its block graph ends in a filter without a child");
         return false;
     }
     JsonObject *node = pba_block_find_node(block, disk->bitmap_node);

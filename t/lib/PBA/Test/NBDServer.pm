@@ -30,12 +30,13 @@ package PBA::Test::NBDServer;
 #   wrong_context_id => 1   the answer is for a context nobody asked for
 #   offer_bitmap => 0       the context does not exist
 #   advertised_size => N    another size than the true one
-#                           (this, block_sizes, strict_blocks: also sub ($connection) => value)
+#                           (this, block_sizes, strict_blocks, delay: also sub ($connection) => value)
 #   block_status_error, read_error, trim_error, write_error => ERRNO
 #   allocation_error => ERRNO   for a block status with base:allocation
 #   zero_error => ERRNO     for a write of zeroes, which keep makes possible
 #   no_flush => 1           it cannot flush, and does not say it could
 #   hang_flush => 1         no flush is ever answered
+#   garbage_on => N         on that connection, counted from 1, behind the answer to a write comes what is none
 #   hang_write_at, hang_trim_at => OFFSET   such a write, or trim, is never answered
 #   short_read => N         the data chunk is N bytes shorter than asked, the read ends as if well
 #   missing_data => 1       a read ends as if well without any data chunk

@@ -241,7 +241,7 @@ sub _take_in ($self) {
         die "bad request magic\n" if $magic != REQUEST_MAGIC;
         $request{command} = $command_name{ $request{type} } // "unknown-$request{type}";
         $request{data} = $self->_take($request{length}) if $request{command} eq 'write';
-        $request{due} = time + ($self->{options}{delay} // 0);
+        $request{due} = time + ($self->_of_connection($self->{options}{delay}) // 0);
         push @{ $self->{queue} }, \%request;
         $self->{server}->record(
             'request',
@@ -271,6 +271,7 @@ sub _answer ($self, $request) {
     }
     elsif ($command eq 'write') {
         $self->_answer_write($request);
+        $self->_send("\xa5" x 16) if $self->{number} == ($self->{options}{garbage_on} // 0);
     }
     elsif ($command eq 'write-zeroes' && $self->{options}{keep}) {
         $self->_answer_zeroes($request);
