@@ -1,4 +1,4 @@
-# A block defines archive_external, and perhaps cleanup, of a VZDump plugin for a guest as on Proxmox VE
+# A block defines archive_external and cleanup of a VZDump plugin for a guest as on Proxmox VE
 # with the disk drive-scsi0. They are called as VZDump does, with what stays in qemu-server done here: a
 # full backup, one that fails, and incremental ones, by both mechanisms; and each step failing in turn.
 
@@ -41,8 +41,15 @@ package PBA::Test::VZDumpPlugin {
     }
 
     sub restore_vm_power_state ($self, $vmid) { $self->note('power') }
+    sub detach_external ($self, $task, $vmid) { $self->note('detach') }
     sub load_note ($self, $key) { return $notes{$key} }
-    sub store_note ($self, $key, $text) { $notes{$key} = $text }
+
+    # Where the backup is noted, it is complete.
+    sub store_note ($self, $key, $text) {
+        $notes{$key} = $text;
+        kill('TERM', $$) if $self->{'signal in note'} && $text ne '{}';
+    }
+
     sub log ($self, $level, $message) { push($self->{log}->@*, "$level: $message") }
     sub loginfo ($self, $message) { $self->log('info', $message) }
     sub logerr ($self, $message) { $self->log('err', $message) }
@@ -63,6 +70,7 @@ sub vzdump ($package, $state, $mechanism, %opt) {
             vm_was_running => !$opt{started},
             firewall => $opt{firewall},
             fails => $opt{call},
+            'signal in note' => $opt{note},
             calls => $provider->{calls},
             provider => $provider,
         },
@@ -73,11 +81,17 @@ sub vzdump ($package, $state, $mechanism, %opt) {
         @{"${package}::ISA"} = 'PBA::Test::VZDumpPlugin';
     }
     undef($proxy);
-    $proxy = PBA::Test::QMPProxy->start($state->{proxy}->%*, refuse => $opt{command});
+    $proxy = PBA::Test::QMPProxy->start(
+        $state->{proxy}->%*,
+        refuse => $opt{command},
+        terminate => $opt{terminate}
+    );
     my $task = {};
+    local @SIG{qw(INT TERM QUIT HUP PIPE)}
+        = (sub { die "interrupted by signal\n" }) x 5;    # the job's
     my $ok = eval { $plugin->archive_external($task, 100); 1 };
     my $error = $@;
-    $plugin->cleanup($task, 100) if $plugin->can('cleanup');
+    $plugin->cleanup($task, 100);
     die "it is '$error' that it died with\n" if !$ok && $error !~ ($opt{error} // qr/\A\z/);
     die "it did not die\n" if $ok && $opt{error};
     return $plugin;
@@ -96,7 +110,7 @@ sub check_good ($plugin, %opt) {
     my $names = names($plugin);
     die "the calls were: $names\n"
         if $names ne 'provider_name start attach backup_get_mechanism backup_vm_query_incremental'
-        . ' freeze thaw resume backup_vm power';
+        . ' freeze thaw resume backup_vm power detach';
     delete($query->[2]{'drive-scsi0'}->@{qw(base identity node)});
     delete($vm->[4]->@{qw(backup-id guest-uuid)});
     check_same({ 'drive-scsi0' => { size => 16 * $mib } }, $query->[2]);
@@ -137,18 +151,54 @@ my %failures = (
     teardown => { command => 'backup-access-teardown' },
 );
 
-# Whatever fails: the guest is resumed and not frozen, its power state is restored at the end, nothing is
-# left but what the next backup undoes, and that one has all that changed.
+# Whatever fails: the guest is resumed and not frozen, its power state is restored, what was attached is
+# detached at the end, nothing is left but what the next backup undoes, and that one has all that changed.
 sub check_failure ($package, $state, $mechanism, $name) {
     my %opt = $failures{$name}->%*;
     $opt{started} = $name eq 'volumes';
     my $plugin = vzdump($package, $state, $mechanism, %opt);
     my $names = names($plugin);
-    die "the calls were: $names\n" if $names !~ m/ power\z/ || $names !~ m/ resume\b/;
+    die "the calls were: $names\n" if $names !~ m/ power detach\z/ || $names !~ m/ resume\b/;
     die "it was thawed before it was frozen: $names\n" if $names =~ m/thaw.*freeze/;
     die "it stays frozen: $names\n" if $names =~ m/freeze(?!.* thaw)/ && $name ne 'freeze';
     my @told = grep { m/\A(?:warn|err)/ } $plugin->{log}->@*;
     die "nothing of it is in the log\n" if !@told;
+    return;
+}
+
+# A signal that comes when the bitmaps have begun anew: the backup is a good one, and what follows is done.
+sub check_late_signal ($package, $state, $mechanism, %opt) {
+    my $plugin = vzdump($package, $state, $mechanism, %opt);
+    my $names = names($plugin);
+    die "the calls were: $names\n" if $names !~ m/ backup_vm power detach\z/;
+    my @told = grep { m/\A(?:warn|err)/ } $plugin->{log}->@*;
+    die "the log says: @told\n" if @told && "@told" !~ m/\A\w+: interrupted by signal$/;
+    die "the log says nothing of it\n" if !@told && $opt{terminate};
+    my $next = vzdump($package, $state, $mechanism);
+    my $dirty = ($next->{provider}{regions}{'drive-scsi0'} // [])->[1] // 0;
+    die "$dirty bytes in the next backup\n" if $dirty;
+    return;
+}
+
+sub check_late_signals ($package, $state, $mechanism) {
+    my %teardown = (terminate => 'backup-access-teardown');
+    my %cases = (
+        'the teardown' => {%teardown},
+        'the teardown, before the guest ends' => { %teardown, started => 1 },
+        'the note' => { note => 1 },
+    );
+    for my $name (sort keys %cases) {
+        my $done = eval { check_late_signal($package, $state, $mechanism, $cases{$name}->%*); 1 };
+        die "a signal in $name: $@" if !$done;
+    }
+    return;
+}
+
+# As it is pasted into a file that has no more than these.
+sub check_alone ($block) {
+    my $pragmas = q(no feature ':all'; use feature ':default'; use strict; use warnings;);
+    my $text = "package PBA::Test::Alone; $pragmas no warnings 'redefine';\n$block->{code}\n1;";
+    eval $text or die "it does not compile alone: $@";    ## no critic (StringyEval)
     return;
 }
 
@@ -167,6 +217,7 @@ return sub ($block) {
         return $of->{id} == 100 ? $state->{proxy}{listen} : die "no guest $of->{id}\n";
     };
     my $outside = $backend->outside;
+    check_alone($block);
     my $package = run_perl($block, vm_qmp_peer => $peer);
     my @failures = sort keys %failures;
     for my $mechanism ('nbd', -e '/dev/fuse' ? 'file-handle' : ()) {
@@ -183,6 +234,8 @@ return sub ($block) {
         }
         die "a good backup keeps the bits\n"
             if check_good(vzdump($package, $state, $mechanism));
+        check_late_signals($package, $state, $mechanism);
+        check_same($outside, $backend->outside);
     }
     return;
 };

@@ -599,8 +599,9 @@ those of L<PVE::BackupAccess::GuestAgent/hooks> do.
     'load-note' => sub ($key) { return $text },
     'store-note' => sub ($key, $text) { ... },
 
-Code refs that load and store the note that L</run> describes: one text per target and guest, undef if there is none. Give
-both or neither. By default, the note is a file on this host. If all nodes of a cluster share the storage, the notes
+Code refs that load and store the note that L</run> describes: one text per target and guest, undef if there is none. C<$key>
+is 64 hexadecimal digits, a digest of C<target-id>, C<vmid> and QEMU's UUID. C<$text> is JSON in UTF-8, about 100 bytes per
+device, C<{}> if nothing is noted. A note may be removed with its guest. Give both or neither. By default, the note is a file on this host. If all nodes of a cluster share the storage, the notes
 may be cluster-wide; for a storage that is not shared, they belong to the node. If C<load-note> dies, there is
 no note, and a new one is stored. If C<store-note> dies before the provider's C<backup_vm>, the backup fails, because an old
 note must not be taken for one of the new data; if it dies after the end, the log says so, and the next backup is full.
@@ -670,7 +671,8 @@ B<Completion.> When C<backup_vm> returns, the archive must be complete: from the
 error of the teardown after that does not fail the backup. It is logged and is in the result, and the next
 setup cleans up. A signal that arrives after the bitmaps are cleared does not fail the backup either. The exception of its
 handler is thrown a statement or two after the call, when you have the result (see L<PVE::BackupAccess/teardown>), and
-before another backup can begin.
+before another backup can begin. Keep the result in a variable outside of the C<eval> around the call. If the block has local
+signal handlers, the exception is thrown where they end, still inside the C<eval>.
 
 Returns a hash:
 

@@ -10,7 +10,8 @@ package PBA::Test::QMPProxy;
 # 'kill-before' and 'kill-after' kill the client, before the command reaches QEMU and after QEMU has
 # done it. 'stall' lets QEMU do it and keeps the reply to itself. 'signal' sends the client a SIGUSR1 when
 # QEMU has done it, and the reply a while later. Without at nothing goes wrong. then => { 9 => 'drop' } has more go
-# wrong, by the number of the command; refuse => NAME has the first command of that name refused.
+# wrong, by the number of the command; refuse => NAME has the first command of that name refused, terminate => NAME
+# sends the client a SIGTERM as 'signal' does.
 #
 # 'kill-before-nbd' and 'kill-after-nbd' kill it at an NBD connection or discard instead, with at
 # counting those: see PBA::Test::NBDRelay.
@@ -30,6 +31,7 @@ use PBA::Test::NBDRelay;
 my $json = JSON::PP->new->utf8->canonical;
 
 my $longest_event = 65_536;
+my %signals = (signal => 'USR1', terminate => 'TERM');
 
 sub commands ($self) { return $self->records('command') }
 
@@ -67,8 +69,9 @@ sub _converse ($self, $client, $qemu) {
         $self->send_bytes($qemu, $line);
         my $reply = $self->_reply($qemu, \$from_qemu) // return;
         $self->_start_relay($command, $client, $qemu) if $name eq 'nbd-server-start';
-        $self->_signal($client) if $fault eq 'signal';
-        $self->send_bytes($client, $reply) if !$fault || $fault eq 'signal';
+        my $signal = $signals{$fault};
+        $self->_signal($client, $signal) if $signal;
+        $self->send_bytes($client, $reply) if !$fault || $signal;
         return if $fault eq 'lose';
         return $self->_kill($client) if $fault eq 'kill-after';
         return $self->wait_ready($client, 'read') if $fault eq 'stall';
@@ -87,8 +90,8 @@ sub _kill ($self, $client) {
 }
 
 # Longer than a client takes to look for signals.
-sub _signal ($self, $client) {
-    kill('USR1', _client_pid($client));
+sub _signal ($self, $client, $signal) {
+    kill($signal, _client_pid($client));
     $self->sleep_for(0.5);
     return;
 }
@@ -108,6 +111,8 @@ sub _fault_for ($self, $command) {
     my $fault = ($self->{then} // {})->{$number} // '';
     $fault = $self->{fault} if $number == ($self->{at} // 0) && $self->{fault} !~ m/-nbd\z/;
     $fault = 'refuse' if $command->{execute} eq ($self->{refuse} // '') && !$self->{refused}++;
+    $fault = 'terminate'
+        if $command->{execute} eq ($self->{terminate} // '') && !$self->{terminated}++;
     $self->record('fault', name => $command->{execute}) if $fault;
     return $fault;
 }

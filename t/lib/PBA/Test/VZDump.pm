@@ -1,8 +1,8 @@
 package PBA::Test::VZDump;
 
 # Backups of a guest by the real PVE::VZDump, in one of three forms: 'today' is qemu-server's own code,
-# the others have archive_external and cleanup of doc/qemu-server.md, word for word. Each backup runs in a
-# process of its own, as a task does.
+# the others have archive_external and cleanup of doc/qemu-server.md, word for word, with today's cleanup as
+# detach_external. Each backup runs in a process of its own, as a task does.
 #
 #   my $made = PBA::Test::VZDump->new(dir => $dir, vmid => 100)->backup('one object', 'nbd');
 
@@ -21,6 +21,7 @@ my $json = JSON::PP->new->canonical->allow_blessed;
 
 # What stays in qemu-server, and is in archive_external today. It sees what is private to the file.
 my $stays = <<'PERL';
+use feature 'signatures';
 sub start_external ($self, $vmid) {
     $self->enforce_vm_running_for_backup($vmid);
     $self->{qmeventd_fh} = PVE::QemuServer::register_qmeventd_handle($vmid);
@@ -41,13 +42,6 @@ sub firewall_config ($self, $task) {
     my $file = "$task->{tmpdir}/qemu-server.fw";
     return -e $file ? PVE::Tools::file_get_contents($file) : undef;
 }
-sub load_note ($self, $key) {
-    my $file = '/etc/pve/notes-' . unpack('H*', $key);
-    return -e $file ? PVE::Tools::file_get_contents($file) : undef;
-}
-sub store_note ($self, $key, $text) {
-    PVE::Tools::file_set_contents('/etc/pve/notes-' . unpack('H*', $key), $text);
-}
 PERL
 
 # dir => of images and of what is stored, vmid => the guest's.
@@ -58,20 +52,24 @@ sub new ($class, %opt) {
 sub _forms () {
     my ($blocks) = PBA::Test::DocCode::read_file('doc/qemu-server.md');
     my ($object, $calls) = grep { $_->{fixture} eq 'vzdump' } $blocks->@*;
-    return { today => undef, 'one object' => $object->{code}, 'call by call' => $calls->{code} };
+    my ($notes) = grep { $_->{code} =~ m/sub load_note/ } $blocks->@*;
+    return {
+        today => undef,
+        'one object' => "$object->{code}$notes->{code}",
+        'call by call' => $calls->{code},
+    };
 }
 
-# The module as it is in that form. The rest of today's cleanup is called after the form's.
+# The module as it is in that form.
 sub _write_plugin ($self, $form) {
     my $name = 'PVE/VZDump/QemuServer.pm';
     my ($original) = grep { -e } map { ref ? () : "$_/$name" } @INC;
     my $source = PVE::Tools::file_get_contents($original);
     if (my $code = $self->{forms}{$form}) {
         $source =~ s/^sub archive_external \{.*?^\}\n//ms or die "archive_external has changed\n";
-        $source =~ s/^sub cleanup \{/sub rest_of_cleanup {/m or die "cleanup has changed\n";
+        $source =~ s/^sub cleanup \{/sub detach_external {/m or die "cleanup has changed\n";
         $source =~ s/^1;\s*\z//m;
-        my $perl = "use feature 'signatures'; no warnings 'experimental::signatures';\n";
-        $source .= "$perl$stays$code\n1;\n";
+        $source .= "$stays$code\n1;\n";
     }
     my $dir = "$self->{dir}/" . $form =~ s/ /-/gr;
     write_file("$dir/$name", $source);
@@ -82,16 +80,6 @@ sub _load_plugin ($self, $form) {
     unshift(@INC, $self->_write_plugin($form));
     require PVE::VZDump;
     require PVE::VZDump::QemuServer;
-    my $class = 'PVE::VZDump::QemuServer';
-    my $rest = $class->can('rest_of_cleanup') or return;
-    my $own = $class->can('cleanup');
-    _replace(
-        "${class}::cleanup",
-        sub (@arguments) {
-            $own->(@arguments) if $own != PVE::VZDump::Plugin->can('cleanup');
-            $rest->(@arguments);
-        }
-    );
     return;
 }
 
