@@ -184,8 +184,19 @@ my @rows = (
         );
     },
     sub {
-        fails('restore_vm_init lies',
-            'restore of the full backup: restore_vm_init' => qr/must return a hash of devices/,);
+        fails(
+            'restore_vm_init lies,serves NBD',
+            'restore of the full backup: restore_vm_init' => qr/must return a hash of devices/,
+            'restore of the full backup: drive-scsi0 is the disk as of the backup' =>
+                qr/must be the path of a file or a block device, not 'nbd\+unix:/,
+        );
+    },
+    sub {
+        fails(
+            'one name for all guests',
+            'full backup: another guest fails before backup_init' =>
+                qr/the archive of the guest before it is gone: archive .* is not complete/,
+        );
     },
     sub {
         fails(

@@ -12,6 +12,7 @@ use Scalar::Util ();
 use Time::HiRes ();
 
 use PVE::BackupAccess::CLI qw(absolute usage_error);
+use PVE::BackupAccess::CLI::TryProvider::DirPlugin;
 use PVE::BackupAccess::CLI::TryProvider::Machine;
 use PVE::BackupAccess::CLI::TryProvider::Restore;
 use PVE::BackupAccess::CLI::TryProvider::Rules;
@@ -24,10 +25,12 @@ use PVE::BackupAccess::Try qw(attempt_any);
 my $Machine = 'PVE::BackupAccess::CLI::TryProvider::Machine';
 my $Base = 'PVE::BackupProvider::Plugin::Base';
 my $DirPlugin = 'PVE::Storage::DirPlugin';
+my $StandIn = 'PVE::BackupAccess::CLI::TryProvider::DirPlugin';
 my $Restore = 'PVE::BackupAccess::CLI::TryProvider::Restore';
 my $TAP = 'PVE::BackupAccess::CLI::TryProvider::TAP';
 my $Watch = 'PVE::BackupAccess::CLI::TryProvider::Watch';
 my $vmid = 999_999_999;    # the last one there is: nobody's archives are found by it
+my $other_vmid = $vmid - 1;
 my $guest_config = "name: try-provider\nscsi0: store:vm-$vmid-disk-0,size=32M\n";
 my $firewall_config = "[OPTIONS]\nenable: 1\n";
 my $kib = 1024;
@@ -40,6 +43,7 @@ my @jobs;
 @jobs = (
     {
         name => 'full backup',
+        'other guest' => 1,
         before => [
             ['drive-scsi0', 0, 4 * $mib, 0x11],
             ['drive-scsi0', 10 * $mib, 4 * $mib, 0x12],
@@ -260,12 +264,38 @@ my sub archive_of ($watch) {
     return $init && $kept && $init->{result}[0]{'archive-name'};
 }
 
+# What VZDump calls for guests that it cannot begin with, in the job in which it has backed up another one: one
+# that it does not find, and one that it cannot lock.
+my sub fail_other_guests ($provider) {
+    my $log_file = File::Temp->new;
+    return attempt_any {
+        $provider->backup_cleanup($other_vmid, undef, 0, { error => 'no such guest' });
+        $provider->backup_cleanup($other_vmid, 'qemu', 0, { error => 'is locked' });
+        $provider->backup_handle_log_file($other_vmid, "$log_file");
+    };
+}
+
+my sub check_other_guest ($trial, $job, $error) {
+    my $problem = defined($error) ? "died: $error" : undef;
+    if (!defined($problem) && $job->{archive} && !$trial->{'backup-only'}) {
+        my $provider = new_object($trial);
+        my $volname = "backup/$job->{archive}";
+        my $gone = attempt_any { $provider->restore_vm_init($volname) };
+        attempt_any { $provider->restore_vm_cleanup($volname) };
+        $problem = "the archive of the guest before it is gone: $gone" if defined($gone);
+    }
+    report($trial, "$job->{name}: another guest fails before backup_init", $problem);
+}
+
 my sub back_up ($trial, $job) {
     $job->{change}->($trial->{machine}) if $job->{change};
     write_all($trial, $job->{before});
     $job->{disks} = $trial->{restore}->keep_disks($trial->{machine});
     my $watch = new_provider($trial);
     $trial->{log} = [];
+    my $other;
+    $watch->before('job_cleanup', sub ($provider) { $other = fail_other_guests($provider) })
+        if $job->{'other guest'};
     my $error = run_task($trial, $job, $watch);
     $job->{log} = $trial->{log};
     $trial->{tap}->note("$job->{name}: $_") for $job->{log}->@*;
@@ -274,6 +304,7 @@ my sub back_up ($trial, $job) {
     check_limit($trial, $job, $watch) if !defined($error);
     $job->{archive} = archive_of($watch);
     $job->{expected} = expected($trial, $job);
+    check_other_guest($trial, $job, $other) if $job->{'other guest'};
     return if !defined($error) || $job->{fails};
     $trial->{tap}->explain("the backup failed: $error", $trial->{log}->@*);
 }
@@ -301,7 +332,8 @@ my sub check_archive ($trial, $job, $name) {
 my sub run_trial ($trial) {
     check_class($trial) or return;
     $trial->{machine} = $Machine->start;
-    $trial->{restore} = $Restore->new;
+    $trial->{restore}
+        = $Restore->new->is_strict($trial->{'storage-plugin'} // $trial->{'usual-plugin'});
     my $restores = !$trial->{'backup-only'};
     for my $job (@jobs) {
         back_up($trial, $job);
@@ -323,8 +355,12 @@ my sub scfg_of ($opt) {
 }
 
 # A provider always gets a storage plugin, and may ask it where archives are. The real plugin may be
-# installed without the parts of a cluster that it needs.
-my sub usual_plugin () { return defined(load($DirPlugin)) ? undef : $DirPlugin }
+# installed without the parts of a cluster that it needs. With a plugin, Qcow2Chain and RBD show disks as
+# files, which needs FUSE.
+my sub usual_plugin () {
+    return $DirPlugin if !defined(load($DirPlugin));
+    return -e '/dev/fuse' ? $StandIn : undef;
+}
 
 my sub load_storage_plugin ($class) {
     my $problem = load($class);

@@ -40,6 +40,7 @@ my sub archives ($self) {
 my @kept;
 
 sub backup_init ($self, $vmid, $vmtype, $start_time) {
+    $self->{vmid} = $vmid;
     ($self->{base}) = reverse(archives($self));
     $self->{number} = $self->{faults}{'by second'} ? $start_time : ($self->{base} // 0) + 1;
     die "there is an archive of that second\n" if ($self->{base} // 0) == $self->{number};
@@ -140,6 +141,7 @@ sub backup_vm ($self, $vmid, $config, $volumes, $info) {
 }
 
 sub backup_cleanup ($self, $vmid, $vmtype, $success, $info) {
+    return if $vmid != ($self->{vmid} // 0) && !$self->{faults}{'one name for all guests'};
     my $dir = "$self->{path}/$self->{number}";
     File::Path::remove_tree($dir) if !$success && !$self->{faults}{'errors ignored'};
     my $size = $self->{faults}{'size zero'} ? 0 : -s "$dir/drive-scsi0.raw";
@@ -187,6 +189,8 @@ sub restore_vm_volume_init ($self, $volname, $device, $info) {
         print {$fh} '3';
         close($fh);
     }
+    return { 'qemu-img-path' => 'nbd+unix:///disk?socket=/nowhere' }
+        if $self->{faults}{'serves NBD'};
     return { 'qemu-img-path' => $file };
 }
 

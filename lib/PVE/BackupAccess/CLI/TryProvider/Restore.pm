@@ -23,6 +23,12 @@ my sub run_or_die (@command) {
     return;
 }
 
+# The provider gets a storage plugin, as on Proxmox VE, and has to do what is asked for there.
+sub is_strict ($self, $is_strict) {
+    $self->{'is strict'} = $is_strict;
+    return $self;
+}
+
 # Copies the disks as they are now; nothing writes to them at this time. Returns { device => file }.
 sub keep_disks ($self, $machine) {
     my %copies;
@@ -63,6 +69,8 @@ my sub restore_volume ($self, $watch, $volname, $device, $kept) {
         my $info = $watch->restore_vm_volume_init($volname, $device, {});
         my $path = ref($info) eq 'HASH' && $info->{'qemu-img-path'};
         die "there is no path to restore it from\n" if !$path;
+        die "'qemu-img-path' must be the path of a file or a block device, not '$path'\n"
+            if $self->{'is strict'} && !-f $path && !-b $path;
         my ($image) = $path =~ m/\A(.+)\z/s;
         run_or_die($ENV{PBA_QEMU_IMG} // 'qemu-img', 'convert', qw(-f raw -O raw), $image, $target);
         $problem = difference($target, $kept);

@@ -37,7 +37,14 @@ sub new ($class, $provider) {
     return bless({ provider => $provider, calls => [], files => {} }, $class);
 }
 
+# Has the code called once, before the method is.
+sub before ($self, $method, $code) {
+    $self->{before}{$method} = $code;
+    return;
+}
+
 sub pass_on ($self, $in_list, $method, @arguments) {
+    (delete($self->{before}{$method}) // sub { })->($self->{provider});
     my $call = { method => $method, arguments => $self->arguments($method, @arguments) };
     push($self->{calls}->@*, $call);
     my $began = Time::HiRes::time();
