@@ -186,6 +186,8 @@ subtest 'a stream that was cut, or changed' => sub {
     } @at;
     is_deeply(\@taken, [], 'no part is taken for the whole');
     is(given_to_python($bytes), 0, 'store.py: a whole one') or diag(read_file("$dir/err"));
+    my @open = grep { (stat)[2] & 077 } "$dir/i", glob("$dir/store/*"), glob("$dir/store/*/*/*");
+    is_deeply(\@open, [], 'store.py: nobody else can read it');
     my %bad = damaged($bytes, $frames[0]);
     for my $name (sort keys %bad) {
         ok(!eval { read_stream($bad{$name}); 1 }, "$name: is seen");
@@ -197,6 +199,9 @@ subtest 'a stream that was cut, or changed' => sub {
 
 subtest 'other targets' => sub {
     my $map = $maps{'long and short'};
+    my $no_name = volume_of(start(dirty_only => 0), 'none', 'bitmap-name' => undef);
+    is(run_command('copy', "$dir/whole", @device, '--volume', $no_name)->{status},
+        0, 'a bitmap-name of null, as Proxmox VE has it');
     write_file("$dir/target", "\xee" x $odd_size);
     my $run
         = run_command('copy', "$dir/target", @device, '--volume', volume_of(start(dirty => $map)));

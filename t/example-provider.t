@@ -90,8 +90,22 @@ is($bad, undef, 'one fails');
 my $third = back_up() or diag($@);
 is(modes($third), 'reuse reuse', 'the next is incremental');
 check_restore('full', $full->{'archive-name'});
+is(sprintf('%o', (stat("$dir/$_->{'archive-name'}"))[2] & 0777),
+    '700', 'nobody else can read an archive')
+    for $full, $third;
 check_restore('second', $second->{'archive-name'});
 check_restore('third', $third->{'archive-name'});
+
+# Where VZDump fails before it comes to a guest.
+{
+    my $unused = new_provider();
+    my @warnings;
+    local $SIG{__WARN__} = sub ($text) { push(@warnings, $text) };
+    $unused->backup_handle_log_file(101, $0);
+    is_deeply($unused->backup_cleanup(101, undef, 0, { error => 'early' }),
+        {}, 'a guest without a backup');
+    is_deeply(\@warnings, [], 'and without warnings');
+}
 
 # VZDump can call a backup a failure when the bitmaps have begun anew; then the archive goes.
 my $provider = new_provider();

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"syscall"
 )
 
 const blockSize = 65536
@@ -213,6 +214,7 @@ func restore(store, index, image string) error {
 }
 
 func main() {
+	syscall.Umask(0o077) // blocks are as secret as the disk that they are of
 	err := errors.New("call it as store.py")
 	if a := os.Args; len(a) > 8 && a[1] == "backup" {
 		err = backup(a[2], a[3], a[4], a[5], a[6], a[7], a[8:])

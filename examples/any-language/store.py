@@ -122,6 +122,7 @@ def restore(store, index, image):
 
 
 if __name__ == "__main__":
+    os.umask(0o077)  # blocks are as secret as the disk that they are of
     try:
         {"backup": backup, "restore": restore}[sys.argv[1]](*sys.argv[2:])
     except (OSError, EOFError, ValueError, RuntimeError) as error:

@@ -49,11 +49,10 @@ sub backup_vm_query_incremental ($self, $vmid, $volumes) {
 
 # The program is given the volume as JSON, and gets the data from pve-backup-access by itself.
 sub store ($self, $device, $volume, $image, $info) {
-    my $given = { $volume->%{ grep { defined($volume->{$_}) } keys $volume->%* } };
     $self->run_program(
         'backup', $self->{dir}, $image =~ s/[.]raw\z/.index/r,
         "$self->{base}/$device.index", $device,
-        $json->encode($given),
+        $json->encode($volume),
         $info->{'bandwidth-limit'} // '',
         $self->{command}->@*
     );

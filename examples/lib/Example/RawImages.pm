@@ -47,18 +47,22 @@ sub mode_for ($file, $id, $volume) {
 
 sub is_image ($file, $size) { return -e $file && -s $file == $size ? 'use' : 'new' }
 
-# Under another name until all of it is there.
+# Under another name until all of it is on disk. Only then is it the base of the next backup. Nobody else may
+# look into the directory: what is in it is as secret as the disks, and a configuration may hold a password.
 sub backup_vm ($self, $vmid, $guest_config, $volumes, $info) {
     my $archive = $self->{archives}{$vmid};
-    make_path("$archive.part");
+    make_path("$archive.part", { mode => 0700 });
     write_file("$archive.part/guest.conf", $guest_config);
     write_file("$archive.part/firewall.conf", $info->{'firewall-config'} // '');
     write_file("$archive.part/id", $info->{'backup-id'} // '');
     for my $device (sort keys $volumes->%*) {
         $self->store($device, $volumes->{$device}, "$archive.part/$device.raw", $info);
     }
+    sync_dir("$archive.part");
     rename("$archive.part", $archive) or die "$archive: $!\n";
+    sync_dir("$self->{dir}/$vmid");
     write_file("$self->{dir}/$vmid/base", $archive);
+    sync_dir("$self->{dir}/$vmid");
 }
 
 # The dirty parts go on top of a copy of the base's image, unless everything is dirty.
@@ -67,9 +71,8 @@ sub store ($self, $device, $volume, $image, $info) {
         system('cp', '--sparse=always', "$self->{base}/$device.raw", $image) == 0
             or die "cp failed\n";
     }
-    my $limit = $info->{'bandwidth-limit'} || undef;
     my $reader = PVE::BackupAccess::Volume->open($device, $volume);
-    my $statistics = $reader->copy(to => $image, 'bandwidth-limit' => $limit);
+    my $statistics = $reader->copy(to => $image, 'bandwidth-limit' => $info->{'bandwidth-limit'});
     $self->{log}->('info', "$device: $statistics->{'bytes-read'} bytes");
 }
 
@@ -84,8 +87,9 @@ sub backup_cleanup ($self, $vmid, $vmtype, $success, $info) {
     return {};
 }
 
+# Proxmox VE also calls it if it failed before backup_init, and if this dies, no other guest is backed up.
 sub backup_handle_log_file ($self, $vmid, $file) {
-    my $archive = $self->{archives}{$vmid};
+    my $archive = $self->{archives}{$vmid} // return;
     copy($file, "$archive/backup.log") if -d $archive;
 }
 
@@ -130,7 +134,13 @@ sub read_file ($file) {
 sub write_file ($file, $text) {
     open(my $fh, '>:raw', $file) or die "$file: $!\n";
     print {$fh} $text;
-    close($fh) or die "$file: $!\n";
+    $fh->flush && $fh->sync && close($fh) or die "$file: $!\n";
+}
+
+# What was created or renamed in it is on disk then.
+sub sync_dir ($dir) {
+    open(my $fh, '<', $dir) or die "$dir: $!\n";
+    $fh->sync or die "$dir: $!\n";
 }
 
 1;
