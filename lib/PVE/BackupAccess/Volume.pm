@@ -305,11 +305,12 @@ callbacks die with is passed on unchanged. Every method can die with
 
 =head1 IN A BACKUP PROVIDER
 
-The following two examples show a complete C<backup_vm()> of a provider of Proxmox VE. If it dies, the backup
+The following two examples show the data path of a C<backup_vm()> of a provider of Proxmox VE; F<doc/providers.md> has a
+whole provider, which also keeps the configuration of the guest. If C<backup_vm()> dies, the backup
 has failed: the bitmaps keep what was to be copied, and the next backup contains it.
 
-With mechanism nbd: one image per disk, which each increment brings to the next state. L</copy> keeps many requests in
-flight and discards what the image has received.
+With mechanism nbd: one image per disk, which each increment brings to the next state. The images replace the old ones when
+all of them are complete. L</copy> keeps many requests in flight and discards what the image has received.
 
 =for run provider nbd
 
@@ -322,10 +323,15 @@ flight and discards what the image has received.
                     or die "cannot copy $image\n";
             }
             my $volume = PVE::BackupAccess::Volume->open($device, $volumes->{$device});
-            my $statistics = $volume->copy(to => "$image.new");
+            my $statistics = $volume->copy(
+                to => "$image.new",
+                'bandwidth-limit' => $info->{'bandwidth-limit'},    # undef: none
+            );
             $volume->close;
-            rename("$image.new", $image) or die "cannot rename $image.new - $!\n";
             print "$device: $statistics->{'bytes-read'} bytes were to be copied\n";
+        }
+        for my $image (map { "$self->{dir}/vm-$vmid-$_.raw" } keys $volumes->%*) {
+            rename("$image.new", $image) or die "cannot rename $image.new - $!\n";
         }
     }
 
@@ -500,7 +506,8 @@ C<tls-hostname>, C<tls-username> and C<tls-verify-peer>, if libnbd supports them
 So is a key or certificate that is not a regular file or is larger than 16 MiB. If the server does not offer flush, no
 flush is sent, and copy cannot ensure that the data is on disk.
 
-=item a code ref - called with offset and data, in ascending order, including zeroes
+=item a code ref - called with offset and data, in ascending order, including zeroes. Each call has the data of one
+request. If the code ref dies, copy dies with the same exception.
 
 =back
 

@@ -441,7 +441,7 @@ Takes C<$volname>. Does the same for all devices.
 
 =head2 restore_container_init
 
-Takes C<$volname>. Returns C<tar-path>, the archive's tar. pve-container does not accept a tar of another storage that has
+Takes C<$volname>; what else is given is ignored: Proxmox VE gives the storage's name and a hash. Returns C<tar-path>, the archive's tar. pve-container does not accept a tar of another storage that has
 less than 10 members or no F<sbin> in its root, such as that of a container with a single program. For such an archive it
 returns C<archive-directory>, a directory in F</var/tmp> (or C<$TMPDIR>) with the extracted tree. The directory exists until
 L</restore_container_cleanup> or the end of this process. L</restore_get_mechanism> tells which of the two is used.
@@ -449,7 +449,7 @@ If a process is killed, the next call removes its directory.
 
 =head2 restore_container_cleanup
 
-Takes C<$volname>. Removes what L</restore_container_init> created.
+Takes C<$volname>; what else is given is ignored. Removes what L</restore_container_init> created.
 
 =head1 OTHER METHODS
 
