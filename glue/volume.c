@@ -145,6 +145,7 @@ static void add_digest_options(pTHX_ PbaCopyOptions *options, HV *hash, CopyCall
     options->digests = SvOK(calls->digests) ? copy_digests : NULL;
     options->digest_file = fetch_path(aTHX_ hash, "digest-file");
     options->digests_increment = SvTRUE(glue_fetch(aTHX_ hash, "digests-increment"));
+    options->check = SvTRUE(glue_fetch(aTHX_ hash, "check"));
     options->digest_block = SvOK(block) ? (uint32_t)SvUV(block) : 0;
     options->expected = fetch_paths(aTHX_ hash, "expected");
     options->skip_expected = SvTRUE(glue_fetch(aTHX_ hash, "skip-expected"));
@@ -190,6 +191,7 @@ SV *glue_sv_from_statistics(pTHX_ const PbaCopyStatistics *statistics)
     (void)hv_stores(hash, "bytes-zero", newSVuv(statistics->bytes_zero));
     (void)hv_stores(hash, "bytes-unchanged", newSVuv(statistics->bytes_unchanged));
     (void)hv_stores(hash, "bytes-discarded", newSVuv(statistics->bytes_discarded));
+    (void)hv_stores(hash, "bytes-checked", newSVuv(statistics->bytes_checked));
     (void)hv_stores(hash, "bytes-damaged", newSVuv(statistics->bytes_damaged));
     (void)hv_stores(hash, "bytes-unknown", newSVuv(statistics->bytes_unknown));
     (void)hv_stores(hash, "regions", newSVuv(statistics->regions));

@@ -346,6 +346,7 @@ typedef struct {
     PbaCopyDigests digests;
     const char *digest_file; /* see FILES OF DIGESTS in Volume.pm; created (0600) if necessary */
     bool digests_increment;  /* an existing file has the digests of what is not copied */
+    bool check;              /* read back what was written to uri, and compare the digests */
     uint32_t digest_block;   /* bytes; regions must consist of whole blocks. 0: that of the files of
                                 expected, or 64 KiB */
     /* Files of digests that the data must match; the first one that has a block's digest counts;
@@ -368,6 +369,7 @@ typedef struct {
     uint64_t bytes_zero;      /* made zero in the target without writing data */
     uint64_t bytes_unchanged; /* was not written, because it matches its expected digest */
     uint64_t bytes_discarded;
+    uint64_t bytes_checked; /* that were read back */
     uint64_t regions;
     uint64_t bytes_damaged; /* by expected */
     uint64_t bytes_unknown; /* of which expected says nothing */

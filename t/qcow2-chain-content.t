@@ -108,14 +108,26 @@ sub after_writing ($do, $code) {
     return $code->();
 }
 
+# Has the device's image served by a server that forgets all that is written.
+sub with_forgetful_server ($code) {
+    my $arguments = $Server->can('_image_arguments');
+    no warnings 'redefine';
+    local *PVE::BackupAccess::Provider::Qcow2Chain::Server::_image_arguments
+        = sub ($class, $file, %options) {
+        return $class->$arguments($file, %options)
+            if !$options{writable} || $file !~ m/\Q$device\E/;
+        return ('--image-opts', 'driver=null-co,read-zeroes=on,size=4M');
+        };
+    return $code->();
+}
+
 subtest 'a target that loses a write' => sub {
     my ($chain, @names) = new_chain();
     $chain->disk($device)->write([512 * $KiB, 64 * $KiB, 0x44]);
-    my $lose = sub ($image) { rot($image, 512 * $KiB) };
-    is(after_writing($lose, sub { $chain->backup }), undef, 'is no backup');
+    is(with_forgetful_server(sub { $chain->backup }), undef, 'is no backup');
     like(
         $chain->error,
-        qr/device $device: its image lacks what was written to it - 65536 bytes .* at offset 524288/,
+        qr/device $device: the target lacks what was written to it - 65536 bytes .* at offset 524288/,
         'and is told'
     );
     is($chain->error->class, 'ContentError', 'with a class');
@@ -125,9 +137,50 @@ subtest 'a target that loses a write' => sub {
 
     local $chain->provider->{'no-check'} = 1;
     $chain->disk($device)->write([512 * $KiB, 64 * $KiB, 0x55]);
+    my $lose = sub ($image) { rot($image, 512 * $KiB) };
     my $name = after_writing($lose, sub { $chain->backup });
     ok($name, 'unless nobody looks');
     like(problems($chain, $name), said(512 * $KiB), 'but verify does');
+};
+
+# Changes the entries of an image's first table of clusters (QEMU: docs/interop/qcow2).
+sub with_entries ($image, $code) {
+    open(my $fh, '+<:raw', $image) or die "$image: $!\n";
+    my $get = sub ($at, $count) {
+        seek($fh, $at, 0);
+        read($fh, my $bytes, 8 * $count) == 8 * $count or die "$image: $!\n";
+        return unpack('Q>*', $bytes);
+    };
+    my ($first) = $get->($get->(40, 1), 1);
+    my $table = $first & ((1 << 56) - 512);
+    my @entries = $get->($table, 64);
+    $code->(\@entries);
+    seek($fh, $table, 0);
+    print {$fh} pack('Q>*', @entries);
+    close($fh) or die "$image: $!\n";
+    return;
+}
+
+subtest 'an image that is closed without all of its tables' => sub {
+    my $found = qr/65536 bytes are not what was read from the guest: 65536 at offset 524288$/m;
+    my %losses = (
+        'an entry that is lost' => [sub ($entries) { $entries->[8] = 0 }, $found],
+        'one that says zeroes' => [sub ($entries) { $entries->[8] |= 1 }, $found],
+        "one that is another's" => [sub ($entries) { $entries->[8] = $entries->[9] }, qr/ - \w/],
+    );
+    my ($chain, @names) = new_chain();
+    for my $loss (sort keys %losses) {
+        my ($lose, $said) = $losses{$loss}->@*;
+        $chain->disk($device)->write([512 * $KiB, 128 * $KiB, 0x44], [768 * $KiB, 64 * $KiB, 0]);
+        my $do = sub ($image) { with_entries($image, $lose) };
+        is(after_writing($do, sub { $chain->backup }), undef, $loss);
+        like($chain->error, qr/device $device: its image lacks what was written to it/, 'is told');
+        like($chain->error, $said, 'with the place');
+        is($chain->error->class, 'ContentError', 'with a class');
+        is_deeply([$chain->names], \@names, 'there is no such archive');
+    }
+    ok($chain->backup, 'the next one');
+    $chain->check('brings it all');
 };
 
 subtest 'a merge that loses a write' => sub {

@@ -1,20 +1,16 @@
 /* A copy of the dirty regions of a volume: what is read next, and what becomes of it.
  *
- * Regions are cut into pieces. A piece is read, written to the sink, then released for discarding;
- * many are under way, each in a buffer of its own. Completions only note what happened; everything
- * is decided here, between two waits. */
-#include "copy.h"
-#include "course.h"
-#include "limit.h"
+ * Regions are cut into pieces. A piece is read, written to the sink, read back from there if that
+ * is wanted, then released for discarding; many are under way, each in a buffer of its own.
+ * Completions only note what happened; everything is decided here, between two waits. */
 #include "src/base/base.h"
-#include <errno.h>
+#include "steps.h"
 #include <inttypes.h>
 #include <string.h>
 #include <unistd.h>
 
 #define DEFAULT_REQUEST (256u << 10)
 #define MEMORY (16u << 20)
-#define MAX_PIECES 64u
 #define MIN_PIECES 2u
 /* What need not be read is written in larger pieces. */
 #define MAX_ZERO (32u << 20)
@@ -22,46 +18,9 @@
 #define MAX_TRIMMING 32u
 #define PROGRESS_INTERVAL (G_TIME_SPAN_SECOND / 4)
 
-typedef struct {
-    PbaVolume *volume;
-    PbaCourse course;
-    const PbaCopyOptions *options;
-    PbaCopyStatistics *statistics;
-    PbaLoop loop;
-    PbaSource *source;
-    PbaSink *sink;
-    PbaDigests *digests; /* owned; NULL: none are wanted */
-    PbaDigestsEnd digests_end;
-    PbaLimit limit;
-    PbaPiece pieces[MAX_PIECES];
-    unsigned piece_count;
-    unsigned used;      /* pieces that are not free */
-    uint32_t request;   /* of reads: whole blocks */
-    uint32_t align;     /* of source and sink */
-    char *zeroes;       /* room for MAX_ZERO, never written to, so that it takes no memory */
-    uint64_t next_read; /* sequence numbers */
-    uint64_t next_write;
-    uint64_t steps; /* that pieces made towards their end */
-    uint64_t done;  /* bytes that the sink has */
-    uint64_t total;
-    gint64 last_progress;
-    gint64 last_event; /* when something was done last, for the time limit */
-    pid_t owner;
-} Copy;
-
-/* Perl code that ran in a callback may have forked, and come back in the child. */
-static bool check_owner(const Copy *copy, GError **error)
-{
-    if (copy->owner == getpid()) {
-        return true;
-    }
-    pba_error_set(error, PBA_ERROR_STATE, "the copy belongs to another process");
-    return false;
-}
-
 /* Reading */
 
-static PbaPiece *free_piece(Copy *copy)
+static PbaPiece *free_piece(PbaCopy *copy)
 {
     for (unsigned i = 0; copy->used < copy->piece_count && i < copy->piece_count; i++) {
         if (copy->pieces[i].state == PBA_PIECE_FREE) {
@@ -71,14 +30,14 @@ static PbaPiece *free_piece(Copy *copy)
     return NULL;
 }
 
-static uint32_t max_length(const Copy *copy)
+static uint32_t max_length(const PbaCopy *copy)
 {
     return copy->course.next == PBA_NEXT_ZEROES
                ? MIN(MAX_ZERO, MAX(copy->sink->max_zero, copy->align))
                : copy->request;
 }
 
-static bool start_piece(Copy *copy, PbaPiece *piece, uint32_t length, GError **error)
+static bool start_piece(PbaCopy *copy, PbaPiece *piece, uint32_t length, GError **error)
 {
     bool zero = copy->course.next == PBA_NEXT_ZEROES;
 
@@ -89,17 +48,17 @@ static bool start_piece(Copy *copy, PbaPiece *piece, uint32_t length, GError **e
     return zero || pba_source_read(copy->source, piece, error);
 }
 
-static bool may_read(const Copy *copy)
+static bool may_read(const PbaCopy *copy)
 {
     return copy->course.next != PBA_NEXT_NOTHING && copy->used < copy->piece_count &&
            copy->source->trimming < MAX_TRIMMING;
 }
 
 /* Keeps as many reads under way as there are buffers. */
-static bool fill(Copy *copy, GError **error)
+static bool fill(PbaCopy *copy, GError **error)
 {
     while (may_read(copy)) {
-        if (!pba_course_next(&copy->course, error) || !check_owner(copy, error)) {
+        if (!pba_course_next(&copy->course, error) || !pba_copy_check_owner(copy, error)) {
             return false;
         }
         if (copy->course.next != PBA_NEXT_DATA && copy->course.next != PBA_NEXT_ZEROES) {
@@ -118,138 +77,7 @@ static bool fill(Copy *copy, GError **error)
     return true;
 }
 
-/* What became of the pieces */
-
-/* With a function for damage, data that the server says it cannot read is no reason to end. */
-static bool pass_over(const Copy *copy, PbaPiece *piece, GError **error)
-{
-    if (!copy->options->damaged || (piece->error != EIO && piece->error != EINVAL)) {
-        return pba_piece_explain(piece, copy->volume, copy->sink, error);
-    }
-    piece->error = 0;
-    memset(piece->data, 0, piece->length);
-    piece->state = PBA_PIECE_READY;
-    copy->statistics->bytes_damaged += piece->length;
-    if (!copy->options->damaged(copy->options->opaque, piece->offset, piece->length)) {
-        pba_error_set(error, PBA_ERROR_INTERRUPTED, "the function for damage failed");
-        return false;
-    }
-    return check_owner(copy, error);
-}
-
-static bool after_read(Copy *copy, PbaPiece *piece, GError **error)
-{
-    copy->steps++;
-    if (piece->error) {
-        return pass_over(copy, piece, error);
-    }
-    piece->state = PBA_PIECE_READY;
-    if (copy->digests) {
-        pba_digests_begin(copy->digests, copy->loop.pool, piece);
-    }
-    return true;
-}
-
-static bool is_early(const Copy *copy, const PbaPiece *piece)
-{
-    return copy->sink->ordered && piece->sequence != copy->next_write;
-}
-
-static bool after_hashed(Copy *copy, PbaPiece *piece, GError **error)
-{
-    if (is_early(copy, piece)) {
-        return true; /* its turn comes */
-    }
-    copy->steps++;
-    piece->state = PBA_PIECE_READY;
-    if (!pba_digests_tell(copy->digests, piece, copy->options, copy->statistics, error) ||
-        !check_owner(copy, error)) {
-        return false;
-    }
-    piece->length = 0;
-    pba_digests_next_part(piece, copy->sink->align);
-    return true;
-}
-
-static bool write_piece(Copy *copy, PbaPiece *piece, GError **error)
-{
-    if (is_early(copy, piece) ||
-        pba_piece_is_beside_write(piece, copy->pieces, copy->piece_count, copy->sink->block)) {
-        return true;
-    }
-    copy->steps++;
-    if (piece->length == 0) { /* all of it is unchanged */
-        piece->state = PBA_PIECE_WRITTEN;
-        return true;
-    }
-    piece->state = PBA_PIECE_WRITING;
-    return copy->sink->write(copy->sink, piece, error) && check_owner(copy, error);
-}
-
-static bool finish_piece(Copy *copy, PbaPiece *piece, GError **error)
-{
-    copy->next_write++;
-    copy->done += piece->whole_length;
-    copy->statistics->bytes_read += piece->whole_length;
-    copy->statistics->bytes_unchanged += piece->whole_length - piece->written;
-    pba_digests_forget(piece);
-    piece->state = PBA_PIECE_FREE;
-    copy->used--;
-    return !(copy->options->discard && copy->source->can_discard) ||
-           pba_source_release(copy->source, piece->whole_offset, piece->whole_length, error);
-}
-
-static bool after_written(Copy *copy, PbaPiece *piece, GError **error)
-{
-    PbaCopyStatistics *statistics = copy->statistics;
-
-    copy->steps++;
-    if (piece->error) {
-        return pba_piece_explain(piece, copy->volume, copy->sink, error);
-    }
-    if (piece->again) {
-        piece->again = false;
-        piece->state = PBA_PIECE_WRITING;
-        return copy->sink->write(copy->sink, piece, error);
-    }
-    piece->written += piece->length;
-    statistics->bytes_zero += piece->zero;
-    statistics->bytes_written += piece->length - piece->zero;
-    piece->zero = 0;
-    copy->last_event = g_get_monotonic_time();
-    if (pba_digests_next_part(piece, copy->sink->align)) {
-        piece->state = PBA_PIECE_READY;
-        return true;
-    }
-    return finish_piece(copy, piece, error);
-}
-
-/* One that was hashed is written before anything else is told. */
-static bool move_piece(Copy *copy, PbaPiece *piece, GError **error)
-{
-    return (piece->state != PBA_PIECE_READ || after_read(copy, piece, error)) &&
-           (piece->state != PBA_PIECE_HASHED || after_hashed(copy, piece, error)) &&
-           (piece->state != PBA_PIECE_READY || write_piece(copy, piece, error)) &&
-           (piece->state != PBA_PIECE_WRITTEN || after_written(copy, piece, error));
-}
-
-/* Pieces that waited for another one may be taken once that has made its step. */
-static bool move_pieces(Copy *copy, GError **error)
-{
-    uint64_t before;
-
-    do {
-        before = copy->steps;
-        for (unsigned i = 0; i < copy->piece_count; i++) {
-            if (!move_piece(copy, &copy->pieces[i], error)) {
-                return false;
-            }
-        }
-    } while (copy->steps != before);
-    return pba_source_check_trims(copy->source, error);
-}
-
-static bool tell_progress(Copy *copy, bool last, GError **error)
+static bool tell_progress(PbaCopy *copy, bool last, GError **error)
 {
     if (!copy->options->progress) {
         return true;
@@ -263,12 +91,12 @@ static bool tell_progress(Copy *copy, bool last, GError **error)
         pba_error_set(error, PBA_ERROR_INTERRUPTED, "the progress function failed");
         return false;
     }
-    return check_owner(copy, error);
+    return pba_copy_check_owner(copy, error);
 }
 
 /* Waiting */
 
-static bool turn(Copy *copy, GError **error)
+static bool turn(PbaCopy *copy, GError **error)
 {
     gint64 now = g_get_monotonic_time();
     bool idle =
@@ -283,11 +111,11 @@ static bool turn(Copy *copy, GError **error)
     }
     return pba_loop_turn(&copy->loop, until,
                          copy->last_event + PBA_NBD_LIMIT_S * G_TIME_SPAN_SECOND, error) &&
-           check_owner(copy, error);
+           pba_copy_check_owner(copy, error);
 }
 
 /* The map belongs to one instant: where it was read twice it must have been the same. */
-static bool check_total(const Copy *copy, GError **error)
+static bool check_total(const PbaCopy *copy, GError **error)
 {
     if (!copy->options->progress || copy->done == copy->total) {
         return true;
@@ -300,28 +128,29 @@ static bool check_total(const Copy *copy, GError **error)
 }
 
 /* True if there is something to be done without a wait: a sink took a piece at once. */
-static bool can_go_on(const Copy *copy)
+static bool can_go_on(const PbaCopy *copy)
 {
     PbaNext next = copy->course.next;
 
     return may_read(copy) && (next == PBA_NEXT_UNKNOWN || next == PBA_NEXT_ZEROES);
 }
 
-static bool copy_regions(Copy *copy, GError **error)
+static bool copy_regions(PbaCopy *copy, GError **error)
 {
     /* Zeroes are there without a wait. */
-    while (fill(copy, error) && move_pieces(copy, error) && tell_progress(copy, false, error)) {
+    while (fill(copy, error) && pba_copy_move_pieces(copy, error) &&
+           tell_progress(copy, false, error)) {
         if (copy->course.next == PBA_NEXT_NOTHING && copy->used == 0) {
             return check_total(copy, error);
         }
-        if (!can_go_on(copy) && (!turn(copy, error) || !move_pieces(copy, error))) {
+        if (!can_go_on(copy) && (!turn(copy, error) || !pba_copy_move_pieces(copy, error))) {
             break;
         }
     }
     return false;
 }
 
-static bool flush_sink(Copy *copy, GError **error)
+static bool flush_sink(PbaCopy *copy, GError **error)
 {
     copy->last_event = 0;
     if (!copy->sink->flush(copy->sink, error)) {
@@ -341,7 +170,7 @@ static bool flush_sink(Copy *copy, GError **error)
     return true;
 }
 
-static bool finish_digests(Copy *copy, GError **error)
+static bool finish_digests(PbaCopy *copy, GError **error)
 {
     if (!copy->digests) {
         return true;
@@ -356,7 +185,7 @@ static bool finish_digests(Copy *copy, GError **error)
     return pba_digests_check_end(copy->digests, &copy->digests_end, error);
 }
 
-static bool finish_discards(Copy *copy, GError **error)
+static bool finish_discards(PbaCopy *copy, GError **error)
 {
     copy->last_event = 0;
     if (!pba_source_release_all(copy->source, error)) {
@@ -376,7 +205,7 @@ static bool finish_discards(Copy *copy, GError **error)
 
 /* Before and after */
 
-static bool prepare_pieces(Copy *copy, GError **error)
+static bool prepare_pieces(PbaCopy *copy, GError **error)
 {
     uint32_t wanted = copy->options->request_size ? copy->options->request_size
                                                   : MAX(DEFAULT_REQUEST, copy->sink->block);
@@ -387,7 +216,7 @@ static bool prepare_pieces(Copy *copy, GError **error)
         copy->align = MAX(copy->align, pba_digests_block(copy->digests));
     }
     request = (uint32_t)pba_whole_blocks(wanted, copy->align);
-    copy->piece_count = CLAMP(MEMORY / request, MIN_PIECES, MAX_PIECES);
+    copy->piece_count = CLAMP(MEMORY / request, MIN_PIECES, PBA_COPY_MAX_PIECES);
     for (unsigned i = 0; i < copy->piece_count; i++) {
         PbaPiece *piece = &copy->pieces[i];
         piece->room = (size_t)request + 1; /* Perl may look at the byte behind a string */
@@ -400,7 +229,7 @@ static bool prepare_pieces(Copy *copy, GError **error)
     return true;
 }
 
-static bool prepare_holes(Copy *copy, GError **error)
+static bool prepare_holes(PbaCopy *copy, GError **error)
 {
     if (copy->sink->wants_zeroes || !pba_source_find_holes(copy->source, copy->align)) {
         return true;
@@ -410,7 +239,7 @@ static bool prepare_holes(Copy *copy, GError **error)
     return copy->zeroes != NULL;
 }
 
-static bool prepare_digests(Copy *copy, GError **error)
+static bool prepare_digests(PbaCopy *copy, GError **error)
 {
     bool good =
         pba_digests_open(copy->options, copy->volume->size, &copy->loop, &copy->digests, error);
@@ -418,12 +247,22 @@ static bool prepare_digests(Copy *copy, GError **error)
     return good;
 }
 
-static bool count_total(Copy *copy, GError **error)
+static bool prepare_readback(PbaCopy *copy, GError **error)
 {
-    return pba_course_total(&copy->course, &copy->total, error) && check_owner(copy, error);
+    if (!copy->options->check) {
+        return true;
+    }
+    copy->readback = pba_readback_new(copy->sink, copy->digests, &copy->loop, copy->request, error);
+    return copy->readback != NULL;
 }
 
-static bool prepare(Copy *copy, GError **error)
+static bool count_total(PbaCopy *copy, GError **error)
+{
+    return pba_course_total(&copy->course, &copy->total, error) &&
+           pba_copy_check_owner(copy, error);
+}
+
+static bool prepare(PbaCopy *copy, GError **error)
 {
     const PbaCopyOptions *options = copy->options;
 
@@ -434,15 +273,17 @@ static bool prepare(Copy *copy, GError **error)
     copy->source = pba_source_open(copy->volume, options->connections, &copy->loop, error);
     copy->sink = copy->source ? pba_sink_new(options, copy->volume, &copy->loop, error) : NULL;
     return copy->sink && prepare_pieces(copy, error) && prepare_holes(copy, error) &&
+           prepare_readback(copy, error) &&
            (!copy->sink->start || copy->sink->start(copy->sink, error));
 }
 
 /* Whatever still is in flight knows the pieces' memory: its connections and threads go first. */
-static void clean_up(Copy *copy, bool broken)
+static void clean_up(PbaCopy *copy, bool broken)
 {
     bool keeps_buffers = copy->source && copy->source->kind->keeps_buffers;
 
     pba_pool_free(copy->loop.pool);
+    pba_readback_free(copy->readback, broken);
     if (copy->sink) {
         copy->sink->free(copy->sink);
     }
@@ -450,17 +291,18 @@ static void clean_up(Copy *copy, bool broken)
     for (unsigned i = 0; i < copy->piece_count; i++) {
         PbaPiece *piece = &copy->pieces[i];
         if (piece->state != PBA_PIECE_HASHING &&
-            (!keeps_buffers || piece->state != PBA_PIECE_READING)) {
+            (!keeps_buffers || piece->is_back || piece->state != PBA_PIECE_READING)) {
             pba_buffer_free(piece->buffer, piece->room);
         }
         pba_digests_forget(piece);
+        pba_readback_forget(piece);
     }
     pba_digests_unref(copy->digests);
     pba_buffer_free(copy->zeroes, MAX_ZERO);
     pba_limit_clear(&copy->limit);
 }
 
-static bool run(Copy *copy, GError **error)
+static bool run(PbaCopy *copy, GError **error)
 {
     /* The flush comes before the last discards, so that as little as possible is gone from the
      * snapshot that a target may still lose; progress comes last, since it says that all is done.
@@ -476,10 +318,10 @@ bool pba_volume_copy(PbaVolume *volume, const PbaCopyOptions *options,
                      PbaCopyStatistics *statistics, GError **error)
 {
     gint64 start = g_get_monotonic_time();
-    Copy *copy = g_new0(Copy, 1);
+    PbaCopy *copy = g_new0(PbaCopy, 1);
 
     *statistics = (PbaCopyStatistics){0};
-    *copy = (Copy){
+    *copy = (PbaCopy){
         .volume = volume,
         .options = options,
         .statistics = statistics,

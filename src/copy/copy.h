@@ -9,7 +9,7 @@
 
 /* All that a copy waits for. Handles are borrowed. */
 typedef struct {
-    struct nbd_handle *handles[2 * PBA_COPY_MAX_CONNECTIONS];
+    struct nbd_handle *handles[2 * PBA_COPY_MAX_CONNECTIONS + 1]; /* one that reads back */
     unsigned count;
     PbaPool *pool; /* NULL until a file is read */
     int watched;   /* a descriptor, if on_ready */
@@ -18,6 +18,7 @@ typedef struct {
     PbaHooks hooks;
 } PbaLoop;
 
+/* One that is there already is not added again. */
 void pba_loop_add(PbaLoop *loop, struct nbd_handle *handle);
 /* Has on_ready called at each turn, which watched makes end when it is readable. Its failure is the
  * turn's. */
@@ -63,6 +64,8 @@ typedef struct {
     unsigned pending;             /* requests in flight */
     bool again;                   /* is to be written once more */
     struct PbaDigestJob *digests; /* what was found, once hashed; owned */
+    bool is_back;                 /* all of it is in the target, and is read back from there */
+    struct PbaReadbackJob *back;  /* what was found then, once hashed; owned */
     int error;                    /* errno of the first that failed, 0: none */
     uint64_t error_offset;        /* what it was about */
 } PbaPiece;
@@ -202,6 +205,8 @@ struct PbaSink {
                        they do not, their buffer has room for the rest */
     uint32_t max_zero;       /* bytes of a piece that is zeroes */
     PbaErrorCode error_code; /* of writes and flushes that fail */
+    PbaNbdVolume *back;      /* what was written is read back over this one, which is the sink's;
+                                NULL: it is not */
     bool flushed;
     int flush_error;
 };

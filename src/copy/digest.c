@@ -62,22 +62,29 @@ static size_t length_of(const struct PbaDigestJob *self, size_t i)
     return MIN(self->digests->block, self->length - at);
 }
 
-static bool compute(struct PbaDigestJob *self)
+bool pba_digests_compute(const PbaDigests *digests, const char *data, size_t length,
+                         uint8_t *values)
 {
     EVP_MD_CTX *context = EVP_MD_CTX_new();
     bool good = context != NULL;
 
-    for (size_t i = 0; good && i < self->count; i++) {
-        const char *data = self->data ? self->data + i * self->digests->block : NULL;
-        size_t length = length_of(self, i);
-        uint8_t *value = self->values + i * PBA_DIGEST_SIZE;
-        if (!data || pba_is_zero(data, length)) {
-            memcpy(value, zero_digest(self->digests, length), PBA_DIGEST_SIZE);
+    for (size_t at = 0; good && at < length; at += digests->block) {
+        size_t part = MIN(digests->block, length - at);
+        if (!data || pba_is_zero(data + at, part)) {
+            memcpy(values, zero_digest(digests, part), PBA_DIGEST_SIZE);
         } else {
-            good = hash(self->digests, context, data, length, value);
+            good = hash(digests, context, data + at, part, values);
         }
+        values += PBA_DIGEST_SIZE;
     }
     EVP_MD_CTX_free(context);
+    return good;
+}
+
+static bool compute(struct PbaDigestJob *self)
+{
+    bool good = pba_digests_compute(self->digests, self->data, self->length, self->values);
+
     self->error = good ? 0 : ENOMEM;
     return good;
 }
@@ -186,7 +193,7 @@ void pba_digests_begin(PbaDigests *digests, PbaPool *pool, PbaPiece *piece)
     struct PbaDigestJob *self = g_new0(struct PbaDigestJob, 1);
 
     self->job = (PbaJob){.run = run_job, .done = job_done, .leave = leave_job};
-    self->digests = g_atomic_rc_box_acquire(digests);
+    self->digests = pba_digests_ref(digests);
     self->piece = piece;
     self->buffer = piece->buffer;
     self->room = piece->room;
@@ -283,6 +290,13 @@ static bool is_unchanged(const PbaPiece *piece, size_t at, size_t length)
         unchanged = job->found[at / job->digests->block] == FOUND_SAME;
     }
     return unchanged;
+}
+
+const uint8_t *pba_digests_values(const PbaPiece *piece)
+{
+    const struct PbaDigestJob *job = piece->digests;
+
+    return job->values + (piece->offset / job->digests->block - job->first) * PBA_DIGEST_SIZE;
 }
 
 /* Where the units that are unchanged, or those that are not, end. */
@@ -450,6 +464,11 @@ void pba_digests_unref(PbaDigests *digests)
     if (digests) {
         g_atomic_rc_box_release_full(digests, clear);
     }
+}
+
+PbaDigests *pba_digests_ref(PbaDigests *digests)
+{
+    return g_atomic_rc_box_acquire(digests);
 }
 
 uint32_t pba_digests_block(const PbaDigests *digests)

@@ -43,7 +43,12 @@ bool pba_digests_new(const PbaCopyOptions *options, uint64_t size, PbaDigests **
                      GError **error);
 bool pba_digests_open(const PbaCopyOptions *options, uint64_t size, PbaLoop *loop,
                       PbaDigests **digests, GError **error);
+PbaDigests *pba_digests_ref(PbaDigests *digests);
 void pba_digests_unref(PbaDigests *digests);
+/* For a thread: the digests of consecutive blocks. Data that is NULL is zeroes. False if there is
+ * no memory. */
+bool pba_digests_compute(const PbaDigests *digests, const char *data, size_t length,
+                         uint8_t *values);
 uint32_t pba_digests_block(const PbaDigests *digests);
 /* The file whose blocks alone are copied, with only_known. */
 PbaDigestFile *pba_digests_known(const PbaDigests *digests);
@@ -59,6 +64,8 @@ bool pba_digests_tell(const PbaDigests *digests, PbaPiece *piece, const PbaCopyO
 /* Advances the piece to its next part that must be written, in whole units of align, skipping
  * unchanged blocks. Returns false, with a length of 0, if there is no such part. */
 bool pba_digests_next_part(PbaPiece *piece, uint32_t align);
+/* The digests that were computed for the blocks from the piece's offset on. */
+const uint8_t *pba_digests_values(const PbaPiece *piece);
 /* What was found is not needed any more, if something was. */
 void pba_digests_forget(PbaPiece *piece);
 

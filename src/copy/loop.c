@@ -4,6 +4,11 @@
 
 void pba_loop_add(PbaLoop *loop, struct nbd_handle *handle)
 {
+    for (unsigned i = 0; i < loop->count; i++) {
+        if (loop->handles[i] == handle) {
+            return;
+        }
+    }
     g_assert(loop->count < G_N_ELEMENTS(loop->handles));
     loop->handles[loop->count++] = handle;
 }

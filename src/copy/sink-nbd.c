@@ -194,27 +194,43 @@ static void nbd_sink_free(PbaSink *sink)
     for (unsigned i = 0; i < self->count; i++) {
         pba_volume_free(&self->connections[i]->volume);
     }
+    if (sink->back && sink->back != self->connections[0]) {
+        pba_volume_free(&sink->back->volume);
+    }
     g_free(sink->name);
     g_free(self);
 }
 
 /* All see the same export. */
-static bool connect_one(NbdSink *self, const PbaVolume *source, PbaLoop *loop, GError **error)
+static PbaNbdVolume *open_one(NbdSink *self, const PbaVolume *source, bool tells_zeroes,
+                              GError **error)
 {
     PbaVolumeOptions options = {
         .device = source->device,
         .path = self->sink.name,
         .size = self->count > 0 ? self->connections[0]->volume.size : UINT64_MAX,
     };
-    PbaNbdVolume *nbd = pba_nbd_open(&options, &source->hooks, error);
+    PbaNbdVolume *nbd = tells_zeroes ? pba_nbd_open_allocation(&options, &source->hooks, error)
+                                     : pba_nbd_open(&options, &source->hooks, error);
 
     if (!nbd) {
         g_autofree char *hint = g_strdup_printf("the error is at the target %s", self->sink.name);
         pba_error_add_hint(error, hint);
+        return NULL;
+    }
+    self->sink.align = MAX(self->sink.align, nbd->volume.sizes.block);
+    return nbd;
+}
+
+static bool connect_one(NbdSink *self, const PbaVolume *source, bool tells_zeroes, PbaLoop *loop,
+                        GError **error)
+{
+    PbaNbdVolume *nbd = open_one(self, source, tells_zeroes, error);
+
+    if (!nbd) {
         return false;
     }
     self->connections[self->count++] = nbd;
-    self->sink.align = MAX(self->sink.align, nbd->volume.sizes.block);
     self->most = MIN(self->most, nbd->volume.sizes.request);
     pba_loop_add(loop, nbd->handle);
     return true;
@@ -237,6 +253,28 @@ static bool check_target(NbdSink *self, uint64_t size, GError **error)
     return true;
 }
 
+/* All that are of use. What is read back has one of its own, so that it does not wait behind
+ * writes, unless the server says it is not safe with several: then it has the first. */
+static bool connect_all(NbdSink *self, const PbaCopyOptions *options, const PbaVolume *source,
+                        PbaLoop *loop, GError **error)
+{
+    if (!connect_one(self, source, options->check, loop, error) ||
+        !check_target(self, source->size, error)) {
+        return false;
+    }
+    bool safe = nbd_can_multi_conn(self->connections[0]->handle) == 1;
+    unsigned wanted = !safe ? 1 : options->connections ? options->connections : DEFAULT_CONNECTIONS;
+    while (self->count < wanted) {
+        if (!connect_one(self, source, false, loop, error)) {
+            return false;
+        }
+    }
+    if (options->check) {
+        self->sink.back = safe ? open_one(self, source, true, error) : self->connections[0];
+    }
+    return !options->check || self->sink.back;
+}
+
 PbaSink *pba_sink_nbd_new(const PbaCopyOptions *options, const PbaVolume *source, PbaLoop *loop,
                           GError **error)
 {
@@ -253,21 +291,13 @@ PbaSink *pba_sink_nbd_new(const PbaCopyOptions *options, const PbaVolume *source
     };
     self->size = source->size;
     self->most = PBA_MAX_REQUEST;
-    if (!connect_one(self, source, loop, error) || !check_target(self, source->size, error)) {
+    if (!connect_all(self, options, source, loop, error)) {
         nbd_sink_free(&self->sink);
         return NULL;
     }
-    struct nbd_handle *first = self->connections[0]->handle;
     self->blocks = (PbaBlocks){
         .size = self->sink.block, .whole = true, .end = self->connections[0]->volume.size};
-    bool safe = nbd_can_multi_conn(first) == 1;
-    unsigned wanted = !safe ? 1 : options->connections ? options->connections : DEFAULT_CONNECTIONS;
-    while (self->count < wanted) {
-        if (!connect_one(self, source, loop, error)) {
-            nbd_sink_free(&self->sink);
-            return NULL;
-        }
-    }
+    struct nbd_handle *first = self->connections[0]->handle;
     self->can_zero = nbd_can_zero(first) == 1 && self->most >= self->sink.block;
     /* Asked now: of a connection that has died libnbd does not know it any more. */
     self->can_flush = nbd_can_flush(first) == 1;

@@ -16,7 +16,8 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Try qw(deaths_of ensure);
 use PVE::BackupAccess::Wait qw(wait_for_child);
 
-our @EXPORT_OK = qw(end_with new_pipe program_environment run_program start_program temporary_file);
+our @EXPORT_OK
+    = qw(end_with new_pipe program_environment run_program run_program_to_file start_program temporary_file);
 
 my $first_free_fd = 10;    # above standard input, output and error, and a passed listener
 my $not_run = 127;         # exit status of a child that cannot become the program
@@ -129,8 +130,8 @@ my sub kill_child ($pid) {
     return;
 }
 
-# Runs the program. Returns its status, as in $?, and its standard output and error.
-sub run_program (@command) {
+# Runs the program. Returns its status, as in $?, a file with its standard output, and its standard error.
+sub run_program_to_file (@command) {
     my ($out, $err) = (temporary_file(), temporary_file());
     my ($pid, $status);
     local $SIG{CHLD} = 'DEFAULT';
@@ -146,6 +147,13 @@ sub run_program (@command) {
         if !defined($status);
     fail('UnsupportedError', $message =~ s/\n\z//r)
         if $status == $not_run << 8;
+    seek($out, 0, 0);
+    return ($status, $out, $message);
+}
+
+# The same, with the text of its standard output.
+sub run_program (@command) {
+    my ($status, $out, $message) = run_program_to_file(@command);
     return ($status, read_all($out), $message);
 }
 

@@ -174,6 +174,7 @@ my %copy_options = (
     to => sub ($name, $value) { },
     'request-size' => \&request_size,
     'cluster-size' => \&cluster_size,
+    check => \&check_flag,
     discard => \&check_flag,
     unchanged => \&check_files,
     'without-base' => \&check_flag,
@@ -216,6 +217,8 @@ my sub digest_options ($options, $is_increment) {
         if defined($expected) && defined($unchanged);
     bad_argument('digest-block needs digests')
         if $options->{'digest-block'} && !defined($digests);
+    bad_argument('check needs digests')
+        if $options->{check} && !defined($digests);
     for my $name ('damaged', 'only-known') {
         bad_argument("$name needs expected")
             if $options->{$name} && !defined($expected);
@@ -243,7 +246,10 @@ sub copy ($self, @options) {
     my $increment = $is_part && !$options->{'without-base'};
     my %all = (discard => !$is_bare{$self}, $options->%*, increment => $increment);
     my @digests = digest_options($options, $is_part);
-    return $self->_copy({ %all, @digests, limit_option($options), target($options->{to}) });
+    my %target = target($options->{to});
+    bad_argument("check needs an NBD URI as the target 'to'")
+        if $options->{check} && !defined($target{uri});
+    return $self->_copy({ %all, @digests, limit_option($options), %target });
 }
 
 sub check ($self, @options) {
@@ -563,6 +569,13 @@ regions must consist of whole blocks, so the value must not exceed the granulari
 L<PVE::BackupAccess/setup> creates on a stock QEMU, 4194304 on Proxmox VE. A region with a part of a block is an
 C<ArgumentError>. Requests are at least as long as a block.
 
+=item C<check> - 1 reads back what is written, beside the copy, and compares its digests with those of what was read. It
+needs C<digests> and an NBD URI. Each range is read back when the target has acknowledged it, over a connection of its own if the server
+allows several, and is discarded from the volume only when it is right. Large zeroes that the target reports as such
+are not read. The first range that differs is a C<ContentError>, and a file of digests is then not valid. This proves what the server answers at that
+time: not what it does to a range by later writes to others or when it closes an image, nor the disk below its cache. What is
+C<unchanged> was not written, and is not read.
+
 =item C<unchanged> - an array ref of L</FILES OF DIGESTS>, the newest first, that describe what the target already has. For
 each block, the first file that knows it counts. A block with the same digest is read but not written, and a code ref is
 not called with it. Whole blocks are written. Zeroes are compared like other data. The target and its content must exist,
@@ -584,6 +597,8 @@ Returns C<$statistics>, a hash:
 
 =item C<bytes-unchanged> - the part of it that was not written because of C<unchanged>
 
+=item C<bytes-checked> - what was read back, and is right
+
 =item C<bytes-discarded> - whole clusters of the fleecing image, of 64 KiB at least
 
 =item C<bytes-damaged>, C<bytes-unknown> - by C<expected>: what differs from its digest, and what has no digest
@@ -595,7 +610,7 @@ Returns C<$statistics>, a hash:
 Errors: copy dies at the first request of source or target that fails, and the message names the offset. The target then
 holds a part of the data. C<NbdError> is for NBD, C<SystemError> for files, C<UnsupportedError> for an NBD target that
 lacks a feature. C<IncompleteError> means that the map or the data ended early, C<ContentError> that a file of digests is
-damaged.
+damaged, or with C<check> that the target lacks what was written to it.
 
 =head2 check
 

@@ -369,9 +369,9 @@ Errors: C<StateError> if L</backup_init> was not called.
 =head2 backup_vm
 
 Takes the guest's number, its configuration, the volumes, and a hash with C<bandwidth-limit>, C<firewall-config>,
-C<backup-id>, C<guest-uuid> and C<jobs>. When it returns, the archive is complete and durable, and its images have been
-read back and compared with what was read from the guest. The comparison covers the programs that wrote, not the disk below
-the page cache. When it dies, there is no archive.
+C<backup-id>, C<guest-uuid> and C<jobs>. When it returns, the archive is complete and durable. What was written has been
+read back during the copy and compared with what was read from the guest, and the tables of the closed images have all of it.
+This proves the programs that wrote, not the disk below the page cache. When it dies, there is no archive.
 
 Errors: C<ContentError> if the comparison fails; those of L<PVE::BackupAccess::Volume/copy>.
 

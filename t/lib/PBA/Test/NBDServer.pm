@@ -12,7 +12,7 @@ package PBA::Test::NBDServer;
 #   $server->requests('block-status'); $server->max_in_flight;
 #
 # Writes are accepted, and forgotten, but for dirty_only. With keep => 1 they and zeroes are kept, and
-# content() is what the disk holds: "\xee" where nothing was written. block_sizes => [$minimum, $preferred,
+# content() is what the disk holds: "\xee" where nothing was written. reads_back => 1 has reads return that. block_sizes => [$minimum, $preferred,
 # $maximum], [] for none; strict_blocks => 1 refuses requests that do not keep to them. holes => [[$offset,
 # $length], ...], in order, is what it says of base:allocation; data should have zeroes there. description => of the export.
 #
@@ -34,6 +34,9 @@ package PBA::Test::NBDServer;
 #   block_status_error, read_error, trim_error, write_error => ERRNO
 #   allocation_error => ERRNO   for a block status with base:allocation
 #   zero_error => ERRNO     for a write of zeroes, which keep makes possible
+#   loses => [[$offset, $length], ...]          with keep: what is written there is not kept
+#   returns_wrong => [[$offset, $length], ...]  with reads_back: other bytes than those that are kept
+#   no_multi => 1           it is not safe with several connections
 #   no_flush => 1           it cannot flush, and does not say it could
 #   hang_flush => 1         no flush is ever answered
 #   garbage_on => N         on that connection, counted from 1, behind the answer to a write comes what is none
@@ -57,6 +60,7 @@ use List::Util qw(max);
 use POSIX ();
 
 use PBA::Test::NBDServer::Connection;
+use PBA::Test::NBDServer::Disk;
 
 # ---- in the test ----
 
@@ -139,7 +143,7 @@ sub serve ($self, $listener) {
         extent_at => ref($self->{dirty}) eq 'CODE' ? $self->{dirty} : _extents_of_list($self),
     );
     $SIG{CHLD} = 'IGNORE';
-    $self->_make_content if $options{keep};
+    PBA::Test::NBDServer::Disk::make("$self->{dir}/content", $self->{size}) if $options{keep};
     for (my $number = 1;; $number++) {
         $self->wait_ready($listener, 'read');
         my $client = $listener->accept or next;
@@ -148,13 +152,6 @@ sub serve ($self, $listener) {
         close($listener);
         $self->_serve_connection($client, $number, \%options);
     }
-}
-
-sub _make_content ($self) {
-    open(my $fh, '>:raw', "$self->{dir}/content") or die "$self->{dir}/content: $!\n";
-    print {$fh} "\xee" x $self->{size};
-    close($fh) or die "$self->{dir}/content: $!\n";
-    return;
 }
 
 sub _serve_connection ($self, $client, $number, $options) {

@@ -1,22 +1,27 @@
 package PVE::BackupAccess::Provider::Qcow2Chain::Content;
 
-# Finds the parts of a chain's images that differ from what was read from the guest, and merges one image into another.
+# Finds the parts of a chain's images, or of a new image once it is closed, that differ from what was read from the guest,
+# and merges one image into another.
 
 use v5.36;
 
+use Digest::SHA qw(sha256);
 use Exporter qw(import);
 use List::Util qw(min);
+use Time::HiRes qw(time);
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Provider::Store::Digests qw(is_known);
-use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(commit_image);
+use PVE::BackupAccess::Provider::Store::Digests qw(each_digest is_known);
+use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(commit_image extents image_problem);
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use PVE::BackupAccess::Provider::Store::Content qw(damage damage_in describe joined);
 
-our @EXPORT_OK = qw(chain_damage merge_image);
+our @EXPORT_OK = qw(chain_damage check_image merge_image);
 
 my $Error = 'PVE::BackupAccess::Error';
 my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
+
+my $most_ranges = 10_000;    # before they are joined
 
 my sub offsets ($block, @ranges) {
     return map {
@@ -46,6 +51,54 @@ sub merge_image ($archive, $device, $into) {
             . describe(joined(map { [$_, min($block, $about->{size} - $_)] } @new)),
         device => $device
     ) if @new;
+    return;
+}
+
+# The blocks that have digests, and that the closed image does not hold itself. Data must be data there, zeroes may be
+# either. An image without a backing file need not hold zeroes.
+my sub lost ($archive, $device) {
+    my $next = extents($archive->image($device));
+    my ($end, $is_there, $is_zero, %zeroes, @lost) = (0);
+    my $find = sub ($offset) {
+        while (defined($end) && $end <= $offset) {
+            ($end, $is_there, $is_zero) = $next->();
+        }
+        return defined($end) && $is_there;
+    };
+    each_digest(
+        $archive->digests($device),
+        sub ($offset, $length, $digest) {
+            my $may_be_zero = $digest eq ($zeroes{$length} //= sha256("\0" x $length));
+            for (my $at = $offset; $at < $offset + $length; $at = $end) {
+                next if $find->($at) && ($may_be_zero || !$is_zero);
+                push(@lost, [$offset, $length]);
+                last;
+            }
+            @lost = joined(@lost) if @lost > $most_ranges;
+        }
+    );
+    return joined(@lost);
+}
+
+# Checks that the closed image holds everything that was written and read back during the copy. Only the tables that
+# locate the data could still have been lost. They are read, the data is not.
+sub check_image ($archive, $device, $log) {
+    my $start = time;
+    my $problem = image_problem($archive->image($device));
+    my @lost = defined($problem) ? () : lost($archive, $device);
+    $problem //= describe(@lost) if @lost;
+    $Error->throw(
+        'ContentError',
+        "device $device: its image lacks what was written to it - $problem",
+        device => $device
+    ) if defined($problem);
+    $log->(
+        'info',
+        sprintf(
+            '%s: was read back while it was stored, its image checked in %.1f s',
+            $device, time - $start
+        )
+    );
     return;
 }
 

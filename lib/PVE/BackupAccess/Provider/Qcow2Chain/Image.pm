@@ -8,9 +8,11 @@ use Exporter qw(import);
 use JSON::PP ();
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw(run_program);
+use PVE::BackupAccess::Program qw(run_program run_program_to_file);
 
-our @EXPORT_OK = qw($cluster_size commit_image create_image image_chain image_problem);
+our @EXPORT_OK = qw($cluster_size commit_image create_image extents image_chain image_problem);
+
+my $Error = 'PVE::BackupAccess::Error';
 
 our $qemu_img = 'qemu-img';
 
@@ -18,8 +20,7 @@ our $qemu_img = 'qemu-img';
 sub run (@arguments) {
     my ($status, $out, $message) = run_program($qemu_img, @arguments);
     chomp($message);
-    PVE::BackupAccess::Error->throw('SystemError',
-        "$qemu_img $arguments[0] was ended by signal " . ($status & 127))
+    $Error->throw('SystemError', "$qemu_img $arguments[0] was ended by signal " . ($status & 127))
         if $status & 127;
     return ($status, $out, $message);
 }
@@ -29,7 +30,7 @@ sub img (@arguments) {
     my ($status, $out, $message) = run(@arguments);
     return $out if $status == 0;
     $message = 'status ' . ($status >> 8) if $message eq '';
-    PVE::BackupAccess::Error->throw('SystemError', "$qemu_img $arguments[0] failed - $message");
+    $Error->throw('SystemError', "$qemu_img $arguments[0] failed - $message");
 }
 
 # For copies to such images; see copy() of PVE::BackupAccess::Volume.
@@ -63,6 +64,29 @@ sub image_problem ($file) {
     return undef if $status == 0 || $code == 3;
     return $message =~ s/\n.*//sr if $message ne '';
     return $code == 2 ? 'the image is corrupt' : "qemu-img check ended with status $code";
+}
+
+# The image without its backing file, for qemu-img. The bytes of the name stay as they are.
+my sub alone ($file) {
+    utf8::encode($file) if utf8::is_utf8($file);
+    my $name = $file =~ s/(["\\\x00-\x1f])/sprintf('\\u%04x', ord($1))/ger;
+    return qq({"driver":"qcow2","backing":null,"file":{"driver":"file","filename":"$name"}});
+}
+
+# Returns a function that goes through the ranges of an image, without its backing file. For each range it returns the
+# end, whether the image holds the range, and whether it holds zeroes there.
+sub extents ($file) {
+    my ($status, $map, $message)
+        = run_program_to_file($qemu_img, qw(map -U --output=json), 'json:' . alone($file));
+    $Error->throw('SystemError', "$qemu_img map failed - " . $message =~ s/\n.*//sr)
+        if $status != 0;
+    return sub () {
+        while (my $line = <$map>) {
+            my ($offset, $length) = $line =~ m/"start": ([0-9]+), "length": ([0-9]+),/ or next;
+            return ($offset + $length, map { $line =~ m/"$_": true/ ? 1 : 0 } qw(present zero));
+        }
+        return;
+    };
 }
 
 # Writes the image's own data into its backing file. The content seen through the image does not change.

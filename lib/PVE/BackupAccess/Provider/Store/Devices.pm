@@ -20,7 +20,7 @@ use PVE::BackupAccess::Provider::Store::Workers qw(side_by_side);
 use PVE::BackupAccess::Try qw(attempt reason);
 use PVE::BackupAccess::Volume;
 
-our @EXPORT_OK = qw(begin_devices check_device for_devices mode_of store_device);
+our @EXPORT_OK = qw(begin_devices check_compared check_device for_devices mode_of store_device);
 
 our $seconds_between_lines = 30;
 
@@ -146,14 +146,15 @@ sub begin_devices ($task, $volumes, %how) {
     return { map { $_ => begin_device($task, $_, $volumes->{$_}, %how) } sort keys $volumes->%* };
 }
 
-# The data of one. how: log; copy, more options of the copy. Returns { statistics, finding, what an audit found }.
+# The data of one. how: log; copy, more options of the copy; check, whether it is read back meanwhile. Returns { statistics, finding, what an audit found }.
 sub store_device ($job, %how) {
     my ($task, $device, $volume, $chain) = $job->@{qw(task device volume chain)};
     my ($archive, $base) = ($task->{archive}, $job->{'compared with'});
 
     # The caller's may wait for every child, or ignore them all.
     local $SIG{CHLD} = 'DEFAULT';
-    my $statistics = copy_data($archive, $device, $volume, $chain, $how{copy});
+    my $statistics = copy_data($archive, $device, $volume, $chain,
+        { $how{copy}->%*, check => $how{check} ? 1 : 0 });
     $how{log}->('info', "$device: " . stored($statistics, $base));
     my $finding
         = defined($volume->{'audit-bitmap'})
@@ -162,11 +163,17 @@ sub store_device ($job, %how) {
     return { statistics => $statistics, finding => $finding };
 }
 
-# Reads back what was written, and where the device was compared, all that it was compared with.
+# Where the device was compared: reads all that it was compared with.
+sub check_compared ($job, $log) {
+    check_base($job->{task}{archive}, $job->{device}, $log, $job->{chain}->@*)
+        if defined($job->{'compared with'});
+    return;
+}
+
+# That, and what was written, for an archive that is not read back while it is stored.
 sub check_device ($job, $log) {
-    my ($archive, $device) = ($job->{task}{archive}, $job->{device});
-    check_stored($archive, $device, $log);
-    check_base($archive, $device, $log, $job->{chain}->@*) if defined($job->{'compared with'});
+    check_stored($job->{task}{archive}, $job->{device}, $log);
+    check_compared($job, $log);
     return;
 }
 

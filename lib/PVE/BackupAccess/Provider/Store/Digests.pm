@@ -10,7 +10,7 @@ use List::Util qw(min);
 
 use PVE::BackupAccess::Error;
 
-our @EXPORT_OK = qw(bytes_to_add digests_size each_known is_known merge_digests);
+our @EXPORT_OK = qw(bytes_to_add digests_size each_digest each_known is_known merge_digests);
 
 my $header_size = 4096;
 my $digest_size = 32;
@@ -53,20 +53,31 @@ sub is_known ($path, $offset) {
     return $file->{complete} || read_at($file, $at, $digest_size) =~ m/[^\0]/;
 }
 
-# Calls the function with offset and length of each block that the file has a digest for, in ascending order.
-sub each_known ($path, $code) {
+# Calls the function with offset, length and digest of each block that has a digest in the file, in ascending order. In
+# a complete file, the other blocks are zeroes.
+sub each_digest ($path, $code) {
     my $file = open_file($path);
     for (my $first = 0; $first < $file->{blocks}; $first += $part / $digest_size) {
         my $count = min($file->{blocks} - $first, $part / $digest_size);
         my $slots = read_at($file, $header_size + $first * $digest_size, $count * $digest_size);
-        next if !$file->{complete} && $slots !~ m/[^\0]/;
+        next if $slots !~ m/[^\0]/;
         for my $i (0 .. $count - 1) {
-            next
-                if !$file->{complete}
-                && substr($slots, $i * $digest_size, $digest_size) !~ m/[^\0]/;
+            my $slot = substr($slots, $i * $digest_size, $digest_size);
+            next if $slot !~ m/[^\0]/;
             my $offset = ($first + $i) * $file->{block};
-            $code->($offset, min($file->{block}, $file->{size} - $offset));
+            $code->($offset, min($file->{block}, $file->{size} - $offset), $slot);
         }
+    }
+    return;
+}
+
+# Calls the function with offset and length of each block whose content the file tells, in ascending order.
+sub each_known ($path, $code) {
+    my $file = open_file($path);
+    return each_digest($path, sub ($offset, $length, $digest) { $code->($offset, $length) })
+        if !$file->{complete};
+    for (my $offset = 0; $offset < $file->{size}; $offset += $file->{block}) {
+        $code->($offset, min($file->{block}, $file->{size} - $offset));
     }
     return;
 }

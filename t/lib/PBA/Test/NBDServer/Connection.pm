@@ -8,6 +8,7 @@ use Errno qw(EINVAL EOVERFLOW ENOTSUP);
 use List::Util qw(max min);
 use Time::HiRes qw(time);
 
+use PBA::Test::NBDServer::Disk;
 use PBA::Test::NBDServer::Protocol;
 
 my %option_name = (
@@ -161,8 +162,9 @@ sub _block_sizes ($self) {
 }
 
 sub _flags ($self) {
-    my $more = $self->{options}{keep} ? ZEROES_FLAG : 0;
-    return (TRANSMISSION_FLAGS | $more) & ~($self->{options}{no_flush} ? FLUSH_FLAG : 0);
+    my $flags = TRANSMISSION_FLAGS | ($self->{options}{keep} ? ZEROES_FLAG : 0);
+    $flags &= ~FLUSH_FLAG if $self->{options}{no_flush};
+    return $self->{options}{no_multi} ? $flags & ~MULTI_FLAG : $flags;
 }
 
 sub _option_list_meta_context ($self, $option, $data) {
@@ -367,7 +369,10 @@ sub _answer_read ($self, $request) {
     return $self->_send_done($request) if $self->_fault('missing_data', $request);
 
     my $length = $request->{length} - ($self->_fault('short_read', $request) // 0);
-    my $data = $self->{options}{data}->($request->{offset}, $length);
+    my $data
+        = $self->{options}{reads_back}
+        ? $self->_disk->read($request->{offset}, $length)
+        : $self->{options}{data}->($request->{offset}, $length);
     my $simple = pack('NNQ>', SIMPLE_MAGIC, 0, $request->{cookie}) . $data;
     my $payload = pack('Q>', $request->{offset}) . $data;
     my $chunk = _chunk($request, CHUNK_DATA, $payload, CHUNK_DONE);
@@ -389,8 +394,7 @@ sub _readable ($self, $request) {
 
 # A snapshot takes no writes, though it is advertised as writable.
 sub _answer_write ($self, $request) {
-    return $self->_send_error($request, ENOTSUP, 'not supported') if $self->{options}{dirty_only};
-    my $errno = $self->_fault('write_error', $request);
+    my $errno = $self->{options}{dirty_only} ? ENOTSUP : $self->_fault('write_error', $request);
     return $self->_send_error($request, $errno, 'told to fail') if $errno;
     $self->_keep($request, $request->{data});
     $self->_send_done($request);
@@ -408,14 +412,13 @@ sub _answer_zeroes ($self, $request) {
 # Before it is answered, after which the client may ask for the same place again.
 sub _keep ($self, $request, $data) {
     return if !$self->{options}{keep};
-    my $file = "$self->{options}{dir}/content";
-    open($self->{content}, '+<:raw', $file) or die "$file: $!\n" if !$self->{content};
-    sysseek($self->{content}, $request->{offset}, 0) // die "$file: $!\n";
-    syswrite($self->{content}, $data) == length($data) or die "$file: $!\n";
+    $self->_disk->write($request->{offset}, $data);
     $self->{server}
         ->record('answer', answered => 1, map { $_ => $request->{$_} } qw(offset length));
     return;
 }
+
+sub _disk ($self) { return $self->{disk} //= PBA::Test::NBDServer::Disk->new($self->{options}) }
 
 sub _answer_trim ($self, $request) {
     my $errno = $self->_fault('trim_error', $request);
