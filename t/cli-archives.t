@@ -67,7 +67,11 @@ subtest 'the latest of a guest' => sub {
     for my $path ('101', 'web', 'web1/20', 'vm/101', 'vm/latest', 'latest') {
         my $run = run_of('restore', "$store/$path", $chain->tmp . '/none');
         is($run->[0], 1, "$path: exit status");
-        like($run->[2], qr/\A[^\n]* is not an archive - [^\n]*\n\z/, "$path: says so");
+        like(
+            $run->[2],
+            qr/\A[^\n]*(?: is not an archive - |there is no guest )[^\n]*\n\z/,
+            "$path: says so"
+        );
     }
     mkdir("$store/vm/102") or die "mkdir: $!\n";
     like(
@@ -146,12 +150,12 @@ subtest 'a broken chain' => sub {
     my $run = run_of('prune', $chain->store, '--keep-last', 1);
     is($run->[0], 0, 'prune: exit status');
     is($run->[1], '', 'nothing is removed');
-    like($run->[2], qr/^warn: archive \Q$names[2]\E cannot be restored, but is kept/m, 'and why');
+    like($run->[2], qr/^warn: archive \Q$names[2]\E is damaged, but is kept/m, 'and why');
     restores($chain, $chain->path_of($names[0]), $names[0]);
     is(run_of('restore', $chain->path_of($names[2]), $chain->tmp . '/no')->[0], 1, 'it is broken');
     like(
         run_of('prune', $chain->store, '--keep-last', 1, '--dry-run')->[1],
-        qr/^broken     \Q$names[2]\E - cannot be restored: /m,
+        qr/^broken     \Q$names[2]\E - damaged: /m,
         'a dry run says so'
     );
 };

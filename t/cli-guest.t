@@ -186,6 +186,17 @@ sub check_forget ($test) {
     $command->finish;
     is_deeply($shown->(), [$target, @more], 'forget meanwhile: all bitmaps are there');
 
+    my @wrong = ($test->{guest}->@*, '--target-id', 'nosuch');
+    fails(
+        'forget: of a target that is not known',
+        "no bitmaps - targets that have: .*\Q$target\E",
+        'forget', @wrong
+    );
+    like(
+        succeeds('recover', 'recover', @wrong)->{err},
+        qr/^nothing to undo: target 'nosuch' .*\Q$target\E/,
+        'recover: names the known ones'
+    );
     my $lines = succeeds('forget', @forget)->{out};
     is(scalar(() = $lines =~ m/^device drive-\S+: bitmap '.*' was removed/mg),
         1 + @more, 'forget: a line for each disk');

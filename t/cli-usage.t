@@ -79,7 +79,7 @@ for my $command (sort keys $commands->%*) {
         my @given = map { $arguments{$_} // 'x' } @wanted;
         refused(q(one argument too many: 'y'), $command, @given, 'y')
             if !@wanted || $wanted[-1] !~ m/[.]{3}\z/;
-        refused("missing option: .*--$_\\b", $command, @given)
+        refused("missing: .*--$_\\b", $command, @given)
             for map { split(m/[|]/) } ($spec->{needs} // [])->@*;
 
         for my $option (map { m/\A([\w-]+).*=/ ? $1 : () } $spec->{options}->@*) {

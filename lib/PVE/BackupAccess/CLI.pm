@@ -62,7 +62,7 @@ my %commands = (
         module => 'Archives',
         function => 'verify',
         arguments => ['ARCHIVE...'],
-        options => [qw(ceph-conf=s wait=s quiet|q json)],
+        options => [qw(ceph-conf=s vmid=s guest=s wait=s quiet|q json)],
     },
     prune => {
         module => 'Archives',
@@ -213,11 +213,9 @@ my sub check ($spec, $options, @arguments) {
         usage_error("no $name given") if !defined($arguments[$i]) || $arguments[$i] eq '';
     }
     usage_error("one argument too many: '$arguments[@wanted]'") if @arguments > @wanted && !$many;
-    my @missing = map {
-        join(' or ', map { "--$_" } split(m/[|]/))
-        }
+    my @missing = map { m/[|]/ ? 'one of --' . s/[|]/, --/gr : "--$_" }
         grep { !is_given($options, $_) } ($spec->{needs} // [])->@*;
-    usage_error('missing option: ' . join(' and ', @missing)) if @missing;
+    usage_error('missing: ' . join(', and ', sort @missing)) if @missing;
     for my $option (sort keys $options->%*) {
         my $value = $options->{$option};
         usage_error("--$option must not be empty")
@@ -284,6 +282,16 @@ my sub run (@arguments) {
     return run_command($command, @arguments);
 }
 
+# What the user can do about an error from a part that does not know the command.
+my sub hint_for ($command, $error) {
+    return if $command ne ' backup';
+    return 'Is the guest running? If it is off, give its images by --image.'
+        if $error =~ m/cannot connect to QMP socket/;
+    return 'The file system that the archives are in is full.'
+        if $error =~ m!nbd[+]unix:///image[?].* No space left on device!;
+    return;
+}
+
 # Prints the error and returns the exit status.
 my sub failed ($error, @arguments) {
     my $command = $commands{ $arguments[0] // '' } ? " $arguments[0]" : '';
@@ -291,7 +299,7 @@ my sub failed ($error, @arguments) {
         say_error("$name$command: $error->{message}", "Try '$name$command --help'.");
         return 2;
     }
-    say_error("$name$command: $error");
+    say_error("$name$command: $error", hint_for($command, "$error"));
     return 1;
 }
 

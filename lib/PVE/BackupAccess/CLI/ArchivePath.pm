@@ -17,14 +17,6 @@ my sub log_line ($level, $message) {
     say_error("$level: $message") if $level !~ m/\A(?:debug|info)\z/;
 }
 
-# The provider of an existing directory or pool. The storage's name only matters for backups.
-sub provider_for ($directory, $opt = {}) {
-    die "$directory is not a directory\n" if !is_rbd($directory) && !-d $directory;
-    my $provider = provider_in($opt, check_store($opt, $directory), 'none', \&log_line);
-    $provider->wait_for_others($opt->{wait} // 0);
-    return $provider;
-}
-
 # A directory without the slash at its end.
 sub without_slash ($path) { return $path =~ s!(?<=.)/+\z!!r }
 
@@ -37,6 +29,34 @@ my sub split_guest ($path) {
     $directory = '/' if $directory eq '';
     $directory =~ s!(?:\A|/)(?:vm|ct)\z!! if $guest =~ m/\A[0-9]+\z/ && !is_store($directory);
     return ($directory eq '' ? '.' : $directory, $guest);
+}
+
+# (directory, guest as it is called, its number) of a path to a guest that is there.
+my sub guest_at ($opt, $path) {
+    my ($directory, $guest) = split_guest($path);
+    return if !defined($guest) || !is_store($directory);
+    my $vmid
+        = $guest =~ m/\A[1-9][0-9]{0,8}\z/ ? $guest : store_number_of($opt, $directory, $guest);
+    return if !defined($vmid) || !grep { -d "$directory/$_/$vmid" } qw(vm ct);
+    return ($directory, $guest, $vmid);
+}
+
+# A guest's path is a directory as well, or none.
+my sub check_directory ($opt, $path) {
+    return if is_store($path);
+    my ($store, $guest, $vmid) = guest_at($opt, $path);
+    return if -d $path && !defined($vmid);
+    die "$path is not a directory\n" if !defined($vmid);
+    my $option = $guest eq $vmid ? '--vmid' : '--guest';
+    die "$path is a guest - give the directory: $store $option $guest\n";
+}
+
+# The provider of an existing directory or pool. The storage's name only matters for backups.
+sub provider_for ($directory, $opt = {}) {
+    check_directory($opt, $directory) if !is_rbd($directory);
+    my $provider = provider_in($opt, check_store($opt, $directory), 'none', \&log_line);
+    $provider->wait_for_others($opt->{wait} // 0);
+    return $provider;
 }
 
 my sub latest_of ($opt, $directory, $vmid, $guest) {
@@ -52,11 +72,7 @@ my sub find_latest ($opt, $path) {
         my ($store, $number) = $path =~ m!\A(.*)/vm/([1-9][0-9]{0,8})/*\z!s;
         return defined($store) ? latest_of($opt, $store, $number, $number) : ();
     }
-    my ($directory, $guest) = split_guest($path);
-    return if !defined($guest) || !is_store($directory);
-    my $vmid
-        = $guest =~ m/\A[1-9][0-9]{0,8}\z/ ? $guest : store_number_of($opt, $directory, $guest);
-    return if !defined($vmid) || !grep { -d "$directory/$_/$vmid" } qw(vm ct);
+    my ($directory, $guest, $vmid) = guest_at($opt, $path) or return;
     return latest_of($opt, $directory, $vmid, $guest);
 }
 
@@ -68,12 +84,18 @@ sub find_archive ($opt, $path) {
     return (defined($directory) ? $directory eq '' ? '/' : $directory : '.', $volname);
 }
 
-# The same, but dies instead of returning nothing.
+# Why a path means no archive.
+my sub problem_of ($path) {
+    my ($directory, $guest) = split_guest($path =~ s!/latest/*\z!!r);
+    return "there is no guest '$guest' in $directory"
+        if !is_rbd($path) && defined($guest) && is_store($directory);
+    return "$path is not an archive - give DIRECTORY/vm/100/20261122T064953Z, or DIRECTORY/100"
+        . " for the latest archive of guest 100";
+}
+
+# The same as find_archive, but dies instead of returning nothing.
 sub archive_at ($opt, $path) {
-    my ($directory, $volname) = find_archive($opt, $path)
-        or die "$path is not an archive - give DIRECTORY/vm/100/20261122T064953Z, or DIRECTORY/100"
-        . " for the latest archive of guest 100
-";
+    my ($directory, $volname) = find_archive($opt, $path) or die problem_of($path) . "\n";
     return ($directory, $volname);
 }
 

@@ -42,6 +42,7 @@ my sub print_archive ($opt, $directory, $entry) {
             )
         );
     }
+    say_out(map { '    DAMAGED: ' . text($_) } ($entry->{damaged} // [])->@*);
 }
 
 # The guest's number by --vmid or --guest, undef for all guests.
@@ -74,11 +75,17 @@ sub list ($opt, $directory) {
 # [provider, volname, path in the user's form] of each archive that a path means.
 my sub archives_of ($opt, $path) {
     if (my ($directory, $volname) = find_archive($opt, $path)) {
-        return [provider_for($directory, $opt), $volname, without_slash($directory) . "/$volname"];
+        usage_error('--vmid and --guest need a DIRECTORY, not an archive')
+            if defined($opt->{vmid} // $opt->{guest});
+        my $provider = provider_for($directory, $opt);
+        die "there is no archive $path\n" if !$provider->has($volname);
+        return [$provider, $volname, without_slash($directory) . "/$volname"];
     }
     my $provider = provider_for($path, $opt);
     my $shown = without_slash($path);
-    return map { [$provider, $_->{volname}, "$shown/$_->{volname}"] } $provider->list->@*;
+    return
+        map { [$provider, $_->{volname}, "$shown/$_->{volname}"] }
+        $provider->list(vmid_of($opt, $path))->@*;
 }
 
 # The line for an intact archive. The digests of version 0.1 do not prove what was read from the
@@ -146,7 +153,7 @@ my sub show_marks ($archives) {
         my $problem = $archive->{problems}[0];
         say_out(
             sprintf('%-9s  %s', $archive->{mark}, $archive->{volname})
-                . (defined($problem) ? ' - cannot be restored: ' . text($problem) : ''));
+                . (defined($problem) ? ' - damaged: ' . text($problem) : ''));
     }
 }
 
@@ -193,6 +200,10 @@ sub prune ($opt, $directory) {
 
 sub remove ($opt, $path) {
     my ($directory, $volname) = archive_at($opt, $path);
+    my ($name) = $volname =~ m!([^/]+)\z!;
+    die
+        "give the archive, such as $directory/$volname: $path is a guest, of which that is the latest\n"
+        if $path !~ m!(?:\A|/)(?:\Q$name\E|latest)/*\z!;
     provider_for($directory, $opt)->remove($volname);
     say_out("removed $volname") if !$opt->{quiet};
     return 0;

@@ -18,7 +18,8 @@ use PVE::BackupAccess::CLI::Disks qw(choose_disks);
 use PVE::BackupAccess::CLI::Monitor qw(ask hashes);
 use PVE::BackupAccess::CLI::Output qw(parse_bytes read_file say_json say_out);
 use PVE::BackupAccess::CLI::Progress;
-use PVE::BackupAccess::CLI::Store qw(check_store provider_in store_id store_number_for);
+use PVE::BackupAccess::CLI::Store
+    qw(check_store provider_in store_id store_number_for store_numbers);
 use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(check_name);
 use PVE::BackupAccess::Task;
 use PVE::BackupAccess::Try qw(attempt ensure);
@@ -153,7 +154,9 @@ my sub plan ($opt, $directory) {
     my $audit = audit_of($opt);
     $directory = check_store($opt, $directory);
     my ($devices, $left_out) = devices_of($opt);
+    my @known = store_numbers($opt, $directory);
     $vmid //= store_number_for($opt, $directory, $name);
+    my $is_new = @known && !grep { $_ == $vmid } @known;
     return {
         vmid => $vmid,
         'bandwidth-limit' => $limit,
@@ -161,9 +164,12 @@ my sub plan ($opt, $directory) {
         jobs => jobs_of($opt),
         directory => $directory,
         devices => $devices,
-        'left-out' => $left_out,
-        'guest-config' => defined($opt->{'guest-config'}) ? read_file($opt->{'guest-config'}) : '',
-        'target-id' => target_of($opt, $directory, $vmid),
+        'new guest' => $is_new ? defined($name) ? "'$name' (vm/$vmid)" : "vm/$vmid" : undef,
+            'left-out' => $left_out,
+            'guest-config' => defined($opt->{'guest-config'})
+        ? read_file($opt->{'guest-config'})
+        : '',
+            'target-id' => target_of($opt, $directory, $vmid),
     };
 }
 
@@ -218,6 +224,9 @@ sub run ($opt, $directory) {
     my ($task, $provider) = task($opt, $plan, $progress);
     my $result;
     $task->log(info => $_) for $plan->{'left-out'}->@*;
+
+    # It may be a known one whose name was misspelt.
+    $task->log(warn => "new guest $plan->{'new guest'}") if defined($plan->{'new guest'});
     ensure(sub { $result = $task->run_job }, sub (@) { $progress->end });
     $result->{audit} = $provider->audit_findings if $plan->{audit};
     print_result($opt, $plan->{directory}, $result);

@@ -103,22 +103,38 @@ sub run ($opt) {
     return 0;
 }
 
-# Undoes what a killed process left, without making a backup.
-sub recover ($opt) {
-    return _say_done($opt, 'recover', sub { 'nothing to undo' });
-}
-
-# The targets of the command's own backups have longer names than their --target-id.
-my sub no_bitmaps ($opt) {
+# The targets that have bitmaps; none if --target-id is one of them.
+my sub other_targets ($opt) {
+    my $given = text($opt->{'target-id'});
     my @targets
         = uniq(sort grep { defined } map { $_->{'target-id'} } status_of($opt)->{bitmaps}->@*);
+    return (grep { $_ eq $given } @targets) ? () : @targets;
+}
+
+# The target may be misspelt. The targets of the command's own backups have longer names than their --target-id.
+my sub unknown ($opt, @others) {
     return "target '$opt->{'target-id'}' has no bitmaps - "
-        . (@targets ? "targets that have: @targets" : 'no other target has any');
+        . (@others ? "targets that have: @others" : 'no other target has any');
+}
+
+# Undoes what a killed process left, without making a backup. Scripts call it whether there is anything to undo or not.
+sub recover ($opt) {
+    my $nothing = sub {
+        my @others = other_targets($opt);
+        say_error('nothing to undo' . (@others ? ': ' . unknown($opt, @others) : ''));
+        return 0;
+    };
+    return _say_done($opt, 'recover', $nothing);
 }
 
 # Removes the bitmaps of a target.
 sub forget ($opt) {
-    return _say_done($opt, 'forget', sub { no_bitmaps($opt) });
+    my $nothing = sub {
+        my @others = other_targets($opt);
+        say_error(unknown($opt, @others));
+        return @others ? 1 : 0;
+    };
+    return _say_done($opt, 'forget', $nothing);
 }
 
 sub _say_done ($opt, $method, $nothing) {
@@ -128,14 +144,8 @@ sub _say_done ($opt, $method, $nothing) {
         $opt->{force} ? (force => 1) : (),
         log => sub { },
     );
-    if ($opt->{json}) {
-        say_json($lines);
-    }
-    else {
-        say_out($lines->@*);
-        say_error($nothing->()) if !$lines->@*;
-    }
-    return 0;
+    $opt->{json} ? say_json($lines) : say_out($lines->@*);
+    return $lines->@* ? 0 : $nothing->();
 }
 
 1;

@@ -8,11 +8,12 @@ use Cwd ();
 use Exporter qw(import);
 
 use PVE::BackupAccess::CLI qw(absolute untainted usage_error);
+use PVE::BackupAccess::File qw(entries);
 use PVE::BackupAccess::Provider::Qcow2Chain;
 use PVE::BackupAccess::Provider::Qcow2Chain::Names ();
 
 our @EXPORT_OK
-    = qw(check_store is_rbd provider_in store_id store_name_of store_number_for store_number_of);
+    = qw(check_store is_rbd provider_in store_id store_name_of store_number_for store_number_of store_numbers);
 
 my $names = 'PVE::BackupAccess::Provider::Qcow2Chain::Names';
 
@@ -76,6 +77,12 @@ sub store_number_for ($opt, $store, $name) {
     return is_rbd($store)
         ? rbd_store($opt, $store)->number_for($name)
         : $names->can('number_for')->($store, $name);
+}
+
+# The numbers of all guests, with or without a name.
+sub store_numbers ($opt, $store) {
+    return rbd_store($opt, $store)->vmids if is_rbd($store);
+    return map { m/\A([1-9][0-9]{0,8})\z/ ? $1 : () } map { entries("$store/$_") } qw(vm ct);
 }
 
 # The store's unique ID; undef for a directory.

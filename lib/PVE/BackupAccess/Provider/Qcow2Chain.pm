@@ -567,7 +567,18 @@ Takes the guest's number, or nothing for all guests. Returns an array ref of has
 C<volname>, C<vmid>, C<type> (C<qemu> or C<lxc>), C<time> (seconds since 1970), C<size> (of its own files) and C<devices>.
 C<devices> has for each device C<size>, C<bitmap-mode>, C<image-size>, C<identity> if it is known, and C<parent> if the
 backup is incremental. A container has one device, C<container>, with C<size> and C<image-size>. If the manifest cannot be
-read, the hash has C<problem>, a text, instead of C<size> and C<devices>.
+read, the hash has C<problem>, a text, instead of C<size> and C<devices>. If damage of the archive, or of one that it
+builds on, is known, C<damaged> is an array ref of texts. Nothing but the manifests is read.
+
+Errors: C<ArgumentError>.
+
+=head2 has
+
+=for run archive
+
+    say "$volname is there" if $provider->has($volname);
+
+Takes C<$volname>. Returns whether there is such an archive.
 
 Errors: C<ArgumentError>.
 
@@ -625,8 +636,8 @@ a number. They apply in this order. A rule does not count a period (in local tim
 archive. A number instead of the hash ref means C<keep-last>.
 
 The archives of each device are counted separately, so a backup of one disk never causes the removal of another disk's
-archive. Protected archives (with a file C<protected> in their directory) are kept and not counted. Archives that cannot be
-restored are not counted: they are removed once newer intact archives replace them, and kept with a warning until then.
+archive. Protected archives (with a file C<protected> in their directory) are kept and not counted. Damaged archives
+are not counted: they are removed once newer intact archives replace them, and kept with a warning until then.
 Data that a kept archive needs from a removed one is merged into the kept one.
 
 Returns an array ref of the names of the removed archives.
@@ -645,8 +656,8 @@ All others are removed nevertheless.
 
 Takes the same arguments as L</prune>. Removes nothing, and returns what L</prune> would do: an array ref of hashes, the
 oldest archive first, with C<volname>, C<time> (seconds since 1970), C<mark> (C<keep>, C<remove>, C<protected>, or C<broken>
-for an archive that is kept although it cannot be restored), and C<problems>, an array ref of texts that say why it cannot
-be restored, as far as this is known without reading its images.
+for an archive that is kept although it is damaged), and C<problems>, an array ref of texts that say what is
+damaged, as far as this is known without reading its images.
 
 Errors: C<ArgumentError>.
 

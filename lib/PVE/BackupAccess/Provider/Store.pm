@@ -121,6 +121,11 @@ sub _archive ($self, $volname) {
     return $guest->archive($name);
 }
 
+sub has ($self, $volname) {
+    my ($place, $name) = $self->_parse($volname);
+    return $self->_guest($place)->has($name) ? 1 : 0;
+}
+
 # ---- backup ----
 
 sub job_cleanup ($self) { return }

@@ -208,7 +208,7 @@ sub remove ($self, $name) {
             // $chain[0]->merge_problem($device, $chain[1]) // next;
         $Error->throw(
             'ArchiveError',
-            "archive $name cannot be merged into $child, which builds on it - $problem",
+            "archive $name cannot be merged into $child, which builds on it - $problem - remove $child first",
             device => $device
         );
     }

@@ -8,7 +8,32 @@ use Exporter qw(import);
 
 use PVE::BackupAccess::Try qw(attempt reason);
 
-our @EXPORT_OK = qw(list_guest);
+our @EXPORT_OK = qw(known_damage list_guest);
+
+# { device => text } of the damage that was found in the archive, or in one that it builds on, in earlier calls kept in damaged:
+# it is called for a guest's archives from the oldest on. Nothing is read but what was noted.
+sub known_damage ($archive, $damaged) {
+    my ($name, %text) = ($archive->name);
+    for my $device ($archive->devices) {
+        my ($parent, $there) = $archive->parent_of($device);
+        my $in
+            = $archive->is_known_damaged($device) ? $name
+            : defined($parent) ? ($damaged->{$parent} // {})->{$there}
+            : undef;
+        next if !defined($in);
+        $damaged->{$name}{$device} = $in;
+        $text{$device}
+            = $in eq $name
+            ? 'damage was found in it'
+            : "it builds on $in, in which damage was found";
+    }
+    return \%text;
+}
+
+my sub damage_of ($archive, $damaged) {
+    my $known = known_damage($archive, $damaged);
+    return ($archive->manifest_problem // (), map { "$_: $known->{$_}" } sort keys $known->%*);
+}
 
 my sub parts_of ($archive) {
     my %parts;
@@ -32,7 +57,7 @@ my %types = (vm => 'qemu', ct => 'lxc');
 sub list_guest ($guest, $place, $time_of) {
     my ($directory, $vmid) = split(m!/!, $place);
     my %about = (vmid => 0 + $vmid, type => $types{$directory});
-    my @list;
+    my (@list, %damaged);
     for my $name ($guest->names) {
         my $entry = { volname => "$place/$name", time => $time_of->($name), %about };
         $entry->{protected} = 1 if $guest->is_protected($name);
@@ -40,6 +65,8 @@ sub list_guest ($guest, $place, $time_of) {
         my $error = attempt { $archive = $guest->archive($name) };
         $entry->{problem} = reason($error) if $error;
         $entry->@{qw(size devices)} = ($archive->file_size, parts_of($archive)) if $archive;
+        my @damage = $archive ? damage_of($archive, \%damaged) : ();
+        $entry->{damaged} = \@damage if @damage;
         $entry->{guest} = $archive->guest if $archive && defined($archive->guest);
         push(@list, $entry);
     }

@@ -10,13 +10,14 @@ use List::Util qw(uniq);
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Store::Disks qw(disk_keys);
+use PVE::BackupAccess::Provider::Store::List qw(known_damage);
 use PVE::BackupAccess::Retention qw(marks);
 use PVE::BackupAccess::Try qw(attempt reason);
 
 our @EXPORT_OK = qw(prune_guest retention_of);
 
 # An archive as the rules of retention see it.
-my sub look_at ($guest, $name, $time, $key_of) {
+my sub look_at ($guest, $name, $time, $key_of, $damaged) {
     my $entry = { name => $name, time => $time, devices => {}, problems => [] };
     $entry->{protected} = $guest->is_protected($name);
     my $archive;
@@ -24,13 +25,15 @@ my sub look_at ($guest, $name, $time, $key_of) {
     push($entry->{problems}->@*, reason($error)) if $error;
     return $entry if !$archive;
     $entry->{guest} = $archive->guest;
+    my $known = known_damage($archive, $damaged);
+
     if ($archive->container) {
         my $problem = $archive->container_problem;
         push($entry->{problems}->@*, $problem) if defined($problem);
         $entry->{devices}{container} = defined($problem) ? 0 : 1;
     }
     for my $device ($archive->devices) {
-        my $problem = $guest->device_problem($name, $device);
+        my $problem = $guest->device_problem($name, $device) // $known->{$device};
         push($entry->{problems}->@*, "$device: $problem") if defined($problem);
         $entry->{devices}{ $key_of->($archive, $device) } = defined($problem) ? 0 : 1;
     }
@@ -52,8 +55,9 @@ my sub tell_guests_apart (@archives) {
 # The archives, the oldest first: { name, time, protected, problems => [texts], mark => 'keep' |
 # 'remove' | 'protected' | 'broken' }. time_of converts a name to a time.
 sub retention_of ($guest, $keep, $time_of) {
-    my $key_of = disk_keys($guest->readable);
-    my @archives = map { look_at($guest, $_, $time_of->($_), $key_of) } $guest->names;
+    my ($key_of, %damaged) = (disk_keys($guest->readable));
+    my @archives
+        = map { look_at($guest, $_, $time_of->($_), $key_of, \%damaged) } $guest->names;
     tell_guests_apart(@archives);
     my $marks = marks(\@archives, $keep);
     $_->{mark} = $marks->{ $_->{name} } for @archives;
@@ -82,7 +86,15 @@ my sub remove_archives ($guest, @names) {
     }
 
     # Then the oldest first: data that is still needed moves into the next archive.
-    $try->($_, sub ($gone) { $guest->remove($gone) }) for grep { !$problems{$_} } reverse @left;
+    my $merge = sub ($gone) { $guest->remove($gone) };
+    my @stuck
+        = grep { !$try->($_, $merge) && $guest->has($_) } grep { !$problems{$_} } reverse @left;
+
+    # A damaged archive cannot be merged into. Try the newest first again: nothing that is to go builds on it by then.
+    for my $name (reverse @stuck) {
+        delete($problems{$name});
+        $try->($name, $merge);
+    }
     return ([sort @removed], \%problems);
 }
 
@@ -92,7 +104,7 @@ sub prune_guest ($guest, $place, $log, @archives) {
     for my $archive (grep { $_->{mark} eq 'broken' } @archives) {
         $log->(
             'warn',
-            "archive $archive->{volname} cannot be restored, but is kept until a newer one replaces it"
+            "archive $archive->{volname} is damaged, but is kept until a newer one replaces it"
                 . " - $archive->{problems}[0]"
         );
     }

@@ -1,0 +1,160 @@
+# pve-backup-access and archives: damage, typing errors, and paths that mean something else than was meant.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+
+use JSON::PP ();
+use Test::More;
+
+use PBA::Test::Chain;
+use PBA::Test::Command qw(run_command);
+use PVE::BackupAccess::File qw(read_file write_file);
+
+my $json = JSON::PP->new->utf8;
+
+sub new_chain ($count) {
+    my $chain = PBA::Test::Chain->new;
+    add_to($chain, $count);
+    return $chain;
+}
+
+sub add_to ($chain, $count) {
+    for (1 .. $count) {
+        $chain->write_random;
+        $chain->disk('drive-scsi0')->write([0, 65536, 1 + int(rand(255))]);
+        $chain->backup or die $chain->error;
+    }
+    return;
+}
+
+# [exit status, standard output, standard error]
+sub run_of (@arguments) {
+    my $run = run_command(@arguments);
+    return [$run->@{qw(status out err)}];
+}
+
+# The disk's data at offset 0 in that archive is no longer what was read; the file's times and size stay.
+sub rot ($chain, $name) {
+    PBA::Test::Chain::rot($chain->path_of($name, 'drive-scsi0.qcow2'), 0);
+    return;
+}
+
+# The middle of the archive's image for that disk is gone.
+sub break_image ($chain, $name) {
+    my $file = $chain->path_of($name, 'drive-scsi0.qcow2');
+    truncate($file, 70_000) or die "$file: $!\n";
+    return;
+}
+
+# The other disk's data is in all archives of the chain still.
+subtest 'a damaged chain of which nothing is kept' => sub {
+    my $chain = new_chain(3);
+    my @names = $chain->names;
+    break_image($chain, $names[1]);
+    add_to($chain, 1);
+    my ($last) = ($chain->names)[3];
+    is_deeply(
+        $chain->modes,
+        { 'drive-scsi0' => 'new', 'drive-efidisk0' => 'reuse' },
+        'the damaged disk alone is stored in full'
+    );
+    my $run = run_of('remove', $chain->path_of($names[0]));
+    my ($bad) = $names[1] =~ m!([^/]+)\z!;
+    is($run->[0], 1, 'remove of what a damaged one builds on: exit status');
+    like($run->[2], qr/ cannot be merged into .* - remove $bad first$/m, 'what to do');
+    my @prune = ('prune', $chain->store, '--keep-last', 1);
+    like(run_of(@prune, '--dry-run')->[1], qr/^remove +\Q$_\E/m, "a dry run: $_") for @names;
+    is_deeply(run_of(@prune), [0, join('', map { "removed $_\n" } @names), ''], 'all are removed');
+    $chain->forget(@names);
+    $chain->check('after it');
+    is_deeply([$chain->names], [$last], 'one is left');
+};
+
+subtest 'what verify found is shown' => sub {
+    my $chain = new_chain(3);
+    my @names = $chain->names;
+    rot($chain, $names[1]);
+    is(run_of('verify', $chain->store)->[0], 1, 'verify finds it');
+    my $text = run_of('list', $chain->store)->[1];
+    my ($old, $bad) = map { s!.*/!!r } @names;
+    my $own = 'drive-scsi0: damage was found in it';
+    my $built = "drive-scsi0: it builds on $bad, in which damage was found";
+    my @shown = $text =~ m/^    DAMAGED: (.*)$/mg;
+    is_deeply(\@shown, [$own, $built], 'list: where, and what builds on it') or diag($text);
+    my $list = $json->decode(run_of('list', $chain->store, '--json')->[1]);
+    is_deeply([map { $_->{damaged} } $list->@*], [undef, [$own], [$built]], 'in JSON');
+    my $dry = run_of('prune', $chain->store, qw(--keep-last 1 --dry-run))->[1];
+    like($dry, qr/^keep +\Q$names[0]\E$/m, 'prune keeps the last that is whole');
+    like($dry, qr/^keep +\Q$names[2]\E - damaged: \Q$built\E$/m, 'for another disk the newest');
+    like($dry, qr/^broken +\Q$names[1]\E - damaged: \Q$own\E$/m, 'and says what is damaged');
+};
+
+subtest 'a manifest that was changed' => sub {
+    my $chain = new_chain(1);
+    my ($name) = $chain->names;
+    my $file = $chain->path_of($name, 'manifest.json');
+    write_file($file, read_file($file) =~ s/"time" : 1/"time" : 2/r);
+    like(
+        run_of('list', $chain->store)->[1],
+        qr/^    DAMAGED: the manifest .* is damaged/m,
+        'list says so'
+    );
+    my $list = $json->decode(run_of('list', $chain->store, '--json')->[1]);
+    like($list->[0]{damaged}[0], qr/the manifest .* is damaged/, 'in JSON');
+};
+
+subtest "a guest's path" => sub {
+    my $chain = new_chain(1);
+    my $store = $chain->store;
+    my ($name) = $chain->names;
+    write_file($chain->guest_dir . '/name', "web1\n");
+    for my $path (qw(web1 100 vm/100 vm/100/)) {
+        my $run = run_of('remove', "$store/$path");
+        is($run->[0], 1, "remove $path: exit status");
+        like($run->[2], qr/give the archive.*\Q$name\E.*is a guest/, 'says what it is');
+    }
+    is_deeply([$chain->names], [$name], 'nothing is removed');
+    my $run = run_of('list', "$store/web1");
+    like($run->[2], qr/is a guest - give .*: \Q$store\E --guest web1$/, 'list of a guest');
+    like(run_of('list', "$store/vm/100")->[2], qr/: \Q$store\E --vmid 100$/, 'of a number');
+};
+
+subtest 'verify of some' => sub {
+    my $chain = new_chain(2);
+    my $store = $chain->store;
+    my ($first, $second) = map { $chain->path_of($_) } $chain->names;
+    write_file($chain->guest_dir . '/name', "web1\n");
+    my $all = [0, "$first: ok\n$second: ok\n", ''];
+    is_deeply(run_of('verify', $store, '--guest', 'web1'), $all, 'of a guest');
+    is_deeply(run_of('verify', $store, '--vmid', 100), $all, 'of a number');
+    is(run_of('verify', $store, '--vmid', 101)->[0], 1, 'of none');
+    like(run_of('verify', $store, '--guest', 'wbe1')->[2], qr/no guest 'wbe1'/, 'of another name');
+    my $none = $first =~ s/T[0-9]{6}Z/T000000Z/r;
+    my $run = run_of('verify', $none);
+    is_deeply([$run->@[0, 1]], [1, ''], 'of an archive that is not there: no result');
+    like($run->[2], qr/\Apve-backup-access verify: there is no archive /, 'but an error');
+};
+
+subtest 'which of them is not there' => sub {
+    my $chain = new_chain(1);
+    my ($store, $out) = ($chain->store, $chain->tmp . '/none');
+    like(
+        run_of('restore', "$store/wbe1", $out)->[2],
+        qr/there is no guest 'wbe1' in \Q$store\E/,
+        'the guest'
+    );
+    like(
+        run_of('restore', "$store/101", $out)->[2],
+        qr/there is no guest '101' in \Q$store\E/,
+        'the number'
+    );
+    like(
+        run_of('restore', "$out/web1", $out)->[2],
+        qr!\Q$out\E/web1 is not an archive - give !,
+        'the directory'
+    );
+};
+
+done_testing;
