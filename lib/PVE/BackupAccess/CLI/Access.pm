@@ -5,6 +5,7 @@ package PVE::BackupAccess::CLI::Access;
 use v5.36;
 
 use Exporter qw(import);
+use List::Util qw(uniq);
 
 use PVE::BackupAccess::CLI qw(absolute);
 use PVE::BackupAccess;
@@ -41,14 +42,16 @@ sub is_tied ($bitmap) { return $bitmap->{name} =~ m/\Apba-tied:/ }
 # The bitmap of a device, from status. Without --target-id, it must be the only one.
 sub bitmap_of ($opt, $device) {
     my $target = defined($opt->{'target-id'}) ? text($opt->{'target-id'}) : undef;
-    my @bitmaps = grep { ($_->{device} // '') eq $device && !$_->{background} }
-        grep { defined($_->{'target-id'}) } status_of($opt)->{bitmaps}->@*;
+    my @all = grep { defined($_->{'target-id'}) } status_of($opt)->{bitmaps}->@*;
+    my @bitmaps = grep { ($_->{device} // '') eq $device && !$_->{background} } @all;
+    my @known = @bitmaps ? () : uniq(sort grep { defined } map { $_->{device} } @all);
     my @found = grep { !defined($target) || $_->{'target-id'} eq $target } @bitmaps;
     my %has_tied = map { $_->{'target-id'} => 1 } grep { is_tied($_) } @found;
     @found = grep { is_tied($_) || !$has_tied{ $_->{'target-id'} } } @found;
     my $for = defined($target) ? "of target '$target' " : '';
     die "device $device: has no bitmap ${for}yet - a backup creates one; 'pve-backup-access status'"
-        . " shows the bitmaps there are\n"
+        . " shows the bitmaps there are"
+        . (@known ? '; devices that have one: ' . join(', ', @known) : '') . "\n"
         if !@found;
     die "device $device: has bitmaps of several targets - choose one with --target-id: "
         . join(', ', sort map { $_->{'target-id'} } @found) . "\n"
