@@ -19,7 +19,7 @@ sub check_without_bitmaps ($test) {
     my $status = succeeds('status', 'status', $test->{guest}->@*);
     like(
         $status->{out},
-        qr/\Abackend: $test->{backend}{name}\nno backup is running\nno bitmaps/,
+        qr/\Abackend: (?:stock QEMU|Proxmox VE)\nno backup is running\nno bitmaps/,
         'status: nothing yet'
     );
     fails('map without a bitmap', 'has no bitmap yet', 'map', 'drive-scsi0', $test->{guest}->@*);

@@ -255,8 +255,11 @@ sub check_full_and_named ($test) {
     for my $kind (qw(full incremental)) {
         my $named = succeeds("--guest, $kind", backup($test, '--guest', 'web1'));
         like($named->{out}, qr!\A\Q$test->{store}\E/vm/1/!, '--guest: a number of its own');
-        is(scalar(() = $named->{err} =~ m!^warn: new guest 'web1' \(vm/1\)$!mg),
-            $kind eq 'full' ? 1 : 0, '--guest: a new one is said, once');
+        is(
+            scalar(() = $named->{err} =~ m!^warn: new guest 'web1' \(vm/1\)$!mg),
+            $kind eq 'full' ? 1 : 0,
+            '--guest: a new one is said, once'
+        );
         is_deeply(kinds($test, '--guest', 'web1'), [$kind, $kind], "--guest: $kind");
     }
     restore_and_compare($test, "$test->{store}/web1", '--guest');

@@ -93,7 +93,7 @@ sub run ($opt) {
         say_json($status);
         return 0;
     }
-    say_out("backend: $status->{backend}");
+    say_out('backend: ' . ($status->{backend} eq 'pve' ? 'Proxmox VE' : 'stock QEMU'));
     print_access($status->{access});
     print_bitmaps($status->{bitmaps});
     print_fleecing($status->{fleecing});
@@ -131,8 +131,9 @@ sub recover ($opt) {
 sub forget ($opt) {
     my $nothing = sub {
         my @others = other_targets($opt);
-        say_error(unknown($opt, @others));
-        return @others ? 1 : 0;
+        die unknown($opt, @others) . "\n" if @others;
+        say_error(unknown($opt));
+        return 0;
     };
     return _say_done($opt, 'forget', $nothing);
 }
