@@ -134,6 +134,12 @@ sub check_recover ($test) {
     my $left = run_command('status', $test->{guest}->@*)->{out};
     like($left, qr/process $access->{pid}, which is dead/, 'status: of one that was killed');
     like($left, qr/^left behind by a killed process/m, 'and what it left');
+    my $other = fails('another target', 'call recover', backup($test, '--target-id', 'other'));
+    like(
+        $other->{err},
+        qr/^Undo it by: pve-backup-access recover --target-id '\Q$access->{'target-id'}\E'/m,
+        'by which command'
+    );
     my @recover = ('recover', $test->{guest}->@*, '--target-id', $access->{'target-id'});
     like(succeeds('recover', @recover)->{out}, qr/\w/, 'recover: says what it undoes');
     is_deeply($json->decode(succeeds('recover', @recover, '--json')->{out}), [], 'once');

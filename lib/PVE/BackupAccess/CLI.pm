@@ -284,6 +284,9 @@ my sub run (@arguments) {
 
 # What the user can do about an error from a part that does not know the command.
 my sub hint_for ($command, $error) {
+    return
+        "Undo it by: pve-backup-access recover --target-id '$1', and this command's options for the guest."
+        if $error =~ m/left its access for target '(.*)' - call recover/;
     return if $command ne ' backup';
     return 'Is the guest running? If it is off, give its images by --image.'
         if $error =~ m/cannot connect to QMP socket/;
