@@ -110,6 +110,74 @@ subtest 'a handler that uses the volume' => sub {
     }
 };
 
+# As QEMU before 9.2 needs it, which goes on reading for a client that has gone.
+my @by_cluster = (dirty => \@blocks, description => 'pba: read by clusters of 65536 bytes');
+my $refused = qr/\Adevice disk: cannot be used any more.*end the guest.*set it up again\n\z/;
+
+# Whether it can be used after its answers came soon enough, else it has to be refused; what is asked for
+# never overlaps.
+sub goes_on_after ($interrupt, $name) {
+    my $server = start(@by_cluster, delay => 0.4);
+    my $volume = open_volume($server);
+    $interrupt->($volume);
+    my $done = eval {
+        $volume->pread(0, 4096) eq pattern(0, 4096) or die "wrong data\n";
+        $volume->copy(to => '/dev/null')->{'bytes-read'} == 64 * 64 * $KiB or die "wrong size\n";
+    };
+    $done or like($@, $refused, "$name: or it is refused");
+    is_deeply([$server->overlapping_reads], [], "$name: nothing is asked for twice at a time");
+    return $done;
+}
+
+subtest 'a server that may not be asked for the same twice at a time' => sub {
+    my %interrupt = (
+        'a read' => sub ($volume) {
+            dies_by_alarm(sub { $volume->pread(0, 4096) }, 'a read');
+        },
+        'a copy' => sub ($volume) {
+            dies_by_alarm(sub { $volume->copy(to => '/dev/null') }, 'a copy');
+        },
+        'a copy that fails' => sub ($volume) {
+            ok(
+                !eval {
+                    $volume->copy(to => sub { die "full\n" });
+                    1;
+                },
+                'a copy that fails'
+            );
+        },
+    );
+    for my $name (sort keys %interrupt) {
+        my $tries = 0;
+        $tries++ until goes_on_after($interrupt{$name}, $name) || $tries == 4;
+        cmp_ok($tries, '<', 4, "$name: then all can be read");
+    }
+};
+
+subtest 'the same where the answer does not come' => sub {
+    my $server = start(@by_cluster, delay => 3);
+    my $volume = open_volume($server);
+    my $other = open_volume($server);
+    dies_by_alarm(sub { $volume->pread(0, 4096) }, 'a read');
+    my %uses = (
+        'a read' => sub { $volume->pread(0, 4096) },
+        'a copy' => sub { $volume->copy(to => '/dev/null') },
+        'another volume' => sub { $other->pread(0, 4096) },
+        'a new volume' => sub { open_volume($server) },
+    );
+    for my $name (sort keys %uses) {
+        ok(!eval { $uses{$name}->(); 1 }, "$name dies");
+        like($@, $refused, "$name is refused");
+    }
+    is_deeply([$server->overlapping_reads], [], 'nothing is asked for twice');
+
+    $server = start(dirty => \@blocks, delay => 1);
+    $volume = open_volume($server);
+    dies_by_alarm(sub { $volume->pread(0, 4096) }, 'any other server');
+    ok($volume->pread(0, 4096) eq pattern(0, 4096), 'is asked again');
+    is(scalar(() = $server->overlapping_reads), 1, 'at once');
+};
+
 subtest 'connecting is interrupted' => sub {
     my $listener
         = IO::Socket::UNIX->new(Local => my $path = "/tmp/pba-nbd-interrupted-$$", Listen => 1)

@@ -5,11 +5,14 @@
 #include <inttypes.h>
 #include <poll.h>
 #include <string.h>
+#include <unistd.h>
 
 #define CONNECT_LIMIT_S 30
 /* Between two attempts to connect to a socket whose queue is full. */
 #define FIRST_PAUSE_MS 5u
 #define LONGEST_PAUSE_MS 100u
+/* For answers when a connection ends: a signal handler that died gets its way within a second. */
+#define CUT_LIMIT_MS 500
 
 void pba_nbd_set_error(const PbaNbdVolume *nbd, const char *what, GError **error)
 {
@@ -23,9 +26,38 @@ bool pba_nbd_is_lost(const PbaNbdVolume *nbd)
     return !nbd->handle || nbd_aio_is_dead(nbd->handle) || nbd_aio_is_closed(nbd->handle);
 }
 
+/* Waits a moment for the answers to what is in flight; false if some still lack. */
+static bool finish_in_flight(PbaNbdVolume *nbd)
+{
+    gint64 deadline = g_get_monotonic_time() + CUT_LIMIT_MS * G_TIME_SPAN_MILLISECOND;
+    short revents;
+
+    while (!pba_nbd_is_lost(nbd) && nbd_aio_in_flight(nbd->handle) > 0) {
+        short events = pba_nbd_events(nbd->handle);
+        if (!pba_wait_fd(nbd_aio_get_fd(nbd->handle), events, &revents, deadline, NULL, "finishing",
+                         NULL) ||
+            pba_nbd_notify(nbd->handle, events, revents) == -1) {
+            break;
+        }
+    }
+    return nbd_aio_in_flight(nbd->handle) <= 0;
+}
+
+/* QEMU goes on with what was asked for when the connection ends. Where it must not be asked for the
+ * same again meanwhile (PBA_BY_CLUSTER), the answers have to come first, or else nobody asks any
+ * more. */
+static void leave_nothing_behind(PbaNbdVolume *nbd)
+{
+    if (nbd->by_cluster && nbd->owner == getpid() && !pba_export_is_cut(nbd) &&
+        !finish_in_flight(nbd)) {
+        pba_export_note_cut(nbd);
+    }
+}
+
 void pba_nbd_disconnect(PbaNbdVolume *nbd)
 {
     if (nbd->handle) {
+        leave_nothing_behind(nbd);
         nbd->connection++;
         pba_connection_forget(nbd);
         g_clear_pointer(&nbd->handle, nbd_close);
@@ -65,6 +97,7 @@ static int limit_uris(struct nbd_handle *handle, const char *path)
 static bool prepare(PbaNbdVolume *nbd)
 {
     nbd->handle = nbd_create();
+    nbd->owner = getpid();
     if (nbd->handle) {
         pba_connection_note(nbd);
     }
@@ -188,9 +221,23 @@ static bool check_export(PbaNbdVolume *nbd, GError **error)
     return false;
 }
 
+static bool check_not_cut(const PbaNbdVolume *nbd, GError **error)
+{
+    if (!pba_export_is_cut(nbd)) {
+        return true;
+    }
+    pba_error_set(
+        error, PBA_ERROR_NBD,
+        "cannot be used any more, since a call was cut off while QEMU was reading for it - "
+        "a QEMU before 9.2 would abort, and end the guest, if it was to read the same "
+        "again meanwhile: tear the access down and set it up again");
+    pba_error_add_device(error, nbd->volume.device);
+    return false;
+}
+
 bool pba_nbd_connect(PbaNbdVolume *nbd, GError **error)
 {
-    if (!pba_volume_check(&nbd->volume, error)) {
+    if (!pba_volume_check(&nbd->volume, error) || !check_not_cut(nbd, error)) {
         return false;
     }
     if (nbd->handle) {

@@ -1,4 +1,4 @@
-/* All NBD connections of this process.
+/* All NBD connections of this process, and the exports that it may use no more.
  *
  * If a client does not read its replies, QEMU does not notice that the connection is shut down, and
  * keeps the export until then. So a teardown during a copy, such as by a signal handler, must close
@@ -13,6 +13,7 @@
 
 static GMutex lock;
 static GPtrArray *connected; /* PbaNbdVolume, borrowed */
+static GHashTable *cut;      /* exports by name; an access has a socket of its own */
 
 void pba_connection_note(PbaNbdVolume *nbd)
 {
@@ -56,4 +57,27 @@ void pba_connections_cut(const char *socket_path)
     }
     g_mutex_unlock(&lock);
     close(ended[0]);
+}
+
+static char *export_name(const PbaNbdVolume *nbd)
+{
+    return g_strdup_printf("%s\n%s", nbd->path, nbd->volume.device);
+}
+
+void pba_export_note_cut(const PbaNbdVolume *nbd)
+{
+    g_mutex_lock(&lock);
+    cut = cut ? cut : g_hash_table_new_full(g_str_hash, g_str_equal, g_free, NULL);
+    g_hash_table_add(cut, export_name(nbd));
+    g_mutex_unlock(&lock);
+}
+
+bool pba_export_is_cut(const PbaNbdVolume *nbd)
+{
+    g_autofree char *name = export_name(nbd);
+
+    g_mutex_lock(&lock);
+    bool is_cut = cut && g_hash_table_contains(cut, name);
+    g_mutex_unlock(&lock);
+    return is_cut;
 }

@@ -13,6 +13,7 @@ typedef struct {
     char *path;
     char *context;   /* the bitmap of the map; NULL: none */
     bool by_cluster; /* see PBA_BY_CLUSTER */
+    pid_t owner;     /* the process that connected: in its children it is only closed */
 } PbaNbdVolume;
 
 /* pba_volume_open, as one of these. */
@@ -42,13 +43,18 @@ int pba_nbd_notify(struct nbd_handle *handle, short events, short revents);
 bool pba_nbd_turn(PbaNbdVolume *nbd, gint64 deadline, const char *what, GError **error);
 /* The most of a range that one request with data may cover. */
 uint64_t pba_nbd_unit(const PbaNbdVolume *nbd, uint64_t offset, uint64_t length);
-/* Closes the connection, and with it all requests in flight. */
+/* Closes the connection, and with it all requests in flight, whose callbacks may still be called.
+ * Waits for their answers, at most half a second, if requests must not overlap (PBA_BY_CLUSTER). */
 void pba_nbd_disconnect(PbaNbdVolume *nbd);
 /* Registers a volume with a handle, so that pba_connections_cut finds its connection. */
 void pba_connection_note(PbaNbdVolume *nbd);
 void pba_connection_forget(PbaNbdVolume *nbd);
 /* Ends all connections of this process to the server at that socket, also those in use. */
 void pba_connections_cut(const char *socket_path);
+/* Registers an export of PBA_BY_CLUSTER whose server may still be carrying out requests of a closed
+ * connection. This process does not use the export any more. */
+void pba_export_note_cut(const PbaNbdVolume *nbd);
+bool pba_export_is_cut(const PbaNbdVolume *nbd);
 /* True if the connection is lost or closed. */
 bool pba_nbd_is_lost(const PbaNbdVolume *nbd);
 /* libnbd's last error, as one of ours about this device. */

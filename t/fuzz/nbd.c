@@ -118,8 +118,11 @@ static void walk(PbaVolume *volume, unsigned does)
 
 static void run_client(unsigned does)
 {
+    static unsigned clients;
+    /* What one input leaves in flight must not end the next one. */
+    g_autofree char *device = g_strdup_printf("disk%u", clients++);
     PbaVolumeOptions options = {
-        .device = "disk",
+        .device = device,
         .path = socket_path,
         .bitmap = does & WITHOUT_BITMAP ? NULL : "bitmap",
         .size = does & KNOWS_SIZE ? input.size : UINT64_MAX,

@@ -459,6 +459,11 @@ Takes an offset and a length from 1 byte to 32 MiB. Returns exactly that range. 
 read, and only until they are discarded; QEMU answers all other reads with an error. A read must not cross the
 edge of a region.
 
+A QEMU before 9.2 aborts, and ends the guest, when it is asked for something that it is still reading, even for a client
+that has gone. So let only one volume of a disk read there at a time. When a call is cut off, as by a signal handler that
+dies, and a QEMU before 10.0 does not answer what it was asked within half a second, all volumes of that disk in this
+process die from then on: tear the access down and set it up again.
+
 Errors: C<ArgumentError> if the range is too long or ends beyond the volume; C<NbdError> or C<SystemError> if
 the read fails.
 

@@ -104,6 +104,27 @@ sub max_in_flight ($self) {
     return $max;
 }
 
+# Reads that came while another one was not answered that has a part of the same, in words. A client
+# that goes does not end its reads: QEMU would carry them out.
+sub overlapping_reads ($self) {
+    my (@open, @overlapping);
+    for my $record ($self->records) {
+        my ($begin, $end)
+            = ($record->{offset} // 0, ($record->{offset} // 0) + ($record->{length} // 0));
+        if ($record->{kind} eq 'request' && $record->{command} eq 'read') {
+            push @overlapping,
+                map { "$record->{length} at $begin while $_->{length} at $_->{offset}" }
+                grep { $_->{offset} < $end && $begin < $_->{offset} + $_->{length} } @open;
+            push @open, $record;
+        }
+        elsif ($record->{kind} eq 'read-end') {
+            @open = grep { $_->{connection} != $record->{connection} || $_->{offset} != $begin }
+                @open;
+        }
+    }
+    return @overlapping;
+}
+
 # What the kept disk was asked to do and, with { answered }, what was done, in the order of time.
 sub changes ($self) {
     return grep { $_->{answered} || ($_->{command} // '') =~ m/\Awrite/ } $self->records;
