@@ -290,7 +290,7 @@ sub check_hang () {
 
 # ---- a QEMU ----
 
-# Of a snapshot QEMU before 10.0 must not be asked beside reads.
+# Of a snapshot QEMU before 9.2 must not be asked beside reads.
 sub check_qemu ($name) {
     my @disks = ({ id => 'disk0', format => 'raw', size => 64 * $mib });
     my $backend = PBA::Test::Backend->start(name => $name, guest => 0, disks => \@disks);

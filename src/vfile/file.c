@@ -22,7 +22,8 @@ typedef struct {
     uint64_t skip;  /* of the buffer: parts that were discarded since it was loaded */
     bool loaded;
     bool ahead;   /* kept until the reader has passed it */
-    bool dropped; /* discarded, or not needed any more: freed once it is loaded */
+    bool dropped; /* discarded, or not needed any more: freed once it is loaded. Not requested again
+                     until then: see PBA_BY_CLUSTER. */
 } Slot;
 
 typedef enum {
@@ -80,23 +81,23 @@ PbaFile *pba_file_new(PbaConnection *connection, PbaAhead *ahead, PbaSeeks *seek
 
 /* Slots */
 
-static Slot *find_slot(const PbaFile *file, uint64_t offset)
+static Slot *find_slot(const PbaFile *file, uint64_t offset, bool dropped)
 {
     for (guint i = 0; i < file->slots->len; i++) {
         Slot *slot = file->slots->pdata[i];
-        if (!slot->dropped && offset - slot->nbd.offset < slot->nbd.length) {
+        if (slot->dropped == dropped && offset - slot->nbd.offset < slot->nbd.length) {
             return slot;
         }
     }
     return NULL;
 }
 
-/* The beginning of the next slot after offset, at most end. */
+/* The beginning of the next slot after offset, even a dropped one, at most end. */
 static uint64_t gap_end(const PbaFile *file, uint64_t offset, uint64_t end)
 {
     for (guint i = 0; i < file->slots->len; i++) {
         const Slot *slot = file->slots->pdata[i];
-        if (!slot->dropped && slot->nbd.offset > offset) {
+        if (slot->nbd.offset > offset) {
             end = MIN(end, slot->nbd.offset);
         }
     }
@@ -228,7 +229,9 @@ static void read_ahead(PbaFile *file)
     while (file->ahead_slots < MAX_AHEAD && file->ahead_bytes < MAX_AHEAD_BYTES &&
            file->slots->len < MAX_SLOTS && file->bytes + MAX_PIECE <= MAX_BYTES &&
            pba_ahead_next(file->ahead, MAX_PIECE, &offset, &length)) {
-        load(file, offset, gap_end(file, offset, offset + length) - offset, LOAD_AHEAD);
+        if (!find_slot(file, offset, false) && !find_slot(file, offset, true)) {
+            load(file, offset, gap_end(file, offset, offset + length) - offset, LOAD_AHEAD);
+        }
     }
 }
 
@@ -248,8 +251,11 @@ static int collect(PbaFile *file, uint64_t begin, uint64_t end, struct iovec *pa
     int count = 0;
 
     for (uint64_t at = begin; at < end;) {
-        Slot *slot = find_slot(file, at);
-        if (!slot && !file->starved) {
+        Slot *slot = find_slot(file, at, false);
+        Slot *dropped = slot ? NULL : find_slot(file, at, true);
+        if (dropped) {
+            g_atomic_int_set(&dropped->nbd.urgent, true);
+        } else if (!slot && !file->starved) {
             uint64_t stop = gap_end(file, at, MIN(end, at + MAX_PIECE));
             slot = load(file, at, stop - at, stop < end ? LOAD_PART : LOAD_LAST);
             file->starved = !slot;
@@ -314,7 +320,7 @@ void pba_file_read(fuse_req_t request, fuse_ino_t inode, size_t length, off_t of
         fuse_reply_err(request, EIO);
         return;
     }
-    const Slot *slot = find_slot(file, begin);
+    const Slot *slot = find_slot(file, begin, false);
     bool in_order = slot && slot->ahead;
     if (!pba_ahead_note_read(file->ahead, begin, end, in_order)) {
         release_slots(file, UINT64_MAX);

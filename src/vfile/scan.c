@@ -35,8 +35,7 @@ PbaMap *pba_scan_zeroes(const PbaVolumeOptions *options, uint64_t from, PbaVolum
     PbaNbdVolume *nbd = pba_nbd_open_allocation(options, NULL, NULL);
 
     *volume = nbd ? &nbd->volume : NULL;
-    /* QEMU before 9.2 (6475155d51) cannot query a snapshot twice at a time, and any read of it may
-     * query. */
+    /* QEMU before 9.2 (6475155d51) aborts on a query for data that it is reading. */
     if (nbd && (!nbd->context || nbd->by_cluster)) {
         g_clear_pointer(volume, pba_volume_free);
     }
