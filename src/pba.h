@@ -257,8 +257,9 @@ const char *pba_access_socket(const PbaAccess *access);
 
 /* One device's data over NBD */
 
-/* The description of an NBD export that must be read by single clusters of 64 KiB: across clusters,
- * its QEMU would return wrong data. */
+/* The description of an NBD export that must be read by single clusters of 64 KiB, because its QEMU
+ * may return wrong data across clusters. No request may overlap a read or a block status that is in
+ * flight, even for a client that has disconnected, because QEMU may abort (see versions.c). */
 #define PBA_BY_CLUSTER "pba: read by clusters of 65536 bytes"
 /* The beginning of the description of an export whose fleecing image has clusters of more than 64
  * KiB; their size in bytes follows, decimal. */

@@ -292,8 +292,8 @@ subtest 'holes, to what has none' => sub {
     }
 };
 
-# As QEMU before 10.0 needs it: a longer read of a snapshot returns wrong data, and two questions for
-# holes at a time make it abort.
+# As QEMU before 9.2 needs it: a longer read of a snapshot returns wrong data (before 8.0), and a question
+# for holes in what is being read makes it abort.
 subtest 'a server to be read by clusters' => sub {
     my $size = 20 * $MiB + 512;
     my @options = (

@@ -281,8 +281,9 @@ static bool add_exports(PbaAccess *access, GError **error)
     if (access->backend->reads_by_cluster(access)) {
         pba_log(
             &access->hooks, PBA_LOG_INFO,
-            "this QEMU has to be read by single clusters of 64 KiB, as PVE::BackupAccess::Volume "
-            "does: other NBD clients can get wrong data");
+            "this QEMU has to be read by single clusters of 64 KiB, and none twice at a time, as "
+            "PVE::BackupAccess::Volume does: other NBD clients can get wrong data (QEMU before "
+            "8.0), or end the guest with requests that overlap (before 9.2)");
     }
     for (guint i = 0; i < access->disks->len; i++) {
         if (!add_export(access, access->disks->pdata[i], error)) {

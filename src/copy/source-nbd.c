@@ -20,7 +20,7 @@ static PbaNbdVolume *open_another(const NbdSource *self, GError **error)
     PbaVolumeOptions options = {
         .device = volume->device, .path = first->path, .size = volume->size};
 
-    /* QEMU before 9.2 (6475155d51) cannot ask a snapshot twice at a time. */
+    /* QEMU before 9.2 (6475155d51) cannot be asked this of what it is reading. */
     if (self->count == 1 && !first->by_cluster) {
         return pba_nbd_open_allocation(&options, &volume->hooks, error);
     }

@@ -77,8 +77,9 @@ bool pba_upstream_check_iothreads(PbaAccess *access, GError **error)
         if (found) {
             pba_error_set(
                 error, PBA_ERROR_UNSUPPORTED,
-                "is in an iothread, and QEMU before 10.0 aborts when an NBD client of such a disk "
-                "disconnects - use QEMU 10.0 or later, or take the disk out of the iothread");
+                "is in an iothread, and this QEMU may abort when an NBD client of such a disk "
+                "disconnects (7.2 does) - use QEMU 10.0 or later, or take the disk out of the "
+                "iothread");
             pba_error_add_device(error, disk->device);
             return false;
         }

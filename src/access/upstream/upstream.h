@@ -37,7 +37,7 @@ bool pba_upstream_each_disk(PbaAccess *access, PbaDiskStep step, GError **error)
 /* Fills in the disk's guest_device. */
 bool pba_upstream_find_guest_device(PbaAccess *access, const PbaDisk *disk, const char *qdev,
                                     GError **error);
-/* Refuses disks in an iothread where QEMU would abort (before 10.0: see versions.c). */
+/* Refuses disks in an iothread where QEMU may abort (before 10.0: see versions.c). */
 bool pba_upstream_check_iothreads(PbaAccess *access, GError **error);
 
 /* Versions of QEMU */

@@ -50,10 +50,13 @@ bool pba_upstream_suits(PbaQmp *qmp, PbaQemu *qemu, G_GNUC_UNUSED const char **f
     return *suits;
 }
 
-/* Before 8.0 (a4d5224c2c), block status of a snapshot-access node is wrong for a range that begins
- * in a copied cluster and ends in one that was not copied: the range is looked up in the current
- * disk, so QEMU 7.2 reports a hole where the guest has trimmed. 10.0 is the oldest version known to
- * be good. */
+/* Of a snapshot-access node QEMU
+ * - before 8.0 (a4d5224c2c; 7.2.22 lacks it) looks a range up in the current disk that begins in a
+ *   copied cluster and ends in one that was not copied: a read returns what the guest has written
+ *   since, block status a hole where it has trimmed;
+ * - before 9.2 (6475155d51; also in 7.2.15, 8.2.8, 9.0.4, 9.1.1) aborts on a read or a block status
+ *   that has to look into the current disk and overlaps one that does.
+ * 10.0 is the oldest version known to be good. */
 bool pba_upstream_reads_by_cluster(const PbaAccess *access)
 {
     return access_is_before(access, 10, 0);

@@ -323,7 +323,7 @@ my sub check_archive ($trial, $job, $name) {
     my @same = map { report($trial, "$name: $_ is the disk as of the backup", $problems->{$_}) }
         $Machine->devices;
 
-    # A stock QEMU before 10.0 returns wrong data for some kinds of reads; the log says so.
+    # A stock QEMU before 8.0 returns wrong data for some kinds of reads; the log says so.
     $trial->{tap}->explain("log of the $job->{name}:", $job->{log}->@*) if grep { !$_ } @same;
 }
 

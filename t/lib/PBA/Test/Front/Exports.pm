@@ -57,7 +57,7 @@ sub block_export_add ($self, $arguments) {
         die { desc => "Block export id '$id' is already in use" };
     }
 
-    # A stock QEMU before 10.0 answers reads of a snapshot across clusters with wrong data, which no
+    # A stock QEMU before 8.0 answers reads of a snapshot across clusters with wrong data, which no
     # Proxmox QEMU does. This is how the module is told of such an export.
     my $version = $self->{qemu}->call('query-version')->{qemu};
     my %told
