@@ -117,7 +117,7 @@ sub overlapping_reads ($self) {
                 grep { $_->{offset} < $end && $begin < $_->{offset} + $_->{length} } @open;
             push @open, $record;
         }
-        elsif ($record->{kind} eq 'read-end') {
+        elsif ($record->{kind} eq 'done') {
             @open = grep { $_->{connection} != $record->{connection} || $_->{offset} != $begin }
                 @open;
         }

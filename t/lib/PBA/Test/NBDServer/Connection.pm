@@ -362,8 +362,7 @@ sub _send_error ($self, $request, $errno, $message) {
 # ---- commands ----
 
 sub _answer_read ($self, $request) {
-    $self->{server}
-        ->record('read-end', connection => $self->{number}, %$request{qw(offset length)});
+    $self->{server}->record('done', connection => $self->{number}, %$request{qw(offset length)});
     my $errno = $self->_fault('read_error', $request);
     return $self->_send_error($request, $errno, 'told to fail') if $errno;
     return $self->_send_error($request, EINVAL, 'outside the disk') if !$self->_in_range($request);
