@@ -70,11 +70,23 @@ sub check_dead ($backend) {
 }
 
 # By QEMU's own commands, as qemu-server does today.
+# qemu-server gives a TPM state's volume a node without a guest device.
+sub add_tpm_state ($backend, $qmp) {
+    for my $node ('tpmstate', 'tpmstate-fleecing') {
+        my $path = $backend->work_dir('foreign') . "/$node";
+        open(my $fh, '>', $path) or die "$path: $!\n";
+        truncate($fh, 1 << 20) && close($fh) or die "$path: $!\n";
+        my %file = (driver => 'file', filename => $path);
+        $qmp->execute('blockdev-add', driver => 'raw', 'node-name' => $node, file => \%file);
+    }
+    return { device => 'tpmstate', 'bitmap-mode' => 'none' };
+}
+
 sub start_foreign ($backend, $target, $mode) {
     my $qmp = PBA::Test::QMP->new(path => $backend->qmp_path);
     my @devices = map {
         { $_->%* }
-    } $backend->devices($mode)->@*;
+    } $backend->devices($mode)->@*, add_tpm_state($backend, $qmp);
     my $infos = $qmp->execute(
         'backup-access-setup',
         'target-id' => $target,
@@ -108,11 +120,13 @@ sub check_foreign ($backend) {
         my %wrong = (%foreign, 'target-id' => 'snapshot-access:wrong');
         if ($mode eq 'use') {
             refused(sub { recover($backend, %wrong) }, qr/not of target/, "$mode: another target");
-            is(scalar($backend->vm->exports->@*), 2, "$mode: its exports are there");
+            is(scalar($backend->vm->exports->@*), 3, "$mode: its exports are there");
         }
         my $lines = PVE::BackupAccess->recover(qmp => $backend->qmp_path, %foreign);
         like("@$lines", qr/export .* was removed.*NBD server was stopped.*was ended/,
             "$mode: lines");
+        PBA::Test::QMP->once($backend->qmp_path, 'blockdev-del', { 'node-name' => $_ })
+            for 'tpmstate', 'tpmstate-fleecing';
         is_deeply($backend->outside, $outside, "$mode: nothing is left");
     }
     $backend->check_manners;

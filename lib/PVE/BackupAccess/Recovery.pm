@@ -97,23 +97,28 @@ my sub frozen_bitmaps ($target, @nodes) {
     return @frozen;
 }
 
-# QEMU's filter above an unplugged disk: only its snapshot still uses it.
+# QEMU's filter above an unplugged disk: only its snapshot still uses it. A disk's node with a name was added
+# by blockdev-add and stays when the filter goes, whether a guest device uses it or not: qemu-server adds a
+# TPM state's volume so.
 my sub refuse_lost_disks ($options, @nodes) {
     my %driver = map { ($_->{'node-name'} // '') => $_->{drv} // '' } @nodes;
     my $graph = ask($options, 'x-debug-query-block-graph');
     my %name = map { $_->{id} => $_->{name} }
         grep { $_->{type} eq 'block-driver' } $graph->{nodes}->@*;
-    my %users;
+    my (%users, %disk);
     for my $edge ($graph->{edges}->@*) {
         my $user = $driver{ $name{ $edge->{parent} } // '' } // '';
         push($users{ $name{ $edge->{child} } // '' }->@*, $user);
+        $disk{ $name{ $edge->{parent} } // '' } = $name{ $edge->{child} }
+            if $edge->{name} eq 'file';
     }
     for my $filter (grep { $driver{$_} eq 'copy-before-write' } sort keys %driver) {
         my @users = ($users{$filter} // [])->@*;
         refuse(
             'a guest device or its node was removed while the access was up, and QEMU would crash at'
                 . ' a teardown: the access stays up until the VM is stopped')
-            if @users && !grep { $_ ne 'snapshot-access' } @users;
+            if ($disk{$filter} // '') =~ m/\A#/ && @users && !grep { $_ ne 'snapshot-access' }
+            @users;
     }
     return;
 }

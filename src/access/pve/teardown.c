@@ -68,13 +68,16 @@ static const char *find_stale_danger(const PbaAccess *access, PbaBitmapWalk at, 
 }
 
 /* QEMU's filter above a disk that was unplugged without a hold, or whose hold was deleted since. No
- * name reveals it, but only its snapshot still uses the filter. Needs the graph. */
+ * name reveals it, but only its snapshot still uses the filter. A node with a name was added by
+ * blockdev-add and stays when the filter goes, whether a guest device uses it or not: qemu-server
+ * adds a TPM state's volume so. Needs the graph. */
 static bool has_lost_disk(const PbaBlock *block, const char *node)
 {
     JsonObject *entry = pba_block_find_node(block, node);
+    const char *disk = pba_block_find_child(block, node, "file");
 
     return entry && g_strcmp0(pba_json_find_string(entry, "drv"), "copy-before-write") == 0 &&
-           pba_block_has_parent(block, node) &&
+           disk && *disk == '#' && pba_block_has_parent(block, node) &&
            !pba_block_has_parent_but(block, node, "snapshot-access");
 }
 
