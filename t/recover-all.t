@@ -15,6 +15,7 @@ use PBA::Test::Client;
 use PBA::Test::QMP;
 
 my $size = 1 << 20;
+my $QMP = 'PBA::Test::QMP';
 
 sub recover ($backend, %more) {
     my %options = $backend->options;
@@ -62,7 +63,7 @@ sub check_dead ($backend) {
     my @sent;
     my $qmp = sub ($command, $arguments) {
         push(@sent, $command);
-        return PBA::Test::QMP->once($backend->qmp_path, $command, $arguments);
+        return $QMP->once($backend->qmp_path, $command, $arguments);
     };
     is_deeply(recover($backend, qmp => $qmp), [], 'nothing to undo, bitmaps of two targets there');
     is_deeply(\@sent, ['query-named-block-nodes'], 'one query');
@@ -83,7 +84,7 @@ sub add_tpm_state ($backend, $qmp) {
 }
 
 sub start_foreign ($backend, $target, $mode) {
-    my $qmp = PBA::Test::QMP->new(path => $backend->qmp_path);
+    my $qmp = $QMP->new(path => $backend->qmp_path);
     my @devices = map {
         { $_->%* }
     } $backend->devices($mode)->@*, add_tpm_state($backend, $qmp);
@@ -125,7 +126,7 @@ sub check_foreign ($backend) {
         my $lines = PVE::BackupAccess->recover(qmp => $backend->qmp_path, %foreign);
         like("@$lines", qr/export .* was removed.*NBD server was stopped.*was ended/,
             "$mode: lines");
-        PBA::Test::QMP->once($backend->qmp_path, 'blockdev-del', { 'node-name' => $_ })
+        $QMP->once($backend->qmp_path, 'blockdev-del', { 'node-name' => $_ })
             for 'tpmstate', 'tpmstate-fleecing';
         is_deeply($backend->outside, $outside, "$mode: nothing is left");
     }
