@@ -9,6 +9,7 @@ use Exporter qw(import);
 use File::Path qw(make_path);
 use FindBin;
 use IO::Socket::UNIX;
+use Socket qw(SOMAXCONN);
 
 our @EXPORT_OK = qw(empty_modules enter_own_mounts load_tree prepare_host write_file);
 
@@ -86,7 +87,7 @@ sub prepare_host ($vmid, $config, $vm, $agent, $store) {
     $ENV{PATH} = "$ENV{PATH}:/usr/sbin:/sbin:/run/bin";
 
     # Takes connections, and says nothing.
-    return IO::Socket::UNIX->new(Local => '/run/qmeventd.sock', Listen => 64)
+    return IO::Socket::UNIX->new(Local => '/run/qmeventd.sock', Listen => SOMAXCONN)
         // die "/run/qmeventd.sock: $!\n";
 }
 
