@@ -74,11 +74,14 @@ static const char *find_stale_danger(const PbaAccess *access, PbaBitmapWalk at, 
 static bool has_lost_disk(const PbaBlock *block, const char *node)
 {
     JsonObject *entry = pba_block_find_node(block, node);
-    const char *disk = pba_block_find_child(block, node, "file");
 
-    return entry && g_strcmp0(pba_json_find_string(entry, "drv"), "copy-before-write") == 0 &&
-           disk && *disk == '#' && pba_block_has_parent(block, node) &&
-           !pba_block_has_parent_but(block, node, "snapshot-access");
+    if (!entry || g_strcmp0(pba_json_find_string(entry, "drv"), "copy-before-write") != 0 ||
+        !pba_block_has_parent(block, node) ||
+        pba_block_has_parent_but(block, node, "snapshot-access")) {
+        return false;
+    }
+    const char *disk = pba_block_find_child(block, node, "file");
+    return disk && *disk == '#';
 }
 
 /* The same for an access of a dead process, of which only names are known. */
