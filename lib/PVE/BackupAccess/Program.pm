@@ -83,6 +83,10 @@ my sub run_instead ($how, @command) {
     open(my $null, '+<', '/dev/null') or die "cannot open /dev/null - $!\n";
     my $listener = $how->{listener};
     place((map { $how->{$_} // $null } qw(in out err)), $listener // ());
+
+    # A terminal's signals are for the caller. Late: a new session is a scheduling group of its own,
+    # which gets little of a processor beside groups of a higher priority.
+    POSIX::setsid();
     POSIX::sigprocmask(SIG_SETMASK, $how->{mask});
     local %ENV = (
         program_environment(),
@@ -96,7 +100,6 @@ my sub run_instead ($how, @command) {
 my sub become ($parent, $how, @command) {
     end_with($parent, $how->{signal} // SIGTERM);
     $SIG{$_} = 'DEFAULT' for qw(HUP INT PIPE QUIT TERM);    # also what the caller ignores
-    POSIX::setsid();    # a terminal's signals go to the caller only
     local $SIG{__DIE__} = undef;
     my ($death) = deaths_of(sub (@) { run_instead($how, @command) });
     my $message = "$death->[0]";
