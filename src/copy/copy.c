@@ -58,7 +58,7 @@ static bool may_read(const PbaCopy *copy)
 static bool fill(PbaCopy *copy, GError **error)
 {
     while (may_read(copy)) {
-        if (!pba_course_next(&copy->course, error) || !pba_copy_check_owner(copy, error)) {
+        if (!pba_course_next(&copy->course, error) || !pba_loop_check_owner(&copy->loop, error)) {
             return false;
         }
         if (copy->course.next != PBA_NEXT_DATA && copy->course.next != PBA_NEXT_ZEROES) {
@@ -91,7 +91,7 @@ static bool tell_progress(PbaCopy *copy, bool last, GError **error)
         pba_error_set(error, PBA_ERROR_INTERRUPTED, "the progress function failed");
         return false;
     }
-    return pba_copy_check_owner(copy, error);
+    return pba_loop_check_owner(&copy->loop, error);
 }
 
 /* Waiting */
@@ -110,8 +110,7 @@ static bool turn(PbaCopy *copy, GError **error)
         until = MIN(until, pba_limit_ready_at(&copy->limit));
     }
     return pba_loop_turn(&copy->loop, until,
-                         copy->last_event + PBA_NBD_LIMIT_S * G_TIME_SPAN_SECOND, error) &&
-           pba_copy_check_owner(copy, error);
+                         copy->last_event + PBA_NBD_LIMIT_S * G_TIME_SPAN_SECOND, error);
 }
 
 /* The map belongs to one instant: where it was read twice it must have been the same. */
@@ -259,7 +258,7 @@ static bool prepare_readback(PbaCopy *copy, GError **error)
 static bool count_total(PbaCopy *copy, GError **error)
 {
     return pba_course_total(&copy->course, &copy->total, error) &&
-           pba_copy_check_owner(copy, error);
+           pba_loop_check_owner(&copy->loop, error);
 }
 
 static bool prepare(PbaCopy *copy, GError **error)
@@ -325,8 +324,7 @@ bool pba_volume_copy(PbaVolume *volume, const PbaCopyOptions *options,
         .volume = volume,
         .options = options,
         .statistics = statistics,
-        .loop = {.hooks = volume->hooks},
-        .owner = getpid(),
+        .loop = {.hooks = volume->hooks, .owner = getpid()},
     };
     copy->course = (PbaCourse){
         .volume = volume, .map = pba_volume_map(volume, 0), .only_known = options->only_known};

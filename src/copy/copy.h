@@ -16,6 +16,7 @@ typedef struct {
     bool (*on_ready)(void *opaque, GError **error);
     void *opaque;
     PbaHooks hooks;
+    pid_t owner; /* the process whose copy it is */
 } PbaLoop;
 
 /* One that is there already is not added again. */
@@ -26,8 +27,10 @@ void pba_loop_watch(PbaLoop *loop, int watched, bool (*on_ready)(void *opaque, G
                     void *opaque);
 /* The pool, with so many threads more. */
 PbaPool *pba_loop_pool(PbaLoop *loop, unsigned threads, GError **error);
+/* Perl code that ran in a callback may have forked, and come back in the child. */
+bool pba_loop_check_owner(const PbaLoop *loop, GError **error);
 /* Waits until something came or the time until is reached, and lets it be handled: completions are
- * called from in here. False on timeout and interruption. */
+ * called from in here. False on timeout and interruption, and in a child, which handles nothing. */
 bool pba_loop_turn(PbaLoop *loop, gint64 until, gint64 deadline, GError **error);
 
 typedef enum {

@@ -1,6 +1,7 @@
 /* One wait for all of a copy's connections and threads. */
 #include "copy.h"
 #include "src/base/base.h"
+#include <unistd.h>
 
 void pba_loop_add(PbaLoop *loop, struct nbd_handle *handle)
 {
@@ -37,6 +38,15 @@ static struct pollfd poll_entry(struct nbd_handle *handle)
     return (struct pollfd){.fd = events ? nbd_aio_get_fd(handle) : -1, .events = events};
 }
 
+bool pba_loop_check_owner(const PbaLoop *loop, GError **error)
+{
+    if (loop->owner == getpid()) {
+        return true;
+    }
+    pba_error_set(error, PBA_ERROR_STATE, "the copy belongs to another process");
+    return false;
+}
+
 bool pba_loop_turn(PbaLoop *loop, gint64 until, gint64 deadline, GError **error)
 {
     struct pollfd entries[G_N_ELEMENTS(loop->handles) + 2];
@@ -51,7 +61,8 @@ bool pba_loop_turn(PbaLoop *loop, gint64 until, gint64 deadline, GError **error)
     if (loop->on_ready) {
         entries[count++] = (struct pollfd){.fd = loop->watched, .events = POLLIN};
     }
-    if (!pba_wait_fds(entries, count, until, deadline, &loop->hooks, "copying", error)) {
+    if (!pba_wait_fds(entries, count, until, deadline, &loop->hooks, "copying", error) ||
+        !pba_loop_check_owner(loop, error)) {
         return false;
     }
     for (unsigned i = 0; i < loop->count; i++) {

@@ -326,11 +326,6 @@ static bool file_start(PbaSink *sink, GError **error)
         if (!pba_loop_turn(self->loop, G_MAXINT64, deadline, error)) {
             return false;
         }
-        /* Perl code that ran meanwhile may have forked, and come back in the child. */
-        if (self->owner != getpid()) {
-            pba_error_set(error, PBA_ERROR_STATE, "the copy belongs to another process");
-            return false;
-        }
     }
     return pid != -1 && check_opened(self, error);
 }

@@ -4,16 +4,6 @@
 #include "src/base/base.h"
 #include <errno.h>
 #include <string.h>
-#include <unistd.h>
-
-bool pba_copy_check_owner(const PbaCopy *copy, GError **error)
-{
-    if (copy->owner == getpid()) {
-        return true;
-    }
-    pba_error_set(error, PBA_ERROR_STATE, "the copy belongs to another process");
-    return false;
-}
 
 /* With a function for damage, data that the server says it cannot read is no reason to end. */
 static bool pass_over(const PbaCopy *copy, PbaPiece *piece, GError **error)
@@ -29,7 +19,7 @@ static bool pass_over(const PbaCopy *copy, PbaPiece *piece, GError **error)
         pba_error_set(error, PBA_ERROR_INTERRUPTED, "the function for damage failed");
         return false;
     }
-    return pba_copy_check_owner(copy, error);
+    return pba_loop_check_owner(&copy->loop, error);
 }
 
 static bool after_read(PbaCopy *copy, PbaPiece *piece, GError **error)
@@ -58,7 +48,7 @@ static bool after_hashed(PbaCopy *copy, PbaPiece *piece, GError **error)
     copy->steps++;
     piece->state = PBA_PIECE_READY;
     if (!pba_digests_tell(copy->digests, piece, copy->options, copy->statistics, error) ||
-        !pba_copy_check_owner(copy, error)) {
+        !pba_loop_check_owner(&copy->loop, error)) {
         return false;
     }
     piece->length = 0;
@@ -78,7 +68,7 @@ static bool write_piece(PbaCopy *copy, PbaPiece *piece, GError **error)
         return true;
     }
     piece->state = PBA_PIECE_WRITING;
-    return copy->sink->write(copy->sink, piece, error) && pba_copy_check_owner(copy, error);
+    return copy->sink->write(copy->sink, piece, error) && pba_loop_check_owner(&copy->loop, error);
 }
 
 static bool finish_piece(PbaCopy *copy, PbaPiece *piece, GError **error)

@@ -33,11 +33,8 @@ typedef struct {
     uint64_t total;
     gint64 last_progress;
     gint64 last_event; /* when something was done last, for the time limit */
-    pid_t owner;
 } PbaCopy;
 
-/* Perl code that ran in a callback may have forked, and come back in the child. */
-bool pba_copy_check_owner(const PbaCopy *copy, GError **error);
 /* Takes each piece as far as it goes now. */
 bool pba_copy_move_pieces(PbaCopy *copy, GError **error);
 
