@@ -43,9 +43,9 @@ static bool finish_in_flight(PbaNbdVolume *nbd)
     return nbd_aio_in_flight(nbd->handle) <= 0;
 }
 
-/* QEMU goes on with what was asked for when the connection ends. Where it must not be asked for the
- * same again meanwhile (PBA_BY_CLUSTER), the answers have to come first, or else nobody asks any
- * more. */
+/* QEMU carries out the requests in flight even after the connection has ended. With PBA_BY_CLUSTER
+ * a second request for the same range must not reach it meanwhile, so this waits for the answers.
+ * If some do not come, this process sends no more requests to the export. */
 static void leave_nothing_behind(PbaNbdVolume *nbd)
 {
     if (nbd->by_cluster && nbd->owner == getpid() && !pba_export_is_cut(nbd) &&

@@ -14,7 +14,7 @@ use PVE::BackupAccess::Argument
     qw(bad_argument check_filled_text check_hash check_options check_positive);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Image::InUse qw(check_unused);
-use PVE::BackupAccess::Program qw(start_program);
+use PVE::BackupAccess::Program qw($longest_socket start_program);
 use PVE::BackupAccess::Provider::Store::PrivateDir;
 use PVE::BackupAccess::Try qw(attempt);
 use PVE::BackupAccess::Wait qw(wait_for_child);
@@ -82,10 +82,9 @@ my sub node_options ($disk) {
 
 # QEMU and the kernel take no longer path of a socket.
 my sub check_socket ($path) {
-    my $most = 107;
     fail(
-        "cannot make the socket $path - its path has more than $most bytes, so set TMPDIR to another directory"
-    ) if length($path) > $most;
+        "cannot make the socket $path - its path has more than $longest_socket bytes, so set TMPDIR to another directory"
+    ) if length($path) > $longest_socket;
     return $path;
 }
 
@@ -134,8 +133,8 @@ my sub find_drives ($self) {
     return;
 }
 
-# The format of what an image is based on is not guessed either: its own guest may have written a header that
-# names another file. And whoever changes it changes the disk.
+# QEMU must not guess the format of a backing file either: a guest that wrote to it may have written a header
+# that names another file. A process that writes to a backing file changes the disk, so none may have it open.
 my sub check_backing ($self) {
     my %node = map { $_->{'node-name'} => $_ } ask($self, 'query-named-block-nodes', {})->@*;
     for my $disk ($self->{disks}->@*) {

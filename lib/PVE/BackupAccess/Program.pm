@@ -17,10 +17,12 @@ use PVE::BackupAccess::Try qw(deaths_of ensure);
 use PVE::BackupAccess::Wait qw(wait_for_child);
 
 our @EXPORT_OK
-    = qw(end_with new_pipe program_environment run_program run_program_to_file start_program temporary_file);
+    = qw($longest_socket end_with new_pipe program_environment run_program run_program_to_file start_program temporary_file);
 
-my $first_free_fd = 10;    # above standard input, output and error, and a passed listener
-my $not_run = 127;         # exit status of a child that cannot become the program
+our $longest_socket = 107;    # bytes of a path in a struct sockaddr_un
+
+my $first_free_fd = 10;       # above standard input, output and error, and a passed listener
+my $not_run = 127;            # exit status of a child that cannot become the program
 
 # How long to wait for a killed program: unresponsive storage may delay its end.
 my $end_limit = 0.5;

@@ -8,7 +8,6 @@ use Cwd ();
 use Exporter qw(import);
 
 use PVE::BackupAccess::CLI qw(absolute untainted usage_error);
-use PVE::BackupAccess::File qw(entries);
 use PVE::BackupAccess::Provider::Qcow2Chain;
 use PVE::BackupAccess::Provider::Qcow2Chain::Names ();
 
@@ -82,7 +81,7 @@ sub store_number_for ($opt, $store, $name) {
 # The numbers of all guests, with or without a name.
 sub store_numbers ($opt, $store) {
     return rbd_store($opt, $store)->vmids if is_rbd($store);
-    return map { m/\A([1-9][0-9]{0,8})\z/ ? $1 : () } map { entries("$store/$_") } qw(vm ct);
+    return $names->can('numbers_in')->("$store/vm", "$store/ct");
 }
 
 # The store's unique ID; undef for a directory.

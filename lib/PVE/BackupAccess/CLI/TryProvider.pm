@@ -333,7 +333,7 @@ my sub run_trial ($trial) {
     check_class($trial) or return;
     $trial->{machine} = $Machine->start;
     $trial->{restore}
-        = $Restore->new->is_strict($trial->{'storage-plugin'} // $trial->{'usual-plugin'});
+        = $Restore->new($trial->{'storage-plugin'} // $trial->{'usual-plugin'});
     my $restores = !$trial->{'backup-only'};
     for my $job (@jobs) {
         back_up($trial, $job);

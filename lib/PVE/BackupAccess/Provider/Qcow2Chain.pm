@@ -2,13 +2,11 @@ package PVE::BackupAccess::Provider::Qcow2Chain;
 
 use v5.36;
 
-use List::Util qw(uniq);
-
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::File qw(entries);
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 use PVE::BackupAccess::Provider::Qcow2Chain::Container;
 use PVE::BackupAccess::Provider::Qcow2Chain::Guest;
+use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(numbers_in);
 use PVE::BackupAccess::Provider::Qcow2Chain::Store qw(store_devices);
 use PVE::BackupAccess::Provider::Qcow2Chain::Tree qw(mechanism_of);
 use PVE::BackupAccess::Provider::Qcow2Chain::Verify qw(digests_of problems_of unproven_of);
@@ -51,8 +49,7 @@ sub _where ($self) { return $self->{path} }
 sub _notes_name ($self) { return 'qcow2-chain' }
 
 sub _vmids ($self) {
-    my @entries = map { entries("$self->{path}/$_") } values %directories;
-    return sort { $a <=> $b } uniq(map { m/\A([1-9][0-9]{0,8})\z/ ? $1 : () } @entries);
+    return sort { $a <=> $b } numbers_in(map { "$self->{path}/$_" } values %directories);
 }
 
 sub _begin ($self, $task, %about) {

@@ -12,21 +12,16 @@ use PVE::BackupAccess::Try qw(attempt_any);
 
 my $piece = 1 << 20;
 
-sub new ($class) {
+# is_strict: the provider gets a storage plugin, as on Proxmox VE, and has to do what is asked for there.
+sub new ($class, $is_strict) {
     my $dir = File::Temp->newdir('pve-backup-access-restored.XXXXXX', TMPDIR => 1);
-    return bless({ dir => $dir, count => 0 }, $class);
+    return bless({ dir => $dir, count => 0, 'is strict' => $is_strict }, $class);
 }
 
 my sub run_or_die (@command) {
     my ($status, $out, $message) = run_program(@command);
     die "$command[0] failed: $out$message\n" if $status;
     return;
-}
-
-# The provider gets a storage plugin, as on Proxmox VE, and has to do what is asked for there.
-sub is_strict ($self, $is_strict) {
-    $self->{'is strict'} = $is_strict;
-    return $self;
 }
 
 # Copies the disks as they are now; nothing writes to them at this time. Returns { device => file }.

@@ -13,6 +13,7 @@ use PVE::BackupAccess::Program qw(run_program run_program_to_file);
 our @EXPORT_OK = qw($cluster_size commit_image create_image extents image_chain image_problem);
 
 my $Error = 'PVE::BackupAccess::Error';
+my $json = JSON::PP->new->latin1->canonical;    # of bytes, which stay as they are
 
 our $qemu_img = 'qemu-img';
 
@@ -69,8 +70,8 @@ sub image_problem ($file) {
 # The image without its backing file, for qemu-img. The bytes of the name stay as they are.
 my sub alone ($file) {
     utf8::encode($file) if utf8::is_utf8($file);
-    my $name = $file =~ s/(["\\\x00-\x1f])/sprintf('\\u%04x', ord($1))/ger;
-    return qq({"driver":"qcow2","backing":null,"file":{"driver":"file","filename":"$name"}});
+    my %file = (driver => 'file', filename => $file);
+    return $json->encode({ driver => 'qcow2', backing => undef, file => \%file });
 }
 
 # Returns a function that goes through the ranges of an image, without its backing file. For each range it returns the

@@ -6,13 +6,14 @@ use v5.36;
 
 use Exporter qw(import);
 use Fcntl qw(O_CREAT O_RDWR);
+use List::Util qw(uniq);
 
 use PVE::BackupAccess::Argument qw(bad_argument);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::File qw(entries make_directory read_file replace_file);
 use PVE::BackupAccess::Wait qw(wait_for_lock);
 
-our @EXPORT_OK = qw(check_name name_of number_for number_of);
+our @EXPORT_OK = qw(check_name name_of number_for number_of numbers_in);
 
 my sub fail ($message) { PVE::BackupAccess::Error->throw('SystemError', $message) }
 
@@ -26,6 +27,11 @@ sub check_name ($name) {
     return $checked;
 }
 
+# The numbers of guests that have a directory in one of these.
+sub numbers_in (@directories) {
+    return uniq(map { m/\A([1-9][0-9]{0,8})\z/ ? $1 : () } map { entries($_) } @directories);
+}
+
 # The name of the guest with that number, undef if it has none.
 sub name_of ($store, $vmid) {
     my $file = "$store/vm/$vmid/name";
@@ -36,7 +42,7 @@ sub name_of ($store, $vmid) {
 
 # The number of the guest with that name, undef if there is none.
 sub number_of ($store, $name) {
-    for my $vmid (map { m/\A([1-9][0-9]{0,8})\z/ ? $1 : () } entries("$store/vm")) {
+    for my $vmid (numbers_in("$store/vm")) {
         return $vmid if (name_of($store, $vmid) // '') eq $name;
     }
     return undef;

@@ -11,7 +11,7 @@ use POSIX qw(SIGKILL);
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw(start_program);
+use PVE::BackupAccess::Program qw($longest_socket start_program);
 use PVE::BackupAccess::Provider::Store::PrivateDir;
 use PVE::BackupAccess::Try qw(attempt);
 use PVE::BackupAccess::Volume;
@@ -22,8 +22,6 @@ our $qemu_nbd = 'qemu-nbd';
 # qemu-nbd allocates a buffer for each request. By default malloc maps each buffer of 128 KiB or more anew, and the kernel
 # clears it, which takes a third of the time of a copy.
 my $malloc = 'glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=67108864';
-
-my $longest_socket = 107;    # bytes of a path in a struct sockaddr_un
 
 my sub fail ($message) {
     PVE::BackupAccess::Error->throw('SystemError', $message);
