@@ -1,5 +1,6 @@
 /* For t/late-signal.t, preloaded: just before the program calls for the Nth time what would block,
- * it gets a SIGALRM. A signal that a handler of Perl's has to wait for does not end that call. */
+ * or blocks signals, it gets a SIGALRM. A signal that a handler of Perl's has to wait for does not
+ * end that call. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -44,6 +45,15 @@ static bool is_ready(int fd, short events)
     struct pollfd pollfd = {.fd = fd, .events = events};
 
     return REAL(poll)(&pollfd, 1, 0) != 0;
+}
+
+/* Until the signals are unblocked, an exception of the handler must not leave the code. */
+int sigprocmask(int how, const sigset_t *set, sigset_t *old)
+{
+    if (how == SIG_BLOCK && set && !sigisemptyset(set)) {
+        would_block();
+    }
+    return REAL(sigprocmask)(how, set, old);
 }
 
 ssize_t read(int fd, void *buffer, size_t length)

@@ -1,6 +1,6 @@
 # A signal that arrives just before a call that blocks: Perl runs its handler when the call has returned, so
-# nothing may wait in one call for what may never come. A library that is preloaded sends it there, before
-# each such call in turn.
+# nothing may wait in one call for what may never come, and no handler may end code that has blocked signals.
+# A library that is preloaded sends it there, before each such call in turn.
 #
 # One QEMU is enough: none is run.
 
@@ -29,7 +29,7 @@ use PVE::BackupAccess::Provider::Store::Workers qw(side_by_side);
 
 my $provider = 'PVE::BackupAccess::Provider::Qcow2Chain';
 my $seconds = 20;                     # that a call may take to end
-my $most = $ENV{PBA_FULL} ? 6 : 2;    # calls that block, each of which gets the signal
+my $most = $ENV{PBA_FULL} ? 6 : 3;    # calls that block, each of which gets the signal
 
 # The one that is to be waited for does not go on.
 sub hold ($pid) {
@@ -105,7 +105,8 @@ my %waits = (
 sub wait_for_it ($name, $dir) {
     $SIG{ALRM} = sub { die "enough\n" };
     my $ended = eval { $waits{$name}->($dir); 1 } ? 'ended' : $@;
-    print $ended;
+    POSIX::sigprocmask(POSIX::SIG_BLOCK, POSIX::SigSet->new, my $mask = POSIX::SigSet->new);
+    print $ended, $mask->ismember(POSIX::SIGALRM) ? 'and signals are blocked' : ();
     STDOUT->flush;
     POSIX::_exit(0);
 }

@@ -13,11 +13,11 @@ use Time::HiRes qw(sleep time);
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Try qw(deaths_of ensure);
+use PVE::BackupAccess::Try qw(deaths_of ensure rethrow);
 use PVE::BackupAccess::Wait qw(wait_for_child);
 
 our @EXPORT_OK
-    = qw($longest_socket end_with new_pipe program_environment run_program run_program_to_file start_program temporary_file);
+    = qw($longest_socket block_signals end_with new_pipe program_environment run_program run_program_to_file start_program temporary_file);
 
 our $longest_socket = 107;    # bytes of a path in a struct sockaddr_un
 
@@ -54,6 +54,19 @@ my sub read_all ($fh) {
     seek($fh, 0, 0);
     local $/ = undef;
     return <$fh> // '';
+}
+
+# Blocks these signals, by default all. Returns the mask that was set before. The handler of a signal
+# that arrived just before runs now, with the last operation of the inner code: later, its exception
+# would leave the caller's work with the signals blocked for ever.
+sub block_signals (@signals) {
+    my ($set, $mask) = (POSIX::SigSet->new(@signals), POSIX::SigSet->new);
+    $set->fillset if !@signals;
+    POSIX::sigprocmask(SIG_BLOCK, POSIX::SigSet->new, $mask);
+    my ($death) = deaths_of(sub (@) { POSIX::sigprocmask(SIG_BLOCK, $set) });
+    return $mask if !$death;
+    POSIX::sigprocmask(SIG_SETMASK, $mask);
+    rethrow($death->[0]);
 }
 
 # Runs in a child: from now on, the kernel ends it by a signal when its parent ends, which may
@@ -114,10 +127,8 @@ my sub become ($parent, $how, @command) {
 # handles, by default /dev/null; listener is a listening socket, passed by systemd's protocol; environment has more
 # variables; signal is sent by the kernel when this process ends: 0 for none, by default SIGTERM.
 sub start_program ($pid, $how, @command) {
-    my ($all, $mask) = (POSIX::SigSet->new, POSIX::SigSet->new);
     my $parent = $$;
-    $all->fillset;
-    POSIX::sigprocmask(SIG_BLOCK, $all, $mask);
+    my $mask = block_signals();
     $pid->$* = fork();
     become($parent, { $how->%*, mask => $mask }, @command) if defined($pid->$*) && !$pid->$*;
     my $problem = $!;

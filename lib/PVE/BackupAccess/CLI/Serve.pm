@@ -5,24 +5,15 @@ package PVE::BackupAccess::CLI::Serve;
 
 use v5.36;
 
-use POSIX qw(SIGCHLD SIGHUP SIGINT SIGTERM SIG_BLOCK);
+use POSIX qw(SIGCHLD SIGHUP SIGINT SIGTERM);
 
 use PVE::BackupAccess::CLI qw(absolute);
 use PVE::BackupAccess::CLI::Access qw(text);
 use PVE::BackupAccess::CLI::ArchivePath qw(archive_at chosen_devices file_of provider_for);
 use PVE::BackupAccess::CLI::Output qw(say_json say_out);
+use PVE::BackupAccess::Program qw(block_signals);
 use PVE::BackupAccess::Provider::Store::RawFile;
 use PVE::BackupAccess::Try qw(ensure);
-
-# From here on, a signal is not an interruption. Signals are blocked, so that none is lost between a
-# check and the wait, and stay blocked, because the command ends after the wait. Returns the mask to
-# wait with.
-my sub block_signals () {
-    my $mask = POSIX::SigSet->new;
-    POSIX::sigprocmask(SIG_BLOCK, POSIX::SigSet->new(SIGINT, SIGTERM, SIGHUP, SIGCHLD), $mask)
-        or die "cannot block signals: $!\n";
-    return $mask;
-}
 
 # Returns when a signal arrives; dies when one of the processes has ended ({ text => process }).
 my sub wait_for_signal ($mask, $processes) {
@@ -55,7 +46,11 @@ my sub offer ($opt, $path, $open) {
             $processes{"device $device: its raw file"} = $file if $file;
             push(@files, $file // ());
         }
-        my $mask = block_signals();    # a program that reads the lines may send one at once
+
+        # From here on, a signal is not an interruption: a program that reads the lines may send one
+        # at once. They stay blocked until the wait, so that none is lost, and after it, because the
+        # command ends.
+        my $mask = block_signals(SIGINT, SIGTERM, SIGHUP, SIGCHLD);
         my @devices = sort keys %place;
         $opt->{json}
             ? say_json({ devices => { map { $_ => text($place{$_}) } @devices } })

@@ -10,14 +10,14 @@ use v5.36;
 
 use IO::Select ();
 use JSON::PP ();
-use POSIX qw(SIG_BLOCK SIG_SETMASK);
+use POSIX qw(SIG_SETMASK);
 use Socket qw(AF_UNIX MSG_NOSIGNAL PF_UNSPEC SOCK_STREAM);
 use Time::HiRes ();
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Format qw(bytes);
-use PVE::BackupAccess::Program qw(new_pipe);
+use PVE::BackupAccess::Program qw(block_signals new_pipe);
 use PVE::BackupAccess::Provider::Qcow2Chain::Tar qw(compress start_tar stream_problem);
 use PVE::BackupAccess::Try qw(attempt_any deaths_of is_own);
 use PVE::BackupAccess::Wait qw(pause read_some wait_for_child wait_until_readable);
@@ -172,9 +172,7 @@ sub start ($class, $archive, %how) {
     my ($control, $keepers_control) = socket_pair();
 
     # Signals are blocked until the keeper has its handlers.
-    my ($all, $mask) = (POSIX::SigSet->new, POSIX::SigSet->new);
-    $all->fillset;
-    POSIX::sigprocmask(SIG_BLOCK, $all, $mask);
+    my $mask = block_signals();
     my $pid = fork();
     if (defined($pid) && !$pid) {
         close($_) for $data, $control;
