@@ -122,6 +122,19 @@ subtest 'names' => sub {
         [['v0'], []],
         'a disk whose nodes have no names has that of its device'
     );
+    my $nameless = disk('', '/machine/peripheral-anon/device[0]/virtio-backend', node => '#block7');
+    is_deeply(
+        chosen([$nameless], {}),
+        [['/machine/peripheral-anon/device[0]'], []],
+        'or of its path, if the device has no name either'
+    );
+    my @crossed = map { disk('', "/machine/peripheral/$_->[0]/virtio-backend", node => $_->[1]) }
+        ['a', 'b'], ['b', 'c'];
+    is_deeply(
+        chosen(\@crossed, {}),
+        [['/machine/peripheral/a', 'c'], []],
+        "no name that is also another disk's"
+    );
     my @libvirt = map { disk('', $_, node => 'libvirt-3-format') }
         '/machine/peripheral/virtio-disk0/virtio-backend', '/machine/peripheral-anon/device[0]';
     is_deeply(chosen([$libvirt[0]], {}), [['virtio-disk0'], []], "libvirt's: the device's id");
@@ -143,11 +156,17 @@ subtest 'fleecing' => sub {
 };
 
 subtest '--exclude' => sub {
-    for my $name (qw(drive-scsi0 scsi0)) {
+    for my $name ('drive-scsi0', 'scsi0', '#drive-scsi0', '/machine/peripheral/scsi0') {
         is_deeply(chosen(\@good, \%types, exclude => [$name]),
             [['drive-virtio1'], ['drive-scsi0 is left out: --exclude names it']], $name);
     }
     is_deeply(chosen(\@good, \%types, exclude => [@names])->[0], [], 'all of them');
+    my @crossed = (disk('', 'a', node => 'b'), disk('', 'b', node => 'c'));
+    is(
+        chosen(\@crossed, {}, exclude => ['b']),
+        "--exclude: 'b' is the name of several disks - give another name: /machine/peripheral/a, c\n",
+        'one that two disks have'
+    );
     is(
         chosen(\@good, \%types, exclude => ['drive-scsi1']),
         "--exclude: the guest has no disk 'drive-scsi1' - it has drive-scsi0, drive-virtio1\n",

@@ -744,7 +744,8 @@ Makes the snapshot of all given devices at one instant. Takes an array ref of ha
 
 =over
 
-=item C<device> - required: the name of a block backend, the ID of a guest device (stock QEMU only), or a node name
+=item C<device> - required: the name of a block backend or node; on a stock QEMU, also the ID or QOM path of a guest device.
+A name that several disks have is refused
 
 =item C<bitmap-mode> - C<none> (the default) removes this target's bitmap; C<new> creates a bitmap in which everything is
 dirty; C<use> continues the bitmap, or creates one if there is none that can be trusted

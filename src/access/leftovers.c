@@ -80,13 +80,10 @@ char *pba_leftovers_device(const PbaLeftovers *leftovers, const char *disk)
 
     for (guint i = 0; i < json_array_get_length(devices); i++) {
         JsonObject *device = pba_json_element(devices, i);
-        const char *qdev = device ? pba_json_find_string(device, "qdev") : NULL;
-        g_autofree char *id = qdev ? pba_block_qdev_id(qdev) : NULL;
-        const char *backend = device ? pba_json_find_string(device, "device") : NULL;
-        const char *const names[] = {backend, qdev, id};
-        for (size_t j = 0; j < G_N_ELEMENTS(names); j++) {
-            if (has_hash(names[j], disk)) {
-                return g_strdup(names[j]);
+        g_autoptr(GPtrArray) names = device ? pba_block_device_names(device) : NULL;
+        for (guint j = 0; names && j < names->len; j++) {
+            if (has_hash(names->pdata[j], disk)) {
+                return g_strdup(names->pdata[j]);
             }
         }
     }

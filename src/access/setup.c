@@ -47,7 +47,14 @@ static bool resolve_disk(PbaDisk *disk, const PbaBackend *backend, const PbaBloc
                          GError **error)
 {
     JsonObject *device = pba_block_find_device(block, disk->device);
+    g_autofree char *rivals = pba_block_rivals(block, disk->device);
 
+    if (rivals) {
+        pba_error_set(error, PBA_ERROR_ARGUMENT,
+                      "is the name of several disks - give another name of the one to back up: %s",
+                      rivals);
+        return false;
+    }
     disk->identity = backend->identify(disk->device, device);
     if (!device) {
         return backend->resolve_node(disk, block, error);

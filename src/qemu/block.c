@@ -71,10 +71,40 @@ char *pba_block_qom_path(const char *qdev)
     return *qdev == '/' ? g_strdup(qdev) : g_strconcat("/machine/peripheral/", qdev, NULL);
 }
 
-static bool qdev_has_id(const char *qdev, const char *id)
+/* A virtio disk's device contains the one that query-block shows. */
+static char *containing_path(const char *path)
 {
-    g_autofree char *own = qdev ? pba_block_qdev_id(qdev) : NULL;
-    return g_strcmp0(qdev, id) == 0 || g_strcmp0(own, id) == 0;
+    static const char end[] = "/virtio-backend";
+
+    return g_str_has_suffix(path, end) ? g_strndup(path, strlen(path) - strlen(end)) : NULL;
+}
+
+GPtrArray *pba_block_device_names(JsonObject *device)
+{
+    GPtrArray *names = g_ptr_array_new_with_free_func(g_free);
+    const char *backend = pba_json_find_string(device, "device");
+    const char *qdev = pba_json_find_string(device, "qdev");
+    char *path = qdev && *qdev ? pba_block_qom_path(qdev) : NULL;
+    char *const all[] = {
+        backend && *backend ? g_strdup(backend) : NULL,
+        path ? pba_block_qdev_id(qdev) : NULL,
+        path,
+        path ? containing_path(path) : NULL,
+    };
+
+    for (size_t i = 0; i < G_N_ELEMENTS(all); i++) {
+        if (all[i]) {
+            g_ptr_array_add(names, all[i]);
+        }
+    }
+    return names;
+}
+
+static bool has_name(JsonObject *device, const char *name)
+{
+    g_autoptr(GPtrArray) names = pba_block_device_names(device);
+
+    return g_ptr_array_find_with_equal_func(names, name, g_str_equal, NULL);
 }
 
 JsonObject *pba_block_find_user(const PbaBlock *block, const char *node)
@@ -309,8 +339,7 @@ JsonObject *pba_block_find_device(const PbaBlock *block, const char *name)
         if (!device) {
             continue;
         }
-        if (g_strcmp0(pba_json_find_string(device, "device"), name) == 0 ||
-            qdev_has_id(pba_json_find_string(device, "qdev"), name)) {
+        if (has_name(device, name)) {
             return device;
         }
         if (is_node_of(block, device, name)) {
@@ -318,6 +347,40 @@ JsonObject *pba_block_find_device(const PbaBlock *block, const char *name)
         }
     }
     return by_node;
+}
+
+/* Another name of the device. */
+static char *name_but(JsonObject *device, const char *name)
+{
+    g_autoptr(GPtrArray) names = pba_block_device_names(device);
+
+    for (guint i = 0; i < names->len; i++) {
+        if (strcmp(names->pdata[i], name) != 0) {
+            return g_strdup(names->pdata[i]);
+        }
+    }
+    const char *node = pba_block_device_node(device);
+    return g_strdup(node ? node : name);
+}
+
+char *pba_block_rivals(const PbaBlock *block, const char *name)
+{
+    g_autoptr(GPtrArray) names = g_ptr_array_new_with_free_func(g_free);
+    JsonObject *first = NULL;
+    bool is_ambiguous = false;
+
+    for (guint i = 0; i < json_array_get_length(block->devices); i++) {
+        JsonObject *device = pba_json_element(block->devices, i);
+        if (!device || !(has_name(device, name) || is_node_of(block, device, name))) {
+            continue;
+        }
+        first = first ? first : device;
+        /* One disk may have several devices. */
+        is_ambiguous |= g_strcmp0(pba_block_device_node(device), pba_block_device_node(first)) != 0;
+        g_ptr_array_add(names, name_but(device, name));
+    }
+    g_ptr_array_add(names, NULL);
+    return is_ambiguous ? g_strjoinv(", ", (char **)names->pdata) : NULL;
 }
 
 static bool is_above(const PbaBlock *block, const char *node, const char *below)

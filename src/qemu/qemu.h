@@ -95,9 +95,15 @@ void pba_block_clear(PbaBlock *block);
 /* All of these look things up in the query's results. Their results are borrowed, NULL if nothing
  * is found. Nothing is found for no node (NULL). */
 
-/* The guest's block device with that name: block backend name, qdev ID or node name. With the
- * graph, it is also found while our nodes are above its disk. */
+/* The guest's block device with that name: one of the names below, or a node name. With the graph,
+ * it is also found while our nodes are above its disk. */
 JsonObject *pba_block_find_device(const PbaBlock *block, const char *name);
+/* The names of a device except that of its node, as texts: of its block backend, its ID, its QOM
+ * path, and that of the device that contains it. The caller frees them. */
+GPtrArray *pba_block_device_names(JsonObject *device);
+/* If several disks have the name: another name of each. The caller frees it; NULL: at most one
+ * has it. */
+char *pba_block_rivals(const PbaBlock *block, const char *name);
 /* The device whose root is that node. */
 JsonObject *pba_block_find_user(const PbaBlock *block, const char *node);
 JsonObject *pba_block_find_node(const PbaBlock *block, const char *node);

@@ -91,6 +91,13 @@ static void test_devices(void)
         {"drive-virtio0", "#block119"},
         {"virtio0", "#block119"},
         {"#block119", "#block119"},
+        {"/machine/peripheral/virtio0", "#block119"},
+        {"/machine/peripheral/virtio0/virtio-backend", "#block119"},
+        {"/machine/peripheral/scsi0", "drive-scsi0"},
+        {"/machine/peripheral/scsi0/virtio-backend", NULL},
+        {"/machine/peripheral-anon/device[0]", "disk1"},
+        {"/machine/peripheral-anon/device[0]/virtio-backend", "disk1"},
+        {"device[0]", NULL},
         {"disk1", "disk1"},
         {"data1", "disk2"},
         {"virtio", NULL},
@@ -114,6 +121,35 @@ static void test_devices(void)
     ok(pba_block_find_user(&block, "disk1") == pba_block_find_device(&block, "disk1"),
        "the user of a node");
     ok(!pba_block_find_user(&block, "fmt0"), "a node without one");
+}
+
+static void test_rivals(void)
+{
+    g_auto(PbaBlock) block = {
+        .devices = parse_array(
+            "[{\"device\": \"a\", \"qdev\": \"b\", \"inserted\": {\"node-name\": \"n\"}}, "
+            "{\"qdev\": \"n\", \"inserted\": {\"node-name\": \"c\"}}, "
+            "{\"qdev\": \"/machine/peripheral-anon/device[0]\", \"inserted\": "
+            "{\"node-name\": \"c\"}}, "
+            "{\"device\": \"b\"}, 5]"),
+        .nodes = json_array_new(),
+    };
+    static const struct {
+        const char *name;
+        const char *rivals;
+    } names[] = {
+        {"n", "a, /machine/peripheral/n"},
+        {"b", "a, b"}, /* the second has no other */
+        {"a", NULL},
+        {"c", NULL}, /* one disk of two devices */
+        {"", NULL},
+        {"x", NULL},
+    };
+
+    for (size_t i = 0; i < G_N_ELEMENTS(names); i++) {
+        g_autofree char *rivals = pba_block_rivals(&block, names[i].name);
+        is_text(rivals, names[i].rivals, "disks called '%s'", names[i].name);
+    }
 }
 
 static void test_sizes(void)
@@ -287,6 +323,7 @@ static void test_query(void)
 int main(void)
 {
     test_devices();
+    test_rivals();
     test_sizes();
     test_bitmaps();
     test_graph();

@@ -38,15 +38,20 @@ my sub named_node ($path, $name) {
 
 # A permanent name, by which a disk is found in archives. libvirt renumbers its nodes with each
 # snapshot and start.
-my sub lasting_name ($node, $id) {
-    return $id if defined($id) && (!defined($node) || $node =~ m/\Alibvirt-[0-9]+-/);
-    return $node;
+my sub lasting_name ($node, $device) {
+    return $device->{id}
+        if defined($device->{id}) && (!defined($node) || $node =~ m/\Alibvirt-[0-9]+-/);
+    return $node // $device->{path};
 }
 
-# The ID of the guest device in query-block's reply.
-my sub id_of ($qdev) {
-    return $1 if $qdev =~ m{\A(?:/machine/peripheral/)?([^/]+)(?:/virtio-backend)?\z};
-    return;
+# { id, path, names } of the guest device in query-block's reply: its ID, if it has one, its QOM
+# path, and all names.
+my sub guest_device ($qdev) {
+    return { names => [] } if $qdev eq '';
+    my $shown = $qdev =~ m{/} ? $qdev : "/machine/peripheral/$qdev";
+    my $path = $shown =~ s{/virtio-backend\z}{}r;
+    my ($id) = $path =~ m{\A/machine/peripheral/([^/]+)\z};
+    return { id => $id, path => $path, names => [grep { defined } $id, $path, $shown] };
 }
 
 # The ID of each guest device that has one, and its type.
@@ -59,19 +64,38 @@ my sub types_of ($path) {
     return \%type;
 }
 
-# { name, id, why } of each drive with a medium. why: the reason to omit it, or undef.
+# { name, id, path, names, why } of each drive with a medium. why: the reason to omit it, or undef.
 my sub look_at ($path, $disk) {
     my ($medium) = hashes('query-block', [$disk->{inserted} // return]);
-    my $id = id_of($disk->{qdev} // '');
+    my $device = guest_device($disk->{qdev} // '');
     my $node = $medium->{'node-name'} // return;
     my $name = $disk->{device} // '';
-    $name = lasting_name(named_node($path, $node), $id) // return if $name eq '';
+    $name = lasting_name(named_node($path, $node), $device) // return if $name eq '';
     my $why
         = !defined($disk->{qdev}) ? 'no device of the guest uses it'
         : $disk->{removable} ? 'it is removable'
         : $medium->{ro} ? 'it is read-only'
         : undef;
-    return { name => $name, id => $id, why => $why };
+    return {
+        $device->%{qw(id path)},
+        name => $name,
+        names => [uniq($name, $node, $device->{names}->@*)],
+        why => $why,
+    };
+}
+
+my sub has_name ($disk, $name) {
+    return any { $_ eq $name } $disk->{names}->@*;
+}
+
+# A name that only one disk has. Devices with the same name are devices of one disk.
+my sub name_clearly (@disks) {
+    for my $disk (grep { defined($_->{path}) } @disks) {
+        my ($name, $path) = $disk->@{qw(name path)};
+        $disk->{clear} = $path if any { $_->{name} ne $name && has_name($_, $name) } @disks;
+    }
+    $_->{name} = $_->{clear} // $_->{name} for @disks;
+    return;
 }
 
 # Fleecing images on a Proxmox QEMU; on another QEMU, such a name has no meaning.
@@ -84,10 +108,14 @@ my sub without_fleecing ($path, @disks) {
 
 my sub leave_out ($disks, @names) {
     for my $name (@names) {
-        my @found = grep { $name eq $_->{name} || $name eq ($_->{id} // '') } $disks->@*;
+        my @found = grep { has_name($_, $name) } $disks->@*;
         die "--exclude: the guest has no disk '$name' - it has "
             . join(', ', sort(uniq(map { $_->{name} } $disks->@*))) . "\n"
             if !@found;
+        my @meant = uniq(map { $_->{name} } @found);
+        die "--exclude: '$name' is the name of several disks - give another name: "
+            . join(', ', @meant) . "\n"
+            if @meant > 1;
         $_->{why} //= '--exclude names it' for @found;
     }
     return;
@@ -98,13 +126,14 @@ sub choose_disks ($path, @excluded) {
     my $command = 'query-block';
     my @disks = without_fleecing($path,
         map { look_at($path, $_) } hashes($command, ask($path, $command)));
+    name_clearly(@disks);
     my $type_of = @disks ? types_of($path) : {};
     for my $disk (@disks) {
         $disk->{why} //= $passes_by{ $type_of->{ $disk->{id} // '' } // '' };
     }
     my %known = map { ($_->{id} // '') => 1 } @disks;
     push(@disks,
-        map { { name => $_, id => $_, why => $passes_by{ $type_of->{$_} } } }
+        map { { name => $_, names => [$_], why => $passes_by{ $type_of->{$_} } } }
         grep { $passes_by{ $type_of->{$_} } && !$known{$_} } sort keys $type_of->%*);
     leave_out(\@disks, @excluded);
     return (

@@ -243,7 +243,7 @@ If two guests have had the same number in a directory, their archives are stored
 other's, and L</prune> counts them separately. One storage ID corresponds to one target-id of L<PVE::BackupAccess>. It is
 safe to use directories in turn under one storage ID, to put a directory back to an earlier state, or to use a copy that is
 older than the last backup: the next backup is a full one. Guests of a QEMU without C<-uuid> cannot be told apart: their
-backups are right, but full, and L</prune> counts them together.
+backups are right, but full, and L</prune> counts them together, so it may remove the only archive of one of them.
 
 Each C<qemu-nbd> has a private directory for its socket, F<pba-server-...> in C<$TMPDIR> or F</tmp>. If a process is
 killed, its directory remains until the same user starts the next C<qemu-nbd>.

@@ -130,7 +130,11 @@ sub _add_disk ($self, %disk) {
     _create_image(\%disk) if !$existing;
 
     $disk{qdev_id} = $disk{shape} eq 'proxmox' ? $id : "$id-dev";
-    $disk{qom_path} = "/machine/peripheral/$disk{qdev_id}";
+    my $anonymous = grep { $_->{anonymous} } values $self->{disks}->%*;
+    $disk{qom_path}
+        = $disk{anonymous}
+        ? "/machine/peripheral-anon/device[$anonymous]"
+        : "/machine/peripheral/$disk{qdev_id}";
 
     # What query-block shows and qom-get and qemu-io -d take.
     $disk{qdev} = $disk{bus} eq 'scsi' ? $disk{qdev_id} : "$disk{qom_path}/virtio-backend";

@@ -12,10 +12,18 @@ use PVE::BackupAccess::Argument qw(bad_argument);
 
 our @EXPORT_OK = qw(builders device_meant disk_keys find_alias find_device missing);
 
+# The names of a drive or of a guest device, as QEMU shows them.
+my sub names_in ($identity) {
+    my ($kind, $name) = $identity =~ m!\A(drive|device) (.+)\z!s or return;
+    return $name if $kind eq 'drive';
+    my $path = $name =~ s!/virtio-backend\z!!r;
+    my ($id) = $path =~ m!\A/machine/peripheral/([^/]+)\z!;
+    return ($id, $path, "$path/virtio-backend");
+}
+
 # All names of a disk: in the backup, of its node, and of its drive or guest device.
 my sub names_of ($device, $about) {
-    my ($of) = ($about->{identity} // '') =~ m!\A(?:drive |device /machine/peripheral/)(.+)\z!s;
-    return uniq(grep { defined } $device, $about->{node}, $of);
+    return uniq(grep { defined } $device, $about->{node}, names_in($about->{identity} // ''));
 }
 
 # The disk's name in the archive, undef if the archive does not have it. The disk is found by the identity in about if

@@ -68,7 +68,8 @@ my sub device_args ($disk, $drive) {
     my $iothread = $disk->{iothread} ? ",iothread=iothread-$id" : '';
     push @args, '-object', "iothread,id=iothread-$id" if $iothread;
 
-    my $common = "drive=$drive,id=$disk->{qdev_id},serial=$id";
+    my $common = "drive=$drive,serial=$id";
+    $common .= ",id=$disk->{qdev_id}" if !$disk->{anonymous};
     $common .= ",$disk->{device_args}" if $disk->{device_args};
     if ($disk->{bus} eq 'scsi') {
         push @args, '-device', "virtio-scsi-pci,id=scsihw-$id$iothread";
