@@ -61,6 +61,20 @@ subtest 'rules together' => sub {
             =~ s/2026-11-28 01:00 //r,
         'it takes one of a day that has none'
     );
+
+    # The week of Tuesday the 30th has Thursday the 2nd, too.
+    my @weeks = map { archive($_) } qw(2026-06-21 2026-06-28 2026-06-30 2026-07-02);
+    is(
+        kept(\@weeks, 'keep-weekly' => 1, 'keep-monthly' => 1),
+        '2026-06-28 2026-07-02',
+        'what a week does away with is not the last of its month'
+    );
+    @weeks = map { archive($_) } qw(2025-12-21 2025-12-28 2025-12-31 2026-01-02);
+    is(
+        kept(\@weeks, 'keep-weekly' => 1, 'keep-yearly' => 1),
+        '2025-12-28 2026-01-02',
+        'nor of its year'
+    );
 };
 
 subtest 'an hour that the clock has twice' => sub {

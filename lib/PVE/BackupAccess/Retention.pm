@@ -44,26 +44,30 @@ my sub period_of ($format, $archive) {
 }
 
 # Applies one rule: keeps the newest archive of each of the newest $count periods of which no
-# archive is kept yet. An archive of a period of which an earlier rule keeps one is covered by that.
-my sub keep_by ($count, $format, $kept, @newest_first) {
-    my %covered = map { period_of($format, $_) => 1 } grep { $kept->{ $_->{name} } } @newest_first;
-    for my $archive (@newest_first) {
+# archive is kept yet, and does away with the others of these periods: no later rule keeps one of
+# those, although a month may begin in the middle of a week. An archive of a period of which an
+# earlier rule keeps one is covered by that.
+my sub keep_by ($count, $format, $is_kept, @newest_first) {
+    my %covered
+        = map { period_of($format, $_) => 1 } grep { $is_kept->{ $_->{name} } } @newest_first;
+    my %taken;
+    for my $archive (grep { !defined($is_kept->{ $_->{name} }) } @newest_first) {
         my $period = period_of($format, $archive);
-        next if $covered{$period}++;
-        last if $count-- <= 0;
-        $kept->{ $archive->{name} } = 1;
+        next if $covered{$period};
+        last if !$taken{$period} && keys %taken >= $count;
+        $is_kept->{ $archive->{name} } = $taken{$period}++ ? 0 : 1;
     }
     return;
 }
 
 # { name => 1 } of the archives of one device that the rules keep.
 my sub kept_of_device ($keep, @newest_first) {
-    my %kept;
+    my %is_kept;
     for my $rule (@periods) {
         my ($name, $format) = $rule->@*;
-        keep_by($keep->{$name} // 0, $format, \%kept, @newest_first);
+        keep_by($keep->{$name} // 0, $format, \%is_kept, @newest_first);
     }
-    return \%kept;
+    return { map { $_ => 1 } grep { $is_kept{$_} } keys %is_kept };
 }
 
 # Whether each device of the archive is also in a newer, intact archive that is kept.
