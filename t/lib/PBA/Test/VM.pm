@@ -131,10 +131,8 @@ sub _add_disk ($self, %disk) {
 
     $disk{qdev_id} = $disk{shape} eq 'proxmox' ? $id : "$id-dev";
     my $anonymous = grep { $_->{anonymous} } values $self->{disks}->%*;
-    $disk{qom_path}
-        = $disk{anonymous}
-        ? "/machine/peripheral-anon/device[$anonymous]"
-        : "/machine/peripheral/$disk{qdev_id}";
+    my $place = $disk{anonymous} ? "-anon/device[$anonymous]" : "/$disk{qdev_id}";
+    $disk{qom_path} = "/machine/peripheral$place";
 
     # What query-block shows and qom-get and qemu-io -d take.
     $disk{qdev} = $disk{bus} eq 'scsi' ? $disk{qdev_id} : "$disk{qom_path}/virtio-backend";
