@@ -1,5 +1,5 @@
-// The data path of a backup provider: blocks that are kept once, by their SHA-256. It is called as
-// store.py is, and keeps the same files.
+// The data path of a backup provider: each distinct block is stored once, named by its SHA-256. It has
+// the same arguments and files as store.py.
 package main
 
 import (
@@ -31,7 +31,7 @@ type frame struct {
 	data []byte
 }
 
-// readFrames calls each for every frame, and returns an error unless the stream is a whole one.
+// readFrames calls each for every frame, and returns an error unless the stream is complete.
 func readFrames(stream io.Reader, each func(frame) error) error {
 	headers := sha256.New()
 	var count, total uint64
@@ -84,7 +84,7 @@ func blockFile(store string, digest []byte) string {
 	return filepath.Join(store, "blocks", name[:2], name)
 }
 
-// writeDurably has a file under another name until it is on disk.
+// writeDurably gives the file its name only once its data is on disk.
 func writeDurably(path string, data []byte) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o777); err != nil {
 		return err
@@ -214,7 +214,7 @@ func restore(store, index, image string) error {
 }
 
 func main() {
-	syscall.Umask(0o077) // blocks are as secret as the disk that they are of
+	syscall.Umask(0o077) // blocks are as confidential as their disk
 	err := errors.New("call it as store.py")
 	if a := os.Args; len(a) > 8 && a[1] == "backup" {
 		err = backup(a[2], a[3], a[4], a[5], a[6], a[7], a[8:])

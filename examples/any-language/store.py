@@ -1,12 +1,12 @@
 #!/usr/bin/python3
-"""The data path of a backup provider: blocks that are kept once, by their SHA-256.
+"""The data path of a backup provider: each distinct block is stored once, named by its SHA-256.
 
 store.py backup STORE INDEX BASE DEVICE VOLUME LIMIT COMMAND...
 store.py restore STORE INDEX IMAGE
 
-An index is the digest of each block of a disk, 32 bytes each, after the size of the disk. BASE is the
-index of the backup before, which an increment is based on; VOLUME is the JSON object that Proxmox VE gives
-to a provider; COMMAND is pve-backup-access. doc/any-language.md describes the stream.
+An index has the size of the disk, then the digest of each block (32 bytes). BASE is the index of the
+previous backup, for an increment. VOLUME is the JSON object that Proxmox VE gives to a provider. COMMAND is
+pve-backup-access. doc/any-language.md describes the stream.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ BLOCK = 65536
 
 
 def frames(stream):
-    """Each frame as (kind, offset, length, digest, data); raises if the stream is not a whole one."""
+    """Yields each frame as (kind, offset, length, digest, data); raises if the stream is not complete."""
     headers, count, total, first = hashlib.sha256(), 0, 0, True
     while True:
         header = stream.read(FRAME.size)
@@ -57,7 +57,7 @@ def block_file(store, digest):
 
 
 def write_durably(path, data):
-    """Under another name until it is on disk."""
+    """The file gets its name only once its data is on disk."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     part = "%s.%d.part" % (path, os.getpid())
     with open(part, "wb") as file:
@@ -122,7 +122,7 @@ def restore(store, index, image):
 
 
 if __name__ == "__main__":
-    os.umask(0o077)  # blocks are as secret as the disk that they are of
+    os.umask(0o077)  # blocks are as confidential as their disk
     try:
         {"backup": backup, "restore": restore}[sys.argv[1]](*sys.argv[2:])
     except (OSError, EOFError, ValueError, RuntimeError) as error:

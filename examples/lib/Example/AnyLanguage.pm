@@ -1,8 +1,8 @@
 package Example::AnyLanguage;
 
-# A backup provider whose data path is another program: examples/any-language/store.py, or store.go when
-# it is built, as the storage's 'program' says. An archive is a directory with an index of each device; the
-# blocks that the indexes name are beside the archives. Nothing removes blocks here.
+# A backup provider whose data path is another program: examples/any-language/store.py, or a built store.go.
+# The storage's option 'program' names it. An archive is a directory with an index of each device. The blocks
+# are stored beside the archives. This example never removes blocks.
 
 use v5.36;
 use parent 'Example::RawImages';
@@ -25,7 +25,7 @@ sub run_program ($self, @arguments) {
     system($self->{program}, @arguments) == 0 or die "$self->{program} $arguments[0] failed\n";
 }
 
-# The size of the disk that an index is of, 0 if there is none.
+# The size of the disk that the index describes, 0 if there is no index.
 sub index_size ($file) {
     open(my $fh, '<:raw', $file) or return 0;
     my $size = read($fh, my $bytes, 8);
@@ -35,7 +35,7 @@ sub index_size ($file) {
 # ---- backup ----
 
 sub backup_vm_query_incremental ($self, $vmid, $volumes) {
-    $self->SUPER::backup_vm_query_incremental($vmid, $volumes);    # which archive is the base
+    $self->SUPER::backup_vm_query_incremental($vmid, $volumes);    # sets $self->{base}
     my $id = Example::RawImages::read_file("$self->{base}/id") // '';
     my %answer;
     for my $device (keys $volumes->%*) {
@@ -47,7 +47,7 @@ sub backup_vm_query_incremental ($self, $vmid, $volumes) {
     return \%answer;
 }
 
-# The program is given the volume as JSON, and gets the data from pve-backup-access by itself.
+# The program gets the volume as JSON, and runs pve-backup-access to read the data.
 sub store ($self, $device, $volume, $image, $info) {
     $self->run_program(
         'backup', $self->{dir}, $image =~ s/[.]raw\z/.index/r,

@@ -15,7 +15,7 @@ sub new ($class, $storage_plugin, $scfg, $storeid, $log) {
 }
 
 sub provider_name ($self) { return 'raw images' }
-sub job_init ($self, $start_time) { die "$self->{dir} is not there\n" if !-d $self->{dir} }
+sub job_init ($self, $start_time) { die "$self->{dir} does not exist\n" if !-d $self->{dir} }
 sub job_cleanup ($self) { }
 
 # ---- backup ----
@@ -29,8 +29,8 @@ sub backup_init ($self, $vmid, $vmtype, $start_time) {
 
 sub backup_get_mechanism ($self, $vmid, $vmtype) { return $vmtype eq 'qemu' ? 'nbd' : undef }
 
-# The bitmaps hold what changed since the archive that 'base' names. Proxmox VE runs Perl with -T: what
-# comes out of a file has to be checked before it is used as a path.
+# The bitmaps record what changed since the archive that the file 'base' names. Proxmox VE runs Perl with
+# -T: text that was read from a file must be checked before it becomes part of a path.
 sub backup_vm_query_incremental ($self, $vmid, $volumes) {
     my ($time) = (read_file("$self->{dir}/$vmid/base") // '') =~ m!/([0-9]+)\z!;
     my $base = $self->{base} = "$self->{dir}/$vmid/" . ($time // 'none');
@@ -38,7 +38,7 @@ sub backup_vm_query_incremental ($self, $vmid, $volumes) {
     return { map { $_ => mode_for("$base/$_.raw", $id, $volumes->{$_}) } keys $volumes->%* };
 }
 
-# A caller that knows which backup the bitmap is relative to is told which one the image is of.
+# If the caller says which backup the bitmap is relative to, it needs the ID of the image's backup.
 sub mode_for ($file, $id, $volume) {
     my $mode = is_image($file, $volume->{size});
     return $mode if !exists($volume->{base});
@@ -47,8 +47,8 @@ sub mode_for ($file, $id, $volume) {
 
 sub is_image ($file, $size) { return -e $file && -s $file == $size ? 'use' : 'new' }
 
-# Under another name until all of it is on disk. Only then is it the base of the next backup. Nobody else may
-# look into the directory: what is in it is as secret as the disks, and a configuration may hold a password.
+# The archive gets its name only once all of it is on disk. Only then does it become the base of the next
+# backup. Other users have no access: it is as confidential as the disks, and may contain a password.
 sub backup_vm ($self, $vmid, $guest_config, $volumes, $info) {
     my $archive = $self->{archives}{$vmid};
     make_path("$archive.part", { mode => 0700 });
@@ -65,7 +65,7 @@ sub backup_vm ($self, $vmid, $guest_config, $volumes, $info) {
     sync_dir("$self->{dir}/$vmid");
 }
 
-# The dirty parts go on top of a copy of the base's image, unless everything is dirty.
+# Unless everything is dirty, the dirty regions go on top of a copy of the base's image.
 sub store ($self, $device, $volume, $image, $info) {
     if ($volume->{'bitmap-mode'} eq 'reuse') {
         system('cp', '--sparse=always', "$self->{base}/$device.raw", $image) == 0
@@ -87,7 +87,7 @@ sub backup_cleanup ($self, $vmid, $vmtype, $success, $info) {
     return {};
 }
 
-# Proxmox VE also calls it if it failed before backup_init, and if this dies, no other guest is backed up.
+# Proxmox VE calls this even if it failed before backup_init. If this dies, no other guest is backed up.
 sub backup_handle_log_file ($self, $vmid, $file) {
     my $archive = $self->{archives}{$vmid} // return;
     copy($file, "$archive/backup.log") if -d $archive;
@@ -137,7 +137,7 @@ sub write_file ($file, $text) {
     $fh->flush && $fh->sync && close($fh) or die "$file: $!\n";
 }
 
-# What was created or renamed in it is on disk then.
+# Makes it durable that files were created or renamed in the directory.
 sub sync_dir ($dir) {
     open(my $fh, '<', $dir) or die "$dir: $!\n";
     $fh->sync or die "$dir: $!\n";
