@@ -1,4 +1,4 @@
-/* Memory that a copy's processes share. */
+/* Memory that the processes of a copy share. */
 #include "copy.h"
 #include "src/base/base.h"
 #include <errno.h>

@@ -1,8 +1,8 @@
-/* A copy of the dirty regions of a volume: what is read next, and what becomes of it.
+/* Copies the dirty regions of a volume: decides what is read next, and what happens to it.
  *
- * Regions are cut into pieces. A piece is read, written to the sink, read back from there if that
- * is wanted, then released for discarding; many are under way, each in a buffer of its own.
- * Completions only note what happened; everything is decided here, between two waits. */
+ * Regions are cut into pieces. A piece is read, written to the sink, read back from there if
+ * requested, then released for discarding. Many pieces are in flight, each with its own buffer.
+ * Completions only note what happened. This file makes all decisions, between two waits. */
 #include "src/base/base.h"
 #include "steps.h"
 #include <inttypes.h>
@@ -12,9 +12,9 @@
 #define DEFAULT_REQUEST (256u << 10)
 #define MEMORY (16u << 20)
 #define MIN_PIECES 2u
-/* What need not be read is written in larger pieces. */
+/* Zeroes that need not be read are written in larger pieces. */
 #define MAX_ZERO (32u << 20)
-/* More are not sent before some are done: they would fill the server's queue. */
+/* Discards in flight: more would fill the server's queue. */
 #define MAX_TRIMMING 32u
 #define PROGRESS_INTERVAL (G_TIME_SPAN_SECOND / 4)
 
@@ -54,7 +54,7 @@ static bool may_read(const PbaCopy *copy)
            copy->source->trimming < MAX_TRIMMING;
 }
 
-/* Keeps as many reads under way as there are buffers. */
+/* Keeps as many reads in flight as there are buffers. */
 static bool fill(PbaCopy *copy, GError **error)
 {
     while (may_read(copy)) {
@@ -113,7 +113,7 @@ static bool turn(PbaCopy *copy, GError **error)
                          copy->last_event + PBA_NBD_LIMIT_S * G_TIME_SPAN_SECOND, error);
 }
 
-/* The map belongs to one instant: where it was read twice it must have been the same. */
+/* The map is of one instant, so two passes over it must have the same total. */
 static bool check_total(const PbaCopy *copy, GError **error)
 {
     if (!copy->options->progress || copy->done == copy->total) {
@@ -126,7 +126,7 @@ static bool check_total(const PbaCopy *copy, GError **error)
     return false;
 }
 
-/* True if there is something to be done without a wait: a sink took a piece at once. */
+/* True if a step is possible without waiting, because a sink has completed a piece at once. */
 static bool can_go_on(const PbaCopy *copy)
 {
     PbaNext next = copy->course.next;
@@ -136,7 +136,7 @@ static bool can_go_on(const PbaCopy *copy)
 
 static bool copy_regions(PbaCopy *copy, GError **error)
 {
-    /* Zeroes are there without a wait. */
+    /* Zeroes are available without waiting. */
     while (fill(copy, error) && pba_copy_move_pieces(copy, error) &&
            tell_progress(copy, false, error)) {
         if (copy->course.next == PBA_NEXT_NOTHING && copy->used == 0) {
@@ -194,7 +194,7 @@ static bool finish_discards(PbaCopy *copy, GError **error)
         if (!turn(copy, error)) {
             return false;
         }
-        /* The limit is for each request. */
+        /* The time limit is for each request. */
         copy->last_event = copy->source->trimming < left ? 0 : copy->last_event;
     }
     copy->statistics->bytes_discarded = copy->source->discarded;
@@ -276,7 +276,7 @@ static bool prepare(PbaCopy *copy, GError **error)
            (!copy->sink->start || copy->sink->start(copy->sink, error));
 }
 
-/* Whatever still is in flight knows the pieces' memory: its connections and threads go first. */
+/* Requests in flight use the memory of the pieces, so connections and threads end first. */
 static void clean_up(PbaCopy *copy, bool broken)
 {
     bool keeps_buffers = copy->source && copy->source->kind->keeps_buffers;
@@ -303,9 +303,8 @@ static void clean_up(PbaCopy *copy, bool broken)
 
 static bool run(PbaCopy *copy, GError **error)
 {
-    /* The flush comes before the last discards, so that as little as possible is gone from the
-     * snapshot that a target may still lose; progress comes last, since it says that all is done.
-     */
+    /* Flush before the last discards: what is discarded can no longer be read again if the target
+     * loses it. Progress comes last, because it says that everything is done. */
     bool done = prepare(copy, error) && copy_regions(copy, error) && flush_sink(copy, error) &&
                 finish_digests(copy, error) && finish_discards(copy, error) &&
                 tell_progress(copy, true, error);

@@ -1,4 +1,4 @@
-/* What the parts of a copy share: copy.c drives, source.c reads, sink*.c write. */
+/* Shared by the parts of a copy: copy.c drives, source.c reads, sink*.c write. */
 #ifndef PBA_SRC_COPY_H
 #define PBA_SRC_COPY_H
 
@@ -7,7 +7,7 @@
 
 #define PBA_COPY_MAX_CONNECTIONS 16
 
-/* All that a copy waits for. Handles are borrowed. */
+/* Everything that a copy waits for. Handles are borrowed. */
 typedef struct {
     struct nbd_handle *handles[2 * PBA_COPY_MAX_CONNECTIONS + 1]; /* one that reads back */
     unsigned count;
@@ -19,18 +19,18 @@ typedef struct {
     pid_t owner; /* the process whose copy it is */
 } PbaLoop;
 
-/* One that is there already is not added again. */
+/* Does not add a connection twice. */
 void pba_loop_add(PbaLoop *loop, struct nbd_handle *handle);
-/* Has on_ready called at each turn, which watched makes end when it is readable. Its failure is the
- * turn's. */
+/* Calls on_ready in each turn. A turn ends when watched is readable. If on_ready fails, so does the
+ * turn. */
 void pba_loop_watch(PbaLoop *loop, int watched, bool (*on_ready)(void *opaque, GError **error),
                     void *opaque);
-/* The pool, with so many threads more. */
+/* The pool, after adding this many threads. */
 PbaPool *pba_loop_pool(PbaLoop *loop, unsigned threads, GError **error);
-/* Perl code that ran in a callback may have forked, and come back in the child. */
+/* Perl code in a callback may have forked and returned in the child. */
 bool pba_loop_check_owner(const PbaLoop *loop, GError **error);
-/* Waits until something came or the time until is reached, and lets it be handled: completions are
- * called from in here. False on timeout and interruption, and in a child, which handles nothing. */
+/* Waits for an event, or for the time until, and handles it: completions are called from here.
+ * Returns false on timeout and interruption, and in a child, which handles nothing. */
 bool pba_loop_turn(PbaLoop *loop, gint64 until, gint64 deadline, GError **error);
 
 typedef enum {
@@ -73,37 +73,36 @@ typedef struct {
     uint64_t error_offset;        /* what it was about */
 } PbaPiece;
 
-/* Memory of a piece, shared with processes that are cloned from now on: zeroes, since a server
- * whose answers overlap leaves parts of it as they are. NULL on error. */
+/* Memory for a piece, shared with processes that are cloned later. It starts as zeroes, because a
+ * server whose answers overlap leaves parts of it unwritten. NULL on error. */
 char *pba_buffer_new(size_t size, GError **error);
 void pba_buffer_free(char *buffer, size_t size);
-/* Zeroes that are never written to, so that they take no memory; of pba_buffer_free as well. */
+/* Zeroes, never written to, so they take no memory. Free them with pba_buffer_free. */
 char *pba_zeroes_new(size_t size, GError **error);
 
-/* The piece is about that range from now on: to be read, or of zeroes, which have been read as soon
- * as it begins. */
+/* Starts the piece for a range. With zeroes, the range counts as read at once. */
 void pba_piece_begin(PbaPiece *piece, uint64_t offset, uint32_t length, char *zeroes);
 
-/* Notes a failure; the first one stays. */
+/* Notes a failure, unless there is an earlier one. */
 void pba_piece_fail(PbaPiece *piece, int error, uint64_t offset);
 
-/* Makes an error of that failure of a read or a write: false. */
+/* Sets the error for a failed read or write. Returns false. */
 bool pba_piece_explain(const PbaPiece *piece, const PbaVolume *volume, const PbaSink *sink,
                        GError **error);
 
-/* True while another one of the pieces of one of this one's blocks is being written. One that has
- * been may have to be written again. */
+/* True while another piece that shares a block with this one is being written. A piece that was
+ * written may have to be written again. */
 bool pba_piece_is_beside_write(const PbaPiece *piece, const PbaPiece *pieces, unsigned count,
                                uint64_t block);
 
 /* The volume's side */
 
-/* Of a volume that is a file handle: a request at a time, for callers and for the map of a copy. */
+/* For a volume that is a file handle: one request at a time, for callers and the map of a copy. */
 extern const PbaReader pba_handle_reader;
-/* Its descriptor; the volume keeps it. */
+/* The volume's descriptor; the volume keeps it. */
 int pba_handle_fd(const PbaVolume *volume);
 
-/* What a region goes on with. */
+/* What comes next in a region. */
 typedef enum {
     PBA_NEXT_UNKNOWN, /* the source was not asked yet */
     PBA_NEXT_LATER,   /* the answer is under way */
@@ -112,39 +111,39 @@ typedef enum {
     PBA_NEXT_NOTHING, /* there are no more regions */
 } PbaNext;
 
-/* Where regions are zeroes, by the word of a server or of a file system. */
+/* Where regions are zeroes, according to a server or file system. */
 typedef struct PbaHoles PbaHoles;
 
-/* Asks over a volume of pba_nbd_open_allocation, which is borrowed. They begin and end at multiples
- * of align. */
+/* Asks over a volume from pba_nbd_open_allocation, which is borrowed. Holes start and end at
+ * multiples of align. */
 PbaHoles *pba_holes_new_nbd(PbaNbdVolume *nbd, uint32_t align);
-/* Asks a file, by a thread of the pool. NULL where it cannot be opened anew. */
+/* Asks a file in a thread of the pool. NULL if the file cannot be opened again. */
 PbaHoles *pba_holes_new_file(int fd, PbaPool *pool, uint32_t align);
-/* The volume is there still, the pool freed. */
+/* Call it after the pool is freed, but before the volume is. */
 void pba_holes_free(PbaHoles *holes);
-/* From now on it is about this region. */
+/* Starts this region. */
 void pba_holes_begin(PbaHoles *holes, uint64_t offset, uint64_t length);
-/* What the region goes on with from offset, and for how long; offsets ascend. */
+/* What the region has from offset on, and its length. Offsets must ascend. */
 PbaNext pba_holes_next(PbaHoles *holes, uint64_t offset, uint64_t *length);
 
 typedef struct PbaSource PbaSource;
 
-/* What a volume is read from while it is copied: an NBD server or a file handle. */
+/* From what a volume is read during a copy: an NBD server or a file handle. */
 typedef struct {
     const PbaReader *reader; /* of the volumes that it is for */
     size_t size;             /* of its source, which begins with a PbaSource */
-    /* What is needed beside the volume. */
+    /* Opens what is needed besides the volume. */
     bool (*open)(PbaSource *source, unsigned connections, PbaLoop *loop, GError **error);
-    /* As pba_source_read. */
+    /* See pba_source_read. */
     bool (*read)(PbaSource *source, PbaPiece *piece, GError **error);
-    /* Begins to discard whole clusters; pba_source_trimmed is called at the end. */
+    /* Starts to discard whole clusters; calls pba_source_trimmed when done. */
     bool (*trim)(PbaSource *source, PbaRange range, GError **error);
-    /* NULL where there is none to ask. */
+    /* NULL if holes are not reported. */
     PbaHoles *(*new_holes)(PbaSource *source, uint32_t align);
-    /* Also of one that failed to open. As pba_source_close. */
+    /* See pba_source_close. Also called if open has failed. */
     void (*close)(PbaSource *source, bool broken);
-    /* What is under way when the pool is freed goes on by itself, and the buffer of a piece that is
-     * being read goes with it. */
+    /* Operations in flight when the pool is freed continue on their own, and own the buffer of the
+     * piece that they read. */
     bool keeps_buffers;
 } PbaSourceKind;
 
@@ -164,23 +163,23 @@ struct PbaSource {
     PbaRange trim_error_range;
 };
 
-/* Opens what is needed beside the volume: connections in all, 0 for as many as are good for the
- * speed. A server that does not say it is safe with several gets one. NULL on error. */
+/* Opens what is needed besides the volume: this many connections in total, 0 to choose the fastest
+ * number. A server that does not say that several are safe gets one. NULL on error. */
 PbaSource *pba_source_open(PbaVolume *volume, unsigned connections, PbaLoop *loop, GError **error);
-/* Has holes asked for from now on, where that is possible: true then. */
+/* From now on, asks for holes. Returns whether this is possible. */
 bool pba_source_find_holes(PbaSource *source, uint32_t align);
-/* Frees it. With broken, requests may still be in flight: all connections are closed. */
+/* Frees the source. With broken, requests may be in flight: closes all connections. */
 void pba_source_close(PbaSource *source, bool broken);
-/* Begins to read offset and length of the piece, for which its buffer has room. */
+/* Starts to read the piece's range, for which its buffer has room. */
 bool pba_source_read(PbaSource *source, PbaPiece *piece, GError **error);
-/* The range is not needed any more. Discards what is worth a request by now. */
+/* The range is no longer needed. Discards what is now worth a request. */
 bool pba_source_release(PbaSource *source, uint64_t offset, uint64_t length, GError **error);
-/* Discards all that is left to be. */
+/* Discards the rest. */
 bool pba_source_release_all(PbaSource *source, GError **error);
 
-/* False once a discard has failed. */
+/* False after a failed discard. */
 bool pba_source_check_trims(const PbaSource *source, GError **error);
-/* A discard came to its end. */
+/* A discard has ended. */
 void pba_source_trimmed(PbaSource *source, PbaRange range, int error);
 
 /* The target's side */
@@ -193,11 +192,11 @@ typedef struct {
 } PbaBlocks;
 
 struct PbaSink {
-    /* Begins, once all memory of the pieces is there. NULL: nothing to be done. */
+    /* Called when all pieces have their memory. NULL: there is nothing to do. */
     bool (*start)(PbaSink *sink, GError **error);
-    /* Begins to write a piece that was read; its state says when that is done. */
+    /* Starts to write a piece that was read; its state says when this is done. */
     bool (*write)(PbaSink *sink, PbaPiece *piece, GError **error);
-    /* Begins to flush; flushed says when that is done, flush_error how. */
+    /* Starts to flush; flushed says when this is done, flush_error with what result. */
     bool (*flush)(PbaSink *sink, GError **error);
     void (*free)(PbaSink *sink);
     char *name;        /* for messages */
@@ -214,7 +213,7 @@ struct PbaSink {
     int flush_error;
 };
 
-/* Makes what options say to the sink, of the volume's size. */
+/* Makes the sink that the options describe, for a volume of this size. */
 PbaSink *pba_sink_new(const PbaCopyOptions *options, PbaVolume *volume, PbaLoop *loop,
                       GError **error);
 PbaSink *pba_sink_file_new(const PbaCopyOptions *options, uint64_t size, PbaLoop *loop,
@@ -223,7 +222,7 @@ PbaSink *pba_sink_nbd_new(const PbaCopyOptions *options, const PbaVolume *volume
                           GError **error);
 
 bool pba_is_zero(const char *data, size_t length);
-/* How many of the bytes from at on are alike: zeroes (*zero) or not, looked for in the target's
+/* The number of bytes from at on that are all zeroes (*zero), or not, in units of the target's
  * blocks. */
 size_t pba_piece_run(const PbaPiece *piece, size_t at, const PbaBlocks *blocks, bool *zero);
 

@@ -1,4 +1,4 @@
-/* What of a volume a copy is about: region after region, each cut where it has holes. */
+/* Which parts of a volume are copied: region after region, each split at its holes. */
 #include "course.h"
 
 #define SECTOR 4096u
@@ -47,7 +47,7 @@ static bool begin_region(PbaCourse *course, GError **error)
     return true;
 }
 
-/* What the rest of the region begins with. */
+/* What the rest of the region starts with. */
 static void find_next(PbaCourse *course)
 {
     if (course->holes) {

@@ -1,4 +1,4 @@
-/* What of a volume a copy is about. */
+/* Which parts of a volume are copied. */
 #ifndef PBA_SRC_COURSE_H
 #define PBA_SRC_COURSE_H
 
@@ -18,15 +18,15 @@ typedef struct {
     uint64_t regions;     /* so far */
 } PbaCourse;
 
-/* Looks for what comes next. */
+/* Finds the next part. */
 bool pba_course_next(PbaCourse *course, GError **error);
-/* Bytes of the next piece: all of next_length, or at most max of it, up to the edge of a target's
- * block, of a cluster, or of what a digest is of. */
+/* The length of the next piece: next_length, or at most max of it, up to the end of a target's
+ * block, a cluster, or a block with a digest. */
 uint32_t pba_course_length(const PbaCourse *course, const PbaSink *sink, uint32_t max,
                            uint32_t align);
-/* So much of next_length has been taken. */
+/* Takes this much of next_length. */
 void pba_course_take(PbaCourse *course, uint32_t length);
-/* Bytes in all, without going on. */
+/* The total number of bytes. Does not advance. */
 bool pba_course_total(const PbaCourse *course, uint64_t *total, GError **error);
 
 #endif

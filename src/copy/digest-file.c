@@ -1,6 +1,6 @@
 /* A file of digests.
  *
- * The header takes one page, so that the slots of blocks that nothing is known of are holes:
+ * The header takes one page, so that the slots of unknown blocks are holes:
  * "PBA-DIGESTS\n", the version and the algorithm as text, then big-endian the volume's size, the
  * block size and flags. It is written last: a copy that fails leaves no file of digests. */
 #include "digest.h"
@@ -16,7 +16,7 @@
 #define VERSION "1"
 #define ALGORITHM "SHA-256"
 #define IS_COMPLETE 1u
-/* Slots that are looked at at a time for what is known. */
+/* The number of slots that are searched at a time. */
 #define SCAN 2048u
 
 typedef struct {
@@ -87,7 +87,7 @@ int pba_digest_file_write(const PbaDigestFile *file, uint64_t first, size_t coun
     return transfer(file->fd, (uint8_t *)slots, count * PBA_DIGEST_SIZE, place_of(first), true);
 }
 
-/* What the file says it is. All of it comes from outside. */
+/* The header, which is not trusted. */
 static bool read_header(PbaDigestFile *file, uint64_t size, uint32_t block, GError **error)
 {
     Header found = {0};
@@ -158,7 +158,7 @@ bool pba_digest_is_unset(const uint8_t *slot)
     return memcmp(slot, unset, sizeof(unset)) == 0;
 }
 
-/* False also of what a copy that failed has left, so that it can be done again. */
+/* Also false for the remains of a failed copy, which can then be repeated. */
 static bool is_begun(const PbaDigestFile *file)
 {
     uint8_t begin[PBA_DIGEST_SIZE];
@@ -237,7 +237,7 @@ int pba_digest_file_finish(PbaDigestFile *file)
     return problem ? problem : fdatasync(file->fd) == 0 ? 0 : errno;
 }
 
-/* Takes the slots from *at on into the run; false if it ends within them. */
+/* Adds the slots from *at on to the run. Returns false if the run ends in them. */
 static bool scan(const uint8_t *slots, size_t count, uint64_t *at, uint64_t *run)
 {
     for (size_t i = 0; i < count; i++) {

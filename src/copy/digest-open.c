@@ -1,9 +1,9 @@
-/* Opening files of digests, by a thread: a file system may hang. */
+/* Opens files of digests in a thread, because a file system may hang. */
 #include "copy.h"
 #include "digest.h"
 #include "src/base/base.h"
 
-/* Between two looks whose process this is. */
+/* The interval at which the wait checks whether this is a forked child. */
 #define TURN (G_TIME_SPAN_SECOND / 4)
 
 typedef struct {
@@ -90,7 +90,7 @@ bool pba_digests_open(const PbaCopyOptions *options, uint64_t size, PbaLoop *loo
     if (!options->digests && !options->digest_file && !options->expected) {
         return true;
     }
-    /* Threads that compute may all be needed beside those that read. */
+    /* All computing threads may be needed in addition to the reading ones. */
     PbaPool *pool = pba_loop_pool(loop, CLAMP(g_get_num_processors(), 1, 4), error);
     if (!pool) {
         return false;

@@ -1,6 +1,6 @@
-/* The digest of every block that a copy reads, computed by threads of the pool between its read and
- * its write. What a thread works with is its own, as with a read of a file: it is not waited for
- * when the copy ends, since the files of digests may be where calls hang. */
+/* The digest of every block that a copy reads, computed by threads of the pool between read and
+ * write. A thread owns its data, as when it reads a file: the end of the copy does not wait for it,
+ * because calls on the files of digests may hang. */
 #include "digest.h"
 #include "src/base/base.h"
 #include <errno.h>
@@ -101,7 +101,7 @@ static bool is_kept(const struct PbaDigestJob *self, size_t i)
            !(self->digests->leaves_unchanged && self->found[i] == FOUND_SAME);
 }
 
-/* A file that is begun has zeroes where nothing is written. */
+/* A new file has zeroes where nothing was written. */
 static void keep(struct PbaDigestJob *self)
 {
     PbaDigestFile *out = self->digests->out;
@@ -119,7 +119,7 @@ static void keep(struct PbaDigestJob *self)
     }
 }
 
-/* What one file knows of the blocks that no newer one knew. */
+/* Adds the digests of one file for blocks that no newer file has. */
 static void note_known(struct PbaDigestJob *self, const PbaDigestFile *file, const uint8_t *slots)
 {
     for (size_t i = 0; i < self->count; i++) {
@@ -169,7 +169,7 @@ static void free_job(struct PbaDigestJob *self)
     g_free(self);
 }
 
-/* The piece's buffer is the job's own by now. */
+/* The job owns the piece's buffer now. */
 static void leave_job(PbaJob *job)
 {
     struct PbaDigestJob *self = (struct PbaDigestJob *)job;
@@ -178,7 +178,7 @@ static void leave_job(PbaJob *job)
     free_job(self);
 }
 
-/* In the thread of the copy */
+/* In the copy's thread */
 
 static void job_done(PbaJob *job)
 {
@@ -222,7 +222,7 @@ static bool fail_file(const PbaDigestFile *file, int problem, GError **error)
     return false;
 }
 
-/* A range whose blocks are not what was expected. */
+/* A range whose blocks differ from the expected ones. */
 static bool tell_damage(const PbaCopyOptions *options, uint64_t offset, uint64_t length,
                         GError **error)
 {
@@ -299,7 +299,7 @@ const uint8_t *pba_digests_values(const PbaPiece *piece)
     return job->values + (piece->offset / job->digests->block - job->first) * PBA_DIGEST_SIZE;
 }
 
-/* Where the units that are unchanged, or those that are not, end. */
+/* The end of a run of unchanged units, or of changed ones. */
 static size_t end_of(const PbaPiece *piece, size_t at, size_t unit, bool unchanged)
 {
     while (at < piece->whole_length) {
@@ -391,7 +391,7 @@ bool pba_digests_check_end(const PbaDigests *digests, const PbaDigestsEnd *end, 
     return !end->error || fail_file(digests->out, end->error, error);
 }
 
-/* What the options say */
+/* Options */
 
 static void unref_file(gpointer file)
 {

@@ -29,16 +29,16 @@ int pba_digest_file_write(const PbaDigestFile *file, uint64_t first, size_t coun
                           const uint8_t *slots);
 /* What was written is durable, and the file valid. */
 int pba_digest_file_finish(PbaDigestFile *file);
-/* The next range of the volume from offset on whose blocks are known; *length is 0 at the end. */
+/* The next range, from offset on, of blocks with a digest; *length is 0 at the end. */
 bool pba_digest_file_next(const PbaDigestFile *file, uint64_t *offset, uint64_t *length,
                           GError **error);
 bool pba_digest_is_unset(const uint8_t *slot);
 
-/* Zeroes, or the data's own 32 bytes (SHA-256). */
+/* Zeroes, or the 32 bytes of the data's SHA-256. */
 typedef struct PbaDigests PbaDigests;
 
-/* What the options ask for; *digests is NULL if nothing. May block: pba_digests_open does it by a
- * thread of the loop's pool, and stays able to be interrupted. */
+/* Opens what the options request; *digests is NULL if they request nothing. May block:
+ * pba_digests_open does this in a thread of the loop's pool, and can be interrupted. */
 bool pba_digests_new(const PbaCopyOptions *options, uint64_t size, PbaDigests **digests,
                      GError **error);
 bool pba_digests_open(const PbaCopyOptions *options, uint64_t size, PbaLoop *loop,
@@ -50,15 +50,15 @@ void pba_digests_unref(PbaDigests *digests);
 bool pba_digests_compute(const PbaDigests *digests, const char *data, size_t length,
                          uint8_t *values);
 uint32_t pba_digests_block(const PbaDigests *digests);
-/* The file whose blocks alone are copied, with only_known. */
+/* With only_known, the file that says which blocks are copied. */
 PbaDigestFile *pba_digests_known(const PbaDigests *digests);
-/* False if a region is not made of whole blocks. */
+/* False if a region does not consist of whole blocks. */
 bool pba_digests_check_region(const PbaDigests *digests, uint64_t offset, uint64_t length,
                               GError **error);
 /* Lets a thread of the pool compute the digests of a piece that was read. The piece's state tells
  * when this is done; until then, the thread owns its buffer. */
 void pba_digests_begin(PbaDigests *digests, PbaPool *pool, PbaPiece *piece);
-/* Tells the caller what was found. */
+/* Reports the results to the caller. */
 bool pba_digests_tell(const PbaDigests *digests, PbaPiece *piece, const PbaCopyOptions *options,
                       PbaCopyStatistics *statistics, GError **error);
 /* Advances the piece to its next part that must be written, in whole units of align, skipping
@@ -66,18 +66,18 @@ bool pba_digests_tell(const PbaDigests *digests, PbaPiece *piece, const PbaCopyO
 bool pba_digests_next_part(PbaPiece *piece, uint32_t align);
 /* The digests that were computed for the blocks from the piece's offset on. */
 const uint8_t *pba_digests_values(const PbaPiece *piece);
-/* What was found is not needed any more, if something was. */
+/* Frees the results, if there are any. */
 void pba_digests_forget(PbaPiece *piece);
 
-/* The end of a file that is written: done says when, error how (an errno). */
+/* Finishes a file that was written: done says when this has ended, error is its errno. */
 typedef struct {
     bool done;
     int error;
 } PbaDigestsEnd;
 
-/* end has to live as long as the pool. */
+/* end must live as long as the pool. */
 void pba_digests_finish(PbaDigests *digests, PbaPool *pool, PbaDigestsEnd *end);
-/* Why that failed. */
+/* The error, if this has failed. */
 bool pba_digests_check_end(const PbaDigests *digests, const PbaDigestsEnd *end, GError **error);
 
 #endif

@@ -1,4 +1,4 @@
-/* A volume behind an open file handle: the mechanism file-handle, as a provider is given it. */
+/* A volume that is an open file handle, as a provider gets it with the mechanism file-handle. */
 #define _GNU_SOURCE
 #include "copy.h"
 #include "regions.h"
@@ -24,8 +24,8 @@ typedef struct {
     PbaRegionsCursor cursor; /* in what was given */
 } HandleMap;
 
-/* The size is part of the contract. What is no regular file, or is one of /proc, does not tell it.
- */
+/* Checks the size, which is part of the contract. Files that are not regular, or in /proc, do not
+ * report it. */
 static bool check_size(int fd, uint64_t size, GError **error)
 {
     struct stat stat;
@@ -44,7 +44,7 @@ static bool check_size(int fd, uint64_t size, GError **error)
     return true;
 }
 
-/* A descriptor of our own for it; -1 on error. */
+/* Our own descriptor for the file; -1 on error. */
 static int own_descriptor(int fd, uint64_t size, GError **error)
 {
     int own = fcntl(fd, F_DUPFD_CLOEXEC, 0);
@@ -98,7 +98,7 @@ int pba_handle_fd(const PbaVolume *volume)
     return ((const HandleVolume *)volume)->fd;
 }
 
-/* True if the call that errno is of is to be made again. */
+/* True if the call that set errno must be repeated. */
 static bool may_retry(PbaVolume *volume, const char *what, uint64_t offset, uint64_t length,
                       GError **error)
 {
@@ -160,7 +160,7 @@ static bool handle_discard(PbaVolume *volume, uint64_t offset, uint64_t length, 
     return true;
 }
 
-/* Has the caller give one more region, unless it was the last. */
+/* Gets one more region from the caller, unless there are no more. */
 static bool ask_region(PbaVolume *volume, GError **error)
 {
     HandleVolume *self = (HandleVolume *)volume;
@@ -209,7 +209,7 @@ static bool handle_next_region(PbaVolume *volume, PbaMap *map, uint64_t *offset,
     return true;
 }
 
-/* From the first region on: what was given is not looked up by where it is. */
+/* Searches from the first region on, because the list has no index. */
 static PbaMap *handle_new_map(PbaVolume *volume, uint64_t begin)
 {
     HandleMap *map = g_new0(HandleMap, 1);

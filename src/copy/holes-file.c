@@ -1,5 +1,5 @@
-/* Zeroes of a file: its holes (lseek(2): SEEK_HOLE, SEEK_DATA), asked for by a thread, since behind
- * a virtual file there is a server. */
+/* Zeroes of a file: its holes (lseek(2): SEEK_HOLE, SEEK_DATA). A thread asks for them, because a
+ * virtual file needs its server for an answer. */
 #define _GNU_SOURCE /* SEEK_HOLE */
 #include "holes.h"
 #include "src/base/base.h"
@@ -27,7 +27,7 @@ struct FileHoles {
     PbaRange found;
 };
 
-/* Any error is an answer too: there is nothing that need not be read. */
+/* After an error, everything is read. */
 static void run_seek(PbaJob *job)
 {
     Seek *seek = (Seek *)job;

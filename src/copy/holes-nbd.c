@@ -1,4 +1,4 @@
-/* Zeroes by a server's word: NBD block status. */
+/* Zeroes as an NBD server reports them: block status. */
 #include "holes.h"
 
 typedef struct {
@@ -7,7 +7,7 @@ typedef struct {
     PbaNbdMap *map; /* owned; NULL until a region was asked about */
 } NbdHoles;
 
-/* Answers of an earlier region still write to the map that asked. */
+/* Answers for an earlier region still write to the map that asked for them. */
 static bool begin_map(PbaHoles *base)
 {
     NbdHoles *holes = (NbdHoles *)base;

@@ -1,5 +1,5 @@
-/* Where regions of a volume are zeroes: what a thin disk does not hold need not be read. Only
- * regions that are long are asked about, since each waits for an answer. */
+/* Finds zeroes in regions of a volume: unallocated parts of a thin disk need not be read. Only long
+ * regions are asked for, because each request waits for its answer. */
 #include "holes.h"
 
 #define MIN_REGION (UINT64_C(16) << 20)
@@ -18,7 +18,7 @@ void pba_holes_begin(PbaHoles *holes, uint64_t offset, uint64_t length)
     holes->state = length >= MIN_REGION ? PBA_HOLES_WANTED : PBA_HOLES_OVER;
 }
 
-/* Finds the next hole; false if the answer is under way. */
+/* Finds the next hole. Returns false while the answer is outstanding. */
 static bool find_hole(PbaHoles *holes)
 {
     if (holes->state == PBA_HOLES_WANTED) {
@@ -38,7 +38,7 @@ static bool find_hole(PbaHoles *holes)
             holes->state = PBA_HOLES_OVER;
             break;
         }
-        /* What is read before and after a hole has to be aligned, too. */
+        /* The reads before and after a hole must be aligned too. */
         holes->hole =
             pba_whole_clusters((PbaRange){offset, offset + length}, UINT64_MAX, holes->align);
         if (holes->hole.end - holes->hole.begin >= PBA_MIN_HOLE) {

@@ -1,4 +1,4 @@
-/* Where regions are zeroes: what the ways to find out share. */
+/* Where regions are zeroes: shared by the ways to find out. */
 #ifndef PBA_SRC_HOLES_H
 #define PBA_SRC_HOLES_H
 
@@ -11,14 +11,14 @@ typedef enum {
 } PbaHoleAnswer;
 
 typedef struct {
-    /* Begins to look at the region; false while what was asked about another is under way. */
+    /* Starts with the region. Returns false while an answer for another region is outstanding. */
     bool (*begin)(PbaHoles *holes);
     /* The next run of zeroes of the region. */
     PbaHoleAnswer (*find)(PbaHoles *holes, uint64_t *offset, uint64_t *length);
     void (*free)(PbaHoles *holes);
 } PbaHolesKind;
 
-/* Of a region. */
+/* For one region. */
 typedef enum {
     PBA_HOLES_WANTED, /* kind has to begin */
     PBA_HOLES_SOUGHT,

@@ -4,15 +4,15 @@
 #include <sys/mman.h>
 #include <sys/stat.h>
 
-/* What was not used may be made up for, but not for long: a limit protects others on the same disk
+/* Unused bandwidth may be made up for, but only briefly: a limit protects others on the same disk
  * or network. */
 #define SAVED_NS (G_GINT64_CONSTANT(250) * 1000 * 1000)
 #define NS_PER_SECOND 1e9
 #define NS_PER_US 1000
-/* Requests are cut so that one of them is a small part of a second's worth. */
+/* A request has at most the bytes of one second, divided by this. */
 #define REQUESTS_PER_SECOND 20
-/* The least bytes of a request: the block of most disks. A server that has larger ones gets them.
- */
+/* The smallest request: the block size of most disks. A server with larger blocks gets larger
+ * requests. */
 #define SMALLEST 4096u
 
 static bool map_state(PbaLimit *limit, int fd, GError **error)
@@ -81,6 +81,6 @@ uint32_t pba_limit_request(const PbaLimit *limit, uint32_t max)
         return max;
     }
     uint64_t share = limit->rate / REQUESTS_PER_SECOND / SMALLEST * SMALLEST;
-    /* Never more than max, the size of the buffers. */
+    /* max is the size of the buffers. */
     return (uint32_t)MIN(MAX(share, SMALLEST), max);
 }

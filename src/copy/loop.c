@@ -1,4 +1,4 @@
-/* One wait for all of a copy's connections and threads. */
+/* A single wait for all connections and threads of a copy. */
 #include "copy.h"
 #include "src/base/base.h"
 #include <unistd.h>
@@ -30,7 +30,7 @@ PbaPool *pba_loop_pool(PbaLoop *loop, unsigned threads, GError **error)
     return loop->pool && pba_pool_grow(loop->pool, threads, error) ? loop->pool : NULL;
 }
 
-/* A connection that has died waits for nothing; what was in flight was completed as failed. */
+/* A dead connection waits for nothing: its requests in flight were completed as failed. */
 static struct pollfd poll_entry(struct nbd_handle *handle)
 {
     short events = pba_nbd_events(handle);
@@ -66,8 +66,8 @@ bool pba_loop_turn(PbaLoop *loop, gint64 until, gint64 deadline, GError **error)
         return false;
     }
     for (unsigned i = 0; i < loop->count; i++) {
-        /* An error here ends the connection, and with it every request in flight: their completions
-         * say more than libnbd's message would. */
+        /* An error here ends the connection and all its requests in flight. Their completions say
+         * more than libnbd's message. */
         if (entries[i].revents) {
             pba_nbd_notify(loop->handles[i], entries[i].events, entries[i].revents);
         }

@@ -1,4 +1,4 @@
-/* What is noted of pieces and discards while they are under way. */
+/* The state of pieces and discards in flight. */
 #include "copy.h"
 #include "src/base/base.h"
 #include <inttypes.h>
@@ -64,7 +64,7 @@ void pba_source_trimmed(PbaSource *source, PbaRange range, int error)
 {
     source->trimming--;
     if (!error) {
-        /* The last part of a volume is no whole cluster: a QEMU with commit 507175197b keeps it. */
+        /* QEMU with commit 507175197b does not discard the volume's last, partial cluster. */
         source->discarded +=
             range.end / source->trims.cluster * source->trims.cluster - range.begin;
     } else if (!source->trim_error) {

@@ -51,7 +51,7 @@ static void put_finished(PbaPool *pool, PbaJob *job)
         job->leave(job);
         return;
     }
-    /* The counter cannot run full: it is read before the list is empty again. */
+    /* The counter cannot overflow: it is read before the list is empty again. */
     if (!pool->finished && write(pool->fd, &one, sizeof(one)) != sizeof(one)) {
         g_warn_if_reached();
     }

@@ -1,17 +1,17 @@
-/* What was written, read back from the target beside the copy, and compared by digest.
+/* Reads written data back from the target during the copy, and compares digests.
  *
- * Each piece is read back into its own buffer when the target has acknowledged all of it, part by
- * part, as they were written: what was not, since it is unchanged, is not read. So memory and
- * requests in flight are bounded by the pieces, the volume's snapshot is kept until its data is
- * proven, and the time is that of the copy. What a target makes of a range by later writes to
- * others is not seen here. */
+ * Each piece is read back into its own buffer once the target has acknowledged all of it, in the
+ * parts in which it was written. Unchanged parts, which were not written, are not read. So the
+ * pieces limit memory and requests in flight, the volume's snapshot is kept until the data is
+ * checked, and there is no second pass. If later writes to other ranges change a range, this is not
+ * detected. */
 #include "readback.h"
 #include "src/base/base.h"
 #include <errno.h>
 #include <inttypes.h>
 #include <string.h>
 
-/* Ranges that a message names. */
+/* The number of ranges in a message. */
 #define MOST_SHOWN 8u
 
 struct PbaReadback {
@@ -55,7 +55,7 @@ static void free_job(struct PbaReadbackJob *self)
     g_free(self);
 }
 
-/* The piece's buffer is the job's own by now. */
+/* The job owns the piece's buffer now. */
 static void leave_job(PbaJob *job)
 {
     struct PbaReadbackJob *self = (struct PbaReadbackJob *)job;
@@ -64,7 +64,7 @@ static void leave_job(PbaJob *job)
     free_job(self);
 }
 
-/* In the thread of the copy */
+/* In the copy's thread */
 
 static void job_done(PbaJob *job)
 {
@@ -100,8 +100,8 @@ static void hash_part(const PbaReadback *readback, PbaPiece *piece)
     pba_pool_submit(readback->loop->pool, &self->job);
 }
 
-/* A target whose smallest block is larger takes the volume's end in whole ones; what is behind it
- * is not the volume's. */
+/* A target with larger blocks gets whole blocks at the volume's end. What it has beyond that end is
+ * not compared. */
 static bool read_part(PbaReadback *readback, PbaPiece *piece, GError **error)
 {
     piece->length =
@@ -137,7 +137,7 @@ static bool is_good(const struct PbaReadbackJob *job, size_t at)
     return memcmp(job->wanted + at, job->found + at, PBA_DIGEST_SIZE) == 0;
 }
 
-/* Names the ranges that differ: false. */
+/* Sets an error that names the ranges that differ. Returns false. */
 static bool tell_damage(const PbaReadback *readback, const PbaPiece *piece, GError **error)
 {
     const struct PbaReadbackJob *job = piece->back;
@@ -191,9 +191,8 @@ static bool after_hashed(const PbaReadback *readback, PbaPiece *piece,
     return good;
 }
 
-/* What a thin target holds of large zeroes need not be read either: it says where it has them, as
- * it will to those who restore it. One piece asks at a time. Zeroes that were read as data go the
- * way of data. */
+/* Large zeroes in a thin target are not read: the target reports them, as it will for a restore.
+ * One piece asks at a time. Zeroes that were read as data are handled like data. */
 static PbaNext ask(PbaReadback *readback, PbaPiece *piece, uint64_t *length)
 {
     *length = piece->length;
@@ -214,7 +213,7 @@ static PbaNext ask(PbaReadback *readback, PbaPiece *piece, uint64_t *length)
     return next;
 }
 
-/* The state WRITTEN says that a part is to be found, READY that it is. */
+/* In the state WRITTEN, the next part must be found; in READY, there is one. */
 static bool begin_part(PbaReadback *readback, PbaPiece *piece, PbaCopyStatistics *statistics,
                        bool *done, GError **error)
 {

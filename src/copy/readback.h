@@ -6,19 +6,18 @@
 
 typedef struct PbaReadback PbaReadback;
 
-/* Over the sink's connection for that, by requests of at most so many bytes, for which the pieces'
- * buffers have room. The sink must outlive it. NULL on error. */
+/* Uses the sink's connection for reading back. Requests have at most this many bytes, for which the
+ * pieces' buffers have room. The sink must outlive it. NULL on error. */
 PbaReadback *pba_readback_new(PbaSink *sink, PbaDigests *digests, PbaLoop *loop, uint32_t request,
                               GError **error);
-/* The loop's pool is freed by now. With broken, requests may still be in flight. */
+/* Call it after the loop's pool is freed. With broken, requests may still be in flight. */
 void pba_readback_free(PbaReadback *readback, bool broken);
-/* All of the piece was written. Its buffer is needed for nothing else any more. */
+/* The whole piece was written. Its buffer is no longer needed for anything else. */
 void pba_readback_begin(PbaPiece *piece);
-/* Goes on with such a piece; *done if all of it is as it should be. PBA_ERROR_CONTENT if something
- * is not. */
+/* Continues with such a piece. *done: all of it is correct. PBA_ERROR_CONTENT: something is not. */
 bool pba_readback_move(PbaReadback *readback, PbaPiece *piece, PbaCopyStatistics *statistics,
                        bool *done, GError **error);
-/* What was found is not needed any more, if something was. */
+/* Frees the results, if there are any. */
 void pba_readback_forget(PbaPiece *piece);
 
 #endif

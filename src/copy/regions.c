@@ -45,7 +45,7 @@ static uint64_t get(const PbaRegions *regions, PbaRegionsCursor *cursor)
     return number;
 }
 
-/* The lowest bit says whether it is bytes or clusters. Sizes of volumes are below 2^63. */
+/* The lowest bit distinguishes bytes and clusters. Volumes are smaller than 2^63. */
 static void put_distance(PbaRegions *regions, uint64_t distance)
 {
     put(regions, distance % PBA_CLUSTER ? distance << 1 | 1 : distance / PBA_CLUSTER << 1);

@@ -1,9 +1,9 @@
-/* Copying to a file or block device.
+/* Copies to a file or block device.
  *
- * A call on the target may hang for ever, and in a state in which the kernel does not let the
- * process end: with FUSE even a process that only has the file open. So the calls are made in
- * processes of their own, the writers, which alone have the target open: one that hangs is left
- * behind. The memory of the pieces is shared with them; orders and answers go over a socket. */
+ * A call on the target may hang forever, in a state in which the kernel does not let the process
+ * end; with FUSE, this includes a process that only has the file open. So separate processes, the
+ * writers, make these calls, and only they have the target open. A writer that hangs is left
+ * behind. The pieces are in shared memory; orders and answers go over a socket. */
 #define _GNU_SOURCE /* close_range() */
 #include "src/base/base.h"
 #include "target-file.h"
@@ -22,7 +22,7 @@
 /* The descriptors of a writer. */
 #define SOCKET_FD 3
 #define TARGET_FD 4
-/* How long those that were killed are waited for. */
+/* How long to wait for killed writers. */
 #define END_LIMIT_MS 500
 
 typedef struct {
@@ -55,8 +55,7 @@ typedef struct {
     uint64_t found_size;
 } FileSink;
 
-/* ---- in a writer: nothing but system calls, since it was cloned off a process with threads ----
- */
+/* ---- in a writer: only system calls, because it was cloned from a process with threads ---- */
 
 static void answer(const Answer *answer)
 {
@@ -80,8 +79,8 @@ static void obey(PbaTargetFile *target, Order *order)
     answer(&reply);
 }
 
-/* Like fork(), but such a child is no concern of the caller's: no signal when it ends, and a wait
- * for any child does not find it. */
+/* Like fork(), but invisible to the caller: the child sends no signal when it ends, and a wait for
+ * any child does not return it. */
 static pid_t clone_process(unsigned long flags)
 {
 #ifdef __s390x__
@@ -91,8 +90,8 @@ static pid_t clone_process(unsigned long flags)
 #endif
 }
 
-/* The others are children of the writer's own parent, which can wait for them. With fewer of them
- * it is slower. */
+/* The others are children of this writer's parent, which can wait for them. If some cannot be
+ * started, the copy is slower. */
 static void start_siblings(unsigned count)
 {
     for (unsigned i = 1; i < count; i++) {
@@ -106,19 +105,19 @@ static void start_siblings(unsigned count)
     }
 }
 
-/* Whatever else is open here would stay open for as long as a call hangs: the monitor, connections,
- * and a pipe whose reader waits for its end. */
+/* Other descriptors would stay open as long as a call hangs: the monitor, connections, or a pipe
+ * whose reader waits for its end. */
 static void keep_descriptors(int socket, int *target)
 {
     int safe_socket = fcntl(socket, F_DUPFD_CLOEXEC, TARGET_FD + 1);
     int safe_target = *target == -1 ? -1 : fcntl(*target, F_DUPFD_CLOEXEC, TARGET_FD + 1);
 
-    /* Too few descriptors are left: those below are the caller's still. */
+    /* Too few descriptors are available: the ones below still belong to the caller. */
     if (safe_socket == -1 || (*target != -1 && safe_target == -1)) {
         _exit(1);
     }
-    /* Not /dev/null: a path may lead to one of these (/dev/stdout), and a socket cannot be opened
-     * by its path. */
+    /* Not /dev/null: the target's path may mean one of these (/dev/stdout), and a socket cannot be
+     * opened by its path. */
     for (int fd = 0; fd < SOCKET_FD; fd++) {
         dup2(safe_socket, fd);
     }
@@ -154,7 +153,7 @@ static _Noreturn void run_writer(FileSink *self)
         }
         errno = 0;
     }
-    /* Before the socket, whose end says that the target is closed. */
+    /* Before the socket is closed, which says that the target is closed. */
     if (target->fd != -1) {
         close(target->fd);
     }
@@ -196,7 +195,7 @@ static void on_answer(FileSink *self, const Answer *answer)
         break;
     case ANSWER_FLUSHED:
         self->sink.flush_error = answer->error;
-        /* All that is left to be done is to close it. */
+        /* Only closing remains. */
         self->ending = true;
         shutdown(self->socket, SHUT_WR);
         break;
@@ -359,7 +358,7 @@ static void file_free(PbaSink *sink)
     g_free(self);
 }
 
-/* What the caller's descriptor was opened for can be asked. */
+/* The access mode of the caller's descriptor can be queried. */
 static bool check_descriptor(const FileSink *self, int fd, GError **error)
 {
     int flags = fcntl(fd, F_GETFL);

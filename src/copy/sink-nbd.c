@@ -1,9 +1,9 @@
-/* Copying to an NBD server: a qcow2 image behind qemu-nbd, whatever nbdkit or Ceph offer.
+/* Copies to an NBD server, such as qemu-nbd with a qcow2 image, nbdkit, or Ceph.
  *
- * Behind the server there may be clusters, and a server that loses a write beside a write-zeroes of
- * another part of the same cluster (QEMU 11.0.0 with "qcow2: Fix corruption on discard during write
- * with COW"; QEMU says a block size of 4096 whatever the clusters are). So each request is about
- * blocks that no other request in flight is about, and zeroes are made in whole blocks only. */
+ * The server may store clusters, and may lose a write during a write-zeroes of another part of the
+ * same cluster (QEMU 11.0.0 with "qcow2: Fix corruption on discard during write with COW"; QEMU
+ * reports a block size of 4096 for any cluster size). So no two requests in flight share a block,
+ * and zeroes are written in whole blocks only. */
 #include "copy.h"
 #include "src/base/base.h"
 #include <errno.h>
@@ -56,7 +56,7 @@ static int on_write_done(void *opaque, int *error)
     PbaPiece *piece = part->piece;
 
     if (part->zero && (*error == ENOTSUP || *error == EINVAL)) {
-        /* It said it could: from now on, and for this piece, zeroes are written as data. */
+        /* The server had claimed support: for this piece and later ones, write zeroes as data. */
         ((NbdSink *)piece->sink)->can_zero = false;
         piece->again = true;
     } else if (*error) {
@@ -87,7 +87,7 @@ static bool send_request(NbdSink *self, PbaNbdVolume *nbd, PbaPiece *piece, size
     return true;
 }
 
-/* One part in as many requests as the server wants; of zeroes, in whole blocks. */
+/* Writes a part, in as many requests as the server's limits need; zeroes in whole blocks. */
 static bool send_part(NbdSink *self, PbaNbdVolume *nbd, PbaPiece *piece, size_t at, size_t length,
                       bool zero, GError **error)
 {
@@ -104,8 +104,8 @@ static bool send_part(NbdSink *self, PbaNbdVolume *nbd, PbaPiece *piece, size_t 
     return true;
 }
 
-/* What is to be written as well, since the target takes whole blocks: zeroes behind the end of the
- * volume. Behind the end of a region there is something else, which is not known here. */
+/* What else must be written because the target takes whole blocks: zeroes beyond the end of the
+ * volume. Beyond the end of a region is other data, which is not known here. */
 static bool fill_block(const NbdSink *self, PbaPiece *piece, size_t *rest, GError **error)
 {
     uint32_t align = self->sink.align;
@@ -201,7 +201,7 @@ static void nbd_sink_free(PbaSink *sink)
     g_free(self);
 }
 
-/* All see the same export. */
+/* All connections see the same export. */
 static PbaNbdVolume *open_one(NbdSink *self, const PbaVolume *source, bool tells_zeroes,
                               GError **error)
 {
@@ -253,8 +253,8 @@ static bool check_target(NbdSink *self, uint64_t size, GError **error)
     return true;
 }
 
-/* All that are of use. What is read back has one of its own, so that it does not wait behind
- * writes, unless the server says it is not safe with several: then it has the first. */
+/* Opens all useful connections. Reading back has its own, to avoid waiting for writes, unless the
+ * server does not say that several are safe: then it uses the first. */
 static bool connect_all(NbdSink *self, const PbaCopyOptions *options, const PbaVolume *source,
                         PbaLoop *loop, GError **error)
 {
@@ -299,9 +299,9 @@ PbaSink *pba_sink_nbd_new(const PbaCopyOptions *options, const PbaVolume *source
         .size = self->sink.block, .whole = true, .end = self->connections[0]->volume.size};
     struct nbd_handle *first = self->connections[0]->handle;
     self->can_zero = nbd_can_zero(first) == 1 && self->most >= self->sink.block;
-    /* Asked now: of a connection that has died libnbd does not know it any more. */
+    /* Asked now, because libnbd forgets it when a connection dies. */
     self->can_flush = nbd_can_flush(first) == 1;
-    /* Not many requests for one piece, however small they have to be. */
+    /* Limits the number of requests for one piece, however small they are. */
     self->sink.max_zero = (uint32_t)pba_whole_blocks(self->most, self->sink.align);
     return &self->sink;
 }

@@ -1,4 +1,4 @@
-/* The target's side of a copy: which kind it is, and the caller's own function. */
+/* The target of a copy: chooses its kind; the caller's function as a target. */
 #include "copy.h"
 #include "src/base/base.h"
 
@@ -54,7 +54,7 @@ static PbaSink *call_sink_new(PbaCopyWrite write, void *opaque)
     return &self->sink;
 }
 
-/* Nowhere: the volume is only read. */
+/* No target: the volume is only read. */
 static bool no_write(PbaSink *sink, PbaPiece *piece, GError **error)
 {
     (void)sink;

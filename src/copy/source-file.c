@@ -1,4 +1,4 @@
-/* The volume's side of a copy where that is a file handle: threads read and discard. */
+/* The source of a copy from a file handle: threads read and discard. */
 #define _GNU_SOURCE /* fallocate() */
 #include "copy.h"
 #include "src/base/base.h"
@@ -7,7 +7,7 @@
 #include <linux/falloc.h>
 #include <unistd.h>
 
-/* That read and discard. */
+/* Threads that read and discard. */
 #define THREADS 4
 
 typedef struct {
@@ -16,7 +16,7 @@ typedef struct {
     PbaJobFile *file; /* owned */
 } FileSource;
 
-/* A read under way. It has all it needs by itself, but for saying that it is done. */
+/* A read in flight. It owns all its data; it needs the source only to report its end. */
 typedef struct {
     PbaJob job;
     PbaJobFile *file;
@@ -29,7 +29,7 @@ typedef struct {
     int error;
 } FileRead;
 
-/* A discard under way. */
+/* A discard in flight. */
 typedef struct {
     PbaJob job;
     PbaJobFile *file;
@@ -70,7 +70,7 @@ static void read_done(PbaJob *job)
     g_free(read);
 }
 
-/* The piece's buffer is the read's own by now. */
+/* The read owns the piece's buffer now. */
 static void leave_read(PbaJob *job)
 {
     FileRead *read = (FileRead *)job;
@@ -164,7 +164,7 @@ static bool open_file(PbaSource *source, unsigned connections, PbaLoop *loop, GE
     return true;
 }
 
-/* A virtual file has none where a reader may not pass over any: see src/vfile. */
+/* If a reader must not skip anything, a virtual file reports no holes: see src/vfile. */
 static PbaHoles *new_holes(PbaSource *source, uint32_t align)
 {
     const FileSource *self = (const FileSource *)source;

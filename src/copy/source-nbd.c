@@ -1,4 +1,4 @@
-/* A copy's side of a volume over NBD: reads and discards over one or more connections. */
+/* The source of a copy over NBD: reads and discards over one or more connections. */
 #include "copy.h"
 #include <errno.h>
 #include <inttypes.h>
@@ -12,7 +12,7 @@ typedef struct {
     uint32_t read_flags;
 } NbdSource;
 
-/* The second connection can tell where there are holes, if the server can. */
+/* The second connection asks for holes, if the server reports them. */
 static PbaNbdVolume *open_another(const NbdSource *self, GError **error)
 {
     const PbaNbdVolume *first = self->connections[0];
@@ -20,7 +20,7 @@ static PbaNbdVolume *open_another(const NbdSource *self, GError **error)
     PbaVolumeOptions options = {
         .device = volume->device, .path = first->path, .size = volume->size};
 
-    /* QEMU before 9.2 (6475155d51) cannot be asked this of what it is reading. */
+    /* QEMU before 9.2 (6475155d51) must not be asked for holes in a range that it is reading. */
     if (self->count == 1 && !first->by_cluster) {
         return pba_nbd_open_allocation(&options, &volume->hooks, error);
     }
@@ -50,8 +50,8 @@ static bool open_connections(PbaSource *source, unsigned connections, PbaLoop *l
         return false;
     }
     if (connections == 0) {
-        /* Requests of single clusters keep QEMU's main loop busy over one connection: more
-         * connections would only delay the guest. */
+        /* With requests of single clusters, one connection keeps QEMU's main loop busy. More would
+         * only delay the guest. */
         connections = first->by_cluster ? 1 : DEFAULT_CONNECTIONS;
     }
     bool safe = nbd_can_multi_conn(first->handle) == 1;
@@ -59,11 +59,11 @@ static bool open_connections(PbaSource *source, unsigned connections, PbaLoop *l
         return false;
     }
     source->can_discard = nbd_can_trim(first->handle) == 1;
-    /* Without DF QEMU looks for holes in what is read, by block status on the snapshot. */
+    /* Without DF, QEMU searches each read range for holes, by block status on the snapshot. */
     self->read_flags = first->by_cluster && nbd_can_df(first->handle) == 1 ? LIBNBD_CMD_FLAG_DF : 0;
     for (unsigned i = 0; i < self->count; i++) {
         PbaNbdVolume *nbd = self->connections[i];
-        /* Every byte of a read is counted, so none has to be set before. */
+        /* Every byte of a read is counted, so the buffer need not be cleared. */
         nbd_set_pread_initialize(nbd->handle, false);
         pba_loop_add(loop, nbd->handle);
         source->align = MAX(source->align, nbd->volume.sizes.block);
@@ -94,7 +94,7 @@ static void close_connections(PbaSource *source, bool broken)
     }
 }
 
-/* The connection with the least to do. */
+/* The connection with the fewest requests. */
 static PbaNbdVolume *choose(const NbdSource *self)
 {
     PbaNbdVolume *best = self->connections[0];

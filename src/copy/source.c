@@ -1,9 +1,9 @@
-/* The volume's side of a copy: what it is read from, and what is discarded of it when. */
+/* The source of a copy: from what the volume is read, and what is discarded when. */
 #include "copy.h"
 #include "src/base/base.h"
 #include <inttypes.h>
 
-/* A range this long is worth a request of its own at once. */
+/* A range this long is discarded at once, by its own request. */
 #define GOOD_DISCARD (UINT64_C(1) << 20)
 
 static const PbaSourceKind *const kinds[] = {&pba_source_nbd, &pba_source_file};

@@ -1,11 +1,11 @@
-/* What becomes of a copy's pieces: read, hashed, written, read back, released for discarding. Each
- * step is begun here; completions say when it is done. */
+/* The steps of a copy's pieces: read, hashed, written, read back, released for discarding. Each
+ * step is started here; completions say when it is done. */
 #include "steps.h"
 #include "src/base/base.h"
 #include <errno.h>
 #include <string.h>
 
-/* With a function for damage, data that the server says it cannot read is no reason to end. */
+/* If the caller has a function for damage, the copy continues after data that cannot be read. */
 static bool pass_over(const PbaCopy *copy, PbaPiece *piece, GError **error)
 {
     if (!copy->options->damaged || (piece->error != EIO && piece->error != EINVAL)) {
@@ -133,7 +133,7 @@ static bool read_back(PbaCopy *copy, PbaPiece *piece, GError **error)
     return true;
 }
 
-/* One that was hashed is written before anything else is told. */
+/* A hashed piece is written before anything else is reported. */
 static bool move_piece(PbaCopy *copy, PbaPiece *piece, GError **error)
 {
     if (piece->is_back) {
@@ -145,7 +145,7 @@ static bool move_piece(PbaCopy *copy, PbaPiece *piece, GError **error)
            (piece->state != PBA_PIECE_WRITTEN || after_written(copy, piece, error));
 }
 
-/* Pieces that waited for another one may be taken once that has made its step. */
+/* A piece that waited for another one may continue after that one's step. */
 bool pba_copy_move_pieces(PbaCopy *copy, GError **error)
 {
     uint64_t before;

@@ -1,4 +1,4 @@
-/* A copy that is under way, and the steps of its pieces. */
+/* A running copy, and the steps of its pieces. */
 #ifndef PBA_SRC_STEPS_H
 #define PBA_SRC_STEPS_H
 
@@ -35,7 +35,7 @@ typedef struct {
     gint64 last_event; /* when something was done last, for the time limit */
 } PbaCopy;
 
-/* Takes each piece as far as it goes now. */
+/* Advances each piece as far as possible now. */
 bool pba_copy_move_pieces(PbaCopy *copy, GError **error);
 
 #endif

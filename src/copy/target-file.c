@@ -8,9 +8,9 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-/* That write to a device, or to a file past the page cache. */
+/* The number of writers to a device, or to a file without the page cache. */
 #define DIRECT_WRITERS 4
-/* The blocks of most file systems. */
+/* The block size of most file systems. */
 static const PbaBlocks blocks = {.size = 4096};
 
 /* Writing */
@@ -39,7 +39,7 @@ static bool is_unsupported(int error)
            error == ESPIPE || error == EPERM;
 }
 
-/* Makes zeroes without writing them. *done is false if the target has no way to. */
+/* Makes zeroes without writing them. *done is false if the target cannot do this. */
 static bool make_hole(PbaTargetFile *target, PbaPiece *piece, size_t at, size_t length, bool *done)
 {
     static const int modes[] = {
@@ -93,7 +93,7 @@ int pba_target_file_finish(PbaTargetFile *target)
 {
     int error = !target->flushes || fdatasync(target->fd) == 0 ? 0 : errno;
 
-    /* A file system without fsync, as some of FUSE are, tells only here. */
+    /* A file system without fsync, such as some with FUSE, reports errors only here. */
     if (close(target->fd) != 0 && !error) {
         error = errno;
     }
@@ -103,10 +103,10 @@ int pba_target_file_finish(PbaTargetFile *target)
 
 /* Opening */
 
-/* The size is part of what is copied: an image of another size would not restore. */
+/* Sets the size too, because an image of another size cannot be restored. */
 static int prepare_file(PbaTargetFile *target, uint64_t old_size)
 {
-    /* Through the page cache the kernel lets one write at a time: others would only spin. */
+    /* With the page cache, the kernel permits one write at a time: others would only spin. */
     target->writers = fcntl(target->fd, F_GETFL) & O_DIRECT ? DIRECT_WRITERS : 1;
     target->flushes = true;
     target->zero_from = old_size;
@@ -134,7 +134,7 @@ int pba_target_file_open(PbaTargetFile *target)
     target->writers = 1;
     target->zero_from = UINT64_MAX;
     if (target->path) {
-        /* What is made is as secret as the disk. */
+        /* The new file is as confidential as the disk. */
         int make = target->is_increment ? 0 : O_CREAT;
         target->fd = open(target->path, O_WRONLY | make | O_CLOEXEC | O_NOCTTY | O_NONBLOCK, 0600);
     }
@@ -147,6 +147,6 @@ int pba_target_file_open(PbaTargetFile *target)
     if (S_ISBLK(stat.st_mode)) {
         return prepare_device(target);
     }
-    /* Such as /dev/null: anything that has offsets. */
+    /* Anything with offsets, such as /dev/null. */
     return lseek(target->fd, 0, SEEK_CUR) != -1 ? 0 : errno;
 }

@@ -1,11 +1,11 @@
-/* The calls that write to a file or block device, each of which may hang: made in a process of
- * their own, see sink-file.c. They take no locks and no memory. */
+/* The calls that write to a file or block device, each of which may hang: separate processes make
+ * them, see sink-file.c. They take no locks and allocate no memory. */
 #ifndef PBA_SRC_TARGET_FILE_H
 #define PBA_SRC_TARGET_FILE_H
 
 #include "copy.h"
 
-/* How zeroes come into the target, the next way if one is not possible there. */
+/* The ways to write zeroes. If the target does not support one, the next is tried. */
 typedef enum { PBA_ZERO_BY_HOLE, PBA_ZERO_BY_RANGE, PBA_ZERO_BY_WRITING } PbaZeroWay;
 
 typedef struct {
@@ -20,10 +20,10 @@ typedef struct {
     PbaZeroWay zero_way;
 } PbaTargetFile;
 
-/* Opens the target and gives a file the volume's size. Returns errno, 0 if good; with found_size
- * ENOSPC for a device that is too small, ENODATA for a file that an increment does not fit. */
+/* Opens the target, and gives a file the volume's size. Returns an errno, 0 on success. With
+ * found_size: ENOSPC if a device is too small, ENODATA if an increment does not fit the file. */
 int pba_target_file_open(PbaTargetFile *target);
-/* Writes the piece; its error says how that went. */
+/* Writes the piece, and sets its error. */
 void pba_target_file_write(PbaTargetFile *target, PbaPiece *piece);
 int pba_target_file_finish(PbaTargetFile *target);
 

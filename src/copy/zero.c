@@ -1,10 +1,10 @@
-/* Finding zeroes, for holes in the target. */
+/* Finds zeroes, which become holes in the target. */
 #include "copy.h"
 #include <string.h>
 
 #define PROBE 16u
 
-/* Comparing the data with itself, one step on, is as fast as memcmp() is. */
+/* Compares the data with itself, shifted by one step, at the speed of memcmp(). */
 bool pba_is_zero(const char *data, size_t length)
 {
     static const char zeroes[PROBE];
@@ -15,7 +15,7 @@ bool pba_is_zero(const char *data, size_t length)
     return memcmp(data, zeroes, PROBE) == 0 && memcmp(data, data + PROBE, length - PROBE) == 0;
 }
 
-/* The part of one block that begins at at. */
+/* The part of a block that starts at the offset at. */
 static size_t measure_block(const PbaPiece *piece, size_t at, const PbaBlocks *blocks, bool *zero)
 {
     uint64_t offset = piece->offset + at;
