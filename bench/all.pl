@@ -1,6 +1,6 @@
 #!/usr/bin/perl
 
-# All benches, one after the other, as one table or with --json. Takes the options of each.
+# Runs all benches, one after the other, and prints one table, or JSON with --json. Takes the options of each.
 
 use v5.36;
 

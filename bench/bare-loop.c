@@ -1,10 +1,10 @@
 /*
- * The floor of the dirty region benchmark: the least a program can do with libnbd to go through a
- * dirty bitmap. Counts regions and bytes, and prints them with what it took.
+ * The floor of the dirty region benchmark: a minimal program with libnbd that reads a dirty bitmap.
+ * Counts regions and bytes, and prints them with its time.
  *
  *     bare-loop URI CONTEXT [first]
  *
- * With "first" it ends at the first dirty region.
+ * With "first", it ends at the first dirty region.
  */
 
 #include <inttypes.h>
@@ -15,7 +15,7 @@
 
 #include "bare.h"
 
-/* Below 4 GiB, since older servers take no more, and aligned. */
+/* Aligned, and below 4 GiB, the limit of older servers. */
 #define MAX_REQUEST (UINT64_C(4) * 1024 * 1024 * 1024 - 1024 * 1024)
 
 struct count {

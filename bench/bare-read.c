@@ -1,7 +1,7 @@
 /*
- * The floor of the increment's copy: the least a program can do with libnbd to read pieces of a
- * disk. Reads LENGTH bytes at every STEP bytes, over one connection, with many requests in flight,
- * and prints the bytes and the seconds.
+ * The floor of the increment's copy: a minimal program with libnbd that reads pieces of a disk.
+ * Reads LENGTH bytes every STEP bytes, over one connection, with many requests in flight, and prints
+ * bytes and seconds.
  *
  *     bare-read URI LENGTH STEP
  */
@@ -39,7 +39,7 @@ static int on_extents(void *data, const char *context, uint64_t offset, uint32_t
     return 0;
 }
 
-/* After one answer of this kind qemu-nbd keeps its buffers, and is faster; a copy asks, too. */
+/* After one answer of this kind, qemu-nbd keeps its buffers and is faster. A copy asks too. */
 static void ask_for_status(struct nbd_handle *nbd)
 {
     nbd_extent_callback callback = {.callback = on_extents};

@@ -1,4 +1,4 @@
-/* What the bare loops share. */
+/* Shared by the bare loops. */
 #ifndef BENCH_BARE_H
 #define BENCH_BARE_H
 

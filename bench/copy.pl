@@ -1,14 +1,14 @@
 #!/usr/bin/perl
 
-# How fast volumes are copied, and what CPU time that takes, from qemu-nbd over images in memory:
+# Time and CPU time of copies, from qemu-nbd with images in memory:
 #
-#   - a full copy of 4 GiB to nowhere, to a file, and from NBD to NBD, beside nbdcopy and qemu-img convert
-#     on the same export; once of a disk full of data, once of one whose every other 16 MiB hold some
-#   - an increment, 64 KiB dirty every 128 KiB: beside a full copy of the same image, a bare C loop over
-#     libnbd that reads the same pieces, and a loop that has one request in flight
-#   - the same two from nbdkit, which costs less: what is left is the cost of the copy
+#   - a full copy of 4 GiB to nowhere, to a file, and from NBD to NBD, compared with nbdcopy and qemu-img
+#     convert on the same export; of a disk full of data, and of one with data in every other 16 MiB
+#   - an increment, 64 KiB dirty every 128 KiB, compared with a full copy of the same image, a bare C loop
+#     over libnbd that reads the same pieces, and a loop with one request in flight
+#   - the same two from nbdkit, which costs less, so they show the cost of the copy itself
 #   - digests: a full copy to a qcow2 image by qemu-nbd, with and without them
-#   - looking for zeroes: a target that can be told of them beside one that cannot
+#   - detection of zeroes: a target that supports zeroes, and one that does not
 
 use v5.36;
 
@@ -34,7 +34,7 @@ sub qemu_img (@arguments) {
     return;
 }
 
-# A qcow2 image of the same kind whose bitmap has such a pattern.
+# A qcow2 image with the same content and a bitmap with this pattern.
 sub write_mapped ($file, $pattern) {
     my $map = PBA::Bench::BigMap->write(file => $file, size => $size, pattern => $pattern);
     my $raw = PBA::Bench::Image::write_raw("$file.raw", $size, full => 1);
@@ -72,7 +72,7 @@ sub copy_to ($target, $server, %volume) {
     return { bytes => $statistics->{'bytes-read'} };
 }
 
-# What nbdcopy's null: is: the data is read, and looked at for zeroes.
+# Corresponds to nbdcopy's null: target: data is read and searched for zeroes.
 sub copy_to_nowhere ($server, %volume) {
     return copy_to('/dev/null', $server, %volume);
 }
@@ -102,7 +102,7 @@ sub convert ($server, $target) {
     return run_tool($qemu_img, qw(convert -n -f raw -O raw -W), $server->uri, $target);
 }
 
-# Measures only the copy; a figure for one that is not a copy would be none.
+# Measures only the copy. Checks its result, because the time of a wrong copy means nothing.
 sub checked ($file, $source, $code) {
     my @before = times();
     my $start = PBA::Bench::now();
@@ -180,7 +180,7 @@ sub full_to_nbd ($case, $full) {
     return;
 }
 
-# As the provider stores it.
+# As the provider stores data.
 sub full_with_digests ($case, $full) {
     my $server;
     my $side = sub (%options) {
@@ -219,7 +219,7 @@ for my $case (qw(full thin)) {
     unlink($image);
 }
 
-# ---- the floor: the program measures itself, since starting it is no part of the copy ----
+# ---- the floor: the program measures itself, so its start is not counted ----
 
 my $program = PBA::Bench::Program::compile("$FindBin::Bin/bare-read.c", "$dir", 'libnbd');
 
@@ -228,7 +228,7 @@ sub bare_read ($server, $length, $step) {
     return { counts => { bytes => $bytes }, seconds => $seconds };
 }
 
-# Two of them are as many bytes as all of the image.
+# Two of these have as many bytes as the whole image.
 sub twice ($server) {
     my $bytes = 0;
     $bytes += copy_to_nowhere($server)->{bytes} for 1 .. 2;
@@ -269,7 +269,7 @@ $bench->compare(
 undef $increment;
 unlink("$dir/increment.qcow2");
 
-# What requests as short as the increment's cost by themselves, and where: the same bytes from two servers.
+# The cost of the increment's short requests alone: the same bytes from two servers.
 my $data = PBA::Bench::Image::write_raw("$dir/data.raw", $size, full => 1);
 my %servers = (
     'qemu-nbd' => serve('short', file => $data, format => 'raw'),
@@ -293,7 +293,7 @@ for my $name (sort keys %servers) {
 }
 %servers = ();
 
-# From a server with data to one that forgets it.
+# From a server with data to one that drops it.
 my $pattern = serve('pattern', nbdkit => ['pattern', "size=$size"]);
 my %forgets = (
     ours => serve('zero', nbdkit => ['null', "size=$size"]),

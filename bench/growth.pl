@@ -1,9 +1,9 @@
 #!/usr/bin/perl
 
-# How cost grows with the size of the map, the number of disks and the size of regions, and where a
-# machine or a socket is the limit. With --plot the curves are drawn.
+# How cost grows with the size of the map, the number of disks and the size of regions, and where the
+# machine or a socket is the limit. With --plot, draws the curves.
 #
-#   regions, 10^3 ... 10^8 extents: all dirty regions of a map, beside nbdinfo (up to 10^6) and a bare loop
+#   regions, 10^3 ... 10^8 extents: all dirty regions of a map, compared with nbdinfo (up to 10^6) and a bare loop
 #   copy, 10^3 ... 10^5 extents:    an increment to nowhere, 4 KiB dirty every 8 KiB
 #   copy, regions of ...:           1 GiB in regions of 4 KiB to 16 MiB, each as far from the next
 #   setup, 10^3 ... 10^8 extents:   an access with such a bitmap, to its first region, and the teardown
@@ -42,7 +42,7 @@ require PVE::BackupAccess;
 
 sub new_dir () { return File::Temp::tempdir(DIR => "$tmp") }
 
-# { power => figures } of those that are wanted.
+# { power => figures } of the selected cases.
 sub by_power ($what, $most, $code) {
     my %figures;
     for my $power (grep { $_ <= $max } 3 .. $most) {
@@ -117,7 +117,7 @@ sub copy_to_nowhere ($server, %options) {
     return $volume->copy(to => '/dev/null', %options)->{'bytes-read'};
 }
 
-# An image with data of which every other piece is dirty.
+# An image with data. Every other piece is dirty.
 sub serve_pieces ($size, $piece) {
     my $dir = new_dir();
     my $map = PBA::Bench::BigMap->write(
@@ -184,7 +184,7 @@ sub setup_and_teardown ($vm, @devices) {
     push @times, PBA::Bench::now();
     $volume->close;
 
-    # As a failure: the bitmap is the same for the next one.
+    # As a failure, so that the bitmap is the same for the next run.
     $access->teardown(0);
     my %seconds
         = ('first region' => $times[1] - $times[0], teardown => PBA::Bench::now() - $times[1]);
@@ -237,8 +237,8 @@ $bench->plot_lines(
 
 # ---- limits ----
 
-# A full copy from each server, in processes of their own if they are several; what memory those
-# share with this one is not told apart.
+# A full copy from each server. If there are several servers, each copy has its own process; memory that
+# these share with this one is counted too.
 sub copy_all ($servers, %options) {
     return { bytes => copy_to_nowhere($servers->[0], %options) } if @$servers == 1;
     my @pids;

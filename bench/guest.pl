@@ -1,9 +1,9 @@
 #!/usr/bin/perl
 
-# What a full backup costs a guest that writes as fast as it can, 4 KiB at a time, each flushed: the time
-# of 1,000 of its writes and the time that 99 of 100 take at most, while the backup goes on. With ours
-# at full speed and at a bandwidth limit, beside QEMU's own fleecing read by nbdcopy, and as the floor
-# no backup. All storage is memory.
+# The effect of a full backup on a guest that writes as fast as it can, 4 KiB at a time, each flushed:
+# the time of 1,000 writes, and the 99th percentile of one write, during the backup. Compares our backup
+# at full speed and at a bandwidth limit with QEMU's own fleecing read by nbdcopy; the floor is no backup.
+# All storage is memory.
 
 use v5.36;
 
@@ -34,7 +34,7 @@ my $guest = $vm->guest;
 
 my $no_backup = sub { Time::HiRes::sleep($floor_seconds) };
 
-# What the guest noticed while the code ran.
+# The guest's figures while the code ran.
 sub noticed ($code) {
     $guest->latency;
     my $start = PBA::Bench::now();

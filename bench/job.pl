@@ -1,12 +1,12 @@
 #!/usr/bin/perl
 
-# The whole job, from the call of setup to the end of teardown: a disk of 4 GiB of which every other
-# 16 MiB hold data, full and as an increment of 1,000 scattered writes of 64 KiB, by both mechanisms.
-# All storage is memory, the guest is idle. Beside:
+# The whole job, from the call of setup to the end of teardown: a disk of 4 GiB with data in every other
+# 16 MiB, full, and as an increment of 1,000 scattered writes of 64 KiB, with both mechanisms. All storage
+# is memory, and the guest is idle. Compared with:
 #
 #   - today's qemu-server way (PBA::Bench::QemuServer), with and without its fixed sleeps
-#   - nbdcopy and qemu-img convert in place of our copying, of the same export
-#   - virtnbdbackup, where it and libvirt are at hand
+#   - nbdcopy and qemu-img convert instead of our copy, on the same export
+#   - virtnbdbackup, if it and libvirt are installed
 
 use v5.36;
 
@@ -41,7 +41,7 @@ my $vm = PBA::Test::VM->start(disks => [{ id => 'disk0', file => $image }]);
 my $stride = int($size / $writes / $block) * $block;
 my @written = map { [$_ * $stride, $block] } 0 .. $writes - 1;
 
-# As if the guest did it. Every run finds other data.
+# Writes as a guest would, different data in each run.
 sub next_byte () {
     state $round = 0;
     return ++$round % 255 + 1;
@@ -79,7 +79,7 @@ sub copy_ours ($volume, $file) {
     return $statistics->{'bytes-read'};
 }
 
-# The time to the first byte is that until the first read is done.
+# The time to the first byte ends with the first read.
 sub ours_first_byte ($name, $mechanism) {
     my $start = PBA::Bench::now();
     my $seconds;
@@ -102,7 +102,7 @@ sub ours_first_byte ($name, $mechanism) {
 
 sub export_uri ($volume) { return "nbd+unix:///disk0?socket=$volume->{'nbd-path'}" }
 
-# Reads all of the export, like ours of a full backup.
+# Reads the whole export, as our full backup does.
 sub copy_with ($volume, @command) {
     system(map { $_ eq 'SOURCE' ? export_uri($volume) : $_ } @command) == 0
         or die "$command[0] failed\n";
@@ -145,7 +145,7 @@ my @tasks = (
     ["qemu-server's way, no sleeps", new_task('not-sleeping', 0)],
 );
 
-# [{ name, run }] of today's way, with and without sleeps.
+# [{ name, run }] of today's qemu-server way, with and without sleeps.
 sub by_qemu_server ($code) {
     return map {
         my ($name, $task) = @$_;
@@ -153,8 +153,7 @@ sub by_qemu_server ($code) {
     } @tasks;
 }
 
-# It looks for data by itself, and what it writes is in a format of its own, so its bytes are not
-# counted.
+# virtnbdbackup finds data by itself and writes its own format, so its bytes are not counted.
 sub by_virtnbdbackup ($level, $before, $bytes) {
     state $other = PBA::Bench::Libvirt->available
         && PBA::Bench::Libvirt->start(dir => "$dir", image => $image);
@@ -180,8 +179,7 @@ sub increment_by_virtnbdbackup () {
 
 # ---- the cases ----
 
-# What was copied is looked at once for each side: a figure for a copy that is none would be no
-# figure.
+# Checks one copy of each side, because the time of a wrong copy means nothing.
 sub side ($side, $before, @ranges) {
     my $checked;
     return {
@@ -211,11 +209,11 @@ sub full ($mechanism, @peers) {
     return;
 }
 
-# A QEMU before 10.0 returns wrong data for larger reads of a snapshot while the guest writes, and may
-# abort when asked for base:allocation. Ours reads there like this; nbdcopy would have to.
+# QEMU before 10.0 returns wrong data for larger reads of a snapshot while the guest writes, and may
+# abort when asked for base:allocation. So our copy reads like this, and nbdcopy has to as well.
 my @nbdcopy_by_clusters = qw(nbdcopy --no-extents --request-size=65536);
 
-# In place of our copying; setup and teardown are ours.
+# Instead of our copy; setup and teardown are ours.
 sub full_with ($name, @command) {
     my $run = sub ($) {
         with_access('full', 'new', 'nbd', sub ($volume) { copy_with($volume, @command) });

@@ -1,6 +1,6 @@
 #!/usr/bin/perl
 
-# Writes a qcow2 image with a large dirty bitmap, for trying things by hand:
+# Writes a qcow2 image with a large dirty bitmap, for experiments:
 #   bench/map.pl FILE [--size BYTES] [--granularity BYTES] [--pattern NAME] [--bitmap NAME]
 
 use v5.36;

@@ -53,7 +53,7 @@ int main(int argc, char **argv)
         return EXIT_FAILURE;
     }
     size = status.st_size;
-    /* Populated, so that page faults are no part of what is measured. */
+    /* Populated, so that page faults are not measured. */
     memory = mmap(NULL, (size_t)size, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, 0);
     struct fuse_session *session =
         fuse_session_new(&arguments, &operations, sizeof(operations), NULL);

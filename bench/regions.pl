@@ -1,7 +1,7 @@
 #!/usr/bin/perl
 
-# How fast a dirty bitmap can be gone through: 1 TiB in blocks of 64 KiB, every other one dirty.
-# The peer is the way through the output of nbdinfo, the floor a bare C loop over libnbd.
+# How long it takes to read a dirty bitmap: 1 TiB in blocks of 64 KiB, every other one dirty. The peer
+# parses the output of nbdinfo; the floor is a bare C loop over libnbd.
 
 use v5.36;
 

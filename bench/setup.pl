@@ -1,13 +1,13 @@
 #!/usr/bin/perl
 
-# What setting up and tearing down an access costs on a stock QEMU, while a real guest writes to all
-# its disks:
+# The cost of setting up and tearing down an access on a stock QEMU, while a real guest writes to all its
+# disks:
 #
-#   - from the call to the first dirty region of the first disk, and the teardown, of 1, 4 and 16 disks,
-#     beside QEMU's commands sent the way qemu-server does it, with nbdinfo and nbdfuse; the floor of
-#     mechanism nbd is a minimal sequence of them sent by hand
-#   - the guest's longest write meanwhile, beside a minimal sequence of the same commands sent by hand,
-#     and as the floor the longest write in as long a time without any of it
+#   - the time from the call to the first dirty region of the first disk, and that of the teardown, with
+#     1, 4 and 16 disks, compared with QEMU's commands as qemu-server sends them, with nbdinfo and nbdfuse;
+#     the floor for the mechanism nbd is a minimal sequence of commands
+#   - the guest's longest write during this, compared with a minimal sequence of the same commands; the
+#     floor is the longest write in the same time without an access
 
 use v5.36;
 
@@ -31,7 +31,7 @@ require PVE::BackupAccess;
 
 sub disks_text ($count) { return $count == 1 ? '1 disk' : "$count disks" }
 
-# A guest that writes to all disks, and what the sides need to know of it.
+# A guest that writes to all disks, and the data about it that the sides need.
 sub start_guest ($count, $cache) {
     my @ids = map { "disk$_" } 1 .. $count;
     my $vm = PBA::Test::VM->start(
@@ -114,7 +114,7 @@ sub new_hand_made ($setting, $name) {
     return $access;
 }
 
-# The floor of mechanism nbd.
+# The floor for the mechanism nbd.
 sub hand_made ($setting) {
     my @times = (PBA::Bench::now());
     my $access = new_hand_made($setting, 'by-hand');
@@ -175,7 +175,7 @@ sub floor_of ($setting, $before) {
     };
 }
 
-# Each makes the guest's writes a little slower.
+# Each run makes the guest's writes a little slower.
 sub remove_bitmaps ($setting) {
     my ($vm, $bitmaps) = ($setting->{vm}, $setting->{vm}->bitmaps);
     for my $disk ($setting->{disks}->@*) {
@@ -188,7 +188,7 @@ sub remove_bitmaps ($setting) {
 
 # ---- the guest's longest write ----
 
-# The write under way at the end belongs to it, so it is waited for.
+# Waits for the write in flight at the end, because it counts.
 sub longest_write ($guest, $code) {
     $guest->latency;
     $code->();

@@ -1,11 +1,11 @@
 #!/usr/bin/perl
 
-# How fast the file of mechanism file-handle is read, from qemu-nbd over images in memory: beside
-# nbdfuse on the same export, and a FUSE file served from memory as the floor.
+# How fast the virtual file of the mechanism file-handle is read, from qemu-nbd with images in memory,
+# compared with nbdfuse on the same export; the floor is a FUSE file served from memory.
 #
 #   - a full disk of 4 GiB from its start to its end, in reads of 64 KiB, 1 MiB and 4 MiB
 #   - an increment, in reads of its regions: 64 KiB every 128 KiB, and 4 MiB every 8 MiB
-#   - 64 KiB at random places
+#   - 64 KiB at random offsets
 
 use v5.36;
 
@@ -29,7 +29,7 @@ my $bench = PBA::Bench->new('vfile', \@ARGV, 'size=i' => '[--size BYTES]');
 my $size = $bench->option('size', 4 << 30);
 my $dir = File::Temp->newdir('pba-bench-XXXXXXXX', DIR => '/dev/shm');
 
-# No two MiB are the same, none is zero.
+# Each MiB is different, and none is zero.
 sub write_image ($file) {
     open(my $random, '<:raw', '/dev/urandom') or die "/dev/urandom: $!\n";
     read($random, my $bytes, $mib) == $mib or die "cannot read /dev/urandom\n";
@@ -47,13 +47,13 @@ sub serve ($name, %options) {
     return PBA::Bench::Server->start(dir => "$dir/$name", %options);
 }
 
-# ---- what is read: a list of [offset, length], each in pieces ----
+# ---- the reads: a list of [offset, length], each split into pieces ----
 
 sub every ($length, $step) {
     return map { [$_ * $step, $length] } 0 .. $size / $step - 1;
 }
 
-# The same for each side and run.
+# The same reads for each side and run.
 sub random_places () {
     my $x = 20261122;
     my @places;
@@ -85,7 +85,7 @@ my $image = write_image("$dir/disk.raw");
 my $memory_file = PBA::Bench::Program::compile("$FindBin::Bin/memory-file.c", "$dir", 'fuse3');
 my %servers = (full => serve('full', file => $image, format => 'raw'));
 
-# An image of the same content whose bitmap has such regions.
+# An image with the same content and a bitmap with these regions.
 sub serve_regions ($name, $length) {
     my $file = "$dir/$name.qcow2";
     my $map = PBA::Bench::BigMap->write(

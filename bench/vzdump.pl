@@ -1,14 +1,14 @@
 #!/usr/bin/perl
 
-# What VZDump has of it on a Proxmox host: archive_external and cleanup for a disk of 2 GiB, by the monitor's
-# socket and by a code ref that opens a connection for each QMP command, decoded by JSON::PP and, where
-# installed, JSON::XS. Beside today's commands and programs, each by such a connection, with its sleeps and
-# without. The QEMU is that of PBA_QEMU if it has Proxmox' commands, else the front, whose share of the time
-# is the same for all.
+# The time of VZDump on a Proxmox host: archive_external and cleanup for a disk of 2 GiB, over the monitor's
+# socket, and by a code ref that opens a connection for each QMP command, decoded by JSON::PP and, if
+# installed, JSON::XS. Compared with today's commands and programs, over such connections, with and without
+# their sleeps. The QEMU is that of PBA_QEMU if it has Proxmox' commands, else the stand-in (Front), whose
+# share of the time is the same for all.
 #
-#   - an increment of 4 MiB and a full backup, read by PVE::BackupAccess::Volume by mechanism nbd, by plain
-#     sysread of 4 MiB by file-handle; of that the part that backup_vm reads
-#   - from freeze to thaw; QMP commands, which are a number
+#   - an increment of 4 MiB and a full backup, read by PVE::BackupAccess::Volume with the mechanism nbd, and
+#     by plain sysread of 4 MiB with file-handle; also the part of this in which backup_vm reads
+#   - the time from freeze to thaw, and the number of QMP commands
 
 use v5.36;
 
@@ -42,7 +42,7 @@ my $backend = PBA::Test::Backend->start(
 my $device = $backend->device('scsi0');
 my @decoders = PBA::Bench::MonCmd->decoders;
 
-# ---- the sides: each is given a code ref, mode and mechanism, and returns bytes, and times ----
+# ---- the sides: each takes a code ref, mode and mechanism, and returns bytes and times ----
 
 # What a provider does with a volume.
 sub backup_vm ($seen, $mechanism, $volume) {
@@ -140,7 +140,7 @@ sub write_increment () {
     return;
 }
 
-# One that is run as PBA::Bench wants it. Today's has no socket.
+# A side in the form that PBA::Bench needs. Today's way does not use the socket.
 sub side ($code, $way, $mode, $mechanism, @more) {
     my $name = join(' ', 'bench', $more[0], $mechanism, $way);
     my $is_socket = $way eq 'socket' && $code != \&todays;

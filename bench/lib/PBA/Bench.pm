@@ -1,7 +1,7 @@
 package PBA::Bench;
 
-# Measures this project beside peers (how the same is done without it) and a floor (the least it can
-# cost), all in one run and in turn, so that a busy machine is busy for all of them.
+# Measures this project, peers (the same task without it) and a floor (the minimal cost), in turn and in one
+# run, so that other load on the machine affects all of them.
 #
 #   my $bench = PBA::Bench->new('regions', \@ARGV);
 #   $bench->compare(
@@ -12,16 +12,16 @@ package PBA::Bench;
 #   );
 #   $bench->finish;
 #
-# A side is run as PBA::Bench::Measure says. What it counts must be the same for all sides and runs,
-# or the figures compare nothing: compare() dies. All figures are seconds, less is better. Each is a
-# record, one for each peer, printed as a line of JSON or a row of a table:
+# PBA::Bench::Measure runs a side. The counts must be the same for all sides and runs: otherwise the figures
+# cannot be compared, and compare() dies. All figures are seconds; less is better. There is one record for
+# each peer, printed as a line of JSON or a row of a table:
 #
 #   { bench, case, runs, counts, ours => { seconds, seconds_min, seconds_max, rss_kib, cpu_seconds },
 #     peer => { name, ... }, floor => { name, ... }, ratio => peer's seconds / ours, ratio_min }
 #
-# seconds are medians. The least of each side, and their ratio, tell more on a machine that others use.
+# seconds are medians. On a busy machine, the minimum of each side and the ratio of these say more.
 #
-# The words of the command line choose cases: those that have one of them in their name.
+# The arguments of the command line select the cases whose names contain one of them.
 
 use v5.36;
 
@@ -46,7 +46,7 @@ sub new ($class, $name, $argv = [], %more_options) {
     my %only = map { $_ => 1 } split(/,/, delete $options{only});
     STDOUT->autoflush(1);
 
-    # What was started ends with its objects, also when this is interrupted.
+    # Programs end with their objects, also if this is interrupted.
     $SIG{$_} = sub { exit(1) }
         for qw(INT TERM HUP);
     return bless { name => $name, only => \%only, words => [@$argv], records => [], %options },
@@ -64,7 +64,7 @@ sub median (@values) {
     return ($values[POSIX::floor($middle)] + $values[POSIX::ceil($middle)]) / 2;
 }
 
-# Whether a case of this name is to be measured.
+# Whether the case with this name is selected.
 sub wants ($self, $case) {
     my @words = $self->{words}->@*;
     return !@words || any { index($case, $_) >= 0 } @words;
@@ -72,8 +72,8 @@ sub wants ($self, $case) {
 
 # ---- comparing ----
 
-# Returns { counts, ours, peer, floor } with the figures of each (of the first peer), undef where the
-# case is not wanted.
+# Returns { counts, ours, peer, floor } with the figures of each (of the first peer), undef if the case is not
+# selected.
 sub compare ($self, %case) {
     return undef if !$self->wants($case{case});
     my @sides = $self->_sides(\%case);
@@ -116,7 +116,7 @@ sub _check_counts ($case, $side, $expected, $got) {
     return;
 }
 
-# What a side took for one of its times, the first if not said; nothing where it has no such time.
+# A side's seconds for one of its times (default: the first); nothing if there is no such time.
 sub _figures ($side, $time = undef) {
     my @results = $side->{results}->@*;
     $time //= (sort keys $results[0]{times}->%*)[0];
@@ -135,7 +135,7 @@ sub _figures ($side, $time = undef) {
     return { role => $side->{role}, figures => \%figures };
 }
 
-# ---- what comes of it ----
+# ---- results ----
 
 sub _record ($self, $case, $counts, @sides) {
     my ($ours, $floor) = map {
@@ -177,14 +177,14 @@ sub _print ($self, $record) {
     return;
 }
 
-# A plot of its own: see PBA::Bench::Plot::lines.
+# Adds a separate plot: see PBA::Bench::Plot::lines.
 sub plot_lines ($self, $name, %plot) {
     return if !defined($self->{plot});
     PBA::Bench::Plot::lines("$self->{plot}/$self->{name}-$name.svg", %plot);
     return;
 }
 
-# The last thing: with --plot, draws all that was compared.
+# Call it last: with --plot, draws all comparisons.
 sub finish ($self) {
     return if !defined($self->{plot}) || !$self->{records}->@*;
     PBA::Bench::Plot::bars("$self->{plot}/$self->{name}.svg", $self->{name}, $self->{records});

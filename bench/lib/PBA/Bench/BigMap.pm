@@ -1,7 +1,7 @@
 package PBA::Bench::BigMap;
 
-# Writes an empty qcow2 image with a persistent dirty bitmap of any pattern, straight in the file's
-# format: having a guest dirty millions of blocks one by one would take hours.
+# Writes an empty qcow2 image with a persistent dirty bitmap of any pattern, directly in the file's format:
+# a guest would need hours to write millions of blocks.
 #
 #   my $map = PBA::Bench::BigMap->write(
 #       file => $path, size => 1 << 40, granularity => 1 << 16, bitmap => 'bitmap0',
@@ -9,8 +9,8 @@ package PBA::Bench::BigMap;
 #   );
 #   # { file, size, granularity, bitmap, regions, bytes, extents }
 #
-# The bitmap is stored as disabled, which is how it may be exported from a writable node; with
-# enabled => 1 it records writes again once the image is opened.
+# The bitmap is stored as disabled, so that it can be exported from a writable node. With enabled => 1, it
+# records writes once the image is opened.
 
 use v5.36;
 no warnings 'portable';    # 64 bit numbers
@@ -75,7 +75,7 @@ sub _random_bytes ($bytes) {
     return substr(pack('Q*', map { $next->() } 1 .. _divide_up($bytes, 8)), 0, $bytes);
 }
 
-# A region begins where a bit is set and the one before it is not.
+# A region starts where a bit is set and the previous one is not.
 sub _count ($data, $map) {
     my $bits = substr(unpack('b*', $data), 0, _bits($map));
     my $changes = $bits ^. ('0' . substr($bits, 0, -1));

@@ -1,12 +1,12 @@
 package PBA::Bench::FuseFile;
 
-# A disk as a file, served by one of several programs, each in a process of its own:
+# A disk as a file, served by one of several programs, each in its own process:
 #
 #   PBA::Bench::FuseFile->ours($server, $size)      # pba-vfile
 #   PBA::Bench::FuseFile->nbdfuse($server)
 #   PBA::Bench::FuseFile->memory($program, $image)  # the floor
 #
-# $server is a PBA::Bench::Server. The file goes with the object.
+# $server is a PBA::Bench::Server. The file is removed with the object.
 
 use v5.36;
 
@@ -37,7 +37,7 @@ sub memory ($class, $program, $image) {
     return $class->_start(sub ($path) { ($program, $path, $image) });
 }
 
-# Runs the command that mounts it over such a file.
+# Runs the command that mounts the disk over a file.
 sub _start ($class, $command) {
     my $dir = File::Temp->newdir('pba-bench-XXXXXXXX', TMPDIR => 1);
     my $path = "$dir/disk";

@@ -1,10 +1,10 @@
 package PBA::Bench::HandMade;
 
-# An access made of stock QEMU's own commands by hand: the least there is to send for a snapshot of
-# all disks at one instant, with bitmaps. Nothing is checked, and undone only if all went well.
+# An access made by hand with stock QEMU's own commands: the minimal commands for a snapshot of all disks at
+# one instant, with bitmaps. Nothing is checked, and only a successful access is undone.
 #
 #   my $access = PBA::Bench::HandMade->new(
-#       execute => sub ($command, %arguments) { ... },      # by whatever connection
+#       execute => sub ($command, %arguments) { ... },      # over any connection
 #       disks => [$vm->disk('disk0'), ...],                 # of PBA::Test::VM
 #       dir => $directory, bitmap => $name,
 #   );
@@ -52,7 +52,7 @@ sub _node ($self, $what, $disk) { return "bench-$what-$disk->{id}" }
 
 # ---- setup ----
 
-# The target's bitmap has to be there already: see add_bitmaps.
+# The target's bitmap must exist: see add_bitmaps.
 sub setup ($self, @) {
     $self->_each($_) for qw(_add_fleecing _insert_raw _add_background _add_filter);
     $self->_reopen('filter');
@@ -178,7 +178,7 @@ sub _add_snapshot ($self, $disk) {
 
 # ---- export ----
 
-# with_bitmaps: not for a full backup, of which everything is dirty.
+# with_bitmaps: not for a full backup, in which everything is dirty.
 sub export ($self, %options) {
     $self->_do('nbd-server-start', addr => { type => 'unix', data => { path => $self->{socket} } });
     for my $disk ($self->{disks}->@*) {

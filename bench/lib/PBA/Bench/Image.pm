@@ -1,12 +1,12 @@
 package PBA::Bench::Image;
 
-# Images for the benches, and whether two files hold the same.
+# Images for the benches, and comparison of two files.
 
 use v5.36;
 
 my $stretch = 16 << 20;
 
-# A raw image of which every other 16 MiB hold data, no two alike; or with full => 1 all of them.
+# A raw image with data in every other 16 MiB, or everywhere with full => 1. No two pieces are equal.
 sub write_raw ($file, $size, %options) {
     open(my $fh, '>:raw', $file) or die "$file: $!\n";
     truncate($fh, $size) or die "$file: $!\n";
@@ -18,7 +18,7 @@ sub write_raw ($file, $size, %options) {
         (syswrite($fh, $bytes, $length) // -1) == $length or die "cannot write $file\n";
     }
 
-    # What this process holds counts for the programs it starts.
+    # Memory of this process is counted for the programs that it starts.
     undef($bytes);
     close($fh) or die "$file: $!\n";
     return $file;
@@ -30,8 +30,8 @@ sub _random_bytes ($length) {
     return $bytes;
 }
 
-# Dies where the files are not the same in those ranges, [offset, length], or wholly. Read in this
-# process, since another program would count as memory.
+# Dies if the files differ in the ranges, [offset, length], or anywhere if none are given. Reads them in this
+# process, because the memory of another program would be counted.
 sub compare ($left, $right, @ranges) {
     my @handles = map { open(my $fh, '<:raw', $_) or die "$_: $!\n"; $fh } $left, $right;
     die "$left and $right differ in size\n" if !@ranges && -s $left != -s $right;

@@ -1,11 +1,11 @@
 package PBA::Bench::Libvirt;
 
-# A virtual machine of the system's libvirt, and its backups by virtnbdbackup: the same job by other
-# people's tools. Only where both are installed and libvirt answers.
+# A virtual machine of the system's libvirt, and its backups by virtnbdbackup: the same job with other tools.
+# Available if both are installed and libvirt answers.
 #
 #   if (PBA::Bench::Libvirt->available) {
 #       my $vm = PBA::Bench::Libvirt->start(dir => $directory, image => $raw_image);
-#       $vm->backup('full');         # then 'inc' as often as one likes; 'full' begins anew
+#       $vm->backup('full');         # then 'inc' any number of times; 'full' starts again
 #       $vm->write_blocks($byte, [$offset, $length], ...);
 #   }
 
@@ -59,7 +59,7 @@ sub _virsh ($self, @command) {
     return;
 }
 
-# As if the guest did it.
+# Writes as a guest would.
 sub write_blocks ($self, $byte, @ranges) {
     open(my $fh, '|-', "virsh -q -c $uri >/dev/null") or die "cannot run virsh: $!\n";
     for my $range (@ranges) {

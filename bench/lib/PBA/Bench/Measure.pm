@@ -1,17 +1,17 @@
 package PBA::Bench::Measure;
 
-# One run of one side, in a process of its own: what it took in time, memory and CPU.
+# Runs one side in its own process, and measures time, memory and CPU.
 #
 #   my $result = PBA::Bench::Measure::run({
-#       before => sub { ... },                      # in this process, ahead of the other
-#       prepare => sub { return $prepared },        # in the other, not measured
+#       before => sub { ... },                      # in this process, first
+#       prepare => sub { return $prepared },        # in the new process, not measured
 #       run => sub ($prepared) { return \%counts },
-#       after => sub { ... },                       # in this process again
+#       after => sub { ... },                       # in this process, at the end
 #   });
 #   # { counts, times => { '' => seconds }, rss_kib, cpu_seconds }
 #
-# run may return { counts, seconds, rss_kib, cpu_seconds } where it knows better, as another program
-# that measures itself does, or { counts, times => { name => seconds } } for several figures of a run.
+# run may return { counts, seconds, rss_kib, cpu_seconds } with its own figures, as a program that measures
+# itself does, or { counts, times => { name => seconds } } for several times of a run.
 
 use v5.36;
 
@@ -21,7 +21,7 @@ use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC);
 
 my $json = JSON::PP->new->canonical->utf8;
 
-# getrusage has no Perl name in the core modules.
+# Perl's core modules have no getrusage.
 my %getrusage = (x86_64 => 98, aarch64 => 165);
 
 sub now () { return clock_gettime(CLOCK_MONOTONIC) }
@@ -67,7 +67,7 @@ sub _measure ($side) {
     return \%result;
 }
 
-# Makes what loading and preparing took no part of the peak.
+# Resets the peak, so that it does not include loading and preparation.
 sub _forget_peak () {
     open(my $fh, '>', '/proc/self/clear_refs') or return;
     syswrite($fh, '5');
@@ -80,7 +80,7 @@ sub _peak_kib () {
     return $kib // die "no VmHWM in /proc/self/status\n";
 }
 
-# The largest of the programs this process ran; all of it is growth, since it was not there before.
+# The peak of the largest program that this process has run.
 sub _children_peak_kib () {
     my $number = $getrusage{ (POSIX::uname())[4] } // return undef;
     my $usage = "\0" x 256;
@@ -88,7 +88,7 @@ sub _children_peak_kib () {
     return unpack('x32 q', $usage);
 }
 
-# Of this process and the programs it ran that have ended.
+# Of this process, and of the programs that it has run and that have ended.
 sub _cpu_seconds () {
     my ($user, $system, $user_of_others, $system_of_others) = times();
     return $user + $system + $user_of_others + $system_of_others;

@@ -3,7 +3,7 @@ package PBA::Bench::MonCmd;
 # QMP as qemu-server's mon_cmd speaks it: a connection for each command, decoded by JSON::PP or JSON::XS.
 #
 #   my $mon_cmd = PBA::Bench::MonCmd->new(path => $socket, json => 'JSON::PP');
-#   $mon_cmd->code->($command, $arguments);    # as a 'qmp' option wants it
+#   $mon_cmd->code->($command, $arguments);    # for an option 'qmp'
 #   $mon_cmd->count;                           # commands so far
 
 use v5.36;

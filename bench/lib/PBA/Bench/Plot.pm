@@ -39,7 +39,7 @@ sub lines ($file, %plot) {
     return;
 }
 
-# A row of bars for each record, with the figure at its end.
+# A row of bars for each record, with its figure at the end.
 sub bars ($file, $title, $records) {
     my @bars = _bars_of($records);
     my %colour = (ours => $colours[0], peer => $colours[1], floor => $colours[2]);
@@ -73,7 +73,7 @@ sub bars ($file, $title, $records) {
     return;
 }
 
-# One below the other, the cases apart.
+# Bars below each other, with space between the cases.
 sub _bars_of ($records) {
     my ($y, @bars) = (0);
     for my $case (uniq map { $_->{case} } @$records) {

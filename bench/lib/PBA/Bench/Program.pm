@@ -17,7 +17,7 @@ sub compile ($source, $dir, $library) {
     return $program;
 }
 
-# Runs one that measures itself: the numbers that it prints.
+# Runs a program that measures itself, and returns the numbers that it prints.
 sub figures ($program, @arguments) {
     open(my $fh, '-|', $program, @arguments) or die "cannot run $program: $!\n";
     my @figures = map { $_ + 0 } split(' ', <$fh> // '');

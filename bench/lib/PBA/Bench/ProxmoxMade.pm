@@ -1,14 +1,14 @@
 package PBA::Bench::ProxmoxMade;
 
-# An access made of Proxmox' commands by hand, as archive_external sends them today, with what
-# PBA::Bench::QemuServer wants of it.
+# An access made by hand with Proxmox' commands, as archive_external sends them today, with the methods that
+# PBA::Bench::QemuServer calls.
 
 use v5.36;
 
 use JSON::PP ();
 
-# execute => as the code of a PBA::Bench::MonCmd, disks => of PBA::Test::VM, dir, target => its id; froze =>
-# code that is given how many seconds the guest would have been frozen.
+# execute: the code of a PBA::Bench::MonCmd; disks: from PBA::Test::VM; dir; target: the target-id; froze: a code
+# ref that gets the seconds for which the guest would have been frozen.
 sub new ($class, %options) {
     return bless({ %options, socket => "$options{dir}/nbd" }, $class);
 }
@@ -16,7 +16,7 @@ sub new ($class, %options) {
 sub uri ($self, $disk) { return "nbd+unix:///$disk->{device}?socket=$self->{socket}" }
 sub context ($self) { return "qemu:dirty-bitmap:$self->{infos}[0]{'bitmap-name'}" }
 
-# What a provider is given by mechanism nbd.
+# What a provider gets with the mechanism nbd.
 sub volume ($self, $index) {
     my $info = $self->{infos}[$index];
     return {

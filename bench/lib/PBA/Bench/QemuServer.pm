@@ -1,12 +1,12 @@
 package PBA::Bench::QemuServer;
 
-# A backup of mechanism file-handle the way qemu-server does it today: a QMP connection for each
-# command, nbdfuse started and asked for every 100 ms, the map out of nbdinfo's lines, and fixed
-# sleeps at the end. QEMU's commands are those of PBA::Bench::HandMade.
+# A backup with the mechanism file-handle as qemu-server makes it today: a QMP connection for each command,
+# nbdfuse polled every 100 ms after its start, the map parsed from nbdinfo's lines, and fixed sleeps at the
+# end. The QMP commands are those of PBA::Bench::HandMade.
 #
 #   my $task = PBA::Bench::QemuServer->new(qmp => $path, disks => [...], dir => $directory,
-#       bitmap => $name, sleeps => 0|1);     # 0: waits for events where that one sleeps
-#   $task->add_bitmaps;                      # once, before the first
+#       bitmap => $name, sleeps => 0|1);     # 0: waits for events instead of sleeping
+#   $task->add_bitmaps;                      # once, before the first backup
 #   my $volumes = $task->setup(incremental => 1);    # { $disk_id => $volume }
 #   PBA::Bench::QemuServer::copy($volumes->{disk0}, $file);
 #   $task->teardown;
@@ -23,7 +23,7 @@ my %fallocate = (x86_64 => 285, aarch64 => 47);
 my $PUNCH_HOLE_KEEP_SIZE = 3;
 my $piece = 4 << 20;
 
-# access => another than HandMade's of the disks.
+# access: one other than HandMade's for the disks.
 sub new ($class, %options) {
     my $access = $options{access} // PBA::Bench::HandMade->new(
         execute => PBA::Bench::HandMade::connection_per_command($options{qmp}),
@@ -91,8 +91,8 @@ sub _whole_disk ($size) {
 
 # ---- what a provider does with it ----
 
-# Returns the bytes read. Without a file the data goes nowhere. Zeroes are left out, as they are in
-# a new file.
+# Returns the bytes read. Without a file, the data is dropped. Zeroes are not written, because a new file has
+# them already.
 sub copy ($volume, $file = undef) {
     my $zeroes = "\0" x $piece;
     my ($bytes, $target) = (0);

@@ -1,6 +1,6 @@
 package PBA::Bench::Regions;
 
-# The ways through a dirty bitmap that are compared, each to be a side of PBA::Bench:
+# The compared ways to read a dirty bitmap, each as a side of PBA::Bench:
 #
 #   my $regions = PBA::Bench::Regions->new(server => $server, map => $map, dir => $directory);
 #   $regions->one_by_one; $regions->in_batches; $regions->first;             # ours
@@ -21,7 +21,7 @@ my $bare_loop = Cwd::abs_path(dirname(__FILE__) . '/../../../bare-loop.c');
 
 sub new ($class, %options) { return bless {%options}, $class }
 
-# ---- ours: the module is loaded before the measuring begins; opening a volume is measured ----
+# ---- ours: loading the module is not measured, opening a volume is ----
 
 sub _ours ($self, $code) {
     return {
@@ -70,7 +70,7 @@ sub in_batches ($self) {
     );
 }
 
-# How long the first region is depends on how far ahead is looked, so only its place is compared.
+# The length of the first region depends on the read-ahead, so only its offset is compared.
 sub first ($self) {
     return $self->_ours(
         sub ($volume) {
@@ -122,7 +122,7 @@ sub first_of_nbdinfo ($self) {
     return { name => 'nbdinfo --map, line by line', run => $run };
 }
 
-# ---- the floor: the program measures itself, since starting it is no part of the loop ----
+# ---- the floor: the program measures itself, so its start is not counted ----
 
 sub _run_bare_loop ($self, @more) {
     $self->{program} //= PBA::Bench::Program::compile($bare_loop, $self->{dir}, 'libnbd');
@@ -149,7 +149,7 @@ sub first_of_bare_loop ($self) {
     return { name => 'bare C loop', run => $run };
 }
 
-# Dies where the sides agree on what is not in the map.
+# Dies if the sides agree on something that is not in the map.
 sub check ($self, $counts) {
     my $map = $self->{map};
     for my $key (sort keys(%$counts)) {

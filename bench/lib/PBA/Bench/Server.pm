@@ -1,8 +1,8 @@
 package PBA::Bench::Server;
 
-# qemu-nbd serving an image, with its bitmap if it has one, on a Unix socket in a private directory, or
-# with tcp => 1 on a port of this machine; or, with nbdkit => [...], nbdkit with these words, as a server
-# that does next to nothing.
+# qemu-nbd that serves an image, with its bitmap if it has one, on a Unix socket in a private directory, or,
+# with tcp => 1, on a local port. With nbdkit => [...], a nbdkit with these arguments, as a server with almost
+# no cost.
 
 use v5.36;
 
@@ -23,7 +23,7 @@ sub start ($class, %options) {
     my $pid = fork() // die "cannot fork: $!\n";
     if (!$pid) {
 
-        # It complains about every client that ends early, which some are meant to.
+        # It warns about each client that ends early, which some clients here do.
         open(STDERR, '>', "$options{dir}/qemu-nbd.log") or POSIX::_exit(127);
         exec($self->_command) or POSIX::_exit(127);
     }
@@ -39,7 +39,7 @@ sub uri ($self) {
 
 sub context ($self) { return "qemu:dirty-bitmap:$self->{bitmap}" }
 
-# As many clients as come, one after the other, until it is ended.
+# Serves clients, one after the other, until it is ended.
 sub _command ($self) {
     return ('nbdkit', '--foreground', "--unix=$self->{socket}", $self->{nbdkit}->@*)
         if $self->{nbdkit};
