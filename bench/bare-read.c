@@ -1,7 +1,7 @@
 /*
  * The floor of the increment's copy: a minimal program with libnbd that reads pieces of a disk.
- * Reads LENGTH bytes every STEP bytes, over one connection, with many requests in flight, and prints
- * bytes and seconds.
+ * Reads LENGTH bytes every STEP bytes, over one connection, with many requests in flight, and
+ * prints bytes and seconds.
  *
  *     bare-read URI LENGTH STEP
  */
