@@ -8,6 +8,7 @@ use lib "$FindBin::Bin/lib";
 use Fcntl qw(O_EXCL O_RDONLY);
 use JSON::PP ();
 use Test::More;
+use Time::HiRes ();
 
 use PBA::Test::Chain;
 use PBA::Test::Command qw(run_command start_command);
@@ -160,6 +161,38 @@ subtest 'a broken chain' => sub {
     );
 };
 
+subtest 'what cannot be read, and what is no archive' => sub {
+    my $chain = new_chain(4);
+    my ($store, @paths) = ($chain->store, paths($chain));
+    my @names = $chain->names;
+    for my $odd (qw(20261399T999999Z 20260230T000000Z 99991231T235959Z)) {
+        my $dir = $chain->guest_dir . "/$odd";
+        mkdir($dir) or die "$dir: $!\n";
+        write_file("$dir/manifest.json", 'x');
+    }
+    write_file("$paths[2]/manifest.json", 'x');
+    for my $command (['list', $store], [qw(prune --keep-last 1 --dry-run), $store]) {
+        my $run = run_of($command->@*);
+        is($run->[0], 0, "$command->[0]: exit status");
+        like($run->[1], qr/\Q$names[0]\E/, "$command->[0]: the others are there");
+    }
+    my $run = run_of('prune', $store, '--keep-last', 1);
+    is_deeply([$run->@[0, 1]], [0, "removed $names[0]\n"], 'prune goes on') or diag($run->[2]);
+    like($run->[2], qr/^warn: archive \Q$names[2]\E .* is kept, .*: remove it yourself$/m,
+        'and says so');
+
+    # Each message names what has to go first, until all is gone.
+    for my $case ([2, 3], [3, undef], [2, undef]) {
+        my ($which, $first) = $case->@*;
+        $run = run_of('remove', $paths[$which]);
+        is($run->[0], defined($first) ? 1 : 0, "remove $which: exit status") or diag($run->[2]);
+        my $name = defined($first) ? $names[$first] =~ s!.*/!!r : next;
+        like($run->[2], qr/ - remove \Q$name\E first$/m, "remove $which: what to do");
+    }
+    $chain->forget(@names[0, 2, 3]);
+    restores($chain, $paths[1], $names[1]);
+};
+
 # The image as qemu-img sees it, raw.
 sub raw_of ($chain, $image) {
     my $file = $chain->tmp . '/' . ++$chain->{restored} . '.raw';
@@ -205,6 +238,45 @@ subtest 'a restore that is interrupted' => sub {
     cmp_ok($interrupted, '>', 0, 'at least one was');
 };
 
+# Two restores that have the same target: each file has one writer, and what is there stays.
+subtest 'a restore beside another' => sub {
+    my $chain = new_chain(1);
+    my ($name) = $chain->names;
+    my $dir = $chain->tmp . '/both';
+    mkdir($dir) or die "mkdir: $!\n";
+    my $part = "$dir/drive-scsi0.raw.part";
+    open(my $writer, '>', $part) or die "$part: $!\n";
+    my $run = run_of('restore', $chain->path_of($name), $dir, '-q');
+    is($run->[0], 1, 'another one writes: exit status');
+    like($run->[2], qr/: another restore writes to \Q$part\E - /, 'and says so');
+    ok(-e $part, 'its file stays');
+    close($writer);
+    unlink(glob("$dir/*.raw"), "$dir/guest.conf");
+
+    for my $case (
+        ['drive-scsi0.raw', qr/\Q$dir\E\/drive-scsi0[.]raw has been made by another program/],
+        ['drive-scsi0.raw.part', qr/another restore has replaced \Q$part\E - /],
+        )
+    {
+        my ($file, $message) = $case->@*;
+        my $command = start_command('restore', $chain->path_of($name), $dir);
+        $command->wait_for(err => qr/drive-scsi0: restoring/);
+        for (1 .. 1000) {
+            last if -e $part;
+            Time::HiRes::sleep(0.01);
+        }
+        $command->kill('STOP');
+        my $is_under_way = -e $part;
+        unlink("$dir/$file");
+        write_file("$dir/$file", 'mine');
+        $command->kill('CONT');
+        $run = $command->finish;
+        is(content("$dir/$file"), 'mine', "$file: it stays") if $is_under_way;
+        like($run->{err}, $message, "$file: and the restore says so") if $is_under_way;
+        unlink(glob("$dir/*"));
+    }
+};
+
 subtest 'restore to a block device' => sub {
     plan(skip_all => 'needs root and loop devices') if $> != 0 || !-e '/dev/loop-control';
     my $chain = new_chain(1);
@@ -223,9 +295,26 @@ subtest 'restore to a block device' => sub {
     like($run->[2], qr/cannot write to \Q$device\E: .* - it is mounted, or another/, 'why');
     is(content($file), "\0" x -s $file, 'in use: it is untouched');
     close($used);
+    open($used, '+<', $device) or die "$device: $!\n";
+    $run = run_of(@restore, 'raw');
+    is($run->[0], 1, 'open in a program, as in QEMU: exit status');
+    like($run->[2], qr/cannot write to \Q$device\E: a process, such as a running QEMU, has it/,
+        'why');
+    is(content($file), "\0" x -s $file, 'untouched again');
+    close($used);
     is(run_of(@restore, 'raw')->[0], 0, 'free: exit status');
     system('losetup', '--detach', $device) == 0 or die "losetup failed\n";
     is(content($file), $chain->{expected}{$name}{'drive-scsi0'}, 'free: the content');
+
+    truncate($file, 1 << 20) or die "$file: $!\n";
+    chomp($device = `losetup --find --show $file`);
+    $restore[2] = $device;
+    like(
+        run_of(@restore, 'raw')->[2],
+        qr/cannot write to \Q$device\E: it has 1048576 bytes, and the disk has 4194304$/m,
+        'too small'
+    );
+    system('losetup', '--detach', $device) == 0 or die "losetup failed\n";
 };
 
 # As the kernel has a device that is mounted.

@@ -4,7 +4,7 @@ package PVE::BackupAccess::CLI::Restore;
 
 use v5.36;
 
-use Fcntl qw(O_CREAT O_EXCL O_WRONLY);
+use Fcntl qw(O_CREAT O_EXCL O_WRONLY SEEK_END SEEK_SET);
 
 use PVE::BackupAccess::CLI qw(usage_error);
 use PVE::BackupAccess::CLI::Access qw(text);
@@ -13,6 +13,7 @@ use PVE::BackupAccess::CLI::ArchivePath
 use PVE::BackupAccess::CLI::Output qw(say_error say_json say_out);
 use PVE::BackupAccess::CLI::Progress;
 use PVE::BackupAccess::Format qw(bytes);
+use PVE::BackupAccess::Image::InUse qw(has_writer);
 use PVE::BackupAccess::Provider::Store::Content qw(describe joined);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw($cluster_size create_image);
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
@@ -58,24 +59,49 @@ my sub open_new ($file) {
 
 # ---- new files: all of them are there, or none ----
 
+# Which file it is, whatever its name.
+my sub identity_of ($file) { return join(':', (stat($file))[0, 1]) }
+
+# Of a restore that was killed. That of one that is under way stays.
+my sub remove_left_over ($part) {
+    return if !-e $part;
+    die "another restore writes to $part - wait for its end, or choose another target\n"
+        if has_writer($part);
+    unlink($part) or die "cannot remove $part: $!\n";
+}
+
 # A handle for the file, which has a temporary name until the end.
 my sub begin_file ($job, $file) {
     my $part = "$file.part";
-    unlink($part);                   # of a restore that was killed
+    remove_left_over($part);
     $job->{parts}{$file} = $part;    # first: a signal may come in between
-    return open_new($part);
+    my $fh = open_new($part);
+    $job->{identities}{$file} = identity_of($fh);
+    return $fh;
 }
 
+# Gives a file its name, unless there is one by now. Not all file systems can link.
+my sub publish_file ($part, $file) {
+    return unlink($part) if link($part, $file);
+    die "$file has been made by another program meanwhile, and is not overwritten\n" if -e $file;
+    rename($part, $file) or die "cannot rename $part to $file: $!\n";
+}
+
+# Where no lease shows who writes, another restore may have taken the temporary name.
 my sub publish_files ($job) {
     for my $file (sort keys $job->{parts}->%*) {
-        rename($job->{parts}{$file}, $file)
-            or die "cannot rename $job->{parts}{$file} to $file: $!\n";
+        my $part = $job->{parts}{$file};
+        die "another restore has replaced $part - restore again, to another target\n"
+            if identity_of($part) ne $job->{identities}{$file};
+        publish_file($part, $file);
         delete($job->{parts}{$file});
     }
 }
 
 my sub discard_file ($job, $file) {
-    unlink(delete($job->{parts}{$file}) // return);
+    my $part = delete($job->{parts}{$file}) // return;
+    my $mine = $job->{identities}{$file};
+    unlink($part) if -e $part && (!defined($mine) || identity_of($part) eq $mine);
 }
 
 # ---- formats: copying data into a file ----
@@ -94,12 +120,20 @@ my sub fill_qcow2 ($job, $file, $size, $copy) {
 
 my %fill = (raw => \&fill_raw, qcow2 => \&fill_qcow2);
 
-# A disk that is mounted or used by a guest would be destroyed. The kernel refuses to open it
-# (open(2): O_EXCL).
+# A disk that is mounted or used by a guest would be destroyed. The kernel refuses to open a mounted
+# one (open(2): O_EXCL), but not one that a QEMU has, so that is looked for once no file system can
+# take the device any more.
 my sub fill_device ($job, $file, $size, $copy) {
     sysopen(my $fh, $file, O_WRONLY | O_EXCL)
         or die "cannot write to $file: $!"
         . ($!{EBUSY} ? ' - it is mounted, or another program uses it' : '') . "\n";
+    die "cannot write to $file: a process, such as a running QEMU, has it open for writing"
+        . " - end that process, or choose another target\n"
+        if has_writer($file);
+    my $room = sysseek($fh, 0, SEEK_END) // die "cannot find the size of $file: $!\n";
+    die "cannot write to $file: it has $room bytes, and the disk has $size\n"
+        if $room < $size;
+    sysseek($fh, 0, SEEK_SET) // die "cannot write to $file: $!\n";
     $copy->($fh);
 }
 

@@ -10,25 +10,19 @@ use Fcntl qw(F_RDLCK F_SETLEASE F_UNLCK O_ACCMODE O_EXCL O_RDONLY S_ISBLK S_ISRE
 
 use PVE::BackupAccess::Error;
 
-our @EXPORT_OK = qw(check_unused);
+our @EXPORT_OK = qw(check_unused has_writer);
 
 my sub fail ($message) {
     PVE::BackupAccess::Error->throw('SystemError', $message);
 }
 
-my sub fail_as_open ($file) {
-    fail(
-        "$file is open for writing in another process, such as a running QEMU - end that process, or"
-            . ' back up the running guest');
-}
-
 # The kernel gives no read lease on a file that any process has open for writing, QEMU or not. Where there
 # are no leases, as on some network file systems, QEMU's own locks tell of QEMUs.
-my sub check_file ($file) {
+my sub file_has_writer ($file) {
     open(my $fh, '<', $file) or fail("cannot open $file - $!");
-    fail_as_open($file) if !fcntl($fh, F_SETLEASE, F_RDLCK) && $!{EAGAIN};
+    return 1 if !fcntl($fh, F_SETLEASE, F_RDLCK) && $!{EAGAIN};
     fcntl($fh, F_SETLEASE, F_UNLCK);
-    return;
+    return 0;
 }
 
 # A descriptor of another process that may write. Only what is below /dev is looked at: to look at a file of a
@@ -42,25 +36,39 @@ my sub is_writer ($descriptor, $device) {
     return (oct($flags) & O_ACCMODE) != O_RDONLY;
 }
 
-# There are no leases on block devices. What holds one for itself, such as a file system or a volume group,
-# shows; of processes, those that we may look at.
-my sub check_device ($file, $device) {
+# There are no leases on block devices. Of processes, those show that we may look at. QEMU does not open devices
+# exclusively.
+my sub device_has_writer ($device) {
+    return grep { is_writer($_, $device) } grep { !m{\A/proc/$$/} } glob('/proc/[0-9]*/fd/*');
+}
+
+# Whether another process has the file or block device open for writing.
+sub has_writer ($file) {
+    my @found = stat($file) or fail("cannot open $file - $!");
+    return S_ISBLK($found[2]) ? device_has_writer($found[6]) : file_has_writer($file);
+}
+
+# What holds a device for itself, such as a file system or a volume group, shows.
+my sub check_exclusive ($file) {
     sysopen(my $fh, $file, O_RDONLY | O_EXCL)
         or fail(
         $!{EBUSY}
         ? "$file is mounted or used by another device - unmount it"
         : "cannot open $file - $!"
         );
-    close($fh);
-    fail_as_open($file) if grep { is_writer($_, $device) } glob('/proc/[0-9]*/fd/*');
     return;
 }
 
 sub check_unused ($file) {
     my @found = stat($file) or fail("cannot open $file - $!");
-    return check_file($file) if S_ISREG($found[2]);
-    return check_device($file, $found[6]) if S_ISBLK($found[2]);
-    fail("$file is neither a file nor a block device");
+    fail("$file is neither a file nor a block device")
+        if !S_ISREG($found[2]) && !S_ISBLK($found[2]);
+    check_exclusive($file) if S_ISBLK($found[2]);
+    fail(
+        "$file is open for writing in another process, such as a running QEMU - end that process, or"
+            . ' back up the running guest')
+        if has_writer($file);
+    return;
 }
 
 1;

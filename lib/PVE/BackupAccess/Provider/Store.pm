@@ -136,7 +136,10 @@ my sub name_of ($time) { return POSIX::strftime('%Y%m%dT%H%M%SZ', gmtime($time))
 my sub time_of ($name) {
     my ($year, $month, @rest) = $name =~ m/\A(....)(..)(..)T(..)(..)(..)Z\z/;
     my ($day, $hour, $minute, $second) = @rest;
-    return Time::Local::timegm_modern($second, $minute, $hour, $day, $month - 1, $year);
+
+    # Not all months have a day 31, and a name in a store need not be of our making.
+    my $first = Time::Local::timegm_modern($second, $minute, $hour, 1, $month - 1, $year);
+    return $first + ($day - 1) * 86_400;
 }
 
 sub backup_init ($self, $vmid, $vmtype, $start_time) {

@@ -203,9 +203,10 @@ sub remove ($self, $name) {
     my $children = $self->_children($name);
     for my $device (sort keys $children->%*) {
         my $child = $children->{$device}->name;
-        my @chain = $self->chain($child, $device, $children->{$device}->own($device));
-        my $problem = $self->chain_problem($device, @chain)
-            // $chain[0]->merge_problem($device, $chain[1]) // next;
+        my $problem;
+        my $error = attempt { $problem = $self->_child_problem($children->{$device}, $device) };
+        $problem = reason($error) if $error;
+        next if !defined($problem);
         $Error->throw(
             'ArchiveError',
             "archive $name cannot be merged into $child, which builds on it - $problem - remove $child first",
@@ -224,6 +225,12 @@ sub remove ($self, $name) {
         $self->discard($name);
     }
     return;
+}
+
+# Why the archive that a child builds on cannot be merged into it, or undef.
+sub _child_problem ($self, $child, $device) {
+    my @chain = $self->chain($child->name, $device, $child->own($device));
+    return $self->chain_problem($device, @chain) // $chain[0]->merge_problem($device, $chain[1]);
 }
 
 # A removal does not start if it may run out of space: a half-finished merge blocks everything else until it is completed.

@@ -15,8 +15,9 @@ use PVE::BackupAccess::Try qw(attempt_any);
 our @EXPORT_OK = qw($name_pattern decode_manifest device_fault encode_manifest has_its_digest
     is_hash is_text manifest_fault new_id);
 
-# An archive's name is its time. The order of names is that of times.
-our $name_pattern = qr/([0-9]{8}T[0-9]{6}Z)/;
+# An archive's name is its time. The order of names is that of times. Whatever else lies in a store is not an archive.
+our $name_pattern
+    = qr/((?:19|2[0-9])[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])T(?:[01][0-9]|2[0-3])[0-5][0-9][0-5][0-9]Z)/;
 
 my $json = JSON::PP->new->utf8->canonical->pretty;
 

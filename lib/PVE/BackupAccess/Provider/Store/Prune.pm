@@ -22,7 +22,11 @@ my sub look_at ($guest, $name, $time, $key_of, $damaged) {
     $entry->{protected} = $guest->is_protected($name);
     my $archive;
     my $error = attempt { $archive = $guest->archive($name) };
-    push($entry->{problems}->@*, reason($error)) if $error;
+    push(
+        $entry->{problems}->@*,
+        reason($error)
+            . " - which disks it has is unknown, so nothing replaces it: remove it yourself"
+    ) if $error;
     return $entry if !$archive;
     $entry->{guest} = $archive->guest;
     my $known = known_damage($archive, $damaged);
@@ -104,7 +108,7 @@ sub prune_guest ($guest, $place, $log, @archives) {
     for my $archive (grep { $_->{mark} eq 'broken' } @archives) {
         $log->(
             'warn',
-            "archive $archive->{volname} is damaged, but is kept until a newer one replaces it"
+            "archive $archive->{volname} is damaged, but is kept, since no newer one replaces it"
                 . " - $archive->{problems}[0]"
         );
     }
