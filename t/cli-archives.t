@@ -138,6 +138,12 @@ subtest 'prune by rules' => sub {
         'nothing');
     is_deeply(run_of('prune', $store, qw(--keep-last 9 -q)), [0, '', ''], 'silently');
 
+    for my $empty ([$store, '--vmid', 101], ["$store/vm"], [$chain->guest_dir . '/..', '--json']) {
+        my $run = run_of('prune', '-q', '--keep-last', 1, $empty->@*);
+        is($run->[0], 0, "'$empty->@*': exit status");
+        like($run->[2], qr/\Awarn: there are no archives in \S+ - check [^\n]+\n\z/, 'a warning');
+    }
+
     for my $bad ([], ['--keep-last', 0], ['--keep-daily', 'x'], [qw(--keep 1 --keep-last 1)]) {
         is(run_of('prune', $store, $bad->@*)->[0], 2, "'$bad->@*' is bad usage");
     }
@@ -234,6 +240,7 @@ subtest 'a restore that is interrupted' => sub {
         is(run_of('restore', $chain->path_of($name), $dir, '-q')->[0], 0, "$text: run again");
         is(content("$dir/$_.$second"), $chain->{expected}{$name}{$_}, "$text: $_")
             for $chain->devices;
+        is_deeply([glob("$dir/*.part")], [], "$text: nothing is left of the first");
     }
     cmp_ok($interrupted, '>', 0, 'at least one was');
 };

@@ -33,6 +33,8 @@ sub check_pipes ($test) {
     like($full->{out}, qr!\A\Q$test->{store}\E/$archive_name\n\z!, 'full: prints the path only');
     like($full->{err}, qr/^drive-scsi0: storing, full$/m, 'full: the log');
     unlike($full->{err}, qr/[^\n\x20-\x7e]/, 'full: plain lines');
+    my $alarm = qr/warn|error|wrong|lost|lose|fail|damage|unusable|corrupt|abort|cannot|crash/i;
+    unlike($full->{err}, $alarm, 'full: no line that alarms');
     check_outside($test, 'full');
 
     $vm->qemu_io('scsi0', 'write -P 0x21 16M 64k');

@@ -6,11 +6,13 @@ use v5.36;
 
 use lib 't/lib';
 
+use File::Temp ();
 use JSON::PP ();
 use Test::More;
 
 use PBA::Test::ScriptedQEMU;
 use PBA::Test::VM;
+use PVE::BackupAccess::Retention qw(marks periods);
 
 sub content ($file) {
     open(my $fh, '<', $file) or die "$file: $!\n";
@@ -108,9 +110,53 @@ sub check_stand_in ($name) {
     return;
 }
 
+# ---- retention ----
+
+# Proxmox VE's own function that marks archives, without the rest of its module.
+sub real_marks () {
+    my ($helper, $function)
+        = content(real_file('PVE/Storage.pm'))
+        =~ m/^(my \$prune_mark = sub \{.*?^\};).*?^(sub prune_mark_backup_group \{.*?^\})/ms
+        or die "Proxmox VE's rules of retention are somewhere else now\n";
+    my $module = File::Temp->new(SUFFIX => '.pm', TMPDIR => 1);
+    print {$module} join("\n",
+        'package RealRetention; use v5.36; use POSIX qw(strftime);',
+        $helper, $function, '1;');
+    close($module);
+    do "$module" or die "Proxmox VE's rules of retention: $@\n";
+    return RealRetention->can('prune_mark_backup_group');
+}
+
+# What the two mark in different ways, of archives at random: some hours to some weeks apart.
+sub marked_otherwise ($mark) {
+    my %keep = (map({ $_ => 0 } periods()), 'keep-last' => int(rand(2)));
+    $keep{$_} = int(rand(5)) for grep { rand() < 0.5 } periods();
+    $keep{'keep-last'} ||= 1 if !grep { $_ } values %keep;
+    my ($time, $step) = (1_790_000_000, 3600 * 4**int(rand(6)));
+    my @archives = map {
+        {
+            name => sprintf('%02d', $_),
+            time => $time += 1 + int(rand($step)),
+            protected => rand() < 0.1 ? 1 : 0,
+            devices => { disk => 1 },
+        }
+    } 1 .. 30;
+    my @real = map {
+        { $_->%{'name'}, ctime => $_->{time}, $_->{protected} ? (mark => 'protected') : () }
+    } @archives;
+    $mark->(\@real, \%keep);
+    my $ours = marks(\@archives, \%keep);
+    return grep { $ours->{ $_->{name} } ne $_->{mark} } @real;
+}
+
 SKIP: {
     my $file = real_file('PVE/Storage/Plugin.pm')
-        // skip("needs Proxmox VE's storage (PBA_PVE_STORAGE, or installed)", 5);
+        // skip("needs Proxmox VE's storage (PBA_PVE_STORAGE, or installed)", 6);
+    my $mark = real_marks();
+    my $seed = $ENV{PBA_SEED} // time;
+    srand($seed);
+    is(scalar(grep { marked_otherwise($mark) } 1 .. 1000),
+        0, "archives are kept as by Proxmox VE (PBA_SEED=$seed)");
     my $real = declared(content($file));
     is(join(' ', unfit($plugin, $real)), '', "our storage plugin takes what $file gives");
     for my $name (sort keys(%storage_stand_ins)) {

@@ -214,6 +214,16 @@ subtest 'names and directories' => sub {
     refused('a long TMPDIR', 1, qr/cannot make the socket .* set TMPDIR/, @guest);
 };
 
+subtest 'one after the other' => sub {
+    open(my $other, '+<', $file{data}) or die "$file{data}: $!\n";    # as another backup has it
+    refused('at once', 1, qr/is open for writing in another process/, @guest);
+    my $waiting = start_command('backup', "$dir/store", '--fleecing-dir', "$dir/fleecing",
+        @guest, qw(--quiet --wait 100));
+    $waiting->goes_on for 1 .. 5;
+    close($other);
+    is($waiting->finish->{status}, 0, 'with --wait: after the other');
+};
+
 # The command is killed: the daemon goes, and the next backup has what the killed one had.
 subtest 'killed' => sub {
     good('before', @guest);

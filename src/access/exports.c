@@ -281,9 +281,8 @@ static bool add_exports(PbaAccess *access, GError **error)
     if (access->backend->reads_by_cluster(access)) {
         pba_log(
             &access->hooks, PBA_LOG_INFO,
-            "this QEMU has to be read by single clusters of 64 KiB, and none twice at a time, as "
-            "PVE::BackupAccess::Volume does: other NBD clients can get wrong data (QEMU before "
-            "8.0), or end the guest with requests that overlap (before 9.2)");
+            "this QEMU's snapshots are read by single clusters of 64 KiB: other NBD clients than "
+            "PVE::BackupAccess::Volume have to do so, too (doc/semantics.md)");
     }
     for (guint i = 0; i < access->disks->len; i++) {
         if (!add_export(access, access->disks->pdata[i], error)) {

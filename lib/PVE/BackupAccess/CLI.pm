@@ -223,7 +223,7 @@ my sub check ($spec, $options, @arguments) {
     }
     usage_error("--vmid must be a number from 1 on, not '$options->{vmid}'")
         if ($options->{vmid} // 1) !~ m/\A[1-9][0-9]{0,8}\z/;
-    usage_error("--wait must be a number of seconds, not '$options->{wait}'")
+    usage_error("--wait must be a whole number of seconds, not '$options->{wait}'")
         if ($options->{wait} // 0) !~ m/\A[0-9]{1,9}\z/;
 }
 

@@ -136,7 +136,7 @@ my sub rules ($opt) {
     usage_error('--keep and --keep-last are the same: give one')
         if defined($opt->{keep}) && defined($keep{'keep-last'});
     for my $name (sort keys %keep) {
-        usage_error("--$name must be a whole number, not '$keep{$name}'")
+        usage_error("--$name must be a whole number up to 999999999, not '$keep{$name}'")
             if $keep{$name} !~ m/\A[0-9]{1,9}\z/;
     }
     usage_error("--keep must be a number from 1 on, not '$opt->{keep}'")
@@ -181,6 +181,12 @@ sub prune ($opt, $directory) {
     my $provider = provider_for($directory, $opt);
     my %vmids = map { $_->{vmid} => 1 } $provider->list(vmid_of($opt, $directory))->@*;
     my @vmids = sort { $a <=> $b } keys %vmids;
+
+    # Also with --quiet: else a job that prunes a directory that is not mounted any more, or another one, looks like
+    # one that has nothing to remove.
+    say_error("warn: there are no archives in $directory"
+            . " - check that the directory and the guest are right, and that it is mounted")
+        if !@vmids;
     if ($opt->{'dry-run'}) {
         my @archives = map { $provider->retention($_, $keep)->@* } @vmids;
         $opt->{json} ? say_json(\@archives) : show_marks(\@archives);
@@ -192,7 +198,8 @@ sub prune ($opt, $directory) {
     }
     else {
         say_out(map { "removed $_" } $removed->@*) if !$opt->{quiet};
-        say_error('nothing to remove') if !$removed->@* && !@problems && !$opt->{quiet};
+        say_error('nothing to remove')
+            if @vmids && !$removed->@* && !@problems && !$opt->{quiet};
     }
     say_error("pve-backup-access prune: $_") for @problems;
     return @problems ? 1 : 0;

@@ -7,9 +7,11 @@ use v5.36;
 
 use Exporter qw(import);
 use File::Basename qw(basename);
+use Time::HiRes ();
 
 use PVE::BackupAccess::CLI qw(absolute usage_error);
 use PVE::BackupAccess::CLI::Access qw(text);
+use PVE::BackupAccess::Try qw(attempt);
 
 our @EXPORT_OK = qw(device_named leave_guest reach_guest);
 
@@ -37,10 +39,24 @@ my sub check_names (@disks) {
     return @disks;
 }
 
+# With --wait, waits for another backup of the guest: that has the images open.
+my sub start_images ($opt, %options) {
+    require PVE::BackupAccess::Image;
+    my $deadline = Time::HiRes::time() + ($opt->{wait} // 0);
+    while (1) {
+        my $images;
+        my $error = attempt { $images = PVE::BackupAccess::Image->start(%options) };
+        return $images if $images;
+        die $error
+            if $error !~ m/is open for writing in another process|Failed to get .* lock/
+            || Time::HiRes::time() >= $deadline;
+        Time::HiRes::sleep(0.2);
+    }
+}
+
 # From here on, the images represent the guest.
 my sub open_images ($opt, %options) {
-    require PVE::BackupAccess::Image;
-    my $image = $opt->{images} = PVE::BackupAccess::Image->start(%options);
+    my $image = $opt->{images} = start_images($opt, %options);
     $opt->{qmp} = $image->qmp;
     $opt->{persistent} = 1;
     return;

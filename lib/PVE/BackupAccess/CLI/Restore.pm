@@ -64,16 +64,25 @@ my sub identity_of ($file) { return join(':', (stat($file))[0, 1]) }
 
 # Of a restore that was killed. That of one that is under way stays.
 my sub remove_left_over ($part) {
-    return if !-e $part;
+    return if !-e $part && !-l $part;
     die "another restore writes to $part - wait for its end, or choose another target\n"
-        if has_writer($part);
+        if !-l $part && has_writer($part);
     unlink($part) or die "cannot remove $part: $!\n";
+}
+
+# The same, of a restore to other formats.
+my sub remove_others ($job, $file) {
+    my ($name) = $file =~ m/\A(.*)[.]\Q$job->{format}\E\z/s or return;
+    for my $part (map { "$name.$_.part" } grep { $_ ne $job->{format} } $job->{formats}->@*) {
+        unlink($part) if -e $part && !has_writer($part);
+    }
 }
 
 # A handle for the file, which has a temporary name until the end.
 my sub begin_file ($job, $file) {
     my $part = "$file.part";
     remove_left_over($part);
+    remove_others($job, $file) if $job->{'in directory'};
     $job->{parts}{$file} = $part;    # first: a signal may come in between
     my $fh = open_new($part);
     $job->{identities}{$file} = identity_of($fh);
@@ -233,6 +242,8 @@ sub run ($opt, $path, $target) {
         provider => $provider,
         volname => $volname,
         format => $format,
+        formats => [keys %fill],
+        'in directory' => -d $target,
         progress => PVE::BackupAccess::CLI::Progress->new($opt->{quiet}),
         'no-verify' => $opt->{'no-verify'},
         parts => {},

@@ -242,7 +242,7 @@ sub _check_space ($self, $name, $children) {
             . bytes($needed)
             . ", but only "
             . bytes($free)
-            . " are free in $self->{dir}")
+            . " are free in $self->{dir} - make room there, and try again")
         if defined($free) && $free < $needed;
     return;
 }
