@@ -54,6 +54,13 @@ sub running ($image) {
     } map { m{(\d+)\z} } glob('/proc/[0-9]*');
 }
 
+# The same, once what was killed has had time to end.
+sub still_running ($image) {
+    my $deadline = time + 20;
+    sleep(0.01) while running($image) && time < $deadline;
+    return running($image);
+}
+
 # Until the command has the image read.
 sub wait_for_reading ($command, $image) {
     my $deadline = time + 60;
@@ -88,7 +95,7 @@ for my $name (sort keys %commands) {
             sleep(0.05);
         }
         my $run = $command->finish;
-        is_deeply([running($image)], [], "$what: no program goes on");
+        is_deeply([still_running($image)], [], "$what: no program goes on");
         my %number = (HUP => 1, INT => 2, TERM => 15);
         is($run->{signal}, $number{ $signals->[0] }, "$what: ends by it");
         cmp_ok(time - $began, '<', 30, "$what: soon");
