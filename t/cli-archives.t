@@ -137,13 +137,16 @@ subtest 'prune by rules' => sub {
     is_deeply(run_of('prune', $store, qw(--keep-last 9)), [0, '', "nothing to remove\n"],
         'nothing');
     is_deeply(run_of('prune', $store, qw(--keep-last 9 -q)), [0, '', ''], 'silently');
+};
 
+subtest 'a prune of the wrong place, and bad rules' => sub {
+    my $chain = new_chain(1);
+    my $store = $chain->store;
     for my $empty ([$store, '--vmid', 101], ["$store/vm"], [$chain->guest_dir . '/..', '--json']) {
         my $run = run_of('prune', '-q', '--keep-last', 1, $empty->@*);
         is($run->[0], 0, "'$empty->@*': exit status");
         like($run->[2], qr/\Awarn: there are no archives in \S+ - check [^\n]+\n\z/, 'a warning');
     }
-
     for my $bad ([], ['--keep-last', 0], ['--keep-daily', 'x'], [qw(--keep 1 --keep-last 1)]) {
         is(run_of('prune', $store, $bad->@*)->[0], 2, "'$bad->@*' is bad usage");
     }
