@@ -9,6 +9,7 @@ use List::Util qw(any uniq);
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::CLI::Monitor qw(ask hashes);
+use PVE::BackupAccess::Provider::Store::Disks qw(guest_device);
 
 our @EXPORT_OK = qw(choose_disks);
 
@@ -46,11 +47,10 @@ my sub lasting_name ($node, $device) {
 
 # { id, path, names } of the guest device in query-block's reply: its ID, if it has one, its QOM
 # path, and all names.
-my sub guest_device ($qdev) {
+my sub device_of ($qdev) {
     return { names => [] } if $qdev eq '';
     my $shown = $qdev =~ m{/} ? $qdev : "/machine/peripheral/$qdev";
-    my $path = $shown =~ s{/virtio-backend\z}{}r;
-    my ($id) = $path =~ m{\A/machine/peripheral/([^/]+)\z};
+    my ($id, $path) = guest_device($shown);
     return { id => $id, path => $path, names => [grep { defined } $id, $path, $shown] };
 }
 
@@ -67,7 +67,7 @@ my sub types_of ($path) {
 # { name, id, path, names, why } of each drive with a medium. why: the reason to omit it, or undef.
 my sub look_at ($path, $disk) {
     my ($medium) = hashes('query-block', [$disk->{inserted} // return]);
-    my $device = guest_device($disk->{qdev} // '');
+    my $device = device_of($disk->{qdev} // '');
     my $node = $medium->{'node-name'} // return;
     my $name = $disk->{device} // '';
     $name = lasting_name(named_node($path, $node), $device) // return if $name eq '';

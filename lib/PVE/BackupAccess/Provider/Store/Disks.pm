@@ -10,14 +10,21 @@ use List::Util qw(uniq);
 
 use PVE::BackupAccess::Argument qw(bad_argument);
 
-our @EXPORT_OK = qw(builders device_meant disk_keys find_alias find_device missing);
+our @EXPORT_OK = qw(builders device_meant disk_keys find_alias find_device guest_device missing);
+
+# The ID, undef if it has none, and the QOM path of a guest device, by the path that query-block shows:
+# a virtio disk's device contains the one that is shown.
+sub guest_device ($shown) {
+    my $path = $shown =~ s!/virtio-backend\z!!r;
+    my ($id) = $path =~ m!\A/machine/peripheral/([^/]+)\z!;
+    return ($id, $path);
+}
 
 # The names of a drive or of a guest device, as QEMU shows them.
 my sub names_in ($identity) {
     my ($kind, $name) = $identity =~ m!\A(drive|device) (.+)\z!s or return;
     return $name if $kind eq 'drive';
-    my $path = $name =~ s!/virtio-backend\z!!r;
-    my ($id) = $path =~ m!\A/machine/peripheral/([^/]+)\z!;
+    my ($id, $path) = guest_device($name);
     return ($id, $path, "$path/virtio-backend");
 }
 
