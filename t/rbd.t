@@ -69,6 +69,11 @@ subtest 'a first backup, and an increment' => sub {
     my ($entry) = grep { $_->{volname} eq $second } $life->provider->list(100)->@*;
     is($entry->{devices}{$scsi}{parent}, $first =~ s{.*/}{}r, 'the list tells what it builds on');
     is_deeply($life->provider->verify($second), [], 'verify finds nothing wrong');
+
+    for my $image (images($life)) {
+        unlike($ceph->run('rbd', 'status', "backup/$life->{namespace}/$image"),
+            qr/watcher=/, 'no reader or writer is left in the cluster');
+    }
 };
 
 subtest 'a lost bitmap costs reading' => sub {
@@ -152,6 +157,9 @@ subtest 'damage is found' => sub {
     my $next = $life->backup;
     like($life->log, qr/$scsi: full backup - archive \S+ is damaged/, 'nothing is built on it');
     is($life->problem($next), undef, 'the next one is right');
+    is($life->unnamed, '', 'the damaged one is named');
+    $life->provider->remove($name);
+    $life->forget($name);
 };
 
 subtest 'one at a time' => sub {

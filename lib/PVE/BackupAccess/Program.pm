@@ -146,15 +146,17 @@ my sub kill_child ($pid) {
     return;
 }
 
-# Runs the program. Returns its status, as in $?, a file with its standard output, and its standard error.
+# Runs the program. Returns its status, as in $?, a file with its standard output, and its standard error. If the first
+# argument is a code ref, it is called several times a second while the program runs.
 sub run_program_to_file (@command) {
+    my $meanwhile = ref($command[0]) ? shift(@command) : undef;
     my ($out, $err) = (temporary_file(), temporary_file());
     my ($pid, $status);
     local $SIG{CHLD} = 'DEFAULT';
     local ($!, $?);
     my $work = sub {
         start_program(\$pid, { out => $out, err => $err }, @command);
-        $status = wait_for_child($pid);
+        $status = wait_for_child($pid, $meanwhile);
     };
     ensure($work, sub ($died) { kill_child($pid) if $died && $pid });
     my $message = read_all($err);

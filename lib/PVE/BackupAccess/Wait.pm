@@ -36,14 +36,16 @@ sub pause ($seconds) {
     return;
 }
 
-# Waits until a child has ended. Returns its status, as in $?, undef if other code of this process has waited for it.
-sub wait_for_child ($pid) {
+# Waits until a child has ended, and meanwhile calls the code, if any, at least once in a slice. Returns its status, as in $?,
+# undef if other code of this process has waited for it.
+sub wait_for_child ($pid, $meanwhile = undef) {
     my $fd = PVE::BackupAccess::_open_process($pid);
     my $process;
     undef($process) if $fd < 0 || !open($process, '<&=', $fd);
     my $ended;
     while (($ended = waitpid($pid, WNOHANG)) == 0) {
         $process ? IO::Select->new($process)->can_read($slice) : sleep($look_again);
+        $meanwhile->() if $meanwhile;
     }
     return $ended == $pid ? $? : undef;
 }

@@ -8,14 +8,9 @@ use v5.36;
 
 use Exporter qw(import);
 
-use PVE::BackupAccess::CLI::Output qw(say_error);
-use PVE::BackupAccess::CLI::Store qw(check_store is_rbd provider_in store_number_of);
+use PVE::BackupAccess::CLI::Store qw(check_store is_rbd log_line provider_in store_number_of);
 
 our @EXPORT_OK = qw(archive_at chosen_devices file_of find_archive provider_for without_slash);
-
-my sub log_line ($level, $message) {
-    say_error("$level: $message") if $level !~ m/\A(?:debug|info)\z/;
-}
 
 # A directory without the slash at its end.
 sub without_slash ($path) { return $path =~ s!(?<=.)/+\z!!r }

@@ -8,13 +8,19 @@ use Cwd ();
 use Exporter qw(import);
 
 use PVE::BackupAccess::CLI qw(absolute untainted usage_error);
+use PVE::BackupAccess::CLI::Output qw(say_error);
 use PVE::BackupAccess::Provider::Qcow2Chain;
 use PVE::BackupAccess::Provider::Qcow2Chain::Names ();
 
 our @EXPORT_OK
-    = qw(check_store is_rbd provider_in store_id store_name_of store_number_for store_number_of store_numbers);
+    = qw(check_store is_rbd log_line provider_in store_id store_name_of store_number_for store_number_of store_numbers);
 
 my $names = 'PVE::BackupAccess::Provider::Qcow2Chain::Names';
+
+# The log of a provider outside of a backup.
+sub log_line ($level, $message) {
+    say_error("$level: $message") if $level !~ m/\A(?:debug|info)\z/;
+}
 
 sub is_rbd ($store) { return $store =~ m/\Arbd:/ }
 
@@ -57,7 +63,7 @@ sub provider_in ($opt, $store, $name, $log) {
 # ---- guests by name ----
 
 my sub rbd_store ($opt, $store) {
-    return provider_in($opt, $store, 'none', sub (@) { })->store;
+    return provider_in($opt, $store, 'none', \&log_line)->store;
 }
 
 sub store_name_of ($opt, $store, $vmid) {

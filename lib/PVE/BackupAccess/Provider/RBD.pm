@@ -27,6 +27,7 @@ sub new ($class, $storage_plugin, $scfg, $storeid, $log_function = undef) {
     my $ceph = PVE::BackupAccess::Provider::RBD::Ceph->new(
         pool => checked_name('pool', $scfg->{pool}),
         namespace => defined($namespace) ? checked_name('namespace', $namespace) : undef,
+        log => $settings{log},
         conf => $class->can('_checked_path')
             ->('ceph-conf', $scfg->{'ceph-conf'} // '/etc/ceph/ceph.conf'),
     );
@@ -191,6 +192,7 @@ depend on another one
 
 =item the objects C<pba.vm-100.change>, C<.read> and C<.removal>: the locks. A process on any host that works on the archives
 watches one of these objects. The watch ends with its client: at once if the process ends, after half a minute if the host fails
+or does not respond. A backup that goes on after that first looks whether its watch is still there, and otherwise fails
 
 =item the object C<pba>: the list of guests, and the store's ID
 
@@ -198,18 +200,18 @@ watches one of these objects. The watch ends with its client: at once if the pro
 
 If a backup is killed, the images may differ from the last snapshots. The next backup first breaks the lock of the dead
 writer, so that the cluster accepts nothing more from it. Then it compares each image with the snapshot that it builds on, by
-means of the object map, which needs no reading. If they differ, it rolls the image back (C<rbd snap rollback>). This is
-correct whatever was written to the image, by this or another program, and the cluster only copies the changed objects. A full
-backup that compares would instead read the whole disk of the guest.
+means of their sizes and the object map, which needs no reading. If they differ, it rolls the image back (C<rbd snap
+rollback>). This is correct whatever was written to the image, by this or another program, and the cluster only copies the
+changed objects. A full backup that compares would instead read the whole disk of the guest.
 
 Which backup a bitmap is relative to, disks with other names, audits, retention and bandwidth are as in
 L<PVE::BackupAccess::Provider::Qcow2Chain>. But an increment can build on any archive, not only on the newest one: if the guest
 was rolled back, the image is rolled back too. Containers are not supported.
 
 All sizes are bytes. Methods die with a L<PVE::BackupAccess::Error>: C<ArchiveError> if an archive is missing or damaged,
-C<StateError> while another process uses the same guest's archives, C<SystemError> if C<rbd>, C<rados> or C<qemu-nbd> fails,
-C<UnsupportedError> if C<rbd> or C<rados> is not installed, C<ArgumentError> for wrong arguments, and C<ContentError> if what is read back is not
-what was read from the guest.
+C<StateError> while another process uses the same guest's archives, or if the lock was lost, C<SystemError> if C<rbd>,
+C<rados> or C<qemu-nbd> fails, C<UnsupportedError> if C<rbd> or C<rados> is not installed, C<ArgumentError> for wrong
+arguments, and C<ContentError> if what is read back is not what was read from the guest.
 
 =head1 METHODS OF THE API
 

@@ -12,6 +12,7 @@ use v5.36;
 use FindBin;
 use File::Temp ();
 use IO::Socket::INET ();
+use POSIX ();
 
 my @programs = qw(ceph-mon ceph-mgr ceph-osd rbd rados);
 
@@ -50,6 +51,30 @@ sub new_namespace ($self) {
     my $name = "test-$$-" . ++$self->{namespaces};
     $self->run('rbd', 'namespace', 'create', "backup/$name");
     return $name;
+}
+
+# Kills the cluster's only OSD.
+sub stop_osd ($self) {
+    open(my $fh, '<', "$self->{dir}/osd.0.pid") or die "osd.0.pid: $!\n";
+    kill(KILL => <$fh>);
+    return;
+}
+
+sub start_osd ($self) {
+    local $ENV{CEPH_CONF} = $self->conf;
+    system("ceph-osd -i 0 </dev/null >'$self->{dir}/osd.log' 2>&1") == 0
+        or die "the OSD did not start: see $self->{dir}/osd.log\n";
+    return;
+}
+
+# Stops it, and starts it again after some seconds. Returns at once.
+sub restart_osd ($self, $seconds) {
+    $self->stop_osd;
+    my $pid = fork() // die "fork: $!\n";
+    return if $pid;
+    sleep($seconds);
+    eval { $self->start_osd };
+    POSIX::_exit(0);
 }
 
 sub DESTROY ($self) {

@@ -52,6 +52,7 @@ my sub content_of ($guest) {
 # In the order of the API.
 my sub perform ($self, $id, $report) {
     my ($provider, $guest) = ($self->provider, $self->{guest});
+    $self->{running} = $provider;
     $provider->on_progress($self->{progress}) if $self->{progress};
     $provider->job_init($self->{time});
     my $name = $provider->backup_init($vmid, 'qemu', $self->{time})->{'archive-name'};
@@ -121,18 +122,30 @@ sub killed_backup ($self, $number, $method = undef) {
 }
 
 sub _end_at ($self, $method, $number, $end) {
-    my $look = sub () { $end->($method) if !--$number };
+    $self->before($method, $number, sub () { $end->($method) });
+    return;
+}
+
+# Calls the code before the nth call of a method of RBD::Ceph in this process, or in the nth report of progress. Returns
+# what undoes that.
+sub before ($self, $method, $number, $code) {
     if ($method eq 'progress') {
-        $self->{progress} = sub (@) { $look->() };
-        return;
+        $self->{progress} = sub (@) { $code->() if !--$number };
+        return sub () { delete($self->{progress}) };
     }
     my $class = 'PVE::BackupAccess::Provider::RBD::Ceph';
     my $real = $class->can($method);
-    my $wrapped = sub (@arguments) { $look->(); return $real->(@arguments) };
-    no strict 'refs';    ## no critic (ProhibitProlongedStrictureOverride)
-    no warnings 'redefine';
-    *{"${class}::$method"} = $wrapped;
-    return;
+    my $wrapped = sub (@arguments) {
+        $code->() if !--$number;
+        return $real->(@arguments);
+    };
+    my $set = sub ($sub) {
+        no strict 'refs';    ## no critic (ProhibitProlongedStrictureOverride)
+        no warnings 'redefine';
+        *{"${class}::$method"} = $sub;
+    };
+    $set->($wrapped);
+    return sub () { $set->($real) };
 }
 
 # How many of the images hold something else than the newest archive.
@@ -141,7 +154,29 @@ sub different ($self) {
     my $ceph = $self->provider->{ceph};
     my $guest = $self->provider->_guest("vm/$vmid");
     my $archive = $guest->archive($name);
-    return scalar(grep { $ceph->differs($archive->device($_)->{image}, $name) } $archive->devices);
+    return scalar(
+        grep { $ceph->differs($_->{image}, $name, $_->{size}) }
+        map { $archive->device($_) } $archive->devices
+    );
+}
+
+# The lock of the running backup is lost, as after a time without a network, and another backup comes in between.
+sub overtake ($self) {
+    my $task = delete($self->{running})->{task};
+    $task->{lock}->drop;
+    $self->backup;
+    return;
+}
+
+# What is neither right nor named: each archive is as it must be, or verify and a restore say that it is damaged.
+sub unnamed ($self) {
+    my ($provider, @wrong) = ($self->provider);
+    for my $name ($self->names) {
+        next if !defined(eval { $self->_difference($provider, $name) } // $@ || undef);
+        my $damage = eval { join('; ', $provider->verify($name)->@*) } // "$@";
+        push(@wrong, "$name: verify finds nothing") if $damage eq '';
+    }
+    return "@wrong";
 }
 
 # { device => new or reuse } of the last backup.
@@ -168,17 +203,23 @@ sub problem ($self, @names) {
     return "there are @listed, not " . join(' ', $self->names)
         if "@listed" ne join(' ', $self->names);
     for my $name (@names ? @names : $self->names) {
-        my $expected = $self->{expected}{$name};
-        my $sizes = $provider->restore_vm_init($name);
-        for my $device (sort keys $expected->%*) {
-            my $content = $expected->{$device};
-            return "$name has another $device"
-                if ($sizes->{$device}{size} // -1) != length($content)
-                || $self->restored($provider, $name, $device, length($content)) ne $content;
-        }
-        return "$name has another configuration"
-            if $provider->archive_get_guest_config($name) ne "name: $name\n";
+        my $difference = $self->_difference($provider, $name);
+        return $difference if defined($difference);
     }
+    return undef;
+}
+
+sub _difference ($self, $provider, $name) {
+    my $expected = $self->{expected}{$name};
+    my $sizes = $provider->restore_vm_init($name);
+    for my $device (sort keys $expected->%*) {
+        my $content = $expected->{$device};
+        return "$name has another $device"
+            if ($sizes->{$device}{size} // -1) != length($content)
+            || $self->restored($provider, $name, $device, length($content)) ne $content;
+    }
+    return "$name has another configuration"
+        if $provider->archive_get_guest_config($name) ne "name: $name\n";
     return undef;
 }
 

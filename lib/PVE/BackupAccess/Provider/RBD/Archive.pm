@@ -56,10 +56,11 @@ sub add_device ($self, $device, $about, $parent = undef) {
 sub open_to_write ($self, $device) {
     my ($ceph, $entry) = ($self->{guest}->ceph, $self->device($device));
     my $parent = $self->{parents}{$device};
+    $self->{guest}->check_lock;
     if ($parent) {
         $ceph->fence($entry->{image});
         $ceph->roll_back($entry->{image}, $parent->name)
-            if $ceph->differs($entry->{image}, $parent->name);
+            if $ceph->differs($entry->{image}, $parent->name, $entry->{size});
     }
     else {
         $ceph->create($entry->{image}, $entry->{size});
@@ -71,6 +72,7 @@ sub cluster_size ($self) { return $digest_block }
 
 # To be called when all devices are stored and flushed.
 sub freeze ($self) {
+    $self->{guest}->check_lock;
     for my $device ($self->devices) {
         $self->{guest}->ceph->snap($self->device($device)->{image}, $self->{name});
     }

@@ -14,9 +14,12 @@ use PVE::BackupAccess::Try qw(attempt_any);
 
 my $json = JSON::PP->new->utf8;
 
+our $connect_limit = 60;    # seconds, to reach a monitor; Ceph's own limit is 300
+our $tell_every = 30;       # the same, while a program waits for the cluster
+
 my sub fail ($message) { PVE::BackupAccess::Error->throw('SystemError', $message) }
 
-# pool; namespace, undef for the pool's own; conf, the cluster's configuration file.
+# pool; namespace, undef for the pool's own; conf, the cluster's configuration file; log, a code ref.
 sub new ($class, %options) {
     return bless({%options}, $class);
 }
@@ -37,26 +40,76 @@ sub uri ($self, $image, $snapshot) {
 
 # A program with the options for the cluster, pool and namespace.
 sub command ($self, $program, @arguments) {
-    my @in = ('--conf', $self->{conf}, '--pool', $self->{pool});
+    my @in = ('--conf', $self->{conf}, '--client_mount_timeout', $connect_limit);
+    push(@in, '--pool', $self->{pool});
     push(@in, '--namespace', $self->{namespace}) if defined($self->{namespace});
     return ($program, @in, @arguments);
 }
 
+# Programs wait for the cluster as long as it takes: if one were ended, its change could still happen later, after others
+# that were made in the meantime. So the log tells what is waited for.
+my sub teller ($self, $what) {
+    my $told = time;
+    return sub () {
+        return if time - $told < $tell_every;
+        $told = time;
+        $self->{log}->(
+            'warn',
+            "$what in rbd:"
+                . $self->place
+                . ": still waiting for the Ceph cluster of $self->{conf} - check its state with 'ceph -s'"
+        );
+    };
+}
+
+# For messages.
+my sub short ($program, @arguments) {
+    return join(' ', $program, grep { m/\A[a-z]/ } @arguments[0, 1]);
+}
+
 # Runs a program. Returns its exit status, its output and its error message.
 sub run ($self, $program, @arguments) {
-    my ($status, $out, $message) = run_program($self->command($program, @arguments));
+    my ($status, $out, $message) = run_program(teller($self, short($program, @arguments)),
+        $self->command($program, @arguments));
     fail("$program $arguments[0] was ended by signal " . ($status & 127)) if $status & 127;
     return ($status >> 8, $out, $message =~ s/\s+\z//r);
 }
 
+# What programs print if they do not get as far as the pool's objects, and what it means.
+my @failures = (
+    [
+        qr/unable to find a keyring|handle_auth_bad_method|\(13\) Permission denied/,
+        'the cluster refuses the user client.admin - check its keyring, which the configuration names, and what it'
+            . ' may do (ceph auth get client.admin)'
+    ],
+    [
+        qr/failed to fetch mon config|authenticate timed out|couldn't connect to the cluster/,
+        "no monitor of the cluster has answered for SECONDS seconds - check 'mon host' in the configuration, the"
+            . " network, and the cluster's state with 'ceph -s'"
+    ],
+    [
+        qr/error opening (?:default )?pool/,
+        "there is no such pool - 'ceph osd pool ls' lists the pools"
+    ],
+);
+
+my sub known_failure ($self, $message) {
+    my ($known) = map { $message =~ $_->[0] ? $_->[1] : () } @failures;
+    return undef if !defined($known);
+    return $known =~ s/SECONDS/$connect_limit/r . " (configuration: $self->{conf})";
+}
+
 # The same, but returns the output, and dies if the program fails. With may_lack, returns undef if there is no such object.
+# A missing keyring or pool also is "No such file or directory", but what cannot be reached must not count as missing.
 my sub wanted ($self, $may_lack, $program, @arguments) {
     my ($status, $out, $message) = $self->run($program, @arguments);
     return $out if $status == 0;
-    my $reason = $message =~ s/\A.*\n//sr || "status $status";
-    my $what = join(' ', $program, grep { m/\A[a-z]/ } @arguments[0, 1]);
-    return undef if $may_lack && $message =~ m/\(2\) No such file or directory/;
-    fail("$what in " . $self->place . " failed - $reason");
+    my $known = known_failure($self, $message);
+    my $last = $message =~ s/\A.*\n//sr;
+    return undef
+        if $may_lack && !defined($known) && $last =~ m/\(2\) No such file or directory/;
+    my $reason = $known // ($last ne '' ? $last : "status $status");
+    fail(short($program, @arguments) . ' in rbd:' . $self->place . " failed - $reason");
 }
 
 sub rbd ($self, @arguments) { return wanted($self, 0, 'rbd', @arguments) }
@@ -117,8 +170,14 @@ sub fence ($self, $image) {
     return;
 }
 
-# Whether the image differs from its snapshot.
-sub differs ($self, $image, $snapshot) {
+# The image's size, which a snapshot's may differ from.
+sub _size_of_image ($self, $image) {
+    return decode('rbd', $self->rbd('info', '--format', 'json', $image))->{size};
+}
+
+# Whether the image differs from its snapshot of that size.
+sub differs ($self, $image, $snapshot, $size) {
+    return 1 if $self->_size_of_image($image) != $size;
     my @how = ('--whole-object', '--format', 'json', '--from-snap', $snapshot);
     return decode('rbd', $self->rbd('diff', @how, $image))->@* ? 1 : 0;
 }
@@ -167,9 +226,28 @@ my sub bytes_of ($length, @lines) {
     return $bytes;
 }
 
+my sub rbd_of_pool ($self, @arguments) {
+    local $self->{namespace} = undef;
+    return $self->rbd(@arguments);
+}
+
+# Dies unless the pool and the namespace exist: in a namespace that does not exist there are simply no objects.
+my sub check_place ($self) {
+    return undef if $self->{'is there'};
+    my $namespace = $self->{namespace};
+    my @found = decode('rbd', rbd_of_pool($self, 'namespace', 'ls', '--format', 'json'))->@*;
+    fail(
+        "there is no namespace $namespace in pool $self->{pool} - create it, if it is the right one: rbd namespace create "
+            . $self->place)
+        if defined($namespace) && !grep { $_->{name} eq $namespace } @found;
+    $self->{'is there'} = 1;
+    return undef;
+}
+
 # { key => value }, undef if there is no such object.
 sub values ($self, $object) {
-    my $text = $self->try_rados('listomapvals', $object) // return undef;
+    my $text = $self->try_rados('listomapvals', $object);
+    return check_place($self) if !defined($text);
     my %values;
     my @lines = split(m/\n/, $text);
     while (@lines) {
@@ -223,10 +301,10 @@ sub remove_object ($self, $object) {
 # undef if there is no such object.
 sub size_of ($self, $object) { return $self->try_rados('stat', $object) }
 
-# How many clients watch the object now.
+# The clients that watch the object now.
 sub watchers ($self, $object) {
-    my $text = $self->try_rados('listwatchers', $object) // return 0;
-    return scalar(grep { m/\Awatcher=/ } split(m/\n/, $text));
+    my $text = $self->try_rados('listwatchers', $object) // return;
+    return map { m/\Awatcher=(\S+ client[.][0-9]+)/ ? $1 : () } split(m/\n/, $text);
 }
 
 1;

@@ -10,6 +10,8 @@ package PVE::BackupAccess::Provider::RBD::Guest;
 
 use v5.36;
 
+use Scalar::Util qw(weaken);
+
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::RBD::Archive;
 use PVE::BackupAccess::Provider::RBD::Lock;
@@ -111,8 +113,22 @@ sub _take ($self, $how, $kind, @wait) {
     return $lock;
 }
 
-sub try_change_lock ($self) { return $self->_take('try', 'change') }
-sub change_lock ($self) { return $self->_take('take', 'change', $self->{wait}) }
+# The guest remembers the lock, but does not keep it.
+sub _take_change ($self, $how, @wait) {
+    my $lock = $self->_take($how, 'change', @wait);
+    weaken($self->{changing} = $lock) if $lock;
+    return $lock;
+}
+
+sub try_change_lock ($self) { return $self->_take_change('try') }
+sub change_lock ($self) { return $self->_take_change('take', $self->{wait}) }
+
+# To be called before each step that would do harm beside another backup or prune.
+sub check_lock ($self) {
+    $self->{changing}->check if $self->{changing};
+    return;
+}
+
 sub removal_lock ($self) { return $self->_take('take', 'removal', $self->{wait}) }
 
 sub read_lock ($self) {
@@ -189,6 +205,7 @@ sub restorable ($self, $name, $device) {
 # ---- completion and removal ----
 
 sub publish ($self, $archive, $notes = undef) {
+    $self->check_lock;
     my %modes = map { $_ => $archive->device($_)->{'bitmap-mode'} } $archive->devices;
     my %ids = map { $_ => $modes{$_} ne 'none' ? { id => $archive->id } : undef } keys %modes;
     $notes->note(\%ids) if $notes;
@@ -212,16 +229,33 @@ sub is_protected ($self, $name) {
 
 sub is_built_on ($self, $name) { return 0 }
 
-# First removes the manifest, so that this is not an archive any more. Then clean removes the snapshots and images, as it
-# does for those of a killed process.
+# The objects with the digests of an archive's snapshots that somebody has removed.
+sub _lone_digests ($self, $name) {
+    my $archive;
+    attempt { $archive = $self->archive($name) };
+    return if !$archive;
+    my @lone = grep { !snapshot_of($self->_snapshots_of($_->{image}), $name) }
+        map { $archive->device($_) } $archive->devices;
+    return map {
+        my ($size) = $_->{size} =~ m/\A([0-9]+)\z/;
+        $Archive->digest_objects($_->{image}, $name, $size)
+    } @lone;
+}
+
+# First removes the manifest, so that this is not an archive any more. Then clean removes the snapshots with their digests,
+# and the images, as it does for those of a killed process.
 sub remove ($self, $name) {
     fail("archive $name is protected - unprotect its snapshots first (rbd snap unprotect)")
         if $self->is_protected($name);
+    my @digests = $self->_lone_digests($name);
+    $self->check_lock;
     $self->_unset($_) for grep { m/\Adamaged \Q$name\E / } keys $self->_values->%*;
     $self->_unset("archive $name");
-    $self->{ceph}->remove_object($self->log_of($name));
+    $self->{ceph}->remove_object($_) for $self->log_of($name), @digests;
     my @problems = $self->clean;
-    fail(join('; ', @problems)) if @problems;
+    fail("archive $name is removed, but the next backup, prune or removal has to complete that - "
+            . join('; ', @problems))
+        if @problems;
     return;
 }
 
@@ -229,6 +263,8 @@ sub discard ($self, $name) { return $self->remove($name) }
 
 sub clean ($self) {
     my @problems;
+    my $lost = attempt { $self->check_lock };
+    return reason($lost) if $lost;
     for my $image (sort keys $self->_snapshots->%*) {
         my $error = attempt { $self->_clean_image($image) };
         push(@problems,

@@ -16,6 +16,7 @@ use PVE::BackupAccess::Wait qw(pause read_some wait_for_child);
 my $Error = 'PVE::BackupAccess::Error';
 my $look_every
     = 0.2;    # seconds, or half of it more: two that try at once are to be apart the next time
+my $longest_end = 10;    # seconds, to end a watch
 
 # others: the lock that no other process may hold at the same time.
 my %locks = (
@@ -51,7 +52,7 @@ my sub watch ($class, $ceph, $object) {
     1 while $said !~ m/press enter/ && read_some($out, \$said, 4096);
     return $self if $said =~ m/press enter/;
     $self->drop;
-    fail("cannot watch the object $object in " . $ceph->place . ' - ' . $said =~ s/\s+\z//r);
+    fail("cannot watch the object $object in rbd:" . $ceph->place . ' - ' . $said =~ s/\s+\z//r);
 }
 
 # Returns undef if another process has a lock that excludes this one. The objects are $object.change and so on.
@@ -59,9 +60,22 @@ sub try ($class, $ceph, $object, $kind) {
     my $others = $locks{$kind}{others};
     my $self = watch($class, $ceph, "$object.$kind");
     my $most = $others eq $kind ? 1 : 0;
-    return $self if $ceph->watchers("$object.$others") <= $most;
+    my @watchers = $ceph->watchers("$object.$others");
+    $self->@{qw(ceph object watcher)} = ($ceph, "$object.$kind", $watchers[0]) if $most;
+    return $self if @watchers <= $most;
     $self->drop;
     return undef;
+}
+
+# Dies if the cluster does not know the watch any more: this process, its host or the network did not respond for half a
+# minute. Another process may have taken the lock since. For locks that exclude their own kind.
+sub check ($self) {
+    return if grep { $_ eq $self->{watcher} } $self->{ceph}->watchers($self->{object});
+    $Error->throw('StateError',
+              "the lock $self->{object} in rbd:"
+            . $self->{ceph}->place
+            . ' was lost, because the cluster has not heard of this host for half a minute, and another backup or prune'
+            . ' may have begun - try again');
 }
 
 # The same, but waits up to $seconds, and then dies.
@@ -74,18 +88,20 @@ sub take ($class, $ceph, $object, $kind, $seconds) {
         pause($look_every * (1 + rand(0.5)));
     }
     $Error->throw('StateError',
-              "$object in "
+              "$object in rbd:"
             . $ceph->place
             . " $locks{$kind}{busy} - try again when that has ended, or wait for it (--wait)");
 }
 
-# A forked process may still have the other end of the pipe: the newline tells the program to end now.
+# A forked process may still have the other end of the pipe: the newline tells the program to end now. To end a watch is a
+# write: in a full pool, or without an OSD, it waits.
 sub drop ($self) {
     my $pid = delete($self->{pid}) // return;
     local ($!, $?);
     syswrite($self->{in}, "\n");
     close($self->{in});
-    wait_for_child($pid);
+    my $deadline = Time::HiRes::time() + $longest_end;
+    wait_for_child($pid, sub () { kill(KILL => $pid) if Time::HiRes::time() > $deadline });
     return;
 }
 

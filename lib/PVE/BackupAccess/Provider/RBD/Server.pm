@@ -4,6 +4,8 @@ package PVE::BackupAccess::Provider::RBD::Server;
 
 use v5.36;
 
+use PVE::BackupAccess::Wait qw(pause);
+
 use parent qw(PVE::BackupAccess::Provider::Store::Server);
 
 # { ceph, image, snapshot, undef for the image itself }
@@ -22,6 +24,20 @@ sub _image_arguments ($class, $image, %options) {
 
 sub _name_of ($class, $image) {
     return join('@', grep { defined } $image->@{qw(image snapshot)});
+}
+
+my $look_every = 0.02;    # seconds
+my $longest_end = 10;     # the same, to close an image while the cluster does not answer
+
+# A client that is killed stays a watcher of its image for half a minute. Until then, the cluster refuses to remove the
+# image, and whoever makes a snapshot of it waits. So qemu-nbd closes the image, if it can, also after reading.
+sub kill ($self) {
+    my $pid = $self->{pid} // return;
+    delete($self->{connection});
+    CORE::kill(TERM => $pid) if $self->is_running;
+    my $deadline = time + $longest_end;
+    pause($look_every) while $self->is_running && time < $deadline;
+    return $self->SUPER::kill;
 }
 
 1;

@@ -1,0 +1,250 @@
+# What an administrator, another host or the cluster does to backups by Provider::RBD: each archive remains right or is named
+# as damaged, and the next backup is right.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+
+use Test::More;
+
+use File::Temp ();
+
+use PBA::Test::Ceph;
+use PBA::Test::Command qw(run_command start_command);
+use PBA::Test::RBDLife;
+use PVE::BackupAccess::Provider::RBD::Ceph;
+
+plan(skip_all => 'needs Ceph and PBA_FULL')
+    if !$ENV{PBA_FULL} || !PBA::Test::Ceph->is_installed;
+
+my $ceph = PBA::Test::Ceph->start;
+my $dir = File::Temp->newdir('pba-rbd-XXXXXXXX', TMPDIR => 1);
+my $scsi = 'drive-scsi0';
+srand($ENV{PBA_SEED} // 20261130);
+
+sub new_life () {
+    my $namespace = $ceph->new_namespace;
+    mkdir("$dir/$namespace") or die "mkdir: $!\n";
+    return PBA::Test::RBDLife->new(
+        ceph => $ceph,
+        namespace => $namespace,
+        dir => "$dir/$namespace"
+    );
+}
+
+sub images ($life) {
+    return split(' ', $ceph->run('rbd', 'ls', "backup/$life->{namespace}"));
+}
+
+sub objects ($life) {
+    return split(' ', $ceph->run('rados', '-p', 'backup', '-N', $life->{namespace}, 'ls'));
+}
+
+sub image_of_scsi ($life) {
+    my ($image) = grep { m/scsi0/ } images($life);
+    return "backup/$life->{namespace}/$image";
+}
+
+sub two_backups ($life) {
+    for (1, 2) {
+        $life->guest->write_random(8);
+        $life->backup;
+    }
+    return $life->names;
+}
+
+sub remove_all ($life) {
+    for my $name ($life->names) {
+        is(eval { $life->provider->remove($name); 1 }, 1, 'removed') or diag($@);
+        $life->forget($name);
+    }
+    is_deeply([images($life)], [], 'without archives there are no images');
+    is_deeply([grep { m/digests|[.]log/ } objects($life)], [], 'and no digests');
+    return;
+}
+
+# ---- by hand ----
+
+my %by_hand = (
+    'the image was written to' => sub ($image, @) {
+        $ceph->run(
+            'qemu-io', '-f', 'raw', '-c',
+            'write -q -P 99 0 200k',
+            "rbd:$image:conf=" . $ceph->conf
+        );
+    },
+    'the image grew' =>
+        sub ($image, @) { $ceph->run(qw(rbd resize --no-progress --size 8M), $image) },
+    'the image shrank' => sub ($image, @) {
+        $ceph->run(qw(rbd resize --no-progress --allow-shrink --size 64K), $image);
+    },
+    'the first snapshot was removed' => sub ($image, $first, $second) {
+        $ceph->run(qw(rbd snap rm --no-progress), "$image\@$first");
+    },
+    'the second snapshot was removed' => sub ($image, $first, $second) {
+        $ceph->run(qw(rbd snap rm --no-progress), "$image\@$second");
+    },
+    'the image was removed' => sub ($image, @) {
+        $ceph->run(qw(rbd snap purge --no-progress), $image);
+        $ceph->run(qw(rbd rm --no-progress), $image);
+    },
+);
+
+for my $what (sort keys %by_hand) {
+    subtest $what => sub {
+        my $life = new_life();
+        my @names = map { s{.*/}{}r } two_backups($life);
+        $by_hand{$what}->(image_of_scsi($life), @names);
+        is($life->unnamed, '', 'each archive is right, or named as damaged');
+        $life->guest->write_random(3);
+        my $next = $life->backup;
+        is($life->problem($next), undef, 'the next one is right');
+        is($life->unnamed, '', 'and the others are as before');
+        remove_all($life);
+    };
+}
+
+# ---- other hosts ----
+
+# A host that did not respond for half a minute has lost its lock, and goes on.
+for my $point (['progress', 1], ['snap', 1], ['snap', 3], ['set_value', 1]) {
+    my ($method, $number) = $point->@*;
+    subtest "overtaken before $method, call $number" => sub {
+        my $life = new_life();
+        two_backups($life);
+        $life->guest->write_random(3);
+        my $undo = $life->before($method, $number, sub () { $life->overtake });
+        is(eval { $life->backup }, undef, 'the backup that was overtaken fails');
+        like($@, qr/was lost|rbd|qemu-nbd|NBD/, 'it says why') or diag($@);
+        $undo->();
+        is($life->problem, undef, 'all are as they were read');
+        $life->guest->write_random(3);
+        $life->backup;
+        is($life->problem, undef, 'and so is the next one');
+        remove_all($life);
+    };
+}
+
+# ---- the cluster ----
+
+subtest 'the OSD ends in the middle of a backup, and comes back' => sub {
+    my $life = new_life();
+    two_backups($life);
+    for my $point (['progress', 1], ['snap', 2], ['set_value', 1]) {
+        $life->guest->write_random(3);
+        my $undo = $life->before($point->@*, sub () { $ceph->restart_osd(3) });
+        my $name = eval { $life->backup } // diag($@);
+        $undo->();
+        is($life->problem, undef, "before $point->[0]: all are as they were read");
+    }
+};
+
+subtest 'a lock ends though the cluster does not answer' => sub {
+    my $life = new_life();
+    my $name = $life->backup;
+    my $guest = $life->provider->_guest('vm/100');
+    my $lock = $guest->change_lock;
+    $ceph->stop_osd;
+    local $SIG{ALRM} = sub { die "it waits\n" };
+    alarm(60);
+    is(eval { $guest->drop($lock); 1 }, 1, 'it is dropped') or diag($@);
+    alarm(0);
+    $ceph->start_osd;
+    my $next = $life->provider->_guest('vm/100');
+    $next->{wait} = 60;
+    is(eval { $next->drop($next->change_lock); 1 }, 1, 'and the next one is had') or diag($@);
+};
+
+subtest 'places that do not exist' => sub {
+    my %places = (
+        'rbd:none' => qr/rbd:none failed - there is no such pool/,
+        'rbd:backup/none' => qr/there is no namespace none in pool backup/,
+    );
+    for my $place (sort keys %places) {
+        for my $command (
+            ['list', $place],
+            ['verify', $place],
+            ['prune', $place, '--keep-last', 1],
+            ['list', $place, '--vmid', 100],
+            ['remove', "$place/vm/100/20261122T064953Z"]
+            )
+        {
+            my $run = run_command($command->@*, '--ceph-conf', $ceph->conf);
+            is($run->{status}, 1, "@$command: exit status") or diag($run->{out});
+            like($run->{err}, $places{$place}, 'and why');
+        }
+    }
+};
+
+# The configuration with another line, and the reason that is given.
+my %unreachable = (
+    'no monitor answers' =>
+        ['mon host = v2:127.0.0.1:1', qr/no monitor .* answered for 2 seconds .*other[.]conf/],
+    'the monitors accept no other authentication' =>
+        ['auth client required = cephx', qr/refuses the user client[.]admin .*other[.]conf/],
+    'there is no keyring' =>
+        ["auth client required = cephx\nkeyring = /none", qr/refuses the user client[.]admin/],
+);
+
+# Where nothing can be reached, nothing is said to be missing.
+for my $what (sort keys %unreachable) {
+    subtest $what => sub {
+        my ($line, $pattern) = $unreachable{$what}->@*;
+        my $conf = $ceph->run('cat', $ceph->conf);
+        for my $one (split(m/\n/, $line)) {
+            my ($key) = $one =~ m/\A(.*) =/;
+            $conf =~ s/^\Q$key\E = .*$/$one/m;
+        }
+        open(my $fh, '>', "$dir/other.conf") or die "open: $!\n";
+        print {$fh} $conf;
+        close($fh) or die "close: $!\n";
+        local $PVE::BackupAccess::Provider::RBD::Ceph::connect_limit = 2;
+        my $provider = PVE::BackupAccess::Provider::RBD->new(undef,
+            { pool => 'backup', 'ceph-conf' => "$dir/other.conf" }, 'test');
+        my %calls = (
+            list => sub () { $provider->list },
+            'list of a guest' => sub () { $provider->list(100) },
+            prune => sub () { $provider->prune(100, 1) },
+            has => sub () { $provider->has('vm/100/20261122T064953Z') },
+        );
+        for my $call (sort keys %calls) {
+            is(eval { $calls{$call}->(); 1 }, undef, "$call fails");
+            like($@, $pattern, 'and says why');
+        }
+    };
+}
+
+# ---- serve and mount ----
+
+sub places_of ($command) {
+    $command->wait_for('out', qr/scsi0 .*\n/);
+    my ($place) = $command->text('out') =~ m/scsi0 (.*)\n/;
+    return $place;
+}
+
+for my $way ('serve', -e '/dev/fuse' ? 'mount' : ()) {
+    subtest $way => sub {
+        my $life = new_life();
+        two_backups($life);
+        my ($first) = $life->names;
+        my $expected = "$dir/expected.raw";
+        open(my $fh, '>:raw', $expected) or die "open: $!\n";
+        print {$fh} $life->{expected}{$first}{$scsi};
+        close($fh) or die "close: $!\n";
+        mkdir("$dir/$way");
+        my $path = "rbd:backup/$life->{namespace}/$first";
+        my @how = $way eq 'serve' ? ($path, '--socket-dir', "$dir/$way") : ($path, "$dir/$way");
+        my $command = start_command($way, @how, '--ceph-conf', $ceph->conf);
+        my $place = places_of($command);
+        is(system(qw(qemu-img compare -q -f raw -F raw), $expected, $place), 0,
+            'it is the archive');
+        is(eval { $life->provider->remove($first); 1 }, undef, 'which cannot be removed');
+        $command->kill('TERM');
+        is($command->finish->{status}, 0, 'it ends');
+        is_deeply([glob("$dir/$way/*")], [], 'and leaves nothing');
+        remove_all($life);
+    };
+}
+
+done_testing;
