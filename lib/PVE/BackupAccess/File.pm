@@ -12,14 +12,24 @@ use IO::Handle ();
 use Time::HiRes ();
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Try qw(attempt_any);
+use PVE::BackupAccess::Try qw(attempt attempt_any rethrow);
 
 our @EXPORT_OK
-    = qw(entries fingerprint make_directory move read_file remove_tree replace_file sha256
-    sync write_file);
+    = qw(entries file_exists fingerprint make_directory move read_file read_if_there remove_tree
+    remove_unused replace_file sha256 sync write_file);
 
 my sub fail ($message) {
     PVE::BackupAccess::Error->throw('SystemError', $message);
+}
+
+# Errors that say that there is no such file. All others, such as those of a server that is gone for a moment, say
+# nothing about it: whoever took them for "no" would remove what an archive builds on.
+my sub is_absent () { return $!{ENOENT} || $!{ENOTDIR} }
+
+sub file_exists ($path) {
+    return 1 if lstat($path);
+    return 0 if is_absent();
+    fail("cannot look for $path - $!");
 }
 
 # When this returns, the content of the file or directory is on disk.
@@ -55,9 +65,18 @@ sub move ($from, $to) {
 }
 
 sub read_file ($path) {
-    open(my $fh, '<:raw', $path) or fail("cannot read $path - $!");
+    return read_if_there($path) // fail("cannot read $path - $!");
+}
+
+# The same, but undef if there is no such file.
+sub read_if_there ($path) {
+    my $is_open = open(my $fh, '<:raw', $path);
+    return undef if !$is_open && is_absent();
+    fail("cannot read $path - $!") if !$is_open;
     local $/ = undef;
-    return scalar(<$fh>) // fail("cannot read $path - $!");
+    my $content = <$fh>;
+    fail("cannot read $path - $!") if !defined($content) || $fh->error;
+    return $content;
 }
 
 # The names in a directory, none if it does not exist. An unreadable directory is an error: an
@@ -66,7 +85,10 @@ sub entries ($path) {
     my $is_open = opendir(my $dh, $path);
     return () if !$is_open && $!{ENOENT};
     fail("cannot read $path - $!") if !$is_open;
-    return sort(readdir($dh));
+    local $! = 0;
+    my @entries = readdir($dh);
+    fail("cannot read $path - $!") if $!;
+    return sort(@entries);
 }
 
 sub make_directory ($path) {
@@ -78,13 +100,28 @@ sub make_directory ($path) {
 sub remove_tree ($path) {
     File::Path::remove_tree($path, { safe => 0, error => \my $errors });
     my ($error) = map { values $_->%* } $errors->@*;
-    fail("cannot remove $path - $error") if -e $path;
+    fail('cannot remove ' . $path . ' - ' . ($error // 'its server does not remove it'))
+        if file_exists($path);
+    return;
+}
+
+# What NFS and FUSE call a removed file until the last program has closed it.
+my $still_open = qr/\A[.](?:nfs|fuse_hidden)[0-9a-fA-F]+\z/;
+
+# Removes a directory. If some of its files are open in a program on this host, it stays with these, and is to be removed
+# later.
+sub remove_unused ($path) {
+    my $error = attempt { remove_tree($path) };
+    return if !$error;
+    rethrow($error) if grep { !m/\A[.][.]?\z/ && $_ !~ $still_open } entries($path);
     return;
 }
 
 # Size and time of a file, which show whether it was changed since it was hashed.
 sub fingerprint ($path) {
-    my @stat = Time::HiRes::stat($path) or return undef;
+    my @stat = Time::HiRes::stat($path);
+    return undef if !@stat && is_absent();
+    fail("cannot look at $path - $!") if !@stat;
     return { size => $stat[7], mtime => sprintf('%.6f', $stat[9]) };
 }
 

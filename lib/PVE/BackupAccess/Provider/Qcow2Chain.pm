@@ -6,6 +6,7 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 use PVE::BackupAccess::Provider::Qcow2Chain::Container;
 use PVE::BackupAccess::Provider::Qcow2Chain::Guest;
+use PVE::BackupAccess::Provider::Qcow2Chain::Mount qw(mount_warning);
 use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(numbers_in);
 use PVE::BackupAccess::Provider::Qcow2Chain::Store qw(store_devices);
 use PVE::BackupAccess::Provider::Qcow2Chain::Tree qw(mechanism_of);
@@ -42,6 +43,13 @@ sub compress ($self, $is_compressed) {
 sub _guest ($self, $place) {
     return PVE::BackupAccess::Provider::Qcow2Chain::Guest->new("$self->{path}/$place",
         $self->{wait});
+}
+
+# Whatever changes a store comes here first.
+sub _clean ($self, $guest) {
+    my $warning = $self->{'mount checked'}++ ? undef : mount_warning($self->{path});
+    $self->{log}->('warn', $warning) if defined($warning);
+    return $self->SUPER::_clean($guest);
 }
 
 sub _places_of_type ($self) { return \%directories }

@@ -178,10 +178,18 @@ sub _task ($self, $vmid) {
     return $task;
 }
 
+# None if one of them cannot be read: it may already build on the archive that would be chosen, and only one may.
+sub _archives_to_build_on ($self, $guest) {
+    my @archives = $guest->readable(\my @unread);
+    return \@archives if !@unread;
+    $self->{log}->('warn', "all disks are backed up in full - $unread[0]");
+    return [];
+}
+
 sub backup_vm_query_incremental ($self, $vmid, $volumes) {
     my $task = $self->_task($vmid);
     my $notes = $self->_notes($vmid);
-    my $archives = $task->{archives} = [$task->{guest}->readable];
+    my $archives = $task->{archives} = $self->_archives_to_build_on($task->{guest});
     $task->{about} = $volumes;
     my %modes;
     for my $device (sort keys $volumes->%*) {

@@ -11,7 +11,7 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(merge_image);
 use PVE::BackupAccess::Provider::Store::Digests qw(bytes_to_add merge_digests);
 use PVE::BackupAccess::File
-    qw(fingerprint make_directory move read_file replace_file sha256 sync write_file);
+    qw(file_exists fingerprint make_directory move read_file read_if_there replace_file sha256 sync write_file);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw($cluster_size create_image image_problem);
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use PVE::BackupAccess::Provider::Qcow2Chain::Tar qw(stream_problem);
@@ -154,19 +154,19 @@ sub publish ($self) {
 # ---- one that is there ----
 
 sub exists ($class, $guest_dir, $name) {
-    return -e "$guest_dir/$name/$manifest_name";
+    return file_exists("$guest_dir/$name/$manifest_name");
 }
 
 # Whether the archive's removal has begun.
 sub is_half_removed ($class, $guest_dir, $name) {
-    return -e "$guest_dir/$name/$removed_name" && !-e "$guest_dir/$name/$manifest_name";
+    return file_exists("$guest_dir/$name/$removed_name")
+        && !file_exists("$guest_dir/$name/$manifest_name");
 }
 
 sub load ($class, $guest_dir, $name) {
     my $dir = "$guest_dir/$name";
-    my ($file) = grep { -e } map { "$dir/$_" } $manifest_name, $removed_name;
-    fail("there is no archive $dir") if !defined($file);
-    my $content = read_file($file);
+    my $content = read_if_there("$dir/$manifest_name") // read_if_there("$dir/$removed_name")
+        // fail("there is no archive $dir");
     my $manifest = decode_manifest($content);
     my $problem = _manifest_problem($manifest);
     fail("the manifest of archive $dir is damaged - $problem") if defined($problem);
@@ -334,7 +334,7 @@ sub note_damage ($self, $device, $is_damaged) {
     return;
 }
 
-sub is_known_damaged ($self, $device) { return -e $self->_damage_note($device) ? 1 : 0 }
+sub is_known_damaged ($self, $device) { return file_exists($self->_damage_note($device)) }
 
 sub _damage_note ($self, $device) {
     return $self->image($device) =~ s/qcow2\z/damaged/r;
@@ -374,7 +374,7 @@ sub problems ($self, $file) {
 sub mark_removed ($self) {
     my $file = "$self->{dir}/$manifest_name";
     move($file, "$self->{dir}/$removed_name")
-        if -e $file;
+        if file_exists($file);
     return;
 }
 
@@ -407,7 +407,7 @@ sub absorb ($self, $device, $parent) {
 
     # The manifest is written last: until then, it names a file that shows this archive's content, both before and after
     # the move. The data is made durable before the move, which removes the only other file that has it.
-    if (-e $theirs) {
+    if (file_exists($theirs)) {
         my $problem = $self->merge_problem($device, $parent);
         fail($problem, device => $device) if defined($problem);
         merge_image($self, $device, $theirs);

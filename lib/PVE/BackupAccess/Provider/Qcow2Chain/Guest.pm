@@ -11,7 +11,7 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 use PVE::BackupAccess::Provider::Store::Content qw(content_problem);
-use PVE::BackupAccess::File qw(entries make_directory move remove_tree);
+use PVE::BackupAccess::File qw(entries file_exists make_directory move remove_tree remove_unused);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(image_chain);
 use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(drop_lock take_lock try_lock);
 use PVE::BackupAccess::Try qw(attempt reason);
@@ -141,7 +141,7 @@ sub clean ($self) {
     my @problems;
     for my $entry ($alone ? entries($self->{dir}) : ()) {
         if ($entry =~ m/\A(\.(?:tmp|del)-$pattern)\z/) {
-            remove_tree("$self->{dir}/$1");
+            remove_unused("$self->{dir}/$1");
         }
         elsif ($entry =~ m/\A$pattern\z/ && $Archive->is_half_removed($self->{dir}, $1)) {
             my $name = $1;
@@ -191,7 +191,7 @@ sub publish ($self, $archive, $notes = undef) {
 # ---- removal ----
 
 # Proxmox VE's storage plugin creates this file to protect a backup.
-sub is_protected ($self, $name) { return -e "$self->{dir}/$name/protected" ? 1 : 0 }
+sub is_protected ($self, $name) { return file_exists("$self->{dir}/$name/protected") }
 
 sub is_built_on ($self, $name) { return $self->_children($name)->%* ? 1 : 0 }
 
@@ -247,11 +247,14 @@ sub _check_space ($self, $name, $children) {
     return;
 }
 
-# { device => the archive that builds on this archive's device, and answers to that name }. Archives with an unreadable
-# manifest are left out: they cannot be restored anyway.
+# { device => the archive that builds on this archive's device, and answers to that name }. Archives with a damaged
+# manifest are left out: they cannot be restored anyway. Dies if a manifest cannot be read for another reason.
 sub _children ($self, $name) {
     my %children;
-    for my $other (grep { $_->name ne $name } $self->readable) {
+    my @others = grep { $_->name ne $name } $self->readable(\my @unread);
+    $Error->throw('SystemError', "archive $name cannot be removed, since another one may build on it - $unread[0]")
+        if @unread;
+    for my $other (@others) {
         for my $own ($other->devices) {
             my ($parent, $device) = $other->parent_of($own);
             next if ($parent // '') ne $name;
@@ -283,9 +286,9 @@ sub give_up ($self, $archive) { return $self->discard($archive->entry) }
 # Removes an archive that nothing builds on. Other processes see either all of it or nothing.
 sub discard ($self, $entry) {
     my $gone = "$self->{dir}/.del-" . $entry =~ s/\A\.tmp-//r;
-    remove_tree($gone) if -e $gone;
+    remove_tree($gone) if file_exists($gone);
     move("$self->{dir}/$entry", $gone);
-    remove_tree($gone);
+    remove_unused($gone);
     return;
 }
 

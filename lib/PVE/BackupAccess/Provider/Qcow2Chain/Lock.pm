@@ -36,21 +36,29 @@ my %locks = (
     },
 );
 
-# No other program inherits the handle, and with it the lock, even if the caller has changed $^F. A reader of a read-only
-# directory needs no lock, because no process can remove anything there: undef.
+# No other program inherits the handle, and with it the lock, even if the caller has changed $^F. A reader of a directory
+# that cannot be written to needs no lock if there is no file for it: then no process has ever removed anything. undef.
 my sub open_file ($path, $how) {
     local $^F = 2;
     my $fh;
     return $fh if sysopen($fh, $path, O_RDWR | O_CREAT, 0600);
-    $Error->throw('SystemError', "cannot open $path - $!") if $how != LOCK_SH;
-    return sysopen($fh, $path, O_RDONLY) ? $fh : undef;
+    my $may_be_read = $how == LOCK_SH && ($!{EROFS} || $!{EACCES} || $!{EPERM});
+    return $fh if $may_be_read && sysopen($fh, $path, O_RDONLY);
+    return undef if $may_be_read && $!{ENOENT};
+    $Error->throw('SystemError', "cannot open $path - $!");
 }
+
+# Another process has the lock. CIFS says EACCES (see fcntl(2)).
+my sub is_taken () { return $!{EWOULDBLOCK} || $!{EACCES} || $!{EINTR} }
 
 # A true value that holds the lock, undef if another process has it.
 sub try_lock ($dir, $kind) {
     my ($file, $how) = $locks{$kind}->@{qw(file how)};
     my $fh = open_file("$dir/$file", $how) // return 'the directory is read-only';
-    return flock($fh, $how | LOCK_NB) ? $fh : undef;
+    return $fh if flock($fh, $how | LOCK_NB);
+    return undef if is_taken();
+    $Error->throw('SystemError',
+        "cannot lock $dir/$file - $! - the store needs a file system on which flock works");
 }
 
 # The same, but waits up to $seconds, and then dies.

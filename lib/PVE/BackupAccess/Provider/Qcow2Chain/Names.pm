@@ -10,7 +10,7 @@ use List::Util qw(uniq);
 
 use PVE::BackupAccess::Argument qw(bad_argument);
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::File qw(entries make_directory read_file replace_file);
+use PVE::BackupAccess::File qw(entries file_exists make_directory read_if_there replace_file);
 use PVE::BackupAccess::Wait qw(wait_for_lock);
 
 our @EXPORT_OK = qw(check_name name_of number_for number_of numbers_in);
@@ -34,9 +34,8 @@ sub numbers_in (@directories) {
 
 # The name of the guest with that number, undef if it has none.
 sub name_of ($store, $vmid) {
-    my $file = "$store/vm/$vmid/name";
-    return undef if !-e $file;
-    my ($name) = read_file($file) =~ m/\A([A-Za-z0-9_.-]+)\n\z/;
+    my $content = read_if_there("$store/vm/$vmid/name") // return undef;
+    my ($name) = $content =~ m/\A([A-Za-z0-9_.-]+)\n\z/;
     return $name;
 }
 
@@ -57,7 +56,7 @@ sub number_for ($store, $name) {
     my $known = number_of($store, $name);
     return $known if defined($known);
     my $vmid = 1;
-    $vmid++ while -e "$store/vm/$vmid" || -e "$store/ct/$vmid";
+    $vmid++ while file_exists("$store/vm/$vmid") || file_exists("$store/ct/$vmid");
     make_directory("$store/vm/$vmid");
     replace_file("$store/vm/$vmid/name", "$name\n");
     return $vmid;

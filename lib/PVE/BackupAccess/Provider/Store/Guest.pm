@@ -23,17 +23,19 @@ use v5.36;
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Store::Disks qw(builders find_alias find_device missing);
-use PVE::BackupAccess::Try qw(attempt);
+use PVE::BackupAccess::Try qw(attempt reason);
 
 my sub fail ($message, %context) {
     PVE::BackupAccess::Error->throw('ArchiveError', $message, %context);
 }
 
-# The archives whose manifests can be read, the oldest first.
-sub readable ($self) {
+# The archives whose manifests can be read, the oldest first. The reasons why others cannot are added to unread, except if
+# the manifest is damaged: one that cannot be read for a moment may build on another archive.
+sub readable ($self, $unread = []) {
     my @archives;
     for my $name ($self->names) {
-        attempt { push(@archives, $self->archive($name)) };
+        my $error = attempt { push(@archives, $self->archive($name)) };
+        push($unread->@*, reason($error)) if $error && $error->class eq 'SystemError';
     }
     return @archives;
 }

@@ -1,0 +1,238 @@
+# Qcow2Chain on a file system as networks have them: no flock, no holes, open files that stay under another name when they
+# are removed, and a server whose errors come and go. Whatever fails says which path, and no archive is lost by it.
+#
+# The file system is t/network-fs.c. One QEMU is enough: qemu-img and qemu-nbd only use files.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+
+use Errno qw(EACCES EINVAL EIO ENOLCK EOPNOTSUPP ESTALE);
+use File::Temp ();
+use POSIX ();
+use Test::More;
+use Time::HiRes qw(sleep);
+
+use PBA::Test::Chain;
+use PBA::Test::Handle;
+use PVE::BackupAccess::Provider::Qcow2Chain::Mount qw(mount_warning);
+
+my $missing = PBA::Test::Handle->missing;
+plan(skip_all => $missing) if defined($missing);
+
+my $tmp = File::Temp->newdir('pba-network-XXXXXXXX', TMPDIR => 1);
+my ($mount, $faults) = ("$tmp/mount", "$tmp/faults");
+mkdir("$tmp/$_") or die "mkdir: $!\n" for qw(source mount);
+my @flags = split(' ', qx(pkg-config --cflags --libs fuse3));
+system(qw(gcc -std=gnu11 -O1 -Wall -Wextra -Werror -o),
+    "$tmp/network-fs", "$FindBin::Bin/network-fs.c", @flags) == 0
+    or die "gcc failed\n";
+my $server = fork() // die "fork: $!\n";
+exec("$tmp/network-fs", "$tmp/source", $faults, $mount) or POSIX::_exit(127) if !$server;
+my $tries = 500;
+sleep(0.02) while (stat($mount))[0] == (stat("$tmp"))[0] && --$tries;
+$tries or die "the file system is not mounted\n";
+
+END {
+    if ($server) {
+        local $?;
+        system('fusermount3', '-u', '-z', $mount);
+        waitpid($server, 0);
+    }
+}
+
+# Operations that fail: [operation, errno, part of the path].
+sub set_faults (@faults) {
+    open(my $fh, '>', "$faults.new") or die "$faults: $!\n";
+    print {$fh} map { "$_->@*\n" } @faults;
+    close($fh) or die "$faults: $!\n";
+    rename("$faults.new", $faults) or die "$faults: $!\n";
+    return;
+}
+
+my $chain = PBA::Test::Chain->new(store => "$tmp/source/store");
+for (1 .. 3) {
+    $chain->write_random;
+    $chain->backup or die $chain->error;
+}
+my @names = $chain->names;
+my $kept = $chain->store;
+my %expected = $chain->{expected}->%*;
+
+# Goes on in a copy of the store. Returns its path on the file system.
+sub start_again () {
+    my $copy = 'copy-' . ++$chain->{copies};
+    system('cp', '-a', $kept, "$tmp/source/$copy") == 0 or die "cp: $?\n";
+    $chain->use_store("$tmp/source/$copy");
+    $chain->{expected} = {%expected};
+    $chain->log;
+    return "$mount/$copy";
+}
+
+# What an action does on the file system while something fails: its error, or ''.
+sub error_of ($action, @faults) {
+    my $store = $chain->store;
+    $chain->use_store($store =~ s{/source/}{/mount/}r);
+    set_faults(@faults);
+    my $error = eval { $action->(); 1 } ? '' : "$@";
+    set_faults();
+    $chain->use_store($store);
+    return $error;
+}
+
+sub back_up () {
+    $chain->backup or die $chain->error;
+    return;
+}
+sub remove_first () { return $chain->provider->remove($names[0]) }
+sub prune () { return $chain->provider->prune(100, 1) }
+
+# All archives that are listed are right, and only those that were to go are not.
+sub check_archives ($text, @may_be_gone) {
+    my %there = map { $_ => 1 } $chain->names;
+    $chain->forget(grep { !$there{$_} } @may_be_gone);
+    $chain->check($text);
+    return;
+}
+
+subtest 'no fault' => sub {
+    start_again();
+    $chain->write_random;
+    is(error_of(\&back_up), '', 'a backup');
+    is(error_of(\&remove_first), '', 'a removal');
+    check_archives('afterwards', $names[0]);
+};
+
+subtest 'a file system without locks' => sub {
+    my $store = start_again();
+    for my $errno (ENOLCK, EOPNOTSUPP) {
+        my $text = do { local $! = $errno; "$!" };
+        for my $action (\&back_up, \&remove_first, \&prune, sub { $chain->problem($names[0]) }) {
+            like(
+                error_of($action, ['flock', $errno, 'vm/100/']),
+                qr{cannot lock \Q$store\E/vm/100/\.\w+ - \Q$text\E - the store needs a file system},
+                "$text: which file, and what is needed"
+            );
+        }
+    }
+    check_archives('afterwards');
+    like(error_of(\&prune, ['flock', EACCES, '.lock']),
+        qr/is in use by another/, 'CIFS says EACCES for a lock that another has');
+};
+
+# Where the last archive is not seen, or not readable, nothing of what it builds on may go.
+subtest 'errors while archives are listed' => sub {
+    my $last = $names[2];
+    my @faults = (
+        (map { [$_, "$last/manifest.json"] } qw(stat open read)),
+        ['stat', 'removed.json'],
+        ['stat', 'protected'],
+        ['stat', "$last/drive-scsi0.qcow2"],
+        ['readdir', 'vm/100'],
+    );
+    for my $fault (@faults) {
+        my ($operation, $part) = $fault->@*;
+        for my $action (\&remove_first, \&prune) {
+            start_again();
+            my $error = error_of($action, [$operation, $operation eq 'stat' ? ESTALE : EIO, $part]);
+            note("$operation $part: ", $error || 'done');
+            is_deeply([$chain->names], \@names, "$operation $part: it fails, and nothing is gone");
+        }
+    }
+    check_archives('afterwards');
+};
+
+subtest 'errors during a backup' => sub {
+    my $store = start_again();
+    for my $fault (
+        ['write', EIO, '.qcow2'],
+        ['write', ESTALE, 'manifest.json'],
+        ['fsync', EIO, '.qcow2'],
+        ['fsync', EIO, '.digests'],
+        ['fsyncdir', EINVAL, 'vm/100'],
+        ['rename', ESTALE, 'vm/100/'],
+        ['mkdir', EIO, '.tmp'],
+        ['read', EIO, '.tmp'],
+        )
+    {
+        $chain->write_random;
+        my $text = "$fault->[0] $fault->[2]";
+        my $error = error_of(\&back_up, $fault);
+        like($error, qr{\Q$store\E}, "$text: the backup fails, and says where");
+        note($error);
+    }
+    is(error_of(\&back_up), '', 'the next backup works');
+    check_archives('after the last one');
+};
+
+subtest 'a file of a removed archive is open' => sub {
+    my $store = start_again();
+    open(my $fh, '<', "$store/$names[0]/drive-scsi0.digests") or die "open: $!\n";
+    is(error_of(\&remove_first), '', 'the removal works');
+    is_deeply([$chain->names], [@names[1, 2]], 'the archive is gone');
+    $chain->forget($names[0]);
+    $chain->write_random;
+    is(error_of(\&back_up), '', 'a backup works');
+    close($fh);
+    is(error_of(sub { $chain->provider->prune(100, 5) }), '', 'what was open is closed');
+    check_archives('afterwards');
+};
+
+subtest 'errors while an archive is read' => sub {
+    start_again();
+    my @fault = ('read', EIO, "$names[1]/drive-scsi0.qcow2");
+    my $problem;
+    error_of(sub { $problem = join('', $chain->provider->verify($names[2])->@*) }, \@fault);
+    like($problem, qr/drive-scsi0/, 'verify does not call it good');
+    isnt(error_of(sub { $chain->restored($names[2], 'drive-scsi0') }, \@fault),
+        '', 'nor does restore');
+    check_archives('once the server is well again');
+};
+
+# A line of the kernel's table for the device of the directory.
+sub mountinfo ($type, $options) {
+    my $dev = (stat("$tmp"))[0];
+    my ($major, $minor) = ($dev >> 8 & 0xfff, $dev & 0xff | $dev >> 12 & 0xfff00);
+    open(my $fh, '>', "$tmp/mountinfo") or die "mountinfo: $!\n";
+    print {$fh} "22 1 259:1 / / rw - ext4 /dev/sda1 rw\n",
+        "90 22 $major:$minor / /mnt\\040x rw,relatime shared:4 - $type host:/x $options\n";
+    close($fh) or die "mountinfo: $!\n";
+    return;
+}
+
+subtest 'mounts whose locks others do not see' => sub {
+    local $PVE::BackupAccess::Provider::Qcow2Chain::Mount::mountinfo = "$tmp/mountinfo";
+    my $nfs = 'rw,vers=4.2,rsize=1048576,hard,proto=tcp,timeo=600,sec=sys,local_lock=none';
+    my %cases = (
+        "nfs4 $nfs" => undef,
+        'nfs4 ' . $nfs =~ s/none/flock/r => 'local_lock=flock',
+        'nfs ' . $nfs =~ s/none/all/r => 'local_lock=all',
+        'nfs4 ' . $nfs =~ s/none/posix/r => undef,
+        'nfs ' . $nfs =~ s/hard/hard,nolock/r => 'nolock',
+        'nfs4 ' . $nfs =~ s/hard/soft/r => 'soft',
+        'nfs4 ' . $nfs =~ s/hard/softerr/r => 'softerr',
+        'cifs rw,vers=3.1.1,cache=strict,hard' => undef,
+        'cifs rw,vers=3.1.1,cache=strict,soft,nobrl' => 'nobrl',
+        'smb3 rw,nobrl' => 'nobrl',
+        'ext4 rw,nolock' => undef,
+    );
+    for my $case (sort keys %cases) {
+        mountinfo(split(' ', $case));
+        my $warning = mount_warning("$tmp");
+        my $option = $cases{$case};
+        defined($option)
+            ? like($warning, qr/\A\Q$tmp\E is .* mounted with '\Q$option\E'/, $case)
+            : is($warning, undef, $case);
+    }
+    mountinfo('nfs4', 'rw,local_lock=flock');
+    $chain->use_store("$tmp/nfs");
+    ok(!eval { $chain->provider->backup_init(100, 'qemu', 1_900_000_000); 0 }, 'a backup begins');
+    $chain->provider->backup_cleanup(100, 'qemu', 0, {});
+    $chain->provider->prune(100, 1);
+    is(() = $chain->log =~ m/^warn: .* mounted with 'local_lock=flock'/mg, 1, 'and warns once');
+    unlink("$tmp/mountinfo");
+    is(mount_warning("$tmp"), undef, 'without the table');
+};
+
+done_testing();
