@@ -143,6 +143,20 @@ subtest 'errors while archives are listed' => sub {
     check_archives('afterwards');
 };
 
+subtest 'an archive whose manifest cannot be read holds nobody up' => sub {
+    my $store = start_again();
+    my $fault = ['read', EIO, "$names[2]/manifest.json"];
+    my $message = qr{cannot read \Q$store\E/vm/100/\S+/manifest[.]json};
+    $chain->write_random;
+    is(error_of(\&back_up, $fault), '', 'a backup works');
+    like($chain->log, qr/^warn: all disks are backed up in full - $message/m, 'it says why in full');
+    like(error_of(\&remove_first, $fault), $message, 'what it may build on is not removed');
+    check_archives('while it could not be read');
+    is(error_of(sub { $chain->provider->remove($names[2]) }, $fault), '', 'it can be removed itself');
+    is(error_of(\&remove_first), '', 'then others can');
+    check_archives('afterwards', @names[0, 2]);
+};
+
 subtest 'errors during a backup' => sub {
     my $store = start_again();
     for my $fault (
