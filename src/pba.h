@@ -158,7 +158,7 @@ typedef struct {
     const char *bitmap_name;      /* NULL without a bitmap */
     PbaBitmapAction action;
     const char *identity; /* identifies the disk under any name; NULL: not tied */
-    const char *base;     /* id of the backup that a used bitmap is relative to; NULL: not known */
+    const char *base;     /* ID of the backup that a used bitmap is relative to; NULL: not known */
     const char *reason;   /* why an existing bitmap is not used; NULL: it is, or there was none */
     const char *audit_bitmap; /* the copy of the old bitmap, of the same export; NULL: no audit */
 } PbaDeviceInfo;

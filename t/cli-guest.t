@@ -121,7 +121,7 @@ sub check_hostile_name ($test) {
 # A process that was killed: what it left can be seen, and undone.
 sub check_recover ($test) {
     my $command = start_command(backup($test, '--bandwidth-limit', '1M'));
-    $command->wait_for(err => qr/^drive-scsi0: storing, incremental/m);
+    $command->wait_for(err => qr/^drive-scsi0: storing an increment/m);
     my $access = status($test)->{access};
     is($access->{alive}, 1, 'status: of a backup that runs');
     my $busy = run_command('status', $test->{guest}->@*)->{out};
@@ -162,7 +162,7 @@ sub check_interruption ($test) {
         # A closed pipe shows at the next line, when the copy is done.
         my @slow = backup($test, '--bandwidth-limit', $way =~ m/pipe/ ? '16M' : '1M');
         my $command = $on_terminal ? start_on_terminal(80, @slow) : start_command(@slow);
-        $command->wait_for($on_terminal ? 'out' : 'err', qr/^drive-scsi0: storing, incremental/m);
+        $command->wait_for($on_terminal ? 'out' : 'err', qr/^drive-scsi0: storing an increment/m);
         $interrupt->($command);
         my $run = $command->finish;
         is($run->{signal}, $signal, "$way: ends the command");
@@ -186,7 +186,7 @@ sub check_forget ($test) {
     my @forget = ('forget', $test->{guest}->@*, '--target-id', $target);
     $test->{vm}->qemu_io('scsi0', 'write -P 0x41 0 16M');
     my $command = start_command(backup($test, '--bandwidth-limit', '1M'));
-    $command->wait_for(err => qr/^drive-scsi0: storing, incremental/m);
+    $command->wait_for(err => qr/^drive-scsi0: storing an increment/m);
     fails('forget meanwhile', 'not finished', @forget);
     $command->kill('TERM');
     $command->finish;
@@ -209,7 +209,7 @@ sub check_forget ($test) {
     is_deeply($test->{vm}->bitmaps, {}, 'forget: no bitmap is left');
     like(succeeds('forget', @forget)->{err}, qr/has no bitmaps/, 'forget: once');
     my $run = succeeds('forget', backup($test));
-    like($run->{err}, qr/^drive-scsi0: falls back to a full read: /m, 'forget: then a full one');
+    like($run->{err}, qr/^drive-scsi0: full read: /m, 'forget: then a full one');
     check_outside($test, 'forget');
 }
 
@@ -227,11 +227,11 @@ sub check_blockdev ($test) {
     # While the access of a killed process is up, another node is on top of the disk's.
     $test->{vm}->qemu_io($device, 'write -P 0x72 0 8M');
     my $command = start_command(backup($test, '--bandwidth-limit', '1M'));
-    $command->wait_for(err => qr/^\Q$device\E: storing, incremental/m);
+    $command->wait_for(err => qr/^\Q$device\E: storing an increment/m);
     $command->kill('KILL');
     $command->finish;
     my $run = succeeds('blockdev: after a kill', backup($test));
-    like($run->{err}, qr/^\Q$device\E: storing, incremental/m, 'blockdev: the same disk');
+    like($run->{err}, qr/^\Q$device\E: storing an increment/m, 'blockdev: the same disk');
     check_outside($test, 'blockdev: after a kill');
 }
 

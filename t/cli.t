@@ -19,7 +19,7 @@ use PBA::Test::QemuNbd;
 use PVE::BackupAccess::CLI;
 use PVE::BackupAccess::CLI::Backup;
 
-my $damaged = qr/.*65536 bytes are not what was read from the guest: 65536 at offset 16777216.*/;
+my $damaged = qr/.*65536 bytes differ from what was read from the guest: 65536 at offset 16777216.*/;
 
 sub check_pipes ($test) {
     my $vm = $test->{vm};
@@ -31,7 +31,7 @@ sub check_pipes ($test) {
 
     my $full = succeeds('full', backup($test, '--guest-config', "$test->{dir}/guest.conf"));
     like($full->{out}, qr!\A\Q$test->{store}\E/$archive_name\n\z!, 'full: prints the path only');
-    like($full->{err}, qr/^drive-scsi0: storing, full$/m, 'full: the log');
+    like($full->{err}, qr/^drive-scsi0: storing a full image$/m, 'full: the log');
     unlike($full->{err}, qr/[^\n\x20-\x7e]/, 'full: plain lines');
     my $alarm = qr/warn|error|wrong|lost|lose|fail|damage|unusable|corrupt|abort|cannot|crash/i;
     unlike($full->{err}, $alarm, 'full: no line that alarms');

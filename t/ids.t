@@ -159,7 +159,7 @@ sub check_arguments ($backend) {
     for my $bad ('', 'x', uc($id) =~ s/.\z/F/r, "${id}0", 'sn:ap') {
         dies_like(
             sub { backup($backend, wanted($backend, 'use', base => $bad)) },
-            qr/is not the id of a backup|must be|NUL/,
+            qr/is not the ID of a backup|must be|NUL/,
             "no id: '$bad'"
         );
     }
@@ -173,7 +173,7 @@ sub check_arguments ($backend) {
     $access->teardown(0);
     $access = $backend->access(log => sub { });
     $access->setup(wanted($backend, 'use', base => undef));
-    dies_like(sub { $access->teardown(1, 'x') }, qr/is not the id of a backup/, 'teardown: no id');
+    dies_like(sub { $access->teardown(1, 'x') }, qr/is not the ID of a backup/, 'teardown: no id');
     $access->teardown(1, $id);
     $access = $backend->access(log => sub { });
     $access->setup(wanted($backend, 'use', base => $id));

@@ -72,7 +72,7 @@ sub refused ($name, $status, $problem, @options) {
 }
 
 subtest 'qcow2 and raw' => sub {
-    like(good('full', @guest), qr/^disk: storing, full$/m, 'full');
+    like(good('full', @guest), qr/^disk: storing a full image$/m, 'full');
     is(write_to($_, 2, '3M 64k'), undef, "$_: a change") for sort keys %file;
     my $log = good('the next', @guest);
     like(

@@ -56,7 +56,7 @@ sub run_tests () {
     back_up('full');
     change(2);
     my $run = back_up('incremental');
-    like($run->{err}, qr/^\Q$_\E: storing, incremental/m, "an increment of $_")
+    like($run->{err}, qr/^\Q$_\E: storing an increment/m, "an increment of $_")
         for sort values %device;
     is($libvirt->must('dumpxml', 'web1'), $xml, q(libvirt's view of the domain is unchanged));
     like(run_command('status', @guest)->{out}, qr/^no backup is running$/m, 'status');

@@ -67,7 +67,7 @@ sub change () {
 
 # Whether the backup is one of what changed, of that disk.
 sub is_increment ($run, $target) {
-    return $run->{err} =~ m/^\Q$device{$target}\E: storing, incremental/m;
+    return $run->{err} =~ m/^\Q$device{$target}\E: storing an increment/m;
 }
 
 subtest 'backups' => sub {

@@ -125,7 +125,7 @@ sub check_answer ($base) {
         return { map { $_ => { 'bitmap-mode' => 'use', base => $base } } keys $volumes->%* };
     };
     is(mode_of_next(), 'new', "a provider's base '$base' is none: a full backup");
-    is($backend->logged(qr/\Awarn: .*\Q$device\E.* is not the id of a backup\z/s),
+    is($backend->logged(qr/\Awarn: .*\Q$device\E.* is not the ID of a backup\z/s),
         1, 'and a warning');
     return;
 }

@@ -53,7 +53,7 @@ sub problems ($chain, $name) { return join("\n", $chain->provider->verify($name)
 
 sub said ($offset) {
     return
-        qr/\A$device: 65536 bytes are not what was read from the guest: 65536 at offset $offset /;
+        qr/\A$device: 65536 bytes differ from what was read from the guest: 65536 at offset $offset /;
 }
 
 subtest 'rot stays known through merges' => sub {
@@ -162,7 +162,7 @@ sub with_entries ($image, $code) {
 }
 
 subtest 'an image that is closed without all of its tables' => sub {
-    my $found = qr/65536 bytes are not what was read from the guest: 65536 at offset 524288$/m;
+    my $found = qr/65536 bytes differ from what was read from the guest: 65536 at offset 524288$/m;
     my %losses = (
         'an entry that is lost' => [sub ($entries) { $entries->[8] = 0 }, $found],
         'one that says zeroes' => [sub ($entries) { $entries->[8] |= 1 }, $found],

@@ -170,7 +170,7 @@ subtest 'archives that do not tell disks apart' => sub {
     ($modes, my $new) = backup('old', $guest, ['virtio0', 'virtio1'], node => \%node);
     is_modes($modes, { virtio0 => 'new', virtio1 => 'new' }, 'other names: full');
     like("@log", qr/virtio0: full backup - archive \w+ does not have the disk virtio0/, 'and why');
-    like("@log", qr/virtio0: storing, what differs from/,
+    like("@log", qr/virtio0: storing what differs from/,
         'compared with what has the node\'s name');
     check('old', 'old and new names');
     my ($old) = names('old');
@@ -200,7 +200,7 @@ subtest 'two guests of one number' => sub {
     delete($one->{disks}[0]{id});
     @log = ();
     backup('two', $one, ['x', undef]);
-    like("@log", qr/x: storing, what differs from/, 'a lost bitmap: compared with its own');
+    like("@log", qr/x: storing what differs from/, 'a lost bitmap: compared with its own');
     check('two', 'two guests');
     is_deeply([map { $guest_of{$_} } provider('two')->prune(100, 1)->@*],
         [qw(d e d e)], 'prune keeps the newest of each');

@@ -116,7 +116,7 @@ sub of ($number, $file = 'drive-scsi0.qcow2') {
     return $base->path_of($names[$number - 1], $file);
 }
 
-my $not_read = qr/65536 bytes are not what was read from the guest: 65536 at offset [0-9]+/;
+my $not_read = qr/65536 bytes differ from what was read from the guest: 65536 at offset [0-9]+/;
 my $digests = 'drive-scsi0.digests';
 
 # What is done => [why drive-scsi0 is full next, as the log says it; undef: it is incremental,

@@ -72,7 +72,7 @@ sub check_backend ($name) {
 
     my $provider = new_provider($context);
     my @names = map { backup($context, $provider) } 1 .. 3;
-    is(scalar(grep { m/storing, incremental/ } $context->{log}->@*),
+    is(scalar(grep { m/storing an increment/ } $context->{log}->@*),
         4, 'two of three are incremental');
     is(backup($context, $provider, sub (@) { die "enough\n" }), undef, 'one fails');
     push(@names, backup($context, $provider));

@@ -150,7 +150,7 @@ subtest 'damage is found' => sub {
     my $problems = $life->provider->verify($name);
     like(
         "@{$problems}",
-        qr/\A$scsi: 65536 bytes are not what was read .* offset 0/,
+        qr/\A$scsi: 65536 bytes differ from what was read .* offset 0/,
         'verify names it'
     );
     $life->log;

@@ -114,7 +114,7 @@ sub check_result ($backend, $result, $log_file) {
             },
             "result: $id"
         );
-        like($log_file, qr/^INFO: \Q$device\E: falls back to a full read: $reason$/m, "log: $id");
+        like($log_file, qr/^INFO: \Q$device\E: full read: $reason$/m, "log: $id");
     }
 }
 

@@ -115,7 +115,7 @@ static const char *export_id_of(JsonArray *exports, guint index, GError **error)
     return id;
 }
 
-/* All of QEMU's exports, each with an id; NULL on error. */
+/* All of QEMU's exports, each with an ID; NULL on error. */
 static JsonArray *query_exports(PbaAccess *access, GError **error)
 {
     g_autoptr(JsonArray) exports =
@@ -281,8 +281,9 @@ static bool add_exports(PbaAccess *access, GError **error)
     if (access->backend->reads_by_cluster(access)) {
         pba_log(
             &access->hooks, PBA_LOG_INFO,
-            "this QEMU's snapshots are read by single clusters of 64 KiB: other NBD clients than "
-            "PVE::BackupAccess::Volume have to do so, too (doc/semantics.md)");
+            "this QEMU's snapshots are read by single clusters of 64 KiB: NBD clients other than "
+            "PVE::BackupAccess::Volume must do the same, or they can get wrong data or crash QEMU "
+            "(doc/semantics.md)");
     }
     for (guint i = 0; i < access->disks->len; i++) {
         if (!add_export(access, access->disks->pdata[i], error)) {

@@ -22,7 +22,7 @@ bool pba_companion_check_id(const char *id, GError **error)
         return true;
     }
     pba_error_set(error, PBA_ERROR_ARGUMENT,
-                  "'%s' is not the id of a backup - must be %d hexadecimal digits in lower case",
+                  "'%s' is not the ID of a backup - must be %d hexadecimal digits in lower case",
                   id ? id : "", ID_DIGITS);
     return false;
 }

@@ -49,7 +49,7 @@ char *pba_target_prefix(const char *target_id, const char *role);
  * owned by the caller. */
 #define PBA_NONCE_LENGTH 16
 char *pba_nonce_new(GError **error);
-/* The id of an export begins with this. QEMU does not limit it to 31 bytes (7.2, 10.0). */
+/* Prefix of the IDs of exports. QEMU does not limit these to 31 bytes (7.2, 10.0). */
 #define PBA_EXPORT_PREFIX "pba-exp-"
 char *pba_export_id(const char *target_id, const char *nonce, const char *key);
 /* On Proxmox, a node with this name says that the access with this nonce is committing a success

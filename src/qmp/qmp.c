@@ -27,7 +27,7 @@ struct PbaQmp {
     int fd; /* -1: not connected */
     pid_t peer;
     PbaQmpWire *wire;
-    guint32 nonce; /* of its commands' ids */
+    guint32 nonce; /* in the IDs of its commands */
     uint64_t last_id;
 };
 

@@ -274,7 +274,7 @@ sub _base ($self, $request, $identity) {
     my ($device, $given, $found_by) = $request->@{qw(device base identity)};
     return $self->_noted_base($device, $identity) if !defined($given);
     my $odd
-        = !is_backup_id($given) ? "base '$given' of the backup provider is not the id of a backup"
+        = !is_backup_id($given) ? "base '$given' of the backup provider is not the ID of a backup"
         : ref($found_by)
         || ($found_by // 'none') eq '' ? "identity of the backup provider is not a text"
         : return $given;
@@ -293,7 +293,7 @@ sub _noted_base ($self, $device, $identity) {
     return undef;
 }
 
-# Asks the provider for the modes and returns setup's requests by device. seen: what QEMU says about the devices.
+# Asks the provider for the modes, and returns setup's requests by device. seen: QEMU's information about the devices.
 sub _requests ($self, $seen) {
     my %volumes;
     for my $device (keys $seen->%*) {
@@ -396,7 +396,7 @@ sub _describe ($self, $info, $requested, $seen) {
     my $mode = PVE::BackupAccess::bitmap_status($action);
     my $is_meant = defined($info->{'audit-bitmap'}) || $device =~ m/\Adrive-tpmstate\d+-backup\z/;
     my $fallback = $mode eq 'new' && !$is_meant ? fallback($info, $requested, $seen) : undef;
-    $self->log('info', "$device: falls back to a full read: $fallback") if defined($fallback);
+    $self->log('info', "$device: full read: $fallback") if defined($fallback);
     return {
         size => $info->{size},
         'bitmap-mode' => $mode,
@@ -443,7 +443,7 @@ sub _guest_of_job ($self, $result) {
             my ($death) = deaths_of(sub { $self->_init_and_back_up($result) }) or return;
             my $error = $death->[0];
             rethrow($error) if $result->{complete} || $$ != $self->{pid};
-            $self->log('err', "backup of VM $vmid failed - $error");
+            $self->log('err', "the backup failed - $error");
             $self->_steps(
                 sub { rethrow($error) },
                 sub { $provider->backup_cleanup($vmid, 'qemu', 0, { error => "$error" }) },
@@ -465,7 +465,7 @@ sub _init_and_back_up ($self, $result) {
         $result->{'archive-size'} = $statistics->{'archive-size'} if ref($statistics) eq 'HASH';
     };
     $self->_back_up($result, $finish);
-    $self->log('info', sprintf('finished backup of VM %d (%.1f s)', $vmid, $result->{seconds}));
+    $self->log('info', sprintf('finished the backup (%.1f s)', $result->{seconds}));
     return;
 }
 

@@ -210,7 +210,7 @@ my sub task ($opt, $plan, $progress) {
         provider => $provider,
         persistent => $opt->{persistent},
         'allow-shared' => $opt->{'allow-shared'},
-        'load-note' => sub (@) { return undef },    # the provider knows of ids
+        'load-note' => sub (@) { return undef },    # the provider stores IDs
         'store-note' => sub (@) { },
         log => logger($progress),
     );

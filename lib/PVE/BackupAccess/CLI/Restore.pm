@@ -189,14 +189,19 @@ my sub copy ($job, $device, $size, $file) {
 
 # Restores everything that can be restored. A device of which nothing can be restored is omitted.
 my sub restore_all ($job, $volumes, $files) {
+    my $volname = text($job->{volname});
     for my $device (sort keys $files->%*) {
         my ($size, $file) = ($volumes->{$device}{size}, $files->{$device});
         $job->{progress}->tell("$device: restoring " . bytes($size) . ' to ' . text($file));
         my @damage;
         my $error = attempt { @damage = copy($job, $device, $size, $file) };
         push($job->{problems}->@*, "$error") if $error;
-        push($job->{problems}->@*, "$device: " . describe(@damage) . '; the rest is restored')
-            if @damage;
+        push(
+            $job->{problems}->@*,
+            "$device: archive $volname is damaged: "
+                . describe(@damage)
+                . '; the rest is restored - to get these bytes, restore another archive'
+        ) if @damage;
         $job->{damaged}{$device} = \@damage if @damage;
         next if !$error;
         discard_file($job, $file);

@@ -44,7 +44,7 @@ my sub answer_problem ($answer) {
         . shown($mode)
         if ref($mode) || ($mode // 'none') !~ m/\A(?:new|use|none)\z/;
     return if !defined($base) || (!ref($base) && $base =~ m/\A[0-9a-f]{32}\z/);
-    return q('base' must be the id of a backup, not ) . shown($base);
+    return q('base' must be the ID of a backup, not ) . shown($base);
 }
 
 my sub backup_vm_query_incremental ($call, $expected) {

@@ -221,7 +221,7 @@ my sub listen_to_tar ($self, $log, $messages) {
 sub feed ($self, $config, $patterns, $info, $log) {
     local $SIG{CHLD} = 'DEFAULT';    # the caller's may wait for every child
     utf8::encode($config) if utf8::is_utf8($config);
-    $log->('info', 'container: storing, full');
+    $log->('info', 'container: storing a full archive');
     my ($messages, $err) = new_pipe();
     my $tar = start_tar($self->{data}, $err, $patterns, $info);
     close($err);

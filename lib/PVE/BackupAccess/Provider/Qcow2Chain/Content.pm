@@ -95,7 +95,7 @@ sub check_image ($archive, $device, $log) {
     $log->(
         'info',
         sprintf(
-            '%s: was read back while it was stored, its image checked in %.1f s',
+            '%s: read back and compared while it was stored; image checked in %.1f s',
             $device, time - $start
         )
     );

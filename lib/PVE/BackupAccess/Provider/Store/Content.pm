@@ -32,20 +32,21 @@ sub joined (@ranges) {
     return @joined;
 }
 
-# As text: how much, and where.
+# A text that says how much is damaged, and where.
 sub describe (@ranges) {
     my $bytes = sum0(map { $_->[1] } @ranges);
     my @shown = @ranges[0 .. min($most_shown, scalar(@ranges)) - 1];
     my $more = @ranges - @shown;
     return
-          "$bytes bytes are not what was read from the guest: "
+          "$bytes bytes differ from what was read from the guest: "
         . join(', ', map { "$_->[1] at offset $_->[0]" } @shown)
         . ($more ? " and $more more" : '');
 }
 
-# The ranges of what serve->() shows that are otherwise than files of digests know: all of it, or only what one file knows.
+# Serves an image by serve->(), and returns the ranges that do not match the files of digests. With one such file, only
+# the blocks that it has are read.
 sub damage_in ($serve, $size, @digests) {
-    local $SIG{CHLD} = 'DEFAULT';    # the caller's may wait for every child
+    local $SIG{CHLD} = 'DEFAULT';    # the caller's handler may wait for every child
     my $server = $serve->();
     my $volume
         = PVE::BackupAccess::Volume->open('image', { 'nbd-path' => $server->uri, size => $size });
@@ -60,7 +61,7 @@ sub damage_in ($serve, $size, @digests) {
     return joined(@ranges);
 }
 
-# Of what the archive itself has of the device.
+# The damage in the archive's own data of the device.
 sub damage ($archive, $device) {
     return damage_in(
         sub () { $archive->serve($device) },
@@ -69,8 +70,8 @@ sub damage ($archive, $device) {
     );
 }
 
-# Reads what was written just now, as a restore would. It comes from the page cache: what the disk
-# below makes of it is not seen here.
+# Reads the new data, as a restore would. It comes from the page cache, so faults of the underlying disk are not detected
+# here.
 sub check_stored ($archive, $device, $log) {
     my $start = time;
     my @damage = damage($archive, $device);
@@ -83,8 +84,8 @@ sub check_stored ($archive, $device, $log) {
     return;
 }
 
-# The same for what was not written since what the archive builds on, the chain, has it already: all of
-# the disk is read. Where that is not so the chain is damaged, and the next backup does not build on it.
+# Also reads the data that was not written because the chain, which the archive builds on, already has it: the whole disk.
+# If that data differs, the chain is damaged, and the next backup does not build on it.
 sub check_base ($archive, $device, $log, @chain) {
     my $start = time;
     my @damage = damage_in(
@@ -98,7 +99,7 @@ sub check_base ($archive, $device, $log, @chain) {
             'ContentError',
             "device $device: archive "
                 . $chain[0]->name
-                . ', which this one builds on, is damaged, so that the next backup is a full one - '
+                . ', which this one builds on, is damaged; the next backup will be full - '
                 . describe(@damage),
             device => $device
         );

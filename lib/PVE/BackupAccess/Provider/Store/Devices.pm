@@ -1,10 +1,9 @@
 package PVE::BackupAccess::Provider::Store::Devices;
 
-# Devices' data on their way from the guest into an archive. The archive that is being made has these methods, beside
-# those of Store::Archive:
+# Copies devices' data from the guest into an archive. In addition to the methods of Store::Archive, the new archive has:
 #
-#   add_device($device, \%about, $parent)    with a parent, it begins with the parent's data, and the copy changes that
-#   open_to_write($device)    a Store::Server of the image that the data goes to
+#   add_device($device, \%about, $parent)    with a parent, the device starts with the parent's data
+#   open_to_write($device)    a Store::Server of the image to write to
 #   cluster_size
 
 use v5.36;
@@ -28,7 +27,7 @@ my sub fail ($device, $message) {
     PVE::BackupAccess::Error->throw('StateError', "device $device: $message", device => $device);
 }
 
-# What backup_vm_query_incremental answers for a device: audit_every is of what is audited.
+# The answer of backup_vm_query_incremental for a device.
 sub mode_of ($base, $device, $volume, $audit_every) {
     return 'new' if !$base;
     return 'use' if !exists($volume->{base});
@@ -41,14 +40,15 @@ sub mode_of ($base, $device, $volume, $audit_every) {
 # The archive that the device's bitmap is relative to, and those it builds on.
 my sub chain_of_bitmap ($task, $device, $volume) {
     my $base = $task->{bases}{$device};
-    fail($device, 'its bitmap goes on, but there is no archive that it could go on from')
+    fail($device, 'the backup is incremental, but there is no archive that it could build on')
         if !$base || ($volume->{base} // $base->id) ne $base->id;
     my $size = $base->device($device)->{size};
-    fail($device, "has $volume->{size} bytes now, not $size") if $volume->{size} != $size;
+    fail($device, "its size is $volume->{size} bytes, not $size as in the last archive")
+        if $volume->{size} != $size;
     return $task->{guest}->chain($base->name, $device, $base->own($device));
 }
 
-# A bitmap that was lost costs reading, not storing.
+# If a bitmap was lost, the whole device is read, but only differences to this chain are stored.
 my sub comparable ($task, $device, $volume, $how) {
     my @chain;
     my $error = attempt {
@@ -59,18 +59,21 @@ my sub comparable ($task, $device, $volume, $how) {
     return $error ? () : @chain;
 }
 
-# The archives, the newest first, that the device's data goes on top of; none for a full backup.
+# The archives that the device's data builds on, the newest first; none for a full backup.
 my sub chain_for ($task, $device, $volume, $how) {
     my $mode = $volume->{'bitmap-mode'};
     return chain_of_bitmap($task, $device, $volume) if $mode eq 'reuse';
     return $mode eq 'new' && !$how->{full} ? comparable($task, $device, $volume, $how) : ();
 }
 
-# What was found of the bitmap that is audited. It was relative to one archive, and nothing else will do.
+# The result of an audit. The bitmap must be compared with the archive that it is relative to.
 my sub audited ($task, $device, $volume, $chain, $log) {
     my $base = $task->{bases}{$device};
     if (!$chain->@* || !$base || $chain->[0]->id ne $base->id) {
-        $log->('warn', "$device: its bitmap is not audited, since its archive cannot be built on");
+        $log->(
+            'warn',
+            "$device: its bitmap is not audited, because its archive cannot be used as a base"
+        );
         return undef;
     }
     my $finding = audit($task->{archive}, $device, $volume, $chain->@*);
@@ -91,7 +94,7 @@ my sub stored ($statistics, $base) {
     );
 }
 
-# Returns the copy's statistics. All of it is in the image's store when this returns.
+# Returns the copy's statistics. When this returns, all data is in the image's store.
 my sub copy_data ($archive, $device, $volume, $chain, $options) {
     my $server = $archive->open_to_write($device);
     my $reader = PVE::BackupAccess::Volume->open($device, $volume);
@@ -107,8 +110,8 @@ my sub copy_data ($archive, $device, $volume, $chain, $options) {
     return $statistics;
 }
 
-# Begins a device of the task's archive. how: log, a code ref; full, whether nothing is built on; guest,
-# its UUID; about, what more is to be known of the device. Returns what store_device wants to have.
+# Begins a device of the task's archive. how: log, a code ref; full, whether the backup must be full; guest, the guest's
+# UUID; about, more entries for the manifest. Returns the argument of store_device.
 my sub begin_device ($task, $device, $volume, %how) {
     my $mode = $volume->{'bitmap-mode'};
     my @chain = chain_for($task, $device, $volume, \%how);
@@ -116,9 +119,9 @@ my sub begin_device ($task, $device, $volume, %how) {
     my $is_compared = defined($base) && $mode ne 'reuse';
     my $kind
         = $is_compared ? "what differs from $base"
-        : defined($base) ? "incremental, on $base"
-        : 'full';
-    $how{log}->('info', "$device: storing, $kind");
+        : defined($base) ? "an increment on $base"
+        : 'a full image';
+    $how{log}->('info', "$device: storing $kind");
     my $increments = $mode eq 'reuse' ? ($chain[0]->device($device)->{increments} // 0) + 1 : 0;
     my %about = (
         size => $volume->{size},
@@ -127,7 +130,7 @@ my sub begin_device ($task, $device, $volume, %how) {
         $how{about} ? $how{about}->($volume)->%* : ()
     );
 
-    # Which disk it is, and another name that it has now.
+    # The disk's identity, and its current other name.
     my $disk = $task->{about}{$device} // {};
     $about{$_} = $disk->{$_} for grep { defined($disk->{$_}) } qw(identity node);
 
@@ -141,17 +144,18 @@ my sub begin_device ($task, $device, $volume, %how) {
     };
 }
 
-# { device => what store_device and check_device want to have } of all devices of a backup.
+# Begins all devices of a backup. Returns { device => argument of store_device and check_device }.
 sub begin_devices ($task, $volumes, %how) {
     return { map { $_ => begin_device($task, $_, $volumes->{$_}, %how) } sort keys $volumes->%* };
 }
 
-# The data of one. how: log; copy, more options of the copy; check, whether it is read back meanwhile. Returns { statistics, finding, what an audit found }.
+# Stores the data of one device. how: log; copy, more options of the copy; check, whether to read back what is stored.
+# Returns { statistics, finding }; finding is the result of an audit.
 sub store_device ($job, %how) {
     my ($task, $device, $volume, $chain) = $job->@{qw(task device volume chain)};
     my ($archive, $base) = ($task->{archive}, $job->{'compared with'});
 
-    # The caller's may wait for every child, or ignore them all.
+    # The caller's handler may wait for every child, or ignore all children.
     local $SIG{CHLD} = 'DEFAULT';
     my $statistics = copy_data($archive, $device, $volume, $chain,
         { $how{copy}->%*, check => $how{check} ? 1 : 0 });
@@ -163,21 +167,21 @@ sub store_device ($job, %how) {
     return { statistics => $statistics, finding => $finding };
 }
 
-# Where the device was compared: reads all that it was compared with.
+# If the device was compared with earlier archives, reads the whole disk through the new one.
 sub check_compared ($job, $log) {
     check_base($job->{task}{archive}, $job->{device}, $log, $job->{chain}->@*)
         if defined($job->{'compared with'});
     return;
 }
 
-# That, and what was written, for an archive that is not read back while it is stored.
+# Also reads the new data, for an archive that was not read back while it was stored.
 sub check_device ($job, $log) {
     check_stored($job->{task}{archive}, $job->{device}, $log);
     check_compared($job, $log);
     return;
 }
 
-# For a caller that does not ask for progress: lines in its log.
+# Progress as log lines, for a caller without a progress function.
 my sub progress_lines ($log) {
     my $begin = time;
     my %told;
@@ -188,7 +192,7 @@ my sub progress_lines ($log) {
     };
 }
 
-# So many bytes that forked processes have together.
+# Memory that forked processes share.
 my sub shared_file ($bytes) {
     my $file = temporary_file();
     truncate($file, $bytes) or fail('all', "cannot make a file - $!");
@@ -205,9 +209,9 @@ my sub alone ($work, $jobs, $copy, %how) {
     return \%found;
 }
 
-# Calls $work->($job, $log, \%copy) for each device's job, up to so many side by side: then each has a process of its own.
-# how: log; jobs, a number; limit, bytes per second for all of them; progress, a code ref ($device, $done, $all), or
-# undef. Returns { device => what was returned }.
+# Calls $work->($job, $log, \%copy) for each device's job, for up to $how{jobs} devices in parallel, each in its own
+# process. how: log; jobs; limit, bytes per second for all devices together; progress, a code ref ($device, $done, $all),
+# or undef. Returns { device => result }.
 sub for_devices ($work, $jobs, %how) {
     my @devices = sort keys $jobs->%*;
     $how{progress} //= progress_lines($how{log});

@@ -98,7 +98,7 @@ sub comparable ($self, $archives, $device, $about, $guest) {
         fail(
             $other
             ? 'archive ' . $other->name . ' is of another guest'
-            : 'there is no earlier archive of it'
+            : 'this store has no earlier archive of the disk'
         );
     }
     my $base = $self->checked_base($newest->name, $device, $own, $about->{size});

@@ -59,7 +59,7 @@ sub manifest_fault ($manifest, $formats) {
     return 'it is not a JSON object' if !is_hash($manifest);
     return 'its format is unknown'
         if !is_text($manifest->{format}) || $manifest->{format} !~ m/\A$formats\z/;
-    return 'its id is missing' if !is_text($manifest->{id});
+    return 'its ID is missing' if !is_text($manifest->{id});
     return 'its guest is not a text' if exists($manifest->{guest}) && !is_text($manifest->{guest});
     return 'its devices or files are missing'
         if grep { !is_hash($manifest->{$_}) } qw(devices files);

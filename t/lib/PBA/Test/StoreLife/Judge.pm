@@ -45,7 +45,9 @@ my sub silently ($file, $code) {
 # The ranges that are told of a device, all of it where its digests are damaged: those may be anything.
 my sub without_told ($said, $device, $content) {
     return '' if $said =~ m/device \Q$device\E: a restored disk cannot be verified/;
-    my ($line) = $said =~ m/\Q$device\E: [0-9]+ bytes are not what was read from the guest: (.*)/;
+    my ($line)
+        = $said
+        =~ m/\Q$device\E: archive \S+ is damaged: [0-9]+ bytes differ from what was read from the guest: (.*)/;
     return $content if !defined($line) || $line =~ m/ more;/;
     while ($line =~ m/([0-9]+) at offset ([0-9]+)/g) {
         substr($content, $2, $1) = "\0" x $1 if $1 + $2 <= length($content);
