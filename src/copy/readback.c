@@ -168,7 +168,7 @@ static bool tell_damage(const PbaReadback *readback, const PbaPiece *piece, GErr
     }
     pba_error_set(error, PBA_ERROR_CONTENT,
                   "the target lacks what was written to it - %" PRIu64
-                  " bytes are not what was read from the guest: %s",
+                  " bytes differ from what was read from the guest: %s",
                   bytes, places->str);
     return false;
 }
