@@ -1,10 +1,7 @@
-#include "qemu.h"
+#include "graph.h"
 
 #include "src/qmp/qmp.h"
 #include <string.h>
-
-/* Drivers of nodes that show their child's data unchanged, so bitmaps belong below them. */
-static const char *const filters[] = {"throttle", "copy-on-read", "compress", "preallocate", NULL};
 
 JsonArray *pba_block_query_nodes(PbaQmp *qmp, GError **error)
 {
@@ -209,64 +206,6 @@ JsonObject *pba_block_find_background(const PbaBlock *block, const char *node,
     return NULL;
 }
 
-static JsonObject *find_graph_node(const PbaBlock *block, const char *key, JsonNode *value)
-{
-    JsonArray *nodes = pba_json_find_array(block->graph, "nodes");
-
-    for (guint i = 0; nodes && i < json_array_get_length(nodes); i++) {
-        JsonObject *node = pba_json_element(nodes, i);
-        if (!node || g_strcmp0(pba_json_find_string(node, "type"), "block-driver") != 0) {
-            continue;
-        }
-        JsonNode *member = json_object_get_member(node, key);
-        if (member && json_node_equal(member, value)) {
-            return node;
-        }
-    }
-    return NULL;
-}
-
-static bool has_graph_type(const PbaBlock *block, JsonNode *id, const char *type)
-{
-    JsonArray *nodes = pba_json_find_array(block->graph, "nodes");
-
-    for (guint i = 0; nodes && i < json_array_get_length(nodes); i++) {
-        JsonObject *node = pba_json_element(nodes, i);
-        JsonNode *member = node ? json_object_get_member(node, "id") : NULL;
-        if (member && json_node_equal(member, id)) {
-            return g_strcmp0(pba_json_find_string(node, "type"), type) == 0;
-        }
-    }
-    return false;
-}
-
-static JsonNode *graph_id(const PbaBlock *block, const char *node)
-{
-    g_autoptr(JsonNode) name = pba_json("%s", node);
-    JsonObject *found = find_graph_node(block, "name", name);
-    return found ? json_object_get_member(found, "id") : NULL;
-}
-
-const char *pba_block_find_child(const PbaBlock *block, const char *node, const char *child)
-{
-    JsonArray *edges = pba_json_find_array(block->graph, "edges");
-    JsonNode *parent_id = graph_id(block, node);
-
-    for (guint i = 0; parent_id && edges && i < json_array_get_length(edges); i++) {
-        JsonObject *edge = pba_json_element(edges, i);
-        if (!edge || g_strcmp0(pba_json_find_string(edge, "name"), child) != 0) {
-            continue;
-        }
-        JsonNode *from = json_object_get_member(edge, "parent");
-        JsonNode *to = json_object_get_member(edge, "child");
-        if (from && to && json_node_equal(from, parent_id)) {
-            JsonObject *found = find_graph_node(block, "id", to);
-            return found ? pba_json_find_string(found, "name") : NULL;
-        }
-    }
-    return NULL;
-}
-
 /* No access put it there. */
 static bool is_others(const char *node)
 {
@@ -294,23 +233,6 @@ static const char *first_node(const PbaBlock *block, const char *node,
     return NULL;
 }
 
-/* Whether a job works on the node: the node is the job's filter, or below that. */
-static bool is_jobs(const PbaBlock *block, const char *node)
-{
-    JsonArray *edges = pba_json_find_array(block->graph, "edges");
-    JsonNode *id = graph_id(block, node);
-
-    for (guint i = 0; id && edges && i < json_array_get_length(edges); i++) {
-        JsonObject *edge = pba_json_element(edges, i);
-        JsonNode *from = edge ? json_object_get_member(edge, "parent") : NULL;
-        JsonNode *to = edge ? json_object_get_member(edge, "child") : NULL;
-        if (from && to && json_node_equal(to, id) && has_graph_type(block, from, "block-job")) {
-            return true;
-        }
-    }
-    return false;
-}
-
 /* A disk keeps the name of its node while there are nodes of ours, or a job's filter, above it. */
 static bool is_node_of(const PbaBlock *block, JsonObject *device, const char *name)
 {
@@ -321,7 +243,7 @@ static bool is_node_of(const PbaBlock *block, JsonObject *device, const char *na
         if (strcmp(node, name) == 0) {
             return true;
         }
-        if (!block->graph || (is_others(node) && !is_jobs(block, node))) {
+        if (!block->graph || (is_others(node) && !pba_graph_is_of_job(block, node))) {
             return false;
         }
         const char *below = pba_block_find_child(block, node, "file");
@@ -425,50 +347,6 @@ char *pba_block_device_above(const PbaBlock *block, const char *node)
         }
     }
     return NULL;
-}
-
-static bool has_driver(const PbaBlock *block, JsonNode *id, const char *driver)
-{
-    JsonObject *found = id ? find_graph_node(block, "id", id) : NULL;
-    const char *name = found ? pba_json_find_string(found, "name") : NULL;
-    JsonObject *node = pba_block_find_node(block, name);
-
-    return node && g_strcmp0(pba_json_find_string(node, "drv"), driver) == 0;
-}
-
-bool pba_block_has_parent_but(const PbaBlock *block, const char *node, const char *driver)
-{
-    JsonArray *edges = pba_json_find_array(block->graph, "edges");
-    JsonNode *id = graph_id(block, node);
-
-    for (guint i = 0; id && edges && i < json_array_get_length(edges); i++) {
-        JsonObject *edge = pba_json_element(edges, i);
-        JsonNode *from = edge ? json_object_get_member(edge, "parent") : NULL;
-        JsonNode *to = edge ? json_object_get_member(edge, "child") : NULL;
-        if (to && json_node_equal(to, id) && !(driver && has_driver(block, from, driver))) {
-            return true;
-        }
-    }
-    return false;
-}
-
-bool pba_block_has_parent(const PbaBlock *block, const char *node)
-{
-    return pba_block_has_parent_but(block, node, NULL);
-}
-
-const char *pba_block_skip_filters(const PbaBlock *block, const char *node)
-{
-    /* A wrong graph may be a ring, so this takes no more steps than there are nodes. */
-    for (guint i = 0; node && i < json_array_get_length(block->nodes); i++) {
-        JsonObject *entry = pba_block_find_node(block, node);
-        const char *driver = entry ? pba_json_find_string(entry, "drv") : NULL;
-        if (!driver || !g_strv_contains(filters, driver)) {
-            return node;
-        }
-        node = pba_block_find_child(block, node, "file");
-    }
-    return node;
 }
 
 bool pba_block_node_size(JsonObject *node, uint64_t *size, GError **error)

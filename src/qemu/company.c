@@ -1,6 +1,6 @@
 /* Other programs at a disk of the guest: their jobs, filters, nodes and users, as the block graph
  * shows them. query-block is not enough: it hides the filters that jobs insert. */
-#include "qemu.h"
+#include "graph.h"
 
 #include "src/qmp/qmp.h"
 #include <string.h>
@@ -20,11 +20,6 @@ static void company_clear(Company *company)
 }
 
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(Company, company_clear)
-
-static gint64 number(JsonObject *object, const char *key)
-{
-    return object ? json_object_get_int_member_with_default(object, key, 0) : 0;
-}
 
 static gpointer as_key(gint64 id)
 {
@@ -58,36 +53,6 @@ static bool is_below(const Company *company, gint64 id)
     return g_hash_table_contains(company->below, as_key(id));
 }
 
-static JsonArray *edges_of(const PbaBlock *block)
-{
-    return pba_json_find_array(block->graph, "edges");
-}
-
-static guint edge_count(const PbaBlock *block)
-{
-    JsonArray *edges = edges_of(block);
-    return edges ? json_array_get_length(edges) : 0;
-}
-
-static JsonObject *edge_at(const PbaBlock *block, guint index)
-{
-    return pba_json_element(edges_of(block), index);
-}
-
-static gint64 find_id(const PbaBlock *block, const char *type, const char *name)
-{
-    JsonArray *nodes = pba_json_find_array(block->graph, "nodes");
-
-    for (guint i = 0; nodes && name && i < json_array_get_length(nodes); i++) {
-        JsonObject *node = pba_json_element(nodes, i);
-        if (node && g_strcmp0(pba_json_find_string(node, "type"), type) == 0 &&
-            g_strcmp0(pba_json_find_string(node, "name"), name) == 0) {
-            return number(node, "id");
-        }
-    }
-    return 0;
-}
-
 /* In the graph, a block backend has its own name, or that of its guest device. */
 static gint64 find_backend(const PbaBlock *block, JsonObject *device)
 {
@@ -96,14 +61,16 @@ static gint64 find_backend(const PbaBlock *block, JsonObject *device)
     if (device && (!name || !*name)) {
         name = pba_json_find_string(device, "qdev");
     }
-    return find_id(block, "block-backend", name);
+    return pba_graph_id(block, PBA_GRAPH_BACKEND, name);
 }
 
 static gint64 child_of(const PbaBlock *block, gint64 parent)
 {
-    for (guint i = 0; parent && i < edge_count(block); i++) {
-        if (number(edge_at(block, i), "parent") == parent) {
-            return number(edge_at(block, i), "child");
+    PbaEdgeWalk at = pba_graph_edges(block);
+
+    while (parent && pba_edges_next(&at)) {
+        if (at.parent == parent) {
+            return at.child;
         }
     }
     return 0;
@@ -117,10 +84,10 @@ static void collect_below(Company *company)
     g_hash_table_add(company->below, as_key(company->top));
     do {
         before = g_hash_table_size(company->below);
-        for (guint i = 0; i < edge_count(company->block); i++) {
-            JsonObject *edge = edge_at(company->block, i);
-            if (is_below(company, number(edge, "parent"))) {
-                g_hash_table_add(company->below, as_key(number(edge, "child")));
+        PbaEdgeWalk at = pba_graph_edges(company->block);
+        while (pba_edges_next(&at)) {
+            if (is_below(company, at.parent)) {
+                g_hash_table_add(company->below, as_key(at.child));
             }
         }
     } while (g_hash_table_size(company->below) > before);
@@ -137,13 +104,13 @@ static void company_init(Company *company, const PbaBlock *block, JsonObject *de
     for (guint i = 0; nodes && i < json_array_get_length(nodes); i++) {
         JsonObject *entry = pba_json_element(nodes, i);
         if (entry) {
-            g_hash_table_insert(company->nodes, as_key(number(entry, "id")), entry);
+            g_hash_table_insert(company->nodes, as_key(pba_graph_number(entry, "id")), entry);
         }
     }
     company->backend = find_backend(block, device);
     company->top = child_of(block, company->backend);
     if (!company->top) {
-        company->top = find_id(block, "block-driver", node);
+        company->top = pba_graph_id(block, PBA_GRAPH_NODE, node);
     }
     collect_below(company);
 }
@@ -164,11 +131,11 @@ static bool has_permission(JsonObject *edge, const char *key, const char *permis
 /* The node appears and disappears with the job, and the guest's writes go through it. */
 static char *find_job(const Company *company)
 {
-    for (guint i = 0; i < edge_count(company->block); i++) {
-        JsonObject *edge = edge_at(company->block, i);
-        gint64 parent = number(edge, "parent");
-        if (has_type(company, parent, "block-job") && is_below(company, number(edge, "child"))) {
-            return g_strdup(name_of(company, parent));
+    PbaEdgeWalk at = pba_graph_edges(company->block);
+
+    while (pba_edges_next(&at)) {
+        if (has_type(company, at.parent, PBA_GRAPH_JOB) && is_below(company, at.child)) {
+            return g_strdup(name_of(company, at.parent));
         }
     }
     return NULL;
@@ -192,7 +159,7 @@ static char *describe_parent(const Company *company, gint64 parent, gint64 child
     const char *name = name_of(company, parent);
     const char *below = name_of(company, child);
 
-    if (has_type(company, parent, "block-driver")) {
+    if (has_type(company, parent, PBA_GRAPH_NODE)) {
         return g_strdup_printf(
             "node '%s' of another program is on top of this disk's node '%s' - end the program "
             "that added it, or remove it (blockdev-del), then try again",
@@ -214,17 +181,17 @@ static char *describe_parent(const Company *company, gint64 parent, gint64 child
  * have several overlays. */
 static char *describe_others(const Company *company, GHashTable *path)
 {
-    for (guint i = 0; i < edge_count(company->block); i++) {
-        JsonObject *edge = edge_at(company->block, i);
-        gint64 parent = number(edge, "parent");
-        gint64 child = number(edge, "child");
-        if (!g_hash_table_contains(path, as_key(child)) || parent == company->backend ||
-            g_hash_table_contains(path, as_key(parent)) ||
-            pba_is_own_node(name_of(company, parent)) || has_type(company, parent, "block-job")) {
+    PbaEdgeWalk at = pba_graph_edges(company->block);
+
+    while (pba_edges_next(&at)) {
+        if (!g_hash_table_contains(path, as_key(at.child)) || at.parent == company->backend ||
+            g_hash_table_contains(path, as_key(at.parent)) ||
+            pba_is_own_node(name_of(company, at.parent)) ||
+            has_type(company, at.parent, PBA_GRAPH_JOB)) {
             continue;
         }
         char *problem =
-            describe_parent(company, parent, child, has_permission(edge, "perm", "write"));
+            describe_parent(company, at.parent, at.child, has_permission(at.edge, "perm", "write"));
         if (problem) {
             return problem;
         }
@@ -239,7 +206,7 @@ static GHashTable *find_path(const Company *company)
     const char *last = pba_block_skip_filters(company->block, node);
 
     for (guint i = 0; node && i < json_array_get_length(company->block->nodes); i++) {
-        g_hash_table_add(path, as_key(find_id(company->block, "block-driver", node)));
+        g_hash_table_add(path, as_key(pba_graph_id(company->block, PBA_GRAPH_NODE, node)));
         node =
             g_strcmp0(node, last) == 0 ? NULL : pba_block_find_child(company->block, node, "file");
     }
@@ -269,20 +236,16 @@ char *pba_company_user(const PbaBlock *block, const char *node)
     g_auto(Company) company = {0};
 
     company_init(&company, block, NULL, node);
-    for (guint i = 0; company.top && i < edge_count(block); i++) {
-        JsonObject *edge = edge_at(block, i);
-        gint64 parent = number(edge, "parent");
-        const char *name = name_of(&company, parent);
-        bool is_backend = has_type(&company, parent, "block-backend");
-        if (number(edge, "child") != company.top || pba_is_own_node(name) ||
-            (is_backend && *name)) {
+    PbaEdgeWalk at = pba_graph_edges(block);
+    while (company.top && pba_edges_next(&at)) {
+        const char *name = name_of(&company, at.parent);
+        bool is_backend = has_type(&company, at.parent, PBA_GRAPH_BACKEND);
+        bool is_job = has_type(&company, at.parent, PBA_GRAPH_JOB);
+        if (at.child != company.top || pba_is_own_node(name) || (is_backend && *name)) {
             continue;
         }
-        return is_backend
-                   ? g_strdup("an export or the like")
-                   : g_strdup_printf("%s '%s'",
-                                     has_type(&company, parent, "block-job") ? "block job" : "node",
-                                     name);
+        return is_backend ? g_strdup("an export or the like")
+                          : g_strdup_printf("%s '%s'", is_job ? "block job" : "node", name);
     }
     return NULL;
 }
@@ -290,10 +253,11 @@ char *pba_company_user(const PbaBlock *block, const char *node)
 bool pba_company_shares_writes(const PbaBlock *block, JsonObject *device)
 {
     gint64 backend = find_backend(block, device);
+    PbaEdgeWalk at = pba_graph_edges(block);
 
-    for (guint i = 0; backend && i < edge_count(block); i++) {
-        if (number(edge_at(block, i), "parent") == backend) {
-            return has_permission(edge_at(block, i), "shared-perm", "write");
+    while (backend && pba_edges_next(&at)) {
+        if (at.parent == backend) {
+            return has_permission(at.edge, "shared-perm", "write");
         }
     }
     return false;
