@@ -263,6 +263,58 @@ subtest 'a removal is killed' => sub {
     }
 };
 
+# Runs the code while a function that the class of a guest's directory uses fails.
+sub with_failing ($function, $code) {
+    no strict 'refs';
+    no warnings 'redefine';
+    local *{"PVE::BackupAccess::Provider::Qcow2Chain::$function"}
+        = sub (@) { PVE::BackupAccess::Error->throw('SystemError', 'not today') };
+    return eval { $code->(); 1 } ? '' : "$@";
+}
+
+# What the last archive builds on stays, whatever is left half-removed in between.
+subtest 'a removal that cannot be completed' => sub {
+    for my $half ([1], [0, 1]) {
+        local $base->{expected} = { map { $_ => $base->{expected}{$_} } @names[0, 2] };
+        $base->use_copy($store);
+        for my $archive (map { $base->path_of($names[$_]) } $half->@*) {
+            rename("$archive/manifest.json", "$archive/removed.json") or die "rename: $!\n";
+        }
+        for my $action (qw(remove prune)) {
+            my @what = $action eq 'remove' ? $names[0] : (100, 1);
+            my $error
+                = with_failing('Content::commit_image', sub () { $base->provider->$action(@what) });
+            like(
+                $base->log,
+                qr/^warn: cannot complete the removal of archive .* - not today$/m,
+                "$action: it says what is left"
+            );
+            like(
+                $error,
+                qr/cannot be removed - the removal of archive .* has to be completed first/,
+                "$action: why the one below stays"
+            ) if $half->@* == 1;
+            ok(-e of(1), "$action: and it is there");
+        }
+        $base->provider->prune(100, 1);
+        $base->forget($names[0]);
+        $base->check('completed');
+    }
+};
+
+subtest 'a leftover that cannot be removed' => sub {
+    my $copy = $base->use_copy($store);
+    my $left = "$copy/vm/100/.tmp-20200101T000000Z";
+    mkdir($left) or die "mkdir: $!\n";
+    my $problems;
+    my $error = with_failing('Guest::remove_unused',
+        sub () { $problems = $base->provider->verify($names[2]) });
+    is_deeply([$error, $problems], ['', []], 'archives are read all the same');
+    like($base->log, qr/^warn: cannot remove what a killed process left - not today$/m,
+        'it says so');
+    $base->check('with the next try');
+};
+
 # ---- a backup is killed ----
 
 # Waits until no process has the text in its command line.

@@ -133,22 +133,37 @@ sub headers_problem ($self, $device, @chain) {
 
 # ---- after a crash ----
 
+# The archives whose removal has begun, and was not completed. They are no archives any more, so names does not have them.
+sub _half_removed ($self) {
+    my $pattern = $Archive->name_pattern;
+    return grep { $Archive->is_half_removed($self->{dir}, $_) }
+        map { m/\A$pattern\z/ ? $1 : () } entries($self->{dir});
+}
+
 # Removes what a killed process left, and completes a removal that it began. Needs the change lock. Returns what could not
 # be completed, as texts. The next call tries again, also if this one did nothing because other processes read archives.
 sub clean ($self) {
     my $pattern = $Archive->name_pattern;
     my $alone = try_lock($self->{dir}, 'removal');
     my @problems;
+    my $try = sub ($what, $code) {
+        my $error = attempt { $code->() };
+        push(@problems, "$what - " . reason($error)) if $error;
+    };
     for my $entry ($alone ? entries($self->{dir}) : ()) {
-        if ($entry =~ m/\A(\.(?:tmp|del)-$pattern)\z/) {
-            remove_unused("$self->{dir}/$1");
-        }
-        elsif ($entry =~ m/\A$pattern\z/ && $Archive->is_half_removed($self->{dir}, $1)) {
-            my $name = $1;
-            my $error = attempt { $self->_finish_removal($name) };
-            push(@problems, "cannot complete the removal of archive $name - $error" =~ s/\n.*//sr)
-                if $error;
-        }
+        my ($left) = $entry =~ m/\A(\.(?:tmp|del)-$pattern)\z/ or next;
+        $try->(
+            'cannot remove what a killed process left',
+            sub () { remove_unused("$self->{dir}/$left") }
+        );
+    }
+
+    # The newest first: an archive that another half-removed one builds on has to wait for that one.
+    for my $name ($alone ? reverse($self->_half_removed) : ()) {
+        $try->(
+            "cannot complete the removal of archive $name",
+            sub () { $self->_finish_removal($name) }
+        );
     }
     return @problems;
 }
@@ -248,21 +263,31 @@ sub _check_space ($self, $name, $children) {
 }
 
 # { device => the archive that builds on this archive's device, and answers to that name }. Archives with a damaged
-# manifest are left out: they cannot be restored anyway. Dies if a manifest cannot be read for another reason.
+# manifest are left out: they cannot be restored anyway. Dies if a manifest cannot be read for another reason, and if a
+# half-removed archive builds on this one: what builds on that one still needs the images of both.
 sub _children ($self, $name) {
     my %children;
-    my @others = grep { $_->name ne $name } $self->readable(\my @unread);
-    $Error->throw('SystemError', "archive $name cannot be removed, since another one may build on it - $unread[0]")
+    my %is_half_removed = map { $_ => 1 } $self->_half_removed;
+    my @others = grep { $_->name ne $name } $self->readable(\my @unread, keys %is_half_removed);
+    $Error->throw('SystemError',
+        "archive $name cannot be removed, since another one may build on it - $unread[0]")
         if @unread;
     for my $other (@others) {
         for my $own ($other->devices) {
             my ($parent, $device) = $other->parent_of($own);
             next if ($parent // '') ne $name;
+            my $problem
+                = $is_half_removed{ $other->name }
+                ? 'the removal of archive '
+                . $other->name
+                . ', which builds on it, has to be completed first: the next backup, prune or removal tries again'
+                : $children{$device} ? 'more than one archive builds on it'
+                : undef;
             $Error->throw(
                 'ArchiveError',
-                "archive $name cannot be removed - more than one archive builds on it",
+                "archive $name cannot be removed - $problem",
                 device => $device
-            ) if $children{$device};
+            ) if defined($problem);
             $other->answer_to($device, $own);
             $children{$device} = $other;
         }

@@ -29,11 +29,12 @@ my sub fail ($message, %context) {
     PVE::BackupAccess::Error->throw('ArchiveError', $message, %context);
 }
 
-# The archives whose manifests can be read, the oldest first. The reasons why others cannot are added to unread, except if
-# the manifest is damaged: one that cannot be read for a moment may build on another archive.
-sub readable ($self, $unread = []) {
+# The archives whose manifests can be read, the oldest first, and any others with these names. The reasons why others
+# cannot are added to unread, except if the manifest is damaged: one that cannot be read for a moment may build on another
+# archive.
+sub readable ($self, $unread = [], @more) {
     my @archives;
-    for my $name ($self->names) {
+    for my $name ($self->names, @more) {
         my $error = attempt { push(@archives, $self->archive($name)) };
         push($unread->@*, reason($error)) if $error && $error->class eq 'SystemError';
     }
