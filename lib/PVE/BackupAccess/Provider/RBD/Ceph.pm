@@ -47,8 +47,8 @@ sub command ($self, $program, @arguments) {
 }
 
 # Programs wait for the cluster as long as it takes: if one were ended, its change could still happen later, after others
-# that were made in the meantime. So the log tells what is waited for.
-my sub teller ($self, $what) {
+# that were made in the meantime. So the log tells what is waited for. Returns a function to be called while a program runs.
+sub teller ($self, $what) {
     my $told = time;
     return sub () {
         return if time - $told < $tell_every;
@@ -69,7 +69,7 @@ my sub short ($program, @arguments) {
 
 # Runs a program. Returns its exit status, its output and its error message.
 sub run ($self, $program, @arguments) {
-    my ($status, $out, $message) = run_program(teller($self, short($program, @arguments)),
+    my ($status, $out, $message) = run_program($self->teller(short($program, @arguments)),
         $self->command($program, @arguments));
     fail("$program $arguments[0] was ended by signal " . ($status & 127)) if $status & 127;
     return ($status >> 8, $out, $message =~ s/\s+\z//r);

@@ -7,11 +7,12 @@ package PVE::BackupAccess::Provider::RBD::Lock;
 use v5.36;
 
 use IO::Handle ();
+use IO::Select ();
 use Time::HiRes ();
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Program qw(new_pipe start_program);
-use PVE::BackupAccess::Wait qw(pause read_some wait_for_child);
+use PVE::BackupAccess::Wait qw(pause read_some slice wait_for_child);
 
 my $Error = 'PVE::BackupAccess::Error';
 my $look_every
@@ -38,6 +39,17 @@ sub kinds ($class) { return sort keys %locks }
 
 my sub fail ($message) { $Error->throw('SystemError', $message) }
 
+# What the program says until it watches the object, or ends. To watch is a write: in a full pool, it waits.
+my sub until_it_watches ($out, $tell) {
+    my ($said, $got) = ('', 1);
+    my $select = IO::Select->new($out);
+    while ($got && $said !~ m/press enter/) {
+        $tell->();
+        $got = read_some($out, \$said, 4096) if $select->can_read(slice(1));
+    }
+    return $said;
+}
+
 # Starts to watch the object, and returns when the watch is established. The program ends, and tells the cluster so, when all
 # processes have closed the other end of its standard input. If a signal killed it, the cluster would keep the watch for half
 # a minute.
@@ -48,11 +60,13 @@ my sub watch ($class, $ceph, $object) {
     my %how = (in => $child_in, out => $child_out, err => $child_out, signal => 0);
     start_program(\$self->{pid}, \%how, $ceph->command('rados', 'watch', $object));
     close($_) for $child_in, $child_out;
-    my $said = '';
-    1 while $said !~ m/press enter/ && read_some($out, \$said, 4096);
+    my $said = until_it_watches($out, $ceph->teller('rados watch'));
     return $self if $said =~ m/press enter/;
     $self->drop;
-    fail("cannot watch the object $object in rbd:" . $ceph->place . ' - ' . $said =~ s/\s+\z//r);
+    $said =~ s/\s+\z//;
+    fail(     "cannot watch the object $object in rbd:"
+            . $ceph->place . ' - '
+            . ($said eq '' ? 'rados has ended' : $said));
 }
 
 # Returns undef if another process has a lock that excludes this one. The objects are $object.change and so on.
@@ -61,6 +75,8 @@ sub try ($class, $ceph, $object, $kind) {
     my $self = watch($class, $ceph, "$object.$kind");
     my $most = $others eq $kind ? 1 : 0;
     my @watchers = $ceph->watchers("$object.$others");
+    fail("the cluster does not list the watch of the object $object.$kind in rbd:" . $ceph->place)
+        if $most && !@watchers;
     $self->@{qw(ceph object watcher)} = ($ceph, "$object.$kind", $watchers[0]) if $most;
     return $self if @watchers <= $most;
     $self->drop;
@@ -96,21 +112,23 @@ sub take ($class, $ceph, $object, $kind, $seconds) {
 # A forked process may still have the other end of the pipe: the newline tells the program to end now. To end a watch is a
 # write: in a full pool, or without an OSD, it waits.
 sub drop ($self) {
-    my $pid = delete($self->{pid}) // return;
+    my $pid = $self->{pid} // return;
     local ($!, $?);
-    syswrite($self->{in}, "\n");
-    close($self->{in});
+    if (my $in = delete($self->{in})) {
+        local $SIG{PIPE} = 'IGNORE';    # it may have ended
+        syswrite($in, "\n");
+        close($in);
+    }
     my $deadline = Time::HiRes::time() + $longest_end;
     wait_for_child($pid, sub () { kill(KILL => $pid) if Time::HiRes::time() > $deadline });
+    delete($self->{pid});
     return;
 }
 
 sub CLONE_SKIP { return 1 }
 
 sub DESTROY ($self) {
-    return if $self->{owner} != $$;
-    local $SIG{PIPE} = 'IGNORE';
-    $self->drop;
+    $self->drop if $self->{owner} == $$;
     return;
 }
 

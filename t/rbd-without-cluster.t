@@ -1,0 +1,113 @@
+# Provider::RBD where its programs do what a real cluster seldom makes them do; no Ceph is needed.
+#
+# One QEMU is enough: none is run.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+
+use POSIX ();
+use Test::More;
+use Time::HiRes qw(sleep);
+
+use PBA::Test::NoCeph;
+use PVE::BackupAccess::Provider::RBD::Archive;
+use PVE::BackupAccess::Provider::RBD::Guest;
+use PVE::BackupAccess::Provider::RBD::Lock;
+
+my $Lock = 'PVE::BackupAccess::Provider::RBD::Lock';
+my $place = 'rbd:backup/test';
+my @log;
+
+sub ceph_with (%how) {
+    return PBA::Test::NoCeph->new(
+        pool => 'backup',
+        namespace => 'test',
+        conf => '/none',
+        log => sub ($level, $message) { push(@log, "$level: $message") },
+        watchers => ['127.0.0.1:0/1 client.1'],
+        %how
+    );
+}
+
+# What the code dies with, in a process that a SIGPIPE ends, as a shell starts it.
+sub error_of ($code) {
+    pipe(my $from, my $to) or die "pipe: $!\n";
+    my $pid = fork() // die "fork: $!\n";
+    if (!$pid) {
+        local $SIG{PIPE} = 'DEFAULT';
+        my $error = eval { $code->(); 1 } ? 'none' : "$@";
+        syswrite($to, $error);
+        POSIX::_exit(0);
+    }
+    close($to);
+    waitpid($pid, 0);
+    return $? ? "killed by signal $?" : readline($from);
+}
+
+subtest 'a watch that cannot be had' => sub {
+    my %says = (
+        'echo "error: (2) No such file" >&2; exit 1' => 'error: (2) No such file',
+        'exit 1' => 'rados has ended',
+    );
+    for my $script (sort keys %says) {
+        my $ceph = ceph_with(script => $script);
+        is(
+            error_of(sub () { $Lock->try($ceph, 'pba.vm-100', 'read') }),
+            "cannot watch the object pba.vm-100.read in $place - $says{$script}\n",
+            "$says{$script}: which object, and why"
+        );
+    }
+};
+
+subtest 'a watch whose program ends by itself' => sub {
+    my $ceph = ceph_with(script => 'echo "press enter to exit..."');
+    my $drop = sub () {
+        my $lock = $Lock->try($ceph, 'pba.vm-100', 'change') // die "no lock\n";
+        sleep(0.5);
+        $lock->drop;
+    };
+    is(error_of($drop), 'none', 'is dropped');
+};
+
+subtest 'a watch that waits for the cluster' => sub {
+    local $PVE::BackupAccess::Provider::RBD::Ceph::tell_every = 0;
+    @log = ();
+    my $ceph = ceph_with(script => 'sleep 1; echo "press enter to exit..."; read line');
+    ok($Lock->try($ceph, 'pba.vm-100', 'change'), 'it is had at last');
+    like(
+        $log[0],
+        qr/^warn: rados watch in $place: still waiting for the Ceph cluster of /,
+        'and says meanwhile what it waits for'
+    );
+};
+
+subtest 'a watch that the cluster does not list' => sub {
+    my $ceph = ceph_with(script => 'echo "press enter to exit..."; read line', watchers => []);
+    is(
+        error_of(sub () { $Lock->try($ceph, 'pba.vm-100', 'change') }),
+        "the cluster does not list the watch of the object pba.vm-100.change in $place\n",
+        'is no lock'
+    );
+};
+
+subtest 'killed while the cluster stores the manifest' => sub {
+    my $name = '20261130T080000Z';
+    my $image = "pba-vm-100-drive-scsi0-$name";
+    my $ceph = ceph_with(
+        killed => 1,
+        stored => {},
+        removed => [],
+        images => { $image => [{ name => $name, size => 512, protected => 0 }] },
+    );
+    my $guest = PVE::BackupAccess::Provider::RBD::Guest->new(ceph => $ceph, place => 'vm/100');
+    my $archive = PVE::BackupAccess::Provider::RBD::Archive->begin($guest, $name);
+    is_deeply([$guest->names], [], 'there is no archive');
+    ok(!eval { $guest->publish($archive); 1 }, 'it dies');
+    $guest->give_up($archive);
+    is_deeply($ceph->{removed}, [], 'but the archive is there, and so its snapshots stay');
+    is_deeply([$guest->names], [$name], 'and it is listed');
+};
+
+done_testing;
