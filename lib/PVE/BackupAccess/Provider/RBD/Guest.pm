@@ -213,8 +213,9 @@ sub publish ($self, $archive, $notes = undef) {
     return;
 }
 
+# If publish was ended while the cluster stored the manifest, the archive may exist: then clean leaves it as it is.
 sub give_up ($self, $archive) {
-    delete($self->{snapshots});
+    delete($self->@{qw(values snapshots)});
     $self->clean;
     return;
 }
