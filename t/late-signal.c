@@ -1,6 +1,6 @@
 /* For t/late-signal.t, preloaded: just before the program calls for the Nth time what would block,
- * or blocks signals, it gets a SIGALRM. A signal that a handler of Perl's has to wait for does not
- * end that call. */
+ * or blocks signals, or just after it has made a child, it gets a SIGALRM. A signal that a handler
+ * of Perl's has to wait for does not end that call. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -54,6 +54,17 @@ int sigprocmask(int how, const sigset_t *set, sigset_t *old)
         would_block();
     }
     return REAL(sigprocmask)(how, set, old);
+}
+
+/* A handler that dies must not lose the child. */
+pid_t fork(void)
+{
+    pid_t pid = REAL(fork)();
+
+    if (pid > 0) {
+        would_block();
+    }
+    return pid;
 }
 
 ssize_t read(int fd, void *buffer, size_t length)

@@ -1,6 +1,6 @@
 # A signal that arrives just before a call that blocks: Perl runs its handler when the call has returned, so
 # nothing may wait in one call for what may never come, and no handler may end code that has blocked signals.
-# A library that is preloaded sends it there, before each such call in turn.
+# A library that is preloaded sends it there, before each such call in turn, and right after each fork. No child is left.
 #
 # One QEMU is enough: none is run.
 
@@ -29,7 +29,7 @@ use PVE::BackupAccess::Provider::Store::Workers qw(side_by_side);
 
 my $provider = 'PVE::BackupAccess::Provider::Qcow2Chain';
 my $seconds = 20;                     # that a call may take to end
-my $most = $ENV{PBA_FULL} ? 6 : 3;    # calls that block, each of which gets the signal
+my $most = $ENV{PBA_FULL} ? 6 : 4;    # calls that block, each of which gets the signal
 
 # The one that is to be waited for does not go on.
 sub hold ($pid) {
@@ -93,6 +93,11 @@ my %waits = (
         $shell->{command} = ['sleep', '1000'];
         $shell->ask('list');
     },
+    'a virsh of its own' => sub ($dir) {
+        my $shell = PVE::BackupAccess::Libvirt::Shell->new(undef, 1000);
+        $shell->{command} = ['sleep'];
+        $shell->run('1000');
+    },
     'the names of a store' => sub ($dir) {
         mkdir("$dir/vm");
         sysopen(my $lock, "$dir/vm/.lock", O_RDWR | O_CREAT) or die "$dir: $!\n";
@@ -101,12 +106,25 @@ my %waits = (
     },
 );
 
+# A child that is not about to end.
+sub has_child () {
+    my $tries = 100;
+    while ((my $ended = waitpid(-1, POSIX::WNOHANG)) != -1) {
+        return 1 if !$tries--;
+        sleep(0.05) if !$ended;
+    }
+    return 0;
+}
+
 # In a process of its own: the Nth call that would block gets the signal. What it says is how it ended.
 sub wait_for_it ($name, $dir) {
     $SIG{ALRM} = sub { die "enough\n" };
     my $ended = eval { $waits{$name}->($dir); 1 } ? 'ended' : $@;
     POSIX::sigprocmask(POSIX::SIG_BLOCK, POSIX::SigSet->new, my $mask = POSIX::SigSet->new);
     print $ended, $mask->ismember(POSIX::SIGALRM) ? 'and signals are blocked' : ();
+
+    # A daemon was told to end, and ends when it has written its bitmaps.
+    print 'and a child is left' if $name !~ m/daemon/ && has_child();
     STDOUT->flush;
     POSIX::_exit(0);
 }

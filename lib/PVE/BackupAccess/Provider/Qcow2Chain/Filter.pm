@@ -26,11 +26,13 @@ sub said ($self) {
     return $line;
 }
 
-# Waits for the program. Returns its status, undef if other code of this process waited for it.
+# Waits for the program. Returns its status, undef if other code of this process waited for it. If a handler dies
+# here, DESTROY kills the program.
 sub _wait ($self) {
-    my $pid = delete($self->{pid});
     local ($!, $?);
-    return wait_for_child($pid);
+    my $status = wait_for_child($self->{pid});
+    delete($self->{pid});
+    return $status;
 }
 
 # Waits for the program. Returns why it failed, undef if it did not.
