@@ -6,11 +6,11 @@ use v5.36;
 
 use Errno qw(EINTR);
 use IO::Select ();
-use POSIX ();
+use POSIX qw(SIG_SETMASK);
 use Time::HiRes ();
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw(program_environment);
+use PVE::BackupAccess::Program qw(block_signals program_environment);
 use PVE::BackupAccess::Try qw(attempt_any ensure);
 use PVE::BackupAccess::Wait qw(slice wait_for_child);
 
@@ -28,34 +28,42 @@ sub new ($class, $uri, $timeout) {
     return bless({ command => ['virsh', '-q', @connect], timeout => $timeout }, $class);
 }
 
-my sub exec_virsh (@command) {
+my sub exec_virsh ($mask, @command) {
     delete(@ENV{qw(IFS CDPATH ENV BASH_ENV)});
     @ENV{ keys %environment } = values %environment;
     $SIG{$_} = 'DEFAULT' for qw(INT TERM HUP PIPE);
+    POSIX::sigprocmask(SIG_SETMASK, $mask);
     no warnings 'exec';
     exec { $command[0] } @command;
     print {*STDERR} "error: virsh cannot be started - $!\n";
     POSIX::_exit(127);
 }
 
-# Both outputs are one. It is in a process group of its own: an interrupt on the terminal is for us.
-my sub start (@command) {
+# Both outputs are one. It is in a process group of its own: an interrupt on the terminal is for us. Until its PID is in
+# process, no handler that dies can lose it.
+my sub start ($process, @command) {
     pipe(my $in, my $to) && pipe(my $from, my $out) or die "pipe: $!\n";
-    my $pid = fork() // die "cannot fork: $!\n";
-    if (!$pid) {
+    my $mask = block_signals();
+    my $pid = fork();
+    if (defined($pid) && !$pid) {
         setpgrp(0, 0);
         open(STDIN, '<&', $in) && open(STDOUT, '>&', $out) && open(STDERR, '>&', $out)
             or POSIX::_exit(126);
-        exec_virsh(@command);
+        exec_virsh($mask, @command);
     }
-    return { pid => $pid, to => $to, from => $from, owner => $$ };
+    my $problem = $!;
+    $process->%* = (pid => $pid, to => $to, from => $from, owner => $$) if defined($pid);
+    POSIX::sigprocmask(SIG_SETMASK, $mask);
+    die "cannot fork: $problem\n" if !defined($pid);
+    return;
 }
 
 my sub end ($process) {
+    my $pid = $process->{pid} // return;
     close($_) for $process->@{qw(to from)};
     local ($?, $!);
-    kill(KILL => $process->{pid});
-    wait_for_child($process->{pid});
+    kill(KILL => $pid);
+    wait_for_child($pid);
     return;
 }
 
@@ -80,16 +88,20 @@ my sub go_on ($self, $process, $to_write, $text, $deadline) {
 
 # What is said by a virsh of its own, whose arguments are taken as they are; dies if it fails.
 sub run ($self, @arguments) {
-    my $process = start($self->{command}->@*, @arguments);
-    my $text = '';
+    my ($process, $text, $error, $status) = ({}, '');
     my $deadline = Time::HiRes::time() + $self->{timeout};
-    close($process->{to});
-    my $error
-        = attempt_any { 1 while go_on($self, $process, \(my $nothing = ''), \$text, $deadline) };
-    kill(KILL => $process->{pid}) if defined($error);
-    local $?;
-    wait_for_child($process->{pid});
-    my $problem = defined($error) ? "$error" : $? ? $text : return $text;
+    my $work = sub {
+        start($process, $self->{command}->@*, @arguments);
+        close($process->{to});
+        $error = attempt_any {
+            1 while go_on($self, $process, \(my $nothing = ''), \$text, $deadline)
+        };
+        kill(KILL => $process->{pid}) if defined($error);
+        local $?;
+        $status = wait_for_child($process->{pid});
+    };
+    ensure($work, sub ($failed) { end($process) if $failed });
+    my $problem = defined($error) ? "$error" : ($status // 0) ? $text : return $text;
     $Error->throw('ConnectionError',
         "virsh $arguments[0] failed - " . ($problem =~ s/^error:\s*//mgr) =~ s/\s+\z//r
             =~ s/\s*\n\s*/ - /gr);
@@ -100,11 +112,12 @@ sub run ($self, @arguments) {
 sub ask ($self, $line) {
     my $process = delete($self->{process});
     $process = undef if $process && $process->{owner} != $$;
-    $process //= start($self->{command}->@*);
+    $process //= {};
     my $mark = 'pba-' . ++$self->{count} . '-end';
     my $text = '';
     my $line_left = "$line\necho $mark\n";
     my $work = sub {
+        start($process, $self->{command}->@*) if !$process->{pid};
         local $SIG{PIPE} = 'IGNORE';
         my $deadline = Time::HiRes::time() + $self->{timeout};
         while ($text !~ m/^\Q$mark\E/m) {

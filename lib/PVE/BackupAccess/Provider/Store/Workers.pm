@@ -8,11 +8,11 @@ use v5.36;
 use IO::Handle ();
 use IO::Select ();
 use JSON::PP ();
-use POSIX ();
+use POSIX qw(SIG_SETMASK);
 use Time::HiRes ();
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw(end_with new_pipe);
+use PVE::BackupAccess::Program qw(block_signals end_with new_pipe);
 use PVE::BackupAccess::Try qw(deaths_of ensure is_own);
 use PVE::BackupAccess::Wait qw(wait_for_child);
 
@@ -39,14 +39,15 @@ my sub throw ($data) {
     $Error->throw(delete($data->{class}), $message, $data->%*);
 }
 
-# A worker ignores a terminal's signals. The parent gets them and ends the workers.
-my sub run_worker ($pipe, $code, $item) {
+# A worker ignores a terminal's signals. The parent gets them and ends the workers. mask: the signals that the caller blocks.
+my sub run_worker ($pipe, $code, $item, $mask) {
     local @SIG{qw(INT QUIT HUP)} = ('IGNORE') x 3;
     local $SIG{PIPE} = 'IGNORE';
     local $SIG{TERM} = sub { die "told to end\n" };
     my $result;
     my ($death) = deaths_of(
         sub {
+            POSIX::sigprocmask(SIG_SETMASK, $mask);
             $result = $code->($item, sub ($value) { send_to($pipe, told => $value) });
         }
     );
@@ -54,20 +55,28 @@ my sub run_worker ($pipe, $code, $item) {
     return send_to($pipe, @outcome);
 }
 
-my sub start ($code, $item) {
+# Adds a new worker to the others. Until it is there, and until the worker has its own handlers, signals are blocked: a
+# handler that died earlier would leave a worker that nobody ends, or run the parent's cleanup in the worker.
+my sub start ($workers, $code, $item) {
     my ($read, $write) = new_pipe();
     my $parent = $$;
-    my $pid = fork() // $Error->throw('SystemError', "$item: cannot start a worker process - $!");
-    if (!$pid) {
+    my $mask = block_signals();
+    my $pid = fork();
+    if (defined($pid) && !$pid) {
         end_with($parent);
         $write->autoflush;
         srand();    # else all workers choose the same random names for their private files
 
         # A worker must not run the parent's cleanup, so no exception leaves this block.
-        deaths_of(sub { run_worker($write, $code, $item) });
+        deaths_of(sub { run_worker($write, $code, $item, $mask) });
         POSIX::_exit(0);
     }
-    return { pid => $pid, read => $read, item => $item, text => '' };
+    my $problem = $!;
+    $workers->{ fileno($read) } = { pid => $pid, read => $read, item => $item, text => '' }
+        if defined($pid);
+    POSIX::sigprocmask(SIG_SETMASK, $mask);
+    return if defined($pid);
+    $Error->throw('SystemError', "$item: cannot start a worker process - $problem");
 }
 
 # The next messages of a worker, undef at its end.
@@ -139,8 +148,7 @@ sub side_by_side ($jobs, $items, $code, $told) {
         sub {
             while (@waiting || %workers) {
                 while (@waiting && keys %workers < $jobs) {
-                    my $worker = start($code, shift(@waiting));
-                    $workers{ fileno($worker->{read}) } = $worker;
+                    start(\%workers, $code, shift(@waiting));
                 }
                 look_after(\%workers, \%results, $told);
             }
