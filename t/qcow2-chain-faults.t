@@ -399,6 +399,31 @@ subtest 'what servers of a killed process leave' => sub {
     is_deeply([sort glob("$tmp/*")], [sort("$tmp/other", $mine)], 'they go with their servers');
 };
 
+# In a process that has no descriptor left: the error of a new private directory.
+my $without_descriptors = <<'PERL';
+use v5.36;
+use PVE::BackupAccess::Provider::Store::PrivateDir;
+my (@held, $error);
+alarm(20);
+while (open(my $fh, '<', '/dev/null')) { push(@held, $fh) }
+eval { PVE::BackupAccess::Provider::Store::PrivateDir->new($ARGV[0]); 1 } or $error = $@;
+@held = ();
+print $error // 'none';
+PERL
+
+subtest 'no descriptor is left' => sub {
+    my $tmp = $base->tmp . '/few';
+    mkdir($tmp) or die "$tmp: $!\n";
+    my @perl = ($^X, (map { "-I$_" } @INC), '-e', $without_descriptors, $tmp);
+    open(my $from, '-|', 'sh', '-c', 'ulimit -n 50; exec "$@"', 'sh', @perl) or die "sh: $!\n";
+    like(
+        readline($from),
+        qr{^cannot lock the temporary directory \Q$tmp\E/\S+ - Too many open files$},
+        'it ends with an error'
+    );
+    is_deeply([glob("$tmp/*")], [], 'and leaves nothing');
+};
+
 # A process with that number; undef if this machine does not let us choose.
 sub start_with_number ($number) {
     for (1 .. 200) {

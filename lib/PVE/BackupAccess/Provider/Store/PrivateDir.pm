@@ -20,6 +20,8 @@ my $prefix = 'pba-server-';
 my @files = qw(nbd log raw qmp);
 my $tree = 'tree';
 
+my sub fail ($message) { PVE::BackupAccess::Error->throw('SystemError', $message) }
+
 # No other program inherits the lock, even if the caller has changed $^F.
 my sub open_dir ($path) {
     local $^F = 2;
@@ -52,21 +54,30 @@ my sub is_same ($lock, $path) {
 my sub make ($parent) {
     my $path;
     my $error = attempt_any { $path = File::Temp::tempdir("${prefix}XXXXXXXX", DIR => $parent) };
-    PVE::BackupAccess::Error->throw('SystemError',
-        "cannot make a temporary directory in $parent - $!")
-        if $error;
+    fail("cannot make a temporary directory in $parent - $!") if $error;
     return $path;
+}
+
+# The lock of a new directory. Before it is taken, another process may take the directory for a leftover and remove it:
+# then undef.
+my sub lock_new ($path) {
+    my $lock = open_dir($path);
+    return undef if !$lock && $!{ENOENT};
+    if (!$lock || !wait_for_lock($lock)) {
+        my $problem = $!;
+        rmdir($path);
+        fail("cannot lock the temporary directory $path - $problem");
+    }
+    return is_same($lock, $path) ? $lock : undef;
 }
 
 sub new ($class, $parent = File::Spec->tmpdir) {
     remove_left($parent);
-
-    # Before the lock is taken, another process may take the new directory for a leftover and remove it.
     my ($path, $lock);
     do {
         $path = make($parent);
-        $lock = open_dir($path);
-    } until ($lock && wait_for_lock($lock) && is_same($lock, $path));
+        $lock = lock_new($path);
+    } until ($lock);
     return bless({ path => $path, lock => $lock, owner => $$ }, $class);
 }
 
