@@ -117,8 +117,11 @@ subtest 'a file system without locks' => sub {
         }
     }
     check_archives('afterwards');
-    like(error_of(\&prune, ['flock', EACCES, '.lock']),
-        qr/is in use by another/, 'CIFS says EACCES for a lock that another has');
+    like(
+        error_of(\&prune, ['flock', EACCES, '.lock']),
+        qr/is in use by another/,
+        'CIFS says EACCES for a lock that another has'
+    );
 };
 
 # Where the last archive is not seen, or not readable, nothing of what it builds on may go.
@@ -143,16 +146,32 @@ subtest 'errors while archives are listed' => sub {
     check_archives('afterwards');
 };
 
+# Nothing is done, and nothing is read without a lock.
+subtest 'whether a guest is there is not known' => sub {
+    my $store = start_again();
+    my %actions = (prune => \&prune, remove => \&remove_first);
+    for my $action (sort keys %actions) {
+        like(
+            error_of($actions{$action}, ['stat', EIO, 'vm/100']),
+            qr{^cannot look for \Q$store\E/vm/100 - Input/output error$},
+            "$action: it fails, and says why"
+        );
+    }
+    check_archives('afterwards');
+};
+
 subtest 'an archive whose manifest cannot be read holds nobody up' => sub {
     my $store = start_again();
     my $fault = ['read', EIO, "$names[2]/manifest.json"];
     my $message = qr{cannot read \Q$store\E/vm/100/\S+/manifest[.]json};
     $chain->write_random;
     is(error_of(\&back_up, $fault), '', 'a backup works');
-    like($chain->log, qr/^warn: all disks are backed up in full - $message/m, 'it says why in full');
+    like($chain->log, qr/^warn: all disks are backed up in full - $message/m,
+        'it says why in full');
     like(error_of(\&remove_first, $fault), $message, 'what it may build on is not removed');
     check_archives('while it could not be read');
-    is(error_of(sub { $chain->provider->remove($names[2]) }, $fault), '', 'it can be removed itself');
+    is(error_of(sub { $chain->provider->remove($names[2]) }, $fault),
+        '', 'it can be removed itself');
     is(error_of(\&remove_first), '', 'then others can');
     check_archives('afterwards', @names[0, 2]);
 };
@@ -174,6 +193,7 @@ subtest 'errors during a backup' => sub {
         my $text = "$fault->[0] $fault->[2]";
         my $error = error_of(\&back_up, $fault);
         like($error, qr{\Q$store\E}, "$text: the backup fails, and says where");
+        like($error, qr/ - Input\/output error$/m, "$text: and why") if $fault->[0] eq 'mkdir';
         note($error);
     }
     is(error_of(\&back_up), '', 'the next backup works');

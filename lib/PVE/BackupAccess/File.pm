@@ -15,7 +15,7 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Try qw(attempt attempt_any rethrow);
 
 our @EXPORT_OK
-    = qw(entries file_exists fingerprint make_directory move read_file read_if_there remove_tree
+    = qw(directory_exists entries file_exists fingerprint make_directory move read_file read_if_there remove_tree
     remove_unused replace_file sha256 sync write_file);
 
 my sub fail ($message) {
@@ -28,6 +28,13 @@ my sub is_absent () { return $!{ENOENT} || $!{ENOTDIR} }
 
 sub file_exists ($path) {
     return 1 if lstat($path);
+    return 0 if is_absent();
+    fail("cannot look for $path - $!");
+}
+
+# The same, and that it is a directory.
+sub directory_exists ($path) {
+    return -d _ ? 1 : 0 if stat($path);
     return 0 if is_absent();
     fail("cannot look for $path - $!");
 }
@@ -93,8 +100,10 @@ sub entries ($path) {
 
 sub make_directory ($path) {
     File::Path::make_path($path, { mode => 0700, error => \my $errors });
-    fail("cannot make the directory $path - $!") if !-d $path;
-    return;
+    return if -d $path;
+    my $problem = $!;
+    my ($error) = map { values $_->%* } $errors->@*;
+    fail("cannot make the directory $path - " . ($error // $problem));
 }
 
 sub remove_tree ($path) {

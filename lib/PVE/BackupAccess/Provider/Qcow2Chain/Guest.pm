@@ -11,7 +11,8 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 use PVE::BackupAccess::Provider::Store::Content qw(content_problem);
-use PVE::BackupAccess::File qw(entries file_exists make_directory move remove_tree remove_unused);
+use PVE::BackupAccess::File
+    qw(directory_exists entries file_exists make_directory move remove_tree remove_unused);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(image_chain);
 use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(drop_lock take_lock try_lock);
 use PVE::BackupAccess::Try qw(attempt reason);
@@ -31,7 +32,7 @@ sub new ($class, $dir, $wait = 0) {
 }
 
 sub dir ($self) { return $self->{dir} }
-sub is_there ($self) { return -d $self->{dir} }
+sub is_there ($self) { return directory_exists($self->{dir}) }
 
 sub make_place ($self) {
     make_directory($self->{dir});
@@ -50,7 +51,7 @@ sub drop ($self, $lock) {
 sub removal_lock ($self) { return take_lock($self->{dir}, 'removal', $self->{wait}) }
 
 sub read_lock ($self) {
-    return -d $self->{dir} ? take_lock($self->{dir}, 'read', $self->{wait}) : undef;
+    return $self->is_there ? take_lock($self->{dir}, 'read', $self->{wait}) : undef;
 }
 
 # The archives, the oldest first.

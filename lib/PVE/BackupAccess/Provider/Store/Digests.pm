@@ -105,7 +105,10 @@ sub merge_digests ($newer_path, $older_path, $path) {
     sysopen(my $fh, $path, O_WRONLY | O_CREAT | O_EXCL, 0600) or fail("cannot write $path - $!");
     my $put = sub ($at, $data) {
         sysseek($fh, $at, SEEK_SET) // fail("cannot write $path - $!");
-        (syswrite($fh, $data) // -1) == length($data) or fail("cannot write $path - $!");
+        while ($data ne '') {    # on a full disk, a part may fit
+            my $written = syswrite($fh, $data) // fail("cannot write $path - $!");
+            substr($data, 0, $written, '');
+        }
     };
     my $end = $header_size + $newer->{blocks} * $digest_size;
     truncate($fh, $end) or fail("cannot write $path - $!");
