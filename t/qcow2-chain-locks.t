@@ -11,6 +11,7 @@ use Test::More;
 use Time::HiRes ();
 
 use PBA::Test::Chain;
+use PVE::BackupAccess::CLI::Restore;
 use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(drop_lock take_lock try_lock);
 
 my $base = PBA::Test::Chain->new;
@@ -122,6 +123,22 @@ subtest 'a removal that was killed, and a reader' => sub {
     $end->();
     is($actions{verify}->($base->provider), 'ok', 'after it');
     ok(!-e $archive, 'the removal is ended');
+};
+
+subtest 'the command looks for digests while it has the lock' => sub {
+    $base->use_copy($store);
+    my $target = $base->tmp . '/target';
+    mkdir($target) or die "mkdir: $!\n";
+    my $digests = PVE::BackupAccess::Provider::Store->can('digests');
+    my @is_held;
+    no warnings 'redefine';
+    local *PVE::BackupAccess::Provider::Store::digests = sub (@which) {
+        push(@is_held, try_lock($base->guest_dir, 'removal') ? 0 : 1);
+        return $digests->(@which);
+    };
+    my $status
+        = PVE::BackupAccess::CLI::Restore::run({ quiet => 1 }, $base->path_of($oldest), $target);
+    is_deeply([$status, @is_held], [0, 1, 1], 'for each disk');
 };
 
 subtest 'where nothing can be written' => sub {

@@ -165,8 +165,10 @@ my sub copy ($job, $device, $size, $file) {
     my ($provider, $volname, $progress) = $job->@{qw(provider volname progress)};
     my @damage;
     my $copy = sub ($to, @options) {
-        my %expected = expected($job, $device);
+
+        # First: from here on, no prune replaces the files of digests.
         my $info = $provider->restore_vm_volume_init($volname, $device, {});
+        my %expected = expected($job, $device);
         my $volume = PVE::BackupAccess::Volume->open($device,
             { 'nbd-path' => $info->{'qemu-img-path'}, size => $size });
         $volume->copy(
