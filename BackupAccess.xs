@@ -24,6 +24,9 @@ glue_end_with_parent(int signal)
 int
 glue_open_process(int pid)
 
+int
+glue_open_memory()
+
 SV *
 _free_bytes(SV *path)
     CODE:

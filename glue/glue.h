@@ -139,6 +139,8 @@ bool glue_end_with_parent(int signal);
 /* A descriptor that becomes readable when the process has ended (pidfd_open(2)); -1 if there is
  * none. */
 int glue_open_process(pid_t pid);
+/* A file in memory (memfd_create(2)); -1 if there is none. */
+int glue_open_memory(void);
 
 /* The Perl object that from now on owns the C half. */
 SV *glue_new_access(pTHX_ PbaAccessObject *object, SV *klass);

@@ -1,6 +1,7 @@
 /* The C half of a Perl object. */
 #include "glue.h"
 
+#include <sys/mman.h>
 #include <sys/pidfd.h>
 #include <sys/prctl.h>
 
@@ -19,6 +20,11 @@ bool glue_end_with_parent(int signal)
 int glue_open_process(pid_t pid)
 {
     return pidfd_open(pid, 0);
+}
+
+int glue_open_memory(void)
+{
+    return memfd_create("pba", MFD_CLOEXEC);
 }
 
 /* The C object is attached to its Perl object by magic, which Perl code can neither forge nor copy,

@@ -7,6 +7,7 @@ use v5.36;
 use FindBin;
 use lib "$FindBin::Bin/lib";
 
+use File::Temp ();
 use POSIX qw(WNOHANG);
 use Test::More;
 use Time::HiRes qw(sleep time);
@@ -46,6 +47,23 @@ subtest 'what it returns' => sub {
     my $error = eval { run_program('no-such-program'); 1 } ? undef : $@;
     is($error->class, 'UnsupportedError', 'no such program');
     like($error, qr/cannot run no-such-program - No such file/, 'what is wrong');
+};
+
+# A program that does not look whether it could print: what is missing would be taken for what is not there.
+subtest 'no space for temporary files' => sub {
+    my $dir = File::Temp->newdir('pba-full-XXXXXXXX', TMPDIR => 1);
+    system("mount -t tmpfs -o size=4k tmpfs $dir 2>/dev/null") == 0
+        or plan(skip_all => 'needs root');
+    open(my $fh, '>', "$dir/all") or die "$dir/all: $!\n";
+    syswrite($fh, 'x' x 8192);
+    close($fh);
+    local $ENV{TMPDIR} = "$dir";
+    is_deeply(
+        [run_program('perl', '-e', 'print STDERR "b\n"; print "a\n"; exit(0)')],
+        [0, "a\n", "b\n"],
+        'it has what was printed'
+    );
+    system('umount', "$dir");
 };
 
 subtest 'what it has' => sub {

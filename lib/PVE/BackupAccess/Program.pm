@@ -50,6 +50,16 @@ sub temporary_file () {
     return $file;
 }
 
+# A file in memory, or on disk if the kernel has none. Programs may not notice that what they print does not fit onto a
+# disk: then it would lack something, and their status would be 0.
+my sub memory_file () {
+    my $fd = PVE::BackupAccess::_open_memory();
+    my $file;
+    return temporary_file() if $fd < 0 || !open($file, '+<&=', $fd);
+    binmode($file);
+    return $file;
+}
+
 my sub read_all ($fh) {
     seek($fh, 0, 0);
     local $/ = undef;
@@ -146,11 +156,10 @@ my sub kill_child ($pid) {
     return;
 }
 
-# Runs the program. Returns its status, as in $?, a file with its standard output, and its standard error. If the first
-# argument is a code ref, it is called several times a second while the program runs.
-sub run_program_to_file (@command) {
+# Runs the program with this file as its standard output.
+my sub run_with ($out, @command) {
     my $meanwhile = ref($command[0]) ? shift(@command) : undef;
-    my ($out, $err) = (temporary_file(), temporary_file());
+    my $err = memory_file();
     my ($pid, $status);
     local $SIG{CHLD} = 'DEFAULT';
     local ($!, $?);
@@ -169,9 +178,13 @@ sub run_program_to_file (@command) {
     return ($status, $out, $message);
 }
 
+# Runs the program. Returns its status, as in $?, a file with its standard output, and its standard error. If the first
+# argument is a code ref, it is called several times a second while the program runs.
+sub run_program_to_file (@command) { return run_with(temporary_file(), @command) }
+
 # The same, with the text of its standard output.
 sub run_program (@command) {
-    my ($status, $out, $message) = run_program_to_file(@command);
+    my ($status, $out, $message) = run_with(memory_file(), @command);
     return ($status, read_all($out), $message);
 }
 
