@@ -21,6 +21,7 @@ use PVE::BackupAccess::GuestAgent;
 use PVE::BackupAccess::Image;
 use PVE::BackupAccess::Libvirt::Shell;
 use PVE::BackupAccess::Program qw(run_program);
+use PVE::BackupAccess::Provider::Qcow2Chain::Container;
 use PVE::BackupAccess::Provider::Qcow2Chain::Filter;
 use PVE::BackupAccess::Provider::Qcow2Chain::Names;
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
@@ -87,6 +88,14 @@ my %waits = (
     'the guest agent' => sub ($dir) {
         my $socket = silent_socket("$dir/agent");
         PVE::BackupAccess::GuestAgent->new(socket => "$dir/agent")->freeze;
+    },
+    'processes that store containers' => sub ($dir) {
+        my %how = map {
+            $_ => sub () { }
+        } qw(publish discard unlock);
+        while (1) {
+            "${provider}::Container"->start({}, %how)->end(1);
+        }
     },
     virsh => sub ($dir) {
         my $shell = PVE::BackupAccess::Libvirt::Shell->new(undef, 1000);

@@ -526,6 +526,30 @@ subtest 'a backup is killed at each rename' => sub {
     $base->check('pruned');
 };
 
+# Such as a rename that the server did, but did not acknowledge.
+subtest 'a backup fails although its archive has its name' => sub {
+    $base->use_store($store);
+    my @before = $base->names;
+    my $move = PVE::BackupAccess::File->can('move');
+    my $failing = sub ($from, $to) {
+        $move->($from, $to);
+        PVE::BackupAccess::Error->throw('SystemError', 'no answer') if $from =~ m{/[.]tmp-[^/]+\z};
+    };
+    $base->write_random;
+    {
+        no warnings 'redefine';
+        local *PVE::BackupAccess::Provider::Qcow2Chain::Archive::move = $failing;
+        is($base->backup, undef, 'it fails');
+    }
+    is($base->error, "no answer\n", 'with its own error');
+    my ($new) = reverse($base->names);
+    is_deeply([$base->names], [@before, $new], 'the archive is there');
+    $base->expect($new);
+    $base->write_random;
+    $base->backup or die $base->error;
+    $base->check('and after the next one');
+};
+
 # ---- a full directory ----
 
 subtest 'the directory is full' => sub {

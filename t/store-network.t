@@ -160,6 +160,16 @@ subtest 'whether a guest is there is not known' => sub {
     check_archives('afterwards');
 };
 
+subtest 'an archive that cannot be looked at does not keep others from being read' => sub {
+    start_again();
+    my $problem;
+    my $error = error_of(sub { $problem = $chain->problem($names[2]) },
+        ['stat', EIO, "$names[0]/removed.json"]);
+    is_deeply([$error, $problem], ['', ''], 'it is restored');
+    like($chain->log, qr/^warn: cannot look for /m, 'and there is a warning');
+    check_archives('afterwards');
+};
+
 subtest 'an archive whose manifest cannot be read holds nobody up' => sub {
     my $store = start_again();
     my $fault = ['read', EIO, "$names[2]/manifest.json"];

@@ -3,6 +3,7 @@ package PVE::BackupAccess::Provider::Qcow2Chain;
 use v5.36;
 
 use PVE::BackupAccess::Error;
+use PVE::BackupAccess::File qw(directory_exists);
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 use PVE::BackupAccess::Provider::Qcow2Chain::Container;
 use PVE::BackupAccess::Provider::Qcow2Chain::Guest;
@@ -75,7 +76,7 @@ sub _digests_of ($self, @what) { return digests_of(@what) }
 
 sub job_init ($self, $start_time) {
     fail('StateError', "the directory $self->{path} does not exist - is its file system mounted?")
-        if !-d $self->{path};
+        if !directory_exists($self->{path});
     return;
 }
 

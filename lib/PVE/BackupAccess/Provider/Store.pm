@@ -299,11 +299,13 @@ sub archive_get_firewall_config ($self, $volname, @) {
     return $self->_archive($volname)->content($firewall_config);
 }
 
-# Completes a removal that was killed, unless another process has the lock or the store is read-only.
+# Completes a removal that was killed, unless another process has the lock or the store is read-only. What is wrong with
+# other archives does not keep this one from being read.
 sub _settle ($self, $guest) {
     my $lock;
     attempt { $lock = $guest->try_change_lock } if $guest->is_there;
-    $self->_clean($guest) if $lock;
+    my $error = $lock ? attempt { $self->_clean($guest) } : undef;
+    $self->{log}->('warn', reason($error)) if $error;
     return;
 }
 

@@ -181,11 +181,15 @@ sub start ($class, $archive, %how) {
         become_keeper(\%keeper, $archive, \%how);
     }
     my $problem = $!;
+    my %self = (pid => $pid, owner => $$, data => $data, control => $control, heard => '');
+
+    # If a handler dies now, the object ends the keeper, and waits until its sockets are closed.
+    close($_) for $keepers_data, $keepers_control;
+    my $self = bless(\%self, $class);
     POSIX::sigprocmask(SIG_SETMASK, $mask);
     fail('SystemError', "cannot start the process that stores the container - $problem")
         if !defined($pid);
-    my %self = (pid => $pid, owner => $$, data => $data, control => $control, heard => '');
-    return bless(\%self, $class);
+    return $self;
 }
 
 # ---- the keeper's caller, which may be a forked process of another user ----

@@ -306,8 +306,12 @@ sub _finish_removal ($self, $name) {
     return;
 }
 
-# Removes an incomplete new archive.
-sub give_up ($self, $archive) { return $self->discard($archive->entry) }
+# Removes an incomplete new archive, unless the process that stored it has done so.
+sub give_up ($self, $archive) {
+    my $entry = $archive->entry;
+    $self->discard($entry) if file_exists("$self->{dir}/$entry");
+    return;
+}
 
 # Removes an archive that nothing builds on. Other processes see either all of it or nothing.
 sub discard ($self, $entry) {
