@@ -269,6 +269,21 @@ subtest 'archives of version 0.1' => sub {
     like(problems($chain, $names[2]), qr/SHA-256 differs/, 'damage is seen as before');
 };
 
+# qemu-img does not look whether it could print.
+subtest 'a map that is cut off' => sub {
+    my ($chain, @names) = new_chain();
+    my $script = $chain->tmp . '/qemu-img';
+    my $real = $ENV{PBA_QEMU_IMG} // 'qemu-img';
+    write_file($script,
+        qq{#!/bin/sh\n"$real" "\$@" | if [ "\$1" = map ]; then head -n 1; else cat; fi\n});
+    chmod(0755, $script) or die "chmod: $!\n";
+    local $PVE::BackupAccess::Provider::Qcow2Chain::Image::qemu_img = $script;
+    $chain->disk($device)->write([3072 * $KiB, 64 * $KiB, 0x44]);
+    is($chain->backup, undef, 'the backup fails');
+    like($chain->error, qr/ map prints about .*[.]qcow2 is cut off /, 'and says why');
+    $chain->check('the archives are as before');
+};
+
 subtest 'archives of a later version' => sub {
     my ($chain, @names) = new_chain();
     my $file = $chain->path_of($names[2], 'manifest.json');

@@ -192,14 +192,16 @@ sub start ($class, @options) {
 # Persistent bitmaps are in the images when this returns.
 sub stop ($self) {
     my $pid = delete($self->{pid}) // return;
+    local $SIG{CHLD} = 'DEFAULT';    # the caller's handler may wait for every child
     kill(TERM => $pid);
     local $?;
     my $status = wait_for_child($pid);
     my $how
-        = $status & 127
-        ? 'was killed by signal ' . ($status & 127)
+        = !defined($status) ? 'ended, and other code of this process waited for it'
+        : $status & 127 ? 'was killed by signal ' . ($status & 127)
         : 'ended with status ' . ($status >> 8);
-    fail(join(' - ', "$qemu_storage_daemon $how", grep { $_ ne '' } log_line($self))) if $status;
+    fail(join(' - ', "$qemu_storage_daemon $how", grep { $_ ne '' } log_line($self)))
+        if !defined($status) || $status;
     return;
 }
 

@@ -81,12 +81,17 @@ sub extents ($file) {
         = run_program_to_file($qemu_img, qw(map -U --output=json), 'json:' . alone($file));
     $Error->throw('SystemError', "$qemu_img map failed - " . $message =~ s/\n.*//sr)
         if $status != 0;
+    my $last = '';
     return sub () {
         while (my $line = <$map>) {
+            $last = $line;
             my ($offset, $length) = $line =~ m/"start": ([0-9]+), "length": ([0-9]+),/ or next;
             return ($offset + $length, map { $line =~ m/"$_": true/ ? 1 : 0 } qw(present zero));
         }
-        return;
+        return if $last =~ m/\]\s*\z/;
+        $Error->throw('SystemError',
+            "what $qemu_img map prints about $file is cut off - is the directory for temporary files full?"
+        );
     };
 }
 
