@@ -302,6 +302,26 @@ subtest 'a removal that cannot be completed' => sub {
     }
 };
 
+subtest 'an archive that is protected while a prune looks at others' => sub {
+    my $chain = PBA::Test::Chain->new;
+    for (1, 2) {
+        $chain->provider->make_full(1);
+        $chain->write_random;
+        $chain->backup or die $chain->error;
+    }
+    my @both = $chain->names;
+    my $look = PVE::BackupAccess::Provider::Qcow2Chain::Guest->can('is_built_on');
+    no warnings 'redefine';
+    local *PVE::BackupAccess::Provider::Qcow2Chain::Guest::is_built_on = sub (@which) {
+        overwrite($chain->path_of($both[0], 'protected'), '');
+        return $look->(@which);
+    };
+    ok(!eval { $chain->provider->prune(100, 1); 1 }, 'it fails');
+    like($@, qr/cannot remove .* is protected - remove the file 'protected' in it first/,
+        'and says why');
+    is_deeply([$chain->names], \@both, 'nothing is gone');
+};
+
 subtest 'a leftover that cannot be removed' => sub {
     my $copy = $base->use_copy($store);
     my $left = "$copy/vm/100/.tmp-20200101T000000Z";

@@ -209,13 +209,18 @@ sub publish ($self, $archive, $notes = undef) {
 # Proxmox VE's storage plugin creates this file to protect a backup.
 sub is_protected ($self, $name) { return file_exists("$self->{dir}/$name/protected") }
 
+sub _check_unprotected ($self, $name) {
+    fail("archive $name is protected - remove the file 'protected' in it first")
+        if $self->is_protected($name);
+    return;
+}
+
 sub is_built_on ($self, $name) { return $self->_children($name)->%* ? 1 : 0 }
 
 # Removes an archive. Data that other archives need is merged into them. Needs the locks for a
 # change and a removal.
 sub remove ($self, $name) {
-    fail("archive $name is protected - remove the file 'protected' in it first")
-        if $self->is_protected($name);
+    $self->_check_unprotected($name);
     my $children = $self->_children($name);
     for my $device (sort keys $children->%*) {
         my $child = $children->{$device}->name;
@@ -315,6 +320,7 @@ sub give_up ($self, $archive) {
 
 # Removes an archive that nothing builds on. Other processes see either all of it or nothing.
 sub discard ($self, $entry) {
+    $self->_check_unprotected($entry) if $self->has($entry);    # it may be since prune looked
     my $gone = "$self->{dir}/.del-" . $entry =~ s/\A\.tmp-//r;
     remove_tree($gone) if file_exists($gone);
     move("$self->{dir}/$entry", $gone);
