@@ -92,16 +92,34 @@ subtest 'a watch that the cluster does not list' => sub {
     );
 };
 
-subtest 'killed while the cluster stores the manifest' => sub {
-    my $name = '20261130T080000Z';
-    my $image = "pba-vm-100-drive-scsi0-$name";
+my $name = '20261130T080000Z';
+my $image = "pba-vm-100-drive-scsi0-$name";
+
+# A guest with a snapshot.
+sub guest_with (%how) {
     my $ceph = ceph_with(
-        killed => 1,
-        stored => {},
         removed => [],
         images => { $image => [{ name => $name, size => 512, protected => 0 }] },
+        %how
     );
-    my $guest = PVE::BackupAccess::Provider::RBD::Guest->new(ceph => $ceph, place => 'vm/100');
+    return ($ceph, PVE::BackupAccess::Provider::RBD::Guest->new(ceph => $ceph, place => 'vm/100'));
+}
+
+subtest 'an archive that is protected while a prune removes others' => sub {
+    my ($ceph, $guest) = guest_with(stored => { "archive $name" => '{}' });
+    ok(!$guest->is_protected($name), 'it is not yet');
+    $ceph->{images}{$image}[0]{protected} = 1;
+    ok(!eval { $guest->remove($name); 1 }, 'it is not removed');
+    like($@, qr/archive $name is protected - unprotect its snapshots first/, 'and why');
+    is_deeply(
+        [$ceph->{stored}, $ceph->{removed}],
+        [{ "archive $name" => '{}' }, []],
+        'its manifest is there'
+    );
+};
+
+subtest 'killed while the cluster stores the manifest' => sub {
+    my ($ceph, $guest) = guest_with(killed => 1, stored => {});
     my $archive = PVE::BackupAccess::Provider::RBD::Archive->begin($guest, $name);
     is_deeply([$guest->names], [], 'there is no archive');
     ok(!eval { $guest->publish($archive); 1 }, 'it dies');

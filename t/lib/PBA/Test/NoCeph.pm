@@ -21,8 +21,16 @@ sub set_value ($self, $object, $key, $value) {
     return;
 }
 
+sub remove_value ($self, $object, $key) {
+    delete($self->{stored}{$key});
+    return;
+}
+
 sub images ($self) { return sort keys $self->{images}->%* }
-sub snapshots ($self, $image) { return $self->{images}{$image} }
+
+sub snapshots ($self, $image) {
+    return [map { +{ $_->%* } } $self->{images}{$image}->@*];
+}
 
 sub remove_snapshot ($self, @which) {
     push($self->{removed}->@*, join('@', @which));

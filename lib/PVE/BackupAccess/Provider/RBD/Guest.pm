@@ -228,6 +228,15 @@ sub is_protected ($self, $name) {
     ) ? 1 : 0;
 }
 
+# The same, but asks again: removals of other archives may have taken long.
+sub _is_protected_now ($self, $name) {
+    my $all = $self->_snapshots;
+    for my $image (grep { snapshot_of($all->{$_}, $name) } keys $all->%*) {
+        $all->{$image} = $self->{ceph}->snapshots($image) // [];
+    }
+    return $self->is_protected($name);
+}
+
 sub is_built_on ($self, $name) { return 0 }
 
 # The objects with the digests of an archive's snapshots that somebody has removed.
@@ -247,7 +256,7 @@ sub _lone_digests ($self, $name) {
 # and the images, as it does for those of a killed process.
 sub remove ($self, $name) {
     fail("archive $name is protected - unprotect its snapshots first (rbd snap unprotect)")
-        if $self->is_protected($name);
+        if $self->_is_protected_now($name);
     my @digests = $self->_lone_digests($name);
     $self->check_lock;
     $self->_unset($_) for grep { m/\Adamaged \Q$name\E / } keys $self->_values->%*;
