@@ -52,6 +52,14 @@ sub check_unreadable () {
     my ($file) = glob($backend->work_dir('state') . '/*');
     unlink($file);
     symlink($file, $file) or die "symlink: $!\n";
+    my $is_left;
+    {
+        local $provider->{on}{backup_vm} = sub ($self, @) { $is_left = -l $file; die "killed\n" };
+        eval { $backend->task($provider)->run };
+    }
+    ok(defined($is_left) && !$is_left,
+        'where it cannot be read, it is none when there may be new data');
+    symlink($file, $file) or die "symlink: $!\n";
     is(mode_of_next(), 'new', 'a note that cannot be read: a full backup');
     is(mode_of_next(), 'reuse', 'the next one is incremental');
     return;

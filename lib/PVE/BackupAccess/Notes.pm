@@ -11,7 +11,7 @@ use JSON::PP ();
 
 use PVE::BackupAccess::Argument qw(bad_argument is_backup_id);
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::File qw(make_directory read_file replace_file sync);
+use PVE::BackupAccess::File qw(make_directory read_if_there replace_file sync);
 use PVE::BackupAccess::Try qw(attempt_any);
 
 my $system_dir = '/var/lib/pve-backup-access';
@@ -38,8 +38,7 @@ sub _file ($self) {
 
 sub _text ($self) {
     return $self->{load}->($self->{key}) if $self->{load};
-    my $file = $self->_file;
-    return -e $file ? read_file($file) : undef;
+    return read_if_there($self->_file);
 }
 
 # An empty note removes the file. This needs no space, so a full file system does not prevent a
