@@ -285,6 +285,14 @@ subtest 'a restore beside another' => sub {
         like($run->{err}, $message, "$file: and the restore says so") if $is_under_way;
         unlink(glob("$dir/*"));
     }
+
+    # Such as that of a volume that is not active.
+    my $link = "$dir/drive-scsi0.raw";
+    symlink('none', $link) or die "symlink: $!\n";
+    $run = run_of('restore', $chain->path_of($name), $dir, '-q');
+    is($run->[0], 1, 'a link to nothing: exit status');
+    like($run->[2], qr/: \Q$link\E already exists and is not overwritten - /, 'and says so');
+    ok(-l $link, 'it stays');
 };
 
 subtest 'restore to a block device' => sub {

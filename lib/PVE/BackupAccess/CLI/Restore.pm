@@ -12,6 +12,7 @@ use PVE::BackupAccess::CLI::ArchivePath
     qw(archive_at chosen_devices file_of provider_for without_slash);
 use PVE::BackupAccess::CLI::Output qw(say_error say_json say_out);
 use PVE::BackupAccess::CLI::Progress;
+use PVE::BackupAccess::File qw(file_exists);
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Image::InUse qw(has_writer);
 use PVE::BackupAccess::Provider::Store::Content qw(describe joined);
@@ -43,7 +44,7 @@ my sub targets ($volumes, $target, $device, $format) {
     }
     for my $file (sort values %files) {
         die "$file already exists and is not overwritten - choose another target\n"
-            if -e $file && !-b $file;
+            if (-e $file || -l $file) && !-b $file;
         usage_error("--format qcow2 is for files, and $file is a block device")
             if -b $file && $format ne 'raw';
     }
@@ -92,7 +93,8 @@ my sub begin_file ($job, $file) {
 # Gives a file its name, unless there is one by now. Not all file systems can link.
 my sub publish_file ($part, $file) {
     return unlink($part) if link($part, $file);
-    die "$file has been made by another program meanwhile, and is not overwritten\n" if -e $file;
+    die "$file has been made by another program meanwhile, and is not overwritten\n"
+        if file_exists($file);
     rename($part, $file) or die "cannot rename $part to $file: $!\n";
 }
 
