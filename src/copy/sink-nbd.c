@@ -31,18 +31,6 @@ typedef struct {
     bool zero;
 } Write;
 
-static PbaNbdVolume *choose(const NbdSink *self)
-{
-    PbaNbdVolume *best = self->connections[0];
-
-    for (unsigned i = 1; i < self->count; i++) {
-        if (nbd_aio_in_flight(self->connections[i]->handle) < nbd_aio_in_flight(best->handle)) {
-            best = self->connections[i];
-        }
-    }
-    return best;
-}
-
 static void finish_part(PbaPiece *piece)
 {
     if (--piece->pending == 0) {
@@ -128,7 +116,7 @@ static bool fill_block(const NbdSink *self, PbaPiece *piece, size_t *rest, GErro
 static bool nbd_sink_write(PbaSink *sink, PbaPiece *piece, GError **error)
 {
     NbdSink *self = (NbdSink *)sink;
-    PbaNbdVolume *nbd = choose(self);
+    PbaNbdVolume *nbd = pba_nbd_least_busy(self->connections, self->count);
     size_t rest;
 
     if (!fill_block(self, piece, &rest, error)) {

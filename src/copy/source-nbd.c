@@ -94,22 +94,6 @@ static void close_connections(PbaSource *source, bool broken)
     }
 }
 
-/* The connection with the fewest requests. */
-static PbaNbdVolume *choose(const NbdSource *self)
-{
-    PbaNbdVolume *best = self->connections[0];
-    int least = nbd_aio_in_flight(best->handle);
-
-    for (unsigned i = 1; i < self->count && least > 0; i++) {
-        int in_flight = nbd_aio_in_flight(self->connections[i]->handle);
-        if (in_flight < least) {
-            least = in_flight;
-            best = self->connections[i];
-        }
-    }
-    return best;
-}
-
 static int on_chunk(void *opaque, const void *data, size_t count, uint64_t offset, unsigned status,
                     int *error)
 {
@@ -153,7 +137,7 @@ static int on_read_done(void *opaque, int *error)
 static bool send_reads(PbaSource *source, PbaPiece *piece, GError **error)
 {
     const NbdSource *self = (const NbdSource *)source;
-    PbaNbdVolume *nbd = choose(self);
+    PbaNbdVolume *nbd = pba_nbd_least_busy(self->connections, self->count);
     piece->pending = 1; /* this function */
     for (uint64_t done = 0; done < piece->length;) {
         uint64_t offset = piece->offset + done;
@@ -191,7 +175,8 @@ static int on_trim_done(void *opaque, int *error)
 
 static bool send_trim(PbaSource *source, PbaRange range, GError **error)
 {
-    PbaNbdVolume *nbd = choose((NbdSource *)source);
+    const NbdSource *self = (const NbdSource *)source;
+    PbaNbdVolume *nbd = pba_nbd_least_busy(self->connections, self->count);
     Trim *trim = g_new(Trim, 1);
     *trim = (Trim){source, range};
     if (nbd_aio_trim(

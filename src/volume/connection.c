@@ -258,3 +258,15 @@ uint64_t pba_nbd_unit(const PbaNbdVolume *nbd, uint64_t offset, uint64_t length)
 
     return nbd->by_cluster ? MIN(most, PBA_CLUSTER - offset % PBA_CLUSTER) : most;
 }
+
+PbaNbdVolume *pba_nbd_least_busy(PbaNbdVolume *const *connections, unsigned count)
+{
+    PbaNbdVolume *best = connections[0];
+
+    for (unsigned i = 1; i < count; i++) {
+        if (nbd_aio_in_flight(connections[i]->handle) < nbd_aio_in_flight(best->handle)) {
+            best = connections[i];
+        }
+    }
+    return best;
+}

@@ -43,6 +43,8 @@ int pba_nbd_notify(struct nbd_handle *handle, short events, short revents);
 bool pba_nbd_turn(PbaNbdVolume *nbd, gint64 deadline, const char *what, GError **error);
 /* The most of a range that one request with data may cover. */
 uint64_t pba_nbd_unit(const PbaNbdVolume *nbd, uint64_t offset, uint64_t length);
+/* Of several connections to one export, the first with the fewest requests in flight. */
+PbaNbdVolume *pba_nbd_least_busy(PbaNbdVolume *const *connections, unsigned count);
 /* Closes the connection, and with it all requests in flight, whose callbacks may still be called.
  * Waits for their answers, at most half a second, if requests must not overlap (PBA_BY_CLUSTER). */
 void pba_nbd_disconnect(PbaNbdVolume *nbd);
