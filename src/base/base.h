@@ -47,6 +47,11 @@ bool pba_wait_ms(unsigned milliseconds, gint64 deadline, const PbaHooks *hooks, 
 
 /* Starts a detached thread, with all signals blocked. */
 bool pba_thread_start(GThreadFunc run, void *opaque, GError **error);
+/* A descriptor that wakes another thread's poll(2): it is readable from pba_wake until
+ * pba_wake_clear, which returns whether it was. -1 on error. */
+int pba_wake_new(GError **error);
+void pba_wake(int fd);
+bool pba_wake_clear(int fd);
 
 /* Directories and sockets */
 

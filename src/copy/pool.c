@@ -1,7 +1,5 @@
 #include "pool.h"
 #include "src/base/base.h"
-#include <errno.h>
-#include <sys/eventfd.h>
 #include <unistd.h>
 
 struct PbaPool {
@@ -45,15 +43,12 @@ static PbaJob *next_job(PbaPool *pool)
 /* Locked. */
 static void put_finished(PbaPool *pool, PbaJob *job)
 {
-    const uint64_t one = 1;
-
     if (pool->stop) {
         job->leave(job);
         return;
     }
-    /* The counter cannot overflow: it is read before the list is empty again. */
-    if (!pool->finished && write(pool->fd, &one, sizeof(one)) != sizeof(one)) {
-        g_warn_if_reached();
+    if (!pool->finished) {
+        pba_wake(pool->fd);
     }
     job->next = pool->finished;
     pool->finished = job;
@@ -94,12 +89,8 @@ PbaPool *pba_pool_new(GError **error)
     g_mutex_init(&pool->mutex);
     g_cond_init(&pool->has_work);
     pool->owner = getpid();
-    pool->fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    if (pool->fd == -1) {
-        pba_error_set(error, PBA_ERROR_SYSTEM, "eventfd failed - %s", g_strerror(errno));
-        return NULL;
-    }
-    return g_steal_pointer(&pool);
+    pool->fd = pba_wake_new(error);
+    return pool->fd == -1 ? NULL : g_steal_pointer(&pool);
 }
 
 bool pba_pool_grow(PbaPool *pool, unsigned threads, GError **error)
@@ -158,9 +149,7 @@ int pba_pool_fd(const PbaPool *pool)
 
 void pba_pool_reap(PbaPool *pool)
 {
-    uint64_t count;
-
-    if (read(pool->fd, &count, sizeof(count)) != sizeof(count)) {
+    if (!pba_wake_clear(pool->fd)) {
         return; /* nothing is finished */
     }
     g_mutex_lock(&pool->mutex);

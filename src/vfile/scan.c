@@ -1,6 +1,7 @@
 /* The runs of a map, dirty regions or zeroes. A thread reads the map on its own connection, so that
  * a slow answer does not delay readers. */
 #include "server.h"
+#include "src/base/base.h"
 #include "src/volume/volume.h"
 
 /* Runs known ahead of the reader. */

@@ -2,6 +2,7 @@
  * last query, because programs that copy a sparse file query it from its beginning to its end. */
 #define _GNU_SOURCE /* SEEK_HOLE */
 #include "server.h"
+#include "src/base/base.h"
 #include "src/volume/volume.h"
 #include <errno.h>
 #include <unistd.h>

@@ -14,12 +14,6 @@
 #include <fuse_lowlevel.h>
 #include <poll.h>
 
-/* Wakes another thread's poll(2): a descriptor that becomes readable. */
-
-int pba_wake_new(GError **error); /* -1 on error */
-void pba_wake(int fd);
-void pba_wake_clear(int fd);
-
 /* The NBD connection, in a thread of its own */
 
 typedef struct PbaConnection PbaConnection;

@@ -7,7 +7,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
-#include <sys/eventfd.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
@@ -146,13 +145,10 @@ static bool make_connection(Connecting *connecting, GError **error)
 
 static void *run(void *opaque)
 {
-    const uint64_t one = 1;
     Connecting *connecting = opaque;
 
     make_connection(connecting, &connecting->error);
-    if (write(connecting->done, &one, sizeof(one)) != sizeof(one)) {
-        g_warn_if_reached();
-    }
+    pba_wake(connecting->done);
     connecting_unref(connecting);
     return NULL;
 }
@@ -201,10 +197,9 @@ struct nbd_handle *pba_connect_aside(struct nbd_handle *handle, const char *uri,
                                      const PbaHooks *hooks, bool *is_full, GError **error)
 {
     struct nbd_handle *connected = NULL;
-    int done = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    int done = pba_wake_new(error);
 
     if (done == -1) {
-        pba_error_set(error, PBA_ERROR_SYSTEM, "eventfd failed - %s", g_strerror(errno));
         nbd_close(handle);
         return NULL;
     }
