@@ -149,6 +149,16 @@ typedef enum {
     PBA_OWNER_ALIVE,
 } PbaOwnerState;
 
+/* What a marker says. */
+typedef struct {
+    const char *mark; /* the name of the node, borrowed */
+    uint64_t size;
+    pid_t pid;       /* 0: the name does not contain one */
+    uint64_t start;  /* of the process */
+    unsigned number; /* of the access; not written if 0 */
+    PbaOwnerState state;
+} PbaOwner;
+
 bool pba_is_owner_mark(const char *node);
 /* The name of this access' marker node; the caller frees it. */
 char *pba_owner_mark_name(const PbaAccess *access, GError **error);
@@ -182,9 +192,10 @@ void pba_owner_unmark(PbaAccess *access, bool all);
  * removes the note. */
 void pba_owner_note(PbaAccess *access);
 void pba_owner_forget(PbaAccess *access);
-/* Reads the name of a marker; the PID is 0 if it does not contain one. */
-bool pba_owner_read(const PbaAccess *access, const char *node, uint64_t size, pid_t *pid,
-                    PbaOwnerState *state);
+/* False if it is not a marker. */
+bool pba_owner_read(const PbaAccess *access, const char *mark, uint64_t size, PbaOwner *owner);
+/* The same for a node of the reply to query-named-block-nodes. */
+bool pba_owner_at(const PbaAccess *access, JsonArray *nodes, guint index, PbaOwner *owner);
 /* Describes a process that cannot be judged, for a message; the caller frees it. */
 char *pba_owner_describe(pid_t pid);
 /* The beginning of the key of the marker's target, as far as its number contains it; the caller

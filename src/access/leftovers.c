@@ -194,14 +194,13 @@ static void add_copies(const PbaLeftovers *leftovers, const char *node, GPtrArra
 static void add_owner(const PbaLeftovers *leftovers, const char *node, GPtrArray *things)
 {
     uint64_t size = pba_owner_node_size(pba_block_find_node(leftovers->block, node));
-    PbaOwnerState state;
-    pid_t pid;
+    PbaOwner owner;
 
-    pba_owner_read(leftovers->access, node, size, &pid, &state);
+    pba_owner_read(leftovers->access, node, size, &owner);
     add_thing(things, node, NULL, pba_line("process mark '%s'", node),
-              state == PBA_OWNER_UNKNOWN ? "was removed: its process, which cannot be judged from "
-                                           "here, was taken for dead"
-                                         : "was removed")
+              owner.state == PBA_OWNER_UNKNOWN
+                  ? "was removed: its process, which cannot be judged from here, was taken for dead"
+                  : "was removed")
         ->harmless = true;
 }
 

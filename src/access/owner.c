@@ -36,12 +36,6 @@ static GPtrArray *marked;
 #define TARGET_BITS 24
 #define PLACE_BITS 29
 
-typedef struct {
-    pid_t pid; /* 0: not known */
-    uint64_t start;
-    unsigned number; /* of the access; not written if 0 */
-} Owner;
-
 static bool set_place_error(GError **error, const char *what)
 {
     pba_error_set(error, PBA_ERROR_SYSTEM,
@@ -132,21 +126,22 @@ static bool read_stat(pid_t pid, char *state, uint64_t *start)
 }
 
 /* A marker without a process is of a later version, or damaged. */
-static bool parse_owner(const char *node, Owner *owner)
+static bool parse_mark(PbaOwner *owner)
 {
     uint64_t pid;
     uint64_t start;
     uint64_t number = 0;
 
-    *owner = (Owner){0};
-    if (!pba_is_owner_mark(node)) {
+    if (!pba_is_owner_mark(owner->mark)) {
         return false;
     }
-    g_auto(GStrv) words = g_strsplit(node + strlen(OWNER_PREFIX), "-", 3);
+    g_auto(GStrv) words = g_strsplit(owner->mark + strlen(OWNER_PREFIX), "-", 3);
     if (words[0] && g_ascii_string_to_unsigned(words[0], 10, 1, INT_MAX, &pid, NULL) && words[1] &&
         g_ascii_string_to_unsigned(words[1], 10, 0, UINT64_MAX, &start, NULL) &&
         (!words[2] || g_ascii_string_to_unsigned(words[2], 10, 1, UINT_MAX, &number, NULL))) {
-        *owner = (Owner){.pid = (pid_t)pid, .start = start, .number = (unsigned)number};
+        owner->pid = (pid_t)pid;
+        owner->start = start;
+        owner->number = (unsigned)number;
     }
     return true;
 }
@@ -195,12 +190,12 @@ static bool is_this_place(uint64_t size)
 }
 
 /* A process that has ended but was not waited for is still in /proc. */
-static PbaOwnerState judge(const PbaAccess *access, const Owner *owner, uint64_t size)
+static PbaOwnerState judge(const PbaAccess *access, const PbaOwner *owner)
 {
     char state;
     uint64_t now;
 
-    if (owner->pid == 0 || !is_this_place(size)) {
+    if (owner->pid == 0 || !is_this_place(owner->size)) {
         return PBA_OWNER_UNKNOWN;
     }
     if (!read_stat(owner->pid, &state, &now)) {
@@ -215,34 +210,38 @@ static PbaOwnerState judge(const PbaAccess *access, const Owner *owner, uint64_t
                                                                              : PBA_OWNER_DEAD;
 }
 
-bool pba_owner_read(const PbaAccess *access, const char *node, uint64_t size, pid_t *pid,
-                    PbaOwnerState *state)
+bool pba_owner_read(const PbaAccess *access, const char *mark, uint64_t size, PbaOwner *owner)
 {
-    Owner owner;
-
-    if (!parse_owner(node, &owner)) {
+    *owner = (PbaOwner){.mark = mark, .size = size};
+    if (!parse_mark(owner)) {
         return false;
     }
-    *pid = owner.pid;
-    *state = judge(access, &owner, size);
+    owner->state = judge(access, owner);
     return true;
 }
 
+bool pba_owner_at(const PbaAccess *access, JsonArray *nodes, guint index, PbaOwner *owner)
+{
+    const char *name = pba_block_node_name(nodes, index);
+
+    return name &&
+           pba_owner_read(access, name, pba_owner_node_size(pba_json_element(nodes, index)), owner);
+}
+
 /* The caller's word decides what cannot be known, but only for the caller's own target. */
-static bool counts_as_dead(const PbaAccess *access, PbaOwnerState state, uint64_t size)
+static bool counts_as_dead(const PbaAccess *access, const PbaOwner *owner)
 {
     uint64_t mask = ((uint64_t)1 << TARGET_BITS) - 1;
-    bool forced = state == PBA_OWNER_UNKNOWN && access->options.force &&
-                  (size == 0 || (size / SECTOR & mask) == target_bits(access));
-    return state == PBA_OWNER_DEAD || forced;
+    bool forced = owner->state == PBA_OWNER_UNKNOWN && access->options.force &&
+                  (owner->size == 0 || (owner->size / SECTOR & mask) == target_bits(access));
+    return owner->state == PBA_OWNER_DEAD || forced;
 }
 
 bool pba_owner_is_dead(const PbaAccess *access, const char *node, uint64_t size)
 {
-    pid_t pid;
-    PbaOwnerState state;
+    PbaOwner owner;
 
-    return pba_owner_read(access, node, size, &pid, &state) && counts_as_dead(access, state, size);
+    return pba_owner_read(access, node, size, &owner) && counts_as_dead(access, &owner);
 }
 
 char *pba_owner_describe(pid_t pid)
@@ -253,16 +252,16 @@ char *pba_owner_describe(pid_t pid)
                : g_strdup("the process whose marker is damaged or of a later version");
 }
 
-static bool refuse_owner(const PbaAccess *access, pid_t pid, PbaOwnerState state, GError **error)
+static bool refuse_owner(const PbaAccess *access, const PbaOwner *owner, GError **error)
 {
-    if (state == PBA_OWNER_ALIVE) {
+    if (owner->state == PBA_OWNER_ALIVE) {
         pba_error_set(error, PBA_ERROR_STATE,
                       "previous backup of this guest not finished: process %d is already backing "
                       "it up",
-                      (int)pid);
+                      (int)owner->pid);
         return false;
     }
-    g_autofree char *process = pba_owner_describe(pid);
+    g_autofree char *process = pba_owner_describe(owner->pid);
     pba_error_set(error, PBA_ERROR_STATE,
                   "previous backup of this guest not finished: this host cannot tell whether %s "
                   "still runs - if it has ended, call recover with force for its target-id",
@@ -276,21 +275,16 @@ static bool refuse_owner(const PbaAccess *access, pid_t pid, PbaOwnerState state
 /* Of several markers, the one that says most. */
 bool pba_owner_check(const PbaAccess *access, JsonArray *nodes, GError **error)
 {
-    PbaOwnerState worst = PBA_OWNER_DEAD;
-    pid_t worst_pid = 0;
+    PbaOwner worst = {.state = PBA_OWNER_DEAD};
+    PbaOwner owner;
 
     for (guint i = 0; i < json_array_get_length(nodes); i++) {
-        const char *name = pba_block_node_name(nodes, i);
-        uint64_t size = name ? pba_owner_node_size(pba_json_element(nodes, i)) : 0;
-        pid_t pid;
-        PbaOwnerState state;
-        if (name && pba_owner_read(access, name, size, &pid, &state) &&
-            !counts_as_dead(access, state, size) && state > worst) {
-            worst = state;
-            worst_pid = pid;
+        if (pba_owner_at(access, nodes, i, &owner) && !counts_as_dead(access, &owner) &&
+            owner.state > worst.state) {
+            worst = owner;
         }
     }
-    return worst == PBA_OWNER_DEAD || refuse_owner(access, worst_pid, worst, error);
+    return worst.state == PBA_OWNER_DEAD || refuse_owner(access, &worst, error);
 }
 
 bool pba_owner_find(const PbaAccess *access, JsonArray *nodes, bool *found, GError **error)

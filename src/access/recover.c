@@ -156,16 +156,11 @@ static bool is_ours(const PbaAccess *access, const PbaLeftover *thing)
 static void log_assumed(const PbaAccess *access, const PbaLeftovers *leftovers)
 {
     JsonArray *nodes = leftovers->block->nodes;
+    PbaOwner owner;
 
     for (guint i = 0; access->options.force && i < json_array_get_length(nodes); i++) {
-        const char *name = pba_block_node_name(nodes, i);
-        pid_t pid;
-        PbaOwnerState state;
-        if (name &&
-            pba_owner_read(access, name, pba_owner_node_size(pba_json_element(nodes, i)), &pid,
-                           &state) &&
-            state == PBA_OWNER_UNKNOWN) {
-            g_autofree char *process = pba_owner_describe(pid);
+        if (pba_owner_at(access, nodes, i, &owner) && owner.state == PBA_OWNER_UNKNOWN) {
+            g_autofree char *process = pba_owner_describe(owner.pid);
             pba_log(&access->hooks, PBA_LOG_WARN, "%s is taken for dead, as recover was told to",
                     process);
         }

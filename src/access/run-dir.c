@@ -265,17 +265,15 @@ static pid_t live_owner(const PbaAccess *access, const char *path)
     g_autofree char *place = g_build_filename(path, PLACE_NAME, NULL);
     g_autofree char *mark = NULL;
     g_autofree char *number = NULL;
-    PbaOwnerState state;
-    pid_t pid;
+    PbaOwner found;
 
     if (!g_file_get_contents(owner, &mark, NULL, NULL)) {
         return 0;
     }
     g_file_get_contents(place, &number, NULL, NULL);
     uint64_t size = number ? g_ascii_strtoull(number, NULL, 10) : 0;
-    return pba_owner_read(access, mark, size, &pid, &state) &&
-                   !pba_owner_is_dead(access, mark, size)
-               ? pid
+    return pba_owner_read(access, mark, size, &found) && !pba_owner_is_dead(access, mark, size)
+               ? found.pid
                : 0;
 }
 

@@ -9,11 +9,8 @@ typedef struct {
     PbaBlock block;
     PbaLeftovers leftovers;
     GPtrArray *things;
-    char *key;         /* of the target whose access is active; NULL: none, or not known */
-    const char *owner; /* the marker of the process that has an access; NULL: there is none */
-    uint64_t owner_size;
-    pid_t pid;
-    PbaOwnerState state; /* of that process */
+    char *key;      /* of the target whose access is active; NULL: none, or not known */
+    PbaOwner owner; /* the process that has an access; without a mark there is none */
     JsonArray *warnings;
 } Status;
 
@@ -69,19 +66,13 @@ static void set_target(const Status *status, JsonObject *object, const char *key
 static void find_owner(Status *status)
 {
     JsonArray *nodes = status->block.nodes;
+    PbaOwner owner;
 
     for (guint i = 0; i < json_array_get_length(nodes); i++) {
-        const char *name = pba_block_node_name(nodes, i);
-        uint64_t size = name ? pba_owner_node_size(pba_json_element(nodes, i)) : 0;
-        pid_t pid;
-        PbaOwnerState state;
-        if (name && pba_owner_read(status->access, name, size, &pid, &state) &&
-            (!status->owner || state > status->state)) {
-            status->owner = name;
-            status->owner_size = size;
-            status->pid = pid;
-            status->state = state;
-            status->leftovers.is_live |= state != PBA_OWNER_DEAD;
+        if (pba_owner_at(status->access, nodes, i, &owner) &&
+            (!status->owner.mark || owner.state > status->owner.state)) {
+            status->owner = owner;
+            status->leftovers.is_live |= owner.state != PBA_OWNER_DEAD;
         }
     }
 }
@@ -138,14 +129,14 @@ static JsonObject *describe_access(Status *status)
     }
     JsonObject *object = json_object_new();
     status->key = g_strdup(key);
-    g_autofree char *owners_key = key ? NULL : pba_owner_target_key(status->owner_size);
+    g_autofree char *owners_key = key ? NULL : pba_owner_target_key(status->owner.size);
     set_target(status, object, key ? key : owners_key);
-    if (status->pid) {
-        json_object_set_int_member(object, "pid", status->pid);
+    if (status->owner.pid) {
+        json_object_set_int_member(object, "pid", status->owner.pid);
     } else {
         set_text(object, "pid", NULL);
     }
-    if (status->state == PBA_OWNER_UNKNOWN) {
+    if (status->owner.state == PBA_OWNER_UNKNOWN) {
         set_text(object, "alive", NULL);
     } else {
         json_object_set_int_member(object, "alive", status->leftovers.is_live);

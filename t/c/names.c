@@ -116,10 +116,9 @@ static void test_owner(void)
     g_autofree char *hash = pba_short_hash("a");
     ok(g_str_has_prefix(hash, key), "%s is of target %s", key, hash);
     for (size_t i = 0; i < G_N_ELEMENTS(damaged); i++) {
-        PbaOwnerState state;
-        pid_t pid;
-        ok(pba_owner_read(&first, damaged[i], size, &pid, &state) && pid == 0 &&
-               state == PBA_OWNER_UNKNOWN,
+        PbaOwner owner;
+        ok(pba_owner_read(&first, damaged[i], size, &owner) && owner.pid == 0 &&
+               owner.state == PBA_OWNER_UNKNOWN,
            "%s is a marker that tells no process", damaged[i]);
     }
     ok(!pba_is_owner_mark("pba-raw-1-2"), "another node is no marker");
