@@ -388,7 +388,7 @@ my %reads = (
 
 # Every command that the core names.
 sub commands_sent () {
-    my @names = map { content($_) =~ m/\b(?:pba_qmp_\w+|run_step)\([^;"]*?"([a-z][\w-]+)"/g }
+    my @names = map { content($_) =~ m/\bpba_qmp_\w+\([^;"]*?"([a-z][\w-]+)"/g }
         glob('src/*/*.c src/*/*/*.c');
     my %names = map { $_ => 1 } grep { !m/\A(?:backup-access-|query-pbs-)/ } @names;
     return sort keys(%names);

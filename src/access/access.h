@@ -120,6 +120,11 @@ void pba_disk_free(gpointer disk);
 bool pba_disk_set_unknown_error(GError **error);
 /* The name of one of our objects for the access' target and this disk: pba-ROLE-TARGET-KEY. */
 char *pba_disk_name(const PbaAccess *access, const char *role, const PbaDisk *disk);
+bool pba_node_delete(PbaAccess *access, const char *node, GError **error);
+/* Deletes a node of the disk, as a step of undoing that has failed with *first so far, if block has
+ * it. The node may be NULL. Does nothing if QEMU cannot be reached any more. */
+void pba_disk_drop_node(PbaAccess *access, GError **first, const PbaBlock *block,
+                        const PbaDisk *disk, const char *node);
 bool pba_check_utf8(const char *name, const char *value, GError **error);
 bool pba_access_require_up(const PbaAccess *access, GError **error);
 bool pba_access_require_down(const PbaAccess *access, GError **error);
@@ -183,7 +188,6 @@ bool pba_owner_holds(PbaAccess *access);
 bool pba_owner_mark(PbaAccess *access, JsonArray **nodes, GError **error);
 /* Adds a node that does nothing: its name is the marker. */
 bool pba_mark_add(PbaAccess *access, const char *name, uint64_t size, GError **error);
-bool pba_mark_delete(PbaAccess *access, const char *name, GError **error);
 /* Removes our marker; in recovery, with all, also the markers of dead processes and those of this
  * target's devices and of its end. Does nothing if our marker has been removed already. A failure
  * is only logged, because only a later access depends on it. */

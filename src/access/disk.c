@@ -1,6 +1,7 @@
-/* One disk of an access. */
+/* One disk of an access, and deleting its nodes. */
 #include "access.h"
 #include "src/base/base.h"
+#include "src/qmp/qmp.h"
 
 void pba_disk_free(gpointer data)
 {
@@ -36,4 +37,21 @@ bool pba_disk_set_unknown_error(GError **error)
 char *pba_disk_name(const PbaAccess *access, const char *role, const PbaDisk *disk)
 {
     return pba_key_name(access->target_id, role, disk->key);
+}
+
+bool pba_node_delete(PbaAccess *access, const char *node, GError **error)
+{
+    return pba_qmp_run(access->qmp, "blockdev-del", pba_json("{'node-name': <%s>}", node), error);
+}
+
+void pba_disk_drop_node(PbaAccess *access, GError **first, const PbaBlock *block,
+                        const PbaDisk *disk, const char *node)
+{
+    GError *step = NULL;
+
+    if (!pba_error_is_fatal(*first) && pba_block_find_node(block, node) &&
+        !pba_node_delete(access, node, &step)) {
+        pba_error_add_device(&step, disk->device);
+        pba_error_keep_first(first, step, &access->hooks);
+    }
 }

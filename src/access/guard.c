@@ -100,18 +100,10 @@ bool pba_guards_add(PbaAccess *access, PbaGuarded guarded, GError **error)
 
 static void delete_guards(PbaAccess *access, GError **first, const PbaBlock *block)
 {
-    for (guint i = 0; i < access->disks->len && !pba_error_is_fatal(*first); i++) {
+    for (guint i = 0; i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
-        const char *const nodes[] = {disk->guard_node, disk->hold_node};
-        for (size_t j = 0; j < G_N_ELEMENTS(nodes) && !pba_error_is_fatal(*first); j++) {
-            GError *step = NULL;
-            if (nodes[j] && pba_block_find_node(block, nodes[j]) &&
-                !pba_qmp_run(access->qmp, "blockdev-del", pba_json("{'node-name': <%s>}", nodes[j]),
-                             &step)) {
-                pba_error_add_device(&step, disk->device);
-                pba_error_keep_first(first, step, &access->hooks);
-            }
-        }
+        pba_disk_drop_node(access, first, block, disk, disk->guard_node);
+        pba_disk_drop_node(access, first, block, disk, disk->hold_node);
     }
 }
 

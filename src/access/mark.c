@@ -15,11 +15,6 @@ bool pba_mark_add(PbaAccess *access, const char *name, uint64_t size, GError **e
                        error);
 }
 
-bool pba_mark_delete(PbaAccess *access, const char *name, GError **error)
-{
-    return pba_qmp_run(access->qmp, "blockdev-del", pba_json("{'node-name': <%s>}", name), error);
-}
-
 static void unmark(PbaAccess *access, bool all, bool is_known);
 
 /* If two processes add their markers at the same time, at least one of them sees the other, because
@@ -109,7 +104,7 @@ static bool delete_marks(PbaAccess *access, bool all, GError **error)
         for (guint i = 0; i < json_array_get_length(nodes); i++) {
             JsonObject *node = pba_json_element(nodes, i);
             if (rank_of(access, node, own, all) == rank &&
-                !pba_mark_delete(access, pba_block_node_name(nodes, i), error)) {
+                !pba_node_delete(access, pba_block_node_name(nodes, i), error)) {
                 return false;
             }
         }
@@ -123,8 +118,8 @@ static bool delete_own_marks(PbaAccess *access, GError **error)
 {
     g_autofree char *own = pba_owner_mark_name(access, error);
 
-    return own && (!access->end_mark || pba_mark_delete(access, access->end_mark, error)) &&
-           pba_mark_delete(access, own, error);
+    return own && (!access->end_mark || pba_node_delete(access, access->end_mark, error)) &&
+           pba_node_delete(access, own, error);
 }
 
 /* Over a new connection the removal may succeed. After a time-out it is not tried again: unlike a

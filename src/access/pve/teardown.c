@@ -260,7 +260,7 @@ static void unmark_ending(PbaAccess *access, GError **first)
 {
     GError *step = NULL;
 
-    if (access->end_mark && pba_mark_delete(access, access->end_mark, &step)) {
+    if (access->end_mark && pba_node_delete(access, access->end_mark, &step)) {
         g_clear_pointer(&access->end_mark, g_free);
     }
     pba_error_keep_first(first, step, &access->hooks);

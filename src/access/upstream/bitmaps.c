@@ -163,11 +163,6 @@ static DirtySource dirty_source_names(const PbaAccess *access, const PbaDisk *di
     };
 }
 
-static bool delete_node(PbaAccess *access, const char *node, GError **error)
-{
-    return pba_qmp_run(access->qmp, "blockdev-del", pba_json("{'node-name': <%s>}", node), error);
-}
-
 bool pba_dirty_source_drop(PbaAccess *access, const PbaDisk *disk, const PbaBlock *block,
                            GError **error)
 {
@@ -180,11 +175,12 @@ bool pba_dirty_source_drop(PbaAccess *access, const PbaDisk *disk, const PbaBloc
         }
         /* Fails if there is no job, or no longer one. */
         pba_qmp_run(access->qmp, "job-dismiss", pba_json("{'id': <%s>}", names.job), NULL);
-        if (!delete_node(access, names.sink, error)) {
+        if (!pba_node_delete(access, names.sink, error)) {
             return false;
         }
     }
-    return !pba_block_find_node(block, names.source) || delete_node(access, names.source, error);
+    return !pba_block_find_node(block, names.source) ||
+           pba_node_delete(access, names.source, error);
 }
 
 bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error)
@@ -208,6 +204,6 @@ bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error)
         done = pba_actions_run(access->qmp, actions, error);
     }
     /* The sink first: its node shows teardown that there may be a job. */
-    return done && delete_node(access, names.sink, error) &&
-           delete_node(access, names.source, error);
+    return done && pba_node_delete(access, names.sink, error) &&
+           pba_node_delete(access, names.source, error);
 }

@@ -5,33 +5,6 @@
 #include "upstream.h"
 #include <string.h>
 
-/* Runs one step; the first error is kept and further steps are still tried, unless QEMU cannot be
- * talked to any more. */
-static void run_step(PbaAccess *access, GError **first, const PbaDisk *disk, const char *command,
-                     JsonNode *arguments)
-{
-    GError *step = NULL;
-
-    if (pba_error_is_fatal(*first)) {
-        json_node_unref(arguments);
-        return;
-    }
-    if (!pba_qmp_run(access->qmp, command, arguments, &step)) {
-        if (disk) {
-            pba_error_add_device(&step, disk->device);
-        }
-        pba_error_keep_first(first, step, &access->hooks);
-    }
-}
-
-static void delete_node(PbaAccess *access, GError **first, const PbaBlock *block,
-                        const PbaDisk *disk, const char *node)
-{
-    if (node && pba_block_find_node(block, node)) {
-        run_step(access, first, disk, "blockdev-del", pba_json("{'node-name': <%s>}", node));
-    }
-}
-
 const char *pba_upstream_root(const PbaBlock *block, const PbaDisk *disk)
 {
     const PbaUpstreamDisk *nodes = pba_upstream_disk(disk);
@@ -47,6 +20,7 @@ const char *pba_upstream_root(const PbaBlock *block, const PbaDisk *disk)
 static void bypass_filters(PbaAccess *access, GError **first, const PbaBlock *block)
 {
     g_autoptr(JsonArray) options = json_array_new();
+    GError *step = NULL;
 
     for (guint i = 0; i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
@@ -57,8 +31,9 @@ static void bypass_filters(PbaAccess *access, GError **first, const PbaBlock *bl
         }
     }
     if (json_array_get_length(options) > 0) {
-        run_step(access, first, NULL, "blockdev-reopen",
-                 pba_json_wrap_array("options", g_steal_pointer(&options)));
+        pba_qmp_run(access->qmp, "blockdev-reopen",
+                    pba_json_wrap_array("options", g_steal_pointer(&options)), &step);
+        pba_error_keep_first(first, step, &access->hooks);
     }
 }
 
@@ -83,11 +58,14 @@ static void give_root_back(PbaAccess *access, GError **first, const PbaBlock *bl
         !pba_block_find_user(block, own->raw)) {
         return;
     }
-    run_step(
-        access, &step, disk, "qom-set",
-        pba_json("{'path': <%s>, 'property': <'drive'>, 'value': <%s>}", own->guest_device, root));
-    if (step && !pba_error_is_fatal(step) && !has_user_now(access, own->raw)) {
-        g_clear_error(&step);
+    if (!pba_qmp_run(access->qmp, "qom-set",
+                     pba_json("{'path': <%s>, 'property': <'drive'>, 'value': <%s>}",
+                              own->guest_device, root),
+                     &step)) {
+        pba_error_add_device(&step, disk->device);
+        if (!pba_error_is_fatal(step) && !has_user_now(access, own->raw)) {
+            g_clear_error(&step);
+        }
     }
     pba_error_keep_first(first, step, &access->hooks);
 }
@@ -96,7 +74,7 @@ static void drop_fleecing(PbaAccess *access, GError **first, const PbaBlock *blo
                           const PbaDisk *disk)
 {
     if (disk->fleecing_node && pba_is_own_node(disk->fleecing_node)) {
-        delete_node(access, first, block, disk, disk->fleecing_node);
+        pba_disk_drop_node(access, first, block, disk, disk->fleecing_node);
     }
 }
 
@@ -170,10 +148,10 @@ static void undo_disk(PbaAccess *access, GError **first, const PbaBlock *block, 
     if (!in_use) {
         give_root_back(access, first, block, disk);
     }
-    delete_node(access, first, block, disk, nodes->filter);
-    delete_node(access, first, block, disk, disk->guard_node);
+    pba_disk_drop_node(access, first, block, disk, nodes->filter);
+    pba_disk_drop_node(access, first, block, disk, disk->guard_node);
     if (!in_use) {
-        delete_node(access, first, block, disk, nodes->raw);
+        pba_disk_drop_node(access, first, block, disk, nodes->raw);
     }
     drop_fleecing(access, first, block, disk);
     /* Last: this may wait for a job, and by now the guest uses its own disk again. */
@@ -194,7 +172,7 @@ static bool undo_graph(PbaAccess *access, GError **first, PbaBlock *block)
      * to 11.0), because the snapshot's content would change. */
     for (guint i = 0; i < disks->len; i++) {
         const PbaDisk *disk = disks->pdata[i];
-        delete_node(access, first, block, disk, disk->snapshot_node);
+        pba_disk_drop_node(access, first, block, disk, disk->snapshot_node);
     }
     /* All filters before any guest device: the snapshots are gone, but a filter that remains would
      * still copy what the guest overwrites. */
