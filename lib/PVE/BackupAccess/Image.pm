@@ -14,7 +14,7 @@ use PVE::BackupAccess::Argument
     qw(bad_argument check_filled_text check_hash check_options check_positive);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Image::InUse qw(check_unused);
-use PVE::BackupAccess::Program qw($longest_socket start_program);
+use PVE::BackupAccess::Program qw($longest_socket how_ended start_program);
 use PVE::BackupAccess::Provider::Store::PrivateDir;
 use PVE::BackupAccess::Try qw(attempt);
 use PVE::BackupAccess::Wait qw(wait_for_child);
@@ -196,13 +196,9 @@ sub stop ($self) {
     kill(TERM => $pid);
     local $?;
     my $status = wait_for_child($pid);
-    my $how
-        = !defined($status) ? 'ended, and other code of this process waited for it'
-        : $status & 127 ? 'was killed by signal ' . ($status & 127)
-        : 'ended with status ' . ($status >> 8);
-    fail(join(' - ', "$qemu_storage_daemon $how", grep { $_ ne '' } log_line($self)))
-        if !defined($status) || $status;
-    return;
+    return if defined($status) && $status == 0;
+    my @said = grep { $_ ne '' } log_line($self);
+    fail(join(' - ', "$qemu_storage_daemon " . how_ended($status), @said));
 }
 
 sub CLONE_SKIP { return 1 }

@@ -17,7 +17,7 @@ use PVE::BackupAccess::Try qw(deaths_of ensure rethrow);
 use PVE::BackupAccess::Wait qw(wait_for_child);
 
 our @EXPORT_OK
-    = qw($longest_socket block_signals end_with new_pipe program_environment run_program run_program_to_file start_program temporary_file);
+    = qw($longest_socket block_signals end_with how_ended new_pipe program_environment run_program run_program_to_file start_program temporary_file);
 
 our $longest_socket = 107;    # bytes of a path in a struct sockaddr_un
 
@@ -145,6 +145,13 @@ sub start_program ($pid, $how, @command) {
     POSIX::sigprocmask(SIG_SETMASK, $mask);
     return if defined($pid->$*);
     fail('SystemError', "cannot start $command[0] - $problem");
+}
+
+# How a program has ended, by its status as in $?; undef: other code of this process has waited for it.
+sub how_ended ($status) {
+    return 'ended, and other code of this process waited for it' if !defined($status);
+    return 'was ended by signal ' . ($status & 127) if $status & 127;
+    return 'ended with status ' . ($status >> 8);
 }
 
 # A child keeps its PID until it has been waited for.

@@ -7,7 +7,7 @@ use v5.36;
 
 use POSIX ();
 
-use PVE::BackupAccess::Program qw(start_program temporary_file);
+use PVE::BackupAccess::Program qw(how_ended start_program temporary_file);
 use PVE::BackupAccess::Wait qw(wait_for_child);
 
 # handles: in, out, err. The default is /dev/null, and for err a file whose first line said() returns.
@@ -41,11 +41,7 @@ sub problem ($self) {
     return undef if defined($status) && $status == 0;
     my $said = $self->said;
     return $said if $said =~ m/\Acannot run /;    # it never began
-    my $how
-        = !defined($status) ? 'ended, and other code of this process waited for it'
-        : $status & 127 ? 'was ended by signal ' . ($status & 127)
-        : 'ended with status ' . ($status >> 8);
-    return "$self->{name} $how" . ($said eq '' ? '' : " - $said");
+    return join(' - ', "$self->{name} " . how_ended($status), grep { $_ ne '' } $said);
 }
 
 # Kills the program.

@@ -8,7 +8,7 @@ use Exporter qw(import);
 use JSON::PP ();
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw(run_program run_program_to_file);
+use PVE::BackupAccess::Program qw(how_ended run_program run_program_to_file);
 
 our @EXPORT_OK = qw($cluster_size commit_image create_image extents image_chain image_problem);
 
@@ -21,7 +21,7 @@ our $qemu_img = 'qemu-img';
 sub run (@arguments) {
     my ($status, $out, $message) = run_program($qemu_img, @arguments);
     chomp($message);
-    $Error->throw('SystemError', "$qemu_img $arguments[0] was ended by signal " . ($status & 127))
+    $Error->throw('SystemError', "$qemu_img $arguments[0] " . how_ended($status))
         if $status & 127;
     return ($status, $out, $message);
 }

@@ -8,7 +8,7 @@ use JSON::PP ();
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::File qw(write_file);
-use PVE::BackupAccess::Program qw(run_program);
+use PVE::BackupAccess::Program qw(how_ended run_program);
 use PVE::BackupAccess::Provider::Store::PrivateDir;
 use PVE::BackupAccess::Try qw(attempt_any);
 
@@ -71,7 +71,7 @@ my sub short ($program, @arguments) {
 sub run ($self, $program, @arguments) {
     my ($status, $out, $message) = run_program($self->teller(short($program, @arguments)),
         $self->command($program, @arguments));
-    fail("$program $arguments[0] was ended by signal " . ($status & 127)) if $status & 127;
+    fail("$program $arguments[0] " . how_ended($status)) if $status & 127;
     return ($status >> 8, $out, $message =~ s/\s+\z//r);
 }
 
