@@ -18,7 +18,7 @@ use Time::HiRes qw(sleep time);
 use PVE::BackupAccess;
 
 our @EXPORT_OK
-    = qw(next_line pause read_some slice wait_for_child wait_for_lock wait_until_readable);
+    = qw(keep_trying next_line pause read_some slice wait_for_child wait_for_lock wait_until_readable);
 
 my $slice = 0.2;            # seconds
 my $look_again = 0.02;      # the same, where nothing tells
@@ -34,6 +34,17 @@ sub pause ($seconds) {
         sleep(slice($left));
     }
     return;
+}
+
+# Calls the code until it returns a true value or the seconds are over, but at least once. Returns its last value. The
+# pauses vary, so that two processes that try at once do not do so again.
+sub keep_trying ($seconds, $code) {
+    my $end = time + $seconds;
+    my $value;
+    while (!($value = $code->()) && (my $left = $end - time) > 0) {
+        pause(min($left, $slice * (1 + rand(0.5))));
+    }
+    return $value;
 }
 
 # Waits until a child has ended, and meanwhile calls the code, if any, at least once in a slice. Returns its status, as in $?,

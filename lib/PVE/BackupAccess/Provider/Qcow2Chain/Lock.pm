@@ -7,14 +7,13 @@ use v5.36;
 
 use Exporter qw(import);
 use Fcntl qw(:flock O_CREAT O_RDONLY O_RDWR);
-use Time::HiRes ();
 
 use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Wait qw(keep_trying);
 
 our @EXPORT_OK = qw(drop_lock take_lock try_lock);
 
 my $Error = 'PVE::BackupAccess::Error';
-my $look_every = 0.2;    # seconds
 
 # One process at a time adds or removes archives. Any number of others may read in the meantime, but not while images are
 # merged or removed.
@@ -63,14 +62,8 @@ sub try_lock ($dir, $kind) {
 
 # The same, but waits up to $seconds, and then dies.
 sub take_lock ($dir, $kind, $seconds) {
-    my $deadline = Time::HiRes::time() + $seconds;
-    while (1) {
-        my $lock = try_lock($dir, $kind);
-        return $lock if $lock;
-        my $left = $deadline - Time::HiRes::time();
-        last if $left <= 0;
-        Time::HiRes::sleep($left < $look_every ? $left : $look_every);
-    }
+    my $lock = keep_trying($seconds, sub () { try_lock($dir, $kind) });
+    return $lock if $lock;
     $Error->throw('StateError',
         "$dir $locks{$kind}{busy} - try again when that has ended, or wait for it (--wait)");
 }

@@ -12,11 +12,9 @@ use Time::HiRes ();
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Program qw(new_pipe start_program);
-use PVE::BackupAccess::Wait qw(pause read_some slice wait_for_child);
+use PVE::BackupAccess::Wait qw(keep_trying read_some slice wait_for_child);
 
 my $Error = 'PVE::BackupAccess::Error';
-my $look_every
-    = 0.2;    # seconds, or half of it more: two that try at once are to be apart the next time
 my $longest_end = 10;    # seconds, to end a watch
 
 # others: the lock that no other process may hold at the same time.
@@ -96,13 +94,8 @@ sub check ($self) {
 
 # The same, but waits up to $seconds, and then dies.
 sub take ($class, $ceph, $object, $kind, $seconds) {
-    my $deadline = Time::HiRes::time() + $seconds;
-    while (1) {
-        my $lock = $class->try($ceph, $object, $kind);
-        return $lock if $lock;
-        last if Time::HiRes::time() >= $deadline;
-        pause($look_every * (1 + rand(0.5)));
-    }
+    my $lock = keep_trying($seconds, sub () { $class->try($ceph, $object, $kind) });
+    return $lock if $lock;
     $Error->throw('StateError',
               "$object in rbd:"
             . $ceph->place
