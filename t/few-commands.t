@@ -54,11 +54,8 @@ sub call_by_call ($backend, $carry) {
 
 for my $name (PBA::Test::Backend->names) {
     for my $disks (1, 3) {
-        my $backend = PBA::Test::Backend->start(
+        my $backend = PBA::Test::Backend->start_paused(
             name => $name,
-            guest => 0,
-            paused => 1,
-            memory => 32,
             disks => [map { { id => "d$_", size => $size, bus => 'scsi' } } 1 .. $disks],
         );
         my ($first, $further) = $limit{$name}->@*;

@@ -15,12 +15,9 @@ my $other_target = 'snapshot-access:other';
 my $new_id = sub () { PVE::BackupAccess->new_id };
 
 sub start ($name, $form) {
-    return PBA::Test::Backend->start(
+    return PBA::Test::Backend->start_paused(
         name => $name,
         form => $form,
-        guest => 0,
-        paused => 1,
-        memory => 32,
         disks => [map { { id => $_, size => $size, format => 'qcow2', bus => 'scsi' } } qw(a b)],
     );
 }

@@ -179,11 +179,8 @@ sub check_ambiguous ($backend) {
 }
 
 for my $name (PBA::Test::Backend->names) {
-    my $backend = PBA::Test::Backend->start(
+    my $backend = PBA::Test::Backend->start_paused(
         name => $name,
-        guest => 0,
-        paused => 1,
-        memory => 32,
         disks => \@disks,
     );
     my $names = names_of($backend->vm);

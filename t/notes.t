@@ -15,11 +15,8 @@ use PBA::Test::Provider;
 use PBA::Test::Thrown qw(what_arrives);
 
 # One QEMU is enough: it is about files.
-my $backend = PBA::Test::Backend->start(
+my $backend = PBA::Test::Backend->start_paused(
     name => (PBA::Test::Backend->names)[0],
-    guest => 0,
-    paused => 1,
-    memory => 32,
     disks => [{ id => 'disk0', size => 1 << 20, format => 'qcow2', bus => 'scsi' }],
 );
 my $device = $backend->device('disk0');

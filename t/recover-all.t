@@ -141,11 +141,8 @@ sub check_foreign ($backend) {
 
 for my $name (PBA::Test::Backend->names) {
     subtest "backend $name" => sub {
-        my $backend = PBA::Test::Backend->start(
+        my $backend = PBA::Test::Backend->start_paused(
             name => $name,
-            guest => 0,
-            paused => 1,
-            memory => 32,
             disks => [map { { id => $_, size => $size, bus => 'scsi' } } qw(a b)],
         );
         check_dead($backend);

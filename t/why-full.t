@@ -78,11 +78,8 @@ sub check_case ($backend, $spoil, $reason) {
 }
 
 for my $name (PBA::Test::Backend->names) {
-    my $backend = PBA::Test::Backend->start(
+    my $backend = PBA::Test::Backend->start_paused(
         name => $name,
-        guest => 0,
-        paused => 1,
-        memory => 32,
         disks => [{ id => 'disk0', size => $size, format => 'qcow2', bus => 'scsi' }],
     );
     subtest "backend $name, $_->[1]" => sub { check_case($backend, $_->@*) }

@@ -34,6 +34,11 @@ sub start ($class, %opt) {
     return $self;
 }
 
+# The same, but no guest system runs.
+sub start_paused ($class, %opt) {
+    return $class->start(guest => 0, paused => 1, memory => 32, %opt);
+}
+
 # With disk0 and disk1 of these sizes, and a model of what the guest's churn writes to them:
 # { backend, outside, model }.
 sub start_with_model ($class, $name, $sizes, $seed, $blocks) {

@@ -119,12 +119,9 @@ sub all_events ($class, $provider) {
 sub new ($class, %opt) {
     my $self = bless({ naming => 'node', persistent => 0, %opt }, $class);
     my $shape = $self->{naming} eq 'drive' ? 'drive' : 'blockdev';
-    $self->{backend} = PBA::Test::Backend->start(
+    $self->{backend} = PBA::Test::Backend->start_paused(
         name => $self->{backend},
         fleecing => 0,
-        guest => 0,
-        paused => 1,
-        memory => 32,
         args => ['-uuid', '11111111-2222-3333-4444-555555555555'],
         disks => [
             map { { id => $_, size => $size, format => 'qcow2', bus => 'scsi', shape => $shape } }
