@@ -217,6 +217,8 @@ subtest 'names and directories' => sub {
 subtest 'one after the other' => sub {
     open(my $other, '+<', $file{data}) or die "$file{data}: $!\n";    # as another backup has it
     refused('at once', 1, qr/is open for writing in another process/, @guest);
+    ok(!eval { open_image('data'); 1 }, 'the same from Perl');
+    is(ref($@) && $@->class, 'StateError', 'has a class that --wait knows');
     my $waiting = start_command('backup', "$dir/store", '--fleecing-dir', "$dir/fleecing",
         @guest, qw(--quiet --wait 100));
     $waiting->goes_on for 1 .. 5;

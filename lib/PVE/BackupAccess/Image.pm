@@ -101,6 +101,13 @@ my sub log_line ($self) {
     return ($line // '') =~ s/\A\S*qemu-storage-daemon: (?:--blockdev \{.*\}: )?//r =~ s/\s+\z//r;
 }
 
+# Only words tell that another QEMU has an image (QEMU 7.2 to 11.0).
+my sub fail_to_open ($self) {
+    my $line = log_line($self);
+    my $class = $line =~ m/Failed to get .* lock/ ? 'StateError' : 'SystemError';
+    PVE::BackupAccess::Error->throw($class, "cannot open the images - $line");
+}
+
 # Looks again for a moment: it may be about to end.
 my sub has_ended ($self, $tries = 1) {
     local ($!, $?);
@@ -154,7 +161,7 @@ my sub check_backing ($self) {
 my sub wait_until_up ($self) {
     my $deadline = Time::HiRes::time() + $seconds_to_start;
     until (IO::Socket::UNIX->new(Peer => $self->{socket})) {
-        fail('cannot open the images - ' . log_line($self)) if has_ended($self);
+        fail_to_open($self) if has_ended($self);
         fail("$qemu_storage_daemon did not start within $seconds_to_start seconds")
             if Time::HiRes::time() > $deadline;
         Time::HiRes::sleep($seconds_between_looks);
@@ -184,7 +191,7 @@ sub start ($class, @options) {
     # It listens before it has opened the images.
     my $error = attempt { find_drives($self) };
     die $error if $error && !has_ended($self, 100);
-    fail('cannot open the images - ' . log_line($self)) if $error;
+    fail_to_open($self) if $error;
     check_backing($self);
     return $self;
 }
@@ -368,8 +375,8 @@ raw image could write a qcow2 header to it. For the same reason, an image must r
 
 =back
 
-Errors: C<ArgumentError> if an option is unknown, missing or wrong; C<SystemError> if a file cannot be opened or is open
-for writing in another process, if the daemon cannot be started, or if it cannot open the images.
+Errors: C<ArgumentError> if an option is unknown, missing or wrong; C<StateError> if a file is open for writing in another
+process; C<SystemError> if a file cannot be opened, if the daemon cannot be started, or if it cannot open the images.
 
 =head2 qmp
 

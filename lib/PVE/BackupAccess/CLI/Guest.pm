@@ -7,11 +7,11 @@ use v5.36;
 
 use Exporter qw(import);
 use File::Basename qw(basename);
-use Time::HiRes ();
 
 use PVE::BackupAccess::CLI qw(absolute usage_error);
 use PVE::BackupAccess::CLI::Access qw(text);
 use PVE::BackupAccess::Try qw(attempt);
+use PVE::BackupAccess::Wait qw(keep_trying);
 
 our @EXPORT_OK = qw(device_named leave_guest reach_guest);
 
@@ -42,16 +42,14 @@ my sub check_names (@disks) {
 # With --wait, waits for another backup of the guest: that has the images open.
 my sub start_images ($opt, %options) {
     require PVE::BackupAccess::Image;
-    my $deadline = Time::HiRes::time() + ($opt->{wait} // 0);
-    while (1) {
-        my $images;
-        my $error = attempt { $images = PVE::BackupAccess::Image->start(%options) };
-        return $images if $images;
-        die $error
-            if $error !~ m/is open for writing in another process|Failed to get .* lock/
-            || Time::HiRes::time() >= $deadline;
-        Time::HiRes::sleep(0.2);
-    }
+    my ($images, $error);
+    my $try = sub () {
+        $error = attempt { $images = PVE::BackupAccess::Image->start(%options) };
+        return !$error || $error->class ne 'StateError';
+    };
+    keep_trying($opt->{wait} // 0, $try);
+    die $error if $error;
+    return $images;
 }
 
 # From here on, the images represent the guest.

@@ -64,7 +64,7 @@ sub check_unused ($file) {
     fail("$file is neither a file nor a block device")
         if !S_ISREG($found[2]) && !S_ISBLK($found[2]);
     check_exclusive($file) if S_ISBLK($found[2]);
-    fail(
+    PVE::BackupAccess::Error->throw('StateError',
         "$file is open for writing in another process, such as a running QEMU - end that process, or"
             . ' back up the running guest')
         if has_writer($file);
