@@ -264,7 +264,7 @@ subtest 'a restore beside another' => sub {
     unlink(glob("$dir/*.raw"), "$dir/guest.conf");
 
     for my $case (
-        ['drive-scsi0.raw', qr/\Q$dir\E\/drive-scsi0[.]raw has been made by another program/],
+        ['drive-scsi0.raw', qr/another program has created \Q$dir\E\/drive-scsi0[.]raw/],
         ['drive-scsi0.raw.part', qr/another restore has replaced \Q$part\E - /],
         )
     {

@@ -113,7 +113,7 @@ subtest "a guest's path" => sub {
     for my $path (qw(web1 100 vm/100 vm/100/)) {
         my $run = run_of('remove', "$store/$path");
         is($run->[0], 1, "remove $path: exit status");
-        like($run->[2], qr/give the archive.*\Q$name\E.*is a guest/, 'says what it is');
+        like($run->[2], qr/is a guest, .*give the archive.*\Q$name\E/, 'says what it is');
     }
     is_deeply([$chain->names], [$name], 'nothing is removed');
     my $run = run_of('list', "$store/web1");

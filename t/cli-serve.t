@@ -100,7 +100,8 @@ for my $way (@ways) {
             kill(KILL => $pids[$victim]);
             my $run = $command->finish;
             is($run->{status}, 1, "process $victim: exit status");
-            like($run->{err}, qr/: device drive-scsi0: its .* has ended by itself/, 'says which');
+            like($run->{err}, qr/: device drive-scsi0: its .* has ended unexpectedly/,
+                'says which');
             nothing_left("process $victim", @pids);
         }
     };

@@ -1,7 +1,7 @@
 package PVE::BackupAccess::CLI;
 
 # The command pve-backup-access, from its arguments to its exit status. Each subcommand has a module
-# below this one. All options are here, in one place.
+# below this one. The options of all subcommands are listed here.
 
 use v5.36;
 
@@ -23,8 +23,8 @@ my @guest = qw(
     qemu-fleecing-dir=s
 );
 
-# The subcommands: each one's module and function, its arguments ('...' may be several), its options
-# (Getopt::Long), and the required ones.
+# The subcommands: the module and function of each, its arguments ('...' means one or more), its
+# options (Getopt::Long), and which options are required.
 my %commands = (
     backup => {
         module => 'Backup',
@@ -132,7 +132,7 @@ my %commands = (
 
 sub commands () { return \%commands }
 
-# The user's arguments are trusted like the user; only data from elsewhere stays tainted.
+# The user's arguments are as trustworthy as the user; only data from other sources stays tainted.
 sub untainted ($text) {
     my ($same) = $text =~ m/\A(.*)\z/s;
     return $same;
@@ -282,7 +282,7 @@ my sub run (@arguments) {
     return run_command($command, @arguments);
 }
 
-# What the user can do about an error from a part that does not know the command.
+# What the user can do about an error from code that does not know about the command.
 my sub hint_for ($command, $error) {
     return
         "Undo it by: pve-backup-access recover --target-id '$1', and this command's options for the guest."
@@ -306,7 +306,7 @@ my sub failed ($error, @arguments) {
     return 1;
 }
 
-# Takes the arguments, returns the exit status, or does not return if a signal ended it.
+# Returns the exit status, or does not return if a signal ends the command.
 sub main (@arguments) {
     @arguments = map { untainted($_) } @arguments;
     clean_environment();

@@ -1,6 +1,6 @@
 package PVE::BackupAccess::CLI::Access;
 
-# The options about the guest in the module's form.
+# Converts the options about the guest to those of PVE::BackupAccess.
 
 use v5.36;
 

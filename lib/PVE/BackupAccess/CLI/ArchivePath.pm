@@ -26,7 +26,7 @@ my sub split_guest ($path) {
     return ($directory eq '' ? '.' : $directory, $guest);
 }
 
-# (directory, guest as it is called, its number) of a path to a guest that is there.
+# (directory, guest as named in the path, number of the guest) of the path of an existing guest.
 my sub guest_at ($opt, $path) {
     my ($directory, $guest) = split_guest($path);
     return if !defined($guest) || !is_store($directory);
@@ -36,7 +36,7 @@ my sub guest_at ($opt, $path) {
     return ($directory, $guest, $vmid);
 }
 
-# A guest's path is a directory as well, or none.
+# Dies unless the path is a store: a guest's path may be a directory too, or may not exist as one.
 my sub check_directory ($opt, $path) {
     return if is_store($path);
     my ($store, $guest, $vmid) = guest_at($opt, $path);
@@ -79,7 +79,7 @@ sub find_archive ($opt, $path) {
     return (defined($directory) ? $directory eq '' ? '/' : $directory : '.', $volname);
 }
 
-# Why a path means no archive.
+# Says why a path does not name an archive.
 my sub problem_of ($path) {
     my ($directory, $guest) = split_guest($path =~ s!/latest/*\z!!r);
     return "there is no guest '$guest' in $directory"

@@ -93,7 +93,7 @@ my sub archives_of ($opt, $path) {
 my sub verdict ($result) {
     return 'DAMAGED' if $result->{problems}->@*;
     return 'ok' if !$result->{unproven}->@*;
-    return 'no damage found, but not provable: there are no digests of what was read from '
+    return 'no damage found, but not proven intact: the archive has no digests of '
         . join(', ', $result->{unproven}->@*);
 }
 
@@ -130,10 +130,10 @@ sub verify ($opt, @paths) {
 
 # ---- prune and remove ----
 
-# --keep is an older word for --keep-last.
+# --keep is the older name of --keep-last.
 my sub rules ($opt) {
     my %keep = map { $_ => $opt->{$_} } grep { defined($opt->{$_}) } periods();
-    usage_error('--keep and --keep-last are the same: give one')
+    usage_error('--keep and --keep-last are the same option - give only one of them')
         if defined($opt->{keep}) && defined($keep{'keep-last'});
     for my $name (sort keys %keep) {
         usage_error("--$name must be a whole number up to 999999999, not '$keep{$name}'")
@@ -157,12 +157,12 @@ my sub show_marks ($archives) {
     }
 }
 
-# The names of the existing ones.
+# The names of the guest's archives.
 my sub names ($provider, $vmid) {
     return map { $_->{volname} } $provider->list($vmid)->@*;
 }
 
-# Continues with the other guests if one cannot be pruned. Returns the removed archives and the
+# Prunes each guest, even if another guest could not be pruned. Returns the removed archives and the
 # errors.
 my sub prune_guests ($provider, $keep, @vmids) {
     my (@removed, @problems);
@@ -182,8 +182,8 @@ sub prune ($opt, $directory) {
     my %vmids = map { $_->{vmid} => 1 } $provider->list(vmid_of($opt, $directory))->@*;
     my @vmids = sort { $a <=> $b } keys %vmids;
 
-    # Also with --quiet: else a job that prunes a directory that is not mounted any more, or another one, looks like
-    # one that has nothing to remove.
+    # This warning is shown with --quiet too. Otherwise, a job whose directory is wrong or no longer mounted would look
+    # like a job that has nothing to remove.
     say_error("warn: there are no archives in $directory"
             . " - check that the directory and the guest are right, and that it is mounted")
         if !@vmids;
@@ -209,7 +209,7 @@ sub remove ($opt, $path) {
     my ($directory, $volname) = archive_at($opt, $path);
     my ($name) = $volname =~ m!([^/]+)\z!;
     die
-        "give the archive, such as $directory/$volname: $path is a guest, of which that is the latest\n"
+        "$path is a guest, not an archive - give the archive, such as $directory/$volname, the latest one\n"
         if $path !~ m!(?:\A|/)(?:\Q$name\E|latest)/*\z!;
     provider_for($directory, $opt)->remove($volname);
     say_out("removed $volname") if !$opt->{quiet};

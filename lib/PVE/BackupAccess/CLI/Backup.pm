@@ -1,6 +1,6 @@
 package PVE::BackupAccess::CLI::Backup;
 
-# One backup of a guest into a directory of qcow2 images.
+# The subcommand backup.
 
 use v5.36;
 
@@ -43,7 +43,7 @@ my sub vmid_of ($opt) {
         '--vmid or --guest is missing: the number or name that the archives of this guest have');
 }
 
-# A domain's name may have characters that the name of a directory of archives may not have.
+# A domain's name may contain characters that are not allowed in the name of a guest.
 my sub guest_name ($opt) {
     my $name;
     my $error = attempt { $name = check_name($opt->{guest}) };
@@ -53,8 +53,8 @@ my sub guest_name ($opt) {
         "$error" =~ s/\s+\z//r . ' - give another one with --guest, or a number with --vmid');
 }
 
-# The ID of this directory: another directory that is mounted in its place has another one. If
-# several first backups begin at once, one of them makes the ID, and all use it.
+# The ID of this directory. It differs from that of another directory that is mounted at the same
+# place. If several first backups begin at once, one of them creates the ID, and all use it.
 sub identity_of ($directory) {
     my $file = "$directory/$id_file";
     sysopen(my $fh, $file, O_RDWR | O_CREAT, 0600) or die "cannot write to $directory - $!\n";
@@ -66,8 +66,9 @@ sub identity_of ($directory) {
     return read_file($file);
 }
 
-# The target with that label to which the images' bitmaps belong: a guest without a UUID was
-# identified by its socket when it ran. The bitmaps are still compared with the archives.
+# The target with this label that has bitmaps in the images. A guest without a UUID was identified
+# by its QMP socket while it ran, so the target cannot be computed from the images. Whether the
+# bitmaps match the archives is checked later, as for every backup.
 my sub target_in_images ($opt, $label) {
     my @bitmaps = map { ($_->{'dirty-bitmaps'} // [])->@* }
         hashes('query-named-block-nodes', ask($opt->{qmp}, 'query-named-block-nodes'));
@@ -132,7 +133,7 @@ my sub print_result ($opt, $directory, $result) {
     }
 }
 
-# The disks, and lines about the disks that are not backed up.
+# The disks to back up, and a line about each disk that is left out.
 my sub devices_of ($opt) {
     my ($named, $excluded) = map {
         [map { text($_) } ($_ // [])->@*]
@@ -146,7 +147,7 @@ my sub devices_of ($opt) {
     return ($devices, $left_out);
 }
 
-# The checks before the backup begins.
+# Makes all checks that are possible before the backup begins, and returns the plan.
 my sub plan ($opt, $directory) {
     my $vmid = vmid_of($opt);
     my $name = defined($opt->{guest}) ? guest_name($opt) : undef;
@@ -225,7 +226,7 @@ sub run ($opt, $directory) {
     my $result;
     $task->log(info => $_) for $plan->{'left-out'}->@*;
 
-    # It may be a known one whose name was misspelt.
+    # The name of a known guest may be misspelt.
     $task->log(warn => "new guest $plan->{'new guest'}") if defined($plan->{'new guest'});
     ensure(sub { $result = $task->run_job }, sub (@) { $progress->end });
     $result->{audit} = $provider->audit_findings if $plan->{audit};

@@ -1,7 +1,7 @@
 package PVE::BackupAccess::CLI::Copy;
 
-# Volume->copy, and the map, for programs in any language: the volume comes as JSON, and what there is to
-# say goes as JSON lines.
+# The subcommands copy and regions: Volume->copy and the dirty regions for programs in any language. The volume
+# is given as JSON; progress and results are JSON lines.
 
 use v5.36;
 
@@ -17,7 +17,7 @@ my $json = JSON::PP->new->utf8->canonical->allow_blessed->convert_blessed;
 my $block = 65536;
 my $map_batch = 10_000;
 
-# Options of the command that are options of copy, and what they want.
+# The options of the command that are options of copy, and take a number of bytes.
 my %numbers = map { $_ => 1 } qw(bandwidth-limit request-size cluster-size digest-block);
 
 my sub number_of ($name, $text) {
@@ -39,10 +39,11 @@ my sub copy_options ($opt) {
 
 my $is_stdout = qr{\A(?:-|1|/dev/stdout|/dev/fd/1|/proc/self/fd/1)\z};
 
-# A function that tells what there is, a line each. Standard output has the lines unless it has the data.
+# Returns a function that writes one JSON line to the status descriptor. The default is standard output, unless
+# the data goes there.
 my sub teller ($opt, $target) {
     my $number = $opt->{'status-fd'};
-    usage_error('--status-fd 1 is standard output, which has the data')
+    usage_error('--status-fd 1 is standard output, to which the data goes')
         if $target =~ $is_stdout && ($number // '') eq '1';
     return sub ($line) { }
         if $target =~ $is_stdout && !defined($number);
@@ -80,9 +81,9 @@ my sub copy_all ($opt, $target, $tell) {
 }
 
 sub run ($opt, $target) {
-    usage_error('standard output is a terminal - the stream is for a program')
+    usage_error('the data is binary, and standard output is a terminal - use a pipe or a file')
         if $target eq '-' && -t STDOUT;
-    usage_error('--digests is for other targets: the frames of the stream have digests')
+    usage_error('--digests is not needed for a stream: its frames contain digests')
         if $target eq '-' && defined($opt->{digests});
     my $tell = teller($opt, $target);
     my $statistics;
@@ -102,7 +103,7 @@ sub run ($opt, $target) {
     return 0;
 }
 
-# A map that stops early dies, and so has no last line.
+# If the list of regions ends early, next_dirty_region dies, so the last line is not printed.
 sub regions ($opt) {
     my ($volume) = open_source($opt);
     my ($count, $bytes) = (0, 0);

@@ -1,6 +1,6 @@
 package PVE::BackupAccess::CLI::Disks;
 
-# Which disks of a guest a backup includes if none are named, and why it omits the others.
+# Chooses the disks that a backup includes if the user names none, and says why it omits the others.
 
 use v5.36;
 
@@ -13,7 +13,7 @@ use PVE::BackupAccess::Provider::Store::Disks qw(guest_device);
 
 our @EXPORT_OK = qw(choose_disks);
 
-# Guest devices whose disk is not in QEMU's block layer, or whose guest can bypass it.
+# Guest devices whose data does not go through QEMU's block layer, or for which the guest can bypass it.
 my $scsi = q(it passes SCSI commands through, so QEMU's dirty bitmaps do not record its writes);
 my %passes_by = (
     'scsi-block' => $scsi,
@@ -23,7 +23,7 @@ my %passes_by = (
     'vhost-user-scsi-pci' => 'another process serves it, and QEMU does not see its data',
 );
 
-# The disk's own node. Above it are our nodes, while the access of a killed process is active, and
+# The disk's own node. The nodes above it are ours, if a killed process left an access active, or are
 # filters of jobs, whose names QEMU generates.
 my sub named_node ($path, $name) {
     return $name if $name !~ m/\A(?:pba-|#)/;
@@ -37,8 +37,8 @@ my sub named_node ($path, $name) {
     return $name;
 }
 
-# A permanent name, by which a disk is found in archives. libvirt renumbers its nodes with each
-# snapshot and start.
+# A permanent name, by which archives identify a disk. The node name does not suffice with libvirt,
+# which renumbers its nodes at each snapshot and start.
 my sub lasting_name ($node, $device) {
     return $device->{id}
         if defined($device->{id}) && (!defined($node) || $node =~ m/\Alibvirt-[0-9]+-/);
@@ -88,7 +88,7 @@ my sub has_name ($disk, $name) {
     return any { $_ eq $name } $disk->{names}->@*;
 }
 
-# A name that only one disk has. Devices with the same name are devices of one disk.
+# Gives each disk a name that no other disk has. Guest devices with the same name share one disk.
 my sub name_clearly (@disks) {
     for my $disk (grep { defined($_->{path}) } @disks) {
         my ($name, $path) = $disk->@{qw(name path)};
@@ -98,7 +98,7 @@ my sub name_clearly (@disks) {
     return;
 }
 
-# Fleecing images on a Proxmox QEMU; on another QEMU, such a name has no meaning.
+# Removes fleecing images from the list, which only a Proxmox QEMU identifies by their names.
 my sub without_fleecing ($path, @disks) {
     my sub is_fleecing ($disk) { $disk->{name} =~ m/-fleecing\z/ }
     return @disks if !any { is_fleecing($_) } @disks;
@@ -121,7 +121,7 @@ my sub leave_out ($disks, @names) {
     return;
 }
 
-# (names, lines): the disks, and a line for each disk that is omitted, also because of its name.
+# (names, lines): the names of the disks, and a line for each disk that is omitted, by --exclude or for another reason.
 sub choose_disks ($path, @excluded) {
     my $command = 'query-block';
     my @disks = without_fleecing($path,

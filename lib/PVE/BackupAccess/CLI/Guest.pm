@@ -1,7 +1,7 @@
 package PVE::BackupAccess::CLI::Guest;
 
-# The guest of the options: by its QMP socket, as a domain of libvirt, or by its images. After
-# reach_guest, the option 'qmp' has the module's form in all three cases.
+# Finds the guest that the options name: by its QMP socket, as a libvirt domain, or by its images.
+# After reach_guest, the option 'qmp' is valid for PVE::BackupAccess in all three cases.
 
 use v5.36;
 
@@ -27,7 +27,7 @@ my sub only_one ($opt) {
     }
 }
 
-# Files of one name in several directories have the same name unless they are given others.
+# Two image files with the same name in different directories would both become the same disk.
 my sub check_names (@disks) {
     my %first;
     for my $disk (@disks) {
@@ -39,7 +39,7 @@ my sub check_names (@disks) {
     return @disks;
 }
 
-# With --wait, waits for another backup of the guest: that has the images open.
+# With --wait, waits until another backup of the guest, which has the images open, has ended.
 my sub start_images ($opt, %options) {
     require PVE::BackupAccess::Image;
     my ($images, $error);
@@ -52,7 +52,7 @@ my sub start_images ($opt, %options) {
     return $images;
 }
 
-# From here on, the images represent the guest.
+# Opens the images, which represent the guest from now on.
 my sub open_images ($opt, %options) {
     my $image = $opt->{images} = start_images($opt, %options);
     $opt->{qmp} = $image->qmp;

@@ -1,8 +1,8 @@
 package PVE::BackupAccess::CLI::Map;
 
-# The dirty map of a device. Only an access can read it. The access ends as after a failed backup,
-# so that the bitmap keeps every bit. The regions first go to a temporary file: the output is a
-# whole map or nothing, and a slow reader of the output does not prolong the access.
+# The subcommand map. A dirty map can only be read through an access. The access ends as after a
+# failed backup, so that the bitmap keeps every bit. The regions first go to a temporary file, so that
+# the output is the whole map or nothing, and a slow reader of the output does not prolong the access.
 
 use v5.36;
 
@@ -22,7 +22,7 @@ use PVE::BackupAccess::Try qw(ensure);
 
 my $cluster = 65536;
 my $batch = 10_000;
-my $beside_strip = 16;    # columns, for what is written left and right of it
+my $beside_strip = 16;    # columns for the text to the left and right of the strip
 
 # With mode 'use', setup replaces a missing bitmap. A map must not do that, so it fails instead.
 my sub check_action ($info) {

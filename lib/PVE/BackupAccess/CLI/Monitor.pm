@@ -1,6 +1,6 @@
 package PVE::BackupAccess::CLI::Monitor;
 
-# Queries to a QEMU that the module does not make: a connection for each, because a monitor serves
+# The QMP queries that the command itself makes. Each has a connection of its own, because a monitor serves
 # one client at a time.
 
 use v5.36;
@@ -16,7 +16,7 @@ my $timeout = 60;
 
 # Runs a command on the QMP socket, or by a code ref. Returns its value, or dies.
 sub ask ($qmp, $command, %arguments) {
-    utf8::decode($qmp) if !ref($qmp);    # the core takes it as text
+    utf8::decode($qmp) if !ref($qmp);    # the core expects text
     return PVE::BackupAccess::_ask($qmp, $timeout, $command, \%arguments);
 }
 

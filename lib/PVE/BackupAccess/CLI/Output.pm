@@ -20,8 +20,8 @@ my sub bytes_of ($text) {
     return $text;
 }
 
-# Names come from QEMU, archives and providers. None of them may end a line or control a terminal.
-# So this removes the control characters of ASCII and, in UTF-8, of Latin 1.
+# Names from QEMU, archives and providers must not end a line or control a terminal, so this removes
+# the control characters of ASCII and, in UTF-8, of Latin 1.
 sub one_line ($text) {
     return bytes_of($text) =~ s/[\x00-\x1f\x7f]|\xc2[\x80-\x9f]/ /gr;
 }
@@ -32,7 +32,8 @@ sub write_out (@parts) {
     return;
 }
 
-# The same at once, and without a buffer, from which Perl would try again when it ends.
+# The same for any handle, at once and without Perl's buffer: Perl would try to flush that again at
+# its exit.
 sub write_all ($fh, $where, $data) {
     for (my $at = 0; $at < length($data);) {
         my $written = syswrite($fh, $data, length($data) - $at, $at);
@@ -57,7 +58,7 @@ sub say_json ($data) {
     return;
 }
 
-# Rows of cells, the first row being the heading; columns in $right are flush right.
+# Prints rows of cells; the first row is the heading. The columns @right are right-aligned.
 sub say_table ($rows, @right) {
     my %is_right = map { $_ => 1 } @right;
     my @widths = map {
@@ -72,7 +73,7 @@ sub say_table ($rows, @right) {
     return;
 }
 
-# A part of a whole in per cent. A part that is not zero is not shown as zero.
+# A share in per cent. Only an empty part is shown as 0 %, and only the whole as 100 %.
 sub share ($part, $whole) {
     return '0 %' if !$part;
     my $percent = 100 * $part / $whole;

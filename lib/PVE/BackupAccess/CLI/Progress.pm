@@ -1,7 +1,7 @@
 package PVE::BackupAccess::CLI::Progress;
 
-# Shows the progress of a copy: by a bar on a terminal, otherwise by a line now and then. It is
-# printed to standard error, like the log.
+# Shows the progress of a copy on standard error, like the log: as a bar on a terminal, otherwise as
+# a line every few seconds.
 
 use v5.36;
 
@@ -11,9 +11,9 @@ use PVE::BackupAccess::CLI::Output qw(one_line say_error share);
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Try qw(attempt_any);
 
-my $seconds_between = 10;    # lines
+my $seconds_between = 10;    # lines of progress
 
-# A quiet one only shows warnings.
+# With $is_quiet, only warnings are shown.
 sub new ($class, $is_quiet = 0) {
     my $has_bar = !$is_quiet && -t STDERR && !attempt_any { require Term::ProgressBar };
     return bless({ 'has bar' => $has_bar, 'is quiet' => $is_quiet, name => '' }, $class);
@@ -39,14 +39,14 @@ sub begin ($self, $name, $total) {
     return;
 }
 
-# The width does not change, because the bar is laid out once.
+# The label has a constant width, because the layout of the bar is computed once.
 sub label ($self, $done) {
     my $seconds = now() - $self->{began};
     my $rate = $seconds > 0.2 ? bytes(int($done / $seconds)) . '/s' : '';
     return sprintf('%s %12s', $self->{name}, $rate);
 }
 
-# Takes the number of bytes done. May be called as often as you like.
+# Takes the number of bytes done. May be called at any rate.
 sub update ($self, $name, $done, $total) {
     return if $self->{'is quiet'};
     $self->begin($name, $total) if $name ne $self->{name} || $total != $self->{total};
@@ -67,7 +67,7 @@ sub update ($self, $name, $done, $total) {
     return;
 }
 
-# A line of the log, above the bar.
+# Prints a line of the log, above the bar.
 sub tell ($self, $line) {
     $self->warn($line) if !$self->{'is quiet'};
     return;

@@ -51,19 +51,19 @@ my sub targets ($volumes, $target, $device, $format) {
     return \%files;
 }
 
-# Never a file that another program has created there. Like the archive, it is readable by its owner
-# only.
+# Creates a file, and fails if another program has created one there. Like the archive, the file is
+# readable by its owner only.
 my sub open_new ($file) {
-    sysopen(my $fh, $file, O_WRONLY | O_CREAT | O_EXCL, 0600) or die "cannot make $file: $!\n";
+    sysopen(my $fh, $file, O_WRONLY | O_CREAT | O_EXCL, 0600) or die "cannot create $file: $!\n";
     return $fh;
 }
 
-# ---- new files: all of them are there, or none ----
+# ---- new files: all of them get their names, or none ----
 
-# Which file it is, whatever its name.
+# Identifies a file, whatever its name.
 my sub identity_of ($file) { return join(':', (stat($file))[0, 1]) }
 
-# Of a restore that was killed. That of one that is under way stays.
+# Removes the temporary file of a restore that was killed, but not that of one that still runs.
 my sub remove_left_over ($part) {
     return if !-e $part && !-l $part;
     die "another restore writes to $part - wait for its end, or choose another target\n"
@@ -71,7 +71,7 @@ my sub remove_left_over ($part) {
     unlink($part) or die "cannot remove $part: $!\n";
 }
 
-# The same, of a restore to other formats.
+# The same for a killed restore to another format.
 my sub remove_others ($job, $file) {
     my ($name) = $file =~ m/\A(.*)[.]\Q$job->{format}\E\z/s or return;
     for my $part (map { "$name.$_.part" } grep { $_ ne $job->{format} } $job->{formats}->@*) {
@@ -79,26 +79,28 @@ my sub remove_others ($job, $file) {
     }
 }
 
-# A handle for the file, which has a temporary name until the end.
+# Returns a handle of the file, which has a temporary name until the restore is complete.
 my sub begin_file ($job, $file) {
     my $part = "$file.part";
     remove_left_over($part);
     remove_others($job, $file) if $job->{'in directory'};
-    $job->{parts}{$file} = $part;    # first: a signal may come in between
+    $job->{parts}{$file} = $part;    # before open_new, after which a signal may arrive
     my $fh = open_new($part);
     $job->{identities}{$file} = identity_of($fh);
     return $fh;
 }
 
-# Gives a file its name, unless there is one by now. Not all file systems can link.
+# Gives a file its name, unless a file with that name exists by now. Not all file systems support
+# hard links.
 my sub publish_file ($part, $file) {
     return unlink($part) if link($part, $file);
-    die "$file has been made by another program meanwhile, and is not overwritten\n"
+    die "another program has created $file in the meantime, and it is not overwritten\n"
         if file_exists($file);
     rename($part, $file) or die "cannot rename $part to $file: $!\n";
 }
 
-# Where no lease shows who writes, another restore may have taken the temporary name.
+# On file systems without leases, which would show that a file is in use, another restore may have
+# replaced the temporary file.
 my sub publish_files ($job) {
     for my $file (sort keys $job->{parts}->%*) {
         my $part = $job->{parts}{$file};
@@ -122,7 +124,7 @@ my sub fill_raw ($job, $file, $size, $copy) { $copy->(begin_file($job, $file)) }
 my sub fill_qcow2 ($job, $file, $size, $copy) {
     close(begin_file($job, $file));
     my $part = $job->{parts}{$file};
-    my ($bytes) = $size =~ m/\A([0-9]+)\z/;    # of a manifest, which was checked: no taint
+    my ($bytes) = $size =~ m/\A([0-9]+)\z/;    # untaints: the manifest was checked
     create_image($part, $bytes);
     my $server = PVE::BackupAccess::Provider::Qcow2Chain::Server->start($part, writable => 1);
     $copy->($server->uri, 'cluster-size' => $cluster_size);
@@ -131,9 +133,9 @@ my sub fill_qcow2 ($job, $file, $size, $copy) {
 
 my %fill = (raw => \&fill_raw, qcow2 => \&fill_qcow2);
 
-# A disk that is mounted or used by a guest would be destroyed. The kernel refuses to open a mounted
-# one (open(2): O_EXCL), but not one that a QEMU has, so that is looked for once no file system can
-# take the device any more.
+# Writing to a device that is mounted or used by a guest would destroy its data. With O_EXCL (open(2)),
+# the kernel refuses to open a mounted device, but not one that a QEMU has open. That is checked after
+# the open, when the device can no longer be mounted.
 my sub fill_device ($job, $file, $size, $copy) {
     sysopen(my $fh, $file, O_WRONLY | O_EXCL)
         or die "cannot write to $file: $!"
@@ -150,8 +152,8 @@ my sub fill_device ($job, $file, $size, $copy) {
 
 # ---- a restore ----
 
-# The digests that the data must match. If they are not available, the device is restored as far as
-# possible, with a warning.
+# The digests that the data must match. If they are not available, the device is restored without
+# verification, with a warning.
 my sub expected ($job, $device) {
     return if $job->{'no-verify'};
     my $digests = [];
@@ -191,7 +193,8 @@ my sub copy ($job, $device, $size, $file) {
     return joined(@damage);
 }
 
-# Restores everything that can be restored. A device of which nothing can be restored is omitted.
+# Restores everything that can be restored. If nothing of a device can be restored, its file is
+# omitted.
 my sub restore_all ($job, $volumes, $files) {
     my $volname = text($job->{volname});
     for my $device (sort keys $files->%*) {
@@ -213,7 +216,8 @@ my sub restore_all ($job, $volumes, $files) {
     }
 }
 
-# Next to the disks, if there is one and the target is a directory.
+# Writes the guest's configuration next to the disks, if the archive has one and the target is a
+# directory.
 my sub restore_config ($job, $target) {
     my $config = $job->{provider}->archive_get_guest_config($job->{volname});
     return if !-d $target || ($config // '') eq '';

@@ -1,7 +1,7 @@
 package PVE::BackupAccess::CLI::Serve;
 
-# Serves an archive's disks without copying them: over NBD, or as raw files. A signal is the regular
-# end.
+# The subcommands serve and mount: offer an archive's disks over NBD or as raw files, without copying
+# them, until a signal ends the command.
 
 use v5.36;
 
@@ -15,22 +15,22 @@ use PVE::BackupAccess::Program qw(block_signals);
 use PVE::BackupAccess::Provider::Store::RawFile;
 use PVE::BackupAccess::Try qw(ensure);
 
-# Returns when a signal arrives; dies when one of the processes has ended ({ text => process }).
+# Returns when a signal arrives. Dies if one of the processes ends, which are { text => process }.
 my sub wait_for_signal ($mask, $processes) {
     my $is_over = 0;
     local @SIG{qw(INT TERM HUP)} = (sub { $is_over = 1 }) x 3;
     local $SIG{CHLD} = sub { };
     while (!$is_over) {
         for my $text (sort keys $processes->%*) {
-            die "$text has ended by itself, so the command ends - start it again\n"
+            die "$text has ended unexpectedly - start the command again\n"
                 if !$processes->{$text}->is_running;
         }
         POSIX::sigsuspend($mask);
     }
 }
 
-# Opens the chosen devices with $open, which returns the place of the device and, if another process
-# than its server provides it, that process. Prints the places when all exist.
+# Opens the chosen devices with $open, which returns the place of the device and, if a process besides
+# its server is needed, that process. Prints the places when all exist.
 my sub offer ($opt, $path, $open) {
     my ($directory, $volname) = archive_at($opt, $path);
     my $provider = provider_for($directory, $opt);
@@ -47,7 +47,7 @@ my sub offer ($opt, $path, $open) {
             push(@files, $file // ());
         }
 
-        # From here on, a signal is not an interruption: a program that reads the lines may send one
+        # From here on, a signal is the regular end: a program that reads the lines may send one
         # at once. They stay blocked until the wait, so that none is lost, and after it, because the
         # command ends.
         my $mask = block_signals(SIGINT, SIGTERM, SIGHUP, SIGCHLD);

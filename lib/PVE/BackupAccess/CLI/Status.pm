@@ -1,6 +1,6 @@
 package PVE::BackupAccess::CLI::Status;
 
-# The state of backups in a QEMU, and undoing what was left.
+# The subcommands status, recover and forget.
 
 use v5.36;
 
@@ -103,7 +103,7 @@ sub run ($opt) {
     return 0;
 }
 
-# The targets that have bitmaps; none if --target-id is one of them.
+# The targets that have bitmaps; an empty list if --target-id is one of them.
 my sub other_targets ($opt) {
     my $given = text($opt->{'target-id'});
     my @targets
@@ -111,13 +111,14 @@ my sub other_targets ($opt) {
     return (grep { $_ eq $given } @targets) ? () : @targets;
 }
 
-# The target may be misspelt. The targets of the command's own backups have longer names than their --target-id.
+# --target-id may be misspelt, or may lack the suffix that the command appends for its own backups.
 my sub unknown ($opt, @others) {
     return "target '$opt->{'target-id'}' has no bitmaps - "
         . (@others ? "targets that have: @others" : 'no other target has any');
 }
 
-# Undoes what a killed process left, without making a backup. Scripts call it whether there is anything to undo or not.
+# Undoes what a killed process left behind, without making a backup. Scripts call this unconditionally, so it is no
+# error if there is nothing to undo.
 sub recover ($opt) {
     my $nothing = sub {
         my @others = other_targets($opt);

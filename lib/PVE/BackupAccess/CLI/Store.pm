@@ -17,7 +17,7 @@ our @EXPORT_OK
 
 my $names = 'PVE::BackupAccess::Provider::Qcow2Chain::Names';
 
-# The log of a provider outside of a backup.
+# The log function of a provider when no backup runs.
 sub log_line ($level, $message) {
     say_error("$level: $message") if $level !~ m/\A(?:debug|info)\z/;
 }
@@ -36,7 +36,7 @@ my sub rbd_settings ($opt, $store) {
     };
 }
 
-# Dies unless it exists. Returns it in the form that is used from now on.
+# Dies unless the store exists. Returns it as an absolute path, or unchanged if it is in a cluster.
 sub check_store ($opt, $store) {
     return $store if is_rbd($store);
     usage_error('--ceph-conf needs rbd:POOL') if defined($opt->{'ceph-conf'});
@@ -44,10 +44,10 @@ sub check_store ($opt, $store) {
     return untainted(Cwd::realpath($store));
 }
 
-# The provider of a checked store. name: of the storage, which only matters for backups.
+# The provider of a checked store. $name is the storage's name, which only matters for backups.
 sub provider_in ($opt, $store, $name, $log) {
     if (is_rbd($store)) {
-        usage_error('--compress is for a directory') if $opt->{compress};
+        usage_error('--compress cannot be used with rbd:POOL') if $opt->{compress};
         require PVE::BackupAccess::Provider::RBD;
         return PVE::BackupAccess::Provider::RBD->new(undef, rbd_settings($opt, $store), $name,
             $log);

@@ -1,8 +1,8 @@
 package PVE::BackupAccess::CLI::TryProvider;
 
-# Runs everything that Proxmox VE does with a backup provider, on a QEMU of its own, and reports in
-# TAP what was right and what was not. As in Proxmox VE, every job and every restore gets a new
-# object.
+# The subcommand try-provider: makes all calls that Proxmox VE makes to a backup provider, with a
+# private QEMU, and reports in TAP which results are right. As in Proxmox VE, every job and every
+# restore gets a new provider object.
 
 use v5.36;
 
@@ -29,7 +29,7 @@ my $StandIn = 'PVE::BackupAccess::CLI::TryProvider::DirPlugin';
 my $Restore = 'PVE::BackupAccess::CLI::TryProvider::Restore';
 my $TAP = 'PVE::BackupAccess::CLI::TryProvider::TAP';
 my $Watch = 'PVE::BackupAccess::CLI::TryProvider::Watch';
-my $vmid = 999_999_999;    # the last one there is: nobody's archives are found by it
+my $vmid = 999_999_999;    # the highest number: no archives of a real guest have it
 my $other_vmid = $vmid - 1;
 my $guest_config = "name: try-provider\nscsi0: store:vm-$vmid-disk-0,size=32M\n";
 my $firewall_config = "[OPTIONS]\nenable: 1\n";
@@ -199,7 +199,7 @@ my sub note_devices ($trial, $job, $devices) {
     return;
 }
 
-# Returns the task's exception, or undef.
+# Runs the task. Returns its exception, or undef.
 my sub run_task ($trial, $job, $watch) {
     wait_for_next_second($trial);
     $job->{'bandwidth-limit'} *= 16 if $job->{'bandwidth-limit'} && $trial->{'reads all'};
@@ -256,7 +256,8 @@ my sub check_kept ($trial, $job, $watch) {
     return;
 }
 
-# The archive exists once the provider was told of a success, whatever happens after that.
+# The name of the job's archive. It exists as soon as the provider has been told of the success,
+# whatever happens later.
 my sub archive_of ($watch) {
     my ($init) = $watch->calls('backup_init');
     my ($kept)
@@ -264,8 +265,8 @@ my sub archive_of ($watch) {
     return $init && $kept && $init->{result}[0]{'archive-name'};
 }
 
-# What VZDump calls for guests that it cannot begin with, in the job in which it has backed up another one: one
-# that it does not find, and one that it cannot lock.
+# Makes the calls that VZDump makes for guests whose backup cannot begin, in the same job as a successful backup:
+# for one guest that does not exist, and for one that VZDump cannot lock.
 my sub fail_other_guests ($provider) {
     my $log_file = File::Temp->new;
     return attempt_any {
@@ -340,7 +341,7 @@ my sub run_trial ($trial) {
         check_archive($trial, $job, "restore of the $job->{name}") if $restores && !$job->{fails};
     }
     check_archive($trial, $jobs[0], "restore of the $jobs[0]{name}, at the end") if $restores;
-    $trial->{tap}->note('nothing was restored: what is in the archives is not known') if !$restores;
+    $trial->{tap}->note('no archive was restored, so their content was not checked') if !$restores;
 }
 
 my sub scfg_of ($opt) {
@@ -354,9 +355,10 @@ my sub scfg_of ($opt) {
     return \%scfg;
 }
 
-# A provider always gets a storage plugin, and may ask it where archives are. The real plugin may be
-# installed without the parts of a cluster that it needs. With a plugin, Qcow2Chain and RBD show disks as
-# files, which needs FUSE.
+# On Proxmox VE, a provider always gets a storage plugin, and may ask it where the archives are. If the real
+# plugin cannot be loaded, because it needs parts of a cluster that are not installed, a substitute takes its
+# place. With a plugin, Qcow2Chain and RBD show disks as files, which requires FUSE. So without FUSE, there is no
+# substitute.
 my sub usual_plugin () {
     return $DirPlugin if !defined(load($DirPlugin));
     return -e '/dev/fuse' ? $StandIn : undef;

@@ -1,7 +1,8 @@
 package PVE::BackupAccess::CLI::Copy::Source;
 
-# A volume that another process was given, as JSON: what backup_vm() has for one device. Where that is a
-# file handle, the numbers of descriptors stand for it and for the regions, which are a stream of lines.
+# Opens a volume that another process describes in JSON: the hash that backup_vm() got for one device. With the
+# mechanism file-handle, the JSON has the numbers of two descriptors: the file handle, and a stream of lines,
+# which are the dirty regions.
 
 use v5.36;
 
@@ -17,7 +18,7 @@ use PVE::BackupAccess::Wait qw(next_line read_some);
 our @EXPORT_OK = qw(descriptor open_source);
 
 my $json = JSON::PP->new->utf8;
-my $max_line = 4096;         # bytes, of a region: what has more is something else, such as the disk
+my $max_line = 4096;    # bytes; a longer line is not a region, but something else, such as the disk
 my $max_volume = 1 << 20;    # of standard input
 
 # An open descriptor of this number, as a handle.
@@ -40,8 +41,9 @@ my sub parse ($text) {
         if ref($volume) ne 'HASH';
     my @devices = grep { ref($volume->{$_}) eq 'HASH' } sort keys $volume->%*;
     @devices = () if grep { exists($volume->{$_}) } qw(size nbd-path file-handle);
-    usage_error("--volume has the volumes of several devices - give one of them: @devices")
-        if @devices;
+    usage_error(
+        "--volume has the volumes of several devices - give the JSON object of one of them: @devices"
+    ) if @devices;
     return $volume;
 }
 
@@ -63,7 +65,8 @@ my sub read_region ($line) {
     return;
 }
 
-# A code ref that gives a region a call, as the API has it. A stream without its end is one that was cut.
+# A code ref that returns one region per call, as the API requires. It dies if the stream has no end mark, because
+# then regions may be missing.
 my sub region_reader ($fh) {
     my ($count, $is_over, $text) = (0, 0, '');
     return sub () {
@@ -83,7 +86,7 @@ my sub region_reader ($fh) {
     };
 }
 
-# The volume that the options describe, and whether it has only what changed.
+# The volume that the options describe, and whether only its changed parts are read.
 sub open_source ($opt) {
     my $given = $opt->{volume};
     my $volume = parse($given eq '-' ? read_volume() : $given);

@@ -1,7 +1,7 @@
 package PVE::BackupAccess::CLI::Copy::Stream;
 
-# A copy as a stream of frames, as doc/any-language.md describes it. A stream that was cut has no end
-# frame, and the end frame has a digest of all headers before it: nothing can be missing unnoticed.
+# Writes a copy as a stream of frames, which doc/any-language.md describes. A truncated stream has no end
+# frame, and the end frame has a digest of all earlier headers, so the receiver detects any missing frame.
 
 use v5.36;
 
@@ -15,7 +15,7 @@ my $digest_size = 32;
 my $version = 1;
 my $where = 'standard output';
 
-# Frames are cut at multiples of $block, and have the digests of these blocks.
+# Each frame ends at a multiple of $block and has the digests of its blocks.
 sub new ($class, $fh, $size, $block, $is_increment) {
     my $self = bless(
         {
@@ -38,7 +38,7 @@ sub _header ($self, $kind, $offset, $length, $digest) {
     return $bytes;
 }
 
-# The copy tells the digests of some blocks right before it tells their data.
+# The copy reports the digests of some blocks right before their data.
 sub digests ($self, $offset, $digests) {
     $self->@{qw(told digests)} = ($offset, $digests);
     return;
@@ -68,7 +68,7 @@ sub data ($self, $offset, $data) {
     return;
 }
 
-# Only after a copy that has succeeded.
+# Writes the end frame. Call this only after the copy has succeeded.
 sub finish ($self) {
     my $digest = $self->{headers}->clone->digest;
     write_all($self->{fh}, $where, $self->_header('end', $self->@{qw(frames bytes)}, $digest));

@@ -20,7 +20,7 @@ sub cells () { return $columns * $max_rows }
 
 my sub escape ($text) {
     state $entities = { '&' => '&amp;', '<' => '&lt;', '>' => '&gt;', '"' => '&quot;' };
-    $text =~ s/[[:cntrl:]]/ /g;    # XML cannot have them
+    $text =~ s/[[:cntrl:]]/ /g;    # not allowed in XML
     return $text =~ s/([&<>"])/$entities->{$1}/gr;
 }
 

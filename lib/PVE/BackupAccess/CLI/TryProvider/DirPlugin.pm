@@ -1,6 +1,6 @@
 package PVE::BackupAccess::CLI::TryProvider::DirPlugin;
 
-# Stands for PVE::Storage::DirPlugin where that cannot be loaded: what a backup provider may ask it about a storage.
+# Replaces PVE::Storage::DirPlugin if that cannot be loaded: the methods that a backup provider may call.
 
 use v5.36;
 

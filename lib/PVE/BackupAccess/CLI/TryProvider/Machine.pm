@@ -1,8 +1,8 @@
 package PVE::BackupAccess::CLI::TryProvider::Machine;
 
-# A QEMU to try a provider on, in a private directory that is removed with the object. It has four
-# disks and no guest system. QEMU's own monitor command 'qemu-io' writes on the guest's devices, so
-# these writes are recorded, and old data is copied, as with a guest.
+# The QEMU of try-provider, in a private directory that is removed with the object. It has four disks
+# and no guest system. The monitor command 'qemu-io' writes to the guest's devices, so dirty bitmaps
+# and copy-before-write handle these writes like those of a guest.
 
 use v5.36;
 
@@ -20,7 +20,8 @@ use PVE::BackupAccess::Wait qw(wait_for_child);
 my $mib = 1024 * 1024;
 my $timeout = 60;
 
-# The disks of EFI and of a TPM's state are small, and their sizes are not multiples of anything.
+# The disks with the EFI variables and the TPM state are small, and their sizes are not multiples of the
+# bitmap's granularity.
 my %sizes = (
     'drive-scsi0' => 32 * $mib,
     'drive-scsi1' => 12 * $mib + 4096,
@@ -28,8 +29,8 @@ my %sizes = (
     'drive-tpmstate0-backup' => 4608,
 );
 
-# A write here after the instant of a backup breaks its snapshot, as a full fleecing file system
-# does, because the fleecing image cannot be written to at this place.
+# The fleecing image has a write error at this offset. So a write to the disk here, after the instant
+# of a backup, breaks the snapshot, as a full fleecing file system does.
 my $trap = 28 * $mib;
 
 my $json = JSON::PP->new->utf8->canonical;
@@ -133,7 +134,7 @@ sub log ($self) {
 
 sub end ($self) {
     return if !$self->is_alive;
-    kill(KILL => $self->{pid});    # not waited for yet: the number is its own
+    kill(KILL => $self->{pid});    # the process was not waited for, so the PID is still its own
     wait_for_child($self->{pid});
     delete($self->{pid});
     return;
@@ -153,7 +154,7 @@ sub qmp ($self, @question) {
 
 # ---- disks ----
 
-# Fills a range with a byte, as the guest would.
+# Fills a range with a byte, as a write of the guest would.
 sub write ($self, $device, $offset, $length, $byte) {
     my $id = $device =~ s/\Adrive-//r;
     my $line = sprintf('qemu-io -d %s "write -P %d %d %d"', $id, $byte, $offset, $length);
@@ -167,8 +168,8 @@ sub write ($self, $device, $offset, $length, $byte) {
 
 # ---- what happens between backups ----
 
-# Rolls the disks back to older contents, { device => file }. As with Proxmox VE, the guest is
-# another process after that.
+# Rolls the disks back to older contents, { device => file }. As on Proxmox VE, a new QEMU process
+# then runs the guest.
 sub roll_back ($self, $files) {
     $self->end;
     for my $device ($self->devices) {
@@ -196,7 +197,7 @@ sub resize ($self, $device, $size) {
 
 sub file ($self, $device) { return "$self->{dir}/$device.raw" }
 
-# The options of an access to it.
+# The options of an access to this guest.
 sub access_options ($self) {
     return (
         qmp => "$self->{dir}/qmp",

@@ -12,7 +12,7 @@ use PVE::BackupAccess::Try qw(attempt_any);
 
 my $piece = 1 << 20;
 
-# is_strict: the provider gets a storage plugin, as on Proxmox VE, and has to do what is asked for there.
+# is_strict: the provider gets a storage plugin, as on Proxmox VE, and must meet Proxmox VE's requirements.
 sub new ($class, $is_strict) {
     my $dir = File::Temp->newdir('pve-backup-access-restored.XXXXXX', TMPDIR => 1);
     return bless({ dir => $dir, count => 0, 'is strict' => $is_strict }, $class);
@@ -24,7 +24,7 @@ my sub run_or_die (@command) {
     return;
 }
 
-# Copies the disks as they are now; nothing writes to them at this time. Returns { device => file }.
+# Copies the disks in their current state, while nothing writes to them. Returns { device => file }.
 sub keep_disks ($self, $machine) {
     my %copies;
     my $number = ++$self->{count};
@@ -40,7 +40,7 @@ my sub open_file ($file) {
     return $fh;
 }
 
-# A text that says where a restored image differs from the disk; nothing if it does not.
+# Says where a restored image differs from the disk; returns nothing if it does not.
 my sub difference ($restored, $kept) {
     my ($size, $wanted) = (-s $restored, -s $kept);
     return "it has $size bytes, the disk had $wanted" if $size != $wanted;
@@ -63,7 +63,7 @@ my sub restore_volume ($self, $watch, $volname, $device, $kept) {
     my $error = attempt_any {
         my $info = $watch->restore_vm_volume_init($volname, $device, {});
         my $path = ref($info) eq 'HASH' && $info->{'qemu-img-path'};
-        die "there is no path to restore it from\n" if !$path;
+        die "the provider returned no 'qemu-img-path'\n" if !$path;
         die "'qemu-img-path' must be the path of a file or a block device, not '$path'\n"
             if $self->{'is strict'} && !-f $path && !-b $path;
         my ($image) = $path =~ m/\A(.+)\z/s;

@@ -1,7 +1,7 @@
 package PVE::BackupAccess::CLI::TryProvider::Rules;
 
-# The rules of the backup provider API for each method. A rule checks one call that returned against
-# the expectations ({ sizes, guest-config, firewall-config, fails }), and returns what is wrong.
+# The rules of the backup provider API for each method. A rule compares the result of one call with the
+# expectations ({ sizes, guest-config, firewall-config, fails }), and says what is wrong.
 
 use v5.36;
 
@@ -36,7 +36,7 @@ my sub backup_get_mechanism ($call, $expected) {
     return q(must return 'nbd' or 'file-handle' for a VM, not ) . shown($mechanism);
 }
 
-# A word, or a hash with the word and the ID of the archive that the provider would build on.
+# The answer is a bitmap mode, or a hash with the mode and the ID of the archive that the backup would build on.
 my sub answer_problem ($answer) {
     my ($mode, $base)
         = ref($answer) eq 'HASH' ? $answer->@{qw(bitmap-mode base)} : ($answer, undef);
@@ -63,7 +63,7 @@ my sub backup_vm_query_incremental ($call, $expected) {
 
 my sub backup_vm ($call, $expected) {
     return if !$expected->{fails};
-    return 'returned although its source could not be read: the data is lost for later backups';
+    return 'returned although its source could not be read: later backups will lack the data';
 }
 
 my sub backup_cleanup ($call, $expected) {
@@ -125,7 +125,7 @@ my %rules = (
     restore_vm_volume_init => \&restore_vm_volume_init,
 );
 
-# What is wrong with a call, or nothing. In a backup that must fail, backup_vm must die.
+# Says what is wrong with a call, if anything. In a backup that must fail, backup_vm must die.
 sub problem ($call, $expected) {
     my $method = $call->{method};
     if (defined($call->{error})) {

@@ -1,6 +1,6 @@
 package PVE::BackupAccess::CLI::TryProvider::Watch;
 
-# A proxy of a provider: passes on every call and records it, with its arguments and its outcome.
+# A proxy of a provider, which passes on every call and records its arguments and its outcome.
 
 use v5.36;
 
@@ -37,7 +37,7 @@ sub new ($class, $provider) {
     return bless({ provider => $provider, calls => [], files => {} }, $class);
 }
 
-# Has the code called once, before the method is.
+# Calls the code once, before the next call of the method.
 sub before ($self, $method, $code) {
     $self->{before}{$method} = $code;
     return;
@@ -65,7 +65,7 @@ sub pass_on ($self, $in_list, $method, @arguments) {
     return $in_list ? $call->{result}->@* : $call->{result}[0];
 }
 
-# The recorded form of arguments. For volumes, only the file handles, and whether they still exist.
+# The arguments as they are recorded. Of volumes, only weak references to the file handles are kept.
 sub arguments ($self, $method, @arguments) {
     return \@arguments if $method ne 'backup_vm';
     my $volumes = splice(@arguments, 2, 1, undef);
