@@ -1,8 +1,8 @@
-# Copies what changed since the last time into an NBD export: the first time everything.
+# Copies a disk to an NBD export: the whole disk the first time, then only what has changed.
 #
 #     perl examples/copy-to-nbd.pl QMP-SOCKET DEVICE FLEECING-DIRECTORY NBD-URI
 #
-# The export has to be the same one each time, and at least as large as the disk:
+# Use the same export each time. It must be at least as large as the disk:
 #
 #     qemu-img create -f qcow2 disk.qcow2 32G
 #     qemu-nbd --persistent --socket=/run/disk.nbd --format=qcow2 disk.qcow2
@@ -23,7 +23,7 @@ my $access = PVE::BackupAccess->new(
 my $infos = $access->setup([{ device => $device, 'bitmap-mode' => 'use' }]);
 say "the bitmap is $infos->[0]{'bitmap-action'}";
 
-# If this dies, the access ends as after a failed backup, and the next one has it all again.
+# If this dies, the access ends as after a failed backup, and the next run copies these changes again.
 my $statistics = $access->volume($device)->copy(to => $uri);
 $access->teardown(1);
 say "$statistics->{'bytes-read'} bytes in $statistics->{regions} regions";

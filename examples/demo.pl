@@ -1,10 +1,10 @@
 # Backs up a guest with two disks while it runs and writes: a full backup, an incremental one, one
-# that fails, two more incremental ones. Then restores them, and checks that nothing is missing.
+# that fails, and two more incremental ones. Then restores them and checks that no data is missing.
 #
 #     perl -Mblib examples/demo.pl
 #
-# What a backup program needs is in the first part of this file. The guest is in lib/Demo/Guest.pm,
-# what is checked, and how, in lib/Demo/Check.pm; lib/Demo/Provider.pm makes notes for that.
+# The first part of this file shows what a backup program needs. The guest is in lib/Demo/Guest.pm.
+# The checks are in lib/Demo/Check.pm; lib/Demo/Provider.pm records the data that they need.
 
 use v5.36;
 
@@ -25,10 +25,10 @@ use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Task;
 use PVE::BackupAccess::Try qw(attempt_any);
 
-# ---- how a backup is done ----
+# ---- how to make a backup ----
 
-# All disks as of one instant, to an archive of qcow2 images. The hooks are where a guest agent would
-# freeze and thaw its file systems.
+# Backs up all disks as of one instant to an archive of qcow2 images. A real program would freeze and
+# thaw the guest's file systems through its agent in the hooks.
 sub back_up ($demo, $backup) {
     my $guest = $demo->{guest};
     my $task = PVE::BackupAccess::Task->new(
@@ -55,7 +55,7 @@ sub provider ($demo, $backup) {
     return $provider;
 }
 
-# As Proxmox VE restores a disk: the provider says what qemu-img is to read.
+# Restores a disk as Proxmox VE does: the provider returns the path from which qemu-img reads.
 sub restore_device ($provider, $archive, $device, $image) {
     my $info = $provider->restore_vm_volume_init($archive, $device, {});
     run(qw(qemu-img convert -f raw -O raw), $info->{'qemu-img-path'}, $image);
@@ -149,7 +149,7 @@ sub restore_disk ($demo, $provider, $backup, $device) {
     return;
 }
 
-# Each backup, then the last one against the guest's disks themselves.
+# Restores and checks each backup, then compares the last one with the guest's disks.
 sub restore ($demo) {
     heading('Restored');
     for my $backup (grep { !$_->{fails} } $demo->{backups}->@*) {
@@ -195,7 +195,7 @@ sub print_row (@columns) {
     return;
 }
 
-# Everything it made is gone when this returns.
+# Runs the demo in a temporary directory, which is removed at the end.
 sub demo () {
     my $tmp = File::Temp->newdir('pba-demo.XXXXXX', TMPDIR => 1);
     my %options = map { $_ => "$tmp/$_" } qw(run-dir fleecing-dir);

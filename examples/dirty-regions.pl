@@ -1,5 +1,5 @@
-# Lists what the next backup of a disk would read, and changes nothing: ended as a failure, an access
-# leaves the bitmap with all it had.
+# Lists what the next backup of a disk would read. This changes nothing: the access ends as after a failed
+# backup, so the bitmap keeps all of its bits.
 #
 #     perl examples/dirty-regions.pl QMP-SOCKET TARGET-ID DEVICE FLEECING-DIRECTORY
 

@@ -1,5 +1,5 @@
-# Reads a disk as a provider of the mechanism file-handle does that brings no NBD client: by system
-# calls on a file. What was stored is punched out of the file, which frees fleecing space.
+# Reads a disk like a provider that has no NBD client and uses the mechanism file-handle: by system calls
+# on a file. Punching a hole into the file where data has been stored frees fleecing space.
 #
 #     perl examples/file-handle.pl QMP-SOCKET DEVICE FLEECING-DIRECTORY IMAGE
 
@@ -24,8 +24,8 @@ sub store ($handle, $image, $offset, $length) {
     return;
 }
 
-# FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, in whole clusters; by util-linux, since Perl has no
-# fallocate.
+# FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE for whole clusters. Perl has no fallocate, so this runs the
+# program of util-linux.
 sub discard ($handle, $offset, $length) {
     my @range = ('--offset', $offset, '--length', $length);
     system('fallocate', '--punch-hole', @range, "/proc/$$/fd/" . fileno($handle)) == 0
@@ -53,7 +53,7 @@ while (my ($offset, $length) = $volume->{'next-dirty-region'}->()) {
     $bytes += $length;
 }
 
-# The bitmap begins anew when what it said is on disk.
+# teardown(1) clears the bitmap, so everything that it recorded must be on disk first.
 $image->sync && close($image) or die "$file: $!\n";
 $access->teardown(1);
 say "$bytes bytes";

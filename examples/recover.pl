@@ -1,5 +1,5 @@
-# Ends what a killed backup program left in a guest, and says what it did. Without anything left it does
-# and says nothing, so it may be called at any time.
+# Undoes what a killed backup program left behind in a guest, and prints what it did. If there is nothing to
+# undo, it prints nothing, so it can be run at any time.
 #
 #     perl examples/recover.pl QMP-SOCKET TARGET-ID FLEECING-DIRECTORY
 

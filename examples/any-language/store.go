@@ -1,5 +1,5 @@
-// The data path of a backup provider: each distinct block is stored once, named by its SHA-256. It has
-// the same arguments and files as store.py.
+// The data path of a backup provider: each distinct block is stored once, named by its SHA-256. The
+// arguments and the files are those of store.py.
 package main
 
 import (
@@ -84,7 +84,7 @@ func blockFile(store string, digest []byte) string {
 	return filepath.Join(store, "blocks", name[:2], name)
 }
 
-// writeDurably gives the file its name only once its data is on disk.
+// writeDurably gives the file its name only when its data is on disk.
 func writeDurably(path string, data []byte) error {
 	if err := os.MkdirAll(filepath.Dir(path), 0o777); err != nil {
 		return err

@@ -1,8 +1,8 @@
 package Demo::Check;
 
-# What the demo checks: that a backup contains what it must, that restored images are what the guest
-# had at the backup's instant, and that nothing is left behind. Nothing here reads through the
-# module.
+# The demo's checks: each backup contains the data that it must, restored images are the guest's
+# disks as of the instant of the backup, and nothing is left behind. These checks do not read through
+# the module.
 
 use v5.36;
 
@@ -25,7 +25,7 @@ sub sum_of ($regions) {
 
 # ---- a backup ----
 
-# The first one must be of everything, the others must not.
+# The first backup must be full, the others must not.
 sub check_modes ($backup) {
     my $expected = $backup->{name} eq 'full' ? 'new' : 'reuse';
     for my $device ($backup->{stored}->@*) {
@@ -39,7 +39,7 @@ sub check_modes ($backup) {
     return;
 }
 
-# Its files and those it builds on, by their checksums and by qemu-img.
+# Checks the archive and those that it builds on, by their checksums and by qemu-img.
 sub check_archive ($provider, $backup) {
     problem("$backup->{name} backup: archive: $_") for $provider->verify($backup->{archive})->@*;
     return;
@@ -65,7 +65,7 @@ sub is_within ($region, $regions) {
 
 # ---- a restored image ----
 
-# The image itself tells which write it ends with; that must be one of the backup's instant.
+# The image itself shows which write was the last one; it must be a write at the instant of the backup.
 sub check_data ($guest, $backup, $image) {
     my ($n, $at) = $guest->model->check_image('data', $image);
     my $what = "$backup->{name} backup: data disk";
@@ -75,7 +75,8 @@ sub check_data ($guest, $backup, $image) {
     return "as of the guest's write $n";
 }
 
-# As after a power failure: the journal is replayed, on a copy, then all must be right.
+# The file system is as after a power failure: once the journal has been replayed, on a copy, it must have
+# no errors.
 sub check_files ($guest, $backup, $image) {
     my ($copy, $what) = ("$image.copy", "$backup->{name} backup: file system");
     run('cp', '--sparse=always', $image, $copy);
@@ -87,7 +88,7 @@ sub check_files ($guest, $backup, $image) {
     return $status == 0 ? 'e2fsck clean, old files equal' : 'is damaged';
 }
 
-# The files the file system was made with are not written to by the guest.
+# The guest does not write to the files that were copied to the file system when it was created.
 sub check_content ($guest, $what, $image) {
     my $dir = "$image.files";
     make_path($dir);
@@ -98,16 +99,16 @@ sub check_content ($guest, $what, $image) {
     return;
 }
 
-# The guest writes no more: the image must be the guest's disk itself.
+# The guest has stopped writing, so the image must equal the guest's disk.
 sub check_equal ($guest, $disk, $image) {
     my ($status, $text) = output_of('cmp', $image, $guest->image_of($disk));
     problem("last backup: $disk disk is not the guest's: $text") if $status != 0;
     return;
 }
 
-# ---- what is left behind ----
+# ---- leftovers ----
 
-# Everything a backup must leave as it was: { what => [texts] }.
+# Everything that a backup must leave unchanged: { what => [texts] }.
 sub surroundings ($guest, @dirs) {
     my $vm = $guest->vm;
     my $graph = $vm->graph;
@@ -146,7 +147,8 @@ sub changes ($before, $after) {
     return join(', ', map { ($count{$_} > 0 ? 'new ' : 'gone ') . $_ } @changed);
 }
 
-# All as before, but for two bitmaps a device: one records what the guest writes, one tells of which backup.
+# Everything must be as before, except for two bitmaps per device: one records what the guest writes, the other
+# names the backup.
 sub check_surroundings ($backup, $before, $after, $bitmaps) {
     for my $what (sort keys $after->%*) {
         my $changed = changes($before->{$what}, $after->{$what});

@@ -1,7 +1,7 @@
 package Demo::Guest;
 
-# The guest of the demo: an ext4 disk with real files, mounted and in use, and a data disk written
-# to in numbered blocks, whose content at any instant is therefore known.
+# The guest of the demo has an ext4 disk with real files, which is mounted and in use, and a data disk to
+# which it writes numbered blocks, so that the disk's content at any instant is known.
 
 use v5.36;
 
@@ -21,7 +21,7 @@ my $DATA_SIZE = 128 * $MIB;
 my $CONTENT_LIMIT = 32 * $MIB;
 my @CONTENT_FROM = qw(/usr/share/doc /usr/share/perl);
 
-# The blocks written to are all over the first part of the data disk.
+# The guest writes to blocks that are spread over the first part of the data disk.
 my %CHURN = (seed => 2024, blocks => 48 * $MIB / 4096);
 my $PAUSE_US = 4000;
 my $WRITES = 300;
@@ -32,14 +32,14 @@ sub new ($class, $dir) {
     return bless { dir => $dir, model => PBA::Test::Model->new(disks => \@disks, %CHURN) }, $class;
 }
 
-# ---- making it ----
+# ---- creation ----
 
 sub kernel_version ($self) {
     PBA::Test::Cache->initramfs;
     return PBA::Test::Cache->kernel->{version};
 }
 
-# A directory with some real files; returns their number and size.
+# Creates a directory with some real files. Returns their number and size.
 sub collect_files ($self) {
     my ($count, $bytes) = (0, 0);
     my $collect = sub {
@@ -57,7 +57,7 @@ sub collect_files ($self) {
     return ($count, $bytes);
 }
 
-# Where on the host the files are that the file system was made with, below usr.
+# The directory on the host with the files that were copied to the file system, below usr.
 sub content ($self) {
     return "$self->{dir}/content";
 }
@@ -80,7 +80,7 @@ sub boot ($self) {
     my $vm = $self->{vm} = PBA::Test::VM->start(disks => \@disks);
     $self->{disk_of} = { map { $vm->disk($_)->{device} => $_ } qw(files data) };
 
-    # Proxmox' commands want what qemu-server does before.
+    # Proxmox VE's commands expect the preparations that qemu-server makes.
     if ($vm->is_proxmox) {
         $vm->add_fleecing_node($_) for qw(files data);
     }
@@ -99,7 +99,7 @@ sub qmp_path ($self) {
     return $self->{vm}->qmp_path;
 }
 
-# What a backup calls the disks, and back.
+# The names of the disks in a backup, and the disk of such a name.
 sub devices ($self) {
     return sort keys $self->{disk_of}->%*;
 }
@@ -116,7 +116,7 @@ sub model ($self) {
     return $self->{model};
 }
 
-# ---- its writing ----
+# ---- writes ----
 
 sub start_writing ($self) {
     my $agent = $self->{vm}->guest;
@@ -147,18 +147,18 @@ sub last_write ($self) {
     return $self->{writes} ? $self->{vm}->guest->churn_status->{last} : $self->{last};
 }
 
-# The longest write since it was asked for before, in seconds.
+# The longest write since the previous call, in seconds.
 sub longest_write ($self) {
     return if !$self->{writes};
 
-    # One that is held up counts when it is done.
+    # A delayed write is counted when it is done.
     $self->{vm}->guest->wait_more_churn(1);
     return $self->{vm}->guest->latency->{longest_us} / 1e6;
 }
 
-# Around the setup of a backup, these note in the backup how long that took, how long the guest's
-# writes took meanwhile and before, and between which writes the backup's instant is. Then the guest
-# is given time to overwrite what has not been read yet.
+# Called before and after the setup of a backup. They note in the backup how long the setup took, how long
+# the guest's writes took before and during it, and between which writes the instant of the backup is.
+# Then the guest gets time to overwrite data that has not been read yet.
 sub before_setup ($self, $backup) {
     $backup->{'write before'} = $self->longest_write;
     $backup->{from} = $self->last_write;
@@ -170,7 +170,7 @@ sub after_setup ($self, $backup) {
     my $ended = now();
     $backup->{'setup seconds'} = $ended - $backup->{began};
 
-    # One more may be done but not yet counted.
+    # One more write may be done but not yet counted.
     $backup->{to} = $self->last_write + ($self->{writes} ? 1 : 0);
     $backup->{'write during'} = $self->longest_write;
     $self->{vm}->guest->wait_more_churn($WRITES_MEANWHILE) if $self->{writes};

@@ -1,6 +1,6 @@
 package Demo::Provider;
 
-# The provider that stores chains of qcow2 images, with notes of what it was given to store.
+# The provider Qcow2Chain, which also records what it was given to store.
 
 use v5.36;
 
@@ -8,7 +8,7 @@ use parent 'PVE::BackupAccess::Provider::Qcow2Chain';
 
 use PVE::BackupAccess::Volume;
 
-# Notes go into that hash: stored => [{ device, size, bitmap-mode, bitmap-name, regions }].
+# Adds to the hash $backup: stored => [{ device, size, bitmap-mode, bitmap-name, regions }].
 sub note_in ($self, $backup) {
     $self->{notes} = $backup;
     return;

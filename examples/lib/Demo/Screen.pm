@@ -1,6 +1,6 @@
 package Demo::Screen;
 
-# What one sees of the demo, what was found wrong, and Ctrl-C.
+# The demo's output, the problems found, and interruption by Ctrl-C.
 
 use v5.36;
 
@@ -30,9 +30,9 @@ sub heading ($text) {
     return;
 }
 
-# Does it, and prints what it was, how much and how long; then what was found wrong, also by the
-# check that runs after it. The code returns the bytes, another label where more can be said
-# when it is done, and the seconds where not all of its time counts.
+# Runs the code, and prints the label, the bytes and the seconds, then the problems found by the code and by
+# the check that runs after it. The code returns the bytes, optionally a more precise label, and optionally
+# the seconds, if not all of its time counts.
 sub step ($label, $code, $check = sub { }) {
     my $terminal = -t STDOUT;
     my ($began, $known) = (now(), scalar(@problems));
@@ -56,7 +56,7 @@ sub problem ($text) {
 
 # ---- other programs ----
 
-# Returns the exit status of a program and what it said.
+# Returns the exit status of a program and its output.
 sub output_of (@command) {
     my $pid = open(my $out, '-|') // die "fork: $!\n";
     exec_program(@command) if !$pid;
@@ -81,9 +81,9 @@ sub run (@command) {
     return $text;
 }
 
-# ---- being interrupted ----
+# ---- interruption ----
 
-# The signal ends what is going on like an error, so that everything is undone on the way out.
+# A signal ends the current work like an error, so that everything is undone.
 sub handle_signals () {
     for my $name (qw(INT TERM HUP)) {
         $SIG{$name} = sub {
@@ -95,7 +95,7 @@ sub handle_signals () {
     return;
 }
 
-# What is said on the way out is only that QEMU has been interrupted as well.
+# After an interruption, the only warnings are that QEMU was interrupted too; they are not shown.
 sub show_warning ($text) {
     return if $interrupted;
     print STDERR "\r\e[K" if -t STDERR;
@@ -103,7 +103,7 @@ sub show_warning ($text) {
     return;
 }
 
-# Something may have caught the handler's error and gone on.
+# Dies again after an interruption, in case other code has caught the exception of the signal handler.
 sub check_interrupted () {
     die "interrupted\n" if $interrupted;
     return;
@@ -116,7 +116,7 @@ sub die_of_signal () {
     return;
 }
 
-# Runs the demo, says how it ended and returns the exit status.
+# Runs the demo, prints how it ended, and returns the exit status.
 sub main ($code) {
     STDOUT->autoflush(1);
     handle_signals();

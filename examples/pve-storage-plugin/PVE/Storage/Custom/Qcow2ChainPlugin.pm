@@ -1,8 +1,9 @@
 package PVE::Storage::Custom::Qcow2ChainPlugin;
 
-# A storage of Proxmox VE that takes backups of virtual machines as chains of qcow2 images, and of containers
-# as compressed tars. What there is to do is done by the backup provider; here are the parts that the storage layer asks for. Each takes
-# more arguments than it knows (@): versions of the API have added some, and count that as compatible.
+# A Proxmox VE storage that keeps backups of virtual machines as chains of qcow2 images, and backups of
+# containers as compressed tar files. The backup provider does the work; this plugin has the methods that the
+# storage layer calls. Each accepts additional arguments (@), because later versions of the API have added
+# arguments and count this as compatible.
 
 use v5.36;
 
@@ -14,12 +15,12 @@ use PVE::Storage;
 
 use parent qw(PVE::Storage::Plugin);
 
-my $tested_api = 15;    # of PVE::Storage; since 11 there are backup providers
+my $tested_api = 15;    # of PVE::Storage; backup providers exist since 11
 
-# Bitmaps migrate with their guest, so all nodes have to know which backup was the last.
+# Bitmaps migrate with their guest, so all nodes must know which backup was the last one.
 my $state_dir = '/etc/pve/priv/qcow2chain';
 
-# ---- what it is ----
+# ---- the storage type ----
 
 sub api { return min($tested_api, PVE::Storage::APIVER()) }
 sub type { return 'qcow2chain' }
@@ -50,16 +51,16 @@ sub new_backup_provider ($class, $scfg, $storeid, $log_function, @) {
         $storeid, $log_function);
 }
 
-# The same outside of a backup job.
+# The provider for calls outside of a backup job.
 my sub provider ($class, $scfg, $storeid, $log_function = undef) {
     return $class->new_backup_provider($scfg, $storeid, $log_function);
 }
 
 # ---- the storage ----
 
-# The directory is not made here: it may be a mount point that nothing is mounted on.
+# A missing directory is not created here, because it may be on a file system that is not mounted.
 sub activate_storage ($class, $storeid, $scfg, @) {
-    die "storage '$storeid': the directory '$scfg->{path}' is not there\n" if !-d $scfg->{path};
+    die "storage '$storeid': the directory '$scfg->{path}' does not exist\n" if !-d $scfg->{path};
     return 1;
 }
 
@@ -119,8 +120,8 @@ sub volume_size_info ($class, $scfg, $storeid, $volname, @) {
     return wantarray ? ($size, 'qcow2-chain', $size, undef, $archive->{time}) : $size;
 }
 
-# The next archive takes over what it needs, which can take longer than the storage may be locked. So
-# this is for a worker.
+# What the next archive needs is merged into it. This can take longer than the storage may be locked, so the
+# returned function is run by a worker.
 sub free_image ($class, $storeid, $scfg, $volname, @) {
     my (undef, $name) = $class->parse_volname($volname);
     die "the backup '$storeid:$volname' is protected\n"
@@ -185,7 +186,7 @@ sub update_volume_attribute ($class, $scfg, $storeid, $volname, $attribute, $val
     return;
 }
 
-# ---- what it does not have ----
+# ---- features that the storage does not support ----
 
 sub volume_has_feature { return 0 }
 
