@@ -314,11 +314,11 @@ _teardown(PbaAccessObject *self, bool success, SV *id)
     CODE:
         glue_require_idle(aTHX_ &self->caller, self->owner);
         if (!pba_access_teardown(self->access, success, glue_text_or_null(aTHX_ id), &error)) {
-            glue_run_signal_handlers(aTHX_ &self->caller); /* not run while it was committed */
+            glue_run_signal_handlers(aTHX_ &self->caller); /* deferred during the commit */
             glue_throw_error(aTHX_ &self->caller, error);
         }
         if (success) {
-            glue_throw_pending_later(aTHX_ &self->caller); /* it is committed */
+            glue_throw_pending_later(aTHX_ &self->caller); /* the success is committed */
         } else {
             glue_throw_pending(aTHX_ &self->caller);
         }
@@ -406,7 +406,7 @@ size(PbaVolumeObject *self)
 void
 next_dirty_region(PbaVolumeObject *self)
     PREINIT:
-        dXSTARG; /* saves the creation of one scalar for each region */
+        dXSTARG; /* avoids the creation of one scalar per region */
         GError *error = NULL;
         uint64_t offset;
         uint64_t length;
@@ -453,7 +453,7 @@ _pread(PbaVolumeObject *self, uint64_t offset, uint64_t length)
         GError *error = NULL;
     CODE:
         glue_require_open(aTHX_ self);
-        /* At most what a read can have; the core refuses a longer one. */
+        /* At most the maximum length of a read; the core refuses a longer one. */
         SV *data = newSV(MIN(length, 64 << 20) + 1);
         SvPOK_only(data);
         if (!pba_volume_pread(self->volume, SvPVX(data), offset, length, &error)) {

@@ -1,4 +1,4 @@
-/* Calls of an access that have the same form. */
+/* Calls of several methods of an access that have the same form. */
 #include "glue.h"
 
 void glue_run_step(pTHX_ PbaAccessObject *self, bool (*step)(PbaAccess *access, GError **error))

@@ -99,7 +99,7 @@ static void throw_later(pTHX)
 void glue_throw_later(pTHX_ SV *exception)
 {
     if (PL_signalhook !=
-        throw_later) { /* otherwise there is one already, and the first one counts */
+        throw_later) { /* otherwise an earlier exception waits, and that one counts */
         sv_setsv(get_sv(LATER, GV_ADD), exception);
         signals_hook = PL_signalhook;
         PL_signalhook = throw_later;

@@ -23,7 +23,7 @@ typedef struct {
     SV *exception; /* the exception of a signal handler or a callback; NULL: none */
     SV *object;    /* the Perl object whose call this is, borrowed; NULL: none */
     bool is_held;  /* the object, kept until the calling statement ends */
-    bool died;     /* since the core was last told */
+    bool died;     /* a callback died after the core last checked */
     bool in_hook;  /* Perl code is running during a call of the core */
 } Caller;
 
@@ -50,12 +50,12 @@ void glue_throw_pending(pTHX_ Caller *caller);
 /* Runs the handlers of signals that have arrived. Their exceptions, and those of callbacks, are
  * thrown a statement or two after the call: for a call that must not look as if it had failed. */
 void glue_throw_pending_later(pTHX_ Caller *caller);
-/* Has an exception come that way. */
+/* Throws an exception in this way. */
 void glue_throw_later(pTHX_ SV *exception);
-/* The exception that was to be thrown that way, and now is not: a new scalar; NULL if there is
- * none. */
+/* Returns the exception that was to be thrown in this way, which is then not thrown: a new scalar;
+ * NULL if there is none. */
 SV *glue_take_later(pTHX);
-/* Has Perl look for signals now. */
+/* Makes Perl run the handlers of signals now. */
 void glue_run_signal_handlers(pTHX_ Caller *caller);
 
 /* Logs a warning for that caller. */
@@ -67,9 +67,9 @@ void glue_warn(Caller *caller, const char *format, ...) G_GNUC_PRINTF(2, 3);
 PbaHooks glue_caller_hooks(Caller *caller);
 void glue_caller_clear(pTHX_ Caller *caller);
 /* Used before Perl code is run from inside the core, and GLUE_LEAVE_HOOK after it. The code has its
- * own $@, "last" or "next" in it cannot leave it for a loop of the caller's, and the object stays
- * alive until the calling statement ends, whatever references the code drops. Everything that the
- * code creates is freed: a call of the core may run such code millions of times. */
+ * own $@, its "last" or "next" cannot jump to a loop of the caller, and the object stays alive
+ * until the calling statement ends, even if the code drops all references to it. Everything that
+ * the code creates is freed, because a call of the core may run such code millions of times. */
 void glue_enter_hook(pTHX_ Caller *caller);
 #define GLUE_LEAVE_HOOK                                                                            \
     POPSTACK;                                                                                      \
@@ -79,7 +79,7 @@ void glue_enter_hook(pTHX_ Caller *caller);
 bool glue_has_died(pTHX);
 /* Keeps the exception for glue_throw_error, unless there is one already. */
 void glue_keep_exception(pTHX_ Caller *caller, SV *exception);
-/* The same with the exception of the Perl code just called, before the core has been told. */
+/* The same with the exception of the Perl code just called; the core is told later. */
 void glue_note_death(pTHX_ Caller *caller);
 
 /* Signal handlers */
@@ -130,7 +130,7 @@ SV *glue_sv_from_infos(pTHX_ PbaAccess *access);
 
 /* Objects */
 
-/* getpid() is a system call; this is asked for every region. */
+/* Stored, because it is checked for every region, and getpid() is a system call. */
 extern pid_t glue_current_pid;
 void glue_note_fork(void);
 /* For a child that is about to run a program: the kernel ends it together with its parent
@@ -142,10 +142,10 @@ int glue_open_process(pid_t pid);
 /* A file in memory (memfd_create(2)); -1 if there is none. */
 int glue_open_memory(void);
 
-/* The Perl object that from now on owns the C half. */
+/* Creates the Perl object, which owns the C half from now on. */
 SV *glue_new_access(pTHX_ PbaAccessObject *object, SV *klass);
 SV *glue_new_volume(pTHX_ PbaVolumeObject *object, SV *klass);
-/* Throw if it is no such object. */
+/* Throw unless it is such an object. */
 PbaAccessObject *glue_access_from_sv(pTHX_ SV *sv);
 PbaVolumeObject *glue_volume_from_sv(pTHX_ SV *sv);
 /* Begin a call. They throw if the object belongs to another process or is in use by an outer

@@ -1,7 +1,7 @@
 /* Perl code that runs during a call of the core. */
 #include "glue.h"
 
-/* An exception object may be false, or die when asked. */
+/* An exception object may evaluate to false, or die when it is evaluated. */
 bool glue_has_died(pTHX)
 {
     SV *exception = ERRSV;

@@ -1,4 +1,4 @@
-/* JSON as plain Perl data, and back. */
+/* Converts JSON to plain Perl data, and back. */
 #include "glue.h"
 
 static SV *sv_from_array(pTHX_ JsonArray *array)

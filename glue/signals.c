@@ -45,7 +45,7 @@ static void run_handler(pTHX_ CV *cv)
         if (watch && !*watch->thrown) {
             *watch->thrown = newSVsv(exception);
         }
-        SAVESPTR(PL_diehook); /* it has been called */
+        SAVESPTR(PL_diehook); /* it has been called already */
         PL_diehook = NULL;
         croak_sv(exception);
     }

@@ -1,4 +1,4 @@
-/* A volume's code refs: its next-dirty-region and those of copy. */
+/* Calls a volume's code refs: its next-dirty-region and those of copy. */
 #include "glue.h"
 
 /* A fraction is not a position in a volume. */
@@ -53,7 +53,7 @@ static bool call_code(pTHX_ Caller *caller, SV *code, uint64_t first, SV *second
     return !died;
 }
 
-/* The same, but takes over the second argument. */
+/* The same, but takes ownership of the second argument. */
 static bool call_and_free(pTHX_ Caller *caller, SV *code, uint64_t first, SV *second)
 {
     bool good = call_code(aTHX_ caller, code, first, second);

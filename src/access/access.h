@@ -15,9 +15,9 @@ typedef struct {
     char *key; /* hash of the device: the names of our objects contain it */
     PbaBitmapMode mode;
     char *base;      /* ID of the backup that its bitmap must be relative to; NULL: none */
-    char *base_disk; /* the identity by which it was found; NULL: by its name */
+    char *base_disk; /* the identity by which base was found; NULL: base was found by name */
     char *identity;  /* see PbaBackend */
-    char *reason;    /* why its bitmap is not used; NULL: it is, or there is none */
+    char *reason;    /* why its bitmap is not used; NULL: it is used, or there is none */
 
     char *qdev;        /* ID or QOM path of the guest device; NULL: none */
     char *root_node;   /* what the guest device used before setup */
@@ -34,9 +34,9 @@ typedef struct {
     char *hold_node;  /* above root_node */
     char *guard_node; /* above another one: see guard.c */
     char *fleecing_node;
-    uint64_t cluster; /* that the fleecing image frees as a whole; 0: not known */
+    uint64_t cluster; /* the unit in which the fleecing image frees space; 0: unknown */
 
-    bool device_gone; /* in recovery: QEMU has nothing any more whose hash is the key */
+    bool device_gone; /* in recovery: no device or node in QEMU has this key any more */
 
     void *backend_data; /* the backend's own data; NULL: none yet */
     GDestroyNotify free_backend_data;
@@ -46,14 +46,14 @@ typedef struct PbaBackend PbaBackend;
 
 /* How far an access is. The state of QEMU itself is always queried. */
 typedef enum {
-    PBA_PHASE_NEW,       /* no access: nothing of it exists anywhere */
-    PBA_PHASE_CLAIMED,   /* QEMU may have its marker, and nothing else of it */
+    PBA_PHASE_NEW,       /* nothing of the access exists */
+    PBA_PHASE_CLAIMED,   /* its marker may be in QEMU, and nothing else of it */
     PBA_PHASE_CHANGING,  /* setup, or the recovery of a dead process' access, has begun */
     PBA_PHASE_PREPARED,  /* everything that can be done before the instant is done */
     PBA_PHASE_CUT,       /* the instant has passed, and setup is not complete yet */
     PBA_PHASE_UP,        /* setup is done */
-    PBA_PHASE_EXPORTING, /* some of the exports may be there */
-    PBA_PHASE_EXPORTED,  /* all of them are */
+    PBA_PHASE_EXPORTING, /* some of the exports may exist */
+    PBA_PHASE_EXPORTED,  /* all of the exports exist */
     PBA_PHASE_ENDING,    /* it is being torn down */
     PBA_PHASE_STUCK,     /* a step failed: teardown can be tried again, as after a failure */
     PBA_PHASE_COMMITTED, /* the bitmaps are as after a success, whatever else happens */
@@ -70,7 +70,7 @@ const char *pba_phase_name(PbaPhase phase);
 typedef enum {
     PBA_TIED_NO,
     PBA_TIED_YES,     /* all of them */
-    PBA_TIED_UNKNOWN, /* of a dead process' access: it may have both */
+    PBA_TIED_UNKNOWN, /* the access of a dead process: some may, or none */
 } PbaTied;
 
 struct PbaAccess {
@@ -79,42 +79,42 @@ struct PbaAccess {
     PbaQmp *qmp;    /* borrowed */
     PbaHooks hooks;
 
-    const char *target_id;    /* an option; NULL: it can only look */
-    char *identity;           /* that of the options, or QEMU's own */
+    const char *target_id;    /* an option; NULL: the access can only observe */
+    char *identity;           /* of the guest: from the options, or from QEMU */
     PbaAccessOptions options; /* as the caller gave them */
     GStringChunk *texts;      /* of the options */
 
-    const PbaBackend *backend; /* NULL: QEMU was not asked yet */
-    PbaCapabilities qemu;      /* what it said */
-    char *guest;               /* the guest's UUID; NULL: not asked for */
+    const PbaBackend *backend; /* NULL: not chosen yet */
+    PbaCapabilities qemu;      /* what QEMU reported when the backend was chosen */
+    char *guest;               /* the guest's UUID; NULL: not queried */
     uid_t qemu_uid;            /* if has_qemu_user */
     gid_t qemu_gid;
     bool has_qemu_user; /* root serves a QEMU that runs as another user */
 
-    bool is_recovery; /* it stands for a dead process' access: only names tell its target */
+    bool is_recovery; /* represents a dead process' access: only names show its target */
     PbaTied tied;
     bool has_exported;    /* its exports may exist, under the names of this access */
     unsigned mark_number; /* distinguishes its marker from those of the process' other accesses */
     char *backup_id;      /* ID that its bitmaps get after a success; NULL: none */
-    PbaBlock seen;        /* before setup, if there was nothing to undo; in setup, before the cut */
-    GPtrArray *warnings;  /* lines of the last check of its fleecing images */
-    GPtrArray *disks;     /* PbaDisk */
-    char *nonce;      /* of this setup; NULL: none was made, or that of a dead process' access */
-    char *end_mark;   /* the node that says that a success is being committed; NULL: none */
-    char *socket_dir; /* NULL: not made */
+    PbaBlock seen; /* QEMU before setup, if nothing had to be undone; in setup, before the cut */
+    GPtrArray *warnings; /* lines of the last check of its fleecing images */
+    GPtrArray *disks;    /* PbaDisk */
+    char *nonce;         /* of this setup; NULL: none yet, or the access is a dead process' */
+    char *end_mark;      /* the node that says that a success is being committed; NULL: none */
+    char *socket_dir;    /* NULL: not created */
     char *socket; /* the path of the NBD server's socket in that directory, whether the server runs
                      or not */
     GPtrArray *vfiles;  /* PbaVfile, one for each disk; NULL: none was requested */
-    bool serves_files;  /* all of them are up */
+    bool serves_files;  /* all of them can be opened */
     void *backend_data; /* the backend's own data, freed by g_free; NULL: none */
 };
 
 /* Changes the phase. Every change goes through this function, which checks it. */
 void pba_access_enter(PbaAccess *access, PbaPhase phase);
-/* What recovery has undone, to the log. */
+/* Logs the lines that say what recovery has undone. */
 void pba_access_log_lines(const PbaAccess *access, const GPtrArray *lines);
 
-/* Of PbaDisk, as arrays want it. */
+/* Frees a PbaDisk; can be passed to g_ptr_array_new_with_free_func. */
 void pba_disk_free(gpointer disk);
 /* Sets the error that no device or node has the requested name of the disk. Returns false. */
 bool pba_disk_set_unknown_error(GError **error);
@@ -128,7 +128,7 @@ void pba_disk_drop_node(PbaAccess *access, GError **first, const PbaBlock *block
 bool pba_check_utf8(const char *name, const char *value, GError **error);
 bool pba_access_require_up(const PbaAccess *access, GError **error);
 bool pba_access_require_down(const PbaAccess *access, GError **error);
-/* An access without a target, which can only look. */
+/* Creates an access without a target, which can only observe. */
 PbaAccess *pba_access_new_observer(PbaQmp *qmp, const PbaAccessOptions *options,
                                    const PbaHooks *hooks, GError **error);
 
@@ -177,7 +177,7 @@ bool pba_owner_check(const PbaAccess *access, JsonArray *nodes, GError **error);
 /* Refuses, and enters the phase gone, if the marker of this access is not among the nodes. */
 bool pba_owner_require(PbaAccess *access, JsonArray *nodes, GError **error);
 void pba_owner_set_gone_error(const PbaAccess *access, GError **error);
-/* The same of what QEMU has now. */
+/* The same with the nodes that QEMU has now. */
 bool pba_owner_require_now(PbaAccess *access, GError **error);
 /* Whether the marker of this access is among the nodes. Does not change the phase. */
 bool pba_owner_find(const PbaAccess *access, JsonArray *nodes, bool *found, GError **error);
@@ -211,10 +211,10 @@ bool pba_owner_is_dead(const PbaAccess *access, const char *node, uint64_t size)
 /* Refuses if one of the guest's devices has changed since setup looked: one query. */
 bool pba_access_look_again(PbaAccess *access, GError **error);
 
-/* Looks for what a dead process left of this target, by is_stale, and refuses if it must not be
- * undone, or if a process is active. */
+/* Looks for leftovers of a dead process' access to this target; *is_stale says whether there are
+ * any. Refuses if they must not be undone, or if a process is active. */
 bool pba_recover_look(PbaAccess *access, PbaBlock *block, bool *is_stale, GError **error);
-/* Undoes it. block gets the state of QEMU afterwards. Appends lines that say what was done. */
+/* Undoes them. block gets QEMU's state afterwards. Appends lines that say what was done. */
 bool pba_recover_undo(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GError **error);
 /* Notes that setup or recovery changes, or has changed, something other than markers in QEMU. */
 void pba_access_begin_changes(PbaAccess *access);
@@ -223,8 +223,8 @@ void pba_access_end(PbaAccess *access);
 /* The common end of every access: undoes everything that can be undone. */
 bool pba_tear_down_and_end(PbaAccess *access, bool success, GError **error);
 
-/* Checks for other programs; they change nothing. Whether the guest is on this host and stays here,
- * and whether its disks are fit for an access. */
+/* Checks for effects of other programs; these functions change nothing. The first one checks that
+ * the guest is on this host and stays here, and that its disks are fit for an access. */
 bool pba_company_check_here(PbaAccess *access, GError **error);
 /* Whether its disks belong to this QEMU now. */
 bool pba_company_check_handed_over(PbaAccess *access, GError **error);
@@ -235,15 +235,16 @@ bool pba_company_check_again(PbaAccess *access, GError **error);
 
 /* Nodes that keep the disks, and protect them from other programs: see guard.c */
 
-/* Fills in what they are called. */
+/* Fills in the names of the disk's guards. */
 void pba_guards_name(const PbaAccess *access, PbaDisk *disk);
 /* Adds a node above each disk's root node, and one above another node of the disk, which may be the
  * same. */
 typedef const char *(*PbaGuarded)(const PbaDisk *disk);
 bool pba_guards_add(PbaAccess *access, PbaGuarded guarded, GError **error);
-/* The name of their image for QEMU; the caller frees it. */
+/* QEMU's path of the guards' image; the caller frees it. */
 char *pba_guards_image(const PbaAccess *access);
-/* Deletes those in block, as the last step of a teardown, whose first error so far is *first. */
+/* Deletes the guards that are in block, as the last step of a teardown, whose first error so far is
+ * *first. */
 void pba_guards_drop(PbaAccess *access, GError **first, const PbaBlock *block);
 /* Whether the disk's nodes cannot be deleted. */
 bool pba_guard_holds(const PbaDisk *disk, const PbaBlock *block);
@@ -284,7 +285,7 @@ void pba_tie_add_open(JsonArray *actions, const PbaAccess *access, const PbaDisk
 
 /* Copies the bitmaps to be audited, which are then started anew; before the backend prepares. */
 bool pba_audit_begin(PbaAccess *access, const PbaBlock *block, GError **error);
-/* After the instant: a reader must not see the copies change. */
+/* Freezes the copies after the instant, because a reader must not see them change. */
 bool pba_audit_freeze(PbaAccess *access, GError **error);
 /* Removes the copies in block, also those of a dead process, after the exports. */
 bool pba_audit_end(PbaAccess *access, const PbaBlock *block, GError **error);
@@ -313,13 +314,13 @@ bool pba_run_dir_is_live(const PbaAccess *access, const char *path);
  * NULL: there is none. */
 char *pba_run_dir_stale_server(const char *path);
 bool pba_run_dir_remove_stale(const char *path);
-/* Gives the socket in the directory a name that no client knows, or its own name again. */
+/* Renames the socket in the directory, so that no client finds it; or gives it back its name. */
 void pba_run_dir_hide_socket(const char *path);
 void pba_run_dir_show_socket(const char *path);
 
-/* Unmounts the virtual files and ends their servers. A later call tries again what failed. */
+/* Unmounts the virtual files and ends their servers. A later call retries the steps that failed. */
 bool pba_vfiles_end(PbaAccess *access, GError **error);
-/* Frees what is local of them. */
+/* Frees the local data of the virtual files. */
 void pba_vfiles_free(PbaAccess *access);
 
 bool pba_nbd_server_start(PbaAccess *access, GError **error);

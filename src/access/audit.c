@@ -17,7 +17,7 @@ static bool is_auditable(PbaAccess *access, PbaDisk *disk, const PbaBlock *block
     return disk->bitmap_node && pba_tie_fits(access, disk, block);
 }
 
-/* It records from its first moment on, so it lacks nothing that was written before the instant. */
+/* The copy records writes as soon as it exists, so it lacks none from before the instant. */
 static bool add_copy(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, JsonArray *actions,
                      GError **error)
 {

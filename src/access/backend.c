@@ -5,7 +5,7 @@
 #include "src/qmp/qmp.h"
 #include "upstream/upstream.h"
 
-/* Asked in this order; the last one accepts every other QEMU. */
+/* Tried in this order; the last one accepts every other QEMU. */
 static const PbaBackend *const backends[] = {&pba_pve_backend, &pba_upstream_backend};
 
 static bool choose(PbaQmp *qmp, PbaCapabilities *capabilities, const PbaBackend **backend,

@@ -73,7 +73,7 @@ struct PbaBackend {
     /* Removes them, while the marker of this access is in QEMU. Appends lines that say what was
      * removed. */
     bool (*drop_strays)(PbaAccess *access, GPtrArray *lines, GError **error);
-    /* Adds what QEMU itself says about backups. */
+    /* Adds what QEMU itself reports about backups. */
     bool (*add_status)(PbaQmp *qmp, JsonObject *status, GError **error);
 };
 

@@ -15,8 +15,9 @@ static char *describe_job(PbaAccess *access, const char *id)
     return type && status ? g_strdup_printf("%s, %s", type, status) : NULL;
 }
 
-/* When the job ends, its nodes are deleted with everything that we would have put on them. And
- * qom-set would move the guest away from them: a mirror's target would lack all later writes. */
+/* Refuses a disk on which a job works. When the job ends, its nodes are deleted with everything
+ * that we would have put on them. And qom-set would move the guest away from these nodes: a
+ * mirror's target would lack all later writes. */
 static bool check_job(PbaAccess *access, const PbaBlock *block, JsonObject *device,
                       const char *node, GError **error)
 {
@@ -46,9 +47,9 @@ static bool check_shared(const PbaAccess *access, const PbaBlock *block, JsonObj
     return false;
 }
 
-/* scsi-block, scsi-generic: the guest's commands bypass QEMU's block layer, so bitmaps and filters
- * do not see what they write; and a node above the disk that shows only a part of it does not pass
- * them on. */
+/* Refuses scsi-block and scsi-generic: the guest's commands bypass QEMU's block layer, so bitmaps
+ * and filters do not see what they write; and a node above the disk that shows only a part of it
+ * does not pass them on. */
 static bool check_passed_through(PbaAccess *access, const PbaBlock *block, JsonObject *device,
                                  const char *node, GError **error)
 {

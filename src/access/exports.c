@@ -26,9 +26,9 @@ static bool has_export_id(const PbaAccess *access, const PbaDisk *disk, const ch
                        : strcmp(id, own) == 0;
 }
 
-/* Ours, but another program has deleted the marker of its live process: recovery undoes everything
- * else, but leaves the server of a live process alone, because it may serve another guest with the
- * same name and UUID. */
+/* The server is ours, but another program has deleted the marker of its live process: recovery
+ * undoes everything else, but leaves the server of a live process alone, because it may serve
+ * another guest with the same name and UUID. */
 static void add_server_hint(const PbaAccess *access, GError **error)
 {
     pid_t pid = pba_run_dir_live_server(access);
@@ -61,7 +61,7 @@ bool pba_nbd_server_start(PbaAccess *access, GError **error)
     if (done) {
         return true;
     }
-    /* QEMU's English message only decides about a hint. */
+    /* Only the hint depends on QEMU's English message. */
     if (strstr(local->message, "already running")) {
         add_server_hint(access, &local);
     }
@@ -69,7 +69,7 @@ bool pba_nbd_server_start(PbaAccess *access, GError **error)
     return false;
 }
 
-/* What a reader of the export must know. */
+/* The description of the export, which tells readers what to consider. */
 static char *describe(const PbaAccess *access, const PbaDisk *disk)
 {
     if (access->backend->reads_by_cluster(access)) {
@@ -169,7 +169,7 @@ static bool may_remove(PbaAccess *access, GError **error)
 
 /* One pass over the exports: deletes those that are ours and not in deleted. */
 typedef struct {
-    bool has_own;    /* there were some */
+    bool has_own;    /* there were such exports */
     bool has_begun;  /* some were deleted just now */
     bool has_others; /* another program has some on our server */
 } Round;
@@ -205,8 +205,8 @@ static bool delete_exports(PbaAccess *access, JsonArray *exports, GHashTable *de
     return !first;
 }
 
-/* Those that are known, without a look at what there is. What is refused may not be there; a look
- * comes after it. */
+/* Deletes the exports that setup may have added, without a query. QEMU refuses if an export does
+ * not exist; the caller queries them afterwards. */
 static bool delete_own(PbaAccess *access, GHashTable *deleted, GError **error)
 {
     for (guint i = 0; i < access->disks->len; i++) {
@@ -269,7 +269,7 @@ static bool add_exports(PbaAccess *access, GError **error)
         return false;
     }
     pba_fleecing_check(access, nodes);
-    /* First removes what an earlier try has left: its exports have the names of the new ones, and
+    /* First, exports of an earlier attempt are removed: they have the names of the new ones, and
      * QEMU accepts a name only once. */
     if (tried && !remove_exports(access, &has_others, error)) {
         return false;

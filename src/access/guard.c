@@ -1,4 +1,4 @@
-/* Nodes that keep the guest's disks during an access, and make QEMU refuse operations that would
+/* Nodes that hold the guest's disks during an access, and make QEMU refuse operations that would
  * lose the guest's writes.
  *
  * When a mirror of the node that the guest device uses is completed, the guest would move to the

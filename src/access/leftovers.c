@@ -177,7 +177,7 @@ static void add_bitmaps(const PbaLeftovers *leftovers, const char *node, GPtrArr
     }
 }
 
-/* What an audit has copied. */
+/* Adds the copies of bitmaps that an audit has made. */
 static void add_copies(const PbaLeftovers *leftovers, const char *node, GPtrArray *things)
 {
     PbaBitmapWalk at = pba_bitmaps_of(leftovers->block, node);
@@ -213,7 +213,7 @@ static const char *node_undone(const PbaLeftovers *leftovers, const char *node)
     return user ? "stays until what stands on it has ended" : "was removed";
 }
 
-/* Each access has one of these for each of its disks. */
+/* Whether the node shows that there is an access: it has one such node for each of its disks. */
 static bool tells_access(const char *node)
 {
     const char *role = node + strlen("pba-");

@@ -7,14 +7,14 @@
 
 /* The state at one moment; the block graph belongs to the caller. */
 typedef struct {
-    const PbaAccess *access; /* which looks; borrowed */
+    const PbaAccess *access; /* the observing one; borrowed */
     PbaBlock *block;
     JsonArray *exports;
     GPtrArray *paths; /* on disk */
     bool is_live;     /* a live process has an access: its NBD server is left alone */
 } PbaLeftovers;
 
-/* One thing of them. */
+/* One leftover. */
 typedef struct {
     const char *name;   /* of the node or export, or the path; borrowed */
     char *key;          /* of the target, as in names; NULL: it has no target */

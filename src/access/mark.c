@@ -39,7 +39,7 @@ static bool mark_and_look(PbaAccess *access, JsonArray **seen, bool *is_known, G
     if (!nodes || !pba_owner_find(access, nodes, &found, error)) {
         return false;
     }
-    /* A failed teardown of this process may have left it. */
+    /* A failed teardown of this process may have left the marker behind. */
     if (refused && !found) {
         g_propagate_error(error, g_steal_pointer(&refused));
         return false;

@@ -172,7 +172,8 @@ static bool has_number(const PbaAccess *access, unsigned number)
     return false;
 }
 
-/* For all guests: two connections to the same monitor cannot be distinguished from two guests. */
+/* Considers the markers in all guests, because two connections to one monitor cannot be
+ * distinguished from connections to two guests. */
 static bool is_number_in_use(const PbaAccess *access, unsigned number)
 {
     g_mutex_lock(&marked_lock);
@@ -272,7 +273,8 @@ static bool refuse_owner(const PbaAccess *access, const PbaOwner *owner, GError 
     return false;
 }
 
-/* Of several markers, the one that says most. */
+/* If there are several markers, one of a live process decides, or else one of a process that cannot
+ * be judged. */
 bool pba_owner_check(const PbaAccess *access, JsonArray *nodes, GError **error)
 {
     PbaOwner worst = {.state = PBA_OWNER_DEAD};

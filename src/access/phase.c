@@ -1,4 +1,4 @@
-/* How far an access is, and what may follow: the one table of it.
+/* The phases of an access, and the only table of which may follow which.
  *
  *   new -> claimed -> changing -> prepared -> cut -> up -> exporting -> exported
  *            |           |           |         |     |         |            |
@@ -10,7 +10,7 @@
  *            v                        v
  *           new <- committed, ended, gone                         the access is forgotten
  *
- * Gone, its marker no more in QEMU: seen when the access is up, exporting or ending. */
+ * Gone: its marker is no longer in QEMU, which is noticed while it is up, exporting or ending. */
 #include "access.h"
 #include "src/base/base.h"
 

@@ -1,5 +1,5 @@
-/* Finds and undoes what a dead process left. The names of nodes and exports and the bitmaps show
- * what its access has made; the rest is an ordinary teardown as after a failure. */
+/* Finds and undoes what a dead process left behind. The bitmaps and the names of nodes and exports
+ * show what its access has made; the rest is an ordinary teardown as after a failure. */
 #include "backend.h"
 #include "leftovers.h"
 #include "src/base/base.h"
@@ -145,14 +145,14 @@ static bool check_owner(const PbaAccess *access, const PbaLeftovers *leftovers, 
     return false;
 }
 
-/* Whether a recover of this target concerns it. */
+/* Whether recover undoes it for this target. */
 static bool is_ours(const PbaAccess *access, const PbaLeftover *thing)
 {
     g_autofree char *own = pba_short_hash(access->target_id);
     return !thing->key || strcmp(thing->key, own) == 0;
 }
 
-/* The assumptions of a caller of recover with force. */
+/* Logs which processes are assumed to be dead because the caller gave force. */
 static void log_assumed(const PbaAccess *access, const PbaLeftovers *leftovers)
 {
     JsonArray *nodes = leftovers->block->nodes;
@@ -183,7 +183,7 @@ static StaleState find_state(const PbaAccess *access, const PbaLeftovers *leftov
     return state;
 }
 
-/* An access that stands for that of the dead process. */
+/* Creates an access that represents that of the dead process. */
 static PbaAccess *new_dead_access(const PbaAccess *access, GError **error)
 {
     PbaAccessOptions options = access->options;
@@ -228,14 +228,15 @@ static void sort_paths(PbaAccess *dead, const PbaLeftovers *leftovers)
     }
 }
 
-/* Without the marker of this process, and without paths that could not be removed. */
+/* Whether recovery undoes it: not the marker of this process, nor a path that could not be
+ * removed. */
 static bool is_done(const PbaAccess *dead, const PbaLeftover *thing, const char *own_mark)
 {
     return is_ours(dead, thing) && g_strcmp0(thing->name, own_mark) != 0 &&
            !(thing->harmless && g_file_test(thing->name, G_FILE_TEST_EXISTS));
 }
 
-/* What is about to be undone, after the paths were removed. */
+/* Appends lines that say what the teardown will undo, and which paths have been removed. */
 static void describe(const PbaAccess *dead, const PbaLeftovers *leftovers, GPtrArray *lines)
 {
     g_autofree char *own_mark = pba_owner_mark_name(dead, NULL);
@@ -272,7 +273,7 @@ static bool undo_marked(PbaAccess *dead, GPtrArray *lines, GError **error)
         pba_access_begin_changes(dead);
     }
     if (!pba_tear_down_and_end(dead, false, error)) {
-        /* A later call, of any process, handles what is left. */
+        /* A later call by any process handles the rest. */
         if (dead->phase == PBA_PHASE_STUCK) {
             pba_owner_unmark(dead, false);
         }
@@ -322,7 +323,7 @@ bool pba_recover_undo(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GErr
         return false;
     }
     return pba_owner_mark(dead, NULL, error) && undo_marked(dead, lines, error) &&
-           /* Setup continues with a state without any of it. */
+           /* Setup continues with a state without leftovers. */
            look(access, block, &leftovers, error);
 }
 

@@ -87,7 +87,7 @@ static bool socket_path_fits(const char *path, GError **error)
     return false;
 }
 
-/* Nothing depends on this: without it, the directory counts as that of a dead process. */
+/* A failure does not matter: without this note, the directory counts as that of a dead process. */
 static void note(const char *dir, const char *name, const char *text)
 {
     g_autofree char *path = g_build_filename(dir, name, NULL);
@@ -107,7 +107,7 @@ bool pba_run_dir_make(PbaAccess *access, GError **error)
     if (!socket_path_fits(longest, error) || !ensure_private_dir(parent, error)) {
         return false;
     }
-    /* Each access gets a new one: a socket is never reused. */
+    /* Each access gets a new directory, so that a socket is never reused. */
     if (!g_mkdtemp_full(path, 0700)) {
         return set_system_error(error, "make", path);
     }

@@ -138,7 +138,7 @@ static bool drop_strays(PbaAccess *access, PbaBlock *block, GError **error)
     return done && pba_block_query(access->qmp, true, block, error);
 }
 
-/* What is asked for before setup */
+/* Queries before setup */
 
 static bool look_for_bases(PbaAccess *access, PbaBlock *block, GError **error)
 {
@@ -244,8 +244,8 @@ bool pba_access_bases(PbaAccess *access, const PbaDeviceRequest *requests, size_
 
 /* Setup */
 
-/* Whether these are the nodes that were seen, except for our marker: then the graph is the same,
- * too. */
+/* Whether these are the nodes that were seen, except for our marker. If they are, the graph is the
+ * same, too. */
 static bool are_nodes_as_seen(PbaAccess *access, JsonArray *nodes)
 {
     g_auto(PbaBlock) now = {.nodes = json_array_ref(nodes)};
@@ -260,8 +260,8 @@ static bool are_nodes_as_seen(PbaAccess *access, JsonArray *nodes)
     return json_array_get_length(nodes) == json_array_get_length(seen) + 1;
 }
 
-/* Uses what was seen last, if it still holds: a look at a guest takes four commands, and a caller
- * may open a connection for each. */
+/* Uses the state that was seen last, if it has not changed: a query of all state takes four
+ * commands, and a caller may open a connection for each. */
 static bool claim_as_seen(PbaAccess *access)
 {
     g_autoptr(JsonArray) nodes = NULL;

@@ -60,7 +60,7 @@ static void set_target(const Status *status, JsonObject *object, const char *key
     set_text(object, "target-id", target);
 }
 
-/* Whose access it is */
+/* The owner of the access */
 
 /* The marker of a live process; else of one whose state is unknown; else of a dead one. */
 static void find_owner(Status *status)
@@ -294,7 +294,7 @@ static JsonArray *describe_fleecing(Status *status)
     return list;
 }
 
-/* What is left of dead processes */
+/* Leftovers of dead processes */
 
 static bool is_leftover(const Status *status, const PbaLeftover *thing)
 {

@@ -10,7 +10,7 @@ void pba_access_free(PbaAccess *access)
         return;
     }
     pba_vfiles_free(access);
-    /* The server is asked last: this connects. */
+    /* The server is checked last, because that needs a connection. */
     if (access->socket_dir && access->owner == getpid() && !pba_nbd_server_is_up(access)) {
         pba_run_dir_remove(access);
     }
@@ -117,7 +117,7 @@ static bool undo(PbaAccess *access, bool success, GError **error)
 static bool is_over(PbaAccess *access, const GError *error)
 {
     if (error && pba_error_is_fatal(error)) {
-        /* When QEMU quit, the access ended with it. */
+        /* If QEMU has quit, the access has ended with it. */
         return error->code == PBA_ERROR_CONNECTION && pba_qmp_is_gone(access->qmp);
     }
     bool server_is_up = pba_nbd_server_is_up(access);
@@ -188,7 +188,7 @@ bool pba_tear_down_and_end(PbaAccess *access, bool success, GError **error)
     return conclude(access, local, error);
 }
 
-/* If a callback ends the program, the call never returns; then Perl destroys the object. */
+/* If a callback exits the program, the call never returns, and Perl destroys the object. */
 static void end_interrupted_call(PbaAccess *access)
 {
     pba_qmp_settle(access->qmp, false);

@@ -310,7 +310,7 @@ static void run_fusermount(const char *path, const PbaHooks *hooks)
     if (result == 0) {
         pba_wait_fd(sockets[0], POLLIN, &revents, pba_deadline(END_LIMIT_S), hooks,
                     "unmounting a virtual file", NULL);
-        waitpid(pid, NULL, 0); /* by number: it is sent no signal */
+        waitpid(pid, NULL, 0); /* by PID, because no signal is sent to it */
     }
     close(sockets[0]);
 }

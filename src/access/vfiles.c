@@ -48,7 +48,7 @@ bool pba_access_serve_files(PbaAccess *access, GError **error)
     if (access->serves_files) {
         return true;
     }
-    /* What an earlier try has left: its end may have failed as well. */
+    /* Files of an earlier attempt may exist, because its end may have failed as well. */
     if (!pba_vfiles_end(access, error)) {
         return false;
     }

@@ -1,4 +1,4 @@
-/* Bitmap modes, actions and statuses: words to values and back. Pure. */
+/* Bitmap modes, actions and statuses: converts words to values and back. Pure. */
 #include "src/base/base.h"
 
 static const char *const mode_names[] = {

@@ -206,14 +206,14 @@ JsonObject *pba_block_find_background(const PbaBlock *block, const char *node,
     return NULL;
 }
 
-/* No access put it there. */
+/* Whether the node was not added by an access. */
 static bool is_others(const char *node)
 {
     return !pba_is_own_node(node);
 }
 
-/* A name that a user or program chose. Names that QEMU makes up, also for the filters of Proxmox'
- * access, begin with a #. */
+/* Whether a user or program chose the name. Names that QEMU generates, also for the filters of
+ * Proxmox' access, begin with a #. */
 static bool is_named(const char *node)
 {
     return is_others(node) && *node != '#';
@@ -233,7 +233,8 @@ static const char *first_node(const PbaBlock *block, const char *node,
     return NULL;
 }
 
-/* A disk keeps the name of its node while there are nodes of ours, or a job's filter, above it. */
+/* Whether the name is that of the device's disk. The disk keeps the name of its node while our
+ * nodes, or a job's filter, are above it. */
 static bool is_node_of(const PbaBlock *block, JsonObject *device, const char *name)
 {
     const char *node = pba_block_device_node(device);
@@ -271,7 +272,7 @@ JsonObject *pba_block_find_device(const PbaBlock *block, const char *name)
     return by_node;
 }
 
-/* Another name of the device. */
+/* A name of the device other than the given one. */
 static char *name_but(JsonObject *device, const char *name)
 {
     g_autoptr(GPtrArray) names = pba_block_device_names(device);
@@ -317,7 +318,8 @@ static bool is_above(const PbaBlock *block, const char *node, const char *below)
     return false;
 }
 
-/* Names such as libvirt-3-format, which libvirt renumbers with each snapshot and start. */
+/* Whether the name is one such as libvirt-3-format, which libvirt renumbers with each snapshot and
+ * start. */
 static bool is_numbered(const char *node)
 {
     return g_str_has_prefix(node, "libvirt-") && g_ascii_isdigit(node[strlen("libvirt-")]);

@@ -76,14 +76,14 @@ const char *pba_companion_find(const PbaBlock *block, const char *node, const ch
             continue;
         }
         if (found) {
-            return NULL; /* which of them is right is not known */
+            return NULL; /* it is unknown which of them is right */
         }
         found = at.name;
     }
     return found;
 }
 
-/* What makes a bitmap unusable. */
+/* Why the state of a bitmap makes it unusable; NULL if it does not. */
 static const char *state_problem(JsonObject *info, bool recording)
 {
     if (!info) {

@@ -1,5 +1,5 @@
-/* Other programs at a disk of the guest: their jobs, filters, nodes and users, as the block graph
- * shows them. query-block is not enough: it hides the filters that jobs insert. */
+/* Detects other programs that work on a disk of the guest: their jobs, filters, nodes and users in
+ * the block graph. query-block is not enough, because it hides the filters that jobs insert. */
 #include "graph.h"
 
 #include "src/qmp/qmp.h"
@@ -53,7 +53,7 @@ static bool is_below(const Company *company, gint64 id)
     return g_hash_table_contains(company->below, as_key(id));
 }
 
-/* In the graph, a block backend has its own name, or that of its guest device. */
+/* In the graph, the block backend has its own name, or the name of its guest device. */
 static gint64 find_backend(const PbaBlock *block, JsonObject *device)
 {
     const char *name = device ? pba_json_find_string(device, "device") : NULL;
@@ -76,7 +76,7 @@ static gint64 child_of(const PbaBlock *block, gint64 parent)
     return 0;
 }
 
-/* As many rounds as the graph is deep. */
+/* Needs as many rounds as the graph is deep. */
 static void collect_below(Company *company)
 {
     guint before;
@@ -177,8 +177,8 @@ static char *describe_parent(const Company *company, gint64 parent, gint64 child
                   : NULL;
 }
 
-/* From what the guest uses down to the first node that is not a filter. An image below that may
- * have several overlays. */
+/* Checks the nodes from the one that the guest uses down to the first one that is not a filter. An
+ * image below that may have several overlays. */
 static char *describe_others(const Company *company, GHashTable *path)
 {
     PbaEdgeWalk at = pba_graph_edges(company->block);
@@ -263,7 +263,7 @@ bool pba_company_shares_writes(const PbaBlock *block, JsonObject *device)
     return false;
 }
 
-/* Drivers that take SCSI commands. */
+/* Drivers that accept SCSI commands. */
 static const char *const scsi_drivers[] = {"host_device", "iscsi", NULL};
 
 bool pba_company_is_host_device(const PbaBlock *block, const char *node)

@@ -10,7 +10,7 @@
 #define BACKGROUND_PREFIX "pba-background-"
 /* For a bitmap with a companion: the name must show which of the two bitmaps it belongs to. */
 #define TIED_BACKGROUND_PREFIX "pba-background+"
-/* Of version 0.1.0. */
+/* The prefix in version 0.1.0. */
 #define OLD_BACKGROUND_PREFIX "pba-background:"
 #define AUDIT_PREFIX "pba-audit:"
 
@@ -68,7 +68,7 @@ char *pba_background_bitmap(const char *target_id, const char *nonce, bool tied)
                  : g_strconcat(OLD_BACKGROUND_PREFIX, target_id, NULL);
 }
 
-/* What follows the nonce. */
+/* The part of the name after the nonce. */
 static const char *skip_nonce(const char *name, const char *prefix)
 {
     const char *nonce = name + strlen(prefix);
@@ -93,7 +93,8 @@ bool pba_is_tied_background(const char *name)
     return g_str_has_prefix(name, TIED_BACKGROUND_PREFIX);
 }
 
-/* From the kernel, because GLib's generator gives a forked child its parent's numbers. */
+/* Gets the random bytes from the kernel, because GLib's generator gives a forked child the same
+ * numbers as its parent. */
 char *pba_nonce_new(GError **error)
 {
     uint64_t number;
@@ -119,7 +120,7 @@ char *pba_ending_prefix(const char *target_id)
 }
 
 /* Node names have at most 31 bytes, so only a part of the nonce fits. A name pba-ending-TARGET-...
- * would be taken for that of a disk's node. */
+ * would be mistaken for that of a disk's node. */
 char *pba_ending_mark(const char *target_id, const char *nonce)
 {
     g_autofree char *prefix = pba_ending_prefix(target_id);
@@ -135,8 +136,8 @@ const char *pba_bitmap_target(const char *name)
                                                  : pba_background_target(name);
 }
 
-/* The target's hash, as in companions: a bitmap's name has at most 1023 bytes, and so may a
- * target. */
+/* Contains the target's hash, as companions do, because a target-id may have the full 1023 bytes of
+ * a bitmap's name. */
 char *pba_audit_bitmap(const char *target_id, const char *nonce)
 {
     g_autofree char *target = pba_short_hash(target_id);

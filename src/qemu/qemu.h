@@ -4,15 +4,15 @@
 
 #include "src/pba.h"
 
-/* What a QEMU says of itself */
+/* What a QEMU reports about itself */
 
 typedef struct {
     unsigned major, minor, micro;
     char *package;       /* the distribution's name of its package; NULL: none */
-    JsonArray *commands; /* NULL: not asked for yet */
+    JsonArray *commands; /* NULL: not queried yet */
 } PbaQemu;
 
-/* Asks for the version. */
+/* Queries the version. */
 bool pba_qemu_query(PbaQmp *qmp, PbaQemu *qemu, GError **error);
 void pba_qemu_clear(PbaQemu *qemu);
 /* Queries the commands, unless that was already done. */
@@ -92,8 +92,8 @@ JsonArray *pba_block_query_nodes(PbaQmp *qmp, GError **error);
 bool pba_block_query(PbaQmp *qmp, bool with_graph, PbaBlock *block, GError **error);
 void pba_block_clear(PbaBlock *block);
 
-/* All of these look things up in the query's results. Their results are borrowed, NULL if nothing
- * is found. Nothing is found for no node (NULL). */
+/* All of these search the results of the queries. What they return is borrowed, and NULL if nothing
+ * is found, or if the node is NULL. */
 
 /* The guest's block device with that name: one of the names below, or a node name. With the graph,
  * it is also found while our nodes are above its disk. */
@@ -107,7 +107,7 @@ char *pba_block_rivals(const PbaBlock *block, const char *name);
 /* The device whose root is that node. */
 JsonObject *pba_block_find_user(const PbaBlock *block, const char *node);
 JsonObject *pba_block_find_node(const PbaBlock *block, const char *node);
-/* Whether there are any whose names begin with that. */
+/* Whether there are nodes whose names begin with the prefix. */
 bool pba_block_has_nodes(const PbaBlock *block, const char *prefix);
 JsonObject *pba_block_find_bitmap(const PbaBlock *block, const char *node, const char *bitmap);
 /* The first background bitmap of the node: of the target's bitmap with a companion, or of the one
@@ -116,8 +116,8 @@ JsonObject *pba_block_find_background(const PbaBlock *block, const char *node,
                                       const char *target_id, bool tied);
 /* The node's child of that name ("file", "target"); needs the graph. */
 const char *pba_block_find_child(const PbaBlock *block, const char *node, const char *child);
-/* The backup's name of the guest's device that the node is a disk of: the name of its block backend
- * or its node, or if that has none, its ID; needs the graph. The caller frees it. */
+/* The name in backups of the guest device whose disk the node is: the name of its block backend or
+ * its node, or if there is none, the device's ID; needs the graph. The caller frees it. */
 char *pba_block_device_above(const PbaBlock *block, const char *node);
 /* Whether a device or another node uses the node; needs the graph. */
 bool pba_block_has_parent(const PbaBlock *block, const char *node);
@@ -134,9 +134,9 @@ typedef struct {
     const char *node;
     const char *name;
     JsonObject *info;
-    JsonArray *bitmaps; /* of the node */
-    guint next;         /* of them */
-    JsonArray *nodes;   /* NULL: of one node */
+    JsonArray *bitmaps; /* of the current node */
+    guint next;         /* index in bitmaps */
+    JsonArray *nodes;   /* NULL: bitmaps of one node only */
     guint next_node;
 } PbaBitmapWalk;
 
@@ -159,7 +159,7 @@ bool pba_block_node_size(JsonObject *node, uint64_t *size, GError **error);
 
 G_DEFINE_AUTO_CLEANUP_CLEAR_FUNC(PbaBlock, pba_block_clear)
 
-/* What other programs have at a disk; all of these need the graph. The disk is what the device uses
+/* Other programs that work on a disk; all of these need the graph. The disk is what the device uses
  * according to query-block's entry, or, without a device (NULL), the node. */
 
 /* The ID of a job that works on the disk or on a node below it; the caller frees it; NULL: none. */
@@ -211,17 +211,17 @@ typedef struct {
     const char *disk;  /* identifies the disk in the guest, under any name */
     const char *name;  /* its name in the backup; NULL, in a search: any */
     uint64_t size;
-    const char *id; /* an access' nonce instead, or NULL: of no backup that has succeeded */
+    const char *id; /* an access' nonce instead, or NULL: no backup has succeeded yet */
 } PbaCompanion;
 
 /* An ID is 32 hexadecimal digits, in lower case. */
 bool pba_companion_check_id(const char *id, GError **error);
 
-/* The caller's to free. */
+/* The name of the companion; the caller frees it. */
 char *pba_companion_name(const PbaCompanion *companion);
 /* Whether a bitmap with that name is a companion, of any target. */
 bool pba_is_companion(const char *bitmap);
-/* Whether it is one of that target. */
+/* Whether it is a companion for that target. */
 bool pba_is_companion_of(const char *bitmap, const char *target_id);
 /* Whether a bitmap with that name is one of ours, or of a Proxmox QEMU. Proxmox' commands use the
  * target's name for its bitmap, so such a target would clear that bitmap. */

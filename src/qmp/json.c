@@ -96,7 +96,7 @@ bool pba_json_size(JsonObject *object, const char *key, uint64_t *value, GError 
     bool is_integer = node && json_node_get_value_type(node) == G_TYPE_INT64;
     gint64 size = is_integer ? json_node_get_int(node) : -1;
 
-    /* json-glib 1.10 turns every greater number into the greatest one, which QEMU uses for no size;
+    /* json-glib 1.10 turns larger numbers into the largest one, which no size in QEMU can have;
      * older versions turn them into negative numbers. */
     if (size < 0 || size == G_MAXINT64) {
         set_member_error(error, key, "size");

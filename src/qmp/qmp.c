@@ -1,4 +1,4 @@
-/* The QMP client: a connection only while a burst of commands runs. */
+/* The QMP client. It is connected only during a burst of commands. */
 #define _GNU_SOURCE // NOLINT(bugprone-reserved-identifier): struct ucred
 #include "qmp.h"
 #include "src/base/base.h"
@@ -13,15 +13,15 @@
 
 #define READ_SIZE 65536
 #define MAX_PAUSE_MS 1000
-/* Together with the time between two checks for signals, this is less than a second. */
+/* Less than a second, together with the time between two checks for signals. */
 #define SETTLE_LIMIT_US (700 * G_TIME_SPAN_MILLISECOND)
 
 struct PbaQmp {
     char *path;
     unsigned timeout_s;
     PbaHooks hooks;
-    PbaHooks callers_hooks; /* those above, but while it settles */
-    gint64 pending_since;   /* while it is set: 0 until a signal is seen */
+    PbaHooks callers_hooks; /* the caller's, while hooks are replaced by pba_qmp_settle */
+    gint64 pending_since;   /* when a signal was first seen since pba_qmp_settle; 0: none */
     PbaQmpTransport transport;
     void *transport_opaque;
     int fd; /* -1: not connected */
@@ -215,7 +215,7 @@ static JsonObject *receive_reply(PbaQmp *qmp, gint64 deadline, const char *what,
     }
 }
 
-/* Takes QMP's reply apart: the "return" value, or NULL and the peer's error. */
+/* Unwraps QMP's reply: returns the "return" value, or NULL and the peer's error. */
 static JsonNode *unwrap_reply(JsonObject *reply, const char *command, const char *id,
                               GError **error)
 {
@@ -223,7 +223,7 @@ static JsonNode *unwrap_reply(JsonObject *reply, const char *command, const char
     const char *reply_id = pba_json_find_string(reply, "id");
 
     if (failure && !json_object_has_member(reply, "id")) {
-        reply_id = id; /* QEMU could not read the command far enough to see its id */
+        reply_id = id; /* QEMU could not parse the command far enough to see its ID */
     }
     if (g_strcmp0(reply_id, id) != 0) {
         pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent the reply to another command");
@@ -322,7 +322,7 @@ static bool ensure_connected(PbaQmp *qmp, gint64 deadline, GError **error)
     return false;
 }
 
-/* Runs the command by the caller's transport. The text of its error is treated as a peer's. */
+/* Runs the command through the caller's transport. Its error text is trusted no more than QEMU's. */
 static JsonNode *carry(PbaQmp *qmp, const char *command, JsonNode *arguments, GError **error)
 {
     g_autoptr(JsonNode) none = arguments ? NULL : pba_json("@a{sv} {}");
@@ -352,7 +352,7 @@ JsonNode *pba_qmp_execute(PbaQmp *qmp, const char *command, JsonNode *arguments,
     }
     if (!value) {
         if (pba_error_is_fatal(local)) {
-            pba_qmp_release(qmp); /* a late reply must not be taken for the next one's */
+            pba_qmp_release(qmp); /* a late reply must not be mistaken for the next command's */
         }
         pba_error_add_command(&local, command);
         g_propagate_error(error, g_steal_pointer(&local));

@@ -1,4 +1,4 @@
-/* Talking QMP: commands, their arguments, their replies. */
+/* The QMP client: commands, their arguments, and their replies. */
 #ifndef PBA_QMP_H
 #define PBA_QMP_H
 
@@ -40,8 +40,8 @@ JsonObject *pba_qmp_query_object(PbaQmp *qmp, const char *command, JsonNode *arg
 bool pba_qmp_run(PbaQmp *qmp, const char *command, JsonNode *arguments, GError **error);
 /* The process that listens at the socket, according to the last connection; 0: not known. */
 pid_t pba_qmp_peer(const PbaQmp *qmp);
-/* From here on, no call ends because of a signal until one has been pending for a second: for
- * commands that must be completed once they have begun. False: as before. */
+/* From now on, a signal ends a call only after it has been pending for a second. This is for
+ * commands that must be completed once they have begun. False restores the normal behaviour. */
 void pba_qmp_settle(PbaQmp *qmp, bool settles);
 /* Pauses a polling loop: closes the connection, so that other clients can use the monitor, and
  * sleeps for *pause_ms, which it doubles up to a second. The next command opens a new connection,

@@ -5,15 +5,15 @@
 #include <string.h>
 
 /* The reply to query-named-block-nodes of a big VM has a few MiB. json-glib's parser is recursive,
- * so nesting is limited before it sees anything. */
+ * so nesting is checked before the parser is called. */
 #define MAX_MESSAGE (64 << 20)
 
 struct PbaQmpWire {
-    GByteArray *message; /* the one that is arriving */
-    GQueue messages;     /* JsonObject, whole */
+    GByteArray *message; /* the incomplete message that is arriving */
+    GQueue messages;     /* JsonObject, complete */
     JsonParser *parser;
     unsigned depth;
-    unsigned values; /* of the message, so far */
+    unsigned values; /* in the incomplete message so far */
     bool in_string;
     bool escaped;
 };
@@ -107,7 +107,7 @@ static bool is_json(char c)
     return c && strchr("{}[]:,\" \t\r\n0123456789+-.Eaeflnrstu", c);
 }
 
-/* Follows one byte inside a message; false if no QMP message can have it there. */
+/* Tracks one byte inside a message; false if no QMP message can have it there. */
 static bool track_byte(PbaQmpWire *wire, char c, GError **error)
 {
     if ((unsigned char)c < ' ' && c != '\r' && c != '\n' && c != '\t') {
@@ -146,7 +146,7 @@ static bool track_byte(PbaQmpWire *wire, char c, GError **error)
 
 bool pba_qmp_wire_feed(PbaQmpWire *wire, const char *bytes, size_t length, GError **error)
 {
-    size_t begin = 0; /* of what is not yet in wire->message */
+    size_t begin = 0; /* of the bytes that are not in wire->message yet */
 
     for (size_t i = 0; i < length; i++) {
         if (wire->depth == 0 && bytes[i] != '{') {

@@ -1,12 +1,12 @@
-/* What to read ahead. The cursor moves through the dirty regions in front of a reader that reads in
- * order: each region to its end, then on at the beginning of the next one. */
+/* Decides what to read ahead. The cursor moves through the dirty regions ahead of a sequential
+ * reader: to the end of each region, then to the beginning of the next one. */
 #include "server.h"
 #include "src/volume/volume.h"
 
 /* A reader whose position is unexpected this many times in a row does not read in order. */
 #define MAX_MISSES 4
 #define MIN_MISSES 1
-/* Discarded ranges in front of the cursor; with more of them, there is no read-ahead at all. */
+/* Discarded ranges ahead of the cursor; with more of them, there is no read-ahead. */
 #define MAX_HOLES 256
 
 struct PbaAhead {
@@ -15,9 +15,9 @@ struct PbaAhead {
     unsigned misses;
     uint64_t last_end; /* the end of the last read that was not in order */
     uint64_t cursor;   /* where to read next */
-    PbaRange region; /* the cursor is in it, or behind it: then the next region is not known yet */
-    GArray *holes;   /* PbaRange, ascending: discarded ranges from the cursor on */
-    PbaSeeks *seeks; /* NULL: nothing is told of zeroes */
+    PbaRange region;   /* the cursor is in it, or after it: then the next region is not known yet */
+    GArray *holes;     /* PbaRange, ascending: discarded ranges from the cursor on */
+    PbaSeeks *seeks;   /* NULL: readers are not told about zeroes */
     bool given_up;
 };
 
@@ -35,7 +35,7 @@ PbaAhead *pba_ahead_new(const PbaVolumeOptions *options, PbaSeeks *seeks)
     return ahead;
 }
 
-/* The first hole that the reader will skip, in or behind offset, as far as it is known. */
+/* The first hole at or after offset that the reader will skip, as far as it is known. */
 static PbaRange zeroes_from(const PbaAhead *ahead, uint64_t offset)
 {
     PbaRange zeroes;
@@ -69,7 +69,7 @@ static bool settle(PbaAhead *ahead)
     return true;
 }
 
-/* True if the cursor is then in a region that has not been discarded. */
+/* Moves the cursor. True if it is then in a region that has not been discarded. */
 static bool find_data(PbaAhead *ahead)
 {
     uint64_t before;

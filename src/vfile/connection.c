@@ -1,6 +1,6 @@
 /* The NBD connection of the file's server. A thread sends requests and receives their data while
- * the main thread answers readers. Only if a request is urgent and the only one does the submitting
- * thread send it and receive the reply itself; otherwise each random read would wait for two thread
+ * the main thread answers readers. If a request is urgent and the only one, the submitting thread
+ * itself sends it and receives the reply; otherwise each random read would wait for two thread
  * wakeups. */
 #include "server.h"
 #include "src/base/base.h"
@@ -11,20 +11,20 @@
 struct PbaConnection {
     PbaSizes sizes;
     uint32_t read_flags;
-    int wake_fd;       /* there are new requests */
-    int done_fd;       /* there are done requests */
-    GMutex nbd_mutex;  /* of these; taken before the other */
-    PbaNbdVolume *nbd; /* NULL: lost */
-    GQueue in_flight;  /* PbaRequest.link */
-    GQueue unfinished; /* trims with a piece still to be sent, PbaRequest.link */
-    gint64 deadline;   /* requests in flight: while there are any, the server must answer in time */
-    gint is_threads;   /* the thread receives the requests in flight; atomic */
-    GMutex mutex;      /* of all below */
+    int wake_fd;           /* there are new requests */
+    int done_fd;           /* there are done requests */
+    GMutex nbd_mutex;      /* protects the next four; locked before mutex */
+    PbaNbdVolume *nbd;     /* NULL: lost */
+    GQueue in_flight;      /* PbaRequest.link */
+    GQueue unfinished;     /* trims with a piece still to be sent, PbaRequest.link */
+    gint64 deadline;       /* by which the server must answer while requests are in flight */
+    gint is_threads;       /* the thread receives the requests in flight; atomic */
+    GMutex mutex;          /* protects all members below */
     PbaRequest *submitted; /* newest first */
     PbaRequest *done;      /* newest first */
     bool thread_waits;     /* wants wake_fd to be written to */
     bool consumer_waits;   /* wants done_fd to be written to */
-    bool wake_for_all;     /* even for what is not urgent */
+    bool wake_for_all;     /* even for requests that are not urgent */
 };
 
 static PbaRequest *reverse(PbaRequest *list)
@@ -99,7 +99,7 @@ static int on_answered(void *opaque, int *error)
     request->error = request->error ? request->error : *error;
     if (--request->pending == 0) {
         if (!request->is_trim && !request->error && request->seen != request->length) {
-            request->error = EIO; /* the server left something out */
+            request->error = EIO; /* the server omitted a part */
         }
         finish(request->connection, request);
     }
@@ -120,8 +120,8 @@ static int64_t send_piece(PbaConnection *connection, PbaRequest *request, uint64
                                           chunk, completion, connection->read_flags);
 }
 
-/* Sends a trim's next piece, or a whole read. libnbd may complete a request before the call
- * returns, so the request is kept pending until everything is sent. */
+/* Sends the next piece of a trim, or a whole read. libnbd may complete a request before the call
+ * returns, so the request counts as pending until everything is sent. */
 static void send_request(PbaConnection *connection, PbaRequest *request)
 {
     uint64_t length = request->is_trim ? MIN(request->length, PBA_MAX_DISCARD) : request->length;
@@ -216,7 +216,7 @@ static void send_requests(PbaConnection *connection)
     }
 }
 
-/* All requests in flight, and all later ones, fail from now on. */
+/* Makes all requests in flight, and all later ones, fail. */
 static void lose(PbaConnection *connection)
 {
     GList *link;

@@ -1,15 +1,15 @@
-/* The file: answers the kernel's requests from slots, which are pieces of the volume that were read
- * or are being read. A read uses the existing slots and fills the gaps with exactly the missing
- * bytes; read-ahead fills slots on its own. */
+/* The file. It answers the kernel's requests from slots, which are pieces of the volume that have
+ * been read or are being read. A read uses the existing slots and fills the gaps with exactly the
+ * missing bytes; read-ahead fills slots in advance. */
 #include "server.h"
 #include "src/volume/volume.h"
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>
 
-/* Bytes of one request: QEMU takes half the CPU time that it takes for single clusters. */
+/* Bytes of one request: QEMU takes half the CPU time of requests for single clusters. */
 #define MAX_PIECE (1u << 20)
-/* Of all memory; read-ahead may use a part of it. */
+/* The limit of all memory, and of the part that read-ahead may use. */
 #define MAX_SLOTS 512u
 #define MAX_BYTES (32u << 20)
 #define MAX_AHEAD 32u
@@ -61,8 +61,8 @@ struct PbaFile {
     uint64_t ahead_bytes;
     GQueue readings;  /* Reading.link, oldest first */
     GQueue trims;     /* Trim.link, under way */
-    bool trim_failed; /* one that had been answered */
-    bool starved;     /* an older reading has got no slot */
+    bool trim_failed; /* a discard that had been answered already */
+    bool starved;     /* an older reading got no slot */
 };
 
 PbaFile *pba_file_new(PbaConnection *connection, PbaAhead *ahead, PbaSeeks *seeks)
@@ -135,7 +135,7 @@ static void count_ahead(PbaFile *file, Slot *slot, bool ahead)
     }
 }
 
-/* Begins to read; NULL if all memory is in use. */
+/* Begins to read a piece; NULL if all memory is in use. */
 static Slot *load(PbaFile *file, uint64_t offset, uint64_t length, LoadReason reason)
 {
     if (file->slots->len >= MAX_SLOTS || file->bytes + capacity_for(length) > MAX_BYTES) {
@@ -152,7 +152,7 @@ static Slot *load(PbaFile *file, uint64_t offset, uint64_t length, LoadReason re
     return slot;
 }
 
-/* Frees a slot, now or when it is loaded. */
+/* Frees a slot, now or as soon as it is loaded. */
 static void drop_slot(PbaFile *file, Slot *slot)
 {
     count_ahead(file, slot, false);
@@ -180,8 +180,8 @@ static bool is_wanted(const PbaFile *file, const Slot *slot)
     return false;
 }
 
-/* Drops slots that overlap the range; a reader that waits for one loads it again. Of a loaded slot,
- * the part behind the range stays, or else the one before it: readers in order discard what they
+/* Drops slots that overlap the range; a reader that waits for one loads it again. A loaded slot
+ * keeps its part after the range, or else the part before it: sequential readers discard what they
  * have read. */
 static void drop_slots(PbaFile *file, uint64_t begin, uint64_t end)
 {
@@ -217,7 +217,7 @@ static void release_slots(PbaFile *file, uint64_t end)
     }
 }
 
-/* In bursts, because each request wakes the connection's thread, and QEMU. */
+/* Requests pieces in bursts, because each request wakes the connection's thread and QEMU. */
 static void read_ahead(PbaFile *file)
 {
     uint64_t offset;
@@ -338,7 +338,7 @@ void pba_file_read(fuse_req_t request, fuse_ino_t inode, size_t length, off_t of
     fuse_req_interrupt_func(request, on_read_interrupt, reading);
 }
 
-/* Answers the requests that can be answered; the oldest gets free memory first. */
+/* Answers the requests that can be answered. The oldest one gets free memory first. */
 static void serve_readings(PbaFile *file)
 {
     struct iovec parts[MAX_SLOTS];

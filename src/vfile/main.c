@@ -2,12 +2,13 @@
  *
  *   pba-vfile FILE SOCKET DEVICE SIZE whole|part [BITMAP]
  *
- * Of a whole volume the file tells where its zeroes are (lseek(2): SEEK_HOLE). Of a part nothing
- * may be taken for a hole: a reader that writes over an older copy would keep what that has there.
- * FILE is made, and removed at the end. Standard input is a socket to the parent. The parent writes
- * a byte there when the volume can be read, so that the server can be started before. The server
- * writes its errors there (standard error goes there, too), or a NUL character once the file can be
- * opened. When the parent shuts the socket down, or is gone, the server unmounts and ends. */
+ * The file of a whole volume reports its zeroes as holes (lseek(2): SEEK_HOLE). The file of a part
+ * must not: a reader that writes over an older copy would skip the hole and keep the old data.
+ *
+ * The server creates FILE, and removes it at the end. Standard input is a socket to the parent. The
+ * parent writes a byte to it when the volume can be read, so the server can be started earlier. The
+ * server writes its errors to it (standard error goes there, too), or a NUL character once the file
+ * can be opened. When the parent shuts the socket down or dies, the server unmounts and ends. */
 #include "server.h"
 #include "src/base/base.h"
 #include "src/volume/volume.h"
@@ -54,7 +55,7 @@ static int watch_signals(GError **error)
     return fd;
 }
 
-/* False if the parent ends this before. */
+/* False if the parent ends the server before that. */
 static bool wait_for_volume(int signal_fd)
 {
     struct pollfd fds[] = {
@@ -79,7 +80,7 @@ static bool make_file(const char *path, GError **error)
     return true;
 }
 
-/* libfuse itself prints on standard error why it cannot mount. */
+/* If the mount fails, libfuse itself prints the reason on standard error. */
 static struct fuse_session *mount_file(const char *path, PbaFile *file, GError **error)
 {
     char *words[] = {(char *)"pba-vfile", (char *)"-ofsname=pve-backup-access"};

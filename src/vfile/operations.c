@@ -31,7 +31,7 @@ static void on_getattr(fuse_req_t request, fuse_ino_t inode, struct fuse_file_in
     fuse_reply_attr(request, &status, ATTRIBUTES_S);
 }
 
-/* The least size of a punched hole that frees anything. */
+/* Reports the smallest size of a punched hole that frees space. */
 static void on_statfs(fuse_req_t request, fuse_ino_t inode)
 {
     (void)inode;

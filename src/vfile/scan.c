@@ -1,5 +1,5 @@
-/* The runs of a map, dirty regions or zeroes. A thread reads the map on its own connection, so that
- * a slow answer does not delay readers. */
+/* The runs of a map: dirty regions or zeroes. A thread reads the map on a connection of its own, so
+ * that a slow answer does not delay readers. */
 #include "server.h"
 #include "src/base/base.h"
 #include "src/volume/volume.h"
@@ -14,7 +14,7 @@ struct PbaScan {
     char *path;
     char *bitmap;
     uint64_t size;
-    GMutex mutex; /* of all below */
+    GMutex mutex; /* protects all members below */
     GCond wanted;
     PbaRange ring[RING_SIZE];
     unsigned head;
@@ -43,7 +43,7 @@ PbaMap *pba_scan_zeroes(const PbaVolumeOptions *options, uint64_t from, PbaVolum
     return *volume ? &pba_nbd_zeroes(nbd, from, (*volume)->size)->map : NULL;
 }
 
-/* Waits until another run is needed; true if the thread is to continue. */
+/* Waits until another run is needed. False if the thread must begin elsewhere. */
 static bool wait_wanted(PbaScan *scan, unsigned seek)
 {
     g_mutex_lock(&scan->mutex);

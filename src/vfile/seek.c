@@ -1,5 +1,6 @@
-/* Tells readers where zeroes are, according to the server. The map is read on from the end of the
- * last query, because programs that copy a sparse file query it from its beginning to its end. */
+/* Tells readers where zeroes are, according to the server. The map is read further from the end of
+ * the last query, because programs that copy a sparse file query it from its beginning to its
+ * end. */
 #define _GNU_SOURCE /* SEEK_HOLE */
 #include "server.h"
 #include "src/base/base.h"
@@ -13,12 +14,12 @@
 struct PbaSeeks {
     PbaVolumeOptions options;
     int fd;
-    PbaScan *scan;      /* NULL until the first one asks */
-    bool is_followed;   /* no reader has read in a hole since */
-    uint64_t from;      /* what is known of lies behind it */
-    GArray *holes;      /* PbaRange, ascending: all holes from there to the last of them */
-    fuse_req_t request; /* that waits; NULL: none */
-    uint64_t offset;    /* of that */
+    PbaScan *scan;      /* NULL until the first query */
+    bool is_followed;   /* since the last query, no reader has read in a hole */
+    uint64_t from;      /* where the known part begins */
+    GArray *holes;      /* PbaRange, ascending: all holes of the known part */
+    fuse_req_t request; /* the query that waits; NULL: none */
+    uint64_t offset;    /* of this query */
     int whence;
 };
 
@@ -53,7 +54,7 @@ static void begin_at(PbaSeeks *seeks, uint64_t offset)
     }
 }
 
-/* Reads on until one more hole is known; the last one is an empty one at the end. */
+/* Reads further until one more hole is known; the last hole is an empty one at the end. */
 static bool next_hole(PbaSeeks *seeks)
 {
     uint64_t size = seeks->options.size;
@@ -61,7 +62,7 @@ static bool next_hole(PbaSeeks *seeks)
     PbaRange run;
 
     while ((state = pba_scan_pop(seeks->scan, &run)) == PBA_SCAN_FOUND) {
-        /* Of whole blocks, so that reads between two holes are aligned. */
+        /* Whole blocks only, so that reads between two holes are aligned. */
         run = pba_whole_clusters(run, size, PBA_FILE_BLOCK);
         if (run.end - run.begin >= PBA_MIN_HOLE) {
             g_array_append_val(seeks->holes, run);
@@ -74,8 +75,8 @@ static bool next_hole(PbaSeeks *seeks)
     return state == PBA_SCAN_ENDED;
 }
 
-/* The first hole that ends behind offset, which lies before the part that next_hole continues with;
- * NULL if it is not known yet. */
+/* The first hole that ends after offset, which must be before the part that next_hole continues
+ * with; NULL if the hole is not known yet. */
 static const PbaRange *find_hole(PbaSeeks *seeks, uint64_t offset)
 {
     guint i = 0;
@@ -104,7 +105,7 @@ static void forget_before(PbaSeeks *seeks, uint64_t offset)
     g_array_remove_range(seeks->holes, 0, passed);
 }
 
-/* False: it is not known yet. */
+/* False: the answer is not known yet. */
 static bool answer(PbaSeeks *seeks, fuse_req_t request, uint64_t offset, int whence)
 {
     const PbaRange *hole;

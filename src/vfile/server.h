@@ -18,8 +18,8 @@
 
 typedef struct PbaConnection PbaConnection;
 
-/* A request. Its memory is the submitter's, and must stay valid until the connection has returned
- * it. */
+/* A request. Its memory belongs to the submitter, and must stay valid until the connection has
+ * returned it. */
 typedef struct PbaRequest {
     PbaConnection *connection;
     struct PbaRequest *next;
@@ -27,11 +27,11 @@ typedef struct PbaRequest {
     uint64_t offset;
     uint64_t length;
     void *buffer;      /* NULL for a trim */
-    uint64_t capacity; /* of it: at least length */
+    uint64_t capacity; /* of the buffer: at least length */
     gint urgent;       /* a reader waits for it; atomic, because it may be set later */
-    int error;         /* errno; 0: all of it is done */
-    uint64_t seen;     /* bytes that came */
-    unsigned pending;  /* pieces in flight; used by the connection only, like the next */
+    int error;         /* errno; 0: the request is done completely */
+    uint64_t seen;     /* bytes that have arrived */
+    unsigned pending;  /* pieces in flight; like link, only used by the connection */
     GList link;
 } PbaRequest;
 
@@ -39,8 +39,8 @@ typedef struct PbaRequest {
 PbaConnection *pba_connection_start(PbaNbdVolume *nbd, GError **error);
 const PbaSizes *pba_connection_sizes(const PbaConnection *connection);
 void pba_connection_submit(PbaConnection *connection, PbaRequest *request);
-/* The finished requests, linked by next, or NULL. The submitter's poll then ends once there is an
- * urgent one, or with all, any one. */
+/* The finished requests, linked by next, or NULL. The submitter's next poll ends when an urgent
+ * request is finished, or, with all, any request. */
 PbaRequest *pba_connection_take_done(PbaConnection *connection, bool all);
 /* What the submitter must poll for, and for how many milliseconds at most (-1: no limit); then it
  * calls the second function. */
@@ -61,8 +61,8 @@ PbaMap *pba_scan_zeroes(const PbaVolumeOptions *options, uint64_t from, PbaVolum
 
 typedef enum {
     PBA_SCAN_FOUND,
-    PBA_SCAN_LATER, /* found_fd tells when to ask again */
-    PBA_SCAN_ENDED, /* there is no further run, or it is not known */
+    PBA_SCAN_LATER, /* found_fd becomes readable when there is more */
+    PBA_SCAN_ENDED, /* there are no further runs, or they are not known */
 } PbaScanState;
 
 /* options are copied. found_fd is borrowed; -1 for a consumer that does not poll for it. Lasts as
@@ -81,12 +81,12 @@ typedef struct PbaSeeks PbaSeeks;
 /* options are copied. Lasts as long as the process. */
 PbaSeeks *pba_seeks_new(const PbaVolumeOptions *options, GError **error);
 void pba_seeks_ask(PbaSeeks *seeks, fuse_req_t request, uint64_t offset, int whence);
-/* What readers will skip: the first hole that ends behind offset, if it is already known. Never
+/* The first hole that ends after offset, which readers will skip, if it is already known. Never
  * waits. */
 bool pba_seeks_find(PbaSeeks *seeks, uint64_t offset, PbaRange *hole);
 /* A reader reads there. A reader that reads in a hole does not skip any until it queries again. */
 void pba_seeks_note_read(PbaSeeks *seeks, uint64_t offset);
-/* What to poll for, and the function to call then. */
+/* What to poll for. The second function must be called then. */
 struct pollfd pba_seeks_watch(const PbaSeeks *seeks);
 void pba_seeks_turn(PbaSeeks *seeks);
 
@@ -123,7 +123,7 @@ void pba_file_read(fuse_req_t request, fuse_ino_t inode, size_t length, off_t of
                    struct fuse_file_info *info);
 void pba_file_fallocate(fuse_req_t request, fuse_ino_t inode, int mode, off_t offset, off_t length,
                         struct fuse_file_info *info);
-/* Handles what the connection has done. */
+/* Handles the requests that the connection has finished. */
 void pba_file_turn(PbaFile *file);
 
 #endif

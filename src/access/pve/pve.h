@@ -24,8 +24,8 @@ bool pba_pve_has_done_nothing(const PbaAccess *access, const PbaBlock *now);
 
 /* Companions of bitmaps that QEMU's own teardown handles */
 
-/* The target that QEMU gets for an access whose bitmaps have companions, or have none; the caller
- * frees it. */
+/* The target-id that QEMU is given for an access whose bitmaps have companions, or have none; the
+ * caller frees it. */
 char *pba_pve_target(const PbaAccess *access, bool tied);
 /* The name of the target's bitmap with a companion, or of the one without. In the early form of the
  * command, it may differ from the target's name. */

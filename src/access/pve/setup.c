@@ -1,16 +1,17 @@
 /* Setup by Proxmox' own command (QAPI: backup-access-setup).
  *
  * A setup that fails half way cannot be undone, and some calls crash the VM (pve-qemu-kvm to
- * 11.0.0), so everything that can be checked is checked before. */
+ * 11.0.0), so everything that can be checked is checked beforehand. */
 #include "pve.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 #include <inttypes.h>
 #include <string.h>
 
-/* Before a write, QEMU copies whole clusters of the fleecing image, but at least 64 KiB, and frees
- * them again as a whole (QEMU: block_copy_calculate_cluster_size, cbw_co_pdiscard_snapshot). The
- * clusters of an RBD image are its objects. */
+/* Reads the unit in which the fleecing image frees space. Before a write, QEMU copies whole
+ * clusters of that image, but at least 64 KiB, and later frees them only as a whole (QEMU:
+ * block_copy_calculate_cluster_size, cbw_co_pdiscard_snapshot). The clusters of an RBD image are
+ * its objects. */
 static bool read_cluster(PbaDisk *disk, JsonObject *node, JsonObject *device, GError **error)
 {
     JsonObject *of = node ? node : pba_json_find_object(device, "inserted");
@@ -88,7 +89,7 @@ static bool check_early_form(PbaAccess *access, const PbaBlock *block, GError **
             return false;
         }
     }
-    /* A bitmap with a companion is removed before. */
+    /* A bitmap with a companion has been removed before. */
     g_autofree char *name = pba_access_bitmap(access);
     if (first->mode == PBA_BITMAP_MODE_NEW && access->tied != PBA_TIED_YES &&
         pba_block_has_bitmap(block, name)) {
@@ -219,7 +220,7 @@ static bool read_reply(PbaAccess *access, JsonArray *reply, GError **error)
     return true;
 }
 
-/* Nodes and bitmaps that QEMU makes for an access, or for a native backup. */
+/* Counts the nodes and bitmaps that QEMU adds for an access or for a native backup. */
 static unsigned count_parts(const PbaBlock *block)
 {
     unsigned count = 0;
@@ -251,7 +252,7 @@ static bool is_refusal(const GError *error)
  * report an access without bitmaps. */
 typedef struct {
     enum {
-        ANSWER_NOT_KNOWN, /* none came, or it was done */
+        ANSWER_NOT_KNOWN, /* no answer came, or setup was done */
         ANSWER_ERROR,
         ANSWER_OTHERS, /* another program has an access */
     } answer;

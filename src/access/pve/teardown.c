@@ -1,5 +1,5 @@
 /* The end of an access by Proxmox' own commands. Some calls crash the VM, so everything that can be
- * checked is checked before. */
+ * checked is checked beforehand. */
 #include "pve.h"
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
@@ -132,7 +132,7 @@ static bool is_marked_as_ending(const PbaAccess *access, const PbaBlock *block)
     return pba_block_has_nodes(block, prefix);
 }
 
-/* While an access with bitmaps is active. */
+/* Whether an access with bitmaps is active. */
 static bool has_background(const PbaBlock *block)
 {
     return pba_block_has_bitmap(block, PBA_PVE_BACKGROUND);
@@ -149,9 +149,10 @@ static bool has_bitmaps(const PbaAccess *access)
     return false;
 }
 
-/* QEMU has cleared them, or may have, and the process that asked for this was not told, or is dead:
- * removing them is better than keeping bitmaps that lack bits. On all disks, because the disks of a
- * dead process' access are not known, nor whether their bitmaps had companions. */
+/* QEMU has cleared the bitmaps, or may have, and the process that requested this got no reply, or
+ * is dead: removing them is better than keeping bitmaps that lack bits. They are removed from all
+ * disks, because it is unknown which disks the access of a dead process had, and whether their
+ * bitmaps had companions. */
 static bool remove_bitmaps(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     g_autofree char *plain = pba_pve_bitmap(access, false);
@@ -232,7 +233,7 @@ static PbaOutcome send_teardown(PbaAccess *access, bool success, GError **error)
     if (tell_teardown(access, access->tied == PBA_TIED_YES, success, &local)) {
         return PBA_OUTCOME_DONE;
     }
-    /* For a dead process, it is not known which of the two names QEMU was given. */
+    /* For a dead process, it is unknown which of the two names QEMU was given. */
     if (is_not_ours(access, local)) {
         g_clear_error(&local);
         if (tell_teardown(access, true, success, &local)) {

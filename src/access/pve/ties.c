@@ -163,7 +163,7 @@ void pba_pve_give_ids(PbaAccess *access, const PbaBlock *block)
     }
 }
 
-/* Nodes that belong to no disk show it. */
+/* Nodes of an access that belong to no disk show that one is active. */
 bool pba_pve_is_access_up(const PbaBlock *block)
 {
     for (guint i = 0; i < json_array_get_length(block->nodes); i++) {

@@ -173,7 +173,7 @@ bool pba_dirty_source_drop(PbaAccess *access, const PbaDisk *disk, const PbaBloc
         if (!wait_job_concluded(access, names.job, error)) {
             return false;
         }
-        /* Fails if there is no job, or no longer one. */
+        /* Fails if there is no job, or if the job no longer exists. */
         pba_qmp_run(access->qmp, "job-dismiss", pba_json("{'id': <%s>}", names.job), NULL);
         if (!pba_node_delete(access, names.sink, error)) {
             return false;

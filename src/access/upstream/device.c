@@ -1,10 +1,10 @@
-/* What QOM tells of guest devices. */
+/* Queries QOM about guest devices. */
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 #include "upstream.h"
 #include <string.h>
 
-/* If QEMU refuses, the property does not exist; any other error is returned. */
+/* If QEMU refuses, the property does not exist; any other error is passed on. */
 static void keep_fatal(GError *step, GError **error)
 {
     if (pba_error_is_fatal(step)) {

@@ -266,8 +266,8 @@ static bool step_or_drop(const Join *join, SplitStep step, const Split *split, G
     if (run_single_step(join, step, split, &local)) {
         return true;
     }
-    /* After a fatal error, it may have been executed: the next setup finds out. The target's bitmap
-     * has the same name in every process' access, so our marker must still exist. */
+    /* After a fatal error, the step may have been executed; the next setup finds out. The target's
+     * bitmap has the same name in every process' access, so our marker must still exist. */
     if (!pba_error_is_fatal(local) && pba_owner_holds(join->access)) {
         drop_bitmap(join, split->disk, split->target, NULL);
         for (guint i = 0; i < split->backgrounds->len; i++) {
@@ -329,8 +329,8 @@ static bool look_again(const Join *join, bool *has_targets, bool *has_background
     return true;
 }
 
-/* For any error, a lost reply or a refusal (a caller's transport may report a time-out as one),
- * QEMU's bitmaps show whether it was executed. */
+/* After any error, be it a lost reply or a refusal (a caller's transport may report a time-out as
+ * one), QEMU's bitmaps show whether the step was executed. */
 static PbaOutcome find_outcome(const Join *join, GError **error)
 {
     g_autoptr(GError) unreachable = NULL;

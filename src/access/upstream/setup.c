@@ -1,4 +1,4 @@
-/* Setup on a stock QEMU: the behaviour of backup-access-setup from upstream's own commands.
+/* Setup on a stock QEMU: upstream's own commands do what backup-access-setup does.
  *
  *   before:  guest device -> root node
  *   during:  guest device -> raw -> copy-before-write -> root node

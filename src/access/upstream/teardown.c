@@ -1,5 +1,5 @@
-/* Undoes what setup.c has done, or a part of it, based on QEMU's current state and not on what we
- * remember. */
+/* Undoes what setup.c has done, or a part of it, based on QEMU's current state and not on our own
+ * records. */
 #include "src/base/base.h"
 #include "src/qmp/qmp.h"
 #include "upstream.h"

@@ -47,7 +47,7 @@ unsigned pba_upstream_cbw_timeout_s(const PbaAccess *access);
 
 /* The graph */
 
-/* Makes what pba_upstream_disk returns: the names of the nodes around the disk. */
+/* Creates what pba_upstream_disk returns: the names of the nodes around the disk. */
 void pba_upstream_name_nodes(const PbaAccess *access, PbaDisk *disk);
 /* The disk below our nodes, according to the graph: borrowed, NULL if they do not exist. */
 const char *pba_upstream_root(const PbaBlock *block, const PbaDisk *disk);
@@ -64,7 +64,7 @@ void pba_trim_clean_parts(PbaAccess *access, const PbaDisk *disk);
 
 /* Makes a bitmap of the target on this disk with every bit set, in one transaction. */
 bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error);
-/* Removes what an interrupted pba_bitmap_make_dirty may have left. */
+/* Removes what an interrupted pba_bitmap_add_all_dirty may have left behind. */
 bool pba_dirty_source_drop(PbaAccess *access, const PbaDisk *disk, const PbaBlock *block,
                            GError **error);
 /* The arguments of block-dirty-bitmap-add for one of our bitmaps on this disk. */
@@ -74,13 +74,14 @@ bool pba_bitmap_remove(PbaAccess *access, const PbaDisk *disk, const char *name,
 /* Action of a transaction; sources, an array of what pba_bitmap_ref returns, is consumed. */
 void pba_bitmap_add_merge(JsonArray *actions, const PbaDisk *disk, const char *target,
                           JsonArray *sources);
-/* The same if the bitmap exists, together with its companions; and the actions for that. */
+/* Removes the bitmap, if it exists, together with its companions. The second function adds the
+ * actions that do this. */
 bool pba_bitmap_drop(PbaAccess *access, const PbaDisk *disk, const PbaBlock *block,
                      const char *name, GError **error);
 void pba_bitmap_removals(JsonArray *actions, const PbaAccess *access, const PbaDisk *disk,
                          const PbaBlock *block, const char *name);
-/* Joins target's and background bitmap on every disk that has both, and enters the phase committed
- * if this is a success. If it fails, the target's bitmap is removed. */
+/* Joins the target's bitmap and the background bitmap on every disk that has both, and enters the
+ * phase committed if this is a success. If it fails, the target's bitmap is removed. */
 bool pba_bitmaps_join(PbaAccess *access, PbaBlock *block, bool success, GError **error);
 
 #endif

@@ -1,9 +1,10 @@
-/* What only some versions of QEMU can do, and what is done instead: the only place of this backend
- * that checks the version. */
+/* What only some versions of QEMU support, and what replaces it in others: the only file of this
+ * backend that checks the version. */
 #include "src/base/base.h"
 #include "upstream.h"
 
-/* If fleecing takes longer, the guest's write is let through. VirtIO drivers give up after 60 s. */
+/* If fleecing takes longer, the guest's write proceeds and the snapshot breaks. VirtIO drivers give
+ * up after 60 s. */
 #define CBW_TIMEOUT_S 45
 #define CBW_TIMEOUT_OLD_S 4
 
@@ -50,12 +51,12 @@ bool pba_upstream_suits(PbaQmp *qmp, PbaQemu *qemu, G_GNUC_UNUSED const char **f
     return *suits;
 }
 
-/* Of a snapshot-access node QEMU
- * - before 8.0 (a4d5224c2c; 7.2.22 lacks it) looks a range up in the current disk that begins in a
- *   copied cluster and ends in one that was not copied: a read returns what the guest has written
- *   since, block status a hole where it has trimmed;
- * - before 9.2 (6475155d51; also in 7.2.15, 8.2.8, 9.0.4, 9.1.1) aborts on a read or a block status
- *   that has to look into the current disk and overlaps one that does.
+/* With a snapshot-access node, QEMU
+ * - before 8.0 (a4d5224c2c; 7.2.22 lacks it) takes a range that begins in a copied cluster and ends
+ *   in one that was not copied from the current disk: a read returns what the guest has written
+ *   since, and a block status returns a hole where it has trimmed;
+ * - before 9.2 (6475155d51; also fixed in 7.2.15, 8.2.8, 9.0.4, 9.1.1) aborts on a read or a block
+ *   status that needs the current disk and overlaps another one that does.
  * 10.0 is the oldest version known to be good. */
 bool pba_upstream_reads_by_cluster(const PbaAccess *access)
 {
