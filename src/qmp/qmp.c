@@ -322,7 +322,7 @@ static bool ensure_connected(PbaQmp *qmp, gint64 deadline, GError **error)
     return false;
 }
 
-/* Runs the command through the caller's transport. Its error text is trusted no more than QEMU's. */
+/* Runs the command through the caller's transport. Its error text is as untrusted as QEMU's. */
 static JsonNode *carry(PbaQmp *qmp, const char *command, JsonNode *arguments, GError **error)
 {
     g_autoptr(JsonNode) none = arguments ? NULL : pba_json("@a{sv} {}");
