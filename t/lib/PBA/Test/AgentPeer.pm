@@ -1,15 +1,15 @@
 package PBA::Test::AgentPeer;
 
-# A scripted QEMU guest agent, which freezes nothing.
+# A scripted QEMU guest agent. It freezes nothing.
 #
 #   my $peer = PBA::Test::AgentPeer->start(
 #       before => $bytes,                              # left over from an earlier client
 #       replies => { 'guest-fsfreeze-freeze' => $action },
 #   );
-#   PBA::Test::AgentPeer->start(asleep => 1)->wake;    # takes no connection before that
+#   PBA::Test::AgentPeer->start(asleep => 1)->wake;    # accepts no connection before wake
 #
-# An action is a reply as a hash, a string (sent as it is), 'busy' (no answer as long as the client is
-# there) or 'close'. Without one a command is answered with { return => 1 }.
+# An action is a reply as a hash, a string (sent unchanged), 'busy' (no answer while the client is connected) or
+# 'close'. A command without an action is answered with { return => 1 }.
 
 use v5.36;
 
@@ -19,12 +19,12 @@ use JSON::PP ();
 
 my $json = JSON::PP->new->canonical->utf8;
 
-# The commands received; those of 'frozen' are of the file systems' state after all of them.
+# The commands received. Their member 'frozen' is the state of the file systems after all of them.
 sub commands ($self) {
     return map { $_->{execute} } $self->records('command');
 }
 
-# After the peer has recorded so many.
+# Waits until the peer has recorded that many commands.
 sub wait_for_commands ($self, $count) {
     $self->wait_for_record('command', $count);
     return $self->commands;
@@ -55,7 +55,7 @@ sub _sleep ($self) {
     return;
 }
 
-# Like the real one it answers nothing in front of the delimiter.
+# Like the real agent, it answers nothing that precedes the delimiter.
 sub _serve_client ($self, $client) {
     my $buffer = '';
     $self->send_bytes($client, delete($self->{before})) if defined($self->{before});

@@ -1,7 +1,7 @@
 package PBA::Test::Backend;
 
-# A virtual machine as one of the two backends sees it: a stock QEMU, or Proxmox' commands spoken by
-# the front (by the QEMU itself where it has them). The same tests run against both.
+# A virtual machine with one of the two backends: a stock QEMU, or Proxmox' commands, which the front provides
+# unless QEMU itself has them. The same tests run on both.
 
 use v5.36;
 
@@ -18,11 +18,11 @@ my $VM = 'PBA::Test::VM';
 
 my $TARGET = 'snapshot-access:test';
 
-# Where QEMU has Proxmox' commands they are what is used.
+# If QEMU has Proxmox' commands, the module uses these.
 sub names ($class) { return $VM->is_proxmox ? 'pve' : qw(upstream pve) }
 
-# name => upstream or pve; form => of Proxmox' command; fleecing => 0: images for it are attached by the
-# test; everything else is for PBA::Test::VM.
+# name: upstream or pve; form: that of Proxmox' command; fleecing => 0: the test itself attaches the fleecing
+# images. All other options are for PBA::Test::VM.
 sub start ($class, %opt) {
     my ($name, $form, $fleecing) = delete(@opt{qw(name form fleecing)});
     Test::More::plan(skip_all => 'only for a stock QEMU')
@@ -34,13 +34,13 @@ sub start ($class, %opt) {
     return $self;
 }
 
-# The same, but no guest system runs.
+# The same, but the guest is paused and has no system.
 sub start_paused ($class, %opt) {
     return $class->start(guest => 0, paused => 1, memory => 32, %opt);
 }
 
-# With disk0 and disk1 of these sizes, and a model of what the guest's churn writes to them:
-# { backend, outside, model }.
+# Starts a guest with disk0 and disk1 of these sizes, and creates a model of the guest's churn: { backend,
+# outside, model }.
 sub start_with_model ($class, $name, $sizes, $seed, $blocks) {
     my $self = $class->start(
         name => $name,
@@ -57,7 +57,7 @@ sub start_with_model ($class, $name, $sizes, $seed, $blocks) {
     return { backend => $self, outside => $self->outside, model => $model };
 }
 
-# What has to be there before a backup: also after a restart of the VM.
+# Creates what a backup needs. Must be called again after a restart of the VM.
 sub connect ($self) {
     my $vm = $self->{vm};
     undef $self->{front};
@@ -94,7 +94,7 @@ sub front ($self) { return $self->{front} }
 sub device ($self, $id) { return $self->{vm}->disk($id)->{device} }
 sub qmp_path ($self) { return $self->{front} ? $self->{front}->socket_path : $self->{vm}->qmp_path }
 
-# Where fleecing images and the NBD socket go; nothing may be left there.
+# A directory for fleecing images and the NBD socket, in which nothing may be left.
 sub work_dir ($self, $name) {
     my $dir = $self->{vm}->dir . "/$name";
     mkdir($dir, 0700);
@@ -134,7 +134,7 @@ sub devices ($self, $mode, @ids) {
     return [map { { device => $self->device($_), 'bitmap-mode' => $mode } } @ids];
 }
 
-# One backup of all disks by that provider. What it logs is kept until the next one.
+# A task that backs up all disks with that provider. Its log is kept until the next one.
 sub task ($self, $provider, %opt) {
     require PVE::BackupAccess::Task;
     my $log = $self->{log} = [];
@@ -150,12 +150,12 @@ sub task ($self, $provider, %opt) {
     );
 }
 
-# How many such lines are in the task's log.
+# The number of lines in the task's log that match.
 sub logged ($self, $pattern) {
     return scalar(grep { $_ =~ $pattern } $self->{log}->@*);
 }
 
-# The block graph, exports and NBD server's files as they are outside of an access.
+# The block graph, the exports and the NBD server's files when no access is active.
 sub outside ($self) {
     return {
         graph => $self->{vm}->graph,
@@ -164,8 +164,8 @@ sub outside ($self) {
     };
 }
 
-# The bitmaps that are not the target's own: none outside of an access. One that has an id has one
-# companion.
+# The bitmaps that are not the target's own; there are none when no access is active. A bitmap with an ID has
+# one companion, which is not returned.
 sub other_bitmaps ($self) {
     my $bitmaps = $self->{vm}->bitmaps;
     my @others;
@@ -180,7 +180,7 @@ sub other_bitmaps ($self) {
     return \@others;
 }
 
-# What is not as it was outside of an access; nothing is as it must be.
+# The differences from the state without an access; an empty list if there are none.
 sub problems ($self, $outside) {
     state $json = JSON::PP->new->canonical;
     my @problems;
@@ -191,8 +191,8 @@ sub problems ($self, $outside) {
     return @problems;
 }
 
-# One more backup: { device => { offset of a dirty block of 64 KiB => 1 } } of those whose bitmap is
-# used.
+# Makes another backup. Returns { device => { offset of a dirty block of 64 KiB => 1 } } of the devices whose
+# bitmap is used.
 sub next_dirty ($self, %options) {
     my $access = $self->access(%options);
     my $infos = $access->setup($self->devices('use'));
@@ -210,7 +210,7 @@ sub next_dirty ($self, %options) {
     return \%dirty;
 }
 
-# What must hold whatever a test did. The front itself stops its QEMU for the cut, which a real one
+# Checks what must hold after every test. The front itself stops its QEMU at the cut, which a real Proxmox QEMU
 # does not need.
 sub check_manners ($self) {
     if (my $front = $self->{front}) {

@@ -1,6 +1,6 @@
 package PBA::Test::BackupOnly;
 
-# A provider whose archives are restored by other means.
+# A provider whose archives are restored by other means than its own methods.
 
 use v5.36;
 

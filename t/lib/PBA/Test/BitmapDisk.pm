@@ -1,7 +1,7 @@
 package PBA::Test::BitmapDisk;
 
-# A disk with a dirty bitmap and no machine: a qcow2 image whose persistent bitmap QEMU's own tools
-# keep, exported by qemu-nbd as an access exports a snapshot. What it must hold is known.
+# A disk with a dirty bitmap, but without a machine: a qcow2 image with a persistent bitmap that QEMU's tools
+# maintain. qemu-nbd exports it as an access exports a snapshot. The expected content is known.
 #
 #   my $disk = PBA::Test::BitmapDisk->new(dir => $dir, device => 'drive-scsi0', size => $bytes);
 #   $disk->write([$offset, $length, $byte], ...);
@@ -60,7 +60,7 @@ sub _bitmap ($self, @what) {
     return;
 }
 
-# Offline tools cannot set bits, but merge those of another image, all of which was written to.
+# Offline tools cannot set bits, but can merge the bitmap of another image that was written to completely.
 sub _new_bitmap ($self) {
     my $all = "$self->{dir}/all-$self->{size}.qcow2";
     if (!-e $all) {

@@ -1,7 +1,7 @@
 package PBA::Test::CBuild;
 
-# Builds C programs of the tests with the whole core, under the sanitizers. The core's objects are in
-# the cache, so that the tests that need them compile it once:
+# Builds C programs of the tests with the whole core, under the sanitizers. The objects of the core are kept in
+# the cache, so they are compiled only once for all tests:
 #
 #   my $build = PBA::Test::CBuild->new or plan(skip_all => ...);
 #   my @failed = $build->compile('t/c/json.c');
@@ -19,7 +19,7 @@ use PBA::Test::Cache;
 my @WARNINGS = qw(-std=gnu11 -Wall -Wextra -Wpedantic -Werror);
 my @DEBUG = qw(-g -O1 -fno-omit-frame-pointer);
 
-# Undefined where there are no -dev packages.
+# Returns undef if the -dev packages are not installed.
 sub new ($class) {
     my $self = bless({ dir => File::Temp->newdir('pba-c-XXXXXXXX', TMPDIR => 1) }, $class);
     $self->{cflags} = _pkg_config('--cflags') or return undef;
@@ -30,12 +30,12 @@ sub new ($class) {
 
 sub is_sanitized ($self) { return scalar($self->{sanitize}->@*) }
 
-# The core's sources. The virtual file's server is a program of its own.
+# The sources of the core, without the program that serves virtual files.
 sub _core () {
     return grep { !m{^src/vfile/} } sort glob('src/*/*.c src/*/*/*.c');
 }
 
-# Tells one state of the core, of the compiler and of the libraries' headers from others.
+# A key that changes with the core, the compiler and the headers of the libraries.
 sub _core_key ($self) {
     my $digest = Digest::SHA->new(256);
     my (undef, @version) = _run_command('gcc', '--version');
@@ -46,7 +46,7 @@ sub _core_key ($self) {
     return substr($digest->hexdigest, 0, 16);
 }
 
-# The core's objects, compiled if need be. Empty where it does not compile.
+# The objects of the core, compiled if necessary; an empty list if they do not compile.
 sub _core_objects ($self) {
     my $dir = eval {
         PBA::Test::Cache->built(
@@ -70,7 +70,7 @@ sub _pkg_config (@options) {
     return [split(' ', $flags)];
 }
 
-# The exit status and all that was said.
+# Returns the exit status and the whole output.
 sub _run_command (@command) {
     my $pid = open(my $pipe, '-|') // die "cannot fork: $!\n";
     if (!$pid) {
@@ -101,13 +101,13 @@ sub _object ($dir, $source) {
     return "$dir/" . $source =~ s{[/.]}{-}gr . '.o';
 }
 
-# Compiles the core and the sources; returns what does not compile.
+# Compiles the core and the sources. Returns the sources that do not compile.
 sub compile ($self, @sources) {
     $self->{core} = [$self->_core_objects];
     return ($self->{core}->@* ? () : 'the core', $self->_compile_into($self->{dir}, @sources));
 }
 
-# Two at a time, as there are two processors on most small machines.
+# Compiles two at a time, because most small machines have two processors.
 sub _compile_into ($self, $dir, @sources) {
     my (%running, @failed);
     while (@sources || %running) {
@@ -127,7 +127,7 @@ sub _compile_into ($self, $dir, @sources) {
     return @failed;
 }
 
-# A program of what was compiled and of the core. As run, returns the status and what was said.
+# Links a program from the compiled sources and the core. Returns the status and the output, like run.
 sub link ($self, $name, $sources, @flags) {
     my @objects = map { _object($self->{dir}, $_) } $sources->@*;
     return _run_command('gcc', $self->{sanitize}->@*,
@@ -136,7 +136,7 @@ sub link ($self, $name, $sources, @flags) {
 
 sub run ($self, $name, @arguments) {
 
-    # GLib's critical messages are our bugs, and must end the program.
+    # GLib's critical messages are caused by our bugs, so they must end the program.
     local $ENV{G_DEBUG} = 'fatal-criticals';
     local $ENV{G_SLICE} = 'always-malloc';
     local $ENV{ASAN_OPTIONS} = 'detect_leaks=1:abort_on_error=0:hard_rss_limit_mb=600';

@@ -1,8 +1,7 @@
 package PBA::Test::Cache;
 
-# What the tests need and the system does not have: a kernel for the test guest, its initramfs and,
-# where asked for, a newer QEMU. All of it is fetched with apt into a private directory and unpacked
-# there; nothing is ever installed.
+# Files that the tests need and the system lacks: a kernel for the test guest, its initramfs and, if requested,
+# a newer QEMU. They are downloaded with apt and unpacked in a private directory; nothing is ever installed.
 
 use v5.36;
 
@@ -39,14 +38,14 @@ sub directory ($class) {
     return Cwd::abs_path($dir);
 }
 
-# Everything a test run needs, so that the tests themselves use no network.
+# Prepares everything that a test run needs, so that the tests themselves do not use the network.
 sub prepare ($class, %opt) {
     $class->initramfs;
     $class->qemu10 if $opt{qemu10} // $class->has_qemu10;
     return 1;
 }
 
-# Later releases have a QEMU that is as new, or newer.
+# Later releases have a QEMU that is at least as new.
 sub has_qemu10 ($class) { return $class->codename eq 'bookworm' }
 
 # Returns { vmlinuz => file, modules => directory with modules.dep, version => ... }.
@@ -57,7 +56,7 @@ sub kernel ($class) {
     return { vmlinuz => $vmlinuz, modules => "$dir/lib/modules/$version", version => $version };
 }
 
-# Returns the path of the guest's initramfs, made anew when the agent or the kernel changed.
+# Returns the path of the guest's initramfs, which is rebuilt if the agent or the kernel has changed.
 sub initramfs ($class) {
     my $kernel = $class->kernel;
     my $digest = Digest::SHA->new(256);
@@ -89,8 +88,9 @@ sub qemu10_env ($class) {
 
 # ---- building in the cache ----
 
-# Returns <cache>/$name, built by $build in a temporary directory beside it when it is not there.
-# The rename makes it appear whole or not at all, the lock keeps two test runs from doing it twice.
+# Returns <cache>/$name. If it does not exist, $build creates it in a temporary directory beside it. The rename
+# makes it appear completely or not at all, and the lock prevents two test runs from building it at the same
+# time.
 sub built ($class, $name, $build) {
     my $cache = $class->directory;
     my $dir = "$cache/$name";
@@ -109,14 +109,14 @@ sub built ($class, $name, $build) {
     return $dir;
 }
 
-# What has not been made today may go; what another test run uses now is not that old.
+# Removes what was not created today; nothing that another test run uses is that old.
 sub remove_old ($class, $pattern) {
     my $cache = $class->directory;
     remove_tree(grep { -M $_ > 1 } glob "$cache/$pattern");
     return;
 }
 
-# Runs a program; returns its standard output, dies with its whole output where it fails.
+# Runs a program. Returns its standard output, or dies with its whole output if it fails.
 sub _run (@command) {
     my $errors = File::Temp->new;
     open(my $saved, '>&', \*STDERR) or die "dup: $!\n";
@@ -157,9 +157,9 @@ sub _read_file ($path) {
     return _rest($fh);
 }
 
-# ---- apt, without touching the system ----
+# ---- apt, without changes to the system ----
 
-# As root apt would fetch as the user _apt, which cannot write here, and warn about it.
+# If apt is run by root, it downloads as the user _apt, who cannot write here, and warns about that.
 sub _apt_options ($class, $tmp) {
     return _options(
         ($> == 0 ? ('APT::Sandbox::User' => 'root') : ()),
@@ -169,8 +169,8 @@ sub _apt_options ($class, $tmp) {
     );
 }
 
-# Where the system itself gets Debian from: { suite => URI }. The files are read, not apt asked,
-# since apt names only those it has lists of.
+# The mirrors from which the system itself gets Debian: { suite => URI }. They are read from apt's files,
+# because apt only reports suites whose lists it has.
 sub debian_uris ($class) {
     my %uri;
     for my $file ('/etc/apt/sources.list', glob '/etc/apt/sources.list.d/*.{list,sources}') {
@@ -197,8 +197,8 @@ sub _stanza_sources ($text) {
     return @pairs;
 }
 
-# Options that make apt know the given suites only, with lists of its own below $tmp. A suite the
-# system does not use is taken from where the release itself comes from.
+# Options that make apt use only the given suites, with lists of its own below $tmp. Suites that the system does
+# not use are taken from the mirror of its release.
 sub _private_lists ($class, $tmp, $release, @suites) {
     my $uris = $class->debian_uris;
     my $main = $uris->{$release} // die "no mirror for $release in the system's apt sources\n";
@@ -237,7 +237,7 @@ sub _remove_apt_state ($class, $tmp) {
 
 # ---- the kernel ----
 
-# The metapackage depends on the real one, whose name has the version in it.
+# The metapackage depends on the real package, whose name contains the version.
 sub _kernel_package ($class, @options) {
     my $depends = _run('apt-cache', @options, 'depends', $KERNEL_PACKAGE);
     my @names = $depends =~ /Depends: (linux-image-\d\S*)/g;
@@ -256,7 +256,7 @@ sub _download_kernel ($class, $tmp, @options) {
 sub _build_kernel ($class, $tmp) {
     make_path("$tmp/apt-cache/archives/partial");
 
-    # The system's lists may be missing or too old for what the mirror still has.
+    # The system's lists may be missing, or too old for the packages that the mirror still has.
     if (!eval { $class->_download_kernel($tmp, $class->_apt_options($tmp)); 1 }) {
         my $release = $class->codename;
         my @suites = ("$release-updates", "$release-security");
@@ -318,13 +318,14 @@ sub _build_initramfs ($class, $tmp, $kernel) {
         $cpio->file("modules/$list.list", 0644, $names);
     }
 
-    # Left uncompressed: unpacking costs an emulated guest more than reading it costs the host.
+    # Not compressed, because unpacking takes more time in an emulated guest than the host saves by reading
+    # less.
     _write_file("$tmp/initramfs.cpio", $cpio->finish);
     unlink "$tmp/agent";
 }
 
-# The files of the modules with all they need, in the order they must be loaded in. Names that are
-# built into this kernel are left out.
+# The files of the modules with their dependencies, in the order in which they must be loaded. Modules that are
+# built into this kernel are omitted.
 sub _module_order ($dir, @names) {
     my (%path, %needs);
     for my $line (split /\n/, _read_file("$dir/modules.dep")) {
@@ -363,8 +364,8 @@ sub _build_qemu10 ($class, $tmp) {
     my @suites = ("$release-updates", "$release-security", $BACKPORTS);
     my @options = $class->_private_lists($tmp, $release, @suites);
 
-    # apt knows which libraries the system lacks or has too old; --reinstall makes it fetch the
-    # named packages also where the system has them.
+    # apt knows which libraries are missing or too old on the system. --reinstall makes it download the named
+    # packages even if the system has them.
     _run('apt-get', @options, qw(-q install --download-only --no-install-recommends --reinstall),
         '-t', $BACKPORTS, @QEMU10_PACKAGES);
     my @debs = glob "$tmp/apt-cache/archives/*.deb";
@@ -380,7 +381,7 @@ sub _build_qemu10 ($class, $tmp) {
     }
 }
 
-# The prefix is found from the script's own place, since the directory is renamed when complete.
+# The wrapper finds the prefix relative to itself, because the directory is renamed when it is complete.
 sub _qemu_wrapper ($program) {
     my $script = <<'END';
 #!/bin/sh

@@ -1,9 +1,9 @@
 package PBA::Test::Ceph;
 
-# A one-node Ceph for a test, which ends with the object. PBA_CEPH is the directory of one that one-node-ceph.sh has
-# started before.
+# A one-node Ceph cluster for a test, which ends with the object. PBA_CEPH may name the directory of a cluster
+# that one-node-ceph.sh has started before.
 #
-#   my $ceph = PBA::Test::Ceph->start;    # undef where Ceph is not installed
+#   my $ceph = PBA::Test::Ceph->start;    # undef if Ceph is not installed
 #   my $namespace = $ceph->new_namespace;
 #   my $text = $ceph->run('rbd', 'ls', "backup/$namespace");
 
@@ -67,7 +67,7 @@ sub start_osd ($self) {
     return;
 }
 
-# Stops it, and starts it again after some seconds. Returns at once.
+# Stops the OSD, and starts it again after some seconds. Returns at once.
 sub restart_osd ($self, $seconds) {
     $self->stop_osd;
     my $pid = fork() // die "fork: $!\n";

@@ -1,7 +1,7 @@
 package PBA::Test::Chain;
 
-# A guest of two disks without a machine (PBA::Test::BitmapDisk), its backups by Qcow2Chain, and what
-# each archive must hold.
+# A guest with two disks, but without a machine (PBA::Test::BitmapDisk), its backups by Qcow2Chain, and the
+# expected content of each archive.
 #
 #   my $chain = PBA::Test::Chain->new;
 #   $chain->write_random; my $volname = $chain->backup; $chain->check('after the first');
@@ -20,7 +20,7 @@ use PVE::BackupAccess::Provider::Qcow2Chain;
 my %sizes = ('drive-scsi0' => 4 * 1024 * 1024, 'drive-efidisk0' => 528 * 1024 + 512);
 my $vmid = 100;
 
-# store => directory to use.
+# store: the directory to use.
 sub new ($class, %options) {
     my $tmp = File::Temp->newdir('pba-chain-XXXXXXXX', TMPDIR => 1);
     my $self = bless(
@@ -45,7 +45,7 @@ sub new ($class, %options) {
     return $self;
 }
 
-# As another process would find it: nothing is kept but the directory.
+# Uses the store as another process would: only the directory is kept.
 sub use_store ($self, $store, $storeid = 'test') {
     $self->{store} = $store;
     my $scfg = { path => $store, 'state-dir' => $self->state_dir };
@@ -58,7 +58,7 @@ sub provider ($self) { return $self->{provider} }
 sub store ($self) { return $self->{store} }
 sub guest_dir ($self) { return "$self->{store}/vm/$vmid" }
 
-# What this host knows of its last backups.
+# The directory with this host's notes about its last backups.
 sub state_dir ($self) { return $self->{state_dir} // "$self->{tmp}/state" }
 sub tmp ($self) { return "$self->{tmp}" }
 sub disk ($self, $device) { return $self->{disks}{$device} }
@@ -85,10 +85,10 @@ sub write_random ($self, $count = 6) {
     return;
 }
 
-# One backup in the order of the API. during => called when the volumes are there; late => 1: it
-# fails after the bitmaps were cleared, and the archive stays; then => called before backup_cleanup; run => is given
-# backup_vm to be called in another process, which is to be killed. Returns the archive's name,
-# undef if it failed.
+# Makes one backup with the calls in the API's order. during: code that is called when the volumes exist. late
+# => 1: the backup fails after the bitmaps were cleared, and the archive stays. then: code that is called before
+# backup_cleanup. run: code that gets backup_vm as a function and calls it in another process, which is to be
+# killed. Returns the archive's name, or undef if the backup failed.
 sub backup ($self, %options) {
     my ($provider, $disks) = $self->@{qw(provider disks)};
     my ($name, %volumes);
@@ -126,7 +126,7 @@ sub backup ($self, %options) {
     return $success ? $name : undef;
 }
 
-# What the next backup would be: { device => use or new }.
+# The modes of the next backup: { device => use or new }.
 sub next_modes ($self) {
     my $provider = $self->{provider};
     $provider->backup_init($vmid, 'qemu', $self->{time} + 60);
@@ -136,13 +136,13 @@ sub next_modes ($self) {
     return $modes;
 }
 
-# The archive holds what the disks hold now.
+# Expects the archive to hold the current content of the disks.
 sub expect ($self, $name) {
     $self->{expected}{$name} = { map { $_ => $self->disk($_)->content } $self->devices };
     return;
 }
 
-# These archives are expected to be gone.
+# Expects these archives to be gone.
 sub forget ($self, @names) {
     delete($self->{expected}->@{@names});
     return;
@@ -156,7 +156,7 @@ sub path_of ($self, $name, $file = undef) {
     return "$self->{store}/$name" . (defined($file) ? "/$file" : '');
 }
 
-# A device's content as it is restored.
+# The content of a device, restored from the archive.
 sub restored ($self, $name, $device) {
     my $file = "$self->{tmp}/restored.raw";
     my $from = $self->{provider}->restore_vm_volume_init($name, $device, {})->{'qemu-img-path'};
@@ -167,7 +167,7 @@ sub restored ($self, $name, $device) {
     return scalar(<$fh>);
 }
 
-# What is wrong with an archive, as text.
+# Says what is wrong with an archive.
 sub problem ($self, $name) {
     my ($provider, $expected) = ($self->{provider}, $self->{expected}{$name});
     my $sizes = $provider->restore_vm_init($name);
@@ -183,7 +183,7 @@ sub problem ($self, $name) {
     return join(', ', @wrong);
 }
 
-# All archives that should be there are, each holds what it must, and nothing else is there.
+# Checks that all expected archives exist with the expected content, and that nothing else exists.
 sub check ($self, $text) {
     my @names = $self->names;
     is_deeply(\@names, [sort keys $self->{expected}->%*], "$text: the archives");
@@ -202,7 +202,7 @@ sub entries ($dir) {
     return sort readdir($dh);
 }
 
-# Flips a bit of the guest's data at an offset; time and size stay, as when a disk rots.
+# Flips a bit of the guest's data at an offset without changing the file's time and size, like a disk that rots.
 sub rot ($image, $offset) {
     my @times = (Time::HiRes::stat($image))[8, 9];
     my $map = JSON::PP->new->utf8->decode(
@@ -224,8 +224,8 @@ sub rot ($image, $offset) {
     return;
 }
 
-# Goes on in a copy of a directory. No backups can be made there if one is made elsewhere: the bitmaps
-# are relative to that.
+# Continues in a copy of a directory. If backups are made in the original, none can be made in the copy, because
+# the bitmaps are relative to the original's archives.
 sub use_copy ($self, $store) {
     my $copy = "$self->{tmp}/copy-" . ++$self->{copies};
     system('cp', '-a', $store, $copy) == 0 or die "cp: $?\n";

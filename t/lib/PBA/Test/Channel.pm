@@ -1,6 +1,6 @@
 package PBA::Test::Channel;
 
-# Lines over a Unix socket, every wait with a time limit: nothing may hang a test run.
+# Lines over a Unix socket. Every wait has a time limit, so that no test run hangs.
 
 use v5.36;
 
@@ -11,7 +11,7 @@ use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC);
 
 our @EXPORT_OK = qw(now);
 
-# $alive, if given, is asked while waiting: a dead peer need not be waited for.
+# $alive is called during waits, so that the wait ends if the peer is dead.
 sub new ($class, %opt) {
     my $self = bless {
         path => $opt{path},
@@ -67,7 +67,7 @@ sub send_line ($self, $line, $timeout = 30) {
     return;
 }
 
-# Returns the next line without its end, undef when there is none within the time.
+# Returns the next line without its line end, or undef if none arrives in time.
 sub read_line ($self, $timeout) {
     my $deadline = now() + $timeout;
     while (1) {

@@ -1,12 +1,12 @@
 package PBA::Test::Client;
 
-# A process of our own that makes a backup and can be killed in the middle of it:
+# A child process that makes a backup and can be killed at any step:
 #
 #   my $client = PBA::Test::Client->start(sub ($tell) { ...; $tell->('setup'); ... });
 #   while (defined(my $word = $client->next_word)) { ...; $client->let_go_on }
 #
-# $tell gives the test a word and waits until it may go on. A client that dies says so as its last
-# word; one that is killed says no more.
+# $tell gives the test a word and waits until the client may go on. If a client dies, its last word is the
+# error; a client that is killed sends nothing more.
 
 use v5.36;
 
@@ -30,7 +30,7 @@ sub start ($class, $code) {
 
 sub pid ($self) { return $self->{pid} }
 
-# undef when it has ended.
+# Returns undef when the client has ended.
 sub next_word ($self) {
     my $line = readline($self->{read}) // return undef;
     chomp($line);

@@ -1,6 +1,6 @@
 package PBA::Test::Command;
 
-# Runs bin/pve-backup-access as it is installed, in taint mode: with pipes, or on a terminal.
+# Runs bin/pve-backup-access in taint mode, as it is installed: with pipes, or on a terminal.
 
 use v5.36;
 
@@ -16,14 +16,14 @@ our @EXPORT_OK = qw(command put_in_path run_command start_command start_on_termi
 my $root = abs_path(dirname(__FILE__) . '/../../../..');
 my $time_limit = 120;
 
-# In taint mode Perl does not look at PERL5OPT, with which t/coverage.pl has statements counted.
+# In taint mode, Perl ignores PERL5OPT, with which t/coverage.pl counts statements.
 sub command (@arguments) {
     my @options = ('-T', split(' ', $ENV{PERL5OPT} // ''));
     my @libraries = map { "-I$root/blib/$_" } qw(lib arch);
     return ($^X, @options, @libraries, "$root/blib/script/pve-backup-access", @arguments);
 }
 
-# Makes a program in the directory that stands for the installed command.
+# Creates a program in the directory that replaces the installed command.
 sub put_in_path ($dir) {
     my $file = "$dir/pve-backup-access";
     my $command = join(' ', map { "'$_'" } command());
@@ -39,12 +39,13 @@ my sub child (@arguments) {
     POSIX::_exit(127);
 }
 
-# Runs it to its end with pipes: { status => exit status, signal => that ended it, out, err }.
+# Runs the command to its end, with pipes: { status => exit status, signal => the signal that ended it, out, err
+# }.
 sub run_command (@arguments) {
     return start_command(@arguments)->finish;
 }
 
-# The same, but returns at once, with methods wait_for, kill and finish.
+# Starts the command and returns at once. The object has the methods wait_for, kill and finish.
 sub start_command (@arguments) {
     pipe(my $out, my $out_end) && pipe(my $err, my $err_end) or die "pipe: $!\n";
     my $pid = fork() // die "fork: $!\n";
@@ -57,7 +58,7 @@ sub start_command (@arguments) {
     return _new($pid, out => $out, err => $err);
 }
 
-# On a terminal of so many columns; all it shows is 'out'.
+# Runs the command on a terminal with that many columns; 'out' is everything that it shows.
 sub start_on_terminal ($columns, @arguments) {
     require IO::Pty;
     my $pty = IO::Pty->new;
@@ -81,19 +82,19 @@ sub _new ($pid, %handles) {
     return $self;
 }
 
-# Reads what there is, waiting for it a short time. Returns false at the end of all output.
+# Reads the available output, and waits for it a short time. Returns false at the end of all output.
 sub _read ($self) {
     for my $ready ($self->{select}->can_read(0.2)) {
         my ($name) = grep { $self->{handles}{$_} == $ready } keys $self->{handles}->%*;
 
-        # The end of a terminal is an error.
+        # The end of a terminal is reported as an error.
         my $n = sysread($ready, $self->{$name}, 65536, length($self->{$name}));
         $self->{select}->remove($ready) if !$n;
     }
     return $self->{select}->count > 0;
 }
 
-# Until its output (out or err) matches; dies if it ends without.
+# Waits until the output (out or err) matches. Dies if the command ends before that.
 sub wait_for ($self, $name, $pattern) {
     my $deadline = time + $time_limit;
     while ($self->{$name} !~ $pattern) {
@@ -107,21 +108,21 @@ sub kill ($self, $signal) {
     return;
 }
 
-# What a user types.
+# Sends what a user would type.
 sub type ($self, $text) {
     syswrite($self->{handles}{out}, $text);
     return;
 }
 
-# Whether it goes on, after a short time.
+# Whether the command still runs, after a short time.
 sub goes_on ($self) { return $self->_read }
 
 sub pid ($self) { return $self->{pid} }
 
-# What it has written so far.
+# The output so far.
 sub text ($self, $name) { return $self->{$name} }
 
-# Nobody reads on.
+# Closes the reading end, so that nobody reads the output any more.
 sub close_output ($self, $name) {
     $self->{select}->remove($self->{handles}{$name});
     close(delete($self->{handles}{$name}));

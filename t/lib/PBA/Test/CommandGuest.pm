@@ -1,7 +1,7 @@
 package PBA::Test::CommandGuest;
 
 # A guest for tests of the command: a QEMU with two disks and no guest system, a directory for archives, and
-# what is asked of each run.
+# checks that every run must pass.
 
 use v5.36;
 
@@ -28,7 +28,7 @@ my @disks = (
 
 umask(022);
 
-# With other disks where some are given.
+# @others replace the default disks.
 sub start_guest ($name, @others) {
     my $backend = PBA::Test::Backend->start(
         name => $name,
@@ -36,8 +36,8 @@ sub start_guest ($name, @others) {
         disks => @others ? \@others : \@disks,
     );
 
-    # As on Proxmox VE, the socket's name tells the number of the guest. That of the directory, where
-    # all else is, means something to Perl, to JSON and to URIs.
+    # As on Proxmox VE, the name of the socket contains the number of the guest. The name of the directory
+    # contains characters that are special to Perl, JSON and URIs.
     my $dir = $backend->vm->dir . "/Gr\xc3\xb6\xc3\x9fe%26&#+";
     mkdir($dir) or die "$dir: $!\n";
     symlink($backend->qmp_path, "$dir/100.qmp") or die "symlink: $!\n";
@@ -50,7 +50,7 @@ sub start_guest ($name, @others) {
     return $test;
 }
 
-# What holds whenever no command runs.
+# Checks what must hold while no command runs.
 sub check_outside ($test, $name) {
     is_deeply($test->{backend}->outside, $test->{outside}, "$name: nothing is left in QEMU");
     my $all = $test->{vm}->bitmaps;
@@ -84,7 +84,7 @@ sub same_disks ($test, $dir, $name) {
     }
 }
 
-# A disk is nobody else's business, whatever the umask.
+# A disk's data must be accessible to its owner only, whatever the umask is.
 sub is_private ($dir, $name) {
     my @public = grep { ((stat)[2] & 0777) != 0600 } glob("$dir/*");
     is_deeply(\@public, [], "$name: only the owner can read it");

@@ -1,6 +1,6 @@
 package PBA::Test::Container;
 
-# Trees of containers with all kinds of files, and what Proxmox VE's pve-container does with a backup
+# Trees of containers with all kinds of files, and the calls that Proxmox VE's pve-container makes to a backup
 # provider: a backup, in the container's user namespace if it has one, and a restore.
 #
 #   my $container = PBA::Test::Container->new(first_id => 100_000);
@@ -45,10 +45,11 @@ sub run_command (@command) {
     return;
 }
 
-# first_id: the container's root as the host has it, 0 for a privileged one, or as any user for one's own.
+# first_id: the ID on the host of the container's root. It is 0 for a privileged container, or the ID of the
+# current user.
 sub new ($class, %options) {
     my $tmp = File::Temp->newdir('pba-container-XXXXXXXX', TMPDIR => 1);
-    chmod(0755, "$tmp");    # others have their containers in there
+    chmod(0755, "$tmp");    # so that other users can reach their containers in it
     my $self = bless(
         {
             tmp => $tmp,
@@ -75,7 +76,7 @@ sub result ($self) { return $self->{result} }
 sub log ($self) { return join("\n", splice($self->{log}->@*)) }
 sub guest_dir ($self) { return "$self->{store}/ct/$self->{vmid}" }
 
-# A new one, as another process has it.
+# Creates a provider, as another process would.
 sub provider ($self, %scfg) {
     my $log = $self->{log};
     return $self->{provider}
@@ -91,7 +92,8 @@ my sub set_xattr ($path, $name, $value) {
     die "$path: cannot set $name - $!\n" if !$!{ENOTSUP} && !$!{EOPNOTSUPP} && !$!{EPERM};
 }
 
-# A user's right to read beside those of the mode; a capability that counts in the container alone.
+# An ACL that gives a user the right to read in addition to the mode, and a capability that is only valid in the
+# container.
 my sub acl ($user) {
     my @entries = ([1, 6, ~0], [2, 4, $user], [4, 4, ~0], [16, 4, ~0], [32, 0, ~0]);
     return pack('V', 2) . join('', map { pack('vvV', $_->@[0, 1], $_->[2] & 0xffffffff) } @entries);
@@ -110,7 +112,8 @@ my sub sparse_file ($path) {
     close($fh);
 }
 
-# What a container has, and what tar may lose: modes, owners, times, links, holes, attributes, odd names.
+# Creates the files of a container, with everything that tar may lose: modes, owners, times, links, holes,
+# attributes, unusual names.
 sub fill ($self) {
     my $root = $self->root;
     make_path(map { "$root/$_" } qw(bin dev etc home/user proc run sys tmp/sub usr/sbin var/tmp));
@@ -139,7 +142,7 @@ sub fill ($self) {
     return $self;
 }
 
-# To the container's users.
+# Gives the files to the container's users.
 sub _own ($self) {
     return if $>;
     my ($root, $id) = ($self->root, $self->{first_id});
@@ -151,7 +154,7 @@ sub _own ($self) {
     return;
 }
 
-# All that there is of a tree, as bytes; without those that a pattern excludes.
+# Describes everything in a tree, as bytes, except for paths that match a pattern.
 sub describe ($root, @exclude) {
     my @command = (
         qw(tar --create --file=- --sort=name --numeric-owner --acls --xattrs --xattrs-include=*),
@@ -168,10 +171,10 @@ sub describe ($root, @exclude) {
     return $bytes;
 }
 
-# ---- as pve-container calls ----
+# ---- the calls of pve-container ----
 
-# Runs code as the root of a user namespace, as PVE::LXC::Namespaces does with a container's map of ids:
-# in a forked process, which is killed at the end. Dies with the text that the code died with.
+# Runs code as root of a user namespace, as PVE::LXC::Namespaces does with a container's ID map: in a forked
+# process, which is killed at the end. Dies with the error of the code.
 sub run_in_namespace ($first_id, $code) {
     socketpair(my $mine, my $other, AF_UNIX, SOCK_STREAM, PF_UNSPEC) or die "socketpair: $!\n";
     pipe(my $result, my $to) or die "pipe: $!\n";
@@ -210,8 +213,9 @@ sub _call ($self, $code) {
     return $self->{first_id} ? run_in_namespace($self->{first_id}, $code) : $code->();
 }
 
-# One backup. exclude, sources and info as the API has them; during => called in the place of backup_container,
-# which it is given; then => called before backup_cleanup. Returns the archive's name, undef if it failed.
+# Makes one backup. exclude, sources and info are as in the API. during: code that replaces backup_container and
+# gets it as an argument. then: code that is called before backup_cleanup. Returns the archive's name, or undef
+# if the backup failed.
 sub backup ($self, %options) {
     my ($provider, $vmid) = $self->@{qw(provider vmid)};
     my $name;
@@ -247,12 +251,12 @@ sub backup ($self, %options) {
     return $done ? $name : undef;
 }
 
-# The flags of PVE::Storage::Plugin for each tar.
+# The tar flags in PVE::Storage::Plugin.
 our @flags
     = qw(--one-file-system -p --sparse --numeric-owner --acls --xattrs --xattrs-include=user.*
     --xattrs-include=security.capability --warning=no-file-ignored --warning=no-xattr-write);
 
-# pct's check of a tar that another storage has, then the extraction. The directory must be there.
+# Makes pct's check of a tar file from another storage, then extracts it. The directory must exist.
 sub restore ($self, $volname, $directory) {
     my $provider = $self->{provider};
     my ($mechanism, $type) = $provider->restore_get_mechanism($volname, 'test');
@@ -292,7 +296,7 @@ sub _pipe ($input, @command) {
     return;
 }
 
-# Gives this process mounts of its own, as pve-container does. Returns whether it could.
+# Gives this process a mount namespace of its own, as pve-container does. Returns whether that was possible.
 sub in_own_mounts () {
     return 0 if $> || !$call || syscall($call->{unshare}, $new_mounts) != 0;
     run_command(qw(mount --make-rslave /));

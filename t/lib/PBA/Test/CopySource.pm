@@ -1,7 +1,7 @@
 package PBA::Test::CopySource;
 
-# A volume to copy from: its data, maps of every shape, and NBD servers of it that answer reads outside
-# of dirty regions, or after a discard, with an error, as a snapshot does.
+# A volume to copy from: its data, dirty maps of all shapes, and NBD servers for it. Like a snapshot, these
+# answer reads outside of dirty regions, or after a discard, with an error.
 
 use v5.36;
 
@@ -17,7 +17,7 @@ my $KiB = 1 << 10;
 my $MiB = 1 << 20;
 our $odd_size = 6 * $MiB + 4608;
 
-# Data with zeroes in pieces of every size from 4 KiB on.
+# Data that contains zeroes in pieces of all sizes from 4 KiB up.
 sub make_image ($size) {
     my $image = PBA::Test::NBDServer::pattern(0, $size);
     for (my ($at, $i) = (8 * $KiB, 1); $at < $size; $at += $i++ * 28 * $KiB) {
@@ -41,7 +41,7 @@ our %maps = (
     'sectors' => [map { [$_ * 2560, 512] } 7 .. 400],
 );
 
-# A server lives as long as its object; these outlive the volume a test makes of them.
+# A server ends with its object; these servers must outlive the volumes that a test opens on them.
 my @servers;
 
 sub start (%options) {
@@ -70,7 +70,7 @@ sub read_file ($file) {
     return scalar(<$fh>);
 }
 
-# is() would print megabytes.
+# Used instead of is(), which would print megabytes.
 sub same ($got, $expected, $name) {
     return pass($name) if $got eq $expected;
     my $difference = $got ^. $expected;

@@ -1,7 +1,7 @@
 package PBA::Test::CoverageExit;
 
-# For t/coverage.pl alone: a child of a test that ends by POSIX::_exit leaves what it has counted,
-# too. The peers among them have run nothing that counts, and writing takes time.
+# For t/coverage.pl only: a child of a test that ends by POSIX::_exit also writes its counts. Peers do not,
+# because they run no code that is counted, and writing takes time.
 
 use v5.36;
 

@@ -1,7 +1,7 @@
 package PBA::Test::Cpio;
 
-# Writes the archive format of an initramfs. Done here and not by the cpio program, since that one
-# wants real files, and a device node among them only root could make.
+# Writes an initramfs in its archive format. The cpio program is not used, because it needs real files, and only
+# root could create the device node among them.
 
 use v5.36;
 
@@ -23,7 +23,7 @@ sub device ($self, $name, $major, $minor) {
     return $self->_entry($name, S_IFCHR | 0600, '', $major, $minor);
 }
 
-# Returns the whole archive.
+# Returns the complete archive.
 sub finish ($self) {
     $self->_entry('TRAILER!!!', 0, '');
     return $self->{data};
@@ -42,7 +42,7 @@ sub _entry ($self, $name, $mode, $content, $major = 0, $minor = 0) {
     return $self;
 }
 
-# Names and contents end at a multiple of four bytes.
+# Names and contents are padded to a multiple of four bytes.
 sub _pad ($self) {
     $self->{data} .= "\0" x (-length($self->{data}) % 4);
     return;

@@ -1,6 +1,6 @@
 package PBA::Test::DocCode;
 
-# The code blocks of the documentation, and running them. HACKING.md says how a block is marked.
+# Finds and runs the code blocks of the documentation. HACKING.md describes how a block is marked.
 #
 #   my ($blocks, $problems) = PBA::Test::DocCode::read_file('doc/x.md');
 #   PBA::Test::DocCode::run_perl($block, '$socket' => $path, store => sub { ... });
@@ -18,7 +18,7 @@ use PBA::Test::Backend;
 
 our @EXPORT_OK = qw(check_same run_perl start_guest);
 
-# Blocks that are no code: a picture, a table, what a program prints.
+# Languages of blocks that are not code: pictures, tables, output of programs.
 my %no_code = map { $_ => 1 } qw(text);
 
 sub read_file ($file) {
@@ -35,7 +35,7 @@ sub read_file ($file) {
     return (\@blocks, [map { "$file:$_" } $problems->@*]);
 }
 
-# Adds the block, or joins it to the one before; what is wrong with it.
+# Adds the block, or joins it to the previous one. Returns what is wrong with it.
 sub _take ($block, $blocks) {
     my ($line, $fixture) = $block->@{qw(line fixture)};
     my $last = $blocks->[-1];
@@ -63,7 +63,7 @@ sub _numbered ($block) {
     return qq(#line $first "$block->{file}"\n$block->{code});
 }
 
-# Fenced blocks. Indented ones cannot be marked, so they are not allowed, but in lists.
+# Finds fenced blocks. Indented blocks cannot be marked, so they are only allowed in lists.
 sub _markdown (@lines) {
     my (@blocks, @problems, $fence, $in_list);
     my ($before, $number) = ('', 0);
@@ -93,7 +93,7 @@ sub _markdown (@lines) {
     return (\@blocks, \@problems);
 }
 
-# What follows '=for run FIXTURE'. A synopsis must be marked; other verbatim paragraphs may be.
+# Finds blocks after '=for run FIXTURE'. A synopsis must be marked; other verbatim paragraphs may be.
 sub _pod (@lines) {
     my (@blocks, @problems, $mark, $block);
     my ($in_pod, $in_synopsis, $number) = (0, 0, 0);
@@ -130,7 +130,7 @@ sub _pod (@lines) {
 
 # ---- for fixtures ----
 
-# The guest of several kinds of blocks, as on Proxmox VE: it has the disk drive-scsi0 of 16 MiB.
+# The guest of several fixtures, as on Proxmox VE, with the disk drive-scsi0 of 16 MiB.
 sub start_guest () {
     return PBA::Test::Backend->start(
         name => 'pve',
@@ -138,7 +138,7 @@ sub start_guest () {
     );
 }
 
-# Dies if two structures differ: of what a block found, and of what it left.
+# Dies if the state after a block differs from the state before.
 sub check_same ($before, $after) {
     state $json = JSON::PP->new->canonical;
     my @texts = map { $json->encode($_) } $before, $after;
@@ -146,8 +146,8 @@ sub check_same ($before, $after) {
     return;
 }
 
-# Runs a block of Perl in a package of its own and returns the package's name. '$name' => value is a
-# variable, name => code ref a function that it finds there. Dies with what it dies with.
+# Runs a block of Perl in a package of its own, and returns the name of the package. In the block, '$name' =>
+# value is a variable, and name => code ref is a function. Dies with the block's error.
 sub run_perl ($block, %given) {
     state $count = 0;
     my $package = __PACKAGE__ . '::Block' . ++$count;
@@ -165,7 +165,7 @@ sub run_perl ($block, %given) {
     return $package;
 }
 
-# What the code prints, and the programs that it runs: they have descriptor 1.
+# Captures what the code prints, including the programs that it runs, through descriptor 1.
 sub _captured ($code) {
     my $file = File::Temp->new;
     STDOUT->flush;
@@ -181,8 +181,8 @@ sub _captured ($code) {
     return <$file> // '';
 }
 
-# Runs a block of shell commands as one script that ends at the first failure, in the project's
-# directory, with the environment given; what it prints goes to the block's output where it has one.
+# Runs a block of shell commands as one script, which ends at the first failure, in the project's directory,
+# with the given environment. The output is compared with the block's output, if it has one.
 sub run_shell ($block, %environment) {
     local @ENV{ keys %environment } = values %environment;
     my $script = File::Temp->new(SUFFIX => '.sh');
@@ -195,7 +195,7 @@ sub run_shell ($block, %environment) {
     return;
 }
 
-# What the documentation shows, where '...' stands for anything.
+# Compares the output with the documented one, in which '...' stands for anything.
 sub _check_output ($block, $output) {
     my $wanted = $block->{output} // return;
     my $pattern = join('.*', map { quotemeta } split(m/\.\.\./, $wanted, -1));

@@ -1,21 +1,21 @@
 package PBA::Test::Front;
 
-# A monitor that speaks the Proxmox backup access commands and carries them out on a stock QEMU:
+# The front: a monitor with Proxmox' backup access commands, which it carries out on a stock QEMU:
 #
 #   my $front = PBA::Test::Front->start(
-#       qemu_qmp => $path,        # a monitor of the stock QEMU that nobody else uses
-#       listen => $path,          # where the front's own socket is to be
+#       qemu_qmp => $path,        # a monitor of the stock QEMU that no other program uses
+#       listen => $path,          # the front's own socket
 #       form => 'devices',        # or 'devlist': the early form of backup-access-setup
-#       pid => $pid,              # of the stock QEMU; needed where a call is to kill it
+#       pid => $pid,              # of the stock QEMU; needed if a call is to kill it
 #   );
 #   my $qmp = $front->socket_path;
 #   my @names = $front->names;    # of all commands received, in order; commands() has the arguments
 #   my $fatal = $front->fatal_call;
 #
-# Everything else goes through to the QEMU below: other commands, replies, errors and events. What
-# would kill or damage a Proxmox QEMU does so here: the QEMU below gets SIGKILL, the client no
-# reply, and fatal_call() tells which call it was. Extra, for tests: x-front-native-backup
-# { active => bool } pretends that one of Proxmox's own backups runs.
+# Everything else is passed on to and from the stock QEMU: other commands, replies, errors and events. A call
+# that would kill or damage a Proxmox QEMU has the same effect here: the stock QEMU gets SIGKILL, the client
+# gets no reply, and fatal_call() returns the call. For tests, x-front-native-backup { active => bool } pretends
+# that one of Proxmox' own backups is running.
 
 use v5.36;
 
@@ -42,7 +42,7 @@ my $greeting = {
     },
 };
 
-# Whose method each command is.
+# The class with the method for each command.
 my %own = (
     'backup-access-setup' => ['access', 'setup'],
     'backup-access-teardown' => ['access', 'teardown'],
@@ -75,17 +75,17 @@ sub start ($class, %option) {
 # The commands received: { execute, arguments, id, connection, time }.
 sub commands ($self) { return $self->records('command') }
 
-# Their names without the handshake.
+# Their names, without those of the handshake.
 sub names ($self) {
     return grep { $_ ne 'qmp_capabilities' } map { $_->{execute} } $self->commands;
 }
 
-# How many times a client has connected, and how many of them have gone.
+# How many times clients have connected and disconnected.
 sub connections ($self) { return scalar(() = $self->records('connected')) }
 sub disconnections ($self) { return scalar(() = $self->records('closed')) }
 
-# The first call that a Proxmox QEMU would not have survived, or undef:
-# { execute, arguments, why, killed }. It is without 'killed' where the damage shows only later.
+# The first call that a Proxmox QEMU would not have survived, or undef: { execute, arguments, why, killed }.
+# 'killed' is missing if the damage only shows later.
 sub fatal_call ($self) { return ($self->records('fatal'))[0] }
 
 # ---- in the front's process ----
@@ -150,7 +150,7 @@ sub _wait ($self, @handles) {
     }
 }
 
-# One client at a time, like QEMU: the next one waits in the queue for its greeting.
+# Serves one client at a time, like QEMU: the next one waits in the queue for its greeting.
 sub _accept ($self) {
     my $client = $self->{listener}->accept or return;
     $client->blocking(0);
@@ -195,7 +195,7 @@ sub _read_client ($self) {
     return;
 }
 
-# Runs what talks to the QEMU below, whose end is ours too.
+# Runs code that talks to the stock QEMU. If QEMU ends, the front ends too.
 sub _guarded ($self, $code) {
     return if eval { $code->(); 1 };
     my $error = $@;
@@ -233,7 +233,7 @@ sub _handle ($self, $request) {
     return $self->_send_error($error, $request);
 }
 
-# Returns the reply's text, without an id.
+# Returns the text of the reply, without an ID.
 sub _reply ($self, $command, $arguments) {
     return $self->_negotiate($command, $arguments) if $command eq 'qmp_capabilities';
     if (!$self->{negotiated}) {

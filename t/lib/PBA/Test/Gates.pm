@@ -1,9 +1,9 @@
 package PBA::Test::Gates;
 
-# What t/check.pl looks at. A gate is { name, files => its files, is_own => no tool of others says
-# what is wrong, version => of its tools, depends_on => other files that the answer for one depends on,
-# code => files of the gate itself, at_once => files that one process takes, check => whether these
-# files are good (prints what is wrong), hint => what to do }.
+# The gates of t/check.pl. A gate is { name, files => its files, is_own => true if the gate is our own code and
+# no external tool, version => versions of its tools, depends_on => other files on which the result for a file
+# depends, code => files of the gate itself, at_once => how many files one process checks, check => code that
+# returns whether these files are good and prints what is wrong, hint => what to do }.
 
 use v5.36;
 
@@ -95,7 +95,7 @@ sub _is_tidy ($file) {
     return !$failed && $result eq $source;
 }
 
-# Our own headers that a source of C includes.
+# Our own headers that a C source includes.
 sub _included ($file, $seen = {}) {
     return if $seen->{$file}++;
     open(my $fh, '<', $file) or die "cannot read $file: $!\n";
@@ -107,13 +107,13 @@ sub _included ($file, $seen = {}) {
 
 sub _clang_tidy () { return _clang('clang-tidy', '-clang-analyzer-*') }
 
-# It follows the ways through each function, which takes minutes.
+# Follows all paths through each function, which takes minutes.
 sub _clang_analyzer () {
     my $others = '-bugprone-*,-misc-*,-performance-*,-readability-*';
     return { _clang('clang-analyzer', $others)->%*, is_slow => 1 };
 }
 
-# .clang-tidy without those checks.
+# The checks of .clang-tidy without these.
 sub _clang ($name, $checks) {
     return {
         name => $name,
@@ -125,7 +125,9 @@ sub _clang ($name, $checks) {
             my @flags
                 = lines_of(qw(pkg-config --cflags libnbd json-glib-1.0 glib-2.0 libcrypto fuse3));
             my ($perl) = lines_of($^X, '-MExtUtils::Embed', '-e', 'ccopts');
-            open(STDERR, '>', '/dev/null') or die "no /dev/null: $!\n";    # counts what it hides
+
+            # Only has the number of suppressed warnings.
+            open(STDERR, '>', '/dev/null') or die "no /dev/null: $!\n";
             return _run(
                 qw(clang-tidy --quiet),
                 "--checks=$checks", @files, '--',
@@ -181,7 +183,7 @@ sub _perlcritic () {
 
 sub _own_perl_files () { return _files('lib/*.pm', 'bin/*', 'examples/*.pm', 'examples/*.pl') }
 
-# A gate of our own: problems of a file, as texts.
+# One of our own gates: $problems returns the problems of a file as texts.
 sub _own_gate ($name, $problems, $hint) {
     return {
         name => $name,
@@ -255,7 +257,7 @@ sub _first_line ($file) {
     return $line;
 }
 
-# All of them at a time: who is in a circle shows in no single file.
+# Checks all files together, because a cycle does not show in a single file.
 sub _house () {
     my $files = sub { _files('src/*.[ch]', 'glue/*.[ch]', '*.xs') };
     return {
@@ -316,7 +318,7 @@ sub _spelling () {
     };
 }
 
-# What is to be read as English: no code, no addresses.
+# The text that is English: without code and addresses.
 sub _prose ($file) {
     if ($file !~ m/\.md\z/) {
         require Pod::Spell;

@@ -1,13 +1,13 @@
 package PBA::Test::Graph;
 
-# QEMU's block graph in a form two of which can be compared. Names QEMU made up (#block123) are
-# different each time, so such nodes are called after what they are and what is below them.
+# QEMU's block graph in a form that can be compared. The names that QEMU generates (#block123) are different
+# each time, so such nodes are named after their driver and the nodes below them.
 
 use v5.36;
 
-# $graph from x-debug-query-block-graph, $named from query-named-block-nodes (for the drivers and
-# files); file names below $dir are shown without it. Returns { nodes => ["driver name", ...],
-# edges => ["parent child-role child", ...] }, both sorted.
+# $graph is from x-debug-query-block-graph, $named from query-named-block-nodes (for drivers and files). File
+# names below $dir are shown without it. Returns { nodes => ["driver name", ...], edges => ["parent child-role
+# child", ...] }, both sorted.
 sub normalise ($graph, $named, $dir) {
     my %info = map { $_->{'node-name'} => $_ } @$named;
     my %node = map { $_->{id} => $_ } $graph->{nodes}->@*;

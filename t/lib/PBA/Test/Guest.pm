@@ -1,6 +1,6 @@
 package PBA::Test::Guest;
 
-# The agent in the test guest (t/guest/agent.c), one command line at a time.
+# The agent in the test guest (t/guest/agent.c), which executes one command line at a time.
 
 use v5.36;
 
@@ -17,7 +17,7 @@ sub new ($class, %opt) {
     return bless { channel => $channel, id => 0, timeout => 60 }, $class;
 }
 
-# Waits until the guest is up, then until it answers. Returns what hello() does.
+# Waits until the guest has booted and the agent answers. Returns the same as hello().
 sub wait_ready ($self, $timeout) {
     my $deadline = now() + $timeout;
     while (1) {
@@ -35,7 +35,7 @@ sub command ($self, @words) {
     return $self->receive($id, "@words");
 }
 
-# The two halves of command(), for a command that is to be under way while something else happens.
+# The two halves of command(), for a command that is to run while something else happens.
 sub send ($self, @words) {
     my $id = ++$self->{id};
     $self->{channel}->send_line("$id @words");
@@ -77,19 +77,18 @@ sub zero ($self, $disk, $offset, $length) {
     return;
 }
 
-# What the guest reads there (at most 32 KiB).
+# Reads from a disk in the guest (at most 32 KiB).
 sub read ($self, $disk, $offset, $length) {
     return pack 'H*', $self->command('read', $disk, $offset, $length);
 }
 
-# The sum of the big endian 32 bit words modulo 2**64, of the whole disk or a range:
-# unpack('%64N*', $data) here.
+# The sum modulo 2**64 of the big-endian 32 bit words of the disk or a range, like unpack('%64N*', $data).
 sub read_sum ($self, $disk, @range) {
     return 0 + $self->command('read-sum', $disk, @range);
 }
 
-# seed, disks => [ids]; optional: blocks (only the first so many 4 KiB blocks of each disk), first
-# (number of the first write, to go on where an earlier churn ended), pause_us between writes.
+# seed, disks => [ids]; optional: blocks (only the first N 4 KiB blocks of each disk), first (the number of the
+# first write, to continue an earlier churn), pause_us between writes.
 sub start_churn ($self, %opt) {
     $self->command(
         'churn-start',
@@ -102,7 +101,7 @@ sub start_churn ($self, %opt) {
     return;
 }
 
-# Returns the number of the last write; with list context also the writes per second.
+# Returns the number of the last write; in list context also the writes per second.
 sub stop_churn ($self) {
     my ($last, $rate) = split ' ', $self->command('churn-stop');
     return wantarray ? ($last, $rate) : $last;
@@ -113,7 +112,7 @@ sub churn_status ($self) {
     return { last => $last, rate => $rate };
 }
 
-# Waits until write number $s is done; returns the number of the last write then.
+# Waits until write number $s is done. Returns the number of the last write at that time.
 sub wait_churn ($self, $s, $timeout = 60) {
     my $deadline = now() + $timeout;
     while (1) {
@@ -125,12 +124,12 @@ sub wait_churn ($self, $s, $timeout = 60) {
     }
 }
 
-# As wait_churn, counted from now.
+# Like wait_churn, but counts from now.
 sub wait_more_churn ($self, $count, $timeout = 60) {
     return $self->wait_churn($self->churn_status->{last} + $count, $timeout);
 }
 
-# What churn writes took since the last call: { longest_us, write_us, flush_us, count, p99_us }.
+# The latency of churn writes since the last call: { longest_us, write_us, flush_us, count, p99_us }.
 sub latency ($self) {
     return { map { split /=/ } split ' ', $self->command('latency') };
 }

@@ -1,8 +1,8 @@
 package PBA::Test::Handle;
 
-# A volume of the mechanism file-handle as a provider reads it that knows nothing of this project:
-# sysseek and sysread in pieces of one size, fallocate to discard. It has the methods of
-# PVE::BackupAccess::Volume that PBA::Test::Repository uses.
+# Reads a volume of the mechanism file-handle as a provider that does not know this project: with sysseek and
+# sysread in pieces of one size, and fallocate to discard. It has the methods of PVE::BackupAccess::Volume that
+# PBA::Test::Repository uses.
 
 use v5.36;
 
@@ -28,7 +28,7 @@ sub new ($class, $volume, $piece) {
 sub next_dirty_region ($self) { return $self->{next}->() }
 sub close ($self) { }
 
-# Exactly the range, or dies with $! at the end of its message.
+# Reads exactly the range, or dies with $! at the end of the message.
 sub pread ($self, $offset, $length) {
     my $data = '';
     sysseek($self->{handle}, $offset, 0) // die "sysseek: $!\n";
@@ -47,13 +47,13 @@ sub discard ($self, $offset, $length) {
     return;
 }
 
-# Perl has no name for it.
+# Perl has no function for this system call.
 sub fallocate ($handle, $mode, $offset, $length) {
     my $number = $fallocate{ (POSIX::uname())[4] } // die "fallocate has no number here\n";
     return syscall($number, fileno($handle), $mode, $offset, $length) == 0;
 }
 
-# ---- what there is on the machine ----
+# ---- mounts and processes on the machine ----
 
 # Mount points below a directory.
 sub mounts ($class, $dir) {
@@ -61,7 +61,7 @@ sub mounts ($class, $dir) {
     return grep { m{\A\Q$dir\E/} } map { (split(/ /))[1] =~ s/\\(\d{3})/chr(oct($1))/ger } <$fh>;
 }
 
-# Servers of files below a directory, by pid.
+# The PIDs of processes that serve files below a directory.
 sub servers ($class, $dir) {
     my @found;
     for my $file (glob('/proc/[0-9]*/cmdline')) {
@@ -77,7 +77,7 @@ sub servers ($class, $dir) {
     return @found;
 }
 
-# Why this machine cannot serve files; undef where it can.
+# Why this machine cannot serve files; undef if it can.
 sub missing ($class) {
     open(my $fh, '+<', '/dev/fuse') or return "no /dev/fuse: $!";
     return undef;

@@ -1,6 +1,6 @@
 package PBA::Test::HostileNBD;
 
-# What the tests share that read volumes from an NBD server that behaves well, oddly, and badly.
+# Shared by the tests that read volumes from NBD servers that behave correctly, unusually or maliciously.
 
 use v5.36;
 
@@ -22,7 +22,7 @@ our $MiB = 1 << 20;
 our $GiB = 1 << 30;
 our @blocks = map { [$_ * 128 * $KiB, 64 * $KiB] } 0 .. 63;
 
-# A server lives as long as its object; these outlive the volume a test makes of them.
+# A server ends with its object; these servers must outlive the volumes that a test opens on them.
 my @servers;
 
 sub start (%options) {
@@ -40,7 +40,7 @@ sub map_of ($volume) {
     return \@map;
 }
 
-# The map from any way to say it: neighbours joined, cut off at the size.
+# The canonical map: adjacent ranges are joined, and the map ends at the size.
 sub expected_map ($size, @ranges) {
     my @map;
     for my $range (@ranges) {
@@ -61,7 +61,7 @@ sub error_class ($error) {
         && $error->isa('PVE::BackupAccess::Error') ? $error->class : "no object: $error";
 }
 
-# Dies, and goes on dying: nothing that comes after the error may look like an end.
+# The map must die, and every later call too: nothing after the error may look like the end of the map.
 sub map_dies ($server, $class, $name, $pattern = qr/./) {
     my $volume = open_volume($server);
     my @map;
@@ -94,15 +94,15 @@ sub in_child ($code) {
         open(STDERR, '>', '/dev/null') or POSIX::_exit(126);
         my $status = eval { $code->() ? 0 : 1 } // 2;
 
-        # Global destruction is part of what is tested.
+        # Global destruction is part of the test.
         Test::More->builder->no_ending(1);
         exit($status);
     }
     return status_of($pid);
 }
 
-# What a signal has to end with what its handler dies with, in a process of its own, which has to end after that.
-# The exit status is 7 then.
+# Checks in a separate process that a signal ends the code with the exception of its handler, and that the
+# process then ends. Its exit status is 7 in this case.
 sub interrupted ($code, $seconds) {
     my $pid = fork() // die "cannot fork: $!\n";
     if (!$pid) {
@@ -116,7 +116,7 @@ sub interrupted ($code, $seconds) {
     return status_of($pid, $seconds) >> 8;
 }
 
-# The child's exit status; one that hangs is ended.
+# The exit status of the child, which is killed if it hangs.
 sub status_of ($pid, $seconds = 20) {
     my $deadline = time + $seconds;
     while (waitpid($pid, POSIX::WNOHANG()) == 0) {

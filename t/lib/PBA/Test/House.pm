@@ -1,11 +1,11 @@
 package PBA::Test::House;
 
-# The floors of src/, held by the #include lines and by what files name of others, and that no files
-# call each other in a circle:
+# The rules for the floors of src/: checks #include lines, names of other files that a file uses, and that files
+# do not call each other in a cycle:
 #
 #   my @broken = broken_rules({ 'src/copy/loop.c' => $text, 'glue/hash.c' => $text, ... });
 #
-# A line for each rule that is broken, with the file and the rule; none if the house stands.
+# Returns a line for each broken rule, with the file and the rule; an empty list if there are none.
 
 use v5.36;
 
@@ -14,8 +14,8 @@ use List::Util qw(uniq);
 
 our @EXPORT_OK = qw(broken_rules definitions);
 
-# A folder stands on what is below it. Folders on one floor do not know each other; a backend is a folder
-# of access/, and the backends do not know each other either.
+# A folder may use the folders on lower floors. Folders on the same floor must not use each other. A backend is
+# a folder in access/, and the backends must not use each other either.
 my %FLOOR = (
     '' => 1,
     base => 2,
@@ -31,8 +31,8 @@ my $backends_floor = 6;
 sub _backend ($folder) { return $folder =~ m{^access/(\w+)\z} ? $1 : undef }
 sub _floor ($folder) { return _backend($folder) ? $backends_floor : $FLOOR{$folder} }
 
-# The headers that others include. What has none, nobody includes: it is called through src/pba.h, or
-# is a program.
+# The headers that other folders may include. Nobody may include headers of a folder that has none here: it is
+# called through src/pba.h, or is a program.
 my %PUBLIC = (
     '' => ['pba.h'],
     (map { $_ => ["$_/$_.h"] } qw(base qmp volume qemu)),
@@ -46,17 +46,18 @@ sub _public ($folder) {
 
 sub _folder ($file) { return $file =~ m{\Asrc/(.*)/} ? $1 : '' }
 
-# The one file that knows which backends there are.
+# The only file that knows which backends exist.
 my $CHOOSES_BACKEND = 'src/access/backend.c';
 
-# A file as the compiler reads it: lines joined, without comments. Those in texts are none.
+# A file as the compiler reads it: with joined lines and without comments. Comment marks in strings are no
+# comments.
 sub _without_comments ($text) {
     my $quoted = qr/"(?:\\.|[^"\\\n])*"|'(?:\\.|[^'\\\n])*'/;
     return $text =~ s/\\\n//gr =~ s{($quoted)|/\*.*?\*/|//[^\n]*}{$1 // ' '}gser;
 }
 
-# The files that a file includes, however it writes that: "x.h" of its own folder, <src/x.h>, "../x.h".
-# undef for what cannot be read here.
+# The files that a file includes in any notation: "x.h" of its own folder, <src/x.h>, "../x.h". undef for a line
+# that cannot be parsed here.
 sub _includes ($files, $file) {
     my ($dir) = $file =~ m{\A(.*/|)};
     my @directives
@@ -78,7 +79,7 @@ sub _real_path ($path) {
     return $path;
 }
 
-# The rule that a file breaks which includes a header, or calls what a file defines; or nothing.
+# The rule that a file breaks by including a header or calling what another file defines; or nothing.
 sub _broken_by ($file, $other) {
     my ($from, $to) = (_folder($file), _folder($other));
     return "floors: there is no folder '$to' in the house" if !_floor($to);
@@ -129,7 +130,7 @@ sub _broken_includes ($files) {
     return @broken;
 }
 
-# ---- calls and circles ----
+# ---- calls and cycles ----
 
 # What a file defines for others: functions, tables and variables.
 sub definitions ($text) { return _definitions(_code($text)) }
@@ -141,7 +142,7 @@ sub _definitions ($code) {
     );
 }
 
-# What a file declares that others define, so that no header says it.
+# Names that a file declares itself although others define them, so that no header shows this use.
 sub _declarations ($code) {
     return uniq($code =~ m/\bextern\b[^;(]*?(\w+)\s*[;([]/g,
         $code =~ m/^(?!static|typedef|\#)\w[\w\ *]*?[ *](\w+)\([^;{]*\);/mg);
@@ -151,7 +152,7 @@ sub _code ($text) {
     return _without_comments($text) =~ s/"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])+'/0/gr;
 }
 
-# { file => [the files of which it names something] }. Headers define nothing; pba.h is of all.
+# { file => [the files whose names it uses] }. Headers define nothing, and pba.h belongs to all.
 sub _uses ($code) {
     my (%home, %uses);
     for my $file (grep { m/\.c\z/ } sort keys($code->%*)) {
@@ -165,7 +166,7 @@ sub _uses ($code) {
     return \%uses;
 }
 
-# A macro or an inline function of a header, and what stands there without a header, tell no floor.
+# Macros and inline functions of a header are excluded, and so are names that are declared without a header.
 sub _broken_calls ($uses) {
     my @broken;
     for my $file (grep { m{\Asrc/} } sort keys($uses->%*)) {
@@ -177,7 +178,7 @@ sub _broken_calls ($uses) {
     return @broken;
 }
 
-# Names that others could take without a header.
+# Names that other files could use without a header.
 sub _broken_names ($code) {
     my %face = map { $_ => 1 } $code->{'src/pba.h'} =~ m/\b(pba_\w+)/g;
     my @broken;
@@ -198,7 +199,7 @@ sub _broken_names ($code) {
     return @broken;
 }
 
-# All that can be reached from a file.
+# All files that can be reached from a file.
 sub _reach ($uses, $file) {
     my (%seen, @todo);
     @todo = $uses->{$file}->@*;

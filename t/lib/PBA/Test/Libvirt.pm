@@ -1,12 +1,13 @@
 package PBA::Test::Libvirt;
 
-# A libvirtd of the test's own, in a mount namespace where libvirt's directories and the user libvirt-qemu
-# are private: the machine's libvirt, if there is one, sees nothing of it. As 'system' its QEMUs run as
-# libvirt-qemu; as 'session' it is that of an ordinary user.
+# A libvirtd of the test's own, in a mount namespace in which libvirt's directories and the user libvirt-qemu
+# are private, so the machine's libvirt, if there is one, is not affected. As 'system', its QEMUs run as
+# libvirt-qemu; as 'session', it is the libvirtd of an ordinary user.
 #
-# Each is a host of its own, by its name and UUID, so that a domain can be migrated from one to another.
+# Each object is a separate host with its own name and UUID, so that a domain can be migrated between two of
+# them.
 #
-#   my $libvirt = PBA::Test::Libvirt->start('system');   # skips the test where it cannot
+#   my $libvirt = PBA::Test::Libvirt->start('system');   # skips the test if libvirt cannot be started
 #   $libvirt->add_disk('vda', bus => 'virtio', size => 32 << 20, format => 'qcow2');
 #   $libvirt->start_domain;
 #   $libvirt->virsh('domstate', 'web1');                  # { status, text }
@@ -40,7 +41,7 @@ my sub read_file ($file) {
     return <$fh> // '';
 }
 
-# A reason to skip, undef if there is none.
+# The reason to skip; undef if there is none.
 sub problem ($class) {
     return 'needs root' if $> != 0;
     for my $program (qw(libvirtd virsh unshare)) {
@@ -80,7 +81,7 @@ sub _spawn ($self, $code) {
     return;
 }
 
-# Commands of the shell, in its mount namespace, that make a user known.
+# Shell commands that add a user, for its mount namespace only.
 sub _with_user ($self, $name, $id) {
     my %lines = (passwd => "x:$id:${id}::/:/bin/false", group => "x:$id:");
     for my $file (sort keys %lines) {
@@ -119,7 +120,7 @@ sub _start_system ($self) {
     return;
 }
 
-# What an ordinary user's processes have of it.
+# The environment of the processes of an ordinary user.
 sub session_environment ($self) {
     my $home = "$self->{dir}/home";
     return (
@@ -137,7 +138,7 @@ sub _start_session ($self) {
     system('chown', '-R', "$session_id:$session_id", "$self->{dir}/home", "$self->{dir}/images");
     $self->{socket} = "$environment{XDG_RUNTIME_DIR}/libvirt/libvirt-sock";
 
-    # libvirt wants to know its name.
+    # libvirt requires its host's name to be resolvable.
     my $script = join(' && ',
         'mount --make-rprivate /',
         $self->_with_user('pba-session', $session_id),
@@ -152,7 +153,7 @@ sub _start_session ($self) {
     return;
 }
 
-# In this process, for good.
+# Changes the user of this process permanently.
 sub as_user ($self, $code) {
     my %environment = $self->session_environment;
     @ENV{ keys %environment } = values %environment;
@@ -177,7 +178,7 @@ sub virsh ($self, @arguments) {
     return { status => $? >> 8, text => $text };
 }
 
-# The same, which may not fail.
+# The same, but dies on failure.
 sub must ($self, @arguments) {
     my $run = $self->virsh(@arguments);
     die "virsh @arguments: $run->{text}" if $run->{status};
@@ -242,7 +243,7 @@ sub qemu_pid ($self) {
 sub name ($self) { return $self->{name} }
 sub qmp ($self) { return PVE::BackupAccess::Libvirt->qmp($self->{name}, connect => $self->uri) }
 
-# As if the guest did it; the image that is the active one then.
+# Writes to the disk as the guest would, that is to the image that is active at that time.
 sub write ($self, $device, $byte, $offset, $length) {
     my $type = $device =~ m/\Avirtio/ ? "$device/virtio-backend" : $device;
     my $line = qq(qemu-io -d /machine/peripheral/$type "write -P $byte $offset $length");
@@ -251,7 +252,7 @@ sub write ($self, $device, $byte, $offset, $length) {
     return;
 }
 
-# What the domain has for that target now: an image and its format.
+# The domain's current image for that target, and its format.
 sub active_image ($self, $target) {
     my ($disk)
         = grep { $_->{target} eq $target }

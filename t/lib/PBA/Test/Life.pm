@@ -1,16 +1,15 @@
 package PBA::Test::Life;
 
-# The life of a guest's two disks, their bitmaps and their archives: things happen one after another,
-# between them the guest writes, and after each backup what is restored must be the disk, byte by byte.
-# A model knows what every disk image holds. There is no system in the guest: writes are made by
-# qemu-io as the guest's device makes them.
+# The life of a guest's two disks, their bitmaps and their archives: a sequence of events, between which the
+# guest writes. After each backup, the restored disks must equal the disks byte by byte. A model knows what
+# every disk image contains. There is no guest system: qemu-io makes the writes through the guest's device.
 #
 #   my $life = PBA::Test::Life->new(backend => 'upstream', provider => 'chain', seed => 1);
-#   my $problem = $life->run(qw(ok ram ok rollback-ram ok));    # undef: all is well
+#   my $problem = $life->run(qw(ok ram ok rollback-ram ok));    # undef: no problem
 #
-# provider: chain (PVE::BackupAccess::Provider::Qcow2Chain), blind, which is that without what tells disks apart, or
-# raw, which knows nothing of ids; naming:
-# node, qdev or drive, what a backup calls the disks; persistent: bitmaps survive a restart.
+# provider: chain (PVE::BackupAccess::Provider::Qcow2Chain); blind, which is chain without the identities of
+# disks; or raw, which does not support IDs. naming: node, qdev or drive, the kind of names that backups use.
+# persistent: bitmaps survive a restart.
 
 use v5.36;
 
@@ -37,7 +36,7 @@ $PVE::BackupAccess::Provider::Qcow2Chain::Image::qemu_img = $ENV{PBA_QEMU_IMG} /
 $PVE::BackupAccess::Provider::Store::Server::qemu_nbd = $ENV{PBA_QEMU_NBD} // 'qemu-nbd';
 
 my $mib = 1024 * 1024;
-my $step = 4 * $mib;    # what a resize adds or takes away: a bit of a bitmap of Proxmox'
+my $step = 4 * $mib;    # the unit of a resize: one bit of a bitmap of Proxmox' QEMU
 my $size = 4 * $step;
 my $block = 65536;
 my @ids = qw(disk0 disk1);
@@ -75,7 +74,7 @@ my %events = (
     'unaware' => sub ($self) { $self->_backup(unaware => 1) },
 );
 
-# Rarer ones, and those of others.
+# Rarer events, and actions of other programs.
 my %more_events = (
     'hand-remove' => sub ($self) { $self->_hand('remove') },
     'hand-disable' => sub ($self) { $self->_hand('disable') },
@@ -99,12 +98,12 @@ my %more_events = (
     'prune' => sub ($self) { $self->_provider($self->_current_store)->prune(100, 1); return },
 );
 
-# After these a bitmap without an id may not fit the newest archive, and no one can see that.
+# After these events, a bitmap without an ID may not match the newest archive, and nothing shows it.
 my %unseen = map { $_ => 1 }
     qw(rollback-ram rollback-host loadvm migrate swap renumber rename alias shrink-grow
     shrink-grow-offline twin other-guest move-disk overlay);
 
-# What no one can see but a provider that knows of ids.
+# Events that only a provider that supports IDs can detect.
 my %chain_only = map { $_ => 1 } qw(other-store removed unaware full audit prune old-manifests);
 
 sub events ($class, $provider) {
@@ -143,7 +142,7 @@ sub modes ($self) { return $self->{modes} }
 sub log ($self) { return $self->{log} }
 sub _vm ($self) { return $self->{backend}->vm }
 
-# What happened and what is wrong then, undef if nothing is.
+# Runs the events. Returns what happened and what is wrong, or undef if nothing is wrong.
 sub run ($self, @events) {
     for my $event (@events) {
         push($self->{done}->@*, $event);
@@ -158,7 +157,7 @@ sub run ($self, @events) {
     return undef;
 }
 
-# The disks are what the model says: else it is the model that is wrong.
+# The disks must match the model; if they do not, the model is wrong.
 sub check_disks ($self) {
     my $vm = $self->_vm;
     $vm->quit;
@@ -171,9 +170,9 @@ sub content ($file) {
     return scalar(<$fh>) // '';
 }
 
-# ---- what there is ----
+# ---- files ----
 
-# The image of the disk that is in that slot, that of a guest's device.
+# The image of the disk in that slot, that is, of that guest device.
 sub _file_in ($self, $id) {
     my $disk = $self->_vm->disk($id);
     return $self->_vm->disk($disk->{plugged} // $id)->{file};
@@ -221,7 +220,7 @@ sub _provider ($self, $store) {
 
 sub _current_store ($self) { return $self->{current} // 'first' }
 
-# As qemu-server does: what a killed backup left is undone before that.
+# Does what qemu-server does: it first undoes what a killed backup left behind.
 sub _attach_fleecing ($self) {
     return if $self->{backend}->name eq 'upstream';
     $self->_detach_fleecing if $self->{fleecing};
@@ -247,7 +246,7 @@ sub _recover ($self) {
     return;
 }
 
-# Options of the task.
+# The options of the task.
 sub _task_options ($self, %opt) {
     my $target_id = $opt{target} ? "snapshot-access:$opt{target}" : $target;
     return (
@@ -268,7 +267,7 @@ sub _run_backup ($self, $provider, %opt) {
     return $self->{backend}->task($provider, %options)->run_job;
 }
 
-# What a program does that knows nothing of ids, as qemu-server's.
+# Makes a backup like a program that does not support IDs, such as qemu-server.
 sub _unaware ($self, $provider, $options) {
     my @devices = $options->{devices}->@*;
     my $access = $self->{backend}->access(
@@ -297,7 +296,7 @@ sub _backup ($self, %opt) {
     my $provider = $self->_provider($opt{store} // $self->_current_store);
     $self->_attach_fleecing;
     my $result = eval {
-        $self->_recover if $opt{target};  # a dead process' access for another target stays as it is
+        $self->_recover if $opt{target};    # the access of a dead process for another target stays
         $self->_run_backup($provider, %opt);
     };
     my $error = $@;
@@ -318,20 +317,21 @@ sub _backup ($self, %opt) {
     return;
 }
 
-# Of a backup without ids: whether it may be wrong, since it went on from a bitmap after something unseen.
+# For backups without IDs: whether the backup may be wrong, because it used a bitmap after an event that cannot
+# be detected.
 sub _is_unfit ($self, $id, $mode) {
     delete($self->{unfit}{$id}) if $mode ne 'reuse';
     return $self->{unfit}{$id};
 }
 
-# Nothing that happens in a life makes a bitmap lack a bit.
+# No event of a life may make a bitmap lack a bit.
 sub _judge_audit ($self, $provider) {
     my ($finding) = $provider->audit_findings->@*;
     $self->{problem} = $finding->{text} if $finding;
     return;
 }
 
-# What a killed one left may not be undone before the VM is stopped.
+# What a killed backup left behind may only be undone after the VM has been stopped.
 sub _retry_after ($self, $error, %opt) {
     $self->{problem} = "the backup failed: $error";
     return if $opt{again} || $error !~ m/until the VM is stopped/;
@@ -380,14 +380,14 @@ sub _killed ($self, $when) {
     return;
 }
 
-# Whether a disk has two names that a backup can use.
+# Whether backups can use two different names of a disk.
 sub _has_alias ($self) {
     return $self->{naming} ne 'drive' && $self->{backend}->name eq 'upstream';
 }
 
 sub _alias ($self) { return $self->_has_alias ? $self->_backup(alias => 1) : undef }
 
-# From now on backups use the disks' other names.
+# From now on, backups use the other names of the disks.
 sub _rename_disks ($self) {
     $self->{naming} = $self->_naming(1) if $self->_has_alias;
     return;

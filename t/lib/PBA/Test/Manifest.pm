@@ -1,6 +1,6 @@
 package PBA::Test::Manifest;
 
-# Changes an archive's manifest as its program would have written it, with the digest that belongs to it.
+# Changes the manifest of an archive as its program would have written it, with a matching digest.
 
 use v5.36;
 
@@ -24,7 +24,7 @@ sub change_manifest ($file, $code) {
     return;
 }
 
-# As archives are that were made before manifests told disks apart.
+# Makes archives look like those from before manifests contained identities of disks.
 sub forget_identities (@files) {
     my $forget = sub ($manifest) {
         delete($_->@{qw(identity node)}) for values $manifest->{devices}->%*;

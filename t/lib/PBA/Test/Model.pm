@@ -1,16 +1,16 @@
 package PBA::Test::Model;
 
-# What the disks must hold while the guest's churn writer runs (see t/guest/agent.c): write number
-# s = 1, 2, ... goes to disk (s - 1) % disks, to a block chosen by a generator, and holds s and its
-# own offset over and over. So an image tells by itself which instant it shows.
+# The content that the disks must have while the guest's churn writer runs (see t/guest/agent.c): write number s
+# = 1, 2, ... goes to disk (s - 1) % disks, to a block chosen by a generator, and repeats s and its own offset.
+# So an image itself shows which instant it is of.
 
 use v5.36;
 
 my $BLOCK = 4096;
 my $CHUNK = 1024 * 1024;
 
-# seed => number, disks => [{ id, size, base => content | base_file => raw image }] in the churn's
-# order, blocks => limit as given to the churn. Without a base the disk was all zeroes.
+# seed => number, disks => [{ id, size, base => content | base_file => raw image }] in the churn's order, blocks
+# => limit as given to the churn. Without a base, the disk is initially all zeroes.
 sub new ($class, %opt) {
     my $self = bless { x => ($opt{seed} // 1) & 0x7fffffff, disks => [], index => {} }, $class;
     for my $disk ($opt{disks}->@*) {
@@ -20,7 +20,7 @@ sub new ($class, %opt) {
         push $self->{disks}->@*, { $disk->%*, blocks => $blocks };
     }
 
-    # $self->{block}[$s - 1] is the block write $s goes to, known as far as it was asked for.
+    # $self->{block}[$s - 1] is the block of write $s; the list is extended on demand.
     $self->{block} = [];
     return $self;
 }
@@ -42,7 +42,7 @@ sub _extend ($self, $n) {
     return;
 }
 
-# The disk and the offset write $s goes to.
+# The disk and the offset of write $s.
 sub target ($self, $s) {
     $self->_extend($s);
     my $disk = $self->{disks}[($s - 1) % $self->{disks}->@*];
@@ -60,7 +60,7 @@ sub last_writes ($self, $id, $n) {
     return \%last;
 }
 
-# Ranges [offset, length] of the blocks the disk's writes $from .. $to touch, sorted and joined.
+# The blocks of the disk's writes $from .. $to, as sorted and joined ranges [offset, length].
 sub written_ranges ($self, $id, $from, $to) {
     $self->_extend($to);
     my $step = $self->{disks}->@*;
@@ -87,7 +87,7 @@ sub record ($s, $offset) {
 
 # ---- the disk's content by chunks ----
 
-# Returns a code reference that gives the base's next $length bytes, from the disk's start.
+# Returns a code reference that returns the next $length bytes of the base, from the disk's start.
 sub _base_reader ($self, $disk) {
     my $at = 0;
     if (defined $disk->{base_file}) {
@@ -105,7 +105,7 @@ sub _base_reader ($self, $disk) {
     };
 }
 
-# As much as there is, short only at the end of the file.
+# Reads $length bytes; fewer only at the end of the file.
 sub _read_exactly ($fh, $length) {
     my $data = '';
     while (length $data < $length) {
@@ -116,8 +116,7 @@ sub _read_exactly ($fh, $length) {
     return $data;
 }
 
-# Calls $each->($offset, $expected) for the disk as of write $n, chunk by chunk, until it returns
-# false.
+# Calls $each->($offset, $expected) for the disk as of write $n, chunk by chunk, until it returns false.
 sub _each_chunk ($self, $id, $n, $each) {
     my $disk = $self->{disks}[$self->_index($id)];
     my $read = $self->_base_reader($disk);
@@ -144,7 +143,7 @@ sub state ($self, $id, $n) {
     return $content;
 }
 
-# The same into a file.
+# Writes the same to a file.
 sub write_state ($self, $id, $n, $file) {
     open(my $fh, '>:raw', $file) or die "$file: $!\n";
     $self->_each_chunk($id, $n, sub ($offset, $data) { print {$fh} $data });
@@ -152,10 +151,10 @@ sub write_state ($self, $id, $n, $file) {
     return;
 }
 
-# ---- looking at images ----
+# ---- checks of images ----
 
-# The number of the last churn write in a raw image, 0 when there is none. A block that is still as
-# in the base does not count: the base may hold the records of an earlier churn.
+# The number of the last churn write in a raw image, 0 if there is none. Blocks that are unchanged from the base
+# do not count, because the base may contain the records of an earlier churn.
 sub highest_seq ($self, $id, $image) {
     my $index = $self->_index($id);
     my $disk = $self->{disks}[$index];
@@ -187,7 +186,7 @@ sub _claims ($claimed, $data, $base, $offset) {
     return;
 }
 
-# The highest claim that this churn would have made: right disk, right block.
+# The highest claim that this churn could have written: the disk and the block are right.
 sub _verify_claims ($self, $index, $claimed) {
     my $count = $self->{disks}->@*;
     for my $block (sort { $claimed->{$b} <=> $claimed->{$a} } keys %$claimed) {
@@ -199,8 +198,8 @@ sub _verify_claims ($self, $index, $claimed) {
     return 0;
 }
 
-# Compares an image with the disk as of write $n. Returns undef when they are equal, otherwise the
-# first offset that differs (the smaller size, when one is longer).
+# Compares an image with the disk as of write $n. Returns undef if they are equal, otherwise the first offset
+# that differs (or the smaller size, if one is longer).
 sub first_difference ($self, $id, $image, $n) {
     open(my $fh, '<:raw', $image) or die "$image: $!\n";
     my $at;
@@ -223,15 +222,15 @@ sub _first_byte ($data, $expected) {
     return $xor =~ /[^\0]/ ? $-[0] : $length;
 }
 
-# An image must be the disk as of some write. Returns the number of the last write in it and undef,
-# or, where it is not, the first offset that differs.
+# The image must be the disk as of some write. Returns the number of the last write in it and undef, or, if it
+# is not, the first offset that differs.
 sub check_image ($self, $id, $image) {
     my $n = $self->highest_seq($id, $image);
     return ($n, $self->first_difference($id, $image, $n));
 }
 
-# Images of all disks ({ id => file }) must show one instant together. Returns the number of the
-# last write in them and undef, or a text that says what is wrong.
+# Images of all disks ({ id => file }) must show the same instant. Returns the number of the last write in them
+# and undef, or a text that says what is wrong.
 sub check_images ($self, $images) {
     my ($last, %seq) = 0;
     for my $id (sort keys %$images) {
@@ -248,7 +247,7 @@ sub check_images ($self, $images) {
     return ($last, undef);
 }
 
-# The number of the disk's last write that is not after $n.
+# The number of the disk's last write that is not later than $n.
 sub _last_of_disk ($self, $id, $n) {
     my $count = $self->{disks}->@*;
     my $index = $self->_index($id);

@@ -1,14 +1,14 @@
 package PBA::Test::NBDRelay;
 
-# Stands between NBD clients and QEMU's NBD server, and kills a client at one of its connections or
-# discards: for PBA::Test::QMPProxy, in whose process it is started.
+# A relay between NBD clients and QEMU's NBD server, which kills a client at one of its connections or discards.
+# PBA::Test::QMPProxy starts it in its own process.
 #
 #   my $relay = PBA::Test::NBDRelay->start($proxy, $path, 'kill-before-nbd', 3);
 #
-# More arguments are handles that the relay's process is to let go of. It takes the place of the
-# server's socket at $path, and gives it back before it kills and at its end. Connections and
-# discards are counted together. 'kill-before-nbd' kills before QEMU hears of it; 'kill-after-nbd'
-# when the connection is made, or QEMU has answered the discard.
+# Further arguments are handles that the relay's process closes. The relay replaces the server's socket at
+# $path, and restores it before it kills and when it ends. Connections and discards are counted together.
+# 'kill-before-nbd' kills before QEMU receives the message; 'kill-after-nbd' kills when the connection exists,
+# or when QEMU has answered the discard.
 
 use v5.36;
 
@@ -99,7 +99,7 @@ sub _kill ($self, $pair) {
     POSIX::_exit(0);
 }
 
-# Moves what is there, message by message; false at the end of a side.
+# Forwards the available data, message by message. False if one side has ended.
 sub _pass ($self, $pair, $fh) {
     my ($side, $to)
         = $fh == $pair->{client} ? ('client', $pair->{server}) : ('server', $pair->{client});
@@ -133,14 +133,14 @@ sub _look_at_reply ($self, $pair, $message) {
     return;
 }
 
-# Type and cookie of a request in the transmission phase.
+# The type and the cookie of a request in the transmission phase.
 sub _request ($message) {
     my $magic = unpack('N', $message);
     return if $magic != 0x25609513 && $magic != 0x21e41c71;
     return (unpack('x6 n', $message), substr($message, 8, 8));
 }
 
-# NBD's messages tell themselves apart by their magic numbers. Undef if it is not known yet.
+# NBD messages are recognized by their magic numbers. Returns undef while the length is not known yet.
 sub _message_length ($buffer) {
     return undef if length($buffer) < 4;
     my $magic = unpack('N', $buffer);

@@ -1,7 +1,7 @@
 package PBA::Test::NBDServer;
 
-# A small NBD server (fixed newstyle, structured replies, dirty bitmap and base:allocation contexts)
-# that is correct unless told to misbehave, one process per connection.
+# A small NBD server (fixed newstyle, structured replies, dirty bitmap and base:allocation contexts) with one
+# process per connection. It behaves correctly unless an option makes it misbehave.
 #
 #   my $server = PBA::Test::NBDServer->start(
 #       size => $bytes, export => 'disk', bitmap => 'bitmap0',
@@ -11,15 +11,16 @@ package PBA::Test::NBDServer;
 #   $server->uri; $server->socket_path; $server->context;
 #   $server->requests('block-status'); $server->max_in_flight;
 #
-# Writes are accepted, and forgotten, but for dirty_only. With keep => 1 they and zeroes are kept, and
-# content() is what the disk holds: "\xee" where nothing was written. reads_back => 1 has reads return that. block_sizes => [$minimum, $preferred,
-# $maximum], [] for none; strict_blocks => 1 refuses requests that do not keep to them. holes => [[$offset,
-# $length], ...], in order, is what it says of base:allocation; data should have zeroes there. description => of the export.
+# Writes are accepted and their data is dropped, except with dirty_only, which refuses them. With keep => 1,
+# writes and zeroes are kept, and content() returns what the disk contains, with "\xee" where nothing was
+# written. With reads_back => 1, reads return that. block_sizes => [$minimum, $preferred, $maximum], or [] for
+# none; strict_blocks => 1 refuses requests that violate them. holes => [[$offset, $length], ...], in order, is
+# what base:allocation reports; data should be zeroes there. description => of the export.
 #
-# How far it is like a snapshot-access node with a bitmap:
+# To behave like a snapshot-access node with a bitmap:
 #   dirty_only => 1         EINVAL for reads and allocation outside dirty areas, or where trimmed
 #
-# Misbehaviour (good_first => N: only after N well answered requests of the command in question):
+# Misbehaviour (good_first => N: only after N correct answers to the command in question):
 #   max_extents => N        never more than N extents in one answer
 #   answer_more => 1        the last extent is not cut off at the end of the request
 #   zero_extent => 1        an extent of no length comes first in the answer

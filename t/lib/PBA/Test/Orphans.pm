@@ -1,6 +1,6 @@
 package PBA::Test::Orphans;
 
-# Processes whose parent has ended.
+# Adopts processes whose parent has ended.
 
 use v5.36;
 
@@ -12,7 +12,7 @@ our @EXPORT_OK = qw(adopt_orphans);
 
 my $PR_SET_CHILD_SUBREAPER = 36;    # linux/prctl.h
 
-# From now on those that come from this process become its children.
+# From now on, orphaned descendants of this process become its children.
 sub adopt_orphans () {
     syscall(SYS_prctl(), $PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) == 0 or die "prctl: $!\n";
     return;

@@ -1,7 +1,7 @@
 package PBA::Test::Peer;
 
-# A process of our own on a Unix socket in a private directory, for peers that a real program cannot
-# be made to play. Subclasses implement serve($listener), which runs in the child.
+# A child process at a Unix socket in a private directory, for peers whose behaviour no real program has.
+# Subclasses implement serve($listener), which runs in the child.
 
 use v5.36;
 
@@ -16,7 +16,7 @@ use Time::HiRes qw(time);
 
 my $json = JSON::PP->new->canonical->utf8->allow_nonref;
 
-# listen => a path other than in the private directory.
+# listen: another path than that in the private directory.
 sub start ($class, %options) {
     my $dir = File::Temp->newdir('pba-peer-XXXXXXXX', TMPDIR => 1);
     my $socket = $options{listen} // "$dir/socket";
@@ -34,7 +34,7 @@ sub socket_path ($self) { return $self->{socket} }
 sub pid ($self) { return $self->{pid} }
 sub dir ($self) { return "$self->{dir}" }
 
-# What the peer has recorded so far: one hash per line, in the order it happened.
+# The records of the peer so far: one hash per line, in chronological order.
 sub records ($self, $kind = undef) {
     open(my $fh, '<', "$self->{dir}/log") or die "cannot read $self->{dir}/log: $!\n";
     local $/ = "\n";
@@ -42,8 +42,8 @@ sub records ($self, $kind = undef) {
     return grep { !defined($kind) || $_->{kind} eq $kind } @records;
 }
 
-# The peer works in another process, so what it recorded about the end of a connection may come a
-# moment after the client has seen that end.
+# The peer runs in another process, so its record of the end of a connection may appear shortly after the client
+# has seen that end.
 sub wait_for_record ($self, $kind, $count = 1, $seconds = 10) {
     my $deadline = time + $seconds;
     while (1) {
@@ -84,8 +84,8 @@ sub _listen ($self) {
     return $listener;
 }
 
-# Runs serve() and never returns. The signal handlers, END blocks and descriptors of the test are
-# not the peer's: a client connection of the test kept open here would hide that the test closed it.
+# Runs serve() and never returns. The peer must not inherit the signal handlers, END blocks and descriptors of
+# the test: if it kept a connection of the test's client open, this would hide that the test has closed it.
 sub _child ($self, $listener, $lifeline) {
     $SIG{$_} = 'DEFAULT' for qw(INT TERM HUP ALRM CHLD __DIE__ __WARN__);
     $SIG{PIPE} = 'IGNORE';
@@ -98,8 +98,8 @@ sub _child ($self, $listener, $lifeline) {
     POSIX::_exit($ok ? 0 : 1);
 }
 
-# Not closed but replaced: PerlIO counts the handles on each number, and a new handle on one that
-# was closed behind its back would never be closed any more.
+# The descriptors are replaced, not closed: PerlIO counts the handles of each descriptor, and after a close that
+# it did not see, a new handle with the same number would never be closed.
 sub _let_go_of (@fds) {
     open(my $null, '+<', '/dev/null') or die "cannot open /dev/null: $!\n";
     POSIX::dup2(fileno($null), $_) for @fds;
@@ -121,8 +121,8 @@ sub record ($self, $kind, %values) {
     return;
 }
 
-# Waits until $fh is ready ('read' or 'write') or the time is over; false when it is. Ends the
-# process when the test has ended, however it ended: then nobody holds the other end of the pipe.
+# Waits until $fh is ready ('read' or 'write'), or returns false if the time has passed. Ends the process when
+# the test has ended in any way, which closes the other end of the pipe.
 sub wait_ready ($self, $fh, $what, $seconds = undef) {
     my $deadline = defined($seconds) ? time + $seconds : undef;
     while (1) {
@@ -145,8 +145,8 @@ sub sleep_for ($self, $seconds) {
     return;
 }
 
-# Returns how many bytes went out: fewer than given when the client has gone, or when it takes
-# nothing for $patience seconds.
+# Returns the number of bytes that were sent: fewer than given if the client has disconnected, or reads nothing
+# for $patience seconds.
 sub send_bytes ($self, $fh, $bytes, $patience = 120) {
     my $sent = 0;
     while ($sent < length($bytes)) {
@@ -164,7 +164,7 @@ sub send_bytes ($self, $fh, $bytes, $patience = 120) {
     return $sent;
 }
 
-# Appends what is there to $$buffer; false at the end of the stream.
+# Appends the available data to $$buffer. False at the end of the stream.
 sub receive_more ($self, $fh, $buffer) {
     while (1) {
         $self->wait_ready($fh, 'read');

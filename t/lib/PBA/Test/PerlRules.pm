@@ -1,8 +1,8 @@
 package PBA::Test::PerlRules;
 
-# What is asked of our own Perl beyond what perlcritic knows, and of the length of all sources. Perl is taken
-# by lines, as perltidy leaves it: a function ends at the first brace that stands where its own line begins, or has
-# one line.
+# Rules for our own Perl that perlcritic does not have, and for the length of all sources. Perl is analysed by
+# lines in perltidy's format: a function ends at the first brace with the indentation of the function's first
+# line, or has only one line.
 
 use v5.36;
 
@@ -12,7 +12,7 @@ our @EXPORT_OK = qw(bare_evals long_files long_functions long_names long_waits);
 
 my $max_lines = 40;    # of a function
 my $max_code = 500;    # lines of a file
-my $max_names = 2;     # that a long name stands in a file
+my $max_names = 2;     # uses of a long name in a file
 
 # [number, text] of the lines of code, up to the end of the program and without POD.
 sub _code_lines ($file) {
@@ -27,16 +27,17 @@ sub _code_lines ($file) {
     return @lines;
 }
 
-# The name of the function that begins there.
+# The name of the function that begins in this line.
 sub _function ($text) { return $text =~ m/^(?:my )?sub (\w+)/ ? $1 : undef }
 
-# Its name, or what an anonymous one is for, where its last brace is on another line; and how far it stands in.
+# The name of the function that begins in this line, or the purpose of an anonymous one, if it ends in another
+# line; and its indentation.
 sub _opened ($text) {
     my ($indent, $what) = $text =~ m/^(\s*)(.*\bsub\b.*\{)\s*(?:#.*)?$/ or return;
     return (length($indent), _function($text) // "'$what'");
 }
 
-# Functions that are too long, named ones and others, as texts with file and line.
+# Functions that are too long, also anonymous ones, as texts with file and line.
 sub long_functions ($file) {
     my (@open, @found);
     for my $line (_code_lines($file)) {
@@ -54,14 +55,14 @@ sub long_functions ($file) {
     return @found;
 }
 
-# Files with too much code, and how much.
+# Files with too much code, and how many lines they have.
 sub long_files ($file) {
     my $count = _code_lines($file);
     return $count > $max_code ? ("$file: $count lines of code, more than $max_code") : ();
 }
 
-# Long names of packages that stand in the code again and again, apart from where one gets a short name, and from
-# globs, which take none.
+# Long package names that are repeated in the code, except for the place that assigns a short name, and globs,
+# for which no short name is possible.
 sub long_names ($file) {
     my %count;
     for my $line (_code_lines($file)) {
@@ -73,8 +74,8 @@ sub long_names ($file) {
         grep { $count{$_} > $max_names } sort keys %count;
 }
 
-# Calls that block until something happens, outside of the one module for it: a signal that arrives just
-# before such a call does not end it.
+# Blocking calls outside of the module that is meant for them: a signal that arrives just before such a call
+# does not end it.
 my @blocking = (
     qr/\bwaitpid\([^()]*(?:\([^()]*\)[^()]*)*,\s*0\)/, qr/->can_(?:read|write)\b(?:\(\))?(?!\()/,
     qr/\bselect\([^;]*,\s*undef\)/, qr/\bflock\((?![^;]*(?:LOCK_NB|LOCK_UN))/,
@@ -92,7 +93,8 @@ sub long_waits ($file) {
     return @found;
 }
 
-# Uses of eval outside of a DESTROY, which must not let anything out, and of the one module for it.
+# Uses of eval, except in DESTROY, which must not let any exception out, and in the module that is meant for
+# them.
 sub bare_evals ($file) {
     return if $file =~ m{PVE/BackupAccess/Try\.pm\z};
     my ($name, @found) = ('');

@@ -1,7 +1,7 @@
 package PBA::Test::Provider;
 
-# A backup provider whose calls are recorded. What a method does can be replaced, call by call: on =>
-# { method => code }, which is given the provider and the arguments.
+# A backup provider that records its calls. on => { method => code } replaces what a method does; the code gets
+# the provider and the arguments.
 
 use v5.36;
 
@@ -15,7 +15,7 @@ sub new ($class, %opt) {
     return bless({ mechanism => 'nbd', mode => 'use', %opt, calls => [] }, $class);
 }
 
-# What each method does if nothing else was said.
+# The default action of each method.
 my %usual = (
     provider_name => sub ($self) { 'test' },
     job_init => sub ($self, $start_time) { },
@@ -40,7 +40,7 @@ for my $method (keys %usual) {
     };
 }
 
-# Reads all that is dirty: { device => [offsets and lengths] } of it in $self->{regions}.
+# Reads everything that is dirty. $self->{regions} is then { device => [offsets and lengths] }.
 sub store ($self, $volumes) {
     for my $device (sort keys $volumes->%*) {
         my $volume = PVE::BackupAccess::Volume->open($device, $volumes->{$device});
@@ -55,7 +55,7 @@ sub store ($self, $volumes) {
     return;
 }
 
-# { offset of a block of 64 KiB => 1 } of those of a device that were dirty in the last backup.
+# The blocks of a device that were dirty in the last backup: { offset of a block of 64 KiB => 1 }.
 sub blocks ($self, $device) {
     my @regions = $self->{regions}{$device}->@*;
     my %blocks;
@@ -76,13 +76,13 @@ sub read_region ($volume, $offset, $length) {
     return;
 }
 
-# Something else that happens between the calls.
+# Records another event between the calls.
 sub note ($self, $name) {
     push($self->{calls}->@*, [$name]);
     return;
 }
 
-# The names of the methods called so far, which are forgotten.
+# Returns the names of the methods called so far, and clears the list.
 sub take_names ($self) {
     return map { $_->[0] } $self->take_calls;
 }

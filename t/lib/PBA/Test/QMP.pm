@@ -1,7 +1,7 @@
 package PBA::Test::QMP;
 
-# A small QMP client of the tests' own, independent of the one under test. It keeps one connection
-# open, on a monitor socket of its own.
+# A small QMP client for the tests, independent of the one under test. It keeps one connection open, on a
+# monitor socket of its own.
 
 use v5.36;
 
@@ -30,7 +30,7 @@ sub version ($self) {
     return [@{ $self->{greeting}{version}{qemu} }{qw(major minor micro)}];
 }
 
-# One command over a connection of its own, as qemu-server sends each.
+# Runs one command over a connection of its own, as qemu-server does.
 sub once ($class, $path, $command, $arguments) {
     my $self = $class->new(path => $path);
     my $value = eval { $self->execute($command, $arguments->%*) };
@@ -61,7 +61,7 @@ sub try ($self, $command, %args) {
     }
 }
 
-# Returns the next message that is no event, undef when there is none in time. Events are kept.
+# Returns the next message that is no event, or undef if none arrives in time. Events are stored.
 sub _next ($self, $timeout) {
     my $deadline = now() + $timeout;
     while (1) {
@@ -76,7 +76,7 @@ sub _next ($self, $timeout) {
 # All events so far, or those of one name, oldest first: { event, data, timestamp }.
 sub events ($self, $name = undef) {
 
-    # What a dead QEMU said before is still there to be asked for.
+    # Messages that QEMU sent before it died can still be read.
     eval { $self->_next(0) };
     return grep { !defined $name || $_->{event} eq $name } $self->{events}->@*;
 }

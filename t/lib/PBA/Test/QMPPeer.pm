@@ -1,6 +1,6 @@
 package PBA::Test::QMPPeer;
 
-# A scripted QMP peer, for what a real QEMU cannot be made to say.
+# A scripted QMP peer, for replies that no real QEMU sends.
 #
 #   my $peer = PBA::Test::QMPPeer->start(
 #       greeting => 'oob',     # or: plain none garbage slow close endless, an action
@@ -9,7 +9,7 @@ package PBA::Test::QMPPeer;
 #   PBA::Test::QMPPeer->start(replies => { 'query-version' => $action, stop => sub {...} });
 #   PBA::Test::QMPPeer->start(script => [{ expect => 'stop', return => {} }, $action, ...]);
 #
-# An action is one of these hashes, a string (sent as it is), or an array of both, done in turn:
+# An action is one of these hashes, a string (sent unchanged), or an array of both, executed in order:
 #   { return => $value } { error => { class => ..., desc => ... } }     id => ..., or wrong_id => 1
 #   { event => $name, data => {...} }
 #   { sleep => $seconds } (also with others: before them) { silent => 1 } { close => 1 }
@@ -19,8 +19,8 @@ package PBA::Test::QMPPeer;
 #   { endless => $limit } (a line without end, until the client closes; see endless_bytes)
 # Any that sends may have trickle => 1: one byte per write.
 #
-# qmp_capabilities is agreed to without asking the handler, unless capabilities => 0. Like QEMU the
-# peer serves one client at a time, and like with QEMU the next one waits in the queue.
+# qmp_capabilities is accepted without calling the handler, unless capabilities => 0. Like QEMU, the peer serves
+# one client at a time, and the next one waits in the queue.
 
 use v5.36;
 
@@ -54,19 +54,19 @@ my %greetings = (
 # The commands received: { execute, arguments, id, connection, n, time }.
 sub commands ($self) { return $self->records('command') }
 
-# Their names without the handshake, which is seldom what a test wants to see.
+# Their names, without those of the handshake, which few tests check.
 sub names ($self) {
     return grep { $_ ne 'qmp_capabilities' } map { $_->{execute} } $self->commands;
 }
 
 sub connections ($self) { return scalar(() = $self->records('connected')) }
 
-# What went other than scripted: a command that was not expected, or input that was not QMP.
+# Deviations from the script: unexpected commands, and input that is not QMP.
 sub problems ($self) {
     return map { $_->{text} } $self->records('problem');
 }
 
-# How much of an endless line the client took before it closed.
+# How many bytes of an endless line the client read before it closed the connection.
 sub endless_bytes ($self) { return $self->wait_for_record('endless')->{bytes} }
 
 # ---- in the peer's process ----
@@ -154,7 +154,7 @@ sub _next_of_script ($self, $command, $arguments) {
     return { error => { class => 'GenericError', desc => "script expected '$expected'" } };
 }
 
-# Does the actions; false when the connection is to be closed.
+# Executes the actions. False if the connection must be closed.
 sub _perform ($self, $client, $actions, $request) {
     for my $action (ref($actions) eq 'ARRAY' ? @$actions : $actions) {
         $action = { raw => $action } if !ref($action);
@@ -219,7 +219,7 @@ sub _odd_value ($action) {
     return "\"before\0after\"";
 }
 
-# Put together by hand, since no JSON writer would write these values.
+# Built as text, because no JSON encoder would write these values.
 sub _line ($reply, $value) {
     my $id = exists($reply->{id}) ? ', "id": ' . $json->encode($reply->{id}) : '';
     return "{\"return\": $value$id}\r\n";

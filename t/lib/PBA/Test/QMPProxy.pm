@@ -1,22 +1,22 @@
 package PBA::Test::QMPProxy;
 
-# Stands between a QMP client and QEMU and lets one command go wrong:
+# A proxy between a QMP client and QEMU that makes one command go wrong:
 #
 #   my $proxy = PBA::Test::QMPProxy->start(target => $vm->qmp_path, fault => 'lose', at => 7);
 #
-# at counts commands over all connections, without the handshake. Faults: 'drop' ends the connection
-# before the command reaches QEMU, 'lose' after QEMU has done it and before its reply, 'refuse'
-# answers with an error in QEMU's place, 'deceive' lets QEMU do it and answers with an error.
-# 'kill-before' and 'kill-after' kill the client, before the command reaches QEMU and after QEMU has
-# done it. 'stall' lets QEMU do it and keeps the reply to itself. 'signal' sends the client a SIGUSR1 when
-# QEMU has done it, and the reply a while later. Without at nothing goes wrong. then => { 9 => 'drop' } has more go
-# wrong, by the number of the command; refuse => NAME has the first command of that name refused, terminate => NAME
-# sends the client a SIGTERM as 'signal' does.
+# at counts commands over all connections, without the handshake. Faults: 'drop' ends the connection before the
+# command reaches QEMU. 'lose' ends it after QEMU has executed the command, before its reply. 'refuse' answers
+# with an error instead of passing the command on. 'deceive' lets QEMU execute it and answers with an error.
+# 'kill-before' and 'kill-after' kill the client, before the command reaches QEMU or after QEMU has executed it.
+# 'stall' lets QEMU execute it and withholds the reply. 'signal' sends the client SIGUSR1 when QEMU has executed
+# it, and the reply a while later. Without at, nothing goes wrong. then => { 9 => 'drop' } adds faults by the
+# number of the command. refuse => NAME refuses the first command with that name. terminate => NAME sends the
+# client SIGTERM, like 'signal'.
 #
-# 'kill-before-nbd' and 'kill-after-nbd' kill it at an NBD connection or discard instead, with at
-# counting those: see PBA::Test::NBDRelay.
+# 'kill-before-nbd' and 'kill-after-nbd' kill the client at an NBD connection or discard instead, and at counts
+# those: see PBA::Test::NBDRelay.
 #
-# listen => a path of its own: several proxies, one after the other, are the same VM to a client.
+# listen => a path of its own: a client sees several successive proxies as the same VM.
 
 use v5.36;
 
@@ -35,7 +35,7 @@ my %signals = (signal => 'USR1', terminate => 'TERM');
 
 sub commands ($self) { return $self->records('command') }
 
-# Whether the command to go wrong has come.
+# Whether the faulty command has arrived.
 sub struck ($self) { return scalar(() = $self->records('fault')) }
 
 # ---- in the proxy's process ----
@@ -89,7 +89,7 @@ sub _kill ($self, $client) {
     return;
 }
 
-# Longer than a client takes to look for signals.
+# Longer than the time after which a client checks for signals.
 sub _signal ($self, $client, $signal) {
     kill($signal, _client_pid($client));
     $self->sleep_for(0.5);
@@ -122,8 +122,8 @@ sub _send_error ($self, $client, $command) {
     $self->send_bytes($client, $json->encode({ error => \%error, id => $command->{id} }) . "\r\n");
 }
 
-# Everything up to and with the next line that is no event. A line as long as QEMU's schema is none, and
-# takes JSON::PP too long to be looked into.
+# Everything up to the next line that is no event, including that line. A line as long as QEMU's schema is no
+# event, and JSON::PP would take too long to decode it.
 sub _reply ($self, $qemu, $buffer) {
     my $reply = '';
     while (defined(my $line = $self->_next_line($qemu, $buffer))) {

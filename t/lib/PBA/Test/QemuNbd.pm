@@ -1,7 +1,7 @@
 package PBA::Test::QemuNbd;
 
-# qemu-nbd serving an image on a socket in a private directory: a target that is a real server, and
-# a source with a real bitmap.
+# qemu-nbd that serves an image on a socket in a private directory: a real server as a target, or a source with
+# a real bitmap.
 #
 #   my $server = PBA::Test::QemuNbd->start(
 #       file => $path, format => 'raw',     # or image_opts => 'driver=...'
@@ -27,7 +27,7 @@ sub start ($class, %options) {
     my $self = bless({ format => 'raw', %options, dir => $dir, owner => $$ }, $class);
     my $pid = fork() // die "cannot fork: $!\n";
     if (!$pid) {
-        delete($ENV{LD_PRELOAD});    # a sanitizer is for us, and takes its coroutines for faults
+        delete($ENV{LD_PRELOAD});    # the sanitizers report false errors in qemu-nbd's coroutines
         open(STDERR, '>', "$dir/log") or POSIX::_exit(127);
         exec($self->_command) or POSIX::_exit(127);
     }
@@ -51,8 +51,8 @@ sub _command ($self) {
     );
 }
 
-# Waits for the greeting of a server, this process, that $connect connects to. qemu-nbd listens before it
-# is in its main loop, and forgets a SIGTERM that comes between.
+# Waits for the greeting of the server with this PID; $connect connects to it. qemu-nbd listens before it enters
+# its main loop, and loses a SIGTERM that arrives in between.
 sub wait_until_up ($pid, $connect, $log) {
     my $deadline = Time::HiRes::time() + $START_SECONDS;
     my $socket;
@@ -76,7 +76,7 @@ sub socket_path ($self) { return "$self->{dir}/nbd" }
 sub uri ($self) { return "nbd+unix:///disk?socket=$self->{dir}/nbd" }
 sub pid ($self) { return $self->{pid} }
 
-# With TERM it writes what it still holds.
+# After TERM, it writes the data that it still holds.
 sub stop ($self, $signal = 'TERM') {
     my $pid = delete($self->{pid}) // return;
     local $?;
@@ -94,12 +94,12 @@ sub DESTROY ($self) {
 
 sub img (@arguments) {
     delete local $ENV{LD_PRELOAD};
-    local $SIG{CHLD} = 'DEFAULT';    # a test may have it ignored
+    local $SIG{CHLD} = 'DEFAULT';    # a test may ignore it
     system($ENV{PBA_QEMU_IMG} // 'qemu-img', @arguments) == 0 or die "qemu-img @arguments failed\n";
     return;
 }
 
-# What it prints.
+# The output of qemu-img.
 sub output_of (@arguments) {
     delete local $ENV{LD_PRELOAD};
     local $SIG{CHLD} = 'DEFAULT';

@@ -1,6 +1,7 @@
 package PBA::Test::RBDLife;
 
-# A guest without a machine (PBA::Test::StoreLife::Guest), its backups by Provider::RBD, and what each must hold.
+# A guest without a machine (PBA::Test::StoreLife::Guest), its backups by Provider::RBD, and their expected
+# content.
 #
 #   my $life = PBA::Test::RBDLife->new(ceph => $ceph, namespace => $name, dir => $dir);
 #   $life->write; my $name = $life->backup; my $problem = $life->problem;
@@ -29,7 +30,7 @@ sub new ($class, %options) {
     return $self;
 }
 
-# As another process would find it: nothing is kept but what is in the cluster.
+# The provider as another process would create it: only the data in the cluster is kept.
 sub provider ($self) {
     my $scfg = {
         pool => 'backup',
@@ -49,7 +50,7 @@ my sub content_of ($guest) {
     return { map { $_ => $guest->content($_) } $guest->devices };
 }
 
-# In the order of the API.
+# Makes the calls in the API's order.
 my sub perform ($self, $id, $report) {
     my ($provider, $guest) = ($self->provider, $self->{guest});
     $self->{running} = $provider;
@@ -73,7 +74,7 @@ my sub perform ($self, $id, $report) {
     return $name;
 }
 
-# Returns the archive's name; it dies if it failed.
+# Returns the archive's name, or dies if the backup failed.
 sub backup ($self) {
     my $id = sprintf('%032x', 1 + int(rand(1 << 40)));
     $self->{time} += 60;
@@ -87,9 +88,9 @@ sub backup ($self) {
     return $name;
 }
 
-# A backup that is killed at the nth call that has a program run, or before the nth call of a method of RBD::Ceph, or in the
-# nth report of the copies' progress; or never. The model knows of its archive if it is
-# there. Returns where it was killed, undef if it was not.
+# A backup that is killed at the nth call that runs a program, before the nth call of a method of RBD::Ceph, or
+# in the nth report of the copies' progress; or that is not killed. If its archive exists, the model adds it.
+# Returns where the backup was killed, or undef if it was not.
 sub killed_backup ($self, $number, $method = undef) {
     my ($id, $file) = (sprintf('%032x', 1 + int(rand(1 << 40))), "$self->{dir}/report");
     $self->{time} += 60;
@@ -100,7 +101,7 @@ sub killed_backup ($self, $number, $method = undef) {
         open(my $out, '>', $file) or POSIX::_exit(1);
         $out->autoflush(1);
         my $report = sub ($line) { print {$out} "$line\n" };
-        my $all = $$;    # also where a worker comes to the point
+        my $all = $$;    # also if a worker reaches this point
         my $end = sub ($where) { $report->("where $where"); kill(KILL => $all) };
         defined($method) ? _end_at($self, $method, $number, $end) : strike_at($number, $end);
         my $done = eval { perform($self, $id, $report); 1 };
@@ -126,8 +127,8 @@ sub _end_at ($self, $method, $number, $end) {
     return;
 }
 
-# Calls the code before the nth call of a method of RBD::Ceph in this process, or in the nth report of progress. Returns
-# what undoes that.
+# Calls the code before the nth call of a method of RBD::Ceph in this process, or in the nth progress report.
+# Returns a function that undoes this.
 sub before ($self, $method, $number, $code) {
     if ($method eq 'progress') {
         $self->{progress} = sub (@) { $code->() if !--$number };
@@ -148,7 +149,7 @@ sub before ($self, $method, $number, $code) {
     return sub () { $set->($real) };
 }
 
-# How many of the images hold something else than the newest archive.
+# How many of the images differ from the newest archive.
 sub different ($self) {
     my ($name) = map { s{.*/}{}r } reverse($self->names);
     my $ceph = $self->provider->{ceph};
@@ -160,7 +161,7 @@ sub different ($self) {
     );
 }
 
-# The lock of the running backup is lost, as after a time without a network, and another backup comes in between.
+# The running backup loses its lock, as after a network failure, and another backup runs in between.
 sub overtake ($self) {
     my $task = delete($self->{running})->{task};
     $task->{lock}->drop;
@@ -168,7 +169,8 @@ sub overtake ($self) {
     return;
 }
 
-# What is neither right nor named: each archive is as it must be, or verify and a restore say that it is damaged.
+# Archives that are wrong but not reported: each archive must be intact, or verify and restore must report it as
+# damaged.
 sub unnamed ($self) {
     my ($provider, @wrong) = ($self->provider);
     for my $name ($self->names) {
@@ -196,7 +198,7 @@ sub restored ($self, $provider, $name, $device, $size) {
     return $content;
 }
 
-# What is wrong of the archives, undef if each is as it must be and there are no others.
+# What is wrong with the archives; undef if all are as expected and there are no others.
 sub problem ($self, @names) {
     my $provider = $self->provider;
     my @listed = map { $_->{volname} } $provider->list->@*;

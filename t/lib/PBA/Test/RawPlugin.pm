@@ -1,6 +1,6 @@
 package PBA::Test::RawPlugin;
 
-# A storage plugin that has PBA::Test::RawProvider make its backups, and gives it something of its own.
+# A storage plugin that uses PBA::Test::RawProvider, and gives it additional data of its own.
 
 use v5.36;
 

@@ -1,8 +1,8 @@
 package PBA::Test::RawProvider;
 
-# A provider as simple as one can be: an archive is a directory with raw images, each a copy of the
-# one before with what changed put into it. 'faults' of its storage configuration, a list with
-# commas between, make it wrong on purpose; see below. A new object is made for each job and restore.
+# The simplest possible provider: an archive is a directory with raw images, each a copy of the previous one
+# with the changes written to it. 'faults' in its storage configuration, a list separated by commas, makes it
+# misbehave in the ways below. Each job and each restore creates a new object.
 
 use v5.36;
 
@@ -30,13 +30,13 @@ sub provider_name ($self) { return 'raw images' }
 sub job_init ($self, $start_time) { return }
 sub job_cleanup ($self) { return }
 
-# The archives by number, complete ones only. 'by second' numbers them by their time.
+# The numbers of the complete archives. 'by second' numbers them by their time.
 my sub archives ($self) {
     return sort { $a <=> $b }
         map { m!/([0-9]+)/complete\z! ? $1 : () } glob("$self->{path}/*/complete");
 }
 
-# What a faulty one never lets go.
+# What a faulty provider never releases.
 my @kept;
 
 sub backup_init ($self, $vmid, $vmtype, $start_time) {
@@ -70,7 +70,7 @@ my sub write_file ($file, $content) {
     close($fh) or die "$file: $!\n";
 }
 
-# In pieces of a MiB, whatever is dirty of them.
+# Reads whole pieces of 1 MiB that are dirty at least in part.
 my sub read_pieces ($reader) {
     my $mib = 1 << 20;
     while (my ($offset) = $reader->next_dirty_region) {
@@ -106,7 +106,7 @@ my sub copy_volume ($self, $device, $volume, $file, $limit) {
     $reader->close;
 }
 
-# As fast as can be: a slow machine is not to be taken for a limit that is kept.
+# Makes the backup appear instantaneous: on a slow machine, it might otherwise seem to respect the limit.
 my sub stop_clock () {
     my $now = Time::HiRes::time();
     no warnings 'redefine';

@@ -1,13 +1,13 @@
 package PBA::Test::Release;
 
-# The whole of ./run test on another release of Debian: in a chroot in the cache, which is made by
-# debootstrap from where this machine gets its own packages, and kept for the next time.
+# Runs all of ./run test on another release of Debian, in a chroot in the cache. debootstrap creates the chroot
+# from the mirrors of this machine's own packages, and it is kept for the next time.
 #
 #   PBA::Test::Release->new('trixie')->run(@arguments);             # the release's own QEMU
 #   PBA::Test::Release->new('trixie-backports')->run(@arguments);   # its backports' newest
 #
-# Nothing of this machine is changed. What the chroot sees of it, /proc and /dev, is mounted in a mount
-# namespace, which goes with its last process, however that ends.
+# This machine is not changed. /proc and /dev are mounted for the chroot in a mount namespace, which ends with
+# its last process.
 
 use v5.36;
 
@@ -22,7 +22,7 @@ my $KEYRING = '/usr/share/keyrings/debian-archive-keyring.gpg';
 my $BACKPORTED = 'qemu* seabios ipxe-qemu';
 my $SOURCES = '/srv/pve-backup-access';
 
-# How they are found by ./run, and what tells it how to run.
+# The variables that select the tests and control ./run.
 my @PASSED_ON = qw(PBA_FULL PBA_JOBS TERM);
 
 sub new ($class, $name) {
@@ -32,7 +32,7 @@ sub new ($class, $name) {
     return bless({ name => $name, release => $release, backports => $backports }, $class);
 }
 
-# Runs ./run test there, in this process' place.
+# Runs ./run test there, in place of this process.
 sub run ($self, @arguments) {
     local $| = 1;
     $self->{root}
@@ -43,7 +43,8 @@ sub run ($self, @arguments) {
     return $self->_enter("cd $SOURCES && exec ./run test \"\$@\"", @arguments);
 }
 
-# Two runs would build in the same tree. The process that waits for the namespace keeps the lock.
+# Two runs at the same time would build in the same tree. The process that waits for the namespace holds the
+# lock.
 sub _lock ($self) {
     open(my $lock, '>>', "$self->{root}.lock") or die "$self->{root}.lock: $!\n";
     if (!flock($lock, LOCK_EX | LOCK_NB)) {
@@ -54,7 +55,7 @@ sub _lock ($self) {
     return $lock;
 }
 
-# ---- making it ----
+# ---- creation ----
 
 sub _make ($self, $root) {
     say "making a chroot of $self->{release}";
@@ -73,13 +74,13 @@ sub _make ($self, $root) {
         "Package: $BACKPORTED\nPin: release n=$self->{name}\nPin-Priority: 990\n")
         if $self->{backports};
 
-    # No service is to be started there.
+    # No service may be started there.
     _write("$root/usr/sbin/policy-rc.d", "#!/bin/sh\nexit 101\n");
     chmod(0755, "$root/usr/sbin/policy-rc.d");
     return;
 }
 
-# What has come into the release since it was made.
+# Installs what has been added to the release since the chroot was created.
 sub _update ($self) {
     _call('cp', '/etc/resolv.conf', "$self->{root}/etc/resolv.conf");
     my $apt = 'apt-get -qq -o APT::Sandbox::User=root';
@@ -91,7 +92,8 @@ sub _update ($self) {
     return;
 }
 
-# As they are here, with what is not committed: of what git has, or else of what MANIFEST names.
+# Copies the sources in their current state, including uncommitted changes: the files that git knows, or else
+# those in MANIFEST.
 sub _copy_sources ($self) {
     my $target = "$self->{root}$SOURCES";
     remove_tree($target);
@@ -100,17 +102,17 @@ sub _copy_sources ($self) {
     _call('bash', '-c', qq{set -o pipefail; $list | tar -c --null -T - | tar -x -C "\$1"},
         '-', $target);
 
-    # Some gates ask git what the project is made of.
+    # Some gates ask git for the project's files.
     _call(qw(git -C), $target, @$_) for [qw(init -q)], [qw(add -A)];
     return;
 }
 
-# ---- being in it ----
+# ---- execution ----
 
-# Runs the script there, as its first process: what it leaves running ends with it.
+# Runs the script there as PID 1 of a namespace, so that all processes that it leaves running end with it.
 sub _enter ($self, $script, @arguments) {
 
-    # As a machine has it, by pivot_root: in a chroot the kernel makes no user namespaces.
+    # Uses pivot_root, like a real machine, because the kernel creates no user namespaces in a chroot.
     my $mount
         = 'mount --bind "$1" "$1" && mount -t proc proc "$1/proc" && '
         . 'mount --rbind /dev "$1/dev" && cd "$1" && pivot_root . mnt && cd / && umount -l mnt && '

@@ -1,7 +1,7 @@
 package PBA::Test::Repository;
 
-# Backups of a machine's disks as a careful provider keeps them: for each disk one image, the state
-# of the last good backup. Made by the module's public interface alone.
+# Backups of a machine's disks as a careful provider keeps them: one image per disk with the state of the last
+# good backup. Uses only the module's public interface.
 
 use v5.36;
 
@@ -9,7 +9,7 @@ use File::Copy ();
 
 my $PIECE = 1024 * 1024;
 
-# What an image is full of before anything was backed up: a gap does not look like zeroes.
+# The content of an image before the first backup, so that a gap does not look like zeroes.
 my $UNSEEN = "\xee";
 
 sub new ($class, $backend) {
@@ -20,10 +20,10 @@ sub new ($class, $backend) {
 sub image ($self, $id) { return "$self->{dir}/$id.good" }
 sub candidate ($self, $id) { return "$self->{dir}/$id.new" }
 
-# One backup of these disks in one access. mode => for all or { id => mode }, success => 0 or 1,
-# options => for the access, during => code run while the access is up, mechanism => nbd unless
-# given, open => of the reader instead of PVE::BackupAccess::Volume->open. A failed one stops in the
-# middle of the data. Returns { id => { action, status, regions, bytes } }.
+# Makes one backup of these disks in one access. mode => for all or { id => mode }, success => 0 or 1, options
+# => for the access, during => code that runs while the access is active, mechanism => the default is nbd, open
+# => replaces PVE::BackupAccess::Volume->open. A failed backup stops in the middle of the data. Returns { id =>
+# { action, status, regions, bytes } }.
 sub backup ($self, %opt) {
     my $backend = $self->{backend};
     my @ids = ($opt{disks} // [$backend->vm->disk_ids])->@*;
@@ -46,7 +46,7 @@ sub backup ($self, %opt) {
     return \%result;
 }
 
-# What setup is asked for.
+# The requests to setup.
 sub requests ($self, $access, $modes, @ids) {
     return map { $self->{backend}->devices($modes->{$_}, $_)->@* } @ids;
 }
@@ -57,7 +57,7 @@ sub finish ($self, $access, $success, @ids) {
     return;
 }
 
-# Candidates that there are, of a backup that QEMU knows for a success.
+# Replaces the images by the existing candidates of a backup that QEMU considers a success.
 sub take_good ($self, @ids) {
     for my $id (grep { -e $self->candidate($_) } @ids) {
         rename($self->candidate($id), $self->image($id)) or die "rename: $!\n";
@@ -79,7 +79,7 @@ sub _read_disk ($self, $id, $reader, $volume, $success) {
     return { status => $volume->{'bitmap-mode'}, regions => $regions, bytes => $bytes };
 }
 
-# Only a bitmap that is reused makes an increment of the last good state.
+# Only if the bitmap is reused does the candidate continue from the last good state.
 sub _open_candidate ($self, $id, $volume) {
     my $file = $self->candidate($id);
     if ($volume->{'bitmap-mode'} eq 'reuse' && -e $self->image($id)) {

@@ -1,7 +1,7 @@
 package PBA::Test::ScriptedQEMU;
 
-# What a QEMU says, by a table of commands and what they return: over a socket (start_peer), or to a
-# code ref (qmp_calls). A test changes single replies. And what its tests need around that.
+# A scripted QEMU: a table of commands and their replies, over a socket (start_peer) or as a code ref
+# (qmp_calls). A test changes single replies. Also contains helpers for the tests that use it.
 
 use v5.36;
 
@@ -66,7 +66,7 @@ sub node ($name, @bitmaps) {
     return $node;
 }
 
-# What QEMU's NBD server looks like from outside: something listens at its socket.
+# Imitates QEMU's NBD server from outside: something listens at its socket.
 sub nbd_server () {
     my $listener;
     my $start = sub ($arguments) {
@@ -83,7 +83,7 @@ sub nbd_server () {
     return ('nbd-server-start' => $start, 'nbd-server-stop' => $stop);
 }
 
-# What each command returns, unless a test says otherwise. A code ref gets the arguments.
+# The default reply of each command. A code ref gets the arguments.
 sub pve_returns (%more) {
     return (
         'query-version' => version(10, 0),
@@ -146,7 +146,7 @@ sub upstream_returns (%more) {
 
 sub value_of ($value, $arguments) { return ref($value) eq 'CODE' ? $value->($arguments) : $value }
 
-# What an answer returns in the end, by reference.
+# What an answer finally returns, by reference.
 sub returned ($value) {
     return $value if ref($$value) ne 'HASH' || !exists($$value->{action});
     my $action = $$value->{action};
@@ -162,7 +162,7 @@ sub mark ($name, $size) {
     return $mark;
 }
 
-# While Proxmox' access is up the nodes of its disks have a second bitmap.
+# While Proxmox' access is active, the nodes of its disks have a second bitmap.
 sub with_background (@nodes) {
     my %background = (name => 'backup-access-background-bitmap', recording => JSON::PP::true);
     return map {
@@ -171,8 +171,8 @@ sub with_background (@nodes) {
     } @nodes;
 }
 
-# Of one QEMU: what a command returns. The markers of processes that were added are among the nodes until
-# they are deleted, whatever else a test says of them.
+# The replies of one QEMU. Markers of processes that were added are among its nodes until they are deleted,
+# whatever replies a test defines.
 sub answers ($returns) {
     my (%marks, $is_up);
     return sub ($command, $arguments) {
@@ -195,10 +195,10 @@ sub answers ($returns) {
     };
 }
 
-# A peer lives as long as its object; these outlive the access that a test makes of them.
+# A peer ends with its object; these peers must outlive the accesses that a test creates.
 my @peers;
 
-# Values of a peer: a plain value is returned; { action => ... } is one of QMPPeer's.
+# The replies of a peer: plain values are returned; { action => ... } is an action of QMPPeer.
 sub start_peer ($returns, %options) {
     my $answer = answers($returns);
     my $handler = sub ($command, $arguments, $n) {
@@ -233,7 +233,7 @@ sub error_class ($error) {
         : "no object: $error";
 }
 
-# The code dies with an error of ours, of one line, and leaves nothing on disk.
+# The code must die with one of our errors, in one line, and leave nothing on disk.
 sub dies ($code, $class, $pattern, $name) {
     my $done = eval { $code->(); 1 };
     my $error = $@;
@@ -250,7 +250,7 @@ sub capabilities ($peer, %options) {
     return PVE::BackupAccess->capabilities(qmp => $peer->socket_path, timeout => 30, %options);
 }
 
-# One member of a good reply left out, or of every other type.
+# A good reply with one member removed, or with that member in every other type.
 sub spoiled ($value, $path, $change) {
     my $copy = $json->decode($json->encode($value));
     my $at = $copy;

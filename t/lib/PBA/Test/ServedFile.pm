@@ -1,18 +1,18 @@
 package PBA::Test::ServedFile;
 
-# The base of a file that a process serves: {path} and {pid}.
+# The base class of files that a process serves: {path} and {pid}.
 
 use v5.36;
 
 use Fcntl qw(O_DIRECT O_RDWR);
 
-# Without the page cache.
+# Opens the file without the page cache.
 sub handle ($self, $mode = O_RDWR) {
     sysopen(my $handle, $self->{path}, $mode | O_DIRECT) or die "$self->{path}: $!\n";
     return $handle;
 }
 
-# What the server's memory was at most.
+# The peak memory of the server.
 sub peak_kib ($self) {
     open(my $fh, '<', "/proc/$self->{pid}/status") or die "no such server: $!\n";
     my ($kib) = map { /^VmHWM:\s+(\d+)/ } <$fh>;

@@ -1,7 +1,7 @@
 package PBA::Test::Share;
 
-# The part of a sweep that a plain run takes: one half on the machine's QEMU, the other on a newer one
-# (PBA_QEMU). PBA_FULL=1 takes all on each.
+# The part of a sweep that a plain run includes: one half on the machine's QEMU, the other half on a newer one
+# (PBA_QEMU). PBA_FULL=1 includes everything on both.
 #
 #   for my $row (share(@rows)) { ... }
 

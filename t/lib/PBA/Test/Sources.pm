@@ -1,6 +1,6 @@
 package PBA::Test::Sources;
 
-# What git has, committed or about to be, and what else programs print.
+# The project's files according to git, committed or not, and the output of other programs.
 
 use v5.36;
 

@@ -1,13 +1,15 @@
 package PBA::Test::StoreLife;
 
-# A random life of a store of Qcow2Chain, and of copies of it: backups of two guests, prunes and removals, in which
-# things go wrong: the process is killed, a call fails, the disk is full, a bit is flipped, another process works
-# there. A model knows what each archive must hold. There is no machine: what is read comes from files.
+# A random life of a store of Qcow2Chain and of copies of it: backups of two guests, prunes and removals, in
+# which things go wrong: the process is killed, a call fails, the disk is full, a bit is flipped, or another
+# process uses the store. A model knows the expected content of each archive. There is no machine: the data
+# comes from files.
 #
 #   my $life = PBA::Test::StoreLife->new(seed => 1, dir => $dir, scratch => $other, is_mounted => 1);
-#   my $problem = $life->step for 1 .. 100;    # undef: all is well
+#   my $problem = $life->step for 1 .. 100;    # undef: no problem
 #
-# Stores are in dir; is_mounted tells that it is a file system of its own, which can be filled and made read-only.
+# The stores are in dir. is_mounted says that dir is a file system of its own, which can be filled and made
+# read-only.
 
 use v5.36;
 
@@ -32,7 +34,7 @@ my $Guest = 'PBA::Test::StoreLife::Guest';
 my $Provider = 'PVE::BackupAccess::Provider::Qcow2Chain';
 my $json = JSON::PP->new->utf8->allow_nonref;
 
-# [how often, what]
+# [weight, event]
 my @events = (
     [30, \&_one_backup],
     [14, \&_one_removal],
@@ -47,7 +49,7 @@ my @events = (
     [1, \&_lose_bitmap],
 );
 
-# What goes wrong in a backup, a prune or a removal.
+# The mishaps during a backup, a prune or a removal.
 my @mishaps = (
     [60, undef],
     [10, 'killed'],
@@ -96,7 +98,7 @@ sub _tell ($self, $text) {
     return;
 }
 
-# The next event; returns what is wrong after it, undef if nothing is.
+# Runs the next event. Returns what is wrong after it, or undef if nothing is wrong.
 sub step ($self) {
     srand($self->{seed} * 10_007 + ++$self->{steps});
     my $event = choose(@events);
@@ -122,7 +124,7 @@ sub _provider ($self, $store = $self->{store}) {
 
 sub _is_listed ($self, $store, $name) { return -e "$store->{path}/$name/manifest.json" }
 
-# Names of the guest's, the oldest first, that the model has.
+# The names of the guest's archives in the model, oldest first.
 sub _names ($self, $store, $vmid) {
     return grep { m{\Avm/$vmid/} } sort keys $store->{archives}->%*;
 }
@@ -136,7 +138,7 @@ sub _mishap ($self) {
     return choose(grep { $self->{is_mounted} || ($_->[1] // '') ne 'full' } @mishaps);
 }
 
-# What must not fail: nothing went wrong, and nothing was spoilt before.
+# An operation must not fail if nothing went wrong during it, and nothing was spoilt before.
 sub _must_succeed ($self, $guest, $result, $what) {
     return undef if !defined($result->{died}) || defined($self->{mishap});
     return undef if $self->_is_spoilt($self->{store}, $guest->vmid);
@@ -198,7 +200,7 @@ sub _back_up ($provider, $guest, $report, %how) {
     return;
 }
 
-# The model knows of the archive if it is there.
+# If the new archive exists, the model adds it.
 sub _note_backup ($self, $guest, $result, $content) {
     my ($store, $name) = ($self->{store}, $result->{name} // return undef);
     return "the name $name is another archive's" if $store->{archives}{$name};
@@ -246,7 +248,8 @@ my sub random_rules () {
     return \%keep;
 }
 
-# Whether an archive goes is for its device's rules alone, unless one was spoilt, and cannot be restored.
+# Only the rules of an archive's devices decide whether it is removed, unless an archive was spoilt and cannot
+# be restored.
 sub _one_prune ($self, $guest) {
     my ($store, $vmid) = ($self->{store}, $guest->vmid);
     my @names = $self->_names($store, $vmid) or return undef;
@@ -284,7 +287,7 @@ sub _time_of ($name) {
     return Time::Local::timegm_modern($second, $minute, $hour, $day, $month - 1, $year);
 }
 
-# What may be gone, and is.
+# Moves archives that may be gone, and are, to the list of removed ones.
 sub _note_gone ($self, $store) {
     for my $name (sort keys $store->{archives}->%*) {
         my $may_go = delete($store->{archives}{$name}{'may go'});
@@ -295,7 +298,7 @@ sub _note_gone ($self, $store) {
     return undef;
 }
 
-# A bit of any file, with what it may spoil.
+# Flips a bit of any file, and notes what that may spoil.
 sub _flip ($self, @) {
     my $store = $self->{store};
     my $flipped = flip_bit($store->{path}) // return undef;
@@ -340,7 +343,7 @@ sub _move ($self, $guest) {
     return undef;
 }
 
-# Goes on in either: the other one is for later.
+# Continues in one of the two stores; the other one is used later.
 sub _copy ($self, $guest) {
     my $store = $self->{store};
     my ($other) = grep { $_ != $store } $self->{stores}->@*;
@@ -416,8 +419,8 @@ sub _judge ($self, $store, $name, $seen = {}) {
     );
 }
 
-# Everything listed is what the model has. What does not look right, or was spoilt and has changed since, is
-# judged, and now and then any.
+# Every listed archive must be in the model. Archives that look wrong, or were spoilt, are judged if they have
+# changed since the last time.
 sub _check ($self, $store) {
     my $problem = $self->_note_gone($store);
     return $problem if defined($problem);
@@ -434,13 +437,13 @@ sub _check ($self, $store) {
         $problem = $self->_judge($store, $name, \%seen);
         return $problem if defined($problem);
 
-        # A judgement may end what was left half done.
+        # Judging may complete an operation that was interrupted.
         $archive->{seen} = $self->_state($store, $name);
     }
     return undef;
 }
 
-# Of the files that it is made of.
+# The state of the files that the archive consists of.
 sub _state ($self, $store, $name) {
     my %all = (($store->{gone} // {})->%*, $store->{archives}->%*);
     my ($archive, %of) = ($store->{archives}{$name}, $name => 1);

@@ -1,11 +1,11 @@
 package PBA::Test::Strike;
 
-# Something happens at the nth call by which this process changes files or has another program run, before
-# it or after it. Loaded before the modules whose calls are to be seen.
+# Runs code at the nth call by which this process changes files or runs another program, before or after the
+# call. Must be loaded before the modules whose calls it intercepts.
 #
 #   strike_at($number, sub ($where) { kill(KILL => $$) });
 #   strike_at($number, sub ($where) { 1 });    # true: the call fails, as on a full disk
-#   my $where = strikes_ended();                # undef: there were not so many calls
+#   my $where = strikes_ended();                # undef: there were fewer calls
 
 use v5.36;
 
@@ -26,7 +26,7 @@ sub strikes_ended () {
     return $struck;
 }
 
-# Not in a process that was forked to run a program.
+# Does not count in a process that was forked to run a program.
 my sub point ($where) {
     return 0 if !$action || $$ != $owner || --$left;
     my $code = $action;
@@ -46,7 +46,7 @@ my sub around ($name, $call) {
     return $result;
 }
 
-# Once there is an end: how often it is looked for depends on the time.
+# Counts once, when the process has ended: how often its state is queried depends on the time.
 my sub wait_for ($pid, $flags) {
     my $ended = CORE::waitpid($pid, $flags);
     my ($errno, $status) = ($! + 0, $?);
@@ -77,7 +77,7 @@ BEGIN {
     *CORE::GLOBAL::waitpid = sub : prototype($$) ($pid, $flags) { return wait_for($pid, $flags) };
     no feature 'signatures';
 
-    # The first one is the caller's variable.
+    # The first argument is a variable of the caller.
     *CORE::GLOBAL::sysopen = sub (*$$;$) {
         my ($handle, @more) = (\$_[0], @_[1 .. $#_]);
         return around(

@@ -1,22 +1,22 @@
 package PBA::Test::Sweep;
 
-# One backup after another in which one thing goes wrong, while the guest writes. After each the
-# guest runs, recover or the next setup by itself cleans up, and the next increment on the last good
-# backup is the disk.
+# Backups with one fault each, while the guest writes. After each of them, the guest must still run; recover, or
+# the next setup by itself, cleans up; and the next increment on top of the last good backup must equal the
+# disk.
 #
 #   my $sweep = PBA::Test::Sweep->new(backend => $backend, seed => 1);
 #   $sweep->run(name => ..., ids => [...], faults => [...], backup => sub ($point, $proxy) { ... });
 #
-# A row is one kind of backup; every fault of PBA::Test::QMPProxy happens at each place of it, or at so
-# many places of it as points says (undef: all), chosen by the seed. backup makes it through the proxy
-# and returns whether QEMU was told of a success after all data had been read. With ends_clean it leaves
-# nothing that would be for recover.
+# A row is one kind of backup. Every fault of PBA::Test::QMPProxy happens at each of its places, or at as many
+# places as points says (undef: all), chosen by the seed. backup makes the backup through the proxy, and returns
+# whether QEMU was told of a success after all data had been read. With ends_clean, a backup leaves nothing
+# behind that recover would have to undo.
 #
 #   $sweep->pair(\%row, { fault => 'lose', at => 7, then => { 9 => 'kill-after' } });
 #   $sweep->pair(\%row, { fault => 'kill-before', at => 7, by => 'recover', next => 'drop', next_at => 3 });
 #
-# A second fault: in the same backup, or in what the next client, another process, does: recover, or a
-# backup (by => 'setup'). client is what such a backup is made in.
+# A pair adds a second fault: in the same backup, or in the next action of another process: recover, or a backup
+# (by => 'setup'). client is the process in which the first backup is made.
 
 use v5.36;
 
@@ -39,7 +39,7 @@ sub new ($class, %opt) {
 
 sub count ($self) { return $self->{count} }
 
-# What became of the bitmaps in the backups after the faults: { action => times }.
+# How often each action on the bitmaps occurred in the backups after the faults: { action => times }.
 sub actions ($self) { return $self->{actions} }
 sub backend ($self) { return $self->{backend} }
 sub repository ($self) { return $self->{repository} }
@@ -54,17 +54,17 @@ sub run ($self, %row) {
     return;
 }
 
-# How many there are is known from a backup in which nothing goes wrong.
+# A backup without a fault shows how many places there are.
 sub _places ($self, $fault, $row) {
     return 1 .. 10_000 if !$row->{points};
     my $kind = $fault =~ m/-nbd\z/ ? 'nbd' : 'command';
     my $total = $row->{total}{$kind} //= scalar($self->_backup($fault, 0, $row)->records($kind));
-    srand($self->{seed}++ + $self->{backend}->vm->version->[0]);    # each QEMU takes others
+    srand($self->{seed}++ + $self->{backend}->vm->version->[0]);    # different places for each QEMU
     my @places = shuffle(1 .. $total);
     return sort { $a <=> $b } @places[0 .. min($row->{points}, $total) - 1];
 }
 
-# One VM under one path, whatever the proxy does.
+# All proxies have the same path, so they are one VM for the module.
 sub _proxy ($self, %fault) {
     my $backend = $self->{backend};
     return PBA::Test::QMPProxy->start(
@@ -74,7 +74,7 @@ sub _proxy ($self, %fault) {
     );
 }
 
-# Returns the proxy that it went through.
+# Returns the proxy of the backup.
 sub _backup ($self, $fault, $at, $row, $then = {}) {
     my @ids = $row->{ids}->@*;
     $self->_before_backup(@ids);
@@ -86,7 +86,7 @@ sub _backup ($self, $fault, $at, $row, $then = {}) {
     return $proxy;
 }
 
-# Writes that no churn touches, at a place of their own each time.
+# Writes at offsets that the churn does not use, different ones each time.
 sub write_more ($self, @ids) {
     my $backend = $self->{backend};
     for my $id (@ids) {
@@ -113,12 +113,12 @@ sub _before_backup ($self, @ids) {
     return;
 }
 
-# Returns what was struck, '' for nothing, undef if something is wrong.
+# Returns the command at which the fault happened, '' for none, or undef if something is wrong.
 sub _point ($self, $fault, $at, $row) {
     my ($struck) = $self->_backup($fault, $at, $row)->records('fault');
     my $name = $struck ? $struck->{name} : '';
 
-    # Between any two steps of a backup it is once the one, once the other.
+    # Between the same two steps of a backup, recovery is used once and the next setup once.
     my $by_recover = ($at + ($fault =~ m/after/)) % 2;
     my @problems = $row->{ends_clean} ? $self->{backend}->problems($self->{outside}) : ();
     push(@problems, $self->_afterwards($by_recover, $row));
@@ -128,7 +128,7 @@ sub _point ($self, $fault, $at, $row) {
     return @problems ? undef : $name;
 }
 
-# What is wrong with what is there, once nothing goes wrong any more.
+# What is wrong with the state when no more faults happen.
 sub _afterwards ($self, $by_recover, $row) {
     my $clean = $self->_proxy;
     my @problems = $by_recover ? $self->_recover($clean->socket_path) : ();
@@ -137,7 +137,7 @@ sub _afterwards ($self, $by_recover, $row) {
     return @problems;
 }
 
-# Whether all is well after it.
+# Returns whether everything is right afterwards.
 sub pair ($self, $row, $pair) {
     my ($fault, $at, $then) = $pair->@{qw(fault at then)};
     my @struck = $self->_backup($fault, $at, $row, $then // {})->records('fault');
@@ -151,7 +151,7 @@ sub pair ($self, $row, $pair) {
     return Test::More::is("@problems", '', "$row->{name}: $fault $at, @second ($names); $how");
 }
 
-# The next client, in which something goes wrong as well. Returns the proxy that it went through.
+# The next action, with the second fault. Returns its proxy.
 sub _second ($self, $pair, $row) {
     my $proxy = $self->_proxy(fault => $pair->{next}, at => $pair->{next_at});
     my %options = (qmp => $proxy->socket_path, log => sub { });
@@ -176,13 +176,14 @@ sub client ($self, $code) {
         sub ($tell) {
             local $SIG{USR1} = sub { die "the signal\n" };
             local $SIG{__WARN__} = sub { };
-            eval { $code->($tell) };    # what it has made ends in here
+            eval { $code->($tell) };    # the access in it ends here
             return;
         }
     );
 }
 
-# How many commands there are: of a backup, and of each next client after one that was killed with all up.
+# The number of commands of a backup, and of each next action after a backup that was killed when its access was
+# complete.
 sub totals ($self, $row) {
     my $backup = $self->_backup('', 0, $row)->commands;
     my %totals = (backup => $backup);

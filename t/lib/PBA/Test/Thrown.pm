@@ -1,7 +1,7 @@
 package PBA::Test::Thrown;
 
-# What code refs, callbacks and providers die with: by a signal, whose handler dies, or by themselves; with a
-# text or with an object, which may be false.
+# Exceptions of code refs, callbacks and providers: thrown by a signal handler or by the code itself, as a text
+# or as an object, which may evaluate to false.
 
 use v5.36;
 
@@ -22,18 +22,18 @@ my $false = bless({}, 'PBA::Test::Thrown::False');
 
 my sub send_signal ($signal) { kill($signal => $$) }
 
-# In other words, as mon_cmd does where it catches and dies again.
+# Throws the exception with other words, as mon_cmd does when it catches an exception and dies again.
 my sub reworded ($signal) {
     eval { send_signal($signal); 1 } or die "VM 100 qmp command failed - $@";
 }
 
-# A time limit of the code ref's own, as PVE::Tools::run_with_timeout has it.
+# A time limit in the code ref itself, as in PVE::Tools::run_with_timeout.
 my sub time_out () {
     local $SIG{ALRM} = sub { die "got timeout\n" };
     send_signal('ALRM');
 }
 
-# name => [what happens, what it is thrown as]
+# name => [the action, what it throws]
 my %kinds = (
     'TERM, a text' => [
         sub {
@@ -52,7 +52,7 @@ my %kinds = (
     'an error' => [sub { die "VM 100 qmp command 'x' failed - no\n" }, undef],
 );
 
-# Makes it happen.
+# Executes the action.
 sub strike ($kind) { return $kinds{$kind}[0]->() }
 
 sub thrown_by ($kind) { return $kinds{$kind}[1] }
@@ -65,8 +65,9 @@ sub is_same ($got, $expected) {
 
 sub term_handler { die $text }
 
-# Runs the code with handlers for the signals above. Returns what the code returned, what arrived, and whether
-# that was later: after a backup that was committed it comes when the call, and an eval around it, is over.
+# Runs the code with handlers for the signals above. Returns what the code returned, the exception that arrived,
+# and whether it arrived later: after a committed backup, it is thrown when the call, and an eval around it,
+# have ended.
 sub what_arrives ($code) {
     local $SIG{TERM} = \&term_handler;
     local $SIG{INT} = sub { die $object };
@@ -77,7 +78,7 @@ sub what_arrives ($code) {
     my $late = !eval {
         $done = eval { $value = $code->(); 1 };
         $error = $@;
-        my @looks = map { $_ } 1 .. 3;    # where Perl looks for signals
+        my @looks = map { $_ } 1 .. 3;    # points at which Perl runs signal handlers
         $_++ for @looks;
         1;
     };

@@ -1,11 +1,11 @@
 package PBA::Test::VFile;
 
-# pba-vfile over an NBD server of the tests, without a virtual machine. It ends with the object.
+# pba-vfile with an NBD server of the tests, without a virtual machine. It ends with the object.
 #
 #   my $file = PBA::Test::VFile->start(socket => $path, device => 'disk', size => $bytes,
 #       bitmap => 'bitmap0');
 #
-# start() dies with what the program says.
+# start() dies with the program's error.
 
 use v5.36;
 
@@ -26,7 +26,7 @@ sub start ($class, %opt) {
     return $self;
 }
 
-# Its exit status as in $?.
+# The exit status of the program, as in $?.
 sub end ($self) {
     shutdown($self->{socket}, SHUT_WR);
     waitpid(delete($self->{pid}), 0);

@@ -1,7 +1,7 @@
 package PBA::Test::VM;
 
-# A real virtual machine for a test: QEMU under emulation with the disks asked for, in a private
-# directory, and the test guest in it unless told otherwise. It ends with the object.
+# A real virtual machine for a test: QEMU without KVM, with the requested disks, in a private directory, and
+# with the test guest unless the test says otherwise. It ends with the object.
 
 use v5.36;
 
@@ -23,7 +23,7 @@ my $START_TIMEOUT = 60;
 my $BOOT_TIMEOUT = 180;
 my $QUIT_TIMEOUT = 60;
 
-# Those that are still there when the program ends must be ended before Perl destroys objects in any
+# Machines that still exist when the program ends must be ended before Perl destroys objects in an arbitrary
 # order.
 my %STARTED;
 
@@ -37,8 +37,7 @@ END {
     _end_all();
 }
 
-# A test that is interrupted cleans up as well, then dies of the signal as it would have. Handlers
-# somebody else has set are left alone.
+# An interrupted test also cleans up, and then dies of the signal. Handlers of other code are not replaced.
 sub _handle_signals () {
     for my $name (grep { ($SIG{$_} // 'DEFAULT') =~ /\A(?:DEFAULT)?\z/ } qw(INT TERM HUP)) {
         $SIG{$name} = sub {
@@ -51,9 +50,10 @@ sub _handle_signals () {
 }
 
 # Options: disks => [{ id, size, format => raw|qcow2, cache => writeback|none, iothread => 0|1,
-# bus => virtio|scsi, shape => blockdev|drive|proxmox (its names of nodes), throttle => 0|1, file => existing image, readonly,
-# filesystem => 'ext4', device_args => 'werror=report' }], empty_cdrom => 0|1, guest => 0|1,
-# paused => 0|1, memory => MiB, machine => type, args => [more of QEMU's].
+# bus => virtio|scsi, shape => blockdev|drive|proxmox (its node names), throttle => 0|1,
+# file => existing image, readonly, filesystem => 'ext4', device_args => 'werror=report' }],
+# empty_cdrom => 0|1, guest => 0|1, paused => 0|1, memory => MiB, machine => type,
+# args => [further arguments of QEMU].
 sub start ($class, %opt) {
     my $dir = File::Temp->newdir('pba-vm.XXXXXX', TMPDIR => 1);
     my $self = bless {
@@ -72,7 +72,7 @@ sub start ($class, %opt) {
     return $self;
 }
 
-# Stops QEMU where it still runs and starts it again on the same disks, this once with more arguments.
+# Stops QEMU if it still runs, and starts it again with the same disks, this time with additional arguments.
 sub restart ($self, @args) {
     $self->quit if $self->is_alive;
     local $self->{once} = \@args;
@@ -80,7 +80,7 @@ sub restart ($self, @args) {
     return $self;
 }
 
-# Whether the QEMU that tests start has Proxmox' commands.
+# Whether the QEMU of the tests has Proxmox' commands.
 sub is_proxmox ($class = undef) {
     state %known;
     my $qemu = qemu();
@@ -112,7 +112,7 @@ sub _system (@command) {
 sub _add_disk ($self, %disk) {
     my $id = $disk{id} // die "a disk needs an id\n";
 
-    # virtio-blk has 20 bytes for the serial number the guest finds the disk by.
+    # The guest finds a virtio-blk disk by its serial number, which has at most 20 bytes.
     die "disk id '$id' is not 1 to 20 plain characters\n" if $id !~ /\A[A-Za-z][\w.-]{0,19}\z/;
     %disk = (
         format => 'raw',
@@ -134,7 +134,7 @@ sub _add_disk ($self, %disk) {
     my $place = $disk{anonymous} ? "-anon/device[$anonymous]" : "/$disk{qdev_id}";
     $disk{qom_path} = "/machine/peripheral$place";
 
-    # What query-block shows and qom-get and qemu-io -d take.
+    # The path that query-block shows, and that qom-get and qemu-io -d accept.
     $disk{qdev} = $disk{bus} eq 'scsi' ? $disk{qdev_id} : "$disk{qom_path}/virtio-backend";
     $disk{device} = $disk{shape} eq 'blockdev' ? $id : "drive-$id";
     $disk{index} = $self->{order}->@*;
@@ -176,8 +176,8 @@ sub _create_raw ($file, $size) {
     return;
 }
 
-# { id, file, size, format, ..., device => what a backup calls it (the drive, or the node where the
-# disk has no drive), qdev_id, qom_path, qdev => as in query-block }
+# { id, file, size, format, ..., device => the name in backups (the drive, or the node if the disk has no
+# drive), qdev_id, qom_path, qdev => as in query-block }
 sub disk ($self, $id) {
     return $self->{disks}{$id} // die "no disk '$id'\n";
 }
@@ -186,7 +186,7 @@ sub disk_ids ($self) {
     return $self->{order}->@*;
 }
 
-# Takes a SCSI disk's guest device away, and with it a -drive.
+# Unplugs the guest device of a SCSI disk, which also removes a -drive.
 sub unplug ($self, $id) {
     $self->clear_events;
     $self->qmp('device_del', id => $self->disk($id)->{qdev_id});
@@ -194,7 +194,7 @@ sub unplug ($self, $id) {
     return;
 }
 
-# Puts it back, over the node of another disk where that is named.
+# Plugs the guest device in again, optionally with the node of another disk.
 sub plug ($self, $id, $of = $id) {
     my $disk = $self->disk($id);
     my (undef, $drive) = $disk->{shape} eq 'drive' ? drive_args($disk) : ();
@@ -211,7 +211,7 @@ sub plug ($self, $id, $of = $id) {
     return;
 }
 
-# A raw image of the disk as it is on the host now. Only steady while nobody writes.
+# A raw image of the disk as the host sees it now. It is only consistent while nobody writes.
 sub raw_image ($self, $id) {
     my $disk = $self->disk($id);
     return $disk->{file} if $disk->{format} eq 'raw';
@@ -223,8 +223,8 @@ sub raw_image ($self, $id) {
 
 # ---- the process ----
 
-# setpriv makes the kernel end QEMU with us even if we are killed; stdbuf makes what qemu-io prints
-# there to be read at once.
+# With setpriv, the kernel ends QEMU together with this process, even if this process is killed. With stdbuf,
+# the output of qemu-io is available at once.
 sub _spawn ($self, @command) {
     my $log = "$self->{dir}/qemu.log";
     my $pid = fork() // die "fork: $!\n";
@@ -232,7 +232,7 @@ sub _spawn ($self, @command) {
         open(STDIN, '<', '/dev/null') or POSIX::_exit(127);
         open(STDOUT, '>>', $log) or POSIX::_exit(127);
         open(STDERR, '>&', \*STDOUT) or POSIX::_exit(127);
-        delete($ENV{LD_PRELOAD});    # a sanitizer is for us, and slows QEMU down
+        delete($ENV{LD_PRELOAD});    # the sanitizers are for our code, and slow QEMU down
         exec(qw(setpriv --pdeathsig KILL stdbuf -oL --), @command) or POSIX::_exit(127);
     }
     $self->{pid} = $pid;
@@ -246,14 +246,14 @@ sub _launch ($self) {
     $self->_spawn(command_line($self));
     my $ok = eval {
 
-        # Weak: the connections are kept in $self.
+        # A weak reference, because $self holds the connections.
         my $weak = $self;
         Scalar::Util::weaken($weak);
         my $alive = sub { $weak && $weak->is_alive };
         my %common = (timeout => $START_TIMEOUT, alive => $alive);
         $self->{qmp} = PBA::Test::QMP->new(%common, path => "$self->{dir}/qmp2");
 
-        # Nothing the guest says may be lost, so it starts only when somebody listens.
+        # The guest starts only when its channel is open, so that nothing that it says is lost.
         $self->{guest} = PBA::Test::Guest->new(%common, path => "$self->{dir}/agent");
         $self->cont if !$self->{opt}{paused};
         1;
@@ -266,7 +266,7 @@ sub _launch ($self) {
     die $error;
 }
 
-# Lets the guest run, and waits for it if it has just been started.
+# Lets the guest run, and if it has just been started, waits until it has booted.
 sub cont ($self) {
     $self->qmp('cont');
     return if !$self->{opt}{guest} || $self->{booted};
@@ -275,7 +275,7 @@ sub cont ($self) {
     return;
 }
 
-# Collects QEMU when it has ended. The status is kept as in $?.
+# Reaps QEMU if it has ended. The status is stored as in $?.
 sub is_alive ($self) {
     return 0 if !$self->{pid};
     local ($!, $?);
@@ -286,7 +286,7 @@ sub is_alive ($self) {
     return 0;
 }
 
-# Waits for QEMU to end by itself; returns its status as in $?.
+# Waits until QEMU ends. Returns its status as in $?.
 sub wait_exit ($self, $timeout = $QUIT_TIMEOUT) {
     my $deadline = now() + $timeout;
     while ($self->is_alive) {
@@ -297,13 +297,13 @@ sub wait_exit ($self, $timeout = $QUIT_TIMEOUT) {
     return $self->{status};
 }
 
-# The signal QEMU died of, when that was not kill9: 6 for an abort, 11 for a segmentation fault.
+# The signal of which QEMU died, unless kill9 sent it: 6 for an abort, 11 for a segmentation fault.
 sub crashed ($self) {
     return 0 if $self->is_alive || $self->{killed};
     return ($self->{status} // 0) & 127;
 }
 
-# For a test that made QEMU crash on purpose: nothing is said about it at the end.
+# For tests that make QEMU crash on purpose: the crash is not reported at the end.
 sub forgive_crash ($self) {
     $self->{killed} = 1;
     return;
@@ -314,10 +314,10 @@ sub _disconnect ($self) {
     return;
 }
 
-# A clean end. Dies if QEMU does not end as it should.
+# Ends QEMU by quit. Dies if QEMU does not end properly.
 sub quit ($self) {
 
-    # QEMU may close the socket before its answer is read.
+    # QEMU may close the socket before its reply is read.
     eval { $self->{qmp}->execute('quit') };
     my $status = $self->wait_exit;
     $self->_disconnect;
@@ -335,7 +335,7 @@ sub kill9 ($self) {
     return;
 }
 
-# The ends of what QEMU and the guest's kernel said.
+# The ends of the logs of QEMU and of the guest's kernel.
 sub logs ($self) {
     my $text = '';
     for my $name (qw(qemu.log console.log)) {
@@ -362,13 +362,13 @@ sub DESTROY ($self) {
     return;
 }
 
-# ---- talking to it ----
+# ---- commands ----
 
 sub qmp ($self, $command, %args) {
     return $self->{qmp}->execute($command, %args);
 }
 
-# The whole reply, errors too: { return => ... } or { error => { class, desc } }.
+# Returns the whole reply, also of a failed command: { return => ... } or { error => { class, desc } }.
 sub qmp_try ($self, $command, %args) {
     return $self->{qmp}->try($command, %args);
 }
@@ -409,13 +409,13 @@ sub guest ($self) {
     return $self->{guest};
 }
 
-# From start of QEMU until start() returned.
+# The time from the start of QEMU until start() returned.
 sub boot_seconds ($self) {
     return $self->{boot_seconds};
 }
 
-# Runs a qemu-io command as if the guest did it, for a disk by its id, or on any node. Returns what
-# it printed; dies where that is an error.
+# Runs a qemu-io command on the guest device of a disk, given by its ID, or on any node. Returns its output, or
+# dies if that is an error.
 sub qemu_io ($self, $name, $command) {
     my $disk = $self->{disks}{$name};
     my $target = $disk ? "-d $disk->{qdev}" : $name;
@@ -432,9 +432,9 @@ sub qemu_io ($self, $name, $command) {
     return $text;
 }
 
-# ---- what there is in QEMU ----
+# ---- the state of QEMU ----
 
-# The block graph in a form that is the same for the same graph: { nodes => [...], edges => [...] }.
+# The block graph in a form that is equal for equal graphs: { nodes => [...], edges => [...] }.
 sub graph ($self) {
     my $graph = $self->qmp('x-debug-query-block-graph');
     my $nodes = $self->qmp('query-named-block-nodes', flat => JSON::PP::true);
@@ -459,14 +459,15 @@ sub exports ($self) {
     return [sort { $a->{id} cmp $b->{id} } $self->qmp('query-block-exports')->@*];
 }
 
-# Whoever reads is cut off. QEMU 7.2 may hang for ever in nbd-server-stop while a client connects.
+# Removes all exports and disconnects their readers. QEMU 7.2 may hang forever in nbd-server-stop if a client is
+# just connecting.
 sub end_exports ($self) {
     $self->qmp('block-export-del', id => $_->{id}, mode => 'hard') for $self->exports->@*;
     return;
 }
 
-# Adds a node that can serve as a fleecing image for the disk: size => of the disk, as => node name
-# (default <device>-fleecing), in => directory, cluster => of a qcow2 image. Returns the node name.
+# Adds a node that can be the fleecing image of the disk: size => default the disk's, as => node name (default
+# <device>-fleecing), in => directory, cluster => of a qcow2 image. Returns the node name.
 sub add_fleecing_node ($self, $id, %opt) {
     my $disk = $self->disk($id);
     my $node = $opt{as} // "$disk->{device}-fleecing";

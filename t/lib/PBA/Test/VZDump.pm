@@ -1,8 +1,8 @@
 package PBA::Test::VZDump;
 
-# Backups of a guest by the real PVE::VZDump, in one of three forms: 'today' is qemu-server's own code,
-# the others have archive_external and cleanup of doc/qemu-server.md, word for word, with today's cleanup as
-# detach_external. Each backup runs in a process of its own, as a task does.
+# Backups of a guest by the real PVE::VZDump, in one of three forms. 'today' is qemu-server's own code. The
+# other two have archive_external and cleanup of doc/qemu-server.md, word for word, with today's cleanup as
+# detach_external. Each backup runs in a separate process, as a task does.
 #
 #   my $made = PBA::Test::VZDump->new(dir => $dir, vmid => 100)->backup('one object', 'nbd');
 
@@ -19,7 +19,7 @@ use PBA::Test::VZDump::Host qw(write_file);
 
 my $json = JSON::PP->new->canonical->allow_blessed;
 
-# What stays in qemu-server, and is in archive_external today. It sees what is private to the file.
+# Code that stays in qemu-server, and is in archive_external today. It can access what is private to the file.
 my $stays = <<'PERL';
 use feature 'signatures';
 sub start_external ($self, $vmid) {
@@ -44,7 +44,7 @@ sub firewall_config ($self, $task) {
 }
 PERL
 
-# dir => of images and of what is stored, vmid => the guest's.
+# dir => of the images and of the stored data, vmid => the guest's.
 sub new ($class, %opt) {
     return bless({ forms => _forms(), groups => {}, %opt }, $class);
 }
@@ -60,7 +60,7 @@ sub _forms () {
     };
 }
 
-# The module as it is in that form.
+# The module in that form.
 sub _write_plugin ($self, $form) {
     my $name = 'PVE/VZDump/QemuServer.pm';
     my ($original) = grep { -e } map { ref ? () : "$_/$name" } @INC;
@@ -85,8 +85,9 @@ sub _load_plugin ($self, $form) {
 
 # ---- one backup ----
 
-# Options: mode => snapshot, suspend or stop, signal => sent in the middle of backup_vm, dies => the name of a
-# method of the provider, script => a hook, bwlimit. Returns what there is to compare: { state, msg, calls, volumes, info, bytes, log, qmp, took, status }.
+# Options: mode => snapshot, suspend or stop; signal => sent in the middle of backup_vm; dies => the name of a
+# method of the provider; script => a hook; bwlimit. Returns what can be compared: { state, msg, calls, volumes,
+# info, bytes, log, qmp, took, status }.
 sub backup ($self, $form, $mechanism, %opt) {
     my $report = "$self->{dir}/report";
     unlink($report);
@@ -104,7 +105,7 @@ sub backup ($self, $form, $mechanism, %opt) {
     return { $made->%*, status => $status, group => $pid };
 }
 
-# Processes that a backup left behind. They end with this object at the latest.
+# Ends processes that a backup has left behind, at the latest with this object.
 sub end_group ($self, $group) {
     delete($self->{groups}{$group});
     return kill('KILL', -$group);
@@ -153,7 +154,7 @@ sub _in_child ($self, $form, $mechanism, $report, %opt) {
 
 sub storage ($self, $form, $mechanism) { return "$form-$mechanism" =~ s/ /-/gr }
 
-# The file with what is stored of a device.
+# The file with the stored data of a device.
 sub image ($self, $form, $mechanism, $device) {
     return "$self->{dir}/" . $self->storage($form, $mechanism) . "-$device.raw";
 }
@@ -165,7 +166,7 @@ sub _replace ($name, $code) {
     return;
 }
 
-# Notes QMP commands and how long the parts take.
+# Records QMP commands and the duration of each part.
 sub _watch ($made) {
     my $cmd = \&PVE::QMPClient::cmd;
     _replace(
@@ -216,7 +217,7 @@ sub _provider ($self, $form, $mechanism, $made, %opt) {
     return $provider;
 }
 
-# What can be compared of a volume.
+# The properties of a volume that can be compared.
 sub _described ($volume) {
     my %kinds = (
         'nbd-path' => sub ($value) { -S $value ? 'a socket' : 'no socket' },

@@ -1,6 +1,6 @@
 package PBA::Test::Watchdog;
 
-# Loading it limits the test to five minutes: what hangs fails, long before anybody gives up waiting.
+# A test that loads this module is limited to five minutes, so that a test that hangs fails.
 
 use v5.36;
 

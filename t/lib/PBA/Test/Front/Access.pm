@@ -1,11 +1,11 @@
 package PBA::Test::Front::Access;
 
-# The access itself, made of what a stock QEMU has. Proxmox does all of a setup in QEMU's main loop;
-# here the guest stands still meanwhile, which gives the same: one instant for all devices. This is
-# for tests only, our module never pauses a guest.
+# Makes the access from a stock QEMU's commands. Proxmox VE makes a whole setup in QEMU's main loop. The front
+# stops the guest instead, with the same result: one instant for all devices. Only this substitute for tests
+# does that; the module never stops a guest.
 #
-# Where there are iothreads, QEMU 10.0 may lose a guest's request on stop and cont. Then the guest
-# runs on, all disks are switched by one blockdev-reopen, and what is clean in a bitmap can be read.
+# With iothreads, QEMU 10.0 may lose a request of the guest on stop and cont. In this case, the guest is not
+# stopped: one blockdev-reopen switches all disks, and the clean parts of a bitmap can be read.
 #
 # Dies with { class, desc } for an error and with { fatal } for a call that kills a Proxmox QEMU.
 
@@ -83,7 +83,7 @@ sub backup ($self, $arguments) {
     return { UUID => $uuid };
 }
 
-# During an access it only leaves a mark for later, as Proxmox's does.
+# During an access, this only leaves a mark for later, as in Proxmox' QEMU.
 sub backup_cancel ($self, $) {
     $self->{canceled} = 1;
     $self->_end_statistics if delete($self->{native});
@@ -110,14 +110,14 @@ sub query_support ($self, $) {
     return { 'pbs-library-version' => 'front', map { $_ => JSON::PP::true } @yes };
 }
 
-# ---- what setup is asked for ----
+# ---- the requests to setup ----
 
 sub _no_previous ($self) {
     return if !$self->{native} && !$self->{devices};
     die { desc => "previous backup for target '$self->{target}' not finished" };
 }
 
-# Returns { device, mode } of each; in the early form the mode is 'name' or 'none'.
+# Returns { device, mode } for each device; in the early form, the mode is 'name' or 'none'.
 sub _wanted ($self, $arguments) {
     if ($self->{form} eq 'devlist') {
         my $mode = defined($arguments->{'bitmap-name'}) ? 'name' : 'none';
@@ -172,8 +172,8 @@ sub _prepare_by_mode ($self, $device, $name) {
     return;
 }
 
-# The early form: one remembered name per target. It is looked up anew for each device, and that is
-# after the device before has changed it; the early form was like that.
+# The early form remembers one name per target. It looks the name up again for each device, after the previous
+# device has changed it, as the real command did.
 sub _prepare_by_name ($self, $device, $target, $name) {
     my $remembered = $self->{remembered}{$target};
     my $same = defined($name) && defined($remembered) && $name eq $remembered;
@@ -198,7 +198,7 @@ sub _prepare_by_name ($self, $device, $target, $name) {
 
 sub _min ($x, $y) { return $x < $y ? $x : $y }
 
-# QMP takes no bitmap with an empty name, Proxmox does.
+# QMP accepts no bitmap with an empty name, but Proxmox' command does.
 sub _real_name ($name) { return $name eq '' ? 'front-empty-name' : $name }
 
 sub _bitmap ($self, $device, $name) {
@@ -225,8 +225,8 @@ sub _add_full_bitmap ($self, $device, $name) {
     die $error;
 }
 
-# QMP cannot set bits. A backup job that is to leave a bitmap as it ought to be after a failure, and
-# that fails at its first write, sets all bits of it; that bitmap is merged into ours.
+# QMP cannot set bits. A backup job with bitmap-mode=always that fails at its first write leaves all bits of its
+# bitmap set; that bitmap is then merged into ours.
 sub _merge_full ($self, $device, $name) {
     my ($qemu, $full, $size) = ($self->{qemu}, 'front-full', $device->{size});
     my %null = (driver => 'null-co', size => $size);
@@ -252,7 +252,7 @@ sub _is_job_gone ($event) {
 
 # ---- the instant ----
 
-# Where a device fails, the nodes of those before it stay as they are, as on Proxmox.
+# If a device fails, the nodes of the previous devices stay, as in Proxmox' QEMU.
 sub _begin_all ($self, $devices) {
     my $running = $self->{graph}->has_iothreads;
     return if eval {
@@ -293,8 +293,8 @@ sub _begin ($self, $device) {
     return;
 }
 
-# What is written between the switch and the freezing is in both bitmaps: too many bits, never too
-# few. The filters get no bitmap, since theirs would be from before the switch.
+# Writes between the switch and the freeze are recorded in both bitmaps: bits may be too many, never too few.
+# The filters get no bitmap, because theirs would be from before the switch.
 sub _begin_running ($self, $devices) {
     my @ready;
     my $ok = eval {
@@ -410,7 +410,8 @@ sub _die_if_deadly ($self, $device) {
     return;
 }
 
-# All at once; where that cannot be done, no bitmap is better than one that lacks bits.
+# One transaction for all; if it fails, the bitmap is removed, because no bitmap is better than one that lacks
+# bits.
 sub _finish_bitmap ($self, $device, $success) {
     my %bitmap = %{ _bitmap_of($device) };
     my %merge = (node => $bitmap{node}, target => $bitmap{name}, bitmaps => [$background]);
@@ -429,7 +430,7 @@ sub _finish_bitmap ($self, $device, $success) {
     return;
 }
 
-# ---- what query-backup and query-pbs-bitmap-info tell ----
+# ---- the replies to query-backup and query-pbs-bitmap-info ----
 
 sub _bitmap_info ($device) {
     my %info = (drive => $device->{device}, action => $device->{action});

@@ -1,8 +1,8 @@
 package PBA::Test::Front::Exports;
 
-# On Proxmox an export without a bitmap survives the teardown of what it shows, though nothing can
-# be read from it any more. A stock QEMU does not give up a node in use: here the export is ended,
-# and still shown until the client ends it.
+# In Proxmox' QEMU, an export without a bitmap survives the teardown of its access, although nothing can be read
+# from it any more. A stock QEMU does not delete a node that is in use. So the front removes the export, but
+# shows it until the client removes it.
 
 use v5.36;
 
@@ -27,10 +27,10 @@ sub _end ($self, $export) {
     return;
 }
 
-# Events that the front itself has to send, before the reply.
+# Events that the front itself must send before the reply.
 sub take_events ($self) { return splice(@{ $self->{events} }) }
 
-# All dead exports, or the one with this id. Returns how many that were.
+# Removes all dead exports, or the one with this ID, and returns their number.
 sub _bury ($self, $id) {
     my (@gone, @left);
     for my $export (@{ $self->{dead} }) {
@@ -57,8 +57,8 @@ sub block_export_add ($self, $arguments) {
         die { desc => "Block export id '$id' is already in use" };
     }
 
-    # A stock QEMU before 8.0 answers reads of a snapshot across clusters with wrong data, which no
-    # Proxmox QEMU does. This is how the module is told of such an export.
+    # A stock QEMU before 8.0 returns wrong data for reads of a snapshot across clusters; Proxmox' QEMU does
+    # not. The module recognizes such an export by this description.
     my $version = $self->{qemu}->call('query-version')->{qemu};
     my %told
         = $version->{major} < 10 ? (description => 'pba: read by clusters of 65536 bytes') : ();

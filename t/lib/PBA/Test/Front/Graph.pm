@@ -1,6 +1,6 @@
 package PBA::Test::Front::Graph;
 
-# The block graph of the QEMU below: which disk a name means, and putting nodes in.
+# The block graph of the stock QEMU: finds the disk with a name, and inserts nodes.
 
 use v5.36;
 
@@ -8,14 +8,14 @@ use JSON::PP ();
 
 sub new ($class, $qemu) { return bless { qemu => $qemu }, $class }
 
-# What the other methods know is from here; only bitmap() asks anew.
+# The other methods use the state from this call; only bitmap() queries again.
 sub refresh ($self) {
     my $qemu = $self->{qemu};
     $self->{block} = $qemu->call('query-block');
     my $nodes = $qemu->call('query-named-block-nodes', { flat => JSON::PP::true });
     $self->{nodes} = { map { $_->{'node-name'} => $_ } @$nodes };
 
-    # Only the newest QEMU tells a node's children in a better supported way.
+    # Only the newest QEMU reports a node's children in a better supported way.
     my $graph = $qemu->call('x-debug-query-block-graph');
     my %names = map { $_->{id} => $_->{name} } @{ $graph->{nodes} };
     $self->{children} = {};
@@ -26,7 +26,7 @@ sub refresh ($self) {
     return;
 }
 
-# What $name means: a block backend, else a node. { device, top, size, backend }.
+# What $name refers to: a block backend, or else a node. { device, top, size, backend }.
 sub find_node ($self, $name) {
     my ($entry) = grep { $_->{device} ne '' && $_->{device} eq $name } @{ $self->{block} };
     if ($entry && !$entry->{inserted}) {
@@ -39,7 +39,7 @@ sub find_node ($self, $name) {
     return { device => $name, top => $top, size => $size, backend => $entry ? 1 : 0 };
 }
 
-# Also with what an access to it needs: { node, fleecing, throttle, qdev }.
+# The same with the nodes that an access to it needs: { node, fleecing, throttle, qdev }.
 sub find_disk ($self, $name) {
     my $disk = $self->find_node($name);
     my $fleecing = $self->find_node("$name-fleecing");
@@ -64,7 +64,7 @@ sub writable_disks ($self) {
     return grep { !/-fleecing\z/ } @names;
 }
 
-# What is the backing file of another node does not go with its device.
+# A node that is the backing file of another node does not disappear with its device.
 sub is_there ($self, $disk) {
     return 1 if grep { ($_->{backing} // '') eq $disk->{top} } values(%{ $self->{children} });
     return exists($self->{nodes}{ $disk->{top} }) if !$disk->{backend};
@@ -81,14 +81,14 @@ sub bitmap ($self, $node, $name) {
 
 sub has_iothreads ($self) { return scalar(@{ $self->{qemu}->call('query-iothreads') }) }
 
-# Makes the disk's user, a throttle filter or the guest's device, stand on $node.
+# Makes the user of the disk, a throttle filter or the guest's device, use $node.
 sub point_to ($self, $disk, $node) {
     return $self->switch([$disk, $node]) if $disk->{throttle} || $disk->{pivot};
     return $self->_set_drive($disk, $node);
 }
 
-# A node of ours right below the guest's device, whose child can be changed together with others.
-# With a throttle filter there is one already.
+# Inserts a node below the guest's device, whose child can be changed together with those of other disks. A
+# throttle filter already is such a node.
 sub add_pivot ($self, $disk) {
     return if $disk->{throttle};
     my $name = $disk->{cbw} =~ s/cbw/raw/r;
@@ -99,14 +99,14 @@ sub add_pivot ($self, $disk) {
     return;
 }
 
-# [$disk, $node], ...: makes all of them stand on those nodes at once.
+# [$disk, $node], ...: makes all of these disks use those nodes at the same time.
 sub switch ($self, @pairs) {
     my @options = map { $self->_reopen_options(@$_) } @pairs;
     $self->{qemu}->call('blockdev-reopen', { options => \@options });
     return;
 }
 
-# Makes the disk's user stand on the disk again.
+# Makes the user of the disk use the disk again.
 sub take_out ($self, $disk) {
     $self->point_to($disk, $disk->{node});
     my $pivot = delete($disk->{pivot}) // return;
@@ -115,7 +115,7 @@ sub take_out ($self, $disk) {
     return;
 }
 
-# Not where it has been unplugged; and QEMU aborts when it is to stand on what it stands on already.
+# Does nothing if the device was unplugged. QEMU aborts if the device is set to the node that it already uses.
 sub _set_drive ($self, $disk, $node) {
     my $id = $disk->{qdev} // return;
     my $block = $self->{qemu}->call('query-block');
@@ -126,8 +126,8 @@ sub _set_drive ($self, $disk, $node) {
     return;
 }
 
-# Options that are not named go back to their defaults. A throttle filter does not tell whether it
-# lets discards through; if it does, what is below still decides.
+# Options that are not given are reset to their defaults. QEMU does not report whether a throttle filter passes
+# discards on; if it does, the node below still decides.
 sub _reopen_options ($self, $disk, $node) {
     my %to = (file => $node, discard => 'unmap');
     return { driver => 'raw', 'node-name' => $disk->{pivot}, %to } if $disk->{pivot};

@@ -1,7 +1,7 @@
 package PBA::Test::Front::QEMU;
 
-# The front's connection to the QEMU it stands before. Dies with { class, desc } where QEMU answers
-# with an error, and with { gone } where QEMU is gone.
+# The front's connection to the stock QEMU. Dies with { class, desc } if QEMU returns an error, and with { gone
+# } if QEMU has ended.
 
 use v5.36;
 
@@ -10,7 +10,7 @@ use JSON::PP ();
 
 my $json = JSON::PP->new->utf8->canonical->allow_nonref;
 
-# on_event gets each event that is not hidden, as text.
+# on_event gets the text of each event that is not hidden.
 sub connect ($class, %option) {
     my $self = bless { %option, buffer => '', recent => [], hide_pauses => 0 }, $class;
     my $path = $option{path};
@@ -23,11 +23,11 @@ sub connect ($class, %option) {
 
 sub handle ($self) { return $self->{handle} }
 
-# Events that the front itself causes by pausing the guest are no business of its client.
+# The client must not see events that the front itself causes by stopping the guest.
 sub hide_pauses ($self, $hide) { $self->{hide_pauses} = $hide }
 sub hide_export ($self, $id, $hide) { $self->{hidden_exports}{$id} = $hide }
 
-# Sends a command and returns its reply as text; events that come before it are handled.
+# Sends a command and returns the text of its reply. Events before the reply are handled.
 sub forward ($self, $command, $arguments) {
     my %request = (execute => $command);
     $request{arguments} = $arguments if ref($arguments) ne 'HASH' || %$arguments;
@@ -41,14 +41,14 @@ sub forward ($self, $command, $arguments) {
     }
 }
 
-# The same for the front's own use: returns the decoded value or dies.
+# The same for the front's own commands: returns the decoded value, or dies.
 sub call ($self, $command, $arguments = {}) {
     my $reply = $json->decode($self->forward($command, $arguments));
     die { %{ $reply->{error} } } if $reply->{error};
     return $reply->{return};
 }
 
-# Also waits for an event that the command causes, which may come before the reply.
+# Also waits for an event that the command causes, which may precede the reply.
 sub call_and_wait ($self, $command, $arguments, $match) {
     $self->{recent} = [];
     my $value = $self->call($command, $arguments);
@@ -58,14 +58,14 @@ sub call_and_wait ($self, $command, $arguments, $match) {
     return $value;
 }
 
-# Call it when the handle is readable while no command is under way.
+# Must be called when the handle is readable and no command is being executed.
 sub read_events ($self) {
     $self->_more;
     $self->drain;
     return;
 }
 
-# What came in one piece with a reply.
+# Handles lines that arrived together with a reply.
 sub drain ($self) {
     while (defined(my $line = $self->_buffered_line)) {
         $self->_take_event($line);
@@ -94,7 +94,7 @@ sub _more ($self) {
     return;
 }
 
-# True if the line was an event. Replies can be long, so they are told apart without decoding them.
+# True if the line was an event. Replies can be long, so this does not decode them.
 sub _take_event ($self, $line) {
     return 0 if $line =~ /\A\{"(?:return|error|QMP)":/;
     my $event = $json->decode($line);

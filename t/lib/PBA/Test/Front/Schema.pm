@@ -1,7 +1,7 @@
 package PBA::Test::Front::Schema;
 
-# What the Proxmox commands take and return: entries for query-commands and query-qmp-schema in the
-# form that QEMU has them, and the check of a call's arguments against them.
+# The arguments and replies of Proxmox' commands: entries for query-commands and query-qmp-schema in QEMU's
+# form, and the check of a call's arguments against them.
 
 use v5.36;
 
@@ -9,7 +9,7 @@ use JSON::PP ();
 
 my $json = JSON::PP->new->utf8->canonical->allow_nonref;
 
-# Numbers that no schema of a real QEMU reaches.
+# Numbers that are higher than those of any real schema.
 my %types = (
     9000 => { object => [] },
     9001 => {
@@ -78,7 +78,7 @@ sub new ($class, $form) {
     return bless { form => $form, commands => \%mine }, $class;
 }
 
-# Adds our commands to the text of a reply of the QEMU below.
+# Adds the front's commands to the text of a reply of the stock QEMU.
 sub extend ($self, $command, $reply) {
     my @entries;
     if ($command eq 'query-commands') {
@@ -109,7 +109,7 @@ sub _schema ($self) {
     return @entries;
 }
 
-# Returns an entry and the names of the types it refers to.
+# Returns an entry and the names of the types that it refers to.
 sub _schema_entry ($name) {
     if (my ($element) = $name =~ /\A\[(.*)\]\z/) {
         my %entry = (name => $name, 'element-type' => $element, 'meta-type' => 'array');
@@ -130,7 +130,7 @@ sub _schema_member ($name, $type, $optional = undef) {
     return { name => $name, type => $type, $optional ? (default => undef) : () };
 }
 
-# Dies with QEMU's words if the arguments do not fit. Commands that are not ours QEMU checks itself.
+# Dies with QEMU's message if the arguments do not match. QEMU itself checks all other commands.
 sub check ($self, $command, $arguments) {
     my $known = $self->{commands}{$command} // return;
     _check_object($types{ $known->[0] }{object}, $arguments, '');

@@ -1,7 +1,7 @@
 package PBA::Test::Life::Blind;
 
-# A provider of PBA::Test::Life that knows of ids, and nothing of what tells a disk from others but its name: so
-# are its manifests.
+# A provider of PBA::Test::Life that supports IDs, but identifies a disk only by its name, also in its
+# manifests.
 
 use v5.36;
 

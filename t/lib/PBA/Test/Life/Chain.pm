@@ -1,12 +1,12 @@
 package PBA::Test::Life::Chain;
 
-# A provider of PBA::Test::Life that knows of ids: Qcow2Chain.
+# A provider of PBA::Test::Life that supports IDs: Qcow2Chain.
 
 use v5.36;
 
 use parent qw(PBA::Test::Life::Strike PVE::BackupAccess::Provider::Qcow2Chain);
 
-# A file that has the device's content.
+# A file with the device's content.
 sub content_of ($self, $archive, $device) {
     utf8::encode(my $bytes = $device);
     my $file = $bytes =~ s/([^A-Za-z0-9._-])/sprintf('%%%02X', ord($1))/ger;

@@ -1,6 +1,6 @@
 package PBA::Test::Life::Machine;
 
-# What happens to the machine of a PBA::Test::Life and to its disks, by their owner's hand.
+# The events of a PBA::Test::Life that its owner causes: changes of the machine and its disks.
 
 use v5.36;
 
@@ -10,7 +10,7 @@ use Time::HiRes ();
 
 use PVE::BackupAccess;
 
-my $step = 4 * 1024 * 1024;    # what a resize adds or takes away: a bit of a bitmap of Proxmox'
+my $step = 4 * 1024 * 1024;    # the unit of a resize: one bit of a bitmap of Proxmox' QEMU
 my @ids = qw(disk0 disk1);
 my @targets = qw(snapshot-access:test snapshot-access:second);
 
@@ -20,14 +20,14 @@ sub _restart ($self, @args) {
     return;
 }
 
-# All was written to the images, but for what QEMU does at its end.
+# All guest data is in the images, but QEMU cannot store what it stores when it quits.
 sub _crash ($self) {
     $self->_vm->kill9;
     $self->_restart;
     return;
 }
 
-# { content, files => { image => copy }, disks => what is where }
+# { content, files => { image => copy }, disks => which image is in which slot }
 sub _take_disks ($self, $name) {
     my $vm = $self->_vm;
     my %saved = (content => { $self->{content}->%* });
@@ -69,8 +69,8 @@ sub _carry_bitmaps ($self, $is_on = 1) {
     return;
 }
 
-# False where QEMU refuses, as it may while the access of a killed backup is there, and does while there
-# is a bitmap that it did not store before it was killed.
+# False if QEMU refuses. It may refuse while the access of a killed backup exists, and does so while there is a
+# bitmap that it did not store before it was killed.
 sub _wait_migrated ($self) {
     while (1) {
         my $now = $self->_vm->qmp('query-migrate');
@@ -83,8 +83,8 @@ sub _wait_migrated ($self) {
     }
 }
 
-# The state of the machine into a file, bitmaps included; where QEMU refuses, that stays as it is. The machine
-# stands still afterwards.
+# Saves the state of the machine to a file, including bitmaps; if QEMU refuses, the file stays unchanged. The
+# machine is stopped afterwards.
 sub _save_state ($self, $file) {
     $self->_carry_bitmaps;
     $self->_vm->qmp('migrate', uri => "exec:cat >$file.new");
@@ -99,7 +99,7 @@ sub _start_from ($self, $file) {
     $self->_vm->qmp('migrate-incoming', uri => "exec:cat $file");
     $self->_wait_migrated;
 
-    # Of a guest that has not run since it came, QEMU 10.0 and later let nobody write to the disks.
+    # QEMU 10.0 and later allow no writes to the disks of a guest that has not run since its migration.
     $self->_vm->qmp($_) for qw(cont stop);
     return;
 }
@@ -129,7 +129,7 @@ sub _move ($self) {
     return 1;
 }
 
-# There it is backed up into that node's own directory of the same storage.
+# On the other node, the guest is backed up to that node's own directory of the same storage.
 sub _migrate_and_back ($self) {
     $self->_move or return;
     $self->_write;
@@ -142,22 +142,22 @@ sub _migrate_and_back ($self) {
 sub _savevm ($self) {
     $self->_recover;
 
-    # QEMU (7.2, Proxmox' 11.0) hangs in a savevm that is to take bitmaps along, whoever made them.
+    # QEMU (7.2, Proxmox' 11.0) hangs in a savevm that is to include bitmaps, whoever created them.
     $self->_carry_bitmaps(0);
     my $said = $self->_vm->hmp('savevm saved');
     $self->{vm_state} = { $self->{content}->%* } if $said eq '';
     return;
 }
 
-# Refused while a disk has a bitmap.
+# QEMU refuses this while a disk has a bitmap.
 sub _loadvm ($self) {
     my $saved = $self->{vm_state} // return;
     $self->_recover;
     my %options = (qmp => $self->{backend}->qmp_path);
     PVE::BackupAccess->forget(%options, 'target-id' => $_) for @targets;
-    $self->_carry_bitmaps(0);    # as it was saved
+    $self->_carry_bitmaps(0);    # as when it was saved
 
-    # QEMU loads the disks first: after a migration that failed 10.0 cannot load the rest.
+    # QEMU loads the disks first; QEMU 10.0 cannot load the rest after a migration that failed.
     my $said = $self->_vm->hmp('loadvm saved');
     return if $said ne '' && $said !~ m/ while loading VM state/;
     $self->{content} = { $saved->%* };
@@ -166,7 +166,7 @@ sub _loadvm ($self) {
     return;
 }
 
-# By a guest's hotplug, or where a disk has a name of its own in the configuration.
+# Swaps the disks by hotplug, or, if the disks have names in the configuration, by swapping their files.
 sub _swap ($self) {
     $self->_recover;
     my $vm = $self->_vm;
@@ -183,7 +183,7 @@ sub _swap ($self) {
     return $self->_restart;
 }
 
-# Each disk stays in its slot, and has the other one's name of a node, as with libvirt, which counts them anew.
+# Each disk stays in its slot and gets the node name of the other one, as libvirt does when it renumbers nodes.
 sub _renumber ($self) {
     return if $self->{naming} eq 'drive';
     $self->_recover;
@@ -204,7 +204,7 @@ sub _replug ($self) {
     return;
 }
 
-# False where QEMU refuses.
+# False if QEMU refuses.
 sub _resize ($self, $by) {
     $self->_recover;
     my $vm = $self->_vm;

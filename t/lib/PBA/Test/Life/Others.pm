@@ -1,7 +1,7 @@
 package PBA::Test::Life::Others;
 
-# What others do to bitmaps and disks of a PBA::Test::Life: a hand with QMP or qemu-img, programs that know
-# nothing of ids, a copy of the guest, a disk that damages notes.
+# The events of a PBA::Test::Life that others cause: users of QMP or qemu-img, programs that do not support IDs,
+# a copy of the guest, a disk that damages notes.
 
 use v5.36;
 
@@ -20,7 +20,7 @@ my @odd_notes
 
 # ---- bitmaps ----
 
-# Of the node of the first slot's disk: (node, names of its companions).
+# For the node of the first slot's disk: (node, names of its companions).
 sub _tied ($self) {
     my $bitmaps = $self->_vm->bitmaps;
     my $id = $self->_vm->disk('disk0')->{plugged} // 'disk0';
@@ -29,7 +29,7 @@ sub _tied ($self) {
     return ($node, grep { m/\Apba-id:/ } sort keys $bitmaps->{$node}->%*);
 }
 
-# A hand on the bitmaps of a node.
+# Runs a user's commands on the bitmaps of a node.
 sub _with ($self, $node) {
     return sub ($command, $name, %more) {
         $self->_vm->qmp("block-dirty-bitmap-$command", node => $node, name => $name, %more);
@@ -42,7 +42,7 @@ sub _merge ($self, $node, $into, $from) {
     return;
 }
 
-# While another bitmap records in its place.
+# Renames a bitmap while another bitmap records in its place.
 sub _rename ($self, $node, $do) {
     $do->('add', 'renamed', granularity => $granularity);
     $self->_merge($node, 'renamed', $target);
@@ -85,7 +85,7 @@ sub _hand ($self, $how) {
 
 # ---- disks ----
 
-# Whether the first one can get another node: its device's name must be what backups call it.
+# Whether the first disk can move to another node: backups must name it by its device.
 sub _has_own_name ($self) {
     return $self->{naming} eq 'qdev' && $self->{backend}->name eq 'upstream';
 }
@@ -113,7 +113,7 @@ sub _end_job ($self, $command, %job) {
     return;
 }
 
-# To another file, where it is backed up, and back.
+# Moves the disk to another file, backs it up there, and moves it back.
 sub _move_disk ($self) {
     return if !$self->_has_own_name;
     $self->_recover;
@@ -130,7 +130,7 @@ sub _move_disk ($self) {
     return;
 }
 
-# An overlay, its backup, and its commit.
+# Adds an overlay, backs it up, and commits it.
 sub _overlay ($self) {
     return if !$self->_has_own_name;
     $self->_recover;
@@ -150,7 +150,7 @@ sub _overlay ($self) {
     return;
 }
 
-# While the machine is off. False where qemu-img refuses.
+# Resizes while the machine is off. False if qemu-img refuses.
 sub _resize_offline ($self, $by) {
     my $vm = $self->_vm;
     my $file = $vm->disk('disk0')->{file};
@@ -169,8 +169,8 @@ sub _resize_offline ($self, $by) {
 
 # ---- guests ----
 
-# Another machine that is a copy of this one, with its UUID, number, disks and their bitmaps. Each goes on
-# by itself.
+# Creates another machine that is a copy of this one, with the same UUID, number, disks and bitmaps. Both
+# continue independently.
 sub _twin ($self) {
     $self->_vm->quit;
     my $other = $self->{twin};
@@ -179,7 +179,7 @@ sub _twin ($self) {
     return $self->_restart;
 }
 
-# Another UUID, with the same number and disks, is backed up into the same store.
+# A guest with another UUID, but the same number and disk names, is backed up to the same store.
 sub _other_guest ($self) {
     $self->_vm->quit;
     $self->_restart('-uuid', '99999999-2222-3333-4444-555555555555');

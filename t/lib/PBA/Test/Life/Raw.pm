@@ -1,7 +1,7 @@
 package PBA::Test::Life::Raw;
 
-# A provider of PBA::Test::Life that knows nothing of ids: what it has of the device last is what the bitmap
-# has to go on from.
+# A provider of PBA::Test::Life that does not support IDs: it assumes that the bitmap is relative to the newest
+# archive that it has of the device.
 
 use v5.36;
 

@@ -1,7 +1,7 @@
 package PBA::Test::Life::Strike;
 
-# Before a provider among the parents of a class: tells 'strike', if the provider is given one, when the data
-# are about to be stored and when all of them are.
+# A class that is put before the provider among the parents of a class. It calls 'strike', if the provider has
+# it, just before the data is stored and after all of it has been stored.
 
 use v5.36;
 

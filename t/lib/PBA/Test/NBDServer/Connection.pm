@@ -148,7 +148,7 @@ sub _send_info ($self, $option, $data) {
     return 1;
 }
 
-# What an option says of this connection: a code ref is told which one it is.
+# The value of an option for this connection: a code ref gets the number of the connection.
 sub _of_connection ($self, $value) {
     return ref($value) eq 'CODE' ? $value->($self->{number}) : $value;
 }
@@ -197,7 +197,7 @@ sub _send_contexts ($self, $option, $data) {
     return [map { $_->{id} } @contexts];
 }
 
-# A listing may ask for all contexts, or all of a namespace; setting takes full names only.
+# A listing may ask for all contexts, or for all of a namespace; setting requires full names.
 sub _contexts_matching ($self, $listing, @queries) {
     my @offered = ({ id => ALLOCATION_ID, name => 'base:allocation' });
     if ($self->{options}{offer_bitmap}) {
@@ -215,8 +215,8 @@ sub _contexts_matching ($self, $listing, @queries) {
 
 # ---- transmission ----
 
-# Takes in whatever has come before it answers the next request, so that it knows how many are in
-# flight, and a delay is a delay of each of them, not of one after the other.
+# Reads all requests that have arrived before it answers the next one. So it knows how many are in flight, and a
+# delay applies to all of them at the same time, not to one after the other.
 sub _transmission ($self) {
     my $queue = $self->{queue};
     while (1) {
@@ -287,7 +287,7 @@ sub _answer ($self, $request) {
     return;
 }
 
-# The value of an option that makes it misbehave, from the time it is to do so.
+# The value of an option for misbehaviour, once good_first has been reached.
 sub _fault ($self, $name, $request) {
     return undef if $self->{count}{ $request->{command} } <= $self->{options}{good_first};
     return $self->{options}{$name};
@@ -308,7 +308,7 @@ sub _refuses_to_answer ($self, $request) {
     return defined($hang_at) && _covers($request, $hang_at);
 }
 
-# What a server answers that holds its clients to its block sizes.
+# The error of a server that enforces its block sizes.
 sub _breaks_block_sizes ($self, $request) {
     my $command = $request->{command};
     return 0 if !$self->_of_connection($self->{options}{strict_blocks}) || $command eq 'flush';
@@ -334,7 +334,7 @@ sub _chunk ($request, $type, $payload, $flags) {
         pack('NnnQ>N', CHUNK_MAGIC, $flags, $type, $request->{cookie}, length($payload)) . $payload;
 }
 
-# Only half of it, then the end, where that is what the test wants.
+# If the test requests it, sends only half of the reply and ends the connection.
 sub _send_reply ($self, $request, $bytes) {
     my $disconnect = $self->_fault('disconnect_in', $request) // '';
     if ($disconnect eq $request->{command}) {
@@ -393,7 +393,7 @@ sub _readable ($self, $request) {
     return 1;
 }
 
-# A snapshot takes no writes, though it is advertised as writable.
+# A snapshot does not accept writes, although it is advertised as writable.
 sub _answer_write ($self, $request) {
     my $errno = $self->{options}{dirty_only} ? ENOTSUP : $self->_fault('write_error', $request);
     return $self->_send_error($request, $errno, 'told to fail') if $errno;
@@ -410,7 +410,7 @@ sub _answer_zeroes ($self, $request) {
     return;
 }
 
-# Before it is answered, after which the client may ask for the same place again.
+# Called before the answer, because after it the client may send a request for the same place again.
 sub _keep ($self, $request, $data) {
     return if !$self->{options}{keep};
     $self->_disk->write($request->{offset}, $data);

@@ -1,6 +1,6 @@
 package PBA::Test::NBDServer::Disk;
 
-# What a PBA::Test::NBDServer with keep => 1 has been written, in a file, and how it loses it.
+# The disk of a PBA::Test::NBDServer with keep => 1: stores what is written in a file, and loses it if told to.
 
 use v5.36;
 

@@ -1,8 +1,8 @@
 package PBA::Test::Repository::ById;
 
-# A repository that keeps the image of every backup under the backup's id, as soon as all of its data
-# are there, and goes on from the one that the device's bitmap says it is relative to. So whatever id
-# QEMU tells, it is taken at its word. Mode audit is mode use with an audit of the bitmap.
+# A repository that keeps the image of every backup under the backup's ID, as soon as all of its data is stored,
+# and continues from the backup to which the device's bitmap claims to be relative. So it trusts whatever ID
+# QEMU reports. Mode audit is mode use with an audit of the bitmap.
 
 use v5.36;
 
@@ -14,7 +14,7 @@ sub image ($self, $id) {
     return $self->{base}{$id} // "$self->{dir}/$id.none";
 }
 
-# The ids are asked for over the same way as the backup is made.
+# The IDs are queried in the same way in which the backup is made.
 sub requests ($self, $access, $modes, @ids) {
     my $backend = $self->{backend};
     my %device = map { $_ => $backend->device($_) } @ids;
@@ -38,7 +38,7 @@ sub requests ($self, $access, $modes, @ids) {
     return @requests;
 }
 
-# The data are there before QEMU is told so.
+# The image is stored before QEMU is told about the success.
 sub finish ($self, $access, $success, @ids) {
     return $access->teardown(0) if !$success;
     my $backup = PVE::BackupAccess->new_id;
@@ -51,7 +51,7 @@ sub finish ($self, $access, $success, @ids) {
     return;
 }
 
-# Each is known by its own id.
+# Does nothing, because each image has its own ID.
 sub take_good ($self, @ids) { return }
 
 1;

@@ -1,6 +1,6 @@
 package PBA::Test::StoreLife::Guest;
 
-# A guest of PBA::Test::StoreLife: its disks, with the bitmaps that QEMU would have. What a backup reads comes
+# A guest of PBA::Test::StoreLife: its disks, with the bitmaps that QEMU would have. Backups read the data
 # through file handles.
 
 use v5.36;
@@ -12,7 +12,8 @@ my %sizes = (
     'drive-tpmstate0' => 4608,
 );
 
-# dir, for what is read; vmid; uuid; is_aware, whether the caller ties bitmaps to backups, as PVE::BackupAccess::Task does.
+# dir: for the data that is read; vmid; uuid; is_aware: whether the caller ties bitmaps to backups, as
+# PVE::BackupAccess::Task does.
 sub new ($class, %options) {
     my $self = bless({%options}, $class);
     for my $device (sort keys %sizes) {
@@ -30,7 +31,7 @@ sub content ($self, $device) { return $self->{disks}{$device}{content} }
 
 my sub blocks ($disk) { return 0 .. int(($disk->{size} - 1) / $block) }
 
-# Sometimes what was there before, or zeroes.
+# New data, or sometimes the old data again, or zeroes.
 my sub data_for ($disk, $at, $length) {
     my $kind = rand();
     return "\0" x $length if $kind < 0.15;
@@ -51,7 +52,7 @@ sub write_random ($self, $count) {
     return;
 }
 
-# QEMU's bitmap goes with the old size.
+# As with QEMU, the bitmap is lost with the old size.
 sub resize ($self, $device) {
     my $disk = $self->{disks}{$device};
     my $size = $disk->{size} + ($disk->{size} > 14 * $block ? -1 : 1) * $block;
@@ -68,7 +69,7 @@ sub lose_bitmap ($self, $device) {
     return;
 }
 
-# What a provider is asked about.
+# The volumes about which a provider is asked.
 sub asked ($self, @devices) {
     my $disks = $self->{disks};
     return {
@@ -81,7 +82,7 @@ sub asked ($self, @devices) {
     };
 }
 
-# What QEMU makes of the answer: { device => new or reuse }.
+# QEMU's reaction to the answer: { device => new or reuse }.
 sub statuses ($self, $modes) {
     my %status;
     for my $device (sort keys $modes->%*) {
@@ -95,7 +96,7 @@ sub statuses ($self, $modes) {
     return \%status;
 }
 
-# A bitmap that begins anew has every bit set, and is relative to nothing yet.
+# A new bitmap has every bit set, and is not yet relative to any backup.
 sub begin ($self, $statuses) {
     for my $device (grep { $statuses->{$_} eq 'new' } keys $statuses->%*) {
         my $disk = $self->{disks}{$device};
@@ -106,7 +107,7 @@ sub begin ($self, $statuses) {
     return;
 }
 
-# Of a success; after a failure all stays as it began.
+# Ends a successful backup. After a failure, everything stays as it was at its beginning.
 sub succeed ($self, $id, @devices) {
     for my $disk (map { $self->{disks}{$_} } @devices) {
         $disk->{dirty} = {};
@@ -128,7 +129,7 @@ my sub next_region ($disk) {
     };
 }
 
-# Those of backup_vm(), of a copy: what has been read is discarded.
+# The volumes of backup_vm(), on copies of the disks, because data that has been read is discarded.
 sub volumes ($self, $statuses) {
     my %volumes;
     for my $device (sort keys $statuses->%*) {

@@ -1,6 +1,7 @@
 package PBA::Test::StoreLife::Image;
 
-# What a small qcow2 image shows, with those it builds on, read by nothing of QEMU's. Dies if it cannot tell.
+# The content of a small qcow2 image with its backing files, read without QEMU's code. Dies if it cannot be
+# determined.
 
 use v5.36;
 
@@ -10,9 +11,9 @@ use Time::HiRes ();
 our @EXPORT_OK = qw(content_of forget slurp state_of);
 
 my $most = 64 << 20;
-my $longest = 120;                         # images of a chain
-my $offset_bits = (1 << 56) - (1 << 9);    # of an entry of a table
-my %cache;    # path => [state of the chain, content, path of the image below]
+my $longest = 120;                         # images in a chain
+my $offset_bits = (1 << 56) - (1 << 9);    # in a table's entry
+my %cache;    # path => [state of the chain, content, path of the backing file]
 
 sub slurp ($path) {
     open(my $fh, '<:raw', $path) or die "$path: $!\n";
@@ -20,7 +21,7 @@ sub slurp ($path) {
     return scalar(<$fh>) // '';
 }
 
-# What changes when a file does, unless its time is set back: then call forget.
+# A state that changes when a file does, unless the file's time is set back: then call forget.
 sub state_of ($path) {
     return join(' ', (Time::HiRes::stat($path))[1, 7, 9]);
 }
@@ -42,7 +43,7 @@ my sub header ($path, $image) {
     return \%header;
 }
 
-# The cluster that an entry of an L2 table stands for, undef where the image has none.
+# The cluster to which an entry of an L2 table refers; undef if the image does not contain it.
 my sub cluster ($image, $entry, $length) {
     die "compressed\n" if $entry & 1 << 62;
     return "\0" x $length if $entry & 1;
@@ -66,7 +67,7 @@ my sub lay_over ($image, $header, $content) {
     return;
 }
 
-# What the image builds on: its path, undef for nothing.
+# The path of the image's backing file; undef if it has none.
 my sub below ($path, $image, $header) {
     return undef if !$header->{'backing-at'};
     my $name = substr($image, $header->{'backing-at'}, $header->{'backing-length'}) // '';

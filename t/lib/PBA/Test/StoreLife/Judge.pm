@@ -1,8 +1,8 @@
 package PBA::Test::StoreLife::Judge;
 
-# What a store says of its archives, held against what each must hold. An archive is either restored to
-# exactly its instant, or verify and restore both name it as damaged; and that only where a bit was flipped in
-# something that it is made of.
+# Compares what a store says about its archives with their expected content. Either an archive is restored
+# exactly as of its instant, or verify and restore both report it as damaged; and the latter only if a bit was
+# flipped in a file that the archive consists of.
 
 use v5.36;
 
@@ -14,10 +14,10 @@ use PVE::BackupAccess::CLI::Restore;
 
 our @EXPORT_OK = qw(judge looks_right);
 
-# A device's file in an archive.
+# The file of a device in an archive.
 my sub image_in ($path, $device) { return "$path/$device.qcow2" }
 
-# Whether images and configuration are what they must be, as far as can be seen without QEMU.
+# Whether the images and the configuration are as expected, as far as this can be checked without QEMU.
 sub looks_right ($path, $expected) {
     my $seen = eval {
         my @wrong = grep { content_of(image_in($path, $_)) ne $expected->{content}{$_} }
@@ -32,7 +32,7 @@ my sub named_by_verify ($provider, $name, $seen) {
     return join("\n", $problems->@*);
 }
 
-# What the command says to the terminal.
+# Captures what the command prints on the terminal.
 my sub silently ($file, $code) {
     open(my $old, '>&', \*STDERR) or die "stderr: $!\n";
     open(STDERR, '>', $file) or die "$file: $!\n";
@@ -42,7 +42,8 @@ my sub silently ($file, $code) {
     return defined($status) ? ($status, slurp($file)) : (1, $error || 'no status');
 }
 
-# The ranges that are told of a device, all of it where its digests are damaged: those may be anything.
+# Blanks the ranges that are reported as damaged, or the whole device if its digests are damaged: these may
+# contain anything.
 my sub without_told ($said, $device, $content) {
     return '' if $said =~ m/device \Q$device\E: a restored disk cannot be verified/;
     my ($line)
@@ -55,7 +56,7 @@ my sub without_told ($said, $device, $content) {
     return $content;
 }
 
-# ('' if all was restored as it must be, what restore said, what is wrong beside what it named).
+# ('' if everything was restored as expected, the output of restore, what is wrong that it did not report).
 my sub restored ($store, $name, $expected, $scratch) {
     my $target = "$scratch/restored";
     File::Path::remove_tree($target);
@@ -84,7 +85,7 @@ my sub restored ($store, $name, $expected, $scratch) {
     return ("@wrong", $status != 0 ? $said : '', "@unnamed");
 }
 
-# What is wrong, undef for nothing. is_spoilt: a bit was flipped in what the archive is made of.
+# Says what is wrong; undef if nothing is. is_spoilt: a bit was flipped in a file that the archive consists of.
 sub judge ($provider, $store, $name, $expected, $is_spoilt, $scratch, $seen) {
     my $verify = named_by_verify($provider, $name, $seen);
     my ($wrong, $said, $unnamed) = restored($store, $name, $expected, $scratch);

@@ -1,6 +1,6 @@
 package PBA::Test::StoreLife::Mishaps;
 
-# What a life of a store does, and what goes wrong meanwhile.
+# The operations in the life of a store, and the mishaps during them.
 
 use v5.36;
 
@@ -16,10 +16,10 @@ use PBA::Test::Strike qw(strike_at strikes_ended);
 my $json = JSON::PP->new->utf8->allow_nonref;
 
 my $seconds_to_end = 60;
-my $most_calls = 60;    # about so many does a backup of three devices make
+my $most_calls = 60;    # roughly the number of calls in a backup of three devices
 
-# Has code run, which is given a function to report by. Returns { died => its error, undef if it has none; what it
-# reported }. A process of its own is killed and may leave programs, which end with it.
+# Runs the code, which gets a function to report with. Returns { died => its error, or undef; what it reported
+# }. A separate process is killed and may leave programs behind, which end with it.
 sub _perform ($self, $mishap, $code) {
     $self->{mishap} = $mishap;
     $self->{count}{ $mishap // 'no mishap' }++;
@@ -73,7 +73,7 @@ sub _perform_apart ($self, $mishap, $code) {
     return \%result;
 }
 
-# Programs of a process that was killed are this one's then, and end by themselves.
+# Programs of a killed process become children of this process, and end by themselves.
 sub _wait_for_left ($self) {
     my $deadline = Time::HiRes::time() + $seconds_to_end;
     while ((my $ended = waitpid(-1, POSIX::WNOHANG())) >= 0) {
@@ -91,7 +91,7 @@ sub _children () {
     return join('; ', map { "$_ " . slurp("/proc/$_/cmdline") =~ tr/\0/ /r } @pids);
 }
 
-# A file that leaves a little space.
+# Creates a file that leaves only little space.
 sub _fill ($self) {
     my $ballast = "$self->{dir}/ballast";
     my $bytes = PVE::BackupAccess::_free_bytes($self->{dir}) - int(rand(700_000));
@@ -101,7 +101,7 @@ sub _fill ($self) {
     return $ballast;
 }
 
-# What another process does at the same time. Returns its number.
+# Starts another process that uses the store at the same time. Returns its PID.
 sub _start_beside ($self, $guest) {
     my $store = $self->{store};
     my @names = $self->_names($store, $guest->vmid) or return undef;

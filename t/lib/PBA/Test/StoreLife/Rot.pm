@@ -1,6 +1,6 @@
 package PBA::Test::StoreLife::Rot;
 
-# A bit of a store's file that changes by itself.
+# Flips a bit of a file in a store, like a disk that rots.
 
 use v5.36;
 
@@ -12,9 +12,9 @@ use Time::HiRes ();
 our @EXPORT_OK = qw(flip_bit);
 
 my $SEEK_DATA = 3;
-my $tables = 5 * 65536;    # of a small image: its header, and where its data is
+my $tables = 5 * 65536;    # of a small image: its header and metadata
 
-# A byte that is not in a hole.
+# The offset of a byte that is not in a hole.
 my sub place_in ($fh, $path) {
     my $size = -s $fh;
     my $at = int(rand($path =~ m/qcow2\z/ && rand() < 0.4 && $size > $tables ? $tables : $size));
@@ -23,7 +23,8 @@ my sub place_in ($fh, $path) {
         || $data >= $size ? $at : $data + int(rand($size - $data < 65536 ? $size - $data : 65536));
 }
 
-# Returns { place, such as vm/100/20261122T064953Z, file }, undef where there is none. Mostly the file's time stays.
+# Returns { place, such as vm/100/20261122T064953Z, file }, or undef if there is no such bit. In most cases, the
+# file's time does not change.
 sub flip_bit ($store) {
     my @files;
     File::Find::find({ no_chdir => 1, wanted => sub { push(@files, $_) if -f && -s _ } },

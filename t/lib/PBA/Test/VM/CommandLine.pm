@@ -1,6 +1,6 @@
 package PBA::Test::VM::CommandLine;
 
-# How QEMU is started for a PBA::Test::VM: its disks, its guest, and the channels to both.
+# The command line of QEMU for a PBA::Test::VM: disks, guest, and the channels to both.
 
 use v5.36;
 
@@ -39,7 +39,7 @@ my sub blockdev_args ($disk) {
     );
     return ('-blockdev', $JSON->encode(\%format)) if !$throttle;
 
-    # As Proxmox VE does it: the filter is the node the disk is known by.
+    # As on Proxmox VE, the throttle filter is the node that has the disk's name.
     my %filter = (
         driver => 'throttle',
         'node-name' => $disk->{device},
@@ -61,7 +61,7 @@ sub drive_args ($disk) {
     return ('-drive', join ',', @values);
 }
 
-# Of a disk and what is plugged into it.
+# The arguments for a disk and its guest device.
 my sub device_args ($disk, $drive) {
     my $id = $disk->{id};
     my @args;
@@ -96,7 +96,7 @@ my sub guest_args ($vm) {
     my @disks = values $vm->{disks}->%*;
     my $scsi = grep { $_->{bus} eq 'scsi' } @disks;
 
-    # What costs time under emulation and gives a test nothing is switched off.
+    # Disables kernel features that cost time under emulation and that the tests do not need.
     my @kernel = (
         'console=ttyS0', 'quiet',
         'panic=-1', 'mitigations=off',

@@ -1,7 +1,7 @@
 package PBA::Test::VZDump::Host;
 
-# What the real qemu-server finds on a Proxmox host, made in mount namespaces of our own: /etc/pve, /run and
-# the log's directory. Modules that belong to cluster, HA, firewall and the like are stand-ins.
+# The environment of qemu-server on a Proxmox host, created in mount namespaces of our own: /etc/pve, /run and
+# the directory of the log. Modules of the cluster, HA, the firewall and similar parts are stand-ins.
 
 use v5.36;
 
@@ -13,12 +13,12 @@ use Socket qw(SOMAXCONN);
 
 our @EXPORT_OK = qw(empty_modules enter_own_mounts load_tree prepare_host write_file);
 
-# Cluster, HA and firewall are never the real ones; sources lack modules that are not of Perl. Nothing is
-# asked of either in these tests.
+# Cluster, HA and firewall are always stand-ins. The sources lack modules that are not written in Perl. These
+# tests call neither.
 my $stand_in = qr{\APVE/(?:IPCC\.pm|HA/|Firewall)};
 my $absent = qr{\A(?:Proxmox/RS/|PVE/(?:RS/|RADOS\.pm|Network/SDN|APIClient/))};
 
-# As root. Starts this test again, with mounts of its own; returns in that process.
+# Requires root. Starts this test again in mounts of its own, and returns in that process.
 sub enter_own_mounts () {
     if (!$ENV{PBA_OWN_MOUNTS}) {
         local $ENV{PBA_OWN_MOUNTS} = 1;
@@ -39,14 +39,14 @@ sub _run (@command) {
     return;
 }
 
-# Directories with modules of a tree: one of sources, each repository in a directory of its own, or an
-# installed host's.
+# The module directories of a tree: sources, with each repository in a directory of its own, or an installed
+# host.
 sub _libraries ($tree) {
     my @places = map { ($_, "$_/src", "$_/usr/share/perl5") } $tree, glob("$tree/*");
     return grep { -d "$_/PVE" } @places;
 }
 
-# Why the tree cannot be loaded, or nothing. Whatever is loaded later comes from it first.
+# Says why the tree cannot be loaded; nothing if it can. Modules that are loaded later come from the tree first.
 sub load_tree ($tree) {
     unshift(@INC, empty_modules($stand_in), "$FindBin::Bin/lib/Cluster", _libraries($tree));
     push(@INC, empty_modules($absent));
@@ -54,7 +54,7 @@ sub load_tree ($tree) {
     return $ok ? undef : ($@ =~ m/\A(.*?)(?: \(\@INC| at |$)/m)[0];
 }
 
-# For @INC: modules with such names that have whatever function is called, which returns nothing.
+# For @INC: modules with these names in which every function exists and returns nothing.
 sub empty_modules ($names) {
     return sub ($, $file) {
         return if $file !~ $names;
@@ -73,8 +73,8 @@ sub write_file ($file, $text) {
     return;
 }
 
-# A guest by its number with such a configuration, whose images are below a directory, and the sockets of
-# its QEMU and its agent.
+# A guest with this number and configuration, whose images are below a directory, and the sockets of its QEMU
+# and its agent.
 sub prepare_host ($vmid, $config, $vm, $agent, $store) {
     my $node = PVE::INotify::nodename();
     write_file("/etc/pve/nodes/$node/qemu-server/$vmid.conf", $config);
@@ -86,7 +86,7 @@ sub prepare_host ($vmid, $config, $vm, $agent, $store) {
     _run('install', "$FindBin::Bin/lib/PBA/Test/VZDump/qm", '/run/bin/qm');
     $ENV{PATH} = "$ENV{PATH}:/usr/sbin:/sbin:/run/bin";
 
-    # Takes connections, and says nothing.
+    # Accepts connections, but never answers.
     return IO::Socket::UNIX->new(Local => '/run/qmeventd.sock', Listen => SOMAXCONN)
         // die "/run/qmeventd.sock: $!\n";
 }
