@@ -3,7 +3,8 @@
  * errors of a server.
  *
  * network-fs SOURCE FAULTS MOUNTPOINT: each line of the file FAULTS is an operation, an errno and a
- * part of the paths for which it fails. The file is read again for each operation. */
+ * part of the paths for which it fails. The file is read again for each operation. With the errno
+ * HANG, everything waits until that line is gone. */
 #define FUSE_USE_VERSION 31
 #define _GNU_SOURCE
 #include <dirent.h>
@@ -17,10 +18,12 @@
 #include <sys/statvfs.h>
 #include <unistd.h>
 
+#define HANG 9999
+
 static const char *faults;
 static int source;
 
-static int fault(const char *operation, const char *path)
+static int find_fault(const char *operation, const char *path)
 {
     char name[32];
     char part[256];
@@ -34,7 +37,17 @@ static int fault(const char *operation, const char *path)
     if (file) {
         fclose(file);
     }
-    return -found;
+    return found;
+}
+
+static int fault(const char *operation, const char *path)
+{
+    int error;
+
+    while ((error = find_fault(operation, path)) == HANG) {
+        usleep(10000);
+    }
+    return -error;
 }
 
 static const char *below(const char *path)

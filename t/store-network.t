@@ -234,6 +234,33 @@ subtest 'errors while an archive is read' => sub {
     check_archives('once the server is well again');
 };
 
+# What reads from there cannot even be killed, but whoever wants its data can end.
+my $hang = 9999;
+
+subtest 'a server that does not answer' => sub {
+    my $store = start_again();
+    my $image = "$store/$names[0]/drive-scsi0.qcow2";
+    my $server_class = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
+    set_faults(['read', $hang, $image =~ s{\A.*/copy}{copy}r]);
+    my $pid = fork() // die "fork: $!\n";
+    if (!$pid) {
+        local $SIG{ALRM} = sub { die "enough\n" };
+        alarm(1);
+        my $done = eval { $server_class->start($image); 1 };
+        POSIX::_exit(!$done && $@ eq "enough\n" ? 0 : 1);
+    }
+    my $left = 1500;
+    my $ended;
+    sleep(0.02) while !($ended = waitpid($pid, POSIX::WNOHANG())) && $left--;
+    is_deeply([$ended, $?], [$pid, 0], 'a signal ends the work');
+    set_faults();
+    if (!$ended) {
+        kill(KILL => $pid);
+        waitpid($pid, 0);
+    }
+    check_archives('afterwards');
+};
+
 # A line of the kernel's table for the device of the directory.
 sub mountinfo ($type, $options) {
     my $dev = (stat("$tmp"))[0];

@@ -17,7 +17,7 @@ use PVE::BackupAccess::Try qw(deaths_of ensure rethrow);
 use PVE::BackupAccess::Wait qw(wait_for_child);
 
 our @EXPORT_OK
-    = qw($longest_socket block_signals end_with how_ended new_pipe program_environment run_program run_program_to_file start_program temporary_file);
+    = qw($longest_socket block_signals end_with how_ended kill_child new_pipe program_environment run_program run_program_to_file start_program temporary_file);
 
 our $longest_socket = 107;    # bytes of a path in a struct sockaddr_un
 
@@ -154,9 +154,10 @@ sub how_ended ($status) {
     return 'ended with status ' . ($status >> 8);
 }
 
-# A child keeps its PID until it has been waited for.
-my sub kill_child ($pid) {
-    my $deadline = time + $end_limit;
+# Kills a child and waits for it, but not forever: a call that hangs may not let it end. A child keeps its PID until it
+# has been waited for.
+sub kill_child ($pid, $seconds = $end_limit) {
+    my $deadline = time + $seconds;
     return if waitpid($pid, WNOHANG) != 0;
     kill(KILL => $pid);
     sleep(0.005) while waitpid($pid, WNOHANG) == 0 && time < $deadline;

@@ -5,9 +5,7 @@ package PVE::BackupAccess::Provider::Qcow2Chain::Filter;
 
 use v5.36;
 
-use POSIX ();
-
-use PVE::BackupAccess::Program qw(how_ended start_program temporary_file);
+use PVE::BackupAccess::Program qw(how_ended kill_child start_program temporary_file);
 use PVE::BackupAccess::Wait qw(wait_for_child);
 
 # handles: in, out, err. The default is /dev/null, and for err a file whose first line said() returns.
@@ -48,10 +46,8 @@ sub problem ($self) {
 sub stop ($self) {
     my $pid = $self->{pid} // return;
     local ($!, $?);
-
-    # A child keeps its PID until it has been waited for.
-    kill('KILL', $pid) if waitpid($pid, POSIX::WNOHANG()) == 0;
-    $self->_wait;
+    kill_child($pid);
+    delete($self->{pid});
     return;
 }
 

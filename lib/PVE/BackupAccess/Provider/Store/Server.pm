@@ -11,13 +11,16 @@ use POSIX qw(SIGKILL);
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw($longest_socket start_program);
+use PVE::BackupAccess::Program qw($longest_socket kill_child start_program);
 use PVE::BackupAccess::Provider::Store::PrivateDir;
 use PVE::BackupAccess::Try qw(attempt);
 use PVE::BackupAccess::Volume;
 use PVE::BackupAccess::Wait qw(wait_for_child);
 
 our $qemu_nbd = 'qemu-nbd';
+
+# How long to wait for one that was killed: its image must not be in use when the next program opens it.
+my $seconds_to_end = 10;
 
 # qemu-nbd allocates a buffer for each request. By default malloc maps each buffer of 128 KiB or more anew, and the kernel
 # clears it, which takes a third of the time of a copy.
@@ -110,8 +113,8 @@ sub _log ($self) {
     return $line;
 }
 
-# Ends qemu-nbd and returns its exit status. Unless it is killed, it first writes what it has not written yet.
-sub _end ($self, $signal) {
+# Ends qemu-nbd, which first writes what it has not written yet, and returns its exit status.
+sub _end ($self) {
     my $pid = $self->{pid} // return 0;
     local ($!, $?);
     delete($self->{connection});
@@ -121,22 +124,26 @@ sub _end ($self, $signal) {
     my $ended = waitpid($pid, POSIX::WNOHANG());
     my $status = $ended == $pid ? $? : undef;
     if ($ended == 0) {
-        CORE::kill($signal, $pid);
+        CORE::kill(TERM => $pid);
         $status = wait_for_child($pid);    # if a handler dies here, DESTROY waits
     }
     delete($self->{pid});
     return $status;
 }
 
-# Only for a read-only server.
+# Only for a read-only server. On storage that hangs, qemu-nbd is left behind.
 sub kill ($self) {
-    $self->_end('KILL');
+    my $pid = $self->{pid} // return;
+    local ($!, $?);
+    delete($self->{connection});
+    kill_child($pid, $seconds_to_end);
+    delete($self->{pid});
     return;
 }
 
 # When this returns, all written data is in the image, and the image was closed cleanly.
 sub stop ($self) {
-    my $status = $self->_end('TERM');
+    my $status = $self->_end;
     fail('the exit status of qemu-nbd is unknown - other code of this process waited for it')
         if !defined($status);
     fail("qemu-nbd ended with status $status - " . $self->_log) if $status != 0;

@@ -12,7 +12,7 @@ use POSIX qw(SIG_SETMASK);
 use Time::HiRes ();
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw(block_signals end_with new_pipe);
+use PVE::BackupAccess::Program qw(block_signals end_with kill_child new_pipe);
 use PVE::BackupAccess::Try qw(deaths_of ensure is_own);
 use PVE::BackupAccess::Wait qw(wait_for_child);
 
@@ -23,7 +23,7 @@ our @EXPORT_OK = qw(side_by_side);
 my $Error = 'PVE::BackupAccess::Error';
 my $json = JSON::PP->new->utf8->allow_nonref;
 
-my $seconds_to_end = 10;    # after SIGTERM, before SIGKILL
+my $seconds_to_end = 10;    # after SIGTERM, and after SIGKILL
 
 my sub send_to ($pipe, $kind, $value) {
     print {$pipe} $json->encode([$kind, $value]), "\n" or die "the parent is gone\n";
@@ -97,14 +97,13 @@ my sub wait_for ($pid, $until) {
     return 1;
 }
 
-# All workers have ended when this returns: a remaining reader would delay the teardown.
+# All workers have ended when this returns, except those that hang: a remaining reader would delay the teardown.
 my sub end_all ($workers) {
     my $until = Time::HiRes::time() + $seconds_to_end;
     kill('TERM', $_->{pid}) for values $workers->%*;
     for my $worker (values $workers->%*) {
         next if wait_for($worker->{pid}, $until);
-        kill('KILL', $worker->{pid});
-        wait_for_child($worker->{pid});
+        kill_child($worker->{pid}, $seconds_to_end);
     }
     $workers->%* = ();
     return;
