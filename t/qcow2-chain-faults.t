@@ -546,6 +546,20 @@ subtest 'a backup is killed at each rename' => sub {
     $base->check('pruned');
 };
 
+subtest 'what a backup of the same time has left' => sub {
+    $base->use_store($store);
+    my $reading = PVE::BackupAccess::Provider::Qcow2Chain::Lock::try_lock($base->guest_dir, 'read');
+    my $name = PVE::BackupAccess::Provider::Store::name_of($base->{time} + 60);
+    my $left = $base->guest_dir . "/.tmp-$name";
+    mkdir($left) or die "mkdir: $!\n";
+    my ($newest) = reverse($base->names);
+    File::Copy::copy($base->path_of($newest, $digests), "$left/$digests") or die "copy: $!\n";
+    $base->write_random(1);
+    $base->backup or die $base->error;
+    undef($reading);
+    $base->check('the archive has its own digests');
+};
+
 # Such as a rename that the server did, but did not acknowledge.
 subtest 'a backup fails although its archive has its name' => sub {
     $base->use_store($store);

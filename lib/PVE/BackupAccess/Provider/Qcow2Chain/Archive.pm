@@ -11,7 +11,7 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(merge_image);
 use PVE::BackupAccess::Provider::Store::Digests qw(bytes_to_add merge_digests);
 use PVE::BackupAccess::File
-    qw(file_exists fingerprint make_directory move read_file read_if_there replace_file sha256 sync write_file);
+    qw(file_exists fingerprint make_directory move read_file read_if_there remove_tree replace_file sha256 sync write_file);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw($cluster_size create_image image_problem);
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use PVE::BackupAccess::Provider::Qcow2Chain::Tar qw(stream_problem);
@@ -51,6 +51,9 @@ sub begin ($class, $guest_dir, $name, %about) {
         },
         $class
     );
+
+    # A killed backup may have left it, and digests of an increment would be added to those that are there.
+    remove_tree($self->{dir});
     make_directory($self->{dir});
     return $self;
 }
