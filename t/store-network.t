@@ -17,6 +17,7 @@ use Time::HiRes qw(sleep);
 use PBA::Test::Chain;
 use PBA::Test::Handle;
 use PVE::BackupAccess::Provider::Qcow2Chain::Mount qw(mount_warning);
+use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(number_for);
 
 my $missing = PBA::Test::Handle->missing;
 plan(skip_all => $missing) if defined($missing);
@@ -122,6 +123,18 @@ subtest 'a file system without locks' => sub {
         qr/is in use by another/,
         'CIFS says EACCES for a lock that another has'
     );
+
+    $store = start_again();
+    set_faults(['flock', EACCES, 'vm/.lock']);
+    my $other = fork() // die "fork: $!\n";
+    if (!$other) {
+        sleep(0.5);
+        set_faults();
+        POSIX::_exit(0);
+    }
+    is(eval { number_for($store, 'web') }, 1, 'which is waited for while a guest gets its number')
+        or diag($@);
+    waitpid($other, 0);
 };
 
 # Where the last archive is not seen, or not readable, nothing of what it builds on may go.

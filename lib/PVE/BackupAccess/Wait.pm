@@ -7,7 +7,7 @@ package PVE::BackupAccess::Wait;
 
 use v5.36;
 
-use Errno qw(EINTR EWOULDBLOCK);
+use Errno qw(EACCES EINTR EWOULDBLOCK);
 use Exporter qw(import);
 use Fcntl qw(LOCK_EX LOCK_NB);
 use IO::Select ();
@@ -90,10 +90,10 @@ sub next_line ($handle, $text, $most = undef) {
     return $text->$* =~ s/\A([^\n]*\n|[^\n]+)// ? $1 : undef;
 }
 
-# Takes the exclusive lock of flock. False on error.
+# Takes the exclusive lock of flock. False on error. CIFS says EACCES if another process has it (see fcntl(2)).
 sub wait_for_lock ($handle) {
     until (flock($handle, LOCK_EX | LOCK_NB)) {
-        return 0 if $! != EWOULDBLOCK && $! != EINTR;
+        return 0 if $! != EWOULDBLOCK && $! != EACCES && $! != EINTR;
         sleep($look_again);
     }
     return 1;
