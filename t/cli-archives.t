@@ -285,14 +285,18 @@ subtest 'a restore beside another' => sub {
         like($run->{err}, $message, "$file: and the restore says so") if $is_under_way;
         unlink(glob("$dir/*"));
     }
+};
 
-    # Such as that of a volume that is not active.
-    my $link = "$dir/drive-scsi0.raw";
+# Such as that of a volume that is not active.
+subtest 'a restore to a link to nothing' => sub {
+    my $chain = new_chain(1);
+    my ($name) = $chain->names;
+    my $link = $chain->tmp . '/link';
     symlink('none', $link) or die "symlink: $!\n";
-    $run = run_of('restore', $chain->path_of($name), $dir, '-q');
-    is($run->[0], 1, 'a link to nothing: exit status');
-    like($run->[2], qr/: \Q$link\E already exists and is not overwritten - /, 'and says so');
-    ok(-l $link, 'it stays');
+    my $run = run_of('restore', $chain->path_of($name), $link, '--device', 'drive-scsi0', '-q');
+    is($run->[0], 1, 'exit status');
+    like($run->[2], qr/: \Q$link\E already exists and is not overwritten - /, 'it says so');
+    ok(-l $link, 'the link stays');
 };
 
 subtest 'restore to a block device' => sub {

@@ -1,0 +1,173 @@
+# What others have left or do meanwhile, and a second fault beside the first: no archive is lost by it, and nobody is kept
+# from reading the others.
+#
+# One QEMU is enough: qemu-img and qemu-nbd only use files.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+use Test::More;
+
+use File::Copy ();
+
+use PBA::Test::Chain;
+use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(try_lock);
+
+my $Error = 'PVE::BackupAccess::Error';
+
+my $base = PBA::Test::Chain->new;
+for (1 .. 3) {
+    $base->write_random;
+    $base->backup or die $base->error;
+}
+my @names = $base->names;
+my $store = $base->store;
+
+# The file of archive 1, 2 or 3.
+sub of ($number, $file = 'drive-scsi0.qcow2') {
+    return $base->path_of($names[$number - 1], $file);
+}
+
+sub make_empty ($file) {
+    open(my $fh, '>', $file) or die "$file: $!\n";
+    close($fh);
+    return;
+}
+
+# Runs the code while a function that a class of the provider uses fails.
+sub with_failing ($function, $code) {
+    no strict 'refs';
+    no warnings 'redefine';
+    local *{"PVE::BackupAccess::Provider::Qcow2Chain::$function"}
+        = sub (@) { $Error->throw('SystemError', 'not today') };
+    return eval { $code->(); 1 } ? '' : "$@";
+}
+
+# What the last archive builds on stays, whatever is left half-removed in between.
+subtest 'a removal that cannot be completed' => sub {
+    for my $half ([1], [0, 1]) {
+        local $base->{expected} = { map { $_ => $base->{expected}{$_} } @names[0, 2] };
+        $base->use_copy($store);
+        for my $archive (map { $base->path_of($names[$_]) } $half->@*) {
+            rename("$archive/manifest.json", "$archive/removed.json") or die "rename: $!\n";
+        }
+        for my $action (qw(remove prune)) {
+            my @what = $action eq 'remove' ? $names[0] : (100, 1);
+            my $error
+                = with_failing('Content::commit_image', sub () { $base->provider->$action(@what) });
+            like(
+                $base->log,
+                qr/^warn: cannot complete the removal of archive .* - not today$/m,
+                "$action: it says what is left"
+            );
+            like(
+                $error,
+                qr/cannot be removed - the removal of archive .* has to be completed first/,
+                "$action: why the one below stays"
+            ) if $half->@* == 1;
+            ok(-e of(1), "$action: and it is there");
+        }
+        $base->provider->prune(100, 1);
+        $base->forget($names[0]);
+        $base->check('completed');
+    }
+};
+
+subtest 'an archive that is protected while a prune looks at others' => sub {
+    my $chain = PBA::Test::Chain->new;
+    for (1, 2) {
+        $chain->provider->make_full(1);
+        $chain->write_random;
+        $chain->backup or die $chain->error;
+    }
+    my @both = $chain->names;
+    my $look = PVE::BackupAccess::Provider::Qcow2Chain::Guest->can('is_built_on');
+    no warnings 'redefine';
+    local *PVE::BackupAccess::Provider::Qcow2Chain::Guest::is_built_on = sub (@which) {
+        make_empty($chain->path_of($both[0], 'protected'));
+        return $look->(@which);
+    };
+    ok(!eval { $chain->provider->prune(100, 1); 1 }, 'it fails');
+    like($@, qr/cannot remove .* is protected - remove the file 'protected' in it first/,
+        'and says why');
+    is_deeply([$chain->names], \@both, 'nothing is gone');
+};
+
+subtest 'a leftover that cannot be removed' => sub {
+    my $copy = $base->use_copy($store);
+    mkdir("$copy/vm/100/.tmp-20200101T000000Z") or die "mkdir: $!\n";
+    my $problems;
+    my $error = with_failing('Guest::remove_unused',
+        sub () { $problems = $base->provider->verify($names[2]) });
+    is_deeply([$error, $problems], ['', []], 'archives are read all the same');
+    like($base->log, qr/^warn: cannot remove what a killed process left - not today$/m,
+        'it says so');
+    $base->check('with the next try');
+};
+
+# In a process that has no descriptor left: the error of a new private directory.
+my $without_descriptors = <<'PERL';
+use v5.36;
+use PVE::BackupAccess::Provider::Store::PrivateDir;
+my (@held, $error);
+alarm(20);
+while (open(my $fh, '<', '/dev/null')) { push(@held, $fh) }
+eval { PVE::BackupAccess::Provider::Store::PrivateDir->new($ARGV[0]); 1 } or $error = $@;
+@held = ();
+print $error // 'none';
+PERL
+
+subtest 'no descriptor is left' => sub {
+    my $tmp = $base->tmp . '/few';
+    mkdir($tmp) or die "$tmp: $!\n";
+    my @perl = ($^X, (map { "-I$_" } @INC), '-e', $without_descriptors, $tmp);
+    open(my $from, '-|', 'sh', '-c', 'ulimit -n 50; exec "$@"', 'sh', @perl) or die "sh: $!\n";
+    like(
+        readline($from),
+        qr{^cannot lock the temporary directory \Q$tmp\E/\S+ - Too many open files$},
+        'a private directory: an error'
+    );
+    is_deeply([glob("$tmp/*")], [], 'and nothing is left');
+};
+
+subtest 'what a backup of the same time has left' => sub {
+    $base->use_store($store);
+    my $reading = try_lock($base->guest_dir, 'read');
+    my $name = PVE::BackupAccess::Provider::Store::name_of($base->{time} + 60);
+    my $left = $base->guest_dir . "/.tmp-$name";
+    mkdir($left) or die "mkdir: $!\n";
+    my $digests = 'drive-scsi0.digests';
+    File::Copy::copy(of(3, $digests), "$left/$digests") or die "copy: $!\n";
+    $base->write_random(1);
+    $base->backup or die $base->error;
+    undef($reading);
+    $base->check('the archive has its own digests');
+};
+
+# Such as a rename that the server did, but did not acknowledge.
+subtest 'a backup fails although its archive has its name' => sub {
+    $base->use_store($store);
+    my @before = $base->names;
+    my $move = PVE::BackupAccess::Provider::Qcow2Chain::Archive->can('move');
+    my $failing = sub ($from, $to) {
+        $move->($from, $to);
+        $Error->throw('SystemError', 'no answer') if $from =~ m{/[.]tmp-[^/]+\z};
+    };
+    $base->write_random;
+    {
+        no warnings 'redefine';
+        local *PVE::BackupAccess::Provider::Qcow2Chain::Archive::move = $failing;
+        is($base->backup, undef, 'it fails');
+    }
+    is($base->error, "no answer\n", 'with its own error');
+    my ($new) = reverse($base->names);
+    is_deeply([$base->names], [@before, $new], 'the archive is there');
+    $base->expect($new);
+    $base->write_random;
+    $base->backup or die $base->error;
+    $base->check('and after the next one');
+};
+
+done_testing;
