@@ -107,6 +107,22 @@ subtest 'a leftover that cannot be removed' => sub {
     $base->check('with the next try');
 };
 
+subtest 'programs that are killed' => sub {
+    $base->use_copy($store);
+    my $image = of(3);
+    my $server = PVE::BackupAccess::Provider::Qcow2Chain::Server->start($image, writable => 1);
+    kill(KILL => $server->pid);
+    ok(!eval { $server->stop; 1 }, 'qemu-nbd');
+    is($@, "qemu-nbd, which served $image, was ended by signal 9\n", 'the error names the image');
+    local $PVE::BackupAccess::Provider::Qcow2Chain::Image::qemu_img = $base->tmp . '/killed';
+    open(my $script, '>', $base->tmp . '/killed') or die "killed: $!\n";
+    print {$script} "#!/bin/sh\nkill -9 \$\$\n";
+    close($script) && chmod(0755, $base->tmp . '/killed') or die "killed: $!\n";
+    ok(!eval { $base->provider->verify($names[2]); 1 }, 'qemu-img');
+    my $dir = $base->path_of($names[2]);
+    like($@, qr{killed check of \Q$dir\E/\S+[.]qcow2 was ended by signal 9$}, 'this, too');
+};
+
 # In a process that has no descriptor left: the error of a new private directory.
 my $without_descriptors = <<'PERL';
 use v5.36;

@@ -21,7 +21,8 @@ our $qemu_img = 'qemu-img';
 sub run (@arguments) {
     my ($status, $out, $message) = run_program($qemu_img, @arguments);
     chomp($message);
-    $Error->throw('SystemError', "$qemu_img $arguments[0] " . how_ended($status))
+    my ($file) = reverse(grep { m!/! } @arguments);
+    $Error->throw('SystemError', "$qemu_img $arguments[0] of $file " . how_ended($status))
         if $status & 127;
     return ($status, $out, $message);
 }

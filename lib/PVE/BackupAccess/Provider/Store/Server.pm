@@ -11,7 +11,7 @@ use POSIX qw(SIGKILL);
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw($longest_socket kill_child start_program);
+use PVE::BackupAccess::Program qw($longest_socket how_ended kill_child start_program);
 use PVE::BackupAccess::Provider::Store::PrivateDir;
 use PVE::BackupAccess::Try qw(attempt);
 use PVE::BackupAccess::Volume;
@@ -44,7 +44,8 @@ my sub listen_on ($socket) {
 # _image_arguments converts the image and the options to qemu-nbd's arguments.
 sub start ($class, $image, %options) {
     my $private = PVE::BackupAccess::Provider::Store::PrivateDir->new;
-    my $self = bless({ owner => $$, private => $private }, $class);
+    my $name = $class->_name_of($image);
+    my $self = bless({ owner => $$, private => $private, name => $name }, $class);
     my $socket = $self->{socket} = $options{socket} // $self->dir . '/nbd';
 
     # Even if the caller has changed $^F: a qemu-nbd that inherits a connection to itself never ends.
@@ -67,7 +68,7 @@ sub start ($class, $image, %options) {
     };
     return $self if !$error;
     $self->kill;
-    fail('cannot serve ' . $class->_name_of($image) . ' - ' . ($self->_log || $error =~ s/\n\z//r));
+    fail("cannot serve $name - " . ($self->_log || $error =~ s/\n\z//r));
 }
 
 # The image's name for messages.
@@ -144,10 +145,9 @@ sub kill ($self) {
 # When this returns, all written data is in the image, and the image was closed cleanly.
 sub stop ($self) {
     my $status = $self->_end;
-    fail('the exit status of qemu-nbd is unknown - other code of this process waited for it')
-        if !defined($status);
-    fail("qemu-nbd ended with status $status - " . $self->_log) if $status != 0;
-    return;
+    return if defined($status) && $status == 0;
+    my $how = how_ended($status);
+    fail(join(' - ', "qemu-nbd, which served $self->{name}, $how", grep { $_ ne '' } $self->_log));
 }
 
 sub CLONE_SKIP { return 1 }
