@@ -53,6 +53,7 @@ sub temporary_file () {
 # A file in memory, or on disk if the kernel has none. Programs may not notice that what they print does not fit onto a
 # disk: then it would lack something, and their status would be 0.
 my sub memory_file () {
+    local $^F = 2;
     my $fd = PVE::BackupAccess::_open_memory();
     my $file;
     return temporary_file() if $fd < 0 || !open($file, '+<&=', $fd);
