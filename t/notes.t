@@ -51,7 +51,8 @@ sub check_unreadable () {
     symlink($file, $file) or die "symlink: $!\n";
     my $is_left;
     {
-        local $provider->{on}{backup_vm} = sub ($self, @) { $is_left = -l $file; die "killed\n" };
+        local $provider->{on}{backup_vm}
+            = sub ($self, @) { $is_left = -l $file ? 1 : 0; die "killed\n" };
         eval { $backend->task($provider)->run };
     }
     ok(defined($is_left) && !$is_left,

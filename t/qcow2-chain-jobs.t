@@ -41,7 +41,7 @@ subtest 'side by side' => sub {
         'progress of each, to its end'
     );
     my $log = $chain->log;
-    like($log, qr/^info: $_: .* its image checked in /m, "$_: its lines are in the log")
+    like($log, qr/^info: $_: .*; image checked in /m, "$_: its lines are in the log")
         for $chain->devices;
     $chain->disk($device)->write([2 * $MiB, 65536, 0x12]);
     $chain->backup // die $chain->error;

@@ -7,6 +7,7 @@ use v5.36;
 
 use FindBin;
 use lib "$FindBin::Bin/lib";
+use POSIX ();
 use Test::More;
 
 use File::Copy ();
@@ -151,7 +152,7 @@ subtest 'no descriptor is left' => sub {
 subtest 'what a backup of the same time has left' => sub {
     $base->use_store($store);
     my $reading = try_lock($base->guest_dir, 'read');
-    my $name = PVE::BackupAccess::Provider::Store::name_of($base->{time} + 60);
+    my $name = POSIX::strftime('%Y%m%dT%H%M%SZ', gmtime($base->{time} + 60));
     my $left = $base->guest_dir . "/.tmp-$name";
     mkdir($left) or die "mkdir: $!\n";
     my $digests = 'drive-scsi0.digests';

@@ -118,7 +118,7 @@ subtest 'a base that rots' => sub {
     is($chain->backup, undef, 'no archive builds on it unseen');
     like(
         $chain->error,
-        qr/device $device: archive \w+, which .* is damaged, .* 65536 at offset 1048576/,
+        qr/device $device: archive \w+, which .* is damaged; .* 65536 at offset 1048576/,
         'the error says where'
     );
     $chain->log;

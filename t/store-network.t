@@ -78,6 +78,9 @@ sub error_of ($action, @faults) {
     set_faults(@faults);
     my $error = eval { $action->(); 1 } ? '' : "$@";
     set_faults();
+
+    # The server releases the locks of closed files in the order in which it is asked for something.
+    stat("$mount/none");
     $chain->use_store($store);
     return $error;
 }
@@ -144,7 +147,6 @@ subtest 'errors while archives are listed' => sub {
         (map { [$_, "$last/manifest.json"] } qw(stat open read)),
         ['stat', 'removed.json'],
         ['stat', 'protected'],
-        ['stat', "$last/drive-scsi0.qcow2"],
         ['readdir', 'vm/100'],
     );
     for my $fault (@faults) {
@@ -157,6 +159,15 @@ subtest 'errors while archives are listed' => sub {
         }
     }
     check_archives('afterwards');
+};
+
+# What it does not build on may go.
+subtest 'the last image is not seen' => sub {
+    for my $action (\&remove_first, \&prune) {
+        start_again();
+        error_of($action, ['stat', ESTALE, "$names[2]/drive-scsi0.qcow2"]);
+        check_archives('afterwards', @names[0, 1]);
+    }
 };
 
 # Nothing is done, and nothing is read without a lock.

@@ -282,8 +282,7 @@ static bool add_exports(PbaAccess *access, GError **error)
         pba_log(
             &access->hooks, PBA_LOG_INFO,
             "this QEMU's snapshots are read by single clusters of 64 KiB: NBD clients other than "
-            "PVE::BackupAccess::Volume must do the same, or they can get wrong data or crash QEMU "
-            "(doc/semantics.md)");
+            "PVE::BackupAccess::Volume must do the same (doc/semantics.md)");
     }
     for (guint i = 0; i < access->disks->len; i++) {
         if (!add_export(access, access->disks->pdata[i], error)) {

@@ -3,6 +3,9 @@
 #include "src/qmp/qmp.h"
 #include <string.h>
 
+/* Drivers of nodes that show their child's data unchanged, so bitmaps belong below them. */
+static const char *const filters[] = {"throttle", "copy-on-read", "compress", "preallocate", NULL};
+
 JsonArray *pba_block_query_nodes(PbaQmp *qmp, GError **error)
 {
     return pba_qmp_query_array(qmp, "query-named-block-nodes", pba_json("{'flat': <true>}"), error);
@@ -349,6 +352,44 @@ char *pba_block_device_above(const PbaBlock *block, const char *node)
         }
     }
     return NULL;
+}
+
+static bool has_driver(const PbaBlock *block, gint64 id, const char *driver)
+{
+    JsonObject *node = pba_block_find_node(block, pba_graph_node_name(block, id));
+    return node && g_strcmp0(pba_json_find_string(node, "drv"), driver) == 0;
+}
+
+bool pba_block_has_parent_but(const PbaBlock *block, const char *node, const char *driver)
+{
+    gint64 id = pba_graph_id(block, PBA_GRAPH_NODE, node);
+    PbaEdgeWalk at = pba_graph_edges(block);
+
+    while (id && pba_edges_next(&at)) {
+        if (at.child == id && !(driver && has_driver(block, at.parent, driver))) {
+            return true;
+        }
+    }
+    return false;
+}
+
+bool pba_block_has_parent(const PbaBlock *block, const char *node)
+{
+    return pba_block_has_parent_but(block, node, NULL);
+}
+
+const char *pba_block_skip_filters(const PbaBlock *block, const char *node)
+{
+    /* A wrong graph may be a ring, so this takes no more steps than there are nodes. */
+    for (guint i = 0; node && i < json_array_get_length(block->nodes); i++) {
+        JsonObject *entry = pba_block_find_node(block, node);
+        const char *driver = entry ? pba_json_find_string(entry, "drv") : NULL;
+        if (!driver || !g_strv_contains(filters, driver)) {
+            return node;
+        }
+        node = pba_block_find_child(block, node, "file");
+    }
+    return node;
 }
 
 bool pba_block_node_size(JsonObject *node, uint64_t *size, GError **error)

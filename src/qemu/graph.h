@@ -14,6 +14,8 @@
 gint64 pba_graph_number(JsonObject *object, const char *key);
 /* The ID of an entry; 0: there is none of that type and name. */
 gint64 pba_graph_id(const PbaBlock *block, const char *type, const char *name);
+/* A node's name, borrowed; NULL: there is no node with that ID. */
+const char *pba_graph_node_name(const PbaBlock *block, gint64 id);
 
 /* Iterates over the edges. */
 typedef struct {

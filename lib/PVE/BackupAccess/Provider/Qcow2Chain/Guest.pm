@@ -274,7 +274,8 @@ sub _check_space ($self, $name, $children) {
 sub _children ($self, $name) {
     my %children;
     my %is_half_removed = map { $_ => 1 } $self->_half_removed;
-    my @others = grep { $_->name ne $name } $self->readable(\my @unread, keys %is_half_removed);
+    my @names = grep { $_ ne $name } $self->names, keys %is_half_removed;
+    my @others = $self->readable_of(\my @unread, @names);
     $Error->throw('SystemError',
         "archive $name cannot be removed, since another one may build on it - $unread[0]")
         if @unread;

@@ -29,12 +29,14 @@ my sub fail ($message, %context) {
     PVE::BackupAccess::Error->throw('ArchiveError', $message, %context);
 }
 
-# The archives whose manifests can be read, the oldest first, and any others with these names. The reasons why others
-# cannot are added to unread, except if the manifest is damaged: one that cannot be read for a moment may build on another
-# archive.
-sub readable ($self, $unread = [], @more) {
+# The archives whose manifests can be read, the oldest first.
+sub readable ($self, $unread = []) { return $self->readable_of($unread, $self->names) }
+
+# Those with these names. The reasons why others cannot be read are added to unread, except if the manifest is damaged: one
+# that cannot be read for a moment may build on another archive.
+sub readable_of ($self, $unread, @names) {
     my @archives;
-    for my $name ($self->names, @more) {
+    for my $name (@names) {
         my $error = attempt { push(@archives, $self->archive($name)) };
         push($unread->@*, reason($error)) if $error && $error->class eq 'SystemError';
     }
