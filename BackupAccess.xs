@@ -8,10 +8,8 @@ MODULE = PVE::BackupAccess  PACKAGE = PVE::BackupAccess  PREFIX = glue
 PROTOTYPES: DISABLE
 
 BOOT:
-{
     glue_note_fork();
     pthread_atfork(NULL, NULL, glue_note_fork);
-}
 
 void
 _dispatch_signals()

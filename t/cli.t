@@ -19,7 +19,8 @@ use PBA::Test::QemuNbd;
 use PVE::BackupAccess::CLI;
 use PVE::BackupAccess::CLI::Backup;
 
-my $damaged = qr/.*65536 bytes differ from what was read from the guest: 65536 at offset 16777216.*/;
+my $damaged
+    = qr/.*65536 bytes differ from what was read from the guest: 65536 at offset 16777216.*/;
 
 sub check_pipes ($test) {
     my $vm = $test->{vm};

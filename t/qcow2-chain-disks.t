@@ -170,8 +170,7 @@ subtest 'archives that do not tell disks apart' => sub {
     ($modes, my $new) = backup('old', $guest, ['virtio0', 'virtio1'], node => \%node);
     is_modes($modes, { virtio0 => 'new', virtio1 => 'new' }, 'other names: full');
     like("@log", qr/virtio0: full backup - archive \w+ does not have the disk virtio0/, 'and why');
-    like("@log", qr/virtio0: storing what differs from/,
-        'compared with what has the node\'s name');
+    like("@log", qr/virtio0: storing what differs from/, 'compared with what has the node\'s name');
     check('old', 'old and new names');
     my ($old) = names('old');
     my $provider = provider('old');

@@ -51,9 +51,8 @@ sub _handle_signals () {
 
 # Options: disks => [{ id, size, format => raw|qcow2, cache => writeback|none, iothread => 0|1,
 # bus => virtio|scsi, shape => blockdev|drive|proxmox (its node names), throttle => 0|1,
-# file => existing image, readonly, filesystem => 'ext4', device_args => 'werror=report' }],
-# empty_cdrom => 0|1, guest => 0|1, paused => 0|1, memory => MiB, machine => type,
-# args => [further arguments of QEMU].
+# file => existing image, readonly, filesystem => 'ext4', device_args => 'werror=report' }], empty_cdrom => 0|1,
+# guest => 0|1, paused => 0|1, memory => MiB, machine => type, args => [further arguments of QEMU].
 sub start ($class, %opt) {
     my $dir = File::Temp->newdir('pba-vm.XXXXXX', TMPDIR => 1);
     my $self = bless {

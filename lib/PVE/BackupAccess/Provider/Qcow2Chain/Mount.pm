@@ -27,8 +27,8 @@ my sub options_of ($dev) {
     open(my $fh, '<', $mountinfo) or return ('', '');
     my @found = ('', '');
     while (my $line = <$fh>) {
-        my ($device, $type, $options)
-            = $line =~ m/\A\d+ \d+ (\d+:\d+) .* - (\S+) \S* ?(\S+)\s*\z/ or next;
+        my ($device, $type, $options) = $line =~ m/\A\d+ \d+ (\d+:\d+) .* - (\S+) \S* ?(\S+)\s*\z/
+            or next;
         @found = ($type, $options) if $device eq $number;
     }
     return @found;
