@@ -1,5 +1,5 @@
-# Providers whose data path is no Perl. store.py is tried by t/doc-code.t, and fed with streams that are cut by
-# t/cli-copy.t; store.go here.
+# Providers whose data path is not written in Perl. t/doc-code.t tests store.py, and t/cli-copy.t gives it
+# truncated streams; this file tests store.go.
 #
 # One QEMU is enough: a provider sees NBD, not QEMU.
 
@@ -23,7 +23,7 @@ my $program = "$dir/store";
 is(system('go', 'vet', "$root/examples/any-language/store.go"), 0, 'go vet has nothing to say');
 is(system('go', 'build', '-o', $program, "$root/examples/any-language/store.go"), 0, 'it is built');
 
-# A stream that is cut, as the program gets it.
+# A truncated stream, as the program gets it.
 open(my $script, '>', "$dir/cut") or die "$dir/cut: $!\n";
 print {$script} "#!/bin/sh\nprintf 'full\\0\\0\\0\\0'\n";
 close($script) && chmod(0755, "$dir/cut") or die "$dir/cut: $!\n";

@@ -1,4 +1,4 @@
-# What cannot be right is refused with an ArgumentError that names it, before anything is sent or made.
+# Invalid arguments are refused with an ArgumentError that names them, before anything is sent or created.
 
 use v5.36;
 use utf8;
@@ -25,7 +25,7 @@ my %good = (
     'target-id' => 'snapshot-access:mystore',
     'run-dir' => "$dir/run",
 );
-my $no_character = chr(0xD800);    # a lone surrogate: Perl takes it, UTF-8 does not
+my $no_character = chr(0xD800);    # a lone surrogate: valid in Perl, but not in UTF-8
 my $beyond_unicode = chr(0x110000);
 
 sub shown ($value) {
@@ -44,7 +44,7 @@ sub is_argument_error ($error, $pattern, $name) {
     return;
 }
 
-# Dies as it should, and nothing has happened.
+# The code must die with such an error, and nothing must have happened.
 sub refused ($code, $pattern, $name) {
     $calls = 0;
     my $done = eval { $code->(); 1 };
@@ -71,7 +71,7 @@ subtest 'new: options' => sub {
     }
 };
 
-# Proxmox' commands give a target's bitmap the target's name, which must not be that of a bitmap of another one.
+# Proxmox' commands give a target's bitmap the name of the target, which must not be the name of another bitmap.
 my @others_bitmaps = (
     'pba-tied:snapshot-access:other',
     'pba-id:x',
@@ -239,7 +239,8 @@ subtest 'errors of Perl code' => sub {
     is($@->device, 'disk0', 'of the device');
 };
 
-# A string with the flag for text would make text of the bytes before it, and Perl another file's name.
+# If the core returned a string with the UTF-8 flag, Perl would upgrade the bytes it is joined to, and use
+# another file name.
 subtest 'names from the core, joined to file names' => sub {
     my $tmp = File::Temp->newdir;
     mkdir(my $dir = "$tmp/Gr\xc3\xb6\xc3\x9fe") or die "mkdir: $!\n";
@@ -344,7 +345,7 @@ subtest 'open: mode and name' => sub {
     }
 };
 
-# As Proxmox VE says it.
+# The hash as Proxmox VE passes it.
 ok(
     eval {
         my %none = (%volume, 'bitmap-mode' => 'none', 'bitmap-name' => undef);
@@ -353,7 +354,7 @@ ok(
     'open: mode none with a bitmap-name of undef'
 ) or diag($@);
 
-# The provider API may grow.
+# The provider API may get new keys.
 for my $key ('node-name', 'nbd_path', '', "a\nb") {
     ok(
         eval { $Volume->open('drive-scsi0', { %volume, $key => [] }) },
@@ -405,7 +406,7 @@ subtest 'ranges' => sub {
     is_deeply([$volume->dirty_regions(1)], [], 'to its end');
 };
 
-# Perl's own words, and plain.
+# The messages are Perl's own, and clear.
 subtest 'wrong number of arguments' => sub {
     my $access = new_access();
     my $volume = $Volume->open('drive-scsi0', \%volume);

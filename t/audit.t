@@ -1,5 +1,5 @@
-# A bitmap that has lost bits makes increments that lack data: an audit finds that and names the places, and
-# its archive has what they hold. On both backends.
+# A bitmap that has lost bits leads to increments that lack data. An audit detects this and names the offsets,
+# and its archive contains the data. On both backends.
 #
 # One QEMU is enough: crash-points.t runs audits on both.
 
@@ -46,7 +46,7 @@ sub write_to ($test, $id, $offset, $byte) {
     return;
 }
 
-# One backup; the archive's name.
+# Makes one backup. Returns the archive's name.
 sub backup ($test, $every = 0) {
     $test->{log} = [];
     $test->{provider}->audit_every($every);
@@ -59,7 +59,7 @@ sub logged ($test, $pattern) {
     return scalar(grep { $_ =~ $pattern } $test->{log}->@*);
 }
 
-# Whether the archive is the disks as they are now.
+# Whether the archive equals the disks in their current state.
 sub is_disks ($test, $name, $text) {
     for my $id (qw(a b)) {
         my $device = $test->{backend}->device($id);
@@ -72,7 +72,7 @@ sub is_disks ($test, $name, $text) {
     return;
 }
 
-# The bits go, by hand, and nothing else of the bitmap is touched.
+# Removes the bits by hand, without any other change to the bitmap.
 sub clear_bits ($test) {
     my ($bitmap)
         = grep { $_->{device} eq $test->{device} && $_->{name} eq $target }
@@ -121,7 +121,7 @@ sub check_audits ($test) {
     return;
 }
 
-# Full or audit, increment, increment, audit, ...
+# The sequence: a full backup or an audit, two increments, an audit, and so on.
 sub check_every ($test) {
     my @audits;
     for (1 .. 4) {
@@ -133,7 +133,7 @@ sub check_every ($test) {
     return;
 }
 
-# What a killed one leaves, the next setup takes away, or recover.
+# The next setup, or recover, removes what a killed audit leaves behind.
 sub check_killed ($test, $by_recover) {
     my $backend = $test->{backend};
     my $client = PBA::Test::Client->start(
@@ -145,7 +145,7 @@ sub check_killed ($test, $by_recover) {
     is($client->next_word, 'up', 'an audit goes on');
     my @copies = grep { m/: pba-audit:/ } $backend->other_bitmaps->@*;
     is(scalar(@copies), 2, 'copies of the bitmaps');
-    write_to($test, 'a', 7 * $mib, 0x31);    # before QEMU has to say that readers are gone
+    write_to($test, 'a', 7 * $mib, 0x31);   # before QEMU reports that the readers have disconnected
     $client->kill9;
     if ($by_recover) {
         my %options = ($backend->options, log => sub { });
@@ -154,7 +154,7 @@ sub check_killed ($test, $by_recover) {
             2, 'recover removes them');
         is_deeply([$backend->problems($test->{outside})], [], 'and leaves nothing');
     }
-    $test->{provider}->wait_for_others(30);    # its processes end when they see that it is gone
+    $test->{provider}->wait_for_others(30);  # its processes end when they notice that it was killed
     is_disks($test, backup($test), 'the next backup');
     return;
 }

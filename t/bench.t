@@ -1,5 +1,5 @@
-# The benches still run, and what they print is what is promised; a plain run has half of them. The
-# figures are nobody's business here: sizes are the smallest there are, and each side runs once.
+# The benches still run, and print what is promised; a plain run includes half of them. The figures themselves
+# are not checked: the sizes are the smallest possible, and each side runs once.
 
 use v5.36;
 
@@ -40,7 +40,7 @@ sub check_record ($record, $name) {
 
     cmp_ok($ours->{seconds_min}, '<=', $ours->{seconds}, "$case: the least is no more");
 
-    # The seconds are rounded as well.
+    # The seconds are rounded, too.
     my $ratio = $peer->{seconds} / $ours->{seconds};
     cmp_ok(abs($record->{ratio} - $ratio), '<', 0.01 * $ratio + 0.001, "$case: ratio");
     return;

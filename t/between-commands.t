@@ -1,10 +1,10 @@
-# What others do between two commands of a backup, or to what it has left, that a look less would not see:
-# nodes of ours are deleted by hand, a disk is unplugged, a mirror is completed, a marker has our name. No
-# command of ours may end QEMU, give the guest another disk, or use a bitmap that lacks bits (I2, I3, I10).
+# Actions of others between two commands of a backup, or on its leftovers, that would remain unnoticed with one
+# query less: our nodes are deleted by hand, a disk is unplugged, a mirror is completed, a marker has our name.
+# None of our commands may end QEMU, give the guest another disk, or use a bitmap that lacks bits (I2, I3, I10).
 #
-# On a Proxmox QEMU by its own commands.
+# On a Proxmox QEMU, its own commands are used.
 #
-# One QEMU is enough: our commands have one order on all; PBA_FULL=1 runs on both.
+# One QEMU is enough: the order of our commands is the same on all; PBA_FULL=1 runs on both.
 
 use v5.36;
 
@@ -56,7 +56,7 @@ sub good_backup ($backend) {
     return;
 }
 
-# A client that is killed with an access up, or right after QEMU has done a command of its teardown.
+# Kills a client while its access is active, or right after QEMU has executed a command of its teardown.
 sub leave_access ($backend, $mode, $after = undef) {
     my $client = PBA::Test::Client->start(
         sub ($tell) {
@@ -76,14 +76,14 @@ sub leave_access ($backend, $mode, $after = undef) {
     return $client;
 }
 
-# As the code ref above, whose guest's directories have other names than those of a socket.
+# Recovers with the code ref above. The directories of its guest have other names than with a socket.
 sub by_code ($backend) {
     return (qmp => sub (@call) { $QMP->once($backend->qmp_path, @call) });
 }
 
 # ---- on Proxmox ----
 
-# A node that blockdev-add has made stays without its guest device.
+# A node that was added by blockdev-add remains when its guest device is unplugged.
 sub is_recovered ($backend) {
     ok(eval { recover($backend, by_code($backend)); 1 }, 'recover undoes it') or diag($@);
     ok($backend->vm->is_alive, 'the VM lives') or return;
@@ -93,7 +93,7 @@ sub is_recovered ($backend) {
     return;
 }
 
-# Of a dead process' access with a disk that was unplugged without its hold.
+# The access of a dead process with a disk that was unplugged after its hold had been deleted.
 sub unplug_without_hold ($mode, $shape) {
     my $backend = start('pve', $shape);
     my $client = leave_access($backend, $mode);
@@ -103,7 +103,7 @@ sub unplug_without_hold ($mode, $shape) {
     $client->kill9;
     return is_recovered($backend) if $shape eq 'blockdev';
 
-    # QEMU's filter has lost the disk, and a teardown crashes QEMU.
+    # QEMU's filter has lost the disk, so a teardown would crash QEMU.
     for my $word (qw(recover setup)) {
         my $done = eval {
             $word eq 'recover'
@@ -119,7 +119,7 @@ sub unplug_without_hold ($mode, $shape) {
     return;
 }
 
-# The same of an access that was never ours.
+# The same with an access of another program.
 sub unplug_of_foreign () {
     my $backend = start('pve', 'drive');
     my @devices = map {
@@ -139,7 +139,7 @@ sub unplug_of_foreign () {
     return;
 }
 
-# The mark of the end alone tells that QEMU may have begun the bitmaps anew.
+# Only the mark of the end shows that QEMU may have cleared the bitmaps.
 sub end_without_holds ($backend) {
     my $outside = $backend->outside;
     good_backup($backend);
@@ -164,7 +164,7 @@ sub proxy ($backend, @fault) {
     );
 }
 
-# The first command that adds a node after the server was stopped.
+# The number of the first command that adds a node after the server was stopped.
 sub number_of_mark ($backend) {
     my $proxy = proxy($backend);
     my $access = $backend->access(qmp => $proxy->socket_path);
@@ -178,7 +178,7 @@ sub number_of_mark ($backend) {
     return $mark + 1;
 }
 
-# The next teardown does not wait for a mark to go that never came.
+# The next teardown does not wait for a mark that was never added.
 sub mark_is_lost ($backend) {
     my $outside = $backend->outside;
     my $proxy = proxy($backend, fault => 'drop', at => number_of_mark($backend));
@@ -202,8 +202,8 @@ sub start_time ($pid) {
     return (split(' ', readline($fh) =~ s/.*\) //r))[19];
 }
 
-# Of a container, say, whose process has the same number and was started in the same moment: it comes when
-# this one has looked.
+# For example, a process in a container has the same PID and start time. Its marker appears after our process
+# has looked.
 sub same_name ($backend) {
     my $outside = $backend->outside;
     my $name = "pba-owner-$$-" . start_time($$);
@@ -231,7 +231,7 @@ sub wait_job ($vm, $wanted) {
     die "the job does not become $wanted\n";
 }
 
-# The guest goes over to the target, as with a disk that is moved.
+# The guest moves to the mirror's target, as when a disk is moved.
 sub move_disk ($vm) {
     my %job = ('job-id' => 'move', device => 'disk0', target => 'moved', sync => 'full');
     $vm->qmp('blockdev-mirror', %job);
@@ -246,7 +246,7 @@ sub node_of ($vm) {
     return $device->{inserted}{'node-name'};
 }
 
-# All nodes are those that were seen, but the guest has another of them.
+# QEMU has the same nodes as before, but the guest uses another one of them.
 sub moved_between ($name, $when) {
     my $backend = start($name, 'blockdev', guest => 0, paused => 1, memory => 32);
     my $vm = $backend->vm;

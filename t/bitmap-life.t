@@ -1,10 +1,10 @@
-# A bitmap belongs to one backup, for the disk that it is of (I8). Whatever happens to disks, bitmaps
-# and archives between two backups, each archive restored is the disk, byte by byte; and where nothing
-# speaks against it a backup is incremental.
+# A bitmap belongs to one backup and one disk (I8). Whatever happens to disks, bitmaps and archives between two
+# backups, each restored archive must equal the disk byte by byte, and a backup is incremental unless something
+# prevents it.
 #
-# PBA_FULL=1: lives that have each kind of mismatch in them, all sequences of up to three events
-# (PBA_LENGTH=4: up to four) in one long walk, or so many of its lives as PBA_LIVES says, and many lives
-# that the seed makes up (PBA_SEED). A plain run has one on each QEMU, which the seed and QEMU's version choose.
+# PBA_FULL=1 runs lives with each kind of mismatch; all sequences of up to three events (PBA_LENGTH=4: up to
+# four) in one long walk, or as many of its lives as PBA_LIVES says; and many random lives (PBA_SEED). A plain
+# run has one on each QEMU, chosen by the seed and QEMU's version.
 
 use v5.36;
 
@@ -18,13 +18,13 @@ use PBA::Test::VM;
 
 my $Life = 'PBA::Test::Life';
 
-# Each QEMU gets other ones.
+# The random numbers differ between QEMUs.
 my $qemu = PBA::Test::VM->qemu;
 my $seed = $ENV{PBA_SEED} // 20261128 + unpack('%16C*', qx($qemu --version));
 my $random_length = $ENV{PBA_FULL} ? 12 : 10;
-my $piece = 300;    # events of the walk before a new life begins
+my $piece = 300;    # events of the walk in one life
 
-# An event, and after a colon the mode that the first disk's backup has to have.
+# An event, and after a colon the mode that the first disk's backup must have.
 my @known = (
     [
         'the hands of others',
@@ -129,7 +129,7 @@ sub new_life ($backend, %how) {
     return $Life->new(backend => $backend, %how);
 }
 
-# The first problem of a life, undef if there is none.
+# Returns the first problem of a life, or undef.
 sub live ($life, @events) {
     for my $text (@events) {
         my ($event, $mode) = split(m/:/, $text);
@@ -154,7 +154,7 @@ sub one_life ($name, $backend, $how, @events) {
     note_counts($life);
 }
 
-# How a backup calls the disks, who keeps it, and whether bitmaps survive a restart.
+# Chooses the names of the disks in backups, the provider, and whether bitmaps survive a restart.
 sub some_way ($backend, $number) {
     my @namings = $backend eq 'pve' ? qw(node drive) : qw(node qdev drive);
     my %way = (
@@ -179,7 +179,7 @@ sub random_lives ($backend, $lives) {
     }
 }
 
-# A sequence of letters 0 .. $letters - 1 that has every word of that length in it once.
+# A sequence of letters 0 .. $letters - 1 that contains every word of that length once.
 sub walk ($letters, $length) {
     my (@word, @walk);
     my $add = sub ($self, $at, $period) {
@@ -198,7 +198,7 @@ sub walk ($letters, $length) {
     return @walk;
 }
 
-# Each life ends with a backup, and the next one begins with the events that the cut would tear apart.
+# Each life ends with a backup, and the next one begins with the events that the cut would separate.
 sub pieces ($length, @walk) {
     my @pieces;
     while (@walk) {
@@ -223,7 +223,7 @@ sub all_sequences ($backend, $number) {
     return;
 }
 
-# Those of the known ones that this backend can have, or of these a part.
+# The known lives that are possible with this backend, or a part of them.
 sub known_lives ($backend) {
     my @lives = grep {
         my $how = $_->[1];
@@ -233,7 +233,7 @@ sub known_lives ($backend) {
     return $ENV{PBA_FULL} ? @lives : $lives[rand(@lives)];
 }
 
-# All there is, or one.
+# All lives, or one.
 sub lives ($backend, $is_known) {
     for my $life ($is_known || $ENV{PBA_FULL} ? known_lives($backend) : ()) {
         my ($name, $how, @events) = $life->@*;

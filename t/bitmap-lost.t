@@ -1,6 +1,5 @@
-# A bitmap that cannot be brought to its right state is removed, so that the next backup is a full
-# one: never a bitmap that may lack bits (I2). Commands go through a code ref here, which can put
-# something between two of them.
+# A bitmap that cannot be brought to its right state is removed, so that the next backup is a full one: a bitmap
+# must never lack bits (I2). The commands go through a code ref, which can act between two of them.
 
 use v5.36;
 
@@ -19,7 +18,7 @@ my $backend = PBA::Test::Backend->start(
 my $vm = $backend->vm;
 my $outside = $backend->outside;
 
-# Runs $before->($command, $arguments) ahead of every command.
+# Runs $before->($command, $arguments) before every command.
 sub access_through ($before) {
     return $backend->access(
         qmp => sub ($command, $arguments) {
@@ -52,7 +51,7 @@ sub next_actions () {
     return \%actions;
 }
 
-# Once, where the bitmaps are about to be joined.
+# Removes the background bitmap once, when the bitmaps are about to be joined.
 sub remove_background ($command, $arguments) {
     return if $command ne 'transaction';
     return if !grep { $_->{type} =~ m/merge/ } $arguments->{actions}->@*;

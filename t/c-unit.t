@@ -1,5 +1,5 @@
-# The C core's pure parts, without Perl: each program in t/c is built with the whole core under the
-# sanitizers and speaks TAP itself.
+# Tests of the pure parts of the C core, without Perl: each program in t/c is built with the whole core under
+# the sanitizers and prints TAP.
 
 use v5.36;
 

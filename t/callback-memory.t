@@ -1,4 +1,4 @@
-# A call of the core may run a callback millions of times: memory does not grow with that.
+# A call of the core may run a callback millions of times, and memory must not grow.
 #
 # One QEMU is enough: none is started.
 
@@ -16,8 +16,8 @@ my $block = 4096;
 my $regions = 500_000;
 my $size = 2 * $block * $regions;
 
-# Both of copy's code refs, half a million times each: 8 bytes at each call of one would be 3,800 KiB, and
-# a huge page is 2,048.
+# Calls both code refs of copy half a million times each. A leak of 8 bytes per call would be 3,800 KiB; a huge
+# page has 2,048 KiB.
 subtest 'a copy' => sub {
     my $file = "$dir/source.raw";
     open(my $handle, '+>', $file) or die "$file: $!\n";
@@ -47,7 +47,7 @@ subtest 'a copy' => sub {
     cmp_ok($grown, '<', 3072, 'memory stays') or diag("$grown KiB more");
 };
 
-# What those that are called less often hold would show in how often the object is referred to.
+# A leak in callbacks that are called less often would show in the reference count of the object.
 subtest 'code ref, log' => sub {
     my ($access, %counts);
     my $count = sub ($of) { push($counts{$of}->@*, Internals::SvREFCNT($$access)) if $access };

@@ -1,5 +1,5 @@
-# With a bitmap that is reused only its dirty parts are in the snapshot: the clean ones cannot be
-# read, and the guest's writes there cost no fleecing space.
+# With a bitmap that is reused, the snapshot contains only its dirty parts: the clean parts cannot be read, and
+# the guest's writes to them take no fleecing space.
 
 use v5.36;
 

@@ -1,4 +1,4 @@
-# pve-backup-access and archives, without a guest: their names, retention, removal, silence.
+# pve-backup-access and archives, without a guest: names, retention, removal, silence.
 
 use v5.36;
 
@@ -43,7 +43,7 @@ sub content ($file) {
     return scalar(<$fh>);
 }
 
-# That the command restores this archive by that path.
+# The command must restore this archive by that path.
 sub restores ($chain, $path, $name) {
     my $file = $chain->tmp . '/' . ++$chain->{restored} . '.raw';
     my $run = run_command('restore', $path, $file, '--device', 'drive-scsi0', '--quiet');
@@ -152,7 +152,7 @@ subtest 'a prune of the wrong place, and bad rules' => sub {
     }
 };
 
-# A broken archive is no reason to remove a whole one.
+# A broken archive must not cause the removal of an intact one.
 subtest 'a broken chain' => sub {
     my $chain = new_chain(3);
     my @names = $chain->names;
@@ -190,7 +190,7 @@ subtest 'what cannot be read, and what is no archive' => sub {
     like($run->[2], qr/^warn: archive \Q$names[2]\E .* is kept, .*: remove it yourself$/m,
         'and says so');
 
-    # Each message names what has to go first, until all is gone.
+    # Each message names the archive that must be removed first, until all are removed.
     for my $case ([2, 3], [3, undef], [2, undef]) {
         my ($which, $first) = $case->@*;
         $run = run_of('remove', $paths[$which]);
@@ -202,7 +202,7 @@ subtest 'what cannot be read, and what is no archive' => sub {
     restores($chain, $paths[1], $names[1]);
 };
 
-# The image as qemu-img sees it, raw.
+# The content of the image as qemu-img reads it, in raw format.
 sub raw_of ($chain, $image) {
     my $file = $chain->tmp . '/' . ++$chain->{restored} . '.raw';
     PBA::Test::QemuNbd::img('convert', '-f', 'qcow2', '-O', 'raw', $image, $file);
@@ -222,7 +222,8 @@ subtest 'restore to qcow2' => sub {
     is(run_of('restore', $chain->path_of($name), $dir, '--format', 'vmdk')->[0], 2, 'no other');
 };
 
-# Whatever ends it, nothing has its name until all is there, and it can be run again.
+# However a restore is interrupted, no file gets its name before all are complete, and the restore can be run
+# again.
 subtest 'a restore that is interrupted' => sub {
     my $chain = new_chain(1);
     my ($name) = $chain->names;
@@ -235,7 +236,7 @@ subtest 'a restore that is interrupted' => sub {
         my $command = start_command('restore', $chain->path_of($name), $dir, '--format', $first);
         $command->wait_for(err => qr/drive-scsi0: restoring/);
         $command->kill($signal);
-        next if ($command->finish->{status} // 1) == 0;    # it had ended already
+        next if ($command->finish->{status} // 1) == 0;    # it had ended before
         $interrupted++;
         my @left = grep { !m/[.]part\z/ } glob("$dir/*");
         is_deeply(\@left, [], "$text: no file has its name");
@@ -248,7 +249,7 @@ subtest 'a restore that is interrupted' => sub {
     cmp_ok($interrupted, '>', 0, 'at least one was');
 };
 
-# Two restores that have the same target: each file has one writer, and what is there stays.
+# Two restores to the same target: each file has only one writer, and existing files stay.
 subtest 'a restore beside another' => sub {
     my $chain = new_chain(1);
     my ($name) = $chain->names;
@@ -339,7 +340,7 @@ subtest 'restore to a block device' => sub {
     system('losetup', '--detach', $device) == 0 or die "losetup failed\n";
 };
 
-# As the kernel has a device that is mounted.
+# Opens the device like the kernel does with a mounted one.
 sub open_exclusively ($device) {
     sysopen(my $fh, $device, O_RDONLY | O_EXCL) or die "$device: $!\n";
     return $fh;

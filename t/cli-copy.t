@@ -1,6 +1,6 @@
-# pve-backup-access copy and regions: what Volume->copy does, for programs in any language.
+# pve-backup-access copy and regions, which do what Volume->copy does for programs in any language.
 #
-# One QEMU is enough: what they read from is an NBD server or a file.
+# One QEMU is enough: they read from an NBD server or a file.
 
 use v5.36;
 
@@ -42,14 +42,15 @@ sub lines ($text) {
     return map { $json->decode($_) } split(m/\n/, $text);
 }
 
-# What the map has of the image, on top of a base of 0xee.
+# The parts of the image that are in the map, on top of a base of 0xee.
 sub expected ($map) {
     my $data = "\xee" x $odd_size;
     substr($data, $_->[0], $_->[1]) = substr($image, $_->[0], $_->[1]) for $map->@*;
     return $data;
 }
 
-# Standard output in a file, since it is large: { status, data, err, lines of the status descriptor }.
+# Copies with standard output in a file, because it is large: { status, data, err, lines of the status
+# descriptor }.
 sub copy_to_file ($volume, @options) {
     pipe(my $out, my $end) or die "pipe: $!\n";
     fcntl($end, F_SETFD, 0);
@@ -67,8 +68,8 @@ sub copy_to_file ($volume, @options) {
     return { $result->%*, lines => [lines(read_file("$dir/status"))] };
 }
 
-# As the documentation has it: [kind, offset, length, data] of each frame but the last; dies if it is not a
-# whole stream.
+# Parses a stream as documented: [kind, offset, length, data] of each frame except the last. Dies if the stream
+# is not complete.
 sub read_stream ($bytes) {
     my ($headers, @frames, $sum) = ('');
     for (my $at = 0;;) {
@@ -95,7 +96,7 @@ sub read_stream ($bytes) {
     }
 }
 
-# The image that a stream makes of a base.
+# The image that results from a stream and a base.
 sub apply ($bytes) {
     my ($first, @frames) = read_stream($bytes);
     my $data = "\xee" x $first->[2];
@@ -142,7 +143,7 @@ subtest 'a stream' => sub {
     same(apply($full->{out}), $image, 'and is all');
 };
 
-# Parts of a stream, and others like it, that are no whole ones.
+# Truncated and otherwise damaged streams.
 sub damaged ($bytes, $first) {
     my ($without, $other) = ($bytes, $bytes);
     substr($without, 56, 56 + ($first->[0] eq 'data' ? $first->[2] : 0)) = '';
@@ -159,7 +160,7 @@ sub damaged ($bytes, $first) {
     );
 }
 
-# What store.py says of a stream: its wait status.
+# The wait status of store.py with that stream.
 sub given_to_python ($content) {
     mkdir("$dir/store");
     write_file("$dir/base", pack('Q>', $odd_size) . ("\0" x (32 * 97)));
@@ -225,7 +226,7 @@ subtest 'other targets' => sub {
     is($run->{status}, 0, '--without-base');
 };
 
-# A descriptor of the file, and one of a file with lines: what a program gives, and that it is inherited.
+# Descriptors of the file and of a file with lines, as a program gives them; they are inherited.
 sub handle_volume ($lines, $mode = 'reuse') {
     open(my $file, '+<:raw', "$dir/disk") or die "$dir/disk: $!\n";
     write_file("$dir/lines", $lines);
@@ -329,7 +330,7 @@ subtest 'a status descriptor that is full' => sub {
     );
 };
 
-# A wrong descriptor, such as the disk's, is not read to its end.
+# A wrong descriptor, such as that of the disk, is not read to its end.
 subtest 'what is no line, and no JSON' => sub {
     write_file("$dir/disk", $image);
     my $long = '0' x (8 * $MiB);
@@ -354,7 +355,7 @@ subtest 'members that are not known, or not set' => sub {
     }
 };
 
-# Exit status, what it says, the volume, and options.
+# The expected exit status and message, the volume, and options.
 sub bad_calls ($server) {
     my $good = volume_of($server);
     my $several = $json->encode({ disk => $json->decode($good) });

@@ -1,4 +1,4 @@
-# Which disks the command backs up without --device, and what it says of the others.
+# Which disks the command backs up without --device, and what it says about the others.
 
 use v5.36;
 
@@ -66,7 +66,7 @@ my @names = qw(drive-scsi0 drive-virtio1);
 
 is_deeply(chosen(\@good, \%types), [\@names, []], 'disks');
 
-# [what, more disks, their types, the lines about them]
+# [description, additional disks, their types, the lines about them]
 my @left_out = (
     ['an empty drive is no disk', [disk('drive-ide2', 'ide2', empty => 1, removable => $true)], {}],
     [

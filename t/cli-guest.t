@@ -1,7 +1,7 @@
-# pve-backup-access and the guest: what the command shows of bitmaps and of accesses, what it does about those
-# that were left, and that interruptions leave none. On both backends.
+# pve-backup-access and the guest: how the command shows bitmaps and accesses, how it handles leftover accesses,
+# and that an interruption leaves none behind. On both backends.
 #
-# One QEMU is enough: the command has all it knows of QEMU from the module.
+# One QEMU is enough: the command knows QEMU only through the module.
 
 use v5.36;
 
@@ -14,7 +14,7 @@ use PBA::Test::Backend;
 use PBA::Test::Command qw(run_command start_command start_on_terminal);
 use PBA::Test::CommandGuest;
 
-# Before there was a backup: nothing to see, and nothing is made by looking.
+# Before the first backup, there is nothing to show, and the command creates nothing.
 sub check_without_bitmaps ($test) {
     my $status = succeeds('status', 'status', $test->{guest}->@*);
     like(
@@ -27,7 +27,7 @@ sub check_without_bitmaps ($test) {
     check_outside($test, 'map without a bitmap');
 }
 
-# The regions that writes make dirty: [offset, length], with a bitmap's granularity.
+# The regions that the writes make dirty: [offset, length], with the granularity of a bitmap.
 sub regions_of ($granularity, $size, @writes) {
     my %dirty;
     for my $write (@writes) {
@@ -98,7 +98,7 @@ sub check_map_on_terminal (@map) {
     like(run_command(@map)->{out}, qr/\n0 \|[ .:=+*#@-]+\@\| 32\.0 MiB\n\z/, 'map: plain letters');
 }
 
-# Whoever names a bitmap has no say in what a terminal does.
+# The name of a bitmap must not control the terminal.
 sub check_hostile_name ($test) {
     my ($node) = sort keys $test->{vm}->bitmaps->%*;
     my $target = "\e]0;owned\a\e[2Jevil\r\n\x{9b}31m";
@@ -118,7 +118,7 @@ sub check_hostile_name ($test) {
     $test->{vm}->qmp('block-dirty-bitmap-remove', %bitmap);
 }
 
-# A process that was killed: what it left can be seen, and undone.
+# The leftovers of a killed process are shown and can be undone.
 sub check_recover ($test) {
     my $command = start_command(backup($test, '--bandwidth-limit', '1M'));
     $command->wait_for(err => qr/^drive-scsi0: storing an increment/m);
@@ -146,7 +146,8 @@ sub check_recover ($test) {
     check_outside($test, 'recover');
 }
 
-# By a signal, by the terminal's interrupt key, by a closed pipe: a failed backup, all undone.
+# A signal, the terminal's interrupt key or a closed pipe ends the backup as a failure, and everything is
+# undone.
 sub check_interruption ($test) {
     my $vm = $test->{vm};
     $vm->qemu_io('scsi0', 'write -P 0x31 0 16M');
@@ -159,7 +160,7 @@ sub check_interruption ($test) {
         my ($signal, $interrupt) = $ways{$way}->@*;
         my $on_terminal = $way =~ m/key/;
 
-        # A closed pipe shows at the next line, when the copy is done.
+        # A closed pipe is noticed at the next line, when the copy is done.
         my @slow = backup($test, '--bandwidth-limit', $way =~ m/pipe/ ? '16M' : '1M');
         my $command = $on_terminal ? start_on_terminal(80, @slow) : start_command(@slow);
         $command->wait_for($on_terminal ? 'out' : 'err', qr/^drive-scsi0: storing an increment/m);
@@ -177,7 +178,7 @@ sub check_interruption ($test) {
     is(scalar(grep { !m!/$archive_name\z! } glob("$test->{store}/vm/100/*Z")), 0, 'no remains');
 }
 
-# A target's bitmaps are given up, by the name that status shows; not while they are in use.
+# forget removes a target's bitmaps, by the name that status shows, but not while they are in use.
 sub check_forget ($test) {
     my $shown = sub () {
         [map { $_->{'target-id'} } status($test)->{bitmaps}->@*]
@@ -213,7 +214,7 @@ sub check_forget ($test) {
     check_outside($test, 'forget');
 }
 
-# As Proxmox VE 9 has disks: a throttle filter that is called like the drive of old.
+# Disks as on Proxmox VE 9: a throttle filter has the name that the drive had before.
 sub check_blockdev ($test) {
     my $device = 'drive-scsi0';
     succeeds('blockdev', backup($test));
@@ -224,7 +225,7 @@ sub check_blockdev ($test) {
     is_deeply($json->decode($map->{out})->{regions}[0]{offset}, 0, 'blockdev: what is dirty');
     check_outside($test, 'blockdev');
 
-    # While the access of a killed process is up, another node is on top of the disk's.
+    # While the access of a killed process is active, another node is above the disk's.
     $test->{vm}->qemu_io($device, 'write -P 0x72 0 8M');
     my $command = start_command(backup($test, '--bandwidth-limit', '1M'));
     $command->wait_for(err => qr/^\Q$device\E: storing an increment/m);
@@ -238,7 +239,7 @@ sub check_blockdev ($test) {
 for my $name (PBA::Test::Backend->names) {
     subtest "backend $name" => sub {
         my $test = start_guest($name);
-        local $ENV{TMPDIR} = "$test->{dir}/tmp";    # where one that is killed leaves something
+        local $ENV{TMPDIR} = "$test->{dir}/tmp";    # for leftovers of killed processes
         check_without_bitmaps($test);
         succeeds('a first backup', backup($test));
         check_map($test);

@@ -1,5 +1,5 @@
-# The command's own questions to a monitor that lies: an error that says so, in time and with bounded
-# memory, and no backup is begun.
+# The command's own queries to a monitor that sends wrong replies: the command reports this, in time and with
+# bounded memory, and begins no backup.
 
 use v5.36;
 
@@ -15,7 +15,7 @@ use PBA::Test::Watchdog;
 
 my $mib = 1024 * 1024;
 
-# The most memory that it ever had, in bytes, as long as it runs.
+# The peak memory of a process, in bytes.
 sub peak_memory ($pid) {
     open(my $status, '<', "/proc/$pid/status") or return 0;
     my ($kib) = map { m/\AVmHWM:\s+(\d+) kB/ ? $1 : () } <$status>;
@@ -48,7 +48,7 @@ sub is_refused ($name, $pattern, %peer) {
 is_refused("the greeting is $_->[0]", $_->[1], greeting => $_->[0])
     for ['garbage', qr/does not speak QMP/], ['close', qr/closed the QMP connection/];
 
-# [what the answer to query-block is, the action, what is said]
+# [description of the answer to query-block, the action, the expected message]
 my @answers = (
     ['JSON that is nested deep', { depth => 100_000 }, qr/nested deeper than/],
     ['a NUL byte', { nul => 1 }, qr/control character/],

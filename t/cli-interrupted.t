@@ -1,10 +1,11 @@
-# Each command is interrupted at any time of its run. It ends by the signal, or it had done its work; nothing is
-# left in QEMU, in temporary directories or at the target; every archive that is listed is whole, and the next
-# backup and restore are the disk.
+# Each command is interrupted at various times. Either the signal ends it, or its work was done. Nothing is left
+# in QEMU, in temporary directories or at the target; every listed archive is intact; and the next backup and
+# its restore equal the disk.
 #
-# One QEMU is enough: the command has all it knows of QEMU from the module.
+# One QEMU is enough: the command knows QEMU only through the module.
 #
-# A plain run has one time of each command, on one backend, chosen by a seed; PBA_FULL=1 has many on both.
+# A plain run interrupts each command at one time on one backend, chosen by a seed; PBA_FULL=1 at many times on
+# both.
 
 use v5.36;
 
@@ -24,11 +25,11 @@ my ($seed, $times) = (20261128, $ENV{PBA_FULL} ? 30 : 1);
 my %number = (HUP => 1, INT => 2, TERM => 15);
 my @signals = sort keys %number;
 
-# ---- the commands: arguments, and what must hold afterwards, told whether it ended by a signal ----
+# ---- the commands: arguments, and a check that gets whether a signal ended the command ----
 
 sub out_dir ($test) { return "$test->{dir}/out/one" }
 
-# What is there is the disk, whole.
+# A restored file, if it exists, is the whole disk.
 sub check_restored ($test, $name, $was_ended) {
     my $dir = out_dir($test);
     my @files = map { s{.*/}{}r } glob("$dir/{*,.[!.]*}");
@@ -57,7 +58,7 @@ sub check_store ($test, $name, @) {
     is($verify->{status}, 0, "$name: every archive is whole") or diag($verify->{out});
 }
 
-# A removal that was interrupted is ended by the next one.
+# The next removal completes one that was interrupted.
 sub check_pruned ($test, $name, $was_ended) {
     local $test->{may_be_left} = 1;
     check_store($test, $name);
@@ -115,7 +116,7 @@ sub run_interrupted ($test, $name, $signal, $part) {
     return $was_ended;
 }
 
-# How long it takes.
+# Measures how long the command takes.
 sub measure ($test, $name) {
     prepare($test, $name);
     my %commands = commands($test);
@@ -126,7 +127,7 @@ sub measure ($test, $name) {
     $check->($test, $name, 0);
 }
 
-# What a backend has a part in runs on both.
+# Commands that use the backend run on both.
 my %plain = (
     upstream => [qw(backup list map restore verify)],
     pve => [qw(backup prune recover status)],
@@ -140,7 +141,7 @@ sub check_commands ($test) {
         for (1 .. $times) {
             my ($signal, $part) = ($signals[$turn++ % @signals], rand());
 
-            # It was measured on a machine that may be less busy now.
+            # The command may be faster now than when it was measured.
             $ended += run_interrupted($test, $name, $signal, $part)
                 || run_interrupted($test, $name, $signal, $part / 4);
         }
@@ -150,7 +151,7 @@ sub check_commands ($test) {
     restore_and_compare($test, $archive, 'the next backup');
 }
 
-# Its QEMU, its disks and what it restored go with it.
+# Its QEMU, its disks and the restored images are removed.
 sub check_try_provider ($signal) {
     my $dir = File::Temp->newdir('pba-try.XXXXXXXX', TMPDIR => 1);
     local $ENV{TMPDIR} = "$dir";

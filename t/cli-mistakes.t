@@ -1,4 +1,5 @@
-# pve-backup-access and archives: damage, typing errors, and paths that mean something else than was meant.
+# pve-backup-access and archives: damage, typing errors, and paths that mean something other than the user
+# intended.
 
 use v5.36;
 
@@ -35,20 +36,20 @@ sub run_of (@arguments) {
     return [$run->@{qw(status out err)}];
 }
 
-# The disk's data at offset 0 in that archive is no longer what was read; the file's times and size stay.
+# Changes the disk's data at offset 0 in that archive, without changing the file's times and size.
 sub rot ($chain, $name) {
     PBA::Test::Chain::rot($chain->path_of($name, 'drive-scsi0.qcow2'), 0);
     return;
 }
 
-# The middle of the archive's image for that disk is gone.
+# Destroys the middle of the archive's image of that disk.
 sub break_image ($chain, $name) {
     my $file = $chain->path_of($name, 'drive-scsi0.qcow2');
     truncate($file, 70_000) or die "$file: $!\n";
     return;
 }
 
-# The other disk's data is in all archives of the chain still.
+# The archives of the chain still contain the data of the other disk.
 subtest 'a damaged chain of which nothing is kept' => sub {
     my $chain = new_chain(3);
     my @names = $chain->names;

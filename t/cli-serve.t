@@ -1,5 +1,5 @@
-# pve-backup-access serve and mount, without a guest: what they give is what was backed up, to several
-# readers at once, and however they end nothing stays.
+# pve-backup-access serve and mount, without a guest: several readers at the same time get what was backed up,
+# and nothing stays behind, however the command ends.
 
 use v5.36;
 
@@ -24,7 +24,7 @@ my ($first, $last) = $chain->names;
 my @devices = $chain->devices;
 my @ways = ('serve', -e '/dev/fuse' ? 'mount' : ());
 
-# All that the command makes is below these.
+# Everything that the command creates is below these directories.
 my $tmp = File::Temp->newdir('pba-serve-XXXXXXXX', TMPDIR => 1);
 $ENV{TMPDIR} = "$tmp";
 my $dir = "$tmp/here";
@@ -36,7 +36,7 @@ sub content ($file) {
     return scalar(<$fh>);
 }
 
-# What a client reads at such a place: a URI, or a file.
+# What a client reads from a place, which is a URI or a file.
 sub read_place ($place) {
     return content($place) if $place !~ m/^nbd/;
     my $file = File::Temp->new(DIR => $chain->tmp);
@@ -44,13 +44,13 @@ sub read_place ($place) {
     return content("$file");
 }
 
-# Of what the command has started.
+# The child processes of the command.
 sub children ($command) {
     my $pid = $command->pid;
     return split(' ', content("/proc/$pid/task/$pid/children"));
 }
 
-# A command that gives an archive, and { device => place }.
+# Starts the command, and returns it with { device => place }.
 sub start ($way, $path, @options) {
     my $command = start_command($way, $path, $way eq 'mount' ? $dir : (), @options);
     $command->wait_for(out => qr/^drive-scsi0 .*\n/m);
@@ -58,7 +58,7 @@ sub start ($way, $path, @options) {
     return ($command, \%places);
 }
 
-# That no file, process or mount is left, of those that there were.
+# No file, process or mount of those that existed may be left.
 sub nothing_left ($text, @pids) {
     my $deadline = time + 30;
     my @files;
@@ -107,7 +107,7 @@ for my $way (@ways) {
     };
 }
 
-# The kernel ends the processes, whether or not somebody reads; a later command takes the rest away.
+# The kernel ends the processes, even if a client is reading; a later command removes the rest.
 subtest 'the command itself is killed' => sub {
     for my $way (@ways) {
         my ($command, $places) = start($way, $chain->path_of($last));
@@ -124,7 +124,7 @@ subtest 'the command itself is killed' => sub {
     }
 };
 
-# A client that stays.
+# A client that stays connected.
 sub open_volume ($way, $place) {
     return PVE::BackupAccess::Volume->open('image', { 'nbd-path' => $place }) if $way eq 'serve';
     open(my $fh, '<', $place) or die "$place: $!\n";

@@ -1,7 +1,7 @@
-# A signal ends the command while it reads archives: it is not taken for their damage. Before it was,
-# so that a backup went on, as a full one, and ended by no further signal.
+# A signal ends the command while it reads archives, and is not mistaken for damage of an archive. In version
+# 0.1.0 it was: the backup continued as a full one, and further signals did not end it.
 #
-# One QEMU is enough: it is not asked anything that depends on it.
+# One QEMU is enough: the test does not depend on it.
 
 use v5.36;
 
@@ -38,7 +38,7 @@ sub content ($file, @new) {
     return scalar(<$fh>);
 }
 
-# Whether a program that the command has started is about the image.
+# Whether a program that the command has started uses the image.
 sub is_reading ($command, $image) {
     my ($children)
         = map { content($_) } '/proc/' . $command->pid . '/task/' . $command->pid . '/children';
@@ -54,14 +54,14 @@ sub running ($image) {
     } map { m{(\d+)\z} } glob('/proc/[0-9]*');
 }
 
-# The same, once what was killed has had time to end.
+# The same, after killed processes have had time to end.
 sub still_running ($image) {
     my $deadline = time + 20;
     sleep(0.01) while running($image) && time < $deadline;
     return running($image);
 }
 
-# Until the command has the image read.
+# Waits until the command reads the image.
 sub wait_for_reading ($command, $image) {
     my $deadline = time + 60;
     while (!is_reading($command, $image)) {
@@ -78,7 +78,7 @@ chomp(my $archive = $first->{out});
 my ($image, $manifest) = ("$archive/drive-scsi0.qcow2", "$archive/manifest.json");
 my $good = content($manifest);
 
-# An image that was touched since it was made, on a storage that does not answer: who opens it waits.
+# An image that was modified since its backup, on a storage that does not answer: opening it blocks.
 rename($image, "$image.good") or die "rename: $!\n";
 POSIX::mkfifo($image, 0600) or die "mkfifo: $!\n";
 change_manifest($manifest, sub ($changed) { $changed->{files}{'drive-scsi0.qcow2'}{size} = 0 });

@@ -1,5 +1,5 @@
-# pve-backup-access try-provider: right providers pass, and of wrong ones it says what is wrong. A wrong one
-# takes some seconds, so a plain run has a share of those that work at all, which a seed chooses.
+# pve-backup-access try-provider accepts correct providers, and says what is wrong with others. Each takes some
+# seconds, so a plain run has only a part of the faulty providers that work at all, chosen by a seed.
 
 use v5.36;
 
@@ -17,8 +17,7 @@ use PBA::Test::Command qw(command run_command start_on_terminal);
 my $class = 'PBA::Test::RawProvider';
 my @include = ('-I', "$FindBin::Bin/lib");
 
-# { failed => { test name => 1 }, ok => { name of one that was not skipped => 1 }, passed => number,
-# status, err }
+# { failed => { test name => 1 }, ok => { name of a test that passed => 1 }, passed => number, status, err }
 sub try_it ($class, @options) {
     my $run = run_command('try-provider', $class, @include, @options);
     my $parser = TAP::Parser->new({ tap => $run->{out} });
@@ -43,7 +42,7 @@ sub passes ($name, $class, @options) {
     is($tried->{err}, '', "$name: nothing to explain") or diag($tried->{err});
 }
 
-# Each of the patterns must be among the tests that failed, and be explained.
+# Each of these tests must fail, with an explanation that matches the pattern.
 sub fails ($faults, %expected) {
     my @options = (delete($expected{options}) // [])->@*;
     my $tried = try_it($class, '--scfg', "faults=$faults", @options);
@@ -56,12 +55,13 @@ sub fails ($faults, %expected) {
     return $tried;
 }
 
-# What all real ones do: name archives by the second. Some do not know their size.
+# Correct providers that name archives by the second, as all real ones do; some do not know the size of an
+# archive.
 passes('nbd', $class, '--scfg', 'faults=by second,size zero');
 passes('file-handle, of a storage plugin', $class, '--storage-plugin', 'PBA::Test::RawPlugin')
     if -e '/dev/fuse';
 
-# What does not work at all.
+# Providers that do not work at all.
 fails('new dies', new => qr/died: the server is down/);
 {
     my $tried = try_it('PBA::Test::NoSuchProvider');
@@ -85,7 +85,7 @@ fails('new dies', new => qr/died: the server is down/);
     );
 }
 
-# Sources of Proxmox VE, which cannot be loaded without a cluster.
+# Sources of Proxmox VE that cannot be loaded without a cluster.
 {
     my $dir = File::Temp->newdir('pba-sources-XXXXXXXX', TMPDIR => 1);
     make_path("$dir/PVE/Storage");
@@ -97,16 +97,16 @@ fails('new dies', new => qr/died: the server is down/);
         'sources without a cluster: it is tried');
 }
 
-# One that cannot restore.
+# A provider that cannot restore.
 {
     my $lacks = try_it('PBA::Test::BackupOnly');
     like($lacks->{err}, qr/every method of the API: it lacks restore_get_mechanism /, 'no restore');
 }
 
-# ---- what works, but not as it should ----
+# ---- providers that work, but incorrectly ----
 
-# Wrong answers, several at a time where they do not hide each other; then wrong data; and what is right, but
-# rare.
+# Wrong answers, several at a time if they do not hide each other; then wrong data; then correct but unusual
+# behaviour.
 my @rows = (
     sub {
         fails(
@@ -263,7 +263,7 @@ my @rows = (
     },
     sub {
         my $tmp = File::Temp->newdir("pba-Gr\xc3\xb6\xc3\x9fe.XXXXXX", TMPDIR => 1);
-        local $ENV{TMPDIR} = "$tmp";    # where the disks are
+        local $ENV{TMPDIR} = "$tmp";    # the directory with the disks
         passes('no bitmaps', $class, '--scfg', 'faults=full only');
     },
 );
@@ -276,7 +276,7 @@ if (!$ENV{PBA_FULL}) {
 }
 $_->() for @rows;
 
-# As a plugin's author runs it.
+# As the author of a plugin runs it.
 {
     my $shown = start_on_terminal(80, 'try-provider', $class, @include, '--backup-only')->finish;
     is($shown->{status}, 0, 'on a terminal: exit status');

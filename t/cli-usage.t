@@ -1,5 +1,5 @@
-# pve-backup-access as it is called: help, what is refused, and that the manual, the completion and the
-# command know the same options.
+# The usage of pve-backup-access: help, refused arguments, and that the manual, the completion and the command
+# have the same options.
 
 use v5.36;
 
@@ -22,7 +22,7 @@ sub read_file ($file) {
     return <$fh>;
 }
 
-# Says what is wrong and where help is, in two lines, and does nothing.
+# The command must say in two lines what is wrong and where help is, and do nothing.
 sub refused ($problem, @arguments) {
     my $run = run_command(@arguments);
     is($run->{status}, 2, "'@arguments': exit status 2");
@@ -50,7 +50,7 @@ subtest 'the command itself' => sub {
     refused(q(unknown option '--nonsense'), '--nonsense');
 };
 
-# The options of a command as Getopt::Long has them, by their long names.
+# The long names of a command's options.
 sub options_of ($command) {
     return map { m/\A([\w-]+)/ ? $1 : () } $commands->{$command}{options}->@*;
 }

@@ -1,7 +1,7 @@
-# pve-backup-access with a real QEMU, on both backends: backups, restores and what looks after archives,
-# through pipes and on a terminal. What looks at the guest, and interruptions, are in cli-guest.t.
+# pve-backup-access with a real QEMU, on both backends: backups, restores and the management of archives,
+# through pipes and on a terminal. t/cli-guest.t tests what shows the guest, and interruptions.
 #
-# One QEMU is enough: the command has all it knows of QEMU from the module.
+# One QEMU is enough: the command knows QEMU only through the module.
 
 use v5.36;
 
@@ -46,7 +46,7 @@ sub check_pipes ($test) {
     cmp_ok($scsi->{dirty}, '<=', 4 * $mib, 'incremental: what changed is read');
     is($result->{devices}{'drive-efidisk0'}{dirty}, 0, 'incremental: and nothing else');
     chomp(my $archive = $full->{out});
-    utf8::encode($result->{archive});    # names of files are bytes here
+    utf8::encode($result->{archive});    # file names are bytes here
     cmp_ok($result->{archive}, 'gt', $archive, 'incremental: a later archive');
     my $dir = restore_and_compare($test, $result->{archive}, 'incremental');
     is(-s "$dir/guest.conf", undef, 'incremental: no configuration was given');
@@ -142,7 +142,7 @@ sub check_archives ($test, @archives) {
     check_damaged_restore($test, $archives[1]);
 }
 
-# All but what is damaged is restored, and it is said what that is.
+# Everything that is not damaged is restored, and the damage is reported.
 sub check_damaged_restore ($test, $archive) {
     my $dir = "$test->{dir}/out/damaged";
     mkdir($dir) or die "$dir: $!\n";
@@ -163,7 +163,7 @@ sub check_damaged_restore ($test, $archive) {
     like($nothing->{err}, qr/there are no archives in .*mounted/, 'verify of nothing: says so');
 }
 
-# The image above is damaged, so this backup is a full one again, and says so.
+# The image of the previous archive is damaged, so this backup is a full one, and says so.
 sub check_terminal ($test) {
     my $backup = start_on_terminal(100, backup($test, '--bandwidth-limit', '8M'));
     $backup->wait_for(out => qr/2 disks +[0-9.]+ [KM]iB\/s: +[0-9]+% \[=* *\]\S+ Left/);
@@ -179,7 +179,7 @@ sub check_terminal ($test) {
     check_same_on_terminal($test, $archive);
 }
 
-# Where nothing takes long, a terminal shows what a pipe gets.
+# If the commands are fast, a terminal shows the same as a pipe.
 sub check_same_on_terminal ($test, $archive) {
     my $dir = "$test->{dir}/out/terminal";
     mkdir($dir) or die "$dir: $!\n";
@@ -204,7 +204,8 @@ sub check_same_on_terminal ($test, $archive) {
     }
 }
 
-# Wherever QEMU is to make something: the socket, the fleecing image. Both go with the backup.
+# Unusual paths for what QEMU creates or opens: the socket and the fleecing image. Both are removed after the
+# backup.
 sub check_odd_paths ($test) {
     my %at = map { ("--$_" => "$test->{dir}/$_") } qw(run-dir fleecing-dir);
     mkdir($_, 0700) or die "$_: $!\n" for values %at;
@@ -216,8 +217,8 @@ sub check_odd_paths ($test) {
     is_deeply([map { glob("$_/*") } values %at], [], 'odd paths: nothing is left');
 }
 
-# Two media that take turns in the same place, and a directory beside them, all with one name for the
-# target: none of them may take the bitmap of another for its own.
+# Two media that take turns at the same place, and another directory, all with the same target name: none of
+# them may use a bitmap of another one.
 sub check_directories ($test) {
     my %at = map { $_ => "$test->{dir}/$_" } qw(first second beside);
     mkdir($_) or die "$_: $!\n" for values %at;
@@ -239,7 +240,7 @@ sub check_directories ($test) {
     }
 }
 
-# [kind of each disk's image] of the newest archive of a guest.
+# [kind of each disk's image] in the newest archive of a guest.
 sub kinds ($test, @guest) {
     my $list = $json->decode(run_command('list', $test->{store}, @guest, '--json')->{out});
     my $devices = $list->[-1]{devices};
@@ -268,7 +269,7 @@ sub check_full_and_named ($test) {
     restore_and_compare($test, "$test->{store}/web1", '--guest');
 }
 
-# First backups of several guests that begin at once: one directory has one identity.
+# If the first backups of several guests begin at the same time, the directory still gets a single ID.
 sub check_identity () {
     my @others;
     for my $round (1 .. 50) {
@@ -309,7 +310,7 @@ subtest 'first backups at once' => sub { check_identity() };
 for my $name (PBA::Test::Backend->names) {
     subtest "backend $name" => sub {
         my $test = start_guest($name);
-        local $ENV{TMPDIR} = "$test->{dir}/tmp";    # where one that is killed leaves something
+        local $ENV{TMPDIR} = "$test->{dir}/tmp";    # for leftovers of killed processes
         my @archives = check_pipes($test);
         check_refusals($test, $archives[0]);
         check_archives($test, @archives);

@@ -1,10 +1,10 @@
-# What others do to the same QEMU while an access is up: QEMU refuses it, by the nodes that are there
-# for that, or it is done, and comes out as it would have without us. Whatever it is and whenever it
-# comes, QEMU lives, no write of the guest is lost (in the disk, in the next increment, in what the
-# other program makes), and nothing of ours is left.
+# What others do to the same QEMU while an access is active: either QEMU refuses it, because of the nodes that
+# are there for that, or it is done and has the same result as without an access. At any time, QEMU survives, no
+# write of the guest is lost (on the disk, in the next increment, in the result of the other program), and
+# nothing of ours is left.
 #
-# On a Proxmox QEMU by its own commands. A plain run takes a part, on each QEMU another one; PBA_FULL=1
-# takes all.
+# On a Proxmox QEMU, its own commands are used. A plain run includes a part on each QEMU, different ones on
+# each; PBA_FULL=1 includes everything.
 
 use v5.36;
 
@@ -20,14 +20,14 @@ use PBA::Test::Backend;
 my $mib = 1024 * 1024;
 my $size = 16 * $mib;
 
-# What is written before, during and after the access lies in different 4 MiB: so coarse are Proxmox'
+# Writes before, during and after the access go to different 4 MiB, which is the granularity of Proxmox'
 # bitmaps.
 my %at = (before => 1 * $mib, during => 5 * $mib, after => 9 * $mib);
 my $is_proxmox = PBA::Test::VM->is_proxmox;
 my @shapes = ('drive', 'blockdev', 'throttle');
 my ($true, $false) = (JSON::PP::true, JSON::PP::false);
 
-# What the guest has written: offset => byte.
+# The guest's writes: offset => byte.
 sub write_disk ($test, $byte, $at) {
     return if $test->{is_gone};
     $test->{vm}->qemu_io('disk0', "write -P $byte $at 64k");
@@ -45,9 +45,9 @@ sub has ($file, $model) {
     return 'all';
 }
 
-# ---- what happens ----
+# ---- events ----
 
-# As libvirt and people name it: the drive, or the node.
+# The name that libvirt and users would use: that of the drive, or of the node.
 sub named ($test) {
     return $test->{shape} eq 'drive' ? 'drive-disk0' : 'disk0';
 }
@@ -56,7 +56,7 @@ sub by_name ($test) {
     return $test->{shape} eq 'drive' ? (device => named($test)) : ('node-name' => named($test));
 }
 
-# Whether QEMU did it. That it does not is asked for where it would lose writes.
+# Whether QEMU executed the command. Where it would lose writes, the test requires that QEMU refuses it.
 sub try_qmp ($test, $command, %arguments) {
     my $reply = $test->{vm}->qmp_try($command, %arguments);
     $test->{refusal} = $reply->{error} ? $reply->{error}{desc} : undef;
@@ -103,7 +103,7 @@ sub mirror ($test) {
     );
 }
 
-# What stays is not said to be removed.
+# What stays must not be reported as removed.
 sub check_recover ($test) {
     my $backend = $test->{backend};
     my %options = $backend->options(log => sub { });
@@ -116,7 +116,7 @@ sub check_recover ($test) {
     return;
 }
 
-# It goes on until the access is over; then it must have the disk as it was when it began.
+# The backup continues until the access has ended; it must then contain the disk as of its beginning.
 sub push_backup ($test, $device) {
     $test->{'target file'} = add_target($test);
     my %then = $test->{model}->%*;
@@ -142,7 +142,7 @@ sub root_node ($test) {
     return $test->{root};
 }
 
-# The guest goes on in it.
+# The guest continues in the overlay.
 sub overlay ($test, @of) {
     my $file = $test->{vm}->dir . '/overlay.qcow2';
     my $done = try_qmp($test, 'blockdev-snapshot-sync', @of, 'snapshot-file' => $file);
@@ -175,7 +175,7 @@ sub second_client ($test, $target) {
     return $done;
 }
 
-# refused: QEMU must refuse it while the access is up. ours: by us.
+# refused: QEMU must refuse it while the access is active. ours: our code must refuse it.
 my %events = (
     'a mirror' => { happens => \&mirror, refused => 1 },
     'a backup of the drive' => { happens => sub ($test) { push_backup($test, named($test)) } },
@@ -192,7 +192,7 @@ my %events = (
                 try_qmp($test, 'block-stream', 'job-id' => 'theirs', device => root_node($test)));
         },
 
-        # A QEMU that refuses it, below a throttle filter, leaves a block backend of it.
+        # If QEMU refuses this below a throttle filter, a block backend of it remains.
         stays => 1,
     },
     'an overlay' => {
@@ -205,7 +205,7 @@ my %events = (
             overlay($test, 'node-name' => root_node($test), 'snapshot-node-name' => 'overlay');
         },
 
-        # Below Proxmox' own filter it is one as at any other time: the node's disk is another one then.
+        # Below Proxmox' own filter, this works as at any other time: the node then has another disk.
         refused => !$is_proxmox,
         stays => 1,
         next => qr/node 'overlay' of another program is on top of this disk's node/,
@@ -223,7 +223,7 @@ my %events = (
             return $test->{refusal} !~ m/Error/;
         },
 
-        # At the end of a teardown it is made, which is harmless.
+        # At the end of a teardown it succeeds, which is harmless.
         refused => $is_proxmox ? 'while up' : 'while guarded',
     },
     'a resize' => {
@@ -244,14 +244,14 @@ my %events = (
     },
 );
 
-# ---- when ----
+# ---- times ----
 
 # Before which step; or before which command of the teardown, by its number or name.
 my @steps = qw(volumes copy teardown);
 my @in_teardown = (2, 4, 5, 6, 8, 10, 12, 14, 16, 18, 20, 22);
 push(@in_teardown, $is_proxmox ? 'backup-access-teardown' : 'qom-set');
 
-# The access' commands go over this, so that something can happen between two.
+# The commands of the access go through this code ref, so that something can happen between two of them.
 sub qmp_code ($test) {
     return sub ($command, $arguments) {
         if ($test->{counts} && grep { $_ eq $test->{before} } ++$test->{count}, $command) {
@@ -276,7 +276,7 @@ sub happen ($test) {
     return;
 }
 
-# ---- a cell ----
+# ---- one combination ----
 
 sub start ($shape, $what) {
     my %disk = (size => $size, format => 'qcow2', bus => 'scsi');
@@ -298,7 +298,7 @@ sub start ($shape, $what) {
     return \%test;
 }
 
-# Dies only with what the event is a reason for.
+# Dies only with an error for which the event is a reason.
 sub back_up ($test, $when) {
     my $backend = $test->{backend};
     my $access
@@ -384,7 +384,7 @@ sub check ($what, $when, $shape) {
     return if !$vm->is_alive;
     $vm->quit;
 
-    # The overlay's backing file would be the filter, with a group that only this QEMU has.
+    # The backing file of the overlay would be the throttle filter, with a group that only this QEMU has.
     return if $test->{done} && $test->{event}{stays} && $shape eq 'throttle';
     is(has($vm->raw_image('disk0'), $test->{model}), 'all', 'the disk has what the guest wrote');
     return;
@@ -397,8 +397,8 @@ for my $what (sort keys %events) {
     }
 }
 
-# Proxmox' QEMU locks no images: a drive that is added again while an access to it is up has its image open
-# twice, whoever made the access, and what one of the two has not stored is lost.
+# Proxmox' QEMU does not lock images: a drive that is added again while an access to it is active opens its
+# image twice, and what one of them has not stored yet is lost, whichever program made the access.
 @cells = grep { "@$_" !~ m/replug .*drive\z/ } @cells if $is_proxmox;
 my ($seed, $part) = (20261129 + !!$ENV{PBA_QEMU}, 16);
 if (!$ENV{PBA_FULL}) {

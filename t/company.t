@@ -1,5 +1,6 @@
-# What others do to the same QEMU. What is there before an access and does not go with one is refused,
-# with what it is and what to do, before anything is changed; and it ends as it would have without us.
+# What others do to the same QEMU. If something exists before an access that does not allow one, the access is
+# refused before any change, with a message that says what it is and what to do; and it ends as it would have
+# without us.
 #
 # One QEMU is enough for a plain run: PBA_FULL=1 runs on each.
 
@@ -21,7 +22,7 @@ my $mib = 1024 * 1024;
 my $size = 8 * $mib;
 my ($true, $false) = (JSON::PP::true, JSON::PP::false);
 
-# An image beside the disks, and a node of it.
+# Adds an image beside the disks, and a node of it.
 sub add_node ($vm, $name, %opt) {
     my $file = $vm->dir . "/$name.raw";
     open(my $fh, '>', $file) or die "$file: $!\n";
@@ -31,7 +32,7 @@ sub add_node ($vm, $name, %opt) {
     return $file;
 }
 
-# The disk becomes one with a backing file; returns that.
+# Gives the disk a backing file, and returns that.
 sub add_overlay ($vm) {
     my $node = node_of($vm, 'disk0');
     $vm->qmp(
@@ -57,7 +58,7 @@ sub wait_job ($vm, $wanted) {
     return 0;
 }
 
-# At 1 byte a second it does not end by itself.
+# At 1 byte a second, the job does not end by itself.
 my %slow = ('job-id' => 'theirs', speed => 1);
 
 sub node_of ($vm, $id) {
@@ -81,7 +82,7 @@ sub start_job ($vm, $command, $device, %more) {
     return $file;
 }
 
-# Ended as its owner does it; what it made must be the disk.
+# Ends the job as its owner would; the result must equal the disk.
 sub complete ($vm, $id, $file, $command) {
     $vm->qmp('block-job-set-speed', device => 'theirs', speed => 0);
     $vm->qemu_io($id, "write -P 0x77 3M 64k") if $command eq 'blockdev-mirror';
@@ -105,7 +106,7 @@ sub set_drive ($vm, $node) {
     return;
 }
 
-# What is there, how it comes there, what the refusal says, and how it ends.
+# What exists, how it is created, what the refusal says, and how it ends.
 my %company = (
     'a backup job' => {
         begin => sub ($vm, $device) { start_job($vm, 'blockdev-backup', $device) },
@@ -199,7 +200,7 @@ my %company = (
     },
 );
 
-# Each of the calls that look at disks; none may change anything.
+# Each of the calls that check disks; none may change anything.
 sub refusals ($backend, $device) {
     my $access = $backend->access;
     my %calls = (
@@ -215,7 +216,7 @@ sub refusals ($backend, $device) {
     return \%error;
 }
 
-# Two disks of that shape, or undef where QEMU itself does not have such company.
+# Two disks of that shape, or undef if QEMU itself does not allow this.
 sub start_in_company ($name, $shape, $company) {
     my $shared = $company->{shared} ? 'share-rw=on' : undef;
     my %disk = (size => $size, shape => $shape, format => 'qcow2', device_args => $shared);
@@ -261,14 +262,14 @@ sub check ($name, $shape, $what) {
     wait_job($backend->vm, qr/gone/);
     return if $company->{keeps};
     my $pivoted = $company->{pivots} && $shape eq 'blockdev';
-    return if $pivoted && $name eq 'pve';    # a node with another name is another disk there
+    return if $pivoted && $name eq 'pve';    # there, a node with another name is another disk
     ok(eval { back_up($backend, $pivoted ? 'disk0-dev' : $backend->device('disk0')) },
         'afterwards it is backed up')
         or diag($@);
     return;
 }
 
-# A disk that others may write to has no one instant.
+# A disk to which others may write has no consistent instant.
 sub check_shared ($name) {
     my $backend = $Backend->start(
         name => $name,
@@ -284,7 +285,7 @@ sub check_shared ($name) {
     return;
 }
 
-# The guest device has an id that other objects have, too.
+# The guest device has an ID that other objects have, too.
 sub check_ambiguous_id () {
     my $backend = $Backend->start(
         name => 'upstream',
@@ -298,7 +299,7 @@ sub check_ambiguous_id () {
     return;
 }
 
-# qcow2 of version 2 stores no bitmaps.
+# Version 2 of qcow2 cannot store bitmaps.
 sub check_old_qcow2 () {
     my $dir = File::Temp->newdir;
     my @create = ($VM->qemu_img, qw(create -q -f qcow2 -o compat=0.10));
@@ -315,7 +316,7 @@ sub check_old_qcow2 () {
     return;
 }
 
-# What QEMU says of disks whose guest sends SCSI commands itself: on a Proxmox QEMU, and on a stock one.
+# What QEMU reports about disks whose guest sends SCSI commands itself: on a Proxmox QEMU, and on a stock one.
 sub check_passed_through ($type, $returns) {
     my $nodes = $returns->{'query-named-block-nodes'};
     my @nodes = map {

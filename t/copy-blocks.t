@@ -1,8 +1,8 @@
-# What an NBD target is asked to do: zeroes in whole aligned blocks only, and no two requests for the same
-# block at a time. QEMU 11.0.0 with a fix of its own loses a write beside zeroes in the same cluster, and
-# does not say how large its clusters are.
+# The requests that an NBD target gets: only whole aligned blocks of zeroes, and no two requests for the same
+# block at the same time. QEMU 11.0.0 with a fix of its own loses a write beside zeroes in the same cluster, and
+# does not report the size of its clusters.
 #
-# One QEMU is enough: the servers here are no QEMU at all.
+# One QEMU is enough: no QEMU is involved.
 
 use v5.36;
 
@@ -27,7 +27,7 @@ srand($seed);
 
 sub pick (@choices) { return $choices[rand(@choices)] }
 
-# Runs of data and zeroes of every length, some of them at the edges of blocks.
+# Runs of data and zeroes of all lengths, some of them at the edges of blocks.
 sub random_layout ($size) {
     my $data = '';
     my $is_zero = pick(0, 1);
@@ -40,7 +40,7 @@ sub random_layout ($size) {
     return $data;
 }
 
-# Dirty areas, mostly of whole clusters, or else of any sectors.
+# Dirty areas, mostly of whole clusters, otherwise of any sectors.
 sub random_map ($size) {
     return [[0, $size]] if rand() < 0.3;
     my $unit = pick(64 * $KiB, 64 * $KiB, $sector);
@@ -61,8 +61,8 @@ sub holes_in ($data) {
     return \@holes;
 }
 
-# The requests that were for one block at the same time, and the zeroes that were no whole blocks. Of a
-# request the time when it came is known and the time before it was answered.
+# Requests for one block that overlapped in time, and zeroes that were no whole blocks. The record has the time
+# when a request arrived, and the time before it was answered.
 sub wrong_requests ($target, $block, $size) {
     my @wrong;
     my %busy;

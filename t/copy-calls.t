@@ -1,5 +1,4 @@
-# The caller's side of a copy: progress, signals, exceptions, forks, memory, arguments. That the data is
-# right is in copy.t.
+# The caller's side of a copy: progress, signals, exceptions, forks, memory, arguments. t/copy.t tests the data.
 
 use v5.36;
 
@@ -41,8 +40,8 @@ subtest 'progress' => sub {
     }
 };
 
-# One that puts words around what it gets has it as often as without this module. Perl itself has it twice where
-# a signal handler dies.
+# A handler that adds words to the exception is called as often as without this module. Perl itself calls it
+# twice if a signal handler dies.
 subtest 'a __DIE__ handler' => sub {
     my $calls = 0;
     my $wrap = sub ($text) { die "wrapped: $text" if ++$calls };
@@ -84,7 +83,7 @@ sub hanging_target () {
     return $server;
 }
 
-# The server of the file waits for an answer that does not come. It is ended before the interpreter.
+# The server of the file waits for an answer that never comes. It is killed before the interpreter ends.
 my $hanging_file;
 END { undef $hanging_file }
 
@@ -107,7 +106,7 @@ sub open_hanging_handle () {
     );
 }
 
-# How much slower than it should be a machine is that has too much to do.
+# By which factor a busy machine is slower than expected.
 sub slowness () {
     open(my $fh, '<', '/proc/loadavg') or return 1;
     my ($load) = split(' ', <$fh>);
@@ -151,7 +150,7 @@ subtest 'signals' => sub {
     }
 };
 
-# They would leave the copy behind, half done and without an error.
+# They would leave the copy half done and without an error.
 subtest 'loop controls' => sub {
     for my $option (qw(to progress)) {
         no warnings 'exiting';    ## no critic (ProhibitNoWarnings)
@@ -230,7 +229,7 @@ sub peak_kib () {
     return $kib;
 }
 
-# A plain run takes a quarter of a million.
+# A plain run has a quarter of a million.
 subtest 'a million regions' => sub {
     my $regions = 1 << ($ENV{PBA_FULL} ? 20 : 18);
     my $size = $regions << 10;

@@ -1,4 +1,4 @@
-# What was written is read back beside the copy, and compared with the digests of what was read.
+# Written data is read back during the copy, and compared with the digests of what was read.
 
 use v5.36;
 
@@ -22,7 +22,7 @@ my $MiB = 1 << 20;
 my $device = 'disk';
 my $dir = File::Temp->newdir('pba-check-XXXXXXXX', TMPDIR => 1);
 
-# Those made of whole blocks.
+# The maps that consist of whole blocks.
 my @whole
     = ('one region', 'all', 'nothing', 'every other cluster', 'the odd end', 'long and short');
 
@@ -49,7 +49,7 @@ sub copy ($map, $to, %options) {
     );
 }
 
-# What the target holds of a map.
+# The target's content of a map.
 sub holds ($target, $map) {
     my $content = $target->content;
     return !grep { substr($content, $_->[0], $_->[1]) ne substr($image, $_->[0], $_->[1]) }
@@ -157,7 +157,7 @@ subtest 'zeroes' => sub {
     is($error, $size, 'a target that cannot tell');
 };
 
-# { name => [options of the target, what it says] } of targets that do not hold what was written.
+# { name => [options of the target, the error] } of targets that lose what was written.
 my %lossy = (
     'a write is lost' => [{ loses => [[3 * $MiB, 64 * $KiB]] }, '65536 at offset 3145728'],
     'a sector is lost' => [{ loses => [[3 * $MiB + 512, 512]] }, '65536 at offset 3145728'],

@@ -1,4 +1,4 @@
-# A file system that tells only at close() that it has lost what was written: it has no fsync.
+# A file system without fsync that reports only at close() that it has lost written data.
 
 use v5.36;
 
@@ -15,7 +15,7 @@ use PVE::BackupAccess::Volume;
 
 plan(skip_all => 'needs root and /dev/fuse') if $> != 0 || !-e '/dev/fuse';
 
-# In a mount namespace of its own, so that nothing stays mounted however it ends.
+# Runs in a mount namespace of its own, so that nothing stays mounted however the test ends.
 if (!$ENV{PBA_UNSHARED} && system('unshare --mount true 2>/dev/null') == 0) {
     $ENV{PBA_UNSHARED} = 1;
     exec(qw(unshare --mount), $^X, (map { "-I$_" } @INC), $0) or die "unshare: $!\n";

@@ -1,4 +1,5 @@
-# Digests of what a copy reads: told, kept in a file, and compared with those of files.
+# Digests of the data that a copy reads: passed to a code ref, stored in a file, and compared with those in
+# files.
 
 use v5.36;
 
@@ -24,7 +25,7 @@ my $MiB = 1 << 20;
 my $header = 4096;
 my $dir = File::Temp->newdir('pba-digests-XXXXXXXX', TMPDIR => 1);
 
-# { number of a block => its digest } of what the map has.
+# { number of a block => its digest } of the blocks in the map.
 sub digests_of ($data, $map, $block = 64 * $KiB) {
     my %digests;
     for my $region ($map->@*) {
@@ -38,13 +39,13 @@ sub digests_of ($data, $map, $block = 64 * $KiB) {
 
 sub slots ($digests) { return unpack('(a32)*', $digests) }
 
-# The same of what a file has; zeroes are blocks of which it says nothing.
+# The same for a file; blocks of zeroes have no digest in it.
 sub slots_of ($file) {
     my @slots = slots(substr(read_file($file), $header));
     return { map { $slots[$_] =~ m/[^\0]/ ? ($_ => $slots[$_]) : () } 0 .. $#slots };
 }
 
-# As a complete file has them: not those of zeroes.
+# The digests in a complete file, which has none of zeroes.
 sub without_zeroes ($digests, $data, $block = 64 * $KiB) {
     return {
         map { substr($data, $_ * $block, $block) =~ m/[^\0]/ ? ($_ => $digests->{$_}) : () }
@@ -52,7 +53,7 @@ sub without_zeroes ($digests, $data, $block = 64 * $KiB) {
     };
 }
 
-# What a code ref is told, each block once.
+# A code ref that collects the digests and checks that it gets each block only once.
 sub collector ($found, $block = 64 * $KiB) {
     return sub ($offset, $digests) {
         my $first = $offset / $block;
@@ -63,7 +64,7 @@ sub collector ($found, $block = 64 * $KiB) {
     };
 }
 
-# Those made of whole blocks.
+# The maps that consist of whole blocks.
 my %whole = map { $_ => $maps{$_} } 'one region', 'all', 'nothing', 'every other cluster',
     'the odd end', 'long and short';
 
@@ -194,7 +195,7 @@ subtest 'a file' => sub {
     );
 };
 
-# Calls copy or check, and returns what is damaged, in order.
+# Calls copy or check, and returns the damaged ranges in order.
 sub damage_of ($server, $expected, %options) {
     my @damage;
     my $volume = open_volume(
@@ -260,14 +261,14 @@ subtest 'several files' => sub {
     is_deeply(\@progress, [(128 * $KiB + 4608) x 2], 'progress is of that');
 };
 
-# Blocks of 64 KiB that differ between two, as a map of one region each.
+# The blocks of 64 KiB that differ, as a map with one region for each.
 sub differing ($one, $other) {
     return map { [$_, min(64 * $KiB, $odd_size - $_)] }
         grep { substr($one, $_, 64 * $KiB) ne substr($other, $_, 64 * $KiB) }
         map { $_ * 64 * $KiB } 0 .. ($odd_size - 1) / (64 * $KiB);
 }
 
-# Data over zeroes and zeroes over data, beside blocks that stay, in the middle and at the end.
+# Data over zeroes and zeroes over data, beside unchanged blocks, in the middle and at the end.
 sub changed_image () {
     my $data = $image;
     substr($data, 256 * $KiB, 64 * $KiB) = "\0" x (64 * $KiB);
@@ -278,14 +279,14 @@ sub changed_image () {
     return $data;
 }
 
-# The whole of that data, to be read.
+# A volume with all of this data.
 sub whole ($data) {
     my $server
         = start(dirty_only => 0, data => sub ($at, $length) { substr($data, $at, $length) });
     return open_volume($server, 'bitmap-mode' => 'none', 'bitmap-name' => undef);
 }
 
-# Copies to a code ref; the blocks that it was called with.
+# Copies to a code ref, and returns the blocks with which it was called.
 sub blocks_written ($data, %options) {
     my %blocks;
     whole($data)->copy(

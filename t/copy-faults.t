@@ -1,5 +1,5 @@
-# Copies that go wrong: at the source, at the target, in between. Each has to die with an error that
-# names the offset, soon, and leave an object that can be dropped.
+# Faults of copies: at the source, at the target, and in between. Each copy must die soon with an error that
+# names the offset, and leave an object that can be freed.
 
 use v5.36;
 
@@ -21,7 +21,7 @@ my $NBDServer = 'PBA::Test::NBDServer';
 my $QemuNbd = 'PBA::Test::QemuNbd';
 my $Volume = 'PVE::BackupAccess::Volume';
 
-# In a mount namespace of its own, so that nothing stays mounted however it ends.
+# Runs in a mount namespace of its own, so that nothing stays mounted however the test ends.
 if (!$ENV{PBA_UNSHARED} && system('unshare --mount true 2>/dev/null') == 0) {
     $ENV{PBA_UNSHARED} = 1;
     exec(qw(unshare --mount), $^X, (map { "-I$_" } @INC), $0) or die "unshare: $!\n";
@@ -53,7 +53,7 @@ sub descriptors () {
     return scalar(grep { !m/\A\./ } readdir($handle));
 }
 
-# Threads are ended when the copy is over, but nobody waits for the last of their steps.
+# The threads of a copy have ended when it is over, but may still exist for a moment.
 sub threads_but_ours () {
     for (1 .. 50) {
         my @tasks = glob('/proc/self/task/*');
@@ -63,7 +63,7 @@ sub threads_but_ours () {
     return 1;
 }
 
-# The copy dies with such an error, and once the volume is dropped nothing of it is left.
+# The copy must die with such an error, and nothing of it may be left when the volume has been freed.
 sub copy_dies ($server, $pattern, $name, @options) {
     my $before = descriptors();
     my $volume = open_volume($server);
@@ -102,7 +102,7 @@ for my $fault (sort keys %source_faults) {
     my ($options, $pattern) = $source_faults{$fault}->@*;
     subtest "source: $fault" => sub {
 
-        # Of the map there is one answer; of the discards there may be as few.
+        # The map may have a single answer, and the discards as few.
         for my $good ($pattern eq $read
             || $pattern eq $lost
             || $options->{read_error} ? (0, 1, 7) : 0)
@@ -152,7 +152,7 @@ subtest 'source lost at any offset' => sub {
     srand($seed);
     for my $round (1 .. 12) {
 
-        # The map is answered well, and with it each connection's first read.
+        # The map is answered correctly, and so is the first read of each connection.
         my $at = $MiB + int(rand($size - $MiB));
         copy_dies(
             start(disconnect_at => $at, good_first => 1), $lost, "round $round, at $at",
@@ -163,7 +163,7 @@ subtest 'source lost at any offset' => sub {
     }
 };
 
-# Copies slowly, and ends a server in the middle of it.
+# Copies slowly, and ends a server during the copy.
 sub copy_while_ending ($victim, $volume, @options) {
     my $calls = 0;
     my $end = sub (@) { $victim->stop('KILL') if ++$calls == 2 };
@@ -194,8 +194,7 @@ subtest 'servers that are killed' => sub {
     ok(eval { $volume->pread($size - 512, 512) }, 'the target: the volume can be read');
 };
 
-# The source goes between the only read and the discard of what was read, so that the discard alone can
-# notice.
+# The source disconnects between the only read and the discard of that data, so only the discard can fail.
 subtest 'a source that goes before a discard is sent' => sub {
     for my $connections (1, 4) {
         my $source = $QemuNbd->start(file => filled_file("$dir/source"));
@@ -211,7 +210,7 @@ subtest 'a source that goes before a discard is sent' => sub {
     }
 };
 
-# Calls code with a sparse file that its file system has no room for.
+# Calls the code with a sparse file for which its file system has no space.
 sub with_small_fs ($code) {
     my $mount = "$dir/small";
     mkdir($mount);
@@ -261,7 +260,7 @@ subtest 'targets that are full' => sub {
     );
 };
 
-# What the target refused, or has not answered, can still be read of the source.
+# Data that the target has refused, or not acknowledged yet, can still be read from the source.
 subtest 'discards wait for the target' => sub {
     for my $good (0, 1, 5, 20) {
         my $target = $NBDServer->start(
@@ -290,7 +289,7 @@ subtest 'discards wait for the target' => sub {
     }
 };
 
-# libnbd tells of a dead connection neither that it can flush nor that it cannot.
+# libnbd does not report whether a dead connection supports flushes.
 subtest 'a target whose first connection dies once it is idle' => sub {
     my $delay = sub ($connection) { $connection == 1 ? 0.3 : 1 };
     my $target = $NBDServer->start(size => $size, delay => $delay, garbage_on => 1);
@@ -313,7 +312,7 @@ subtest 'a target that cannot flush' => sub {
     cmp_ok(scalar(() = $other->requests('flush')), '>', 0, 'one that can is');
 };
 
-# Data that was taken is not data that is there: only the flush tells.
+# Accepted data need not be stored data; only the flush shows it.
 subtest 'targets that lose what they took' => sub {
     my %node = (
         driver => 'blkdebug',
@@ -338,7 +337,7 @@ subtest 'targets that lose what they took' => sub {
     }
 };
 
-# A program of its own, since the limit stays. It ends with 0 if the copy dies as it should.
+# A separate program, because the limit cannot be removed. It returns 0 if the copy dies as expected.
 my $limited_copy = <<'EOF';
 use PVE::BackupAccess::Volume;
 my ($path, $bitmap, $target) = @ARGV;

@@ -1,6 +1,5 @@
-# Copies of a running guest's disks while it writes: full ones and increments to every kind of
-# target, with failures in between. What was copied is what the disks held at one instant, and a
-# copy that failed loses nothing.
+# Copies of a running guest's disks while it writes: full and incremental copies to every kind of target, with
+# failures in between. A copy must equal the disks at one instant, and a failed copy must not lose anything.
 
 use v5.36;
 
@@ -21,7 +20,7 @@ my $blocks = 2048;
 my %sizes = (disk0 => 24 * $mib, disk1 => 12 * $mib + 512);
 my @ids = sort keys %sizes;
 
-# What a target is full of before anything was copied: a gap does not look like zeroes.
+# The initial content of a target, so that a gap does not look like zeroes.
 sub new_image ($file, $size) {
     open(my $fh, '>:raw', $file) or die "$file: $!\n";
     for (my $left = $size; $left > 0; $left -= $mib) {
@@ -31,7 +30,7 @@ sub new_image ($file, $size) {
     return;
 }
 
-# Each copies a volume into the raw image.
+# Each copies a volume to the raw image.
 my %sinks = (
     file => sub ($volume, $file, @options) { $volume->copy(to => $file, @options) },
     descriptor => sub ($volume, $file, @options) {
@@ -74,13 +73,13 @@ my %sinks = (
 );
 delete($sinks{device}) if $> != 0 || !-e '/dev/loop-control';
 
-# What a sink does with data is the same by either mechanism: a plain run takes two by the second one.
+# A sink does the same with both mechanisms, so a plain run takes only two sinks with the second mechanism.
 sub sinks_for ($mechanism) {
     return sort keys %sinks if $mechanism eq 'nbd' || $ENV{PBA_FULL};
     return qw(descriptor file);
 }
 
-# Has the guest write while the copy is under way, with part of it done and part of it to come.
+# Makes the guest write during the copy, when a part of it is done.
 sub write_meanwhile ($context) {
     my $is_first = 1;
     return sub ($done, $total) {
@@ -89,14 +88,14 @@ sub write_meanwhile ($context) {
     };
 }
 
-# By mechanism: the same volume's class reads either.
+# Opens the volume with either mechanism; the class is the same.
 sub open_volume ($context, $access, $id) {
     my $device = $context->{backend}->device($id);
     return PVE::BackupAccess::Volume->open($device,
         $access->volumes($context->{mechanism})->{$device});
 }
 
-# One backup of both disks. fail => code that ends the copy of the first one, given the volume.
+# Makes one backup of both disks. fail => code that gets the volume and ends the copy of the first disk.
 sub backup ($context, $mode, $sink, $fail = undef) {
     my $backend = $context->{backend};
     my $access = $backend->access;
@@ -130,7 +129,7 @@ sub check_images ($context, $name) {
     $context->{backend}->guest->wait_more_churn(20);
 }
 
-# Ways for a copy to fail; in each, part of the source was discarded already.
+# Ways in which a copy can fail; in each of them, a part of the source has been discarded already.
 my %failures = (
     'a full target' => sub ($context, $volume) { $volume->copy(to => '/dev/full') },
     'an exception' => sub ($context, $volume) {
@@ -150,8 +149,8 @@ my %failures = (
     map { ("a source that goes, $_" => \&lose_source) } 1 .. ($ENV{PBA_FULL} ? 12 : 3),
 );
 
-# At any offset of what is dirty, the same in each run of the test. By another process: QEMU may have to
-# get rid of its answers before it can stop.
+# Makes the source fail at a random dirty offset, the same one in each run of the test. Another process does
+# that, because QEMU may have to send its answers before it can stop.
 sub lose_source ($context, $volume) {
     my $vm = $context->{backend}->vm;
     my ($left, $pid) = (rand($mib / 2));
@@ -178,7 +177,7 @@ sub copy_and_stop ($volume, $seen) {
         to => sub ($offset, $data) { $seen->(length($data)) },
         connections => 1 + int(rand(4)),
         'request-size' => 65536,
-        'bandwidth-limit' => 2 * $mib,    # so that there is more to come than was read ahead
+        'bandwidth-limit' => 2 * $mib,    # so that more is left than was read ahead
     );
     return;
 }

@@ -1,8 +1,8 @@
-# Targets that hang in any call: a signal ends the copy, the volume can be dropped, another copy works, and
-# the process ends, all while the target still hangs. With FUSE the kernel lets no process end that has a file
-# of a server that hangs.
+# Targets that hang in any call: a signal ends the copy, the volume can be freed, another copy works, and the
+# process ends, all while the target still hangs. With FUSE, the kernel lets no process end that has a file of a
+# hanging server open.
 #
-# One QEMU is enough: qemu-storage-daemon is here as a file system that can be stopped.
+# One QEMU is enough: qemu-storage-daemon is only used as a file system that can be stopped.
 
 use v5.36;
 
@@ -22,7 +22,7 @@ plan(skip_all => 'no qemu-storage-daemon')
     if !grep { -x "$_/qemu-storage-daemon" } split(m/:/, $ENV{PATH});
 plan(skip_all => 'no /dev/fuse') if !-e '/dev/fuse';
 
-# In a mount namespace of its own, so that nothing stays mounted however it ends.
+# Runs in a mount namespace of its own, so that nothing stays mounted however the test ends.
 if (!$ENV{PBA_UNSHARED} && system('unshare --mount true 2>/dev/null') == 0) {
     $ENV{PBA_UNSHARED} = 1;
     exec(qw(unshare --mount), $^X, (map { "-I$_" } @INC), $0) or die "unshare: $!\n";
@@ -32,11 +32,11 @@ my $Server = 'PBA::Test::NBDServer';
 
 my $MiB = 1 << 20;
 my $size = 4 * $MiB;
-my $limit = 30;    # seconds: nothing here takes as long, unless it hangs
+my $limit = 30;    # seconds: only a hang takes longer
 my $dir = File::Temp->newdir('pba-hung-XXXXXXXX', TMPDIR => 1);
 my $source = $Server->start(size => $size, dirty => [[0, $size]]);
 
-# Mounts what writes to that NBD server as the file "mnt".
+# Mounts the file "mnt", whose writes go to that NBD server.
 sub serve ($backing) {
     open(my $fh, '>', "$dir/mnt") or die "$dir/mnt: $!\n";
     close($fh);
@@ -63,8 +63,8 @@ sub unmount ($pid, $signal) {
     return;
 }
 
-# In a process of its own: a copy that a signal has to end while the target hangs, then another copy, then
-# the end. It says how far it came.
+# Runs in a separate process: a copy that a signal must end while the target hangs, then another copy, then the
+# end. It reports how far it came.
 sub victim ($out, $stop, $to, $at) {
     my $pid = fork() // die "cannot fork: $!\n";
     return $pid if $pid;
@@ -96,7 +96,7 @@ sub victim ($out, $stop, $to, $at) {
     exit(0);
 }
 
-# What it said until it ended, or its time was over.
+# The output until the process ended or the time was over.
 sub hear ($in) {
     my ($text, $end) = ('', time + $limit);
     while (time < $end) {
@@ -133,7 +133,7 @@ for my $at (qw(open write flush)) {
     };
 }
 
-# In a process of its own, which ends after that.
+# Runs in a separate process, which then ends.
 sub says_with (@options) {
     pipe(my $in, my $out) or die "pipe: $!\n";
     my $pid = fork() // die "cannot fork: $!\n";
@@ -176,7 +176,7 @@ sub children () {
     return grep { parent_of($_) == $$ } glob('/proc/[0-9]*/stat');
 }
 
-# A writer is no child that the caller could come across.
+# The caller must not see writer processes as its children.
 subtest 'the processes of a copy' => sub {
     my %before = map { $_ => 1 } children();
     my ($signals, $more, @found) = (0, 0);

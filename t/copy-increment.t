@@ -1,4 +1,4 @@
-# An increment has only what changed: a file that lacks the rest must not come to look like an image.
+# An increment contains only changes: a file that lacks the rest must not look like a complete image.
 
 use v5.36;
 
@@ -25,7 +25,7 @@ sub over_nbd ($mode) {
     return open_volume($server, 'bitmap-mode' => $mode);
 }
 
-# The mechanism file-handle, as a provider is given it.
+# The mechanism file-handle, as a provider gets it.
 sub over_file ($mode) {
     my $file = write_file("$dir/source", pattern(0, $size));
     open(my $handle, '+<:raw', $file) or die "$file: $!\n";
@@ -41,7 +41,7 @@ sub over_file ($mode) {
 
 my %volumes = (nbd => \&over_nbd, 'file-handle' => \&over_file);
 
-# What is at the path before, and what the error says.
+# What exists at the path before, and the expected error.
 my %unfit = (
     'a path that is not there' => [undef, qr/there is no \S+, but the volume is an increment/],
     'an empty file' => ['', qr/has 0 bytes instead of $size, but/],

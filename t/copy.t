@@ -1,5 +1,5 @@
-# Copies of volumes to every kind of target, byte by byte. What the caller is told meanwhile, and what
-# he may do, is in copy-calls.t.
+# Copies of volumes to every kind of target, byte by byte. t/copy-calls.t tests what the caller is told
+# meanwhile, and what it may do.
 
 use v5.36;
 
@@ -22,15 +22,15 @@ my $MiB = 1 << 20;
 my $O_DIRECT = eval { Fcntl::O_DIRECT() } // die "no O_DIRECT\n";
 my $dir = File::Temp->newdir('pba-copy-XXXXXXXX', TMPDIR => 1);
 
-# What the target is full of before: neither data nor zeroes of the source.
+# The initial content of the target: neither data nor zeroes of the source.
 my $unseen = "\xee";
 
-# Of NBD targets whole clusters.
+# For NBD targets, only whole clusters count.
 sub zero_bytes ($block) {
     return sum0(map { length } grep { !m/[^\0]/ } unpack("(a$block)*", $image));
 }
 
-# The target after the copy: the image where it was dirty, elsewhere what was there before.
+# The expected content of the target: the image in dirty parts, the initial content elsewhere.
 sub expected ($before, $map) {
     my $data = $before;
     substr($data, $_->[0], $_->[1]) = substr($image, $_->[0], $_->[1]) for @$map;
@@ -45,7 +45,7 @@ sub check_statistics ($statistics, $map, $name) {
     cmp_ok($statistics->{seconds}, '>', 0, "$name: seconds");
 }
 
-# name => code that copies and returns the statistics and what the target holds then
+# name => code that copies, and returns the statistics and the content of the target
 my %sinks = (
     'a file' => sub ($volume, $before) {
         my $file = write_file("$dir/target", $before);
@@ -59,7 +59,7 @@ my %sinks = (
         return ($statistics, read_file($file));
     },
 
-    # What cannot be taken at once is written by threads.
+    # Threads write what cannot be written at once.
     'a direct descriptor' => sub ($volume, $before) {
         my $file = write_file("$dir/target", $before);
         sysopen(my $fh, $file, O_WRONLY | $O_DIRECT) or die "$file: $!\n";
@@ -123,7 +123,7 @@ for my $sink (sort keys %sinks) {
     };
 }
 
-# What writes has other descriptors than the caller, and must not take its own for the caller's.
+# The writing process has other descriptors than the caller, and must not mistake its own for the caller's.
 subtest 'links to descriptors' => sub {
     write_file("$dir/target", '');
     open(my $fh, '+<:raw', "$dir/target") or die "$dir/target: $!\n";
@@ -173,7 +173,7 @@ subtest 'files: size and holes' => sub {
         );
     }
 
-    # As secret as the disk.
+    # The copy is as confidential as the disk.
     my $umask = umask(0);
     unlink("$dir/sparse");
     open_volume(start(dirty => $map), 'bitmap-mode' => 'new')->copy(to => "$dir/sparse");
@@ -248,7 +248,7 @@ sub start_thin ($thin, $map, $mode, %more) {
 my @thin_cases
     = (['a large region', [[$MiB, 17 * $MiB]], 'new'], ['no bitmap', [[0, $thin_size]], 'none'],);
 
-# What the server says is zero is not read, however it is written.
+# What the server reports as zero is not read, whatever the target is.
 subtest 'holes' => sub {
     my $thin = thin_image();
     for my $case (@thin_cases) {
@@ -292,8 +292,8 @@ subtest 'holes, to what has none' => sub {
     }
 };
 
-# As QEMU before 9.2 needs it: a longer read of a snapshot returns wrong data (before 8.0), and a question
-# for holes in what is being read makes it abort.
+# As QEMU before 9.2 requires: a longer read of a snapshot returns wrong data (before 8.0), and a block status
+# that overlaps a read makes QEMU abort.
 subtest 'a server to be read by clusters' => sub {
     my $size = 20 * $MiB + 512;
     my @options = (
@@ -332,7 +332,7 @@ sub reads_inside ($server, @ranges) {
     );
 }
 
-# Whole clusters of what was dirty, each once.
+# Whole clusters of the dirty parts, each once.
 sub check_discards ($server, $map, $statistics, $name) {
     my $cluster = 64 * $KiB;
     my $dirty = '';
@@ -384,7 +384,7 @@ subtest 'discarding' => sub {
         is($statistics->{'bytes-discarded'} > 0, $discards == 1, "$name: statistics");
     }
 
-    # What the target has not got is still there.
+    # Data that the target has not got is still at the source.
     my $server = start(dirty => $maps{all});
     my $volume = open_volume($server);
     my $seen = 0;
@@ -424,7 +424,7 @@ subtest 'data that the function keeps' => sub {
     same(join('', map { $$_ } @kept), $image, 'references to what is made wide');
 };
 
-# A plain file is such a handle, too; what is discarded there becomes zero.
+# A plain file can be such a handle, too; discarded parts become zero.
 sub open_handle ($map, %more) {
     my $file = write_file("$dir/handle", $image);
     open(my $fh, '+<:raw', $file) or die "$file: $!\n";
@@ -439,7 +439,7 @@ sub open_handle ($map, %more) {
     return PVE::BackupAccess::Volume->open('disk', $volume);
 }
 
-# The handle's file after all whole clusters of the map were discarded.
+# The handle's file after a discard of all whole clusters in the map.
 sub punched ($map) {
     my $data = $image;
     my $cluster = 64 * $KiB;

@@ -1,7 +1,7 @@
-# A client is killed before and after every QMP command, NBD connection and discard of a whole backup,
-# with one and two disks, as a success and a failure, while the guest writes. After each the guest
-# runs, one call of recover, or the next setup by itself, cleans up, and the next increment on the
-# last good backup is the disk (I2, I3, I5).
+# A client is killed before and after every QMP command, NBD connection and discard of a whole backup, with one
+# and two disks, as a success and a failure, while the guest writes. After each kill, the guest still runs; one
+# call of recover, or the next setup by itself, cleans up; and the next increment on top of the last good backup
+# equals the disk (I2, I3, I5).
 
 use v5.36;
 
@@ -18,8 +18,8 @@ use PBA::Test::Sweep;
 my $size = 8 * 1024 * 1024;
 my $seed = 20261122;
 
-# Every point takes the better part of an hour; PBA_FULL=1 takes all. A plain run takes half of
-# the rows on each QEMU, and one point of each fault.
+# All points take almost an hour; PBA_FULL=1 includes all. A plain run includes half of the rows on each QEMU,
+# and one point of each fault.
 my @faults = qw(kill-before kill-after kill-before-nbd kill-after-nbd);
 
 my @rows = (
@@ -30,12 +30,12 @@ my @rows = (
     [[qw(disk0)], new => 0],
 );
 
-# With ids: the image that the id in QEMU names is what the next one goes on from, whatever was killed.
+# With IDs: whatever was killed, the next backup continues from the image that the ID in QEMU names.
 my @id_rows
     = ([[qw(disk0 disk1)], use => 1], [[qw(disk0)], new => 1], [[qw(disk0)], audit => 1]);
 my @iothread_rows = ([[qw(disk0 disk1)], use => 1], [[qw(disk0)], new => 0]);
 
-# Success or not is what QEMU was told, whatever the client lived to see.
+# What QEMU was told decides whether a backup is a success, whatever the client noticed before its end.
 sub was_told ($proxy, $point) {
     my @sent = map { $_->{name} } $proxy->commands;
     pop(@sent) if $proxy->struck && $point->{fault} eq 'kill-before';

@@ -1,5 +1,5 @@
-# Backups in every order of modes and outcomes while the guest writes to both disks: every restored
-# pair of images is byte by byte what the disks held at one instant (I1, I2).
+# Backups in every order of modes and outcomes while the guest writes to both disks: every restored pair of
+# images equals, byte by byte, the disks at one instant (I1, I2).
 
 use v5.36;
 
@@ -15,7 +15,7 @@ my $size = 64 * 1024 * 1024;
 my $odd_size = 32 * 1024 * 1024 + 512;
 my $seed = 20261122;
 
-# The guest writes to the first 8 MiB of each disk, so that not all of a map of 4 MiB blocks is dirty.
+# The guest writes to the first 8 MiB of each disk, so that not all of a map with 4 MiB blocks is dirty.
 my $blocks = 2048;
 
 my %disks = (
@@ -29,7 +29,7 @@ my %disks = (
     ],
 );
 
-# Every mode after every mode, each with both outcomes before it.
+# Every mode after every mode, each after both outcomes.
 my @steps = (
     [use => 1],
     [use => 1],
@@ -63,10 +63,10 @@ my @steps = (
     [use => 1],
 );
 
-# A plain run takes one half on each QEMU.
+# A plain run includes one half on each QEMU.
 @steps = splice(@steps, $ENV{PBA_QEMU} ? @steps / 2 : 0, @steps / 2) if !$ENV{PBA_FULL};
 
-# What QEMU must say of the bitmap: there is one to use only after a backup with one, good or bad.
+# The action that QEMU must report: a bitmap can be used only after a backup with a bitmap, successful or not.
 sub expected_action ($mode, $has_bitmap) {
     return 'none' if $mode eq 'none';
     return 'new' if $mode eq 'new';
@@ -88,7 +88,7 @@ sub check_step ($context, $number, $mode, $success) {
             "$name: $id: bitmap status"
         );
 
-        # After new + failure the bitmap is used, and everything in it is dirty.
+        # After new and a failure, the bitmap is used, and all of it is dirty.
         is($disk->{bytes}, $backend->vm->disk($id)->{size}, "$name: $id: every byte is in the map")
             if $action ne 'used' || !$context->{has_base};
         cmp_ok($disk->{bytes}, '<', $backend->vm->disk($id)->{size}, "$name: $id: not all is dirty")

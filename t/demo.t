@@ -1,4 +1,4 @@
-# The demo: it boots a guest, backs it up in several ways, restores, and compares by itself.
+# The demo boots a guest, backs it up in several ways, restores the backups, and compares them itself.
 
 use v5.36;
 

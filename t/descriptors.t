@@ -1,8 +1,7 @@
-# Open files and sockets go nowhere: a program that a provider runs inherits none of ours, whichever
-# mechanism it uses and whatever we are at; nor do the servers of the virtual files, which have what
-# they need and nothing else.
+# Open files and sockets are not inherited: a program that a provider runs gets none of ours, with either
+# mechanism and at any time, and the servers of virtual files have only what they need.
 #
-# One QEMU is enough: descriptors are the caller's side.
+# One QEMU is enough: descriptors belong to the caller's process.
 
 use v5.36;
 
@@ -21,7 +20,7 @@ use PVE::BackupAccess::Provider::Qcow2Chain;
 
 my $mib = 1024 * 1024;
 
-# { number => what it is } of a process' descriptors. That of the list itself is gone by then.
+# { number => target } of the descriptors of a process, without that of the directory listing itself.
 sub descriptors ($pid) {
     opendir(my $dh, "/proc/$pid/fd") or die "no process $pid: $!\n";
     my @numbers = grep { m/\d/ } readdir($dh);
@@ -34,7 +33,7 @@ sub descriptors ($pid) {
 
 my $list = 'for (glob("/proc/self/fd/*")) { my $what = readlink or next; print "$_ $what\n" }';
 
-# What a program has that is run from here, as text; the pipe is the one it writes that to.
+# The descriptors of a program that is run from here, as text, without the pipe to which it writes them.
 sub of_child () {
     return qx{$^X -e '$list' 2>&1 </dev/null} =~ s/pipe:\[\d+\]/a pipe/gr;
 }
@@ -49,12 +48,12 @@ sub count ($pid, $pattern) {
     return scalar(grep { $_ =~ $pattern } values descriptors($pid)->%*);
 }
 
-# Nobody is helped by a test that has nothing to inherit.
+# A test with nothing to inherit would prove nothing.
 sub holds ($count, $pattern, $name) {
     cmp_ok(count($$, $pattern), '>=', $count, "$name: there is something to inherit");
 }
 
-# ---- while QEMU lets us wait: the monitor's socket ----
+# ---- the monitor's socket, during a wait for QEMU ----
 
 sub check_monitor ($backend) {
     my $pid = $backend->vm->pid;
@@ -62,7 +61,7 @@ sub check_monitor ($backend) {
     my $sockets = count($$, qr/socket/);
     my $asked = 0;
     local $SIG{ALRM} = sub {
-        return alarm(0.3) if count($$, qr/socket/) == $sockets;    # not that far yet
+        return alarm(0.3) if count($$, qr/socket/) == $sockets;    # not connected yet
         $asked++;
         inherits_nothing('the monitor is open');
         kill('CONT', $pid);
@@ -75,9 +74,9 @@ sub check_monitor ($backend) {
     $access->teardown(1);
 }
 
-# ---- in a provider, while all is open that can be ----
+# ---- in a provider, when everything is open ----
 
-# The handle itself is for whoever is told its number.
+# The handle itself is usable by a program that is given its number.
 sub check_handle ($handle, $size) {
     ok(fcntl($handle, F_GETFD, 0) & FD_CLOEXEC, 'the file handle is closed on exec');
     my $path = "/proc/$$/fd/" . fileno($handle);
@@ -85,12 +84,12 @@ sub check_handle ($handle, $size) {
     is(qx{$^X -e '$program' $path 2>&1}, "$size\n", 'and another program can open it again');
 }
 
-# A descriptor of each kind that a server may have, and how many.
+# The kinds of descriptors that a server may have, and how many.
 my %of_server = (
     '/dev/null' => 2,
     '/dev/fuse' => 1,
     'anon_inode:[signalfd]' => 1,
-    'anon_inode:[eventfd]' => 3,    # of two threads, and of who asks for zeroes
+    'anon_inode:[eventfd]' => 3,    # of two threads, and of queries for zeroes
     'socket' => 3,                  # the parent's, and two connections: data and map
 );
 
@@ -101,7 +100,9 @@ sub check_servers ($backend, $devices) {
     my %sockets;
     for my $pid (@servers) {
         for (1 .. 100) {
-            last if count($pid, qr/socket/) == $of_server{socket};    # one is made by a thread
+            last
+                if count($pid, qr/socket/)
+                == $of_server{socket};    # a thread makes one of the connections
             sleep(0.1);
         }
         my %kinds;
@@ -137,7 +138,7 @@ sub check_volumes ($backend, $mechanism, $volumes, $target) {
 
 sub check_provider ($backend, $mechanism) {
 
-    # What the caller opens is to be inherited, and that is his to say.
+    # The caller decides whether the files that it opens are inherited.
     local $^F = 1000;
     open(my $target, '+>', undef) or die "cannot make a file: $!\n";
     $before = of_child();
@@ -157,7 +158,7 @@ sub check_provider ($backend, $mechanism) {
     is($inside, 1, "mechanism $mechanism: the provider was called");
 }
 
-# Our own one has locks and a server of its own besides.
+# Our own provider also has locks and its own server.
 sub check_chain ($backend) {
     local $^F = 1000;
     my $store = File::Temp->newdir('pba-store-XXXXXXXX', TMPDIR => 1);

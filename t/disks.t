@@ -1,7 +1,7 @@
-# Disks of all kinds and sizes, and those that cannot be backed up: refused before anything is done
-# to the guest, with a message that names the device.
+# Disks of all kinds and sizes, and disks that cannot be backed up: they are refused before the guest is
+# changed, with a message that names the device.
 #
-# One QEMU is enough: kinds of disks are this side's; PBA_FULL=1 runs on both.
+# One QEMU is enough: the module's code decides about the kinds of disks; PBA_FULL=1 runs on both.
 
 use v5.36;
 
@@ -21,7 +21,7 @@ my @disks = (
     { id => 'locked', size => 2 * $mib, bus => 'scsi', readonly => 1 },
 );
 
-# Reads everything that is dirty; every byte must be as filled before the setup.
+# Reads everything that is dirty; every byte must have the value from before the setup.
 sub read_all ($volume, $byte) {
     my ($bytes, $bad) = (0, 0);
     while (my ($offset, $length) = $volume->next_dirty_region) {
@@ -71,7 +71,7 @@ sub check_increment ($backend, @ids) {
     $access->teardown(1);
 }
 
-# Names that would be trouble in a path, a shell, a JSON text or a format.
+# Names with characters that are special in paths, shells, JSON or formats.
 sub check_odd_targets ($backend) {
     my @ids = ('a b/c', "it's \"quoted\"\\", '%s%n', "gr\x{fc}n-\x{20ac}", '../../etc', 'x' x 991);
     for my $id (@ids) {
@@ -190,7 +190,7 @@ sub check_upstream_fleecing ($backend) {
     check_callers_node($backend);
 }
 
-# The caller's own fleecing node stays, and discarding frees its space.
+# The caller's own fleecing node stays, and discards free its space.
 sub check_callers_node ($backend) {
     my $vm = $backend->vm;
     my $plain = $backend->device('plain');

@@ -1,6 +1,5 @@
-# Every code block of the documentation runs: README.md, doc/*.md, those of examples, and the synopses
-# of the POD. How a block is marked and what fixtures are is said in HACKING.md. With arguments, only
-# those files'.
+# Runs every code block of the documentation: README.md, doc/*.md, those of examples, and the synopses in POD.
+# HACKING.md describes marks and fixtures. With arguments, runs only those of these files.
 
 use v5.36;
 
@@ -24,17 +23,17 @@ sub without_indent ($text) {
     return join("\n", grep { $_ ne '' } map { s/\A\s+//r } split(m/\n/, $text)) . "\n";
 }
 
-# Fixtures that every file can use; others are t/doc-code/FIXTURE.pl, which return a function.
+# Fixtures for all files; the others are in t/doc-code/FIXTURE.pl, which returns a function.
 my %fixtures = (
 
-    # The block is part of a file that a test runs, word for word, whatever the indent.
+    # The block is a part of a file that a test runs, word for word except for the indent.
     in => sub ($block) {
         my $part = without_indent($block->{code} =~ s/^#line .*\n//mgr);
         die "this block is not in $block->{argument}\n"
             if index(without_indent(content($block->{argument})), $part) < 0;
     },
 
-    # For what would need a Proxmox host; the mark goes on with the reason.
+    # For blocks that would need a Proxmox host; the rest of the mark is the reason.
     compiles => sub ($block) {
         die "say why it is only compiled\n" if $block->{argument} eq '';
         PBA::Test::DocCode::run_perl({ $block->%*, code => "return;\n$block->{code}" });
@@ -55,7 +54,7 @@ sub fixture ($name) {
     };
 }
 
-# Of a plain run: the Debian package is built by the same commands, and tested.
+# Not in a plain run: the Debian package is built by the same commands, and tested.
 sub is_left_out ($block) { return $block->{fixture} eq 'build' && !$ENV{PBA_FULL} }
 
 sub check_block ($block) {

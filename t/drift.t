@@ -1,6 +1,6 @@
-# What others have changed: Proxmox VE's backup provider API and storage plugins against the stand-ins for
-# them, and the QAPI of a QEMU against what is sent to it and read of its replies. A release of either
-# that breaks us shows here by name.
+# Detects changes of others: Proxmox VE's backup provider API and storage plugins compared with their stand-ins,
+# and the QAPI of a QEMU compared with what is sent to it and read from its replies. This test names the changes
+# of a release that break the module.
 
 use v5.36;
 
@@ -27,14 +27,14 @@ my $stand_in = "lib/PVE/BackupAccess/StandIn/$base";
 do "./$stand_in" or die "$stand_in: $@\n";
 my %arguments = do { no warnings 'once'; %PVE::BackupProvider::Plugin::Base::ARGUMENTS };
 
-# { method => 'its arguments' }, as Proxmox writes them; '?' where it does not do it like that.
+# { method => 'its arguments' } in Proxmox' style; '?' for methods in another style.
 sub declared ($source) {
     my %declared = $source =~ m/^sub (\w+) \{\n\s+my \(\$\w+,? ?(.*?)\) = \@_;/mg;
     s/[\$,]//g for values(%declared);
     return { (map { $_ => '?' } $source =~ m/^sub (\w+)/mg), %declared };
 }
 
-# The sources of pve-storage, which are also among those that t/real-qemu-server.t is given.
+# The sources of pve-storage, which are also among those for t/real-qemu-server.t.
 my $tree = $ENV{PBA_PVE_STORAGE};
 $tree //= "$ENV{PBA_QEMU_SERVER}/pve-storage"
     if $ENV{PBA_QEMU_SERVER} && -d "$ENV{PBA_QEMU_SERVER}/pve-storage";
@@ -52,7 +52,7 @@ SKIP: {
     is_deeply(declared(content($file)), \%arguments, "methods and arguments are those of $file");
 }
 
-# How many arguments a method takes: the least and the most.
+# The minimum and maximum number of arguments of a method.
 sub taken ($signature) {
     my (undef, @rest) = split(m/,\s*/, $signature);
     my $most = (grep { m/^\@/ } @rest) ? 100 : @rest;
@@ -75,10 +75,10 @@ subtest 'our provider takes what it is given' => sub {
 
 # ---- storage plugins ----
 
-# { method => signature }, as we write them.
+# { method => signature } in our style.
 sub signatures ($file) { return { content($file) =~ m/^sub (\w+) \((.*?)\)\s*\{/mgs } }
 
-# The methods that do not take what the real ones are given.
+# The methods that do not accept the arguments of the real ones.
 sub unfit ($ours, $real) {
     return grep {
         my $given = () = $real->{$_} =~ m/\w+/g;
@@ -87,7 +87,7 @@ sub unfit ($ours, $real) {
     } sort grep { ($real->{$_} // '?') ne '?' } keys($ours->%*);
 }
 
-# Looked at whether the real ones are there or not, so that a file that was moved is missed at once.
+# Checked even if the real sources are missing, so that a moved file is noticed at once.
 my $storage_version = qr/^(?:use constant|sub) (API\w+)\b.*?(\d+)/m;
 my $plugin = signatures('examples/pve-storage-plugin/PVE/Storage/Custom/Qcow2ChainPlugin.pm');
 my %storage_stand_ins = map { $_ => "lib/PVE/BackupAccess/StandIn/PVE/$_" }
@@ -95,7 +95,7 @@ my %storage_stand_ins = map { $_ => "lib/PVE/BackupAccess/StandIn/PVE/$_" }
 my %known_versions = content($storage_stand_ins{'Storage.pm'}) =~ m/$storage_version/g;
 is(join(' ', sort keys(%known_versions)), 'APIAGE APIVER', 'versions of the API that is tested');
 
-# The stand-in's methods that the real one does not have.
+# Methods of the stand-in that the real class does not have.
 sub own_methods ($stand_in, $real) {
     my %other = map { $_ => 1 } qw(lookup register), keys(%known_versions);  # of PVE::SectionConfig
     return grep { !$real->{$_} && !$other{$_} } sort keys($stand_in->%*);
@@ -127,7 +127,7 @@ sub real_marks () {
     return RealRetention->can('prune_mark_backup_group');
 }
 
-# What the two mark in different ways, of archives at random: some hours to some weeks apart.
+# The differences between the two for random archives, which are some hours to some weeks apart.
 sub marked_otherwise ($mark) {
     my %keep = (map({ $_ => 0 } periods()), 'keep-last' => int(rand(2)));
     $keep{$_} = int(rand(5)) for grep { rand() < 0.5 } periods();
@@ -188,7 +188,7 @@ sub is_builtin ($type, $value) {
     return !ref($value);
 }
 
-# Those of the variant that the value is, too.
+# Also the members of the variant that the value selects.
 sub members_for ($types, $type, $value) {
     my $tag = defined($type->{tag}) ? $value->{ $type->{tag} } // '' : '';
     my ($variant) = grep { $_->{case} eq $tag } ($type->{variants} // [])->@*;
@@ -208,7 +208,7 @@ sub misfits_object ($types, $type, $value, $where) {
     );
 }
 
-# What QEMU would not take of a value, by its own description.
+# What QEMU would refuse in a value, according to its own schema.
 sub misfits ($types, $name, $value, $where) {
     my $type = $types->{$name} // return "$where: there is no type '$name'";
     my $meta = $type->{'meta-type'};
@@ -226,7 +226,7 @@ sub misfits ($types, $name, $value, $where) {
     return $fits ? () : "$where: not of the type '$meta'";
 }
 
-# The type of a member of a reply, by a path: 'inserted.image.virtual-size'.
+# The type of a member of a reply, by a path such as 'inserted.image.virtual-size'.
 sub type_of ($types, $name, $path) {
     my $type = $types->{$name} // return;
     $type = $types->{ $type->{'element-type'} } while $type->{'meta-type'} eq 'array';
@@ -245,7 +245,7 @@ sub reads_ok ($types, $command, @paths) {
     return;
 }
 
-# What Proxmox' commands are sent, with every mode.
+# What is sent with Proxmox' commands, with every mode.
 sub proxmox_sends () {
     my $calls = qmp_calls({ pve_returns() });
     my $access = new_access($calls->{code});
@@ -258,7 +258,7 @@ sub proxmox_sends () {
     return map { [$calls->{names}[$_], $calls->{arguments}[$_]] } 0 .. $#{ $calls->{names} };
 }
 
-# Whether these take what they are sent; { command => how often it was sent }.
+# Whether the commands accept what is sent; { command => how often it was sent }.
 sub check_sent ($types, @sent) {
     my (%misfits, %checked);
     for my $sent (@sent) {
@@ -275,7 +275,7 @@ sub check_sent ($types, @sent) {
     return \%checked;
 }
 
-# The recording has its own commands of Proxmox, and no others.
+# The recording contains Proxmox' own commands, and no others of them.
 sub check_proxmox ($types) {
     my $is_all = exists($types->{'query-version'});
     my $checked
@@ -303,7 +303,7 @@ subtest 'the recorded Proxmox QEMU' => sub {
     check_proxmox(index_of(JSON::PP->new->decode($reply)->{return}));
 };
 
-# As QEMU describes its types.
+# Types in the form in which QEMU describes them.
 my %sample_types = (
     args => {
         'meta-type' => 'object',
@@ -354,7 +354,7 @@ subtest 'drift is found' => sub {
     );
 };
 
-# What is read of each reply; what is not mentioned here is not read.
+# The members that are read from each reply; nothing else is read.
 my %reads = (
     'query-version' => [qw(qemu.major qemu.minor qemu.micro package)],
     'query-commands' => ['name'],
@@ -394,7 +394,7 @@ sub commands_sent () {
     return sort keys(%names);
 }
 
-# What accesses with every mode send, exports, success and failure included.
+# Everything that accesses with every mode send, including exports, success and failure.
 sub sent_to ($vm) {
     my @sent;
     my $code = sub ($command, $arguments) {

@@ -1,4 +1,4 @@
-# The provider of doc/providers.md: by a task as on the command line, and restored as Proxmox VE does.
+# The provider of doc/providers.md: run by a task, as on the command line, and restored as Proxmox VE does.
 #
 # One QEMU is enough: a provider sees NBD and files, not QEMU.
 
@@ -96,7 +96,7 @@ is(sprintf('%o', (stat("$dir/$_->{'archive-name'}"))[2] & 0777),
 check_restore('second', $second->{'archive-name'});
 check_restore('third', $third->{'archive-name'});
 
-# Where VZDump fails before it comes to a guest.
+# VZDump fails before it reaches a guest.
 {
     my $unused = new_provider();
     my @warnings;
@@ -107,7 +107,7 @@ check_restore('third', $third->{'archive-name'});
     is_deeply(\@warnings, [], 'and without warnings');
 }
 
-# VZDump can call a backup a failure when the bitmaps have begun anew; then the archive goes.
+# VZDump may report a failure after the bitmaps have been cleared; then the archive is removed.
 my $provider = new_provider();
 $provider->backup_init(100, 'qemu', time());
 is(modes(new_task($provider)->run), 'reuse reuse', 'one more, within a job of VZDump');

@@ -1,6 +1,6 @@
-# The small examples, as somebody would call them, on a guest that runs.
+# Runs the small examples as a user would, on a running guest.
 #
-# One QEMU is enough: the examples use what other tests show on both.
+# One QEMU is enough: other tests show on both what the examples use.
 
 use v5.36;
 
@@ -22,7 +22,7 @@ my $dir = $backend->work_dir('fleecing');
 my $work = $backend->vm->dir;
 my $disk = $backend->vm->raw_image('disk0');
 
-# Status, and what it printed.
+# The status, and the output.
 sub example ($name, @arguments) {
     my @command = ($^X, '-Mblib', "$FindBin::Bin/../examples/$name.pl", $backend->qmp_path);
     open(my $pipe, '-|', @command, @arguments) or die "cannot run $name: $!\n";
@@ -31,7 +31,7 @@ sub example ($name, @arguments) {
     return ($?, $text);
 }
 
-# The guest's page cache is none: what it wrote is in the file.
+# The guest bypasses the page cache, so its writes are in the file.
 sub is_the_disk ($file, $name) {
     is(system('cmp', '-s', '--bytes', $size, $disk, $file), 0, $name);
     return;

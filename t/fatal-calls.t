@@ -1,7 +1,7 @@
-# The calls that kill a VM of pve-qemu: the module never makes them, whatever its caller does. The
-# front dies of them as the real one does.
+# Calls that kill a VM of pve-qemu: the module never makes them, whatever its caller does. The front dies of
+# them as the real QEMU does.
 #
-# One QEMU is enough: what is sent matters here, not what QEMU does.
+# One QEMU is enough: this test checks what is sent, not what QEMU does.
 
 use v5.36;
 
@@ -16,7 +16,7 @@ my $QMP = 'PBA::Test::QMP';
 
 my @disks = map { { id => $_, size => 16 * 1024 * 1024 } } qw(disk0 disk1);
 
-# The guest is needed only where a device of it is unplugged.
+# The guest is needed only to unplug one of its devices.
 sub start (%options) {
     my $backend = PBA::Test::Backend->start(
         name => 'pve',
@@ -34,7 +34,7 @@ sub survived ($backend, $name) {
     ok($backend->vm->is_alive, "$name: the VM lives");
 }
 
-# The names of the commands that were sent, since the last time.
+# The names of the commands that were sent since the last call.
 my $seen = 0;
 
 sub sent ($backend) {
@@ -80,7 +80,7 @@ subtest '2. no devices; 3. an empty removable drive; 6. a device twice' => sub {
     survived($backend, 'bad lists');
 };
 
-# Without a name it is the target's.
+# The default name is that of the target's bitmap.
 sub remove_bitmap ($name) {
     my $backend = start();
     my $access = $backend->access;
@@ -116,7 +116,7 @@ subtest '4. the background bitmap is' => sub {
     remove_bitmap('backup-access-background-bitmap');
 };
 
-# Its hold keeps it; without, as of a program that has none, QEMU would crash.
+# The hold keeps the disk's node; without one, as with other programs, QEMU would crash.
 sub unplug ($backend, $is_held) {
     my $access = $backend->access;
     $access->setup($backend->devices('none'));
@@ -184,7 +184,7 @@ subtest 'an access of another client is up' => sub {
     survived($backend, 'two clients');
 };
 
-# Another program's, of the same target, by QEMU's commands alone: its exports have names of its own.
+# The access of another program for the same target, made only by QEMU's commands: its exports have other names.
 sub foreign_access ($backend) {
     my $qmp = $QMP->new(path => $backend->qmp_path);
     my %devices = (
@@ -197,7 +197,7 @@ sub foreign_access ($backend) {
     my ($info)
         = $qmp->execute('backup-access-setup', 'target-id' => 'snapshot-access:test', %devices)->@*;
     my %address = (type => 'unix', data => { path => $backend->work_dir('foreign') . '/nbd' });
-    eval { $qmp->execute('nbd-server-start', addr => \%address) };    # or that of our setup is up
+    eval { $qmp->execute('nbd-server-start', addr => \%address) }; # unless the server of our setup runs
     $qmp->execute(
         'block-export-add',
         id => 'foreign',
@@ -219,7 +219,7 @@ sub end_foreign_access ($backend) {
     return;
 }
 
-# The other program comes at once, or right before the command.
+# The other program acts at once, or right before the command.
 sub meet_foreign ($backend, $words, $when) {
     my $arrive = sub { foreign_access($backend) };
     $arrive->() if $when eq 'before setup';

@@ -1,7 +1,7 @@
-# Every QMP command of a backup goes wrong once, in every way it can: the connection ends before it or
-# instead of its reply, it is refused, its reply is a lie, or none comes in time. After each the guest
-# runs, teardown has cleaned up (after a time-out recover or the next setup does), and the next increment
-# on the last good backup is the disk (I2, I5).
+# Every QMP command of a backup goes wrong once in every possible way: the connection ends before it or instead
+# of its reply, it is refused, its reply is false, or no reply arrives in time. After each fault, the guest
+# still runs; teardown has cleaned up (after a time-out, recover or the next setup does); and the next increment
+# on top of the last good backup equals the disk (I2, I5).
 
 use v5.36;
 
@@ -16,10 +16,10 @@ use PBA::Test::Sweep;
 my $size = 8 * 1024 * 1024;
 my $seed = 20261122;
 
-# Every fault takes the better part of an hour; PBA_FULL=1 takes all.
+# All faults take almost an hour; PBA_FULL=1 includes all.
 my $points = $ENV{PBA_FULL} ? undef : 1;
 
-# Seconds that a reply may take, where it does not come.
+# The time limit in seconds for replies that never come.
 my $short = 1;
 
 my @rows = (
@@ -29,7 +29,7 @@ my @rows = (
     [[qw(disk0)], use => 1, qw(stall)],
 );
 
-# Who sees teardown die takes the backup for a failed one.
+# If teardown dies, the caller considers the backup failed.
 sub faulty_backup ($sweep, $point, $proxy) {
     local $SIG{__WARN__} = sub { };
     my %options = (qmp => $proxy->socket_path);

@@ -1,6 +1,6 @@
-# How many QMP commands a backup takes: each opens a connection where the caller's code ref does so, as
-# qemu-server's does, and the schema alone takes Perl code 60 to 300 ms. On Proxmox' commands an increment
-# of one disk, companions included, has 30, on a stock QEMU 55.
+# The number of QMP commands of a backup: each may open a connection, as qemu-server's code ref does, and the
+# schema alone takes Perl code 60 to 300 ms. With Proxmox' commands, an increment of one disk, including
+# companions, takes 30 commands, on a stock QEMU 55.
 #
 # One QEMU is enough: versions differ by a command; PBA_FULL=1 runs on both.
 
@@ -17,14 +17,14 @@ use PBA::Test::VM;
 
 my $size = 1 << 20;
 
-# Of an increment of one disk; and of each further one. The front says a stock QEMU's version, so that
-# what it can do has to be asked.
+# For an increment of one disk, and for each further disk. The front reports the version of a stock QEMU, so the
+# module must query its capabilities.
 my %limit = (
     pve => [PBA::Test::VM->is_proxmox ? 30 : 32, 4],
     upstream => [55, 20],
 );
 
-# The names of the commands that the code sends by a code ref.
+# The names of the commands that the code sends through a code ref.
 sub sent ($backend, $code) {
     my @names;
     my $carry = sub ($command, $arguments) {
@@ -42,7 +42,7 @@ sub check ($names, $count, $what) {
     return;
 }
 
-# As an object of the call by call kind: no ids.
+# As with an object for each call: without IDs.
 sub call_by_call ($backend, $carry) {
     my $access = $backend->access(qmp => $carry);
     $access->sizes(map { $_->{device} } $backend->devices('use')->@*);
@@ -68,7 +68,7 @@ for my $name (PBA::Test::Backend->names) {
         @names = sent($backend, sub ($qmp) { call_by_call($backend, $qmp) });
         check(\@names, $count, "$name, $disks disks, call by call");
 
-        # A second backup by the same object asks no more what QEMU can do.
+        # A second backup with the same object does not query QEMU's capabilities again.
         my $access;
         my $setup = sub ($qmp) {
             $access //= $backend->access(qmp => $qmp);

@@ -1,7 +1,7 @@
-# Mechanism file-handle: what providers do with the handle works, it ends with the access whoever
-# still has it, and nothing is left of it.
+# The mechanism file-handle: providers can use the handle as usual, it ends with the access even if other
+# processes still have it, and nothing of it is left behind.
 #
-# One QEMU is enough: what serves the file reads NBD; PBA_FULL=1 runs on both.
+# One QEMU is enough: the server of the file reads NBD; PBA_FULL=1 runs on both.
 
 use v5.36;
 
@@ -78,7 +78,7 @@ sub set_up ($backend, $mode) {
 
 # ---- backups ----
 
-# By sysread in pieces of a size, and by this project's own reader.
+# With sysread in pieces of one size, and with this project's own reader.
 sub check_backups ($context) {
     my $backend = $context->{backend};
     my $model = $context->{model};
@@ -141,7 +141,7 @@ sub check_handle ($backend, $volume) {
     is(sysread($handle, my $data, 65536), 0, 'and is the end of the file');
 }
 
-# Other programs open it again by its number.
+# Other programs open the file again by the number of the descriptor.
 sub check_reopen ($volume, $expected) {
     my $path = "/proc/$$/fd/" . fileno($volume->{'file-handle'});
     my $blocks_of_mib = length($expected) / $mib;
@@ -209,7 +209,7 @@ sub check_regions ($context) {
     check_nothing_left($context, 'regions');
 }
 
-# The module's class over what it gave itself.
+# The module's own class with a handle of the module.
 sub check_own_volume ($backend, $volume) {
     my $own = PVE::BackupAccess::Volume->open($backend->device('disk0'), $volume);
     is($own->size, $size, 'Volume->open: size');
@@ -225,7 +225,7 @@ sub check_own_volume ($backend, $volume) {
     is_deeply(\@rest, [], 'Volume->open: regions come from the code ref');
 }
 
-# An incomplete map is an error, and stays one.
+# An incomplete map is an error, also in later calls.
 sub check_lost_map ($context) {
     my $backend = $context->{backend};
     my ($access, $volumes) = set_up($backend, 'use');
@@ -261,7 +261,7 @@ sub check_uses ($context) {
 
 # ---- ends ----
 
-# Children that still have the handle: one reads in a loop, one has it and does nothing.
+# Child processes still have the handle open: one reads in a loop, the other does nothing.
 sub check_busy_teardown ($context) {
     my $backend = $context->{backend};
     my ($access, $volumes) = set_up($backend, 'none');
@@ -306,7 +306,7 @@ sub check_forked_child ($context) {
     check_nothing_left($context, 'fork');
 }
 
-# As one that is started when somebody else has removed the export.
+# The server is started after another program has removed the export.
 sub check_server_fails ($context) {
     my $backend = $context->{backend};
     my $access = $backend->access;
@@ -338,7 +338,7 @@ sub check_server_killed ($context) {
     check_nothing_left($context, 'server killed');
 }
 
-# A program in mid-read is killed, while a child of its own lives on: everything local goes.
+# A program is killed during a read, while its child process lives on: everything local is removed.
 sub check_parent_killed ($context) {
     my $backend = $context->{backend};
     my $dir = $backend->work_dir('run');
@@ -369,7 +369,7 @@ sub check_parent_killed ($context) {
     kill('KILL', $child);
 }
 
-# The device file is covered in a mount namespace of its own.
+# A mount namespace hides the device file.
 sub check_no_fuse ($context) {
     my $backend = $context->{backend};
     SKIP: {

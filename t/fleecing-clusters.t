@@ -1,5 +1,5 @@
-# A fleecing image on Proxmox VE is attached by the host, with clusters of any size. QEMU frees nothing
-# for a discard of less than one of them: none is sent then, and none is counted as freed.
+# On Proxmox VE, the host attaches fleecing images, whose clusters may have any size. QEMU frees nothing for a
+# discard of a part of a cluster, so none is sent, and none is counted as freed.
 
 use v5.36;
 
@@ -18,7 +18,7 @@ my $size = 16 * $MiB + 512 * $KiB;
 my $cluster = 2 * $MiB;
 my $whole = 16 * $MiB;
 
-# What is overwritten and freed; the file system's own blocks count a little.
+# The data that is overwritten and freed; the file system's own blocks change the result a little.
 my $kept = 3 * $cluster;
 my $freed = $kept - 64 * $KiB;
 
@@ -31,12 +31,12 @@ sub start () {
     return ($backend, $node);
 }
 
-# What the image takes of the host's disk.
+# The space that the image takes on the host's disk.
 sub used ($backend, $node) {
     return (stat($backend->vm->fleecing_file($node)))[12] * 512;
 }
 
-# By a virtual file it is freed soon after the call.
+# With a virtual file, the space is freed soon after the call.
 sub freed ($full, $backend, $node) {
     my $deadline = time + 10;
     while ($full - used($backend, $node) < $freed && time < $deadline) {
@@ -70,12 +70,12 @@ sub back_up ($backend, $mode, $mechanism, $code) {
 my @mechanisms = ('nbd', PBA::Test::Handle->missing ? () : 'file-handle');
 my ($backend, $node) = start();
 
-# 7.2 aborts on parts of clusters, which the front discards to let go of what is clean.
+# QEMU 7.2 aborts on parts of clusters, which the front discards to free the clean parts.
 plan(skip_all => 'needs QEMU 10.0 or later') if $backend->vm->version->[0] < 10;
 for my $mechanism (@mechanisms) {
     subtest "$mechanism: all of the disk" => sub {
 
-        # Old data that is no zeroes, which would take no space.
+        # Old data that is not zero, because zeroes would take no space.
         my @overwritten = map { $_ * $MiB } 1, 5, 9;
         $backend->guest->write('disk0', $_, 64 * $KiB, 0x16) for @overwritten;
         back_up(

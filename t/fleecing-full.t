@@ -1,6 +1,6 @@
-# A fleecing image that takes no more data breaks the snapshot, never a guest write (I3): the reader
-# is told, teardown works, and the bitmap keeps every bit. On a file system that runs full status
-# warns before.
+# A fleecing image that is full breaks the snapshot, never a guest write (I3): the reader gets an error,
+# teardown works, and the bitmap keeps every bit. If its file system becomes nearly full, status warns before
+# that.
 
 use v5.36;
 
@@ -13,7 +13,7 @@ use PBA::Test::Backend;
 use PBA::Test::Provider;
 use PBA::Test::Repository;
 
-# In a mount namespace of its own, so that nothing stays mounted however it ends.
+# Runs in a mount namespace of its own, so that nothing stays mounted however the test ends.
 if (!$ENV{PBA_UNSHARED} && system('unshare --mount true 2>/dev/null') == 0) {
     $ENV{PBA_UNSHARED} = 1;
     exec(qw(unshare --mount), $^X, (map { "-I$_" } @INC), $0) or die "unshare: $!\n";
@@ -22,7 +22,7 @@ if (!$ENV{PBA_UNSHARED} && system('unshare --mount true 2>/dev/null') == 0) {
 my $mib = 1024 * 1024;
 my $size = 32 * $mib;
 
-# What is dirty, and what the guest writes then; the file system has less.
+# The size of the dirty part, which the guest then overwrites; the file system is smaller.
 my $dirty = 24 * $mib;
 my $file_system = 16 * $mib;
 
@@ -35,7 +35,7 @@ sub run (@command) {
     return system("@command >/dev/null 2>&1") == 0;
 }
 
-# Returns its directory, undef where that cannot be done.
+# Returns the directory, or undef if the mount is not possible.
 sub mount_small ($dir) {
     my $image = "$dir/small.img";
     open(my $fh, '>', $image) or die "$image: $!\n";
@@ -59,7 +59,7 @@ sub fleecing_status ($backend) {
     return ($status->{fleecing}[0], $status->{warnings});
 }
 
-# The guest writes and writes; returns the offset at which status said it is nearly full.
+# The guest writes continuously. Returns the offset at which status reports that the file system is nearly full.
 sub write_until_full ($backend, $volume, $mechanism) {
     my $warned;
     for (my $offset = 0; $offset < $dirty; $offset += $mib) {
@@ -112,7 +112,7 @@ sub check_file_system ($backend, $dir, $mechanism) {
         0, 'the next backup is the disk');
 }
 
-# Something else takes all but a megabyte of it.
+# Another file takes all but one MiB of the space.
 sub fill ($dir) {
     my ($blocks, $free) = (split(' ', qx(stat -f -c '%S %a' $dir)));
     my $filler = "$dir/filler";
@@ -122,7 +122,7 @@ sub fill ($dir) {
     return $filler;
 }
 
-# A task says so at once; or when it looks again, which it is made to do here.
+# A task reports this at its beginning, or at its next check, which this test triggers.
 sub check_task ($backend, $dir) {
     my $warning = qr/\Awarn: device .* its fleecing image '.*' is nearly full/;
     my %fleecing = fleecing_options($backend, $dir);

@@ -1,5 +1,5 @@
-# The hooks around the instant: what is sent between them, that thaw comes on every path once freeze was
-# called, that nothing is left, and how long a guest is frozen.
+# The hooks around the instant: what is sent between them, that thaw is called on every path after freeze, that
+# nothing is left behind, and how long a guest is frozen.
 
 use v5.36;
 
@@ -14,7 +14,7 @@ use PBA::Test::VM;
 
 my $size = 1 << 20;
 
-# Sends by a connection of its own, and notes what; on => { command => code before it }.
+# Sends commands over a connection of its own and records them. on => { command => code to run before it }.
 sub carrier ($backend, $calls, %on) {
     return sub ($command, $arguments) {
         push($calls->@*, $command);
@@ -23,7 +23,7 @@ sub carrier ($backend, $calls, %on) {
     };
 }
 
-# One setup. hooks => { freeze, thaw: code }, on => see carrier. What was called, what it died with.
+# Makes one setup. hooks => { freeze, thaw: code }, on => see carrier. Returns the calls and the exception.
 sub setup ($backend, %opt) {
     my @calls;
     my $access = $backend->access(
@@ -42,7 +42,7 @@ sub setup ($backend, %opt) {
     return { calls => \@calls, error => $done ? undef : $error, is_up => $is_up };
 }
 
-# What was sent between the hooks.
+# The commands between the two hooks.
 sub between ($calls) {
     my $text = join(' ', $calls->@*);
     return $text =~ m/freeze ?(.*?) ?thaw/ ? $1 : "no such hooks: $text";
@@ -53,7 +53,7 @@ my %frozen = (
     upstream => 'query-named-block-nodes blockdev-reopen transaction',
 );
 
-# name => what goes wrong, as setup takes it, and error: what setup dies with.
+# name => the fault, as arguments of setup, and error: the expected exception.
 sub cases ($backend, $cut) {
     my $die = sub ($text) {
         return sub (@) { die "$text\n" }
@@ -90,7 +90,7 @@ sub cases ($backend, $cut) {
     );
 }
 
-# What a hook asks of the access that is being set up.
+# Calls of the access from the hooks of its own setup.
 sub calls_of_hooks () {
     my $teardown = sub ($access) { $access->teardown(0) };
     my $volumes = sub ($access) { $access->volumes('nbd') };
@@ -138,14 +138,14 @@ sub check_paths ($backend, $outside) {
     return;
 }
 
-# A freeze took minutes, and meanwhile ...
+# Changes during a freeze that took minutes.
 sub check_changes ($backend) {
     my $vm = $backend->vm;
     my $resize = sub (@) { $vm->qmp('block_resize', 'node-name' => 'b', size => 2 * $size) };
     if ($backend->name eq 'pve') {
         my $seen = setup($backend, hooks => { freeze => $resize });
 
-        # A Proxmox QEMU refuses it already, for the node that holds the disk.
+        # A Proxmox QEMU itself refuses this, because of the node that holds the disk.
         my $refused
             = qr/was resized from $size to \d+ bytes while|block_resize.* is (?:busy|in use)/;
         like($seen->{error}, $refused, 'resized');

@@ -1,15 +1,13 @@
-# The Proxmox front is held to recordings of the real thing: the same requests must give the same
-# keys, actions, numbers and errors. Where PBA_QEMU has the Proxmox commands itself, the requests go
-# to it directly.
+# Compares the front with recordings of a real Proxmox QEMU: the same requests must return the same keys,
+# actions, numbers and errors. If PBA_QEMU itself has Proxmox' commands, the requests go directly to it.
 #
-# What is compared: every error's class and text; replies of the backup access commands and of the
-# NBD and job commands in full; of query-block and query-named-block-nodes the drivers and named
-# bitmaps, since the rest differs between versions. Names of block nodes, times and versions may
-# differ; a name means the same node throughout one recording.
+# What is compared: the class and text of every error; complete replies of the backup access commands and of the
+# NBD and job commands; of query-block and query-named-block-nodes only the drivers and named bitmaps, because
+# the rest differs between versions. Names of block nodes, times and versions may differ; within one recording,
+# a name means the same node.
 #
-# Recordings that are not here: an access in an iothread (no other replies than without); and
-# block-export-del and nbd-server-stop with an NBD client in the middle of its work, which say
-# nothing about the front: it passes these commands on.
+# Not recorded: an access in an iothread, because the replies are the same; and block-export-del and
+# nbd-server-stop while an NBD client is working, because the front only passes these commands on.
 #
 # One QEMU is enough: the recordings are of one QEMU, and the front answers the same on all.
 
@@ -35,9 +33,9 @@ my $qemu = $ENV{PBA_QEMU} // 'qemu-system-x86_64';
 my @qemu_arguments = split(' ', $ENV{PBA_QEMU_ARGS} // '');
 my $mib = 1 << 20;
 
-# shape: how the disks are configured; fatal: the last of these commands kills the QEMU;
-# damage: it does not, but the front must note it; until: where QEMU 7 stops, since it cannot take a
-# filter out above one that was left behind.
+# shape: the configuration of the disks; fatal: the last of these commands kills QEMU; damage: it does not, but
+# the front must record it; until: where QEMU 7 stops, because it cannot remove a filter above one that was left
+# behind.
 my @recordings = (
     ['support-and-schema'],
     ['drive-shape-all-modes', shape => 'drive'],
@@ -69,7 +67,7 @@ my @recordings = (
     ['fatal-hot-unplug-during-access', fatal => 'backup-access-teardown'],
 );
 
-# Replies that depend on the machine or the version of the QEMU below.
+# Replies that depend on the machine or on the version of QEMU.
 my %not_compared = map { $_ => 1 } qw(query-kvm query-blockstats query-qmp-schema query-commands);
 
 my %any_value = map { $_ => 1 } qw(
@@ -80,7 +78,7 @@ my %any_value = map { $_ => 1 } qw(
 
 sub make_files ($dir, %option) {
     my $fleecing = $option{fleecing_mib} // ($option{shape} eq 'drive' ? 64 : 66);
-    make_raw("$dir/conf", 1 / 1024);    # for a backup of Proxmox' own, which reads data first
+    make_raw("$dir/conf", 1 / 1024);    # for a native backup, which reads data first
     make_raw("$dir/d.raw", 64, 'd' x $mib);
     make_raw("$dir/fleece.raw", $fleecing);
     make_raw("$dir/fleece-wrong.raw", 32);
@@ -159,7 +157,7 @@ sub read_file ($path) {
     return <$fh> // '';
 }
 
-# Not every recording ends with a quit, and some end QEMU in other ways.
+# Not every recording ends with quit, and some end QEMU in other ways.
 sub end_qemu ($pid) {
     for my $try (1 .. 500) {
         return if waitpid($pid, POSIX::WNOHANG()) != 0;
@@ -178,7 +176,7 @@ sub connect_client ($path) {
     return { handle => $handle, buffer => '', events => [] };
 }
 
-# The next message, or undef where the connection ends or the time does.
+# The next message, or undef at the end of the connection or the time.
 sub receive ($client, $seconds = 60) {
     my ($deadline, $buffer, $end) = (time + $seconds, \$client->{buffer});
     while (($end = index($$buffer, "\n")) < 0) {
@@ -198,7 +196,7 @@ sub request ($client, $text) {
     return undef;
 }
 
-# Where the events of a reply may come after it, too.
+# The events of a command may also arrive after its reply.
 sub wait_for_events ($client, $count) {
     while (@{ $client->{events} } < $count) {
         my $message = receive($client, 10) // last;
@@ -209,7 +207,8 @@ sub wait_for_events ($client, $count) {
 
 # ---- the recordings ----
 
-# Returns { request, reply, events } of each; reply is undef where there is none, and 'left out'.
+# Returns { request, reply, events } of each command; reply is undef if there is none, and 'left out' if it was
+# omitted.
 sub read_recording ($name) {
     my @exchanges;
     for my $line (split(/\n/, read_file("$FindBin::Bin/recordings/$name.txt"))) {
@@ -230,7 +229,7 @@ sub read_recording ($name) {
     return @exchanges;
 }
 
-# The request with this machine's paths, and the node names that this QEMU has given.
+# The request with the paths of this machine and the node names that this QEMU has generated.
 sub adapt ($text, $dir, $names) {
     $text =~ s{/vm/}{$dir/}g;
     $text =~ s/"(#block\d+)"/'"' . ($names->{$1} \/\/ $1) . '"'/ge;
@@ -269,7 +268,8 @@ my %essence = (
     'query-named-block-nodes' => \&essence_of_nodes,
 );
 
-# Makes what may differ equal: in $expected our names, in both no values that are as they fall.
+# Makes the permitted differences equal: replaces names in $expected by ours, and removes variable values from
+# both.
 sub normalise ($expected, $got, $names) {
     if (ref($expected) eq 'HASH' && ref($got) eq 'HASH') {
         my (%want, %have);
@@ -314,7 +314,7 @@ sub compare_events ($expected, $got, $label) {
     return;
 }
 
-# Those of Proxmox's own backup job are left out: the front only pretends that it runs.
+# Without the events of Proxmox' own backup job, because the front only pretends that it runs.
 sub event_names ($events) {
     return [sort(map { event_name($_) } grep { !is_native_job($_) } @$events)];
 }
@@ -389,7 +389,7 @@ sub command ($exchange) {
     return $exchange->{command} //= $json->decode($exchange->{request})->{execute};
 }
 
-# A fatal call must have ended QEMU and be on record; any other must not.
+# A fatal call must have ended QEMU and be recorded; any other call must not.
 sub check_fatal ($front, $client, $pid, %option) {
     my $fatal = $front->fatal_call;
     if ($option{fatal}) {
@@ -431,7 +431,7 @@ sub check_names ($want, $have) {
     return;
 }
 
-# The entry of the schema with the types it refers to in place of their names.
+# The schema's entry with the types themselves in place of their names.
 sub spelled_out ($by_name, $name) {
     my %entry = %{ $by_name->{$name} // return "no entry for $name" };
     return $name if $entry{'meta-type'} eq 'builtin';
@@ -448,7 +448,7 @@ sub spelled_out ($by_name, $name) {
     return \%entry;
 }
 
-# What the QEMU is: { native, major }.
+# The properties of the QEMU: { native, major }.
 sub probe_qemu () {
     my $dir = File::Temp->newdir('pba-recording-XXXXXXXX', TMPDIR => 1);
     my %option = (shape => 'drive', fleecing => 0);
@@ -471,7 +471,7 @@ for my $recording (@recordings) {
     my ($name, %option) = @$recording;
     next if @ARGV && !grep { $name =~ /$_/ } @ARGV;
 
-    # These end a Proxmox QEMU, which proves nothing about anything of ours.
+    # These end a real Proxmox QEMU, which says nothing about our code.
     next if $probed{native} && $option{fatal};
     subtest($name => sub { replay($name, %option, %probed) });
 }

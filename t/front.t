@@ -1,8 +1,8 @@
-# The Proxmox front with a real guest that writes all the time: what tests of the pve backend
-# conclude from it is only worth something if it gives one instant, right bitmaps and leaves nothing
-# behind. That it answers like the real thing is in front-recordings.t.
+# The front with a real guest that writes continuously. Tests of the pve backend are only valid if the front
+# makes one instant and correct bitmaps, and leaves nothing behind. t/front-recordings.t compares its replies
+# with those of a real Proxmox QEMU.
 #
-# One QEMU is enough: the front is held to recordings, not to a QEMU.
+# One QEMU is enough: the front is compared with recordings, not with a QEMU.
 
 use v5.36;
 
@@ -27,7 +27,7 @@ my $cluster = 64 << 10;
 my $target = 'snapshot-access:test';
 my $tmp = File::Temp->newdir('pba-front-XXXXXXXX', TMPDIR => 1);
 
-# ---- reading an export, with nothing but what NBD needs at least ----
+# ---- reading an export with the minimum of NBD ----
 
 sub receive_exactly ($socket, $length) {
     my $data = '';
@@ -66,9 +66,9 @@ sub dirty_ranges ($path, $name, $bitmap) {
     return map { [@$_{qw(offset length)}] } grep { $_->{type} } @$map;
 }
 
-# Brings an image up to date with the dirty ranges of an export, in pieces, trimming what was read.
-# A piece lies in one cluster of the filter: QEMU 7.2 reads the disk as it is now where a request
-# starts in a cluster that was copied and ends in one that was not.
+# Updates an image with the dirty ranges of an export, in pieces, and trims what was read. Each piece is within
+# one cluster of the filter: if a request begins in a cluster that was copied and ends in one that was not, QEMU
+# 7.2 reads the current content of the disk.
 sub copy_ranges ($path, $name, $file, @ranges) {
     my $socket = open_export($path, $name);
     open(my $fh, '+<:raw', $file) or die "cannot open $file: $!\n";
@@ -94,7 +94,7 @@ sub sum ($ranges) {
     return $sum;
 }
 
-# ---- one guest, its front and the backups of it ----
+# ---- one guest, its front and its backups ----
 
 sub begin ($vm, $form) {
     my $front = PBA::Test::Front->start(
@@ -128,7 +128,7 @@ sub start_exports ($qmp, $path, $infos) {
     return;
 }
 
-# One backup of all disks into $images, by the dirty ranges; returns the number of dirty bytes.
+# Makes one backup of all disks into $images, from the dirty ranges. Returns the number of dirty bytes.
 sub back_up ($vm, $qmp, $model, $images, %option) {
     my %device = map { $vm->disk($_)->{device} => $_ } keys(%$images);
     my @arguments = setup_arguments($option{form}, $option{mode}, sort(keys(%device)));
@@ -181,7 +181,7 @@ sub create_image ($file, $size) {
     return $file;
 }
 
-# What a backup leaves: the graph as before, and of the bitmaps only the target's, which records.
+# After a backup, the graph must be as before, and only the target's bitmaps must exist, which record.
 sub check_left ($vm, $before) {
     is_deeply($vm->graph, $before, 'the block graph is as before');
     my $nodes = $vm->bitmaps;
@@ -212,7 +212,7 @@ sub start_writing ($vm) {
     return PBA::Test::Model->new(seed => 5, disks => \@known, blocks => 1024);
 }
 
-# With iothreads the front lets the guest run on, and does not hide what is clean.
+# With iothreads, the front does not stop the guest, and does not hide the clean parts.
 sub run_backups ($form, $iothread, @rounds) {
     my @these = map {
         { %$_, iothread => $iothread }

@@ -1,5 +1,5 @@
-# What the fuzz targets in t/fuzz have found, and what reaches every part of the code that they know
-# to reach, run once more under the sanitizers. t/fuzz/run.pl looks for more.
+# Runs the inputs that the fuzz targets in t/fuzz have found, and those that reach all code that the targets can
+# reach, under the sanitizers. t/fuzz/run.pl looks for more.
 
 use v5.36;
 
@@ -15,7 +15,7 @@ diag('no sanitizer runtime: without it') if !$build->is_sanitized;
 
 my @targets = map { m{(\w+)\z} } sort glob('t/fuzz/corpus/*');
 
-# A target, and what is cut off it by subject.
+# The sources of a target, including those that were split off by subject.
 sub sources_of ($target) { return glob("t/fuzz/${target}{,-*}.c") }
 
 my @common = map { "t/fuzz/$_.c" } qw(fake replay);

@@ -1,5 +1,5 @@
-# Freezing and thawing by a guest agent: the protocol, time limits, and an agent that fails. The agent
-# is a scripted one, since a real one here would freeze this machine.
+# Freezing and thawing through a guest agent: the protocol, time limits, and an agent that fails. The agent is
+# scripted, because a real one would freeze this machine.
 
 use v5.36;
 
@@ -83,7 +83,7 @@ for my $case (
     }
 }
 
-# The time limit of freezing is over, but the agent is not done: thawing comes after it.
+# The time limit of the freeze is over, but the agent still freezes: the thaw is sent after that.
 {
     my $peer = $AgentPeer->start(replies => { 'guest-fsfreeze-freeze' => 'busy' });
     check_error('busy', 'freeze', agent($peer, timeout => 1),
@@ -93,7 +93,7 @@ for my $case (
     is_deeply([$peer->commands], [@freeze, @status, @thaw], 'busy: the commands');
 }
 
-# The answer to a freeze is lost: the agent is asked.
+# The reply to a freeze is lost: the agent's state is queried.
 for my $case (['frozen', 1], ['thawed', 0, qr/the connection was closed$/]) {
     my ($status, $is_frozen, $message) = $case->@*;
     my $peer = PBA::Test::AgentPeer->start(
@@ -113,7 +113,7 @@ for my $case (['frozen', 1], ['thawed', 0, qr/the connection was closed$/]) {
     is_deeply([$peer->commands], [@freeze, @status], "$status: the commands");
 }
 
-# An agent that takes its commands only when nobody waits any more freezes nothing then, but thaws.
+# An agent that reads its commands only after nobody waits any more must not freeze, but must thaw.
 {
     my $peer = $AgentPeer->start(asleep => 1);
     $peer->wait_for_record('asleep');
@@ -132,7 +132,7 @@ for my $case (['frozen', 1], ['thawed', 0, qr/the connection was closed$/]) {
     is_deeply([$peer->wait_for_commands(4)], [@sync, @sync, @thaw], 'asleep: the commands');
 }
 
-# A handler's exception ends waiting, but not thawing.
+# The exception of a signal handler ends the wait, but does not prevent the thaw.
 {
     my $peer = $AgentPeer->start(
         replies => { map { $_ => 'busy' } qw(guest-fsfreeze-freeze guest-fsfreeze-thaw) });
@@ -145,7 +145,7 @@ for my $case (['frozen', 1], ['thawed', 0, qr/the connection was closed$/]) {
     is_deeply([$peer->commands], [@freeze, @thaw, @thaw], 'signal: thawing is tried again');
 }
 
-# What a task is given: the agent's failure is a warning, all else goes on.
+# The hooks of a task: a failure of the agent is a warning, and the backup continues.
 {
     my $refusal = { error => { class => 'GenericError', desc => 'no' } };
     my $peer = $AgentPeer->start(

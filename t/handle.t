@@ -1,5 +1,5 @@
-# A volume of the mechanism file-handle as its reader has it, over an ordinary file and a code ref:
-# the handle may be anything, and the code ref may say anything.
+# A volume of the mechanism file-handle from its reader's point of view, with an ordinary file and a code ref:
+# the handle may be of any kind, and the code ref may return anything.
 
 use v5.36;
 
@@ -24,7 +24,7 @@ sub write_file () {
     return;
 }
 
-# A volume over that file, whose code ref returns one of the lists after the other.
+# A volume over that file, whose code ref returns these lists one after the other.
 sub open_volume ($mode, $path = "$dir/disk", @answers) {
     open(my $fh, $mode, $path) or die "cannot open $path: $!\n";
     my $next = sub {
@@ -56,7 +56,7 @@ subtest 'regions' => sub {
     is_deeply([$undef->next_dirty_region], [], 'the end as the API has it');
 };
 
-# What a call returned stays what it was, however it is kept, when the next one returns.
+# The values that a call returned must not change when the next call returns.
 subtest 'regions kept' => sub {
     my @regions = map { [$_ * 64 * $KiB, $KiB] } 0 .. 3;
     my $volume = open_volume('<', "$dir/disk", @regions);
@@ -83,7 +83,7 @@ subtest 'regions kept' => sub {
     is_deeply(\@aliases, \@regions, 'arguments');
 };
 
-# What is no region must not be taken for the end, now or later.
+# An invalid region must never be mistaken for the end, neither now nor later.
 subtest 'what is no region' => sub {
     my @odd = (
         [undef, 4096] => qr/returned something that is not a region/,
@@ -148,7 +148,7 @@ subtest 'reading' => sub {
         'not for reading'
     );
 
-    # Of what is not mapped this file says what the virtual file says of what is not dirty.
+    # For unmapped addresses, this file returns the same error as the virtual file for clean parts.
     my $eio = open_volume('<', '/proc/self/mem');
     fails(
         sub { $eio->pread(0, 4096) },
@@ -158,7 +158,7 @@ subtest 'reading' => sub {
     );
 };
 
-# A code ref gives each region once. Who has seen them must not get a copy without them.
+# A code ref returns each region once. After the caller has seen some regions, a copy must not omit them.
 subtest 'copies' => sub {
     my @regions = ([512, 512], [4 * $KiB, 64 * $KiB], [128 * $KiB, 64 * $KiB], [$size - 512, 512]);
     my $expected = "\0" x $size;

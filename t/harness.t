@@ -1,9 +1,9 @@
 #!/usr/bin/perl
 
-# The test harness itself: what the other tests conclude from a guest, a model of its disks and a
-# picture of QEMU's block graph is only worth something if those are right.
+# The test harness itself. The other tests are only valid if the guest, the model of its disks and the
+# comparison of QEMU's block graph are correct.
 #
-# One QEMU is enough: what the tests are made of is the same on both.
+# One QEMU is enough: the harness is the same on both.
 
 use v5.36;
 
@@ -94,7 +94,7 @@ subtest 'model: what is wrong is seen' => sub {
     truncate($images{a}, 4 * $MiB + 1);
     is(($model->check_image('a', $images{a}))[1], 4 * $MiB, 'an image one byte long');
 
-    # One write lost in the middle, later ones there.
+    # One lost write in the middle, followed by later ones.
     my $lost = $Model->new(seed => 3, disks => \@disks, blocks => 256);
     $lost->write_state('a', 101, $images{a});
     my ($missing) = grep { $lost->last_writes('a', 101)->{ ($lost->target($_))[1] / 4096 } == $_ }
@@ -193,7 +193,7 @@ my %churn = (seed => 42, disks => \@churned, blocks => 2048);
 my @churned_disks = map { { id => $_, size => $vm->disk($_)->{size} } } @churned;
 my $model = $Model->new(%churn, disks => \@churned_disks);
 
-my $last_write;    # write of the churn that is known to have been done
+my $last_write;    # the last write of the churn that is known to be done
 
 sub check_churn () {
     return $model->check_images({ map { $_ => $vm->raw_image($_) } @churned });
@@ -205,7 +205,7 @@ subtest 'churn on two disks' => sub {
     $guest->wait_churn(500);
     ok(!eval { $guest->start_churn(disks => ['disk0']); 1 }, 'one churn at a time');
 
-    # The guest is stopped between two of its writes, or in the middle of one.
+    # The guest is stopped between two writes, or during a write.
     for my $round (1 .. 5) {
         $guest->wait_more_churn(50);
         $vm->qmp('stop');
@@ -392,7 +392,7 @@ subtest 'nothing is left behind' => sub {
     ok(!kill(0, $pid), 'QEMU ended with the object');
     ok(!-e $dir, 'the directory is gone');
 
-    # A program that dies, one that is interrupted, one that is killed.
+    # A program that dies, one that is interrupted, and one that is killed.
     local $ENV{TMPDIR} = "$tmp";
     for my $end ('die "on purpose\n"', 'kill TERM => $$', 'kill KILL => $$') {
         my $code = 'my $vm = PBA::Test::VM->start(guest => 0); $| = 1; say $vm->pid; ' . $end;

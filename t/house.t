@@ -1,5 +1,4 @@
-# The gate that holds the floors of src/: it finds each kind of violation, and nothing in the sources as
-# they are.
+# The gate that enforces the floors of src/: it finds each kind of violation, and none in the current sources.
 # One QEMU is enough: none is started.
 
 use v5.36;
@@ -21,7 +20,7 @@ my %house = map { $_ => content($_) } source_files('src/*.[ch]', 'glue/*.[ch]', 
 cmp_ok(scalar(keys(%house)), '>', 50, 'the sources are looked at');
 is_deeply([broken_rules(\%house)], [], 'the house stands');
 
-# One line more in a file, and what is said then.
+# Adds a line to a file, and checks the message.
 sub breaks ($file, $line, $rule, $what) {
     ok(exists($house{$file}), "$file is there");
     my %broken = (%house, $file => "$line\n$house{$file}");
@@ -76,7 +75,7 @@ subtest 'includes that no gate can read' => sub {
     }
 };
 
-# Text more at the end of files, and all that is said then.
+# Appends text to files, and checks all messages.
 sub breaks_with ($what, $more, @expected) {
     my %broken = (%house, map { $_ => $house{$_} . $more->{$_} } keys($more->%*));
     is_deeply([broken_rules(\%broken)], \@expected, $what);
@@ -130,13 +129,14 @@ subtest 'names of glue, and others' => sub {
     );
 };
 
-# What the gate takes for a file's names is what the compiler gives others.
+# The names that the gate finds in a file are those that the compiler exports.
 subtest 'names as the linker has them' => sub {
     my $count = 0;
     for my $file (sort grep { m{\Asrc/.*\.c\z} } keys(%house)) {
         my $object = $file =~ s/c\z/o/r;
         my @linked = map { (split)[2] } lines_of('nm', '--defined-only', '--extern-only', $object);
-        my %seen = map { $_ => 1 } definitions($house{$file}), 'pba_error_quark';    # by a macro
+        my %seen = map { $_ => 1 } definitions($house{$file}),
+            'pba_error_quark';    # defined by a macro
         my @unseen = grep { !$seen{$_} && !m/\A__/ } @linked;
         is("@unseen", '', $file) if @unseen;
         $count += @linked;

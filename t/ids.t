@@ -1,5 +1,5 @@
-# What setup and teardown make of the ids of backups, and how a target's bitmaps are given up: on both
-# backends, and with the early form of Proxmox' command.
+# IDs of backups in setup and teardown, and the removal of a target's bitmaps: on both backends, and with the
+# early form of Proxmox' command.
 
 use v5.36;
 
@@ -30,7 +30,7 @@ sub wanted ($backend, $mode, %base) {
     ];
 }
 
-# A whole backup: what setup says of the first disk. end => what teardown is given.
+# Makes a whole backup, and returns setup's result for the first disk. end => the arguments of teardown.
 sub backup ($backend, $devices, %opt) {
     my @log;
     my $access = $backend->access(
@@ -53,7 +53,7 @@ sub bases_of ($backend) {
     ];
 }
 
-# The ids that status shows, with each bitmap's name.
+# The IDs that status shows, with the name of each bitmap.
 sub shown ($backend) {
     return { map { $_->{name} => $_->{base} } $backend->status->{bitmaps}->@* };
 }
@@ -68,8 +68,8 @@ sub dies_like ($code, $pattern, $what) {
     like($done ? 'it did not die' : $@, $pattern, $what);
 }
 
-# As a snapshot with RAM that was taken in the middle of an access, or a migration, brings bitmaps back: the
-# target's does not record, and on Proxmox the background one is of no access.
+# Creates the bitmaps that a snapshot with RAM or a migration in the middle of an access brings back: the
+# target's does not record, and on Proxmox the background bitmap belongs to no access.
 sub make_strays ($backend) {
     my $vm = $backend->vm;
     my %bitmap = (node => 'a', name => 'pba-tied:snapshot-access:test');
@@ -100,7 +100,7 @@ sub check_strays ($backend, $form) {
     return;
 }
 
-# The word for a bitmap that is made although mode use was wanted.
+# The action for a bitmap that is new although mode use was requested.
 sub remade ($form) { return $form eq 'devlist' ? 'new' : 'missing-recreated' }
 
 sub check_ids ($backend, $form) {
@@ -179,7 +179,7 @@ sub check_arguments ($backend) {
     return;
 }
 
-# What tells a disk from others of its guest goes before its name.
+# The disk's identity takes precedence over its name.
 sub check_identity ($backend, $form) {
     my $id = $new_id->();
     my $open = wanted($backend, 'use', base => undef);
@@ -254,7 +254,7 @@ sub check_forget ($backend) {
     return;
 }
 
-# What a hand left of a bitmap keeps an earlier state from being loaded as well.
+# A companion whose bitmap was removed by hand also prevents loading an earlier state.
 sub check_forget_alone ($backend) {
     backup($backend, wanted($backend, 'use', base => undef), end => [1, $new_id->()]);
     my %bitmap = (node => 'a', name => 'pba-tied:snapshot-access:test');
@@ -292,7 +292,7 @@ sub take_overlay ($vm) {
     return;
 }
 
-# Below an overlay QEMU lets nobody change stored bitmaps. The others go, which keep a state from being loaded.
+# QEMU does not change stored bitmaps below an overlay. The others, which prevent loading a state, are removed.
 sub check_forget_below ($backend) {
     my ($vm, %stored) = ($backend->vm, options => { persistent => 1 });
     my $open = sub ($device) { { device => $device, 'bitmap-mode' => 'use', base => undef } };
@@ -314,7 +314,7 @@ sub check_forget_below ($backend) {
     return;
 }
 
-# The early form's bitmap may have a name of its own.
+# The early form's bitmap may have a name that differs from the target's.
 sub check_own_name ($backend) {
     my ($first, $second) = ($new_id->(), $new_id->());
     my %named = (options => { 'bitmap-name' => 'generation-1' });
@@ -334,7 +334,7 @@ sub check_own_name ($backend) {
     return;
 }
 
-# An access of a dead process keeps its bitmaps until it is undone.
+# The access of a dead process keeps its bitmaps until it is undone.
 sub check_forget_dead ($backend) {
     my $id = $new_id->();
     backup($backend, wanted($backend, 'use', base => undef), end => [1, $id]);

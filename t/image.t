@@ -1,7 +1,7 @@
-# Backups of guests that are off, by their images. What writes to them meanwhile is qemu-io, which keeps
-# persistent bitmaps as a guest's QEMU does; t/libvirt.t has a guest that is on, off and on again.
+# Backups of guests that are off, from their images. qemu-io writes to them in between; like a guest's QEMU, it
+# maintains persistent bitmaps. t/libvirt.t has a guest that is switched off and on.
 #
-# One QEMU is enough: what is asked of a QEMU is in the tests of the access.
+# One QEMU is enough: the tests of the access test QEMU.
 
 use v5.36;
 
@@ -155,7 +155,7 @@ subtest 'who else has the image open' => sub {
     }
 };
 
-# As a kernel does, and qemu-io without locks.
+# The images are open as by a kernel, and as by qemu-io without locks.
 subtest 'devices, and what an image is based on' => sub {
     tool(qw(qemu-img create -q -f raw), "$dir/base", '4M');
     tool(qw(qemu-img create -q -f qcow2 -F raw -b), "$dir/base", "$dir/top.qcow2");
@@ -178,7 +178,8 @@ subtest 'devices, and what an image is based on' => sub {
     system('losetup', '--detach', $device);
 };
 
-# QEMU would find in the base what the base's guest has written there: a header that names another file.
+# QEMU would guess the format from the base's content, where its guest may have written a header that names
+# another file.
 subtest 'formats are not guessed' => sub {
     tool(qw(qemu-img create -q -f raw), "$dir/secret", '1M');
     tool(qw(qemu-img create -q -f qcow2 -F raw -b), "$dir/secret", "$dir/evil");
@@ -186,7 +187,8 @@ subtest 'formats are not guessed' => sub {
     sysopen(my $fh, "$dir/top.qcow2", O_RDWR) or die "top.qcow2: $!\n";
     sysread($fh, my $header, 65_536);
     sysseek($fh, index($header, "\xe2\x79\x2a\xca"), 0);
-    syswrite($fh, "\x12\x34\x56\x78");    # an extension that QEMU does not know: no format
+    syswrite($fh, "\x12\x34\x56\x78")
+        ;    # an extension that QEMU does not know, so no format is recorded
     close($fh);
     refused(
         'the format of a backing file',
@@ -215,7 +217,7 @@ subtest 'names and directories' => sub {
 };
 
 subtest 'one after the other' => sub {
-    open(my $other, '+<', $file{data}) or die "$file{data}: $!\n";    # as another backup has it
+    open(my $other, '+<', $file{data}) or die "$file{data}: $!\n";    # as another backup would
     refused('at once', 1, qr/is open for writing in another process/, @guest);
     ok(!eval { open_image('data'); 1 }, 'the same from Perl');
     is(ref($@) && $@->class, 'StateError', 'has a class that --wait knows');
@@ -226,7 +228,7 @@ subtest 'one after the other' => sub {
     is($waiting->finish->{status}, 0, 'with --wait: after the other');
 };
 
-# The command is killed: the daemon goes, and the next backup has what the killed one had.
+# The command is killed: the daemon ends, and the next backup contains what the killed one contained.
 subtest 'killed' => sub {
     good('before', @guest);
     is(write_to('disk', 7, '8M 1M'), undef, 'a change');

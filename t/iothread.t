@@ -1,5 +1,5 @@
-# Disks in an iothread: QEMU before 10.0 aborts when an NBD client leaves such a disk of a running
-# guest, so they are refused there before anything is sent that changes something.
+# Disks in an iothread: QEMU before 10.0 aborts when an NBD client disconnects from such a disk of a running
+# guest, so they are refused there before anything is changed.
 
 use v5.36;
 

@@ -32,7 +32,7 @@ my $provider = 'PVE::BackupAccess::Provider::Qcow2Chain';
 my $seconds = 20;                     # that a call may take to end
 my $most = $ENV{PBA_FULL} ? 6 : 4;    # calls that block, each of which gets the signal
 
-# The one that is to be waited for does not go on.
+# Stops the process for which the code waits.
 sub hold ($pid) {
     kill(STOP => $pid);
     return $pid;
@@ -45,7 +45,7 @@ sub image ($dir) {
     return $image;
 }
 
-# A program that takes any arguments and never ends.
+# Creates a program that accepts any arguments and never ends.
 sub slow ($dir) {
     open(my $script, '>', "$dir/slow") or die "$dir/slow: $!\n";
     print {$script} "#!/bin/sh\nexec sleep 1000\n";
@@ -57,7 +57,7 @@ sub silent_socket ($path) {
     return IO::Socket::UNIX->new(Local => $path, Listen => SOMAXCONN) // die "$path: $!\n";
 }
 
-# Each waits for ever, with its own directory.
+# Each waits forever, with its own directory.
 my %waits = (
     'a program' => sub ($dir) { run_program('sleep', 1000) },
     'a filter' => sub ($dir) {
@@ -148,7 +148,7 @@ system(qw(gcc -shared -fPIC -O1 -Wall -Wextra -Werror -o),
     $library, "$FindBin::Bin/late-signal.c", '-ldl') == 0
     or die "gcc failed\n";
 
-# Its output, undef if it had to be killed, and whatever it has started with it.
+# The output, or undef if the process had to be killed, together with everything that it had started.
 sub run_with ($number, $name, $own) {
     pipe(my $out, my $in) or die "pipe: $!\n";
     my $pid = fork() // die "fork: $!\n";

@@ -1,7 +1,7 @@
-# A guest of an ordinary user's libvirt, qemu:///session, backed up by that user: QEMU runs as the user, so
-# nobody has to be told who it is, and what only root may do is not needed.
+# A guest of an ordinary user's libvirt, qemu:///session, backed up by that user: QEMU runs as the same user, so
+# its user need not be given, and nothing that requires root is needed.
 #
-# One QEMU is enough: libvirt has the machine's.
+# One QEMU is enough: libvirt uses the machine's.
 
 use v5.36;
 
@@ -66,7 +66,7 @@ sub run_tests () {
     return;
 }
 
-# The user's process has all tests; this one keeps libvirt.
+# The tests run in a process of the user; this process keeps libvirt.
 my $pid = fork() // die "fork: $!\n";
 if (!$pid) {
     $libvirt->as_user(\&run_tests);

@@ -1,8 +1,8 @@
-# Guests of libvirt: the command by --libvirt, libvirt's own jobs before and during an access, and what libvirt
-# does to a domain between backups.
+# Guests of libvirt: the command with --libvirt, libvirt's own jobs before and during an access, and what
+# libvirt does to a domain between backups.
 #
-# One QEMU is enough: libvirt has the machine's; what QEMUs do is in the tests of the access. A plain run takes
-# a quarter of the jobs and changes, PBA_FULL=1 all.
+# One QEMU is enough: libvirt uses the machine's, and the tests of the access test QEMU. A plain run includes a
+# quarter of the jobs and changes; PBA_FULL=1 includes all.
 
 use v5.36;
 
@@ -24,7 +24,7 @@ plan(skip_all => $problem) if defined($problem);
 my $mib = 1 << 20;
 my $store = File::Temp->newdir('pba-libvirt-XXXXXXXX', TMPDIR => 1);
 my $libvirt = $Libvirt->start('system');
-my $other_host;    # where a migration goes
+my $other_host;    # the target of migrations
 my $run_dir = $libvirt->dir . '/run';
 my @guest = ('--libvirt', 'web1', '--connect', $libvirt->uri, '--run-dir', $run_dir);
 my %device = (vda => 'virtio-disk0', sda => 'scsi0-0-0-0');
@@ -43,7 +43,7 @@ sub back_up ($name, @options) {
     return $run;
 }
 
-# The archive is what the guest's disks are, which nobody writes to meanwhile.
+# The archive must equal the guest's disks, to which nobody writes at this time.
 sub is_the_guest ($name, $archive, @targets) {
     my $out = File::Temp->newdir('pba-libvirt-XXXXXXXX', TMPDIR => 1);
     my $run = run_command('restore', $archive, "$out");
@@ -65,7 +65,7 @@ sub change () {
     return;
 }
 
-# Whether the backup is one of what changed, of that disk.
+# Whether the backup of that disk was incremental.
 sub is_increment ($run, $target) {
     return $run->{err} =~ m/^\Q$device{$target}\E: storing an increment/m;
 }
@@ -96,7 +96,7 @@ subtest 'backups' => sub {
     is_deeply([glob("$run_dir/*")], [], 'nothing is left in it');
 };
 
-# A domain that is off, with another image.
+# Defines a domain that is off, with another image.
 sub define ($name) {
     my $image = $libvirt->dir . "/images/it's & $name.qcow2";
     system($ENV{PBA_QEMU_IMG} // 'qemu-img', qw(create -q -f qcow2), $image, '1M');
@@ -135,7 +135,8 @@ subtest 'what a domain is called' => sub {
     is($run->{status}, 0, 'such a name, and --guest') or diag($run->{err});
     unlike($run->{err}, qr/disk1/, 'a disk in the metadata is none');
     my @others = grep { $_ ne $uuid } $libvirt->must(qw(list --all --uuid)) =~ m/(\S+)/g;
-    $libvirt->must('undefine', $_) for @others;    # by name, virsh would take the ID for web1's
+    $libvirt->must('undefine', $_)
+        for @others;    # by ID, because virsh would take a name of digits for the ID of web1
 };
 
 subtest 'on, off, on' => sub {
@@ -242,10 +243,10 @@ sub backup_xml ($mode) {
 
 sub other_host () { return $other_host //= $Libvirt->start('system') }
 
-# The disks are where both hosts see them; with a cache that libvirt holds for unsafe there.
+# Both hosts use the same disk images, whose cache mode libvirt considers unsafe for that.
 sub migrate_to ($host) { return (qw(migrate --live --unsafe web1), $host->uri, 'tcp://127.0.0.1') }
 
-# Name => the command, and what ends the job if it began.
+# Name => the command, and the command that ends the job if it has begun.
 my %jobs = (
     blockcopy =>
         [sub { ('blockcopy', 'web1', 'vda', new_file(), '--transient-job', qw(--wait --pivot)) }],
@@ -280,7 +281,7 @@ my %jobs = (
     blockresize => [sub { ('blockresize', 'web1', 'sda', '5M') }],
 );
 
-# Each is up when the backup begins, which is refused, or right.
+# Each of them is active when the backup begins, which must be refused or correct.
 my %before = (
     'blockcopy' => [
         sub { ('blockcopy', 'web1', 'vda', new_file(), '--transient-job', '--wait') },
@@ -334,7 +335,7 @@ subtest 'during an access' => sub {
 
 # ---- between backups ----
 
-# What is done, and whether vda's next backup may be an increment.
+# The change, and whether the next backup of vda may be incremental.
 my %changes = (
     'the CD-ROM is ejected' => sub { $libvirt->must('change-media', 'web1', 'hdc', '--eject') },
     'the CD-ROM is removed' => sub {
@@ -370,7 +371,8 @@ my %changes = (
         $libvirt->must('restore', $file);
     },
 
-    # The last one: afterwards QEMU cannot store again what an image has that became a backing file.
+    # This is the last one, because afterwards QEMU cannot store bitmaps in an image that has become a backing
+    # file.
     'to another host and back' => sub {
         $libvirt->must(migrate_to(other_host()));
         other_host()->must(migrate_to($libvirt));

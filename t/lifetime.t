@@ -1,6 +1,6 @@
-# Who ends an access, and when: processes, signals, scopes, and what others run in the same QEMU.
+# Who ends an access, and when: processes, signals, scopes, and other programs' activity in the same QEMU.
 #
-# One QEMU is enough: processes and signals are the caller's side.
+# One QEMU is enough: processes and signals belong to the caller.
 
 use v5.36;
 
@@ -14,8 +14,7 @@ use PBA::Test::Backend;
 my $size = 16 * 1024 * 1024;
 my @disks = ({ id => 'disk0', size => $size, format => 'qcow2' });
 
-# Runs code in a forked child; returns its exit status. The child ends as a program does, with
-# destructors.
+# Runs code in a forked child, and returns its exit status. The child ends like a program, with destructors.
 sub in_child ($code) {
     my $pid = fork() // die "fork: $!\n";
     if (!$pid) {
@@ -76,7 +75,7 @@ sub check_scope ($backend, $outside) {
     is($bitmap->{recording}, 1, 'out of scope: and records');
 }
 
-# A program that ends, or dies, with an access up: global destruction.
+# A program exits or dies while its access is active: global destruction.
 sub check_program_end ($backend, $outside) {
     for my $end ('1', 'die "in mid-backup\n"') {
         my %options = $backend->options;
@@ -86,7 +85,7 @@ sub check_program_end ($backend, $outside) {
             . $backend->device('disk0')
             . "', 'bitmap-mode' => 'use' }]); \$a->volumes('nbd'); $end";
 
-        # Everything that comes from the command line is tainted there.
+        # In taint mode, everything from the command line is tainted.
         my @command = ($^X, '-T', '-Iblib/lib', '-Iblib/arch', '-e', $program, %options);
         my $output = qx{@{[ join(' ', map { "'" . s/'/'\\''/gr . "'" } @command) ]} 2>&1};
         like($output, qr/was not torn down/, "a program ends ($end): warning");
@@ -97,7 +96,7 @@ sub check_program_end ($backend, $outside) {
 sub check_signals ($backend, $outside) {
     my $access = $backend->access;
 
-    # A QEMU that is stopped takes a connection, but never answers.
+    # A stopped QEMU accepts connections, but never answers.
     local $SIG{ALRM} = sub { die { my => 'exception' } };
     my $pid = $backend->vm->pid;
     kill('STOP', $pid);
@@ -164,7 +163,7 @@ sub check_foreign_server ($backend, $outside) {
     is_deeply($backend->outside->{graph}, $outside->{graph}, 'the graph is as before after that');
 }
 
-# A bitmap of somebody else's on the same disk records on, whatever becomes of ours.
+# A bitmap of another program on the same disk keeps recording, whatever happens to ours.
 sub check_foreign_bitmap ($backend) {
     my $vm = $backend->vm;
     $vm->qmp('block-dirty-bitmap-add', node => 'disk0', name => 'theirs', granularity => 65536);
@@ -198,7 +197,8 @@ sub check_second_setup ($backend) {
     pass('an object can be used again');
 }
 
-# As from a signal handler. QEMU has replies for the copy, which takes none meanwhile.
+# Ends the access as a signal handler would. QEMU has replies for the copy, which does not read them at this
+# time.
 sub check_end_below_copy ($backend, $mechanism) {
     my $device = $backend->device('disk0');
     my $access = $backend->access;

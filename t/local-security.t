@@ -1,5 +1,5 @@
-# What other users of the machine, and the provider's own children, can get at: nothing. Run as
-# root: each case is a child of an ordinary user in a directory that another one has prepared.
+# Other users of the machine, and the provider's own child processes, must not get access to anything. The test
+# runs as root: each case is a child process of an ordinary user in a directory that another user has prepared.
 
 use v5.36;
 
@@ -23,7 +23,7 @@ my $base = File::Temp->newdir('pba-local-XXXXXXXX', TMPDIR => 1);
 chmod(0755, $base) or die "chmod: $!\n";
 umask(022);
 
-# What the code says on a pipe, as that user; it may not die.
+# What the code writes to a pipe, as that user; it must not die.
 sub as_user ($id, $code) {
     my $pid = open(my $pipe, '-|') // die "cannot fork: $!\n";
     if (!$pid) {
@@ -39,7 +39,7 @@ sub as_user ($id, $code) {
     return $said;
 }
 
-# A directory of that owner and mode, for one case.
+# Creates a directory with that owner and mode for one case.
 sub make_dir ($owner, $mode, $path = undef) {
     state $count = 0;
     $path //= "$base/" . ++$count;
@@ -56,7 +56,7 @@ sub put_file ($path, $owner) {
     return;
 }
 
-# An access with the socket in that directory, and what was said of it.
+# Tries an access with the socket in that directory. Returns the result and the messages.
 sub try_run_dir ($dir, $during = sub ($access, $path) { 'done' }, %options) {
     my $calls = qmp_calls({ pve_returns() });
     my $access = PVE::BackupAccess->new(
@@ -173,7 +173,7 @@ subtest 'what somebody else has prepared' => sub {
     }
 };
 
-# A directory that is all right is of no use where others can put another one in its place.
+# A safe directory does not help if others can replace it.
 subtest 'above the run directory' => sub {
     my $pattern = qr/users other than root and this user may change/;
     my $open = make_dir(0, 0777);
@@ -214,7 +214,7 @@ subtest 'where no run directory is given' => sub {
     rmdir($default);
 };
 
-# The other one makes, links, renames and removes what is to be the run directory, all the time.
+# The other user continuously creates, links, renames and removes what is to be the run directory.
 sub start_attacker ($dir, $trap) {
     my $attacker = fork() // die "cannot fork: $!\n";
     return $attacker if $attacker;
@@ -234,7 +234,7 @@ sub start_attacker ($dir, $trap) {
     POSIX::_exit(0);
 }
 
-# How often each of what is said of that directory was.
+# How often each result occurred with that directory.
 sub try_often ($dir) {
     my %seen;
     for (1 .. 300) {
@@ -262,7 +262,7 @@ subtest 'a race' => sub {
     is_deeply([glob("$trap/*")], [], 'nothing was made where the other one wanted it');
 };
 
-# How an access with this fleecing directory ends, after what it made there.
+# The result of an access with this fleecing directory, and what it left there.
 sub try_fleecing ($dir) {
     my @files;
     my %returns = upstream_returns(
@@ -284,7 +284,7 @@ sub try_fleecing ($dir) {
     return "@files $@";
 }
 
-# The upstream backend's, as it is before QEMU opens the file.
+# The fleecing image of the upstream backend before QEMU opens the file.
 subtest 'a fleecing directory' => sub {
     my $run = make_dir($user, 0700);
     my $pattern = qr/fleecing-dir .*users other than root and this user may change/;

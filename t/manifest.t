@@ -1,5 +1,4 @@
-# What a release is made of: MANIFEST names every file of the repository, and all places that tell the
-# version tell the same.
+# The contents of a release: MANIFEST names every file of the repository, and all places have the same version.
 
 use v5.36;
 

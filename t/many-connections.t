@@ -1,4 +1,4 @@
-# As many NBD clients at a time as come: by default a QEMU lets in 100.
+# The number of NBD clients is not limited, while QEMU's default is 100.
 
 use v5.36;
 
@@ -11,7 +11,7 @@ use PBA::Test::Backend;
 
 my $count = 120;
 
-# A client that says nothing: QEMU before 8.2 would wait for it in nbd-server-stop, and the guest with it.
+# A client that sends nothing: QEMU before 8.2 would wait for it in nbd-server-stop, with the guest stopped.
 sub check_half_connected ($backend) {
     my $access = $backend->access;
     $access->setup($backend->devices('use'));
@@ -32,7 +32,7 @@ sub check_half_connected ($backend) {
     return;
 }
 
-# One that connects at the last moment, right before nbd-server-stop.
+# A client that connects at the last moment, right before nbd-server-stop.
 sub check_late_client ($backend) {
     my ($path, $client);
     my $late = sub ($command, $arguments) {

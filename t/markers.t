@@ -1,6 +1,6 @@
-# Judging markers: what this process cannot know it does not undo. A process of another PID namespace, a
-# marker of another machine or boot, one of version 0.1.0, and what force does to each (I2, I7). Markers are
-# in nobody's way: a migration takes the guest's bitmaps along, whoever left a marker.
+# Markers that cannot be judged are not undone: of a process in another PID namespace, of another machine or
+# boot, or of version 0.1.0; and the effect of force on each (I2, I7). Markers must not disturb others: a
+# migration transfers the guest's bitmaps even if there is a leftover marker.
 
 use v5.36;
 
@@ -37,7 +37,7 @@ sub state_of ($backend) {
     return $json->encode([$vm->graph, $vm->exports, $vm->bitmaps]);
 }
 
-# Perl code in a PID namespace of its own; returns what it prints.
+# Runs Perl code in a PID namespace of its own, and returns its output.
 sub elsewhere ($backend, $code) {
     my $options = JSON::PP->new->encode({ $backend->options });
     my $program
@@ -78,7 +78,7 @@ sub check_namespaces ($backend) {
     return;
 }
 
-# One of there is not judged here, until the caller says that it is dead.
+# A process in that namespace cannot be judged from here, until the caller says that it is dead.
 sub check_force ($backend) {
     my $outside = $backend->outside;
     my $device = $backend->device('disk0');
@@ -102,7 +102,7 @@ sub check_force ($backend) {
     return;
 }
 
-# A process that lives here is not undone, whatever is said.
+# A live process of this host is never undone, even with force.
 sub check_alive ($backend) {
     my $client = PBA::Test::Client->start(
         sub ($tell) {
@@ -139,7 +139,7 @@ sub add_mark ($backend, $name, $mark_size) {
     return $name;
 }
 
-# Markers alone, as version 0.1.0 made them and as another boot or machine did.
+# Single markers, as created by version 0.1.0, another boot or another machine.
 sub check_markers ($backend) {
     my $outside = $backend->outside;
     my $dead = 'pba-owner-' . join('-', getppid(), start_time(getppid()) + 1);
@@ -164,7 +164,7 @@ sub check_markers ($backend) {
     return;
 }
 
-# Names that tell no process, and what force makes of them.
+# Markers whose names contain no process, and the effect of force on them.
 sub check_damaged ($backend) {
     my $outside = $backend->outside;
     my $process = join('-', getppid(), start_time(getppid()));

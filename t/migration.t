@@ -1,8 +1,8 @@
-# A real migration to another QEMU on the same disks. During an access it fails, the guest runs on where
-# it is, and the access goes on. Outside of one it succeeds, and the next backup at the target has
-# everything or says that it is a full one (I2, I3).
+# A real migration to another QEMU with the same disks. During an access, the migration fails, the guest
+# continues where it is, and so does the access. Without an access, it succeeds, and the next backup at the
+# target contains everything or says that it is a full one (I2, I3).
 #
-# One QEMU is enough: the same code follows a migration; PBA_FULL=1 runs on both.
+# One QEMU is enough: the same code runs after a migration; PBA_FULL=1 runs on both.
 
 use v5.36;
 
@@ -18,7 +18,7 @@ my $full = $ENV{PBA_FULL};
 my $mib = 1024 * 1024;
 my $size = 8 * $mib;
 
-# The guest's writes, by when they come.
+# Offsets of the guest's writes by their time.
 my %offset = (before => 1 * $mib, during => 2 * $mib, after => 3 * $mib);
 
 sub write_disk ($vm, $when, @ids) {
@@ -26,7 +26,7 @@ sub write_disk ($vm, $when, @ids) {
     return;
 }
 
-# What the next backup has of each disk, by when that was written; or how its bitmap came to be new.
+# Which writes the next backup of each disk contains, by their time, or why its bitmap is new.
 sub next_backup ($backend, @ids) {
     my $access = $backend->access(log => sub { });
     my %next;
@@ -45,13 +45,13 @@ sub next_backup ($backend, @ids) {
     return \%next;
 }
 
-# How the disks are configured, the one and the other in turn.
+# The two configurations of the disks in turn.
 sub next_shape () {
     state $number = 0;
     return (qw(drive blockdev))[$number++ % 2];
 }
 
-# Two QEMUs on the same disks, the second one waiting for the first one's guest; the first has had a
+# Starts two QEMUs with the same disks, the second one waiting for the guest of the first one, which has made a
 # backup of each disk.
 sub pair (%options) {
     my %disk = (
@@ -88,7 +88,7 @@ sub begin_migration ($source, $target) {
     return;
 }
 
-# 'completed' or 'failed'; the guest runs on in the one QEMU or the other.
+# 'completed' or 'failed'; the guest then runs in one of the two QEMUs.
 sub end_migration ($source, $target) {
     my $status = '';
     for (1 .. 1200) {
@@ -137,7 +137,7 @@ for my $bitmaps (0, 1) {
         };
     }
 
-    # The one that is not backed up may have been handed over when the other refuses.
+    # The disk that is not backed up may have been handed over before the other one is refused.
     my @ids = qw(disk0 disk1);
     my @backed_up = $full ? @ids : $bitmaps ? () : 'disk1';
     subtest "$with, during an access to another disk, persistent bitmaps" => sub {
@@ -175,8 +175,8 @@ for my $bitmaps (0, 1) {
     };
 }
 
-# What a program leaves that is killed in the middle of its teardown: the filters are gone, so the guest
-# can go.
+# The leftovers of a program that was killed in the middle of its teardown: the filters are removed, so the
+# guest can migrate.
 subtest 'with the two halves of a bitmap' => sub {
     for my $persistent ($full ? (0, 1) : 0) {
         my %options = (bitmaps => !$persistent, persistent => $persistent);
@@ -205,7 +205,7 @@ subtest 'with the two halves of a bitmap' => sub {
     }
 };
 
-# A migration that takes its time, and an access that begins meanwhile.
+# A slow migration, and an access that begins during it.
 sub slow_migration ($bitmaps) {
     my ($source, $target) = pair(bitmaps => $bitmaps);
     my $vm = $source->vm;
@@ -224,7 +224,7 @@ sub slow_migration ($bitmaps) {
     return ($source, $target, $go_on);
 }
 
-# With nodes of an access in it QEMU would fail it at its end.
+# QEMU would fail the migration at its end because of the nodes of an access.
 for my $bitmaps (0, 1) {
     my $with = $bitmaps ? 'with its bitmaps' : 'without bitmaps';
     subtest "$with, an access is to begin during it" => sub {

@@ -1,6 +1,5 @@
-# A monitor serves one client at a time. While something is waited for over seconds, it is free for
-# others between two questions, and the questions get rarer. A QEMU from 10.0 on ends an export whose
-# reader is stuck at once: nothing is waited for there.
+# A monitor serves one client at a time. During waits of several seconds, others can use it between two queries,
+# which become less frequent. QEMU since 10.0 ends an export with a stuck reader at once, so there is no wait.
 
 use v5.36;
 
@@ -24,11 +23,11 @@ my $MiB = 1 << 20;
 sub in_child ($code) {
     my $pid = fork() // die "cannot fork: $!\n";
     return $pid if $pid;
-    eval { $code->(); 1 };    # a reader's connection is cut
+    eval { $code->(); 1 };    # the connection of a reader is cut
     POSIX::_exit(0);
 }
 
-# The last command but those of the handshake, and how often it came in a row.
+# The last command, apart from the handshake, and how often it was sent in a row.
 sub last_in_row ($proxy) {
     my @names = map { $_->{name} } $proxy->commands;
     my $last = $names[-1] // '';
@@ -37,7 +36,7 @@ sub last_in_row ($proxy) {
     return ($last, $count);
 }
 
-# A provider's worker that asked for data and does not read the replies.
+# A provider's worker that has requested data and does not read the replies.
 sub start_stuck_reader ($device, $volumes) {
     my $pid = in_child(
         sub {
@@ -51,8 +50,8 @@ sub start_stuck_reader ($device, $volumes) {
     return $pid;
 }
 
-# In a process of its own: waits until teardown waits for an export, then wants to be greeted; then
-# lets the reader go on, whatever came of that. Says how it went by a line.
+# Runs in a separate process: waits until teardown waits for an export, then expects QEMU's greeting; then lets
+# the reader continue in any case. Reports the result in one line.
 sub watch ($proxy, $reader, $result) {
     my $until = time + 20;
     sleep(0.02) while (last_in_row($proxy))[1] < 6 && time < $until;
@@ -92,7 +91,7 @@ for my $name ($Backend->names) {
     };
 }
 
-# QEMU sends the reply of a command whose client has gone to the next one.
+# QEMU sends the reply to a command of a client that has disconnected to the next client.
 subtest 'after a client that went in the middle of a command' => sub {
     my $backend = $Backend->start(
         name => PBA::Test::VM->is_proxmox ? 'pve' : 'upstream',
@@ -116,7 +115,7 @@ subtest 'after a client that went in the middle of a command' => sub {
     is("@errors", '', 'its reply is not taken for another one');
 };
 
-# After a command that begins something, each of so many questions comes over a connection of its own.
+# After a command that begins something, each of that many queries uses a connection of its own.
 sub check_polls ($peer, $begin, $command, $times) {
     my ($begun) = grep { $_->{execute} eq $begin } $peer->commands;
     my @polls = grep { $_->{execute} eq $command && $_->{n} > $begun->{n} } $peer->commands;

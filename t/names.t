@@ -1,5 +1,5 @@
-# A disk has many names, and one identity. Whichever name a backup uses: the disk is found, it counts once,
-# and the base is found that was made under another name. Results and archives have the name that was given.
+# A disk has many names and one identity. Under each of its names, the disk is found, is counted once, and its
+# base is found even if that was made under another name. Results and archives contain the given name.
 
 use v5.36;
 
@@ -26,7 +26,7 @@ my @disks = (
     { id => 'old', size => $mib, anonymous => 1, shape => 'drive' },
 );
 
-# As a user finds them in QEMU, for each disk by its id; the first ones are what a Proxmox QEMU accepts.
+# The names of each disk as a user finds them in QEMU, by the disk's ID; a Proxmox QEMU accepts the first ones.
 sub names_of ($vm) {
     my %names;
     for my $device ($vm->qmp('query-block')->@*) {
@@ -49,7 +49,7 @@ my sub refusal ($code) {
     return eval { $code->(); 1 } ? 'none' : "$@";
 }
 
-# One backup of a disk: (what setup says of it, the access' volumes).
+# Makes one backup of a disk: (setup's result, the volumes of the access).
 sub backup ($backend, $request, @end) {
     my $access = $backend->access(log => sub { });
     my ($info) = $access->setup([$request])->@*;
@@ -84,7 +84,7 @@ sub check_twice ($backend, @names) {
     }
 }
 
-# Each name in turn, with the provider that knows disks by their identities.
+# Backs up under each name in turn, with the provider that identifies disks by their identities.
 sub check_task ($backend, $id, @names) {
     my $vm = $backend->vm;
     my $store = $backend->work_dir("store-$id");

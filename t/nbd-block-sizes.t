@@ -1,6 +1,6 @@
-# What NBD servers say of sizes: of blocks, of the export, on each connection. Whatever it is, no byte
-# goes where there is no room for it; what keeps to the NBD protocol is kept to, and what does not is
-# passed over or refused. The sanitizers' share of ./run test has this file, too.
+# Sizes that NBD servers report: of blocks and of the export, on each connection. Whatever they are, no byte is
+# written outside of a buffer. Sizes that conform to the NBD protocol are respected, and others are ignored or
+# refused. The sanitizers' part of ./run test includes this file.
 
 use v5.36;
 
@@ -21,7 +21,7 @@ my $MiB = 1 << 20;
 my $size = 192 * $KiB;
 my $dir = File::Temp->newdir('pba-block-sizes-XXXXXXXX', TMPDIR => 1);
 
-# Below this a request is cut to 4 KiB (src/copy/limit.c).
+# Below this limit, requests are reduced to 4 KiB (src/copy/limit.c).
 my $low_limit = 79 * $KiB;
 my @dirty = ([0, 64 * $KiB], [128 * $KiB, 64 * $KiB]);
 
@@ -51,7 +51,7 @@ sub expected (@ranges) {
     return $data;
 }
 
-# As libnbd has it: other sizes are as good as none.
+# libnbd's rule: other sizes are treated like none.
 sub is_legal ($min = 0, $preferred = 0, $max = 0) {
     my $is_power = sub ($n) { $n > 0 && ($n & ($n - 1)) == 0 };
     return
@@ -76,7 +76,7 @@ my @block_sizes = (
     [],
 );
 
-# A row for each connection.
+# One row for each connection.
 sub by_row (@rows) {
     return (
         block_sizes => sub ($connection) { $rows[$connection - 1] },
@@ -84,7 +84,7 @@ sub by_row (@rows) {
     );
 }
 
-# One server has the rows, or both have.
+# One of the servers has these sizes, or both.
 sub copies ($source, $target, $ranges, $rows, @options) {
     for my $sizes (@$rows) {
         write_file($target->dir . '/content', "\xee" x $size);
@@ -103,7 +103,8 @@ subtest 'sizes of a target' => sub {
     copies(source(), target(by_row(@block_sizes)), \@dirty, \@block_sizes);
 };
 
-# What a plain run takes of the rows where both have them: each has been a source's and a target's alone.
+# The rows that a plain run includes for both servers: each row has also been used for the source alone and for
+# the target alone.
 sub part (@rows) {
     state $calls = 0;
     return @rows if $ENV{PBA_FULL};
@@ -117,7 +118,7 @@ subtest 'sizes of both, with a request size' => sub {
     copies(@servers, \@dirty, \@rows, 'request-size' => 4096);
 };
 
-# With a limit there is little to read, or it would take long.
+# With a limit, only little is read, because more would take long.
 my @little = ([0, 8 * $KiB]);
 my @small = grep { ($_->[0] // 0) != 64 * $KiB } @block_sizes;
 for my $request ([], ['request-size' => 16 * $KiB]) {
@@ -128,7 +129,7 @@ for my $request ([], ['request-size' => 16 * $KiB]) {
     };
 }
 
-# ---- what is kept to beyond that ----
+# ---- other sizes that are respected ----
 
 subtest 'reads of a volume' => sub {
     for my $sizes ([4096, 4096, 4096], [512, 4096, 12 * $KiB], [1, 512, 513]) {
@@ -209,7 +210,7 @@ subtest 'connections that differ' => sub {
     }
 };
 
-# What our exports say of the fleecing image's clusters, and what others may make of it.
+# The exports describe the size of the fleecing image's clusters, which others might change.
 subtest 'clusters of a discard' => sub {
     my $is = 'pba: discard by clusters of ';
     my %cluster = (

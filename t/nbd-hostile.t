@@ -1,5 +1,5 @@
-# Maps of an NBD server that behaves well, oddly, and badly. The one thing that may never happen is that
-# a map which stops early looks like a whole one.
+# Maps of NBD servers that behave correctly, unusually and maliciously. A map that ends early must never look
+# like a complete one.
 
 use v5.36;
 
@@ -93,7 +93,7 @@ subtest 'odd answers that are no lies' => sub {
             is_deeply($got, expected_map(8 * $MiB, @dirty), "$name: @$options") or diag($@);
         }
 
-        # What ends beyond the disk is cut off, but libnbd 1.22 does not let it through.
+        # Extents beyond the end of the disk are cut off; libnbd 1.22 does not pass them on.
         for my $bytes (1, $MiB) {
             my $server = start(dirty => \@dirty, beyond_end => $bytes);
             my $got = eval { map_of(open_volume($server)) };
@@ -106,12 +106,12 @@ subtest 'odd answers that are no lies' => sub {
 
 subtest 'runs over several answers' => sub {
 
-    # Extents of one byte that split what belongs together, also across answers.
+    # Extents of one byte that split regions, also across answers.
     my $bytes = sub ($offset) { return (1, $offset >= 100 && $offset < 1000 ? 1 : 0) };
     my $server = start(size => 2000, dirty => $bytes, max_extents => 3);
     is_deeply(map_of(open_volume($server)), [[100, 900]], 'neighbours joined across answers');
 
-    # A run that goes over many requests.
+    # A run that spans many requests.
     $server = start(size => 64 * $GiB, dirty => [[$MiB, 63 * $GiB]], max_extents => 1);
     is_deeply(map_of(open_volume($server)), [[$MiB, 63 * $GiB]], 'and across requests');
 };
@@ -169,7 +169,7 @@ subtest 'open' => sub {
     is_deeply(map_of($last), [[0, 1]], 'the server itself is fine');
 };
 
-# Found by libnbd, or by us.
+# The error is detected by libnbd, or by our code.
 my $broken = qr/\A(?:Nbd|Incomplete)Error\z/;
 
 subtest 'maps cut off' => sub {
@@ -186,7 +186,7 @@ subtest 'maps cut off' => sub {
     }
 };
 
-# Over many requests, since an answer that is still good is a whole one.
+# The fault comes after many requests, because an answer that is still correct is complete.
 subtest 'maps with a fault in them' => sub {
     my @sparse = map { [$_ * $GiB, 64 * $KiB] } 0 .. 63;
     my %faults = (
@@ -213,7 +213,7 @@ subtest 'maps with a fault in them' => sub {
 
 subtest 'maps cut off before a region, and in a batch' => sub {
 
-    # All clean but for the end, or all dirty: no region was seen when it breaks off.
+    # All clean except for the end, or all dirty: no region was returned before the map ends.
     map_dies(start(dirty => [[8 * $MiB - 1, 1]], size => 8 * $MiB, disconnect_after => 0),
         $broken, 'nothing seen yet');
     my @map = map_dies(start(size => 64 * $GiB, dirty => [[0, 64 * $GiB]], disconnect_after => 3),

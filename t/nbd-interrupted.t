@@ -1,4 +1,4 @@
-# Volumes over NBD whose calls are interrupted, that come into other processes, and that end.
+# NBD volumes whose calls are interrupted, that are inherited by other processes, and that end.
 
 use v5.36;
 
@@ -30,11 +30,11 @@ subtest 'a handler that dies' => sub {
 subtest 'a handler that dies, everywhere' => sub {
     my $volume = open_volume(start(dirty => \@blocks, max_extents => 5, delay => 0.03));
     my ($deaths, @map) = (0);
-    local $SIG{ALRM} = sub { };    # for one that comes when the eval is over
+    local $SIG{ALRM} = sub { };    # for an alarm that arrives after the eval
     while ($deaths < 2000) {
         my @region;
 
-        # Longer from time to time, or a slow machine does nothing else.
+        # The time increases, because a slow machine would otherwise make no progress.
         Time::HiRes::ualarm((10_000 + 4_000 * ($deaths % 17)) * (1 + $deaths / 50));
         my $done = eval {
             local $SIG{ALRM} = sub { die "alarm\n" };
@@ -45,7 +45,7 @@ subtest 'a handler that dies, everywhere' => sub {
         Time::HiRes::ualarm(0);
         die $error if !$done && $error ne "alarm\n";
 
-        # The handler may also come when the call is over, but the statement is not.
+        # The handler may also run after the call, but before the statement has ended.
         push @map, \@region if @region;
         last if $done && !@region;
         $deaths++ if !$done;
@@ -103,19 +103,19 @@ subtest 'a handler that uses the volume' => sub {
             my $map = eval { map_of($volume) };
             alarm(0);
 
-            # What it does is open, as long as no map is taken for a whole one that is not.
+            # What happens is not defined, as long as an incomplete map is not mistaken for a complete one.
             !$map || @$map == 64;
         };
         is(in_child($code), 0, "$name within a call does no harm");
     }
 };
 
-# As QEMU before 9.2 needs it, which goes on reading for a client that has gone.
+# As QEMU before 9.2 requires, which continues to read for a client that has disconnected.
 my @by_cluster = (dirty => \@blocks, description => 'pba: read by clusters of 65536 bytes');
 my $refused = qr/\Adevice disk: cannot be used any more.*end the guest.*set it up again\n\z/;
 
-# Whether it can be used after its answers came soon enough, else it has to be refused; what is asked for
-# never overlaps.
+# The volume can be used afterwards if its answers arrived soon enough; otherwise it must be refused. Requests
+# never overlap.
 sub goes_on_after ($interrupt, $name) {
     my $server = start(@by_cluster, delay => 0.4);
     my $volume = open_volume($server);
@@ -188,9 +188,10 @@ subtest 'connecting is interrupted' => sub {
     unlink($path);
 };
 
-# ---- processes and ends ----
+# ---- processes, and the end of volumes ----
 
-# Of whatever is there when they are called: a test lets go of it.
+# The functions of a volume. They get a reference to the test's variable, because tests undefine it between two
+# calls.
 sub uses_of ($volume) {
     return (
         next_dirty_region => sub { $volume->$*->next_dirty_region },
@@ -237,7 +238,7 @@ subtest 'a child of its own volume' => sub {
     is_deeply(map_of(open_volume($server)), \@blocks, 'and in the parent');
 };
 
-# connect() to a Unix socket fails at once then, with EAGAIN, instead of waiting.
+# If the queue is full, connect() on a Unix socket fails at once with EAGAIN instead of waiting.
 subtest 'a queue of connections that is full' => sub {
     my $server = start(dirty => \@blocks);
     kill('STOP', $server->pid);

@@ -1,5 +1,5 @@
-# A host's name in an NBD URI that no name server answers for: a signal ends the call, of source and target,
-# and so does the end of the process; a name that is found is connected to, and what is not is said.
+# Host names in NBD URIs that no name server answers for: a signal ends the call, for source and target, and so
+# does the end of the process. A name that is found is connected to, and one that is not found is reported.
 #
 # One QEMU is enough: none is started.
 
@@ -22,14 +22,14 @@ use PVE::BackupAccess::Volume;
 plan(skip_all => 'needs root') if $> != 0;
 plan(skip_all => 'no mount namespaces') if system('unshare --mount --net true 2>/dev/null') != 0;
 
-# The name servers of the machine are no concern of this.
+# The machine's own name servers are not used.
 if (!$ENV{PBA_UNSHARED}) {
     $ENV{PBA_UNSHARED} = 1;
     exec(qw(unshare --mount --net), $^X, (map { "-I$_" } @INC), $0) or die "unshare: $!\n";
 }
 
 my $size = 1 << 20;
-my $limit = 30;    # seconds: the name server lets wait for longer
+my $limit = 30;    # seconds: the name server blocks for longer
 my $dir = File::Temp->newdir('pba-lookup-XXXXXXXX', TMPDIR => 1);
 my $source = PBA::Test::NBDServer->start(size => $size, dirty => [[0, $size]]);
 
@@ -67,7 +67,7 @@ for my $side (sort keys %sides) {
     is(eval { $error->class }, 'NbdError', 'class');
 }
 
-# By TCP to a name, with a relay to a server of ours.
+# Connects by TCP to a name, through a relay to one of our servers.
 subtest 'a name that is found' => sub {
     my $listener = IO::Socket::INET->new(LocalAddr => '127.0.0.1', Listen => 5) or die "TCP: $!\n";
     my $port = $listener->sockport;

@@ -1,5 +1,5 @@
-# Reads and discards over NBD, of a server that behaves well, oddly, and badly: what comes is right, or
-# it is an error.
+# Reads and discards over NBD, with servers that behave correctly, unusually and maliciously: the data is right,
+# or there is an error.
 
 use v5.36;
 
@@ -13,7 +13,7 @@ use PBA::Test::Watchdog;
 
 subtest 'reading' => sub {
 
-    # Made at once: a piece at a time would be slow under the sanitizers.
+    # Created at once, because single pieces would be slow under the sanitizers.
     my $disk = join('', map { pattern($_ * 64 * $KiB, 64 * $KiB) } 0 .. 640);
     my $size = 40 * $MiB + 512;
     my $read = sub ($offset, $length) { return substr($disk, $offset, $length) };
@@ -102,7 +102,7 @@ subtest 'discarding' => sub {
     my $odd = 8 * $MiB + 4608;
     my @cases = (
 
-        # offset, length, what is sent
+        # offset, length, the requests
         [0, 64 * $KiB, [0, 64 * $KiB]],
         [0, 64 * $KiB - 1],
         [1, 64 * $KiB],

@@ -1,6 +1,6 @@
-# The misbehaving NBD server of the tests: correct for real clients where it is told nothing, and
-# wrong in just the way it was told. What libnbd's own tools make of each lie is noted here, since
-# the tests of the module build on it.
+# The misbehaving NBD server of the tests: without options, real clients find it correct; with an option, it
+# misbehaves exactly in this way. The test records how libnbd's own tools react, because the tests of the module
+# rely on it.
 
 use v5.36;
 
@@ -23,7 +23,7 @@ sub start (%options) {
     return PBA::Test::NBDServer->start(size => 8 * $MiB, %options);
 }
 
-# The output's lines and the exit status; the tools' complaints are not the test's.
+# The lines of the output and the exit status, without the tools' error messages.
 sub run_tool (@command) {
     my $pid = open(my $fh, '-|') // die "cannot fork: $!\n";
     if (!$pid) {
@@ -156,8 +156,8 @@ subtest 'lies' => sub {
     is($last->(advertised_size => 7 * $MiB), 7 * $MiB, 'advertised_size');
 };
 
-# A correct client cannot get on with these, or does not by its version, and a less careful one loops:
-# the connection is looked at from the server's side.
+# Correct clients reject these, depending on their version, and less careful ones loop, so the test looks at the
+# bytes on the connection.
 subtest 'lies seen in the bytes' => sub {
     my %payload = (
         zero_extent => sub (@words) { return $words[1] == 0 && $words[3] == 65536 },
@@ -175,7 +175,7 @@ subtest 'lies seen in the bytes' => sub {
     is(length(read_payload(start(missing_data => 1), 4096)), 0, 'missing_data');
 };
 
-# The least client there can be: negotiates, sends one request, returns the first chunk's payload.
+# The smallest possible client: negotiates, sends one request, and returns the payload of the first chunk.
 sub one_chunk ($server, $type, $length) {
     my $socket = IO::Socket::UNIX->new(Peer => $server->socket_path) or die "connect: $!\n";
     my $take = sub ($n) {

@@ -1,8 +1,8 @@
-# Connections over TLS that do not come about: keys and certificates that are no files, have no end, or are on a
-# file system that hangs, and a server that stops in the middle of the handshake. Nothing is held for that:
-# a signal ends the call with what its handler died with, of source and target, and the process ends.
+# TLS connections that fail: keys and certificates that are not regular files, have no end, or are on a file
+# system that hangs, and a server that stops in the middle of the handshake. None of this blocks: a signal ends
+# the call with the exception of its handler, for source and target, and the process ends.
 #
-# One QEMU is enough: qemu-storage-daemon is here as a file system that can be stopped.
+# One QEMU is enough: qemu-storage-daemon is only used as a file system that can be stopped.
 
 use v5.36;
 
@@ -20,14 +20,14 @@ use PBA::Test::NBDServer qw(open_volume);
 use PBA::Test::Watchdog;
 use PVE::BackupAccess::Volume;
 
-# In a mount namespace of its own, so that nothing stays mounted however it ends.
+# Runs in a mount namespace of its own, so that nothing stays mounted however the test ends.
 if (!$ENV{PBA_UNSHARED} && system('unshare --mount true 2>/dev/null') == 0) {
     $ENV{PBA_UNSHARED} = 1;
     exec(qw(unshare --mount), $^X, (map { "-I$_" } @INC), $0) or die "unshare: $!\n";
 }
 
 my $size = 1 << 20;
-my $limit = 30;    # seconds: nothing here takes as long, unless it hangs
+my $limit = 30;    # seconds: only a hang takes longer
 my $dir = File::Temp->newdir('pba-tls-XXXXXXXX', TMPDIR => 1);
 my $source = PBA::Test::NBDServer->start(size => $size, dirty => [[0, $size]]);
 
@@ -42,7 +42,7 @@ sub read_all ($socket, $length) {
     return $bytes;
 }
 
-# Agrees to TLS, and says nothing more.
+# Agrees to TLS, and then sends nothing.
 sub agree_only ($client) {
     syswrite($client, 'NBDMAGIC' . $opt_magic . pack('n', 3));
     read_all($client, 4 + 16);
@@ -134,7 +134,7 @@ subtest 'nothing stays of those that were given up' => sub {
     is_deeply({ map { $_ => count_of($_) } keys %before }, \%before, 'descriptors and threads');
 };
 
-# A regular file whose file system is stopped.
+# A regular file on a file system that is stopped.
 subtest 'a file system that hangs' => sub {
     plan(skip_all => 'no qemu-storage-daemon')
         if !grep { -x "$_/qemu-storage-daemon" } split(m/:/, $ENV{PATH});

@@ -1,5 +1,5 @@
-# Which NBD URIs are taken, of source and target: connections by TCP, Unix and vsock sockets. Whatever
-# else a libnbd may know, such as programs to run, is refused before anything is done.
+# The accepted NBD URIs for source and target: connections by TCP, Unix and vsock sockets. Others that libnbd
+# may know, such as those that run programs, are refused before anything is done.
 
 use v5.36;
 
@@ -18,7 +18,7 @@ my $size = 1 << 20;
 my $server = PBA::Test::NBDServer->start(size => $size, export => 'disk', offer_bitmap => 0);
 my $socket = $server->socket_path;
 
-# Whatever is run by its name is seen.
+# Creates a program of that name that leaves a trace when it is run.
 sub make_trap ($program) {
     open(my $fh, '>', "$dir/$program") or die "$program: $!\n";
     print {$fh} "#!/bin/sh\ntouch $dir/was-run\n";
@@ -61,7 +61,7 @@ for my $side (sort keys %sides) {
         is(eval { $error->class }, 'ArgumentError', "$side: $uri: class");
     }
 
-    # These get as far as to a connection.
+    # These get as far as a connection.
     my %failing = (
         'nbd://127.0.0.1:1/disk' => qr/connecting failed/,
         'nbds://127.0.0.1:1/disk?tls-verify-peer=false' => qr/connecting failed/,
@@ -80,7 +80,7 @@ for my $uri ("nbd+unix:///disk?socket=$socket", "nbd+unix:///disk?&socket=$socke
     is(open_uri($uri)->size, $size, "connects: $uri");
 }
 
-# What is no URI is a path, whatever is in it.
+# Anything that is not a URI is a path, whatever it contains.
 mkdir("$dir/a:");
 symlink($socket, "$dir/a:/disk");
 is(open_volume($server, 'nbd-path' => "$dir/a://disk", 'bitmap-mode' => 'none')->size,

@@ -1,6 +1,5 @@
-# What is noted of backups may be damaged: by the disk, a crash, or what a caller keeps it in. A note that
-# tells no backup costs a full one, and the next note is good again. So does what a provider takes for an
-# id, and what is none.
+# Notes about backups may be damaged, by the disk, by a crash, or by the caller's storage. A note that names no
+# backup causes a full backup, and the next note is valid again. The same applies to a provider's invalid ID.
 
 use v5.36;
 
@@ -27,7 +26,7 @@ sub mode_of_next (%options) {
     return $result ? $result->{devices}{$device}{'bitmap-mode'} : "none: $@";
 }
 
-# What becomes of a note that is good.
+# Damaged forms of a valid note.
 my @odd = ('', ' ', '{', 'null', '[]', '"x"', "{\"$device\":null}", "\xff\xfe", "\0" x 512);
 push(@odd,
     map { "{\"$device\":$_}" } qw(1 1.5 true {} []),
@@ -63,7 +62,7 @@ sub check_unreadable () {
     return;
 }
 
-# The caller's own.
+# Notes that the caller stores itself.
 sub check_code_refs () {
     for my $text (@odd[0, 2, -1]) {
         my $note = $text;
@@ -75,8 +74,8 @@ sub check_code_refs () {
     return;
 }
 
-# What is noted must be gone before the provider has new data, also where it could not be read: the backup may be
-# killed then, and the guest taken back in time.
+# The old note must be gone before the provider has new data, even if it could not be read: the backup may then
+# be killed and the guest rolled back.
 sub check_load_dies () {
     my ($note, $is_down, $seen);
     my %code = (
@@ -98,7 +97,8 @@ sub check_load_dies () {
     return;
 }
 
-# The backup is good by then: that it cannot be noted costs a full one. A signal comes when the caller has the result.
+# The backup has succeeded by then: if the note cannot be stored, the next backup is a full one. A signal is
+# thrown when the caller has the result.
 sub check_store_dies () {
     my ($note, $strike);
     my $store = sub ($key, $new) { $new eq '{}' || $strike->(); $note = $new };
@@ -117,7 +117,7 @@ sub check_store_dies () {
     return;
 }
 
-# A signal that comes while the caller's code runs ends the backup.
+# A signal while the caller's code runs ends the backup.
 sub check_load_signal () {
     my %code = ('load-note' => sub (@) { kill(USR1 => $$); undef }, 'store-note' => sub (@) { });
     local $SIG{USR1} = sub { die "stop\n" };

@@ -1,5 +1,5 @@
-# All disks of one setup show one instant while the guest writes to them in turn (I1). The control
-# inserts the filters one by one, as a tool without the cut would, and must fail.
+# All disks of one setup show the same instant while the guest writes to them in turn (I1). The control inserts
+# the filters one by one, as a tool without the cut would, and must fail.
 #
 # One QEMU is enough: the cut is one command on both; PBA_FULL=1 runs on both.
 
@@ -59,7 +59,7 @@ sub snapshot () {
     return $model->check_images($images);
 }
 
-# The same nodes, but each disk gets its filter by itself.
+# The same nodes, but the filters are inserted one by one.
 sub insert_filter ($id) {
     my $disk = $vm->disk($id);
     $vm->add_fleecing_node($id, as => "$id-fleecing");

@@ -1,5 +1,5 @@
-# The marker by which a live program is told from a dead one: what a monitor may say when it is added,
-# when it is looked for again, and when it is deleted.
+# The marker that distinguishes a live process from a dead one: possible replies of a monitor when it is added,
+# looked for again, and deleted.
 
 use v5.36;
 
@@ -19,7 +19,7 @@ sub start_time ($pid) {
     return (split(' ', readline($fh) =~ s/.*\) //r))[19];
 }
 
-# A guest with these nodes, too, and with those once a node has been added.
+# A guest that also has these nodes, and others after a node has been added.
 sub returns ($before, $after, %more) {
     my %returns = pve_returns(%more);
     my ($add, $nodes) = @returns{qw(blockdev-add query-named-block-nodes)};
@@ -31,7 +31,7 @@ sub returns ($before, $after, %more) {
             return $added++ ? {} : $add;
         },
 
-        # The other's are of version 0.1.0, whose markers have no size.
+        # The other process has version 0.1.0, whose markers have no size.
         'query-named-block-nodes' => sub (@) {
             return [
                 $nodes->@*,
@@ -59,7 +59,7 @@ subtest 'refused' => sub {
     is(number_of($peer, 'backup-access-setup'), 0, 'nothing was set up');
 };
 
-# As an access of this process leaves it whose end failed.
+# An access of this process whose end failed has left the marker.
 subtest 'refused, since it is there' => sub {
     my $peer = start_peer(returns([$own_mark], [$own_mark], 'blockdev-add' => $refused));
     my $access = new_access($peer);

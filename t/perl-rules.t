@@ -1,4 +1,4 @@
-# The gates for our own Perl find what they are there for, with file and line.
+# The gates for our own Perl code find what they are for, with file and line.
 #
 # One QEMU is enough: none is started.
 
@@ -32,7 +32,7 @@ my %evals = (
     'no reason' => ['eval { work() };    ## bare eval:', 1],
 );
 
-# Each case: a line of a function, and whether it is found as that.
+# Each case is a line of a function, and whether the gate must find it.
 sub check_lines ($gate, $rule, $found_as, %cases) {
     for my $name (sort keys %cases) {
         my ($code, $count) = $cases{$name}->@*;

@@ -1,6 +1,6 @@
-# Bitmaps over a restart of the VM, and over its clean end in mid-access (upstream backend).
+# Bitmaps across a restart of the VM, and across a regular end of the VM during an access (upstream backend).
 #
-# One QEMU is enough: what a qcow2 image keeps of a bitmap is the same; PBA_FULL=1 runs on both.
+# One QEMU is enough: qcow2 images store bitmaps in the same way; PBA_FULL=1 runs on both.
 
 use v5.36;
 
@@ -15,7 +15,7 @@ use PBA::Test::Repository;
 my $mib = 1024 * 1024;
 my $size = 16 * $mib;
 
-# QEMU makes up other node names for a -drive at every start.
+# QEMU generates new node names for a -drive at every start.
 sub start () {
     my $backend = PBA::Test::Backend->start(
         name => 'upstream',
@@ -53,7 +53,7 @@ subtest 'bitmap that is not persistent, clean restart' => sub {
     is($result->{disk0}{bytes}, $size, 'everything is dirty');
 };
 
-# The access is up, the guest writes, QEMU quits and is started again: as after a failed backup.
+# During the access, the guest writes, QEMU quits and is started again: the result is that of a failed backup.
 sub quit_in_mid_access (%options) {
     my ($backend, $repository) = start();
     $backend->guest->write('disk0', 0, $size, 0x31);
@@ -92,7 +92,7 @@ subtest 'kill -9 makes a persistent bitmap inconsistent' => sub {
     my %options = (options => { persistent => 1 });
     $repository->backup(mode => 'new', success => 1, %options);
 
-    # Stored at a clean end, and marked as in use from the next start on.
+    # QEMU stores the bitmap when it quits, and marks it as in use at the next start.
     $backend->restart;
     $backend->vm->kill9;
     $backend->restart;
@@ -103,7 +103,8 @@ subtest 'kill -9 makes a persistent bitmap inconsistent' => sub {
     is($result->{disk0}{bytes}, $size, 'with everything dirty');
 };
 
-# A killed client's access goes with a clean end of QEMU, and leaves two halves; then QEMU is killed.
+# A regular end of QEMU removes the access of a killed client, and leaves two halves of the bitmap; then QEMU is
+# killed.
 subtest 'kill -9 with a bitmap in two halves' => sub {
     for my $how (qw(recover setup)) {
         my $backend = PBA::Test::Backend->start(

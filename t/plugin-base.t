@@ -1,4 +1,4 @@
-# Plugins that derive from Proxmox VE's class load without it, and with it get that one.
+# Plugins that derive from Proxmox VE's class can be loaded without it, and use it if it is installed.
 
 use v5.36;
 

@@ -1,4 +1,4 @@
-# POD is right in form, and says something of every public function.
+# POD has the right form, and describes every public function.
 
 use v5.36;
 

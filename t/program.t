@@ -1,4 +1,4 @@
-# Programs that the module runs to their end: none outlives the work that wants it.
+# Programs that the module runs to their end: none outlives the work for which it runs.
 #
 # One QEMU is enough: none is run.
 
@@ -14,7 +14,7 @@ use Time::HiRes qw(sleep time);
 
 use PVE::BackupAccess::Program qw(run_program);
 
-# Told from all other processes by its number of seconds.
+# The number of seconds distinguishes this process from all others.
 my $forever = 100_000 + $$;
 my @sleeper = ('sleep', $forever);
 
@@ -28,7 +28,7 @@ sub sleepers () {
     return grep { is_sleeper($_) } map { m{(\d+)\z} } glob('/proc/[0-9]*');
 }
 
-# Whether there is one, or none, at last.
+# Whether that many processes exist after a while.
 sub eventually ($count) {
     my $deadline = time + 20;
     sleep(0.01) while sleepers() != $count && time < $deadline;
@@ -114,7 +114,7 @@ subtest 'a program that takes no signals' => sub {
     Time::HiRes::alarm(0.3);
     eval { run_program(@deaf) };
     is($@, "enough\n", 'is ended all the same');
-    kill(KILL => sleepers());    # its child, which is none of ours
+    kill(KILL => sleepers());    # its child is not our child
 };
 
 subtest 'the caller is killed' => sub {
@@ -129,7 +129,7 @@ subtest 'the caller is killed' => sub {
     ok(eventually(0), 'the program ends, too');
 };
 
-# Each at another moment: around the fork as well.
+# Each signal at a different moment, also around the fork.
 subtest 'signals at every moment' => sub {
     local $SIG{ALRM} = sub { die "enough\n" };
     my $left = 0;

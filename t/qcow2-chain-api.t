@@ -1,4 +1,4 @@
-# Qcow2Chain as its callers see it: order and arguments of the API, locks, signals, processes, names,
+# Qcow2Chain from its callers' point of view: order and arguments of the API, locks, signals, processes, names,
 # taint mode.
 
 use v5.36;
@@ -199,7 +199,7 @@ subtest 'odd names' => sub {
     is(scalar($provider->prune(100, 1)->@*), 1, 'pruned');
 };
 
-# All that is given on the command line is tainted.
+# Everything from the command line is tainted.
 subtest 'taint mode' => sub {
     my $disk = $chain->disk('drive-efidisk0');
     my $store = $chain->tmp . '/taint';

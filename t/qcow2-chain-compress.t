@@ -1,4 +1,5 @@
-# Compressed archives: smaller, on top of others and below them, merged, verified and restored as all are.
+# Compressed archives are smaller, can be above and below other archives, and are merged, verified and restored
+# like them.
 
 use v5.36;
 

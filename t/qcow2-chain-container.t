@@ -1,5 +1,5 @@
-# Qcow2Chain and containers: with the calls of pve-container, as root and in a container's user namespace, beside
-# archives of virtual machines in one store, and whatever goes wrong on the way.
+# Qcow2Chain and containers: the calls of pve-container, as root and in a container's user namespace, together
+# with archives of virtual machines in one store, and all kinds of faults.
 #
 # One QEMU is enough: containers have none.
 
@@ -33,7 +33,7 @@ sub fails ($code, $error, $text) {
 
 sub new_container (%options) { return $Container->new(%options)->fill }
 
-# pct makes the root directory, so its time is not the archive's.
+# pct creates the root directory, so its time is not that of the archive.
 sub is_same ($one, $other, $text, @exclude) {
     utime(1, 1, $one, $other);
     ok(describe($one, @exclude) eq describe($other, @exclude), $text);
@@ -54,7 +54,7 @@ sub members ($container, $name) {
     return { map { $_ => 1 } @members };
 }
 
-# No archive but these, nothing that is left, and the guest is free for the next backup.
+# No other archives exist, nothing is left behind, and the guest is free for the next backup.
 sub is_clean ($container, $names, $text) {
     my @there = map { $_->{volname} } $container->provider->list->@*;
     is_deeply(\@there, $names, "$text: no archive that counts");
@@ -224,7 +224,7 @@ subtest 'a store with both' => sub {
     is(scalar($provider->list(100)->@*), 2, 'removed');
 };
 
-# ---- what is damaged ----
+# ---- damage ----
 
 sub flip ($path, $at) {
     open(my $fh, '+<:raw', $path) or die "$path: $!\n";
@@ -247,7 +247,7 @@ subtest 'damage' => sub {
         qr/root\.tar\.zst/, 'restore')
         for @names[0, 1];
 
-    # Of another tree, whole in itself, with the size that it should have.
+    # Another tree's archive, which is intact, with the size that this one should have.
     write_file($container->root . '/etc/empty', '');
     my $other = tree_of($container, $names[2]);
     my $size = -s $other;
@@ -266,7 +266,7 @@ subtest 'damage' => sub {
     is_deeply([map { $_->{volname} } $provider->list->@*], [$good], 'which stays');
 };
 
-# ---- what goes wrong ----
+# ---- faults ----
 
 sub children_of ($pid) {
     open(my $fh, '<', "/proc/$pid/task/$pid/children") or return ();
@@ -278,7 +278,7 @@ sub is_called ($pid, $name) {
     return (<$fh> // '') eq "$name\n";
 }
 
-# Of a backup that lasts, by name.
+# The processes of a slow backup, by name.
 my %processes = (
     tar => sub (@pids) {
         grep { is_called($_, 'tar') } @pids;
@@ -300,7 +300,7 @@ my %processes = (
     },
 );
 
-# On a loaded machine a program comes later than the file that it is to write.
+# On a loaded machine, a program may start later than its output file is created.
 sub wait_for_processes ($process, $parent) {
     for (1 .. 3000) {
         my @pids = $processes{$process}->(children_of($parent));
@@ -310,7 +310,7 @@ sub wait_for_processes ($process, $parent) {
     return;
 }
 
-# A backup of which something is done as soon as it stores.
+# Makes a backup during which something is done as soon as data is stored.
 sub interrupted ($container, $do) {
     my $parent = $$;
     my $helper = fork() // die "fork: $!\n";
@@ -338,7 +338,7 @@ sub new_large (%options) {
     return $container;
 }
 
-# All that the other one would do is the same.
+# The other container would do the same.
 my @interrupted = $ENV{PBA_FULL} ? @first_ids : $first_ids[-1];
 
 for my $first_id (@interrupted) {

@@ -1,4 +1,4 @@
-# What archives hold is what was read: rot, lost writes, merges, and archives of version 0.1.
+# Archives contain what was read: damage by a disk, lost writes, merges, and archives of version 0.1.
 
 use v5.36;
 
@@ -90,7 +90,7 @@ subtest 'each image is read once' => sub {
     is(sum0(values %started), 3 * scalar(my @devices = $chain->devices), 'all are');
 };
 
-# Has something done to each image that has been written, before it is looked at.
+# Does something to each image after it was written, before it is checked.
 sub after_writing ($do, $code) {
     my $stop = $Server->can('stop');
     my $start = $Server->can('start');
@@ -108,7 +108,7 @@ sub after_writing ($do, $code) {
     return $code->();
 }
 
-# Has the device's image served by a server that forgets all that is written.
+# The device's image is served by a server that forgets everything that is written.
 sub with_forgetful_server ($code) {
     my $arguments = $Server->can('_image_arguments');
     no warnings 'redefine';
@@ -143,7 +143,7 @@ subtest 'a target that loses a write' => sub {
     like(problems($chain, $name), said(512 * $KiB), 'but verify does');
 };
 
-# Changes the entries of an image's first table of clusters (QEMU: docs/interop/qcow2).
+# Changes the entries of an image's first L2 table (QEMU: docs/interop/qcow2).
 sub with_entries ($image, $code) {
     open(my $fh, '+<:raw', $image) or die "$image: $!\n";
     my $get = sub ($at, $count) {
@@ -235,7 +235,7 @@ subtest 'a chain that is long enough' => sub {
     is($chain->modes->{$device}, 'reuse', 'goes on from that');
 };
 
-# What a program of version 0.1 would have made of it.
+# Makes an archive look as if it was made by version 0.1.
 sub make_old ($chain, $name) {
     my $dir = $chain->path_of($name);
     my $manifest = $json->decode(read_file("$dir/manifest.json"));

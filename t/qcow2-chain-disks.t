@@ -1,5 +1,5 @@
-# Qcow2Chain: which device of an archive is which disk. A disk goes on whatever it is called, a name that goes to another
-# disk does not, and two guests of one number have nothing to do with each other.
+# How Qcow2Chain recognizes disks: a disk continues its chain under any name, another disk with the same name
+# does not, and two guests with the same number are independent.
 
 # One QEMU is enough: a provider sees NBD, not QEMU.
 
@@ -30,7 +30,7 @@ sub provider ($store) {
         sub ($level, $message) { push(@log, "$level: $message") });
 }
 
-# A guest of two disks without a machine: { uuid, disks => [{ disk, identity, id and name of the last backup }] }
+# A guest with two disks and no machine: { uuid, disks => [{ disk, identity, id and name of the last backup }] }
 sub guest ($uuid) {
     my @disks;
     for my $number (0, 1) {
@@ -43,7 +43,7 @@ sub guest ($uuid) {
     return { uuid => $uuid, disks => \@disks };
 }
 
-# What a task tells of a disk under that name.
+# What a task tells the provider about a disk under that name.
 sub told ($disk, $name, %opt) {
     my $is_alias = ($disk->{name} // $name) ne $name;
     my %about = (size => $size, base => $is_alias ? undef : $disk->{id});
@@ -52,7 +52,7 @@ sub told ($disk, $name, %opt) {
     return { %about, identity => $disk->{identity}, node => $opt{node}{$name} };
 }
 
-# The mode that an access makes of a provider's answer.
+# The mode that an access derives from a provider's answer.
 sub mode_of ($disk, $name, $answer) {
     return $answer if !ref($answer);
     my $is_found
@@ -62,7 +62,7 @@ sub mode_of ($disk, $name, $answer) {
     return $is_found && $answer->{base} eq $disk->{id} ? 'use' : 'new';
 }
 
-# A backup of a guest's disks under these names: the modes, and the archive's name.
+# Backs up a guest's disks under these names. Returns the modes and the archive's name.
 sub backup ($store, $guest, $names, %opt) {
     my $provider = provider($store);
     my %disk = map { $names->[$_] => $guest->{disks}[$_] } grep { $names->[$_] } 0, 1;
@@ -95,7 +95,7 @@ sub restored ($provider, $volname, $device) {
     return read_file("$tmp/restored.raw");
 }
 
-# Each archive of the store that is there is what the disks were.
+# Each archive in the store must equal the disks at its time.
 sub check ($store, $text) {
     my $provider = provider($store);
     my @wrong;

@@ -1,5 +1,5 @@
-# What may happen to archives: the process is killed anywhere, the directory is full, files are lost
-# or damaged. Archives that were there stay right, and an increment never goes onto a wrong base.
+# Faults of archives: the process is killed at any point, the directory is full, files are lost or damaged.
+# Existing archives stay intact, and an increment is never made on a wrong base.
 
 use v5.36;
 
@@ -21,7 +21,7 @@ my $seed = 20261123;
 srand($seed);
 note("seed $seed");
 
-# What is a little different only.
+# Cases that differ only a little, for PBA_FULL=1.
 sub more (@cases) {
     return $ENV{PBA_FULL} ? @cases : ();
 }
@@ -38,7 +38,7 @@ my $store = $base->store;
 sub killed_at ($rename, $when, $code) {
     my $pid = fork() // die "fork: $!\n";
     if (!$pid) {
-        $ENV{TMPDIR} = $base->tmp;    # a killed process leaves its private directory
+        $ENV{TMPDIR} = $base->tmp;    # a killed process leaves its private directory behind
         my $count = 0;
         my $move = PVE::BackupAccess::File->can('move');
         my $counted = sub (@files) {
@@ -63,7 +63,7 @@ sub killed_at ($rename, $when, $code) {
 
 # ---- lost, damaged, changed ----
 
-# Where the image has data that the last archive shows: what later images have again is not read there.
+# The offset of data in the image that the last archive shows: what later images contain is not read from here.
 sub data_of ($file) {
     my $map = PBA::Test::QemuNbd::output_of('map', '-U', '--output=json', of(3));
     my ($depth) = grep { of(3 - $_) eq $file } 0 .. 2;
@@ -81,7 +81,7 @@ sub spoil ($file, $at = data_of($file)) {
     return;
 }
 
-# The same, but the file's size and time stay as they were.
+# The same without a change of the file's size and time.
 sub spoil_silently ($file) {
     my ($read, $written) = (Time::HiRes::stat($file))[8, 9];
     spoil($file);
@@ -89,7 +89,7 @@ sub spoil_silently ($file) {
     return;
 }
 
-# What this host knows of its last archive, until the next damage.
+# Sets this host's note about its last archive, until the next damage.
 sub set_note ($content) {
     my ($name) = map { s{.*/}{}r } glob($base->state_dir . '/*.json');
     $base->{state_dir} = $base->tmp . '/state-' . ++$base->{states};
@@ -119,8 +119,8 @@ sub of ($number, $file = 'drive-scsi0.qcow2') {
 my $not_read = qr/65536 bytes differ from what was read from the guest: 65536 at offset [0-9]+/;
 my $digests = 'drive-scsi0.digests';
 
-# What is done => [why drive-scsi0 is full next, as the log says it; undef: it is incremental,
-# what verify says of archive 3; undef: nothing].
+# description => [the damage, why the next backup of drive-scsi0 is full according to the log (undef: it is
+# incremental), what verify says about archive 3 (undef: nothing)].
 my %damage = (
     'the base is missing' => [
         sub { rename($base->path_of($names[0]), $base->tmp . '/gone-' . ++$base->{gone}) },
@@ -227,11 +227,11 @@ subtest 'a disk of another size' => sub {
 
 # ---- killed while an archive is removed ----
 
-# In the middle of the middle one's, where only a part of the data was merged.
+# Kills the commit of the middle archive when only a part of the data has been merged.
 sub commit_partly ($file) {
     my $pid = fork() // die "fork: $!\n";
     exec('qemu-img', 'commit', '-q', '-d', '-r', '400k', '-f', 'qcow2', $file) if !$pid;
-    Time::HiRes::sleep(0.3);    # no event tells how far it is, and it need not be anywhere
+    Time::HiRes::sleep(0.3);    # no event shows the progress, and any point will do
     kill(KILL => $pid);
     waitpid($pid, 0);
     kill(KILL => $$);
@@ -315,7 +315,7 @@ sub left_by_killed ($image) {
     }
     waitpid($pid, 0);
     for (1 .. 300) {
-        last if !PBA::Test::Handle->mounts($ENV{TMPDIR});    # what serves it ends by itself
+        last if !PBA::Test::Handle->mounts($ENV{TMPDIR});    # its server ends by itself
         Time::HiRes::sleep(0.1);
     }
     return glob("$ENV{TMPDIR}/*");
@@ -347,7 +347,7 @@ subtest 'what servers of a killed process leave' => sub {
     is_deeply([sort glob("$tmp/*")], [sort("$tmp/other", $mine)], 'they go with their servers');
 };
 
-# A process with that number; undef if this machine does not let us choose.
+# A process with that PID; undef if this machine does not allow choosing one.
 sub start_with_number ($number) {
     for (1 .. 200) {
         open(my $last, '>', '/proc/sys/kernel/ns_last_pid') or return undef;
@@ -365,8 +365,8 @@ sub start_with_number ($number) {
     return undef;
 }
 
-# That process is no child of this one, as it would be on a machine. Says by lines whether it is
-# there, and, once it can read one, whether it still is.
+# The process is not a child of this one, as in reality. It reports in lines that it exists and, when told to,
+# whether it still does.
 sub hold_number ($number, $say, $go) {
     my $other = start_with_number($number);
     syswrite($say, defined($other) ? "ready\n" : "no\n");
@@ -398,7 +398,7 @@ subtest 'a qemu-nbd that the caller has waited for' => sub {
     is($is, "lives\n", 'a process with its number lives on');
 };
 
-# Before its main loop a real one forgets that signal.
+# A real qemu-nbd loses that signal if it arrives before its main loop.
 subtest 'a qemu-nbd that forgets a SIGTERM' => sub {
     my $script = "$store/forgets";
     open(my $fh, '>', $script) or die "$script: $!\n";

@@ -1,5 +1,5 @@
-# Qcow2Chain on running guests that write all the time: every archive, full or incremental, shows both
-# disks as of one instant, whatever failed before.
+# Qcow2Chain with running guests that write continuously: every archive, full or incremental, shows both disks
+# as of one instant, whatever failed before.
 #
 # One QEMU is enough: a provider sees NBD, not QEMU; copy-guest.t runs on both.
 
@@ -24,14 +24,14 @@ my $blocks = 2048;
 my %sizes = (disk0 => 32 * $mib, disk1 => 16 * $mib + 512);
 my @ids = sort keys %sizes;
 
-# A storage plugin's name makes restores files, as for Proxmox VE.
+# With the name of a storage plugin, disks are restored from files, as for Proxmox VE.
 sub new_provider ($context, $plugin = undef) {
     return PVE::BackupAccess::Provider::Qcow2Chain->new($plugin, { path => $context->{store} },
         'test', sub ($level, $message) { push($context->{log}->@*, $message) });
 }
 
-# One backup as a job of its own. fails => called while it copies. Returns the archive's name, undef
-# if it failed.
+# Makes one backup in a job of its own. fails => code that is called during the copy. Returns the archive's
+# name, or undef if the backup failed.
 sub backup ($context, $provider, $fails = undef) {
     my $backend = $context->{backend};
     my $log = sub ($level, $message) { push($context->{log}->@*, $message) };

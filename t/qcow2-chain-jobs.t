@@ -1,5 +1,5 @@
-# Disks of a guest that are stored side by side: one limit and one progress for all, and the first failure
-# ends the others.
+# Disks of a guest that are stored in parallel: one bandwidth limit and one progress for all, and the first
+# failure ends the others.
 #
 # One QEMU is enough: the processes are ours.
 
@@ -24,7 +24,7 @@ sub new_chain ($jobs) {
     return $chain;
 }
 
-# The process groups and children of this one that are left.
+# The remaining process groups and children of this process.
 sub children () {
     open(my $fh, '<', "/proc/$$/task/$$/children") or die "children: $!\n";
     return split(' ', <$fh> // '');
@@ -135,7 +135,7 @@ subtest 'one limit for all' => sub {
     $chain->backup(info => { 'bandwidth-limit' => 1 << 18 }) // die $chain->error;
     my $seconds = time - $began;
 
-    # 512 KiB of each disk, of which a quarter of a second's worth is saved.
+    # 512 KiB of each disk, of which a quarter of a second's worth passes at once.
     cmp_ok($seconds, '>=', 3.5, 'the limit is kept together');
 };
 

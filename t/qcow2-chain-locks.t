@@ -1,5 +1,5 @@
-# Qcow2Chain: who works on one guest's archives beside whom, who waits, and reading where nothing can be
-# written. Each lock that a process can have, against each thing that another one may do.
+# Qcow2Chain: which operations on one guest's archives can run at the same time, which must wait, and reading
+# from read-only storage. Tests each lock of a process with each operation of another one.
 
 use v5.36;
 
@@ -30,7 +30,7 @@ sub restore ($provider) {
     return $file eq $base->{expected}{ $names[2] }{'drive-scsi0'} ? 'right' : 'wrong';
 }
 
-# What may be done => it says what came of it, or dies.
+# Operation => code that returns its result, or dies.
 my %actions = (
     backup => sub ($provider) {
         $provider->backup_init(100, 'qemu', 1_900_000_000);
@@ -50,14 +50,14 @@ my %good = (
     restore => 'right'
 );
 
-# Which lock another process has => what has to wait for it. A removal has both of the first.
+# The lock of the other process => the operations that must wait. A removal has both of the first.
 my %waits = (
     change => [qw(backup prune remove)],
     read => [qw(prune remove)],
     removal => [qw(prune remove restore verify)],
 );
 
-# A process that holds the lock until it is told to end, or for so long.
+# A process that holds the lock until it is told to end, or for that long.
 sub hold ($kind, $seconds = undef) {
     pipe(my $ready, my $is_ready) or die "pipe: $!\n";
     pipe(my $told, my $tell) or die "pipe: $!\n";
@@ -112,7 +112,7 @@ subtest 'waiting' => sub {
     }
 };
 
-# A removal that was killed is not ended under a reader, and the archives can be read all the same.
+# A killed removal is not completed while a process reads, and the archives can still be read.
 subtest 'a removal that was killed, and a reader' => sub {
     $base->use_copy($store);
     my $archive = $base->path_of($oldest);

@@ -1,5 +1,5 @@
-# What the archives before have already is not stored again: rewritten blocks, and a full read after a
-# bitmap was lost. What is damaged is.
+# Data that earlier archives already have is not stored again: rewritten blocks, and a full read after a bitmap
+# was lost. Data whose stored copy is damaged is stored again.
 
 use v5.36;
 
@@ -32,7 +32,7 @@ sub lose_bitmap ($chain) {
     return;
 }
 
-# What the archive's device builds on, as listed.
+# The parent of the archive's device according to list.
 sub parent_of ($chain, $name) {
     my ($entry) = grep { $_->{volname} eq $name } $chain->provider->list(100)->@*;
     my $parent = $entry->{devices}{$device}{parent};

@@ -1,5 +1,5 @@
-# Chains of archives as Qcow2Chain keeps them: each is restored and compared byte by byte, after
-# failures, after a move of the directory, and after archives were taken away anywhere.
+# Chains of archives by Qcow2Chain: each archive is restored and compared byte by byte, after failures, after a
+# move of the directory, and after the removal of any archives.
 
 use v5.36;
 
@@ -22,7 +22,7 @@ sub all ($chain, $mode) {
 
 # ---- a chain, with failures in between ----
 
-# Each makes a backup fail; the bitmaps keep their bits in all but the last, whose archive stays.
+# Each makes a backup fail; the bitmaps keep their bits, except in the last case, in which the archive stays.
 my %failures = (
     'before the data' => sub ($chain) {
         $chain->backup(during => sub () { die "enough\n" });
@@ -79,7 +79,7 @@ subtest "$length archives, and failures" => sub {
     $chain->check('moved');
 };
 
-# A bitmap is relative to the last backup by the storage's name, whatever directory that was made in.
+# A bitmap is relative to the last backup to the storage with this name, whatever its directory was.
 subtest 'another directory in its place' => sub {
     my $chain = $Chain->new;
     my $first = $chain->store;
@@ -109,7 +109,7 @@ subtest 'another directory in its place' => sub {
     $back_up->('the first host, later', $first, 'new');
 };
 
-# Version 0.1 noted in the directory which archive the bitmaps are relative to.
+# Version 0.1 stored in the directory to which archive the bitmaps are relative.
 subtest 'a directory of version 0.1' => sub {
     my $chain = $Chain->new;
     my $name = $chain->backup or die $chain->error;
@@ -129,7 +129,7 @@ subtest 'a directory of version 0.1' => sub {
     $chain->check('both archives');
 };
 
-# ---- taking archives away ----
+# ---- removal of archives ----
 
 sub new_chain ($count) {
     my $chain = $Chain->new;
@@ -152,7 +152,7 @@ subtest 'remove at every position' => sub {
         $chain->{expected}{ $names[$position] } = $content;
     }
 
-    # The last one is what the bitmaps are relative to.
+    # The bitmaps are relative to the last one.
     $chain->forget($names[-1]);
     $chain->write_random;
     $chain->backup or die $chain->error;

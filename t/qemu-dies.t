@@ -1,7 +1,7 @@
-# What happens to the VM during a backup: it is killed, quits, is migrated, reset, its disk is unplugged
-# or resized, somebody else has its monitor; before setup, before the volumes, during the copy and before
-# teardown. What can go on goes on; else there is a clear error within the time limit, and no socket,
-# mount, process or descriptor stays behind (I5, I6).
+# Events during a backup: the VM is killed, quits, is migrated or reset, its disk is unplugged or resized,
+# another program uses its monitor; before setup, before the volumes, during the copy and before teardown. The
+# backup continues if that is possible; otherwise, there is a clear error within the time limit, and no socket,
+# mount, process or descriptor is left behind (I5, I6).
 
 use v5.36;
 
@@ -21,7 +21,7 @@ my $mib = 1024 * 1024;
 my $size = 8 * $mib;
 my $block = 65536;
 
-# Seconds: of a QMP command, and that a step may take in all.
+# Time limits in seconds: of a QMP command, and of a whole step.
 my $timeout = 2;
 my $limit = 30;
 
@@ -30,7 +30,7 @@ my $has_fuse = -w '/dev/fuse';
 
 # ---- what happens ----
 
-# Returns what ends it.
+# Returns code that ends this.
 sub hold_monitor ($backend, $phase) {
     my $socket = IO::Socket::UNIX->new(Peer => $backend->qmp_path) or die "monitor: $!\n";
     sysread($socket, my $greeting, 4096);
@@ -47,7 +47,7 @@ sub migrate ($backend, $phase) {
     die "the migration does not end\n";
 }
 
-# The guest has to agree.
+# The guest must cooperate.
 sub unplug ($backend, $phase) {
     my $vm = $backend->vm;
     $vm->qmp('device_del', id => 'disk0-dev');
@@ -61,7 +61,7 @@ sub reset_guest ($backend, $phase) {
     $vm->guest->wait_ready(180);
 }
 
-# Only before an access: a stock QEMU refuses it during one.
+# Only possible before an access: a stock QEMU refuses it during one.
 sub resize ($backend, $phase) {
     my $reply = $backend->vm->qmp_try('block_resize', 'node-name' => 'disk0', size => 2 * $size);
     is(!$reply->{error}, $phase eq 'setup', 'QEMU refuses it during an access only')
@@ -73,15 +73,15 @@ my @handed_over = (StateError => qr/the guest was migrated .*'postmigrate'/);
 
 my $gone = qr/\A(?:ConnectionError|NbdError|SystemError|IncompleteError)\z/;
 
-# What each event makes of an access, by the phase that it comes before. Without an error everything
-# goes on and ends well.
+# The effect of each event on an access, by the phase before which it happens. Without an error, everything
+# continues and succeeds.
 my %events = (
     killed => { happens => sub ($backend, $phase) { $backend->vm->kill9; undef }, dies => 1 },
     quits => { happens => sub ($backend, $phase) { $backend->vm->quit; undef }, dies => 1 },
     migrated => {
         happens => \&migrate,
 
-        # While nothing is exported Proxmox' QEMU does not refuse it.
+        # While nothing is exported, Proxmox' QEMU allows it.
         error => {
             setup => \@handed_over,
             PBA::Test::VM->is_proxmox ? (volumes => \@handed_over) : (),
@@ -113,7 +113,7 @@ my %events = (
     },
 );
 
-# The first error that is to come, and the step it comes at.
+# The first expected error, and the step at which it occurs.
 sub expected_error ($event, $name, $phase) {
     my $errors = $events{$event}{error} // return;
     return ($errors->{$name} // $errors)->{$phase};
@@ -151,7 +151,7 @@ my %steps = (
     },
 );
 
-# Does the steps until one dies; returns it, and what it died with.
+# Executes the steps until one dies; returns this step and its exception.
 sub run_steps ($context, $phase) {
     my $happened = 0;
     for my $step (@phases) {
@@ -169,7 +169,7 @@ sub run_steps ($context, $phase) {
     return;
 }
 
-# ---- what must be afterwards ----
+# ---- the state afterwards ----
 
 sub descriptors () { return scalar(() = glob('/proc/self/fd/*')) }
 
@@ -182,7 +182,7 @@ sub check_local ($context, $descriptors) {
     is(descriptors(), $descriptors, 'nor a descriptor');
 }
 
-# A QEMU that is gone, and a new one on the same disk: nothing is used that cannot be trusted.
+# QEMU has ended, and a new one runs with the same disk: nothing that cannot be trusted is used.
 sub check_dead ($context, $step, $error) {
     my $backend = $context->{backend};
     ok(defined($step), 'there is an error') or return;
@@ -206,7 +206,7 @@ sub check_error ($step, $error, $expected) {
     like("$error", $pattern, "$step: the message");
 }
 
-# The access can be ended after that.
+# The access can still be ended.
 sub check_end ($context) {
     my $backend = $context->{backend};
     my $access = $context->{access};
@@ -253,9 +253,9 @@ sub check_cell ($name, $event, $phase, $mechanism) {
     check_local($context, $descriptors);
 }
 
-# ---- which of them ----
+# ---- combinations ----
 
-# Every event before every phase, with both mechanisms where QEMU goes.
+# Every event before every phase; if QEMU ends, with both mechanisms.
 my @cells;
 for my $name (PBA::Test::Backend->names) {
     for my $event (sort keys %events) {
@@ -267,7 +267,7 @@ for my $name (PBA::Test::Backend->names) {
     }
 }
 
-# A plain run takes a part of them, on each QEMU another one; PBA_FULL=1 takes all.
+# A plain run includes a part, different ones on each QEMU; PBA_FULL=1 includes all.
 my ($seed, $part) = (20261122 + !!$ENV{PBA_QEMU}, 8);
 if (!$ENV{PBA_FULL}) {
     srand($seed);

@@ -1,7 +1,7 @@
-# A QEMU that runs as another user, or sees other paths than this program: what has to be said, and that
-# directories and images are closed to everybody else.
+# A QEMU that runs as another user, or sees other paths than this program: which options are needed, and that
+# other users have no access to directories and images.
 #
-# One QEMU is enough: the rights of files are the kernel's.
+# One QEMU is enough: the kernel checks the permissions of files.
 
 use v5.36;
 
@@ -18,16 +18,16 @@ my ($Backend, $VM) = ('PBA::Test::Backend', 'PBA::Test::VM');
 
 plan(skip_all => 'needs root') if $> != 0;
 
-# Another QEMU may lie where that user cannot read its files.
+# That user may not be able to read the files of another QEMU.
 plan(skip_all => 'only for a stock QEMU') if $ENV{PBA_QEMU};
 
 my $mib = 1024 * 1024;
 my $nogroup = (getpwnam('nobody'))[3];
 
-# Of nobody else on this machine: a QEMU's, a backup program's, and a group that both are in.
+# IDs that nobody else uses on this machine: of QEMU, of a backup program, and of a group with both as members.
 my ($qemus, $ours, $group) = (64_101, 64_102, 64_103);
 
-# QEMU 9.1 has -run-with user=, and 10.0 no -runas and no -chroot any more.
+# QEMU 9.1 has -run-with user=, and 10.0 no longer has -runas and -chroot.
 sub run_with (%how) {
     my $has_user = qx(@{[$VM->qemu]} -help) =~ m/-run-with .*user=/;
     return ('-run-with', join(',', map { "$_=$how{$_}" } sort keys %how)) if $has_user;
@@ -44,7 +44,7 @@ sub open_above ($backend, @dirs) {
     return;
 }
 
-# What one backup reads; look is called while the access is there.
+# The data of one backup; look is called while the access exists.
 sub back_up ($access, $look = sub { }) {
     $access->setup([{ device => 'disk0', 'bitmap-mode' => 'new' }]);
     $look->();
@@ -70,7 +70,8 @@ sub fails_and_says ($backend, $text, $pattern, %options) {
     return;
 }
 
-# As from a signal handler: QEMU keeps the export until this process' connection to it is closed.
+# Ends the access as a signal handler would: QEMU keeps the export until this process' connection to it is
+# closed.
 sub ends_below_copy ($backend, $text, %options) {
     $backend->vm->qemu_io('disk0', 'write -P 0x42 0 8M');
     my $access = $backend->access(%options);
@@ -88,7 +89,7 @@ sub ends_below_copy ($backend, $text, %options) {
     return;
 }
 
-# QEMU makes the socket and opens the images; the listener of the monitor was root.
+# QEMU creates the socket and opens the images; root created the socket of the monitor.
 subtest 'root, and a QEMU of another user' => sub {
     my $backend = start({ user => 'nobody' });
     my $run_dir = $backend->work_dir('run');
@@ -107,7 +108,7 @@ subtest 'root, and a QEMU of another user' => sub {
     is_backed_up($backend, 'open ones', $look);
 };
 
-# By a code ref the user cannot be seen: the caller says it.
+# With a code ref, the user is not visible, so the caller must give it.
 subtest 'root, and a QEMU of a user that has no name' => sub {
     my $backend = start({ user => "$qemus:$group" });
     my $vm = $backend->vm;
@@ -129,8 +130,8 @@ subtest 'root, and a QEMU of a user that has no name' => sub {
     is_backed_up($backend, 'by the socket', sub { });
 };
 
-# Nothing that a program may do without being root lets it open what another user's process makes. It has to
-# say so, also where a group of both may use the directories and the monitor.
+# A program that is not root cannot open what another user's process creates. It must say so, even if both users
+# share a group that may use the directories and the monitor.
 subtest 'two users with a shared group' => sub {
     my $backend = start({ user => "$qemus:$group" });
     my %dir = map { $_ => $backend->work_dir($_) } qw(run fleecing);

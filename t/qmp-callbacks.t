@@ -1,4 +1,4 @@
-# The caller's own code in the middle of a call: signal handlers, log callbacks, destructors, a fork.
+# The caller's code during a call: signal handlers, log callbacks, destructors, a fork.
 
 use v5.36;
 
@@ -13,7 +13,7 @@ use PBA::Test::Watchdog;
 
 # ---- signals ----
 
-# The peer sends the signal when it has the command, and answers so much later.
+# The peer sends the signal when it gets the command, and answers that many seconds later.
 my $late = 2;
 
 sub interrupted ($signal, $code, $name, $limit = $late) {
@@ -58,7 +58,7 @@ subtest 'handlers that die' => sub {
     interrupted('ALRM', sub { capabilities($mute, timeout => 10) }, 'waiting for the greeting');
 };
 
-# Setup was sent: it has to be undone, however long the monitor takes to come free.
+# Setup was sent, so it must be undone, however long the monitor is busy.
 subtest 'a handler that dies in setup' => sub {
     my $peer = late_peer('backup-access-setup', 'INT');
     my $access = new_access($peer, timeout => 10);
@@ -66,7 +66,7 @@ subtest 'a handler that dies in setup' => sub {
     is((grep { $_ eq 'backup-access-teardown' } $peer->names), 1, 'it was undone');
 };
 
-# The access is still up and can be torn down.
+# The access is still active and can be torn down.
 subtest 'handlers that die in volumes and teardown' => sub {
     for my $command (
         qw(block-export-add query-block-exports nbd-server-stop backup-access-teardown))
@@ -125,7 +125,7 @@ subtest 'handlers that do not die' => sub {
 
 # ---- callbacks ----
 
-# An undo that fails, too, is one of the things that are logged. The next one works.
+# If the undo fails too, this is logged. The next one works.
 sub logged_returns () {
     my $refusal = sub ($text) { action({ error => { class => 'GenericError', desc => $text } }) };
     my $refuse = 1;
@@ -141,7 +141,7 @@ sub logged_returns () {
     );
 }
 
-# What is left after a setup whose undo failed can be torn down; then nothing is left.
+# Leftovers of a setup whose undo failed can be torn down; then nothing is left.
 sub ends_well ($access, $peer) {
     ok(eval { $access->teardown(0); 1 } || error_class($@) eq 'StateError', 'no more is left')
         or diag($@);
@@ -177,7 +177,7 @@ subtest 'a log callback that dies' => sub {
     is($@, $exception, "with the callback's exception");
     ends_well($access, $peer);
 
-    # At teardown, with somebody else's export there.
+    # At teardown, while there is another program's export.
     my $exports = [{ id => 'other', type => 'nbd', 'node-name' => 'x' }];
     $peer = start_peer({ pve_returns('query-block-exports' => $exports) });
     $access = new_access($peer, log => sub ($level, @) { die $exception if $level eq 'warn' });
@@ -197,7 +197,7 @@ subtest 'a warning handler that dies' => sub {
     ok(!eval { $access->setup(\@one); 1 }, 'setup dies');
     ends_well($access, $peer);
 
-    # Out of scope: the teardown is done all the same.
+    # The object goes out of scope: the teardown is still done.
     $peer = start_peer({ pve_returns() });
     $access = new_access($peer);
     $access->setup(\@one);

@@ -1,4 +1,4 @@
-# A code ref in the monitor's place: what it gets, what it may return, and how it may die.
+# A code ref in place of the monitor: its arguments, what it may return, and how it may die.
 
 use v5.36;
 
@@ -86,7 +86,7 @@ subtest 'code ref: encoders' => sub {
     is_deeply([glob("$dir/*.raw")], [], 'no fleecing image is left');
 };
 
-# The limit is what the guest waits for at most where fleecing hangs; older QEMUs take none above 4 s.
+# The limit is the longest time for which the guest waits if fleecing hangs; older QEMUs accept at most 4 s.
 subtest 'code ref: the filter' => sub {
     for my $case ([7, 2, 4], [9, 0, 4], [9, 1, 45], [11, 0, 45]) {
         my ($major, $minor, $seconds) = $case->@*;
@@ -104,7 +104,7 @@ subtest 'code ref: the filter' => sub {
     }
 };
 
-# Numbers as various decoders leave them, and booleans of all kinds.
+# Numbers as various decoders return them, and booleans of all kinds.
 subtest 'code ref: numbers and booleans' => sub {
     my @sizes = ($size, "$size" + 0, 0 + sprintf('%.0f', $size)); ## no critic (MismatchedOperators)
     my $printed = $size;
@@ -161,7 +161,7 @@ subtest 'code ref: results that fit nothing' => sub {
 
 subtest 'code ref: lists and characters' => sub {
 
-    # Empty lists are what Perl code returns by mistake.
+    # Perl code may return empty lists by mistake.
     my $empty = sub (@) { return };
     dies(sub { new_access($empty)->setup(\@one) }, qr/ProtocolError/, qr/query-version/, 'nothing');
     my $list = sub (@) { return (1, 2, 3) };
@@ -207,7 +207,8 @@ subtest 'code ref: dying with a text' => sub {
 
 subtest 'code ref: dying with an object' => sub {
 
-    # What is no text is not mon_cmd's, but a handler's or another module's: it goes on as it is.
+    # An exception that is not text is not mon_cmd's, but a signal handler's or another module's: it is passed
+    # on unchanged.
     for my $object (bless({ text => 'as text' }, 'My::Error'), { code => 5 }, ['x']) {
         for my $command (qw(query-version backup-access-setup)) {
             my $calls = qmp_calls({ pve_returns($command => sub (@) { die $object }) });
@@ -248,7 +249,7 @@ subtest 'code ref: using the access within' => sub {
         return $answer->($command, $arguments);
     };
 
-    # In a child, since what goes wrong here ends the process.
+    # In a child process, because a fault here would end the process.
     my $pid = fork() // die "cannot fork: $!\n";
     if (!$pid) {
         open(STDERR, '>', '/dev/null') or POSIX::_exit(126);
@@ -262,12 +263,12 @@ subtest 'code ref: using the access within' => sub {
     is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
 };
 
-# What a program does that leaves a call of teardown by exit, and asks once more in an END block.
+# Code of a program that leaves a call of teardown by exit, and calls it again in an END block.
 our $at_exit;
 END { $at_exit->() if $at_exit }
 
-# Lets the code ref exit at the command of that number in teardown(1), before or after QEMU has it, and
-# asks once more. Prints what became of that: "success", or the class of the error.
+# The code ref exits at the command with that number in teardown(1), before or after QEMU gets it; then teardown
+# is called again. Prints the result: "success", or the class of the error.
 sub ask_again_after_exit ($number, $is_after) {
     my $calls = qmp_calls({ pve_returns() });
     my $commands = -1;
@@ -295,7 +296,7 @@ sub ask_again_after_exit ($number, $is_after) {
     return;
 }
 
-# The first line that a child writes.
+# The first line that a child process writes.
 sub line_of_child ($code) {
     my $pid = open(my $out, '-|') // die "cannot fork: $!\n";
     if (!$pid) {

@@ -1,5 +1,5 @@
-# The module against monitors that are slow, odd or broken: an error that says what is wrong, in time,
-# with everything undone; and never a guess.
+# Monitors that are slow, unusual or broken: the module reports in time what is wrong, undoes everything, and
+# never guesses.
 
 use v5.36;
 
@@ -14,7 +14,7 @@ use PBA::Test::ScriptedQEMU;
 use PBA::Test::Watchdog;
 use PVE::BackupAccess;
 
-# ---- greetings and the ways of a connection ----
+# ---- greetings and connections ----
 
 subtest 'greetings' => sub {
     for my $greeting (qw(oob plain slow)) {
@@ -67,7 +67,7 @@ subtest 'events around a greeting' => sub {
     is(eval { capabilities($peer)->{backend} }, 'pve', 'events around the greeting') or diag($@);
 };
 
-# A client that went in the middle of a command leaves its reply to the next one.
+# If a client disconnects during a command, the next client gets the reply.
 subtest 'replies to a client that has gone' => sub {
     my %replies = (
         'a value' => '{"return": {"a": [1]}, "id": "7"}',
@@ -102,7 +102,7 @@ subtest 'no peer' => sub {
         );
     }
 
-    # One that takes connections, but never says anything.
+    # A monitor that accepts connections, but never sends anything.
     my $peer = start_peer({}, greeting => { sleep => 20 });
     my $started = time;
     dies(sub { capabilities($peer, timeout => 1) }, qr/TimeoutError/, qr/greeting/, 'a mute one');
@@ -141,7 +141,7 @@ subtest 'the monitor is given back' => sub {
 
 # ---- replies ----
 
-# What a peer may answer to any command, and what is to come of it.
+# Possible answers of a peer to any command, and the expected results.
 my %hostile = (
     'silence' => [{ silent => 1 }, qr/TimeoutError/, qr/timeout/],
     'silence and events' => [
@@ -185,7 +185,7 @@ my %hostile = (
     'an error that is none' => [{ error => 5 }, qr/ProtocolError/, qr/./],
 );
 
-# On a busy machine what answers takes its time, too.
+# On a busy machine, correct replies take a while, too.
 sub limit_for ($class) { return 'TimeoutError' =~ $class ? 3 : 30 }
 
 for my $name (sort keys %hostile) {
@@ -202,7 +202,7 @@ for my $name (sort keys %hostile) {
     };
 }
 
-# At each stage of setup, the same object can be used again.
+# After a failure at any stage of setup, the same object can be used again.
 my @stages = qw(
     query-version query-commands query-qmp-schema query-status query-block query-named-block-nodes
     backup-access-setup nbd-server-start
@@ -246,7 +246,7 @@ for my $stage (@stages) {
     };
 }
 
-# What QEMU shows after a refusal decides.
+# QEMU's state after a refusal decides.
 subtest 'setup: refused, with something left' => sub {
     my %returns = pve_returns();
     my $nodes = $returns{'query-named-block-nodes'};
@@ -275,7 +275,7 @@ subtest 'somebody else is at it' => sub {
 
 subtest 'sizes' => sub {
 
-    # Megabytes of nodes in QEMU's way, all of which have to be looked at.
+    # Megabytes of nodes in QEMU's format, all of which must be checked.
     my @nodes = map { node("#node$_") } 1 .. 4_000;
     my %returns = pve_returns();
     my $big = [@nodes, $returns{'query-named-block-nodes'}->@*];

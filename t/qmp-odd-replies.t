@@ -1,5 +1,5 @@
-# Replies that are JSON but not what they should be, and QEMUs that will not do: an error that names
-# the command or the device, with everything undone; and never a crash.
+# Replies that are valid JSON but wrong, and unsuitable QEMUs: an error that names the command or the device,
+# with everything undone; and never a crash.
 
 use v5.36;
 
@@ -17,7 +17,7 @@ use PBA::Test::Watchdog;
 
 my @of_any_type = (undef, JSON::PP::true, 5, 1.5, 'text', [], {}, [5], [undef], [[]], ['text']);
 
-# What cannot be read is an error that names the command or the device; and it may never crash.
+# A reply that cannot be understood is an error that names the command or the device; it must never crash.
 sub setup_dies ($returns, $command, $name, %options) {
     my $peer = start_peer($returns);
     my $access = new_access($peer, timeout => 3);
@@ -150,7 +150,7 @@ subtest 'unknown bitmap actions' => sub {
 
 subtest 'strings that are no text' => sub {
 
-    # Half of a surrogate pair: JSON can say it, UTF-8 cannot.
+    # Half of a surrogate pair: valid in JSON, but not in UTF-8.
     my %returns = upstream_returns();
     my $block = $json->encode($returns{'query-block'}) =~ s/#block1/\\ud800x/r;
     my $nodes = $json->encode($returns{'query-named-block-nodes'}) =~ s/#block1/\\ud800x/r;
@@ -172,7 +172,7 @@ subtest 'strings that are no text' => sub {
     is($?, 0, 'an error of the protocol, no crash') or diag(join(' ', $peer->names));
 };
 
-# Names are QEMU's: they go back to it as they are, and nowhere else.
+# Names come from QEMU: they are sent back to it unchanged, and used nowhere else.
 subtest 'names' => sub {
     my %names = (
         'directives' => '%s%n%n%5$s',
@@ -201,7 +201,7 @@ subtest 'names' => sub {
     }
 };
 
-# Some gigabytes, if they were all taken.
+# If all values were accepted, they would take some gigabytes.
 subtest 'small values by the million' => sub {
     reset_peak();
     my $raw = '{"return": [' . ('[],{},' x 1_000_000) . "0], \"id\": \"pba-2\"}\r\n";
@@ -217,7 +217,7 @@ subtest 'small values by the million' => sub {
     cmp_ok($kib, '<', 300 * 1024, "memory is bounded ($kib KiB)");
 };
 
-# A bitmap that has more or less than the whole disk.
+# A bitmap that covers more or less than the whole disk.
 subtest 'counts' => sub {
     for my $count (0, $size - 1, -1, '5', 1e30, undef) {
         my $bitmap = { name => 'all-dirty', recording => JSON::PP::true, count => $count };
@@ -250,7 +250,7 @@ subtest 'counts' => sub {
     }
 };
 
-# ---- QEMUs that will not do ----
+# ---- unsuitable QEMUs ----
 
 sub ask (%returns) { return capabilities(start_peer(\%returns)) }
 
@@ -344,7 +344,7 @@ subtest 'devices that will not do' => sub {
     );
 };
 
-# QEMU may answer block-export-del before the export is gone, and would abort at the teardown then.
+# QEMU may answer block-export-del before the export has ended, and would then abort at the teardown.
 subtest 'an export that takes its time to go' => sub {
     my ($asked, @exports) = (0);
     my $calls = qmp_calls(

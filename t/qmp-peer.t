@@ -1,4 +1,4 @@
-# The scripted QMP peer: that it says what it was told to say, to a client that is a plain socket.
+# The scripted QMP peer sends what it is told to send, to a client that is a plain socket.
 
 use v5.36;
 

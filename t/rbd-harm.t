@@ -1,5 +1,5 @@
-# What an administrator, another host or the cluster does to backups by Provider::RBD: each archive remains right or is named
-# as damaged, and the next backup is right.
+# What an administrator, another host or the cluster can do to backups by Provider::RBD: each archive stays
+# intact or is reported as damaged, and the next backup is right.
 
 use v5.36;
 
@@ -107,7 +107,7 @@ for my $what (sort keys %by_hand) {
 
 # ---- other hosts ----
 
-# A host that did not respond for half a minute has lost its lock, and goes on.
+# A host that did not respond for half a minute has lost its lock, and continues.
 for my $point (['progress', 1], ['snap', 1], ['snap', 3], ['set_value', 1]) {
     my ($method, $number) = $point->@*;
     subtest "overtaken before $method, call $number" => sub {
@@ -177,7 +177,7 @@ subtest 'places that do not exist' => sub {
     }
 };
 
-# The configuration with another line, and the reason that is given.
+# The configuration with a changed line, and the expected reason.
 my %unreachable = (
     'no monitor answers' =>
         ['mon host = v2:127.0.0.1:1', qr/no monitor .* answered for 2 seconds .*other[.]conf/],
@@ -187,7 +187,7 @@ my %unreachable = (
         ["auth client required = cephx\nkeyring = /none", qr/refuses the user client[.]admin/],
 );
 
-# Where nothing can be reached, nothing is said to be missing.
+# If the cluster cannot be reached, nothing is reported as missing.
 for my $what (sort keys %unreachable) {
     subtest $what => sub {
         my ($line, $pattern) = $unreachable{$what}->@*;

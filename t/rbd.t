@@ -1,15 +1,15 @@
-# Backups in a Ceph cluster, by Provider::RBD: what each holds, whatever happens on the way.
+# Backups in a Ceph cluster by Provider::RBD: the content of each archive, whatever happens during it.
 #
-# One QEMU is enough: nothing here is a guest's, and qemu-nbd's rbd driver is the machine's.
+# One QEMU is enough: no guest is needed, and qemu-nbd's rbd driver is the machine's.
 #
-# PBA_SEED and PBA_STEPS are of the random life at the end.
+# PBA_SEED and PBA_STEPS are for the random life at the end.
 
 use v5.36;
 
 use FindBin;
 use lib "$FindBin::Bin/lib";
 
-use PBA::Test::Strike;    # before what it is to see
+use PBA::Test::Strike;    # before the modules whose calls it intercepts
 
 use Test::More;
 
@@ -124,7 +124,7 @@ subtest 'prune and remove' => sub {
     is_deeply([grep { m/digests|[.]log/ } objects($life)], [], 'and no digests');
 };
 
-# The object that has the first bytes of a device's image.
+# Damages the object with the first bytes of a device's image.
 sub damage ($life, $device) {
     my ($image) = grep { m/\Q$device\E/ } images($life);
     my ($prefix)

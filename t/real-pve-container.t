@@ -1,6 +1,6 @@
-# The real PVE::VZDump::LXC and PVE::LXC::Create, of the sources or the Proxmox host that PBA_PVE_CONTAINER names: a
-# container's backup into Qcow2Chain and its restore, in user namespaces, by tar and from a directory. What else they
-# use of Proxmox VE are stand-ins, but for pve-common.
+# The real PVE::VZDump::LXC and PVE::LXC::Create, from the sources or the Proxmox host that PBA_PVE_CONTAINER
+# names: the backup of a container by Qcow2Chain and its restore, in user namespaces, from a tar file and from a
+# directory. Everything else that they use of Proxmox VE, except for pve-common, is a stand-in.
 #
 # One QEMU is enough: containers have none.
 
@@ -22,7 +22,7 @@ my @id_map = map { [$_, 0, $first_id, 65_536] } qw(u g);
 my $stand_in
     = qr{\APVE/(?:Cluster|GuestHelpers|INotify|LXC|LXC/(?:Config|Setup)|Storage|Storage/.*|VZDump|VZDump/(?:Plugin|ConvertOVZ)|RPCEnvironment|RESTEnvironment|DataCenterConfig)\.pm\z};
 
-# The map of ids as root may write it himself; and the command that runs another in such a namespace.
+# The ID map, which root may write itself; and the command that runs another one in such a namespace.
 sub make_programs ($dir) {
     for my $kind (qw(uid gid)) {
         my $map = "echo \"\$@\" > /proc/\$pid/${kind}_map\n";
@@ -55,7 +55,8 @@ my $note = sub ($self, @line) { push(@log, "@line") };
     @PVE::Storage::Plugin::COMMON_TAR_FLAGS = @PBA::Test::Container::flags;
 }
 
-# A system's container, which pct takes as a tar; one of a single program, which it does not.
+# A container with a system, which pct accepts as a tar file; and one with a single program, which it does not
+# accept.
 sub make_container ($kind) {
     my $container = PBA::Test::Container->new(first_id => $first_id);
     return $container->fill if $kind eq 'tar';
@@ -64,7 +65,7 @@ sub make_container ($kind) {
     return $container;
 }
 
-# The part of a job in which the provider stores.
+# The part of a job in which the provider stores the data.
 sub archive ($container, $kind) {
     my $job = $container->tmp . '/job';
     write_file("$job/etc/vzdump/pct.conf", "hostname: $kind\n");
@@ -94,7 +95,7 @@ sub archive ($container, $kind) {
     return $name;
 }
 
-# Without what it prints.
+# Restores without output.
 sub restore ($container, $name, $directory) {
     mkdir($directory) or die "$directory: $!\n";
     chown($first_id, $first_id, $directory);

@@ -1,8 +1,8 @@
-# The real PVE::VZDump and its plugin for VMs, of the sources or the Proxmox host that PBA_QEMU_SERVER
-# names, on a real Proxmox QEMU (PBA_QEMU): its own archive_external and cleanup beside the two forms of
-# doc/qemu-server.md, pasted word for word. HACKING.md says what the tree has to have.
+# The real PVE::VZDump and its plugin for VMs, from the sources or the Proxmox host that PBA_QEMU_SERVER names,
+# on a real Proxmox QEMU (PBA_QEMU): its own archive_external and cleanup, compared with the two forms in
+# doc/qemu-server.md, inserted word for word. HACKING.md describes the required tree.
 #
-# One QEMU is enough: the one that Proxmox VE has.
+# One QEMU is enough: Proxmox VE has only one.
 
 use v5.36;
 
@@ -82,7 +82,7 @@ my $agent
 my $qmeventd = prepare_host($vmid, $config, $vm, $agent, "$dir/store");
 my $vzdump = PBA::Test::VZDump->new(dir => "$dir/made", vmid => $vmid);
 
-# The rest of what is looked at is what the guest's disks and its QEMU's bitmaps are after it.
+# The other checks are of the guest's disks and of QEMU's bitmaps after the backup.
 sub backup ($form, $mechanism, %opt) {
     my $before = $agent->records('command');
     my $made = $vzdump->backup($form, $mechanism, %opt);
@@ -93,8 +93,8 @@ sub backup ($form, $mechanism, %opt) {
     return $made;
 }
 
-# A target's bitmaps: { node => [count, recording, granularity] }. One that knows its backup has another
-# name.
+# The bitmaps of a target: { node => [count, recording, granularity] }. A bitmap with the ID of a backup has
+# another name.
 sub bitmaps_of ($form, $mechanism) {
     my $target = 'snapshot-access:' . $vzdump->storage($form, $mechanism);
     my $nodes = $vm->bitmaps;
@@ -106,7 +106,7 @@ sub bitmaps_of ($form, $mechanism) {
     };
 }
 
-# What the provider stored is what the guest has.
+# The provider must have stored the content of the guest's disks.
 sub stored_all ($form, $mechanism, $what) {
     for my $id (sort keys %disks) {
         my $image = $vzdump->image($form, $mechanism, "drive-$id");
@@ -123,7 +123,7 @@ sub is_outside ($what) {
     return;
 }
 
-# The lines of the log that today's has, as ours may say it.
+# The lines that today's log has, in the form in which ours may have them.
 my @lines = (
     qr/starting external backup via test$/,
     qr/attaching TPM drive to QEMU for backup$/,
@@ -151,13 +151,13 @@ sub told ($made) {
     return grep { !m/\A\S+ \S+ INFO: / } ($made->{log} // [])->@*;
 }
 
-# What qemu-server sent while the guest was frozen. What we send is in t/freeze.t.
+# The commands that qemu-server sent while the guest was frozen. t/freeze.t tests ours.
 sub sent_frozen ($made) {
     my ($between) = join(' ', $made->{qmp}->@*) =~ m/fsfreeze-freeze ?(.*?) guest-fsfreeze-thaw/;
     return $between;
 }
 
-# But for the target's name, and what a task adds.
+# The volumes without the name of the target and what a task adds.
 sub without_target ($volumes, $form, $mechanism) {
     my $target = 'snapshot-access:' . $vzdump->storage($form, $mechanism);
     for my $volume (values $volumes->%*) {
@@ -168,7 +168,7 @@ sub without_target ($volumes, $form, $mechanism) {
     return $volumes;
 }
 
-# Full, then 4 MiB are written, then an increment.
+# A full backup, then 4 MiB are written, then an increment.
 my %today;
 my @figures;
 
@@ -205,14 +205,14 @@ for my $mechanism (@mechanisms) {
     check_form($_, $mechanism) for @forms;
 }
 
-# ---- what ends otherwise ----
+# ---- other results ----
 
 sub unlock () {
     PVE::QemuConfig->remove_lock($vmid, 'backup');    # qm unlock
     return;
 }
 
-# A backup after another that did not succeed: everything is there again.
+# The backup after one that did not succeed contains everything again.
 sub check_next ($form, $mechanism, $what, @expected) {
     my $made = backup($form, $mechanism);
     is($made->{state}, 'ok', "$what: the next backup") or diag($made->{msg} // $made->{status});
@@ -246,8 +246,8 @@ sub check_interrupted ($form, $mechanism) {
     return;
 }
 
-# The archive is complete when the hook fails, and the bitmap has begun anew, as today: the provider has
-# to know what it keeps.
+# The archive is complete when the hook fails, and the bitmap has been cleared, as today: the provider must know
+# what it keeps.
 sub check_hook ($form, $mechanism) {
     my $what = "$form, $mechanism, hook";
     my $script = "$dir/hook";
@@ -281,7 +281,7 @@ sub check_killed ($form, $mechanism) {
     return;
 }
 
-# What is left of today's has no marker.
+# The leftovers of today's code have no marker.
 sub check_killed_today ($mechanism) {
     my $what = "today, $mechanism, killed";
     spoil(0x55);
@@ -308,13 +308,13 @@ for my $mechanism (@mechanisms) {
     check_killed_today($mechanism);
 }
 
-# ---- guests that are suspended or shut down for it ----
+# ---- guests that are suspended or shut down for the backup ----
 
 sub qmp ($command) {
     return PBA::Test::QMP->once("/run/qemu-server/$vmid.qmp", $command, {});
 }
 
-# The same lines as today's, but for what the two forms say of themselves, and a guest that runs.
+# The same lines as today's, except for what the two forms say themselves, and a guest that runs.
 sub check_mode ($mode, $form, $mechanism) {
     my $what = "$form, $mechanism, mode $mode";
     my $made = backup($form, $mechanism, mode => $mode);
@@ -333,7 +333,7 @@ sub check_mode ($mode, $form, $mechanism) {
     return;
 }
 
-# The process of the VM that this test has started ends with the first that is shut down.
+# The VM process that this test has started ends at the first shutdown.
 sub check_modes () {
     for my $mode (qw(suspend stop)) {
         for my $mechanism (@mechanisms) {

@@ -1,7 +1,7 @@
-# Recovery without a target: what dead processes left of any is undone, one query where there is nothing;
-# and an access of another program, which has no markers, when that is asked for.
+# Recovery without a target: it undoes the leftovers of dead processes for all targets, with one query if there
+# are none; and, if requested, an access of another program, which has no markers.
 #
-# One QEMU is enough: what is undone is swept on both by crash-points.t.
+# One QEMU is enough: crash-points.t sweeps recovery on both.
 
 use v5.36;
 
@@ -23,7 +23,7 @@ sub recover ($backend, %more) {
     return PVE::BackupAccess->recover(%options, log => sub { }, %more);
 }
 
-# A process that has an access for that target, until it is killed.
+# A process that has an access for that target until it is killed.
 sub leave ($backend, $target, $code = sub { }) {
     my $client = PBA::Test::Client->start(
         sub ($tell) {
@@ -71,7 +71,7 @@ sub check_dead ($backend) {
 }
 
 # By QEMU's own commands, as qemu-server does today.
-# qemu-server gives a TPM state's volume a node without a guest device.
+# qemu-server gives the volume of a TPM state a node without a guest device.
 sub add_tpm_state ($backend, $qmp) {
     for my $node ('tpmstate', 'tpmstate-fleecing') {
         my $path = $backend->work_dir('foreign') . "/$node";

@@ -1,5 +1,5 @@
-# What a killed client left is undone by recover or the next setup, if it is nobody's who lives; what
-# would crash QEMU is not tried (I2, I5). The places it can be killed at are swept by crash-points.t.
+# recover or the next setup undoes the leftovers of a killed client, unless they belong to a live process, and
+# does nothing that would crash QEMU (I2, I5). crash-points.t sweeps all points of a kill.
 
 use v5.36;
 
@@ -28,7 +28,7 @@ sub same ($got, $expected) {
     return $json->encode($got) eq $json->encode($expected);
 }
 
-# A client that has an access, as far as code goes, and is killed then.
+# A client that has an access, runs the code, and is then killed.
 sub leave_access ($backend, $code) {
     my $client = $Client->start(
         sub ($tell) {
@@ -71,7 +71,7 @@ sub check_live ($backend) {
     $client->wait_end;
 }
 
-# Nobody has waited for it.
+# The process has not been waited for.
 sub check_zombie ($backend, $pid) {
     kill('KILL', $pid);
     for (1 .. 500) {
@@ -86,7 +86,7 @@ sub check_zombie ($backend, $pid) {
     );
     like("$@", qr/left its access for .*call recover/, 'and says what to do');
 
-    # As a task does, before a setup that recovers. On Proxmox the filter of the disk stays on top.
+    # Prepares what a task prepares before a setup that recovers. On Proxmox, the filter stays above the disk.
     if ($backend->name eq 'upstream') {
         my @devices = map { $_->{device} } $backend->devices('use')->@*;
         my $sizes = eval { $backend->access->sizes(@devices) } or diag($@);
@@ -96,7 +96,7 @@ sub check_zombie ($backend, $pid) {
     ok($lines->@* > 3, 'a zombie is dead: recover says what it did') or diag(explain($lines));
 }
 
-# The access of another object of this process, which has come another way: its socket has two names.
+# The access of another object of this process, which uses another path of the socket.
 sub check_own ($backend) {
     my $second = $backend->vm->dir . '/second.qmp';
     link($backend->qmp_path, $second) or die "link: $!\n";
@@ -176,7 +176,7 @@ sub check_unasked ($backend) {
     $access->teardown(1);
     is_deeply($backend->outside, $outside, 'nothing is left');
 
-    # A mark alone is in nobody's way.
+    # A single mark does not disturb anything.
     leave_access($backend, sub ($access) { })->kill9;
     recover($backend, $backend->qmp_path);
     $access = $backend->access(recover => 0);
@@ -185,7 +185,8 @@ sub check_unasked ($backend) {
     pass('after recover that setup works, too');
 }
 
-# Two guests without a name, over code refs: nothing tells the directories of the one from the other's.
+# Two guests without a name, over code refs: nothing distinguishes the directories of one from those of the
+# other.
 sub check_namesakes ($backend) {
     my $vm = $backend->vm;
     my $other = $Backend->start(
@@ -226,7 +227,8 @@ sub check_namesakes ($backend) {
     $client->wait_end;
 }
 
-# Of calls that come at once each does it, finds nothing more to do, or names one that backs the guest up.
+# Several calls at the same time: each undoes the access, finds nothing more to undo, or names a process that
+# backs up the guest.
 sub check_concurrent ($backend) {
     my $outside = $backend->outside;
     for my $round (1 .. 3) {
@@ -252,7 +254,7 @@ sub check_concurrent ($backend) {
     }
 }
 
-# A setup at the same time is as good as a recover; and of several one at most has an access.
+# A simultaneous setup does the same as recover; and at most one of several setups gets an access.
 sub check_concurrent_setups ($backend) {
     my $outside = $backend->outside;
     for my $round (1 .. 3) {
@@ -287,7 +289,7 @@ sub check_concurrent_setups ($backend) {
     }
 }
 
-# Its servers are killed as well, so that dead mounts stay behind.
+# The servers are killed too, so that dead mounts stay behind.
 sub check_mounts ($backend) {
     my $outside = $backend->outside;
     my $client = leave_access($backend, sub ($access) { $access->volumes('file-handle') });

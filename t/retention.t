@@ -1,4 +1,5 @@
-# Which archives are kept: each rule alone, rules together, devices apart, and what is broken.
+# Which archives are kept: by each rule, by several rules together, with several devices, and with broken
+# archives.
 
 use v5.36;
 
@@ -11,7 +12,7 @@ use PVE::BackupAccess::Retention qw(check_keep marks periods);
 $ENV{TZ} = 'Europe/Vienna';
 POSIX::tzset();
 
-# One with a single disk that can be restored, by its local time: "2026-11-29 12:30".
+# An archive with one intact disk, made at that local time: "2026-11-29 12:30".
 sub archive ($when, %more) {
     my ($year, $month, $day, $hour, $minute) = $when =~ m/\A(\d+)-(\d+)-(\d+)(?: (\d+):(\d+))?\z/;
     my $time = mktime(0, $minute // 0, $hour // 0, $day, $month - 1, $year - 1900, 0, 0, -1);
@@ -62,7 +63,7 @@ subtest 'rules together' => sub {
         'it takes one of a day that has none'
     );
 
-    # The week of Tuesday the 30th has Thursday the 2nd, too.
+    # The week of Tuesday the 30th also contains Thursday the 2nd.
     my @weeks = map { archive($_) } qw(2026-06-21 2026-06-28 2026-06-30 2026-07-02);
     is(
         kept(\@weeks, 'keep-weekly' => 1, 'keep-monthly' => 1),
@@ -136,7 +137,7 @@ subtest 'what is protected' => sub {
     );
 };
 
-# Archives and rules at random, against what must be so whatever they are.
+# Random archives and rules, compared with properties that always hold.
 subtest 'at random' => sub {
     my $seed = $ENV{PBA_SEED} // time;
     diag("PBA_SEED=$seed");

@@ -1,5 +1,5 @@
-# Copies to storage of other kinds and of other hosts, as doc/scaling.md has them: nbdkit, RBD, and NBD
-# over TLS, which is refused without the key. The blocks of code there are parts of this file.
+# Copies to other kinds of storage and to other hosts, as described in doc/scaling.md: nbdkit, RBD, and NBD over
+# TLS, which is refused without the key. The code blocks there are parts of this file.
 
 use v5.36;
 
@@ -25,8 +25,8 @@ my $size = 16 << 20;
 
 # ---- servers ----
 
-# A server that a script starts, by its file NAME.pid. nbdkit writes it after it has gone into the
-# background.
+# Ends a server that a script has started, by its PID file NAME.pid. nbdkit writes this file after it has moved
+# to the background.
 sub end_server ($file) {
     local $?;
     open(my $fh, '<', $file) or die "$file: $!\n";
@@ -37,8 +37,8 @@ sub end_server ($file) {
     return;
 }
 
-# Nobody can wait for what is not his child; and one that nobody waits for stays a zombie. Its first
-# thread may be one before the others have ended.
+# A process can only wait for its own children, and without a wait, a process that has ended stays a zombie. Its
+# first thread may become one before the others have ended.
 sub has_files ($pid) {
     for my $thread (glob("/proc/$pid/task/*/stat")) {
         open(my $fh, '<', $thread) or next;
@@ -49,7 +49,7 @@ sub has_files ($pid) {
 
 END {
     end_server($_) for glob("$dir/*.pid $dir/ceph/*.pid");
-    undef($tmp);    # not before
+    undef($tmp);    # not earlier
 }
 
 sub run_shell ($script, %environment) {
@@ -69,7 +69,7 @@ sub free_port () {
 
 my $disk = PBA::Test::BitmapDisk->new(dir => $dir, device => $device, size => $size);
 
-# As a provider does it.
+# Stores the volumes as a provider does.
 sub store ($volumes, $target) {
     my $volume = PVE::BackupAccess::Volume->open($device, $volumes->{$device});
     my $statistics = $volume->copy(to => $target);
@@ -77,7 +77,7 @@ sub store ($volumes, $target) {
     return $statistics;
 }
 
-# The image that the first increment goes into.
+# The image to which the first increment is written.
 sub write_empty ($image) {
     open(my $fh, '>', $image) or die "$image: $!\n";
     truncate($fh, $size) or die "$image: $!\n";
@@ -92,7 +92,7 @@ sub content_of ($uri) {
     return substr(scalar(<$fh>), 0, $size);
 }
 
-# A full copy, an incremental one over it, and what the target has then.
+# A full copy, then an incremental one over it, then a check of the target's content.
 sub check_target ($text, $target, $reader = $target, $between = sub () { }) {
     for my $mode (qw(new use)) {
         $disk->write(map { [int(rand(200)) * 65536, 100_352, 1 + int(rand(255))] } 1 .. 10);
@@ -136,7 +136,7 @@ sub fails ($uri, $error, $text) {
     return;
 }
 
-# A server that takes TLS only.
+# A server that accepts only TLS.
 sub check_refusals ($uri) {
     my $other = "$dir/other.psk";
     run_shell(qq(psktool --username backup --pskfile "$other" >/dev/null));
@@ -169,7 +169,7 @@ SHELL
     ok(content_of("$dir/t.raw") eq $disk->content, 'it has what the disk has');
 };
 
-# Runs code in a process of its own, which has nothing of this one's.
+# Runs code in a separate process that inherits nothing of this one.
 sub in_another_process ($code) {
     my $pid = fork() // die "fork: $!\n";
     if (!$pid) {

@@ -1,7 +1,7 @@
-# Two things go wrong: a command of a backup and another one of the same backup a little later, in what is
-# done about the first one; or the client is killed, and the next one, recover or a backup, has a fault of
-# its own or is killed as well. After each pair the guest runs, recover or the next setup cleans up, and the
-# next backup, on the image that the id in QEMU names, is the disk (I2, I3, I5, I8).
+# Two faults: at a command of a backup, and a little later at another command of the same backup, which handles
+# the first fault; or the client is killed, and the next one, recover or a backup, has a fault or is killed as
+# well. After each pair, the guest still runs; recover or the next setup cleans up; and the next backup, on the
+# image that the ID in QEMU names, equals the disk (I2, I3, I5, I8).
 
 use v5.36;
 
@@ -18,11 +18,12 @@ use PBA::Test::Sweep;
 my $size = 8 * 1024 * 1024;
 my $seed = $ENV{PBA_SEED} // 20261129;
 
-# Of each kind, of one row. PBA_FULL=1 takes every fault at every place of each row, with one second fault:
-# which, and where (some commands further, or anywhere in the next client) is by the seed.
+# The number of pairs of each kind, for one row. PBA_FULL=1 includes every fault at every place of each row,
+# with one second fault; the seed decides which, and where (some commands later, or anywhere in the next
+# client).
 my $part = 4;
 
-# Seconds that a reply may take, where it does not come.
+# The time limit in seconds for replies that never come.
 my $short = 1;
 
 my @rows = (
@@ -35,7 +36,7 @@ my @then = qw(kill-before kill-after drop lose refuse signal);
 my @kills = qw(kill-before kill-after);
 my @next = qw(kill-before kill-after drop lose refuse deceive stall signal);
 
-# One backup, whose client may be killed: QEMU has the id of it or of the one before.
+# Makes one backup, whose client may be killed: QEMU has the ID of this backup or of the previous one.
 sub faulty_backup ($sweep, $point, $proxy) {
     my %options = (qmp => $proxy->socket_path, log => sub { });
     $options{timeout} = $short if $point->{fault} eq 'stall';
@@ -58,8 +59,8 @@ sub faulty_backup ($sweep, $point, $proxy) {
     return 0;
 }
 
-# The second fault is in the way back from the first one, most of which is short. Kinds in turn: each two
-# of them meet at several places.
+# The second fault occurs during the handling of the first one, which is short in most cases. Kinds alternate,
+# so that each pair of kinds occurs at several places.
 sub pairs_of_backup ($totals) {
     my @pairs;
     for my $fault (@first) {

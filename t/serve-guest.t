@@ -1,5 +1,5 @@
-# A guest that runs at once from an archive: its disk is an overlay over what `serve` exports, and the archive is streamed
-# into it by the command of doc/operating.md while the guest reads and writes. Then the server is not needed any more.
+# A guest boots directly from an archive: its disk is an overlay over what `serve` exports, and the command of
+# doc/operating.md streams the archive into it while the guest reads and writes. Then the server is no longer needed.
 
 use v5.36;
 
@@ -60,8 +60,8 @@ my $stream = documented_command();
 $vm->qmp($stream->{execute}, $stream->{arguments}->%*, speed => $mib);
 guest_writes(3 * $mib, 128 * $kib, 0x52);
 ok(has_job(), 'the guest writes while the archive comes');
-is($guest->read_sum($device), unpack('%64N*', $data), 'and reads what is right');
-$vm->qmp_try('block-job-set-speed', device => 'restore', speed => 0);    # it may have ended
+is($guest->read_sum($device), unpack('%64N*', $data), 'the guest reads the right data');
+$vm->qmp_try('block-job-set-speed', device => 'restore', speed => 0);    # the job may have ended
 my $tries = 600;
 sleep(0.05) while has_job() && --$tries;
 ok($tries, 'the job ends');
@@ -76,6 +76,6 @@ PBA::Test::QemuNbd::img(qw(convert -f qcow2 -O raw), $overlay, $image);
 open(my $fh, '<:raw', $image) or die "$image: $!\n";
 ok(
     do { local $/; <$fh> }
-        eq $data, 'and has all of it'
+        eq $data, 'the disk contains the whole archive'
 );
 done_testing();

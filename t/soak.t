@@ -1,7 +1,8 @@
-# Many backups of one QEMU from one process, many guests at once, many disks at once, and a disk as
-# large as they come: nothing grows, nothing is left. With PBA_FULL=1 all of it, else a small part.
+# Many backups of one QEMU from one process, many guests at the same time, many disks at the same time, and a
+# very large disk: nothing grows, and nothing is left behind. PBA_FULL=1 includes everything, a plain run a
+# small part.
 #
-# One QEMU is enough: what grows would grow in this process; PBA_FULL=1 runs on both.
+# One QEMU is enough: a leak would be in this process; PBA_FULL=1 runs on both.
 
 use v5.36;
 
@@ -38,7 +39,7 @@ sub descriptors ($pid) {
     return scalar(grep { m/\d/ } readdir($dh));
 }
 
-# What must not grow.
+# The figures that must not grow.
 sub figures ($vm) {
     my $bitmaps = $vm->bitmaps;
     return {
@@ -53,7 +54,7 @@ sub figures ($vm) {
     };
 }
 
-# The most there was of each. Memory goes up and down with what the allocator gives back.
+# The peak of each figure. Memory varies with what the allocator returns.
 sub note_peaks ($vm, $peaks) {
     my $now = figures($vm);
     for my $what (keys $now->%*) {
@@ -62,7 +63,7 @@ sub note_peaks ($vm, $peaks) {
     return;
 }
 
-# One backup of all disks, read and thrown away; every tenth fails.
+# One backup of all disks whose data is read and dropped; every tenth backup fails.
 sub back_up ($backend, $mode, $success) {
     my $access = $backend->access;
     my $infos = $access->setup($backend->devices($mode));
@@ -89,7 +90,7 @@ sub check_cycles ($name) {
     for my $i (1 .. $cycles) {
         $bytes += back_up($backend, 'use', $i % 10 != 0);
         $stops += () = $vm->events('STOP');
-        $vm->clear_events;    # they would count as our memory
+        $vm->clear_events;    # the stored events would count as our memory
         note_peaks($vm, \%early) if $i <= $warm_up;
         note_peaks($vm, \%late) if $i > $cycles - $warm_up;
     }
@@ -97,7 +98,7 @@ sub check_cycles ($name) {
     note('last: ', join(', ', map { "$_ $late{$_}" } sort keys %late));
     note(sprintf('%d bytes in %.0f s', $bytes, time - $started));
 
-    # A QEMU that has just begun still grows: with the guest's code that it translates, and its buffers.
+    # A QEMU that has just started still grows: with the translated code of the guest, and with its buffers.
     for my $what (sort grep { $full || $_ ne "QEMU's KiB" } keys %early) {
         my $more = $what =~ m/KiB/ ? 8 * 1024 : $what =~ m/descriptors/ ? 2 : 0;
         cmp_ok($late{$what}, '<=', $early{$what} + $more, "$what: no more than at first");
@@ -174,7 +175,7 @@ subtest "$disks disks in one access" => sub {
     is_deeply($backend->outside, $outside, 'nothing is left');
 };
 
-# Its fleecing image is larger than a file of ext4 can be; one of tmpfs can.
+# Its fleecing image exceeds the maximum file size of ext4, but not that of tmpfs.
 subtest 'a disk of 16 TiB' => sub {
     my $fleecing = File::Temp->newdir('pba-soak-XXXXXXXX', DIR => '/dev/shm');
     my $size = 16 << 40;

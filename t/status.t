@@ -1,7 +1,7 @@
-# What status tells of an access while it is up, after its process was killed, and after recover. It
-# changes nothing itself.
+# What status reports about an access while it is active, after its process was killed, and after recover.
+# status itself changes nothing.
 #
-# One QEMU is enough: other tests have all that it asks QEMU on both; PBA_FULL=1 runs on both.
+# One QEMU is enough: other tests send the same queries on both; PBA_FULL=1 runs on both.
 
 use v5.36;
 
@@ -17,7 +17,7 @@ my $mib = 1024 * 1024;
 my $size = 16 * $mib;
 my @ids = qw(disk0 disk1);
 
-# A client that has come so far.
+# A client that runs up to a certain point.
 sub start_client ($code) {
     my $client = PBA::Test::Client->start(sub ($tell) { my @keep = $code->(); $tell->('up') });
     is($client->next_word, 'up', 'a client is up');
@@ -86,7 +86,7 @@ sub check_backend ($name) {
     $backend->check_manners;
 }
 
-# By another process, that is killed then.
+# The access of another process, which is then killed.
 sub check_while_up ($backend, $block) {
     my @devices = sort map { $backend->device($_) } @ids;
     my $outside = $backend->outside;
@@ -119,7 +119,7 @@ sub check_while_up ($backend, $block) {
     check_no_bitmaps($backend);
 }
 
-# What the dead process left, before and after recover.
+# The leftovers of the dead process, before and after recover.
 sub check_left_overs ($backend, $pid, @devices) {
     my $status = $backend->status;
     check_access($status, pid => $pid, alive => 0, devices => \@devices);
@@ -143,7 +143,7 @@ sub check_left_overs ($backend, $pid, @devices) {
     check_idle($backend, 'after recover');
 }
 
-# A target without bitmaps is known by the run directory; by itself QEMU has a hash only.
+# A target without bitmaps is known from the run directory; QEMU itself only has a hash.
 sub check_no_bitmaps ($backend) {
     my $client = start_client(
         sub {
@@ -175,7 +175,7 @@ sub check_no_bitmaps ($backend) {
     check_idle($backend, 'after that');
 }
 
-# An access by Proxmox' commands that is not this module's, as today's qemu-server makes it.
+# An access by Proxmox' commands that this module did not make, such as that of today's qemu-server.
 sub check_foreign ($backend) {
     my ($device, $target) = ($backend->device('disk0'), 'theirs');
     my $qmp = PBA::Test::QMP->new(path => $backend->qmp_path);
@@ -200,7 +200,7 @@ sub check_foreign ($backend) {
     check_idle($backend, 'after it');
 }
 
-# A process that was killed after its mark, and a directory of a dead one: both are harmless.
+# A process that was killed after it added its marker, and the directory of a dead process: both are harmless.
 sub check_other ($backend, @devices) {
     my $client = start_client(sub { });
     my $pid = $client->pid;

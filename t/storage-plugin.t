@@ -1,5 +1,5 @@
-# examples/pve-storage-plugin: from storage.cfg to the restore, as Proxmox VE calls it, against
-# stand-ins of its storage layer.
+# examples/pve-storage-plugin, from storage.cfg to the restore, with Proxmox VE's calls and stand-ins for its
+# storage layer.
 
 use v5.36;
 
@@ -51,7 +51,7 @@ subtest 'what Proxmox VE asks of a plugin' => sub {
     ok(!eval { $plugin->alloc_image($storeid, $scfg, 100, 'raw', undef, 1); 1 }, 'no images');
 };
 
-# Versions 13 and 15 of the storage API have added arguments to calls that were there.
+# Versions 13 and 15 of the storage API have added arguments to existing calls.
 subtest 'arguments of a later API' => sub {
     my %arguments = (
         new_backup_provider => [$scfg, $storeid, sub { }],
@@ -67,7 +67,7 @@ subtest 'arguments of a later API' => sub {
     }
 };
 
-# As VZDump does it: the archive gets notes, and older ones are pruned, before the cleanup.
+# As VZDump does it: the archive gets notes, and older archives are pruned, before the cleanup.
 sub vzdump ($disk, $time, %options) {
     my @log;
     my $provider
@@ -95,7 +95,7 @@ sub vzdump ($disk, $time, %options) {
     return { volname => $volname, mode => $modes->{$device}, removed => scalar(@removed) };
 }
 
-# As qemu-server does it, with its check of the source.
+# As qemu-server does it, including its check of the source.
 sub restored ($volname) {
     my $provider = $plugin->new_backup_provider($scfg, $storeid, sub (@) { });
     is_deeply([$provider->restore_get_mechanism($volname)], [qw(qemu-img qemu)], 'the mechanism');
@@ -143,7 +143,7 @@ subtest 'restore' => sub {
     ok(restored($_) eq $content{$_}, "$_ is what the disk was") for @backups[0, 2, 3];
 };
 
-# Of the same number: each has its own retention, and Proxmox VE says which one it means.
+# A container with the same number: each has its own retention, and Proxmox VE says which of them it means.
 subtest 'a container' => sub {
     plan(skip_all => 'needs zstd') if system('zstd --version >/dev/null 2>&1') != 0;
     my $container = PBA::Test::Container->new(vmid => $vmid, store => $scfg->{path})->fill;

@@ -1,15 +1,15 @@
-# A random life of a store: whatever happens to it, each archive that is listed is restored to exactly its instant,
-# or verify and restore name it as damaged, and what is whole is never called damaged.
+# A random life of a store: whatever happens to it, each listed archive is restored to exactly its instant, or
+# verify and restore report it as damaged; and an intact archive is never reported as damaged.
 #
-# PBA_SEED is the first life's seed, each has the next one. PBA_STEPS: how many steps in all, half of them on each QEMU
-# unless PBA_FULL=1.
+# PBA_SEED is the seed of the first life, and each later life has the next number. PBA_STEPS is the number of
+# steps in all; half of them run on each QEMU unless PBA_FULL=1.
 
 use v5.36;
 
 use FindBin;
 use lib "$FindBin::Bin/lib";
 
-use PBA::Test::Strike;    # before what it is to see
+use PBA::Test::Strike;    # before the modules whose calls it intercepts
 
 use Test::More;
 
@@ -23,7 +23,7 @@ $steps = int($steps / 2) if !$ENV{PBA_FULL};
 my $seed = $ENV{PBA_SEED} // 20261129 + ($ENV{PBA_QEMU} ? 500 : 0);
 my $length = 100;
 
-adopt_orphans();    # so that what a killed process leaves can be waited for
+adopt_orphans();    # so that leftovers of a killed process can be waited for
 
 my $tmp = File::Temp->newdir('pba-store-XXXXXXXX', TMPDIR => 1);
 mkdir("$tmp/$_") or die "mkdir: $!\n" for qw(disk scratch tmp);

@@ -1,5 +1,5 @@
-# Qcow2Chain on a file system as networks have them: no flock, no holes, open files that stay under another name when they
-# are removed, and a server whose errors come and go. Whatever fails says which path, and no archive is lost by it.
+# Qcow2Chain on a network file system: no flock, no holes, open files that keep another name when they are
+# removed, and a server with intermittent errors. Every failure names the path, and no archive is lost.
 #
 # The file system is t/network-fs.c. One QEMU is enough: qemu-img and qemu-nbd only use files.
 
@@ -43,7 +43,7 @@ END {
     }
 }
 
-# Operations that fail: [operation, errno, part of the path].
+# Sets the operations that fail: [operation, errno, part of the path].
 sub set_faults (@faults) {
     open(my $fh, '>', "$faults.new") or die "$faults: $!\n";
     print {$fh} map { "$_->@*\n" } @faults;
@@ -61,7 +61,7 @@ my @names = $chain->names;
 my $kept = $chain->store;
 my %expected = $chain->{expected}->%*;
 
-# Goes on in a copy of the store. Returns its path on the file system.
+# Continues in a copy of the store. Returns its path on the file system.
 sub start_again () {
     my $copy = 'copy-' . ++$chain->{copies};
     system('cp', '-a', $kept, "$tmp/source/$copy") == 0 or die "cp: $?\n";
@@ -71,7 +71,7 @@ sub start_again () {
     return "$mount/$copy";
 }
 
-# What an action does on the file system while something fails: its error, or ''.
+# Runs an operation while something fails. Returns its error, or ''.
 sub error_of ($action, @faults) {
     my $store = $chain->store;
     $chain->use_store($store =~ s{/source/}{/mount/}r);
@@ -92,7 +92,7 @@ sub back_up () {
 sub remove_first () { return $chain->provider->remove($names[0]) }
 sub prune () { return $chain->provider->prune(100, 1) }
 
-# All archives that are listed are right, and only those that were to go are not.
+# All listed archives must be intact, and only those that may be gone may be missing.
 sub check_archives ($text, @may_be_gone) {
     my %there = map { $_ => 1 } $chain->names;
     $chain->forget(grep { !$there{$_} } @may_be_gone);
@@ -140,7 +140,7 @@ subtest 'a file system without locks' => sub {
     waitpid($other, 0);
 };
 
-# Where the last archive is not seen, or not readable, nothing of what it builds on may go.
+# If the last archive is not visible or not readable, nothing on which it builds may be removed.
 subtest 'errors while archives are listed' => sub {
     my $last = $names[2];
     my @faults = (

@@ -1,7 +1,7 @@
-# Everything a provider does, in taint mode (perl -T) with all that comes from outside tainted: setup
-# to teardown, recover, status and capabilities, on both backends.
+# Everything that a provider does, in taint mode (perl -T) with all external data tainted: setup to teardown,
+# recover, status and capabilities, on both backends.
 #
-# One QEMU is enough: where data comes from does not change with QEMU.
+# One QEMU is enough: the origin of data does not depend on QEMU.
 
 use v5.36;
 

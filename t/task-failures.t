@@ -1,8 +1,8 @@
-# Providers that die, answer nonsense, fork, or do with the volumes what they like; hooks, signals and
-# teardowns that fail. After each the guest's block graph is as before, the provider has been told, and
-# what the guest wrote before is in the next backup.
+# Providers that die, answer nonsense, fork, or misuse the volumes; hooks, signals and teardowns that fail.
+# After each, the guest's block graph is as before, the provider has been told, and the next backup contains
+# what the guest wrote before.
 #
-# One QEMU is enough: what providers do wrong is independent of QEMU.
+# One QEMU is enough: faults of providers do not depend on QEMU.
 
 use v5.36;
 
@@ -29,7 +29,7 @@ my $granularity = 4 * $mib;    # of Proxmox' bitmaps
 my $slots = 64;
 my @ids = qw(disk0 disk1);
 
-# Runs a job before which the guest writes to a block of its own. Returns the result or undef.
+# Runs a job after the guest has written to a block of its own. Returns the result or undef.
 sub run_job ($context, $name, $provider, %opt) {
     my $backend = $context->{backend};
     my $offset = $context->{slot}++ % $slots * $granularity;
@@ -45,19 +45,19 @@ sub run_job ($context, $name, $provider, %opt) {
     return $result;
 }
 
-# What all failed ones before should have contained.
+# The data of all failed backups must be in this one.
 sub check_contains ($context, $dirty) {
     my @lost = grep { !$dirty->{$_} } sort { $a <=> $b } keys $context->{unread}->%*;
     is_deeply([$context->{unread}->@{@lost}], [], 'no bit of an earlier backup is lost');
 }
 
-# The bitmap has an id, which only a task goes on from.
+# The bitmap has an ID, and only a task continues from it.
 sub check_bits ($context) {
     my $dirty = dirty_of_next($context);
     cmp_ok($dirty, '<', $slots * $granularity, 'but not everything is dirty');
 }
 
-# A teardown that failed left the id of an earlier backup than the provider has.
+# After a teardown that failed, the ID is that of an earlier backup than the provider's last one.
 sub check_is_full ($context, $name) {
     is(dirty_of_next($context), $slots * $granularity, "$name: the next backup is a full one");
     ok($context->{backend}->logged(qr/\Ainfo: .*relative to backup [0-9a-f]+, not /),
@@ -86,7 +86,7 @@ my %calls_until = (
     job_cleanup => [@asked, 'backup_vm', @told],
 );
 
-# These come when the archive is complete, and the bitmap began anew.
+# These are called when the archive is complete and the bitmap has been cleared.
 my %is_late = map { $_ => 1 } qw(backup_handle_log_file job_cleanup);
 
 sub check_death ($context, $method, $exception, $how = sub { die $exception }) {
@@ -110,13 +110,13 @@ sub check_deaths ($context) {
     check_death($context, $_, "$_ has no time\n") for sort keys %calls_until;
     check_death($context, 'backup_vm', { my => 'exception' });
 
-    # VZDump ends its job where the error is this one.
+    # VZDump ends its job if the error is this text.
     my $text = "interrupted by signal\n";
     local $SIG{TERM} = sub { die $text };
     my $signal = sub { kill(TERM => $$) };
     check_death($context, $_, $text, $signal) for qw(backup_vm backup_cleanup job_cleanup);
 
-    # The first error counts, and each step is tried.
+    # The first error takes precedence, and each step is tried.
     my $provider = $Provider->new(
         on => {
             map {
@@ -132,8 +132,8 @@ sub check_deaths ($context) {
         for qw(backup_cleanup backup_handle_log_file job_cleanup);
 }
 
-# A signal counts, whatever came before it. One that comes when the archive is complete does not make
-# the provider throw it away.
+# A signal takes precedence over earlier errors. If it arrives when the archive is complete, the provider must
+# not discard the archive.
 sub check_late_signals ($context) {
     my $text = "interrupted by signal\n";
     local $SIG{TERM} = sub { die $text };
@@ -166,7 +166,7 @@ sub check_late_signals ($context) {
     );
 }
 
-# ---- nonsense ----
+# ---- invalid answers ----
 
 my %nonsense = (
     'an unknown mechanism' =>
@@ -196,7 +196,7 @@ sub check_nonsense ($context) {
     }
 }
 
-# A device that is not there is left out of account; of other things nobody makes use.
+# An unknown device is ignored; other keys are not used.
 sub check_harmless ($context) {
     my $backend = $context->{backend};
     my $provider = $Provider->new(
@@ -217,7 +217,7 @@ sub check_harmless ($context) {
     ok(!exists($result->{'archive-size'}), 'no statistics: no size of the archive');
 }
 
-# ---- what a provider does with the volumes, and with processes ----
+# ---- misuse of volumes, and processes ----
 
 sub is_useless ($name, $device, $volume) {
     my $handle = $volume->{'file-handle'};
@@ -254,14 +254,14 @@ sub check_closed_handle ($context) {
         or diag($context->{error});
 }
 
-# A child ends as a program does, dies, or comes back; it must leave everything to its parent.
+# A child process exits like a program, dies, or returns; it must leave everything to its parent.
 my %child = (
     exits => sub { exit(7) },
     dies => sub { die "child\n" },
     'comes back' => sub { },
 );
 
-# A method that a child must not call.
+# Methods that a child process must not call.
 my %not_in_child = map {
     my $parent = $$;
     $_ => sub (@) { POSIX::_exit(3) if $$ != $parent; return {} }
@@ -328,7 +328,7 @@ sub check_hooks ($context) {
         'both die: the other is logged');
 }
 
-# The agent does not answer in time; the backup goes on without, and the guest is thawed.
+# The agent does not answer in time; the backup continues without it, and the guest is thawed.
 sub check_agent ($context) {
     my @log;
     my $peer = PBA::Test::AgentPeer->start(replies => { 'guest-fsfreeze-freeze' => 'busy' });
@@ -350,7 +350,7 @@ sub check_agent ($context) {
     );
 }
 
-# ---- signals, and a QEMU that says no ----
+# ---- signals, and a QEMU that refuses ----
 
 sub check_signal ($context) {
     local $SIG{ALRM} = sub { die { signal => 'ALRM' } };
@@ -366,8 +366,8 @@ sub check_signal ($context) {
     is_deeply([$provider->take_names], $calls_until{backup_vm}, 'a signal: the calls');
 }
 
-# A transport that refuses one command, once. To be told that a backup failed, whose bitmap may have
-# begun anew, could make a provider throw away what is nowhere else.
+# A transport that refuses one command, once. If a provider were told that a backup failed although its bitmap
+# may have been cleared, it could discard data that exists nowhere else.
 sub check_teardown_error ($context) {
     my $qmp = PBA::Test::QMP->new(path => $context->{backend}->qmp_path);
     my $refused = 0;
@@ -404,8 +404,8 @@ sub check_incomplete_map ($context) {
     );
 }
 
-# While somebody else has the monitor nothing can be asked, but everything can be read: a look at the
-# fleecing image may take a few seconds, not a QMP command's whole time, and not again at once.
+# While another program uses the monitor, no command can be sent, but everything can be read: a check of the
+# fleecing image may take a few seconds, not the whole time limit of a QMP command, and is not repeated at once.
 sub check_busy_monitor ($context) {
     my $task;
     my $seconds = 0;

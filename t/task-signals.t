@@ -1,12 +1,12 @@
-# Signals, and what providers and callbacks die with, at every place of a job: in each method of the provider,
-# in the log's lines, in freeze, thaw and the progress of a copy, and at the commands of a qmp code ref. It
-# arrives as it was thrown; the job ends, and the next one does not begin; a backup that is complete stays one;
-# what the guest wrote is in a later backup.
+# Signals, and exceptions of providers and callbacks, at every place of a job: in each method of the provider,
+# in log lines, in freeze, thaw and the progress of a copy, and at the commands of a qmp code ref. The exception
+# arrives unchanged; the job ends, and the next one does not begin; a complete backup stays complete; and what
+# the guest wrote is in a later backup.
 #
-# One QEMU is enough: what a task does with exceptions is independent of QEMU.
+# One QEMU is enough: what a task does with exceptions does not depend on QEMU.
 #
-# There is no guest: QEMU writes by itself. A plain run takes one kind of exception at each place, and a share
-# of the commands; PBA_FULL=1 takes all.
+# There is no guest: QEMU itself makes the writes. A plain run includes one kind of exception at each place, and
+# a part of the commands; PBA_FULL=1 includes all.
 
 use v5.36;
 
@@ -32,9 +32,9 @@ my @code_ref_kinds = (@signals, 'ALRM, in other words', 'HUP, an object in other
 my $block = 4 << 20;    # of Proxmox' bitmaps
 my ($seed, $share) = (20261128, 8);
 
-# ---- places: each gives the options of a task in which something happens there ----
+# ---- places: each returns the options of a task in which something happens there ----
 
-# As it is without; $when says whether it happens before what the method does, or after.
+# Calls the original method; $when says whether the event happens before or after that.
 sub in_method ($point) {
     my $usual = $Provider->new;
     my $method = $point->{at};
@@ -87,14 +87,14 @@ sub in_qmp ($point) {
 
 # ---- one place ----
 
-# Happens once; what the provider is called for after that is kept.
+# Happens once; the later calls of the provider are recorded.
 sub hit ($point) {
     return if $point->{was_hit}++;
     $point->{earlier} = [$point->{provider}->take_calls];
     strike($point->{kind});
 }
 
-# Two jobs, one after the other, the first of which something happens in.
+# Two successive jobs; the event happens in the first one.
 sub run_jobs ($context, $point) {
     my $backend = $context->{backend};
     my %options = $point->{place}->($point);
@@ -111,8 +111,8 @@ sub run_jobs ($context, $point) {
     return ($got, $next);
 }
 
-# Until there is an archive the provider is told of the failure; after that, of none. Returns whether there is
-# one.
+# Until there is an archive, the provider is told of the failure; later, it is told of none. Returns whether
+# there is an archive.
 sub check_calls ($name, $point, $next) {
     my @calls = $point->{provider}->take_calls;
     my %called = map { $_->[0] => 1 } @calls;
@@ -125,7 +125,7 @@ sub check_calls ($name, $point, $next) {
     return @cleanups && !@failures;
 }
 
-# What was not in a good archive must be in the next backup, which has these blocks.
+# What is not in a complete archive must be in the next backup, which contains these blocks.
 sub check_contains ($context, $name, $dirty) {
     my @lost = grep { !$dirty->{$_} } sort { $a <=> $b } keys $context->{unread}->%*;
     is_deeply([$context->{unread}->@{@lost}], [], "$name: no bit is lost");
@@ -133,7 +133,7 @@ sub check_contains ($context, $name, $dirty) {
     return;
 }
 
-# The bitmap has an id, which only a task goes on from.
+# The bitmap has an ID, and only a task continues from it.
 sub next_dirty ($context) {
     my $provider = $Provider->new;
     $context->{backend}->task($provider, qmp => $context->{qmp})->run_job;
@@ -169,7 +169,7 @@ sub check_point ($context, $place, %at) {
 
 # ---- all places ----
 
-# The kind of exception, or all of them.
+# One kind of exception, or all of them.
 sub kinds_of ($context, @all) {
     return $ENV{PBA_FULL} ? @all : $all[$context->{turn}++ % @all];
 }
@@ -209,7 +209,7 @@ sub check_callbacks ($context) {
     check_bits($context, 'log lines');
 }
 
-# How many there are is known from a job in which nothing happens.
+# A job without an event shows how many commands there are.
 sub check_commands ($context) {
     my $count = 0;
     my $qmp = sub ($command, $arguments) {
@@ -232,7 +232,8 @@ sub check_commands ($context) {
     check_bits($context, 'commands');
 }
 
-# A signal when the bitmaps have begun anew: the result is there, and then the exception, for run and run_job.
+# A signal after the bitmaps have been cleared: run and run_job return the result, and then the exception is
+# thrown.
 sub check_committed ($context) {
     my $commit = $context->{backend}->name eq 'pve' ? 'backup-access-teardown' : 'transaction';
     for my $method (qw(run run_job)) {

@@ -1,5 +1,4 @@
-# A guest's backup by a provider: what the provider is asked and told, in which order, what it reads,
-# and what the result says.
+# A guest's backup with a provider: the calls of the provider, their order, what it reads, and the result.
 #
 # One QEMU is enough: a task reaches QEMU through the module; PBA_FULL=1 runs on both.
 
@@ -96,7 +95,7 @@ sub check_job ($context) {
     is_deeply($backend->outside, $context->{outside}, 'nothing is left');
 }
 
-# Of a first backup.
+# The result of a first backup.
 sub check_result ($backend, $result, $log_file) {
     is($result->{'archive-name'}, 'vm/100/1', 'result: the name of the archive');
     is($result->{'archive-size'}, 4711, 'result: its size');
@@ -118,7 +117,7 @@ sub check_result ($backend, $result, $log_file) {
     }
 }
 
-# Inside of somebody else's job, and with nothing but what is required.
+# Inside of another program's job, and with only the required options.
 sub check_run ($context) {
     my $provider = $Provider->new;
     my $result = $context->{backend}->task($provider, 'bandwidth-limit' => 0, freeze => undef)->run;
@@ -163,7 +162,7 @@ sub check_dirty ($context) {
     );
 }
 
-# [what the provider answers, mode and action of disk0, mode and action of disk1]
+# [the provider's answer, mode and action of disk0, mode and action of disk1]
 my @answers = (
     [
         'new',
@@ -214,9 +213,9 @@ sub check_modes ($context) {
     is($device->{dirty}, $sizes{disk0}, 'no answer: everything is to be read');
 }
 
-# ---- what is read ----
+# ---- data ----
 
-# A provider that copies into an image per device.
+# A provider that copies each device to an image.
 sub image_provider ($context, $mechanism) {
     my $dir = $context->{dir};
     my $copy = sub ($self, $vmid, $config, $volumes, $info) {
@@ -256,7 +255,7 @@ sub check_data ($context, $mechanism) {
         $provider->{mode} = 'use';
     }
 
-    # The provider still has all that it was given.
+    # The provider still holds everything that it was given.
     my @objects = ($task, $task->{access});
     weaken($_) for @objects;
     undef $task;

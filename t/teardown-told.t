@@ -1,7 +1,8 @@
-# What teardown(1) says is what became of the bitmaps. Every QMP command of it goes wrong once: the command
-# or its reply is lost, the reply comes too late or never, a signal comes then. The process dies after that,
-# lives on for a while, or tries again; then another one makes the next backup. A model says which bits that
-# must have (I2): too few never, and after a success that was told none of what was backed up.
+# The result of teardown(1) agrees with the state of the bitmaps. Every QMP command of it goes wrong once: the
+# command or its reply is lost, the reply arrives too late or never, or a signal arrives. After that, the
+# process dies, lives on for a while, or tries again; then another process makes the next backup. A model says
+# which bits this backup must have (I2): never too few, and, after a success was reported, none of what was
+# backed up.
 
 use v5.36;
 
@@ -17,20 +18,19 @@ use PBA::Test::QMPProxy;
 my $size = 16 * 1024 * 1024;
 my $block = 65536;
 
-# Every fault at every command takes long; PBA_FULL=1 takes all.
+# All faults at all commands take long; PBA_FULL=1 includes all.
 my $points = $ENV{PBA_FULL} ? undef : 2;
 my $seed = 20261128;
 srand($seed);
 
-# What the guest writes before the instant of the backup that goes wrong, and after it. A bit of Proxmox'
-# bitmaps is 4 MiB.
+# The guest's writes before and after the instant of the faulty backup. A bit of Proxmox' bitmaps is 4 MiB.
 my %offset = (old => 1 << 20, new => 9 << 20);
 my $coarsest = 4 << 20;
 
 my @faults = qw(lose stall drop refuse signal);
 my @lives = qw(dies lives retries);
 
-# Seconds that a reply may take, where it does not come; on a loaded machine the others take one.
+# The time limit in seconds for replies that never come; on a loaded machine, other replies take one second.
 my $short = 3;
 
 sub proxy ($backend, @fault) {
@@ -48,7 +48,7 @@ sub write_disk ($backend, $which) {
 
 # ---- the process that tears down ----
 
-# The words that it says: what teardown(1) did, what the log had, that a signal came.
+# The words that it reports: the result of teardown(1), log messages, that a signal arrived.
 sub tear_down ($access, $life) {
     my (@words, $done);
     my $signals = 0;
@@ -100,7 +100,7 @@ sub run_client ($backend, $path, $life, $fault) {
 
 # ---- one point ----
 
-# From a bitmap that is clean: { proxy, words }.
+# A backup that begins with a clean bitmap: { proxy, words }.
 sub backup_with_fault ($backend, $fault, $at, $life, $then = undef) {
     write_disk($backend, 'old');
     my $proxy = proxy($backend);
@@ -128,8 +128,8 @@ sub finish_client ($client) {
     return;
 }
 
-# { block => 1 } of the next backup, or undef if it is a full one. By the path that the client knew QEMU by:
-# that tells whose directory it is.
+# { block => 1 } of the next backup, or undef if it is a full one. It uses the path by which the client knew
+# QEMU, because the path identifies the client's directory.
 sub next_blocks ($backend) {
     my $proxy = proxy($backend);
     my $all = $backend->next_dirty(log => sub { }, qmp => $proxy->socket_path);
@@ -160,7 +160,7 @@ sub word ($run, $pattern) {
     return $value;
 }
 
-# The commands that change the bitmaps, after the exports are gone.
+# The commands that change the bitmaps, after the exports have been removed.
 sub is_commit ($name) { return $name =~ m/\A(?:transaction|backup-access-teardown)\z/ }
 
 sub check_told ($run, $fault, $life, $name) {
@@ -245,7 +245,7 @@ sub sweep ($name) {
     return;
 }
 
-# A second fault, in what is done about the first one. Most of it comes in the few commands after that.
+# A second fault during the handling of the first one, which mostly consists of the next few commands.
 sub pairs ($backend, $total) {
     my @kinds = qw(lose stall drop refuse);
     for my $number (1 .. ($points ? 4 : 200)) {

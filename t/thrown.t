@@ -1,10 +1,10 @@
-# What signal handlers and code refs die with, in the middle of a call: it arrives as it was thrown,
-# the same reference or the same text; what was begun is undone; an error of QEMU's stays one.
+# Exceptions of signal handlers and code refs during a call: they arrive unchanged, as the same reference or the
+# same text; what was begun is undone; and an error of QEMU stays an error.
 #
-# The guest does not matter here, so there is none: a point takes a tenth of a second. A plain run strikes
-# at every second command; PBA_FULL=1 takes each kind of exception at all, before and after.
+# The guest does not matter, so there is none: a point takes a tenth of a second. A plain run tests every second
+# command; PBA_FULL=1 tests each kind of exception at all commands, before and after.
 #
-# One QEMU is enough: exceptions are the caller's side; PBA_FULL=1 runs on both.
+# One QEMU is enough: exceptions belong to the caller; PBA_FULL=1 runs on both.
 
 use v5.36;
 
@@ -18,7 +18,7 @@ use PBA::Test::QMP;
 use PBA::Test::Thrown qw(is_same strike thrown_by what_arrives);
 use PBA::Test::Watchdog;
 
-# What arrives of each; undef: an error of the command's.
+# What arrives for each kind; undef: an error of the command.
 my %kinds = map { $_ => thrown_by($_) } (
     'TERM, a text',
     'INT, an object',
@@ -31,7 +31,7 @@ $kinds{'a time-out'} = undef;
 
 my sub is_own ($error) { return ref($error) eq 'PVE::BackupAccess::Error' }
 
-# What is done with a code ref, and whether it may come to a good end in spite of an exception.
+# The uses of a code ref, and whether each can succeed in spite of an exception.
 my %uses = (
     'an access' => sub ($context) {
         my $access = $context->{access} = $context->{new}->();
@@ -61,7 +61,8 @@ my %uses = (
     },
 );
 
-# A code ref in which something happens at a command. Counts, and notes what is sent after it.
+# A code ref in which something happens at a command. Counts the commands, and records those that are sent
+# afterwards.
 sub code_ref ($monitor, $point) {
     return sub ($command, $arguments) {
         push($point->{after}->@*, $command) if $point->{count} >= $point->{at};
@@ -77,7 +78,7 @@ sub check_error ($name, $point, $context, $got) {
     my ($access, $expected) = ($context->{access}, $kinds{ $point->{kind} });
     if ($got->{done}) {
 
-        # A backup that was committed; or a command that may fail.
+        # The backup was committed, or the command may fail.
         ok(!defined($expected) || is_same($got->{error}, $expected), "$name: arrives after that")
             or diag($got->{error}, $context->{log}->@*, "after it: $point->{after}->@*");
         ok(!$access || !$access->_is_up, "$name: and all is over");
@@ -89,7 +90,7 @@ sub check_error ($name, $point, $context, $got) {
     ok(!(grep { $_ eq 'block-export-add' } $point->{after}->@*), "$name: the work ends");
 }
 
-# One use in which something happens at a command. Returns whether there was such a command.
+# One use with an event at a command. Returns whether there was such a command.
 sub check_point ($backend, $monitor, $outside, %at) {
     my $point = { %at, count => 0, after => [] };
     my $name = "$at{use}, command $at{at}, $at{when}: $at{kind}";

@@ -1,6 +1,6 @@
-# What the guest trims or zeroes during an access is still there in the snapshot. QEMU 7.2 returns
-# the disk as it is now to a read that begins in a cluster that was copied and ends in one that was
-# not, so this reads in large pieces.
+# What the guest trims or zeroes during an access is still in the snapshot. QEMU 7.2 returns the current content
+# of the disk for a read that begins in a cluster that was copied and ends in one that was not, so this test
+# reads large pieces.
 
 use v5.36;
 
@@ -24,7 +24,8 @@ sub check_reads ($volume, $name) {
     }
 }
 
-# The pve backend runs on the same stock QEMU here, whose exports Proxmox' commands have not marked.
+# The pve backend uses the same stock QEMU here, whose exports do not have the description that asks for reads
+# by cluster.
 for my $name ($ENV{PBA_QEMU} ? PBA::Test::Backend->names : 'upstream') {
     subtest "backend $name" => sub {
         my $backend = PBA::Test::Backend->start(

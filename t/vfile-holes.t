@@ -1,5 +1,4 @@
-# Where a virtual file says that it has zeroes (lseek: SEEK_DATA, SEEK_HOLE), and that it says so of
-# nothing else.
+# A virtual file reports its zeroes (lseek: SEEK_DATA, SEEK_HOLE), and only them.
 
 use v5.36;
 
@@ -24,16 +23,16 @@ plan(skip_all => $missing) if defined($missing);
 my ($SEEK_DATA, $SEEK_HOLE) = (3, 4);
 my $kib = 1024;
 my $mib = 1024 * $kib;
-my $block = 64 * $kib;    # holes begin and end with one
+my $block = 64 * $kib;    # holes begin and end at a multiple of it
 my $min_hole = 256 * $kib;
-my $ahead = 5 * $mib;     # that may be read ahead before a hole is known
+my $ahead = 5 * $mib;     # may be read ahead before a hole is known
 our $size = 96 * $mib + 512;
 
 my $seed = $ENV{PBA_SEED} // int(rand(2**31));
 note("PBA_SEED=$seed");
 srand($seed);
 
-# [offset, length] in order, of all sizes around what is told, at any sector.
+# [offset, length] in order, of sizes around the reported minimum, at any sector.
 sub random_holes () {
     my @holes;
     my $at = int(rand(2)) * 512 * int(rand(4096));
@@ -45,7 +44,7 @@ sub random_holes () {
     return \@holes;
 }
 
-# What of the holes a reader is told of.
+# The holes that readers are told about.
 sub told_of ($holes) {
     return grep { $_->[1] - $_->[0] >= $min_hole } map {
         my ($begin, $end) = ($_->[0], $_->[0] + $_->[1]);
@@ -79,13 +78,13 @@ sub serve ($holes, %more) {
     return ($server, $file, $data);
 }
 
-# undef with $! for an error.
+# undef and $! on an error.
 sub seek_to ($handle, $offset, $whence) {
     my $at = sysseek($handle, $offset, $whence);
     return defined($at) ? $at + 0 : undef;
 }
 
-# [begin, end] of all holes that one finds who goes through the file.
+# [begin, end] of all holes that a pass through the file finds.
 sub walk ($handle) {
     my @holes;
     my $at = 0;
@@ -99,9 +98,8 @@ sub walk ($handle) {
     return @holes;
 }
 
-# Whether an answer is true: nothing but zeroes is passed over, and what is called a hole is one; and
-# whether the answer is of use: what one is told of who goes through the file is not missed, but for
-# the block that the question is in.
+# Whether an answer is true: only zeroes are skipped, and what is reported as a hole is one; and whether it is
+# useful: all holes that a pass through the file would find are reported, except for the block of the query.
 sub is_true ($told, $data, $offset, $whence, $answer) {
     my ($next) = grep { $_->[1] > $offset } @$told;
     my $end = $answer // $size;
@@ -132,7 +130,7 @@ sub all_is_data ($handle, $name) {
     }
 }
 
-# ---- what is told ----
+# ---- reported holes ----
 
 sub check_walks () {
     my $holes = random_holes();
@@ -158,7 +156,7 @@ sub check_walks () {
     ok(!defined(seek_to($handle, $size, $SEEK_DATA)) && $!{ENXIO}, 'nothing behind the end');
 }
 
-# What was read of holes that one was told of, but for what was read ahead of that.
+# Reads inside of reported holes, except for read-ahead before the report.
 sub reads_inside ($server, @told) {
     my @reads = map { [$_->{offset}, $_->{offset} + $_->{length}] } $server->requests('read');
     return grep {
@@ -167,7 +165,7 @@ sub reads_inside ($server, @told) {
     } @reads;
 }
 
-# Who passes over the holes has the same as who does not, and nothing of them was read for that.
+# A reader that skips holes gets the same content as one that does not, and no read is made inside of them.
 sub check_content () {
     my $holes = random_holes();
     my @told = told_of($holes);
@@ -200,7 +198,7 @@ sub slurp ($file) {
     return scalar(<$fh>);
 }
 
-# The statistics of a copy over the handle, of the regions, to a file that held something else.
+# The statistics of a copy of the regions over the handle, to a file with other content.
 sub copy_over ($handle, $old, @regions) {
     my $target = File::Temp->new;
     syswrite($target, $old) // die "write: $!\n";
@@ -232,7 +230,7 @@ sub check_copy () {
     is(scalar(reads_inside($server, @told)), 0, 'a copy of all: little of a hole is read, ahead');
     cmp_ok($statistics->{'bytes-zero'}, '>=', sum(@told), 'a copy of all: holes are zeroes');
 
-    # Regions that begin and end in holes, long ones and short ones, in turns.
+    # Regions that begin and end in holes; long and short ones alternate.
     my @regions = grep { $_->[0] + $_->[1] <= $size }
         map { [$_ * 24 * $mib, rand() < 0.7 ? 20 * $mib : 64 * $kib] } 0 .. 3;
     my $expected = "\xee" x $size;
@@ -250,9 +248,9 @@ sub check_copy () {
     ok($got eq $data, 'a copy of a sparse file');
 }
 
-# ---- what is not ----
+# ---- files without holes ----
 
-# A reader that passed over a hole would keep what an older copy has there.
+# A reader that skips a hole would keep the old data of its older copy.
 sub check_part () {
     my ($server, $file) = serve([[8 * $mib, 16 * $mib]], dirty => [[0, $size]]);
     all_is_data($file->handle, 'a part');
@@ -270,7 +268,7 @@ sub check_unknown () {
     all_is_data($cut->handle, 'a server that hangs up');
 }
 
-# A reader that is told to end while the server says nothing.
+# A reader that is told to end while the server does not answer.
 sub check_hang () {
     my ($server, $file) = serve([[8 * $mib, 16 * $mib]], hang_at => 20 * $mib);
     my $pid = fork() // die "cannot fork: $!\n";
@@ -290,7 +288,7 @@ sub check_hang () {
 
 # ---- a QEMU ----
 
-# Of a snapshot QEMU before 9.2 must not be asked beside reads.
+# QEMU before 9.2 must not get queries of a snapshot during reads.
 sub check_qemu ($name) {
     my @disks = ({ id => 'disk0', format => 'raw', size => 64 * $mib });
     my $backend = PBA::Test::Backend->start(name => $name, guest => 0, disks => \@disks);

@@ -1,4 +1,4 @@
-# The server of virtual files over an NBD server that shows what it was asked for, and misbehaves.
+# The server of virtual files with an NBD server that records its requests, and misbehaves.
 
 use v5.36;
 use utf8;
@@ -44,7 +44,7 @@ sub is_pattern ($reader, $offset, $length, $name) {
     ok($data eq pattern($offset, $length), $name) or diag($@);
 }
 
-# The error of a read that must fail, and soon.
+# The error of a read that must fail soon.
 sub error_of ($reader, $offset, $length) {
     my $begin = time();
     my $done = eval { $reader->pread($offset, $length); 1 };
@@ -94,7 +94,7 @@ sub check_content () {
     ok(!-e $file->path, 'and takes its file along');
 }
 
-# As QEMU before 8.0 needs it: it returns wrong data to a longer read of a snapshot.
+# As QEMU before 8.0 requires, which returns wrong data for longer reads of a snapshot.
 sub check_by_clusters () {
     my ($server, $file) = serve(description => 'pba: read by clusters of 65536 bytes');
     my $reader = reader($file->handle, $mib);
@@ -105,7 +105,7 @@ sub check_by_clusters () {
     is($whole, scalar(() = reads($server)), 'by clusters: each is to be answered in one piece');
 }
 
-# Reads in a process of its own, and returns that once the server has been asked.
+# Reads in a separate process, and returns when the server has got the request.
 sub start_reading ($server, $file, $offset, $length) {
     my $pid = fork() // die "fork: $!\n";
     if (!$pid) {
@@ -120,7 +120,7 @@ sub start_reading ($server, $file, $offset, $length) {
     return $pid;
 }
 
-# QEMU before 9.2 aborts when it is asked for a part of what it is still reading.
+# QEMU before 9.2 aborts if it gets a query for a part that it is still reading.
 sub check_no_overlap () {
     my @by_cluster = (description => 'pba: read by clusters of 65536 bytes');
     my $piece = 64 * $kib;
@@ -144,7 +144,7 @@ sub check_no_overlap () {
 
 # ---- reading ahead ----
 
-# Whether it happens at all: pieces are larger than what is read.
+# Whether there is read-ahead at all: requests are larger than the reads.
 sub ahead_of ($server, $piece) {
     return scalar(grep { $_->[1] - $_->[0] > $piece } reads($server));
 }
@@ -170,7 +170,7 @@ sub check_read_ahead () {
     cmp_ok((() = reads($server)) - $count, '<=', 60 + 32 + 16, 'at random is not, after a while');
 }
 
-# Whoever discards what was read has not read ahead in vain.
+# Data that was read ahead is used even if the reader discards what it has read.
 sub check_discarding_reader () {
     my ($server, $file) = serve();
     my $handle = $file->handle;
@@ -179,7 +179,7 @@ sub check_discarding_reader () {
     for my $offset (map { $_ * $piece } 0 .. 127) {
         is_pattern($reader, $offset, $piece, "at $offset") if $offset % $mib == 0;
         $reader->pread($offset, $piece);
-        next if $offset % (2 * $piece) == 0;    # in twos, the second one first
+        next if $offset % (2 * $piece) == 0;    # in pairs, the second one first
         for my $at ($offset, $offset - $piece) {
             fallocate($handle, 3, $at, $piece) or die "fallocate: $!\n";
         }
@@ -191,8 +191,8 @@ sub check_discarding_reader () {
     cmp_ok($sum, '<=', 8 * $mib + 6 * $mib, 'and hardly anything twice');
 }
 
-# Regions of odd lengths, some of them discarded before they are read: no request may touch what is
-# clean or was discarded, or cross an edge. The server answers such requests with an error, too.
+# Regions of odd lengths, some of them discarded before they are read: no request may touch clean or discarded
+# parts, or cross an edge. The server also answers such requests with an error.
 sub check_edges () {
     my @dirty = map { [$_ * $mib, 64 * $kib * (1 + $_ % 7)] } 0 .. 63;
     push(@dirty, [40 * $mib + 8 * 64 * $kib, 4 * 64 * $kib]);
@@ -205,7 +205,7 @@ sub check_edges () {
         for my $i (0 .. $#dirty) {
             my ($offset, $length) = $dirty[$i]->@*;
 
-            # What is discarded lies a little ahead of the reader, where it may have been read.
+            # The discarded range is a little ahead of the reader, where data may have been read ahead.
             my $ahead = $dirty[$i + 3];
             $reader->discard($ahead->@*) if $ahead && $gone{ $ahead->[0] };
             next if $gone{$offset};
@@ -250,7 +250,7 @@ sub check_discard () {
     ok(!fallocate($handle, $_, 0, $at), "mode $_ is refused") for 0, 1, 2, 16;
 }
 
-# Without a map there is nothing to ask for, and a QEMU before 9.2 may not be asked of what it is reading.
+# Without a map there is nothing to query, and QEMU before 9.2 must not get queries for what it is reading.
 sub check_status () {
     my ($server, $file) = serve(holes => []);
     is_pattern(reader($file->handle, $mib), 0, $mib, 'data');
@@ -358,7 +358,7 @@ sub opener ($handle) {
     };
 }
 
-# What a provider plugin makes of such a hash, whatever its code ref returns.
+# What the class Volume makes of such a hash, whatever its code ref returns.
 sub check_volume () {
     my ($server, $file) = serve();
     my $handle = $file->handle;

@@ -1,6 +1,6 @@
-# The VM is restarted while A has an access, and B comes: another process, or another object of the same
-# one. Whatever A's last step was and however far B is, what A does then is refused, changes nothing in
-# QEMU, and B's bitmap has what it must have (I2, I7).
+# The VM is restarted while A has an access, and B begins one: another process, or another object of the same
+# process. After any step of A and B, A's later calls are refused and change nothing in QEMU, and B's bitmap
+# contains what it must (I2, I7).
 
 use v5.36;
 
@@ -18,7 +18,7 @@ use PBA::Test::Share qw(share);
 my $Client = 'PBA::Test::Client';
 my $size = 16 * 1024 * 1024;
 
-# A bit of a bitmap.
+# The granularity of a bitmap.
 my %grain = (upstream => 65536, pve => 4 << 20);
 my $json = JSON::PP->new->canonical;
 
@@ -30,7 +30,7 @@ sub start_backend ($name, @ids) {
     );
 }
 
-# One VM by one path, also to one whose connection is lost.
+# All proxies have one path, so they are one VM, also for an object whose connection was lost.
 sub proxy ($backend, @fault) {
     return PBA::Test::QMPProxy->start(
         target => $backend->qmp_path,
@@ -47,7 +47,7 @@ sub new_access ($backend, @more) {
     );
 }
 
-# ---- A's steps, and B's ----
+# ---- the steps of A and of B ----
 
 my @a_steps = qw(setup volumes copy half);
 my @b_steps = qw(nothing setup volumes failure success killed);
@@ -94,13 +94,13 @@ my %acts = (
     'teardown(0)' => sub ($access) { $access->teardown(0) },
 );
 
-# A's directory goes, and nothing else.
+# Ignores A's directory, which may be removed, but nothing else.
 sub state_of ($backend) {
     my $vm = $backend->vm;
     return $json->encode([$vm->graph, $vm->exports, $vm->bitmaps]);
 }
 
-# What A does, to the end of its object.
+# A's calls, up to the end of its object.
 sub act ($backend, $held, $act) {
     my $access = delete($held->{access}) // return;
     my $before = state_of($backend);
@@ -165,7 +165,7 @@ sub pair ($backend, $a_step, $b_step, $act, $elsewhere) {
     return;
 }
 
-# Pairs with one act each, so that all acts come; PBA_FULL=1 takes all acts of all.
+# Pairs with one call each, such that all calls are included; PBA_FULL=1 combines all pairs with all calls.
 sub sweep ($name) {
     my $backend = start_backend($name);
     my @acts = (sort(keys(%acts)), 'DESTROY');
@@ -180,7 +180,7 @@ sub sweep ($name) {
         for my $turn ($ENV{PBA_FULL} ? 0 .. 2 * $#acts + 1 : $number++) {
             my $act = $acts[$turn % @acts];
             my $elsewhere = $b_step eq 'killed' || ($turn / 2) % 2;
-            next if $a_step ne 'setup' && $act =~ m/volumes|file/;    # it is exported already
+            next if $a_step ne 'setup' && $act =~ m/volumes|file/;    # it was exported before
             my $where = $elsewhere ? 'another process' : 'this process';
             subtest "A: $a_step, B: $b_step, in $where, $act" =>
                 sub { pair($backend, $a_step, $b_step, $act, $elsewhere) };
@@ -192,8 +192,8 @@ sub sweep ($name) {
 
 # ---- between two commands ----
 
-# A reaches QEMU by a code ref, each command by a connection of its own. Right before the command the VM is
-# started again, and B comes. Names of nodes are the same for both.
+# A reaches QEMU through a code ref, with a connection for each command. Right before the command, the VM is
+# restarted, and B begins. Both use the same node names.
 sub late_command ($name, $command) {
     my $backend = start_backend($name);
     my ($b_access, $before);
@@ -219,10 +219,10 @@ sub late_command ($name, $command) {
     return;
 }
 
-# ---- recovery, and another process meanwhile ----
+# ---- recovery, and another process at the same time ----
 
-# A process that is killed with its exports up. Recovery removes exports of whatever process; between two
-# of its commands the VM is started again, and B comes. Each disk has an export.
+# A process is killed while its exports exist. Recovery removes the exports of any process; between two of its
+# commands, the VM is restarted, and B begins. Each disk has an export.
 sub recover_late ($name) {
     my $backend = start_backend($name, 'disk1');
     my $client = $Client->start(
@@ -270,7 +270,8 @@ sub delete_mark ($backend) {
     return;
 }
 
-# While A lives its directory is not touched: it could be that of another guest with the same name and UUID.
+# While A lives, its directory is not removed, because it could belong to another guest with the same name and
+# UUID.
 sub others_before_it_ends ($backend, $pid) {
     my $next = eval {
         $backend->next_dirty(log => sub { });
@@ -280,7 +281,7 @@ sub others_before_it_ends ($backend, $pid) {
     return;
 }
 
-# A's process: the step, what it does when the marker is gone, and its end.
+# The process of A: its step, its calls after the marker is gone, and its end.
 sub without_mark ($backend, $a_step, $act, $tell) {
     local $SIG{__WARN__} = sub { };
     my $access = $backend->access(log => sub { });
@@ -345,7 +346,7 @@ for my $name (PBA::Test::Backend->names) {
     subtest "backend $name" => sub { sweep($name) };
     subtest "backend $name, the marker is deleted" => sub { marks_deleted($name) };
     subtest "backend $name, recovery" => sub { recover_late($name) };
-    next if $name eq 'pve';    # its one command says nothing but the target
+    next if $name eq 'pve';    # its only command contains nothing but the target
     for my $command (qw(blockdev-del blockdev-reopen transaction)) {
         subtest "backend $name, late $command" => sub { late_command($name, $command) };
     }

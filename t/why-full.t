@@ -1,5 +1,5 @@
-# A backup that reads all of a disk says why, in its log and in its result: also where the provider is told
-# of no base, and answers mode new.
+# A backup that reads a whole disk says why, in its log and in its result, even if the provider is told of no
+# base and answers mode new.
 
 use v5.36;
 
@@ -13,7 +13,7 @@ use PBA::Test::Provider;
 my $size = 8 * 1024 * 1024;
 my $tied = 'pba-tied:snapshot-access:test';
 
-# Goes on from what it is told that the bitmap is relative to.
+# Continues from the backup to which the bitmap is reported to be relative.
 sub answer ($self, $vmid, $volumes) {
     my %base = map { $_ => $volumes->{$_}{base} } keys $volumes->%*;
     return {
@@ -39,7 +39,7 @@ sub resize ($backend, @sizes) {
     return;
 }
 
-# A backup of it that goes wrong when nothing can be gone on from.
+# A backup of it that fails when it has no base.
 sub fail_once ($backend) {
     bitmap($backend, 'remove', $tied);
     local $provider->{on}{backup_vm} = sub (@) { die "not today\n" };
@@ -47,7 +47,7 @@ sub fail_once ($backend) {
     return;
 }
 
-# What is done to a bitmap that has an id, and what the next backup says.
+# Changes to a bitmap with an ID, and the reason in the next backup.
 my @cases = (
     [
         sub ($backend) { bitmap($backend, 'remove', $tied) },
