@@ -1,6 +1,6 @@
-# Runs the tests as ./run test does: all of them on the machine's QEMU, and those that start a virtual
-# machine on a newer one from a private prefix, too; with them the gates and the sanitizers' share. A
-# skip that is not expected is a failure.
+# Runs the tests for ./run test: all of them on the machine's QEMU, those that start a virtual machine also on a
+# newer QEMU from a private prefix, and with them the gates and the sanitizers' part. A skip that is not
+# expected is a failure.
 
 use v5.36;
 
@@ -14,7 +14,7 @@ use PBA::Test::Cache;
 
 my $Cache = 'PBA::Test::Cache';
 
-# A reason to skip that a machine may have; whatever else is skipped hides something.
+# Reasons to skip that are legitimate on some machines; any other skip would hide a fault.
 my @expected_skips = (
     qr/\Ano \/dev\/fuse\b/,
     qr/\Ano (?:Go compiler|libvirt|mount namespaces)\b/,
@@ -30,8 +30,8 @@ my @expected_skips = (
     qr/\Anot on a QEMU with Proxmox' commands\b/,
 );
 
-# What else there is to run, and speaks TAP: of what git has, so not in a tree without it, nor when tests
-# are named.
+# Other programs that print TAP. They check the files that git knows, so they are only run in a git checkout,
+# and not if tests are named.
 my @programs = (
     't/check.pl --quick',
     't/deb.pl --test',
@@ -50,7 +50,7 @@ sub starts_vm ($file) {
     return -e $file && content($file) =~ m/PBA::Test::(?:VM|Backend|Front)\b/;
 }
 
-# Where a second QEMU tells nothing, the test says so, and why.
+# If a second QEMU adds nothing to a test, the test says so and why.
 sub one_is_enough ($file) {
     return !$ENV{PBA_FULL} && content($file) =~ m/^# One QEMU is enough: \S/m;
 }
@@ -69,7 +69,7 @@ sub jobs_for (@files) {
     return \@jobs;
 }
 
-# ---- the longest first, so that at the end no single one is waited for ----
+# ---- the longest tests first, so that none of them is still running alone at the end ----
 
 my $times_file = $Cache->directory . '/times.json';
 
@@ -104,7 +104,7 @@ sub watch_skips ($parser, $job) {
     $parser->callback(ALL => $look);
 }
 
-# Tests wait more than they compute: for a guest to boot, for a time limit to pass.
+# Tests wait more than they compute: for a guest to boot, or for a time limit.
 sub default_parallel () {
     my $processors = () = content('/proc/cpuinfo') =~ m/^processor\b/mg;
     return 2 * ($processors || 1);

@@ -202,7 +202,7 @@ for my $kind (sort keys %bad_devices) {
                 = ref($first) eq 'HASH' ? join(', ', map { shown($_) } %$first) : shown($first);
             refused(sub { $access->setup($devices) }, $message{$kind}, $what);
             ok(!eval { $access->teardown(0) }, 'no access is up');
-            is($@ && $@->class, 'StateError', 'as teardown says');
+            is($@ && $@->class, 'StateError', 'teardown has the class StateError');
         }
     };
 }
@@ -235,8 +235,8 @@ subtest 'volumes and volume' => sub {
 subtest 'errors of Perl code' => sub {
     my $path = "/Gr\xc3\xb6\xc3\x9fe";    # in UTF-8: \x9f alone would be a control character
     eval { $Error->throw('SystemError', "no $path\n\e[31m\0", device => 'disk0') };
-    is("$@", "no $path  [31m \n", 'one line, with a path as it is');
-    is($@->device, 'disk0', 'of the device');
+    is("$@", "no $path  [31m \n", 'the message is one line and keeps the path');
+    is($@->device, 'disk0', 'the error names the device');
 };
 
 # If the core returned a string with the UTF-8 flag, Perl would upgrade the bytes it is joined to, and use
@@ -248,7 +248,7 @@ subtest 'names from the core, joined to file names' => sub {
     eval { $Volume->open('disk0', { 'nbd-path' => "$tmp/none" }) };
     my $device = $@->device;
     is($device, 'disk0', 'the device of an error');
-    ok(-d "$dir/$device", 'it is the file that is meant');
+    ok(-d "$dir/$device", 'the joined name is that of the directory');
 };
 
 subtest bitmap_status => sub {
@@ -402,8 +402,8 @@ subtest 'ranges' => sub {
     is_deeply([map { $_->{command} } $server->requests], [], 'the server was asked nothing');
 
     is(length($volume->pread($size - 1, 1)), 1, 'the volume still works');
-    is_deeply([$volume->dirty_regions(1_000_000)], [0, 65536], 'its map, too');
-    is_deeply([$volume->dirty_regions(1)], [], 'to its end');
+    is_deeply([$volume->dirty_regions(1_000_000)], [0, 65536], 'the map can still be read');
+    is_deeply([$volume->dirty_regions(1)], [], 'the map can be read to its end');
 };
 
 # The messages are Perl's own, and clear.

@@ -1,9 +1,8 @@
 # The C core under AddressSanitizer, LeakSanitizer and UBSan, as Perl uses it: ./run test --asan [T...]
 #
-# The module is built anew in a private copy. A test that finds fault with the module fails here as
-# it does elsewhere; beyond that, every report of a sanitizer fails the run, with one exception:
-# Perl does not free everything at exit, so a leak counts only if our code is in its stack with no
-# allocation of Perl's between malloc and us.
+# The module is built in a private copy. A test that fails elsewhere fails here, too. In addition, every report
+# of a sanitizer fails the run, with one exception: Perl does not free everything at exit, so a leak counts only
+# if our code is in its stack without an allocation by Perl between malloc and our code.
 
 use v5.36;
 
@@ -16,7 +15,7 @@ use TAP::Harness ();
 
 use PBA::Test::Sources qw(lines_of source_files);
 
-# Those that use the C core and need no guest.
+# Tests that use the C core and need no guest.
 my @default_tests
     = qw(t/args.t t/qmp-hostile.t t/qmp-odd-replies.t t/qmp-code-ref.t t/qmp-early-form.t t/qmp-callbacks.t
     t/nbd-hostile.t t/nbd-reads.t t/nbd-block-sizes.t t/nbd-interrupted.t);
@@ -53,8 +52,8 @@ sub runtimes () {
     return @paths;
 }
 
-# libnbd, GLib and Perl itself are not instrumented; what they do with our memory is still seen. The
-# harness itself runs without all this.
+# libnbd, GLib and Perl itself are not instrumented, but what they do with our memory is checked. The harness
+# runs without the sanitizers.
 sub run_tests (@tests) {
     my $log = "log_path=$reports/report";
     my @environment = (
@@ -73,16 +72,16 @@ sub run_tests (@tests) {
         }
     );
 
-    # UBSan under ASan knows no log_path, so what is said to stderr is a report, too.
+    # Under ASan, UBSan ignores log_path, so output on stderr is a report, too.
     open(my $stderr, '>&', \*STDERR) or die "cannot keep stderr: $!\n";
     open(STDERR, '>>', "$reports/report.stderr") or die "cannot redirect stderr: $!\n";
     my $aggregate = $harness->runtests(@tests);
     open(STDERR, '>&', $stderr) or die "cannot restore stderr: $!\n";
-    copy("$reports/report.stderr", \*STDERR) if !$aggregate->all_passed;    # what prove shows
+    copy("$reports/report.stderr", \*STDERR) if !$aggregate->all_passed;    # the output that prove shows
     return !$aggregate->all_passed;
 }
 
-# Whether we forgot it, by the frames from malloc outwards: ours come before any of Perl's.
+# Whether our code caused the leak, by the frames from malloc outwards: ours come before any of Perl's.
 sub is_our_leak (@frames) {
     for my $frame (@frames) {
         return 1 if $frame =~ m{\bBackupAccess\.(?:so|c|xs)\b|\bsrc/[\w/-]+\.[ch]:};
@@ -91,13 +90,13 @@ sub is_our_leak (@frames) {
     return 0;
 }
 
-# The reports that count, of one file of a sanitizer's.
+# The relevant reports in one file of a sanitizer.
 sub findings ($file) {
     open(my $fh, '<', $file) or die "cannot read $file: $!\n";
     my $text = do { local $/; <$fh> };
     my @findings;
 
-    # A leak is a paragraph; only the direct ones are looked at, since the rest hangs on them.
+    # Each leak is a paragraph. Only direct leaks are checked, because the indirect ones depend on them.
     for my $paragraph (split(/\n\s*\n/, $text)) {
         my @frames = $paragraph =~ m/^\s+#\d+ (.*)$/mg;
         if ($paragraph =~ m/^(?:Direct|Indirect) leak of/m) {
@@ -126,6 +125,6 @@ for my $finding (map { findings($_) } glob("$reports/report.*")) {
 chdir($root);
 say $found ? "$found kinds of faults found by the sanitizers" : 'nothing found by the sanitizers';
 
-# TAP, so that it can be one of the tests.
+# TAP, so that this can be one of the tests.
 say "1..1\n", $failed || $found ? 'not ok' : 'ok', " 1 - @tests under the sanitizers";
 exit($failed || $found ? 1 : 0);

@@ -91,7 +91,7 @@ sub check_audits ($test) {
     clear_bits($test);
     write_to($test, 'a', 32 * $mib, 0x13);
     my $blind = backup($test);
-    is_deeply($test->{provider}->verify($blind), [], 'what lacks data is what was read');
+    is_deeply($test->{provider}->verify($blind), [], 'verify cannot see that data is missing');
 
     write_to($test, 'a', 12 * $mib + 4096, 0x14);
     write_to($test, 'b', 8 * $mib, 0x15);
@@ -99,25 +99,25 @@ sub check_audits ($test) {
     write_to($test, 'a', 20 * $mib, 0x16);
     my $audited = backup($test, 1);
     my ($finding, @more) = $test->{provider}->audit_findings->@*;
-    is_deeply(\@more, [], 'one bitmap was wrong');
+    is_deeply(\@more, [], 'only one bitmap was wrong');
     is_deeply(
         [$finding->@{qw(device bytes ranges suspects)}],
         [$device, 3 * 65536, [[4 * $mib, 65536], [12 * $mib, 131072]], [$blind =~ s{.*/}{}r]],
-        'what the map called clean'
+        'the ranges that the bitmap called clean'
     );
     like($finding->{text},
         qr/device \Q$device\E: .* 65536 at offset 4194304, 131072 at offset 12582912\./,
-        'in words');
-    is(logged($test, qr/^err: \Q$finding->{text}\E/), 1, 'it is an error in the log');
-    is(logged($test, qr/bitmap was right/), 1, 'the other one was right');
+        'as text');
+    is(logged($test, qr/^err: \Q$finding->{text}\E/), 1, 'the finding is an error in the log');
+    is(logged($test, qr/bitmap was right/), 1, 'the other bitmap was right');
     is_disks($test, $audited, 'the archive has the data');
-    is($test->{result}{devices}{$device}{fallback}, undef, 'no fallback');
+    is($test->{result}{devices}{$device}{fallback}, undef, 'an audit is not a fallback');
 
     write_to($test, 'a', 0, 0x17);
     my $next = backup($test);
     is($test->{result}{devices}{$device}{'bitmap-mode'}, 'reuse', 'an increment goes on from it');
     is_disks($test, $next, 'the increment');
-    is_deeply($test->{provider}->audit_findings, [], 'no audit, no findings');
+    is_deeply($test->{provider}->audit_findings, [], 'without an audit, there are no findings');
     return;
 }
 
@@ -152,7 +152,7 @@ sub check_killed ($test, $by_recover) {
         my $lines = PVE::BackupAccess->recover(%options);
         is(scalar(grep { m/bitmap 'pba-audit:.* was removed/ } $lines->@*),
             2, 'recover removes them');
-        is_deeply([$backend->problems($test->{outside})], [], 'and leaves nothing');
+        is_deeply([$backend->problems($test->{outside})], [], 'recover leaves nothing behind');
     }
     $test->{provider}->wait_for_others(30);  # its processes end when they notice that it was killed
     is_disks($test, backup($test), 'the next backup');

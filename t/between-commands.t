@@ -133,7 +133,7 @@ sub unplug_of_foreign () {
         1;
     };
     ok(!$done, 'recover of another program\'s access is refused');
-    like("$@", qr/a guest device or its node was removed/, 'and says why');
+    like("$@", qr/a guest device or its node was removed/, 'the error says why');
     ok($backend->vm->is_alive, 'the VM lives') or return;
     $backend->check_manners;
     return;
@@ -186,10 +186,14 @@ sub mark_is_lost ($backend) {
     $access->setup($backend->devices('use'));
     $access->volumes('nbd');
     ok(!eval { $access->teardown(1); 1 }, 'the mark of an end is lost: teardown fails');
-    ok($access->_is_up, 'and is to be tried again');
-    ok(!eval { $access->teardown(1); 1 }, 'then it fails');
-    like("$@", qr/as after a failed backup/, 'as it was told');
-    ok(!$access->_is_up, 'and is over');
+    ok($access->_is_up, 'teardown can be tried again');
+    ok(!eval { $access->teardown(1); 1 }, 'the second teardown fails, too');
+    like(
+        "$@",
+        qr/as after a failed backup/,
+        'the error says that the bitmaps are as after a failure'
+    );
+    ok(!$access->_is_up, 'the access has ended');
     is_deeply($backend->outside, $outside, 'nothing is left');
     $proxy->stop;
     return;
@@ -218,7 +222,7 @@ sub same_name ($backend) {
     ok(!eval { $access->setup($backend->devices('use')); 1 }, 'setup is refused');
     is(scalar(nodes($backend, qr/\A\Q$name\E\z/)), 1, 'the marker of another place stays');
     delete_nodes($backend, qr/\Apba-owner-/);
-    is_deeply($backend->outside, $outside, 'and nothing of ours does');
+    is_deeply($backend->outside, $outside, 'nothing of ours stays');
     return;
 }
 
@@ -270,7 +274,7 @@ sub moved_between ($name, $when) {
     my $done = eval { $access->setup($backend->devices('use')); 1 };
     ok($seen, "the disk is moved before $when");
     ok(!$done, 'setup is refused') or $access->teardown(0);
-    like("$@", qr/device disk0: was unplugged, or its medium changed/, 'and says why');
+    like("$@", qr/device disk0: was unplugged, or its medium changed/, 'the error says why');
     is(node_of($vm), 'moved', 'the guest keeps the disk that it has');
     is_deeply([nodes($backend, qr/\Apba-/)], [], 'nothing is left');
     return;

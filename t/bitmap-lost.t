@@ -81,9 +81,9 @@ for my $success (1, 0) {
             'a warning says what that means'
         );
         is(bitmap_of('disk0'), undef, 'the bitmap that may lack bits is removed');
-        cmp_ok(bitmap_of('disk1')->{count}, '>=', 65536, 'that of the other disk has its bits');
-        is(bitmap_of('disk1')->{recording}, 1, 'and records');
-        is_deeply($backend->outside, $outside, 'all else is undone');
+        cmp_ok(bitmap_of('disk1')->{count}, '>=', 65536, "the other disk's bitmap has its bits");
+        is(bitmap_of('disk1')->{recording}, 1, "the other disk's bitmap records");
+        is_deeply($backend->outside, $outside, 'everything else is undone');
         is_deeply(
             next_actions(),
             { disk0 => 'missing-recreated', disk1 => 'used' },
@@ -107,7 +107,7 @@ subtest 'a bitmap that may lack bits, and that cannot be removed' => sub {
         ok(!eval { $access->teardown(1); 1 }, 'teardown reports an error');
     }
     unlike("@log", qr/is removed/, 'the log does not say that it is removed');
-    is(bitmap_of('disk0')->{recording}, 0, 'it is frozen, and so known for one that lacks bits');
+    is(bitmap_of('disk0')->{recording}, 0, 'it is frozen, which shows that it may lack bits');
     is_deeply(next_actions(), { disk0 => 'missing-recreated', disk1 => 'used' }, 'a full one');
 };
 
@@ -129,7 +129,7 @@ subtest 'the bitmap itself is removed during the access' => sub {
         'a warning says what that means'
     );
     is_deeply($backend->other_bitmaps, [], 'no background bitmap is left');
-    is_deeply($backend->outside, $outside, 'all else is undone');
+    is_deeply($backend->outside, $outside, 'everything else is undone');
     is_deeply(next_actions(), { disk0 => 'missing-recreated', disk1 => 'used' }, 'a full one');
 };
 
@@ -146,9 +146,10 @@ subtest 'setup fails late' => sub {
                     if $what eq $failing && $file =~ m/cbw/ && $type =~ m/disable/;
             }
         );
-        ok(!eval { $access->setup($backend->devices('use')); 1 }, "$failing fails: so does setup");
+        ok(!eval { $access->setup($backend->devices('use')); 1 },
+            "$failing fails: setup fails, too");
         like("$@", qr/failed - no \Q$failing\E today/, "$failing fails: the error comes through");
-        is_deeply($backend->outside, $outside, "$failing fails: all is undone");
+        is_deeply($backend->outside, $outside, "$failing fails: everything is undone");
         is_deeply($backend->other_bitmaps, [], "$failing fails: no background bitmap is left");
         for my $id (@ids) {
             my $bitmap = bitmap_of($id);

@@ -1,8 +1,8 @@
-# The gates that need no run of the program: ./run check [GATE...]. With --quick, as ./run test has it,
-# without those that take minutes.
+# The gates that do not run the program: ./run check [GATE...]. With --quick, as in ./run test, those that take
+# minutes are omitted.
 #
-# Each looks at some files; what it found good is remembered (in the tests' cache, by the content of all
-# that the answer depends on), so that the next time only what changed is looked at.
+# Each gate checks some files. Good results are stored (in the tests' cache, by the content of everything on
+# which the result depends), so that the next run only checks what has changed.
 
 use v5.36;
 
@@ -32,7 +32,7 @@ sub stamp ($gate, $file) {
     return "$good_dir/" . $digest->hexdigest;
 }
 
-# Parts of a gate's files that are worth a process.
+# Splits a gate's files into parts, one for each process.
 sub parts ($gate) {
     my @files = grep { !-e $_->{stamp} }
         map { { name => $_, stamp => stamp($gate, $_) } } $gate->{files}->();
@@ -41,7 +41,7 @@ sub parts ($gate) {
     return map { { gate => $gate, files => $_ } } @parts;
 }
 
-# In a child: writes what is wrong into a file.
+# In a child process: writes the problems to a file.
 sub start ($part) {
     $part->{output} = File::Temp->new;
     my $pid = fork() // die "cannot fork: $!\n";
@@ -88,12 +88,12 @@ my $is_quick = delete($wanted{'--quick'}) && !$ENV{PBA_FULL};
 my @gates = grep { !%wanted || $wanted{ $_->{name} } } PBA::Test::Gates::all();
 @gates = grep { !$_->{is_slow} } @gates if $is_quick;
 
-# What formatters and checkers say changes with their version.
+# The results of formatters and checkers depend on their version.
 my $is_elsewhere = $is_quick && PBA::Test::Cache->codename ne 'bookworm';
 my sub is_left_out ($gate) { return $is_elsewhere && !$gate->{is_own} }
 run_all(map { parts($_) } grep { !is_left_out($_) } @gates);
 
-# TAP, so that it can be one of the tests.
+# TAP, so that this can be one of the tests.
 say '1..' . @gates;
 my ($number, $failed) = (0, 0);
 for my $gate (@gates) {

@@ -38,7 +38,7 @@ sub check_backend ($name) {
     $backend->guest->write('disk0', 16 * $mib, 8 * $mib, 0x43);
     cmp_ok(fleecing_bytes($backend), '<', 2 * $mib, 'writes to clean parts are not kept');
     $backend->guest->write('disk0', 8 * $mib, 65536, 0x44);
-    cmp_ok(fleecing_bytes($backend), '>=', 65536, 'one to a dirty part is');
+    cmp_ok(fleecing_bytes($backend), '>=', 65536, 'a write to a dirty part is kept');
 
     my @regions = $volume->dirty_regions(10);
     is(scalar(@regions), 4, 'two dirty regions');
@@ -50,7 +50,7 @@ sub check_backend ($name) {
         like("$@", qr/reading 65536 bytes at offset $offset failed/, "offset $offset: message");
     }
     $volume->discard(8 * $mib, 65536);
-    ok(!eval { $volume->pread(8 * $mib, 65536); 1 }, 'what was discarded cannot be read again');
+    ok(!eval { $volume->pread(8 * $mib, 65536); 1 }, 'a discarded range cannot be read again');
     is(
         $volume->pread(40 * $mib, 65536),
         'B' x 65536,

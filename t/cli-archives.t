@@ -51,7 +51,7 @@ sub restores ($chain, $path, $name) {
     is(content($file), $chain->{expected}{$name}{'drive-scsi0'}, "restore $path: the content");
 }
 
-subtest 'the latest of a guest' => sub {
+subtest 'the latest archive of a guest' => sub {
     my $chain = new_chain(2);
     my $store = $chain->store;
     my @names = $chain->names;
@@ -85,11 +85,11 @@ subtest 'the latest of a guest' => sub {
 subtest 'guests by name' => sub {
     my $chain = new_chain(1);
     my $store = $chain->store;
-    is(number_of($store, 'web1'), undef, 'not known');
+    is(number_of($store, 'web1'), undef, 'an unknown name has no number');
     is(number_for($store, 'web1'), 1, 'the least number');
     is(number_for($store, 'db.example'), 2, 'the next one');
-    is(number_for($store, 'web1'), 1, 'the same again');
-    is(number_of($store, 'db.example'), 2, 'and found');
+    is(number_for($store, 'web1'), 1, 'the same name gets the same number');
+    is(number_of($store, 'db.example'), 2, 'the number of a name is found');
     is(name_of($store, 100), undef, 'a guest of a number has no name');
 
     for my $bad ('', '7', '.lock', '-x', 'a/b', '..', "a\nb", 'x' x 129) {
@@ -98,10 +98,14 @@ subtest 'guests by name' => sub {
     write_file($chain->guest_dir . '/name', "old\n");
     my ($path) = paths($chain);
     like(run_of('list', $store, '--guest', 'old')->[1], qr/^\Q$path\E /m, 'list --guest');
-    is(run_of('list', $store, '--guest', 'web1')->[1], '', 'of another guest');
-    like(run_of('list', $store, '--guest', 'none')->[2], qr/there is no guest 'none' in/,
-        'of none');
-    is(run_of('list', $store, '--guest', 'old', '--vmid', 100)->[0], 2, 'not with --vmid');
+    is(run_of('list', $store, '--guest', 'web1')->[1], '', 'list of a guest without archives');
+    like(
+        run_of('list', $store, '--guest', 'none')->[2],
+        qr/there is no guest 'none' in/,
+        'list of an unknown guest'
+    );
+    is(run_of('list', $store, '--guest', 'old', '--vmid', 100)->[0],
+        2, '--guest and --vmid exclude each other');
 };
 
 subtest 'prune by rules' => sub {
@@ -121,19 +125,23 @@ subtest 'prune by rules' => sub {
     );
     is_deeply([paths($chain)], \@paths, 'removes nothing');
     my $shown = $json->decode(run_of('prune', $store, qw(--keep-last 3 --dry-run --json))->[1]);
-    is_deeply([map { $_->{mark} } $shown->@*], [qw(remove keep keep keep)], 'in JSON');
+    is_deeply([map { $_->{mark} } $shown->@*], [qw(remove keep keep keep)], 'the marks in JSON');
     write_file("$paths[0]/protected", '');
     is_deeply(
         run_of('prune', $store, qw(--keep-daily 1 --keep-hourly 0)),
         [0, "removed $names[1]\nremoved $names[2]\n", ''],
-        'one for each day, and the protected one'
+        'prune keeps one archive for each day, and the protected one'
     );
-    is_deeply([paths($chain)], [@paths[0, 3]], 'these stay');
+    is_deeply([paths($chain)], [@paths[0, 3]], 'the kept archives stay');
     $chain->forget(@names[1, 2]);
     $chain->check('after it');
     my $run = run_of('remove', $paths[0]);
     is($run->[0], 1, 'a protected one is not removed');
-    like($run->[2], qr/is protected - remove the file 'protected' in it first$/m, 'and says so');
+    like(
+        $run->[2],
+        qr/is protected - remove the file 'protected' in it first$/m,
+        'the error says why'
+    );
     is_deeply(run_of('prune', $store, qw(--keep-last 9)), [0, '', "nothing to remove\n"],
         'nothing');
     is_deeply(run_of('prune', $store, qw(--keep-last 9 -q)), [0, '', ''], 'silently');
@@ -162,7 +170,8 @@ subtest 'a broken chain' => sub {
     is($run->[1], '', 'nothing is removed');
     like($run->[2], qr/^warn: archive \Q$names[2]\E is damaged, but is kept/m, 'and why');
     restores($chain, $chain->path_of($names[0]), $names[0]);
-    is(run_of('restore', $chain->path_of($names[2]), $chain->tmp . '/no')->[0], 1, 'it is broken');
+    is(run_of('restore', $chain->path_of($names[2]), $chain->tmp . '/no')->[0],
+        1, 'restore reports the damage');
     like(
         run_of('prune', $chain->store, '--keep-last', 1, '--dry-run')->[1],
         qr/^broken     \Q$names[2]\E - damaged: /m,
@@ -170,7 +179,7 @@ subtest 'a broken chain' => sub {
     );
 };
 
-subtest 'what cannot be read, and what is no archive' => sub {
+subtest 'unreadable archives, and directories that are not archives' => sub {
     my $chain = new_chain(4);
     my ($store, @paths) = ($chain->store, paths($chain));
     my @names = $chain->names;
@@ -187,8 +196,11 @@ subtest 'what cannot be read, and what is no archive' => sub {
     }
     my $run = run_of('prune', $store, '--keep-last', 1);
     is_deeply([$run->@[0, 1]], [0, "removed $names[0]\n"], 'prune goes on') or diag($run->[2]);
-    like($run->[2], qr/^warn: archive \Q$names[2]\E .* is kept, .*: remove it yourself$/m,
-        'and says so');
+    like(
+        $run->[2],
+        qr/^warn: archive \Q$names[2]\E .* is kept, .*: remove it yourself$/m,
+        'a warning says so'
+    );
 
     # Each message names the archive that must be removed first, until all are removed.
     for my $case ([2, 3], [3, undef], [2, undef]) {
@@ -196,7 +208,8 @@ subtest 'what cannot be read, and what is no archive' => sub {
         $run = run_of('remove', $paths[$which]);
         is($run->[0], defined($first) ? 1 : 0, "remove $which: exit status") or diag($run->[2]);
         my $name = defined($first) ? $names[$first] =~ s!.*/!!r : next;
-        like($run->[2], qr/ - remove \Q$name\E first$/m, "remove $which: what to do");
+        like($run->[2], qr/ - remove \Q$name\E first$/m,
+            "remove $which: the error says what to do");
     }
     $chain->forget(@names[0, 2, 3]);
     restores($chain, $paths[1], $names[1]);
@@ -218,13 +231,14 @@ subtest 'restore to qcow2' => sub {
     is($run->[0], 0, 'exit status') or diag($run->[2]);
     is($run->[1], join('', map { "$dir/$_.qcow2\n" } $chain->devices), 'the files');
     is(raw_of($chain, "$dir/$_.qcow2"), $chain->{expected}{$name}{$_}, $_) for $chain->devices;
-    is((stat("$dir/drive-scsi0.qcow2"))[2] & 0777, 0600, "its owner's alone");
-    is(run_of('restore', $chain->path_of($name), $dir, '--format', 'vmdk')->[0], 2, 'no other');
+    is((stat("$dir/drive-scsi0.qcow2"))[2] & 0777, 0600, "only the owner can read the image");
+    is(run_of('restore', $chain->path_of($name), $dir, '--format', 'vmdk')->[0],
+        2, 'another format is refused');
 };
 
 # However a restore is interrupted, no file gets its name before all are complete, and the restore can be run
 # again.
-subtest 'a restore that is interrupted' => sub {
+subtest 'an interrupted restore' => sub {
     my $chain = new_chain(1);
     my ($name) = $chain->names;
     my $interrupted = 0;
@@ -239,18 +253,18 @@ subtest 'a restore that is interrupted' => sub {
         next if ($command->finish->{status} // 1) == 0;    # it had ended before
         $interrupted++;
         my @left = grep { !m/[.]part\z/ } glob("$dir/*");
-        is_deeply(\@left, [], "$text: no file has its name");
+        is_deeply(\@left, [], "$text: no file has got its name");
         is_deeply([glob("$dir/*")], [], "$text: nor is there any") if $signal ne 'KILL';
         is(run_of('restore', $chain->path_of($name), $dir, '-q')->[0], 0, "$text: run again");
         is(content("$dir/$_.$second"), $chain->{expected}{$name}{$_}, "$text: $_")
             for $chain->devices;
         is_deeply([glob("$dir/*.part")], [], "$text: nothing is left of the first");
     }
-    cmp_ok($interrupted, '>', 0, 'at least one was');
+    cmp_ok($interrupted, '>', 0, 'at least one restore was interrupted');
 };
 
 # Two restores to the same target: each file has only one writer, and existing files stay.
-subtest 'a restore beside another' => sub {
+subtest 'two restores to one target' => sub {
     my $chain = new_chain(1);
     my ($name) = $chain->names;
     my $dir = $chain->tmp . '/both';
@@ -259,8 +273,8 @@ subtest 'a restore beside another' => sub {
     open(my $writer, '>', $part) or die "$part: $!\n";
     my $run = run_of('restore', $chain->path_of($name), $dir, '-q');
     is($run->[0], 1, 'another one writes: exit status');
-    like($run->[2], qr/: another restore writes to \Q$part\E - /, 'and says so');
-    ok(-e $part, 'its file stays');
+    like($run->[2], qr/: another restore writes to \Q$part\E - /, 'the error says so');
+    ok(-e $part, "the other restore's file stays");
     close($writer);
     unlink(glob("$dir/*.raw"), "$dir/guest.conf");
 
@@ -282,8 +296,8 @@ subtest 'a restore beside another' => sub {
         write_file("$dir/$file", 'mine');
         $command->kill('CONT');
         $run = $command->finish;
-        is(content("$dir/$file"), 'mine', "$file: it stays") if $is_under_way;
-        like($run->{err}, $message, "$file: and the restore says so") if $is_under_way;
+        is(content("$dir/$file"), 'mine', "$file: the existing file stays") if $is_under_way;
+        like($run->{err}, $message, "$file: the error says so") if $is_under_way;
         unlink(glob("$dir/*"));
     }
 };
@@ -311,18 +325,18 @@ subtest 'restore to a block device' => sub {
     die "losetup failed\n" if $?;
     my @restore
         = ('restore', $chain->path_of($name), $device, '--device', 'drive-scsi0', '--format');
-    is(run_of(@restore, 'qcow2')->[0], 2, 'not as qcow2');
+    is(run_of(@restore, 'qcow2')->[0], 2, 'a block device cannot be qcow2');
     my $used = open_exclusively($device);
     my $run = run_of(@restore, 'raw');
     is($run->[0], 1, 'in use: exit status');
-    like($run->[2], qr/cannot write to \Q$device\E: .* - it is mounted, or another/, 'why');
-    is(content($file), "\0" x -s $file, 'in use: it is untouched');
+    like($run->[2], qr/cannot write to \Q$device\E: .* - it is mounted, or another/, 'in use: why');
+    is(content($file), "\0" x -s $file, 'in use: the device is unchanged');
     close($used);
     open($used, '+<', $device) or die "$device: $!\n";
     $run = run_of(@restore, 'raw');
     is($run->[0], 1, 'open in a program, as in QEMU: exit status');
     like($run->[2], qr/cannot write to \Q$device\E: a process, such as a running QEMU, has it/,
-        'why');
+        'open: why');
     is(content($file), "\0" x -s $file, 'untouched again');
     close($used);
     is(run_of(@restore, 'raw')->[0], 0, 'free: exit status');
@@ -335,7 +349,7 @@ subtest 'restore to a block device' => sub {
     like(
         run_of(@restore, 'raw')->[2],
         qr/cannot write to \Q$device\E: it has 1048576 bytes, and the disk has 4194304$/m,
-        'too small'
+        'the device is too small'
     );
     system('losetup', '--detach', $device) == 0 or die "losetup failed\n";
 };
@@ -356,7 +370,7 @@ subtest 'verify and help' => sub {
     close($fh);
     my $run = run_of('verify', $chain->store, '--quiet');
     is($run->[0], 1, 'damage: exit status');
-    like($run->[1], qr/\A\Q$second\E: DAMAGED\n  /, 'damage: that one only');
+    like($run->[1], qr/\A\Q$second\E: DAMAGED\n  /, 'damage: only the damaged archive is printed');
     is_deeply(run_of('help', 'prune'), run_of('prune', '--help'), 'help COMMAND is its --help');
     is_deeply(run_of('help'), run_of('--help'), 'help alone');
     is(run_of('help', 'me')->[0], 2, 'help for no command');

@@ -114,7 +114,7 @@ subtest 'a stream' => sub {
         is($run->{status}, 0, "$name: done") or diag($run->{err});
         same(apply($run->{out}), expected($maps{$name}), "$name: the data");
         my ($first, @frames) = read_stream($run->{out});
-        is_deeply([$first->@[0 .. 2]], ['part', 1, $odd_size], "$name: what it is of");
+        is_deeply([$first->@[0 .. 2]], ['part', 1, $odd_size], "$name: the first frame");
         is_deeply([grep { $_->[1] % 65536 || $_->[2] > 65536 } @frames], [], "$name: blocks");
         my @offsets = map { $_->[1] } @frames;
         is_deeply(\@offsets, [sort { $a <=> $b } @offsets], "$name: ascending");
@@ -122,7 +122,7 @@ subtest 'a stream' => sub {
         is($result->{type}, 'result', "$name: the result");
         my $bytes = 0;
         $bytes += $_->[1] for $maps{$name}->@*;
-        is($result->{'bytes-read'}, $bytes, "$name: and its bytes");
+        is($result->{'bytes-read'}, $bytes, "$name: the number of bytes read");
         my $progress = $run->{lines}[-2];
         is_deeply(
             $progress,
@@ -140,7 +140,7 @@ subtest 'a stream' => sub {
     same(apply($run->{out}), expected($maps{'small blocks'}), 'small blocks');
     my $full = copy_to_file(volume_of(start(dirty_only => 0), 'none'));
     is((read_stream($full->{out}))[0][0], 'full', 'a full one says so');
-    same(apply($full->{out}), $image, 'and is all');
+    same(apply($full->{out}), $image, 'a full stream contains the whole image');
 };
 
 # Truncated and otherwise damaged streams.
@@ -172,7 +172,7 @@ sub given_to_python ($content) {
     return system("$python backup @arguments 2>$dir/err");
 }
 
-subtest 'a stream that was cut, or changed' => sub {
+subtest 'truncated and changed streams' => sub {
     my $bytes = copy_to_file(volume_of(start(dirty => $maps{'every other cluster'})))->{out};
     my ($head, @frames) = read_stream($bytes);
     my @at = (0, 1, 55, 56);
@@ -185,7 +185,7 @@ subtest 'a stream that was cut, or changed' => sub {
         my $part = substr($bytes, 0, $_);
         eval { read_stream($part); 1 }
     } @at;
-    is_deeply(\@taken, [], 'no part is taken for the whole');
+    is_deeply(\@taken, [], 'store.py accepts no incomplete stream');
     is(given_to_python($bytes), 0, 'store.py: a whole one') or diag(read_file("$dir/err"));
     my @open = grep { (stat)[2] & 077 } "$dir/i", glob("$dir/store/*"), glob("$dir/store/*/*/*");
     is_deeply(\@open, [], 'store.py: nobody else can read it');
@@ -193,8 +193,8 @@ subtest 'a stream that was cut, or changed' => sub {
     for my $name (sort keys %bad) {
         ok(!eval { read_stream($bad{$name}); 1 }, "$name: is seen");
         isnt(given_to_python($bad{$name}), 0, "$name: store.py sees it");
-        ok(!-e "$dir/i", "$name: and keeps nothing");
-        like(read_file("$dir/err"), qr/\Astore\.py: [^\n]+\n\z/, "$name: one line");
+        ok(!-e "$dir/i", "$name: store.py stores no index");
+        like(read_file("$dir/err"), qr/\Astore\.py: [^\n]+\n\z/, "$name: store.py prints one line");
     }
 };
 
@@ -247,8 +247,8 @@ subtest 'regions, and the mechanism file-handle' => sub {
     is($run->{status}, 0, 'regions: done') or diag($run->{err});
     my @lines = lines($run->{out});
     is_deeply(pop(@lines), { end => $JSON::PP::true, regions => 48, bytes => 48 * 64 * $KiB },
-        'its end');
-    is_deeply([map { [$_->@{qw(offset length)}] } @lines], $map, 'its regions');
+        'the end');
+    is_deeply([map { [$_->@{qw(offset length)}] } @lines], $map, 'the lines of the regions');
 
     write_file("$dir/disk", $image);
     my ($volume, @handles) = handle_volume($run->{out});
@@ -260,7 +260,7 @@ subtest 'regions, and the mechanism file-handle' => sub {
     is(run_command('regions', @device, '--volume', $volume)->{out},
         $run->{out}, 'regions of a file handle');
     my $none = run_command('regions', @device, '--volume', volume_of(start(dirty => [])));
-    is($none->{out}, qq({"end":true,"regions":0,"bytes":0}\n), 'no regions');
+    is($none->{out}, qq({"end":true,"regions":0,"bytes":0}\n), 'a volume without dirty regions');
 
     for my $case (
         [$run->{out} =~ s/[^\n]+\n\z//r, qr/the regions end after 48, without an end mark/],
@@ -275,8 +275,8 @@ subtest 'regions, and the mechanism file-handle' => sub {
         ($volume, @handles) = handle_volume($lines);
         my $bad = copy_to_file($volume);
         is($bad->{status}, 1, "regions '" . substr($lines, -30) =~ s/\n/ /gr . "': an error");
-        like($bad->{err}, qr/\Apve-backup-access copy: [^\n]*$problem[^\n]*\n\z/, 'in one line');
-        ok(!eval { read_stream($bad->{out}); 1 }, 'and no whole stream');
+        like($bad->{err}, qr/\Apve-backup-access copy: [^\n]*$problem[^\n]*\n\z/, 'one line');
+        ok(!eval { read_stream($bad->{out}); 1 }, 'the stream is not complete');
     }
 };
 
@@ -291,11 +291,11 @@ subtest 'failures' => sub {
         my $run = copy_to_file(volume_of($server));
         is($run->{status}, 1, "$name: exit status");
         like($run->{err}, qr/\Apve-backup-access copy: device disk: [^\n]+\n\z/, "$name: a line");
-        ok(!eval { read_stream($run->{out}); 1 }, "$name: no whole stream");
+        ok(!eval { read_stream($run->{out}); 1 }, "$name: the stream is not complete");
         my $last = $run->{lines}[-1];
         is($last->{type}, 'error', "$name: the last status line");
         like($last->{message}, qr/\Adevice disk: /, "$name: says what");
-        ok($last->{class}, "$name: and its class");
+        ok($last->{class}, "$name: the error's class");
         next if $name eq 'a read';
         $run = run_command('regions', @device, '--volume',
             volume_of(start(dirty => $maps{all}, block_status_error => EIO)));
@@ -312,7 +312,7 @@ subtest 'failures' => sub {
     $run->kill('TERM');
     my $killed = $run->finish;
     is($killed->{signal}, 15, 'SIGTERM');
-    ok(!eval { read_stream($killed->{out}); 1 }, 'SIGTERM: no whole stream');
+    ok(!eval { read_stream($killed->{out}); 1 }, 'SIGTERM: the stream is not complete');
 };
 
 subtest 'a status descriptor that is full' => sub {
@@ -331,7 +331,7 @@ subtest 'a status descriptor that is full' => sub {
 };
 
 # A wrong descriptor, such as that of the disk, is not read to its end.
-subtest 'what is no line, and no JSON' => sub {
+subtest 'invalid lines and invalid JSON' => sub {
     write_file("$dir/disk", $image);
     my $long = '0' x (8 * $MiB);
     my ($volume, @handles) = handle_volume($long);
@@ -343,10 +343,10 @@ subtest 'what is no line, and no JSON' => sub {
     my $said = qx($command --volume - < $dir/long 2>&1 > /dev/null);
     like($said, qr/--volume: standard input has more than 1048576 bytes/, 'endless JSON');
     $said = qx($command --volume - <&- 2>&1 > /dev/null);
-    like($said, qr/\A[^\n]*--volume[^\n]*\n[^\n]*\n\z/, 'no standard input');
+    like($said, qr/\A[^\n]*--volume[^\n]*\n[^\n]*\n\z/, 'standard input is closed');
 };
 
-subtest 'members that are not known, or not set' => sub {
+subtest 'unknown and unset members' => sub {
     my $server = start(dirty => $maps{all});
     for my $more ({ future => { a => 1 } }, { 'file-handle' => undef }) {
         my $run
@@ -394,8 +394,12 @@ subtest 'bad usage' => sub {
         my $run = run_command('copy', '-', @device, '--volume', $volume, @options);
         is($run->{status}, $status, "'$volume @options': exit status");
         my $more = $status == 2 ? qr/Try [^\n]+\n/ : qr//;
-        like($run->{err}, qr/\Apve-backup-access copy: [^\n]*$problem[^\n]*\n$more\z/, 'one line');
-        ok(!eval { read_stream($run->{out}); 1 }, 'no whole stream');
+        like(
+            $run->{err},
+            qr/\Apve-backup-access copy: [^\n]*$problem[^\n]*\n$more\z/,
+            'the error is one line'
+        );
+        ok(!eval { read_stream($run->{out}); 1 }, 'the stream is not complete');
     }
     my $run = run_command('copy', "$dir/new", @device, '--volume', '{}x');
     is((lines($run->{out}))[-1]{type}, 'error', 'bad usage is told to the program as well');

@@ -126,14 +126,14 @@ subtest 'names' => sub {
     is_deeply(
         chosen([$nameless], {}),
         [['/machine/peripheral-anon/device[0]'], []],
-        'or of its path, if the device has no name either'
+        'a device without a name is called by its path'
     );
     my @crossed = map { disk('', "/machine/peripheral/$_->[0]/virtio-backend", node => $_->[1]) }
         ['a', 'b'], ['b', 'c'];
     is_deeply(
         chosen(\@crossed, {}),
         [['/machine/peripheral/a', 'c'], []],
-        "no name that is also another disk's"
+        "a name that another disk has is not used"
     );
     my @libvirt = map { disk('', $_, node => 'libvirt-3-format') }
         '/machine/peripheral/virtio-disk0/virtio-backend', '/machine/peripheral-anon/device[0]';
@@ -152,7 +152,11 @@ subtest 'fleecing' => sub {
         [[@names, 'drive-scsi0-fleecing'], []],
         'a stock QEMU: a disk'
     );
-    is_deeply(chosen(\@disks, \%types, pve => 1), [\@names, []], 'a Proxmox QEMU: for fleecing');
+    is_deeply(
+        chosen(\@disks, \%types, pve => 1),
+        [\@names, []],
+        'a Proxmox QEMU: the fleecing image is not a disk'
+    );
 };
 
 subtest '--exclude' => sub {
@@ -160,17 +164,17 @@ subtest '--exclude' => sub {
         is_deeply(chosen(\@good, \%types, exclude => [$name]),
             [['drive-virtio1'], ['drive-scsi0 is left out: --exclude names it']], $name);
     }
-    is_deeply(chosen(\@good, \%types, exclude => [@names])->[0], [], 'all of them');
+    is_deeply(chosen(\@good, \%types, exclude => [@names])->[0], [], 'all disks are excluded');
     my @crossed = (disk('', 'a', node => 'b'), disk('', 'b', node => 'c'));
     is(
         chosen(\@crossed, {}, exclude => ['b']),
         "--exclude: 'b' is the name of several disks - give another name: /machine/peripheral/a, c\n",
-        'one that two disks have'
+        'a name of two disks'
     );
     is(
         chosen(\@good, \%types, exclude => ['drive-scsi1']),
         "--exclude: the guest has no disk 'drive-scsi1' - it has drive-scsi0, drive-virtio1\n",
-        'one that is not there'
+        'a name of no disk'
     );
 };
 

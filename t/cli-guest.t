@@ -23,7 +23,7 @@ sub check_without_bitmaps ($test) {
         'status: nothing yet'
     );
     fails('map without a bitmap', 'has no bitmap yet', 'map', 'drive-scsi0', $test->{guest}->@*);
-    is_deeply($test->{vm}->bitmaps, {}, 'map without a bitmap: none is made');
+    is_deeply($test->{vm}->bitmaps, {}, 'map without a bitmap: no bitmap is created');
     check_outside($test, 'map without a bitmap');
 }
 
@@ -63,7 +63,7 @@ sub check_map ($test) {
     is($map->{'target-id'}, $bitmap->{'target-id'}, 'map: the only target is found');
     my $clean
         = $json->decode(run_command('map', 'drive-efidisk0', $test->{guest}->@*, '--json')->{out});
-    is_deeply($clean->{regions}, [], 'map: of a clean disk');
+    is_deeply($clean->{regions}, [], 'map: a clean disk has no regions');
     check_map_on_terminal(@map);
 
     succeeds('map: picture', @map, '--svg', "$test->{dir}/map.svg");
@@ -77,7 +77,8 @@ sub check_map ($test) {
 
     is_deeply($test->{vm}->bitmaps, $bitmaps, 'map: every bitmap is as before');
     check_outside($test, 'map');
-    is(run_command(@map, '--json', '--svg', 'x')->{status}, 2, 'map: one form at a time');
+    is(run_command(@map, '--json', '--svg', 'x')->{status},
+        2, 'map: --json and --svg exclude each other');
     fails('map: no such target', q(of target 'nosuch'), @map, '--target-id', 'nosuch');
 }
 
@@ -108,12 +109,16 @@ sub check_hostile_name ($test) {
     my $run = succeeds('a hostile name', 'status', $test->{guest}->@*);
     utf8::decode($run->{out});
     unlike($run->{out} =~ s/\n//gr, qr/[[:cntrl:]]/, 'a hostile name: no control characters');
-    like($run->{out}, qr/^ \]0;owned  \[2Jevil   31m  +\S+ +0 B/m, 'a hostile name: its line');
+    like(
+        $run->{out},
+        qr/^ \]0;owned  \[2Jevil   31m  +\S+ +0 B/m,
+        'a hostile name: the line of the bitmap'
+    );
     my ($found) = grep { $_->{'target-id'} eq $target } status($test)->{bitmaps}->@*;
-    ok($found, 'a hostile name: as it is in JSON');
+    ok($found, 'a hostile name: unchanged in JSON');
     my $map = run_command('map', $found->{device}, $test->{guest}->@*);
     utf8::decode($map->{err});
-    like($map->{err}, qr/--target-id: .*evil.*\n\z/, 'a hostile name: in an error of one line');
+    like($map->{err}, qr/--target-id: .*evil.*\n\z/, 'a hostile name: an error is one line');
     unlike($map->{err} =~ s/\n\z//r, qr/[[:cntrl:]]/, 'a hostile name: no control characters');
     $test->{vm}->qmp('block-dirty-bitmap-remove', %bitmap);
 }
@@ -123,26 +128,36 @@ sub check_recover ($test) {
     my $command = start_command(backup($test, '--bandwidth-limit', '1M'));
     $command->wait_for(err => qr/^drive-scsi0: storing an increment/m);
     my $access = status($test)->{access};
-    is($access->{alive}, 1, 'status: of a backup that runs');
+    is($access->{alive}, 1, 'status: a backup is running');
     my $busy = run_command('status', $test->{guest}->@*)->{out};
-    like($busy, qr/^backup access: target store\@\w+, process $access->{pid}\n/m, 'in words');
-    like($busy, qr/^store\@\w+ +drive-scsi0 .* frozen +[0-9a-f]{32}$/m, 'with its bitmaps');
+    like(
+        $busy,
+        qr/^backup access: target store\@\w+, process $access->{pid}\n/m,
+        'status: a backup is running, as text'
+    );
+    like(
+        $busy,
+        qr/^store\@\w+ +drive-scsi0 .* frozen +[0-9a-f]{32}$/m,
+        'status: the bitmaps of the running backup'
+    );
     fails('map meanwhile', 'not finished', 'map', 'drive-scsi0', $test->{guest}->@*);
     $command->kill('KILL');
     $command->finish;
 
     my $left = run_command('status', $test->{guest}->@*)->{out};
-    like($left, qr/process $access->{pid}, which is dead/, 'status: of one that was killed');
-    like($left, qr/^left behind by a killed process/m, 'and what it left');
+    like($left, qr/process $access->{pid}, which is dead/, 'status: a backup was killed');
+    like($left, qr/^left behind by a killed process/m,
+        'status: the leftovers of the killed backup');
     my $other = fails('another target', 'call recover', backup($test, '--target-id', 'other'));
     like(
         $other->{err},
         qr/^Undo it by: pve-backup-access recover --target-id '\Q$access->{'target-id'}\E'/m,
-        'by which command'
+        'the error names the command that undoes it'
     );
     my @recover = ('recover', $test->{guest}->@*, '--target-id', $access->{'target-id'});
     like(succeeds('recover', @recover)->{out}, qr/\w/, 'recover: says what it undoes');
-    is_deeply($json->decode(succeeds('recover', @recover, '--json')->{out}), [], 'once');
+    is_deeply($json->decode(succeeds('recover', @recover, '--json')->{out}),
+        [], 'recover: a second call has nothing to undo');
     check_outside($test, 'recover');
 }
 
@@ -175,7 +190,8 @@ sub check_interruption ($test) {
     like($run->{err}, qr/^drive-scsi0: dirty-bitmap status: OK \(2[48]\.0 MiB/m, 'no bit was lost');
     chomp(my $archive = $run->{out});
     restore_and_compare($test, $archive, 'after them');
-    is(scalar(grep { !m!/$archive_name\z! } glob("$test->{store}/vm/100/*Z")), 0, 'no remains');
+    is(scalar(grep { !m!/$archive_name\z! } glob("$test->{store}/vm/100/*Z")),
+        0, 'no temporary directories are left');
 }
 
 # forget removes a target's bitmaps, by the name that status shows, but not while they are in use.
@@ -191,7 +207,7 @@ sub check_forget ($test) {
     fails('forget meanwhile', 'not finished', @forget);
     $command->kill('TERM');
     $command->finish;
-    is_deeply($shown->(), [$target, @more], 'forget meanwhile: all bitmaps are there');
+    is_deeply($shown->(), [$target, @more], 'forget during a backup: all bitmaps stay');
 
     my @wrong = ($test->{guest}->@*, '--target-id', 'nosuch');
     fails(
@@ -208,9 +224,13 @@ sub check_forget ($test) {
     is(scalar(() = $lines =~ m/^device drive-\S+: bitmap '.*' was removed/mg),
         1 + @more, 'forget: a line for each disk');
     is_deeply($test->{vm}->bitmaps, {}, 'forget: no bitmap is left');
-    like(succeeds('forget', @forget)->{err}, qr/has no bitmaps/, 'forget: once');
+    like(
+        succeeds('forget', @forget)->{err},
+        qr/has no bitmaps/,
+        'forget: a second call finds no bitmaps'
+    );
     my $run = succeeds('forget', backup($test));
-    like($run->{err}, qr/^drive-scsi0: full read: /m, 'forget: then a full one');
+    like($run->{err}, qr/^drive-scsi0: full read: /m, 'forget: the next backup is a full one');
     check_outside($test, 'forget');
 }
 
@@ -220,9 +240,10 @@ sub check_blockdev ($test) {
     succeeds('blockdev', backup($test));
     $test->{vm}->qemu_io($device, 'write -P 0x71 0 64k');
     my $status = status($test);
-    is_deeply([map { $_->{device} } $status->{bitmaps}->@*], [$device], 'blockdev: its bitmap');
+    is_deeply([map { $_->{device} } $status->{bitmaps}->@*],
+        [$device], 'blockdev: the bitmap of the disk');
     my $map = succeeds('blockdev: map', 'map', $device, $test->{guest}->@*, '--json');
-    is_deeply($json->decode($map->{out})->{regions}[0]{offset}, 0, 'blockdev: what is dirty');
+    is_deeply($json->decode($map->{out})->{regions}[0]{offset}, 0, 'blockdev: the dirty region');
     check_outside($test, 'blockdev');
 
     # While the access of a killed process is active, another node is above the disk's.
@@ -232,7 +253,7 @@ sub check_blockdev ($test) {
     $command->kill('KILL');
     $command->finish;
     my $run = succeeds('blockdev: after a kill', backup($test));
-    like($run->{err}, qr/^\Q$device\E: storing an increment/m, 'blockdev: the same disk');
+    like($run->{err}, qr/^\Q$device\E: storing an increment/m, 'blockdev: the same disk is found');
     check_outside($test, 'blockdev: after a kill');
 }
 

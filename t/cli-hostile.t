@@ -27,7 +27,7 @@ sub back_up ($peer) {
     my $store = File::Temp->newdir('pba-store-XXXXXXXX', TMPDIR => 1);
     my $command = start_command('backup', "$store", '--vmid', 100, '--qmp', $peer->socket_path);
     my $result = $command->finish;
-    is_deeply([glob("$store/vm/*/*")], [], 'no archive is begun');
+    is_deeply([glob("$store/vm/*/*")], [], 'no archive was begun');
     return $result;
 }
 
@@ -35,12 +35,12 @@ sub is_refused ($name, $pattern, %peer) {
     subtest $name => sub {
         my $peer = PBA::Test::QMPPeer->start(%peer);
         my $result = back_up($peer);
-        is($result->{signal}, 0, 'it is not killed');
+        is($result->{signal}, 0, 'no signal ended it');
         is($result->{status}, 1, 'exit status');
         like(
             $result->{err},
             qr/\Apve-backup-access backup: [^\n]*$pattern[^\n]*\n\z/,
-            'one line says why'
+            'the error is one line that says why'
         );
     };
 }
@@ -104,8 +104,8 @@ subtest 'a line without an end' => sub {
     }
     like($command->finish->{err}, qr/sent a message of over 67108864 bytes/, 'is refused');
     cmp_ok($peer->endless_bytes, '<', 80 * $mib, 'soon');
-    cmp_ok($most, '>', 8 * $mib, 'its memory was looked at');
-    cmp_ok($most, '<', 400 * $mib, 'with bounded memory');
+    cmp_ok($most, '>', 8 * $mib, 'the memory was measured');
+    cmp_ok($most, '<', 400 * $mib, 'the memory is bounded');
 };
 
 done_testing;

@@ -33,14 +33,14 @@ sub out_dir ($test) { return "$test->{dir}/out/one" }
 sub check_restored ($test, $name, $was_ended) {
     my $dir = out_dir($test);
     my @files = map { s{.*/}{}r } glob("$dir/{*,.[!.]*}");
-    is_deeply([grep { m/\.part\z/ } @files], [], "$name: no part is left");
+    is_deeply([grep { m/\.part\z/ } @files], [], "$name: no temporary file is left");
     for my $device (qw(drive-efidisk0 drive-scsi0)) {
         next if $was_ended && !-e "$dir/$device.raw";
         my $disk = $test->{vm}->raw_image($device =~ s/drive-//r);
         is(system('cmp', '-s', $disk, "$dir/$device.raw"), 0, "$name: $device is whole");
     }
     my $config = -e "$dir/guest.conf" ? -s _ : undef;
-    ok(!defined($config) || $config == 13, "$name: so is the configuration");
+    ok(!defined($config) || $config == 13, "$name: the configuration is complete");
     remove_tree($dir);
     mkdir($dir) or die "$dir: $!\n";
 }
@@ -53,7 +53,9 @@ sub archives ($test) {
 
 sub check_store ($test, $name, @) {
     my @left = grep { !m!/$archive_name\z! } glob("$test->{store}/vm/100/{*Z,.tmp*,.del*}");
-    $test->{may_be_left} ? pass("$name: ended later") : is("@left", '', "$name: no remains");
+    $test->{may_be_left}
+        ? pass("$name: ended later")
+        : is("@left", '', "$name: no temporary directory is left");
     my $verify = run_command('verify', $test->{store});
     is($verify->{status}, 0, "$name: every archive is whole") or diag($verify->{out});
 }
@@ -64,7 +66,7 @@ sub check_pruned ($test, $name, $was_ended) {
     check_store($test, $name);
     succeeds("$name: again", 'prune', $test->{store}, '--keep', 2);
     delete($test->{may_be_left});
-    check_store($test, "$name: again");
+    check_store($test, "$name: the store after the next prune");
 }
 
 sub commands ($test) {
@@ -103,7 +105,7 @@ sub run_interrupted ($test, $name, $signal, $part) {
 
     if ($was_ended) {
         is($run->{signal}, $number{$signal}, "$text: ends by it");
-        unlike($run->{err}, qr/DAMAGED| at \S+ line \d/, "$text: no other words");
+        unlike($run->{err}, qr/DAMAGED| at \S+ line \d/, "$text: no other messages");
     }
     else {
         is($run->{status}, 0, "$text: was ready") or diag($run->{err});
@@ -164,7 +166,7 @@ sub check_try_provider ($signal) {
     is($run->{signal}, $number{$signal}, "try-provider, SIG$signal: ends by it");
     is_deeply([glob("$dir/*")], [], "try-provider, SIG$signal: nothing is left");
     my @running = grep { content($_) =~ m/\Q$dir\E/ } glob('/proc/[0-9]*/cmdline');
-    is_deeply(\@running, [], "try-provider, SIG$signal: nor does its QEMU run on");
+    is_deeply(\@running, [], "try-provider, SIG$signal: its QEMU has ended");
 }
 
 sub content ($file) {

@@ -64,16 +64,24 @@ subtest 'a damaged chain of which nothing is kept' => sub {
     my $run = run_of('remove', $chain->path_of($names[0]));
     my ($bad) = $names[1] =~ m!([^/]+)\z!;
     is($run->[0], 1, 'remove of what a damaged one builds on: exit status');
-    like($run->[2], qr/ cannot be merged into .* - remove $bad first$/m, 'what to do');
+    like(
+        $run->[2],
+        qr/ cannot be merged into .* - remove $bad first$/m,
+        'the error says what to do'
+    );
     my @prune = ('prune', $chain->store, '--keep-last', 1);
     like(run_of(@prune, '--dry-run')->[1], qr/^remove +\Q$_\E/m, "a dry run: $_") for @names;
-    is_deeply(run_of(@prune), [0, join('', map { "removed $_\n" } @names), ''], 'all are removed');
+    is_deeply(
+        run_of(@prune),
+        [0, join('', map { "removed $_\n" } @names), ''],
+        'all archives of the damaged chain are removed'
+    );
     $chain->forget(@names);
     $chain->check('after it');
-    is_deeply([$chain->names], [$last], 'one is left');
+    is_deeply([$chain->names], [$last], 'the intact archive is left');
 };
 
-subtest 'what verify found is shown' => sub {
+subtest 'list and prune show what verify found' => sub {
     my $chain = new_chain(3);
     my @names = $chain->names;
     rot($chain, $names[1]);
@@ -85,11 +93,19 @@ subtest 'what verify found is shown' => sub {
     my @shown = $text =~ m/^    DAMAGED: (.*)$/mg;
     is_deeply(\@shown, [$own, $built], 'list: where, and what builds on it') or diag($text);
     my $list = $json->decode(run_of('list', $chain->store, '--json')->[1]);
-    is_deeply([map { $_->{damaged} } $list->@*], [undef, [$own], [$built]], 'in JSON');
+    is_deeply([map { $_->{damaged} } $list->@*], [undef, [$own], [$built]], 'the damage in JSON');
     my $dry = run_of('prune', $chain->store, qw(--keep-last 1 --dry-run))->[1];
     like($dry, qr/^keep +\Q$names[0]\E$/m, 'prune keeps the last that is whole');
-    like($dry, qr/^keep +\Q$names[2]\E - damaged: \Q$built\E$/m, 'for another disk the newest');
-    like($dry, qr/^broken +\Q$names[1]\E - damaged: \Q$own\E$/m, 'and says what is damaged');
+    like(
+        $dry,
+        qr/^keep +\Q$names[2]\E - damaged: \Q$built\E$/m,
+        'for the other disk, prune keeps the newest'
+    );
+    like(
+        $dry,
+        qr/^broken +\Q$names[1]\E - damaged: \Q$own\E$/m,
+        'prune says which archive is damaged'
+    );
 };
 
 subtest 'a manifest that was changed' => sub {
@@ -103,7 +119,7 @@ subtest 'a manifest that was changed' => sub {
         'list says so'
     );
     my $list = $json->decode(run_of('list', $chain->store, '--json')->[1]);
-    like($list->[0]{damaged}[0], qr/the manifest .* is damaged/, 'in JSON');
+    like($list->[0]{damaged}[0], qr/the manifest .* is damaged/, 'the damage in JSON');
 };
 
 subtest "a guest's path" => sub {
@@ -119,26 +135,38 @@ subtest "a guest's path" => sub {
     is_deeply([$chain->names], [$name], 'nothing is removed');
     my $run = run_of('list', "$store/web1");
     like($run->[2], qr/is a guest - give .*: \Q$store\E --guest web1$/, 'list of a guest');
-    like(run_of('list', "$store/vm/100")->[2], qr/: \Q$store\E --vmid 100$/, 'of a number');
+    like(
+        run_of('list', "$store/vm/100")->[2],
+        qr/: \Q$store\E --vmid 100$/,
+        'list of a guest, by its number'
+    );
 };
 
-subtest 'verify of some' => sub {
+subtest 'verify of selected archives' => sub {
     my $chain = new_chain(2);
     my $store = $chain->store;
     my ($first, $second) = map { $chain->path_of($_) } $chain->names;
     write_file($chain->guest_dir . '/name', "web1\n");
     my $all = [0, "$first: ok\n$second: ok\n", ''];
-    is_deeply(run_of('verify', $store, '--guest', 'web1'), $all, 'of a guest');
-    is_deeply(run_of('verify', $store, '--vmid', 100), $all, 'of a number');
-    is(run_of('verify', $store, '--vmid', 101)->[0], 1, 'of none');
-    like(run_of('verify', $store, '--guest', 'wbe1')->[2], qr/no guest 'wbe1'/, 'of another name');
+    is_deeply(run_of('verify', $store, '--guest', 'web1'), $all, 'verify of a guest, by its name');
+    is_deeply(run_of('verify', $store, '--vmid', 100), $all, 'verify of a guest, by its number');
+    is(run_of('verify', $store, '--vmid', 101)->[0], 1, 'verify of a guest without archives');
+    like(
+        run_of('verify', $store, '--guest', 'wbe1')->[2],
+        qr/no guest 'wbe1'/,
+        'verify of an unknown guest'
+    );
     my $none = $first =~ s/T[0-9]{6}Z/T000000Z/r;
     my $run = run_of('verify', $none);
-    is_deeply([$run->@[0, 1]], [1, ''], 'of an archive that is not there: no result');
-    like($run->[2], qr/\Apve-backup-access verify: there is no archive /, 'but an error');
+    is_deeply([$run->@[0, 1]], [1, ''], 'verify of a missing archive: no result');
+    like(
+        $run->[2],
+        qr/\Apve-backup-access verify: there is no archive /,
+        'verify of a missing archive: an error'
+    );
 };
 
-subtest 'which of them is not there' => sub {
+subtest 'errors name what does not exist' => sub {
     my $chain = new_chain(1);
     my ($store, $out) = ($chain->store, $chain->tmp . '/none');
     like(

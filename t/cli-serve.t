@@ -90,10 +90,10 @@ for my $way (@ways) {
         }
     };
 
-    subtest "$way: a process of it is killed" => sub {
+    subtest "$way: one of its processes is killed" => sub {
         my ($command) = start($way, $chain->path_of($last), '--device', 'drive-scsi0');
         my @pids = children($command);
-        is(scalar(@pids), $way eq 'mount' ? 2 : 1, 'one device only');
+        is(scalar(@pids), $way eq 'mount' ? 2 : 1, 'one device is chosen');
         for my $victim (0 .. $#pids) {
             ($command) = start($way, $chain->path_of($last), '--device', 'drive-scsi0') if $victim;
             @pids = children($command);
@@ -141,12 +141,12 @@ subtest 'several readers, and the same archive twice' => sub {
     like(
         run_command('remove', $chain->path_of($first))->{err},
         qr{is in use by a verify, .* - try again},
-        'no archive is merged away meanwhile'
+        'no archive is removed at this time'
     );
     $_->kill('TERM') for $one, $two;
     is($_->finish->{status}, 0, 'ends while others are connected') for $one, $two;
     undef(@clients);
-    nothing_left('both');
+    nothing_left('both commands have ended');
 };
 
 subtest 'a directory for the sockets' => sub {
@@ -160,8 +160,12 @@ subtest 'a directory for the sockets' => sub {
         'named after the devices'
     );
     my $run = run_command(@serve);
-    is($run->{status}, 1, 'not twice');
-    like($run->{err}, qr/cannot listen on \Q$dir\E\/\S+[.]sock - Address already in use/, 'why');
+    is($run->{status}, 1, 'a second command with the same sockets fails');
+    like(
+        $run->{err},
+        qr/cannot listen on \Q$dir\E\/\S+[.]sock - Address already in use/,
+        'the error says why'
+    );
     $command->kill('KILL');
     $command->finish;
     is(scalar(@{ [glob("$dir/*.sock")] }), 2, 'sockets of a command that was killed');
@@ -172,7 +176,7 @@ subtest 'a directory for the sockets' => sub {
     nothing_left('after it');
 };
 
-subtest 'what is refused' => sub {
+subtest 'refused arguments' => sub {
     my $long = "$tmp/" . 'x' x 90;
     mkdir($long) or die "mkdir: $!\n";
     my %refused = (
@@ -184,12 +188,16 @@ subtest 'what is refused' => sub {
     for my $text (sort keys %refused) {
         my $run = run_command($refused{$text}->@*);
         is($run->{status}, 1, "$text: exit status");
-        like($run->{err}, $text eq 'no such device' ? qr/has no device none/ : qr/$text/, 'why');
+        like(
+            $run->{err},
+            $text eq 'no such device' ? qr/has no device none/ : qr/$text/,
+            'the error says why'
+        );
     }
     nothing_left('after it');
 };
 
-subtest 'a file is in the way' => sub {
+subtest 'a file with the same name exists' => sub {
     plan(skip_all => 'no /dev/fuse: nothing is mounted') if !-e '/dev/fuse';
     my $file = "$dir/drive-scsi0.raw";
     open(my $fh, '>', $file) or die "$file: $!\n";
@@ -197,8 +205,8 @@ subtest 'a file is in the way' => sub {
     close($fh);
     my $run = run_command('mount', $chain->path_of($last), $dir);
     is($run->{status}, 1, 'exit status');
-    like($run->{err}, qr/cannot make '\Q$file\E' - File exists/, 'why');
-    is(content($file), 'mine', 'it is untouched');
+    like($run->{err}, qr/cannot make '\Q$file\E' - File exists/, 'the error says why');
+    is(content($file), 'mine', 'the existing file is unchanged');
     unlink($file);
     nothing_left('after it');
 };

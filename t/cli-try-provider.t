@@ -28,7 +28,7 @@ sub try_it ($class, @options) {
         my $kind = $result->is_ok ? 'ok' : 'failed';
         $tried{$kind}{ $result->description =~ s/\A- //r } = 1 if !$result->has_skip;
     }
-    is_deeply([$parser->parse_errors], [], 'its output is TAP');
+    is_deeply([$parser->parse_errors], [], 'the output is valid TAP');
     return \%tried;
 }
 
@@ -37,7 +37,7 @@ my $at_least = 140;
 sub passes ($name, $class, @options) {
     my $tried = try_it($class, @options);
     is_deeply([sort keys $tried->{failed}->%*], [], "$name: nothing is wrong");
-    cmp_ok($tried->{passed}, '>=', $at_least, "$name: and all was tried");
+    cmp_ok($tried->{passed}, '>=', $at_least, "$name: all tests were made");
     is($tried->{status}, 0, "$name: exit status");
     is($tried->{err}, '', "$name: nothing to explain") or diag($tried->{err});
 }
@@ -65,7 +65,7 @@ passes('file-handle, of a storage plugin', $class, '--storage-plugin', 'PBA::Tes
 fails('new dies', new => qr/died: the server is down/);
 {
     my $tried = try_it('PBA::Test::NoSuchProvider');
-    ok($tried->{failed}{'PBA::Test::NoSuchProvider can be loaded'}, 'no such class');
+    ok($tried->{failed}{'PBA::Test::NoSuchProvider can be loaded'}, 'a class that does not exist');
     like($tried->{err}, qr/-I\b/, 'no such class: the hint');
     ok(!try_it('No::Such; die')->{passed}, 'no name of a class');
     my $base = try_it('PVE::BackupProvider::Plugin::Base');
@@ -73,7 +73,7 @@ fails('new dies', new => qr/died: the server is down/);
     like(
         $base->{err},
         qr/^# \S+ has every method of the API: it lacks new provider_name job_init /m,
-        'a class without methods of its own: they are named'
+        'a class without methods of its own: the missing methods are named'
     );
     my $plugin
         = try_it($class, '--storage-plugin', 'PBA::Test::RawPlugin', qw(--scfg), 'another one=1');
@@ -81,7 +81,7 @@ fails('new dies', new => qr/died: the server is down/);
     like(
         $plugin->{err},
         qr/returned no \Q$class\E/,
-        'a storage plugin that makes another provider: why'
+        'a storage plugin that makes another provider: the error says why'
     );
 }
 
@@ -93,14 +93,20 @@ fails('new dies', new => qr/died: the server is down/);
     say {$fh} 'use PVE::NoCluster; 1;';
     close($fh) or die "DirPlugin: $!\n";
     my $tried = try_it($class, '-I', "$dir", '--scfg', 'faults=new dies');
-    ok($tried->{ok}{"$class has every method of the API"},
-        'sources without a cluster: it is tried');
+    ok(
+        $tried->{ok}{"$class has every method of the API"},
+        'sources without a cluster: the provider is tested'
+    );
 }
 
 # A provider that cannot restore.
 {
     my $lacks = try_it('PBA::Test::BackupOnly');
-    like($lacks->{err}, qr/every method of the API: it lacks restore_get_mechanism /, 'no restore');
+    like(
+        $lacks->{err},
+        qr/every method of the API: it lacks restore_get_mechanism /,
+        'a provider that cannot restore'
+    );
 }
 
 # ---- providers that work, but incorrectly ----
@@ -281,7 +287,7 @@ $_->() for @rows;
     my $shown = start_on_terminal(80, 'try-provider', $class, @include, '--backup-only')->finish;
     is($shown->{status}, 0, 'on a terminal: exit status');
     like($shown->{out}, qr/^ok 1 - .*^1\.\.[0-9]+\r$/ms, 'on a terminal: TAP');
-    unlike($shown->{out}, qr/^not ok|\e/m, 'on a terminal: nothing else');
+    unlike($shown->{out}, qr/^not ok|\e/m, 'on a terminal: TAP only');
     my $qemu = $ENV{PBA_QEMU} // 'qemu-system-x86_64';
     my $is_old = qx($qemu --version) =~ m/version [0-9]\./;
     is(scalar($shown->{out} =~ m/by single clusters of 64 KiB: NBD clients other/),
@@ -289,7 +295,7 @@ $_->() for @rows;
     my $exec = join(' ', command('try-provider', @include, '--backup-only'));
     my $output = `prove --exec '$exec' PBA::Test::BackupOnly 2>&1`;
     is($?, 0, 'prove can run it') or diag($output);
-    like($output, qr/^Files=1, Tests=(?:[5-9][0-9]),.*^Result: PASS$/ms, 'and says so');
+    like($output, qr/^Files=1, Tests=(?:[5-9][0-9]),.*^Result: PASS$/ms, 'prove reports success');
 }
 
 done_testing;

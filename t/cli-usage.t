@@ -31,7 +31,7 @@ sub refused ($problem, @arguments) {
     like(
         $run->{err},
         qr/\Apve-backup-access$command: .*$problem.*\nTry 'pve-backup-access$command --help'\.\n\z/,
-        "'@arguments': what is wrong, and a hint"
+        "'@arguments': the error and a hint"
     );
 }
 

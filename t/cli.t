@@ -35,7 +35,7 @@ sub check_pipes ($test) {
     like($full->{err}, qr/^drive-scsi0: storing a full image$/m, 'full: the log');
     unlike($full->{err}, qr/[^\n\x20-\x7e]/, 'full: plain lines');
     my $alarm = qr/warn|error|wrong|lost|lose|fail|damage|unusable|corrupt|abort|cannot|crash/i;
-    unlike($full->{err}, $alarm, 'full: no line that alarms');
+    unlike($full->{err}, $alarm, 'full: no alarming line');
     check_outside($test, 'full');
 
     $vm->qemu_io('scsi0', 'write -P 0x21 16M 64k');
@@ -43,13 +43,13 @@ sub check_pipes ($test) {
     my $result = $json->decode($run->{out});
     my $scsi = $result->{devices}{'drive-scsi0'};
     is($scsi->{'bitmap-mode'}, 'reuse', 'incremental: the bitmap is used');
-    cmp_ok($scsi->{dirty}, '<=', 4 * $mib, 'incremental: what changed is read');
-    is($result->{devices}{'drive-efidisk0'}{dirty}, 0, 'incremental: and nothing else');
+    cmp_ok($scsi->{dirty}, '<=', 4 * $mib, 'incremental: the changed part is read');
+    is($result->{devices}{'drive-efidisk0'}{dirty}, 0, 'incremental: no unchanged disk is read');
     chomp(my $archive = $full->{out});
     utf8::encode($result->{archive});    # file names are bytes here
     cmp_ok($result->{archive}, 'gt', $archive, 'incremental: a later archive');
     my $dir = restore_and_compare($test, $result->{archive}, 'incremental');
-    is(-s "$dir/guest.conf", undef, 'incremental: no configuration was given');
+    is(-s "$dir/guest.conf", undef, 'incremental: the archive has no configuration');
     check_one_device($test, $archive);
     return ($archive, $result->{archive});
 }
@@ -64,8 +64,8 @@ sub check_one_device ($test, $archive) {
         { devices => { 'drive-efidisk0' => $file }, 'guest-config' => undef, damaged => {} },
         'one device: JSON'
     );
-    is(-s "$test->{dir}/one.raw", 528 * 1024, 'one device: its size');
-    ok(!-e "$test->{dir}/elsewhere", 'one device: nobody is followed elsewhere');
+    is(-s "$test->{dir}/one.raw", 528 * 1024, 'one device: the size of the image');
+    ok(!-e "$test->{dir}/elsewhere", 'one device: a symbolic link is not followed');
     mkdir("$test->{dir}/out/full");
     succeeds('full: restore', 'restore', $archive, "$test->{dir}/out/full/");
     is(-s "$test->{dir}/out/full/guest.conf", 13, 'full: the configuration is restored');
@@ -115,10 +115,10 @@ sub check_archives ($test, @archives) {
     like($list->{out}, qr/^    drive-scsi0 +full +[0-9.]+ MiB of 32\.0 MiB$/m, 'list: a full one');
     like($list->{out}, qr/^    drive-scsi0 +incremental +[0-9.]+ KiB of/m, 'list: an increment');
     is(succeeds('list of a guest', 'list', $test->{store}, '--vmid', 7)->{out},
-        '', 'no other guest');
+        '', 'list of another guest is empty');
 
     my $verify = succeeds('verify', 'verify', "$test->{store}/");
-    is($verify->{out}, join('', map { "$_: ok\n" } @archives), 'verify: all are whole');
+    is($verify->{out}, join('', map { "$_: ok\n" } @archives), 'verify: all archives are intact');
 
     succeeds('prune', 'prune', $test->{store}, '--keep', 1);
     is($json->decode(run_command('prune', $test->{store}, qw(--keep 1 --json))->{out})->@*,
@@ -151,8 +151,8 @@ sub check_damaged_restore ($test, $archive) {
     like($run->{err}, qr/$damaged; the rest is restored/, 'restore of what is damaged: says what');
     my $result = $json->decode($run->{out});
     is_deeply($result->{damaged}, { 'drive-scsi0' => [[16 * $mib, 65536]] }, 'JSON');
-    is(scalar(keys $result->{devices}->%*), 2, 'all devices are there');
-    is(-s "$dir/drive-scsi0.raw", 32 * $mib, 'and whole');
+    is(scalar(keys $result->{devices}->%*), 2, 'all devices are restored');
+    is(-s "$dir/drive-scsi0.raw", 32 * $mib, 'the image has its full size');
     succeeds(
         'without verification',
         'restore', $archive, "$test->{dir}/out/unverified.raw",
@@ -255,7 +255,11 @@ sub check_full_and_named ($test) {
     is($full->{out} . $full->{err}, '', '--quiet: silence');
     is_deeply(kinds($test, '--vmid', 100), [qw(full full)], '--full');
     succeeds('after it', backup($test));
-    is_deeply(kinds($test, '--vmid', 100), [qw(incremental incremental)], 'then incremental');
+    is_deeply(
+        kinds($test, '--vmid', 100),
+        [qw(incremental incremental)],
+        'the next backup is incremental'
+    );
     for my $kind (qw(full incremental)) {
         my $named = succeeds("--guest, $kind", backup($test, '--guest', 'web1'));
         like($named->{out}, qr!\A\Q$test->{store}\E/vm/1/!, '--guest: a number of its own');
@@ -289,7 +293,7 @@ sub check_identity () {
         my @identities = map { scalar(<$_>) // '' } @readers;
         push(@others, $round) if grep { $_ ne $identities[0] || !length } @identities;
     }
-    is("@others", '', 'all of them see the same');
+    is("@others", '', 'all processes see the same ID');
 }
 
 sub check_agent ($test) {
@@ -303,10 +307,10 @@ sub check_output_errors ($test) {
     is($command->finish->{signal}, 13, 'a reader that goes away: SIGPIPE, and silence');
     my $full = system('/bin/sh', '-c', 'exec >/dev/full 2>/dev/null; exec "$@"',
         'sh', PBA::Test::Command::command('list', $test->{store})) >> 8;
-    is($full, 1, 'no space for the output is an error');
+    is($full, 1, 'a full disk for the output is an error');
 }
 
-subtest 'first backups at once' => sub { check_identity() };
+subtest 'simultaneous first backups' => sub { check_identity() };
 for my $name (PBA::Test::Backend->names) {
     subtest "backend $name" => sub {
         my $test = start_guest($name);

@@ -315,7 +315,7 @@ sub back_up ($test, $when) {
         $read .= $volume->pread($offset, $length) =~ s/\0+//gr;
     }
     undef $volume;
-    ok($read eq "\x41" x 65536, "what was read is the disk at its instant")
+    ok($read eq "\x41" x 65536, "the data is that of the disk at its instant")
         if !$test->{is_gone} || $when ne 'volumes';
     $check->('teardown');
     @$test{qw(counts count before)} = (1, 0, $when);
@@ -339,11 +339,12 @@ sub check_next ($test, $ended) {
         return;
     }
     if ($test->{done} && $test->{event}{next} && !$next) {
-        like($@, $test->{event}{next}, 'it is done, and the next backup sees that');
+        like($@, $test->{event}{next}, 'the next backup fails for the expected reason');
         return;
     }
     ok($next, 'the next backup is made') or return diag($@);
-    my $dirty = $next->{ $backend->device('disk0') } // return pass('it is a full one');
+    my $dirty = $next->{ $backend->device('disk0') }
+        // return pass('the next backup is a full one');
     my @wanted
         = grep { exists($test->{model}{$_}) } @at{ $ended ? () : 'before', qw(during after) };
     is(join(' ', grep { !$dirty->{$_} } @wanted), '', 'the next increment lacks nothing');
@@ -354,7 +355,7 @@ sub check_outcome ($test, $ended) {
     my $vm = $test->{vm};
     ok($vm->is_alive, 'QEMU lives') or return;
     my $refused = $test->{event}{refused} // '';
-    ok(!$test->{done}, 'it is refused')
+    ok(!$test->{done}, 'QEMU refuses it')
         if exists($test->{done})
         && $refused
         && ($test->{guarded} || (!$is_proxmox && $refused eq '1'));
@@ -372,7 +373,7 @@ sub check_outcome ($test, $ended) {
     my $what = exists($test->{done}) && $test->{event}{stays} ? $own : sub ($outside) { $outside };
     my ($now, $before) = map { $what->($_) } $test->{backend}->outside, $test->{outside};
     is_deeply($now, $before, 'nothing of ours is left');
-    is_deeply($test->{backend}->other_bitmaps, [], 'nor a bitmap');
+    is_deeply($test->{backend}->other_bitmaps, [], 'no bitmap of ours is left');
     return;
 }
 

@@ -96,7 +96,7 @@ sub complete ($vm, $id, $file, $command) {
     seek($fh, ($command eq 'blockdev-mirror' ? 3 : 1) * $mib, 0);
     read($fh, my $data, 65536);
     my $byte = $command eq 'blockdev-mirror' ? "\x77" : "\x41";
-    ok($data eq $byte x 65536, 'and its target has what the guest wrote');
+    ok($data eq $byte x 65536, "the job's target has what the guest wrote");
     return;
 }
 
@@ -257,7 +257,7 @@ sub check ($name, $shape, $what) {
         if $company->{refusal};
     is_deeply($backend->outside, $before, 'nothing is changed');
     back_up($backend, $backend->device('disk1'), 'allow-shared' => 1);
-    is_deeply($backend->outside, $before, 'it is no reason against a backup of another disk');
+    is_deeply($backend->outside, $before, 'another disk can be backed up');
     $company->{end}->($backend->vm, $there);
     wait_job($backend->vm, qr/gone/);
     return if $company->{keeps};
@@ -295,7 +295,7 @@ sub check_ambiguous_id () {
     );
     my $before = $backend->outside;
     ok(eval { back_up($backend, 'drive-disk0') }, 'it is backed up') or diag($@);
-    is_deeply($backend->outside, $before, 'and nothing is left');
+    is_deeply($backend->outside, $before, 'nothing is left');
     return;
 }
 
@@ -310,9 +310,9 @@ sub check_old_qcow2 () {
     my %options = (persistent => 1, log => sub ($level, $line) { push(@log, $line) });
     ok(eval { back_up($backend, 'disk0', %options) }, 'it is backed up') or diag($@);
     my ($bitmap) = $backend->target_bitmaps;
-    ok(!$bitmap->{persistent}, 'its bitmap is not persistent');
+    ok(!$bitmap->{persistent}, 'the bitmap is not persistent');
     is(scalar(grep { m/disk0: its bitmap cannot be persistent.*compat=1\.1/ } @log),
-        1, 'it is said');
+        1, 'the log says so');
     return;
 }
 
@@ -333,9 +333,12 @@ sub check_passed_through ($type, $returns) {
         unlike("$@", qr/bypass QEMU/, 'a device of the host as such is none');
         return;
     }
-    ok(!$done, 'it is refused');
-    like("$@", qr/\Adevice drive-scsi0: its guest device is a $type, .*exclude the disk/,
-        'and why');
+    ok(!$done, 'setup refuses it');
+    like(
+        "$@",
+        qr/\Adevice drive-scsi0: its guest device is a $type, .*exclude the disk/,
+        'the error says why'
+    );
     ok(!(grep { m/\A(?:blockdev-|nbd-|qom-set|backup-)/ } $calls->{names}->@*), 'nothing is sent');
     return;
 }
@@ -343,8 +346,8 @@ sub check_passed_through ($type, $returns) {
 subtest "backend $_: a shared disk" => sub { check_shared($_) }
     for $Backend->names;
 if (!$VM->is_proxmox) {
-    subtest 'an id of several objects' => sub { check_ambiguous_id() };
-    subtest 'an old qcow2' => sub { check_old_qcow2() };
+    subtest 'an ID that several objects have' => sub { check_ambiguous_id() };
+    subtest 'an old qcow2 image' => sub { check_old_qcow2() };
 }
 for my $type (qw(scsi-block scsi-generic scsi-hd)) {
     subtest "$type, Proxmox" => sub { check_passed_through($type, { pve_returns() }) };

@@ -63,7 +63,7 @@ subtest 'a __DIE__ handler' => sub {
         $calls = 0;
         my $volume = open_volume(start(dirty => $maps{all}));
         ok(!eval { $volume->copy($codes{$of}->@*); 1 }, "$of: dies");
-        is_deeply([$@, $calls], \@plain, 'as it was thrown');
+        is_deeply([$@, $calls], \@plain, 'the exception arrives unchanged');
         $calls = 0;
     }
 };
@@ -73,8 +73,8 @@ subtest 'bandwidth limit' => sub {
     my $volume = open_volume(start(size => 4 * $MiB, dirty => [[0, 4 * $MiB]]));
     my $statistics = $volume->copy(to => '/dev/null', 'bandwidth-limit' => $limit);
     my $expected = 4 * $MiB / $limit;
-    cmp_ok($statistics->{seconds}, '>', $expected * 0.95, 'not faster than the limit');
-    cmp_ok($statistics->{seconds}, '<', $expected * 1.5, 'nor much slower');
+    cmp_ok($statistics->{seconds}, '>', $expected * 0.95, 'the copy is not faster than the limit');
+    cmp_ok($statistics->{seconds}, '<', $expected * 1.5, 'the copy is not much slower');
     is($statistics->{'bytes-discarded'}, 4 * $MiB, 'short reads are discarded by whole clusters');
 };
 
@@ -119,7 +119,7 @@ subtest 'exceptions' => sub {
         my ($option, $code) = @$case;
         my $volume = open_volume(start(dirty => $maps{all}));
         ok(!eval { $volume->copy(to => '/dev/null', $option => $code); 1 }, "$option dies");
-        is($@, $object, "$option: its own exception comes through");
+        is($@, $object, "$option: its exception arrives unchanged");
         same($volume->pread(4096, 4096), substr($image, 4096, 4096),
             "$option: the volume works on");
     }
@@ -145,7 +145,7 @@ subtest 'signals' => sub {
             1;
         };
         ok(!$done, "a $name that hangs: a handler ends the copy");
-        is($@, "alarm\n", "a $name that hangs: with what it died of");
+        is($@, "alarm\n", "a $name that hangs: the handler's exception arrives");
         cmp_ok(time - $start, '<', 1.5 * slowness(), "a $name that hangs: within a second");
     }
 };
@@ -163,7 +163,7 @@ subtest 'loop controls' => sub {
                 push(@seen, eval { $volume->copy(to => '/dev/null', $option => $code) } // $@);
             }
             is(scalar(@seen), 2, "$word in $option: leaves no loop of the caller's");
-            is(scalar(grep { m/\ACan't "$word" outside a loop block/ } @seen), 2, 'but dies');
+            is(scalar(grep { m/\ACan't "$word" outside a loop block/ } @seen), 2, 'it dies');
         }
     }
 };
@@ -205,7 +205,7 @@ subtest 'forks' => sub {
         }
         is($@, '', "a child that $how: the copy goes on");
         waitpid($_, 0) for @children;
-        is($?, 0, "a child that $how: as it should");
+        is($?, 0, "a child that $how: the exit status");
         same(read_file($file), $image, "a child that $how: data");
     }
 };
@@ -221,7 +221,7 @@ subtest 'bounded memory' => sub {
         POSIX::_exit($grown <= 64 * 1024 ? 0 : 1);
     }
     waitpid($pid, 0);
-    is($?, 0, 'at most 64 MiB for the longest requests');
+    is($?, 0, 'memory is at most 64 MiB with the longest requests');
 };
 
 sub peak_kib () {
@@ -268,13 +268,13 @@ sub refused (@cases) {
     for my $case (@cases) {
         my ($pattern, @options) = @$case;
         ok(!eval { $volume->copy(@options); 1 }, "refused: $pattern");
-        like($@, qr/$pattern.*\n\z/, 'with this error');
+        like($@, qr/$pattern.*\n\z/, 'the error message');
     }
     is_deeply([$volume->next_dirty_region], [0, $odd_size], 'the volume was not touched');
     return;
 }
 
-subtest 'targets that will not do' => sub {
+subtest 'invalid targets' => sub {
     open(my $reader, '<', '/dev/null') or die;
     open(my $appender, '>>', "$dir/appended") or die;
     open(my $closed, '<', '/dev/null') or die;

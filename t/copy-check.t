@@ -56,28 +56,35 @@ sub holds ($target, $map) {
         $map->@*;
 }
 
-subtest 'all that is written is read back' => sub {
+subtest 'all written data is read back' => sub {
     for my $name (@whole) {
         for my $no_multi (0, 1) {
             my $target = target(no_multi => $no_multi);
             my $found = copy($maps{$name}, $target);
             my $about = $name . ($no_multi ? ', a single connection' : '');
             is($found->{'bytes-checked'}, bytes_of($maps{$name}), $about);
-            ok(holds($target, $maps{$name}), 'it is there');
+            ok(holds($target, $maps{$name}), 'the target has the data');
             my %reads = map { $_->{connection} => 1 } $target->requests('read');
             my %writes = map { $_->{connection} => 1 } $target->requests('write');
-            ok($no_multi || !grep({ $writes{$_} } keys %reads), 'by a connection of its own');
-            is(scalar(keys %reads), $name eq 'nothing' ? 0 : 1, 'by one');
+            ok(
+                $no_multi || !grep({ $writes{$_} } keys %reads),
+                'the data is read back over a separate connection'
+            );
+            is(
+                scalar(keys %reads),
+                $name eq 'nothing' ? 0 : 1,
+                'the data is read back over one connection'
+            );
         }
     }
 };
 
-subtest 'not where nobody wants it' => sub {
+subtest 'no check without the option' => sub {
     my $target = target();
     my $found = copy($maps{all}, $target, check => 0);
     is($found->{'bytes-checked'}, 0, 'nothing');
-    is(scalar($target->requests('read')), 0, 'no read');
-    is($target->connections, 4, 'no more connections');
+    is(scalar($target->requests('read')), 0, 'nothing is read back');
+    is($target->connections, 4, 'there is no connection for it');
 };
 
 subtest 'requests, blocks, connections, limits' => sub {
@@ -95,7 +102,7 @@ subtest 'requests, blocks, connections, limits' => sub {
         my $target = target();
         my $found = copy($maps{all}, $target, $cases{$name}->%*);
         is($found->{'bytes-checked'}, $odd_size, $name);
-        ok(holds($target, $maps{all}), 'it is there');
+        ok(holds($target, $maps{all}), 'the target has the data');
     }
     my $start = time;
     copy([[0, 4 * $MiB]], target(), 'bandwidth-limit' => 4 * $MiB);
@@ -112,7 +119,7 @@ subtest 'requests, blocks, connections, limits' => sub {
     }
 };
 
-subtest 'a larger block than the end of the volume' => sub {
+subtest 'a block beyond the end of the volume' => sub {
     my $target = target(
         size => $odd_size + 4096 - $odd_size % 4096,
         block_sizes => [4096, 4096, $MiB],
@@ -144,8 +151,8 @@ subtest 'zeroes' => sub {
     };
     is_deeply([$try->()], [$size, $size], 'are read');
     is_deeply([$try->(no_multi => 1)], [$size, $size], 'over the only connection');
-    is_deeply([$try->(holes => [$hole])], [$size, $MiB], 'but for those that the target tells');
-    is_deeply([$try->(no_multi => 1, holes => [$hole])], [$size, $MiB], 'as well');
+    is_deeply([$try->(holes => [$hole])], [$size, $MiB], 'reported zeroes are not read');
+    is_deeply([$try->(no_multi => 1, holes => [$hole])], [$size, $MiB], 'with one connection');
     my ($checked, $read) = $try->(holes => [[32 * $MiB, 16 * $MiB], [50 * $MiB + 512, 10 * $MiB]]);
     is($checked, $size, 'a target that tells some');
     cmp_ok($read, '<=', $size - 16 * $MiB, 'has those read that are not told');
@@ -170,7 +177,7 @@ my %lossy = (
     'the first byte' => [{ returns_wrong => [[0, 1]] }, '65536 at offset 0'],
 );
 
-subtest 'a target that holds something else' => sub {
+subtest 'a target with other data' => sub {
     for my $name (sort keys %lossy) {
         for my $no_multi (0, 1) {
             my ($options, $said) = $lossy{$name}->@*;
@@ -181,19 +188,20 @@ subtest 'a target that holds something else' => sub {
                 qr/\Adevice disk: the target lacks what was written to it - \d+ bytes .*: \Q$said\E$/,
                 'is told'
             );
-            is($@->class, 'ContentError', 'with a class');
+            is($@->class, 'ContentError', 'the error has a class');
             ok(!$target->requests('flush'), 'before it counts');
         }
     }
 };
 
-subtest 'a file of digests is not valid then' => sub {
+subtest 'after a failed check, the file of digests is not valid' => sub {
     my $target = target(loses => [[0, 1]]);
-    ok(!eval { copy($maps{all}, $target, digests => "$dir/bad"); 1 }, 'no copy');
-    ok(!eval { open_volume(start(dirty => []))->check(expected => ["$dir/bad"]); 1 }, 'no digests');
+    ok(!eval { copy($maps{all}, $target, digests => "$dir/bad"); 1 }, 'the copy fails');
+    ok(!eval { open_volume(start(dirty => []))->check(expected => ["$dir/bad"]); 1 },
+        'the file has no valid digests');
 };
 
-subtest 'what fails while it is read back' => sub {
+subtest 'failures while data is read back' => sub {
     my %fails = (
         'an error' => [
             { read_error => EIO },
@@ -210,12 +218,12 @@ subtest 'what fails while it is read back' => sub {
             my $target = target(no_multi => $no_multi, $options->%*);
             ok(!eval { copy($maps{all}, $target); 1 }, $name);
             like($@, $said, 'is told');
-            is($@->class, 'NbdError', 'with a class');
+            is($@->class, 'NbdError', 'the error has a class');
         }
     }
 };
 
-subtest 'a hang is ended by a signal' => sub {
+subtest 'a signal ends a hang' => sub {
     for my $no_multi (0, 1) {
         my $target = target(no_multi => $no_multi, hang_at => 2 * $MiB);
         my $volume = open_volume(start(dirty => $maps{all}));
@@ -227,7 +235,7 @@ subtest 'a hang is ended by a signal' => sub {
                 $volume->copy(to => $target->uri, digests => sub (@) { }, check => 1);
                 1;
             },
-            'no copy'
+            'the copy ends'
         );
         is($@, "interrupted\n", "the handler's own exception");
         cmp_ok(time - $start, '<', 20, 'soon');
@@ -236,7 +244,7 @@ subtest 'a hang is ended by a signal' => sub {
     }
 };
 
-subtest 'what is unchanged was not written, and is not read' => sub {
+subtest 'unchanged blocks are neither written nor read back' => sub {
     my $target = target();
     copy($maps{all}, $target, digests => "$dir/all");
     my $changed = $image;
@@ -255,14 +263,14 @@ subtest 'what is unchanged was not written, and is not read' => sub {
         unchanged => ["$dir/all"],
         check => 1
     );
-    is($found->{'bytes-checked'}, 3 * 64 * $KiB, 'what changed is read back');
+    is($found->{'bytes-checked'}, 3 * 64 * $KiB, 'changed blocks are read back');
     my @reads = $target->requests('read');
     is_deeply(
         [sort { $a <=> $b } map { $_->{offset} } @reads[$before .. $#reads]],
         [64 * $KiB, 192 * $KiB, 2 * $MiB],
-        'and nothing else'
+        'nothing else is read back'
     );
-    same($target->content, $changed, 'it is there');
+    same($target->content, $changed, 'the target has the data');
     ok(
         !eval {
             copy($maps{all}, $target, digests => "$dir/none", unchanged => ["$dir/new"]);
@@ -272,7 +280,7 @@ subtest 'what is unchanged was not written, and is not read' => sub {
                 unchanged => ["$dir/new"]
             );
         },
-        'one that is lost'
+        'a lost changed block'
     );
     like($@, qr/65536 at offset 196608$/m, 'is told');
 };
@@ -284,13 +292,13 @@ subtest 'an increment' => sub {
     is($found->{'bytes-checked'}, bytes_of($maps{'every other cluster'}), 'is read back');
 };
 
-subtest 'a target that says it can zero, and cannot' => sub {
+subtest 'a target that advertises zeroing but cannot zero' => sub {
     my $target = target(zero_error => POSIX::EINVAL());
     is(copy($maps{all}, $target)->{'bytes-checked'}, $odd_size, 'has the data read back');
-    ok(holds($target, $maps{all}), 'it is there');
+    ok(holds($target, $maps{all}), 'the target has the data');
 };
 
-subtest 'what cannot be read, and is damaged' => sub {
+subtest 'damage that cannot be read' => sub {
     my $server = start(dirty => $maps{all}, read_error => EIO, good_first => 3);
     my $target = target();
     copy($maps{all}, target(), digests => "$dir/known");

@@ -71,10 +71,10 @@ close($fuse);
 
 my $source = PBA::Test::NBDServer->start(size => $size, dirty => [[0, $size]]);
 ok(!eval { open_volume($source)->copy(to => $file, discard => 0); 1 }, 'a path: the copy dies');
-like("$@", qr/flushing \Q$file\E failed - Input/, 'of what close said');
+like("$@", qr/flushing \Q$file\E failed - Input/, 'the error is that of close()');
 open(my $handle, '+<', $file) or die "$file: $!\n";
 ok(!eval { open_volume($source)->copy(to => $handle, discard => 0); 1 }, 'a handle: the copy dies');
-like("$@", qr/flushing the file descriptor \d+ failed - Input/, 'of the same');
+like("$@", qr/flushing the file descriptor \d+ failed - Input/, 'the error is the same');
 {
     no warnings 'io';    ## no critic (ProhibitNoWarnings)
     close($handle);

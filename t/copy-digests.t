@@ -144,7 +144,7 @@ subtest 'holes' => sub {
     cmp_ok($read, '<', 20 * $MiB, 'holes are not read');
 };
 
-subtest 'a code ref as the target is told of the data after its digests' => sub {
+subtest 'a code ref as the target gets data after its digests' => sub {
     my (@events, %found);
     my $take = collector(\%found);
     open_volume(start(dirty => $maps{all}, delay => 0.001))->copy(
@@ -158,7 +158,7 @@ subtest 'a code ref as the target is told of the data after its digests' => sub 
         my ($digests, $data) = @events[$_ * 2, $_ * 2 + 1];
         $digests->[0] ne 'digests' || $data->[0] ne 'data' || $digests->[1] != $data->[1]
     } 0 .. $#events / 2;
-    is($wrong, 0, 'in turn');
+    is($wrong, 0, 'digests and data alternate');
 };
 
 subtest 'a file' => sub {
@@ -166,7 +166,7 @@ subtest 'a file' => sub {
     open_volume(start(dirty_only => 0), 'bitmap-mode' => 'none', 'bitmap-name' => undef)
         ->copy(to => '/dev/null', digests => $file);
     my $all = digests_of($image, $maps{all});
-    is_deeply(slots_of($file), without_zeroes($all, $image), 'of all of a volume: without zeroes');
+    is_deeply(slots_of($file), without_zeroes($all, $image), 'a whole volume: without zeroes');
     is(substr(read_file($file), 0, 12), "PBA-DIGESTS\n", 'has a header');
     is((stat($file))[2] & 0777, 0600, 'is its owner\'s alone');
     for my $map (sort keys %whole) {
@@ -217,29 +217,29 @@ substr($flipped, $_, 1) ^.= "\x10" for 64 * $KiB + 5, 128 * $KiB - 1, 3 * $MiB, 
 my @flips = ([64 * $KiB, 64 * $KiB], [3 * $MiB, 64 * $KiB], [6 * $MiB, 4608]);
 my @damaged_data = (data => sub ($offset, $length) { substr($flipped, $offset, $length) });
 
-subtest 'what is expected' => sub {
+subtest 'expected digests' => sub {
     my $file = "$dir/expected";
     open_volume(start(dirty_only => 0), 'bitmap-mode' => 'none', 'bitmap-name' => undef)
         ->copy(to => '/dev/null', digests => $file);
     my ($statistics, @damage) = damage_of(start(dirty_only => 0), [$file]);
-    is_deeply(\@damage, [], 'the same: no damage');
-    is($statistics->{'bytes-read'}, $odd_size, 'all of it was read');
-    is($statistics->{'bytes-unknown'}, 0, 'all of it was known');
+    is_deeply(\@damage, [], 'equal data: no damage');
+    is($statistics->{'bytes-read'}, $odd_size, 'equal data: everything was read');
+    is($statistics->{'bytes-unknown'}, 0, 'equal data: every digest was known');
     ($statistics, @damage) = damage_of(start(dirty_only => 0, @damaged_data), [$file]);
     is_deeply(\@damage, \@flips, 'bits that are wrong, also in zeroes');
     is($statistics->{'bytes-damaged'}, 128 * $KiB + 4608, 'are counted');
     ($statistics, @damage)
         = damage_of(start(dirty_only => 0, @damaged_data), [$file], to => "$dir/restored");
     is_deeply(\@damage, \@flips, 'a copy says the same');
-    same(read_file("$dir/restored"), $flipped, 'and has all that was read');
+    same(read_file("$dir/restored"), $flipped, 'the copy contains everything that was read');
     my $volume = open_volume(
         start(dirty_only => 0, @damaged_data),
         'bitmap-mode' => 'none',
         'bitmap-name' => undef
     );
     eval { $volume->check(expected => [$file], connections => 1) };
-    like($@, qr/65536 bytes at offset 65536 do not match their digests/, 'or dies');
-    is(ref($@) && $@->class, 'ContentError', 'with a class of its own');
+    like($@, qr/65536 bytes at offset 65536 do not match their digests/, 'without one, it dies');
+    is(ref($@) && $@->class, 'ContentError', 'the error has a class of its own');
 };
 
 subtest 'several files' => sub {
@@ -251,10 +251,10 @@ subtest 'several files' => sub {
     ($statistics, @damage) = damage_of($server, [$old, $new]);
     is_deeply(\@damage, \@flips, 'whichever that is');
     ($statistics, @damage) = damage_of($server, [$new]);
-    is_deeply(\@damage, [], 'what is not known is not damaged');
-    is($statistics->{'bytes-unknown'}, $odd_size - 128 * $KiB - 4608, 'but counted');
+    is_deeply(\@damage, [], 'blocks without a digest are not damaged');
+    is($statistics->{'bytes-unknown'}, $odd_size - 128 * $KiB - 4608, 'they are counted');
     ($statistics, @damage) = damage_of(start(dirty_only => 0), [$new, $old], 'only-known' => 1);
-    is_deeply(\@damage, \@flips, 'only what the first file knows');
+    is_deeply(\@damage, \@flips, 'only the blocks of the first file are checked');
     is($statistics->{'bytes-read'}, 128 * $KiB + 4608, 'is read');
     my @progress;
     damage_of($server, [$new], 'only-known' => 1, progress => sub (@told) { @progress = @told });
@@ -300,7 +300,7 @@ sub blocks_written ($data, %options) {
     return sort { $a <=> $b } keys %blocks;
 }
 
-subtest 'what is unchanged is not written' => sub {
+subtest 'unchanged blocks are not written' => sub {
     my ($old, $new) = ($image, changed_image());
     substr($old, 320 * $KiB, 64 * $KiB) = "\0" x (64 * $KiB);
     my ($base, $part) = ("$dir/base-digests", "$dir/part-digests");
@@ -316,7 +316,7 @@ subtest 'what is unchanged is not written' => sub {
         is_deeply(
             [$statistics->@{qw(bytes-read bytes-unchanged)}],
             [$odd_size, $odd_size - $bytes],
-            "$request: all is read"
+            "$request: everything is read"
         );
         is($statistics->{'bytes-written'} + $statistics->{'bytes-zero'}, $bytes, 'sums');
         is_deeply(slots_of($part), digests_of($new, \@differ), "$request: digests");
@@ -330,7 +330,7 @@ subtest 'what is unchanged is not written' => sub {
     }
 };
 
-subtest 'what cannot be read is damaged' => sub {
+subtest 'unreadable blocks are damaged' => sub {
     my $server = start(dirty => [[0, 3 * $MiB], [3 * $MiB + 256 * $KiB, 2 * $MiB]]);
     my ($statistics, @damage) = damage_of(
         $server, ["$dir/expected"],
@@ -381,18 +381,18 @@ subtest 'errors' => sub {
                 ["$dir/expected"], damaged => sub (@) { die "too much\n" });
         },
         qr/\Atoo much\n\z/,
-        'so does that for damage'
+        'the code ref for damage dies, too'
     );
     dies_like(
         sub { copy_to_null('all', digests => "$dir/none/such") },
         qr/cannot open .* No such file/,
-        'no such directory'
+        'the directory does not exist'
     );
-    dies_like(sub { copy_to_null('all', digests => '/dev/full') }, qr{/dev/full}, 'no file');
+    dies_like(sub { copy_to_null('all', digests => '/dev/full') }, qr{/dev/full}, 'not a file');
     dies_like(
         sub { copy_to_null('all', expected => ["$dir/restored"]) },
         qr/is not a file of digests/,
-        'no digests'
+        'the file has no digests'
     );
 };
 
@@ -406,7 +406,7 @@ subtest 'a pipe for a file of digests' => sub {
     }
 };
 
-subtest 'files of digests that will not do' => sub {
+subtest 'invalid files of digests' => sub {
     my $content = read_file("$dir/expected");
     my %bad = (
         'not a file of digests' => "\0$content",
@@ -444,12 +444,12 @@ subtest 'a copy that fails leaves no digests' => sub {
     );
 };
 
-subtest 'errors of what is unchanged' => sub {
+subtest 'errors of the option unchanged' => sub {
     my @unchanged = (unchanged => ["$dir/expected"]);
     dies_like(
         sub { copy_to_null('all', @unchanged, expected => ["$dir/expected"]) },
         qr/unchanged and expected exclude/,
-        'what excludes each other'
+        'options that exclude each other'
     );
     dies_like(
         sub { whole($image)->copy(to => "$dir/not-there", @unchanged) },

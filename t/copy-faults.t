@@ -129,7 +129,7 @@ subtest 'a map that ends early' => sub {
     }
 };
 
-subtest 'odd answers that are right' => sub {
+subtest 'unusual but correct answers' => sub {
     my %oddities = (
         'unknown flags' => { unknown_flags => 0xfff0 },
         'more than asked' => { answer_more => 1 },
@@ -184,7 +184,7 @@ subtest 'servers that are killed' => sub {
     my ($done, $error) = copy_while_ending($source, $volume, to => "$dir/target");
     ok(!$done, 'the source');
     like($error, qr/\Adevice disk: $lost/, 'the source: error');
-    ok(!eval { $volume->pread(0, 512); 1 }, 'the source: it is gone for reads as well');
+    ok(!eval { $volume->pread(0, 512); 1 }, 'the source: reads fail, too');
 
     my $target = $QemuNbd->start(file => filled_file("$dir/target"));
     $volume = open_volume(start());
@@ -195,7 +195,7 @@ subtest 'servers that are killed' => sub {
 };
 
 # The source disconnects between the only read and the discard of that data, so only the discard can fail.
-subtest 'a source that goes before a discard is sent' => sub {
+subtest 'a source that disconnects before a discard' => sub {
     for my $connections (1, 4) {
         my $source = $QemuNbd->start(file => filled_file("$dir/source"));
         my $volume = $Volume->open('disk', { 'nbd-path' => $source->uri });
@@ -297,7 +297,7 @@ subtest 'a target whose first connection dies once it is idle' => sub {
         open_volume(start())->copy(to => $target->uri, 'request-size' => $size / 2);
         1;
     };
-    ok(!$copied, 'dies: what it has written may not be flushed');
+    ok(!$copied, 'the copy dies: written data may not be flushed');
     is(ref($@) && $@->class, 'NbdError', 'class') or diag($@);
     is(scalar(() = $target->requests('write')), 2, 'though all was written');
 };
@@ -306,14 +306,14 @@ subtest 'a target that cannot flush' => sub {
     my $target = $NBDServer->start(size => $size, no_flush => 1);
     my $statistics = open_volume(start())->copy(to => $target->uri);
     is($statistics->{'bytes-written'}, $size, 'gets all data');
-    is_deeply([$target->requests('flush')], [], 'and is not asked to');
+    is_deeply([$target->requests('flush')], [], 'no flush is requested');
     my $other = $NBDServer->start(size => $size);
     open_volume(start())->copy(to => $other->uri);
-    cmp_ok(scalar(() = $other->requests('flush')), '>', 0, 'one that can is');
+    cmp_ok(scalar(() = $other->requests('flush')), '>', 0, 'a target that can flush gets a flush');
 };
 
 # Accepted data need not be stored data; only the flush shows it.
-subtest 'targets that lose what they took' => sub {
+subtest 'targets that lose accepted data' => sub {
     my %node = (
         driver => 'blkdebug',
         'image.driver' => 'file',
@@ -348,7 +348,7 @@ eval { $volume->copy(to => $fh); 1 } and exit(1);
 exit($@ =~ m/at offset \d+ to .* failed - File too large/ ? 0 : 2);
 EOF
 
-subtest 'a file that may not be so long' => sub {
+subtest 'a file beyond the size limit' => sub {
     my $server = start();
     my $file = filled_file("$dir/target");
     my $pid = fork() // die "cannot fork: $!\n";

@@ -107,7 +107,7 @@ sub backup ($context, $mode, $sink, $fail = undef) {
         if ($fail) {
             my $done = eval { $fail->($volume); 1 };
             ok(!$done, 'the copy fails') or next;
-            like($@, qr/offset \d+|enough/, 'with an error that names the offset');
+            like($@, qr/offset \d+|enough/, 'the error names the offset');
             $access->teardown(0);
             return;
         }
@@ -199,7 +199,7 @@ sub check_backend ($name, $mechanism) {
                 cmp_ok($copied, '<', $sizes{disk0} / 2, "$sink: an increment is a part");
             }
             else {
-                is($copied, $sizes{disk0}, "$sink, mode $mode: all of it");
+                is($copied, $sizes{disk0}, "$sink, mode $mode: everything is copied");
             }
             is($discarded, $copied, "$sink, mode $mode: discarded what was copied");
         }

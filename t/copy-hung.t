@@ -125,7 +125,7 @@ for my $at (qw(open write flush)) {
         close($out);
         is(hear($in), "interrupted\ndropped\ncopied again\n", 'a signal, then another copy');
         ok(has_ended($pid), 'the process ends');
-        ok(-s "$dir/other" == $size, 'the other copy is there');
+        ok(-s "$dir/other" == $size, 'the other copy is complete');
         unlink("$dir/other");
         $backing->stop;
         kill('CONT', $daemon);
@@ -158,10 +158,10 @@ subtest 'files of digests' => sub {
     my $daemon = serve($backing);
     kill('STOP', $daemon);
     my @file = ("$dir/mnt");
-    is(says_with(expected => \@file), "interrupted\n", 'of what is expected');
-    is(says_with(unchanged => \@file, 'without-base' => 1), "interrupted\n",
-        'of what is unchanged');
-    is(says_with(digests => @file), "interrupted\n", 'to be written');
+    is(says_with(expected => \@file), "interrupted\n", 'a file of expected digests hangs');
+    is(says_with(unchanged => \@file, 'without-base' => 1),
+        "interrupted\n", 'a file of unchanged digests hangs');
+    is(says_with(digests => @file), "interrupted\n", 'a file to which digests are written hangs');
     $backing->stop;
     kill('CONT', $daemon);
     unmount($daemon, 'KILL');
@@ -192,10 +192,10 @@ subtest 'the processes of a copy' => sub {
         'bandwidth-limit' => 4 * $MiB,
         progress => $look
     );
-    cmp_ok($more, '>', 0, 'there is one');
+    cmp_ok($more, '>', 0, 'there is a writer process');
     is_deeply(\@found, [], 'a wait for any child does not find it');
-    is($signals, 0, 'nor does its end send a signal');
-    is_deeply([grep { !$before{$_} } children()], [], 'none is left');
+    is($signals, 0, 'its end sends no signal');
+    is_deeply([grep { !$before{$_} } children()], [], 'no process is left');
 };
 
 done_testing;

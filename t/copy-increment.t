@@ -71,7 +71,7 @@ for my $mechanism (sort keys %volumes) {
             like(my $error = $@, qr/\Adevice disk: .*$pattern.*'without-base'\n\z/, 'error');
             is(eval { $error->class }, 'ArgumentError', 'class');
             defined($before)
-                ? same(read_file($file), $before, 'it is as before')
+                ? same(read_file($file), $before, 'the file is unchanged')
                 : ok(!-e $file, 'nothing was made');
 
             my @told = (discard => 0, 'without-base' => 1);
@@ -92,7 +92,7 @@ for my $mechanism (sort keys %volumes) {
         ok(eval { $open->('reuse')->copy(to => $fh, discard => 0); 1 }, 'of an image') or diag($@);
         same(read_file("$dir/target"), changed($unseen), 'has what changed');
     };
-    subtest "$mechanism: what is no file" => sub {
+    subtest "$mechanism: targets that are not files" => sub {
         for my $to ('/dev/null', sub (@) { return }) {
             ok(eval { $open->('reuse')->copy(to => $to, discard => 0); 1 }, "$to") or diag($@);
         }

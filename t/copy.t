@@ -131,8 +131,8 @@ subtest 'links to descriptors' => sub {
         symlink("/proc/self/fd/$number", "$dir/link") or die "symlink: $!\n";
         my $volume = open_volume(start());
         ok(!eval { $volume->copy(to => "$dir/link", 'without-base' => 1); 1 }, "$number: refused")
-            or is(-s "$dir/target", $odd_size, "$number: or copied");
-        like("$@", qr/cannot write to \Q$dir\E\/link - /, "$number: and why");
+            or is(-s "$dir/target", $odd_size, "$number: or the copy succeeds");
+        like("$@", qr/cannot write to \Q$dir\E\/link - /, "$number: the error says why");
         unlink("$dir/link");
     }
 };
@@ -152,7 +152,7 @@ subtest 'to a block device' => sub {
     same(read_file($file), expected($unseen x (7 * $MiB), $map), 'data');
     check_statistics($done, $map, 'loop device');
     ok(!$refused, 'a device that is too small is refused');
-    like($why, qr/too few for the volume's/, 'and the error says why');
+    like($why, qr/too few for the volume's/, 'the error says why');
 };
 
 subtest 'files: size and holes' => sub {
@@ -181,7 +181,7 @@ subtest 'files: size and holes' => sub {
     is((stat("$dir/sparse"))[2] & 07777, 0600, 'a new file is for its owner only');
     chmod(0640, "$dir/sparse");
     open_volume(start(dirty => $map), 'bitmap-mode' => 'new')->copy(to => "$dir/sparse");
-    is((stat("$dir/sparse"))[2] & 07777, 0640, 'one that was there keeps its mode');
+    is((stat("$dir/sparse"))[2] & 07777, 0640, 'an existing file keeps its mode');
 
     my $file = "$dir/whole";
     my $volume
@@ -190,10 +190,10 @@ subtest 'files: size and holes' => sub {
     same(read_file($file), $image, 'without a bitmap everything is copied');
     unlink($file);
     $volume->copy(to => $file, 'bandwidth-limit' => 0);
-    same(read_file($file), $image, 'no limit is none');
+    same(read_file($file), $image, 'a limit of 0 is no limit');
 };
 
-subtest 'what is asked of the source' => sub {
+subtest 'requests to the source' => sub {
     for my $request_size (64 * $KiB, 256 * $KiB, 8 * $MiB) {
         for my $map_name (sort keys %maps) {
             my $map = $maps{$map_name};
@@ -208,9 +208,9 @@ subtest 'what is asked of the source' => sub {
                 $statistics->{'bytes-read'},
                 "$name: nothing is read twice"
             );
-            cmp_ok(max(0, map { $_->[1] } @reads), '<=', $request_size, "$name: no longer reads");
+            cmp_ok(max(0, map { $_->[1] } @reads), '<=', $request_size, "$name: no read is longer");
             my $fewest = sum0(map { POSIX::ceil($_->[1] / $request_size) } @$map);
-            cmp_ok(scalar(@reads), '<=', $fewest + @$map, "$name: and no more of them");
+            cmp_ok(scalar(@reads), '<=', $fewest + @$map, "$name: the fewest reads");
             check_discards($server, $map, $statistics, $name);
         }
     }
@@ -220,7 +220,7 @@ subtest 'what is asked of the source' => sub {
     cmp_ok($server->connections, '>', 1, 'over several connections');
     $server = start(dirty => $maps{all});
     open_volume($server)->copy(to => '/dev/null', connections => 1);
-    is($server->connections, 1, 'or just one');
+    is($server->connections, 1, 'one connection, if requested');
 };
 
 my $thin_size = 20 * $MiB + 512;
@@ -263,7 +263,7 @@ subtest 'holes' => sub {
             check_statistics($statistics, $map, "$name to $sink");
             my $inside = reads_inside($server, grep { $_->[1] >= 256 * $KiB } @thin_holes);
             $sink eq 'a function'
-                ? cmp_ok($inside, '>', 0, "$name to $sink: all is read")
+                ? cmp_ok($inside, '>', 0, "$name to $sink: everything is read")
                 : is($inside, 0, "$name to $sink: no hole is read");
         }
         my $silent = open_volume(start_thin($thin, $map, $mode, allocation_error => 22),
@@ -273,7 +273,7 @@ subtest 'holes' => sub {
     }
 };
 
-subtest 'holes, to what has none' => sub {
+subtest 'holes, to targets without holes' => sub {
     my $thin = thin_image();
     for my $case (@thin_cases) {
         my ($name, $map, $mode) = $case->@*;
@@ -284,11 +284,11 @@ subtest 'holes, to what has none' => sub {
         is(
             sum0(map { $_->{length} } $target->requests('write')),
             $statistics->{'bytes-read'},
-            "$name: all of it"
+            "$name: all data is written"
         );
         $volume = open_volume(start_thin($thin, $map, $mode), 'bitmap-mode' => $mode);
         $statistics = $volume->copy(to => '/dev/null');
-        is($statistics->{'bytes-zero'}, 0, "$name: so does a device that has no holes");
+        is($statistics->{'bytes-zero'}, 0, "$name: a device without holes gets data");
     }
 };
 
@@ -317,9 +317,9 @@ subtest 'a server to be read by clusters' => sub {
             next;
         }
         is($crossing, 0, 'no read crosses the edge of a cluster');
-        is($questions, 0, 'it is not asked for holes');
+        is($questions, 0, 'holes are not queried');
         my $whole = grep { $_->{flags} & 4 } $server->requests('read');
-        is($whole, scalar(() = $server->requests('read')), 'nor does it look for them in a read');
+        is($whole, scalar(() = $server->requests('read')), 'no read makes it look for holes');
     }
 };
 
@@ -360,11 +360,11 @@ sub check_discards ($server, $map, $statistics, $name) {
             max(0, $end - POSIX::ceil($_->[0] / $cluster) * $cluster);
         } @$map
     );
-    is($bytes, $whole, "$name: all of them");
+    is($bytes, $whole, "$name: all whole clusters are discarded");
     is(
         $statistics->{'bytes-discarded'},
         $whole - $whole % $cluster,
-        "$name: and they are counted, but for the part at the end"
+        "$name: the statistics count them, without the part at the end"
     );
 }
 
@@ -393,12 +393,12 @@ subtest 'discarding' => sub {
         $seen = $offset + length($data);
     };
     ok(!eval { $volume->copy(to => $write); 1 }, 'a copy that ends early');
-    is($@, "enough\n", 'by what the function died of');
+    is($@, "enough\n", 'the exception is that of the function');
     is(scalar(grep { $_->{offset} + $_->{length} > $seen } $server->requests('trim')),
         0, 'nothing is discarded that was not handed out');
 };
 
-subtest 'the volume is as before' => sub {
+subtest 'the volume can be used again' => sub {
     my $map = $maps{'every other cluster'};
     my $volume = open_volume(start(dirty => $map));
     is_deeply([$volume->dirty_regions(3)], [map { @$_ } @$map[0 .. 2]], 'three regions');
@@ -407,8 +407,8 @@ subtest 'the volume is as before' => sub {
         $volume->copy(to => $file, discard => 0);
         same(read_file($file), expected($unseen x $odd_size, $map), "copy $round has all of them");
     }
-    is_deeply([$volume->next_dirty_region], $map->[3], 'and the fourth comes after the third');
-    is_deeply([$volume->dirty_regions(1000)], [map { @$_ } @$map[4 .. $#$map]], 'then the others');
+    is_deeply([$volume->next_dirty_region], $map->[3], 'the fourth region follows the third');
+    is_deeply([$volume->dirty_regions(1000)], [map { @$_ } @$map[4 .. $#$map]], 'then the rest');
 };
 
 subtest 'data that the function keeps' => sub {
@@ -471,7 +471,7 @@ subtest 'from a file handle' => sub {
     }
 };
 
-subtest 'regions of a file handle that end badly' => sub {
+subtest 'faulty regions of a file handle' => sub {
     for my $with_progress (0, 1) {
         my @progress = $with_progress ? (progress => sub (@) { }) : ();
         my $calls = 0;
@@ -484,11 +484,11 @@ subtest 'regions of a file handle that end badly' => sub {
         );
         ok(!eval { $volume->copy(to => '/dev/null', @progress); 1 },
             'regions that end in an exception');
-        is($@, "no more\n", 'which comes through');
+        is($@, "no more\n", 'the exception arrives unchanged');
         $volume = open_handle([[0, 65536], [32768, 65536]]);
         ok(!eval { $volume->copy(to => '/dev/null', @progress); 1 }, 'regions that overlap');
         like($@, qr/offset 32768/, 'are an error');
-        ok(!eval { $volume->next_dirty_region; 1 }, 'and never the end');
+        ok(!eval { $volume->next_dirty_region; 1 }, 'the error does not look like the end');
     }
     my $volume = open_handle([[0, $odd_size]]);
     truncate("$dir/handle", 5 * $MiB + 512) or die "truncate: $!\n";

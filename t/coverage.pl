@@ -1,9 +1,9 @@
-# How much of the C and the Perl the tests run: ./run coverage [T...]
+# Measures how much of the C and the Perl code the tests run: ./run coverage [T...]
 #
-# Builds in .coverage with gcov's counters and runs the tests there under Devel::Cover: all, or the ones
-# named. As long as the sources are the same, every run adds to those before it. Prints a line per
-# file, with the numbers of the lines that were not run, and the sums; less than what is asked for of
-# either language is a failure. The same, line by line, is in .coverage/html.
+# Builds in .coverage with gcov's counters, and runs the tests there under Devel::Cover: all, or the named ones.
+# While the sources stay the same, the results of all runs are added up. Prints one line per file, with the
+# numbers of the lines that were not run, and the totals; it fails if the total of either language is below the
+# limit. Detailed results are in .coverage/html.
 
 use v5.36;
 
@@ -21,8 +21,8 @@ my $wanted_percent = 90;
 my $root = getcwd();
 my $tree = "$root/.coverage";
 
-# Tests that tell nothing of what the others run: of the tests' own tools and of the documents, and those
-# that build the C core by themselves.
+# Tests that do not contribute to the coverage: those of the tests' own tools and of the documentation, and
+# those that build the C core themselves.
 my $no_use = qr{/(?:bench|c-unit|demo|front-recordings|fuzz|harness|house|manifest|pod|soak)\.t\z};
 
 sub run (@command) {
@@ -58,7 +58,7 @@ sub prepare () {
     local $ENV{PBA_LDFLAGS} = "--coverage -Wl,--wrap=_exit $tree/coverage-exit.o";
     run('perl Makefile.PL >/dev/null && make -s -j2 >/dev/null');
 
-    # Some tests are another user for a while, who has to find every file there.
+    # Some tests change their user for a while, who needs access to every file.
     make_path('cover_db');
     run('perl -Mblib -MPVE::BackupAccess -e1');
     system('blib/arch/auto/PVE/BackupAccess/pba-vfile 2>/dev/null');
@@ -69,7 +69,7 @@ sub prepare () {
     return;
 }
 
-# A test that fails under coverage has failed by its slowness, or fails elsewhere, too.
+# A test that fails under coverage fails because it is slow, or fails elsewhere, too.
 sub run_tests (@tests) {
     my $options = "-silent,1,-loose_perms,1,-db,$tree/cover_db,-coverage,statement"
         . ',-ignore,.,-select,blib/lib';
@@ -80,7 +80,7 @@ sub run_tests (@tests) {
     return;
 }
 
-# ---- what was run: { file => { line => [how often each of its statements was] } } ----
+# ---- the results: { file => { line => [how often each of its statements was run] } } ----
 
 sub c_lines () {
     make_path('html');
@@ -112,7 +112,7 @@ sub perl_statements () {
 
 # ---- the report ----
 
-# '3,7-9': with what is between two of them and has no code, so that a branch is one range.
+# Such as '3,7-9'. Lines without code between two lines are included, so that a branch is one range.
 sub ranges ($lines) {
     my ($last_missed, @ranges);
     for my $line (sort { $a <=> $b } keys($lines->%*)) {
@@ -126,7 +126,7 @@ sub ranges ($lines) {
 
 sub percent ($run, $all) { return $all ? 100 * $run / $all : 0 }
 
-# True if that is enough. A file that was never loaded has no statements that could be counted.
+# True if the coverage is sufficient. A file that was never loaded has no statements that can be counted.
 sub report ($what, $lines) {
     my ($sum_run, $sum, $enough) = (0, 0, 1);
     say "\n$what";

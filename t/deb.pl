@@ -1,10 +1,10 @@
-# The Debian package: ./run deb builds it, and leaves it in the directory named.
+# Builds the Debian package for ./run deb, and stores it in the given directory.
 #
 #     perl t/deb.pl [--test] DIRECTORY
 #
-# What is committed or about to be is built, or a release, in a copy, since dpkg-buildpackage writes
-# beside its sources. --test holds the result to lintian; with PBA_FULL=1 it is built twice, at different
-# places, and both are the same.
+# Builds the files that git knows, including uncommitted changes, or those of a release, in a copy, because
+# dpkg-buildpackage writes to the parent directory. --test checks the result with lintian; with PBA_FULL=1, the
+# package is built twice in different directories, and the results must be equal.
 
 use v5.36;
 
@@ -21,7 +21,7 @@ sub run (@command) {
     return;
 }
 
-# Says what was said only if it went wrong.
+# Prints the output of a command only if it fails.
 sub run_quietly ($log, @command) {
     my $status = system('sh', '-c', 'log=$1; shift; exec "$@" >"$log" 2>&1', 'sh', $log, @command);
     return if $status == 0;
@@ -29,7 +29,7 @@ sub run_quietly ($log, @command) {
     die "'@command' failed\n";
 }
 
-# What git has or is about to have; in a release, which has no git, what MANIFEST names.
+# The files that git knows, committed or not; in a release, which has no git, those in MANIFEST.
 sub sources () {
     return source_files() if -e '.git';
     open(my $manifest, '<', 'MANIFEST') or die "MANIFEST: $!\n";
@@ -45,7 +45,7 @@ sub copy_sources ($to) {
     return;
 }
 
-# The directory with the packages, and below it the sources.
+# The directory with the packages. The sources are below it.
 sub build ($name) {
     my $dir = File::Temp->newdir("pba-deb-$name.XXXXXX", TMPDIR => 1);
     my $copy = "$dir/libpve-backup-access-perl";
@@ -63,7 +63,7 @@ sub packages ($dir) {
 
 sub digest ($file) { return Digest::SHA->new(256)->addfile($file)->hexdigest }
 
-# The packages that a second build, at another place, makes otherwise.
+# The packages that differ in a second build in another directory.
 sub differing ($dir) {
     my $again = build('the-second-of-two');
     my %first = map { s{.*/}{}r => digest($_) } packages($dir);

@@ -6,5 +6,5 @@ use Test::More;
 
 my $output = qx($^X -Mblib examples/demo.pl 2>&1);
 is($?, 0, 'the demo ends well') or diag($output);
-like($output, qr/demo: verified/, 'what it restored is what the guest had');
+like($output, qr/demo: verified/, 'the demo has verified its restores');
 done_testing;

@@ -50,7 +50,7 @@ sub count ($pid, $pattern) {
 
 # A test with nothing to inherit would prove nothing.
 sub holds ($count, $pattern, $name) {
-    cmp_ok(count($$, $pattern), '>=', $count, "$name: there is something to inherit");
+    cmp_ok(count($$, $pattern), '>=', $count, "$name: there are descriptors to inherit");
 }
 
 # ---- the monitor's socket, during a wait for QEMU ----
@@ -114,7 +114,7 @@ sub check_servers ($backend, $devices) {
         is_deeply(\%kinds, \%of_server, 'a server has its own descriptors only');
     }
     my @shared = grep { m/\Asocket:/ && $sockets{$_} > 1 } keys %sockets;
-    is("@shared", '', 'nor have two servers the same');
+    is("@shared", '', 'two servers share no descriptor');
 }
 
 sub check_volumes ($backend, $mechanism, $volumes, $target) {

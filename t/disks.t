@@ -49,7 +49,7 @@ sub check_kinds ($backend) {
         is($volume->size, $size, "$id: size");
         my ($bytes, $bad) = read_all($volume, $id eq 'locked' ? "\0" : 'A');
         is($bytes, $size, "$id: a bitmap that is recreated covers every byte");
-        is($bad, 0, "$id: its data is that of the instant");
+        is($bad, 0, "$id: the data is that of the instant");
     }
     $access->teardown(1);
     is_deeply($backend->outside, $outside, 'nothing is left');
@@ -64,8 +64,8 @@ sub check_increment ($backend, @ids) {
         my $volume = $access->volume($backend->device($id));
         my ($offset, $length) = $volume->next_dirty_region;
         is($offset, 0, "$id: the block written during the last access is dirty");
-        is($volume->pread(0, 512), 'B' x 512, "$id: and has the new data");
-        is_deeply([$volume->next_dirty_region], [], "$id: no other block is")
+        is($volume->pread(0, 512), 'B' x 512, "$id: the block has the new data");
+        is_deeply([$volume->next_dirty_region], [], "$id: no other block is dirty")
             if $length < $volume->size;
     }
     $access->teardown(1);

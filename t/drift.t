@@ -59,7 +59,7 @@ sub taken ($signature) {
     return (scalar(grep { m/^\$/ && !m/=/ } @rest), $most);
 }
 
-subtest 'our provider takes what it is given' => sub {
+subtest 'our provider accepts the arguments' => sub {
     my $source
         = join('', map { content("lib/PVE/BackupAccess/Provider/$_.pm") } qw(Store Qcow2Chain));
     my %signature = $source =~ m/^sub (\w+) \((.*?)\) \{/mg;
@@ -69,8 +69,8 @@ subtest 'our provider takes what it is given' => sub {
         my ($least, $most) = taken($signature{$method});
         ok($least <= $given && $given <= $most, "$method: $given arguments");
     }
-    cmp_ok(scalar(grep { exists($signature{$_}) } keys(%arguments)), '>', 15,
-        'it has most of them');
+    cmp_ok(scalar(grep { exists($signature{$_}) } keys(%arguments)),
+        '>', 15, 'it has most of the methods');
 };
 
 # ---- storage plugins ----
@@ -105,8 +105,8 @@ sub check_stand_in ($name) {
     my ($stand_in, $file) = ($storage_stand_ins{$name}, real_file("PVE/$name"));
     my ($ours, $real) = (signatures($stand_in), declared(content($file)));
     cmp_ok(scalar(keys($ours->%*)), '>', 0, "$stand_in has methods");
-    is(join(' ', unfit($ours, $real)), '', "which take what $file gives");
-    is(join(' ', own_methods($ours, $real)), '', 'and none of its own');
+    is(join(' ', unfit($ours, $real)), '', "the stand-in accepts what $file passes");
+    is(join(' ', own_methods($ours, $real)), '', 'the stand-in has no other methods');
     return;
 }
 
@@ -169,9 +169,10 @@ SKIP: {
 
 subtest 'drift of a plugin is found' => sub {
     my %ours = (path => '$class, $scfg, $volname, @', list => '$class, $id, $more = undef');
-    is_deeply([unfit(\%ours, { path => 'scfg, volname, storeid', list => 'id' })], [], 'it fits');
-    is_deeply([unfit(\%ours, { path => 'scfg', list => 'id' })], ['path'], 'too few');
-    is_deeply([unfit(\%ours, { list => 'id, type, vmid' })], ['list'], 'too many');
+    is_deeply([unfit(\%ours, { path => 'scfg, volname, storeid', list => 'id' })],
+        [], 'matching signatures');
+    is_deeply([unfit(\%ours, { path => 'scfg', list => 'id' })], ['path'], 'too few arguments');
+    is_deeply([unfit(\%ours, { list => 'id, type, vmid' })], ['list'], 'too many arguments');
 };
 
 # ---- QAPI ----
@@ -241,7 +242,7 @@ sub type_of ($types, $name, $path) {
 
 sub reads_ok ($types, $command, @paths) {
     my @lost = grep { !type_of($types, $types->{$command}{'ret-type'}, $_) } @paths;
-    is("@lost", '', "$command: what is read of its reply");
+    is("@lost", '', "$command: the members that are read exist");
     return;
 }
 
@@ -271,7 +272,7 @@ sub check_sent ($types, @sent) {
             ? misfits($types, $type, $arguments // {}, $command)
             : "$command: there is none";
     }
-    is(join("\n", sort keys(%misfits)), '', 'all fit');
+    is(join("\n", sort keys(%misfits)), '', 'all arguments match');
     return \%checked;
 }
 
@@ -291,7 +292,7 @@ sub check_proxmox ($types) {
     }
     my %there = map { $_ => 1 } $actions->{values}->@*;
     my @ours = content('src/qemu/bitmap.c') =~ m/\[PBA_BITMAP_ACTION_\w+\] = "(.*)"/g;
-    is(join(' ', grep { !$there{$_} } @ours), '', 'it has each action that we know');
+    is(join(' ', grep { !$there{$_} } @ours), '', 'all known actions exist');
     is($types->{ $types->{'query-pbs-bitmap-info'}{'ret-type'} }{'meta-type'},
         'array', 'query-pbs-bitmap-info: a list, which is passed on');
     return;
@@ -345,7 +346,7 @@ subtest 'drift is found' => sub {
         for @variants;
     is(type_of(\%sample_types, 'args', 'device')->{'json-type'}, 'string',
         'a member that is there');
-    is(type_of(\%sample_types, 'args', 'node'), undef, 'one that is not');
+    is(type_of(\%sample_types, 'args', 'node'), undef, 'a member that does not exist');
     is_deeply(
         declared(
             "sub job_init {\n    my (\$self, \$start_time) = \@_;\n}\nsub job_run(\$self) {}\n"),
@@ -414,7 +415,7 @@ sub sent_to ($vm) {
 
 sub check_arguments ($vm, $types) {
     my $checked = check_sent($types, sent_to($vm));
-    cmp_ok(scalar(keys($checked->%*)), '>', 15, 'of commands that are sent');
+    cmp_ok(scalar(keys($checked->%*)), '>', 15, 'enough commands are checked');
     ok($checked->{$_}, "$_ among them")
         for qw(transaction blockdev-reopen blockdev-backup block-export-add);
     return;
@@ -426,13 +427,13 @@ subtest 'this QEMU' => sub {
     my @sent = commands_sent();
     cmp_ok(scalar(@sent), '>', 20, 'commands that are sent');
     my @lost = grep { ($types->{$_}{'meta-type'} // '') ne 'command' } @sent;
-    is("@lost", '', 'it has them all');
+    is("@lost", '', 'QEMU has all commands');
     reads_ok($types, $_, $reads{$_}->@*) for sort keys(%reads);
     if (PBA::Test::VM->is_proxmox) {
         subtest "Proxmox' commands" => sub { check_proxmox($types) };
     }
     else {
-        subtest 'the arguments of all that is sent' => sub { check_arguments($vm, $types) };
+        subtest 'the arguments of all commands' => sub { check_arguments($vm, $types) };
     }
 };
 

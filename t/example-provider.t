@@ -86,7 +86,7 @@ is(modes($full), 'new new', 'the first is a full one');
 my $second = back_up();
 is(modes($second), 'reuse reuse', 'the second is incremental');
 my $bad = back_up(thaw => sub { die "no thaw\n" });
-is($bad, undef, 'one fails');
+is($bad, undef, 'one backup fails');
 my $third = back_up() or diag($@);
 is(modes($third), 'reuse reuse', 'the next is incremental');
 check_restore('full', $full->{'archive-name'});
@@ -104,15 +104,16 @@ check_restore('third', $third->{'archive-name'});
     $unused->backup_handle_log_file(101, $0);
     is_deeply($unused->backup_cleanup(101, undef, 0, { error => 'early' }),
         {}, 'a guest without a backup');
-    is_deeply(\@warnings, [], 'and without warnings');
+    is_deeply(\@warnings, [], 'there is no warning');
 }
 
 # VZDump may report a failure after the bitmaps have been cleared; then the archive is removed.
 my $provider = new_provider();
 $provider->backup_init(100, 'qemu', time());
-is(modes(new_task($provider)->run), 'reuse reuse', 'one more, within a job of VZDump');
+is(modes(new_task($provider)->run),
+    'reuse reuse', 'the backup within a job of VZDump is incremental');
 $provider->backup_cleanup(100, 'qemu', 0, { error => 'later' });
-is(modes(back_up()), 'new new', 'without the last archive the next one is full');
+is(modes(back_up()), 'new new', 'without the last archive, the next backup is a full one');
 is_deeply([$backend->problems($outside)], [], 'nothing is left');
 ok((grep { m/bytes$/ } @log), 'the provider logs');
 $backend->guest->stop_churn;

@@ -46,7 +46,11 @@ subtest 'copy-to-nbd' => sub {
     my @arguments = ('disk0', $dir, $server->uri);
     my ($status, $text) = example('copy-to-nbd', @arguments);
     is($status, 0, 'the full backup is done');
-    is($text, "the bitmap is missing-recreated\n$size bytes in 1 regions\n", 'it says so');
+    is(
+        $text,
+        "the bitmap is missing-recreated\n$size bytes in 1 regions\n",
+        'the output of the full backup'
+    );
     $backend->guest->write('disk0', 7 * $mib, 65536, 0x42);
     ($status, $text) = example('copy-to-nbd', @arguments);
     is($text, "the bitmap is used\n65536 bytes in 1 regions\n", 'the increment has what changed');
@@ -58,15 +62,15 @@ subtest 'dirty-regions' => sub {
     $backend->guest->write('disk0', 3 * $mib, 65536, 0x43);
     my @arguments = ('copy-to-nbd', 'disk0', $dir);
     my ($status, $text) = example('dirty-regions', @arguments);
-    is($text, 3 * $mib . " 65536\n", 'what was written');
+    is($text, 3 * $mib . " 65536\n", 'the region that was written');
     ($status, $text) = example('dirty-regions', @arguments);
-    is($text, 3 * $mib . " 65536\n", 'it is still dirty after that');
+    is($text, 3 * $mib . " 65536\n", 'the region is still dirty');
 };
 
 subtest 'file-handle' => sub {
     plan(skip_all => 'no /dev/fuse') if !-e '/dev/fuse';
     my ($status, $text) = example('file-handle', 'disk0', $dir, "$work/file.raw");
-    is($text, "$size bytes\n", 'all of the disk');
+    is($text, "$size bytes\n", 'the whole disk is read');
     is_the_disk("$work/file.raw", 'the image is the disk');
 };
 
@@ -85,7 +89,7 @@ subtest 'recover' => sub {
     isnt(scalar(grep { m/pba/ } map { $_->{'node-name'} } nodes()), 0, 'something is left');
     my ($status, $text) = example('recover', 'killed', $dir);
     is($status, 0, 'undone');
-    like($text, qr/./, 'it says what it did');
+    like($text, qr/./, 'recover says what it did');
     ($status, $text) = example('recover', 'killed', $dir);
     is("$status$text", '0', 'nothing is left to do');
 };

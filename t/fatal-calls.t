@@ -92,9 +92,12 @@ sub remove_bitmap ($name) {
     );
     sent($backend);
     ok(!eval { $access->teardown(1); 1 }, 'teardown without the bitmap is refused');
-    like("$@", qr/\Adevice disk0: .*its dirty bitmap was removed while the access was up/,
-        'and says why');
-    ok(!(grep { $_ eq 'backup-access-teardown' } sent($backend)), 'it was not sent');
+    like(
+        "$@",
+        qr/\Adevice disk0: .*its dirty bitmap was removed while the access was up/,
+        'the error says why'
+    );
+    ok(!(grep { $_ eq 'backup-access-teardown' } sent($backend)), 'the command was not sent');
     is_deeply($backend->vm->exports, [], 'what is safe was done: the exports are gone');
     survived($backend, 'removed bitmap');
     local $SIG{__WARN__} = sub { };
@@ -112,7 +115,7 @@ sub remove_bitmap ($name) {
 }
 
 subtest '4. the bitmap is removed during the access' => sub { remove_bitmap(undef) };
-subtest '4. the background bitmap is' => sub {
+subtest '4. the background bitmap is removed' => sub {
     remove_bitmap('backup-access-background-bitmap');
 };
 
@@ -149,8 +152,9 @@ subtest '4. the same without its hold' => sub {
     my $backend = start(guest => 1);
     my $access = unplug($backend, 0);
     ok(!eval { $access->teardown(1); 1 }, 'teardown without the disk is refused');
-    like("$@", qr/\Adevice disk1: .*the guest device or its node was removed/, 'and says why');
-    ok(!(grep { $_ eq 'backup-access-teardown' } sent($backend)), 'it was not sent');
+    like("$@", qr/\Adevice disk1: .*the guest device or its node was removed/,
+        'the error says why');
+    ok(!(grep { $_ eq 'backup-access-teardown' } sent($backend)), 'the command was not sent');
     survived($backend, 'unplugged disk');
     local $SIG{__WARN__} = sub { };
     undef $access;
@@ -242,15 +246,18 @@ sub meet_foreign ($backend, $words, $when) {
     return;
 }
 
-subtest 'an access of another program is up, whatever words QEMU has for that' => sub {
+subtest 'an access of another program is active, with any message of QEMU' => sub {
     for my $when ('before setup', 'during setup') {
         for my $words ('previous backup not finished', 'das geht nicht') {
             my $backend = start();
             meet_foreign($backend, $words, $when);
             survived($backend, "$when, '$words'") or next;
-            is(scalar($backend->vm->exports->@*), 1, "$when, '$words': its export is there");
-            ok((grep { $_->{background} } $backend->status->{bitmaps}->@*),
-                "$when, '$words': and its access");
+            is(scalar($backend->vm->exports->@*),
+                1, "$when, '$words': the other program's export stays");
+            ok(
+                (grep { $_->{background} } $backend->status->{bitmaps}->@*),
+                "$when, '$words': the other program's access stays"
+            );
             end_foreign_access($backend);
         }
     }

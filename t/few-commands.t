@@ -79,7 +79,8 @@ for my $name (PBA::Test::Backend->names) {
         my @asked = grep { m/\Aquery-(?:version|commands|qmp-schema|name|uuid)\z/ } @names;
         my %times;
         $times{$_}++ for @asked;
-        is_deeply([grep { $times{$_} > 1 } sort keys %times], [], "$name: what it is asked once");
+        is_deeply([grep { $times{$_} > 1 } sort keys %times],
+            [], "$name: capabilities are queried only once");
         $backend->check_manners;
     }
 }

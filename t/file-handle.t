@@ -120,25 +120,25 @@ sub check_handle ($backend, $volume) {
     );
     my $flags = fcntl($handle, F_GETFL, 0);
     is($flags & O_ACCMODE, O_RDWR, 'open for reading and writing');
-    ok($flags & O_DIRECT, 'with O_DIRECT');
+    ok($flags & O_DIRECT, 'the file is opened with O_DIRECT');
     ok(fcntl($handle, F_GETFD, 0) & FD_CLOEXEC, 'closed on exec');
     is(-s $handle, $volume->{size}, 'the size of the file');
     my $path = readlink("/proc/$$/fd/" . fileno($handle));
     my $run_dir = $backend->work_dir('run');
-    like($path, qr{\A\Q$run_dir\E/[^/]+/vfile-\d+\z}, 'its path is in the run directory');
+    like($path, qr{\A\Q$run_dir\E/[^/]+/vfile-\d+\z}, 'the path is in the run directory');
     is((stat($path =~ s{/[^/]+\z}{}r))[2] & 07777, 0700, 'which is private');
     my ($mount) = grep { m{ \Q$path\E } } do {
         open(my $fh, '<', '/proc/self/mounts') or die "mounts: $!\n";
         <$fh>;
     };
-    like($mount, qr/ fuse .*\buser_id=$>,/, 'it is mounted for this user');
-    unlike($mount, qr/allow_other/, 'and for nobody else');
+    like($mount, qr/ fuse .*\buser_id=$>,/, 'the file is mounted for this user');
+    unlike($mount, qr/allow_other/, 'other users have no access');
 
-    is(syswrite($handle, "\0" x 4096), undef, 'it cannot be written to');
-    ok(!PBA::Test::Handle::fallocate($handle, 0, 0, 65536), 'nor allocated');
-    ok(!truncate($handle, 0), 'nor cut off');
+    is(syswrite($handle, "\0" x 4096), undef, 'the file cannot be written to');
+    ok(!PBA::Test::Handle::fallocate($handle, 0, 0, 65536), 'space cannot be allocated');
+    ok(!truncate($handle, 0), 'the file cannot be truncated');
     is(sysseek($handle, $volume->{size}, 0), $volume->{size}, 'the end can be sought');
-    is(sysread($handle, my $data, 65536), 0, 'and is the end of the file');
+    is(sysread($handle, my $data, 65536), 0, 'the end of the volume is the end of the file');
 }
 
 # Other programs open the file again by the number of the descriptor.
@@ -155,7 +155,7 @@ sub check_reopen ($volume, $expected) {
         is(0 + qx{blockdev --getsize64 $device},
             $volume->{size}, 'a read-only loop device on it has its size');
         $content = qx{dd if=$device bs=1M count=$blocks_of_mib 2>/dev/null};
-        ok($content eq $expected, 'and its content');
+        ok($content eq $expected, 'the loop device has the content');
         system('losetup', '--detach', $device);
     }
 }
@@ -215,8 +215,11 @@ sub check_own_volume ($backend, $volume) {
     is($own->size, $size, 'Volume->open: size');
     ok($own->pread(40 * $mib, 512) eq 'B' x 512, 'Volume->open: reads');
     ok(!eval { $own->pread(16 * $mib, 512); 1 }, 'Volume->open: no clean part');
-    like("$@", qr/reading \d+ bytes at offset 16777216 failed - Input\/output error/,
-        'and says why');
+    like(
+        "$@",
+        qr/reading \d+ bytes at offset 16777216 failed - Input\/output error/,
+        'the error says why'
+    );
     $own->discard(40 * $mib, 4096);
     ok($own->pread(40 * $mib, 512) eq 'B' x 512, 'Volume->open: parts of a cluster stay');
     $own->discard(40 * $mib, 65536);
@@ -246,14 +249,19 @@ sub check_uses ($context) {
     my ($access, $volumes) = set_up($backend, 'none');
     my $volume = $volumes->{ $backend->device('disk0') };
     check_handle($backend, $volume);
-    is_deeply([$volume->{'next-dirty-region'}->()], [0, $size], 'without a bitmap: all of it');
-    is_deeply([$volume->{'next-dirty-region'}->()], [], 'once');
+    is_deeply(
+        [$volume->{'next-dirty-region'}->()],
+        [0, $size],
+        'without a bitmap, the whole disk is dirty'
+    );
+    is_deeply([$volume->{'next-dirty-region'}->()], [], 'the region is returned once');
     check_reopen($volume, 'D' x (4 * $mib));
     my $again = $access->volumes('file-handle');
     my $other = $Handle->new($again->{ $backend->device('disk0') }, 65536);
     ok($other->pread(65536, 4096) eq 'D' x 4096, 'asked for again: another handle');
-    is(sysseek($volume->{'file-handle'}, 0, 1), $size, 'with a position of its own');
-    is(length($access->volume($backend->device('disk0'))->pread(0, 512)), 512, 'and NBD works');
+    is(sysseek($volume->{'file-handle'}, 0, 1), $size, 'the other handle has its own position');
+    is(length($access->volume($backend->device('disk0'))->pread(0, 512)),
+        512, 'NBD works at the same time');
     $access->teardown(0);
     is(fileno($volume->{'file-handle'}), undef, 'teardown closes the handles');
     check_nothing_left($context, 'uses');
@@ -313,9 +321,13 @@ sub check_server_fails ($context) {
     $access->setup($backend->devices('none'));
     $access->volumes('nbd');
     $backend->vm->end_exports;
-    ok(!eval { $access->volumes('file-handle'); 1 }, 'no export: no file');
+    ok(!eval { $access->volumes('file-handle'); 1 }, 'no export: there is no file');
     my $device = $backend->device('disk0');
-    like("$@", qr/\Adevice \Q$device\E: connecting failed .* no export/, 'what its server says');
+    like(
+        "$@",
+        qr/\Adevice \Q$device\E: connecting failed .* no export/,
+        "no export: the error is the server's"
+    );
     $access->teardown(0);
     check_nothing_left($context, 'no export');
 }
@@ -328,7 +340,7 @@ sub check_server_killed ($context) {
     kill('KILL', @servers);
     for my $id (qw(disk0 disk1)) {
         my $reader = $Handle->new($volumes->{ $backend->device($id) }, 65536);
-        ok(!eval { $reader->pread(0, $mib) for 1 .. 1000; 1 }, "$id: its server is gone");
+        ok(!eval { $reader->pread(0, $mib) for 1 .. 1000; 1 }, "$id: the server has ended");
         like("$@", qr/\Asysread: /, "$id: an error");
     }
     my @warnings;
@@ -365,7 +377,7 @@ sub check_parent_killed ($context) {
     waitpid($pid, 0);
     ok(wait_until(sub { !$Handle->servers($dir) }), 'killed: its servers end');
     check_no_process($context, 'killed');
-    is_deeply([glob("$dir/*/vfile-*")], [], 'killed: nor a file');
+    is_deeply([glob("$dir/*/vfile-*")], [], 'killed: no file is left');
     kill('KILL', $child);
 }
 

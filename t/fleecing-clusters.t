@@ -87,8 +87,8 @@ for my $mechanism (@mechanisms) {
                 my $full = used($backend, $node);
                 cmp_ok($full - $empty, '>=', $kept, 'old data is kept in whole clusters');
                 my $statistics = $volume->copy(to => '/dev/null');
-                is($statistics->{'bytes-discarded'}, $whole, 'what was freed is counted');
-                cmp_ok(freed($full, $backend, $node), '>=', $freed, 'and is free');
+                is($statistics->{'bytes-discarded'}, $whole, 'the statistics count what was freed');
+                cmp_ok(freed($full, $backend, $node), '>=', $freed, 'the space is freed');
             }
         );
     };
@@ -104,8 +104,8 @@ for my $mechanism (@mechanisms) {
                 is($statistics->{'bytes-discarded'}, 0, 'nothing is discarded unasked');
                 $statistics = $volume->copy(to => '/dev/null');
                 my $expected = whole_clusters(@regions);
-                cmp_ok($expected, '>', 0, 'there are whole clusters');
-                is($statistics->{'bytes-discarded'}, $expected, 'only these are counted');
+                cmp_ok($expected, '>', 0, 'the regions contain whole clusters');
+                is($statistics->{'bytes-discarded'}, $expected, 'only whole clusters are counted');
             }
         );
     };

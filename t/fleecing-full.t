@@ -69,7 +69,7 @@ sub write_until_full ($backend, $volume, $mechanism) {
         next if !$image->{'nearly-full'};
         $warned = $offset + $mib;
         cmp_ok($image->{'free-bytes'}, '<', $file_system / 10, 'little is free');
-        cmp_ok($image->{'image-bytes'}, '>=', $warned - $mib, 'what the image occupies');
+        cmp_ok($image->{'image-bytes'}, '>=', $warned - $mib, 'the occupied bytes are reported');
         like(
             "@$warnings",
             qr/its fleecing image '.*' is nearly full: \d+ bytes are free/,
@@ -92,14 +92,14 @@ sub check_file_system ($backend, $dir, $mechanism) {
     my $volume
         = PVE::BackupAccess::Volume->open($device, $access->volumes($mechanism)->{$device});
     my ($image, $warnings) = fleecing_status($backend);
-    is($image->{'nearly-full'}, 0, 'there is space at first');
-    is_deeply($warnings, [], 'and no warning');
+    is($image->{'nearly-full'}, 0, 'at first, there is space');
+    is_deeply($warnings, [], 'at first, there is no warning');
 
     ok(defined(write_until_full($backend, $volume, $mechanism)), 'status warned');
     is($backend->guest->read('disk0', $dirty - 4096, 4096), 'B' x 4096, 'every write went through');
     is($backend->vm->qmp('query-status')->{status}, 'running', 'the guest runs');
     ok(!eval { read_all($volume); 1 }, 'the reader gets an error');
-    like("$@", qr/\Adevice $device: reading .*$hint/, 'which says what it most likely was');
+    like("$@", qr/\Adevice $device: reading .*$hint/, 'the error says the likely reason');
     $volume->close;
     $access->teardown(0);
     my ($bitmap) = $backend->target_bitmaps;
@@ -135,13 +135,13 @@ sub check_task ($backend, $dir) {
     my $task;
     my $backup = sub ($self, $vmid, $config, $volumes, $info) {
         my ($volume) = values $volumes->%*;
-        is($backend->logged($warning), 0, 'there is space when it begins');
+        is($backend->logged($warning), 0, 'at the beginning, there is space');
         $filler = fill($dir);
         $volume->{'next-dirty-region'}->();
-        is($backend->logged($warning), 0, 'it does not look each time');
+        is($backend->logged($warning), 0, 'the task does not check each time');
         $task->{'looked at fleecing'} = 0;
         $volume->{'next-dirty-region'}->();
-        is($backend->logged($warning), 1, 'but sees it in the middle of a backup');
+        is($backend->logged($warning), 1, 'the task notices it during a backup');
     };
     %fleecing = fleecing_options($backend, $dir);
     $task = $backend->task(
@@ -193,7 +193,7 @@ sub check_failing_node ($backend) {
     is($guest->read('disk0', 4 * $mib, 4096), 'B' x 4096, 'the guest\'s write went through');
 
     ok(!eval { $volume->pread(4 * $mib, 65536); 1 }, 'the reader gets an error');
-    like("$@", qr/\Adevice disk0: reading 65536 bytes at offset 4194304 $hint/, 'which says why');
+    like("$@", qr/\Adevice disk0: reading 65536 bytes at offset 4194304 $hint/, 'the reason');
     my ($offset, $length) = $volume->next_dirty_region;
     is($offset, 4 * $mib, 'the map still answers');
 

@@ -115,7 +115,8 @@ sub check_paths ($backend, $outside) {
     my $name = $backend->name;
     my $cut = $name eq 'pve' ? 'backup-access-setup' : 'blockdev-reopen';
     my @good = setup($backend);
-    is(between($good[0]{calls}), $frozen{$name}, 'between the hooks: one query, and the instant');
+    is(between($good[0]{calls}),
+        $frozen{$name}, 'between the hooks: only one query and the instant');
     my %cases = cases($backend, $cut);
 
     local $SIG{ALRM} = sub { die "my signal\n" };
@@ -124,7 +125,7 @@ sub check_paths ($backend, $outside) {
         my $hooks = join(' ', grep { m/\A(?:freeze|thaw)\z/ } $seen->{calls}->@*);
         is($hooks, 'freeze thaw', "$case: thawed, once");
         like($seen->{error} // 'it did not die', $cases{$case}{error}, "$case: what it dies with");
-        ok(!$seen->{is_up}, "$case: no access is up");
+        ok(!$seen->{is_up}, "$case: no access is active");
         my ($last) = grep { $seen->{calls}[$_] eq 'thaw' } 0 .. $#{ $seen->{calls} };
         my @sent = grep { m/\A(?:blockdev-del|nbd-server-stop|backup-access-teardown)\z/ }
             $seen->{calls}->@[0 .. $last];
@@ -134,7 +135,7 @@ sub check_paths ($backend, $outside) {
     }
     my $seen = setup($backend, devices => [{ device => 'not-there' }]);
     is(join(' ', grep { m/\A(?:freeze|thaw)\z/ } $seen->{calls}->@*),
-        '', 'what can be refused before the freeze is');
+        '', 'what can be refused before the freeze is refused before it');
     return;
 }
 
@@ -149,7 +150,8 @@ sub check_changes ($backend) {
         my $refused
             = qr/was resized from $size to \d+ bytes while|block_resize.* is (?:busy|in use)/;
         like($seen->{error}, $refused, 'resized');
-        ok(!(grep { $_ eq 'backup-access-setup' } $seen->{calls}->@*), 'resized: it was not asked');
+        ok(!(grep { $_ eq 'backup-access-setup' } $seen->{calls}->@*),
+            'resized: the command was not sent');
         is($vm->is_alive, 1, 'resized: the VM lives');
     }
     return;

@@ -414,7 +414,7 @@ sub check_fatal ($front, $client, $pid, %option) {
 sub check_commands ($exchange, $got) {
     my ($want, $have) = map { $_->{return} } $exchange->{reply}, $got;
     my %have = map { $_->{name} => $_ } @$have;
-    is(scalar(keys(%have)), scalar(@$have), 'no name is there twice');
+    is(scalar(keys(%have)), scalar(@$have), 'no name occurs twice');
     ok(exists($have{'blockdev-add'}), 'commands of the QEMU below are there');
     return check_names($want, \%have) if command($exchange) eq 'query-commands';
     my %want = map { $_->{name} => $_ } @$want;

@@ -152,7 +152,7 @@ sub back_up ($vm, $qmp, $model, $images, %option) {
         my $errors = copy_ranges($path, $name, $images->{ $device{$name} }, @ranges);
         is($errors, 0, "$name: every dirty range can be read and trimmed");
         my ($error) = @ranges ? nbd_read(open_export($path, $name), $ranges[0][0], 512) : 22;
-        is($error, 22, "$name: what was trimmed cannot be read again");
+        is($error, 22, "$name: trimmed data cannot be read again");
         check_clean($path, $info, @ranges) if !$option{iothread};
     }
     $qmp->execute('nbd-server-stop');
@@ -188,7 +188,7 @@ sub check_left ($vm, $before) {
     for my $bitmaps (values(%$nodes)) {
         my ($bitmap, @more) = values(%$bitmaps);
         ok($bitmap->{recording}, 'the bitmap records');
-        is(scalar(@more), 0, 'there is no other');
+        is(scalar(@more), 0, 'there is no other bitmap');
     }
     return;
 }
@@ -303,7 +303,8 @@ subtest 'devlist: one remembered name for each target' => sub {
         is($info->{'bitmap-action'} // 'no action', $action, "$name: $action");
         my %end = ('target-id' => $target, success => JSON::PP::true);
         $qmp->execute('backup-access-teardown', %end);
-        is(join(' ', keys(%{ $vm->bitmaps->{one} // {} })), $left, "then there is '$left'");
+        is(join(' ', keys(%{ $vm->bitmaps->{one} // {} })),
+            $left, "then the node has the bitmap '$left'");
     }
     my $schema = $qmp->execute('query-qmp-schema');
     my %schema = map { $_->{name} => $_ } @$schema;
@@ -335,7 +336,7 @@ sub ask ($socket, $text) {
     return next_line($socket, 10);
 }
 
-subtest 'the monitor is one' => sub {
+subtest 'the front behaves like a monitor' => sub {
     my $vm = $VM->start(disks => [{ id => 'one' }], paused => 1, guest => 0);
     my $front = (begin($vm, 'devices'))[0];
     my $first = raw_client($front);
@@ -345,32 +346,35 @@ subtest 'the monitor is one' => sub {
     ask($first, '{"execute": "qmp_capabilities"}');
     is_deeply(ask($first, '{"execute": "query-backup", "id": [1, "x"]}')->{id},
         [1, 'x'], 'the id comes back, ours');
-    is(ask($first, '{"execute": "query-status", "id": "y"}')->{id}, 'y', 'and the one below');
+    is(ask($first, '{"execute": "query-status", "id": "y"}')->{id},
+        'y', 'the id of a command of QEMU comes back');
     is(ask($first, '{"execute": "nope", "id": 7}')->{error}{class},
         'CommandNotFound', 'an unknown command');
-    like(ask($first, '{"execute": ]')->{error}{desc}, qr/JSON/, 'not JSON');
-    is(ask($first, '{"execute": "query-kvm"} ')->{return}{enabled}, JSON::PP::false, 'then on');
+    like(ask($first, '{"execute": ]')->{error}{desc}, qr/JSON/, 'invalid JSON is an error');
+    is(ask($first, '{"execute": "query-kvm"} ')->{return}{enabled},
+        JSON::PP::false, 'the next command works');
 
     my $second = raw_client($front);
     is(next_line($second, 0.3), undef, 'a second client waits for its greeting');
     $vm->cont;
     is(next_line($first, 10)->{event}, 'RESUME', 'events go to the client');
     syswrite($first, '{"execute": "stop"}');
-    is(next_line($first, 10)->{event}, 'STOP', 'also those of its own stop');
+    is(next_line($first, 10)->{event}, 'STOP', 'the client gets the event of its own stop');
     close($first);
-    ok(next_line($second, 10)->{QMP}, 'and gets it when the first has gone');
+    ok(next_line($second, 10)->{QMP},
+        'the second client gets its greeting when the first has disconnected');
     my @names = $front->names;
     is($names[-1], 'stop', 'the front has recorded what came');
-    is($front->connections, 3, 'and from how many');
+    is($front->connections, 3, 'the front has counted the connections');
 };
 
-subtest 'the ends' => sub {
+subtest 'the end of the front' => sub {
     my $vm = $VM->start(disks => [{ id => 'one' }], paused => 1, guest => 0);
     my ($front, $qmp) = begin($vm, 'devices');
     my $path = $front->socket_path;
     ok(-S $path, 'the socket is there');
     undef $front;
-    ok(!-e $path, 'and is not when the front has ended');
+    ok(!-e $path, 'the socket is removed when the front ends');
     ok($vm->is_alive, 'QEMU is still there');
 
     ($front, $qmp) = begin($vm, 'devices');
@@ -380,7 +384,7 @@ subtest 'the ends' => sub {
         Time::HiRes::sleep(0.01);
     }
     ok(!$front->running, 'the front ends with the QEMU below');
-    ok(!-e $path, 'and its socket with it');
+    ok(!-e $path, 'the socket is removed');
 };
 
 done_testing;

@@ -28,7 +28,7 @@ sub check_error ($name, $method, $agent, $class, $message) {
     ok(!eval { $agent->$method; 1 }, "$name: an error");
     my $error = $@;
     is(eval { $error->class }, $class, "$name: its class") or diag($error);
-    like("$error", $message, "$name: its message");
+    like("$error", $message, "$name: the message");
 }
 
 {
@@ -37,7 +37,7 @@ sub check_error ($name, $method, $agent, $class, $message) {
         replies => { 'guest-fsfreeze-freeze' => { return => 3 } },
     );
     my $agent = agent($peer);
-    is($agent->freeze, 3, 'freeze: what an earlier client left is skipped');
+    is($agent->freeze, 3, 'freeze: input left by an earlier client is skipped');
     is($agent->thaw, 1, 'thaw');
     is_deeply([$peer->commands], [@freeze, @thaw], 'the commands');
 }
@@ -126,7 +126,7 @@ for my $case (['frozen', 1], ['thawed', 0, qr/the connection was closed$/]) {
     $hooks{$_}->() for qw(freeze thaw);
     like("@log", qr/\Awarn could not freeze .* within 5 s \(only a ping was sent\)\z/,
         'one warning');
-    cmp_ok(time() - $began, '<', 15, 'and no thaw is waited for where no freeze was sent');
+    cmp_ok(time() - $began, '<', 15, 'without a freeze, the thaw is not waited for');
     check_error('asleep', 'thaw', $agent, 'TimeoutError', qr/no answer within 1 s/);
     $peer->wake;
     is_deeply([$peer->wait_for_commands(4)], [@sync, @sync, @thaw], 'asleep: the commands');
@@ -160,14 +160,14 @@ for my $case (['frozen', 1], ['thawed', 0, qr/the connection was closed$/]) {
     $hooks{thaw}->();
     like($log[0], qr/\Awarn could not freeze the guest, .* failed - no\z/, 'freeze: a warning');
     like($log[1], qr/\Awarn could not thaw the guest, .* failed - no\z/, 'thaw: a warning');
-    is(scalar(@log), 2, 'and nothing else');
+    is(scalar(@log), 2, 'there are no other log lines');
 
     local $SIG{ALRM} = sub { die "my own\n" };
     my $busy = $AgentPeer->start(replies => { 'guest-fsfreeze-freeze' => 'busy' });
     my %slow = agent($busy)->hooks;
     ualarm(200_000);
     ok(!eval { $slow{freeze}->(); 1 }, 'a signal ends freezing');
-    is($@, "my own\n", 'with its exception');
+    is($@, "my own\n", "the exception is the handler's");
 }
 
 done_testing;

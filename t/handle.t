@@ -51,7 +51,7 @@ subtest 'regions' => sub {
     my $volume = open_volume('+<', "$dir/disk", @regions, sub { $calls++; return });
     is_deeply([$volume->next_dirty_region], $_, "at $_->[0]") for @regions;
     is_deeply([$volume->next_dirty_region], [], 'the end') for 1, 2;
-    is($calls, 1, 'which is asked for once');
+    is($calls, 1, 'the end is requested only once');
     my $undef = open_volume('+<', "$dir/disk", sub { return undef });
     is_deeply([$undef->next_dirty_region], [], 'the end as the API has it');
 };
@@ -84,7 +84,7 @@ subtest 'regions kept' => sub {
 };
 
 # An invalid region must never be mistaken for the end, neither now nor later.
-subtest 'what is no region' => sub {
+subtest 'invalid regions' => sub {
     my @odd = (
         [undef, 4096] => qr/returned something that is not a region/,
         [0, undef] => qr/returned something that is not a region/,
@@ -114,7 +114,7 @@ subtest 'what is no region' => sub {
         sub { $volume->next_dirty_region },
         'IncompleteError',
         qr/drive-scsi0: .*offset 4096/,
-        'one before the last'
+        'an invalid region before the last one'
     );
 };
 
@@ -122,15 +122,24 @@ subtest 'a code ref that dies' => sub {
     my $exception = { an => 'exception' };
     my $volume = open_volume('<', "$dir/disk", sub { die $exception });
     ok(!eval { $volume->next_dirty_region; 1 }, 'fails');
-    is($@, $exception, 'with what it died of');
-    fails(sub { $volume->next_dirty_region }, 'NbdError', qr/next-dirty-region died/, 'again');
+    is($@, $exception, 'the exception arrives unchanged');
+    fails(
+        sub { $volume->next_dirty_region },
+        'NbdError',
+        qr/next-dirty-region died/,
+        'a later call dies, too'
+    );
 };
 
 subtest 'reading' => sub {
     my $volume = open_volume('<');
     is($volume->pread(65_000, 4096), substr($content, 65_000, 4096), 'any range');
     truncate("$dir/disk", 128 * $KiB) or die "truncate: $!\n";
-    is($volume->pread(64 * $KiB, 64 * $KiB), substr($content, 64 * $KiB, 64 * $KiB), 'to its end');
+    is(
+        $volume->pread(64 * $KiB, 64 * $KiB),
+        substr($content, 64 * $KiB, 64 * $KiB),
+        'a read up to the end of the disk'
+    );
     fails(
         sub { $volume->pread(64 * $KiB, 65 * $KiB) },
         'IncompleteError',
@@ -145,7 +154,7 @@ subtest 'reading' => sub {
         sub { $unreadable->pread(4096, 512) },
         'SystemError',
         qr/reading \d+ bytes at offset 4096 failed - Bad file descriptor/,
-        'not for reading'
+        'a handle that is not open for reading'
     );
 
     # For unmapped addresses, this file returns the same error as the virtual file for clean parts.
@@ -154,7 +163,7 @@ subtest 'reading' => sub {
         sub { $eio->pread(0, 4096) },
         'SystemError',
         qr/offset 0 failed - Input\/output error.*not wholly dirty or was discarded/,
-        'not to be read'
+        'a range that cannot be read'
     );
 };
 
@@ -204,7 +213,7 @@ subtest 'discarding' => sub {
     my $volume = open_volume('+<');
     $volume->discard(64 * $KiB, 64 * $KiB);
     is($volume->pread(64 * $KiB, 64 * $KiB), "\0" x (64 * $KiB), 'is gone');
-    is($volume->pread(0, 64 * $KiB), substr($content, 0, 64 * $KiB), 'what is before it is not');
+    is($volume->pread(0, 64 * $KiB), substr($content, 0, 64 * $KiB), 'the data before it stays');
     is(-s "$dir/disk", $size, 'the size stays');
     write_file();
     my $read_only = open_volume('<');
@@ -212,7 +221,7 @@ subtest 'discarding' => sub {
         sub { $read_only->discard(0, $size) },
         'SystemError',
         qr/drive-scsi0: discarding $size bytes at offset 0 failed - Bad file descriptor/,
-        'not for writing'
+        'a handle that is not open for writing'
     );
 };
 

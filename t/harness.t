@@ -67,14 +67,14 @@ subtest 'model: a naive replay gives the same' => sub {
     is_deeply([$model->check_images(\%images)], [999, undef], 'together they are as of 999');
 };
 
-subtest 'model: what is wrong is seen' => sub {
+subtest 'model: errors are detected' => sub {
     my @disks = map { { id => $_, size => 4 * $MiB } } qw(a b);
     my $model = $Model->new(seed => 3, disks => \@disks, blocks => 256);
     my %images = map { $_ => "$tmp/$_" } qw(a b);
 
     $model->write_state('a', 101, $images{a});
     $model->write_state('b', 101, $images{b});
-    is(($model->check_images(\%images))[1], undef, 'the same instant');
+    is(($model->check_images(\%images))[1], undef, 'the images show the same instant');
     $model->write_state('b', 98, $images{b});
     like(($model->check_images(\%images))[1], qr/not one instant/, 'disk b is older');
     $model->write_state('b', 104, $images{b});
@@ -106,7 +106,7 @@ subtest 'model: what is wrong is seen' => sub {
     is_deeply([$model->check_image('a', $images{a})], [101, $at], 'a lost write in the middle');
 };
 
-subtest 'model: churn over what an earlier churn left' => sub {
+subtest 'model: churn after an earlier churn' => sub {
     my $first = $Model->new(seed => 1, disks => [{ id => 'a', size => 4 * $MiB }]);
     $first->write_state('a', 3000, "$tmp/base");
     for my $base ([base_file => "$tmp/base"], [base => slurp("$tmp/base")]) {
@@ -168,7 +168,7 @@ subtest 'the guest reads and writes' => sub {
     $guest->trim('disk0', 0, 64 * $MiB);
 };
 
-subtest 'errors are answers' => sub {
+subtest 'errors are reported' => sub {
     my %commands = (
         'write disk7 0 512 1' => qr/no disk 'disk7'/,
         'write disk0 0 512' => qr/usage/,
@@ -185,7 +185,7 @@ subtest 'errors are answers' => sub {
         ok(!$ok && $@ =~ $commands{$command}, $command) or diag($@);
     }
     $guest->hello for 1 .. 200;
-    pass('and it still answers');
+    pass('the guest still answers');
 };
 
 my @churned = qw(disk0 disk1);
@@ -203,14 +203,14 @@ subtest 'churn on two disks' => sub {
     $guest->latency;
     $guest->start_churn(%churn);
     $guest->wait_churn(500);
-    ok(!eval { $guest->start_churn(disks => ['disk0']); 1 }, 'one churn at a time');
+    ok(!eval { $guest->start_churn(disks => ['disk0']); 1 }, 'only one churn at a time');
 
     # The guest is stopped between two writes, or during a write.
     for my $round (1 .. 5) {
         $guest->wait_more_churn(50);
         $vm->qmp('stop');
         my ($n, $problem) = check_churn();
-        is($problem, undef, "stopped at write $n: one instant");
+        is($problem, undef, "stopped at write $n: the images show one instant");
         $vm->qmp('cont');
     }
     my $first = $guest->churn_status->{last};
@@ -229,9 +229,9 @@ subtest 'churn on two disks' => sub {
     like($problem, qr/not one instant/, 'disks copied one after the other are not one instant');
 };
 
-subtest 'churn that goes on where it was' => sub {
+subtest 'churn that continues' => sub {
     my $latency = $guest->latency;
-    is($latency->{count}, $last_write, 'latency: all writes counted');
+    is($latency->{count}, $last_write, 'latency: all writes are counted');
     cmp_ok($latency->{longest_us}, '>=', $latency->{write_us}, 'latency: the longest write');
     cmp_ok($latency->{p99_us}, '>', 0, 'latency: 99 of 100 writes took some time');
     cmp_ok($latency->{p99_us}, '<=', $latency->{longest_us} * 17 / 16, '... and no more than all');
@@ -251,12 +251,12 @@ subtest 'the block graph' => sub {
     my $before = $vm->graph;
     ok((grep { $_ eq 'qcow2 disk1' } $before->{nodes}->@*), 'nodes with drivers');
     ok((grep { $_ eq 'disk1 file disk1-file' } $before->{edges}->@*), 'edges');
-    is_deeply($vm->graph, $before, 'the same twice');
+    is_deeply($vm->graph, $before, 'the graph is equal to itself');
     my $node = $vm->add_fleecing_node('disk0');
     is($node, 'disk0-fleecing', 'a fleecing node as Proxmox VE names it');
     my %sizes = map { $_->{'node-name'} => $_->{image}{'virtual-size'} }
         $vm->qmp('query-named-block-nodes')->@*;
-    is($sizes{$node}, 64 * $MiB, 'of the size of the disk');
+    is($sizes{$node}, 64 * $MiB, 'the fleecing node has the size of the disk');
     ok((grep { $_ eq 'raw disk0-fleecing' } $vm->graph->{nodes}->@*), 'seen in the graph');
     $vm->remove_fleecing_node($node);
     is_deeply($vm->graph, $before, 'removed, it is as before');
@@ -272,7 +272,7 @@ subtest 'bitmaps, exports, events' => sub {
     is($bitmaps->{disk0}{b}{count}, 65536, 'bitmap: count');
     is($bitmaps->{disk0}{b}{recording}, 1, 'bitmap: recording');
     $vm->qmp('block-dirty-bitmap-remove', node => 'disk0', name => 'b');
-    is_deeply($vm->bitmaps, {}, 'none left');
+    is_deeply($vm->bitmaps, {}, 'no bitmaps are left');
 
     is_deeply($vm->exports, [], 'no exports');
     my $socket = { type => 'unix', data => { path => $vm->dir . '/nbd' } };
@@ -281,7 +281,7 @@ subtest 'bitmaps, exports, events' => sub {
     is_deeply([map { $_->{id} } $vm->exports->@*], ['x'], 'an export');
     $vm->clear_events;
     $vm->qmp('block-export-del', id => 'x');
-    is(scalar $vm->wait_event('BLOCK_EXPORT_DELETED'), 1, 'its event');
+    is(scalar $vm->wait_event('BLOCK_EXPORT_DELETED'), 1, "the event of the export's end");
     $vm->qmp('nbd-server-stop');
 };
 
@@ -299,8 +299,8 @@ subtest 'kill, restart, quit' => sub {
     my $crashing = $VM->start(guest => 0);
     kill ABRT => $crashing->pid;
     is($crashing->wait_exit & 127, 6, 'QEMU aborts');
-    is($crashing->crashed, 6, 'that is a crash');
-    ok(!eval { $crashing->quit; 1 }, 'and cannot be quit');
+    is($crashing->crashed, 6, 'an abort is a crash');
+    ok(!eval { $crashing->quit; 1 }, 'it cannot be quit');
     $crashing->forgive_crash;
 };
 
@@ -331,7 +331,7 @@ for my $shape (@shapes) {
         $vm->guest->wait_churn(100);
         my $last = $vm->guest->stop_churn;
         $vm->restart;
-        is_deeply($vm->graph, $before, 'the same graph after a restart');
+        is_deeply($vm->graph, $before, 'the graph is the same after a restart');
         $vm->quit;
         my $model = $Model->new(
             seed => 8,
@@ -352,8 +352,8 @@ subtest 'a file system in use' => sub {
     Time::HiRes::sleep(0.2) while $listed->() <= 20 && time < $until;
     cmp_ok($guest->stop_files, '>', 20, 'files written');
     my ($status, $list) = $guest->sh('ls /mnt/d*');
-    is($status, 0, 'they are there');
-    like($list, qr/^f\d+$/m, 'by name');
+    is($status, 0, 'the files exist');
+    like($list, qr/^f\d+$/m, 'the names of the files');
     $guest->sync;
     $guest->umount;
     $vm->quit;
@@ -373,9 +373,9 @@ subtest 'no guest, paused, an existing image' => sub {
     is($vm->disk('disk0')->{size}, 4 * $MiB, 'size of the image');
     $vm->cont;
     is($vm->qmp('query-status')->{status}, 'running', 'running');
-    like($vm->qemu_io('disk0', 'read -P 0x78 0 4M'), qr/read/, 'its content');
+    like($vm->qemu_io('disk0', 'read -P 0x78 0 4M'), qr/read/, 'the image has its content');
     $vm->quit;
-    ok(slurp("$tmp/image") eq 'x' x (4 * $MiB), 'still its content');
+    ok(slurp("$tmp/image") eq 'x' x (4 * $MiB), 'the file is unchanged');
 };
 
 subtest 'nothing is left behind' => sub {

@@ -157,7 +157,7 @@ subtest 'a call without a header' => sub {
     );
 };
 
-subtest 'files in a circle' => sub {
+subtest 'cycles of files' => sub {
     my %circle = (
         %house,
         'src/base/socket.c' => $house{'src/base/socket.c'}

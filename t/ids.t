@@ -89,14 +89,15 @@ sub check_strays ($backend, $form) {
     my $lines = PVE::BackupAccess->recover($backend->options, log => sub { });
     like("@$lines", qr/was removed/, 'recover says that it removed it');
     is_deeply([grep { m/\Apba-.*test\z|background/ } keys $backend->vm->bitmaps->{a}->%*],
-        [], 'with its companion, and what is of no access');
-    is_deeply(PVE::BackupAccess->recover($backend->options, log => sub { }), [], 'once');
+        [], 'the strays and their companion are removed');
+    is_deeply(PVE::BackupAccess->recover($backend->options, log => sub { }),
+        [], 'a second call has nothing to do');
 
     backup($backend, wanted($backend, 'use', base => undef), end => [1, $id]);
     make_strays($backend);
     my $seen = backup($backend, wanted($backend, 'use', base => $id), end => [1, $new_id->()]);
     is($seen->{'bitmap-action'}, remade($form), 'setup does it by itself');
-    like($seen->{log}, qr/was removed/, 'and says so');
+    like($seen->{log}, qr/was removed/, 'the log says so');
     return;
 }
 
@@ -105,10 +106,10 @@ sub remade ($form) { return $form eq 'devlist' ? 'new' : 'missing-recreated' }
 
 sub check_ids ($backend, $form) {
     my ($first, $second) = ($new_id->(), $new_id->());
-    is_deeply(bases_of($backend), [undef, undef], 'no id at first');
+    is_deeply(bases_of($backend), [undef, undef], 'at first, there are no IDs');
     my $seen = backup($backend, wanted($backend, 'use', base => undef), end => [1, $first]);
     is($seen->{'bitmap-action'}, remade($form), 'the first backup is a full one');
-    is_deeply(bases_of($backend), [$first, $first], 'it has an id');
+    is_deeply(bases_of($backend), [$first, $first], 'the bitmap has an ID');
     is(shown($backend)->{'pba-tied:snapshot-access:test'}, $first, 'status shows it');
 
     $seen = backup($backend, wanted($backend, 'use', base => $first), end => [0]);
@@ -125,8 +126,8 @@ sub check_ids ($backend, $form) {
     is($seen->{'bitmap-action'}, remade($form), 'the id of another backup: made anew');
     like($seen->{reason}, qr/relative to backup $second, not $first/, 'the reason says so');
     like($seen->{log}, qr/relative to backup $second, not $first/, 'so does the log');
-    is($seen->{volume}, undef, 'it is relative to none');
-    is_deeply(bases_of($backend), [undef, undef], 'nor after the failure');
+    is($seen->{volume}, undef, 'the volume has no base');
+    is_deeply(bases_of($backend), [undef, undef], 'after the failure, the bitmap has no ID');
     return;
 }
 
@@ -137,7 +138,7 @@ sub check_ends ($backend, $form) {
     is_deeply(bases_of($backend), [undef, undef], 'a success without an id takes it away');
     backup($backend, wanted($backend, 'use', base => undef), end => [1, $id]);
     backup($backend, wanted($backend, 'new', base => undef), end => [0]);
-    is_deeply(bases_of($backend), [undef, undef], 'so does mode new');
+    is_deeply(bases_of($backend), [undef, undef], 'mode new removes the ID');
     backup($backend, wanted($backend, 'use', base => undef), end => [1, $id]);
     backup($backend, wanted($backend, 'none', base => undef), end => [1]) if $form ne 'devlist';
     my @left = grep { m/\Apba-/ } names($backend)->@*;
@@ -147,7 +148,7 @@ sub check_ends ($backend, $form) {
     backup($backend, wanted($backend, 'use'), end => [1]);
     is_deeply(bases_of($backend), [$id, $id], 'a program that knows of no ids leaves it alone');
     my $seen = backup($backend, wanted($backend, 'use', base => $id), end => [1, $new_id->()]);
-    is($seen->{'bitmap-action'}, 'used', 'and the bitmap that has it');
+    is($seen->{'bitmap-action'}, 'used', 'the bitmap with the ID is still used');
     return;
 }
 
@@ -170,11 +171,15 @@ sub check_arguments ($backend) {
     $access->teardown(0);
     $access = $backend->access(log => sub { });
     $access->setup(wanted($backend, 'use', base => undef));
-    dies_like(sub { $access->teardown(1, 'x') }, qr/is not the ID of a backup/, 'teardown: no id');
+    dies_like(
+        sub { $access->teardown(1, 'x') },
+        qr/is not the ID of a backup/,
+        'teardown: not an ID'
+    );
     $access->teardown(1, $id);
     $access = $backend->access(log => sub { });
     $access->setup(wanted($backend, 'use', base => $id));
-    dies_like(sub { $access->teardown(1, $id) }, qr/earlier backup/, 'the same id again');
+    dies_like(sub { $access->teardown(1, $id) }, qr/earlier backup/, 'teardown: the same ID again');
     $access->teardown(0);
     return;
 }
@@ -191,7 +196,7 @@ sub check_identity ($backend, $form) {
     $seen = backup($backend, [{ $disk->%*, identity => 'drive other' }, @others], end => [0]);
     is($seen->{'bitmap-action'}, remade($form), "another disk's identity: made anew");
     my $reason = "the base backup is of another disk: drive other, not $own";
-    is($seen->{reason}, $reason, 'and the reason');
+    is($seen->{reason}, $reason, 'the reason is reported');
 
     dies_like(
         sub { backup($backend, [{ $open->[0]->%{qw(device bitmap-mode)}, identity => $own }]) },
@@ -213,7 +218,7 @@ sub check_other_name ($backend, $open, $own) {
     is_deeply([$seen->@{qw(bitmap-action base)}], ['used', $id], 'under another name: used');
     $seen = backup($backend, [$renamed, $other], end => [0]);
     is($seen->{'bitmap-action'}, 'missing-recreated', 'without its identity: made anew');
-    like($seen->{reason}, qr/name/, 'and the reason');
+    like($seen->{reason}, qr/name/, 'the reason is reported');
     return;
 }
 
@@ -236,21 +241,21 @@ sub check_forget ($backend) {
         dies_like(
             sub { forget($backend, %other) },
             qr/already|not finished/,
-            'of another target, too'
+            'an access for another target exists'
         );
     };
     my $seen
         = backup($backend, wanted($backend, 'use', base => $id), end => [0], during => $refused);
-    is_deeply(bases_of($backend), [$id, $id], 'and nothing was removed');
+    is_deeply(bases_of($backend), [$id, $id], 'nothing was removed');
 
     is(scalar(forget($backend)->@*), 2, 'forget says what it removed');
     is_deeply([grep { m/test\z/ } names($backend)->@*], [], 'the bitmaps are gone');
-    is_deeply(forget($backend), [], 'there is nothing more');
+    is_deeply(forget($backend), [], 'a second call has nothing to do');
     is($backend->access(%other)->bases($backend->device('a'))->{ $backend->device('a') },
         $other_id, "another target's stay");
     forget($backend, %other);
     is_deeply([grep { m/\Apba|snapshot-access/ } names($backend)->@*],
-        [], 'with that one, no bitmap is left');
+        [], 'after forget for the other target, no bitmap is left');
     return;
 }
 
@@ -263,7 +268,7 @@ sub check_forget_alone ($backend) {
     my $lines = forget($backend);
     my ($line, @others) = sort { $a cmp $b } $lines->@*;
     like($line, qr/\Adevice $device: bitmap 'pba-id:.*' was removed/, 'forget says that, too');
-    is(scalar(@others), 1, 'in one line for each disk');
+    is(scalar(@others), 1, 'one line for each disk');
     is_deeply([grep { m/\Apba/ } names($backend)->@*], [], 'nothing of it is left');
     return;
 }
@@ -304,13 +309,15 @@ sub check_forget_below ($backend) {
 
     my $lines = forget($backend);
     is(scalar(grep { m/was removed/ } $lines->@*), 2, 'forget removes what can be removed');
-    is(scalar(grep { m/\Anode a: .* stays, since/ } $lines->@*), 1, 'and names what cannot');
+    is(scalar(grep { m/\Anode a: .* stays, since/ } $lines->@*),
+        1, 'forget names the bitmap that stays');
     my $bitmaps = $vm->bitmaps;
-    is_deeply([map { keys(($bitmaps->{$_} // {})->%*) } qw(above b)], [], 'so it is');
+    is_deeply([map { keys(($bitmaps->{$_} // {})->%*) } qw(above b)],
+        [], 'the other bitmaps are removed');
     $vm->hmp('savevm before');
     is($vm->hmp('loadvm before'), '', 'an earlier state can be loaded');
     take_overlay($vm);
-    is(scalar(forget($backend)->@*), 1, 'it goes when the overlay has gone');
+    is(scalar(forget($backend)->@*), 1, 'forget removes it when the overlay is gone');
     return;
 }
 
@@ -323,14 +330,19 @@ sub check_own_name ($backend) {
     my $bases = $backend->access($named{options}->%*)->bases(@devices);
     is_deeply([$bases->@{@devices}], [$first, $first], 'a bitmap with its own name has an id');
     my $seen = backup($backend, wanted($backend, 'use', base => $first), end => [0], %named);
-    is_deeply([$seen->@{qw(bitmap-action base)}], ['used', $first], 'and is used with it');
+    is_deeply(
+        [$seen->@{qw(bitmap-action base)}],
+        ['used', $first],
+        'the bitmap is used with its ID'
+    );
     $seen = backup($backend, wanted($backend, 'use', base => $second), end => [0], %named);
-    is($seen->{'bitmap-action'}, 'new', 'with another one it is made anew');
-    like($seen->{reason}, qr/relative to backup $first, not $second/, 'and the reason');
+    is($seen->{'bitmap-action'}, 'new', 'a bitmap with another name is created anew');
+    like($seen->{reason}, qr/relative to backup $first, not $second/, 'the reason is reported');
     is(scalar(forget($backend, 'target-id' => 'generation-1')->@*),
         2, 'forget knows it by its name');
     forget($backend);
-    is_deeply([grep { m/\Apba/ } names($backend)->@*], [], 'and its companion by the target');
+    is_deeply([grep { m/\Apba/ } names($backend)->@*],
+        [], 'forget finds the companion by the target');
     return;
 }
 
@@ -348,7 +360,7 @@ sub check_forget_dead ($backend) {
     dies_like(sub { forget($backend) }, qr/call recover/, 'refused after a process has died');
     PVE::BackupAccess->recover($backend->options, log => sub { });
     is_deeply(bases_of($backend), [$id, $id], 'recover leaves the id');
-    is(scalar(forget($backend)->@*), 2, 'then it is done');
+    is(scalar(forget($backend)->@*), 2, 'then forget removes the bitmaps');
     return;
 }
 
@@ -372,7 +384,7 @@ for my $case (@forms) {
         check_forget_alone($backend);
         check_forget_below($backend) if $name eq 'upstream';
         check_forget_dead($backend);
-        is_deeply([$backend->problems($outside)], [], 'all is as before');
+        is_deeply([$backend->problems($outside)], [], 'everything is as before');
     };
 }
 

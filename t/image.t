@@ -38,7 +38,7 @@ sub write_to ($name, $byte, $place) {
 }
 
 tool('qemu-img', 'create', '-q', '-f', $format{$_}, $file{$_}, $size{$_}) for sort keys %file;
-is(write_to($_, 1, '1M 1M'), undef, "$_: there is something in it") for sort keys %file;
+is(write_to($_, 1, '1M 1M'), undef, "$_: some data is written") for sort keys %file;
 
 sub back_up (@options) {
     return run_command('backup', "$dir/store", '--fleecing-dir', "$dir/fleecing", @options);
@@ -78,13 +78,13 @@ subtest 'qcow2 and raw' => sub {
     like(
         $log,
         qr/^disk: dirty-bitmap status: OK \(64\.0 KiB of 16\.0 MiB dirty\)$/m,
-        'qcow2: what changed'
+        'qcow2: only the change is dirty'
     );
-    like($log, qr/^data: dirty-bitmap status: created new/m, 'raw: there is no bitmap that lasts');
+    like($log, qr/^data: dirty-bitmap status: created new/m, 'raw: there is no persistent bitmap');
     like(
         $log,
         qr/^data: read in full, stored 64\.0 KiB that differ/m,
-        'raw: what differs is stored'
+        'raw: only the difference is stored'
     );
     like(good('nothing', @guest), qr/^disk: .*nothing of 16\.0 MiB dirty/m, 'nothing changed');
     my $run = run_command('status', @images);
@@ -156,14 +156,14 @@ subtest 'who else has the image open' => sub {
 };
 
 # The images are open as by a kernel, and as by qemu-io without locks.
-subtest 'devices, and what an image is based on' => sub {
+subtest 'devices and backing files' => sub {
     tool(qw(qemu-img create -q -f raw), "$dir/base", '4M');
     tool(qw(qemu-img create -q -f qcow2 -F raw -b), "$dir/base", "$dir/top.qcow2");
     my @top = ('--image', "$dir/top.qcow2", qw(--guest top));
     sysopen(my $fh, "$dir/base", O_RDWR) or die "$dir/base: $!\n";
     refused('the backing file', 1, qr{\Q$dir/base\E is open for writing}, @top);
     close($fh);
-    is(back_up(@top)->{status}, 0, 'the backing file: nobody writes to it');
+    is(back_up(@top)->{status}, 0, 'the backing file can be backed up if nobody writes to it');
 
     my $device = $> == 0 ? qx(losetup --find --show $dir/base 2>/dev/null) =~ s/\n//r : '';
     return note('no loop devices') if $device eq '';
@@ -237,15 +237,18 @@ subtest 'killed' => sub {
             qw(--bandwidth-limit 64K));
         $run->wait_for('err', qr/disk: storing/);
         $run->kill($signal);
-        is($run->finish->{signal}, POSIX->can("SIG$signal")->(), "$signal: it ends");
+        is($run->finish->{signal}, POSIX->can("SIG$signal")->(), "$signal: the command ends");
         my $tries = 100;
         select(undef, undef, undef, 0.1)
             while --$tries && qx(ps -eo args) =~ m/^qemu-storage-daemon .*\Q$dir\E/m;
-        ok($tries, "$signal: so does the daemon");
+        ok($tries, "$signal: the daemon ends");
     }
     my $log = good('the next', @guest);
-    like($log, qr/^disk: dirty-bitmap status: OK \(1\.0 MiB of/m, 'it has what changed')
-        or diag($log);
+    like(
+        $log,
+        qr/^disk: dirty-bitmap status: OK \(1\.0 MiB of/m,
+        'the next backup contains the change'
+    ) or diag($log);
 };
 
 subtest 'bad input' => sub {

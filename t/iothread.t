@@ -37,7 +37,7 @@ sub check_refusal () {
         );
     }
     is_deeply($backend->outside, $outside, 'nothing is left');
-    is_deeply($backend->vm->bitmaps, {}, 'no bitmap was made');
+    is_deeply($backend->vm->bitmaps, {}, 'no bitmap was created');
 }
 
 sub check_cycles () {

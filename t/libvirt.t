@@ -74,8 +74,11 @@ subtest 'backups' => sub {
     change();
     my $xml = xml();
     my $full = back_up('full');
-    like($full->{err}, qr/^ide0-1-0 is left out: it is (?:removable|read-only)$/m,
-        'not the CD-ROM');
+    like(
+        $full->{err},
+        qr/^ide0-1-0 is left out: it is (?:removable|read-only)$/m,
+        'the CD-ROM is left out'
+    );
     change();
     my $run = back_up('incremental');
     ok(is_increment($run, $_), "incremental: $_") for sort keys %device;
@@ -83,16 +86,16 @@ subtest 'backups' => sub {
     is_the_guest('full and incremental', $run->{out});
     is_the_guest('latest, by the name of the domain', "$store/web1");
     my $one = back_up('by target', '--device', 'vda');
-    unlike($one->{err}, qr/scsi0/, 'by target: only that disk');
+    unlike($one->{err}, qr/scsi0/, '--device by target: only that disk is backed up');
     my $rest = back_up('exclude', '--exclude', 'vda');
-    like($rest->{err}, qr/^virtio-disk0 is left out: --exclude names it$/m, 'exclude: by target');
+    like($rest->{err}, qr/^virtio-disk0 is left out: --exclude names it$/m, '--exclude by target');
     my $map = run_command('map', 'vda', @guest);
     like($map->{out}, qr/\Avirtio-disk0, /, 'map by target');
     my $status = run_command('status', @guest);
     like($status->{out}, qr/^no backup is running$/m, 'status');
     like($status->{out}, qr/ virtio-disk0 /, 'status: the disks by the names that last');
     my $mode = (stat($run_dir))[2] & 07777;
-    is($mode & 066, 0, 'nobody else can list the run directory');
+    is($mode & 066, 0, 'other users cannot list the run directory');
     is_deeply([glob("$run_dir/*")], [], 'nothing is left in it');
 };
 
@@ -113,7 +116,7 @@ sub define ($name) {
     return;
 }
 
-subtest 'what a domain is called' => sub {
+subtest 'names of domains' => sub {
     my ($id, $uuid) = map { $libvirt->must($_, 'web1') =~ s/\s+//gr } qw(domid domuuid);
     my @connect = ('--connect', $libvirt->uri, '--run-dir', $run_dir);
     for my $name ($id, $uuid) {
@@ -129,7 +132,7 @@ subtest 'what a domain is called' => sub {
     like(
         $run->{err},
         qr/'R & D' is not a valid name of a guest [^\n]* - give another one with --guest, or/,
-        'a name that archives cannot have: what to do'
+        'a name that is not valid for archives: the error says what to do'
     );
     $run = run_command('backup', "$store", '--libvirt', 'R & D', @connect, qw(--guest rd));
     is($run->{status}, 0, 'such a name, and --guest') or diag($run->{err});
@@ -157,11 +160,11 @@ subtest 'on, off, on' => sub {
     );
     is($run->{status}, 1, 'the image of a guest that runs: refused');
     like($run->{err}, qr/\A[^\n]*vda\.img is open for writing in another process[^\n]*\n\z/,
-        'in a line');
+        'one line');
     kill(KILL => $libvirt->qemu_pid);
     sleep(1) while $libvirt->must('domstate', 'web1') =~ m/running/;
     $run = back_up('killed', '--target-id', 'life');
-    ok(!is_increment($run, 'vda'), 'killed: its bitmap is not trusted');
+    ok(!is_increment($run, 'vda'), 'killed: the bitmap is not trusted');
     is_the_guest('killed', $run->{out});
     $libvirt->must('start', 'web1');
 
@@ -170,14 +173,14 @@ subtest 'on, off, on' => sub {
     like(
         $run->{err},
         qr/^[^\n]*target 'life' has no bitmaps - [^\n]*\Q$target\E/,
-        'the name of a backup is not all of its target: which there are'
+        'an incomplete target name: the error names the existing targets'
     );
     $run = run_command('forget', @guest, '--target-id', $target);
     is($run->{status}, 0, 'its bitmaps are forgotten') or diag($run->{err});
-    unlike(run_command('status', @guest)->{out}, qr/\Q$target\E/, 'and not there any more');
+    unlike(run_command('status', @guest)->{out}, qr/\Q$target\E/, 'it has no bitmaps');
 };
 
-subtest 'what is wrong' => sub {
+subtest 'errors' => sub {
     for my $case (
         ['nosuch', qr/failed to get domain 'nosuch'/],
         [q(it's "one"), qr/failed to get domain/],
@@ -194,15 +197,22 @@ subtest 'what is wrong' => sub {
         );
     }
     my $run = run_command('status', @guest, '--qmp', '/x');
-    is($run->{status}, 2, 'one guest only');
+    is($run->{status}, 2, '--libvirt and --qmp exclude each other');
     $run
         = run_command('status', '--libvirt', 'web1', '--connect', 'qemu:///system?socket=/nowhere');
-    like($run->{err}, qr/\A[^\n]*failed to connect[^\n]*\n\z/, 'no libvirtd');
+    like($run->{err}, qr/\A[^\n]*failed to connect[^\n]*\n\z/, 'libvirt is not reachable');
     $run = run_command('backup', "$store", @guest, '--qemu-user', 'nosuch');
-    like($run->{err}, qr/\A[^\n]*qemu-user 'nosuch': there is no such name on this machine\n\z/,
-        'no user');
+    like(
+        $run->{err},
+        qr/\A[^\n]*qemu-user 'nosuch': there is no such name on this machine\n\z/,
+        'the user does not exist'
+    );
     $run = run_command('backup', "$store", @guest, '--qemu-user', '64002', '--qemu-group', '64002');
-    like($run->{err}, qr/Permission denied.*AppArmor.*rwk/, 'another user than QEMU: what to do');
+    like(
+        $run->{err},
+        qr/Permission denied.*AppArmor.*rwk/,
+        'QEMU runs as another user: the error says what to do'
+    );
 };
 
 # ---- libvirt's own jobs ----
@@ -293,7 +303,7 @@ my %before = (
         [sub { ('backup-begin', 'web1', backup_xml('push')) }, ['domjobabort', 'web1']],
 );
 
-subtest 'a job that is there already' => sub {
+subtest 'a job that runs already' => sub {
     for my $name (sort keys %before) {
         my ($command, $end) = $before{$name}->@*;
         $libvirt->must($command->());
@@ -302,7 +312,7 @@ subtest 'a job that is there already' => sub {
         like(
             $run->{err},
             qr/^pve-backup-access backup: [^\n]*(?:job|NBD server)[^\n]* - [^\n]+\n\z/m,
-            "$name: why it is refused, and what to do"
+            "$name: the error says why and what to do"
         ) if $run->{status};
         change();
         $libvirt->virsh($end->@*);

@@ -50,11 +50,11 @@ sub check_fork ($backend) {
             }
         ),
         9,
-        'nor read through the parent\'s connection'
+        "the child cannot read over the parent's connection"
     );
     is(length($volume->pread(0, 65536)), 65536, 'the parent reads on');
     my ($offset, $length) = $volume->next_dirty_region;
-    is($length, $size, 'and has the whole map');
+    is($length, $size, 'the parent gets the whole map');
     $access->teardown(1);
 }
 
@@ -67,12 +67,12 @@ sub check_scope ($backend, $outside) {
         $access->setup($backend->devices('use'));
         $access->volumes('nbd');
     }
-    is(scalar(@warnings), 1, 'out of scope: one warning');
-    like($warnings[0], qr/was not torn down/, 'out of scope: which says what happened');
+    is(scalar(@warnings), 1, 'out of scope: there is one warning');
+    like($warnings[0], qr/was not torn down/, 'out of scope: the warning says what happened');
     is_deeply($backend->outside, $outside, 'out of scope: nothing is left');
     my ($bitmap) = $backend->target_bitmaps;
     cmp_ok($bitmap->{count}, '>=', 65536, 'out of scope: the bitmap kept its bits');
-    is($bitmap->{recording}, 1, 'out of scope: and records');
+    is($bitmap->{recording}, 1, 'out of scope: the bitmap records');
 }
 
 # A program exits or dies while its access is active: global destruction.
@@ -136,7 +136,7 @@ sub check_foreign_server ($backend, $outside) {
         qr/'nbd-server-start' failed .* QEMU has only one NBD server/,
         'another NBD server is up: the message names the command and what to do'
     );
-    ok(-S $socket, 'the other server stays');
+    ok(-S $socket, 'the other NBD server stays');
     is_deeply([glob($vm->dir . '/run2/*')], [], 'nothing is left');
     $vm->qmp('nbd-server-stop');
     is_deeply($backend->outside, $outside, 'the graph is as before');
@@ -156,7 +156,7 @@ sub check_foreign_server ($backend, $outside) {
     $access->teardown(1);
     is_deeply([map { $_->{id} } $vm->exports->@*],
         ['foreign'], 'an export of others on our server stays');
-    like($log[0], qr/the NBD server keeps running/, 'and a warning says so');
+    like($log[0], qr/the NBD server keeps running/, 'a warning says so');
     $vm->qmp('block-export-del', id => 'foreign', mode => 'hard');
     $vm->qmp('nbd-server-stop');
     $vm->qmp('blockdev-del', 'node-name' => 'theirs');
@@ -177,8 +177,8 @@ sub check_foreign_bitmap ($backend) {
     }
     $backend->guest->write('disk0', 1 << 20, 65536, 0x63);
     my $theirs = $vm->bitmaps->{disk0}{theirs};
-    is($theirs->{count}, 2 * 65536, "somebody else's bitmap has all its bits");
-    is_deeply([$theirs->@{qw(recording busy)}], [1, 0], 'and records');
+    is($theirs->{count}, 2 * 65536, "the other program's bitmap has all its bits");
+    is_deeply([$theirs->@{qw(recording busy)}], [1, 0], "the other program's bitmap records");
     $vm->qmp('block-dirty-bitmap-remove', node => 'disk0', name => 'theirs');
 }
 
@@ -214,7 +214,7 @@ sub check_end_below_copy ($backend, $mechanism) {
         ok($done, "$mechanism: a teardown from below a copy") or diag($@);
     };
     ok(!eval { $volume->copy(to => $take); 1 }, "$mechanism: the copy ends with an error");
-    like("$@", qr/^device \Q$device\E: .* offset/, "$mechanism: which names the device");
+    like("$@", qr/^device \Q$device\E: .* offset/, "$mechanism: the error names the device");
 }
 
 for my $name (PBA::Test::Backend->names) {

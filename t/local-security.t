@@ -104,7 +104,7 @@ subtest 'a run directory' => sub {
     );
     is($said, "0700 0700 $user $user $user", 'is private, whatever the umask');
     is_deeply([glob("$dir/run/*")], [], 'nothing is left in it');
-    ok(!-e "$dir/run/x", 'and it stays');
+    ok(!-e "$dir/run/x", 'the directory stays');
     is(as_user($user, sub { try_run_dir("$dir/run/") }), 'done',
         'is taken again, with a slash too');
 };
@@ -137,14 +137,14 @@ subtest 'a socket' => sub {
         return IO::Socket::UNIX->new(Peer => $path) ? 'connected' : "refused: $!";
     };
     is(as_user($user, $connect), 'connected', 'is there for its user');
-    like(as_user($other, $connect), qr/refused: Permission denied/, 'and for nobody else');
+    like(as_user($other, $connect), qr/refused: Permission denied/, 'other users cannot connect');
     like(as_user($other, sub { opendir(my $dh, "$dir/run") ? 'read' : "$!" }),
-        qr/denied/, 'who cannot see what there is');
+        qr/denied/, 'other users cannot list the directory');
     close($go);
     waitpid($pid, 0);
 };
 
-subtest 'what somebody else has prepared' => sub {
+subtest 'directories that another user has prepared' => sub {
     my $sticky = make_dir(0, 01777);
     my $own = make_dir($user, 0700);
     my $others = make_dir($other, 0777);
@@ -189,11 +189,11 @@ subtest 'above the run directory' => sub {
     symlink("$sticky/mine", "$others/link") or die "symlink: $!\n";
     is(as_user($user, sub { try_run_dir("$others/link/run") }),
         'done', "another's link to a directory of the user: used where it leads");
-    ok(-d "$sticky/mine/run", 'which is there');
+    ok(-d "$sticky/mine/run", "the link's target is used");
     refused("$sticky/nothing/run", 'nothing', qr/No such file/);
 };
 
-subtest 'where no run directory is given' => sub {
+subtest 'without the option run-dir' => sub {
     my $default = "/tmp/pve-backup-access-$user";
     delete(local $ENV{XDG_RUNTIME_DIR});
     my $own = make_dir($user, 0700);
@@ -203,7 +203,7 @@ subtest 'where no run directory is given' => sub {
     make_dir($other, 0777, $default);
     refused(undef, "another's directory in its place");
     rmdir($default);
-    is(as_user($user, sub { try_run_dir(undef) }), 'done', 'one is made');
+    is(as_user($user, sub { try_run_dir(undef) }), 'done', 'a directory is created');
     is(sprintf('%04o', (stat($default))[2] & 07777), '0700', 'private');
     rmdir($default);
 
@@ -304,7 +304,7 @@ subtest 'a fleecing directory' => sub {
         my $said
             = as_user($user, sub { umask(0); try_fleecing({ run => $run, fleecing => $good }) });
         like($said, qr/\A0600 $user .*enough/, 'a good one: the image is private');
-        is_deeply([glob("$good/*")], [], 'and gone after the error');
+        is_deeply([glob("$good/*")], [], 'the image is removed after the error');
     }
 };
 
@@ -336,7 +336,7 @@ subtest 'children of the provider' => sub {
         'without-base' => 1,
         progress => sub (@) { $during = $list->(); return },
     );
-    is($during, $with_file, 'nor while data is copied');
+    is($during, $with_file, 'children inherit nothing during a copy');
     close($target_file);
     my %fds
         = map { $_ => 1 } grep { m/\A\d+\z/ } do { opendir(my $dh, '/proc/self/fd'); readdir($dh) };

@@ -25,8 +25,11 @@ sub check_half_connected ($backend) {
     my $why = $@;
     ok($backend->vm->qmp('query-status'), 'QEMU goes on');
     return if !$waits;
-    like($why, qr/has connected to the NBD server at '.*' and sends nothing more - .*: end it/,
-        'why');
+    like(
+        $why,
+        qr/has connected to the NBD server at '.*' and sends nothing more - .*: end it/,
+        'the error says why'
+    );
     close($client);
     ok(eval { $access->teardown(0); 1 }, 'after its end, as after a failed backup') or diag($@);
     return;
@@ -50,7 +53,7 @@ sub check_late_client ($backend) {
     my $done = eval { $access->teardown(1); 1 };
     ok($done, 'a client that connects right before nbd-server-stop: teardown') or diag($@);
     my ($major, $minor) = $backend->vm->version->@*;
-    ok(!$client, 'it could not') if $major < 8 || ($major == 8 && $minor < 2);
+    ok(!$client, 'the client could not connect') if $major < 8 || ($major == 8 && $minor < 2);
     return;
 }
 

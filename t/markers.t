@@ -146,12 +146,12 @@ sub check_markers ($backend) {
     my $living = 'pba-owner-' . join('-', getppid(), start_time(getppid()));
     add_mark($backend, $dead, 0);
     ok(eval { recover($backend); 1 }, 'one of 0.1.0 of a dead process: undone') or diag($@);
-    is_deeply($backend->outside, $outside, 'it has gone');
+    is_deeply($backend->outside, $outside, 'the marker is gone');
     add_mark($backend, $living, 0);
     refused(
         sub { recover($backend) },
         qr/process @{[getppid()]} is already/,
-        'one of 0.1.0 of a living process'
+        'a marker of version 0.1.0 of a live process'
     );
     $backend->vm->qmp('blockdev-del', 'node-name' => $living);
 
@@ -178,7 +178,7 @@ sub check_damaged ($backend) {
         my @log;
         my $lines = recover($backend, force => 1, log => sub ($level, $text) { push(@log, $text) });
         like("@log", qr/the process whose marker is damaged.*is taken for dead/, 'force says it');
-        ok((grep { m/process mark '$name' was removed/ } $lines->@*), 'and the lines')
+        ok((grep { m/process mark '$name' was removed/ } $lines->@*), 'a line says so, too')
             or diag(explain($lines));
         is_deeply($backend->outside, $outside, 'nothing is left');
     }
@@ -218,7 +218,7 @@ sub check_migration () {
         select(undef, undef, undef, 0.1);
     }
     is($status, 'completed', 'a guest with a marker is migrated');
-    ok($target->vm->bitmaps->{disk0}{'pba:snapshot-access:test'}, 'its bitmaps come along');
+    ok($target->vm->bitmaps->{disk0}{'pba:snapshot-access:test'}, 'the bitmaps are migrated');
     return;
 }
 

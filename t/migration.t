@@ -107,7 +107,8 @@ sub migrate ($source, $target) {
 
 sub runs_at_source ($source, $target) {
     is($source->vm->qmp('query-status')->{status}, 'running', 'the guest runs on where it is');
-    isnt(eval { $target->vm->qmp('query-status')->{status} }, 'running', 'and nowhere else');
+    isnt(eval { $target->vm->qmp('query-status')->{status} },
+        'running', 'the guest does not run at the target');
     return;
 }
 
@@ -128,12 +129,12 @@ for my $bitmaps (0, 1) {
             runs_at_source($source, $target);
             $volume //= $access->volume($device);
             is_deeply([$volume->next_dirty_region], [$offset{before}, 65536], 'the map goes on');
-            is($volume->pread($offset{before}, 65536), "\x07" x 65536, 'and reading');
+            is($volume->pread($offset{before}, 65536), "\x07" x 65536, 'data can still be read');
             undef $volume;
             $access->teardown(1);
             is_deeply($source->outside, $outside, 'nothing is left');
             write_disk($source->vm, 'after', 'disk0');
-            is_deeply(next_backup($source, 'disk0'), { disk0 => 'during after' }, 'nor lost');
+            is_deeply(next_backup($source, 'disk0'), { disk0 => 'during after' }, 'no bit is lost');
         };
     }
 
@@ -152,7 +153,7 @@ for my $bitmaps (0, 1) {
             $access->teardown(1);
             write_disk($source->vm, 'after', @ids);
             my %expected = (map({ $_ => 'before during after' } @ids), $id => 'during after');
-            is_deeply(next_backup($source, @ids), \%expected, 'no bit is lost, of either');
+            is_deeply(next_backup($source, @ids), \%expected, 'no bit of either bitmap is lost');
         }
         }
         if @backed_up;
@@ -160,13 +161,13 @@ for my $bitmaps (0, 1) {
     subtest "$with, between two backups" => sub {
         for my $persistent ($full || !$bitmaps ? (0, 1) : 0) {
             my ($source, $target) = pair(bitmaps => $bitmaps, persistent => $persistent);
-            is(migrate($source, $target), 'completed', 'it is done');
+            is(migrate($source, $target), 'completed', 'the migration succeeds');
             ok(!eval { next_backup($source, 'disk0'); 1 }, 'a backup where it was: refused');
-            is($@->class, 'StateError', 'with a class');
+            is($@->class, 'StateError', 'the error has a class');
             like(
                 "$@",
                 qr/the guest (?:was|is being) migrated .*back it up where it runs/,
-                'and the reason'
+                'the error says why'
             );
             write_disk($target->vm, 'after', 'disk0');
             my $next = $bitmaps || $persistent ? 'before after' : 'missing-recreated';
@@ -194,14 +195,14 @@ subtest 'with the two halves of a bitmap' => sub {
             name => 'pba:snapshot-access:test'
         );
         write_disk($vm, 'during', 'disk0');
-        is(migrate($source, $target), 'completed', 'it is done');
+        is(migrate($source, $target), 'completed', 'the migration succeeds');
         write_disk($target->vm, 'after', 'disk0');
         is_deeply(
             next_backup($target, 'disk0'),
             { disk0 => 'before during after' },
-            'they are joined where it is'
+            'the halves are joined at the target'
         );
-        is_deeply($target->other_bitmaps, [], 'and no other is left');
+        is_deeply($target->other_bitmaps, [], 'no other bitmap is left');
     }
 };
 
@@ -216,7 +217,7 @@ sub slow_migration ($bitmaps) {
         sleep(0.1);
     }
     my $go_on = sub {
-        is($vm->qmp('query-migrate')->{status}, 'active', 'it is not over yet');
+        is($vm->qmp('query-migrate')->{status}, 'active', 'the migration is still running');
         write_disk($vm, 'during', 'disk0');
         $vm->qmp('migrate-set-parameters', 'max-bandwidth' => 1 << 30);
         return end_migration($source, $target);
@@ -227,14 +228,14 @@ sub slow_migration ($bitmaps) {
 # QEMU would fail the migration at its end because of the nodes of an access.
 for my $bitmaps (0, 1) {
     my $with = $bitmaps ? 'with its bitmaps' : 'without bitmaps';
-    subtest "$with, an access is to begin during it" => sub {
+    subtest "$with, an access begins during it" => sub {
         my ($source, $target, $go_on) = slow_migration($bitmaps);
         my $outside = $source->outside;
         ok(!eval { $source->access->setup($source->devices('use')); 1 }, 'is refused');
-        like("$@", qr/\Aa migration of the guest is in progress .*'active'/, 'and why');
-        is($@->class, 'StateError', 'with a class');
+        like("$@", qr/\Aa migration of the guest is in progress .*'active'/, 'the error says why');
+        is($@->class, 'StateError', 'the error has a class');
         is_deeply($source->outside, $outside, 'nothing is left');
-        is($go_on->(), 'completed', 'it goes on');
+        is($go_on->(), 'completed', 'the migration continues');
         write_disk($target->vm, 'after', 'disk0');
         my $next = $bitmaps ? 'before during after' : 'missing-recreated';
         is_deeply(next_backup($target, 'disk0'), { disk0 => $next }, 'nothing is lost');

@@ -86,13 +86,13 @@ for my $name ($Backend->names) {
         $access->teardown(0);
         is(<$from_watcher>, 'query-block-exports greeted seldom', 'another client is served');
         waitpid($_, 0) for $reader, $watcher;
-        is_deeply($backend->outside, $outside, 'and nothing is left');
+        is_deeply($backend->outside, $outside, 'nothing is left');
         $backend->check_manners;
     };
 }
 
 # QEMU sends the reply to a command of a client that has disconnected to the next client.
-subtest 'after a client that went in the middle of a command' => sub {
+subtest 'after a client that disconnected during a command' => sub {
     my $backend = $Backend->start(
         name => PBA::Test::VM->is_proxmox ? 'pve' : 'upstream',
         guest => 0,
@@ -112,7 +112,7 @@ subtest 'after a client that went in the middle of a command' => sub {
         close($client);
         eval { $backend->status; 1 } or push(@errors, "$@");
     }
-    is("@errors", '', 'its reply is not taken for another one');
+    is("@errors", '', 'no command gets the reply of another one');
 };
 
 # After a command that begins something, each of that many queries uses a connection of its own.
@@ -122,12 +122,12 @@ sub check_polls ($peer, $begin, $command, $times) {
     splice(@polls, $times);
     my %connections = map { $_->{connection} => 1 } @polls;
     is(scalar(@polls), $times, "$command was polled");
-    is(scalar(keys %connections), $times, 'each time over a connection of its own');
+    is(scalar(keys %connections), $times, 'each query has its own connection');
     cmp_ok($polls[-1]{time} - $polls[-2]{time}, '>', 0.06, 'less and less often');
     return;
 }
 
-subtest 'an export that does not go' => sub {
+subtest 'an export that ends slowly' => sub {
     my $asks = 0;
     my $deleted = 0;
     my $export = { id => '', type => 'nbd', 'node-name' => '#snap0', 'shutting-down' => \1 };
@@ -159,7 +159,7 @@ subtest 'a job that does not end' => sub {
     mkdir("$dir/fleecing");
     my $access = new_access($peer, 'fleecing-dir' => "$dir/fleecing");
     ok(!eval { $access->setup([{ device => 'drive-scsi0', 'bitmap-mode' => 'new' }]); 1 },
-        'this peer has no bitmaps');
+        'setup fails, because this peer has no bitmaps');
     check_polls($peer, 'blockdev-backup', 'query-jobs', 8);
 };
 

@@ -68,7 +68,7 @@ sub check_setup ($backend, @names) {
         my $action = defined($base) ? 'used' : 'missing-recreated';
         is_deeply([$info->@{qw(device bitmap-action)}], [$name, $action], "$name: $action");
         is_deeply([keys $volumes->%*], [$name], "$name: the volume has the name that was given");
-        is($info->{identity}, $identity //= $info->{identity}, "$name: one identity");
+        is($info->{identity}, $identity //= $info->{identity}, "$name: the identity is the same");
         $base = $id;
     }
 }
@@ -80,7 +80,7 @@ sub check_twice ($backend, @names) {
         my $twice
             = $one eq $other ? qr/is listed twice$/ : qr/is listed twice - also as '\Q$one\E'/;
         my $error = refusal(sub { $backend->access->setup(\@requests) });
-        like($error, qr/\Adevice \Q$other\E: $twice/, "$one, $other: one disk");
+        like($error, qr/\Adevice \Q$other\E: $twice/, "$one, $other: they are one disk");
     }
 }
 
@@ -106,7 +106,7 @@ sub check_task ($backend, $id, @names) {
         $full = 1;
     }
     my $parents = grep { $_->{parent} } map { values $_->{devices}->%* } $provider->list(100)->@*;
-    is($parents, scalar(@names), "$id: each archive but the first has its base");
+    is($parents, scalar(@names), "$id: each archive except the first has its base");
 }
 
 sub command ($backend, @arguments) {
@@ -166,12 +166,12 @@ sub check_ambiguous ($backend) {
     {
         my $error = refusal($call);
         like($error, qr/\Adevice plain: $several of the one to back up: /, 'two disks: refused');
-        like($error, qr/: (?:plain-dev, \S+|\S+, plain-dev)\n\z/, 'and the other names are told');
+        like($error, qr/: (?:plain-dev, \S+|\S+, plain-dev)\n\z/, 'the error names other names');
     }
     my ($info) = backup($backend, { device => 'plain-dev', base => undef }, 1);
     is($info->{identity}, "device $path", 'a clear name of the first');
     ($info) = backup($backend, { device => 'other', base => undef }, 1);
-    is($info->{identity}, 'device /machine/peripheral/plain', 'and of the second');
+    is($info->{identity}, 'device /machine/peripheral/plain', 'a unique name of the second disk');
 
     like(command($backend, '--exclude', 'plain')->{err}, qr/'plain' $several: /, '--exclude plain');
     my $all = [sort $path, 'other', 'nameless', 'drive-lun', 'drive-old'];
@@ -184,7 +184,7 @@ for my $name (PBA::Test::Backend->names) {
         disks => \@disks,
     );
     my $names = names_of($backend->vm);
-    is_deeply([sort keys $names->%*], [sort map { $_->{id} } @disks], "$name: each disk is found");
+    is_deeply([sort keys $names->%*], [sort map { $_->{id} } @disks], "$name: every disk is found");
     for my $id (sort keys $names->%*) {
         my @all = $names->{$id}->@*;
         my @usable = $name eq 'upstream' ? @all : $backend->device($id);

@@ -161,10 +161,10 @@ subtest 'an end that no request can reach' => sub {
     ok(eval { $volume->copy(to => $larger->uri, connections => 1); 1 }, 'a larger target')
         or diag($@);
     my $kept = $larger->content;
-    same($kept, pattern(0, 5120) . "\0" x 3072, 'its last block is filled up');
+    same($kept, pattern(0, 5120) . "\0" x 3072, 'the last block is filled up');
 };
 
-subtest 'regions that are no whole blocks' => sub {
+subtest 'regions of partial blocks' => sub {
     my $volume = open_volume(my $server = source(dirty => [[512, 4096]]));
     my $target = target(block_sizes => [4096, 4096, 32 * $MiB]);
     ok(!eval { $volume->copy(to => $target->uri); 1 }, 'of the target: refused');
@@ -227,9 +227,10 @@ subtest 'clusters of a discard' => sub {
         my $server = source(size => $long, dirty => [[0, $long]], description => $description);
         my $statistics = open_volume($server)->copy(to => '/dev/null', connections => 1);
         my $whole = int($long / $cluster) * $cluster;
-        is($statistics->{'bytes-discarded'}, $whole, "'$description': what is counted");
+        is($statistics->{'bytes-discarded'},
+            $whole, "'$description': the number of discarded bytes");
         my @parts = grep { $_->{offset} % $cluster } $server->requests('trim');
-        is(scalar(@parts), 0, "'$description': no part of a cluster");
+        is(scalar(@parts), 0, "'$description': no part of a cluster is discarded");
     }
 };
 

@@ -40,13 +40,13 @@ subtest 'maps' => sub {
         my $volume = open_volume($server);
         is($volume->size, $size, "$name: size");
         is_deeply(map_of($volume), expected_map($size, @dirty), "$name: map");
-        is_deeply([$volume->next_dirty_region], [], "$name: still at its end");
-        is_deeply([$volume->dirty_regions(3)], [], "$name: in batches, too");
+        is_deeply([$volume->next_dirty_region], [], "$name: the map stays at its end");
+        is_deeply([$volume->dirty_regions(3)], [], "$name: a batch at the end is empty");
         my $asked = 0;
         my @asked = map { [@$_{qw(offset length)}] } $server->requests('block-status');
         $asked += $_->[1] for @asked;
-        cmp_ok($asked, '>=', $size, "$name: all was asked for");
-        ok(!(grep { $_->[1] >= 4 * $GiB } @asked), "$name: in requests of less than 4 GiB");
+        cmp_ok($asked, '>=', $size, "$name: the whole disk was queried");
+        ok(!(grep { $_->[1] >= 4 * $GiB } @asked), "$name: each request has less than 4 GiB");
     }
 };
 
@@ -59,15 +59,15 @@ subtest 'batches' => sub {
             die "odd batch\n" if @batch % 2 || @batch > 2 * $max;
             push @regions, @batch;
         }
-        is_deeply(\@regions, [map { @$_ } @dirty], "at most $max");
+        is_deeply(\@regions, [map { @$_ } @dirty], "batches of at most $max");
     }
     my $volume = open_volume(start(dirty => \@dirty));
-    is_deeply([$volume->next_dirty_region], $dirty[0], 'one by itself');
+    is_deeply([$volume->next_dirty_region], $dirty[0], 'one region');
     is_deeply([$volume->dirty_regions(2)], [map { @$_ } @dirty[1, 2]], 'then a batch');
-    is_deeply([$volume->next_dirty_region], $dirty[3], 'and one again');
+    is_deeply([$volume->next_dirty_region], $dirty[3], 'then one region again');
 };
 
-subtest 'odd answers that are no lies' => sub {
+subtest 'unusual but correct answers' => sub {
     my $step = 64 * $KiB;
     my @maps = (
         [alternate => map { [$_ * 2 * $step, $step] } 0 .. 63],
@@ -113,7 +113,7 @@ subtest 'runs over several answers' => sub {
 
     # A run that spans many requests.
     $server = start(size => 64 * $GiB, dirty => [[$MiB, 63 * $GiB]], max_extents => 1);
-    is_deeply(map_of(open_volume($server)), [[$MiB, 63 * $GiB]], 'and across requests');
+    is_deeply(map_of(open_volume($server)), [[$MiB, 63 * $GiB]], 'a run is joined across requests');
 };
 
 subtest 'no bitmap' => sub {
@@ -121,12 +121,16 @@ subtest 'no bitmap' => sub {
         my $server = start(size => $size, offer_bitmap => 0);
         my $volume = open_volume($server, 'bitmap-mode' => 'none', 'bitmap-name' => undef);
         is_deeply(map_of($volume), [[0, $size]], "$size bytes: one region");
-        is_deeply([$volume->next_dirty_region], [], 'and no more');
+        is_deeply([$volume->next_dirty_region], [], 'there is no other region');
         is_deeply([$server->requests('block-status')], [], 'the server was not asked');
     }
     my $server = start(dirty => [[0, 1]]);
     my $volume = open_volume($server, 'bitmap-mode' => 'none');
-    is_deeply(map_of($volume), [[0, 8 * $MiB]], 'mode none with a name: still the whole');
+    is_deeply(
+        map_of($volume),
+        [[0, 8 * $MiB]],
+        'mode none with a name: the whole disk is one region'
+    );
     $volume = open_volume($server, 'bitmap-mode' => undef, 'bitmap-name' => undef, size => undef);
     is($volume->size, 8 * $MiB, "no size given: the server's");
     $volume = open_volume($server, 'bitmap-mode' => undef);
@@ -156,14 +160,18 @@ subtest 'open' => sub {
         ok(!eval { open_volume($server, %$more); 1 }, "$name: dies");
         like(error_class($@), $class, "$name: class");
         like("$@", $pattern, "$name: message");
-        like("$@", qr/\Adevice disk: [^\n]*\n\z/, "$name: one line that names the device");
+        like(
+            "$@",
+            qr/\Adevice disk: [^\n]*\n\z/,
+            "$name: the error is one line that names the device"
+        );
     }
     my $without = start(offer_bitmap => 0);
     ok(!eval { open_volume($without); 1 }, 'no context: dies');
     is(error_class($@), 'IncompleteError', 'no context: class');
     my $grown = start(advertised_size => 9 * $MiB);
     ok(!eval { open_volume($grown); 1 }, 'another size than told: dies');
-    like("$@", qr/9437184.*8388608/, 'both sizes told');
+    like("$@", qr/9437184.*8388608/, 'the error names both sizes');
 
     my $last = open_volume($server);
     is_deeply(map_of($last), [[0, 1]], 'the server itself is fine');
@@ -172,17 +180,21 @@ subtest 'open' => sub {
 # The error is detected by libnbd, or by our code.
 my $broken = qr/\A(?:Nbd|Incomplete)Error\z/;
 
-subtest 'maps cut off' => sub {
+subtest 'truncated maps' => sub {
     for my $after (0 .. 8, 31, 63) {
         my $server = start(dirty => \@blocks, max_extents => 2, disconnect_after => $after);
         my @map = map_dies($server, $broken, "after $after answers", qr/bitmap/);
-        is_deeply(\@map, [@blocks[0 .. $#map]], "after $after answers: what came was right");
-        cmp_ok(scalar(@map), '<=', $after, "after $after answers: and no more of it");
+        is_deeply(
+            \@map,
+            [@blocks[0 .. $#map]],
+            "after $after answers: the regions returned are right"
+        );
+        cmp_ok(scalar(@map), '<=', $after, "after $after answers: no more regions are returned");
     }
     for my $at (0, 1, 64 * $KiB, 4 * $MiB, 8 * $MiB - 1) {
         my $server = start(dirty => \@blocks, max_extents => 2, disconnect_at => $at);
         my @map = map_dies($server, $broken, "at offset $at");
-        is_deeply(\@map, [@blocks[0 .. $#map]], "at offset $at: what came was right");
+        is_deeply(\@map, [@blocks[0 .. $#map]], "at offset $at: the regions returned are right");
     }
 };
 
@@ -206,12 +218,16 @@ subtest 'maps with a fault in them' => sub {
                 $faults{$name}->@*
             );
             my @map = map_dies($server, $broken, "$name after $good good ones");
-            is_deeply(\@map, [@sparse[0 .. $#map]], "$name after $good: what came was right");
+            is_deeply(
+                \@map,
+                [@sparse[0 .. $#map]],
+                "$name after $good: the regions returned are right"
+            );
         }
     }
 };
 
-subtest 'maps cut off before a region, and in a batch' => sub {
+subtest 'maps that end before a region or in a batch' => sub {
 
     # All clean except for the end, or all dirty: no region was returned before the map ends.
     map_dies(start(dirty => [[8 * $MiB - 1, 1]], size => 8 * $MiB, disconnect_after => 0),
@@ -223,7 +239,7 @@ subtest 'maps cut off before a region, and in a batch' => sub {
     my @batch = eval { $volume->dirty_regions(1000) };
     ok($@ && !@batch, 'a batch that breaks off dies');
     @batch = eval { $volume->dirty_regions(1000) };
-    ok($@ && !@batch, 'and the next one');
+    ok($@ && !@batch, 'the next batch dies, too');
 };
 
 subtest 'requests in flight' => sub {
@@ -232,10 +248,10 @@ subtest 'requests in flight' => sub {
     is_deeply(map_of(open_volume($server)), [[0, $GiB]], 'map');
     my $count = () = $server->requests('block-status');
     cmp_ok($server->max_in_flight, '>', 1, 'more than one');
-    cmp_ok($server->max_in_flight, '<=', 64, 'but not without bound');
-    cmp_ok(time - $started, '<', 0.1 * $count, "they overlap ($count requests)");
+    cmp_ok($server->max_in_flight, '<=', 64, 'the number is limited');
+    cmp_ok(time - $started, '<', 0.1 * $count, "the requests overlap ($count requests)");
     my @flags = map { $_->{flags} } $server->requests('block-status');
-    is(scalar(grep { $_ } @flags), 0, 'none asks for a single extent');
+    is(scalar(grep { $_ } @flags), 0, 'no request asks for a single extent');
 };
 
 done_testing();

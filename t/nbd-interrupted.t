@@ -24,7 +24,7 @@ subtest 'a handler that dies' => sub {
     dies_by_alarm(sub { push @map, [$volume->next_dirty_region] for 1 .. 8 }, 'some way on');
     my $rest = map_of($volume);
     is_deeply([@map, @$rest], \@few, 'carried on: nothing is lost, nothing comes twice');
-    is_deeply([$volume->next_dirty_region], [], 'to the end');
+    is_deeply([$volume->next_dirty_region], [], 'the map ends after that');
 };
 
 subtest 'a handler that dies, everywhere' => sub {
@@ -51,7 +51,7 @@ subtest 'a handler that dies, everywhere' => sub {
         $deaths++ if !$done;
     }
     cmp_ok($deaths, '>', 0, "interrupted often ($deaths times)");
-    is_deeply(\@map, \@blocks, 'and the map is the same');
+    is_deeply(\@map, \@blocks, 'the map is complete');
 };
 
 subtest 'a handler that dies while reading' => sub {
@@ -60,13 +60,13 @@ subtest 'a handler that dies while reading' => sub {
     dies_by_alarm(sub { $volume->pread(0, 4 * $MiB) }, 'reading');
     ok($volume->pread(512, 4096) eq pattern(512, 4096), 'another read is right');
     is_deeply([$volume->next_dirty_region], $blocks[0], 'the map, too');
-    dies_by_alarm(sub { $volume->pread($MiB, 512) }, 'in the middle of the map');
+    dies_by_alarm(sub { $volume->pread($MiB, 512) }, 'a read in the middle of the map');
     dies_by_alarm(sub { $volume->discard(0, 64 * $KiB) }, 'discarding');
     is_deeply([map { [$volume->next_dirty_region] } 1 .. 3], [@blocks[1 .. 3]], 'the map goes on');
 
     my $hangs = open_volume(start(dirty => \@blocks, max_extents => 2, hang_at => 300 * $KiB));
     dies_by_alarm(sub { map_of($hangs) }, 'a server that hangs');
-    dies_by_alarm(sub { map_of($hangs) }, 'and again');
+    dies_by_alarm(sub { map_of($hangs) }, 'the next call, too');
 };
 
 subtest 'a handler that does not die' => sub {
@@ -83,7 +83,7 @@ subtest 'a handler that does not die' => sub {
     Time::HiRes::ualarm(0);
     is_deeply($map, \@blocks, 'map') or diag($@);
     ok($data eq pattern(0, 4096), 'data');
-    cmp_ok($handled, '>', 3, "it ran often ($handled times)");
+    cmp_ok($handled, '>', 3, "the handler ran often ($handled times)");
 };
 
 subtest 'a handler that uses the volume' => sub {
@@ -129,7 +129,7 @@ sub goes_on_after ($interrupt, $name) {
     return $done;
 }
 
-subtest 'a server that may not be asked for the same twice at a time' => sub {
+subtest 'a server that must not get overlapping reads' => sub {
     my %interrupt = (
         'a read' => sub ($volume) {
             dies_by_alarm(sub { $volume->pread(0, 4096) }, 'a read');
@@ -150,11 +150,11 @@ subtest 'a server that may not be asked for the same twice at a time' => sub {
     for my $name (sort keys %interrupt) {
         my $tries = 0;
         $tries++ until goes_on_after($interrupt{$name}, $name) || $tries == 4;
-        cmp_ok($tries, '<', 4, "$name: then all can be read");
+        cmp_ok($tries, '<', 4, "$name: then everything can be read");
     }
 };
 
-subtest 'the same where the answer does not come' => sub {
+subtest 'the same without an answer' => sub {
     my $server = start(@by_cluster, delay => 3);
     my $volume = open_volume($server);
     my $other = open_volume($server);
@@ -175,7 +175,7 @@ subtest 'the same where the answer does not come' => sub {
     $volume = open_volume($server);
     dies_by_alarm(sub { $volume->pread(0, 4096) }, 'any other server');
     ok($volume->pread(0, 4096) eq pattern(0, 4096), 'is asked again');
-    is(scalar(() = $server->overlapping_reads), 1, 'at once');
+    is(scalar(() = $server->overlapping_reads), 1, 'the reads overlap once');
 };
 
 subtest 'connecting is interrupted' => sub {
@@ -225,17 +225,17 @@ subtest 'a forked child' => sub {
     is_deeply([map { [$volume->next_dirty_region] } 2 .. 63], [@blocks[2 .. 63]], 'the whole map');
     ok($volume->pread(4096, 512) eq pattern(4096, 512), 'data');
     is($server->connections, 1, 'over the one connection');
-    is_deeply([$server->requests('trim')], [], 'no child sent anything');
+    is_deeply([$server->requests('trim')], [], 'no child has sent anything');
 };
 
-subtest 'a child of its own volume' => sub {
+subtest 'a child with its own volume' => sub {
     my $server = start(dirty => \@blocks);
     my $code = sub {
         my $volume = open_volume($server);
         @{ map_of($volume) } == 64;
     };
     is(in_child($code), 0, 'works in the child');
-    is_deeply(map_of(open_volume($server)), \@blocks, 'and in the parent');
+    is_deeply(map_of(open_volume($server)), \@blocks, "the parent's volume works");
 };
 
 # If the queue is full, connect() on a Unix socket fails at once with EAGAIN instead of waiting.

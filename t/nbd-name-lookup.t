@@ -62,7 +62,7 @@ for my $side (sort keys %sides) {
             7, "$scheme, $side: a signal ends it, and the process ends");
     }
     ok(!eval { $sides{$side}->('nbd://found.example.org:1/disk'); 1 },
-        "$side: one that is found, where nothing listens");
+        "$side: the name is found, but nothing listens");
     like(my $error = $@, qr/\Adevice disk: connecting failed - .*refused/, 'error');
     is(eval { $error->class }, 'NbdError', 'class');
 }

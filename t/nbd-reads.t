@@ -34,7 +34,7 @@ subtest 'reading' => sub {
         ok(!utf8::is_utf8($data), 'bytes');
     }
     my @requests = map { [@$_{qw(offset length)}] } $server->requests('read');
-    is_deeply(\@requests, \@ranges, 'one request each');
+    is_deeply(\@requests, \@ranges, 'one request for each read');
     is_deeply(map_of($volume), \@blocks, 'the map is not disturbed');
     is_deeply([$server->requests('trim')], [], 'nothing is discarded unasked');
 };
@@ -92,10 +92,10 @@ subtest 'reads cut short' => sub {
     ok($volume->pread(0, 512) eq pattern(0, 512), 'before the connection is lost');
     ok(!eval { $volume->pread(7 * $MiB, 512); 1 }, 'lost: dies');
     ok(!eval { $volume->pread(0, 512); 1 }, 'after it: dies');
-    like("$@", qr/earlier error/, 'and says why');
+    like("$@", qr/earlier error/, 'the error says why');
     my @regions = eval { $volume->next_dirty_region };
     ok($@ && !@regions, 'the map, too');
-    ok(!eval { $volume->discard(0, 64 * $KiB); 1 }, 'and discarding');
+    ok(!eval { $volume->discard(0, 64 * $KiB); 1 }, 'discards die, too');
 };
 
 subtest 'discarding' => sub {
@@ -125,11 +125,11 @@ subtest 'discarding' => sub {
         my $volume = open_volume($server);
         ok(eval { $volume->discard($offset, $length); 1 }, "$offset, $length") or diag($@);
         my @trims = map { [@$_{qw(offset length)}] } $server->requests('trim');
-        is_deeply(\@trims, \@sent, 'only whole clusters, and the tail');
+        is_deeply(\@trims, \@sent, 'only whole clusters and the tail are sent');
     }
 };
 
-subtest 'discarding much and little, and in vain' => sub {
+subtest 'long, short and failing discards' => sub {
     my $server = start(size => 4608, dirty => [[0, 4608]]);
     open_volume($server)->discard(0, 4608);
     is(scalar(() = $server->requests('trim')), 1, 'a disk smaller than a cluster');
@@ -142,7 +142,7 @@ subtest 'discarding much and little, and in vain' => sub {
         $next += $trim->{length};
     }
     is($bad, 0, 'a long range in pieces a server takes');
-    is($next, 10 * $GiB, 'to its end');
+    is($next, 10 * $GiB, 'the pieces end at the end of the range');
 
     my $volume = open_volume(start(dirty => \@blocks, trim_error => EIO));
     ok(!eval { $volume->discard(0, 64 * $KiB); 1 }, 'an error of the server: dies');

@@ -62,7 +62,7 @@ subtest 'a correct server' => sub {
     is_deeply([map { $_ + 0 } @lines], [8 * $MiB], 'size');
     ($status, @lines) = run_tool('nbdinfo', $server->uri);
     my $context = quotemeta($server->context);
-    like(join('', @lines), qr/base:allocation.*$context/s, 'both contexts listed');
+    like(join('', @lines), qr/base:allocation.*$context/s, 'both contexts are listed');
     ($status, @lines) = run_tool('nbdinfo', '--list', $server->uri);
     like(join('', @lines), qr/export="disk"/, 'export listed');
 
@@ -99,7 +99,8 @@ subtest 'reading' => sub {
     my $dirty_only = start(dirty => \@dirty, dirty_only => 1);
     isnt((run_tool('nbdcopy', $dirty_only->uri, 'null:'))[0], 0, 'clean parts unreadable');
     my $all_dirty = start(dirty => [[0, 8 * $MiB]], dirty_only => 1);
-    is((run_tool('nbdcopy', $all_dirty->uri, 'null:'))[0], 0, 'all dirty is all readable');
+    is((run_tool('nbdcopy', $all_dirty->uri, 'null:'))[0],
+        0, 'an all-dirty disk can be read completely');
 };
 
 subtest 'trimming, from another client' => sub {
@@ -119,7 +120,7 @@ subtest 'trimming, from another client' => sub {
         0, 'trim_error');
 };
 
-subtest 'answers that are odd, but no lies' => sub {
+subtest 'unusual but correct answers' => sub {
     for my $options ([max_extents => 1], [max_extents => 2], [answer_more => 1]) {
         my $server = start(dirty => \@dirty, @$options);
         my ($status, @map) = map_of($server);
@@ -143,7 +144,11 @@ subtest 'lies' => sub {
     my $server = start(dirty => \@dirty, max_extents => 1, disconnect_after => 2);
     map_fails($server, 'disconnect_after');
     is(scalar($server->requests('block-status')), 3, 'the third request was not answered');
-    like($server->wait_for_record('closed')->{why}, qr/^disconnected after 2/, 'and why');
+    like(
+        $server->wait_for_record('closed')->{why},
+        qr/^disconnected after 2/,
+        'the record says why'
+    );
 
     my $hanging = start(dirty => \@dirty, hang_at => 0);
     my @command = (qw(timeout 1 nbdinfo), '--map=' . $hanging->context, $hanging->uri);
@@ -158,7 +163,7 @@ subtest 'lies' => sub {
 
 # Correct clients reject these, depending on their version, and less careful ones loop, so the test looks at the
 # bytes on the connection.
-subtest 'lies seen in the bytes' => sub {
+subtest 'lies in the bytes on the wire' => sub {
     my %payload = (
         zero_extent => sub (@words) { return $words[1] == 0 && $words[3] == 65536 },
         only_zero_extents => sub (@words) { return @words == 3 && $words[1] == 0 },

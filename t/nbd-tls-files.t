@@ -121,13 +121,13 @@ for my $side (sort keys %sides) {
 
 sub count_of ($what) { return scalar(() = glob("/proc/self/$what/*")) }
 
-subtest 'nothing stays of those that were given up' => sub {
+subtest 'nothing is left of interrupted calls' => sub {
     my %before = map { $_ => count_of($_) } qw(fd task);
     for my $try (1 .. 5) {
         local $SIG{ALRM} = sub { die "interrupted\n" };
         alarm(0.3);
         ok(!eval { open_uri(uri("tls-psk-file=$key")); 1 }, "attempt $try");
-        is($@, "interrupted\n", 'by a signal');
+        is($@, "interrupted\n", "the signal's exception arrives");
     }
     my $end = time() + $limit;
     sleep(0.05) while time() < $end && grep { count_of($_) > $before{$_} } keys %before;

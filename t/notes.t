@@ -69,7 +69,7 @@ sub check_code_refs () {
         my %code
             = ('load-note' => sub (@) { $note }, 'store-note' => sub ($key, $new) { $note = $new });
         is(mode_of_next(%code), 'new', 'one that the caller keeps: full');
-        is(mode_of_next(%code), 'reuse', 'then incremental');
+        is(mode_of_next(%code), 'reuse', 'the next backup is incremental');
     }
     return;
 }
@@ -92,8 +92,8 @@ sub check_load_dies () {
         'where it cannot be read, it is none when there may be new data');
     $is_down = 0;
     delete($on{backup_vm});
-    is(mode_of_next(%code), 'new', 'so the next backup is a full one');
-    is(mode_of_next(%code), 'reuse', 'then incremental');
+    is(mode_of_next(%code), 'new', 'the next backup is a full one');
+    is(mode_of_next(%code), 'reuse', 'the one after that is incremental');
     return;
 }
 
@@ -106,7 +106,7 @@ sub check_store_dies () {
     $strike = sub () { die "the cluster is away\n" };
     is(mode_of_next(%code), 'new', 'a note that cannot be stored: the backup is good');
     is($backend->logged(qr/\Awarn: .*cannot note the ID.*the cluster is away/s),
-        1, 'and the log says so');
+        1, 'the log says so');
     $strike = sub () { };
     is(mode_of_next(%code), 'new', 'the next one is a full one');
 
@@ -132,7 +132,7 @@ sub check_answer ($base) {
     };
     is(mode_of_next(), 'new', "a provider's base '$base' is none: a full backup");
     is($backend->logged(qr/\Awarn: .*\Q$device\E.* is not the ID of a backup\z/s),
-        1, 'and a warning');
+        1, 'the log has a warning');
     return;
 }
 

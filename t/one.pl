@@ -1,5 +1,5 @@
-# Runs one test for t/all.pl: t/one.pl FILE [ARGUMENTS]. A test that hangs is ended, and what one leaves
-# running is a failure: it would hold the harness' pipe, which then waits for ever.
+# Runs one test for t/all.pl: t/one.pl FILE [ARGUMENTS]. Ends a test that hangs. A test that leaves a process
+# running fails, because the process would hold the harness' pipe, on which the harness would wait forever.
 
 use v5.36;
 
@@ -14,7 +14,7 @@ use PBA::Test::Orphans qw(adopt_orphans);
 my $limit = $ENV{PBA_LIMIT} // ($ENV{PBA_FULL} ? 6 * 3600 : 1200);
 my $grace = $limit < 10 ? $limit : 10;
 
-adopt_orphans();    # so that what the test leaves can be named
+adopt_orphans();    # so that leftover processes can be named
 
 sub processes () {
     my %process;
@@ -26,7 +26,7 @@ sub processes () {
     return \%process;
 }
 
-# All that come from this process, the youngest last.
+# All descendants of this process, the youngest last.
 sub descendants () {
     my $process = processes();
     my @found = ($$);
@@ -68,7 +68,7 @@ sub wait_for ($test) {
     return;
 }
 
-# A process that is ending may take a moment.
+# A process that is just ending may take a moment.
 sub leaves_nothing () {
     for (1 .. $grace * 20) {
         my $pid = waitpid(-1, WNOHANG);

@@ -60,22 +60,22 @@ subtest 'refused' => sub {
 };
 
 # An access of this process whose end failed has left the marker.
-subtest 'refused, since it is there' => sub {
+subtest 'refused, because the marker exists' => sub {
     my $peer = start_peer(returns([$own_mark], [$own_mark], 'blockdev-add' => $refused));
     my $access = new_access($peer);
     ok(eval { $access->setup(\@one); 1 }, 'setup goes on') or diag($@);
     $access->teardown(1);
-    is((deleted($peer))[-1], $own_mark, 'and deletes it in the end');
+    is((deleted($peer))[-1], $own_mark, 'the marker is deleted at the end');
 };
 
-subtest 'somebody else at the same time' => sub {
+subtest 'another process at the same time' => sub {
     my $other = getppid();
     my $other_mark = 'pba-owner-' . join('-', $other, start_time($other));
     my $peer = start_peer(returns([], [$own_mark, $other_mark]));
     dies(sub { new_access($peer)->setup(\@one) },
         qr/\AStateError\z/, qr/not finished: process $other is already backing it up/, 'setup');
     is(number_of($peer, 'backup-access-setup'), 0, 'nothing was set up');
-    is_deeply([deleted($peer)], [$own_mark], 'its own is deleted, that of the other is not');
+    is_deeply([deleted($peer)], [$own_mark], 'the own marker is deleted, and the other one is not');
 };
 
 subtest 'a PID that is used again' => sub {
@@ -86,7 +86,7 @@ subtest 'a PID that is used again' => sub {
     $access->teardown(1);
 };
 
-subtest 'it stays' => sub {
+subtest 'a marker that stays' => sub {
     my @log;
     my $peer = start_peer(returns([], [$own_mark], 'blockdev-del' => $refused));
     my $access

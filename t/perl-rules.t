@@ -119,7 +119,7 @@ for my $lines (40, 41) {
 {
     my $code = "sub one () { return 1 }\n" . "one();\n" x 60 . "if (one()) {\n}\n";
     is_deeply([PBA::Test::PerlRules::long_functions(planted('one.pm', $code))],
-        [], 'functions: one of one line is no longer than that');
+        [], 'functions: a function of one line has only that line');
 }
 
 for my $lines (500, 501) {

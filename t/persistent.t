@@ -40,7 +40,8 @@ subtest 'persistent bitmap, clean restart' => sub {
     $backend->guest->write('disk0', 7 * $mib, 65536, 0x33);
     my $result = $repository->backup(mode => 'use', success => 1, %options);
     is($result->{disk0}{action}, 'used', 'the bitmap is used');
-    is($result->{disk0}{bytes}, 2 * 65536, 'it has the writes of before and after');
+    is($result->{disk0}{bytes}, 2 * 65536,
+        'the bitmap has the writes before and after the restart');
     restored_is($backend, $repository, 'after the restart');
 };
 
@@ -50,7 +51,7 @@ subtest 'bitmap that is not persistent, clean restart' => sub {
     $backend->restart;
     my $result = $repository->backup(mode => 'use', success => 1);
     is($result->{disk0}{action}, 'missing-recreated', 'the bitmap is gone, and that is said');
-    is($result->{disk0}{bytes}, $size, 'everything is dirty');
+    is($result->{disk0}{bytes}, $size, 'the whole disk is dirty');
 };
 
 # During the access, the guest writes, QEMU quits and is started again: the result is that of a failed backup.
@@ -65,7 +66,7 @@ sub quit_in_mid_access (%options) {
     $backend->guest->write('disk0', 4 * $mib, 65536, 0x33);
     $backend->vm->quit;
     ok(!eval { $access->teardown(1); 1 }, 'teardown after QEMU has quit is an error');
-    is($@->class, 'ConnectionError', 'of class ConnectionError');
+    is($@->class, 'ConnectionError', 'the error has the class ConnectionError');
     is_deeply([$backend->left_files], [], 'nothing local is left');
     undef $access;
     $backend->restart;
@@ -79,7 +80,7 @@ sub quit_in_mid_access (%options) {
 subtest 'clean quit in mid-access, persistent bitmap' => sub {
     my $disk = quit_in_mid_access(persistent => 1);
     is($disk->{action}, 'used', 'the bitmap is used');
-    is($disk->{bytes}, 3 * 65536, 'it has the writes before, during and after the access');
+    is($disk->{bytes}, 3 * 65536, 'the bitmap has the writes before, during and after the access');
 };
 
 subtest 'clean quit in mid-access, bitmap that is not persistent' => sub {
@@ -99,8 +100,8 @@ subtest 'kill -9 makes a persistent bitmap inconsistent' => sub {
     my ($bitmap) = $backend->target_bitmaps;
     is($bitmap->{inconsistent}, 1, 'the bitmap came back inconsistent');
     my $result = $repository->backup(mode => 'use', success => 1, %options);
-    is($result->{disk0}{action}, 'missing-recreated', 'it is made anew');
-    is($result->{disk0}{bytes}, $size, 'with everything dirty');
+    is($result->{disk0}{action}, 'missing-recreated', 'the bitmap is created anew');
+    is($result->{disk0}{bytes}, $size, 'the whole disk is dirty');
 };
 
 # A regular end of QEMU removes the access of a killed client, and leaves two halves of the bitmap; then QEMU is
@@ -126,18 +127,18 @@ subtest 'kill -9 with a bitmap in two halves' => sub {
         $backend->vm->kill9;
         $backend->restart;
         my @bitmaps = values $backend->vm->bitmaps->{disk0}->%*;
-        is_deeply([map { $_->{inconsistent} } @bitmaps], [1, 1], 'both are inconsistent');
+        is_deeply([map { $_->{inconsistent} } @bitmaps], [1, 1], 'both bitmaps are inconsistent');
         if ($how eq 'recover') {
             my $lines = PVE::BackupAccess->recover($backend->options, log => sub { });
             is(scalar(grep { m/disk0.*bitmap .* was removed, since/ } $lines->@*),
                 1, 'recover says what it did');
-            is_deeply([values $backend->vm->bitmaps->%*], [], 'both are removed');
+            is_deeply([values $backend->vm->bitmaps->%*], [], 'both bitmaps are removed');
         }
         my $access = PVE::BackupAccess->new(%options);
         my $info = $access->setup($backend->devices('use'))->[0];
         is($info->{'bitmap-action'}, 'missing-recreated', "after $how: the next one says so");
         my ($offset, $length) = $access->volume('disk0')->next_dirty_region;
-        is($length, $size, 'and is a full one');
+        is($length, $size, 'the backup is a full one');
         $access->teardown(1);
         is_deeply($backend->status->{'left-overs'}, [], 'nothing is left over');
     }

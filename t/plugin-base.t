@@ -49,6 +49,6 @@ SKIP: {
 }
 is(perl("$plugins $name", "-I$dir/proxmox"), 'the real one', "Proxmox VE's class comes first");
 is(perl("use PVE::BackupAccess::Task; use lib '$dir/proxmox'; $plugins $name"),
-    'the real one', "also if its directory was added later");
+    'the real one', "Proxmox VE's class comes first even if its directory was added later");
 
 done_testing;

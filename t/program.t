@@ -35,7 +35,7 @@ sub eventually ($count) {
     return sleepers() == $count;
 }
 
-subtest 'what it returns' => sub {
+subtest 'the result of a program' => sub {
     is_deeply([run_program('echo', 'a b')], [0, "a b\n", ''], 'status and output');
     is_deeply(
         [run_program('sh', '-c', 'echo oops >&2; exit 3')],
@@ -43,10 +43,14 @@ subtest 'what it returns' => sub {
         'a failure and what it says'
     );
     is((run_program('sh', '-c', 'kill -9 $$'))[0], 9, 'a signal');
-    is((run_program('cat'))[1], '', 'it has no input');
+    is((run_program('cat'))[1], '', 'a program has no input');
     my $error = eval { run_program('no-such-program'); 1 } ? undef : $@;
-    is($error->class, 'UnsupportedError', 'no such program');
-    like($error, qr/cannot run no-such-program - No such file/, 'what is wrong');
+    is($error->class, 'UnsupportedError', 'a program that does not exist: the class');
+    like(
+        $error,
+        qr/cannot run no-such-program - No such file/,
+        'a program that does not exist: the message'
+    );
 };
 
 # A program that does not look whether it could print: what is missing would be taken for what is not there.
@@ -72,10 +76,10 @@ subtest 'what it has' => sub {
     local $ENV{PBA_TEST} = 'given';
     local @SIG{qw(USR1 USR2)} = ('IGNORE', sub { die "handler\n" });
     my (undef, $environment) = run_program('env');
-    unlike($environment, qr/PBA_TEST/, 'not the environment of the caller');
+    unlike($environment, qr/PBA_TEST/, "a program does not get the caller's environment");
     my (undef, $status) = run_program('cat', '/proc/self/status');
     my ($blocked) = $status =~ m/^SigBlk:\s*([0-9a-f]+)$/m;
-    is(hex($blocked), 0, 'no signal is blocked');
+    is(hex($blocked), 0, 'a program has no blocked signals');
     my (undef, $session) = run_program('sh', '-c', 'ps -o sid= -p $$; echo $$');
     my ($sid, $pid) = $session =~ m/(\d+)/g;
     is($sid, $pid, "a terminal's signals are not for it");
@@ -89,7 +93,7 @@ for my $chld ('DEFAULT', 'IGNORE', sub { 1 while waitpid(-1, WNOHANG) > 0 }) {
         Time::HiRes::alarm(0.3);
         my $began = time;
         ok(!eval { run_program(@sleeper); 1 }, 'a handler that dies ends the call');
-        is($@, "enough\n", 'with its exception');
+        is($@, "enough\n", "the exception is the handler's");
         cmp_ok(time - $began, '<', 10, 'soon');
 
         # On a busy machine, a killed program may take longer to end than the call waits for it.
@@ -108,7 +112,7 @@ subtest 'a handler that does not die' => sub {
     cmp_ok($seen, '>', 1, 'the handler ran');
 };
 
-subtest 'a program that takes no signals' => sub {
+subtest 'a program that ignores signals' => sub {
     my @deaf = ('sh', '-c', "trap '' TERM INT HUP; sleep $forever; :");
     local $SIG{ALRM} = sub { die "enough\n" };
     Time::HiRes::alarm(0.3);

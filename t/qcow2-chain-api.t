@@ -30,8 +30,12 @@ subtest 'arguments' => sub {
     my $store = $chain->store;
     fails(sub () { $class->new(undef, { path => 'backup' }, 's') },
         qr/must be an absolute path/, 'path');
-    fails(sub () { $class->new(undef, {}, 's') }, qr/path must be a string/, 'no path');
-    fails(sub () { $class->new(undef, { path => $store }, '') }, qr/storeid must not/, 'no id');
+    fails(sub () { $class->new(undef, {}, 's') }, qr/path must be a string/, 'new: without a path');
+    fails(
+        sub () { $class->new(undef, { path => $store }, '') },
+        qr/storeid must not/,
+        'new: with an empty ID'
+    );
     fails(
         sub () { $class->new(undef, { path => "$store/none" }, 's')->job_init(time()) },
         qr/does not exist - is its file system mounted/,
@@ -41,20 +45,24 @@ subtest 'arguments' => sub {
     fails(
         sub () { $provider->backup_vm(100, '', {}, {}) },
         qr/backup_init must be called/,
-        'no init'
+        'backup_vm without backup_init'
     );
     fails(sub () { $provider->verify('vm/100/../x') }, qr/is not the name of an archive/, 'name');
 
     is_deeply($provider->backup_cleanup(100, undef, 0, {}), { stats => {} }, 'cleanup alone');
-    is_deeply($provider->list, [], 'no archives');
+    is_deeply($provider->list, [], 'an empty store has no archives');
     open(my $file, '>', "$store/vm") or die "$store/vm: $!\n";
-    fails(sub () { $provider->list }, qr/cannot read .*vm/, 'what cannot be read is not empty');
+    fails(
+        sub () { $provider->list },
+        qr/cannot read .*vm/,
+        'a store that cannot be read is an error'
+    );
     unlink("$store/vm") or die "$store/vm: $!\n";
     isa_ok($provider, 'PVE::BackupProvider::Plugin::Base');
-    is($provider->provider_name, 'Qcow2Chain', 'its name');
+    is($provider->provider_name, 'Qcow2Chain', "the provider's name");
 };
 
-subtest 'a backup and what is told of it' => sub {
+subtest 'a backup and its reports' => sub {
     my ($provider, @progress) = $chain->provider;
     $provider->on_progress(sub (@values) { push(@progress, \@values) });
     my $name = $chain->backup or die $chain->error;
@@ -74,7 +82,7 @@ subtest 'a backup and what is told of it' => sub {
     is($chain->result->{stats}{'archive-size'}, $listed->{size}, 'the size of the archive');
     is_deeply([$provider->restore_get_mechanism("backup/$name")],
         [qw(qemu-img qemu)], 'restore: the mechanism, by a name of Proxmox VE');
-    ok(-d $chain->guest_dir && !((stat(_))[2] & 077), 'nobody else can read it');
+    ok(-d $chain->guest_dir && !((stat(_))[2] & 077), 'other users cannot read the archive');
     $chain->check('with a log');
 
     my $began = Time::HiRes::time();
@@ -85,7 +93,7 @@ subtest 'a backup and what is told of it' => sub {
 
     local $chain->{time} = 1_000_000_000;
     my $back = $chain->backup or die $chain->error;
-    is($back, ($chain->names)[-1], 'the clock was set back: still the last one');
+    is($back, ($chain->names)[-1], 'the clock was set back: the new archive is still the last one');
 };
 
 subtest 'one at a time' => sub {
@@ -95,9 +103,9 @@ subtest 'one at a time' => sub {
             fails(sub () { $other->backup_init(100, 'qemu', 1) }, qr/is in use by/, 'a backup');
             fails(sub () { $other->prune(100, 1) }, qr/is in use by/, 'a prune');
             is($other->backup_init(101, 'qemu', 1)->{'archive-name'},
-                'vm/101/19700101T000001Z', 'but of another guest');
+                'vm/101/19700101T000001Z', 'another guest can be backed up');
             $other->backup_cleanup(101, 'qemu', 0, {});
-            is_deeply($other->verify(($chain->names)[0]), [], 'and a look at what there is');
+            is_deeply($other->verify(($chain->names)[0]), [], 'verify is possible');
         }
     ) or die $chain->error;
 };
@@ -126,7 +134,7 @@ subtest 'processes' => sub {
     $chain->provider->restore_vm_volume_init($name, $_, {}) for $chain->devices;
     is(scalar(children()), @before + 2, 'a server for each device');
     $chain->provider->restore_vm_cleanup($name);
-    is_deeply([children()], \@before, 'none after the cleanup');
+    is_deeply([children()], \@before, 'no process is left after the cleanup');
     $chain->provider->restore_vm_volume_init($name, 'drive-scsi0', {});
     my $pid = fork() // die "fork: $!\n";
     if (!$pid) {
@@ -144,30 +152,34 @@ subtest 'a signal in a backup' => sub {
     local $SIG{ALRM} = sub { die "enough\n" };
     $chain->provider->on_progress(sub (@) { kill(ALRM => $$) });
     is($chain->backup, undef, 'a signal handler dies');
-    is($chain->error, "enough\n", 'that comes through');
+    is($chain->error, "enough\n", 'the exception arrives unchanged');
     is_deeply([children()], \@before, 'nothing is left');
 };
 
-subtest 'restores that cannot be' => sub {
+subtest 'restores that fail' => sub {
     my $name = ($chain->names)[-1];
     my @before = children();
     fails(sub () { $chain->provider->restore_vm_volume_init('vm/100/20000101T000000Z', 'x', {}) },
-        qr/no archive/, 'no such archive');
+        qr/no archive/, 'the archive does not exist');
     fails(
         sub () { $chain->provider->restore_vm_volume_init($name, 'x', {}) },
         qr/has no device x/,
-        'no such device'
+        'the device does not exist'
     );
     my $image = $chain->path_of($name, 'drive-scsi0.qcow2');
     local $PVE::BackupAccess::Provider::Store::Server::qemu_nbd = 'no-such-program';
-    fails(sub () { $Server->start($image) }, qr/cannot run no-such-program/, 'no qemu-nbd');
+    fails(
+        sub () { $Server->start($image) },
+        qr/cannot run no-such-program/,
+        'qemu-nbd cannot be run'
+    );
     fails(
         sub () {
             local $PVE::BackupAccess::Provider::Store::Server::qemu_nbd = 'qemu-nbd';
             $Server->start("$image.none");
         },
         qr/cannot serve .*No such file/,
-        'no image'
+        'the image does not exist'
     );
     is_deeply([children()], \@before, 'nothing is left of these');
 };
@@ -193,7 +205,8 @@ subtest 'odd names' => sub {
         is_deeply($provider->verify($name), [], "archive $_ is in order");
         is_deeply([keys $provider->restore_vm_init($name)->%*], [$odd], 'the device has its name');
         is($provider->archive_get_guest_config($name), '', 'an empty configuration');
-        is($provider->archive_get_firewall_config($name), undef, 'no firewall configuration');
+        is($provider->archive_get_firewall_config($name),
+            undef, 'there is no firewall configuration');
         $disk->write([0, 65536, 99]);
     }
     is(scalar($provider->prune(100, 1)->@*), 1, 'pruned');

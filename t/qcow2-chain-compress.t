@@ -29,11 +29,16 @@ subtest 'smaller' => sub {
     my $plain = backup($chain, 0);
     $chain->provider->make_full(1);
     my $small = backup($chain, 1);
-    cmp_ok(blocks_of(image($chain, $small)), '<', blocks_of(image($chain, $plain)) / 4, 'on disk');
+    cmp_ok(
+        blocks_of(image($chain, $small)),
+        '<',
+        blocks_of(image($chain, $plain)) / 4,
+        'a compressed image takes less space on disk'
+    );
     like(
         PBA::Test::QemuNbd::output_of('info', '-U', image($chain, $small)),
         qr/compression type: zstd/,
-        'by zstd'
+        'the image is compressed by zstd'
     );
     $chain->check('both');
 };
@@ -53,7 +58,7 @@ subtest 'mixed chains' => sub {
     }
 };
 
-subtest 'what a merge takes' => sub {
+subtest 'the space for a merge' => sub {
     my $chain = $Chain->new;
     $chain->disk($device)->write([0, 1024 * $KiB, 0x41]);
     my $full = backup($chain, 1);
@@ -62,7 +67,11 @@ subtest 'what a merge takes' => sub {
     no warnings 'redefine';
     local *PVE::BackupAccess::_free_bytes = sub ($dir) { return 2560 * $KiB };
     eval { $chain->provider->remove($full) };
-    like($@, qr/cannot be merged .* may need 3\.0 MiB/, 'what replaces compressed data counts');
+    like(
+        $@,
+        qr/cannot be merged .* may need 3\.0 MiB/,
+        'the data that replaces compressed data is counted'
+    );
     local *PVE::BackupAccess::_free_bytes = sub ($dir) { return 4096 * $KiB };
     $chain->provider->remove($full);
     $chain->forget($full);

@@ -57,7 +57,7 @@ sub members ($container, $name) {
 # No other archives exist, nothing is left behind, and the guest is free for the next backup.
 sub is_clean ($container, $names, $text) {
     my @there = map { $_->{volname} } $container->provider->list->@*;
-    is_deeply(\@there, $names, "$text: no archive that counts");
+    is_deeply(\@there, $names, "$text: no other archives");
     opendir(my $dh, $container->guest_dir) or die $container->guest_dir . ": $!\n";
     is(join(' ', grep { m/\A\.(?:tmp|del)-/ } readdir($dh)), '', "$text: nothing is left");
     my $next = $container->backup;
@@ -69,12 +69,12 @@ for my $first_id (@first_ids) {
     subtest "a container whose root is $first_id" => sub {
         my $container = new_container(first_id => $first_id);
         my $name = $container->backup // return fail($container->error);
-        like($name, qr!\Act/101/[0-9]{8}T[0-9]{6}Z\z!, 'its name');
+        like($name, qr!\Act/101/[0-9]{8}T[0-9]{6}Z\z!, "the archive's name");
         like($container->log, qr/container: stored .* as .*\n.*container: checked/, 'the log')
             if !$first_id;
         my $provider = $container->provider;
-        is_deeply($provider->verify($name), [], 'it is in order');
-        is_deeply($provider->unproven($name), [], 'and proven');
+        is_deeply($provider->verify($name), [], 'verify finds no damage');
+        is_deeply($provider->unproven($name), [], 'the content is proven');
         is($provider->archive_get_guest_config($name, 'test'), "hostname: $name\n",
             'configuration');
         is($provider->archive_get_firewall_config("backup/$name"), "[OPTIONS]\n", 'firewall');
@@ -84,7 +84,7 @@ for my $first_id (@first_ids) {
         is($listed->{devices}{container}{size} % 512, 0, 'list: the size of what was read');
         ok(members($container, $name)->{'./dev/null'}, 'the device is in it')
             if $container->{device};
-        is((stat(tree_of($container, $name)))[2] & 077, 0, 'nobody else can read it');
+        is((stat(tree_of($container, $name)))[2] & 077, 0, 'other users cannot read the archive');
 
         my $restored = new_directory($container, 'restored');
         is($container->restore($name, $restored), 'tar', 'restored by tar');
@@ -102,11 +102,11 @@ subtest 'a container without sbin' => sub {
     local $ENV{TMPDIR} = new_directory($container, 'private');
     my $restored = new_directory($container, 'restored');
     is($container->restore($name, $restored), 'directory', 'restored from a directory');
-    is_same($container->root, $restored, 'all is as it was');
-    is(join(' ', glob("$ENV{TMPDIR}/*")), '', 'that is gone');
+    is_same($container->root, $restored, 'everything is restored');
+    is(join(' ', glob("$ENV{TMPDIR}/*")), '', 'the temporary directory is empty');
 };
 
-subtest 'what is left out' => sub {
+subtest 'excluded files' => sub {
     my $container = new_container();
     my $root = $container->root;
     write_file("$root/$_") for qw(a/x/y.log a/y.log b/cache/z cachefile c/k/l c/l lost+found/q);
@@ -121,7 +121,7 @@ subtest 'what is left out' => sub {
     };
     my $all = $members->();
     ok($all->{"./$_"}, "$_ is in it") for qw(tmp/left tmp/sub/left a/x/y.log lost+found/q);
-    is($all->{'./mnt/data/file'} // 0, $is_mounted ? 0 : 1, 'without what is mounted');
+    is($all->{'./mnt/data/file'} // 0, $is_mounted ? 0 : 1, 'mounted file systems are left out');
     my @exclude = ('/tmp/?*', '/a/**/y.log', 'cache/', '/l', 'shadow');
     my $some = $members->(exclude => \@exclude, sources => ['./', './mnt/data']);
     ok(!$some->{"./$_"}, "$_ is not")
@@ -142,23 +142,23 @@ subtest 'arguments' => sub {
         qr/'jail' are not supp/,
         'another type'
     );
-    is($provider->backup_get_mechanism(101, 'jail'), undef, 'no mechanism for it');
+    is($provider->backup_get_mechanism(101, 'jail'), undef, 'the type has no mechanism');
     $provider->backup_init(101, 'lxc', 1);
     fails(
         sub () { $provider->backup_container(101, '', [], {}) },
         qr/prepare must be called/,
-        'not prepared'
+        'backup_container without backup_container_prepare'
     );
     $provider->backup_cleanup(101, 'lxc', 0, {});
     for my $source ('/etc', '../etc', './a/../..', 'etc', '--option') {
         is($container->backup(sources => [$source]), undef, "source $source");
-        like($container->error, qr/a source must be in the container/, 'why');
+        like($container->error, qr/a source must be in the container/, 'the error says why');
     }
     is($container->backup(info => { directory => $container->root . '/none' }),
-        undef, 'no directory');
+        undef, 'the directory does not exist');
     like($container->error, qr/tar ended with status 2 - .*Cannot open/, 'says tar');
     fails(sub () { $provider->restore_container_init('vm/100/20000101T000000Z', 'x', {}) },
-        qr/no archive/, 'no such archive');
+        qr/no archive/, 'the archive does not exist');
     is_clean($container, [], 'afterwards');
 };
 
@@ -178,15 +178,15 @@ subtest 'one at a time' => sub {
             fails(sub () { $other->backup_init(101, 'lxc', 1) }, qr/is in use by/, 'a backup');
             fails(sub () { $other->prune(101, 1) }, qr/is in use by/, 'a prune');
             $backup_container->();
-            is(scalar($other->list->@*), 1, 'it is there when backup_container returns');
-            is_deeply($other->prune(101, 1), [], 'and Proxmox VE can prune before the cleanup');
+            is(scalar($other->list->@*), 1, 'the archive is listed when backup_container returns');
+            is_deeply($other->prune(101, 1), [], 'Proxmox VE can prune before the cleanup');
         }
     ) or fail($container->error);
 };
 
 # ---- guests of both kinds ----
 
-subtest 'a store with both' => sub {
+subtest 'a store with both kinds of guests' => sub {
     my $chain = PBA::Test::Chain->new;
     my $container
         = $Container->new(store => $chain->store, first_id => $first_ids[-1], vmid => 100)->fill;
@@ -200,21 +200,21 @@ subtest 'a store with both' => sub {
 
     my $provider = $container->provider;
     is_deeply([map { $_->{type} } $provider->list->@*], [('qemu') x 3, ('lxc') x 3], 'list');
-    is(scalar($provider->list(100)->@*), 6, 'both had this number');
+    is(scalar($provider->list(100)->@*), 6, 'both guests have this number');
     $chain->check('beside containers');
     is_deeply($provider->verify($_), [], "$_ is in order") for @containers;
-    fails(sub () { $provider->restore_vm_init($containers[0]) }, qr/is of a container/, 'no disks');
-    fails(sub () { $provider->restore_container_init($vms[0]) }, qr/is of a virtual/, 'no tree');
+    fails(sub () { $provider->restore_vm_init($containers[0]) }, qr/is of a container/, 'not a VM');
+    fails(sub () { $provider->restore_container_init($vms[0]) }, qr/is of a virtual/, 'a VM');
     is_deeply([$provider->restore_get_mechanism($vms[0])],
         [qw(qemu-img qemu)], 'how a VM is restored');
 
     write_file($container->store . "/$containers[0]/protected");
     fails(sub () { $provider->remove($containers[0]) }, qr/is protected/, 'a protected one');
     my %marks = map { $_->{volname} => $_->{mark} } $provider->retention(100, 1)->@*;
-    is_deeply([@marks{@vms}], [qw(remove remove keep)], 'what would be done');
-    is_deeply([@marks{@containers}], [qw(protected remove keep)], 'of each kind for itself');
+    is_deeply([@marks{@vms}], [qw(remove remove keep)], 'the marks of the virtual machine');
+    is_deeply([@marks{@containers}], [qw(protected remove keep)], 'the marks of the container');
     is_deeply($provider->prune(100, 2), [$vms[0]], 'prune: the virtual machine');
-    is_deeply($provider->prune(100, 1), [$vms[1], $containers[1]], 'and both');
+    is_deeply($provider->prune(100, 1), [$vms[1], $containers[1]], 'prune: both guests');
     $chain->forget(@vms[0, 1]);
     $chain->check('after a prune');
     my $restored = new_directory($container, 'restored');
@@ -260,10 +260,11 @@ subtest 'damage' => sub {
         'another stream: found');
 
     my %marks = map { $_->{volname} => $_->{mark} } $provider->retention(101, 1)->@*;
-    is_deeply([@marks{@names}], [('broken') x 3], 'none of them counts');
+    is_deeply([@marks{@names}], [('broken') x 3], 'no damaged archive is counted');
     my $good = $container->backup;
-    is_deeply($provider->prune(101, 1), \@names, 'they go when a whole one is there');
-    is_deeply([map { $_->{volname} } $provider->list->@*], [$good], 'which stays');
+    is_deeply($provider->prune(101, 1),
+        \@names, 'damaged archives are removed when an intact one exists');
+    is_deeply([map { $_->{volname} } $provider->list->@*], [$good], 'the intact archive stays');
 };
 
 # ---- faults ----
@@ -351,13 +352,15 @@ for my $first_id (@interrupted) {
             is($name, undef, 'the backup fails');
             note($container->error);
             is_clean($container, [$last], 'afterwards');
-            is_deeply([grep { is_called($_, 'tar') } children_of($$)], [], 'no tar is left');
+            is_deeply([grep { is_called($_, 'tar') } children_of($$)], [],
+                'no tar process is left');
         };
     }
     subtest "root $first_id: a signal" => sub {
         local $SIG{ALRM} = sub { die "enough\n" };
-        is(interrupted($container, sub ($parent) { kill('ALRM', $parent) }), undef, 'it ends');
-        is($container->error, "enough\n", 'as the handler says');
+        is(interrupted($container, sub ($parent) { kill('ALRM', $parent) }),
+            undef, 'the backup ends');
+        is($container->error, "enough\n", "the exception is the handler's");
         is_clean($container, [$last], 'afterwards');
     };
     subtest "root $first_id: the backup's process is killed" => sub {
@@ -373,7 +376,7 @@ for my $first_id (@interrupted) {
         sleep(0.05)
             while !$container->provider->_guest('ct/101')->try_change_lock && time < $deadline;
         my @there = map { $_->{volname} } $container->provider->list->@*;
-        is_deeply(\@there, [$last], 'no archive that counts');
+        is_deeply(\@there, [$last], 'no other archives are listed');
         $container->provider->remove($container->backup);
         is_clean($container, [$last], 'after the next backup');
     };
@@ -394,19 +397,20 @@ subtest 'a full disk' => sub {
     my $container = new_large(first_id => 100_000);
     run_command(qw(mount -t tmpfs -o), 'size=512k,mode=700', 'tmpfs', $container->store);
     is($container->backup, undef, 'the backup fails');
-    like($container->error, qr/root\.tar\.zst - zstd ended .*No space left/, 'why');
+    like($container->error, qr/root\.tar\.zst - zstd ended .*No space left/, 'the error says why');
     unlink($container->root . '/data');
     is_clean($container, [], 'afterwards');
     run_command('umount', $container->store);
 };
 
-subtest 'programs that are not there' => sub {
+subtest 'missing programs' => sub {
     my $container = new_container();
     for my $program (qw(tar zstd)) {
         no strict 'refs';
         local ${"${class}::Tar::$program"} = 'no-such-program';
-        is($container->backup, undef, "no $program");
-        like($container->error, qr/cannot run no-such-program - No such file/, 'why');
+        is($container->backup, undef, "$program cannot be run");
+        like($container->error, qr/cannot run no-such-program - No such file/,
+            'the error says why');
     }
     is_clean($container, [], 'afterwards');
 };
@@ -419,7 +423,7 @@ subtest 'taint mode' => sub {
         = ($^X, '-T', '-Iblib/lib', '-Iblib/arch', "$FindBin::Bin/taint/qcow2-chain-container.pl");
     is(system(@command, $container->store, $container->root, './', '/tmp/?*'),
         0, 'a backup and its restore');
-    is(scalar($container->provider->list->@*), 1, 'it is there');
+    is(scalar($container->provider->list->@*), 1, 'the archive is listed');
 };
 
 done_testing;

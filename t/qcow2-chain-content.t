@@ -64,14 +64,14 @@ subtest 'rot stays known through merges' => sub {
     like(problems($chain, $names[2]), said(1024 * $KiB), 'the one that builds on it');
     eval { $chain->provider->prune(100, 1) };
     my ($last) = reverse($chain->names);
-    like(problems($chain, $last), said(1024 * $KiB), 'and what is left after a prune');
+    like(problems($chain, $last), said(1024 * $KiB), 'the damage stays known after a prune');
 };
 
 subtest 'rot that a later archive does not show' => sub {
     my ($chain, @names) = new_chain();
     rot($chain->path_of($names[0], "$device.qcow2"), 1024 * $KiB);
     like(problems($chain, $names[0]), said(1024 * $KiB), 'is damage of that archive');
-    is(problems($chain, $names[2]), '', 'and not of the later one');
+    is(problems($chain, $names[2]), '', 'the later archive is not damaged');
 };
 
 subtest 'each image is read once' => sub {
@@ -85,9 +85,13 @@ subtest 'each image is read once' => sub {
         return $start->(@arguments);
     };
     my %damaged = map { $_ => scalar($chain->provider->verify($_, \%seen)->@*) } @names;
-    is_deeply(\%damaged, { $names[0] => 0, $names[1] => 1, $names[2] => 1 }, 'all are judged');
-    is_deeply([grep { $_ != 1 } values %started], [], 'each is served once');
-    is(sum0(values %started), 3 * scalar(my @devices = $chain->devices), 'all are');
+    is_deeply(
+        \%damaged,
+        { $names[0] => 0, $names[1] => 1, $names[2] => 1 },
+        'all archives are judged'
+    );
+    is_deeply([grep { $_ != 1 } values %started], [], 'each image is served once');
+    is(sum0(values %started), 3 * scalar(my @devices = $chain->devices), 'all images are served');
 };
 
 # Does something to each image after it was written, before it is checked.
@@ -128,10 +132,10 @@ subtest 'a target that loses a write' => sub {
     like(
         $chain->error,
         qr/device $device: the target lacks what was written to it - 65536 bytes .* at offset 524288/,
-        'and is told'
+        'the error says so'
     );
-    is($chain->error->class, 'ContentError', 'with a class');
-    is_deeply([$chain->names], \@names, 'there is no such archive');
+    is($chain->error->class, 'ContentError', 'the error has a class');
+    is_deeply([$chain->names], \@names, 'the archive does not exist');
     ok($chain->backup, 'the next one');
     $chain->check('brings it all');
 
@@ -139,8 +143,8 @@ subtest 'a target that loses a write' => sub {
     $chain->disk($device)->write([512 * $KiB, 64 * $KiB, 0x55]);
     my $lose = sub ($image) { rot($image, 512 * $KiB) };
     my $name = after_writing($lose, sub { $chain->backup });
-    ok($name, 'unless nobody looks');
-    like(problems($chain, $name), said(512 * $KiB), 'but verify does');
+    ok($name, 'with no-check, the backup succeeds');
+    like(problems($chain, $name), said(512 * $KiB), 'verify finds the damage');
 };
 
 # Changes the entries of an image's first L2 table (QEMU: docs/interop/qcow2).
@@ -175,9 +179,9 @@ subtest 'an image that is closed without all of its tables' => sub {
         my $do = sub ($image) { with_entries($image, $lose) };
         is(after_writing($do, sub { $chain->backup }), undef, $loss);
         like($chain->error, qr/device $device: its image lacks what was written to it/, 'is told');
-        like($chain->error, $said, 'with the place');
-        is($chain->error->class, 'ContentError', 'with a class');
-        is_deeply([$chain->names], \@names, 'there is no such archive');
+        like($chain->error, $said, 'the error names the offset');
+        is($chain->error->class, 'ContentError', 'the error has a class');
+        is_deeply([$chain->names], \@names, 'the archive does not exist');
     }
     ok($chain->backup, 'the next one');
     $chain->check('brings it all');
@@ -211,7 +215,7 @@ subtest 'a merge that loses a write' => sub {
     $chain->backup or die $chain->error;
     my @left = $chain->names;
     my $remove = sub { $chain->provider->remove($left[-2]) };
-    ok(!eval { $remove->(); 1 }, 'what there is no space for');
+    ok(!eval { $remove->(); 1 }, 'a merge without enough space fails');
     like($@, qr/may need 3\.0 MiB, but only 2\.0 MiB are free in .* - make room/, 'says so');
     $chain->check('nothing was begun');
     $free = 4 << 20;
@@ -220,7 +224,7 @@ subtest 'a merge that loses a write' => sub {
     $chain->check('with enough');
 };
 
-subtest 'a chain that is long enough' => sub {
+subtest 'the maximum length of a chain' => sub {
     no warnings 'once';
     local $PVE::BackupAccess::Provider::Qcow2Chain::Guest::longest_chain = 3;
     my ($chain, @names) = new_chain();
@@ -229,9 +233,9 @@ subtest 'a chain that is long enough' => sub {
     like(
         $chain->log,
         qr/full backup - the chain of archive \w+ has 3 archives, which is the limit/,
-        'and the log says why'
+        'the log says why'
     );
-    ok($chain->backup, 'one more');
+    ok($chain->backup, 'the next backup');
     is($chain->modes->{$device}, 'reuse', 'goes on from that');
 };
 
@@ -256,8 +260,9 @@ subtest 'archives of version 0.1' => sub {
     is_deeply($chain->provider->unproven($names[2]), [], 'others are proven');
     make_old($chain, $_) for @names;
     is(problems($chain, $_), '', 'are read as before') for @names;
-    is_deeply($chain->provider->unproven($names[2]), [$chain->devices], 'but not proven');
-    is_deeply($chain->provider->digests($names[2], $device), [], 'no digests');
+    is_deeply($chain->provider->unproven($names[2]), [$chain->devices],
+        'the content is not proven');
+    is_deeply($chain->provider->digests($names[2], $device), [], 'there are no digests');
     $chain->provider->prune(100, 2);
     $chain->forget($names[0]);
     $chain->check('merged as before');
@@ -290,7 +295,11 @@ subtest 'archives of a later version' => sub {
     write_file($file, read_file($file) =~ s/"format" : \K2/3/r);
     like(problems($chain, $names[2]), qr/its format is unknown/, 'are refused');
     write_file($file, read_file($file) =~ s/"format" : \K3/2/r =~ s/"digests" : \{/"x" : {/r);
-    like(problems($chain, $names[2]), qr/has no valid digests/, 'and so are those without digests');
+    like(
+        problems($chain, $names[2]),
+        qr/has no valid digests/,
+        'archives without digests are refused'
+    );
 };
 
 done_testing;

@@ -106,7 +106,7 @@ sub check ($store, $text) {
             grep { restored($provider, $volname, $_) ne $content{$_} } sort keys %content);
         push(@wrong, $provider->verify($volname)->@*);
     }
-    is_deeply(\@wrong, [], "$text: each archive is right");
+    is_deeply(\@wrong, [], "$text: each archive equals its disks");
     return;
 }
 
@@ -125,7 +125,7 @@ subtest 'the names of disks change' => sub {
     ($modes, my $swapped) = backup('names', $guest, ['y', 'x']);
     is_modes($modes, { x => 'reuse', y => 'reuse' }, 'exchanged names: incremental');
     ($modes) = backup('names', $guest, ['y', 'x']);
-    is_modes($modes, { x => 'reuse', y => 'reuse' }, 'the same again');
+    is_modes($modes, { x => 'reuse', y => 'reuse' }, 'the next backup is incremental, too');
     check('names', 'a chain of many names');
     my ($entry) = grep { $_->{volname} eq $swapped } provider('names')->list(100)->@*;
     is($entry->{devices}{y}{identity}, $guest->{disks}[0]{identity}, 'list tells the disk');
@@ -140,7 +140,7 @@ subtest 'the names of disks change' => sub {
     check('names', 'one more');
 };
 
-subtest 'a name is another disk' => sub {
+subtest 'a name that moves to another disk' => sub {
     my $guest = guest('b');
     backup('other', $guest, ['x', 'y']);
     $guest->{disks}[0]{identity} = 'drive new';
@@ -158,7 +158,7 @@ subtest 'a name is another disk' => sub {
     check('other', 'exchanged');
 };
 
-subtest 'archives that do not tell disks apart' => sub {
+subtest 'archives without identities of disks' => sub {
     my $guest = guest('c');
     backup('old', $guest, ['libvirt-1-format', 'libvirt-2-format']) for 1, 2;
     forget_identities(glob("$tmp/old/vm/100/*/manifest.json"));
@@ -169,30 +169,34 @@ subtest 'archives that do not tell disks apart' => sub {
     @log = ();
     ($modes, my $new) = backup('old', $guest, ['virtio0', 'virtio1'], node => \%node);
     is_modes($modes, { virtio0 => 'new', virtio1 => 'new' }, 'other names: full');
-    like("@log", qr/virtio0: full backup - archive \w+ does not have the disk virtio0/, 'and why');
+    like(
+        "@log",
+        qr/virtio0: full backup - archive \w+ does not have the disk virtio0/,
+        'the log says why'
+    );
     like("@log", qr/virtio0: storing what differs from/, 'compared with what has the node\'s name');
     check('old', 'old and new names');
     my ($old) = names('old');
     my $provider = provider('old');
     is($provider->device_called($new, 'libvirt-1-format'), 'virtio0', 'a disk by its node');
-    is($provider->device_called($new, 'virtio0'), 'virtio0', 'by its own name');
-    ok(!eval { $provider->device_called($old, 'virtio0') }, 'of an old one it is a guess');
+    is($provider->device_called($new, 'virtio0'), 'virtio0', 'a disk by its own name');
+    ok(!eval { $provider->device_called($old, 'virtio0') }, 'an old archive does not identify it');
     like(
         $@,
         qr/archive \w+ has no device virtio0 - it has .*; according to other archives, virtio0 is probably libvirt-1-format here/,
-        'which is said'
+        'the error names the probable device'
     );
-    ok(!eval { $provider->device_called($new, 'none') }, 'no such disk');
+    ok(!eval { $provider->device_called($new, 'none') }, 'an unknown disk');
     is(scalar($provider->prune(100, 2)->@*), 2, 'prune counts old and new names as one disk');
     check('old', 'pruned');
 };
 
-subtest 'two guests of one number' => sub {
+subtest 'two guests with the same number' => sub {
     my ($one, $two) = map { guest($_) } qw(d e);
     backup('two', $_, ['x', 'y']) for $one, $two;
     for my $guest ($one, $two, $two, $one) {
         my ($modes) = backup('two', $guest, ['x', 'y']);
-        is_modes($modes, { x => 'reuse', y => 'reuse' }, 'each goes on with its own');
+        is_modes($modes, { x => 'reuse', y => 'reuse' }, 'each guest continues its own chain');
     }
     my %guest_of = map { $_->{volname} => $_->{guest} } provider('two')->list(100)->@*;
     is(join('', map { $guest_of{$_} } sort keys %guest_of), 'dedeed', 'list tells whose each is');
@@ -205,7 +209,7 @@ subtest 'two guests of one number' => sub {
         [qw(d e d e)], 'prune keeps the newest of each');
     check('two', 'pruned');
     my ($modes) = backup('two', $two, ['x', 'y']);
-    is_modes($modes, { x => 'reuse', y => 'reuse' }, 'and goes on');
+    is_modes($modes, { x => 'reuse', y => 'reuse' }, 'the next backup is incremental');
     check('two', 'one more');
 };
 

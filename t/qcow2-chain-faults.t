@@ -208,8 +208,12 @@ subtest 'an image of another chain is not restored' => sub {
     $base->use_copy($store);
     $damage{'an image of another chain'}[0]->();
     my $done = eval { $base->restored($names[2], 'drive-scsi0'); 1 };
-    ok(!$done, 'it dies');
-    like($@, qr/has a different backing file or data file than the manifest says/, 'and says why');
+    ok(!$done, 'the restore dies');
+    like(
+        $@,
+        qr/has a different backing file or data file than the manifest says/,
+        'the error says why'
+    );
 };
 
 subtest 'a disk of another size' => sub {
@@ -288,9 +292,9 @@ subtest 'a backup is killed in its data' => sub {
         my $killed;
         $base->backup(run => sub ($code) { $killed = killed_at(0, 'never', $code) });
         ok($killed, 'killed');
-        ok(all_ended($base->store), 'no server is left');
+        ok(all_ended($base->store), 'no server process is left');
         my @temporary = glob($base->guest_dir . '/.tmp-*');
-        is(scalar(@temporary), 1, 'it had begun');
+        is(scalar(@temporary), 1, 'the backup had begun');
         is_deeply($base->provider->verify($names[-1]), [], 'the archives before are as they were');
         $base->backup or die $base->error;
         is_deeply([values $base->modes->%*], [qw(reuse reuse)], 'the next one is incremental');
@@ -321,7 +325,7 @@ sub left_by_killed ($image) {
     return glob("$ENV{TMPDIR}/*");
 }
 
-subtest 'what servers of a killed process leave' => sub {
+subtest 'leftovers of the servers of a killed process' => sub {
     my $image = of(1);
     my $tmp = $base->tmp . '/private';
     mkdir($tmp) or die "$tmp: $!\n";
@@ -340,11 +344,15 @@ subtest 'what servers of a killed process leave' => sub {
     );
     @left = left_by_killed($image);
     is(scalar(@left), 4, 'a second process leaves one, too');
-    ok(-S $live->socket, 'and has not touched that of a living one');
+    ok(-S $live->socket, 'the socket of a live server stays');
     my $other = $server_class->start($image);
     undef $live;
     undef $other;
-    is_deeply([sort glob("$tmp/*")], [sort("$tmp/other", $mine)], 'they go with their servers');
+    is_deeply(
+        [sort glob("$tmp/*")],
+        [sort("$tmp/other", $mine)],
+        'the leftovers are removed when their servers have ended'
+    );
 };
 
 # A process with that PID; undef if this machine does not allow choosing one.
@@ -415,11 +423,11 @@ subtest 'a qemu-nbd that forgets a SIGTERM' => sub {
         Time::HiRes::sleep(0.05) while !$is->() && $left--;
         return $left > 0;
     };
-    ok($in_time->(sub { -s "$script.pid" }), 'it runs') or return;
+    ok($in_time->(sub { -s "$script.pid" }), 'qemu-nbd runs') or return;
     chomp(my $pid = PVE::BackupAccess::File::read_file("$script.pid"));
     kill(KILL => $user);
     waitpid($user, 0);
-    ok($in_time->(sub { !kill(0, $pid) }), 'it ends with the process that started it');
+    ok($in_time->(sub { !kill(0, $pid) }), 'qemu-nbd ends with the process that started it');
     kill(KILL => $pid);
     unlink($script, "$script.pid");
 };
@@ -462,12 +470,13 @@ subtest 'the directory is full' => sub {
     $chain->backup or die $chain->error;
     $disk->write([0, $disk->size, 2]);
     is($chain->backup, undef, 'the second one fails');
-    like($chain->error, qr/No space left on device/, 'and says why');
+    like($chain->error, qr/No space left on device/, 'the error says why');
     $chain->check('full');
     system("mount -o remount,size=64m $small") == 0 or die "mount: $?\n";
     $chain->write_random;
     $chain->backup or die $chain->error;
-    is_deeply([values $chain->modes->%*], [qw(reuse reuse)], 'with more space it goes on');
+    is_deeply([values $chain->modes->%*], [qw(reuse reuse)],
+        'with more space, the chain continues');
     $chain->check('with more space');
     undef($chain);
     system('umount', $small) == 0 or die "umount: $?\n";

@@ -81,13 +81,16 @@ sub check_backend ($name) {
     is(scalar(grep { m/its bitmap was right/ } $context->{log}->@*), 2, 'an audit finds no fault');
     $backend->guest->stop_churn;
     my @writes = map { check_archive($context, $provider, $_, 'restored') } @names;
-    is_deeply(\@writes, [sort { $a <=> $b } @writes], 'in the order of time');
+    is_deeply(\@writes, [sort { $a <=> $b } @writes], 'the archives are in chronological order');
 
     $provider->remove($names[1]);
-    is_deeply([map { $_->{volname} } $provider->list(100)->@*],
-        [@names[0, 2, 3, 4]], 'one removed');
+    is_deeply(
+        [map { $_->{volname} } $provider->list(100)->@*],
+        [@names[0, 2, 3, 4]],
+        'one archive was removed'
+    );
     check_archive($context, $provider, $_, 'after a removal') for @names[2, 3];
-    is_deeply($provider->verify($names[3]), [], 'all in order');
+    is_deeply($provider->verify($names[3]), [], 'verify finds no damage');
     SKIP: {
         skip('no /dev/fuse', 1) if !-e '/dev/fuse';
         check_archive($context, new_provider($context, 'a storage plugin'), $names[3], 'by a file');

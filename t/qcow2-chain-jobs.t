@@ -71,7 +71,7 @@ subtest 'random numbers' => sub {
     rand();
     my $results = side_by_side(4, [1 .. 4], sub ($, $) { return rand() }, sub (@) { });
     my %seen = map { $_ => 1 } values $results->%*;
-    is(scalar(keys %seen), 4, 'each has its own');
+    is(scalar(keys %seen), 4, 'each process has its own random numbers');
 };
 
 subtest 'the first failure' => sub {
@@ -86,11 +86,11 @@ subtest 'the first failure' => sub {
     };
     is($chain->backup(info => { 'bandwidth-limit' => 100_000 }), undef, 'is one of the backup');
     like($chain->error, qr/^device drive-efidisk0: connecting failed/, 'whose error is told');
-    is($chain->error->class, 'NbdError', 'with its class');
-    is($chain->error->device, 'drive-efidisk0', 'and its device');
-    cmp_ok(time - $began, '<', 20, 'the other one is not waited for');
+    is($chain->error->class, 'NbdError', 'the error keeps its class');
+    is($chain->error->device, 'drive-efidisk0', 'the error keeps its device');
+    cmp_ok(time - $began, '<', 20, 'the other disk is not waited for');
     is_deeply([children()], [], 'no process is left');
-    is_deeply([$chain->names], [], 'and no archive');
+    is_deeply([$chain->names], [], 'there is no archive');
 };
 
 subtest 'a signal' => sub {
@@ -104,7 +104,7 @@ subtest 'a signal' => sub {
         undef,
         'ends it'
     );
-    is($chain->error, "alarm\n", 'with what its handler dies with');
+    is($chain->error, "alarm\n", "the exception is the handler's");
     is_deeply([children()], [], 'no process is left');
 };
 

@@ -76,7 +76,7 @@ sub hold ($kind, $seconds = undef) {
 }
 
 for my $kind (sort keys %waits) {
-    subtest "beside one that has $kind" => sub {
+    subtest "while another process holds $kind" => sub {
         for my $action (sort keys %actions) {
             $base->use_copy($store);
             my $end = hold($kind);
@@ -86,8 +86,11 @@ for my $kind (sort keys %waits) {
             if (grep { $_ eq $action } $waits{$kind}->@*) {
                 isa_ok($error, 'PVE::BackupAccess::Error', "$action: it dies");
                 is($error->{class}, 'StateError', "$action: the class");
-                like($error, qr/ - try again when that has ended, or wait for it \(--wait\)$/m,
-                    "$action: why");
+                like(
+                    $error,
+                    qr/ - try again when that has ended, or wait for it \(--wait\)$/m,
+                    "$action: the error says why"
+                );
                 is_deeply([$base->names], \@names, "$action: nothing is changed");
             }
             else {
@@ -108,7 +111,7 @@ subtest 'waiting' => sub {
         $end->();
     }
     for my $bad (undef, '', -1, 'x', 1.5) {
-        ok(!eval { $base->provider->wait_for_others($bad); 1 }, 'no such number of seconds');
+        ok(!eval { $base->provider->wait_for_others($bad); 1 }, 'an invalid number of seconds');
     }
 };
 
@@ -156,7 +159,7 @@ subtest 'where nothing can be written' => sub {
         POSIX::_exit($said[0] eq 'ok' && !eval { try_lock("$copy/vm/100", 'change'); 1 } ? 0 : 1);
     }
     waitpid($pid, 0);
-    is($? >> 8, 0, 'it is verified, and not locked for a change');
+    is($? >> 8, 0, 'the archive can be verified, but not locked for a change');
 };
 
 subtest 'a child that has yet to become its program' => sub {

@@ -44,7 +44,7 @@ sub rot ($chain, $name, $offset) {
     return;
 }
 
-subtest 'a guest that rewrites the same' => sub {
+subtest 'a guest that rewrites the same data' => sub {
     my ($chain, $first) = new_chain();
     my $second = backup(
         $chain,
@@ -55,10 +55,14 @@ subtest 'a guest that rewrites the same' => sub {
     like(
         $chain->log,
         qr/$device: stored 64\.0 KiB in .*, 192\.0 KiB are unchanged\)/,
-        'only what it changed is stored'
+        'only the changed data is stored'
     );
     backup($chain, [1024 * $KiB, 64 * $KiB, 0x12]);
-    like($chain->log, qr/$device: stored 64\.0 KiB in /, 'what an older archive had is a change');
+    like(
+        $chain->log,
+        qr/$device: stored 64\.0 KiB in /,
+        'data that only an older archive has is stored again'
+    );
     $chain->check('all of them');
     $chain->provider->remove($first);
     $chain->forget($first);
@@ -83,7 +87,7 @@ subtest 'a bitmap that was lost' => sub {
         qr/$device: read in full, stored 192\.0 KiB that differ from $name in .*64\.0 KiB of it zero/,
         'stores what differs'
     );
-    is(parent_of($chain, $third), $second, 'on top of the newest archive');
+    is(parent_of($chain, $third), $second, 'the archive builds on the newest one');
     my $fourth = backup($chain, [2048 * $KiB, 64 * $KiB, 0x18]);
     is(parent_of($chain, $fourth), $third, 'increments go on from there');
     $chain->check('each archive');
@@ -95,7 +99,7 @@ subtest 'a bitmap that was lost' => sub {
     $chain->check('pruned');
 };
 
-subtest 'where all is stored' => sub {
+subtest 'backups that store everything' => sub {
     my ($chain, $first) = new_chain();
     $chain->provider->make_full(1);
     my $full = backup($chain);
@@ -104,7 +108,7 @@ subtest 'where all is stored' => sub {
     no warnings 'once';
     local $PVE::BackupAccess::Provider::Qcow2Chain::Guest::longest_chain = 2;
     lose_bitmap($chain);
-    is(parent_of($chain, backup($chain)), $full, 'the first on top of it is none');
+    is(parent_of($chain, backup($chain)), $full, 'the first backup after a full one builds on it');
     lose_bitmap($chain);
     is(parent_of($chain, backup($chain)), undef, 'the end of a chain');
     like($chain->log, qr/nothing to compare with - the chain of archive \w+ has 2 archives/,
@@ -115,7 +119,7 @@ subtest 'a base that rots' => sub {
     my ($chain, $first) = new_chain();
     rot($chain, $first, 1024 * $KiB);
     lose_bitmap($chain);
-    is($chain->backup, undef, 'no archive builds on it unseen');
+    is($chain->backup, undef, 'no archive is built on a base whose damage is unknown');
     like(
         $chain->error,
         qr/device $device: archive \w+, which .* is damaged; .* 65536 at offset 1048576/,
@@ -124,25 +128,28 @@ subtest 'a base that rots' => sub {
     $chain->log;
     my $next = backup($chain);
     is(parent_of($chain, $next), undef, 'the next backup is a full one');
-    like($chain->log, qr/archive \w+ is damaged, according to its last verification/,
-        'and says why');
-    is($chain->problem($next), '', 'that has all of the data');
+    like(
+        $chain->log,
+        qr/archive \w+ is damaged, according to its last verification/,
+        'the log says why'
+    );
+    is($chain->problem($next), '', 'the next archive has all data');
 };
 
-subtest 'what verify found' => sub {
+subtest 'damage that verify found' => sub {
     my ($chain, $first) = new_chain();
     rot($chain, $first, 256 * $KiB);
     is($chain->next_modes->{$device}, 'use', 'rot that nobody has seen');
     like(join("\n", $chain->provider->verify($first)->@*), qr/offset 262144/, 'is found');
-    is($chain->next_modes->{$device}, 'new', 'and nothing is built on it');
+    is($chain->next_modes->{$device}, 'new', 'no archive builds on a damaged one');
     rot($chain, $first, 256 * $KiB);
     is_deeply($chain->provider->verify($first), [], 'if it is well again');
-    is($chain->next_modes->{$device}, 'use', 'it is a base again');
+    is($chain->next_modes->{$device}, 'use', 'after a good verification, it is a base again');
     rot($chain, $first, 256 * $KiB);
     $chain->provider->verify($first);
     my $next = backup($chain, [256 * $KiB, 64 * $KiB, 0x11]);
     is(parent_of($chain, $next), undef, 'the next backup stores all');
-    is($chain->problem($next), '', 'and holds what it must');
+    is($chain->problem($next), '', 'the archive contains all data');
 };
 
 done_testing;

@@ -121,12 +121,12 @@ subtest 'a directory of version 0.1' => sub {
     close($fh);
     $chain->{state_dir} = $chain->tmp . '/empty';
     $chain->use_store($chain->store);
-    is_deeply($chain->next_modes, all($chain, 'new'), 'it is not built upon');
+    is_deeply($chain->next_modes, all($chain, 'new'), 'no backup builds on it');
     ok(-e $note, 'as long as there is no other archive, it is left to that version');
     $chain->write_random;
     $chain->backup or die $chain->error;
     ok(!-e $note, 'then that version must make a full backup, too');
-    $chain->check('both archives');
+    $chain->check('version 0.1 must then make a full backup, too');
 };
 
 # ---- removal of archives ----
@@ -160,7 +160,7 @@ subtest 'remove at every position' => sub {
     like(
         $chain->log,
         qr/warn: drive-scsi0: full backup - the archive that its bitmap is relative to, ID \w+, is not in this store/,
-        'and the log says why'
+        'the log says why'
     );
     $chain->check('without the last, and one more');
 };
@@ -178,7 +178,7 @@ subtest 'prune' => sub {
     $chain->provider->prune(100, 1);
     $chain->forget(@names[3, 4]);
     $chain->check('one of three');
-    ok(!eval { $chain->provider->prune(100, 0); 1 }, 'to keep none is refused');
+    ok(!eval { $chain->provider->prune(100, 0); 1 }, 'a prune that keeps no archive is refused');
     is_deeply($chain->provider->prune(101, 1), [], 'a guest without archives');
 };
 

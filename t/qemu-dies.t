@@ -177,9 +177,9 @@ sub check_local ($context, $descriptors) {
     my $backend = $context->{backend};
     my $dir = $backend->work_dir('run');
     is_deeply([$backend->left_files], [], 'no file is left');
-    is_deeply([$Handle->servers($dir)], [], 'nor a server');
-    is_deeply([$Handle->mounts($dir)], [], 'nor a mount');
-    is(descriptors(), $descriptors, 'nor a descriptor');
+    is_deeply([$Handle->servers($dir)], [], 'no server is left');
+    is_deeply([$Handle->mounts($dir)], [], 'no mount is left');
+    is(descriptors(), $descriptors, 'no descriptor is left');
 }
 
 # QEMU has ended, and a new one runs with the same disk: nothing that cannot be trusted is used.
@@ -214,7 +214,7 @@ sub check_end ($context) {
     my $ended = eval { $access->teardown(0); 1 };
     ok($ended || "$@" =~ m/no access is set up/, 'it can be ended') or diag($@);
     my $status = $backend->status;
-    is($status->{access}, undef, 'no access is up');
+    is($status->{access}, undef, 'no access is active');
     is_deeply($status->{'left-overs'}, [], 'nothing is left over');
 }
 

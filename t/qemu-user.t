@@ -64,9 +64,9 @@ sub is_backed_up ($backend, $text, $look, %options) {
 
 sub fails_and_says ($backend, $text, $pattern, %options) {
     my $before = $backend->outside;
-    is(eval { back_up($backend->access(%options)) }, undef, "$text: it fails");
-    like("$@", $pattern, "$text: and why");
-    is_deeply($backend->outside, $before, "$text: and nothing is left");
+    is(eval { back_up($backend->access(%options)) }, undef, "$text: the backup fails");
+    like("$@", $pattern, "$text: the error says why");
+    is_deeply($backend->outside, $before, "$text: nothing is left");
     return;
 }
 
@@ -103,7 +103,7 @@ subtest 'root, and a QEMU of another user' => sub {
         my ($dir) = glob("$run_dir/pba-run-*");
         my @dir = stat($dir);
         is(sprintf('%o', $dir[2] & 07777), '1730', 'its directory is open to its group only');
-        is_deeply([@dir[4, 5]], [0, $nogroup], 'and belongs to root');
+        is_deeply([@dir[4, 5]], [0, $nogroup], 'the directory belongs to root');
     };
     is_backed_up($backend, 'open ones', $look);
 };
@@ -157,9 +157,9 @@ subtest 'two users with a shared group' => sub {
     like(
         $said,
         qr/QEMU runs as user '\?' \($qemus\), and this program as $ours: .* as root$/m,
-        'it fails, and says why'
+        'the backup fails and says why'
     );
-    is_deeply($backend->outside, $before, 'and nothing is left');
+    is_deeply($backend->outside, $before, 'nothing is left');
 };
 
 subtest 'a QEMU that sees other paths' => sub {

@@ -24,7 +24,7 @@ sub interrupted ($signal, $code, $name, $limit = $late) {
     my $error = $@;
     my $took = time - $started;
     ok(!$done, "$name: dies");
-    is($error, $exception, "$name: with the handler's own exception");
+    is($error, $exception, "$name: the exception is the handler's");
     cmp_ok($took, '<', $limit, "$name: does not wait for the answer") or diag("$took seconds");
     return;
 }
@@ -63,7 +63,7 @@ subtest 'a handler that dies in setup' => sub {
     my $peer = late_peer('backup-access-setup', 'INT');
     my $access = new_access($peer, timeout => 10);
     interrupted('INT', sub { $access->setup(\@one) }, 'INT in backup-access-setup', 9);
-    is((grep { $_ eq 'backup-access-teardown' } $peer->names), 1, 'it was undone');
+    is((grep { $_ eq 'backup-access-teardown' } $peer->names), 1, 'the setup was undone');
 };
 
 # The access is still active and can be torn down.
@@ -79,12 +79,12 @@ subtest 'handlers that die in volumes and teardown' => sub {
         my $class = eval { $access->teardown(1); 'none' } // $@->class;
         is($class, $command eq 'block-export-add' ? 'none' : 'StateError', 'teardown afterwards');
         my @teardowns = grep { $_->{execute} eq 'backup-access-teardown' } $peer->commands;
-        cmp_ok(scalar(@teardowns), '>=', 1, 'and was sent');
+        cmp_ok(scalar(@teardowns), '>=', 1, 'teardown was sent');
         is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
     }
 };
 
-subtest 'an access that goes after a handler died' => sub {
+subtest 'an access that is destroyed after a handler died' => sub {
     my $peer = late_peer('block-export-add', 'INT');
     my $access = new_access($peer, timeout => 10);
     $access->setup(\@one);
@@ -93,7 +93,7 @@ subtest 'an access that goes after a handler died' => sub {
     local $SIG{__WARN__} = sub ($text) { push @warnings, $text };
     undef $access;
     like("@warnings", qr/not torn down/, 'destroyed: says so');
-    is((grep { $_ eq 'backup-access-teardown' } $peer->names), 1, 'and tears down');
+    is((grep { $_ eq 'backup-access-teardown' } $peer->names), 1, 'the access is torn down');
     is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
 };
 
@@ -119,7 +119,7 @@ subtest 'handlers that do not die' => sub {
     $access->volumes('nbd');
     $access->teardown(1);
     Time::HiRes::ualarm(0);
-    cmp_ok($handled, '>', 3, "they ran ($handled times)");
+    cmp_ok($handled, '>', 3, "the handlers ran ($handled times)");
     is($kept, 'kept', '$@ is left alone');
 };
 
@@ -143,7 +143,7 @@ sub logged_returns () {
 
 # Leftovers of a setup whose undo failed can be torn down; then nothing is left.
 sub ends_well ($access, $peer) {
-    ok(eval { $access->teardown(0); 1 } || error_class($@) eq 'StateError', 'no more is left')
+    ok(eval { $access->teardown(0); 1 } || error_class($@) eq 'StateError', 'nothing more is left')
         or diag($@);
     cmp_ok(scalar(grep { $_ eq 'backup-access-teardown' } $peer->names), '>=', 1, 'undone');
     is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
@@ -155,7 +155,7 @@ subtest 'log' => sub {
     my $peer = start_peer({ logged_returns() });
     my $access = new_access($peer, log => sub (@got) { push @logged, [@got] });
     ok(!eval { $access->setup(\@one); 1 }, 'setup dies');
-    like("$@", qr/odd %s%n/, 'with the first error');
+    like("$@", qr/odd %s%n/, 'the exception is the first error');
     is((grep { $_->[0] eq 'warn' && $_->[1] =~ m/cannot undo %s%n/ } @logged), 1, 'it was told');
     ok(!(grep { $_->[1] =~ m/\n/ || @$_ != 2 } @logged), 'level and line');
     ends_well($access, $peer);
@@ -165,7 +165,7 @@ subtest 'log' => sub {
     $peer = start_peer({ logged_returns() });
     $access = new_access($peer);
     ok(!eval { $access->setup(\@one); 1 }, 'setup dies without log');
-    like("@logged", qr/cannot undo %s%n/, 'it was warned');
+    like("@logged", qr/cannot undo %s%n/, 'a warning was logged');
     ends_well($access, $peer);
 };
 
@@ -174,7 +174,7 @@ subtest 'a log callback that dies' => sub {
     my $peer = start_peer({ logged_returns() });
     my $access = new_access($peer, log => sub ($level, @) { die $exception if $level eq 'warn' });
     ok(!eval { $access->setup(\@one); 1 }, 'setup dies');
-    is($@, $exception, "with the callback's exception");
+    is($@, $exception, "the exception is the callback's");
     ends_well($access, $peer);
 
     # At teardown, while there is another program's export.
@@ -183,11 +183,14 @@ subtest 'a log callback that dies' => sub {
     $access = new_access($peer, log => sub ($level, @) { die $exception if $level eq 'warn' });
     $access->setup(\@one);
     ok(!eval { $access->teardown(1); 1 }, 'teardown dies');
-    is($@, $exception, "with the callback's exception");
+    is($@, $exception, "the exception is the callback's");
     eval { $access->teardown(1) };
     eval { $access->teardown(1) };
     is((grep { $_ eq 'backup-access-teardown' } $peer->names), 1, 'torn down once');
-    ok(!(grep { $_ eq 'nbd-server-stop' } $peer->names), "the other's NBD server stays up");
+    ok(
+        !(grep { $_ eq 'nbd-server-stop' } $peer->names),
+        "the other program's NBD server keeps running"
+    );
 };
 
 subtest 'a warning handler that dies' => sub {
@@ -215,7 +218,7 @@ subtest 'out of scope' => sub {
     $access->setup(\@one);
     undef $access;
     like($warnings[0], qr/not torn down/, 'says so');
-    like($warnings[1], qr/not now/, 'and why it could not be done');
+    like($warnings[1], qr/not now/, 'the warning says why it failed');
     unlink(glob("$run_dir/*/*"));
     rmdir($_) for glob("$run_dir/*");
 };
@@ -238,7 +241,7 @@ subtest 'a forked child' => sub {
     }
     waitpid($pid, 0);
     is($?, 0, 'cannot use it');
-    is_deeply([$peer->names], \@before, 'and sent nothing');
+    is_deeply([$peer->names], \@before, 'the child has sent nothing');
     ok(eval { $access->teardown(1); 1 }, 'the parent tears down') or diag($@);
     is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
 };

@@ -31,11 +31,11 @@ subtest 'code ref: a whole access' => sub {
             },
             { device => 'drive-scsi1', 'node-name' => '#snap1', size => $size },
         ],
-        'what setup returns'
+        'the result of setup'
     );
     my $volumes = $access->volumes('nbd');
     is($volumes->{'drive-scsi0'}{'bitmap-mode'}, 'reuse', 'status of one');
-    is($volumes->{'drive-scsi1'}{'bitmap-mode'}, 'none', 'and the other');
+    is($volumes->{'drive-scsi1'}{'bitmap-mode'}, 'none', 'the status of the other device');
     like($volumes->{'drive-scsi0'}{'nbd-path'}, qr{\A\Q$run_dir\E/.+}, 'socket');
     $access->teardown(1);
 };
@@ -47,7 +47,7 @@ subtest 'code ref: arguments' => sub {
     my $volumes = $access->volumes('nbd');
     $access->teardown(1);
     my $encode = sub ($command) { $json->encode(arguments_of($calls, $command)) };
-    is($encode->('query-version'), '{}', 'no arguments');
+    is($encode->('query-version'), '{}', 'a command without arguments');
     is($encode->('query-named-block-nodes'), '{"flat":true}', 'a boolean');
     is($encode->('backup-access-teardown'), "{\"success\":true,\"target-id\":\"$target\"}", 'two');
     is(
@@ -67,7 +67,8 @@ subtest 'code ref: encoders' => sub {
     my $calls = qmp_calls({ upstream_returns() });
     my $access = new_access($calls->{code}, 'fleecing-dir' => "$dir");
     eval { $access->setup([{ device => 'drive-scsi0', 'bitmap-mode' => 'new' }]) };
-    cmp_ok(scalar(grep { $_ eq 'blockdev-add' } $calls->{names}->@*), '>', 1, 'it came that far');
+    cmp_ok(scalar(grep { $_ eq 'blockdev-add' } $calls->{names}->@*),
+        '>', 1, 'the commands were reached');
     my %encoders = ('JSON::PP' => ['JSON::PP'], 'JSON::PP, allow_blessed' => ['JSON::PP', 1]);
     for my $class (qw(JSON::XS Cpanel::JSON::XS JSON)) {
         $encoders{$class} = [$class] if eval "require $class; 1";    ## no critic (StringyEval)
@@ -99,7 +100,8 @@ subtest 'code ref: the filter' => sub {
         is($filter->{'cbw-timeout'}, $seconds, "QEMU $major.$minor: time limit");
         is($filter->{'on-cbw-error'},
             'break-snapshot', "QEMU $major.$minor: the guest's write is done");
-        ok(!exists($filter->{bitmap}), "QEMU $major.$minor: no bitmap that is copied too early");
+        ok(!exists($filter->{bitmap}),
+            "QEMU $major.$minor: the filter has no bitmap, which would be copied too early");
         $access->teardown(0);
     }
 };
@@ -130,7 +132,7 @@ subtest 'code ref: numbers and booleans' => sub {
     }
 };
 
-subtest 'code ref: results that fit nothing' => sub {
+subtest 'code ref: invalid results' => sub {
     my $cyclic = [];
     $cyclic->[0] = $cyclic;
     my $twice = { a => [] };
@@ -198,7 +200,7 @@ subtest 'code ref: dying with a text' => sub {
             my $error = dies(sub { new_access($calls->{code})->setup(\@one) },
                 qr/GenericError/, $pattern, "$name in $command");
             like("$error", qr/\Aqmp command '$command' failed - /, "$name: the command is named");
-            is(eval { $error->command }, $command, "$name: and known");
+            is(eval { $error->command }, $command, "$name: the error's command");
             my $torn_down = grep { $_ eq 'backup-access-teardown' } $calls->{names}->@*;
             is($torn_down, 0, "$name: nothing is undone where QEMU shows nothing");
         }
@@ -213,7 +215,8 @@ subtest 'code ref: dying with an object' => sub {
         for my $command (qw(query-version backup-access-setup)) {
             my $calls = qmp_calls({ pve_returns($command => sub (@) { die $object }) });
             ok(!eval { new_access($calls->{code})->setup(\@one); 1 }, ref($object) . ': dies');
-            is(ref($@) && refaddr($@), refaddr($object), ref($object) . ': with the object itself');
+            is(ref($@) && refaddr($@),
+                refaddr($object), ref($object) . 'the exception is the object itself');
             my $torn_down = grep { $_ eq 'backup-access-teardown' } $calls->{names}->@*;
             is($torn_down, $command eq 'backup-access-setup' ? 1 : 0, 'undone');
             is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
@@ -237,7 +240,7 @@ subtest 'code ref: going well' => sub {
     use overload '""' => sub ($self, @) { $self->{text} }, fallback => 1;
 }
 
-subtest 'code ref: using the access within' => sub {
+subtest 'code ref: using the access inside it' => sub {
     my ($access, @inner);
     my $answer = answers({ pve_returns() });
     my $code = sub ($command, $arguments) {
@@ -318,14 +321,16 @@ subtest 'code ref: a program that ends within teardown' => sub {
             $ends{$line}++;
             my ($end, @told) = split(m/ /, $line);
             my $committed = ($told[0] // '') eq 'success';
-            ok($end eq 'success' ? $committed : $end eq 'StateError',
-                "command $number: what is said is so")
-                or diag($line);
+            ok(
+                $end eq 'success' ? $committed : $end eq 'StateError',
+                "command $number: the result agrees with the state"
+            ) or diag($line);
             is(scalar(grep { $_ eq 'success' } @told), $committed ? 1 : 0, 'told once');
         }
     }
     cmp_ok($ends{'success success'} // 0, '>', 1, 'a success stays one');
-    cmp_ok($ends{'StateError failure'} // 0, '>', 1, 'and one that was not told is none');
+    cmp_ok($ends{'StateError failure'} // 0,
+        '>', 1, 'what was not reported as a success is a failure');
     remove_tree(glob("$run_dir/*"));
 };
 

@@ -61,7 +61,7 @@ subtest 'mode use' => sub {
     is_deeply(
         setup_arguments($peer),
         { 'target-id' => $target, devlist => 'drive-scsi0,drive-scsi1', 'bitmap-name' => $target },
-        'use: the same name again'
+        'use: the same name is sent again'
     );
     is_deeply([map { $_->{'bitmap-action'} } @$infos], ['used', 'used'], 'actions');
     $access->teardown(1);
@@ -72,7 +72,7 @@ subtest 'mode use' => sub {
     is_deeply(
         setup_arguments($peer),
         { 'target-id' => $target, devlist => 'drive-scsi0', 'bitmap-name' => 'gen-2' },
-        'its arguments'
+        'use: the arguments with another name'
     );
     $access->teardown(1);
 };
@@ -97,7 +97,8 @@ subtest 'mode new' => sub {
     my $access = new_access($peer, 'bitmap-name' => 'gen-5');
     is(eval { $access->setup(\@new)->[0]{'bitmap-action'} }, 'new', 'new: a name not in use');
     is(setup_arguments($peer)->{'bitmap-name'}, 'gen-5', 'is sent');
-    is(eval { $access->volumes('nbd')->{'drive-scsi0'}{'bitmap-name'} }, 'gen-5', 'and told');
+    is(eval { $access->volumes('nbd')->{'drive-scsi0'}{'bitmap-name'} },
+        'gen-5', 'the volume has the name');
     $access->teardown(0);
 };
 
@@ -108,9 +109,9 @@ subtest 'mode none, and several modes' => sub {
     is_deeply(
         setup_arguments($peer),
         { 'target-id' => $target, devlist => 'drive-scsi0,drive-scsi1' },
-        'none: no name'
+        'none: no name is sent'
     );
-    ok(!exists($infos->[0]{'bitmap-name'}), 'and no bitmap');
+    ok(!exists($infos->[0]{'bitmap-name'}), 'none: there is no bitmap');
     $access->teardown(1);
 
     $peer = early_peer([]);

@@ -29,7 +29,7 @@ subtest 'greetings' => sub {
     }
 };
 
-subtest 'greetings that will not do' => sub {
+subtest 'invalid greetings' => sub {
     my %bad = (
         garbage => [qr/ProtocolError/, qr/control character|does not speak QMP/],
         close => [qr/ConnectionError/, qr/closed the QMP connection/],
@@ -118,10 +118,10 @@ subtest 'a busy monitor' => sub {
     is(eval { capabilities($peer)->{backend} }, 'pve', 'free again') or diag($@);
 };
 
-subtest 'the monitor is given back' => sub {
+subtest 'the monitor is released' => sub {
     my $peer = start_peer({ pve_returns() });
     my $access = new_access($peer);
-    is($peer->connections, 0, 'new: no connection');
+    is($peer->connections, 0, 'new opens no connection');
     my $connections = 0;
     my @steps = (
         setup => sub { $access->setup(\@one) },
@@ -133,9 +133,9 @@ subtest 'the monitor is given back' => sub {
         ok(eval { $code->(); 1 }, $name) or diag($@);
         $connections++;
         $peer->wait_for_record('closed', $connections);
-        is($peer->connections, $connections, "$name: one connection, and closed");
+        is($peer->connections, $connections, "$name: one connection, which is closed");
     }
-    is_deeply([$peer->problems], [], 'all of it was QMP');
+    is_deeply([$peer->problems], [], 'all input was QMP');
     is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
 };
 
@@ -198,7 +198,7 @@ for my $name (sort keys %hostile) {
             $class, $pattern, 'query-version');
         cmp_ok(time - $started, '<', $timeout + 2, 'within the limit');
         like("$error", qr/\Aqmp command 'query-version' failed - /, 'the command is named');
-        is(eval { $error->command }, 'query-version', 'and known');
+        is(eval { $error->command }, 'query-version', 'the error has the command');
     };
 }
 
@@ -225,7 +225,7 @@ for my $stage (@stages) {
             my $access = new_access($peer, timeout => $timeout);
             my $started = time;
             my $error = dies(sub { $access->setup(\@one) }, $class, $pattern, $name);
-            cmp_ok(time - $started, '<', $timeout + 3, "$name: in time");
+            cmp_ok(time - $started, '<', $timeout + 3, "$name: the error arrives in time");
             is(eval { $error->command }, $stage, "$name: the command");
             my @names = $peer->names;
             my $asked = grep { $_ eq 'backup-access-setup' } @names;
@@ -236,9 +236,10 @@ for my $stage (@stages) {
             is_deeply(
                 $teardown->{arguments},
                 { 'target-id' => $target, success => JSON::PP::false },
-                "$name: as a failure"
+                "$name: torn down as a failure"
             ) if $undone;
-            ok(!eval { $access->teardown(1); 1 } && $@->class eq 'StateError', "$name: not up");
+            ok(!eval { $access->teardown(1); 1 } && $@->class eq 'StateError',
+                "$name: no access is active");
             ok(eval { $access->setup(\@one); 1 }, "$name: the next setup works") or diag($@);
             ok(eval { $access->teardown(1); 1 }, "$name: and its teardown") or diag($@);
             is_deeply([glob("$run_dir/*")], [], "$name: nothing is left on disk");
@@ -261,14 +262,15 @@ subtest 'setup: refused, with something left' => sub {
     };
     my $peer = start_peer(\%returns);
     dies(sub { new_access($peer)->setup(\@one) }, qr/GenericError/, qr/half way/, 'setup');
-    is(scalar(grep { $_ eq 'backup-access-teardown' } $peer->names), 1, 'it is undone');
+    is(scalar(grep { $_ eq 'backup-access-teardown' } $peer->names), 1, 'the setup is undone');
 };
 
-subtest 'somebody else is at it' => sub {
+subtest 'an access of another program' => sub {
     my $error = { class => 'GenericError', desc => "previous backup for target 'x' not finished" };
     my $peer = start_peer({ pve_returns('backup-access-setup' => action({ error => $error })) });
     dies(sub { new_access($peer)->setup(\@one) }, qr/GenericError/, qr/not finished/, 'setup');
-    ok(!(grep { $_ eq 'backup-access-teardown' } $peer->names), "the other's access is left alone");
+    ok(!(grep { $_ eq 'backup-access-teardown' } $peer->names),
+        "the other program's access is left alone");
 };
 
 # ---- big and small ----
@@ -300,8 +302,8 @@ subtest 'sizes' => sub {
         qr/over 67108864 bytes/,
         'a line without end'
     );
-    cmp_ok(time - $started, '<', 60, 'in time');
-    cmp_ok($peer->endless_bytes, '<', 80 << 20, 'no more was taken than that');
+    cmp_ok(time - $started, '<', 60, 'the error arrives in time');
+    cmp_ok($peer->endless_bytes, '<', 80 << 20, 'no more was read than the limit');
     my $grown = peak_rss_kib() - $before;
     cmp_ok($grown, '<', 200 * 1024, "memory is bounded ($grown KiB)");
 

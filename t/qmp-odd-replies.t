@@ -74,7 +74,7 @@ subtest 'odd replies to query-block-exports' => sub {
         my $class = eval { $access->teardown(1); 'none' } // $@->class;
         is($class, 'StateError', "$text: a later one undoes the rest, and says so") or diag($@);
         my ($last) = grep { $_->{execute} eq 'backup-access-teardown' } $peer->commands;
-        ok($last && !$last->{arguments}{success}, "$text: as a failure");
+        ok($last && !$last->{arguments}{success}, "$text: torn down as a failure");
     }
 };
 
@@ -144,11 +144,11 @@ subtest 'unknown bitmap actions' => sub {
             { 'target-id' => $target, success => JSON::PP::false },
             "$name: torn down as a failure"
         );
-        is(scalar(@more), 0, "$name: once");
+        is(scalar(@more), 0, "$name: teardown was sent once");
     }
 };
 
-subtest 'strings that are no text' => sub {
+subtest 'strings that are not valid text' => sub {
 
     # Half of a surrogate pair: valid in JSON, but not in UTF-8.
     my %returns = upstream_returns();
@@ -196,8 +196,8 @@ subtest 'names' => sub {
         my $devices = [{ device => 'drive-scsi0', 'bitmap-mode' => 'new' }];
         dies(sub { $access->setup($devices) }, qr/\w/, qr/device drive-scsi0: /, $name);
         my @raw = grep { ($_->{driver} // '') eq 'raw' } $calls->{arguments}->@*;
-        is($raw[0] && $raw[0]{file}, $node, "$name: as it was");
-        is_deeply([grep { !m/\Q$run_dir\E\z/ } glob("$dir/*")], [], "$name: no file");
+        is($raw[0] && $raw[0]{file}, $node, "$name: the name is sent back unchanged");
+        is_deeply([grep { !m/\Q$run_dir\E\z/ } glob("$dir/*")], [], "$name: no file was created");
     }
 };
 
@@ -246,7 +246,7 @@ subtest 'counts' => sub {
         my $text = $json->encode($count);
         dies(sub { $access->setup($devices) }, qr/ProtocolError/, qr/count|every bit set/, $text);
         my @transactions = grep { $_ eq 'transaction' } $calls->{names}->@*;
-        is(scalar(@transactions), 0, "$text: no such bitmap is used");
+        is(scalar(@transactions), 0, "$text: no bitmap is used");
     }
 };
 
@@ -279,7 +279,7 @@ subtest 'capabilities' => sub {
     is(ask(%returns)->{form}, 'devices', "$package: QEMU is spared listing its schema");
 };
 
-subtest 'versions and commands that will not do' => sub {
+subtest 'unsuitable versions and commands' => sub {
     for my $old ([7, 1], [6, 2], [4, 0], [2, 12], [0, 15]) {
         my ($major, $minor) = @$old;
         my %returns = upstream_returns('query-version' => version($major, $minor, 50));
@@ -301,7 +301,7 @@ subtest 'versions and commands that will not do' => sub {
     }
 };
 
-subtest 'forms that will not do' => sub {
+subtest 'unsuitable forms' => sub {
     dies(sub { ask(pve_returns('query-qmp-schema' => [])) },
         qr/UnsupportedError/, qr/backup-access-setup/, 'a form that is not in the schema');
     my $odd_form = schema('devices');
@@ -310,10 +310,10 @@ subtest 'forms that will not do' => sub {
         qr/UnsupportedError/, qr/backup-access-setup/, 'a form that is not known');
     my %lacks = pve_returns();
     delete $lacks{'query-qmp-schema'};
-    dies(sub { ask(%lacks) }, qr/CommandNotFound/, qr/query-qmp-schema/, 'no schema');
+    dies(sub { ask(%lacks) }, qr/CommandNotFound/, qr/query-qmp-schema/, 'the schema is missing');
 };
 
-subtest 'devices that will not do' => sub {
+subtest 'unsuitable devices' => sub {
     my %returns = pve_returns();
     my $refused = sub ($name, $pattern, $devices, %more) {
         my $peer = start_peer({ %returns, %more });
@@ -345,7 +345,7 @@ subtest 'devices that will not do' => sub {
 };
 
 # QEMU may answer block-export-del before the export has ended, and would then abort at the teardown.
-subtest 'an export that takes its time to go' => sub {
+subtest 'an export that ends slowly' => sub {
     my ($asked, @exports) = (0);
     my $calls = qmp_calls(
         {
@@ -370,10 +370,11 @@ subtest 'an export that takes its time to go' => sub {
         [('query-block-exports') x 4],
         'is waited for'
     );
-    ok((grep { $_ eq 'backup-access-teardown' } @names[$deleted + 5 .. $#names]), 'then torn down');
+    ok((grep { $_ eq 'backup-access-teardown' } @names[$deleted + 5 .. $#names]),
+        'teardown follows');
 };
 
-subtest 'what vanishes during the access' => sub {
+subtest 'nodes and bitmaps that vanish during the access' => sub {
     for my $case (['bitmap', qr/dirty bitmap/], ['node', qr/node/], ['device', qr/device/]) {
         my ($name, $pattern) = @$case;
         my ($gone, %returns) = (0, pve_returns());
@@ -394,7 +395,10 @@ subtest 'what vanishes during the access' => sub {
         ok(!$done, "$name: teardown dies");
         is(error_class($@), 'StateError', "$name: class");
         like("$@", qr/device drive-scsi0: .*$pattern/, "$name: message");
-        ok(!(grep { $_ eq 'backup-access-teardown' } $calls->{names}->@*), "$name: no crash");
+        ok(
+            !(grep { $_ eq 'backup-access-teardown' } $calls->{names}->@*),
+            "$name: the command that would crash QEMU is not sent"
+        );
         $gone = 0;
         ok(eval { $access->teardown(0); 1 }, "$name: back again: torn down") or diag($@);
     }

@@ -64,10 +64,10 @@ subtest 'script and replies' => sub {
     );
     my $socket = connect_to($peer);
     is_deeply($json->decode(scalar(<$socket>))->{QMP}{capabilities}, [], 'plain greeting');
-    is_deeply(ask($socket, 'stop'), { return => {} }, 'as expected');
+    is_deeply(ask($socket, 'stop'), { return => {} }, 'an expected command');
     is(ask($socket, 'quit')->{error}{class}, 'GenericError', 'another command than expected');
     is(ask($socket, 'more')->{error}{class}, 'CommandNotFound', 'after the end');
-    is(scalar($peer->problems), 2, 'both are problems');
+    is(scalar($peer->problems), 2, 'both are recorded as problems');
 
     $peer = $QMPPeer->start(replies => { stop => sub (@got) { { return => \@got } } });
     $socket = connect_to($peer);
@@ -94,7 +94,7 @@ subtest 'actions' => sub {
     my $socket = connect_to($peer);
     <$socket>;
     is(ask($socket, 'event')->{event}, 'STOP', 'event before the reply');
-    is(scalar(<$socket>), "{\"return\":{}}\r\n", 'then the reply');
+    is(scalar(<$socket>), "{\"return\":{}}\r\n", 'the reply follows');
     isnt(ask($socket, 'wrong', id => 1)->{id}, 1, 'wrong id');
     is(ask($socket, 'trickle')->{return}, 'slowly', 'byte by byte');
 
@@ -132,7 +132,7 @@ subtest 'greetings' => sub {
     my $peer = $QMPPeer->start(greeting => 'slow');
     my $socket = connect_to($peer);
     like(scalar(<$socket>), qr/"QMP"/, 'slow');
-    cmp_ok(time - $start, '>', 1, 'it took its time');
+    cmp_ok(time - $start, '>', 1, 'the peer took its time');
 };
 
 subtest 'quit' => sub {

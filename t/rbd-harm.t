@@ -60,7 +60,7 @@ sub remove_all ($life) {
         $life->forget($name);
     }
     is_deeply([images($life)], [], 'without archives there are no images');
-    is_deeply([grep { m/digests|[.]log/ } objects($life)], [], 'and no digests');
+    is_deeply([grep { m/digests|[.]log/ } objects($life)], [], 'no digests are left');
     return;
 }
 
@@ -96,11 +96,11 @@ for my $what (sort keys %by_hand) {
         my $life = new_life();
         my @names = map { s{.*/}{}r } two_backups($life);
         $by_hand{$what}->(image_of_scsi($life), @names);
-        is($life->unnamed, '', 'each archive is right, or named as damaged');
+        is($life->unnamed, '', 'each archive is intact or reported as damaged');
         $life->guest->write_random(3);
         my $next = $life->backup;
         is($life->problem($next), undef, 'the next one is right');
-        is($life->unnamed, '', 'and the others are as before');
+        is($life->unnamed, '', 'the other archives are as before');
         remove_all($life);
     };
 }
@@ -118,10 +118,10 @@ for my $point (['progress', 1], ['snap', 1], ['snap', 3], ['set_value', 1]) {
         is(eval { $life->backup }, undef, 'the backup that was overtaken fails');
         like($@, qr/was lost|rbd|qemu-nbd|NBD/, 'it says why') or diag($@);
         $undo->();
-        is($life->problem, undef, 'all are as they were read');
+        is($life->problem, undef, 'all archives are intact');
         $life->guest->write_random(3);
         $life->backup;
-        is($life->problem, undef, 'and so is the next one');
+        is($life->problem, undef, 'the next archive is intact, too');
         remove_all($life);
     };
 }
@@ -136,11 +136,11 @@ subtest 'the OSD ends in the middle of a backup, and comes back' => sub {
         my $undo = $life->before($point->@*, sub () { $ceph->restart_osd(3) });
         my $name = eval { $life->backup } // diag($@);
         $undo->();
-        is($life->problem, undef, "before $point->[0]: all are as they were read");
+        is($life->problem, undef, "before $point->[0]: all archives are intact");
     }
 };
 
-subtest 'a lock ends though the cluster does not answer' => sub {
+subtest 'a lock ends although the cluster does not answer' => sub {
     my $life = new_life();
     my $name = $life->backup;
     my $guest = $life->provider->_guest('vm/100');
@@ -172,7 +172,7 @@ subtest 'places that do not exist' => sub {
         {
             my $run = run_command($command->@*, '--ceph-conf', $ceph->conf);
             is($run->{status}, 1, "@$command: exit status") or diag($run->{out});
-            like($run->{err}, $places{$place}, 'and why');
+            like($run->{err}, $places{$place}, 'the error says why');
         }
     }
 };
@@ -210,7 +210,7 @@ for my $what (sort keys %unreachable) {
         );
         for my $call (sort keys %calls) {
             is(eval { $calls{$call}->(); 1 }, undef, "$call fails");
-            like($@, $pattern, 'and says why');
+            like($@, $pattern, 'the error says why');
         }
     };
 }
@@ -237,12 +237,12 @@ for my $way ('serve', -e '/dev/fuse' ? 'mount' : ()) {
         my @how = $way eq 'serve' ? ($path, '--socket-dir', "$dir/$way") : ($path, "$dir/$way");
         my $command = start_command($way, @how, '--ceph-conf', $ceph->conf);
         my $place = places_of($command);
-        is(system(qw(qemu-img compare -q -f raw -F raw), $expected, $place), 0,
-            'it is the archive');
-        is(eval { $life->provider->remove($first); 1 }, undef, 'which cannot be removed');
+        is(system(qw(qemu-img compare -q -f raw -F raw), $expected, $place),
+            0, 'the content is that of the archive');
+        is(eval { $life->provider->remove($first); 1 }, undef, 'the archive cannot be removed');
         $command->kill('TERM');
-        is($command->finish->{status}, 0, 'it ends');
-        is_deeply([glob("$dir/$way/*")], [], 'and leaves nothing');
+        is($command->finish->{status}, 0, 'the command ends');
+        is_deeply([glob("$dir/$way/*")], [], 'nothing is left');
         remove_all($life);
     };
 }

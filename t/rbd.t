@@ -57,11 +57,11 @@ subtest 'a first backup, and an increment' => sub {
     $life->guest->write_random(8);
     my $first = $life->backup;
     is($life->statuses->{$scsi}, 'new', 'the first one is full');
-    is($life->problem, undef, 'it is as it was read');
+    is($life->problem, undef, 'the archive is intact');
     $life->guest->write_random(2);
     my $second = $life->backup;
     is($life->statuses->{$scsi}, 'reuse', 'the second one is an increment');
-    is($life->problem, undef, 'both are as they were read');
+    is($life->problem, undef, 'both archives are intact');
     is(scalar(images($life)), 3, 'there is one image for each device');
     my $uri = $life->provider->rbd_uri($first, $scsi);
     $ceph->run('qemu-img', 'convert', '-f', 'raw', '-O', 'raw', $uri, "$dir/restored.raw");
@@ -81,14 +81,17 @@ subtest 'a lost bitmap costs reading' => sub {
     $life->guest->write_random(1);
     $life->log;
     $life->backup;
-    is($life->statuses->{$scsi}, 'new', 'all is read');
-    like($life->log, qr/$scsi: read in full, stored .* that differ from /,
-        'what differs is stored');
-    is(scalar(images($life)), 3, 'in the same image');
-    is($life->problem, undef, 'all are as they were read');
+    is($life->statuses->{$scsi}, 'new', 'everything is read');
+    like(
+        $life->log,
+        qr/$scsi: read in full, stored .* that differ from /,
+        'only the difference is stored'
+    );
+    is(scalar(images($life)), 3, 'it is stored in the same image');
+    is($life->problem, undef, 'all archives are intact');
 };
 
-subtest 'killed on the way' => sub {
+subtest 'killed backups' => sub {
     my $differs = 0;
     for my $point ([3, 'progress'], [24], [2, 'snap'], [1, 'put'], [1, 'set_value'], [60]) {
         $life->guest->write_random(3);
@@ -99,10 +102,10 @@ subtest 'killed on the way' => sub {
         $life->guest->lose_bitmap($scsi) if $where =~ m/progress/;
         $life->guest->write_random(1);
         my $name = $life->backup;
-        is($life->problem($name), undef, 'and the next one is right');
+        is($life->problem($name), undef, 'the next archive is intact');
     }
     cmp_ok($differs, '>', 0, 'some left images that were written to');
-    is($life->problem, undef, 'all are as they were read');
+    is($life->problem, undef, 'all archives are intact');
 };
 
 subtest 'prune and remove' => sub {
@@ -121,7 +124,7 @@ subtest 'prune and remove' => sub {
     $life->provider->remove($_) for $life->names;
     $life->forget($life->names);
     is_deeply([images($life)], [], 'without archives there are no images');
-    is_deeply([grep { m/digests|[.]log/ } objects($life)], [], 'and no digests');
+    is_deeply([grep { m/digests|[.]log/ } objects($life)], [], 'no digests are left');
 };
 
 # Damages the object with the first bytes of a device's image.
@@ -168,11 +171,12 @@ subtest 'one at a time' => sub {
     is(eval { $life->backup }, undef, 'beside another backup there is none');
     my $error = $@;
     is(eval { $error->class }, 'StateError', 'it is refused') or diag($error);
-    is($life->problem, undef, 'but restores');
+    is($life->problem, undef, 'restores are possible');
     $guest->drop($lock);
     my $reading = $guest->read_lock;
     my ($name) = $life->names;
-    is(eval { $life->provider->remove($name); 1 }, undef, 'what is read is not removed');
+    is(eval { $life->provider->remove($name); 1 },
+        undef, 'an archive that is being read cannot be removed');
     $guest->drop($reading);
 };
 

@@ -89,7 +89,7 @@ sub archive ($container, $kind) {
     my $name = $provider->backup_init(101, 'lxc', 1_795_000_000)->{'archive-name'};
     bless({ vzdump => \%vzdump }, 'PVE::VZDump::LXC')->archive(\%task, 101, undef, undef);
     like(join("\n", splice(@log)), qr/using backup mechanism 'directory'/, 'pve-container says');
-    is_deeply([map { $_->{volname} } $provider->list->@*], [$name], 'it is there');
+    is_deeply([map { $_->{volname} } $provider->list->@*], [$name], 'the archive is listed');
     my $stats = $provider->backup_cleanup(101, 'lxc', 1, {})->{stats};
     cmp_ok($stats->{'archive-size'}, '>', 0, 'a size');
     return $name;
@@ -121,13 +121,18 @@ for my $kind (qw(tar directory)) {
         local $ENV{TMPDIR} = $tmp;
         my $name = archive($container, $kind);
         my $provider = $container->{provider};
-        is($provider->archive_get_guest_config($name, 'test'), "hostname: $kind\n", 'its config');
+        is(
+            $provider->archive_get_guest_config($name, 'test'),
+            "hostname: $kind\n",
+            'the configuration of the container'
+        );
         is(($provider->restore_get_mechanism($name, 'test'))[0], $kind, 'the mechanism');
-        is_deeply($provider->verify($name), [], 'it is in order');
+        is_deeply($provider->verify($name), [], 'verify finds no damage');
         restore($container, $name, "$tmp/restored");
         utime(1, 1, map { ($_, "$_/tmp") } $root, "$tmp/restored");
         my @left_out = ('./dev/*', './tmp/*');
-        ok(describe($root, @left_out) eq describe("$tmp/restored", @left_out), 'all is there');
+        ok(describe($root, @left_out) eq describe("$tmp/restored", @left_out),
+            'everything is restored');
     };
 }
 

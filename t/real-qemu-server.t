@@ -194,7 +194,7 @@ sub check_form ($form, $mechanism) {
             $made->%{qw(info config bytes)},
         );
         $today{"$mechanism $kind"} = \%seen if $is_today;
-        is_deeply($seen{$_}, $today{"$mechanism $kind"}{$_}, "$what: its $_ are today's")
+        is_deeply($seen{$_}, $today{"$mechanism $kind"}{$_}, "$what: $_ equal today's")
             for sort keys %seen;
         push(@figures, [$form, $mechanism, $kind, $made]);
     }
@@ -238,7 +238,7 @@ sub check_interrupted ($form, $mechanism) {
     spoil(0x51);
     my $made = backup($form, $mechanism, signal => 'TERM');
     is($made->{state}, 'err', "$what: failed");
-    like($made->{died} // '', qr/\Ainterrupted by signal$/, "$what: it dies of it");
+    like($made->{died} // '', qr/\Ainterrupted by signal$/, "$what: the backup dies of the signal");
     is_outside($what);
     my ($last) = reverse(grep { m/\A(?:cont|guest-fsfreeze-thaw)\z/ } $made->{qmp}->@*);
     is($last, 'cont', "$what: thawed and resumed");
@@ -259,7 +259,7 @@ sub check_hook ($form, $mechanism) {
     stored_all($form, $mechanism, $what);
     is_outside($what);
     my $next = check_next($form, $mechanism, $what);
-    is($next->{bytes}{'drive-scsi0'}, 0, "$what: what was stored is not dirty");
+    is($next->{bytes}{'drive-scsi0'}, 0, "$what: the stored data is not dirty");
     return;
 }
 
@@ -322,7 +322,7 @@ sub check_mode ($mode, $form, $mechanism) {
     stored_all($form, $mechanism, $what);
     is(qmp('query-status')->{status}, 'running', "$what: the guest runs");
     is(scalar(grep { m/ resuming VM again after \d+ seconds$/ } $made->{log}->@*),
-        1, "$what: and the log says since when");
+        1, "$what: the log says since when");
     is_deeply([told($made)], [], "$what: no warning");
     for my $method (qw(backup_get_mechanism backup_vm_query_incremental backup_vm)) {
         $made = backup($form, $mechanism, mode => $mode, dies => $method);

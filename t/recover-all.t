@@ -51,12 +51,13 @@ sub check_dead ($backend) {
         refused(
             sub { recover($backend) },
             qr/process \d+ is already backing it up/,
-            'while it lives'
+            'refused while the process lives'
         );
         $client->kill9;
         my $lines = recover($backend);
-        cmp_ok(scalar($lines->@*), '>', 2, 'what it left is undone');
-        is_deeply([grep { !m/\Atarget '\Q$target\E': / } $lines->@*], [], 'each line says of which')
+        cmp_ok(scalar($lines->@*), '>', 2, 'the leftovers are undone');
+        is_deeply([grep { !m/\Atarget '\Q$target\E': / } $lines->@*],
+            [], 'each line names its target')
             or diag($lines->@*);
         is_deeply($backend->outside, $outside, 'nothing is left');
     }
@@ -66,7 +67,7 @@ sub check_dead ($backend) {
         return $QMP->once($backend->qmp_path, $command, $arguments);
     };
     is_deeply(recover($backend, qmp => $qmp), [], 'nothing to undo, bitmaps of two targets there');
-    is_deeply(\@sent, ['query-named-block-nodes'], 'one query');
+    is_deeply(\@sent, ['query-named-block-nodes'], 'only one query is sent');
     return;
 }
 
@@ -113,15 +114,18 @@ sub start_foreign ($backend, $target, $mode) {
 sub check_foreign ($backend) {
     my $outside = $backend->outside;
     my %foreign = (foreign => 1, 'target-id' => 'snapshot-access:foreign');
-    is_deeply(recover($backend, %foreign), [], 'no access of another program');
+    is_deeply(recover($backend, %foreign), [], 'there is no access of another program');
     for my $mode ('use', 'none') {
         start_foreign($backend, $foreign{'target-id'}, $mode);
-        is_deeply(recover($backend), [], "$mode: it is left alone") if $mode eq 'none';
-        ok(!eval { recover($backend, foreign => 1); 1 }, "$mode: without its target");
+        is_deeply(recover($backend), [], "$mode: the access is left alone") if $mode eq 'none';
+        ok(
+            !eval { recover($backend, foreign => 1); 1 },
+            "$mode: without its target, recovery is refused"
+        );
         my %wrong = (%foreign, 'target-id' => 'snapshot-access:wrong');
         if ($mode eq 'use') {
             refused(sub { recover($backend, %wrong) }, qr/not of target/, "$mode: another target");
-            is(scalar($backend->vm->exports->@*), 3, "$mode: its exports are there");
+            is(scalar($backend->vm->exports->@*), 3, "$mode: the exports stay");
         }
         my $lines = PVE::BackupAccess->recover(qmp => $backend->qmp_path, %foreign);
         like("@$lines", qr/export .* was removed.*NBD server was stopped.*was ended/,
@@ -133,7 +137,7 @@ sub check_foreign ($backend) {
     $backend->check_manners;
     my $client = leave($backend, 'snapshot-access:one');
     $client->kill9;
-    refused(sub { recover($backend, %foreign) }, qr/without foreign/, 'what has markers');
+    refused(sub { recover($backend, %foreign) }, qr/without foreign/, 'an access with markers');
     recover($backend);
     is_deeply($backend->outside, $outside, 'nothing is left');
     return;

@@ -65,7 +65,7 @@ sub check_live ($backend) {
         ok(!eval { $access->setup($backend->devices('use')); 1 }, "setup for $target: refused");
         like("$@", qr/\bprocess $pid\b/, "setup for $target: names the process");
     }
-    ok(same($backend->vm->exports, $exports), 'its exports were not touched');
+    ok(same($backend->vm->exports, $exports), 'its exports are unchanged');
     check_zombie($backend, $pid);
     ok(same($backend->outside, $outside), 'nothing is left');
     $client->wait_end;
@@ -84,7 +84,7 @@ sub check_zombie ($backend, $pid) {
         !eval { $other->setup($backend->devices('use')); 1 },
         'setup for another target than the dead one\'s: refused'
     );
-    like("$@", qr/left its access for .*call recover/, 'and says what to do');
+    like("$@", qr/left its access for .*call recover/, 'the error says what to do');
 
     # Prepares what a task prepares before a setup that recovers. On Proxmox, the filter stays above the disk.
     if ($backend->name eq 'upstream') {
@@ -118,7 +118,7 @@ sub check_own ($backend) {
             "setup for $target"
         );
     }
-    is_deeply($backend->outside, $during, 'it was not touched');
+    is_deeply($backend->outside, $during, 'the access is unchanged');
     ok(eval { $access->teardown(1); 1 }, 'it ends well') or diag($@);
     is_deeply($backend->outside, $outside, 'nothing is left');
 }
@@ -145,8 +145,9 @@ sub check_danger () {
         name => $info->{'bitmap-name'}
     );
     ok(!eval { recover($backend, $backend->qmp_path); 1 }, 'the bitmap is gone: recover refuses');
-    like("$@", qr/its dirty bitmap was removed while the access was up/, 'and says why');
-    ok(!(grep { $_ eq 'backup-access-teardown' } $backend->front->names), 'it was not sent');
+    like("$@", qr/its dirty bitmap was removed while the access was up/, 'the error says why');
+    ok(!(grep { $_ eq 'backup-access-teardown' } $backend->front->names),
+        'the command was not sent');
     ok($backend->vm->is_alive, 'the VM lives');
 }
 
@@ -171,8 +172,11 @@ sub check_unasked ($backend) {
     $access = $backend->access(log => sub ($level, $text) { push(@log, "$level: $text") });
     $access->setup($backend->devices('use'));
     like("@log", qr/warn: a dead process left an access/, 'a setup that may logs it');
-    like("@log", qr/info: device disk0: export 'pba-exp-\S+ was removed/, 'and what it did')
-        if $backend->name eq 'upstream';
+    like(
+        "@log",
+        qr/info: device disk0: export 'pba-exp-\S+ was removed/,
+        'the log says what was done'
+    ) if $backend->name eq 'upstream';
     $access->teardown(1);
     is_deeply($backend->outside, $outside, 'nothing is left');
 
@@ -216,13 +220,13 @@ sub check_namesakes ($backend) {
     my $lines = eval { PVE::BackupAccess->recover(%other) };
     is_deeply($lines, [], 'nothing of the other one is left') or diag($@);
     my $access = PVE::BackupAccess->new(%other);
-    ok(eval { $access->setup($other->devices('new')); 1 }, 'which can be backed up, too')
+    ok(eval { $access->setup($other->devices('new')); 1 }, 'the other guest can be backed up')
         or diag($@);
     ok(eval { $access->teardown(1); 1 }, 'to the end') or diag($@);
     $client->let_go_on;
     is($client->next_word, 65536, 'the one can still be read');
     $client->let_go_on;
-    is($client->next_word, 'down', 'and its access ends well');
+    is($client->next_word, 'down', 'the access of the first guest ends normally');
     $client->let_go_on;
     $client->wait_end;
 }
@@ -248,8 +252,10 @@ sub check_concurrent ($backend) {
         my @strange = grep { !m/\Adone \d+\z|process \d+ is already backing it up/ } @words;
         is_deeply(\@strange, [], "round $round: done, or refused for another one's sake");
         my $lines = recover($backend, $backend->qmp_path);
-        ok($lines->@* == 0 || !(grep { m/\Adone [1-9]/ } @words), "round $round: once is enough")
-            or diag(explain([\@words, $lines]));
+        ok(
+            $lines->@* == 0 || !(grep { m/\Adone [1-9]/ } @words),
+            "round $round: only one process has undone it"
+        ) or diag(explain([\@words, $lines]));
         is_deeply($backend->outside, $outside, "round $round: nothing is left");
     }
 }
@@ -303,7 +309,7 @@ sub check_mounts ($backend) {
     my $lines = recover($backend, $backend->qmp_path);
     is_deeply([$Handle->mounts($dir)], [], 'recover unmounts it');
     is_deeply($backend->outside, $outside, 'nothing is left');
-    is_deeply(recover($backend, $backend->qmp_path), [], 'and nothing more to do');
+    is_deeply(recover($backend, $backend->qmp_path), [], 'a second call has nothing to do');
 }
 
 for my $name ($Backend->names) {
@@ -313,8 +319,8 @@ for my $name ($Backend->names) {
     subtest "backend $name: a live object" => sub { check_own($backend) };
     subtest "backend $name: told not to recover" => sub { check_unasked($backend) };
     subtest "backend $name: several at once" => sub { check_concurrent($backend) };
-    subtest "backend $name: setups as well" => sub { check_concurrent_setups($backend) };
-    subtest 'a guest like another' => sub { check_namesakes($backend) }
+    subtest "backend $name: several setups at once" => sub { check_concurrent_setups($backend) };
+    subtest 'two guests without a name' => sub { check_namesakes($backend) }
         if $name eq 'upstream';
     subtest "backend $name: dead virtual files" => sub {
         plan(skip_all => 'no /dev/fuse') if !-w '/dev/fuse';
@@ -322,6 +328,6 @@ for my $name ($Backend->names) {
     };
     $backend->check_manners;
 }
-subtest 'a bitmap was removed meanwhile' => sub { check_danger() };
+subtest 'a bitmap was removed during the access' => sub { check_danger() };
 
 done_testing;

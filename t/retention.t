@@ -68,13 +68,13 @@ subtest 'rules together' => sub {
     is(
         kept(\@weeks, 'keep-weekly' => 1, 'keep-monthly' => 1),
         '2026-06-28 2026-07-02',
-        'what a week does away with is not the last of its month'
+        'an archive that a weekly rule removes is not the last of its month'
     );
     @weeks = map { archive($_) } qw(2025-12-21 2025-12-28 2025-12-31 2026-01-02);
     is(
         kept(\@weeks, 'keep-weekly' => 1, 'keep-yearly' => 1),
         '2025-12-28 2026-01-02',
-        'nor of its year'
+        'an archive that a weekly rule removes is not the last of its year'
     );
 };
 
@@ -97,7 +97,7 @@ subtest 'devices' => sub {
     );
 };
 
-subtest 'what is broken' => sub {
+subtest 'broken archives' => sub {
     my @archives = (
         archive('2026-11-01'),
         archive('2026-11-02', devices => { disk => 0 }),
@@ -121,10 +121,14 @@ subtest 'what is broken' => sub {
         archive('2026-11-02', devices => { a => 1, b => 0 }),
         archive('2026-11-03', devices => { a => 0, b => 0 }),
     );
-    is(kept(\@archives, 'keep-last' => 1), '2026-11-01 2026-11-02', 'of each device the last');
+    is(
+        kept(\@archives, 'keep-last' => 1),
+        '2026-11-01 2026-11-02',
+        'the last archive of each device is kept'
+    );
 };
 
-subtest 'what is protected' => sub {
+subtest 'protected archives' => sub {
     my @archives = map { archive("2026-11-0$_", protected => $_ == 2 || $_ == 3) } 1 .. 3;
     is_deeply(
         marks(\@archives, { 'keep-last' => 1 }),
@@ -138,7 +142,7 @@ subtest 'what is protected' => sub {
 };
 
 # Random archives and rules, compared with properties that always hold.
-subtest 'at random' => sub {
+subtest 'random archives and rules' => sub {
     my $seed = $ENV{PBA_SEED} // time;
     diag("PBA_SEED=$seed");
     srand($seed);
@@ -194,7 +198,7 @@ sub problem_of ($archives, $keep) {
     return undef;
 }
 
-subtest 'rules that are none' => sub {
+subtest 'invalid rules' => sub {
     for my $keep (
         {},
         { 'keep-last' => 0 },

@@ -166,7 +166,7 @@ SHELL
     end_server("$dir/target.pid");
     PBA::Test::QemuNbd::img('convert', '-f', 'qcow2', '-O', 'raw', "$dir/target.qcow2",
         "$dir/t.raw");
-    ok(content_of("$dir/t.raw") eq $disk->content, 'it has what the disk has');
+    ok(content_of("$dir/t.raw") eq $disk->content, 'the target equals the disk');
 };
 
 # Runs code in a separate process that inherits nothing of this one.
@@ -206,7 +206,7 @@ subtest 'a source on another host, over TLS' => sub {
             --bitmap bitmap0 --format qcow2 "$disk"
 SHELL
         ok(in_another_process($read), "mode $mode: read");
-        ok(content_of($image) eq $disk->content, "mode $mode: it has what the disk has");
+        ok(content_of($image) eq $disk->content, "mode $mode: the image equals the disk");
         check_refusals("nbds://backup\@$host:$port/drive-scsi0?tls-psk-file=$key_file")
             if $mode eq 'use';
         end_server("$dir/source.pid");

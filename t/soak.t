@@ -101,7 +101,7 @@ sub check_cycles ($name) {
     # A QEMU that has just started still grows: with the translated code of the guest, and with its buffers.
     for my $what (sort grep { $full || $_ ne "QEMU's KiB" } keys %early) {
         my $more = $what =~ m/KiB/ ? 8 * 1024 : $what =~ m/descriptors/ ? 2 : 0;
-        cmp_ok($late{$what}, '<=', $early{$what} + $more, "$what: no more than at first");
+        cmp_ok($late{$what}, '<=', $early{$what} + $more, "$what: no growth");
     }
     is($stops, 0, 'the guest was never paused') if !$backend->front;
     $backend->guest->stop_churn;
@@ -134,7 +134,7 @@ subtest "$guests guests at once" => sub {
     while (%wanted) {
         my $pid = waitpid(-1, 0);
         my $i = delete($wanted{$pid}) // next;
-        is($?, 0, "guest $i: its own data, in every backup");
+        is($?, 0, "guest $i: each backup has its own data");
     }
     is_deeply([glob("$shared/*/*")], [], 'nothing is left');
 };
@@ -169,9 +169,13 @@ subtest "$disks disks in one access" => sub {
     my @disks = map { { id => "disk$_", size => 8 * $MiB, bus => 'scsi' } } 0 .. $disks - 1;
     my $backend = $Backend->start(name => 'upstream', disks => \@disks, guest => 0);
     my $outside = $backend->outside;
-    is(back_up($backend, 'new', 1), $disks * 8 * $MiB, 'all of each');
+    is(back_up($backend, 'new', 1), $disks * 8 * $MiB, 'a full backup reads all disks');
     $backend->vm->qemu_io("disk$_", "write -P 5 1M 64k") for 0 .. $disks - 1;
-    is(back_up($backend, 'use', 1), $disks * 65536, 'then what was written to each');
+    is(
+        back_up($backend, 'use', 1),
+        $disks * 65536,
+        'an increment reads what was written to each disk'
+    );
     is_deeply($backend->outside, $outside, 'nothing is left');
 };
 
@@ -188,10 +192,10 @@ subtest 'a disk of 16 TiB' => sub {
     my %fleecing = ('fleecing-dir' => "$fleecing");
     my $access = $backend->access(%fleecing);
     my ($info) = $access->setup($backend->devices('new'))->@*;
-    is($info->{size}, $size, 'its size');
+    is($info->{size}, $size, 'the size of the disk');
     my $volume = $access->volume('disk0');
     is_deeply([$volume->next_dirty_region], [0, $size], 'one dirty region');
-    is_deeply([$volume->next_dirty_region], [], 'and no more');
+    is_deeply([$volume->next_dirty_region], [], 'there is no other region');
     undef $volume;
     $access->teardown(1);
     note(sprintf('full: set up, map read, torn down in %.1f s', time - $started));
@@ -205,7 +209,7 @@ subtest 'a disk of 16 TiB' => sub {
 
     while (my ($offset, $length) = $volume->next_dirty_region) {
         push(@regions, [$offset, $length]);
-        is($volume->pread($offset, $length), "\x09" x $length, "what was written at $offset");
+        is($volume->pread($offset, $length), "\x09" x $length, "the data written at $offset");
     }
     is_deeply(\@regions, [map { [$_, 65536] } @written], 'first, middle and last cluster');
     undef $volume;

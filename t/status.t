@@ -43,21 +43,25 @@ sub check_bitmaps ($backend, $status, $expected, $name) {
 
 sub check_access ($status, %expected) {
     my $access = $status->{access};
-    is($access->{'target-id'}, $expected{'target-id'} // 'snapshot-access:test', 'its target');
-    is($access->{$_}, $expected{$_}, "its $_") for qw(pid alive);
-    is_deeply([sort $access->{devices}->@*], $expected{devices}, 'its devices');
+    is(
+        $access->{'target-id'},
+        $expected{'target-id'} // 'snapshot-access:test',
+        'the target of the access'
+    );
+    is($access->{$_}, $expected{$_}, "the $_ of the access") for qw(pid alive);
+    is_deeply([sort $access->{devices}->@*], $expected{devices}, 'the devices of the access');
 }
 
 sub check_fleecing ($backend, $status, @devices) {
     my %fleecing = map { $_->{device} => $_ } $status->{fleecing}->@*;
     is(scalar(keys %fleecing), scalar(@devices), 'a fleecing image for each device');
     for my $image (values %fleecing) {
-        is($image->{size}, $size, "$image->{device}: its size");
+        is($image->{size}, $size, "$image->{device}: the size of the image");
         cmp_ok($image->{'free-bytes'}, '>', 0, "$image->{device}: the free space is known");
-        is($image->{'nearly-full'}, 0, "$image->{device}: there is plenty");
+        is($image->{'nearly-full'}, 0, "$image->{device}: the file system is not nearly full");
     }
     my ($image) = grep { ($_->{'image-bytes'} // 0) >= 65536 } $status->{fleecing}->@*;
-    ok($image, 'what an image occupies');
+    ok($image, 'the bytes that an image occupies');
 }
 
 sub check_backend ($name) {
@@ -102,9 +106,9 @@ sub check_while_up ($backend, $block) {
     $backend->guest->write($_, 0, 65536, 0x42) for @ids;
     my $status = $backend->status;
     check_access($status, pid => $pid, alive => 1, devices => \@devices);
-    is_deeply($status->{'left-overs'}, [], 'what a live process has is not left over');
+    is_deeply($status->{'left-overs'}, [], 'what a live process has is not a leftover');
     is_deeply([map { $_->{device} } sort { $a->{device} cmp $b->{device} } $status->{exports}->@*],
-        \@devices, 'its exports');
+        \@devices, 'the exports');
     check_fleecing($backend, $status, @ids);
     my %background = map { ("$_ 1" => $block) } @devices;
     check_bitmaps(
@@ -126,7 +130,7 @@ sub check_left_overs ($backend, $pid, @devices) {
     my @left = $status->{'left-overs'}->@*;
     for my $device (@devices) {
         ok((grep { ($_->{device} // '') eq $device && $_->{what} =~ m/\Aexport '/ } @left),
-            "$device: its export is left over");
+            "$device: its export is a leftover");
     }
     my ($mark) = grep { $_->{what} =~ m/\Aprocess mark 'pba-owner-$pid-/ } @left;
     is($mark->{harmless}, 1, 'the mark is named, and harmless');
@@ -169,8 +173,12 @@ sub check_no_bitmaps ($backend) {
         'process and target are named'
     );
     $client->kill9;
-    ok(!eval { $access->setup($backend->devices('use')); 1 }, 'what it left is refused as well');
-    like("$@", qr/left its access for target 'no bitmaps' - call recover/, 'and named');
+    ok(!eval { $access->setup($backend->devices('use')); 1 }, 'the leftovers are refused as well');
+    like(
+        "$@",
+        qr/left its access for target 'no bitmaps' - call recover/,
+        'the error names the target'
+    );
     PVE::BackupAccess->recover($backend->options('target-id' => 'no bitmaps'), log => sub { });
     check_idle($backend, 'after that');
 }
@@ -191,9 +199,9 @@ sub check_foreign ($backend) {
     is_deeply(
         $status->{'bitmap-info'},
         [{ drive => $device, action => 'missing-recreated', size => $size, dirty => $size }],
-        "somebody else's access: what QEMU says of it"
+        "an access of another program: QEMU's own information"
     );
-    is_deeply($status->{'left-overs'}, [], "somebody else's access: not left over");
+    is_deeply($status->{'left-overs'}, [], "an access of another program: there are no leftovers");
     $qmp = PBA::Test::QMP->new(path => $backend->qmp_path);
     $qmp->execute('backup-access-teardown', 'target-id' => $target, success => JSON::PP::false);
     $qmp->close;
@@ -217,7 +225,7 @@ sub check_other ($backend, @devices) {
     is_deeply(
         [map { [$_->@{qw(what harmless)}] } $status->{'left-overs'}->@*],
         [["process mark 'pba-owner-$pid-1'", 1]],
-        'but left over, and harmless'
+        'a mark is a harmless leftover'
     );
     PVE::BackupAccess->recover($backend->options, log => sub { });
     check_idle($backend, 'in the end');

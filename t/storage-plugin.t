@@ -39,16 +39,18 @@ $scfg->{path} = "$tmp/mnt";
 $scfg->{'state-dir'} = "$tmp/state";
 my $plugin = PVE::Storage::Plugin->lookup($scfg->{type});
 
-subtest 'what Proxmox VE asks of a plugin' => sub {
+subtest 'the methods that Proxmox VE calls' => sub {
     cmp_ok($plugin->api, '<=', PVE::Storage::APIVER(), 'an API that it has');
     is($plugin->plugindata->{features}{'backup-provider'}, 1, 'a backup provider');
     is($plugin->type, 'qcow2chain', 'its type');
-    ok(!eval { $plugin->activate_storage($storeid, $scfg, {}); 1 }, 'no directory: not active');
+    ok(!eval { $plugin->activate_storage($storeid, $scfg, {}); 1 },
+        'a missing directory cannot be activated');
     mkdir($scfg->{path}) or die "mkdir: $!\n";
     ok($plugin->activate_storage($storeid, $scfg, {}), 'active');
     is_deeply($plugin->list_volumes($storeid, $scfg, undef, [qw(backup images)]), [], 'empty');
     ok(!eval { $plugin->parse_volname('backup/vm/100/x'); 1 }, 'a name of something else');
-    ok(!eval { $plugin->alloc_image($storeid, $scfg, 100, 'raw', undef, 1); 1 }, 'no images');
+    ok(!eval { $plugin->alloc_image($storeid, $scfg, 100, 'raw', undef, 1); 1 },
+        'the storage has no images');
 };
 
 # Versions 13 and 15 of the storage API have added arguments to existing calls.
@@ -100,11 +102,12 @@ sub restored ($volname) {
     my $provider = $plugin->new_backup_provider($scfg, $storeid, sub (@) { });
     is_deeply([$provider->restore_get_mechanism($volname)], [qw(qemu-img qemu)], 'the mechanism');
     is($provider->archive_get_guest_config($volname), "name: test\n", 'the configuration');
-    is($provider->archive_get_guest_config($volname, $storeid), "name: test\n", 'to be shown');
+    is($provider->archive_get_guest_config($volname, $storeid),
+        "name: test\n", 'the configuration is shown');
     my $size = $provider->restore_vm_init($volname)->{$device}{size};
     my $path = $provider->restore_vm_volume_init($volname, $device, {})->{'qemu-img-path'};
     ok(-f $path, 'the source is a file') or return '';
-    is(-s $path, $size, 'of the right size');
+    is(-s $path, $size, 'the file has the size of the disk');
     my $target = "$tmp/restored.raw";
     open(my $fh, '>', $target) or die "$target: $!\n";
     truncate($fh, $size) or die "$target: $!\n";
@@ -126,13 +129,14 @@ for my $number (1 .. 4) {
     is($backup->{removed}, $number == 4 ? 1 : 0, "backup $number: pruned");
 }
 
-subtest 'what is there' => sub {
+subtest 'the list of archives' => sub {
     my $volumes = $plugin->list_volumes($storeid, $scfg, $vmid, ['backup']);
     is_deeply([map { $_->{volid} } $volumes->@*], [map { "nightly:$_" } @backups[0, 2, 3]], 'list');
     is_deeply([map { $_->{protected} } $volumes->@*], [1, 0, 0], 'the first is protected');
     is($volumes->[1]{notes}, 'of 1795000180', 'notes');
     is($volumes->[1]{ctime}, 1_795_000_180, 'the time');
-    is_deeply($plugin->list_volumes($storeid, $scfg, 101, ['backup']), [], 'none of another guest');
+    is_deeply($plugin->list_volumes($storeid, $scfg, 101, ['backup']),
+        [], 'another guest has no archives');
     cmp_ok($plugin->volume_size_info($scfg, $storeid, $backups[3]), '>', 65536, 'a size');
     is_deeply([$plugin->parse_volname($backups[3])]->[2], '100', 'the guest');
     ok(-d scalar($plugin->path($scfg, $backups[3], $storeid)), 'a path');
@@ -172,7 +176,8 @@ subtest 'a container' => sub {
 };
 
 subtest 'removal' => sub {
-    ok(!eval { $plugin->free_image($storeid, $scfg, $backups[0], 0); 1 }, 'not of a protected one');
+    ok(!eval { $plugin->free_image($storeid, $scfg, $backups[0], 0); 1 },
+        'a protected backup cannot be removed');
     $plugin->update_volume_attribute($scfg, $storeid, $backups[0], 'protected', 0);
     $plugin->free_image($storeid, $scfg, $backups[0], 0)->();
     my $volumes = $plugin->list_volumes($storeid, $scfg, undef, ['backup']);

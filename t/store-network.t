@@ -116,7 +116,7 @@ subtest 'a file system without locks' => sub {
             like(
                 error_of($action, ['flock', $errno, 'vm/100/']),
                 qr{cannot lock \Q$store\E/vm/100/\.\w+ - \Q$text\E - the store needs a file system},
-                "$text: which file, and what is needed"
+                "$text: the error names the file and what is needed"
             );
         }
     }
@@ -155,7 +155,8 @@ subtest 'errors while archives are listed' => sub {
             start_again();
             my $error = error_of($action, [$operation, $operation eq 'stat' ? ESTALE : EIO, $part]);
             note("$operation $part: ", $error || 'done');
-            is_deeply([$chain->names], \@names, "$operation $part: it fails, and nothing is gone");
+            is_deeply([$chain->names], \@names,
+                "$operation $part: the operation fails, and no archive is gone");
         }
     }
     check_archives('afterwards');
@@ -202,11 +203,12 @@ subtest 'an archive whose manifest cannot be read holds nobody up' => sub {
     is(error_of(\&back_up, $fault), '', 'a backup works');
     like($chain->log, qr/^warn: all disks are backed up in full - $message/m,
         'it says why in full');
-    like(error_of(\&remove_first, $fault), $message, 'what it may build on is not removed');
+    like(error_of(\&remove_first, $fault),
+        $message, 'an archive on which it may build is not removed');
     check_archives('while it could not be read');
     is(error_of(sub { $chain->provider->remove($names[2]) }, $fault),
-        '', 'it can be removed itself');
-    is(error_of(\&remove_first), '', 'then others can');
+        '', 'the unreadable archive itself can be removed');
+    is(error_of(\&remove_first), '', 'then others can be removed');
     check_archives('afterwards', @names[0, 2]);
 };
 
@@ -254,7 +256,7 @@ subtest 'errors while an archive is read' => sub {
     error_of(sub { $problem = join('', $chain->provider->verify($names[2])->@*) }, \@fault);
     like($problem, qr/drive-scsi0/, 'verify does not call it good');
     isnt(error_of(sub { $chain->restored($names[2], 'drive-scsi0') }, \@fault),
-        '', 'nor does restore');
+        '', 'restore fails, too');
     check_archives('once the server is well again');
 };
 
@@ -296,7 +298,7 @@ sub mountinfo ($type, $options) {
     return;
 }
 
-subtest 'mounts whose locks others do not see' => sub {
+subtest 'mounts with local locks' => sub {
     local $PVE::BackupAccess::Provider::Qcow2Chain::Mount::mountinfo = "$tmp/mountinfo";
     my $nfs = 'rw,vers=4.2,rsize=1048576,hard,proto=tcp,timeo=600,sec=sys,local_lock=none';
     my %cases = (

@@ -55,7 +55,7 @@ for my $name (PBA::Test::Backend->names) {
     my $said = do { local $/; <$pipe> };
     close($pipe);
     is($?, 0, "backend $name: exit status");
-    is($said, "$name\ndata\ndone\n", 'all of it is done');
+    is($said, "$name\ndata\ndone\n", 'all steps are done');
     is_deeply($backend->outside, $outside, 'nothing is left');
 }
 

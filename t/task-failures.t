@@ -54,14 +54,14 @@ sub check_contains ($context, $dirty) {
 # The bitmap has an ID, and only a task continues from it.
 sub check_bits ($context) {
     my $dirty = dirty_of_next($context);
-    cmp_ok($dirty, '<', $slots * $granularity, 'but not everything is dirty');
+    cmp_ok($dirty, '<', $slots * $granularity, 'not everything is dirty');
 }
 
 # After a teardown that failed, the ID is that of an earlier backup than the provider's last one.
 sub check_is_full ($context, $name) {
     is(dirty_of_next($context), $slots * $granularity, "$name: the next backup is a full one");
     ok($context->{backend}->logged(qr/\Ainfo: .*relative to backup [0-9a-f]+, not /),
-        "$name: and says why");
+        "$name: the log says why");
 }
 
 sub dirty_of_next ($context) {
@@ -92,8 +92,8 @@ my %is_late = map { $_ => 1 } qw(backup_handle_log_file job_cleanup);
 sub check_death ($context, $method, $exception, $how = sub { die $exception }) {
     my $name = "$method dies" . (ref($exception) ? ' with an object' : '');
     my $provider = $Provider->new(on => { $method => sub (@) { $how->() } });
-    ok(!run_job($context, $name, $provider), "$name: so does the job");
-    is_deeply($context->{error}, $exception, "$name: with its exception");
+    ok(!run_job($context, $name, $provider), "$name: the job dies, too");
+    is_deeply($context->{error}, $exception, "$name: the exception arrives unchanged");
     my @calls = $provider->take_calls;
     is_deeply([map { $_->[0] } @calls], $calls_until{$method}, "$name: the calls");
     my ($cleanup) = grep { $_->[0] eq 'backup_cleanup' && !$_->[3] } @calls;
@@ -144,7 +144,7 @@ sub check_late_signals ($context) {
         }
     );
     run_job($context, 'a signal after an error', $provider);
-    is($context->{error}, $text, 'a signal after an error: it counts');
+    is($context->{error}, $text, 'a signal after an error: the signal takes precedence');
     is_deeply([$provider->take_names],
         $calls_until{backup_vm}, 'a signal after an error: the calls');
     ok($context->{backend}->logged(qr/\Awarn: after that - no space$/),
@@ -191,7 +191,7 @@ sub check_nonsense ($context) {
         my ($method, $value, $message) = $nonsense{$name}->@*;
         my $provider = $Provider->new(on => { $method => sub (@) { return $value } });
         ok(!run_job($context, $name, $provider), "$name: an error");
-        like("$context->{error}", $message, "$name: which says so");
+        like("$context->{error}", $message, "$name: the error says so");
         is_deeply([$provider->take_names], $calls_until{$method}, "$name: the calls");
     }
 }
@@ -213,8 +213,8 @@ sub check_harmless ($context) {
     my $result = run_job($context, 'a device that is not there', $provider);
     ok($result, 'a device that is not there: is ignored') or diag($context->{error});
     ok($backend->logged(qr/\Awarn: .* for drive-scsi7, which is not a device of this backup/),
-        'a device that is not there: but logged');
-    ok(!exists($result->{'archive-size'}), 'no statistics: no size of the archive');
+        'a device that is not there: the log says so');
+    ok(!exists($result->{'archive-size'}), 'no statistics: the result has no archive size');
 }
 
 # ---- misuse of volumes, and processes ----
@@ -226,7 +226,7 @@ sub is_useless ($name, $device, $volume) {
         my ($offset) = $reader->next_dirty_region;
         $reader->pread($offset, 4096);
     };
-    ok(!defined($read), "$name: it cannot be read") or return;
+    ok(!defined($read), "$name: the volume cannot be read") or return;
     ok(!$handle || !defined(fileno($handle)), "$name: the handle is closed");
 }
 
@@ -283,7 +283,7 @@ sub check_forks ($context) {
         my $provider = $Provider->new(on => { backup_vm => $fork, %not_in_child });
         ok(run_job($context, $name, $provider), "$name: the job is done")
             or diag($context->{error});
-        is($provider->{status}, 7, "$name: and ends, without a result");
+        is($provider->{status}, 7, "$name: the child ends without a result");
         my @names = $provider->take_names;
         is_deeply(\@names, $calls_until{job_cleanup}, "$name: the parent goes on");
     }
@@ -306,7 +306,7 @@ sub check_hooks ($context) {
     my $provider = $Provider->new;
     my %bad = ('run-dir' => '/proc/nowhere');
     ok(!run_job($context, 'setup fails', $provider, hooks($provider), %bad), 'setup fails: error');
-    is(hook_calls($provider), '', 'setup fails before the instant: it was not frozen');
+    is(hook_calls($provider), '', 'setup fails before the instant: the guest was not frozen');
 
     my %dies = map {
         my $hook = $_;
@@ -314,12 +314,12 @@ sub check_hooks ($context) {
     } qw(freeze thaw);
     my @freeze = hooks($provider, freeze => $dies{freeze});
     ok(!run_job($context, 'freeze dies', $provider, @freeze), 'freeze dies: an error');
-    is($context->{error}, "freeze\n", 'freeze dies: its own');
+    is($context->{error}, "freeze\n", 'freeze dies: the exception arrives unchanged');
     is(hook_calls($provider), 'freeze thaw', 'freeze dies: thawed, and nothing read');
 
     my @thaw = hooks($provider, thaw => $dies{thaw});
     ok(!run_job($context, 'thaw dies', $provider, @thaw), 'thaw dies: an error');
-    is($context->{error}, "thaw\n", 'thaw dies: its own');
+    is($context->{error}, "thaw\n", 'thaw dies: the exception arrives unchanged');
     is(hook_calls($provider), 'freeze thaw', 'thaw dies: nothing read');
 
     ok(!run_job($context, 'both die', $provider, hooks($provider, %dies)), 'both die: an error');
@@ -362,7 +362,7 @@ sub check_signal ($context) {
     };
     my $provider = $Provider->new(mode => 'use', on => { backup_vm => $wait });
     ok(!run_job($context, 'a signal', $provider), 'a signal: ends the job');
-    is_deeply($context->{error}, { signal => 'ALRM' }, "a signal: by the handler's exception");
+    is_deeply($context->{error}, { signal => 'ALRM' }, "a signal: the exception is the handler's");
     is_deeply([$provider->take_names], $calls_until{backup_vm}, 'a signal: the calls');
 }
 
@@ -381,7 +381,7 @@ sub check_teardown_error ($context) {
     like(
         $result->{'teardown-error'},
         qr/nbd-server-stop.*not today/,
-        'teardown fails: in the result'
+        'teardown fails: the result contains the error'
     );
     ok($context->{backend}->logged(qr/\Awarn: teardown failed - .*not today/),
         'teardown fails: logged');
@@ -427,9 +427,9 @@ sub check_busy_monitor ($context) {
     );
     $task = $context->{backend}->task($provider, timeout => 20);
     ok(!eval { $task->run; 1 }, 'a busy monitor: the provider ends it');
-    is($@, "that was all\n", 'a busy monitor: nobody else does');
-    cmp_ok($seconds, '>', 0, 'a busy monitor: it was tried');
-    cmp_ok($seconds, '<', 15, 'a busy monitor: not for long');
+    is($@, "that was all\n", 'a busy monitor: nothing else ends the job');
+    cmp_ok($seconds, '>', 0, 'a busy monitor: the check was tried');
+    cmp_ok($seconds, '<', 15, 'a busy monitor: the check does not take long');
 }
 
 sub check_resize ($context) {
@@ -440,7 +440,11 @@ sub check_resize ($context) {
     };
     my $provider = $Provider->new(on => { backup_vm_query_incremental => $resize });
     ok(!run_job($context, 'a resize', $provider), 'a resize as the backup begins: an error');
-    like("$context->{error}", qr/\Adevice drive-disk1 was resized from $size to/, 'which says so');
+    like(
+        "$context->{error}",
+        qr/\Adevice drive-disk1 was resized from $size to/,
+        'the error says so'
+    );
 }
 
 sub check_backend ($name) {

@@ -205,7 +205,7 @@ sub check_callbacks ($context) {
         $more &&= check_point($context, \&in_log, what => 'log line', at => $line, kind => $_)
             for kinds_of($context, @kinds);
     }
-    cmp_ok($line, '>', 4, 'there were lines');
+    cmp_ok($line, '>', 4, 'there were log lines');
     check_bits($context, 'log lines');
 }
 
@@ -217,7 +217,7 @@ sub check_commands ($context) {
         return $context->{monitor}->execute($command, $arguments->%*);
     };
     $context->{backend}->task($Provider->new, qmp => $qmp)->run_job;
-    cmp_ok($count, '>', 20, 'there are commands');
+    cmp_ok($count, '>', 20, 'there were commands');
     my @places = map { ([$_, 'before'], [$_, 'after']) } 1 .. $count;
     @places = (shuffle(@places))[0 .. $share - 1] if !$ENV{PBA_FULL};
     for my $place (@places) {
@@ -257,9 +257,9 @@ sub check_committed ($context) {
             my $task = $context->{backend}->task($provider, qmp => $qmp);
             my $got = what_arrives(sub { $task->$method });
             my $name = "$method, committed, $kind";
-            ok($last, "$name: it came");
+            ok($last, "$name: the exception arrived");
             ok($got->{done} && $got->{late}, "$name: the result is there first");
-            is(ref($got->{value}{devices}), 'HASH', "$name: and is one");
+            is(ref($got->{value}{devices}), 'HASH', "$name: the result is complete");
             ok(is_same($got->{error}, thrown_by($kind)), "$name: arrives after it");
             is_deeply([$context->{backend}->problems($context->{outside})],
                 [], "$name: nothing is left");

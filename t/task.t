@@ -98,7 +98,7 @@ sub check_job ($context) {
 # The result of a first backup.
 sub check_result ($backend, $result, $log_file) {
     is($result->{'archive-name'}, 'vm/100/1', 'result: the name of the archive');
-    is($result->{'archive-size'}, 4711, 'result: its size');
+    is($result->{'archive-size'}, 4711, 'result: the size of the archive');
     my $reason = 'there is no bitmap of an earlier backup';
     for my $id (@ids) {
         my $device = $backend->device($id);
@@ -130,7 +130,7 @@ sub check_run ($context) {
     is_deeply(
         [sort keys $calls[2][4]->%*],
         [qw(backup-id guest-uuid)],
-        'run: neither limit nor firewall configuration'
+        'run: there is no limit and no firewall configuration'
     );
     is_deeply([sort keys $result->%*], [qw(devices id seconds)], 'run: the result');
 }
@@ -158,7 +158,7 @@ sub check_dirty ($context) {
     ok(
         $backend->logged(
             qr/\Ainfo: $device1: dirty-bitmap status: OK \(nothing of 32.0 MiB dirty\)/),
-        'and of a clean disk'
+        'the status of a clean disk as text'
     );
 }
 
@@ -209,8 +209,8 @@ sub check_modes ($context) {
     }
     my $provider = $Provider->new(mode => undef);
     my $device = $backend->task($provider)->run->{devices}{ $devices[0] };
-    is($device->{'bitmap-mode'}, 'none', 'no answer: no bitmap');
-    is($device->{dirty}, $sizes{disk0}, 'no answer: everything is to be read');
+    is($device->{'bitmap-mode'}, 'none', 'no answer: there is no bitmap');
+    is($device->{dirty}, $sizes{disk0}, 'no answer: the whole disk is to be read');
 }
 
 # ---- data ----

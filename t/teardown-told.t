@@ -169,11 +169,15 @@ sub check_told ($run, $fault, $life, $name) {
     my $at = $struck && $run->{at};
     my ($commit) = grep { is_commit($names[$_]) } 0 .. $#names;
     my $told = word($run, 'told: ') // return fail("$name: the process says what it was told");
-    is($told, 'success', "$name: what comes after the commit makes no failure of it")
+    is($told, 'success', "$name: an event after the commit does not make it a failure")
         if $struck && defined($commit) && $at > $commit + 1;
     if ($fault eq 'signal') {
         is(word($run, 'signals: '), 1, "$name: the signal is not swallowed");
-        is(!!word($run, 'a signal after teardown: '), $told eq 'success', "$name: it came after");
+        is(
+            !!word($run, 'a signal after teardown: '),
+            $told eq 'success',
+            "$name: the signal arrived after teardown"
+        );
     }
     is(word($run, 'up: '), 0, "$name: after a success it is down") if $told eq 'success';
     isnt(word($run, 'again: '), 'success', "$name: a second one does not say success");
@@ -183,7 +187,7 @@ sub check_told ($run, $fault, $life, $name) {
             qr/as after a failed backup/,
             "$name: a second one says failure"
         );
-        is(word($run, 'class: '), 'StateError', "$name: by its class");
+        is(word($run, 'class: '), 'StateError', "$name: the class of the error");
     }
     return $told;
 }
@@ -201,7 +205,8 @@ sub point ($backend, $fault, $at, $life, $then = undef) {
             PVE::BackupAccess->recover($backend->options, log => sub { });
             1;
         };
-        like("$@", qr/process $run->{client}{pid} is/, "$name: nobody else undoes it") if $busy;
+        like("$@", qr/process $run->{client}{pid} is/, "$name: no other process undoes it")
+            if $busy;
     }
     finish_client($run->{client});
     check_bits($backend, $told, $fault, $name);
@@ -212,10 +217,10 @@ sub point ($backend, $fault, $at, $life, $then = undef) {
 sub outcome_of_good ($backend) {
     my $run = backup_with_fault($backend, '', 0, 'dies');
     finish_client($run->{client});
-    is(word($run, 'told: '), 'success', 'where nothing goes wrong it is a success');
+    is(word($run, 'told: '), 'success', 'without a fault, the backup is a success');
     is(scalar(grep { m/^log (?:warn|err)/ } $run->{words}->@*), 0, 'without a warning');
     my $dirty = next_blocks($backend);
-    ok($dirty->{ $offset{new} } && !old_blocks($dirty), 'and the bitmap has what is new');
+    ok($dirty->{ $offset{new} } && !old_blocks($dirty), 'the bitmap has the new writes only');
     return scalar($run->{proxy}->commands);
 }
 

@@ -81,7 +81,7 @@ sub check_error ($name, $point, $context, $got) {
         # The backup was committed, or the command may fail.
         ok(!defined($expected) || is_same($got->{error}, $expected), "$name: arrives after that")
             or diag($got->{error}, $context->{log}->@*, "after it: $point->{after}->@*");
-        ok(!$access || !$access->_is_up, "$name: and all is over");
+        ok(!$access || !$access->_is_up, "$name: the access has ended");
         return;
     }
     my $right = defined($expected) ? is_same($got->{error}, $expected) : is_own($got->{error});

@@ -1,8 +1,7 @@
-# The module under valgrind, as Perl uses it: ./run test --valgrind [T...]
+# Runs the module under valgrind, as Perl uses it: ./run test --valgrind [T...]
 #
-# An access to memory that is not ours, a value that was never set, and memory that nobody has any more
-# fail the test that shows them, but for what t/valgrind.supp says of Perl itself. Without arguments,
-# those tests that use most of the XS part in the least time.
+# An invalid memory access, a use of an uninitialised value or a leak fails the test, except for those of Perl
+# itself that t/valgrind.supp lists. The default tests are those that use most of the XS part in the least time.
 
 use v5.36;
 
@@ -17,7 +16,7 @@ my @valgrind = (
     '--suppressions=t/valgrind.supp',
 );
 
-# What the test itself says matters only if it fails: time limits are what they are under valgrind.
+# The output of the test itself matters only if it fails, because time limits also apply under valgrind.
 sub run_test ($test, $log) {
     local $ENV{PERL_DESTRUCT_LEVEL} = 2;
     local $ENV{G_SLICE} = 'always-malloc';
@@ -26,7 +25,7 @@ sub run_test ($test, $log) {
     my $status
         = system('sh', '-c', 'out=$1; shift; exec "$@" >"$out" 2>&1', 'sh', $output, @command);
     return 1 if $status == 0 && -z $log;
-    copy($_, \*STDERR) for "$output", $log;    # what prove shows
+    copy($_, \*STDERR) for "$output", $log;    # the output that prove shows
     return 0;
 }
 

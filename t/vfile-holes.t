@@ -126,7 +126,7 @@ sub read_at ($handle, $offset, $length) {
 sub all_is_data ($handle, $name) {
     for my $offset (0, 8 * $mib, 40 * $mib, $size - 512) {
         is(seek_to($handle, $offset, $SEEK_DATA), $offset, "$name: data at $offset");
-        is(seek_to($handle, $offset, $SEEK_HOLE), $size, "$name: no hole from $offset on");
+        is(seek_to($handle, $offset, $SEEK_HOLE), $size, "$name: there is no hole from $offset on");
     }
 }
 
@@ -138,8 +138,8 @@ sub check_walks () {
     my ($server, $file, $data) = serve($holes);
     my $handle = $file->handle;
     cmp_ok(scalar(@told), '>', 2, scalar(@told) . ' holes');
-    is_deeply([walk($handle)], \@told, 'from begin to end');
-    is_deeply([walk($handle)], \@told, 'and again');
+    is_deeply([walk($handle)], \@told, 'the holes from beginning to end');
+    is_deeply([walk($handle)], \@told, 'the holes in a second pass');
     for (1 .. 300) {
         my $offset
             = rand() < 0.3
@@ -261,7 +261,7 @@ sub check_part () {
 sub check_unknown () {
     my $holes = [[8 * $mib, 16 * $mib], [40 * $mib, 20 * $mib]];
     my ($old, $by_cluster) = serve($holes, description => 'pba: read by clusters of 65536 bytes');
-    all_is_data($by_cluster->handle, 'one question at a time');
+    all_is_data($by_cluster->handle, 'a server that must not get two queries at a time');
     my ($silent, $failing) = serve($holes, allocation_error => EINVAL);
     all_is_data($failing->handle, 'a server that fails');
     my ($gone, $cut) = serve($holes, disconnect_after => 0);
@@ -282,8 +282,8 @@ sub check_hang () {
     my $end = time() + 10;
     my $ended;
     sleep(0.05) while !($ended = waitpid($pid, POSIX::WNOHANG())) && time() < $end;
-    is($ended, $pid, 'until a signal') or kill('KILL', $pid);
-    is($file->end, 0, 'and the file can be ended');
+    is($ended, $pid, 'a server that hangs: a signal ends the reader') or kill('KILL', $pid);
+    is($file->end, 0, 'a server that hangs: the file can be ended');
 }
 
 # ---- a QEMU ----

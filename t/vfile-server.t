@@ -77,9 +77,9 @@ sub check_content () {
         is_pattern(reader($handle, $piece), 0, 2 * $mib, "from the start in pieces of $piece");
     }
     my $reader = reader($handle, 8 * $mib);
-    is_pattern($reader, $size - $mib, $mib + 512, 'to the odd end');
-    is_pattern($reader, 12345, 1, 'one byte');
-    is_pattern($reader, 12345, 3 * $mib + 1, 'neither end aligned');
+    is_pattern($reader, $size - $mib, $mib + 512, 'a read at the odd end');
+    is_pattern($reader, 12345, 1, 'a read of one byte');
+    is_pattern($reader, 12345, 3 * $mib + 1, 'a read with both ends unaligned');
     srand(5);
     for (1 .. 50) {
         my $offset = int(rand($size));
@@ -90,19 +90,20 @@ sub check_content () {
     cmp_ok($server->max_in_flight, '>', 1, 'several requests in flight');
     undef $handle;
     undef $reader;
-    is($file->end, 0, 'it ends well');
-    ok(!-e $file->path, 'and takes its file along');
+    is($file->end, 0, 'the server ends normally');
+    ok(!-e $file->path, 'the file is removed');
 }
 
 # As QEMU before 8.0 requires, which returns wrong data for longer reads of a snapshot.
 sub check_by_clusters () {
     my ($server, $file) = serve(description => 'pba: read by clusters of 65536 bytes');
     my $reader = reader($file->handle, $mib);
-    is_pattern($reader, 4096, 4 * $mib, 'by clusters');
+    is_pattern($reader, 4096, 4 * $mib, 'by clusters: the data is right');
     my @crossing = grep { int($_->[0] / 65536) != int(($_->[1] - 1) / 65536) } reads($server);
-    is_deeply(\@crossing, [], 'by clusters: no read crosses the edge of one');
+    is_deeply(\@crossing, [], 'by clusters: no read crosses the edge of a cluster');
     my $whole = grep { $_->{flags} & 4 } $server->requests('read');
-    is($whole, scalar(() = reads($server)), 'by clusters: each is to be answered in one piece');
+    is($whole, scalar(() = reads($server)),
+        'by clusters: each read is to be answered in one piece');
 }
 
 # Reads in a separate process, and returns when the server has got the request.
@@ -135,8 +136,9 @@ sub check_no_overlap () {
     ($server, $file) = serve(@by_cluster, hang_at => 2 * $piece);
     $handle = $file->handle;
     $pid = start_reading($server, $file, 2 * $piece, $piece);
-    is_pattern(reader($handle, $piece), 0, 2 * $piece, 'in order up to what another one reads');
-    is_pattern(reader($handle, $piece), 32 * $mib, $piece, 'then elsewhere');
+    is_pattern(reader($handle, $piece),
+        0, 2 * $piece, 'a sequential read up to the range of another read');
+    is_pattern(reader($handle, $piece), 32 * $mib, $piece, 'a read elsewhere');
     kill('KILL', $pid);
     waitpid($pid, 0);
     is_deeply([$server->overlapping_reads], [], 'nothing is asked for twice at a time');
@@ -154,20 +156,25 @@ sub check_read_ahead () {
     my $handle = $file->handle;
     my $piece = 16 * $kib;
     my $reader = reader($handle, $piece);
-    is_pattern($reader, 0, 8 * $mib, 'in order');
+    is_pattern($reader, 0, 8 * $mib, 'a sequential reader');
     my $before = ahead_of($server, $piece);
     cmp_ok($before, '>', 6, 'is read ahead');
-    cmp_ok(scalar(() = reads($server)), '<', 32, 'with few requests');
-    is_pattern($reader, 0, 8 * $mib, 'from the start again');
+    cmp_ok(scalar(() = reads($server)), '<', 32, 'there are few requests');
+    is_pattern($reader, 0, 8 * $mib, 'a sequential reader that starts again');
     cmp_ok(ahead_of($server, $piece), '>', $before + 6, 'is read ahead again');
-    is_pattern($reader, 40 * $mib, 8 * $mib, 'from further on');
-    cmp_ok(ahead_of($server, $piece), '>', $before + 12, 'too');
+    is_pattern($reader, 40 * $mib, 8 * $mib, 'a sequential reader at another position');
+    cmp_ok(ahead_of($server, $piece), '>', $before + 12, 'it is read ahead, too');
     my $count = () = reads($server);
 
     for my $offset (map { ($_ * 37 % 61) * $mib } 1 .. 60) {
         $reader->pread($offset, $piece);
     }
-    cmp_ok((() = reads($server)) - $count, '<=', 60 + 32 + 16, 'at random is not, after a while');
+    cmp_ok(
+        (() = reads($server)) - $count,
+        '<=',
+        60 + 32 + 16,
+        'random reads are not read ahead after a while'
+    );
 }
 
 # Data that was read ahead is used even if the reader discards what it has read.
@@ -188,7 +195,7 @@ sub check_discarding_reader () {
     cmp_ok(scalar(@reads), '<', 48, 'read and discarded in turn: few requests');
     my $sum = 0;
     $sum += $_->[1] - $_->[0] for @reads;
-    cmp_ok($sum, '<=', 8 * $mib + 6 * $mib, 'and hardly anything twice');
+    cmp_ok($sum, '<=', 8 * $mib + 6 * $mib, 'hardly anything is read twice');
 }
 
 # Regions of odd lengths, some of them discarded before they are read: no request may touch clean or discarded
@@ -223,7 +230,7 @@ sub check_edges () {
             $bad //= "$begin to $end"
                 if !$inside || grep { $_->[0] < $end && $begin < $_->[1] } @trimmed;
         }
-        is($bad, undef, "pieces of $piece: no request leaves a region or reads what was discarded");
+        is($bad, undef, "pieces of $piece: no request leaves a region or reads discarded data");
         cmp_ok($server->max_in_flight, '>', 1, "pieces of $piece: several are in flight");
         is(error_of($reader, $dirty[1][0], 512), EIO, 'discarded: an I/O error');
         is(error_of($reader, 900 * $kib, 512), EIO, 'clean: an I/O error');
@@ -236,7 +243,7 @@ sub check_discard () {
     my $handle = $file->handle;
     my $keep = 3;
     my $at = 64 * $kib;
-    ok(fallocate($handle, $keep, $at + 1, 3 * $at), 'not aligned');
+    ok(fallocate($handle, $keep, $at + 1, 3 * $at), 'an unaligned discard');
     ok(fallocate($handle, $keep, $at + 1, $at), 'less than a cluster');
     ok(fallocate($handle, $keep, $odd_size - 512, 512), 'the odd end');
     ok(fallocate($handle, $keep, $odd_size - 512, 1 << 40), 'beyond it');
@@ -261,13 +268,16 @@ sub check_status () {
 sub check_early_discard () {
     my ($server, $file) = serve(hang_trim_at => 8 * $mib);
     my $reader = reader($file->handle, 64 * $kib);
-    ok(eval { $reader->discard(8 * $mib, 64 * $kib); 1 }, 'one that hangs holds up nobody');
-    is(error_of($reader, 8 * $mib + 512, 512), EIO, 'what it is for is gone at once');
+    ok(
+        eval { $reader->discard(8 * $mib, 64 * $kib); 1 },
+        'a discard that hangs does not block its caller'
+    );
+    is(error_of($reader, 8 * $mib + 512, 512), EIO, 'the discarded range is unreadable at once');
     is_pattern($reader, 9 * $mib, 64 * $kib, 'the rest can be read');
 
     ($server, $file) = serve(trim_error => EIO);
     $reader = reader($file->handle, 64 * $kib);
-    ok(eval { $reader->discard(0, 64 * $kib); 1 }, 'one that will fail');
+    ok(eval { $reader->discard(0, 64 * $kib); 1 }, 'a discard that will fail');
     ok(
         wait_until(
             sub {
@@ -276,8 +286,8 @@ sub check_early_discard () {
         ),
         'the next one tells'
     );
-    is($! + 0, EIO, 'by an I/O error');
-    is_pattern($reader, 0, $mib, 'what could not be discarded can be read');
+    is($! + 0, EIO, 'the error is an I/O error');
+    is_pattern($reader, 0, $mib, 'data that could not be discarded can be read');
 }
 
 # ---- errors ----
@@ -289,7 +299,7 @@ sub check_errors () {
         !eval { $reader->pread($_ * 64 * $kib, 64 * $kib); 1 }
     } 0 .. 1023;
     cmp_ok($failed, '>', 0, 'reads fail');
-    is(error_of($reader, 0, 512), EIO, 'with an I/O error');
+    is(error_of($reader, 0, 512), EIO, 'the error is an I/O error');
 
     for my $kind (qw(short_read missing_data)) {
         my ($bad, $over) = serve($kind => 512);
@@ -304,10 +314,14 @@ sub check_errors () {
         eval { $loop->pread(0, 16 * $mib); 1 } or $error = $! + 0;
         alarm(0);
         is($error, $kind eq 'hang_at' ? EINTR : EIO, "$kind: the reader gets an error");
-        is($interrupted, $kind eq 'hang_at' ? 1 : 0, "$kind: from a signal only if nothing comes");
+        is(
+            $interrupted,
+            $kind eq 'hang_at' ? 1 : 0,
+            "$kind: only a signal ends it if nothing arrives"
+        );
         my $begin = time();
         is($over->end, 0, "$kind: the server ends");
-        cmp_ok(time() - $begin, '<', 2, "$kind: at once");
+        cmp_ok(time() - $begin, '<', 2, "$kind: it ends at once");
     }
 }
 
@@ -322,7 +336,7 @@ sub check_refusals () {
     {
         my ($change, $pattern) = $case->@*;
         ok(!eval { PBA::Test::VFile->start(%good, $change->%*); 1 }, 'refused');
-        like($@, $pattern, 'with the reason');
+        like($@, $pattern, 'the error says why');
     }
 }
 
@@ -366,9 +380,9 @@ sub check_volume () {
     my @regions = ([0, 512], [512, 1], [$size - 1, 1]);
     my $volume = $open->(sub { @regions ? shift(@regions)->@* : undef });
     is_deeply([$volume->dirty_regions(9)], [0, 512, 512, 1, $size - 1, 1], 'regions as they come');
-    is_deeply([$volume->next_dirty_region], [], 'and their end');
+    is_deeply([$volume->next_dirty_region], [], 'the end of the regions');
     my $data = $volume->pread(1000, 10 * $mib);
-    ok($data eq pattern(1000, 10 * $mib), 'its data');
+    ok($data eq pattern(1000, 10 * $mib), 'the data');
     check_bad_regions($open);
     close($handle);
     is(length($volume->pread(0, 512)), 512, 'the volume has the file open by itself');
@@ -399,7 +413,7 @@ sub check_bad_regions ($open) {
         $pattern
             ? like("$@", $pattern, 'is refused')
             : is(ref($@), 'HASH', 'an exception as it is');
-        ok(!eval { $volume->next_dirty_region; 1 }, 'and is not the end of the map after that');
+        ok(!eval { $volume->next_dirty_region; 1 }, 'the next call is not the end of the map');
     }
 }
 

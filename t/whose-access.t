@@ -107,7 +107,7 @@ sub act ($backend, $held, $act) {
     if ($acts{$act}) {
         ok(!eval { $acts{$act}->($access); 1 }, "A's $act: refused");
         is(ref($@) && $@->class, 'StateError', "A's $act: class") or diag($@);
-        like("$@", qr/no longer exists in QEMU/, "A's $act: and why");
+        like("$@", qr/no longer exists in QEMU/, "A's $act: the error says why");
     }
     my @warnings;
     local $SIG{__WARN__} = sub ($text) { push(@warnings, $text) };
@@ -126,7 +126,7 @@ sub check_end ($backend, $outside, $b_step) {
         $all ? $size : $grain{ $backend->name },
         'B\'s bitmap has what was written since its instant'
     );
-    is($bitmap->{recording}, 1, 'and goes on');
+    is($bitmap->{recording}, 1, "B's bitmap records");
     return;
 }
 
@@ -254,7 +254,7 @@ sub recover_late ($name) {
         },
         'recover: refused'
     );
-    like("$@", qr/no longer exists in QEMU/, 'and why');
+    like("$@", qr/no longer exists in QEMU/, 'the error says why');
     is(state_of($backend), $before, 'nothing of B was touched');
     ok(eval { $b_access->teardown(1); 1 }, 'B comes to its end') or diag($@);
     return;
@@ -277,7 +277,8 @@ sub others_before_it_ends ($backend, $pid) {
         $backend->next_dirty(log => sub { });
     };
     is($next, undef, 'the next setup while A lives: refused');
-    like("$@", qr/already running.*process $pid, whose marker was deleted/, 'and why') if !$next;
+    like("$@", qr/already running.*process $pid, whose marker was deleted/, 'the error says why')
+        if !$next;
     return;
 }
 
@@ -319,7 +320,7 @@ sub mark_deleted ($backend, $a_step, $act) {
     } or diag($@);
     ok($next, 'the next backup is made');
     my $dirty = ($next // {})->{disk0};
-    ok(!$dirty || ($dirty->{ 2 << 20 } && $dirty->{ 9 << 20 }), 'and lacks nothing');
+    ok(!$dirty || ($dirty->{ 2 << 20 } && $dirty->{ 9 << 20 }), 'the backup lacks nothing');
     is_deeply($backend->outside, $outside, 'nothing is left');
     return;
 }

@@ -73,7 +73,7 @@ sub check_case ($backend, $spoil, $reason) {
     my $seen = $backend->task($provider)->run->{devices}{$device};
     is($seen->{'bitmap-mode'}, 'new', "$reason: a full one");
     is($seen->{fallback}, $reason, 'the result says why');
-    is($backend->logged(qr/$device.*: $reason\z/), 1, 'and the log, once');
+    is($backend->logged(qr/$device.*: $reason\z/), 1, 'the log says why once');
     return;
 }
 

@@ -1,5 +1,5 @@
-# A directory with two archives of the guest 100, a full and an incremental one: $directory, $provider,
-# $volname (the newer one) and $device. $dir is an empty directory. Each block has its own copy.
+# A directory with two archives of guest 100, a full and an incremental one: $directory, $provider, $volname
+# (the newer one) and $device. $dir is an empty directory. Each block has its own copy.
 
 use v5.36;
 

@@ -1,5 +1,5 @@
-# Building and installing what "make dist" packs, in a private copy and below a private directory,
-# with one short test.
+# Builds and installs what "make dist" packs, in a private copy and below a private directory, and runs one
+# short test.
 
 use v5.36;
 

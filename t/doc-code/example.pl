@@ -1,6 +1,6 @@
-# A guest on a stock QEMU with the disk disk0, for a provider. A block finds $qmp_socket, $store and
-# $fleecing_dir, two directories; $volume, the disk as of now; and store($offset, $data). A block must
-# leave nothing behind but what is in $store.
+# A guest on a stock QEMU with the disk disk0, for a provider. The block can use $qmp_socket; $store and
+# $fleecing_dir, two directories; $volume, the disk in its current state; and store($offset, $data). The block
+# must leave nothing behind except in $store.
 
 use v5.36;
 

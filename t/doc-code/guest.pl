@@ -1,5 +1,5 @@
-# A guest that runs on a stock QEMU, with the disks disk0 and disk1. A block finds $qmp_socket; $dir, a
-# directory of its own; and store($offset, $data), which takes data. A block must leave nothing behind.
+# A guest on a stock QEMU, with the disks disk0 and disk1. The block can use $qmp_socket; $dir, a directory of
+# its own; and store($offset, $data), which accepts data. The block must leave nothing behind.
 
 use v5.36;
 

@@ -1,5 +1,5 @@
-# The image of a guest that is off: $file, qcow2, and $uuid; $fleecing_dir; $options, a hash of what a
-# PVE::BackupAccess::Task takes but for qmp and devices.
+# The image of a guest that is off: $file, qcow2, and $uuid; $fleecing_dir; $options, a hash with the options of
+# a PVE::BackupAccess::Task except for qmp and devices.
 
 use v5.36;
 

@@ -1,6 +1,6 @@
-# pve-backup-access in the PATH, and a libvirt of the test's own, $uri, with the running domain web1, which
-# has the disk vda; $backups and $directory, two empty directories. A block of Perl finds $uri. Where there
-# is no libvirt nothing is run: t/libvirt.t says why.
+# pve-backup-access in the PATH, and a libvirt of the test's own, $uri, with the running domain web1, which has
+# the disk vda; $backups and $directory, two empty directories. A Perl block can use $uri. Without libvirt,
+# nothing is run; t/libvirt.t says why.
 
 use v5.36;
 
@@ -31,7 +31,7 @@ sub start_libvirt () {
     return $libvirt;
 }
 
-# While virsh can still be asked to end the domain.
+# Destroyed while virsh can still end the domain.
 my $libvirt;
 END { undef $libvirt }
 

@@ -1,4 +1,4 @@
-# The command that runs one test: that its files are there. It cannot run within itself.
+# The command that runs one test: checks that its files exist. It cannot run inside itself.
 
 use v5.36;
 

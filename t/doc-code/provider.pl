@@ -1,7 +1,6 @@
-# The backup_vm of a provider, called as Proxmox VE does: a full backup and two increments, with one that
-# fails in between. What it made has to be the disk as it was at the setup, whatever the guest wrote
-# since then. The argument is the mechanism. $self->{dir} is for an image; begin, store and commit are a
-# provider's own store.
+# The backup_vm of a provider, called as Proxmox VE does: a full backup and two increments, with a failing one
+# in between. The result must equal the disk at the setup, whatever the guest has written since. The argument is
+# the mechanism. $self->{dir} is for an image; begin, store and commit are a provider's own storage.
 
 package PBA::Test::DocCode::Provider;
 
@@ -15,7 +14,7 @@ use PBA::Test::DocCode;
 my $mib = 1024 * 1024;
 my $size = 32 * $mib;
 
-# Bitmaps of a Proxmox QEMU are that coarse.
+# The granularity of the bitmaps of a Proxmox QEMU.
 my $granularity = 4 * $mib;
 
 sub content ($file) {
@@ -43,7 +42,7 @@ my %store = (
     },
 );
 
-# What the guest writes, as it knows it.
+# The guest's writes, which the fixture records.
 sub guest_writes ($backend, $disk, $offset, $length, $byte) {
     $backend->guest->write('scsi0', $offset, $length, $byte);
     substr($$disk, $offset, $length) = chr($byte) x $length;
@@ -75,7 +74,7 @@ return sub ($block) {
     my $code = $package->can('backup_vm') // die "it has no backup_vm\n";
     my $dir = File::Temp->newdir('pba-doc.XXXXXX', TMPDIR => 1);
     my $self = bless({ dir => "$dir", count => 0 }, $package);
-    state $disk = "\0" x $size;    # what the guest has written
+    state $disk = "\0" x $size;    # the guest's writes
     open(my $silence, '>', \my $output) or die;
     my $before = select($silence);
 

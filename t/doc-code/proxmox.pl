@@ -1,6 +1,6 @@
-# A guest as on Proxmox VE, with the disk drive-scsi0. A block finds $qmp_socket; $access, which
-# is not set up; store($offset, $data), which takes data; and retry(). If it defines backup_vm, that is
-# called as Proxmox VE calls a provider's. A block must leave nothing behind but what $access is.
+# A guest as on Proxmox VE, with the disk drive-scsi0. The block can use $qmp_socket; $access, which is not set
+# up; store($offset, $data), which accepts data; and retry(). If it defines backup_vm, the fixture calls it as
+# Proxmox VE does. The block must leave nothing behind except $access.
 
 use v5.36;
 

@@ -1,4 +1,4 @@
-# Lines of "./run COMMAND": that there is such a command. CI runs "./run test", t/demo.t the demo.
+# Lines of "./run COMMAND": checks that the command exists. CI runs "./run test", and t/demo.t runs the demo.
 
 use v5.36;
 

@@ -1,6 +1,6 @@
-# A guest as on Proxmox VE, with the disk drive-scsi0 and a guest agent, which is a scripted one. A block
-# finds $qmp_socket, $agent_socket, $guest_config, $provider, and $options, what a task takes. A block
-# must leave nothing behind.
+# A guest as on Proxmox VE, with the disk drive-scsi0 and a scripted guest agent. The block can use $qmp_socket,
+# $agent_socket, $guest_config, $provider, and $options, the options of a task. The block must leave nothing
+# behind.
 
 use v5.36;
 

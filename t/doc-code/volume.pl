@@ -1,6 +1,6 @@
-# A guest as on Proxmox VE, with the disk drive-scsi0, of which 16 MiB are to be read. A block finds
-# $access, which is set up; $volume, the disk's, opened; and $dir, a directory of its own. A block must
-# leave nothing behind but what these are.
+# A guest as on Proxmox VE, with the disk drive-scsi0, of which 16 MiB are to be read. The block can use
+# $access, which is set up; $volume, the open volume of the disk; and $dir, a directory of its own. The block
+# must leave nothing else behind.
 
 use v5.36;
 

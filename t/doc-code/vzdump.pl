@@ -1,6 +1,6 @@
-# A block defines archive_external and cleanup of a VZDump plugin for a guest as on Proxmox VE
-# with the disk drive-scsi0. They are called as VZDump does, with what stays in qemu-server done here: a
-# full backup, one that fails, and incremental ones, by both mechanisms; and each step failing in turn.
+# The block defines archive_external and cleanup of a VZDump plugin for a guest as on Proxmox VE with the disk
+# drive-scsi0. They are called as VZDump does; the fixture contains what stays in qemu-server. It makes a full
+# backup, a failing one and incremental ones, with both mechanisms, and lets each step fail in turn.
 
 use v5.36;
 
@@ -16,7 +16,7 @@ my $proxy;    # between the code and QEMU
 
 package PBA::Test::VZDumpPlugin {
 
-    # What is to fail has the name of a call here.
+    # The steps that can fail are named after calls.
     sub note ($self, $name) {
         push($self->{calls}->@*, $name);
         die "$name failed\n" if ($self->{fails} // '') eq $name;
@@ -34,7 +34,7 @@ package PBA::Test::VZDumpPlugin {
     sub qga_fs_freeze ($self, $task, $vmid) { $self->note('freeze'); return 1 }
     sub qga_fs_thaw ($self, $vmid) { $self->note('thaw') }
 
-    # Once for what failed; it fails in the hook only.
+    # If this is to fail, it fails only the first time, in the hook.
     sub resume_vm_after_job_start ($self, $task, $vmid) {
         $self->note('resume');
         delete($self->{fails}) if ($self->{fails} // '') eq 'resume';
@@ -44,7 +44,7 @@ package PBA::Test::VZDumpPlugin {
     sub detach_external ($self, $task, $vmid) { $self->note('detach') }
     sub load_note ($self, $key) { return $notes{$key} }
 
-    # Where the backup is noted, it is complete.
+    # When the note about the backup is stored, the backup is complete.
     sub store_note ($self, $key, $text) {
         $notes{$key} = $text;
         kill('TERM', $$) if $self->{'signal in note'} && $text ne '{}';
@@ -55,8 +55,8 @@ package PBA::Test::VZDumpPlugin {
     sub logerr ($self, $message) { $self->log('err', $message) }
 }
 
-# One backup by a new plugin, with what is to fail: a call, or a QMP command. Returns the plugin; dies
-# unless it died if and only if it had to.
+# Makes one backup with a new plugin, in which a call or a QMP command fails. Returns the plugin. Dies unless
+# the backup died exactly if it had to.
 sub vzdump ($package, $state, $mechanism, %opt) {
     my $provider = PBA::Test::Provider->new(mechanism => $mechanism);
     $provider->{on}{ $opt{provider} } = sub (@) { die "$opt{provider} failed\n" }
@@ -88,7 +88,7 @@ sub vzdump ($package, $state, $mechanism, %opt) {
     );
     my $task = {};
     local @SIG{qw(INT TERM QUIT HUP PIPE)}
-        = (sub { die "interrupted by signal\n" }) x 5;    # the job's
+        = (sub { die "interrupted by signal\n" }) x 5;    # the job's handlers
     my $ok = eval { $plugin->archive_external($task, 100); 1 };
     my $error = $@;
     $plugin->cleanup($task, 100);
@@ -151,8 +151,8 @@ my %failures = (
     teardown => { command => 'backup-access-teardown' },
 );
 
-# Whatever fails: the guest is resumed and not frozen, its power state is restored, what was attached is
-# detached at the end, nothing is left but what the next backup undoes, and that one has all that changed.
+# Whatever fails, the guest is resumed and not frozen, its power state is restored, what was attached is
+# detached at the end, nothing is left except what the next backup undoes, and that backup contains all changes.
 sub check_failure ($package, $state, $mechanism, $name) {
     my %opt = $failures{$name}->%*;
     $opt{started} = $name eq 'volumes';
@@ -166,7 +166,7 @@ sub check_failure ($package, $state, $mechanism, $name) {
     return;
 }
 
-# A signal that comes when the bitmaps have begun anew: the backup is a good one, and what follows is done.
+# A signal after the bitmaps have been cleared: the backup is a success, and the remaining steps are done.
 sub check_late_signal ($package, $state, $mechanism, %opt) {
     my $plugin = vzdump($package, $state, $mechanism, %opt);
     my $names = names($plugin);
@@ -194,7 +194,7 @@ sub check_late_signals ($package, $state, $mechanism) {
     return;
 }
 
-# As it is pasted into a file that has no more than these.
+# The code as it is inserted in a file that has only these names.
 sub check_alone ($block) {
     my $pragmas = q(no feature ':all'; use feature ':default'; use strict; use warnings;);
     my $text = "package PBA::Test::Alone; $pragmas no warnings 'redefine';\n$block->{code}\n1;";

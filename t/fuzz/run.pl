@@ -3,8 +3,8 @@
 #   perl t/fuzz/run.pl TARGET [libFuzzer's options]      e.g. -max_total_time=600
 #   perl t/fuzz/run.pl --coverage TARGET                 what the inputs in t/fuzz/corpus reach
 #
-# New inputs are kept in .fuzz/TARGET. What was found goes to t/fuzz/corpus/TARGET under a name that
-# says what it is. Then, with all else that reaches something new:
+# New inputs are stored in .fuzz/TARGET. Inputs that found a fault are added to t/fuzz/corpus/TARGET with a
+# descriptive name, together with all inputs that reach new code:
 #
 #   .fuzz/build/TARGET -merge=1 t/fuzz/corpus/TARGET .fuzz/TARGET
 
