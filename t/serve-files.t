@@ -1,4 +1,4 @@
-# Single files of an archive, by the commands of doc/operating.md.
+# Restores single files of an archive with the commands of doc/operating.md.
 #
 # One QEMU is enough: it only has a disk that is backed up.
 
@@ -45,7 +45,7 @@ my $backend = PBA::Test::Backend->start(
 my $backup = run_command('backup', "$tmp/backups", '--qmp', $backend->qmp_path, '--guest', 'web1');
 is($backup->{status}, 0, 'a backup') or diag($backup->{err});
 
-# Of the documentation: the command that mounts a file system, with this test's paths.
+# The documented command that mounts a file system, with this test's paths.
 sub documented_mount () {
     open(my $fh, '<', "$FindBin::Bin/../doc/operating.md") or die "operating.md: $!\n";
     my ($line) = grep { m/\Amount -o / } <$fh>;
@@ -55,15 +55,15 @@ sub documented_mount () {
 my $command = start_command('mount', "$tmp/backups/web1", "$tmp/disks");
 $command->wait_for(out => qr/^\S+ .*\n/m);
 my ($device, $raw) = $command->text('out') =~ m/^(\S+) (.*)$/m;
-is($raw, "$tmp/disks/$device.raw", 'the raw file has the name that the documentation has');
+is($raw, "$tmp/disks/$device.raw", 'the raw file has the documented name');
 my $script
     = documented_mount() =~ s/drive-scsi0/$device/r . "cat $tmp/files/letter\numount $tmp/files\n";
 open(my $files, '-|', 'unshare', '--mount', 'sh', '-ec', $script) or die "unshare: $!\n";
 my $found = do { local $/ = undef; <$files> };
 ok(close($files), 'the file system is mounted') or diag($script);
-is($found, $text, 'and its file is what the guest wrote');
+is($found, $text, 'the file has the content that the guest wrote');
 $command->kill('TERM');
 is($command->finish->{status}, 0, 'the command ends');
-is_deeply([glob("$tmp/disks/*")], [], 'and leaves nothing');
+is_deeply([glob("$tmp/disks/*")], [], 'nothing is left');
 
 done_testing;
