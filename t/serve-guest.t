@@ -68,7 +68,7 @@ ok($tries, 'the job ends');
 
 $server->kill('TERM');
 is($server->finish->{status}, 0, 'the server is ended');
-is_deeply([glob("$sockets/*")], [], 'and leaves nothing');
+is_deeply([glob("$sockets/*")], [], 'nothing is left');
 is($guest->read_sum($device), unpack('%64N*', $data), 'the guest does not notice');
 $vm->quit;
 my $image = $chain->tmp . '/image.raw';

@@ -135,7 +135,7 @@ sub _clang ($name, $checks) {
                 split(' ', "@flags $perl"),
             );
         },
-        hint => 'mend it, or where it is wrong, NOLINT with the reason',
+        hint => 'fix it, or mark a false alarm with NOLINT and the reason',
     };
 }
 
@@ -158,7 +158,7 @@ sub _cppcheck () {
                 @files,
             );
         },
-        hint => 'mend it, or where it is wrong, put // cppcheck-suppress with the reason before it',
+        hint => 'fix it, or mark a false alarm with // cppcheck-suppress and the reason before it',
     };
 }
 
@@ -176,8 +176,8 @@ sub _perlcritic () {
             print @violations;
             return !@violations;
         },
-        hint => 'mend it, or put "## no critic (Policy)" there with the reason;'
-            . ' .perlcriticrc says what is asked for, and why not more',
+        hint => 'fix it, or put "## no critic (Policy)" there with the reason;'
+            . ' .perlcriticrc says which policies apply, and why the others do not',
     };
 }
 
@@ -204,8 +204,8 @@ sub _waits () {
     return _own_gate(
         'waits',
         \&long_waits,
-        'a signal that arrives just before a call that blocks does not end it: use'
-            . ' PVE::BackupAccess::Wait, which waits by slices',
+        'a signal that arrives just before a blocking call does not end it: use'
+            . ' PVE::BackupAccess::Wait, which waits in slices',
     );
 }
 
@@ -213,20 +213,20 @@ sub _evals () {
     return _own_gate(
         'evals',
         \&bare_evals,
-        'a bare eval swallows what signal handlers and callbacks die with: use attempt, attempt_any'
-            . ' or ensure of PVE::BackupAccess::Try, or where it may catch all, put'
+        'a bare eval swallows exceptions of signal handlers and callbacks: use attempt, attempt_any'
+            . ' or ensure of PVE::BackupAccess::Try, or if it may catch everything, put'
             . ' "## bare eval: REASON" at the end of its line',
     );
 }
 
 sub _functions () {
-    my $gate = _own_gate('functions', \&long_functions, 'cut it by what its parts do');
+    my $gate = _own_gate('functions', \&long_functions, 'split it by what its parts do');
     return { $gate->%*, files => \&_perl_files };
 }
 
 sub _lengths () {
     return {
-        _own_gate('lengths', \&long_files, 'cut it by subject')->%*,
+        _own_gate('lengths', \&long_files, 'split it by subject')->%*,
         files => sub { (_perl_files(), _files('*.c', '*.h', '*.xs', '*.sh', 'run')) },
     };
 }
@@ -247,7 +247,7 @@ sub _shellcheck () {
         },
         version => _version('shellcheck'),
         check => sub (@files) { _run(qw(shellcheck --severity=warning), @files) },
-        hint => 'mend it',
+        hint => 'fix it',
     };
 }
 
@@ -271,8 +271,9 @@ sub _house () {
             say for @broken;
             return !@broken;
         },
-        hint => 'a rule of the floors in doc/architecture.md: move the function down, or call it'
-            . ' through the header of its folder',
+        hint =>
+            'this breaks a rule of the floors in doc/architecture.md: move the function down, or'
+            . ' call it through the header of its folder',
     };
 }
 
