@@ -18,7 +18,7 @@
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
-/* Of this program alone, not of what it forks; from when it has a handler. */
+/* Only calls of this program count, not of its children, and only once it has a handler. */
 static pid_t program;
 static int left;
 

@@ -1,6 +1,6 @@
-/* A file system of FUSE over a directory, for tests. It behaves as a network file system may: no
- * flock, no holes, an open file that is removed stays under another name (libfuse does so), and
- * errors of a server.
+/* A FUSE file system over a directory, for tests. It behaves like a network file system: no flock,
+ * no holes, an open file that is removed stays under another name (libfuse does this), and errors
+ * of a server.
  *
  * network-fs SOURCE FAULTS MOUNTPOINT: each line of the file FAULTS is an operation, an errno and a
  * part of the paths for which it fails. The file is read again for each operation. With the errno

@@ -1,4 +1,4 @@
-/* bitmap.c: words to values and back. Anything unknown is an error, never a guess. */
+/* bitmap.c: converts words to values and back. An unknown word is an error, never a guess. */
 #include "src/pba.h"
 #include "tap.h"
 
@@ -33,7 +33,7 @@ static const struct {
     {"reuse", PBA_BITMAP_STATUS_REUSE},
 };
 
-/* None of these is a word of any of the three. */
+/* None of these is a mode, an action or a status. */
 static const char *const unknown[] = {
     "",   " ",    "None",   "NEW",      "new ", " new", "newer",
     "us", "uses", "re-use", "not_used", "%s%n", "\xff",
@@ -63,7 +63,7 @@ static void test_known(void)
               "no action is status none");
 }
 
-/* Takes the error. */
+/* Frees the error. */
 static void check_error(bool parsed, GError *error, PbaErrorCode code, const char *word)
 {
     ok(!parsed && g_error_matches(error, PBA_ERROR, (int)code), "not a word: '%s'", word);

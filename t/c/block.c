@@ -1,5 +1,4 @@
-/* block.c: looking things up in replies like those that were recorded, and in what no QEMU sends.
- */
+/* block.c: searches in replies like the recorded ones, and in replies that no QEMU sends. */
 #include "src/qemu/qemu.h"
 #include "src/qmp/qmp.h"
 #include "tap.h"
@@ -139,7 +138,7 @@ static void test_rivals(void)
         const char *rivals;
     } names[] = {
         {"n", "a, /machine/peripheral/n"},
-        {"b", "a, b"}, /* the second has no other */
+        {"b", "a, b"}, /* the second disk has no other name */
         {"a", NULL},
         {"c", NULL}, /* one disk of two devices */
         {"", NULL},
@@ -275,7 +274,7 @@ static void test_odd_graphs(void)
     }
 }
 
-/* One QEMU's replies, one of them left out. */
+/* The replies of one QEMU, without one of them. */
 
 typedef struct {
     const char *fails;

@@ -1,4 +1,4 @@
-/* companion.c: names of companions, and what speaks against a bitmap. */
+/* companion.c: names of companions, and why a bitmap must not be used. */
 #include "src/qemu/qemu.h"
 #include "src/qmp/qmp.h"
 #include "tap.h"

@@ -1,4 +1,4 @@
-/* error.c: one line, ours in front, the peer's text as text only. */
+/* error.c: an error is one line that begins with our own text; a peer's text is never a format. */
 #include "src/base/base.h"
 #include "tap.h"
 #include <string.h>

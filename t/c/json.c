@@ -1,4 +1,4 @@
-/* json.c: members of replies that lack them or have others than expected. */
+/* json.c: members of replies that are missing or have an unexpected type. */
 #include "src/qmp/qmp.h"
 #include "tap.h"
 
@@ -9,7 +9,7 @@ static JsonObject *parse(const char *text)
     return json_object_ref(json_node_get_object(node));
 }
 
-/* Takes the error. */
+/* Frees the error. */
 static void check_refused(bool got, GError *error, const char *key, const char *what)
 {
     g_autofree char *quoted = g_strconcat("'", key, "'", NULL);

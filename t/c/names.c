@@ -1,4 +1,4 @@
-/* The names we give to nodes, exports and bitmaps, held to QEMU's rules for them. */
+/* Our names of nodes, exports and bitmaps must conform to QEMU's rules. */
 #include "src/access/access.h"
 #include "tap.h"
 #include <string.h>
@@ -81,7 +81,8 @@ static void test_bitmaps(void)
     ok(!pba_background_target(with_id) && strcmp(with_id, target) != 0, "is another one");
     ok(!pba_background_target(target) && !pba_background_target("pba-background-12:my:store"),
        "others are none");
-    /* A target-id that looks like the prefix of another kind must not make one of the other. */
+    /* A target-id that looks like the prefix of another kind must not result in a name of that
+     * kind. */
     g_autofree char *odd = pba_target_bitmap("background:my:store");
     g_autofree char *odder = pba_target_bitmap("-background:my:store");
     ok(strcmp(odd, old) != 0 && strcmp(odder, old) != 0 && !pba_background_target(odd),
@@ -124,8 +125,8 @@ static void test_owner(void)
     ok(!pba_is_owner_mark("pba-raw-1-2"), "another node is no marker");
 }
 
-/* GLib's random numbers go on from where the parent was: all children of a process would have the
- * same. */
+/* With GLib's random numbers, which continue the parent's, all children of a process would have the
+ * same nonce. */
 static void test_nonce_of_child(void)
 {
     char of_child[PBA_NONCE_LENGTH + 1] = "";

@@ -1,4 +1,4 @@
-/* The phases of an access: every pair of them, against what must never follow what. */
+/* The phases of an access: every pair of them, compared with rules about what may follow what. */
 #include "src/access/access.h"
 #include "tap.h"
 #include <signal.h>
@@ -32,8 +32,8 @@ static void test_pairs(void)
     }
 }
 
-/* What becomes of a process whose access enters the phase: it goes on, or it aborts in the phase
- * that it was in. */
+/* Whether a process survives when its access enters the phase. If not, it aborts in the phase that
+ * it was in. */
 static bool survives_entering(PbaPhase from, PbaPhase to)
 {
     int status;
@@ -63,7 +63,7 @@ static void test_entering(void)
     }
 }
 
-/* What the table must say, whatever else it says. */
+/* Rules that the table must obey. */
 static void test_rules(void)
 {
     for (int phase = 0; phase < PBA_PHASE_COUNT; phase++) {
@@ -96,7 +96,7 @@ static void test_rules(void)
         }                                                                                          \
     } while (0)
 
-/* What callers ask for in a phase that it is not for: refused before anything is sent. */
+/* Calls in a phase in which they are not allowed are refused before anything is sent. */
 static void check_calls(PbaAccess *access, PbaPhase phase)
 {
     PbaDeviceRequest request = {.device = "disk"};

@@ -1,10 +1,10 @@
-/* qmp-wire.c: whatever a peer sends, a whole message or an error comes out. */
+/* qmp-wire.c: whatever a peer sends, the result is a complete message or an error. */
 #include "src/qmp/qmp.h"
 #include "src/qmp/wire.h"
 #include "tap.h"
 #include <string.h>
 
-/* What a QEMU may send: pretty-printed, with everything in strings that looks like structure. */
+/* Messages that QEMU may send: pretty-printed, with strings that look like JSON structure. */
 static const char stream[] =
     "{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 0}}, \"capabilities\": [\"oob\"]}}\r\n"
     "{\r\n    \"return\": {\r\n\t\"a\": [\r\n\r\n1, [2, {}], {}], \"b\": {}\r\n    }\r\n}\r\n\r\n"
@@ -14,7 +14,7 @@ static const char stream[] =
 
 static const char *const first_keys[] = {"QMP", "return", "event", "return", "error", NULL};
 
-/* Feeds the pieces; the number of messages, or -1 after an error. */
+/* Feeds the pieces. Returns the number of messages, or -1 after an error. */
 static int count_messages(PbaQmpWire *wire, bool *in_order)
 {
     int count = 0;
@@ -161,7 +161,7 @@ static void test_refused(void)
 #undef REFUSED
 }
 
-/* Any text that an escape makes has to be UTF-8 like all other, since GLib insists on that. */
+/* The text of an escape must be valid UTF-8, too, because GLib requires it. */
 static void test_surrogates(void)
 {
     static const char *const texts[] = {
@@ -237,7 +237,7 @@ static void test_depth(void)
     }
 }
 
-/* A message without end: refused at 64 MiB, neither much later nor slower and slower. */
+/* A message without end is refused at 64 MiB, not much later, and in linear time. */
 static void test_endless(void)
 {
     g_autoptr(PbaQmpWire) wire = pba_qmp_wire_new();
@@ -256,7 +256,7 @@ static void test_endless(void)
     ok(g_get_monotonic_time() - start < 60 * G_TIME_SPAN_SECOND, "in bounded time");
 }
 
-/* Each value of a message takes far more memory than it takes bytes. */
+/* In memory, a value is much larger than in the message. */
 static void test_values(void)
 {
     g_autoptr(PbaQmpWire) wire = pba_qmp_wire_new();

@@ -1,6 +1,5 @@
-/* vfile.c: whose end it is that a virtual file's server is told, when its number is another
- * process' by then. The server here is a script beside this program, where the real one would be.
- */
+/* vfile.c: the end of a virtual file's server whose PID belongs to another process by then. The
+ * server here is a script in the directory of this program, where the real one would be. */
 #include "src/access/vfile.h"
 #include "tap.h"
 #include <errno.h>
@@ -15,7 +14,7 @@
 
 #define LAST_PID "/proc/sys/kernel/ns_last_pid"
 
-/* The core calls this one. */
+/* The core calls this function. */
 static bool has_descriptors;
 
 int pidfd_open(pid_t pid, unsigned flags)
@@ -32,7 +31,7 @@ static bool always(G_GNUC_UNUSED void *opaque)
     return true;
 }
 
-/* Its number is written to the file; 0 if it does not say. */
+/* The PID that the script has written to the file; 0 if there is none. */
 static pid_t read_number(const char *file)
 {
     for (int i = 0; i < 1000; i++) {
@@ -45,7 +44,7 @@ static pid_t read_number(const char *file)
     return 0;
 }
 
-/* A process with that number; 0 if the machine does not let us have one. */
+/* Starts a process with that PID; 0 if the machine does not allow it. */
 static pid_t start_with_number(pid_t number)
 {
     g_autofree char *before = g_strdup_printf("%d", (int)number - 1);
@@ -69,7 +68,7 @@ static pid_t start_with_number(pid_t number)
     return 0;
 }
 
-/* Ends it; whether nobody else had. */
+/* Ends the process. Returns whether it was still running. */
 static bool was_running(pid_t child)
 {
     int status;
@@ -79,7 +78,7 @@ static bool was_running(pid_t child)
            WTERMSIG(status) == SIGTERM;
 }
 
-/* As the caller's handler for SIGCHLD may do with any child. */
+/* Waits for the child, as a SIGCHLD handler of the caller may do with any child. */
 static pid_t wait_elsewhere(const char *number_file)
 {
     pid_t server = read_number(number_file);

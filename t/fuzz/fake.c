@@ -1,5 +1,5 @@
-/* The world around a target: a clock, processes and a peer that do not depend on the machine, so
- * that an input always does the same, and never waits. */
+/* The environment of a target: a clock, processes and a peer that do not depend on the machine, so
+ * that an input always has the same effect and never waits. */
 #include "fuzz.h"
 #include <errno.h>
 #include <fcntl.h>
@@ -13,12 +13,12 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-/* A wait that nothing ends goes on until whatever limit it has. */
+/* A wait that nothing ends lasts until its time limit. */
 #define LONG_WAIT (10 * G_TIME_SPAN_MINUTE)
-/* A pause in a loop that asks again. */
+/* A pause in a polling loop. */
 #define PAUSE (20 * G_TIME_SPAN_SECOND)
 
-/* What the linker's --wrap calls them. */
+/* The names that the linker's --wrap gives them. */
 gint64 __wrap_g_get_monotonic_time(void);
 int __wrap_poll(struct pollfd *fds, nfds_t count, int timeout);
 int __real_poll(struct pollfd *fds, nfds_t count, int timeout);
@@ -33,7 +33,7 @@ static FakePeer peer;
 static int first_free;
 static char dir[64];
 
-/* GLib's critical messages are our bugs. */
+/* GLib's critical messages are caused by our bugs. */
 __attribute__((constructor)) static void make_criticals_fatal(void)
 {
     g_log_set_always_fatal(G_LOG_LEVEL_CRITICAL | G_LOG_FATAL_MASK);
@@ -63,7 +63,7 @@ gint64 __wrap_g_get_monotonic_time(void)
     return now;
 }
 
-/* A peer in the same thread: it has its turn when the other side would wait for it. */
+/* The peer runs in the same thread, whenever the other side would wait for it. */
 int __wrap_poll(struct pollfd *fds, nfds_t count, int timeout)
 {
     (void)timeout;

@@ -56,7 +56,7 @@ static void close_client(void)
     peer.closing = false;
 }
 
-/* The caller's to free; NULL if there is none. */
+/* The ID of the command; the caller frees it; NULL if there is none. */
 static char *id_of(const char *command)
 {
     static const char key[] = "\"id\":\"";
@@ -77,7 +77,7 @@ static void agree(const char *command)
     }
 }
 
-/* Ids of the input are numbers, the last part of those of commands. */
+/* An ID in the input is a number, the last part of a command's ID. */
 static void append_line(const char *command, const char *text, size_t length)
 {
     g_autofree char *id = id_of(command);
@@ -95,7 +95,7 @@ static void append_line(const char *command, const char *text, size_t length)
     }
 }
 
-/* The next line, and those that go along with it. */
+/* Sends the next line, and those that belong to it. */
 static void say(const char *command)
 {
     bool first = true;
@@ -234,7 +234,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     peer.fd = -1;
     fake_begin(take_turn);
     run_client((data[0] & ~AGREES) % CLIENT_COUNT);
-    /* Connections that nobody has taken are still in the queue. */
+    /* Connections that were not accepted are still in the queue. */
     do {
         close_client();
         peer.fd = accept4(listener, NULL, NULL, SOCK_CLOEXEC | SOCK_NONBLOCK);

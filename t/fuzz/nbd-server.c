@@ -1,4 +1,4 @@
-/* The server of nbd.c: it answers by the input's records, and after the last one well. */
+/* The server of nbd.c: its answers are the input's records, and then correct answers. */
 #define _GNU_SOURCE
 #include "nbd.h"
 #include "src/volume/volume.h"
@@ -11,7 +11,7 @@
 #define CONTEXT "qemu:dirty-bitmap:bitmap"
 #define CONTEXT_ID 7u
 #define MAX_CLIENTS 4
-/* No more is asked of one input. */
+/* The limit for one input. */
 #define MAX_REQUESTS 40
 
 #define OPTION_REPLY UINT64_C(0x3e889045565a9)
@@ -102,7 +102,7 @@ static void put_text(GByteArray *bytes, const char *text)
 
 /* Records */
 
-/* Its bytes; NULL after the last one. */
+/* The bytes of the next record; NULL after the last one. */
 static const uint8_t *take_record(unsigned *kind, size_t *length)
 {
     if (input.end - input.next < 2) {

@@ -5,7 +5,7 @@
 #include "nbd.h"
 #include "src/volume/volume.h"
 
-/* No more is asked of one input. */
+/* The limit for one input. */
 #define MAX_REGIONS 200
 
 /* What the client does, a bit each. */
@@ -119,7 +119,7 @@ static void walk(PbaVolume *volume, unsigned does)
 static void run_client(unsigned does)
 {
     static unsigned clients;
-    /* What one input leaves in flight must not end the next one. */
+    /* Requests that one input leaves in flight must not affect the next one. */
     g_autofree char *device = g_strdup_printf("disk%u", clients++);
     PbaVolumeOptions options = {
         .device = device,

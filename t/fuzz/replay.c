@@ -13,7 +13,7 @@ int main(int argc, char **argv)
             fprintf(stderr, "%s\n", error->message);
             return 1;
         }
-        /* A copy of just that size, so that a read beyond it is seen. */
+        /* A copy of exactly this size, so that a read beyond its end is detected. */
         gsize size = g_mapped_file_get_length(file);
         g_autofree uint8_t *data = g_malloc(size);
         if (size > 0) {

@@ -1,4 +1,4 @@
-/* What the QEMU of replies.c says where its input has no line; and reading what it has. */
+/* The replies of the QEMU in replies.c if its input has no line; and parsing of its input. */
 #include "replies.h"
 #include "src/qmp/wire.h"
 #include <string.h>
@@ -58,8 +58,8 @@ static JsonObject *parse(const char *text, size_t length)
     return pba_qmp_wire_feed(wire, text, length, NULL) ? pba_qmp_wire_pop(wire) : NULL;
 }
 
-/* Most lines of an input are those of one before it, and reading them again is most of the work.
- * But what is kept cannot be seen to be used after it was freed. */
+/* Most lines of an input occur in earlier inputs, and parsing them again would be most of the work.
+ * But with the cache, uses of freed messages are not detected. */
 JsonObject *replies_parse(const char *text, size_t length)
 {
     if (!cache) {

@@ -1,10 +1,10 @@
-/* A QEMU whose every reply is the input's. The first line is what the client does, a letter each
- * (see take_letter); each other line is a command and the whole message that is its reply:
+/* A QEMU whose replies come from the input. The letters of the first line say what the client does
+ * (see take_letter). Each other line has a command and the complete message that is its reply:
  *
  *   query-jobs {"return": []}
  *
- * Lines of one command are used in their order, the last one again and again; a command without a
- * line gets a good reply. Where that cannot be a message, the connection is lost. */
+ * The lines of a command are used in order, the last one repeatedly; a command without a line gets
+ * a good reply. If a line is not a message, the connection is lost. */
 #include "replies.h"
 #include "src/access/access.h"
 #include "src/base/base.h"
@@ -30,7 +30,7 @@ static GHashTable *own_fleecing;
 static char run_dir[128];
 static char fleecing_dir[128];
 
-/* All that an input has. */
+/* The contents of an input. */
 static struct {
     GArray *replies;
     GArray *requests;
@@ -89,7 +89,7 @@ static Reply *find_reply(const char *command)
     return last;
 }
 
-/* Borrowed; NULL if it is no message. */
+/* The reply, borrowed; NULL if it is not a message. */
 static JsonObject *reply_to(const char *command)
 {
     Reply *reply = find_reply(command);
@@ -126,7 +126,7 @@ static void follow_nbd_server(const char *command, JsonObject *arguments)
     }
 }
 
-/* Whatever QEMU says, some things must never be asked of it. */
+/* Whatever QEMU replies, some commands must never be sent. */
 static void check_command(const char *command, JsonObject *arguments)
 {
     CHECK(++state.count < MAX_COMMANDS);
@@ -271,7 +271,7 @@ static void run_status(PbaQmp *qmp)
     g_clear_pointer(&status, json_node_unref);
 }
 
-/* What a dead client of the same target and guest has left on disk. */
+/* Creates what a dead client with the same target and guest would leave on disk. */
 static void leave_paths(void)
 {
     g_autofree char *run = pba_own_name(TARGET, "run", ":");
@@ -415,7 +415,7 @@ static void clear_state(void)
     state.listener = -1;
 }
 
-/* What is in a directory, and in those there. */
+/* Removes the contents of a directory, recursively. */
 static void empty_dir(const char *path)
 {
     GDir *dir = g_dir_open(path, 0, NULL);
@@ -458,7 +458,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         empty_dir(run_dir);
         empty_dir(fleecing_dir);
     }
-    /* Nothing but what may be there. */
+    /* Only expected files may be there. */
     CHECK(rmdir(run_dir) == 0 || errno == ENOENT);
     clear_state();
     fake_end();

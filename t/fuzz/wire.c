@@ -1,5 +1,5 @@
-/* QMP's wire parser. The first byte says in which portions the others arrive; messages must be the
- * same however they do. */
+/* QMP's wire parser. The first byte says in which portions the others arrive; the messages must not
+ * depend on that. */
 #include "src/qmp/wire.h"
 #include "fuzz.h"
 #include <string.h>
@@ -11,7 +11,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
     return 0;
 }
 
-/* Feeds all in portions of that size, and appends what comes out as text. */
+/* Feeds everything in portions of that size, and appends the messages as text. */
 static bool parse(const char *bytes, size_t length, size_t portion, GString *messages)
 {
     g_autoptr(PbaQmpWire) wire = pba_qmp_wire_new();
@@ -20,7 +20,7 @@ static bool parse(const char *bytes, size_t length, size_t portion, GString *mes
     bool done = true;
 
     for (size_t at = 0; done && at < length; at += portion) {
-        /* A copy, so that a read beyond the portion is seen. */
+        /* A copy, so that a read beyond the portion is detected. */
         size_t size = MIN(portion, length - at);
         g_autofree char *copy = g_malloc(size);
         memcpy(copy, bytes + at, size);
@@ -38,7 +38,7 @@ static bool parse(const char *bytes, size_t length, size_t portion, GString *mes
     return done;
 }
 
-/* What we say must be what the same parser reads. */
+/* The parser must be able to read the commands that we send. */
 static void check_command(const char *bytes, size_t length)
 {
     g_autofree char *name = g_utf8_make_valid(bytes, (gssize)MIN(length, 32));
