@@ -50,7 +50,8 @@ my %options = (
     timeout => \&check_positive,
 );
 
-# The disk's name, where it can be a node's; else one that no disk has.
+# The name of the disk's block node: the disk's own name where it is valid as a node name, otherwise a name that
+# no disk has.
 my sub node_name ($index, @disks) {
     my $device = $disks[$index]{device};
     return $device if $device =~ m/\A[A-Za-z][A-Za-z0-9._-]{0,30}\z/;
@@ -80,7 +81,7 @@ my sub node_options ($disk) {
 
 # ---- the process ----
 
-# QEMU and the kernel take no longer path of a socket.
+# Neither QEMU nor the kernel accepts a longer path for a socket.
 my sub check_socket ($path) {
     fail(
         "cannot make the socket $path - its path has more than $longest_socket bytes, so set TMPDIR to another directory"
@@ -129,7 +130,8 @@ my sub ask ($self, $command, $arguments) {
     die "$error" =~ s/\Aqmp command '[^']*' failed - //r;
 }
 
-# What the guest's QEMU had it as, by what the bitmaps tell of their disk: 'drive', or a node below a device.
+# Sets 'is drive' for each disk that the guest's QEMU knows as a drive and not as a node attached to a device.
+# The names of the bitmaps contain a hash of which it is.
 my sub find_drives ($self) {
     my %node = map { $_->{'node-name'} => $_ } ask($self, 'query-named-block-nodes', {})->@*;
     for my $disk ($self->{disks}->@*) {
@@ -141,7 +143,8 @@ my sub find_drives ($self) {
 }
 
 # QEMU must not guess the format of a backing file either: a guest that wrote to it may have written a header
-# that names another file. A process that writes to a backing file changes the disk, so none may have it open.
+# that names another file. Writing to a backing file changes the disk, so no process may have it open for
+# writing.
 my sub check_backing ($self) {
     my %node = map { $_->{'node-name'} => $_ } ask($self, 'query-named-block-nodes', {})->@*;
     for my $disk ($self->{disks}->@*) {
@@ -188,7 +191,7 @@ sub start ($class, @options) {
         '--monitor', 'chardev=monitor', map { ('--blockdev', node_options($_)) } @disks);
     wait_until_up($self);
 
-    # It listens before it has opened the images.
+    # The process accepts connections before it has opened the images.
     my $error = attempt { find_drives($self) };
     die $error if $error && !has_ended($self, 100);
     fail_to_open($self) if $error;
@@ -196,7 +199,7 @@ sub start ($class, @options) {
     return $self;
 }
 
-# Persistent bitmaps are in the images when this returns.
+# When this returns, the persistent bitmaps have been saved in the images.
 sub stop ($self) {
     my $pid = delete($self->{pid}) // return;
     local $SIG{CHLD} = 'DEFAULT';    # the caller's handler may wait for every child
@@ -220,7 +223,7 @@ sub DESTROY ($self) {
 
 # ---- QMP ----
 
-# qom-set's path names the disk.
+# The path of qom-set contains the name of the disk.
 my sub disk_at ($self, $path) {
     my ($id) = $path =~ m!\A/machine/peripheral/(.*)\z!s;
     my ($disk) = grep { defined($id) && $_->{device} eq $id } $self->{disks}->@*;
@@ -243,7 +246,7 @@ my sub devices ($self) {
     ];
 }
 
-# With the devices as what they would be in a guest: backends that let no other user write.
+# Adds the guest devices as they would be in a guest: block backends that allow no other user to write.
 my sub graph ($self) {
     my $graph = ask($self, 'x-debug-query-block-graph', {});
     my %id = map { $_->{name} => $_->{id} } $graph->{nodes}->@*;
@@ -264,7 +267,7 @@ my sub graph ($self) {
     return $graph;
 }
 
-# What a guest has and the storage daemon has not.
+# Commands that a guest's QEMU knows and the storage daemon does not.
 my %answers = (
     'query-name' => sub ($self, $arguments) { return { name => $self->{name} // '' } },
     'query-uuid' => sub ($self, $arguments) { return { UUID => $self->{uuid} // $no_uuid } },
@@ -289,7 +292,7 @@ my %answers = (
     },
 );
 
-# A code ref for 'qmp'; what it is of lives as long as it does.
+# Returns a code ref for the option qmp. The code ref keeps the object alive.
 sub qmp ($self) {
     return sub ($command, $arguments) {
         my $answer = $answers{$command};

@@ -14,7 +14,8 @@ my $Error = 'PVE::BackupAccess::Error';
 my $Shell = 'PVE::BackupAccess::Libvirt::Shell';
 my $default_timeout = 60;
 
-# In single quotes, which virsh takes as they are: none may be in it.
+# The JSON text is passed to virsh in single quotes. virsh has no escape for a single quote inside them, so the
+# text must not contain one.
 my $json = JSON::PP->new->ascii->allow_nonref;
 
 my %options = (
@@ -22,15 +23,16 @@ my %options = (
     timeout => \&check_positive,
 );
 
-# virsh takes digits for an ID first, and IDs are given anew at each start. A name stays: it comes first here. Of
-# what libvirt has of that name this is the UUID.
+# virsh takes a number for a domain's ID before it looks for a name, but libvirt assigns a new ID at each start,
+# while a name stays the same. So a name takes precedence here: this returns the UUID of the domain with that
+# name, if there is one.
 my sub uuid_of_name ($shell, $name) {
     return $shell->run(qw(list --all --uuid --name)) =~ m/^\s*([0-9a-f-]{36})\s+\Q$name\E\s*$/m
         ? $1
         : undef;
 }
 
-# A domain that is there: { shell, uuid, name, xml }.
+# Finds an existing domain. Returns { shell, uuid, name, xml }.
 my sub find ($domain, @options) {
     check_filled_text('domain', $domain);
     my $options = check_options('qmp', \@options, \%options);
@@ -43,7 +45,7 @@ my sub find ($domain, @options) {
     return { shell => $shell, uuid => $uuid, name => $name, xml => $xml };
 }
 
-# What QEMU answered. Of virsh's own errors the text is passed on.
+# Returns QEMU's reply, or dies with QEMU's error. The text of virsh's own errors is passed on.
 my sub parse_reply ($command, $text) {
     my ($line) = $text =~ m/^(\{.*\})\s*$/m;
     die(($text =~ s/^error:\s*//mgr) =~ s/\s*\n\s*/ - /gr =~ s/ - \z//r . "\n") if !defined($line);
@@ -69,9 +71,9 @@ sub qmp ($class, $domain, @options) {
     return code_for(find($domain, @options));
 }
 
-# ---- what the command needs ----
+# ---- for the command ----
 
-# { name, uuid, running, qmp (a code ref), options (of PVE::BackupAccess->new), disks }
+# Returns { name, uuid, running, qmp (a code ref), options (for PVE::BackupAccess->new), disks }.
 sub domain ($class, $name, @options) {
     my $domain = find($name, @options);
     my $xml = $domain->{xml};

@@ -1,7 +1,8 @@
 package PVE::BackupAccess::Image::InUse;
 
-# Whether another process may change an image while it is read. QEMUs see each other by their locks; this is
-# about everybody else: a loop device, a mounted file system, qemu-nbd without locks.
+# Checks whether another process could change an image while it is read. QEMU processes detect each other by
+# their image locks. This module detects all other users: loop devices, mounted file systems, qemu-nbd without
+# locks.
 
 use v5.36;
 
@@ -16,8 +17,9 @@ my sub fail ($message) {
     PVE::BackupAccess::Error->throw('SystemError', $message);
 }
 
-# The kernel gives no read lease on a file that any process has open for writing, QEMU or not. Where there
-# are no leases, as on some network file systems, QEMU's own locks tell of QEMUs.
+# The kernel grants no read lease on a file that any process, QEMU or not, has open for writing. File systems
+# without leases, such as some network file systems, leave only QEMU's own locks, which show other QEMU
+# processes.
 my sub file_has_writer ($file) {
     open(my $fh, '<', $file) or fail("cannot open $file - $!");
     return 1 if !fcntl($fh, F_SETLEASE, F_RDLCK) && $!{EAGAIN};
@@ -25,8 +27,8 @@ my sub file_has_writer ($file) {
     return 0;
 }
 
-# A descriptor of another process that may write. Only what is below /dev is looked at: to look at a file of a
-# server that does not answer takes forever.
+# Whether a file descriptor of another process is open for writing on the device. Only descriptors of files in
+# /dev are examined: stat on a file of a server that does not answer would hang.
 my sub is_writer ($descriptor, $device) {
     return 0 if (readlink($descriptor) // '') !~ m{\A/dev/};
     my @found = stat($descriptor) or return 0;
@@ -36,8 +38,8 @@ my sub is_writer ($descriptor, $device) {
     return (oct($flags) & O_ACCMODE) != O_RDONLY;
 }
 
-# There are no leases on block devices. Of processes, those show that we may look at. QEMU does not open devices
-# exclusively.
+# Block devices have no leases, and QEMU does not open them exclusively. Only processes whose descriptors this
+# user may read are found.
 my sub device_has_writer ($device) {
     return grep { is_writer($_, $device) } grep { !m{\A/proc/$$/} } glob('/proc/[0-9]*/fd/*');
 }
@@ -48,7 +50,7 @@ sub has_writer ($file) {
     return S_ISBLK($found[2]) ? device_has_writer($found[6]) : file_has_writer($file);
 }
 
-# What holds a device for itself, such as a file system or a volume group, shows.
+# Detects exclusive users of a device, such as a mounted file system or a volume group.
 my sub check_exclusive ($file) {
     sysopen(my $fh, $file, O_RDONLY | O_EXCL)
         or fail(

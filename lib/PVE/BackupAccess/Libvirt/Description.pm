@@ -1,7 +1,7 @@
 package PVE::BackupAccess::Libvirt::Description;
 
-# A domain's description, as libvirt prints it: attributes in single quotes, one element a line, two spaces
-# for each level. What is looked for in it are a few elements and attributes, so that no XML parser is needed.
+# Reads a domain's description in the form in which libvirt prints it: attributes in single quotes, one element
+# per line, two spaces per level. Only a few elements and attributes are needed, so there is no XML parser.
 
 use v5.36;
 
@@ -16,14 +16,14 @@ my sub plain ($text) {
         defined($1) ? chr(hex($1)) : defined($2) ? chr($2) : $entities{$3} \/\/ "&$3;"/ger;
 }
 
-# The attributes of the first such element.
+# The attributes of the first element with that name.
 my sub attributes ($xml, $element) {
     my ($text) = $xml =~ m/<$element\b((?:\s+[\w:-]+='[^']*')*)\s*\/?>/ or return {};
     my %found = $text =~ m/([\w:-]+)='([^']*)'/g;
     return { map { $_ => plain($found{$_}) } keys %found };
 }
 
-# As libvirt counts targets: vda is 0, vdz 25, vdaa 26.
+# The index of a target as libvirt counts them: vda is 0, vdz is 25, vdaa is 26.
 my sub index_of ($target) {
     my ($letters) = $target =~ m/\A[a-z]d([a-z]+)\z/ or return;
     my $index = 0;
@@ -31,7 +31,8 @@ my sub index_of ($target) {
     return $index - 1;
 }
 
-# What libvirt calls the guest device when the domain runs; undef if that cannot be known before.
+# The name that libvirt gives the guest device of a running domain, or undef if it cannot be known before the
+# start.
 my sub device_name ($xml, $target) {
     my $alias = attributes($xml, 'alias')->{name};
     return $alias if defined($alias);
@@ -76,17 +77,17 @@ sub disks_of ($xml) {
 
 # ---- the domain ----
 
-# Of an element of the domain itself, not of a device or of other programs' metadata.
+# The text of an element of the domain itself, not of a device or of another program's metadata.
 sub element_text ($xml, $element) {
     my ($text) = $xml =~ m{^  <$element>([^<]*)</$element>}m;
     return defined($text) ? plain($text) : undef;
 }
 
-# It has an ID as long as it has a QEMU, whatever state it is in.
+# A domain has an ID as long as it has a QEMU process, whatever its state.
 sub is_running ($xml) { return $xml =~ m/^<domain\b[^>]*\bid='/m ? 1 : 0 }
 
-# The user and group of QEMU, as libvirt's own access control has them: '+64055:+109', or names. A disk may
-# have a label of its own, which is its file's.
+# The user and group of QEMU in the label of libvirt's DAC security driver: '+64055:+109', or names. A disk may
+# have its own label, which applies to the disk's file only.
 sub user_of ($xml) {
     my ($label) = $xml =~ m{^  <seclabel\b[^>]*\bmodel='dac'[^>]*>\s*<label>([^<]*)</label>}m
         or return;

@@ -1,6 +1,7 @@
 package PVE::BackupAccess::Libvirt::Shell;
 
-# A virsh that is asked many commands: to start one for each would take longer than QEMU does.
+# One virsh process that runs many commands: starting one for each command would take longer than the command
+# itself.
 
 use v5.36;
 
@@ -67,8 +68,8 @@ my sub end ($process) {
     return;
 }
 
-# Writes what is still to be written, and appends what comes; false at the end. Signal handlers run while it
-# waits.
+# Sends the next part of the command and appends the output that has arrived. Returns false at the end of the
+# output. Signal handlers can run while it waits.
 my sub go_on ($self, $process, $to_write, $text, $deadline) {
     my $left = $deadline - Time::HiRes::time();
     die "virsh did not answer within $self->{timeout} seconds\n" if $left <= 0;
@@ -86,7 +87,8 @@ my sub go_on ($self, $process, $to_write, $text, $deadline) {
     return defined($n) ? $n : $! == EINTR;
 }
 
-# What is said by a virsh of its own, whose arguments are taken as they are; dies if it fails.
+# Returns the output of a separate virsh process, which gets its arguments without any quoting. Dies if virsh
+# fails.
 sub run ($self, @arguments) {
     my ($process, $text, $error, $status) = ({}, '');
     my $deadline = Time::HiRes::time() + $self->{timeout};
@@ -107,8 +109,8 @@ sub run ($self, @arguments) {
             =~ s/\s*\n\s*/ - /gr);
 }
 
-# The output of a line in the virsh that is asked many. Whatever ends this ends it, too: what it says
-# afterwards would be taken for the next one's answer.
+# Returns the output of one command line in the virsh process for many commands. Any failure here also ends that
+# process, because the rest of its output would be taken for the next command's.
 sub ask ($self, $line) {
     my $process = delete($self->{process});
     $process = undef if $process && $process->{owner} != $$;

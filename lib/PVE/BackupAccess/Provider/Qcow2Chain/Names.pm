@@ -1,6 +1,7 @@
 package PVE::BackupAccess::Provider::Qcow2Chain::Names;
 
-# Guests that are known by a name. The directories of archives are named by numbers, and a file in each has the name.
+# Supports guests that are known by name. The directories of archives have numbers as names, and a file in each
+# contains the guest's name.
 
 use v5.36;
 

@@ -10,8 +10,9 @@ use PVE::BackupAccess::Try qw(attempt reason);
 
 our @EXPORT_OK = qw(known_damage list_guest);
 
-# { device => text } of the damage that was found in the archive, or in one that it builds on, in earlier calls kept in damaged:
-# it is called for a guest's archives from the oldest on. Nothing is read but what was noted.
+# Returns { device => text }: the damage found in the archive, or in an archive it depends on. Must be called
+# for a guest's archives from oldest to newest, with the results of the earlier calls in $damaged. Only recorded
+# damage is looked up; no data is read.
 sub known_damage ($archive, $damaged) {
     my ($name, %text) = ($archive->name);
     for my $device ($archive->devices) {
