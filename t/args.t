@@ -256,7 +256,7 @@ subtest bitmap_status => sub {
         my $done = eval { PVE::BackupAccess::bitmap_status($action); 1 };
         ok(!$done, shown($action) . ': refused');
         isa_ok($@, $Error, shown($action));
-        unlike("$@", qr/[[:cntrl:]](?!\z)/, 'one line');
+        unlike("$@", qr/[[:cntrl:]](?!\z)/, 'the error is one line');
     }
 };
 
@@ -399,7 +399,7 @@ subtest 'ranges' => sub {
     for my $max (@bad_numbers, 0, 1_000_001, '9' x 19) {
         refused(sub { $volume->dirty_regions($max) }, qr/\bmax\b/, 'dirty_regions ' . shown($max));
     }
-    is_deeply([map { $_->{command} } $server->requests], [], 'the server was asked nothing');
+    is_deeply([map { $_->{command} } $server->requests], [], 'the server received no request');
 
     is(length($volume->pread($size - 1, 1)), 1, 'the volume still works');
     is_deeply([$volume->dirty_regions(1_000_000)], [0, 65536], 'the map can still be read');

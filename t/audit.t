@@ -99,17 +99,17 @@ sub check_audits ($test) {
     write_to($test, 'a', 20 * $mib, 0x16);
     my $audited = backup($test, 1);
     my ($finding, @more) = $test->{provider}->audit_findings->@*;
-    is_deeply(\@more, [], 'only one bitmap was wrong');
+    is_deeply(\@more, [], 'the audit reports only one bitmap');
     is_deeply(
         [$finding->@{qw(device bytes ranges suspects)}],
         [$device, 3 * 65536, [[4 * $mib, 65536], [12 * $mib, 131072]], [$blind =~ s{.*/}{}r]],
-        'the ranges that the bitmap called clean'
+        'the audit reports the ranges that the bitmap called clean'
     );
     like($finding->{text},
         qr/device \Q$device\E: .* 65536 at offset 4194304, 131072 at offset 12582912\./,
         'as text');
     is(logged($test, qr/^err: \Q$finding->{text}\E/), 1, 'the finding is an error in the log');
-    is(logged($test, qr/bitmap was right/), 1, 'the other bitmap was right');
+    is(logged($test, qr/bitmap was right/), 1, 'the log reports the other bitmap as right');
     is_disks($test, $audited, 'the archive has the data');
     is($test->{result}{devices}{$device}{fallback}, undef, 'an audit is not a fallback');
 
@@ -129,7 +129,7 @@ sub check_every ($test) {
         backup($test, 3);
         push(@audits, logged($test, qr/\Q$test->{device}\E: its bitmap was right/));
     }
-    is_deeply(\@audits, [0, 1, 0, 0], 'every third one');
+    is_deeply(\@audits, [0, 1, 0, 0], 'one backup of three is audited');
     return;
 }
 

@@ -54,7 +54,7 @@ my @known = (
         qw(second-target:reuse ok:reuse copied-store ok:reuse),
     ],
     [
-        'the same with a provider that knows of no ids',
+        'other guests, with a provider that knows no IDs',
         { provider => 'raw', naming => 'drive', persistent => 1 },
         qw(ok:new ok:reuse failed ok:reuse failed-late ok:reuse ram ok:reuse restart ok:reuse),
         qw(second-target:new ok:reuse),
@@ -66,7 +66,7 @@ my @known = (
         qw(savevm ok loadvm ok ok:reuse crash ok:new),
     ],
     [
-        'back in time, a provider that knows of no ids',
+        'back in time, with a provider that knows no IDs',
         { provider => 'raw' },
         qw(ok ram ok rollback-ram ok:new ok:reuse ram killed-late rollback-ram ok migrate ok ok:reuse),
     ],
@@ -81,7 +81,7 @@ my @known = (
         qw(ok swap ok:new ok:reuse alias:reuse ok:reuse swap failed swap ok replug ok),
     ],
     [
-        'a disk by all of its names',
+        'one disk under all its names',
         { provider => 'chain', persistent => 1 },
         qw(ok alias:reuse alias:reuse ok:reuse rename ok:reuse failed ok:reuse prune ok:reuse),
         qw(rename killed ok:reuse renumber ok:reuse ok:reuse alias:reuse renumber alias:reuse),
@@ -89,19 +89,19 @@ my @known = (
         qw(old-manifests ok:new ok:reuse old-manifests ok:reuse prune full ok:reuse),
     ],
     [
-        'the same with a provider that knows disks by their names',
+        'one disk under all its names, with a provider that identifies disks by name',
         { provider => 'blind', persistent => 1 },
         qw(ok ok:reuse alias:new alias:reuse ok:new ok:reuse renumber ok:new ok:reuse rename ok:new),
         qw(ok:reuse swap ok:new renumber ok:reuse audit rename renumber ok:new prune ok:reuse),
     ],
     [
-        'and with one that knows of no ids',
+        'one disk under all its names, with a provider that knows no IDs',
         { provider => 'raw', persistent => 1 },
         qw(ok ok:reuse alias:new alias:reuse ok:new ok:reuse renumber ok:new ok:reuse rename ok:new),
         qw(ok:reuse swap ok:new renumber ok:reuse rename renumber ok:new odd-notes ok ok ok:reuse),
     ],
     [
-        'another disk, and programs that know of no ids',
+        'another disk, with programs that know no IDs',
         { provider => 'chain', persistent => 1, naming => 'qdev' },
         qw(ok unaware swap unaware ok:new unaware swap unaware rename unaware rename unaware ok),
     ],

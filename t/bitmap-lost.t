@@ -108,7 +108,11 @@ subtest 'a bitmap that may lack bits, and that cannot be removed' => sub {
     }
     unlike("@log", qr/is removed/, 'the log does not say that it is removed');
     is(bitmap_of('disk0')->{recording}, 0, 'it is frozen, which shows that it may lack bits');
-    is_deeply(next_actions(), { disk0 => 'missing-recreated', disk1 => 'used' }, 'a full one');
+    is_deeply(
+        next_actions(),
+        { disk0 => 'missing-recreated', disk1 => 'used' },
+        'the next backup is full for this disk only'
+    );
 };
 
 subtest 'the bitmap itself is removed during the access' => sub {
@@ -130,7 +134,11 @@ subtest 'the bitmap itself is removed during the access' => sub {
     );
     is_deeply($backend->other_bitmaps, [], 'no background bitmap is left');
     is_deeply($backend->outside, $outside, 'everything else is undone');
-    is_deeply(next_actions(), { disk0 => 'missing-recreated', disk1 => 'used' }, 'a full one');
+    is_deeply(
+        next_actions(),
+        { disk0 => 'missing-recreated', disk1 => 'used' },
+        'the next backup is full for this disk only'
+    );
 };
 
 subtest 'setup fails late' => sub {

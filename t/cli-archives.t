@@ -60,7 +60,11 @@ subtest 'the latest archive of a guest' => sub {
         for qw(100 100/ 100/latest web1 web1/latest vm/100 vm/100/latest vm/100/latest/);
     restores($chain, "$store/$names[0]", $names[0]);
     my ($old, $new) = paths($chain);
-    is_deeply(run_of('verify', "$store/web1"), [0, "$new: ok\n", ''], 'verify tells which one');
+    is_deeply(
+        run_of('verify', "$store/web1"),
+        [0, "$new: ok\n", ''],
+        'verify names the archive of the result'
+    );
     is_deeply(run_of('remove', "$store/web1/latest", '-q'), [0, '', ''], 'remove, silent');
     is_deeply([paths($chain)], [$old], 'the latest is gone');
     like(run_of('list', $store)->[1], qr/^\Q$old\E .*  web1$/m, 'list shows the name');
@@ -87,7 +91,7 @@ subtest 'guests by name' => sub {
     my $store = $chain->store;
     is(number_of($store, 'web1'), undef, 'an unknown name has no number');
     is(number_for($store, 'web1'), 1, 'the least number');
-    is(number_for($store, 'db.example'), 2, 'the next one');
+    is(number_for($store, 'db.example'), 2, 'a second guest gets the next number');
     is(number_for($store, 'web1'), 1, 'the same name gets the same number');
     is(number_of($store, 'db.example'), 2, 'the number of a name is found');
     is(name_of($store, 100), undef, 'a guest of a number has no name');
@@ -134,7 +138,7 @@ subtest 'prune by rules' => sub {
     );
     is_deeply([paths($chain)], [@paths[0, 3]], 'the kept archives stay');
     $chain->forget(@names[1, 2]);
-    $chain->check('after it');
+    $chain->check('the remaining archives restore after prune');
     my $run = run_of('remove', $paths[0]);
     is($run->[0], 1, 'a protected one is not removed');
     like(
@@ -175,7 +179,7 @@ subtest 'a broken chain' => sub {
     like(
         run_of('prune', $chain->store, '--keep-last', 1, '--dry-run')->[1],
         qr/^broken     \Q$names[2]\E - damaged: /m,
-        'a dry run says so'
+        'prune --dry-run reports the damaged archive'
     );
 };
 
@@ -192,14 +196,14 @@ subtest 'unreadable archives, and directories that are not archives' => sub {
     for my $command (['list', $store], [qw(prune --keep-last 1 --dry-run), $store]) {
         my $run = run_of($command->@*);
         is($run->[0], 0, "$command->[0]: exit status");
-        like($run->[1], qr/\Q$names[0]\E/, "$command->[0]: the others are there");
+        like($run->[1], qr/\Q$names[0]\E/, "$command->[0]: the intact archives are listed");
     }
     my $run = run_of('prune', $store, '--keep-last', 1);
     is_deeply([$run->@[0, 1]], [0, "removed $names[0]\n"], 'prune goes on') or diag($run->[2]);
     like(
         $run->[2],
         qr/^warn: archive \Q$names[2]\E .* is kept, .*: remove it yourself$/m,
-        'a warning says so'
+        'a warning names the damaged archive'
     );
 
     # Each message names the archive that must be removed first, until all are removed.
@@ -253,12 +257,13 @@ subtest 'an interrupted restore' => sub {
         next if ($command->finish->{status} // 1) == 0;    # it had ended before
         $interrupted++;
         my @left = grep { !m/[.]part\z/ } glob("$dir/*");
-        is_deeply(\@left, [], "$text: no file has got its name");
-        is_deeply([glob("$dir/*")], [], "$text: nor is there any") if $signal ne 'KILL';
+        is_deeply(\@left, [], "$text: no incomplete image has its final name");
+        is_deeply([glob("$dir/*")], [], "$text: no other file is left") if $signal ne 'KILL';
         is(run_of('restore', $chain->path_of($name), $dir, '-q')->[0], 0, "$text: run again");
         is(content("$dir/$_.$second"), $chain->{expected}{$name}{$_}, "$text: $_")
             for $chain->devices;
-        is_deeply([glob("$dir/*.part")], [], "$text: nothing is left of the first");
+        is_deeply([glob("$dir/*.part")],
+            [], "$text: no temporary file of the interrupted restore is left");
     }
     cmp_ok($interrupted, '>', 0, 'at least one restore was interrupted');
 };
@@ -272,8 +277,8 @@ subtest 'two restores to one target' => sub {
     my $part = "$dir/drive-scsi0.raw.part";
     open(my $writer, '>', $part) or die "$part: $!\n";
     my $run = run_of('restore', $chain->path_of($name), $dir, '-q');
-    is($run->[0], 1, 'another one writes: exit status');
-    like($run->[2], qr/: another restore writes to \Q$part\E - /, 'the error says so');
+    is($run->[0], 1, 'another restore is running: exit status');
+    like($run->[2], qr/: another restore writes to \Q$part\E - /, 'the error says why');
     ok(-e $part, "the other restore's file stays");
     close($writer);
     unlink(glob("$dir/*.raw"), "$dir/guest.conf");

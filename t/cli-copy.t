@@ -139,7 +139,7 @@ subtest 'a stream' => sub {
         = copy_to_file(volume_of(start(dirty => $maps{'small blocks'})), '--digest-block', '4K');
     same(apply($run->{out}), expected($maps{'small blocks'}), 'small blocks');
     my $full = copy_to_file(volume_of(start(dirty_only => 0), 'none'));
-    is((read_stream($full->{out}))[0][0], 'full', 'a full one says so');
+    is((read_stream($full->{out}))[0][0], 'full', "the stream of a full copy begins with 'full'");
     same(apply($full->{out}), $image, 'a full stream contains the whole image');
 };
 
@@ -192,7 +192,7 @@ subtest 'truncated and changed streams' => sub {
     my %bad = damaged($bytes, $frames[0]);
     for my $name (sort keys %bad) {
         ok(!eval { read_stream($bad{$name}); 1 }, "$name: is seen");
-        isnt(given_to_python($bad{$name}), 0, "$name: store.py sees it");
+        isnt(given_to_python($bad{$name}), 0, "$name: store.py detects the damage");
         ok(!-e "$dir/i", "$name: store.py stores no index");
         like(read_file("$dir/err"), qr/\Astore\.py: [^\n]+\n\z/, "$name: store.py prints one line");
     }
@@ -394,11 +394,7 @@ subtest 'bad usage' => sub {
         my $run = run_command('copy', '-', @device, '--volume', $volume, @options);
         is($run->{status}, $status, "'$volume @options': exit status");
         my $more = $status == 2 ? qr/Try [^\n]+\n/ : qr//;
-        like(
-            $run->{err},
-            qr/\Apve-backup-access copy: [^\n]*$problem[^\n]*\n$more\z/,
-            'the error is one line'
-        );
+        like($run->{err}, qr/\Apve-backup-access copy: [^\n]*$problem[^\n]*\n$more\z/, 'one line');
         ok(!eval { read_stream($run->{out}); 1 }, 'the stream is not complete');
     }
     my $run = run_command('copy', "$dir/new", @device, '--volume', '{}x');

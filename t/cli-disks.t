@@ -70,7 +70,7 @@ is_deeply(chosen(\@good, \%types), [\@names, []], 'disks');
 my @left_out = (
     ['an empty drive is no disk', [disk('drive-ide2', 'ide2', empty => 1, removable => $true)], {}],
     [
-        'a removable one',
+        'a removable disk',
         [disk('drive-ide2', 'ide2', removable => $true, ro => $true)],
         {}, 'drive-ide2 is left out: it is removable'
     ],
@@ -79,7 +79,7 @@ my @left_out = (
         {}, 'iso is left out: it is read-only'
     ],
     [
-        'one without a guest device',
+        'a disk without a guest device',
         [disk('spare', undef, removable => $true)],
         {},
         'spare is left out: no device of the guest uses it'
@@ -95,7 +95,7 @@ my @left_out = (
             ]
     } qw(scsi-block scsi-generic)),
     [
-        'one that another process serves',
+        'a disk that another process serves',
         [],
         { ssd => 'vhost-user-blk-pci' },
         'ssd is left out: another process serves it, and QEMU does not see its data'

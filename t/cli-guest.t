@@ -189,7 +189,7 @@ sub check_interruption ($test) {
     my $run = succeeds('after them', backup($test));
     like($run->{err}, qr/^drive-scsi0: dirty-bitmap status: OK \(2[48]\.0 MiB/m, 'no bit was lost');
     chomp(my $archive = $run->{out});
-    restore_and_compare($test, $archive, 'after them');
+    restore_and_compare($test, $archive, 'a backup after the interrupted ones');
     is(scalar(grep { !m!/$archive_name\z! } glob("$test->{store}/vm/100/*Z")),
         0, 'no temporary directories are left');
 }

@@ -104,7 +104,7 @@ sub run_interrupted ($test, $name, $signal, $part) {
     my $was_ended = $run->{signal} ? 1 : 0;
 
     if ($was_ended) {
-        is($run->{signal}, $number{$signal}, "$text: ends by it");
+        is($run->{signal}, $number{$signal}, "$text: the signal ends the process");
         unlike($run->{err}, qr/DAMAGED| at \S+ line \d/, "$text: no other messages");
     }
     else {

@@ -77,7 +77,7 @@ subtest 'a damaged chain of which nothing is kept' => sub {
         'all archives of the damaged chain are removed'
     );
     $chain->forget(@names);
-    $chain->check('after it');
+    $chain->check('the other archives restore after prune');
     is_deeply([$chain->names], [$last], 'the intact archive is left');
 };
 
@@ -85,7 +85,7 @@ subtest 'list and prune show what verify found' => sub {
     my $chain = new_chain(3);
     my @names = $chain->names;
     rot($chain, $names[1]);
-    is(run_of('verify', $chain->store)->[0], 1, 'verify finds it');
+    is(run_of('verify', $chain->store)->[0], 1, 'verify reports the damage');
     my $text = run_of('list', $chain->store)->[1];
     my ($old, $bad) = map { s!.*/!!r } @names;
     my $own = 'drive-scsi0: damage was found in it';
@@ -95,7 +95,7 @@ subtest 'list and prune show what verify found' => sub {
     my $list = $json->decode(run_of('list', $chain->store, '--json')->[1]);
     is_deeply([map { $_->{damaged} } $list->@*], [undef, [$own], [$built]], 'the damage in JSON');
     my $dry = run_of('prune', $chain->store, qw(--keep-last 1 --dry-run))->[1];
-    like($dry, qr/^keep +\Q$names[0]\E$/m, 'prune keeps the last that is whole');
+    like($dry, qr/^keep +\Q$names[0]\E$/m, 'prune keeps the last intact archive');
     like(
         $dry,
         qr/^keep +\Q$names[2]\E - damaged: \Q$built\E$/m,
@@ -116,7 +116,7 @@ subtest 'a manifest that was changed' => sub {
     like(
         run_of('list', $chain->store)->[1],
         qr/^    DAMAGED: the manifest .* is damaged/m,
-        'list says so'
+        'list reports the damage'
     );
     my $list = $json->decode(run_of('list', $chain->store, '--json')->[1]);
     like($list->[0]{damaged}[0], qr/the manifest .* is damaged/, 'the damage in JSON');
@@ -130,7 +130,11 @@ subtest "a guest's path" => sub {
     for my $path (qw(web1 100 vm/100 vm/100/)) {
         my $run = run_of('remove', "$store/$path");
         is($run->[0], 1, "remove $path: exit status");
-        like($run->[2], qr/is a guest, .*give the archive.*\Q$name\E/, 'says what it is');
+        like(
+            $run->[2],
+            qr/is a guest, .*give the archive.*\Q$name\E/,
+            'the error says that the path is a guest'
+        );
     }
     is_deeply([$chain->names], [$name], 'nothing is removed');
     my $run = run_of('list', "$store/web1");

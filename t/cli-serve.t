@@ -168,12 +168,12 @@ subtest 'a directory for the sockets' => sub {
     );
     $command->kill('KILL');
     $command->finish;
-    is(scalar(@{ [glob("$dir/*.sock")] }), 2, 'sockets of a command that was killed');
+    is(scalar(@{ [glob("$dir/*.sock")] }), 2, 'a killed command leaves its sockets');
     $command = start_command(@serve);
     $command->wait_for(out => qr/^\}\n/m);
     $command->kill('TERM');
-    is($command->finish->{status}, 0, 'do not matter to the next one');
-    nothing_left('after it');
+    is($command->finish->{status}, 0, 'the next command replaces leftover sockets');
+    nothing_left('after a killed command');
 };
 
 subtest 'refused arguments' => sub {
@@ -194,7 +194,7 @@ subtest 'refused arguments' => sub {
             'the error says why'
         );
     }
-    nothing_left('after it');
+    nothing_left('after the errors');
 };
 
 subtest 'a file with the same name exists' => sub {
@@ -208,7 +208,7 @@ subtest 'a file with the same name exists' => sub {
     like($run->{err}, qr/cannot make '\Q$file\E' - File exists/, 'the error says why');
     is(content($file), 'mine', 'the existing file is unchanged');
     unlink($file);
-    nothing_left('after it');
+    nothing_left('after the refused mount');
 };
 
 done_testing;

@@ -97,10 +97,14 @@ for my $name (sort keys %commands) {
         my $run = $command->finish;
         is_deeply([still_running($image)], [], "$what: no program continues");
         my %number = (HUP => 1, INT => 2, TERM => 15);
-        is($run->{signal}, $number{ $signals->[0] }, "$what: ends by it");
+        is($run->{signal}, $number{ $signals->[0] }, "$what: the signal ends the process");
         cmp_ok(time - $began, '<', 30, "$what: soon");
         my @lines = split(m/\n/, $run->{err});
-        is($lines[-1], "pve-backup-access: interrupted by SIG$signals->[0]", "$what: says so");
+        is(
+            $lines[-1],
+            "pve-backup-access: interrupted by SIG$signals->[0]",
+            "$what: the last line names the signal"
+        );
         is(scalar(grep { m/interrupted/ } @lines), 1, "$what: the message is printed once");
         unlike($run->{out} . $run->{err}, qr/DAMAGED|full backup/, "$what: is no damage");
         is_deeply($backend->outside, $outside, "$what: nothing is left in QEMU");

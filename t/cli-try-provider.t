@@ -139,7 +139,7 @@ my @rows = (
         );
         ok(
             $tried->{ok}{'full backup: backup_cleanup'},
-            'backup_vm dies: backup_cleanup did as it should'
+            'backup_vm dies: backup_cleanup passes its test'
         );
     },
     sub {

@@ -281,7 +281,8 @@ sub check_shared ($name) {
     my $refusal = qr/\Adevice disk0: others may write to this disk .*--allow-shared/;
     like($error->{$_}, $refusal, "$_ is refused") for sort keys %$error;
     is_deeply($backend->outside, $before, 'nothing is changed');
-    ok(eval { back_up($backend, 'disk0', 'allow-shared' => 1) }, 'where it is allowed it is done');
+    ok(eval { back_up($backend, 'disk0', 'allow-shared' => 1) },
+        'with allow-shared, the disk is backed up');
     return;
 }
 
@@ -330,7 +331,7 @@ sub check_passed_through ($type, $returns) {
 
     if ($type eq 'scsi-hd') {
         $access->teardown(0) if $done;
-        unlike("$@", qr/bypass QEMU/, 'a device of the host as such is none');
+        unlike("$@", qr/bypass QEMU/, 'a SCSI disk that QEMU emulates does not bypass QEMU');
         return;
     }
     ok(!$done, 'setup refuses it');

@@ -34,7 +34,8 @@ subtest 'progress' => sub {
             progress => sub ($done, $all) { push(@calls, [$done, $all]) },
         );
         is_deeply($calls[-1], [$total, $total], "$map_name: ends at the total");
-        is(scalar(grep { $_->[1] != $total } @calls), 0, "$map_name: knows it from the start");
+        is(scalar(grep { $_->[1] != $total } @calls),
+            0, "$map_name: every call has the right total");
         is(scalar(grep { $calls[$_][0] < $calls[$_ - 1][0] } 1 .. $#calls),
             0, "$map_name: never falls");
     }
@@ -144,7 +145,7 @@ subtest 'signals' => sub {
             $volume->copy(to => $target, 'without-base' => 1);
             1;
         };
-        ok(!$done, "a $name that hangs: a handler ends the copy");
+        ok(!$done, "a $name that hangs: the exception of a signal handler ends the copy");
         is($@, "alarm\n", "a $name that hangs: the handler's exception arrives");
         cmp_ok(time - $start, '<', 1.5 * slowness(), "a $name that hangs: within a second");
     }
@@ -203,7 +204,7 @@ subtest 'forks' => sub {
             undef $volume;
             POSIX::_exit($@ =~ $expected ? 0 : 1);
         }
-        is($@, '', "a child that $how: the copy goes on");
+        is($@, '', "a child that $how: the copy in the parent continues");
         waitpid($_, 0) for @children;
         is($?, 0, "a child that $how: the exit status");
         same(read_file($file), $image, "a child that $how: data");

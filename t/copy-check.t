@@ -152,16 +152,16 @@ subtest 'zeroes' => sub {
     is_deeply([$try->()], [$size, $size], 'are read');
     is_deeply([$try->(no_multi => 1)], [$size, $size], 'over the only connection');
     is_deeply([$try->(holes => [$hole])], [$size, $MiB], 'reported zeroes are not read');
-    is_deeply([$try->(no_multi => 1, holes => [$hole])], [$size, $MiB], 'with one connection');
+    is_deeply([$try->(no_multi => 1, holes => [$hole])], [$size, $MiB], 'nor with one connection');
     my ($checked, $read) = $try->(holes => [[32 * $MiB, 16 * $MiB], [50 * $MiB + 512, 10 * $MiB]]);
-    is($checked, $size, 'a target that tells some');
-    cmp_ok($read, '<=', $size - 16 * $MiB, 'has those read that are not told');
+    is($checked, $size, 'some zeroes reported: all are checked');
+    cmp_ok($read, '<=', $size - 16 * $MiB, 'some zeroes reported: the rest is read');
     my ($error) = $try->(loses => [[70 * $MiB, 4096]]);
-    like($error, qr/ 65536 bytes .*: 65536 at offset 73400320$/m, 'zeroes that are lost');
+    like($error, qr/ 65536 bytes .*: 65536 at offset 73400320$/m, 'lost zeroes: an error');
     ($error) = $try->(holes => [[32 * $MiB, 32 * $MiB]], returns_wrong => [[65 * $MiB, 1]]);
-    like($error, qr/ 65536 bytes .*: 65536 at offset 68157440$/m, 'other bytes for zeroes');
+    like($error, qr/ 65536 bytes .*: 65536 at offset 68157440$/m, 'wrong zeroes: an error');
     ($error) = $try->(allocation_error => EIO);
-    is($error, $size, 'a target that cannot tell');
+    is($error, $size, 'no allocation reported: all is read');
 };
 
 # { name => [options of the target, the error] } of targets that lose what was written.
@@ -189,7 +189,7 @@ subtest 'a target with other data' => sub {
                 'is told'
             );
             is($@->class, 'ContentError', 'the error has a class');
-            ok(!$target->requests('flush'), 'before it counts');
+            ok(!$target->requests('flush'), 'no flush was sent before the error');
         }
     }
 };

@@ -226,11 +226,11 @@ subtest 'expected digests' => sub {
     is($statistics->{'bytes-read'}, $odd_size, 'equal data: everything was read');
     is($statistics->{'bytes-unknown'}, 0, 'equal data: every digest was known');
     ($statistics, @damage) = damage_of(start(dirty_only => 0, @damaged_data), [$file]);
-    is_deeply(\@damage, \@flips, 'bits that are wrong, also in zeroes');
+    is_deeply(\@damage, \@flips, 'damaged data and zeroes are reported');
     is($statistics->{'bytes-damaged'}, 128 * $KiB + 4608, 'are counted');
     ($statistics, @damage)
         = damage_of(start(dirty_only => 0, @damaged_data), [$file], to => "$dir/restored");
-    is_deeply(\@damage, \@flips, 'a copy says the same');
+    is_deeply(\@damage, \@flips, 'a copy reports the same damage');
     same(read_file("$dir/restored"), $flipped, 'the copy contains everything that was read');
     my $volume = open_volume(
         start(dirty_only => 0, @damaged_data),
@@ -238,7 +238,8 @@ subtest 'expected digests' => sub {
         'bitmap-name' => undef
     );
     eval { $volume->check(expected => [$file], connections => 1) };
-    like($@, qr/65536 bytes at offset 65536 do not match their digests/, 'without one, it dies');
+    like($@, qr/65536 bytes at offset 65536 do not match their digests/,
+        'without a code ref: dies');
     is(ref($@) && $@->class, 'ContentError', 'the error has a class of its own');
 };
 
@@ -249,7 +250,7 @@ subtest 'several files' => sub {
     my ($statistics, @damage) = damage_of($server, [$new, $old]);
     is_deeply(\@damage, [], 'the newest is right');
     ($statistics, @damage) = damage_of($server, [$old, $new]);
-    is_deeply(\@damage, \@flips, 'whichever that is');
+    is_deeply(\@damage, \@flips, 'the digests of the first file take precedence');
     ($statistics, @damage) = damage_of($server, [$new]);
     is_deeply(\@damage, [], 'blocks without a digest are not damaged');
     is($statistics->{'bytes-unknown'}, $odd_size - 128 * $KiB - 4608, 'they are counted');
@@ -258,7 +259,7 @@ subtest 'several files' => sub {
     is($statistics->{'bytes-read'}, 128 * $KiB + 4608, 'is read');
     my @progress;
     damage_of($server, [$new], 'only-known' => 1, progress => sub (@told) { @progress = @told });
-    is_deeply(\@progress, [(128 * $KiB + 4608) x 2], 'progress is of that');
+    is_deeply(\@progress, [(128 * $KiB + 4608) x 2], 'progress counts this data');
 };
 
 # The blocks of 64 KiB that differ, as a map with one region for each.
@@ -341,12 +342,12 @@ subtest 'unreadable blocks are damaged' => sub {
     is($lost, $odd_size - 5 * $MiB, 'ranges');
     my $data = $image;
     substr($data, $_->[0], $_->[1]) = "\0" x $_->[1] for @damage;
-    same(read_file("$dir/restored"), $data, 'the rest is there');
+    same(read_file("$dir/restored"), $data, 'the rest was restored');
     eval {
         damage_of(start(dirty_only => 0, disconnect_at => 4 * $MiB),
             ["$dir/expected"], connections => 1);
     };
-    like($@, qr/\S/, 'a server that is gone is no damage');
+    like($@, qr/\S/, 'a lost connection is an error, not damage');
 };
 
 sub dies_like ($code, $pattern, $name) {
@@ -472,7 +473,7 @@ subtest 'a signal' => sub {
                 'bandwidth-limit' => $MiB
             );
         };
-        is($@, "alarm\n", 'ends it');
+        is($@, "alarm\n", 'a signal ends the copy');
     }
 };
 

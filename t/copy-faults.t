@@ -285,7 +285,7 @@ subtest 'discards wait for the target' => sub {
                 push(@early, $trim->{offset} + $at) if !$written{ $trim->{offset} + $at };
             }
         }
-        is_deeply(\@early, [], "after $good good ones: nothing else was discarded");
+        is_deeply(\@early, [], "after $good good writes: nothing else was discarded");
     }
 };
 
@@ -299,13 +299,13 @@ subtest 'a target whose first connection dies once it is idle' => sub {
     };
     ok(!$copied, 'the copy dies: written data may not be flushed');
     is(ref($@) && $@->class, 'NbdError', 'class') or diag($@);
-    is(scalar(() = $target->requests('write')), 2, 'though all was written');
+    is(scalar(() = $target->requests('write')), 2, 'all data was written before the flush failed');
 };
 
 subtest 'a target that cannot flush' => sub {
     my $target = $NBDServer->start(size => $size, no_flush => 1);
     my $statistics = open_volume(start())->copy(to => $target->uri);
-    is($statistics->{'bytes-written'}, $size, 'gets all data');
+    is($statistics->{'bytes-written'}, $size, 'the target receives all data');
     is_deeply([$target->requests('flush')], [], 'no flush is requested');
     my $other = $NBDServer->start(size => $size);
     open_volume(start())->copy(to => $other->uri);

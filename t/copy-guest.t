@@ -122,7 +122,11 @@ sub check_images ($context, $name) {
     my ($write, $problem)
         = $context->{model}->check_images({ map { $_ => "$context->{dir}/$_" } @ids });
     is($problem, undef, "$name: the images are the disks after write $write");
-    cmp_ok($write, '>', $context->{last_write}, "$name: a later instant than the last one");
+    cmp_ok(
+        $write, '>',
+        $context->{last_write},
+        "$name: the instant is later than that of the last backup"
+    );
     $context->{last_write} = $write;
     is_deeply($context->{backend}->outside, $context->{outside}, "$name: nothing is left");
     is_deeply($context->{backend}->other_bitmaps, [], "$name: no bitmap but the target's own");

@@ -72,7 +72,7 @@ for my $mechanism (sort keys %volumes) {
             is(eval { $error->class }, 'ArgumentError', 'class');
             defined($before)
                 ? same(read_file($file), $before, 'the file is unchanged')
-                : ok(!-e $file, 'nothing was made');
+                : ok(!-e $file, 'no file was created');
 
             my @told = (discard => 0, 'without-base' => 1);
             ok(eval { $open->('reuse')->copy(to => $file, @told); 1 }, 'unless told') or diag($@);

@@ -312,14 +312,14 @@ subtest 'a server to be read by clusters' => sub {
         }
         my $questions = () = $server->requests('block-status');
         if (!defined($description)) {
-            cmp_ok($crossing, '>', 0, 'any other one: reads across clusters');
-            cmp_ok($questions, '>', 0, 'any other one: is asked for holes');
+            cmp_ok($crossing, '>', 0, 'any other server: reads cross clusters');
+            cmp_ok($questions, '>', 0, 'any other server: holes are queried');
             next;
         }
         is($crossing, 0, 'no read crosses the edge of a cluster');
         is($questions, 0, 'holes are not queried');
         my $whole = grep { $_->{flags} & 4 } $server->requests('read');
-        is($whole, scalar(() = $server->requests('read')), 'no read makes it look for holes');
+        is($whole, scalar(() = $server->requests('read')), 'all reads have the flag DF');
     }
 };
 
@@ -405,7 +405,7 @@ subtest 'the volume can be used again' => sub {
     my $file = write_file("$dir/target", $unseen x $odd_size);
     for my $round (1, 2) {
         $volume->copy(to => $file, discard => 0);
-        same(read_file($file), expected($unseen x $odd_size, $map), "copy $round has all of them");
+        same(read_file($file), expected($unseen x $odd_size, $map), "copy $round has all regions");
     }
     is_deeply([$volume->next_dirty_region], $map->[3], 'the fourth region follows the third');
     is_deeply([$volume->dirty_regions(1000)], [map { @$_ } @$map[4 .. $#$map]], 'then the rest');

@@ -70,7 +70,7 @@ subtest 'our provider accepts the arguments' => sub {
         ok($least <= $given && $given <= $most, "$method: $given arguments");
     }
     cmp_ok(scalar(grep { exists($signature{$_}) } keys(%arguments)),
-        '>', 15, 'it has most of the methods');
+        '>', 15, 'most methods of the API were checked');
 };
 
 # ---- storage plugins ----
@@ -344,14 +344,14 @@ subtest 'drift is found' => sub {
     );
     is(join(' ', misfits(\%sample_types, 'union', $_->[0], 'x')), $_->[1], $_->[1] || 'fits')
         for @variants;
-    is(type_of(\%sample_types, 'args', 'device')->{'json-type'}, 'string',
-        'a member that is there');
+    is(type_of(\%sample_types, 'args', 'device')->{'json-type'},
+        'string', 'the type of an existing member');
     is(type_of(\%sample_types, 'args', 'node'), undef, 'a member that does not exist');
     is_deeply(
         declared(
             "sub job_init {\n    my (\$self, \$start_time) = \@_;\n}\nsub job_run(\$self) {}\n"),
         { job_init => $arguments{job_init}, job_run => '?' },
-        'a method, and one that is written in another way'
+        "the parameters of a method, and '?' for an unusual form"
     );
 };
 

@@ -82,11 +82,11 @@ sub modes ($result) {
 
 $backend->guest->start_churn(seed => $seed, disks => \@ids, blocks => $blocks);
 my $full = back_up() or diag($@);
-is(modes($full), 'new new', 'the first is a full one');
+is(modes($full), 'new new', 'the first backup is full');
 my $second = back_up();
 is(modes($second), 'reuse reuse', 'the second is incremental');
 my $bad = back_up(thaw => sub { die "no thaw\n" });
-is($bad, undef, 'one backup fails');
+is($bad, undef, 'a backup whose thaw dies fails');
 my $third = back_up() or diag($@);
 is(modes($third), 'reuse reuse', 'the next is incremental');
 check_restore('full', $full->{'archive-name'});

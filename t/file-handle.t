@@ -223,7 +223,7 @@ sub check_own_volume ($backend, $volume) {
     $own->discard(40 * $mib, 4096);
     ok($own->pread(40 * $mib, 512) eq 'B' x 512, 'Volume->open: parts of a cluster stay');
     $own->discard(40 * $mib, 65536);
-    ok(!eval { $own->pread(40 * $mib, 512); 1 }, 'Volume->open: a whole one goes');
+    ok(!eval { $own->pread(40 * $mib, 512); 1 }, 'Volume->open: a whole cluster is discarded');
     my @rest = $own->dirty_regions(10);
     is_deeply(\@rest, [], 'Volume->open: regions come from the code ref');
 }

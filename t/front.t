@@ -372,7 +372,7 @@ subtest 'the end of the front' => sub {
     my $vm = $VM->start(disks => [{ id => 'one' }], paused => 1, guest => 0);
     my ($front, $qmp) = begin($vm, 'devices');
     my $path = $front->socket_path;
-    ok(-S $path, 'the socket is there');
+    ok(-S $path, 'the front has a socket');
     undef $front;
     ok(!-e $path, 'the socket is removed when the front ends');
     ok($vm->is_alive, 'QEMU is still there');

@@ -53,7 +53,7 @@ subtest 'regions' => sub {
     is_deeply([$volume->next_dirty_region], [], 'the end') for 1, 2;
     is($calls, 1, 'the end is requested only once');
     my $undef = open_volume('+<', "$dir/disk", sub { return undef });
-    is_deeply([$undef->next_dirty_region], [], 'the end as the API has it');
+    is_deeply([$undef->next_dirty_region], [], 'undef ends the map, as in the API');
 };
 
 # The values that a call returned must not change when the next call returns.
@@ -147,7 +147,7 @@ subtest 'reading' => sub {
         'beyond the end of the file'
     );
     write_file();
-    is($volume->pread(0, $size), $content, 'an error is that of one call');
+    is($volume->pread(0, $size), $content, 'an error does not affect the next read');
 
     my $unreadable = open_volume('>>');
     fails(
@@ -234,8 +234,9 @@ subtest 'the handle' => sub {
     is($volume->pread(0, 512), substr($content, 0, 512), 'is needed to open the volume only');
     fails(
         sub { $Volume->open('drive-scsi0', { %volume, %regions }) },
-        'SystemError', qr/drive-scsi0: cannot use the file handle - Bad file descriptor/,
-        'a closed one'
+        'SystemError',
+        qr/drive-scsi0: cannot use the file handle - Bad file descriptor/,
+        'a closed file handle is refused'
     );
     my @sizes = (
         ["$dir/disk", $size - 512, qr/the file has 262144 bytes instead of 261632/],

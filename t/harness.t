@@ -164,7 +164,8 @@ subtest 'the guest reads and writes' => sub {
     cmp_ok((stat $vm->disk('disk0')->{file})[12], '<', $blocks - 1000, 'trim frees on the host');
     $vm->qemu_io('disk0', 'write -P 0x5b 16M 64k');
     is($guest->read('disk0', 16 * $MiB, 2), "\x5b\x5b", 'qemu-io writes as the guest would');
-    ok(!eval { $vm->qemu_io('disk0', 'read -P 0x5c 16M 64k'); 1 }, 'qemu-io: a failure is one');
+    ok(!eval { $vm->qemu_io('disk0', 'read -P 0x5c 16M 64k'); 1 },
+        'qemu-io: a failed command dies');
     $guest->trim('disk0', 0, 64 * $MiB);
 };
 
@@ -234,7 +235,11 @@ subtest 'churn that continues' => sub {
     is($latency->{count}, $last_write, 'latency: all writes are counted');
     cmp_ok($latency->{longest_us}, '>=', $latency->{write_us}, 'latency: the longest write');
     cmp_ok($latency->{p99_us}, '>', 0, 'latency: 99 of 100 writes took some time');
-    cmp_ok($latency->{p99_us}, '<=', $latency->{longest_us} * 17 / 16, '... and no more than all');
+    cmp_ok(
+        $latency->{p99_us}, '<=',
+        $latency->{longest_us} * 17 / 16,
+        'latency: 99 of 100 writes took no longer than the longest'
+    );
     is($guest->latency->{count}, 0, 'latency: begins anew');
 
     $guest->start_churn(
@@ -259,7 +264,7 @@ subtest 'the block graph' => sub {
     is($sizes{$node}, 64 * $MiB, 'the fleecing node has the size of the disk');
     ok((grep { $_ eq 'raw disk0-fleecing' } $vm->graph->{nodes}->@*), 'seen in the graph');
     $vm->remove_fleecing_node($node);
-    is_deeply($vm->graph, $before, 'removed, it is as before');
+    is_deeply($vm->graph, $before, 'the graph without the fleecing node is the original one');
     ok(!eval { $vm->qmp('blockdev-del', 'node-name' => $node); 1 }, 'a QMP error dies');
     like($vm->qmp_try('blockdev-del', 'node-name' => $node)->{error}{class}, qr/\w/, 'or is shown');
 };
@@ -300,7 +305,7 @@ subtest 'kill, restart, quit' => sub {
     kill ABRT => $crashing->pid;
     is($crashing->wait_exit & 127, 6, 'QEMU aborts');
     is($crashing->crashed, 6, 'an abort is a crash');
-    ok(!eval { $crashing->quit; 1 }, 'it cannot be quit');
+    ok(!eval { $crashing->quit; 1 }, 'a crashed QEMU cannot be quit');
     $crashing->forgive_crash;
 };
 

@@ -41,7 +41,10 @@ breaks(
     'src/access/setup.c', include('src/access/pve/pve.h'),
     'lower floors only', 'a backend by its name'
 );
-breaks('src/volume/map.c', include('src/qemu/qemu.h'), 'lower floors only', 'one floor up');
+breaks(
+    'src/volume/map.c', include('src/qemu/qemu.h'),
+    'lower floors only', 'a header of the floor above'
+);
 breaks('src/volume/map.c', include('src/qmp/qmp.h'), 'do not know each other', 'next door');
 breaks('src/copy/copy.c', include('src/qemu/qemu.h'), 'do not know each other', 'copy and qemu');
 breaks('src/qemu/block.c', include('src/access/access.h'), 'nobody but access/', 'the old circle');
@@ -54,10 +57,8 @@ breaks(
     "a backend's own"
 );
 breaks(
-    'src/access/pve/setup.c',
-    include('src/access/upstream/upstream.h'),
-    'do not know each other',
-    'the other backend'
+    'src/access/pve/setup.c', include('src/access/upstream/upstream.h'),
+    'do not know each other', 'a header of the other backend'
 );
 breaks('src/qmp/qmp.c', include('src/cellar/cellar.h'), 'no folder', 'a folder without a floor');
 breaks('glue/hash.c', include('src/qmp/qmp.h'), 'src/pba.h only', 'glue below the face');

@@ -124,8 +124,8 @@ sub check_ids ($backend, $form) {
 
     $seen = backup($backend, wanted($backend, 'use', base => $first), end => [0]);
     is($seen->{'bitmap-action'}, remade($form), 'the id of another backup: made anew');
-    like($seen->{reason}, qr/relative to backup $second, not $first/, 'the reason says so');
-    like($seen->{log}, qr/relative to backup $second, not $first/, 'so does the log');
+    like($seen->{reason}, qr/relative to backup $second, not $first/, 'the reason names both IDs');
+    like($seen->{log}, qr/relative to backup $second, not $first/, 'the log names both IDs');
     is($seen->{volume}, undef, 'the volume has no base');
     is_deeply(bases_of($backend), [undef, undef], 'after the failure, the bitmap has no ID');
     return;
@@ -135,7 +135,7 @@ sub check_ends ($backend, $form) {
     my $id = $new_id->();
     backup($backend, wanted($backend, 'use', base => undef), end => [1, $id]);
     backup($backend, wanted($backend, 'use', base => $id), end => [1]);
-    is_deeply(bases_of($backend), [undef, undef], 'a success without an id takes it away');
+    is_deeply(bases_of($backend), [undef, undef], 'a success without an ID removes the ID');
     backup($backend, wanted($backend, 'use', base => undef), end => [1, $id]);
     backup($backend, wanted($backend, 'new', base => undef), end => [0]);
     is_deeply(bases_of($backend), [undef, undef], 'mode new removes the ID');
@@ -166,7 +166,7 @@ sub check_arguments ($backend) {
     dies_like(
         sub { $access->teardown(1, $id) },
         qr/without 'base'/,
-        'an id for bitmaps that have none'
+        "teardown with an ID after a setup without 'base'"
     );
     $access->teardown(0);
     $access = $backend->access(log => sub { });

@@ -151,7 +151,7 @@ subtest 'who else has the image open' => sub {
         refused("$name: another backup", 1, qr/open for writing/, @guest);
         $access->teardown(1);
         $image->stop;
-        is(write_to($name, 9, '0 64k'), undef, "$name: after it");
+        is(write_to($name, 9, '0 64k'), undef, "$name: a QEMU can write after the backup");
     }
 };
 

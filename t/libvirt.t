@@ -159,8 +159,11 @@ subtest 'on, off, on' => sub {
         qw(--guest x --image-format qcow2)
     );
     is($run->{status}, 1, 'the image of a guest that runs: refused');
-    like($run->{err}, qr/\A[^\n]*vda\.img is open for writing in another process[^\n]*\n\z/,
-        'one line');
+    like(
+        $run->{err},
+        qr/\A[^\n]*vda\.img is open for writing in another process[^\n]*\n\z/,
+        'the error is one line'
+    );
     kill(KILL => $libvirt->qemu_pid);
     sleep(1) while $libvirt->must('domstate', 'web1') =~ m/running/;
     $run = back_up('killed', '--target-id', 'life');

@@ -122,7 +122,7 @@ sub check_signals ($backend, $outside) {
     $access->teardown(1);
     alarm(0);
     pass("a handler that returns does not disturb (called $calls times)");
-    is_deeply($backend->outside, $outside, 'nothing is left after it');
+    is_deeply($backend->outside, $outside, 'nothing is left after a handler that returns');
 }
 
 sub check_foreign_server ($backend, $outside) {

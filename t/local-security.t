@@ -198,10 +198,10 @@ subtest 'without the option run-dir' => sub {
     delete(local $ENV{XDG_RUNTIME_DIR});
     my $own = make_dir($user, 0700);
     symlink($own, $default) or die "symlink: $!\n";
-    refused(undef, 'a link in its place');
+    refused(undef, 'the default path is a link');
     unlink($default);
     make_dir($other, 0777, $default);
-    refused(undef, "another's directory in its place");
+    refused(undef, "the default path is a directory of another user");
     rmdir($default);
     is(as_user($user, sub { try_run_dir(undef) }), 'done', 'a directory is created');
     is(sprintf('%04o', (stat($default))[2] & 07777), '0700', 'private');
@@ -210,7 +210,8 @@ subtest 'without the option run-dir' => sub {
     local $ENV{XDG_RUNTIME_DIR} = make_dir(0, 0777);
     refused(undef, 'XDG_RUNTIME_DIR is open to all', qr/may change/);
     local $ENV{XDG_RUNTIME_DIR} = 'relative';
-    is(as_user($user, sub { try_run_dir(undef) }), 'done', 'a relative one is not used');
+    is(as_user($user, sub { try_run_dir(undef) }), 'done',
+        'a relative XDG_RUNTIME_DIR is not used');
     rmdir($default);
 };
 
@@ -257,9 +258,9 @@ subtest 'a race' => sub {
     my $said = as_user($user, sub { try_often($dir) });
     kill('KILL', $attacker);
     waitpid($attacker, 0);
-    like($said, qr/\A(?:own: \d+)? ?(?:refused: \d+)?\z/, "nothing but success or a refusal");
+    like($said, qr/\A(?:own: \d+)? ?(?:refused: \d+)?\z/, "each attempt succeeds or is refused");
     note($said);
-    is_deeply([glob("$trap/*")], [], 'nothing was made where the other one wanted it');
+    is_deeply([glob("$trap/*")], [], 'nothing was made in the directory of the attacker');
 };
 
 # The result of an access with this fleecing directory, and what it left there.
@@ -303,7 +304,7 @@ subtest 'a fleecing directory' => sub {
     for my $good (make_dir(0, 01777), make_dir($user, 0755)) {
         my $said
             = as_user($user, sub { umask(0); try_fleecing({ run => $run, fleecing => $good }) });
-        like($said, qr/\A0600 $user .*enough/, 'a good one: the image is private');
+        like($said, qr/\A0600 $user .*enough/, 'a good directory: the image is private');
         is_deeply([glob("$good/*")], [], 'the image is removed after the error');
     }
 };

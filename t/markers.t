@@ -96,7 +96,11 @@ sub check_force ($backend) {
     is(state_of($backend), $left, 'nothing was touched');
     my @log;
     my $lines = recover($backend, force => 1, log => sub ($level, $text) { push(@log, $text) });
-    like("@log", qr/process \d+.*is taken for dead, as recover was told to/, 'the log says it');
+    like(
+        "@log",
+        qr/process \d+.*is taken for dead, as recover was told to/,
+        'the log reports that the process is taken for dead'
+    );
     ok((grep { m/process mark .*taken for dead/ } $lines->@*), 'and the lines') or diag(@$lines);
     is_deeply($backend->outside, $outside, 'nothing is left');
     return;
@@ -116,7 +120,7 @@ sub check_alive ($backend) {
     refused(
         sub { recover($backend, force => 1) },
         qr/process @{[$client->pid]} is already backing it up/,
-        'force, and it lives'
+        'recover with force, while the process is alive'
     );
     $client->let_go_on;
     $client->wait_end;
@@ -177,7 +181,11 @@ sub check_damaged ($backend) {
         is($backend->status->{access}{alive}, undef, 'status does not know, either');
         my @log;
         my $lines = recover($backend, force => 1, log => sub ($level, $text) { push(@log, $text) });
-        like("@log", qr/the process whose marker is damaged.*is taken for dead/, 'force says it');
+        like(
+            "@log",
+            qr/the process whose marker is damaged.*is taken for dead/,
+            'the log of force reports that the process is taken for dead'
+        );
         ok((grep { m/process mark '$name' was removed/ } $lines->@*), 'a line says so, too')
             or diag(explain($lines));
         is_deeply($backend->outside, $outside, 'nothing is left');

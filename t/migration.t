@@ -162,7 +162,10 @@ for my $bitmaps (0, 1) {
         for my $persistent ($full || !$bitmaps ? (0, 1) : 0) {
             my ($source, $target) = pair(bitmaps => $bitmaps, persistent => $persistent);
             is(migrate($source, $target), 'completed', 'the migration succeeds');
-            ok(!eval { next_backup($source, 'disk0'); 1 }, 'a backup where it was: refused');
+            ok(
+                !eval { next_backup($source, 'disk0'); 1 },
+                'a backup of the source after the migration: refused'
+            );
             is($@->class, 'StateError', 'the error has a class');
             like(
                 "$@",
@@ -171,7 +174,11 @@ for my $bitmaps (0, 1) {
             );
             write_disk($target->vm, 'after', 'disk0');
             my $next = $bitmaps || $persistent ? 'before after' : 'missing-recreated';
-            is_deeply(next_backup($target, 'disk0'), { disk0 => $next }, "where it is: $next");
+            is_deeply(
+                next_backup($target, 'disk0'),
+                { disk0 => $next },
+                "the next backup of the target: $next"
+            );
         }
     };
 }

@@ -231,7 +231,7 @@ subtest 'maps that end before a region or in a batch' => sub {
 
     # All clean except for the end, or all dirty: no region was returned before the map ends.
     map_dies(start(dirty => [[8 * $MiB - 1, 1]], size => 8 * $MiB, disconnect_after => 0),
-        $broken, 'nothing seen yet');
+        $broken, 'the map ends before its first region');
     my @map = map_dies(start(size => 64 * $GiB, dirty => [[0, 64 * $GiB]], disconnect_after => 3),
         $broken, 'in the middle of a run');
     is_deeply(\@map, [], 'a run that has no end is no region');
@@ -247,7 +247,7 @@ subtest 'requests in flight' => sub {
     my $started = time;
     is_deeply(map_of(open_volume($server)), [[0, $GiB]], 'map');
     my $count = () = $server->requests('block-status');
-    cmp_ok($server->max_in_flight, '>', 1, 'more than one');
+    cmp_ok($server->max_in_flight, '>', 1, 'several requests are in flight');
     cmp_ok($server->max_in_flight, '<=', 64, 'the number is limited');
     cmp_ok(time - $started, '<', 0.1 * $count, "the requests overlap ($count requests)");
     my @flags = map { $_->{flags} } $server->requests('block-status');

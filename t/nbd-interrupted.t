@@ -124,7 +124,7 @@ sub goes_on_after ($interrupt, $name) {
         $volume->pread(0, 4096) eq pattern(0, 4096) or die "wrong data\n";
         $volume->copy(to => '/dev/null')->{'bytes-read'} == 64 * 64 * $KiB or die "wrong size\n";
     };
-    $done or like($@, $refused, "$name: or it is refused");
+    $done or like($@, $refused, "$name: the volume works or is refused");
     is_deeply([$server->overlapping_reads], [], "$name: nothing is asked for twice at a time");
     return $done;
 }
@@ -173,7 +173,7 @@ subtest 'the same without an answer' => sub {
 
     $server = start(dirty => \@blocks, delay => 1);
     $volume = open_volume($server);
-    dies_by_alarm(sub { $volume->pread(0, 4096) }, 'any other server');
+    dies_by_alarm(sub { $volume->pread(0, 4096) }, 'a read from any other server');
     ok($volume->pread(0, 4096) eq pattern(0, 4096), 'is asked again');
     is(scalar(() = $server->overlapping_reads), 1, 'the reads overlap once');
 };
@@ -184,7 +184,7 @@ subtest 'connecting is interrupted' => sub {
         or die "cannot listen: $!\n";
     my $volume = { 'nbd-path' => $path, size => 512, 'bitmap-mode' => 'none' };
     dies_by_alarm(sub { PVE::BackupAccess::Volume->open('disk', $volume) },
-        'a server that is mute');
+        'a server that sends no greeting');
     unlink($path);
 };
 
@@ -210,21 +210,21 @@ subtest 'a forked child' => sub {
     my $server = start(dirty => \@blocks, max_extents => 2);
     my $volume = open_volume($server);
     is_deeply([$volume->next_dirty_region], $blocks[0], 'the first region');
-    is(in_child(sub { 1 }), 0, 'a child that just ends');
+    is(in_child(sub { 1 }), 0, 'a child that exits');
     is_deeply([$volume->next_dirty_region], $blocks[1], 'the parent goes on');
     my %use = uses_of(\$volume);
     for my $name (sort keys %use) {
         is(in_child(sub { dies_as_foreign($use{$name}) }), 0, "$name in a child dies");
     }
-    is(in_child(sub { $volume->close; 1 }), 0, 'a child that closes it');
-    is(in_child(sub { undef $volume; 1 }), 0, 'a child that lets it go');
+    is(in_child(sub { $volume->close; 1 }), 0, 'a child that closes the volume');
+    is(in_child(sub { undef $volume; 1 }), 0, 'a child that drops the volume');
     my $grandchild = sub {
         in_child(sub { dies_as_foreign($use{pread}) }) == 0;
     };
     is(in_child($grandchild), 0, 'a grandchild');
     is_deeply([map { [$volume->next_dirty_region] } 2 .. 63], [@blocks[2 .. 63]], 'the whole map');
     ok($volume->pread(4096, 512) eq pattern(4096, 512), 'data');
-    is($server->connections, 1, 'over the one connection');
+    is($server->connections, 1, 'one connection was used for everything');
     is_deeply([$server->requests('trim')], [], 'no child has sent anything');
 };
 
@@ -316,7 +316,7 @@ subtest 'descriptors' => sub {
         eval { open_volume($server, 'bitmap-name' => 'x') };
         eval { $volume->pread(0, 1 << 40) };
     }
-    is($count->(), $before, 'none is left open');
+    is($count->(), $before, 'no connection is left open');
 };
 
 done_testing();

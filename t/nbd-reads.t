@@ -60,7 +60,8 @@ subtest 'reads refused' => sub {
             qr/\Adevice disk: .*\b$range->[1] bytes at offset $range->[0]\b.*Invalid argument/,
             'message');
     }
-    ok($volume->pread(128 * $KiB, 512) eq pattern(128 * $KiB, 512), 'a refused read ends nothing');
+    ok($volume->pread(128 * $KiB, 512) eq pattern(128 * $KiB, 512),
+        'a refused read does not affect the next one');
     $volume->discard(0, 64 * $KiB);
     ok(!eval { $volume->pread(0, 1); 1 }, 'discarded: dies');
     is_deeply(map_of($volume), \@blocks, 'the map is still whole');
@@ -91,7 +92,7 @@ subtest 'reads cut short' => sub {
     my $volume = open_volume(start(dirty => \@blocks, disconnect_at => 7 * $MiB, max_extents => 2));
     ok($volume->pread(0, 512) eq pattern(0, 512), 'before the connection is lost');
     ok(!eval { $volume->pread(7 * $MiB, 512); 1 }, 'lost: dies');
-    ok(!eval { $volume->pread(0, 512); 1 }, 'after it: dies');
+    ok(!eval { $volume->pread(0, 512); 1 }, 'a read after the connection was lost dies');
     like("$@", qr/earlier error/, 'the error says why');
     my @regions = eval { $volume->next_dirty_region };
     ok($@ && !@regions, 'the map, too');

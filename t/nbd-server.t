@@ -88,7 +88,7 @@ subtest 'reading' => sub {
     open(my $fh, '<:raw', "$dir/copy") or die "cannot read the copy: $!\n";
     my $copy = do { local $/; <$fh> };
     ok($copy eq pattern(0, 8 * $MiB), 'data as the pattern says');
-    is(pattern(13, 6), substr($copy, 13, 6), 'unaligned part of it');
+    is(pattern(13, 6), substr($copy, 13, 6), 'unaligned part of the pattern');
     cmp_ok(scalar($server->requests('read')), '>', 0, 'reads recorded');
     my $delayed = start(delay => 0.05);
     ($status) = run_tool('nbdcopy', '--request-size=262144', $delayed->uri, 'null:');
@@ -221,7 +221,7 @@ subtest 'ending' => sub {
         POSIX::_exit(0);
     }
     waitpid($child, 0);
-    ok($server->running, 'a forked child going away ends nothing');
+    ok($server->running, 'the server survives the exit of a forked child');
     undef($server);
     ok(!kill(0, $pid), 'no process left');
     ok(!-e $dir, 'no directory left');

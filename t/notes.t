@@ -68,7 +68,7 @@ sub check_code_refs () {
         my $note = $text;
         my %code
             = ('load-note' => sub (@) { $note }, 'store-note' => sub ($key, $new) { $note = $new });
-        is(mode_of_next(%code), 'new', 'one that the caller keeps: full');
+        is(mode_of_next(%code), 'new', 'a bad note from a code ref: a full backup');
         is(mode_of_next(%code), 'reuse', 'the next backup is incremental');
     }
     return;
@@ -82,7 +82,7 @@ sub check_load_dies () {
         'load-note' => sub (@) { $is_down ? die "the cluster is away\n" : $note },
         'store-note' => sub ($key, $new) { $note = $new },
     );
-    is(mode_of_next(%code), 'new', 'a note that the caller keeps');
+    is(mode_of_next(%code), 'new', 'without a note from the code ref: a full backup');
     is(mode_of_next(%code), 'reuse', 'is good');
     $is_down = 1;
     my %on = (backup_vm => sub ($self, @) { $seen = $note; die "killed\n" });
@@ -136,8 +136,8 @@ sub check_answer ($base) {
     return;
 }
 
-is(mode_of_next(), 'new', 'the first one');
-is(mode_of_next(), 'reuse', 'a note that is good');
+is(mode_of_next(), 'new', 'the first backup is full');
+is(mode_of_next(), 'reuse', 'with a good note, the backup is incremental');
 check_file($_) for @odd;
 check_unreadable();
 check_code_refs();

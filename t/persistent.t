@@ -50,7 +50,7 @@ subtest 'bitmap that is not persistent, clean restart' => sub {
     $repository->backup(mode => 'new', success => 1);
     $backend->restart;
     my $result = $repository->backup(mode => 'use', success => 1);
-    is($result->{disk0}{action}, 'missing-recreated', 'the bitmap is gone, and that is said');
+    is($result->{disk0}{action}, 'missing-recreated', 'the bitmap is gone, and setup reports that');
     is($result->{disk0}{bytes}, $size, 'the whole disk is dirty');
 };
 
@@ -85,7 +85,7 @@ subtest 'clean quit in mid-access, persistent bitmap' => sub {
 
 subtest 'clean quit in mid-access, bitmap that is not persistent' => sub {
     my $disk = quit_in_mid_access();
-    is($disk->{action}, 'missing-recreated', 'the next backup is a full one, and says so');
+    is($disk->{action}, 'missing-recreated', 'the bitmap is gone, and setup reports that');
 };
 
 subtest 'kill -9 makes a persistent bitmap inconsistent' => sub {

@@ -40,7 +40,7 @@ subtest 'the result of a program' => sub {
     is_deeply(
         [run_program('sh', '-c', 'echo oops >&2; exit 3')],
         [3 << 8, '', "oops\n"],
-        'a failure and what it says'
+        'status and standard error of a failed program'
     );
     is((run_program('sh', '-c', 'kill -9 $$'))[0], 9, 'a signal');
     is((run_program('cat'))[1], '', 'a program has no input');
@@ -82,7 +82,7 @@ subtest 'what it has' => sub {
     is(hex($blocked), 0, 'a program has no blocked signals');
     my (undef, $session) = run_program('sh', '-c', 'ps -o sid= -p $$; echo $$');
     my ($sid, $pid) = $session =~ m/(\d+)/g;
-    is($sid, $pid, "a terminal's signals are not for it");
+    is($sid, $pid, "the program has its own session");
 };
 
 for my $chld ('DEFAULT', 'IGNORE', sub { 1 while waitpid(-1, WNOHANG) > 0 }) {
@@ -117,7 +117,7 @@ subtest 'a program that ignores signals' => sub {
     local $SIG{ALRM} = sub { die "enough\n" };
     Time::HiRes::alarm(0.3);
     eval { run_program(@deaf) };
-    is($@, "enough\n", 'is ended all the same');
+    is($@, "enough\n", 'an exception of the caller ends the program');
     kill(KILL => sleepers());    # its child is not our child
 };
 

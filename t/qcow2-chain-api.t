@@ -142,9 +142,9 @@ subtest 'processes' => sub {
         POSIX::_exit(0);
     }
     waitpid($pid, 0);
-    is(scalar(children()), @before + 1, 'a forked child ends none');
+    is(scalar(children()), @before + 1, 'a forked child ends no server');
     $chain->use_store($chain->store);
-    is_deeply([children()], \@before, 'a provider that goes ends its own');
+    is_deeply([children()], \@before, 'a provider that goes out of scope ends its own servers');
 };
 
 subtest 'a signal in a backup' => sub {
@@ -181,7 +181,7 @@ subtest 'restores that fail' => sub {
         qr/cannot serve .*No such file/,
         'the image does not exist'
     );
-    is_deeply([children()], \@before, 'nothing is left of these');
+    is_deeply([children()], \@before, 'no server process is left');
 };
 
 # ---- names, taint mode ----

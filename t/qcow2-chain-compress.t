@@ -75,7 +75,7 @@ subtest 'the space for a merge' => sub {
     local *PVE::BackupAccess::_free_bytes = sub ($dir) { return 4096 * $KiB };
     $chain->provider->remove($full);
     $chain->forget($full);
-    $chain->check('with space for it');
+    $chain->check('the archives after a merge with enough space');
 };
 
 subtest 'rot' => sub {

@@ -219,7 +219,7 @@ subtest 'a store with both kinds of guests' => sub {
     $chain->check('after a prune');
     my $restored = new_directory($container, 'restored');
     $container->restore($containers[0], $restored);
-    is(-s "$restored/etc/number", 1, 'a container is what it was');
+    is(-s "$restored/etc/number", 1, 'the content of the container is restored');
     $provider->remove($containers[2]);
     is(scalar($provider->list(100)->@*), 2, 'removed');
 };

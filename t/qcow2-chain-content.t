@@ -61,7 +61,11 @@ subtest 'rot stays known through merges' => sub {
     rot($chain->path_of($names[1], "$device.qcow2"), 1024 * $KiB + 77);
     is(problems($chain, $names[0]), '', 'the archive before is whole');
     like(problems($chain, $names[1]), said(1024 * $KiB), 'the archive itself');
-    like(problems($chain, $names[2]), said(1024 * $KiB), 'the one that builds on it');
+    like(
+        problems($chain, $names[2]),
+        said(1024 * $KiB),
+        'the archive that builds on the damaged one'
+    );
     eval { $chain->provider->prune(100, 1) };
     my ($last) = reverse($chain->names);
     like(problems($chain, $last), said(1024 * $KiB), 'the damage stays known after a prune');
@@ -70,7 +74,7 @@ subtest 'rot stays known through merges' => sub {
 subtest 'rot that a later archive does not show' => sub {
     my ($chain, @names) = new_chain();
     rot($chain->path_of($names[0], "$device.qcow2"), 1024 * $KiB);
-    like(problems($chain, $names[0]), said(1024 * $KiB), 'is damage of that archive');
+    like(problems($chain, $names[0]), said(1024 * $KiB), 'the damaged archive itself');
     is(problems($chain, $names[2]), '', 'the later archive is not damaged');
 };
 
@@ -136,8 +140,8 @@ subtest 'a target that loses a write' => sub {
     );
     is($chain->error->class, 'ContentError', 'the error has a class');
     is_deeply([$chain->names], \@names, 'the archive does not exist');
-    ok($chain->backup, 'the next one');
-    $chain->check('brings it all');
+    ok($chain->backup, 'the next backup works');
+    $chain->check('the next archive contains everything');
 
     local $chain->provider->{'no-check'} = 1;
     $chain->disk($device)->write([512 * $KiB, 64 * $KiB, 0x55]);
@@ -183,8 +187,8 @@ subtest 'an image that is closed without all of its tables' => sub {
         is($chain->error->class, 'ContentError', 'the error has a class');
         is_deeply([$chain->names], \@names, 'the archive does not exist');
     }
-    ok($chain->backup, 'the next one');
-    $chain->check('brings it all');
+    ok($chain->backup, 'the next backup works');
+    $chain->check('the next archive contains everything');
 };
 
 subtest 'a merge that loses a write' => sub {
@@ -216,8 +220,12 @@ subtest 'a merge that loses a write' => sub {
     my @left = $chain->names;
     my $remove = sub { $chain->provider->remove($left[-2]) };
     ok(!eval { $remove->(); 1 }, 'a merge without enough space fails');
-    like($@, qr/may need 3\.0 MiB, but only 2\.0 MiB are free in .* - make room/, 'says so');
-    $chain->check('nothing was begun');
+    like(
+        $@,
+        qr/may need 3\.0 MiB, but only 2\.0 MiB are free in .* - make room/,
+        'the error names the space that a merge needs'
+    );
+    $chain->check('no merge was begun');
     $free = 4 << 20;
     $remove->();
     $chain->forget($left[-2]);
@@ -229,14 +237,14 @@ subtest 'the maximum length of a chain' => sub {
     local $PVE::BackupAccess::Provider::Qcow2Chain::Guest::longest_chain = 3;
     my ($chain, @names) = new_chain();
     ok($chain->backup, 'another backup');
-    is($chain->modes->{$device}, 'new', 'is a full one');
+    is($chain->modes->{$device}, 'new', 'the backup over the limit is full');
     like(
         $chain->log,
         qr/full backup - the chain of archive \w+ has 3 archives, which is the limit/,
         'the log says why'
     );
     ok($chain->backup, 'the next backup');
-    is($chain->modes->{$device}, 'reuse', 'goes on from that');
+    is($chain->modes->{$device}, 'reuse', 'the backup after that is incremental');
 };
 
 # Makes an archive look as if it was made by version 0.1.

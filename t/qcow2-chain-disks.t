@@ -130,14 +130,14 @@ subtest 'the names of disks change' => sub {
     my ($entry) = grep { $_->{volname} eq $swapped } provider('names')->list(100)->@*;
     is($entry->{devices}{y}{identity}, $guest->{disks}[0]{identity}, 'list tells the disk');
     provider('names')->remove((names('names'))[1]);
-    check('names', 'one from the middle was removed');
+    check('names', 'an archive from the middle was removed');
     provider('names')->remove($first);
     check('names', 'the first one was removed');
     is(scalar(provider('names')->prune(100, 1)->@*), 1, 'prune counts the names of a disk as one');
     check('names', 'pruned');
     ($modes) = backup('names', $guest, ['x', 'y']);
     is_modes($modes, { x => 'reuse', y => 'reuse' }, 'incremental after that');
-    check('names', 'one more');
+    check('names', 'another backup was made');
 };
 
 subtest 'a name that moves to another disk' => sub {
@@ -146,7 +146,7 @@ subtest 'a name that moves to another disk' => sub {
     $guest->{disks}[0]{identity} = 'drive new';
     @log = ();
     my ($modes) = backup('other', $guest, ['x', 'y']);
-    is_modes($modes, { x => 'new', y => 'reuse' }, 'full for the one');
+    is_modes($modes, { x => 'new', y => 'reuse' }, 'only the replaced disk is backed up in full');
     like(
         "@log",
         qr{x: full backup - x is another disk in archive \w+: device /machine/peripheral/virtio0, not drive new},
@@ -154,7 +154,7 @@ subtest 'a name that moves to another disk' => sub {
     );
     check('other', 'another disk');
     ($modes) = backup('other', $guest, ['y', 'x'], blind => 1);
-    is_modes($modes, { x => 'new', y => 'new' }, 'exchanged names that nobody tells: full');
+    is_modes($modes, { x => 'new', y => 'new' }, 'exchanged names without identities: full');
     check('other', 'exchanged');
 };
 
@@ -203,14 +203,18 @@ subtest 'two guests with the same number' => sub {
     delete($one->{disks}[0]{id});
     @log = ();
     backup('two', $one, ['x', undef]);
-    like("@log", qr/x: storing what differs from/, 'a lost bitmap: compared with its own');
+    like(
+        "@log",
+        qr/x: storing what differs from/,
+        'after a lost bitmap, the disk is compared with its own archive'
+    );
     check('two', 'two guests');
     is_deeply([map { $guest_of{$_} } provider('two')->prune(100, 1)->@*],
         [qw(d e d e)], 'prune keeps the newest of each');
     check('two', 'pruned');
     my ($modes) = backup('two', $two, ['x', 'y']);
     is_modes($modes, { x => 'reuse', y => 'reuse' }, 'the next backup is incremental');
-    check('two', 'one more');
+    check('two', 'another backup was made');
 };
 
 subtest 'stores in turn' => sub {
@@ -221,7 +225,7 @@ subtest 'stores in turn' => sub {
     my ($modes) = backup('turn-b', $guest, ['x', 'y']);
     is_modes($modes, { x => 'reuse', y => 'reuse' }, 'a copy that has the base: incremental');
     ($modes) = backup('turn-a', $guest, ['x', 'y']);
-    is_modes($modes, { x => 'new', y => 'new' }, 'the other one, which has not: full');
+    is_modes($modes, { x => 'new', y => 'new' }, 'the original store lacks the base: full');
     ($modes) = backup('turn-b', $guest, ['x', 'y']);
     is_modes($modes, { x => 'new', y => 'new' }, 'and back: full');
     check($_, 'in turn') for qw(turn-a turn-b);

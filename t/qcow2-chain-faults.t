@@ -299,7 +299,7 @@ subtest 'a backup is killed in its data' => sub {
         $base->backup or die $base->error;
         is_deeply([values $base->modes->%*], [qw(reuse reuse)], 'the next one is incremental');
     }
-    $base->check('after it all');
+    $base->check('the archives after all interrupted backups');
 };
 
 my $server_class = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
@@ -340,7 +340,7 @@ subtest 'leftovers of the servers of a killed process' => sub {
     is_deeply(
         [sort glob("$tmp/*")],
         [sort("$tmp/other", $mine, $live->dir)],
-        'the next start removes it, and nothing else'
+        'the next start removes the leftover directory and nothing else'
     );
     @left = left_by_killed($image);
     is(scalar(@left), 4, 'a second process leaves one, too');
@@ -449,7 +449,7 @@ subtest 'a backup is killed at each rename' => sub {
         $base->write_random;
         $base->backup or die $base->error;
     }
-    $base->check('after it all');
+    $base->check('the archives after all crashes');
 
     # No two archives build on the same one.
     my $removed = $base->provider->prune(100, 2);
@@ -469,7 +469,7 @@ subtest 'the directory is full' => sub {
     $disk->write([0, $disk->size, 1]);
     $chain->backup or die $chain->error;
     $disk->write([0, $disk->size, 2]);
-    is($chain->backup, undef, 'the second one fails');
+    is($chain->backup, undef, 'the second backup fails for lack of space');
     like($chain->error, qr/No space left on device/, 'the error says why');
     $chain->check('full');
     system("mount -o remount,size=64m $small") == 0 or die "mount: $?\n";

@@ -74,7 +74,7 @@ sub check_backend ($name) {
     my @names = map { backup($context, $provider) } 1 .. 3;
     is(scalar(grep { m/storing an increment/ } $context->{log}->@*),
         4, 'two of three are incremental');
-    is(backup($context, $provider, sub (@) { die "enough\n" }), undef, 'one fails');
+    is(backup($context, $provider, sub (@) { die "enough\n" }), undef, 'a backup that dies fails');
     push(@names, backup($context, $provider));
     $provider->audit_every(1);
     push(@names, backup($context, $provider));

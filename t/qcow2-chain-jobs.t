@@ -38,7 +38,7 @@ subtest 'side by side' => sub {
     is_deeply(
         \%last,
         { map { my $size = $chain->disk($_)->size; $_ => [$size, $size] } $chain->devices },
-        'progress of each, to its end'
+        'the progress of each device reaches its size'
     );
     my $log = $chain->log;
     like($log, qr/^info: $_: .*; image checked in /m, "$_: its lines are in the log")
@@ -63,7 +63,7 @@ subtest 'two at a time' => sub {
             $most = $now if $now > $most;
         }
     );
-    is_deeply($results, { map { $_ => "$_!" } @items }, 'results of all');
+    is_deeply($results, { map { $_ => "$_!" } @items }, 'the results of all items');
     is($most, 2, 'two at once, and no more');
 };
 
@@ -84,7 +84,7 @@ subtest 'the first failure' => sub {
         $volume->{'nbd-path'} .= '.gone' if $disk->{device} ne $device;
         return $volume;
     };
-    is($chain->backup(info => { 'bandwidth-limit' => 100_000 }), undef, 'is one of the backup');
+    is($chain->backup(info => { 'bandwidth-limit' => 100_000 }), undef, 'the backup fails');
     like($chain->error, qr/^device drive-efidisk0: connecting failed/, 'whose error is told');
     is($chain->error->class, 'NbdError', 'the error keeps its class');
     is($chain->error->device, 'drive-efidisk0', 'the error keeps its device');
@@ -102,7 +102,7 @@ subtest 'a signal' => sub {
             during => sub { alarm(2) }
         ),
         undef,
-        'ends it'
+        'a signal ends the backup'
     );
     is($chain->error, "alarm\n", "the exception is the handler's");
     is_deeply([children()], [], 'no process is left');
@@ -113,7 +113,11 @@ subtest 'progress in lines' => sub {
     no warnings 'once';
     local $PVE::BackupAccess::Provider::Store::Devices::seconds_between_lines = 0;
     $chain->backup // die $chain->error;
-    like($chain->log, qr/^info: $device: 4\.0 MiB of 4\.0 MiB$/m, 'where nobody asks for it');
+    like(
+        $chain->log,
+        qr/^info: $device: 4\.0 MiB of 4\.0 MiB$/m,
+        'without a code ref, progress is logged'
+    );
 };
 
 subtest 'a process that is killed' => sub {

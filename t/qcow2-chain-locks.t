@@ -124,7 +124,7 @@ subtest 'a removal that was killed, and a reader' => sub {
     is($actions{$_}->($base->provider), $good{$_}, "$_ beside the reader") for qw(verify restore);
     ok(-e "$archive/removed.json", 'the removal waits');
     $end->();
-    is($actions{verify}->($base->provider), 'ok', 'after it');
+    is($actions{verify}->($base->provider), 'ok', 'verify works after the reader has ended');
     ok(!-e $archive, 'the removal is ended');
 };
 
@@ -172,7 +172,8 @@ subtest 'a child that has yet to become its program' => sub {
         POSIX::_exit(0);
     }
     drop_lock($lock);
-    ok(try_lock("$store/vm/100", 'change'), 'has no lock that its parent has dropped');
+    ok(try_lock("$store/vm/100", 'change'),
+        'a child does not hold a lock that its parent has dropped');
     close($to);
     waitpid($pid, 0);
 };

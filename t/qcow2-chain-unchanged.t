@@ -63,7 +63,7 @@ subtest 'a guest that rewrites the same data' => sub {
         qr/$device: stored 64\.0 KiB in /,
         'data that only an older archive has is stored again'
     );
-    $chain->check('all of them');
+    $chain->check('all archives are right');
     $chain->provider->remove($first);
     $chain->forget($first);
     $chain->check('without the first');
@@ -80,7 +80,7 @@ subtest 'a bitmap that was lost' => sub {
         [512 * $KiB + 7 * 512, 512, 0x16],
         [2048 * $KiB, 64 * $KiB, 0x17],
     );
-    is($chain->modes->{$device}, 'new', 'has all read');
+    is($chain->modes->{$device}, 'new', 'the whole disk is read');
     my $name = $second =~ s{.*/}{}r;
     like(
         $chain->log,
@@ -139,11 +139,12 @@ subtest 'a base that rots' => sub {
 subtest 'damage that verify found' => sub {
     my ($chain, $first) = new_chain();
     rot($chain, $first, 256 * $KiB);
-    is($chain->next_modes->{$device}, 'use', 'rot that nobody has seen');
+    is($chain->next_modes->{$device},
+        'use', 'a backup continues from damage that no verify has found');
     like(join("\n", $chain->provider->verify($first)->@*), qr/offset 262144/, 'is found');
     is($chain->next_modes->{$device}, 'new', 'no archive builds on a damaged one');
     rot($chain, $first, 256 * $KiB);
-    is_deeply($chain->provider->verify($first), [], 'if it is well again');
+    is_deeply($chain->provider->verify($first), [], 'the repaired archive passes verify');
     is($chain->next_modes->{$device}, 'use', 'after a good verification, it is a base again');
     rot($chain, $first, 256 * $KiB);
     $chain->provider->verify($first);

@@ -162,7 +162,7 @@ subtest 'remove at every position' => sub {
         qr/warn: drive-scsi0: full backup - the archive that its bitmap is relative to, ID \w+, is not in this store/,
         'the log says why'
     );
-    $chain->check('without the last, and one more');
+    $chain->check('the archives without the last, after another backup');
 };
 
 subtest 'prune' => sub {
@@ -177,7 +177,7 @@ subtest 'prune' => sub {
     is_deeply($chain->modes, all($chain, 'reuse'), 'the chain goes on');
     $chain->provider->prune(100, 1);
     $chain->forget(@names[3, 4]);
-    $chain->check('one of three');
+    $chain->check('one archive of three is kept');
     ok(!eval { $chain->provider->prune(100, 0); 1 }, 'a prune that keeps no archive is refused');
     is_deeply($chain->provider->prune(101, 1), [], 'a guest without archives');
 };

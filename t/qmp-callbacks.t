@@ -92,7 +92,11 @@ subtest 'an access that is destroyed after a handler died' => sub {
     my @warnings;
     local $SIG{__WARN__} = sub ($text) { push @warnings, $text };
     undef $access;
-    like("@warnings", qr/not torn down/, 'destroyed: says so');
+    like(
+        "@warnings",
+        qr/not torn down/,
+        'destroyed: a warning says that the access was not torn down'
+    );
     is((grep { $_ eq 'backup-access-teardown' } $peer->names), 1, 'the access is torn down');
     is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');
 };
@@ -156,7 +160,8 @@ subtest 'log' => sub {
     my $access = new_access($peer, log => sub (@got) { push @logged, [@got] });
     ok(!eval { $access->setup(\@one); 1 }, 'setup dies');
     like("$@", qr/odd %s%n/, 'the exception is the first error');
-    is((grep { $_->[0] eq 'warn' && $_->[1] =~ m/cannot undo %s%n/ } @logged), 1, 'it was told');
+    is((grep { $_->[0] eq 'warn' && $_->[1] =~ m/cannot undo %s%n/ } @logged),
+        1, 'the error while undoing was logged');
     ok(!(grep { $_->[1] =~ m/\n/ || @$_ != 2 } @logged), 'level and line');
     ends_well($access, $peer);
 
@@ -217,7 +222,7 @@ subtest 'out of scope' => sub {
         = new_access(start_peer({ pve_returns('backup-access-teardown' => action($refusal)) }));
     $access->setup(\@one);
     undef $access;
-    like($warnings[0], qr/not torn down/, 'says so');
+    like($warnings[0], qr/not torn down/, 'a warning says that the access was not torn down');
     like($warnings[1], qr/not now/, 'the warning says why it failed');
     unlink(glob("$run_dir/*/*"));
     rmdir($_) for glob("$run_dir/*");
@@ -240,7 +245,7 @@ subtest 'a forked child' => sub {
         POSIX::_exit(grep({ $_ ne 'StateError' } @classes) ? 1 : 0);
     }
     waitpid($pid, 0);
-    is($?, 0, 'cannot use it');
+    is($?, 0, 'every call in the child dies with a StateError');
     is_deeply([$peer->names], \@before, 'the child has sent nothing');
     ok(eval { $access->teardown(1); 1 }, 'the parent tears down') or diag($@);
     is_deeply([glob("$run_dir/*")], [], 'nothing is left on disk');

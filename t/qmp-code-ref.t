@@ -34,7 +34,7 @@ subtest 'code ref: a whole access' => sub {
         'the result of setup'
     );
     my $volumes = $access->volumes('nbd');
-    is($volumes->{'drive-scsi0'}{'bitmap-mode'}, 'reuse', 'status of one');
+    is($volumes->{'drive-scsi0'}{'bitmap-mode'}, 'reuse', 'the bitmap mode of the first device');
     is($volumes->{'drive-scsi1'}{'bitmap-mode'}, 'none', 'the status of the other device');
     like($volumes->{'drive-scsi0'}{'nbd-path'}, qr{\A\Q$run_dir\E/.+}, 'socket');
     $access->teardown(1);
@@ -328,7 +328,7 @@ subtest 'code ref: a program that ends within teardown' => sub {
             is(scalar(grep { $_ eq 'success' } @told), $committed ? 1 : 0, 'told once');
         }
     }
-    cmp_ok($ends{'success success'} // 0, '>', 1, 'a success stays one');
+    cmp_ok($ends{'success success'} // 0, '>', 1, 'a success is never reported as a failure later');
     cmp_ok($ends{'StateError failure'} // 0,
         '>', 1, 'what was not reported as a success is a failure');
     remove_tree(glob("$run_dir/*"));

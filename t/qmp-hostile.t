@@ -105,7 +105,8 @@ subtest 'no peer' => sub {
     # A monitor that accepts connections, but never sends anything.
     my $peer = start_peer({}, greeting => { sleep => 20 });
     my $started = time;
-    dies(sub { capabilities($peer, timeout => 1) }, qr/TimeoutError/, qr/greeting/, 'a mute one');
+    dies(sub { capabilities($peer, timeout => 1) },
+        qr/TimeoutError/, qr/greeting/, 'a monitor that sends no greeting');
     cmp_ok(time - $started, '<', 3, 'within the limit');
 };
 

@@ -113,7 +113,7 @@ subtest 'actions' => sub {
     ok(!eval { $json->decode(scalar(<$socket>)) }, 'garbage');
     send_command($socket, 'silent');
     send_command($socket, 'bye');
-    is(scalar(<$socket>), '{"ret', 'nothing, then half a reply');
+    is(scalar(<$socket>), '{"ret', "no reply to 'silent', then half a reply");
 };
 
 subtest 'greetings' => sub {

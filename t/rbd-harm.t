@@ -99,7 +99,7 @@ for my $what (sort keys %by_hand) {
         is($life->unnamed, '', 'each archive is intact or reported as damaged');
         $life->guest->write_random(3);
         my $next = $life->backup;
-        is($life->problem($next), undef, 'the next one is right');
+        is($life->problem($next), undef, 'the next archive is right');
         is($life->unnamed, '', 'the other archives are as before');
         remove_all($life);
     };
@@ -115,7 +115,7 @@ for my $point (['progress', 1], ['snap', 1], ['snap', 3], ['set_value', 1]) {
         two_backups($life);
         $life->guest->write_random(3);
         my $undo = $life->before($method, $number, sub () { $life->overtake });
-        is(eval { $life->backup }, undef, 'the backup that was overtaken fails');
+        is(eval { $life->backup }, undef, 'the backup fails after another backup overtook it');
         like($@, qr/was lost|rbd|qemu-nbd|NBD/, 'it says why') or diag($@);
         $undo->();
         is($life->problem, undef, 'all archives are intact');

@@ -104,7 +104,7 @@ subtest 'killed backups' => sub {
         my $name = $life->backup;
         is($life->problem($name), undef, 'the next archive is intact');
     }
-    cmp_ok($differs, '>', 0, 'some left images that were written to');
+    cmp_ok($differs, '>', 0, 'some interrupted backups had changed the images');
     is($life->problem, undef, 'all archives are intact');
 };
 
@@ -113,7 +113,7 @@ subtest 'prune and remove' => sub {
     my $removed = $life->provider->prune(100, 2);
     is_deeply($removed, [@names[0 .. $#names - 2]], 'prune removes what is not kept');
     $life->forget($removed->@*);
-    is($life->problem, undef, 'the others are as they were read');
+    is($life->problem, undef, 'the other archives are intact');
     my ($first, $second) = $life->names;
     $life->provider->remove($second);
     $life->forget($second);
@@ -154,13 +154,13 @@ subtest 'damage is found' => sub {
     like(
         "@{$problems}",
         qr/\A$scsi: 65536 bytes differ from what was read .* offset 0/,
-        'verify names it'
+        'verify reports the damage'
     );
     $life->log;
     my $next = $life->backup;
     like($life->log, qr/$scsi: full backup - archive \S+ is damaged/, 'nothing is built on it');
     is($life->problem($next), undef, 'the next one is right');
-    is($life->unnamed, '', 'the damaged one is named');
+    is($life->unnamed, '', 'the damaged archive is reported as damaged');
     $life->provider->remove($name);
     $life->forget($name);
 };
@@ -168,7 +168,7 @@ subtest 'damage is found' => sub {
 subtest 'one at a time' => sub {
     my $guest = $life->provider->_guest('vm/100');
     my $lock = $guest->change_lock;
-    is(eval { $life->backup }, undef, 'beside another backup there is none');
+    is(eval { $life->backup }, undef, 'a second backup is refused while the guest is locked');
     my $error = $@;
     is(eval { $error->class }, 'StateError', 'it is refused') or diag($error);
     is($life->problem, undef, 'restores are possible');
@@ -196,7 +196,8 @@ subtest 'the command' => sub {
     $ceph->run('qemu-io', '-f', 'qcow2', '-c', 'write -q -P 8 2M 64k', $image);
     $run->('backup', $store, @guest);
     my $list = $run->('list', $store);
-    like($list, qr/disk0 +full .*disk0 +incremental /s, 'list shows a full one and an increment');
+    like($list, qr/disk0 +full .*disk0 +incremental /s,
+        'list shows a full backup and an increment');
     $run->('verify', $store);
     $run->('restore', "$store/vm/100", "$dir/disk0.raw");
     is(system('qemu-img', 'compare', '-q', $image, "$dir/disk0.raw"), 0, 'restored as it was');

@@ -216,8 +216,8 @@ sub unlock () {
 sub check_next ($form, $mechanism, $what, @expected) {
     my $made = backup($form, $mechanism);
     is($made->{state}, 'ok', "$what: the next backup") or diag($made->{msg} // $made->{status});
-    stored_all($form, $mechanism, "$what, the next one");
-    is_outside("$what, the next one");
+    stored_all($form, $mechanism, "$what, the next backup");
+    is_outside("$what, the next backup");
     my @told = told($made);
     for my $pattern (@expected) {
         cmp_ok(scalar(grep { $_ =~ $pattern } @told), '>', 0, "$what: it says $pattern")
@@ -289,7 +289,7 @@ sub check_killed_today ($mechanism) {
     unlock();
     for my $form (@forms) {
         my $made = backup($form, $mechanism);
-        is($made->{state}, 'err', "$what: the next one as $form fails");
+        is($made->{state}, 'err', "$what: the next backup as $form fails");
         diag("$what, then $form: $made->{msg}");
     }
     my $target = 'snapshot-access:' . $vzdump->storage('today', $mechanism);

@@ -171,7 +171,11 @@ sub check_unasked ($backend) {
     my @log;
     $access = $backend->access(log => sub ($level, $text) { push(@log, "$level: $text") });
     $access->setup($backend->devices('use'));
-    like("@log", qr/warn: a dead process left an access/, 'a setup that may logs it');
+    like(
+        "@log",
+        qr/warn: a dead process left an access/,
+        'a setup that may recover logs the leftover access'
+    );
     like(
         "@log",
         qr/info: device disk0: export 'pba-exp-\S+ was removed/,
@@ -216,7 +220,7 @@ sub check_namesakes ($backend) {
             $tell->('down');
         }
     );
-    is($client->next_word, 'up', 'a client has an access to the one');
+    is($client->next_word, 'up', 'a client has an access to one guest');
     my $lines = eval { PVE::BackupAccess->recover(%other) };
     is_deeply($lines, [], 'nothing of the other one is left') or diag($@);
     my $access = PVE::BackupAccess->new(%other);
@@ -224,7 +228,7 @@ sub check_namesakes ($backend) {
         or diag($@);
     ok(eval { $access->teardown(1); 1 }, 'to the end') or diag($@);
     $client->let_go_on;
-    is($client->next_word, 65536, 'the one can still be read');
+    is($client->next_word, 65536, 'the client can still read its guest');
     $client->let_go_on;
     is($client->next_word, 'down', 'the access of the first guest ends normally');
     $client->let_go_on;
@@ -250,7 +254,8 @@ sub check_concurrent ($backend) {
         $_->let_go_on for @clients;
         $_->wait_end for @clients;
         my @strange = grep { !m/\Adone \d+\z|process \d+ is already backing it up/ } @words;
-        is_deeply(\@strange, [], "round $round: done, or refused for another one's sake");
+        is_deeply(\@strange, [],
+            "round $round: each recover is done or refused because of another process");
         my $lines = recover($backend, $backend->qmp_path);
         ok(
             $lines->@* == 0 || !(grep { m/\Adone [1-9]/ } @words),
@@ -284,10 +289,15 @@ sub check_concurrent_setups ($backend) {
         } 0, 1, 0, 1;
         my @words = map { $_->next_word } @clients;
         my @strange = grep { !m/\A(?:up|done)\z|process \d+ is already backing it up/ } @words;
-        is_deeply(\@strange, [], "round $round: done, or refused for another one's sake");
+        is_deeply(\@strange, [],
+            "round $round: each process is done or refused because of another one");
         cmp_ok(scalar(grep { $_ eq 'up' } @words), '<=', 1, "round $round: one access at most");
         $_->let_go_on for @clients;
-        is_deeply([map { $_->next_word } @clients], [('ended') x 4], "round $round: all end well");
+        is_deeply(
+            [map { $_->next_word } @clients],
+            [('ended') x 4],
+            "round $round: all processes end without an error"
+        );
         $_->let_go_on for @clients;
         $_->wait_end for @clients;
         recover($backend, $backend->qmp_path);

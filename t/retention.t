@@ -29,7 +29,7 @@ subtest 'each rule' => sub {
     is(
         kept(\@hours, 'keep-last' => 2),
         '2026-11-29 12:00 2026-11-29 12:59',
-        'the last, however near they are'
+        'keep-last counts archives of the same hour'
     );
     is(
         kept(\@hours, 'keep-hourly' => 2),
@@ -60,7 +60,7 @@ subtest 'rules together' => sub {
         kept(\@all, 'keep-last' => 3, 'keep-daily' => 1),
         '2026-11-27 13:00 2026-11-28 01:00 2026-11-28 13:00 2026-11-29 01:00 2026-11-29 13:00'
             =~ s/2026-11-28 01:00 //r,
-        'it takes one of a day that has none'
+        'keep-daily keeps an archive of a day without kept archives'
     );
 
     # The week of Tuesday the 30th also contains Thursday the 2nd.
@@ -81,7 +81,7 @@ subtest 'rules together' => sub {
 subtest 'an hour that the clock has twice' => sub {
     my $first = archive('2026-10-25 01:59')->{time} + 1800;
     my @twice = map { { name => $_, time => $first + $_ * 3600, devices => { disk => 1 } } } 0, 1;
-    is(kept(\@twice, 'keep-hourly' => 2), '1', 'is one hour');
+    is(kept(\@twice, 'keep-hourly' => 2), '1', "the clock's repeated hour counts as one");
 };
 
 subtest 'devices' => sub {

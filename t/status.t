@@ -180,7 +180,7 @@ sub check_no_bitmaps ($backend) {
         'the error names the target'
     );
     PVE::BackupAccess->recover($backend->options('target-id' => 'no bitmaps'), log => sub { });
-    check_idle($backend, 'after that');
+    check_idle($backend, 'after recover');
 }
 
 # An access by Proxmox' commands that this module did not make, such as that of today's qemu-server.
@@ -205,7 +205,7 @@ sub check_foreign ($backend) {
     $qmp = PBA::Test::QMP->new(path => $backend->qmp_path);
     $qmp->execute('backup-access-teardown', 'target-id' => $target, success => JSON::PP::false);
     $qmp->close;
-    check_idle($backend, 'after it');
+    check_idle($backend, 'after the teardown of the other program');
 }
 
 # A process that was killed after it added its marker, and the directory of a dead process: both are harmless.

@@ -40,9 +40,9 @@ $scfg->{'state-dir'} = "$tmp/state";
 my $plugin = PVE::Storage::Plugin->lookup($scfg->{type});
 
 subtest 'the methods that Proxmox VE calls' => sub {
-    cmp_ok($plugin->api, '<=', PVE::Storage::APIVER(), 'an API that it has');
+    cmp_ok($plugin->api, '<=', PVE::Storage::APIVER(), "the plugin's API version is supported");
     is($plugin->plugindata->{features}{'backup-provider'}, 1, 'a backup provider');
-    is($plugin->type, 'qcow2chain', 'its type');
+    is($plugin->type, 'qcow2chain', "the plugin's type");
     ok(!eval { $plugin->activate_storage($storeid, $scfg, {}); 1 },
         'a missing directory cannot be activated');
     mkdir($scfg->{path}) or die "mkdir: $!\n";

@@ -201,8 +201,11 @@ subtest 'an archive whose manifest cannot be read holds nobody up' => sub {
     my $message = qr{cannot read \Q$store\E/vm/100/\S+/manifest[.]json};
     $chain->write_random;
     is(error_of(\&back_up, $fault), '', 'a backup works');
-    like($chain->log, qr/^warn: all disks are backed up in full - $message/m,
-        'it says why in full');
+    like(
+        $chain->log,
+        qr/^warn: all disks are backed up in full - $message/m,
+        'the log says why the backup is full'
+    );
     like(error_of(\&remove_first, $fault),
         $message, 'an archive on which it may build is not removed');
     check_archives('while it could not be read');
@@ -233,7 +236,7 @@ subtest 'errors during a backup' => sub {
         note($error);
     }
     is(error_of(\&back_up), '', 'the next backup works');
-    check_archives('after the last one');
+    check_archives('after the last fault');
 };
 
 subtest 'a file of a removed archive is open' => sub {

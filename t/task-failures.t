@@ -315,7 +315,8 @@ sub check_hooks ($context) {
     my @freeze = hooks($provider, freeze => $dies{freeze});
     ok(!run_job($context, 'freeze dies', $provider, @freeze), 'freeze dies: an error');
     is($context->{error}, "freeze\n", 'freeze dies: the exception arrives unchanged');
-    is(hook_calls($provider), 'freeze thaw', 'freeze dies: thawed, and nothing read');
+    is(hook_calls($provider), 'freeze thaw',
+        'freeze dies: the guest is thawed, and nothing is read');
 
     my @thaw = hooks($provider, thaw => $dies{thaw});
     ok(!run_job($context, 'thaw dies', $provider, @thaw), 'thaw dies: an error');
@@ -325,7 +326,7 @@ sub check_hooks ($context) {
     ok(!run_job($context, 'both die', $provider, hooks($provider, %dies)), 'both die: an error');
     is($context->{error}, "freeze\n", 'both die: the first');
     ok($context->{backend}->logged(qr/\Awarn: after that - thaw$/),
-        'both die: the other is logged');
+        'both die: the second exception is logged');
 }
 
 # The agent does not answer in time; the backup continues without it, and the guest is thawed.

@@ -258,9 +258,10 @@ sub check_committed ($context) {
             my $got = what_arrives(sub { $task->$method });
             my $name = "$method, committed, $kind";
             ok($last, "$name: the exception arrived");
-            ok($got->{done} && $got->{late}, "$name: the result is there first");
+            ok($got->{done} && $got->{late},
+                "$name: the result is complete before the exception arrives");
             is(ref($got->{value}{devices}), 'HASH', "$name: the result is complete");
-            ok(is_same($got->{error}, thrown_by($kind)), "$name: arrives after it");
+            ok(is_same($got->{error}, thrown_by($kind)), "$name: the exception arrives unchanged");
             is_deeply([$context->{backend}->problems($context->{outside})],
                 [], "$name: nothing is left");
         }

@@ -151,7 +151,7 @@ sub check_dirty ($context) {
         is($devices->{$device}{dirty}, $read, "dirty bytes of $device are what is to be read");
         is($devices->{$device}{fallback}, undef, 'no fallback');
     }
-    is($devices->{$device1}{dirty}, 0, 'nothing was written there');
+    is($devices->{$device1}{dirty}, 0, 'the second disk has no dirty bytes');
     my $size = $devices->{$device0}{dirty} == 65536 ? '64.0 KiB' : '4.0 MiB';
     ok($backend->logged(qr/\Ainfo: $device0: dirty-bitmap status: OK \($size of 64.0 MiB dirty\)/),
         'the status in words');

@@ -180,7 +180,7 @@ sub check_told ($run, $fault, $life, $name) {
         );
     }
     is(word($run, 'up: '), 0, "$name: after a success it is down") if $told eq 'success';
-    isnt(word($run, 'again: '), 'success', "$name: a second one does not say success");
+    isnt(word($run, 'again: '), 'success', "$name: a second teardown does not report success");
     if (defined(word($run, 'again: ')) && !$run->{then}) {
         like(
             word($run, 'again: '),

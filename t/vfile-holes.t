@@ -236,7 +236,7 @@ sub check_copy () {
     my $expected = "\xee" x $size;
     substr($expected, $_->[0], $_->[1]) = substr($data, $_->[0], $_->[1]) for @regions;
     (undef, $got) = copy_over($file->handle, "\xee" x $size, @regions);
-    ok($got eq $expected, 'a copy of regions: the data, and nothing beside it');
+    ok($got eq $expected, 'a copy of regions: only the regions were written');
 
     my $sparse = File::Temp->new;
     truncate($sparse, $size) or die "truncate: $!\n";

@@ -102,8 +102,7 @@ sub check_by_clusters () {
     my @crossing = grep { int($_->[0] / 65536) != int(($_->[1] - 1) / 65536) } reads($server);
     is_deeply(\@crossing, [], 'by clusters: no read crosses the edge of a cluster');
     my $whole = grep { $_->{flags} & 4 } $server->requests('read');
-    is($whole, scalar(() = reads($server)),
-        'by clusters: each read is to be answered in one piece');
+    is($whole, scalar(() = reads($server)), 'by clusters: all reads have the flag DF');
 }
 
 # Reads in a separate process, and returns when the server has got the request.
@@ -163,7 +162,7 @@ sub check_read_ahead () {
     is_pattern($reader, 0, 8 * $mib, 'a sequential reader that starts again');
     cmp_ok(ahead_of($server, $piece), '>', $before + 6, 'is read ahead again');
     is_pattern($reader, 40 * $mib, 8 * $mib, 'a sequential reader at another position');
-    cmp_ok(ahead_of($server, $piece), '>', $before + 12, 'it is read ahead, too');
+    cmp_ok(ahead_of($server, $piece), '>', $before + 12, 'the other position is read ahead, too');
     my $count = () = reads($server);
 
     for my $offset (map { ($_ * 37 % 61) * $mib } 1 .. 60) {
@@ -246,7 +245,7 @@ sub check_discard () {
     ok(fallocate($handle, $keep, $at + 1, 3 * $at), 'an unaligned discard');
     ok(fallocate($handle, $keep, $at + 1, $at), 'less than a cluster');
     ok(fallocate($handle, $keep, $odd_size - 512, 512), 'the odd end');
-    ok(fallocate($handle, $keep, $odd_size - 512, 1 << 40), 'beyond it');
+    ok(fallocate($handle, $keep, $odd_size - 512, 1 << 40), 'a discard beyond the odd end');
     wait_until(sub { (() = $server->requests('trim')) >= 3 });
     my @trims = map { [$_->{offset}, $_->{length}] } $server->requests('trim');
     is_deeply(
@@ -284,7 +283,7 @@ sub check_early_discard () {
                 !eval { $reader->discard($mib, 64 * $kib); 1 }
             }
         ),
-        'the next one tells'
+        'the next discard reports the failure'
     );
     is($! + 0, EIO, 'the error is an I/O error');
     is_pattern($reader, 0, $mib, 'data that could not be discarded can be read');
@@ -321,7 +320,7 @@ sub check_errors () {
         );
         my $begin = time();
         is($over->end, 0, "$kind: the server ends");
-        cmp_ok(time() - $begin, '<', 2, "$kind: it ends at once");
+        cmp_ok(time() - $begin, '<', 2, "$kind: the server ends within 2 seconds");
     }
 }
 
@@ -379,7 +378,11 @@ sub check_volume () {
     my $open = opener($handle);
     my @regions = ([0, 512], [512, 1], [$size - 1, 1]);
     my $volume = $open->(sub { @regions ? shift(@regions)->@* : undef });
-    is_deeply([$volume->dirty_regions(9)], [0, 512, 512, 1, $size - 1, 1], 'regions as they come');
+    is_deeply(
+        [$volume->dirty_regions(9)],
+        [0, 512, 512, 1, $size - 1, 1],
+        'regions in the order of the map'
+    );
     is_deeply([$volume->next_dirty_region], [], 'the end of the regions');
     my $data = $volume->pread(1000, 10 * $mib);
     ok($data eq pattern(1000, 10 * $mib), 'the data');
@@ -412,7 +415,7 @@ sub check_bad_regions ($open) {
         ok(!eval { $volume->next_dirty_region; 1 }, 'a bad region');
         $pattern
             ? like("$@", $pattern, 'is refused')
-            : is(ref($@), 'HASH', 'an exception as it is');
+            : is(ref($@), 'HASH', 'an exception arrives unchanged');
         ok(!eval { $volume->next_dirty_region; 1 }, 'the next call is not the end of the map');
     }
 }

@@ -214,7 +214,7 @@ sub late_command ($name, $command) {
     ok(!eval { $access->teardown(1); 1 }, "A is late before $command: refused");
     local $SIG{__WARN__} = sub { };
     undef $access;
-    is(state_of($backend), $before, 'nothing of B was touched');
+    is(state_of($backend), $before, "B's access was not touched");
     ok(eval { $b_access->teardown(1); 1 }, 'B comes to its end') or diag($@);
     return;
 }

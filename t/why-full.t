@@ -71,7 +71,7 @@ sub check_case ($backend, $spoil, $reason) {
     is($backend->task($provider)->run->{devices}{$device}{fallback}, undef, 'an increment');
     $spoil->($backend);
     my $seen = $backend->task($provider)->run->{devices}{$device};
-    is($seen->{'bitmap-mode'}, 'new', "$reason: a full one");
+    is($seen->{'bitmap-mode'}, 'new', "$reason: the next backup is full");
     is($seen->{fallback}, $reason, 'the result says why');
     is($backend->logged(qr/$device.*: $reason\z/), 1, 'the log says why once');
     return;
