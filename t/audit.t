@@ -115,7 +115,8 @@ sub check_audits ($test) {
 
     write_to($test, 'a', 0, 0x17);
     my $next = backup($test);
-    is($test->{result}{devices}{$device}{'bitmap-mode'}, 'reuse', 'an increment goes on from it');
+    is($test->{result}{devices}{$device}{'bitmap-mode'},
+        'reuse', 'the next increment continues from it');
     is_disks($test, $next, 'the increment');
     is_deeply($test->{provider}->audit_findings, [], 'without an audit, there are no findings');
     return;
@@ -142,7 +143,7 @@ sub check_killed ($test, $by_recover) {
             backup($test, 1);
         }
     );
-    is($client->next_word, 'up', 'an audit goes on');
+    is($client->next_word, 'up', 'the first audit is running');
     my @copies = grep { m/: pba-audit:/ } $backend->other_bitmaps->@*;
     is(scalar(@copies), 2, 'copies of the bitmaps');
     write_to($test, 'a', 7 * $mib, 0x31);   # before QEMU reports that the readers have disconnected

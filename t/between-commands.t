@@ -150,7 +150,7 @@ sub end_without_holds ($backend) {
     is(scalar(nodes($backend, qr/\Apba-ending-/)), 1, 'QEMU has the mark of an end');
     my $access = $backend->access(by_code($backend), log => sub { });
     my @actions = map { $_->{'bitmap-action'} } $access->setup($backend->devices('use'))->@*;
-    is_deeply(\@actions, [('missing-recreated') x 2], 'the next backup is a full one');
+    is_deeply(\@actions, [('missing-recreated') x 2], 'the next backup is full');
     $access->teardown(1);
     is_deeply($backend->outside, $outside, 'nothing is left');
     return;

@@ -87,7 +87,7 @@ for my $success (1, 0) {
         is_deeply(
             next_actions(),
             { disk0 => 'missing-recreated', disk1 => 'used' },
-            'the next backup says so'
+            'the next setup reports the missing bitmap'
         );
     };
 }

@@ -155,7 +155,7 @@ sub check_recover ($test) {
         'the error names the command that undoes it'
     );
     my @recover = ('recover', $test->{guest}->@*, '--target-id', $access->{'target-id'});
-    like(succeeds('recover', @recover)->{out}, qr/\w/, 'recover: says what it undoes');
+    like(succeeds('recover', @recover)->{out}, qr/\w/, 'recover: prints what was undone');
     is_deeply($json->decode(succeeds('recover', @recover, '--json')->{out}),
         [], 'recover: a second call has nothing to undo');
     check_outside($test, 'recover');
@@ -230,7 +230,7 @@ sub check_forget ($test) {
         'forget: a second call finds no bitmaps'
     );
     my $run = succeeds('forget', backup($test));
-    like($run->{err}, qr/^drive-scsi0: full read: /m, 'forget: the next backup is a full one');
+    like($run->{err}, qr/^drive-scsi0: full read: /m, 'forget: the next backup is full');
     check_outside($test, 'forget');
 }
 

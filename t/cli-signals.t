@@ -120,6 +120,10 @@ rename("$image.good", $image) or die "rename: $!\n";
 content($manifest, $good);
 my $next = run_command(@backup);
 is($next->{status}, 0, 'the next backup') or diag($next->{err});
-like($next->{err}, qr/^drive-scsi0: storing an increment/m, 'goes on from the first');
+like(
+    $next->{err},
+    qr/^drive-scsi0: storing an increment/m,
+    'the next backup continues from the first'
+);
 
 done_testing;

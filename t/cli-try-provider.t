@@ -128,7 +128,7 @@ my @rows = (
         ok(
             $tried->{ok}
                 {'restore of the incremental backup: drive-scsi0 is the disk as of the backup'},
-            'job_cleanup dies: the archives are there'
+            'job_cleanup dies: the archives exist'
         );
     },
     sub {

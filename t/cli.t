@@ -112,7 +112,11 @@ sub check_archives ($test, @archives) {
     my $list = succeeds('list', 'list', "$test->{store}/");
     my @shown = $list->{out} =~ m!^(\S+/$archive_name)  !mg;
     is_deeply(\@shown, \@archives, 'list: the archives');
-    like($list->{out}, qr/^    drive-scsi0 +full +[0-9.]+ MiB of 32\.0 MiB$/m, 'list: a full one');
+    like(
+        $list->{out},
+        qr/^    drive-scsi0 +full +[0-9.]+ MiB of 32\.0 MiB$/m,
+        'list: a full backup'
+    );
     like($list->{out}, qr/^    drive-scsi0 +incremental +[0-9.]+ KiB of/m, 'list: an increment');
     is(succeeds('list of a guest', 'list', $test->{store}, '--vmid', 7)->{out},
         '', 'list of another guest is empty');
@@ -160,7 +164,7 @@ sub check_damaged_restore ($test, $archive) {
     );
     my $nothing = run_command('verify', $test->{dir});
     is($nothing->{status}, 1, 'verify of nothing: exit status');
-    like($nothing->{err}, qr/there are no archives in .*mounted/, 'verify of nothing: says so');
+    like($nothing->{err}, qr/there are no archives in .*mounted/, 'verify of nothing: the error');
 }
 
 # The image of the previous archive is damaged, so this backup is a full one, and says so.
@@ -254,7 +258,7 @@ sub check_full_and_named ($test) {
     my $full = succeeds('full', backup($test, '--full', '--quiet'));
     is($full->{out} . $full->{err}, '', '--quiet: silence');
     is_deeply(kinds($test, '--vmid', 100), [qw(full full)], '--full');
-    succeeds('after it', backup($test));
+    succeeds('a backup after --full', backup($test));
     is_deeply(
         kinds($test, '--vmid', 100),
         [qw(incremental incremental)],
@@ -298,7 +302,7 @@ sub check_identity () {
 
 sub check_agent ($test) {
     my $run = succeeds('no agent', backup($test, '--guest-agent', "$test->{dir}/nobody"));
-    like($run->{err}, qr/^warn: could not freeze the guest/m, 'no agent: the log says so');
+    like($run->{err}, qr/^warn: could not freeze the guest/m, 'no agent: the log has a warning');
 }
 
 sub check_output_errors ($test) {

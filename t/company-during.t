@@ -343,8 +343,7 @@ sub check_next ($test, $ended) {
         return;
     }
     ok($next, 'the next backup is made') or return diag($@);
-    my $dirty = $next->{ $backend->device('disk0') }
-        // return pass('the next backup is a full one');
+    my $dirty = $next->{ $backend->device('disk0') } // return pass('the next backup is full');
     my @wanted
         = grep { exists($test->{model}{$_}) } @at{ $ended ? () : 'before', qw(during after) };
     is(join(' ', grep { !$dirty->{$_} } @wanted), '', 'the next increment lacks nothing');

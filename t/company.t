@@ -313,7 +313,7 @@ sub check_old_qcow2 () {
     my ($bitmap) = $backend->target_bitmaps;
     ok(!$bitmap->{persistent}, 'the bitmap is not persistent');
     is(scalar(grep { m/disk0: its bitmap cannot be persistent.*compat=1\.1/ } @log),
-        1, 'the log says so');
+        1, 'the log says that the bitmap cannot be persistent');
     return;
 }
 

@@ -261,7 +261,11 @@ subtest 'a million regions' => sub {
     is($statistics->{regions}, $regions, 'regions');
     is($statistics->{'bytes-read'}, $size / 2, 'bytes');
     is($total, $size / 2, 'progress');
-    cmp_ok($calls, '<=', $statistics->{seconds} * 5 + 2, 'is told a few times a second');
+    cmp_ok(
+        $calls, '<=',
+        $statistics->{seconds} * 5 + 2,
+        'progress is reported at most five times a second'
+    );
 };
 
 sub refused (@cases) {

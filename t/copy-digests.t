@@ -191,7 +191,7 @@ subtest 'a file' => sub {
     is_deeply(
         slots_of($file),
         without_zeroes(digests_of($merged, $maps{all}), $merged),
-        'an increment goes into the file that is there'
+        'an increment is written to the existing file'
     );
 };
 

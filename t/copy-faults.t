@@ -359,7 +359,7 @@ subtest 'a file beyond the size limit' => sub {
             or POSIX::_exit(127);
     }
     waitpid($pid, 0);
-    is($?, 0, 'the error says so, and no signal ends the process');
+    is($?, 0, 'the copy dies with the right error, and no signal ends it');
 };
 
 done_testing;

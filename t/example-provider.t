@@ -113,7 +113,7 @@ $provider->backup_init(100, 'qemu', time());
 is(modes(new_task($provider)->run),
     'reuse reuse', 'the backup within a job of VZDump is incremental');
 $provider->backup_cleanup(100, 'qemu', 0, { error => 'later' });
-is(modes(back_up()), 'new new', 'without the last archive, the next backup is a full one');
+is(modes(back_up()), 'new new', 'without the last archive, the next backup is full');
 is_deeply([$backend->problems($outside)], [], 'nothing is left');
 ok((grep { m/bytes$/ } @log), 'the provider logs');
 $backend->guest->stop_churn;

@@ -89,7 +89,7 @@ subtest 'recover' => sub {
     isnt(scalar(grep { m/pba/ } map { $_->{'node-name'} } nodes()), 0, 'something is left');
     my ($status, $text) = example('recover', 'killed', $dir);
     is($status, 0, 'undone');
-    like($text, qr/./, 'recover says what it did');
+    like($text, qr/./, 'recover prints what it undid');
     ($status, $text) = example('recover', 'killed', $dir);
     is("$status$text", '0', 'nothing is left to do');
 };

@@ -148,7 +148,7 @@ subtest '4. the disk is unplugged during the access' => sub {
     survived($backend, 'unplugged disk');
 };
 
-subtest '4. the same without its hold' => sub {
+subtest '4. the disk is unplugged, and nothing holds its node' => sub {
     my $backend = start(guest => 1);
     my $access = unplug($backend, 0);
     ok(!eval { $access->teardown(1); 1 }, 'teardown without the disk is refused');

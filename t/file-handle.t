@@ -346,7 +346,8 @@ sub check_server_killed ($context) {
     my @warnings;
     local $SIG{__WARN__} = sub ($text) { push(@warnings, $text) };
     $access->teardown(0);
-    is(scalar(grep { m/virtual file died of signal Killed/ } @warnings), 2, 'teardown says so');
+    is(scalar(grep { m/virtual file died of signal Killed/ } @warnings),
+        2, 'teardown warns of the killed servers');
     check_nothing_left($context, 'server killed');
 }
 

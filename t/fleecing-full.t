@@ -73,7 +73,7 @@ sub write_until_full ($backend, $volume, $mechanism) {
         like(
             "@$warnings",
             qr/its fleecing image '.*' is nearly full: \d+ bytes are free/,
-            'a warning says so'
+            'a warning names the full image'
         );
         is($volume->pread(0, 65536), 'A' x 65536, 'the snapshot still holds then');
     }

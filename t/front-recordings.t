@@ -415,7 +415,7 @@ sub check_commands ($exchange, $got) {
     my ($want, $have) = map { $_->{return} } $exchange->{reply}, $got;
     my %have = map { $_->{name} => $_ } @$have;
     is(scalar(keys(%have)), scalar(@$have), 'no name occurs twice');
-    ok(exists($have{'blockdev-add'}), 'commands of the QEMU below are there');
+    ok(exists($have{'blockdev-add'}), 'the commands of QEMU are listed');
     return check_names($want, \%have) if command($exchange) eq 'query-commands';
     my %want = map { $_->{name} => $_ } @$want;
     for my $command (grep { $_->{'meta-type'} eq 'command' } @$want) {

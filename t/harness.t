@@ -144,7 +144,7 @@ subtest 'the guest sees its disks' => sub {
     my $hello = $guest->hello;
     is_deeply($hello->{disks}, { disk0 => 64 * $MiB, disk1 => 32 * $MiB }, 'ids and sizes');
     my ($cdrom) = grep { $_->{qdev} eq 'ide2' } $vm->qmp('query-block')->@*;
-    ok($cdrom && $cdrom->{removable} && !$cdrom->{inserted}, 'an empty CD-ROM drive is there');
+    ok($cdrom && $cdrom->{removable} && !$cdrom->{inserted}, 'the guest has an empty CD-ROM drive');
     is_deeply([$guest->sh('echo "a\b"; exit 3')], [3, "a\\b\n"], 'a shell command');
 };
 
@@ -249,7 +249,7 @@ subtest 'churn that continues' => sub {
     );
     $guest->wait_churn($last_write + 20);
     $last_write = $guest->stop_churn;
-    is_deeply([check_churn()], [$last_write, undef], 'churn goes on where it was');
+    is_deeply([check_churn()], [$last_write, undef], 'churn continues at the same write');
 };
 
 subtest 'the block graph' => sub {

@@ -22,7 +22,7 @@ is_deeply([broken_rules(\%house)], [], 'the house stands');
 
 # Adds a line to a file, and checks the message.
 sub breaks ($file, $line, $rule, $what) {
-    ok(exists($house{$file}), "$file is there");
+    ok(exists($house{$file}), "$file exists");
     my %broken = (%house, $file => "$line\n$house{$file}");
     my @broken = broken_rules(\%broken);
     is(scalar(@broken), 1, "$what: found once") or diag(@broken);

@@ -96,8 +96,8 @@ sub check_strays ($backend, $form) {
     backup($backend, wanted($backend, 'use', base => undef), end => [1, $id]);
     make_strays($backend);
     my $seen = backup($backend, wanted($backend, 'use', base => $id), end => [1, $new_id->()]);
-    is($seen->{'bitmap-action'}, remade($form), 'setup does it by itself');
-    like($seen->{log}, qr/was removed/, 'the log says so');
+    is($seen->{'bitmap-action'}, remade($form), 'setup removes the stray bitmaps');
+    like($seen->{log}, qr/was removed/, 'the log reports the removal');
     return;
 }
 
@@ -108,7 +108,7 @@ sub check_ids ($backend, $form) {
     my ($first, $second) = ($new_id->(), $new_id->());
     is_deeply(bases_of($backend), [undef, undef], 'at first, there are no IDs');
     my $seen = backup($backend, wanted($backend, 'use', base => undef), end => [1, $first]);
-    is($seen->{'bitmap-action'}, remade($form), 'the first backup is a full one');
+    is($seen->{'bitmap-action'}, remade($form), 'the first backup is full');
     is_deeply(bases_of($backend), [$first, $first], 'the bitmap has an ID');
     is(shown($backend)->{'pba-tied:snapshot-access:test'}, $first, 'status shows it');
 
@@ -248,7 +248,7 @@ sub check_forget ($backend) {
         = backup($backend, wanted($backend, 'use', base => $id), end => [0], during => $refused);
     is_deeply(bases_of($backend), [$id, $id], 'nothing was removed');
 
-    is(scalar(forget($backend)->@*), 2, 'forget says what it removed');
+    is(scalar(forget($backend)->@*), 2, 'forget reports what it removed');
     is_deeply([grep { m/test\z/ } names($backend)->@*], [], 'the bitmaps are gone');
     is_deeply(forget($backend), [], 'a second call has nothing to do');
     is($backend->access(%other)->bases($backend->device('a'))->{ $backend->device('a') },

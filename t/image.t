@@ -109,12 +109,12 @@ subtest 'the names of disks, and the UUID' => sub {
     like(
         $log,
         qr/^other: dirty-bitmap status: was missing|created new/m,
-        'another name: a full one'
+        'another name: a full backup'
     );
     $log
         = back_up(@named[0, 1], '--uuid', '00000000-0000-4000-8000-000000000002', qw(--guest named))
         ->{err};
-    unlike($log, qr/nothing of/, 'another guest: a full one');
+    unlike($log, qr/nothing of/, 'another guest: a full backup');
 };
 
 sub open_image ($name) {

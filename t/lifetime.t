@@ -156,7 +156,7 @@ sub check_foreign_server ($backend, $outside) {
     $access->teardown(1);
     is_deeply([map { $_->{id} } $vm->exports->@*],
         ['foreign'], 'an export of others on our server stays');
-    like($log[0], qr/the NBD server keeps running/, 'a warning says so');
+    like($log[0], qr/the NBD server keeps running/, 'a warning says why');
     $vm->qmp('block-export-del', id => 'foreign', mode => 'hard');
     $vm->qmp('nbd-server-stop');
     $vm->qmp('blockdev-del', 'node-name' => 'theirs');

@@ -23,7 +23,7 @@ sub check_half_connected ($backend) {
     my $done = eval { $access->teardown(1); 1 };
     is($done ? 1 : 0, $waits ? 0 : 1, 'a client that says nothing: teardown');
     my $why = $@;
-    ok($backend->vm->qmp('query-status'), 'QEMU goes on');
+    ok($backend->vm->qmp('query-status'), 'QEMU keeps running');
     return if !$waits;
     like(
         $why,

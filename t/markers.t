@@ -72,7 +72,11 @@ sub check_namespaces ($backend) {
     is(state_of($backend), $before, 'nothing was touched');
     my $status = 'delete $o{"target-id"}; my $s = PVE::BackupAccess->status(%o);'
         . ' print JSON::PP->new->canonical->encode($s->{access}), scalar($s->{"left-overs"}->@*)';
-    like(elsewhere($backend, $status), qr/"alive":null.*"pid":$$\D.*\}0\z/, 'status says so');
+    like(
+        elsewhere($backend, $status),
+        qr/"alive":null.*"pid":$$\D.*\}0\z/,
+        'status does not know whether the process is alive'
+    );
     ok(eval { $access->teardown(0); 1 }, 'the access ends well') or diag($@);
     is_deeply($backend->outside, $outside, 'nothing is left');
     return;
@@ -186,7 +190,8 @@ sub check_damaged ($backend) {
             qr/the process whose marker is damaged.*is taken for dead/,
             'the log of force reports that the process is taken for dead'
         );
-        ok((grep { m/process mark '$name' was removed/ } $lines->@*), 'a line says so, too')
+        ok((grep { m/process mark '$name' was removed/ } $lines->@*),
+            'recover reports the removed marker')
             or diag(explain($lines));
         is_deeply($backend->outside, $outside, 'nothing is left');
     }

@@ -128,7 +128,7 @@ for my $bitmaps (0, 1) {
             is(migrate($source, $target), 'failed', 'QEMU refuses it');
             runs_at_source($source, $target);
             $volume //= $access->volume($device);
-            is_deeply([$volume->next_dirty_region], [$offset{before}, 65536], 'the map goes on');
+            is_deeply([$volume->next_dirty_region], [$offset{before}, 65536], 'the map continues');
             is($volume->pread($offset{before}, 65536), "\x07" x 65536, 'data can still be read');
             undef $volume;
             $access->teardown(1);

@@ -62,7 +62,8 @@ subtest 'a handler that dies while reading' => sub {
     is_deeply([$volume->next_dirty_region], $blocks[0], 'the map, too');
     dies_by_alarm(sub { $volume->pread($MiB, 512) }, 'a read in the middle of the map');
     dies_by_alarm(sub { $volume->discard(0, 64 * $KiB) }, 'discarding');
-    is_deeply([map { [$volume->next_dirty_region] } 1 .. 3], [@blocks[1 .. 3]], 'the map goes on');
+    is_deeply([map { [$volume->next_dirty_region] } 1 .. 3], [@blocks[1 .. 3]],
+        'the map continues');
 
     my $hangs = open_volume(start(dirty => \@blocks, max_extents => 2, hang_at => 300 * $KiB));
     dies_by_alarm(sub { map_of($hangs) }, 'a server that hangs');
@@ -211,7 +212,7 @@ subtest 'a forked child' => sub {
     my $volume = open_volume($server);
     is_deeply([$volume->next_dirty_region], $blocks[0], 'the first region');
     is(in_child(sub { 1 }), 0, 'a child that exits');
-    is_deeply([$volume->next_dirty_region], $blocks[1], 'the parent goes on');
+    is_deeply([$volume->next_dirty_region], $blocks[1], 'the parent continues');
     my %use = uses_of(\$volume);
     for my $name (sort keys %use) {
         is(in_child(sub { dies_as_foreign($use{$name}) }), 0, "$name in a child dies");

@@ -40,7 +40,7 @@ sub check_file ($text) {
     write_file($file, $text);
     my $shown = substr($text, 0, 60) =~ s/([^ -~])/sprintf('\\x%02x', ord($1))/ger;
     is(mode_of_next(), 'new', "a note of $shown: a full backup");
-    is(mode_of_next(), 'reuse', 'the next one is incremental');
+    is(mode_of_next(), 'reuse', 'the next backup is incremental');
     return;
 }
 
@@ -58,7 +58,7 @@ sub check_unreadable () {
         'where it cannot be read, it is none when there may be new data');
     symlink($file, $file) or die "symlink: $!\n";
     is(mode_of_next(), 'new', 'a note that cannot be read: a full backup');
-    is(mode_of_next(), 'reuse', 'the next one is incremental');
+    is(mode_of_next(), 'reuse', 'the next backup is incremental');
     return;
 }
 
@@ -92,7 +92,7 @@ sub check_load_dies () {
         'where it cannot be read, it is none when there may be new data');
     $is_down = 0;
     delete($on{backup_vm});
-    is(mode_of_next(%code), 'new', 'the next backup is a full one');
+    is(mode_of_next(%code), 'new', 'the next backup is full');
     is(mode_of_next(%code), 'reuse', 'the one after that is incremental');
     return;
 }
@@ -106,13 +106,13 @@ sub check_store_dies () {
     $strike = sub () { die "the cluster is away\n" };
     is(mode_of_next(%code), 'new', 'a note that cannot be stored: the backup is good');
     is($backend->logged(qr/\Awarn: .*cannot note the ID.*the cluster is away/s),
-        1, 'the log says so');
+        1, 'the log has a warning');
     $strike = sub () { };
-    is(mode_of_next(%code), 'new', 'the next one is a full one');
+    is(mode_of_next(%code), 'new', 'the next backup is full');
 
     $strike = sub () { kill(ALRM => $$) };
     my $seen = what_arrives(sub () { $backend->task($provider, %code)->run });
-    is($seen->{error}, "alarm\n", 'a signal while it is stored goes on');
+    is($seen->{error}, "alarm\n", 'a signal while the note is stored is passed on');
     is($seen->{value}{devices}{$device}{'bitmap-mode'}, 'reuse', 'when the caller has the result');
     return;
 }

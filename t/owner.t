@@ -63,7 +63,7 @@ subtest 'refused' => sub {
 subtest 'refused, because the marker exists' => sub {
     my $peer = start_peer(returns([$own_mark], [$own_mark], 'blockdev-add' => $refused));
     my $access = new_access($peer);
-    ok(eval { $access->setup(\@one); 1 }, 'setup goes on') or diag($@);
+    ok(eval { $access->setup(\@one); 1 }, 'setup continues') or diag($@);
     $access->teardown(1);
     is((deleted($peer))[-1], $own_mark, 'the marker is deleted at the end');
 };
@@ -82,7 +82,7 @@ subtest 'a PID that is used again' => sub {
     my $gone = 'pba-owner-' . join('-', getppid(), start_time(getppid()) + 1);
     my $peer = start_peer(returns([$gone], [$gone, $own_mark]));
     my $access = new_access($peer);
-    ok(eval { $access->setup(\@one); 1 }, 'setup goes on') or diag($@);
+    ok(eval { $access->setup(\@one); 1 }, 'setup continues') or diag($@);
     $access->teardown(1);
 };
 

@@ -138,7 +138,7 @@ subtest 'kill -9 with a bitmap in two halves' => sub {
         my $info = $access->setup($backend->devices('use'))->[0];
         is($info->{'bitmap-action'}, 'missing-recreated', "after $how: the next one says so");
         my ($offset, $length) = $access->volume('disk0')->next_dirty_region;
-        is($length, $size, 'the backup is a full one');
+        is($length, $size, 'the backup is full');
         $access->teardown(1);
         is_deeply($backend->status->{'left-overs'}, [], 'nothing is left over');
     }

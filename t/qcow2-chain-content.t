@@ -207,7 +207,7 @@ subtest 'a merge that loses a write' => sub {
         like($@, qr/the merged image .* lacks what was merged - 65536 .* offset 1048576/,
             'is found');
         $chain->forget($names[0]);
-        is($chain->problem($_), '', 'the others are there') for @names[1, 2];
+        is($chain->problem($_), '', 'the other archives are intact') for @names[1, 2];
     }
     $chain->provider->prune(100, 5);
     $chain->check('and the merge is ended later');

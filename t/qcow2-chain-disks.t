@@ -163,7 +163,11 @@ subtest 'archives without identities of disks' => sub {
     backup('old', $guest, ['libvirt-1-format', 'libvirt-2-format']) for 1, 2;
     forget_identities(glob("$tmp/old/vm/100/*/manifest.json"));
     my ($modes) = backup('old', $guest, ['libvirt-1-format', 'libvirt-2-format']);
-    is_modes($modes, { map { ("libvirt-$_-format" => 'reuse') } 1, 2 }, 'goes on by the names');
+    is_modes(
+        $modes,
+        { map { ("libvirt-$_-format" => 'reuse') } 1, 2 },
+        'the chain continues by name'
+    );
     forget_identities(glob("$tmp/old/vm/100/*/manifest.json"));
     my %node = (virtio0 => 'libvirt-1-format', virtio1 => 'libvirt-2-format');
     @log = ();

@@ -297,7 +297,7 @@ subtest 'a backup is killed in its data' => sub {
         is(scalar(@temporary), 1, 'the backup had begun');
         is_deeply($base->provider->verify($names[-1]), [], 'the archives before are as they were');
         $base->backup or die $base->error;
-        is_deeply([values $base->modes->%*], [qw(reuse reuse)], 'the next one is incremental');
+        is_deeply([values $base->modes->%*], [qw(reuse reuse)], 'the next backup is incremental');
     }
     $base->check('the archives after all interrupted backups');
 };

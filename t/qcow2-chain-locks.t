@@ -94,7 +94,7 @@ for my $kind (sort keys %waits) {
                 is_deeply([$base->names], \@names, "$action: nothing is changed");
             }
             else {
-                is($done, $good{$action}, "$action: goes on") or diag($error);
+                is($done, $good{$action}, "$action: continues") or diag($error);
             }
         }
     };

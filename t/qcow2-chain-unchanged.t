@@ -89,7 +89,7 @@ subtest 'a bitmap that was lost' => sub {
     );
     is(parent_of($chain, $third), $second, 'the archive builds on the newest one');
     my $fourth = backup($chain, [2048 * $KiB, 64 * $KiB, 0x18]);
-    is(parent_of($chain, $fourth), $third, 'increments go on from there');
+    is(parent_of($chain, $fourth), $third, 'increments continue from it');
     $chain->check('each archive');
     $chain->provider->remove($second);
     $chain->forget($second);
@@ -127,7 +127,7 @@ subtest 'a base that rots' => sub {
     );
     $chain->log;
     my $next = backup($chain);
-    is(parent_of($chain, $next), undef, 'the next backup is a full one');
+    is(parent_of($chain, $next), undef, 'the next backup is full');
     like(
         $chain->log,
         qr/archive \w+ is damaged, according to its last verification/,

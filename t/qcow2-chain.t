@@ -75,7 +75,7 @@ subtest "$length archives, and failures" => sub {
     $chain->use_store($chain->tmp . '/moved');
     $chain->write_random;
     $chain->backup or die $chain->error;
-    is_deeply($chain->modes, all($chain, 'reuse'), 'a moved directory: goes on');
+    is_deeply($chain->modes, all($chain, 'reuse'), 'a moved directory: the chain continues');
     $chain->check('moved');
 };
 
@@ -174,7 +174,7 @@ subtest 'prune' => sub {
     $chain->check('two of five');
     $chain->write_random;
     $chain->backup or die $chain->error;
-    is_deeply($chain->modes, all($chain, 'reuse'), 'the chain goes on');
+    is_deeply($chain->modes, all($chain, 'reuse'), 'the chain continues');
     $chain->provider->prune(100, 1);
     $chain->forget(@names[3, 4]);
     $chain->check('one archive of three is kept');

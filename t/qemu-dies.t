@@ -190,13 +190,13 @@ sub check_dead ($context, $step, $error) {
         ? like($error->class, $gone, "$step: class")
         : like($error, qr/\Asysread: /, "$step: a reader's own error");
     if ($step ne 'setup' && $step ne 'teardown') {
-        ok(!eval { $context->{access}->teardown(0); 1 }, 'teardown says it, too');
+        ok(!eval { $context->{access}->teardown(0); 1 }, 'teardown reports the lost QEMU, too');
         is($@->class, 'ConnectionError', 'teardown: class');
     }
     $backend->restart;
     my $access = $backend->access;
     my $info = $access->setup($backend->devices('use'))->[0];
-    is($info->{'bitmap-action'}, 'missing-recreated', 'the next backup is a full one and says so');
+    is($info->{'bitmap-action'}, 'missing-recreated', 'the next backup is full and says why');
     $access->teardown(1);
 }
 
@@ -244,7 +244,7 @@ sub check_cell ($name, $event, $phase, $mechanism) {
     }
     else {
         my $met = $expected ? defined($step) : !defined($step);
-        ok($met, $expected ? 'there is an error' : 'all goes on') or diag($error // '');
+        ok($met, $expected ? 'there is an error' : 'there is no error') or diag($error // '');
         $end_event->() if ref($end_event) eq 'CODE';
         check_error($step, $error, $expected) if $expected && $step;
         check_end($context);

@@ -59,7 +59,7 @@ sub check_bits ($context) {
 
 # After a teardown that failed, the ID is that of an earlier backup than the provider's last one.
 sub check_is_full ($context, $name) {
-    is(dirty_of_next($context), $slots * $granularity, "$name: the next backup is a full one");
+    is(dirty_of_next($context), $slots * $granularity, "$name: the next backup is full");
     ok($context->{backend}->logged(qr/\Ainfo: .*relative to backup [0-9a-f]+, not /),
         "$name: the log says why");
 }

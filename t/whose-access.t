@@ -154,7 +154,7 @@ sub pair ($backend, $a_step, $b_step, $act, $elsewhere) {
         $client->kill9 if $b_step eq 'killed';
         act($backend, \%held, $act);
         $client->let_go_on;
-        is($client->next_word, undef, 'B goes on to its end') if $b_step ne 'killed';
+        is($client->next_word, undef, 'B continues to its end') if $b_step ne 'killed';
         $client->wait_end;
     }
     if ($b_step eq 'killed') {
@@ -309,7 +309,7 @@ sub mark_deleted ($backend, $a_step, $act) {
         $client->let_go_on;
         like($client->next_word, qr/no longer exists in QEMU/, "A's $act: refused") if $acts{$act};
         $client->let_go_on if $acts{$act};
-        is($client->next_word, 'ended', 'A goes on to its end');
+        is($client->next_word, 'ended', 'A continues to its end');
         $client->let_go_on;
     }
 
