@@ -77,7 +77,8 @@ sub run_tests (@tests) {
     open(STDERR, '>>', "$reports/report.stderr") or die "cannot redirect stderr: $!\n";
     my $aggregate = $harness->runtests(@tests);
     open(STDERR, '>&', $stderr) or die "cannot restore stderr: $!\n";
-    copy("$reports/report.stderr", \*STDERR) if !$aggregate->all_passed;    # the output that prove shows
+    copy("$reports/report.stderr", \*STDERR)
+        if !$aggregate->all_passed;    # the output that prove shows
     return !$aggregate->all_passed;
 }
 

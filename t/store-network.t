@@ -1,7 +1,9 @@
 # Qcow2Chain on a network file system: no flock, no holes, open files that keep another name when they are
 # removed, and a server with intermittent errors. Every failure names the path, and no archive is lost.
 #
-# The file system is t/network-fs.c. One QEMU is enough: qemu-img and qemu-nbd only use files.
+# The file system is t/network-fs.c.
+#
+# One QEMU is enough: qemu-img and qemu-nbd only use files.
 
 use v5.36;
 
