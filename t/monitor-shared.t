@@ -91,6 +91,29 @@ for my $name ($Backend->names) {
     };
 }
 
+subtest 'a client that does not disconnect' => sub {
+    my $backend = $Backend->start_paused(
+        name => PBA::Test::VM->is_proxmox ? 'pve' : 'upstream',
+        disks => [{ id => 'disk0', size => $MiB }],
+    );
+    my $client = IO::Socket::UNIX->new(Peer => $backend->qmp_path) or die "monitor: $!\n";
+    readline($client);
+    my @log;
+    my $log = sub ($level, $message) {
+        push(@log, "$level: $message");
+        undef($client);
+    };
+    my $device = $backend->device('disk0');
+    my $sizes = $backend->access(log => $log)->sizes($device);
+    is($sizes->{$device}, $MiB, 'it is waited for');
+    my $path = $backend->qmp_path;
+    is(
+        "@log",
+        "info: waiting for the QMP monitor '$path': another client uses it, or QEMU is busy",
+        'and the log says so'
+    );
+};
+
 # QEMU sends the reply to a command of a client that has disconnected to the next client.
 subtest 'after a client that disconnected during a command' => sub {
     my $backend = $Backend->start(

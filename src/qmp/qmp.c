@@ -13,6 +13,8 @@
 
 #define READ_SIZE 65536
 #define MAX_PAUSE_MS 1000
+/* How long to wait silently while another client uses the monitor. */
+#define PATIENCE_US (2 * G_TIME_SPAN_SECOND)
 /* Less than a second, together with the time between two checks for signals. */
 #define SETTLE_LIMIT_US (700 * G_TIME_SPAN_MILLISECOND)
 
@@ -296,8 +298,18 @@ static bool agree(PbaQmp *qmp, gint64 deadline, GError **error)
 static bool greet(PbaQmp *qmp, gint64 deadline, GError **error)
 {
     const char *what = "waiting for the QMP greeting - does another client hold the monitor?";
-    g_autoptr(JsonObject) greeting = receive_reply(qmp, deadline, what, error);
+    struct pollfd poll = {.fd = qmp->fd, .events = POLLIN};
+    gint64 soon = g_get_monotonic_time() + PATIENCE_US;
 
+    if (!pba_wait_fds(&poll, 1, soon, deadline, &qmp->hooks, what, error)) {
+        return false;
+    }
+    if (!poll.revents) {
+        pba_log(&qmp->hooks, PBA_LOG_INFO,
+                "waiting for the QMP monitor '%s': another client uses it, or QEMU is busy",
+                qmp->path);
+    }
+    g_autoptr(JsonObject) greeting = receive_reply(qmp, deadline, what, error);
     if (!greeting) {
         return false;
     }
