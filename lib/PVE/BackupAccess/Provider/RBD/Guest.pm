@@ -16,7 +16,7 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::RBD::Archive;
 use PVE::BackupAccess::Provider::RBD::Lock;
 use PVE::BackupAccess::Provider::Store::Manifest qw($name_pattern);
-use PVE::BackupAccess::Try qw(attempt reason);
+use PVE::BackupAccess::Try qw(attempt reason rethrow);
 
 use parent qw(PVE::BackupAccess::Provider::Store::Guest);
 
@@ -209,8 +209,14 @@ sub publish ($self, $archive, $notes = undef) {
     my %modes = map { $_ => $archive->device($_)->{'bitmap-mode'} } $archive->devices;
     my %ids = map { $_ => $modes{$_} ne 'none' ? { id => $archive->id } : undef } keys %modes;
     $notes->note(\%ids) if $notes;
-    $self->_set('archive ' . $archive->name, $archive->text);
-    return;
+    my $key = 'archive ' . $archive->name;
+    $self->_set($key, $archive->text);
+
+    # If the lock was lost just before that, another process may have removed the snapshots, as those of a killed one.
+    my $lost = attempt { $self->check_lock };
+    return if !$lost;
+    $self->_unset($key) if $lost->class eq 'StateError';
+    rethrow($lost);
 }
 
 # If publish was ended while the cluster stored the manifest, the archive may exist: then clean leaves it as it is.
