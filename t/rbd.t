@@ -108,6 +108,18 @@ subtest 'killed backups' => sub {
     is($life->problem, undef, 'all archives are intact');
 };
 
+# At each step in which the store and the guest get their objects.
+subtest 'killed first backups' => sub {
+    for my $point (map { [$_, 'make_object'], [$_, 'set_value'] } 1 .. 3) {
+        my $new = new_life();
+        $new->guest->write_random(3);
+        my $where = $new->killed_backup($point->@*) // 'not at all';
+        my $name = $new->backup;
+        is($new->problem, undef,
+            "killed: $where $point->[0]: the next archive is listed and intact");
+    }
+};
+
 subtest 'prune and remove' => sub {
     my @names = $life->names;
     my $removed = $life->provider->prune(100, 2);

@@ -278,8 +278,9 @@ sub remove_value ($self, $object, $key) {
 
 # ---- objects ----
 
+# Unless it exists (rados create would fail then).
 sub make_object ($self, $object) {
-    $self->rados('create', $object);
+    $self->rados('touch', $object);
     return;
 }
 
@@ -297,9 +298,6 @@ sub remove_object ($self, $object) {
     $self->try_rados('rm', $object);
     return;
 }
-
-# undef if there is no such object.
-sub size_of ($self, $object) { return $self->try_rados('stat', $object) }
 
 # The clients that watch the object now.
 sub watchers ($self, $object) {

@@ -73,8 +73,10 @@ sub make_place ($self) {
         "the object $object, which lists the archives of $self->{place}, is missing, but there are images"
             . " $self->{prefix}* - remove these images, or restore the object")
         if $self->_snapshots->%*;
-    $self->{ceph}->make_object($_) for (map { "$object.$_" } $Lock->kinds), $object;
+
+    # The guest's own object is the last: where it exists, nothing of this is repeated.
     $self->{store}->add_place($self->{place});
+    $self->{ceph}->make_object($_) for (map { "$object.$_" } $Lock->kinds), $object;
     return;
 }
 

@@ -25,7 +25,7 @@ sub _set ($self, $key, $value) {
 # Runs the code while no other process changes the object.
 sub _alone ($self, $code) {
     my $ceph = $self->{ceph};
-    $ceph->make_object("$object.change") if !defined($ceph->size_of("$object.change"));
+    $ceph->make_object("$object.change");
     my $lock = PVE::BackupAccess::Provider::RBD::Lock->take($ceph, $object, 'change', $seconds);
     return $code->();
 }
