@@ -17,7 +17,7 @@ use PVE::BackupAccess::Try qw(deaths_of ensure rethrow);
 use PVE::BackupAccess::Wait qw(wait_for_child);
 
 our @EXPORT_OK
-    = qw($longest_socket block_signals end_with how_ended kill_child new_pipe program_environment run_program run_program_to_file start_program temporary_file);
+    = qw($longest_socket block_signals end_with fork_child how_ended kill_child new_pipe program_environment run_program run_program_to_file start_program temporary_file);
 
 our $longest_socket = 107;    # bytes of a path in a struct sockaddr_un
 
@@ -133,19 +133,29 @@ my sub become ($parent, $how, @command) {
     POSIX::_exit($not_run);
 }
 
+# Forks. Returns undef, or why that failed. The parent passes the PID to the first function. The child calls the second one,
+# which does not return, with the signal mask to restore. Signals are blocked until the PID is noted and the child has its own
+# handlers: a handler that died earlier would leave a child that nobody ends, or run the parent's cleanup in the child.
+sub fork_child ($note, $child) {
+    my $mask = block_signals();
+    my $pid = fork();
+    $child->($mask) if defined($pid) && !$pid;
+    my $problem = $!;
+    $note->($pid) if defined($pid);
+    POSIX::sigprocmask(SIG_SETMASK, $mask);
+    return defined($pid) ? undef : $problem;
+}
+
 # Starts a program with these handles and nothing else of the caller's, and stores its PID. A signal handler that dies
 # cannot run in between, because then the PID would be lost and the program could not be ended. how: in, out and err are
 # handles, by default /dev/null; listener is a listening socket, passed by systemd's protocol; environment has more
 # variables; signal is sent by the kernel when this process ends: 0 for none, by default SIGTERM.
 sub start_program ($pid, $how, @command) {
     my $parent = $$;
-    my $mask = block_signals();
-    $pid->$* = fork();
-    become($parent, { $how->%*, mask => $mask }, @command) if defined($pid->$*) && !$pid->$*;
-    my $problem = $!;
-    POSIX::sigprocmask(SIG_SETMASK, $mask);
-    return if defined($pid->$*);
-    fail('SystemError', "cannot start $command[0] - $problem");
+    my $problem = fork_child(sub ($child) { $pid->$* = $child },
+        sub ($mask) { become($parent, { $how->%*, mask => $mask }, @command) });
+    fail('SystemError', "cannot start $command[0] - $problem") if defined($problem);
+    return;
 }
 
 # How a program has ended, by its status as in $?; undef: other code of this process has waited for it.

@@ -11,7 +11,7 @@ use POSIX qw(SIG_SETMASK);
 use Time::HiRes ();
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw(block_signals program_environment);
+use PVE::BackupAccess::Program qw(fork_child program_environment);
 use PVE::BackupAccess::Try qw(attempt_any ensure);
 use PVE::BackupAccess::Wait qw(slice wait_for_child);
 
@@ -40,22 +40,22 @@ my sub exec_virsh ($mask, @command) {
     POSIX::_exit(127);
 }
 
-# Both outputs are one. It is in a process group of its own: an interrupt on the terminal is for us. Until its PID is in
-# process, no handler that dies can lose it.
+# Both outputs are one. It is in a process group of its own: an interrupt on the terminal is for us.
 my sub start ($process, @command) {
     pipe(my $in, my $to) && pipe(my $from, my $out) or die "pipe: $!\n";
-    my $mask = block_signals();
-    my $pid = fork();
-    if (defined($pid) && !$pid) {
-        setpgrp(0, 0);
-        open(STDIN, '<&', $in) && open(STDOUT, '>&', $out) && open(STDERR, '>&', $out)
-            or POSIX::_exit(126);
-        exec_virsh($mask, @command);
-    }
-    my $problem = $!;
-    $process->%* = (pid => $pid, to => $to, from => $from, owner => $$) if defined($pid);
-    POSIX::sigprocmask(SIG_SETMASK, $mask);
-    die "cannot fork: $problem\n" if !defined($pid);
+    my $note = sub ($pid) {
+        $process->%* = (pid => $pid, to => $to, from => $from, owner => $$);
+    };
+    my $problem = fork_child(
+        $note,
+        sub ($mask) {
+            setpgrp(0, 0);
+            open(STDIN, '<&', $in) && open(STDOUT, '>&', $out) && open(STDERR, '>&', $out)
+                or POSIX::_exit(126);
+            exec_virsh($mask, @command);
+        }
+    );
+    die "cannot fork: $problem\n" if defined($problem);
     return;
 }
 

@@ -17,7 +17,7 @@ use Time::HiRes ();
 use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Format qw(bytes);
-use PVE::BackupAccess::Program qw(block_signals new_pipe);
+use PVE::BackupAccess::Program qw(fork_child new_pipe);
 use PVE::BackupAccess::Provider::Qcow2Chain::Tar qw(compress start_tar stream_problem);
 use PVE::BackupAccess::Try qw(attempt_any deaths_of is_own);
 use PVE::BackupAccess::Wait qw(pause read_some wait_for_child wait_until_readable);
@@ -171,25 +171,22 @@ sub start ($class, $archive, %how) {
     my ($data, $keepers_data) = socket_pair();
     my ($control, $keepers_control) = socket_pair();
 
-    # Signals are blocked until the keeper has its handlers.
-    my $mask = block_signals();
-    my $pid = fork();
-    if (defined($pid) && !$pid) {
+    my $self;
+    my $note = sub ($pid) {
+        my %self = (pid => $pid, owner => $$, data => $data, control => $control, heard => '');
+
+        # If a handler dies after that, the object ends the keeper, and waits until its sockets are closed.
+        close($_) for $keepers_data, $keepers_control;
+        $self = bless(\%self, $class);
+    };
+    my $keep = sub ($mask) {
         close($_) for $data, $control;
         my %keeper
             = (data => $keepers_data, control => $keepers_control, heard => '', mask => $mask);
         become_keeper(\%keeper, $archive, \%how);
-    }
-    my $problem = $!;
-    my %self = (pid => $pid, owner => $$, data => $data, control => $control, heard => '');
-
-    # If a handler dies now, the object ends the keeper, and waits until its sockets are closed.
-    close($_) for $keepers_data, $keepers_control;
-    my $self = bless(\%self, $class);
-    POSIX::sigprocmask(SIG_SETMASK, $mask);
-    fail('SystemError', "cannot start the process that stores the container - $problem")
-        if !defined($pid);
-    return $self;
+    };
+    my $problem = fork_child($note, $keep) // return $self;
+    fail('SystemError', "cannot start the process that stores the container - $problem");
 }
 
 # ---- the keeper's caller, which may be a forked process of another user ----

@@ -12,7 +12,7 @@ use POSIX qw(SIG_SETMASK);
 use Time::HiRes ();
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw(block_signals end_with kill_child new_pipe);
+use PVE::BackupAccess::Program qw(end_with fork_child kill_child new_pipe);
 use PVE::BackupAccess::Try qw(deaths_of ensure is_own);
 use PVE::BackupAccess::Wait qw(wait_for_child);
 
@@ -55,27 +55,23 @@ my sub run_worker ($pipe, $code, $item, $mask) {
     return send_to($pipe, @outcome);
 }
 
-# Adds a new worker to the others. Until it is there, and until the worker has its own handlers, signals are blocked: a
-# handler that died earlier would leave a worker that nobody ends, or run the parent's cleanup in the worker.
+# Adds a new worker to the others.
 my sub start ($workers, $code, $item) {
     my ($read, $write) = new_pipe();
     my $parent = $$;
-    my $mask = block_signals();
-    my $pid = fork();
-    if (defined($pid) && !$pid) {
+    my $work = sub ($mask) {
         end_with($parent);
         $write->autoflush;
         srand();    # else all workers choose the same random names for their private files
 
-        # A worker must not run the parent's cleanup, so no exception leaves this block.
+        # A worker must not run the parent's cleanup, so no exception leaves this function.
         deaths_of(sub { run_worker($write, $code, $item, $mask) });
         POSIX::_exit(0);
-    }
-    my $problem = $!;
-    $workers->{ fileno($read) } = { pid => $pid, read => $read, item => $item, text => '' }
-        if defined($pid);
-    POSIX::sigprocmask(SIG_SETMASK, $mask);
-    return if defined($pid);
+    };
+    my $note = sub ($pid) {
+        $workers->{ fileno($read) } = { pid => $pid, read => $read, item => $item, text => '' };
+    };
+    my $problem = fork_child($note, $work) // return;
     $Error->throw('SystemError', "$item: cannot start a worker process - $problem");
 }
 
