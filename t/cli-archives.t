@@ -19,12 +19,7 @@ use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(check_name name_of number_
 my $json = JSON::PP->new->utf8;
 
 sub new_chain ($count) {
-    my $chain = PBA::Test::Chain->new;
-    for (1 .. $count) {
-        $chain->write_random;
-        $chain->backup or die $chain->error;
-    }
-    return $chain;
+    return PBA::Test::Chain->new->add_archives($count);
 }
 
 sub paths ($chain) {

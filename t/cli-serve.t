@@ -15,11 +15,7 @@ use PBA::Test::Chain;
 use PBA::Test::Command qw(run_command start_command);
 use PBA::Test::QemuNbd;
 
-my $chain = PBA::Test::Chain->new;
-for (1 .. 2) {
-    $chain->write_random;
-    $chain->backup or die $chain->error;
-}
+my $chain = PBA::Test::Chain->new->add_archives(2);
 my ($first, $last) = $chain->names;
 my @devices = $chain->devices;
 my @ways = ('serve', -e '/dev/fuse' ? 'mount' : ());

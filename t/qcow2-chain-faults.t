@@ -26,11 +26,7 @@ sub more (@cases) {
     return $ENV{PBA_FULL} ? @cases : ();
 }
 
-my $base = PBA::Test::Chain->new;
-for (1 .. 3) {
-    $base->write_random;
-    $base->backup or die $base->error;
-}
+my $base = PBA::Test::Chain->new->add_archives(3);
 my @names = $base->names;
 my $store = $base->store;
 

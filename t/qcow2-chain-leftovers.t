@@ -18,11 +18,7 @@ use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(try_lock);
 
 my $Error = 'PVE::BackupAccess::Error';
 
-my $base = PBA::Test::Chain->new;
-for (1 .. 3) {
-    $base->write_random;
-    $base->backup or die $base->error;
-}
+my $base = PBA::Test::Chain->new->add_archives(3);
 my @names = $base->names;
 my $store = $base->store;
 

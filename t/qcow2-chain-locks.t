@@ -14,11 +14,7 @@ use PBA::Test::Chain;
 use PVE::BackupAccess::CLI::Restore;
 use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(drop_lock take_lock try_lock);
 
-my $base = PBA::Test::Chain->new;
-for (1 .. 3) {
-    $base->write_random;
-    $base->backup or die $base->error;
-}
+my $base = PBA::Test::Chain->new->add_archives(3);
 my $store = $base->store;
 my @names = $base->names;
 my $oldest = $names[0];

@@ -132,12 +132,7 @@ subtest 'a directory of version 0.1' => sub {
 # ---- removal of archives ----
 
 sub new_chain ($count) {
-    my $chain = $Chain->new;
-    for (1 .. $count) {
-        $chain->write_random;
-        $chain->backup or die $chain->error;
-    }
-    return $chain;
+    return $Chain->new->add_archives($count);
 }
 
 subtest 'remove at every position' => sub {

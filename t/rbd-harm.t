@@ -23,27 +23,11 @@ my $dir = File::Temp->newdir('pba-rbd-XXXXXXXX', TMPDIR => 1);
 my $scsi = 'drive-scsi0';
 srand($ENV{PBA_SEED} // 20261130);
 
-sub new_life () {
-    my $namespace = $ceph->new_namespace;
-    mkdir("$dir/$namespace") or die "mkdir: $!\n";
-    return PBA::Test::RBDLife->new(
-        ceph => $ceph,
-        namespace => $namespace,
-        dir => "$dir/$namespace"
-    );
-}
-
-sub images ($life) {
-    return split(' ', $ceph->run('rbd', 'ls', "backup/$life->{namespace}"));
-}
-
-sub objects ($life) {
-    return split(' ', $ceph->run('rados', '-p', 'backup', '-N', $life->{namespace}, 'ls'));
-}
+sub new_life () { return PBA::Test::RBDLife->new(ceph => $ceph, dir => "$dir") }
 
 sub image_of_scsi ($life) {
-    my ($image) = grep { m/scsi0/ } images($life);
-    return "backup/$life->{namespace}/$image";
+    my ($image) = grep { m/scsi0/ } $life->images;
+    return $life->place . "/$image";
 }
 
 sub two_backups ($life) {
@@ -59,8 +43,8 @@ sub remove_all ($life) {
         is(eval { $life->provider->remove($name); 1 }, 1, 'removed') or diag($@);
         $life->forget($name);
     }
-    is_deeply([images($life)], [], 'without archives there are no images');
-    is_deeply([grep { m/digests|[.]log/ } objects($life)], [], 'no digests are left');
+    is_deeply([$life->images], [], 'without archives there are no images');
+    is_deeply([grep { m/digests|[.]log/ } $life->objects], [], 'no digests are left');
     return;
 }
 
@@ -233,7 +217,7 @@ for my $way ('serve', -e '/dev/fuse' ? 'mount' : ()) {
         print {$fh} $life->{expected}{$first}{$scsi};
         close($fh) or die "close: $!\n";
         mkdir("$dir/$way");
-        my $path = "rbd:backup/$life->{namespace}/$first";
+        my $path = 'rbd:' . $life->place . "/$first";
         my @how = $way eq 'serve' ? ($path, '--socket-dir', "$dir/$way") : ($path, "$dir/$way");
         my $command = start_command($way, @how, '--ceph-conf', $ceph->conf);
         my $place = places_of($command);

@@ -29,21 +29,7 @@ my $steps = $ENV{PBA_STEPS} // 40;
 my $seed = $ENV{PBA_SEED} // 20261130;
 srand($seed);
 
-sub new_life () {
-    return PBA::Test::RBDLife->new(
-        ceph => $ceph,
-        namespace => $ceph->new_namespace,
-        dir => "$dir"
-    );
-}
-
-sub images ($life) {
-    return split(' ', $ceph->run('rbd', 'ls', "backup/$life->{namespace}"));
-}
-
-sub objects ($life) {
-    return split(' ', $ceph->run('rados', '-p', 'backup', '-N', $life->{namespace}, 'ls'));
-}
+sub new_life () { return PBA::Test::RBDLife->new(ceph => $ceph, dir => "$dir") }
 
 sub content ($file) {
     open(my $fh, '<:raw', $file) or die "$file: $!\n";
@@ -62,7 +48,7 @@ subtest 'a first backup, and an increment' => sub {
     my $second = $life->backup;
     is($life->statuses->{$scsi}, 'reuse', 'the second one is an increment');
     is($life->problem, undef, 'both archives are intact');
-    is(scalar(images($life)), 3, 'there is one image for each device');
+    is(scalar($life->images), 3, 'there is one image for each device');
     my $uri = $life->provider->rbd_uri($first, $scsi);
     $ceph->run('qemu-img', 'convert', '-f', 'raw', '-O', 'raw', $uri, "$dir/restored.raw");
     ok(content("$dir/restored.raw") eq $life->{expected}{$first}{$scsi}, 'restored by its URI');
@@ -70,8 +56,8 @@ subtest 'a first backup, and an increment' => sub {
     is($entry->{devices}{$scsi}{parent}, $first =~ s{.*/}{}r, 'the list tells what it builds on');
     is_deeply($life->provider->verify($second), [], 'verify finds nothing wrong');
 
-    for my $image (images($life)) {
-        unlike($ceph->run('rbd', 'status', "backup/$life->{namespace}/$image"),
+    for my $image ($life->images) {
+        unlike($ceph->run('rbd', 'status', $life->place . "/$image"),
             qr/watcher=/, 'no reader or writer is left in the cluster');
     }
 };
@@ -87,7 +73,7 @@ subtest 'a lost bitmap costs reading' => sub {
         qr/$scsi: read in full, stored .* that differ from /,
         'only the difference is stored'
     );
-    is(scalar(images($life)), 3, 'it is stored in the same image');
+    is(scalar($life->images), 3, 'it is stored in the same image');
     is($life->problem, undef, 'all archives are intact');
 };
 
@@ -135,17 +121,16 @@ subtest 'prune and remove' => sub {
     is($life->problem, undef, 'the next one is right');
     $life->provider->remove($_) for $life->names;
     $life->forget($life->names);
-    is_deeply([images($life)], [], 'without archives there are no images');
-    is_deeply([grep { m/digests|[.]log/ } objects($life)], [], 'no digests are left');
+    is_deeply([$life->images], [], 'without archives there are no images');
+    is_deeply([grep { m/digests|[.]log/ } $life->objects], [], 'no digests are left');
 };
 
 # Damages the object with the first bytes of a device's image.
 sub damage ($life, $device) {
-    my ($image) = grep { m/\Q$device\E/ } images($life);
+    my ($image) = grep { m/\Q$device\E/ } $life->images;
     my ($prefix)
-        = $ceph->run('rbd', 'info', "backup/$life->{namespace}/$image")
-        =~ m/block_name_prefix: (\S+)/;
-    my ($object) = grep { m/\A\Q$prefix\E/ } objects($life);
+        = $ceph->run('rbd', 'info', $life->place . "/$image") =~ m/block_name_prefix: (\S+)/;
+    my ($object) = grep { m/\A\Q$prefix\E/ } $life->objects;
     my @rados = ('rados', '-p', 'backup', '-N', $life->{namespace});
     $ceph->run(@rados, 'get', $object, "$dir/object");
     my $data = content("$dir/object");

@@ -18,11 +18,7 @@ my $kib = 1024;
 my $mib = 1024 * $kib;
 my $device = 'drive-scsi0';
 
-my $chain = PBA::Test::Chain->new;
-for (1 .. 2) {
-    $chain->write_random(40);
-    $chain->backup or die $chain->error;
-}
+my $chain = PBA::Test::Chain->new->add_archives(2, 40);
 my ($name) = ($chain->names)[-1];
 my $data = $chain->{expected}{$name}{$device};
 

@@ -54,11 +54,7 @@ sub set_faults (@faults) {
     return;
 }
 
-my $chain = PBA::Test::Chain->new(store => "$tmp/source/store");
-for (1 .. 3) {
-    $chain->write_random;
-    $chain->backup or die $chain->error;
-}
+my $chain = PBA::Test::Chain->new(store => "$tmp/source/store")->add_archives(3);
 my @names = $chain->names;
 my $kept = $chain->store;
 my %expected = $chain->{expected}->%*;

@@ -45,6 +45,15 @@ sub new ($class, %options) {
     return $self;
 }
 
+# Makes that many backups, each after random writes. Returns the object.
+sub add_archives ($self, $count, @writes) {
+    for (1 .. $count) {
+        $self->write_random(@writes);
+        $self->backup or die $self->error;
+    }
+    return $self;
+}
+
 # Uses the store as another process would: only the directory is kept.
 sub use_store ($self, $store, $storeid = 'test') {
     $self->{store} = $store;

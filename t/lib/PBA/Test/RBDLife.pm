@@ -3,7 +3,7 @@ package PBA::Test::RBDLife;
 # A guest without a machine (PBA::Test::StoreLife::Guest), its backups by Provider::RBD, and their expected
 # content.
 #
-#   my $life = PBA::Test::RBDLife->new(ceph => $ceph, namespace => $name, dir => $dir);
+#   my $life = PBA::Test::RBDLife->new(ceph => $ceph, dir => $dir);    # in a new namespace
 #   $life->write; my $name = $life->backup; my $problem = $life->problem;
 
 use v5.36;
@@ -21,6 +21,9 @@ my $vmid = 100;
 
 sub new ($class, %options) {
     my $self = bless({ %options, time => 1_795_000_000, log => [], expected => {} }, $class);
+    $self->{namespace} = $self->{ceph}->new_namespace;
+    $self->{dir} .= "/$self->{namespace}";
+    mkdir($self->{dir}) or die "$self->{dir}: $!\n";
     $self->{guest} = PBA::Test::StoreLife::Guest->new(
         dir => $self->{dir},
         vmid => $vmid,
@@ -45,6 +48,14 @@ sub provider ($self) {
 sub guest ($self) { return $self->{guest} }
 sub log ($self) { return join("\n", splice($self->{log}->@*)) }
 sub names ($self) { return sort keys $self->{expected}->%* }
+sub place ($self) { return "backup/$self->{namespace}" }
+
+# The names of all images in the cluster, and of all objects.
+sub images ($self) { return split(' ', $self->{ceph}->run('rbd', 'ls', $self->place)) }
+
+sub objects ($self) {
+    return split(' ', $self->{ceph}->run('rados', '-p', 'backup', '-N', $self->{namespace}, 'ls'));
+}
 
 my sub content_of ($guest) {
     return { map { $_ => $guest->content($_) } $guest->devices };
