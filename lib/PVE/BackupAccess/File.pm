@@ -22,8 +22,8 @@ my sub fail ($message) {
     PVE::BackupAccess::Error->throw('SystemError', $message);
 }
 
-# Errors that say that there is no such file. All others, such as those of a server that is gone for a moment, say
-# nothing about it: whoever took them for "no" would remove what an archive builds on.
+# Whether $! means that the file does not exist. Other errors, such as those of a server that is unavailable for a moment, do
+# not: if they were treated so, an archive could be removed that another one builds on.
 my sub is_absent () { return $!{ENOENT} || $!{ENOTDIR} }
 
 sub file_exists ($path) {

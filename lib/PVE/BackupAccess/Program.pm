@@ -134,8 +134,8 @@ my sub become ($parent, $how, @command) {
 }
 
 # Forks. Returns undef, or why that failed. The parent passes the PID to the first function. The child calls the second one,
-# which does not return, with the signal mask to restore. Signals are blocked until the PID is noted and the child has its own
-# handlers: a handler that died earlier would leave a child that nobody ends, or run the parent's cleanup in the child.
+# which does not return, with the signal mask to restore. Signals are blocked until the parent has noted the PID and the child has
+# its own handlers. An exception of a handler before that would leave the child running, or run the parent's cleanup in it.
 sub fork_child ($note, $child) {
     my $mask = block_signals();
     my $pid = fork();

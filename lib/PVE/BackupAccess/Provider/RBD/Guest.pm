@@ -247,7 +247,7 @@ sub _is_protected_now ($self, $name) {
 
 sub is_built_on ($self, $name) { return 0 }
 
-# The objects with the digests of an archive's snapshots that somebody has removed.
+# The objects with digests that are left of an archive's snapshots if another program has removed these.
 sub _lone_digests ($self, $name) {
     my $archive;
     attempt { $archive = $self->archive($name) };

@@ -29,8 +29,9 @@ sub _name_of ($class, $image) {
 my $look_every = 0.02;    # seconds
 my $longest_end = 10;     # the same, to close an image while the cluster does not answer
 
-# A client that is killed stays a watcher of its image for half a minute. Until then, the cluster refuses to remove the
-# image, and whoever makes a snapshot of it waits. So qemu-nbd closes the image, if it can, also after reading.
+# If a client is killed, the cluster keeps it as a watcher of its image for half a minute. During that time, the cluster does
+# not remove the image, and the creation of a snapshot waits. So qemu-nbd is given the time to close the image, also after
+# reading.
 sub kill ($self) {
     my $pid = $self->{pid} // return;
     delete($self->{connection});
