@@ -141,6 +141,31 @@ subtest 'the bitmap itself is removed during the access' => sub {
     );
 };
 
+# QEMU does not stop the writes to a disk in an iothread during a transaction, so the order matters: a write after
+# the last merge must be recorded by the target's bitmap, too.
+subtest 'writes while a failure is joined' => sub {
+    make_base();
+    my @joins;
+    my $access = access_through(
+        sub ($command, $arguments) {
+            my @actions = ($arguments->{actions} // [])->@*;
+            push(@joins, \@actions) if grep { $_->{type} =~ m/enable/ } @actions;
+        }
+    );
+    $access->setup($backend->devices('use'));
+    $access->teardown(0);
+    is(scalar(@joins), 1, 'one transaction joins all disks');
+    for my $id (@ids) {
+        my @types = map { $_->{type} =~ s/\Ablock-dirty-bitmap-//r }
+            grep { $_->{data}{node} eq $id } $joins[0]->@*;
+        my ($enabled) = grep { $types[$_] eq 'enable' } 0 .. $#types;
+        ok((grep { $_ eq 'merge' } @types[$enabled .. $#types]),
+            "$id: a merge after the bitmap records")
+            or diag("@types");
+        is($types[0], 'merge', "$id: what QEMU refuses without a crash comes first");
+    }
+};
+
 subtest 'setup fails late' => sub {
     for my $failing (qw(blockdev-reopen transaction copy-before-write snapshot-access)) {
         make_base();

@@ -171,7 +171,7 @@ typedef void (*SplitStep)(const Join *join, const Split *split, JsonArray *actio
 
 /* The first action of any step: if our own background bitmap does not exist any more, the access is
  * not ours any more, and QEMU refuses the whole transaction. An action block-dirty-bitmap-enable
- * would instead crash QEMU (7.2, 10.0) if the bitmap does not exist. */
+ * would instead crash QEMU (7.2 to 11.0) if the bitmap does not exist. */
 static void add_merge(const Split *split, JsonArray *actions)
 {
     JsonArray *sources = json_array_new();
@@ -191,12 +191,16 @@ static void add_removal(const Split *split, JsonArray *actions)
     }
 }
 
-/* The companion stays as it is: the bitmap remains relative to the same backup. */
+/* A transaction does not stop the guest's writes to a disk in an iothread (QEMU 10.0, 11.0). A
+ * write that ends between a merge and the next action is only in the background bitmap, until the
+ * target's bitmap records. So it is merged once more after that. The companion stays as it is: the
+ * bitmap remains relative to the same backup. */
 static void add_failure(G_GNUC_UNUSED const Join *join, const Split *split, JsonArray *actions)
 {
     add_merge(split, actions);
     pba_actions_add_ref(actions, "block-dirty-bitmap-enable", split->disk->bitmap_node,
                         split->target);
+    add_merge(split, actions);
     add_removal(split, actions);
 }
 
