@@ -84,6 +84,31 @@ sub add_tpm_state ($backend, $qmp) {
     return { device => 'tpmstate', 'bitmap-mode' => 'none' };
 }
 
+# An access of another program to a disk without a guest device, before its exports or after them: only QEMU's
+# refusal shows that it is active. The bitmap of the same target is still needed for its end.
+sub meet_foreign ($backend) {
+    my $outside = $backend->outside;
+    my $qmp = $QMP->new(path => $backend->qmp_path);
+    my %target = ('target-id' => 'snapshot-access:foreign');
+    my $tpm = { add_tpm_state($backend, $qmp)->%*, 'bitmap-mode' => 'use' };
+    my ($info) = $qmp->execute('backup-access-setup', %target, devices => [$tpm])->@*;
+    $qmp->close;
+    my $access = $backend->access(%target, log => sub { });
+    ok(
+        !eval { $access->setup([{ $tpm->%*, base => undef }]); 1 },
+        'a setup during the access of another program is refused'
+    );
+    like("$@", qr/previous backup for target .* not finished/, 'with the words of QEMU');
+    my $bitmaps = $backend->vm->bitmaps->{ $info->{'bitmap-node-name'} };
+    ok($bitmaps->{ $info->{'bitmap-name'} }, 'the bitmap that the access needs is still there');
+    my $lines = PVE::BackupAccess->recover(qmp => $backend->qmp_path, %target, foreign => 1);
+    like("@$lines", qr/was ended/, 'the access can be ended');
+    $QMP->once($backend->qmp_path, 'blockdev-del', { 'node-name' => $_ })
+        for 'tpmstate', 'tpmstate-fleecing';
+    is_deeply($backend->outside, $outside, 'nothing is left');
+    return;
+}
+
 sub start_foreign ($backend, $target, $mode) {
     my $qmp = $QMP->new(path => $backend->qmp_path);
     my @devices = map {
@@ -151,6 +176,7 @@ for my $name (PBA::Test::Backend->names) {
         );
         check_dead($backend);
         check_foreign($backend) if $name eq 'pve';
+        meet_foreign($backend) if $name eq 'pve';
     };
 }
 

@@ -36,6 +36,12 @@ static void check_base(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, 
     g_autofree char *plain = pba_pve_bitmap(access, false);
     bool exists = pba_block_find_bitmap(block, disk->bitmap_node, bitmap) != NULL;
 
+    /* Another program has an access to this disk, possibly for this target. QEMU refuses ours, but
+     * would crash at the end of that one if its bitmap were missing. A guest device's disk is below
+     * QEMU's filter then, but not one that is given by its node, such as a TPM state. */
+    if (pba_block_find_bitmap(block, disk->bitmap_node, PBA_PVE_BACKGROUND)) {
+        return;
+    }
     pba_actions_add_removal(actions, block, disk->bitmap_node, plain);
     if (disk->mode == PBA_BITMAP_MODE_USE && exists && pba_tie_fits(access, disk, block)) {
         return;
