@@ -12,6 +12,7 @@ use Test::More;
 use PBA::Test::Backend;
 use PBA::Test::Client;
 use PBA::Test::QemuNbd;
+use PBA::Test::VM;
 use PVE::BackupAccess::Provider::Qcow2Chain;
 use PVE::BackupAccess::Provider::Qcow2Chain::Image;
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
@@ -160,6 +161,37 @@ sub check_killed ($test, $by_recover) {
     return;
 }
 
+# The node of a disk that was unplugged, and configured by -drive, goes with the last node above it. The copies of
+# the other disks are removed nevertheless.
+sub check_unplugged ($name) {
+    my ($backend, $vm) = start($name, 'devices')->@{qw(backend vm)};
+    my ($first, $second) = map { PVE::BackupAccess->new_id } 1, 2;
+    my @log;
+    my $access = $backend->access(log => sub ($level, $text) { push(@log, "$level: $text") });
+    $access->setup(
+        [
+            map {
+                { $_->%*, base => undef }
+            } $backend->devices('new')->@*
+        ]
+    );
+    $access->teardown(1, $first);
+    my %audit = (base => $first, audit => 1);
+    $access->setup(
+        [
+            map {
+                { $_->%*, %audit }
+            } $backend->devices('use')->@*
+        ]
+    );
+    is(scalar(grep { m/: pba-audit:/ } $backend->other_bitmaps->@*), 2, 'copies of the bitmaps');
+    $vm->unplug('b');
+    ok(eval { $access->teardown(1, $second); 1 }, 'the backup is a success') or diag($@);
+    is_deeply([grep { m/not all was undone/ } @log], [], 'everything is undone');
+    is_deeply($backend->other_bitmaps, [], 'no copy is left');
+    return;
+}
+
 for my $case (['upstream', 'devices'], ['pve', 'devices'], ['pve', 'devlist']) {
     my ($name, $form) = $case->@*;
     next if !grep { $_ eq $name } PBA::Test::Backend->names;
@@ -171,5 +203,7 @@ for my $case (['upstream', 'devices'], ['pve', 'devices'], ['pve', 'devlist']) {
         $test->{backend}->check_manners;
     };
 }
+subtest 'a disk is unplugged' =>
+    sub { check_unplugged(PBA::Test::VM->is_proxmox ? 'pve' : 'upstream') };
 
 done_testing;

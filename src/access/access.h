@@ -287,7 +287,8 @@ void pba_tie_add_open(JsonArray *actions, const PbaAccess *access, const PbaDisk
 bool pba_audit_begin(PbaAccess *access, const PbaBlock *block, GError **error);
 /* Freezes the copies after the instant, because a reader must not see them change. */
 bool pba_audit_freeze(PbaAccess *access, GError **error);
-/* Removes the copies in block, also those of a dead process, after the exports. */
+/* Removes the copies, if there are any in block, also those of a dead process, after the exports.
+ */
 bool pba_audit_end(PbaAccess *access, const PbaBlock *block, GError **error);
 
 /* In the directory of the NBD socket, see guard.c. */

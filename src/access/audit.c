@@ -83,9 +83,20 @@ static JsonArray *removals(const PbaAccess *access, const PbaBlock *block)
     return actions;
 }
 
+/* With QEMU's current state: since block, teardown may have deleted the last node that held the
+ * disk of an unplugged device, and QEMU refuses the removals of all disks if one of the nodes is
+ * gone. */
 bool pba_audit_end(PbaAccess *access, const PbaBlock *block, GError **error)
 {
-    g_autoptr(JsonArray) actions = removals(access, block);
+    g_autoptr(JsonArray) seen = removals(access, block);
+    g_auto(PbaBlock) now = {0};
 
+    if (json_array_get_length(seen) == 0) {
+        return true;
+    }
+    if (!pba_block_query(access->qmp, false, &now, error)) {
+        return false;
+    }
+    g_autoptr(JsonArray) actions = removals(access, &now);
     return pba_actions_run(access->qmp, actions, error);
 }
