@@ -10,6 +10,7 @@ use Test::More;
 
 use PBA::Test::Backend;
 use PBA::Test::Client;
+use PBA::Test::QemuNbd qw(img);
 use PBA::Test::Repository;
 
 my $mib = 1024 * 1024;
@@ -142,6 +143,61 @@ subtest 'kill -9 with a bitmap in two halves' => sub {
         $access->teardown(1);
         is_deeply($backend->status->{'left-overs'}, [], 'nothing is left over');
     }
+};
+
+# QEMU does not change stored bitmaps of an image that is read-only, as one below an overlay.
+subtest 'an overlay above an image with a bitmap in two halves' => sub {
+    my $backend = PBA::Test::Backend->start(
+        name => 'upstream',
+        guest => 0,
+        disks => [{ id => 'disk0', size => $size, format => 'qcow2', bus => 'scsi' }],
+    );
+    my $vm = $backend->vm;
+    my %options = $backend->options(persistent => 1, log => sub { });
+    my $client = PBA::Test::Client->start(
+        sub ($tell) {
+            my $access = PVE::BackupAccess->new(%options);
+            $access->setup($backend->devices('new'));
+            $tell->('up');
+        }
+    );
+    is($client->next_word, 'up', 'a client has an access');
+    $client->kill9;
+    $backend->restart;
+    is(scalar(keys $vm->bitmaps->{disk0}->%*), 2, 'the bitmap is in two halves');
+    my $file = $vm->dir . '/overlay.qcow2';
+    img(qw(create -q -f qcow2 -F qcow2 -u -b), $vm->disk('disk0')->{file}, $file, $size);
+    $vm->qmp(
+        'blockdev-add',
+        driver => 'qcow2',
+        'node-name' => 'above',
+        file => { driver => 'file', filename => $file },
+        backing => undef,
+    );
+    $vm->qmp('blockdev-snapshot', node => 'disk0', overlay => 'above');
+    my $lines = PVE::BackupAccess->recover($backend->options, log => sub { });
+    unlike("@$lines", qr/bitmap/, 'recover leaves it as it is');
+
+    for my $action (qw(missing-recreated used)) {
+        my $access = PVE::BackupAccess->new(%options);
+        my $info
+            = $access->setup([{ device => 'disk0-dev', 'bitmap-mode' => 'use' }])->[0];
+        is($info->{'bitmap-action'}, $action, "the overlay is backed up: $action");
+        $access->teardown(1);
+    }
+    is(scalar(keys $vm->bitmaps->{disk0}->%*), 2, 'the image below is as it was');
+    is_deeply($backend->status->{'left-overs'}, [], 'nothing is left over');
+
+    # When the image is the top one again, its bitmap is joined.
+    $vm->clear_events;
+    $vm->qmp('block-commit', 'job-id' => 'commit', device => 'above');
+    $vm->wait_event('BLOCK_JOB_READY');
+    $vm->qmp('job-complete', id => 'commit');
+    $vm->wait_event('BLOCK_JOB_COMPLETED');
+    $lines = PVE::BackupAccess->recover($backend->options, log => sub { });
+    is(scalar(grep { m/was joined with its background bitmap/ } $lines->@*),
+        1, 'after the commit, recover joins the halves');
+    is(scalar(keys $vm->bitmaps->{disk0}->%*), 1, 'one bitmap is left');
 };
 
 done_testing;

@@ -44,19 +44,11 @@ static bool is_beside(const PbaAccess *access, const PbaBlock *block, const PbaB
     return has_target && (pba_is_companion(at->name) || pba_audit_key(at->name));
 }
 
-/* QEMU does not remove a stored bitmap of an image that it has opened read-only, such as one below
- * an overlay. Such a bitmap does not prevent the loading of a state of the overlay. */
-static bool stays(const PbaBlock *block, const PbaBitmapWalk *at)
-{
-    return pba_json_find_bool(at->info, "persistent") &&
-           pba_json_find_bool(pba_block_find_node(block, at->node), "ro");
-}
-
 static char *line_of(const PbaBlock *block, const PbaBitmapWalk *at)
 {
     g_autofree char *device = pba_block_device_above(block, at->node);
 
-    return stays(block, at)
+    return pba_block_is_sealed(block, at->node, at->info)
                ? pba_line("node %s: bitmap '%s' stays, since its image is read-only now", at->node,
                           at->name)
                : pba_line("device %s: bitmap '%s' was removed: the next backup is a full one",
@@ -72,7 +64,7 @@ static void find_bitmaps(const PbaAccess *access, const PbaBlock *block, JsonArr
         if (!is_targets(access, at.name)) {
             continue;
         }
-        if (!stays(block, &at)) {
+        if (!pba_block_is_sealed(block, at.node, at.info)) {
             pba_actions_add_ref(actions, "block-dirty-bitmap-remove", at.node, at.name);
         }
         if (!is_beside(access, block, &at)) {

@@ -195,6 +195,14 @@ bool pba_block_has_bitmap(const PbaBlock *block, const char *bitmap)
     return find_named(pba_bitmaps_everywhere(block), bitmap) != NULL;
 }
 
+bool pba_block_is_sealed(const PbaBlock *block, const char *node, JsonObject *bitmap)
+{
+    JsonObject *image = pba_block_find_node(block, node);
+
+    return bitmap && image && pba_json_find_bool(bitmap, "persistent") &&
+           pba_json_find_bool(image, "ro");
+}
+
 JsonObject *pba_block_find_background(const PbaBlock *block, const char *node,
                                       const char *target_id, bool tied)
 {

@@ -110,6 +110,11 @@ JsonObject *pba_block_find_node(const PbaBlock *block, const char *node);
 /* Whether there are nodes whose names begin with the prefix. */
 bool pba_block_has_nodes(const PbaBlock *block, const char *prefix);
 JsonObject *pba_block_find_bitmap(const PbaBlock *block, const char *node, const char *bitmap);
+/* Whether QEMU refuses to change or remove the bitmap: it is stored in an image that QEMU has
+ * opened read-only, such as one below an overlay. Such a bitmap does not record; it does not
+ * prevent the loading of a state of the overlay, and is as before when the image is the top one
+ * again. */
+bool pba_block_is_sealed(const PbaBlock *block, const char *node, JsonObject *bitmap);
 /* The first background bitmap of the node: of the target's bitmap with a companion, or of the one
  * without. */
 JsonObject *pba_block_find_background(const PbaBlock *block, const char *node,

@@ -68,7 +68,8 @@ static bool resolve_stale(PbaAccess *dead, PbaDisk *disk, const PbaBlock *block,
            (!qdev || pba_upstream_find_guest_device(dead, disk, qdev, error));
 }
 
-/* They are split while there is a background bitmap, or the target's bitmap does not record. */
+/* They are split while there is a background bitmap, or the target's bitmap does not record. Below
+ * an overlay, they stay so until the image is the top one again: no backup needs them there. */
 static const char *find_repair(const PbaBlock *block, const char *node, const char *target_id,
                                bool tied)
 {
@@ -77,6 +78,9 @@ static const char *find_repair(const PbaBlock *block, const char *node, const ch
     JsonObject *background = pba_block_find_background(block, node, target_id, tied);
     bool is_good = target && !pba_json_find_bool(target, "inconsistent");
 
+    if (pba_block_is_sealed(block, node, target) || pba_block_is_sealed(block, node, background)) {
+        return NULL;
+    }
     if (is_good && background && !pba_json_find_bool(background, "inconsistent")) {
         return "was joined with its background bitmap, as after a failed backup";
     }

@@ -216,8 +216,11 @@ bool pba_upstream_teardown(PbaAccess *access, PbaBlock *block, bool success, GEr
 
 static bool has_background(const PbaAccess *access, const PbaBlock *block, const char *node)
 {
-    return pba_block_find_background(block, node, access->target_id, false) ||
-           pba_block_find_background(block, node, access->target_id, true);
+    JsonObject *plain = pba_block_find_background(block, node, access->target_id, false);
+    JsonObject *tied = pba_block_find_background(block, node, access->target_id, true);
+
+    return (plain && !pba_block_is_sealed(block, node, plain)) ||
+           (tied && !pba_block_is_sealed(block, node, tied));
 }
 
 bool pba_upstream_is_clean(PbaAccess *access)
