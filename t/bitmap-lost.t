@@ -141,6 +141,24 @@ subtest 'the bitmap itself is removed during the access' => sub {
     );
 };
 
+subtest 'the bitmap is disabled when setup has looked for leftovers' => sub {
+    make_base();
+    my $done = 0;
+    my $access = access_through(
+        sub ($command, $) {
+            return if $command ne 'blockdev-add' || $done++;
+            my $bitmap = bitmap_of('disk0');
+            $vm->qmp('block-dirty-bitmap-disable', node => 'disk0', name => $bitmap->{name});
+        }
+    );
+    my %action
+        = map { $_->{device} => $_->{'bitmap-action'} }
+        $access->setup($backend->devices('use'))->@*;
+    is_deeply(\%action, { disk0 => 'missing-recreated', disk1 => 'used' }, 'it is not used');
+    $access->teardown(1);
+    is_deeply($backend->outside, $outside, 'nothing is left');
+};
+
 # QEMU does not stop the writes to a disk in an iothread during a transaction, so the order matters: a write after
 # the last merge must be recorded by the target's bitmap, too.
 subtest 'writes while a failure is joined' => sub {

@@ -261,7 +261,7 @@ static bool is_usable(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, J
         return false;
     }
     if (access->tied != PBA_TIED_YES) {
-        return !pba_json_find_bool(info, "inconsistent");
+        return !pba_json_find_bool(info, "inconsistent") && pba_json_find_bool(info, "recording");
     }
     if (pba_tie_fits(access, disk, block)) {
         return true;
