@@ -119,19 +119,21 @@ sub unplug_without_hold ($mode, $shape) {
     return;
 }
 
-# The same with an access of another program.
-sub unplug_of_foreign () {
+# The same with an access of another program; the disk is unplugged before that command of the recovery, or at once.
+sub unplug_of_foreign ($when) {
     my $backend = start('pve', 'drive');
     my @devices = map {
         { $_->%* }
     } $backend->devices('none')->@*;
     my %foreign = ('target-id' => 'snapshot-access:foreign');
     $QMP->once($backend->qmp_path, 'backup-access-setup', { %foreign, devices => \@devices });
-    $backend->vm->unplug('disk0');
-    my $done = eval {
-        PVE::BackupAccess->recover(qmp => $backend->qmp_path, %foreign, foreign => 1);
-        1;
+    my $gone = 0;
+    my $qmp = sub ($command, $arguments) {
+        $backend->vm->unplug('disk0') if $command =~ $when && !$gone++;
+        return $QMP->once($backend->qmp_path, $command, $arguments);
     };
+    my $done = eval { PVE::BackupAccess->recover(qmp => $qmp, %foreign, foreign => 1); 1 };
+    ok($gone, 'a disk was unplugged');
     ok(!$done, 'recover of another program\'s access is refused');
     like("$@", qr/a guest device or its node was removed/, 'the error says why');
     ok($backend->vm->is_alive, 'the VM lives') or return;
@@ -293,6 +295,9 @@ for my $name (PBA::Test::Backend->names) {
 for my $how ([use => 'drive'], [none => 'blockdev']) {
     subtest "unplugged without a hold, @$how" => sub { unplug_without_hold(@$how) };
 }
-subtest 'an access of another program' => sub { unplug_of_foreign() };
+for my $when (['at once', qr/\A/], ['after its exports', qr/\Anbd-server-stop\z/]) {
+    my ($name, $command) = $when->@*;
+    subtest "an access of another program, unplugged $name" => sub { unplug_of_foreign($command) };
+}
 
 done_testing;

@@ -141,27 +141,46 @@ my sub remove_exports ($options, $lines, @nodes) {
     }
 }
 
-# Exports first: QEMU aborts at a teardown while a bitmap is exported.
+my sub is_up (@nodes) {
+    return grep { ($_->{drv} // '') =~ m/\A(?:snapshot-access|copy-before-write)\z/ } @nodes;
+}
+
+my sub refuse_markers (@nodes) {
+    refuse('what is left has markers of this module - call recover without foreign')
+        if grep { ($_->{'node-name'} // '') =~ m/\Apba-/ } @nodes;
+    return;
+}
+
+# Whether the access can be ended now: returns its bitmaps.
+my sub check_end ($options, $target, @nodes) {
+    refuse_markers(@nodes);
+    my @frozen = frozen_bitmaps($target, @nodes);
+    refuse_lost_disks($options, @nodes);
+    return @frozen;
+}
+
+# Exports first: QEMU aborts at a teardown while a bitmap is exported. They may take minutes to go, so that
+# everything is checked again after that.
 sub recover_foreign ($class, $options) {
     my $target = $options->{'target-id'} // $Error->throw('ArgumentError',
         "recover with 'foreign' needs the target-id of that access");
     my @nodes = nodes_of($options);
-    refuse('what is left has markers of this module - call recover without foreign')
-        if grep { ($_->{'node-name'} // '') =~ m/\Apba-/ } @nodes;
-    return [] if !grep { ($_->{drv} // '') =~ m/\A(?:snapshot-access|copy-before-write)\z/ } @nodes;
+    refuse_markers(@nodes);
+    return [] if !is_up(@nodes);
     my %ask = map { $_ => $options->{$_} } grep { exists($options->{$_}) } qw(qmp timeout);
     refuse('this QEMU has no accesses of another program')
         if $class->capabilities(%ask)->{backend} ne 'pve';
-    frozen_bitmaps($target, @nodes);
-    refuse_lost_disks($options, @nodes);
+    check_end($options, $target, @nodes);
     my @lines;
     my $others = remove_exports($options, \@lines, @nodes);
 
     if (!$others && !attempt { ask($options, 'nbd-server-stop') }) {
         push(@lines, 'the NBD server was stopped');
     }
+    @nodes = nodes_of($options);
+    return \@lines if !is_up(@nodes);
     refuse("its bitmap '$target' is exported or used by another program - end that first")
-        if grep { $_->{busy} } frozen_bitmaps($target, nodes_of($options));
+        if grep { $_->{busy} } check_end($options, $target, @nodes);
     ask(
         $options, 'backup-access-teardown',
         'target-id' => $target,
