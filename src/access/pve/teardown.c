@@ -221,6 +221,14 @@ static PbaOutcome find_outcome(PbaAccess *access, GError **error)
 
     pba_qmp_release(access->qmp);
     if (pba_block_query(access->qmp, false, &block, &unreachable)) {
+        GError *gone = NULL;
+        /* Another VM may answer: then no step must be taken, because other processes' accesses have
+         * the same names. */
+        if (!pba_owner_require(access, block.nodes, &gone)) {
+            g_clear_error(error);
+            g_propagate_error(error, gone);
+            return PBA_OUTCOME_UNKNOWN;
+        }
         return has_background(&block) ? PBA_OUTCOME_NOT_DONE : PBA_OUTCOME_DONE;
     }
     return pba_outcome_unknown(access, "the access has ended", unreachable, error);
