@@ -286,6 +286,37 @@ sub check_shared ($name) {
     return;
 }
 
+# Another program exports the node that is below the guest's device during an access.
+sub check_export_of_raw () {
+    my %disk = (id => 'disk0', size => $size, shape => 'drive');
+    my $backend = $Backend->start(name => 'upstream', guest => 0, disks => [\%disk]);
+    my ($vm, $before) = ($backend->vm, $backend->outside);
+    my $access = $backend->access(log => sub { });
+    $access->setup($backend->devices('new'));
+    my $raw = node_of($vm, 'disk0');
+    my %export = (id => 'theirs', type => 'nbd', 'node-name' => $raw, name => 'theirs');
+    $vm->qmp('block-export-add', %export);
+    $access->teardown(1);
+    my $error = eval {
+        back_up($backend, 'drive-disk0', log => sub { });
+    } ? 'none' : "$@";
+    like(
+        $error,
+        qr/node '\Q$raw\E' of an earlier access is still there, because an export/,
+        'the next setup is refused, and says why'
+    );
+    $vm->qmp('block-export-del', id => 'theirs', mode => 'hard');
+    $vm->qmp('nbd-server-stop');
+    ok(
+        eval {
+            back_up($backend, 'drive-disk0', log => sub { });
+        },
+        'afterwards it is backed up'
+    ) or diag($@);
+    is_deeply($backend->outside, $before, 'nothing is left');
+    return;
+}
+
 # The guest device has an ID that other objects have, too.
 sub check_ambiguous_id () {
     my $backend = $Backend->start(
@@ -348,6 +379,7 @@ subtest "backend $_: a shared disk" => sub { check_shared($_) }
     for $Backend->names;
 if (!$VM->is_proxmox) {
     subtest 'an ID that several objects have' => sub { check_ambiguous_id() };
+    subtest 'an export of our node' => sub { check_export_of_raw() };
     subtest 'an old qcow2 image' => sub { check_old_qcow2() };
 }
 for my $type (qw(scsi-block scsi-generic scsi-hd)) {

@@ -129,6 +129,25 @@ static bool check_bitmap(PbaAccess *access, PbaDisk *disk, const PbaBlock *block
     return true;
 }
 
+/* Refuses a disk whose raw node an earlier access has left behind, because another program uses it
+ * (is_in_use in teardown.c): its name is needed, and bitmaps do not belong on it. */
+static bool check_left_raw(const PbaDisk *disk, const PbaBlock *block, GError **error)
+{
+    const char *left =
+        pba_is_own_node(disk->root_node) ? disk->root_node : pba_upstream_disk(disk)->raw;
+
+    if (!pba_block_find_node(block, left)) {
+        return true;
+    }
+    g_autofree char *user = pba_company_user(block, left);
+    pba_error_set(
+        error, PBA_ERROR_STATE,
+        "node '%s' of an earlier access is still there, because %s uses it - end that, or "
+        "commit it if it is an overlay (block-commit), then try again",
+        left, user ? user : "another program");
+    return false;
+}
+
 static bool check_disk(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, GError **error)
 {
     if (!disk->qdev) {
@@ -150,7 +169,8 @@ static bool check_disk(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, 
         return false;
     }
     pba_upstream_name_nodes(access, disk);
-    return check_fleecing(access, disk, block, error) && check_bitmap(access, disk, block, error);
+    return check_left_raw(disk, block, error) && check_fleecing(access, disk, block, error) &&
+           check_bitmap(access, disk, block, error);
 }
 
 bool pba_upstream_check(PbaAccess *access, const PbaBlock *block, GError **error)
