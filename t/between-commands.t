@@ -228,6 +228,32 @@ sub same_name ($backend) {
     return;
 }
 
+# An export that was deleted, and that QEMU keeps until a request of a client is done: QEMU refuses to delete it
+# again, so that teardown must wait.
+sub export_goes_late ($backend) {
+    my $outside = $backend->outside;
+    my $to_delete;
+    my $access = $backend->access(
+        qmp => sub ($command, $arguments) {
+            if ($command eq 'block-export-del') {
+                $to_delete = $arguments;
+                die "Export '$arguments->{id}' is already shutting down\n";
+            }
+            my $reply = $QMP->once($backend->qmp_path, $command, $arguments);
+            return $reply if $command ne 'query-block-exports' || !$to_delete;
+            $_->{'shutting-down'} = $true for $reply->@*;
+            $QMP->once($backend->qmp_path, 'block-export-del', $to_delete);
+            undef $to_delete;
+            return $reply;
+        }
+    );
+    $access->setup($backend->devices('use', 'disk0'));
+    $access->volumes('nbd');
+    ok(eval { $access->teardown(1); 1 }, 'teardown waits for it') or diag($@);
+    is_deeply($backend->outside, $outside, 'nothing is left');
+    return;
+}
+
 sub wait_job ($vm, $wanted) {
     for (1 .. 600) {
         my ($job) = $vm->qmp('query-jobs')->@*;
@@ -285,6 +311,7 @@ sub moved_between ($name, $when) {
 for my $name (PBA::Test::Backend->names) {
     my $backend = start($name, 'blockdev', guest => 0, paused => 1, memory => 32);
     subtest "backend $name: a marker of the same name" => sub { same_name($backend) };
+    subtest "backend $name: an export that goes late" => sub { export_goes_late($backend) };
     if ($name eq 'pve') {
         subtest 'the end of a killed process' => sub { end_without_holds($backend) };
         subtest 'the mark of an end is lost' => sub { mark_is_lost($backend) };

@@ -366,7 +366,7 @@ my %reads = (
     'query-jobs' => [qw(id type status)],
     'qom-list' => [qw(name type)],
     'query-iothreads' => ['id'],
-    'query-block-exports' => [qw(id type node-name)],
+    'query-block-exports' => [qw(id type node-name shutting-down)],
     'query-block' => [
         qw(
             device qdev inserted.node-name inserted.ro inserted.image.virtual-size

@@ -186,7 +186,10 @@ static bool delete_exports(PbaAccess *access, JsonArray *exports, GHashTable *de
         GError *step = NULL;
         round->has_own |= disk != NULL;
         round->has_others |= is_others(pba_json_element(exports, i), id);
-        if (!disk || g_hash_table_contains(deleted, id)) {
+        /* QEMU refuses to delete an export twice. An earlier call, or the dead process, may have
+         * deleted one that waits for a client's requests. */
+        if (!disk || g_hash_table_contains(deleted, id) ||
+            pba_json_find_bool(pba_json_element(exports, i), "shutting-down")) {
             continue;
         }
         if (may_remove(access, &step) &&
