@@ -254,6 +254,30 @@ sub export_goes_late ($backend) {
     return;
 }
 
+# QEMU is busy: the code ref gives up waiting, and QEMU executes the command before it answers the next one. QEMU
+# has only one NBD server, so one that stays would be in the way of every later backup.
+sub server_starts_late ($backend) {
+    my $outside = $backend->outside;
+    my (@late, $given_up);
+    my $access = $backend->access(
+        log => sub { },
+        qmp => sub (@call) {
+            if ($call[0] eq 'nbd-server-start' && !$given_up++) {
+                @late = @call;
+                die "got timeout\n";
+            }
+            $QMP->once($backend->qmp_path, splice(@late)) if @late;
+            return $QMP->once($backend->qmp_path, @call);
+        }
+    );
+    ok(!eval { $access->setup($backend->devices('use')); 1 }, 'setup fails');
+    like("$@", qr/got timeout/, 'the error comes through');
+    is_deeply($backend->outside, $outside, 'nothing is left');
+    ok(eval { good_backup($backend); 1 }, 'the NBD server is gone: the next backup is made')
+        or diag($@);
+    return;
+}
+
 sub wait_job ($vm, $wanted) {
     for (1 .. 600) {
         my ($job) = $vm->qmp('query-jobs')->@*;
@@ -311,6 +335,7 @@ sub moved_between ($name, $when) {
 for my $name (PBA::Test::Backend->names) {
     my $backend = start($name, 'blockdev', guest => 0, paused => 1, memory => 32);
     subtest "backend $name: a marker of the same name" => sub { same_name($backend) };
+    subtest "backend $name: a server that starts late" => sub { server_starts_late($backend) };
     subtest "backend $name: an export that goes late" => sub { export_goes_late($backend) };
     if ($name eq 'pve') {
         subtest 'the end of a killed process' => sub { end_without_holds($backend) };

@@ -52,12 +52,12 @@ bool pba_nbd_server_start(PbaAccess *access, GError **error)
                                    "'max-connections': <0>}",
                                    path);
     GError *local = NULL;
+
+    /* Whatever the outcome: without a reply, QEMU may start the server before its next command. A
+     * caller's transport reports a time-out like a refusal. */
+    pba_access_begin_changes(access);
     bool done = pba_qmp_run(access->qmp, "nbd-server-start", arguments, &local);
 
-    /* Without a reply, the server may have been started nevertheless. */
-    if (done || pba_error_is_fatal(local) || pba_socket_answers(access->socket)) {
-        pba_access_begin_changes(access);
-    }
     if (done) {
         return true;
     }
