@@ -232,6 +232,20 @@ subtest 'a merge that loses a write' => sub {
     $chain->check('with enough');
 };
 
+subtest 'a merge between two verifications' => sub {
+    my ($chain, @names) = new_chain();
+    rot($chain->path_of($names[0], "$device.qcow2"), 256 * $KiB);
+    my %seen;
+    $chain->provider->verify($_, \%seen) for @names[0, 1];
+    $chain->provider->remove($names[0]);
+    like(
+        join("\n", $chain->provider->verify($names[2], \%seen)->@*),
+        said(256 * $KiB),
+        'what was merged is read'
+    );
+    is($chain->next_modes->{$device}, 'new', 'the damage stays noted');
+};
+
 subtest 'the maximum length of a chain' => sub {
     no warnings 'once';
     local $PVE::BackupAccess::Provider::Qcow2Chain::Guest::longest_chain = 3;

@@ -13,6 +13,7 @@ use Test::More;
 use File::Copy ();
 
 use PBA::Test::Chain;
+use PBA::Test::QemuNbd;
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(try_lock);
 
@@ -70,6 +71,74 @@ subtest 'a removal that cannot be completed' => sub {
         $base->forget($names[0]);
         $base->check('completed');
     }
+};
+
+# The content that the archives show is the same before, during and after a merge.
+subtest 'a removal that is half done, beside a reader' => sub {
+    local $base->{expected} = { map { $_ => $base->{expected}{$_} } @names[0, 2] };
+    $base->use_copy($store);
+    my $archive = $base->path_of($names[1]);
+    rename("$archive/manifest.json", "$archive/removed.json") or die "rename: $!\n";
+    PBA::Test::QemuNbd::img('commit', '-q', '-d', '-f', 'qcow2', of(3));
+    my $reading = try_lock($base->guest_dir, 'read');
+    is_deeply($base->provider->verify($names[2]), [], 'what builds on it is intact');
+    is_deeply([values $base->next_modes->%*], [qw(use use)], 'and can be built on');
+    is_deeply([map { $_->{mark} } $base->provider->retention(100, 2)->@*],
+        [qw(keep keep)], 'and counts');
+    undef($reading);
+    is_deeply($base->provider->verify($names[2]), [],
+        'and is intact when the removal is completed');
+    is_deeply([map { $_->{damaged} // () } $base->provider->list(100)->@*], [], 'nothing is noted');
+    $base->check('completed');
+};
+
+# A store with full backups.
+sub new_chain ($count) {
+    my $chain = PBA::Test::Chain->new;
+    $chain->provider->make_full(1);
+    return $chain->add_archives($count);
+}
+
+# A program that cannot run says nothing about the archives.
+subtest 'a verification that cannot be done' => sub {
+    my $chain = PBA::Test::Chain->new->add_archives(3);
+    my @all = $chain->names;
+    my @problems = do {
+        local $PVE::BackupAccess::Provider::Store::Server::qemu_nbd = $chain->tmp . '/none';
+        map { $chain->provider->verify($_)->@* } @all;
+    };
+    like($problems[0], qr/^drive-efidisk0: cannot serve .* cannot run /, 'it says so');
+    is_deeply([map { $_->{damaged} // () } $chain->provider->list(100)->@*],
+        [], 'no damage is noted');
+    is_deeply([values $chain->next_modes->%*], [qw(use use)], 'a backup builds on the archives');
+    $chain->provider->make_full(1);
+    $chain->add_archives(1);
+    is_deeply($chain->provider->prune(100, 3), [$all[0]], 'and prune removes what is not kept');
+    $chain->forget($all[0]);
+    $chain->check('pruned');
+};
+
+subtest 'an archive that cannot be looked at when others are pruned' => sub {
+    my $chain = new_chain(3);
+    my @all = $chain->names;
+    my $script = $chain->tmp . '/qemu-img';
+    my $real = $ENV{PBA_QEMU_IMG} // 'qemu-img';
+    open(my $fh, '>', $script) or die "$script: $!\n";
+    print {$fh}
+        qq{#!/bin/sh\ncase "\$*" in info*$all[1]*) kill -9 \$\$ ;; esac\nexec "$real" "\$@"\n};
+    close($fh) && chmod(0755, $script) or die "$script: $!\n";
+    {
+        local $PVE::BackupAccess::Provider::Qcow2Chain::Image::qemu_img = $script;
+        is_deeply($chain->provider->prune(100, 2), [], 'stays');
+    }
+    like(
+        $chain->log,
+        qr/^warn: archive \Q$all[1]\E is kept, since it cannot be determined .* by signal 9$/m,
+        'and the log says why'
+    );
+    is_deeply($chain->provider->prune(100, 2), [$all[0]], 'the next prune counts it');
+    $chain->forget($all[0]);
+    $chain->check('pruned');
 };
 
 subtest 'an archive that is protected while a prune looks at others' => sub {

@@ -12,9 +12,11 @@ use Test::More;
 use Time::HiRes qw(sleep);
 
 use PBA::Test::NoCeph;
+use PVE::BackupAccess::Provider::RBD;
 use PVE::BackupAccess::Provider::RBD::Archive;
 use PVE::BackupAccess::Provider::RBD::Guest;
 use PVE::BackupAccess::Provider::RBD::Lock;
+use PVE::BackupAccess::Provider::Store::Manifest qw(encode_manifest);
 
 my $Lock = 'PVE::BackupAccess::Provider::RBD::Lock';
 my $place = 'rbd:backup/test';
@@ -116,6 +118,23 @@ subtest 'an archive that is protected while a prune removes others' => sub {
         [{ "archive $name" => '{}' }, []],
         'its manifest is there'
     );
+};
+
+subtest 'a verification while the cluster does not answer' => sub {
+    my %device = (size => 512, image => $image, digests => { sha256 => '0' x 64 });
+    my $manifest
+        = { format => 1, id => 'a1', devices => { 'drive-scsi0' => \%device }, files => {} };
+    my ($ceph, $guest) = guest_with(
+        stored => { "archive $name" => encode_manifest($manifest) },
+        script => 'echo "error getting: (110) Connection timed out" >&2; exit 1',
+    );
+    my $provider = PVE::BackupAccess::Provider::RBD->new(undef, { pool => 'backup' }, 'test');
+    like(
+        join("\n", $provider->_problems_of($guest, $name, {})),
+        qr/^drive-scsi0: rados get .* Connection timed out$/,
+        'it says so'
+    );
+    is_deeply([keys $ceph->{stored}->%*], ["archive $name"], 'no damage is noted');
 };
 
 subtest 'killed while the cluster stores the manifest' => sub {

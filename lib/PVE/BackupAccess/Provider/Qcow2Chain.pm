@@ -663,7 +663,8 @@ All others are removed nevertheless.
 Takes the same arguments as L</prune>. Removes nothing, and returns what L</prune> would do: an array ref of hashes, the
 oldest archive first, with C<volname>, C<time> (seconds since 1970), C<mark> (C<keep>, C<remove>, C<protected>, or C<broken>
 for an archive that is kept although it is damaged), and C<problems>, an array ref of texts that say what is
-damaged, as far as this is known without reading its images.
+damaged, as far as this is known without reading its images, and C<unsure> if it could not be determined whether the archive
+is damaged, for example because C<qemu-img> was killed. Such an archive is not counted, and is not removed.
 
 Errors: C<ArgumentError>.
 

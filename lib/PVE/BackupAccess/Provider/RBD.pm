@@ -8,7 +8,7 @@ use PVE::BackupAccess::Provider::RBD::Archive;
 use PVE::BackupAccess::Provider::RBD::Ceph;
 use PVE::BackupAccess::Provider::RBD::Guest;
 use PVE::BackupAccess::Provider::RBD::Store;
-use PVE::BackupAccess::Provider::Store::Content qw(damage describe);
+use PVE::BackupAccess::Provider::Store::Content qw(damage describe is_damage);
 use PVE::BackupAccess::Provider::Store::Devices
     qw(begin_devices check_device for_devices store_device);
 use PVE::BackupAccess::Try qw(attempt reason);
@@ -86,15 +86,16 @@ sub _problems_of ($self, $guest, $name, $seen) {
     return map { $self->_device_problems($guest, $archive, $_) } $archive->devices;
 }
 
+# That a device could not be read, for example because the cluster did not answer, is reported, but is no damage to be noted.
 sub _device_problems ($self, $guest, $archive, $device) {
-    my @damage;
-    my $problem = $guest->device_problem($archive->name, $device)
-        // $archive->digests_problem($device);
-    if (!defined($problem)) {
-        my $error = attempt { @damage = damage($archive, $device) };
-        $problem = $error ? reason($error) : @damage ? describe(@damage) : undef;
-    }
-    attempt { $archive->note_damage($device, defined($problem) ? 1 : 0) };
+    my ($problem, @damage);
+    my $error = attempt {
+        $problem = $guest->device_problem($archive->name, $device);
+        @damage = damage($archive, $device) if !defined($problem);
+    };
+    $problem = $error ? reason($error) : $problem // (@damage ? describe(@damage) : undef);
+    attempt { $archive->note_damage($device, defined($problem) ? 1 : 0) }
+    if !$error || is_damage($error);
     return defined($problem) ? "$device: $problem" : ();
 }
 

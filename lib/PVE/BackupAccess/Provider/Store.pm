@@ -398,7 +398,12 @@ sub retention ($self, $vmid, $keep) {
 
 sub _retention ($self, $place, $keep) {
     my @archives = retention_of($self->_guest($place), $keep, \&time_of);
-    return map { { volname => "$place/$_->{name}", $_->%{qw(time mark problems)} } } @archives;
+    return map {
+        {
+            volname => "$place/$_->{name}",
+            $_->%{qw(time mark problems)}, $_->{unsure} ? (unsure => 1) : ()
+        }
+    } @archives;
 }
 
 sub prune ($self, $vmid, $keep) {

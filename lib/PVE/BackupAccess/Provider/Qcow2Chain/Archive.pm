@@ -135,6 +135,10 @@ sub _has_digests ($self, $file) {
     return grep { $_->{file} eq $file && $_->{digests} } values $self->{manifest}{devices}->%*;
 }
 
+sub _is_image ($self, $file) {
+    return grep { _file_of($_) eq $file } $self->devices;
+}
+
 # Whether the file is a container's tree, whose stream has a digest.
 sub _is_tree ($self, $file) { return $file eq $tree && $self->container }
 
@@ -168,7 +172,8 @@ sub is_half_removed ($class, $guest_dir, $name) {
 
 sub load ($class, $guest_dir, $name) {
     my $dir = "$guest_dir/$name";
-    my $content = read_if_there("$dir/$manifest_name") // read_if_there("$dir/$removed_name")
+    my $listed = read_if_there("$dir/$manifest_name");
+    my $content = $listed // read_if_there("$dir/$removed_name")
         // fail("there is no archive $dir");
     my $manifest = decode_manifest($content);
     my $problem = _manifest_problem($manifest);
@@ -177,8 +182,13 @@ sub load ($class, $guest_dir, $name) {
         = bless({ guest_dir => $guest_dir, name => $name, dir => $dir, manifest => $manifest },
         $class);
     $self->{'is damaged'} = 1 if $manifest->{format} == $format && !has_its_digest($content);
+    $self->{'is being removed'} = 1 if !defined($listed);
     return $self;
 }
+
+# Whether its removal has begun, so that its images may have got a part of the data of those that build on them. These show
+# the same content as before.
+sub is_being_removed ($self) { return $self->{'is being removed'} }
 
 # Why the manifest differs from what was written, or undef. The disks can still be restored, because their digests prove
 # them; but no archive builds on this one, and it is not merged.
@@ -227,6 +237,9 @@ sub _check_container ($manifest) {
 }
 
 sub dir ($self) { return $self->{dir} }
+
+# Differs after another archive was merged into this one, so that what was known before does not count any more.
+sub revision ($self) { return "$self->{dir} " . ($self->{manifest}{sha256} // '') }
 
 # The current name of the archive's directory.
 sub entry ($self) { return $self->{dir} =~ s{.*/}{}sr }
@@ -298,6 +311,7 @@ sub file_problem ($self, $file, $read_all) {
     my $path = "$self->{dir}/$file";
     my $noted = $self->{manifest}{files}{$file};
     my $found = fingerprint($path) // return "$path is missing";
+    return undef if $self->{'is being removed'} && $self->_is_image($file);
     return "$path is damaged - it has $found->{size} bytes, not $noted->{size}"
         if $found->{size} ne ($noted->{size} // '');
     return undef if $self->_has_digests($file);
@@ -318,6 +332,7 @@ sub device_problem ($self, $device) {
 
 # Whether the time of an image with digests differs from the noted one.
 sub is_touched ($self, $device) {
+    return 0 if $self->{'is being removed'};
     my $noted = $self->{manifest}{files}{ _file_of($self->own($device)) };
     my $found = fingerprint($self->image($device));
     return defined($self->digests($device)) && ($found // {})->{mtime} ne ($noted->{mtime} // '');
@@ -365,7 +380,7 @@ sub files_of ($self, $device) {
 sub problems ($self, $file) {
     my $problem = $self->file_problem($file, 1);
     return $problem if defined($problem);
-    return if !grep { _file_of($_) eq $file } $self->devices;
+    return if !$self->_is_image($file);
     my $image = "$self->{dir}/$file";
     my $text = image_problem($image);
     return defined($text) ? "$image is damaged - $text" : ();

@@ -119,7 +119,7 @@ my sub without_known ($range, $block, @files) {
 sub chain_damage ($seen, $device, @chain) {
     my (@found, @newer);
     for my $archive (@chain) {
-        my $ranges = $seen->{ $archive->dir }{ $archive->own($device) }
+        my $ranges = $seen->{ $archive->revision }{ $archive->own($device) }
             //= [damage($archive, $device)];
         my $block = $archive->device($device)->{digests}{block};
         my @visible = map { without_known($_, $block, @newer) } $ranges->@*;

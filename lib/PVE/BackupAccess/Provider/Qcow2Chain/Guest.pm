@@ -10,12 +10,12 @@ use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
-use PVE::BackupAccess::Provider::Store::Content qw(content_problem);
+use PVE::BackupAccess::Provider::Store::Content qw(content_problem is_damage);
 use PVE::BackupAccess::File
     qw(directory_exists entries file_exists make_directory move remove_tree remove_unused);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(image_chain);
 use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(drop_lock take_lock try_lock);
-use PVE::BackupAccess::Try qw(attempt reason);
+use PVE::BackupAccess::Try qw(attempt reason rethrow);
 
 use parent qw(PVE::BackupAccess::Provider::Store::Guest);
 
@@ -106,11 +106,13 @@ sub chain_problem ($self, $device, @chain) {
     return $problem;
 }
 
-# Why the archive's device cannot be restored, undef if it can. Reads what chain_problem reads.
+# Why the archive's device cannot be restored, undef if it can. Reads what chain_problem reads. Dies if that cannot be
+# determined.
 sub device_problem ($self, $name, $device) {
     my $problem;
     my $error
         = attempt { $problem = $self->chain_problem($device, $self->chain($name, $device)) };
+    rethrow($error) if $error && !is_damage($error);
     return $error ? reason($error) : $problem;
 }
 
@@ -124,6 +126,7 @@ sub headers_problem ($self, $device, @chain) {
     my $image = $chain[0]->image($device);
     my @headers;
     my $error = attempt { @headers = image_chain($image) };
+    rethrow($error) if $error && !is_damage($error);
     return $error =~ s/\n\z//r if $error;
     for my $archive (@chain) {
         my $problem = $archive->header_problem($device, shift(@headers) // { size => 0 });

@@ -27,13 +27,15 @@ sub run (@arguments) {
     return ($status, $out, $message);
 }
 
-# The same, but dies if qemu-img fails.
-sub img (@arguments) {
+# The same, but dies with an error of this class if qemu-img fails.
+my sub wanted ($class, @arguments) {
     my ($status, $out, $message) = run(@arguments);
     return $out if $status == 0;
     $message = 'status ' . ($status >> 8) if $message eq '';
-    $Error->throw('SystemError', "$qemu_img $arguments[0] failed - $message");
+    $Error->throw($class, "$qemu_img $arguments[0] failed - $message");
 }
+
+sub img (@arguments) { return wanted('SystemError', @arguments) }
 
 # For copies to such images; see copy() of PVE::BackupAccess::Volume.
 our $cluster_size = 65536;
@@ -47,9 +49,11 @@ sub create_image ($file, $size, $backing = undef, $is_compressed = 0) {
     return;
 }
 
-# The headers of an image and of its backing files: { size, backing, data-file } of each.
+# The headers of an image and of its backing files: { size, backing, data-file } of each. ArchiveError: qemu-img cannot read
+# one of them.
 sub image_chain ($file) {
-    my $out = img('info', '-U', '--backing-chain', '-f', 'qcow2', '--output=json', $file);
+    my $out = wanted('ArchiveError', 'info', '-U', '--backing-chain', '-f', 'qcow2',
+        '--output=json', $file);
     return map {
         +{
             size => $_->{'virtual-size'},

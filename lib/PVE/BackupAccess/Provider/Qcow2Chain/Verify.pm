@@ -15,7 +15,7 @@ our @EXPORT_OK = qw(digests_of problems_of unproven_of);
 
 # The problems of an archive's files: of all files, or of those of the devices. Each file is read once.
 my sub file_problems ($seen, $archive, @devices) {
-    my $known = $seen->{files}{ $archive->dir } //= {};
+    my $known = $seen->{files}{ $archive->revision } //= {};
     my @files = @devices ? map { $archive->files_of($_) } @devices : $archive->files;
     my @problems = map { ($known->{$_} //= [$archive->problems($_)])->@* } @files;
     unshift(@problems, $archive->manifest_problem // ());
@@ -38,13 +38,14 @@ my sub is_provable ($device, @chain) {
     return !grep { !$_->device($device)->{digests} } @chain;
 }
 
-# Notes for each archive whether it is damaged. An archive whose content was not read is only noted if it is damaged.
-my sub note_damage ($seen, $device, $is_whole, @chain) {
-    for my $archive (@chain) {
-        my $ranges = $seen->{content}{ $archive->dir }{ $archive->own($device) };
+# Notes for each archive whether its own files are damaged. An archive whose content was not read is only noted if it is
+# damaged. That it could not be read is no damage: no program may run now, or there is no room for temporary files. If it
+# were noted, the next backup would be full, and the next prune would remove the archive.
+my sub note_damage ($seen, $device, @chain) {
+    for my $archive (grep { !$_->is_being_removed } @chain) {
+        my $ranges = $seen->{content}{ $archive->revision }{ $archive->own($device) };
         my @problems = file_problems($seen, $archive, $device);
         my $is_damaged = @problems || ($ranges && $ranges->@*) ? 1 : 0;
-        $is_damaged = 1 if !$ranges && !$is_whole;
         $archive->note_damage($device, $is_damaged) if $is_damaged || $ranges;
     }
     return;
@@ -55,11 +56,12 @@ my sub device_problems ($guest, $seen, $device, $name) {
     my $broken = attempt { @chain = $guest->chain($name, $device) };
     return "$device: " . reason($broken) if $broken;
     push(@problems, map { file_problems($seen, $_, $device) } @chain[1 .. $#chain]);
-    push(@problems, $guest->headers_problem($device, @chain) // ());
+    my $error = attempt { push(@problems, $guest->headers_problem($device, @chain) // ()) };
+    push(@problems, "$device: " . reason($error)) if $error;
     if (!@problems && is_provable($device, @chain)) {
         @problems = content_problems($seen, $device, @chain);
     }
-    note_damage($seen, $device, !@problems, @chain);
+    note_damage($seen, $device, @chain);
     return @problems;
 }
 

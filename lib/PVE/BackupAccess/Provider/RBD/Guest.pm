@@ -15,6 +15,7 @@ use Scalar::Util qw(weaken);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::RBD::Archive;
 use PVE::BackupAccess::Provider::RBD::Lock;
+use PVE::BackupAccess::Provider::Store::Content qw(is_damage);
 use PVE::BackupAccess::Provider::Store::Manifest qw($name_pattern);
 use PVE::BackupAccess::Try qw(attempt reason rethrow);
 
@@ -175,6 +176,7 @@ sub _snapshot_problem ($self, $archive, $device) {
 sub device_problem ($self, $name, $device) {
     my $problem;
     my $error = attempt { $problem = $self->_snapshot_problem($self->archive($name), $device) };
+    rethrow($error) if $error && !is_damage($error);
     return $error ? reason($error) : $problem;
 }
 

@@ -9,14 +9,19 @@ use List::Util qw(min sum0);
 use Time::HiRes qw(time);
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Try qw(attempt reason);
+use PVE::BackupAccess::Try qw(attempt reason rethrow);
 use PVE::BackupAccess::Volume;
 
-our @EXPORT_OK = qw(check_base check_stored content_problem damage damage_in describe joined);
+our @EXPORT_OK
+    = qw(check_base check_stored content_problem damage damage_in describe is_damage joined);
 
 my $Error = 'PVE::BackupAccess::Error';
 
 my $most_shown = 8;
+
+# Whether an error says that stored data is damaged. Any other only says that it could not be read now, for example because
+# a program was killed, or because there is no room for temporary files.
+sub is_damage ($error) { return $error->class =~ m/\A(?:Archive|Content)Error\z/ ? 1 : 0 }
 
 # Ranges, [offset, length], in order and neighbours as one.
 sub joined (@ranges) {
@@ -108,12 +113,13 @@ sub check_base ($archive, $device, $log, @chain) {
     return;
 }
 
-# Why the device's content is not what was read, or undef.
+# Why the device's content is not what was read, or undef. Dies if that cannot be determined.
 sub content_problem ($archive, $device) {
     my $problem = $archive->digests_problem($device);
     return $problem if defined($problem);
     my @ranges;
     my $error = attempt { @ranges = damage($archive, $device) };
+    rethrow($error) if $error && !is_damage($error);
     return $error ? reason($error) : @ranges ? describe(@ranges) : undef;
 }
 

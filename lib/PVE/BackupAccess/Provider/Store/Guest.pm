@@ -7,7 +7,7 @@ package PVE::BackupAccess::Provider::Store::Guest;
 #   archive($name)           returns a Store::Archive
 #   checked_base($name, $device, $own, $size)    returns the archive if the device, which it calls $own, can build on it; else dies
 #   chain($name, $device[, $own])    the archives that hold the device's data as of that archive, the newest first
-#   device_problem($name, $device)   why the device cannot be restored, undef if it can
+#   device_problem($name, $device)   why the device cannot be restored, undef if it can; dies if that cannot be determined
 #   restorable($name, $device)       (archive, why the device cannot be read, undef if it can)
 #   is_protected($name)      whether the archive must not be removed
 #   is_built_on($name), remove($name), discard($name)    for the removal of several archives, see Prune.pm

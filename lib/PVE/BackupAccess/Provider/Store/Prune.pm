@@ -37,9 +37,12 @@ my sub look_at ($guest, $name, $time, $key_of, $damaged) {
         $entry->{devices}{container} = defined($problem) ? 0 : 1;
     }
     for my $device ($archive->devices) {
-        my $problem = $guest->device_problem($name, $device) // $known->{$device};
+        my $problem = $known->{$device};
+        my $unsure = attempt { $problem = $guest->device_problem($name, $device) // $problem };
+        $problem //= reason($unsure) if $unsure;
         push($entry->{problems}->@*, "$device: $problem") if defined($problem);
         $entry->{devices}{ $key_of->($archive, $device) } = defined($problem) ? 0 : 1;
+        $entry->{unsure} = 1 if $unsure && !defined($known->{$device});
     }
     return $entry;
 }
@@ -57,14 +60,18 @@ my sub tell_guests_apart (@archives) {
 }
 
 # The archives, the oldest first: { name, time, protected, problems => [texts], mark => 'keep' |
-# 'remove' | 'protected' | 'broken' }. time_of converts a name to a time.
+# 'remove' | 'protected' | 'broken', unsure }. time_of converts a name to a time. unsure: it could not be determined whether the
+# archive is damaged. So it does not count, and is not removed.
 sub retention_of ($guest, $keep, $time_of) {
     my ($key_of, %damaged) = (disk_keys($guest->readable));
     my @archives
         = map { look_at($guest, $_, $time_of->($_), $key_of, \%damaged) } $guest->names;
     tell_guests_apart(@archives);
     my $marks = marks(\@archives, $keep);
-    $_->{mark} = $marks->{ $_->{name} } for @archives;
+    for my $archive (@archives) {
+        my $mark = $marks->{ $archive->{name} };
+        $archive->{mark} = $mark eq 'remove' && $archive->{unsure} ? 'broken' : $mark;
+    }
     return @archives;
 }
 
@@ -106,11 +113,11 @@ my sub remove_archives ($guest, @names) {
 # Returns the volnames of the removed archives.
 sub prune_guest ($guest, $place, $log, @archives) {
     for my $archive (grep { $_->{mark} eq 'broken' } @archives) {
-        $log->(
-            'warn',
-            "archive $archive->{volname} is damaged, but is kept, since no newer one replaces it"
-                . " - $archive->{problems}[0]"
-        );
+        my $why
+            = $archive->{unsure}
+            ? 'is kept, since it cannot be determined whether it is damaged'
+            : 'is damaged, but is kept, since no newer one replaces it';
+        $log->('warn', "archive $archive->{volname} $why - $archive->{problems}[0]");
     }
     my @names = map { $_->{volname} =~ s!.*/!!r } grep { $_->{mark} eq 'remove' } @archives;
     $log->('info', "removing $place/$_") for @names;
