@@ -296,6 +296,21 @@ subtest 'archives of version 0.1' => sub {
     like(problems($chain, $names[2]), qr/SHA-256 differs/, 'damage is seen as before');
 };
 
+# A merge computes their SHA-256 anew.
+subtest 'rot in archives of version 0.1' => sub {
+    my ($chain, @names) = new_chain();
+    make_old($chain, $_) for @names;
+    for my $number (1, 0) {
+        my $image = $chain->path_of($names[$number], "$device.qcow2");
+        rot($image, 1024 * $KiB);
+        ok(!eval { $chain->provider->remove($names[0]); 1 }, "archive $number: it is not merged");
+        like($@, qr/ is damaged - its SHA-256 differs - remove \w+ first$/m, 'the error says why');
+        like(problems($chain, $names[$number]), qr/SHA-256 differs/, 'verify still finds it');
+        rot($image, 1024 * $KiB);    # flips the bit back
+    }
+    is_deeply([$chain->names], \@names, 'nothing is gone');
+};
+
 # qemu-img does not look whether it could print.
 subtest 'a map that is cut off' => sub {
     my ($chain, @names) = new_chain();

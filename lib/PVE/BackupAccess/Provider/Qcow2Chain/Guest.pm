@@ -254,7 +254,9 @@ sub remove ($self, $name) {
 # Why the archive that a child builds on cannot be merged into it, or undef.
 sub _child_problem ($self, $child, $device) {
     my @chain = $self->chain($child->name, $device, $child->own($device));
-    return $self->chain_problem($device, @chain) // $chain[0]->merge_problem($device, $chain[1]);
+    my $problem = $self->chain_problem($device, @chain)
+        // $chain[0]->merge_problem($device, $chain[1]);
+    return $problem // $chain[0]->unproven_problem($device) // $chain[1]->unproven_problem($device);
 }
 
 # A removal does not start if it may run out of space: a half-finished merge blocks everything else until it is completed.
