@@ -78,6 +78,23 @@ subtest 'the space for a merge' => sub {
     $chain->check('the archives after a merge with enough space');
 };
 
+subtest 'the space for a merge into data that was merged' => sub {
+    my $chain = $Chain->new;
+    $chain->disk($device)->write([0, 1024 * $KiB, 0x41]);
+    my $full = backup($chain, 1);
+    $chain->disk($device)->write([2048 * $KiB, 64 * $KiB, 0x42]);
+    my $next = backup($chain, 0);
+    $chain->provider->remove($full);
+    $chain->forget($full);
+    $chain->disk($device)->write([0, 1024 * $KiB, 0x43]);
+    backup($chain, 0);
+    no warnings 'redefine';
+    local *PVE::BackupAccess::_free_bytes = sub ($dir) { return 2560 * $KiB };
+    eval { $chain->provider->remove($next) };
+    like($@, qr/cannot be merged .* may need 3\.0 MiB/, 'it is still compressed');
+    $chain->check('no merge was begun');
+};
+
 subtest 'rot' => sub {
     my $chain = $Chain->new;
     $chain->disk($device)->write([256 * $KiB, 64 * $KiB, 0x41]);

@@ -232,6 +232,16 @@ subtest 'a merge that loses a write' => sub {
     $chain->check('with enough');
 };
 
+subtest 'the space for data that replaces zeroes' => sub {
+    my $chain = PBA::Test::Chain->new;
+    my ($first, $zeroes, $last) = map { backup($chain, [0, 1 << 20, $_]) } 0x11, 0, 0x22;
+    no warnings 'redefine';
+    local *PVE::BackupAccess::_free_bytes = sub (@) { 2560 * $KiB };
+    ok(!eval { $chain->provider->remove($zeroes); 1 }, 'a merge without enough space fails');
+    like($@, qr/may need 3\.0 MiB/, 'the error names the space');
+    $chain->check('no merge was begun');
+};
+
 subtest 'a merge between two verifications' => sub {
     my ($chain, @names) = new_chain();
     rot($chain->path_of($names[0], "$device.qcow2"), 256 * $KiB);

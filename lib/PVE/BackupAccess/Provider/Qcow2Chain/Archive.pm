@@ -445,6 +445,9 @@ sub absorb ($self, $device, $parent) {
         $entry->@{qw(parent parent-id)} = ($name, $parent->device($device)->{'parent-id'});
         $entry->{'parent-device'} = $there if $there ne $self->own($device);
     }
+
+    # The image has the parent's compressed data.
+    $entry->{compressed} = 1 if $parent->device($device)->{compressed};
     $self->_note_file($entry->{file});
     $self->_write_manifest;
     return;

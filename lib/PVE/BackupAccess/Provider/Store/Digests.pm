@@ -4,6 +4,7 @@ package PVE::BackupAccess::Provider::Store::Digests;
 
 use v5.36;
 
+use Digest::SHA qw(sha256);
 use Exporter qw(import);
 use Fcntl qw(O_CREAT O_EXCL O_RDONLY O_WRONLY SEEK_SET);
 use List::Util qw(min);
@@ -122,12 +123,15 @@ sub merge_digests ($newer_path, $older_path, $path) {
     return;
 }
 
-# The most bytes by which an image grows when a newer one is merged into it: the blocks that only the newer one has, or
-# all of its blocks if there is no older file. Blocks without a digest are zeroes in a complete file and take no space.
+# The most bytes by which an image grows when a newer one is merged into it: the data that replaces nothing or zeroes there, or
+# all of the newer one's data if there is no older file. Zeroes take no space: in a complete file they have no digest, in
+# another one the digest of a block of zeroes.
 sub bytes_to_add ($newer_path, $older_path) {
     my $newer = open_file($newer_path);
     my $older = defined($older_path) ? open_file($older_path) : undef;
     my $end = $header_size + $newer->{blocks} * $digest_size;
+    my $zero = sha256("\0" x $newer->{block});
+    my $is_data = sub ($slot) { $slot =~ m/[^\0]/ && $slot ne $zero };
     my $blocks = 0;
     for (my $at = $header_size; $at < $end; $at += $part) {
         my $length = $end - $at < $part ? $end - $at : $part;
@@ -135,9 +139,8 @@ sub bytes_to_add ($newer_path, $older_path) {
         next if $new !~ m/[^\0]/;
         my $old = $older ? read_at($older, $at, $length) : "\0" x $length;
         $blocks += grep {
-                   substr($new, $_, $digest_size) =~ m/[^\0]/
-                && substr($old, $_, $digest_size)
-                !~ m/[^\0]/
+            $is_data->(substr($new, $_, $digest_size))
+                && !$is_data->(substr($old, $_, $digest_size))
             }
             map { $_ * $digest_size } 0 .. $length / $digest_size - 1;
     }
