@@ -141,6 +141,21 @@ subtest 'an archive that cannot be looked at when others are pruned' => sub {
     $chain->check('pruned');
 };
 
+# As on a file system that does not distinguish upper and lower case.
+subtest 'two devices with the same file' => sub {
+    my $class = 'PVE::BackupAccess::Provider::Qcow2Chain::Archive';
+    $base->use_copy($store);
+    my $archive = $class->begin($base->guest_dir, '20200101T000000Z');
+    make_empty($archive->dir . '/Drive.qcow2');
+    ok(!eval { $archive->add_device('Drive', { size => 65536 }); 1 }, 'are refused');
+    like(
+        $@,
+        qr{^device Drive: another device already has the file /.* upper and lower case$}m,
+        'the error says why'
+    );
+    $base->provider->_guest('vm/100')->give_up($archive);
+};
+
 subtest 'an archive that is protected while a prune looks at others' => sub {
     my $chain = PBA::Test::Chain->new;
     for (1, 2) {

@@ -76,6 +76,13 @@ sub add_device ($self, $device, $about, $parent = undef) {
         $entry->{'parent-device'} = $there if $there ne $device;
     }
     my $digests = _digests_of($device);
+
+    # Otherwise two devices would share an image.
+    fail(
+        "device $device: another device already has the file $self->{dir}/$file - the store needs a file system that"
+            . ' distinguishes upper and lower case',
+        device => $device
+    ) if file_exists("$self->{dir}/$file");
     $entry->{digests} = { file => $digests, algorithm => 'SHA-256', block => $digest_block };
     create_image("$self->{dir}/$file", $about->{size}, $self->_backing($device),
         $about->{compressed});
