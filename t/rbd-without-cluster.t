@@ -120,6 +120,24 @@ subtest 'an archive that is protected while a prune removes others' => sub {
     );
 };
 
+# As long as it is listed, it must be known as damaged.
+subtest 'killed while a damaged archive is removed' => sub {
+    my $note = "damaged $name drive-scsi0";
+    my ($ceph, $guest) = guest_with(stored => { "archive $name" => '{}', $note => "yes\n" });
+    my ($calls, $remove) = (0, PBA::Test::NoCeph->can('remove_value'));
+    {
+        no warnings 'redefine';
+        local *PBA::Test::NoCeph::remove_value = sub (@which) {
+            die "killed\n" if ++$calls == 2;
+            return $remove->(@which);
+        };
+        ok(!eval { $guest->remove($name); 1 }, 'it dies');
+    }
+    is_deeply($ceph->{stored}, { $note => "yes\n" }, 'only the note is left');
+    my $next = PVE::BackupAccess::Provider::RBD::Guest->new(ceph => $ceph, place => 'vm/100');
+    is_deeply([$next->clean, $ceph->{stored}], [{}], 'and is removed later');
+};
+
 subtest 'a verification while the cluster does not answer' => sub {
     my %device = (size => 512, image => $image, digests => { sha256 => '0' x 64 });
     my $manifest

@@ -249,6 +249,11 @@ sub _is_protected_now ($self, $name) {
 
 sub is_built_on ($self, $name) { return 0 }
 
+# The keys of notes about archives that do not exist any more.
+sub _lone_notes ($self) {
+    return grep { m/\Adamaged $name_pattern / && !$self->has($1) } sort keys $self->_values->%*;
+}
+
 # The objects with digests that are left of an archive's snapshots if another program has removed these.
 sub _lone_digests ($self, $name) {
     my $archive;
@@ -269,8 +274,10 @@ sub remove ($self, $name) {
         if $self->_is_protected_now($name);
     my @digests = $self->_lone_digests($name);
     $self->check_lock;
-    $self->_unset($_) for grep { m/\Adamaged \Q$name\E / } keys $self->_values->%*;
+
+    # Before the notes about damage: as long as the archive is listed, nothing may build on it.
     $self->_unset("archive $name");
+    $self->_unset($_) for $self->_lone_notes;
     $self->{ceph}->remove_object($_) for $self->log_of($name), @digests;
     my @problems = $self->clean;
     fail("archive $name is removed, but the next backup, prune or removal has to complete that - "
@@ -285,6 +292,10 @@ sub clean ($self) {
     my @problems;
     my $lost = attempt { $self->check_lock };
     return reason($lost) if $lost;
+    for my $note ($self->_lone_notes) {
+        my $error = attempt { $self->_unset($note) };
+        push(@problems, "cannot remove what a removal left - " . reason($error)) if $error;
+    }
     for my $image (sort keys $self->_snapshots->%*) {
         my $error = attempt { $self->_clean_image($image) };
         push(@problems,
