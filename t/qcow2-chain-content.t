@@ -256,6 +256,19 @@ subtest 'a merge between two verifications' => sub {
     is($chain->next_modes->{$device}, 'new', 'the damage stays noted');
 };
 
+subtest 'a new bitmap that lacks bits' => sub {
+    my $chain = PBA::Test::Chain->new;
+    $chain->disk($device)->write([256 * $KiB, 64 * $KiB, 0x11]);
+    no warnings 'redefine';
+    local *PBA::Test::BitmapDisk::_new_bitmap = sub ($disk) {
+        $disk->_bitmap('--add', '--disable');
+        $disk->{has_bitmap} = 1;
+    };
+    is($chain->backup, undef, 'the backup fails');
+    like($chain->error, qr/only 0 of [0-9]+ bytes were read/, 'the error says why');
+    is_deeply([$chain->names], [], 'the archive does not exist');
+};
+
 subtest 'the maximum length of a chain' => sub {
     no warnings 'once';
     local $PVE::BackupAccess::Provider::Qcow2Chain::Guest::longest_chain = 3;

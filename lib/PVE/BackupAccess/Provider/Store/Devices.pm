@@ -110,6 +110,17 @@ my sub copy_data ($archive, $device, $volume, $chain, $options) {
     return $statistics;
 }
 
+# A new bitmap has all bits set, and without a bitmap everything is read. What was not read would be zeroes in a full archive.
+my sub check_whole ($device, $volume, $statistics) {
+    my ($size, $read) = ($volume->{size}, $statistics->{'bytes-read'});
+    PVE::BackupAccess::Error->throw(
+        'IncompleteError',
+        "device $device: only $read of $size bytes were read, although this is not an increment",
+        device => $device
+    ) if $volume->{'bitmap-mode'} ne 'reuse' && $read != $size;
+    return;
+}
+
 # Begins a device of the task's archive. how: log, a code ref; full, whether the backup must be full; guest, the guest's
 # UUID; about, more entries for the manifest. Returns the argument of store_device.
 my sub begin_device ($task, $device, $volume, %how) {
@@ -159,6 +170,7 @@ sub store_device ($job, %how) {
     local $SIG{CHLD} = 'DEFAULT';
     my $statistics = copy_data($archive, $device, $volume, $chain,
         { $how{copy}->%*, check => $how{check} ? 1 : 0 });
+    check_whole($device, $volume, $statistics);
     $how{log}->('info', "$device: " . stored($statistics, $base));
     my $finding
         = defined($volume->{'audit-bitmap'})
