@@ -94,6 +94,11 @@ subtest 'a backup and its reports' => sub {
     local $chain->{time} = 1_000_000_000;
     my $back = $chain->backup or die $chain->error;
     is($back, ($chain->names)[-1], 'the clock was set back: the new archive is still the last one');
+    like(
+        $chain->log,
+        qr{^warn: archive vm/100/\w+ is dated later than now, .* check the clock}m,
+        'and the log says so'
+    );
 };
 
 subtest 'one at a time' => sub {

@@ -39,6 +39,8 @@ my $Restore = 'PVE::BackupAccess::Provider::Store::Restore';
 our $guest_config = 'guest.conf';
 our $firewall_config = 'firewall.conf';
 
+my $longest_step = 86_400;    # seconds by which a clock may be set back without a warning
+
 my sub fail ($class, $message, %context) {
     PVE::BackupAccess::Error->throw($class, $message, %context);
 }
@@ -154,7 +156,9 @@ sub backup_init ($self, $vmid, $vmtype, $start_time) {
 
     # Names stay in the order of the backups even if the clock was set back.
     my ($newest) = reverse($guest->names);
-    my $name = name_of(max(int($start_time), defined($newest) ? time_of($newest) + 1 : 0));
+    my $earliest = defined($newest) ? time_of($newest) + 1 : 0;
+    my $name = name_of(max(int($start_time), $earliest));
+    $self->_warn_of_clock($place, $newest) if $earliest - $start_time > $longest_step;
     $self->{task} = {
         vmid => $vmid,
         place => $place,
@@ -164,6 +168,17 @@ sub backup_init ($self, $vmid, $vmtype, $start_time) {
         time => int($start_time)
     };
     return { 'archive-name' => "$place/$name" };
+}
+
+# Retention goes by names.
+sub _warn_of_clock ($self, $place, $newest) {
+    $self->{log}->(
+        'warn',
+        "archive $place/$newest is dated later than now, so the new archive is dated one second after it, and"
+            . ' retention rules count both as of the same hour and day - check the clock, and remove archives with'
+            . ' wrong dates'
+    );
+    return;
 }
 
 sub _clean ($self, $guest) {
