@@ -11,7 +11,7 @@ use File::Temp ();
 use Test::More;
 
 use PVE::BackupAccess;
-use PVE::BackupAccess::File qw(read_file);
+use PVE::BackupAccess::File qw(read_file write_file);
 use PVE::BackupAccess::Provider::Qcow2Chain;
 
 use PBA::Test::BitmapDisk;
@@ -184,6 +184,16 @@ subtest 'archives without identities of disks' => sub {
     my $provider = provider('old');
     is($provider->device_called($new, 'libvirt-1-format'), 'virtio0', 'a disk by its node');
     is($provider->device_called($new, 'virtio0'), 'virtio0', 'a disk by its own name');
+    my $manifest = "$tmp/old/$new/manifest.json";
+    my $text = read_file($manifest);
+    write_file($manifest, $text =~ s/libvirt-1-format/libvirt-3-format/r);
+    ok(!eval { $provider->device_called($new, 'libvirt-3-format') }, 'a name that has changed');
+    like(
+        $@,
+        qr/other names are unknown - the manifest of archive .* is damaged/,
+        'the error says why'
+    );
+    write_file($manifest, $text);
     ok(!eval { $provider->device_called($old, 'virtio0') }, 'an old archive does not identify it');
     like(
         $@,

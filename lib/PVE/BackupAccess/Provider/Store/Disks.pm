@@ -111,6 +111,11 @@ my sub guess_called ($archive, $name, @archives) {
 # Dies if there is none; the message then has a guess from the guest's other archives.
 sub device_meant ($archive, $name, $guest) {
     return $name if $archive->device($name);
+    my $problem = $archive->manifest_problem;
+    bad_argument("archive "
+            . $archive->name
+            . " has no device $name, and its devices' other names are unknown - $problem")
+        if defined($problem);
     my @devices = $archive->devices;
     my @found = grep {
         my $device = $_;
