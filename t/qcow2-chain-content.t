@@ -7,6 +7,7 @@ use lib "$FindBin::Bin/lib";
 use Test::More;
 
 use Digest::SHA ();
+use File::Temp ();
 use JSON::PP ();
 use List::Util qw(sum0);
 
@@ -240,6 +241,36 @@ subtest 'the space for data that replaces zeroes' => sub {
     ok(!eval { $chain->provider->remove($zeroes); 1 }, 'a merge without enough space fails');
     like($@, qr/may need 3\.0 MiB/, 'the error names the space');
     $chain->check('no merge was begun');
+};
+
+# A file of digests of an increment of a volume of 8 GiB, with these numbers of blocks.
+sub write_digests ($file, $slot, @blocks) {
+    open(my $fh, '>:raw', $file) or die "$file: $!\n";
+    truncate($fh, 4096 + (1 << 17) * 32);
+    print {$fh} pack('a12 a4 a16 Q> N N', "PBA-DIGESTS\n", '1', 'SHA-256', 8 << 30, 65536, 0);
+    for my $block (@blocks) {
+        seek($fh, 4096 + $block * 32, 0);
+        print {$fh} $slot;
+    }
+    close($fh) or die "$file: $!\n";
+    return;
+}
+
+subtest 'the space for tables' => sub {
+    my $dir = File::Temp->newdir('pba-digests-XXXXXXXX', TMPDIR => 1);
+    my ($newer, $older) = ("$dir/newer", "$dir/older");
+    my $count = sub () {
+        PVE::BackupAccess::Provider::Store::Digests::bytes_to_add($newer, $older) >> 16;
+    };
+    write_digests($newer, 'a' x 32, map { $_ << 13 } 0 .. 15);
+    write_digests($older, 'b' x 32);
+    is($count->(), 32, 'each block needs a table');
+    write_digests($older, 'b' x 32, map { ($_ << 13) + 1 } 0 .. 15);
+    is($count->(), 16, 'the older image has all tables');
+    write_digests($older, 'b' x 32, map { $_ << 13 } 0 .. 7);
+    is($count->(), 16, 'and half of the blocks');
+    write_digests($newer, Digest::SHA::sha256("\0" x 65536), map { $_ << 13 } 0 .. 15);
+    is($count->(), 8, 'zeroes only need tables');
 };
 
 subtest 'a merge between two verifications' => sub {

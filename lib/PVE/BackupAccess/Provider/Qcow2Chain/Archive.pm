@@ -408,10 +408,9 @@ sub merge_space ($self, $device, $parent) {
     my $digests = $self->digests($device);
     return -s $self->image($device) if !defined($digests);
 
-    # Data that replaces a compressed block needs new space.
     my $is_compressed = $parent->device($device)->{compressed};
     return $spare + (-s $digests)
-        + bytes_to_add($digests, $is_compressed ? undef : $parent->digests($device));
+        + bytes_to_add($digests, $parent->digests($device), $is_compressed);
 }
 
 # Why the parent must not be merged into this archive, or undef: if a manifest or a file of digests is damaged, a merge

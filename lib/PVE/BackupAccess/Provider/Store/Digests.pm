@@ -17,6 +17,10 @@ my $header_size = 4096;
 my $digest_size = 32;
 my $part = 1 << 20;    # bytes of digests in memory at a time
 
+# How many clusters of 64 KiB an L2 table of an image locates, in bytes of their digests; and how many a refcount block counts.
+my $table = $digest_size * (1 << 13);
+my $counted = 1 << 15;
+
 my sub fail ($message) {
     PVE::BackupAccess::Error->throw('ArchiveError', $message);
 }
@@ -124,27 +128,27 @@ sub merge_digests ($newer_path, $older_path, $path) {
 }
 
 # The most bytes by which an image grows when a newer one is merged into it: the data that replaces nothing or zeroes there, or
-# all of the newer one's data if there is no older file. Zeroes take no space: in a complete file they have no digest, in
-# another one the digest of a block of zeroes.
-sub bytes_to_add ($newer_path, $older_path) {
-    my $newer = open_file($newer_path);
-    my $older = defined($older_path) ? open_file($older_path) : undef;
+# all of it, because data that replaces compressed data needs new space; and the tables that the older image lacks. Zeroes
+# take no space: in a complete file they have no digest, in another one the digest of a block of zeroes.
+sub bytes_to_add ($newer_path, $older_path, $is_compressed = 0) {
+    my ($newer, $older) = map { open_file($_) } $newer_path, $older_path;
     my $end = $header_size + $newer->{blocks} * $digest_size;
     my $zero = sha256("\0" x $newer->{block});
     my $is_data = sub ($slot) { $slot =~ m/[^\0]/ && $slot ne $zero };
     my $blocks = 0;
-    for (my $at = $header_size; $at < $end; $at += $part) {
-        my $length = $end - $at < $part ? $end - $at : $part;
+    for (my $at = $header_size; $at < $end; $at += $table) {
+        my $length = $end - $at < $table ? $end - $at : $table;
         my $new = read_at($newer, $at, $length);
         next if $new !~ m/[^\0]/;
-        my $old = $older ? read_at($older, $at, $length) : "\0" x $length;
+        my $old = read_at($older, $at, $length);
         $blocks += grep {
             $is_data->(substr($new, $_, $digest_size))
-                && !$is_data->(substr($old, $_, $digest_size))
+                && ($is_compressed || !$is_data->(substr($old, $_, $digest_size)))
             }
             map { $_ * $digest_size } 0 .. $length / $digest_size - 1;
+        $blocks++ if $old !~ m/[^\0]/;
     }
-    return $blocks * $newer->{block};
+    return ($blocks + int($blocks / $counted)) * $newer->{block};
 }
 
 1;
