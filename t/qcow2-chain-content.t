@@ -99,6 +99,27 @@ subtest 'each image is read once' => sub {
     is(sum0(values %started), 3 * scalar(my @devices = $chain->devices), 'all images are served');
 };
 
+subtest 'in a copy whose files have new times, each image is read once' => sub {
+    my ($chain, @names) = new_chain();
+    utime(undef, undef, $chain->path_of($_, "$device.qcow2")) for @names;
+    my %started;
+    my $start = $Server->can('start');
+    no warnings 'redefine';
+    local *PVE::BackupAccess::Provider::Qcow2Chain::Server::start = sub (@arguments) {
+        $started{ $arguments[1] }++;
+        return $start->(@arguments);
+    };
+    my %count = (
+        retention => sub () { $chain->provider->retention(100, 9) },
+        'the next backup' => sub () { $chain->next_modes },
+    );
+    for my $what (sort keys %count) {
+        %started = ();
+        $count{$what}->();
+        is_deeply(\%started, { map { ($chain->path_of($_, "$device.qcow2") => 1) } @names }, $what);
+    }
+};
+
 # Does something to each image after it was written, before it is checked.
 sub after_writing ($do, $code) {
     my $stop = $Server->can('stop');

@@ -101,9 +101,17 @@ sub chain_problem ($self, $device, @chain) {
     }
     my $problem = $self->headers_problem($device, @chain);
     for my $archive (grep { $_->is_touched($device) } @chain) {
-        $problem //= content_problem($archive, $device);
+        $problem //= $self->_content_problem($archive, $device);
     }
     return $problem;
+}
+
+# The content of each image is read once, however many archives build on it: in a copied store, all files may have new times.
+sub _content_problem ($self, $archive, $device) {
+    my $known = $self->{content}{ $archive->revision } //= {};
+    my $own = $archive->own($device);
+    $known->{$own} = content_problem($archive, $device) if !exists($known->{$own});
+    return $known->{$own};
 }
 
 # Why the archive's device cannot be restored, undef if it can. Reads what chain_problem reads. Dies if that cannot be
