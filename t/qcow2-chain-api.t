@@ -195,26 +195,38 @@ subtest 'odd names' => sub {
     my $dir = $chain->tmp . "/a b,c:d=e%\x{e9}";
     utf8::encode($dir);
     mkdir($dir) or die "mkdir: $!\n";
-    my $odd = "#block/../\x{20ac} x,y:z";
     my $provider = $class->new(undef, { path => $dir, 'state-dir' => $chain->state_dir }, 'test');
     my $disk = $chain->disk('drive-scsi0');
-    for (1 .. 2) {
-        my $name = $provider->backup_init(100, 'qemu', 1)->{'archive-name'};
+    my $vmid = 100;
+    my $back_up = sub ($odd) {
+        my $name = $provider->backup_init($vmid, 'qemu', 1)->{'archive-name'};
         my $modes
-            = $provider->backup_vm_query_incremental(100, { $odd => { size => $disk->size } });
+            = $provider->backup_vm_query_incremental($vmid, { $odd => { size => $disk->size } });
         $disk->{device} = $odd;
         my $volume = $disk->open($modes->{$odd});
-        my $done = eval { $provider->backup_vm(100, '', { $odd => $volume }, {}); 1 } or diag($@);
+        my $done = eval { $provider->backup_vm($vmid, '', { $odd => $volume }, {}); 1 } or diag($@);
         $disk->close($done);
-        $provider->backup_cleanup(100, 'qemu', $done, {});
-        is_deeply($provider->verify($name), [], "archive $_ is in order");
-        is_deeply([keys $provider->restore_vm_init($name)->%*], [$odd], 'the device has its name');
-        is($provider->archive_get_guest_config($name), '', 'an empty configuration');
-        is($provider->archive_get_firewall_config($name),
-            undef, 'there is no firewall configuration');
-        $disk->write([0, 65536, 99]);
+        $provider->backup_cleanup($vmid, 'qemu', $done, {});
+        return $name;
+    };
+
+    # The file of the last one has nearly the longest possible name.
+    for my $odd ("#block/../\x{20ac} x,y:z", '..', '.hidden', "\x{434}" x 41) {
+        utf8::encode(my $text = $odd);
+        for my $number (1, 2) {
+            my $name = $back_up->($odd);
+            is_deeply($provider->verify($name), [], "$text: archive $number is in order");
+            is_deeply([keys $provider->restore_vm_init($name)->%*],
+                [$odd], 'the device has its name');
+            is($provider->archive_get_guest_config($name), '', 'an empty configuration');
+            is($provider->archive_get_firewall_config($name),
+                undef, 'there is no firewall configuration');
+            $disk->write([0, 65536, 98 + $number]);
+        }
+        is(scalar($provider->prune($vmid, 1)->@*), 1, "$text: pruned");
+        my ($left) = $provider->list($vmid++)->@*;
+        is_deeply($provider->verify($left->{volname}), [], "$text: the other one is in order");
     }
-    is(scalar($provider->prune(100, 1)->@*), 1, 'pruned');
 };
 
 # Everything from the command line is tainted.

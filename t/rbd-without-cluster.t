@@ -120,6 +120,14 @@ subtest 'an archive that is protected while a prune removes others' => sub {
     );
 };
 
+subtest 'the files of digests of devices with long names' => sub {
+    my ($ceph, $guest) = guest_with(stored => {});
+    my $archive = PVE::BackupAccess::Provider::RBD::Archive->begin($guest, $name);
+    my %file = map { $archive->digests($_) => 1 } "\x{434}" x 100, 'x' x 200, 'x' x 201;
+    is(scalar(keys %file), 3, 'each has its own');
+    is_deeply([grep { s{.*/}{}r =~ m/.{101}/ } keys %file], [], 'which may exist');
+};
+
 # As long as it is listed, it must be known as damaged.
 subtest 'killed while a damaged archive is removed' => sub {
     my $note = "damaged $name drive-scsi0";

@@ -221,7 +221,7 @@ sub _manifest_problem ($manifest) {
     }
     for my $file (sort keys $manifest->{files}->%*) {
         return 'the name of one of its files is not valid'
-            if $file !~ m/\A[A-Za-z0-9%_-][A-Za-z0-9._%-]*\z/;
+            if $file !~ m/\A[A-Za-z0-9._%-]+\z/ || $file =~ m/\A[.]{1,2}\z/;
     }
     return undef;
 }
@@ -462,9 +462,12 @@ sub absorb ($self, $device, $parent) {
 # Digests are joined, not computed, so damaged data still does not match them.
 sub _absorb_digests ($self, $device, $parent) {
     my $mine = $self->digests($device) // return;
-    merge_digests($mine, $parent->digests($device), "$mine.new");
-    sync("$mine.new");
-    move("$mine.new", $mine);
+
+    # No device has this name, and it is short: that of a device's file may be as long as the file system permits.
+    my $new = "$self->{dir}/digests.new";
+    merge_digests($mine, $parent->digests($device), $new);
+    sync($new);
+    move($new, $mine);
     $self->_note_file(_digests_of($self->own($device)));
     return;
 }

@@ -5,6 +5,8 @@ package PVE::BackupAccess::Provider::RBD::Archive;
 
 use v5.36;
 
+use Digest::SHA qw(sha256_hex);
+
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::File qw(make_directory sha256 write_file);
 use PVE::BackupAccess::Provider::RBD::Parts qw(get_parts part_names put_parts);
@@ -178,8 +180,8 @@ sub _digests_of ($image, $snapshot) { return "$image\@$snapshot.digests" }
 # The file of digests: in a new archive of what this backup has read, in an existing one of the whole device.
 sub digests ($self, $device) {
     my $own = $self->own($device);
-    my $file
-        = $self->_directory . '/' . unpack('H*', $own =~ s/([^ -~])/sprintf('%%%X', ord($1))/ger);
+    utf8::encode(my $bytes = $own);
+    my $file = $self->_directory . '/' . sha256_hex($bytes);
     return $file if $self->{is_new} || $self->{fetched}{$own};
     my $entry = $self->device($device);
     my $place = _digests_of($entry->{image}, $self->{name});
