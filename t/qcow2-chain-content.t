@@ -16,6 +16,7 @@ use PBA::Test::QemuNbd;
 
 my $KiB = 1 << 10;
 my $device = 'drive-scsi0';
+my $Chain = 'PBA::Test::Chain';
 my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
 my $json = JSON::PP->new->utf8->canonical->pretty;
 
@@ -41,7 +42,7 @@ sub backup ($chain, @writes) {
 
 # Three archives: data at 256 KiB, 1 MiB; other data at 1 MiB; data at 2 MiB.
 sub new_chain () {
-    my $chain = PBA::Test::Chain->new;
+    my $chain = $Chain->new;
     my @names = (
         backup($chain, [256 * $KiB, 128 * $KiB, 0x11], [1024 * $KiB, 64 * $KiB, 0x12]),
         backup($chain, [1024 * $KiB, 64 * $KiB, 0x22]),
@@ -255,7 +256,7 @@ subtest 'a merge that loses a write' => sub {
 };
 
 subtest 'the space for data that replaces zeroes' => sub {
-    my $chain = PBA::Test::Chain->new;
+    my $chain = $Chain->new;
     my ($first, $zeroes, $last) = map { backup($chain, [0, 1 << 20, $_]) } 0x11, 0, 0x22;
     no warnings 'redefine';
     local *PVE::BackupAccess::_free_bytes = sub (@) { 2560 * $KiB };
@@ -309,7 +310,7 @@ subtest 'a merge between two verifications' => sub {
 };
 
 subtest 'a new bitmap that lacks bits' => sub {
-    my $chain = PBA::Test::Chain->new;
+    my $chain = $Chain->new;
     $chain->disk($device)->write([256 * $KiB, 64 * $KiB, 0x11]);
     no warnings 'redefine';
     local *PBA::Test::BitmapDisk::_new_bitmap = sub ($disk) {

@@ -17,9 +17,10 @@ use PBA::Test::QemuNbd;
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(try_lock);
 
+my $Chain = 'PBA::Test::Chain';
 my $Error = 'PVE::BackupAccess::Error';
 
-my $base = PBA::Test::Chain->new->add_archives(3);
+my $base = $Chain->new->add_archives(3);
 my @names = $base->names;
 my $store = $base->store;
 
@@ -94,14 +95,14 @@ subtest 'a removal that is half done, beside a reader' => sub {
 
 # A store with full backups.
 sub new_chain ($count) {
-    my $chain = PBA::Test::Chain->new;
+    my $chain = $Chain->new;
     $chain->provider->make_full(1);
     return $chain->add_archives($count);
 }
 
 # A program that cannot run says nothing about the archives.
 subtest 'a verification that cannot be done' => sub {
-    my $chain = PBA::Test::Chain->new->add_archives(3);
+    my $chain = $Chain->new->add_archives(3);
     my @all = $chain->names;
     my @problems = do {
         local $PVE::BackupAccess::Provider::Store::Server::qemu_nbd = $chain->tmp . '/none';
@@ -157,7 +158,7 @@ subtest 'two devices with the same file' => sub {
 };
 
 subtest 'an archive that is protected while a prune looks at others' => sub {
-    my $chain = PBA::Test::Chain->new;
+    my $chain = $Chain->new;
     for (1, 2) {
         $chain->provider->make_full(1);
         $chain->write_random;
