@@ -17,6 +17,7 @@ use PBA::Test::QemuNbd;
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(try_lock);
 
+my $Archive = 'PVE::BackupAccess::Provider::Qcow2Chain::Archive';
 my $Chain = 'PBA::Test::Chain';
 my $Error = 'PVE::BackupAccess::Error';
 
@@ -144,14 +145,25 @@ subtest 'an archive that cannot be looked at when others are pruned' => sub {
 
 # As on a file system that does not distinguish upper and lower case.
 subtest 'two devices with the same file' => sub {
-    my $class = 'PVE::BackupAccess::Provider::Qcow2Chain::Archive';
     $base->use_copy($store);
-    my $archive = $class->begin($base->guest_dir, '20200101T000000Z');
+    my $archive = $Archive->begin($base->guest_dir, '20200101T000000Z');
     make_empty($archive->dir . '/Drive.qcow2');
     ok(!eval { $archive->add_device('Drive', { size => 65536 }); 1 }, 'are refused');
     like(
         $@,
         qr{^device Drive: another device already has the file /.* upper and lower case$}m,
+        'the error says why'
+    );
+    $base->provider->_guest('vm/100')->give_up($archive);
+};
+
+subtest 'a manifest that would be refused' => sub {
+    $base->use_copy($store);
+    my $archive = $Archive->begin($base->guest_dir, '20200101T000000Z', guest => ['x']);
+    ok(!eval { $archive->seal; 1 }, 'belongs to no archive');
+    like(
+        $@,
+        qr/^the manifest of the new archive .* is not valid - its guest is not a text$/m,
         'the error says why'
     );
     $base->provider->_guest('vm/100')->give_up($archive);

@@ -18,6 +18,7 @@ use PVE::BackupAccess::Provider::RBD::Guest;
 use PVE::BackupAccess::Provider::RBD::Lock;
 use PVE::BackupAccess::Provider::Store::Manifest qw(encode_manifest);
 
+my $Archive = 'PVE::BackupAccess::Provider::RBD::Archive';
 my $Lock = 'PVE::BackupAccess::Provider::RBD::Lock';
 my $place = 'rbd:backup/test';
 my @log;
@@ -122,10 +123,22 @@ subtest 'an archive that is protected while a prune removes others' => sub {
 
 subtest 'the files of digests of devices with long names' => sub {
     my ($ceph, $guest) = guest_with(stored => {});
-    my $archive = PVE::BackupAccess::Provider::RBD::Archive->begin($guest, $name);
+    my $archive = $Archive->begin($guest, $name);
     my %file = map { $archive->digests($_) => 1 } "\x{434}" x 100, 'x' x 200, 'x' x 201;
     is(scalar(keys %file), 3, 'each has its own');
     is_deeply([grep { s{.*/}{}r =~ m/.{101}/ } keys %file], [], 'which may exist');
+};
+
+subtest 'a manifest that would be refused' => sub {
+    my ($ceph, $guest) = guest_with(stored => {});
+    my $archive = $Archive->begin($guest, $name, guest => ['x']);
+    ok(!eval { $guest->publish($archive); 1 }, 'is not stored');
+    like(
+        $@,
+        qr/^the manifest of archive $name is damaged - its guest is not a text$/m,
+        'the error says why'
+    );
+    is_deeply($ceph->{stored}, {}, 'there is no archive');
 };
 
 # As long as it is listed, it must be known as damaged.
@@ -165,7 +178,7 @@ subtest 'a verification while the cluster does not answer' => sub {
 
 subtest 'killed while the cluster stores the manifest' => sub {
     my ($ceph, $guest) = guest_with(killed => 1, stored => {});
-    my $archive = PVE::BackupAccess::Provider::RBD::Archive->begin($guest, $name);
+    my $archive = $Archive->begin($guest, $name);
     is_deeply([$guest->names], [], 'there is no archive');
     ok(!eval { $guest->publish($archive); 1 }, 'it dies');
     $guest->give_up($archive);

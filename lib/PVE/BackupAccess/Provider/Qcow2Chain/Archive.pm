@@ -113,13 +113,16 @@ sub _backing ($self, $device) {
     return "../$parent/" . _file_of($there);
 }
 
-# Makes all files durable and writes the manifest. Only the rename remains.
+# Makes all files durable and writes the manifest. Only the rename remains. Dies if load would refuse the archive.
 sub seal ($self) {
     for my $file (sort keys $self->{manifest}{files}->%*) {
         sync("$self->{dir}/$file");
         $self->_note_file($file, 1);
     }
     $self->_write_manifest;
+    my $problem = _manifest_problem(decode_manifest(read_file("$self->{dir}/$manifest_name")));
+    fail("the manifest of the new archive $self->{dir} is not valid - $problem")
+        if defined($problem);
     return;
 }
 

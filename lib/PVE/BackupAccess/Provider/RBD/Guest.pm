@@ -212,9 +212,11 @@ sub publish ($self, $archive, $notes = undef) {
     $self->check_lock;
     my %modes = map { $_ => $archive->device($_)->{'bitmap-mode'} } $archive->devices;
     my %ids = map { $_ => $modes{$_} ne 'none' ? { id => $archive->id } : undef } keys %modes;
+    my $text = $archive->text;
+    $Archive->load($self, $archive->name, $text);    # dies if it would be refused
     $notes->note(\%ids) if $notes;
     my $key = 'archive ' . $archive->name;
-    $self->_set($key, $archive->text);
+    $self->_set($key, $text);
 
     # If the lock was lost just before that, another process may have removed the snapshots, as those of a killed one.
     my $lost = attempt { $self->check_lock };
