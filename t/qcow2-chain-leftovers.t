@@ -157,6 +157,20 @@ subtest 'two devices with the same file' => sub {
     $base->provider->_guest('vm/100')->give_up($archive);
 };
 
+# An old archive may have been moved to another disk, with a link in its place.
+subtest 'an archive on another file system' => sub {
+    $base->use_copy($store);
+    my $other = $names[0] =~ s{.*/}{}r;
+    {
+        no warnings 'redefine';
+        local *PVE::BackupAccess::Provider::Qcow2Chain::Archive::_file_system
+            = sub ($file) { $file =~ m{/$other/} ? 2 : 1 };
+        ok(!eval { $base->provider->remove($names[0]); 1 }, 'is not merged');
+    }
+    like($@, qr{/$other/\S+ is on another file system than /}, 'the error says why');
+    $base->check('all are there');
+};
+
 subtest 'a manifest that would be refused' => sub {
     $base->use_copy($store);
     my $archive = $Archive->begin($base->guest_dir, '20200101T000000Z', guest => ['x']);

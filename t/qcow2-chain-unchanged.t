@@ -99,6 +99,26 @@ subtest 'a bitmap that was lost' => sub {
     $chain->check('pruned');
 };
 
+# The order of the names is not that of the chain any more.
+subtest 'an archive that was renamed' => sub {
+    my ($chain, $first) = new_chain();
+    my $second = backup($chain, [512 * $KiB, 64 * $KiB, 0x15]);
+    my $renamed = $second =~ s{/20(?=[0-9]{6}T)}{/19}r;
+    rename($chain->path_of($second), $chain->path_of($renamed)) or die "rename: $!\n";
+    $chain->{expected}{$renamed} = delete($chain->{expected}{$second});
+    lose_bitmap($chain);
+    $chain->log;
+    is(parent_of($chain, backup($chain)), undef, 'the next backup is full');
+    like(
+        $chain->log,
+        qr/$device: nothing to compare with - another archive already builds on archive /,
+        'the log says why'
+    );
+    $chain->provider->remove($first);
+    $chain->forget($first);
+    is_deeply([$chain->provider->verify($renamed)], [[]], 'and the first one can be removed');
+};
+
 subtest 'backups that store everything' => sub {
     my ($chain, $first) = new_chain();
     $chain->provider->make_full(1);

@@ -416,9 +416,15 @@ sub merge_space ($self, $device, $parent) {
         + bytes_to_add($digests, $parent->digests($device), $is_compressed);
 }
 
+# The number of the file system that has the file.
+sub _file_system ($file) { return (stat($file))[0] // 0 }
+
 # Why the parent must not be merged into this archive, or undef: if a manifest or a file of digests is damaged, a merge
-# would compute a new hash of the damaged file and so hide the damage.
+# would compute a new hash of the damaged file and so hide the damage. At the end, the parent's image is renamed.
 sub merge_problem ($self, $device, $parent) {
+    my @images = map { $_->image($device) } $self, $parent;
+    return "$images[1] is on another file system than $images[0]"
+        if _file_system($images[0]) != _file_system($images[1]);
     my ($problem) = map {
         $_->manifest_problem // ($_->digests($device) ? $_->digests_problem($device) : undef) // ()
     } $self, $parent;

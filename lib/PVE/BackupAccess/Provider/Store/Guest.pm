@@ -104,7 +104,10 @@ sub comparable ($self, $archives, $device, $about, $guest) {
             : 'this store has no earlier archive of the disk'
         );
     }
-    my $base = $self->checked_base($newest->name, $device, $own, $about->{size});
+    my $name = $newest->name;
+    fail("another archive already builds on archive $name")
+        if grep { builders($_, $name, $own) } $archives->@*;
+    my $base = $self->checked_base($name, $device, $own, $about->{size});
     my @chain = $self->chain($base->name, $device, $own);
     my ($problem) = map { $_->digests_problem($device) // () } @chain;
     fail($problem) if defined($problem);
