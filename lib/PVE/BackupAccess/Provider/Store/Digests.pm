@@ -133,19 +133,17 @@ sub merge_digests ($newer_path, $older_path, $path) {
 sub bytes_to_add ($newer_path, $older_path, $is_compressed = 0) {
     my ($newer, $older) = map { open_file($_) } $newer_path, $older_path;
     my $end = $header_size + $newer->{blocks} * $digest_size;
-    my $zero = sha256("\0" x $newer->{block});
-    my $is_data = sub ($slot) { $slot =~ m/[^\0]/ && $slot ne $zero };
+    my %is_empty = map { $_ => 1 } "\0" x $digest_size, sha256("\0" x $newer->{block});
     my $blocks = 0;
     for (my $at = $header_size; $at < $end; $at += $table) {
         my $length = $end - $at < $table ? $end - $at : $table;
         my $new = read_at($newer, $at, $length);
         next if $new !~ m/[^\0]/;
         my $old = read_at($older, $at, $length);
-        $blocks += grep {
-            $is_data->(substr($new, $_, $digest_size))
-                && ($is_compressed || !$is_data->(substr($old, $_, $digest_size)))
-            }
-            map { $_ * $digest_size } 0 .. $length / $digest_size - 1;
+        for (my $i = 0; $i < $length; $i += $digest_size) {
+            next if $is_empty{ substr($new, $i, $digest_size) };
+            $blocks++ if $is_compressed || $is_empty{ substr($old, $i, $digest_size) };
+        }
         $blocks++ if $old !~ m/[^\0]/;
     }
     return ($blocks + int($blocks / $counted)) * $newer->{block};
