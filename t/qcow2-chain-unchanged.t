@@ -173,4 +173,19 @@ subtest 'damage that verify found' => sub {
     is($chain->problem($next), '', 'the archive contains all data');
 };
 
+subtest 'damage that a backup finds while verify reads' => sub {
+    my ($chain, $first) = new_chain();
+    {
+        my $damage = PVE::BackupAccess::Provider::Qcow2Chain::Content->can('damage');
+        no warnings 'redefine';
+        local *PVE::BackupAccess::Provider::Qcow2Chain::Content::damage = sub ($archive, $of) {
+            my @damage = $damage->($archive, $of);
+            $archive->note_damage($of, 1);
+            return @damage;
+        };
+        is_deeply($chain->provider->verify($first), [], 'verify has not found it');
+    }
+    is($chain->next_modes->{$device}, 'new', 'but it stays noted');
+};
+
 done_testing;

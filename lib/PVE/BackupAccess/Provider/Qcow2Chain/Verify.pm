@@ -24,6 +24,10 @@ my sub file_problems ($seen, $archive, @devices) {
 
 my sub content_problems ($seen, $device, @chain) {
     my @problems;
+    for my $archive (@chain) {
+        $seen->{noted}{ $archive->revision }{ $archive->own($device) }
+            //= $archive->is_known_damaged($device) ? 1 : 0;
+    }
     my $error = attempt {
         @problems = map {
             my ($archive, @ranges) = $_->@*;
@@ -43,10 +47,14 @@ my sub is_provable ($device, @chain) {
 # were noted, the next backup would be full, and the next prune would remove the archive.
 my sub note_damage ($seen, $device, @chain) {
     for my $archive (grep { !$_->is_being_removed } @chain) {
-        my $ranges = $seen->{content}{ $archive->revision }{ $archive->own($device) };
+        my @which = ($archive->revision, $archive->own($device));
+        my $ranges = $seen->{content}{ $which[0] }{ $which[1] };
         my @problems = file_problems($seen, $archive, $device);
         my $is_damaged = @problems || ($ranges && $ranges->@*) ? 1 : 0;
-        $archive->note_damage($device, $is_damaged) if $is_damaged || $ranges;
+
+        # What a backup has found in the meantime stays noted.
+        $archive->note_damage($device, $is_damaged)
+            if $is_damaged || ($ranges && $seen->{noted}{ $which[0] }{ $which[1] });
     }
     return;
 }
