@@ -183,6 +183,21 @@ subtest 'a manifest that would be refused' => sub {
     $base->provider->_guest('vm/100')->give_up($archive);
 };
 
+subtest 'a merge whose digests cannot be written' => sub {
+    local $base->{expected} = { map { $_ => $base->{expected}{$_} } @names[0, 2] };
+    $base->use_copy($store);
+    my ($is_removed, $problem);
+    with_failing(
+        'Archive::merge_digests',
+        sub () {
+            $is_removed = eval { $base->provider->remove($names[1]); 1 };
+            $problem = $base->problem($names[2]);
+        }
+    );
+    is_deeply([$is_removed, $problem], [undef, ''], 'what builds on it is still restored');
+    $base->check('completed');
+};
+
 subtest 'an archive that is protected while a prune looks at others' => sub {
     my $chain = $Chain->new;
     for (1, 2) {

@@ -445,15 +445,18 @@ sub absorb ($self, $device, $parent) {
     $self->note_damage($device, 1) if $parent->is_known_damaged($device);
 
     # The manifest is written last: until then, it names a file that shows this archive's content, both before and after
-    # the move. The data is made durable before the move, which removes the only other file that has it.
-    if (file_exists($theirs)) {
+    # the move. The data is made durable before the move, which removes the only other file that has it. Between the move
+    # and the manifest, which does not match the image then, nothing else is done that may fail.
+    my $is_there = file_exists($theirs);
+    if ($is_there) {
         my $problem = $self->merge_problem($device, $parent);
         fail($problem, device => $device) if defined($problem);
         merge_image($self, $device, $theirs);
         sync($theirs);
-        move($theirs, $mine);
     }
-    $self->_absorb_digests($device, $parent);
+    my $digests = $self->_join_digests($device, $parent);
+    move($theirs, $mine) if $is_there;
+    $self->_take_digests($device, $digests) if defined($digests);
     my $entry = $self->device($device);
     delete($entry->@{qw(parent parent-id parent-device)});
     if (my ($name, $there) = $parent->parent_of($parent->own($device))) {
@@ -468,15 +471,20 @@ sub absorb ($self, $device, $parent) {
     return;
 }
 
-# Digests are joined, not computed, so damaged data still does not match them.
-sub _absorb_digests ($self, $device, $parent) {
-    my $mine = $self->digests($device) // return;
+# Returns a new file of digests, undef for an archive of version 0.1. Digests are joined, not computed, so damaged data still
+# does not match them.
+sub _join_digests ($self, $device, $parent) {
+    my $mine = $self->digests($device) // return undef;
 
     # No device has this name, and it is short: that of a device's file may be as long as the file system permits.
     my $new = "$self->{dir}/digests.new";
     merge_digests($mine, $parent->digests($device), $new);
     sync($new);
-    move($new, $mine);
+    return $new;
+}
+
+sub _take_digests ($self, $device, $new) {
+    move($new, $self->digests($device));
     $self->_note_file(_digests_of($self->own($device)));
     return;
 }
