@@ -13,6 +13,7 @@ use Time::HiRes ();
 use PBA::Test::Chain;
 use PBA::Test::Command qw(run_command start_command);
 use PBA::Test::QemuNbd;
+use PVE::BackupAccess::CLI::Archives;
 use PVE::BackupAccess::File qw(remove_tree write_file);
 use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(check_name name_of number_for number_of);
 
@@ -360,6 +361,21 @@ sub open_exclusively ($device) {
     sysopen(my $fh, $device, O_RDONLY | O_EXCL) or die "$device: $!\n";
     return $fh;
 }
+
+subtest 'verify while another process prunes' => sub {
+    my $chain = new_chain(2);
+    my ($first) = $chain->names;
+    my $verify = PVE::BackupAccess::Provider::Store->can('verify');
+    no warnings 'redefine';
+    local *PVE::BackupAccess::Provider::Store::verify = sub ($provider, $volname, @seen) {
+        $chain->provider->remove($first) if $volname eq $first;
+        return $verify->($provider, $volname, @seen);
+    };
+    is(PVE::BackupAccess::CLI::Archives::verify({ quiet => 1 }, $chain->store),
+        0, 'an archive that is removed in the meantime is not called damaged');
+    $chain->forget($first);
+    $chain->check('the other one');
+};
 
 subtest 'verify and help' => sub {
     my $chain = new_chain(2);

@@ -119,6 +119,9 @@ sub verify ($opt, @paths) {
         for my $archive (@archives) {
             my ($provider, $volname, $path) = $archive->@*;
             my $result = verify_one($provider, $volname, $path, \%seen);
+
+            # A prune has removed it in the meantime.
+            next if $result->{problems}->@* && !$provider->has($volname);
             push(@results, $result);
             next if $opt->{json} || ($opt->{quiet} && !$result->{problems}->@*);
             say_out(text($path) . ': ' . verdict($result), map { "  $_" } $result->{problems}->@*);
