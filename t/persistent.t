@@ -13,12 +13,13 @@ use PBA::Test::Client;
 use PBA::Test::QemuNbd qw(img);
 use PBA::Test::Repository;
 
+my $Backend = 'PBA::Test::Backend';
 my $mib = 1024 * 1024;
 my $size = 16 * $mib;
 
 # QEMU generates new node names for a -drive at every start.
 sub start () {
-    my $backend = PBA::Test::Backend->start(
+    my $backend = $Backend->start(
         name => 'upstream',
         disks => [{ id => 'disk0', size => $size, format => 'qcow2', shape => 'drive' }],
     );
@@ -109,7 +110,7 @@ subtest 'kill -9 makes a persistent bitmap inconsistent' => sub {
 # killed.
 subtest 'kill -9 with a bitmap in two halves' => sub {
     for my $how (qw(recover setup)) {
-        my $backend = PBA::Test::Backend->start(
+        my $backend = $Backend->start(
             name => 'upstream',
             guest => 0,
             disks => [{ id => 'disk0', size => $size, format => 'qcow2' }],
@@ -145,26 +146,8 @@ subtest 'kill -9 with a bitmap in two halves' => sub {
     }
 };
 
-# QEMU does not change stored bitmaps of an image that is read-only, as one below an overlay.
-subtest 'an overlay above an image with a bitmap in two halves' => sub {
-    my $backend = PBA::Test::Backend->start(
-        name => 'upstream',
-        guest => 0,
-        disks => [{ id => 'disk0', size => $size, format => 'qcow2', bus => 'scsi' }],
-    );
-    my $vm = $backend->vm;
-    my %options = $backend->options(persistent => 1, log => sub { });
-    my $client = PBA::Test::Client->start(
-        sub ($tell) {
-            my $access = PVE::BackupAccess->new(%options);
-            $access->setup($backend->devices('new'));
-            $tell->('up');
-        }
-    );
-    is($client->next_word, 'up', 'a client has an access');
-    $client->kill9;
-    $backend->restart;
-    is(scalar(keys $vm->bitmaps->{disk0}->%*), 2, 'the bitmap is in two halves');
+# The image gets an overlay, which is empty.
+sub put_overlay ($vm) {
     my $file = $vm->dir . '/overlay.qcow2';
     img(qw(create -q -f qcow2 -F qcow2 -u -b), $vm->disk('disk0')->{file}, $file, $size);
     $vm->qmp(
@@ -175,6 +158,45 @@ subtest 'an overlay above an image with a bitmap in two halves' => sub {
         backing => undef,
     );
     $vm->qmp('blockdev-snapshot', node => 'disk0', overlay => 'above');
+    return;
+}
+
+sub commit_overlay ($vm) {
+    $vm->clear_events;
+    $vm->qmp('block-commit', 'job-id' => 'commit', device => 'above');
+    $vm->wait_event('BLOCK_JOB_READY');
+    $vm->qmp('job-complete', id => 'commit');
+    $vm->wait_event('BLOCK_JOB_COMPLETED');
+    return;
+}
+
+# QEMU quits during an access, so that its bitmap stays in two halves.
+sub split_bitmap ($backend, %options) {
+    my $client = PBA::Test::Client->start(
+        sub ($tell) {
+            my $access = PVE::BackupAccess->new(%options);
+            $access->setup($backend->devices('new'));
+            $tell->('up');
+        }
+    );
+    is($client->next_word, 'up', 'a client has an access');
+    $client->kill9;
+    $backend->restart;
+    is(scalar(keys $backend->vm->bitmaps->{disk0}->%*), 2, 'the bitmap is in two halves');
+    return;
+}
+
+# QEMU does not change stored bitmaps of an image that is read-only, as one below an overlay.
+subtest 'an overlay above an image with a bitmap in two halves' => sub {
+    my $backend = $Backend->start(
+        name => 'upstream',
+        guest => 0,
+        disks => [{ id => 'disk0', size => $size, format => 'qcow2', bus => 'scsi' }],
+    );
+    my $vm = $backend->vm;
+    my %options = $backend->options(persistent => 1, log => sub { });
+    split_bitmap($backend, %options);
+    put_overlay($vm);
     my $lines = PVE::BackupAccess->recover($backend->options, log => sub { });
     unlike("@$lines", qr/bitmap/, 'recover leaves it as it is');
 
@@ -189,11 +211,7 @@ subtest 'an overlay above an image with a bitmap in two halves' => sub {
     is_deeply($backend->status->{'left-overs'}, [], 'nothing is left over');
 
     # When the image is the top one again, its bitmap is joined.
-    $vm->clear_events;
-    $vm->qmp('block-commit', 'job-id' => 'commit', device => 'above');
-    $vm->wait_event('BLOCK_JOB_READY');
-    $vm->qmp('job-complete', id => 'commit');
-    $vm->wait_event('BLOCK_JOB_COMPLETED');
+    commit_overlay($vm);
     $lines = PVE::BackupAccess->recover($backend->options, log => sub { });
     is(scalar(grep { m/was joined with its background bitmap/ } $lines->@*),
         1, 'after the commit, recover joins the halves');
