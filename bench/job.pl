@@ -7,6 +7,9 @@
 #   - today's qemu-server way (PBA::Bench::QemuServer), with and without its fixed sleeps
 #   - nbdcopy and qemu-img convert instead of our copy, on the same export
 #   - virtnbdbackup, if it and libvirt are installed
+#
+# The cases of the command are what an administrator runs: backups, verify, restore and prune of archives, beside
+# the same without a check, without digests too, and by BorgBackup, if it is installed.
 
 use v5.36;
 
@@ -18,6 +21,7 @@ BEGIN { $ENV{TMPDIR} = '/dev/shm' }
 use File::Temp ();
 
 use PBA::Bench;
+use PBA::Bench::Archives;
 use PBA::Bench::Image;
 use PBA::Bench::Libvirt;
 use PBA::Bench::QemuServer;
@@ -259,7 +263,103 @@ sub first_byte ($mechanism) {
     return;
 }
 
+# ---- the command ----
+
+sub all_archives () {
+    my @ways = (
+        ['command', 'pve-backup-access'],
+        ['command', 'without check', '--no-check'],
+        ['plain', 'without digests and check'],
+        PBA::Bench::Archives::Borg->is_installed ? ['borg', 'borg'] : (),
+    );
+    state @all = map {
+        my ($kind, $name, @arguments) = $ways[$_]->@*;
+        PBA::Bench::Archives->new(
+            $kind,
+            name => $name,
+            arguments => \@arguments,
+            dir => "$dir/archives-$_",
+            vm => $vm,
+            file => $image,
+        );
+    } 0 .. $#ways;
+    return @all;
+}
+
+# The seconds of a step, the CPU seconds of its programs and of QEMU, and what is stored afterwards.
+sub measured_step ($archives, $step) {
+    my ($start, $cpu) = (PBA::Bench::now(), PBA::Bench::Measure::cpu_seconds($vm->pid));
+    $archives->$step;
+    my %times = (
+        '' => PBA::Bench::now() - $start,
+        'CPU seconds' => PBA::Bench::Measure::cpu_seconds($vm->pid) - $cpu,
+        'GiB stored' => $archives->bytes / (1 << 30),
+    );
+    return { counts => {}, times => \%times };
+}
+
+# before prepares the archives, in this process. needs is a step of which a way without it is left out.
+sub command_case ($case, $step, $before, %more) {
+    my @sides = map {
+        my $archives = $_;
+        {
+            name => $archives->name,
+            before => sub { $before->($archives) },
+            run => sub ($) { measured_step($archives, $step) },
+            after => sub { $more{after}->($archives) if $more{after} },
+        };
+    } grep { $_->can($more{needs} // $step) } all_archives();
+    return $bench->compare(case => $case, ours => shift(@sides), peer => \@sides);
+}
+
+sub next_increment ($archives) {
+    $archives->begin;
+    write_blocks();
+    return $archives->next_backup;
+}
+
+my %steps = (
+    'command, full' => [
+        'backup',
+        sub ($archives) {
+            $archives->begin_anew;
+            $archives->next_backup;
+        },
+    ],
+    'command, increment' => ['backup', \&next_increment],
+    'command, bitmap lost' => [
+        'backup',
+        sub ($archives) {
+            next_increment($archives);
+            $archives->lose_bitmap;
+        },
+        needs => 'lose_bitmap',
+    ],
+    'command, verify' => ['verify', sub ($archives) { $archives->begin }],
+    'command, restore' => [
+        'restore',
+        sub ($archives) {
+            $archives->next_backup;
+            $archives->backup;
+        },
+        after => sub ($archives) { PBA::Bench::Image::compare($archives->restored_file, $image) },
+    ],
+    'command, prune' => [
+        'prune',
+        sub ($archives) {
+            next_increment($archives);
+            $archives->backup;
+        },
+    ],
+);
+
 my %cases = (
+    (
+        map {
+            my $case = $_;
+            $case => sub { command_case($case, $steps{$case}->@*) }
+        } keys %steps
+    ),
     'full to a raw file, nbd' => sub {
         full(
             'nbd',

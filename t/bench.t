@@ -16,6 +16,7 @@ my @benches = (
     [regions => '--size', $mib * 64],
     [growth => 'regions', '--max', 3],
     [job => 'increment, nbd', '--size', $mib * 64, '--writes', 10],
+    [job => 'command, increment', '--size', $mib * 64, '--writes', 10],
     [copy => 'to a file', '--size', $mib * 64],
     [guest => 'full speed', '--size', $mib * 64],
     [setup => '1 disk, nbd', '--rounds', 1],

@@ -16,6 +16,7 @@ package PBA::Bench::Measure;
 use v5.36;
 
 use JSON::PP ();
+use List::Util ();
 use POSIX ();
 use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC);
 
@@ -50,7 +51,7 @@ sub run ($side) {
 sub _measure ($side) {
     my $prepared = $side->{prepare} ? $side->{prepare}->() : undef;
     _forget_peak();
-    my ($memory, $cpu, $start) = (_peak_kib(), _cpu_seconds(), now());
+    my ($memory, $cpu, $start) = (_peak_kib(), cpu_seconds(), now());
     my $returned = $side->{run}->($prepared);
     my $seconds = now() - $start;
     my $growth = _peak_kib() - $memory;
@@ -58,7 +59,7 @@ sub _measure ($side) {
     my %own = (
         seconds => $seconds,
         rss_kib => defined($children) ? $growth + $children : undef,
-        cpu_seconds => _cpu_seconds() - $cpu,
+        cpu_seconds => cpu_seconds() - $cpu,
     );
     my $knows_better = ref($returned) eq 'HASH' && $returned->{counts};
     my %result = (%own, $knows_better ? %$returned : (counts => $returned));
@@ -88,10 +89,17 @@ sub _children_peak_kib () {
     return unpack('x32 q', $usage);
 }
 
-# Of this process, and of the programs that it has run and that have ended.
-sub _cpu_seconds () {
+# Of this process, of the programs that it has run and that have ended, and of the given processes.
+sub cpu_seconds (@pids) {
     my ($user, $system, $user_of_others, $system_of_others) = times();
-    return $user + $system + $user_of_others + $system_of_others;
+    my $own = $user + $system + $user_of_others + $system_of_others;
+    return $own + List::Util::sum0(map { _cpu_seconds_of($_) } @pids);
+}
+
+sub _cpu_seconds_of ($pid) {
+    open(my $fh, '<', "/proc/$pid/stat") or die "cannot read /proc/$pid/stat: $!\n";
+    my @fields = split(' ', <$fh> =~ s/.*\)//sr);
+    return ($fields[11] + $fields[12]) / POSIX::sysconf(POSIX::_SC_CLK_TCK);
 }
 
 1;
