@@ -4,12 +4,13 @@
 #
 # PBA_FULL=1 runs lives with each kind of mismatch; all sequences of up to three events (PBA_LENGTH=4: up to
 # four) in one long walk, or as many of its lives as PBA_LIVES says; and many random lives (PBA_SEED). A plain
-# run has one on each QEMU, chosen by the seed and QEMU's version.
+# run has one on each QEMU, chosen by the seed and QEMU's version. PBA_STATES=N runs only lives with N events that
+# try every event in every state that they reach.
 
 use v5.36;
 
 use FindBin;
-use List::Util qw(shuffle);
+use List::Util qw(min shuffle);
 use lib "$FindBin::Bin/lib";
 use Test::More;
 
@@ -223,6 +224,44 @@ sub all_sequences ($backend, $number) {
     return;
 }
 
+# Chooses what was tried least in this state. Every second time, a backup follows at once, so that nothing else can
+# hide what the event has damaged.
+sub next_events ($tried, @all) {
+    my $least = min(map { $tried->{$_} // 0 } @all);
+    my @least = grep { ($tried->{$_} // 0) == $least } @all;
+    my $event = $least[rand(@least)];
+    return $tried->{$event}++ % 2 ? $event : ($event, 'ok');
+}
+
+# Lives that try every event in every state which they reach. The provider must support IDs.
+sub all_states ($backend, $number) {
+    my ($how) = some_way($backend, $number);
+    $how->{provider} = 'chain';
+    my $text = join(', ', map { "$_ $how->{$_}" } qw(naming persistent));
+    my @all = $Life->events('chain');
+    srand($seed + $number);
+    my ($events, $lives, %tried) = (0, 0);
+    while ($events < $ENV{PBA_STATES}) {
+        my $life = new_life($backend, $how->%*, seed => $seed + $lives++);
+        my $problem = $life->run('ok');
+        my $end = $life->counts->{events} + 60;
+        $problem = $life->run(next_events($tried{ $life->state } //= {}, @all))
+            while !defined($problem) && $life->counts->{events} < $end;
+        $problem //= live($life, 'ok');
+        is($problem, undef, "life $lives of $number, $text")
+            or push(@failed, "states, life $lives");
+        note_counts($life);
+        $events += $life->counts->{events};
+    }
+    my @pairs = map { values $_->%* } values %tried;
+    diag(
+        "$backend, $number: ",
+        scalar(keys %tried),
+        ' states, ', scalar(@pairs), ' pairs of state and event'
+    );
+    return;
+}
+
 # The known lives that are possible with this backend, or a part of them.
 sub known_lives ($backend) {
     my @lives = grep {
@@ -249,7 +288,10 @@ srand($seed);
 @backends = $backends[rand(@backends)] if !$ENV{PBA_FULL};
 my $is_known = rand() < 0.5;
 for my $backend (@backends) {
-    subtest "backend $backend" => sub { lives($backend, $is_known) };
+    subtest "backend $backend" => sub {
+        return lives($backend, $is_known) if !$ENV{PBA_STATES};
+        all_states($backend, $_) for 1 .. 3;
+    };
 }
 
 diag("seed $seed", $ENV{PBA_FULL} ? '' : ', a part of them',

@@ -27,10 +27,11 @@ use PBA::Test::Life::Chain;
 use PBA::Test::Life::Machine;
 use PBA::Test::Life::Others;
 use PBA::Test::Life::Raw;
+use PBA::Test::Life::State;
 use PBA::Test::QemuNbd;
 use PBA::Test::RawProvider;
 
-use parent -norequire, qw(PBA::Test::Life::Machine PBA::Test::Life::Others);
+use parent -norequire, qw(PBA::Test::Life::Machine PBA::Test::Life::Others PBA::Test::Life::State);
 
 $PVE::BackupAccess::Provider::Qcow2Chain::Image::qemu_img = $ENV{PBA_QEMU_IMG} // 'qemu-img';
 $PVE::BackupAccess::Provider::Store::Server::qemu_nbd = $ENV{PBA_QEMU_NBD} // 'qemu-nbd';
