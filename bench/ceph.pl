@@ -92,7 +92,7 @@ sub for_each ($code, @guests) {
 }
 
 sub by_command ($guest, $number) {
-    my @perl = ($^X, map { "-I$_" } @INC);
+    my @perl = ($^X, '-T', map { "-I$_" } @INC);
     return program(
         @perl, "$FindBin::Bin/../bin/pve-backup-access",
         'backup', 'rbd:' . place(),

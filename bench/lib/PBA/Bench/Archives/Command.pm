@@ -4,26 +4,37 @@ package PBA::Bench::Archives::Command;
 
 use v5.36;
 
-use File::Basename qw(basename);
+use File::Basename qw(basename dirname);
 use FindBin;
+
+use PVE::BackupAccess;
 
 use parent -norequire, qw(PBA::Bench::Archives);
 
 sub _command ($self, $name, @arguments) {
-    my @perl = ($^X, map { "-I$_" } @INC);
+    my @perl = ($^X, '-T', map { "-I$_" } @INC);
     return $self->program(@perl, "$FindBin::Bin/../bin/pve-backup-access", $name, @arguments);
 }
 
-sub _qemu ($self) {
-    return ('--qmp' => $self->{vm}->qmp_path, '--target-id' => basename($self->{dir}));
-}
-
 sub backup ($self) {
-    my @options = (qw(--vmid 100 --quiet), $self->_qemu, $self->{arguments}->@*);
-    return $self->_command('backup', $self->{dir}, @options);
+    return $self->_command(
+        'backup', $self->{dir},
+        '--qmp' => $self->{vm}->qmp_path,
+        '--target-id' => basename($self->{dir}),
+        '--fleecing-dir' => dirname($self->{dir}),
+        qw(--vmid 100 --quiet), $self->{arguments}->@*,
+    );
 }
 
-sub lose_bitmap ($self) { return $self->_command('forget', $self->_qemu) }
+# The command appends a digest to the target that it is given.
+sub lose_bitmap ($self) {
+    my %qmp = (qmp => $self->{vm}->qmp_path);
+    my $name = basename($self->{dir});
+    my ($target) = grep { m/\A\Q$name\E@/ }
+        map { $_->{'target-id'} // '' } PVE::BackupAccess->status(%qmp)->{bitmaps}->@*;
+    PVE::BackupAccess->forget(%qmp, 'target-id' => $target // die "$name has no bitmap\n");
+    return;
+}
 
 sub verify ($self) { return $self->_command('verify', $self->{dir}, '--quiet') }
 

@@ -4,7 +4,7 @@ package PBA::Bench::Archives::Plain;
 
 use v5.36;
 
-use File::Basename qw(basename);
+use File::Basename qw(basename dirname);
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(create_image);
@@ -20,6 +20,7 @@ sub backup ($self) {
     my $access = PVE::BackupAccess->new(
         qmp => $self->{vm}->qmp_path,
         'target-id' => basename($self->{dir}),
+        map { $_ => dirname($self->{dir}) } qw(run-dir fleecing-dir),
     );
     $access->setup([{ device => 'disk0', 'bitmap-mode' => defined($base) ? 'use' : 'new' }]);
     create_image($image, -s $self->{file}, $base);

@@ -36,7 +36,8 @@ sub _places ($self, $store) {
 sub _bitmap ($self, $places, $bitmap) {
     my ($base, $target) = $bitmap->@{qw(base target-id)};
     my $is_second = ($target // '') =~ m/:second\z/;
-    my $place = defined($base)
+    my $place
+        = defined($base)
         ? $places->{ $is_second ? 'second' : 'first' }{$base} // 'gone'
         : '-';
     my @flags = grep { $bitmap->{$_} } qw(background recording persistent inconsistent);
