@@ -36,13 +36,27 @@ sub last_in_row ($proxy) {
     return ($last, $count);
 }
 
-# A provider's worker that has requested data and does not read the replies.
+sub receive ($socket, $length) {
+    while ($length > 0) {
+        $length -= sysread($socket, my $data, $length) || die "the NBD connection ended\n";
+    }
+    return;
+}
+
+# A reader that sends requests for more data than a socket's buffers hold, and never reads an answer. A Volume
+# would not do: if the machine is busy, it may have got all answers before its callback runs.
 sub start_stuck_reader ($device, $volumes) {
     my $pid = in_child(
         sub {
-            my $volume = PVE::BackupAccess::Volume->open($device, $volumes->{$device});
-            my $stop = sub (@) { kill(STOP => $$); return };
-            $volume->copy(to => $stop, discard => 0, 'request-size' => 8 * $MiB, connections => 1);
+            my $socket = IO::Socket::UNIX->new(Peer => $volumes->{$device}{'nbd-path'});
+            receive($socket, 18);
+            my $option = pack('N a8 N N/a*', 3, 'IHAVEOPT', 1, $device);    # NBD_OPT_EXPORT_NAME
+            syswrite($socket, $option);
+            receive($socket, 10);
+            syswrite($socket, pack('N n n Q> Q> N', 0x25609513, 0, 0, $_, $_ * $MiB, $MiB))
+                for 0 .. 15;
+            receive($socket, 1);
+            kill(STOP => $$);
         }
     );
     waitpid($pid, POSIX::WUNTRACED());
