@@ -1,6 +1,6 @@
-/* For t/late-signal.t, preloaded: just before the program calls for the Nth time what would block,
- * or blocks signals, or just after it has made a child, it gets a SIGALRM. A signal that a handler
- * of Perl's has to wait for does not end that call. */
+/* t/late-signal.t preloads this library, which sends the program one SIGALRM: just before the Nth
+ * call that would block or that blocks signals, or just after the Nth fork. Perl runs its handlers
+ * between two operations, so a signal at this moment does not end the call. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -18,7 +18,7 @@
 
 #define REAL(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
 
-/* Only calls of this program count, not of its children, and only once it has a handler. */
+/* Counts calls of this program, not of its children, and only while it has a handler. */
 static pid_t program;
 static int left;
 
@@ -47,7 +47,7 @@ static bool is_ready(int fd, short events)
     return REAL(poll)(&pollfd, 1, 0) != 0;
 }
 
-/* Until the signals are unblocked, an exception of the handler must not leave the code. */
+/* Until signals are unblocked again, an exception of a handler must not leave the code. */
 int sigprocmask(int how, const sigset_t *set, sigset_t *old)
 {
     if (how == SIG_BLOCK && set && !sigisemptyset(set)) {
@@ -56,7 +56,7 @@ int sigprocmask(int how, const sigset_t *set, sigset_t *old)
     return REAL(sigprocmask)(how, set, old);
 }
 
-/* A handler that dies must not lose the child. */
+/* If a handler dies, the child must not be lost. */
 pid_t fork(void)
 {
     pid_t pid = REAL(fork)();

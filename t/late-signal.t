@@ -125,7 +125,7 @@ sub has_child () {
     return 0;
 }
 
-# In a process of its own: the Nth call that would block gets the signal. What it says is how it ended.
+# Runs in a separate process, which gets the signal at the Nth call that would block. Its output says how it ended.
 sub wait_for_it ($name, $dir) {
     $SIG{ALRM} = sub { die "enough\n" };
     my $ended = eval { $waits{$name}->($dir); 1 } ? 'ended' : $@;

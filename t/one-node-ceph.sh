@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # A one-node Ceph in a directory: a monitor, a manager, an OSD on a file, and the pool "backup" for RBD.
-# one-node-ceph.sh DIRECTORY PORT, of the monitor on loopback. Its processes are those of DIRECTORY/*.pid.
+# one-node-ceph.sh DIRECTORY PORT: PORT is the monitor's, on the loopback address. DIRECTORY/*.pid name the processes.
 set -euo pipefail
 dir=$1
 port=$2

@@ -1,5 +1,5 @@
-# What others have left or do meanwhile, and a second fault beside the first: no archive is lost by it, and nobody is kept
-# from reading the others.
+# Leftovers of other processes, what they do in the meantime, and a second fault together with the first one: no archive is
+# lost, and all others can still be read.
 #
 # One QEMU is enough: qemu-img and qemu-nbd only use files.
 

@@ -1,11 +1,11 @@
 /*
- * The test guest: this program is the guest's only process, its /init. It loads the drivers, says
- * "ready" on the second serial port and then answers one line per command line:
+ * The test guest. This program is the guest's only process, /init. It loads the drivers, prints
+ * "ready" to the second serial port, and then answers each command line with one line:
  *
  *     <id> <command> [arguments]    ->    <id> ok [values]    or    <id> error <text>
  *
- * The id only lets the other side drop a late answer to a command it gave up on. The first serial
- * port is the kernel's console; nothing of the protocol goes there.
+ * By the ID, the host recognizes a late answer to a command that it no longer waits for. The first
+ * serial port is the kernel's console, and the protocol does not use it.
  */
 #define _GNU_SOURCE
 #include "agent.h"
@@ -73,7 +73,7 @@ static void send_all(const char *text, size_t length)
         if (n < 0 && errno == EINTR)
             continue;
         if (n <= 0)
-            return; /* nobody to tell */
+            return; /* the host no longer reads */
         text += n;
         length -= n;
     }
@@ -96,7 +96,7 @@ void answer(const char *what, const char *format, ...)
     send_all(line, n);
 }
 
-/* ---- a shell command, with its output on the answer line ---- */
+/* ---- a shell command, whose output is part of the answer ---- */
 
 static size_t escape(const char *from, size_t length, char *to, size_t size)
 {
@@ -143,7 +143,7 @@ static void cmd_sh(const char *command)
            (n = read(ends[0], output + used, sizeof output - used)) > 0)
         used += n;
     while (pid > 0 && read(ends[0], rest, sizeof rest) > 0)
-        ; /* what does not fit is dropped, but the command may finish */
+        ; /* drops what does not fit, so that the command can finish */
     close(ends[0]);
     if (pid < 0 || waitpid(pid, &status, 0) < 0) {
         fail("sh: %s", strerror(errno));
@@ -226,11 +226,11 @@ static void serve(void)
             memmove(line, line + length, used -= length);
         }
         if (used == sizeof line - 1)
-            used = 0; /* an endless line is no command */
+            used = 0; /* drops a line that is too long */
     }
 }
 
-/* Loads the modules of one list, made on the host in the order of their dependencies. */
+/* Loads the modules in a list. The host has sorted the list by dependencies. */
 static void load_modules(const char *list)
 {
     FILE *f = fopen(list, "re");
@@ -248,7 +248,8 @@ static void load_modules(const char *list)
         fclose(f);
 }
 
-/* pba.disks=N on the kernel's command line: SCSI disks appear some time after the driver. */
+/* SCSI disks appear some time after their driver, so the kernel's command line says how many to
+ * wait for: pba.disks=N. */
 static void wait_for_disks(const char *cmdline)
 {
     const char *p = strstr(cmdline, "pba.disks=");

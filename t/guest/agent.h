@@ -1,4 +1,4 @@
-/* Shared by the parts of the test guest's program; what it is and does is said in agent.c. */
+/* Declarations that all files of the test guest use. agent.c describes the test guest. */
 #ifndef PBA_TEST_AGENT_H
 #define PBA_TEST_AGENT_H
 
@@ -13,7 +13,7 @@
 #define MAX_LINE 65536
 
 /* agent.c */
-extern char *chunk; /* CHUNK bytes, aligned for O_DIRECT, only for the command loop */
+extern char *chunk; /* CHUNK bytes, aligned for O_DIRECT; only the command loop uses it */
 int64_t now_us(void);
 bool parse_u64(const char *text, uint64_t *value);
 ssize_t read_small(const char *path, char *buffer, size_t size);
@@ -25,13 +25,13 @@ __attribute__((format(printf, 2, 3))) void answer(const char *what, const char *
 
 /* disk.c */
 struct disk {
-    char id[64]; /* the serial number, which is how the host names a disk */
+    char id[64]; /* the serial number, by which the host names the disk */
     char path[32];
     int fd; /* O_DIRECT, never closed */
 };
 
-int scan_disks(void);                   /* returns how many there are */
-struct disk *need_disk(const char *id); /* NULL: the answer was sent */
+int scan_disks(void);                   /* returns the number of disks */
+struct disk *need_disk(const char *id); /* NULL: an error was sent */
 uint64_t disk_size(const struct disk *d);
 void cmd_hello(int n, char **w);
 void cmd_write(int n, char **w);
@@ -40,7 +40,7 @@ void cmd_read(int n, char **w);
 void cmd_read_sum(int n, char **w);
 
 /* churn.c */
-uint32_t churn_step(uint32_t x); /* the generator the host computes as well */
+uint32_t churn_step(uint32_t x); /* the host has the same generator */
 void cmd_churn_start(int n, char **w);
 void cmd_churn_status(int n, char **w);
 void cmd_churn_stop(int n, char **w);

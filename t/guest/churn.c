@@ -1,8 +1,8 @@
 /*
- * The test guest: the churn writer most tests are built on. Write number s goes to disk
- * (s - 1) % disks, to a block picked by a generator the host computes as well, and is flushed
- * before write s + 1 starts. So at any instant the disks hold exactly the writes up to some s,
- * perhaps with the next one, and the host can tell which.
+ * The test guest: the continuous writer that most tests use. Write number s goes to disk
+ * (s - 1) % disks, and is flushed before write s + 1 begins. A generator chooses the block, and the
+ * host has the same generator. So at any instant, the disks contain all writes up to some s, and
+ * possibly the next one, and the host can find out which s it is.
  */
 #define _GNU_SOURCE
 #include "agent.h"
@@ -14,7 +14,7 @@
 #include <string.h>
 #include <unistd.h>
 
-/* Sixteen for each power of two microseconds, up to 2^32. */
+/* Sixteen buckets for each power of two, up to 2^32 microseconds. */
 #define BUCKETS (30 * 16)
 
 struct churn {
@@ -28,14 +28,14 @@ struct churn {
     int fds[MAX_DISKS];
     uint64_t blocks[MAX_DISKS];
 
-    pthread_mutex_t lock; /* what is below is read by the command loop while the thread runs */
+    pthread_mutex_t lock; /* for the members below, which the command loop reads as well */
     uint64_t last;
     int error;
     int64_t started_us, stopped_us;
     uint64_t first;
     uint64_t count;
     int64_t longest_write_us, longest_flush_us, longest_us;
-    uint64_t took[BUCKETS]; /* how many writes took how long */
+    uint64_t took[BUCKETS]; /* the number of writes by their duration */
 };
 
 static struct churn churn = {.lock = PTHREAD_MUTEX_INITIALIZER};
@@ -60,13 +60,13 @@ static unsigned bucket_of(int64_t us)
     return bucket < BUCKETS ? bucket : BUCKETS - 1;
 }
 
-/* The longest time that falls into it. */
+/* The longest time that belongs to the bucket. */
 static int64_t bucket_end(unsigned bucket)
 {
     return bucket < 16 ? bucket : ((int64_t)(16 + bucket % 16 + 1) << (bucket / 16 - 1)) - 1;
 }
 
-/* What 99 of 100 writes took at most. The lock is held. */
+/* The longest time of the fastest 99 % of the writes. The caller has the lock. */
 static int64_t churn_p99(void)
 {
     uint64_t seen = 0;
@@ -136,7 +136,7 @@ static void *churn_run(void *opaque)
     return NULL;
 }
 
-/* The list of disks as in "disk0,disk1". False: the answer was sent. */
+/* Parses a list of disks, such as "disk0,disk1". False: an error was sent. */
 static bool churn_disks(char *list)
 {
     char *save, *id;
@@ -167,7 +167,7 @@ void cmd_churn_start(int n, char **w)
     void *block;
 
     if (churn.started) {
-        fail("churn runs already");
+        fail("churn is already running");
         return;
     }
     if (n < 3 || !parse_u64(w[1], &seed) || (n > 3 && !parse_u64(w[3], &limit)) ||

@@ -1,4 +1,4 @@
-/* The test guest: its disks, and reading and writing them. */
+/* The test guest: finds, reads and writes its disks. */
 #define _GNU_SOURCE
 #include "agent.h"
 
@@ -18,8 +18,8 @@
 static struct disk disks[MAX_DISKS];
 static int disk_count;
 
-/* The serial number is how the host names a disk: sysfs has it in one place for virtio-blk, for
- * SCSI it is the unit serial number page. */
+/* Reads the serial number, by which the host names a disk. sysfs has it as text for virtio-blk, and
+ * in the page "unit serial number" for SCSI. */
 static bool read_serial(const char *name, char *serial, size_t size)
 {
     char path[PATH_MAX], page[256];
@@ -78,7 +78,7 @@ struct disk *need_disk(const char *id)
 {
     struct disk *d = find_disk(id);
     if (!d) {
-        scan_disks(); /* it may have been plugged in since */
+        scan_disks(); /* the disk may be new */
         d = find_disk(id);
     }
     if (!d)
@@ -106,7 +106,7 @@ void cmd_hello(int n, char **w)
     ok("version=%d%s", AGENT_VERSION, list);
 }
 
-/* DISK OFFSET LENGTH, common to most commands. False: the answer was sent. */
+/* Parses DISK OFFSET LENGTH, which most commands have. False: an error was sent. */
 static bool parse_range(int n, char **w, struct disk **d, uint64_t *offset, uint64_t *length)
 {
     if (n < 4 || !parse_u64(w[2], offset) || !parse_u64(w[3], length)) {
@@ -165,7 +165,7 @@ void cmd_discard(int n, char **w)
         ok_nothing();
 }
 
-/* Reads a range by chunks; each() gets them in order. */
+/* Reads a range in chunks, and passes them to each() in order. */
 static bool read_range(struct disk *d, uint64_t offset, uint64_t length,
                        void (*each)(const unsigned char *, size_t, void *), void *opaque)
 {
@@ -190,7 +190,7 @@ static void add_words(const unsigned char *p, size_t length, void *opaque)
         *sum += (uint32_t)p[i] << 24 | p[i + 1] << 16 | p[i + 2] << 8 | p[i + 3];
 }
 
-/* The sum of the big endian 32 bit words, modulo 2^64: one unpack() on the host. */
+/* The sum of the big-endian 32-bit words, modulo 2^64. The host computes it with one unpack(). */
 void cmd_read_sum(int n, char **w)
 {
     struct disk *d;
@@ -214,7 +214,7 @@ static void add_bytes(const unsigned char *p, size_t length, void *opaque)
     *to += length;
 }
 
-/* Any range: O_DIRECT wants whole sectors, so those around it are read. */
+/* Accepts any range. O_DIRECT requires whole sectors, so the sectors around the range are read. */
 void cmd_read(int n, char **w)
 {
     static unsigned char data[MAX_LINE / 2 + 2 * SECTOR];

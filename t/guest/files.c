@@ -1,4 +1,4 @@
-/* The test guest: a file system in use. */
+/* The test guest: a file system that is in use. */
 #define _GNU_SOURCE
 #include "agent.h"
 
@@ -16,7 +16,7 @@ struct files {
     pthread_t thread;
     bool started;
     volatile bool stop;
-    uint64_t operations; /* written by the thread, read by others: one aligned word */
+    uint64_t operations; /* one aligned word, so other threads can read it */
     int error;
 };
 
@@ -56,7 +56,7 @@ void cmd_sync(int n, char **w)
     ok_nothing();
 }
 
-/* Adds or overwrites a part of a file. Returns an errno or 0. */
+/* Appends to a file or overwrites a part of it. Returns an errno, or 0. */
 static int files_write(const char *path, uint64_t number, uint32_t random, bool flush)
 {
     char record[64];
@@ -114,7 +114,7 @@ void cmd_files_start(int n, char **w)
 {
     (void)n, (void)w;
     if (files.started) {
-        fail("files runs already");
+        fail("files is already running");
         return;
     }
     files.stop = false;

@@ -1,7 +1,7 @@
 package PVE::Cluster;
 
-# Stands in for Proxmox VE's module of this name where the real qemu-server is run away from a cluster:
-# a cluster of this node alone, whose file system is the directory /etc/pve.
+# Stands in for Proxmox VE's module of this name when a test runs the real qemu-server without a cluster. The
+# cluster consists of this node only, and its file system is the directory /etc/pve.
 
 use v5.36;
 
@@ -22,7 +22,7 @@ sub cfs_register_file ($name, $parser = undef, $writer = undef) {
     return;
 }
 
-# Those of guests are registered by the directory's name.
+# Guests' files are registered by the name of their directory.
 sub _kind ($name) {
     my ($directory) = $name =~ m!(/[^/]+/)[^/]+\z!;
     return $kinds{$name} // $kinds{ $directory // '' } // die "no file '$name' is registered\n";
@@ -40,7 +40,7 @@ sub cfs_write_file ($name, $data, @) {
     return;
 }
 
-# As the real one: what the code died with is in $@.
+# Like the real module, leaves the code's error in $@.
 sub _locked ($code, @arguments) {
     my $result = eval { $code->(@arguments) };
     return $result;

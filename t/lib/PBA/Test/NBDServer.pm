@@ -23,32 +23,32 @@ package PBA::Test::NBDServer;
 # Misbehaviour (good_first => N: only after N correct answers to the command in question):
 #   max_extents => N        never more than N extents in one answer
 #   answer_more => 1        the last extent is not cut off at the end of the request
-#   zero_extent => 1        an extent of no length comes first in the answer
-#   no_extents => 1         the answer has no extent at all
-#   only_zero_extents => 1  the answer is one extent of no length
+#   zero_extent => 1        the answer begins with an extent of length 0
+#   no_extents => 1         the answer has no extents
+#   only_zero_extents => 1  the answer is one extent of length 0
 #   beyond_end => N         the last extent of the disk is N bytes too long
 #   unknown_flags => BITS   set in every extent
-#   wrong_context_id => 1   the answer is for a context nobody asked for
+#   wrong_context_id => 1   the answer is for a context that was not requested
 #   offer_bitmap => 0       the context does not exist
-#   advertised_size => N    another size than the true one
+#   advertised_size => N    a size that differs from the true one
 #                           (this, block_sizes, strict_blocks, delay: also sub ($connection) => value)
 #   block_status_error, read_error, trim_error, write_error => ERRNO
 #   allocation_error => ERRNO   for a block status with base:allocation
 #   zero_error => ERRNO     for a write of zeroes, which keep makes possible
 #   loses => [[$offset, $length], ...]          with keep: what is written there is not kept
 #   returns_wrong => [[$offset, $length], ...]  with reads_back: other bytes than those that are kept
-#   no_multi => 1           it is not safe with several connections
-#   no_flush => 1           it cannot flush, and does not say it could
-#   hang_flush => 1         no flush is ever answered
-#   garbage_on => N         on that connection, counted from 1, behind the answer to a write comes what is none
-#   hang_write_at, hang_trim_at => OFFSET   such a write, or trim, is never answered
-#   short_read => N         the data chunk is N bytes shorter than asked, the read ends as if well
-#   missing_data => 1       a read ends as if well without any data chunk
-#   delay => SECONDS        per request, from when it came, so that requests in flight overlap
+#   no_multi => 1           does not allow several connections
+#   no_flush => 1           does not support flushes, and does not advertise them
+#   hang_flush => 1         flushes are never answered
+#   garbage_on => N         on the Nth connection, the answer to a write is followed by invalid bytes
+#   hang_write_at, hang_trim_at => OFFSET   a write or trim at that offset is never answered
+#   short_read => N         the data is N bytes shorter than requested, and the read reports success
+#   missing_data => 1       a read reports success without any data
+#   delay => SECONDS        per request, counted from its arrival, so that requests in flight overlap
 #   disconnect_after => N   block status requests
 #   disconnect_at => OFFSET when a block status or read request covers it
 #   disconnect_in => 'block-status' or 'read': in the middle of the reply's chunk
-#   hang_at => OFFSET       such a request is never answered, the connection stays
+#   hang_at => OFFSET       a request that covers it is never answered; the connection stays open
 
 use v5.36;
 
@@ -71,8 +71,7 @@ sub start ($class, %options) {
     return $self;
 }
 
-# A volume of the module under test on this server; %more is for its hash, where undef leaves a key
-# out.
+# A volume of the module under test on this server. %more is added to its hash; undef removes a key.
 sub open_volume ($self, %more) {
     require PVE::BackupAccess::Volume;
     my $volume = {
@@ -92,7 +91,7 @@ sub uri ($self, $export = $self->{export}) {
     return "nbd+unix:///$export?socket=$self->{socket}";
 }
 
-# What the server was asked to do: { command, offset, length, flags, connection, in_flight }.
+# The requests that the server has received: { command, offset, length, flags, connection, in_flight }.
 sub requests ($self, $command = undef) {
     return grep { !defined($command) || $_->{command} eq $command } $self->records('request');
 }
@@ -105,8 +104,8 @@ sub max_in_flight ($self) {
     return $max;
 }
 
-# Reads that came while another one was not answered that has a part of the same, in words. A client
-# that goes does not end its reads: QEMU would carry them out.
+# Describes reads that arrived before an overlapping read was answered. If a client disconnects, its
+# reads continue, as in QEMU.
 sub overlapping_reads ($self) {
     my (@open, @overlapping);
     for my $record ($self->records) {
@@ -126,7 +125,8 @@ sub overlapping_reads ($self) {
     return @overlapping;
 }
 
-# What the kept disk was asked to do and, with { answered }, what was done, in the order of time.
+# The requests that the kept disk has received, and with { answered } those that were executed, in
+# chronological order.
 sub changes ($self) {
     return grep { $_->{answered} || ($_->{command} // '') =~ m/\Awrite/ } $self->records;
 }
@@ -140,7 +140,7 @@ sub content ($self) {
 sub connections ($self) { return scalar(() = $self->records('connected')) }
 sub disconnections ($self) { return scalar(() = $self->records('closed')) }
 
-# What a disk without data of its own holds: each 8 bytes name their place.
+# The default content of a disk: each 8 bytes contain their own offset.
 sub pattern ($offset, $length) {
     my ($part, $words) = (1 << 16, (1 << 16) / 8);
     state $low
@@ -186,7 +186,7 @@ sub _serve_connection ($self, $client, $number, $options) {
     POSIX::_exit(0);
 }
 
-# The same answer as from a code ref: how far it is from an offset to the next change, and the
+# The answer that a code ref would return: the distance from an offset to the next change, and the
 # flags.
 sub _extents_of_list ($self) {
     my $size = max($self->{size}, $self->{advertised_size} // 0);

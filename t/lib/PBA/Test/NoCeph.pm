@@ -1,6 +1,6 @@
 package PBA::Test::NoCeph;
 
-# A cluster in memory: objects with values, images with snapshots. Instead of each program, a script of the shell is run.
+# A cluster in memory: objects with values, images with snapshots. A shell script runs in place of each program.
 #
 #   my $ceph = PBA::Test::NoCeph->new(pool => 'backup', conf => '/none', log => sub { }, script => 'exit 1');
 
@@ -14,7 +14,7 @@ sub command ($self, @command) { return ('sh', '-c', $self->{script}) }
 sub watchers ($self, $object) { return $self->{watchers}->@* }
 sub values ($self, $object) { return { $self->{stored}->%* } }
 
-# killed: the program that stores the value is killed after it has.
+# killed: the program is killed after it has stored the value.
 sub set_value ($self, $object, $key, $value) {
     $self->{stored}{$key} = $value;
     PVE::BackupAccess::Error->throw('SystemError', 'rados was killed') if $self->{killed};
