@@ -145,6 +145,22 @@ subtest 'several readers, and the same archive twice' => sub {
     nothing_left('both commands have ended');
 };
 
+subtest 'under nohup' => sub {
+    for my $way (@ways) {
+        local $PBA::Test::Command::hangup = 'IGNORE';
+        my ($command, $places) = start($way, $chain->path_of($last));
+        $command->kill('HUP');
+        ok(
+            read_place($places->{'drive-scsi0'}) eq $chain->{expected}{$last}{'drive-scsi0'},
+            "$way: a hangup does not end the command"
+        );
+        ok($command->goes_on, "$way: it still runs");
+        $command->kill('TERM');
+        is($command->finish->{status}, 0, "$way: another signal does");
+        nothing_left("$way under nohup");
+    }
+};
+
 subtest 'a directory for the sockets' => sub {
     my @options = ('--socket-dir', $dir, '--json');
     my @serve = ('serve', $chain->path_of($last), @options);
@@ -170,6 +186,26 @@ subtest 'a directory for the sockets' => sub {
     $command->kill('TERM');
     is($command->finish->{status}, 0, 'the next command replaces leftover sockets');
     nothing_left('after a killed command');
+};
+
+# guestfish accepts only lower-case letters as the scheme of a URI (libguestfs 1.48 to 1.56, options/uri.c); it then
+# passes the path as the export's name, and the socket, to QEMU.
+subtest 'the documented URI for guestfish' => sub {
+    my $text = content("$FindBin::Bin/../doc/operating.md");
+    my ($sockets) = $text =~ m/^pve-backup-access serve \S+ --socket-dir (\S+) &$/m;
+    my ($scheme, $export, $socket)
+        = $text =~ m!^guestfish .*-a '([a-z]{1,8}):///([^?']+)[?]socket=([^']+)'!m;
+    is($scheme, 'nbd', 'the scheme');
+    my $command = start_command('serve', $chain->path_of($last), '--socket-dir', $dir);
+    $command->wait_for(out => qr/^drive-scsi0 .*\n/m);
+    my $place = "nbd+unix:///$export?socket=" . $socket =~ s/\A\Q$sockets\E/$dir/r;
+    ok(
+        read_place($place) eq $chain->{expected}{$last}{'drive-scsi0'},
+        'the export and the socket'
+    );
+    $command->kill('TERM');
+    $command->finish;
+    nothing_left('after that');
 };
 
 subtest 'refused arguments' => sub {
