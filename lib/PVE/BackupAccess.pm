@@ -616,6 +616,9 @@ the access then stays active until the VM is stopped.
 
 =for run proxmox
 
+    my $lines = PVE::BackupAccess->forget(qmp => $qmp_socket, 'target-id' => 'snapshot-access:mystore');
+    say for $lines->@*;
+
 Removes the target's bitmaps of all disks, so that the next backup of each disk is a full one. QEMU refuses to load an
 earlier state of a guest (C<loadvm>, C<qemu-img snapshot -a>) while a disk has a bitmap. Takes the same options as
 L</recover> but C<force> and C<foreign>, and returns an array ref of lines that say what was done. QEMU cannot remove a

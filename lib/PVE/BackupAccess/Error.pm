@@ -35,6 +35,7 @@ PVE::BackupAccess::Error - the exception class of PVE::BackupAccess
     eval { $access->setup([{ device => 'drive-scsi0', 'bitmap-mode' => 'use' }]) };
     if (ref($@) && $@->isa('PVE::BackupAccess::Error')) {
         warn $@;    # one line: device, command, what went wrong
+        say 'the device: ', $@->device // 'none', ', the command: ', $@->command // 'none';
         retry() if $@->class eq 'TimeoutError';
     }
 
@@ -50,7 +51,7 @@ The exception of a signal handler or a callback of yours is not wrapped: it is p
 
 =head2 class
 
-Returns QEMU's own class if QEMU refused a command (C<GenericError>, C<DeviceNotFound>, C<CommandNotFound>, ...;
+Takes no arguments. Returns QEMU's own class if QEMU refused a command (C<GenericError>, C<DeviceNotFound>, C<CommandNotFound>, ...;
 QAPI: C<QapiErrorClass>), or one of these:
 
 =over
@@ -83,11 +84,11 @@ QAPI: C<QapiErrorClass>), or one of these:
 
 =head2 command
 
-Returns the QMP command that failed, or undef.
+Takes no arguments. Returns the QMP command that failed, or undef.
 
 =head2 device
 
-Returns the device that the error is about, or undef.
+Takes no arguments. Returns the device that the error is about, or undef.
 
 =head2 throw
 
@@ -98,6 +99,8 @@ Returns the device that the error is about, or undef.
     eval { PVE::BackupAccess::Error->throw('StateError', 'the store is locked', device => 'drive-scsi0') };
     print $@->device, ': ', $@;
 
-Takes a class, a message without a newline at its end, and optionally C<device> and C<command>. Dies with a new error.
+Takes a class, a message without a newline at its end, and optionally C<device> and C<command>. Checks nothing.
+
+Errors: always dies, with an error of that class.
 
 =cut

@@ -162,6 +162,13 @@ Errors: C<ArgumentError> if a rule does not exist, a number is not a whole numbe
 
 =head2 marks
 
+=for run store
+
+    use PVE::BackupAccess::Retention qw(marks);
+
+    my @archives = ({ name => 'monday', time => 1_764_547_200, devices => { 'drive-scsi0' => 1 } });
+    say marks(\@archives, { 'keep-last' => 1 })->{monday};    # keep
+
 Takes an array ref of the archives of one guest, and a hash ref of rules. An archive is a hash ref with C<name>, C<time>
 (seconds since 1970), C<protected>, and C<devices>, a hash that says for each device whether it can be restored. Returns a
 hash ref of names to marks:

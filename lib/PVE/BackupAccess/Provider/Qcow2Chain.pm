@@ -286,6 +286,7 @@ methods in this order:
     use PVE::BackupAccess::Provider::Qcow2Chain;
 
     my $provider = PVE::BackupAccess::Provider::Qcow2Chain->new(undef, { path => $directory }, 'mystore');
+    say 'a backup by ', $provider->provider_name;
     $provider->job_init(time);
     say $provider->backup_init(100, 'qemu', time)->{'archive-name'};
     say $provider->backup_get_mechanism(100, 'qemu');
@@ -311,6 +312,26 @@ and a restore calls:
         $provider->restore_vm_volume_cleanup($volname, $device, {});
     }
     $provider->restore_vm_cleanup($volname);
+
+The backup and the restore of a container call:
+
+=for run store
+
+    use PVE::BackupAccess::Provider::Qcow2Chain;
+
+    my $provider = PVE::BackupAccess::Provider::Qcow2Chain->new(undef, { path => $directory }, 'mystore');
+    my %info = (directory => '/usr/share/doc/tar', sources => ['./'], 'backup-user-id' => $>);
+    $provider->job_init(time);
+    my $volname = $provider->backup_init(101, 'lxc', time)->{'archive-name'};
+    $provider->backup_container_prepare(101, \%info);
+    $provider->backup_container(101, "hostname: web2\n", ['/copyright'], \%info);
+    $provider->backup_cleanup(101, 'lxc', 1, {});
+    $provider->backup_handle_log_file(101, '/dev/null');
+    $provider->job_cleanup;
+
+    my $source = $provider->restore_container_init($volname, 'mystore', {});
+    say $source->{'tar-path'} // $source->{'archive-directory'};
+    $provider->restore_container_cleanup($volname, 'mystore', {});
 
 =head2 new
 
@@ -340,7 +361,7 @@ Errors: C<ArgumentError>.
 
 =head2 provider_name
 
-Returns C<Qcow2Chain>.
+Returns C<Qcow2Chain>. Takes no arguments.
 
 =head2 job_init
 
@@ -348,7 +369,7 @@ Takes the start time. Errors: C<StateError> if the directory does not exist, for
 
 =head2 job_cleanup
 
-Does nothing.
+Does nothing. Takes no arguments.
 
 =head2 backup_init
 
@@ -447,15 +468,18 @@ Takes C<$volname>. Does the same for all devices.
 
 =head2 restore_container_init
 
-Takes C<$volname>; what else is given is ignored: Proxmox VE gives the storage's name and a hash. Returns C<tar-path>, the archive's tar. pve-container does not accept a tar of another storage that has
-less than 10 members or no F<sbin> in its root, such as that of a container with a single program. For such an archive it
-returns C<archive-directory>, a directory in F</var/tmp> (or C<$TMPDIR>) with the extracted tree. The directory exists until
-L</restore_container_cleanup> or the end of this process. L</restore_get_mechanism> tells which of the two is used.
-If a process is killed, the next call removes its directory.
+Takes C<$volname>. Ignores other arguments; Proxmox VE passes the storage's name and a hash. Returns C<tar-path>, the
+archive's tar. pve-container does not accept a tar of another storage that has less than 10 members or no F<sbin> in its
+root, such as that of a container with a single program. For such an archive, the method returns C<archive-directory>, a
+directory in F</var/tmp> (or C<$TMPDIR>) with the extracted tree. The directory exists until L</restore_container_cleanup>
+or the end of this process. If a process is killed, the next call removes its directory. L</restore_get_mechanism> tells
+which of the two is returned.
+
+Errors: C<ArchiveError> if the archive is of a virtual machine; C<SystemError> if the tree cannot be extracted.
 
 =head2 restore_container_cleanup
 
-Takes C<$volname>; what else is given is ignored. Removes what L</restore_container_init> created.
+Takes C<$volname>. Ignores other arguments. Removes what L</restore_container_init> created.
 
 =head1 OTHER METHODS
 

@@ -219,6 +219,16 @@ arguments, and C<ContentError> if what is read back is not what was read from th
 Unless noted here, arguments and results are those of C<PVE::BackupProvider::Plugin::Base>, and of
 L<PVE::BackupAccess::Provider::Qcow2Chain/METHODS OF THE API>.
 
+=for run compiles it needs a Ceph cluster
+
+    use PVE::BackupAccess::Provider::RBD;
+
+    my $provider = PVE::BackupAccess::Provider::RBD->new(undef, { pool => 'backup' }, 'mystore');
+    say 'a backup by ', $provider->provider_name, ' and ', $provider->backup_get_mechanism(100, 'qemu');
+    $provider->job_init(time);
+    say $provider->backup_init(100, 'qemu', time)->{'archive-name'};
+    $provider->backup_cleanup(100, 'qemu', 0, {});
+
 =head2 new
 
     my $provider = PVE::BackupAccess::Provider::RBD->new($storage_plugin, $scfg, $storeid, $log_function);
@@ -232,15 +242,15 @@ Errors: C<ArgumentError>.
 
 =head2 provider_name
 
-Returns C<RBD>.
+Returns C<RBD>. Takes no arguments.
 
 =head2 job_init
 
-Reads the object C<pba>, or creates it for the first backup. Errors: C<SystemError> if the pool cannot be reached.
+Takes the start time. Reads the object C<pba>, or creates it for the first backup. Errors: C<SystemError> if the pool cannot be reached.
 
 =head2 backup_get_mechanism
 
-Returns C<nbd> for virtual machines, undef for everything else.
+Takes the guest's number and type. Returns C<nbd> for virtual machines, undef for everything else.
 
 =head2 other methods of the API
 
@@ -271,7 +281,7 @@ Errors: C<ArchiveError> if there is no such archive, C<ArgumentError> if it has 
 
     my $id = $provider->store->id;
 
-Returns an object that describes the store. Its method C<id> returns the store's unique ID. C<name_of($vmid)>,
+Takes no arguments. Returns an object that describes the store. Its method C<id> returns the store's unique ID. C<name_of($vmid)>,
 C<number_of($name)> and C<number_for($name)> are for guests that are known by a name; C<number_for> gives a new guest the lowest
 free number. Errors: C<SystemError>.
 

@@ -83,6 +83,8 @@ sub _markdown (@lines) {
             ($fence->{mark}) = $before =~ m/\A\s*<!--\s*run:\s*(.*?)\s*-->\s*\z/;
         }
         else {
+            push(@problems, "$number: no block follows the mark '$1'")
+                if $before =~ m/\A\s*<!--\s*(run:.*?)\s*-->/;
             push(@problems, "$number: an indented block: fence it with ``` (see HACKING.md)")
                 if $line =~ m/\A {4}/ && $before eq '' && !$in_list;
             $in_list = $line =~ m/\A\s*(?:[-*+]|\d+[.)])\s/ if $line =~ m/\A\S/;
@@ -101,6 +103,7 @@ sub _pod (@lines) {
         $number++;
         if ($line =~ m/\A=(\w+)\s*(.*)\z/) {
             my ($word, $rest) = ($1, $2);
+            push(@problems, _no_block($number, $mark)) if defined($mark) && !$block;
             undef $block;
             $in_pod = $word ne 'cut';
             $in_synopsis = $rest eq 'SYNOPSIS' if $word =~ m/\Ahead/;
@@ -118,6 +121,7 @@ sub _pod (@lines) {
             $block->{code} .= "$line\n";
         }
         elsif ($line ne '') {
+            push(@problems, _no_block($number, $mark)) if defined($mark) && !$block;
             undef $block;
             undef $mark;
         }
@@ -126,6 +130,10 @@ sub _pod (@lines) {
         }
     }
     return (\@blocks, \@problems);
+}
+
+sub _no_block ($number, $mark) {
+    return "$number: no block follows the paragraph '=for run $mark'";
 }
 
 # ---- for fixtures ----
