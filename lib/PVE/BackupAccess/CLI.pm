@@ -169,6 +169,7 @@ our $is_running = 0;
 
 my sub handle_signals () {
     for my $number_of (qw(INT TERM HUP PIPE)) {
+        next if $number_of eq 'HUP' && ($SIG{HUP} // '') eq 'IGNORE';    # nohup(1)
         $SIG{$number_of} = sub {
             $signal = $number_of;
             $SIG{$_} = 'IGNORE' for qw(INT TERM HUP PIPE);

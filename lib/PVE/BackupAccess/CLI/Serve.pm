@@ -18,7 +18,8 @@ use PVE::BackupAccess::Try qw(ensure);
 # Returns when a signal arrives. Dies if one of the processes ends, which are { text => process }.
 my sub wait_for_signal ($mask, $processes) {
     my $is_over = 0;
-    local @SIG{qw(INT TERM HUP)} = (sub { $is_over = 1 }) x 3;
+    my @ends = grep { ($SIG{$_} // '') ne 'IGNORE' } qw(INT TERM HUP);
+    local @SIG{@ends} = (sub { $is_over = 1 }) x @ends;
     local $SIG{CHLD} = sub { };
     while (!$is_over) {
         for my $text (sort keys $processes->%*) {

@@ -16,6 +16,9 @@ our @EXPORT_OK = qw(command put_in_path run_command start_command start_on_termi
 my $root = abs_path(dirname(__FILE__) . '/../../../..');
 my $time_limit = 120;
 
+# What SIGHUP does to a command: 'DEFAULT', even if the tests run under nohup, or 'IGNORE'.
+our $hangup = 'DEFAULT';
+
 # In taint mode, Perl ignores PERL5OPT, with which t/coverage.pl counts statements.
 sub command (@arguments) {
     my @options = ('-T', split(' ', $ENV{PERL5OPT} // ''));
@@ -35,6 +38,7 @@ sub put_in_path ($dir) {
 
 my sub child (@arguments) {
     no warnings 'exec';
+    $SIG{HUP} = $hangup;
     exec(command(@arguments));
     POSIX::_exit(127);
 }
