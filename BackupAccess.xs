@@ -95,16 +95,18 @@ _capabilities(SV *qmp, unsigned timeout)
         RETVAL
 
 SV *
-_ask(SV *qmp, unsigned timeout, const char *command, SV *arguments)
+_ask(SV *qmp, unsigned timeout, const char *command, SV *arguments, SV *log)
     PREINIT:
         Caller caller = {0};
         GError *error = NULL;
     CODE:
+        caller.log = glue_copy_code(aTHX_ log);
         PbaQmp *client = glue_new_qmp(aTHX_ qmp, timeout, &caller);
         JsonNode *json = glue_json_from_sv(aTHX_ arguments, &error);
         JsonNode *value = json ? pba_qmp_execute(client, command, json, &error) : NULL;
         pba_qmp_free(client);
         SvREFCNT_dec(caller.transport);
+        SvREFCNT_dec(caller.log);
         if (!value) {
             glue_throw_error(aTHX_ &caller, error);
         }
@@ -122,6 +124,7 @@ _status(HV *options)
         GError *error = NULL;
     CODE:
         PbaHooks hooks = glue_caller_hooks(&caller);
+        caller.log = glue_copy_code(aTHX_ glue_fetch(aTHX_ options, "log"));
         PbaQmp *client = glue_new_qmp(aTHX_ glue_fetch(aTHX_ options, "qmp"),
                                       (unsigned)SvUV(glue_fetch(aTHX_ options, "timeout")),
                                       &caller);
@@ -133,6 +136,7 @@ _status(HV *options)
                        SvOK(known) ? glue_access_from_sv(aTHX_ known)->access : NULL, &hooks, &error);
         pba_qmp_free(client);
         SvREFCNT_dec(caller.transport);
+        SvREFCNT_dec(caller.log);
         if (!status) {
             glue_throw_error(aTHX_ &caller, error);
         }

@@ -12,6 +12,7 @@ use Test::More;
 use Time::HiRes qw(sleep time);
 
 use PBA::Test::Backend;
+use PBA::Test::Command qw(start_command);
 use PBA::Test::QMPProxy;
 use PBA::Test::ScriptedQEMU;
 use PBA::Test::VM;
@@ -126,6 +127,41 @@ subtest 'a client that does not disconnect' => sub {
         "info: waiting for the QMP monitor '$path': another client uses it, or QEMU is busy",
         'and the log says so'
     );
+};
+
+# The command says that it waits, whatever it does first, unless it is to be quiet.
+subtest 'the command, while a client does not disconnect' => sub {
+    my $backend = $Backend->start_paused(
+        name => PBA::Test::VM->is_proxmox ? 'pve' : 'upstream',
+        disks => [{ id => 'disk0', size => $MiB }],
+    );
+    my $path = $backend->qmp_path;
+    my $store = $backend->vm->dir . '/store';
+    mkdir($store) or die "$store: $!\n";
+    my @guest = ('--qmp', $path);
+    my $line = qr/^waiting for the QMP monitor '\Q$path\E': another client uses it, or QEMU is busy$/m;
+    my %commands = (
+        backup => ['backup', $store, @guest, '--guest', 'web1', '--exclude', 'none'],
+        status => ['status', @guest],
+        recover => ['recover', @guest, '--target-id', 'none'],
+        forget => ['forget', @guest, '--target-id', 'none'],
+        map => ['map', 'disk0', @guest],
+    );
+    for my $name (sort keys %commands) {
+        my $client = IO::Socket::UNIX->new(Peer => $path) or die "monitor: $!\n";
+        readline($client);
+        my $command = start_command($commands{$name}->@*);
+        $command->wait_for(err => $line);
+        undef($client);
+        my @lines = $command->finish->{err} =~ m/$line/g;
+        is(scalar(@lines), 1, "$name: one line");
+    }
+    my $client = IO::Socket::UNIX->new(Peer => $path) or die "monitor: $!\n";
+    readline($client);
+    my $command = start_command($commands{backup}->@*, '--quiet');
+    sleep(3);
+    undef($client);
+    unlike($command->finish->{err}, $line, 'backup --quiet: none');
 };
 
 # QEMU sends the reply to a command of a client that has disconnected to the next client.

@@ -72,7 +72,7 @@ my %forget_options = (%qmp_options, %place_options, %access_options{qw(target-id
 
 my %recover_options = (%forget_options, force => \&check_flag, foreign => \&check_flag);
 
-my %status_options = (%qmp_options, %place_options);
+my %status_options = (%qmp_options, %place_options, log => \&check_code);
 
 my sub check_base ($name, $value) {
     check_text($name, $value) if defined($value);
@@ -644,7 +644,7 @@ Errors: C<SystemError> if F</dev/urandom> cannot be read.
     say "$_->{device}: $_->{'dirty-bytes'} bytes dirty" for $status->{bitmaps}->@*;
 
 Reports what backups of all targets have created in a QEMU and on disk. Changes nothing. Takes
-C<qmp>, C<run-dir>, C<fleecing-dir>, the C<qemu-*> options and C<timeout>, as L</new> does. In the result, sizes are
+C<qmp>, C<run-dir>, C<fleecing-dir>, the C<qemu-*> options, C<timeout> and C<log>, as L</new> does. In the result, sizes are
 bytes, truth values are 1 or 0, and unknown values are undef. Returns a hash:
 
 =over

@@ -24,7 +24,7 @@ my $any_target = 'pve-backup-access';
 my sub ask ($options, $command, %arguments) {
     my ($qmp, $timeout) = ($options->{qmp}, $options->{timeout} // 60);
     utf8::decode($qmp) if !ref($qmp);    # the core takes it as text
-    return PVE::BackupAccess::_ask($qmp, $timeout, $command, \%arguments);
+    return PVE::BackupAccess::_ask($qmp, $timeout, $command, \%arguments, $options->{log});
 }
 
 my sub nodes_of ($options) {
@@ -52,7 +52,7 @@ my sub is_suspicious ($node) {
 sub recover_all ($class, $options) {
     return [] if !grep { is_suspicious($_) } nodes_of($options);
     my %look = map { $_ => $options->{$_} }
-        grep { m/\A(?:qmp|timeout|qemu-.*|.*-dir)\z/ } keys $options->%*;
+        grep { m/\A(?:qmp|timeout|log|qemu-.*|.*-dir)\z/ } keys $options->%*;
     my $status = $class->status(%look);
     my @left = $status->{'left-overs'}->@*;
     my $access = $status->{access};

@@ -8,9 +8,10 @@ use Exporter qw(import);
 use List::Util qw(uniq);
 
 use PVE::BackupAccess::CLI qw(absolute);
+use PVE::BackupAccess::CLI::Output qw(say_error);
 use PVE::BackupAccess;
 
-our @EXPORT_OK = qw(access_options bitmap_of is_tied status_of text);
+our @EXPORT_OK = qw(access_options bitmap_of is_tied show_wait status_of text);
 
 # The default directory of fleecing images.
 my $fleecing_dir = '/var/tmp';
@@ -32,8 +33,13 @@ sub access_options ($opt) {
     return %options;
 }
 
+# A log function for commands whose result contains all other lines: shows that the command waits for the monitor.
+sub show_wait ($level, $message) {
+    say_error($message) if $message =~ m/\Awaiting for the QMP monitor /;
+}
+
 sub status_of ($opt) {
-    return PVE::BackupAccess->status(access_options($opt));
+    return PVE::BackupAccess->status(access_options($opt), log => \&show_wait);
 }
 
 # Whether the bitmap has a companion, which may contain the ID of a backup.

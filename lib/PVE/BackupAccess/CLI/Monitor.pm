@@ -10,14 +10,21 @@ use Exporter qw(import);
 use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
 
-our @EXPORT_OK = qw(ask hashes);
+our @EXPORT_OK = qw(ask hashes log_waits);
 
 my $timeout = 60;
+my $log;
+
+# If another client uses the monitor, the wait for it is logged by this function.
+sub log_waits ($code) {
+    $log = $code;
+    return;
+}
 
 # Runs a command on the QMP socket, or by a code ref. Returns its value, or dies.
 sub ask ($qmp, $command, %arguments) {
     utf8::decode($qmp) if !ref($qmp);    # the core expects text
-    return PVE::BackupAccess::_ask($qmp, $timeout, $command, \%arguments);
+    return PVE::BackupAccess::_ask($qmp, $timeout, $command, \%arguments, $log);
 }
 
 # Checks the reply: the hashes in an array, or the hash.

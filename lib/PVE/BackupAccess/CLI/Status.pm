@@ -7,7 +7,7 @@ use v5.36;
 use List::Util qw(uniq);
 
 use PVE::BackupAccess;
-use PVE::BackupAccess::CLI::Access qw(access_options status_of text);
+use PVE::BackupAccess::CLI::Access qw(access_options show_wait status_of text);
 use PVE::BackupAccess::CLI::Output qw(say_error say_json say_out say_table);
 use PVE::BackupAccess::Format qw(bytes);
 
@@ -144,7 +144,7 @@ sub _say_done ($opt, $method, $nothing) {
         access_options($opt),
         'target-id' => text($opt->{'target-id'}),
         $opt->{force} ? (force => 1) : (),
-        log => sub { },
+        log => \&show_wait,
     );
     $opt->{json} ? say_json($lines) : say_out($lines->@*);
     return $lines->@* ? 0 : $nothing->();
