@@ -164,8 +164,12 @@ subtest 'under nohup' => sub {
 subtest 'a directory for the sockets' => sub {
     my @options = ('--socket-dir', $dir, '--json');
     my @serve = ('serve', $chain->path_of($last), @options);
+    my $mask = umask(0);
     my $command = start_command(@serve);
     $command->wait_for(out => qr/^\}\n/m);
+    umask($mask);
+    my @public = grep { (stat)[2] & 0077 } glob("$dir/*.sock");
+    is_deeply(\@public, [], 'only the owner can use the sockets, whatever the umask is');
     is_deeply(
         JSON::PP->new->decode($command->text('out')),
         { devices => { map { $_ => "nbd+unix:///image?socket=$dir/$_.sock" } @devices } },

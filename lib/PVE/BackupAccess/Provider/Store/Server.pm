@@ -13,7 +13,7 @@ use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Program qw($longest_socket how_ended kill_child start_program);
 use PVE::BackupAccess::Provider::Store::PrivateDir;
-use PVE::BackupAccess::Try qw(attempt);
+use PVE::BackupAccess::Try qw(attempt ensure);
 use PVE::BackupAccess::Volume;
 use PVE::BackupAccess::Wait qw(wait_for_child);
 
@@ -30,14 +30,25 @@ my sub fail ($message) {
     PVE::BackupAccess::Error->throw('SystemError', $message);
 }
 
+# A new socket, to which only this user can connect, whatever the umask is.
+my sub make_socket ($path) {
+    my ($listener, $problem);
+    my $mask = umask(0077);
+    my $make = sub {
+        $listener = IO::Socket::UNIX->new(Local => $path, Listen => 16);
+        $problem = $!;
+    };
+    ensure($make, sub (@) { umask($mask) });
+    return $listener // fail("cannot listen on $path - $problem");
+}
+
 # Removes a socket that a killed process left at this path, but not one that is in use.
 my sub listen_on ($socket) {
     fail(
         "the socket's path $socket is longer than $longest_socket bytes - choose a directory with a shorter path"
     ) if length($socket) > $longest_socket;
     unlink($socket) if -S $socket && !IO::Socket::UNIX->new(Peer => $socket) && $!{ECONNREFUSED};
-    return IO::Socket::UNIX->new(Local => $socket, Listen => 16)
-        // fail("cannot listen on $socket - $!");
+    return make_socket($socket);
 }
 
 # Serves the image: read-only, or with writable => 1 for writing; with socket => $path at that path. The subclass'
