@@ -292,7 +292,7 @@ sub _open_handle ($self, $index) {
 
     # Perl's open has switched it off for descriptors up to $^F.
     fcntl($handle, F_SETFD, FD_CLOEXEC)
-        or $Error->throw('SystemError', "fcntl failed - $!");
+        or $Error->throw('SystemError', "cannot set the flags of descriptor $fd - $!");
     my $given = $handles{$self} //= [];
     $given->@* = grep { defined } ($given->@*, $handle);
     Scalar::Util::weaken($_) for $given->@*;

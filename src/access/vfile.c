@@ -164,7 +164,9 @@ PbaVfile *pba_vfile_start(const char *path, const PbaVolumeOptions *options, boo
         return NULL;
     }
     if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, sockets) != 0) {
-        pba_error_set(error, PBA_ERROR_SYSTEM, "socketpair failed - %s", g_strerror(errno));
+        pba_error_set(error, PBA_ERROR_SYSTEM,
+                      "cannot make sockets for the server of a virtual file - %s",
+                      g_strerror(errno));
         return NULL;
     }
     PbaVfile *vfile = g_new0(PbaVfile, 1);

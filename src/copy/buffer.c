@@ -11,7 +11,8 @@ static char *map(size_t size, int protection, int flags, GError **error)
     if (memory != MAP_FAILED) {
         return memory;
     }
-    pba_error_set(error, PBA_ERROR_SYSTEM, "mmap failed - %s", g_strerror(errno));
+    pba_error_set(error, PBA_ERROR_SYSTEM, "cannot allocate %zu bytes for a copy - %s", size,
+                  g_strerror(errno));
     return NULL;
 }
 

@@ -42,7 +42,7 @@ my sub exec_virsh ($mask, @command) {
 
 # Both outputs are one. It is in a process group of its own: an interrupt on the terminal is for us.
 my sub start ($process, @command) {
-    pipe(my $in, my $to) && pipe(my $from, my $out) or die "pipe: $!\n";
+    pipe(my $in, my $to) && pipe(my $from, my $out) or die "cannot make a pipe to virsh - $!\n";
     my $note = sub ($pid) {
         $process->%* = (pid => $pid, to => $to, from => $from, owner => $$);
     };
@@ -55,7 +55,7 @@ my sub start ($process, @command) {
             exec_virsh($mask, @command);
         }
     );
-    die "cannot fork: $problem\n" if defined($problem);
+    die "cannot start virsh - $problem\n" if defined($problem);
     return;
 }
 
