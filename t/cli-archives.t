@@ -300,6 +300,8 @@ subtest 'two restores to one target' => sub {
         $run = $command->finish;
         is(content("$dir/$file"), 'mine', "$file: the existing file stays") if $is_under_way;
         like($run->{err}, $message, "$file: the error says so") if $is_under_way;
+        is_deeply([glob("$dir/*")], ["$dir/$file"], "$file: no other file is left")
+            if $is_under_way;
         unlink(glob("$dir/*"));
     }
 };

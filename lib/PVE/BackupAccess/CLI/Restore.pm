@@ -102,13 +102,22 @@ my sub publish_file ($part, $file) {
 # On file systems without leases, which would show that a file is in use, another restore may have
 # replaced the temporary file.
 my sub publish_files ($job) {
-    for my $file (sort keys $job->{parts}->%*) {
-        my $part = $job->{parts}{$file};
-        die "another restore has replaced $part - restore again, to another target\n"
-            if identity_of($part) ne $job->{identities}{$file};
-        publish_file($part, $file);
-        delete($job->{parts}{$file});
-    }
+    my @published;
+    my $publish = sub {
+        for my $file (sort keys $job->{parts}->%*) {
+            my $part = $job->{parts}{$file};
+            die "another restore has replaced $part - restore again, to another target\n"
+                if identity_of($part) ne $job->{identities}{$file};
+            push(@published, $file);    # before publish_file, after which a signal may arrive
+            publish_file($part, $file);
+            delete($job->{parts}{$file});
+        }
+    };
+    my $end = sub ($died) {
+        return if !$died;
+        unlink(grep { -e && identity_of($_) eq $job->{identities}{$_} } @published);
+    };
+    ensure($publish, $end);
 }
 
 my sub discard_file ($job, $file) {
