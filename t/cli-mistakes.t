@@ -137,6 +137,10 @@ subtest "a guest's path" => sub {
         );
     }
     is_deeply([$chain->names], [$name], 'nothing is removed');
+    for my $path (qw(web1 100 vm/100)) {
+        my @backup = ('backup', "$store/$path", '--qmp', '/none', '--guest', 'web2');
+        like(run_of(@backup)->[2], qr/is a guest - give .*: \Q$store\E --/, "backup to $path");
+    }
     my $run = run_of('list', "$store/web1");
     like($run->[2], qr/is a guest - give .*: \Q$store\E --guest web1$/, 'list of a guest');
     like(

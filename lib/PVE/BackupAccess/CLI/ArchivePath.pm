@@ -10,7 +10,8 @@ use Exporter qw(import);
 
 use PVE::BackupAccess::CLI::Store qw(check_store is_rbd log_line provider_in store_number_of);
 
-our @EXPORT_OK = qw(archive_at chosen_devices file_of find_archive provider_for without_slash);
+our @EXPORT_OK
+    = qw(archive_at chosen_devices file_of find_archive provider_for refuse_guest without_slash);
 
 # A directory without the slash at its end.
 sub without_slash ($path) { return $path =~ s!(?<=.)/+\z!!r }
@@ -36,19 +37,18 @@ my sub guest_at ($opt, $path) {
     return ($directory, $guest, $vmid);
 }
 
-# Dies unless the path is a store: a guest's path may be a directory too, or may not exist as one.
-my sub check_directory ($opt, $path) {
-    return if is_store($path);
-    my ($store, $guest, $vmid) = guest_at($opt, $path);
-    return if -d $path && !defined($vmid);
-    die "$path is not a directory\n" if !defined($vmid);
+# Dies if the path that should be a store is that of a guest in a store. It may be a directory, too.
+sub refuse_guest ($opt, $path) {
+    return if is_rbd($path) || is_store($path);
+    my ($store, $guest, $vmid) = guest_at($opt, $path) or return;
     my $option = $guest eq $vmid ? '--vmid' : '--guest';
     die "$path is a guest - give the directory: $store $option $guest\n";
 }
 
 # The provider of an existing directory or pool. The storage's name only matters for backups.
 sub provider_for ($directory, $opt = {}) {
-    check_directory($opt, $directory) if !is_rbd($directory);
+    refuse_guest($opt, $directory);
+    die "$directory is not a directory\n" if !is_rbd($directory) && !-d $directory;
     my $provider = provider_in($opt, check_store($opt, $directory), 'none', \&log_line);
     $provider->wait_for_others($opt->{wait} // 0);
     return $provider;

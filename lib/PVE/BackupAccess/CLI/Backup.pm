@@ -14,6 +14,7 @@ use Scalar::Util qw(weaken);
 
 use PVE::BackupAccess::CLI qw(usage_error);
 use PVE::BackupAccess::CLI::Access qw(access_options show_wait text);
+use PVE::BackupAccess::CLI::ArchivePath qw(refuse_guest);
 use PVE::BackupAccess::CLI::Disks qw(choose_disks);
 use PVE::BackupAccess::CLI::Monitor qw(ask hashes log_waits);
 use PVE::BackupAccess::CLI::Output qw(parse_bytes read_file say_json say_out);
@@ -153,6 +154,7 @@ my sub plan ($opt, $directory) {
     my $name = defined($opt->{guest}) ? guest_name($opt) : undef;
     my $limit = limit_of($opt);
     my $audit = audit_of($opt);
+    refuse_guest($opt, $directory);
     $directory = check_store($opt, $directory);
     my ($devices, $left_out) = devices_of($opt);
     my @known = store_numbers($opt, $directory);
