@@ -218,7 +218,7 @@ static void test_graph(void)
 }
 
 /* During an access: on Proxmox with a throttle filter, and with -drive; on a stock QEMU; and a disk
- * whose nodes nobody named. */
+ * whose nodes have generated names. */
 static void test_device_above(void)
 {
     g_auto(PbaBlock) block = {

@@ -9,18 +9,18 @@
 int LLVMFuzzerInitialize(int *argc, char ***argv);
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size);
 
-/* What must hold whatever the input is. */
+/* Checks a condition that must hold for every input. */
 #define CHECK(condition) check((condition), #condition, __FILE__, __LINE__)
 void check(bool holds, const char *what, const char *file, int line);
-/* A call has come back: if it failed it has an error that a log can take. Frees the error. */
+/* Checks the outcome of a call: a failure must have an error that can be logged. Frees it. */
 void check_outcome(bool done, GError **error);
 
-/* Time and other processes, as fake.c has them (linked by --wrap): the clock stands still until
- * somebody waits; there is this process, FAKE_PID, and another one, FAKE_OTHER_PID. */
+/* Time and processes are those of fake.c (linked with --wrap). The clock only advances when the
+ * core waits. There are two processes: this one, FAKE_PID, and FAKE_OTHER_PID. */
 #define FAKE_PID 4242
 #define FAKE_OTHER_PID 1234
 
-/* The other end of a socket that is polled: does what is next for it; false if that is nothing. */
+/* The other end of a socket that the core polls: takes its next step; false if there is none. */
 typedef bool (*FakePeer)(void);
 
 /* Begins an input: no descriptors may be open at its end that are not open now. */
