@@ -150,10 +150,8 @@ subtest 'under nohup' => sub {
         local $PBA::Test::Command::hangup = 'IGNORE';
         my ($command, $places) = start($way, $chain->path_of($last));
         $command->kill('HUP');
-        ok(
-            read_place($places->{'drive-scsi0'}) eq $chain->{expected}{$last}{'drive-scsi0'},
-            "$way: a hangup does not end the command"
-        );
+        ok(read_place($places->{'drive-scsi0'}) eq $chain->{expected}{$last}{'drive-scsi0'},
+            "$way: a hangup does not end the command");
         ok($command->goes_on, "$way: it still runs");
         $command->kill('TERM');
         is($command->finish->{status}, 0, "$way: another signal does");
@@ -203,10 +201,7 @@ subtest 'the documented URI for guestfish' => sub {
     my $command = start_command('serve', $chain->path_of($last), '--socket-dir', $dir);
     $command->wait_for(out => qr/^drive-scsi0 .*\n/m);
     my $place = "nbd+unix:///$export?socket=" . $socket =~ s/\A\Q$sockets\E/$dir/r;
-    ok(
-        read_place($place) eq $chain->{expected}{$last}{'drive-scsi0'},
-        'the export and the socket'
-    );
+    ok(read_place($place) eq $chain->{expected}{$last}{'drive-scsi0'}, 'the export and the socket');
     $command->kill('TERM');
     $command->finish;
     nothing_left('after that');

@@ -139,7 +139,8 @@ subtest 'the command, while a client does not disconnect' => sub {
     my $store = $backend->vm->dir . '/store';
     mkdir($store) or die "$store: $!\n";
     my @guest = ('--qmp', $path);
-    my $line = qr/^waiting for the QMP monitor '\Q$path\E': another client uses it, or QEMU is busy$/m;
+    my $line
+        = qr/^waiting for the QMP monitor '\Q$path\E': another client uses it, or QEMU is busy$/m;
     my %commands = (
         backup => ['backup', $store, @guest, '--guest', 'web1', '--exclude', 'none'],
         status => ['status', @guest],

@@ -123,7 +123,8 @@ my sub has_ended ($self, $tries = 1) {
 my sub ask ($self, $command, $arguments) {
     my $value;
     my $error = attempt {
-        $value = PVE::BackupAccess::_ask($self->{socket}, $self->{timeout}, $command, $arguments, undef)
+        $value = PVE::BackupAccess::_ask($self->{socket}, $self->{timeout}, $command, $arguments,
+            undef)
     };
     return $value if !defined($error);
     die $error if $error->class =~ m/\A(?:Connection|Timeout|Protocol|Incomplete)Error\z/;
