@@ -79,8 +79,7 @@ _capabilities(SV *qmp, unsigned timeout)
     CODE:
         PbaQmp *client = glue_new_qmp(aTHX_ qmp, timeout, &caller);
         bool done = pba_capabilities(client, &capabilities, &error);
-        pba_qmp_free(client);
-        SvREFCNT_dec(caller.transport);
+        glue_free_qmp(aTHX_ client, &caller);
         if (!done) {
             glue_throw_error(aTHX_ &caller, error);
         }
@@ -104,9 +103,7 @@ _ask(SV *qmp, unsigned timeout, const char *command, SV *arguments, SV *log)
         PbaQmp *client = glue_new_qmp(aTHX_ qmp, timeout, &caller);
         JsonNode *json = glue_json_from_sv(aTHX_ arguments, &error);
         JsonNode *value = json ? pba_qmp_execute(client, command, json, &error) : NULL;
-        pba_qmp_free(client);
-        SvREFCNT_dec(caller.transport);
-        SvREFCNT_dec(caller.log);
+        glue_free_qmp(aTHX_ client, &caller);
         if (!value) {
             glue_throw_error(aTHX_ &caller, error);
         }
@@ -134,9 +131,7 @@ _status(HV *options)
         JsonNode *status =
             pba_status(client, &access_options,
                        SvOK(known) ? glue_access_from_sv(aTHX_ known)->access : NULL, &hooks, &error);
-        pba_qmp_free(client);
-        SvREFCNT_dec(caller.transport);
-        SvREFCNT_dec(caller.log);
+        glue_free_qmp(aTHX_ client, &caller);
         if (!status) {
             glue_throw_error(aTHX_ &caller, error);
         }

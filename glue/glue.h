@@ -163,6 +163,8 @@ SV *glue_ask_bases(pTHX_ PbaAccessObject *self, AV *devices);
 
 /* QMP by a path or a code ref. The hooks and the code ref live as long as the caller. */
 PbaQmp *glue_new_qmp(pTHX_ SV *qmp, unsigned timeout, Caller *caller);
+/* Frees the client, and the caller's code refs for it. */
+void glue_free_qmp(pTHX_ PbaQmp *qmp, Caller *caller);
 
 /* Volumes */
 

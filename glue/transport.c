@@ -55,3 +55,10 @@ PbaQmp *glue_new_qmp(pTHX_ SV *qmp, unsigned timeout, Caller *caller)
     }
     return pba_qmp_new(SvPVutf8_nolen(qmp), timeout, &hooks);
 }
+
+void glue_free_qmp(pTHX_ PbaQmp *qmp, Caller *caller)
+{
+    pba_qmp_free(qmp);
+    SvREFCNT_dec(caller->transport);
+    SvREFCNT_dec(caller->log);
+}

@@ -18,6 +18,7 @@ use PBA::Test::ScriptedQEMU;
 use PBA::Test::VM;
 
 my $Backend = 'PBA::Test::Backend';
+my $VM = 'PBA::Test::VM';
 
 my $MiB = 1 << 20;
 
@@ -108,7 +109,7 @@ for my $name ($Backend->names) {
 
 subtest 'a client that does not disconnect' => sub {
     my $backend = $Backend->start_paused(
-        name => PBA::Test::VM->is_proxmox ? 'pve' : 'upstream',
+        name => $VM->is_proxmox ? 'pve' : 'upstream',
         disks => [{ id => 'disk0', size => $MiB }],
     );
     my $client = IO::Socket::UNIX->new(Peer => $backend->qmp_path) or die "monitor: $!\n";
@@ -132,7 +133,7 @@ subtest 'a client that does not disconnect' => sub {
 # The command says that it waits, whatever it does first, unless it is to be quiet.
 subtest 'the command, while a client does not disconnect' => sub {
     my $backend = $Backend->start_paused(
-        name => PBA::Test::VM->is_proxmox ? 'pve' : 'upstream',
+        name => $VM->is_proxmox ? 'pve' : 'upstream',
         disks => [{ id => 'disk0', size => $MiB }],
     );
     my $path = $backend->qmp_path;
@@ -168,7 +169,7 @@ subtest 'the command, while a client does not disconnect' => sub {
 # QEMU sends the reply to a command of a client that has disconnected to the next client.
 subtest 'after a client that disconnected during a command' => sub {
     my $backend = $Backend->start(
-        name => PBA::Test::VM->is_proxmox ? 'pve' : 'upstream',
+        name => $VM->is_proxmox ? 'pve' : 'upstream',
         guest => 0,
         disks => [{ id => 'disk0', size => $MiB }],
         args => ['-m', 512],
