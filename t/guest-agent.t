@@ -16,8 +16,8 @@ my $AgentPeer = 'PBA::Test::AgentPeer';
 my $GuestAgent = 'PVE::BackupAccess::GuestAgent';
 
 my @sync = ('guest-sync-delimited');
-my @freeze = (@sync, 'guest-fsfreeze-freeze');
 my @status = (@sync, 'guest-fsfreeze-status');
+my @freeze = (@status, 'guest-fsfreeze-freeze');
 my @thaw = (@sync, 'guest-fsfreeze-thaw');
 
 sub agent ($peer, %opt) {
@@ -99,7 +99,7 @@ for my $case (['frozen', 1], ['thawed', 0, qr/the connection was closed$/]) {
     my $peer = PBA::Test::AgentPeer->start(
         replies => {
             'guest-fsfreeze-freeze' => 'close',
-            'guest-fsfreeze-status' => { return => $status },
+            'guest-fsfreeze-status' => [{ return => 'thawed' }, { return => $status }],
         }
     );
     my $agent = agent($peer);
@@ -111,6 +111,41 @@ for my $case (['frozen', 1], ['thawed', 0, qr/the connection was closed$/]) {
         check_error($status, 'freeze', $agent, 'ConnectionError', $message);
     }
     is_deeply([$peer->commands], [@freeze, @status], "$status: the commands");
+}
+
+# Another program has frozen the file systems, and relies on that until it thaws them.
+{
+    my $peer = $AgentPeer->start(replies => { 'guest-fsfreeze-status' => { return => 'frozen' } });
+    check_error('frozen by another program',
+        'freeze', agent($peer), 'StateError', qr/was not sent, because .* already frozen/);
+    my @log;
+    my %hooks = agent($peer, log => sub (@line) { push(@log, "@line") })->hooks;
+    $hooks{$_}->() for qw(freeze thaw);
+    like(
+        "@log",
+        qr/\Awarn could not freeze .* already frozen/,
+        'frozen by another program: a warning'
+    );
+    is_deeply([$peer->commands], [@status, @status], 'frozen by another program: it is not thawed');
+}
+
+# An agent that does not report its state, and one that no longer answers when it is asked.
+{
+    my $unknown = { error => { class => 'CommandNotFound', desc => 'no such command' } };
+    my $peer = $AgentPeer->start(replies => { 'guest-fsfreeze-status' => $unknown });
+    is(eval { agent($peer)->freeze }, 1, 'no state: frozen') or diag($@);
+    my $silent = $AgentPeer->start(replies => { 'guest-fsfreeze-status' => 'busy' });
+    check_error('silent', 'freeze', agent($silent, timeout => 1),
+        'TimeoutError', qr/no answer within 1 s \(no freeze was sent\)/);
+    is_deeply([$silent->commands], [@status], 'silent: no freeze is sent');
+}
+
+# The reply to a thaw is lost: a frozen guest hangs, so it is sent again.
+{
+    my $peer
+        = $AgentPeer->start(replies => { 'guest-fsfreeze-thaw' => ['close', { return => 0 }] });
+    is(eval { agent($peer)->thaw }, 0, 'thaw, lost: sent again') or diag($@);
+    is_deeply([$peer->commands], [@thaw, @thaw], 'thaw, lost: the commands');
 }
 
 # An agent that reads its commands only after nobody waits any more must not freeze, but must thaw.

@@ -10,7 +10,7 @@ use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC);
 
 use PVE::BackupAccess::Argument qw(check_code check_filled_text check_options check_positive);
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Try qw(attempt attempt_any deaths_of worst_of);
+use PVE::BackupAccess::Try qw(attempt attempt_any deaths_of is_own rethrow worst_of);
 use PVE::BackupAccess::Wait qw(slice);
 
 my $default_timeout = 60;
@@ -25,6 +25,11 @@ my %options = (
 );
 
 my sub now () { return clock_gettime(CLOCK_MONOTONIC) }
+
+# Whether it is not known what the agent did.
+my sub is_lost ($error) {
+    return is_own($error) && $error->class =~ m/\A(?:Timeout|Connection|Protocol)Error\z/;
+}
 
 my sub request ($command, $arguments = undef) {
     state $json = JSON::PP->new->ascii->canonical;
@@ -49,27 +54,45 @@ sub new ($class, @options) {
 sub freeze ($self) {
     $self->{sent} = 0;
     my $session = $self->_begin_if_there('guest-fsfreeze-freeze');
+
+    # A thaw would end the freeze of the other program, which relies on it.
+    $self->_fail($session, 'StateError',
+              'was not sent, because the file systems are already frozen - if no other program'
+            . ' thaws them, thaw them by guest-fsfreeze-thaw')
+        if $self->_status($session) eq 'frozen';
     $self->{sent} = 1;
     $self->_send($session, request($session->{command}));
     my $count;
     my $error = attempt { $count = $self->_result($session) } or return $count;
     close($session->{socket});    # QEMU serves one client at a time
-    my $is_answer = $error->class !~ m/\A(?:Timeout|Connection|Protocol)Error\z/;
-    die $error if $is_answer || !$self->_is_frozen($error);
+    die $error if !is_lost($error) || !$self->_is_frozen($error);
     return undef;
+}
+
+# The state of the file systems, which the agent reports at once; '' if it does not know this
+# command.
+sub _status ($self, $session) {
+    my $limit = min($silence_limit, $session->{seconds});
+    my %query = (
+        $session->%*,
+        command => 'guest-fsfreeze-status',
+        deadline => now() + $limit,
+        seconds => $limit,
+        before => ' (no freeze was sent)',
+    );
+    $self->_send(\%query, request($query{command}));
+    my $status;
+    my $error = attempt { $status = $self->_result(\%query) };
+    die $error if $error && is_lost($error);
+    $session->{buffer} = $query{buffer};
+    return defined($status) && !ref($status) ? $status : '';
 }
 
 # Handles a freeze whose answer was lost. Dies with that error and its meaning if the outcome is
 # unknown.
 sub _is_frozen ($self, $error) {
-    my $status;
-    attempt {
-        my $session = $self->_begin_if_there('guest-fsfreeze-status');
-        $session->{deadline} = min($session->{deadline}, now() + $silence_limit);
-        $self->_send($session, request($session->{command}));
-        $status = $self->_result($session);
-    };
-    $status = '' if !defined($status) || ref($status);
+    my $status = '';
+    attempt { $status = $self->_status($self->_begin_if_there('guest-fsfreeze-status')) };
     return 1 if $status eq 'frozen';
     return 0 if $status eq 'thawed';
     PVE::BackupAccess::Error->throw(
@@ -79,13 +102,18 @@ sub _is_frozen ($self, $error) {
     );
 }
 
-# The exception of a signal handler waits until a second try: a frozen guest hangs.
+# A frozen guest hangs. So the exception of a signal handler waits until a second try, and if the
+# connection was lost, the second try shows the outcome: thawing twice does no harm. After a
+# time-out, the agent still has the command.
 sub thaw ($self) {
     my $count;
     my $thaw = sub { $count = $self->_thaw };
-    my @deaths = deaths_of($thaw) or return $count;
-    push(@deaths, deaths_of($thaw)) if $deaths[0][1];
-    die worst_of(@deaths)->[0];
+    my ($first) = deaths_of($thaw) or return $count;
+    my ($error, $by_signal) = $first->@*;
+    rethrow($error) if !$by_signal && (!is_lost($error) || $error->class eq 'TimeoutError');
+    my ($second) = deaths_of($thaw);
+    return $count if !$second && !$by_signal;
+    rethrow(worst_of($first, $second // ())->[0]);
 }
 
 # Sent at once: even if the agent is busy for longer than we wait, it will execute this.
@@ -337,9 +365,10 @@ and the agent reports (C<guest-fsfreeze-status>) that they are frozen.
 
 First the agent must answer a ping within five seconds. If it does not, no freeze is sent, and the message says so. If the
 freeze was sent and its outcome is unknown, the message says that the guest may be frozen. So call L</thaw> after every
-L</freeze>, even if freeze dies.
+L</freeze>, even if freeze dies, except with C<StateError>.
 
-Errors: as above.
+Errors: as above; C<StateError> if the file systems are already frozen, because another program froze them, or because a
+backup was killed meanwhile. No freeze is sent then.
 
 =head2 thaw
 
@@ -351,8 +380,8 @@ Errors: as above.
     my $count = $agent->thaw;
 
 Thaws all file systems. Takes no arguments. Returns how many file systems were thawed. If the agent does not answer in
-time, it still has the command and executes it after the commands before it. If a signal handler dies meanwhile, thaw tries
-once more before it passes on the exception.
+time, it still has the command and executes it after the commands before it. If the connection is lost, thaw tries once more.
+If a signal handler dies meanwhile, thaw tries once more before it passes on the exception.
 
 Errors: as above.
 

@@ -9,7 +9,7 @@ package PBA::Test::AgentPeer;
 #   PBA::Test::AgentPeer->start(asleep => 1)->wake;    # accepts no connection before wake
 #
 # An action is a reply as a hash, a string (sent unchanged), 'busy' (no answer while the client is connected) or
-# 'close'. A command without an action is answered with { return => 1 }.
+# 'close'; a list is one action for each time, the last one for all later ones. A command without an action is answered with { return => 1 }.
 
 use v5.36;
 
@@ -19,7 +19,7 @@ use JSON::PP ();
 
 my $json = JSON::PP->new->canonical->utf8;
 
-# The commands received. Their member 'frozen' is the state of the file systems after all of them.
+# The names of the commands received.
 sub commands ($self) {
     return map { $_->{execute} } $self->records('command');
 }
@@ -76,6 +76,7 @@ sub _answer ($self, $client, $request, $buffer) {
         return 1;
     }
     my $action = $self->{replies}{$command} // { return => 1 };
+    $action = $action->@* > 1 ? shift($action->@*) : $action->[0] if ref($action) eq 'ARRAY';
     return 0 if $action eq 'close';
     if ($action eq 'busy') {
         1 while $self->receive_more($client, $buffer);
