@@ -142,16 +142,17 @@ sub check_foreign ($backend) {
     is_deeply(recover($backend, %foreign), [], 'there is no access of another program');
     for my $mode ('use', 'none') {
         start_foreign($backend, $foreign{'target-id'}, $mode);
-        is_deeply(recover($backend), [], "$mode: the access is left alone") if $mode eq 'none';
+        my @log;
+        my $log = sub ($level, $message) { push(@log, "$level $message") };
+        is_deeply(recover($backend, log => $log), [], "$mode: the access is left alone");
+        like("@log", qr/\Awarn another program has .* stays .* foreign/, "$mode: the log names it");
         ok(
             !eval { recover($backend, foreign => 1); 1 },
             "$mode: without its target, recovery is refused"
         );
         my %wrong = (%foreign, 'target-id' => 'snapshot-access:wrong');
-        if ($mode eq 'use') {
-            refused(sub { recover($backend, %wrong) }, qr/not of target/, "$mode: another target");
-            is(scalar($backend->vm->exports->@*), 3, "$mode: the exports stay");
-        }
+        refused(sub { recover($backend, %wrong) }, qr/not of target/, "$mode: another target");
+        is(scalar($backend->vm->exports->@*), 3, "$mode: the exports stay");
         my $lines = PVE::BackupAccess->recover(qmp => $backend->qmp_path, %foreign);
         like("@$lines", qr/export .* was removed.*NBD server was stopped.*was ended/,
             "$mode: lines");

@@ -602,11 +602,11 @@ access of a process that is known to run, or of another target.
     PVE::BackupAccess->recover(qmp => $path, 'target-id' => $id, foreign => 1);
 
 With C<foreign>, recover undoes an access that another program made by Proxmox' own commands, such as a qemu-server
-without this module: its exports, then the NBD server if it has no other export, then the access, as after a
-failed backup. Such an access has no marker, so recover cannot tell whether that program still runs. If a backup is in
-progress, it fails. That is why nothing calls this automatically. Use C<foreign> only if you know that the program has
-ended: on Proxmox VE, if no task of the guest runs. After a killed C<vzdump>, the guest is still locked: unlock it by
-C<qm unlock VMID>.
+without this module: its exports, then the NBD server if it has no other export, then the access, as after a failed
+backup. Without C<foreign>, such an access stays, and the log warns of it. Such an access has no marker, so recover
+cannot tell whether that program still runs. If a backup is in progress, it fails. That is why nothing calls this
+automatically. Use C<foreign> only if you know that the program has ended: on Proxmox VE, if no task of the guest runs.
+After a killed C<vzdump>, the guest is still locked: unlock it by C<qm unlock VMID>.
 
 Errors: C<StateError> if a process is backing up this guest (the message has its process ID), or if the access belongs
 to another target. On a Proxmox QEMU, also if the disk or its bitmap has been removed since, because QEMU would crash;

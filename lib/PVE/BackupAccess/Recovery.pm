@@ -10,7 +10,7 @@ use JSON::PP ();
 use Time::HiRes ();
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Try qw(attempt);
+use PVE::BackupAccess::Try qw(attempt attempt_any);
 
 our @EXPORT_OK = qw(recover_all recover_foreign);
 
@@ -37,10 +37,12 @@ my sub bitmaps_of ($node) {
     return grep { defined($_->{name}) } ($node->{'dirty-bitmaps'} // [])->@*;
 }
 
-# Whether a node is a sign of something to recover: one of our nodes, or one with a bitmap that does
-# not record and is not a companion.
+my sub is_snapshot ($node) { return ($node->{drv} // '') eq 'snapshot-access' }
+
+# Whether a node is a sign of something to recover: one of our nodes, a snapshot, or one with a bitmap
+# that does not record and is not a companion.
 my sub is_suspicious ($node) {
-    return 1 if ($node->{'node-name'} // '') =~ m/\Apba-/;
+    return 1 if ($node->{'node-name'} // '') =~ m/\Apba-/ || is_snapshot($node);
     return grep {
                $_->{name} =~ m/\Apba-background/
             || $_->{name} eq $background
@@ -48,9 +50,23 @@ my sub is_suspicious ($node) {
     } bitmaps_of($node);
 }
 
+# What stays would otherwise only show as an error of the caller's next step.
+my sub tell_foreign ($options, $status) {
+    my $target = ($status->{access} // {})->{'target-id'};
+    my $for = defined($target) ? " for target '$target'" : '';
+    my $log = $options->{log} // sub ($level, $message) { warn "$message\n" };
+    $log->(
+        'warn',
+        "another program has a backup access$for, which stays - if that program has ended, call"
+            . ' recover with foreign and the target-id of that access'
+    );
+    return;
+}
+
 # If there is nothing to do, this takes one query.
 sub recover_all ($class, $options) {
-    return [] if !grep { is_suspicious($_) } nodes_of($options);
+    my @nodes = nodes_of($options);
+    return [] if !grep { is_suspicious($_) } @nodes;
     my %look = map { $_ => $options->{$_} }
         grep { m/\A(?:qmp|timeout|log|qemu-.*|.*-dir)\z/ } keys $options->%*;
     my $status = $class->status(%look);
@@ -71,6 +87,9 @@ sub recover_all ($class, $options) {
         my $done = $class->_make({ $options->%*, 'target-id' => $target })->_recover;
         push(@lines, map { @targets ? "target '$target': $_" : $_ } $done->@*);
     }
+    @nodes = nodes_of($options) if @lines;
+    tell_foreign($options, $status)
+        if $status->{backend} eq 'pve' && grep { is_snapshot($_) } @nodes;
     return \@lines;
 }
 
@@ -95,6 +114,16 @@ my sub frozen_bitmaps ($target, @nodes) {
         );
     }
     return @frozen;
+}
+
+# Without bitmaps, only QEMU's refusal tells whose access it is (to 11.0, before it changes anything). If
+# its text is another one, QEMU refuses later, but then the exports are gone.
+my sub refuse_other_target ($options, $target) {
+    my %other = ('target-id' => "$target?", success => JSON::PP::false);
+    my $error = attempt_any { ask($options, 'backup-access-teardown', %other) };
+    my ($owner) = ($error // '') =~ m/ got target \Q$target\E\? instead of (.*)\n\z/ or return;
+    refuse("the access is not of target '$target', but of '$owner'") if $owner ne $target;
+    return;
 }
 
 # QEMU's filter above an unplugged disk: only its snapshot still uses it. A disk's node with a name was added
@@ -125,7 +154,7 @@ my sub refuse_lost_disks ($options, @nodes) {
 
 my sub remove_exports ($options, $lines, @nodes) {
     my %is_snapshot = map { $_->{'node-name'} => 1 }
-        grep { ($_->{drv} // '') eq 'snapshot-access' && defined($_->{'node-name'}) } @nodes;
+        grep { is_snapshot($_) && defined($_->{'node-name'}) } @nodes;
     my $deadline = time() + $export_limit;
     my %deleted;
     while (1) {
@@ -170,7 +199,8 @@ sub recover_foreign ($class, $options) {
     my %ask = map { $_ => $options->{$_} } grep { exists($options->{$_}) } qw(qmp timeout);
     refuse('this QEMU has no accesses of another program')
         if $class->capabilities(%ask)->{backend} ne 'pve';
-    check_end($options, $target, @nodes);
+    my @frozen = check_end($options, $target, @nodes);
+    refuse_other_target($options, $target) if !@frozen;
     my @lines;
     my $others = remove_exports($options, \@lines, @nodes);
 
