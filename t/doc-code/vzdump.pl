@@ -31,8 +31,20 @@ package PBA::Test::VZDumpPlugin {
 
     sub guest_config ($self, $task) { return "name: test\n" }
     sub firewall_config ($self, $task) { return $self->{firewall} }
-    sub qga_fs_freeze ($self, $task, $vmid) { $self->note('freeze'); return 1 }
-    sub qga_fs_thaw ($self, $vmid) { $self->note('thaw') }
+
+    # A signal may come after the guest has been frozen, before this returns.
+    sub qga_fs_freeze ($self, $task, $vmid) {
+        $self->note('freeze');
+        kill('TERM', $$) if $self->{'signal in'} eq 'freeze';
+        return 1;
+    }
+
+    # qemu-server's thaw catches every exception, also that of a signal that comes before the agent has the command.
+    sub qga_fs_thaw ($self, $vmid) {
+        return $self->note('thaw') if $self->{'signal in'} ne 'thaw';
+        $self->{'signal in'} = '';
+        return eval { kill('TERM', $$); 1 };
+    }
 
     # If this is to fail, it fails only the first time, in the hook.
     sub resume_vm_after_job_start ($self, $task, $vmid) {
@@ -47,7 +59,7 @@ package PBA::Test::VZDumpPlugin {
     # When the note about the backup is stored, the backup is complete.
     sub store_note ($self, $key, $text) {
         $notes{$key} = $text;
-        kill('TERM', $$) if $self->{'signal in note'} && $text ne '{}';
+        kill('TERM', $$) if $self->{'signal in'} eq 'note' && $text ne '{}';
     }
 
     sub log ($self, $level, $message) { push($self->{log}->@*, "$level: $message") }
@@ -70,7 +82,7 @@ sub vzdump ($package, $state, $mechanism, %opt) {
             vm_was_running => !$opt{started},
             firewall => $opt{firewall},
             fails => $opt{call},
-            'signal in note' => $opt{note},
+            'signal in' => $opt{in} // '',
             calls => $provider->{calls},
             provider => $provider,
         },
@@ -92,6 +104,7 @@ sub vzdump ($package, $state, $mechanism, %opt) {
     my $ok = eval { $plugin->archive_external($task, 100); 1 };
     my $error = $@;
     $plugin->cleanup($task, 100);
+    die "VZDump and the provider would get an object: $error" if ref($error);
     die "it is '$error' that it died with\n" if !$ok && $error !~ ($opt{error} // qr/\A\z/);
     die "it did not die\n" if $ok && $opt{error};
     return $plugin;
@@ -142,6 +155,7 @@ my %failures = (
         { provider => 'backup_get_mechanism', error => qr/\Abackup_get_mechanism failed$/ },
     query => { provider => 'backup_vm_query_incremental', error => qr/incremental failed$/ },
     freeze => { call => 'freeze', error => qr/\Afreeze failed$/ },
+    'signal after freeze' => { in => 'freeze', error => qr/\Ainterrupted by signal$/ },
     setup => { command => 'backup-access-setup', error => qr/backup-access-setup.*not today/ },
     thaw => { call => 'thaw', error => qr/\Athaw failed$/ },
     hook => { call => 'resume', error => qr/\Aresume failed$/ },
@@ -160,17 +174,18 @@ sub check_failure ($package, $state, $mechanism, $name) {
     my $names = names($plugin);
     die "the calls were: $names\n" if $names !~ m/ power detach\z/ || $names !~ m/ resume\b/;
     die "it was thawed before it was frozen: $names\n" if $names =~ m/thaw.*freeze/;
-    die "it stays frozen: $names\n" if $names =~ m/freeze(?!.* thaw)/ && $name ne 'freeze';
+    die "it stays frozen: $names\n" if $names =~ m/freeze(?!.* thaw)/;
     my @told = grep { m/\A(?:warn|err)/ } $plugin->{log}->@*;
     die "nothing of it is in the log\n" if !@told;
     return;
 }
 
-# A signal after the bitmaps have been cleared: the backup is a success, and the remaining steps are done.
+# A signal that does not end the backup, such as one after the bitmaps have been cleared: it is a success, and the remaining
+# steps are done.
 sub check_late_signal ($package, $state, $mechanism, %opt) {
     my $plugin = vzdump($package, $state, $mechanism, %opt);
     my $names = names($plugin);
-    die "the calls were: $names\n" if $names !~ m/ backup_vm power detach\z/;
+    die "the calls were: $names\n" if $names !~ m/ freeze .*thaw .*backup_vm power detach\z/;
     my @told = grep { m/\A(?:warn|err)/ } $plugin->{log}->@*;
     die "the log says: @told\n" if @told && "@told" !~ m/\A\w+: interrupted by signal$/;
     die "the log says nothing of it\n" if !@told && $opt{terminate};
@@ -185,7 +200,8 @@ sub check_late_signals ($package, $state, $mechanism) {
     my %cases = (
         'the teardown' => {%teardown},
         'the teardown, before the guest ends' => { %teardown, started => 1 },
-        'the note' => { note => 1 },
+        'the note' => { in => 'note' },
+        'the thaw, which catches it' => { in => 'thaw' },
     );
     for my $name (sort keys %cases) {
         my $done = eval { check_late_signal($package, $state, $mechanism, $cases{$name}->%*); 1 };

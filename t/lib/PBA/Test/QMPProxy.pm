@@ -92,7 +92,7 @@ sub _kill ($self, $client) {
 # Longer than the time after which a client checks for signals.
 sub _signal ($self, $client, $signal) {
     kill($signal, _client_pid($client));
-    $self->sleep_for(0.5);
+    $self->sleep_for(0.3);
     return;
 }
 
