@@ -58,8 +58,10 @@ sub fails ($faults, %expected) {
 # Correct providers that name archives by the second, as all real ones do; some do not know the size of an
 # archive.
 passes('nbd', $class, '--scfg', 'faults=by second,size zero');
-passes('file-handle, of a storage plugin', $class, '--storage-plugin', 'PBA::Test::RawPlugin')
-    if -e '/dev/fuse';
+passes(
+    'file-handle, in the file of a storage plugin', 'PBA::Test::ProviderOfPlugin',
+    '--storage-plugin', 'PBA::Test::RawPlugin'
+) if -e '/dev/fuse';
 
 # Providers that do not work at all.
 fails('new dies', new => qr/died: the server is down/);
@@ -245,6 +247,54 @@ my @rows = (
         ) if -e '/dev/fuse';
     },
     sub {
+        my $row = 'this process is left as it was';
+        my $tried = fails(
+            'changes the process,leaves a child',
+            "full backup: $row" =>
+                qr/the file mode .*, the handler of SIGTERM, the working directory/,
+            options => ['--backup-only'],
+        );
+        like(
+            $tried->{err},
+            qr/directory was changed, child process \d+ \(\S+\) still runs$/m,
+            'leaves a child: it is named'
+        );
+        fails(
+            'child returns',
+            "full backup: $row" => qr/a forked child returned from backup_vm/,
+            options => ['--backup-only'],
+        );
+    },
+    sub {
+        fails(
+            'cuts regions,size as text',
+            'full backup: backup_cleanup' => qr/must return \{ stats/,
+            'restore of the full backup: drive-scsi0 is the disk as of the backup' =>
+                qr/at offset 65536 it has the byte 0x00/,
+        );
+    },
+    sub {
+        fails(
+            'swaps devices,longer images',
+            'restore of the full backup: drive-scsi0 is the disk as of the backup' =>
+                qr/it has \d+ bytes, the disk had 33554432/,
+            'restore of the full backup: drive-efidisk0 is the disk as of the backup' =>
+                qr/it has \d+ bytes, the disk had 540672/,
+        );
+    },
+    sub {
+        fails(
+            'needs a firewall,newest configuration',
+            'incremental backup after the failure: backup_vm' => qr/died: there is no firewall/,
+            'restore of the full backup, at the end: archive_get_guest_config' =>
+                qr/as it was backed up, not '#backup of a resized disk /,
+        );
+    },
+    sub {
+        fails('removes the last archive',
+            'restore of the incremental backup, at the end: restore_vm_init' => qr/not complete/,);
+    },
+    sub {
         fails(
             'no map',
             'incremental backup: backup_vm' => qr/died: .*reading/,
@@ -272,6 +322,12 @@ my @rows = (
         local $ENV{TMPDIR} = "$tmp";    # the directory with the disks
         passes('no bitmaps', $class, '--scfg', 'faults=full only');
     },
+    (
+        map {
+            my $kind = $_;
+            sub { passes($kind, 'PBA::Test::OddProvider', '--scfg', "kind=$kind") }
+        } qw(gzip single tar)
+    ),
 );
 
 my ($seed, $share) = (20261128, 2);

@@ -14,6 +14,7 @@ use Time::HiRes ();
 use PVE::BackupAccess::CLI qw(absolute usage_error);
 use PVE::BackupAccess::CLI::TryProvider::DirPlugin;
 use PVE::BackupAccess::CLI::TryProvider::Machine;
+use PVE::BackupAccess::CLI::TryProvider::Process;
 use PVE::BackupAccess::CLI::TryProvider::Restore;
 use PVE::BackupAccess::CLI::TryProvider::Rules;
 use PVE::BackupAccess::CLI::TryProvider::TAP;
@@ -26,12 +27,13 @@ my $Machine = 'PVE::BackupAccess::CLI::TryProvider::Machine';
 my $Base = 'PVE::BackupProvider::Plugin::Base';
 my $DirPlugin = 'PVE::Storage::DirPlugin';
 my $StandIn = 'PVE::BackupAccess::CLI::TryProvider::DirPlugin';
+my $Process = 'PVE::BackupAccess::CLI::TryProvider::Process';
 my $Restore = 'PVE::BackupAccess::CLI::TryProvider::Restore';
 my $TAP = 'PVE::BackupAccess::CLI::TryProvider::TAP';
 my $Watch = 'PVE::BackupAccess::CLI::TryProvider::Watch';
 my $vmid = 999_999_999;    # the highest number: no archives of a real guest have it
 my $other_vmid = $vmid - 1;
-my $guest_config = "name: try-provider\nscsi0: store:vm-$vmid-disk-0,size=32M\n";
+my $drive = "scsi0: store:vm-$vmid-disk-0,size=32M";
 my $firewall_config = "[OPTIONS]\nenable: 1\n";
 my $kib = 1024;
 my $mib = 1024 * 1024;
@@ -78,6 +80,7 @@ my @jobs;
     },
     {
         name => 'incremental backup after the failure',
+        'no firewall' => 1,
         before => [['drive-efidisk0', 512 * $kib, 16 * $kib, 0x41]],
         after => [['drive-scsi0', 17 * $mib, 64 * $kib, 0xc1]],
     },
@@ -121,11 +124,18 @@ my sub report_calls ($trial, $name, $watch, $expected, @methods) {
     }
 }
 
+# Each job has configurations of its own, and one guest has no firewall.
+my sub configs_of ($job) {
+    return (
+        'guest-config' => "#$job->{name}\nname: try-provider\n$drive\n",
+        'firewall-config' => $job->{'no firewall'} ? undef : "$firewall_config#$job->{name}\n",
+    );
+}
+
 my sub expected ($trial, $job) {
     return {
         sizes => { map { $_ => $trial->{machine}->size_of($_) } $Machine->devices },
-        'guest-config' => $guest_config,
-        'firewall-config' => $firewall_config,
+        configs_of($job),
         fails => $job->{fails},
     };
 }
@@ -134,6 +144,7 @@ my sub expected ($trial, $job) {
 
 my sub load ($class) {
     return 'is not the name of a Perl class' if $class !~ m/\A[A-Za-z_]\w*(?:::\w+)*\z/;
+    return undef if $class->can('new');    # the storage plugin's file may contain it
     my $file = $class =~ s!::!/!gr . '.pm';
     my $error = attempt_any { require $file };
     return undef if !defined($error);
@@ -209,8 +220,7 @@ my sub run_task ($trial, $job, $watch) {
         provider => $watch,
         'target-id' => 'try-provider',
         devices => [$Machine->devices],
-        'guest-config' => $guest_config,
-        'firewall-config' => $firewall_config,
+        configs_of($job),
         thaw => sub { write_all($trial, $job->{after}) },
         log => sub ($level, $message) { push($trial->{log}->@*, "$level: $message") },
         'load-note' => sub ($key) { return $trial->{note} },
@@ -256,6 +266,16 @@ my sub check_kept ($trial, $job, $watch) {
     return;
 }
 
+my sub check_process ($trial, $name, $watch, $process) {
+    my @returned = $watch->returned;
+    my $problem
+        = @returned
+        ? "a forked child returned from @returned: it must end with exit or POSIX::_exit"
+        : $process->problem;
+    report($trial, "$name: this process is left as it was", $problem);
+    return;
+}
+
 # The name of the job's archive. It exists as soon as the provider has been told of the success,
 # whatever happens later.
 my sub archive_of ($watch) {
@@ -292,6 +312,7 @@ my sub back_up ($trial, $job) {
     $job->{change}->($trial->{machine}) if $job->{change};
     write_all($trial, $job->{before});
     $job->{disks} = $trial->{restore}->keep_disks($trial->{machine});
+    my $process = $Process->new;
     my $watch = new_provider($trial);
     $trial->{log} = [];
     my $other;
@@ -302,6 +323,7 @@ my sub back_up ($trial, $job) {
     $trial->{tap}->note("$job->{name}: $_") for $job->{log}->@*;
     report_calls($trial, $job->{name}, $watch, expected($trial, $job), @backup_methods);
     check_kept($trial, $job, $watch);
+    check_process($trial, $job->{name}, $watch, $process);
     check_limit($trial, $job, $watch) if !defined($error);
     $job->{archive} = archive_of($watch);
     $job->{expected} = expected($trial, $job);
@@ -317,10 +339,12 @@ my sub check_archive ($trial, $job, $name) {
         $trial->{tap}->skip($name, 'there is no archive');
         return;
     }
+    my $process = $Process->new;
     my $watch = new_provider($trial);
     my $volname = "backup/$job->{archive}";
     my $problems = $trial->{restore}->run($watch, $volname, $trial->{storeid}, $job->{disks});
     report_calls($trial, $name, $watch, $job->{expected}, @restore_methods);
+    check_process($trial, $name, $watch, $process);
     my @same = map { report($trial, "$name: $_ is the disk as of the backup", $problems->{$_}) }
         $Machine->devices;
 
@@ -340,7 +364,11 @@ my sub run_trial ($trial) {
         back_up($trial, $job);
         check_archive($trial, $job, "restore of the $job->{name}") if $restores && !$job->{fails};
     }
-    check_archive($trial, $jobs[0], "restore of the $jobs[0]{name}, at the end") if $restores;
+
+    # The second one came before the failing job, which must not remove it.
+    for my $job ($restores ? @jobs[0, 1] : ()) {
+        check_archive($trial, $job, "restore of the $job->{name}, at the end");
+    }
     $trial->{tap}->note('no archive was restored, so their content was not checked') if !$restores;
 }
 

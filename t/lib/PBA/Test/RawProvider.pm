@@ -10,6 +10,7 @@ use parent 'PVE::BackupProvider::Plugin::Base';
 
 use File::Copy ();
 use File::Path ();
+use POSIX ();
 use Time::HiRes ();
 
 use PVE::BackupAccess::Volume;
@@ -97,6 +98,14 @@ my sub copy_volume ($self, $device, $volume, $file, $limit) {
         delete($whole{'bitmap-name'});
         PVE::BackupAccess::Volume->open($device, \%whole)->copy(to => $file);
     }
+    elsif ($self->{faults}{'cuts regions'}) {
+        open(my $fh, '+<:raw', $file) or die "$file: $!\n";
+        while (my ($offset) = $reader->next_dirty_region) {
+            my $left = $reader->size - $offset;
+            sysseek($fh, $offset, 0);
+            syswrite($fh, $reader->pread($offset, $left < 65536 ? $left : 65536));
+        }
+    }
     else {
         my %limit = $limit && !$self->{faults}{'no limit'} ? ('bandwidth-limit' => $limit) : ();
         my %size = $self->{faults}{'ignores sizes'} ? ('without-base' => 1) : ();
@@ -113,11 +122,31 @@ my sub stop_clock () {
     *Time::HiRes::time = sub : prototype() { return $now };
 }
 
+# Until this process ends.
+my sub leave_child () {
+    my $parent = $$;
+    return if fork() // die "fork: $!\n";
+    Time::HiRes::sleep(0.05) while getppid() == $parent;
+    POSIX::_exit(0);
+}
+
+my sub change_process ($self) {
+    leave_child() if $self->{faults}{'leaves a child'};
+    return if !$self->{faults}{'changes the process'};
+    chdir('/');
+    umask(0);
+    $SIG{TERM} = 'IGNORE';
+}
+
 sub backup_vm ($self, $vmid, $config, $volumes, $info) {
+    change_process($self);
+    return if $self->{faults}{'child returns'} && !fork();
     stop_clock() if $self->{faults}{'no limit'};
     my $dir = "$self->{path}/$self->{number}";
     write_file("$dir/guest.conf", $config);
-    write_file("$dir/firewall.conf", $info->{'firewall-config'});
+    die "there is no firewall\n"
+        if !defined($info->{'firewall-config'}) && $self->{faults}{'needs a firewall'};
+    write_file("$dir/firewall.conf", $info->{'firewall-config'} // '');
     for my $device (sort keys $volumes->%*) {
         my ($file, $volume) = ("$dir/$device.raw", $volumes->{$device});
         if ($volume->{'bitmap-mode'} eq 'reuse') {
@@ -144,7 +173,10 @@ sub backup_cleanup ($self, $vmid, $vmtype, $success, $info) {
     return if $vmid != ($self->{vmid} // 0) && !$self->{faults}{'one name for all guests'};
     my $dir = "$self->{path}/$self->{number}";
     File::Path::remove_tree($dir) if !$success && !$self->{faults}{'errors ignored'};
+    File::Path::remove_tree("$self->{path}/$self->{base}")
+        if !$success && $self->{faults}{'removes the last archive'};
     my $size = $self->{faults}{'size zero'} ? 0 : -s "$dir/drive-scsi0.raw";
+    $size = '32 MiB' if $self->{faults}{'size as text'};
     return { stats => { 'archive-size' => $size } } if $success;
     return;
 }
@@ -169,6 +201,8 @@ sub restore_get_mechanism ($self, $volname, $storeid = undef) { return ('qemu-im
 
 sub archive_get_guest_config ($self, $volname, $storeid = undef) {
     die "a restore gives no storage\n" if $storeid && $self->{faults}{'not to be shown'};
+    my ($newest) = reverse(archives($self));
+    return content("$self->{path}/$newest/guest.conf") if $self->{faults}{'newest configuration'};
     return content(dir_of($self, $volname) . '/guest.conf');
 }
 
@@ -189,6 +223,11 @@ sub restore_vm_volume_init ($self, $volname, $device, $info) {
         print {$fh} '3';
         close($fh);
     }
+    if ($self->{faults}{'swaps devices'}) {
+        my %other = ('drive-scsi0' => 'drive-scsi1', 'drive-scsi1' => 'drive-scsi0');
+        $file =~ s/($device)\.raw\z/($other{$1} \/\/ $1) . '.raw'/e;
+    }
+    truncate($file, (-s $file) + 4096) if $self->{faults}{'longer images'};
     return { 'qemu-img-path' => 'nbd+unix:///disk?socket=/nowhere' }
         if $self->{faults}{'serves NBD'};
     return { 'qemu-img-path' => $file };

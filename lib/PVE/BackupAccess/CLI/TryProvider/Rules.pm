@@ -86,8 +86,12 @@ my sub restore_get_mechanism ($call, $expected) {
 my sub config ($what) {
     return sub ($call, $expected) {
         my $text = $call->{result}[0];
-        return if defined($text) && $text eq $expected->{$what};
-        return 'must return the configuration as it was backed up, not ' . shown($text);
+        my $wanted = $expected->{$what};
+        return if ($text // '') eq ($wanted // '');
+        return
+            defined($wanted)
+            ? 'must return the configuration as it was backed up, not ' . shown($text)
+            : 'must return undef, because the guest had none, not ' . shown($text);
     };
 }
 

@@ -5,9 +5,11 @@ package PVE::BackupAccess::CLI::TryProvider::Watch;
 use v5.36;
 
 use Exporter qw(import);
+use POSIX ();
 use Scalar::Util qw(weaken);
 use Time::HiRes ();
 
+use PVE::BackupAccess::Program qw(new_pipe);
 use PVE::BackupAccess::Try qw(deaths_of);
 
 our @EXPORT_OK = qw(@backup_methods @restore_methods);
@@ -34,7 +36,11 @@ our @restore_methods = qw(
 );
 
 sub new ($class, $provider) {
-    return bless({ provider => $provider, calls => [], files => {} }, $class);
+    my ($from, $to) = new_pipe();
+    $from->blocking(0);
+    my %self
+        = (provider => $provider, calls => [], files => {}, pid => $$, from => $from, to => $to);
+    return bless(\%self, $class);
 }
 
 # Calls the code once, before the next call of the method.
@@ -57,12 +63,25 @@ sub pass_on ($self, $in_list, $method, @arguments) {
             $call->{result} = \@result;
         }
     );
+    $self->end_child($method) if $$ != $self->{pid};
     $call->{seconds} = Time::HiRes::time() - $began;
     if ($death) {
         $call->{error} = $death->[0];
         die $call->{error};
     }
     return $in_list ? $call->{result}->@* : $call->{result}[0];
+}
+
+# A child that the provider forked must not return: there, it would go on with the test.
+sub end_child ($self, $method) {
+    syswrite($self->{to}, "$method\n");
+    POSIX::_exit(0);
+}
+
+# The methods from which a forked child returned.
+sub returned ($self) {
+    sysread($self->{from}, my $names, 4096) or return;
+    return split(m/\n/, $names);
 }
 
 # The arguments as they are recorded. Of volumes, only weak references to the file handles are kept.
