@@ -7,12 +7,13 @@ use FindBin;
 use lib "$FindBin::Bin/lib";
 
 use File::Temp ();
+use IO::Handle ();
 use JSON::PP ();
 use Test::More;
 use Time::HiRes qw(sleep time);
 
 use PBA::Test::Chain;
-use PBA::Test::Command qw(run_command start_command);
+use PBA::Test::Command qw(command run_command start_command);
 use PBA::Test::QemuNbd;
 
 my $chain = PBA::Test::Chain->new->add_archives(2);
@@ -143,6 +144,43 @@ subtest 'several readers, and the same archive twice' => sub {
     is($_->finish->{status}, 0, 'ends while others are connected') for $one, $two;
     undef(@clients);
     nothing_left('both commands have ended');
+};
+
+# Starts the command with an output that is full, so it waits before it waits for a signal.
+sub start_blocked (@arguments) {
+    pipe(my $out, my $in) or die "pipe: $!\n";
+    $in->blocking(0);
+    1 while syswrite($in, ' ' x 4096);
+    1 while syswrite($in, ' ');
+    $in->blocking(1);
+    my $pid = fork() // die "fork: $!\n";
+    if (!$pid) {
+        open(STDOUT, '>&', $in);
+        exec(command(@arguments));
+    }
+    close($in);
+    return ($pid, $out);
+}
+
+# systemd ends all processes of a service at once.
+subtest 'its processes are ended with it' => sub {
+    for my $way (@ways) {
+        my ($pid, $out) = start_blocked($way, $chain->path_of($last), $way eq 'mount' ? $dir : ());
+        my $count = $way eq 'mount' ? 2 * @devices : @devices;
+        my @pids;
+        for (1 .. 1200) {
+            @pids = split(' ', content("/proc/$pid/task/$pid/children"));
+            last if @pids == $count && content("/proc/$pid/wchan") =~ m/pipe/;
+            sleep(0.05);
+        }
+        is(scalar(@pids), $count, "$way: all processes run");
+        kill(TERM => $pid, @pids);
+        sleep(1);
+        1 while sysread($out, my $dropped, 65536);
+        waitpid($pid, 0);
+        is($?, 0, "$way: the exit status is that of a regular end");
+        nothing_left($way, @pids);
+    }
 };
 
 subtest 'under nohup' => sub {

@@ -15,6 +15,13 @@ use PVE::BackupAccess::Program qw(block_signals);
 use PVE::BackupAccess::Provider::Store::RawFile;
 use PVE::BackupAccess::Try qw(ensure);
 
+# Whether a signal that ends the command has arrived, but is still blocked.
+my sub is_told_to_end () {
+    my $pending = POSIX::SigSet->new;
+    POSIX::sigpending($pending);
+    return grep { $pending->ismember($_) } SIGINT, SIGTERM, SIGHUP;
+}
+
 # Returns when a signal arrives. Dies if one of the processes ends, which are { text => process }.
 my sub wait_for_signal ($mask, $processes) {
     my $is_over = 0;
@@ -23,8 +30,11 @@ my sub wait_for_signal ($mask, $processes) {
     local $SIG{CHLD} = sub { };
     while (!$is_over) {
         for my $text (sort keys $processes->%*) {
-            die "$text has ended unexpectedly - start the command again\n"
-                if !$processes->{$text}->is_running;
+            next if $processes->{$text}->is_running;
+
+            # systemd ends the processes of a service together with the command.
+            return if is_told_to_end();
+            die "$text has ended unexpectedly - start the command again\n";
         }
         POSIX::sigsuspend($mask);
     }
