@@ -150,6 +150,15 @@ subtest "a guest's path" => sub {
     );
 };
 
+subtest 'a guest that is called latest' => sub {
+    my $chain = new_chain(1);
+    my $store = $chain->store;
+    my $path = $chain->path_of(($chain->names)[0]);
+    write_file($chain->guest_dir . '/name', "latest\n");
+    is_deeply(run_of('verify', "$store/$_"), [0, "$path: ok\n", ''], $_)
+        for qw(latest latest/ latest/latest 100/latest);
+};
+
 subtest 'verify of selected archives' => sub {
     my $chain = new_chain(2);
     my $store = $chain->store;

@@ -155,7 +155,7 @@ sub start_blocked (@arguments) {
     $in->blocking(1);
     my $pid = fork() // die "fork: $!\n";
     if (!$pid) {
-        open(STDOUT, '>&', $in);
+        open(STDOUT, '>&', $in) or die "open: $!\n";
         exec(command(@arguments));
     }
     close($in);

@@ -73,9 +73,14 @@ my sub find_latest ($opt, $path) {
 
 # (directory, name) of the archive at that path; nothing if an archive cannot have this path.
 sub find_archive ($opt, $path) {
+    my $given = $path;
     my $is_latest = $path =~ s!/latest/*\z!!;
     my ($directory, $volname) = $path =~ m!\A(?:(.*)/)?((?:vm|ct)/[0-9]+/[^/]+)/*\z!s;
-    return find_latest($opt, $path) if $is_latest || !defined($volname);
+    if ($is_latest || !defined($volname)) {
+        my @found = find_latest($opt, $path);
+        @found = find_latest($opt, $given) if $is_latest && !@found;    # a guest called 'latest'
+        return @found;
+    }
     return (defined($directory) ? $directory eq '' ? '/' : $directory : '.', $volname);
 }
 
