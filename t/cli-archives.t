@@ -6,6 +6,8 @@ use FindBin;
 use lib "$FindBin::Bin/lib";
 
 use Fcntl qw(O_EXCL O_RDONLY);
+use File::Find ();
+use File::Temp ();
 use JSON::PP ();
 use Test::More;
 use Time::HiRes ();
@@ -214,6 +216,83 @@ subtest 'unreadable archives, and directories that are not archives' => sub {
     }
     $chain->forget(@names[0, 2, 3]);
     restores($chain, $paths[1], $names[1]);
+};
+
+subtest 'other things where guests and archives are' => sub {
+    my $chain = new_chain(2);
+    my ($store, @paths) = ($chain->store, paths($chain));
+    my @names = $chain->names;
+    write_file("$store/vm/101", '');
+    symlink('none', "$store/vm/102") or die "symlink: $!\n";
+    symlink('none', $chain->guest_dir . '/20260101T000000Z') or die "symlink: $!\n";
+    write_file($chain->guest_dir . '/20260102T000000Z', '');
+    is(run_of('list', $store)->[0], 0, 'files and links to nothing: list');
+    is_deeply(
+        run_of('verify', $store),
+        [0, join('', map { "$_: ok\n" } @paths), ''],
+        'files and links to nothing: verify'
+    );
+
+    # As a directory that this user may not read.
+    symlink('103', "$store/vm/103") or die "symlink: $!\n";
+    my $problem = qr{: cannot read \Q$store\E/vm/103 - };
+    for my $command (['list'], ['verify'], [qw(prune --keep-last 1 --dry-run)]) {
+        my $run = run_of($command->@*, $store);
+        is($run->[0], 1, "a guest that cannot be read: $command->[0]: exit status");
+        like($run->[1], qr/\Q$names[1]\E/, "$command->[0] shows the archives of the others");
+        like($run->[2], qr/\Apve-backup-access $command->[0]$problem/, "$command->[0] says which");
+    }
+    write_file($chain->guest_dir . '/name', "web1\n");
+    my $run = run_of('list', $store, '--guest', 'web1');
+    is_deeply([$run->@[0, 2]], [0, ''], 'another guest is found by name');
+    like(
+        run_of('list', $store, '--guest', 'none')->[2],
+        qr{cannot read \Q$store\E/vm/103/name - },
+        'but whether there is an unknown one cannot be said'
+    );
+    $run = run_of('prune', '--keep-last', 1, $store);
+    is_deeply([$run->@[0, 1]], [1, "removed $names[0]\n"], 'prune: others are pruned')
+        or diag($run->[2]);
+};
+
+# The name of the directory is in bytes, and messages contain it.
+subtest 'a directory with a name beyond ASCII' => sub {
+    my $tmp = File::Temp->newdir('pba-name-XXXXXXXX', TMPDIR => 1);
+    my $store = "$tmp/b\xc3\xa4ckups \"1\"";
+    my $chain = PBA::Test::Chain->new(store => $store)->add_archives(2);
+    my ($bad) = paths($chain);
+    write_file("$bad/manifest.json", 'x');
+    my $problem = "the manifest of archive $bad is damaged - it is not a JSON object";
+    utf8::decode(my $shown = $problem);
+    like(run_of('list', $store)->[1], qr/^\Q$bad\E: cannot be used - \Q$problem\E$/m, 'list');
+    my $list = $json->decode(run_of('list', $store, '--json')->[1]);
+    is($list->[0]{problem}, $shown, 'list --json');
+    my @dry_run = (qw(prune --keep-last 9 --dry-run), $store);
+    like(run_of(@dry_run)->[1], qr/ - damaged: \Q$problem\E/, 'prune --dry-run');
+    my $marks = $json->decode(run_of(@dry_run, '--json')->[1]);
+    like($marks->[0]{problems}[0], qr/\A\Q$shown\E/, 'prune --dry-run --json');
+};
+
+# Everything that stat shows of a store, except when it was read.
+sub state_of ($dir) {
+    my @found;
+    File::Find::find(
+        { no_chdir => 1, wanted => sub { push(@found, join(' ', $_, (lstat)[1 .. 7, 9, 10])) } },
+        $dir);
+    return join("\n", sort @found);
+}
+
+subtest 'what changes nothing' => sub {
+    my $chain = new_chain(3);
+    my ($store, @paths) = ($chain->store, paths($chain));
+    rename("$paths[0]/manifest.json", "$paths[0]/removed.json") or die "rename: $!\n";
+    write_file("$paths[1]/manifest.json", 'x');
+    mkdir($chain->guest_dir . '/.tmp-20260101T000000Z') or die "mkdir: $!\n";
+    my $before = state_of($store);
+    for my $command (['list'], [qw(prune --keep-last 1 --dry-run)]) {
+        is(run_of($command->@*, $store)->[0], 0, "$command->@*: exit status");
+        is(state_of($store), $before, "$command->@*: the store is as before");
+    }
 };
 
 # The content of the image as qemu-img reads it, in raw format.

@@ -230,6 +230,50 @@ subtest 'a leftover that cannot be removed' => sub {
     $base->check('with the next try');
 };
 
+# A new name of a file does not protect its content.
+subtest 'a copy of the store by hard links' => sub {
+    $base->use_copy($store);
+    my ($here, $linked) = ($base->store, $base->tmp . '/linked');
+    system('cp', '-al', $here, $linked) == 0 or die "cp: $?\n";
+    {
+        local $base->{expected} = { $base->{expected}->%* };
+        $base->provider->prune(100, 1);
+        $base->forget(@names[0, 1]);
+        $base->check('pruned');
+    }
+    $base->use_store($linked);
+    $base->check('the copy');
+};
+
+subtest 'the current directory does not exist any more' => sub {
+    require Cwd;
+    my $before = Cwd::getcwd();
+    local $base->{expected} = { $base->{expected}->%* };
+    $base->use_copy($store);
+    my $gone = $base->tmp . '/gone';
+    mkdir($gone) && chdir($gone) && rmdir($gone) or die "$gone: $!\n";
+    my $done = eval { $base->provider->remove($names[2]); 1 };
+    my $error = $@;
+    chdir($before) or die "$before: $!\n";
+    ok($done, 'an archive is removed') or diag($error);
+    $base->forget($names[2]);
+    $base->check('the others');
+};
+
+subtest 'a removal that fails midway' => sub {
+    $base->use_copy($store);
+    local $base->{expected} = { $base->{expected}->%* };
+    my $error
+        = with_failing('Content::commit_image', sub () { $base->provider->remove($names[0]) });
+    like(
+        $error,
+        qr/\Athe removal of archive \S+ could not be completed - not today - .* the next backup, prune or removal of this guest completes it$/,
+        'the error says what to do'
+    );
+    $base->forget($names[0]);
+    $base->check('it is completed');
+};
+
 subtest 'programs that are killed' => sub {
     $base->use_copy($store);
     my $image = of(3);

@@ -11,6 +11,7 @@ use Test::More;
 use Time::HiRes ();
 
 use PBA::Test::Chain;
+use PVE::BackupAccess::CLI::Archives;
 use PVE::BackupAccess::CLI::Restore;
 use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(drop_lock take_lock try_lock);
 
@@ -138,6 +139,85 @@ subtest 'the command looks for digests while it has the lock' => sub {
     my $status
         = PVE::BackupAccess::CLI::Restore::run({ quiet => 1 }, $base->path_of($oldest), $target);
     is_deeply([$status, @is_held], [0, 1, 1], 'for each disk');
+};
+
+my $Archives = 'PVE::BackupAccess::CLI::Archives';
+sub verify_store ($store) { return $Archives->can('verify')->({}, $store) }
+
+sub prune_store ($store) {
+    return $Archives->can('prune')->({ 'keep-last' => 1, wait => 60 }, $store);
+}
+
+# What a function of the command prints, and its exit status.
+sub said_by ($code) {
+    open(my $out, '>', \my $said) or die "open: $!\n";
+    open(my $err, '>', \my $warned) or die "open: $!\n";
+    local (*STDOUT, *STDERR) = ($out, $err);
+    my $status = $code->();
+    return ($status, $said // '', $warned // '');
+}
+
+# Runs the code, during which another process removes the oldest archive, before or after the first call of the provider's
+# method.
+sub with_removal ($when, $method, $code) {
+    my $class = 'PVE::BackupAccess::Provider::Qcow2Chain';
+    my ($real, $left) = ($class->can($method), 1);
+    my $remove = sub () { $base->provider->remove($oldest) if $left-- == 1 };
+    no strict 'refs';
+    no warnings 'redefine';
+    local *{"${class}::$method"} = sub (@arguments) {
+        $remove->() if $when eq 'before';
+        my $result = $real->(@arguments);
+        $remove->() if $when eq 'after';
+        return $result;
+    };
+    return said_by($code);
+}
+
+subtest 'archives that another process removes during a command' => sub {
+    my $copy = $base->use_copy($store);
+    my ($status, $said, $warned)
+        = with_removal(after => 'list', sub () { verify_store($copy) });
+    is($status, 0, 'verify: exit status');
+    is($said, join('', map { "$copy/$_: ok\n" } @names[1, 2]), 'verify: the others are in order');
+    is($warned, "$copy/$oldest: was removed in the meantime\n", 'verify: it says so');
+
+    $copy = $base->use_copy($store);
+    ($status, $said) = with_removal(before => 'prune', sub () { prune_store($copy) });
+    is($status, 0, 'prune: exit status');
+    is($said, "removed $names[1]\n", 'prune: it prints what it has removed itself');
+};
+
+# Between the look at the directory and that at the archive.
+subtest 'an archive that is removed during a list' => sub {
+    $base->use_copy($store);
+    my $real = PVE::BackupAccess::Provider::Qcow2Chain::Guest->can('names');
+    my $count = 0;
+    no warnings 'redefine';
+    local *PVE::BackupAccess::Provider::Qcow2Chain::Guest::names = sub (@arguments) {
+        my @found = $real->(@arguments);
+        $base->provider->remove($oldest) if !$count++;
+        return @found;
+    };
+    my $list = $base->provider->list(100);
+    is_deeply(
+        [map { [$_->@{qw(volname problem)}] } $list->@*],
+        [map { [$_, undef] } @names[1, 2]],
+        'it is not listed as unusable'
+    );
+};
+
+subtest 'verify of a store while an archive is removed' => sub {
+    my $copy = $base->use_copy($store);
+    my $end = hold('removal');
+    my ($status, $said) = said_by(sub () { verify_store($copy) });
+    $end->();
+    is($status, 1, 'exit status');
+    like(
+        $said,
+        qr{\A(?:\Q$copy\E/\S+: not verified\n  \S+ is in use: another process is removing an archive - [^\n]+\n){3}\z},
+        'it does not call them damaged'
+    );
 };
 
 subtest 'where nothing can be written' => sub {

@@ -12,7 +12,7 @@ use IO::Handle ();
 use Time::HiRes ();
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Try qw(attempt attempt_any rethrow);
+use PVE::BackupAccess::Try qw(attempt attempt_any reason rethrow);
 
 our @EXPORT_OK
     = qw(directory_exists entries file_exists fingerprint make_directory move read_file read_if_there remove_tree
@@ -106,12 +106,31 @@ sub make_directory ($path) {
     fail("cannot make the directory $path - " . ($error // $problem));
 }
 
+# Removes a directory and what is in it, or a file. Goes on after an error, and returns the first one. File::Path changes
+# the current directory meanwhile, and fails if this process may not return there.
+sub _remove_all ($path) {
+    no warnings 'recursion';    ## no critic (ProhibitNoWarnings): trees may be deep
+    my @about = lstat($path);
+    if (!@about || !-d _) {
+        return unlink($path) ? undef : "$path: $!";
+    }
+    chmod(0700, $path)
+        if ($about[2] & 0700) != 0700;    # a tree that was restored may have any permissions
+    my @problems;
+    my $error = attempt {
+        @problems = map { m/\A(.*)\z/s ? _remove_all("$path/$1") // () : () }
+            grep { !m/\A[.][.]?\z/ }
+            entries($path)
+    };
+    push(@problems, reason($error)) if $error;
+    rmdir($path) or push(@problems, "$path: $!");
+    return $problems[0];
+}
+
 sub remove_tree ($path) {
-    File::Path::remove_tree($path, { safe => 0, error => \my $errors });
-    my ($error) = map { values $_->%* } $errors->@*;
-    fail('cannot remove ' . $path . ' - ' . ($error // 'its server does not remove it'))
-        if file_exists($path);
-    return;
+    my $problem = _remove_all($path);
+    return if !file_exists($path);
+    fail("cannot remove $path - " . ($problem // 'its server does not remove it'));
 }
 
 # What NFS and FUSE call a removed file until the last program has closed it.
@@ -134,10 +153,14 @@ sub fingerprint ($path) {
     return { size => $stat[7], mtime => sprintf('%.6f', $stat[9]) };
 }
 
+# Data that the disk does not return is damaged.
 sub sha256 ($path) {
     open(my $fh, '<:raw', $path) or fail("cannot read $path - $!");
     my $digest = Digest::SHA->new(256);
-    fail("cannot read $path - $!") if attempt_any { $digest->addfile($fh) };
+    my $error = attempt_any { $digest->addfile($fh) };
+    PVE::BackupAccess::Error->throw($!{EIO} ? 'ContentError' : 'SystemError',
+        "cannot read $path - $!")
+        if $error;
     return $digest->hexdigest;
 }
 

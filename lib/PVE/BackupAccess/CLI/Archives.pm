@@ -4,25 +4,26 @@ package PVE::BackupAccess::CLI::Archives;
 
 use v5.36;
 
-use List::Util qw(max);
+use JSON::PP ();
+use List::Util qw(max uniq);
 use POSIX ();
 
 use PVE::BackupAccess::CLI qw(usage_error);
 use PVE::BackupAccess::CLI::Access qw(text);
 use PVE::BackupAccess::CLI::ArchivePath qw(archive_at find_archive provider_for without_slash);
 use PVE::BackupAccess::CLI::Output qw(say_error say_json say_out);
-use PVE::BackupAccess::CLI::Store qw(check_store store_name_of store_number_of);
+use PVE::BackupAccess::CLI::Store qw(check_store store_name_of store_number_of store_numbers);
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(check_name);
 use PVE::BackupAccess::Retention qw(periods);
-use PVE::BackupAccess::Try qw(attempt);
+use PVE::BackupAccess::Try qw(attempt reason rethrow);
 
 # ---- list ----
 
 my sub print_archive ($opt, $directory, $entry) {
     my $path = text("$directory/$entry->{volname}");
     if (defined($entry->{problem})) {
-        say_out("$path: cannot be used - $entry->{problem}");
+        say_out("$path: cannot be used - " . text($entry->{problem}));
         return;
     }
     my $time = POSIX::strftime('%Y-%m-%d %H:%M:%S', localtime($entry->{time}));
@@ -54,81 +55,123 @@ my sub vmid_of ($opt, $directory) {
         // die "there is no guest '$name' in $directory\n";
 }
 
+# The numbers of the guests that a command is for.
+my sub vmids_of ($opt, $directory) {
+    my $vmid = vmid_of($opt, $directory);
+    return $vmid if defined($vmid);
+    return sort { $a <=> $b } store_numbers($opt, check_store($opt, $directory));
+}
+
+# Calls the code for each guest, and goes on if it dies. Prints the errors. Returns whether there were any.
+my sub each_guest ($command, $code, @vmids) {
+    my @errors;
+    for my $vmid (@vmids) {
+        my $error = attempt { $code->($vmid) };
+        push(@errors, $error // ());
+    }
+    say_error("pve-backup-access $command: $_") for @errors;
+    return @errors ? 1 : 0;
+}
+
+# The entries of all guests, and whether one of them could not be listed.
+my sub entries_of ($opt, $directory, $provider, $command) {
+    my @list;
+    my $status = each_guest(
+        $command,
+        sub ($vmid) { push(@list, $provider->list($vmid)->@*) },
+        vmids_of($opt, $directory)
+    );
+    return ($status, @list);
+}
+
+# An entry for JSON. The names of files in texts are bytes.
+my sub readable ($entry) {
+    my %texts = map { $_ => text($entry->{$_}) } grep { defined($entry->{$_}) } qw(problem);
+    for my $key (grep { $entry->{$_} } qw(damaged problems)) {
+        $texts{$key} = [map { text($_) } $entry->{$key}->@*];
+    }
+    return { $entry->%*, %texts };
+}
+
 sub list ($opt, $directory) {
     my $provider = provider_for($directory, $opt);
-    my $list = $provider->list(vmid_of($opt, $directory));
+    my ($status, @list) = entries_of($opt, $directory, $provider, 'list');
     if ($opt->{json}) {
-        say_json($list);
+        say_json([map { readable($_) } @list]);
     }
-    elsif ($list->@*) {
+    elsif (@list) {
         my $shown = without_slash($directory);
-        print_archive($opt, $shown, $_) for $list->@*;
+        print_archive($opt, $shown, $_) for @list;
     }
-    else {
+    elsif ($status == 0) {
         say_error("there are no archives in $directory");
     }
-    return 0;
+    return $status;
 }
 
 # ---- verify ----
 
-# [provider, volname, path in the user's form] of each archive that a path means.
+# Whether a guest could not be looked at, and [provider, volname, path in the user's form] of each archive that a path means.
 my sub archives_of ($opt, $path) {
     if (my ($directory, $volname) = find_archive($opt, $path)) {
         usage_error('--vmid and --guest need a DIRECTORY, not an archive')
             if defined($opt->{vmid} // $opt->{guest});
         my $provider = provider_for($directory, $opt);
         die "there is no archive $path\n" if !$provider->has($volname);
-        return [$provider, $volname, without_slash($directory) . "/$volname"];
+        return (0, [$provider, $volname, without_slash($directory) . "/$volname"]);
     }
     my $provider = provider_for($path, $opt);
     my $shown = without_slash($path);
-    return
-        map { [$provider, $_->{volname}, "$shown/$_->{volname}"] }
-        $provider->list(vmid_of($opt, $path))->@*;
+    my ($status, @list) = entries_of($opt, $path, $provider, 'verify');
+    die "there are no archives in $path - check that the directory is right and mounted\n"
+        if !@list && !$status;
+    return ($status, map { [$provider, $_->{volname}, "$shown/$_->{volname}"] } @list);
 }
 
-# The line for an intact archive. The digests of version 0.1 do not prove what was read from the
-# guest.
+# The line for an archive. The digests of version 0.1 do not prove what was read from the guest.
 my sub verdict ($result) {
+    return 'not verified' if $result->{unverified};
     return 'DAMAGED' if $result->{problems}->@*;
     return 'ok' if !$result->{unproven}->@*;
     return 'no damage found, but not proven intact: the archive has no digests of '
         . join(', ', $result->{unproven}->@*);
 }
 
-# An image that several archives build on is only read once.
+# An image that several archives build on is only read once. Returns undef if another process has removed the archive in the
+# meantime.
 my sub verify_one ($provider, $volname, $path, $seen) {
-    my @problems = $provider->verify($volname, $seen)->@*;
-    my $unproven = @problems ? [] : $provider->unproven($volname);
-    my %result = (problems => \@problems, unproven => $unproven);
+    my (@problems, @unproven);
+    my $error = attempt {
+        @problems = $provider->verify($volname, $seen)->@*;
+        @unproven = $provider->unproven($volname)->@* if !@problems;
+    };
+    return undef if ($error || @problems) && !$provider->has($volname);
+    @problems = reason($error) if $error;
     return {
         archive => text($path),
-        map {
-            $_ => [map { text($_) } $result{$_}->@*]
-        } keys %result
+        problems => [map { text($_) } @problems],
+        unproven => [map { text($_) } @unproven],
+        $error ? (unverified => JSON::PP::true) : (),
     };
 }
 
 sub verify ($opt, @paths) {
-    my (@results, %seen);
+    my ($failed, @results, %seen) = (0);
     for my $given (@paths) {
-        my @archives = archives_of($opt, $given)
-            or die
-            "there are no archives in $given - check that the directory is right and mounted\n";
+        my ($status, @archives) = archives_of($opt, $given);
+        $failed ||= $status;
         for my $archive (@archives) {
             my ($provider, $volname, $path) = $archive->@*;
             my $result = verify_one($provider, $volname, $path, \%seen);
-
-            # A prune has removed it in the meantime.
-            next if $result->{problems}->@* && !$provider->has($volname);
-            push(@results, $result);
+            say_error(text($path) . ': was removed in the meantime') if !$result && !$opt->{quiet};
+            push(@results, $result // next);
+            $failed ||= $result->{problems}->@* ? 1 : 0;
             next if $opt->{json} || ($opt->{quiet} && !$result->{problems}->@*);
             say_out(text($path) . ': ' . verdict($result), map { "  $_" } $result->{problems}->@*);
         }
     }
     say_json(\@results) if $opt->{json};
-    return (grep { $_->{problems}->@* } @results) ? 1 : 0;
+    return $failed;
 }
 
 # ---- prune and remove ----
@@ -154,9 +197,10 @@ my sub rules ($opt) {
 my sub show_marks ($archives) {
     for my $archive ($archives->@*) {
         my $problem = $archive->{problems}[0];
+        my $what = $archive->{unsure} ? ' - cannot be checked: ' : ' - damaged: ';
         say_out(
             sprintf('%-9s  %s', $archive->{mark}, $archive->{volname})
-                . (defined($problem) ? ' - damaged: ' . text($problem) : ''));
+                . (defined($problem) ? $what . text($problem) : ''));
     }
 }
 
@@ -165,47 +209,50 @@ my sub names ($provider, $vmid) {
     return map { $_->{volname} } $provider->list($vmid)->@*;
 }
 
-# Prunes each guest, even if another guest could not be pruned. Returns the removed archives and the
-# errors.
-my sub prune_guests ($provider, $keep, @vmids) {
-    my (@removed, @problems);
-    for my $vmid (@vmids) {
-        my @before = names($provider, $vmid);
-        my $error = attempt { $provider->prune($vmid, $keep) };
-        push(@problems, $error) if $error;
-        my %stays = map { $_ => 1 } names($provider, $vmid);
-        push(@removed, grep { !$stays{$_} } @before);
-    }
-    return (\@removed, @problems);
+# Returns the archives that were removed from a guest. If the prune fails, adds those that it had removed until then, and dies.
+my sub prune_guest ($provider, $keep, $removed, $vmid) {
+    my @before = names($provider, $vmid);
+    my $error = attempt { push($removed->@*, $provider->prune($vmid, $keep)->@*) };
+    return if !$error;
+    my %stays = map { $_ => 1 } names($provider, $vmid);
+    push($removed->@*, grep { !$stays{$_} } @before);
+    rethrow($error);
+}
+
+my sub show_removed ($opt, $status, @removed) {
+    return say_json(\@removed) if $opt->{json};
+    return if $opt->{quiet};
+    say_out(map { "removed $_" } @removed);
+    say_error('nothing to remove') if !@removed && !$status;
 }
 
 sub prune ($opt, $directory) {
     my $keep = rules($opt);
     my $provider = provider_for($directory, $opt);
-    my %vmids = map { $_->{vmid} => 1 } $provider->list(vmid_of($opt, $directory))->@*;
-    my @vmids = sort { $a <=> $b } keys %vmids;
+    my ($unlisted, @list) = entries_of($opt, $directory, $provider, 'prune');
+    my @vmids = uniq(map { $_->{vmid} } @list);
 
     # This warning is shown with --quiet too. Otherwise, a job whose directory is wrong or no longer mounted would look
     # like a job that has nothing to remove.
     say_error("warn: there are no archives in $directory"
             . " - check that the directory and the guest are right, and that it is mounted")
-        if !@vmids;
-    if ($opt->{'dry-run'}) {
-        my @archives = map { $provider->retention($_, $keep)->@* } @vmids;
-        $opt->{json} ? say_json(\@archives) : show_marks(\@archives);
-        return 0;
+        if !@vmids && !$unlisted;
+    my @results;
+    my $do
+        = $opt->{'dry-run'}
+        ? sub ($vmid) { push(@results, $provider->retention($vmid, $keep)->@*) }
+        : sub ($vmid) { prune_guest($provider, $keep, \@results, $vmid) };
+    my $status = each_guest('prune', $do, @vmids) || $unlisted;
+    if (!$opt->{'dry-run'}) {
+        show_removed($opt, $status || !@vmids, @results);
     }
-    my ($removed, @problems) = prune_guests($provider, $keep, @vmids);
-    if ($opt->{json}) {
-        say_json($removed);
+    elsif ($opt->{json}) {
+        say_json([map { readable($_) } @results]);
     }
     else {
-        say_out(map { "removed $_" } $removed->@*) if !$opt->{quiet};
-        say_error('nothing to remove')
-            if @vmids && !$removed->@* && !@problems && !$opt->{quiet};
+        show_marks(\@results);
     }
-    say_error("pve-backup-access prune: $_") for @problems;
-    return @problems ? 1 : 0;
+    return $status;
 }
 
 sub remove ($opt, $path) {

@@ -12,7 +12,8 @@ use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(merge_image);
 use PVE::BackupAccess::Provider::Store::Digests qw(bytes_to_add merge_digests);
 use PVE::BackupAccess::File
     qw(file_exists fingerprint make_directory move read_file read_if_there remove_tree replace_file sha256 sync write_file);
-use PVE::BackupAccess::Provider::Qcow2Chain::Image qw($cluster_size create_image image_problem);
+use PVE::BackupAccess::Provider::Qcow2Chain::Image
+    qw($cluster_size bytes_to_separate create_image image_problem separate);
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use PVE::BackupAccess::Provider::Qcow2Chain::Tar qw(stream_problem);
 use PVE::BackupAccess::Provider::Store::Manifest
@@ -412,7 +413,7 @@ sub merge_space ($self, $device, $parent) {
     return -s $self->image($device) if !defined($digests);
 
     my $is_compressed = $parent->device($device)->{compressed};
-    return $spare + (-s $digests)
+    return $spare + (-s $digests) + bytes_to_separate($parent->image($device))
         + bytes_to_add($digests, $parent->digests($device), $is_compressed);
 }
 
@@ -451,6 +452,7 @@ sub absorb ($self, $device, $parent) {
     if ($is_there) {
         my $problem = $self->merge_problem($device, $parent);
         fail($problem, device => $device) if defined($problem);
+        separate($theirs);
         merge_image($self, $device, $theirs);
         sync($theirs);
     }

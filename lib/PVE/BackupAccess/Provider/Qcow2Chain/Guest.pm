@@ -239,23 +239,25 @@ sub remove ($self, $name) {
         my $error = attempt { $problem = $self->_child_problem($children->{$device}, $device) };
         $problem = reason($error) if $error;
         next if !defined($problem);
+        my $advice = $error && !is_damage($error) ? '' : " - remove $child first";
         $Error->throw(
             'ArchiveError',
-            "archive $name cannot be merged into $child, which builds on it - $problem - remove $child first",
+            "archive $name cannot be merged into $child, which builds on it - $problem$advice",
             device => $device
         );
     }
-    if ($children->%*) {
-        $self->_check_space($name, $children);
+    return $self->discard($name) if !$children->%*;
+    $self->_check_space($name, $children);
 
-        # Marked before the first merge, which changes the archive's images: after a crash, clean completes the removal of
-        # marked archives.
-        $self->archive($name)->mark_removed;
-        $self->_finish_removal($name);
-    }
-    else {
-        $self->discard($name);
-    }
+    # Marked before the first merge, which changes the archive's images: after a crash, clean completes the removal of
+    # marked archives.
+    $self->archive($name)->mark_removed;
+    my $error = attempt { $self->_finish_removal($name) };
+    $Error->throw($error->class,
+              "the removal of archive $name could not be completed - "
+            . reason($error)
+            . ' - what builds on it can still be restored, and the next backup, prune or removal of this guest completes it'
+    ) if $error;
     return;
 }
 

@@ -8,9 +8,11 @@ use Exporter qw(import);
 use JSON::PP ();
 
 use PVE::BackupAccess::Error;
+use PVE::BackupAccess::File qw(move sync);
 use PVE::BackupAccess::Program qw(how_ended run_program run_program_to_file);
 
-our @EXPORT_OK = qw($cluster_size commit_image create_image extents image_chain image_problem);
+our @EXPORT_OK
+    = qw($cluster_size bytes_to_separate commit_image create_image extents image_chain image_problem separate);
 
 my $Error = 'PVE::BackupAccess::Error';
 my $json = JSON::PP->new->latin1->canonical;    # of bytes, which stay as they are
@@ -98,6 +100,25 @@ sub extents ($file) {
             "what $qemu_img map prints about $file is cut off - is the directory for temporary files full?"
         );
     };
+}
+
+# Whether the file has other names: hard links, by which a copy of the store may have been made (cp -al).
+my sub is_shared ($file) { return ((stat($file))[3] // 1) > 1 }
+
+# The space that separate takes.
+sub bytes_to_separate ($file) { return is_shared($file) ? 512 * (stat($file))[12] : 0 }
+
+# Before the file is changed, gives it data of its own, so that what its other names show stays the same.
+sub separate ($file) {
+    return if !is_shared($file);
+    my ($status, undef, $message)
+        = run_program('cp', '--sparse=always', '-p', '--', $file, "$file.new");
+    $Error->throw('SystemError',
+        "cannot copy $file, which has hard links - " . $message =~ s/\n.*//sr)
+        if $status != 0;
+    sync("$file.new");
+    move("$file.new", $file);
+    return;
 }
 
 # Writes the image's own data into its backing file. The content seen through the image does not change.

@@ -12,6 +12,7 @@ use List::Util qw(uniq);
 use PVE::BackupAccess::Argument qw(bad_argument);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::File qw(entries file_exists make_directory read_if_there replace_file);
+use PVE::BackupAccess::Try qw(attempt rethrow);
 use PVE::BackupAccess::Wait qw(wait_for_lock);
 
 our @EXPORT_OK = qw(check_name name_of number_for number_of numbers_in);
@@ -28,9 +29,14 @@ sub check_name ($name) {
     return $checked;
 }
 
-# The numbers of guests that have a directory in one of these.
+# The numbers of guests that have a directory in one of these. A plain file may have any name.
 sub numbers_in (@directories) {
-    return uniq(map { m/\A([1-9][0-9]{0,8})\z/ ? $1 : () } map { entries($_) } @directories);
+    return uniq(
+        map {
+            my $directory = $_;
+            map { m/\A([1-9][0-9]{0,8})\z/ && !-f "$directory/$_" ? $1 : () } entries($directory);
+        } @directories
+    );
 }
 
 # The name of the guest with that number, undef if it has none.
@@ -40,11 +46,16 @@ sub name_of ($store, $vmid) {
     return $name;
 }
 
-# The number of the guest with that name, undef if there is none.
+# The number of the guest with that name, undef if there is none. Dies if that is unknown, because a name cannot be read.
 sub number_of ($store, $name) {
+    my $unread;
     for my $vmid (numbers_in("$store/vm")) {
-        return $vmid if (name_of($store, $vmid) // '') eq $name;
+        my $known;
+        my $error = attempt { $known = name_of($store, $vmid) };
+        return $vmid if ($known // '') eq $name;
+        $unread //= $error;
     }
+    rethrow($unread) if $unread;
     return undef;
 }
 

@@ -64,6 +64,7 @@ sub list_guest ($guest, $place, $time_of) {
         $entry->{protected} = 1 if $guest->is_protected($name);
         my $archive;
         my $error = attempt { $archive = $guest->archive($name) };
+        next if $error && !$guest->has($name);    # another process has just removed it
         $entry->{problem} = reason($error) if $error;
         $entry->@{qw(size devices)} = ($archive->file_size, parts_of($archive)) if $archive;
         my @damage = $archive ? damage_of($archive, \%damaged) : ();
