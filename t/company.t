@@ -317,6 +317,35 @@ sub check_export_of_raw () {
     return;
 }
 
+# QEMU lets others write to the flash chips of a UEFI guest, but nothing does.
+sub check_flash ($name) {
+    my $dir = File::Temp->newdir('pba-flash-XXXXXXXX', TMPDIR => 1);
+    my $flash_size = 256 << 10;
+    my $blockdev = sub ($node, $is_fixed) {
+        my $file = "$dir/$node";
+        open(my $fh, '>', $file) or die "$file: $!\n";
+        truncate($fh, $flash_size) or die "$file: $!\n";
+        my %file = (driver => 'file', filename => $file, discard => 'unmap');
+        my %raw = (driver => 'raw', 'node-name' => $node, file => \%file, discard => 'unmap');
+        $raw{'read-only'} = JSON::PP::true if $is_fixed;
+        return \%raw;
+    };
+    my $backend = $Backend->start_paused(
+        name => $name,
+        machine => 'pc,pflash0=firmware,pflash1=variables',
+        disks => [{ id => 'disk0', size => $size }],
+        args => [
+            map { ('-blockdev', JSON::PP->new->encode($_)) } $blockdev->('firmware', 1),
+            $blockdev->('variables', 0)
+        ],
+    );
+    $backend->vm->qmp('blockdev-add', $blockdev->('variables-fleecing', 0)->%*) if $name eq 'pve';
+    my $before = $backend->outside;
+    ok(eval { back_up($backend, 'variables') }, 'the variables of the firmware') or diag($@);
+    is_deeply($backend->outside, $before, 'nothing is left');
+    return;
+}
+
 # The guest device has an ID that other objects have, too.
 sub check_ambiguous_id () {
     my $backend = $Backend->start(
@@ -376,6 +405,8 @@ sub check_passed_through ($type, $returns) {
 }
 
 subtest "backend $_: a shared disk" => sub { check_shared($_) }
+    for $Backend->names;
+subtest "backend $_: a flash chip" => sub { check_flash($_) }
     for $Backend->names;
 if (!$VM->is_proxmox) {
     subtest 'an ID that several objects have' => sub { check_ambiguous_id() };

@@ -34,11 +34,39 @@ static bool check_job(PbaAccess *access, const PbaBlock *block, JsonObject *devi
     return false;
 }
 
-static bool check_shared(const PbaAccess *access, const PbaBlock *block, JsonObject *device,
+/* Whether the guest device has the property share-rw, and it is on. A flash chip, as of UEFI, has
+ * no such property: there, QEMU only has no reason to forbid writes by others (7.2 to 11.0). */
+static bool is_told_to_share(PbaAccess *access, JsonObject *device, GError **error)
+{
+    const char *qdev = pba_json_find_string(device, "qdev");
+    g_autofree char *path = qdev && *qdev ? pba_block_qom_path(qdev) : NULL;
+    GError *local = NULL;
+
+    if (!path) {
+        return true;
+    }
+    g_autoptr(JsonNode) value = pba_qmp_execute(
+        access->qmp, "qom-get", pba_json("{'path': <%s>, 'property': <'share-rw'>}", path), &local);
+    if (pba_error_is_fatal(local)) {
+        g_propagate_error(error, local);
+        return true;
+    }
+    g_clear_error(&local);
+    return value && JSON_NODE_HOLDS_VALUE(value) && json_node_get_boolean(value);
+}
+
+static bool check_shared(PbaAccess *access, const PbaBlock *block, JsonObject *device,
                          GError **error)
 {
-    if (access->options.allow_shared || !pba_company_shares_writes(block, device)) {
+    GError *local = NULL;
+
+    if (access->options.allow_shared || !pba_company_shares_writes(block, device) ||
+        !is_told_to_share(access, device, &local)) {
         return true;
+    }
+    if (local) {
+        g_propagate_error(error, local);
+        return false;
     }
     pba_error_set(
         error, PBA_ERROR_UNSUPPORTED,
