@@ -145,6 +145,18 @@ subtest 'names' => sub {
     );
 };
 
+subtest 'empty drives and USB disks' => sub {
+    my $tray = disk('', 'n1', empty => 1, removable => $true);
+    my $beside = disk('', '/machine/peripheral/v1/virtio-backend', node => 'n1');
+    is_deeply(
+        chosen([$tray, $beside], {}),
+        [['/machine/peripheral/v1'], []],
+        'a name that an empty drive has is not used'
+    );
+    my $usb = disk('', '/machine/peripheral/stick/stick.0/legacy[0]', node => 'libvirt-2-format');
+    is_deeply(chosen([$usb], {}), [['stick'], []], "libvirt's USB disk: the device's id");
+};
+
 subtest 'fleecing' => sub {
     my @disks = (@good, disk('drive-scsi0-fleecing', 'f0'));
     is_deeply(
@@ -165,6 +177,14 @@ subtest '--exclude' => sub {
             [['drive-virtio1'], ['drive-scsi0 is left out: --exclude names it']], $name);
     }
     is_deeply(chosen(\@good, \%types, exclude => [@names])->[0], [], 'all disks are excluded');
+    my $empty = disk('drive-ide2', 'ide2', empty => 1, removable => $true);
+    for my $name (qw(drive-ide2 ide2 /machine/peripheral/ide2)) {
+        is_deeply(
+            chosen([@good, $empty], \%types, exclude => [$name]),
+            [\@names, []],
+            "$name: a drive without a medium"
+        );
+    }
     my @crossed = (disk('', 'a', node => 'b'), disk('', 'b', node => 'c'));
     is(
         chosen(\@crossed, {}, exclude => ['b']),

@@ -110,10 +110,14 @@ sub check_task ($backend, $id, @names) {
 }
 
 sub command ($backend, @arguments) {
+    my $store = $backend->work_dir('command');
+    return run_command('backup', $store, guest($backend), '--vmid', 100, '--json', @arguments);
+}
+
+sub guest ($backend) {
     my @guest = ('--qmp', $backend->qmp_path, '--run-dir', $backend->work_dir('run'));
     push(@guest, '--fleecing-dir', $backend->work_dir('fleecing')) if $backend->name eq 'upstream';
-    my $store = $backend->work_dir('command');
-    return run_command('backup', $store, @guest, '--vmid', 100, '--json', @arguments);
+    return @guest;
 }
 
 sub devices_in ($run) {
@@ -137,6 +141,11 @@ sub check_device ($backend, $id, @names) {
             = $backend->work_dir('command') . '/' . $json->decode($run->{out})->{'archive-name'};
         check_restore($backend, $archive, $id, @names)
             if $name eq $names[0] && $backend->name eq 'upstream';
+    }
+    PVE::BackupAccess->forget($backend->options, log => sub { });
+    for my $name (@names) {
+        my $run = run_command('map', $name, guest($backend));
+        like($run->{out}, qr/\A\Q$name\E, target command\@/, "map $name") or diag($run->{err});
     }
 }
 
@@ -178,6 +187,32 @@ sub check_ambiguous ($backend) {
     is_deeply(devices_in(command($backend)), $all, 'the command itself takes clear names');
 }
 
+# The ID of a new guest device is the name of another disk's drive.
+sub check_drive_name ($backend) {
+    my $vm = $backend->vm;
+    my %null = (driver => 'null-co', size => $mib, 'read-zeroes' => JSON::PP::true);
+    $vm->qmp('blockdev-add', %null, 'node-name' => 'crossed');
+    my %device = (driver => 'scsi-hd', bus => 'scsihw-lun.0', 'scsi-id' => 1);
+    $vm->qmp('device_add', %device, id => 'drive-lun', drive => 'crossed');
+    for my $name (qw(crossed lun-dev)) {
+        my %request = (device => $name, 'bitmap-mode' => 'new', base => undef);
+        my ($info) = eval { backup($backend, \%request, 1) };
+        is($@, '', "$name: a backup");
+        is($info->{'bitmap-node-name'}, node_of($vm, $name), "$name: of its disk");
+    }
+    my $error = refusal(sub { $backend->access->setup([{ device => 'drive-lun' }]) });
+    like($error, qr/\Adevice drive-lun: is the name of several disks/, 'a name of both');
+    my $run = command($backend);
+    is($run->{status}, 0, 'the command itself takes clear names') or diag($run->{err});
+}
+
+# The node of the disk whose node or guest device has this name.
+sub node_of ($vm, $name) {
+    my ($device) = grep { ($_->{qdev} // '') eq $name || $_->{inserted}{'node-name'} eq $name }
+        grep { $_->{inserted} } $vm->qmp('query-block')->@*;
+    return $device->{inserted}{'node-name'};
+}
+
 for my $name (PBA::Test::Backend->names) {
     my $backend = PBA::Test::Backend->start_paused(
         name => $name,
@@ -207,8 +242,9 @@ for my $name (PBA::Test::Backend->names) {
             );
         }
     }
-    subtest 'an ambiguous name' => sub { check_ambiguous($backend) }
-        if $name eq 'upstream';
+    next if $name ne 'upstream';
+    subtest 'an ambiguous name' => sub { check_ambiguous($backend) };
+    subtest 'the name of a drive' => sub { check_drive_name($backend) };
 }
 
 done_testing;

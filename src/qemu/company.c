@@ -53,17 +53,6 @@ static bool is_below(const Company *company, gint64 id)
     return g_hash_table_contains(company->below, as_key(id));
 }
 
-/* In the graph, the block backend has its own name, or the name of its guest device. */
-static gint64 find_backend(const PbaBlock *block, JsonObject *device)
-{
-    const char *name = device ? pba_json_find_string(device, "device") : NULL;
-
-    if (device && (!name || !*name)) {
-        name = pba_json_find_string(device, "qdev");
-    }
-    return pba_graph_id(block, PBA_GRAPH_BACKEND, name);
-}
-
 static gint64 child_of(const PbaBlock *block, gint64 parent)
 {
     PbaEdgeWalk at = pba_graph_edges(block);
@@ -74,6 +63,48 @@ static gint64 child_of(const PbaBlock *block, gint64 parent)
         }
     }
     return 0;
+}
+
+/* Whether the backend uses the node, itself or through filters of jobs. */
+static bool uses(const PbaBlock *block, gint64 backend, const char *node)
+{
+    const char *at = pba_graph_node_name(block, child_of(block, backend));
+
+    /* A wrong graph may be a ring, so this takes no more steps than there are nodes. */
+    for (guint i = 0; at && i < json_array_get_length(block->nodes); i++) {
+        if (g_strcmp0(at, node) == 0) {
+            return true;
+        }
+        const char *below = pba_block_find_child(block, at, "file");
+        at = below ? below : pba_block_find_child(block, at, "backing");
+    }
+    return false;
+}
+
+/* In the graph, the block backend has its own name, or the name of its guest device. One disk's
+ * drive may have the name of another disk's device. */
+static gint64 find_backend(const PbaBlock *block, JsonObject *device)
+{
+    const char *name = device ? pba_json_find_string(device, "device") : NULL;
+    JsonArray *entries = pba_json_find_array(block->graph, "nodes");
+    gint64 found = 0;
+
+    if (device && (!name || !*name)) {
+        name = pba_json_find_string(device, "qdev");
+    }
+    for (guint i = 0; name && entries && i < json_array_get_length(entries); i++) {
+        JsonObject *entry = pba_json_element(entries, i);
+        if (!entry || g_strcmp0(pba_json_find_string(entry, "type"), PBA_GRAPH_BACKEND) != 0 ||
+            g_strcmp0(pba_json_find_string(entry, "name"), name) != 0) {
+            continue;
+        }
+        gint64 id = pba_graph_number(entry, "id");
+        if (uses(block, id, pba_block_device_node(device))) {
+            return id;
+        }
+        found = found ? found : id;
+    }
+    return found;
 }
 
 /* Needs as many rounds as the graph is deep. */

@@ -45,11 +45,12 @@ sub status_of ($opt) {
 # Whether the bitmap has a companion, which may contain the ID of a backup.
 sub is_tied ($bitmap) { return $bitmap->{name} =~ m/\Apba-tied:/ }
 
-# The bitmap of a device, from status. Without --target-id, it must be the only one.
-sub bitmap_of ($opt, $device) {
+# The bitmap of a device with these names, from status. Without --target-id, it must be the only one.
+sub bitmap_of ($opt, $device, @names) {
     my $target = defined($opt->{'target-id'}) ? text($opt->{'target-id'}) : undef;
     my @all = grep { defined($_->{'target-id'}) } status_of($opt)->{bitmaps}->@*;
-    my @bitmaps = grep { ($_->{device} // '') eq $device && !$_->{background} } @all;
+    my %is_name = map { $_ => 1 } $device, @names;
+    my @bitmaps = grep { $is_name{ $_->{device} // '' } && !$_->{background} } @all;
     my @known = @bitmaps ? () : uniq(sort grep { defined } map { $_->{device} } @all);
     my @found = grep { !defined($target) || $_->{'target-id'} eq $target } @bitmaps;
     my %has_tied = map { $_->{'target-id'} => 1 } grep { is_tied($_) } @found;

@@ -11,7 +11,7 @@ use PVE::BackupAccess;
 use PVE::BackupAccess::CLI::Monitor qw(ask hashes);
 use PVE::BackupAccess::Provider::Store::Disks qw(guest_device);
 
-our @EXPORT_OK = qw(choose_disks);
+our @EXPORT_OK = qw(choose_disks names_of_disk);
 
 # Guest devices whose data does not go through QEMU's block layer, or for which the guest can bypass it.
 my $scsi = q(it passes SCSI commands through, so QEMU's dirty bitmaps do not record its writes);
@@ -64,12 +64,18 @@ my sub types_of ($path) {
     return \%type;
 }
 
-# { name, id, path, names, why } of each drive with a medium. why: the reason to omit it, or undef.
+# { name, id, path, names, why } of each drive. why: the reason to omit it, or undef. An empty drive has
+# is_empty instead: it is no disk, but its names may be those of a disk.
 my sub look_at ($path, $disk) {
-    my ($medium) = hashes('query-block', [$disk->{inserted} // return]);
     my $device = device_of($disk->{qdev} // '');
+    my @names = ((grep { $_ ne '' } $disk->{device} // ''), $device->{names}->@*);
+    return { name => $names[-1], names => \@names, is_empty => 1 }
+        if @names && !$disk->{inserted};
+    my ($medium) = hashes('query-block', [$disk->{inserted} // return]);
     my $node = $medium->{'node-name'} // return;
-    my $name = $disk->{device} // '';
+
+    # The images of a guest that is off have names that the user gave.
+    my $name = $disk->{'given-name'} // $disk->{device} // '';
     $name = lasting_name(named_node($path, $node), $device) // return if $name eq '';
     my $why
         = !defined($disk->{qdev}) ? 'no device of the guest uses it'
@@ -79,7 +85,7 @@ my sub look_at ($path, $disk) {
     return {
         $device->%{qw(id path)},
         name => $name,
-        names => [uniq($name, $node, $device->{names}->@*)],
+        names => [uniq($name, $node, @names)],
         why => $why,
     };
 }
@@ -110,7 +116,7 @@ my sub leave_out ($disks, @names) {
     for my $name (@names) {
         my @found = grep { has_name($_, $name) } $disks->@*;
         die "--exclude: the guest has no disk '$name' - it has "
-            . join(', ', sort(uniq(map { $_->{name} } $disks->@*))) . "\n"
+            . join(', ', sort(uniq(map { $_->{name} } grep { !$_->{is_empty} } $disks->@*))) . "\n"
             if !@found;
         my @meant = uniq(map { $_->{name} } @found);
         die "--exclude: '$name' is the name of several disks - give another name: "
@@ -119,6 +125,18 @@ my sub leave_out ($disks, @names) {
         $_->{why} //= '--exclude names it' for @found;
     }
     return;
+}
+
+# All names of the disk that has this name; nothing if there is none.
+sub names_of_disk ($path, $name) {
+    my $command = 'query-block';
+    my @disks = map { look_at($path, $_) } hashes($command, ask($path, $command));
+    name_clearly(@disks);
+    my @found = grep { has_name($_, $name) } @disks;
+    my @meant = uniq(map { $_->{name} } @found);
+    die "device $name: is the name of several disks - give another name: @{[join(', ', @meant)]}\n"
+        if @meant > 1;
+    return uniq(map { $_->{names}->@* } @found);
 }
 
 # (names, lines): the names of the disks, and a line for each disk that is omitted, by --exclude or for another reason.
@@ -136,6 +154,7 @@ sub choose_disks ($path, @excluded) {
         map { { name => $_, names => [$_], why => $passes_by{ $type_of->{$_} } } }
         grep { $passes_by{ $type_of->{$_} } && !$known{$_} } sort keys $type_of->%*);
     leave_out(\@disks, @excluded);
+    @disks = grep { !$_->{is_empty} } @disks;
     return (
         [uniq(map { $_->{name} } grep { !defined($_->{why}) } @disks)],
         [map { "$_->{name} is left out: $_->{why}" } grep { defined($_->{why}) } @disks],

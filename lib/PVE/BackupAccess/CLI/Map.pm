@@ -13,6 +13,7 @@ use List::Util qw(max);
 use PVE::BackupAccess::CLI qw(usage_error);
 use PVE::BackupAccess;
 use PVE::BackupAccess::CLI::Access qw(access_options bitmap_of is_tied text);
+use PVE::BackupAccess::CLI::Disks qw(names_of_disk);
 use PVE::BackupAccess::CLI::Guest qw(device_named);
 use PVE::BackupAccess::CLI::Map::Heat;
 use PVE::BackupAccess::CLI::Map::SVG;
@@ -40,13 +41,15 @@ my sub read_regions ($volume, $each) {
     }
 }
 
-# The request to setup that leaves the bitmap as it is.
+# The request to setup that leaves the bitmap as it is, whatever name the backups use for the disk.
 my sub request_for ($access, $device, $bitmap) {
     my %request = (device => $device, 'bitmap-mode' => 'use');
     return \%request if !is_tied($bitmap);
-    $request{base} = $access->bases($device)->{$device} // die
-        "device $device: its bitmap cannot be used, or the backups use another name for the disk"
-        . " - the next backup is a full one\n";
+    my $seen = $access->_sizes_and_bases($device)->{$device};
+    $request{base} = $seen->{base} // $seen->{'alias-base'}
+        // die "device $device: its bitmap cannot be used: "
+        . ($seen->{reason} // 'it has just been lost') . "\n";
+    $request{identity} = $seen->{identity};
     return \%request;
 }
 
@@ -129,7 +132,8 @@ sub run ($opt, $device) {
     $device = device_named($opt, text($device));
     usage_error('--json and --svg exclude each other')
         if $opt->{json} && $opt->{svg};
-    my $bitmap = bitmap_of($opt, $device);
+    my $bitmap = bitmap_of($opt, $device, names_of_disk($opt->{qmp}, $device));
+    $bitmap->{device} = $device;
     my $options = { access_options($opt), 'target-id' => $bitmap->{'target-id'} };
     if ($opt->{json}) {
         my $spool = File::Temp->new(TMPDIR => 1);
