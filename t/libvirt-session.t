@@ -17,11 +17,12 @@ my $problem = PBA::Test::Libvirt->problem;
 plan(skip_all => $problem) if defined($problem);
 
 my $mib = 1 << 20;
-my %device = (vda => 'virtio-disk0', sda => 'scsi0-0-0-0');
+my %device = (vda => 'virtio-disk0', sda => 'scsi0-0-0-0', sdb => 'usb-disk1');
 
 my $libvirt = PBA::Test::Libvirt->start('session');
 $libvirt->add_disk('vda', bus => 'virtio', size => 16 * $mib, format => 'qcow2');
 $libvirt->add_disk('sda', bus => 'scsi', size => 4 * $mib, format => 'raw');
+$libvirt->add_disk('sdb', bus => 'usb', size => 4 * $mib, format => 'raw');
 $libvirt->start_domain;
 
 my $dir = $libvirt->dir . '/home';
@@ -59,7 +60,11 @@ sub run_tests () {
     like($run->{err}, qr/^\Q$_\E: storing an increment/m, "an increment of $_")
         for sort values %device;
     is($libvirt->must('dumpxml', 'web1'), $xml, q(libvirt's view of the domain is unchanged));
-    like(run_command('status', @guest)->{out}, qr/^no backup is running$/m, 'status');
+    my $status = run_command('status', @guest)->{out};
+    like($status, qr/^no backup is running$/m, 'status');
+    like($status, qr/ \Q$_\E +0 B +recording/, "status: $_") for sort values %device;
+    my $one = run_command('backup', "$dir/store", @guest, qw(--device sdb));
+    like($one->{err}, qr/^usb-disk1: storing an increment/m, '--device by target');
     $libvirt->must('destroy', 'web1');
     back_up('off', '--target-id', 'default');
     done_testing;

@@ -70,10 +70,12 @@ sub backup ($store, $guest, $names, %opt) {
     my $volname = $provider->backup_init(100, 'qemu', $time += 60)->{'archive-name'};
     my $answer = $provider->backup_vm_query_incremental(100,
         { map { $_ => told($disk{$_}, $_, %opt) } keys %disk });
+    $opt{then}->() if $opt{then};
     my (%volumes, %modes);
     for my $name (keys %disk) {
         $disk{$name}{disk}{device} = $name;
         $volumes{$name} = $disk{$name}{disk}->open(mode_of($disk{$name}, $name, $answer->{$name}));
+        $volumes{$name}{identity} = $disk{$name}{identity} if !$opt{blind};
         $modes{$name} = $volumes{$name}{'bitmap-mode'};
     }
     my $id = PVE::BackupAccess->new_id;
@@ -156,6 +158,44 @@ subtest 'a name that moves to another disk' => sub {
     ($modes) = backup('other', $guest, ['y', 'x'], blind => 1);
     is_modes($modes, { x => 'new', y => 'new' }, 'exchanged names without identities: full');
     check('other', 'exchanged');
+};
+
+# QEMU numbers devices without an ID anew at each start: after a device is added before them, the second disk has
+# the path that the first one had.
+subtest 'guest devices without an ID' => sub {
+    my $guest = guest('g');
+    my $number = sub ($first) {
+        $guest->{disks}[$_]{identity}
+            = 'device /machine/peripheral-anon/device[' . ($first + $_) . ']/virtio-backend'
+            for 0, 1;
+    };
+    my %node = (x => 'x', y => 'y');
+    $number->(0);
+    my (undef, $only) = backup('anonymous', $guest, [undef, 'y'], node => \%node);
+    $number->(1);
+    my ($modes, $first) = backup('anonymous', $guest, ['x', undef], node => \%node);
+    is_modes($modes, { x => 'new' }, 'the first disk has the path of the second one: full');
+    my ($entry) = grep { $_->{volname} eq $first } provider('anonymous')->list(100)->@*;
+    is($entry->{devices}{x}{parent}, undef, 'it does not build on the other disk');
+    ($modes) = backup('anonymous', $guest, ['x', undef], node => \%node);
+    is_modes($modes, { x => 'reuse' }, 'the next one builds on it');
+    my @removed = provider('anonymous')->prune(100, 1)->@*;
+    is(scalar(grep { $_ eq $only } @removed), 0, 'prune keeps the only archive of the second one');
+    is(scalar(@removed), 1, 'and one of the two archives of the first one');
+    check('anonymous', 'pruned');
+};
+
+# Between the question and the instant, another disk gets the name.
+subtest 'a name that moves during a backup' => sub {
+    my $guest = guest('h');
+    my $one = $guest->{disks}[0];
+    backup('moves', $guest, ['x', 'y']);
+    my ($modes, $moved)
+        = backup('moves', $guest, ['x', undef], then => sub { $one->{identity} = 'drive new' });
+    is_modes($modes, { x => 'new' }, 'full');
+    my ($entry) = grep { $_->{volname} eq $moved } provider('moves')->list(100)->@*;
+    is($entry->{devices}{x}{identity}, 'drive new', 'the archive has the identity of its data');
+    check('moves', 'moved');
 };
 
 subtest 'archives without identities of disks' => sub {

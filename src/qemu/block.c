@@ -52,31 +52,41 @@ const char *pba_block_device_node(JsonObject *device)
     return inserted ? pba_json_find_string(inserted, "node-name") : NULL;
 }
 
-/* query-block shows the ID, or the QOM path of the object that contains the ID. */
+/* The guest device that contains the one that query-block shows: a virtio disk, or a usb-storage,
+ * which makes a SCSI disk of its own (QEMU: scsi_bus_legacy_add_drive). The caller frees it; NULL:
+ * the device itself is shown. */
+static char *containing_path(const char *path)
+{
+    static const char virtio[] = "/virtio-backend";
+    static const char usb[] = "/legacy[0]";
+
+    if (g_str_has_suffix(path, virtio)) {
+        return g_strndup(path, strlen(path) - strlen(virtio));
+    }
+    if (!g_str_has_suffix(path, usb)) {
+        return NULL;
+    }
+    g_autofree char *bus = g_strndup(path, strlen(path) - strlen(usb));
+    return g_path_get_dirname(bus);
+}
+
+/* query-block shows the ID, or the QOM path of an object that has no ID. */
 char *pba_block_qdev_id(const char *qdev)
 {
     static const char peripheral[] = "/machine/peripheral/";
+    g_autofree char *outer = containing_path(qdev);
+    const char *path = outer ? outer : qdev;
 
-    if (!g_str_has_prefix(qdev, peripheral)) {
-        return *qdev == '/' ? NULL : g_strdup(qdev);
+    if (!g_str_has_prefix(path, peripheral)) {
+        return *path == '/' ? NULL : g_strdup(path);
     }
-    const char *id = qdev + sizeof(peripheral) - 1;
-    size_t length = strcspn(id, "/");
-    return id[length] == '\0' || strcmp(id + length, "/virtio-backend") == 0 ? g_strndup(id, length)
-                                                                             : NULL;
+    const char *id = path + strlen(peripheral);
+    return *id && !strchr(id, '/') ? g_strdup(id) : NULL;
 }
 
 char *pba_block_qom_path(const char *qdev)
 {
     return *qdev == '/' ? g_strdup(qdev) : g_strconcat("/machine/peripheral/", qdev, NULL);
-}
-
-/* A virtio disk's device contains the one that query-block shows. */
-static char *containing_path(const char *path)
-{
-    static const char end[] = "/virtio-backend";
-
-    return g_str_has_suffix(path, end) ? g_strndup(path, strlen(path) - strlen(end)) : NULL;
 }
 
 GPtrArray *pba_block_device_names(JsonObject *device)
@@ -330,14 +340,21 @@ static bool is_above(const PbaBlock *block, const char *node, const char *below)
 }
 
 /* Whether the name is one such as libvirt-3-format, which libvirt renumbers with each snapshot and
- * start. */
+ * start, or one that Image.pm gives to a node whose disk has another name. */
 static bool is_numbered(const char *node)
 {
-    return g_str_has_prefix(node, "libvirt-") && g_ascii_isdigit(node[strlen("libvirt-")]);
+    static const char *const prefixes[] = {"libvirt-", "unnamed-"};
+
+    for (size_t i = 0; i < G_N_ELEMENTS(prefixes); i++) {
+        if (g_str_has_prefix(node, prefixes[i]) && g_ascii_isdigit(node[strlen(prefixes[i])])) {
+            return true;
+        }
+    }
+    return false;
 }
 
 /* The name for users: the drive's ID, else the node's name if it is permanent, else the device's
- * ID. */
+ * ID, else its path. */
 static char *device_name(const PbaBlock *block, JsonObject *device, const char *root)
 {
     const char *name = pba_json_find_string(device, "device");
@@ -347,7 +364,11 @@ static char *device_name(const PbaBlock *block, JsonObject *device, const char *
     if (!name || !*name) {
         name = first_node(block, root, is_named);
     }
-    return name && !(id && is_numbered(name)) ? g_strdup(name) : g_steal_pointer(&id);
+    if (name && !(id && is_numbered(name))) {
+        return g_strdup(name);
+    }
+    char *outer = id || !qdev ? NULL : containing_path(qdev);
+    return id ? g_steal_pointer(&id) : outer ? outer : g_strdup(qdev);
 }
 
 char *pba_block_device_above(const PbaBlock *block, const char *node)

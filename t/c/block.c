@@ -33,6 +33,10 @@ static const char devices[] =
     "{\"device\": \"\", \"inserted\": {\"image\": {\"virtual-size\": 1}, \"node-name\": "
     "\"disk2\"}, "
     "\"qdev\": \"/machine/peripheral/data1\"}, "
+    "{\"device\": \"\", \"inserted\": {\"image\": {\"virtual-size\": 1}, \"node-name\": "
+    "\"disk3\"}, \"qdev\": \"/machine/peripheral/usb0/usb0.0/legacy[0]\"}, "
+    "{\"device\": \"\", \"inserted\": {\"image\": {\"virtual-size\": 1}, \"node-name\": "
+    "\"disk4\"}, \"qdev\": \"/machine/peripheral-anon/device[2]/scsi.0/legacy[0]\"}, "
     "7, null, [], {}, {\"device\": 5, \"qdev\": {}, \"inserted\": []}, "
     "{\"device\": \"odd\", \"inserted\": {\"image\": 5, \"node-name\": 7}}]";
 
@@ -99,6 +103,12 @@ static void test_devices(void)
         {"device[0]", NULL},
         {"disk1", "disk1"},
         {"data1", "disk2"},
+        {"usb0", "disk3"},
+        {"/machine/peripheral/usb0", "disk3"},
+        {"/machine/peripheral/usb0/usb0.0/legacy[0]", "disk3"},
+        {"/machine/peripheral/usb0/usb0.0", NULL},
+        {"/machine/peripheral-anon/device[2]", "disk4"},
+        {"legacy[0]", NULL},
         {"virtio", NULL},
         {"virtio0/virtio-backend", NULL},
         {"", NULL},
@@ -217,7 +227,7 @@ static void test_graph(void)
     ok(!end || strcmp(end, "self") == 0, "a node above itself, too");
 }
 
-/* During an access: on Proxmox with a throttle filter, and with -drive; on a stock QEMU; and a disk
+/* During an access: on Proxmox with a throttle filter, and with -drive; on a stock QEMU; and disks
  * whose nodes have generated names. */
 static void test_device_above(void)
 {
@@ -227,8 +237,12 @@ static void test_device_above(void)
                     "'#block4'}}, {'device': '', 'qdev': 'scsi2', 'inserted': {'node-name': "
                     "'pba-raw-2'}}, {'device': '', 'qdev': "
                     "'/machine/peripheral/data3/virtio-backend', 'inserted': {'node-name': "
-                    "'#block8'}}]"),
-        parse_array("[{}, {}, {}, {}, {}, {}, {}, {}]"),
+                    "'#block8'}}, {'device': '', 'qdev': "
+                    "'/machine/peripheral-anon/device[0]/virtio-backend', 'inserted': "
+                    "{'node-name': '#block9'}}, {'device': '', 'qdev': 'long', 'inserted': "
+                    "{'node-name': 'unnamed-0'}}, {'device': '', 'qdev': 'usb', 'inserted': "
+                    "{'node-name': 'unnamed'}}]"),
+        parse_array("[{}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}]"),
         parse_object("{'nodes': [{'id': 1, 'type': 'block-driver', 'name': '#block1'}, "
                      "{'id': 2, 'type': 'block-driver', 'name': 'drive-scsi0'}, "
                      "{'id': 3, 'type': 'block-driver', 'name': 'f0scsi0'}, "
@@ -236,7 +250,10 @@ static void test_device_above(void)
                      "{'id': 5, 'type': 'block-driver', 'name': 'pba-raw-2'}, "
                      "{'id': 6, 'type': 'block-driver', 'name': 'pba-cbw-2'}, "
                      "{'id': 7, 'type': 'block-driver', 'name': 'disk2'}, "
-                     "{'id': 8, 'type': 'block-driver', 'name': '#block8'}], "
+                     "{'id': 8, 'type': 'block-driver', 'name': '#block8'}, "
+                     "{'id': 9, 'type': 'block-driver', 'name': '#block9'}, "
+                     "{'id': 10, 'type': 'block-driver', 'name': 'unnamed-0'}, "
+                     "{'id': 11, 'type': 'block-driver', 'name': 'unnamed'}], "
                      "'edges': [{'parent': 1, 'child': 2, 'name': 'file'}, "
                      "{'parent': 2, 'child': 3, 'name': 'file'}, "
                      "{'parent': 5, 'child': 6, 'name': 'file'}, "
@@ -246,8 +263,15 @@ static void test_device_above(void)
         const char *node;
         const char *device;
     } lookups[] = {
-        {"f0scsi0", "drive-scsi0"}, {"drive-scsi0", "drive-scsi0"}, {"#block4", "drive-ide0"},
-        {"disk2", "disk2"},         {"#block8", "data3"},           {"nothing", NULL},
+        {"f0scsi0", "drive-scsi0"},
+        {"drive-scsi0", "drive-scsi0"},
+        {"#block4", "drive-ide0"},
+        {"disk2", "disk2"},
+        {"#block8", "data3"},
+        {"nothing", NULL},
+        {"unnamed-0", "long"},
+        {"unnamed", "unnamed"},
+        {"#block9", "/machine/peripheral-anon/device[0]"},
     };
     for (size_t i = 0; i < G_N_ELEMENTS(lookups); i++) {
         g_autofree char *device = pba_block_device_above(&block, lookups[i].node);

@@ -261,6 +261,10 @@ sub _store ($self, $task, $volumes, $info) {
         my ($size) = ($volumes->{$device}{size} // '') =~ m/\A([0-9]{1,19})\z/
             or bad_argument("device $device: its volume has no size");
         $checked{$device} = { $volumes->{$device}->%*, size => 0 + $size };
+
+        # The caller has looked again since it asked, and another disk may have got the name.
+        my $identity = $volumes->{$device}{identity};
+        $task->{about}{$device}{identity} = $identity if defined($identity);
     }
     return $self->_store_devices(
         $task, \%checked,

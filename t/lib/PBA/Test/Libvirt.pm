@@ -245,8 +245,10 @@ sub qmp ($self) { return PVE::BackupAccess::Libvirt->qmp($self->{name}, connect 
 
 # Writes to the disk as the guest would, that is to the image that is active at that time.
 sub write ($self, $device, $byte, $offset, $length) {
-    my $type = $device =~ m/\Avirtio/ ? "$device/virtio-backend" : $device;
-    my $line = qq(qemu-io -d /machine/peripheral/$type "write -P $byte $offset $length");
+    my ($bus) = $device =~ m/\A(virtio|usb)/;
+    my %inside = (virtio => '/virtio-backend', usb => "/$device.0/legacy[0]");
+    my $path = "/machine/peripheral/$device" . ($inside{ $bus // '' } // '');
+    my $line = qq(qemu-io -d $path "write -P $byte $offset $length");
     my $said = $self->qmp->('human-monitor-command', { 'command-line' => $line });
     die "QEMU did not write: $said" if $said =~ m/error|failed|invalid/i;
     return;

@@ -13,9 +13,9 @@ use PVE::BackupAccess::Argument qw(bad_argument);
 our @EXPORT_OK = qw(builders device_meant disk_keys find_alias find_device guest_device missing);
 
 # The ID, undef if it has none, and the QOM path of a guest device, by the path that query-block shows:
-# a virtio disk's device contains the one that is shown.
+# the device of a virtio disk, or of a usb-storage, contains the one that is shown.
 sub guest_device ($shown) {
-    my $path = $shown =~ s!/virtio-backend\z!!r;
+    my $path = $shown =~ s!/(?:virtio-backend|[^/]+/legacy\[0\])\z!!r;
     my ($id) = $path =~ m!\A/machine/peripheral/([^/]+)\z!;
     return ($id, $path);
 }
@@ -25,7 +25,8 @@ my sub names_in ($identity) {
     my ($kind, $name) = $identity =~ m!\A(drive|device) (.+)\z!s or return;
     return $name if $kind eq 'drive';
     my ($id, $path) = guest_device($name);
-    return ($id, $path, "$path/virtio-backend");
+    my $usb = defined($id) ? "$path/$id.0/legacy[0]" : undef;
+    return ($id, $path, $name, "$path/virtio-backend", $usb);
 }
 
 # All names of a disk: in the backup, of its node, and of its drive or guest device.
@@ -33,13 +34,23 @@ my sub names_of ($device, $about) {
     return uniq(grep { defined } $device, $about->{node}, names_in($about->{identity} // ''));
 }
 
+# The disk's identity. QEMU numbers the guest devices that have no ID anew at each start, so that another disk may get
+# the path of a device: then the name of the disk's node tells which disk it is.
+my sub lasting_identity ($device, $about) {
+    my $identity = $about->{identity} // return undef;
+    return $identity if $identity !~ m!\Adevice /machine/(?:peripheral-anon|unattached)/!;
+    return "$identity with " . ($about->{node} // $device);
+}
+
 # The disk's name in the archive, undef if the archive does not have it. The disk is found by the identity in about if
 # that is known and the archive has identities, else by its name.
 sub find_device ($archive, $device, $about) {
-    my $identity = $about->{identity};
+    my $identity = lasting_identity($device, $about);
     my $same = $archive->device($device);
     return $same ? $device : undef if !defined($identity);
-    my ($found) = grep { ($archive->device($_)->{identity} // '') eq $identity } $archive->devices;
+    my ($found)
+        = grep { (lasting_identity($_, $archive->device($_)) // '') eq $identity }
+        $archive->devices;
     return $found // ($same && !defined($same->{identity}) ? $device : undef);
 }
 
@@ -54,12 +65,13 @@ sub find_alias ($archive, $device, $about) {
 
 # Why the archive does not have the disk.
 sub missing ($archive, $device, $about) {
-    my $same = ($archive->device($device) // {})->{identity};
+    my $same = lasting_identity($device, $archive->device($device) // {});
     return 'archive ' . $archive->name . " does not have the disk $device" if !defined($same);
     return
           "$device is another disk in archive "
         . $archive->name
-        . ": $same, not $about->{identity}";
+        . ": $same, not "
+        . lasting_identity($device, $about);
 }
 
 # The devices of the archive that build on $device of the archive $name.
@@ -77,7 +89,7 @@ my sub only_disks (@archives) {
     for my $archive (@archives) {
         for my $device ($archive->devices) {
             my $about = $archive->device($device);
-            my $identity = $about->{identity} // next;
+            my $identity = lasting_identity($device, $about) // next;
             $named{$_}{$identity} = 1 for names_of($device, $about);
         }
     }
@@ -92,7 +104,7 @@ my sub only_disks (@archives) {
 sub disk_keys (@archives) {
     my $disk_of = only_disks(@archives);
     return sub ($archive, $device) {
-        my $identity = $archive->device($device)->{identity} // $disk_of->($device);
+        my $identity = lasting_identity($device, $archive->device($device)) // $disk_of->($device);
         return defined($identity) ? "disk $identity" : "name $device";
     };
 }
