@@ -14,6 +14,7 @@ use POSIX ();
 use Test::More;
 
 use PBA::Test::Command qw(run_command start_command);
+use PBA::Test::VM;
 use PVE::BackupAccess;
 use PVE::BackupAccess::Image;
 
@@ -117,6 +118,72 @@ subtest 'the names of disks, and the UUID' => sub {
     unlike($log, qr/nothing of/, 'another guest: a full backup');
 };
 
+# Names that are not valid as names of nodes.
+subtest 'odd names' => sub {
+    my %file = map { $_ => "$dir/$_.qcow2" } '100-disk-0', 'a-name-of-more-than-31-characters',
+        "\xe2\x82\xac";
+    tool(qw(qemu-img create -q -f qcow2), $_, '1M') for values %file;
+    my @names = sort keys %file;
+    for my $kind ('a full image', 'an increment') {
+        my $run = back_up((map { ('--image', $file{$_}) } @names), qw(--guest odd));
+        is($run->{status}, 0, "$kind: status") or diag($run->{err});
+        for my $name (@names) {
+            like($run->{err}, qr/^\Q$name\E: storing $kind/m, "$kind: $name");
+        }
+        my $out = File::Temp->newdir('pba-image-XXXXXXXX', TMPDIR => 1);
+        run_command('restore', "$dir/store/odd", "$out");
+        is_deeply(
+            [sort map { m{/([^/]+)\.raw\z} } glob("$out/*")],
+            [sort @names],
+            "$kind: the files"
+        );
+        @names = reverse(@names);
+    }
+    my $run = run_command('status', map { ('--image', $_) } values %file);
+    like($run->{out}, qr/ \Q$_\E +0 B +recording/, "status: $_") for @names;
+};
+
+# The name of a disk's node, or of its guest device, by which the running guest was backed up.
+subtest 'the names of the running guest' => sub {
+    my $uuid = '00000000-0000-4000-8000-000000000003';
+    my $vm = PBA::Test::VM->start(
+        guest => 0,
+        paused => 1,
+        memory => 32,
+        args => ['-uuid', $uuid],
+        disks => [
+            { id => 'node', size => 1 << 20, format => 'qcow2' },
+            { id => 'drive', size => 1 << 20, format => 'qcow2', shape => 'drive', bus => 'scsi' },
+            { id => 'raw', size => 1 << 20 },
+        ],
+    );
+    my %id = (node => 'node', 'drive-dev' => 'drive', raw => 'raw');
+    my @named = map { ('--image', "$_=" . $vm->disk($id{$_})->{file}) } sort keys %id;
+    my @running = ('--qmp', $vm->qmp_path, '--run-dir', "$dir/run", '--persistent');
+    my $next = sub ($name, @options) {
+        my $run = back_up(@options, qw(--guest live));
+        is($run->{status}, 0, "$name: status") or diag($run->{err});
+        like($run->{err}, qr/^$_: dirty-bitmap status: OK \(64\.0 KiB of/m, "$name: $_")
+            for qw(node drive-dev);
+        like($run->{err}, qr/^raw: read in full, stored 64\.0 KiB that differ/m, "$name: raw")
+            if $name eq 'off';
+        my $out = File::Temp->newdir('pba-image-XXXXXXXX', TMPDIR => 1);
+        run_command('restore', $run->{out} =~ s/\n//r, "$out");
+        for my $device (sort keys %id) {
+            my $image = $vm->raw_image($id{$device});
+            is(system('cmp', '-s', "$out/$device.raw", $image), 0, "$name: $device is the disk");
+        }
+    };
+    my @devices = map { ('--device', $_) } sort keys %id;
+    is(back_up(@running, @devices, qw(--guest live))->{status}, 0, 'running: the first backup');
+    $vm->qemu_io($_, 'write -P 1 0 64k') for values %id;
+    $vm->quit;
+    $next->('off', @named, '--uuid', $uuid);
+    $vm->restart;
+    $vm->qemu_io($_, 'write -P 2 128k 64k') for values %id;
+    $next->('running again', @running, @devices);
+};
+
 sub open_image ($name) {
     return PVE::BackupAccess::Image->start(
         disks => [{ device => $name, file => $file{$name}, format => $format{$name} }]);
@@ -206,7 +273,7 @@ subtest 'names and directories' => sub {
         @guest, '--image', "$dir/again/disk.raw");
     refused('not UTF-8', 1, qr/the path is not UTF-8/, '--image', "$dir/\xff.raw", qw(--guest x));
     my $run = back_up(qw(--guest two --image),
-        "$dir/\xc3\xbc.raw", '--image', "image0=$dir/again/disk.raw");
+        "$dir/\xc3\xbc.raw", '--image', "unnamed-0=$dir/again/disk.raw");
     is($run->{status}, 0, q(a name that another disk's node might have)) or diag($run->{err});
     {
         local $ENV{TMPDIR} = "$dir/a,b";

@@ -51,12 +51,12 @@ my %options = (
 );
 
 # The name of the disk's block node: the disk's own name where it is valid as a node name, otherwise a name that
-# no disk has.
+# no disk has, and that the core does not take for the disk's (is_numbered in src/qemu/block.c).
 my sub node_name ($index, @disks) {
     my $device = $disks[$index]{device};
     return $device if $device =~ m/\A[A-Za-z][A-Za-z0-9._-]{0,30}\z/;
     my %is_device = map { $_->{device} => 1 } @disks;
-    my $name = "image$index";
+    my $name = "unnamed-$index";
     $name .= '-' while $is_device{$name};
     return $name;
 }
@@ -131,14 +131,40 @@ my sub ask ($self, $command, $arguments) {
     die "$error" =~ s/\Aqmp command '[^']*' failed - //r;
 }
 
-# Sets 'is drive' for each disk that the guest's QEMU knows as a drive and not as a node attached to a device.
-# The names of the bitmaps contain a hash of which it is.
+# Whether the image's bitmap belongs to the disk with that identity, of which its companion's name has a hash.
+my sub has_bitmap_of ($disk, $identity) {
+    utf8::encode($identity);
+    my $hash = substr(sha256_hex($identity), 0, 8);
+    return grep { m/\Apba-id:[0-9a-f]+:[0-9a-f]+:$hash:/ } $disk->{companions}->@*;
+}
+
+# Makes the answers to queries say that the disk is this drive, or the disk of this guest device.
+my sub identify_as ($disk, $identity) {
+    my ($kind, $name) = $identity =~ m/\A(drive|device) (.+)\z/s or return;
+    $disk->{drive} = $kind eq 'drive' ? $name : '';
+    $disk->{qdev} = $kind eq 'drive' ? $disk->{device} : $name;
+    return;
+}
+
+# In the guest's QEMU, a disk is a drive, or a node attached to a guest device.
 my sub find_drives ($self) {
     my %node = map { $_->{'node-name'} => $_ } ask($self, 'query-named-block-nodes', {})->@*;
     for my $disk ($self->{disks}->@*) {
-        my $hash = substr(sha256_hex("drive $disk->{device}"), 0, 8);
         my @bitmaps = map { $_->{name} // '' } ($node{ $disk->{node} }{'dirty-bitmaps'} // [])->@*;
-        $disk->{'is drive'} = grep { m/\Apba-id:[0-9a-f]+:[0-9a-f]+:$hash:/ } @bitmaps;
+        $disk->{companions} = [grep { m/\Apba-id:/ } @bitmaps];
+        my ($device, $drive) = map { "$_ $disk->{device}" } 'device', 'drive';
+        identify_as($disk, has_bitmap_of($disk, $drive) ? $drive : $device);
+    }
+    return;
+}
+
+# identities: { device => [identities that the disk of this name had in archives, the newest first] }. The bitmap in
+# the image shows which one is right. Without a bitmap, it is the newest: the data is compared in any case.
+sub _identify ($self, $identities) {
+    for my $disk ($self->{disks}->@*) {
+        my @known = ($identities->{ $disk->{device} } // [])->@*;
+        @known = grep { has_bitmap_of($disk, $_) } @known if $disk->{companions}->@*;
+        identify_as($disk, $known[0]) if @known;
     }
     return;
 }
@@ -224,10 +250,12 @@ sub DESTROY ($self) {
 
 # ---- QMP ----
 
-# The path of qom-set contains the name of the disk.
+my sub path_of ($disk) {
+    return $disk->{qdev} =~ m!\A/! ? $disk->{qdev} : "/machine/peripheral/$disk->{qdev}";
+}
+
 my sub disk_at ($self, $path) {
-    my ($id) = $path =~ m!\A/machine/peripheral/(.*)\z!s;
-    my ($disk) = grep { defined($id) && $_->{device} eq $id } $self->{disks}->@*;
+    my ($disk) = grep { path_of($_) eq $path } $self->{disks}->@*;
     return $disk // die "Device '$path' not found\n";
 }
 
@@ -236,8 +264,9 @@ my sub devices ($self) {
     return [
         map {
             +{
-                device => $_->{'is drive'} ? $_->{device} : '',
-                qdev => $_->{device},
+                device => $_->{drive},
+                'given-name' => $_->{device},
+                qdev => $_->{qdev},
                 locked => JSON::PP::false,
                 removable => JSON::PP::false,
                 type => 'unknown',
@@ -253,7 +282,8 @@ my sub graph ($self) {
     my %id = map { $_->{name} => $_->{id} } $graph->{nodes}->@*;
     for my $disk ($self->{disks}->@*) {
         my $id = (1 << 40) + $disk->{id};
-        push($graph->{nodes}->@*, { id => $id, type => 'block-backend', name => $disk->{device} });
+        my $name = $disk->{drive} ne '' ? $disk->{drive} : $disk->{qdev};
+        push($graph->{nodes}->@*, { id => $id, type => 'block-backend', name => $name });
         push(
             $graph->{edges}->@*,
             {
@@ -280,7 +310,7 @@ my %answers = (
     'query-block' => sub ($self, $arguments) { return devices($self) },
     'x-debug-query-block-graph' => sub ($self, $arguments) { return graph($self) },
     'qom-list' => sub ($self, $arguments) {
-        return [map { +{ name => $_->{device}, type => 'child<image>' } } $self->{disks}->@*];
+        return [map { +{ name => $_->{qdev}, type => 'child<image>' } } $self->{disks}->@*];
     },
     'qom-get' => sub ($self, $arguments) {
         disk_at($self, $arguments->{path});

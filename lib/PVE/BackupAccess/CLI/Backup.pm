@@ -148,6 +148,19 @@ my sub devices_of ($opt) {
     return ($devices, $left_out);
 }
 
+# While a guest is off, only its archives tell which drive or guest device a disk is when it runs.
+my sub identify_images ($opt, $directory, $vmid) {
+    my $guest = ask($opt->{qmp}, 'query-uuid')->{UUID};
+    my %identities;
+    my $archives = provider_in($opt, $directory, 'none', sub { })->list($vmid);
+    for my $archive (grep { ($_->{guest} // $guest) eq $guest } reverse($archives->@*)) {
+        my $devices = $archive->{devices} // {};
+        push($identities{$_}->@*, $devices->{$_}{identity} // ()) for keys $devices->%*;
+    }
+    $opt->{images}->_identify(\%identities);
+    return;
+}
+
 # Makes all checks that are possible before the backup begins, and returns the plan.
 my sub plan ($opt, $directory) {
     my $vmid = vmid_of($opt);
@@ -159,6 +172,7 @@ my sub plan ($opt, $directory) {
     my ($devices, $left_out) = devices_of($opt);
     my @known = store_numbers($opt, $directory);
     $vmid //= store_number_for($opt, $directory, $name);
+    identify_images($opt, $directory, $vmid) if $opt->{images};
     my $is_new = @known && !grep { $_ == $vmid } @known;
     return {
         vmid => $vmid,
