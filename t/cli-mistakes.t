@@ -120,6 +120,10 @@ subtest 'a manifest that was changed' => sub {
     );
     my $list = $json->decode(run_of('list', $chain->store, '--json')->[1]);
     like($list->[0]{damaged}[0], qr/the manifest .* is damaged/, 'the damage in JSON');
+    write_file($file, read_file($file) =~ s/"files" : \{/"files" : { "x" : " ",/r);
+    my $odd = run_of('list', $chain->store);
+    is($odd->[0], 0, 'an odd entry: list works');
+    like($odd->[1], qr/: cannot be used - .* the entry of one of its files/, 'and says so');
 };
 
 subtest "a guest's path" => sub {

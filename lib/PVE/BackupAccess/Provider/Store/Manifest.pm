@@ -63,6 +63,9 @@ sub manifest_fault ($manifest, $formats) {
     return 'its guest is not a text' if exists($manifest->{guest}) && !is_text($manifest->{guest});
     return 'its devices or files are missing'
         if grep { !is_hash($manifest->{$_}) } qw(devices files);
+    return 'the entry of one of its files is not valid'
+        if grep { !is_hash($_) || ($_->{size} // 0) !~ m/\A[0-9]{1,19}\z/ }
+        values $manifest->{files}->%*;
     return undef;
 }
 
