@@ -9,7 +9,7 @@ use lib 't/lib';
 use File::Temp ();
 use Test::More;
 
-use PBA::Test::PerlRules;
+use PBA::Test::PerlRules qw(bare_evals long_files long_functions long_names long_waits wall_clocks);
 
 my $dir = File::Temp->newdir('pba-rules-XXXXXXXX', TMPDIR => 1);
 
@@ -43,7 +43,7 @@ sub check_lines ($gate, $rule, $found_as, %cases) {
     return;
 }
 
-check_lines('evals', \&PBA::Test::PerlRules::bare_evals, 'a bare eval', %evals);
+check_lines('evals', \&bare_evals, 'a bare eval', %evals);
 
 my %waits = (
     'a child' => ['waitpid($pid, 0);', 1],
@@ -61,7 +61,42 @@ my %waits = (
     'a comment' => ['work();    # not waitpid($pid, 0)', 0],
 );
 
-check_lines('waits', \&PBA::Test::PerlRules::long_waits, 'a wait without an end', %waits);
+check_lines('waits', \&long_waits, 'a wait without an end', %waits);
+
+my %clocks = (
+    'a deadline' => ['my $deadline = time + $seconds;', 1],
+    'a call' => ['return if time() > $deadline;', 1],
+    'by its long name' => ['my $began = Time::HiRes::time();', 1],
+    'an argument' => ['begin($vmid, time);', 1],
+    'another function' => ['my ($seconds) = gettimeofday();', 1],
+    'another clock' => ['return clock_gettime(CLOCK_REALTIME);', 1],
+    'a clock that nobody sets' => ['return clock_gettime(CLOCK_MONOTONIC);', 0],
+    'a part of a name' => ['my $end = time_of($name) + $start_time;', 0],
+    'a variable' => ['my ($time) = @times;', 0],
+    'a method' => ['my $age = $archive->time;', 0],
+    'keys of hashes' => ['my %entry = (time => $archive->{time});', 0],
+    'a list of keys' => ['return $task->%{qw(vmid time)};', 0],
+    'a text' => [q(die "got no time\n" if $text eq 'time';), 0],
+    'a reason' => ['my $start_time = time();    ## wall clock: names the archive', 0],
+    'no reason' => ['my $start_time = time();    ## wall clock:', 1],
+);
+
+check_lines('clocks', \&wall_clocks, "the system's time", %clocks);
+
+my %clocks_in_c = (
+    'gint64 until = g_get_real_time() + limit;' => 1,
+    'time_t now = time(NULL);' => 1,
+    'pthread_cond_timedwait(&done, &lock, &until);' => 1,
+    'clock_gettime(CLOCK_REALTIME, &now);' => 1,
+    'gint64 until = g_get_monotonic_time() + limit;' => 0,
+    'g_cond_wait_until(&done, &lock, until);' => 0,
+    'double seconds = run_time(copy) + copy->time(now);' => 0,
+);
+for my $line (sort keys %clocks_in_c) {
+    my $c = planted('clock.c', "void f(void)\n{\n    $line\n}\n");
+    my @expected = $clocks_in_c{$line} ? ("$c:3: the system's time") : ();
+    is_deeply([wall_clocks($c)], \@expected, "clocks: $line");
+}
 
 my $file = planted('pod.pm', <<'END');
 =head1 SYNOPSIS
@@ -84,16 +119,14 @@ __END__
 
 eval { work() };
 END
-is_deeply([PBA::Test::PerlRules::bare_evals($file)],
-    ["$file:12: a bare eval"], 'evals: POD, DESTROY');
+is_deeply([bare_evals($file)], ["$file:12: a bare eval"], 'evals: POD, DESTROY');
 
 for my $lines (40, 41) {
     for my $begin ('sub f ($x) {', 'my sub f ($x) {') {
         my $body = "    work();\n" x ($lines - 2);
         my $long = planted('long.pm', "package X;\n\n$begin\n$body}\n\nsub g () {\n}\n");
         my @expected = $lines > 40 ? ("$long:3: f has 41 lines, more than 40") : ();
-        is_deeply([PBA::Test::PerlRules::long_functions($long)],
-            \@expected, "functions: $begin of $lines lines");
+        is_deeply([long_functions($long)], \@expected, "functions: $begin of $lines lines");
     }
 }
 
@@ -111,14 +144,13 @@ for my $lines (40, 41) {
         my $file = planted('anonymous.t', "$begin\n$body$end\n");
         my ($at, $what) = ($begin =~ tr/\n// + 1, $begin =~ s/\A.*\n|\A\s+//sr);
         my @expected = $lines > 40 ? ("$file:$at: '$what' has 41 lines, more than 40") : ();
-        is_deeply([PBA::Test::PerlRules::long_functions($file)],
-            \@expected, "functions: $name, of $lines lines");
+        is_deeply([long_functions($file)], \@expected, "functions: $name, of $lines lines");
     }
 }
 
 {
     my $code = "sub one () { return 1 }\n" . "one();\n" x 60 . "if (one()) {\n}\n";
-    is_deeply([PBA::Test::PerlRules::long_functions(planted('one.pm', $code))],
+    is_deeply([long_functions(planted('one.pm', $code))],
         [], 'functions: a function of one line has only that line');
 }
 
@@ -126,7 +158,7 @@ for my $lines (500, 501) {
     my $code = "work();\n" x ($lines - 2) . "\n=head1 NAME\n\nX\n\n=cut\n\n__END__\n\n=head1 X\n";
     my $long = planted('lines.pm', $code);
     my @expected = $lines > 500 ? ("$long: $lines lines of code, more than 500") : ();
-    is_deeply([PBA::Test::PerlRules::long_files($long)], \@expected, "lengths: $lines lines");
+    is_deeply([long_files($long)], \@expected, "lengths: $lines lines");
 }
 
 my %names = (
@@ -141,7 +173,7 @@ for my $name (sort keys %names) {
     $class //= 'PVE::BackupAccess::X';
     my $long = planted('names.pm', "package PVE::BackupAccess::X;\n\n$code\n\n1;\n");
     my @expected = $count ? ("$long: $class stands there $count times, more than 2") : ();
-    is_deeply([PBA::Test::PerlRules::long_names($long)], \@expected, "names: $name");
+    is_deeply([long_names($long)], \@expected, "names: $name");
 }
 
 done_testing;

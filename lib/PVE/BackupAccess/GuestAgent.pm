@@ -6,9 +6,9 @@ use Errno qw(EAGAIN EINTR);
 use JSON::PP ();
 use List::Util qw(min);
 use Socket qw(AF_UNIX SOCK_STREAM SOL_SOCKET SO_SNDTIMEO pack_sockaddr_un);
-use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC);
 
 use PVE::BackupAccess::Argument qw(check_code check_filled_text check_options check_positive);
+use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Try qw(attempt attempt_any deaths_of is_own rethrow worst_of);
 use PVE::BackupAccess::Wait qw(slice);
@@ -23,8 +23,6 @@ my %options = (
     timeout => \&check_positive,
     log => \&check_code,
 );
-
-my sub now () { return clock_gettime(CLOCK_MONOTONIC) }
 
 # Whether it is not known what the agent did.
 my sub is_lost ($error) {

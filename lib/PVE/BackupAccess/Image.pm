@@ -12,6 +12,7 @@ use Time::HiRes ();
 use PVE::BackupAccess;
 use PVE::BackupAccess::Argument
     qw(bad_argument check_filled_text check_hash check_options check_positive);
+use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Image::InUse qw(check_unused);
 use PVE::BackupAccess::Program qw($longest_socket how_ended start_program);
@@ -189,11 +190,11 @@ my sub check_backing ($self) {
 }
 
 my sub wait_until_up ($self) {
-    my $deadline = Time::HiRes::time() + $seconds_to_start;
+    my $deadline = now() + $seconds_to_start;
     until (IO::Socket::UNIX->new(Peer => $self->{socket})) {
         fail_to_open($self) if has_ended($self);
         fail("$qemu_storage_daemon did not start within $seconds_to_start seconds")
-            if Time::HiRes::time() > $deadline;
+            if now() > $deadline;
         Time::HiRes::sleep($seconds_between_looks);
     }
     return;

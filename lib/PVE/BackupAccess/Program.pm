@@ -9,9 +9,10 @@ use v5.36;
 use Exporter qw(import);
 use Fcntl qw(F_DUPFD);
 use POSIX qw(SIGTERM SIG_BLOCK SIG_SETMASK WNOHANG);
-use Time::HiRes qw(sleep time);
+use Time::HiRes qw(sleep);
 
 use PVE::BackupAccess;
+use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Try qw(deaths_of ensure rethrow);
 use PVE::BackupAccess::Wait qw(wait_for_child);
@@ -168,10 +169,10 @@ sub how_ended ($status) {
 # Kills a child and waits for it, but not forever: a call that hangs may not let it end. A child keeps its PID until it
 # has been waited for.
 sub kill_child ($pid, $seconds = $end_limit) {
-    my $deadline = time + $seconds;
+    my $deadline = now() + $seconds;
     return if waitpid($pid, WNOHANG) != 0;
     kill(KILL => $pid);
-    sleep(0.005) while waitpid($pid, WNOHANG) == 0 && time < $deadline;
+    sleep(0.005) while waitpid($pid, WNOHANG) == 0 && now() < $deadline;
     return;
 }
 

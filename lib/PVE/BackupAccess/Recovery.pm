@@ -9,6 +9,7 @@ use Exporter qw(import);
 use JSON::PP ();
 use Time::HiRes ();
 
+use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Try qw(attempt attempt_any);
 
@@ -155,7 +156,7 @@ my sub refuse_lost_disks ($options, @nodes) {
 my sub remove_exports ($options, $lines, @nodes) {
     my %is_snapshot = map { $_->{'node-name'} => 1 }
         grep { is_snapshot($_) && defined($_->{'node-name'}) } @nodes;
-    my $deadline = time() + $export_limit;
+    my $deadline = now() + $export_limit;
     my %deleted;
     while (1) {
         my @exports = ask($options, 'query-block-exports')->@*;
@@ -165,7 +166,7 @@ my sub remove_exports ($options, $lines, @nodes) {
             ask($options, 'block-export-del', id => $id, mode => 'hard');
             push($lines->@*, "export '$id' was removed");
         }
-        refuse("its exports do not go") if time() > $deadline;
+        refuse("its exports do not go") if now() > $deadline;
         Time::HiRes::sleep(0.05);
     }
 }

@@ -5,11 +5,11 @@ use v5.36;
 use File::Temp ();
 use List::Util qw(min);
 use Scalar::Util qw(blessed weaken);
-use Time::HiRes ();
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::Argument
     qw(bad_argument check_bytes check_code check_filled_text check_positive given_options is_backup_id);
+use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Notes;
 use PVE::BackupAccess::PluginBase;
 use PVE::BackupAccess::Try qw(attempt deaths_of deaths_of_all is_own rethrow worst_of);
@@ -107,7 +107,7 @@ sub _outcome ($self, $result, @deaths) {
 # $finish is called before the teardown, and if it dies, the backup has failed: the bitmap must keep what the provider
 # could not store.
 sub _back_up ($self, $result, $finish) {
-    my $began = Time::HiRes::time();
+    my $began = now();
     $result->{devices} = {};
     delete($self->{'warned of fleecing'});
     my $done;
@@ -122,7 +122,7 @@ sub _back_up ($self, $result, $finish) {
         sub { $self->_end_notes($done, $result) },
     );
     $self->_die_of(@deaths);
-    $result->{seconds} = Time::HiRes::time() - $began;
+    $result->{seconds} = now() - $began;
     return;
 }
 
@@ -168,13 +168,13 @@ sub _warn_of_fleecing ($self) {
     my $error = attempt { $status = $self->{access}->_look(%options, timeout => $timeout) };
 
     # Also if the look failed, for example because another program has the monitor: the next one is due later.
-    $self->{'looked at fleecing'} = time();
+    $self->{'looked at fleecing'} = now();
     $self->_log_fleecing($status->{warnings}->@*) if !$error;
     return;
 }
 
 sub _log_fleecing ($self, @warnings) {
-    $self->{'looked at fleecing'} = time();
+    $self->{'looked at fleecing'} = now();
     $self->log('warn', $_) for @warnings;
     $self->{'warned of fleecing'} = 1 if @warnings;
     return;
@@ -190,7 +190,7 @@ sub _watched ($self, $volumes) {
             $task->_warn_of_fleecing
                 if $task
                 && $$ == $task->{pid}
-                && time() - $task->{'looked at fleecing'} >= $look_every;
+                && now() - $task->{'looked at fleecing'} >= $look_every;
             return $next->();
         };
     }
@@ -423,7 +423,7 @@ sub _job ($self, $result) {
     binmode($self->{'log file'}, ':encoding(UTF-8)');
     $self->{'log file'}->autoflush;
 
-    my $start_time = time();
+    my $start_time = time();    ## wall clock: names the archive
     $self->_steps(
         sub {
             $provider->job_init($start_time);
@@ -473,7 +473,8 @@ sub _init_and_back_up ($self, $result) {
 sub _is_archive_name ($name) { return ($name // '') =~ m!\A[a-zA-Z0-9\-.+=_/:]+\z! }
 
 sub _init_archive ($self) {
-    my $answer = $self->{provider}->backup_init($self->{vmid}, 'qemu', time());
+    my $start_time = time();    ## wall clock: names the archive
+    my $answer = $self->{provider}->backup_init($self->{vmid}, 'qemu', $start_time);
     my $name = ref($answer) eq 'HASH' ? $answer->{'archive-name'} : undef;
     bad_argument('backup_init of the backup provider returned no hash with an archive-name')
         if !defined($name) || $name eq '';

@@ -13,9 +13,10 @@ use Fcntl qw(LOCK_EX LOCK_NB);
 use IO::Select ();
 use List::Util qw(min);
 use POSIX qw(WNOHANG);
-use Time::HiRes qw(sleep time);
+use Time::HiRes qw(sleep);
 
 use PVE::BackupAccess;
+use PVE::BackupAccess::Clock qw(now);
 
 our @EXPORT_OK
     = qw(keep_trying next_line pause read_some slice wait_for_child wait_for_lock wait_until_readable);
@@ -29,8 +30,8 @@ sub slice ($seconds) { return min($seconds, $slice) }
 
 # Sleeps for that many seconds, or not at all if the number is negative.
 sub pause ($seconds) {
-    my $end = time + $seconds;
-    while ((my $left = $end - time) > 0) {
+    my $end = now() + $seconds;
+    while ((my $left = $end - now()) > 0) {
         sleep(slice($left));
     }
     return;
@@ -39,9 +40,9 @@ sub pause ($seconds) {
 # Calls the code until it returns a true value or the seconds are over, but at least once. Returns its last value. The
 # pauses vary, so that two processes that try at once do not do so again.
 sub keep_trying ($seconds, $code) {
-    my $end = time + $seconds;
+    my $end = now() + $seconds;
     my $value;
-    while (!($value = $code->()) && (my $left = $end - time) > 0) {
+    while (!($value = $code->()) && (my $left = $end - now()) > 0) {
         pause(min($left, $slice * (1 + rand(0.5))));
     }
     return $value;

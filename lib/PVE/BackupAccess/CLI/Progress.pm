@@ -5,8 +5,7 @@ package PVE::BackupAccess::CLI::Progress;
 
 use v5.36;
 
-use Time::HiRes ();
-
+use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::CLI::Output qw(one_line say_error share);
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Try qw(attempt_any);
@@ -18,8 +17,6 @@ sub new ($class, $is_quiet = 0) {
     my $has_bar = !$is_quiet && -t STDERR && !attempt_any { require Term::ProgressBar };
     return bless({ 'has bar' => $has_bar, 'is quiet' => $is_quiet, name => '' }, $class);
 }
-
-my sub now () { return Time::HiRes::clock_gettime(Time::HiRes::CLOCK_MONOTONIC()) }
 
 sub begin ($self, $name, $total) {
     $self->end;

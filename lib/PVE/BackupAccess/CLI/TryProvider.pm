@@ -194,8 +194,12 @@ my sub write_all ($trial, $writes) {
 
 # Most providers name an archive after the second in which its backup began.
 my sub wait_for_next_second ($trial) {
-    Time::HiRes::sleep(0.05) while time() <= ($trial->{second} // 0);
-    $trial->{second} = time();
+    my $second = time();    ## wall clock: names the archive
+    while ($second == ($trial->{second} // 0)) {
+        Time::HiRes::sleep(0.05);
+        $second = time();    ## wall clock: the same
+    }
+    $trial->{second} = $second;
     return;
 }
 

@@ -8,8 +8,8 @@ use v5.36;
 use Errno qw(EINTR);
 use IO::Select ();
 use POSIX qw(SIG_SETMASK);
-use Time::HiRes ();
 
+use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Program qw(fork_child program_environment);
 use PVE::BackupAccess::Try qw(attempt_any ensure);
@@ -71,7 +71,7 @@ my sub end ($process) {
 # Sends the next part of the command and appends the output that has arrived. Returns false at the end of the
 # output. Signal handlers can run while it waits.
 my sub go_on ($self, $process, $to_write, $text, $deadline) {
-    my $left = $deadline - Time::HiRes::time();
+    my $left = $deadline - now();
     die "virsh did not answer within $self->{timeout} seconds\n" if $left <= 0;
     my $writer = $to_write->$* eq '' ? undef : IO::Select->new($process->{to});
     my ($readable, $writable)
@@ -91,7 +91,7 @@ my sub go_on ($self, $process, $to_write, $text, $deadline) {
 # fails.
 sub run ($self, @arguments) {
     my ($process, $text, $error, $status) = ({}, '');
-    my $deadline = Time::HiRes::time() + $self->{timeout};
+    my $deadline = now() + $self->{timeout};
     my $work = sub {
         start($process, $self->{command}->@*, @arguments);
         close($process->{to});
@@ -121,7 +121,7 @@ sub ask ($self, $line) {
     my $work = sub {
         start($process, $self->{command}->@*) if !$process->{pid};
         local $SIG{PIPE} = 'IGNORE';
-        my $deadline = Time::HiRes::time() + $self->{timeout};
+        my $deadline = now() + $self->{timeout};
         while ($text !~ m/^\Q$mark\E/m) {
             go_on($self, $process, \$line_left, \$text, $deadline)
                 or die 'virsh has ended: ' . ($text =~ s/\s+/ /gr =~ s/\A.*?error: //r) . "\n";

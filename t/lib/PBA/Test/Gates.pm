@@ -12,7 +12,7 @@ use List::Util qw(uniq);
 
 use PBA::Test::House qw(broken_rules);
 use PBA::Test::PerlRules qw(bare_evals long_files long_functions long_names
-    long_waits);
+    long_waits wall_clocks);
 use PBA::Test::Sources qw(lines_of source_files);
 
 sub _files (@patterns) {
@@ -42,7 +42,7 @@ sub all () {
         _clang_tidy(), _clang_analyzer(), _perltidy(), _perlcritic(),
         _cppcheck(), _clang_format(), _codespell(), _spelling(),
         _shellcheck(), _house(), _evals(), _waits(),
-        _functions(), _names(), _lengths(),
+        _functions(), _names(), _lengths(), _clocks(),
     );
     for my $gate (@gates) {
         $gate->{code} = [__FILE__, $INC{'PBA/Test/Sources.pm'}, $INC{'PBA/Test/House.pm'}];
@@ -217,6 +217,19 @@ sub _evals () {
             . ' or ensure of PVE::BackupAccess::Try, or if it may catch everything, put'
             . ' "## bare eval: REASON" at the end of its line',
     );
+}
+
+sub _clocks () {
+    return {
+        _own_gate(
+            'clocks',
+            \&wall_clocks,
+            "the system's time may be set meanwhile: use now of PVE::BackupAccess::Clock, or in C"
+                . ' g_get_monotonic_time, or if it is the time of an archive, put "## wall clock:'
+                . ' REASON" at the end of the line',
+        )->%*,
+        files => sub { (_own_perl_files(), _files('src/*.[ch]', 'glue/*.[ch]', '*.xs')) },
+    };
 }
 
 sub _functions () {

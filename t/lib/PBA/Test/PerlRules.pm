@@ -8,7 +8,7 @@ use v5.36;
 
 use Exporter qw(import);
 
-our @EXPORT_OK = qw(bare_evals long_files long_functions long_names long_waits);
+our @EXPORT_OK = qw(bare_evals long_files long_functions long_names long_waits wall_clocks);
 
 my $max_lines = 40;    # of a function
 my $max_code = 500;    # lines of a file
@@ -26,6 +26,9 @@ sub _code_lines ($file) {
     }
     return @lines;
 }
+
+# A line without comments and texts.
+sub _code_of ($text) { return $text =~ s/(?:^|\s)#.*//sr =~ s/'[^']*'|"[^"]*"//gr }
 
 # The name of the function that begins in this line.
 sub _function ($text) { return $text =~ m/^(?:my )?sub (\w+)/ ? $1 : undef }
@@ -87,7 +90,7 @@ sub long_waits ($file) {
     my @found;
     for my $line (_code_lines($file)) {
         my ($number, $text) = $line->@*;
-        my $code = $text =~ s/(?:^|\s)#.*//sr =~ s/'[^']*'|"[^"]*"//gr;
+        my $code = _code_of($text);
         push(@found, "$file:$number: a wait without an end") if grep { $code =~ $_ } @blocking;
     }
     return @found;
@@ -103,8 +106,28 @@ sub bare_evals ($file) {
         $name = _function($text) // $name;
         $name = '' if $text =~ m/^\}/;
         next if $text =~ m/## bare eval: \S/ || $name eq 'DESTROY';
-        my $code = $text =~ s/(?:^|\s)#.*//sr =~ s/'[^']*'|"[^"]*"//gr;
+        my $code = _code_of($text);
         push(@found, "$file:$number: a bare eval") if $code =~ m/(?<![\w\$\@%&>:-])eval\b(?!\s*=>)/;
+    }
+    return @found;
+}
+
+# Functions that return the system's time, or take a time limit by it.
+my $wall_clock
+    = qr/(?<![\w\$\@%&>:{-])(?:(?:CORE|POSIX|Time::HiRes)::)?time\b(?!\s*(?:=>|\}))|\bgettimeofday\b|\bCLOCK_REALTIME/;
+my $wall_clock_in_c
+    = qr/\bg_(?:get_(?:real|current)_time|date_time_new_now\w*)\b|\bgettimeofday\b|\bCLOCK_REALTIME|(?<![\w.>])time\(|\b(?:pthread|sem|mtx|cnd)_\w*timed\w+/;
+
+# Uses of the system's time in Perl or C. It may be set while something waits or is measured.
+sub wall_clocks ($file) {
+    my $is_c = $file =~ m/\.(?:[ch]|xs)\z/;
+    my @found;
+    for my $line (_code_lines($file)) {
+        my ($number, $text) = $line->@*;
+        next if $text =~ m/## wall clock: \S/;
+        my $code = $is_c ? $text : _code_of($text) =~ s/\bqw\([^)]*\)//gr;
+        push(@found, "$file:$number: the system's time")
+            if $code =~ ($is_c ? $wall_clock_in_c : $wall_clock);
     }
     return @found;
 }

@@ -13,6 +13,7 @@ use File::Path ();
 use POSIX ();
 use Time::HiRes ();
 
+use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Volume;
 
 sub new ($class, $storage_plugin, $scfg, $storeid, $log) {
@@ -117,9 +118,9 @@ my sub copy_volume ($self, $device, $volume, $file, $limit) {
 
 # Makes the backup appear instantaneous: on a slow machine, it might otherwise seem to respect the limit.
 my sub stop_clock () {
-    my $now = Time::HiRes::time();
+    my $now = now();
     no warnings 'redefine';
-    *Time::HiRes::time = sub : prototype() { return $now };
+    *PVE::BackupAccess::CLI::TryProvider::Watch::now = sub () { return $now };
 }
 
 # Until this process ends.

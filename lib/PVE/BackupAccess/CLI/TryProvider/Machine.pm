@@ -14,6 +14,7 @@ use Time::HiRes qw(sleep);
 
 use PVE::BackupAccess::CLI::Access qw(text);
 use PVE::BackupAccess::CLI::Monitor;
+use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Try qw(attempt);
 use PVE::BackupAccess::Wait qw(wait_for_child);
 
@@ -112,9 +113,9 @@ sub launch ($self) {
         POSIX::_exit(127);
     }
     $self->{pid} = $pid;
-    my $deadline = time + $timeout;
+    my $deadline = now() + $timeout;
     while (attempt { $self->qmp('query-status') }) {
-        die "QEMU does not start: " . $self->log if !$self->is_alive || time > $deadline;
+        die "QEMU does not start: " . $self->log if !$self->is_alive || now() > $deadline;
         sleep(0.05);
     }
     return;

@@ -6,7 +6,9 @@ package PVE::BackupAccess::CLI::TryProvider::Process;
 use v5.36;
 
 use Cwd qw(getcwd);
-use Time::HiRes qw(sleep time);
+use Time::HiRes qw(sleep);
+
+use PVE::BackupAccess::Clock qw(now);
 
 my @signals = qw(ALRM CHLD HUP INT PIPE QUIT TERM);
 my $end_limit = 2;    # seconds for the end of child processes that were told to end
@@ -40,12 +42,12 @@ sub new ($class) {
 }
 
 my sub new_children ($self) {
-    my $deadline = time() + $end_limit;
+    my $deadline = now() + $end_limit;
     while (1) {
         my $now = children();
         my @new = grep { !exists($self->{children}{$_}) } sort { $a <=> $b } keys $now->%*;
         return map { "child process $_ ($now->{$_}) still runs" } @new
-            if !@new || time() > $deadline;
+            if !@new || now() > $deadline;
         sleep(0.05);
     }
 }

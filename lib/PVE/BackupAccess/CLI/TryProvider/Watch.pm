@@ -7,8 +7,8 @@ use v5.36;
 use Exporter qw(import);
 use POSIX ();
 use Scalar::Util qw(weaken);
-use Time::HiRes ();
 
+use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Program qw(new_pipe);
 use PVE::BackupAccess::Try qw(deaths_of);
 
@@ -53,7 +53,7 @@ sub pass_on ($self, $in_list, $method, @arguments) {
     (delete($self->{before}{$method}) // sub { })->($self->{provider});
     my $call = { method => $method, arguments => $self->arguments($method, @arguments) };
     push($self->{calls}->@*, $call);
-    my $began = Time::HiRes::time();
+    my $began = now();
     my ($death) = deaths_of(
         sub {
             my @result
@@ -64,7 +64,7 @@ sub pass_on ($self, $in_list, $method, @arguments) {
         }
     );
     $self->end_child($method) if $$ != $self->{pid};
-    $call->{seconds} = Time::HiRes::time() - $began;
+    $call->{seconds} = now() - $began;
     if ($death) {
         $call->{error} = $death->[0];
         die $call->{error};

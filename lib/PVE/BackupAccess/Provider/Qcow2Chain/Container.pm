@@ -12,9 +12,9 @@ use IO::Select ();
 use JSON::PP ();
 use POSIX qw(SIG_SETMASK);
 use Socket qw(AF_UNIX MSG_NOSIGNAL PF_UNSPEC SOCK_STREAM);
-use Time::HiRes ();
 
 use PVE::BackupAccess;
+use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Program qw(fork_child new_pipe);
@@ -84,12 +84,12 @@ my sub next_part ($self) {
 
 # The same, no faster than $limit bytes a second, with a line in the log every minute.
 my sub paced ($self, $limit) {
-    my ($began, $size) = (Time::HiRes::time(), 0);
+    my ($began, $size) = (now(), 0);
     my $next_report = $began + $report_every;
     return sub () {
         my $part = next_part($self);
         $size += length($part // '');
-        my $now = Time::HiRes::time();
+        my $now = now();
         pause($began + $size / $limit - $now) if $limit;
         if ($now >= $next_report) {
             tell($self, log => 'container: read ' . bytes($size));
@@ -99,7 +99,7 @@ my sub paced ($self, $limit) {
     };
 }
 
-my sub seconds_since ($time) { return sprintf('%.1f s', Time::HiRes::time() - $time) }
+my sub seconds_since ($time) { return sprintf('%.1f s', now() - $time) }
 
 my sub store ($self, $archive, $how) {
     my $message = hear($self) // {};
@@ -107,7 +107,7 @@ my sub store ($self, $archive, $how) {
         // fail('StateError', 'the backup of the container was given up');
     utf8::downgrade($config);
     $archive->add_file($how->{config}, $config);
-    my $began = Time::HiRes::time();
+    my $began = now();
     my $path
         = $archive->add_container(sub ($path) { compress($path, paced($self, $how->{limit})) });
     tell($self,
@@ -116,7 +116,7 @@ my sub store ($self, $archive, $how) {
             . bytes(-s $path) . ' in '
             . seconds_since($began));
     return if !$how->{check};
-    $began = Time::HiRes::time();
+    $began = now();
     my $problem = stream_problem($path, $archive->container);
     fail('ContentError', $problem) if defined($problem);
     tell($self, log => 'container: checked in ' . seconds_since($began));

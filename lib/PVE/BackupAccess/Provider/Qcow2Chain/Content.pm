@@ -8,8 +8,8 @@ use v5.36;
 use Digest::SHA qw(sha256);
 use Exporter qw(import);
 use List::Util qw(min);
-use Time::HiRes qw(time);
 
+use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Store::Digests qw(each_digest is_known);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(commit_image extents image_problem);
@@ -83,7 +83,7 @@ my sub lost ($archive, $device) {
 # Checks that the closed image holds everything that was written and read back during the copy. Only the tables that
 # locate the data could still have been lost. They are read, the data is not.
 sub check_image ($archive, $device, $log) {
-    my $start = time;
+    my $start = now();
     my $problem = image_problem($archive->image($device));
     my @lost = defined($problem) ? () : lost($archive, $device);
     $problem //= describe(@lost) if @lost;
@@ -96,7 +96,7 @@ sub check_image ($archive, $device, $log) {
         'info',
         sprintf(
             '%s: read back and compared while it was stored; image checked in %.1f s',
-            $device, time - $start
+            $device, now() - $start
         )
     );
     return;

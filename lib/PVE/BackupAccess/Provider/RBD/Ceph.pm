@@ -6,6 +6,7 @@ use v5.36;
 
 use JSON::PP ();
 
+use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::File qw(write_file);
 use PVE::BackupAccess::Program qw(how_ended run_program);
@@ -49,10 +50,10 @@ sub command ($self, $program, @arguments) {
 # Programs wait for the cluster as long as it takes: if one were ended, its change could still happen later, after others
 # that were made in the meantime. So the log tells what is waited for. Returns a function to be called while a program runs.
 sub teller ($self, $what) {
-    my $told = time;
+    my $told = now();
     return sub () {
-        return if time - $told < $tell_every;
-        $told = time;
+        return if now() - $told < $tell_every;
+        $told = now();
         $self->{log}->(
             'warn',
             "$what in rbd:"

@@ -8,8 +8,8 @@ use v5.36;
 
 use IO::Handle ();
 use IO::Select ();
-use Time::HiRes ();
 
+use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Program qw(new_pipe start_program);
 use PVE::BackupAccess::Wait qw(keep_trying read_some slice wait_for_child);
@@ -112,8 +112,8 @@ sub drop ($self) {
         syswrite($in, "\n");
         close($in);
     }
-    my $deadline = Time::HiRes::time() + $longest_end;
-    wait_for_child($pid, sub () { kill(KILL => $pid) if Time::HiRes::time() > $deadline });
+    my $deadline = now() + $longest_end;
+    wait_for_child($pid, sub () { kill(KILL => $pid) if now() > $deadline });
     delete($self->{pid});
     return;
 }

@@ -4,6 +4,7 @@ package PVE::BackupAccess::Provider::RBD::Server;
 
 use v5.36;
 
+use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Wait qw(pause);
 
 use parent qw(PVE::BackupAccess::Provider::Store::Server);
@@ -36,8 +37,8 @@ sub kill ($self) {
     my $pid = $self->{pid} // return;
     delete($self->{connection});
     CORE::kill(TERM => $pid) if $self->is_running;
-    my $deadline = time + $longest_end;
-    pause($look_every) while $self->is_running && time < $deadline;
+    my $deadline = now() + $longest_end;
+    pause($look_every) while $self->is_running && now() < $deadline;
     return $self->SUPER::kill;
 }
 

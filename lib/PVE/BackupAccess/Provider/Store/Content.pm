@@ -6,8 +6,8 @@ use v5.36;
 
 use Exporter qw(import);
 use List::Util qw(min sum0);
-use Time::HiRes qw(time);
 
+use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Try qw(attempt reason rethrow);
 use PVE::BackupAccess::Volume;
@@ -78,21 +78,21 @@ sub damage ($archive, $device) {
 # Reads the new data, as a restore would. It comes from the page cache, so faults of the underlying disk are not detected
 # here.
 sub check_stored ($archive, $device, $log) {
-    my $start = time;
+    my $start = now();
     my @damage = damage($archive, $device);
     $Error->throw(
         'ContentError',
         "device $device: its image lacks what was written to it - " . describe(@damage),
         device => $device
     ) if @damage;
-    $log->('info', sprintf('%s: checked in %.1f s', $device, time - $start));
+    $log->('info', sprintf('%s: checked in %.1f s', $device, now() - $start));
     return;
 }
 
 # Also reads the data that was not written because the chain, which the archive builds on, already has it: the whole disk.
 # If that data differs, the chain is damaged, and the next backup does not build on it.
 sub check_base ($archive, $device, $log, @chain) {
-    my $start = time;
+    my $start = now();
     my @damage = damage_in(
         sub () { $archive->serve($device) },
         $archive->device($device)->{size},
@@ -109,7 +109,7 @@ sub check_base ($archive, $device, $log, @chain) {
             device => $device
         );
     }
-    $log->('info', sprintf('%s: checked in full in %.1f s', $device, time - $start));
+    $log->('info', sprintf('%s: checked in full in %.1f s', $device, now() - $start));
     return;
 }
 

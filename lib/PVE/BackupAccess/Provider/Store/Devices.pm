@@ -10,6 +10,7 @@ use v5.36;
 
 use Exporter qw(import);
 
+use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Program qw(temporary_file);
@@ -195,11 +196,11 @@ sub check_device ($job, $log) {
 
 # Progress as log lines, for a caller without a progress function.
 my sub progress_lines ($log) {
-    my $begin = time;
+    my $begin = now();
     my %told;
     return sub ($device, $done, $all) {
-        return if time - ($told{$device} // $begin) < $seconds_between_lines;
-        $told{$device} = time;
+        return if now() - ($told{$device} // $begin) < $seconds_between_lines;
+        $told{$device} = now();
         $log->('info', "$device: " . bytes($done) . ' of ' . bytes($all));
     };
 }

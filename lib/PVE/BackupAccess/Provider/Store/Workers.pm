@@ -11,6 +11,7 @@ use JSON::PP ();
 use POSIX qw(SIG_SETMASK);
 use Time::HiRes ();
 
+use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Program qw(end_with fork_child kill_child new_pipe);
 use PVE::BackupAccess::Try qw(deaths_of ensure is_own);
@@ -87,7 +88,7 @@ my sub messages_of ($worker) {
 
 my sub wait_for ($pid, $until) {
     while (waitpid($pid, POSIX::WNOHANG()) == 0) {
-        return 0 if Time::HiRes::time() > $until;
+        return 0 if now() > $until;
         Time::HiRes::sleep(0.02);
     }
     return 1;
@@ -95,7 +96,7 @@ my sub wait_for ($pid, $until) {
 
 # All workers have ended when this returns, except those that hang: a remaining reader would delay the teardown.
 my sub end_all ($workers) {
-    my $until = Time::HiRes::time() + $seconds_to_end;
+    my $until = now() + $seconds_to_end;
     kill('TERM', $_->{pid}) for values $workers->%*;
     for my $worker (values $workers->%*) {
         next if wait_for($worker->{pid}, $until);
