@@ -9,13 +9,11 @@ use v5.36;
 use Exporter qw(import);
 use Fcntl qw(F_DUPFD);
 use POSIX qw(SIGTERM SIG_BLOCK SIG_SETMASK WNOHANG);
-use Time::HiRes qw(sleep);
 
 use PVE::BackupAccess;
-use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Try qw(deaths_of ensure rethrow);
-use PVE::BackupAccess::Wait qw(wait_for_child);
+use PVE::BackupAccess::Wait qw(child_ends wait_for_child);
 
 our @EXPORT_OK
     = qw($longest_socket block_signals end_with fork_child how_ended kill_child new_pipe program_environment run_program run_program_to_file start_program temporary_file);
@@ -169,10 +167,9 @@ sub how_ended ($status) {
 # Kills a child and waits for it, but not forever: a call that hangs may not let it end. A child keeps its PID until it
 # has been waited for.
 sub kill_child ($pid, $seconds = $end_limit) {
-    my $deadline = now() + $seconds;
     return if waitpid($pid, WNOHANG) != 0;
     kill(KILL => $pid);
-    sleep(0.005) while waitpid($pid, WNOHANG) == 0 && now() < $deadline;
+    child_ends($pid, $seconds);
     return;
 }
 

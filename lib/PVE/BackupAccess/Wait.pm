@@ -19,7 +19,7 @@ use PVE::BackupAccess;
 use PVE::BackupAccess::Clock qw(now);
 
 our @EXPORT_OK
-    = qw(keep_trying next_line pause read_some slice wait_for_child wait_for_lock wait_until_readable);
+    = qw(child_ends keep_trying next_line pause read_some slice wait_for_child wait_for_lock wait_until_readable);
 
 my $slice = 0.2;            # seconds
 my $look_again = 0.02;      # the same, where nothing tells
@@ -48,18 +48,38 @@ sub keep_trying ($seconds, $code) {
     return $value;
 }
 
-# Waits until a child has ended, and meanwhile calls the code, if any, at least once in a slice. Returns its status, as in $?,
-# undef if other code of this process has waited for it.
-sub wait_for_child ($pid, $meanwhile = undef) {
+# Waits until a child has ended, or the code, which is called at least once in a slice, returns that no seconds are left.
+# Returns what waitpid does.
+my sub wait_while ($pid, $seconds_left) {
     my $fd = PVE::BackupAccess::_open_process($pid);
     my $process;
     undef($process) if $fd < 0 || !open($process, '<&=', $fd);
     my $ended;
-    while (($ended = waitpid($pid, WNOHANG)) == 0) {
-        $process ? IO::Select->new($process)->can_read($slice) : sleep($look_again);
-        $meanwhile->() if $meanwhile;
+    while (($ended = waitpid($pid, WNOHANG)) == 0 && (my $left = $seconds_left->()) > 0) {
+        $process
+            ? IO::Select->new($process)->can_read(slice($left))
+            : sleep(min($left, $look_again));
     }
+    return $ended;
+}
+
+# Waits until a child has ended, and meanwhile calls the code, if any, at least once in a slice. Returns its status, as in $?,
+# undef if other code of this process has waited for it. For a child that was killed: see kill_child of Program.pm.
+sub wait_for_child ($pid, $meanwhile = undef) {
+    my $ended = wait_while(
+        $pid,
+        sub () {
+            $meanwhile->() if $meanwhile;
+            return $slice;
+        }
+    );
     return $ended == $pid ? $? : undef;
+}
+
+# The same, but waits no longer than that. Returns whether the child has ended.
+sub child_ends ($pid, $seconds) {
+    my $end = now() + $seconds;
+    return wait_while($pid, sub () { $end - now() }) != 0;
 }
 
 # The handles that have input or are at their end.

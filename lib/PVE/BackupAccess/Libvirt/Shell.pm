@@ -11,7 +11,7 @@ use POSIX qw(SIG_SETMASK);
 
 use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw(fork_child program_environment);
+use PVE::BackupAccess::Program qw(fork_child kill_child program_environment);
 use PVE::BackupAccess::Try qw(attempt_any ensure);
 use PVE::BackupAccess::Wait qw(slice wait_for_child);
 
@@ -59,20 +59,26 @@ my sub start ($process, @command) {
     return;
 }
 
+# If it hangs in a call, virsh is left behind: the caller must be able to end.
 my sub end ($process) {
     my $pid = $process->{pid} // return;
     close($_) for $process->@{qw(to from)};
     local ($?, $!);
-    kill(KILL => $pid);
-    wait_for_child($pid);
+    kill_child($pid);
     return;
+}
+
+# The seconds until the deadline. Dies if none are left.
+my sub seconds_left ($self, $deadline) {
+    my $left = $deadline - now();
+    die "virsh did not answer within $self->{timeout} seconds\n" if $left <= 0;
+    return $left;
 }
 
 # Sends the next part of the command and appends the output that has arrived. Returns false at the end of the
 # output. Signal handlers can run while it waits.
 my sub go_on ($self, $process, $to_write, $text, $deadline) {
-    my $left = $deadline - now();
-    die "virsh did not answer within $self->{timeout} seconds\n" if $left <= 0;
+    my $left = seconds_left($self, $deadline);
     my $writer = $to_write->$* eq '' ? undef : IO::Select->new($process->{to});
     my ($readable, $writable)
         = IO::Select::select(IO::Select->new($process->{from}), $writer, undef, slice($left));
@@ -96,11 +102,12 @@ sub run ($self, @arguments) {
         start($process, $self->{command}->@*, @arguments);
         close($process->{to});
         $error = attempt_any {
-            1 while go_on($self, $process, \(my $nothing = ''), \$text, $deadline)
+            1 while go_on($self, $process, \(my $nothing = ''), \$text, $deadline);
+            local $?;
+            $status
+                = wait_for_child($process->{pid}, sub () { seconds_left($self, $deadline) });
         };
-        kill(KILL => $process->{pid}) if defined($error);
-        local $?;
-        $status = wait_for_child($process->{pid});
+        end($process) if defined($error);
     };
     ensure($work, sub ($failed) { end($process) if $failed });
     my $problem = defined($error) ? "$error" : ($status // 0) ? $text : return $text;

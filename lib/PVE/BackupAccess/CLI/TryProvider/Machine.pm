@@ -15,11 +15,12 @@ use Time::HiRes qw(sleep);
 use PVE::BackupAccess::CLI::Access qw(text);
 use PVE::BackupAccess::CLI::Monitor;
 use PVE::BackupAccess::Clock qw(now);
+use PVE::BackupAccess::Program qw(kill_child);
 use PVE::BackupAccess::Try qw(attempt);
-use PVE::BackupAccess::Wait qw(wait_for_child);
 
 my $mib = 1024 * 1024;
 my $timeout = 60;
+my $seconds_to_end = 10;    # after it was killed
 
 # The disks with the EFI variables and the TPM state are small, and their sizes are not multiples of the
 # bitmap's granularity.
@@ -134,9 +135,8 @@ sub log ($self) {
 }
 
 sub end ($self) {
-    return if !$self->is_alive;
-    kill(KILL => $self->{pid});    # the process was not waited for, so the PID is still its own
-    wait_for_child($self->{pid});
+    my $pid = $self->{pid} // return;
+    kill_child($pid, $seconds_to_end);
     delete($self->{pid});
     return;
 }

@@ -9,13 +9,12 @@ use v5.36;
 use IO::Handle ();
 use IO::Select ();
 
-use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw(new_pipe start_program);
-use PVE::BackupAccess::Wait qw(keep_trying read_some slice wait_for_child);
+use PVE::BackupAccess::Program qw(kill_child new_pipe start_program);
+use PVE::BackupAccess::Wait qw(child_ends keep_trying read_some slice);
 
 my $Error = 'PVE::BackupAccess::Error';
-my $longest_end = 10;    # seconds, to end a watch
+our $longest_end = 10;    # seconds, to end a watch
 
 # others: the lock that no other process may hold at the same time.
 my %locks = (
@@ -112,8 +111,7 @@ sub drop ($self) {
         syswrite($in, "\n");
         close($in);
     }
-    my $deadline = now() + $longest_end;
-    wait_for_child($pid, sub () { kill(KILL => $pid) if now() > $deadline });
+    kill_child($pid) if !child_ends($pid, $longest_end);
     delete($self->{pid});
     return;
 }
