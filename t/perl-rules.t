@@ -47,8 +47,8 @@ check_lines('evals', \&bare_evals, 'a bare eval', %evals);
 
 my %waits = (
     'a child' => ['waitpid($pid, 0);', 1],
-    'a child of a hash' => ['1 while ($ended = waitpid($self->{pid}, 0)) < 0;', 1],
-    'one that is looked at' => ['waitpid($pid, WNOHANG);', 0],
+    'a child of a hash' => ['my $ended = waitpid($self->{pid}, 0);', 1],
+    'one that is looked at' => ['return if waitpid($pid, WNOHANG) != 0;', 0],
     'handles' => ['for my $handle ($select->can_read) {', 1],
     'handles for a time' => ['$select->can_read(0.2);', 0],
     'select' => ['select($ready, undef, undef, undef);', 1],
@@ -62,6 +62,17 @@ my %waits = (
 );
 
 check_lines('waits', \&long_waits, 'a wait without an end', %waits);
+
+my %loops = (
+    'one that sleeps' => ['sleep(0.02) while waitpid($pid, WNOHANG) == 0;', 1],
+    'one with a block' => ['while (($ended = waitpid($pid, WNOHANG)) == 0) {', 1],
+    'by a method' => ['pause(0.02) while $self->is_running && now() < $deadline;', 1],
+    'until it has ended' => ['until (!$server->is_running) {', 1],
+    'another one' => ['while (defined(my $line = next_line($out, \$text))) {', 0],
+    'one look' => ['return if !$server->is_running;', 0],
+);
+
+check_lines('loops', \&long_waits, 'a loop of looks at a child', %loops);
 
 my %clocks = (
     'a deadline' => ['my $deadline = time + $seconds;', 1],
@@ -92,6 +103,7 @@ my %clocks_in_c = (
     'g_cond_wait_until(&done, &lock, until);' => 0,
     'double seconds = run_time(copy) + copy->time(now);' => 0,
 );
+
 for my $line (sort keys %clocks_in_c) {
     my $c = planted('clock.c', "void f(void)\n{\n    $line\n}\n");
     my @expected = $clocks_in_c{$line} ? ("$c:3: the system's time") : ();

@@ -12,10 +12,12 @@ use Test::More;
 use Time::HiRes qw(sleep);
 
 use PBA::Test::NoCeph;
+use PVE::BackupAccess::Program qw(new_pipe start_program);
 use PVE::BackupAccess::Provider::RBD;
 use PVE::BackupAccess::Provider::RBD::Archive;
 use PVE::BackupAccess::Provider::RBD::Guest;
 use PVE::BackupAccess::Provider::RBD::Lock;
+use PVE::BackupAccess::Provider::RBD::Server;
 use PVE::BackupAccess::Provider::Store::Manifest qw(encode_manifest);
 
 my $Archive = 'PVE::BackupAccess::Provider::RBD::Archive';
@@ -93,6 +95,19 @@ subtest 'a watch that the cluster does not list' => sub {
         "the cluster does not list the watch of the object pba.vm-100.change in $place\n",
         'is no lock'
     );
+};
+
+# A killed client would stay a watcher of its image for half a minute.
+subtest 'a server that is to end' => sub {
+    my ($out, $to) = new_pipe();
+    my $server = bless({ owner => $$ }, 'PVE::BackupAccess::Provider::RBD::Server');
+    my $script = q(trap 'sleep 0.3; echo closed; exit' TERM; echo up; while :; do sleep 0.05; done);
+    start_program(\$server->{pid}, { out => $to }, 'sh', '-c', $script);
+    close($to);
+    is(readline($out), "up\n", 'it runs');
+    $server->kill;
+    is(readline($out), "closed\n", 'it has the time to close its image');
+    ok(!$server->is_running, 'and has ended');
 };
 
 my $name = '20261130T080000Z';

@@ -6,8 +6,6 @@ use Digest::SHA qw(sha256_hex);
 use Fcntl qw(S_ISBLK);
 use IO::Socket::UNIX ();
 use JSON::PP ();
-use POSIX ();
-use Time::HiRes ();
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::Argument
@@ -18,7 +16,7 @@ use PVE::BackupAccess::Image::InUse qw(check_unused);
 use PVE::BackupAccess::Program qw($longest_socket how_ended start_program);
 use PVE::BackupAccess::Provider::Store::PrivateDir;
 use PVE::BackupAccess::Try qw(attempt);
-use PVE::BackupAccess::Wait qw(wait_for_child);
+use PVE::BackupAccess::Wait qw(child_ends wait_for_child);
 
 our $qemu_storage_daemon = 'qemu-storage-daemon';
 
@@ -26,6 +24,7 @@ my $json = JSON::PP->new->ascii->canonical;
 my $no_uuid = '00000000-0000-0000-0000-000000000000';
 my $seconds_to_start = 60;
 my $seconds_between_looks = 0.01;
+my $seconds_to_fail = 1;
 
 my sub fail ($message) {
     PVE::BackupAccess::Error->throw('SystemError', $message);
@@ -110,13 +109,10 @@ my sub fail_to_open ($self) {
     PVE::BackupAccess::Error->throw($class, "cannot open the images - $line");
 }
 
-# Looks again for a moment: it may be about to end.
-my sub has_ended ($self, $tries = 1) {
+# Whether it has ended. If it is about to end, it has that many seconds.
+my sub has_ended ($self, $seconds = 0) {
     local ($!, $?);
-    while (waitpid($self->{pid}, POSIX::WNOHANG()) == 0) {
-        return 0 if !--$tries;
-        Time::HiRes::sleep($seconds_between_looks);
-    }
+    return 0 if !child_ends($self->{pid}, $seconds);
     delete($self->{pid});
     return 1;
 }
@@ -192,10 +188,9 @@ my sub check_backing ($self) {
 my sub wait_until_up ($self) {
     my $deadline = now() + $seconds_to_start;
     until (IO::Socket::UNIX->new(Peer => $self->{socket})) {
-        fail_to_open($self) if has_ended($self);
+        fail_to_open($self) if has_ended($self, $seconds_between_looks);
         fail("$qemu_storage_daemon did not start within $seconds_to_start seconds")
             if now() > $deadline;
-        Time::HiRes::sleep($seconds_between_looks);
     }
     return;
 }
@@ -221,7 +216,7 @@ sub start ($class, @options) {
 
     # The process accepts connections before it has opened the images.
     my $error = attempt { find_drives($self) };
-    die $error if $error && !has_ended($self, 100);
+    die $error if $error && !has_ended($self, $seconds_to_fail);
     fail_to_open($self) if $error;
     check_backing($self);
     return $self;

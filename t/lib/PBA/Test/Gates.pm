@@ -205,7 +205,7 @@ sub _waits () {
         'waits',
         \&long_waits,
         'a signal that arrives just before a blocking call does not end it: use'
-            . ' PVE::BackupAccess::Wait, which waits in slices',
+            . ' PVE::BackupAccess::Wait, which waits in slices, and of a child without looking',
     );
 }
 

@@ -85,12 +85,16 @@ my @blocking = (
     qr/\bsleep\((?:\d{2,}|[1-9])\b/,
 );
 
+# Loops that look again and again whether a child has ended. The module that is meant for this is told when it has.
+my $looks = qr/\b(?:while|until)\b.*(?:\bwaitpid\(|->is_(?:alive|running)\b)/;
+
 sub long_waits ($file) {
     return if $file =~ m{PVE/BackupAccess/Wait\.pm\z};
     my @found;
     for my $line (_code_lines($file)) {
         my ($number, $text) = $line->@*;
         my $code = _code_of($text);
+        push(@found, "$file:$number: a loop of looks at a child") if $code =~ $looks;
         push(@found, "$file:$number: a wait without an end") if grep { $code =~ $_ } @blocking;
     }
     return @found;

@@ -4,8 +4,7 @@ package PVE::BackupAccess::Provider::RBD::Server;
 
 use v5.36;
 
-use PVE::BackupAccess::Clock qw(now);
-use PVE::BackupAccess::Wait qw(pause);
+use PVE::BackupAccess::Wait qw(child_ends);
 
 use parent qw(PVE::BackupAccess::Provider::Store::Server);
 
@@ -27,18 +26,17 @@ sub _name_of ($class, $image) {
     return join('@', grep { defined } $image->@{qw(image snapshot)});
 }
 
-my $look_every = 0.02;    # seconds
-my $longest_end = 10;     # the same, to close an image while the cluster does not answer
+my $longest_end = 10;    # seconds, to close an image while the cluster does not answer
 
 # If a client is killed, the cluster keeps it as a watcher of its image for half a minute. During that time, the cluster does
 # not remove the image, and the creation of a snapshot waits. So qemu-nbd is given the time to close the image, also after
 # reading.
 sub kill ($self) {
     my $pid = $self->{pid} // return;
+    local ($!, $?);
     delete($self->{connection});
     CORE::kill(TERM => $pid) if $self->is_running;
-    my $deadline = now() + $longest_end;
-    pause($look_every) while $self->is_running && now() < $deadline;
+    child_ends($pid, $longest_end);
     return $self->SUPER::kill;
 }
 

@@ -9,13 +9,12 @@ use IO::Handle ();
 use IO::Select ();
 use JSON::PP ();
 use POSIX qw(SIG_SETMASK);
-use Time::HiRes ();
 
 use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Program qw(end_with fork_child kill_child new_pipe);
 use PVE::BackupAccess::Try qw(deaths_of ensure is_own);
-use PVE::BackupAccess::Wait qw(wait_for_child);
+use PVE::BackupAccess::Wait qw(child_ends wait_for_child);
 
 use Exporter qw(import);
 
@@ -86,20 +85,12 @@ my sub messages_of ($worker) {
     return \@messages;
 }
 
-my sub wait_for ($pid, $until) {
-    while (waitpid($pid, POSIX::WNOHANG()) == 0) {
-        return 0 if now() > $until;
-        Time::HiRes::sleep(0.02);
-    }
-    return 1;
-}
-
 # All workers have ended when this returns, except those that hang: a remaining reader would delay the teardown.
 my sub end_all ($workers) {
     my $until = now() + $seconds_to_end;
     kill('TERM', $_->{pid}) for values $workers->%*;
     for my $worker (values $workers->%*) {
-        next if wait_for($worker->{pid}, $until);
+        next if child_ends($worker->{pid}, $until - now());
         kill_child($worker->{pid}, $seconds_to_end);
     }
     $workers->%* = ();
