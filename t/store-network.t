@@ -45,6 +45,9 @@ END {
     }
 }
 
+# The table of mounts, which most tests do not need.
+$PVE::BackupAccess::File::mountinfo = "$tmp/mountinfo";
+
 # Sets the operations that fail: [operation, errno, part of the path].
 sub set_faults (@faults) {
     open(my $fh, '>', "$faults.new") or die "$faults: $!\n";
@@ -106,6 +109,17 @@ subtest 'no fault' => sub {
     check_archives('afterwards', $names[0]);
 };
 
+# A table of the kernel's with a line for the device of the directory. The file systems of other devices are unknown.
+sub mountinfo ($dir, $type, $options) {
+    my $dev = (stat($dir))[0];
+    my ($major, $minor) = ($dev >> 8 & 0xfff, $dev & 0xff | $dev >> 12 & 0xfff00);
+    open(my $fh, '>', "$tmp/mountinfo") or die "mountinfo: $!\n";
+    print {$fh} "22 1 259:1 / / rw - ext4 /dev/sda1 rw\n",
+        "90 22 $major:$minor / /mnt\\040x rw,relatime shared:4 - $type host:/x $options\n";
+    close($fh) or die "mountinfo: $!\n";
+    return;
+}
+
 subtest 'a file system without locks' => sub {
     my $store = start_again();
     for my $errno (ENOLCK, EOPNOTSUPP) {
@@ -113,29 +127,60 @@ subtest 'a file system without locks' => sub {
         for my $action (\&back_up, \&remove_first, \&prune, sub { $chain->problem($names[0]) }) {
             like(
                 error_of($action, ['flock', $errno, 'vm/100/']),
-                qr{cannot lock \Q$store\E/vm/100/\.\w+ - \Q$text\E - the store needs a file system},
+                qr{cannot lock \Q$store\E/vm/100/\.\w+ - \Q$text\E - it must be on a file system on which flock works$},
                 "$text: the error names the file and what is needed"
             );
         }
     }
     check_archives('afterwards');
-    like(
-        error_of(\&prune, ['flock', EACCES, '.lock']),
-        qr/is in use by another/,
-        'CIFS says EACCES for a lock that another has'
-    );
+};
 
-    $store = start_again();
-    set_faults(['flock', EACCES, 'vm/.lock']);
-    my $other = fork() // die "fork: $!\n";
-    if (!$other) {
-        sleep(0.5);
-        set_faults();
-        POSIX::_exit(0);
+# CIFS says EACCES for a lock that another process has. Elsewhere, waiting for it would never end.
+subtest 'a lock that is denied' => sub {
+    my $denied = do { local $! = EACCES; "$!" };
+    for my $type (qw(ext4 cifs smb3)) {
+        my $is_told = $type eq 'ext4';
+        my $store = start_again();
+        mountinfo($mount, $type, 'rw');
+        like(
+            error_of(\&prune, ['flock', EACCES, '.lock']),
+            $is_told
+            ? qr{\Acannot lock \Q$store\E/vm/100/\.lock - $denied - it must be on a file system}
+            : qr/is in use by another/,
+            "$type: the lock of a guest"
+        );
+        set_faults(['flock', EACCES, 'vm/.lock']);
+        my $other = fork() // die "fork: $!\n";
+        if (!$other) {
+            sleep(0.5);
+            set_faults();
+            POSIX::_exit(0);
+        }
+        my $number = eval { number_for($store, 'web') } // $@;
+        like(
+            $number,
+            $is_told
+            ? qr{\Acannot lock \Q$store\E/vm/\.lock - $denied - it must be on a file system}
+            : qr/\A1\z/,
+            "$type: that of the list of guests"
+        );
+        waitpid($other, 0);
     }
-    is(eval { number_for($store, 'web') }, 1, 'which is waited for while a guest gets its number')
-        or diag($@);
-    waitpid($other, 0);
+};
+
+subtest 'a server that permits no locks' => sub {
+    local $PVE::BackupAccess::Wait::longest_refusal = 0.3;
+    mountinfo($mount, 'cifs', 'rw');
+    my $store = start_again();
+    set_faults(['flock', EACCES, 'vm/.lock']);
+    ok(!eval { number_for($store, 'web'); 1 }, 'is not asked for ever');
+    set_faults();
+    like(
+        $@,
+        qr{\Acannot lock \Q$store\E/vm/\.lock - .* for 0\.3 seconds: another process has the lock, or},
+        'and the error says both reasons'
+    );
+    unlink("$tmp/mountinfo");
 };
 
 # If the last archive is not visible or not readable, nothing on which it builds may be removed.
@@ -288,19 +333,7 @@ subtest 'a server that does not answer' => sub {
     check_archives('afterwards');
 };
 
-# A line of the kernel's table for the device of the directory.
-sub mountinfo ($type, $options) {
-    my $dev = (stat("$tmp"))[0];
-    my ($major, $minor) = ($dev >> 8 & 0xfff, $dev & 0xff | $dev >> 12 & 0xfff00);
-    open(my $fh, '>', "$tmp/mountinfo") or die "mountinfo: $!\n";
-    print {$fh} "22 1 259:1 / / rw - ext4 /dev/sda1 rw\n",
-        "90 22 $major:$minor / /mnt\\040x rw,relatime shared:4 - $type host:/x $options\n";
-    close($fh) or die "mountinfo: $!\n";
-    return;
-}
-
 subtest 'mounts with local locks' => sub {
-    local $PVE::BackupAccess::Provider::Qcow2Chain::Mount::mountinfo = "$tmp/mountinfo";
     my $nfs = 'rw,vers=4.2,rsize=1048576,hard,proto=tcp,timeo=600,sec=sys,local_lock=none';
     my %cases = (
         "nfs4 $nfs" => undef,
@@ -316,14 +349,14 @@ subtest 'mounts with local locks' => sub {
         'ext4 rw,nolock' => undef,
     );
     for my $case (sort keys %cases) {
-        mountinfo(split(' ', $case));
+        mountinfo("$tmp", split(' ', $case));
         my $warning = mount_warning("$tmp");
         my $option = $cases{$case};
         defined($option)
             ? like($warning, qr/\A\Q$tmp\E is .* mounted with '\Q$option\E'/, $case)
             : is($warning, undef, $case);
     }
-    mountinfo('nfs4', 'rw,local_lock=flock');
+    mountinfo("$tmp", 'nfs4', 'rw,local_lock=flock');
     $chain->use_store("$tmp/nfs");
     ok(!eval { $chain->provider->backup_init(100, 'qemu', 1_900_000_000); 0 }, 'a backup begins');
     $chain->provider->backup_cleanup(100, 'qemu', 0, {});

@@ -15,8 +15,10 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Try qw(attempt attempt_any reason rethrow);
 
 our @EXPORT_OK
-    = qw(directory_exists entries file_exists fingerprint make_directory move read_file read_if_there remove_tree
-    remove_unused replace_file sha256 sync write_file);
+    = qw(directory_exists entries file_exists file_system_of fingerprint make_directory move read_file read_if_there
+    remove_tree remove_unused replace_file sha256 sync write_file);
+
+our $mountinfo = '/proc/self/mountinfo';    # see proc(5)
 
 my sub fail ($message) {
     PVE::BackupAccess::Error->throw('SystemError', $message);
@@ -37,6 +39,20 @@ sub directory_exists ($path) {
     return -d _ ? 1 : 0 if stat($path);
     return 0 if is_absent();
     fail("cannot look for $path - $!");
+}
+
+# The type and the options of the file system with a file, given by its path or handle. Both are empty if they are unknown.
+sub file_system_of ($file) {
+    my ($dev) = stat($file) or return ('', '');
+    my $number = ($dev >> 8 & 0xfff) . ':' . ($dev & 0xff | $dev >> 12 & 0xfff00);
+    open(my $fh, '<', $mountinfo) or return ('', '');
+    my @found = ('', '');
+    while (my $line = <$fh>) {
+        my ($device, $type, $options) = $line =~ m/\A\d+ \d+ (\d+:\d+) .* - (\S+) \S* ?(\S+)\s*\z/
+            or next;
+        @found = ($type, $options) if $device eq $number;
+    }
+    return @found;
 }
 
 # When this returns, the content of the file or directory is on disk.

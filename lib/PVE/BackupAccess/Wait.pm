@@ -7,7 +7,6 @@ package PVE::BackupAccess::Wait;
 
 use v5.36;
 
-use Errno qw(EACCES EINTR EWOULDBLOCK);
 use Exporter qw(import);
 use Fcntl qw(LOCK_EX LOCK_NB);
 use IO::Select ();
@@ -17,13 +16,17 @@ use Time::HiRes qw(sleep);
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::Clock qw(now);
+use PVE::BackupAccess::Error;
+use PVE::BackupAccess::File qw(file_system_of);
 
 our @EXPORT_OK
-    = qw(child_ends keep_trying next_line pause read_some slice wait_for_child wait_for_lock wait_until_readable);
+    = qw(child_ends fail_to_lock is_taken keep_trying next_line pause read_some slice wait_for_child wait_for_lock wait_until_readable);
 
 my $slice = 0.2;            # seconds
 my $look_again = 0.02;      # the same, where nothing tells
 my $read_size = 1 << 16;    # bytes, of a stream of lines
+
+our $longest_refusal = 60;  # seconds
 
 # How long a blocking call may wait at once, of the given number of seconds.
 sub slice ($seconds) { return min($seconds, $slice) }
@@ -97,7 +100,7 @@ sub read_some ($handle, $text, $most) {
     do {
         wait_until_readable($handle);
         $got = sysread($handle, $text->$*, $most, length($text->$*));
-    } while !defined($got) && $! == EINTR;
+    } while !defined($got) && $!{EINTR};
     return $got;
 }
 
@@ -111,13 +114,33 @@ sub next_line ($handle, $text, $most = undef) {
     return $text->$* =~ s/\A([^\n]*\n|[^\n]+)// ? $1 : undef;
 }
 
-# Takes the exclusive lock of flock. False on error. CIFS says EACCES if another process has it (see fcntl(2)).
-sub wait_for_lock ($handle) {
+# After flock has failed: whether it may succeed later, because another process has the lock. CIFS says EACCES for that (see
+# fcntl(2)), but also if its server permits no locks. On other file systems, EACCES does not end by waiting.
+sub is_taken ($handle) {
+    return 1 if $!{EWOULDBLOCK} || $!{EINTR};
+    return 0 if !$!{EACCES};
+    local $!;
+    my ($type) = file_system_of($handle);
+    return $type =~ m/\A(?:cifs|smb3)\z/;
+}
+
+# Dies after flock has failed for another reason. more: what else is known of it.
+sub fail_to_lock ($path, $more = '') {
+    PVE::BackupAccess::Error->throw('SystemError',
+        "cannot lock $path - $!$more - it must be on a file system on which flock works");
+}
+
+# Takes the exclusive lock of flock, of a file that processes lock only for a moment. Dies if it cannot be had.
+sub wait_for_lock ($handle, $path) {
+    my $end = now() + $longest_refusal;
     until (flock($handle, LOCK_EX | LOCK_NB)) {
-        return 0 if $! != EWOULDBLOCK && $! != EACCES && $! != EINTR;
+        fail_to_lock($path) if !is_taken($handle);
+        fail_to_lock($path,
+            " for $longest_refusal seconds: another process has the lock, or the server permits none"
+        ) if $!{EACCES} && now() > $end;
         sleep($look_again);
     }
-    return 1;
+    return;
 }
 
 1;

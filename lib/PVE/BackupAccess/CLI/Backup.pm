@@ -59,7 +59,7 @@ my sub guest_name ($opt) {
 sub identity_of ($directory) {
     my $file = "$directory/$id_file";
     sysopen(my $fh, $file, O_RDWR | O_CREAT, 0600) or die "cannot write to $directory - $!\n";
-    wait_for_lock($fh) or die "cannot lock $file - $!\n";
+    wait_for_lock($fh, $file);
     if (!-s $fh) {
         print {$fh} unpack('H*', read_file('/dev/urandom', 16)), "\n";
         $fh->flush && $fh->sync or die "cannot write $file - $!\n";

@@ -9,7 +9,7 @@ use Exporter qw(import);
 use Fcntl qw(:flock O_CREAT O_RDONLY O_RDWR);
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Wait qw(keep_trying);
+use PVE::BackupAccess::Wait qw(fail_to_lock is_taken keep_trying);
 
 our @EXPORT_OK = qw(drop_lock take_lock try_lock);
 
@@ -47,17 +47,13 @@ my sub open_file ($path, $how) {
     $Error->throw('SystemError', "cannot open $path - $!");
 }
 
-# Another process has the lock. CIFS says EACCES (see fcntl(2)).
-my sub is_taken () { return $!{EWOULDBLOCK} || $!{EACCES} || $!{EINTR} }
-
 # A true value that holds the lock, undef if another process has it.
 sub try_lock ($dir, $kind) {
     my ($file, $how) = $locks{$kind}->@{qw(file how)};
     my $fh = open_file("$dir/$file", $how) // return 'the directory is read-only';
     return $fh if flock($fh, $how | LOCK_NB);
-    return undef if is_taken();
-    $Error->throw('SystemError',
-        "cannot lock $dir/$file - $! - the store needs a file system on which flock works");
+    return undef if is_taken($fh);
+    fail_to_lock("$dir/$file");
 }
 
 # The same, but waits up to $seconds, and then dies.

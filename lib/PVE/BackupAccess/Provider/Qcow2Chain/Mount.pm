@@ -6,9 +6,9 @@ use v5.36;
 
 use Exporter qw(import);
 
-our @EXPORT_OK = qw(mount_warning);
+use PVE::BackupAccess::File qw(file_system_of);
 
-our $mountinfo = '/proc/self/mountinfo';    # see proc(5)
+our @EXPORT_OK = qw(mount_warning);
 
 my $locks = 'other hosts do not see its locks, so only this host may use the archives';
 my $errors = 'a pause of the server looks like damage';
@@ -21,23 +21,9 @@ my @nfs = (
 my @cifs = ([qr/nobrl/, $locks, q('brl')]);
 my %unwanted = (nfs => \@nfs, nfs4 => \@nfs, cifs => \@cifs, smb3 => \@cifs);
 
-# The type and the options of the file system with that device number, both empty if the table does not have it.
-my sub options_of ($dev) {
-    my $number = ($dev >> 8 & 0xfff) . ':' . ($dev & 0xff | $dev >> 12 & 0xfff00);
-    open(my $fh, '<', $mountinfo) or return ('', '');
-    my @found = ('', '');
-    while (my $line = <$fh>) {
-        my ($device, $type, $options) = $line =~ m/\A\d+ \d+ (\d+:\d+) .* - (\S+) \S* ?(\S+)\s*\z/
-            or next;
-        @found = ($type, $options) if $device eq $number;
-    }
-    return @found;
-}
-
 # What to warn of, or undef. A single host uses such a store safely, so it is not refused.
 sub mount_warning ($dir) {
-    my ($dev) = stat($dir) or return undef;
-    my ($type, $options) = options_of($dev);
+    my ($type, $options) = file_system_of($dir);
     for my $unwanted (($unwanted{$type} // [])->@*) {
         my ($pattern, $consequence, $instead) = $unwanted->@*;
         my ($option) = grep { m/\A$pattern\z/ } split(m/,/, $options) or next;

@@ -64,7 +64,7 @@ sub number_for ($store, $name) {
     make_directory("$store/vm");
     my $path = "$store/vm/.lock";
     sysopen(my $lock, $path, O_RDWR | O_CREAT, 0600) or fail("cannot open $path - $!");
-    wait_for_lock($lock) or fail("cannot lock $path - $!");
+    wait_for_lock($lock, $path);
     my $known = number_of($store, $name);
     return $known if defined($known);
     my $vmid = 1;

@@ -11,7 +11,7 @@ use File::Temp ();
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::File qw(remove_tree);
-use PVE::BackupAccess::Try qw(attempt_any);
+use PVE::BackupAccess::Try qw(attempt attempt_any rethrow);
 use PVE::BackupAccess::Wait qw(wait_for_lock);
 
 my $prefix = 'pba-server-';
@@ -63,12 +63,14 @@ my sub make ($parent) {
 my sub lock_new ($path) {
     my $lock = open_dir($path);
     return undef if !$lock && $!{ENOENT};
-    if (!$lock || !wait_for_lock($lock)) {
-        my $problem = $!;
-        rmdir($path);
-        fail("cannot lock the temporary directory $path - $problem");
-    }
-    return is_same($lock, $path) ? $lock : undef;
+    my $problem = "$!";
+    my $error = attempt {
+        fail("cannot lock the temporary directory $path - $problem") if !$lock;
+        wait_for_lock($lock, $path);
+    };
+    return is_same($lock, $path) ? $lock : undef if !$error;
+    rmdir($path);
+    rethrow($error);
 }
 
 sub new ($class, $parent = File::Spec->tmpdir) {
