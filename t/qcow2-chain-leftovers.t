@@ -198,6 +198,34 @@ subtest 'a merge whose digests cannot be written' => sub {
     $base->check('completed');
 };
 
+# A guest that was rolled back: its bitmaps are relative to the first archive again. Once the removal of the second one is
+# completed, the third one builds on the first. If a new one did so too, the first could not be removed any more.
+subtest 'a base that an archive builds on whose removal is not complete' => sub {
+    my $chain = $Chain->new->add_archives(3);
+    my @three = $chain->names;
+    my $name = $three[0] =~ s{.*/}{}r;
+    my $first = $Archive->load($chain->guest_dir, $name);
+    my $half = $chain->path_of($three[1]);
+    rename("$half/manifest.json", "$half/removed.json") or die "rename: $!\n";
+    my $reading = try_lock($chain->guest_dir, 'read');
+    $chain->log;
+    $chain->write_random;
+    $chain->backup(base => $first->id) or die $chain->error;
+    my $log = $chain->log;
+    undef($reading);
+    is_deeply($chain->modes, { map { $_ => 'new' } $chain->devices }, 'the next backup is full');
+    like(
+        $log,
+        qr/^warn: $_: full backup - another archive already builds on archive $name$/m,
+        "$_: it says why"
+    ) for $chain->devices;
+    is_deeply(scalar(eval { $chain->provider->prune(100, 2) }),
+        [$three[0]], 'the base can be removed')
+        or diag($@);
+    $chain->forget(@three[0, 1]);
+    $chain->check('and the others are right');
+};
+
 subtest 'an archive that is protected while a prune looks at others' => sub {
     my $chain = $Chain->new;
     for (1, 2) {

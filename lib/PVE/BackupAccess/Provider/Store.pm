@@ -193,23 +193,26 @@ sub _task ($self, $vmid) {
     return $task;
 }
 
-# None if one of them cannot be read: it may already build on the archive that would be chosen, and only one may.
+# The archives, and those that are being removed. None if one of them cannot be read: it may already build on the archive that
+# would be chosen, and only one may.
 sub _archives_to_build_on ($self, $guest) {
     my @archives = $guest->readable(\my @unread);
-    return \@archives if !@unread;
+    my @removed = $guest->being_removed(\@unread);
+    return (\@archives, \@removed) if !@unread;
     $self->{log}->('warn', "all disks are backed up in full - $unread[0]");
-    return [];
+    return ([], []);
 }
 
 sub backup_vm_query_incremental ($self, $vmid, $volumes) {
     my $task = $self->_task($vmid);
     my $notes = $self->_notes($vmid);
-    my $archives = $task->{archives} = $self->_archives_to_build_on($task->{guest});
-    $task->{about} = $volumes;
+    my ($archives, $removed) = $self->_archives_to_build_on($task->{guest});
+    $task->@{qw(archives removed about)} = ($archives, $removed, $volumes);
     my %modes;
     for my $device (sort keys $volumes->%*) {
         my ($base, $about) = (undef, $volumes->{$device});
-        my $find = sub { $base = $task->{guest}->base($archives, $notes, $device, $about) };
+        my $find
+            = sub { $base = $task->{guest}->base($archives, $removed, $notes, $device, $about) };
         my $error = $self->{'make full'} ? undef : attempt(\&$find);
         $self->{log}->('warn', "$device: full backup - " . reason($error)) if $error;
         $task->{bases}{$device} = $base;

@@ -94,10 +94,11 @@ sub write_random ($self, $count = 6) {
     return;
 }
 
-# Makes one backup with the calls in the API's order. during: code that is called when the volumes exist. late
-# => 1: the backup fails after the bitmaps were cleared, and the archive stays. then: code that is called before
-# backup_cleanup. run: code that gets backup_vm as a function and calls it in another process, which is to be
-# killed. Returns the archive's name, or undef if the backup failed.
+# Makes one backup with the calls in the API's order. base: the ID of the archive that the bitmaps are said to be
+# relative to. during: code that is called when the volumes exist. late => 1: the backup fails after the bitmaps
+# were cleared, and the archive stays. then: code that is called before backup_cleanup. run: code that gets
+# backup_vm as a function and calls it in another process, which is to be killed. Returns the archive's name, or
+# undef if the backup failed.
 sub backup ($self, %options) {
     my ($provider, $disks) = $self->@{qw(provider disks)};
     my ($name, %volumes);
@@ -105,8 +106,7 @@ sub backup ($self, %options) {
     my $done = eval {
         $provider->job_init($self->{time});
         $name = $provider->backup_init($vmid, 'qemu', $self->{time} += 60)->{'archive-name'};
-        my $modes = $provider->backup_vm_query_incremental($vmid,
-            { map { $_ => { size => $disks->{$_}->size } } keys $disks->%* });
+        my $modes = $self->_modes_for($options{base});
         $volumes{$_} = $disks->{$_}->open($modes->{$_}) for $self->devices;
         $options{during}->() if $options{during};
         $run->(
@@ -135,12 +135,22 @@ sub backup ($self, %options) {
     return $success ? $name : undef;
 }
 
-# The modes of the next backup: { device => use or new }.
+# The modes of the backup that has begun: { device => use or new }.
+sub _modes_for ($self, $base) {
+    my %base = defined($base) ? (base => $base) : ();
+    my $modes = $self->{provider}->backup_vm_query_incremental($vmid,
+        { map { $_ => { size => $self->disk($_)->size, %base } } $self->devices });
+    return {
+        map { $_ => ref($modes->{$_}) ? $modes->{$_}{'bitmap-mode'} : $modes->{$_} }
+            keys $modes->%*
+    };
+}
+
+# Those of the next backup.
 sub next_modes ($self) {
     my $provider = $self->{provider};
     $provider->backup_init($vmid, 'qemu', $self->{time} + 60);
-    my $modes = $provider->backup_vm_query_incremental($vmid,
-        { map { $_ => { size => $self->disk($_)->size } } $self->devices });
+    my $modes = $self->_modes_for(undef);
     $provider->backup_cleanup($vmid, 'qemu', 0, { error => 'only asked' });
     return $modes;
 }

@@ -152,6 +152,8 @@ sub _half_removed ($self) {
         map { m/\A$pattern\z/ ? $1 : () } entries($self->{dir});
 }
 
+sub being_removed ($self, $unread) { return $self->readable_of($unread, $self->_half_removed) }
+
 # Removes what a killed process left, and completes a removal that it began. Needs the change lock. Returns what could not
 # be completed, as texts. The next call tries again, also if this one did nothing because other processes read archives.
 sub clean ($self) {

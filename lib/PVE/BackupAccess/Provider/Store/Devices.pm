@@ -54,7 +54,8 @@ my sub comparable ($task, $device, $volume, $how) {
     my @chain;
     my $error = attempt {
         my %about = (($task->{about}{$device} // {})->%*, size => $volume->{size});
-        @chain = $task->{guest}->comparable($task->{archives}, $device, \%about, $how->{guest})
+        my @which = ($task->@{qw(archives removed)}, $device);
+        @chain = $task->{guest}->comparable(@which, \%about, $how->{guest});
     };
     $how->{log}->('info', "$device: nothing to compare with - " . reason($error)) if $error;
     return $error ? () : @chain;

@@ -9,6 +9,7 @@ package PVE::BackupAccess::Provider::Store::Guest;
 #   chain($name, $device[, $own])    the archives that hold the device's data as of that archive, the newest first
 #   device_problem($name, $device)   why the device cannot be restored, undef if it can; dies if that cannot be determined
 #   restorable($name, $device)       (archive, why the device cannot be read, undef if it can)
+#   being_removed(\@unread)  the archives whose removal has begun; see readable_of. By default none
 #   is_protected($name)      whether the archive must not be removed
 #   is_built_on($name), remove($name), discard($name)    for the removal of several archives, see Prune.pm
 #   is_there, make_place     whether the store has a place for the guest's archives; makes it
@@ -43,6 +44,9 @@ sub readable_of ($self, $unread, @names) {
     return @archives;
 }
 
+# A store in which no removal can be half done has none.
+sub being_removed ($self, $unread) { return }
+
 # ---- what the bitmaps are relative to ----
 
 # Returns the newest archive that has the disk, and the disk's name there. With guest, a UUID, only archives of that
@@ -60,16 +64,16 @@ my sub newest_of ($archives, $device, $about, $guest = undef) {
 }
 
 # The archive that the device's bitmap is relative to, undef if none is known. If the caller does not pass its ID, it is
-# the noted one, which must be the newest archive: a newer one was made by another host. archives are the readable ones;
-# the caller reads them once for all devices of a backup.
-sub base ($self, $archives, $notes, $device, $volume) {
+# the noted one, which must be the newest archive: a newer one was made by another host. archives are the readable ones,
+# removed those that are being removed; the caller reads them once for all devices of a backup.
+sub base ($self, $archives, $removed, $notes, $device, $volume) {
     my $is_told = exists($volume->{base});
     my $id
         = $is_told
         ? $volume->{base} // $volume->{'alias-base'}
         : ($notes->ids->{$device} // {})->{id};
     return undef if !defined($id);
-    my $base = $self->_base_of_id($archives, $id, $device, $volume);
+    my $base = $self->_base_of_id($archives, $removed, $id, $device, $volume);
     return $base if $is_told;
     my ($newest) = newest_of($archives, $device, $volume);
     fail('the newest archive, ' . $newest->name . ', is not the one that this host made last')
@@ -77,24 +81,32 @@ sub base ($self, $archives, $notes, $device, $volume) {
     return $base;
 }
 
+# Dies if one of the others builds on the archive's device. Those that are being removed count too: what builds on one of them
+# will build on this archive.
+my sub check_unused ($archive, $own, @others) {
+    my $name = $archive->name;
+    fail("another archive already builds on archive $name")
+        if grep { builders($_, $name, $own) } @others;
+    return;
+}
+
 # The archive with that ID, which the device's bitmap is relative to. Dies if there is none, or if nothing can build on
 # it. If another archive already builds on it, QEMU was not told that this backup succeeded, or the guest was rolled
 # back. A removal can merge an archive into one other only, so a second one must not build on it.
-sub _base_of_id ($self, $archives, $id, $device, $about) {
+sub _base_of_id ($self, $archives, $removed, $id, $device, $about) {
     my ($archive) = grep { $_->id eq $id } $archives->@*;
     fail("the archive that its bitmap is relative to, ID $id, is not in this store") if !$archive;
     my $name = $archive->name;
     my $own = find_device($archive, $device, $about) // fail(missing($archive, $device, $about));
     fail("archive $name has no identities of disks, so it is unknown which of them $device was")
         if defined($about->{'alias-base'}) && !defined($archive->device($own)->{identity});
-    fail("another archive already builds on archive $name")
-        if grep { builders($_, $name, $own) } $archives->@*;
+    check_unused($archive, $own, $archives->@*, $removed->@*);
     return $self->checked_base($name, $device, $own, $about->{size});
 }
 
 # The chain of archives, the newest first, that a device that is read in full can be compared with, so that only
 # differences are stored. Dies if there is no such chain, or if nothing can build on it.
-sub comparable ($self, $archives, $device, $about, $guest) {
+sub comparable ($self, $archives, $removed, $device, $about, $guest) {
     my ($newest, $own) = newest_of($archives, $device, $about, $guest // '');
     if (!$newest) {
         my ($other) = newest_of($archives, $device, $about);
@@ -104,10 +116,8 @@ sub comparable ($self, $archives, $device, $about, $guest) {
             : 'this store has no earlier archive of the disk'
         );
     }
-    my $name = $newest->name;
-    fail("another archive already builds on archive $name")
-        if grep { builders($_, $name, $own) } $archives->@*;
-    my $base = $self->checked_base($name, $device, $own, $about->{size});
+    check_unused($newest, $own, $archives->@*, $removed->@*);
+    my $base = $self->checked_base($newest->name, $device, $own, $about->{size});
     my @chain = $self->chain($base->name, $device, $own);
     my ($problem) = map { $_->digests_problem($device) // () } @chain;
     fail($problem) if defined($problem);
