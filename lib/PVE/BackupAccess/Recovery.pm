@@ -11,6 +11,7 @@ use Time::HiRes ();
 
 use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Reply qw(edges_of);
 use PVE::BackupAccess::Try qw(attempt attempt_any);
 
 our @EXPORT_OK = qw(recover_all recover_foreign);
@@ -132,15 +133,11 @@ my sub refuse_other_target ($options, $target) {
 # TPM state's volume so.
 my sub refuse_lost_disks ($options, @nodes) {
     my %driver = map { ($_->{'node-name'} // '') => $_->{drv} // '' } @nodes;
-    my $graph = ask($options, 'x-debug-query-block-graph');
-    my %name = map { $_->{id} => $_->{name} }
-        grep { $_->{type} eq 'block-driver' } $graph->{nodes}->@*;
     my (%users, %disk);
-    for my $edge ($graph->{edges}->@*) {
-        my $user = $driver{ $name{ $edge->{parent} } // '' } // '';
-        push($users{ $name{ $edge->{child} } // '' }->@*, $user);
-        $disk{ $name{ $edge->{parent} } // '' } = $name{ $edge->{child} }
-            if $edge->{name} eq 'file';
+    for my $edge (edges_of(ask($options, 'x-debug-query-block-graph'))) {
+        my ($user, $node) = $edge->@{qw(parent child)};
+        push($users{$node}->@*, $driver{$user} // '');
+        $disk{$user} = $node if $edge->{name} eq 'file';
     }
     for my $filter (grep { $driver{$_} eq 'copy-before-write' } sort keys %driver) {
         my @users = ($users{$filter} // [])->@*;

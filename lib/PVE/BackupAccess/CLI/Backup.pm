@@ -16,12 +16,13 @@ use PVE::BackupAccess::CLI qw(usage_error);
 use PVE::BackupAccess::CLI::Access qw(access_options show_wait text);
 use PVE::BackupAccess::CLI::ArchivePath qw(refuse_guest);
 use PVE::BackupAccess::CLI::Disks qw(choose_disks);
-use PVE::BackupAccess::CLI::Monitor qw(ask hashes log_waits);
+use PVE::BackupAccess::CLI::Monitor qw(ask log_waits);
 use PVE::BackupAccess::CLI::Output qw(parse_bytes read_file say_json say_out);
 use PVE::BackupAccess::CLI::Progress;
 use PVE::BackupAccess::CLI::Store
     qw(check_store provider_in store_id store_number_for store_numbers);
 use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(check_name);
+use PVE::BackupAccess::Reply qw(hashes);
 use PVE::BackupAccess::Task;
 use PVE::BackupAccess::Try qw(attempt ensure);
 use PVE::BackupAccess::Wait qw(wait_for_lock);

@@ -8,8 +8,9 @@ use Exporter qw(import);
 use List::Util qw(any uniq);
 
 use PVE::BackupAccess;
-use PVE::BackupAccess::CLI::Monitor qw(ask hashes);
+use PVE::BackupAccess::CLI::Monitor qw(ask);
 use PVE::BackupAccess::Provider::Store::Disks qw(guest_device);
+use PVE::BackupAccess::Reply qw(edges_of hashes);
 
 our @EXPORT_OK = qw(choose_disks names_of_disk);
 
@@ -27,12 +28,8 @@ my %passes_by = (
 # filters of jobs, whose names QEMU generates.
 my sub named_node ($path, $name) {
     return $name if $name !~ m/\A(?:pba-|#)/;
-    my $command = 'x-debug-query-block-graph';
-    my ($graph) = hashes($command, [ask($path, $command)]);
-    my %name_of = map { $_->{id} // '' => $_->{name} }
-        grep { ($_->{type} // '') eq 'block-driver' } hashes($command, $graph->{nodes});
-    my %below = map { ($name_of{ $_->{parent} // '' } // '') => $name_of{ $_->{child} // '' } }
-        grep { ($_->{name} // '') eq 'file' } hashes($command, $graph->{edges});
+    my %below = map { $_->{parent} => $_->{child} }
+        grep { $_->{name} eq 'file' } edges_of(ask($path, 'x-debug-query-block-graph'));
     $name = delete($below{$name}) while defined($name) && $name =~ m/\A(?:pba-|#)/;
     return $name;
 }

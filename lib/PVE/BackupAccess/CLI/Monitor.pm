@@ -8,9 +8,8 @@ use v5.36;
 use Exporter qw(import);
 
 use PVE::BackupAccess;
-use PVE::BackupAccess::Error;
 
-our @EXPORT_OK = qw(ask hashes log_waits);
+our @EXPORT_OK = qw(ask log_waits);
 
 my $timeout = 60;
 my $log;
@@ -25,14 +24,6 @@ sub log_waits ($code) {
 sub ask ($qmp, $command, %arguments) {
     utf8::decode($qmp) if !ref($qmp);    # the core expects text
     return PVE::BackupAccess::_ask($qmp, $timeout, $command, \%arguments, $log);
-}
-
-# Checks the reply: the hashes in an array, or the hash.
-sub hashes ($command, $array) {
-    PVE::BackupAccess::Error->throw('ProtocolError',
-        "qmp command '$command' failed - the reply is not an array of objects")
-        if ref($array) ne 'ARRAY' || grep { ref ne 'HASH' } $array->@*;
-    return $array->@*;
 }
 
 1;
