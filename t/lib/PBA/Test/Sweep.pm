@@ -176,7 +176,13 @@ sub client ($self, $code) {
         sub ($tell) {
             local $SIG{USR1} = sub { die "the signal\n" };
             local $SIG{__WARN__} = sub { };
-            eval { $code->($tell) };    # the access in it ends here
+
+            # The access ends with the inner eval. The exception of a signal during that is thrown some
+            # statements later.
+            eval {
+                eval { $code->($tell) };
+                for my $statement (1 .. 5) { my $done = $statement }
+            };
             return;
         }
     );
