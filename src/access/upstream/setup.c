@@ -136,15 +136,16 @@ static bool check_left_raw(const PbaDisk *disk, const PbaBlock *block, GError **
     const char *left =
         pba_is_own_node(disk->root_node) ? disk->root_node : pba_upstream_disk(disk)->raw;
 
-    if (!pba_block_find_node(block, left)) {
+    /* Without such a user, another process is just removing it. */
+    g_autofree char *user = pba_block_find_node(block, left) ? pba_company_user(block, left) : NULL;
+    if (!user) {
         return true;
     }
-    g_autofree char *user = pba_company_user(block, left);
     pba_error_set(
         error, PBA_ERROR_STATE,
         "node '%s' of an earlier access is still there, because %s uses it - end that, or "
         "commit it if it is an overlay (block-commit), then try again",
-        left, user ? user : "another program");
+        left, user);
     return false;
 }
 
