@@ -8,7 +8,7 @@ use lib "$FindBin::Bin/lib";
 use Test::More;
 
 use PBA::Test::Backend;
-use PBA::Test::QemuNbd qw(img);
+use PBA::Test::Overlay qw(commit_overlay put_overlay);
 
 my $size = 1024 * 1024;
 my $other_target = 'snapshot-access:other';
@@ -273,37 +273,13 @@ sub check_forget_alone ($backend) {
     return;
 }
 
-sub put_overlay ($vm) {
-    my ($base, $file) = ($vm->disk('a')->{file}, $vm->dir . '/above.qcow2');
-    img(qw(create -q -f qcow2 -u -F qcow2 -b), $base, $file, $size);
-    $vm->qmp(
-        'blockdev-add',
-        driver => 'qcow2',
-        'node-name' => 'above',
-        file => { driver => 'file', filename => $file },
-        backing => undef
-    );
-    $vm->qmp('blockdev-snapshot', node => 'a', overlay => 'above');
-    return;
-}
-
-sub take_overlay ($vm) {
-    $vm->clear_events;
-    $vm->qmp('block-commit', 'job-id' => 'commit', device => 'above');
-    $vm->wait_event('BLOCK_JOB_READY');
-    $vm->qmp('job-complete', id => 'commit');
-    $vm->wait_event('BLOCK_JOB_COMPLETED');
-    $vm->qmp('blockdev-del', 'node-name' => 'above');
-    return;
-}
-
 # QEMU does not change stored bitmaps below an overlay. The others, which prevent loading a state, are removed.
 sub check_forget_below ($backend) {
     my ($vm, %stored) = ($backend->vm, options => { persistent => 1 });
     my $open = sub ($device) { { device => $device, 'bitmap-mode' => 'use', base => undef } };
     my @devices = map { $open->($backend->device($_)) } qw(a b);
     backup($backend, \@devices, end => [1, $new_id->()], %stored);
-    put_overlay($vm);
+    put_overlay($vm, 'a');
     my @above = ($open->('above'), $devices[1]);
     backup($backend, \@above, end => [1, $new_id->()], %stored);
 
@@ -316,7 +292,8 @@ sub check_forget_below ($backend) {
         [], 'the other bitmaps are removed');
     $vm->hmp('savevm before');
     is($vm->hmp('loadvm before'), '', 'an earlier state can be loaded');
-    take_overlay($vm);
+    commit_overlay($vm);
+    $vm->qmp('blockdev-del', 'node-name' => 'above');
     is(scalar(forget($backend)->@*), 1, 'forget removes it when the overlay is gone');
     return;
 }

@@ -10,7 +10,7 @@ use Test::More;
 
 use PBA::Test::Backend;
 use PBA::Test::Client;
-use PBA::Test::QemuNbd qw(img);
+use PBA::Test::Overlay qw(commit_overlay put_overlay);
 use PBA::Test::Repository;
 
 my $Backend = 'PBA::Test::Backend';
@@ -106,8 +106,23 @@ subtest 'kill -9 makes a persistent bitmap inconsistent' => sub {
     is($result->{disk0}{bytes}, $size, 'the whole disk is dirty');
 };
 
-# A regular end of QEMU removes the access of a killed client, and leaves two halves of the bitmap; then QEMU is
-# killed.
+# A regular end of QEMU removes the access of a killed client, and leaves two halves of the bitmap.
+sub split_bitmap ($backend, %options) {
+    my $client = PBA::Test::Client->start(
+        sub ($tell) {
+            my $access = PVE::BackupAccess->new(%options);
+            $access->setup($backend->devices('new'));
+            $tell->('up');
+        }
+    );
+    is($client->next_word, 'up', 'a client has an access');
+    $client->kill9;
+    $backend->restart;
+    is(scalar(keys $backend->vm->bitmaps->{disk0}->%*), 2, 'the bitmap is in two halves');
+    return;
+}
+
+# After such an end, QEMU is killed.
 subtest 'kill -9 with a bitmap in two halves' => sub {
     for my $how (qw(recover setup)) {
         my $backend = $Backend->start(
@@ -116,16 +131,7 @@ subtest 'kill -9 with a bitmap in two halves' => sub {
             disks => [{ id => 'disk0', size => $size, format => 'qcow2' }],
         );
         my %options = $backend->options(persistent => 1, log => sub { });
-        my $client = PBA::Test::Client->start(
-            sub ($tell) {
-                my $access = PVE::BackupAccess->new(%options);
-                $access->setup($backend->devices('new'));
-                $tell->('up');
-            }
-        );
-        is($client->next_word, 'up', 'a client has an access');
-        $client->kill9;
-        $backend->restart;
+        split_bitmap($backend, %options);
         $backend->vm->kill9;
         $backend->restart;
         my @bitmaps = values $backend->vm->bitmaps->{disk0}->%*;
@@ -146,46 +152,6 @@ subtest 'kill -9 with a bitmap in two halves' => sub {
     }
 };
 
-# The image gets an overlay, which is empty.
-sub put_overlay ($vm) {
-    my $file = $vm->dir . '/overlay.qcow2';
-    img(qw(create -q -f qcow2 -F qcow2 -u -b), $vm->disk('disk0')->{file}, $file, $size);
-    $vm->qmp(
-        'blockdev-add',
-        driver => 'qcow2',
-        'node-name' => 'above',
-        file => { driver => 'file', filename => $file },
-        backing => undef,
-    );
-    $vm->qmp('blockdev-snapshot', node => 'disk0', overlay => 'above');
-    return;
-}
-
-sub commit_overlay ($vm) {
-    $vm->clear_events;
-    $vm->qmp('block-commit', 'job-id' => 'commit', device => 'above');
-    $vm->wait_event('BLOCK_JOB_READY');
-    $vm->qmp('job-complete', id => 'commit');
-    $vm->wait_event('BLOCK_JOB_COMPLETED');
-    return;
-}
-
-# QEMU quits during an access, so that its bitmap stays in two halves.
-sub split_bitmap ($backend, %options) {
-    my $client = PBA::Test::Client->start(
-        sub ($tell) {
-            my $access = PVE::BackupAccess->new(%options);
-            $access->setup($backend->devices('new'));
-            $tell->('up');
-        }
-    );
-    is($client->next_word, 'up', 'a client has an access');
-    $client->kill9;
-    $backend->restart;
-    is(scalar(keys $backend->vm->bitmaps->{disk0}->%*), 2, 'the bitmap is in two halves');
-    return;
-}
-
 # QEMU does not change stored bitmaps of an image that is read-only, as one below an overlay.
 subtest 'an overlay above an image with a bitmap in two halves' => sub {
     my $backend = $Backend->start(
@@ -196,7 +162,7 @@ subtest 'an overlay above an image with a bitmap in two halves' => sub {
     my $vm = $backend->vm;
     my %options = $backend->options(persistent => 1, log => sub { });
     split_bitmap($backend, %options);
-    put_overlay($vm);
+    put_overlay($vm, 'disk0');
     my $lines = PVE::BackupAccess->recover($backend->options, log => sub { });
     unlike("@$lines", qr/bitmap/, 'recover leaves it as it is');
 
