@@ -13,10 +13,10 @@ use List::Util qw(sum uniq);
 use Scalar::Util qw(weaken);
 
 use PVE::BackupAccess::CLI qw(usage_error);
-use PVE::BackupAccess::CLI::Access qw(access_options show_wait text);
+use PVE::BackupAccess::CLI::Access qw(access_options text);
 use PVE::BackupAccess::CLI::ArchivePath qw(refuse_guest);
 use PVE::BackupAccess::CLI::Disks qw(choose_disks);
-use PVE::BackupAccess::CLI::Monitor qw(ask log_waits);
+use PVE::BackupAccess::CLI::Monitor qw(ask);
 use PVE::BackupAccess::CLI::Output qw(parse_bytes read_file say_json say_out);
 use PVE::BackupAccess::CLI::Progress;
 use PVE::BackupAccess::CLI::Store
@@ -237,7 +237,6 @@ my sub task ($opt, $plan, $progress) {
 }
 
 sub run ($opt, $directory) {
-    log_waits(\&show_wait) if !$opt->{quiet};
     my $plan = plan($opt, $directory);
     my $progress = PVE::BackupAccess::CLI::Progress->new($opt->{quiet});
     my ($task, $provider) = task($opt, $plan, $progress);

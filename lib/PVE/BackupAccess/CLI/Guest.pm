@@ -9,7 +9,8 @@ use Exporter qw(import);
 use File::Basename qw(basename);
 
 use PVE::BackupAccess::CLI qw(absolute usage_error);
-use PVE::BackupAccess::CLI::Access qw(text);
+use PVE::BackupAccess::CLI::Access qw(show_wait text);
+use PVE::BackupAccess::CLI::Monitor qw(log_waits);
 use PVE::BackupAccess::Try qw(attempt);
 use PVE::BackupAccess::Wait qw(keep_trying);
 
@@ -115,6 +116,7 @@ my sub reach_domain ($opt, $name) {
 # Replaces --libvirt and --image by the options that they stand for.
 sub reach_guest ($opt) {
     only_one($opt);
+    log_waits(\&show_wait) if !$opt->{quiet};
     return reach_domain($opt, $opt->{libvirt}) if defined($opt->{libvirt});
     return if !defined($opt->{image});
     usage_error("--uuid must be a UUID, not '$opt->{uuid}'")

@@ -12,12 +12,11 @@ use List::Util qw(max);
 
 use PVE::BackupAccess::CLI qw(usage_error);
 use PVE::BackupAccess;
-use PVE::BackupAccess::CLI::Access qw(access_options bitmap_of is_tied show_wait text);
+use PVE::BackupAccess::CLI::Access qw(access_options bitmap_of is_tied text);
 use PVE::BackupAccess::CLI::Disks qw(names_of_disk);
 use PVE::BackupAccess::CLI::Guest qw(device_named);
 use PVE::BackupAccess::CLI::Map::Heat;
 use PVE::BackupAccess::CLI::Map::SVG;
-use PVE::BackupAccess::CLI::Monitor qw(log_waits);
 use PVE::BackupAccess::CLI::Output qw(columns is_utf8_terminal say_out share write_file write_out);
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Try qw(ensure);
@@ -130,7 +129,6 @@ my sub print_json ($map) {
 }
 
 sub run ($opt, $device) {
-    log_waits(\&show_wait);
     $device = device_named($opt, text($device));
     usage_error('--json and --svg exclude each other')
         if $opt->{json} && $opt->{svg};
