@@ -190,6 +190,28 @@ sub check_content () {
     }
 }
 
+# ---- programs ----
+
+# Programs that look at the number of blocks before they ask for holes.
+sub check_programs () {
+    my $holes = random_holes();
+    my @told = told_of($holes);
+    my $tmp = File::Temp->newdir('pba-holes-XXXXXXXX', TMPDIR => 1);
+    my %programs = (
+        'cp --sparse=auto' => sub ($path) {
+            return ('cp', '--sparse=auto', $path, "$tmp/copy");
+        },
+        'tar -S' => sub ($path) { return (qw(tar -S -cf), "$tmp/copy", '-C', '/', substr($path, 1)) },
+    );
+    for my $name (sort keys %programs) {
+        my ($server, $file, $data) = serve($holes);
+        is(system($programs{$name}->($file->{path})), 0, "$name reads the file");
+        is(scalar(reads_inside($server, @told)), 0, "$name: little of a hole is read, ahead");
+        next if $name =~ m/tar/;
+        ok(slurp("$tmp/copy") eq $data, "$name: the copy is the disk");
+    }
+}
+
 # ---- a copy ----
 
 sub slurp ($file) {
@@ -322,6 +344,7 @@ sub check_qemu ($name) {
 
 check_walks();
 check_content();
+check_programs();
 check_copy();
 check_part();
 check_unknown();
