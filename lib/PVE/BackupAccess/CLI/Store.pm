@@ -63,7 +63,8 @@ sub provider_in ($opt, $store, $name, $log) {
 # ---- guests by name ----
 
 my sub rbd_store ($opt, $store) {
-    return provider_in($opt, $store, 'none', \&log_line)->store;
+    state %stores;
+    return $stores{$store} //= provider_in($opt, $store, 'none', \&log_line)->store;
 }
 
 sub store_name_of ($opt, $store, $vmid) {

@@ -52,8 +52,10 @@ sub vmids ($self) {
         map { m!\Aguest vm/([1-9][0-9]{0,8})\z! ? $1 : () } keys $self->_values->%*;
 }
 
+# Asks once for all names: a list asks for those of all its archives.
 sub name_of ($self, $vmid) {
-    my ($name) = ($self->_values->{"guest vm/$vmid"} // '') =~ m/\A([A-Za-z0-9_.-]+)\z/;
+    my $values = $self->{'known names'} //= $self->_values;
+    my ($name) = ($values->{"guest vm/$vmid"} // '') =~ m/\A([A-Za-z0-9_.-]+)\z/;
     return $name;
 }
 
