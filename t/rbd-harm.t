@@ -13,6 +13,7 @@ use File::Temp ();
 use PBA::Test::Ceph;
 use PBA::Test::Command qw(run_command start_command);
 use PBA::Test::RBDLife;
+use PVE::BackupAccess::Provider::RBD::Archive;
 use PVE::BackupAccess::Provider::RBD::Ceph;
 
 plan(skip_all => 'needs Ceph and PBA_FULL')
@@ -109,6 +110,52 @@ for my $point (['progress', 1], ['snap', 1], ['snap', 3], ['set_value', 1]) {
         remove_all($life);
     };
 }
+
+# An increment of the disk, as far as its image is open for writing.
+sub begun_backup ($life, $name) {
+    my $guest = $life->provider->_guest('vm/100');
+    my $lock = $guest->change_lock;
+    my ($last) = reverse($guest->names);
+    my $archive = PVE::BackupAccess::Provider::RBD::Archive->begin($guest, $name);
+    my $size = length($life->guest->content($scsi));
+    $archive->add_device($scsi, { size => $size }, $guest->archive($last));
+    return { archive => $archive, lock => $lock, server => $archive->open_to_write($scsi) };
+}
+
+sub write_block ($backup, $number) {
+    my @write = ('-c', 'write -q -P 77 ' . ($number * 65536) . ' 64k');
+    return eval { $ceph->run('qemu-io', '-f', 'raw', @write, $backup->{server}->uri); 1 };
+}
+
+# What it would write, the other backup would not find: it reads back only what it has written itself.
+subtest 'overtaken before its first write' => sub {
+    my $life = new_life();
+    two_backups($life);
+    my $late = begun_backup($life, '20270101T000000Z');
+    $late->{lock}->drop;
+    my $other = begun_backup($life, '20270102T000000Z');
+    is(write_block($other, 0), 1, 'the other backup writes');
+    is(write_block($late, 1), undef, 'the late one cannot write any more');
+    is(write_block($other, 2), 1, 'the other one goes on');
+    $_->{server}->kill for $late, $other;
+    $other->{lock}->drop;
+    $life->backup;
+    is($life->problem, undef, 'all archives are intact');
+};
+
+subtest 'an archive is removed during its restore' => sub {
+    my $life = new_life();
+    my ($name) = two_backups($life);
+    my $provider = $life->provider;
+    $provider->restore_vm_init($name);
+    my $uri = $provider->restore_vm_volume_init($name, $scsi, {})->{'qemu-img-path'};
+    $ceph->run(qw(rbd snap rm --no-progress), image_of_scsi($life) . '@' . $name =~ s{.*/}{}r);
+    system("qemu-img convert -f raw -O raw '$uri' $dir/late.raw >/dev/null 2>&1");
+    note('it returns data') if !$?;
+    is(eval { $provider->restore_vm_volume_cleanup($name, $scsi, {}); 1 }, undef, 'an error');
+    like($@, qr/what was read from $name may be wrong - the snapshot .* is missing/, 'it says why');
+    $provider->restore_vm_cleanup($name);
+};
 
 # ---- the cluster ----
 
@@ -230,5 +277,34 @@ for my $way ('serve', -e '/dev/fuse' ? 'mount' : ()) {
         remove_all($life);
     };
 }
+
+# The processes of a command with that name.
+sub programs_of ($command, $name) {
+    my $pid = $command->pid;
+    open(my $fh, '<', "/proc/$pid/task/$pid/children") or die "children: $!\n";
+    return grep { ($ceph->run('cat', "/proc/$_/comm")) eq "$name\n" } split(' ', <$fh> // '');
+}
+
+subtest 'a serve whose host does not respond, and the archive is removed' => sub {
+    my $life = new_life();
+    my ($name) = two_backups($life);
+    my $path = 'rbd:' . $life->place . "/$name";
+    mkdir("$dir/late");
+    my $command
+        = start_command('serve', $path, '--socket-dir', "$dir/late", '--ceph-conf', $ceph->conf);
+    places_of($command);
+    my @watches = programs_of($command, 'rados');
+    cmp_ok(scalar(@watches), '>', 0, 'it has locks');
+    kill(STOP => @watches);
+    my $provider = $life->provider;
+    $provider->wait_for_others(60);
+    is(eval { $provider->remove($name); 1 }, 1, 'the archive can be removed then') or diag($@);
+    kill(CONT => @watches);
+    my $run = $command->finish;
+    is($run->{status}, 1, 'the command ends');
+    like($run->{err}, qr/the lock \S+ .* was lost, .* may have removed the archive/,
+        'and says why');
+    is_deeply([glob("$dir/late/*")], [], 'nothing is left');
+};
 
 done_testing;

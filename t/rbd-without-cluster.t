@@ -12,6 +12,7 @@ use Test::More;
 use Time::HiRes qw(sleep);
 
 use PBA::Test::NoCeph;
+use PVE::BackupAccess::CLI::Store qw(store_name_of);
 use PVE::BackupAccess::Program qw(new_pipe start_program);
 use PVE::BackupAccess::Provider::RBD;
 use PVE::BackupAccess::Provider::RBD::Archive;
@@ -22,11 +23,12 @@ use PVE::BackupAccess::Provider::Store::Manifest qw(encode_manifest);
 
 my $Archive = 'PVE::BackupAccess::Provider::RBD::Archive';
 my $Lock = 'PVE::BackupAccess::Provider::RBD::Lock';
+my $NoCeph = 'PBA::Test::NoCeph';
 my $place = 'rbd:backup/test';
 my @log;
 
 sub ceph_with (%how) {
-    return PBA::Test::NoCeph->new(
+    return $NoCeph->new(
         pool => 'backup',
         namespace => 'test',
         conf => '/none',
@@ -97,6 +99,59 @@ subtest 'a watch that the cluster does not list' => sub {
     );
 };
 
+# What rados prints while it watches, and what a check of the lock makes of it.
+my %reports = (
+    'NOTIFY cookie 94147 notify_id 1 from 4121' => '',
+    '2026-11-30T08:00:00.000+0000 7f0 0 monclient: hunting for new mon' => '',
+    'ERROR cookie 94147 err (107) Transport endpoint is not connected' => 'lost',
+);
+
+sub lock_that_says ($kind, $line, $then = 'read line') {
+    my $ceph = ceph_with(
+        script => qq(echo "press enter to exit..."; echo "$line"; $then),
+        $kind eq 'read' ? (watchers => []) : (),
+    );
+    return $Lock->try($ceph, 'pba.vm-100', $kind) // die "no lock\n";
+}
+
+sub error_of_check ($method, $lock) {
+    sleep(0.5);
+    return eval { $lock->$method; 1 } ? '' : "$@";
+}
+
+subtest 'a watch that the cluster has forgotten' => sub {
+    my %since = (
+        change => 'another backup or prune may have begun',
+        read => 'another process may have removed the archive',
+    );
+    for my $line (sort keys %reports) {
+        my $lock = lock_that_says('read', $line);
+        my $expected = $reports{$line}
+            && "the lock pba.vm-100.read in $place was lost, because the"
+            . " cluster has not heard of this host for half a minute, and $since{read} - try again\n";
+        is(error_of_check('check_report', $lock), $expected, $line);
+        is(error_of_check('check_report', $lock), $expected, 'still');
+    }
+    for my $kind (sort keys %since) {
+        my $ended = lock_that_says($kind, 'bye', 'exit 1');
+        like(
+            error_of_check('check_report', $ended),
+            qr/was lost,.* and $since{$kind} - try again/,
+            "$kind: the program has ended"
+        );
+    }
+    like(error_of_check('check', lock_that_says('change', 'ERROR cookie 1 err (107)')),
+        qr/was lost/, 'although the cluster lists a watch, which may be that of another process');
+};
+
+subtest 'a server whose archive is not protected from removal any more' => sub {
+    my $server = bless({ owner => $$, reading => lock_that_says('read', 'ERROR cookie 1') },
+        'PVE::BackupAccess::Provider::RBD::Server');
+    like(error_of_check('is_running', $server), qr/may have removed the archive/, 'an error');
+    $server->kill;
+    pass('it can be ended');
+};
+
 # A killed client would stay a watcher of its image for half a minute.
 subtest 'a server that is to end' => sub {
     my ($out, $to) = new_pipe();
@@ -112,6 +167,9 @@ subtest 'a server that is to end' => sub {
 
 my $name = '20261130T080000Z';
 my $image = "pba-vm-100-drive-scsi0-$name";
+my %device = (size => 512, image => $image, digests => { sha256 => '0' x 64 });
+my $manifest = encode_manifest(
+    { format => 1, id => 'a1', devices => { 'drive-scsi0' => \%device }, files => {} });
 
 # A guest with a snapshot.
 sub guest_with (%how) {
@@ -120,8 +178,38 @@ sub guest_with (%how) {
         images => { $image => [{ name => $name, size => 512, protected => 0 }] },
         %how
     );
-    return ($ceph, PVE::BackupAccess::Provider::RBD::Guest->new(ceph => $ceph, place => 'vm/100'));
+    return ($ceph,
+        PVE::BackupAccess::Provider::RBD::Guest->new(ceph => $ceph, place => 'vm/100', wait => 0));
 }
+
+subtest 'a restore during which the archive is removed' => sub {
+    my ($ceph, $guest) = guest_with(stored => { "archive $name" => $manifest });
+    is($guest->reading_problem($name, 'drive-scsi0'),
+        undef, 'nothing is wrong while its snapshot is there');
+    $ceph->{images}{$image} = [];
+    like(
+        $guest->reading_problem($name, 'drive-scsi0'),
+        qr/^the snapshot \Q$image\E\@$name is missing: the archive was removed during that time/,
+        'what was read may be wrong'
+    );
+};
+
+# Another backup begins when this process has looked whether its lock is still there, and before it looks what there is.
+subtest 'a lock that is lost before the removal of what a killed backup left' => sub {
+    my ($ceph, $guest) = guest_with(
+        stored => {},
+        script => 'echo "press enter to exit..."; read line'
+    );
+    my $lock = $guest->change_lock;
+    my $images = $NoCeph->can('images');
+    no warnings 'redefine';
+    local *PBA::Test::NoCeph::images = sub (@which) {
+        $ceph->{watchers} = ['127.0.0.1:0/2 client.2'];
+        return $images->(@which);
+    };
+    like(($guest->clean)[0], qr/was lost/, 'the lock was lost');
+    is_deeply($ceph->{removed}, [], 'nothing of the other backup is removed');
+};
 
 subtest 'an archive that is protected while a prune removes others' => sub {
     my ($ceph, $guest) = guest_with(stored => { "archive $name" => '{}' });
@@ -160,7 +248,7 @@ subtest 'a manifest that would be refused' => sub {
 subtest 'killed while a damaged archive is removed' => sub {
     my $note = "damaged $name drive-scsi0";
     my ($ceph, $guest) = guest_with(stored => { "archive $name" => '{}', $note => "yes\n" });
-    my ($calls, $remove) = (0, PBA::Test::NoCeph->can('remove_value'));
+    my ($calls, $remove) = (0, $NoCeph->can('remove_value'));
     {
         no warnings 'redefine';
         local *PBA::Test::NoCeph::remove_value = sub (@which) {
@@ -175,11 +263,8 @@ subtest 'killed while a damaged archive is removed' => sub {
 };
 
 subtest 'a verification while the cluster does not answer' => sub {
-    my %device = (size => 512, image => $image, digests => { sha256 => '0' x 64 });
-    my $manifest
-        = { format => 1, id => 'a1', devices => { 'drive-scsi0' => \%device }, files => {} };
     my ($ceph, $guest) = guest_with(
-        stored => { "archive $name" => encode_manifest($manifest) },
+        stored => { "archive $name" => $manifest },
         script => 'echo "error getting: (110) Connection timed out" >&2; exit 1',
     );
     my $provider = PVE::BackupAccess::Provider::RBD->new(undef, { pool => 'backup' }, 'test');
@@ -189,6 +274,18 @@ subtest 'a verification while the cluster does not answer' => sub {
         'it says so'
     );
     is_deeply([keys $ceph->{stored}->%*], ["archive $name"], 'no damage is noted');
+};
+
+# Each call is a program: a list of 1000 guests, each with 30 archives, would run 30,000 of them.
+subtest 'the names of the guests in a list' => sub {
+    my $calls = 0;
+    no warnings 'redefine';
+    local *PVE::BackupAccess::Provider::RBD::Ceph::values = sub (@) {
+        $calls++;
+        return { 'guest vm/100' => 'web1', 'guest vm/101' => '' };
+    };
+    my @names = map { store_name_of({}, 'rbd:backup/names', $_) } 100, 101, 100;
+    is_deeply([\@names, $calls], [['web1', undef, 'web1'], 1], 'are asked for once');
 };
 
 subtest 'killed while the cluster stores the manifest' => sub {

@@ -5,7 +5,7 @@ package PVE::BackupAccess::CLI::Serve;
 
 use v5.36;
 
-use POSIX qw(SIGCHLD SIGHUP SIGINT SIGTERM);
+use POSIX qw(SIGALRM SIGCHLD SIGHUP SIGINT SIGTERM);
 
 use PVE::BackupAccess::CLI qw(absolute);
 use PVE::BackupAccess::CLI::Access qw(text);
@@ -13,7 +13,9 @@ use PVE::BackupAccess::CLI::ArchivePath qw(archive_at chosen_devices file_of pro
 use PVE::BackupAccess::CLI::Output qw(say_json say_out);
 use PVE::BackupAccess::Program qw(block_signals);
 use PVE::BackupAccess::Provider::Store::RawFile;
-use PVE::BackupAccess::Try qw(ensure);
+use PVE::BackupAccess::Try qw(attempt ensure rethrow);
+
+my $look_again = 5;    # seconds: no signal tells that a lock was lost
 
 # Whether a signal that ends the command has arrived, but is still blocked.
 my sub is_told_to_end () {
@@ -27,15 +29,19 @@ my sub wait_for_signal ($mask, $processes) {
     my $is_over = 0;
     my @ends = grep { ($SIG{$_} // '') ne 'IGNORE' } qw(INT TERM HUP);
     local @SIG{@ends} = (sub { $is_over = 1 }) x @ends;
-    local $SIG{CHLD} = sub { };
+    local @SIG{qw(ALRM CHLD)} = (sub { }) x 2;
     while (!$is_over) {
         for my $text (sort keys $processes->%*) {
-            next if $processes->{$text}->is_running;
+            my $is_running;
+            my $error = attempt { $is_running = $processes->{$text}->is_running };
+            next if $is_running;
 
             # systemd ends the processes of a service together with the command.
             return if is_told_to_end();
+            rethrow($error) if $error;
             die "$text has ended unexpectedly - start the command again\n";
         }
+        alarm($look_again);
         POSIX::sigsuspend($mask);
     }
 }
@@ -61,7 +67,7 @@ my sub offer ($opt, $path, $open) {
         # From here on, a signal is the regular end: a program that reads the lines may send one
         # at once. They stay blocked until the wait, so that none is lost, and after it, because the
         # command ends.
-        my $mask = block_signals(SIGINT, SIGTERM, SIGHUP, SIGCHLD);
+        my $mask = block_signals(SIGINT, SIGTERM, SIGHUP, SIGCHLD, SIGALRM);
         my @devices = sort keys %place;
         $opt->{json}
             ? say_json({ devices => { map { $_ => text($place{$_}) } @devices } })

@@ -193,7 +193,8 @@ depend on another one
 
 =item the objects C<pba.vm-100.change>, C<.read> and C<.removal>: the locks. A process on any host that works on the archives
 watches one of these objects. The watch ends with its client: at once if the process ends, after half a minute if the host fails
-or does not respond. A backup that goes on after that first looks whether its watch is still there, and otherwise fails
+or does not respond. A backup that goes on after that first looks whether its watch is still there, and otherwise fails.
+C<serve> and C<mount> end when the cluster tells them that their watch is gone, and a restore fails if its snapshot was removed
 
 =item the object C<pba>: the list of guests, and the store's ID
 
@@ -257,7 +258,8 @@ Takes the guest's number and type. Returns C<nbd> for virtual machines, undef fo
 C<backup_init>, C<backup_vm_query_incremental>, C<backup_vm>, C<backup_cleanup>, C<backup_handle_log_file>, C<restore_vm_init>,
 C<restore_vm_volume_init>, C<restore_vm_volume_cleanup>, C<restore_vm_cleanup>, C<archive_get_guest_config> and
 C<archive_get_firewall_config> are as in L<PVE::BackupAccess::Provider::Qcow2Chain>. C<archive-size> is the number of bytes that
-the backup has written to its images, without zeroes.
+the backup has written to its images, without zeroes. C<restore_vm_volume_cleanup> dies with C<ArchiveError> if the archive was
+removed while it was restored. C<is_running> of a C<server> dies with C<StateError> if the lock was lost.
 
 =head1 OTHER METHODS
 

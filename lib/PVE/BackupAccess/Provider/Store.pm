@@ -363,8 +363,9 @@ sub restore_vm_volume_init ($self, $volname, $device, $info) {
 sub server ($self, $volname, $device) { return $self->{restores}{$volname}{$device}->server }
 
 sub restore_vm_volume_cleanup ($self, $volname, $device, $info) {
-    my $restore = delete($self->{restores}{$volname}{$device});
-    $restore->stop if $restore;
+    my $restore = delete($self->{restores}{$volname}{$device}) // return;
+    $restore->stop;
+    $restore->check;
     return;
 }
 

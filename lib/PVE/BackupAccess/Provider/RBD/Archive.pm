@@ -67,7 +67,13 @@ sub open_to_write ($self, $device) {
     else {
         $ceph->create($entry->{image}, $entry->{size});
     }
-    return $Server->start({ ceph => $ceph, image => $entry->{image} }, writable => 1);
+    my $server = $Server->start({ ceph => $ceph, image => $entry->{image} }, writable => 1);
+    return $server if !$parent;
+
+    # The other process' fence does not stop a server that had not yet the image's lock. So the order is: lock, then look.
+    $server->lock_image($entry->{size});
+    $self->{guest}->check_lock;
+    return $server;
 }
 
 sub cluster_size ($self) { return $digest_block }

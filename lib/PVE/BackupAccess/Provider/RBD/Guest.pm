@@ -206,6 +206,15 @@ sub restorable ($self, $name, $device) {
     return ($archive, $problem);
 }
 
+# The lock is lost if this host does not respond for half a minute. Then another process may have removed the snapshot while it
+# was read, and reads return zeroes. If the snapshot is there now, it was there all the time.
+sub reading_problem ($self, $name, $device) {
+    delete($self->@{qw(snapshots some)});
+    my $problem = $self->_snapshot_problem($self->archive($name), $device) // return undef;
+    return
+        "$problem: the archive was removed during that time, because this host did not respond for half a minute";
+}
+
 # ---- completion and removal ----
 
 sub publish ($self, $archive, $notes = undef) {
@@ -290,8 +299,12 @@ sub remove ($self, $name) {
 
 sub discard ($self, $name) { return $self->remove($name) }
 
+# The lock is checked when it is known what there is: then nothing that is removed can be of a backup that began after the
+# lock was lost.
 sub clean ($self) {
     my @problems;
+    $self->_snapshots;
+    $self->_values;
     my $lost = attempt { $self->check_lock };
     return reason($lost) if $lost;
     for my $note ($self->_lone_notes) {

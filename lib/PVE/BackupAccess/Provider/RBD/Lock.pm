@@ -16,19 +16,22 @@ use PVE::BackupAccess::Wait qw(child_ends keep_trying read_some slice);
 my $Error = 'PVE::BackupAccess::Error';
 our $longest_end = 10;    # seconds, to end a watch
 
-# others: the lock that no other process may hold at the same time.
+# others: the lock that no other process may hold at the same time; since: what may have happened since the lock was lost.
 my %locks = (
     change => {
         others => 'change',
         busy => 'is in use by another backup or prune',
+        since => 'another backup or prune may have begun',
     },
     read => {
         others => 'removal',
         busy => 'is in use: another process is removing an archive',
+        since => 'another process may have removed the archive',
     },
     removal => {
         others => 'read',
         busy => 'is in use by a verify, restore, serve or mount',
+        since => 'another process may be reading the archives',
     },
 );
 
@@ -57,7 +60,7 @@ my sub watch ($class, $ceph, $object) {
     my %how = (in => $child_in, out => $child_out, err => $child_out, signal => 0);
     start_program(\$self->{pid}, \%how, $ceph->command('rados', 'watch', $object));
     close($_) for $child_in, $child_out;
-    my $said = until_it_watches($out, $ceph->teller('rados watch'));
+    my $said = $self->{said} = until_it_watches($out, $ceph->teller('rados watch'));
     return $self if $said =~ m/press enter/;
     $self->drop;
     $said =~ s/\s+\z//;
@@ -71,24 +74,39 @@ sub try ($class, $ceph, $object, $kind) {
     my $others = $locks{$kind}{others};
     my $self = watch($class, $ceph, "$object.$kind");
     my $most = $others eq $kind ? 1 : 0;
+    $self->@{qw(ceph object kind)} = ($ceph, "$object.$kind", $kind);
     my @watchers = $ceph->watchers("$object.$others");
     fail("the cluster does not list the watch of the object $object.$kind in rbd:" . $ceph->place)
         if $most && !@watchers;
-    $self->@{qw(ceph object watcher)} = ($ceph, "$object.$kind", $watchers[0]) if $most;
+    $self->{watcher} = $watchers[0] if $most;
     return $self if @watchers <= $most;
     $self->drop;
     return undef;
 }
 
-# Dies if the cluster does not know the watch any more: this process, its host or the network did not respond for half a
-# minute. Another process may have taken the lock since. For locks that exclude their own kind.
-sub check ($self) {
-    return if grep { $_ eq $self->{watcher} } $self->{ceph}->watchers($self->{object});
+my sub fail_as_lost ($self) {
     $Error->throw('StateError',
               "the lock $self->{object} in rbd:"
             . $self->{ceph}->place
-            . ' was lost, because the cluster has not heard of this host for half a minute, and another backup or prune'
-            . ' may have begun - try again');
+            . ' was lost, because the cluster has not heard of this host for half a minute, and '
+            . "$locks{$self->{kind}}{since} - try again");
+}
+
+# Dies if the program has ended, or has reported that the cluster does not know the watch any more: this process, its host
+# or the network did not respond for half a minute. Asks nothing of the cluster.
+sub check_report ($self) {
+    my $out = $self->{out};
+    my $got = 1;
+    $got = read_some($out, \$self->{said}, 4096) while $got && IO::Select->new($out)->can_read(0);
+    fail_as_lost($self) if !$got || $self->{said} =~ m/^ERROR/m;
+    return;
+}
+
+# The same, but also asks the cluster. For locks that exclude their own kind.
+sub check ($self) {
+    $self->check_report;
+    return if grep { $_ eq $self->{watcher} } $self->{ceph}->watchers($self->{object});
+    fail_as_lost($self);
 }
 
 # The same, but waits up to $seconds, and then dies.

@@ -4,6 +4,8 @@ package PVE::BackupAccess::Provider::RBD::Server;
 
 use v5.36;
 
+use PVE::BackupAccess::Program qw(temporary_file);
+use PVE::BackupAccess::Volume;
 use PVE::BackupAccess::Wait qw(child_ends);
 
 use parent qw(PVE::BackupAccess::Provider::Store::Server);
@@ -26,6 +28,40 @@ sub _name_of ($class, $image) {
     return join('@', grep { defined } $image->@{qw(image snapshot)});
 }
 
+# reading: the lock that keeps the archive from being removed.
+sub start ($class, $image, %options) {
+    my $self = $class->SUPER::start($image, %options);
+    $self->{reading} = $options{reading};
+    return $self;
+}
+
+# Dies if the lock was lost: reads of a removed snapshot may return zeroes.
+sub is_running ($self) {
+    $self->{reading}->check_report if $self->{reading};
+    return $self->SUPER::is_running;
+}
+
+# The first write of a client gives it the image's lock: here of what is already there. When another client breaks the lock, the
+# cluster accepts nothing more from this one.
+sub lock_image ($self, $size) {
+    my @regions = ([0, 512]);
+    my $same = temporary_file();
+    truncate($same, $size);
+    syswrite($same, $self->{connection}->pread($regions[0]->@*));
+    my $volume = PVE::BackupAccess::Volume->open(
+        'image',
+        {
+            size => $size,
+            'bitmap-mode' => 'reuse',
+            'file-handle' => $same,
+            'next-dirty-region' => sub () { return (shift(@regions) // [])->@* },
+        }
+    );
+    $volume->copy(to => $self->uri);
+    $volume->close;
+    return;
+}
+
 my $longest_end = 10;    # seconds, to close an image while the cluster does not answer
 
 # If a client is killed, the cluster keeps it as a watcher of its image for half a minute. During that time, the cluster does
@@ -35,7 +71,7 @@ sub kill ($self) {
     my $pid = $self->{pid} // return;
     local ($!, $?);
     delete($self->{connection});
-    CORE::kill(TERM => $pid) if $self->is_running;
+    CORE::kill(TERM => $pid) if $self->SUPER::is_running;
     child_ends($pid, $longest_end);
     return $self->SUPER::kill;
 }

@@ -44,6 +44,10 @@ sub readable_of ($self, $unread, @names) {
     return @archives;
 }
 
+# Why what was read from the archive's device under the read lock may be wrong; undef if it is right. A file's lock is not
+# lost.
+sub reading_problem ($self, $name, $device) { return undef }
+
 # A store in which no removal can be half done has none.
 sub being_removed ($self, $unread) { return }
 

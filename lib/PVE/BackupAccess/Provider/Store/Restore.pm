@@ -13,14 +13,15 @@ my $RawFile = 'PVE::BackupAccess::Provider::Store::RawFile';
 sub start ($class, $guest, $name, $device, %options) {
 
     # Taken before the archive is read: while this lock is held, no prune and no removal changes the archive.
-    my $self = bless({ reading => $guest->read_lock }, $class);
+    my $self = bless({ guest => $guest, name => $name, device => $device, %options }, $class);
+    $self->{reading} = $guest->read_lock;
     my ($archive, $problem) = $guest->restorable($name, $device);
     PVE::BackupAccess::Error->throw(
         'ArchiveError',
         "device $device: cannot be restored from $options{volname} - $problem",
         device => $device
     ) if defined($problem);
-    $self->{server} = $archive->serve($device, %options{'socket'});
+    $self->{server} = $archive->serve($device, $self->%{qw(reading socket)});
     $self->{file} = $RawFile->start($self->{server}, $archive->device($device)->{size})
         if $options{'is-file'};
     return $self;
@@ -36,6 +37,17 @@ sub stop ($self) {
     $self->{file}->stop if $self->{file};
     $self->{server}->kill;
     return;
+}
+
+# Dies if what was read may be wrong.
+sub check ($self) {
+    my ($name, $device) = $self->@{qw(name device)};
+    my $problem = $self->{guest}->reading_problem($name, $device) // return;
+    PVE::BackupAccess::Error->throw(
+        'ArchiveError',
+        "device $device: what was read from $self->{volname} may be wrong - $problem",
+        device => $device
+    );
 }
 
 1;
