@@ -7,7 +7,8 @@
 #   copy, 10^3 ... 10^5 extents:    an increment to nowhere, 4 KiB dirty every 8 KiB
 #   copy, regions of ...:           1 GiB in regions of 4 KiB to 16 MiB, each as far from the next
 #   setup, 10^3 ... 10^8 extents:   an access with such a bitmap, to its first region, and the teardown
-#   setup, 1 ... 16 disks:          the same with disks of 1 GiB
+#   setup, 1 ... 64 disks:          the same with disks of 1 GiB
+#   setup, 1 GiB ... 64 TiB:        the same with an empty disk of that size, all of it dirty
 #   limit, ...:                     a full copy to nowhere with more connections, larger requests, from
 #                                   several servers at once, and over TCP
 
@@ -34,6 +35,7 @@ my $gib = 1024 * $mib;
 my $block = 64 * $kib;
 my $nbdinfo_up_to = 6;    # powers of ten: more takes minutes and gigabytes
 my $target = 'bench';
+my $VM = 'PBA::Test::VM';
 
 my $bench = PBA::Bench->new('growth', \@ARGV, 'max=i' => '[--max POWER]');
 my $max = $bench->option('max', 8);
@@ -127,7 +129,7 @@ sub serve_pieces ($size, $piece) {
     );
     my $raw = PBA::Bench::Image::write_raw("$dir/raw", $size);
     my @convert = (qw(convert -n -f raw -O qcow2), $raw, $map->{file});
-    system(PBA::Test::VM->qemu_img, @convert) == 0 or die "qemu-img failed\n";
+    system($VM->qemu_img, @convert) == 0 or die "qemu-img failed\n";
     unlink($raw);
     return PBA::Bench::Server->start(dir => $dir, file => $map->{file}, bitmap => $map->{bitmap});
 }
@@ -192,13 +194,21 @@ sub setup_and_teardown ($vm, @devices) {
 }
 
 sub measure_setup ($case, @disks) {
-    my $vm = PBA::Test::VM->start(guest => 0, disks => \@disks);
+    my $vm = $VM->start(guest => 0, disks => \@disks);
     my @devices = map { $_->{id} } @disks;
     setup_and_teardown($vm, @devices);
     return $bench->compare(
         case => $case,
         ours => { run => sub ($) { setup_and_teardown($vm, @devices) } },
     );
+}
+
+# An image of this size has no data, so that its size is no limit.
+sub empty_disk ($size) {
+    my $file = new_dir() . '/disk';
+    system($VM->qemu_img, qw(create -q -f qcow2), $file, $size) == 0
+        or die "qemu-img failed\n";
+    return $file;
 }
 
 sub measure_setup_of_map ($case, $power) {
@@ -221,11 +231,17 @@ $bench->plot_lines(
     series => [curve('setup', 'ours', \%setups)],
 );
 
+# A PCI bus has 32 slots, and a slot 8 functions.
+sub disk_in_slot ($number) {
+    my $slot = sprintf('multifunction=on,addr=0x%x.%d', 8 + $number / 8, $number % 8);
+    return { id => "disk$number", size => $gib, device_args => $slot };
+}
+
 my %by_disks;
-for my $count (1, 2, 4, 8, 16) {
+for my $count (1, 2, 4, 8, 16, 32, 64) {
     my $case = "setup, $count disk" . ($count > 1 ? 's' : '');
     next if !$bench->wants($case);
-    $by_disks{$count} = measure_setup($case, map { { id => "disk$_", size => $gib } } 1 .. $count);
+    $by_disks{$count} = measure_setup($case, map { disk_in_slot($_) } 0 .. $count - 1);
 }
 $bench->plot_lines(
     'disks',
@@ -234,6 +250,17 @@ $bench->plot_lines(
     y => 'seconds',
     series => [curve('setup', 'ours', \%by_disks, 'seconds', \&plain)],
 );
+
+for my $power (30, 33, 36, 40, 43, 46) {
+    my $case
+        = 'setup, '
+        . ($power < 40 ? 1 << $power - 30 : 1 << $power - 40)
+        . ($power < 40 ? ' GiB' : ' TiB');
+    next if !$bench->wants($case);
+    my $size = 1 << $power;
+    measure_setup($case,
+        { id => 'disk0', size => $size, file => empty_disk($size), format => 'qcow2' });
+}
 
 # ---- limits ----
 
@@ -280,7 +307,7 @@ for my $connections (1, 2, 4, 8) {
 for my $size (64, 256, 1024, 4096) {
     measure_limit("requests of $size KiB", 1, { 'request-size' => $size * $kib });
 }
-for my $count (2, 4) {
+for my $count (2, 4, 8, 16) {
     measure_limit("$count servers at once", $count, {});
 }
 measure_limit('over TCP', 1, {}, tcp => 1);

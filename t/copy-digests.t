@@ -336,7 +336,8 @@ subtest 'unreadable blocks are damaged' => sub {
     my ($statistics, @damage) = damage_of(
         $server, ["$dir/expected"],
         to => "$dir/restored",
-        connections => 1
+        connections => 1,
+        'request-size' => 256 * $KiB,
     );
     my $lost = sum0(map { $_->[1] } @damage);
     is($lost, $odd_size - 5 * $MiB, 'ranges');
@@ -435,7 +436,7 @@ subtest 'invalid files of digests' => sub {
 
 subtest 'a copy that fails leaves no digests' => sub {
     unlink("$dir/half");
-    my $server = start(dirty => $maps{all}, read_error => EIO, good_first => 10);
+    my $server = start(dirty => $maps{all}, read_error => EIO, good_first => 2);
     eval { open_volume($server)->copy(to => '/dev/null', digests => "$dir/half", connections => 1) };
     like($@, qr/failed/, 'a copy that fails');
     dies_like(

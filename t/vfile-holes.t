@@ -201,7 +201,8 @@ sub check_programs () {
         'cp --sparse=auto' => sub ($path) {
             return ('cp', '--sparse=auto', $path, "$tmp/copy");
         },
-        'tar -S' => sub ($path) { return (qw(tar -S -cf), "$tmp/copy", '-C', '/', substr($path, 1)) },
+        'tar -S' =>
+            sub ($path) { return (qw(tar -S -cf), "$tmp/copy", '-C', '/', substr($path, 1)) },
     );
     for my $name (sort keys %programs) {
         my ($server, $file, $data) = serve($holes);

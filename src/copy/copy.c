@@ -9,7 +9,6 @@
 #include <string.h>
 #include <unistd.h>
 
-#define DEFAULT_REQUEST (256u << 10)
 #define MEMORY (16u << 20)
 #define MIN_PIECES 2u
 /* Zeroes that need not be read are written in larger pieces. */
@@ -207,7 +206,7 @@ static bool finish_discards(PbaCopy *copy, GError **error)
 static bool prepare_pieces(PbaCopy *copy, GError **error)
 {
     uint32_t wanted = copy->options->request_size ? copy->options->request_size
-                                                  : MAX(DEFAULT_REQUEST, copy->sink->block);
+                                                  : MAX(copy->source->request, copy->sink->block);
     uint32_t request;
 
     copy->align = MAX(copy->source->align, copy->sink->align);

@@ -155,7 +155,8 @@ struct PbaSource {
     PbaVolume *volume; /* the caller's */
     PbaHoles *holes;   /* owned; NULL: all has to be read */
     bool can_discard;
-    uint32_t align; /* reads begin and end at its multiples */
+    uint32_t request; /* bytes of a read, unless the caller chooses */
+    uint32_t align;   /* reads begin and end at its multiples */
     PbaTrims trims;
     unsigned trimming; /* discards in flight */
     uint64_t discarded;

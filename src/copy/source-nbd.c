@@ -3,7 +3,8 @@
 #include <errno.h>
 #include <inttypes.h>
 
-#define DEFAULT_CONNECTIONS 4
+#define DEFAULT_CONNECTIONS 2
+#define GUEST_REQUEST (1u << 20)
 
 typedef struct {
     PbaSource source;
@@ -59,6 +60,11 @@ static bool open_connections(PbaSource *source, unsigned connections, PbaLoop *l
         return false;
     }
     source->can_discard = nbd_can_trim(first->handle) == 1;
+    /* Only the snapshot of a guest can be discarded. The guest's I/O waits behind all requests in
+     * QEMU's main loop, so a few large ones are better than many. */
+    if (source->can_discard && !first->by_cluster) {
+        source->request = GUEST_REQUEST;
+    }
     /* Without DF, QEMU searches each read range for holes, by block status on the snapshot. */
     self->read_flags = first->by_cluster && nbd_can_df(first->handle) == 1 ? LIBNBD_CMD_FLAG_DF : 0;
     for (unsigned i = 0; i < self->count; i++) {

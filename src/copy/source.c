@@ -3,6 +3,7 @@
 #include "src/base/base.h"
 #include <inttypes.h>
 
+#define DEFAULT_REQUEST (256u << 10)
 /* A range this long is discarded at once, by its own request. */
 #define GOOD_DISCARD (UINT64_C(1) << 20)
 
@@ -27,6 +28,7 @@ PbaSource *pba_source_open(PbaVolume *volume, unsigned connections, PbaLoop *loo
     source->kind = kind;
     source->volume = volume;
     source->align = 1;
+    source->request = DEFAULT_REQUEST;
     if (!kind->open(source, connections, loop, error)) {
         pba_source_close(source, true);
         return NULL;

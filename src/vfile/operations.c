@@ -1,9 +1,10 @@
 /* The kernel's requests for the file. Those that need no server are answered here; file.c has the
  * rest. */
-#define _GNU_SOURCE /* SEEK_DATA */
+#define _GNU_SOURCE /* O_DIRECT, SEEK_DATA */
 #include "server.h"
 #include "src/volume/volume.h"
 #include <errno.h>
+#include <fcntl.h>
 #include <unistd.h>
 
 #define ATTRIBUTES_S 3600.0
@@ -49,11 +50,13 @@ static void on_statfs(fuse_req_t request, fuse_ino_t inode)
     fuse_reply_statfs(request, &status);
 }
 
-/* Always without the page cache: the kernel would read ahead across the edges of regions. */
+/* The page cache serves small reads, such as tar's of 512 bytes. The file of a part is read without
+ * it: the kernel would read ahead across the edges of regions. */
 static void on_open(fuse_req_t request, fuse_ino_t inode, struct fuse_file_info *info)
 {
     (void)inode;
-    info->direct_io = 1;
+    bool is_whole = pba_file_seeks(fuse_req_userdata(request)) != NULL;
+    info->direct_io = !is_whole || info->flags & O_DIRECT;
     info->noflush = 1; /* nothing is written, so closing needs no server */
     fuse_reply_open(request, info);
 }

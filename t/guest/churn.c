@@ -66,15 +66,15 @@ static int64_t bucket_end(unsigned bucket)
     return bucket < 16 ? bucket : ((int64_t)(16 + bucket % 16 + 1) << (bucket / 16 - 1)) - 1;
 }
 
-/* The longest time of the fastest 99 % of the writes. The caller has the lock. */
-static int64_t churn_p99(void)
+/* The longest time of the fastest N % of the writes. The caller has the lock. */
+static int64_t churn_percentile(unsigned percent)
 {
     uint64_t seen = 0;
     unsigned bucket = 0;
 
     for (; bucket < BUCKETS - 1; bucket++) {
         seen += churn.took[bucket];
-        if (seen * 100 >= churn.count * 99)
+        if (seen * 100 >= churn.count * percent)
             break;
     }
     return bucket_end(bucket);
@@ -243,12 +243,12 @@ void cmd_latency(int n, char **w)
     pthread_mutex_lock(&churn.lock);
     uint64_t count = churn.count;
     int64_t longest = churn.longest_us, wr = churn.longest_write_us, fl = churn.longest_flush_us;
-    int64_t p99 = churn_p99();
+    int64_t p50 = churn_percentile(50), p99 = churn_percentile(99);
     churn.count = 0;
     memset(churn.took, 0, sizeof(churn.took));
     churn.longest_us = churn.longest_write_us = churn.longest_flush_us = 0;
     pthread_mutex_unlock(&churn.lock);
     ok("longest_us=%" PRId64 " write_us=%" PRId64 " flush_us=%" PRId64 " count=%" PRIu64
-       " p99_us=%" PRId64,
-       longest, wr, fl, count, p99);
+       " p50_us=%" PRId64 " p99_us=%" PRId64,
+       longest, wr, fl, count, p50, p99);
 }

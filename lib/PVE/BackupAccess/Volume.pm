@@ -545,12 +545,12 @@ and at the end. The map is read before the copy for this.
 given the same file share C<bandwidth-limit>, also copies in different processes. All must have the same
 C<bandwidth-limit>.
 
-=item C<connections> - the number of connections, if the server allows several, at most 16. The default is 4, or 1
-to a QEMU before 10.0, so that the guest's I/O does not wait behind the reads of the backup.
+=item C<connections> - the number of connections, if the server allows several, at most 16. The default is 2, or 1
+to a QEMU before 10.0, so that the guest's I/O does not wait behind the reads of the backup. To an NBD target it is 4.
 
-=item C<request-size> - the maximum size of reads and writes in bytes, from 4096 to 8388608, a multiple of 4096.
-The default is 262144, or C<cluster-size> if that is larger. Regions are never joined. The server's maximum request
-lowers the size, its minimum block raises it.
+=item C<request-size> - the maximum size of reads and writes in bytes, from 4096 to 8388608, a multiple of 4096. The
+default is 1048576 for the snapshot of a guest, 262144 for other volumes, or C<cluster-size> if that is larger.
+Regions are never joined. The server's maximum request lowers the size, its minimum block raises it.
 
 =item C<cluster-size> - the cluster size in bytes of the image behind an NBD target: a power of 2 from 65536 (the
 default) to 8388608. Set it if the image has larger clusters, because an NBD server does not report it. Zeroes are written

@@ -5,14 +5,16 @@ package PBA::Bench::Image;
 use v5.36;
 
 my $stretch = 16 << 20;
+my $block = 64 << 10;
 
-# A raw image with data in every other 16 MiB, or everywhere with full => 1. No two pieces are equal.
+# A raw image with data in every other 16 MiB, or everywhere with full => 1. No two blocks are equal, so that a
+# program which stores equal blocks once has to store all of them.
 sub write_raw ($file, $size, %options) {
     open(my $fh, '>:raw', $file) or die "$file: $!\n";
     truncate($fh, $size) or die "$file: $!\n";
     my $bytes = _random_bytes($stretch);
     for (my $at = 0; $at < $size; $at += $stretch * ($options{full} ? 1 : 2)) {
-        substr($bytes, 0, 8) = pack('Q', $at + 1);
+        substr($bytes, $_ * $block, 8) = pack('Q', $at + $_ + 1) for 0 .. $stretch / $block - 1;
         sysseek($fh, $at, 0) // die "$file: $!\n";
         my $length = $size - $at < $stretch ? $size - $at : $stretch;
         (syswrite($fh, $bytes, $length) // -1) == $length or die "cannot write $file\n";

@@ -129,7 +129,7 @@ sub wait_more_churn ($self, $count, $timeout = 60) {
     return $self->wait_churn($self->churn_status->{last} + $count, $timeout);
 }
 
-# The latency of churn writes since the last call: { longest_us, write_us, flush_us, count, p99_us }.
+# The latency of churn writes since the last call: { longest_us, write_us, flush_us, count, p50_us, p99_us }.
 sub latency ($self) {
     return { map { split /=/ } split ' ', $self->command('latency') };
 }
