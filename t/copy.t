@@ -8,7 +8,7 @@ use lib "$FindBin::Bin/lib";
 
 use Fcntl qw(O_WRONLY);
 use File::Temp ();
-use List::Util qw(max sum0);
+use List::Util qw(max sum0 uniq);
 use POSIX ();
 use Test::More;
 
@@ -320,6 +320,31 @@ subtest 'a server to be read by clusters' => sub {
         is($questions, 0, 'holes are not queried');
         my $whole = grep { $_->{flags} & 4 } $server->requests('read');
         is($whole, scalar(() = $server->requests('read')), 'all reads have the flag DF');
+    }
+};
+
+# The guest's I/O waits behind all requests in QEMU's main loop.
+subtest 'a guest whose snapshot is read' => sub {
+    my %expected = (
+        'a snapshot' => [0, $MiB, 2],
+        'any other export' => [1, 256 * $KiB, 2],
+        'a snapshot that is read by clusters' =>
+            [0, 64 * $KiB, 1, 'pba: read by clusters of 65536 bytes'],
+    );
+    for my $name (sort keys %expected) {
+        my ($no_trim, $longest, $connections, $description) = $expected{$name}->@*;
+        my $server = start(
+            size => 20 * $MiB,
+            data => sub ($, $length) { 'x' x $length },
+            dirty_only => 0,
+            no_trim => $no_trim,
+            description => $description,
+        );
+        my $volume = open_volume($server, 'bitmap-mode' => 'none', 'bitmap-name' => undef);
+        $volume->copy(to => '/dev/null');
+        my @reads = $server->requests('read');
+        is(max(map { $_->{length} } @reads), $longest, "$name: the longest read");
+        is(scalar(uniq(map { $_->{connection} } @reads)), $connections, "$name: connections");
     }
 };
 

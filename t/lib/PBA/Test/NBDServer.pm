@@ -38,6 +38,7 @@ package PBA::Test::NBDServer;
 #   loses => [[$offset, $length], ...]          with keep: what is written there is not kept
 #   returns_wrong => [[$offset, $length], ...]  with reads_back: other bytes than those that are kept
 #   no_multi => 1           does not allow several connections
+#   no_trim => 1            does not allow discards
 #   no_flush => 1           does not support flushes, and does not advertise them
 #   hang_flush => 1         flushes are never answered
 #   garbage_on => N         on the Nth connection, the answer to a write is followed by invalid bytes

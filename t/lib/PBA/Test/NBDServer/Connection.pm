@@ -164,6 +164,7 @@ sub _block_sizes ($self) {
 sub _flags ($self) {
     my $flags = TRANSMISSION_FLAGS | ($self->{options}{keep} ? ZEROES_FLAG : 0);
     $flags &= ~FLUSH_FLAG if $self->{options}{no_flush};
+    $flags &= ~TRIM_FLAG if $self->{options}{no_trim};
     return $self->{options}{no_multi} ? $flags & ~MULTI_FLAG : $flags;
 }
 
