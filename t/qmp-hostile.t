@@ -199,6 +199,8 @@ for my $name (sort keys %hostile) {
             $class, $pattern, 'query-version');
         cmp_ok(time - $started, '<', $timeout + 2, 'within the limit');
         like("$error", qr/\Aqmp command 'query-version' failed - /, 'the command is named');
+        like("$error", qr/'\Q@{[$peer->socket_path]}\E'/, 'so is the socket')
+            if $error->class =~ m/\A(?:Connection|Protocol|Timeout)Error\z/;
         is(eval { $error->command }, 'query-version', 'the error has the command');
     };
 }

@@ -228,7 +228,7 @@ static JsonNode *unwrap_reply(JsonObject *reply, const char *command, const char
         reply_id = id; /* QEMU could not parse the command far enough to see its ID */
     }
     if (g_strcmp0(reply_id, id) != 0) {
-        pba_error_set(error, PBA_ERROR_PROTOCOL, "the QMP peer sent the reply to another command");
+        pba_error_set(error, PBA_ERROR_PROTOCOL, "QEMU sent the reply to another command");
         return NULL;
     }
     if (failure) {
@@ -348,6 +348,16 @@ static JsonNode *carry(PbaQmp *qmp, const char *command, JsonNode *arguments, GE
     return value;
 }
 
+/* Which of a host's many monitors failed. Does nothing if the message says it already. */
+static void add_socket(const PbaQmp *qmp, GError **error)
+{
+    g_autofree char *where = qmp->path ? pba_line("QMP socket '%s'", qmp->path) : NULL;
+
+    if (where && !strstr((*error)->message, qmp->path)) {
+        g_prefix_error(error, "%s: ", where);
+    }
+}
+
 JsonNode *pba_qmp_execute(PbaQmp *qmp, const char *command, JsonNode *arguments, GError **error)
 {
     g_autoptr(JsonNode) owned_arguments = arguments;
@@ -365,6 +375,7 @@ JsonNode *pba_qmp_execute(PbaQmp *qmp, const char *command, JsonNode *arguments,
     if (!value) {
         if (pba_error_is_fatal(local)) {
             pba_qmp_release(qmp); /* a late reply must not be mistaken for the next command's */
+            add_socket(qmp, &local);
         }
         pba_error_add_command(&local, command);
         g_propagate_error(error, g_steal_pointer(&local));
