@@ -112,7 +112,7 @@ sub check_refusals ($backend) {
     refused(
         $backend,
         'unknown device',
-        qr/\Adevice drive-nope: there is no such block device/,
+        qr/\Adevice drive-nope: there is no such block device in this guest, which has .*\b\Q$plain\E\b/,
         [@good, { device => 'drive-nope' }]
     );
     refused(

@@ -102,10 +102,11 @@ sub check_force ($backend) {
     my $lines = recover($backend, force => 1, log => sub ($level, $text) { push(@log, $text) });
     like(
         "@log",
-        qr/process \d+.*is taken for dead, as recover was told to/,
-        'the log reports that the process is taken for dead'
+        qr/force: assuming that process \d+ .*has ended/,
+        'the log reports that the process is assumed to have ended'
     );
-    ok((grep { m/process mark .*taken for dead/ } $lines->@*), 'and the lines') or diag(@$lines);
+    ok((grep { m/process mark .*assumed to have ended/ } $lines->@*), 'and the lines')
+        or diag(@$lines);
     is_deeply($backend->outside, $outside, 'nothing is left');
     return;
 }
@@ -187,8 +188,8 @@ sub check_damaged ($backend) {
         my $lines = recover($backend, force => 1, log => sub ($level, $text) { push(@log, $text) });
         like(
             "@log",
-            qr/the process whose marker is damaged.*is taken for dead/,
-            'the log of force reports that the process is taken for dead'
+            qr/assuming that the process whose marker is damaged.* has ended/,
+            'the log of force reports that the process is assumed to have ended'
         );
         ok((grep { m/process mark '$name' was removed/ } $lines->@*),
             'recover reports the removed marker')

@@ -116,8 +116,9 @@ void pba_access_log_lines(const PbaAccess *access, const GPtrArray *lines);
 
 /* Frees a PbaDisk; can be passed to g_ptr_array_new_with_free_func. */
 void pba_disk_free(gpointer disk);
-/* Sets the error that no device or node has the requested name of the disk. Returns false. */
-bool pba_disk_set_unknown_error(GError **error);
+/* Sets the error that no device or node has the requested name of the disk, with the names that
+ * there are. Returns false. */
+bool pba_disk_set_unknown_error(const PbaBlock *block, GError **error);
 /* The name of one of our objects for the access' target and this disk: pba-ROLE-TARGET-KEY. */
 char *pba_disk_name(const PbaAccess *access, const char *role, const PbaDisk *disk);
 bool pba_node_delete(PbaAccess *access, const char *node, GError **error);

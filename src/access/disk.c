@@ -28,9 +28,13 @@ void pba_disk_free(gpointer data)
     g_free(disk);
 }
 
-bool pba_disk_set_unknown_error(GError **error)
+bool pba_disk_set_unknown_error(const PbaBlock *block, GError **error)
 {
-    pba_error_set(error, PBA_ERROR_ARGUMENT, "there is no such block device in this guest");
+    g_autofree char *names = pba_block_disk_names(block);
+
+    pba_error_set(error, PBA_ERROR_ARGUMENT,
+                  "there is no such block device in this guest, which has %s",
+                  *names ? names : "none");
     return false;
 }
 

@@ -199,7 +199,7 @@ static void add_owner(const PbaLeftovers *leftovers, const char *node, GPtrArray
     pba_owner_read(leftovers->access, node, size, &owner);
     add_thing(things, node, NULL, pba_line("process mark '%s'", node),
               owner.state == PBA_OWNER_UNKNOWN
-                  ? "was removed: its process, which cannot be judged from here, was taken for dead"
+                  ? "was removed: its process was assumed to have ended (force)"
                   : "was removed")
         ->harmless = true;
 }

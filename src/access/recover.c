@@ -161,8 +161,7 @@ static void log_assumed(const PbaAccess *access, const PbaLeftovers *leftovers)
     for (guint i = 0; access->options.force && i < json_array_get_length(nodes); i++) {
         if (pba_owner_at(access, nodes, i, &owner) && owner.state == PBA_OWNER_UNKNOWN) {
             g_autofree char *process = pba_owner_describe(owner.pid);
-            pba_log(&access->hooks, PBA_LOG_WARN, "%s is taken for dead, as recover was told to",
-                    process);
+            pba_log(&access->hooks, PBA_LOG_WARN, "force: assuming that %s has ended", process);
         }
     }
 }
@@ -316,7 +315,7 @@ bool pba_recover_undo(PbaAccess *access, PbaBlock *block, GPtrArray *lines, GErr
     g_auto(PbaLeftovers) leftovers = {0};
 
     pba_log(&access->hooks, PBA_LOG_WARN,
-            "a dead process left an access for target '%s': it is undone, as after a failed backup",
+            "undoing the access that a dead process left for target '%s', as after a failed backup",
             access->target_id);
     g_autoptr(PbaAccess) dead = new_dead_access(access, error);
     if (!dead) {

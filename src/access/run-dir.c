@@ -52,9 +52,11 @@ static bool ensure_private_dir(const char *path, GError **error)
         return set_system_error(error, "make", path);
     }
     if (!is_private_dir(path)) {
-        pba_error_set(error, PBA_ERROR_SYSTEM,
-                      "run directory '%s' does not belong to this user, or others may write to it",
-                      path);
+        pba_error_set(
+            error, PBA_ERROR_SYSTEM,
+            "run directory '%s' does not belong to this user, or others may write to it - "
+            "change that, or give another run-dir",
+            path);
         return false;
     }
     return true;

@@ -205,8 +205,8 @@ PbaOutcome pba_outcome_unknown(const PbaAccess *access, const char *done, const 
         g_strdup_printf("whether %s is not known: the next backup may be a full one", done);
 
     pba_log(&access->hooks, PBA_LOG_WARN,
-            "whether %s is not known, and cannot be asked now (%s): the next backup may be a full "
-            "one",
+            "whether %s is not known, because QEMU cannot be asked (%s): the next backup may be a "
+            "full one",
             done, unreachable->message);
     pba_error_add_hint(error, hint);
     return PBA_OUTCOME_UNKNOWN;
@@ -216,9 +216,8 @@ PbaOutcome pba_outcome_unknown(const PbaAccess *access, const char *done, const 
 static bool note_id(PbaAccess *access, const char *id, GError **error)
 {
     if (id && access->tied != PBA_TIED_YES) {
-        pba_error_set(
-            error, PBA_ERROR_ARGUMENT,
-            "the access was set up without 'base', so that its bitmaps cannot have an id");
+        pba_error_set(error, PBA_ERROR_ARGUMENT,
+                      "an id for the bitmaps needs 'base' in setup, which was not given");
         return false;
     }
     if (id && !pba_companion_check_id(id, error)) {
@@ -227,7 +226,10 @@ static bool note_id(PbaAccess *access, const char *id, GError **error)
     for (guint i = 0; id && i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
         if (g_strcmp0(disk->base, id) == 0) {
-            pba_error_set(error, PBA_ERROR_ARGUMENT, "id '%s' is that of its earlier backup", id);
+            pba_error_set(error, PBA_ERROR_ARGUMENT,
+                          "id '%s' is that of its earlier backup - "
+                          "each backup needs a new one",
+                          id);
             pba_error_add_device(error, disk->device);
             return false;
         }

@@ -36,9 +36,10 @@ char *pba_trusted_dir(const char *what, const char *path, GError **error)
         g_free(at);
         at = above;
     }
-    pba_error_set(
-        error, PBA_ERROR_SYSTEM,
-        "%s '%s' is not safe - users other than root and this user may change what is in '%s'",
-        what, path, at);
+    pba_error_set(error, PBA_ERROR_SYSTEM,
+                  "%s '%s' is not safe - users other than root and this user may change what is in "
+                  "'%s': forbid "
+                  "that, or give another directory",
+                  what, path, at);
     return NULL;
 }

@@ -383,6 +383,22 @@ char *pba_block_device_above(const PbaBlock *block, const char *node)
     return NULL;
 }
 
+char *pba_block_disk_names(const PbaBlock *block)
+{
+    g_autoptr(GPtrArray) names = g_ptr_array_new_with_free_func(g_free);
+
+    for (guint i = 0; i < json_array_get_length(block->devices); i++) {
+        JsonObject *device = pba_json_element(block->devices, i);
+        const char *root = device ? pba_block_device_node(device) : NULL;
+        char *name = root ? device_name(block, device, root) : NULL;
+        if (name) {
+            g_ptr_array_add(names, name);
+        }
+    }
+    g_ptr_array_add(names, NULL);
+    return g_strjoinv(", ", (char **)names->pdata);
+}
+
 static bool has_driver(const PbaBlock *block, gint64 id, const char *driver)
 {
     JsonObject *node = pba_block_find_node(block, pba_graph_node_name(block, id));

@@ -124,6 +124,8 @@ const char *pba_block_find_child(const PbaBlock *block, const char *node, const 
 /* The name in backups of the guest device whose disk the node is: the name of its block backend or
  * its node, or if there is none, the device's ID; needs the graph. The caller frees it. */
 char *pba_block_device_above(const PbaBlock *block, const char *node);
+/* The names of all disks, for a message; needs the graph. The caller frees the text. */
+char *pba_block_disk_names(const PbaBlock *block);
 /* Whether a device or another node uses the node; needs the graph. */
 bool pba_block_has_parent(const PbaBlock *block, const char *node);
 /* The same, but ignores users that are nodes with that driver. */

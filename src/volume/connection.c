@@ -228,9 +228,9 @@ static bool check_not_cut(const PbaNbdVolume *nbd, GError **error)
     }
     pba_error_set(
         error, PBA_ERROR_NBD,
-        "cannot be used any more, since a call was cut off while QEMU was reading for it - "
-        "a QEMU before 9.2 would abort, and end the guest, if it was to read the same "
-        "again meanwhile: tear the access down and set it up again");
+        "cannot be read any more, because a call ended while QEMU was reading for it, and a QEMU "
+        "before 9.2 aborts, with the guest, if it reads the same range twice at a time - tear the "
+        "access down and set it up again");
     pba_error_add_device(error, nbd->volume.device);
     return false;
 }

@@ -11,7 +11,7 @@ static bool resolve_node(PbaDisk *disk, const PbaBlock *block, GError **error)
     JsonObject *node = pba_block_find_node(block, disk->device);
 
     if (!node) {
-        return pba_disk_set_unknown_error(error);
+        return pba_disk_set_unknown_error(block, error);
     }
     disk->root_node = g_strdup(disk->device);
     return pba_block_node_size(node, &disk->size, error);

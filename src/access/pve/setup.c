@@ -30,7 +30,11 @@ static bool check_fleecing(PbaDisk *disk, const PbaBlock *block, GError **error)
     uint64_t size;
 
     if (!node && (!device || !pba_json_find_object(device, "inserted"))) {
-        pba_error_set(error, PBA_ERROR_ARGUMENT, "its fleecing image '%s' is not attached", name);
+        pba_error_set(
+            error, PBA_ERROR_ARGUMENT,
+            "its fleecing image '%s' is not attached - attach an image of exactly its size before "
+            "setup",
+            name);
         return false;
     }
     g_free(disk->fleecing_node);
@@ -83,8 +87,8 @@ static bool check_early_form(PbaAccess *access, const PbaBlock *block, GError **
         }
         if (strpbrk(disk->device, ",;:")) {
             pba_error_set(error, PBA_ERROR_UNSUPPORTED,
-                          "this QEMU's early backup-access-setup takes a list of devices, which "
-                          "cannot have this name in it");
+                          "this QEMU's early backup-access-setup takes a list of names, so a name "
+                          "must not contain ',', ';' or ':' - give the disk another one");
             pba_error_add_device(error, disk->device);
             return false;
         }
@@ -196,7 +200,8 @@ static bool read_info(PbaDisk *disk, JsonObject *info, GError **error)
     }
     if (size != disk->size) {
         pba_error_set(error, PBA_ERROR_PROTOCOL,
-                      "its size changed during setup, from %" PRIu64 " to %" PRIu64 " bytes",
+                      "its size changed during setup, from %" PRIu64 " to %" PRIu64
+                      " bytes - try again",
                       disk->size, size);
         return false;
     }

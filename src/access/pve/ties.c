@@ -162,10 +162,10 @@ void pba_pve_give_ids(PbaAccess *access, const PbaBlock *block)
     g_autoptr(GError) error = NULL;
 
     if (access->backup_id && !give_ids(access, block, &error)) {
-        pba_log(
-            &access->hooks, PBA_LOG_WARN,
-            "the bitmaps could not be told their backup, so that the next one is a full one: %s",
-            error->message);
+        pba_log(&access->hooks, PBA_LOG_WARN,
+                "cannot note in the bitmaps which backup they are relative to, so the next one is "
+                "full: %s",
+                error->message);
     }
 }
 

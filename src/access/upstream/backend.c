@@ -4,10 +4,9 @@
 #include "upstream.h"
 
 /* The raw node is inserted between a guest device and its disk, so a node alone is not enough. */
-static bool resolve_node(G_GNUC_UNUSED PbaDisk *disk, G_GNUC_UNUSED const PbaBlock *block,
-                         GError **error)
+static bool resolve_node(G_GNUC_UNUSED PbaDisk *disk, const PbaBlock *block, GError **error)
 {
-    return pba_disk_set_unknown_error(error);
+    return pba_disk_set_unknown_error(block, error);
 }
 
 /* The name of the drive, or else of the guest's device; node names change, at least when a snapshot

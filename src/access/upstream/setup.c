@@ -119,8 +119,11 @@ static bool check_bitmap(PbaAccess *access, PbaDisk *disk, const PbaBlock *block
     const char *driver = node ? pba_json_find_string(node, "drv") : NULL;
 
     if (info && pba_json_find_bool(info, "busy")) {
-        pba_error_set(error, PBA_ERROR_STATE, "its bitmap '%s' is in use by another operation",
-                      name);
+        pba_error_set(
+            error, PBA_ERROR_STATE,
+            "its bitmap '%s' is in use by another operation - wait until that ends, then try "
+            "again",
+            name);
         return false;
     }
     pba_upstream_disk(disk)->persistent = access->options.persistent &&
@@ -152,7 +155,8 @@ static bool check_left_raw(const PbaDisk *disk, const PbaBlock *block, GError **
 static bool check_disk(PbaAccess *access, PbaDisk *disk, const PbaBlock *block, GError **error)
 {
     if (!disk->qdev) {
-        pba_error_set(error, PBA_ERROR_UNSUPPORTED, "no guest device uses it");
+        pba_error_set(error, PBA_ERROR_UNSUPPORTED,
+                      "no guest device uses it - leave it out of the backup");
         return false;
     }
     disk->bitmap_node = g_strdup(pba_block_skip_filters(block, disk->root_node));
