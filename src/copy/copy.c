@@ -155,7 +155,7 @@ static bool flush_sink(PbaCopy *copy, GError **error)
         return false;
     }
     while (!copy->sink->flushed) {
-        copy->last_event = 0; /* the target takes the time it takes */
+        copy->last_event = 0; /* no time limit: a flush may take long */
         if (!turn(copy, error)) {
             return false;
         }
@@ -175,7 +175,7 @@ static bool finish_digests(PbaCopy *copy, GError **error)
     }
     pba_digests_finish(copy->digests, copy->loop.pool, &copy->digests_end);
     while (!copy->digests_end.done) {
-        copy->last_event = 0; /* a disk takes the time it takes */
+        copy->last_event = 0; /* no time limit: a disk may be slow */
         if (!turn(copy, error)) {
             return false;
         }

@@ -53,24 +53,24 @@ typedef struct {
     PbaPieceState state;
     char *buffer; /* aligned for direct I/O; of pba_buffer_new */
     size_t room;  /* bytes of the buffer: our own choice, rounded up to the peer's blocks */
-    char *data;   /* in that, or zeroes */
+    char *data;   /* in buffer, or zeroes */
     uint64_t sequence;
-    uint64_t offset; /* of what is read; then of the part that is written */
+    uint64_t offset; /* of the range that is read; later, of the part that is written */
     uint32_t length;
-    uint64_t whole_offset; /* of what was read */
+    uint64_t whole_offset; /* of the range that was read */
     uint32_t whole_length;
-    uint32_t written;             /* bytes of it, so far */
-    bool is_zeroes;               /* was not read: data is not of the buffer */
-    uint32_t seen;                /* bytes that came, at most length */
-    uint32_t holes;               /* of them, those the source said are a hole */
+    uint32_t written;             /* bytes of that range, so far */
+    bool is_zeroes;               /* was not read: data is not in buffer */
+    uint32_t seen;                /* bytes that have arrived, at most length */
+    uint32_t holes;               /* those of them that the source reported as a hole */
     uint32_t zero;                /* bytes written as zeroes */
     unsigned pending;             /* requests in flight */
-    bool again;                   /* is to be written once more */
-    struct PbaDigestJob *digests; /* what was found, once hashed; owned */
-    bool is_back;                 /* all of it is in the target, and is read back from there */
-    struct PbaReadbackJob *back;  /* what was found then, once hashed; owned */
-    int error;                    /* errno of the first that failed, 0: none */
-    uint64_t error_offset;        /* what it was about */
+    bool again;                   /* must be written once more */
+    struct PbaDigestJob *digests; /* its digests, once hashed; owned */
+    bool is_back;                 /* the target has all of it, and it is read back from there */
+    struct PbaReadbackJob *back;  /* digests of what was read back; owned */
+    int error;                    /* errno of the first failure; 0: none */
+    uint64_t error_offset;        /* where it failed */
 } PbaPiece;
 
 /* Memory for a piece, shared with processes that are cloned later. It starts as zeroes, because a
@@ -203,7 +203,7 @@ struct PbaSink {
     char *name;        /* for messages */
     bool ordered;      /* wants pieces in ascending order */
     bool wants_zeroes; /* zeroes count as data that was read, so their position is not queried */
-    uint32_t block; /* two pieces of one such block are never written at the same time; 0: may be */
+    uint32_t block; /* pieces that share a block of this size are written in turn; 0: at any time */
     uint32_t align; /* pieces have to begin and end at its multiples, or at the volume's end; where
                        they do not, their buffer has room for the rest */
     uint32_t max_zero;       /* bytes of a piece that is zeroes */

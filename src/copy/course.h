@@ -5,15 +5,15 @@
 #include "digest.h"
 
 typedef struct {
-    PbaVolume *volume; /* borrowed, as all of these */
-    PbaMap *map;       /* its own way through the dirty regions: the volume's stays where it is */
+    PbaVolume *volume;         /* borrowed, as all of these */
+    PbaMap *map;               /* does not move the volume's own position */
     const PbaDigests *digests; /* NULL: none are wanted */
-    PbaHoles *holes;           /* NULL: all has to be read */
-    bool only_known;           /* not what is dirty, but what has a digest */
-    uint64_t known_end;        /* up to here that was asked */
-    uint64_t offset;           /* what of the current region is left */
+    PbaHoles *holes;           /* NULL: everything is read */
+    bool only_known;           /* the blocks that have a digest, not the dirty ones */
+    uint64_t known_end;        /* with only_known: the end of the part that was searched */
+    uint64_t offset;           /* the rest of the current region */
     uint64_t left;
-    PbaNext next;         /* what it begins with */
+    PbaNext next;         /* what the rest begins with */
     uint64_t next_length; /* of data or zeroes */
     uint64_t regions;     /* so far */
 } PbaCourse;

@@ -16,9 +16,9 @@ struct PbaDigests {
     uint8_t zero[PBA_DIGEST_SIZE]; /* of a block of zeroes */
     uint8_t end[PBA_DIGEST_SIZE];  /* of zeroes of the last block's length */
     PbaDigestFile *out;            /* owned; NULL: none */
-    bool leaves_zeroes;            /* out: a slot that is not written says it */
-    bool leaves_unchanged;         /* what is as expected is not written, nor is its slot */
-    GPtrArray *expected;           /* of PbaDigestFile, the newest first; owned */
+    bool leaves_zeroes;            /* out: unwritten slots stand for zeroes */
+    bool leaves_unchanged; /* blocks with the expected digest, and their slots, are not written */
+    GPtrArray *expected;   /* of PbaDigestFile, the newest first; owned */
 };
 
 typedef enum { FOUND_UNKNOWN, FOUND_SAME, FOUND_OTHER } Found;
@@ -34,7 +34,7 @@ struct PbaDigestJob {
     uint32_t length;
     size_t count;    /* of blocks */
     uint8_t *values; /* a digest for each */
-    uint8_t *slots;  /* room for as many of a file */
+    uint8_t *slots;  /* room for that many slots of a file */
     uint8_t *found;  /* a Found for each */
     int error;
     const PbaDigestFile *error_file; /* NULL: libcrypto */

@@ -44,13 +44,13 @@ typedef struct {
 typedef struct {
     PbaSink sink;
     PbaLoop *loop;
-    PbaTargetFile target;       /* what a writer does with it is not seen here */
+    PbaTargetFile target;       /* a writer changes its own copy */
     int socket;                 /* -1: no writers */
     pid_t writers[MAX_WRITERS]; /* 0: reaped */
     unsigned writer_count;
     pid_t owner;
     bool opened;
-    bool ending; /* told to */
+    bool ending; /* the writers were told to end */
     int open_error;
     uint64_t found_size;
 } FileSink;

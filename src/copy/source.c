@@ -34,7 +34,7 @@ PbaSource *pba_source_open(PbaVolume *volume, unsigned connections, PbaLoop *loo
         return NULL;
     }
     source->trims.size = volume->size;
-    source->trims.cluster = volume->sizes.cluster; /* it may have been connected only now */
+    source->trims.cluster = volume->sizes.cluster; /* unknown until the volume was connected */
     return source;
 }
 

@@ -23,16 +23,16 @@ typedef struct {
     PbaPiece pieces[PBA_COPY_MAX_PIECES];
     unsigned piece_count;
     unsigned used;      /* pieces that are not free */
-    uint32_t request;   /* of reads: whole blocks */
-    uint32_t align;     /* of source and sink */
+    uint32_t request;   /* longest read: whole blocks */
+    uint32_t align;     /* the blocks of source and sink */
     char *zeroes;       /* never written to, so that they take no memory */
     uint64_t next_read; /* sequence numbers */
     uint64_t next_write;
-    uint64_t steps; /* that pieces made towards their end */
+    uint64_t steps; /* how many steps all pieces have made */
     uint64_t done;  /* bytes that the sink has */
     uint64_t total;
     gint64 last_progress;
-    gint64 last_event; /* when something was done last, for the time limit */
+    gint64 last_event; /* the last progress, for the time limit */
 } PbaCopy;
 
 /* Advances each piece as far as possible now. */

@@ -12,11 +12,11 @@ typedef struct {
     const char *path; /* borrowed; NULL: fd is open already */
     int fd;
     uint64_t size;       /* of the volume */
-    uint64_t found_size; /* of what was opened and does not do */
-    bool is_increment;   /* a file has to be there, of the volume's size */
-    unsigned writers;    /* as many as are good for it at a time */
+    uint64_t found_size; /* of an opened target that does not fit */
+    bool is_increment;   /* a file must exist and have the volume's size */
+    unsigned writers;    /* how many at a time are fastest */
     bool flushes;
-    uint64_t zero_from; /* from here on the target holds nothing but zeroes yet */
+    uint64_t zero_from; /* from here on, the target has only zeroes so far */
     PbaZeroWay zero_way;
 } PbaTargetFile;
 

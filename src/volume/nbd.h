@@ -70,14 +70,14 @@ typedef enum { PBA_CHUNK_TO_ASK, PBA_CHUNK_ASKED, PBA_CHUNK_ANSWERED } PbaMapChu
 /* One block-status request: a part of the map, requested and then read in order. */
 typedef struct {
     struct PbaNbdMap *map;
-    uint64_t offset; /* what it covers */
+    uint64_t offset; /* the part that it covers */
     uint64_t length;
     PbaMapChunkState state;
     int error;         /* errno of the completion, 0 if good */
     uint32_t *extents; /* length, flags, length, flags... as the server sent them */
     size_t count;      /* of numbers in extents */
     size_t capacity;
-    size_t next; /* number to read out next */
+    size_t next; /* index of the next number to read */
 } PbaMapChunk;
 
 /* The iteration over the map. The chunks are a ring: head is being read, the others are in
@@ -89,12 +89,12 @@ typedef struct PbaNbdMap {
     PbaMapChunk chunks[PBA_MAP_DEPTH];
     unsigned head;
     unsigned used;
-    uint64_t asked;      /* up to here chunks were made */
-    uint64_t end;        /* of what is to be asked */
-    uint64_t chunk_size; /* of the next one */
+    uint64_t asked;      /* end of the part for which chunks were made */
+    uint64_t end;        /* of the part that must be asked about */
+    uint64_t chunk_size; /* length of the next chunk */
     uint64_t run_offset; /* the run that is being joined; run_length 0: none */
     uint64_t run_length;
-    unsigned connection; /* of the volume, when its requests were sent */
+    unsigned connection; /* the volume's connection count when the requests were sent */
 } PbaNbdMap;
 
 /* The extents of the volume's context that have that flag. */

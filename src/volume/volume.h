@@ -37,7 +37,7 @@ struct PbaReader {
                         bool *later, GError **error);
     /* The reader's own data of the volume. */
     void (*free)(PbaVolume *volume);
-    PbaErrorCode error_code; /* of requests that fail */
+    PbaErrorCode error_code; /* of failed requests */
     int unreadable;          /* errno of a read for which PBA_HINT_UNREADABLE is right */
 };
 
