@@ -51,7 +51,8 @@ sub check_error ($name, $method, $agent, $class, $message) {
     my $refusal = { error => { class => "Not\nHere", desc => "%s it's disabled\n" } };
     my $peer = $AgentPeer->start(replies => { 'guest-fsfreeze-freeze' => $refusal });
     check_error('refused', 'freeze', agent($peer), 'Not Here',
-        qr/\Aguest agent command 'guest-fsfreeze-freeze' failed - %s it's disabled \n\z/);
+        qr/\Aguest agent at '\/.+': command 'guest-fsfreeze-freeze' failed - %s it's disabled \n\z/
+    );
 }
 
 for my $case (

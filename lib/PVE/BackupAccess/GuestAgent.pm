@@ -199,7 +199,7 @@ sub _fail ($self, $session, $class, $problem) {
     my $before = $session->{before} // '';
     PVE::BackupAccess::Error->throw(
         $class,
-        "guest agent command '$session->{command}' $problem$before",
+        "guest agent at '$self->{socket}': command '$session->{command}' $problem$before",
         command => $session->{command}
     );
 }

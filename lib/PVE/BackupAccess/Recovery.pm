@@ -124,7 +124,7 @@ my sub refuse_other_target ($options, $target) {
     my %other = ('target-id' => "$target?", success => JSON::PP::false);
     my $error = attempt_any { ask($options, 'backup-access-teardown', %other) };
     my ($owner) = ($error // '') =~ m/ got target \Q$target\E\? instead of (.*)\n\z/ or return;
-    refuse("the access is not of target '$target', but of '$owner'") if $owner ne $target;
+    refuse("the access is of target '$owner', not '$target' - give that one") if $owner ne $target;
     return;
 }
 
@@ -163,7 +163,9 @@ my sub remove_exports ($options, $lines, @nodes) {
             ask($options, 'block-export-del', id => $id, mode => 'hard');
             push($lines->@*, "export '$id' was removed");
         }
-        refuse("its exports do not go") if now() > $deadline;
+        refuse(
+            "the access still has exports after $export_limit seconds - end the programs that read them"
+        ) if now() > $deadline;
         Time::HiRes::sleep(0.05);
     }
 }
@@ -195,7 +197,7 @@ sub recover_foreign ($class, $options) {
     refuse_markers(@nodes);
     return [] if !is_up(@nodes);
     my %ask = map { $_ => $options->{$_} } grep { exists($options->{$_}) } qw(qmp timeout);
-    refuse('this QEMU has no accesses of another program')
+    refuse('a stock QEMU has no accesses of other programs - call recover without foreign')
         if $class->capabilities(%ask)->{backend} ne 'pve';
     my @frozen = check_end($options, $target, @nodes);
     refuse_other_target($options, $target) if !@frozen;
@@ -207,8 +209,9 @@ sub recover_foreign ($class, $options) {
     }
     @nodes = nodes_of($options);
     return \@lines if !is_up(@nodes);
-    refuse("its bitmap '$target' is exported or used by another program - end that first")
-        if grep { $_->{busy} } check_end($options, $target, @nodes);
+    refuse(
+        "bitmap '$target' is exported or used by another program - end that program, then try again"
+    ) if grep { $_->{busy} } check_end($options, $target, @nodes);
     ask(
         $options, 'backup-access-teardown',
         'target-id' => $target,

@@ -48,7 +48,8 @@ sub refuse_guest ($opt, $path) {
 # The provider of an existing directory or pool. The storage's name only matters for backups.
 sub provider_for ($directory, $opt = {}) {
     refuse_guest($opt, $directory);
-    die "$directory is not a directory\n" if !is_rbd($directory) && !-d $directory;
+    die "$directory is not a directory - check the path, and that it is mounted\n"
+        if !is_rbd($directory) && !-d $directory;
     my $provider = provider_in($opt, check_store($opt, $directory), 'none', \&log_line);
     $provider->wait_for_others($opt->{wait} // 0);
     return $provider;
@@ -87,7 +88,7 @@ sub find_archive ($opt, $path) {
 # Says why a path does not name an archive.
 my sub problem_of ($path) {
     my ($directory, $guest) = split_guest($path =~ s!/latest/*\z!!r);
-    return "there is no guest '$guest' in $directory"
+    return "there is no guest '$guest' in $directory - 'list' shows its guests"
         if !is_rbd($path) && defined($guest) && is_store($directory);
     return "$path is not an archive - give DIRECTORY/vm/100/20261122T064953Z, or DIRECTORY/100"
         . " for the latest archive of guest 100";

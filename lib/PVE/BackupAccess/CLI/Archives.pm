@@ -52,7 +52,7 @@ my sub vmid_of ($opt, $directory) {
     usage_error('--vmid and --guest exclude each other') if defined($opt->{vmid});
     my $name = check_name($opt->{guest});
     return store_number_of($opt, $directory, $name)
-        // die "there is no guest '$name' in $directory\n";
+        // die "there is no guest '$name' in $directory - 'list' shows its guests\n";
 }
 
 # The numbers of the guests that a command is for.
@@ -117,7 +117,7 @@ my sub archives_of ($opt, $path) {
         usage_error('--vmid and --guest need a DIRECTORY, not an archive')
             if defined($opt->{vmid} // $opt->{guest});
         my $provider = provider_for($directory, $opt);
-        die "there is no archive $path\n" if !$provider->has($volname);
+        die "there is no archive $path - 'list' shows the archives\n" if !$provider->has($volname);
         return (0, [$provider, $volname, without_slash($directory) . "/$volname"]);
     }
     my $provider = provider_for($path, $opt);

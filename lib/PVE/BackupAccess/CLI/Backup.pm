@@ -42,7 +42,8 @@ my sub vmid_of ($opt) {
         if !ref($opt->{qmp})
         && File::Basename::basename($opt->{qmp}) =~ m/\A([1-9][0-9]{2,8})[.]qmp\z/;
     usage_error(
-        '--vmid or --guest is missing: the number or name that the archives of this guest have');
+        '--vmid or --guest is missing - give the guest a number or a name, which its archives will have'
+    );
 }
 
 # A domain's name may contain characters that are not allowed in the name of a guest.

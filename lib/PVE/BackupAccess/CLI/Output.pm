@@ -92,14 +92,14 @@ sub parse_bytes ($text) {
 # ---- files ----
 
 sub read_file ($path, $length = undef) {
-    open(my $fh, '<:raw', $path) or die "$path: $!\n";
+    open(my $fh, '<:raw', $path) or die "cannot read $path: $!\n";
     local $/ = defined($length) ? \$length : undef;
     return scalar(<$fh>) // '';
 }
 
 sub write_file ($path, $content) {
-    open(my $fh, '>:raw', $path) or die "$path: $!\n";
-    print {$fh} $content and close($fh) or die "$path: $!\n";
+    open(my $fh, '>:raw', $path) or die "cannot write $path: $!\n";
+    print {$fh} $content and close($fh) or die "cannot write $path: $!\n";
     return;
 }
 
