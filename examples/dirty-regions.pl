@@ -1,5 +1,5 @@
-# Lists what the next backup of a disk would read. This changes nothing: the access ends as after a failed
-# backup, so the bitmap keeps all of its bits.
+# Lists what the next backup of a disk would read. The access ends as after a failed backup, so the bitmap keeps all of
+# its bits. If the target has no bitmap yet, it gets one in which everything is dirty.
 #
 #     perl examples/dirty-regions.pl QMP-SOCKET TARGET-ID DEVICE FLEECING-DIRECTORY
 

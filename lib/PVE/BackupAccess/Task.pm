@@ -602,10 +602,11 @@ those of L<PVE::BackupAccess::GuestAgent/hooks> do.
 
 Code refs that load and store the note that L</run> describes: one text per target and guest, undef if there is none. C<$key>
 is 64 hexadecimal digits, a digest of C<target-id>, C<vmid> and QEMU's UUID. C<$text> is JSON in UTF-8, about 100 bytes per
-device, C<{}> if nothing is noted. A note may be removed with its guest. Give both or neither. By default, the note is a file on this host. If all nodes of a cluster share the storage, the notes
-may be cluster-wide; for a storage that is not shared, they belong to the node. If C<load-note> dies, there is
-no note, and a new one is stored. If C<store-note> dies before the provider's C<backup_vm>, the backup fails, because an old
-note must not be taken for one of the new data; if it dies after the end, the log says so, and the next backup is full.
+device, C<{}> if nothing is noted. A note may be removed with its guest. Give both or neither. By default, the note is a
+file on this host. If all nodes of a cluster share the storage, the notes may be cluster-wide; for a storage that is not
+shared, they belong to the node. If C<load-note> dies, there is no note, and a new one is stored. If C<store-note> dies
+before the provider's C<backup_vm>, the backup fails, because the old note does not describe the new data; if it dies after
+that, the log says so, and the next backup is full.
 
 =item state-dir
 

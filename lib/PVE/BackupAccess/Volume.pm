@@ -459,10 +459,10 @@ Takes an offset and a length from 1 byte to 32 MiB. Returns exactly that range. 
 read, and only until they are discarded; QEMU answers all other reads with an error. A read must not cross the
 edge of a region.
 
-A QEMU before 9.2 aborts, and ends the guest, when it is asked for something that it is still reading, even for a client
-that has gone. So let only one volume of a disk read there at a time. When a call is cut off, as by a signal handler that
-dies, and a QEMU before 10.0 does not answer what it was asked within half a second, all volumes of that disk in this
-process die from then on: tear the access down and set it up again.
+A QEMU before 9.2 aborts, and ends the guest, if it gets a read of a range that it is still reading, even for a client that
+has disconnected. So let only one volume of a disk read there at a time. If a signal handler ends a call, and a QEMU before
+10.0 does not answer the open requests within half a second, all volumes of that disk in this process die from then on: tear
+the access down and set it up again.
 
 Errors: C<ArgumentError> if the range is too long or ends beyond the volume; C<NbdError> or C<SystemError> if
 the read fails.
@@ -574,12 +574,12 @@ regions must consist of whole blocks, so the value must not exceed the granulari
 L<PVE::BackupAccess/setup> creates on a stock QEMU, 4194304 on Proxmox VE. A region with a part of a block is an
 C<ArgumentError>. Requests are at least as long as a block.
 
-=item C<check> - 1 reads back what is written, beside the copy, and compares its digests with those of what was read. It
-needs C<digests> and an NBD URI. Each range is read back when the target has acknowledged it, over a connection of its own if the server
-allows several, and is discarded from the volume only when it is right. Large zeroes that the target reports as such
-are not read. The first range that differs is a C<ContentError>, and a file of digests is then not valid. This proves what the server answers at that
-time: not what it does to a range by later writes to others or when it closes an image, nor the disk below its cache. What is
-C<unchanged> was not written, and is not read.
+=item C<check> - 1 reads back what is written, during the copy, and compares its digests with those of what was read. It
+needs C<digests> and an NBD URI. Each range is read back when the target has acknowledged it, over a connection of its own if
+the server allows several, and is discarded from the volume only when it is right. Large zeroes that the target reports as
+such are not read. The first range that differs is a C<ContentError>, and a file of digests is then not valid. This proves
+what the server answers at that time. It does not prove that later writes to other ranges, or the closing of the image, leave
+the range alone, nor that the disk below the server's cache is good. What is C<unchanged> was not written, and is not read.
 
 =item C<unchanged> - an array ref of L</FILES OF DIGESTS>, the newest first, that describe what the target already has. For
 each block, the first file that knows it counts. A block with the same digest is read but not written, and a code ref is
