@@ -346,7 +346,7 @@ $_->() for @rows;
     unlike($shown->{out}, qr/^not ok|\e/m, 'on a terminal: TAP only');
     my $qemu = $ENV{PBA_QEMU} // 'qemu-system-x86_64';
     my $is_old = qx($qemu --version) =~ m/version [0-9]\./;
-    is(scalar($shown->{out} =~ m/by single clusters of 64 KiB: NBD clients other/),
+    is(scalar($shown->{out} =~ m/reading single clusters of 64 KiB, as this QEMU/),
         $is_old, 'an old QEMU: how others have to read it');
     my $exec = join(' ', command('try-provider', @include, '--backup-only'));
     my $output = `prove --exec '$exec' PBA::Test::BackupOnly 2>&1`;

@@ -282,10 +282,9 @@ static bool add_exports(PbaAccess *access, GError **error)
         access->has_exported = true;
     }
     if (access->backend->reads_by_cluster(access)) {
-        pba_log(
-            &access->hooks, PBA_LOG_INFO,
-            "this QEMU's snapshots are read by single clusters of 64 KiB: NBD clients other than "
-            "PVE::BackupAccess::Volume must do the same (doc/semantics.md)");
+        pba_log(&access->hooks, PBA_LOG_INFO,
+                "reading single clusters of 64 KiB, as this QEMU's snapshots require of every NBD "
+                "client (doc/semantics.md)");
     }
     for (guint i = 0; i < access->disks->len; i++) {
         if (!add_export(access, access->disks->pdata[i], error)) {

@@ -45,10 +45,18 @@ sub refuse_guest ($opt, $path) {
     die "$path is a guest - give the directory: $store $option $guest\n";
 }
 
+# The error for a path in a store at which there is no guest; undef if the path is not in a store.
+my sub missing_guest ($path) {
+    my ($directory, $guest) = split_guest($path);
+    return undef if is_rbd($path) || !defined($guest) || !is_store($directory);
+    return "there is no guest '$guest' in $directory - 'list' shows its guests\n";
+}
+
 # The provider of an existing directory or pool. The storage's name only matters for backups.
 sub provider_for ($directory, $opt = {}) {
     refuse_guest($opt, $directory);
-    die "$directory is not a directory - check the path, and that it is mounted\n"
+    die missing_guest($directory)
+        // "$directory is not a directory - check the path, and that it is mounted\n"
         if !is_rbd($directory) && !-d $directory;
     my $provider = provider_in($opt, check_store($opt, $directory), 'none', \&log_line);
     $provider->wait_for_others($opt->{wait} // 0);
@@ -87,16 +95,14 @@ sub find_archive ($opt, $path) {
 
 # Says why a path does not name an archive.
 my sub problem_of ($path) {
-    my ($directory, $guest) = split_guest($path =~ s!/latest/*\z!!r);
-    return "there is no guest '$guest' in $directory - 'list' shows its guests"
-        if !is_rbd($path) && defined($guest) && is_store($directory);
-    return "$path is not an archive - give DIRECTORY/vm/100/20261122T064953Z, or DIRECTORY/100"
-        . " for the latest archive of guest 100";
+    return missing_guest($path =~ s!/latest/*\z!!r)
+        // "$path is not an archive - give DIRECTORY/vm/100/20261122T064953Z, or DIRECTORY/100"
+        . " for the latest archive of guest 100\n";
 }
 
 # The same as find_archive, but dies instead of returning nothing.
 sub archive_at ($opt, $path) {
-    my ($directory, $volname) = find_archive($opt, $path) or die problem_of($path) . "\n";
+    my ($directory, $volname) = find_archive($opt, $path) or die problem_of($path);
     return ($directory, $volname);
 }
 

@@ -120,7 +120,8 @@ sub content_problem ($archive, $device) {
     my @ranges;
     my $error = attempt { @ranges = damage($archive, $device) };
     rethrow($error) if $error && !is_damage($error);
-    return $error ? reason($error) : @ranges ? describe(@ranges) : undef;
+    return reason($error) if $error;
+    return @ranges ? 'archive ' . $archive->name . ': ' . describe(@ranges) : undef;
 }
 
 1;
