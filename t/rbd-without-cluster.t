@@ -7,6 +7,7 @@ use v5.36;
 use FindBin;
 use lib "$FindBin::Bin/lib";
 
+use Digest::SHA qw(sha256_hex);
 use POSIX ();
 use Test::More;
 use Time::HiRes qw(sleep);
@@ -19,6 +20,7 @@ use PVE::BackupAccess::Provider::RBD::Archive;
 use PVE::BackupAccess::Provider::RBD::Guest;
 use PVE::BackupAccess::Provider::RBD::Lock;
 use PVE::BackupAccess::Provider::RBD::Server;
+use PVE::BackupAccess::Provider::Store::Digests qw(digests_size);
 use PVE::BackupAccess::Provider::Store::Manifest qw(encode_manifest);
 
 my $Archive = 'PVE::BackupAccess::Provider::RBD::Archive';
@@ -230,6 +232,19 @@ subtest 'the files of digests of devices with long names' => sub {
     my %file = map { $archive->digests($_) => 1 } "\x{434}" x 100, 'x' x 200, 'x' x 201;
     is(scalar(keys %file), 3, 'each has its own');
     is_deeply([grep { s{.*/}{}r =~ m/.{101}/ } keys %file], [], 'which may exist');
+};
+
+# An archive is loaded by each step of a backup. For a disk of 1 TiB, the digests are 512 MiB.
+subtest 'the digests of an archive' => sub {
+    my $sha256 = sha256_hex("\0" x digests_size(512, 65536));
+    my %devices = ('drive-scsi0' => { %device, digests => { sha256 => $sha256 } });
+    my $text = encode_manifest({ format => 1, id => 'a1', devices => \%devices, files => {} });
+    my ($ceph, $guest) = guest_with(stored => { "archive $name" => $text });
+    my $calls = 0;
+    no warnings 'redefine';
+    local *PVE::BackupAccess::Provider::RBD::Ceph::get = sub (@) { $calls++; return 0 };
+    my %files = map { $guest->archive($name)->digests('drive-scsi0') => 1 } 1 .. 3;
+    is_deeply([scalar(keys %files), $calls], [1, 1], 'are fetched once');
 };
 
 subtest 'a manifest that would be refused' => sub {

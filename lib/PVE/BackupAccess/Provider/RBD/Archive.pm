@@ -8,13 +8,12 @@ use v5.36;
 use Digest::SHA qw(sha256_hex);
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::File qw(make_directory sha256 write_file);
+use PVE::BackupAccess::File qw(sha256 write_file);
 use PVE::BackupAccess::Provider::RBD::Parts qw(get_parts part_names put_parts);
 use PVE::BackupAccess::Provider::RBD::Server;
 use PVE::BackupAccess::Provider::Store::Digests qw(digests_size merge_digests);
 use PVE::BackupAccess::Provider::Store::Manifest
     qw(decode_manifest device_fault encode_manifest has_its_digest is_hash is_text manifest_fault new_id);
-use PVE::BackupAccess::Provider::Store::PrivateDir;
 use PVE::BackupAccess::Try qw(attempt reason);
 
 use parent qw(PVE::BackupAccess::Provider::Store::Archive);
@@ -155,24 +154,15 @@ sub content ($self, $name) {
 }
 
 sub keep_log ($self, $text) {
-    my $file = $self->_directory . '/log';
+    my $file = $self->{guest}->directory . '/log';
     write_file($file, $text);
     $self->{guest}->ceph->put($self->{guest}->log_of($self->{name}), $file);
     return;
 }
 
-# A directory for files of this process. It is removed with the object.
-sub _directory ($self) {
-    my $private = $self->{private}
-        //= PVE::BackupAccess::Provider::Store::PrivateDir->new($ENV{TMPDIR} ? () : '/var/tmp');
-    my $directory = $private->path . '/tree';
-    make_directory($directory) if !-d $directory;
-    return $directory;
-}
-
 # To be called before workers are forked, so that all of them use the same directory.
 sub prepare ($self) {
-    $self->_directory;
+    $self->{guest}->directory;
     return;
 }
 
@@ -183,19 +173,19 @@ sub digest_objects ($class, $image, $snapshot, $size) {
 
 sub _digests_of ($image, $snapshot) { return "$image\@$snapshot.digests" }
 
-# The file of digests: in a new archive of what this backup has read, in an existing one of the whole device.
+# The file of digests: in a new archive of what this backup has read, in an existing one of the whole device. It is fetched
+# once for all objects of the archive.
 sub digests ($self, $device) {
-    my $own = $self->own($device);
-    utf8::encode(my $bytes = $own);
-    my $file = $self->_directory . '/' . sha256_hex($bytes);
-    return $file if $self->{is_new} || $self->{fetched}{$own};
+    utf8::encode(my $bytes = "$self->{name} " . $self->own($device));
+    my $file = $self->{guest}->directory . '/' . sha256_hex($bytes);
+    return $file if $self->{is_new} || $self->{guest}{fetched}{$file};
     my $entry = $self->device($device);
     my $place = _digests_of($entry->{image}, $self->{name});
     get_parts($self->{guest}->ceph, $place, digests_size($entry->{size}, $digest_block), $file);
     fail("the digests of archive $self->{name} are damaged - their SHA-256 differs",
         device => $device)
         if sha256($file) ne $entry->{digests}{sha256};
-    $self->{fetched}{$own} = 1;
+    $self->{guest}{fetched}{$file} = 1;
     return $file;
 }
 

@@ -13,10 +13,12 @@ use v5.36;
 use Scalar::Util qw(weaken);
 
 use PVE::BackupAccess::Error;
+use PVE::BackupAccess::File qw(make_directory);
 use PVE::BackupAccess::Provider::RBD::Archive;
 use PVE::BackupAccess::Provider::RBD::Lock;
 use PVE::BackupAccess::Provider::Store::Content qw(is_damage);
 use PVE::BackupAccess::Provider::Store::Manifest qw($name_pattern);
+use PVE::BackupAccess::Provider::Store::PrivateDir;
 use PVE::BackupAccess::Try qw(attempt reason rethrow);
 
 use parent qw(PVE::BackupAccess::Provider::Store::Guest);
@@ -35,6 +37,16 @@ sub new ($class, %options) {
 }
 
 sub ceph ($self) { return $self->{ceph} }
+
+# A directory for files of this process. It is removed with the object.
+sub directory ($self) {
+    my $private = $self->{private}
+        //= PVE::BackupAccess::Provider::Store::PrivateDir->new($ENV{TMPDIR} ? () : '/var/tmp');
+    my $directory = $private->path . '/tree';
+    make_directory($directory) if !-d $directory;
+    return $directory;
+}
+
 sub log_of ($self, $name) { return "$self->{object}.$name.log" }
 
 # Each full backup of a device gets a new image: a new one is neither damaged nor in use.
