@@ -2,8 +2,8 @@
 
 # Backups onto Ceph: the command's, with digests and its check, beside qemu-img convert of the same access and
 # rbd import of the disk's file, which are full each time. The disks have 1 GiB together, half of it data; in
-# an increment, 100 blocks of 64 KiB on each disk have changed. The cluster is one node in memory, and needs
-# Ceph's programs (t/one-node-ceph.sh).
+# an increment, 100 blocks of 64 KiB on each disk have changed. The cluster is one node in memory with 8 GiB, and
+# needs Ceph's programs (t/one-node-ceph.sh): with less, it waits for what was removed, which it frees late.
 
 use v5.36;
 

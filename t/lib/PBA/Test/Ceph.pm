@@ -10,6 +10,7 @@ package PBA::Test::Ceph;
 use v5.36;
 
 use FindBin;
+use File::Path qw(remove_tree);
 use File::Temp ();
 use IO::Socket::INET ();
 use POSIX ();
@@ -24,8 +25,8 @@ sub start ($class) {
     my $dir = $ENV{PBA_CEPH};
     my $self = bless({ dir => $dir, owner => $$ }, $class);
     return $self if defined($dir);
-    $self->{tmp} = File::Temp->newdir('pba-ceph-XXXXXXXX', TMPDIR => 1);
-    $self->{dir} = "$self->{tmp}";
+    $self->{dir} = File::Temp::tempdir('pba-ceph-XXXXXXXX', TMPDIR => 1);
+    $self->{'is own'} = 1;
     my $socket = IO::Socket::INET->new(LocalAddr => '127.0.0.1', Listen => 1)
         or die "no port: $!\n";
     my $port = $socket->sockport;
@@ -77,8 +78,9 @@ sub restart_osd ($self, $seconds) {
     POSIX::_exit(0);
 }
 
+# The directory last: it tells which processes there are.
 sub DESTROY ($self) {
-    return if !$self->{tmp} || $self->{owner} != $$;
+    return if !$self->{'is own'} || $self->{owner} != $$;
     local ($!, $?);
     for my $file (glob("$self->{dir}/*.pid")) {
         open(my $fh, '<', $file) or next;
@@ -86,6 +88,7 @@ sub DESTROY ($self) {
         kill(KILL => $pid);
         while (kill(0 => $pid)) { waitpid($pid, 1); select(undef, undef, undef, 0.05) }
     }
+    remove_tree($self->{dir});
     return;
 }
 
