@@ -311,6 +311,20 @@ my @rows = (
     },
     sub {
         fails(
+            'removes what is stored',
+            'restore of the incremental backup after the failure: drive-scsi0 is the disk as of the backup'
+                => qr/at offset \d+ it has the byte 0x/,
+        );
+    },
+    sub {
+        fails(
+            'signals ignored',
+            'interrupted backup: backup_vm' => qr/returned although a signal was to end it/,
+            options => ['--backup-only'],
+        );
+    },
+    sub {
+        fails(
             'never complete',
             'restore of the full backup: restore_vm_init' => qr/is not complete/,
             'restore of the full backup: drive-scsi0 is the disk as of the backup' =>

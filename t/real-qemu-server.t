@@ -8,79 +8,18 @@ use v5.36;
 
 use FindBin;
 use lib "$FindBin::Bin/lib";
-use File::Path qw(make_path);
-use File::Temp ();
 use Test::More;
 
-use PBA::Test::AgentPeer;
 use PBA::Test::QMP;
-use PBA::Test::VM;
-use PBA::Test::VZDump;
-use PBA::Test::VZDump::Host qw(enter_own_mounts load_tree prepare_host);
+use PBA::Test::VZDump::Guest;
+use PBA::Test::VZDump::Host qw(write_file);
 use PVE::BackupAccess;
 
-my $VM = 'PBA::Test::VM';
-my $tree = $ENV{PBA_QEMU_SERVER};
-plan(skip_all => 'needs PBA_QEMU_SERVER, and a Proxmox QEMU') if !$tree;
-plan(skip_all => 'needs root') if $>;
-plan(skip_all => "needs a QEMU with Proxmox' commands (PBA_QEMU)") if !$VM->is_proxmox;
-my @programs = qw(fusermount nbdfuse nbdinfo unshare);
-my ($missing) = grep {
-    my $name = $_;
-    !grep { -x "$_/$name" } split(m/:/, $ENV{PATH})
-} @programs;
-plan(skip_all => "needs $missing, as qemu-server does") if $missing;
-enter_own_mounts();
-my $lacks = load_tree($tree);
-plan(skip_all => "needs what qemu-server needs: $lacks") if $lacks;
-
 my $mib = 1 << 20;
-my $vmid = 100;
 my @forms = ('today', 'one object', 'call by call');
 my @mechanisms = ('nbd', 'file-handle');
-my %disks = (
-    scsi0 => { format => 'raw', size => 32 * $mib },
-    scsi1 => { format => 'qcow2', size => 16 * $mib },
-);
-
-my $dir = File::Temp->newdir('pba-vzdump-XXXXXXXX', TMPDIR => 1);
-my $images = "$dir/store/images/$vmid";
-make_path($images, "$dir/made");
-
-sub image ($number, $format) { return "$images/vm-$vmid-disk-$number.$format" }
-
-sub create ($file, $format, $size) {
-    system($VM->qemu_img, qw(create -q -f), $format, $file, $size) == 0
-        or die "qemu-img failed\n";
-    return $file;
-}
-
-sub start_vm () {
-    my @disks = map {
-        my ($number) = m/(\d+)\z/;
-        my $disk = $disks{$_};
-        my $file = create(image($number, $disk->{format}), $disk->@{qw(format size)});
-        { id => $_, file => $file, shape => 'proxmox', throttle => 1, bus => 'scsi', %$disk }
-    } sort keys %disks;
-    create(image(2, 'raw'), 'raw', 4 * $mib);
-    my $pid_file = "/var/run/qemu-server/$vmid.pid";
-    return $VM->start(disks => \@disks, args => ['-pidfile', $pid_file]);
-}
-
-my $config = <<"END";
-agent: 1
-name: test
-scsi0: images:$vmid/vm-$vmid-disk-0.raw,size=32M
-scsi1: images:$vmid/vm-$vmid-disk-1.qcow2,size=16M
-tpmstate0: images:$vmid/vm-$vmid-disk-2.raw,size=4M,version=v2.0
-END
-
-my $vm = start_vm();
-my $agent
-    = PBA::Test::AgentPeer->start(replies => { 'guest-fsfreeze-status' => { return => 'thawed' } },
-    );
-my $qmeventd = prepare_host($vmid, $config, $vm, $agent, "$dir/store");
-my $vzdump = PBA::Test::VZDump->new(dir => "$dir/made", vmid => $vmid);
+my $guest = PBA::Test::VZDump::Guest->start;
+my ($vm, $agent, $vzdump, $dir) = ($guest->vm, $guest->agent, $guest->vzdump, $guest->dir);
 
 # The other checks are of the guest's disks and of QEMU's bitmaps after the backup.
 sub backup ($form, $mechanism, %opt) {
@@ -106,23 +45,6 @@ sub bitmaps_of ($form, $mechanism) {
     };
 }
 
-# The provider must have stored the content of the guest's disks.
-sub stored_all ($form, $mechanism, $what) {
-    for my $id (sort keys %disks) {
-        my $image = $vzdump->image($form, $mechanism, "drive-$id");
-        my $same = system('cmp', '-s', $image, $vm->raw_image($id)) == 0;
-        ok($same, "$what: the archive has each byte of $id");
-    }
-    return;
-}
-
-sub is_outside ($what) {
-    is_deeply($vm->exports, [], "$what: no export is left");
-    my @nodes = map { $_->{'node-name'} } $vm->qmp('query-named-block-nodes')->@*;
-    is(join(' ', grep { m/fleecing|tpmstate|snapshot|pba/ } @nodes), '', "$what: no node is left");
-    return;
-}
-
 # The lines that today's log has, in the form in which ours may have them.
 my @lines = (
     qr/starting external backup via test$/,
@@ -142,13 +64,8 @@ sub has_lines ($made, $what) {
     for my $line (@lines) {
         cmp_ok(scalar(grep { $_ =~ $line } $made->{log}->@*), '>=', 1, "$what: a line like $line");
     }
-    is_deeply([told($made)], [], "$what: no warning");
+    is_deeply([$guest->told($made)], [], "$what: no warning");
     return;
-}
-
-# Warnings and errors.
-sub told ($made) {
-    return grep { !m/\A\S+ \S+ INFO: / } ($made->{log} // [])->@*;
 }
 
 # The commands that qemu-server sent while the guest was frozen. t/freeze.t tests ours.
@@ -178,8 +95,8 @@ sub check_form ($form, $mechanism) {
         $vm->guest->write('scsi0', 8 * $mib, 4 * $mib, 0x40 + @figures) if $kind eq 'increment';
         my $made = backup($form, $mechanism, bwlimit => 1 << 20);
         is($made->{state}, 'ok', $what) or diag($made->{msg} // $made->{status});
-        stored_all($form, $mechanism, $what);
-        is_outside($what);
+        $guest->stored_all($form, $mechanism, $what);
+        $guest->is_outside($what);
         has_lines($made, $what);
         my $is_today = $form eq 'today';
         is(
@@ -207,18 +124,13 @@ for my $mechanism (@mechanisms) {
 
 # ---- other results ----
 
-sub unlock () {
-    PVE::QemuConfig->remove_lock($vmid, 'backup');    # qm unlock
-    return;
-}
-
 # The backup after one that did not succeed contains everything again.
 sub check_next ($form, $mechanism, $what, @expected) {
     my $made = backup($form, $mechanism);
     is($made->{state}, 'ok', "$what: the next backup") or diag($made->{msg} // $made->{status});
-    stored_all($form, $mechanism, "$what, the next backup");
-    is_outside("$what, the next backup");
-    my @told = told($made);
+    $guest->stored_all($form, $mechanism, "$what, the next backup");
+    $guest->is_outside("$what, the next backup");
+    my @told = $guest->told($made);
     for my $pattern (@expected) {
         cmp_ok(scalar(grep { $_ =~ $pattern } @told), '>', 0, "$what: it says $pattern")
             or diag(explain(\@told));
@@ -227,19 +139,13 @@ sub check_next ($form, $mechanism, $what, @expected) {
     return $made;
 }
 
-sub spoil ($byte) {
-    $vm->guest->write('scsi0', 20 * $mib, $mib, $byte);
-    $vm->guest->write('scsi1', 3 * $mib, $mib, $byte);
-    return;
-}
-
 sub check_interrupted ($form, $mechanism) {
     my $what = "$form, $mechanism, TERM";
-    spoil(0x51);
+    $guest->spoil(0x51);
     my $made = backup($form, $mechanism, signal => 'TERM');
     is($made->{state}, 'err', "$what: failed");
     like($made->{died} // '', qr/\Ainterrupted by signal$/, "$what: the backup dies of the signal");
-    is_outside($what);
+    $guest->is_outside($what);
     my ($last) = reverse(grep { m/\A(?:cont|guest-fsfreeze-thaw)\z/ } $made->{qmp}->@*);
     is($last, 'cont', "$what: thawed and resumed");
     check_next($form, $mechanism, $what);
@@ -251,13 +157,13 @@ sub check_interrupted ($form, $mechanism) {
 sub check_hook ($form, $mechanism) {
     my $what = "$form, $mechanism, hook";
     my $script = "$dir/hook";
-    PBA::Test::VZDump::Host::write_file($script, "#!/bin/sh\n[ \$1 != backup-end ]\n");
+    write_file($script, "#!/bin/sh\n[ \$1 != backup-end ]\n");
     chmod(0755, $script);
-    spoil(0x52);
+    $guest->spoil(0x52);
     my $made = backup($form, $mechanism, script => $script);
     is($made->{state}, 'err', "$what: failed");
-    stored_all($form, $mechanism, $what);
-    is_outside($what);
+    $guest->stored_all($form, $mechanism, $what);
+    $guest->is_outside($what);
     my $next = check_next($form, $mechanism, $what);
     is($next->{bytes}{'drive-scsi0'}, 0, "$what: the stored data is not dirty");
     return;
@@ -271,12 +177,12 @@ sub eventually ($code) {
 
 sub check_killed ($form, $mechanism) {
     my $what = "$form, $mechanism, killed";
-    spoil(0x53);
+    $guest->spoil(0x53);
     my $made = backup($form, $mechanism, signal => 'KILL');
     is($made->{status}, 9, "$what: killed");
     ok(eventually(sub { !kill(0, -$made->{group}) }), "$what: no process is left");
-    spoil(0x54);
-    unlock();
+    $guest->spoil(0x54);
+    $guest->unlock;
     check_next($form, $mechanism, $what, qr/undone|undoing/);
     return;
 }
@@ -284,9 +190,9 @@ sub check_killed ($form, $mechanism) {
 # The leftovers of today's code have no marker.
 sub check_killed_today ($mechanism) {
     my $what = "today, $mechanism, killed";
-    spoil(0x55);
+    $guest->spoil(0x55);
     my $group = backup('today', $mechanism, signal => 'KILL')->{group};
-    unlock();
+    $guest->unlock;
     for my $form (@forms) {
         my $made = backup($form, $mechanism);
         is($made->{state}, 'err', "$what: the next backup as $form fails");
@@ -311,7 +217,7 @@ for my $mechanism (@mechanisms) {
 # ---- guests that are suspended or shut down for the backup ----
 
 sub qmp ($command) {
-    return PBA::Test::QMP->once("/run/qemu-server/$vmid.qmp", $command, {});
+    return PBA::Test::QMP->once($vm->qmp_path, $command, {});
 }
 
 # The same lines as today's, except for what the two forms say themselves, and a guest that runs.
@@ -319,16 +225,40 @@ sub check_mode ($mode, $form, $mechanism) {
     my $what = "$form, $mechanism, mode $mode";
     my $made = backup($form, $mechanism, mode => $mode);
     is($made->{state}, 'ok', $what) or diag($made->{msg} // $made->{status});
-    stored_all($form, $mechanism, $what);
+    $guest->stored_all($form, $mechanism, $what);
     is(qmp('query-status')->{status}, 'running', "$what: the guest runs");
     is(scalar(grep { m/ resuming VM again after \d+ seconds$/ } $made->{log}->@*),
         1, "$what: the log says since when");
-    is_deeply([told($made)], [], "$what: no warning");
+    is_deeply([$guest->told($made)], [], "$what: no warning");
     for my $method (qw(backup_get_mechanism backup_vm_query_incremental backup_vm)) {
         $made = backup($form, $mechanism, mode => $mode, dies => $method);
         is($made->{state}, 'err', "$what: $method fails");
         is(qmp('query-status')->{status}, 'running', "$what, $method fails: the guest runs");
         is_deeply(qmp('query-block-exports'), [], "$what, $method fails: no export is left");
+    }
+    return;
+}
+
+# A guest that is off is started for the backup, and is off again whatever happens.
+sub is_off ($what) {
+    ok(!eval { qmp('query-status') }, "$what: the guest is off");
+    return;
+}
+
+sub check_off ($form, $mechanism) {
+    my $what = "$form, $mechanism, guest off";
+    my $made = backup($form, $mechanism);
+    is($made->{state}, 'ok', $what) or diag($made->{msg} // $made->{status});
+    is_off($what);
+    $guest->stored_all($form, $mechanism, $what);
+    is_deeply([$guest->told($made)], [], "$what: no warning");
+    for my $how (
+        (map { { dies => $_ } } qw(backup_get_mechanism backup_vm_query_incremental backup_vm)),
+        { signal => 'TERM' })
+    {
+        my $name = join(' ', $how->%*);
+        is(backup($form, $mechanism, $how->%*)->{state}, 'err', "$what, $name: failed");
+        is_off("$what, $name");
     }
     return;
 }
@@ -340,7 +270,10 @@ sub check_modes () {
             check_mode($mode, $_, $mechanism) for @forms;
         }
     }
-    qmp('quit');
+    system(qw(qm shutdown), $guest->vmid);
+    for my $mechanism (@mechanisms) {
+        check_off($_, $mechanism) for @forms;
+    }
     return;
 }
 

@@ -30,7 +30,7 @@ package PBA::Test::VZDumpPlugin {
     }
 
     sub guest_config ($self, $task) { return "name: test\n" }
-    sub firewall_config ($self, $task) { return $self->{firewall} }
+    sub firewall_config ($self, $task) { return $self->{firewall} // () }
 
     # A signal may come after the guest has been frozen, before this returns.
     sub qga_fs_freeze ($self, $task, $vmid) {

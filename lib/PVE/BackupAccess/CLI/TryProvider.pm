@@ -8,6 +8,7 @@ use v5.36;
 
 use File::Temp ();
 use List::Util qw(sum0);
+use POSIX ();
 use Scalar::Util ();
 use Time::HiRes ();
 
@@ -20,8 +21,10 @@ use PVE::BackupAccess::CLI::TryProvider::Rules;
 use PVE::BackupAccess::CLI::TryProvider::TAP;
 use PVE::BackupAccess::CLI::TryProvider::Watch qw(@backup_methods @restore_methods);
 use PVE::BackupAccess::Format qw(bytes);
+use PVE::BackupAccess::Program qw(new_pipe);
 use PVE::BackupAccess::Task;
-use PVE::BackupAccess::Try qw(attempt_any);
+use PVE::BackupAccess::Try qw(attempt_any deaths_of rethrow);
+use PVE::BackupAccess::Wait qw(read_some wait_for_child);
 
 my $Machine = 'PVE::BackupAccess::CLI::TryProvider::Machine';
 my $Base = 'PVE::BackupProvider::Plugin::Base';
@@ -37,10 +40,12 @@ my $drive = "scsi0: store:vm-$vmid-disk-0,size=32M";
 my $firewall_config = "[OPTIONS]\nenable: 1\n";
 my $kib = 1024;
 my $mib = 1024 * 1024;
+my $until_signal = 0.3;    # seconds; with its limit, the backup takes longer
 
 # The jobs: what happens to the guest after the previous one (change), and what the guest writes
 # before and after the instant of the backup, as device, offset, length and byte. In the second job,
-# two disks are unchanged, and data becomes zeroes.
+# two disks are unchanged, and data becomes zeroes. 'fails' is a backup whose source cannot be read, 'refused' one that
+# is stored when VZDump fails, 'interrupted' one that a signal ends.
 my @jobs;
 @jobs = (
     {
@@ -77,6 +82,19 @@ my @jobs;
             ['drive-scsi0', 8 * $mib, 64 * $kib, 0xb1],
             ['drive-scsi0', $Machine->trap, 64 * $kib, 0xb2],
         ],
+    },
+    {
+        name => 'backup that VZDump fails when it is stored',
+        refused => 1,
+        before => [['drive-scsi0', 6 * $mib, 64 * $kib, 0x33]],
+        after => [['drive-scsi0', 7 * $mib, 64 * $kib, 0xb3]],
+    },
+    {
+        name => 'interrupted backup',
+        interrupted => 1,
+        'bandwidth-limit' => $mib,
+        before => [['drive-scsi0', 2 * $mib, 4 * $mib, 0x34]],
+        after => [['drive-scsi0', 3 * $mib, 64 * $kib, 0xb4]],
     },
     {
         name => 'incremental backup after the failure',
@@ -136,7 +154,7 @@ my sub expected ($trial, $job) {
     return {
         sizes => { map { $_ => $trial->{machine}->size_of($_) } $Machine->devices },
         configs_of($job),
-        fails => $job->{fails},
+        $job->%{qw(fails interrupted)},
     };
 }
 
@@ -214,6 +232,57 @@ my sub note_devices ($trial, $job, $devices) {
     return;
 }
 
+# The job of a guest if a later step of VZDump fails, such as pruning: then the bitmaps have already been cleared.
+my sub run_refused ($task, $watch) {
+    my $time = time();    ## wall clock: names the archive
+    my $log_file = File::Temp->new;
+    $watch->job_init($time);
+    my $result;
+    my $error = attempt_any {
+        $watch->backup_init($vmid, 'qemu', $time);
+        $result = $task->run;
+    };
+    attempt_any {
+        $watch->backup_cleanup($vmid, 'qemu', 0, { error => $error // 'cannot prune' });
+    };
+    attempt_any { $watch->backup_handle_log_file($vmid, "$log_file") };
+    attempt_any { $watch->job_cleanup };
+    rethrow($error) if defined($error);
+    return $result;
+}
+
+# Sends SIGTERM to this process a while later, then a byte. The sender is no child: a provider may wait for its own.
+my sub send_signal ($to) {
+    my $here = $$;
+    my $pid = fork() // die "fork: $!\n";
+    if (!$pid) {
+        POSIX::_exit(0) if fork();
+        Time::HiRes::sleep($until_signal);
+        kill('TERM', $here);
+        syswrite($to, '.');
+        POSIX::_exit(0);
+    }
+    wait_for_child($pid);
+    return 1;
+}
+
+# Runs the code. A signal comes in the middle of backup_vm, as if a user stopped the backup.
+my sub run_interrupted ($watch, $code) {
+    local $SIG{TERM} = sub {
+        my ($call) = $watch->calls('backup_vm');
+        return if defined($call->{seconds});    # it has returned
+        $call->{interrupted} = 1;
+        die "interrupted by signal\n";
+    };
+    my ($from, $to) = new_pipe();
+    my $is_sent;
+    $watch->before('backup_vm', sub ($provider) { $is_sent = send_signal($to) });
+    my ($death) = deaths_of($code);
+    read_some($from, \my $byte, 1) if $is_sent;    # while the handler is in place
+    die $death->[0] if $death;
+    return;
+}
+
 # Runs the task. Returns its exception, or undef.
 my sub run_task ($trial, $job, $watch) {
     wait_for_next_second($trial);
@@ -233,7 +302,8 @@ my sub run_task ($trial, $job, $watch) {
         $trial->{machine}->access_options,
     );
     my $result;
-    my $error = attempt_any { $result = $task->run_job };
+    my $run = sub { $result = $job->{refused} ? run_refused($task, $watch) : $task->run_job };
+    my $error = attempt_any { $job->{interrupted} ? run_interrupted($watch, $run) : $run->() };
     return $error if defined($error);
     note_devices($trial, $job, $result->{devices});
     $trial->{'reads all'} = !!grep { $_->{'bitmap-mode'} eq 'none' } values $result->{devices}->%*;
@@ -328,11 +398,11 @@ my sub back_up ($trial, $job) {
     report_calls($trial, $job->{name}, $watch, expected($trial, $job), @backup_methods);
     check_kept($trial, $job, $watch);
     check_process($trial, $job->{name}, $watch, $process);
-    check_limit($trial, $job, $watch) if !defined($error);
+    check_limit($trial, $job, $watch) if !defined($error) && !$job->{interrupted};
     $job->{archive} = archive_of($watch);
     $job->{expected} = expected($trial, $job);
     check_other_guest($trial, $job, $other) if $job->{'other guest'};
-    return if !defined($error) || $job->{fails};
+    return if !defined($error) || $job->{fails} || $job->{interrupted};
     $trial->{tap}->explain("the backup failed: $error", $trial->{log}->@*);
 }
 
@@ -366,7 +436,8 @@ my sub run_trial ($trial) {
     my $restores = !$trial->{'backup-only'};
     for my $job (@jobs) {
         back_up($trial, $job);
-        check_archive($trial, $job, "restore of the $job->{name}") if $restores && !$job->{fails};
+        check_archive($trial, $job, "restore of the $job->{name}")
+            if $restores && !grep { $job->{$_} } qw(fails refused interrupted);
     }
 
     # The second one came before the failing job, which must not remove it.

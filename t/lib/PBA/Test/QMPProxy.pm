@@ -11,7 +11,8 @@ package PBA::Test::QMPProxy;
 # 'stall' lets QEMU execute it and withholds the reply. 'signal' sends the client SIGUSR1 when QEMU has executed
 # it, and the reply a while later. Without at, nothing goes wrong. then => { 9 => 'drop' } adds faults by the
 # number of the command. refuse => NAME refuses the first command with that name. terminate => NAME sends the
-# client SIGTERM, like 'signal'.
+# client SIGTERM, like 'signal'; 'terminate' and 'interrupt' are faults, too. group => 1 sends signals to the client's
+# process group, as Proxmox VE does to stop a task.
 #
 # 'kill-before-nbd' and 'kill-after-nbd' kill the client at an NBD connection or discard instead, and at counts
 # those: see PBA::Test::NBDRelay.
@@ -31,7 +32,7 @@ use PBA::Test::NBDRelay;
 my $json = JSON::PP->new->utf8->canonical;
 
 my $longest_event = 65_536;
-my %signals = (signal => 'USR1', terminate => 'TERM');
+my %signals = (signal => 'USR1', terminate => 'TERM', interrupt => 'INT');
 
 sub commands ($self) { return $self->records('command') }
 
@@ -55,7 +56,7 @@ sub serve ($self, $listener) {
 sub _converse ($self, $client, $qemu) {
     my ($from_client, $from_qemu) = ('', '');
     $self->send_bytes($client, $self->_reply($qemu, \$from_qemu) // return);    # the greeting
-    while (defined(my $line = $self->_next_line($client, \$from_client))) {
+    while (defined(my $line = $self->_next_command($client, \$from_client))) {
         my $command = $json->decode($line);
         my $name = $command->{execute};
         my $fault = $self->_fault_for($command);
@@ -91,7 +92,8 @@ sub _kill ($self, $client) {
 
 # Longer than the time after which a client checks for signals.
 sub _signal ($self, $client, $signal) {
-    kill($signal, _client_pid($client));
+    my $pid = _client_pid($client);
+    kill($signal, $self->{group} ? -getpgrp($pid) : $pid);
     $self->sleep_for(0.3);
     return;
 }
@@ -131,6 +133,16 @@ sub _reply ($self, $qemu, $buffer) {
         return $reply if length($line) > $longest_event || !exists($json->decode($line)->{event});
     }
     return undef;
+}
+
+# A command is a line. qemu-server omits its end, and waits for the reply.
+sub _next_command ($self, $client, $buffer) {
+    until ($$buffer =~ m/\n/ || eval { $json->decode($$buffer) }) {
+        $self->wait_ready($client, 'read');
+        $self->receive_more($client, $buffer) or return undef;
+    }
+    $$buffer =~ s/\A([^\n]*\n?)//;
+    return $1;
 }
 
 sub _next_line ($self, $fh, $buffer) {

@@ -139,10 +139,17 @@ my sub change_process ($self) {
     $SIG{TERM} = 'IGNORE';
 }
 
-sub backup_vm ($self, $vmid, $config, $volumes, $info) {
+sub backup_vm ($self, @arguments) {
     change_process($self);
     return if $self->{faults}{'child returns'} && !fork();
     stop_clock() if $self->{faults}{'no limit'};
+    return $self->store(@arguments) if !$self->{faults}{'signals ignored'};
+    my $ok = eval { $self->store(@arguments); 1 };
+    die $@ if !$ok && $@ !~ m/by signal/;
+    return;
+}
+
+sub store ($self, $vmid, $config, $volumes, $info) {
     my $dir = "$self->{path}/$self->{number}";
     write_file("$dir/guest.conf", $config);
     die "there is no firewall\n"
@@ -173,7 +180,11 @@ sub backup_vm ($self, $vmid, $config, $volumes, $info) {
 sub backup_cleanup ($self, $vmid, $vmtype, $success, $info) {
     return if $vmid != ($self->{vmid} // 0) && !$self->{faults}{'one name for all guests'};
     my $dir = "$self->{path}/$self->{number}";
-    File::Path::remove_tree($dir) if !$success && !$self->{faults}{'errors ignored'};
+
+    # The bitmaps may already be relative to it.
+    my $is_stored = $vmid == $self->{vmid} && -e "$dir/complete";
+    File::Path::remove_tree($dir)
+        if !$success && (!$is_stored || $self->{faults}{'removes what is stored'});
     File::Path::remove_tree("$self->{path}/$self->{base}")
         if !$success && $self->{faults}{'removes the last archive'};
     my $size = $self->{faults}{'size zero'} ? 0 : -s "$dir/drive-scsi0.raw";

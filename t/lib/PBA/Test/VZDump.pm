@@ -85,8 +85,8 @@ sub _load_plugin ($self, $form) {
 
 # ---- one backup ----
 
-# Options: mode => snapshot, suspend or stop; signal => sent in the middle of backup_vm; dies => the name of a
-# method of the provider; script => a hook; bwlimit. Returns what can be compared: { state, msg, calls, volumes,
+# Options: mode => snapshot, suspend or stop; signal => sent in the middle of backup_vm, KILL only to the process, others to
+# its group, as Proxmox VE does; dies => the name of a method of the provider; script => a hook; bwlimit. Returns what can be compared: { state, msg, calls, volumes,
 # info, bytes, log, qmp, took, status }.
 sub backup ($self, $form, $mechanism, %opt) {
     my $report = "$self->{dir}/report";
@@ -125,6 +125,7 @@ sub _in_child ($self, $form, $mechanism, $report, %opt) {
     _watch($made);
     _replace('PVE::QemuServer::vm_start',
         sub (@) { system(qw(qm start), $self->{vmid}, '--paused') });
+    _replace('PVE::QemuServer::vm_stop', sub (@) { system(qw(qm shutdown), $self->{vmid}) });
     my $provider = $self->_provider($form, $mechanism, $made, %opt);
     my %fleecing = (enabled => 1, storage => 'images');
     my $vzdump = bless(
@@ -198,15 +199,19 @@ sub _provider ($self, $form, $mechanism, $made, %opt) {
             $made->{info} = { map { $_ => $info->{$_} } qw(bandwidth-limit firewall-config) };
             $made->{config} = $config;
             $made->{volumes} = { map { $_ => _described($volumes->{$_}) } keys $volumes->%* };
+            my @stored;
             for my $device (sort keys $volumes->%*) {
-                kill($opt{signal}, $$) if $opt{signal} && $made->{bytes};
+                kill($opt{signal}, $opt{signal} eq 'KILL' ? $$ : -$$)
+                    if $opt{signal} && $made->{bytes};
                 my $file = $self->image($form, $mechanism, $device);
                 my $volume = PVE::BackupAccess::Volume->open($device, $volumes->{$device});
                 my $is_full = $volumes->{$device}{'bitmap-mode'} ne 'reuse';
-                unlink($file) if $is_full;
-                $made->{bytes}{$device} = $volume->copy(to => $file)->{'bytes-read'};
+                my ($bytes, $keep) = _read_volume($volume, $file, $is_full);
+                $made->{bytes}{$device} = $bytes;
+                push(@stored, $keep);
                 $volume->close;
             }
+            $_->() for @stored;
         },
         backup_handle_log_file => sub ($, $vmid, $file) {
             $made->{log} = [split(m/\n/, PVE::Tools::file_get_contents($file))];
@@ -215,6 +220,24 @@ sub _provider ($self, $form, $mechanism, $made, %opt) {
     $provider->{on}{ $opt{dies} } = sub (@) { die "$opt{dies} fails\n" }
         if $opt{dies};
     return $provider;
+}
+
+# Returns how many bytes were read, and the code that stores them: a backup that fails leaves the stored data as it was.
+sub _read_volume ($volume, $file, $is_full) {
+    my @pieces;
+    unlink("$file.new");
+    my $to = $is_full ? "$file.new" : sub (@piece) { push(@pieces, \@piece) };
+    my $bytes = $volume->copy(to => $to)->{'bytes-read'};
+    my $keep = sub {
+        return rename("$file.new", $file) || die "$file: $!\n" if $is_full;
+        open(my $fh, '+<:raw', $file) or die "$file: $!\n";
+        for my $piece (@pieces) {
+            seek($fh, $piece->[0], 0);
+            print {$fh} $piece->[1];
+        }
+        return close($fh) || die "$file: $!\n";
+    };
+    return ($bytes, $keep);
 }
 
 # The properties of a volume that can be compared.

@@ -1,7 +1,7 @@
 package PVE::BackupAccess::CLI::TryProvider::Rules;
 
 # The rules of the backup provider API for each method. A rule compares the result of one call with the
-# expectations ({ sizes, guest-config, firewall-config, fails }), and says what is wrong.
+# expectations ({ sizes, guest-config, firewall-config, fails, interrupted }), and says what is wrong.
 
 use v5.36;
 
@@ -62,6 +62,9 @@ my sub backup_vm_query_incremental ($call, $expected) {
 }
 
 my sub backup_vm ($call, $expected) {
+    return
+        'returned although a signal was to end it: the exception of a signal handler must be passed on'
+        if $call->{interrupted};
     return if !$expected->{fails};
     return 'returned although its source could not be read: later backups will lack the data';
 }
@@ -129,11 +132,11 @@ my %rules = (
     restore_vm_volume_init => \&restore_vm_volume_init,
 );
 
-# Says what is wrong with a call, if anything. In a backup that must fail, backup_vm must die.
+# Says what is wrong with a call, if anything. In a backup that must fail or is interrupted, backup_vm must die.
 sub problem ($call, $expected) {
     my $method = $call->{method};
     if (defined($call->{error})) {
-        return if $method eq 'backup_vm' && $expected->{fails};
+        return if $method eq 'backup_vm' && ($expected->{fails} || $expected->{interrupted});
         return "died: $call->{error}";
     }
     my $rule = $rules{$method} or return;
