@@ -136,6 +136,15 @@ sub check_answer ($base) {
     return;
 }
 
+# The provider's newest archive may be of a program that does not know IDs, of which the note does not know.
+sub check_answer_without_base () {
+    local $provider->{on}{backup_vm_query_incremental} = sub ($self, $vmid, $volumes) {
+        return { map { $_ => { 'bitmap-mode' => 'use' } } keys $volumes->%* };
+    };
+    is(mode_of_next(), 'new', 'a provider knows IDs, but has none for its archive: a full backup');
+    return;
+}
+
 is(mode_of_next(), 'new', 'the first backup is full');
 is(mode_of_next(), 'reuse', 'with a good note, the backup is incremental');
 check_file($_) for @odd;
@@ -144,6 +153,8 @@ check_code_refs();
 check_load_dies();
 check_store_dies();
 check_load_signal();
+mode_of_next();
+check_answer_without_base();
 check_answer($_) for 'x', 'A' x 32, 'a' x 33, 'a' x 32 . "\n", '', "a\0b", 12;
 
 done_testing;

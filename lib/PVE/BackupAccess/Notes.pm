@@ -1,8 +1,8 @@
 package PVE::BackupAccess::Notes;
 
 # For providers that do not know IDs: a note of the backup that the provider's newest data of each
-# device comes from. The note is a text for each target and guest, stored by the caller or in a file
-# of this host.
+# device comes from. The note is a text for each target and number of a guest, stored by the caller or
+# in a file of this host.
 
 use v5.36;
 
@@ -25,9 +25,9 @@ my sub default_dir () {
 }
 
 # Options: load, store => code refs; dir => the directory of the files that are used otherwise.
-sub new ($class, $target_id, $guest, %options) {
+sub new ($class, $target_id, $vmid, %options) {
     utf8::encode(my $target = $target_id);
-    my $key = Digest::SHA::sha256_hex("$target\0$guest");
+    my $key = Digest::SHA::sha256_hex("$target\0$vmid");
     return bless({ %options, key => $key }, $class);
 }
 

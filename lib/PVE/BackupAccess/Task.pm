@@ -149,12 +149,15 @@ sub _hand_over ($self, $result) {
     $self->log('info', 'adding NBD exports for ' . join(', ', $self->{devices}->@*));
     my $volumes = $self->_watched($access->volumes($mechanism));
     $self->_log_fleecing($access->_warnings);
-    my %optional = ('backup-id' => $result->{id}, 'guest-uuid' => $self->{guest});
+    my %optional = ('backup-id' => $result->{id}, 'guest-uuid' => $access->_guest);
     $optional{$_} = $self->{$_} for grep { $self->{$_} } qw(bandwidth-limit jobs);
     $optional{'firewall-config'} = $self->{'firewall-config'} if exists($self->{'firewall-config'});
     $self->_begin_notes;
     $provider->backup_vm($self->{vmid}, $self->{'guest-config'}, $volumes, \%optional);
     $self->_check_process;
+
+    # The provider's newest data is complete. If something fails now, the provider may fail to remove it, too.
+    $self->{noted} = {};
     return;
 }
 
@@ -217,20 +220,12 @@ sub _mechanism ($self) {
     return $mechanism;
 }
 
-# The notes of this guest and target. Also finds the guest's UUID, which is a part of their name.
+# The notes of this guest and target. Their name has no UUID: a provider keeps the archives of all guests that have had this
+# number together, and its newest data may be of another one.
 sub _notes ($self) {
-    return $self->{notes} //= do {
-        $self->{guest} = $self->{access}->_guest;
-        my %options = (
-            load => $self->{'load-note'},
-            store => $self->{'store-note'},
-            dir => $self->{'state-dir'},
-        );
-
-        # The number is needed too: the UUID of a QEMU without -uuid is all zeroes.
-        my $guest = "$self->{vmid} $self->{guest}";
-        PVE::BackupAccess::Notes->new($self->{'target-id'}, $guest, %options);
-    };
+    my %options = (load => 'load-note', store => 'store-note', dir => 'state-dir');
+    $_ = $self->{$_} for values %options;
+    return $self->{notes} //= PVE::BackupAccess::Notes->new($self->@{qw(target-id vmid)}, %options);
 }
 
 # Empties the note: from here on, the provider may have complete data that no bitmap is relative to yet.
@@ -239,7 +234,7 @@ sub _begin_notes ($self) {
     return;
 }
 
-# After a success, notes this backup. After a failure, restores the note: the provider's newest data is the old one.
+# After a success, notes this backup. After a failure of backup_vm, the provider's newest data is the old one, as noted.
 sub _end_notes ($self, $success, $result) {
     return if !$self->{noted};
     my %ids = map { $_ => $success ? undef : $self->{noted}{$_} } $self->{devices}->@*;
@@ -269,10 +264,11 @@ my sub read_answer ($answer) {
     return \%request;
 }
 
-# The ID of the backup that the bitmap must be relative to, undef if none is known.
-sub _base ($self, $request, $identity) {
+# The ID of the backup that the bitmap must be relative to, as answered by a provider that knows IDs. If there is none, the
+# note does not count: the provider's newest archive may be of a program without IDs.
+sub _given_base ($self, $request) {
     my ($device, $given, $found_by) = $request->@{qw(device base identity)};
-    return $self->_noted_base($device, $identity) if !defined($given);
+    return undef if !defined($given);
     my $odd
         = !is_backup_id($given) ? "base '$given' of the backup provider is not the ID of a backup"
         : ref($found_by)
@@ -283,7 +279,7 @@ sub _base ($self, $request, $identity) {
     return undef;
 }
 
-# The noted ID of the backup that has the provider's newest data under this name, if that data is of this disk.
+# The same from the note, if the provider's newest data under this name is of this disk.
 sub _noted_base ($self, $device, $identity) {
     my $note = $self->{noted}{$device} // return undef;
     my $of = $note->{identity};
@@ -320,7 +316,9 @@ sub _requests ($self, $seen) {
         ) if $mode !~ m/\A(?:none|new|use)\z/;
         $request->{device} = $device;
         $request->{base}
-            = $mode eq 'use' ? $self->_base($request, $seen->{$device}{identity}) : undef;
+            = $mode ne 'use' ? undef
+            : ref($answer->{$device}) ? $self->_given_base($request)
+            : $self->_noted_base($device, $seen->{$device}{identity});
     }
     for my $device (sort grep { !exists($seen->{$_}) } keys(($answer // {})->%*)) {
         $self->log('warn',
@@ -600,18 +598,19 @@ those of L<PVE::BackupAccess::GuestAgent/hooks> do.
     'load-note' => sub ($key) { return $text },
     'store-note' => sub ($key, $text) { ... },
 
-Code refs that load and store the note that L</run> describes: one text per target and guest, undef if there is none. C<$key>
-is 64 hexadecimal digits, a digest of C<target-id>, C<vmid> and QEMU's UUID. C<$text> is JSON in UTF-8, about 100 bytes per
+Code refs that load and store the note that L</run> describes: one text per target and number of a guest, undef if there is
+none. C<$key> is 64 hexadecimal digits, a digest of C<target-id> and C<vmid>. C<$text> is JSON in UTF-8, about 100 bytes per
 device, C<{}> if nothing is noted. A note may be removed with its guest. Give both or neither. By default, the note is a
-file on this host. If all nodes of a cluster share the storage, the notes may be cluster-wide; for a storage that is not
-shared, they belong to the node. If C<load-note> dies, there is no note, and a new one is stored. If C<store-note> dies
-before the provider's C<backup_vm>, the backup fails, because the old note does not describe the new data; if it dies after
-that, the log says so, and the next backup is full.
+file on this host. All hosts and programs that back up a guest into one storage must share its note: if the nodes of a cluster
+share the storage, the notes must be cluster-wide; for a storage of one node, they belong to the node. If C<load-note> dies,
+there is no note, and a new one is stored. If C<store-note> dies before the provider's C<backup_vm>, the backup fails, because
+the old note does not describe the new data; if it dies after that, the log says so, and the next backup is full.
 
 =item state-dir
 
 The directory of those files. The default is C</var/lib/pve-backup-access> for root, and
-C<.local/state/pve-backup-access> in the home directory of other users.
+C<.local/state/pve-backup-access> in the home directory of other users. If the provider's storage is a directory, one inside it
+is better: all that use the storage then share the notes, and a copy or an earlier state of the storage has its own.
 
 =item log
 
@@ -650,7 +649,8 @@ bitmap either.
 B<Bitmaps are tied to backups> (L<PVE::BackupAccess/WHICH BACKUP A BITMAP IS RELATIVE TO>). The provider gets
 C<base>, the ID of the backup that the device's bitmap is relative to, or undef if no bitmap can be
 used. A provider that knows IDs returns C<< { $device => { 'bitmap-mode' => 'use', base => $id } } >> with the ID of
-the archive that it would build on, and stores C<backup-id> with the new archive. With a true C<audit> in that hash, the
+the archive that it would build on, and stores C<backup-id> with the new archive. If the hash has no C<base>, the device
+gets a new bitmap. With a true C<audit> in that hash, the
 bitmap is audited (L<PVE::BackupAccess/AUDITING A BITMAP>): the volume has C<bitmap-mode> C<new> and, for mechanism nbd,
 C<audit-bitmap>.
 
@@ -662,8 +662,8 @@ identity, adds C<identity> to its answer: the name then does not matter.
 B<Providers that do not know IDs> return the word C<use>. For them, the task keeps a note of the backup and of the disk that
 the newest data of each device comes from. If the ID in QEMU differs from the note, if the disk is another one, or if there
 is no note, the device gets a new bitmap. The note is empty from the call of C<backup_vm> until the end, so that a backup
-that was killed is followed by a full one. The task cannot detect that such a provider lost an archive after a good backup,
-or took over an archive from another program.
+that was killed, or failed after C<backup_vm> had returned, is followed by a full one. The task cannot detect that such a provider lost an archive after a good backup,
+or has one that was made with another target or without this note.
 
 B<Fleecing.> The log warns if the file system of a fleecing image is nearly full (see
 L<PVE::BackupAccess/status>): at the beginning, after a failure, and with mechanism file-handle
