@@ -7,9 +7,12 @@
 static bool is_as_seen(const PbaDisk *disk, const PbaBlock *now, GError **error)
 {
     JsonObject *device = pba_block_find_device(now, disk->device);
+    const char *qdev = device ? pba_json_find_string(device, "qdev") : NULL;
     uint64_t size;
 
-    if (!device || g_strcmp0(pba_block_device_node(device), disk->root_node) != 0) {
+    /* A node that the disk is named by may be at another guest device now. */
+    if (!device || g_strcmp0(qdev, disk->qdev) != 0 ||
+        g_strcmp0(pba_block_device_node(device), disk->root_node) != 0) {
         pba_error_set(error, PBA_ERROR_STATE,
                       "was unplugged, or its medium changed, while the backup began - try again");
         return false;
