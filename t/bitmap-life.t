@@ -107,6 +107,59 @@ my @known = (
         qw(ok unaware swap unaware ok:new unaware swap unaware rename unaware rename unaware ok),
     ],
     [
+        'another guest with disks of its own',
+        { provider => 'chain', persistent => 1, naming => 'qdev' },
+        qw(ok ok:reuse stranger ok:reuse ram stranger rollback-ram ok:reuse stranger prune ok:reuse),
+        qw(failed-kept stranger ok:new ok:reuse),
+    ],
+    [
+        'another guest with disks of its own, with a provider that knows no IDs',
+        { provider => 'raw', persistent => 1, naming => 'qdev' },
+        qw(ok ok:reuse stranger ok:new ok:reuse stranger stranger ok:new ok:reuse),
+        qw(failed-kept ok:new ok:reuse shared-store:reuse ok:reuse),
+    ],
+    [
+        'another guest, or data that remains, and back in time, with a provider that knows no IDs',
+        { provider => 'raw' },
+        qw(ok ram stranger rollback-ram ok:new ok:reuse ram other-guest rollback-ram ok:new ok:reuse),
+        qw(ram failed-kept rollback-ram ok:new ok:reuse ram shared-store rollback-ram ok:new),
+    ],
+    [
+        'a guest that is off',
+        { provider => 'chain', persistent => 1, naming => 'qdev' },
+        qw(ok off:reuse ok:reuse off:reuse off:reuse ok:reuse killed off:reuse ok:reuse swap off:new),
+        qw(ok:reuse crash off:new ok:reuse host off rollback-host off ok:reuse rename off ok:new),
+        qw(persistence ok:reuse restart ok:reuse written-off ok:reuse committed-off ok:reuse off:reuse),
+    ],
+    [
+        'the provider of the documentation',
+        { provider => 'example', persistent => 1, naming => 'qdev' },
+        qw(ok ok:reuse failed ok:reuse failed-late ok killed ok stranger:new ok:new ok:reuse unaware),
+        qw(ok:new ok:reuse ram ok rollback-ram ok:new ok:reuse removed ok:new ok:reuse store-saved ok),
+        qw(store-back ok:new ok:reuse other-store:new ok:new ok:reuse swap ok:new rename ok:new),
+        qw(off asked-swap ok asked-other-store:new ok:reuse second-target-here:new ok:new ok:reuse),
+    ],
+    [
+        'the store and its targets',
+        { provider => 'chain' },
+        qw(ok store-saved ok:reuse store-back ok:new ok:reuse second-target-here:new ok:new ok:reuse),
+        qw(shared-store:reuse ok:reuse ram shared-store rollback-ram ok:new ok:reuse),
+    ],
+    [
+        'while the provider is asked',
+        { provider => 'chain', persistent => 1, naming => 'qdev' },
+        qw(ok asked-second-target ok:reuse asked-other-store:new ok:reuse asked-hand-remove:new),
+        qw(ok:reuse ram ok asked-rollback-ram:new ok:reuse host ok asked-rollback-host:new ok:reuse),
+        qw(asked-hand-untie:new ok:reuse asked-swap ok asked-replug ok asked-restart ok asked-crash),
+        qw(ok asked-shrink-grow ok asked-migrate ok asked-renumber ok ok:reuse),
+    ],
+    [
+        'while the provider is asked, disks by the names of nodes',
+        { provider => 'raw' },
+        qw(ok asked-second-target ok:reuse asked-swap ok asked-replug ok asked-hand-remove:new ok),
+        qw(ram ok asked-rollback-ram:new ok:reuse asked-shrink-grow ok asked-migrate ok ok:reuse),
+    ],
+    [
         'another disk after a restart',
         { provider => 'chain', persistent => 1, naming => 'drive' },
         qw(ok swap ok:new ok:reuse replug ok swap ok),
@@ -158,8 +211,9 @@ sub one_life ($name, $backend, $how, @events) {
 # Chooses the names of the disks in backups, the provider, and whether bitmaps survive a restart.
 sub some_way ($backend, $number) {
     my @namings = $backend eq 'pve' ? qw(node drive) : qw(node qdev drive);
+    my @kinds = qw(blind chain chain example);
     my %way = (
-        provider => $number % 2 ? 'raw' : $number % 8 ? 'chain' : 'blind',
+        provider => $number % 2 ? 'raw' : $kinds[$number / 2 % @kinds],
         naming => $namings[$number % @namings],
         persistent => $backend eq 'upstream' && $number % 3 != 2 ? 1 : 0,
     );

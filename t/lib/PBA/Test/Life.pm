@@ -8,7 +8,7 @@ package PBA::Test::Life;
 #   my $problem = $life->run(qw(ok ram ok rollback-ram ok));    # undef: no problem
 #
 # provider: chain (PVE::BackupAccess::Provider::Qcow2Chain); blind, which is chain without the identities of
-# disks; or raw, which does not support IDs. naming: node, qdev or drive, the kind of names that backups use.
+# disks; example (Example::RawImages); or raw, which does not support IDs. naming: node, qdev or drive, the kind of names that backups use.
 # persistent: bitmaps survive a restart.
 
 use v5.36;
@@ -24,14 +24,16 @@ use PVE::BackupAccess::Task;
 use PBA::Test::Backend;
 use PBA::Test::Life::Blind;
 use PBA::Test::Life::Chain;
+use PBA::Test::Life::Example;
 use PBA::Test::Life::Machine;
 use PBA::Test::Life::Others;
 use PBA::Test::Life::Raw;
 use PBA::Test::Life::State;
+use PBA::Test::Life::Stores;
 use PBA::Test::QemuNbd;
 use PBA::Test::RawProvider;
 
-use parent -norequire, qw(PBA::Test::Life::Machine PBA::Test::Life::Others PBA::Test::Life::State);
+use parent -norequire, map { "PBA::Test::Life::$_" } qw(Machine Others State Stores);
 
 $PVE::BackupAccess::Provider::Qcow2Chain::Image::qemu_img = $ENV{PBA_QEMU_IMG} // 'qemu-img';
 $PVE::BackupAccess::Provider::Store::Server::qemu_nbd = $ENV{PBA_QEMU_NBD} // 'qemu-nbd';
@@ -42,8 +44,9 @@ my $size = 4 * $step;
 my $block = 65536;
 my @ids = qw(disk0 disk1);
 my $target = 'snapshot-access:test';
+my $uuid = '11111111-2222-3333-4444-555555555555';
 
-my %classes = map { lc($_) => "PBA::Test::Life::$_" } qw(Blind Chain Raw);
+my %classes = map { lc($_) => "PBA::Test::Life::$_" } qw(Blind Chain Example Raw);
 
 my %events = (
     'ok' => \&_backup,
@@ -57,8 +60,9 @@ my %events = (
     'rollback-host' => sub ($self) { $self->_host_rollback },
     'savevm' => sub ($self) { $self->_savevm },
     'loadvm' => sub ($self) { $self->_loadvm },
-    'migrate' => sub ($self) { $self->_migrate_and_back },
+    'migrate' => sub ($self) { $self->_migrate_and_back(node => 'b', store => 'node-b') },
     'restart' => sub ($self) { $self->_restart },
+    'off' => sub ($self) { $self->_back_up_images },
     'crash' => sub ($self) { $self->_crash },
     'swap' => sub ($self) { $self->_swap },
     'replug' => sub ($self) { $self->_replug },
@@ -69,14 +73,22 @@ my %events = (
     'shrink' => sub ($self) { $self->_resize(-$step) },
     'shrink-grow' => sub ($self) { $self->_resize(-$step) && $self->_resize($step) },
     'other-store' => sub ($self) { $self->_backup(store => 'other') },
-    'copied-store' => \&_copy_store,
-    'removed' => \&_remove_newest,
+    'copied-store' => sub ($self) { $self->_copy_store },
+    'removed' => sub ($self) { $self->_remove_newest },
+    'stranger' => sub ($self) { $self->_stranger },
     'second-target' => sub ($self) { $self->_backup(store => 'second', target => 'second') },
     'unaware' => sub ($self) { $self->_backup(unaware => 1) },
 );
 
 # Rarer events, and actions of other programs.
 my %more_events = (
+    'failed-kept' => sub ($self) { $self->_failed('cleanup') },
+    'shared-store' => sub ($self) { $self->_migrate_and_back },
+    'store-saved' => sub ($self) { $self->_save_store },
+    'store-back' => sub ($self) { $self->_put_store_back },
+    'second-target-here' =>
+        sub ($self) { $self->_backup(store => $self->_current_store, target => 'second') },
+    'persistence' => sub ($self) { $self->_change_persistence },
     'hand-remove' => sub ($self) { $self->_hand('remove') },
     'hand-disable' => sub ($self) { $self->_hand('disable') },
     'hand-untie' => sub ($self) { $self->_hand('untie') },
@@ -89,6 +101,8 @@ my %more_events = (
     'grow-offline' => sub ($self) { $self->_resize_offline($step) },
     'shrink-grow-offline' =>
         sub ($self) { $self->_resize_offline(-$step) && $self->_resize_offline($step) },
+    'written-off' => sub ($self) { $self->_change_image(0) },
+    'committed-off' => sub ($self) { $self->_change_image(1) },
     'twin' => sub ($self) { $self->_twin },
     'other-guest' => sub ($self) { $self->_other_guest },
     'old-manifests' => sub ($self) { $self->_forget_identities },
@@ -99,21 +113,36 @@ my %more_events = (
     'prune' => sub ($self) { $self->_provider($self->_current_store)->prune(100, 1); return },
 );
 
-# After these events, a bitmap without an ID may not match the newest archive, and nothing shows it.
-my %unseen = map { $_ => 1 }
-    qw(rollback-ram rollback-host loadvm migrate swap renumber rename alias shrink-grow
-    shrink-grow-offline twin other-guest move-disk overlay);
-
-# Events that only a provider that supports IDs can detect.
-my %chain_only = map { $_ => 1 } qw(other-store removed unaware full audit prune old-manifests);
-
-sub events ($class, $provider) {
-    return sort grep { $provider ne 'raw' || !$chain_only{$_} } keys %events;
+# Events while the provider of a backup is asked what it builds on: after QEMU has told the bases of the bitmaps, and
+# before the access is set up.
+for my $event (
+    qw(swap renumber replug shrink-grow rollback-ram rollback-host restart crash migrate),
+    qw(other-store second-target hand-remove hand-untie))
+{
+    my $code = $events{$event} // $more_events{$event};
+    $more_events{"asked-$event"} = sub ($self) { $self->_backup_during($code) };
 }
 
+# After these events, a bitmap without an ID may not match the newest archive, and nothing shows it.
+my %unseen = map { $_ => 1, "asked-$_" => 1 }
+    qw(rollback-ram rollback-host loadvm migrate shared-store swap renumber rename alias shrink-grow
+    shrink-grow-offline twin other-guest stranger move-disk overlay store-back);
+
+# Events that only a provider that supports IDs can detect, and what only Qcow2Chain can do.
+my @need_ids
+    = qw(other-store asked-other-store removed unaware store-saved store-back second-target-here);
+my @need_chain = qw(full audit prune old-manifests);
+my %impossible = (example => \@need_chain, raw => [@need_ids, @need_chain]);
+
+sub _possible ($provider, $events) {
+    my %impossible = map { $_ => 1 } ($impossible{$provider} // [])->@*;
+    return sort grep { !$impossible{$_} } keys $events->%*;
+}
+
+sub events ($class, $provider) { return _possible($provider, \%events) }
+
 sub all_events ($class, $provider) {
-    my @more = sort grep { $provider ne 'raw' || !$chain_only{$_} } keys %more_events;
-    return ($class->events($provider), @more);
+    return map { _possible($provider, $_) } \%events, \%more_events;
 }
 
 sub new ($class, %opt) {
@@ -122,12 +151,13 @@ sub new ($class, %opt) {
     $self->{backend} = PBA::Test::Backend->start_paused(
         name => $self->{backend},
         fleecing => 0,
-        args => ['-uuid', '11111111-2222-3333-4444-555555555555'],
+        args => ['-uuid', $uuid],
         disks => [
             map { { id => $_, size => $size, format => 'qcow2', bus => 'scsi', shape => $shape } }
                 @ids
         ],
     );
+    $self->{uuid} = $uuid;
     $self->{store} = $self->{backend}->work_dir('store');
     $self->{content} = { map { $self->_vm->disk($_)->{file} => "\7" x $size } @ids };
     $self->_vm->qemu_io($_, "write -P 7 0 $size") for @ids;
@@ -254,7 +284,8 @@ sub _task_options ($self, %opt) {
         devices => [map { $self->_name($_, $opt{alias}) } ($opt{only} // \@ids)->@*],
         'target-id' => $target_id,
         'firewall-config' => '',
-        $self->{persistent} ? (persistent => 1) : (),
+        $self->{persistent} || $opt{images} ? (persistent => 1) : (),
+        $opt{images} ? (qmp => $opt{images}->qmp) : (),
         'state-dir' => $self->{backend}->work_dir('state-' . ($self->{node} // 'a')),
         log => sub ($level, $message) { push($self->{log}->@*, "$level: $message") },
     );
@@ -294,7 +325,7 @@ sub _unaware ($self, $provider, $options) {
 
 sub _backup ($self, %opt) {
     $self->{log} = [];
-    my $provider = $self->_provider($opt{store} // $self->_current_store);
+    my $provider = $opt{provider} // $self->_provider($opt{store} // $self->_current_store);
     $self->_attach_fleecing;
     my $result = eval {
         $self->_recover if $opt{target};    # the access of a dead process for another target stays
@@ -334,6 +365,7 @@ sub _judge_audit ($self, $provider) {
 
 # What a killed backup left behind may only be undone after the VM has been stopped.
 sub _retry_after ($self, $error, %opt) {
+    return $self->_detach_fleecing if $opt{'may fail'} && $error !~ m/ line [0-9]+[.]?$/;
     $self->{problem} = "the backup failed: $error";
     return if $opt{again} || $error !~ m/until the VM is stopped/;
     delete($self->{problem});
@@ -381,6 +413,13 @@ sub _killed ($self, $when) {
     return;
 }
 
+# Makes a backup during which something happens, when its provider is asked. It is right, or it fails.
+sub _backup_during ($self, $happen) {
+    my $provider = $self->_provider($self->_current_store);
+    $provider->{strike} = sub ($now) { $happen->($self) if $now eq 'asked' };
+    return $self->_backup(provider => $provider, 'may fail' => 1);
+}
+
 # Whether backups can use two different names of a disk.
 sub _has_alias ($self) {
     return $self->{naming} ne 'drive' && $self->{backend}->name eq 'upstream';
@@ -391,24 +430,6 @@ sub _alias ($self) { return $self->_has_alias ? $self->_backup(alias => 1) : und
 # From now on, backups use the other names of the disks.
 sub _rename_disks ($self) {
     $self->{naming} = $self->_naming(1) if $self->_has_alias;
-    return;
-}
-
-# ---- stores ----
-
-sub _copy_store ($self) {
-    my $name = 'copy' . ++$self->{copies};
-    my $from = "$self->{store}/" . $self->_current_store;
-    return if !-d $from;
-    system('cp', '-a', $from, "$self->{store}/$name") == 0 or die "cp: $?\n";
-    $self->{current} = $name;
-    return;
-}
-
-sub _remove_newest ($self) {
-    my $provider = $self->_provider($self->_current_store);
-    my $newest = $provider->newest // return;
-    $provider->remove($newest);
     return;
 }
 

@@ -9,6 +9,7 @@ use JSON::PP ();
 use Time::HiRes ();
 
 use PVE::BackupAccess;
+use PVE::BackupAccess::Image;
 
 my $step = 4 * 1024 * 1024;    # the unit of a resize: one bit of a bitmap of Proxmox' QEMU
 my @ids = qw(disk0 disk1);
@@ -69,6 +70,10 @@ sub _carry_bitmaps ($self, $is_on = 1) {
     return;
 }
 
+sub _has_lost_bitmap ($self) {
+    return scalar(grep { $_->{inconsistent} } map { values $_->%* } values $self->_vm->bitmaps->%*);
+}
+
 # False if QEMU refuses. It may refuse while the access of a killed backup exists, and does so while there is a
 # bitmap that it did not store before it was killed.
 sub _wait_migrated ($self) {
@@ -77,7 +82,7 @@ sub _wait_migrated ($self) {
         my $status = $now->{status} // 'none';
         return 1 if $status eq 'completed';
         my $why = $now->{'error-desc'} // '';
-        return 0 if $status eq 'failed' && ($self->{dead} || $why =~ m/ is inconsistent /);
+        return 0 if $status eq 'failed' && ($self->{dead} || $self->_has_lost_bitmap);
         die "migration failed: $why\n" if $status eq 'failed';
         Time::HiRes::sleep(0.02);
     }
@@ -129,13 +134,46 @@ sub _move ($self) {
     return 1;
 }
 
-# On the other node, the guest is backed up to that node's own directory of the same storage.
-sub _migrate_and_back ($self) {
+# On the other node, the guest is backed up to that node's own directory of the same storage, or to the same directory.
+# Notes belong to the directory.
+sub _migrate_and_back ($self, %there) {
     $self->_move or return;
     $self->_write;
-    local $self->{node} = 'b';
-    $self->_backup(store => 'node-b');
+    local $self->{node} = $there{node} // $self->{node};
+    $self->_backup(store => $there{store});
     $self->_move if !$self->{problem};
+    return;
+}
+
+# { device => [the identities that the archives have of it, the newest first] }
+sub _known_identities ($self, $provider) {
+    my %known;
+    return \%known if !$provider->can('list');
+    for my $archive (grep { ($_->{guest} // '') eq $self->{uuid} } reverse $provider->list(100)->@*)
+    {
+        my $devices = $archive->{devices};
+        push($known{$_}->@*, $devices->{$_}{identity} // ()) for keys $devices->%*;
+    }
+    return \%known;
+}
+
+# The guest is off, and its images are backed up.
+sub _back_up_images ($self) {
+    return if $self->{backend}->name ne 'upstream';
+    $self->_vm->quit;
+    my @disks = map {
+        { device => $self->_name($_), file => $self->_file_of_name($_, 0), format => 'qcow2' }
+    } @ids;
+    my $images = PVE::BackupAccess::Image->start(disks => \@disks, uuid => $self->{uuid});
+    $images->_identify($self->_known_identities($self->_provider($self->_current_store)));
+    $self->_backup(images => $images);
+    $images->stop;
+    return $self->_restart;
+}
+
+# From now on, bitmaps survive a restart, or do so no more.
+sub _change_persistence ($self) {
+    $self->{persistent} = $self->{persistent} ? 0 : 1 if $self->{backend}->name eq 'upstream';
     return;
 }
 

@@ -14,6 +14,7 @@ my $step = 4 * 1024 * 1024;
 my $target = 'pba-tied:snapshot-access:test';
 my $some_id = '0123456789abcdef' x 2;
 my $granularity = 65536;
+my $other_uuid = '99999999-2222-3333-4444-555555555555';
 my @odd_names = qw(pba-id: pba-id:x pba-tied: pba-background+ pba-background-0:x pba:);
 my @odd_notes
     = ('', '{', '[]', '{"disk0":12}', qq({"disk0":"$some_id"}), '{"disk0":"x","disk1":{}}');
@@ -167,6 +168,21 @@ sub _resize_offline ($self, $by) {
     return $done;
 }
 
+# While the guest is off, another program writes to the image of the first disk, or to an overlay that it then commits.
+sub _change_image ($self, $through_overlay) {
+    $self->_vm->quit;
+    my $file = $self->_file_in('disk0');
+    my $changed = $through_overlay ? "$self->{store}/overlay.qcow2" : $file;
+    img(qw(create -q -f qcow2 -F qcow2 -b), $file, $changed) if $through_overlay;
+    my ($offset, $byte) = ($granularity * int(rand(8)), 1 + $self->{writes}++ % 255);
+    my @write = ('-c', "write -P $byte $offset $granularity");
+    system("qemu-io -f qcow2 @{[map { qq('$_') } @write]} '$changed' >/dev/null") == 0
+        or die "qemu-io: $?\n";
+    img(qw(commit -q -f qcow2), $changed) if $through_overlay;
+    substr($self->{content}{$file}, $offset, $granularity, chr($byte) x $granularity);
+    return $self->_restart;
+}
+
 # ---- guests ----
 
 # Creates another machine that is a copy of this one, with the same UUID, number, disks and bitmaps. Both
@@ -179,10 +195,25 @@ sub _twin ($self) {
     return $self->_restart;
 }
 
-# A guest with another UUID, but the same number and disk names, is backed up to the same store.
+# A guest with another UUID and disks of its own, but the same number and disk names, is backed up to the same store.
+sub _stranger ($self) {
+    $self->_vm->quit;
+    my $mine = $self->_take_disks('mine');
+    $self->_put_disks_back($self->{stranger}) if $self->{stranger};
+    $self->_restart('-uuid', $other_uuid);
+    $self->_write;
+    $self->_backup;
+    return if $self->{problem};
+    $self->_vm->quit;
+    $self->{stranger} = $self->_take_disks('stranger');
+    $self->_put_disks_back($mine);
+    return $self->_restart;
+}
+
+# The guest itself has another UUID for a while.
 sub _other_guest ($self) {
     $self->_vm->quit;
-    $self->_restart('-uuid', '99999999-2222-3333-4444-555555555555');
+    $self->_restart('-uuid', $other_uuid);
     $self->_write;
     $self->_backup;
     return if $self->{problem};

@@ -13,6 +13,7 @@ sub backup_vm_query_incremental ($self, $vmid, $volumes) {
         my $size = defined($self->{base}) ? -s "$self->{path}/$self->{base}/$device.raw" : undef;
         $modes{$device} = ($size // -1) == $volumes->{$device}{size} ? 'use' : 'new';
     }
+    $self->_strike('asked');
     return \%modes;
 }
 
