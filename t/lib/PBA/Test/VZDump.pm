@@ -119,7 +119,8 @@ sub DESTROY ($self) {
 sub _in_child ($self, $form, $mechanism, $report, %opt) {
     open(STDERR, '>', "$self->{dir}/stderr") or die "stderr: $!\n";
     open(STDOUT, '>&', \*STDERR) or die "stdout: $!\n";
-    $SIG{$_} = 'DEFAULT' for qw(INT TERM HUP PIPE);
+    local @SIG{qw(INT TERM QUIT HUP PIPE)}
+        = (sub { die "interrupted by signal\n" }) x 5;    # as PVE::API2::VZDump sets them
     $self->_load_plugin($form);
     my $made = { log => [], qmp => [], volumes => {}, took => {} };
     _watch($made);
