@@ -217,7 +217,7 @@ static bool note_id(PbaAccess *access, const char *id, GError **error)
 {
     if (id && access->tied != PBA_TIED_YES) {
         pba_error_set(error, PBA_ERROR_ARGUMENT,
-                      "an id for the bitmaps needs 'base' in setup, which was not given");
+                      "the access was set up without 'base', which an id for its bitmaps needs");
         return false;
     }
     if (id && !pba_companion_check_id(id, error)) {

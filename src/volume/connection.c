@@ -226,11 +226,10 @@ static bool check_not_cut(const PbaNbdVolume *nbd, GError **error)
     if (!pba_export_is_cut(nbd)) {
         return true;
     }
-    pba_error_set(
-        error, PBA_ERROR_NBD,
-        "cannot be read any more, because a call ended while QEMU was reading for it, and a QEMU "
-        "before 9.2 aborts, with the guest, if it reads the same range twice at a time - tear the "
-        "access down and set it up again");
+    pba_error_set(error, PBA_ERROR_NBD,
+                  "cannot be used any more, because a call ended while QEMU was reading for it: a "
+                  "QEMU before 9.2 would abort, and end the guest, if it read the same range twice "
+                  "at a time - tear the access down and set it up again");
     pba_error_add_device(error, nbd->volume.device);
     return false;
 }

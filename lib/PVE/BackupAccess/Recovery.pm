@@ -124,7 +124,8 @@ my sub refuse_other_target ($options, $target) {
     my %other = ('target-id' => "$target?", success => JSON::PP::false);
     my $error = attempt_any { ask($options, 'backup-access-teardown', %other) };
     my ($owner) = ($error // '') =~ m/ got target \Q$target\E\? instead of (.*)\n\z/ or return;
-    refuse("the access is of target '$owner', not '$target' - give that one") if $owner ne $target;
+    refuse("the access is not of target '$target', but of '$owner' - give that one")
+        if $owner ne $target;
     return;
 }
 

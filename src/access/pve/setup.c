@@ -86,9 +86,10 @@ static bool check_early_form(PbaAccess *access, const PbaBlock *block, GError **
             return false;
         }
         if (strpbrk(disk->device, ",;:")) {
-            pba_error_set(error, PBA_ERROR_UNSUPPORTED,
-                          "this QEMU's early backup-access-setup takes a list of names, so a name "
-                          "must not contain ',', ';' or ':' - give the disk another one");
+            pba_error_set(
+                error, PBA_ERROR_UNSUPPORTED,
+                "this QEMU's early backup-access-setup takes a list of devices, so a name "
+                "must not contain ',', ';' or ':' - give the disk another one");
             pba_error_add_device(error, disk->device);
             return false;
         }
