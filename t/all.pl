@@ -21,7 +21,7 @@ my @expected_skips = (
     qr/\Aneeds root\b/,
     qr/\Aneeds QEMU 10\.0 or later\b/,
     qr/\Aneeds the tools of Debian 12\b/,
-    qr/\Aneeds Ceph and PBA_FULL\b/,
+    qr/\Aneeds Ceph\b/,
     qr/\Aneeds PBA_FULL\b/,
     qr/\Aneeds PBA_(?:QEMU_SERVER|PVE_CONTAINER)\b/,
     qr/\Aneeds Proxmox VE's (?:backup provider API|storage)\b/,

@@ -70,6 +70,7 @@ my %by_hand = (
     'the second snapshot was removed' => sub ($image, $first, $second) {
         $ceph->run(qw(rbd snap rm --no-progress), "$image\@$second");
     },
+    'the image was renamed' => sub ($image, @) { $ceph->run(qw(rbd mv), $image, "$image-old") },
     'the image was removed' => sub ($image, @) {
         $ceph->run(qw(rbd snap purge --no-progress), $image);
         $ceph->run(qw(rbd rm --no-progress), $image);
