@@ -278,7 +278,8 @@ my sub run_interrupted ($watch, $code) {
     my $is_sent;
     $watch->before('backup_vm', sub ($provider) { $is_sent = send_signal($to) });
     my ($death) = deaths_of($code);
-    read_some($from, \my $byte, 1) if $is_sent;    # while the handler is in place
+    my $byte = '';
+    read_some($from, \$byte, 1) if $is_sent;    # while the handler is in place
     die $death->[0] if $death;
     return;
 }
