@@ -69,14 +69,14 @@ bool pba_nbd_server_start(PbaAccess *access, GError **error)
     return false;
 }
 
-/* The description of the export, which tells readers what to consider. */
+/* The description of the export, which tells readers what to consider; NULL: nothing. */
 static char *describe(const PbaAccess *access, const PbaDisk *disk)
 {
     if (access->backend->reads_by_cluster(access)) {
         return g_strdup(PBA_BY_CLUSTER);
     }
     return disk->cluster > PBA_CLUSTER ? g_strdup_printf(PBA_DISCARDS_BY "%" PRIu64, disk->cluster)
-                                       : g_strdup("");
+                                       : NULL;
 }
 
 static bool add_export(PbaAccess *access, const PbaDisk *disk, GError **error)
@@ -84,8 +84,11 @@ static bool add_export(PbaAccess *access, const PbaDisk *disk, GError **error)
     g_autofree char *id = pba_export_id(access->target_id, access->nonce, disk->key);
     g_autofree char *description = describe(access, disk);
     JsonNode *arguments = pba_json("{'id': <%s>, 'type': <'nbd'>, 'node-name': <%s>, 'name': <%s>, "
-                                   "'writable': <true>, 'description': <%s>}",
-                                   id, disk->snapshot_node, disk->device, description);
+                                   "'writable': <true>}",
+                                   id, disk->snapshot_node, disk->device);
+    if (description) {
+        json_object_set_string_member(json_node_get_object(arguments), "description", description);
+    }
     /* Setup has frozen them: a reader must not see the map change. */
     if (disk->bitmap_name) {
         JsonArray *bitmaps = json_array_new();

@@ -29,7 +29,7 @@ struct PbaQmp {
     int fd; /* -1: not connected */
     pid_t peer;
     PbaQmpWire *wire;
-    guint32 nonce; /* in the IDs of its commands */
+    guint32 nonce; /* in the ID of a connection's first command */
     uint64_t last_id;
 };
 
@@ -247,11 +247,17 @@ static JsonNode *unwrap_reply(JsonObject *reply, const char *command, const char
 }
 
 /* An ID that no other client uses: a reply to such a client may come first (see receive_own_reply).
- * A forked process has its parent's random numbers. The ID is short because QEMU reads commands
- * byte by byte. */
-static char *next_id(PbaQmp *qmp)
+ * A forked process has its parent's random numbers. */
+static char *first_id(PbaQmp *qmp)
 {
     return g_strdup_printf("%08x-%" PRIu64, qmp->nonce ^ (guint32)getpid(), ++qmp->last_id);
+}
+
+/* After the first reply, all others are to commands of this connection. The ID is short because
+ * QEMU reads commands byte by byte. */
+static char *next_id(PbaQmp *qmp)
+{
+    return g_strdup_printf("%" PRIu64, ++qmp->last_id);
 }
 
 static JsonNode *converse(PbaQmp *qmp, const char *command, JsonNode *arguments, gint64 deadline,
@@ -284,7 +290,7 @@ static JsonObject *receive_own_reply(PbaQmp *qmp, const char *id, gint64 deadlin
 static bool agree(PbaQmp *qmp, gint64 deadline, GError **error)
 {
     static const char command[] = "qmp_capabilities";
-    g_autofree char *id = next_id(qmp);
+    g_autofree char *id = first_id(qmp);
     g_autofree char *text = pba_qmp_wire_command(command, NULL, id);
 
     if (!send_text(qmp, text, deadline, error)) {
