@@ -12,6 +12,7 @@ use PBA::Test::Provider;
 
 my $size = 8 * 1024 * 1024;
 my $tied = 'pba-tied:snapshot-access:test';
+my $no_backup = 'the bitmap is not known to be relative to a backup that succeeded';
 
 # Continues from the backup to which the bitmap is reported to be relative.
 sub answer ($self, $vmid, $volumes) {
@@ -55,13 +56,13 @@ my @cases = (
     ],
     [
         sub ($backend) { bitmap($backend, 'remove', companion($backend)) },
-        'it is unknown which backup the bitmap is relative to'
+        $no_backup
     ],
     [
         sub ($backend) { bitmap($backend, 'enable', companion($backend)) },
         q(the bitmap's companion was changed)
     ],
-    [\&fail_once, 'the bitmap is not relative to a backup that succeeded'],
+    [\&fail_once, $no_backup],
     [sub ($backend) { resize($backend, $size / 2, $size) }, 'the disk was resized'],
 );
 

@@ -83,6 +83,9 @@ const char *pba_companion_find(const PbaBlock *block, const char *node, const ch
     return found;
 }
 
+/* There is no companion, it has no ID yet, or it is unknown which of several is right. */
+static const char no_backup[] = "the bitmap is not known to be relative to a backup that succeeded";
+
 /* Why the state of a bitmap makes it unusable; NULL if it does not. */
 static const char *state_problem(JsonObject *info, bool recording)
 {
@@ -123,7 +126,7 @@ static char *name_problem(const char *name, const PbaCompanion *wanted)
         return g_strdup("the bitmap belongs to another disk");
     }
     if (!is_id(is[PART_ID])) {
-        return g_strdup("the bitmap is not relative to a backup that succeeded");
+        return g_strdup(no_backup);
     }
     if (!wanted->id) {
         return g_strdup("there is no backup that the bitmap could be relative to");
@@ -148,7 +151,7 @@ char *pba_companion_problem(const PbaBlock *block, const char *node, const char 
         return g_strdup(problem);
     }
     if (!name) {
-        return g_strdup("it is unknown which backup the bitmap is relative to");
+        return g_strdup(no_backup);
     }
     JsonObject *info = pba_block_find_bitmap(block, node, name);
     char *difference = name_problem(name, wanted);

@@ -123,9 +123,9 @@ static void test_problems(void)
     check_problem(RECORDING, alias_name, WHOLE, &wanted, "under another name");
     check_problem(RECORDING, alias_name, WHOLE, &any, NULL);
     check_problem(RECORDING, disk_name, WHOLE, &any, "another disk");
-    check_problem(RECORDING, no_id, WHOLE, &wanted, "not relative to a backup that succeeded");
+    check_problem(RECORDING, no_id, WHOLE, &wanted, "not known to be relative");
     check_problem(RECORDING, name, WHOLE, &nothing, "no backup that the bitmap could be");
-    check_problem(RECORDING, "other", WHOLE, &wanted, "unknown which backup");
+    check_problem(RECORDING, "other", WHOLE, &wanted, "not known to be relative");
     check_problem("\"recording\": false", name, WHOLE, &wanted, "stopped recording");
     check_problem("\"recording\": true, \"inconsistent\": true", name, WHOLE, &wanted,
                   "did not store");
@@ -135,7 +135,7 @@ static void test_problems(void)
     check_problem(RECORDING, name, "\"recording\": false, \"count\": 67043328", &wanted, "resized");
     check_problem(RECORDING, name, "\"recording\": false", &wanted, "resized");
     check_problem(RECORDING, name, "\"recording\": false, \"count\": -1", &wanted, "resized");
-    check_problem(RECORDING, "pba-id:", WHOLE, &wanted, "unknown which backup");
+    check_problem(RECORDING, "pba-id:", WHOLE, &wanted, "not known to be relative");
     g_autofree char *odd = g_strndup(name, strlen("pba-id:12345678:"));
     check_problem(RECORDING, odd, WHOLE, &wanted, "invalid name");
     g_auto(PbaBlock) block = block_with(RECORDING, name, WHOLE);

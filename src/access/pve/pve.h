@@ -34,13 +34,9 @@ char *pba_pve_bitmap(const PbaAccess *access, bool tied);
 bool pba_pve_may_be_targets(const PbaAccess *access, const char *name, JsonObject *info);
 /* Before setup: removes bitmaps that must not be used. */
 bool pba_pve_check_ties(PbaAccess *access, const PbaBlock *block, GError **error);
-/* After setup: adds a companion without an ID for each new bitmap. */
-bool pba_pve_open_ties(PbaAccess *access, GError **error);
-/* Before QEMU is told of a success: removes the IDs from the companions. */
-bool pba_pve_take_ids(PbaAccess *access, const PbaBlock *block, GError **error);
-/* Afterwards: adds the ID of the access; block is QEMU's state before the IDs were removed. A
- * failure makes the next backup a full one, and is logged. */
-void pba_pve_give_ids(PbaAccess *access, const PbaBlock *block);
+/* Before QEMU is told of a success: gives the companions the ID of the access, or removes them if
+ * there is none; block is QEMU's state. */
+bool pba_pve_give_ids(PbaAccess *access, const PbaBlock *block, GError **error);
 
 /* The table's */
 bool pba_pve_is_access_up(const PbaBlock *block);

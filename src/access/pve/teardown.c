@@ -279,10 +279,12 @@ static void unmark_ending(PbaAccess *access, GError **first)
  * the process dies in between, or gets no reply, the next one finds the marker. */
 static PbaOutcome commit(PbaAccess *access, const PbaBlock *block, GError **error)
 {
-    /* From here on, no companion says which backup the bitmaps are relative to, because this is
-     * about to change. */
+    /* The IDs before the command, after which a new bitmap has no bits that its companion could
+     * get. Whatever becomes of the command, from now on the bitmaps have at least what was written
+     * since the instant of this backup: after a failure, that and everything that they had before.
+     */
     if (has_bitmaps(access) &&
-        (!mark_ending(access, error) || !pba_pve_take_ids(access, block, error))) {
+        (!mark_ending(access, error) || !pba_pve_give_ids(access, block, error))) {
         return error && pba_error_is_fatal(*error) ? PBA_OUTCOME_UNKNOWN : PBA_OUTCOME_NOT_DONE;
     }
     /* From here on, a signal would leave the outcome in doubt. */
@@ -290,8 +292,6 @@ static PbaOutcome commit(PbaAccess *access, const PbaBlock *block, GError **erro
     PbaOutcome outcome = send_teardown(access, true, error);
     if (outcome == PBA_OUTCOME_DONE) {
         pba_access_enter(access, PBA_PHASE_COMMITTED);
-        /* Only now: until QEMU has cleared the bitmaps, they are relative to the base. */
-        pba_pve_give_ids(access, block);
     } else {
         pba_qmp_settle(access->qmp, false);
     }

@@ -68,105 +68,39 @@ bool pba_pve_check_ties(PbaAccess *access, const PbaBlock *block, GError **error
     return pba_actions_run(access->qmp, actions, error);
 }
 
-static bool needs_companion(const PbaAccess *access, const PbaDisk *disk)
+/* Action of a transaction: adds the disk's companion with the ID of the access. A new bitmap, which
+ * has none yet, has every bit set until QEMU ends the access. */
+static void add_companion(JsonArray *actions, const PbaAccess *access, const PbaDisk *disk,
+                          const PbaBlock *block)
 {
-    return access->tied == PBA_TIED_YES && disk->bitmap_name &&
-           disk->action != PBA_BITMAP_ACTION_USED;
-}
+    const char *from = disk->action == PBA_BITMAP_ACTION_USED
+                           ? pba_companion_find(block, disk->bitmap_node, access->target_id)
+                           : disk->bitmap_name;
+    JsonObject *info = from ? pba_block_find_bitmap(block, disk->bitmap_node, from) : NULL;
+    PbaCompanion companion = pba_disk_companion(access, disk, access->backup_id);
+    g_autofree char *name = pba_companion_name(&companion);
+    uint64_t granularity;
 
-bool pba_pve_open_ties(PbaAccess *access, GError **error)
-{
-    g_auto(PbaBlock) block = {0};
-    g_autoptr(JsonArray) actions = json_array_new();
-
-    for (guint i = 0; i < access->disks->len; i++) {
-        const PbaDisk *disk = access->disks->pdata[i];
-        uint64_t granularity;
-        if (!needs_companion(access, disk)) {
-            continue;
-        }
-        if (!block.nodes && !pba_block_query(access->qmp, false, &block, error)) {
-            return false;
-        }
-        JsonObject *info = pba_block_find_bitmap(&block, disk->bitmap_node, disk->bitmap_name);
-        if (info && pba_json_size(info, "granularity", &granularity, NULL)) {
-            pba_tie_add_open(actions, access, disk, disk->bitmap_name, granularity, false);
-        }
+    if (info && pba_json_size(info, "granularity", &granularity, NULL)) {
+        pba_companion_add(actions, disk->bitmap_node, name, from, granularity, false);
     }
-    return pba_actions_run(access->qmp, actions, error);
 }
 
-static char *companion_name(const PbaAccess *access, const PbaDisk *disk, const char *id)
-{
-    PbaCompanion companion = pba_disk_companion(access, disk, id);
-    return pba_companion_name(&companion);
-}
-
-/* The granularity of the companion that the disk gets at the end of an access, if it gets one. */
-static bool find_granularity(const PbaAccess *access, const PbaDisk *disk, const PbaBlock *block,
-                             const char **companion, uint64_t *granularity)
-{
-    const char *node = disk->bitmap_name ? disk->bitmap_node : NULL;
-    *companion = pba_companion_find(block, node, access->target_id);
-    JsonObject *info = *companion ? pba_block_find_bitmap(block, node, *companion) : NULL;
-
-    return info && pba_json_size(info, "granularity", granularity, NULL);
-}
-
-/* Replaces every companion of the access' disks by one without an ID, or by none if there will be
- * no ID. The name contains a nonce of this access, so that a late command of an earlier access
- * cannot hit it. */
-bool pba_pve_take_ids(PbaAccess *access, const PbaBlock *block, GError **error)
+bool pba_pve_give_ids(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     g_autoptr(JsonArray) actions = json_array_new();
 
     for (guint i = 0; access->tied == PBA_TIED_YES && i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
-        const char *node = disk->bitmap_name ? disk->bitmap_node : NULL;
-        g_autofree char *name = companion_name(access, disk, access->nonce);
-        const char *old;
-        uint64_t granularity;
-        bool is_known = find_granularity(access, disk, block, &old, &granularity);
-        if (g_strcmp0(old, name) == 0) {
+        if (!disk->bitmap_name) {
             continue;
         }
-        if (access->backup_id && is_known) {
-            pba_companion_add(actions, node, name, old, granularity, false);
+        if (access->backup_id) {
+            add_companion(actions, access, disk, block);
         }
-        pba_companion_remove(actions, block, node, access->target_id);
+        pba_companion_remove(actions, block, disk->bitmap_node, access->target_id);
     }
     return pba_actions_run(access->qmp, actions, error);
-}
-
-/* Replaces the companions of pba_pve_take_ids. */
-static bool give_ids(PbaAccess *access, const PbaBlock *block, GError **error)
-{
-    g_autoptr(JsonArray) actions = json_array_new();
-
-    for (guint i = 0; i < access->disks->len; i++) {
-        const PbaDisk *disk = access->disks->pdata[i];
-        g_autofree char *open = companion_name(access, disk, access->nonce);
-        g_autofree char *name = companion_name(access, disk, access->backup_id);
-        const char *old;
-        uint64_t granularity;
-        if (find_granularity(access, disk, block, &old, &granularity)) {
-            pba_companion_add(actions, disk->bitmap_node, name, open, granularity, false);
-            pba_actions_add_ref(actions, "block-dirty-bitmap-remove", disk->bitmap_node, open);
-        }
-    }
-    return pba_actions_run(access->qmp, actions, error);
-}
-
-void pba_pve_give_ids(PbaAccess *access, const PbaBlock *block)
-{
-    g_autoptr(GError) error = NULL;
-
-    if (access->backup_id && !give_ids(access, block, &error)) {
-        pba_log(&access->hooks, PBA_LOG_WARN,
-                "cannot note in the bitmaps which backup they are relative to, so the next one is "
-                "full: %s",
-                error->message);
-    }
 }
 
 /* Nodes of an access that belong to no disk show that one is active. */
