@@ -56,6 +56,9 @@ static SV *sv_from_info(pTHX_ const PbaDeviceInfo *info)
     glue_store_text(aTHX_ hash, "reason", info->reason);
     glue_store_text(aTHX_ hash, "audit-bitmap", info->audit_bitmap);
     (void)hv_stores(hash, "size", newSVuv(info->size));
+    if (info->is_counted) {
+        (void)hv_stores(hash, "dirty", newSVuv(info->dirty));
+    }
     return newRV_noinc((SV *)hash);
 }
 

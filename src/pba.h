@@ -161,6 +161,8 @@ typedef struct {
     const char *base;     /* ID of the backup that a used bitmap is relative to; NULL: not known */
     const char *reason;   /* why an existing bitmap is not used; NULL: it is, or there was none */
     const char *audit_bitmap; /* the copy of the old bitmap, of the same export; NULL: no audit */
+    uint64_t dirty;           /* bytes that the bitmap marks as dirty, if is_counted */
+    bool is_counted;          /* known from the export on, unless only the map shows it */
 } PbaDeviceInfo;
 
 /* What a QEMU can do, according to the QEMU itself. */

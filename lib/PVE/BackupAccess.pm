@@ -331,8 +331,11 @@ sub bitmap_state ($self, $info) {
     return { action => $action, dirty => $dirty, text => $text };
 }
 
-# Uses only the map and reads no data. A map that ends early is an error.
+# As QEMU counts them, or by the map, without reading data. A map that ends early is an error.
 sub _dirty_bytes ($self, $device) {
+    $self->_export;
+    my ($info) = grep { $_->{device} eq $device } $self->_infos->@*;
+    return $info->{dirty} if $info && exists($info->{dirty});
     my $volume = $self->volume($device);
     my $sum = 0;
     while (my @regions = $volume->dirty_regions($map_batch)) {
@@ -850,8 +853,8 @@ access.
 
 Takes one of the hashes that L</setup> returned. Returns a hash for a log: C<text>, such as
 C<OK (4.0 MiB of 32.0 MiB dirty)>; C<dirty>, the bytes that must be read; and C<action>, the bitmap's. The drive of a TPM
-state is attached anew for each backup, so C<missing-recreated> is reported as C<new> there. The method reads the
-bitmap over NBD.
+state is attached anew for each backup, so C<missing-recreated> is reported as C<new> there. The method exports the devices,
+and reads the bitmap over NBD if QEMU's own count is not exact.
 
 Errors: those of L</volume> and of L<PVE::BackupAccess::Volume/next_dirty_region>.
 

@@ -183,6 +183,8 @@ void pba_access_device_info(const PbaAccess *access, size_t index, PbaDeviceInfo
         .base = disk->action == PBA_BITMAP_ACTION_USED ? disk->base : NULL,
         .reason = disk->reason,
         .audit_bitmap = disk->audit_bitmap,
+        .dirty = disk->dirty,
+        .is_counted = disk->is_counted,
     };
 }
 

@@ -30,6 +30,8 @@ typedef struct {
     char *bitmap_name;   /* NULL without a bitmap */
     PbaBitmapAction action;
     char *audit_bitmap; /* the audit's copy of the old bitmap; NULL: no audit */
+    uint64_t dirty;     /* bytes that the bitmap marks as dirty, if is_counted */
+    bool is_counted;    /* QEMU has told that exactly */
 
     char *hold_node;  /* above root_node */
     char *guard_node; /* above another one: see guard.c */

@@ -259,6 +259,27 @@ static bool remove_exports(PbaAccess *access, bool *has_others, GError **error)
     }
 }
 
+/* Setup has frozen the bitmaps. QEMU counts whole bits, and the last one may reach beyond the end
+ * of the disk. */
+static void count_dirty(PbaAccess *access, JsonArray *nodes)
+{
+    g_auto(PbaBlock) block = {.nodes = json_array_ref(nodes)};
+
+    for (guint i = 0; i < access->disks->len; i++) {
+        PbaDisk *disk = access->disks->pdata[i];
+        JsonObject *bitmap =
+            disk->bitmap_name ? pba_block_find_bitmap(&block, disk->bitmap_node, disk->bitmap_name)
+                              : NULL;
+        uint64_t granularity;
+        uint64_t count;
+        if (bitmap && pba_json_size(bitmap, "count", &count, NULL) &&
+            pba_json_size(bitmap, "granularity", &granularity, NULL) && granularity > 0) {
+            disk->dirty = MIN(count, disk->size);
+            disk->is_counted = count >= disk->size || disk->size % granularity == 0;
+        }
+    }
+}
+
 static bool add_exports(PbaAccess *access, GError **error)
 {
     bool tried = access->phase == PBA_PHASE_EXPORTING;
@@ -275,6 +296,7 @@ static bool add_exports(PbaAccess *access, GError **error)
         return false;
     }
     pba_fleecing_check(access, nodes);
+    count_dirty(access, nodes);
     /* First, exports of an earlier attempt are removed: they have the names of the new ones, and
      * QEMU accepts a name only once. */
     if (tried && !remove_exports(access, &has_others, error)) {
