@@ -54,10 +54,7 @@ my @cases = (
         sub ($backend) { bitmap($backend, 'remove', $tied) },
         'there is no bitmap of an earlier backup'
     ],
-    [
-        sub ($backend) { bitmap($backend, 'remove', companion($backend)) },
-        $no_backup
-    ],
+    [sub ($backend) { bitmap($backend, 'remove', companion($backend)) }, $no_backup],
     [
         sub ($backend) { bitmap($backend, 'enable', companion($backend)) },
         q(the bitmap's companion was changed)
