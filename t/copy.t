@@ -8,7 +8,7 @@ use lib "$FindBin::Bin/lib";
 
 use Fcntl qw(O_WRONLY);
 use File::Temp ();
-use List::Util qw(max sum0 uniq);
+use List::Util qw(max sum0);
 use POSIX ();
 use Test::More;
 
@@ -289,62 +289,6 @@ subtest 'holes, to targets without holes' => sub {
         $volume = open_volume(start_thin($thin, $map, $mode), 'bitmap-mode' => $mode);
         $statistics = $volume->copy(to => '/dev/null');
         is($statistics->{'bytes-zero'}, 0, "$name: a device without holes gets data");
-    }
-};
-
-# As QEMU before 9.2 requires: a longer read of a snapshot returns wrong data (before 8.0), and a block status
-# that overlaps a read makes QEMU abort.
-subtest 'a server to be read by clusters' => sub {
-    my $size = 20 * $MiB + 512;
-    my @options = (
-        size => $size,
-        holes => [[0, 17 * $MiB]],
-        data => sub ($offset, $length) { "\0" x $length },
-    );
-    for my $description (undef, 'pba: read by clusters of 65536 bytes') {
-        my $server = start(@options, description => $description, dirty_only => 0);
-        my $volume = open_volume($server, 'bitmap-mode' => 'none', 'bitmap-name' => undef);
-        $volume->copy(to => '/dev/null');
-        my $crossing = 0;
-        for my $read ($server->requests('read')) {
-            my ($first, $end) = ($read->{offset}, $read->{offset} + $read->{length});
-            $crossing++ if int($first / 65536) != int(($end - 1) / 65536);
-        }
-        my $questions = () = $server->requests('block-status');
-        if (!defined($description)) {
-            cmp_ok($crossing, '>', 0, 'any other server: reads cross clusters');
-            cmp_ok($questions, '>', 0, 'any other server: holes are queried');
-            next;
-        }
-        is($crossing, 0, 'no read crosses the edge of a cluster');
-        is($questions, 0, 'holes are not queried');
-        my $whole = grep { $_->{flags} & 4 } $server->requests('read');
-        is($whole, scalar(() = $server->requests('read')), 'all reads have the flag DF');
-    }
-};
-
-# The guest's I/O waits behind all requests in QEMU's main loop.
-subtest 'a guest whose snapshot is read' => sub {
-    my %expected = (
-        'a snapshot' => [0, $MiB, 2],
-        'any other export' => [1, 256 * $KiB, 2],
-        'a snapshot that is read by clusters' =>
-            [0, 64 * $KiB, 1, 'pba: read by clusters of 65536 bytes'],
-    );
-    for my $name (sort keys %expected) {
-        my ($no_trim, $longest, $connections, $description) = $expected{$name}->@*;
-        my $server = start(
-            size => 20 * $MiB,
-            data => sub ($, $length) { 'x' x $length },
-            dirty_only => 0,
-            no_trim => $no_trim,
-            description => $description,
-        );
-        my $volume = open_volume($server, 'bitmap-mode' => 'none', 'bitmap-name' => undef);
-        $volume->copy(to => '/dev/null');
-        my @reads = $server->requests('read');
-        is(max(map { $_->{length} } @reads), $longest, "$name: the longest read");
-        is(scalar(uniq(map { $_->{connection} } @reads)), $connections, "$name: connections");
     }
 };
 

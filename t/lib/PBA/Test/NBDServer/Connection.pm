@@ -163,9 +163,8 @@ sub _block_sizes ($self) {
 
 sub _flags ($self) {
     my $flags = TRANSMISSION_FLAGS | ($self->{options}{keep} ? ZEROES_FLAG : 0);
-    $flags &= ~FLUSH_FLAG if $self->{options}{no_flush};
-    $flags &= ~TRIM_FLAG if $self->{options}{no_trim};
-    return $self->{options}{no_multi} ? $flags & ~MULTI_FLAG : $flags;
+    $flags &= ~FLAGS_OF_OPTIONS->{$_} for grep { $self->{options}{$_} } keys FLAGS_OF_OPTIONS->%*;
+    return $flags;
 }
 
 sub _option_list_meta_context ($self, $option, $data) {
