@@ -6,6 +6,7 @@ use v5.36;
 use FindBin;
 use lib "$FindBin::Bin/lib";
 
+use Errno qw(EROFS);
 use File::Temp ();
 use IO::Handle ();
 use JSON::PP ();
@@ -264,6 +265,18 @@ subtest 'refused arguments' => sub {
         );
     }
     nothing_left('after the errors');
+};
+
+subtest 'a mounted file is opened for writing' => sub {
+    plan(skip_all => 'no /dev/fuse: nothing is mounted') if !-e '/dev/fuse';
+    my ($command, $places) = start('mount', $chain->path_of($last));
+    for my $file (values $places->%*) {
+        ok(!open(my $fh, '+<', $file), "$file: refused");
+        is($! + 0, EROFS, 'since it is read-only');
+    }
+    $command->kill('TERM');
+    is($command->finish->{status}, 0, 'exit status');
+    nothing_left('after that');
 };
 
 subtest 'a file with the same name exists' => sub {

@@ -1,6 +1,8 @@
 /* pba-vfile: serves one volume of an access as a file, until it is told to end or its parent dies.
  *
- *   pba-vfile FILE SOCKET DEVICE SIZE whole|part [BITMAP]
+ *   pba-vfile FILE SOCKET DEVICE SIZE image|whole|part [BITMAP]
+ *
+ * An image is a whole volume whose file cannot be opened for writing; others are, to discard.
  *
  * The file of a whole volume reports its zeroes as holes (lseek(2): SEEK_HOLE). The file of a part
  * must not: a reader that writes over an older copy would skip the hole and keep the old data.
@@ -81,9 +83,11 @@ static bool make_file(const char *path, GError **error)
 }
 
 /* If the mount fails, libfuse itself prints the reason on standard error. */
-static struct fuse_session *mount_file(const char *path, PbaFile *file, GError **error)
+static struct fuse_session *mount_file(const char *path, PbaFile *file, bool is_image,
+                                       GError **error)
 {
-    char *words[] = {(char *)"pba-vfile", (char *)"-ofsname=pve-backup-access"};
+    const char *options = is_image ? "-oro,fsname=pve-backup-access" : "-ofsname=pve-backup-access";
+    char *words[] = {(char *)"pba-vfile", (char *)options};
     struct fuse_args arguments = FUSE_ARGS_INIT(G_N_ELEMENTS(words), words);
     struct fuse_session *session =
         fuse_session_new(&arguments, &pba_file_operations, sizeof(pba_file_operations), file);
@@ -151,8 +155,10 @@ static PbaFile *new_file(PbaConnection *connection, const PbaVolumeOptions *opti
                               : NULL;
 }
 
-static bool run(const char *path, const PbaVolumeOptions *options, bool is_whole, GError **error)
+static bool run(const char *path, const PbaVolumeOptions *options, const char *kind, GError **error)
 {
+    bool is_image = g_str_equal(kind, "image");
+    bool is_whole = is_image || g_str_equal(kind, "whole");
     PbaHooks hooks = {.interrupted = told_to_end};
     PbaVolumeOptions data = *options; /* the map has a connection of its own: pba_scan_start */
     int signal_fd = watch_signals(error);
@@ -174,7 +180,7 @@ static bool run(const char *path, const PbaVolumeOptions *options, bool is_whole
     bool done = (nbd = pba_nbd_open(&data, &hooks, error)) &&
                 (connection = pba_connection_start(nbd, error)) &&
                 (file = new_file(connection, options, is_whole, error)) &&
-                (session = mount_file(path, file, error));
+                (session = mount_file(path, file, is_image, error));
     if (done) {
         done = report_ready();
         serve(session, file, connection, signal_fd);
@@ -189,7 +195,7 @@ int main(int argc, char **argv)
     g_autoptr(GError) error = NULL;
 
     if (argc < 6 || argc > 7) {
-        fputs("usage: pba-vfile FILE SOCKET DEVICE SIZE whole|part [BITMAP]\n", stderr);
+        fputs("usage: pba-vfile FILE SOCKET DEVICE SIZE image|whole|part [BITMAP]\n", stderr);
         return EXIT_FAILURE;
     }
     PbaVolumeOptions options = {
@@ -199,7 +205,7 @@ int main(int argc, char **argv)
         .size = g_ascii_strtoull(argv[4], NULL, 10),
     };
     umask(077);
-    if (chdir("/") != 0 || !run(argv[1], &options, g_str_equal(argv[5], "whole"), &error)) {
+    if (chdir("/") != 0 || !run(argv[1], &options, argv[5], &error)) {
         fputs(error ? error->message : "cannot serve the file", stderr);
         fflush(stderr);
         _exit(EXIT_FAILURE);
