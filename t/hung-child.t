@@ -20,7 +20,9 @@ BEGIN {
 use PVE::BackupAccess::CLI::TryProvider::Machine;
 use PVE::BackupAccess::Libvirt::Shell;
 use PVE::BackupAccess::Program qw(new_pipe start_program);
+use PVE::BackupAccess::Provider::Qcow2Chain::Container;
 use PVE::BackupAccess::Provider::RBD::Lock;
+use PVE::BackupAccess::Provider::Store::RawFile;
 
 my @sleeper = (sleep => 1000);
 
@@ -61,6 +63,18 @@ my %cases = (
         object('Provider::RBD::Lock', in => $in)->drop;
         return 'dropped';
     },
+    'a process that stores a container' => sub () {
+        local $PVE::BackupAccess::Provider::Qcow2Chain::Container::longest_end = 1;
+        my (undef, $control) = new_pipe();
+        object('Provider::Qcow2Chain::Container', control => $control)->end(1);
+        return 'ended';
+    },
+    'a process that serves a raw file' => sub () {
+        local $PVE::BackupAccess::Provider::Store::RawFile::longest_end = 1;
+        my (undef, $socket) = new_pipe();
+        object('Provider::Store::RawFile', socket => $socket, path => '/none')->stop;
+        return 'ended';
+    },
     'a QEMU of try-provider' => sub () {
         object('CLI::TryProvider::Machine')->end;
         return 'ended';
@@ -73,6 +87,8 @@ my %said = (
     'a virsh for many commands' => $late,
     'a virsh that is not needed any more' => qr/\Alist$/,
     'a watch of the cluster' => qr/\Adropped\z/,
+    'a process that stores a container' => qr/\Aended\z/,
+    'a process that serves a raw file' => qr/\Aended\z/,
     'a QEMU of try-provider' => qr/\Aended\z/,
 );
 

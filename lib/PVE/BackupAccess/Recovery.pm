@@ -11,7 +11,7 @@ use Time::HiRes ();
 
 use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Reply qw(edges_of);
+use PVE::BackupAccess::Reply qw(ask edges_of);
 use PVE::BackupAccess::Try qw(attempt attempt_any);
 
 our @EXPORT_OK = qw(recover_all recover_foreign);
@@ -22,12 +22,6 @@ my $background = 'backup-access-background-bitmap';
 
 # Only the marker of a process can be left without a target. Any target can be used to remove it.
 my $any_target = 'pve-backup-access';
-
-my sub ask ($options, $command, %arguments) {
-    my ($qmp, $timeout) = ($options->{qmp}, $options->{timeout} // 60);
-    utf8::decode($qmp) if !ref($qmp);    # the core takes it as text
-    return PVE::BackupAccess::_ask($qmp, $timeout, $command, \%arguments, $options->{log});
-}
 
 my sub nodes_of ($options) {
     return

@@ -1,6 +1,6 @@
 package PVE::BackupAccess::Reply;
 
-# Checked parts of QMP replies.
+# QMP queries, and checked parts of their replies.
 
 use v5.36;
 
@@ -8,7 +8,15 @@ use Exporter qw(import);
 
 use PVE::BackupAccess::Error;
 
-our @EXPORT_OK = qw(edges_of hashes);
+our @EXPORT_OK = qw(ask edges_of hashes);
+
+# Runs a command on the QMP socket, or by a code ref: qmp of the options, which may also have a timeout and a log. Returns
+# its value, or dies.
+sub ask ($options, $command, %arguments) {
+    my ($qmp, $timeout) = ($options->{qmp}, $options->{timeout} // 60);
+    utf8::decode($qmp) if !ref($qmp);    # the core takes it as text
+    return PVE::BackupAccess::_ask($qmp, $timeout, $command, \%arguments, $options->{log});
+}
 
 # The hashes in an array that is a reply to the command, or a part of one.
 sub hashes ($command, $array) {

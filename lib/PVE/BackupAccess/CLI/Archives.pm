@@ -204,17 +204,17 @@ my sub show_marks ($archives) {
     }
 }
 
-# The names of the guest's archives.
-my sub names ($provider, $vmid) {
-    return map { $_->{volname} } $provider->list($vmid)->@*;
+# The names of a guest's archives in a list of entries.
+my sub names_of ($vmid, @list) {
+    return map { $_->{volname} } grep { $_->{vmid} == $vmid } @list;
 }
 
-# Returns the archives that were removed from a guest. If the prune fails, adds those that it had removed until then, and dies.
-my sub prune_guest ($provider, $keep, $removed, $vmid) {
-    my @before = names($provider, $vmid);
+# Adds the archives that were removed from a guest: also those that a prune had removed until it failed. Then it dies.
+# before: the names of all.
+my sub prune_guest ($provider, $keep, $removed, $vmid, @before) {
     my $error = attempt { push($removed->@*, $provider->prune($vmid, $keep)->@*) };
     return if !$error;
-    my %stays = map { $_ => 1 } names($provider, $vmid);
+    my %stays = map { $_ => 1 } names_of($vmid, $provider->list($vmid)->@*);
     push($removed->@*, grep { !$stays{$_} } @before);
     rethrow($error);
 }
@@ -241,7 +241,7 @@ sub prune ($opt, $directory) {
     my $do
         = $opt->{'dry-run'}
         ? sub ($vmid) { push(@results, $provider->retention($vmid, $keep)->@*) }
-        : sub ($vmid) { prune_guest($provider, $keep, \@results, $vmid) };
+        : sub ($vmid) { prune_guest($provider, $keep, \@results, $vmid, names_of($vmid, @list)) };
     my $status = each_guest('prune', $do, @vmids) || $unlisted;
     if (!$opt->{'dry-run'}) {
         show_removed($opt, $status || !@vmids, @results);

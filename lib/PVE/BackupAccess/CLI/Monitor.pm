@@ -8,10 +8,10 @@ use v5.36;
 use Exporter qw(import);
 
 use PVE::BackupAccess;
+use PVE::BackupAccess::Reply ();
 
 our @EXPORT_OK = qw(ask log_waits);
 
-my $timeout = 60;
 my $log;
 
 # If another client uses the monitor, the wait for it is logged by this function.
@@ -22,8 +22,7 @@ sub log_waits ($code) {
 
 # Runs a command on the QMP socket, or by a code ref. Returns its value, or dies.
 sub ask ($qmp, $command, %arguments) {
-    utf8::decode($qmp) if !ref($qmp);    # the core expects text
-    return PVE::BackupAccess::_ask($qmp, $timeout, $command, \%arguments, $log);
+    return PVE::BackupAccess::Reply::ask({ qmp => $qmp, log => $log }, $command, %arguments);
 }
 
 1;

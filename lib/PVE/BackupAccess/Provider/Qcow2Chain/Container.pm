@@ -17,20 +17,23 @@ use PVE::BackupAccess;
 use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Format qw(bytes);
-use PVE::BackupAccess::Program qw(fork_child new_pipe);
+use PVE::BackupAccess::Program qw(fork_child kill_child new_pipe);
 use PVE::BackupAccess::Provider::Qcow2Chain::Tar qw(compress start_tar stream_problem);
 use PVE::BackupAccess::Try qw(attempt_any deaths_of is_own);
-use PVE::BackupAccess::Wait qw(pause read_some wait_for_child wait_until_readable);
+use PVE::BackupAccess::Wait qw(child_ends pause read_some wait_until_readable);
 
 my $Error = 'PVE::BackupAccess::Error';
 
 my $piece = 1 << 18;      # bytes in memory at a time
 my $report_every = 60;    # seconds
 
+# How long a keeper may take to remove an incomplete archive, in seconds.
+our $longest_end = 60;
+
 my sub fail ($class, $message) { $Error->throw($class, $message) }
 
 my sub socket_pair () {
-    local $^F = 2;        # no program inherits them by accident, even if the caller has changed $^F
+    local $^F = 2;    # no program inherits them by accident, even if the caller has changed $^F
     socketpair(my $one, my $other, AF_UNIX, SOCK_STREAM, PF_UNSPEC)
         or
         fail('SystemError', "cannot make sockets for the process that stores the container - $!");
@@ -242,16 +245,13 @@ sub feed ($self, $config, $patterns, $info, $log) {
     return;
 }
 
-# Ends the keeper, by a signal if the backup failed, and waits for it.
+# Ends the keeper, by a signal if the backup failed, and waits for it. On storage that hangs, it is left behind.
 sub end ($self, $success) {
     my $pid = delete($self->{pid}) // return;
     shutdown($self->{control}, 1);
     local ($!, $?);
     kill('TERM', $pid) if !$success && waitpid($pid, POSIX::WNOHANG()) == 0;
-
-    # Other code of this process may have waited for the keeper already, so its end of the socket tells when it ends.
-    1 while read_some($self->{control}, \(my $ignored = ''), 65536);
-    wait_for_child($pid);
+    kill_child($pid) if !child_ends($pid, $longest_end);
     return;
 }
 

@@ -7,18 +7,21 @@ use v5.36;
 
 use Cwd ();
 use DynaLoader ();
-use POSIX ();
+use POSIX qw(SIGKILL);
 use Socket qw(AF_UNIX PF_UNSPEC SHUT_WR SOCK_STREAM);
 
 use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw(program_environment start_program);
-use PVE::BackupAccess::Wait qw(read_some wait_for_child);
+use PVE::BackupAccess::Program qw(kill_child program_environment start_program);
+use PVE::BackupAccess::Wait qw(child_ends read_some);
 
 # pba-vfile is in the directory of the module's library, whose path may be relative to the current directory. In taint
 # mode it is trusted like the library, whose code already runs.
 my ($program) = map { Cwd::realpath($_) =~ m{\A(.*/)}s ? "$1pba-vfile" : () }
     grep { m{/PVE/BackupAccess/BackupAccess\.} } @DynaLoader::dl_shared_objects;
+
+# How long pba-vfile may take to unmount, in seconds.
+our $longest_end = 10;
 
 my sub fail ($class, $message) {
     PVE::BackupAccess::Error->throw($class, $message);
@@ -27,7 +30,7 @@ my sub fail ($class, $message) {
 # Nothing may exist at the path. By default the file is in the server's directory.
 sub start ($class, $server, $size, $path = $server->dir . '/raw') {
     my ($bytes) = $size =~ m/\A([0-9]+)\z/;    # removes taint: the manifest was checked
-    my $self = $class->_serve($path, $server->socket, 'image', $bytes, 'whole');
+    my $self = $class->_serve($path, $server->socket, 'image', $bytes, 'image');
     $self->{server} = $server;
     return $self;
 }
@@ -70,7 +73,7 @@ sub is_running ($self) {
 # If pba-vfile was killed, it has not unmounted its file.
 sub _ended ($self, $status) {
     delete($self->{pid});
-    return if !POSIX::WIFSIGNALED($status);
+    return if $status == -1 || !POSIX::WIFSIGNALED($status);
     my @unmount = $> == 0 ? qw(umount -l) : qw(fusermount3 -u -z);
     local %ENV = program_environment();
     local $SIG{CHLD} = 'DEFAULT';
@@ -84,7 +87,10 @@ sub stop ($self) {
     my $pid = $self->{pid} // return;
     local ($!, $?);
     shutdown($self->{socket}, SHUT_WR);
-    $self->_ended(wait_for_child($pid) // 0);
+    my $is_over = child_ends($pid, $longest_end);
+    my $status = $is_over ? $? : SIGKILL;
+    kill_child($pid) if !$is_over;
+    $self->_ended($status);
     return;
 }
 
