@@ -175,6 +175,7 @@ typedef struct {
     SV *progress;
     SV *digests;
     SV *damaged;
+    SV *unreadable;
 } CopyCalls;
 
 /* PbaNextRegion by a caller's code ref, which returns offset and length, or nothing at the end. */

@@ -111,6 +111,14 @@ static bool copy_damaged(void *opaque, uint64_t offset, uint64_t length)
     return call_and_free(aTHX_ calls->caller, calls->damaged, offset, newSVuv(length));
 }
 
+static bool copy_unreadable(void *opaque, uint64_t offset, uint64_t length)
+{
+    dTHX;
+    CopyCalls *calls = opaque;
+
+    return call_and_free(aTHX_ calls->caller, calls->unreadable, offset, newSVuv(length));
+}
+
 /* A file's name as bytes, undef if it was not given. */
 static const char *fetch_path(pTHX_ HV *hash, const char *key)
 {
@@ -142,6 +150,7 @@ static void add_digest_options(pTHX_ PbaCopyOptions *options, HV *hash, CopyCall
 
     calls->digests = glue_fetch(aTHX_ hash, "digests");
     calls->damaged = glue_fetch(aTHX_ hash, "damaged");
+    calls->unreadable = glue_fetch(aTHX_ hash, "unreadable");
     options->digests = SvOK(calls->digests) ? copy_digests : NULL;
     options->digest_file = fetch_path(aTHX_ hash, "digest-file");
     options->digests_increment = SvTRUE(glue_fetch(aTHX_ hash, "digests-increment"));
@@ -151,6 +160,7 @@ static void add_digest_options(pTHX_ PbaCopyOptions *options, HV *hash, CopyCall
     options->skip_expected = SvTRUE(glue_fetch(aTHX_ hash, "skip-expected"));
     options->only_known = SvTRUE(glue_fetch(aTHX_ hash, "only-known"));
     options->damaged = SvOK(calls->damaged) ? copy_damaged : NULL;
+    options->unreadable = SvOK(calls->unreadable) ? copy_unreadable : NULL;
 }
 
 PbaCopyOptions glue_copy_options(pTHX_ HV *hash, CopyCalls *calls)

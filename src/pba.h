@@ -361,9 +361,10 @@ typedef struct {
                            not written */
     bool only_known;    /* copy the blocks that the first of these files has digests for, instead of
                            the dirty ones */
-    /* NULL: damage is PBA_ERROR_CONTENT. Unreadable data counts as damaged, too, and is copied as
-     * zeroes. */
+    /* NULL: damage is PBA_ERROR_CONTENT. Unreadable data counts as damaged, too, unless the second
+     * function takes it, and is copied as zeroes. */
     PbaCopyDamaged damaged;
+    PbaCopyDamaged unreadable;
 } PbaCopyOptions;
 
 typedef struct {

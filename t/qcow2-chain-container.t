@@ -415,6 +415,32 @@ subtest 'missing programs' => sub {
     is_clean($container, [], 'afterwards');
 };
 
+# This says nothing about the archive.
+subtest 'a zstd that cannot check' => sub {
+    my $container = new_container();
+    my $provider = $container->provider;
+    my ($first, $second) = map { $container->backup // die($container->error) } 1, 2;
+    my $killed = $container->store . '/killed';
+    write_file($killed, "#!/bin/sh\nkill -9 \$\$\n");
+    chmod(0755, $killed) or die "chmod: $!\n";
+    my $path = tree_of($container, $second);
+    utime(1, 1, $path) or die "utime: $!\n";    # so that prune reads it
+    no strict 'refs';
+
+    for my $program ('no-such-program', $killed) {
+        local ${"${class}::Tar::zstd"} = $program;
+        fails(
+            sub () { $provider->verify($second) },
+            qr/cannot check \Q$path\E - /,
+            "$program: verify"
+        );
+        my ($mark) = map { $_->{unsure} } reverse($provider->retention(101, 1)->@*);
+        is($mark, 1, "$program: prune does not know whether it is damaged");
+        is_deeply($provider->prune(101, 1), [], "$program: so nothing is removed");
+    }
+    is_deeply($provider->prune(101, 1), [$first], 'then it counts again');
+};
+
 # ---- taint mode ----
 
 subtest 'taint mode' => sub {

@@ -406,7 +406,45 @@ subtest 'archives of a later version' => sub {
     my ($chain, @names) = new_chain();
     my $file = $chain->path_of($names[2], 'manifest.json');
     write_file($file, read_file($file) =~ s/"format" : \K2/3/r);
-    like(problems($chain, $names[2]), qr/its format is unknown/, 'are refused');
+    my $newer = qr/\Aarchive \S+ was made by a newer version of this program - its format is 3, /;
+    my $provider = $chain->provider;
+    my %calls = (
+        verify => sub () { $provider->verify($names[2]) },
+        restore => sub () { $provider->restore_vm_init($names[2]) },
+        'a restore of a device' =>
+            sub () { $provider->restore_vm_volume_init($names[2], $device, {}) },
+        'the configuration' => sub () { $provider->archive_get_guest_config($names[2]) },
+    );
+    for my $call (sort keys %calls) {
+        ok(!eval { $calls{$call}->(); 1 }, "$call: it is refused");
+        like($@, $newer, "$call: the error says why");
+    }
+    my ($entry) = reverse($provider->list(100)->@*);
+    like($entry->{problem}, $newer, 'list says so');
+    is_deeply([map { $_->{damaged} // () } $provider->list(100)->@*],
+        [], 'and calls nothing damaged');
+};
+
+subtest 'a prune and a backup beside an archive of a later version' => sub {
+    my ($chain, @names) = new_chain();
+    my $provider = $chain->provider;
+    my $file = $chain->path_of($names[2], 'manifest.json');
+    write_file($file, read_file($file) =~ s/"format" : \K2/3/r);
+    ok(!eval { $provider->prune(100, 1); 1 }, 'a prune fails');
+    like(
+        $@,
+        qr/cannot be removed, since another one may build on it - archive \S+ was made by a newer /,
+        'and says why'
+    );
+    is_deeply([$chain->names], \@names, 'no archive is gone');
+    is_deeply([map { $_->{mark} } $provider->retention(100, 1)->@*],
+        [qw(remove keep broken)], 'it neither counts nor is removed');
+    $chain->log;
+    is($chain->next_modes->{$device}, 'new', 'the next backup is full');
+    like($chain->log,
+        qr/^warn: all disks are backed up in full - archive \S+ was made by a newer /m,
+        'and says why');
+
     write_file($file, read_file($file) =~ s/"format" : \K3/2/r =~ s/"digests" : \{/"x" : {/r);
     like(
         problems($chain, $names[2]),

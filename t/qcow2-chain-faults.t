@@ -43,7 +43,7 @@ sub killed_at ($rename, $when, $code) {
             $move->(@files);
             kill(KILL => $$) if $is_it;
         };
-        for my $user ('File', map { "Provider::Qcow2Chain::$_" } qw(Archive Guest)) {
+        for my $user ('File', map { "Provider::Qcow2Chain::$_" } qw(Archive Guest Merge)) {
             no strict 'refs';
             no warnings 'redefine';
             *{"PVE::BackupAccess::${user}::move"} = $counted;

@@ -5,17 +5,20 @@
 #include <errno.h>
 #include <string.h>
 
-/* If the caller has a function for damage, the copy continues after data that cannot be read. */
+/* If the caller has a function for it, the copy continues after data that cannot be read. */
 static bool pass_over(const PbaCopy *copy, PbaPiece *piece, GError **error)
 {
-    if (!copy->options->damaged || (piece->error != EIO && piece->error != EINVAL)) {
+    const PbaCopyOptions *options = copy->options;
+    PbaCopyDamaged tell = options->unreadable ? options->unreadable : options->damaged;
+
+    if (!tell || (piece->error != EIO && piece->error != EINVAL)) {
         return pba_piece_explain(piece, copy->volume, copy->sink, error);
     }
     piece->error = 0;
     memset(piece->data, 0, piece->length);
     piece->state = PBA_PIECE_READY;
     copy->statistics->bytes_damaged += piece->length;
-    if (!copy->options->damaged(copy->options->opaque, piece->offset, piece->length)) {
+    if (!tell(options->opaque, piece->offset, piece->length)) {
         pba_error_set(error, PBA_ERROR_INTERRUPTED, "the function for damage failed");
         return false;
     }

@@ -6,7 +6,7 @@ use v5.36;
 
 use Digest::SHA ();
 use Exporter qw(import);
-use Fcntl qw(O_CREAT O_DIRECTORY O_RDONLY O_TRUNC O_WRONLY);
+use Fcntl qw(O_CREAT O_DIRECTORY O_NONBLOCK O_RDONLY O_TRUNC O_WRONLY S_ISREG);
 use File::Path ();
 use IO::Handle ();
 use Time::HiRes ();
@@ -15,8 +15,8 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Try qw(attempt attempt_any reason rethrow);
 
 our @EXPORT_OK
-    = qw(directory_exists entries file_exists file_system_of fingerprint make_directory move read_file read_if_there
-    remove_tree remove_unused replace_file sha256 sync write_file);
+    = qw(device_number directory_exists entries file_exists file_system_of fingerprint make_directory move open_if_there
+    read_file read_if_there remove_tree remove_unused replace_file sha256 sync write_file);
 
 our $mountinfo = '/proc/self/mountinfo';    # see proc(5)
 
@@ -41,10 +41,15 @@ sub directory_exists ($path) {
     fail("cannot look for $path - $!");
 }
 
+# The number of a device, from stat, as the kernel writes it: major:minor.
+sub device_number ($dev) {
+    return ($dev >> 8 & 0xfff) . ':' . ($dev & 0xff | $dev >> 12 & 0xfff00);
+}
+
 # The type and the options of the file system with a file, given by its path or handle. Both are empty if they are unknown.
 sub file_system_of ($file) {
     my ($dev) = stat($file) or return ('', '');
-    my $number = ($dev >> 8 & 0xfff) . ':' . ($dev & 0xff | $dev >> 12 & 0xfff00);
+    my $number = device_number($dev);
     open(my $fh, '<', $mountinfo) or return ('', '');
     my @found = ('', '');
     while (my $line = <$fh>) {
@@ -64,7 +69,7 @@ sub sync ($path) {
 }
 
 sub write_file ($path, $content) {
-    sysopen(my $fh, $path, O_WRONLY | O_CREAT | O_TRUNC, 0600)
+    sysopen(my $fh, $path, O_WRONLY | O_CREAT | O_TRUNC | O_NONBLOCK, 0600)
         or fail("cannot write $path - $!");
     binmode($fh);
     print {$fh} $content or fail("cannot write $path - $!");
@@ -74,6 +79,7 @@ sub write_file ($path, $content) {
 
 # After a crash, the file has either the old or the new content; after this returns, the new one.
 sub replace_file ($path, $content) {
+    unlink("$path.new");    # what a killed process left may have other names: hard links
     write_file("$path.new", $content);
     sync("$path.new");
     move("$path.new", $path);
@@ -87,15 +93,27 @@ sub move ($from, $to) {
     return;
 }
 
+my sub not_regular ($path) { fail("$path is not a regular file") }
+
+# A handle to read a file, undef if it does not exist. Opening a FIFO would wait for a writer, and opening a device may do
+# something.
+sub open_if_there ($path) {
+    my $fh;
+    if (stat($path)) {
+        -f _ or not_regular($path);
+        return $fh if sysopen($fh, $path, O_RDONLY | O_NONBLOCK) && binmode($fh);
+    }
+    return undef if is_absent();
+    fail("cannot read $path - $!");
+}
+
 sub read_file ($path) {
     return read_if_there($path) // fail("cannot read $path - $!");
 }
 
 # The same, but undef if there is no such file.
 sub read_if_there ($path) {
-    my $is_open = open(my $fh, '<:raw', $path);
-    return undef if !$is_open && is_absent();
-    fail("cannot read $path - $!") if !$is_open;
+    my $fh = open_if_there($path) // return undef;
     local $/ = undef;
     my $content = <$fh>;
     fail("cannot read $path - $!") if !defined($content) || $fh->error;
@@ -166,17 +184,15 @@ sub fingerprint ($path) {
     my @stat = Time::HiRes::stat($path);
     return undef if !@stat && is_absent();
     fail("cannot look at $path - $!") if !@stat;
+    not_regular($path) if !S_ISREG($stat[2]);
     return { size => $stat[7], mtime => sprintf('%.6f', $stat[9]) };
 }
 
-# Data that the disk does not return is damaged.
 sub sha256 ($path) {
-    open(my $fh, '<:raw', $path) or fail("cannot read $path - $!");
+    my $fh = open_if_there($path) // fail("cannot read $path - $!");
     my $digest = Digest::SHA->new(256);
     my $error = attempt_any { $digest->addfile($fh) };
-    PVE::BackupAccess::Error->throw($!{EIO} ? 'ContentError' : 'SystemError',
-        "cannot read $path - $!")
-        if $error;
+    fail("cannot read $path - $!") if $error;
     return $digest->hexdigest;
 }
 

@@ -6,6 +6,7 @@ package PVE::BackupAccess::Program;
 
 use v5.36;
 
+use Errno ();
 use Exporter qw(import);
 use Fcntl qw(F_DUPFD);
 use POSIX qw(SIGTERM SIG_BLOCK SIG_SETMASK WNOHANG);
@@ -16,7 +17,7 @@ use PVE::BackupAccess::Try qw(deaths_of ensure rethrow);
 use PVE::BackupAccess::Wait qw(child_ends wait_for_child);
 
 our @EXPORT_OK
-    = qw($longest_socket block_signals end_with fork_child how_ended kill_child new_pipe program_environment run_program run_program_to_file start_program temporary_file);
+    = qw($longest_socket block_signals end_with fork_child how_ended is_of_system kill_child new_pipe program_environment run_program run_program_to_file start_program temporary_file);
 
 our $longest_socket = 107;    # bytes of a path in a struct sockaddr_un
 
@@ -162,6 +163,21 @@ sub how_ended ($status) {
     return 'ended, and other code of this process waited for it' if !defined($status);
     return 'was ended by signal ' . ($status & 127) if $status & 127;
     return 'ended with status ' . ($status >> 8);
+}
+
+# Errors of the system that say nothing about the content of a file: the next try may succeed. Programs print their texts in
+# the C locale.
+my $passing = join(
+    '|',
+    map { local $! = Errno->can($_)->(); quotemeta("$!") }
+        qw(EACCES EAGAIN EBUSY ECONNREFUSED ECONNRESET EDQUOT EHOSTDOWN EHOSTUNREACH EIO EMFILE ENETUNREACH ENFILE ENODEV
+        ENOLCK ENOMEM ENOSPC ENOTCONN ENXIO EPERM EREMOTEIO EROFS ESTALE ETIMEDOUT)
+);
+
+# Whether a program failed because of the system, and not because of what it read: by its status, as in $?, and its message.
+sub is_of_system ($status, $message) {
+    return 1 if !defined($status) || $status & 127 || $status == $not_run << 8;
+    return $message =~ m/: (?:$passing|Read error|.*not enough memory)$/m ? 1 : 0;
 }
 
 # Kills a child and waits for it, but not forever: a call that hangs may not let it end. A child keeps its PID until it

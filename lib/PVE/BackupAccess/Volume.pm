@@ -160,6 +160,7 @@ my sub check_files ($name, $value) {
 my %check_options = (
     expected => \&check_files,
     damaged => \&check_code,
+    unreadable => \&check_code,
     progress => \&check_code,
     connections => count_in(1, 16),
     'bandwidth-limit' => count_in(0, 1 << 62),
@@ -219,7 +220,7 @@ my sub digest_options ($options, $is_increment) {
         if $options->{'digest-block'} && !defined($digests);
     bad_argument('check needs digests')
         if $options->{check} && !defined($digests);
-    for my $name ('damaged', 'only-known') {
+    for my $name ('damaged', 'unreadable', 'only-known') {
         bad_argument("$name needs expected")
             if $options->{$name} && !defined($expected);
     }
@@ -587,7 +588,7 @@ not called with it. Whole blocks are written. Zeroes are compared like other dat
 as for an increment; the content is not checked. With C<digests>, a code ref gets the digests of all blocks; a file
 keeps its old digests, and gets those of blocks that are written. Excludes C<expected>.
 
-=item C<expected>, C<damaged>, C<only-known> - as for L</check>. Damaged blocks are copied all the same.
+=item C<expected>, C<damaged>, C<unreadable>, C<only-known> - as for L</check>. Damaged blocks are copied all the same.
 
 =back
 
@@ -637,6 +638,9 @@ knows it counts. All files must have the same block size and be of a volume of t
 
 =item C<damaged> - a code ref that is called with offset and length of each range that differs or cannot be read (a
 range that cannot be read is a whole request). Without it, the first such range is an error.
+
+=item C<unreadable> - a code ref that is called instead of C<damaged> for a range that cannot be read. The next try may
+succeed.
 
 =item C<only-known> - 1 reads only those blocks that the first file of C<expected> knows.
 

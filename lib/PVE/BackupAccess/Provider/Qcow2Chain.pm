@@ -213,9 +213,12 @@ mode and parent of each device, and the SHA-256 of itself and of every file exce
 
 The content of an image is proven by digests of all blocks that were read from the guest, which are computed during the
 backup (see L<PVE::BackupAccess::Volume/FILES OF DIGESTS>). A merge joins digests and computes none, so a damaged block
-remains detectable. Archives of version 0.1 have no digests, and no archive builds on them, so the first backup after
+remains detectable. Before it moves the image, it stores the digests and the manifest of the result as
+F<drive-scsi0.joined> and F<drive-scsi0.merged>, and then renames them. If it is killed between these steps, each archive can
+still be read, also in a directory that is read-only. Archives of version 0.1 have no digests, and no archive builds on them, so the first backup after
 them is a full one. A program of version 0.1 reports that the format of later archives is unknown, and does not touch
-them.
+them. An archive of a newer version than this one is reported as such, does not count as damaged, and stays; nothing that it may
+build on is removed, and backups are full meanwhile.
 
 =head2 What an incremental backup builds on
 
@@ -272,7 +275,8 @@ names the file
 =item C<StateError> - another process uses the archives of this guest (see L</wait_for_others>), or a method was called in
 the wrong order
 
-=item C<SystemError>, C<UnsupportedError> - a file cannot be read or written, or a program fails or is not installed
+=item C<SystemError>, C<UnsupportedError> - a file cannot be read or written, or a program fails or is not installed; the archive
+was made by a newer version
 
 =back
 
@@ -629,7 +633,8 @@ content is described by device and offsets. Damage of a block that a later archi
 later archive. C<%seen>, empty at first, caches the result for each image, so that further calls read each image only
 once.
 
-Errors: C<ArgumentError>, C<StateError>.
+Errors: C<ArgumentError>, C<StateError>; C<SystemError> if no damage was found, but something could not be read: a program does
+not run, no descriptor is left, a server does not answer. This is not noted as damage.
 
 =head2 unproven
 
@@ -688,7 +693,7 @@ Takes the same arguments as L</prune>. Removes nothing, and returns what L</prun
 oldest archive first, with C<volname>, C<time> (seconds since 1970), C<mark> (C<keep>, C<remove>, C<protected>, or C<broken>
 for an archive that is kept although it is damaged), and C<problems>, an array ref of texts that say what is
 damaged, as far as this is known without reading its images, and C<unsure> if it could not be determined whether the archive
-is damaged, for example because C<qemu-img> was killed. Such an archive is not counted, and is not removed.
+is damaged, for example because C<qemu-img> was killed, or a newer version made the archive. Such an archive is not counted, and is not removed.
 
 Errors: C<ArgumentError>.
 

@@ -11,7 +11,7 @@ use PVE::BackupAccess::Provider::RBD::Store;
 use PVE::BackupAccess::Provider::Store::Content qw(damage describe is_damage);
 use PVE::BackupAccess::Provider::Store::Devices
     qw(begin_devices check_device for_devices store_device);
-use PVE::BackupAccess::Try qw(attempt reason);
+use PVE::BackupAccess::Try qw(attempt reason rethrow);
 
 use parent qw(PVE::BackupAccess::Provider::Store);
 
@@ -82,6 +82,7 @@ sub _settle ($self, $guest) { return }
 sub _problems_of ($self, $guest, $name, $seen) {
     my $archive;
     my $error = attempt { $archive = $guest->archive($name) };
+    rethrow($error) if $error && !is_damage($error);
     return reason($error) if $error;
     return map { $self->_device_problems($guest, $archive, $_) } $archive->devices;
 }

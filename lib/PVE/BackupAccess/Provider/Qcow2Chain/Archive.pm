@@ -8,25 +8,22 @@ use v5.36;
 use Digest::SHA qw(sha256_hex);
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(merge_image);
-use PVE::BackupAccess::Provider::Store::Digests qw(bytes_to_add merge_digests);
 use PVE::BackupAccess::File
     qw(file_exists fingerprint make_directory move read_file read_if_there remove_tree replace_file sha256 sync write_file);
-use PVE::BackupAccess::Provider::Qcow2Chain::Image
-    qw($cluster_size bytes_to_separate create_image image_problem separate);
+use PVE::BackupAccess::Provider::Qcow2Chain::Image qw($cluster_size create_image image_problem);
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use PVE::BackupAccess::Provider::Qcow2Chain::Tar qw(stream_problem);
 use PVE::BackupAccess::Provider::Store::Manifest
-    qw($name_pattern decode_manifest device_fault encode_manifest has_its_digest is_hash manifest_fault new_id);
-use PVE::BackupAccess::Try qw(attempt attempt_any);
+    qw($name_pattern decode_manifest device_fault encode_manifest has_its_digest is_hash manifest_fault new_id refuse_newer);
+use PVE::BackupAccess::Try qw(attempt_any);
 
-use parent qw(PVE::BackupAccess::Provider::Store::Archive);
+use parent
+    qw(PVE::BackupAccess::Provider::Qcow2Chain::Merge PVE::BackupAccess::Provider::Store::Archive);
 
 # Format 2 has digests of the data that was read. Format 1, of version 0.1, has the SHA-256 of each image. A program of
 # version 0.1 refuses format 2.
 my $format = 2;
 my $digest_block = 65536;
-my $spare = 1 << 20;
 
 my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
 
@@ -118,17 +115,18 @@ sub _backing ($self, $device) {
 sub seal ($self) {
     for my $file (sort keys $self->{manifest}{files}->%*) {
         sync("$self->{dir}/$file");
-        $self->_note_file($file, 1);
+        $self->_note_file($file, is_new => 1);
     }
-    $self->_write_manifest;
+    replace_file("$self->{dir}/$manifest_name", $self->_manifest_text);
     my $problem = _manifest_problem(decode_manifest(read_file("$self->{dir}/$manifest_name")));
     fail("the manifest of the new archive $self->{dir} is not valid - $problem")
         if defined($problem);
     return;
 }
 
-sub _note_file ($self, $file, $is_new = 0) {
-    my $path = "$self->{dir}/$file";
+# how: path, where the file is now; is_new, whether it belongs to a new archive.
+sub _note_file ($self, $file, %how) {
+    my $path = $how{path} // "$self->{dir}/$file";
     my $fingerprint = fingerprint($path);
     my $is_proven = $self->_has_digests($file) || $self->_is_tree($file);
     my %sha256 = $is_proven ? () : (sha256 => sha256($path));
@@ -136,7 +134,7 @@ sub _note_file ($self, $file, $is_new = 0) {
     # The digest of a file that was given as a text was computed from the text. The file must still match it.
     my $given = $self->{manifest}{files}{$file}{sha256};
     fail("$path does not contain what was written to it: its SHA-256 differs")
-        if $is_new && $given && $given ne $sha256{sha256};
+        if $how{is_new} && $given && $given ne $sha256{sha256};
     $self->{manifest}{files}{$file} = { $fingerprint->%*, %sha256 };
     return;
 }
@@ -154,12 +152,9 @@ sub _is_image ($self, $file) {
 sub _is_tree ($self, $file) { return $file eq $tree && $self->container }
 
 # A manifest that was damaged when it was read is not written again, because it would then count as intact.
-sub _write_manifest ($self) {
+sub _manifest_text ($self) {
     fail($self->manifest_problem) if defined($self->manifest_problem);
-    my $manifest = $self->{manifest};
-    replace_file("$self->{dir}/$manifest_name",
-        encode_manifest($manifest, $manifest->{format} == $format));
-    return;
+    return encode_manifest($self->{manifest}, $self->{manifest}{format} == $format);
 }
 
 sub publish ($self) {
@@ -187,14 +182,34 @@ sub load ($class, $guest_dir, $name) {
     my $content = $listed // read_if_there("$dir/$removed_name")
         // fail("there is no archive $dir");
     my $manifest = decode_manifest($content);
+    refuse_newer("archive $dir", $manifest, $format);
     my $problem = _manifest_problem($manifest);
     fail("the manifest of archive $dir is damaged - $problem") if defined($problem);
     my $self
         = bless({ guest_dir => $guest_dir, name => $name, dir => $dir, manifest => $manifest },
         $class);
-    $self->{'is damaged'} = 1 if $manifest->{format} == $format && !has_its_digest($content);
+    $self->{'is damaged'} = 1 if _lacks_digest($manifest, $content);
     $self->{'is being removed'} = 1 if !defined($listed);
+    $self->_follow_merge($_) for $self->devices;
     return $self;
+}
+
+sub _lacks_digest ($manifest, $content) {
+    return $manifest->{format} == $format && !has_its_digest($content);
+}
+
+# If a merge was killed after its image had moved here, takes the manifest that it wrote before: see absorb.
+sub _follow_merge ($self, $own) {
+    my ($parent, $there) = $self->parent_of($own) or return;
+    my $content = read_if_there($self->_merged_manifest($own)) // return;
+    my $manifest = decode_manifest($content);
+    return if defined(_manifest_problem($manifest)) || _lacks_digest($manifest, $content);
+    return if $manifest->{id} ne $self->id;
+    return if file_exists("$self->{guest_dir}/$parent/" . _file_of($there));
+    $self->{manifest} = $manifest;
+    $self->{'is damaged'} = 0;
+    $self->{merged}{$own} = [$parent, $there];
+    return;
 }
 
 # Whether its removal has begun, so that its images may have got a part of the data of those that build on them. These show
@@ -261,11 +276,26 @@ sub parent_of ($self, $own) {
     return defined($entry->{parent}) ? ($entry->{parent}, $entry->{'parent-device'} // $own) : ();
 }
 
+# The same as the files say: also the archive that a killed merge has already merged into this one.
+sub merges ($self, $own) {
+    my $merged = ($self->{merged} // {})->{$own};
+    return $merged ? $merged->@* : $self->parent_of($own);
+}
+
 # The file with the digests of the archive's own data of the device; undef for an archive of version 0.1.
 sub digests ($self, $device) {
     return $self->device($device)->{digests}
-        ? "$self->{dir}/" . _digests_of($self->own($device))
+        ? $self->_path_of(_digests_of($self->own($device)))
         : undef;
+}
+
+# Where a file is. A killed merge may not have moved the digests to their place.
+sub _path_of ($self, $file) {
+    for my $own (keys(($self->{merged} // {})->%*)) {
+        my $joined = $self->_joined_digests($own);
+        return $joined if $file eq _digests_of($own) && file_exists($joined);
+    }
+    return "$self->{dir}/$file";
 }
 
 # { size, sha256, file } of a container's tree, undef for a virtual machine; and the path of the tree.
@@ -317,9 +347,9 @@ sub keep_log ($self, $text) {
 # ---- is it whole? ----
 
 # Why a file does not match the manifest, or undef. Without read_all, a file with the noted size and time is not hashed
-# again. For an image with digests, only the size is compared.
+# again. For an image with digests, only the size is compared. Dies if the file cannot be read now.
 sub file_problem ($self, $file, $read_all) {
-    my $path = "$self->{dir}/$file";
+    my $path = $self->_path_of($file);
     my $noted = $self->{manifest}{files}{$file};
     my $found = fingerprint($path) // return "$path is missing";
     return undef if $self->{'is being removed'} && $self->_is_image($file);
@@ -328,10 +358,9 @@ sub file_problem ($self, $file, $read_all) {
     return undef if $self->_has_digests($file);
     return undef if !$read_all && $found->{mtime} eq ($noted->{mtime} // '');
     return stream_problem($path, $self->container) if $self->_is_tree($file);
-    my $sha256;
-    my $error = attempt { $sha256 = sha256($path) };
-    return $error =~ s/\n\z//r if $error;
-    return $sha256 eq ($noted->{sha256} // '') ? undef : "$path is damaged - its SHA-256 differs";
+    return sha256($path) eq ($noted->{sha256} // '')
+        ? undef
+        : "$path is damaged - its SHA-256 differs";
 }
 
 # The same for the device's files. Files with the noted size and time are not read.
@@ -407,88 +436,17 @@ sub mark_removed ($self) {
     return;
 }
 
-# The most bytes that a merge of the parent takes, including metadata.
-sub merge_space ($self, $device, $parent) {
-    my $digests = $self->digests($device);
-    return -s $self->image($device) if !defined($digests);
+# ---- merges: see Merge.pm ----
 
-    my $is_compressed = $parent->device($device)->{compressed};
-    return $spare + (-s $digests) + bytes_to_separate($parent->image($device))
-        + bytes_to_add($digests, $parent->digests($device), $is_compressed);
+# The names of devices' files may be as long as the file system permits, and these are not longer.
+sub _joined_digests ($self, $own) {
+    return "$self->{dir}/" . _file_of($own) =~ s/qcow2\z/joined/r;
 }
 
-# The number of the file system that has the file.
-sub _file_system ($file) { return (stat($file))[0] // 0 }
-
-# Why the parent must not be merged into this archive, or undef: if a manifest or a file of digests is damaged, a merge
-# would compute a new hash of the damaged file and so hide the damage. At the end, the parent's image is renamed.
-sub merge_problem ($self, $device, $parent) {
-    my @images = map { $_->image($device) } $self, $parent;
-    return "$images[1] is on another file system than $images[0]"
-        if _file_system($images[0]) != _file_system($images[1]);
-    my ($problem) = map {
-        $_->manifest_problem // ($_->digests($device) ? $_->digests_problem($device) : undef) // ()
-    } $self, $parent;
-    return $problem;
+sub _merged_manifest ($self, $own) {
+    return "$self->{dir}/" . _file_of($own) =~ s/qcow2\z/merged/r;
 }
 
-# Why the image of an archive of version 0.1 is not what was written, or undef: after a merge its SHA-256 is computed anew.
-sub unproven_problem ($self, $device) {
-    return undef if defined($self->digests($device));
-    return $self->file_problem(_file_of($self->own($device)), 1);
-}
-
-# Merges this archive's image into the parent's, which then becomes this archive's. The content that this archive shows
-# stays the same all the time, so after a crash this is simply done again.
-sub absorb ($self, $device, $parent) {
-    my ($mine, $theirs) = ($self->image($device), $parent->image($device));
-
-    $self->note_damage($device, 1) if $parent->is_known_damaged($device);
-
-    # The manifest is written last: until then, it names a file that shows this archive's content, both before and after
-    # the move. The data is made durable before the move, which removes the only other file that has it. Between the move
-    # and the manifest, which does not match the image then, nothing else is done that may fail.
-    my $is_there = file_exists($theirs);
-    if ($is_there) {
-        my $problem = $self->merge_problem($device, $parent);
-        fail($problem, device => $device) if defined($problem);
-        separate($theirs);
-        merge_image($self, $device, $theirs);
-        sync($theirs);
-    }
-    my $digests = $self->_join_digests($device, $parent);
-    move($theirs, $mine) if $is_there;
-    $self->_take_digests($device, $digests) if defined($digests);
-    my $entry = $self->device($device);
-    delete($entry->@{qw(parent parent-id parent-device)});
-    if (my ($name, $there) = $parent->parent_of($parent->own($device))) {
-        $entry->@{qw(parent parent-id)} = ($name, $parent->device($device)->{'parent-id'});
-        $entry->{'parent-device'} = $there if $there ne $self->own($device);
-    }
-
-    # The image has the parent's compressed data.
-    $entry->{compressed} = 1 if $parent->device($device)->{compressed};
-    $self->_note_file($entry->{file});
-    $self->_write_manifest;
-    return;
-}
-
-# Returns a new file of digests, undef for an archive of version 0.1. Digests are joined, not computed, so damaged data still
-# does not match them.
-sub _join_digests ($self, $device, $parent) {
-    my $mine = $self->digests($device) // return undef;
-
-    # No device has this name, and it is short: that of a device's file may be as long as the file system permits.
-    my $new = "$self->{dir}/digests.new";
-    merge_digests($mine, $parent->digests($device), $new);
-    sync($new);
-    return $new;
-}
-
-sub _take_digests ($self, $device, $new) {
-    move($new, $self->digests($device));
-    $self->_note_file(_digests_of($self->own($device)));
-    return;
-}
+sub names_of ($self, $own) { return (_file_of($own), _digests_of($own)) }
 
 1;

@@ -14,7 +14,7 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Store::Digests qw(each_digest is_known);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(commit_image extents image_problem);
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
-use PVE::BackupAccess::Provider::Store::Content qw(damage damage_in describe joined);
+use PVE::BackupAccess::Provider::Store::Content qw(compare damage describe describe_unread joined);
 
 our @EXPORT_OK = qw(chain_damage check_image merge_image);
 
@@ -43,8 +43,10 @@ sub merge_image ($archive, $device, $into) {
     my %known = map { $_ => 1 } offsets($block, damage($archive, $device));
     $archive->note_damage($device, 1) if %known;
     commit_image($archive->image($device));
-    my @new = grep { !$known{$_} }
-        offsets($block, damage_in(sub () { $Server->start($into) }, $about->{size}, $digests));
+    my ($damage, $unread) = compare(sub () { $Server->start($into) }, $about->{size}, $digests);
+    $Error->throw('SystemError', "$into: " . describe_unread($unread->@*), device => $device)
+        if $unread->@*;
+    my @new = grep { !$known{$_} } offsets($block, $damage->@*);
     $Error->throw(
         'ContentError',
         "device $device: the merged image $into lacks what was merged - "

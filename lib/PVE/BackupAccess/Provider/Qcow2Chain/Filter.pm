@@ -5,7 +5,7 @@ package PVE::BackupAccess::Provider::Qcow2Chain::Filter;
 
 use v5.36;
 
-use PVE::BackupAccess::Program qw(how_ended kill_child start_program temporary_file);
+use PVE::BackupAccess::Program qw(how_ended is_of_system kill_child start_program temporary_file);
 use PVE::BackupAccess::Wait qw(wait_for_child);
 
 # handles: in, out, err. The default is /dev/null, and for err a file whose first line said() returns.
@@ -38,9 +38,13 @@ sub problem ($self) {
     my $status = $self->_wait;
     return undef if defined($status) && $status == 0;
     my $said = $self->said;
+    $self->{'is of system'} = is_of_system($status, $said);
     return $said if $said =~ m/\Acannot run /;    # it never began
     return join(' - ', "$self->{name} " . how_ended($status), grep { $_ ne '' } $said);
 }
+
+# Whether this problem is one of the system, not of what the program read.
+sub is_of_system_problem ($self) { return $self->{'is of system'} }
 
 # Kills the program.
 sub stop ($self) {

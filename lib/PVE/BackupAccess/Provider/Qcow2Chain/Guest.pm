@@ -12,7 +12,7 @@ use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 use PVE::BackupAccess::Provider::Store::Content qw(content_problem is_damage);
 use PVE::BackupAccess::File
-    qw(directory_exists entries file_exists make_directory move remove_tree remove_unused);
+    qw(directory_exists entries file_exists fingerprint make_directory move remove_tree remove_unused);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(image_chain);
 use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(drop_lock take_lock try_lock);
 use PVE::BackupAccess::Try qw(attempt reason rethrow);
@@ -132,6 +132,7 @@ sub restorable ($self, $name, $device) {
 
 sub headers_problem ($self, $device, @chain) {
     my $image = $chain[0]->image($device);
+    fingerprint($_->image($device)) for @chain;    # QEMU would wait for the writer of a FIFO
     my @headers;
     my $error = attempt { @headers = image_chain($image) };
     rethrow($error) if $error && !is_damage($error);
@@ -298,7 +299,7 @@ sub _children ($self, $name) {
         if @unread;
     for my $other (@others) {
         for my $own ($other->devices) {
-            my ($parent, $device) = $other->parent_of($own);
+            my ($parent, $device) = $other->merges($own);
             next if ($parent // '') ne $name;
             my $problem
                 = $is_half_removed{ $other->name }

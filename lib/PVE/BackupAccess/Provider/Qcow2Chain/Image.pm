@@ -9,7 +9,7 @@ use JSON::PP ();
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::File qw(move sync);
-use PVE::BackupAccess::Program qw(how_ended run_program run_program_to_file);
+use PVE::BackupAccess::Program qw(how_ended is_of_system run_program run_program_to_file);
 
 our @EXPORT_OK
     = qw($cluster_size bytes_to_separate commit_image create_image extents image_chain image_problem separate);
@@ -33,6 +33,7 @@ sub run (@arguments) {
 my sub wanted ($class, @arguments) {
     my ($status, $out, $message) = run(@arguments);
     return $out if $status == 0;
+    $class = 'SystemError' if is_of_system($status, $message);
     $message = 'status ' . ($status >> 8) if $message eq '';
     $Error->throw($class, "$qemu_img $arguments[0] failed - $message");
 }
@@ -65,11 +66,14 @@ sub image_chain ($file) {
     } JSON::PP->new->utf8->decode($out)->@*;
 }
 
-# What is wrong with the image's own metadata, or undef. Leaked clusters are not an error: they only waste space.
+# What is wrong with the image's own metadata, or undef. Leaked clusters are not an error: they only waste space. Dies if
+# that cannot be determined.
 sub image_problem ($file) {
     my ($status, undef, $message) = run('check', '-q', '-U', '-f', 'qcow2', $file);
     my $code = $status >> 8;
     return undef if $status == 0 || $code == 3;
+    $Error->throw('SystemError', "$qemu_img check failed - " . $message =~ s/\n.*//sr)
+        if $code != 2 && is_of_system($status, $message);
     return $message =~ s/\n.*//sr if $message ne '';
     return $code == 2 ? 'the image is corrupt' : "qemu-img check ended with status $code";
 }
@@ -112,7 +116,8 @@ sub bytes_to_separate ($file) { return is_shared($file) ? 512 * (stat($file))[12
 sub separate ($file) {
     return if !is_shared($file);
     my ($status, undef, $message)
-        = run_program('cp', '--sparse=always', '-p', '--', $file, "$file.new");
+        = run_program('cp', '--sparse=always', '--remove-destination', '-p', '--', $file,
+        "$file.new");
     $Error->throw('SystemError',
         "cannot copy $file, which has hard links - " . $message =~ s/\n.*//sr)
         if $status != 0;

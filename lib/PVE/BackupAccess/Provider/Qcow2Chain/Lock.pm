@@ -6,7 +6,7 @@ package PVE::BackupAccess::Provider::Qcow2Chain::Lock;
 use v5.36;
 
 use Exporter qw(import);
-use Fcntl qw(:flock O_CREAT O_RDONLY O_RDWR);
+use Fcntl qw(:flock O_CREAT O_NONBLOCK O_RDONLY O_RDWR);
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Wait qw(fail_to_lock is_taken keep_trying);
@@ -42,7 +42,7 @@ my sub open_file ($path, $how) {
     my $fh;
     return $fh if sysopen($fh, $path, O_RDWR | O_CREAT, 0600);
     my $may_be_read = $how == LOCK_SH && ($!{EROFS} || $!{EACCES} || $!{EPERM});
-    return $fh if $may_be_read && sysopen($fh, $path, O_RDONLY);
+    return $fh if $may_be_read && sysopen($fh, $path, O_RDONLY | O_NONBLOCK);
     return undef if $may_be_read && $!{ENOENT};
     $Error->throw('SystemError', "cannot open $path - $!");
 }

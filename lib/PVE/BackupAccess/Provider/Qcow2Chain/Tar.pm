@@ -10,7 +10,8 @@ use Fcntl qw(O_CREAT O_EXCL O_WRONLY);
 
 use PVE::BackupAccess::Argument qw(bad_argument check_filled_text);
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Program qw(new_pipe run_program);
+use PVE::BackupAccess::File qw(open_if_there);
+use PVE::BackupAccess::Program qw(is_of_system new_pipe run_program);
 use PVE::BackupAccess::Provider::Qcow2Chain::Filter;
 use PVE::BackupAccess::Wait qw(next_line read_some);
 
@@ -116,9 +117,9 @@ sub compress ($path, $next) {
 
 # ---- reading a tar ----
 
-# Why a file does not contain the stream with this size and SHA-256, or undef.
+# Why a file does not contain the stream with this size and SHA-256, or undef. Dies if that cannot be determined.
 sub stream_problem ($path, $stream) {
-    open(my $file, '<:raw', $path) or return "cannot read $path - $!";
+    my $file = open_if_there($path) // return "$path is missing";
     my ($from, $to) = new_pipe();
     my $program = $Filter->start({ in => $file, out => $to }, $zstd, '--decompress', '--stdout');
     close($to);
@@ -129,6 +130,7 @@ sub stream_problem ($path, $stream) {
         $size += $got;
     }
     my $problem = $program->problem;
+    fail('SystemError', "cannot check $path - $problem") if $program->is_of_system_problem;
     $problem //= 'it differs from what was read from the container'
         if $size != $stream->{size} || $digest->hexdigest ne $stream->{sha256};
     return defined($problem) ? "$path is damaged - $problem" : undef;
@@ -139,9 +141,10 @@ sub stream_problem ($path, $stream) {
 my $least_members = 10;
 
 sub is_for_pct ($path) {
+    my $file = open_if_there($path) // fail('ArchiveError', "$path is missing");
     my ($from, $to) = new_pipe();
-    my $program = $Filter->start({ out => $to },
-        $tar, '--list', '--verbose', '--numeric-owner', '--zstd', "--file=$path");
+    my $program = $Filter->start({ in => $file, out => $to },
+        $tar, '--list', '--verbose', '--numeric-owner', '--zstd', '--file=-');
     close($to);
     my ($members, $has_sbin, $text) = (0, 0, '');
     while (defined(my $line = next_line($from, \$text))) {
@@ -157,7 +160,10 @@ sub extract ($path, $directory) {
     my @how = ('--extract', '--zstd', '--preserve-permissions', '--same-owner', @kept);
     my ($status, undef, $message)
         = run_program($tar, @how, "--file=$path", "--directory=$directory");
-    fail('ArchiveError', "cannot extract $path - tar: " . $message =~ s/\n.*//sr) if $status != 0;
+    fail(
+        is_of_system($status, $message) ? 'SystemError' : 'ArchiveError',
+        "cannot extract $path - tar: " . $message =~ s/\n.*//sr
+    ) if $status != 0;
     return;
 }
 

@@ -5,13 +5,16 @@ package PVE::BackupAccess::Provider::Qcow2Chain::Verify;
 use v5.36;
 
 use Exporter qw(import);
+use List::Util qw(uniq);
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(chain_damage);
-use PVE::BackupAccess::Provider::Store::Content qw(describe);
-use PVE::BackupAccess::Try qw(attempt reason);
+use PVE::BackupAccess::Provider::Store::Content qw(describe is_damage);
+use PVE::BackupAccess::Try qw(attempt reason rethrow);
 
 our @EXPORT_OK = qw(digests_of problems_of unproven_of);
+
+my $Error = 'PVE::BackupAccess::Error';
 
 # The problems of an archive's files: of all files, or of those of the devices. Each file is read once.
 my sub file_problems ($seen, $archive, @devices) {
@@ -23,18 +26,14 @@ my sub file_problems ($seen, $archive, @devices) {
 }
 
 my sub content_problems ($seen, $device, @chain) {
-    my @problems;
     for my $archive (@chain) {
         $seen->{noted}{ $archive->revision }{ $archive->own($device) }
             //= $archive->is_known_damaged($device) ? 1 : 0;
     }
-    my $error = attempt {
-        @problems = map {
-            my ($archive, @ranges) = $_->@*;
-            "$device: " . describe(@ranges) . ' (in ' . $archive->image($device) . ')'
-        } chain_damage($seen->{content} //= {}, $device, @chain);
-    };
-    return $error ? ("$device: " . reason($error)) : @problems;
+    return map {
+        my ($archive, @ranges) = $_->@*;
+        "$device: " . describe(@ranges) . ' (in ' . $archive->image($device) . ')'
+    } chain_damage($seen->{content} //= {}, $device, @chain);
 }
 
 # An archive of version 0.1 has the SHA-256 of its files, but this does not prove what was read from the guest.
@@ -59,29 +58,48 @@ my sub note_damage ($seen, $device, @chain) {
     return;
 }
 
-my sub device_problems ($guest, $seen, $device, $name) {
-    my (@chain, @problems);
-    my $broken = attempt { @chain = $guest->chain($name, $device) };
-    return "$device: " . reason($broken) if $broken;
-    push(@problems, map { file_problems($seen, $_, $device) } @chain[1 .. $#chain]);
-    my $error = attempt { push(@problems, $guest->headers_problem($device, @chain) // ()) };
-    push(@problems, "$device: " . reason($error)) if $error;
-    if (!@problems && is_provable($device, @chain)) {
-        @problems = content_problems($seen, $device, @chain);
-    }
-    note_damage($seen, $device, @chain);
-    return @problems;
+# Adds to what was found: the problems that the code returns, or its error, which may be no damage. Returns whether nothing
+# was added.
+my sub look ($found, $text, $code) {
+    my @problems;
+    my $error = attempt { @problems = $code->() };
+    my $kind = $error && !is_damage($error) ? 'unread' : 'problems';
+    push($found->{$kind}->@*, $error ? $text . reason($error) : @problems);
+    return !$error && !@problems;
+}
+
+my sub look_at_device ($guest, $seen, $found, $device, $name) {
+    my @chain;
+    my $find = sub () { @chain = $guest->chain($name, $device); return };
+    look($found, "$device: ", $find) or return;
+    my @older = @chain[1 .. $#chain];
+    my $is_good = look(
+        $found, '',
+        sub () {
+            map { file_problems($seen, $_, $device) } @older;
+        }
+    );
+    $is_good
+        &= look($found, "$device: ", sub () { $guest->headers_problem($device, @chain) // () });
+    look($found, "$device: ", sub () { content_problems($seen, $device, @chain) })
+        if $is_good && is_provable($device, @chain);
+    look($found, '', sub () { note_damage($seen, $device, @chain) });
+    return;
 }
 
 # The problems of an archive as texts, none if it is intact. seen caches results for other archives that share files with
-# this one.
+# this one. Dies if no problem was found, but something could not be read.
 sub problems_of ($guest, $name, $seen) {
     my $archive;
     my $error = attempt { $archive = $guest->archive($name) };
+    rethrow($error) if $error && !is_damage($error);
     return reason($error) if $error;
-    my @problems = file_problems($seen, $archive);
-    push(@problems, map { device_problems($guest, $seen, $_, $name) } $archive->devices);
-    return @problems;
+    my $found = { problems => [], unread => [] };
+    look($found, '', sub () { file_problems($seen, $archive) });
+    look_at_device($guest, $seen, $found, $_, $name) for $archive->devices;
+    my ($problems, $unread) = map { [uniq($_->@*)] } $found->@{qw(problems unread)};
+    $Error->throw('SystemError', $unread->[0]) if !$problems->@* && $unread->@*;
+    return ($problems->@*, $unread->@*);
 }
 
 # The devices whose content no digests prove.
@@ -95,7 +113,7 @@ sub digests_of ($guest, $name, $device) {
     my @chain = $guest->chain($name, $device);
     return if !is_provable($device, @chain);
     my ($problem) = map { $_->digests_problem($device) // () } @chain;
-    PVE::BackupAccess::Error->throw(
+    $Error->throw(
         'ArchiveError',
         "device $device: a restored disk cannot be verified - $problem",
         device => $device

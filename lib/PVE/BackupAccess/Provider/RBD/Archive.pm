@@ -11,10 +11,11 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::File qw(sha256 write_file);
 use PVE::BackupAccess::Provider::RBD::Parts qw(get_parts part_names put_parts);
 use PVE::BackupAccess::Provider::RBD::Server;
+use PVE::BackupAccess::Provider::Store::Content qw(is_damage);
 use PVE::BackupAccess::Provider::Store::Digests qw(digests_size merge_digests);
 use PVE::BackupAccess::Provider::Store::Manifest
-    qw(decode_manifest device_fault encode_manifest has_its_digest is_hash is_text manifest_fault new_id);
-use PVE::BackupAccess::Try qw(attempt reason);
+    qw(decode_manifest device_fault encode_manifest has_its_digest is_hash is_text manifest_fault new_id refuse_newer);
+use PVE::BackupAccess::Try qw(attempt reason rethrow);
 
 use parent qw(PVE::BackupAccess::Provider::Store::Archive);
 
@@ -113,6 +114,7 @@ sub text ($self) { return encode_manifest($self->{manifest}) }
 
 sub load ($class, $guest, $name, $text) {
     my $manifest = decode_manifest($text);
+    refuse_newer("archive $name", $manifest, $format);
     my $problem = has_its_digest($text) ? manifest_fault($manifest, qr/1/) : 'its SHA-256 differs';
     $problem //= _devices_fault($manifest);
     fail("the manifest of archive $name is damaged - $problem") if defined($problem);
@@ -191,6 +193,7 @@ sub digests ($self, $device) {
 
 sub digests_problem ($self, $device) {
     my $error = attempt { $self->digests($device) };
+    rethrow($error) if $error && !is_damage($error);
     return $error ? reason($error) : undef;
 }
 

@@ -13,7 +13,7 @@ use PVE::BackupAccess::Try qw(attempt reason rethrow);
 use PVE::BackupAccess::Volume;
 
 our @EXPORT_OK
-    = qw(check_base check_stored content_problem damage damage_in describe is_damage joined);
+    = qw(check_base check_stored compare content_problem damage describe describe_unread is_damage joined);
 
 my $Error = 'PVE::BackupAccess::Error';
 
@@ -37,42 +37,49 @@ sub joined (@ranges) {
     return @joined;
 }
 
-# A text that says how much is damaged, and where.
-sub describe (@ranges) {
+my sub describe_as ($what, @ranges) {
     my $bytes = sum0(map { $_->[1] } @ranges);
     my @shown = @ranges[0 .. min($most_shown, scalar(@ranges)) - 1];
     my $more = @ranges - @shown;
     return
-          "$bytes bytes differ from what was read from the guest: "
+          "$bytes bytes $what: "
         . join(', ', map { "$_->[1] at offset $_->[0]" } @shown)
         . ($more ? " and $more more" : '');
 }
 
-# Serves an image by serve->(), and returns the ranges that do not match the files of digests. With one such file, only
-# the blocks that it has are read.
-sub damage_in ($serve, $size, @digests) {
+# Texts that say how much is damaged, or cannot be read, and where.
+sub describe (@ranges) { return describe_as('differ from what was read from the guest', @ranges) }
+sub describe_unread (@ranges) { return describe_as('cannot be read', @ranges) }
+
+# Serves an image by serve->(), and returns the ranges that do not match the files of digests, and those that cannot be read.
+# With one such file, only the blocks that it has are read.
+sub compare ($serve, $size, @digests) {
     local $SIG{CHLD} = 'DEFAULT';    # the caller's handler may wait for every child
     my $server = $serve->();
     my $volume
         = PVE::BackupAccess::Volume->open('image', { 'nbd-path' => $server->uri, size => $size });
-    my @ranges;
+    my (@ranges, @unread);
     $volume->check(
         expected => \@digests,
         'only-known' => @digests == 1 ? 1 : 0,
         damaged => sub ($offset, $length) { push(@ranges, [$offset, $length]) },
+        unreadable => sub ($offset, $length) { push(@unread, [$offset, $length]) },
     );
     $volume->close;
     $server->kill;
-    return joined(@ranges);
+    return ([joined(@ranges)], [joined(@unread)]);
 }
 
-# The damage in the archive's own data of the device.
+# The damage in the archive's own data of the device. Dies if there is none, but some of it cannot be read: the next try may
+# succeed.
 sub damage ($archive, $device) {
-    return damage_in(
+    my ($ranges, $unread) = compare(
         sub () { $archive->serve($device) },
         $archive->device($device)->{size},
         $archive->digests($device)
     );
+    $Error->throw('SystemError', describe_unread($unread->@*)) if $unread->@* && !$ranges->@*;
+    return $ranges->@*;
 }
 
 # Reads the new data, as a restore would. It comes from the page cache, so faults of the underlying disk are not detected
@@ -90,13 +97,15 @@ sub check_stored ($archive, $device, $log) {
 }
 
 # Also reads the data that was not written because the chain, which the archive builds on, already has it: the whole disk.
-# If that data differs, the chain is damaged, and the next backup does not build on it.
+# If that data differs or cannot be read, the chain counts as damaged, and the next backup does not build on it: otherwise, that
+# would fail in the same way.
 sub check_base ($archive, $device, $log, @chain) {
     my $start = now();
-    my @damage = damage_in(
-        sub () { $archive->serve($device) },
-        $archive->device($device)->{size},
-        map { $_->digests($device) } $archive, @chain
+    my @damage = joined(
+        map { $_->@* } compare(
+            sub () { $archive->serve($device) }, $archive->device($device)->{size},
+            map { $_->digests($device) } $archive, @chain
+        )
     );
     if (@damage) {
         $chain[0]->note_damage($device, 1);

@@ -6,10 +6,11 @@ use v5.36;
 
 use Digest::SHA qw(sha256);
 use Exporter qw(import);
-use Fcntl qw(O_CREAT O_EXCL O_RDONLY O_WRONLY SEEK_SET);
+use Fcntl qw(O_CREAT O_EXCL O_WRONLY SEEK_SET);
 use List::Util qw(min);
 
 use PVE::BackupAccess::Error;
+use PVE::BackupAccess::File qw(open_if_there);
 
 our @EXPORT_OK = qw(bytes_to_add digests_size each_digest each_known is_known merge_digests);
 
@@ -21,20 +22,22 @@ my $part = 1 << 20;    # bytes of digests in memory at a time
 my $table = $digest_size * (1 << 13);
 my $counted = 1 << 15;
 
-my sub fail ($message) {
-    PVE::BackupAccess::Error->throw('ArchiveError', $message);
+my sub fail ($message, $class = 'ArchiveError') {
+    PVE::BackupAccess::Error->throw($class, $message);
 }
 
+my sub fail_to ($what) { fail("cannot $what - $!", 'SystemError') }
+
 my sub read_at ($file, $at, $length) {
-    sysseek($file->{fh}, $at, SEEK_SET) // fail("cannot read $file->{path} - $!");
-    my $got = sysread($file->{fh}, my $data, $length) // fail("cannot read $file->{path} - $!");
+    sysseek($file->{fh}, $at, SEEK_SET) // fail_to("read $file->{path}");
+    my $got = sysread($file->{fh}, my $data, $length) // fail_to("read $file->{path}");
     fail("the file of digests $file->{path} is too short: it ends at byte " . ($at + $got))
         if $got != $length;
     return $data;
 }
 
 my sub open_file ($path) {
-    sysopen(my $fh, $path, O_RDONLY) or fail("cannot open $path - $!");
+    my $fh = open_if_there($path) // fail("$path is missing");
     my $file = { path => $path, fh => $fh };
     $file->{header} = read_at($file, 0, $header_size);
     my ($magic, undef, undef, @numbers) = unpack('a12 a4 a16 Q> N N', $file->{header});
@@ -107,23 +110,23 @@ sub merge_digests ($newer_path, $older_path, $path) {
         "cannot merge the digests $newer_path into $older_path - their sizes or block sizes differ")
         if grep { $newer->{$_} != $older->{$_} } qw(size block);
     unlink($path);
-    sysopen(my $fh, $path, O_WRONLY | O_CREAT | O_EXCL, 0600) or fail("cannot write $path - $!");
+    sysopen(my $fh, $path, O_WRONLY | O_CREAT | O_EXCL, 0600) or fail_to("write $path");
     my $put = sub ($at, $data) {
-        sysseek($fh, $at, SEEK_SET) // fail("cannot write $path - $!");
+        sysseek($fh, $at, SEEK_SET) // fail_to("write $path");
         while ($data ne '') {    # on a full disk, a part may fit
-            my $written = syswrite($fh, $data) // fail("cannot write $path - $!");
+            my $written = syswrite($fh, $data) // fail_to("write $path");
             substr($data, 0, $written, '');
         }
     };
     my $end = $header_size + $newer->{blocks} * $digest_size;
-    truncate($fh, $end) or fail("cannot write $path - $!");
+    truncate($fh, $end) or fail_to("write $path");
     for (my $at = $header_size; $at < $end; $at += $part) {
         my $length = $end - $at < $part ? $end - $at : $part;
         my $slots = join_slots(map { read_at($_, $at, $length) } $newer, $older);
         $put->($at, $slots) if $slots =~ m/[^\0]/;
     }
     $put->(0, $older->{header});
-    close($fh) or fail("cannot write $path - $!");
+    close($fh) or fail_to("write $path");
     return;
 }
 

@@ -23,6 +23,7 @@ package PVE::BackupAccess::Provider::Store::Guest;
 use v5.36;
 
 use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Provider::Store::Content qw(is_damage);
 use PVE::BackupAccess::Provider::Store::Disks qw(builders find_alias find_device missing);
 use PVE::BackupAccess::Try qw(attempt reason);
 
@@ -34,12 +35,12 @@ my sub fail ($message, %context) {
 sub readable ($self, $unread = []) { return $self->readable_of($unread, $self->names) }
 
 # Those with these names. The reasons why others cannot be read are added to unread, except if the manifest is damaged: one
-# that cannot be read for a moment may build on another archive.
+# that cannot be read for a moment, or was made by a newer version, may build on another archive.
 sub readable_of ($self, $unread, @names) {
     my @archives;
     for my $name (@names) {
         my $error = attempt { push(@archives, $self->archive($name)) };
-        push($unread->@*, reason($error)) if $error && $error->class eq 'SystemError';
+        push($unread->@*, reason($error)) if $error && !is_damage($error);
     }
     return @archives;
 }

@@ -13,7 +13,7 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Try qw(attempt_any);
 
 our @EXPORT_OK = qw($name_pattern decode_manifest device_fault encode_manifest has_its_digest
-    is_hash is_text manifest_fault new_id);
+    is_hash is_text manifest_fault new_id refuse_newer);
 
 # An archive's name is its time. The order of names is that of times. Whatever else lies in a store is not an archive.
 our $name_pattern
@@ -21,15 +21,17 @@ our $name_pattern
 
 my $json = JSON::PP->new->utf8->canonical->pretty;
 
-my sub fail ($message) { PVE::BackupAccess::Error->throw('SystemError', $message) }
+my sub fail ($class, $message) { PVE::BackupAccess::Error->throw($class, $message) }
 
 sub is_text ($value) { return defined($value) && !ref($value) }
 sub is_hash ($value) { return ref($value) eq 'HASH' }
 
 # A unique ID of an archive.
 sub new_id () {
-    open(my $fh, '<:raw', '/dev/urandom') or fail("cannot read /dev/urandom - $!");
-    read($fh, my $bytes, 16) == 16 or fail("cannot read /dev/urandom - $!");
+    my $bytes = '';
+    my $is_open = open(my $fh, '<:raw', '/dev/urandom');
+    fail('SystemError', "cannot read /dev/urandom - $!")
+        if !$is_open || (read($fh, $bytes, 16) // 0) != 16;
     return unpack('H*', $bytes);
 }
 
@@ -52,6 +54,16 @@ sub decode_manifest ($text) {
     my $manifest;
     attempt_any { $manifest = $json->decode($text) };
     return $manifest;
+}
+
+# Dies if a manifest is of a later format than the newest known one. That is no damage. what: the archive.
+sub refuse_newer ($what, $manifest, $newest) {
+    my $format = is_hash($manifest) ? $manifest->{format} // '' : '';
+    fail('UnsupportedError',
+        "$what was made by a newer version of this program - its format is $format, and this version reads"
+            . " formats up to $newest")
+        if $format =~ m/\A[1-9][0-9]{0,8}\z/ && $format > $newest;
+    return;
 }
 
 # Why a manifest is not valid, or undef. formats: a pattern of the store's formats.

@@ -9,6 +9,7 @@ use Exporter qw(import);
 use List::Util qw(uniq);
 
 use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Provider::Store::Content qw(is_damage);
 use PVE::BackupAccess::Provider::Store::Disks qw(disk_keys);
 use PVE::BackupAccess::Provider::Store::List qw(known_damage);
 use PVE::BackupAccess::Retention qw(marks);
@@ -22,27 +23,30 @@ my sub look_at ($guest, $name, $time, $key_of, $damaged) {
     $entry->{protected} = $guest->is_protected($name);
     my $archive;
     my $error = attempt { $archive = $guest->archive($name) };
-    push(
-        $entry->{problems}->@*,
-        reason($error)
-            . " - which disks it has is unknown, so nothing replaces it: remove it yourself"
-    ) if $error;
-    return $entry if !$archive;
+    if (!$archive) {
+        my $is_damaged = is_damage($error);
+        $entry->{unsure} = 1 if !$is_damaged;
+        my $advice = ' - which disks it has is unknown, so nothing replaces it: remove it yourself';
+        $entry->{problems} = [reason($error) . ($is_damaged ? $advice : '')];
+        return $entry;
+    }
     $entry->{guest} = $archive->guest;
     my $known = known_damage($archive, $damaged);
-
-    if ($archive->container) {
-        my $problem = $archive->container_problem;
-        push($entry->{problems}->@*, $problem) if defined($problem);
-        $entry->{devices}{container} = defined($problem) ? 0 : 1;
-    }
-    for my $device ($archive->devices) {
-        my $problem = $known->{$device};
-        my $unsure = attempt { $problem = $guest->device_problem($name, $device) // $problem };
+    my $look = sub ($key, $text, $problem, $find) {
+        my $unsure = attempt { $problem = $find->() // $problem };
+        $entry->{unsure} = 1 if $unsure && !defined($problem);
         $problem //= reason($unsure) if $unsure;
-        push($entry->{problems}->@*, "$device: $problem") if defined($problem);
-        $entry->{devices}{ $key_of->($archive, $device) } = defined($problem) ? 0 : 1;
-        $entry->{unsure} = 1 if $unsure && !defined($known->{$device});
+        push($entry->{problems}->@*, "$text$problem") if defined($problem);
+        $entry->{devices}{$key} = defined($problem) ? 0 : 1;
+    };
+
+    $look->('container', '', undef, sub () { $archive->container_problem })
+        if $archive->container;
+    for my $device ($archive->devices) {
+        $look->(
+            $key_of->($archive, $device),
+            "$device: ", $known->{$device}, sub () { $guest->device_problem($name, $device) }
+        );
     }
     return $entry;
 }

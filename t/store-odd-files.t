@@ -1,0 +1,97 @@
+# A FIFO, a socket, a device or a directory in the place of a file of a store holds nobody up: each command ends, and other
+# archives can be read.
+#
+# One QEMU is enough: qemu-img and qemu-nbd only use files.
+
+use v5.36;
+
+use FindBin;
+use lib "$FindBin::Bin/lib";
+
+use IO::Socket::UNIX ();
+use POSIX ();
+use Test::More;
+
+use PBA::Test::Chain;
+use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(number_of);
+use PVE::BackupAccess::Provider::Qcow2Chain::Tar qw(is_for_pct stream_problem);
+
+my $seconds = 60;    # each of the calls takes less than one
+
+my %kinds = (
+    fifo => sub ($path) { POSIX::mkfifo($path, 0600) },
+    socket => sub ($path) { IO::Socket::UNIX->new(Local => $path, Listen => 1) },
+    device => sub ($path) { symlink('/dev/zero', $path) },
+    directory => sub ($path) { mkdir($path) },
+);
+
+my $chain = PBA::Test::Chain->new->add_archives(3);
+my @names = $chain->names;
+my $store = $chain->store;
+my $device = 'drive-scsi0';
+
+# Whether all calls of a process end in time. Their errors do not matter.
+sub all_end (@calls) {
+    my $pid = fork() // die "fork: $!\n";
+    if (!$pid) {
+        alarm($seconds);
+        for my $call (@calls) {
+            eval { $call->(); 1 } or print {*STDERR} map { "# $_" } $@;
+        }
+        POSIX::_exit(0);
+    }
+    waitpid($pid, 0);
+    return $? == 0;
+}
+
+# Replaces a file. A socket's path must be short.
+sub replace ($kind, $path) {
+    my ($dir, $name) = $path =~ m{\A(.*)/([^/]*)\z};
+    unlink($path);
+    my $pid = fork() // die "fork: $!\n";
+    if (!$pid) {
+        chdir($dir) && $kinds{$kind}->($name) or print {*STDERR} "$path: $!\n";
+        POSIX::_exit(0);
+    }
+    waitpid($pid, 0);
+    (-e $path || -l $path) or die "$path was not made\n";
+    return;
+}
+
+sub calls () {
+    my $provider = $chain->provider;
+    return (
+        sub { $provider->list },
+        sub { $provider->verify($_) for @names },
+        sub { $chain->restored($names[2], $device) },
+        sub { $provider->archive_get_guest_config($names[1]) },
+        sub { $provider->digests($names[2], $device) },
+        sub { number_of($chain->store, 'web') },
+        sub { $provider->retention(100, 1) },
+        sub { $chain->backup or die $chain->error },
+        sub { $provider->remove($names[0]) },
+        sub { $provider->prune(100, 1) },
+    );
+}
+
+my @files = map { "$names[1]/$_" } qw(manifest.json removed.json guest.conf),
+    map { "$device.$_" } qw(qcow2 digests merged joined);
+
+push(@files, 'vm/100/name', 'vm/100/.reading', 'vm/100/.lock');
+
+for my $kind (sort keys %kinds) {
+    subtest $kind => sub {
+        push(@files, shift(@files));
+        for my $file (map { $_ % 4 && !$ENV{PBA_FULL} ? () : $files[$_] } 0 .. $#files) {
+            my $copy = $chain->use_copy($store);
+            replace($kind, "$copy/$file");
+            ok(all_end(calls()), "$file: all ends");
+        }
+        my $tree = $chain->tmp . "/$kind.tar.zst";
+        replace($kind, $tree);
+        ok(all_end(sub { stream_problem($tree, {}) }, sub { is_for_pct($tree) }),
+            'a tree: all ends');
+    };
+}
+
+done_testing;
