@@ -397,6 +397,19 @@ subtest 'a restore to a link to nothing' => sub {
     ok(-l $link, 'the link stays');
 };
 
+# O_EXCL does not show that a loop device is over the device.
+sub check_device_over ($device, $file, @restore) {
+    chomp(my $over = `losetup --find --show --read-only $device`);
+    my ($loop) = $over =~ m{([^/]+)\z};
+    my $run = run_of(@restore, 'raw');
+    is($run->[0], 1, 'a loop device is over it: exit status');
+    like($run->[2], qr/cannot write to \Q$device\E: it is used by the device $loop - detach/,
+        'why');
+    is(content($file), "\0" x -s $file, 'untouched again');
+    system('losetup', '--detach', $over) == 0 or die "losetup failed\n";
+    return;
+}
+
 subtest 'restore to a block device' => sub {
     plan(skip_all => 'needs root and loop devices') if $> != 0 || !-e '/dev/loop-control';
     my $chain = new_chain(1);
@@ -422,6 +435,7 @@ subtest 'restore to a block device' => sub {
         'open: why');
     is(content($file), "\0" x -s $file, 'untouched again');
     close($used);
+    check_device_over($device, $file, @restore);
     is(run_of(@restore, 'raw')->[0], 0, 'free: exit status');
     system('losetup', '--detach', $device) == 0 or die "losetup failed\n";
     is(content($file), $chain->{expected}{$name}{'drive-scsi0'}, 'free: the content');

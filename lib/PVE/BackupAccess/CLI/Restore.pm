@@ -5,6 +5,7 @@ package PVE::BackupAccess::CLI::Restore;
 use v5.36;
 
 use Fcntl qw(O_CREAT O_EXCL O_WRONLY SEEK_END SEEK_SET);
+use JSON::PP ();
 
 use PVE::BackupAccess::CLI qw(usage_error);
 use PVE::BackupAccess::CLI::Access qw(text);
@@ -12,13 +13,13 @@ use PVE::BackupAccess::CLI::ArchivePath
     qw(archive_at chosen_devices file_of provider_for without_slash);
 use PVE::BackupAccess::CLI::Output qw(say_error say_json say_out);
 use PVE::BackupAccess::CLI::Progress;
-use PVE::BackupAccess::File qw(file_exists);
+use PVE::BackupAccess::File qw(file_exists fingerprint read_file);
 use PVE::BackupAccess::Format qw(bytes);
-use PVE::BackupAccess::Image::InUse qw(has_writer);
-use PVE::BackupAccess::Provider::Store::Content qw(describe joined);
+use PVE::BackupAccess::Image::InUse qw(devices_over has_writer);
+use PVE::BackupAccess::Provider::Store::Content qw(describe describe_unread joined);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw($cluster_size create_image);
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
-use PVE::BackupAccess::Try qw(attempt ensure);
+use PVE::BackupAccess::Try qw(attempt attempt_any ensure);
 use PVE::BackupAccess::Volume;
 
 # { device => file } of the restore. Nothing is overwritten except a block device that the user has
@@ -83,7 +84,7 @@ my sub remove_others ($job, $file) {
 my sub begin_file ($job, $file) {
     my $part = "$file.part";
     remove_left_over($part);
-    remove_others($job, $file) if $job->{'in directory'};
+    remove_others($job, $file) if defined($job->{directory});
     $job->{parts}{$file} = $part;    # before open_new, after which a signal may arrive
     my $fh = open_new($part);
     $job->{identities}{$file} = identity_of($fh);
@@ -99,11 +100,53 @@ my sub publish_file ($part, $file) {
     rename($part, $file) or die "cannot rename $part to $file: $!\n";
 }
 
+# Before the first of several files gets its name, a list of them is written. It is removed after the last
+# one has got its name, so a restore whose list exists is not complete, and the next one into the same
+# directory removes what it left. On file systems without leases, which would show that a list is in use, the list
+# of a running restore may be removed.
+my $list_name = 'restore.part';
+my $json = JSON::PP->new->latin1;    # of bytes, which stay as they are
+
+# Returns a handle that keeps other restores from removing the files.
+my sub begin_list ($job, $list) {
+    my %files = map { s{.*/}{}sr => fingerprint($job->{parts}{$_}) } keys $job->{parts}->%*;
+    my $fh = open_new($list);
+    $fh->autoflush;
+    return $fh if print {$fh} $json->encode(\%files);
+    my $problem = "$!";
+    unlink($list);
+    die "cannot write $list: $problem\n";
+}
+
+my sub remove_list ($list) { unlink($list) or die "cannot remove $list: $!\n" }
+
+# Removes the files to which a killed restore has given names, unless they were changed since. Another user's list is not
+# trusted.
+my sub undo_killed ($directory) {
+    my $list = "$directory/$list_name";
+    my @about = lstat($list) or return;
+    return if !-f _ || $about[4] != $>;
+    die "another restore to $directory is about to be completed - wait for its end\n"
+        if has_writer($list);
+    my $files = {};
+    attempt_any {
+        $files = $json->decode(read_file($list))
+    };    # it may have been killed as it wrote this
+    for my $name (grep { !m!/! } keys $files->%*) {
+        my $file = "$directory/$name";
+        my $is = -l $file || !-f $file ? {} : fingerprint($file);
+        unlink($file) if !grep { ($is->{$_} // '') ne $files->{$name}{$_} } qw(size mtime);
+    }
+    remove_list($list);
+}
+
 # On file systems without leases, which would show that a file is in use, another restore may have
 # replaced the temporary file.
 my sub publish_files ($job) {
     my @published;
+    my $list = keys $job->{parts}->%* > 1 ? "$job->{directory}/$list_name" : undef;
     my $publish = sub {
+        my $in_use = defined($list) ? begin_list($job, $list) : undef;
         for my $file (sort keys $job->{parts}->%*) {
             my $part = $job->{parts}{$file};
             die "another restore has replaced $part - restore again, to another target\n"
@@ -112,10 +155,12 @@ my sub publish_files ($job) {
             publish_file($part, $file);
             delete($job->{parts}{$file});
         }
+        remove_list($list) if defined($list);
     };
     my $end = sub ($died) {
         return if !$died;
         unlink(grep { -e && identity_of($_) eq $job->{identities}{$_} } @published);
+        unlink($list) if @published && defined($list);
     };
     ensure($publish, $end);
 }
@@ -143,14 +188,21 @@ my sub fill_qcow2 ($job, $file, $size, $copy) {
 my %fill = (raw => \&fill_raw, qcow2 => \&fill_qcow2);
 
 # Writing to a device that is mounted or used by a guest would destroy its data. With O_EXCL (open(2)),
-# the kernel refuses to open a mounted device, but not one that a QEMU has open. That is checked after
-# the open, when the device can no longer be mounted.
+# the kernel refuses to open a mounted device, but not one that a QEMU has open, or a loop device is over.
+# That is checked after the open, when the device can no longer be mounted.
 my sub fill_device ($job, $file, $size, $copy) {
-    sysopen(my $fh, $file, O_WRONLY | O_EXCL)
-        or die "cannot write to $file: $!"
-        . ($!{EBUSY} ? ' - it is mounted, or another program uses it' : '') . "\n";
-    die "cannot write to $file: a process, such as a running QEMU, has it open for writing"
-        . " - end that process, or choose another target\n"
+    my $is_open = sysopen(my $fh, $file, O_WRONLY | O_EXCL);
+    my $problem = "$!" . ($!{EBUSY} ? ' - it is mounted, or another program uses it' : '');
+    my @over = devices_over($file);
+    $problem .= ' - it is used by the device ' . join(', ', @over) if @over;
+    die "cannot write to $file: $problem\n" if !$is_open;
+    die "cannot write to $file: it is used by the device "
+        . join(', ', @over)
+        . " - detach that, or choose another target\n"
+        if @over;
+    die
+        "cannot write to $file: a process, such as a running QEMU, has it, a part of it or the whole disk"
+        . " open for writing - end that process, or choose another target\n"
         if has_writer($file);
     my $room = sysseek($fh, 0, SEEK_END) // die "cannot find the size of $file: $!\n";
     die "cannot write to $file: it has $room bytes, and the disk has $size\n"
@@ -176,7 +228,7 @@ my sub expected ($job, $device) {
 
 my sub copy ($job, $device, $size, $file) {
     my ($provider, $volname, $progress) = $job->@{qw(provider volname progress)};
-    my @damage;
+    my (@damage, @unread);
     my $copy = sub ($to, @options) {
 
         # First: from here on, no prune replaces the files of digests.
@@ -189,7 +241,12 @@ my sub copy ($job, $device, $size, $file) {
             progress => sub ($done, $total) { $progress->update($device, $done, $total) },
             @options,
             %expected,
-            %expected ? (damaged => sub (@range) { push(@damage, [@range]) }) : (),
+            %expected
+            ? (
+                damaged => sub (@range) { push(@damage, [@range]) },
+                unreadable => sub (@range) { push(@unread, [@range]) }
+                )
+            : (),
         );
         $volume->close;
     };
@@ -199,7 +256,7 @@ my sub copy ($job, $device, $size, $file) {
         $provider->restore_vm_volume_cleanup($volname, $device, {});
     };
     ensure(sub { $fill->($job, $file, $size, $copy) }, $end);
-    return joined(@damage);
+    return ([joined(@damage)], [joined(@unread)]);
 }
 
 # Restores everything that can be restored. If nothing of a device can be restored, its file is
@@ -209,16 +266,20 @@ my sub restore_all ($job, $volumes, $files) {
     for my $device (sort keys $files->%*) {
         my ($size, $file) = ($volumes->{$device}{size}, $files->{$device});
         $job->{progress}->tell("$device: restoring " . bytes($size) . ' to ' . text($file));
-        my @damage;
-        my $error = attempt { @damage = copy($job, $device, $size, $file) };
-        push($job->{problems}->@*, "$error") if $error;
+        my ($damage, $unread) = ([], []);
+        my $error = attempt { ($damage, $unread) = copy($job, $device, $size, $file) };
+        my @found = (
+            $damage->@* ? "archive $volname is damaged: " . describe($damage->@*) : (),
+            $unread->@* ? "of archive $volname, " . describe_unread($unread->@*) : (),
+        );
         push(
             $job->{problems}->@*,
-            "$device: archive $volname is damaged: "
-                . describe(@damage)
-                . '; the rest is restored - to get these bytes, restore another archive'
-        ) if @damage;
-        $job->{damaged}{$device} = \@damage if @damage;
+            $error ? "$error" : (),
+            map {
+                "$device: $_; the rest is restored - to get these bytes, restore again, or another archive"
+            } @found
+        );
+        $job->{damaged}{$device} = [joined($damage->@*, $unread->@*)] if @found;
         next if !$error;
         discard_file($job, $file);
         delete($files->{$device});
@@ -259,13 +320,14 @@ sub run ($opt, $path, $target) {
         = defined($opt->{device})
         ? $provider->device_called($volname, text($opt->{device}))
         : undef;
+    undo_killed(without_slash($target)) if -d $target;
     my $files = targets($volumes, $target, $device, $format);
     my $job = {
         provider => $provider,
         volname => $volname,
         format => $format,
         formats => [keys %fill],
-        'in directory' => -d $target,
+        directory => -d $target ? without_slash($target) : undef,
         progress => PVE::BackupAccess::CLI::Progress->new($opt->{quiet}),
         'no-verify' => $opt->{'no-verify'},
         parts => {},
