@@ -11,6 +11,7 @@ use v5.36;
 use FindBin;
 use lib "$FindBin::Bin/lib";
 use Digest::SHA qw(sha256_hex);
+use File::Temp ();
 use JSON::PP ();
 use Test::More;
 use Time::HiRes qw(sleep);
@@ -20,6 +21,7 @@ use PBA::Test::Client;
 use PBA::Test::QMP;
 use PBA::Test::QMPProxy;
 
+my $Backend = 'PBA::Test::Backend';
 my $QMP = 'PBA::Test::QMP';
 my $size = 16 << 20;
 my ($true, $false) = (JSON::PP::true, JSON::PP::false);
@@ -27,7 +29,7 @@ my ($true, $false) = (JSON::PP::true, JSON::PP::false);
 # A disk of shape drive takes its nodes with it when it is unplugged.
 sub start ($name, $shape = 'blockdev', %more) {
     my %disk = (size => $size, bus => 'scsi', shape => $shape);
-    return PBA::Test::Backend->start(
+    return $Backend->start(
         name => $name,
         disks => [map { { id => $_, %disk } } qw(disk0 disk1)],
         %more,
@@ -332,11 +334,112 @@ sub moved_between ($name, $when) {
     return;
 }
 
-for my $name (PBA::Test::Backend->names) {
+# Mode none removes the target's bitmap, which others may just have removed.
+sub bitmap_goes ($backend) {
+    my $outside = $backend->outside;
+    good_backup($backend);
+    my %bitmap = (node => 'disk0', name => 'pba:snapshot-access:test');
+    my $gone = 0;
+    my $access = $backend->access(
+        qmp => sub ($command, $arguments) {
+            $backend->vm->qmp('block-dirty-bitmap-remove', %bitmap)
+                if $command eq 'qom-set' && !$gone++;
+            return $QMP->once($backend->qmp_path, $command, $arguments);
+        }
+    );
+    ok(eval { $access->setup($backend->devices('none')); 1 }, 'setup does not need it') or diag($@);
+    ok($gone, 'the bitmap was removed');
+    $access->teardown(1) if $access->_is_up;
+    is_deeply($backend->outside, $outside, 'nothing is left');
+    is_deeply([map { keys $_->%* } values $backend->vm->bitmaps->%*], [], 'no bitmap is left');
+    return;
+}
+
+# Another program has put its NBD server in the place of the access' own one.
+sub other_server ($backend) {
+    my ($vm, $outside) = ($backend->vm, $backend->outside);
+    my $access = $backend->access;
+    $access->setup($backend->devices('new'));
+    $vm->qmp('nbd-server-stop');
+    my %socket = (type => 'unix', data => { path => $vm->dir . '/theirs.sock' });
+    $vm->qmp('nbd-server-start', addr => \%socket);
+    ok(!eval { $access->volumes('nbd'); 1 }, 'volumes are refused');
+    like(
+        "$@",
+        qr/NBD server of this access, .* was stopped by another program/,
+        'the error says why'
+    );
+    is_deeply($vm->exports, [], 'their server exports nothing of ours');
+    $access->teardown(0);
+    is_deeply($backend->outside, $outside, 'nothing is left');
+    ok($vm->qmp_try('nbd-server-start', addr => \%socket)->{error}, 'their server still runs');
+    $vm->qmp('nbd-server-stop');
+    return;
+}
+
+# A CD-ROM drive with a medium, and its fleecing image.
+sub start_cdrom ($name) {
+    my $dir = File::Temp->newdir('pba-cdrom-XXXXXXXX', TMPDIR => 1);
+    my $node = sub ($node, $is_fixed) {
+        my $file = "$dir/$node";
+        open(my $fh, '>', $file) or die "$file: $!\n";
+        truncate($fh, 1 << 20) or die "$file: $!\n";
+        my %file = (driver => 'file', filename => $file, discard => 'unmap');
+        my %raw = (driver => 'raw', 'node-name' => $node, file => \%file, discard => 'unmap');
+        $raw{'read-only'} = $true if $is_fixed;
+        return \%raw;
+    };
+    my @cdrom = ('-blockdev', JSON::PP->new->encode($node->('cd', 1)));
+    push(@cdrom, '-device', 'ide-cd,bus=ide.1,drive=cd,id=cd-dev');
+    my $backend = $Backend->start_paused(name => $name, disks => [], args => \@cdrom);
+    $backend->vm->qmp('blockdev-add', $node->('cd-fleecing', 0)->%*) if $name eq 'pve';
+    return ($backend, $dir);
+}
+
+# The drive must not get its medium back. Returns whether there was such a command.
+sub ejected_before ($name, $number) {
+    my ($backend, $dir) = start_cdrom($name);
+    my $vm = $backend->vm;
+    my $count = 0;
+    my $is_empty = 0;
+    my $access = $backend->access(
+        log => sub { },
+        qmp => sub ($command, $arguments) {
+            $is_empty = !$vm->qmp_try('eject', id => 'cd-dev', force => $true)->{error}
+                if ++$count == $number;
+            return $QMP->once($backend->qmp_path, $command, $arguments);
+        }
+    );
+    eval {
+        $access->setup([{ device => 'cd', 'bitmap-mode' => 'none' }]);
+        $access->volumes('nbd');
+        $access->teardown(1);
+    };
+    $access->teardown(0) if $access->_is_up;
+    ok($vm->is_alive, "ejected before command $number: the VM lives") or return 0;
+    is_deeply([nodes($backend, qr/\Apba-/)], [], 'nothing is left');
+    my ($drive) = grep { ($_->{qdev} // '') eq 'cd-dev' } $vm->qmp('query-block')->@*;
+    is(!$drive->{inserted}, !!$is_empty, 'the drive is empty if QEMU has ejected the medium');
+    return $count >= $number;
+}
+
+sub ejected ($name) {
+    my $step = $ENV{PBA_FULL} ? 1 : 4;
+    my $number = 1;
+    $number += $step while ejected_before($name, $number);
+    return;
+}
+
+for my $name ($Backend->names) {
+    subtest "backend $name: a medium is ejected" => sub { ejected($name) };
     my $backend = start($name, 'blockdev', guest => 0, paused => 1, memory => 32);
     subtest "backend $name: a marker of the same name" => sub { same_name($backend) };
     subtest "backend $name: a server that starts late" => sub { server_starts_late($backend) };
     subtest "backend $name: an export that goes late" => sub { export_goes_late($backend) };
+    subtest "backend $name: another NBD server" => sub { other_server($backend) };
+    subtest 'a bitmap that others remove' => sub { bitmap_goes($backend) }
+        if $name eq 'upstream';
+
     if ($name eq 'pve') {
         subtest 'the end of a killed process' => sub { end_without_holds($backend) };
         subtest 'the mark of an end is lost' => sub { mark_is_lost($backend) };

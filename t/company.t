@@ -297,6 +297,15 @@ sub check_export_of_raw () {
     my %export = (id => 'theirs', type => 'nbd', 'node-name' => $raw, name => 'theirs');
     $vm->qmp('block-export-add', %export);
     $access->teardown(1);
+    my $overlay = $vm->dir . '/overlay.qcow2';
+    ok(
+        $vm->qmp_try(
+            'blockdev-snapshot-sync',
+            device => 'drive-disk0',
+            'snapshot-file' => $overlay
+        )->{error},
+        'QEMU makes no overlay over our node, whose header would have its options'
+    );
     my $error = eval {
         back_up($backend, 'drive-disk0', log => sub { });
     } ? 'none' : "$@";
@@ -314,6 +323,38 @@ sub check_export_of_raw () {
         'afterwards it is backed up'
     ) or diag($@);
     is_deeply($backend->outside, $before, 'nothing is left');
+    return;
+}
+
+# While the access is up, QEMU must not load a snapshot of the disk's node, in any bitmap mode: the data below the
+# filter would change.
+sub check_snapshot_load ($mode) {
+    my %disk = (size => $size, format => 'qcow2');
+    my $backend = $Backend->start_paused(name => 'upstream', disks => [{ id => 'disk0', %disk }]);
+    my ($vm, $before) = ($backend->vm, $backend->outside);
+    my %snapshot = ('job-id' => 'theirs', tag => 's1', vmstate => 'disk0', devices => ['disk0']);
+    my $run = sub ($command) {
+        $vm->qmp($command, %snapshot);
+        wait_job($vm, qr/concluded/);
+        my ($job) = $vm->qmp('query-jobs')->@*;
+        $vm->qmp('job-dismiss', id => 'theirs');
+        return $job->{error} // 'done';
+    };
+    $vm->qemu_io('disk0', 'write -P 0x41 1M 64k');
+    is($run->('snapshot-save'), 'done', 'a snapshot');
+    $vm->qemu_io('disk0', 'write -P 0x42 1M 64k');
+    my @warnings;
+    my $log = sub ($level, $line) { push(@warnings, $line) if $level eq 'warn' };
+    my $access = $backend->access(log => $log);
+    $access->setup($backend->devices($mode));
+    my $volume = $access->volume('disk0');
+    like($run->('snapshot-load'), qr/active dirty bitmaps/, 'QEMU does not load it');
+    is($volume->pread(1 << 20, 65536), "\x42" x 65536, 'the volume has the disk at its instant');
+    undef $volume;
+    $access->teardown(1);
+    is_deeply(\@warnings, [], 'no warning');
+    is_deeply($backend->outside, $before, 'nothing is left');
+    is_deeply($backend->other_bitmaps, [], 'no bitmap of ours is left');
     return;
 }
 
@@ -411,6 +452,8 @@ subtest "backend $_: a flash chip" => sub { check_flash($_) }
 if (!$VM->is_proxmox) {
     subtest 'an ID that several objects have' => sub { check_ambiguous_id() };
     subtest 'an export of our node' => sub { check_export_of_raw() };
+    subtest "a load of a snapshot, mode $_" => sub { check_snapshot_load($_) }
+        for qw(none new);
     subtest 'an old qcow2 image' => sub { check_old_qcow2() };
 }
 for my $type (qw(scsi-block scsi-generic scsi-hd)) {

@@ -25,7 +25,7 @@ struct PbaBackend {
     char *(*identify)(const char *name, JsonObject *device);
     bool (*check)(PbaAccess *access, const PbaBlock *block, GError **error);
     bool (*prepare)(PbaAccess *access, const PbaBlock *block, GError **error);
-    bool (*cut)(PbaAccess *access, const PbaBlock *block, GError **error);
+    bool (*cut)(PbaAccess *access, GError **error);
     bool (*finish)(PbaAccess *access, GError **error);
     bool (*teardown)(PbaAccess *access, PbaBlock *block, bool success, GError **error);
     /* True if QEMU can be queried and has nothing of an access any more except markers. */

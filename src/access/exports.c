@@ -280,6 +280,19 @@ static void count_dirty(PbaAccess *access, JsonArray *nodes)
     }
 }
 
+/* QEMU has only one NBD server: on another program's, our exports could be read by its clients. */
+static bool check_server(const PbaAccess *access, GError **error)
+{
+    if (pba_nbd_server_is_up(access)) {
+        return true;
+    }
+    pba_error_set(error, PBA_ERROR_STATE,
+                  "the NBD server of this access, at '%s', was stopped by another program - tear "
+                  "the access down, then set it up again",
+                  access->socket);
+    return false;
+}
+
 static bool add_exports(PbaAccess *access, GError **error)
 {
     bool tried = access->phase == PBA_PHASE_EXPORTING;
@@ -292,7 +305,7 @@ static bool add_exports(PbaAccess *access, GError **error)
          * guest now writes to them elsewhere (Proxmox' QEMU, 11.0; a stock one, 7.2 and 10.0, does
          * not hand over those of an access). If a migration is running, it fails because of the
          * export. */
-        !pba_company_check_handed_over(access, error)) {
+        !pba_company_check_handed_over(access, error) || !check_server(access, error)) {
         return false;
     }
     pba_fleecing_check(access, nodes);

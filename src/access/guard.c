@@ -58,7 +58,7 @@ static bool add_guard(PbaAccess *access, const char *path, const char *node, con
 
 void pba_guards_name(const PbaAccess *access, PbaDisk *disk)
 {
-    disk->guard_node = pba_disk_name(access, "guard", disk);
+    disk->guard_node = pba_disk_name(access, PBA_GUARD_ROLE, disk);
     disk->hold_node = pba_disk_name(access, PBA_HOLD_ROLE, disk);
 }
 
@@ -98,11 +98,20 @@ bool pba_guards_add(PbaAccess *access, PbaGuarded guarded, GError **error)
     return done;
 }
 
+/* A raw node that another program uses stays below the guest device, and its guard with it. */
+static bool must_stay(const PbaAccess *access, const PbaDisk *disk, const PbaBlock *block)
+{
+    g_autofree char *raw = pba_disk_name(access, PBA_RAW_ROLE, disk);
+    return pba_block_find_node(block, raw) != NULL;
+}
+
 static void delete_guards(PbaAccess *access, GError **first, const PbaBlock *block)
 {
     for (guint i = 0; i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
-        pba_disk_drop_node(access, first, block, disk, disk->guard_node);
+        if (!must_stay(access, disk, block)) {
+            pba_disk_drop_node(access, first, block, disk, disk->guard_node);
+        }
         pba_disk_drop_node(access, first, block, disk, disk->hold_node);
     }
 }

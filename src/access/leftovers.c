@@ -204,20 +204,29 @@ static void add_owner(const PbaLeftovers *leftovers, const char *node, GPtrArray
         ->harmless = true;
 }
 
+static bool has_role(const char *node, const char *role)
+{
+    const char *own = node + strlen(PBA_OWN_PREFIX);
+    return g_str_has_prefix(own, role) && own[strlen(role)] == '-';
+}
+
 /* What recover does to a node of an access. A raw node stays below the guest's device while a job
- * of another program uses it, see is_in_use in upstream/teardown.c. */
+ * of another program uses it, and its guard with it: see is_in_use in upstream/teardown.c. */
 static const char *node_undone(const PbaLeftovers *leftovers, const char *node)
 {
-    g_autofree char *user =
-        g_str_has_prefix(node, "pba-raw-") ? pba_company_user(leftovers->block, node) : NULL;
+    const char *key = node + strlen(PBA_OWN_PREFIX PBA_GUARD_ROLE);
+    g_autofree char *raw = has_role(node, PBA_GUARD_ROLE)
+                               ? g_strconcat(PBA_OWN_PREFIX PBA_RAW_ROLE, key, NULL)
+                           : has_role(node, PBA_RAW_ROLE) ? g_strdup(node)
+                                                          : NULL;
+    g_autofree char *user = raw ? pba_company_user(leftovers->block, raw) : NULL;
     return user ? "stays until what stands on it has ended" : "was removed";
 }
 
 /* Whether the node shows that there is an access: it has one such node for each of its disks. */
 static bool tells_access(const char *node)
 {
-    const char *role = node + strlen("pba-");
-    return g_str_has_prefix(role, PBA_HOLD_ROLE "-") || g_str_has_prefix(role, PBA_DEVICE_ROLE "-");
+    return has_role(node, PBA_HOLD_ROLE) || has_role(node, PBA_DEVICE_ROLE);
 }
 
 static void add_node(const PbaLeftovers *leftovers, const char *node, GPtrArray *things)

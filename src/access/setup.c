@@ -349,8 +349,8 @@ static bool require_phase(const PbaAccess *access, PbaPhase phase, GError **erro
 
 bool pba_access_cut(PbaAccess *access, GError **error)
 {
-    bool done = require_phase(access, PBA_PHASE_PREPARED, error) &&
-                access->backend->cut(access, &access->seen, error);
+    bool done =
+        require_phase(access, PBA_PHASE_PREPARED, error) && access->backend->cut(access, error);
 
     if (done) {
         pba_access_enter(access, PBA_PHASE_CUT);

@@ -44,6 +44,9 @@ char *pba_target_prefix(const char *target_id, const char *role);
  * the second. See src/access/guard.c. */
 #define PBA_HOLD_ROLE "hold"
 #define PBA_DEVICE_ROLE "dev"
+/* On a stock QEMU, the node below the guest device, and the one that guards it. */
+#define PBA_RAW_ROLE "raw"
+#define PBA_GUARD_ROLE "guard"
 /* A nonce that identifies an access in the names of its exports and background bitmaps, so that a
  * late command of an ended access cannot affect a later one. This many random hexadecimal digits,
  * owned by the caller. */

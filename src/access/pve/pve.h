@@ -15,7 +15,7 @@ bool pba_pve_has_early_form(const PbaAccess *access);
 bool pba_pve_suits(PbaQmp *qmp, PbaQemu *qemu, const char **form, bool *suits, GError **error);
 bool pba_pve_check(PbaAccess *access, const PbaBlock *block, GError **error);
 bool pba_pve_prepare(PbaAccess *access, const PbaBlock *block, GError **error);
-bool pba_pve_cut(PbaAccess *access, const PbaBlock *block, GError **error);
+bool pba_pve_cut(PbaAccess *access, GError **error);
 bool pba_pve_teardown(PbaAccess *access, PbaBlock *block, bool success, GError **error);
 
 /* Whether QEMU's current state has nothing of this access: setup failed, or did not reach its

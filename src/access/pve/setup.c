@@ -311,7 +311,7 @@ static JsonArray *ask(PbaAccess *access, GError **error)
     return reply;
 }
 
-bool pba_pve_cut(PbaAccess *access, G_GNUC_UNUSED const PbaBlock *block, GError **error)
+bool pba_pve_cut(PbaAccess *access, GError **error)
 {
     /* The freeze before this may have taken minutes. A device that has lost its medium crashes QEMU
      * (to 11.0.0), and if one device fails, the nodes of those before it remain forever. */

@@ -44,35 +44,36 @@ static bool add_snapshot(PbaAccess *access, PbaDisk *disk, GError **error)
                        error);
 }
 
-/* QEMU (7.2, 10.0) crashes on a transaction with a bitmap of a missing node. */
-static bool look_again(PbaAccess *access, GError **error)
+/* Queries QEMU's bitmaps once more: they may have changed since the access was prepared, and QEMU
+ * (7.2, 10.0) crashes on a transaction with a bitmap of a missing node. */
+static bool look_again(PbaAccess *access, PbaBlock *now, GError **error)
 {
-    g_auto(PbaBlock) now = {0};
-
-    now.nodes = pba_block_query_nodes(access->qmp, error);
-    for (guint i = 0; now.nodes && i < access->disks->len; i++) {
+    now->nodes = pba_block_query_nodes(access->qmp, error);
+    for (guint i = 0; now->nodes && i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
-        if (!pba_block_find_node(&now, disk->bitmap_node) ||
+        if (!pba_block_find_node(now, disk->bitmap_node) ||
             (disk->bitmap_name &&
-             !pba_block_find_bitmap(&now, disk->bitmap_node, disk->bitmap_name))) {
+             !pba_block_find_bitmap(now, disk->bitmap_node, disk->bitmap_name))) {
             pba_error_set(error, PBA_ERROR_STATE,
                           "the disk or its bitmap was removed while the backup began - try again");
             pba_error_add_device(error, disk->device);
             return false;
         }
     }
-    return now.nodes != NULL;
+    return now->nodes != NULL;
 }
 
-bool pba_upstream_cut(PbaAccess *access, const PbaBlock *block, GError **error)
+bool pba_upstream_cut(PbaAccess *access, GError **error)
 {
-    return look_again(access, error) &&
+    g_auto(PbaBlock) now = {0};
+
+    return look_again(access, &now, error) &&
            /* The instant of all disks. */
            cut(access, error) &&
            /* Not before the cut: a write in between would be in the snapshot but not in the bitmap
             * that selects what is read. Not later: guest writes from now on need not be in that
             * bitmap. */
-           freeze_bitmaps(access, block, error);
+           freeze_bitmaps(access, &now, error);
 }
 
 /* Not before the cut: a filter with a user does not share writes of its disk (QEMU's

@@ -20,7 +20,7 @@ void pba_upstream_name_nodes(const PbaAccess *access, PbaDisk *disk)
 {
     PbaUpstreamDisk *nodes = g_new0(PbaUpstreamDisk, 1);
 
-    nodes->raw = pba_disk_name(access, "raw", disk);
+    nodes->raw = pba_disk_name(access, PBA_RAW_ROLE, disk);
     nodes->filter = pba_disk_name(access, "cbw", disk);
     disk->backend_data = nodes;
     disk->free_backend_data = free_data;

@@ -79,6 +79,12 @@ static bool is_any_inconsistent(const PbaBlock *block, const PbaDisk *disk, Json
     return inconsistent;
 }
 
+/* In mode none, there is only a background bitmap, which nothing depends on. */
+static bool has_mode_none(const PbaAccess *access, const PbaDisk *disk)
+{
+    return !access->is_recovery && disk->mode == PBA_BITMAP_MODE_NONE;
+}
+
 /* Removes a bitmap that cannot be trusted, together with its companion. */
 static bool drop_bitmap(const Join *join, const PbaDisk *disk, const char *name, GError **error)
 {
@@ -88,7 +94,8 @@ static bool drop_bitmap(const Join *join, const PbaDisk *disk, const char *name,
         pba_error_add_device(error, disk->device);
         return false;
     }
-    if (pba_block_find_bitmap(join->block, disk->bitmap_node, name)) {
+    if (pba_block_find_bitmap(join->block, disk->bitmap_node, name) &&
+        !has_mode_none(access, disk)) {
         pba_log(
             &access->hooks, PBA_LOG_WARN,
             "device %s: bitmap '%s' may lack bits and is removed: the next backup is a full one",

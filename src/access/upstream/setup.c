@@ -305,6 +305,7 @@ static bool prepare_bitmap(PbaAccess *access, PbaDisk *disk, const PbaBlock *blo
         return false;
     }
     if (disk->mode == PBA_BITMAP_MODE_NONE) {
+        pba_upstream_disk(disk)->persistent = false;
         return true;
     }
     if (is_usable(access, disk, block, info)) {
@@ -322,11 +323,10 @@ static bool prepare_bitmap(PbaAccess *access, PbaDisk *disk, const PbaBlock *blo
     return true;
 }
 
+/* Also in mode none: while a node has a bitmap, QEMU does not load a snapshot of it
+ * (snapshot-load), which would change the data below the filter. */
 static bool add_background(PbaAccess *access, PbaDisk *disk, GError **error)
 {
-    if (!disk->bitmap_name) {
-        return true;
-    }
     g_autofree char *name =
         pba_background_bitmap(access->target_id, access->nonce, access->tied == PBA_TIED_YES);
     return pba_qmp_run(access->qmp, "block-dirty-bitmap-add", pba_bitmap_add_arguments(disk, name),

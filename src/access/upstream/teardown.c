@@ -46,8 +46,9 @@ static bool has_user_now(PbaAccess *access, const char *node)
 }
 
 /* Only if the guest device uses our node: a qom-set of the current value makes QEMU abort (7.2 to
- * 11.0: "old_bs != new_bs"). A device that was unplugged since is not found. */
-static void give_root_back(PbaAccess *access, GError **first, const PbaBlock *block,
+ * 11.0: "old_bs != new_bs"). A device that was unplugged since is not found. Returns false if QEMU
+ * refuses this. */
+static bool give_root_back(PbaAccess *access, GError **first, const PbaBlock *block,
                            const PbaDisk *disk)
 {
     const PbaUpstreamDisk *own = pba_upstream_disk(disk);
@@ -56,7 +57,7 @@ static void give_root_back(PbaAccess *access, GError **first, const PbaBlock *bl
 
     if (pba_error_is_fatal(*first) || !own->guest_device || !root ||
         !pba_block_find_user(block, own->raw)) {
-        return;
+        return true;
     }
     if (!pba_qmp_run(access->qmp, "qom-set",
                      pba_json("{'path': <%s>, 'property': <'drive'>, 'value': <%s>}",
@@ -67,7 +68,9 @@ static void give_root_back(PbaAccess *access, GError **first, const PbaBlock *bl
             g_clear_error(&step);
         }
     }
+    bool done = !step;
     pba_error_keep_first(first, step, &access->hooks);
+    return done;
 }
 
 static void drop_fleecing(PbaAccess *access, GError **first, const PbaBlock *block,
@@ -131,7 +134,8 @@ static bool is_in_use(PbaAccess *access, const PbaBlock *block, const PbaDisk *d
     if (user) {
         pba_log(&access->hooks, PBA_LOG_WARN,
                 "device %s: node '%s' cannot be removed, because %s uses it - the next backup, or "
-                "recover, removes the node when its user has ended",
+                "recover, removes the node when its user has ended. Until then, QEMU refuses "
+                "snapshots, mirrors and commits of this disk",
                 disk->device, pba_upstream_disk(disk)->raw, user);
     }
     return user != NULL;
@@ -140,17 +144,16 @@ static bool is_in_use(PbaAccess *access, const PbaBlock *block, const PbaDisk *d
 static void undo_disk(PbaAccess *access, GError **first, const PbaBlock *block, const PbaDisk *disk)
 {
     const PbaUpstreamDisk *nodes = pba_upstream_disk(disk);
-    bool in_use = is_in_use(access, block, disk);
-
     /* QEMU does not delete a node that has a user. So the order is: the guest device and the guard,
      * which is above it, before the raw node; the filter before the fleecing image, which is its
      * target. */
-    if (!in_use) {
-        give_root_back(access, first, block, disk);
-    }
+    bool is_unused = !is_in_use(access, block, disk) && give_root_back(access, first, block, disk);
+
     pba_disk_drop_node(access, first, block, disk, nodes->filter);
-    pba_disk_drop_node(access, first, block, disk, disk->guard_node);
-    if (!in_use) {
+    /* A raw node that stays keeps its guard: the header of an overlay over it would have its name
+     * or its options. */
+    if (is_unused) {
+        pba_disk_drop_node(access, first, block, disk, disk->guard_node);
         pba_disk_drop_node(access, first, block, disk, nodes->raw);
     }
     drop_fleecing(access, first, block, disk);

@@ -10,7 +10,7 @@ extern const PbaBackend pba_upstream_backend;
 bool pba_upstream_suits(PbaQmp *qmp, PbaQemu *qemu, const char **form, bool *suits, GError **error);
 bool pba_upstream_check(PbaAccess *access, const PbaBlock *block, GError **error);
 bool pba_upstream_prepare(PbaAccess *access, const PbaBlock *block, GError **error);
-bool pba_upstream_cut(PbaAccess *access, const PbaBlock *block, GError **error);
+bool pba_upstream_cut(PbaAccess *access, GError **error);
 bool pba_upstream_finish(PbaAccess *access, GError **error);
 bool pba_upstream_teardown(PbaAccess *access, PbaBlock *block, bool success, GError **error);
 bool pba_upstream_is_clean(PbaAccess *access);
