@@ -15,6 +15,7 @@ use Time::HiRes qw(sleep time);
 use PBA::Test::Backend;
 use PBA::Test::Command qw(run_command start_command);
 use PBA::Test::Manifest qw(change_manifest);
+use PBA::Test::VM;
 
 my $backend = PBA::Test::Backend->start(
     name => 'pve',
@@ -78,10 +79,15 @@ chomp(my $archive = $first->{out});
 my ($image, $manifest) = ("$archive/drive-scsi0.qcow2", "$archive/manifest.json");
 my $good = content($manifest);
 
-# An image that was modified since its backup, on a storage that does not answer: opening it blocks.
+# An image that was modified since its backup, and whose opening blocks, as on a storage that does not answer: its
+# backing file is a FIFO.
 rename($image, "$image.good") or die "rename: $!\n";
-POSIX::mkfifo($image, 0600) or die "mkfifo: $!\n";
-change_manifest($manifest, sub ($changed) { $changed->{files}{'drive-scsi0.qcow2'}{size} = 0 });
+my $fifo = $vm->dir . '/fifo';
+POSIX::mkfifo($fifo, 0600) or die "mkfifo: $!\n";
+system(PBA::Test::VM->qemu_img, qw(create -q -u -f qcow2 -F raw -b), $fifo, $image, 16 << 20) == 0
+    or die "qemu-img failed\n";
+change_manifest($manifest,
+    sub ($changed) { $changed->{files}{'drive-scsi0.qcow2'}{size} = -s $image });
 
 my %commands = (backup => \@backup, verify => ['verify', $archive]);
 for my $name (sort keys %commands) {
