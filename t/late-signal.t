@@ -69,7 +69,7 @@ my %waits = (
     },
     'a list of lines' => sub ($dir) {
         local $PVE::BackupAccess::Provider::Qcow2Chain::Tar::tar = slow($dir);
-        is_for_pct('x');
+        is_for_pct(image($dir));
     },
     'a server that is to end' => sub ($dir) {
         my $server = "${provider}::Server"->start(image($dir));

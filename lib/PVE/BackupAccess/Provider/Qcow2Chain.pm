@@ -330,7 +330,7 @@ The backup and the restore of a container call:
     $provider->backup_container_prepare(101, \%info);
     $provider->backup_container(101, "hostname: web2\n", ['/copyright'], \%info);
     $provider->backup_cleanup(101, 'lxc', 1, {});
-    $provider->backup_handle_log_file(101, '/dev/null');
+    $provider->backup_handle_log_file(101, '/var/log/dpkg.log');
     $provider->job_cleanup;
 
     my $source = $provider->restore_container_init($volname, 'mystore', {});
