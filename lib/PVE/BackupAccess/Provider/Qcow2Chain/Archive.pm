@@ -320,6 +320,10 @@ sub cluster_size ($self) { return $cluster_size }
 
 sub image ($self, $device) { return "$self->{dir}/" . _file_of($self->own($device)) }
 
+sub is_readable ($self, $device) {
+    return !attempt_any { sha256($self->image($device)) };
+}
+
 # The size of the archive's files, or of a device's image.
 sub file_size ($self, $device = undef) {
     my $files = $self->{manifest}{files};

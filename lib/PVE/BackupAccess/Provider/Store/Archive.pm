@@ -23,6 +23,9 @@ sub guest ($self) { return $self->{manifest}{guest} }
 sub devices ($self) { return sort keys $self->{manifest}{devices}->%* }
 sub container ($self) { return undef }
 
+# Whether the storage returns all of the device's image, whatever that contains.
+sub is_readable ($self, $device) { return 0 }
+
 # A disk may have had another name in older archives of a chain. After this call, the archive finds the disk that it
 # calls $own under the name $device.
 sub answer_to ($self, $device, $own) {
