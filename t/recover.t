@@ -173,7 +173,7 @@ sub check_unasked ($backend) {
     $access->setup($backend->devices('use'));
     like(
         "@log",
-        qr/warn: a dead process left an access/,
+        qr/warn: undoing the access that a dead process left/,
         'a setup that may recover logs the leftover access'
     );
     like(
