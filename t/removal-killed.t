@@ -132,7 +132,7 @@ for my $action (sort keys %actions) {
     my ($code, @gone) = $actions{$action}->@*;
     subtest $action => sub {
         for (my $number = 1;; $number++) {
-            next if !$ENV{PBA_FULL} && $number > 1 && rand() > 0.015;
+            next if !$ENV{PBA_FULL} && $number > 1 && rand() > 0.006;
             start_again();
             my $text = "call $number";
             is_killed_at($number, $code) or last;

@@ -103,7 +103,7 @@ my sub guest_args ($vm) {
         'nokaslr', 'no_timer_check',
         'random.trust_cpu=on', 'pba.disks=' . @disks,
         'cryptomgr.notests', 'lsm=',
-        'init_on_alloc=0',
+        'init_on_alloc=0', 'noreplace-smp',
         'initcall_blacklist=cubictcp_register,init_kprobe_trace,load_system_certificate_list',
         ('pba.scsi=1') x !!$scsi,
     );
