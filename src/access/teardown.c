@@ -62,6 +62,36 @@ void pba_access_end(PbaAccess *access)
     }
 }
 
+static bool are_all_held(const PbaAccess *access, const PbaBlock *block)
+{
+    for (guint i = 0; i < access->disks->len; i++) {
+        if (!pba_guard_holds(access->disks->pdata[i], block)) {
+            return false;
+        }
+    }
+    return true;
+}
+
+/* QEMU's state, as far as the teardown needs it. The disks of a dead process' access are not known;
+ * the graph shows them. A hold shows that its disk is there, whatever became of the guest device.
+ */
+static bool query_state(PbaAccess *access, PbaBlock *block, GError **error)
+{
+    bool with_graph = access->backend->ends_by_graph || access->is_recovery;
+
+    if (!with_graph) {
+        block->nodes = pba_block_query_nodes(access->qmp, error);
+        if (!block->nodes) {
+            return false;
+        }
+        if (are_all_held(access, block)) {
+            block->devices = json_array_new();
+            return true;
+        }
+    }
+    return pba_block_query(access->qmp, with_graph, block, error);
+}
+
 /* The exports are gone. One query returns our marker and what is to be undone: after a restart of
  * the VM, the nodes of a later access have the same names. */
 static bool undo_rest(PbaAccess *access, bool success, bool is_shared, GError **error)
@@ -71,11 +101,8 @@ static bool undo_rest(PbaAccess *access, bool success, bool is_shared, GError **
      * waits forever, with the guest, for a client that is in the middle of the handshake. Two
      * commands later, QEMU has seen the end of this connection. */
     bool server_is_up = pba_nbd_server_is_up(access);
-    /* The disks of a dead process' access are not known; the graph shows them. */
-    bool with_graph = access->backend->ends_by_graph || access->is_recovery;
 
-    return pba_block_query(access->qmp, with_graph, &block, error) &&
-           pba_owner_require(access, block.nodes, error) &&
+    return query_state(access, &block, error) && pba_owner_require(access, block.nodes, error) &&
            /* Before the rest, which does not need the server: so a later fault leaves no server
             * behind. */
            (!server_is_up || pba_nbd_server_stop(access, is_shared, error)) &&
