@@ -280,9 +280,6 @@ PbaCompanion pba_disk_companion(const PbaAccess *access, const PbaDisk *disk, co
 bool pba_tie_fits(const PbaAccess *access, PbaDisk *disk, const PbaBlock *block);
 /* Says why an existing bitmap is not used. */
 void pba_tie_log_reason(const PbaAccess *access, const PbaDisk *disk);
-/* Action of a transaction: adds the companion of a new bitmap, without an ID. */
-void pba_tie_add_open(JsonArray *actions, const PbaAccess *access, const PbaDisk *disk,
-                      const char *from, uint64_t granularity, bool persistent);
 
 /* Audits */
 

@@ -59,12 +59,3 @@ void pba_tie_log_reason(const PbaAccess *access, const PbaDisk *disk)
     pba_log(&access->hooks, PBA_LOG_INFO, "device %s: its bitmap is not used: %s", disk->device,
             disk->reason);
 }
-
-void pba_tie_add_open(JsonArray *actions, const PbaAccess *access, const PbaDisk *disk,
-                      const char *from, uint64_t granularity, bool persistent)
-{
-    PbaCompanion open = pba_disk_companion(access, disk, access->nonce);
-    g_autofree char *name = pba_companion_name(&open);
-
-    pba_companion_add(actions, disk->bitmap_node, name, from, granularity, persistent);
-}

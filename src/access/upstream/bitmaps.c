@@ -183,6 +183,17 @@ bool pba_dirty_source_drop(PbaAccess *access, const PbaDisk *disk, const PbaBloc
            pba_node_delete(access, names.source, error);
 }
 
+/* Action of a transaction: adds the companion of a new bitmap, without an ID. */
+static void add_open_companion(JsonArray *actions, const PbaAccess *access, const PbaDisk *disk,
+                               const char *bitmap)
+{
+    PbaCompanion open = pba_disk_companion(access, disk, access->nonce);
+    g_autofree char *name = pba_companion_name(&open);
+
+    pba_companion_add(actions, disk->bitmap_node, name, bitmap, PBA_GRANULARITY,
+                      pba_upstream_disk(disk)->persistent);
+}
+
 bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error)
 {
     g_auto(DirtySource) names = dirty_source_names(access, disk);
@@ -198,8 +209,7 @@ bool pba_bitmap_add_all_dirty(PbaAccess *access, PbaDisk *disk, GError **error)
         pba_actions_add(actions, "block-dirty-bitmap-add", pba_bitmap_add_arguments(disk, bitmap));
         pba_bitmap_add_merge(actions, disk, bitmap, sources);
         if (access->tied == PBA_TIED_YES) {
-            pba_tie_add_open(actions, access, disk, bitmap, PBA_GRANULARITY,
-                             pba_upstream_disk(disk)->persistent);
+            add_open_companion(actions, access, disk, bitmap);
         }
         done = pba_actions_run(access->qmp, actions, error);
     }
