@@ -31,7 +31,7 @@ require PVE::BackupAccess;
 my $dir = File::Temp->newdir('pba-bench-XXXXXXXX', TMPDIR => 1);
 
 # The cluster's script is beside the tests.
-my $ceph = do { local $FindBin::Bin = "$FindBin::Bin/../t"; PBA::Test::Ceph->start };
+my $ceph = do { local $FindBin::Bin = "$FindBin::Bin/../t"; PBA::Test::Ceph->start(0) };
 my $namespace;
 
 sub place () { return "backup/$namespace" }

@@ -20,7 +20,7 @@ BEGIN {
 use PVE::BackupAccess::CLI::TryProvider::Machine;
 use PVE::BackupAccess::Libvirt::Shell;
 use PVE::BackupAccess::Program qw(new_pipe start_program);
-use PVE::BackupAccess::Provider::Qcow2Chain::Container;
+use PVE::BackupAccess::Provider::Store::Container;
 use PVE::BackupAccess::Provider::RBD::Lock;
 use PVE::BackupAccess::Provider::Store::RawFile;
 
@@ -64,9 +64,9 @@ my %cases = (
         return 'dropped';
     },
     'a process that stores a container' => sub () {
-        local $PVE::BackupAccess::Provider::Qcow2Chain::Container::longest_end = 1;
+        local $PVE::BackupAccess::Provider::Store::Container::longest_end = 1;
         my (undef, $control) = new_pipe();
-        object('Provider::Qcow2Chain::Container', control => $control)->end(1);
+        object('Provider::Store::Container', control => $control)->end(1);
         return 'ended';
     },
     'a process that serves a raw file' => sub () {

@@ -21,11 +21,11 @@ use PVE::BackupAccess::GuestAgent;
 use PVE::BackupAccess::Image;
 use PVE::BackupAccess::Libvirt::Shell;
 use PVE::BackupAccess::Program qw(run_program);
-use PVE::BackupAccess::Provider::Qcow2Chain::Container;
-use PVE::BackupAccess::Provider::Qcow2Chain::Filter;
+use PVE::BackupAccess::Provider::Store::Container;
+use PVE::BackupAccess::Provider::Store::Filter;
 use PVE::BackupAccess::Provider::Qcow2Chain::Names;
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
-use PVE::BackupAccess::Provider::Qcow2Chain::Tar qw(is_for_pct stream_problem);
+use PVE::BackupAccess::Provider::Store::Tar qw(is_for_pct stream_problem);
 use PVE::BackupAccess::Provider::Store::Workers qw(side_by_side);
 
 my $provider = 'PVE::BackupAccess::Provider::Qcow2Chain';
@@ -61,14 +61,14 @@ sub silent_socket ($path) {
 my %waits = (
     'a program' => sub ($dir) { run_program('sleep', 1000) },
     'a filter' => sub ($dir) {
-        "${provider}::Filter"->start({}, 'sleep', 1000)->problem;
+        PVE::BackupAccess::Provider::Store::Filter->start({}, 'sleep', 1000)->problem;
     },
     'a stream' => sub ($dir) {
-        local $PVE::BackupAccess::Provider::Qcow2Chain::Tar::zstd = slow($dir);
+        local $PVE::BackupAccess::Provider::Store::Tar::zstd = slow($dir);
         stream_problem(image($dir), {});
     },
     'a list of lines' => sub ($dir) {
-        local $PVE::BackupAccess::Provider::Qcow2Chain::Tar::tar = slow($dir);
+        local $PVE::BackupAccess::Provider::Store::Tar::tar = slow($dir);
         is_for_pct(image($dir));
     },
     'a server that is to end' => sub ($dir) {
@@ -94,7 +94,7 @@ my %waits = (
             $_ => sub () { }
         } qw(publish discard unlock);
         while (1) {
-            "${provider}::Container"->start({}, %how)->end(1);
+            PVE::BackupAccess::Provider::Store::Container->start({}, %how)->end(1);
         }
     },
     virsh => sub ($dir) {

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # A one-node Ceph in a directory: a monitor, a manager, an OSD on a file, and the pool "backup" for RBD.
-# one-node-ceph.sh DIRECTORY PORT: PORT is the monitor's, on the loopback address. DIRECTORY/*.pid name the processes.
+# one-node-ceph.sh DIRECTORY PORT [LINE...]: PORT is the monitor's, on the loopback address; LINE is one more of the
+# configuration. DIRECTORY/*.pid name the processes.
 set -euo pipefail
 dir=$1
 port=$2
+shift 2
 fsid=$(cat /proc/sys/kernel/random/uuid)
 cat > "$dir/ceph.conf" <<END
 [global]
@@ -29,6 +31,7 @@ osd max object name len = 256
 osd max object namespace len = 64
 osd memory target = 939524096
 keyring = $dir/keyring
+$(printf '%s\n' "$@")
 END
 export CEPH_CONF="$dir/ceph.conf"
 mkdir -p "$dir/mon" "$dir/mgr" "$dir/osd"

@@ -407,7 +407,7 @@ subtest 'missing programs' => sub {
     my $container = new_container();
     for my $program (qw(tar zstd)) {
         no strict 'refs';
-        local ${"${class}::Tar::$program"} = 'no-such-program';
+        local ${"PVE::BackupAccess::Provider::Store::Tar::$program"} = 'no-such-program';
         is($container->backup, undef, "$program cannot be run");
         like($container->error, qr/cannot run no-such-program - No such file/,
             'the error says why');
@@ -428,7 +428,7 @@ subtest 'a zstd that cannot check' => sub {
     no strict 'refs';
 
     for my $program ('no-such-program', $killed) {
-        local ${"${class}::Tar::zstd"} = $program;
+        local ${"PVE::BackupAccess::Provider::Store::Tar::zstd"} = $program;
         fails(
             sub () { $provider->verify($second) },
             qr/cannot check \Q$path\E - /,

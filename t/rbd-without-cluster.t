@@ -26,6 +26,7 @@ use PVE::BackupAccess::Provider::Store::Manifest qw(encode_manifest);
 my $Archive = 'PVE::BackupAccess::Provider::RBD::Archive';
 my $Lock = 'PVE::BackupAccess::Provider::RBD::Lock';
 my $NoCeph = 'PBA::Test::NoCeph';
+my $Server = 'PVE::BackupAccess::Provider::RBD::Server';
 my $place = 'rbd:backup/test';
 my @log;
 
@@ -147,8 +148,8 @@ subtest 'a watch that the cluster has forgotten' => sub {
 };
 
 subtest 'a server whose archive is not protected from removal any more' => sub {
-    my $server = bless({ owner => $$, reading => lock_that_says('read', 'ERROR cookie 1') },
-        'PVE::BackupAccess::Provider::RBD::Server');
+    my $server
+        = bless({ owner => $$, reading => lock_that_says('read', 'ERROR cookie 1') }, $Server);
     like(error_of_check('is_running', $server), qr/may have removed the archive/, 'an error');
     $server->kill;
     pass('it can be ended');
@@ -157,7 +158,7 @@ subtest 'a server whose archive is not protected from removal any more' => sub {
 # A killed client would stay a watcher of its image for half a minute.
 subtest 'a server that is to end' => sub {
     my ($out, $to) = new_pipe();
-    my $server = bless({ owner => $$ }, 'PVE::BackupAccess::Provider::RBD::Server');
+    my $server = bless({ owner => $$ }, $Server);
     my $script = q(trap 'sleep 0.3; echo closed; exit' TERM; echo up; while :; do sleep 0.05; done);
     start_program(\$server->{pid}, { out => $to }, 'sh', '-c', $script);
     close($to);
@@ -165,6 +166,37 @@ subtest 'a server that is to end' => sub {
     $server->kill;
     is(readline($out), "closed\n", 'it has the time to close its image');
     ok(!$server->is_running, 'and has ended');
+};
+
+# As qemu-nbd before its main loop runs.
+subtest 'a server that ignores the first signal' => sub {
+    my ($out, $to) = new_pipe();
+    my $server = bless({ owner => $$ }, $Server);
+    my $script
+        = q(trap 'trap "echo closed; exit" TERM' TERM; echo up; while :; do sleep 0.05; done);
+    start_program(\$server->{pid}, { out => $to }, 'sh', '-c', $script);
+    close($to);
+    is(readline($out), "up\n", 'it runs');
+    my $began = time;
+    $server->kill;
+    is(readline($out), "closed\n", 'gets another one');
+    cmp_ok(time - $began, '<', 9, 'soon');
+};
+
+package PBA::Test::Text {
+    sub pread (@) { return 'x' x 512 }
+}
+
+# What is written to the image must be what was read from it.
+subtest 'the first block of an image, while there is no room for temporary files' => sub {
+    my $server = bless({ owner => $$, connection => bless({}, 'PBA::Test::Text') }, $Server);
+    no warnings 'redefine';
+    local *PVE::BackupAccess::Provider::RBD::Server::temporary_file = sub () {
+        open(my $fh, '<', '/dev/zero') or die "open: $!\n";
+        return $fh;
+    };
+    ok(!eval { $server->lock_image(512); 1 }, 'is not copied');
+    like($@, qr/^cannot write a temporary file - /, 'the error says why');
 };
 
 my $name = '20261130T080000Z';
@@ -211,6 +243,22 @@ subtest 'a lock that is lost before the removal of what a killed backup left' =>
     };
     like(($guest->clean)[0], qr/was lost/, 'the lock was lost');
     is_deeply($ceph->{removed}, [], 'nothing of the other backup is removed');
+};
+
+# An administrator may keep a copy of an image, under a name that begins like those of the guest's images.
+subtest 'images of others' => sub {
+    my ($ceph, $guest) = guest_with(stored => { "archive $name" => $manifest });
+    my $left = 'pba-vm-100-drive-scsi1-20261130T090000Z';
+    $ceph->{images}{$_} = [] for "$image-copy", 'pba-vm-100-copy', "pba-vm-100-$name", $left;
+    is_deeply([$guest->clean, $ceph->{removed}], [[$left]], 'stay');
+};
+
+# Each look at the lock is a call of a program.
+subtest 'a clean-up that finds nothing' => sub {
+    my ($ceph, $guest) = guest_with(stored => { "archive $name" => $manifest });
+    no warnings 'redefine';
+    local *PVE::BackupAccess::Provider::RBD::Guest::check_lock = sub (@) { die "it looks\n" };
+    is_deeply([$guest->clean], [], 'needs no look at the lock');
 };
 
 subtest 'an archive that is protected while a prune removes others' => sub {

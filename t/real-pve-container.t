@@ -1,6 +1,7 @@
 # The real PVE::VZDump::LXC and PVE::LXC::Create, from the sources or the Proxmox host that PBA_PVE_CONTAINER
-# names: the backup of a container by Qcow2Chain and its restore, in user namespaces, from a tar file and from a
-# directory. Everything else that they use of Proxmox VE, except for pve-common, is a stand-in.
+# names: the backup of a container by Qcow2Chain, and by RBD if Ceph is installed, and its restore, in user
+# namespaces, from a tar file and from a directory. Everything else that they use of Proxmox VE, except for
+# pve-common, is a stand-in.
 #
 # One QEMU is enough: containers have none.
 
@@ -10,8 +11,10 @@ use FindBin;
 use lib "$FindBin::Bin/lib";
 use Test::More;
 
+use PBA::Test::Ceph;
 use PBA::Test::Container qw(describe write_file);
 use PBA::Test::VZDump::Host qw(empty_modules);
+use PVE::BackupAccess::Provider::RBD;
 
 my $tree = $ENV{PBA_PVE_CONTAINER};
 plan(skip_all => 'needs PBA_PVE_CONTAINER') if !$tree;
@@ -45,6 +48,7 @@ my $is_loaded
     = eval { require PVE::LXC::Create; require PVE::LXC::Namespaces; require PVE::VZDump::LXC; 1 };
 plan(skip_all => "needs what pve-container needs: $@") if !$is_loaded;
 
+my $time = 1_795_000_000;
 my @log;
 my $note = sub ($self, @line) { push(@log, "@line") };
 {
@@ -57,8 +61,8 @@ my $note = sub ($self, @line) { push(@log, "@line") };
 
 # A container with a system, which pct accepts as a tar file; and one with a single program, which it does not
 # accept.
-sub make_container ($kind) {
-    my $container = PBA::Test::Container->new(first_id => $first_id);
+sub make_container ($kind, %options) {
+    my $container = PBA::Test::Container->new(first_id => $first_id, %options);
     return $container->fill if $kind eq 'tar';
     write_file($container->root . '/app', 'program', 0755);
     $container->_own;
@@ -86,10 +90,10 @@ sub archive ($container, $kind) {
         userns_cmd => ['in-namespace'],
     );
     my $provider = $container->{provider};
-    my $name = $provider->backup_init(101, 'lxc', 1_795_000_000)->{'archive-name'};
+    my $name = $provider->backup_init(101, 'lxc', $time += 60)->{'archive-name'};
     bless({ vzdump => \%vzdump }, 'PVE::VZDump::LXC')->archive(\%task, 101, undef, undef);
     like(join("\n", splice(@log)), qr/using backup mechanism 'directory'/, 'pve-container says');
-    is_deeply([map { $_->{volname} } $provider->list->@*], [$name], 'the archive is listed');
+    is((map { $_->{volname} } $provider->list->@*)[-1], $name, 'the archive is listed');
     my $stats = $provider->backup_cleanup(101, 'lxc', 1, {})->{stats};
     cmp_ok($stats->{'archive-size'}, '>', 0, 'a size');
     return $name;
@@ -112,9 +116,26 @@ sub restore ($container, $name, $directory) {
     return;
 }
 
-for my $kind (qw(tar directory)) {
-    subtest "restored by $kind" => sub {
-        my $container = make_container($kind);
+my $ceph = PBA::Test::Ceph->is_installed ? PBA::Test::Ceph->start : undef;
+
+sub new_rbd ($log) {
+    return PVE::BackupAccess::Provider::RBD->new(undef,
+        { pool => 'backup', 'ceph-conf' => $ceph->conf },
+        'test', $log);
+}
+
+my %stores = (Qcow2Chain => {}, $ceph ? (RBD => { new_provider => \&new_rbd }) : ());
+
+for my $case (
+    map {
+        my $store = $_;
+        map { [$store, $_] } qw(tar directory)
+    } sort keys %stores
+    )
+{
+    my ($store, $kind) = $case->@*;
+    subtest "$store: restored by $kind" => sub {
+        my $container = make_container($kind, $stores{$store}->%*);
         my ($root, $tmp) = ($container->root, $container->tmp);
         make_programs("$tmp/programs");
         local $ENV{PATH} = "$tmp/programs:$ENV{PATH}";

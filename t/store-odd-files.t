@@ -14,7 +14,7 @@ use Test::More;
 
 use PBA::Test::Chain;
 use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(number_of);
-use PVE::BackupAccess::Provider::Qcow2Chain::Tar qw(is_for_pct stream_problem);
+use PVE::BackupAccess::Provider::Store::Tar qw(is_for_pct stream_problem);
 
 my $seconds = 60;    # each of the calls takes less than one
 

@@ -5,19 +5,15 @@ use v5.36;
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::File qw(directory_exists);
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
-use PVE::BackupAccess::Provider::Qcow2Chain::Container;
 use PVE::BackupAccess::Provider::Qcow2Chain::Guest;
 use PVE::BackupAccess::Provider::Qcow2Chain::Mount qw(mount_warning);
 use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(numbers_in);
 use PVE::BackupAccess::Provider::Qcow2Chain::Store qw(store_devices);
-use PVE::BackupAccess::Provider::Qcow2Chain::Tree qw(mechanism_of);
 use PVE::BackupAccess::Provider::Qcow2Chain::Verify qw(digests_of problems_of unproven_of);
 
-use parent qw(PVE::BackupAccess::Provider::Store);
+use parent qw(PVE::BackupAccess::Provider::Store::WithContainers);
 
 my $Archive = 'PVE::BackupAccess::Provider::Qcow2Chain::Archive';
-my $Container = 'PVE::BackupAccess::Provider::Qcow2Chain::Container';
-my $Tree = 'PVE::BackupAccess::Provider::Qcow2Chain::Tree';
 
 # The directory of each type of guest.
 my %directories = (qemu => 'vm', lxc => 'ct');
@@ -77,73 +73,6 @@ sub _digests_of ($self, @what) { return digests_of(@what) }
 sub job_init ($self, $start_time) {
     fail('StateError', "the directory $self->{path} does not exist - is its file system mounted?")
         if !directory_exists($self->{path});
-    return;
-}
-
-sub backup_get_mechanism ($self, $vmid, $vmtype) {
-    return { qemu => 'nbd', lxc => 'directory' }->{$vmtype};
-}
-
-sub backup_cleanup ($self, $vmid, $vmtype, $success, $info) {
-    my $task = $self->{task} // return { stats => {} };
-    my ($guest, $container) = $task->@{qw(guest container)};
-    if ($container) {
-        $container->end($success);
-        $task->{published} = $Archive->exists($guest->dir, $task->{name});
-
-        # What remains of the archive is removed under the lock: another process' backup may hold it by now.
-        delete($task->{archive});
-        $self->_settle($guest) if !$task->{published};
-    }
-    return $self->SUPER::backup_cleanup($vmid, $vmtype, $success, $info);
-}
-
-# From here on the keeper holds the lock and releases it with the archive, because Proxmox VE prunes before it calls
-# backup_cleanup.
-sub backup_container_prepare ($self, $vmid, $info) {
-    my $task = $self->_task($vmid);
-    my ($guest, $archive) = ($task->{guest}, $self->_begin_archive($task, $info));
-    $task->{container} = $Container->start(
-        $archive,
-        config => $PVE::BackupAccess::Provider::Store::guest_config,
-        limit => $info->{'bandwidth-limit'},
-        check => !$self->{'no-check'},
-        publish => sub () { $guest->publish($archive) },
-        discard => sub () { $guest->give_up($archive) },
-        unlock => sub () { $guest->drop(delete($task->{lock})) },
-    );
-    delete($task->{lock});
-    return;
-}
-
-sub backup_container ($self, $vmid, $guest_config_text, $exclude_patterns, $info) {
-    my $container = $self->_task($vmid)->{container} // fail('StateError',
-        "guest $vmid: backup_container_prepare must be called before backup_container");
-    $container->feed($guest_config_text, $exclude_patterns // [], $info, $self->{log});
-    return;
-}
-
-# ---- restore ----
-
-sub restore_get_mechanism ($self, $volname, @) {
-    my $archive = $self->_archive($volname);
-    return ('qemu-img', 'qemu') if !$archive->container;
-    return (mechanism_of($archive), 'lxc');
-}
-
-sub restore_container_init ($self, $volname, @) {
-    my ($place) = $self->_parse($volname);
-    my $reading = $self->_guest($place)->read_lock;
-    my $archive = $self->_archive($volname);
-    fail('ArchiveError', "archive $volname is of a virtual machine, not of a container")
-        if !$archive->container;
-    my $tree = $Tree->new($archive);
-    $self->{'container restores'}{$volname} = { tree => $tree, reading => $reading };
-    return { $tree->mechanism eq 'tar' ? 'tar-path' : 'archive-directory' => $tree->path };
-}
-
-sub restore_container_cleanup ($self, $volname, @) {
-    delete($self->{'container restores'}{$volname});
     return;
 }
 

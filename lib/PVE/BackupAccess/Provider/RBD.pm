@@ -13,7 +13,7 @@ use PVE::BackupAccess::Provider::Store::Devices
     qw(begin_devices check_device for_devices store_device);
 use PVE::BackupAccess::Try qw(attempt reason rethrow);
 
-use parent qw(PVE::BackupAccess::Provider::Store);
+use parent qw(PVE::BackupAccess::Provider::Store::WithContainers);
 
 my sub checked_name ($what, $name) {
     my ($good) = ($name // '') =~ m!\A([^/\@:\s"'][^/\@:\s]*)\z!
@@ -44,7 +44,13 @@ sub _guest ($self, $place) {
         place => $place);
 }
 
-sub _places_of_type ($self) { return { qemu => 'vm' } }
+sub _places_of_type ($self) { return { qemu => 'vm', lxc => 'ct' } }
+
+# Each look for archives is a call of a program, and most numbers are those of a virtual machine only.
+sub _places ($self, $vmid) {
+    return ("vm/$vmid", $self->{store}->has_place("ct/$vmid") ? "ct/$vmid" : ());
+}
+
 sub _where ($self) { return 'rbd:' . $self->{ceph}->place }
 sub _notes_name ($self) { return 'rbd' }
 sub _vmids ($self) { return $self->{store}->vmids }
@@ -84,7 +90,18 @@ sub _problems_of ($self, $guest, $name, $seen) {
     my $error = attempt { $archive = $guest->archive($name) };
     rethrow($error) if $error && !is_damage($error);
     return reason($error) if $error;
+    return $self->_container_problems($archive) if $archive->container;
     return map { $self->_device_problems($guest, $archive, $_) } $archive->devices;
+}
+
+# The same as for a device.
+sub _container_problems ($self, $archive) {
+    my $problem;
+    my $error = attempt { $problem = $archive->container_damage };
+    $problem = reason($error) if $error;
+    attempt { $archive->note_damage('container', defined($problem) ? 1 : 0) }
+    if !$error || is_damage($error);
+    return $problem // ();
 }
 
 # That a device could not be read, for example because the cluster did not answer, is reported, but is no damage to be noted.
@@ -122,10 +139,6 @@ sub job_init ($self, $start_time) {
     return;
 }
 
-sub backup_get_mechanism ($self, $vmid, $vmtype) {
-    return $vmtype eq 'qemu' ? 'nbd' : undef;
-}
-
 # ---- more ----
 
 sub rbd_uri ($self, $volname, $device) {
@@ -146,7 +159,7 @@ __END__
 
 =head1 NAME
 
-PVE::BackupAccess::Provider::RBD - backups as snapshots of RBD images in a Ceph cluster
+PVE::BackupAccess::Provider::RBD - backups as snapshots of RBD images in a Ceph cluster, containers as tar archives in them
 
 =head1 SYNOPSIS
 
@@ -165,8 +178,7 @@ PVE::BackupAccess::Provider::RBD - backups as snapshots of RBD images in a Ceph 
 
 =head1 DESCRIPTION
 
-A backup provider of Proxmox VE for virtual machines. It keeps the archives in a pool of a Ceph cluster, or in a namespace of
-a pool. It needs the programs C<rbd> and C<rados> (Debian: C<ceph-common>) and QEMU's rbd driver (C<qemu-block-extra>).
+A backup provider of Proxmox VE. It keeps the archives in a pool of a Ceph cluster, or in a namespace of a pool. It needs the programs C<rbd> and C<rados> (Debian: C<ceph-common>) and QEMU's rbd driver (C<qemu-block-extra>).
 
 Each device of a guest has an RBD image. A backup writes to it through C<qemu-nbd>: an increment writes what has changed, and a
 full backup over an older one writes what differs. When all devices are stored and flushed, each image gets a snapshot with
@@ -182,6 +194,9 @@ The pool contains:
 =over
 
 =item the images C<pba-vm-100-DEVICE-ARCHIVE>, named after the guest, the device and the first archive of the image
+
+=item the images C<pba-ct-101-container-ARCHIVE>: the tree of a container as F<.tar.zst>, as in
+L<PVE::BackupAccess::Provider::Qcow2Chain>. Each has one snapshot. C<tar> and C<zstd> are needed for these
 
 =item the object C<pba.vm-100>: its omap has each manifest, with the configurations, as a value. One call sets a value
 durably, processes cannot overwrite each other's values, and one call reads all of them. (With one object for each manifest, a
@@ -209,7 +224,7 @@ changed objects. A full backup that compares would instead read the whole disk o
 
 Which backup a bitmap is relative to, disks with other names, audits, retention and bandwidth are as in
 L<PVE::BackupAccess::Provider::Qcow2Chain>. But an increment can build on any archive, not only on the newest one: if the guest
-was rolled back, the image is rolled back too. Containers are not supported.
+was rolled back, the image is rolled back too.
 
 All sizes are bytes. Methods die with a L<PVE::BackupAccess::Error>: C<ArchiveError> if an archive is missing or damaged,
 C<StateError> while another process uses the same guest's archives, or if the lock was lost, C<SystemError> if C<rbd>,
@@ -250,15 +265,12 @@ Returns C<RBD>. Takes no arguments.
 
 Takes the start time. Reads the object C<pba>, or creates it for the first backup. Errors: C<SystemError> if the pool cannot be reached.
 
-=head2 backup_get_mechanism
-
-Takes the guest's number and type. Returns C<nbd> for virtual machines, undef for everything else.
-
 =head2 other methods of the API
 
-C<backup_init>, C<backup_vm_query_incremental>, C<backup_vm>, C<backup_cleanup>, C<backup_handle_log_file>, C<restore_vm_init>,
-C<restore_vm_volume_init>, C<restore_vm_volume_cleanup>, C<restore_vm_cleanup>, C<archive_get_guest_config> and
-C<archive_get_firewall_config> are as in L<PVE::BackupAccess::Provider::Qcow2Chain>. C<archive-size> is the number of bytes that
+C<backup_get_mechanism>, C<backup_init>, C<backup_vm_query_incremental>, C<backup_vm>, C<backup_container_prepare>, C<backup_container>,
+C<backup_cleanup>, C<backup_handle_log_file>, C<restore_get_mechanism>, C<restore_vm_init>, C<restore_vm_volume_init>,
+C<restore_vm_volume_cleanup>, C<restore_vm_cleanup>, C<restore_container_init>, C<restore_container_cleanup>,
+C<archive_get_guest_config> and C<archive_get_firewall_config> are as in L<PVE::BackupAccess::Provider::Qcow2Chain>. C<archive-size> is the number of bytes that
 the backup has written to its images, without zeroes. C<restore_vm_volume_cleanup> dies with C<ArchiveError> if the archive was
 removed while it was restored. C<is_running> of a C<server> dies with C<StateError> if the lock was lost.
 

@@ -337,7 +337,7 @@ sub restore_vm_init ($self, $volname, @) {
     my $archive = $self->_archive($volname);
     fail('ArchiveError',
         "archive $volname is of a container, not of a virtual machine - restore it with pct, or extract it with tar from "
-            . $archive->container_path)
+            . $archive->container_place)
         if $archive->container;
     return { map { $_ => { size => $archive->device($_)->{size} } } $archive->devices };
 }

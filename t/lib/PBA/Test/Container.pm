@@ -76,12 +76,16 @@ sub result ($self) { return $self->{result} }
 sub log ($self) { return join("\n", splice($self->{log}->@*)) }
 sub guest_dir ($self) { return "$self->{store}/ct/$self->{vmid}" }
 
-# Creates a provider, as another process would.
+# Creates a provider, as another process would: a Qcow2Chain, or what new_provider, an option of new, returns.
 sub provider ($self, %scfg) {
     my $log = $self->{log};
+    my $make = $self->{new_provider} // sub ($log_function) {
+        return PVE::BackupAccess::Provider::Qcow2Chain->new(undef,
+            { path => $self->{store}, %scfg },
+            'test', $log_function);
+    };
     return $self->{provider}
-        = PVE::BackupAccess::Provider::Qcow2Chain->new(undef, { path => $self->{store}, %scfg },
-        'test', sub ($level, $message) { push($log->@*, "$level: $message") });
+        = $make->(sub ($level, $message) { push($log->@*, "$level: $message") });
 }
 
 # ---- a tree ----

@@ -37,7 +37,11 @@ sub remove_snapshot ($self, @which) {
     return;
 }
 
-sub remove_image ($self, $image) { return }
+sub remove_image ($self, $image) {
+    push($self->{removed}->@*, $image);
+    return;
+}
+
 sub remove_object ($self, $object) { return }
 
 1;

@@ -6,13 +6,14 @@ package PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 use v5.36;
 
 use Digest::SHA qw(sha256_hex);
+use Fcntl qw(O_CREAT O_EXCL O_WRONLY);
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::File
     qw(file_exists fingerprint make_directory move read_file read_if_there remove_tree replace_file sha256 sync write_file);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw($cluster_size create_image image_problem);
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
-use PVE::BackupAccess::Provider::Qcow2Chain::Tar qw(stream_problem);
+use PVE::BackupAccess::Provider::Store::Tar qw(stream_problem);
 use PVE::BackupAccess::Provider::Store::Manifest
     qw($name_pattern decode_manifest device_fault encode_manifest has_its_digest is_hash manifest_fault new_id refuse_newer);
 use PVE::BackupAccess::Try qw(attempt_any);
@@ -88,13 +89,14 @@ sub add_device ($self, $device, $about, $parent = undef) {
     return "$self->{dir}/$file";
 }
 
-# Adds a container's tree: fill writes it to a path, and returns { size, sha256 } of the stream before compression.
-# Returns the path.
+# Adds a container's tree: fill writes it to a handle, and returns { size, sha256 } of the stream before compression.
 sub add_container ($self, $fill) {
-    my $path = "$self->{dir}/$tree";
-    $self->{manifest}{container} = { file => $tree, $fill->($path)->%* };
+    my $path = $self->container_path;
+    sysopen(my $file, $path, O_WRONLY | O_CREAT | O_EXCL, 0600)
+        or PVE::BackupAccess::Error->throw('SystemError', "cannot write $path - $!");
+    $self->{manifest}{container} = { file => $tree, $fill->($path, $file)->%* };
     $self->{manifest}{files}{$tree} = {};
-    return $path;
+    return;
 }
 
 # A file name that is the same in every archive, and safe for any device name.
@@ -298,9 +300,12 @@ sub _path_of ($self, $file) {
     return "$self->{dir}/$file";
 }
 
-# { size, sha256, file } of a container's tree, undef for a virtual machine; and the path of the tree.
+# { size, sha256, file } of a container's tree, undef for a virtual machine.
 sub container ($self) { return $self->{manifest}{container} }
 sub container_path ($self) { return "$self->{dir}/$tree" }
+sub container_place ($self) { return $self->container_path }
+sub container_source ($self) { return $self->container_path }
+sub container_bytes ($self) { return -s $self->container_path }
 
 # Why the tree is not what was read from the container, or undef. A file with the noted size and time is not read.
 sub container_problem ($self) { return $self->file_problem($tree, 0) }

@@ -9,16 +9,20 @@ use Digest::SHA qw(sha256_hex);
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::File qw(sha256 write_file);
+use PVE::BackupAccess::Program qw(new_pipe);
 use PVE::BackupAccess::Provider::RBD::Parts qw(get_parts part_names put_parts);
 use PVE::BackupAccess::Provider::RBD::Server;
 use PVE::BackupAccess::Provider::Store::Content qw(is_damage);
 use PVE::BackupAccess::Provider::Store::Digests qw(digests_size merge_digests);
+use PVE::BackupAccess::Provider::Store::Filter;
 use PVE::BackupAccess::Provider::Store::Manifest
     qw(decode_manifest device_fault encode_manifest has_its_digest is_hash is_text manifest_fault new_id refuse_newer);
+use PVE::BackupAccess::Provider::Store::Tar qw(stream_problem);
 use PVE::BackupAccess::Try qw(attempt reason rethrow);
 
 use parent qw(PVE::BackupAccess::Provider::Store::Archive);
 
+my $Filter = 'PVE::BackupAccess::Provider::Store::Filter';
 my $Server = 'PVE::BackupAccess::Provider::RBD::Server';
 
 my $format = 1;
@@ -62,13 +66,19 @@ sub open_to_write ($self, $device) {
     if ($parent) {
         $ceph->fence($entry->{image});
         $ceph->roll_back($entry->{image}, $parent->name)
-            if $ceph->differs($entry->{image}, $parent->name, $entry->{size});
+            if $ceph->differs($entry->{image}, $parent->name);
     }
     else {
         $ceph->create($entry->{image}, $entry->{size});
     }
-    my $server = $Server->start({ ceph => $ceph, image => $entry->{image} }, writable => 1);
+    my $start = sub { $Server->start({ ceph => $ceph, image => $entry->{image} }, writable => 1) };
+    my $server = $start->();
     return $server if !$parent;
+    if ($server->size != $entry->{size}) {    # a new size alone is no difference
+        $server->kill;
+        $ceph->roll_back($entry->{image}, $parent->name);
+        $server = $start->();
+    }
 
     # The other process' fence does not stop a server that had not yet the image's lock. So the order is: lock, then look.
     $server->lock_image($entry->{size});
@@ -77,6 +87,29 @@ sub open_to_write ($self, $device) {
 }
 
 sub cluster_size ($self) { return $digest_block }
+
+# Adds a container's tree: fill writes it to a handle, and returns { size, sha256 } of the stream before compression. The
+# program is not killed if fill dies: the cluster would not let the image be removed for half a minute.
+sub add_container ($self, $fill) {
+    my ($guest, $name) = $self->@{qw(guest name)};
+    my ($ceph, $image) = ($guest->ceph, $guest->image_for('container', $name));
+    $guest->check_lock;
+    my ($from, $to) = new_pipe();
+    my $import = $Filter->start({ in => $from }, $ceph->import_command($image));
+    close($from);
+    my $stream;
+    my $error = attempt { $stream = $fill->("image $image", $to) };
+    close($to);
+    my $problem = $import->problem;
+    PVE::BackupAccess::Error->throw('SystemError', "cannot write image $image - $problem")
+        if defined($problem);
+    rethrow($error) if $error;
+    $guest->check_lock;
+    $ceph->snap($image, $name);
+    $self->{manifest}{container}
+        = { image => $image, bytes => $ceph->size_of($image), $stream->%* };
+    return;
+}
 
 # To be called when all devices are stored and flushed.
 sub freeze ($self) {
@@ -116,7 +149,7 @@ sub load ($class, $guest, $name, $text) {
     my $manifest = decode_manifest($text);
     refuse_newer("archive $name", $manifest, $format);
     my $problem = has_its_digest($text) ? manifest_fault($manifest, qr/1/) : 'its SHA-256 differs';
-    $problem //= _devices_fault($manifest);
+    $problem //= _devices_fault($manifest) // _container_fault($manifest);
     fail("the manifest of archive $name is damaged - $problem") if defined($problem);
     return bless({ guest => $guest, name => $name, manifest => $manifest }, $class);
 }
@@ -126,14 +159,30 @@ sub _devices_fault ($manifest) {
         my $entry = $manifest->{devices}{$device};
         my $fault = device_fault($device, $entry);
         return $fault if defined($fault);
-        ($entry->{image}) = ($entry->{image} // '') =~ m/\A(pba-[A-Za-z0-9%._-]+)\z/
-            or return "device $device has no valid name of an image";
+        _has_image($entry) or return "device $device has no valid name of an image";
         my $digests = $entry->{digests};
         return "device $device has no valid digests"
             if !is_hash($digests) || ($digests->{sha256} // '') !~ m/\A[0-9a-f]{64}\z/;
     }
     my ($odd) = grep { !is_hash($_) || !is_text($_->{content}) } values $manifest->{files}->%*;
     return $odd ? 'the content of one of its files is not a text' : undef;
+}
+
+# Removes the taint from the image's name.
+sub _has_image ($entry) {
+    ($entry->{image}) = ($entry->{image} // '') =~ m/\A(pba-[A-Za-z0-9%._-]+)\z/;
+    return defined($entry->{image});
+}
+
+sub _container_fault ($manifest) {
+    my $container = $manifest->{container} // return undef;
+    my $is_valid
+        = is_hash($container)
+        && _has_image($container)
+        && !grep { ($container->{$_} // '') !~ m/\A[0-9]{1,19}\z/ } qw(size bytes);
+    return 'its container is not valid'
+        if !$is_valid || ($container->{sha256} // '') !~ m/\A[0-9a-f]{64}\z/;
+    return undef;
 }
 
 # A snapshot does not depend on another archive.
@@ -145,7 +194,7 @@ sub file_size ($self, $device = undef) {
     my $devices = $self->{manifest}{devices};
     my $size = 0;
     $size += $_->{stored} // 0 for defined($device) ? $self->device($device) : values $devices->%*;
-    return $size;
+    return $size + (defined($device) || !$self->container ? 0 : $self->container_bytes);
 }
 
 # undef if it has no such file.
@@ -205,6 +254,49 @@ sub serve ($self, $device, %options) {
 
 sub uri ($self, $device) {
     return $self->{guest}->ceph->uri($self->device($device)->{image}, $self->{name});
+}
+
+# ---- a container ----
+
+sub container ($self) { return $self->{manifest}{container} }
+sub container_bytes ($self) { return $self->container->{bytes} }
+
+sub container_place ($self) {
+    return
+          'rbd:'
+        . $self->{guest}->ceph->place
+        . "/$self->{manifest}{container}{image}\@$self->{name}";
+}
+
+sub container_source ($self) {
+    my ($ceph, $image) = ($self->{guest}->ceph, $self->container->{image});
+    my ($from, $to) = new_pipe();
+    my $program = $Filter->start({ out => $to }, $ceph->export_command($image, $self->{name}));
+    return { name => $self->container_place, handle => $from, program => $program };
+}
+
+# Without reading it.
+sub container_problem ($self) {
+    my $problem
+        = $self->{guest}->snapshot_problem($self->{name}, $self->container->@{qw(image bytes)});
+    return $problem // ($self->is_known_damaged('container') ? 'damage was found in it' : undef);
+}
+
+# The same, but reads it.
+sub container_damage ($self) {
+    return $self->{guest}->snapshot_problem($self->{name}, $self->container->@{qw(image bytes)})
+        // stream_problem($self->container_source, $self->container);
+}
+
+# A copy that is removed with the guest's object.
+sub container_path ($self) {
+    my ($ceph, $image) = ($self->{guest}->ceph, $self->container->{image});
+    my $path = $self->{guest}->directory . '/root.tar.zst';
+    return $path if -e $path;
+    $ceph->rbd('export', '--no-progress', "$image\@$self->{name}", $path);
+    my $problem = stream_problem($path, $self->container);
+    fail($problem =~ s/\Q$path\E/$self->container_place/er) if defined($problem);
+    return $path;
 }
 
 sub is_known_damaged ($self, $device) {

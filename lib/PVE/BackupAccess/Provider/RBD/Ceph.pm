@@ -39,12 +39,15 @@ sub uri ($self, $image, $snapshot) {
     return 'rbd:' . $self->place . "/$name\@$snapshot:conf=$conf";
 }
 
+my sub cluster_command ($self, $program) {
+    return ($program, '--conf', $self->{conf}, '--client_mount_timeout', $connect_limit);
+}
+
 # A program with the options for the cluster, pool and namespace.
 sub command ($self, $program, @arguments) {
-    my @in = ('--conf', $self->{conf}, '--client_mount_timeout', $connect_limit);
-    push(@in, '--pool', $self->{pool});
+    my @in = ('--pool', $self->{pool});
     push(@in, '--namespace', $self->{namespace}) if defined($self->{namespace});
-    return ($program, @in, @arguments);
+    return (cluster_command($self, $program), @in, @arguments);
 }
 
 # Programs wait for the cluster as long as it takes: if one were ended, its change could still happen later, after others
@@ -154,6 +157,21 @@ sub create ($self, $image, $size) {
     return;
 }
 
+# Commands that read a new image from standard input, and write a snapshot to standard output. The first has other options for the
+# pool and namespace.
+sub import_command ($self, $image) {
+    my @how = ('--no-progress', '--image-feature', $features);
+    return (cluster_command($self, 'rbd'), 'import', @how, '-', $self->place . "/$image");
+}
+
+sub export_command ($self, $image, $snapshot) {
+    return $self->command('rbd', 'export', '--no-progress', "$image\@$snapshot", '-');
+}
+
+sub size_of ($self, $image) {
+    return decode('rbd', $self->rbd('info', '--format', 'json', $image))->{size};
+}
+
 # A killed client keeps the image's lock for half a minute, until the cluster notices, and writes that it has sent may still
 # arrive. If its lock is broken, the cluster refuses them. Call this only if no other process may be writing: the caller
 # has the lock for changes.
@@ -171,14 +189,8 @@ sub fence ($self, $image) {
     return;
 }
 
-# The image's size, which a snapshot's may differ from.
-sub _size_of_image ($self, $image) {
-    return decode('rbd', $self->rbd('info', '--format', 'json', $image))->{size};
-}
-
-# Whether the image differs from its snapshot of that size.
-sub differs ($self, $image, $snapshot, $size) {
-    return 1 if $self->_size_of_image($image) != $size;
+# Whether the image's data differs from that of its snapshot.
+sub differs ($self, $image, $snapshot) {
     my @how = ('--whole-object', '--format', 'json', '--from-snap', $snapshot);
     return decode('rbd', $self->rbd('diff', @how, $image))->@* ? 1 : 0;
 }

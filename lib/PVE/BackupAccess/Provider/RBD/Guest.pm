@@ -122,9 +122,10 @@ sub note_damage ($self, $name, $own, $is_damaged) {
 
 # ---- locks: see Lock.pm ----
 
+# Readers note damage, but do not change snapshots: the lock for removals is taken under that for changes.
 sub _take ($self, $how, $kind, @wait) {
     my $lock = $Lock->$how($self->@{qw(ceph object)}, $kind, @wait);
-    delete($self->@{qw(values snapshots some)});
+    delete($self->@{ $kind eq 'removal' ? 'values' : qw(values snapshots some) });
     return $lock;
 }
 
@@ -155,13 +156,19 @@ sub drop ($self, $lock) {
     return;
 }
 
+sub leave ($self, $lock) {
+    $lock->leave;
+    return $lock;
+}
+
 # ---- images ----
 
 # { image => [{ name, size, protected }] } of the guest's.
 sub _snapshots ($self) {
     return $self->{snapshots} //= {
         map { $_ => $self->{ceph}->snapshots($_) // [] }
-        map { m/\A(\Q$self->{prefix}\E[A-Za-z0-9%._-]+)\z/ ? $1 : () } $self->{ceph}->images
+            map { m/\A(\Q$self->{prefix}\E[A-Za-z0-9%._-]+-$name_pattern)\z/ ? $1 : () }
+            $self->{ceph}->images
     };
 }
 
@@ -175,14 +182,16 @@ my sub snapshot_of ($snapshots, $name) {
     return $found;
 }
 
-# Does not read the data.
+# Why there is no snapshot of an image with that name and size, or undef. Does not read the data.
+sub snapshot_problem ($self, $name, $image, $size) {
+    my $snapshot = snapshot_of($self->_snapshots_of($image), $name)
+        // return "the snapshot $image\@$name is missing";
+    return undef if $snapshot->{size} == $size;
+    return "the snapshot $image\@$name has $snapshot->{size} bytes, not $size";
+}
+
 sub _snapshot_problem ($self, $archive, $device) {
-    my ($name, $entry) = ($archive->name, $archive->device($device));
-    my $image = "$entry->{image}\@$name";
-    my $snapshot = snapshot_of($self->_snapshots_of($entry->{image}), $name)
-        // return "the snapshot $image is missing";
-    return undef if $snapshot->{size} == $entry->{size};
-    return "the snapshot $image has $snapshot->{size} bytes, not $entry->{size}";
+    return $self->snapshot_problem($archive->name, $archive->device($device)->@{qw(image size)});
 }
 
 sub device_problem ($self, $name, $device) {
@@ -311,19 +320,28 @@ sub remove ($self, $name) {
 
 sub discard ($self, $name) { return $self->remove($name) }
 
+# The snapshots of an image that belong to no archive.
+sub _lone_snapshots ($self, $image) {
+    return
+        grep { $_->{name} =~ m/\A$name_pattern\z/ && !$self->has($1) && !$_->{protected} }
+        $self->_snapshots->{$image}->@*;
+}
+
 # The lock is checked when it is known what there is: then nothing that is removed can be of a backup that began after the
 # lock was lost.
 sub clean ($self) {
-    my @problems;
-    $self->_snapshots;
-    $self->_values;
+    my @images = grep { !$self->_snapshots->{$_}->@* || $self->_lone_snapshots($_) }
+        sort keys $self->_snapshots->%*;
+    my @notes = $self->_lone_notes;
+    return if !@images && !@notes;
     my $lost = attempt { $self->check_lock };
     return reason($lost) if $lost;
-    for my $note ($self->_lone_notes) {
+    my @problems;
+    for my $note (@notes) {
         my $error = attempt { $self->_unset($note) };
         push(@problems, "cannot remove what a removal left - " . reason($error)) if $error;
     }
-    for my $image (sort keys $self->_snapshots->%*) {
+    for my $image (@images) {
         my $error = attempt { $self->_clean_image($image) };
         push(@problems,
             "cannot remove what a backup or removal left of image $image - " . reason($error))
@@ -334,19 +352,16 @@ sub clean ($self) {
 
 # The digests first, because the snapshot is what leads to them.
 sub _clean_image ($self, $image) {
-    my ($ceph, @left) = ($self->{ceph});
-    for my $snapshot ($self->_snapshots->{$image}->@*) {
+    my $ceph = $self->{ceph};
+    for my $snapshot ($self->_lone_snapshots($image)) {
         my ($name) = $snapshot->{name} =~ m/\A$name_pattern\z/;
-        if (!defined($name) || $self->has($name) || $snapshot->{protected}) {
-            push(@left, $snapshot);
-            next;
-        }
         my ($size) = $snapshot->{size} =~ m/\A([0-9]+)\z/;
         $ceph->remove_object($_) for $Archive->digest_objects($image, $name, $size);
         $ceph->remove_snapshot($image, $name);
+        $self->{snapshots}{$image}
+            = [grep { $_ != $snapshot } $self->{snapshots}{$image}->@*];
     }
-    $self->{snapshots}{$image} = \@left;
-    return if @left;
+    return if $self->{snapshots}{$image}->@*;
     $ceph->remove_image($image);
     delete($self->{snapshots}{$image});
     return;

@@ -9,6 +9,7 @@ use v5.36;
 use IO::Handle ();
 use IO::Select ();
 
+use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Program qw(kill_child new_pipe start_program);
 use PVE::BackupAccess::Wait qw(child_ends keep_trying read_some slice);
@@ -48,6 +49,15 @@ my sub until_it_watches ($out, $tell) {
         $got = read_some($out, \$said, 4096) if $select->can_read(slice(1));
     }
     return $said;
+}
+
+# Only its parent can wait for the program, but all processes that have the lock see the end of what it says.
+my sub until_it_ends ($out) {
+    my ($until, $select, $got, $said) = (now() + $longest_end, IO::Select->new($out), 1, '');
+    while ($got && now() < $until) {
+        $got = read_some($out, \$said, 4096) if $select->can_read(slice($until - now()));
+    }
+    return;
 }
 
 # Starts to watch the object, and returns when the watch is established. The program ends, and tells the cluster so, when all
@@ -129,8 +139,15 @@ sub drop ($self) {
         syswrite($in, "\n");
         close($in);
     }
-    kill_child($pid) if !child_ends($pid, $longest_end);
+    until_it_ends($self->{out});
+    kill_child($pid) if !child_ends($pid, 1);
     delete($self->{pid});
+    return;
+}
+
+# Leaves the lock to a forked process, which drops it. After that, drop only waits for the program.
+sub leave ($self) {
+    close(delete($self->{in}));
     return;
 }
 

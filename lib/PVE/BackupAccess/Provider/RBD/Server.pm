@@ -4,6 +4,8 @@ package PVE::BackupAccess::Provider::RBD::Server;
 
 use v5.36;
 
+use PVE::BackupAccess::Clock qw(now);
+use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Program qw(temporary_file);
 use PVE::BackupAccess::Volume;
 use PVE::BackupAccess::Wait qw(child_ends);
@@ -41,13 +43,16 @@ sub is_running ($self) {
     return $self->SUPER::is_running;
 }
 
+sub size ($self) { return $self->{connection}->size }
+
 # The first write of a client gives it the image's lock: here of what is already there. When another client breaks the lock, the
 # cluster accepts nothing more from this one.
 sub lock_image ($self, $size) {
     my @regions = ([0, 512]);
     my $same = temporary_file();
-    truncate($same, $size);
-    syswrite($same, $self->{connection}->pread($regions[0]->@*));
+    my $data = $self->{connection}->pread($regions[0]->@*);
+    PVE::BackupAccess::Error->throw('SystemError', "cannot write a temporary file - $!")
+        if !truncate($same, $size) || (syswrite($same, $data) // 0) != length($data);
     my $volume = PVE::BackupAccess::Volume->open(
         'image',
         {
@@ -66,13 +71,16 @@ my $longest_end = 10;    # seconds, to close an image while the cluster does not
 
 # If a client is killed, the cluster keeps it as a watcher of its image for half a minute. During that time, the cluster does
 # not remove the image, and the creation of a snapshot waits. So qemu-nbd is given the time to close the image, also after
-# reading.
+# reading. It ignores a signal that arrives before its main loop runs.
 sub kill ($self) {
     my $pid = $self->{pid} // return;
     local ($!, $?);
     delete($self->{connection});
-    CORE::kill(TERM => $pid) if $self->SUPER::is_running;
-    child_ends($pid, $longest_end);
+    my $until = now() + $longest_end;
+    while ($self->SUPER::is_running && now() < $until) {
+        CORE::kill(TERM => $pid);
+        child_ends($pid, 1);
+    }
     return $self->SUPER::kill;
 }
 

@@ -2,10 +2,12 @@ package PVE::BackupAccess::Provider::RBD::Store;
 
 # The store's own object in a pool or namespace, with the values, by key:
 #
-#   guest vm/100    a guest's name, empty if it has none
+#   guest vm/100    a guest's name, empty if it has none; ct/101 is a container
 #   id              the store's unique ID
 
 use v5.36;
+
+use List::Util qw(uniq);
 
 use PVE::BackupAccess::Provider::RBD::Lock;
 use PVE::BackupAccess::Provider::Store::Manifest qw(new_id);
@@ -44,18 +46,24 @@ sub id ($self) {
 
 sub add_place ($self, $place) {
     $self->_set("guest $place", '') if !exists($self->_values->{"guest $place"});
+    delete($self->{known});
     return;
 }
 
+# Asks once for all guests: a list asks for those of all its archives.
+sub _known ($self) { return $self->{known} //= $self->_values }
+
+sub has_place ($self, $place) { return exists($self->_known->{"guest $place"}) }
+
 sub vmids ($self) {
-    return sort { $a <=> $b }
-        map { m!\Aguest vm/([1-9][0-9]{0,8})\z! ? $1 : () } keys $self->_values->%*;
+    delete($self->{known});
+    return
+        sort { $a <=> $b }
+        uniq(map { m!\Aguest (?:vm|ct)/([1-9][0-9]{0,8})\z! ? $1 : () } keys $self->_known->%*);
 }
 
-# Asks once for all names: a list asks for those of all its archives.
 sub name_of ($self, $vmid) {
-    my $values = $self->{'known names'} //= $self->_values;
-    my ($name) = ($values->{"guest vm/$vmid"} // '') =~ m/\A([A-Za-z0-9_.-]+)\z/;
+    my ($name) = ($self->_known->{"guest vm/$vmid"} // '') =~ m/\A([A-Za-z0-9_.-]+)\z/;
     return $name;
 }
 

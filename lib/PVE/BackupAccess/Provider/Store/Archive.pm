@@ -11,7 +11,16 @@ package PVE::BackupAccess::Provider::Store::Archive;
 #   keep_log($text)          stores the log, which the manifest does not list
 #   add_file($name, $content), seal    for a new archive; its data is durable after seal
 #   file_size([$device])     the bytes that the archive, or one device, occupies
-#   container, container_path, container_problem    see Qcow2Chain/Archive.pm; a store without containers lacks them
+#
+# and, for containers:
+#
+#   add_container($fill)     fill->($name, $handle) writes the tree to the handle; the name is for its messages
+#   container                { size, sha256 } of the tree before compression, undef for a virtual machine
+#   container_bytes          the bytes that the compressed tree occupies
+#   container_source         where it is read from, see Tar.pm
+#   container_path           a file with it, whose name ends in .tar.zst
+#   container_place          where it is, for messages
+#   container_problem        why it is damaged, undef if it is not; need not read it
 
 use v5.36;
 

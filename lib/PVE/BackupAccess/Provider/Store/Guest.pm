@@ -17,6 +17,7 @@ package PVE::BackupAccess::Provider::Store::Guest;
 #   change_lock, try_change_lock, read_lock, removal_lock    see Qcow2Chain/Lock.pm
 #   clean                    removes what a killed process left; returns what could not be completed, as texts
 #   drop($lock)              releases the lock for all processes that have it
+#   leave($lock)             leaves the lock to a forked process; returns what to keep until that has ended, by default nothing
 #   give_up($archive)        removes an incomplete new archive
 #   publish($archive, $notes)    gives a new archive its name
 
@@ -48,6 +49,9 @@ sub readable_of ($self, $unread, @names) {
 # Why what was read from the archive's device under the read lock may be wrong; undef if it is right. A file's lock is not
 # lost.
 sub reading_problem ($self, $name, $device) { return undef }
+
+# To close its handle is enough.
+sub leave ($self, $lock) { return undef }
 
 # A store in which no removal can be half done has none.
 sub being_removed ($self, $unread) { return }

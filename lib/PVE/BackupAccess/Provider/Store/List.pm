@@ -48,8 +48,9 @@ my sub parts_of ($archive) {
         };
     }
     my $container = $archive->container // return \%parts;
-    return { container =>
-            { size => 0 + $container->{size}, 'image-size' => -s $archive->container_path } };
+    return {
+        container => { size => 0 + $container->{size}, 'image-size' => $archive->container_bytes }
+    };
 }
 
 my %types = (vm => 'qemu', ct => 'lxc');

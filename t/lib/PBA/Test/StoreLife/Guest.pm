@@ -13,10 +13,10 @@ my %sizes = (
 );
 
 # dir: for the data that is read; vmid; uuid; is_aware: whether the caller ties bitmaps to backups, as
-# PVE::BackupAccess::Task does.
+# PVE::BackupAccess::Task does; devices: which of the disks it has, by default all.
 sub new ($class, %options) {
     my $self = bless({%options}, $class);
-    for my $device (sort keys %sizes) {
+    for my $device (sort(($options{devices} // [keys %sizes])->@*)) {
         my $size = $sizes{$device};
         $self->{disks}{$device} = { size => $size, content => "\0" x $size, dirty => {} };
     }

@@ -1,4 +1,4 @@
-package PVE::BackupAccess::Provider::Qcow2Chain::Container;
+package PVE::BackupAccess::Provider::Store::Container;
 
 # Stores a container's tree in an archive. The user that may read the tree, the container's root,
 # may not write to the store. So there are two processes: a keeper, which is started while still
@@ -18,7 +18,7 @@ use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Program qw(fork_child kill_child new_pipe);
-use PVE::BackupAccess::Provider::Qcow2Chain::Tar qw(compress start_tar stream_problem);
+use PVE::BackupAccess::Provider::Store::Tar qw(compress start_tar stream_problem);
 use PVE::BackupAccess::Try qw(attempt_any deaths_of is_own);
 use PVE::BackupAccess::Wait qw(child_ends pause read_some wait_until_readable);
 
@@ -111,16 +111,16 @@ my sub store ($self, $archive, $how) {
     utf8::downgrade($config);
     $archive->add_file($how->{config}, $config);
     my $began = now();
-    my $path
-        = $archive->add_container(sub ($path) { compress($path, paced($self, $how->{limit})) });
+    $archive->add_container(sub ($name, $out) { compress($name, $out, paced($self, $how->{limit})) }
+    );
     tell($self,
               log => 'container: stored '
             . bytes($archive->container->{size}) . ' as '
-            . bytes(-s $path) . ' in '
+            . bytes($archive->container_bytes) . ' in '
             . seconds_since($began));
     return if !$how->{check};
     $began = now();
-    my $problem = stream_problem($path, $archive->container);
+    my $problem = stream_problem($archive->container_source, $archive->container);
     fail('ContentError', $problem) if defined($problem);
     tell($self, log => 'container: checked in ' . seconds_since($began));
     return;

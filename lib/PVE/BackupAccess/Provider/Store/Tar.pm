@@ -1,4 +1,4 @@
-package PVE::BackupAccess::Provider::Qcow2Chain::Tar;
+package PVE::BackupAccess::Provider::Store::Tar;
 
 # A container's tree as a stream: tar, compressed by zstd.
 
@@ -6,13 +6,12 @@ use v5.36;
 
 use Digest::SHA ();
 use Exporter qw(import);
-use Fcntl qw(O_CREAT O_EXCL O_WRONLY);
 
 use PVE::BackupAccess::Argument qw(bad_argument check_filled_text);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::File qw(open_if_there);
 use PVE::BackupAccess::Program qw(is_of_system new_pipe run_program);
-use PVE::BackupAccess::Provider::Qcow2Chain::Filter;
+use PVE::BackupAccess::Provider::Store::Filter;
 use PVE::BackupAccess::Wait qw(next_line read_some);
 
 our @EXPORT_OK = qw(compress extract is_for_pct start_tar stream_problem);
@@ -20,7 +19,7 @@ our @EXPORT_OK = qw(compress extract is_for_pct start_tar stream_problem);
 our ($tar, $zstd) = qw(tar zstd);
 
 my $Error = 'PVE::BackupAccess::Error';
-my $Filter = 'PVE::BackupAccess::Provider::Qcow2Chain::Filter';
+my $Filter = 'PVE::BackupAccess::Provider::Store::Filter';
 
 my $piece = 1 << 18;    # bytes in memory at a time
 
@@ -93,13 +92,11 @@ my sub write_all ($to, $data) {
     return 1;
 }
 
-# Compresses what next returns into a new file, until next returns nothing. Returns { size, sha256 } of the stream before
+# Compresses what next returns, until it returns nothing, and writes it to a handle. Returns { size, sha256 } of the stream before
 # compression.
-sub compress ($path, $next) {
-    sysopen(my $file, $path, O_WRONLY | O_CREAT | O_EXCL, 0600)
-        or fail('SystemError', "cannot write $path - $!");
+sub compress ($name, $out, $next) {
     my ($from, $to) = new_pipe();
-    my $program = $Filter->start({ in => $from, out => $file }, $zstd, '--quiet', '--stdout');
+    my $program = $Filter->start({ in => $from, out => $out }, $zstd, '--quiet', '--stdout');
     close($from);
     my $digest = Digest::SHA->new(256);
     my ($size, $is_taken) = (0, 1);
@@ -111,18 +108,33 @@ sub compress ($path, $next) {
     }
     close($to);
     my $problem = $program->problem // ($is_taken ? undef : "$zstd stopped reading its input");
-    fail('SystemError', "cannot write $path - $problem") if defined($problem);
+    fail('SystemError', "cannot write $name - $problem") if defined($problem);
     return { size => $size, sha256 => $digest->hexdigest };
 }
 
 # ---- reading a tar ----
 
-# Why a file does not contain the stream with this size and SHA-256, or undef. Dies if that cannot be determined.
-sub stream_problem ($path, $stream) {
-    my $file = open_if_there($path) // return "$path is missing";
+# Where a tar is read from: { name; handle, undef if it is missing; program, a Filter that writes to the handle }. A path is a
+# source too.
+my sub source_of ($source) {
+    return ref($source) ? $source : { name => $source, handle => open_if_there($source) };
+}
+
+# Starts a program that reads the source. Returns it, and the handle to read what it writes.
+my sub read_by ($source, @command) {
     my ($from, $to) = new_pipe();
-    my $program = $Filter->start({ in => $file, out => $to }, $zstd, '--decompress', '--stdout');
+    my $program = $Filter->start({ in => $source->{handle}, out => $to }, @command);
     close($to);
+    close($source->{handle});    # if the reader ends, the source's program must notice
+    return ($program, $from);
+}
+
+# Why a source does not contain the stream with this size and SHA-256, or undef. Dies if that cannot be determined.
+sub stream_problem ($where, $stream) {
+    my $source = source_of($where);
+    my $name = $source->{name};
+    return "$name is missing" if !$source->{handle};
+    my ($program, $from) = read_by($source, $zstd, '--decompress', '--stdout');
     my $digest = Digest::SHA->new(256);
     my ($size, $data) = (0, '');
     while (my $got = read_some($from, \$data, $piece)) {
@@ -130,22 +142,24 @@ sub stream_problem ($path, $stream) {
         $size += $got;
     }
     my $problem = $program->problem;
-    fail('SystemError', "cannot check $path - $problem") if $program->is_of_system_problem;
+    fail('SystemError', "cannot check $name - $problem") if $program->is_of_system_problem;
+    my $unread = $source->{program} ? $source->{program}->problem : undef;
+    fail('SystemError', "cannot check $name - $unread")
+        if defined($unread) && !$source->{program}->is_unread;
     $problem //= 'it differs from what was read from the container'
         if $size != $stream->{size} || $digest->hexdigest ne $stream->{sha256};
-    return defined($problem) ? "$path is damaged - $problem" : undef;
+    return defined($problem) ? "$name is damaged - $problem" : undef;
 }
 
 # Whether pct accepts the tar. It refuses one without a directory or link sbin, or with less than 10 members, such as that
 # of a container with a single program.
 my $least_members = 10;
 
-sub is_for_pct ($path) {
-    my $file = open_if_there($path) // fail('ArchiveError', "$path is missing");
-    my ($from, $to) = new_pipe();
-    my $program = $Filter->start({ in => $file, out => $to },
-        $tar, '--list', '--verbose', '--numeric-owner', '--zstd', '--file=-');
-    close($to);
+sub is_for_pct ($where) {
+    my $source = source_of($where);
+    fail('ArchiveError', "$source->{name} is missing") if !$source->{handle};
+    my @list = ('--list', '--verbose', '--numeric-owner', '--zstd', '--file=-');
+    my ($program, $from) = read_by($source, $tar, @list);
     my ($members, $has_sbin, $text) = (0, 0, '');
     while (defined(my $line = next_line($from, \$text))) {
         $members++;

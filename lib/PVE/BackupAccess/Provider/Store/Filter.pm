@@ -1,9 +1,11 @@
-package PVE::BackupAccess::Provider::Qcow2Chain::Filter;
+package PVE::BackupAccess::Provider::Store::Filter;
 
 # Runs a program that reads or writes a stream while its caller goes on. The program gets only the handles that are passed
 # to it, and ends with this process.
 
 use v5.36;
+
+use POSIX ();
 
 use PVE::BackupAccess::Program qw(how_ended is_of_system kill_child start_program temporary_file);
 use PVE::BackupAccess::Wait qw(wait_for_child);
@@ -36,11 +38,20 @@ sub _wait ($self) {
 # Waits for the program. Returns why it failed, undef if it did not.
 sub problem ($self) {
     my $status = $self->_wait;
+    $self->{status} = $status;
     return undef if defined($status) && $status == 0;
     my $said = $self->said;
     $self->{'is of system'} = is_of_system($status, $said);
     return $said if $said =~ m/\Acannot run /;    # it never began
     return join(' - ', "$self->{name} " . how_ended($status), grep { $_ ne '' } $said);
+}
+
+# Whether the program failed because nobody read what it wrote any more.
+sub is_unread ($self) {
+    return 1 if ($self->{status} // 0) == POSIX::SIGPIPE();
+    my $log = $self->{log} // return 0;
+    seek($log, 0, 0);
+    return scalar(grep { m/Broken pipe/ } <$log>);
 }
 
 # Whether this problem is one of the system, not of what the program read.
