@@ -8,14 +8,11 @@ use v5.36;
 use FindBin;
 use lib "$FindBin::Bin/lib";
 
-use POSIX ();
 use Test::More;
 use Time::HiRes qw(sleep time);
 
 use PBA::Test::Backend;
 use PBA::Test::Command qw(run_command start_command);
-use PBA::Test::Manifest qw(change_manifest);
-use PBA::Test::VM;
 
 my $backend = PBA::Test::Backend->start(
     name => 'pve',
@@ -76,18 +73,14 @@ sub wait_for_reading ($command, $image) {
 my $first = run_command(@backup);
 is($first->{status}, 0, 'a backup') or diag($first->{err});
 chomp(my $archive = $first->{out});
-my ($image, $manifest) = ("$archive/drive-scsi0.qcow2", "$archive/manifest.json");
-my $good = content($manifest);
+my $image = "$archive/drive-scsi0.qcow2";
 
-# An image that was modified since its backup, and whose opening blocks, as on a storage that does not answer: its
-# backing file is a FIFO.
-rename($image, "$image.good") or die "rename: $!\n";
-my $fifo = $vm->dir . '/fifo';
-POSIX::mkfifo($fifo, 0600) or die "mkfifo: $!\n";
-system(PBA::Test::VM->qemu_img, qw(create -q -u -f qcow2 -F raw -b), $fifo, $image, 16 << 20) == 0
-    or die "qemu-img failed\n";
-change_manifest($manifest,
-    sub ($changed) { $changed->{files}{'drive-scsi0.qcow2'}{size} = -s $image });
+# What the command runs in place of qemu-img hangs, as on a storage that does not answer.
+my $hangs = $vm->dir . '/hangs';
+content($hangs, "#!/bin/sh\nexec tail -f /dev/null -- \"$image\"\n");
+chmod(0755, $hangs) or die "chmod: $!\n";
+my $options = $ENV{PERL5OPT} // '';
+$ENV{PERL5OPT} = "$options -I$FindBin::Bin/lib -MPBA::Test::OtherImg=$hangs";
 
 my %commands = (backup => \@backup, verify => ['verify', $archive]);
 for my $name (sort keys %commands) {
@@ -122,8 +115,7 @@ for my $name (sort keys %commands) {
     }
 }
 
-rename("$image.good", $image) or die "rename: $!\n";
-content($manifest, $good);
+$ENV{PERL5OPT} = $options;
 my $next = run_command(@backup);
 is($next->{status}, 0, 'the next backup') or diag($next->{err});
 like(

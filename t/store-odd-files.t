@@ -1,5 +1,5 @@
-# A FIFO, a socket, a device or a directory in the place of a file of a store holds nobody up: each command ends, and other
-# archives can be read.
+# A FIFO, a socket, a device or a directory in the place of a file of a store, or a FIFO that the header of an image names,
+# holds nobody up: each command ends, and other archives can be read.
 #
 # One QEMU is enough: qemu-img and qemu-nbd only use files.
 
@@ -11,6 +11,7 @@ use lib "$FindBin::Bin/lib";
 use IO::Socket::UNIX ();
 use POSIX ();
 use Test::More;
+use Time::HiRes ();
 
 use PBA::Test::Chain;
 use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(number_of);
@@ -91,6 +92,56 @@ for my $kind (sort keys %kinds) {
         replace($kind, $tree);
         ok(all_end(sub { stream_problem($tree, {}) }, sub { is_for_pct($tree) }),
             'a tree: all ends');
+    };
+}
+
+sub put ($header, $at, $bytes) {
+    substr($header->$*, $at, length($bytes), $bytes);
+    return;
+}
+
+# Makes QEMU open this file as the backing file of an image, or as its data file. Neither size nor time of the image changes.
+my %headers = (
+    backing => sub ($header, $file) {
+        put($header, 8, pack('Q> N', 2048, length($file)));
+        put($header, 2048, $file);
+    },
+    data => sub ($header, $file) {
+        my ($features, $at) = unpack('x72 Q> x20 N', $header->$*);
+        put($header, 72, pack('Q>', $features | 4));
+        my $room = 8 * int((length($file) + 7) / 8);
+        my $extension = pack("NN a$room", 0x44415441, length($file), $file);
+        put($header, $at, $extension . "\0" x 8);
+    },
+);
+
+sub change_header ($image, $kind, $file) {
+    my @times = (Time::HiRes::stat($image))[8, 9];
+    open(my $fh, '+<:raw', $image) or die "$image: $!\n";
+    read($fh, my $header, 4096);
+    $headers{$kind}->(\$header, $file);
+    seek($fh, 0, 0);
+    print {$fh} $header;
+    close($fh) or die "$image: $!\n";
+    Time::HiRes::utime($times[0], $times[1], $image);
+    return;
+}
+
+my $fifo = $chain->tmp . '/fifo';
+POSIX::mkfifo($fifo, 0600) or die "$fifo: $!\n";
+
+for my $kind (sort keys %headers) {
+    subtest "a FIFO as $kind file" => sub {
+        my @cases = map { [$_, 0], [$_, 1] } 0 .. 2;
+        for my $case ($ENV{PBA_FULL} ? @cases : @cases[1, 2]) {
+            my ($number, $is_killed) = $case->@*;
+            my $copy = $chain->use_copy($store);
+            change_header("$copy/$names[$number]/$device.qcow2", $kind, $fifo);
+            my $middle = "$copy/$names[1]";
+            rename("$middle/manifest.json", "$middle/removed.json") if $is_killed;
+            my $when = $is_killed ? ', in a removal' : '';
+            ok(all_end(calls()), "archive $number$when: all ends");
+        }
     };
 }
 

@@ -11,7 +11,8 @@ use Fcntl qw(O_CREAT O_EXCL O_WRONLY);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::File
     qw(file_exists fingerprint make_directory move read_file read_if_there remove_tree replace_file sha256 sync write_file);
-use PVE::BackupAccess::Provider::Qcow2Chain::Image qw($cluster_size create_image image_problem);
+use PVE::BackupAccess::Provider::Qcow2Chain::Image
+    qw($cluster_size create_image image_header image_problem);
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use PVE::BackupAccess::Provider::Store::Tar qw(stream_problem);
 use PVE::BackupAccess::Provider::Store::Manifest
@@ -108,8 +109,8 @@ sub _file_of ($device) {
 
 sub _digests_of ($device) { return _file_of($device) =~ s/qcow2\z/digests/r }
 
-sub _backing ($self, $device) {
-    my ($parent, $there) = $self->parent_of($self->own($device)) or return undef;
+sub _backing ($self, $own) {
+    my ($parent, $there) = $self->parent_of($own) or return undef;
     return "../$parent/" . _file_of($there);
 }
 
@@ -146,8 +147,10 @@ sub _has_digests ($self, $file) {
     return grep { $_->{file} eq $file && $_->{digests} } values $self->{manifest}{devices}->%*;
 }
 
-sub _is_image ($self, $file) {
-    return grep { _file_of($_) eq $file } $self->devices;
+# The device whose image the file is, by its own name; undef if it is no image.
+sub _device_of ($self, $file) {
+    my ($own) = grep { _file_of($_) eq $file } $self->devices;
+    return $own;
 }
 
 # Whether the file is a container's tree, whose stream has a digest.
@@ -361,7 +364,7 @@ sub file_problem ($self, $file, $read_all) {
     my $path = $self->_path_of($file);
     my $noted = $self->{manifest}{files}{$file};
     my $found = fingerprint($path) // return "$path is missing";
-    return undef if $self->{'is being removed'} && $self->_is_image($file);
+    return undef if $self->{'is being removed'} && defined($self->_device_of($file));
     return "$path is damaged - it has $found->{size} bytes, not $noted->{size}"
         if $found->{size} ne ($noted->{size} // '');
     return undef if $self->_has_digests($file);
@@ -407,13 +410,14 @@ sub _damage_note ($self, $device) {
     return $self->image($device) =~ s/qcow2\z/damaged/r;
 }
 
-# Why the header that was found in the image does not match the manifest, or undef.
-sub header_problem ($self, $device, $header) {
-    my $path = $self->image($device);
-    my ($size, $backing) = ($self->device($device)->{size}, $self->_backing($device));
+# Why the header of the device's image does not match the manifest, or undef. The device is given by its own name.
+sub header_problem ($self, $own) {
+    my $path = "$self->{dir}/" . _file_of($own);
+    my ($size, $backing) = ($self->{manifest}{devices}{$own}{size}, $self->_backing($own));
+    my $header = image_header($path);
     return "$path is an image of $header->{size} bytes, not $size" if $header->{size} != $size;
     return "$path has a different backing file or data file than the manifest says"
-        if ($header->{backing} // '') ne ($backing // '') || defined($header->{'data-file'});
+        if ($header->{backing} // '') ne ($backing // '') || $header->{'has-data-file'};
     return undef;
 }
 
@@ -429,7 +433,9 @@ sub files_of ($self, $device) {
 sub problems ($self, $file) {
     my $problem = $self->file_problem($file, 1);
     return $problem if defined($problem);
-    return if !$self->_is_image($file);
+    my $own = $self->_device_of($file) // return;
+    my $header = $self->header_problem($own);
+    return $header if defined($header);
     my $image = "$self->{dir}/$file";
     my $text = image_problem($image);
     return defined($text) ? "$image is damaged - $text" : ();

@@ -12,8 +12,8 @@ use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 use PVE::BackupAccess::Provider::Store::Content qw(content_problem is_damage);
 use PVE::BackupAccess::File
-    qw(directory_exists entries file_exists fingerprint make_directory move remove_tree remove_unused);
-use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(image_chain);
+    qw(directory_exists entries file_exists make_directory move remove_tree remove_unused);
+use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(check_opening);
 use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(drop_lock take_lock try_lock);
 use PVE::BackupAccess::Try qw(attempt reason rethrow);
 
@@ -131,17 +131,13 @@ sub restorable ($self, $name, $device) {
 }
 
 sub headers_problem ($self, $device, @chain) {
-    my $image = $chain[0]->image($device);
-    fingerprint($_->image($device)) for @chain;    # QEMU would wait for the writer of a FIFO
-    my @headers;
-    my $error = attempt { @headers = image_chain($image) };
+    my $problem;
+    my $error = attempt {
+        ($problem) = map { $_->header_problem($_->own($device)) // () } @chain;
+        check_opening($chain[0]->image($device)) if !defined($problem);
+    };
     rethrow($error) if $error && !is_damage($error);
-    return $error =~ s/\n\z//r if $error;
-    for my $archive (@chain) {
-        my $problem = $archive->header_problem($device, shift(@headers) // { size => 0 });
-        return $problem if defined($problem);
-    }
-    return undef;
+    return $error ? reason($error) : $problem;
 }
 
 # ---- after a crash ----
@@ -323,7 +319,14 @@ sub _children ($self, $name) {
 sub _finish_removal ($self, $name) {
     my $archive = $self->archive($name);
     my $children = $self->_children($name);
-    $children->{$_}->absorb($_, $archive) for sort keys $children->%*;
+    for my $device (sort keys $children->%*) {
+        my $child = $children->{$device};
+        my $is_merged = !file_exists($archive->image($device));
+        my @chain = $is_merged ? () : $self->chain($child->name, $device, $child->own($device));
+        my $problem = @chain ? $self->headers_problem($device, @chain) : undef;
+        fail($problem, device => $device) if defined($problem);
+        $child->absorb($device, $archive);
+    }
 
     # Only after all of its images have moved to the archives that build on them.
     $self->discard($name);

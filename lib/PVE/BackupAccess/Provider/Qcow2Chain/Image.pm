@@ -8,11 +8,11 @@ use Exporter qw(import);
 use JSON::PP ();
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::File qw(move sync);
+use PVE::BackupAccess::File qw(move open_if_there sync);
 use PVE::BackupAccess::Program qw(how_ended is_of_system run_program run_program_to_file);
 
 our @EXPORT_OK
-    = qw($cluster_size bytes_to_separate commit_image create_image extents image_chain image_problem separate);
+    = qw($cluster_size bytes_to_separate check_opening commit_image create_image extents image_header image_problem separate);
 
 my $Error = 'PVE::BackupAccess::Error';
 my $json = JSON::PP->new->latin1->canonical;    # of bytes, which stay as they are
@@ -52,30 +52,29 @@ sub create_image ($file, $size, $backing = undef, $is_compressed = 0) {
     return;
 }
 
-# The headers of an image and of its backing files: { size, backing, data-file } of each. ArchiveError: qemu-img cannot read
-# one of them.
-sub image_chain ($file) {
-    my $out = wanted('ArchiveError', 'info', '-U', '--backing-chain', '-f', 'qcow2',
-        '--output=json', $file);
-    return map {
-        +{
-            size => $_->{'virtual-size'},
-            backing => $_->{'backing-filename'},
-            'data-file' => $_->{'format-specific'}{data}{'data-file'},
-        }
-    } JSON::PP->new->utf8->decode($out)->@*;
+my $data_in_other_file = 4;    # a bit of a header's incompatible features
+
+# What the header of an image says: { size, backing, has-data-file }. ArchiveError: this is no header.
+sub image_header ($file) {
+    my $fh = open_if_there($file) // $Error->throw('ArchiveError', "$file is missing");
+    sysread($fh, my $bytes, $cluster_size)
+        // $Error->throw('SystemError', "cannot read $file - $!");
+    my ($magic, $version, $at, $length, $size, $features)
+        = unpack('a4 N Q> N x4 Q> x40 Q>', $bytes);
+    $Error->throw('ArchiveError', "$file is damaged - its header is not that of a qcow2 image")
+        if !defined($features) || $magic ne "QFI\xfb" || $at + $length > length($bytes);
+    return {
+        size => $size,
+        backing => $at ? substr($bytes, $at, $length) : undef,
+        'has-data-file' => $version > 2 && $features & $data_in_other_file,
+    };
 }
 
-# What is wrong with the image's own metadata, or undef. Leaked clusters are not an error: they only waste space. Dies if
-# that cannot be determined.
-sub image_problem ($file) {
-    my ($status, undef, $message) = run('check', '-q', '-U', '-f', 'qcow2', $file);
-    my $code = $status >> 8;
-    return undef if $status == 0 || $code == 3;
-    $Error->throw('SystemError', "$qemu_img check failed - " . $message =~ s/\n.*//sr)
-        if $code != 2 && is_of_system($status, $message);
-    return $message =~ s/\n.*//sr if $message ne '';
-    return $code == 2 ? 'the image is corrupt' : "qemu-img check ended with status $code";
+# Dies if qemu-img cannot open the image and those that it builds on. ArchiveError: one of them is damaged. The headers must
+# be checked before: if one names a FIFO, QEMU waits for its writer.
+sub check_opening ($file) {
+    wanted('ArchiveError', 'info', '-U', '--backing-chain', '-f', 'qcow2', $file);
+    return;
 }
 
 # The image without its backing file, for qemu-img. The bytes of the name stay as they are.
@@ -83,6 +82,19 @@ my sub alone ($file) {
     utf8::encode($file) if utf8::is_utf8($file);
     my %file = (driver => 'file', filename => $file);
     return $json->encode({ driver => 'qcow2', backing => undef, file => \%file });
+}
+
+# What is wrong with the image's own metadata, or undef. Its header must have been checked. Leaked clusters are not an error: they only waste space. Dies if
+# that cannot be determined.
+sub image_problem ($file) {
+    my ($status, undef, $message) = run('check', '-q', '-U', 'json:' . alone($file));
+    my $code = $status >> 8;
+    $message =~ s/json:\{.*\}/$file/g;
+    return undef if $status == 0 || $code == 3;
+    $Error->throw('SystemError', "$qemu_img check failed - " . $message =~ s/\n.*//sr)
+        if $code != 2 && is_of_system($status, $message);
+    return $message =~ s/\n.*//sr if $message ne '';
+    return $code == 2 ? 'the image is corrupt' : "qemu-img check ended with status $code";
 }
 
 # Returns a function that goes through the ranges of an image, without its backing file. For each range it returns the
