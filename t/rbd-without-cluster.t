@@ -331,12 +331,23 @@ subtest 'a verification while the cluster does not answer' => sub {
         script => 'echo "error getting: (110) Connection timed out" >&2; exit 1',
     );
     my $provider = PVE::BackupAccess::Provider::RBD->new(undef, { pool => 'backup' }, 'test');
-    like(
-        join("\n", $provider->_problems_of($guest, $name, {})),
-        qr/^drive-scsi0: rados get .* Connection timed out$/,
-        'it says so'
-    );
+    my $problems = sub () { join("\n", $provider->_problems_of($guest, $name, {})) };
+    my $unread = qr/^drive-scsi0: rados get .* Connection timed out$/m;
+    like(error_of(sub () { die "none: " . $problems->() }),
+        qr/\A$unread/, 'it dies: this is no damage');
     is_deeply([keys $ceph->{stored}->%*], ["archive $name"], 'no damage is noted');
+
+    my %gone = (%device, image => 'pba-vm-100-drive-scsi1');
+    my %devices = ('drive-scsi0' => \%device, 'drive-scsi1' => \%gone);
+    $ceph->{stored}{"archive $name"}
+        = encode_manifest({ format => 1, id => 'a1', devices => \%devices, files => {} });
+    delete($guest->{values});
+    like(
+        $problems->(),
+        qr/^drive-scsi1: the snapshot .* is missing$/m,
+        'damage of another disk is told'
+    );
+    like($problems->(), $unread, 'beside what cannot be read');
 };
 
 # Each call is a program: a list of 1000 guests, each with 30 archives, would run 30,000 of them.

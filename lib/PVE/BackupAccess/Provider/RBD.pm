@@ -8,7 +8,7 @@ use PVE::BackupAccess::Provider::RBD::Archive;
 use PVE::BackupAccess::Provider::RBD::Ceph;
 use PVE::BackupAccess::Provider::RBD::Guest;
 use PVE::BackupAccess::Provider::RBD::Store;
-use PVE::BackupAccess::Provider::Store::Content qw(damage describe is_damage);
+use PVE::BackupAccess::Provider::Store::Content qw(damage describe is_damage problems_or_die);
 use PVE::BackupAccess::Provider::Store::Devices
     qw(begin_devices check_device for_devices store_device);
 use PVE::BackupAccess::Try qw(attempt reason rethrow);
@@ -91,29 +91,36 @@ sub _problems_of ($self, $guest, $name, $seen) {
     rethrow($error) if $error && !is_damage($error);
     return reason($error) if $error;
     return $self->_container_problems($archive) if $archive->container;
-    return map { $self->_device_problems($guest, $archive, $_) } $archive->devices;
+    my (@problems, @unread);
+    for my $device ($archive->devices) {
+        my $unread = attempt {
+            push(@problems, $self->_device_problems($guest, $archive, $device))
+        };
+        push(@unread, "$device: " . reason($unread)) if $unread;
+    }
+    return problems_or_die(\@problems, \@unread);
 }
 
 # The same as for a device.
 sub _container_problems ($self, $archive) {
     my $problem;
     my $error = attempt { $problem = $archive->container_damage };
+    rethrow($error) if $error && !is_damage($error);
     $problem = reason($error) if $error;
-    attempt { $archive->note_damage('container', defined($problem) ? 1 : 0) }
-    if !$error || is_damage($error);
+    attempt { $archive->note_damage('container', defined($problem) ? 1 : 0) };
     return $problem // ();
 }
 
-# That a device could not be read, for example because the cluster did not answer, is reported, but is no damage to be noted.
+# Dies if the device cannot be read, for example because the cluster does not answer. That is no damage, and is not noted.
 sub _device_problems ($self, $guest, $archive, $device) {
     my ($problem, @damage);
     my $error = attempt {
         $problem = $guest->device_problem($archive->name, $device);
         @damage = damage($archive, $device) if !defined($problem);
     };
+    rethrow($error) if $error && !is_damage($error);
     $problem = $error ? reason($error) : $problem // (@damage ? describe(@damage) : undef);
-    attempt { $archive->note_damage($device, defined($problem) ? 1 : 0) }
-    if !$error || is_damage($error);
+    attempt { $archive->note_damage($device, defined($problem) ? 1 : 0) };
     return defined($problem) ? "$device: $problem" : ();
 }
 

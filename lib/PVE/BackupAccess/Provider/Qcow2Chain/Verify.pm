@@ -9,7 +9,7 @@ use List::Util qw(uniq);
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(chain_damage);
-use PVE::BackupAccess::Provider::Store::Content qw(describe is_damage);
+use PVE::BackupAccess::Provider::Store::Content qw(describe is_damage problems_or_die);
 use PVE::BackupAccess::Try qw(attempt reason rethrow);
 
 our @EXPORT_OK = qw(digests_of problems_of unproven_of);
@@ -98,8 +98,7 @@ sub problems_of ($guest, $name, $seen) {
     look($found, '', sub () { file_problems($seen, $archive) });
     look_at_device($guest, $seen, $found, $_, $name) for $archive->devices;
     my ($problems, $unread) = map { [uniq($_->@*)] } $found->@{qw(problems unread)};
-    $Error->throw('SystemError', $unread->[0]) if !$problems->@* && $unread->@*;
-    return ($problems->@*, $unread->@*);
+    return problems_or_die($problems, $unread);
 }
 
 # The devices whose content no digests prove.

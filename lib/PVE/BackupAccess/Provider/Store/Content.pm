@@ -13,7 +13,7 @@ use PVE::BackupAccess::Try qw(attempt reason rethrow);
 use PVE::BackupAccess::Volume;
 
 our @EXPORT_OK
-    = qw(check_base check_stored compare content_problem damage describe describe_unread is_damage joined);
+    = qw(check_base check_stored compare content_problem damage describe describe_unread is_damage joined problems_or_die);
 
 my $Error = 'PVE::BackupAccess::Error';
 
@@ -22,6 +22,13 @@ my $most_shown = 8;
 # Whether an error says that stored data is damaged. Any other only says that it could not be read now, for example because
 # a program was killed, or because there is no room for temporary files.
 sub is_damage ($error) { return $error->class =~ m/\A(?:Archive|Content)Error\z/ ? 1 : 0 }
+
+# The result of a verification: what is wrong, and then what could not be read. Dies if nothing is known to be wrong, but
+# something could not be read.
+sub problems_or_die ($problems, $unread) {
+    $Error->throw('SystemError', $unread->[0]) if !$problems->@* && $unread->@*;
+    return ($problems->@*, $unread->@*);
+}
 
 # Ranges, [offset, length], in order and neighbours as one.
 sub joined (@ranges) {
