@@ -144,7 +144,11 @@ subtest 'the monitor is released' => sub {
 
 # Possible answers of a peer to any command, and the expected results.
 my %hostile = (
-    'silence' => [{ silent => 1 }, qr/TimeoutError/, qr/timeout/],
+    'silence' => [
+        { silent => 1 },
+        qr/TimeoutError/,
+        qr/timeout while waiting for the reply - check that QEMU runs and that its storage answers/
+    ],
     'silence and events' => [
         [map { { event => 'RTC_CHANGE', sleep => 0.05 } } 1 .. 200], qr/TimeoutError/, qr/timeout/
     ],

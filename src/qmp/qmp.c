@@ -200,6 +200,10 @@ static bool receive(PbaQmp *qmp, gint64 deadline, const char *what, GError **err
     return false;
 }
 
+/* What a wait is for, with advice: it is the end of the message of a timeout. */
+static const char for_reply[] =
+    "waiting for the reply - check that QEMU runs and that its storage answers";
+
 /* The next message that is not an event. */
 static JsonObject *receive_reply(PbaQmp *qmp, gint64 deadline, const char *what, GError **error)
 {
@@ -269,7 +273,7 @@ static JsonNode *converse(PbaQmp *qmp, const char *command, JsonNode *arguments,
     if (!send_text(qmp, text, deadline, error)) {
         return NULL;
     }
-    g_autoptr(JsonObject) reply = receive_reply(qmp, deadline, "waiting for the reply", error);
+    g_autoptr(JsonObject) reply = receive_reply(qmp, deadline, for_reply, error);
     return reply ? unwrap_reply(reply, command, id, error) : NULL;
 }
 
@@ -279,7 +283,7 @@ static JsonObject *receive_own_reply(PbaQmp *qmp, const char *id, gint64 deadlin
 {
     JsonObject *reply;
 
-    while ((reply = receive_reply(qmp, deadline, "waiting for the reply", error)) &&
+    while ((reply = receive_reply(qmp, deadline, for_reply, error)) &&
            g_strcmp0(pba_json_find_string(reply, "id"), id) != 0) {
         json_object_unref(reply);
     }
