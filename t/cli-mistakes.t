@@ -108,6 +108,36 @@ subtest 'list and prune show what verify found' => sub {
     );
 };
 
+my %lost = (
+    'has a manifest that is no JSON' => sub ($dir) { write_file("$dir/manifest.json", 'x') },
+    'is missing' => sub ($dir) { rename($dir, "$dir.lost") or die "$dir: $!\n" },
+);
+
+for my $how (sort keys %lost) {
+    subtest "list, if an archive $how" => sub {
+        my $chain = new_chain(4);
+        my @names = $chain->names;
+        $lost{$how}->($chain->path_of($names[1]));
+        my ($lost) = $names[1] =~ m!([^/]+)\z!;
+        my $built = "it builds on $lost, which is missing or cannot be used";
+        my @expected = map { "$_: $built" } $chain->devices;
+        my %damaged = map { $_->{volname} => $_->{damaged} }
+            $json->decode(run_of('list', $chain->store, '--json')->[1])->@*;
+        is_deeply(
+            [@damaged{ @names[0, 2, 3] }],
+            [undef, \@expected, \@expected],
+            'shows which archives cannot be restored'
+        );
+    };
+}
+
+subtest 'a removal that was killed' => sub {
+    my $chain = new_chain(3);
+    my $dir = $chain->path_of(($chain->names)[1]);
+    rename("$dir/manifest.json", "$dir/removed.json") or die "$dir: $!\n";
+    unlike(run_of('list', $chain->store)->[1], qr/DAMAGED/, 'list shows no damage');
+};
+
 subtest 'a manifest that was changed' => sub {
     my $chain = new_chain(1);
     my ($name) = $chain->names;

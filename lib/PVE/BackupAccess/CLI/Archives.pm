@@ -43,6 +43,7 @@ my sub print_archive ($opt, $directory, $entry) {
             )
         );
     }
+    say_out("    backup ID $entry->{id}");
     say_out(map { '    DAMAGED: ' . text($_) } ($entry->{damaged} // [])->@*);
 }
 

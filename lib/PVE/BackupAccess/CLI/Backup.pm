@@ -172,24 +172,33 @@ my sub plan ($opt, $directory) {
     refuse_guest($opt, $directory);
     $directory = check_store($opt, $directory);
     my ($devices, $left_out) = devices_of($opt);
-    my @known = store_numbers($opt, $directory);
-    $vmid //= store_number_for($opt, $directory, $name);
-    identify_images($opt, $directory, $vmid) if $opt->{images};
-    my $is_new = @known && !grep { $_ == $vmid } @known;
-    return {
-        vmid => $vmid,
+    my %plan = (
         'bandwidth-limit' => $limit,
         audit => $audit,
         jobs => jobs_of($opt),
         directory => $directory,
         devices => $devices,
-        'new guest' => $is_new ? defined($name) ? "'$name' (vm/$vmid)" : "vm/$vmid" : undef,
-            'left-out' => $left_out,
-            'guest-config' => defined($opt->{'guest-config'})
-        ? read_file($opt->{'guest-config'})
-        : '',
-            'target-id' => target_of($opt, $directory, $vmid),
-    };
+        'left-out' => $left_out,
+        'guest-config' => defined($opt->{'guest-config'}) ? read_file($opt->{'guest-config'}) : '',
+    );
+    my @known = store_numbers($opt, $directory);
+    $vmid //= store_number_for($opt, $directory, $name);
+    identify_images($opt, $directory, $vmid) if $opt->{images};
+    $plan{vmid} = $vmid;
+    $plan{'target-id'} = target_of($opt, $directory, $vmid);
+    $plan{'new guest'} = defined($name) ? "'$name' (vm/$vmid)" : "vm/$vmid"
+        if @known && !grep { $_ == $vmid } @known;
+    return \%plan;
+}
+
+# The name or number of a known guest may be misspelt. Then the backup is full, and its bitmaps stay in QEMU.
+my sub warn_of_new ($plan, $task) {
+    my $guest = $plan->{'new guest'} // return;
+    $task->log(warn =>
+            "new guest $guest - if this is a mistake, remove its archives, $plan->{directory}/vm/$plan->{vmid}, and its"
+            . " bitmaps: pve-backup-access forget --target-id '$plan->{'target-id'}', with this command's options for"
+            . ' the guest');
+    return;
 }
 
 # Log lines go to the progress display. The error that ends the task is not logged here, because the
@@ -243,9 +252,7 @@ sub run ($opt, $directory) {
     my ($task, $provider) = task($opt, $plan, $progress);
     my $result;
     $task->log(info => $_) for $plan->{'left-out'}->@*;
-
-    # The name of a known guest may be misspelt.
-    $task->log(warn => "new guest $plan->{'new guest'}") if defined($plan->{'new guest'});
+    warn_of_new($plan, $task);
     ensure(sub { $result = $task->run_job }, sub (@) { $progress->end });
     $result->{audit} = $provider->audit_findings if $plan->{audit};
     print_result($opt, $plan->{directory}, $result);

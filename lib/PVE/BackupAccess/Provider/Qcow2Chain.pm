@@ -527,10 +527,10 @@ all bitmaps were right.
     }
 
 Takes the guest's number, or nothing for all guests. Returns an array ref of hashes, the oldest archive of a guest first:
-C<volname>, C<vmid>, C<type> (C<qemu> or C<lxc>), C<time> (seconds since 1970), C<size> (of its own files) and C<devices>.
+C<volname>, C<vmid>, C<type> (C<qemu> or C<lxc>), C<time> (seconds since 1970), C<id>, C<size> (of its own files) and C<devices>.
 C<devices> has for each device C<size>, C<bitmap-mode>, C<image-size>, C<identity> if it is known, and C<parent> if the
 backup is incremental. A container has one device, C<container>, with C<size> and C<image-size>. If the manifest cannot be
-read, the hash has C<problem>, a text, instead of C<size> and C<devices>. If damage of the archive, or of one that it
+read, the hash has C<problem>, a text, instead of C<id>, C<size> and C<devices>. If damage of the archive, or of one that it
 builds on, is known, C<damaged> is an array ref of texts. Nothing but the manifests is read.
 
 Errors: C<ArgumentError>.
