@@ -291,8 +291,10 @@ my sub hint_for ($command, $error) {
     return if $command ne ' backup';
     return 'Is the guest running? If it is off, give its images by --image.'
         if $error =~ m/cannot connect to QMP socket/;
-    return 'The file system that the archives are in is full: free some space, then prune.'
-        if $error =~ m!nbd[+]unix:///image[?].* No space left on device!;
+    return
+        'The file system that the archives are in is full, or a quota is used up: free some space, then prune.'
+        if $error
+        =~ m!(?:nbd[+]unix:///image[?]|/vm/|/[.]backup-id).* (?:No space left on device|Disk quota exceeded)!;
     return;
 }
 

@@ -19,12 +19,22 @@ my $json = JSON::PP->new->latin1->canonical;    # of bytes, which stay as they a
 
 our $qemu_img = 'qemu-img';
 
-# Runs qemu-img; returns its exit status and what it printed.
+# The image without its backing file, for qemu-img. The bytes of the name stay as they are.
+my sub alone ($file) {
+    utf8::encode($file) if utf8::is_utf8($file);
+    my %file = (driver => 'file', filename => $file);
+    return $json->encode({ driver => 'qcow2', backing => undef, file => \%file });
+}
+
+# Runs qemu-img; returns its exit status and what it printed. A reference to the name of an image stands for that image without
+# its backing file.
 sub run (@arguments) {
-    my ($status, $out, $message) = run_program($qemu_img, @arguments);
+    my @files = map { ref ? $_->$* : m!/! ? $_ : () } @arguments;
+    my ($status, $out, $message)
+        = run_program($qemu_img, map { ref ? 'json:' . alone($_->$*) : $_ } @arguments);
     chomp($message);
-    my ($file) = reverse(grep { m!/! } @arguments);
-    $Error->throw('SystemError', "$qemu_img $arguments[0] of $file " . how_ended($status))
+    $message =~ s/json:\{.*\}/$files[-1]/g;
+    $Error->throw('SystemError', "$qemu_img $arguments[0] of $files[-1] " . how_ended($status))
         if $status & 127;
     return ($status, $out, $message);
 }
@@ -77,19 +87,11 @@ sub check_opening ($file) {
     return;
 }
 
-# The image without its backing file, for qemu-img. The bytes of the name stay as they are.
-my sub alone ($file) {
-    utf8::encode($file) if utf8::is_utf8($file);
-    my %file = (driver => 'file', filename => $file);
-    return $json->encode({ driver => 'qcow2', backing => undef, file => \%file });
-}
-
 # What is wrong with the image's own metadata, or undef. Its header must have been checked. Leaked clusters are not an error: they only waste space. Dies if
 # that cannot be determined.
 sub image_problem ($file) {
-    my ($status, undef, $message) = run('check', '-q', '-U', 'json:' . alone($file));
+    my ($status, undef, $message) = run('check', '-q', '-U', \$file);
     my $code = $status >> 8;
-    $message =~ s/json:\{.*\}/$file/g;
     return undef if $status == 0 || $code == 3;
     $Error->throw('SystemError', "$qemu_img check failed - " . $message =~ s/\n.*//sr)
         if $code != 2 && is_of_system($status, $message);
