@@ -18,13 +18,29 @@ sub new ($class, $is_quiet = 0) {
     return bless({ 'has bar' => $has_bar, 'is quiet' => $is_quiet, name => '' }, $class);
 }
 
-sub begin ($self, $name, $total) {
+sub begin ($self, $name) {
     $self->end;
-    $self->@{qw(name total began told)} = ($name, $total, now(), now());
-    return if !$self->{'has bar'} || !$total;
-    $self->{bar} = Term::ProgressBar->new(
+    $self->@{qw(name began told)} = ($name, now(), now());
+    return;
+}
+
+# The total may grow: when the next of several disks begins. Then, and after a line of the log, this is a new bar.
+sub show_bar ($self, $done, $total) {
+    $self->end_bar if $done >= $total || $total != ($self->{total} // 0);
+    return if $done >= $total;
+    my $name = one_line($self->label($done));
+    $self->{total} = $total;
+    my $bar = $self->{bar} //= $self->new_bar($name, $total);
+    $bar->name($name);
+    $bar->update($done);
+    return;
+}
+
+# Its estimate is computed from the beginning of the copy.
+sub new_bar ($self, $name, $total) {
+    my $bar = Term::ProgressBar->new(
         {
-            name => one_line($self->label(0)),
+            name => $name,
             count => $total,
             ETA => 'linear',
             remove => 1,
@@ -32,8 +48,9 @@ sub begin ($self, $name, $total) {
             silent => 0,
         }
     );
-    $self->{bar}->minor(0);
-    return;
+    $bar->minor(0);
+    $bar->start($bar->start - (now() - $self->{began}));
+    return $bar;
 }
 
 # The label has a constant width, because the layout of the bar is computed once.
@@ -46,21 +63,17 @@ sub label ($self, $done) {
 # Takes the number of bytes done. May be called at any rate.
 sub update ($self, $name, $done, $total) {
     return if $self->{'is quiet'};
-    $self->begin($name, $total) if $name ne $self->{name} || $total != $self->{total};
-    if ($self->{bar}) {
-        $self->{bar}->name(one_line($self->label($done)));
-        $self->{bar}->update($done);
-    }
-    elsif (!$self->{'has bar'} && now() - $self->{told} >= $seconds_between) {
-        $self->{told} = now();
-        my $label = $self->label($done) =~ s/\A\Q$name\E\s*//r;
-        say_error(
-            sprintf(
-                '%s: %s of %s (%s) %s',
-                $name, bytes($done), bytes($total), share($done, $total), $label
-            )
-        );
-    }
+    $self->begin($name) if $name ne $self->{name};
+    return $self->show_bar($done, $total) if $self->{'has bar'};
+    return if now() - $self->{told} < $seconds_between;
+    $self->{told} = now();
+    my $label = $self->label($done) =~ s/\A\Q$name\E\s*//r;
+    say_error(
+        sprintf(
+            '%s: %s of %s (%s) %s',
+            $name, bytes($done), bytes($total), share($done, $total), $label
+        )
+    );
     return;
 }
 
@@ -71,15 +84,18 @@ sub tell ($self, $line) {
 }
 
 sub warn ($self, $line) {
-    $self->end;
+    $self->end_bar;
     say_error($line);
     return;
 }
 
+sub end_bar ($self) {
+    print {*STDERR} "\r\e[K" if delete($self->{bar});
+    return;
+}
+
 sub end ($self) {
-    if (my $bar = delete($self->{bar})) {
-        print {*STDERR} "\r\e[K";
-    }
+    $self->end_bar;
     $self->{name} = '';
     return;
 }
