@@ -15,7 +15,9 @@ with rados.Rados(conffile=conf) as cluster, cluster.open_ioctx(pool) as ioctx:
     ioctx.set_namespace(namespace)
     for name in rbd.RBD().list(ioctx):
         with rbd.Image(ioctx, name, read_only=True) as image:
-            for snapshot in [entry["name"] for entry in image.list_snaps()]:
-                image.set_snap(snapshot)
+            for snapshot in list(image.list_snaps()):
+                if snapshot["namespace"] != rbd.RBD_SNAP_NAMESPACE_TYPE_USER:
+                    continue  # a removed one, of which there is a clone
+                image.set_snap(snapshot["name"])
                 content = image.read(0, image.size())
-                print(f"{name}@{snapshot} {hashlib.sha256(content).hexdigest()}")
+                print(f"{name}@{snapshot['name']} {hashlib.sha256(content).hexdigest()}")
