@@ -73,6 +73,27 @@ subtest 'rot stays known through merges' => sub {
     like(problems($chain, $last), said(1024 * $KiB), 'the damage stays known after a prune');
 };
 
+# Like a file system that compresses: it shows a hole wherever a file has only zeroes.
+subtest 'a store whose file system stores no zeroes' => sub {
+    my $chain = $Chain->new;
+    my $name = backup($chain, map { [$_ * 64 * $KiB, 4 * $KiB, 0x11] } 1 .. 40);
+    my $image = $chain->path_of($name, "$device.qcow2");
+    is(system('cp', '--sparse=always', $image, "$image.sparse"), 0, 'the image got holes');
+    rename("$image.sparse", $image) or die "rename: $!\n";
+    my $archive = $chain->provider->_archive($name);
+    my $check = \&PVE::BackupAccess::Provider::Qcow2Chain::Content::check_image;
+    is(eval { $check->($archive, $device, sub { }); 'whole' } // $@,
+        'whole', 'the check of an image finds its data');
+
+    system($ENV{PBA_QEMU_IMG} // 'qemu-img', 'create', '-q', '-f', 'qcow2', $image, $chain->disk($device)->size);
+    eval { $check->($archive, $device, sub { }) };
+    like(
+        $@,
+        qr/its image lacks what was written to it - 2621440 bytes .*: 2621440 at offset 65536$/,
+        'and finds what is missing'
+    );
+};
+
 subtest 'rot that a later archive does not show' => sub {
     my ($chain, @names) = new_chain();
     rot($chain->path_of($names[0], "$device.qcow2"), 1024 * $KiB);

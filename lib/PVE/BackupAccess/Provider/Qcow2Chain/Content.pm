@@ -21,8 +21,6 @@ our @EXPORT_OK = qw(chain_damage check_image merge_image);
 my $Error = 'PVE::BackupAccess::Error';
 my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
 
-my $most_ranges = 10_000;    # before they are joined
-
 my sub offsets ($block, @ranges) {
     return map {
         my ($offset, $length) = $_->@*;
@@ -56,8 +54,9 @@ sub merge_image ($archive, $device, $into) {
     return;
 }
 
-# The blocks that have digests, and that the closed image does not hold itself. Data must be data there, zeroes may be
-# either. An image without a backing file need not hold zeroes.
+# The blocks that have digests, and that the closed image does not hold itself. Zeroes may be stored as data or as zeroes. Of
+# other data, a part may be zeroes: a file system that stores none shows a hole there. An image without a backing file need
+# not hold zeroes.
 my sub lost ($archive, $device) {
     my $next = extents($archive->image($device));
     my ($end, $is_there, $is_zero, %zeroes, @lost) = (0);
@@ -70,16 +69,21 @@ my sub lost ($archive, $device) {
     each_digest(
         $archive->digests($device),
         sub ($offset, $length, $digest) {
-            my $may_be_zero = $digest eq ($zeroes{$length} //= sha256("\0" x $length));
+            my $is_held = $digest eq ($zeroes{$length} //= sha256("\0" x $length));
             for (my $at = $offset; $at < $offset + $length; $at = $end) {
-                next if $find->($at) && ($may_be_zero || !$is_zero);
-                push(@lost, [$offset, $length]);
-                last;
+                if (!$find->($at)) {
+                    $is_held = 0;
+                    last;
+                }
+                $is_held ||= !$is_zero;
             }
-            @lost = joined(@lost) if @lost > $most_ranges;
+            return if $is_held;
+            return push(@lost, [$offset, $length])
+                if !@lost || $lost[-1][0] + $lost[-1][1] != $offset;
+            $lost[-1][1] += $length;
         }
     );
-    return joined(@lost);
+    return @lost;
 }
 
 # Checks that the closed image holds everything that was written and read back during the copy. Only the tables that
