@@ -82,11 +82,20 @@ subtest 'a store whose file system stores no zeroes' => sub {
     rename("$image.sparse", $image) or die "rename: $!\n";
     my $archive = $chain->provider->_archive($name);
     my $check = \&PVE::BackupAccess::Provider::Qcow2Chain::Content::check_image;
-    is(eval { $check->($archive, $device, sub { }); 'whole' } // $@,
-        'whole', 'the check of an image finds its data');
+    is(
+        eval {
+            $check->($archive, $device, sub { });
+            'whole';
+        } // $@,
+        'whole',
+        'the check of an image finds its data'
+    );
 
-    system($ENV{PBA_QEMU_IMG} // 'qemu-img', 'create', '-q', '-f', 'qcow2', $image, $chain->disk($device)->size);
-    eval { $check->($archive, $device, sub { }) };
+    system($ENV{PBA_QEMU_IMG} // 'qemu-img',
+        'create', '-q', '-f', 'qcow2', $image, $chain->disk($device)->size);
+    eval {
+        $check->($archive, $device, sub { });
+    };
     like(
         $@,
         qr/its image lacks what was written to it - 2621440 bytes .*: 2621440 at offset 65536$/,

@@ -20,6 +20,7 @@ use Time::Local ();
 use PBA::Test::StoreLife::Guest;
 use PBA::Test::StoreLife::Image qw(forget state_of);
 use PBA::Test::StoreLife::Judge qw(judge looks_right);
+use PBA::Test::StoreLife::Kept qw(keep keep_in);
 use PBA::Test::StoreLife::Mishaps;
 use PBA::Test::StoreLife::Rot qw(flip_bit);
 use PVE::BackupAccess::Provider::Qcow2Chain;
@@ -74,7 +75,9 @@ my sub any (@of) { return $of[rand(@of)] }
 
 sub new ($class, %options) {
     my $self = bless({ %options, time => 1_795_000_000, steps => 0, count => {} }, $class);
-    mkdir("$self->{dir}/store-1");
+    mkdir($_) for "$self->{dir}/store-1", "$self->{scratch}/content";
+    keep_in("$self->{scratch}/content");
+    forget();
     $self->{stores} = [{ path => "$self->{dir}/store-1", archives => {} }];
     $self->{store} = $self->{stores}[0];
     for my $about ([100, 1], [101, 0]) {
@@ -164,7 +167,7 @@ sub _one_backup ($self, $guest) {
     );
     my $mishap = $self->_mishap;
     $self->_tell("backup of $guest->{vmid} (@devices) in $self->{store}{path}, " . ($mishap // ''));
-    my $content = { map { $_ => $guest->content($_) } @devices };
+    my $content = { map { $_ => keep($guest->content($_)) } @devices };
     my $result = $self->_perform_beside($guest, $mishap,
         sub ($report) { _back_up($self->_provider, $guest, $report, %how) });
     $guest->begin($result->{statuses}) if $result->{statuses};
@@ -339,8 +342,7 @@ sub _move ($self, $guest) {
     $self->_tell("moved to $path");
     $self->{store}{path} = $path;
     forget();
-    delete($_->{seen}) for values $self->{store}{archives}->%*;
-    return undef;
+    return $self->_look_at_spoilt($self->{store});
 }
 
 # Continues in one of the two stores; the other one is used later.
@@ -357,13 +359,19 @@ sub _copy ($self, $guest) {
         $copy->{$kind} = {
             map {
                 my $archive = $archives->{$_};
-                $_ => { $archive->%*, seen => '', spoilt => { $archive->{spoilt}->%* } }
+                $_ => { $archive->%*, spoilt => { $archive->{spoilt}->%* } }
             } keys $archives->%*
         };
     }
     $self->{stores} = [$store, $copy];
     $self->{store} = any($self->{stores}->@*);
-    return undef;
+    return $self->_look_at_spoilt($copy);
+}
+
+# Judges one of the archives in which a bit was flipped. The others are as they were when they were judged.
+sub _look_at_spoilt ($self, $store) {
+    my @names = grep { $store->{archives}{$_}{spoilt}->%* } sort keys $store->{archives}->%*;
+    return @names ? $self->_judge($store, any(@names)) : undef;
 }
 
 sub _other_store ($self, $guest) {
@@ -455,7 +463,7 @@ sub _state ($self, $store, $name) {
     my $spoilt = $archive->{spoilt};
     return join("\n",
         map({ "$_ $spoilt->{$_}" } sort keys $spoilt->%*),
-        map { "$_ " . state_of($_) } @files);
+        map { substr($_, length($store->{path})) . ' ' . state_of($_) } @files);
 }
 
 1;

@@ -8,22 +8,19 @@ use v5.36;
 use Exporter qw(import);
 use Time::HiRes ();
 
-our @EXPORT_OK = qw(content_of forget slurp state_of);
+use PBA::Test::StoreLife::Kept qw(keep kept slurp);
+
+our @EXPORT_OK = qw(digest_of forget state_of);
 
 my $most = 64 << 20;
 my $longest = 120;                         # images in a chain
 my $offset_bits = (1 << 56) - (1 << 9);    # in a table's entry
-my %cache;    # path => [state of the chain, content, path of the backing file]
+my %cache;    # path => [state of the chain, digest of the content, path of the backing file]
 
-sub slurp ($path) {
-    open(my $fh, '<:raw', $path) or die "$path: $!\n";
-    local $/ = undef;
-    return scalar(<$fh>) // '';
-}
-
-# A state that changes when a file does, unless the file's time is set back: then call forget.
+# A state that changes when a file does, unless the file's time is set back: then call forget. A copy of the file that
+# keeps its time has the same state.
 sub state_of ($path) {
-    return join(' ', (Time::HiRes::stat($path))[1, 7, 9]);
+    return join(' ', (Time::HiRes::stat($path))[7, 9]);
 }
 
 sub forget () {
@@ -84,20 +81,21 @@ my sub chain_state ($path) {
     die "$path: its chain has no end\n";
 }
 
-sub content_of ($path, $depth = 0) {
+# The digest of the content, as of Kept.
+sub digest_of ($path, $depth = 0) {
     die "$path: its chain has no end\n" if $depth > $longest;
     my $known = $cache{$path};
     return $known->[1] if $known && $known->[0] eq chain_state($path);
     my $image = slurp($path);
     my $header = header($path, $image);
     my $below = below($path, $image, $header);
-    my $content = defined($below) ? content_of($below, $depth + 1) : '';
+    my $content = defined($below) ? kept(digest_of($below, $depth + 1)) : '';
     $content = substr($content, 0, $header->{size});
     $content .= "\0" x ($header->{size} - length($content));
     lay_over($image, $header, \$content);
-    $cache{$path} = ['', $content, $below];
+    $cache{$path} = ['', keep($content), $below];
     $cache{$path}[0] = chain_state($path);
-    return $content;
+    return $cache{$path}[1];
 }
 
 1;

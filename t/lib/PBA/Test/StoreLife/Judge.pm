@@ -9,7 +9,8 @@ use v5.36;
 use Exporter qw(import);
 use File::Path ();
 
-use PBA::Test::StoreLife::Image qw(content_of slurp state_of);
+use PBA::Test::StoreLife::Image qw(digest_of);
+use PBA::Test::StoreLife::Kept qw(digest kept slurp);
 use PVE::BackupAccess::CLI::Restore;
 
 our @EXPORT_OK = qw(judge looks_right);
@@ -20,7 +21,7 @@ my sub image_in ($path, $device) { return "$path/$device.qcow2" }
 # Whether the images and the configuration are as expected, as far as this can be checked without QEMU.
 sub looks_right ($path, $expected) {
     my $seen = eval {
-        my @wrong = grep { content_of(image_in($path, $_)) ne $expected->{content}{$_} }
+        my @wrong = grep { digest_of(image_in($path, $_)) ne $expected->{content}{$_} }
             sort keys $expected->{content}->%*;
         !@wrong && slurp("$path/guest.conf") eq $expected->{config};
     };
@@ -70,12 +71,12 @@ my sub restored ($store, $name, $expected, $scratch) {
     for my $device (sort keys $expected->{content}->%*) {
         my $file = "$target/$device.raw";
         my $content = -e $file ? slurp($file) : undef;
-        next if defined($content) && $content eq $expected->{content}{$device};
+        next if defined($content) && digest($content) eq $expected->{content}{$device};
         push(@wrong, $device);
         push(@unnamed, $device)
             if defined($content)
             && without_told($said, $device, $content) ne
-            without_told($said, $device, $expected->{content}{$device});
+            without_told($said, $device, kept($expected->{content}{$device}));
     }
     my $config = -e "$target/guest.conf" ? slurp("$target/guest.conf") : '';
     push(@wrong, 'configuration') if $config ne $expected->{config};

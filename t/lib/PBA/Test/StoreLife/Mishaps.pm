@@ -10,7 +10,7 @@ use POSIX ();
 use Time::HiRes ();
 
 use PBA::Test::Handle ();
-use PBA::Test::StoreLife::Image qw(slurp);
+use PBA::Test::StoreLife::Kept qw(slurp);
 use PBA::Test::Strike qw(strike_at strikes_ended);
 
 my $json = JSON::PP->new->utf8->allow_nonref;
