@@ -7,7 +7,11 @@ use FindBin;
 use lib "$FindBin::Bin/lib";
 use Test::More;
 
+use JSON::PP ();
+
 use PBA::Test::Chain;
+use PVE::BackupAccess::File qw(fingerprint sha256);
+use PVE::BackupAccess::Provider::Store::Manifest qw(encode_manifest);
 
 my $KiB = 1 << 10;
 my $device = 'drive-scsi0';
@@ -67,6 +71,37 @@ subtest 'a guest that rewrites the same data' => sub {
     $chain->provider->remove($first);
     $chain->forget($first);
     $chain->check('without the first');
+};
+
+# Gives the archive digests of one large block, as another program might write them.
+sub make_large_blocks ($chain, $name, $block) {
+    my ($digests, $file) = map { $chain->path_of($name, $_) } "$device.digests", 'manifest.json';
+    open(my $out, '>:raw', $digests) or die "$digests: $!\n";
+    print {$out} pack(
+        'a12 a4 a16 Q> N N x4048',
+        "PBA-DIGESTS\n", 1, 'SHA-256', $chain->disk($device)->size,
+        $block, 1
+    );
+    print {$out} "\1" x 32;
+    close($out) or die "$digests: $!\n";
+    open(my $in, '<:raw', $file) or die "$file: $!\n";
+    my $manifest = JSON::PP->new->utf8->decode(join('', <$in>));
+    $manifest->{devices}{$device}{digests}{block} = $block;
+    $manifest->{files}{"$device.digests"}
+        = { fingerprint($digests)->%*, sha256 => sha256($digests) };
+    open($out, '>:raw', $file) or die "$file: $!\n";
+    print {$out} encode_manifest($manifest);
+    close($out) or die "$file: $!\n";
+    return;
+}
+
+subtest 'an archive with digests of larger blocks' => sub {
+    my ($chain, $first) = new_chain();
+    make_large_blocks($chain, $first, 8 << 20);
+    my $second = backup($chain, [512 * $KiB, 64 * $KiB, 0x15]);
+    is(parent_of($chain, $second), undef, 'nothing builds on it');
+    like($chain->log, qr/has digests of blocks of another size/, 'and the log says why');
+    $chain->check('both are right');
 };
 
 subtest 'a bitmap that was lost' => sub {

@@ -294,6 +294,11 @@ sub digests ($self, $device) {
         : undef;
 }
 
+# Whether the digests are of blocks as in new archives, with which they can be compared.
+sub has_usual_blocks ($self, $device) {
+    return ($self->device($device)->{digests} // { block => 0 })->{block} == $digest_block;
+}
+
 # Where a file is. A killed merge may not have moved the digests to their place.
 sub _path_of ($self, $file) {
     for my $own (keys(($self->{merged} // {})->%*)) {

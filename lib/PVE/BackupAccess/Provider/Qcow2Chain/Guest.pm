@@ -196,6 +196,8 @@ sub checked_base ($self, $name, $device, $own, $size) {
     fail($problem) if defined($problem);
     fail("archive $name is of version 0.1: it has no digests of what was read")
         if !defined($chain[0]->digests($device));
+    fail("the chain of archive $name has digests of blocks of another size")
+        if grep { !$_->has_usual_blocks($device) } @chain;
     my ($damaged) = grep { $_->is_known_damaged($device) } @chain;
     fail('archive ' . $damaged->name . ' is damaged, according to its last verification')
         if $damaged;
