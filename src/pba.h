@@ -243,8 +243,9 @@ int pba_access_open_file(PbaAccess *access, size_t index, GError **error);
  * true means that the bitmaps hold exactly what was written since the instant, or that a later
  * setup finds no bitmap; errors after that moment are only logged. The result false means that the
  * bitmaps also hold what they held before, or that they cannot be trusted and the next backup is a
- * full one. id, which may be NULL, is the ID of the backup that the bitmaps are relative to after a
- * success. */
+ * full one. id, which may be NULL, is the ID of this backup: afterwards the bitmaps are relative to
+ * it. That is right after a failure, too, because they have at least what was written since the
+ * instant; without an id they then stay relative to the earlier backup. */
 bool pba_access_teardown(PbaAccess *access, bool success, const char *id, GError **error);
 bool pba_access_is_up(const PbaAccess *access);
 

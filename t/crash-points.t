@@ -31,8 +31,12 @@ my @rows = (
 );
 
 # With IDs: whatever was killed, the next backup continues from the image that the ID in QEMU names.
-my @id_rows
-    = ([[qw(disk0 disk1)], use => 1], [[qw(disk0)], new => 1], [[qw(disk0)], audit => 1]);
+my @id_rows = (
+    [[qw(disk0 disk1)], use => 1],
+    [[qw(disk0 disk1)], use => 0],
+    [[qw(disk0)], new => 1],
+    [[qw(disk0)], audit => 1]
+);
 my @iothread_rows = ([[qw(disk0 disk1)], use => 1], [[qw(disk0)], new => 0]);
 
 # What QEMU was told decides whether a backup is a success, whatever the client noticed before its end.

@@ -349,6 +349,12 @@ sub _dirty_bytes ($self, $device) {
 
 sub teardown ($self, $success, $id = undef) {
     check_text('the id', $id) if defined($id);
+    return $self->_end($success, $success ? $id : undef);
+}
+
+# With an ID, the bitmaps are relative to this backup even if it failed: they have at least what was written since its
+# instant.
+sub _end ($self, $success, $id) {
 
     # A program that still reads the file gets an error at once.
     close($_) for grep { defined } (delete($handles{$self}) // [])->@*;

@@ -269,7 +269,7 @@ static bool note_id(PbaAccess *access, const char *id, GError **error)
 bool pba_access_teardown(PbaAccess *access, bool success, const char *id, GError **error)
 {
     end_interrupted_call(access);
-    if (!pba_access_require_up(access, error) || !note_id(access, success ? id : NULL, error)) {
+    if (!pba_access_require_up(access, error) || !note_id(access, id, error)) {
         return false;
     }
     /* The failed attempt may have joined the bitmaps of some disks as after a failure. */

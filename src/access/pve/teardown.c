@@ -342,6 +342,37 @@ static bool check(PbaAccess *access, const PbaBlock *block, GError **error)
             (check_no_exports(access, error) && check_stale_safe(access, block, error)));
 }
 
+/* Before the teardown, as for a success: see commit. An error only costs a full backup. */
+static bool give_ids_of_failure(PbaAccess *access, const PbaBlock *block, GError **error)
+{
+    GError *local = NULL;
+
+    if (!access->backup_id || pba_pve_give_ids(access, block, &local)) {
+        return true;
+    }
+    if (pba_error_is_fatal(local)) {
+        g_propagate_error(error, local);
+        return false;
+    }
+    pba_log(&access->hooks, PBA_LOG_WARN,
+            "the bitmaps do not get the ID of this backup, so the next one may be full: %s",
+            local->message);
+    g_error_free(local);
+    return true;
+}
+
+static bool end_as_requested_failure(PbaAccess *access, const PbaBlock *block, GError **error)
+{
+    /* Only known before the teardown, which removes QEMU's background bitmap. */
+    bool is_active = has_background(block);
+    bool may_be_committed = is_marked_as_ending(access, block) && !is_active;
+
+    return (!is_active || give_ids_of_failure(access, block, error)) &&
+           send_teardown(access, false, error) == PBA_OUTCOME_DONE &&
+           /* After the teardown, which crashes QEMU if a bitmap is missing: see find_danger. */
+           (!may_be_committed || remove_bitmaps(access, block, error));
+}
+
 static bool end(PbaAccess *access, const PbaBlock *block, bool success, GError **error)
 {
     /* A dead process that had put no hold on a disk had not sent the command, unless others have
@@ -356,11 +387,7 @@ static bool end(PbaAccess *access, const PbaBlock *block, bool success, GError *
     if (success) {
         return end_as_success(access, block, error);
     }
-    /* Only known before the teardown, which removes QEMU's background bitmap. */
-    bool may_be_committed = is_marked_as_ending(access, block) && !has_background(block);
-    return send_teardown(access, false, error) == PBA_OUTCOME_DONE &&
-           /* After the teardown, which crashes QEMU if a bitmap is missing: see find_danger. */
-           (!may_be_committed || remove_bitmaps(access, block, error));
+    return end_as_requested_failure(access, block, error);
 }
 
 /* The marker of an earlier try may never have reached QEMU; then there is nothing to delete. */

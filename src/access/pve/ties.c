@@ -86,13 +86,21 @@ static void add_companion(JsonArray *actions, const PbaAccess *access, const Pba
     }
 }
 
+/* An earlier try may have given it. */
+static bool has_id(const PbaAccess *access, const PbaDisk *disk, const PbaBlock *block)
+{
+    const char *name = pba_companion_find(block, disk->bitmap_node, access->target_id);
+
+    return name && access->backup_id && g_strcmp0(pba_companion_id(name), access->backup_id) == 0;
+}
+
 bool pba_pve_give_ids(PbaAccess *access, const PbaBlock *block, GError **error)
 {
     g_autoptr(JsonArray) actions = json_array_new();
 
     for (guint i = 0; access->tied == PBA_TIED_YES && i < access->disks->len; i++) {
         const PbaDisk *disk = access->disks->pdata[i];
-        if (!disk->bitmap_name) {
+        if (!disk->bitmap_name || has_id(access, disk, block)) {
             continue;
         }
         if (access->backup_id) {

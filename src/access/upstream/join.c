@@ -198,19 +198,6 @@ static void add_removal(const Split *split, JsonArray *actions)
     }
 }
 
-/* A transaction does not stop the guest's writes to a disk in an iothread (QEMU 10.0, 11.0). A
- * write that ends between a merge and the next action is only in the background bitmap, until the
- * target's bitmap records. So it is merged once more after that. The companion stays as it is: the
- * bitmap remains relative to the same backup. */
-static void add_failure(G_GNUC_UNUSED const Join *join, const Split *split, JsonArray *actions)
-{
-    add_merge(split, actions);
-    pba_actions_add_ref(actions, "block-dirty-bitmap-enable", split->disk->bitmap_node,
-                        split->target);
-    add_merge(split, actions);
-    add_removal(split, actions);
-}
-
 /* The companion stays: without its bitmap it means nothing, and its bits are still needed. */
 static void add_commit(G_GNUC_UNUSED const Join *join, const Split *split, JsonArray *actions)
 {
@@ -232,6 +219,22 @@ static void add_id(JsonArray *actions, const PbaAccess *access, const PbaDisk *d
                           pba_upstream_disk(disk)->persistent);
     }
     pba_companion_remove(actions, block, disk->bitmap_node, access->target_id);
+}
+
+/* A transaction does not stop the guest's writes to a disk in an iothread (QEMU 10.0, 11.0). A
+ * write that ends between a merge and the next action is only in the background bitmap, until the
+ * target's bitmap records. So it is merged once more after that. Without an ID of this backup, the
+ * companion stays as it is: the bitmap remains relative to the same backup. */
+static void add_failure(const Join *join, const Split *split, JsonArray *actions)
+{
+    add_merge(split, actions);
+    pba_actions_add_ref(actions, "block-dirty-bitmap-enable", split->disk->bitmap_node,
+                        split->target);
+    add_merge(split, actions);
+    if (join->access->backup_id) {
+        add_id(actions, join->access, split->disk, join->block);
+    }
+    add_removal(split, actions);
 }
 
 /* The second step of a success. The target's bitmap exists again, with the background bitmap's

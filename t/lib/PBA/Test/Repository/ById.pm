@@ -38,10 +38,19 @@ sub requests ($self, $access, $modes, @ids) {
     return @requests;
 }
 
+# What the task does for a provider that does not know IDs: after a failure, the bitmaps get the backup's ID. They fit the last
+# image as well.
+sub _fail ($self, $access, $backup, @ids) {
+    for my $id (grep { -e $self->image($_) } @ids) {
+        link($self->image($id), $self->_image_of($id, $backup)) or die "link: $!\n";
+    }
+    return $access->_end(0, $backup);
+}
+
 # The image is stored before QEMU is told about the success.
 sub finish ($self, $access, $success, @ids) {
-    return $access->teardown(0) if !$success;
     my $backup = PVE::BackupAccess->new_id;
+    return $self->_fail($access, $backup, @ids) if !$success;
     rename($self->candidate($_), $self->_image_of($_, $backup)) or die "rename: $!\n" for @ids;
     $access->teardown(1, $backup);
     for my $id (@ids) {
