@@ -116,13 +116,14 @@ my @known = (
         'another guest with disks of its own, with a provider that knows no IDs',
         { provider => 'raw', persistent => 1, naming => 'qdev' },
         qw(ok ok:reuse stranger ok:new ok:reuse stranger stranger ok:new ok:reuse),
-        qw(failed-kept ok:new ok:reuse shared-store:reuse ok:reuse),
+        qw(failed-kept ok:reuse shared-store:reuse ok:reuse),
     ],
     [
         'another guest, or data that remains, and back in time, with a provider that knows no IDs',
         { provider => 'raw' },
         qw(ok ram stranger rollback-ram ok:new ok:reuse ram other-guest rollback-ram ok:new ok:reuse),
         qw(ram failed-kept rollback-ram ok:new ok:reuse ram shared-store rollback-ram ok:new),
+        qw(ram failed-late rollback-ram ok:new ok:reuse ram failed-late ok:reuse rollback-ram ok:new),
     ],
     [
         'a guest that is off',

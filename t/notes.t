@@ -11,7 +11,6 @@ use PVE::BackupAccess::File qw(read_file write_file);
 
 use PBA::Test::Backend;
 use PBA::Test::Provider;
-use PBA::Test::Thrown qw(what_arrives);
 
 # One QEMU is enough: it is about files.
 my $backend = PBA::Test::Backend->start_paused(
@@ -54,6 +53,7 @@ sub check_unreadable () {
             = sub ($self, @) { $is_left = -l $file ? 1 : 0; die "killed\n" };
         eval { $backend->task($provider)->run };
     }
+    unlink($file);
     ok(defined($is_left) && !$is_left,
         'where it cannot be read, it is none when there may be new data');
     symlink($file, $file) or die "symlink: $!\n";
@@ -77,28 +77,28 @@ sub check_code_refs () {
 # The old note must be gone before the provider has new data, even if it could not be read: the backup may then
 # be killed and the guest rolled back.
 sub check_load_dies () {
-    my ($note, $is_down, $seen);
+    my ($note, $is_down, $old, $seen);
     my %code = (
         'load-note' => sub (@) { $is_down ? die "the cluster is away\n" : $note },
         'store-note' => sub ($key, $new) { $note = $new },
     );
     is(mode_of_next(%code), 'new', 'without a note from the code ref: a full backup');
     is(mode_of_next(%code), 'reuse', 'is good');
-    $is_down = 1;
+    ($is_down, $old) = (1, $note);
     my %on = (backup_vm => sub ($self, @) { $seen = $note; die "killed\n" });
     local $provider->{on} = \%on;
     eval { $backend->task($provider, %code)->run };
-    unlike($seen, qr/[0-9a-f]{32}/,
-        'where it cannot be read, it is none when there may be new data');
+    my ($id) = $old =~ m/([0-9a-f]{32})/;
+    unlike($seen, qr/$id/, 'where it cannot be read, it is gone when there may be new data');
     $is_down = 0;
     delete($on{backup_vm});
-    is(mode_of_next(%code), 'new', 'the next backup is full');
-    is(mode_of_next(%code), 'reuse', 'the one after that is incremental');
+    is(mode_of_next(%code), 'reuse', 'the failed backup made a new bitmap, which is used');
+    is_deeply($provider->{regions}{$device}, [0, 1 << 20], 'everything in it is dirty');
     return;
 }
 
-# The backup has succeeded by then: if the note cannot be stored, the next backup is a full one. A signal is
-# thrown when the caller has the result.
+# If the note cannot be stored, but the old one can be removed, the next backup is a full one. If not even that is possible,
+# or a signal arrives, the backup fails before the provider has data of it.
 sub check_store_dies () {
     my ($note, $strike);
     my $store = sub ($key, $new) { $new eq '{}' || $strike->(); $note = $new };
@@ -110,10 +110,50 @@ sub check_store_dies () {
     $strike = sub () { };
     is(mode_of_next(%code), 'new', 'the next backup is full');
 
-    $strike = sub () { kill(ALRM => $$) };
-    my $seen = what_arrives(sub () { $backend->task($provider, %code)->run });
-    is($seen->{error}, "alarm\n", 'a signal while the note is stored is passed on');
-    is($seen->{value}{devices}{$device}{'bitmap-mode'}, 'reuse', 'when the caller has the result');
+    is(mode_of_next(%code), 'reuse', 'the one after that is incremental');
+
+    $provider->{calls} = [];
+    $strike = sub () { kill(USR1 => $$) };
+    local $SIG{USR1} = sub { die "stop\n" };
+    is(mode_of_next(%code), "none: stop\n", 'a signal in store-note ends the backup');
+    $code{'store-note'} = sub (@) { die "the cluster is away\n" };
+    is(mode_of_next(%code), "none: the cluster is away\n",
+        'an old note that stays ends the backup');
+    is_deeply([grep { $_->[0] eq 'backup_vm' } $provider->{calls}->@*],
+        [], 'the provider is not called');
+    $code{'store-note'} = $store;
+    $strike = sub () { };
+    is(mode_of_next(%code), 'reuse', 'the next backup is incremental');
+    return;
+}
+
+# A note is stored while the backup has the guest's access, and before the provider may have data of it. So it never replaces
+# that of another process' backup.
+sub check_order () {
+    my $note;
+    my %code = (
+        'load-note' => sub (@) { $note },
+        'store-note' => sub ($key, $new) { $provider->note('store-note'); $note = $new },
+    );
+    for my $fails (0, 1) {
+        $provider->{calls} = [];
+        local $provider->{on}{backup_vm} = sub (@) { die "no space\n" if $fails };
+        mode_of_next(%code);
+        my @calls = grep { m/\A(?:backup_vm|store-note)\z/ } map { $_->[0] } $provider->{calls}->@*;
+        is("@calls", 'store-note backup_vm', 'the note is stored once, before backup_vm');
+    }
+
+    # While the provider is asked, another process' backup begins, and has removed the old note.
+    my $other = $backend->access(log => sub { });
+    my $begin = sub ($self, $vmid, $volumes) {
+        $other->setup($backend->devices('use', 'disk0'));
+        $note = '{}';
+        return { map { $_ => 'use' } keys $volumes->%* };
+    };
+    local $provider->{on}{backup_vm_query_incremental} = $begin;
+    like(mode_of_next(%code), qr/\Anone: .*already/s, 'another backup has begun');
+    is($note, '{}', 'its note stays');
+    $other->teardown(0);
     return;
 }
 
@@ -152,6 +192,7 @@ check_unreadable();
 check_code_refs();
 check_load_dies();
 check_store_dies();
+check_order();
 check_load_signal();
 mode_of_next();
 check_answer_without_base();

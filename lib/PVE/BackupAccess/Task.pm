@@ -12,7 +12,7 @@ use PVE::BackupAccess::Argument
 use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Notes;
 use PVE::BackupAccess::PluginBase;
-use PVE::BackupAccess::Try qw(attempt deaths_of deaths_of_all is_own rethrow worst_of);
+use PVE::BackupAccess::Try qw(attempt attempt_any deaths_of deaths_of_all is_own rethrow worst_of);
 
 my $look_every = 10;    # seconds between two looks at the fleecing images
 my $look_limit = 5;     # seconds for a QMP command of such a look
@@ -109,7 +109,7 @@ sub _outcome ($self, $result, @deaths) {
 sub _back_up ($self, $result, $finish) {
     my $began = now();
     $result->{devices} = {};
-    delete($self->{'warned of fleecing'});
+    delete($self->@{ 'warned of fleecing', 'is noted' });
     my $done;
     my @deaths = deaths_of_all(
         sub {
@@ -119,7 +119,6 @@ sub _back_up ($self, $result, $finish) {
         },
         sub { $self->_warn_of_fleecing if !$done && $self->{access}->_is_up },
         sub { $self->_tear_down($done, $result) },
-        sub { $self->_end_notes($done, $result) },
     );
     $self->_die_of(@deaths);
     $result->{seconds} = now() - $began;
@@ -152,12 +151,9 @@ sub _hand_over ($self, $result) {
     my %optional = ('backup-id' => $result->{id}, 'guest-uuid' => $access->_guest);
     $optional{$_} = $self->{$_} for grep { $self->{$_} } qw(bandwidth-limit jobs);
     $optional{'firewall-config'} = $self->{'firewall-config'} if exists($self->{'firewall-config'});
-    $self->_begin_notes;
+    $self->_note($result);
     $provider->backup_vm($self->{vmid}, $self->{'guest-config'}, $volumes, \%optional);
     $self->_check_process;
-
-    # The provider's newest data is complete. If something fails now, the provider may fail to remove it, too.
-    $self->{noted} = {};
     return;
 }
 
@@ -228,25 +224,20 @@ sub _notes ($self) {
     return $self->{notes} //= PVE::BackupAccess::Notes->new($self->@{qw(target-id vmid)}, %options);
 }
 
-# Empties the note: from here on, the provider may have complete data that no bitmap is relative to yet.
-sub _begin_notes ($self) {
-    $self->_notes->note({ map { $_ => undef } $self->{devices}->@* });
-    return;
-}
+# Notes this backup before the provider may have data of it. If it fails, the newest data may be of this backup or of the last
+# one, and bitmaps with the ID of this one fit both. If it is killed, the bitmaps do not get this ID, and the next one is full.
+sub _note ($self, $result) {
+    my $devices = $result->{devices};
+    my %none = map { $_ => undef } keys $devices->%*;
+    my %note = map { $_ => { id => $result->{id}, identity => $self->{seen}{$_}{identity} } }
+        grep { ($devices->{$_}{'bitmap-mode'} // 'none') ne 'none' } keys $devices->%*;
+    my $notes = $self->_notes;
+    my $error = attempt_any { $notes->note({ %none, %note }) };
+    $self->{'is noted'} = !$error;
+    return if !$error;
 
-# After a success, notes this backup. After a failure of backup_vm, the provider's newest data is the old one, as noted.
-sub _end_notes ($self, $success, $result) {
-    return if !$self->{noted};
-    my %ids = map { $_ => $success ? undef : $self->{noted}{$_} } $self->{devices}->@*;
-    if ($success) {
-        my $devices = $result->{devices};
-        $ids{$_} = { id => $result->{id}, identity => $self->{seen}{$_}{identity} }
-            for grep { ($devices->{$_}{'bitmap-mode'} // 'none') ne 'none' } keys $devices->%*;
-    }
-    my ($death) = deaths_of(sub { $self->_notes->note(\%ids) }) or return;
-    my ($error, $by_signal) = $death->@*;
-    rethrow($error) if $by_signal && !$success;
-    return $self->{late} //= $error if $by_signal;
+    # The old note must not stay.
+    $notes->note(\%none);
     $self->log('warn',
               "cannot note the ID of this backup, so the next one is full"
             . " unless the provider stores IDs - $error");
@@ -306,6 +297,7 @@ sub _requests ($self, $seen) {
         if defined($answer) && ref($answer) ne 'HASH';
 
     my %requests;
+    delete($self->{'goes by note'});
     for my $device (sort keys $seen->%*) {
         my $request = $requests{$device} = read_answer($answer->{$device});
         my $mode = $request->{'bitmap-mode'};
@@ -319,6 +311,7 @@ sub _requests ($self, $seen) {
             = $mode ne 'use' ? undef
             : ref($answer->{$device}) ? $self->_given_base($request)
             : $self->_noted_base($device, $seen->{$device}{identity});
+        $self->{'goes by note'} = 1 if $mode eq 'use' && !ref($answer->{$device});
     }
     for my $device (sort grep { !exists($seen->{$_}) } keys(($answer // {})->%*)) {
         $self->log('warn',
@@ -345,12 +338,15 @@ sub _tear_down ($self, $success, $result) {
     my $access = $self->{access};
     return if !$access->_is_up;
     $self->log('info', 'tearing down backup access');
+
+    # Bitmaps of a provider that knows IDs stay relative to its last archive if the backup fails.
+    my $id = $success || ($self->{'is noted'} && $self->{'goes by note'}) ? $result->{id} : undef;
     my @deaths = deaths_of_all(
         sub {
-            $access->teardown($success, $success ? $result->{id} : undef);
+            $access->_end($success, $id);
             $self->{late} //= PVE::BackupAccess::_take_later();    # before it is thrown by itself
         },
-        sub ($failed) { $access->teardown(0) if $failed && $access->_is_up },
+        sub ($failed) { $access->_end(0, $id) if $failed && $access->_is_up },
     ) or return;
     $self->log('warn', "teardown failed - $_->[0]") for @deaths;
     $result->{'teardown-error'} = "$deaths[0][0]";
@@ -603,8 +599,9 @@ none. C<$key> is 64 hexadecimal digits, a digest of C<target-id> and C<vmid>. C<
 device, C<{}> if nothing is noted. A note may be removed with its guest. Give both or neither. By default, the note is a
 file on this host. All hosts and programs that back up a guest into one storage must share its note: if the nodes of a cluster
 share the storage, the notes must be cluster-wide; for a storage of one node, they belong to the node. If C<load-note> dies,
-there is no note, and a new one is stored. If C<store-note> dies before the provider's C<backup_vm>, the backup fails, because
-the old note does not describe the new data; if it dies after that, the log says so, and the next backup is full.
+there is no note, and a new one is stored. C<store-note> is called before the provider's C<backup_vm>. If it dies, it is called
+again to remove the old note, which does not describe the new data; the log then says that the next backup is full. If it dies
+again, the backup fails.
 
 =item state-dir
 
@@ -661,9 +658,10 @@ identity, adds C<identity> to its answer: the name then does not matter.
 
 B<Providers that do not know IDs> return the word C<use>. For them, the task keeps a note of the backup and of the disk that
 the newest data of each device comes from. If the ID in QEMU differs from the note, if the disk is another one, or if there
-is no note, the device gets a new bitmap. The note is empty from the call of C<backup_vm> until the end, so that a backup
-that was killed, or failed after C<backup_vm> had returned, is followed by a full one. The task cannot detect that such a provider lost an archive after a good backup,
-or has one that was made with another target or without this note.
+is no note, the device gets a new bitmap. The note names this backup from the call of C<backup_vm> on. If the backup fails after
+that, the provider's newest data may be of this backup or of the last one, and the bitmap, which gets the ID of this one, fits
+both. If it was killed, the next backup is full. The task cannot detect that such a provider lost an archive after a good
+backup, or has one that was made with another target or without this note.
 
 B<Fleecing.> The log warns if the file system of a fleecing image is nearly full (see
 L<PVE::BackupAccess/status>): at the beginning, after a failure, and with mechanism file-handle
