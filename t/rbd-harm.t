@@ -12,7 +12,9 @@ use File::Temp ();
 
 use PBA::Test::Ceph;
 use PBA::Test::Command qw(run_command start_command);
+use PBA::Test::Container qw(write_file);
 use PBA::Test::RBDLife;
+use PVE::BackupAccess::Provider::RBD;
 use PVE::BackupAccess::Provider::RBD::Archive;
 use PVE::BackupAccess::Provider::RBD::Ceph;
 
@@ -247,6 +249,73 @@ for my $what (sort keys %unreachable) {
         }
     };
 }
+
+# ---- containers ----
+
+sub new_container ($namespace) {
+    my %scfg = (pool => 'backup', namespace => $namespace, 'ceph-conf' => $ceph->conf);
+    my $container = PBA::Test::Container->new(
+        first_id => $> ? 0 : 100_000,
+        new_provider => sub ($log) {
+            return PVE::BackupAccess::Provider::RBD->new(undef, \%scfg, 'test', $log);
+        },
+    )->fill;
+    write_file($container->root . '/data', join('', map { chr(rand(256)) } 1 .. 6 << 20));
+    $container->_own;
+    return $container;
+}
+
+# Changes a byte in the first object of the image, in all of its snapshots.
+sub damage_image ($namespace, $image) {
+    my ($prefix)
+        = $ceph->run('rbd', 'info', "backup/$namespace/$image") =~ m/block_name_prefix: (\S+)/;
+    my @rados = ('rados', '-p', 'backup', '-N', $namespace);
+    my ($object) = sort grep { m/\A\Q$prefix\E/ } split(' ', $ceph->run(@rados, 'ls'));
+    $ceph->run(@rados, 'get', $object, "$dir/object");
+    open(my $fh, '+<:raw', "$dir/object") or die "object: $!\n";
+    seek($fh, 1000, 0);
+    read($fh, my $bytes, 100);
+    seek($fh, 1000, 0);
+    print {$fh} $bytes ^. ("\xff" x 100);
+    close($fh) or die "object: $!\n";
+    $ceph->run(@rados, 'put', $object, "$dir/object");
+    return;
+}
+
+sub images_in ($namespace) {
+    my @images = split(' ', $ceph->run('rbd', 'ls', "backup/$namespace"));
+    return @images;
+}
+
+subtest 'containers' => sub {
+    my $namespace = $ceph->new_namespace;
+    my $container = new_container($namespace);
+    my $provider = $container->provider;
+    my $first = $container->backup // return fail($container->error);
+    my ($image) = images_in($namespace);
+    unlike($ceph->run('rbd', 'status', "backup/$namespace/$image"),
+        qr/watcher=/, 'no watcher is left');
+
+    # Proxmox VE prunes before the cleanup.
+    my $second = $container->backup(
+        during => sub ($backup_container) {
+            $backup_container->();
+            is_deeply($provider->prune(101, 1), [$first], 'prune before the cleanup');
+        }
+    ) // return fail($container->error);
+
+    ($image) = images_in($namespace);
+    damage_image($namespace, $image);
+    like($provider->verify($second)->[0], qr/\Q$image\E.* is damaged - /, 'damage is found');
+    is(eval { $provider->restore_container_init($second, 'test', {}); 1 }, undef, 'not restored');
+    is($provider->retention(101, 1)->[0]{mark}, 'broken', 'it does not count');
+
+    my $next = $container->backup // return fail($container->error);
+    is_deeply($provider->verify($next), [], 'the next one is right');
+    is_deeply($provider->prune(101, 1), [$second], 'prune removes the damaged one');
+    $provider->remove($next);
+    is_deeply([images_in($namespace)], [], 'nothing is left');
+};
 
 # ---- serve and mount ----
 
