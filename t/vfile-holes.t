@@ -213,6 +213,20 @@ sub check_programs () {
     }
 }
 
+# Programs may take a file without blocks as one without data.
+sub check_small_disks () {
+    my $tmp = File::Temp->newdir('pba-holes-XXXXXXXX', TMPDIR => 1);
+    for my $length (512, 1024, 4608) {
+        local $size = $length;
+        my ($server, $file, $data) = serve([]);
+        my $name = "a disk of $length bytes";
+        cmp_ok((stat($file->{path}))[12], '>', 0, "$name has blocks");
+        is(system(qw(tar -P -S -cf), "$tmp/tar", $file->{path}), 0, "$name: tar -S reads it");
+        my $restored = qx(tar -P -x -O -f $tmp/tar);
+        ok($restored eq $data, "$name: the archive has its data");
+    }
+}
+
 # ---- a copy ----
 
 sub slurp ($file) {
@@ -346,6 +360,7 @@ sub check_qemu ($name) {
 check_walks();
 check_content();
 check_programs();
+check_small_disks();
 check_copy();
 check_part();
 check_unknown();

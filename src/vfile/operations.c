@@ -9,11 +9,13 @@
 
 #define ATTRIBUTES_S 3600.0
 
-/* cp and tar only look for holes in a file that has fewer blocks than its size needs. */
+/* cp and tar only look for holes in a file that has fewer blocks than its size needs. They take a
+ * file without blocks as one without data. */
 static void fill_attributes(const PbaFile *file, struct stat *status)
 {
     const PbaSizes *sizes = pba_file_sizes(file);
-    bool may_have_holes = pba_file_seeks(file) && sizes->size >= 512;
+    blkcnt_t blocks = (blkcnt_t)((sizes->size + 511) / 512);
+    bool may_have_holes = pba_file_seeks(file) && blocks > 1;
 
     *status = (struct stat){
         .st_ino = FUSE_ROOT_ID,
@@ -23,7 +25,7 @@ static void fill_attributes(const PbaFile *file, struct stat *status)
         .st_gid = getegid(),
         .st_size = (off_t)sizes->size,
         .st_blksize = PBA_FILE_BLOCK,
-        .st_blocks = (blkcnt_t)(sizes->size / 512 - (may_have_holes ? 1 : 0)),
+        .st_blocks = blocks - (may_have_holes ? 1 : 0),
     };
 }
 
