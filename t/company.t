@@ -419,13 +419,20 @@ sub check_old_qcow2 () {
 }
 
 # What QEMU reports about disks whose guest sends SCSI commands itself: on a Proxmox QEMU, and on a stock one.
+# QEMU 7.2 has a property 'scsi' of virtio disks.
 sub check_passed_through ($type, $returns) {
+    my $has_scsi = $type eq 'virtio-blk-device' ? $true : $false;
     my $nodes = $returns->{'query-named-block-nodes'};
     my @nodes = map {
         { $_->%*, drv => 'host_device' }
     } $nodes->@*;
     my @objects = map { { name => $_, type => "child<$type>" } } qw(scsi0 scsi1);
-    my %returns = ($returns->%*, 'query-named-block-nodes' => \@nodes, 'qom-list' => \@objects);
+    my %returns = (
+        $returns->%*,
+        'query-named-block-nodes' => \@nodes,
+        'qom-list' => \@objects,
+        'qom-get' => $has_scsi
+    );
     my $calls = qmp_calls(\%returns);
     my $access = new_access($calls->{code}, 'fleecing-dir' => "$dir");
     my $done = eval { $access->setup(\@one); 1 };
@@ -438,7 +445,7 @@ sub check_passed_through ($type, $returns) {
     ok(!$done, 'setup refuses it');
     like(
         "$@",
-        qr/\Adevice drive-scsi0: its guest device is a $type, .*exclude the disk/,
+        qr/\Adevice drive-scsi0: its guest device is a (?:$type|virtio-blk with scsi=on), .*exclude the disk/,
         'the error says why'
     );
     ok(!(grep { m/\A(?:blockdev-|nbd-|qom-set|backup-)/ } $calls->{names}->@*), 'nothing is sent');
@@ -456,7 +463,7 @@ if (!$VM->is_proxmox) {
         for qw(none new);
     subtest 'an old qcow2 image' => sub { check_old_qcow2() };
 }
-for my $type (qw(scsi-block scsi-generic scsi-hd)) {
+for my $type (qw(scsi-block scsi-generic scsi-hd virtio-blk-device)) {
     subtest "$type, Proxmox" => sub { check_passed_through($type, { pve_returns() }) };
     subtest "$type, stock" => sub { check_passed_through($type, { upstream_returns() }) };
 }

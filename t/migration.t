@@ -18,6 +18,8 @@ my $full = $ENV{PBA_FULL};
 my $mib = 1024 * 1024;
 my $size = 8 * $mib;
 
+my $inactive = qr/\Adevice (?:drive-)?disk0: is inactive, as a migration or .* \(cont\)/;
+
 # Offsets of the guest's writes by their time.
 my %offset = (before => 1 * $mib, during => 2 * $mib, after => 3 * $mib);
 
@@ -88,14 +90,19 @@ sub begin_migration ($source, $target) {
     return;
 }
 
-# 'completed' or 'failed'; the guest then runs in one of the two QEMUs.
-sub end_migration ($source, $target) {
+sub wait_migration ($source) {
     my $status = '';
     for (1 .. 1200) {
         $status = $source->vm->qmp('query-migrate')->{status} // '';
         last if $status =~ m/\A(?:completed|failed)\z/;
         sleep(0.1);
     }
+    return $status;
+}
+
+# 'completed' or 'failed'; the guest then runs in one of the two QEMUs.
+sub end_migration ($source, $target) {
+    my $status = wait_migration($source);
     $target->vm->qmp('cont') if $status eq 'completed';
     return $status;
 }
@@ -110,6 +117,25 @@ sub runs_at_source ($source, $target) {
     isnt(eval { $target->vm->qmp('query-status')->{status} },
         'running', 'the guest does not run at the target');
     return;
+}
+
+sub is_refused ($backend, $pattern, $text) {
+    my $outside = $backend->outside;
+    ok(!eval { next_backup($backend, 'disk0'); 1 }, "$text: refused");
+    is($@->class, 'StateError', "$text: the error has a class");
+    like("$@", $pattern, "$text: the error says why");
+    is_deeply($backend->outside, $outside, "$text: nothing is changed");
+    return;
+}
+
+sub reset_guest ($vm) {
+    $vm->qmp('set-action', reboot => 'reset');
+    $vm->qmp('system_reset');
+    for (1 .. 600) {
+        return if $vm->qmp('query-status')->{status} eq 'prelaunch';
+        sleep(0.1);
+    }
+    die "the guest is not reset\n";
 }
 
 for my $bitmaps (0, 1) {
@@ -162,16 +188,12 @@ for my $bitmaps (0, 1) {
         for my $persistent ($full || !$bitmaps ? (0, 1) : 0) {
             my ($source, $target) = pair(bitmaps => $bitmaps, persistent => $persistent);
             is(migrate($source, $target), 'completed', 'the migration succeeds');
-            ok(
-                !eval { next_backup($source, 'disk0'); 1 },
-                'a backup of the source after the migration: refused'
-            );
-            is($@->class, 'StateError', 'the error has a class');
-            like(
-                "$@",
-                qr/the guest (?:was|is being) migrated .*back it up where it runs/,
-                'the error says why'
-            );
+            my $elsewhere = qr/the guest (?:was|is being) migrated .*back it up where it runs/;
+            is_refused($source, $elsewhere, 'a backup of the source after the migration');
+
+            # Then QEMU's state does not say any more where the guest is.
+            reset_guest($source->vm);
+            is_refused($source, $inactive, 'and after a reset');
             write_disk($target->vm, 'after', 'disk0');
             my $next = $bitmaps || $persistent ? 'before after' : 'missing-recreated';
             is_deeply(

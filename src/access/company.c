@@ -34,50 +34,63 @@ static bool check_job(PbaAccess *access, const PbaBlock *block, JsonObject *devi
     return false;
 }
 
-/* Whether the guest device has the property share-rw, and it is on. A flash chip, as of UEFI, has
- * no such property: there, QEMU only has no reason to forbid writes by others (7.2 to 11.0). */
-static bool is_told_to_share(PbaAccess *access, JsonObject *device, GError **error)
+/* A property of a guest device, false if it does not have it. */
+static bool get_flag(PbaAccess *access, const char *path, const char *property, bool *is_on,
+                     GError **error)
 {
-    const char *qdev = pba_json_find_string(device, "qdev");
-    g_autofree char *path = qdev && *qdev ? pba_block_qom_path(qdev) : NULL;
     GError *local = NULL;
+    g_autoptr(JsonNode) value =
+        pba_qmp_execute(access->qmp, "qom-get",
+                        pba_json("{'path': <%s>, 'property': <%s>}", path, property), &local);
 
-    if (!path) {
-        return true;
-    }
-    g_autoptr(JsonNode) value = pba_qmp_execute(
-        access->qmp, "qom-get", pba_json("{'path': <%s>, 'property': <'share-rw'>}", path), &local);
+    *is_on = value && JSON_NODE_HOLDS_VALUE(value) && json_node_get_boolean(value);
     if (pba_error_is_fatal(local)) {
-        g_propagate_error(error, local);
-        return true;
-    }
-    g_clear_error(&local);
-    return value && JSON_NODE_HOLDS_VALUE(value) && json_node_get_boolean(value);
-}
-
-static bool check_shared(PbaAccess *access, const PbaBlock *block, JsonObject *device,
-                         GError **error)
-{
-    GError *local = NULL;
-
-    if (access->options.allow_shared || !pba_company_shares_writes(block, device) ||
-        !is_told_to_share(access, device, &local)) {
-        return true;
-    }
-    if (local) {
         g_propagate_error(error, local);
         return false;
     }
-    pba_error_set(
-        error, PBA_ERROR_UNSUPPORTED,
-        "others may write to this disk (share-rw), so a backup of it would not be of one instant - "
-        "exclude the disk (--exclude), or allow this (--allow-shared, 'allow-shared')");
-    return false;
+    g_clear_error(&local);
+    return true;
 }
 
-/* Refuses scsi-block and scsi-generic: the guest's commands bypass QEMU's block layer, so bitmaps
- * and filters do not see what they write; and a node above the disk that shows only a part of it
- * does not pass them on. */
+/* A flash chip, as of UEFI, does not have the property share-rw: there, QEMU only has no reason to
+ * forbid writes by others (7.2 to 11.0). */
+static bool check_shared(PbaAccess *access, const PbaBlock *block, JsonObject *device,
+                         GError **error)
+{
+    if (access->options.allow_shared || !pba_company_shares_writes(block, device)) {
+        return true;
+    }
+    const char *qdev = pba_json_find_string(device, "qdev");
+    g_autofree char *path = qdev && *qdev ? pba_block_qom_path(qdev) : NULL;
+    bool is_shared = true;
+    if (path && !get_flag(access, path, "share-rw", &is_shared, error)) {
+        return false;
+    }
+    if (is_shared) {
+        pba_error_set(error, PBA_ERROR_UNSUPPORTED,
+                      "others may write to this disk (share-rw), so a backup of it would not be of "
+                      "one instant - exclude the disk (--exclude), or allow this (--allow-shared, "
+                      "'allow-shared')");
+    }
+    return !is_shared;
+}
+
+/* The type of the object at that path; the caller frees it; NULL with an error. */
+static char *find_type(PbaAccess *access, const char *path, GError **error)
+{
+    g_autofree char *parent = g_path_get_dirname(path);
+    g_autofree char *name = g_path_get_basename(path);
+    g_autoptr(JsonArray) objects =
+        pba_qmp_query_array(access->qmp, "qom-list", pba_json("{'path': <%s>}", parent), error);
+    JsonObject *object = objects ? pba_json_find_element(objects, "name", name) : NULL;
+    const char *type = object ? pba_json_find_string(object, "type") : NULL;
+
+    return objects ? g_strdup(type ? type : "") : NULL;
+}
+
+/* Refuses scsi-block, scsi-generic, and a virtio disk with scsi=on (QEMU before 9.1): the guest's
+ * commands bypass QEMU's block layer, so bitmaps and filters do not see what they write; and a node
+ * above the disk that shows only a part of it does not pass them on. */
 static bool check_passed_through(PbaAccess *access, const PbaBlock *block, JsonObject *device,
                                  const char *node, GError **error)
 {
@@ -87,21 +100,36 @@ static bool check_passed_through(PbaAccess *access, const PbaBlock *block, JsonO
         return true;
     }
     g_autofree char *path = pba_block_qom_path(qdev);
-    g_autofree char *parent = g_path_get_dirname(path);
-    g_autofree char *name = g_path_get_basename(path);
-    g_autoptr(JsonArray) objects =
-        pba_qmp_query_array(access->qmp, "qom-list", pba_json("{'path': <%s>}", parent), error);
-    JsonObject *object = objects ? pba_json_find_element(objects, "name", name) : NULL;
-    const char *type = object ? pba_json_find_string(object, "type") : NULL;
-    if (g_strcmp0(type, "child<scsi-block>") == 0 || g_strcmp0(type, "child<scsi-generic>") == 0) {
-        pba_error_set(
-            error, PBA_ERROR_UNSUPPORTED,
-            "its guest device is a %.*s, whose writes bypass QEMU's bitmaps and filters - "
-            "exclude the disk, or use scsi-hd",
-            (int)strlen(type) - (int)strlen("child<>"), type + strlen("child<"));
+    g_autofree char *type = find_type(access, path, error);
+    bool has_scsi;
+    if (!type || !get_flag(access, path, "scsi", &has_scsi, error)) {
         return false;
     }
-    return objects != NULL;
+    const char *what = strcmp(type, "child<scsi-block>") == 0     ? "scsi-block"
+                       : strcmp(type, "child<scsi-generic>") == 0 ? "scsi-generic"
+                       : has_scsi                                 ? "virtio-blk with scsi=on"
+                                                                  : NULL;
+    if (what) {
+        pba_error_set(error, PBA_ERROR_UNSUPPORTED,
+                      "its guest device is a %s, whose writes bypass QEMU's bitmaps and filters - "
+                      "exclude the disk, or use %s",
+                      what, has_scsi ? "scsi=off" : "scsi-hd");
+    }
+    return !what;
+}
+
+/* QEMU's state does not always say so: a reset after a migration changes it to "prelaunch". QEMU
+ * 7.2 would then open the image for writing, as soon as a node of it is exported. */
+static bool check_active(const PbaBlock *block, JsonObject *device, GError **error)
+{
+    bool is_inactive = pba_company_is_inactive(block, device);
+
+    if (is_inactive) {
+        pba_error_set(error, PBA_ERROR_STATE,
+                      "is inactive, as a migration or saving the guest to a file leaves it - back "
+                      "the guest up where it runs, or resume it here first (cont)");
+    }
+    return !is_inactive;
 }
 
 static bool check_disk(PbaAccess *access, const PbaBlock *block, const PbaDisk *disk,
@@ -109,6 +137,9 @@ static bool check_disk(PbaAccess *access, const PbaBlock *block, const PbaDisk *
 {
     JsonObject *device = pba_block_find_device(block, disk->device);
 
+    if (!check_active(block, device, error)) {
+        return false;
+    }
     if (!check_job(access, block, device, disk->root_node, error)) {
         return false;
     }

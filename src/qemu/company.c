@@ -281,17 +281,35 @@ char *pba_company_user(const PbaBlock *block, const char *node)
     return NULL;
 }
 
-bool pba_company_shares_writes(const PbaBlock *block, JsonObject *device)
+/* The edge from the guest device to its disk. */
+static JsonObject *find_root_edge(const PbaBlock *block, JsonObject *device)
 {
     gint64 backend = find_backend(block, device);
     PbaEdgeWalk at = pba_graph_edges(block);
 
     while (backend && pba_edges_next(&at)) {
         if (at.parent == backend) {
-            return has_permission(at.edge, "shared-perm", "write");
+            return at.edge;
         }
     }
-    return false;
+    return NULL;
+}
+
+bool pba_company_shares_writes(const PbaBlock *block, JsonObject *device)
+{
+    JsonObject *edge = find_root_edge(block, device);
+    return edge && has_permission(edge, "shared-perm", "write");
+}
+
+/* A guest device has permission to read at least, except while its disk is inactive (QEMU's
+ * blk_root_inactivate, 7.2 to 11.0). */
+bool pba_company_is_inactive(const PbaBlock *block, JsonObject *device)
+{
+    const char *qdev = device ? pba_json_find_string(device, "qdev") : NULL;
+    JsonObject *edge = qdev ? find_root_edge(block, device) : NULL;
+    JsonArray *permissions = edge ? pba_json_find_array(edge, "perm") : NULL;
+
+    return permissions && json_array_get_length(permissions) == 0;
 }
 
 /* Drivers that accept SCSI commands. */

@@ -184,6 +184,8 @@ char *pba_company_user(const PbaBlock *block, const char *node);
 bool pba_company_is_host_device(const PbaBlock *block, const char *node);
 /* Whether the device lets others write to its disk (share-rw). */
 bool pba_company_shares_writes(const PbaBlock *block, JsonObject *device);
+/* Whether another QEMU may have the disk, after a migration from here or before one to here. */
+bool pba_company_is_inactive(const PbaBlock *block, JsonObject *device);
 
 /* Transactions on bitmaps */
 
