@@ -37,42 +37,6 @@ static void bypass_filters(PbaAccess *access, GError **first, const PbaBlock *bl
     }
 }
 
-/* Whether a guest device uses the node, as far as QEMU shows. */
-static bool has_user_now(PbaAccess *access, const char *node)
-{
-    g_auto(PbaBlock) now = {0};
-
-    return !pba_block_query(access->qmp, false, &now, NULL) || pba_block_find_user(&now, node);
-}
-
-/* Only if the guest device uses our node: a qom-set of the current value makes QEMU abort (7.2 to
- * 11.0: "old_bs != new_bs"). A device that was unplugged since is not found. Returns false if QEMU
- * refuses this. */
-static bool give_root_back(PbaAccess *access, GError **first, const PbaBlock *block,
-                           const PbaDisk *disk)
-{
-    const PbaUpstreamDisk *own = pba_upstream_disk(disk);
-    const char *root = pba_upstream_root(block, disk);
-    GError *step = NULL;
-
-    if (pba_error_is_fatal(*first) || !own->guest_device || !root ||
-        !pba_block_find_user(block, own->raw)) {
-        return true;
-    }
-    if (!pba_qmp_run(access->qmp, "qom-set",
-                     pba_json("{'path': <%s>, 'property': <'drive'>, 'value': <%s>}",
-                              own->guest_device, root),
-                     &step)) {
-        pba_error_add_device(&step, disk->device);
-        if (!pba_error_is_fatal(step) && !has_user_now(access, own->raw)) {
-            g_clear_error(&step);
-        }
-    }
-    bool done = !step;
-    pba_error_keep_first(first, step, &access->hooks);
-    return done;
-}
-
 static void drop_fleecing(PbaAccess *access, GError **first, const PbaBlock *block,
                           const PbaDisk *disk)
 {
@@ -141,18 +105,61 @@ static bool is_in_use(PbaAccess *access, const PbaBlock *block, const PbaDisk *d
     return user != NULL;
 }
 
-static void undo_disk(PbaAccess *access, GError **first, const PbaBlock *block, const PbaDisk *disk)
+/* Only if the guest device uses our node: a qom-set of the current value makes QEMU abort (7.2 to
+ * 11.0: "old_bs != new_bs"). A device that was unplugged since is not found. */
+static bool set_root(PbaAccess *access, const PbaBlock *block, const PbaDisk *disk, GError **error)
+{
+    const PbaUpstreamDisk *own = pba_upstream_disk(disk);
+    const char *root = pba_upstream_root(block, disk);
+
+    if (!own->guest_device || !root || !pba_block_find_user(block, own->raw) ||
+        pba_qmp_run(access->qmp, "qom-set",
+                    pba_json("{'path': <%s>, 'property': <'drive'>, 'value': <%s>}",
+                             own->guest_device, root),
+                    error)) {
+        return true;
+    }
+    pba_error_add_device(error, disk->device);
+    return false;
+}
+
+/* Tried again, because another program may have begun a job since the graph was queried: its filter
+ * does not share writes, so QEMU refuses to take the guest device away from it. Returns false if
+ * the state of QEMU is unknown. */
+static bool give_root_back(PbaAccess *access, GError **first, PbaBlock *block, const PbaDisk *disk,
+                           bool *stays)
+{
+    GError *step = NULL;
+
+    *stays = is_in_use(access, block, disk);
+    if (*stays || pba_error_is_fatal(*first) || set_root(access, block, disk, &step)) {
+        return true;
+    }
+    if (!look_again(access, &step, block)) {
+        pba_error_keep_first(first, step, &access->hooks);
+        return false;
+    }
+    g_clear_error(&step);
+    *stays = is_in_use(access, block, disk) || !set_root(access, block, disk, &step);
+    pba_error_keep_first(first, step, &access->hooks);
+    return true;
+}
+
+static bool undo_disk(PbaAccess *access, GError **first, PbaBlock *block, const PbaDisk *disk)
 {
     const PbaUpstreamDisk *nodes = pba_upstream_disk(disk);
+    bool stays;
+
     /* QEMU does not delete a node that has a user. So the order is: the guest device and the guard,
      * which is above it, before the raw node; the filter before the fleecing image, which is its
      * target. */
-    bool is_unused = !is_in_use(access, block, disk) && give_root_back(access, first, block, disk);
-
+    if (!give_root_back(access, first, block, disk, &stays)) {
+        return false;
+    }
     pba_disk_drop_node(access, first, block, disk, nodes->filter);
     /* A raw node that stays keeps its guard: the header of an overlay over it would have its name
      * or its options. */
-    if (is_unused) {
+    if (!stays) {
         pba_disk_drop_node(access, first, block, disk, disk->guard_node);
         pba_disk_drop_node(access, first, block, disk, nodes->raw);
     }
@@ -163,6 +170,7 @@ static void undo_disk(PbaAccess *access, GError **first, const PbaBlock *block, 
         pba_dirty_source_drop(access, disk, block, &step);
         pba_error_keep_first(first, step, &access->hooks);
     }
+    return true;
 }
 
 /* Returns false with an error if the state of QEMU is unknown or the access is no longer ours.
@@ -183,7 +191,9 @@ static bool undo_graph(PbaAccess *access, GError **first, PbaBlock *block)
         return false;
     }
     for (guint i = 0; i < disks->len; i++) {
-        undo_disk(access, first, block, disks->pdata[i]);
+        if (!undo_disk(access, first, block, disks->pdata[i])) {
+            return false;
+        }
     }
     return look_again(access, first, block);
 }
