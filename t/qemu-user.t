@@ -171,7 +171,11 @@ subtest 'a QEMU that sees other paths' => sub {
         my %here = ('run-dir' => "$root/run", 'fleecing-dir' => "$root/fleecing");
         my %there = ('qemu-run-dir' => '/run', 'qemu-fleecing-dir' => '/fleecing');
         my $text = 'chroot, ' . ($user // 'root');
-        fails_and_says($backend, "$text: without a word", qr/No such file or directory/, %here);
+        fails_and_says(
+            $backend,
+            "$text: without a word",
+            qr/No such file or directory.* - QEMU sees other paths.*--qemu-run-dir/, %here
+        );
         is_backed_up($backend, $text, sub { }, %here, %there);
         ends_below_copy($backend, $text, %here, %there);
         is_deeply([glob("$root/*/*")], [], "$text: nothing is left here either");

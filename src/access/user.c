@@ -124,10 +124,20 @@ static char *user_hint(const PbaAccess *access)
                            geteuid() == 0 ? "" : ", and back up as that user, or as root");
 }
 
+/* If QEMU does not find a directory that this program has just used. */
+static const char path_hint[] =
+    "QEMU sees other paths (a chroot, a container, a mount namespace): "
+    "give a run-dir and a fleecing-dir that it can reach, and their paths there "
+    "(--qemu-run-dir, --qemu-fleecing-dir; 'qemu-run-dir', 'qemu-fleecing-dir')";
+
 void pba_user_add_hint(const PbaAccess *access, GError **error)
 {
-    g_autofree char *hint =
-        strstr((*error)->message, "Permission denied") ? user_hint(access) : NULL;
+    const char *message = (*error)->message;
+    bool is_of_qemu = g_error_matches(*error, PBA_ERROR, PBA_ERROR_QMP);
+    g_autofree char *hint = strstr(message, "Permission denied") ? user_hint(access)
+                            : is_of_qemu && strstr(message, "No such file or directory")
+                                ? g_strdup(path_hint)
+                                : NULL;
 
     if (hint) {
         pba_error_add_hint(error, hint);
