@@ -39,7 +39,11 @@ sub chosen ($disks, $types, %more) {
         map { { name => $_ } }
             qw(blockdev-backup block-export-add block-dirty-bitmap-merge x-debug-query-block-graph)
     );
-    my @objects = map { { name => $_, type => "child<$types->{$_}>" } } sort keys $types->%*;
+    my %objects = map { ("/machine/$_" => []) } qw(peripheral peripheral-anon);
+    for my $name (sort keys $types->%*) {
+        my $parent = $name =~ m/\[/ ? '/machine/peripheral-anon' : '/machine/peripheral';
+        push($objects{$parent}->@*, { name => $name, type => "child<$types->{$name}>" });
+    }
     my %version = (
         qemu => { major => 10, minor => 1, micro => 0 },
         package => $more{pve} ? 'pve-qemu-kvm_10' : '',
@@ -47,7 +51,8 @@ sub chosen ($disks, $types, %more) {
     my $peer = PBA::Test::QMPPeer->start(
         replies => {
             'query-block' => { return => $disks },
-            'qom-list' => { return => \@objects },
+            'qom-list' =>
+                sub ($, $arguments, $) { return { return => $objects{ $arguments->{path} } } },
             'query-version' => { return => \%version },
             'query-commands' => { return => $commands },
             'x-debug-query-block-graph' => { return => $more{graph} // graph() },
@@ -95,10 +100,27 @@ my @left_out = (
             ]
     } qw(scsi-block scsi-generic)),
     [
-        'a disk that another process serves',
+        'a scsi-block without an ID',
+        [disk('lun', '/machine/peripheral-anon/device[3]')],
+        { 'device[3]' => 'scsi-block' },
+        "lun is left out: it passes SCSI commands through, so QEMU's dirty bitmaps do not record its writes"
+    ],
+    map({
+            my $type = $_;
+            [
+                "a disk that another process serves: $type",
+                [],
+                { ssd => $type, 'device[1]' => $type },
+                map { "$_ is left out: another process serves it, and QEMU does not see its data" }
+                    '/machine/peripheral-anon/device[1]',
+                'ssd'
+            ]
+    } qw(vhost-user-blk-pci vhost-user-blk-pci-non-transitional vhost-user-scsi-ccw)),
+    [
+        'a controller that the kernel serves',
         [],
-        { ssd => 'vhost-user-blk-pci' },
-        'ssd is left out: another process serves it, and QEMU does not see its data'
+        { host => 'vhost-scsi-pci-transitional' },
+        'host is left out: the kernel serves it, and QEMU does not see its data'
     ],
 );
 for my $case (@left_out) {

@@ -14,14 +14,14 @@ use PVE::BackupAccess::Reply qw(edges_of hashes);
 
 our @EXPORT_OK = qw(choose_disks names_of_disk);
 
-# Guest devices whose data does not go through QEMU's block layer, or for which the guest can bypass it.
-my $scsi = q(it passes SCSI commands through, so QEMU's dirty bitmaps do not record its writes);
-my %passes_by = (
-    'scsi-block' => $scsi,
-    'scsi-generic' => $scsi,
-    'vhost-scsi-pci' => 'the kernel serves it, and QEMU does not see its data',
-    'vhost-user-blk-pci' => 'another process serves it, and QEMU does not see its data',
-    'vhost-user-scsi-pci' => 'another process serves it, and QEMU does not see its data',
+# Types of guest devices whose data does not go through QEMU's block layer, or for which the guest can bypass it.
+my @passes_by = (
+    [
+        qr/\Ascsi-(?:block|generic)\z/,
+        q(it passes SCSI commands through, so QEMU's dirty bitmaps do not record its writes)
+    ],
+    [qr/\Avhost-scsi\b/, 'the kernel serves it, and QEMU does not see its data'],
+    [qr/\Avhost-user-(?:blk|scsi)\b/, 'another process serves it, and QEMU does not see its data'],
 );
 
 # The disk's own node. The nodes above it are ours, if a killed process left an access active, or are
@@ -51,14 +51,20 @@ my sub device_of ($qdev) {
     return { id => $id, path => $path, names => [grep { defined } $id, $path, $shown] };
 }
 
-# The ID of each guest device that has one, and its type.
-my sub types_of ($path) {
-    my @objects = hashes('qom-list', ask($path, 'qom-list', path => '/machine/peripheral'));
-    my %type;
-    for my $object (@objects) {
-        $type{ $object->{name} // '' } = $1 if ($object->{type} // '') =~ m/\Achild<(.*)>\z/;
+# { name, names, why } of each guest device whose data QEMU does not see, by its QOM path.
+my sub passing_by ($path) {
+    my %found;
+    for my $parent (map { "/machine/$_" } qw(peripheral peripheral-anon)) {
+        for my $object (hashes('qom-list', ask($path, 'qom-list', path => $parent))) {
+            my ($type) = ($object->{type} // '') =~ m/\Achild<(.*)>\z/ or next;
+            my ($why) = map { $_->[1] } grep { $type =~ $_->[0] } @passes_by;
+            my $device = device_of("$parent/" . ($object->{name} // ''));
+            $found{ $device->{path} }
+                = { name => $device->{names}[0], names => $device->{names}, why => $why }
+                if defined($why);
+        }
     }
-    return \%type;
+    return \%found;
 }
 
 # { name, id, path, names, why } of each drive. why: the reason to omit it, or undef. An empty drive has
@@ -142,14 +148,12 @@ sub choose_disks ($path, @excluded) {
     my @disks = without_fleecing($path,
         map { look_at($path, $_) } hashes($command, ask($path, $command)));
     name_clearly(@disks);
-    my $type_of = @disks ? types_of($path) : {};
+    my $passing = @disks ? passing_by($path) : {};
     for my $disk (@disks) {
-        $disk->{why} //= $passes_by{ $type_of->{ $disk->{id} // '' } // '' };
+        my $same = delete($passing->{ $disk->{path} // '' });
+        $disk->{why} //= $same->{why} if $same;
     }
-    my %known = map { ($_->{id} // '') => 1 } @disks;
-    push(@disks,
-        map { { name => $_, names => [$_], why => $passes_by{ $type_of->{$_} } } }
-        grep { $passes_by{ $type_of->{$_} } && !$known{$_} } sort keys $type_of->%*);
+    push(@disks, $passing->@{ sort keys $passing->%* });
     leave_out(\@disks, @excluded);
     @disks = grep { !$_->{is_empty} } @disks;
     return (
