@@ -213,6 +213,27 @@ sub node_of ($vm, $name) {
     return $device->{inserted}{'node-name'};
 }
 
+# Another program limits the disk's throughput by a filter.
+sub check_filter () {
+    my $backend = PBA::Test::Backend->start_paused(
+        name => 'upstream',
+        disks => [{ id => 'disk0', size => $mib }],
+        args => [-object => 'throttle-group,id=group'],
+    );
+    my $vm = $backend->vm;
+    backup($backend, { device => 'disk0', 'bitmap-mode' => 'new' }, 1);
+    my %filter = ('node-name' => 'filter', 'throttle-group' => 'group', file => 'disk0');
+    $vm->qmp('blockdev-add', driver => 'throttle', %filter);
+    my $path = $vm->disk('disk0')->{qdev};
+    $vm->qmp('qom-set', path => $path, property => 'drive', value => 'filter');
+    for my $name (qw(disk0 filter)) {
+        my ($info) = eval { backup($backend, { device => $name, 'bitmap-mode' => 'use' }, 1) };
+        is($@, '', "$name: a backup");
+        is($info->{'bitmap-action'}, 'used', "$name: the bitmap is used");
+    }
+    return;
+}
+
 for my $name (PBA::Test::Backend->names) {
     my $backend = PBA::Test::Backend->start_paused(
         name => $name,
@@ -245,6 +266,7 @@ for my $name (PBA::Test::Backend->names) {
     next if $name ne 'upstream';
     subtest 'an ambiguous name' => sub { check_ambiguous($backend) };
     subtest 'the name of a drive' => sub { check_drive_name($backend) };
+    subtest 'a filter above the node' => sub { check_filter() };
 }
 
 done_testing;

@@ -31,7 +31,10 @@ static bool is_as_seen(const PbaDisk *disk, const PbaBlock *now, GError **error)
 
 bool pba_access_look_again(PbaAccess *access, GError **error)
 {
-    g_auto(PbaBlock) now = {.nodes = json_array_ref(access->seen.nodes)};
+    g_auto(PbaBlock) now = {
+        .nodes = json_array_ref(access->seen.nodes),
+        .graph = access->seen.graph ? json_object_ref(access->seen.graph) : NULL,
+    };
 
     now.devices = pba_qmp_query_array(access->qmp, "query-block", NULL, error);
     for (guint i = 0; now.devices && i < access->disks->len; i++) {

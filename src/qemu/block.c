@@ -254,8 +254,16 @@ static const char *first_node(const PbaBlock *block, const char *node,
     return NULL;
 }
 
+static bool is_filter(const PbaBlock *block, const char *node)
+{
+    JsonObject *entry = pba_block_find_node(block, node);
+    const char *driver = entry ? pba_json_find_string(entry, "drv") : NULL;
+
+    return driver && g_strv_contains(filters, driver);
+}
+
 /* Whether the name is that of the device's disk. The disk keeps the name of its node while our
- * nodes, or a job's filter, are above it. */
+ * nodes, or filters of other programs, are above it. */
 static bool is_node_of(const PbaBlock *block, JsonObject *device, const char *name)
 {
     const char *node = pba_block_device_node(device);
@@ -265,7 +273,8 @@ static bool is_node_of(const PbaBlock *block, JsonObject *device, const char *na
         if (strcmp(node, name) == 0) {
             return true;
         }
-        if (!block->graph || (is_others(node) && !pba_graph_is_of_job(block, node))) {
+        if (!block->graph ||
+            (is_others(node) && !pba_graph_is_of_job(block, node) && !is_filter(block, node))) {
             return false;
         }
         const char *below = pba_block_find_child(block, node, "file");
@@ -426,12 +435,8 @@ bool pba_block_has_parent(const PbaBlock *block, const char *node)
 const char *pba_block_skip_filters(const PbaBlock *block, const char *node)
 {
     /* A wrong graph may be a ring, so this takes no more steps than there are nodes. */
-    for (guint i = 0; node && i < json_array_get_length(block->nodes); i++) {
-        JsonObject *entry = pba_block_find_node(block, node);
-        const char *driver = entry ? pba_json_find_string(entry, "drv") : NULL;
-        if (!driver || !g_strv_contains(filters, driver)) {
-            return node;
-        }
+    for (guint i = 0; node && is_filter(block, node) && i < json_array_get_length(block->nodes);
+         i++) {
         node = pba_block_find_child(block, node, "file");
     }
     return node;
