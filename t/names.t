@@ -16,6 +16,7 @@ use PBA::Test::Life::Chain;
 use PBA::Test::QemuNbd qw(img);
 use PVE::BackupAccess::CLI::Disks qw(choose_disks);
 
+my $Backend = 'PBA::Test::Backend';
 my $mib = 1024 * 1024;
 my $json = JSON::PP->new->utf8;
 my $new_id = sub () { PVE::BackupAccess->new_id };
@@ -215,7 +216,7 @@ sub node_of ($vm, $name) {
 
 # Another program limits the disk's throughput by a filter.
 sub check_filter () {
-    my $backend = PBA::Test::Backend->start_paused(
+    my $backend = $Backend->start_paused(
         name => 'upstream',
         disks => [{ id => 'disk0', size => $mib }],
         args => [-object => 'throttle-group,id=group'],
@@ -234,8 +235,8 @@ sub check_filter () {
     return;
 }
 
-for my $name (PBA::Test::Backend->names) {
-    my $backend = PBA::Test::Backend->start_paused(
+for my $name ($Backend->names) {
+    my $backend = $Backend->start_paused(
         name => $name,
         disks => \@disks,
     );
