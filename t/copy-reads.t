@@ -6,6 +6,7 @@ use FindBin;
 use lib "$FindBin::Bin/lib";
 
 use List::Util qw(max uniq);
+use POSIX qw(EIO);
 use Test::More;
 
 use PBA::Test::CopySource qw(start);
@@ -68,6 +69,26 @@ subtest 'a guest whose snapshot is read' => sub {
         my @reads = $server->requests('read');
         is(max(map { $_->{length} } @reads), $longest, "$name: the longest read");
         is(scalar(uniq(map { $_->{connection} } @reads)), $connections, "$name: connections");
+    }
+};
+
+# After one answer, the C library of qemu-nbd keeps the memory of requests. Nothing depends on it.
+subtest 'a target is asked once' => sub {
+    for my $case (
+        [20 * $MiB, 1],
+        [20 * $MiB, 1, allocation_error => EIO],
+        [32 * $KiB, 0],
+        [20 * $MiB, 0, description => 'pba: read by clusters of 65536 bytes'],
+        )
+    {
+        my ($size, $times, @options) = @$case;
+        my @data = (size => $size, data => sub ($, $length) { 'x' x $length });
+        my $server = start(@data, dirty_only => 0);
+        my $target = PBA::Test::NBDServer->start(size => $size, keep => 1, @options);
+        my $volume = open_volume($server, 'bitmap-mode' => 'none', 'bitmap-name' => undef);
+        $volume->copy(to => $target->uri);
+        is(scalar(() = $target->requests('block-status')), $times, "$size bytes, @options");
+        ok($target->content eq 'x' x $size, "$size bytes, @options: all is written");
     }
 };
 
