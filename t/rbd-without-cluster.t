@@ -13,6 +13,7 @@ use Test::More;
 use Time::HiRes qw(sleep);
 
 use PBA::Test::NoCeph;
+use PVE::BackupAccess::CLI::ArchivePath qw(find_archive);
 use PVE::BackupAccess::CLI::Store qw(store_name_of);
 use PVE::BackupAccess::Program qw(new_pipe start_program);
 use PVE::BackupAccess::Provider::RBD;
@@ -353,13 +354,27 @@ subtest 'a verification while the cluster does not answer' => sub {
 # Each call is a program: a list of 1000 guests, each with 30 archives, would run 30,000 of them.
 subtest 'the names of the guests in a list' => sub {
     my $calls = 0;
-    no warnings 'redefine';
+    no warnings qw(once redefine);
     local *PVE::BackupAccess::Provider::RBD::Ceph::values = sub (@) {
         $calls++;
         return { 'guest vm/100' => 'web1', 'guest vm/101' => '' };
     };
     my @names = map { store_name_of({}, 'rbd:backup/names', $_) } 100, 101, 100;
     is_deeply([\@names, $calls], [['web1', undef, 'web1'], 1], 'are asked for once');
+
+    local *PVE::BackupAccess::Provider::RBD::list = sub ($self, $vmid) {
+        return [{ volname => "vm/$vmid/20261122T064953Z", time => 1 }];
+    };
+    my %wanted = (
+        'rbd:backup/names/vm/web1' => 'vm/100/20261122T064953Z',
+        'rbd:backup/names/vm/web1/latest' => 'vm/100/20261122T064953Z',
+        'rbd:backup/names/vm/101' => 'vm/101/20261122T064953Z',
+        'rbd:backup/names/vm/web2' => undef,
+        'rbd:backup/web1' => undef,
+    );
+    my %found;
+    (undef, $found{$_}) = find_archive({}, $_) for sort keys %wanted;
+    is_deeply(\%found, \%wanted, 'stand for the latest archives');
 };
 
 subtest 'killed while the cluster stores the manifest' => sub {

@@ -2,7 +2,7 @@ package PVE::BackupAccess::CLI::ArchivePath;
 
 # Finds the archive that a path means: DIRECTORY/vm/100/20261122T064953Z, or the latest one of a
 # guest, by number or name: DIRECTORY/100 or DIRECTORY/web1, optionally with /latest. In a Ceph
-# cluster, rbd:POOL[/NAMESPACE] takes the place of DIRECTORY.
+# cluster, rbd:POOL[/NAMESPACE] takes the place of DIRECTORY, and a guest is vm/100 or vm/web1.
 
 use v5.36;
 
@@ -27,14 +27,25 @@ my sub split_guest ($path) {
     return ($directory eq '' ? '.' : $directory, $guest);
 }
 
+# The guest's number. It may be given by name; undef if no guest has it.
+my sub number_in ($opt, $store, $guest) {
+    return $guest =~ m/\A[1-9][0-9]{0,8}\z/ ? $guest : store_number_of($opt, $store, $guest);
+}
+
 # (directory, guest as named in the path, number of the guest) of the path of an existing guest.
 my sub guest_at ($opt, $path) {
     my ($directory, $guest) = split_guest($path);
     return if !defined($guest) || !is_store($directory);
-    my $vmid
-        = $guest =~ m/\A[1-9][0-9]{0,8}\z/ ? $guest : store_number_of($opt, $directory, $guest);
+    my $vmid = number_in($opt, $directory, $guest);
     return if !defined($vmid) || !grep { -d "$directory/$_/$vmid" } qw(vm ct);
     return ($directory, $guest, $vmid);
+}
+
+# The same for a Ceph cluster, where the path has vm/ or ct/ before the guest: without it, the name might be a namespace's.
+my sub rbd_guest_at ($opt, $path) {
+    my ($store, $guest) = $path =~ m!\A(.*)/(?:vm|ct)/([^/]+)/*\z!s or return;
+    my $vmid = number_in($opt, $store, $guest);
+    return defined($vmid) ? ($store, $guest, $vmid) : ();
 }
 
 # Dies if the path that should be a store is that of a guest in a store. It may be a directory, too.
@@ -72,11 +83,8 @@ my sub latest_of ($opt, $directory, $vmid, $guest) {
 
 # (directory, name) of the latest archive of the guest at that path; nothing if there is no such guest.
 my sub find_latest ($opt, $path) {
-    if (is_rbd($path)) {
-        my ($store, $number) = $path =~ m!\A(.*)/vm/([1-9][0-9]{0,8})/*\z!s;
-        return defined($store) ? latest_of($opt, $store, $number, $number) : ();
-    }
-    my ($directory, $guest, $vmid) = guest_at($opt, $path) or return;
+    my $find = is_rbd($path) ? \&rbd_guest_at : \&guest_at;
+    my ($directory, $guest, $vmid) = $find->($opt, $path) or return;
     return latest_of($opt, $directory, $vmid, $guest);
 }
 

@@ -210,7 +210,7 @@ my sub logger ($progress) {
     };
 }
 
-# One progress display for disks that are copied in parallel.
+# One progress display for disks that are copied in parallel. How much there is to copy of a disk is known when it begins.
 my sub progress_of ($plan, $progress) {
     my $count = $plan->{devices}->@*;
     return sub (@state) { $progress->update(@state) }
@@ -218,7 +218,9 @@ my sub progress_of ($plan, $progress) {
     my (%done, %all);
     return sub ($device, $done, $all) {
         ($done{$device}, $all{$device}) = ($done, $all);
-        $progress->update("$count disks", sum(values %done), sum(values %all));
+        my $begun = keys %all;
+        my $which = $begun < $count ? "$begun of $count disks" : "$count disks";
+        $progress->update($which, sum(values %done), sum(values %all));
     };
 }
 
