@@ -11,6 +11,7 @@ use Test::More;
 
 use PBA::Test::Chain;
 use PBA::Test::Command qw(run_command);
+use PBA::Test::Container qw(in_own_mounts);
 use PVE::BackupAccess::File qw(read_file write_file);
 
 my $json = JSON::PP->new->utf8;
@@ -235,6 +236,21 @@ subtest 'errors name what does not exist' => sub {
         qr!\Q$out\E/web1 is not an archive - give !,
         'the directory'
     );
+};
+
+subtest 'a read-only store' => sub {
+    plan(skip_all => 'needs root, for mounts') if $> != 0 || !in_own_mounts();
+    my $chain = new_chain(2);
+    my ($store, $path) = ($chain->store, $chain->path_of(($chain->names)[-1]));
+    system("mount --bind $store $store && mount -o remount,bind,ro $store") == 0
+        or die "mount: $?\n";
+    is(run_command('verify', $store)->{status}, 0, 'verify: exit status');
+    for my $command ([qw(prune --keep-last 1), $store], ['remove', $path]) {
+        my $run = run_command($command->@*);
+        is($run->{status}, 1, "$command->[0]: exit status");
+        like($run->{err}, qr/Read-only file system\n.*remount it/, "$command->[0]: what to do");
+    }
+    system('umount', $store) == 0 or die "umount: $?\n";
 };
 
 done_testing;

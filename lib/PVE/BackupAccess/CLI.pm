@@ -12,7 +12,7 @@ use IO::Handle ();
 use Pod::Usage ();
 use Scalar::Util qw(blessed);
 
-use PVE::BackupAccess::CLI::Output qw(say_error say_out);
+use PVE::BackupAccess::CLI::Output qw(advice_on say_error say_out);
 
 our @EXPORT_OK = qw(absolute is_bad_usage untainted usage_error);
 
@@ -288,6 +288,8 @@ my sub hint_for ($command, $error) {
     return
         "Undo it by: pve-backup-access recover --target-id '$1', and this command's options for the guest."
         if $error =~ m/left its access for target '(.*)' - call recover/;
+    my $advice = advice_on($error);
+    return $advice if defined($advice);
     return if $command ne ' backup';
     return 'Is the guest running? If it is off, give its images by --image.'
         if $error =~ m/cannot connect to QMP socket/;

@@ -11,7 +11,7 @@ use POSIX ();
 use PVE::BackupAccess::CLI qw(usage_error);
 use PVE::BackupAccess::CLI::Access qw(text);
 use PVE::BackupAccess::CLI::ArchivePath qw(archive_at find_archive provider_for without_slash);
-use PVE::BackupAccess::CLI::Output qw(say_error say_json say_out);
+use PVE::BackupAccess::CLI::Output qw(advice_on say_error say_json say_out);
 use PVE::BackupAccess::CLI::Store qw(check_store store_name_of store_number_of store_numbers);
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Provider::Qcow2Chain::Names qw(check_name);
@@ -71,6 +71,7 @@ my sub each_guest ($command, $code, @vmids) {
         push(@errors, $error // ());
     }
     say_error("pve-backup-access $command: $_") for @errors;
+    say_error(uniq(map { advice_on($_) // () } @errors));
     return @errors ? 1 : 0;
 }
 

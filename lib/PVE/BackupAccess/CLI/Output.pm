@@ -10,7 +10,7 @@ use JSON::PP ();
 use List::Util qw(max);
 
 our @EXPORT_OK = qw(
-    columns is_utf8_terminal one_line parse_bytes read_file say_error say_json say_out say_table
+    advice_on columns is_utf8_terminal one_line parse_bytes read_file say_error say_json say_out say_table
     share write_all write_file write_out
 );
 
@@ -51,6 +51,14 @@ sub say_out (@lines) {
 sub say_error (@lines) {
     print {*STDERR} map { one_line($_ =~ s/\s+\z//r) . "\n" } @lines;
     return;
+}
+
+# What the user can do about an error of any command, or undef.
+sub advice_on ($error) {
+    return
+        'This file system is mounted read-only: remount it writable. If nobody mounted it so, see the kernel log.'
+        if $error =~ m/Read-only file system/;
+    return undef;
 }
 
 sub say_json ($data) {
