@@ -158,7 +158,14 @@ my @known = (
         'while the provider is asked, disks by the names of nodes',
         { provider => 'raw' },
         qw(ok asked-second-target ok:reuse asked-swap ok asked-replug ok asked-hand-remove:new ok),
-        qw(ram ok asked-rollback-ram:new ok:reuse asked-shrink-grow ok asked-migrate ok ok:reuse),
+        qw(asked-shrink-grow ok asked-migrate ok ok:reuse),
+    ],
+
+    # Not on Proxmox VE, where fleecing images are attached before: a VM that is stopped does not have them any more.
+    [
+        'back in time while the provider is asked, with a provider that knows no IDs',
+        { provider => 'raw', persistent => 1 },
+        qw(ok ram ok asked-rollback-ram:new ok:reuse),
     ],
     [
         'another disk after a restart',

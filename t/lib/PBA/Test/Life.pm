@@ -324,7 +324,7 @@ sub _unaware ($self, $provider, $options) {
 }
 
 sub _backup ($self, %opt) {
-    $self->{log} = [];
+    $self->@{qw(log modes)} = ([], {});
     my $provider = $opt{provider} // $self->_provider($opt{store} // $self->_current_store);
     $self->_attach_fleecing;
     my $result = eval {
@@ -336,8 +336,6 @@ sub _backup ($self, %opt) {
     $self->{dead} = 0;
     $self->_detach_fleecing;
     $self->_judge_audit($provider) if $opt{audit};
-    $self->{modes} = {};
-
     for my $id (($opt{only} // \@ids)->@*) {
         my $device = $self->_name($id, $opt{alias});
         my $mode = $self->{modes}{$id} = $result->{devices}{$device}{'bitmap-mode'};
