@@ -253,13 +253,7 @@ for my $what (sort keys %unreachable) {
 # ---- containers ----
 
 sub new_container ($namespace) {
-    my %scfg = (pool => 'backup', namespace => $namespace, 'ceph-conf' => $ceph->conf);
-    my $container = PBA::Test::Container->new(
-        first_id => $> ? 0 : 100_000,
-        new_provider => sub ($log) {
-            return PVE::BackupAccess::Provider::RBD->new(undef, \%scfg, 'test', $log);
-        },
-    )->fill;
+    my $container = $ceph->new_container($namespace)->fill;
     write_file($container->root . '/data', join('', map { chr(rand(256)) } 1 .. 6 << 20));
     $container->_own;
     return $container;

@@ -225,17 +225,6 @@ subtest 'the command' => sub {
 
 # ---- a container ----
 
-sub new_container ($namespace) {
-    my %scfg = (pool => 'backup', namespace => $namespace, 'ceph-conf' => $ceph->conf);
-    my $container = PBA::Test::Container->new(
-        first_id => $> ? 0 : 100_000,
-        new_provider => sub ($log) {
-            return PVE::BackupAccess::Provider::RBD->new(undef, \%scfg, 'test', $log);
-        },
-    );
-    return $container->fill;
-}
-
 sub restored_container ($container, $name) {
     my $path = $container->tmp . "/restored$name" =~ tr!/!-!r;
     mkdir($path) or die "$path: $!\n";
@@ -248,7 +237,7 @@ sub restored_container ($container, $name) {
 subtest 'a container' => sub {
     plan(skip_all => 'needs zstd') if system('zstd --version >/dev/null 2>&1') != 0;
     my $namespace = $ceph->new_namespace;
-    my $container = new_container($namespace);
+    my $container = $ceph->new_container($namespace)->fill;
     utime(1, 1, $container->root);
     my $tree = describe($container->root, './dev/*');
     my $name = $container->backup // return fail($container->error);

@@ -56,7 +56,7 @@ sub say_error (@lines) {
 # What the user can do about an error of any command, or undef.
 sub advice_on ($error) {
     return
-        'This file system is mounted read-only: remount it writable. If nobody mounted it so, see the kernel log.'
+        'This file system is mounted read-only: remount it writable. If an error made it read-only, the kernel log says which.'
         if $error =~ m/Read-only file system/;
     return undef;
 }

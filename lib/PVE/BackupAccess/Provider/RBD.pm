@@ -101,27 +101,30 @@ sub _problems_of ($self, $guest, $name, $seen) {
     return problems_or_die(\@problems, \@unread);
 }
 
-# The same as for a device.
 sub _container_problems ($self, $archive) {
-    my $problem;
-    my $error = attempt { $problem = $archive->container_damage };
-    rethrow($error) if $error && !is_damage($error);
-    $problem = reason($error) if $error;
-    attempt { $archive->note_damage('container', defined($problem) ? 1 : 0) };
-    return $problem // ();
+    return $self->_noted_problem($archive, 'container', sub { $archive->container_damage }) // ();
 }
 
-# Dies if the device cannot be read, for example because the cluster does not answer. That is no damage, and is not noted.
 sub _device_problems ($self, $guest, $archive, $device) {
-    my ($problem, @damage);
-    my $error = attempt {
-        $problem = $guest->device_problem($archive->name, $device);
-        @damage = damage($archive, $device) if !defined($problem);
+    my $look = sub {
+        my $problem = $guest->device_problem($archive->name, $device);
+        return $problem if defined($problem);
+        my @damage = damage($archive, $device);
+        return @damage ? describe(@damage) : undef;
     };
-    rethrow($error) if $error && !is_damage($error);
-    $problem = $error ? reason($error) : $problem // (@damage ? describe(@damage) : undef);
-    attempt { $archive->note_damage($device, defined($problem) ? 1 : 0) };
+    my $problem = $self->_noted_problem($archive, $device, $look);
     return defined($problem) ? "$device: $problem" : ();
+}
+
+# Returns what the code finds, or undef, and notes whether it is damaged. Dies if the data cannot be read, for example because
+# the cluster does not answer. That is no damage, and is not noted.
+sub _noted_problem ($self, $archive, $what, $look) {
+    my $problem;
+    my $error = attempt { $problem = $look->() };
+    rethrow($error) if $error && !is_damage($error);
+    $problem = reason($error) if $error;
+    attempt { $archive->note_damage($what, defined($problem) ? 1 : 0) };
+    return $problem;
 }
 
 sub _digests_of ($self, $guest, $name, $device) {

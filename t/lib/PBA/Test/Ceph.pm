@@ -15,6 +15,9 @@ use File::Temp ();
 use IO::Socket::INET ();
 use POSIX ();
 
+use PBA::Test::Container;
+use PVE::BackupAccess::Provider::RBD;
+
 my @programs = qw(ceph-mon ceph-mgr ceph-osd rbd rados);
 
 sub is_installed ($class) {
@@ -56,6 +59,17 @@ sub new_namespace ($self) {
     my $name = "test-$$-" . ++$self->{namespaces};
     $self->run('rbd', 'namespace', 'create', "backup/$name");
     return $name;
+}
+
+# A container whose backups go to that namespace.
+sub new_container ($self, $namespace) {
+    my %scfg = (pool => 'backup', namespace => $namespace, 'ceph-conf' => $self->conf);
+    return PBA::Test::Container->new(
+        first_id => $> ? 0 : 100_000,
+        new_provider => sub ($log) {
+            return PVE::BackupAccess::Provider::RBD->new(undef, \%scfg, 'test', $log);
+        },
+    );
 }
 
 # Kills the cluster's only OSD.

@@ -46,7 +46,7 @@ sub problem ($self) {
     return join(' - ', "$self->{name} " . how_ended($status), grep { $_ ne '' } $said);
 }
 
-# Whether the program failed because nobody read what it wrote any more.
+# Whether the program failed because its reader had closed the pipe.
 sub is_unread ($self) {
     return 1 if ($self->{status} // 0) == POSIX::SIGPIPE();
     my $log = $self->{log} // return 0;
