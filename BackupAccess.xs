@@ -25,12 +25,11 @@ glue_open_process(int pid)
 int
 glue_open_memory()
 
+int
+glue_start_program(SV *pid, const char *path, AV *fds, int signal, AV *environment, AV *command)
+
 SV *
-_free_bytes(SV *path)
-    CODE:
-        RETVAL = glue_free_bytes(aTHX_ path);
-    OUTPUT:
-        RETVAL
+glue_free_bytes(SV *path)
 
 SV *
 _take_later()

@@ -104,7 +104,7 @@ SV *glue_sv_from_json(pTHX_ JsonNode *node);
  * that contains itself. */
 JsonNode *glue_json_from_sv(pTHX_ SV *sv, GError **error);
 /* The free bytes of a file system for users other than root; undef if they are not known. */
-SV *glue_free_bytes(pTHX_ SV *path);
+SV *glue_free_bytes(SV *path);
 /* undef if there is no such member. */
 SV *glue_fetch(pTHX_ HV *hash, const char *key);
 const char *glue_text_or_null(pTHX_ SV *sv);
@@ -141,6 +141,12 @@ bool glue_end_with_parent(int signal);
 int glue_open_process(pid_t pid);
 /* A file in memory (memfd_create(2)); -1 if there is none. */
 int glue_open_memory(void);
+/* Starts the program at this path with these descriptors as its standard input, output and error,
+ * and a fourth one as a listener, and sets pid before any handler of a signal can run. The kernel
+ * sends the program the signal when this process ends; 0: none. Returns an errno, or 0. A child
+ * that cannot become the program says so on its standard error, and its status is 127. */
+int glue_start_program(SV *pid, const char *path, AV *fds, int signal, AV *environment,
+                       AV *command);
 
 /* Creates the Perl object, which owns the C half from now on. */
 SV *glue_new_access(pTHX_ PbaAccessObject *object, SV *klass);

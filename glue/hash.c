@@ -81,8 +81,9 @@ AV *glue_take_lines(pTHX_ GPtrArray *lines)
     return list;
 }
 
-SV *glue_free_bytes(pTHX_ SV *path)
+SV *glue_free_bytes(SV *path)
 {
+    dTHX;
     struct statvfs about;
 
     return statvfs(SvPVbyte_nolen(path), &about) == 0

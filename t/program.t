@@ -8,11 +8,12 @@ use FindBin;
 use lib "$FindBin::Bin/lib";
 
 use File::Temp ();
-use POSIX qw(WNOHANG);
+use IO::Socket::INET;
+use POSIX qw(SIGPIPE SIGUSR1 SIGUSR2 WNOHANG);
 use Test::More;
 use Time::HiRes qw(sleep time);
 
-use PVE::BackupAccess::Program qw(run_program);
+use PVE::BackupAccess::Program qw(new_pipe run_program start_program);
 
 # The number of seconds distinguishes this process from all others.
 my $forever = 100_000 + $$;
@@ -83,9 +84,54 @@ subtest 'what it has' => sub {
     my (undef, $status) = run_program('cat', '/proc/self/status');
     my ($blocked) = $status =~ m/^SigBlk:\s*([0-9a-f]+)$/m;
     is(hex($blocked), 0, 'a program has no blocked signals');
+    my ($ignored) = $status =~ m/^SigIgn:\s*([0-9a-f]+)$/m;
+    is_deeply(
+        [map { hex($ignored) & 1 << $_ - 1 ? 1 : 0 } SIGPIPE, SIGUSR1, SIGUSR2],
+        [0, 1, 0],
+        "it ignores what the caller ignores, but not a terminal's signals"
+    );
     my (undef, $session) = run_program('sh', '-c', 'ps -o sid= -p $$; echo $$');
     my ($sid, $pid) = $session =~ m/(\d+)/g;
     is($sid, $pid, "the program has its own session");
+};
+
+# A handle may have the number that another one gets in the program, which must not lose either of them.
+subtest 'handles and a listener' => sub {
+    my $listener = IO::Socket::INET->new(Listen => 1, LocalAddr => '127.0.0.1');
+    my ($in, $to) = new_pipe();
+    my ($from, $out) = new_pipe();
+    syswrite($to, 'given');
+    close($to);
+    my $script = 'cat; echo " $(( LISTEN_PID == $$ )) $LISTEN_FDS"; readlink /proc/$$/fd/3';
+    start_program(\my $pid, { in => $in, out => $out, listener => $listener }, 'sh', '-c', $script);
+    close($out);
+    my $said = join('', <$from>);
+    waitpid($pid, 0);
+    like($said, qr/\Agiven 1 1\nsocket:/, 'it has them');
+
+    my $child = fork() // die "fork: $!\n";
+    if (!$child) {
+        close(STDIN);
+        open(my $zero, '+>', undef);
+        start_program(\$pid, { out => $zero, err => $zero }, 'sh', '-c', 'echo out; echo err >&2');
+        waitpid($pid, 0);
+        seek($zero, 0, 0);
+        POSIX::_exit(!fileno($zero) && join('', <$zero>) eq "out\nerr\n" ? 0 : 1);
+    }
+    waitpid($child, 0);
+    is($?, 0, 'also one that is descriptor 0');
+};
+
+subtest 'no descriptor is free' => sub {
+    my $child = fork() // die "fork: $!\n";
+    if (!$child) {
+        my @all;
+        while (open(my $fh, '<', '/dev/null')) { push(@all, $fh) }
+        POSIX::_exit(eval { start_program(\my $pid, {}, 'true'); 1 }
+                || "$@" !~ m/Too many open files/);
+    }
+    waitpid($child, 0);
+    is($?, 0, 'it is said');
 };
 
 for my $chld ('DEFAULT', 'IGNORE', sub { 1 while waitpid(-1, WNOHANG) > 0 }) {

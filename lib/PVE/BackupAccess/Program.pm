@@ -8,7 +8,7 @@ use v5.36;
 
 use Errno ();
 use Exporter qw(import);
-use Fcntl qw(F_DUPFD);
+use List::Util qw(first);
 use POSIX qw(SIGTERM SIG_BLOCK SIG_SETMASK WNOHANG);
 
 use PVE::BackupAccess;
@@ -21,7 +21,6 @@ our @EXPORT_OK
 
 our $longest_socket = 107;    # bytes of a path in a struct sockaddr_un
 
-my $first_free_fd = 10;       # above standard input, output and error, and a passed listener
 my $not_run = 127;            # exit status of a child that cannot become the program
 
 # How long to wait for a killed program: unresponsive storage may delay its end.
@@ -89,50 +88,6 @@ sub end_with ($parent, $signal = SIGTERM) {
     return;
 }
 
-# Makes the handles descriptors 0, 1, 2 and so on. First copies them to high numbers: a handle may itself have one of these
-# numbers.
-my sub place (@handles) {
-    my @fds
-        = map { fcntl($_, F_DUPFD, $first_free_fd) // die "cannot copy a handle - $!\n" } @handles;
-    for my $fd (0 .. $#fds) {
-        POSIX::dup2($fds[$fd], $fd) // die "cannot set descriptor $fd - $!\n";
-        POSIX::close($fds[$fd]);
-    }
-    return;
-}
-
-# systemd's protocol for a socket that listens already, see sd_listen_fds(3): it is descriptor 3.
-my sub socket_variables () { return (LISTEN_PID => $$, LISTEN_FDS => 1) }
-
-my sub run_instead ($how, @command) {
-    local $^F = 2;
-    open(my $null, '+<', '/dev/null') or die "cannot open /dev/null - $!\n";
-    my $listener = $how->{listener};
-    place((map { $how->{$_} // $null } qw(in out err)), $listener // ());
-
-    # A terminal's signals are for the caller. Late: a new session is a scheduling group of its own,
-    # which gets little of a processor beside groups of a higher priority.
-    POSIX::setsid();
-    POSIX::sigprocmask(SIG_SETMASK, $how->{mask});
-    local %ENV = (
-        program_environment(),
-        ($how->{environment} // {})->%*,
-        $listener ? socket_variables() : ()
-    );
-    no warnings 'exec';
-    exec({ $command[0] } @command) or die "cannot run $command[0] - $!\n";
-}
-
-my sub become ($parent, $how, @command) {
-    end_with($parent, $how->{signal} // SIGTERM);
-    $SIG{$_} = 'DEFAULT' for qw(HUP INT PIPE QUIT TERM);    # also what the caller ignores
-    local $SIG{__DIE__} = undef;
-    my ($death) = deaths_of(sub (@) { run_instead($how, @command) });
-    my $message = "$death->[0]";
-    POSIX::write(2, $message, length($message));
-    POSIX::_exit($not_run);
-}
-
 # Forks. Returns undef, or why that failed. The parent passes the PID to the first function. The child calls the second one,
 # which does not return, with the signal mask to restore. Signals are blocked until the parent has noted the PID and the child has
 # its own handlers. An exception of a handler before that would leave the child running, or run the parent's cleanup in it.
@@ -146,15 +101,27 @@ sub fork_child ($note, $child) {
     return defined($pid) ? undef : $problem;
 }
 
+# Where the program is, by its PATH; '' if it is nowhere.
+my sub path_of ($program, $search_path) {
+    return $program if $program =~ m{/};
+    return first { -f && -x _ } map { "$_/$program" } split(/:/, $search_path);
+}
+
 # Starts a program with these handles and nothing else of the caller's, and stores its PID. A signal handler that dies
 # cannot run in between, because then the PID would be lost and the program could not be ended. how: in, out and err are
 # handles, by default /dev/null; listener is a listening socket, passed by systemd's protocol; environment has more
 # variables; signal is sent by the kernel when this process ends: 0 for none, by default SIGTERM.
 sub start_program ($pid, $how, @command) {
-    my $parent = $$;
-    my $problem = fork_child(sub ($child) { $pid->$* = $child },
-        sub ($mask) { become($parent, { $how->%*, mask => $mask }, @command) });
-    fail('SystemError', "cannot start $command[0] - $problem") if defined($problem);
+    local $^F = 2;
+    open(my $null, '+<', '/dev/null') or fail('SystemError', "cannot open /dev/null - $!");
+    my @fds = map { fileno($_) } map({ $how->{$_} // $null } qw(in out err)),
+        $how->{listener} // ();
+    my %environment = (program_environment(), ($how->{environment} // {})->%*);
+    my $path = path_of($command[0], $environment{PATH}) // '';
+    my @variables = map { "$_=$environment{$_}" } sort keys %environment;
+    local $! = PVE::BackupAccess::_start_program($pid->$*, $path, \@fds, $how->{signal} // SIGTERM,
+        \@variables, \@command);
+    fail('SystemError', "cannot start $command[0] - $!") if $! != 0;
     return;
 }
 
