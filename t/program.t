@@ -112,7 +112,7 @@ subtest 'handles and a listener' => sub {
     my $child = fork() // die "fork: $!\n";
     if (!$child) {
         close(STDIN);
-        open(my $zero, '+>', undef);
+        open(my $zero, '+>', undef) or die "open: $!\n";
         start_program(\$pid, { out => $zero, err => $zero }, 'sh', '-c', 'echo out; echo err >&2');
         waitpid($pid, 0);
         seek($zero, 0, 0);
