@@ -271,7 +271,7 @@ char *pba_access_bitmap(const PbaAccess *access);
 /* Whether bitmaps of the access may have companions (tied), or may have none. For a dead process'
  * access, both. */
 bool pba_tie_may_be(const PbaAccess *access, bool tied);
-/* Queries QEMU's guest, if needed. */
+/* Queries QEMU's guest if bitmaps are tied to it. */
 bool pba_tie_ask_guest(PbaAccess *access, GError **error);
 /* The companion that the disk's bitmap has if it is relative to that backup; borrows all
  * arguments. */

@@ -177,6 +177,7 @@ static void end_look(PbaAccess *access, PbaBlock *block)
 {
     g_ptr_array_set_size(access->disks, 0);
     access->tied = PBA_TIED_NO;
+    g_clear_pointer(&access->guest, g_free);
     pba_qmp_release(access->qmp);
     pba_block_clear(&access->seen);
     if (block) {
@@ -308,7 +309,8 @@ static bool prepare(PbaAccess *access, const PbaDeviceRequest *requests, size_t 
     return access->nonce &&
            /* Before the first change: changes to a guest that is about to migrate are lost. */
            pba_company_check_here(access, error) &&
-           /* Before the companions are checked, because their names contain the guest. */
+           /* Before the companions are checked, because their names contain the guest: at each
+            * setup, because another guest may have been started at this socket. */
            pba_tie_ask_guest(access, error) && claim(access, requests, count, error) &&
            /* After the marker, whose name the directory stores; before the NBD server, which
             * listens there. */

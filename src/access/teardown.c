@@ -50,6 +50,7 @@ void pba_access_end(PbaAccess *access)
     pba_run_dir_remove(access);
     pba_owner_forget(access);
     g_ptr_array_set_size(access->disks, 0);
+    g_clear_pointer(&access->guest, g_free);
     g_clear_pointer(&access->nonce, g_free);
     g_clear_pointer(&access->end_mark, g_free);
     g_clear_pointer(&access->backup_id, g_free);
