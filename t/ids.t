@@ -68,11 +68,25 @@ sub dies_like ($code, $pattern, $what) {
     like($done ? 'it did not die' : $@, $pattern, $what);
 }
 
+# Another guest is started at the same socket. An access that has seen the earlier one must not tie bitmaps to that.
+sub check_other_guest ($backend) {
+    my $id = $new_id->();
+    my $access = $backend->access(log => sub { });
+    $access->bases($backend->device('a'));
+    $backend->restart('-uuid', '11111111-2222-3333-4444-555555555555');
+    $access->setup(wanted($backend, 'use', base => undef));
+    $access->teardown(1, $id);
+    is_deeply(bases_of($backend), [$id, $id], 'bitmaps are tied to the guest that has them');
+    forget($backend);
+    $backend->restart;
+    return;
+}
+
 # Creates the bitmaps that a snapshot with RAM or a migration in the middle of an access brings back: the
 # target's does not record, and on Proxmox the background bitmap belongs to no access.
-sub make_strays ($backend) {
+sub make_strays ($backend, $name = 'pba-tied:snapshot-access:test') {
     my $vm = $backend->vm;
-    my %bitmap = (node => 'a', name => 'pba-tied:snapshot-access:test');
+    my %bitmap = (node => 'a', name => $name);
     $vm->qmp('block-dirty-bitmap-disable', %bitmap);
     return if $backend->name ne 'pve';
     $vm->qmp('block-dirty-bitmap-add', node => $_, name => 'backup-access-background-bitmap')
@@ -298,6 +312,20 @@ sub check_forget_below ($backend) {
     return;
 }
 
+# A stray with its own name: while it was frozen, only the background bitmap recorded, so it lacks bits.
+sub check_own_strays ($backend, %named) {
+    for my $is_tied (0, 1) {
+        my %base = $is_tied ? (base => undef) : ();
+        my $devices = wanted($backend, 'use', %base);
+        backup($backend, $devices, end => [1], %named);
+        make_strays($backend, $is_tied ? 'pba-tied:generation-1' : 'generation-1');
+        my $seen = backup($backend, $devices, end => [1], %named);
+        is($seen->{'bitmap-action'}, 'new', 'a stray with its own name is not used');
+        like($seen->{log}, qr/generation-1' of node 'a' was removed/, 'the log says that');
+    }
+    return;
+}
+
 # The early form's bitmap may have a name that differs from the target's.
 sub check_own_name ($backend) {
     my ($first, $second) = ($new_id->(), $new_id->());
@@ -315,6 +343,7 @@ sub check_own_name ($backend) {
     $seen = backup($backend, wanted($backend, 'use', base => $second), end => [0], %named);
     is($seen->{'bitmap-action'}, 'new', 'a bitmap with another name is created anew');
     like($seen->{reason}, qr/relative to backup $first, not $second/, 'the reason is reported');
+    check_own_strays($backend, %named);
     is(scalar(forget($backend, 'target-id' => 'generation-1')->@*),
         2, 'forget knows it by its name');
     forget($backend);
@@ -361,6 +390,7 @@ for my $case (@forms) {
         check_forget_alone($backend);
         check_forget_below($backend) if $name eq 'upstream';
         check_forget_dead($backend);
+        check_other_guest($backend);
         is_deeply([$backend->problems($outside)], [], 'everything is as before');
     };
 }

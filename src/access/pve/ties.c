@@ -127,9 +127,12 @@ bool pba_pve_is_access_up(const PbaBlock *block)
 
 static bool is_stray(const PbaAccess *access, const PbaBitmapWalk *at)
 {
+    g_autofree char *plain = pba_pve_bitmap(access, false);
+    g_autofree char *tied = pba_pve_bitmap(access, true);
+
     return strcmp(at->name, PBA_PVE_BACKGROUND) == 0 ||
            (!pba_json_find_bool(at->info, "recording") &&
-            g_strcmp0(access->backend->bitmap_target(at->name), access->target_id) == 0);
+            (strcmp(at->name, plain) == 0 || strcmp(at->name, tied) == 0));
 }
 
 bool pba_pve_has_strays(const PbaAccess *access, const PbaBlock *block)
