@@ -157,6 +157,30 @@ sub check_order () {
     return;
 }
 
+# While the provider is asked, another backup is made, and the guest is rolled back: the bitmap fits the note that the task
+# has seen, but not the provider's newest data.
+sub check_other_backup () {
+    my $note;
+    my %code
+        = ('load-note' => sub (@) { $note }, 'store-note' => sub ($key, $new) { $note = $new });
+    mode_of_next(%code);
+    is(mode_of_next(%code), 'reuse', 'the bitmap fits the note');
+    my $other = $note =~ s/[0-9a-f]{32}/PVE::BackupAccess->new_id/er;
+    $provider->{calls} = [];
+    {
+        local $provider->{on}{backup_vm_query_incremental} = sub ($self, $vmid, $volumes) {
+            $note = $other;
+            return { map { $_ => 'use' } keys $volumes->%* };
+        };
+        like(mode_of_next(%code), qr/\Anone: .*note .* has changed/, 'another backup was made');
+    }
+    is($note, $other, 'its note stays');
+    is_deeply([grep { $_->[0] eq 'backup_vm' } $provider->{calls}->@*],
+        [], 'the provider is not called');
+    is(mode_of_next(%code), 'new', 'the next backup is full');
+    return;
+}
+
 # A signal while the caller's code runs ends the backup.
 sub check_load_signal () {
     my %code = ('load-note' => sub (@) { kill(USR1 => $$); undef }, 'store-note' => sub (@) { });
@@ -193,6 +217,7 @@ check_code_refs();
 check_load_dies();
 check_store_dies();
 check_order();
+check_other_backup();
 check_load_signal();
 mode_of_next();
 check_answer_without_base();

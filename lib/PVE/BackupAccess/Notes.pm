@@ -79,6 +79,20 @@ sub _read ($self) {
 # not known. An unreadable note counts as an empty one.
 sub ids ($self) { return $self->_read // {} }
 
+# Dies if one of these devices has another note than in the earlier result of ids.
+sub check_same ($self, $before, @devices) {
+    my $now = $self->ids;
+    for my $device (sort @devices) {
+        my ($old, $new) = map { ($_->{$device} // {})->{id} // '' } $before, $now;
+        PVE::BackupAccess::Error->throw(
+            'StateError',
+            "device $device: the note of its last backup has changed while this one began - try again",
+            device => $device
+        ) if $old ne $new;
+    }
+    return;
+}
+
 # Replaces the notes of these devices; undef: not known. An unreadable note is replaced completely,
 # because it might become readable later.
 sub note ($self, $new) {

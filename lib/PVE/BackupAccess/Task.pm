@@ -232,6 +232,11 @@ sub _note ($self, $result) {
     my %note = map { $_ => { id => $result->{id}, identity => $self->{seen}{$_}{identity} } }
         grep { ($devices->{$_}{'bitmap-mode'} // 'none') ne 'none' } keys $devices->%*;
     my $notes = $self->_notes;
+
+    # While the provider was asked, another backup may have been made, and the guest rolled back: then the bitmap fits the note
+    # that was loaded before, but not the provider's newest data. Other backups store no notes while this one has the access.
+    $notes->check_same($self->{noted}, grep { $devices->{$_}{'bitmap-mode'} eq 'reuse' } keys %none)
+        if $self->{'goes by note'};
     my $error = attempt_any { $notes->note({ %none, %note }) };
     $self->{'is noted'} = !$error;
     return if !$error;
@@ -661,7 +666,7 @@ the newest data of each device comes from. If the ID in QEMU differs from the no
 is no note, the device gets a new bitmap. The note names this backup from the call of C<backup_vm> on. If the backup fails after
 that, the provider's newest data may be of this backup or of the last one, and the bitmap, which gets the ID of this one, fits
 both. If it was killed, the next backup is full. The task cannot detect that such a provider lost an archive after a good
-backup, or has one that was made with another target or without this note.
+backup, or has one that was made with another target or without this note, or is one of several stores with one note.
 
 B<Fleecing.> The log warns if the file system of a fleecing image is nearly full (see
 L<PVE::BackupAccess/status>): at the beginning, after a failure, and with mechanism file-handle
@@ -701,7 +706,8 @@ Only if there was one.
 Errors: run undoes everything and then dies with the first error, from whatever source. The bitmaps then hold everything
 that they held before, and what the guest wrote since. C<ArgumentError> if the provider returned something that the API
 does not allow; C<StateError> if the task belongs to another process: in a child that the provider forked and that
-returns, run dies and does nothing else; and the errors of L<PVE::BackupAccess/setup> and L<PVE::BackupAccess/volumes>.
+returns, run dies and does nothing else; C<StateError> if the note has changed since the provider was asked, because another
+backup was made in between; and the errors of L<PVE::BackupAccess/setup> and L<PVE::BackupAccess/volumes>.
 
 =head2 run_job
 

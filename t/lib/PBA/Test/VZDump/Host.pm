@@ -82,7 +82,7 @@ sub prepare_host ($vmid, $config, $vm, $agent, $store) {
     write_file('/etc/pve/storage.cfg', "dir: images\n\tpath $store\n\tcontent images\n\n");
     symlink($vm->qmp_path, "/run/qemu-server/$vmid.qmp") or die "symlink: $!\n";
     symlink($agent->socket_path, "/run/qemu-server/$vmid.qga") or die "symlink: $!\n";
-    make_path('/run/bin', '/etc/pve/priv');
+    make_path('/run/bin', '/etc/pve/priv', '/etc/pve/local/priv');
     _run('install', "$FindBin::Bin/lib/PBA/Test/VZDump/qm", '/run/bin/qm');
     $ENV{PATH} = "$ENV{PATH}:/usr/sbin:/sbin:/run/bin";
 
