@@ -10,7 +10,10 @@ use lib "$FindBin::Bin/lib";
 use Test::More;
 
 use PBA::Test::Backend;
+use PBA::Test::Chain;
 use PBA::Test::Client;
+use PBA::Test::Command qw(run_command);
+use PBA::Test::CommandGuest qw(start_guest succeeds);
 use PBA::Test::QemuNbd;
 use PBA::Test::VM;
 use PVE::BackupAccess::Provider::Qcow2Chain;
@@ -205,5 +208,41 @@ for my $case (['upstream', 'devices'], ['pve', 'devices'], ['pve', 'devlist']) {
 }
 subtest 'a disk is unplugged' =>
     sub { check_unplugged(PBA::Test::VM->is_proxmox ? 'pve' : 'upstream') };
+
+# Clears the bits of all bitmaps that record, by hand.
+sub clear_all ($vm) {
+    my $all = $vm->bitmaps;
+    for my $node (sort keys $all->%*) {
+        for my $name (grep { $all->{$node}{$_}{recording} } sort keys $all->{$node}->%*) {
+            $vm->qmp('block-dirty-bitmap-clear', node => $node, name => $name);
+        }
+    }
+    return;
+}
+
+# Also if the backup then fails, because the archive is damaged that it is compared with: the bitmap begins anew, so no
+# later audit can find it.
+subtest 'the command' => sub {
+    my $test = start_guest(PBA::Test::VM->is_proxmox ? 'pve' : 'upstream');
+    my $vm = $test->{vm};
+    $vm->qemu_io('scsi0', "write -P 0x11 $_") for '4M 64k', '8M 64k';
+    chomp(my $archive = succeeds('full', PBA::Test::CommandGuest::backup($test))->{out});
+    my $lie
+        = qr/^pve-backup-access backup: device drive-scsi0: its dirty bitmap was wrong: .* 65536 at/m;
+    my $audit = sub ($byte) {
+        $vm->qemu_io('scsi0', "write -P $byte 4M 64k");
+        clear_all($vm);
+        my $run = run_command(PBA::Test::CommandGuest::backup($test, '--audit'));
+        is($run->{status}, 1, 'exit status');
+        like($run->{err}, qr/$lie offset 4194304/m, 'what it found');
+        is(scalar(my @told = $run->{err} =~ m/bitmap was wrong/g), 1, 'once');
+        return $run;
+    };
+    isnt($audit->('0x12')->{out}, '', 'there is an archive');
+    PBA::Test::Chain::rot("$archive/drive-scsi0.qcow2", 8 * $mib);
+    my $run = $audit->('0x13');
+    is($run->{out}, '', 'there is no archive');
+    like($run->{err}, qr/which this one builds on, is damaged; the next/, 'why the backup failed');
+};
 
 done_testing;

@@ -17,7 +17,7 @@ use PVE::BackupAccess::CLI::Access qw(access_options text);
 use PVE::BackupAccess::CLI::ArchivePath qw(refuse_guest);
 use PVE::BackupAccess::CLI::Disks qw(choose_disks);
 use PVE::BackupAccess::CLI::Monitor qw(ask);
-use PVE::BackupAccess::CLI::Output qw(parse_bytes read_file say_json say_out);
+use PVE::BackupAccess::CLI::Output qw(parse_bytes read_file say_error say_json say_out);
 use PVE::BackupAccess::CLI::Progress;
 use PVE::BackupAccess::CLI::Store
     qw(check_store provider_in store_id store_number_for store_numbers);
@@ -227,7 +227,10 @@ my sub progress_of ($plan, $progress) {
 # The provider's lines go through the task to the log file that is stored with the archive.
 my sub task ($opt, $plan, $progress) {
     my $task;
-    my $log = sub (@line) { $task->log(@line) if $task };
+    my $log = sub ($level, $message) {
+        push($plan->{findings}->@*, $message) if $level eq 'err';
+        $task->log($level, $message) if $task;
+    };
     my $provider = provider_in($opt, $plan->{directory}, $plan->{'target-id'}, $log);
     $provider->on_progress(progress_of($plan, $progress));
     $provider->make_full($opt->{full});
@@ -255,7 +258,11 @@ sub run ($opt, $directory) {
     my $result;
     $task->log(info => $_) for $plan->{'left-out'}->@*;
     warn_of_new($plan, $task);
-    ensure(sub { $result = $task->run_job }, sub (@) { $progress->end });
+    my $end = sub ($died) {
+        $progress->end;
+        say_error(map { "pve-backup-access backup: $_" } $plan->{findings}->@*) if $died;
+    };
+    ensure(sub { $result = $task->run_job }, $end);
     $result->{audit} = $provider->audit_findings if $plan->{audit};
     print_result($opt, $plan->{directory}, $result);
     die join("\n", map { $_->{text} } $result->{audit}->@*) . "\n" if ($result->{audit} // [])->@*;
