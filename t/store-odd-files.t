@@ -127,6 +127,14 @@ sub change_header ($image, $kind, $file) {
     return;
 }
 
+subtest 'a manifest that is larger than memory' => sub {
+    my $file = $chain->use_copy($store) . "/$names[1]/manifest.json";
+    truncate($file, 1 << 26) or die "$file: $!\n";    # stands for more
+    my @list = $chain->provider->list(100)->@*;
+    like($list[1]{problem}, qr/the manifest \S+ is damaged - it has 67108864 bytes/, 'is not read');
+    ok(!defined($list[0]{problem}), 'the others are listed');
+};
+
 my $fifo = $chain->tmp . '/fifo';
 POSIX::mkfifo($fifo, 0600) or die "$fifo: $!\n";
 

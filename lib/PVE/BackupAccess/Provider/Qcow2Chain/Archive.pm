@@ -26,6 +26,7 @@ use parent
 # version 0.1 refuses format 2.
 my $format = 2;
 my $digest_block = 65536;
+my $largest_manifest = 16 << 20;
 
 my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
 
@@ -181,11 +182,17 @@ sub is_half_removed ($class, $guest_dir, $name) {
         && !file_exists("$guest_dir/$name/$manifest_name");
 }
 
+# The text of a manifest, undef if there is none. What is much larger than any manifest is not read.
+my sub text_of ($path) {
+    my $size = -s $path // 0;
+    fail("the manifest $path is damaged - it has $size bytes") if $size > $largest_manifest;
+    return read_if_there($path);
+}
+
 sub load ($class, $guest_dir, $name) {
     my $dir = "$guest_dir/$name";
-    my $listed = read_if_there("$dir/$manifest_name");
-    my $content = $listed // read_if_there("$dir/$removed_name")
-        // fail("there is no archive $dir");
+    my $listed = text_of("$dir/$manifest_name");
+    my $content = $listed // text_of("$dir/$removed_name") // fail("there is no archive $dir");
     my $manifest = decode_manifest($content);
     refuse_newer("archive $dir", $manifest, $format);
     my $problem = _manifest_problem($manifest);
@@ -206,7 +213,7 @@ sub _lacks_digest ($manifest, $content) {
 # If a merge was killed after its image had moved here, takes the manifest that it wrote before: see absorb.
 sub _follow_merge ($self, $own) {
     my ($parent, $there) = $self->parent_of($own) or return;
-    my $content = read_if_there($self->_merged_manifest($own)) // return;
+    my $content = text_of($self->_merged_manifest($own)) // return;
     my $manifest = decode_manifest($content);
     return if defined(_manifest_problem($manifest)) || _lacks_digest($manifest, $content);
     return if $manifest->{id} ne $self->id;
