@@ -111,4 +111,34 @@ subtest 'rot' => sub {
     like(join("\n", $chain->provider->verify($name)->@*), qr/\Q$device\E/, 'is found');
 };
 
+# Makes one of the compressed clusters something else.
+sub spoil ($file, $number) {
+    open(my $fh, '+<:raw', $file) or die "$file: $!\n";
+    local $/ = undef;
+    my $content = <$fh>;
+    my @at;
+    push(@at, $-[0]) while $content =~ m/\x28\xb5\x2f\xfd/g;
+    seek($fh, $at[$number], 0);
+    print {$fh} 'no zstd';
+    close($fh) or die "$file: $!\n";
+    return;
+}
+
+# QEMU cannot read a cluster whose data is not compressed. The others can still be restored.
+subtest 'a cluster that cannot be read' => sub {
+    my $chain = $Chain->new;
+    $chain->disk($device)->write(map { [$_ * 128 * $KiB, 64 * $KiB, 0x41 + $_] } 0 .. 9);
+    my $name = backup($chain, 1);
+    spoil(image($chain, $name), 4);
+    my ($range) = join("\n", $chain->provider->verify($name)->@*) =~ m/: (65536 at offset [0-9]+) /;
+    ok(defined($range), 'verify names it') or return;
+    my ($status, $said, $content) = $chain->restored_by_command($name, $device);
+    is($status, 1, 'restore: exit status');
+    like($said, qr/65536 bytes cannot be read: $range;/, 'restore names it');
+    my $expected = $chain->{expected}{$name}{$device};
+    my ($offset) = $range =~ m/([0-9]+)\z/;
+    substr($_, $offset, 64 * $KiB) = '' for grep { length } $expected, $content;
+    ok($content eq $expected, 'everything else is restored');
+};
+
 done_testing;

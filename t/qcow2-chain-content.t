@@ -34,6 +34,7 @@ sub write_file ($file, $content) {
 }
 
 *rot = \&PBA::Test::Chain::rot;
+*with_entries = \&PBA::Test::Chain::with_entries;
 
 sub backup ($chain, @writes) {
     $chain->disk($device)->write(@writes);
@@ -203,24 +204,6 @@ subtest 'a target that loses a write' => sub {
     ok($name, 'with no-check, the backup succeeds');
     like(problems($chain, $name), said(512 * $KiB), 'verify finds the damage');
 };
-
-# Changes the entries of an image's first L2 table (QEMU: docs/interop/qcow2).
-sub with_entries ($image, $code) {
-    open(my $fh, '+<:raw', $image) or die "$image: $!\n";
-    my $get = sub ($at, $count) {
-        seek($fh, $at, 0);
-        read($fh, my $bytes, 8 * $count) == 8 * $count or die "$image: $!\n";
-        return unpack('Q>*', $bytes);
-    };
-    my ($first) = $get->($get->(40, 1), 1);
-    my $table = $first & ((1 << 56) - 512);
-    my @entries = $get->($table, 64);
-    $code->(\@entries);
-    seek($fh, $table, 0);
-    print {$fh} pack('Q>*', @entries);
-    close($fh) or die "$image: $!\n";
-    return;
-}
 
 subtest 'an image that is closed without all of its tables' => sub {
     my $found = qr/65536 bytes differ from what was read from the guest: 65536 at offset 524288$/m;
@@ -425,10 +408,15 @@ subtest 'a map that is cut off' => sub {
     write_file($script,
         qq{#!/bin/sh\n"$real" "\$@" | if [ "\$1" = map ]; then head -n 1; else cat; fi\n});
     chmod(0755, $script) or die "chmod: $!\n";
-    local $PVE::BackupAccess::Provider::Qcow2Chain::Image::qemu_img = $script;
-    $chain->disk($device)->write([3072 * $KiB, 64 * $KiB, 0x44]);
-    is($chain->backup, undef, 'the backup fails');
-    like($chain->error, qr/ map prints about .*[.]qcow2 is cut off /, 'and says why');
+    my $cut_off = qr/ map prints about .*[.]qcow2 is cut off /;
+    {
+        local $PVE::BackupAccess::Provider::Qcow2Chain::Image::qemu_img = $script;
+        $chain->disk($device)->write([3072 * $KiB, 64 * $KiB, 0x44]);
+        is($chain->backup, undef, 'the backup fails');
+        like($chain->error, $cut_off, 'and says why');
+        ok(!eval { problems($chain, $names[2]); 1 }, 'so does verify');
+        like($@, $cut_off, 'and says why');
+    }
     $chain->check('the archives are as before');
 };
 

@@ -112,6 +112,38 @@ subtest 'waiting' => sub {
     }
 };
 
+# Each lock that an operation takes, even if only for a moment, is taken while others begin.
+subtest 'operations that begin in the same moment' => sub {
+    my %beside = (
+        verify => [qw(verify restore backup)],
+        restore => [qw(verify restore backup)],
+        backup => [qw(verify restore)],
+    );
+    for my $action (sort keys %beside) {
+        $base->use_copy($store);
+        my @failed;
+        our $is_inside = 0;
+        my $others = sub ($lock) {
+            return $lock if $is_inside;
+            local $is_inside = 1;
+            for my $other ($beside{$action}->@*) {
+                my $new = PVE::BackupAccess::Provider::Qcow2Chain->new(undef,
+                    { path => $base->store, 'state-dir' => $base->state_dir }, 'test');
+                local $base->{provider} = $new;
+                push(@failed, "$other: $@") if !eval { $actions{$other}->($new); 1 };
+            }
+            return $lock;
+        };
+        no warnings 'redefine';
+        local *PVE::BackupAccess::Provider::Qcow2Chain::Guest::take_lock
+            = sub (@which) { $others->(take_lock(@which)) };
+        local *PVE::BackupAccess::Provider::Qcow2Chain::Guest::try_lock
+            = sub (@which) { $others->(try_lock(@which)) };
+        is(eval { $actions{$action}->($base->provider) }, $good{$action}, $action) or diag($@);
+        is_deeply(\@failed, [], "$action: the others continue");
+    }
+};
+
 # A killed removal is not completed while a process reads, and the archives can still be read.
 subtest 'a removal that was killed, and a reader' => sub {
     $base->use_copy($store);

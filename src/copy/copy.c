@@ -269,7 +269,11 @@ static bool prepare(PbaCopy *copy, GError **error)
         return false;
     }
     copy->source = pba_source_open(copy->volume, options->connections, &copy->loop, error);
-    copy->sink = copy->source ? pba_sink_new(options, copy->volume, &copy->loop, error) : NULL;
+    if (!copy->source) {
+        return false;
+    }
+    copy->source->goes_on = options->damaged || options->unreadable;
+    copy->sink = pba_sink_new(options, copy->volume, &copy->loop, error);
     return copy->sink && prepare_pieces(copy, error) && prepare_holes(copy, error) &&
            prepare_readback(copy, error) &&
            (!copy->sink->start || copy->sink->start(copy->sink, error));

@@ -155,6 +155,7 @@ struct PbaSource {
     PbaVolume *volume; /* the caller's */
     PbaHoles *holes;   /* owned; NULL: all has to be read */
     bool can_discard;
+    bool goes_on;     /* after a failed read; set by the copy */
     uint32_t request; /* bytes of a read, unless the caller chooses */
     uint32_t align;   /* reads begin and end at its multiples */
     PbaTrims trims;

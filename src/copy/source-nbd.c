@@ -10,7 +10,8 @@ typedef struct {
     PbaSource source;
     PbaNbdVolume *connections[PBA_COPY_MAX_CONNECTIONS]; /* the first is the caller's */
     unsigned count;
-    uint32_t read_flags;
+    uint32_t whole_flag; /* for reads that are answered in one part; 0: the server has none */
+    bool reads_whole;
 } NbdSource;
 
 /* The second connection asks for holes, if the server reports them. */
@@ -65,8 +66,9 @@ static bool open_connections(PbaSource *source, unsigned connections, PbaLoop *l
     if (source->can_discard && !first->by_cluster) {
         source->request = GUEST_REQUEST;
     }
-    /* Without DF, QEMU searches each read range for holes, by block status on the snapshot. */
-    self->read_flags = first->by_cluster && nbd_can_df(first->handle) == 1 ? LIBNBD_CMD_FLAG_DF : 0;
+    self->whole_flag = nbd_can_df(first->handle) == 1 ? LIBNBD_CMD_FLAG_DF : 0;
+    /* Otherwise QEMU searches each read range for holes, by block status on the snapshot. */
+    self->reads_whole = first->by_cluster;
     for (unsigned i = 0; i < self->count; i++) {
         PbaNbdVolume *nbd = self->connections[i];
         /* Every byte of a read is counted, so the buffer need not be cleared. */
@@ -144,6 +146,8 @@ static bool send_reads(PbaSource *source, PbaPiece *piece, GError **error)
 {
     const NbdSource *self = (const NbdSource *)source;
     PbaNbdVolume *nbd = pba_nbd_least_busy(self->connections, self->count);
+    /* If QEMU cannot read a part between two holes, it closes the connection. */
+    bool whole = self->reads_whole || source->goes_on;
     piece->pending = 1; /* this function */
     for (uint64_t done = 0; done < piece->length;) {
         uint64_t offset = piece->offset + done;
@@ -153,7 +157,7 @@ static bool send_reads(PbaSource *source, PbaPiece *piece, GError **error)
                 nbd->handle, piece->data + done, length, offset,
                 (nbd_chunk_callback){.callback = on_chunk, .user_data = piece},
                 (nbd_completion_callback){.callback = on_read_done, .user_data = piece},
-                self->read_flags) == -1) {
+                whole ? self->whole_flag : 0) == -1) {
             g_autofree char *what =
                 g_strdup_printf("reading %" PRIu64 " bytes at offset %" PRIu64, length, offset);
             pba_nbd_set_error(nbd, what, error);

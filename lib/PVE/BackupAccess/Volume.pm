@@ -166,6 +166,7 @@ my %check_options = (
     'bandwidth-limit' => count_in(0, 1 << 62),
     'shared-limit' => \&check_handle,
     'only-known' => \&check_flag,
+    'request-size' => \&request_size,
 );
 
 my %copy_options = (
@@ -173,7 +174,6 @@ my %copy_options = (
     digests => \&check_digests,
     'digest-block' => \&digest_block,
     to => sub ($name, $value) { },
-    'request-size' => \&request_size,
     'cluster-size' => \&cluster_size,
     check => \&check_flag,
     discard => \&check_flag,
@@ -220,7 +220,7 @@ my sub digest_options ($options, $is_increment) {
         if $options->{'digest-block'} && !defined($digests);
     bad_argument('check needs digests')
         if $options->{check} && !defined($digests);
-    for my $name ('damaged', 'unreadable', 'only-known') {
+    for my $name ('damaged', 'only-known') {
         bad_argument("$name needs expected")
             if $options->{$name} && !defined($expected);
     }
@@ -589,6 +589,7 @@ as for an increment; the content is not checked. With C<digests>, a code ref get
 keeps its old digests, and gets those of blocks that are written. Excludes C<expected>.
 
 =item C<expected>, C<damaged>, C<unreadable>, C<only-known> - as for L</check>. Damaged blocks are copied all the same.
+C<unreadable> needs no C<expected>; what cannot be read is zeroes in the target.
 
 =back
 
@@ -629,7 +630,7 @@ damaged, or with C<check> that the target lacks what was written to it.
     );
 
 Reads the volume and compares it with digests that were taken earlier. Takes C<progress>, C<bandwidth-limit>,
-C<shared-limit> and C<connections>, as L</copy> does, and these options:
+C<shared-limit>, C<request-size> and C<connections>, as L</copy> does, and these options:
 
 =over
 

@@ -16,7 +16,7 @@ use PVE::BackupAccess::CLI::Progress;
 use PVE::BackupAccess::File qw(file_exists fingerprint read_file);
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Image::InUse qw(devices_over has_writer);
-use PVE::BackupAccess::Provider::Store::Content qw(describe describe_unread joined);
+use PVE::BackupAccess::Provider::Store::Content qw(by_blocks describe describe_unread joined);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw($cluster_size create_image);
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use PVE::BackupAccess::Try qw(attempt attempt_any ensure);
@@ -236,18 +236,20 @@ my sub copy ($job, $device, $size, $file) {
         my %expected = expected($job, $device);
         my $volume = PVE::BackupAccess::Volume->open($device,
             { 'nbd-path' => $info->{'qemu-img-path'}, size => $size });
-        $volume->copy(
-            to => $to,
-            progress => sub ($done, $total) { $progress->update($device, $done, $total) },
-            @options,
-            %expected,
-            %expected
-            ? (
-                damaged => sub (@range) { push(@damage, [@range]) },
-                unreadable => sub (@range) { push(@unread, [@range]) }
-                )
-            : (),
-        );
+        my $tell = sub ($done, $total) { $progress->update($device, $done, $total) };
+        my $read = sub (%how) {
+            @damage = ();
+            $volume->copy(
+                to => $to,
+                progress => $tell,
+                @options,
+                %expected,
+                %expected ? (damaged => sub (@range) { push(@damage, [@range]) }) : (),
+                unreadable => sub (@range) { push(@unread, [@range]) },
+                %how
+            );
+        };
+        by_blocks(\@unread, $read);
         $volume->close;
     };
     my $fill = -b $file ? \&fill_device : $fill{ $job->{format} };

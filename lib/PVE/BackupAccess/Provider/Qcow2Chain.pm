@@ -387,7 +387,8 @@ Takes C<$volname>. Returns a hash with the C<size> of each device.
 Takes C<$volname>, the device and a hash. Returns C<qemu-img-path>, which C<qemu-img convert -f raw> can read the
 device's content from. With a C<$storage_plugin>, it is a file that is served over FUSE, because Proxmox VE accepts nothing
 else here; without one, it is an NBD URI. It exists until L</restore_vm_volume_cleanup>, L</restore_vm_cleanup>, or the end
-of this process. C<socket> in the hash is the path of the NBD socket; by default the socket is in a private directory.
+of this process. C<socket> in the hash is the path of the NBD socket; by default the socket is in a private directory. Nothing
+is compared with the digests here (see L</digests>). If the last verification found damage, a warning is logged.
 
 Errors: C<ArchiveError> if there is no such device; C<UnsupportedError> if a file is needed and there is no F</dev/fuse>.
 

@@ -322,10 +322,10 @@ sub archive_get_firewall_config ($self, $volname, @) {
 }
 
 # Completes a removal that was killed, unless another process has the lock or the store is read-only. What is wrong with
-# other archives does not keep this one from being read.
+# other archives does not keep this one from being read. If nothing was killed, a backup that begins now is not locked out.
 sub _settle ($self, $guest) {
     my $lock;
-    attempt { $lock = $guest->try_change_lock } if $guest->is_there;
+    attempt { $lock = $guest->try_change_lock if $guest->is_there && !$guest->is_clean };
     my $error = $lock ? attempt { $self->_clean($guest) } : undef;
     $self->{log}->('warn', reason($error)) if $error;
     return;
@@ -357,6 +357,14 @@ sub restore_vm_volume_init ($self, $volname, $device, $info) {
         # Proxmox VE's qemu-server accepts files and block devices, but no URI.
         'is-file' => defined($self->{'storage-plugin'}),
     );
+    my ($damaged)
+        = grep { $_->is_known_damaged($device) } $self->_guest($place)->chain($name, $device);
+    $self->{log}->(
+        'warn',
+        "device $device: the last verification of archive "
+            . $damaged->name
+            . ' found damage in it - verify says what is damaged'
+    ) if $damaged;
     return { 'qemu-img-path' => $restore->path };
 }
 

@@ -186,6 +186,20 @@ sub restored ($self, $name, $device) {
     return scalar(<$fh>);
 }
 
+# The same by the command: its exit status, what it prints, and the content.
+sub restored_by_command ($self, $name, $device, %options) {
+    require PVE::BackupAccess::CLI::Restore;
+    my $file = "$self->{tmp}/by-command.raw";
+    unlink($file);
+    open(my $err, '>', \my $said) or die "open: $!\n";
+    local *STDERR = $err;
+    my $status = PVE::BackupAccess::CLI::Restore::run({ %options, quiet => 1, device => $device },
+        $self->path_of($name), $file);
+    open(my $fh, '<:raw', $file) or return ($status, $said // '', '');
+    local $/ = undef;
+    return ($status, $said // '', scalar(<$fh>));
+}
+
 # Says what is wrong with an archive.
 sub problem ($self, $name) {
     my ($provider, $expected) = ($self->{provider}, $self->{expected}{$name});
@@ -240,6 +254,24 @@ sub rot ($image, $offset) {
     print {$fh} chr(ord($byte) ^ 4);
     close($fh) or die "$image: $!\n";
     Time::HiRes::utime($times[0], $times[1], $image);
+    return;
+}
+
+# Changes the entries of an image's first L2 table (QEMU: docs/interop/qcow2).
+sub with_entries ($image, $code) {
+    open(my $fh, '+<:raw', $image) or die "$image: $!\n";
+    my $get = sub ($at, $count) {
+        seek($fh, $at, 0);
+        read($fh, my $bytes, 8 * $count) == 8 * $count or die "$image: $!\n";
+        return unpack('Q>*', $bytes);
+    };
+    my ($first) = $get->($get->(40, 1), 1);
+    my $table = $first & ((1 << 56) - 512);
+    my @entries = $get->($table, 64);
+    $code->(\@entries);
+    seek($fh, $table, 0);
+    print {$fh} pack('Q>*', @entries);
+    close($fh) or die "$image: $!\n";
     return;
 }
 

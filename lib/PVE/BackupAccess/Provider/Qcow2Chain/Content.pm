@@ -14,9 +14,11 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Store::Digests qw(each_digest is_known);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(commit_image extents image_problem);
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
-use PVE::BackupAccess::Provider::Store::Content qw(compare damage describe describe_unread joined);
+use PVE::BackupAccess::Provider::Store::Content
+    qw(compare damage describe describe_unread is_damage joined);
+use PVE::BackupAccess::Try qw(attempt reason rethrow);
 
-our @EXPORT_OK = qw(chain_damage check_image merge_image);
+our @EXPORT_OK = qw(chain_damage check_image content_problem merge_image tables_problem);
 
 my $Error = 'PVE::BackupAccess::Error';
 my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
@@ -54,36 +56,48 @@ sub merge_image ($archive, $device, $into) {
     return;
 }
 
-# The blocks that have digests, and that the closed image does not hold itself. Zeroes may be stored as data or as zeroes. Of
-# other data, a part may be zeroes: a file system that stores none shows a hole there. An image without a backing file need
-# not hold zeroes.
-my sub lost ($archive, $device) {
+# What the tables of the closed image get wrong: the blocks that have digests, and that the image does not hold itself; and
+# the ranges that an increment holds although it has no digests of them, which would hide what it builds on. Zeroes may be
+# stored as data or as zeroes. Of other data, a part may be zeroes: a file system that stores none shows a hole there. An
+# image without a backing file need not hold zeroes.
+my sub wrong_tables ($archive, $device) {
     my $next = extents($archive->image($device));
-    my ($end, $is_there, $is_zero, %zeroes, @lost) = (0);
+    my ($parent) = $archive->parent_of($archive->own($device));
+    my ($end, $is_there, $is_zero, $told, %zeroes, @lost, @stray) = (0, 0, 0, 0);
     my $find = sub ($offset) {
         while (defined($end) && $end <= $offset) {
             ($end, $is_there, $is_zero) = $next->();
         }
         return defined($end) && $is_there;
     };
+    my $no_digests = sub ($begin, $until) {
+        for (my $at = $begin; defined($parent) && $at < $until; $at = $end // $until) {
+            push(@stray, [$at, min($end, $until) - $at]) if $find->($at);
+        }
+    };
     each_digest(
         $archive->digests($device),
         sub ($offset, $length, $digest) {
+            $no_digests->($told, $offset);
+            $told = $offset + $length;
             my $is_held = $digest eq ($zeroes{$length} //= sha256("\0" x $length));
-            for (my $at = $offset; $at < $offset + $length; $at = $end) {
+            for (my $at = $offset; $at < $told; $at = $end) {
                 if (!$find->($at)) {
                     $is_held = 0;
                     last;
                 }
                 $is_held ||= !$is_zero;
             }
-            return if $is_held;
-            return push(@lost, [$offset, $length])
-                if !@lost || $lost[-1][0] + $lost[-1][1] != $offset;
-            $lost[-1][1] += $length;
+            push(@lost, [$offset, $length]) if !$is_held;
         }
     );
-    return @lost;
+    $no_digests->($told, $archive->device($device)->{size});
+    return ([joined(@lost)], [joined(@stray)]);
+}
+
+my sub stray ($archive, $device) {
+    my ($parent) = $archive->parent_of($archive->own($device));
+    return defined($parent) ? (wrong_tables($archive, $device))[1]->@* : ();
 }
 
 # Checks that the closed image holds everything that was written and read back during the copy. Only the tables that
@@ -91,8 +105,8 @@ my sub lost ($archive, $device) {
 sub check_image ($archive, $device, $log) {
     my $start = now();
     my $problem = image_problem($archive->image($device));
-    my @lost = defined($problem) ? () : lost($archive, $device);
-    $problem //= describe(@lost) if @lost;
+    my @wrong = defined($problem) ? () : map { $_->@* } wrong_tables($archive, $device);
+    $problem //= describe(joined(@wrong)) if @wrong;
     $Error->throw(
         'ContentError',
         "device $device: its image lacks what was written to it - $problem",
@@ -120,13 +134,46 @@ my sub without_known ($range, $block, @files) {
     return joined(@left);
 }
 
+# The damage of an archive's own image: its data, and what its tables show beside that. If one of them is damaged, an error in
+# reading the other does not hide it.
+my sub own_damage ($archive, $device) {
+    my (@damage, @stray);
+    my $error = attempt { @damage = damage($archive, $device) };
+    my $other = attempt { @stray = stray($archive, $device) };
+    my @all = joined(@damage, @stray);
+    rethrow($error || $other) if ($error || $other) && !@all;
+    return @all;
+}
+
+# Why the device's content is not what was read, or undef. Dies if that cannot be determined.
+sub content_problem ($archive, $device) {
+    my $problem = $archive->digests_problem($device);
+    return $problem if defined($problem);
+    my @ranges;
+    my $error = attempt { @ranges = own_damage($archive, $device) };
+    rethrow($error) if $error && !is_damage($error);
+    return reason($error) if $error;
+    return @ranges ? 'archive ' . $archive->name . ': ' . describe(@ranges) : undef;
+}
+
+# Why the parent cannot be merged into the archive without loss, or undef: blocks that the parent's reference counts call free
+# would be overwritten, and what the archive's tables show by mistake would replace data. Notes the damage.
+sub tables_problem ($archive, $device, $parent) {
+    my $problem = image_problem($parent->image($device));
+    $parent->note_damage($device, 1) if defined($problem);
+    return $parent->image($device) . " is damaged - $problem" if defined($problem);
+    my @stray = stray($archive, $device) or return undef;
+    $archive->note_damage($device, 1);
+    return $archive->image($device) . ': ' . describe(@stray);
+}
+
 # The damage that the first archive of the chain shows: [[archive, ranges...], ...]. seen caches the damage of each image,
 # so that each is read only once, however many archives build on it.
 sub chain_damage ($seen, $device, @chain) {
     my (@found, @newer);
     for my $archive (@chain) {
         my $ranges = $seen->{ $archive->revision }{ $archive->own($device) }
-            //= [damage($archive, $device)];
+            //= [own_damage($archive, $device)];
         my $block = $archive->device($device)->{digests}{block};
         my @visible = map { without_known($_, $block, @newer) } $ranges->@*;
         push(@found, [$archive, @visible]) if @visible;

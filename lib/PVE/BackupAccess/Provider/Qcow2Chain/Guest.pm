@@ -10,11 +10,12 @@ use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
-use PVE::BackupAccess::Provider::Store::Content qw(content_problem is_damage);
+use PVE::BackupAccess::Provider::Store::Content qw(is_damage);
 use PVE::BackupAccess::File
     qw(directory_exists entries file_exists make_directory move remove_tree remove_unused);
+use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(content_problem tables_problem);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(check_opening);
-use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(drop_lock take_lock try_lock);
+use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(drop_lock make_locks take_lock try_lock);
 use PVE::BackupAccess::Try qw(attempt reason rethrow);
 
 use parent qw(PVE::BackupAccess::Provider::Store::Guest);
@@ -36,6 +37,7 @@ sub is_there ($self) { return directory_exists($self->{dir}) }
 
 sub make_place ($self) {
     make_directory($self->{dir});
+    make_locks($self->{dir});
     return;
 }
 
@@ -151,18 +153,26 @@ sub _half_removed ($self) {
 
 sub being_removed ($self, $unread) { return $self->readable_of($unread, $self->_half_removed) }
 
-# Removes what a killed process left, and completes a removal that it began. Needs the change lock. Returns what could not
-# be completed, as texts. The next call tries again, also if this one did nothing because other processes read archives.
-sub clean ($self) {
+# The directories of incomplete and of removed archives.
+sub _leftovers ($self) {
     my $pattern = $Archive->name_pattern;
+    return map { m/\A(\.(?:tmp|del)-$pattern)\z/ ? $1 : () } entries($self->{dir});
+}
+
+sub is_clean ($self) { return !$self->_leftovers && !$self->_half_removed }
+
+# Removes what a killed process left, and completes a removal that it began. Needs the change lock. Returns what could not
+# be completed, as texts. The next call tries again, also if this one did nothing because other processes read archives. If
+# there is nothing to do, these are not locked out.
+sub clean ($self) {
+    return if $self->is_clean;
     my $alone = try_lock($self->{dir}, 'removal');
     my @problems;
     my $try = sub ($what, $code) {
         my $error = attempt { $code->() };
         push(@problems, "$what - " . reason($error)) if $error;
     };
-    for my $entry ($alone ? entries($self->{dir}) : ()) {
-        my ($left) = $entry =~ m/\A(\.(?:tmp|del)-$pattern)\z/ or next;
+    for my $left ($alone ? $self->_leftovers : ()) {
         $try->(
             'cannot remove what a killed process left',
             sub () { remove_unused("$self->{dir}/$left") }
@@ -267,7 +277,9 @@ sub _child_problem ($self, $child, $device) {
     my @chain = $self->chain($child->name, $device, $child->own($device));
     my $problem = $self->chain_problem($device, @chain)
         // $chain[0]->merge_problem($device, $chain[1]);
-    return $problem // $chain[0]->unproven_problem($device) // $chain[1]->unproven_problem($device);
+    $problem //= $chain[0]->unproven_problem($device) // $chain[1]->unproven_problem($device);
+    return $problem if defined($problem) || !defined($chain[0]->digests($device));
+    return tables_problem($chain[0], $device, $chain[1]);
 }
 
 # A removal does not start if it may run out of space: a half-finished merge blocks everything else until it is completed.

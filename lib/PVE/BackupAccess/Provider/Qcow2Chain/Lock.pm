@@ -11,7 +11,7 @@ use Fcntl qw(:flock O_CREAT O_NONBLOCK O_RDONLY O_RDWR);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Wait qw(fail_to_lock is_taken keep_trying);
 
-our @EXPORT_OK = qw(drop_lock take_lock try_lock);
+our @EXPORT_OK = qw(drop_lock make_locks take_lock try_lock);
 
 my $Error = 'PVE::BackupAccess::Error';
 
@@ -45,6 +45,12 @@ my sub open_file ($path, $how) {
     return $fh if $may_be_read && sysopen($fh, $path, O_RDONLY | O_NONBLOCK);
     return undef if $may_be_read && $!{ENOENT};
     $Error->throw('SystemError', "cannot open $path - $!");
+}
+
+# Makes the files of the locks: without them, readers of a directory that they cannot write to would not be noticed.
+sub make_locks ($dir) {
+    open_file("$dir/$_->{file}", $_->{how}) for values %locks;
+    return;
 }
 
 # A true value that holds the lock, undef if another process has it.

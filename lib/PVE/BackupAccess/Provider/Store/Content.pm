@@ -9,15 +9,15 @@ use List::Util qw(min sum0);
 
 use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Try qw(attempt reason rethrow);
 use PVE::BackupAccess::Volume;
 
 our @EXPORT_OK
-    = qw(check_base check_stored compare content_problem damage describe describe_unread is_damage joined problems_or_die);
+    = qw(by_blocks check_base check_stored compare damage describe describe_unread is_damage joined problems_or_die);
 
 my $Error = 'PVE::BackupAccess::Error';
 
 my $most_shown = 8;
+my $block = 65536;
 
 # Whether an error says that stored data is damaged. Any other only says that it could not be read now, for example because
 # a program was killed, or because there is no room for temporary files.
@@ -58,6 +58,16 @@ my sub describe_as ($what, @ranges) {
 sub describe (@ranges) { return describe_as('differ from what was read from the guest', @ranges) }
 sub describe_unread (@ranges) { return describe_as('cannot be read', @ranges) }
 
+# Calls code that reads with options of a copy, and adds what cannot be read to unread. If there is any, the code is called again
+# to read single blocks: otherwise, everything else that a request asks for would be missing, too.
+sub by_blocks ($unread, $code) {
+    $code->();
+    return if !$unread->@*;
+    $unread->@* = ();
+    $code->('request-size' => $block);
+    return;
+}
+
 # Serves an image by serve->(), and returns the ranges that do not match the files of digests, and those that cannot be read.
 # With one such file, only the blocks that it has are read.
 sub compare ($serve, $size, @digests) {
@@ -66,35 +76,34 @@ sub compare ($serve, $size, @digests) {
     my $volume
         = PVE::BackupAccess::Volume->open('image', { 'nbd-path' => $server->uri, size => $size });
     my (@ranges, @unread);
-    my $error = attempt {
-        $volume->check(
-            expected => \@digests,
-            'only-known' => @digests == 1 ? 1 : 0,
-            damaged => sub ($offset, $length) { push(@ranges, [$offset, $length]) },
-            unreadable => sub ($offset, $length) { push(@unread, [$offset, $length]) },
-        );
-        $volume->close;
-    };
-    if ($error) {
-
-        # At a compressed cluster that is no zstd, qemu-nbd (7.2) closes the connection, and runs on.
-        rethrow($error) if $error->class ne 'NbdError' || !$server->goes_on;
-        push(@unread, [0, $size]);
-    }
+    by_blocks(
+        \@unread,
+        sub (%how) {
+            @ranges = ();
+            $volume->check(
+                %how,
+                expected => \@digests,
+                'only-known' => @digests == 1 ? 1 : 0,
+                damaged => sub ($offset, $length) { push(@ranges, [$offset, $length]) },
+                unreadable => sub ($offset, $length) { push(@unread, [$offset, $length]) },
+            );
+        }
+    );
+    $volume->close;
     $server->kill;
     return ([joined(@ranges)], [joined(@unread)]);
 }
 
-# The damage in the archive's own data of the device. If some of it cannot be read, although all of its image can, it is
-# damaged too. Otherwise dies: the next try may succeed.
+# The damage in the archive's own data of the device. What cannot be read is damaged too if all of its image can be read, or if
+# other data is damaged. Otherwise dies: the next try may succeed.
 sub damage ($archive, $device) {
     my ($ranges, $unread) = compare(
         sub () { $archive->serve($device) },
         $archive->device($device)->{size},
         $archive->digests($device)
     );
-    return $ranges->@* if $ranges->@* || !$unread->@*;
-    return $unread->@* if $archive->is_readable($device);
+    return joined($ranges->@*, $unread->@*)
+        if $ranges->@* || !$unread->@* || $archive->is_readable($device);
     $Error->throw('SystemError', describe_unread($unread->@*));
 }
 
@@ -136,17 +145,6 @@ sub check_base ($archive, $device, $log, @chain) {
     }
     $log->('info', sprintf('%s: checked in full in %.1f s', $device, now() - $start));
     return;
-}
-
-# Why the device's content is not what was read, or undef. Dies if that cannot be determined.
-sub content_problem ($archive, $device) {
-    my $problem = $archive->digests_problem($device);
-    return $problem if defined($problem);
-    my @ranges;
-    my $error = attempt { @ranges = damage($archive, $device) };
-    rethrow($error) if $error && !is_damage($error);
-    return reason($error) if $error;
-    return @ranges ? 'archive ' . $archive->name . ': ' . describe(@ranges) : undef;
 }
 
 1;

@@ -15,6 +15,7 @@ package PVE::BackupAccess::Provider::Store::Guest;
 #   is_there, make_place     whether the store has a place for the guest's archives; makes it
 #   has($name)               whether there is such an archive
 #   change_lock, try_change_lock, read_lock, removal_lock    see Qcow2Chain/Lock.pm
+#   is_clean                 whether there is nothing for clean to do
 #   clean                    removes what a killed process left; returns what could not be completed, as texts
 #   drop($lock)              releases the lock for all processes that have it
 #   leave($lock)             leaves the lock to a forked process; returns what to keep until that has ended, by default nothing

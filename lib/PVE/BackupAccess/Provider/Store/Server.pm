@@ -15,7 +15,7 @@ use PVE::BackupAccess::Program qw($longest_socket how_ended kill_child start_pro
 use PVE::BackupAccess::Provider::Store::PrivateDir;
 use PVE::BackupAccess::Try qw(attempt ensure);
 use PVE::BackupAccess::Volume;
-use PVE::BackupAccess::Wait qw(child_ends wait_for_child);
+use PVE::BackupAccess::Wait qw(wait_for_child);
 
 our $qemu_nbd = 'qemu-nbd';
 
@@ -114,15 +114,6 @@ sub is_running ($self) {
     my $pid = $self->{pid} // return 0;
     local ($!, $?);
     return 1 if waitpid($pid, POSIX::WNOHANG()) == 0;
-    delete($self->{pid});
-    return 0;
-}
-
-# The same, after it has lost a connection: a killed program closes its connections before it has ended.
-sub goes_on ($self) {
-    my $pid = $self->{pid} // return 0;
-    local ($!, $?);
-    return 1 if !child_ends($pid, 1);
     delete($self->{pid});
     return 0;
 }
