@@ -1,5 +1,5 @@
 # The gates that do not run the program: ./run check [GATE...]. With --quick, as in ./run test, those that take
-# minutes are omitted.
+# minutes are omitted, and costly ones only check the files that recent commits have changed.
 #
 # Each gate checks some files. Good results are stored (in the tests' cache, by the content of everything on
 # which the result depends), so that the next run only checks what has changed.
@@ -14,6 +14,7 @@ use POSIX ();
 
 use PBA::Test::Cache;
 use PBA::Test::Gates;
+use PBA::Test::Sources qw(lines_of);
 
 my $processes = 2;
 
@@ -32,10 +33,17 @@ sub stamp ($gate, $file) {
     return "$good_dir/" . $digest->hexdigest;
 }
 
+my %is_recent;    # with --quick
+
+sub is_recent ($gate, $file) {
+    return !%is_recent || !$gate->{is_costly} || $is_recent{$file};
+}
+
 # Splits a gate's files into parts, one for each process.
 sub parts ($gate) {
     my @files = grep { !-e $_->{stamp} }
-        map { { name => $_, stamp => stamp($gate, $_) } } $gate->{files}->();
+        map { { name => $_, stamp => stamp($gate, $_) } }
+        grep { is_recent($gate, $_) } $gate->{files}->();
     my @parts;
     push(@parts, [splice(@files, 0, $gate->{at_once})]) while @files;
     return map { { gate => $gate, files => $_ } } @parts;
@@ -86,7 +94,11 @@ unlink(grep { -M $_ > 14 } glob("$good_dir/*"));
 my %wanted = map { $_ => 1 } @ARGV;
 my $is_quick = delete($wanted{'--quick'}) && !$ENV{PBA_FULL};
 my @gates = grep { !%wanted || $wanted{ $_->{name} } } PBA::Test::Gates::all();
-@gates = grep { !$_->{is_slow} } @gates if $is_quick;
+if ($is_quick) {
+    @gates = grep { !$_->{is_slow} } @gates;
+    %is_recent = map { $_ => 1 } lines_of(qw(git log -60 --name-only --format= HEAD));
+    $is_recent{$_} = 1 for lines_of(qw(git diff --name-only HEAD));
+}
 
 # The results of formatters and checkers depend on their version.
 my $is_elsewhere = $is_quick && PBA::Test::Cache->codename ne 'bookworm';

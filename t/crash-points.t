@@ -18,7 +18,7 @@ use PBA::Test::Sweep;
 my $size = 8 * 1024 * 1024;
 my $seed = 20261122;
 
-# All points take almost an hour; PBA_FULL=1 includes all. A plain run includes half of the rows on each QEMU,
+# All points take almost an hour; PBA_FULL=1 includes all. A plain run includes a quarter of the rows on each QEMU,
 # and one point of each fault.
 my @faults = qw(kill-before kill-after kill-before-nbd kill-after-nbd);
 
@@ -103,9 +103,10 @@ sub sweep ($name, $disk, $repository, @rows) {
 diag("a part of them, seed $seed") if !$ENV{PBA_FULL};
 for my $name (PBA::Test::Backend->names) {
     my $version;
-    subtest "backend $name" => sub { $version = sweep($name, {}, 'PBA::Test::Repository', @rows) };
+    subtest "backend $name" =>
+        sub { $version = sweep($name, {}, 'PBA::Test::Repository', share(@rows)) };
     subtest "backend $name, with ids" =>
-        sub { sweep($name, {}, 'PBA::Test::Repository::ById', @id_rows) };
+        sub { sweep($name, {}, 'PBA::Test::Repository::ById', share(@id_rows)) };
     subtest "backend $name, disks in an iothread" => sub {
         plan(skip_all => 'needs QEMU 10.0 or later') if ($version // 0) < 10;
         sweep($name, { iothread => 1 }, 'PBA::Test::Repository', @iothread_rows);

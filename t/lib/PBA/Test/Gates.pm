@@ -69,6 +69,7 @@ sub _perltidy () {
         files => \&_perl_files,
         version => _module_version('Perl::Tidy'),
         depends_on => sub ($file) { '.perltidyrc' },
+        is_costly => 1,
         at_once => 20,
         check => sub (@files) {
             my @bad = grep { !_is_tidy($_) } @files;
@@ -120,6 +121,7 @@ sub _clang ($name, $checks) {
         files => sub { _files('src/*.c', 'glue/*.c') },
         version => _version('clang-tidy'),
         depends_on => sub ($file) { ('.clang-tidy', _included($file)) },
+        is_costly => 1,
         at_once => 2,
         check => sub (@files) {
             my @flags
@@ -168,6 +170,7 @@ sub _perlcritic () {
         files => \&_perl_files,
         version => _module_version('Perl::Critic'),
         depends_on => sub ($file) { '.perlcriticrc' },
+        is_costly => 1,
         at_once => 15,
         check => sub (@files) {
             my $critic = Perl::Critic->new(-profile => '.perlcriticrc');
