@@ -107,7 +107,7 @@ sub watch_skips ($parser, $job) {
 # Tests wait more than they compute: for a guest to boot, or for a time limit.
 sub default_parallel () {
     my $processors = () = content('/proc/cpuinfo') =~ m/^processor\b/mg;
-    return 2 * ($processors || 1);
+    return 3 * ($processors || 1);
 }
 
 sub run_all (@jobs) {
