@@ -1,6 +1,6 @@
 /* t/late-signal.t preloads this library, which sends the program one SIGALRM: just before the Nth
- * call that would block or that blocks signals, or just after the Nth fork. Perl runs its handlers
- * between two operations, so a signal at this moment does not end the call. */
+ * call that would block or that blocks signals, or just after the Nth start of a process. Perl runs
+ * its handlers between two operations, so a signal at this moment does not end the call. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -65,6 +65,15 @@ pid_t fork(void)
         would_block();
     }
     return pid;
+}
+
+/* The same after a vfork, after which they are unblocked again. */
+int pthread_sigmask(int how, const sigset_t *set, sigset_t *old)
+{
+    if (how == SIG_SETMASK) {
+        would_block();
+    }
+    return REAL(pthread_sigmask)(how, set, old);
 }
 
 ssize_t read(int fd, void *buffer, size_t length)

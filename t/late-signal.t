@@ -1,6 +1,6 @@
 # A signal that arrives just before a call that blocks: Perl runs its handler when the call has returned, so
 # nothing may wait in one call for what may never come, and no handler may end code that has blocked signals.
-# A library that is preloaded sends it there, before each such call in turn, and right after each fork. No child is left.
+# A library that is preloaded sends it there, before each such call in turn, and right after each start of a process. No child is left.
 #
 # One QEMU is enough: none is run.
 

@@ -91,4 +91,17 @@ BEGIN {
     };
 }
 
+# Loaded after these changes. Programs are not started by Perl's fork.
+use PVE::BackupAccess;
+
+BEGIN {
+    no warnings 'redefine';
+    my $start = \&PVE::BackupAccess::_start_program;
+    *PVE::BackupAccess::_start_program = sub {
+        my $problem = $start->(@_);
+        point('after fork') if !$problem;
+        return $problem;
+    };
+}
+
 1;
