@@ -43,7 +43,9 @@ sub killed_at ($rename, $when, $code) {
             $move->(@files);
             kill(KILL => $$) if $is_it;
         };
-        for my $user ('File', map { "Provider::Qcow2Chain::$_" } qw(Archive Guest Merge)) {
+        my @users
+            = qw(Qcow2Chain::Archive Qcow2Chain::Merge Store::DirectoryArchive Store::DirectoryGuest);
+        for my $user ('File', map { "Provider::$_" } @users) {
             no strict 'refs';
             no warnings 'redefine';
             *{"PVE::BackupAccess::${user}::move"} = $counted;

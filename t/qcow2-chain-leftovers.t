@@ -15,7 +15,7 @@ use File::Copy ();
 use PBA::Test::Chain;
 use PBA::Test::QemuNbd;
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(try_lock);
+use PVE::BackupAccess::Provider::Store::DirectoryLock qw(try_lock);
 
 my $Archive = 'PVE::BackupAccess::Provider::Qcow2Chain::Archive';
 my $Chain = 'PBA::Test::Chain';
@@ -40,7 +40,7 @@ sub make_empty ($file) {
 sub with_failing ($function, $code) {
     no strict 'refs';
     no warnings 'redefine';
-    local *{"PVE::BackupAccess::Provider::Qcow2Chain::$function"}
+    local *{"PVE::BackupAccess::Provider::$function"}
         = sub (@) { $Error->throw('SystemError', 'not today') };
     return eval { $code->(); 1 } ? '' : "$@";
 }
@@ -55,8 +55,8 @@ subtest 'a removal that cannot be completed' => sub {
         }
         for my $action (qw(remove prune)) {
             my @what = $action eq 'remove' ? $names[0] : (100, 1);
-            my $error
-                = with_failing('Content::commit_image', sub () { $base->provider->$action(@what) });
+            my $error = with_failing('Qcow2Chain::Content::commit_image',
+                sub () { $base->provider->$action(@what) });
             like(
                 $base->log,
                 qr/^warn: cannot complete the removal of archive .* - not today$/m,
@@ -190,7 +190,7 @@ subtest 'a merge whose digests cannot be written' => sub {
     $base->use_copy($store);
     my ($is_removed, $problem);
     with_failing(
-        'Merge::merge_digests',
+        'Qcow2Chain::Merge::merge_digests',
         sub () {
             $is_removed = eval { $base->provider->remove($names[1]); 1 };
             $problem = $base->problem($names[2]);
@@ -252,7 +252,7 @@ subtest 'a leftover that cannot be removed' => sub {
     my $copy = $base->use_copy($store);
     mkdir("$copy/vm/100/.tmp-20200101T000000Z") or die "mkdir: $!\n";
     my $problems;
-    my $error = with_failing('Guest::remove_unused',
+    my $error = with_failing('Store::DirectoryGuest::remove_unused',
         sub () { $problems = $base->provider->verify($names[2]) });
     is_deeply([$error, $problems], ['', []], 'archives are read all the same');
     like($base->log, qr/^warn: cannot remove what a killed process left - not today$/m,
@@ -293,8 +293,8 @@ subtest 'the current directory does not exist any more' => sub {
 subtest 'a removal that fails midway' => sub {
     $base->use_copy($store);
     local $base->{expected} = { $base->{expected}->%* };
-    my $error
-        = with_failing('Content::commit_image', sub () { $base->provider->remove($names[0]) });
+    my $error = with_failing('Qcow2Chain::Content::commit_image',
+        sub () { $base->provider->remove($names[0]) });
     like(
         $error,
         qr/\Athe removal of archive \S+ could not be completed - not today - .* the next backup, prune or removal of this guest completes it$/,
@@ -367,7 +367,7 @@ subtest 'what a backup of the same time has left' => sub {
 subtest 'a backup fails although its archive has its name' => sub {
     $base->use_store($store);
     my @before = $base->names;
-    my $move = PVE::BackupAccess::Provider::Qcow2Chain::Archive->can('move');
+    my $move = PVE::BackupAccess::Provider::Store::DirectoryArchive->can('move');
     my $failing = sub ($from, $to) {
         $move->($from, $to);
         $Error->throw('SystemError', 'no answer') if $from =~ m{/[.]tmp-[^/]+\z};
@@ -375,7 +375,7 @@ subtest 'a backup fails although its archive has its name' => sub {
     $base->write_random;
     {
         no warnings 'redefine';
-        local *PVE::BackupAccess::Provider::Qcow2Chain::Archive::move = $failing;
+        local *PVE::BackupAccess::Provider::Store::DirectoryArchive::move = $failing;
         is($base->backup, undef, 'it fails');
     }
     is($base->error, "no answer\n", 'with its own error');

@@ -13,7 +13,7 @@ use Time::HiRes ();
 use PBA::Test::Chain;
 use PVE::BackupAccess::CLI::Archives;
 use PVE::BackupAccess::CLI::Restore;
-use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(drop_lock take_lock try_lock);
+use PVE::BackupAccess::Provider::Store::DirectoryLock qw(drop_lock take_lock try_lock);
 
 my $base = PBA::Test::Chain->new->add_archives(3);
 my $store = $base->store;
@@ -135,9 +135,9 @@ subtest 'operations that begin in the same moment' => sub {
             return $lock;
         };
         no warnings 'redefine';
-        local *PVE::BackupAccess::Provider::Qcow2Chain::Guest::take_lock
+        local *PVE::BackupAccess::Provider::Store::DirectoryGuest::take_lock
             = sub (@which) { $others->(take_lock(@which)) };
-        local *PVE::BackupAccess::Provider::Qcow2Chain::Guest::try_lock
+        local *PVE::BackupAccess::Provider::Store::DirectoryGuest::try_lock
             = sub (@which) { $others->(try_lock(@which)) };
         is(eval { $actions{$action}->($base->provider) }, $good{$action}, $action) or diag($@);
         is_deeply(\@failed, [], "$action: the others continue");
@@ -223,10 +223,10 @@ subtest 'archives that another process removes during a command' => sub {
 # Between the look at the directory and that at the archive.
 subtest 'an archive that is removed during a list' => sub {
     $base->use_copy($store);
-    my $real = PVE::BackupAccess::Provider::Qcow2Chain::Guest->can('names');
+    my $real = PVE::BackupAccess::Provider::Store::DirectoryGuest->can('names');
     my $count = 0;
     no warnings 'redefine';
-    local *PVE::BackupAccess::Provider::Qcow2Chain::Guest::names = sub (@arguments) {
+    local *PVE::BackupAccess::Provider::Store::DirectoryGuest::names = sub (@arguments) {
         my @found = $real->(@arguments);
         $base->provider->remove($oldest) if !$count++;
         return @found;

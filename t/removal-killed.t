@@ -17,7 +17,7 @@ use Time::HiRes qw(sleep);
 
 use PBA::Test::Chain;
 use PBA::Test::Container qw(in_own_mounts);
-use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(try_lock);
+use PVE::BackupAccess::Provider::Store::DirectoryLock qw(try_lock);
 
 my $seed = 20261130;
 srand($seed);

@@ -3,15 +3,10 @@ package PVE::BackupAccess::Provider::RBD;
 use v5.36;
 
 use PVE::BackupAccess::Argument qw(bad_argument);
-use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::RBD::Archive;
 use PVE::BackupAccess::Provider::RBD::Ceph;
 use PVE::BackupAccess::Provider::RBD::Guest;
 use PVE::BackupAccess::Provider::RBD::Store;
-use PVE::BackupAccess::Provider::Store::Content qw(damage describe is_damage problems_or_die);
-use PVE::BackupAccess::Provider::Store::Devices
-    qw(begin_devices check_device for_devices store_device);
-use PVE::BackupAccess::Try qw(attempt reason rethrow);
 
 use parent qw(PVE::BackupAccess::Provider::Store::WithContainers);
 
@@ -59,87 +54,8 @@ sub _begin ($self, $task, %about) {
     return PVE::BackupAccess::Provider::RBD::Archive->begin($task->{guest}, $task->{name}, %about);
 }
 
-# The snapshots are made after all disks are stored and flushed, and the check reads the snapshots. So the check detects
-# what another program wrote to an image before, and what a program writes later is not in the backup.
-sub _store_devices ($self, $task, $volumes, %how) {
-    my ($archive, $jobs) = ($task->{archive}, begin_devices($task, $volumes, %how));
-    $archive->prepare;
-    my $stored
-        = for_devices(
-        sub ($job, $log, $copy) { return store_device($job, log => $log, copy => $copy) },
-        $jobs, %how);
-    $archive->freeze;
-    my $check = sub ($job, $log, $copy) {
-        check_device($job, $log) if $how{check};
-        return $archive->put_digests($job->{device});
-    };
-    my $digests = for_devices($check, $jobs, %how);
-    for my $device ($archive->devices) {
-        my $written = $stored->{$device}{statistics}{'bytes-written'};
-        $archive->note_device($device, $digests->{$device}, $written);
-    }
-    return map { $stored->{$_}{finding} // () } $archive->devices;
-}
-
 # A restore ignores what a killed process left. The next backup or prune removes it.
 sub _settle ($self, $guest) { return }
-
-# The problems as texts, none if the archive is intact. Damage is noted, so that no backup builds on it.
-sub _problems_of ($self, $guest, $name, $seen) {
-    my $archive;
-    my $error = attempt { $archive = $guest->archive($name) };
-    rethrow($error) if $error && !is_damage($error);
-    return reason($error) if $error;
-    return $self->_container_problems($archive) if $archive->container;
-    my (@problems, @unread);
-    for my $device ($archive->devices) {
-        my $unread = attempt {
-            push(@problems, $self->_device_problems($guest, $archive, $device))
-        };
-        push(@unread, "$device: " . reason($unread)) if $unread;
-    }
-    return problems_or_die(\@problems, \@unread);
-}
-
-sub _container_problems ($self, $archive) {
-    return $self->_noted_problem($archive, 'container', sub { $archive->container_damage }) // ();
-}
-
-sub _device_problems ($self, $guest, $archive, $device) {
-    my $look = sub {
-        my $problem = $guest->device_problem($archive->name, $device);
-        return $problem if defined($problem);
-        my @damage = damage($archive, $device);
-        return @damage ? describe(@damage) : undef;
-    };
-    my $problem = $self->_noted_problem($archive, $device, $look);
-    return defined($problem) ? "$device: $problem" : ();
-}
-
-# Returns what the code finds, or undef, and notes whether it is damaged. Dies if the data cannot be read, for example because
-# the cluster does not answer. That is no damage, and is not noted.
-sub _noted_problem ($self, $archive, $what, $look) {
-    my $problem;
-    my $error = attempt { $problem = $look->() };
-    rethrow($error) if $error && !is_damage($error);
-    $problem = reason($error) if $error;
-    attempt { $archive->note_damage($what, defined($problem) ? 1 : 0) };
-    return $problem;
-}
-
-sub _digests_of ($self, $guest, $name, $device) {
-    my ($archive) = $guest->chain($name, $device);
-    my $problem = $archive->digests_problem($device);
-    PVE::BackupAccess::Error->throw(
-        'ArchiveError',
-        "device $device: a restored disk cannot be verified - $problem",
-        device => $device
-    ) if defined($problem);
-
-    # The object removes the file in its destructor.
-    push($self->{kept}->@*, $archive);
-    return $archive->digests($device);
-}
 
 # ---- backup ----
 

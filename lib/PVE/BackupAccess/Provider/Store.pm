@@ -9,6 +9,9 @@ package PVE::BackupAccess::Provider::Store;
 #   _where               the store's name for messages
 #   _notes_name          the kind of store, as the first part of the name of its notes
 #   _begin($task, %about)    begins an archive; about becomes a part of its manifest
+#
+# and, if an archive can depend on another one:
+#
 #   _store_devices($task, $volumes, %how)    stores the devices' data; see Store/Devices.pm. Returns what audits found
 #   _problems_of($guest, $name, $seen), _digests_of($guest, $name, $device)    return the results of verify and digests
 
@@ -23,12 +26,13 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::File qw(read_file);
 use PVE::BackupAccess::Notes;
 use PVE::BackupAccess::PluginBase;
-use PVE::BackupAccess::Provider::Store::Devices qw(mode_of);
+use PVE::BackupAccess::Provider::Store::Devices qw(mode_of store_devices);
 use PVE::BackupAccess::Provider::Store::Disks qw(device_meant);
 use PVE::BackupAccess::Provider::Store::List qw(list_guest);
 use PVE::BackupAccess::Provider::Store::Manifest qw($name_pattern);
 use PVE::BackupAccess::Provider::Store::Prune qw(prune_guest retention_of);
 use PVE::BackupAccess::Provider::Store::Restore;
+use PVE::BackupAccess::Provider::Store::Verify qw(archive_to_compare problems_of);
 use PVE::BackupAccess::Retention qw(check_keep);
 use PVE::BackupAccess::Try qw(attempt reason);
 
@@ -280,6 +284,8 @@ sub _store ($self, $task, $volumes, $info) {
     );
 }
 
+sub _store_devices ($self, @what) { return store_devices(@what) }
+
 sub backup_cleanup ($self, $vmid, $vmtype, $success, $info) {
     my $task = delete($self->{task}) // return { stats => {} };
     my ($guest, $name, $archive) = $task->@{qw(guest name archive)};
@@ -403,12 +409,21 @@ sub verify ($self, $volname, $seen = {}) {
     return [$self->_problems_of($guest, $name, $seen)];
 }
 
+sub _problems_of ($self, $guest, $name, $seen) { return problems_of($guest, $name) }
+
 # The devices whose content no digests prove.
 sub unproven ($self, $volname) { return [] }
 
 sub digests ($self, $volname, $device) {
     my ($place, $name) = $self->_parse($volname);
     return [$self->_digests_of($self->_guest($place), $name, $device)];
+}
+
+# The archive is kept, because its file may be a copy, which it removes.
+sub _digests_of ($self, @what) {
+    my $archive = archive_to_compare(@what);
+    push($self->{kept}->@*, $archive);
+    return $archive->digests($what[-1]);
 }
 
 # Rules as { 'keep-last' => 7, ... }, or a number, which means keep-last.

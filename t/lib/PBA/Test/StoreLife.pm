@@ -9,7 +9,7 @@ package PBA::Test::StoreLife;
 #   my $problem = $life->step for 1 .. 100;    # undef: no problem
 #
 # The stores are in dir. is_mounted says that dir is a file system of its own, which can be filled and made
-# read-only.
+# read-only. StoreLife::Clones is a subclass for another provider.
 
 use v5.36;
 
@@ -114,13 +114,16 @@ sub step ($self) {
 
 # ---- one store ----
 
+sub _class ($self) { return $Provider }
+
 sub _provider ($self, $store = $self->{store}) {
     my $log = sub ($level, $message) {
         $self->_tell("    $level: $message") if $level ne 'info';
     };
     my $state = "$self->{scratch}/state";
     my $provider
-        = $Provider->new(undef, { path => $store->{path}, 'state-dir' => $state }, 'test', $log);
+        = $self->_class->new(undef, { path => $store->{path}, 'state-dir' => $state }, 'test',
+        $log);
     $provider->jobs(1);
     return $provider;
 }
@@ -181,7 +184,7 @@ sub _back_up ($provider, $guest, $report, %how) {
     $provider->{'no-check'} = $how{'no-check'};
     $provider->wait_for_others($how{wait});
     $provider->make_full($how{full});
-    $provider->compress($how{compress});
+    $provider->compress($how{compress}) if $provider->can('compress');
     $provider->job_init($how{time});
     my $name = $provider->backup_init($vmid, 'qemu', $how{time})->{'archive-name'};
     $report->(name => $name);
@@ -222,12 +225,15 @@ sub _note_backup ($self, $guest, $result, $content) {
     $store->{archives}{$name} = {
         content => $content,
         config => "name: $name\n",
-        parents => \%parents,
+        parents => $self->_depends_on(%parents),
         spoilt => $spoilt,
         number => ++$self->{archives},
     };
     return undef;
 }
+
+# The archives whose images an archive needs, by device.
+sub _depends_on ($self, %parents) { return \%parents }
 
 sub _one_removal ($self, $guest) {
     my ($store, $vmid) = ($self->{store}, $guest->vmid);
@@ -310,7 +316,9 @@ sub _flip ($self, @) {
     $self->_tell("flip in $flipped->{file}");
     my ($place, $file) = $flipped->@{qw(place file)};
     my @devices
-        = $file =~ m{/(drive-[a-z0-9]+)\.(?:qcow2|digests)} ? $1 : $self->{guests}{100}->devices;
+        = $file =~ m{/(drive-[a-z0-9]+)\.(?:qcow2|raw|digests)}
+        ? $1
+        : $self->{guests}{100}->devices;
     my %all = (($store->{gone} // {})->%*, $store->{archives}->%*);
 
     if (!$all{$place}) {
@@ -427,6 +435,8 @@ sub _judge ($self, $store, $name, $seen = {}) {
     );
 }
 
+sub _looks_right ($self, @what) { return looks_right(@what) }
+
 # Every listed archive must be in the model. Archives that look wrong, or were spoilt, are judged if they have
 # changed since the last time.
 sub _check ($self, $store) {
@@ -439,7 +449,7 @@ sub _check ($self, $store) {
     my %seen;
     for my $name (sort keys $store->{archives}->%*) {
         my $archive = $store->{archives}{$name};
-        next if looks_right("$store->{path}/$name", $archive) && !$archive->{spoilt}->%*;
+        next if $self->_looks_right("$store->{path}/$name", $archive) && !$archive->{spoilt}->%*;
         my $state = $self->_state($store, $name);
         next if $state eq ($archive->{seen} // '');
         $problem = $self->_judge($store, $name, \%seen);
@@ -459,7 +469,7 @@ sub _state ($self, $store, $name) {
     while (defined(my $one = shift(@left))) {
         push(@left, grep { !$of{$_}++ } values(($all{$one} // {})->{parents}->%*));
     }
-    my @files = map { glob("$store->{path}/$_/*.{qcow2,json,digests,conf}") } sort keys %of;
+    my @files = map { glob("$store->{path}/$_/*.{qcow2,raw,json,digests,conf}") } sort keys %of;
     my $spoilt = $archive->{spoilt};
     return join("\n",
         map({ "$_ $spoilt->{$_}" } sort keys $spoilt->%*),

@@ -6,21 +6,21 @@ package PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 use v5.36;
 
 use Digest::SHA qw(sha256_hex);
-use Fcntl qw(O_CREAT O_EXCL O_WRONLY);
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::File
-    qw(file_exists fingerprint make_directory move read_file read_if_there remove_tree replace_file sha256 sync write_file);
+    qw(file_exists fingerprint move read_file read_if_there replace_file sha256 sync write_file);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image
     qw($cluster_size create_image image_header image_problem);
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
-use PVE::BackupAccess::Provider::Store::Tar qw(stream_problem);
+use PVE::BackupAccess::Provider::Store::DirectoryArchive qw($manifest_name $tree);
 use PVE::BackupAccess::Provider::Store::Manifest
-    qw($name_pattern decode_manifest device_fault encode_manifest has_its_digest is_hash manifest_fault new_id refuse_newer);
+    qw(decode_manifest device_fault encode_manifest has_its_digest is_hash manifest_fault refuse_newer safe_name);
+use PVE::BackupAccess::Provider::Store::Tar qw(stream_problem);
 use PVE::BackupAccess::Try qw(attempt_any);
 
 use parent
-    qw(PVE::BackupAccess::Provider::Qcow2Chain::Merge PVE::BackupAccess::Provider::Store::Archive);
+    qw(PVE::BackupAccess::Provider::Qcow2Chain::Merge PVE::BackupAccess::Provider::Store::DirectoryArchive);
 
 # Format 2 has digests of the data that was read. Format 1, of version 0.1, has the SHA-256 of each image. A program of
 # version 0.1 refuses format 2.
@@ -30,34 +30,15 @@ my $largest_manifest = 16 << 20;
 
 my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
 
-my $tree = 'root.tar.zst';            # of a container
-my $manifest_name = 'manifest.json';
 my $removed_name = 'removed.json';    # the manifest of an archive whose removal has begun
 
 my sub fail ($message, %context) {
     PVE::BackupAccess::Error->throw('ArchiveError', $message, %context);
 }
 
-sub name_pattern ($class) { return $name_pattern }
+sub manifest_format ($class) { return $format }
 
 # ---- making one ----
-
-sub begin ($class, $guest_dir, $name, %about) {
-    my $self = bless(
-        {
-            guest_dir => $guest_dir,
-            name => $name,
-            dir => "$guest_dir/.tmp-$name",
-            manifest => { format => $format, id => new_id(), %about, devices => {}, files => {} },
-        },
-        $class
-    );
-
-    # A killed backup may have left it, and digests of an increment would be added to those that are there.
-    remove_tree($self->{dir});
-    make_directory($self->{dir});
-    return $self;
-}
 
 sub add_file ($self, $name, $content) {
     utf8::encode($content) if utf8::is_utf8($content);
@@ -91,23 +72,13 @@ sub add_device ($self, $device, $about, $parent = undef) {
     return "$self->{dir}/$file";
 }
 
-# Adds a container's tree: fill writes it to a handle, and returns { size, sha256 } of the stream before compression.
 sub add_container ($self, $fill) {
-    my $path = $self->container_path;
-    sysopen(my $file, $path, O_WRONLY | O_CREAT | O_EXCL, 0600)
-        or PVE::BackupAccess::Error->throw('SystemError', "cannot write $path - $!");
-    $self->{manifest}{container} = { file => $tree, $fill->($path, $file)->%* };
+    $self->SUPER::add_container($fill);
     $self->{manifest}{files}{$tree} = {};
     return;
 }
 
-# A file name that is the same in every archive, and safe for any device name.
-sub _file_of ($device) {
-    utf8::encode(my $bytes = $device);
-    my ($safe) = $bytes =~ s/([^A-Za-z0-9._-])/sprintf('%%%02X', ord($1))/ger =~ m/\A(.*)\z/s;
-    return "$safe.qcow2";
-}
-
+sub _file_of ($device) { return safe_name($device) . '.qcow2' }
 sub _digests_of ($device) { return _file_of($device) =~ s/qcow2\z/digests/r }
 
 sub _backing ($self, $own) {
@@ -163,18 +134,7 @@ sub _manifest_text ($self) {
     return encode_manifest($self->{manifest}, $self->{manifest}{format} == $format);
 }
 
-sub publish ($self) {
-    my $dir = "$self->{guest_dir}/$self->{name}";
-    move($self->{dir}, $dir);
-    $self->{dir} = $dir;
-    return;
-}
-
 # ---- one that is there ----
-
-sub exists ($class, $guest_dir, $name) {
-    return file_exists("$guest_dir/$name/$manifest_name");
-}
 
 # Whether the archive's removal has begun.
 sub is_half_removed ($class, $guest_dir, $name) {
@@ -198,8 +158,7 @@ sub load ($class, $guest_dir, $name) {
     my $problem = _manifest_problem($manifest);
     fail("the manifest of archive $dir is damaged - $problem") if defined($problem);
     my $self
-        = bless({ guest_dir => $guest_dir, name => $name, dir => $dir, manifest => $manifest },
-        $class);
+        = bless({ guest => $guest_dir, name => $name, dir => $dir, manifest => $manifest }, $class);
     $self->{'is damaged'} = 1 if _lacks_digest($manifest, $content);
     $self->{'is being removed'} = 1 if !defined($listed);
     $self->_follow_merge($_) for $self->devices;
@@ -217,7 +176,7 @@ sub _follow_merge ($self, $own) {
     my $manifest = decode_manifest($content);
     return if defined(_manifest_problem($manifest)) || _lacks_digest($manifest, $content);
     return if $manifest->{id} ne $self->id;
-    return if file_exists("$self->{guest_dir}/$parent/" . _file_of($there));
+    return if file_exists("$self->{guest}/$parent/" . _file_of($there));
     $self->{manifest} = $manifest;
     $self->{'is damaged'} = 0;
     $self->{merged}{$own} = [$parent, $there];
@@ -274,13 +233,8 @@ sub _check_container ($manifest) {
     return ($container->{sha256} // '') =~ m/\A[0-9a-f]{64}\z/;
 }
 
-sub dir ($self) { return $self->{dir} }
-
 # Differs after another archive was merged into this one, so that what was known before does not count any more.
 sub revision ($self) { return "$self->{dir} " . ($self->{manifest}{sha256} // '') }
-
-# The current name of the archive's directory.
-sub entry ($self) { return $self->{dir} =~ s{.*/}{}sr }
 
 # For a device by its own name: (the archive that it builds on, the device's name there), or nothing.
 sub parent_of ($self, $own) {
@@ -314,13 +268,6 @@ sub _path_of ($self, $file) {
     }
     return "$self->{dir}/$file";
 }
-
-# { size, sha256, file } of a container's tree, undef for a virtual machine.
-sub container ($self) { return $self->{manifest}{container} }
-sub container_path ($self) { return "$self->{dir}/$tree" }
-sub container_place ($self) { return $self->container_path }
-sub container_source ($self) { return $self->container_path }
-sub container_bytes ($self) { return -s $self->container_path }
 
 # Why the tree is not what was read from the container, or undef. A file with the noted size and time is not read.
 sub container_problem ($self) { return $self->file_problem($tree, 0) }
@@ -362,12 +309,6 @@ sub content ($self, $name) {
     return read_file("$self->{dir}/$name");
 }
 
-# The manifest does not list the log.
-sub keep_log ($self, $text) {
-    replace_file("$self->{dir}/backup.log", $text);
-    return;
-}
-
 # ---- is it whole? ----
 
 # Why a file does not match the manifest, or undef. Without read_all, a file with the noted size and time is not hashed
@@ -404,22 +345,6 @@ sub is_touched ($self, $device) {
 
 sub digests_problem ($self, $device) {
     return $self->file_problem(_digests_of($self->own($device)), 1);
-}
-
-# Notes whether a verification found damage in the archive's own data of the device. No archive builds on a damaged one.
-# On a read-only store nothing is noted, and there are no backups either.
-sub note_damage ($self, $device, $is_damaged) {
-    my $file = $self->_damage_note($device);
-    attempt_any { write_file($file, ''); sync($file) }
-    if $is_damaged && !-e $file;
-    unlink($file) if !$is_damaged;
-    return;
-}
-
-sub is_known_damaged ($self, $device) { return file_exists($self->_damage_note($device)) }
-
-sub _damage_note ($self, $device) {
-    return $self->image($device) =~ s/qcow2\z/damaged/r;
 }
 
 # Why the header of the device's image does not match the manifest, or undef. The device is given by its own name.

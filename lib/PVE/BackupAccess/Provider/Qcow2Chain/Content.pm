@@ -15,8 +15,8 @@ use PVE::BackupAccess::Provider::Store::Digests qw(each_digest is_known);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(commit_image extents image_problem);
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use PVE::BackupAccess::Provider::Store::Content
-    qw(compare damage describe describe_unread is_damage joined);
-use PVE::BackupAccess::Try qw(attempt reason rethrow);
+    qw(compare damage describe describe_unread joined problem_of);
+use PVE::BackupAccess::Try qw(attempt rethrow);
 
 our @EXPORT_OK = qw(chain_damage check_image content_problem merge_image tables_problem);
 
@@ -149,11 +149,12 @@ my sub own_damage ($archive, $device) {
 sub content_problem ($archive, $device) {
     my $problem = $archive->digests_problem($device);
     return $problem if defined($problem);
-    my @ranges;
-    my $error = attempt { @ranges = own_damage($archive, $device) };
-    rethrow($error) if $error && !is_damage($error);
-    return reason($error) if $error;
-    return @ranges ? 'archive ' . $archive->name . ': ' . describe(@ranges) : undef;
+    return problem_of(
+        sub () {
+            my @ranges = own_damage($archive, $device);
+            return @ranges ? 'archive ' . $archive->name . ': ' . describe(@ranges) : undef;
+        }
+    );
 }
 
 # Why the parent cannot be merged into the archive without loss, or undef: blocks that the parent's reference counts call free

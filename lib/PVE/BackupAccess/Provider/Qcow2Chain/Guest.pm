@@ -10,15 +10,13 @@ use PVE::BackupAccess;
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
-use PVE::BackupAccess::Provider::Store::Content qw(is_damage);
-use PVE::BackupAccess::File
-    qw(directory_exists entries file_exists make_directory move remove_tree remove_unused);
+use PVE::BackupAccess::Provider::Store::Content qw(is_damage problem_of);
+use PVE::BackupAccess::File qw(file_exists remove_tree);
 use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(content_problem tables_problem);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(check_opening);
-use PVE::BackupAccess::Provider::Qcow2Chain::Lock qw(drop_lock make_locks take_lock try_lock);
-use PVE::BackupAccess::Try qw(attempt reason rethrow);
+use PVE::BackupAccess::Try qw(attempt reason);
 
-use parent qw(PVE::BackupAccess::Provider::Store::Guest);
+use parent qw(PVE::BackupAccess::Provider::Store::DirectoryGuest);
 
 my $Archive = 'PVE::BackupAccess::Provider::Qcow2Chain::Archive';
 my $Error = 'PVE::BackupAccess::Error';
@@ -27,43 +25,6 @@ my sub fail ($message, %context) {
     $Error->throw('ArchiveError', $message, %context);
 }
 
-# wait: how many seconds to wait for a lock that another process holds.
-sub new ($class, $dir, $wait = 0) {
-    return bless({ dir => $dir, wait => $wait }, $class);
-}
-
-sub dir ($self) { return $self->{dir} }
-sub is_there ($self) { return directory_exists($self->{dir}) }
-
-sub make_place ($self) {
-    make_directory($self->{dir});
-    make_locks($self->{dir});
-    return;
-}
-
-# Locks: see Lock.pm.
-sub try_change_lock ($self) { return try_lock($self->{dir}, 'change') }
-sub change_lock ($self) { return take_lock($self->{dir}, 'change', $self->{wait}) }
-
-sub drop ($self, $lock) {
-    drop_lock($lock);
-    return;
-}
-
-sub removal_lock ($self) { return take_lock($self->{dir}, 'removal', $self->{wait}) }
-
-sub read_lock ($self) {
-    return $self->is_there ? take_lock($self->{dir}, 'read', $self->{wait}) : undef;
-}
-
-# The archives, the oldest first.
-sub names ($self) {
-    my $pattern = $Archive->name_pattern;
-    return grep { $Archive->exists($self->{dir}, $_) }
-        map { m/\A$pattern\z/ ? $1 : () } entries($self->{dir});
-}
-
-sub has ($self, $name) { return $Archive->exists($self->{dir}, $name) }
 sub archive ($self, $name) { return $Archive->load($self->{dir}, $name) }
 
 # The archive $name, then those that it builds on, down to the full one. Each answers to the name $device, whatever name
@@ -119,11 +80,7 @@ sub _content_problem ($self, $archive, $device) {
 # Why the archive's device cannot be restored, undef if it can. Reads what chain_problem reads. Dies if that cannot be
 # determined.
 sub device_problem ($self, $name, $device) {
-    my $problem;
-    my $error
-        = attempt { $problem = $self->chain_problem($device, $self->chain($name, $device)) };
-    rethrow($error) if $error && !is_damage($error);
-    return $error ? reason($error) : $problem;
+    return problem_of(sub () { $self->chain_problem($device, $self->chain($name, $device)) });
 }
 
 # (archive, why the device cannot be read from it, or undef). Does not read the data.
@@ -133,60 +90,33 @@ sub restorable ($self, $name, $device) {
 }
 
 sub headers_problem ($self, $device, @chain) {
-    my $problem;
-    my $error = attempt {
-        ($problem) = map { $_->header_problem($_->own($device)) // () } @chain;
-        check_opening($chain[0]->image($device)) if !defined($problem);
-    };
-    rethrow($error) if $error && !is_damage($error);
-    return $error ? reason($error) : $problem;
+    return problem_of(
+        sub () {
+            my ($problem) = map { $_->header_problem($_->own($device)) // () } @chain;
+            check_opening($chain[0]->image($device)) if !defined($problem);
+            return $problem;
+        }
+    );
 }
 
 # ---- after a crash ----
 
 # The archives whose removal has begun, and was not completed. They are no archives any more, so names does not have them.
 sub _half_removed ($self) {
-    my $pattern = $Archive->name_pattern;
-    return grep { $Archive->is_half_removed($self->{dir}, $_) }
-        map { m/\A$pattern\z/ ? $1 : () } entries($self->{dir});
+    return grep { $Archive->is_half_removed($self->{dir}, $_) } $self->archive_directories;
 }
 
 sub being_removed ($self, $unread) { return $self->readable_of($unread, $self->_half_removed) }
 
-# The directories of incomplete and of removed archives.
-sub _leftovers ($self) {
-    my $pattern = $Archive->name_pattern;
-    return map { m/\A(\.(?:tmp|del)-$pattern)\z/ ? $1 : () } entries($self->{dir});
-}
+sub is_clean ($self) { return $self->SUPER::is_clean && !$self->_half_removed }
 
-sub is_clean ($self) { return !$self->_leftovers && !$self->_half_removed }
-
-# Removes what a killed process left, and completes a removal that it began. Needs the change lock. Returns what could not
-# be completed, as texts. The next call tries again, also if this one did nothing because other processes read archives. If
-# there is nothing to do, these are not locked out.
-sub clean ($self) {
-    return if $self->is_clean;
-    my $alone = try_lock($self->{dir}, 'removal');
-    my @problems;
-    my $try = sub ($what, $code) {
-        my $error = attempt { $code->() };
-        push(@problems, "$what - " . reason($error)) if $error;
-    };
-    for my $left ($alone ? $self->_leftovers : ()) {
-        $try->(
-            'cannot remove what a killed process left',
-            sub () { remove_unused("$self->{dir}/$left") }
-        );
-    }
-
-    # The newest first: an archive that another half-removed one builds on has to wait for that one.
-    for my $name ($alone ? reverse($self->_half_removed) : ()) {
-        $try->(
-            "cannot complete the removal of archive $name",
-            sub () { $self->_finish_removal($name) }
-        );
-    }
-    return @problems;
+# The newest first: an archive that another half-removed one builds on has to wait for that one.
+sub complete_removals ($self) {
+    return $self->tried(
+        sub ($name) { "cannot complete the removal of archive $name" },
+        sub ($name) { $self->_finish_removal($name) },
+        reverse($self->_half_removed)
+    );
 }
 
 # ---- what a backup builds on ----
@@ -214,35 +144,20 @@ sub checked_base ($self, $name, $device, $own, $size) {
     return $chain[0];
 }
 
-# Gives the archive its name. For a caller that does not know IDs, the archive is noted first: after a crash in between,
-# the next backup is a full one. Versions 0.1.x keep bitmaps.json here. It is removed, so that they too begin with a full
-# backup.
+# Versions 0.1.x keep bitmaps.json here. It is removed, so that they too begin with a full backup.
 sub publish ($self, $archive, $notes = undef) {
-    my %modes = map { $_ => $archive->device($_)->{'bitmap-mode'} } $archive->devices;
-    my %ids = map { $_ => $modes{$_} ne 'none' ? { id => $archive->id } : undef } keys %modes;
-    $notes->note(\%ids) if $notes;
     remove_tree("$self->{dir}/bitmaps.json");
-    $archive->publish;
-    return;
+    return $self->SUPER::publish($archive, $notes);
 }
 
 # ---- removal ----
-
-# Proxmox VE's storage plugin creates this file to protect a backup.
-sub is_protected ($self, $name) { return file_exists("$self->{dir}/$name/protected") }
-
-sub _check_unprotected ($self, $name) {
-    fail("archive $name is protected - remove the file 'protected' in it first")
-        if $self->is_protected($name);
-    return;
-}
 
 sub is_built_on ($self, $name) { return $self->_children($name)->%* ? 1 : 0 }
 
 # Removes an archive. Data that other archives need is merged into them. Needs the locks for a
 # change and a removal.
 sub remove ($self, $name) {
-    $self->_check_unprotected($name);
+    $self->check_unprotected($name);
     my $children = $self->_children($name);
     for my $device (sort keys $children->%*) {
         my $child = $children->{$device}->name;
@@ -344,23 +259,6 @@ sub _finish_removal ($self, $name) {
 
     # Only after all of its images have moved to the archives that build on them.
     $self->discard($name);
-    return;
-}
-
-# Removes an incomplete new archive, unless the process that stored it has done so.
-sub give_up ($self, $archive) {
-    my $entry = $archive->entry;
-    $self->discard($entry) if file_exists("$self->{dir}/$entry");
-    return;
-}
-
-# Removes an archive that nothing builds on. Other processes see either all of it or nothing.
-sub discard ($self, $entry) {
-    $self->_check_unprotected($entry) if $self->has($entry);    # it may be since prune looked
-    my $gone = "$self->{dir}/.del-" . $entry =~ s/\A\.tmp-//r;
-    remove_tree($gone) if file_exists($gone);
-    move("$self->{dir}/$entry", $gone);
-    remove_unused($gone);
     return;
 }
 

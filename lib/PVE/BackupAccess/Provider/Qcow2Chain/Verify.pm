@@ -9,8 +9,8 @@ use List::Util qw(uniq);
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(chain_damage);
-use PVE::BackupAccess::Provider::Store::Content qw(describe is_damage problems_or_die);
-use PVE::BackupAccess::Try qw(attempt reason rethrow);
+use PVE::BackupAccess::Provider::Store::Content qw(describe is_damage problem_of problems_or_die);
+use PVE::BackupAccess::Try qw(attempt reason);
 
 our @EXPORT_OK = qw(digests_of problems_of unproven_of);
 
@@ -91,9 +91,8 @@ my sub look_at_device ($guest, $seen, $found, $device, $name) {
 # this one. Dies if no problem was found, but something could not be read.
 sub problems_of ($guest, $name, $seen) {
     my $archive;
-    my $error = attempt { $archive = $guest->archive($name) };
-    rethrow($error) if $error && !is_damage($error);
-    return reason($error) if $error;
+    my $problem = problem_of(sub () { $archive = $guest->archive($name); return undef });
+    return $problem if defined($problem);
     my $found = { problems => [], unread => [] };
     look($found, '', sub () { file_problems($seen, $archive) });
     look_at_device($guest, $seen, $found, $_, $name) for $archive->devices;

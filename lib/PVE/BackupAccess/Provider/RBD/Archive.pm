@@ -12,21 +12,15 @@ use PVE::BackupAccess::File qw(sha256 write_file);
 use PVE::BackupAccess::Program qw(new_pipe);
 use PVE::BackupAccess::Provider::RBD::Parts qw(get_parts part_names put_parts);
 use PVE::BackupAccess::Provider::RBD::Server;
-use PVE::BackupAccess::Provider::Store::Content qw(is_damage);
-use PVE::BackupAccess::Provider::Store::Digests qw(digests_size merge_digests);
+use PVE::BackupAccess::Provider::Store::Digests qw(digests_size);
 use PVE::BackupAccess::Provider::Store::Filter;
-use PVE::BackupAccess::Provider::Store::Manifest
-    qw(decode_manifest device_fault encode_manifest has_its_digest is_hash is_text manifest_fault new_id refuse_newer);
 use PVE::BackupAccess::Provider::Store::Tar qw(stream_problem);
-use PVE::BackupAccess::Try qw(attempt reason rethrow);
+use PVE::BackupAccess::Try qw(attempt rethrow);
 
 use parent qw(PVE::BackupAccess::Provider::Store::Archive);
 
 my $Filter = 'PVE::BackupAccess::Provider::Store::Filter';
 my $Server = 'PVE::BackupAccess::Provider::RBD::Server';
-
-my $format = 1;
-my $digest_block = 65536;
 
 my sub fail ($message, %context) {
     PVE::BackupAccess::Error->throw('ArchiveError', $message, %context);
@@ -34,28 +28,13 @@ my sub fail ($message, %context) {
 
 # ---- a new archive ----
 
-sub begin ($class, $guest, $name, %about) {
-    my $manifest = { format => $format, id => new_id(), %about, devices => {}, files => {} };
-    return bless({ guest => $guest, name => $name, manifest => $manifest, is_new => 1 }, $class);
-}
-
-sub add_file ($self, $name, $content) {
-    utf8::encode($content) if utf8::is_utf8($content);
-    $self->{manifest}{files}{$name} = { content => $content };
-    return;
-}
-
-# Stores the device in the image of the parent, which must answer to the device's name, or without a parent in a new
-# image.
+# The device is stored in the image of the parent, or without a parent in a new image.
 sub add_device ($self, $device, $about, $parent = undef) {
-    my $entry = $self->{manifest}{devices}{$device} = { $about->%* };
-    $entry->{image}
+    my $image
         = $parent
         ? $parent->device($device)->{image}
         : $self->{guest}->image_for($device, $self->{name});
-    $entry->{parent} = $parent->name if $parent;
-    $self->{parents}{$device} = $parent;
-    return;
+    return $self->SUPER::add_device($device, { $about->%*, image => $image }, $parent);
 }
 
 # First undoes what a killed backup has written to the image.
@@ -86,8 +65,6 @@ sub open_to_write ($self, $device) {
     return $server;
 }
 
-sub cluster_size ($self) { return $digest_block }
-
 # Adds a container's tree: fill writes it to a handle, and returns { size, sha256 } of the stream before compression. The
 # program is not killed if fill dies: the cluster would not let the image be removed for half a minute.
 sub add_container ($self, $fill) {
@@ -111,7 +88,8 @@ sub add_container ($self, $fill) {
     return;
 }
 
-# To be called when all devices are stored and flushed.
+# The check reads the snapshots. So it detects what another program wrote to an image before, and what a program writes later is
+# not in the backup.
 sub freeze ($self) {
     $self->{guest}->check_lock;
     for my $device ($self->devices) {
@@ -120,88 +98,18 @@ sub freeze ($self) {
     return;
 }
 
-# Stores the digests as objects, and returns their entry for the manifest. The archive gets the digests of the whole
-# device, so that it does not depend on another one.
-sub put_digests ($self, $device) {
-    my ($parent, $file) = ($self->{parents}{$device}, $self->digests($device));
-    if ($parent) {
-        merge_digests($file, $parent->digests($device), "$file.all");
-        $file = "$file.all";
-    }
-    my $place = _digests_of($self->device($device)->{image}, $self->{name});
-    put_parts($self->{guest}->ceph, $place, $file);
-    return { sha256 => sha256($file), algorithm => 'SHA-256', block => $digest_block };
-}
-
-# bytes: how many were written for the device.
-sub note_device ($self, $device, $digests, $bytes) {
-    $self->device($device)->@{qw(digests stored)} = ($digests, $bytes);
+sub keep_digests ($self, $device, $file) {
+    put_parts($self->{guest}->ceph,
+        _digests_of($self->device($device)->{image}, $self->{name}), $file);
     return;
 }
 
-# Nothing remains to be done: all data is in the cluster. publish writes the manifest, and with it the archive exists.
-sub seal ($self) { return }
-sub text ($self) { return encode_manifest($self->{manifest}) }
-
 # ---- an existing archive ----
 
-sub load ($class, $guest, $name, $text) {
-    my $manifest = decode_manifest($text);
-    refuse_newer("archive $name", $manifest, $format);
-    my $problem = has_its_digest($text) ? manifest_fault($manifest, qr/1/) : 'its SHA-256 differs';
-    $problem //= _devices_fault($manifest) // _container_fault($manifest);
-    fail("the manifest of archive $name is damaged - $problem") if defined($problem);
-    return bless({ guest => $guest, name => $name, manifest => $manifest }, $class);
-}
-
-sub _devices_fault ($manifest) {
-    for my $device (sort keys $manifest->{devices}->%*) {
-        my $entry = $manifest->{devices}{$device};
-        my $fault = device_fault($device, $entry);
-        return $fault if defined($fault);
-        _has_image($entry) or return "device $device has no valid name of an image";
-        my $digests = $entry->{digests};
-        return "device $device has no valid digests"
-            if !is_hash($digests) || ($digests->{sha256} // '') !~ m/\A[0-9a-f]{64}\z/;
-    }
-    my ($odd) = grep { !is_hash($_) || !is_text($_->{content}) } values $manifest->{files}->%*;
-    return $odd ? 'the content of one of its files is not a text' : undef;
-}
-
 # Removes the taint from the image's name.
-sub _has_image ($entry) {
+sub is_valid_entry ($class, $entry) {
     ($entry->{image}) = ($entry->{image} // '') =~ m/\A(pba-[A-Za-z0-9%._-]+)\z/;
     return defined($entry->{image});
-}
-
-sub _container_fault ($manifest) {
-    my $container = $manifest->{container} // return undef;
-    my $is_valid
-        = is_hash($container)
-        && _has_image($container)
-        && !grep { ($container->{$_} // '') !~ m/\A[0-9]{1,19}\z/ } qw(size bytes);
-    return 'its container is not valid'
-        if !$is_valid || ($container->{sha256} // '') !~ m/\A[0-9a-f]{64}\z/;
-    return undef;
-}
-
-# A snapshot does not depend on another archive.
-sub parent_of ($self, $own) { return }
-sub manifest_problem ($self) { return undef }
-
-# The bytes that the backup has written, for the archive or for a device.
-sub file_size ($self, $device = undef) {
-    my $devices = $self->{manifest}{devices};
-    my $size = 0;
-    $size += $_->{stored} // 0 for defined($device) ? $self->device($device) : values $devices->%*;
-    return $size + (defined($device) || !$self->container ? 0 : $self->container_bytes);
-}
-
-# undef if it has no such file.
-sub content ($self, $name) {
-    my $file = $self->{manifest}{files}{$name} // return undef;
-    utf8::downgrade(my $content = $file->{content});
-    return $content;
 }
 
 sub keep_log ($self, $text) {
@@ -219,7 +127,7 @@ sub prepare ($self) {
 
 # The names of the objects with the digests of a device of that size, in a snapshot of an image.
 sub digest_objects ($class, $image, $snapshot, $size) {
-    return part_names(_digests_of($image, $snapshot), digests_size($size, $digest_block));
+    return part_names(_digests_of($image, $snapshot), digests_size($size, $class->cluster_size));
 }
 
 sub _digests_of ($image, $snapshot) { return "$image\@$snapshot.digests" }
@@ -232,18 +140,13 @@ sub digests ($self, $device) {
     return $file if $self->{is_new} || $self->{guest}{fetched}{$file};
     my $entry = $self->device($device);
     my $place = _digests_of($entry->{image}, $self->{name});
-    get_parts($self->{guest}->ceph, $place, digests_size($entry->{size}, $digest_block), $file);
+    get_parts($self->{guest}->ceph,
+        $place, digests_size($entry->{size}, $self->cluster_size), $file);
     fail("the digests of archive $self->{name} are damaged - their SHA-256 differs",
         device => $device)
         if sha256($file) ne $entry->{digests}{sha256};
     $self->{guest}{fetched}{$file} = 1;
     return $file;
-}
-
-sub digests_problem ($self, $device) {
-    my $error = attempt { $self->digests($device) };
-    rethrow($error) if $error && !is_damage($error);
-    return $error ? reason($error) : undef;
 }
 
 # Serves the snapshot. options: those of the server.
@@ -257,9 +160,6 @@ sub uri ($self, $device) {
 }
 
 # ---- a container ----
-
-sub container ($self) { return $self->{manifest}{container} }
-sub container_bytes ($self) { return $self->container->{bytes} }
 
 sub container_place ($self) {
     return
@@ -275,17 +175,8 @@ sub container_source ($self) {
     return { name => $self->container_place, handle => $from, program => $program };
 }
 
-# Without reading it.
-sub container_problem ($self) {
-    my $problem
-        = $self->{guest}->snapshot_problem($self->{name}, $self->container->@{qw(image bytes)});
-    return $problem // ($self->is_known_damaged('container') ? 'damage was found in it' : undef);
-}
-
-# The same, but reads it.
-sub container_damage ($self) {
-    return $self->{guest}->snapshot_problem($self->{name}, $self->container->@{qw(image bytes)})
-        // stream_problem($self->container_source, $self->container);
+sub tree_problem ($self) {
+    return $self->{guest}->snapshot_problem($self->{name}, $self->container->@{qw(image bytes)});
 }
 
 # A copy that is removed with the guest's object.

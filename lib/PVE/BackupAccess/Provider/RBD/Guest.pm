@@ -16,8 +16,7 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::File qw(make_directory);
 use PVE::BackupAccess::Provider::RBD::Archive;
 use PVE::BackupAccess::Provider::RBD::Lock;
-use PVE::BackupAccess::Provider::Store::Content qw(is_damage);
-use PVE::BackupAccess::Provider::Store::Manifest qw($name_pattern);
+use PVE::BackupAccess::Provider::Store::Manifest qw($name_pattern safe_name);
 use PVE::BackupAccess::Provider::Store::PrivateDir;
 use PVE::BackupAccess::Try qw(attempt reason rethrow);
 
@@ -51,9 +50,7 @@ sub log_of ($self, $name) { return "$self->{object}.$name.log" }
 
 # Each full backup of a device gets a new image: a new one is neither damaged nor in use.
 sub image_for ($self, $device, $name) {
-    utf8::encode(my $bytes = $device);
-    my ($safe) = $bytes =~ s/([^A-Za-z0-9._-])/sprintf('%%%02X', ord($1))/ger =~ m/\A(.*)\z/s;
-    return "$self->{prefix}$safe-$name";
+    return $self->{prefix} . safe_name($device) . "-$name";
 }
 
 # ---- the guest's object ----
@@ -190,48 +187,15 @@ sub snapshot_problem ($self, $name, $image, $size) {
     return "the snapshot $image\@$name has $snapshot->{size} bytes, not $size";
 }
 
-sub _snapshot_problem ($self, $archive, $device) {
+sub image_problem ($self, $archive, $device) {
     return $self->snapshot_problem($archive->name, $archive->device($device)->@{qw(image size)});
-}
-
-sub device_problem ($self, $name, $device) {
-    my $problem;
-    my $error = attempt { $problem = $self->_snapshot_problem($self->archive($name), $device) };
-    rethrow($error) if $error && !is_damage($error);
-    return $error ? reason($error) : $problem;
-}
-
-# The chain is the archive alone, because each snapshot has the whole device.
-sub chain ($self, $name, $device, $own = $device) {
-    my $archive = $self->archive($name);
-    $archive->answer_to($device, $own);
-    fail("archive $self->{place}/$name cannot be used - it has no device $own", device => $device)
-        if !$archive->device($device);
-    return $archive;
-}
-
-sub checked_base ($self, $name, $device, $own, $size) {
-    my ($archive) = $self->chain($name, $device, $own);
-    my $old_size = $archive->device($device)->{size};
-    fail("the disk's size changed from $old_size to $size bytes") if $old_size != $size;
-    my $problem = $self->_snapshot_problem($archive, $device) // $archive->digests_problem($device);
-    fail($problem) if defined($problem);
-    fail("archive $name is damaged, according to its last verification")
-        if $archive->is_known_damaged($device);
-    return $archive;
-}
-
-sub restorable ($self, $name, $device) {
-    my ($archive) = $self->chain($name, $device);
-    my $problem = $self->_snapshot_problem($archive, $device);
-    return ($archive, $problem);
 }
 
 # The lock is lost if this host does not respond for half a minute. Then another process may have removed the snapshot while it
 # was read, and reads return zeroes. If the snapshot is there now, it was there all the time.
 sub reading_problem ($self, $name, $device) {
     delete($self->@{qw(snapshots some)});
-    my $problem = $self->_snapshot_problem($self->archive($name), $device) // return undef;
+    my $problem = $self->image_problem($self->archive($name), $device) // return undef;
     return
         "$problem: the archive was removed during that time, because this host did not respond for half a minute";
 }
@@ -240,11 +204,9 @@ sub reading_problem ($self, $name, $device) {
 
 sub publish ($self, $archive, $notes = undef) {
     $self->check_lock;
-    my %modes = map { $_ => $archive->device($_)->{'bitmap-mode'} } $archive->devices;
-    my %ids = map { $_ => $modes{$_} ne 'none' ? { id => $archive->id } : undef } keys %modes;
     my $text = $archive->text;
     $Archive->load($self, $archive->name, $text);    # dies if it would be refused
-    $notes->note(\%ids) if $notes;
+    $archive->note_in($notes) if $notes;
     my $key = 'archive ' . $archive->name;
     $self->_set($key, $text);
 
@@ -278,8 +240,6 @@ sub _is_protected_now ($self, $name) {
     }
     return $self->is_protected($name);
 }
-
-sub is_built_on ($self, $name) { return 0 }
 
 # The keys of notes about archives that do not exist any more.
 sub _lone_notes ($self) {
@@ -317,8 +277,6 @@ sub remove ($self, $name) {
         if @problems;
     return;
 }
-
-sub discard ($self, $name) { return $self->remove($name) }
 
 # The snapshots of an image that belong to no archive.
 sub _lone_snapshots ($self, $image) {

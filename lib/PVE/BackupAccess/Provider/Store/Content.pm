@@ -9,10 +9,11 @@ use List::Util qw(min sum0);
 
 use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Error;
+use PVE::BackupAccess::Try qw(attempt reason rethrow);
 use PVE::BackupAccess::Volume;
 
 our @EXPORT_OK
-    = qw(by_blocks check_base check_stored compare damage describe describe_unread is_damage joined problems_or_die);
+    = qw(by_blocks check_base check_stored compare damage describe describe_unread is_damage joined problem_of problems_or_die);
 
 my $Error = 'PVE::BackupAccess::Error';
 
@@ -22,6 +23,15 @@ my $block = 65536;
 # Whether an error says that stored data is damaged. Any other only says that it could not be read now, for example because
 # a program was killed, or because there is no room for temporary files.
 sub is_damage ($error) { return $error->class =~ m/\A(?:Archive|Content)Error\z/ ? 1 : 0 }
+
+# What the code returns: why data is damaged, or undef. If it finds damage in what it needs for that, that is the reason. Other
+# errors do not count as damage, and are passed on.
+sub problem_of ($code) {
+    my $problem;
+    my $error = attempt { $problem = $code->() };
+    rethrow($error) if $error && !is_damage($error);
+    return $error ? reason($error) : $problem;
+}
 
 # The result of a verification: what is wrong, and then what could not be read. Dies if nothing is known to be wrong, but
 # something could not be read.

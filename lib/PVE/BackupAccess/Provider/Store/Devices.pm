@@ -20,7 +20,7 @@ use PVE::BackupAccess::Provider::Store::Workers qw(side_by_side);
 use PVE::BackupAccess::Try qw(attempt reason);
 use PVE::BackupAccess::Volume;
 
-our @EXPORT_OK = qw(begin_devices check_compared check_device for_devices mode_of store_device);
+our @EXPORT_OK = qw(begin_devices check_compared for_devices mode_of store_device store_devices);
 
 our $seconds_between_lines = 30;
 
@@ -189,7 +189,7 @@ sub check_compared ($job, $log) {
 }
 
 # Also reads the new data, for an archive that was not read back while it was stored.
-sub check_device ($job, $log) {
+my sub check_device ($job, $log) {
     check_stored($job->{task}{archive}, $job->{device}, $log);
     check_compared($job, $log);
     return;
@@ -245,6 +245,28 @@ sub for_devices ($work, $jobs, %how) {
             $how{progress}->($device, $message->{progress}->@*) if $message->{progress};
         },
     );
+}
+
+# Stores the devices of an archive that has all their data. The check comes after freeze: what it reads does not change any more.
+# Returns what audits found. how: that of begin_device and for_devices; check, whether to read back what is stored.
+sub store_devices ($task, $volumes, %how) {
+    my ($archive, $jobs) = ($task->{archive}, begin_devices($task, $volumes, %how));
+    $archive->prepare;
+    my $stored
+        = for_devices(
+        sub ($job, $log, $copy) { return store_device($job, log => $log, copy => $copy) },
+        $jobs, %how);
+    $archive->freeze;
+    my $check = sub ($job, $log, $copy) {
+        check_device($job, $log) if $how{check};
+        return $archive->put_digests($job->{device});
+    };
+    my $digests = for_devices($check, $jobs, %how);
+    for my $device ($archive->devices) {
+        my $written = $stored->{$device}{statistics}{'bytes-written'};
+        $archive->note_device($device, $digests->{$device}, $written);
+    }
+    return map { $stored->{$_}{finding} // () } $archive->devices;
 }
 
 1;

@@ -5,27 +5,32 @@ package PVE::BackupAccess::Provider::Store::Guest;
 #
 #   names                    the names of the archives, the oldest first
 #   archive($name)           returns a Store::Archive
-#   checked_base($name, $device, $own, $size)    returns the archive if the device, which it calls $own, can build on it; else dies
-#   chain($name, $device[, $own])    the archives that hold the device's data as of that archive, the newest first
-#   device_problem($name, $device)   why the device cannot be restored, undef if it can; dies if that cannot be determined
-#   restorable($name, $device)       (archive, why the device cannot be read, undef if it can)
-#   being_removed(\@unread)  the archives whose removal has begun; see readable_of. By default none
+#   image_problem($archive, $device)    why the archive's device cannot be read, undef if it can; does not read its data
 #   is_protected($name)      whether the archive must not be removed
-#   is_built_on($name), remove($name), discard($name)    for the removal of several archives, see Prune.pm
+#   remove($name)
 #   is_there, make_place     whether the store has a place for the guest's archives; makes it
 #   has($name)               whether there is such an archive
-#   change_lock, try_change_lock, read_lock, removal_lock    see Qcow2Chain/Lock.pm
+#   change_lock, try_change_lock, read_lock, removal_lock    see DirectoryLock.pm
 #   is_clean                 whether there is nothing for clean to do
 #   clean                    removes what a killed process left; returns what could not be completed, as texts
 #   drop($lock)              releases the lock for all processes that have it
 #   leave($lock)             leaves the lock to a forked process; returns what to keep until that has ended, by default nothing
 #   give_up($archive)        removes an incomplete new archive
-#   publish($archive, $notes)    gives a new archive its name
+#   publish($archive, $notes)    gives a new archive its name, and before that notes it if there are notes
+#
+# and, if an archive can depend on another one:
+#
+#   chain($name, $device[, $own])    the archives that hold the device's data as of that archive, the newest first
+#   checked_base($name, $device, $own, $size)    returns the archive if the device, which it calls $own, can build on it; else dies
+#   device_problem($name, $device)   why the device cannot be restored, undef if it can; dies if that cannot be determined
+#   restorable($name, $device)       (archive, why the device cannot be read, undef if it can)
+#   being_removed(\@unread)  the archives whose removal has begun; see readable_of
+#   is_built_on($name), discard($name)    for the removal of several archives, see Prune.pm
 
 use v5.36;
 
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Provider::Store::Content qw(is_damage);
+use PVE::BackupAccess::Provider::Store::Content qw(is_damage problem_of);
 use PVE::BackupAccess::Provider::Store::Disks qw(builders find_alias find_device missing);
 use PVE::BackupAccess::Try qw(attempt reason);
 
@@ -54,8 +59,40 @@ sub reading_problem ($self, $name, $device) { return undef }
 # To close its handle is enough.
 sub leave ($self, $lock) { return undef }
 
-# A store in which no removal can be half done has none.
+# ---- archives that depend on no other ----
+
 sub being_removed ($self, $unread) { return }
+sub is_built_on ($self, $name) { return 0 }
+sub discard ($self, $name) { return $self->remove($name) }
+
+# The chain is the archive alone.
+sub chain ($self, $name, $device, $own = $device) {
+    my $archive = $self->archive($name);
+    $archive->answer_to($device, $own);
+    fail("archive $name cannot be used - it has no device $own", device => $device)
+        if !$archive->device($device);
+    return $archive;
+}
+
+sub checked_base ($self, $name, $device, $own, $size) {
+    my ($archive) = $self->chain($name, $device, $own);
+    my $old_size = $archive->device($device)->{size};
+    fail("the disk's size changed from $old_size to $size bytes") if $old_size != $size;
+    my $problem = $self->image_problem($archive, $device) // $archive->digests_problem($device);
+    fail($problem) if defined($problem);
+    fail("archive $name is damaged, according to its last verification")
+        if $archive->is_known_damaged($device);
+    return $archive;
+}
+
+sub restorable ($self, $name, $device) {
+    my ($archive) = $self->chain($name, $device);
+    return ($archive, $self->image_problem($archive, $device));
+}
+
+sub device_problem ($self, $name, $device) {
+    return problem_of(sub () { ($self->restorable($name, $device))[1] });
+}
 
 # ---- what the bitmaps are relative to ----
 

@@ -13,7 +13,7 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Try qw(attempt_any);
 
 our @EXPORT_OK = qw($name_pattern decode_manifest device_fault encode_manifest has_its_digest
-    is_hash is_text manifest_fault new_id refuse_newer);
+    is_hash is_text manifest_fault new_id refuse_newer safe_name);
 
 # An archive's name is its time. The order of names is that of times. Whatever else lies in a store is not an archive.
 our $name_pattern
@@ -33,6 +33,13 @@ sub new_id () {
     fail('SystemError', "cannot read /dev/urandom - $!")
         if !$is_open || (read($fh, $bytes, 16) // 0) != 16;
     return unpack('H*', $bytes);
+}
+
+# A device's name as a part of a file's name: the same in every archive, safe for any name, and without taint.
+sub safe_name ($device) {
+    utf8::encode(my $bytes = $device);
+    my ($safe) = $bytes =~ s/([^A-Za-z0-9._-])/sprintf('%%%02X', ord($1))/ger =~ m/\A(.*)\z/s;
+    return $safe;
 }
 
 # The second line of the text is a digest of all the others. Format 1 of Qcow2Chain has no digest.

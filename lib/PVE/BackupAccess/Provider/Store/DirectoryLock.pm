@@ -1,4 +1,4 @@
-package PVE::BackupAccess::Provider::Qcow2Chain::Lock;
+package PVE::BackupAccess::Provider::Store::DirectoryLock;
 
 # Which processes may use a guest's archives at the same time. A lock is a handle: it is held until
 # it is dropped, or until all processes that have the handle have closed it.
