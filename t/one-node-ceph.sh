@@ -11,9 +11,9 @@ cat > "$dir/ceph.conf" <<END
 [global]
 fsid = $fsid
 mon host = v2:127.0.0.1:$port
-auth cluster required = none
-auth service required = none
-auth client required = none
+auth cluster required = cephx
+auth service required = cephx
+auth client required = cephx
 osd pool default size = 1
 osd pool default min size = 1
 mon allow pool size one = true
@@ -37,6 +37,8 @@ export CEPH_CONF="$dir/ceph.conf"
 mkdir -p "$dir/mon" "$dir/mgr" "$dir/osd"
 ceph-authtool --create-keyring "$dir/keyring" --gen-key -n mon. --cap mon 'allow *' >/dev/null
 ceph-authtool "$dir/keyring" --gen-key -n client.admin --cap mon 'allow *' --cap osd 'allow *' --cap mgr 'allow *' >/dev/null
+ceph-authtool "$dir/keyring" --gen-key -n mgr.x --cap mon 'allow profile mgr' --cap osd 'allow *' >/dev/null
+ceph-authtool "$dir/keyring" --gen-key -n osd.0 --cap mon 'allow profile osd' --cap mgr 'allow profile osd' --cap osd 'allow *' >/dev/null
 monmaptool --create --fsid "$fsid" --addv a "[v2:127.0.0.1:$port]" "$dir/monmap" >/dev/null
 ceph-mon --mkfs -i a --monmap "$dir/monmap" --keyring "$dir/keyring"
 ceph-mon -i a

@@ -217,9 +217,8 @@ my %unreachable = (
     'no monitor answers' =>
         ['mon host = v2:127.0.0.1:1', qr/no monitor .* answered for 2 seconds .*other[.]conf/],
     'the monitors accept no other authentication' =>
-        ['auth client required = cephx', qr/refuses the user client[.]admin .*other[.]conf/],
-    'there is no keyring' =>
-        ["auth client required = cephx\nkeyring = /none", qr/refuses the user client[.]admin/],
+        ['auth client required = none', qr/refuses the user client[.]admin .*other[.]conf/],
+    'there is no keyring' => ['keyring = /none', qr/refuses the user client[.]admin/],
 );
 
 # If the cluster cannot be reached, nothing is reported as missing.

@@ -31,7 +31,7 @@ my %commands = (
         arguments => ['DIRECTORY'],
         options => [
             @guest,
-            qw(ceph-conf=s vmid=s guest=s device=s@ exclude=s@ target-id=s guest-config=s guest-agent=s),
+            qw(ceph-conf=s ceph-user=s vmid=s guest=s device=s@ exclude=s@ target-id=s guest-config=s guest-agent=s),
             qw(bandwidth-limit=s full audit audit-every=s jobs=s compress persistent allow-shared no-check wait=s quiet|q json),
         ],
         needs => ['qmp|libvirt|image'],
@@ -39,30 +39,30 @@ my %commands = (
     restore => {
         module => 'Restore',
         arguments => ['ARCHIVE', 'TARGET'],
-        options => [qw(ceph-conf=s device=s format=s no-verify wait=s quiet|q json)],
+        options => [qw(ceph-conf=s ceph-user=s device=s format=s no-verify wait=s quiet|q json)],
     },
     serve => {
         module => 'Serve',
         arguments => ['ARCHIVE'],
-        options => [qw(ceph-conf=s device=s socket-dir=s wait=s json)],
+        options => [qw(ceph-conf=s ceph-user=s device=s socket-dir=s wait=s json)],
     },
     mount => {
         module => 'Serve',
         function => 'mount',
         arguments => ['ARCHIVE', 'DIRECTORY'],
-        options => [qw(ceph-conf=s device=s wait=s json)],
+        options => [qw(ceph-conf=s ceph-user=s device=s wait=s json)],
     },
     list => {
         module => 'Archives',
         function => 'list',
         arguments => ['DIRECTORY'],
-        options => [qw(ceph-conf=s vmid=s guest=s json)],
+        options => [qw(ceph-conf=s ceph-user=s vmid=s guest=s json)],
     },
     verify => {
         module => 'Archives',
         function => 'verify',
         arguments => ['ARCHIVE...'],
-        options => [qw(ceph-conf=s vmid=s guest=s wait=s quiet|q json)],
+        options => [qw(ceph-conf=s ceph-user=s vmid=s guest=s wait=s quiet|q json)],
     },
     prune => {
         module => 'Archives',
@@ -71,7 +71,7 @@ my %commands = (
         options => [
             qw(
                 keep-last=s keep-hourly=s keep-daily=s keep-weekly=s keep-monthly=s keep-yearly=s
-                keep=s ceph-conf=s vmid=s guest=s dry-run wait=s quiet|q json
+                keep=s ceph-conf=s ceph-user=s vmid=s guest=s dry-run wait=s quiet|q json
             )
         ],
     },
@@ -79,7 +79,7 @@ my %commands = (
         module => 'Archives',
         function => 'remove',
         arguments => ['ARCHIVE'],
-        options => [qw(ceph-conf=s wait=s quiet|q)],
+        options => [qw(ceph-conf=s ceph-user=s wait=s quiet|q)],
     },
     status => {
         module => 'Status',

@@ -32,6 +32,7 @@ my sub rbd_settings ($opt, $store) {
         pool => $pool,
         namespace => $namespace,
         defined($opt->{'ceph-conf'}) ? ('ceph-conf' => absolute($opt->{'ceph-conf'})) : (),
+        'ceph-user' => $opt->{'ceph-user'},
         'no-check' => $opt->{'no-check'},
     };
 }
@@ -39,7 +40,9 @@ my sub rbd_settings ($opt, $store) {
 # Dies unless the store exists. Returns it as an absolute path, or unchanged if it is in a cluster.
 sub check_store ($opt, $store) {
     return $store if is_rbd($store);
-    usage_error('--ceph-conf needs rbd:POOL') if defined($opt->{'ceph-conf'});
+    for my $option (grep { defined($opt->{$_}) } qw(ceph-conf ceph-user)) {
+        usage_error("--$option needs rbd:POOL");
+    }
     die "$store is not a directory - create it, or mount it, first\n" if !-d $store;
     return untainted(Cwd::realpath($store));
 }

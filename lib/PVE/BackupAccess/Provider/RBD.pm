@@ -22,6 +22,7 @@ sub new ($class, $storage_plugin, $scfg, $storeid, $log_function = undef) {
     my $ceph = PVE::BackupAccess::Provider::RBD::Ceph->new(
         pool => checked_name('pool', $scfg->{pool}),
         namespace => defined($namespace) ? checked_name('namespace', $namespace) : undef,
+        user => checked_name('Ceph user', $scfg->{'ceph-user'} // 'admin'),
         log => $settings{log},
         conf => $class->can('_checked_path')
             ->('ceph-conf', $scfg->{'ceph-conf'} // '/etc/ceph/ceph.conf'),
@@ -177,8 +178,9 @@ L<PVE::BackupAccess::Provider::Qcow2Chain/METHODS OF THE API>.
     my $provider = PVE::BackupAccess::Provider::RBD->new($storage_plugin, $scfg, $storeid, $log_function);
 
 Returns a provider. C<$scfg> is a hash with C<pool>, the pool's name; C<namespace>, which must exist (C<rbd namespace create>), or
-undef for none; and C<ceph-conf>, the absolute path of the cluster's configuration, by default F</etc/ceph/ceph.conf>. The Ceph
-user is the default one of the configuration and of C<rbd>, C<client.admin>; it needs the profile C<rbd> for the pool.
+undef for none; C<ceph-conf>, the absolute path of the cluster's configuration, by default F</etc/ceph/ceph.conf>; and C<ceph-user>,
+the Ceph user without C<client.>, by default C<admin>. The configuration names the user's keyring. The user needs the profile C<rbd>
+of the monitor, and that of the OSDs for the pool or namespace: F<doc/operating.md>.
 C<no-check>, C<state-dir> and the other arguments are those of L<PVE::BackupAccess::Provider::Qcow2Chain/new>.
 
 Errors: C<ArgumentError>.

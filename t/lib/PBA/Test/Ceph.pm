@@ -61,9 +61,19 @@ sub new_namespace ($self) {
     return $name;
 }
 
+# Creates a user with these capabilities, and returns its name.
+sub new_user ($self, @capabilities) {
+    my $name = "test-$$-" . ++$self->{users};
+    my $key = $self->run(qw(ceph auth get-or-create), "client.$name", @capabilities);
+    open(my $fh, '>>', "$self->{dir}/keyring") or die "keyring: $!\n";
+    print {$fh} $key;
+    close($fh) or die "keyring: $!\n";
+    return $name;
+}
+
 # A container whose backups go to that namespace.
-sub new_container ($self, $namespace) {
-    my %scfg = (pool => 'backup', namespace => $namespace, 'ceph-conf' => $self->conf);
+sub new_container ($self, $namespace, %more) {
+    my %scfg = (pool => 'backup', namespace => $namespace, 'ceph-conf' => $self->conf, %more);
     return PBA::Test::Container->new(
         first_id => $> ? 0 : 100_000,
         new_provider => sub ($log) {

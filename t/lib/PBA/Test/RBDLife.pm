@@ -3,7 +3,7 @@ package PBA::Test::RBDLife;
 # A guest without a machine (PBA::Test::StoreLife::Guest), its backups by Provider::RBD, and their expected
 # content.
 #
-#   my $life = PBA::Test::RBDLife->new(ceph => $ceph, dir => $dir);    # in a new namespace
+#   my $life = PBA::Test::RBDLife->new(ceph => $ceph, dir => $dir);    # in a new namespace; user: that of Ceph
 #   $life->write; my $name = $life->backup; my $problem = $life->problem;
 
 use v5.36;
@@ -23,7 +23,7 @@ my $vmid = 100;
 
 sub new ($class, %options) {
     my $self = bless({ %options, time => 1_795_000_000, log => [], expected => {} }, $class);
-    $self->{namespace} = $self->{ceph}->new_namespace;
+    $self->{namespace} //= $self->{ceph}->new_namespace;
     $self->{dir} .= "/$self->{namespace}";
     mkdir($self->{dir}) or die "$self->{dir}: $!\n";
     $self->{guest} = PBA::Test::StoreLife::Guest->new(
@@ -42,6 +42,7 @@ sub provider ($self) {
         pool => 'backup',
         namespace => $self->{namespace},
         'ceph-conf' => $self->{ceph}->conf,
+        'ceph-user' => $self->{user},
         'state-dir' => "$self->{dir}/state"
     };
     my $log = sub ($level, $message) { push($self->{log}->@*, "$level: $message") };

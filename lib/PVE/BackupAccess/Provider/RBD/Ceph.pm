@@ -20,14 +20,16 @@ our $tell_every = 30;       # the same, while a program waits for the cluster
 
 my sub fail ($message) { PVE::BackupAccess::Error->throw('SystemError', $message) }
 
-# pool; namespace, undef for the pool's own; conf, the cluster's configuration file; log, a code ref.
+# pool; namespace, undef for the pool's own; conf, the cluster's configuration file; user, without 'client.', by default admin; log, a
+# code ref.
 sub new ($class, %options) {
-    return bless({%options}, $class);
+    return bless({ user => 'admin', %options }, $class);
 }
 
 sub pool ($self) { return $self->{pool} }
 sub namespace ($self) { return $self->{namespace} }
 sub conf ($self) { return $self->{conf} }
+sub user ($self) { return $self->{user} }
 
 sub place ($self) {
     return defined($self->{namespace}) ? "$self->{pool}/$self->{namespace}" : $self->{pool};
@@ -35,12 +37,14 @@ sub place ($self) {
 
 # The URI of a snapshot for qemu-img.
 sub uri ($self, $image, $snapshot) {
-    my ($name, $conf) = map { s/([\\:@])/\\$1/gr } "$image", $self->{conf};
-    return 'rbd:' . $self->place . "/$name\@$snapshot:conf=$conf";
+    my ($name, $user, $conf) = map { s/([\\:@])/\\$1/gr } "$image", $self->@{qw(user conf)};
+    my $id = $user eq 'admin' ? '' : ":id=$user";
+    return 'rbd:' . $self->place . "/$name\@$snapshot$id:conf=$conf";
 }
 
 my sub cluster_command ($self, $program) {
-    return ($program, '--conf', $self->{conf}, '--client_mount_timeout', $connect_limit);
+    my @who = ('--conf', $self->{conf}, '--id', $self->{user});
+    return ($program, @who, '--client_mount_timeout', $connect_limit);
 }
 
 # A program with the options for the cluster, pool and namespace.
@@ -68,7 +72,7 @@ sub teller ($self, $what) {
 
 # For messages.
 my sub short ($program, @arguments) {
-    return join(' ', $program, grep { m/\A[a-z]/ } @arguments[0, 1]);
+    return join(' ', $program, grep { m/\A[a-z]/ } grep { defined } @arguments[0, 1]);
 }
 
 # Runs a program. Returns its exit status, its output and its error message.
@@ -82,9 +86,9 @@ sub run ($self, $program, @arguments) {
 # What programs print if they do not get as far as the pool's objects, and what it means.
 my @failures = (
     [
-        qr/unable to find a keyring|handle_auth_bad_method|\(13\) Permission denied/,
-        'the cluster refuses the user client.admin - check its keyring, which the configuration names, and what it'
-            . ' may do (ceph auth get client.admin)'
+        qr/unable to find a keyring|handle_auth_bad_method|\(13\) Permission denied|\(1\) Operation not permitted/,
+        'the cluster refuses the user client.USER - check its keyring, which the configuration names, and what it'
+            . ' may do (ceph auth get client.USER)'
     ],
     [
         qr/failed to fetch mon config|authenticate timed out|couldn't connect to the cluster/,
@@ -100,7 +104,8 @@ my @failures = (
 my sub known_failure ($self, $message) {
     my ($known) = map { $message =~ $_->[0] ? $_->[1] : () } @failures;
     return undef if !defined($known);
-    return $known =~ s/SECONDS/$connect_limit/r . " (configuration: $self->{conf})";
+    return $known =~ s/SECONDS/$connect_limit/r
+        =~ s/USER/$self->{user}/gr . " (configuration: $self->{conf})";
 }
 
 # The same, but returns the output, and dies if the program fails. With may_lack, returns undef if there is no such object.
@@ -239,20 +244,14 @@ my sub bytes_of ($length, @lines) {
     return $bytes;
 }
 
-my sub rbd_of_pool ($self, @arguments) {
-    local $self->{namespace} = undef;
-    return $self->rbd(@arguments);
-}
-
-# Dies unless the pool and the namespace exist: in a namespace that does not exist there are simply no objects.
+# Dies unless the namespace exists: in one that does not exist there are simply no objects. A user of a namespace may not list
+# the pool's namespaces.
 my sub check_place ($self) {
     return undef if $self->{'is there'};
-    my $namespace = $self->{namespace};
-    my @found = decode('rbd', rbd_of_pool($self, 'namespace', 'ls', '--format', 'json'))->@*;
     fail(
-        "there is no namespace $namespace in pool $self->{pool} - create it, if it is the right one: rbd namespace create "
+        "there is no namespace $self->{namespace} in pool $self->{pool} - create it, if it is the right one: rbd namespace create "
             . $self->place)
-        if defined($namespace) && !grep { $_->{name} eq $namespace } @found;
+        if defined($self->{namespace}) && !defined($self->try_rbd('ls'));
     $self->{'is there'} = 1;
     return undef;
 }

@@ -19,6 +19,7 @@ sub _image_arguments ($class, $image, %options) {
         pool => $ceph->pool,
         image => $name,
         conf => $ceph->conf,
+        user => $ceph->user,
         defined($ceph->namespace) ? (namespace => $ceph->namespace) : (),
         defined($snapshot) ? (snapshot => $snapshot) : (),
     );
