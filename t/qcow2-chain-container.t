@@ -267,6 +267,23 @@ subtest 'damage' => sub {
     is_deeply([map { $_->{volname} } $provider->list->@*], [$good], 'the intact archive stays');
 };
 
+# The time of a file does not change then.
+subtest 'a disk rots' => sub {
+    my $container = new_container();
+    my @names = map { $container->backup // die($container->error) } 1, 2;
+    my ($provider, $tree) = ($container->provider, tree_of($container, $names[1]));
+    my @times = (Time::HiRes::stat($tree))[8, 9];
+    flip($tree, 600);
+    Time::HiRes::utime(@times, $tree);
+    like($provider->verify($names[1])->[0], qr/root.tar.zst is damaged - zstd/, 'found');
+    is_deeply($provider->list(101)->[1]{damaged}, ['container: damage was found in it'], 'listed');
+    is_deeply($provider->prune(101, 1), [], 'it does not count');
+    flip($tree, 600);
+    Time::HiRes::utime(@times, $tree);
+    is_deeply($provider->verify($names[1]), [], 'intact again');
+    is_deeply($provider->prune(101, 1), [$names[0]], 'it counts again');
+};
+
 # ---- faults ----
 
 sub children_of ($pid) {

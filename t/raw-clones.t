@@ -64,6 +64,7 @@ subtest 'a container' => sub {
     print {$fh} 'x' x 8;
     close($fh);
     like("@{$provider->verify($name)}", qr/root\.tar\.zst is damaged/, 'damage is found');
+    is_deeply($provider->list->[0]{damaged}, ['container: damage was found in it'], 'listed');
     is_deeply([map { $_->{mark} } $provider->retention(101, 1)->@*], ['broken'], 'and noted');
     $provider->remove($name);
     is_deeply($provider->list, [], 'removed');

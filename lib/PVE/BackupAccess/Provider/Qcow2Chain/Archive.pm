@@ -269,8 +269,8 @@ sub _path_of ($self, $file) {
     return "$self->{dir}/$file";
 }
 
-# Why the tree is not what was read from the container, or undef. A file with the noted size and time is not read.
-sub container_problem ($self) { return $self->file_problem($tree, 0) }
+# A file with the noted size and time is not read.
+sub tree_problem ($self) { return $self->file_problem($tree, 0) }
 
 # options: those of the server.
 sub serve ($self, $device, %options) { return $Server->start($self->image($device), %options) }

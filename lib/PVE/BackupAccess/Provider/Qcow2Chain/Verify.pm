@@ -10,6 +10,7 @@ use List::Util qw(uniq);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(chain_damage);
 use PVE::BackupAccess::Provider::Store::Content qw(describe is_damage problem_of problems_or_die);
+use PVE::BackupAccess::Provider::Store::DirectoryArchive qw($tree);
 use PVE::BackupAccess::Try qw(attempt reason);
 
 our @EXPORT_OK = qw(digests_of problems_of unproven_of);
@@ -87,6 +88,13 @@ my sub look_at_device ($guest, $seen, $found, $device, $name) {
     return;
 }
 
+# The same for a container, whose tree has been read by then, unless that was not possible.
+my sub note_container ($seen, $archive) {
+    my $problems = $seen->{files}{ $archive->revision }{$tree} // return;
+    $archive->note_damage('container', $problems->@* ? 1 : 0);
+    return;
+}
+
 # The problems of an archive as texts, none if it is intact. seen caches results for other archives that share files with
 # this one. Dies if no problem was found, but something could not be read.
 sub problems_of ($guest, $name, $seen) {
@@ -95,6 +103,7 @@ sub problems_of ($guest, $name, $seen) {
     return $problem if defined($problem);
     my $found = { problems => [], unread => [] };
     look($found, '', sub () { file_problems($seen, $archive) });
+    note_container($seen, $archive) if $archive->container;
     look_at_device($guest, $seen, $found, $_, $name) for $archive->devices;
     my ($problems, $unread) = map { [uniq($_->@*)] } $found->@{qw(problems unread)};
     return problems_or_die($problems, $unread);

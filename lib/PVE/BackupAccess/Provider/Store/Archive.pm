@@ -196,8 +196,11 @@ sub container_bytes ($self) { return $self->container->{bytes} }
 
 # Why it is damaged, undef if it is not; without reading it, and by reading it.
 sub container_problem ($self) {
-    return $self->tree_problem
-        // ($self->is_known_damaged('container') ? 'damage was found in it' : undef);
+    return $self->tree_problem // (
+        $self->is_known_damaged('container')
+        ? 'damage was found in ' . $self->container_place
+        : undef
+    );
 }
 
 sub container_damage ($self) {

@@ -30,6 +30,8 @@ sub known_damage ($archive, $damaged) {
             : 'in which damage was found';
         $text{$device} = $in eq $name ? 'damage was found in it' : "it builds on $in, $how";
     }
+    $text{container} = 'damage was found in it'
+        if $archive->container && $archive->is_known_damaged('container');
     return \%text;
 }
 
