@@ -59,13 +59,10 @@ my $note = sub ($self, @line) { push(@log, "@line") };
     @PVE::Storage::Plugin::COMMON_TAR_FLAGS = @PBA::Test::Container::flags;
 }
 
-# A container with a system, which pct accepts as a tar file; and one with a single program, which it does not
-# accept.
+# A container with a system, which pct accepts as a tar file; and one without sbin, which it does not accept.
 sub make_container ($kind, %options) {
-    my $container = PBA::Test::Container->new(first_id => $first_id, %options);
-    return $container->fill if $kind eq 'tar';
-    write_file($container->root . '/app', 'program', 0755);
-    $container->_own;
+    my $container = PBA::Test::Container->new(first_id => $first_id, %options)->fill;
+    unlink($container->root . '/sbin') if $kind eq 'directory';
     return $container;
 }
 
