@@ -326,6 +326,17 @@ subtest 'killed while a damaged archive is removed' => sub {
     is_deeply([$next->clean, $ceph->{stored}], [{}], 'and is removed later');
 };
 
+# The client logs to the standard error, for example if it tries another monitor on a busy machine.
+subtest 'an object that is missing, and a line of a log' => sub {
+    my $line = '2026-11-30T23:25:00.907+0000 7fc8faef76c0 -1 monclient: no authorizer?';
+    my $said = 'error getting omap keys backup/pba: (2) No such file or directory';
+    for my $text ("$said\\n$line", "$line\\n$said") {
+        my $ceph = ceph_with(script => "printf '$text\\n' >&2; exit 1");
+        is(eval { $ceph->try_rados('listomapvals', 'pba') // 'missing' }, 'missing', $text)
+            or diag($@);
+    }
+};
+
 subtest 'a verification while the cluster does not answer' => sub {
     my ($ceph, $guest) = guest_with(
         stored => { "archive $name" => $manifest },

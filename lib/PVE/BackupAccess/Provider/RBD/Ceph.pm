@@ -108,13 +108,20 @@ my sub known_failure ($self, $message) {
         =~ s/USER/$self->{user}/gr . " (configuration: $self->{conf})";
 }
 
+# The program's last line. The client's log, such as of another attempt to reach a monitor, goes to the same place, at any time.
+my sub last_line ($message) {
+    my @lines = split(m/\n/, $message);
+    my @own = grep { !m/\A[0-9]{4}-[0-9]{2}-[0-9]{2}T\S+ / } @lines;
+    return (@own ? $own[-1] : $lines[-1]) // '';
+}
+
 # The same, but returns the output, and dies if the program fails. With may_lack, returns undef if there is no such object.
 # A missing keyring or pool also is "No such file or directory", but what cannot be reached must not count as missing.
 my sub wanted ($self, $may_lack, $program, @arguments) {
     my ($status, $out, $message) = $self->run($program, @arguments);
     return $out if $status == 0;
     my $known = known_failure($self, $message);
-    my $last = $message =~ s/\A.*\n//sr;
+    my $last = last_line($message);
     return undef
         if $may_lack && !defined($known) && $last =~ m/\(2\) No such file or directory/;
     my $reason = $known // ($last ne '' ? $last : "status $status");
