@@ -57,7 +57,7 @@ sub fails ($faults, %expected) {
 
 # Correct providers that name archives by the second, as all real ones do; some do not know the size of an
 # archive.
-passes('nbd', $class, '--scfg', 'faults=by second,size zero');
+passes('nbd', $class, '--scfg', 'faults=by second,size zero,slow start,tainted name');
 passes(
     'file-handle, in the file of a storage plugin', 'PBA::Test::ProviderOfPlugin',
     '--storage-plugin', 'PBA::Test::RawPlugin'
@@ -186,9 +186,14 @@ my @rows = (
     },
     sub {
         fails(
-            'not to be shown',
+            'not to be shown,only restores,tainted answers',
             'restore of the full backup: archive_get_guest_config' =>
-                qr/died: a restore gives no storage/
+                qr/died: a restore gives no storage/,
+            'restore of the full backup: archive_get_firewall_config' =>
+                qr/as it was backed up, not undef/,
+            'restore of the full backup: restore_vm_init' => qr/size comes from .* is tainted/,
+            'restore of the full backup: restore_vm_volume_init' =>
+                qr/'qemu-img-path' comes from .* is tainted/,
         );
     },
     sub {
@@ -251,14 +256,20 @@ my @rows = (
         my $tried = fails(
             'changes the process,leaves a child',
             "full backup: $row" =>
-                qr/the file mode .*, the handler of SIGTERM, the working directory/,
+                qr/standard output was changed, the file mode .*, the handler of SIGTERM .*, the working directory/,
             options => ['--backup-only'],
         );
         like(
             $tried->{err},
-            qr/directory was changed, child process \d+ \(\S+\) still runs$/m,
+            qr/directory was changed, an alarm is set, child process \d+ \(\S+\) still runs$/m,
             'leaves a child: it is named'
         );
+        like(
+            $tried->{err},
+            qr/: standard input was changed, standard output was changed, the file mode/,
+            'closes standard streams'
+        );
+        like($tried->{err}, qr/the input record separator \$\/ was changed/, 'changes $/');
         fails(
             'child returns',
             "full backup: $row" => qr/a forked child returned from backup_vm/,
@@ -322,6 +333,24 @@ my @rows = (
             'interrupted backup: backup_vm' => qr/returned although a signal was to end it/,
             options => ['--backup-only'],
         );
+    },
+    sub {
+        fails(
+            'other text',
+            'interrupted backup: backup_vm' =>
+                qr/must pass on the exception of a signal handler .* died: cannot store: interrupted/,
+            options => ['--backup-only'],
+        );
+    },
+    sub {
+        my $run = run_command('try-provider', $class, @include, qw(--scfg faults=exits));
+        is($run->{status}, 1, 'exits: exit status');
+        like(
+            $run->{err},
+            qr/^# backup_vm ended this process: it must return or die$/m,
+            'exits: it is said'
+        );
+        unlike($run->{out}, qr/^1\.\./m, 'exits: no plan');
     },
     sub {
         fails(

@@ -28,8 +28,8 @@ sub run_program ($self, @arguments) {
 # The size of the disk that the index describes, 0 if there is no index.
 sub index_size ($file) {
     open(my $fh, '<:raw', $file) or return 0;
-    my $size = read($fh, my $bytes, 8);
-    return $size == 8 ? unpack('Q>', $bytes) : 0;
+    my $size = read($fh, my $bytes, 8) == 8 ? unpack('Q>', $bytes) : 0;
+    return $size =~ m/\A([0-9]+)\z/ ? $1 : 0;    # untainted: a restore runs programs with it
 }
 
 # ---- backup ----

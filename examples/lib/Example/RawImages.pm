@@ -112,8 +112,9 @@ sub archive_get_firewall_config ($self, $volname, @) {
 }
 
 sub restore_vm_init ($self, $volname, @) {
-    return { map { m!([^/]+)\.raw\z! ? ($1 => { size => -s }) : () }
-            bsd_glob($self->archive($volname) . '/*') };
+    my $dir = $self->archive($volname);
+    my @devices = map { m!([^/]+)\.raw\z! } bsd_glob("$dir/*");
+    return { map { $_ => { size => -s "$dir/$_.raw" } } @devices };
 }
 
 sub restore_vm_volume_init ($self, $volname, $device, $info) {

@@ -12,7 +12,7 @@ use POSIX ();
 use Scalar::Util ();
 use Time::HiRes ();
 
-use PVE::BackupAccess::CLI qw(absolute usage_error);
+use PVE::BackupAccess::CLI qw(absolute untainted usage_error);
 use PVE::BackupAccess::CLI::TryProvider::DirPlugin;
 use PVE::BackupAccess::CLI::TryProvider::Machine;
 use PVE::BackupAccess::CLI::TryProvider::Process;
@@ -129,9 +129,9 @@ my sub report ($trial, $name, $problem = undef) {
 }
 
 # One line for each method, in the order of the API; a method may be called once per device.
-my sub report_calls ($trial, $name, $watch, $expected, @methods) {
+my sub report_calls ($trial, $name, $watches, $expected, @methods) {
     for my $method (@methods) {
-        my @calls = $watch->calls($method);
+        my @calls = map { $_->calls($method) } $watches->@*;
         if (!@calls) {
             $trial->{tap}->skip("$name: $method", 'not reached');
             next;
@@ -142,11 +142,14 @@ my sub report_calls ($trial, $name, $watch, $expected, @methods) {
     }
 }
 
-# Each job has configurations of its own, and one guest has no firewall.
+# Each job has configurations of its own, and one guest has no firewall. VZDump reads them from files, so they are tainted.
 my sub configs_of ($job) {
+    my $taint = substr($0, 0, 0);
     return (
-        'guest-config' => "#$job->{name}\nname: try-provider\n$drive\n",
-        'firewall-config' => $job->{'no firewall'} ? undef : "$firewall_config#$job->{name}\n",
+        'guest-config' => "#$job->{name}\nname: try-provider\n$drive\n$taint",
+        'firewall-config' => $job->{'no firewall'}
+        ? undef
+        : "$firewall_config#$job->{name}\n$taint",
     );
 }
 
@@ -200,7 +203,7 @@ my sub check_class ($trial) {
     my $error = attempt_any { $watch = new_provider($trial) };
     report($trial, 'new', defined($error) ? "died: $error" : undef) or return;
     attempt_any { $watch->provider_name };
-    report_calls($trial, 'provider', $watch, {}, 'provider_name');
+    report_calls($trial, 'provider', [$watch], {}, 'provider_name');
     return 1;
 }
 
@@ -212,12 +215,8 @@ my sub write_all ($trial, $writes) {
 
 # Most providers name an archive after the second in which its backup began.
 my sub wait_for_next_second ($trial) {
-    my $second = time();    ## wall clock: names the archive
-    while ($second == ($trial->{second} // 0)) {
-        Time::HiRes::sleep(0.05);
-        $second = time();    ## wall clock: the same
-    }
-    $trial->{second} = $second;
+    Time::HiRes::sleep(0.05)
+        while time() == ($trial->{second} // 0);    ## wall clock: names the archive
     return;
 }
 
@@ -305,6 +304,8 @@ my sub run_task ($trial, $job, $watch) {
     my $result;
     my $run = sub { $result = $job->{refused} ? run_refused($task, $watch) : $task->run_job };
     my $error = attempt_any { $job->{interrupted} ? run_interrupted($watch, $run) : $run->() };
+    my ($init) = $watch->calls('backup_init');
+    $trial->{second} = $init->{arguments}[2] if $init;
     return $error if defined($error);
     note_devices($trial, $job, $result->{devices});
     $trial->{'reads all'} = !!grep { $_->{'bitmap-mode'} eq 'none' } values $result->{devices}->%*;
@@ -375,7 +376,7 @@ my sub check_other_guest ($trial, $job, $error) {
     my $problem = defined($error) ? "died: $error" : undef;
     if (!defined($problem) && $job->{archive} && !$trial->{'backup-only'}) {
         my $provider = new_object($trial);
-        my $volname = "backup/$job->{archive}";
+        my $volname = 'backup/' . untainted($job->{archive});
         my $gone = attempt_any { $provider->restore_vm_init($volname) };
         attempt_any { $provider->restore_vm_cleanup($volname) };
         $problem = "the archive of the guest before it is gone: $gone" if defined($gone);
@@ -396,7 +397,7 @@ my sub back_up ($trial, $job) {
     my $error = run_task($trial, $job, $watch);
     $job->{log} = $trial->{log};
     $trial->{tap}->note("$job->{name}: $_") for $job->{log}->@*;
-    report_calls($trial, $job->{name}, $watch, expected($trial, $job), @backup_methods);
+    report_calls($trial, $job->{name}, [$watch], expected($trial, $job), @backup_methods);
     check_kept($trial, $job, $watch);
     check_process($trial, $job->{name}, $watch, $process);
     check_limit($trial, $job, $watch) if !defined($error) && !$job->{interrupted};
@@ -416,9 +417,11 @@ my sub check_archive ($trial, $job, $name) {
     }
     my $process = $Process->new;
     my $watch = new_provider($trial);
-    my $volname = "backup/$job->{archive}";
-    my $problems = $trial->{restore}->run($watch, $volname, $trial->{storeid}, $job->{disks});
-    report_calls($trial, $name, $watch, $job->{expected}, @restore_methods);
+    my $volname = 'backup/' . untainted($job->{archive});    # as an argument of a restore
+    my @shown = map { new_provider($trial) } 1 .. 3;
+    $trial->{restore}->show($volname, $trial->{storeid}, @shown);
+    my $problems = $trial->{restore}->run($watch, $volname, $job->{disks});
+    report_calls($trial, $name, [@shown, $watch], $job->{expected}, @restore_methods);
     check_process($trial, $name, $watch, $process);
     my @same = map { report($trial, "$name: $_ is the disk as of the backup", $problems->{$_}) }
         $Machine->devices;

@@ -151,7 +151,7 @@ sub archive_get_firewall_config ($self, $volname, @) {
 
 sub restore_vm_init ($self, $volname, @) {
     my $sizes = open_archive($self, $volname)->{sizes};
-    return { map { $_ => { size => $sizes->{$_} } } keys $sizes->%* };
+    return { map { $_ => { size => $sizes->{$_} =~ m/\A([0-9]+)\z/ ? $1 : die } } keys $sizes->%* };
 }
 
 # Copies a part of a file that is as large as the device.

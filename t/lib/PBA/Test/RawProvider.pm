@@ -29,13 +29,19 @@ sub provider_name ($self) { return 'raw images' }
 
 # ---- backup ----
 
-sub job_init ($self, $start_time) { return }
 sub job_cleanup ($self) { return }
 
 # The numbers of the complete archives. 'by second' numbers them by their time.
 my sub archives ($self) {
     return sort { $a <=> $b }
         map { m!/([0-9]+)/complete\z! ? $1 : () } glob("$self->{path}/*/complete");
+}
+
+# A slow server: the first backup does not begin in the second in which its job begins.
+sub job_init ($self, $start_time) {
+    my $is_slow = $self->{faults}{'slow start'} && !archives($self);
+    Time::HiRes::sleep(0.01) while $is_slow && time == $start_time;
+    return;
 }
 
 # What a faulty provider never releases.
@@ -48,7 +54,8 @@ sub backup_init ($self, $vmid, $vmtype, $start_time) {
     die "there is an archive of that second\n" if ($self->{base} // 0) == $self->{number};
     File::Path::remove_tree("$self->{path}/$self->{number}");
     File::Path::make_path("$self->{path}/$self->{number}");
-    return { 'archive-name' => "raw/a+b=c:d/$self->{number}" };
+    my $taint = $self->{faults}{'tainted name'} ? substr($0, 0, 0) : '';
+    return { 'archive-name' => "raw/a+b=c:d/$self->{number}$taint" };
 }
 
 sub backup_get_mechanism ($self, $vmid, $vmtype) { return $self->{mechanism} }
@@ -137,15 +144,21 @@ my sub change_process ($self) {
     chdir('/');
     umask(0);
     $SIG{TERM} = 'IGNORE';
+    $/ = undef;
+    alarm(1000);
+    close($_) for *STDIN, *STDOUT;
+    state $other;
+    open($other, '<', '/dev/null') or die "/dev/null: $!\n";    # gets descriptor 0
 }
 
 sub backup_vm ($self, @arguments) {
     change_process($self);
     return if $self->{faults}{'child returns'} && !fork();
     stop_clock() if $self->{faults}{'no limit'};
-    return $self->store(@arguments) if !$self->{faults}{'signals ignored'};
+    exit(0) if $self->{faults}{'exits'};
     my $ok = eval { $self->store(@arguments); 1 };
-    die $@ if !$ok && $@ !~ m/by signal/;
+    die "cannot store: $@" if !$ok && $self->{faults}{'other text'};
+    die $@ if !$ok && !($self->{faults}{'signals ignored'} && $@ =~ m/by signal/);
     return;
 }
 
@@ -209,7 +222,14 @@ my sub content ($file) {
     return <$fh>;
 }
 
-sub restore_get_mechanism ($self, $volname, $storeid = undef) { return ('qemu-img', 'qemu') }
+my sub taint_of ($self, $dir) {
+    return $self->{faults}{'tainted answers'} ? substr(content("$dir/guest.conf"), 0, 0) : '';
+}
+
+sub restore_get_mechanism ($self, $volname, $storeid = undef) {
+    $self->{restored} = $volname;
+    return ('qemu-img', 'qemu');
+}
 
 sub archive_get_guest_config ($self, $volname, $storeid = undef) {
     die "a restore gives no storage\n" if $storeid && $self->{faults}{'not to be shown'};
@@ -219,12 +239,15 @@ sub archive_get_guest_config ($self, $volname, $storeid = undef) {
 }
 
 sub archive_get_firewall_config ($self, $volname, $storeid = undef) {
+    return if $self->{faults}{'only restores'} && !$self->{restored};
     return content(dir_of($self, $volname) . '/firewall.conf');
 }
 
 sub restore_vm_init ($self, $volname) {
     my $dir = dir_of($self, $volname);
-    return { map { m!/([^/]+)\.raw\z! ? ($1 => { size => -s $_ }) : () } glob("$dir/*.raw") };
+    my $taint = taint_of($self, $dir);
+    my @devices = map { m!/([^/]+)\.raw\z! } glob("$dir/*.raw");
+    return { map { $_ => { size => (-s "$dir/$_.raw") . $taint } } @devices };
 }
 
 sub restore_vm_volume_init ($self, $volname, $device, $info) {
@@ -242,7 +265,7 @@ sub restore_vm_volume_init ($self, $volname, $device, $info) {
     truncate($file, (-s $file) + 4096) if $self->{faults}{'longer images'};
     return { 'qemu-img-path' => 'nbd+unix:///disk?socket=/nowhere' }
         if $self->{faults}{'serves NBD'};
-    return { 'qemu-img-path' => $file };
+    return { 'qemu-img-path' => $file . taint_of($self, dir_of($self, $volname)) };
 }
 
 sub restore_vm_volume_cleanup ($self, $volname, $device, $info) { return }

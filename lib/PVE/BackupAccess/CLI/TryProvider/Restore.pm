@@ -76,17 +76,22 @@ my sub restore_volume ($self, $watch, $volname, $device, $kept) {
     return $problem;
 }
 
-# Shows an archive's configuration and restores the archive; $watch records what each method did.
-# Proxmox VE also passes the storage's name when it shows a configuration, and when a container
-# restore checks the type of the archive. Returns { device => problem }.
-sub run ($self, $watch, $volname, $storeid, $disks) {
-    for my $more ([$storeid], []) {
-        attempt_any { my @mechanism = $watch->restore_get_mechanism($volname, $more->@*) };
-        attempt_any { $watch->archive_get_guest_config($volname, $more->@*) };
-        attempt_any { $watch->archive_get_firewall_config($volname, $more->@*) };
-    }
+# Proxmox VE also passes the storage's name when it shows a configuration, and when a container restore checks the type
+# of the archive: each time as the only call to a new provider. @watches are three of these.
+sub show ($self, $volname, $storeid, @watches) {
+    attempt_any { my @mechanism = $watches[0]->restore_get_mechanism($volname, $storeid) };
+    attempt_any { $watches[1]->archive_get_guest_config($volname, $storeid) };
+    attempt_any { $watches[2]->archive_get_firewall_config($volname, $storeid) };
+    return;
+}
+
+# Restores an archive; $watch records what each method did. Returns { device => problem }.
+sub run ($self, $watch, $volname, $disks) {
     my %problems;
+    attempt_any { my @mechanism = $watch->restore_get_mechanism($volname) };
     my $error = attempt_any { $watch->restore_vm_init($volname) };
+    attempt_any { $watch->archive_get_guest_config($volname) };
+    attempt_any { $watch->archive_get_firewall_config($volname) };
     for my $device (sort keys $disks->%*) {
         $problems{$device}
             = defined($error)

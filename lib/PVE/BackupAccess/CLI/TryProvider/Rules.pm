@@ -5,12 +5,21 @@ package PVE::BackupAccess::CLI::TryProvider::Rules;
 
 use v5.36;
 
+use Scalar::Util qw(tainted);
+
 use PVE::BackupAccess::Task;
 
 my sub shown ($value) {
     return 'undef' if !defined($value);
     return 'a reference to ' . lc(ref($value)) if ref($value);
     return "'" . substr($value =~ s/[[:cntrl:]]/ /gr, 0, 60) . "'";
+}
+
+# The processes that restore a guest run with -T, too.
+my sub taint_problem ($what, $value) {
+    return if !tainted($value);
+    return
+        "$what comes from a file or a program and was not checked (it is tainted), so Proxmox VE cannot run qemu-img with it";
 }
 
 my sub is_size ($value) { return defined($value) && !ref($value) && $value =~ m/\A[0-9]+\z/ }
@@ -106,6 +115,8 @@ my sub restore_vm_init ($call, $expected) {
         my $size = ref($volume) eq 'HASH' ? $volume->{size} : undef;
         return "device $device: size must be $expected->{sizes}{$device}, not " . shown($size)
             if !is_size($size) || $size != $expected->{sizes}{$device};
+        my $problem = taint_problem("device $device: size", $size);
+        return $problem if defined($problem);
     }
     my ($other) = grep { !exists($expected->{sizes}{$_}) } sort keys $volumes->%*;
     return defined($other) ? "returned the device '$other', which was not backed up" : ();
@@ -114,8 +125,9 @@ my sub restore_vm_init ($call, $expected) {
 my sub restore_vm_volume_init ($call, $expected) {
     my $result = $call->{result}[0];
     my $path = ref($result) eq 'HASH' ? $result->{'qemu-img-path'} : undef;
-    return if defined($path) && !ref($path) && $path ne '';
-    return q(must return a hash with 'qemu-img-path', not ) . shown($result);
+    return q(must return a hash with 'qemu-img-path', not ) . shown($result)
+        if !defined($path) || ref($path) || $path eq '';
+    return taint_problem(q('qemu-img-path'), $path);
 }
 
 my %rules = (
@@ -132,14 +144,20 @@ my %rules = (
     restore_vm_volume_init => \&restore_vm_volume_init,
 );
 
+# VZDump ends the job only if it gets the text of its signal handler.
+my sub death_problem ($call, $expected) {
+    my ($method, $error) = $call->@{qw(method error)};
+    return if $method eq 'backup_vm' && $expected->{fails};
+    return "died: $error" if !$call->{interrupted};
+    return if $error =~ m/\Ainterrupted by signal$/;
+    return
+        "must pass on the exception of a signal handler as it is, or VZDump continues with the next guest; died: $error";
+}
+
 # Says what is wrong with a call, if anything. In a backup that must fail or is interrupted, backup_vm must die.
 sub problem ($call, $expected) {
-    my $method = $call->{method};
-    if (defined($call->{error})) {
-        return if $method eq 'backup_vm' && ($expected->{fails} || $expected->{interrupted});
-        return "died: $call->{error}";
-    }
-    my $rule = $rules{$method} or return;
+    return death_problem($call, $expected) if defined($call->{error});
+    my $rule = $rules{ $call->{method} } or return;
     return $rule->($call, $expected);
 }
 

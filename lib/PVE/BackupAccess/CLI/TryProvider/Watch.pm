@@ -8,6 +8,7 @@ use Exporter qw(import);
 use POSIX ();
 use Scalar::Util qw(weaken);
 
+use PVE::BackupAccess::CLI::Output qw(say_error);
 use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Program qw(new_pipe);
 use PVE::BackupAccess::Try qw(deaths_of);
@@ -35,6 +36,16 @@ our @restore_methods = qw(
     restore_vm_cleanup
 );
 
+# The method that runs. If it ends this process, that must not look like a success.
+my ($process, $running) = ($$);
+
+END {
+    if (defined($running) && $$ == $process) {
+        say_error("# $running ended this process: it must return or die");
+        $? ||= 1;
+    }
+}
+
 sub new ($class, $provider) {
     my ($from, $to) = new_pipe();
     $from->blocking(0);
@@ -54,6 +65,7 @@ sub pass_on ($self, $in_list, $method, @arguments) {
     my $call = { method => $method, arguments => $self->arguments($method, @arguments) };
     push($self->{calls}->@*, $call);
     my $began = now();
+    $running = $method;
     my ($death) = deaths_of(
         sub {
             my @result
@@ -63,6 +75,7 @@ sub pass_on ($self, $in_list, $method, @arguments) {
             $call->{result} = \@result;
         }
     );
+    $running = undef;
     $self->end_child($method) if $$ != $self->{pid};
     $call->{seconds} = now() - $began;
     if ($death) {
