@@ -9,6 +9,11 @@
 #   - an increment of 4 MiB and a full backup, read by PVE::BackupAccess::Volume with the mechanism nbd, and
 #     by plain sysread of 4 MiB with file-handle; also the part of this in which backup_vm reads
 #   - the time from freeze to thaw, and the number of QMP commands
+#   - from today's code, the read loop of PVE::BackupProvider::Plugin::Demo, a public provider, and instead of it
+#     copy of PVE::BackupAccess::Volume, both to a file
+#
+# With --throttle, the disk is below a throttle filter, as on Proxmox VE since machine version 10.0. At the end, the
+# figures are shown as the tables of doc/qemu-server.md.
 
 use v5.36;
 
@@ -29,15 +34,21 @@ use PBA::Test::Provider;
 
 my $mib = 1 << 20;
 
-my $bench = PBA::Bench->new('vzdump', \@ARGV, 'size=i' => '[--size BYTES]');
+my $bench = PBA::Bench->new(
+    'vzdump', \@ARGV,
+    'size=i' => '[--size BYTES]',
+    throttle => '[--throttle]'
+);
 my $size = $bench->option('size', 2 << 30);
 my $dir = File::Temp->newdir('pba-bench-XXXXXXXX', TMPDIR => 1);
 my $image = PBA::Bench::Image::write_raw("$dir/disk.raw", $size, full => 1);
+my %shape
+    = $bench->option('throttle', 0) ? (shape => 'proxmox', throttle => 1) : (shape => 'drive');
 my $backend = PBA::Test::Backend->start(
     name => 'pve',
     guest => 0,
     memory => 32,
-    disks => [{ id => 'scsi0', file => $image, bus => 'scsi', shape => 'drive' }],
+    disks => [{ id => 'scsi0', file => $image, bus => 'scsi', %shape }],
 );
 my $device = $backend->device('scsi0');
 my @decoders = PBA::Bench::MonCmd->decoders;
@@ -58,6 +69,30 @@ sub backup_vm ($seen, $mechanism, $volume) {
         $seen->{bytes} = PBA::Bench::QemuServer::copy(\%plain);
     }
     $seen->{reads} = PBA::Bench::now() - $began;
+    return;
+}
+
+# The read loop of PVE::BackupProvider::Plugin::Demo.
+sub read_loop ($seen, $mechanism, $volume) {
+    my $began = PBA::Bench::now();
+    open(my $out, '>:raw', "$dir/copy.raw") or die "copy.raw: $!\n";
+    while (my $count = sysread($volume->{'file-handle'}, my $buffer, 8192)) {
+        my $written = syswrite($out, $buffer, $count);
+        die "copy.raw: $!\n" if ($written // -1) != $count;
+        $seen->{bytes} += $count;
+    }
+    $seen->{reads} = PBA::Bench::now() - $began;
+    unlink("$dir/copy.raw");
+    return;
+}
+
+# The line that replaces it.
+sub copy_to_file ($seen, $mechanism, $volume) {
+    my $began = PBA::Bench::now();
+    my $reader = PVE::BackupAccess::Volume->open($device, $volume);
+    $seen->{bytes} = $reader->copy(to => "$dir/copy.raw")->{'bytes-read'};
+    $seen->{reads} = PBA::Bench::now() - $began;
+    unlink("$dir/copy.raw");
     return;
 }
 
@@ -93,7 +128,7 @@ sub call_by_call ($qmp, $mode, $mechanism, $name) {
     return $seen;
 }
 
-sub todays ($qmp, $mode, $mechanism, $name, $sleeps) {
+sub todays ($qmp, $mode, $mechanism, $name, $sleeps, $store = \&backup_vm) {
     my $seen = {};
     my $access = PBA::Bench::ProxmoxMade->new(
         execute => $qmp,
@@ -105,7 +140,7 @@ sub todays ($qmp, $mode, $mechanism, $name, $sleeps) {
     if ($mechanism eq 'nbd') {
         $access->setup(mode => $mode);
         $access->export;
-        backup_vm($seen, $mechanism, $access->volume(0));
+        $store->($seen, $mechanism, $access->volume(0));
         $access->teardown;
         return $seen;
     }
@@ -116,12 +151,14 @@ sub todays ($qmp, $mode, $mechanism, $name, $sleeps) {
         sleeps => $sleeps,
     );
     my $volume = $task->setup(incremental => 1, mode => $mode)->{scsi0};
-    backup_vm(
+    $store->(
         $seen,
         $mechanism,
         {
             'file-handle' => $volume->{handle},
             'next-dirty-region' => $volume->{next_dirty_region},
+            'bitmap-mode' => 'new',
+            size => $volume->{size},
         }
     );
     undef($volume);
@@ -170,10 +207,86 @@ sub measure ($form, $way, $kind, $mechanism) {
     } @sleeps;
     my $ours = side($forms{$form}, $way, $mode, $mechanism, $form);
     $bench->compare(case => $case, ours => $ours, peer => \@peers);
+    remove_bitmaps();
+    return;
+}
+
+sub remove_bitmaps () {
     for my $node (sort keys $backend->vm->bitmaps->%*) {
         my $bitmaps = $backend->vm->bitmaps->{$node};
         $backend->vm->qmp('block-dirty-bitmap-remove', node => $node, name => $_)
             for sort keys $bitmaps->%*;
+    }
+    return;
+}
+
+sub measure_loop () {
+    my ($decoder) = reverse(@decoders);
+    my $read_by = sub ($mechanism, $store) {
+        return side(\&todays, $decoder, 'new', $mechanism, "loop $mechanism", 0, $store);
+    };
+    my $case = 'to a file, from file-handle';
+    return if !$bench->wants($case);
+    $bench->compare(
+        case => $case,
+        ours => { $read_by->('file-handle', \&copy_to_file)->%* },
+        peer => [
+            { name => 'read loop of 8 KiB', $read_by->('file-handle', \&read_loop)->%* },
+            { name => 'copy, from nbd', $read_by->('nbd', \&copy_to_file)->%* },
+        ],
+    );
+    remove_bitmaps();
+    return;
+}
+
+# ---- the tables ----
+
+my @columns = ("today's", "today's, no sleeps", 'one object', 'call by call');
+my %scale = (
+    frozen => [1000, '%.1f'],
+    'QMP commands' => [1, '%d'],
+    all => [1, '%.3f'],
+    reads => [1, '%.3f']
+);
+my $increment = 'nbd, increment of 4 MiB';
+my @rows = (
+    (
+        map { [$_, $_, 'all'] } $increment,
+        'nbd, full',
+        'file-handle, increment of 4 MiB',
+        'file-handle, full'
+    ),
+    ['of which backup_vm reads', 'file-handle, full', 'reads'],
+    ['frozen, ms', $increment, 'frozen'],
+    ['QMP commands of an increment', $increment, 'QMP commands'],
+);
+
+sub figure ($column, $way, $case, $time) {
+    for my $record ($bench->{records}->@*) {
+        my ($form) = grep { $record->{case} eq "$_, $way, $case: $time" } keys %forms;
+        my $side
+            = !defined($form) ? undef
+            : $form eq $column ? $record->{ours}
+            : ($record->{peer}{name} // '') eq $column ? $record->{peer}
+            : undef;
+        next if !$side;
+        my ($factor, $format) = $scale{$time}->@*;
+        return sprintf($format, $factor * $side->{seconds});
+    }
+    return '';
+}
+
+sub show_tables () {
+    my @ways = grep {
+        my $way = $_;
+        grep { $_->{case} =~ m/, \Q$way\E, / } $bench->{records}->@*
+    } 'socket', @decoders;
+    for my $way ($bench->{json} ? () : @ways) {
+        say join(' | ', "\n| $way", @columns), " |\n|", '---|' x (1 + @columns);
+        for my $row (@rows) {
+            my ($name, $case, $time) = $row->@*;
+            say join(' | ', "| $name", map { figure($_, $way, $case, $time) } @columns), ' |';
+        }
     }
     return;
 }
@@ -186,4 +299,6 @@ for my $way ('socket', @decoders) {
         }
     }
 }
+measure_loop();
+show_tables();
 $bench->finish;

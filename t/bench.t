@@ -21,7 +21,7 @@ my @benches = (
     [guest => 'full speed', '--size', $mib * 64],
     [setup => '1 disk, nbd', '--rounds', 1],
     [vfile => 'full, 1 MiB', '--size', $mib * 64],
-    [vzdump => 'one object, JSON::PP, nbd', '--size', $mib * 64],
+    [vzdump => 'one object, JSON::PP, nbd', 'to a file, from', '--size', $mib * 64],
 );
 
 sub check_side ($side, $what) {
