@@ -283,8 +283,8 @@ my sub run_interrupted ($watch, $code) {
     return;
 }
 
-# Runs the task. Returns its exception, or undef.
-my sub run_task ($trial, $job, $watch) {
+# Runs the task. Returns its exception, or undef. Prints nothing before the process is as it was.
+my sub run_task ($trial, $job, $watch, $process) {
     wait_for_next_second($trial);
     $job->{'bandwidth-limit'} *= 16 if $job->{'bandwidth-limit'} && $trial->{'reads all'};
     my $limit = $job->{'bandwidth-limit'};
@@ -304,6 +304,7 @@ my sub run_task ($trial, $job, $watch) {
     my $result;
     my $run = sub { $result = $job->{refused} ? run_refused($task, $watch) : $task->run_job };
     my $error = attempt_any { $job->{interrupted} ? run_interrupted($watch, $run) : $run->() };
+    $job->{left} = $process->problem;
     my ($init) = $watch->calls('backup_init');
     $trial->{second} = $init->{arguments}[2] if $init;
     return $error if defined($error);
@@ -342,12 +343,13 @@ my sub check_kept ($trial, $job, $watch) {
     return;
 }
 
-my sub check_process ($trial, $name, $watch, $process) {
+# left: what the provider has left behind.
+my sub check_process ($trial, $name, $watch, $left) {
     my @returned = $watch->returned;
     my $problem
         = @returned
         ? "a forked child returned from @returned: it must end with exit or POSIX::_exit"
-        : $process->problem;
+        : $left;
     report($trial, "$name: this process is left as it was", $problem);
     return;
 }
@@ -394,12 +396,12 @@ my sub back_up ($trial, $job) {
     my $other;
     $watch->before('job_cleanup', sub ($provider) { $other = fail_other_guests($provider) })
         if $job->{'other guest'};
-    my $error = run_task($trial, $job, $watch);
+    my $error = run_task($trial, $job, $watch, $process);
     $job->{log} = $trial->{log};
     $trial->{tap}->note("$job->{name}: $_") for $job->{log}->@*;
     report_calls($trial, $job->{name}, [$watch], expected($trial, $job), @backup_methods);
     check_kept($trial, $job, $watch);
-    check_process($trial, $job->{name}, $watch, $process);
+    check_process($trial, $job->{name}, $watch, $job->{left});
     check_limit($trial, $job, $watch) if !defined($error) && !$job->{interrupted};
     $job->{archive} = archive_of($watch);
     $job->{expected} = expected($trial, $job);
@@ -421,8 +423,9 @@ my sub check_archive ($trial, $job, $name) {
     my @shown = map { new_provider($trial) } 1 .. 3;
     $trial->{restore}->show($volname, $trial->{storeid}, @shown);
     my $problems = $trial->{restore}->run($watch, $volname, $job->{disks});
+    my $left = $process->problem;
     report_calls($trial, $name, [@shown, $watch], $job->{expected}, @restore_methods);
-    check_process($trial, $name, $watch, $process);
+    check_process($trial, $name, $watch, $left);
     my @same = map { report($trial, "$name: $_ is the disk as of the backup", $problems->{$_}) }
         $Machine->devices;
 

@@ -149,9 +149,9 @@ my sub death_problem ($call, $expected) {
     my ($method, $error) = $call->@{qw(method error)};
     return if $method eq 'backup_vm' && $expected->{fails};
     return "died: $error" if !$call->{interrupted};
-    return if $error =~ m/\Ainterrupted by signal$/;
+    return if $call->{said} =~ m/\Ainterrupted by signal$/;
     return
-        "must pass on the exception of a signal handler as it is, or VZDump continues with the next guest; died: $error";
+        "must pass on the exception of a signal handler as it is, or VZDump continues with the next guest; died: $call->{said}";
 }
 
 # Says what is wrong with a call, if anything. In a backup that must fail or is interrupted, backup_vm must die.

@@ -68,10 +68,13 @@ sub pass_on ($self, $in_list, $method, @arguments) {
     $running = $method;
     my ($death) = deaths_of(
         sub {
-            my @result
-                = $in_list
-                ? $self->{provider}->$method(@arguments)
-                : scalar($self->{provider}->$method(@arguments));
+            my @result;
+            my $run = sub { $self->{provider}->$method(@arguments) };
+
+            # deaths_of has the exception of a signal's handler, this has what the provider made of it.
+            my $ok
+                = eval { @result = $in_list ? $run->() : scalar($run->()); 1 }; ## bare eval: rethrown
+            die $call->{said} = $@ if !$ok;
             $call->{result} = \@result;
         }
     );
@@ -117,7 +120,7 @@ for my $method ('provider_name', @backup_methods, @restore_methods) {
     *{$method} = sub ($self, @arguments) { $self->pass_on(wantarray, $method, @arguments) };
 }
 
-# The calls of a method, oldest first: { method, arguments, result or error }.
+# The calls of a method, oldest first: { method, arguments, result or error, said }.
 sub calls ($self, $method) {
     return grep { $_->{method} eq $method } $self->{calls}->@*;
 }
