@@ -28,14 +28,14 @@ sub run_program ($self, @arguments) {
 # The size of the disk that the index describes, 0 if there is no index.
 sub index_size ($file) {
     open(my $fh, '<:raw', $file) or return 0;
-    my $size = read($fh, my $bytes, 8) == 8 ? unpack('Q>', $bytes) : 0;
-    return $size =~ m/\A([0-9]+)\z/ ? $1 : 0;    # untainted: a restore runs programs with it
+    my $is_there = read($fh, my $bytes, 8) == 8;
+    return $is_there && unpack('Q>', $bytes) =~ m/\A([0-9]+)\z/ ? $1 : 0;  # untainted for a restore
 }
 
 # ---- backup ----
 
 sub backup_vm_query_incremental ($self, $vmid, $volumes) {
-    $self->SUPER::backup_vm_query_incremental($vmid, $volumes);    # sets $self->{base}
+    $self->SUPER::backup_vm_query_incremental($vmid, $volumes);            # sets $self->{base}
     my $id = Example::RawImages::read_file("$self->{base}/id") // '';
     my %answer;
     for my $device (keys $volumes->%*) {
