@@ -249,6 +249,34 @@ for my $what (sort keys %unreachable) {
     };
 }
 
+# A clone of an archive, by a cluster that needs no protection of its snapshot.
+subtest 'an archive that was cloned' => sub {
+    my $life = new_life();
+    my ($first, $second) = two_backups($life);
+    my $snapshot = image_of_scsi($life) . '@' . $first =~ s{.*/}{}r;
+    $ceph->run(qw(rbd clone --rbd-default-clone-format 2), $snapshot, $life->place . '/clone');
+    my $expected = $life->{expected}{$first}{$scsi};
+    is(eval { $life->provider->remove($first); 1 }, 1, 'it is removed') or diag($@);
+    $life->forget($first);
+    $life->guest->write_random(3);
+    $life->backup;
+    is($life->problem, undef, 'the other archives are intact');
+    ok($ceph->run(qw(rbd export --no-progress), $life->place . '/clone', '-') eq $expected,
+        'the clone has its content');
+    my @errors = grep { $_ } map {
+        eval { $life->provider->remove($_); 1 }
+            ? ''
+            : $@
+    } $life->names;
+    like("@errors", qr/is removed, but .* rbd rm .* linked clones/, 'its image stays');
+    is_deeply([$life->provider->list->@*], [], 'all archives are removed');
+    $life->forget($life->names);
+    $ceph->run(qw(rbd flatten --no-progress), $life->place . '/clone');
+    $life->backup;
+    is($life->problem, undef, 'the next archive is intact');
+    remove_all($life, 'clone');
+};
+
 # ---- containers ----
 
 sub new_container ($namespace) {
