@@ -428,7 +428,9 @@ subtest 'this QEMU' => sub {
     cmp_ok(scalar(@sent), '>', 20, 'commands that are sent');
     my @lost = grep { ($types->{$_}{'meta-type'} // '') ne 'command' } @sent;
     is("@lost", '', 'QEMU has all commands');
+    push($reads{'query-named-block-nodes'}->@*, 'active') if $vm->version->[0] >= 10;
     reads_ok($types, $_, $reads{$_}->@*) for sort keys(%reads);
+
     if (PBA::Test::VM->is_proxmox) {
         subtest "Proxmox' commands" => sub { check_proxmox($types) };
     }

@@ -205,6 +205,21 @@ for my $bitmaps (0, 1) {
     };
 }
 
+# The target may still be given up for the source, which then continues.
+subtest 'the target has not taken over the disks yet' => sub {
+    for my $shape (qw(drive blockdev)) {
+        my ($source, $target) = pair(shape => $shape);
+        my $late = { capability => 'late-block-activate', state => JSON::PP::true };
+        $target->vm->qmp('migrate-set-capabilities', capabilities => [$late]);
+        begin_migration($source, $target);
+        is(wait_migration($source), 'completed', "$shape: the migration succeeds");
+        sleep(0.05) while $target->vm->qmp('query-status')->{status} eq 'inmigrate';
+        is_refused($target, $inactive, "$shape: a backup of the target");
+        $target->vm->qmp('cont');
+        ok(next_backup($target, 'disk0'), "$shape: a backup when the guest runs there");
+    }
+};
+
 # The leftovers of a program that was killed in the middle of its teardown: the filters are removed, so the
 # guest can migrate.
 subtest 'with the two halves of a bitmap' => sub {

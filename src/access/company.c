@@ -120,9 +120,10 @@ static bool check_passed_through(PbaAccess *access, const PbaBlock *block, JsonO
 
 /* QEMU's state does not always say so: a reset after a migration changes it to "prelaunch". QEMU
  * 7.2 would then open the image for writing, as soon as a node of it is exported. */
-static bool check_active(const PbaBlock *block, JsonObject *device, GError **error)
+static bool check_active(const PbaBlock *block, JsonObject *device, const char *node,
+                         GError **error)
 {
-    bool is_inactive = pba_company_is_inactive(block, device);
+    bool is_inactive = pba_company_is_inactive(block, device, node);
 
     if (is_inactive) {
         pba_error_set(error, PBA_ERROR_STATE,
@@ -137,7 +138,7 @@ static bool check_disk(PbaAccess *access, const PbaBlock *block, const PbaDisk *
 {
     JsonObject *device = pba_block_find_device(block, disk->device);
 
-    if (!check_active(block, device, error)) {
+    if (!check_active(block, device, disk->root_node, error)) {
         return false;
     }
     if (!check_job(access, block, device, disk->root_node, error)) {

@@ -301,15 +301,23 @@ bool pba_company_shares_writes(const PbaBlock *block, JsonObject *device)
     return edge && has_permission(edge, "shared-perm", "write");
 }
 
-/* A guest device has permission to read at least, except while its disk is inactive (QEMU's
- * blk_root_inactivate, 7.2 to 11.0). */
-bool pba_company_is_inactive(const PbaBlock *block, JsonObject *device)
+/* QEMU says so since 10.0. Before that, the permissions show it (blk_root_inactivate,
+ * blk_attach_dev): a guest device has none, or one of -drive the permission to read. */
+bool pba_company_is_inactive(const PbaBlock *block, JsonObject *device, const char *node)
 {
+    JsonObject *info = pba_block_find_node(block, node);
+
+    if (info && json_object_has_member(info, "active")) {
+        return !pba_json_find_bool(info, "active");
+    }
     const char *qdev = device ? pba_json_find_string(device, "qdev") : NULL;
     JsonObject *edge = qdev ? find_root_edge(block, device) : NULL;
     JsonArray *permissions = edge ? pba_json_find_array(edge, "perm") : NULL;
+    bool is_fixed = info && pba_json_find_bool(info, "ro");
 
-    return permissions && json_array_get_length(permissions) == 0;
+    return permissions && (json_array_get_length(permissions) == 0 ||
+                           (!is_fixed && !has_permission(edge, "perm", "write") &&
+                            has_permission(edge, "shared-perm", "write")));
 }
 
 /* Drivers that accept SCSI commands. */

@@ -185,7 +185,7 @@ bool pba_company_is_host_device(const PbaBlock *block, const char *node);
 /* Whether the device lets others write to its disk (share-rw). */
 bool pba_company_shares_writes(const PbaBlock *block, JsonObject *device);
 /* Whether another QEMU may have the disk, after a migration from here or before one to here. */
-bool pba_company_is_inactive(const PbaBlock *block, JsonObject *device);
+bool pba_company_is_inactive(const PbaBlock *block, JsonObject *device, const char *node);
 
 /* Transactions on bitmaps */
 
