@@ -18,10 +18,11 @@ use PBA::Test::Sweep;
 my $size = 8 * 1024 * 1024;
 my $seed = $ENV{PBA_SEED} // 20261129;
 
-# The number of pairs of each kind, for one row. PBA_FULL=1 includes every fault at every place of each row,
-# with one second fault; the seed decides which, and where (some commands later, or anywhere in the next
-# client).
-my $part = 4;
+# The number of pairs of each kind, for one row; with PBA_PAIRS=N, N for each row. PBA_FULL=1 includes every fault
+# at every place of each row, with one second fault; the seed (PBA_SEED) decides which, and where (some commands
+# later, or anywhere in the next client).
+my $part = $ENV{PBA_PAIRS} // 4;
+my $all_rows = $ENV{PBA_FULL} || $ENV{PBA_PAIRS};
 
 # The time limit in seconds for replies that never come.
 my $short = 1;
@@ -99,7 +100,7 @@ sub sweep ($name) {
         seed => $seed,
         repository => PBA::Test::Repository::ById->new($backend),
     );
-    for my $row ($ENV{PBA_FULL} ? @rows : $rows[$seed % @rows]) {
+    for my $row ($all_rows ? @rows : $rows[$seed % @rows]) {
         my %row = (
             $row->%*,
             name => "$row->{ids}->@*, mode $row->{mode}",
@@ -109,7 +110,7 @@ sub sweep ($name) {
         my $totals = $sweep->totals(\%row);
         for my $pairs ([pairs_of_backup($totals)], [pairs_of_clients($totals)]) {
             my @pairs = share(shuffle($pairs->@*));
-            @pairs = @pairs[0 .. $part - 1] if !$ENV{PBA_FULL};
+            splice(@pairs, $part) if !$ENV{PBA_FULL} && @pairs > $part;
             $sweep->pair(\%row, $_) for @pairs;
         }
     }
