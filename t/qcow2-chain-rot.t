@@ -16,7 +16,11 @@ use PBA::Test::QemuNbd;
 
 my $KiB = 1 << 10;
 my $device = 'drive-scsi0';
+my $Chain = 'PBA::Test::Chain';
 my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
+
+*rot = \&PBA::Test::Chain::rot;
+*with_entries = \&PBA::Test::Chain::with_entries;
 
 sub backup ($chain, @writes) {
     $chain->disk($device)->write(@writes);
@@ -25,7 +29,7 @@ sub backup ($chain, @writes) {
 
 # Three archives: data at 256 KiB, 1 MiB; other data at 1 MiB; data at 2 MiB.
 sub new_chain () {
-    my $chain = PBA::Test::Chain->new;
+    my $chain = $Chain->new;
     my @names = (
         backup($chain, [256 * $KiB, 128 * $KiB, 0x11], [1024 * $KiB, 64 * $KiB, 0x12]),
         backup($chain, [1024 * $KiB, 64 * $KiB, 0x22]),
@@ -44,7 +48,7 @@ sub said ($offset) {
 # The same, but like a disk that rots: the file's time stays.
 sub rot_entries ($image, $code) {
     my @times = (Time::HiRes::stat($image))[8, 9];
-    PBA::Test::Chain::with_entries($image, $code);
+    with_entries($image, $code);
     Time::HiRes::utime($times[0], $times[1], $image);
     return;
 }
@@ -119,6 +123,33 @@ subtest 'a table that rots where an increment has no data' => sub {
     );
     $flip->();
     $chain->check('nothing was lost');
+};
+
+# The data of the next archive is read before a merge. If it is damaged, the archive that was to go may be the last good one.
+subtest 'a removal that finds damage' => sub {
+    my ($chain, @names) = new_chain();
+    rot($chain->path_of($names[1], "$device.qcow2"), 1024 * $KiB);
+    my $marks = sub () {
+        return [map { $_->{mark} } $chain->provider->retention(100, 1)->@*];
+    };
+    is_deeply($marks->(), [qw(remove remove keep)], 'nobody has read it yet');
+    ok(!eval { $chain->provider->prune(100, 1); 1 }, 'the archive before it stays');
+    like($@, qr/65536 bytes differ .*: 65536 at offset 1048576/, 'with a reason');
+    is_deeply([$chain->names], \@names, 'nor is another one removed');
+    is(problems($chain, $names[0]), '', 'it is intact');
+    like(problems($chain, $names[2]), said(1024 * $KiB), 'the damage stays known');
+    is($marks->()->[0], 'keep', 'from now on it is kept');
+    $chain->provider->remove($names[0]);
+    like(problems($chain, $names[2]), said(1024 * $KiB), 'the damage stays known without it');
+};
+
+subtest 'damage that cannot be noted' => sub {
+    my ($chain, @names) = new_chain();
+    rot($chain->path_of($names[1], "$device.qcow2"), 1024 * $KiB);
+    no warnings 'redefine';
+    local *PVE::BackupAccess::Provider::Qcow2Chain::Archive::write_file
+        = sub ($file, $text) { die "$file: no space\n" };
+    like(problems($chain, $names[2]), qr/^$device: the damage cannot be noted/m, 'verify says so');
 };
 
 # A reference count that says that a cluster is free: what is written next may be written there.

@@ -18,7 +18,7 @@ use PVE::BackupAccess::Provider::Store::Content
     qw(compare damage describe describe_unread joined problem_of);
 use PVE::BackupAccess::Try qw(attempt rethrow);
 
-our @EXPORT_OK = qw(chain_damage check_image content_problem merge_image tables_problem);
+our @EXPORT_OK = qw(chain_damage check_image content_problem merge_damage merge_image);
 
 my $Error = 'PVE::BackupAccess::Error';
 my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
@@ -40,7 +40,8 @@ sub merge_image ($archive, $device, $into) {
     my $block = $about->{digests}{block};
 
     # Before the merge: afterwards, damage by the merge could not be told from earlier damage.
-    my %known = map { $_ => 1 } offsets($block, damage($archive, $device));
+    my @damage = $archive->is_intact($device) ? () : damage($archive, $device);
+    my %known = map { $_ => 1 } offsets($block, @damage);
     $archive->note_damage($device, 1) if %known;
     commit_image($archive->image($device));
     my ($damage, $unread) = compare(sub () { $Server->start($into) }, $about->{size}, $digests);
@@ -157,15 +158,20 @@ sub content_problem ($archive, $device) {
     );
 }
 
-# Why the parent cannot be merged into the archive without loss, or undef: blocks that the parent's reference counts call free
-# would be overwritten, and what the archive's tables show by mistake would replace data. Notes the damage.
-sub tables_problem ($archive, $device, $parent) {
-    my $problem = image_problem($parent->image($device));
+# Why the parent must not be merged into the archive, or undef: blocks that the parent's reference counts call free would be
+# overwritten; and if the archive's own data is damaged, which was not known, the parent may be the last intact archive. Notes
+# the damage.
+sub merge_damage ($archive, $device, $parent) {
+    return undef if !defined($archive->digests($device));    # version 0.1
+    my $image = $parent->image($device);
+    my $problem = image_problem($image);
     $parent->note_damage($device, 1) if defined($problem);
-    return $parent->image($device) . " is damaged - $problem" if defined($problem);
-    my @stray = stray($archive, $device) or return undef;
-    $archive->note_damage($device, 1);
-    return $archive->image($device) . ': ' . describe(@stray);
+    return "$image is damaged - $problem" if defined($problem);
+    return undef if $archive->is_known_damaged($device);
+    my @damage = own_damage($archive, $device);
+    $archive->note_damage($device, 1) if @damage;
+    $archive->is_intact($device, !@damage);
+    return @damage ? $archive->image($device) . ': ' . describe(@damage) : undef;
 }
 
 # The damage that the first archive of the chain shows: [[archive, ranges...], ...]. seen caches the damage of each image,

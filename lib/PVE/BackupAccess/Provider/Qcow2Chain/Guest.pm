@@ -12,7 +12,7 @@ use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 use PVE::BackupAccess::Provider::Store::Content qw(is_damage problem_of);
 use PVE::BackupAccess::File qw(file_exists remove_tree);
-use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(content_problem tables_problem);
+use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(content_problem merge_damage);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(check_opening);
 use PVE::BackupAccess::Try qw(attempt reason);
 
@@ -154,15 +154,12 @@ sub publish ($self, $archive, $notes = undef) {
 
 sub is_built_on ($self, $name) { return $self->_children($name)->%* ? 1 : 0 }
 
-# Removes an archive. Data that other archives need is merged into them. Needs the locks for a
-# change and a removal.
-sub remove ($self, $name) {
-    $self->check_unprotected($name);
-    my $children = $self->_children($name);
+# Dies if the function finds a reason why the archive must not be merged into one that builds on it.
+sub _check_children ($self, $name, $children, $find) {
     for my $device (sort keys $children->%*) {
         my $child = $children->{$device}->name;
         my $problem;
-        my $error = attempt { $problem = $self->_child_problem($children->{$device}, $device) };
+        my $error = attempt { $problem = $find->($children->{$device}, $device) };
         $problem = reason($error) if $error;
         next if !defined($problem);
         my $advice = $error && !is_damage($error) ? '' : " - remove $child first";
@@ -172,13 +169,31 @@ sub remove ($self, $name) {
             device => $device
         );
     }
+    return;
+}
+
+# Removes an archive. Data that other archives need is merged into them. Needs the locks for a
+# change and a removal.
+sub remove ($self, $name) {
+    $self->check_unprotected($name);
+    my $children = $self->_children($name);
+    $self->_check_children($name, $children,
+        sub ($child, $device) { $self->_child_problem($child, $device) });
     return $self->discard($name) if !$children->%*;
     $self->_check_space($name, $children);
 
+    # The last, because it reads the data. If that is damaged, this archive may be the last intact one, and which others are
+    # to go has to be decided anew.
+    my $archive = $self->archive($name);
+    fail("archive $name is not removed, since damage was found before that - $self->{damage}")
+        if defined($self->{damage});
+    $self->_check_children($name, $children,
+        sub ($child, $device) { $self->{damage} = merge_damage($child, $device, $archive) });
+
     # Marked before the first merge, which changes the archive's images: after a crash, clean completes the removal of
     # marked archives.
-    $self->archive($name)->mark_removed;
-    my $error = attempt { $self->_finish_removal($name) };
+    $archive->mark_removed;
+    my $error = attempt { $self->_finish_removal($name, $children) };
     $Error->throw($error->class,
               "the removal of archive $name could not be completed - "
             . reason($error)
@@ -192,9 +207,7 @@ sub _child_problem ($self, $child, $device) {
     my @chain = $self->chain($child->name, $device, $child->own($device));
     my $problem = $self->chain_problem($device, @chain)
         // $chain[0]->merge_problem($device, $chain[1]);
-    $problem //= $chain[0]->unproven_problem($device) // $chain[1]->unproven_problem($device);
-    return $problem if defined($problem) || !defined($chain[0]->digests($device));
-    return tables_problem($chain[0], $device, $chain[1]);
+    return $problem // $chain[0]->unproven_problem($device) // $chain[1]->unproven_problem($device);
 }
 
 # A removal does not start if it may run out of space: a half-finished merge blocks everything else until it is completed.
@@ -245,9 +258,8 @@ sub _children ($self, $name) {
     return \%children;
 }
 
-sub _finish_removal ($self, $name) {
+sub _finish_removal ($self, $name, $children = $self->_children($name)) {
     my $archive = $self->archive($name);
-    my $children = $self->_children($name);
     for my $device (sort keys $children->%*) {
         my $child = $children->{$device};
         my $is_merged = !file_exists($archive->image($device));

@@ -44,6 +44,13 @@ sub unproven_problem ($self, $device) {
     return $self->file_problem($image, 1);
 }
 
+# Whether this object has found its own data of the device intact. With a value, notes it.
+sub is_intact ($self, $device, @value) {
+    my $known = $self->{intact} //= {};
+    $known->{ $self->own($device) } = $value[0] if @value;
+    return $known->{ $self->own($device) };
+}
+
 # Merges this archive's image into the parent's, which then becomes this archive's. The content that this archive shows
 # stays the same all the time, so after a crash this is simply done again.
 #

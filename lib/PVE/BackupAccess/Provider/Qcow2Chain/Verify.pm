@@ -44,8 +44,9 @@ my sub is_provable ($device, @chain) {
 
 # Notes for each archive whether its own files are damaged. An archive whose content was not read is only noted if it is
 # damaged. That it could not be read is no damage: no program may run now, or there is no room for temporary files. If it
-# were noted, the next backup would be full, and the next prune would remove the archive.
+# were noted, the next backup would be full, and the next prune would remove the archive. Returns which damage cannot be noted.
 my sub note_damage ($seen, $device, @chain) {
+    my @unnoted;
     for my $archive (grep { !$_->is_being_removed } @chain) {
         my @which = ($archive->revision, $archive->own($device));
         my $ranges = $seen->{content}{ $which[0] }{ $which[1] };
@@ -55,8 +56,11 @@ my sub note_damage ($seen, $device, @chain) {
         # What a backup has found in the meantime stays noted.
         $archive->note_damage($device, $is_damaged)
             if $is_damaged || ($ranges && $seen->{noted}{ $which[0] }{ $which[1] });
+        push(@unnoted,
+            "$device: the damage cannot be noted, so the next backup may build on it - is the store full or read-only?"
+        ) if $is_damaged && !$archive->is_known_damaged($device);
     }
-    return;
+    return @unnoted;
 }
 
 # Adds to what was found: the problems that the code returns, or its error, which may be no damage. Returns whether nothing
