@@ -147,7 +147,7 @@ subtest 'damage that cannot be noted' => sub {
     my ($chain, @names) = new_chain();
     rot($chain->path_of($names[1], "$device.qcow2"), 1024 * $KiB);
     no warnings 'redefine';
-    local *PVE::BackupAccess::Provider::Qcow2Chain::Archive::write_file
+    local *PVE::BackupAccess::Provider::Store::DirectoryArchive::write_file
         = sub ($file, $text) { die "$file: no space\n" };
     like(problems($chain, $names[2]), qr/^$device: the damage cannot be noted/m, 'verify says so');
 };
