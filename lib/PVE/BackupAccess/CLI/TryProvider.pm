@@ -62,7 +62,7 @@ my @jobs;
     },
     {
         name => 'incremental backup',
-        'bandwidth-limit' => 2 * $mib,
+        'bandwidth-limit' => $mib,
         before => [
             ['drive-scsi0', 11 * $mib, $mib, 0],
             ['drive-scsi0', 17 * $mib + 4 * $kib, 4 * $kib, 0x21],
