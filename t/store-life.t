@@ -18,7 +18,7 @@ use List::Util qw(min);
 use PBA::Test::Orphans qw(adopt_orphans);
 use PBA::Test::StoreLife;
 
-my $steps = $ENV{PBA_STEPS} // ($ENV{PBA_FULL} ? 5000 : 1000);
+my $steps = $ENV{PBA_STEPS} // ($ENV{PBA_FULL} ? 5000 : 400);
 $steps = int($steps / 2) if !$ENV{PBA_FULL};
 my $seed = $ENV{PBA_SEED} // 20261129 + ($ENV{PBA_QEMU} ? 500 : 0);
 my $length = 100;

@@ -330,9 +330,10 @@ sub archive_get_firewall_config ($self, $volname, @) {
 # Completes a removal that was killed, unless another process has the lock or the store is read-only. What is wrong with
 # other archives does not keep this one from being read. If nothing was killed, a backup that begins now is not locked out.
 sub _settle ($self, $guest) {
-    my $lock;
-    attempt { $lock = $guest->try_change_lock if $guest->is_there && !$guest->is_clean };
-    my $error = $lock ? attempt { $self->_clean($guest) } : undef;
+    my ($is_clean, $lock);
+    my $error = attempt { $is_clean = !$guest->is_there || $guest->is_clean };
+    attempt { $lock = $guest->try_change_lock } if !$error && !$is_clean;
+    $error = attempt { $self->_clean($guest) } if $lock;
     $self->{log}->('warn', reason($error)) if $error;
     return;
 }
