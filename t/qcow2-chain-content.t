@@ -11,7 +11,8 @@ use File::Temp ();
 use JSON::PP ();
 use List::Util qw(sum0);
 
-use PBA::Test::Chain;
+use PBA::Test::Chain
+    qw(problems rot said_of_block with_entries with_three_archives write_and_back_up);
 use PBA::Test::QemuNbd;
 
 my $KiB = 1 << 10;
@@ -33,51 +34,29 @@ sub write_file ($file, $content) {
     return;
 }
 
-*rot = \&PBA::Test::Chain::rot;
-*with_entries = \&PBA::Test::Chain::with_entries;
-
-sub backup ($chain, @writes) {
-    $chain->disk($device)->write(@writes);
-    return $chain->backup // die $chain->error;
-}
-
-# Three archives: data at 256 KiB, 1 MiB; other data at 1 MiB; data at 2 MiB.
-sub new_chain () {
-    my $chain = $Chain->new;
-    my @names = (
-        backup($chain, [256 * $KiB, 128 * $KiB, 0x11], [1024 * $KiB, 64 * $KiB, 0x12]),
-        backup($chain, [1024 * $KiB, 64 * $KiB, 0x22]),
-        backup($chain, [2048 * $KiB, 64 * $KiB, 0x33]),
-    );
-    return ($chain, @names);
-}
-
-sub problems ($chain, $name) { return join("\n", $chain->provider->verify($name)->@*) }
-
-sub said ($offset) {
-    return
-        qr/\A$device: 65536 bytes differ from what was read from the guest: 65536 at offset $offset /;
-}
-
 subtest 'rot stays known through merges' => sub {
-    my ($chain, @names) = new_chain();
+    my ($chain, @names) = with_three_archives();
     rot($chain->path_of($names[1], "$device.qcow2"), 1024 * $KiB + 77);
     is(problems($chain, $names[0]), '', 'the archive before is whole');
-    like(problems($chain, $names[1]), said(1024 * $KiB), 'the archive itself');
+    like(problems($chain, $names[1]), said_of_block(1024 * $KiB), 'the archive itself');
     like(
         problems($chain, $names[2]),
-        said(1024 * $KiB),
+        said_of_block(1024 * $KiB),
         'the archive that builds on the damaged one'
     );
     eval { $chain->provider->prune(100, 1) };
     my ($last) = reverse($chain->names);
-    like(problems($chain, $last), said(1024 * $KiB), 'the damage stays known after a prune');
+    like(
+        problems($chain, $last),
+        said_of_block(1024 * $KiB),
+        'the damage stays known after a prune'
+    );
 };
 
 # Like a file system that compresses: it shows a hole wherever a file has only zeroes.
 subtest 'a store whose file system stores no zeroes' => sub {
     my $chain = $Chain->new;
-    my $name = backup($chain, map { [$_ * 64 * $KiB, 4 * $KiB, 0x11] } 1 .. 40);
+    my $name = write_and_back_up($chain, map { [$_ * 64 * $KiB, 4 * $KiB, 0x11] } 1 .. 40);
     my $image = $chain->path_of($name, "$device.qcow2");
     is(system('cp', '--sparse=always', $image, "$image.sparse"), 0, 'the image got holes');
     rename("$image.sparse", $image) or die "rename: $!\n";
@@ -105,14 +84,14 @@ subtest 'a store whose file system stores no zeroes' => sub {
 };
 
 subtest 'rot that a later archive does not show' => sub {
-    my ($chain, @names) = new_chain();
+    my ($chain, @names) = with_three_archives();
     rot($chain->path_of($names[0], "$device.qcow2"), 1024 * $KiB);
-    like(problems($chain, $names[0]), said(1024 * $KiB), 'the damaged archive itself');
+    like(problems($chain, $names[0]), said_of_block(1024 * $KiB), 'the damaged archive itself');
     is(problems($chain, $names[2]), '', 'the later archive is not damaged');
 };
 
 subtest 'each image is read once' => sub {
-    my ($chain, @names) = new_chain();
+    my ($chain, @names) = with_three_archives();
     rot($chain->path_of($names[1], "$device.qcow2"), 1024 * $KiB);
     my (%started, %seen);
     my $start = $Server->can('start');
@@ -132,7 +111,7 @@ subtest 'each image is read once' => sub {
 };
 
 subtest 'in a copy whose files have new times, each image is read once' => sub {
-    my ($chain, @names) = new_chain();
+    my ($chain, @names) = with_three_archives();
     utime(undef, undef, $chain->path_of($_, "$device.qcow2")) for @names;
     my %started;
     my $start = $Server->can('start');
@@ -184,7 +163,7 @@ sub with_forgetful_server ($code) {
 }
 
 subtest 'a target that loses a write' => sub {
-    my ($chain, @names) = new_chain();
+    my ($chain, @names) = with_three_archives();
     $chain->disk($device)->write([512 * $KiB, 64 * $KiB, 0x44]);
     is(with_forgetful_server(sub { $chain->backup }), undef, 'is no backup');
     like(
@@ -202,7 +181,7 @@ subtest 'a target that loses a write' => sub {
     my $lose = sub ($image) { rot($image, 512 * $KiB) };
     my $name = after_writing($lose, sub { $chain->backup });
     ok($name, 'with no-check, the backup succeeds');
-    like(problems($chain, $name), said(512 * $KiB), 'verify finds the damage');
+    like(problems($chain, $name), said_of_block(512 * $KiB), 'verify finds the damage');
 };
 
 subtest 'an image that is closed without all of its tables' => sub {
@@ -212,7 +191,7 @@ subtest 'an image that is closed without all of its tables' => sub {
         'one that says zeroes' => [sub ($entries) { $entries->[8] |= 1 }, $found],
         "one that is another's" => [sub ($entries) { $entries->[8] = $entries->[9] }, qr/ - \w/],
     );
-    my ($chain, @names) = new_chain();
+    my ($chain, @names) = with_three_archives();
     for my $loss (sort keys %losses) {
         my ($lose, $said) = $losses{$loss}->@*;
         $chain->disk($device)->write([512 * $KiB, 128 * $KiB, 0x44], [768 * $KiB, 64 * $KiB, 0]);
@@ -228,7 +207,7 @@ subtest 'an image that is closed without all of its tables' => sub {
 };
 
 subtest 'a merge that loses a write' => sub {
-    my ($chain, @names) = new_chain();
+    my ($chain, @names) = with_three_archives();
     my ($lost, $full) = (1, 0);
     {
         no warnings qw(redefine once);
@@ -270,7 +249,7 @@ subtest 'a merge that loses a write' => sub {
 
 subtest 'the space for data that replaces zeroes' => sub {
     my $chain = $Chain->new;
-    my ($first, $zeroes, $last) = map { backup($chain, [0, 1 << 20, $_]) } 0x11, 0, 0x22;
+    my ($first, $zeroes, $last) = map { write_and_back_up($chain, [0, 1 << 20, $_]) } 0x11, 0, 0x22;
     no warnings 'redefine';
     local *PVE::BackupAccess::_free_bytes = sub (@) { 2560 * $KiB };
     ok(!eval { $chain->provider->remove($zeroes); 1 }, 'a merge without enough space fails');
@@ -309,14 +288,14 @@ subtest 'the space for tables' => sub {
 };
 
 subtest 'a merge between two verifications' => sub {
-    my ($chain, @names) = new_chain();
+    my ($chain, @names) = with_three_archives();
     rot($chain->path_of($names[0], "$device.qcow2"), 256 * $KiB);
     my %seen;
     $chain->provider->verify($_, \%seen) for @names[0, 1];
     $chain->provider->remove($names[0]);
     like(
         join("\n", $chain->provider->verify($names[2], \%seen)->@*),
-        said(256 * $KiB),
+        said_of_block(256 * $KiB),
         'what was merged is read'
     );
     is($chain->next_modes->{$device}, 'new', 'the damage stays noted');
@@ -338,7 +317,7 @@ subtest 'a new bitmap that lacks bits' => sub {
 subtest 'the maximum length of a chain' => sub {
     no warnings 'once';
     local $PVE::BackupAccess::Provider::Qcow2Chain::Guest::longest_chain = 3;
-    my ($chain, @names) = new_chain();
+    my ($chain, @names) = with_three_archives();
     ok($chain->backup, 'another backup');
     is($chain->modes->{$device}, 'new', 'the backup over the limit is full');
     like(
@@ -367,7 +346,7 @@ sub make_old ($chain, $name) {
 }
 
 subtest 'archives of version 0.1' => sub {
-    my ($chain, @names) = new_chain();
+    my ($chain, @names) = with_three_archives();
     is_deeply($chain->provider->unproven($names[2]), [], 'others are proven');
     make_old($chain, $_) for @names;
     is(problems($chain, $_), '', 'are read as before') for @names;
@@ -387,7 +366,7 @@ subtest 'archives of version 0.1' => sub {
 
 # A merge computes their SHA-256 anew.
 subtest 'rot in archives of version 0.1' => sub {
-    my ($chain, @names) = new_chain();
+    my ($chain, @names) = with_three_archives();
     make_old($chain, $_) for @names;
     for my $number (1, 0) {
         my $image = $chain->path_of($names[$number], "$device.qcow2");
@@ -402,7 +381,7 @@ subtest 'rot in archives of version 0.1' => sub {
 
 # qemu-img does not look whether it could print.
 subtest 'a map that is cut off' => sub {
-    my ($chain, @names) = new_chain();
+    my ($chain, @names) = with_three_archives();
     my $script = $chain->tmp . '/qemu-img';
     my $real = $ENV{PBA_QEMU_IMG} // 'qemu-img';
     write_file($script,
@@ -421,7 +400,7 @@ subtest 'a map that is cut off' => sub {
 };
 
 subtest 'archives of a later version' => sub {
-    my ($chain, @names) = new_chain();
+    my ($chain, @names) = with_three_archives();
     my $file = $chain->path_of($names[2], 'manifest.json');
     write_file($file, read_file($file) =~ s/"format" : \K2/3/r);
     my $newer = qr/\Aarchive \S+ was made by a newer version of this program - its format is 3, /;
@@ -444,7 +423,7 @@ subtest 'archives of a later version' => sub {
 };
 
 subtest 'a prune and a backup beside an archive of a later version' => sub {
-    my ($chain, @names) = new_chain();
+    my ($chain, @names) = with_three_archives();
     my $provider = $chain->provider;
     my $file = $chain->path_of($names[2], 'manifest.json');
     write_file($file, read_file($file) =~ s/"format" : \K2/3/r);

@@ -11,39 +11,13 @@ use Test::More;
 use JSON::PP ();
 use Time::HiRes ();
 
-use PBA::Test::Chain;
+use PBA::Test::Chain qw(problems rot said_of_block with_entries with_three_archives);
 use PBA::Test::QemuNbd;
 
 my $KiB = 1 << 10;
 my $device = 'drive-scsi0';
 my $Chain = 'PBA::Test::Chain';
 my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
-
-*rot = \&PBA::Test::Chain::rot;
-*with_entries = \&PBA::Test::Chain::with_entries;
-
-sub backup ($chain, @writes) {
-    $chain->disk($device)->write(@writes);
-    return $chain->backup // die $chain->error;
-}
-
-# Three archives: data at 256 KiB, 1 MiB; other data at 1 MiB; data at 2 MiB.
-sub new_chain () {
-    my $chain = $Chain->new;
-    my @names = (
-        backup($chain, [256 * $KiB, 128 * $KiB, 0x11], [1024 * $KiB, 64 * $KiB, 0x12]),
-        backup($chain, [1024 * $KiB, 64 * $KiB, 0x22]),
-        backup($chain, [2048 * $KiB, 64 * $KiB, 0x33]),
-    );
-    return ($chain, @names);
-}
-
-sub problems ($chain, $name) { return join("\n", $chain->provider->verify($name)->@*) }
-
-sub said ($offset) {
-    return
-        qr/\A$device: 65536 bytes differ from what was read from the guest: 65536 at offset $offset /;
-}
 
 # The same, but like a disk that rots: the file's time stays.
 sub rot_entries ($image, $code) {
@@ -63,7 +37,7 @@ sub place_of ($image, $offset) {
 
 # With QEMU's own disk that fails.
 subtest 'a sector that cannot be read' => sub {
-    my ($chain, @names) = new_chain();
+    my ($chain, @names) = with_three_archives();
     my $image = $chain->path_of($names[0], "$device.qcow2");
     my $sector = place_of($image, 256 * $KiB) / 512;
     my $arguments = $Server->can('_image_arguments');
@@ -91,18 +65,18 @@ subtest 'a sector that cannot be read' => sub {
 
 # Later data may hide what is damaged, but not what cannot be read.
 subtest 'damaged data beside data that cannot be read' => sub {
-    my ($chain, @names) = new_chain();
+    my ($chain, @names) = with_three_archives();
     no warnings 'redefine';
     local *PVE::BackupAccess::Provider::Store::Content::compare = sub ($serve, $size, $digests) {
         return ([], []) if $digests !~ m{\Q$names[0]/$device\E};
         return ([[1024 * $KiB, 64 * $KiB]], [[256 * $KiB, 64 * $KiB]]);
     };
-    like(problems($chain, $names[1]), said(256 * $KiB), 'is named');
+    like(problems($chain, $names[1]), said_of_block(256 * $KiB), 'is named');
 };
 
 # A bit of the table of an increment, which says that zeroes hide what the increment builds on.
 subtest 'a table that rots where an increment has no data' => sub {
-    my ($chain, @names) = new_chain();
+    my ($chain, @names) = with_three_archives();
     my $image = $chain->path_of($names[1], "$device.qcow2");
     my $flip = sub () {
         rot_entries($image, sub ($entries) { $entries->[4] ^= 1 });
@@ -111,7 +85,8 @@ subtest 'a table that rots where an increment has no data' => sub {
     ok(!eval { $chain->provider->remove($names[0]); 1 }, 'no merge replaces data by the zeroes');
     like($@, qr/65536 bytes differ .*: 65536 at offset 262144 - remove \w+ first/, 'and says why');
     is(problems($chain, $names[0]), '', 'the archive before is whole');
-    like(problems($chain, $_), said(256 * $KiB), 'verify finds the damage') for @names[1, 2];
+    like(problems($chain, $_), said_of_block(256 * $KiB), 'verify finds the damage')
+        for @names[1, 2];
     is($chain->next_modes->{$device}, 'new', 'nothing builds on it');
     $chain->log;
     $chain->restored($names[2], $device);
@@ -127,7 +102,7 @@ subtest 'a table that rots where an increment has no data' => sub {
 
 # The data of the next archive is read before a merge. If it is damaged, the archive that was to go may be the last good one.
 subtest 'a removal that finds damage' => sub {
-    my ($chain, @names) = new_chain();
+    my ($chain, @names) = with_three_archives();
     rot($chain->path_of($names[1], "$device.qcow2"), 1024 * $KiB);
     my $marks = sub () {
         return [map { $_->{mark} } $chain->provider->retention(100, 1)->@*];
@@ -137,14 +112,18 @@ subtest 'a removal that finds damage' => sub {
     like($@, qr/65536 bytes differ .*: 65536 at offset 1048576/, 'with a reason');
     is_deeply([$chain->names], \@names, 'nor is another one removed');
     is(problems($chain, $names[0]), '', 'it is intact');
-    like(problems($chain, $names[2]), said(1024 * $KiB), 'the damage stays known');
+    like(problems($chain, $names[2]), said_of_block(1024 * $KiB), 'the damage stays known');
     is($marks->()->[0], 'keep', 'from now on it is kept');
     $chain->provider->remove($names[0]);
-    like(problems($chain, $names[2]), said(1024 * $KiB), 'the damage stays known without it');
+    like(
+        problems($chain, $names[2]),
+        said_of_block(1024 * $KiB),
+        'the damage stays known without it'
+    );
 };
 
 subtest 'damage that cannot be noted' => sub {
-    my ($chain, @names) = new_chain();
+    my ($chain, @names) = with_three_archives();
     rot($chain->path_of($names[1], "$device.qcow2"), 1024 * $KiB);
     no warnings 'redefine';
     local *PVE::BackupAccess::Provider::Store::DirectoryArchive::write_file
@@ -154,7 +133,7 @@ subtest 'damage that cannot be noted' => sub {
 
 # A reference count that says that a cluster is free: what is written next may be written there.
 subtest 'reference counts that rot' => sub {
-    my ($chain, @names) = new_chain();
+    my ($chain, @names) = with_three_archives();
     my $image = $chain->path_of($names[0], "$device.qcow2");
     my @times = (Time::HiRes::stat($image))[8, 9];
     open(my $fh, '+<:raw', $image) or die "$image: $!\n";

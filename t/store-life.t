@@ -14,14 +14,13 @@ use PBA::Test::Strike;    # before the modules whose calls it intercepts
 use Test::More;
 
 use File::Temp ();
-use List::Util qw(min);
 use PBA::Test::Orphans qw(adopt_orphans);
 use PBA::Test::StoreLife;
+use PBA::Test::StoreLife::Lives qw(run_lives);
 
 my $steps = $ENV{PBA_STEPS} // ($ENV{PBA_FULL} ? 5000 : 400);
 $steps = int($steps / 2) if !$ENV{PBA_FULL};
 my $seed = $ENV{PBA_SEED} // 20261129 + ($ENV{PBA_QEMU} ? 500 : 0);
-my $length = 100;
 
 adopt_orphans();    # so that leftovers of a killed process can be waited for
 
@@ -32,26 +31,13 @@ my $is_mounted = system("mount -t tmpfs -o size=48m tmpfs $tmp/disk 2>/dev/null"
 my $is_fast = $is_mounted && system("mount -t tmpfs tmpfs $tmp/scratch 2>/dev/null") == 0;
 note('needs root for a disk of its own: none is full, none is read-only') if !$is_mounted;
 
-my %count;
-for (my $done = 0; $done < $steps; $done += $length) {
-    my $life = PBA::Test::StoreLife->new(
-        seed => $seed,
-        dir => "$tmp/disk",
-        scratch => "$tmp/scratch",
-        is_mounted => $is_mounted,
-    );
-    my $problem;
-    for (1 .. min($length, $steps - $done)) {
-        $problem = $life->step // next;
-        last;
-    }
-    is($problem, undef, "the life of seed $seed") or diag($life->log);
-    $count{$_} += $life->count->{$_} for keys $life->count->%*;
-    last if defined($problem);
-    system("rm -rf $tmp/disk/* $tmp/scratch/*");
-    $seed++;
-}
-note("$_: $count{$_}") for sort keys %count;
+run_lives(
+    'PBA::Test::StoreLife', $steps,
+    seed => $seed,
+    dir => "$tmp/disk",
+    scratch => "$tmp/scratch",
+    is_mounted => $is_mounted,
+);
 system('umount', "$tmp/disk") if $is_mounted;
 system('umount', "$tmp/scratch") if $is_fast;
 

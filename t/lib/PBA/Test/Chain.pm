@@ -8,6 +8,7 @@ package PBA::Test::Chain;
 
 use v5.36;
 
+use Exporter qw(import);
 use File::Temp ();
 use JSON::PP ();
 use Test::More;
@@ -16,6 +17,8 @@ use Time::HiRes ();
 use PBA::Test::BitmapDisk;
 use PBA::Test::QemuNbd;
 use PVE::BackupAccess::Provider::Qcow2Chain;
+
+our @EXPORT_OK = qw(problems rot said_of_block with_entries with_three_archives write_and_back_up);
 
 my %sizes = ('drive-scsi0' => 4 * 1024 * 1024, 'drive-efidisk0' => 528 * 1024 + 512);
 my $vmid = 100;
@@ -233,6 +236,36 @@ sub check ($self, $text) {
 sub entries ($dir) {
     opendir(my $dh, $dir) or die "$dir: $!\n";
     return sort readdir($dh);
+}
+
+# ---- damage of one disk ----
+
+my $KiB = 1 << 10;
+my $damaged = 'drive-scsi0';
+
+# Returns the name of the new archive.
+sub write_and_back_up ($self, @writes) {
+    $self->disk($damaged)->write(@writes);
+    return $self->backup // die $self->error;
+}
+
+# Three archives: data at 256 KiB, 1 MiB; other data at 1 MiB; data at 2 MiB.
+sub with_three_archives () {
+    my $self = __PACKAGE__->new;
+    my @names = (
+        $self->write_and_back_up([256 * $KiB, 128 * $KiB, 0x11], [1024 * $KiB, 64 * $KiB, 0x12]),
+        $self->write_and_back_up([1024 * $KiB, 64 * $KiB, 0x22]),
+        $self->write_and_back_up([2048 * $KiB, 64 * $KiB, 0x33]),
+    );
+    return ($self, @names);
+}
+
+sub problems ($self, $name) { return join("\n", $self->provider->verify($name)->@*) }
+
+# What verify says of a damaged block.
+sub said_of_block ($offset) {
+    return
+        qr/\A$damaged: 65536 bytes differ from what was read from the guest: 65536 at offset $offset /;
 }
 
 # Flips a bit of the guest's data at an offset without changing the file's time and size, like a disk that rots.
