@@ -209,7 +209,12 @@ sub _back_up ($provider, $guest, $report, %how) {
 # If the new archive exists, the model adds it.
 sub _note_backup ($self, $guest, $result, $content) {
     my ($store, $name) = ($self->{store}, $result->{name} // return undef);
-    return "the name $name is another archive's" if $store->{archives}{$name};
+    if (my $former = $store->{archives}{$name}) {
+        return "the name $name is another archive's" if !$former->{'may go'};
+
+        # Another process removed the newest archive, whose name was free again.
+        $store->{gone}{$name} = delete($store->{archives}{$name});
+    }
     return $result->{done} ? "the new archive $name is not there" : undef
         if !$self->_is_listed($store, $name);
     my ($entry) = grep { $_->{volname} eq $name } $self->_provider->list($guest->vmid)->@*;
