@@ -7,6 +7,7 @@ use v5.36;
 use FindBin;
 use lib "$FindBin::Bin/lib";
 
+use File::Temp ();
 use JSON::PP ();
 use TAP::Harness;
 
@@ -110,13 +111,29 @@ sub default_parallel () {
     return 3 * ($processors || 1);
 }
 
+# What failed tests have printed, once more, because it is far above.
+sub show_errors ($errors) {
+    for my $name (sort keys $errors->%*) {
+        next if !-s $errors->{$name};
+        my @lines = split(/^/, content($errors->{$name}));
+        splice(@lines, 0, -100) if @lines > 100;
+        print "\n==== $name ====\n", @lines;
+    }
+    return;
+}
+
 sub run_all (@jobs) {
     my %job = map { $_->{name} => $_ } @jobs;
+    my $dir = File::Temp->newdir('pba-errors-XXXXXXXX', TMPDIR => 1);
+    my %errors = map { $jobs[$_]{name} => "$dir/$_" } 0 .. $#jobs;
     my $times = known_times();
     my $command = sub ($harness, $name) {
         my $environment = $job{$name}{environment};
         my @set = map { "$_=$environment->{$_}" } sort keys $environment->%*;
-        return ['env', @set, $^X, 't/one.pl', split(' ', $job{$name}{file})];
+        return [
+            'env', "PBA_ERRORS=$errors{$name}", @set,
+            $^X, 't/one.pl', split(' ', $job{$name}{file})
+        ];
     };
     my $harness = TAP::Harness->new(
         {
@@ -133,6 +150,7 @@ sub run_all (@jobs) {
     $harness->callback(after_test => sub ($name, $parser) { $elapsed->($parser, $name->[0]) });
     my $result = $harness->runtests(map { $_->{name} } by_time($times, @jobs));
     remember_times($times);
+    show_errors(\%errors);
     return $result->all_passed;
 }
 

@@ -1,8 +1,10 @@
 # Runs one test for t/all.pl: t/one.pl FILE [ARGUMENTS]. Ends a test that hangs. A test that leaves a process
 # running fails, because the process would hold the harness' pipe, on which the harness would wait forever.
+# PBA_ERRORS is a file for what the test prints to standard error. If the test passes, it is removed.
 
 use v5.36;
 
+use File::Copy qw(copy);
 use FindBin;
 use lib "$FindBin::Bin/lib";
 
@@ -13,6 +15,7 @@ use PBA::Test::Orphans qw(adopt_orphans);
 
 my $limit = $ENV{PBA_LIMIT} // ($ENV{PBA_FULL} ? 6 * 3600 : 1200);
 my $grace = $limit < 10 ? $limit : 10;
+my $errors = delete($ENV{PBA_ERRORS});    # not for tests that this one runs
 
 adopt_orphans();    # so that leftover processes can be named
 
@@ -78,8 +81,17 @@ sub leaves_nothing () {
     return 0;
 }
 
+# Shows at once, so that tests that run at the same time do not mix, what the test has printed.
+sub finish ($status) {
+    exit($status) if !defined($errors);
+    copy($errors, \*STDERR);
+    unlink($errors) if $status == 0;
+    exit($status);
+}
+
 my $test = fork() // die "fork: $!\n";
 if (!$test) {
+    open(STDERR, '>', $errors) or die "$errors: $!\n" if defined($errors);
     exec($^X, (map { "-I$_" } qw(blib/lib blib/arch t/lib)), @ARGV) or die "$^X: $!\n";
 }
 for my $signal (qw(INT TERM HUP)) {
@@ -88,10 +100,10 @@ for my $signal (qw(INT TERM HUP)) {
 my $status = wait_for($test);
 if (!defined($status)) {
     end_them("not ended after $limit s");
-    exit(124);
+    finish(124);
 }
 if (!leaves_nothing()) {
     end_them('left running by the test');
-    exit(125);
+    finish(125);
 }
-exit(($status & 127) ? 128 + ($status & 127) : $status >> 8);
+finish(($status & 127) ? 128 + ($status & 127) : $status >> 8);

@@ -104,11 +104,12 @@ my sub guest_args ($vm) {
         'random.trust_cpu=on', 'pba.disks=' . @disks,
         'cryptomgr.notests', 'lsm=',
         'init_on_alloc=0', 'noreplace-smp',
+        'ipv6.disable=1',
         'initcall_blacklist=cubictcp_register,init_kprobe_trace,load_system_certificate_list',
         ('pba.scsi=1') x !!$scsi,
     );
     return (
-        '-kernel', PBA::Test::Cache->kernel->{vmlinuz},
+        '-kernel', PBA::Test::Cache->kernel->{image},
         '-initrd', PBA::Test::Cache->initramfs,
         '-append', join(' ', @kernel),
     );
