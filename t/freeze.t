@@ -49,7 +49,7 @@ sub between ($calls) {
 }
 
 my %frozen = (
-    pve => 'query-named-block-nodes query-block backup-access-setup',
+    pve => 'query-jobs query-block backup-access-setup',
     upstream => 'query-named-block-nodes blockdev-reopen transaction',
 );
 
@@ -76,7 +76,7 @@ sub cases ($backend, $cut) {
             on => {
                 map {
                     $_ => sub { die "no look\n" if delete($backend->{'look fails'}) }
-                } qw(query-block query-named-block-nodes)
+                } qw(query-block query-jobs query-named-block-nodes)
             },
             error => qr/no look/
         },

@@ -235,6 +235,8 @@ bool pba_company_check_disks(PbaAccess *access, const PbaBlock *block, GError **
 /* Checks again with QEMU's current state: others may have begun something since the disks were
  * seen. */
 bool pba_company_check_again(PbaAccess *access, GError **error);
+/* The same, but only if a job has begun. Its query is small, for a guest that is frozen. */
+bool pba_company_check_jobs(PbaAccess *access, GError **error);
 
 /* Nodes that keep the disks, and protect them from other programs: see guard.c */
 

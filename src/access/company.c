@@ -209,6 +209,13 @@ bool pba_company_check_again(PbaAccess *access, GError **error)
                                                 pba_company_check_disks(access, &block, error)));
 }
 
+bool pba_company_check_jobs(PbaAccess *access, GError **error)
+{
+    g_autoptr(JsonArray) jobs = pba_qmp_query_array(access->qmp, "query-jobs", NULL, error);
+
+    return jobs && (json_array_get_length(jobs) == 0 || pba_company_check_again(access, error));
+}
+
 /* A migration transfers the bitmaps, so later changes on this side are lost; or the migration fails
  * at its end because of the access' nodes. */
 static bool check_outgoing(PbaAccess *access, GError **error)

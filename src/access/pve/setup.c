@@ -317,8 +317,7 @@ bool pba_pve_cut(PbaAccess *access, GError **error)
      * throttle filter, which query-block does not show, ends after the command, QEMU (10.2) aborts.
      * A device that has lost its medium crashes QEMU (to 11.0.0), and if one device fails, the
      * nodes of those before it remain forever. */
-    bool is_as_seen =
-        pba_company_check_again(access, error) && pba_access_look_again(access, error);
+    bool is_as_seen = pba_company_check_jobs(access, error) && pba_access_look_again(access, error);
     g_autoptr(JsonArray) reply = is_as_seen ? ask(access, error) : NULL;
     return reply && read_reply(access, reply, error);
 }
