@@ -47,23 +47,29 @@ void pba_access_know(PbaAccess *access, const PbaAccess *known)
     }
 }
 
-/* If the caller's transport hides the socket, only QEMU itself can identify the guest. */
+static const char no_uuid[] = "00000000-0000-0000-0000-000000000000";
+
+/* If the caller's transport hides the socket, only QEMU itself can identify the guest: by its UUID
+ * or, if it was started without one, by its name. */
 static bool ensure_identity(PbaAccess *access, GError **error)
 {
     if (access->identity) {
         return true;
     }
-    g_autoptr(JsonObject) name = pba_qmp_query_object(access->qmp, "query-name", NULL, error);
-    g_autoptr(JsonObject) uuid =
-        name ? pba_qmp_query_object(access->qmp, "query-uuid", NULL, error) : NULL;
+    g_autoptr(JsonObject) reply = pba_qmp_query_object(access->qmp, "query-uuid", NULL, error);
+    const char *uuid = reply ? pba_json_string(reply, "UUID", error) : NULL;
     if (!uuid) {
         return false;
     }
-    const char *vm_name = pba_json_find_string(name, "name");
-    const char *vm_uuid = pba_json_find_string(uuid, "UUID");
-    access->identity = g_strdup_printf("%s:%s", vm_name ? vm_name : "", vm_uuid ? vm_uuid : "");
-    access->guest = access->guest ? access->guest : g_strdup(vm_uuid);
-    return true;
+    access->guest = access->guest ? access->guest : g_strdup(uuid);
+    if (strcmp(uuid, no_uuid) != 0) {
+        access->identity = g_strdup(uuid);
+        return true;
+    }
+    g_autoptr(JsonObject) named = pba_qmp_query_object(access->qmp, "query-name", NULL, error);
+    const char *name = named ? pba_json_find_string(named, "name") : NULL;
+    access->identity = named ? g_strdup_printf("name %s", name ? name : "") : NULL;
+    return named != NULL;
 }
 
 bool pba_access_begin(PbaAccess *access, GError **error)

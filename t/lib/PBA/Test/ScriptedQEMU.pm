@@ -101,6 +101,7 @@ sub pve_returns (%more) {
         'query-migrate' => {},
         'x-debug-query-block-graph' => { nodes => [], edges => [] },
         'query-name' => { name => 'vm' },
+        'query-jobs' => [],
         'query-uuid' => { UUID => 'a-b-c' },
         'backup-access-setup' => \&setup_reply,
         nbd_server(),
