@@ -17,7 +17,7 @@ my $limit = $ENV{PBA_LIMIT} // ($ENV{PBA_FULL} ? 6 * 3600 : 1200);
 my $grace = $limit < 10 ? $limit : 10;
 my $errors = delete($ENV{PBA_ERRORS});    # not for tests that this one runs
 
-adopt_orphans();    # so that leftover processes can be named
+adopt_orphans();                          # so that leftover processes can be named
 
 sub processes () {
     my %process;

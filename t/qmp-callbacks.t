@@ -14,7 +14,7 @@ use PBA::Test::Watchdog;
 # ---- signals ----
 
 # The peer sends the signal when it gets the command, and answers that many seconds later.
-my $late = 2;
+my $late = 4;
 
 sub interrupted ($signal, $code, $name, $limit = $late) {
     my $exception = { signal => $signal };
