@@ -48,6 +48,7 @@ my $backend = PBA::Test::Backend->start(
     name => 'pve',
     guest => 0,
     memory => 32,
+    args => ['-uuid', '11111111-2222-3333-4444-555555555555'],
     disks => [{ id => 'scsi0', file => $image, bus => 'scsi', %shape }],
 );
 my $device = $backend->device('scsi0');
