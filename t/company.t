@@ -107,7 +107,8 @@ sub set_drive ($vm, $node) {
 }
 
 # What exists, how it is created, what the refusal says, and how it ends.
-my %company = (
+my %company;
+%company = (
     'a backup job' => {
         begin => sub ($vm, $device) { start_job($vm, 'blockdev-backup', $device) },
         refusal => qr/block job 'theirs' \(backup, running\) uses this disk - /,
@@ -158,6 +159,19 @@ my %company = (
         },
         refusal => qr/node 'theirs-filter' of another program is on top of this disk's node '/,
         end => sub ($vm, $file) { $vm->qmp('blockdev-del', 'node-name' => 'theirs-filter') },
+    },
+    'the same, while a job copies another disk' => {
+        begin => sub ($vm, $device) {
+            add_node($vm, 'theirs-source');
+            start_job($vm, 'blockdev-backup', 'theirs-source');
+            $company{'a node of others on the disk'}{begin}->($vm, $device);
+        },
+        refusal => qr/node 'theirs-filter' of another program is on top of this disk's node '/,
+        end => sub ($vm, $file) {
+            $vm->qmp('block-job-cancel', device => 'theirs');
+            $company{'a node of others on the disk'}{end}->($vm, $file);
+        },
+        shapes => { blockdev => 1 },
     },
     'a filter of another program' => {
         begin => sub ($vm, $device) {

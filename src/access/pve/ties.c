@@ -111,14 +111,14 @@ bool pba_pve_give_ids(PbaAccess *access, const PbaBlock *block, GError **error)
     return pba_actions_run(access->qmp, actions, error);
 }
 
-/* Nodes of an access that belong to no disk show that one is active. */
+/* Each disk of an access has such a node, which belongs to no disk of the guest. The filter below
+ * it does not show an access: a backup job has one, too. */
 bool pba_pve_is_access_up(const PbaBlock *block)
 {
     for (guint i = 0; i < json_array_get_length(block->nodes); i++) {
         JsonObject *node = pba_json_element(block->nodes, i);
         const char *driver = node ? pba_json_find_string(node, "drv") : NULL;
-        if (g_strcmp0(driver, "snapshot-access") == 0 ||
-            g_strcmp0(driver, "copy-before-write") == 0) {
+        if (g_strcmp0(driver, "snapshot-access") == 0) {
             return true;
         }
     }
