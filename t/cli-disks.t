@@ -53,6 +53,12 @@ sub chosen ($disks, $types, %more) {
             'query-block' => { return => $disks },
             'qom-list' =>
                 sub ($, $arguments, $) { return { return => $objects{ $arguments->{path} } } },
+            'qom-get' => sub (@) {
+                return $more{scsi}
+                    ? { return => $true }
+                    : { error => { class => 'GenericError', desc => 'no such property' } };
+            },
+            'query-named-block-nodes' => { return => $more{nodes} // [] },
             'query-version' => { return => \%version },
             'query-commands' => { return => $commands },
             'x-debug-query-block-graph' => { return => $more{graph} // graph() },
@@ -128,6 +134,25 @@ for my $case (@left_out) {
     my $chosen = chosen([@good, $disks->@*], { %types, $more_types->%* });
     is_deeply($chosen, [\@names, \@lines], $what);
 }
+
+subtest 'a virtio disk with scsi=on' => sub {
+    my $disk = disk('', '/machine/peripheral/v0/virtio-backend', node => 'n0');
+    my $nodes = sub ($driver) {
+        return [{ 'node-name' => 'n0', drv => 'raw' }, { 'node-name' => 'n1', drv => $driver }];
+    };
+    my @more = (scsi => 1, graph => graph('n0', 'n1'));
+    is_deeply(
+        chosen([$disk], {}, @more, nodes => $nodes->('host_device')),
+        [
+            [],
+            [
+                "n0 is left out: it passes SCSI commands through, so QEMU's dirty bitmaps do not record its writes"
+            ]
+        ],
+        'a device of the host'
+    );
+    is_deeply(chosen([$disk], {}, @more, nodes => $nodes->('file')), [['n0'], []], 'a file');
+};
 
 subtest 'names' => sub {
     my $none = { %types, n0 => 'virtio-blk-pci' };

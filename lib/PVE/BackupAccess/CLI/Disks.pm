@@ -11,15 +11,16 @@ use PVE::BackupAccess;
 use PVE::BackupAccess::CLI::Monitor qw(ask);
 use PVE::BackupAccess::Provider::Store::Disks qw(guest_device);
 use PVE::BackupAccess::Reply qw(edges_of hashes);
+use PVE::BackupAccess::Try qw(attempt);
 
 our @EXPORT_OK = qw(choose_disks names_of_disk);
 
+my $scsi_passes_by
+    = q(it passes SCSI commands through, so QEMU's dirty bitmaps do not record its writes);
+
 # Types of guest devices whose data does not go through QEMU's block layer, or for which the guest can bypass it.
 my @passes_by = (
-    [
-        qr/\Ascsi-(?:block|generic)\z/,
-        q(it passes SCSI commands through, so QEMU's dirty bitmaps do not record its writes)
-    ],
+    [qr/\Ascsi-(?:block|generic)\z/, $scsi_passes_by],
     [qr/\Avhost-scsi\b/, 'the kernel serves it, and QEMU does not see its data'],
     [qr/\Avhost-user-(?:blk|scsi)\b/, 'another process serves it, and QEMU does not see its data'],
 );
@@ -67,7 +68,29 @@ my sub passing_by ($path) {
     return \%found;
 }
 
-# { name, id, path, names, why } of each drive. why: the reason to omit it, or undef. An empty drive has
+my sub has_flag ($path, $device, $property) {
+    my $is_on;
+    my $error = attempt { $is_on = ask($path, 'qom-get', path => $device, property => $property) };
+    die $error if $error && $error->class =~ m/\A(?:Connection|Timeout|Protocol|Incomplete)Error\z/;
+    return $is_on;
+}
+
+# Whether the guest sends SCSI commands to a device of the host by a virtio disk (QEMU before 9.1): setup refuses it,
+# see check_passed_through in src/access/company.c.
+my sub sends_scsi ($path, $disk) {
+    return 0 if !defined($disk->{path}) || !has_flag($path, $disk->{path}, 'scsi');
+    my $command = 'query-named-block-nodes';
+    my %driver
+        = map { ($_->{'node-name'} // '') => $_->{drv} } hashes($command, ask($path, $command));
+    my %below = map { $_->{parent} => $_->{child} }
+        grep { $_->{name} eq 'file' } edges_of(ask($path, 'x-debug-query-block-graph'));
+    for (my $node = $disk->{node}; defined($node); $node = delete($below{$node})) {
+        return 1 if ($driver{$node} // '') =~ m/\A(?:host_device|iscsi)\z/;
+    }
+    return 0;
+}
+
+# { name, node, id, path, names, why } of each drive. why: the reason to omit it, or undef. An empty drive has
 # is_empty instead: it is no disk, but its names may be those of a disk.
 my sub look_at ($path, $disk) {
     my $device = device_of($disk->{qdev} // '');
@@ -88,6 +111,7 @@ my sub look_at ($path, $disk) {
     return {
         $device->%{qw(id path)},
         name => $name,
+        node => $node,
         names => [uniq($name, $node, @names)],
         why => $why,
     };
@@ -152,6 +176,9 @@ sub choose_disks ($path, @excluded) {
     for my $disk (@disks) {
         my $same = delete($passing->{ $disk->{path} // '' });
         $disk->{why} //= $same->{why} if $same;
+    }
+    for my $disk (grep { !defined($_->{why}) && !$_->{is_empty} } @disks) {
+        $disk->{why} = $scsi_passes_by if sends_scsi($path, $disk);
     }
     push(@disks, $passing->@{ sort keys $passing->%* });
     leave_out(\@disks, @excluded);
