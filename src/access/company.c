@@ -234,23 +234,6 @@ static bool check_outgoing(PbaAccess *access, GError **error)
     return reply != NULL;
 }
 
-/* A reset after a migration hides it in QEMU's state, and Proxmox' QEMU (10.2) shows the disks as
- * active if it was migrated during an access. Only the source's reply has "ram". */
-static bool check_not_sent(PbaAccess *access, GError **error)
-{
-    g_autoptr(JsonObject) reply = pba_qmp_query_object(access->qmp, "query-migrate", NULL, error);
-    const char *status = reply ? pba_json_find_string(reply, "status") : NULL;
-    bool is_sent = g_strcmp0(status, "completed") == 0 && json_object_has_member(reply, "ram");
-
-    if (is_sent) {
-        pba_error_set(
-            error, PBA_ERROR_STATE,
-            "the guest was migrated to another machine or saved to a file, and then reset "
-            "- back it up where it runs, or resume it here first (cont)");
-    }
-    return reply && !is_sent;
-}
-
 /* After a migration, the disks belong to another QEMU, which changes them. */
 bool pba_company_check_handed_over(PbaAccess *access, GError **error)
 {
@@ -270,7 +253,7 @@ bool pba_company_check_handed_over(PbaAccess *access, GError **error)
                       status);
         return false;
     }
-    return status && (strcmp(status, "prelaunch") != 0 || check_not_sent(access, error));
+    return status != NULL;
 }
 
 bool pba_company_check_here(PbaAccess *access, GError **error)
