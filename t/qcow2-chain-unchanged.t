@@ -9,22 +9,18 @@ use Test::More;
 
 use JSON::PP ();
 
-use PBA::Test::Chain;
+use PBA::Test::Chain qw(write_and_back_up);
 use PVE::BackupAccess::File qw(fingerprint sha256);
 use PVE::BackupAccess::Provider::Store::Manifest qw(encode_manifest);
 
 my $KiB = 1 << 10;
 my $device = 'drive-scsi0';
 
-sub backup ($chain, @writes) {
-    $chain->disk($device)->write(@writes);
-    return $chain->backup // die $chain->error;
-}
-
 # One archive, with data from 256 KiB to 384 KiB and from 1 MiB to 1,152 KiB.
 sub new_chain () {
     my $chain = PBA::Test::Chain->new;
-    my $name = backup($chain, [256 * $KiB, 128 * $KiB, 0x11], [1024 * $KiB, 128 * $KiB, 0x12]);
+    my $name = write_and_back_up($chain, [256 * $KiB, 128 * $KiB, 0x11],
+        [1024 * $KiB, 128 * $KiB, 0x12]);
     $chain->log;
     return ($chain, $name);
 }
@@ -50,7 +46,7 @@ sub rot ($chain, $name, $offset) {
 
 subtest 'a guest that rewrites the same data' => sub {
     my ($chain, $first) = new_chain();
-    my $second = backup(
+    my $second = write_and_back_up(
         $chain,
         [256 * $KiB, 128 * $KiB, 0x11],
         [512 * $KiB, 64 * $KiB, 0],
@@ -61,7 +57,7 @@ subtest 'a guest that rewrites the same data' => sub {
         qr/$device: stored 64\.0 KiB in .*, 192\.0 KiB are unchanged\)/,
         'only the changed data is stored'
     );
-    backup($chain, [1024 * $KiB, 64 * $KiB, 0x12]);
+    write_and_back_up($chain, [1024 * $KiB, 64 * $KiB, 0x12]);
     like(
         $chain->log,
         qr/$device: stored 64\.0 KiB in /,
@@ -98,7 +94,7 @@ sub make_large_blocks ($chain, $name, $block) {
 subtest 'an archive with digests of larger blocks' => sub {
     my ($chain, $first) = new_chain();
     make_large_blocks($chain, $first, 8 << 20);
-    my $second = backup($chain, [512 * $KiB, 64 * $KiB, 0x15]);
+    my $second = write_and_back_up($chain, [512 * $KiB, 64 * $KiB, 0x15]);
     is(parent_of($chain, $second), undef, 'nothing builds on it');
     like($chain->log, qr/has digests of blocks of another size/, 'and the log says why');
     $chain->check('both are right');
@@ -106,10 +102,10 @@ subtest 'an archive with digests of larger blocks' => sub {
 
 subtest 'a bitmap that was lost' => sub {
     my ($chain, $first) = new_chain();
-    my $second = backup($chain, [512 * $KiB, 64 * $KiB, 0x15]);
+    my $second = write_and_back_up($chain, [512 * $KiB, 64 * $KiB, 0x15]);
     lose_bitmap($chain);
     $chain->log;
-    my $third = backup(
+    my $third = write_and_back_up(
         $chain,
         [256 * $KiB, 64 * $KiB, 0],
         [512 * $KiB + 7 * 512, 512, 0x16],
@@ -123,7 +119,7 @@ subtest 'a bitmap that was lost' => sub {
         'stores what differs'
     );
     is(parent_of($chain, $third), $second, 'the archive builds on the newest one');
-    my $fourth = backup($chain, [2048 * $KiB, 64 * $KiB, 0x18]);
+    my $fourth = write_and_back_up($chain, [2048 * $KiB, 64 * $KiB, 0x18]);
     is(parent_of($chain, $fourth), $third, 'increments continue from it');
     $chain->check('each archive');
     $chain->provider->remove($second);
@@ -137,13 +133,13 @@ subtest 'a bitmap that was lost' => sub {
 # The order of the names is not that of the chain any more.
 subtest 'an archive that was renamed' => sub {
     my ($chain, $first) = new_chain();
-    my $second = backup($chain, [512 * $KiB, 64 * $KiB, 0x15]);
+    my $second = write_and_back_up($chain, [512 * $KiB, 64 * $KiB, 0x15]);
     my $renamed = $second =~ s{/20(?=[0-9]{6}T)}{/19}r;
     rename($chain->path_of($second), $chain->path_of($renamed)) or die "rename: $!\n";
     $chain->{expected}{$renamed} = delete($chain->{expected}{$second});
     lose_bitmap($chain);
     $chain->log;
-    is(parent_of($chain, backup($chain)), undef, 'the next backup is full');
+    is(parent_of($chain, write_and_back_up($chain)), undef, 'the next backup is full');
     like(
         $chain->log,
         qr/$device: nothing to compare with - another archive already builds on archive /,
@@ -157,15 +153,16 @@ subtest 'an archive that was renamed' => sub {
 subtest 'backups that store everything' => sub {
     my ($chain, $first) = new_chain();
     $chain->provider->make_full(1);
-    my $full = backup($chain);
+    my $full = write_and_back_up($chain);
     is(parent_of($chain, $full), undef, 'a full backup that was asked for');
     $chain->provider->make_full(0);
     no warnings 'once';
     local $PVE::BackupAccess::Provider::Qcow2Chain::Guest::longest_chain = 2;
     lose_bitmap($chain);
-    is(parent_of($chain, backup($chain)), $full, 'the first backup after a full one builds on it');
+    is(parent_of($chain, write_and_back_up($chain)),
+        $full, 'the first backup after a full one builds on it');
     lose_bitmap($chain);
-    is(parent_of($chain, backup($chain)), undef, 'the end of a chain');
+    is(parent_of($chain, write_and_back_up($chain)), undef, 'the end of a chain');
     like($chain->log, qr/nothing to compare with - the chain of archive \w+ has 2 archives/,
         'says why');
 };
@@ -181,7 +178,7 @@ subtest 'a base that rots' => sub {
         'the error says where'
     );
     $chain->log;
-    my $next = backup($chain);
+    my $next = write_and_back_up($chain);
     is(parent_of($chain, $next), undef, 'the next backup is full');
     like(
         $chain->log,
@@ -203,7 +200,7 @@ subtest 'damage that verify found' => sub {
     is($chain->next_modes->{$device}, 'use', 'after a good verification, it is a base again');
     rot($chain, $first, 256 * $KiB);
     $chain->provider->verify($first);
-    my $next = backup($chain, [256 * $KiB, 64 * $KiB, 0x11]);
+    my $next = write_and_back_up($chain, [256 * $KiB, 64 * $KiB, 0x11]);
     is(parent_of($chain, $next), undef, 'the next backup stores all');
     is($chain->problem($next), '', 'the archive contains all data');
 };

@@ -15,6 +15,7 @@ use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Image::InUse qw(check_unused);
 use PVE::BackupAccess::Program qw($longest_socket how_ended start_program);
 use PVE::BackupAccess::Provider::Store::PrivateDir;
+use PVE::BackupAccess::Reply qw(is_refusal);
 use PVE::BackupAccess::Try qw(attempt);
 use PVE::BackupAccess::Wait qw(child_ends wait_for_child);
 
@@ -124,7 +125,7 @@ my sub ask ($self, $command, $arguments) {
             undef)
     };
     return $value if !defined($error);
-    die $error if $error->class =~ m/\A(?:Connection|Timeout|Protocol|Incomplete)Error\z/;
+    die $error if !is_refusal($error);
     die "$error" =~ s/\Aqmp command '[^']*' failed - //r;
 }
 

@@ -8,7 +8,7 @@ use Exporter qw(import);
 
 use PVE::BackupAccess::Error;
 
-our @EXPORT_OK = qw(ask edges_of hashes);
+our @EXPORT_OK = qw(ask edges_of hashes is_refusal);
 
 # Runs a command on the QMP socket, or by a code ref: qmp of the options, which may also have a timeout and a log. Returns
 # its value, or dies.
@@ -16,6 +16,11 @@ sub ask ($options, $command, %arguments) {
     my ($qmp, $timeout) = ($options->{qmp}, $options->{timeout} // 60);
     utf8::decode($qmp) if !ref($qmp);    # the core takes it as text
     return PVE::BackupAccess::_ask($qmp, $timeout, $command, \%arguments, $options->{log});
+}
+
+# Whether this error of a command is QEMU's answer, and the connection can be used further.
+sub is_refusal ($error) {
+    return $error->class !~ m/\A(?:Connection|Timeout|Protocol|Incomplete)Error\z/;
 }
 
 # The hashes in an array that is a reply to the command, or a part of one.

@@ -10,7 +10,7 @@ use List::Util qw(any uniq);
 use PVE::BackupAccess;
 use PVE::BackupAccess::CLI::Monitor qw(ask);
 use PVE::BackupAccess::Provider::Store::Disks qw(guest_device);
-use PVE::BackupAccess::Reply qw(edges_of hashes);
+use PVE::BackupAccess::Reply qw(edges_of hashes is_refusal);
 use PVE::BackupAccess::Try qw(attempt);
 
 our @EXPORT_OK = qw(choose_disks names_of_disk);
@@ -25,12 +25,17 @@ my @passes_by = (
     [qr/\Avhost-user-(?:blk|scsi)\b/, 'another process serves it, and QEMU does not see its data'],
 );
 
+# { name of a node => that of the node below it }
+my sub nodes_below ($path) {
+    return map { $_->{parent} => $_->{child} }
+        grep { $_->{name} eq 'file' } edges_of(ask($path, 'x-debug-query-block-graph'));
+}
+
 # The disk's own node. The nodes above it are ours, if a killed process left an access active, or are
 # filters of jobs, whose names QEMU generates.
 my sub named_node ($path, $name) {
     return $name if $name !~ m/\A(?:pba-|#)/;
-    my %below = map { $_->{parent} => $_->{child} }
-        grep { $_->{name} eq 'file' } edges_of(ask($path, 'x-debug-query-block-graph'));
+    my %below = nodes_below($path);
     $name = delete($below{$name}) while defined($name) && $name =~ m/\A(?:pba-|#)/;
     return $name;
 }
@@ -71,7 +76,7 @@ my sub passing_by ($path) {
 my sub has_flag ($path, $device, $property) {
     my $is_on;
     my $error = attempt { $is_on = ask($path, 'qom-get', path => $device, property => $property) };
-    die $error if $error && $error->class =~ m/\A(?:Connection|Timeout|Protocol|Incomplete)Error\z/;
+    die $error if $error && !is_refusal($error);
     return $is_on;
 }
 
@@ -82,8 +87,7 @@ my sub sends_scsi ($path, $disk) {
     my $command = 'query-named-block-nodes';
     my %driver
         = map { ($_->{'node-name'} // '') => $_->{drv} } hashes($command, ask($path, $command));
-    my %below = map { $_->{parent} => $_->{child} }
-        grep { $_->{name} eq 'file' } edges_of(ask($path, 'x-debug-query-block-graph'));
+    my %below = nodes_below($path);
     for (my $node = $disk->{node}; defined($node); $node = delete($below{$node})) {
         return 1 if ($driver{$node} // '') =~ m/\A(?:host_device|iscsi)\z/;
     }
