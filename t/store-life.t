@@ -16,29 +16,32 @@ use Test::More;
 use File::Temp ();
 use PBA::Test::Orphans qw(adopt_orphans);
 use PBA::Test::StoreLife;
+use PBA::Test::StoreLife::Known qw(remember_intact);
 use PBA::Test::StoreLife::Lives qw(run_lives);
 
-my $steps = $ENV{PBA_STEPS} // ($ENV{PBA_FULL} ? 5000 : 400);
+my $steps = $ENV{PBA_STEPS} // ($ENV{PBA_FULL} ? 5000 : 1000);
 $steps = int($steps / 2) if !$ENV{PBA_FULL};
 my $seed = $ENV{PBA_SEED} // 20261129 + ($ENV{PBA_QEMU} ? 500 : 0);
 
 adopt_orphans();    # so that leftovers of a killed process can be waited for
 
 my $tmp = File::Temp->newdir('pba-store-XXXXXXXX', TMPDIR => 1);
-mkdir("$tmp/$_") or die "mkdir: $!\n" for qw(disk scratch tmp);
-$ENV{TMPDIR} = "$tmp/tmp";
+mkdir("$tmp/$_") or die "mkdir: $!\n" for qw(disk fast);
 my $is_mounted = system("mount -t tmpfs -o size=48m tmpfs $tmp/disk 2>/dev/null") == 0;
-my $is_fast = $is_mounted && system("mount -t tmpfs tmpfs $tmp/scratch 2>/dev/null") == 0;
+my $is_fast = $is_mounted && system("mount -t tmpfs tmpfs $tmp/fast 2>/dev/null") == 0;
+mkdir("$tmp/fast/$_") or die "mkdir: $!\n" for qw(scratch tmp);
+$ENV{TMPDIR} = "$tmp/fast/tmp";
+remember_intact();
 note('needs root for a disk of its own: none is full, none is read-only') if !$is_mounted;
 
 run_lives(
     'PBA::Test::StoreLife', $steps,
     seed => $seed,
     dir => "$tmp/disk",
-    scratch => "$tmp/scratch",
+    scratch => "$tmp/fast/scratch",
     is_mounted => $is_mounted,
 );
 system('umount', "$tmp/disk") if $is_mounted;
-system('umount', "$tmp/scratch") if $is_fast;
+system('umount', "$tmp/fast") if $is_fast;
 
 done_testing;

@@ -153,4 +153,18 @@ for my $kind (sort keys %headers) {
     };
 }
 
+subtest 'each reader of a manifest gets its own' => sub {
+    require PVE::BackupAccess::Provider::Store::Manifest;
+    my $decode = \&PVE::BackupAccess::Provider::Store::Manifest::decode_manifest;
+    my ($first, $second) = map { $decode->('{"devices":{"a":{"size":1}}}') } 1, 2;
+    $first->{devices}{a}{parent} = 'other';
+    is_deeply(
+        $second,
+        { devices => { a => { size => 1 } } },
+        'a change is not seen by another reader'
+    );
+    is_deeply($decode->('{"devices":{"a":{"size":1}}}'), $second, 'nor by a later one');
+    is($decode->('{"devices":'), undef, 'a text that is not JSON is no manifest') for 1, 2;
+};
+
 done_testing;

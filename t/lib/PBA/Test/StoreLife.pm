@@ -316,7 +316,6 @@ sub _note_gone ($self, $store) {
 sub _flip ($self, @) {
     my $store = $self->{store};
     my $flipped = flip_bit($store->{path}) // return undef;
-    forget();
     $self->{count}{'bits flipped'}++;
     $self->_tell("flip in $flipped->{file}");
     my ($place, $file) = $flipped->@{qw(place file)};
@@ -354,7 +353,6 @@ sub _move ($self, $guest) {
     rename($self->{store}{path}, $path) or die "rename: $!\n";
     $self->_tell("moved to $path");
     $self->{store}{path} = $path;
-    forget();
     return $self->_look_at_spoilt($self->{store});
 }
 

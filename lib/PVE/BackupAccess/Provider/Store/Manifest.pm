@@ -8,6 +8,7 @@ use v5.36;
 use Digest::SHA qw(sha256_hex);
 use Exporter qw(import);
 use JSON::PP ();
+use Storable qw(dclone);
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Try qw(attempt_any);
@@ -20,6 +21,11 @@ our $name_pattern
     = qr/((?:19|2[0-9])[0-9]{2}(?:0[1-9]|1[0-2])(?:0[1-9]|[12][0-9]|3[01])T(?:[01][0-9]|2[0-3])[0-5][0-9][0-5][0-9]Z)/;
 
 my $json = JSON::PP->new->utf8->canonical->pretty;
+
+# Text => what it decodes to. A prune reads the manifests of a chain of 100 archives 5,000 times, and JSON::PP takes 2 ms
+# for each.
+my (%decoded, $decoded_bytes);
+my $most_bytes = 4 << 20;
 
 my sub fail ($class, $message) { PVE::BackupAccess::Error->throw($class, $message) }
 
@@ -58,8 +64,12 @@ sub has_its_digest ($text) {
 
 # Returns undef if the text is not JSON.
 sub decode_manifest ($text) {
-    my $manifest;
+    my $manifest = $decoded{$text};
+    return dclone($manifest) if $manifest;
     attempt_any { $manifest = $json->decode($text) };
+    return $manifest if !ref($manifest);
+    (%decoded, $decoded_bytes) = () if ($decoded_bytes += length($text)) > $most_bytes;
+    $decoded{$text} = dclone($manifest) if length($text) < $most_bytes;
     return $manifest;
 }
 

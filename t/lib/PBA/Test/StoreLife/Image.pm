@@ -15,12 +15,18 @@ our @EXPORT_OK = qw(digest_of forget state_of);
 my $most = 64 << 20;
 my $longest = 120;                         # images in a chain
 my $offset_bits = (1 << 56) - (1 << 9);    # in a table's entry
-my %cache;    # path => [state of the chain, digest of the content, path of the backing file]
+my %cache;    # inode => [state of the chain, digest of the content, name of the backing file]
 
-# A state that changes when a file does, unless the file's time is set back: then call forget. A copy of the file that
-# keeps its time has the same state.
+# A state that changes when a file does, unless the file's time is set back. A copy of the file that keeps its time has the
+# same state.
 sub state_of ($path) {
     return join(' ', (Time::HiRes::stat($path))[7, 9]);
+}
+
+# The inode, and a state that changes even then.
+my sub inode_of ($path) {
+    my ($device, $inode, $time) = (Time::HiRes::stat($path))[0, 1, 10] or die "$path: $!\n";
+    return ("$device $inode", $time);
 }
 
 sub forget () {
@@ -64,19 +70,21 @@ my sub lay_over ($image, $header, $content) {
     return;
 }
 
-# The path of the image's backing file; undef if it has none.
-my sub below ($path, $image, $header) {
+# The name of the image's backing file; undef if it has none.
+my sub below ($image, $header) {
     return undef if !$header->{'backing-at'};
-    my $name = substr($image, $header->{'backing-at'}, $header->{'backing-length'}) // '';
-    return $path =~ s{[^/]+\z}{$name}r;
+    return substr($image, $header->{'backing-at'}, $header->{'backing-length'}) // '';
 }
+
+my sub beside ($path, $name) { return $path =~ s{[^/]+\z}{$name}r }
 
 my sub chain_state ($path) {
     my $state = '';
     for (1 .. $longest) {
-        $state .= state_of($path) . "\n";
-        my $known = $cache{$path} // return $state;
-        $path = $known->[2] // return $state;
+        my ($inode, $time) = inode_of($path);
+        $state .= "$inode $time\n";
+        my $known = $cache{$inode} // return $state;
+        $path = beside($path, $known->[2] // return $state);
     }
     die "$path: its chain has no end\n";
 }
@@ -84,18 +92,19 @@ my sub chain_state ($path) {
 # The digest of the content, as of Kept.
 sub digest_of ($path, $depth = 0) {
     die "$path: its chain has no end\n" if $depth > $longest;
-    my $known = $cache{$path};
+    my ($inode) = inode_of($path);
+    my $known = $cache{$inode};
     return $known->[1] if $known && $known->[0] eq chain_state($path);
     my $image = slurp($path);
     my $header = header($path, $image);
-    my $below = below($path, $image, $header);
-    my $content = defined($below) ? kept(digest_of($below, $depth + 1)) : '';
+    my $below = below($image, $header);
+    my $content = defined($below) ? kept(digest_of(beside($path, $below), $depth + 1)) : '';
     $content = substr($content, 0, $header->{size});
     $content .= "\0" x ($header->{size} - length($content));
     lay_over($image, $header, \$content);
-    $cache{$path} = ['', keep($content), $below];
-    $cache{$path}[0] = chain_state($path);
-    return $cache{$path}[1];
+    $known = $cache{$inode} = ['', keep($content), $below];
+    $known->[0] = chain_state($path);
+    return $known->[1];
 }
 
 1;

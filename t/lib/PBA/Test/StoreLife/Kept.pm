@@ -14,8 +14,8 @@ my $dir;
 
 sub slurp ($path) {
     open(my $fh, '<:raw', $path) or die "$path: $!\n";
-    local $/ = undef;
-    return scalar(<$fh>) // '';
+    sysread($fh, my $content, -s $fh || 65536) // die "$path: $!\n";
+    return $content;
 }
 
 # From now on, keeps contents in this directory, which must be empty.
