@@ -31,6 +31,7 @@ sub start ($name, $shape = 'blockdev', %more) {
     my %disk = (size => $size, bus => 'scsi', shape => $shape);
     return $Backend->start(
         name => $name,
+        guest => 0,
         disks => [map { { id => $_, %disk } } qw(disk0 disk1)],
         %more,
     );

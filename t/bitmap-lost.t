@@ -13,6 +13,7 @@ my $size = 16 * 1024 * 1024;
 my @ids = qw(disk0 disk1);
 my $backend = PBA::Test::Backend->start(
     name => 'upstream',
+    guest => 0,
     disks => [map { { id => $_, size => $size, format => 'qcow2' } } @ids],
 );
 my $vm = $backend->vm;
@@ -65,7 +66,7 @@ for my $success (1, 0) {
         my @log;
         my $access = access_through(\&remove_background);
         $access->setup($backend->devices('use'));
-        $backend->guest->write($_, 0, 65536, 0x44) for @ids;
+        $backend->write($_, 0, 65536, 0x44) for @ids;
         {
             local $SIG{__WARN__} = sub ($text) { push(@log, $text) };
             ok(!eval { $access->teardown($success); 1 }, 'teardown reports it');
@@ -187,7 +188,7 @@ subtest 'writes while a failure is joined' => sub {
 subtest 'setup fails late' => sub {
     for my $failing (qw(blockdev-reopen transaction copy-before-write snapshot-access)) {
         make_base();
-        $backend->guest->write($_, 65536, 65536, 0x45) for @ids;
+        $backend->write($_, 65536, 65536, 0x45) for @ids;
         my $access = access_through(
             sub ($command, $arguments) {
                 my $what = $command eq 'blockdev-add' ? $arguments->{driver} : $command;

@@ -24,20 +24,21 @@ sub fleecing_bytes ($backend) {
 sub check_backend ($name) {
     my $backend = PBA::Test::Backend->start(
         name => $name,
+        guest => 0,
         disks => [{ id => 'disk0', size => $size }],
     );
     my $device = $backend->device('disk0');
     my $access = $backend->access;
     $access->setup($backend->devices('new'));
     $access->teardown(1);
-    $backend->guest->write('disk0', 8 * $mib, 65536, 0x41);
-    $backend->guest->write('disk0', 40 * $mib, 65536, 0x42);
+    $backend->write('disk0', 8 * $mib, 65536, 0x41);
+    $backend->write('disk0', 40 * $mib, 65536, 0x42);
 
     $access->setup($backend->devices('use'));
     my $volume = $access->volume($device);
-    $backend->guest->write('disk0', 16 * $mib, 8 * $mib, 0x43);
+    $backend->write('disk0', 16 * $mib, 8 * $mib, 0x43);
     cmp_ok(fleecing_bytes($backend), '<', 2 * $mib, 'writes to clean parts are not kept');
-    $backend->guest->write('disk0', 8 * $mib, 65536, 0x44);
+    $backend->write('disk0', 8 * $mib, 65536, 0x44);
     cmp_ok(fleecing_bytes($backend), '>=', 65536, 'a write to a dirty part is kept');
 
     my @regions = $volume->dirty_regions(10);

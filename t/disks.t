@@ -35,14 +35,13 @@ sub read_all ($volume, $byte) {
 
 sub check_kinds ($backend) {
     my @ids = grep { $_ ne 'locked' } $backend->vm->disk_ids;
-    my $guest = $backend->guest;
     for my $id (@ids) {
-        $guest->write($id, 0, $backend->vm->disk($id)->{size}, 0x41);
+        $backend->write($id, 0, $backend->vm->disk($id)->{size}, 0x41);
     }
     my $outside = $backend->outside;
     my $access = $backend->access;
     $access->setup([$backend->devices('use')->@*]);
-    $guest->write($_, 0, 512, 0x42) for @ids;
+    $backend->write($_, 0, 512, 0x42) for @ids;
     for my $id ($backend->vm->disk_ids) {
         my $size = $backend->vm->disk($id)->{size};
         my $volume = $access->volume($backend->device($id));
@@ -198,7 +197,7 @@ sub check_callers_node ($backend) {
     my $outside = $backend->outside;
     my $access = $backend->access(fleecing => { $plain => 'mine' });
     $access->setup($backend->devices('none', 'plain'));
-    $backend->guest->write('plain', 0, 2 * $mib, 0x43);
+    $backend->write('plain', 0, 2 * $mib, 0x43);
     my $file = $vm->fleecing_file('mine');
     cmp_ok((stat($file))[12] * 512, '>=', 2 * $mib, 'old data went to the fleecing image');
     my $volume = $access->volume($plain);
@@ -211,7 +210,12 @@ sub check_callers_node ($backend) {
 
 for my $name (PBA::Test::Backend->names) {
     subtest "backend $name" => sub {
-        my $backend = PBA::Test::Backend->start(name => $name, disks => \@disks, empty_cdrom => 1);
+        my $backend = PBA::Test::Backend->start(
+            name => $name,
+            guest => 0,
+            disks => \@disks,
+            empty_cdrom => 1
+        );
         check_kinds($backend);
         check_refusals($backend);
         check_odd_targets($backend);

@@ -23,8 +23,11 @@ my $kept = 3 * $cluster;
 my $freed = $kept - 64 * $KiB;
 
 sub start () {
-    my $backend
-        = PBA::Test::Backend->start(name => 'pve', disks => [{ id => 'disk0', size => $size }]);
+    my $backend = PBA::Test::Backend->start(
+        name => 'pve',
+        guest => 0,
+        disks => [{ id => 'disk0', size => $size }]
+    );
     my $node = $backend->device('disk0') . '-fleecing';
     $backend->vm->remove_fleecing_node($node);
     $backend->attach_fleecing('disk0', cluster => $cluster);
@@ -77,13 +80,13 @@ for my $mechanism (@mechanisms) {
 
         # Old data that is not zero, because zeroes would take no space.
         my @overwritten = map { $_ * $MiB } 1, 5, 9;
-        $backend->guest->write('disk0', $_, 64 * $KiB, 0x16) for @overwritten;
+        $backend->write('disk0', $_, 64 * $KiB, 0x16) for @overwritten;
         back_up(
             $backend, 'new',
             $mechanism,
             sub ($volume) {
                 my $empty = used($backend, $node);
-                $backend->guest->write('disk0', $_, 64 * $KiB, 0x17) for @overwritten;
+                $backend->write('disk0', $_, 64 * $KiB, 0x17) for @overwritten;
                 my $full = used($backend, $node);
                 cmp_ok($full - $empty, '>=', $kept, 'old data is kept in whole clusters');
                 my $statistics = $volume->copy(to => '/dev/null');
@@ -93,8 +96,8 @@ for my $mechanism (@mechanisms) {
         );
     };
     subtest "$mechanism: parts of clusters" => sub {
-        $backend->guest->write('disk0', 64 * $KiB, 64 * $KiB, 0x18);
-        $backend->guest->write('disk0', 6 * $MiB + 512 * $KiB, 4 * $MiB, 0x19);
+        $backend->write('disk0', 64 * $KiB, 64 * $KiB, 0x18);
+        $backend->write('disk0', 6 * $MiB + 512 * $KiB, 4 * $MiB, 0x19);
         back_up(
             $backend, 'use',
             $mechanism,

@@ -61,7 +61,7 @@ sub check_fork ($backend) {
 sub check_scope ($backend, $outside) {
     my @warnings;
     local $SIG{__WARN__} = sub ($text) { push(@warnings, $text) };
-    $backend->guest->write('disk0', 0, 65536, 0x61);
+    $backend->write('disk0', 0, 65536, 0x61);
     {
         my $access = $backend->access;
         $access->setup($backend->devices('use'));
@@ -167,7 +167,7 @@ sub check_foreign_server ($backend, $outside) {
 sub check_foreign_bitmap ($backend) {
     my $vm = $backend->vm;
     $vm->qmp('block-dirty-bitmap-add', node => 'disk0', name => 'theirs', granularity => 65536);
-    $backend->guest->write('disk0', 0, 65536, 0x62);
+    $backend->write('disk0', 0, 65536, 0x62);
     for my $step ([new => 1], [use => 0], [use => 1], [none => 1]) {
         my ($mode, $success) = $step->@*;
         my $access = $backend->access;
@@ -175,7 +175,7 @@ sub check_foreign_bitmap ($backend) {
         $access->volumes('nbd');
         $access->teardown($success);
     }
-    $backend->guest->write('disk0', 1 << 20, 65536, 0x63);
+    $backend->write('disk0', 1 << 20, 65536, 0x63);
     my $theirs = $vm->bitmaps->{disk0}{theirs};
     is($theirs->{count}, 2 * 65536, "the other program's bitmap has all its bits");
     is_deeply([$theirs->@{qw(recording busy)}], [1, 0], "the other program's bitmap records");
@@ -219,7 +219,7 @@ sub check_end_below_copy ($backend, $mechanism) {
 
 for my $name (PBA::Test::Backend->names) {
     subtest "backend $name" => sub {
-        my $backend = PBA::Test::Backend->start(name => $name, disks => \@disks);
+        my $backend = PBA::Test::Backend->start(name => $name, guest => 0, disks => \@disks);
         my $outside = $backend->outside;
         check_fork($backend);
         is_deeply($backend->outside, $outside, 'nothing is left');

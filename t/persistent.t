@@ -21,6 +21,7 @@ my $size = 16 * $mib;
 sub start () {
     my $backend = $Backend->start(
         name => 'upstream',
+        guest => 0,
         disks => [{ id => 'disk0', size => $size, format => 'qcow2', shape => 'drive' }],
     );
     return ($backend, PBA::Test::Repository->new($backend));
@@ -35,11 +36,11 @@ sub restored_is ($backend, $repository, $name) {
 subtest 'persistent bitmap, clean restart' => sub {
     my ($backend, $repository) = start();
     my %options = (options => { persistent => 1 });
-    $backend->guest->write('disk0', 0, $size, 0x31);
+    $backend->write('disk0', 0, $size, 0x31);
     $repository->backup(mode => 'new', success => 1, %options);
-    $backend->guest->write('disk0', 3 * $mib, 65536, 0x32);
+    $backend->write('disk0', 3 * $mib, 65536, 0x32);
     $backend->restart;
-    $backend->guest->write('disk0', 7 * $mib, 65536, 0x33);
+    $backend->write('disk0', 7 * $mib, 65536, 0x33);
     my $result = $repository->backup(mode => 'use', success => 1, %options);
     is($result->{disk0}{action}, 'used', 'the bitmap is used');
     is($result->{disk0}{bytes}, 2 * 65536,
@@ -59,20 +60,20 @@ subtest 'bitmap that is not persistent, clean restart' => sub {
 # During the access, the guest writes, QEMU quits and is started again: the result is that of a failed backup.
 sub quit_in_mid_access (%options) {
     my ($backend, $repository) = start();
-    $backend->guest->write('disk0', 0, $size, 0x31);
+    $backend->write('disk0', 0, $size, 0x31);
     $repository->backup(mode => 'new', success => 1, options => \%options);
-    $backend->guest->write('disk0', 2 * $mib, 65536, 0x32);
+    $backend->write('disk0', 2 * $mib, 65536, 0x32);
     my $access = $backend->access(%options);
     $access->setup($backend->devices('use'));
     $access->volumes('nbd');
-    $backend->guest->write('disk0', 4 * $mib, 65536, 0x33);
+    $backend->write('disk0', 4 * $mib, 65536, 0x33);
     $backend->vm->quit;
     ok(!eval { $access->teardown(1); 1 }, 'teardown after QEMU has quit is an error');
     is($@->class, 'ConnectionError', 'the error has the class ConnectionError');
     is_deeply([$backend->left_files], [], 'nothing local is left');
     undef $access;
     $backend->restart;
-    $backend->guest->write('disk0', 6 * $mib, 65536, 0x34);
+    $backend->write('disk0', 6 * $mib, 65536, 0x34);
     my $result = $repository->backup(mode => 'use', success => 1, options => \%options);
     restored_is($backend, $repository, 'after the next backup');
     is_deeply($backend->other_bitmaps, [], 'no background bitmap is left');

@@ -125,7 +125,7 @@ sub check_own ($backend) {
 
 sub check_danger () {
     my $backend
-        = $Backend->start(name => 'pve', disks => [{ id => 'disk0', size => $size }]);
+        = $Backend->start(name => 'pve', guest => 0, disks => [{ id => 'disk0', size => $size }]);
     plan(skip_all => 'not on a QEMU with Proxmox\' commands') if !$backend->front;
     my $client = $Client->start(
         sub ($tell) {
@@ -324,7 +324,7 @@ sub check_mounts ($backend) {
 
 for my $name ($Backend->names) {
     my $backend
-        = $Backend->start(name => $name, disks => [{ id => 'disk0', size => $size }]);
+        = $Backend->start(name => $name, guest => 0, disks => [{ id => 'disk0', size => $size }]);
     subtest "backend $name: a live client" => sub { check_live($backend) };
     subtest "backend $name: a live object" => sub { check_own($backend) };
     subtest "backend $name: told not to recover" => sub { check_unasked($backend) };

@@ -67,6 +67,7 @@ sub check_fleecing ($backend, $status, @devices) {
 sub check_backend ($name) {
     my $backend = PBA::Test::Backend->start(
         name => $name,
+        guest => 0,
         disks => [map { { id => $_, size => $size, format => 'qcow2', throttle => 1 } } @ids],
     );
     my $block = $name eq 'pve' ? 4 * $mib : 65536;
@@ -76,7 +77,7 @@ sub check_backend ($name) {
     my $base = $backend->access;
     $base->setup($backend->devices('new'));
     $base->teardown(1);
-    $backend->guest->write('disk0', 0, 65536, 0x41);
+    $backend->write('disk0', 0, 65536, 0x41);
     check_bitmaps(
         $backend,
         check_idle($backend, 'with bitmaps'),
@@ -103,7 +104,7 @@ sub check_while_up ($backend, $block) {
         }
     );
     my $pid = $client->pid;
-    $backend->guest->write($_, 0, 65536, 0x42) for @ids;
+    $backend->write($_, 0, 65536, 0x42) for @ids;
     my $status = $backend->status;
     check_access($status, pid => $pid, alive => 1, devices => \@devices);
     is_deeply($status->{'left-overs'}, [], 'what a live process has is not a leftover');

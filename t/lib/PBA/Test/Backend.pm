@@ -90,6 +90,12 @@ sub restart ($self, @args) {
 sub name ($self) { return $self->{name} }
 sub vm ($self) { return $self->{vm} }
 sub guest ($self) { return $self->{vm}->guest }
+
+# Writes as the guest does: by its system, or by QEMU if it has none.
+sub write ($self, $id, $offset, $length, $byte) {
+    return $self->guest->write($id, $offset, $length, $byte) if $self->{vm}{opt}{guest};
+    return $self->{vm}->qemu_io($id, "write -P $byte $offset $length");
+}
 sub front ($self) { return $self->{front} }
 sub device ($self, $id) { return $self->{vm}->disk($id)->{device} }
 sub qmp_path ($self) { return $self->{front} ? $self->{front}->socket_path : $self->{vm}->qmp_path }
