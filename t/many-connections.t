@@ -5,10 +5,14 @@ use v5.36;
 use lib 't/lib';
 
 use IO::Socket::UNIX ();
+use POSIX ();
 use Test::More;
+use Time::HiRes qw(sleep);
 
 use PBA::Test::Backend;
 
+my $Backend = 'PBA::Test::Backend';
+my $Volume = 'PVE::BackupAccess::Volume';
 my $count = 120;
 
 # A client that sends nothing: QEMU before 8.2 would wait for it in nbd-server-stop, with the guest stopped.
@@ -57,12 +61,72 @@ sub check_late_client ($backend) {
     return;
 }
 
-for my $name (PBA::Test::Backend->names) {
+sub in_child ($code) {
+    my $pid = fork() // die "fork: $!\n";
+    return $pid if $pid;
+    $code->();
+    POSIX::_exit(0);
+}
+
+# A copy's second connection comes while QEMU drains the disk for a reset, as at a guest's boot: QEMU (10.2) waits
+# until this connection ends. A slow read of another client makes the drain long enough.
+sub check_connection_during_drain ($mechanism, $open, $read) {
+    my $size = 1 << 20;
+    my $slow = 'drive.drive-disk0.file';
+    my $backend = $Backend->start_paused(
+        name => 'pve',
+        disks => [{ id => 'disk0', size => $size, shape => 'drive', file => 'null-co://' }],
+        args => [
+            qw(-action reboot=reset),
+            ('-set', "$slow.size=$size"),
+            ('-set', "$slow.latency-ns=1500000000"),
+        ],
+    );
+    my $access = $backend->access;
+    $access->setup($backend->devices('new'));
+    my $device = $backend->device('disk0');
+    my $volume = $access->volumes($mechanism)->{$device};
+    my $nbd = $access->volumes('nbd')->{$device};
+    my $opened = $open->($device, $volume);
+    my $reader = in_child(sub { $Volume->open($device, $nbd)->pread(0, 4096) });
+    sleep(0.3);
+    my $resetter = in_child(sub { $backend->vm->qmp('system_reset') });
+    sleep(0.3);
+    local $SIG{ALRM} = sub { die "no answer\n" };
+    alarm(30);
+    my $length = eval { $read->($opened) };
+    is($length, $size, "$mechanism: all data is read") or diag($@);
+    ok(eval { $backend->vm->qmp('query-status') }, "$mechanism: QEMU goes on");
+    alarm(0);
+    waitpid($_, 0) for $reader, $resetter;
+    undef($opened);
+    $access->teardown(1);
+    return;
+}
+
+sub copy_volume ($volume) {
+    my $length = 0;
+    $volume->copy(to => sub ($offset, $data) { $length += length($data) });
+    return $length;
+}
+
+# Asks for data first, for which the file's server makes another connection.
+sub read_file ($handle) {
+    my $seek_data = 3;
+    sysseek($handle, 0, $seek_data) // die "lseek: $!\n";
+    my $length = 0;
+    while (my $count = sysread($handle, my $data, 1 << 20)) {
+        $length += $count;
+    }
+    return $length;
+}
+
+for my $name ($Backend->names) {
     subtest $name => sub {
 
         # If a client connects while QEMU (to 10.2) drains the disk, as at a reset of its controller by the firmware, QEMU
         # waits until the client has gone (doc/reliability.md).
-        my $backend = PBA::Test::Backend->start_paused(
+        my $backend = $Backend->start_paused(
             name => $name,
             disks => [{ id => 'disk0', size => 1 << 20 }],
         );
@@ -74,7 +138,7 @@ for my $name (PBA::Test::Backend->names) {
         for my $n (1 .. $count) {
             local $SIG{ALRM} = sub { die "no answer\n" };
             alarm(10);
-            my $volume = eval { PVE::BackupAccess::Volume->open($device, $volumes->{$device}) }
+            my $volume = eval { $Volume->open($device, $volumes->{$device}) }
                 or last;
             alarm(0);
             push(@open, $volume);
@@ -89,6 +153,13 @@ for my $name (PBA::Test::Backend->names) {
         }
         $backend->check_manners;
     };
+}
+
+if (PBA::Test::VM->is_proxmox) {
+    my $open_volume = sub (@volume) { return $Volume->open(@volume) };
+    check_connection_during_drain('nbd', $open_volume, \&copy_volume);
+    my $open_file = sub ($device, $volume) { return $volume->{'file-handle'} };
+    check_connection_during_drain('file-handle', $open_file, \&read_file);
 }
 
 done_testing();

@@ -428,7 +428,7 @@ bool pba_exports_remove(PbaAccess *access, bool *is_shared, GError **error)
      * done. */
     if (access->socket) {
         g_autofree char *path = pba_user_run_path(access, access->socket); /* as it was bound */
-        pba_connections_cut(path);
+        pba_connections_cut(path, 0);
     }
     return remove_exports(access, is_shared, error);
 }

@@ -36,6 +36,13 @@ static bool open_more(NbdSource *self, unsigned connections, GError **error)
         if (!nbd) {
             return false;
         }
+        if (!pba_nbd_keep_newer(self->connections[0], &nbd, error)) {
+            pba_volume_free(nbd ? &nbd->volume : NULL);
+            return false;
+        }
+        if (!nbd) {
+            return true; /* fewer connections are only slower */
+        }
         self->connections[self->count++] = nbd;
     }
     return true;

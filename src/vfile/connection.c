@@ -18,6 +18,8 @@ struct PbaConnection {
     GQueue in_flight;      /* PbaRequest.link */
     GQueue unfinished;     /* trims with a piece still to be sent, PbaRequest.link */
     gint64 deadline;       /* by which the server must answer while requests are in flight */
+    gint64 answered;       /* when the last answer came */
+    gint64 late;           /* from then on, QEMU may be waiting for a map's connection to end */
     gint is_threads;       /* the thread receives the requests in flight; atomic */
     GMutex mutex;          /* protects all members below */
     PbaRequest *submitted; /* newest first */
@@ -120,6 +122,12 @@ static int64_t send_piece(PbaConnection *connection, PbaRequest *request, uint64
                                           chunk, completion, connection->read_flags);
 }
 
+static void expect_answer(PbaConnection *connection)
+{
+    connection->deadline = pba_deadline(PBA_NBD_LIMIT_S);
+    connection->late = pba_deadline(PBA_NBD_LATE_S);
+}
+
 /* Sends the next piece of a trim, or a whole read. libnbd may complete a request before the call
  * returns, so the request counts as pending until everything is sent. */
 static void send_request(PbaConnection *connection, PbaRequest *request)
@@ -127,7 +135,7 @@ static void send_request(PbaConnection *connection, PbaRequest *request)
     uint64_t length = request->is_trim ? MIN(request->length, PBA_MAX_DISCARD) : request->length;
 
     if (connection->in_flight.length == 0) {
-        connection->deadline = pba_deadline(PBA_NBD_LIMIT_S);
+        expect_answer(connection);
     }
     request->link = (GList){.data = request};
     g_queue_push_tail_link(&connection->in_flight, &request->link);
@@ -251,7 +259,16 @@ static void watch(PbaConnection *connection, struct pollfd *fd)
 /* Milliseconds for poll(). */
 static int time_left(const PbaConnection *connection)
 {
-    return (int)(MAX(connection->deadline - g_get_monotonic_time(), 0) / 1000) + 1;
+    gint64 until = MIN(connection->deadline, connection->late);
+
+    return (int)(MAX(until - g_get_monotonic_time(), 0) / 1000) + 1;
+}
+
+/* Without their maps, readers are only slower. */
+static void end_new_maps(PbaConnection *connection)
+{
+    pba_connections_cut(connection->nbd->path, connection->answered);
+    connection->late = pba_deadline(PBA_NBD_LATE_S);
 }
 
 static void receive(PbaConnection *connection, short revents)
@@ -261,8 +278,13 @@ static void receive(PbaConnection *connection, short revents)
     /* A server that is silent for this long counts as lost. */
     int result = late ? -1 : 0;
 
+    if (nbd && !revents && connection->in_flight.length > 0 &&
+        g_get_monotonic_time() >= connection->late) {
+        end_new_maps(connection);
+    }
     if (nbd && revents) {
-        connection->deadline = pba_deadline(PBA_NBD_LIMIT_S);
+        connection->answered = g_get_monotonic_time();
+        expect_answer(connection);
         result = pba_nbd_notify(nbd->handle, pba_nbd_events(nbd->handle), revents);
     }
     if (nbd && (result == -1 || pba_nbd_is_lost(nbd))) {
@@ -350,6 +372,7 @@ PbaConnection *pba_connection_start(PbaNbdVolume *nbd, GError **error)
 {
     PbaConnection *connection = g_new0(PbaConnection, 1);
     connection->nbd = nbd;
+    connection->answered = nbd->made + 1;
     connection->sizes = nbd->volume.sizes;
     connection->wake_fd = pba_wake_new(error);
     connection->done_fd = connection->wake_fd < 0 ? -1 : pba_wake_new(error);

@@ -98,6 +98,7 @@ static bool prepare(PbaNbdVolume *nbd)
 {
     nbd->handle = nbd_create();
     nbd->owner = getpid();
+    nbd->made = 0;
     if (nbd->handle) {
         pba_connection_note(nbd);
     }
@@ -245,6 +246,7 @@ bool pba_nbd_connect(PbaNbdVolume *nbd, GError **error)
     gint64 deadline = pba_deadline(CONNECT_LIMIT_S);
     if (start_connecting(nbd, deadline, error) && finish_connecting(nbd, deadline, error) &&
         check_export(nbd, error)) {
+        pba_connection_made(nbd);
         return true;
     }
     pba_nbd_disconnect(nbd);

@@ -23,6 +23,13 @@ void pba_connection_note(PbaNbdVolume *nbd)
     g_mutex_unlock(&lock);
 }
 
+void pba_connection_made(PbaNbdVolume *nbd)
+{
+    g_mutex_lock(&lock);
+    nbd->made = g_get_monotonic_time();
+    g_mutex_unlock(&lock);
+}
+
 void pba_connection_forget(PbaNbdVolume *nbd)
 {
     g_mutex_lock(&lock);
@@ -39,7 +46,7 @@ static bool leads_to(int fd, const char *socket_path)
            peer.sun_family == AF_UNIX && strcmp(peer.sun_path, socket_path) == 0;
 }
 
-void pba_connections_cut(const char *socket_path)
+void pba_connections_cut(const char *socket_path, gint64 since)
 {
     int ended[2];
 
@@ -51,7 +58,7 @@ void pba_connections_cut(const char *socket_path)
     for (guint i = 0; connected && i < connected->len; i++) {
         const PbaNbdVolume *nbd = connected->pdata[i];
         int fd = nbd_aio_get_fd(nbd->handle);
-        if (leads_to(fd, socket_path)) {
+        if (nbd->made >= since && leads_to(fd, socket_path)) {
             dup3(ended[0], fd, O_CLOEXEC);
         }
     }

@@ -14,6 +14,7 @@ typedef struct {
     char *context;   /* the bitmap of the map; NULL: none */
     bool by_cluster; /* see PBA_BY_CLUSTER */
     pid_t owner;     /* the process that connected: in its children it is only closed */
+    gint64 made;     /* when it was connected, on g_get_monotonic_time's clock; 0: it is not yet */
 } PbaNbdVolume;
 
 /* pba_volume_open, as one of these. */
@@ -22,6 +23,9 @@ PbaNbdVolume *pba_nbd_open(const PbaVolumeOptions *options, const PbaHooks *hook
  * zeroes (NBD spec: the base:allocation context), the new volume has a context. */
 PbaNbdVolume *pba_nbd_open_allocation(const PbaVolumeOptions *options, const PbaHooks *hooks,
                                       GError **error);
+/* Closes *newer, a later connection to the same export, and sets it to NULL if nbd is not answered
+ * for some seconds: QEMU may wait until *newer ends, with the guest (newer.c). */
+bool pba_nbd_keep_newer(PbaNbdVolume *nbd, PbaNbdVolume **newer, GError **error);
 /* Whether a path is a URI, a URI over TLS, a URI for which libnbd may block while it connects, and
  * a URI that may be used: else PBA_ERROR_ARGUMENT. */
 bool pba_uri_is(const char *path);
@@ -50,9 +54,14 @@ PbaNbdVolume *pba_nbd_least_busy(PbaNbdVolume *const *connections, unsigned coun
 void pba_nbd_disconnect(PbaNbdVolume *nbd);
 /* Registers a volume with a handle, so that pba_connections_cut finds its connection. */
 void pba_connection_note(PbaNbdVolume *nbd);
+void pba_connection_made(PbaNbdVolume *nbd);
 void pba_connection_forget(PbaNbdVolume *nbd);
-/* Ends all connections of this process to the server at that socket, also those in use. */
-void pba_connections_cut(const char *socket_path);
+/* Ends all connections of this process to the server at that socket, also those in use, that were
+ * made since then (g_get_monotonic_time); 0: all. */
+void pba_connections_cut(const char *socket_path, gint64 since);
+/* Without an answer for that long, QEMU may be waiting for a later connection to the same export to
+ * end (newer.c). */
+#define PBA_NBD_LATE_S 3
 /* Registers an export of PBA_BY_CLUSTER whose server may still be carrying out requests of a closed
  * connection. This process does not use the export any more. */
 void pba_export_note_cut(const PbaNbdVolume *nbd);
