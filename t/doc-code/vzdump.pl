@@ -150,6 +150,7 @@ sub check_good ($plugin, %opt) {
 
 my %failures = (
     start => { call => 'start', error => qr/\Astart failed$/ },
+    recover => { command => 'query-named-block-nodes', error => qr/not today/ },
     prepare => { call => 'attach', error => qr/\Aattach failed$/ },
     mechanism =>
         { provider => 'backup_get_mechanism', error => qr/\Abackup_get_mechanism failed$/ },
