@@ -450,4 +450,35 @@ subtest 'a prune and a backup beside an archive of a later version' => sub {
     );
 };
 
+subtest 'damage that a restore finds is stored again by the next backup' => sub {
+    my ($chain, @names) = with_three_archives();
+    rot($chain->path_of($names[1], "$device.qcow2"), 1024 * $KiB + 77);
+    is($chain->next_modes->{$device}, 'use', 'nobody has read the damaged block yet');
+    my ($status) = $chain->restored_by_command($names[2], $device);
+    is($status, 1, 'a restore reports it');
+    is_deeply(
+        [map { $_->{damaged} ? 1 : 0 } $chain->provider->list->@*],
+        [0, 1, 1],
+        'the archive with it is noted, and with it what builds on it'
+    );
+    is($chain->next_modes->{$device}, 'new', 'the next backup is full');
+};
+
+subtest 'parts of ranges that are not in others' => sub {
+    my $tebi = 1 << 40;
+    for my $case (
+        [[[0, $tebi]], [[0, $tebi]], []],
+        [[[0, $tebi]], [], [[0, $tebi]]],
+        [[[0, 10]], [[2, 3], [7, 1]], [[0, 2], [5, 2], [8, 2]]],
+        [[[4, 4], [10, 2]], [[0, 5], [7, 4]], [[5, 2], [11, 1]]],
+        [[[4, 4]], [[0, 4], [8, 4]], [[4, 4]]],
+        [[], [[0, 4]], []],
+        )
+    {
+        my ($ranges, $known, $left) = $case->@*;
+        my @found = PVE::BackupAccess::Provider::Store::Content::beyond($ranges, $known);
+        is_deeply(\@found, $left, $json->encode([$ranges, $known]));
+    }
+};
+
 done_testing;

@@ -16,7 +16,8 @@ use PVE::BackupAccess::CLI::Progress;
 use PVE::BackupAccess::File qw(file_exists fingerprint read_file);
 use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Image::InUse qw(devices_over has_writer);
-use PVE::BackupAccess::Provider::Store::Content qw(by_blocks describe describe_unread joined);
+use PVE::BackupAccess::Provider::Store::Content
+    qw(add_range by_blocks describe describe_unread joined);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw($cluster_size create_image);
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use PVE::BackupAccess::Try qw(attempt attempt_any ensure);
@@ -244,8 +245,8 @@ my sub copy ($job, $device, $size, $file) {
                 progress => $tell,
                 @options,
                 %expected,
-                %expected ? (damaged => sub (@range) { push(@damage, [@range]) }) : (),
-                unreadable => sub (@range) { push(@unread, [@range]) },
+                %expected ? (damaged => sub (@range) { add_range(\@damage, @range) }) : (),
+                unreadable => sub (@range) { add_range(\@unread, @range) },
                 %how
             );
         };
@@ -255,7 +256,7 @@ my sub copy ($job, $device, $size, $file) {
     my $fill = -b $file ? \&fill_device : $fill{ $job->{format} };
     my $end = sub (@) {
         $progress->end;
-        $provider->restore_vm_volume_cleanup($volname, $device, {});
+        $provider->restore_vm_volume_cleanup($volname, $device, { damaged => [joined(@damage)] });
     };
     ensure(sub { $fill->($job, $file, $size, $copy) }, $end);
     return ([joined(@damage)], [joined(@unread)]);

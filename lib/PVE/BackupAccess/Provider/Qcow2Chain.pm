@@ -394,7 +394,8 @@ Errors: C<ArchiveError> if there is no such device; C<UnsupportedError> if a fil
 
 =head2 restore_vm_volume_cleanup
 
-Takes C<$volname>, the device and a hash. Ends what L</restore_vm_volume_init> started.
+Takes C<$volname>, the device and a hash. Ends what L</restore_vm_volume_init> started. C<damaged> in the hash is an array
+ref of the ranges, as C<[$offset, $length]>, that do not match the digests. They are noted, like damage that L</verify> finds.
 
 =head2 restore_vm_cleanup
 

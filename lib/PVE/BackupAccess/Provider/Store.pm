@@ -382,6 +382,7 @@ sub server ($self, $volname, $device) { return $self->{restores}{$volname}{$devi
 
 sub restore_vm_volume_cleanup ($self, $volname, $device, $info) {
     my $restore = delete($self->{restores}{$volname}{$device}) // return;
+    $restore->note_damage($info->{damaged});
     $restore->stop;
     $restore->check;
     return;

@@ -11,24 +11,17 @@ use List::Util qw(min);
 
 use PVE::BackupAccess::Clock qw(now);
 use PVE::BackupAccess::Error;
-use PVE::BackupAccess::Provider::Store::Digests qw(each_digest is_known);
+use PVE::BackupAccess::Provider::Store::Digests qw(each_digest known_in);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(commit_image extents image_problem);
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
 use PVE::BackupAccess::Provider::Store::Content
-    qw(compare damage describe describe_unread joined problem_of);
+    qw(add_range beyond compare damage describe describe_unread joined problem_of);
 use PVE::BackupAccess::Try qw(attempt rethrow);
 
-our @EXPORT_OK = qw(chain_damage check_image content_problem merge_damage merge_image);
+our @EXPORT_OK = qw(chain_damage check_image content_problem merge_damage merge_image note_ranges);
 
 my $Error = 'PVE::BackupAccess::Error';
 my $Server = 'PVE::BackupAccess::Provider::Qcow2Chain::Server';
-
-my sub offsets ($block, @ranges) {
-    return map {
-        my ($offset, $length) = $_->@*;
-        map { $offset + $_ * $block } 0 .. ($length - 1) / $block
-    } @ranges;
-}
 
 # Writes the archive's own data of the device into the image that it builds on, and reads it back there. The archive's own
 # image stays as it is until the caller replaces it, so a merge that goes wrong loses nothing. Earlier damage remains
@@ -36,64 +29,75 @@ my sub offsets ($block, @ranges) {
 sub merge_image ($archive, $device, $into) {
     my $digests = $archive->digests($device);
     return commit_image($archive->image($device)) if !defined($digests);    # version 0.1
-    my $about = $archive->device($device);
-    my $block = $about->{digests}{block};
+    my $size = $archive->device($device)->{size};
 
     # Before the merge: afterwards, damage by the merge could not be told from earlier damage.
-    my @damage = $archive->is_intact($device) ? () : damage($archive, $device);
-    my %known = map { $_ => 1 } offsets($block, @damage);
-    $archive->note_damage($device, 1) if %known;
+    my @known = $archive->is_intact($device) ? () : damage($archive, $device);
+    $archive->note_damage($device, 1) if @known;
     commit_image($archive->image($device));
-    my ($damage, $unread) = compare(sub () { $Server->start($into) }, $about->{size}, $digests);
+    my ($damage, $unread) = compare(sub () { $Server->start($into) }, $size, $digests);
     $Error->throw('SystemError', "$into: " . describe_unread($unread->@*), device => $device)
         if $unread->@*;
-    my @new = grep { !$known{$_} } offsets($block, $damage->@*);
+    my @new = beyond($damage, \@known);
     $Error->throw(
         'ContentError',
-        "device $device: the merged image $into lacks what was merged - "
-            . describe(joined(map { [$_, min($block, $about->{size} - $_)] } @new)),
+        "device $device: the merged image $into lacks what was merged - " . describe(@new),
         device => $device
     ) if @new;
     return;
 }
 
+# Returns a function that returns the extent of an image, without its backing file, at an offset: its end, undef behind the last
+# one; whether the image holds it, and whether it holds zeroes there. It must be called with ascending offsets.
+my sub extents_by_offset ($image) {
+    my $next = extents($image);
+    my @extent = (0);
+    return sub ($offset) {
+        @extent = $next->() while defined($extent[0]) && $extent[0] <= $offset;
+        return @extent;
+    };
+}
+
+# Whether the image holds all of a block, and, unless these are zeroes, other data than zeroes. Of other data, a part may be
+# zeroes: a file system that stores none shows a hole there.
+my sub is_held ($extent_at, $offset, $length, $is_zeroes) {
+    for (my ($at, $end) = ($offset); $at < $offset + $length; $at = $end) {
+        ($end, my ($is_there, $is_zero)) = $extent_at->($at);
+        return 0 if !$is_there;
+        $is_zeroes ||= !$is_zero;
+    }
+    return $is_zeroes;
+}
+
+# Adds the parts of a range that the image holds to the ranges.
+my sub add_held ($held, $extent_at, $at, $until) {
+    while ($at < $until) {
+        my ($end, $is_there) = $extent_at->($at);
+        $end = min($end // $until, $until);
+        add_range($held, $at, $end - $at) if $is_there;
+        $at = $end;
+    }
+    return;
+}
+
 # What the tables of the closed image get wrong: the blocks that have digests, and that the image does not hold itself; and
 # the ranges that an increment holds although it has no digests of them, which would hide what it builds on. Zeroes may be
-# stored as data or as zeroes. Of other data, a part may be zeroes: a file system that stores none shows a hole there. An
-# image without a backing file need not hold zeroes.
+# stored as data or as zeroes. An image without a backing file need not hold zeroes.
 my sub wrong_tables ($archive, $device) {
-    my $next = extents($archive->image($device));
-    my ($parent) = $archive->parent_of($archive->own($device));
-    my ($end, $is_there, $is_zero, $told, %zeroes, @lost, @stray) = (0, 0, 0, 0);
-    my $find = sub ($offset) {
-        while (defined($end) && $end <= $offset) {
-            ($end, $is_there, $is_zero) = $next->();
-        }
-        return defined($end) && $is_there;
+    my $extent_at = extents_by_offset($archive->image($device));
+    my $size = $archive->device($device)->{size};
+    my ($is_increment) = $archive->parent_of($archive->own($device));
+    my ($told, $lost, $stray, %zeroes) = (0, [], []);
+    my $code = sub ($offset, $length, $digest) {
+        add_held($stray, $extent_at, $told, $offset) if $is_increment;
+        $told = $offset + $length;
+        my $zeroes = $zeroes{$length} //= sha256("\0" x $length);
+        add_range($lost, $offset, $length)
+            if !is_held($extent_at, $offset, $length, $digest eq $zeroes);
     };
-    my $no_digests = sub ($begin, $until) {
-        for (my $at = $begin; defined($parent) && $at < $until; $at = $end // $until) {
-            push(@stray, [$at, min($end, $until) - $at]) if $find->($at);
-        }
-    };
-    each_digest(
-        $archive->digests($device),
-        sub ($offset, $length, $digest) {
-            $no_digests->($told, $offset);
-            $told = $offset + $length;
-            my $is_held = $digest eq ($zeroes{$length} //= sha256("\0" x $length));
-            for (my $at = $offset; $at < $told; $at = $end) {
-                if (!$find->($at)) {
-                    $is_held = 0;
-                    last;
-                }
-                $is_held ||= !$is_zero;
-            }
-            push(@lost, [$offset, $length]) if !$is_held;
-        }
-    );
-    $no_digests->($told, $archive->device($device)->{size});
-    return ([joined(@lost)], [joined(@stray)]);
+    each_digest($archive->digests($device), $code);
+    add_held($stray, $extent_at, $told, $size) if $is_increment;
+    return ($lost, $stray);
 }
 
 my sub stray ($archive, $device) {
@@ -123,16 +127,18 @@ sub check_image ($archive, $device, $log) {
     return;
 }
 
-# The blocks of a range for which none of the files has a digest.
-my sub without_known ($range, $block, @files) {
-    return $range if !@files;
-    my ($offset, $length) = $range->@*;
-    my @left;
-    for (my $at = $offset; $at < $offset + $length; $at += $block) {
-        push(@left, [$at, min($block, $offset + $length - $at)])
-            if !grep { is_known($_, $at) } @files;
+# The blocks of the ranges for which none of the files has a digest.
+my sub without_known ($ranges, $block, @files) {
+    return $ranges->@* if !@files || !$ranges->@*;
+    my @is_known = map { known_in($_) } @files;
+    my $left = [];
+    for my $range ($ranges->@*) {
+        my ($at, $end) = ($range->[0], $range->[0] + $range->[1]);
+        for (; $at < $end; $at += $block) {
+            add_range($left, $at, min($block, $end - $at)) if !grep { $_->($at) } @is_known;
+        }
     }
-    return joined(@left);
+    return $left->@*;
 }
 
 # The damage of an archive's own image: its data, and what its tables show beside that. If one of them is damaged, an error in
@@ -182,11 +188,22 @@ sub chain_damage ($seen, $device, @chain) {
         my $ranges = $seen->{ $archive->revision }{ $archive->own($device) }
             //= [own_damage($archive, $device)];
         my $block = $archive->device($device)->{digests}{block};
-        my @visible = map { without_known($_, $block, @newer) } $ranges->@*;
+        my @visible = without_known($ranges, $block, @newer);
         push(@found, [$archive, @visible]) if @visible;
         push(@newer, $archive->digests($device));
     }
     return @found;
+}
+
+# Notes for each archive of the chain that it is damaged if the first one shows data of it in these ranges.
+sub note_ranges ($ranges, $device, @chain) {
+    for my $archive (@chain) {
+        my $block = $archive->device($device)->{digests}{block};
+        my @older = without_known($ranges, $block, $archive->digests($device));
+        $archive->note_damage($device, 1) if beyond($ranges, \@older);
+        $ranges = \@older;
+    }
+    return;
 }
 
 1;

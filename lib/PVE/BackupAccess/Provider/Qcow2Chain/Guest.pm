@@ -12,7 +12,7 @@ use PVE::BackupAccess::Format qw(bytes);
 use PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 use PVE::BackupAccess::Provider::Store::Content qw(is_damage problem_of);
 use PVE::BackupAccess::File qw(file_exists remove_tree);
-use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(content_problem merge_damage);
+use PVE::BackupAccess::Provider::Qcow2Chain::Content qw(content_problem merge_damage note_ranges);
 use PVE::BackupAccess::Provider::Qcow2Chain::Image qw(check_opening);
 use PVE::BackupAccess::Try qw(attempt reason);
 
@@ -87,6 +87,10 @@ sub device_problem ($self, $name, $device) {
 sub restorable ($self, $name, $device) {
     my @chain = $self->chain($name, $device);
     return ($chain[0], $self->headers_problem($device, @chain));
+}
+
+sub note_damage_in ($self, $name, $device, $ranges) {
+    return note_ranges($ranges, $device, $self->chain($name, $device));
 }
 
 sub headers_problem ($self, $device, @chain) {

@@ -13,7 +13,7 @@ use PVE::BackupAccess::Try qw(attempt reason rethrow);
 use PVE::BackupAccess::Volume;
 
 our @EXPORT_OK
-    = qw(by_blocks check_base check_stored compare damage describe describe_unread is_damage joined problem_of problems_or_die);
+    = qw(add_range beyond by_blocks check_base check_stored compare damage describe describe_unread is_damage joined problem_of problems_or_die);
 
 my $Error = 'PVE::BackupAccess::Error';
 
@@ -43,15 +43,36 @@ sub problems_or_die ($problems, $unread) {
 # Ranges, [offset, length], in order and neighbours as one.
 sub joined (@ranges) {
     my @joined;
-    for my $range (sort { $a->[0] <=> $b->[0] } @ranges) {
-        if (@joined && $joined[-1][0] + $joined[-1][1] == $range->[0]) {
-            $joined[-1][1] += $range->[1];
-        }
-        else {
-            push(@joined, [$range->@*]);
+    add_range(\@joined, $_->@*) for sort { $a->[0] <=> $b->[0] } @ranges;
+    return @joined;
+}
+
+# Adds a range to others. One that begins where the last one ends is joined to it: a damaged disk may have millions of blocks.
+sub add_range ($ranges, $offset, $length) {
+    my $last = $ranges->[-1];
+    if ($last && $last->[0] + $last->[1] == $offset) {
+        $last->[1] += $length;
+    }
+    else {
+        push($ranges->@*, [$offset, $length]);
+    }
+    return;
+}
+
+# The parts of the ranges that are not in the known ones. Both must be joined.
+sub beyond ($ranges, $known) {
+    my @known = $known->@*;
+    my @left;
+    for my $range ($ranges->@*) {
+        my ($at, $end) = ($range->[0], $range->[0] + $range->[1]);
+        while ($at < $end) {
+            shift(@known) while @known && $known[0][0] + $known[0][1] <= $at;
+            my $next = @known ? min($known[0][0], $end) : $end;
+            push(@left, [$at, $next - $at]) if $next > $at;
+            $at = $next < $end ? $known[0][0] + $known[0][1] : $end;
         }
     }
-    return @joined;
+    return @left;
 }
 
 my sub describe_as ($what, @ranges) {
@@ -94,8 +115,8 @@ sub compare ($serve, $size, @digests) {
                 %how,
                 expected => \@digests,
                 'only-known' => @digests == 1 ? 1 : 0,
-                damaged => sub ($offset, $length) { push(@ranges, [$offset, $length]) },
-                unreadable => sub ($offset, $length) { push(@unread, [$offset, $length]) },
+                damaged => sub (@range) { add_range(\@ranges, @range) },
+                unreadable => sub (@range) { add_range(\@unread, @range) },
             );
         }
     );

@@ -12,7 +12,7 @@ use List::Util qw(min);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::File qw(open_if_there);
 
-our @EXPORT_OK = qw(bytes_to_add digests_size each_digest each_known is_known merge_digests);
+our @EXPORT_OK = qw(bytes_to_add digests_size each_digest each_known known_in merge_digests);
 
 my $header_size = 4096;
 my $digest_size = 32;
@@ -54,11 +54,14 @@ sub digests_size ($size, $block) {
     return $header_size + $digest_size * (int($size / $block) + ($size % $block ? 1 : 0));
 }
 
-# Whether the file has a digest for the block at an offset of the volume. In a complete file, no digest means zeroes.
-sub is_known ($path, $offset) {
+# Returns a function that says whether the file has a digest for the block at an offset of the volume. In a complete file, no
+# digest means zeroes.
+sub known_in ($path) {
     my $file = open_file($path);
-    my $at = $header_size + int($offset / $file->{block}) * $digest_size;
-    return $file->{complete} || read_at($file, $at, $digest_size) =~ m/[^\0]/;
+    return sub ($offset) {
+        my $at = $header_size + int($offset / $file->{block}) * $digest_size;
+        return $file->{complete} || read_at($file, $at, $digest_size) =~ m/[^\0]/;
+    };
 }
 
 # Calls the function with offset, length and digest of each block that has a digest in the file, in ascending order. In

@@ -24,6 +24,7 @@ package PVE::BackupAccess::Provider::Store::Guest;
 #   checked_base($name, $device, $own, $size)    returns the archive if the device, which it calls $own, can build on it; else dies
 #   device_problem($name, $device)   why the device cannot be restored, undef if it can; dies if that cannot be determined
 #   restorable($name, $device)       (archive, why the device cannot be read, undef if it can)
+#   note_damage_in($name, $device, $ranges)    notes which archives the damage in these ranges is in
 #   being_removed(\@unread)  the archives whose removal has begun; see readable_of
 #   is_built_on($name), discard($name)    for the removal of several archives, see Prune.pm
 
@@ -92,6 +93,12 @@ sub restorable ($self, $name, $device) {
 
 sub device_problem ($self, $name, $device) {
     return problem_of(sub () { ($self->restorable($name, $device))[1] });
+}
+
+sub note_damage_in ($self, $name, $device, $ranges) {
+    my ($archive) = $self->chain($name, $device);
+    $archive->note_damage($device, 1);
+    return;
 }
 
 # ---- what the bitmaps are relative to ----

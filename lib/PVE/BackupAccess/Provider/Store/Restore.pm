@@ -6,6 +6,7 @@ use v5.36;
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::Provider::Store::RawFile;
+use PVE::BackupAccess::Try qw(attempt);
 
 my $RawFile = 'PVE::BackupAccess::Provider::Store::RawFile';
 
@@ -36,6 +37,13 @@ sub path ($self) { return $self->{file} ? $self->{file}->path : $self->{server}-
 sub stop ($self) {
     $self->{file}->stop if $self->{file};
     $self->{server}->kill;
+    return;
+}
+
+# Notes that these ranges do not match the digests, so that no backup builds on them.
+sub note_damage ($self, $ranges) {
+    return if !($ranges // [])->@*;
+    attempt { $self->{guest}->note_damage_in($self->@{qw(name device)}, $ranges) };
     return;
 }
 
