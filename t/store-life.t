@@ -2,7 +2,7 @@
 # verify and restore report it as damaged; and an intact archive is never reported as damaged.
 #
 # PBA_SEED is the seed of the first life, and each later life has the next number. PBA_STEPS is the number of
-# steps in all; half of them run on each QEMU unless PBA_FULL=1.
+# steps in all.
 
 use v5.36;
 
@@ -20,8 +20,7 @@ use PBA::Test::StoreLife::Known qw(remember_intact);
 use PBA::Test::StoreLife::Lives qw(run_lives);
 
 my $steps = $ENV{PBA_STEPS} // ($ENV{PBA_FULL} ? 5000 : 1000);
-$steps = int($steps / 2) if !$ENV{PBA_FULL};
-my $seed = $ENV{PBA_SEED} // 20261129 + ($ENV{PBA_QEMU} ? 500 : 0);
+my $seed = $ENV{PBA_SEED} // 20261129;
 
 adopt_orphans();    # so that leftovers of a killed process can be waited for
 
