@@ -13,6 +13,7 @@ use Test::More;
 use Time::HiRes qw(sleep);
 
 use PBA::Test::Backend;
+use PBA::Test::VM;
 
 my $full = $ENV{PBA_FULL};
 my $mib = 1024 * 1024;
@@ -63,7 +64,7 @@ sub pair (%options) {
         shape => $options{shape} // next_shape()
     );
     my @disks = map { { id => $_, %disk } } ($options{disks} // ['disk0'])->@*;
-    my %common = (name => 'upstream', guest => 0);
+    my %common = (name => $options{name} // 'upstream', guest => 0);
     my $source = PBA::Test::Backend->start(%common, disks => \@disks);
     $_->{file} = $source->vm->disk($_->{id})->{file} for @disks;
     my $target = PBA::Test::Backend->start(
@@ -204,6 +205,41 @@ for my $bitmaps (0, 1) {
         }
     };
 }
+
+# A stock QEMU fails the migration. An export would take the images back.
+sub check_reset_during_access () {
+    my ($source, $target) = pair(name => 'pve');
+    my $access = $source->access;
+    $access->setup($source->devices('none'));
+    is(migrate($source, $target), 'completed', 'the migration succeeds');
+    reset_guest($source->vm);
+    ok(!eval { $access->volumes('nbd'); 1 }, 'volumes refuses');
+    like(
+        "$@",
+        qr/the guest was migrated .* since setup, and then reset - .* \(cont\)/,
+        'the error says why'
+    );
+    write_disk($target->vm, 'after', 'disk0');
+    $access->teardown(0);
+    return;
+}
+
+subtest 'after setup, and then a reset, on a Proxmox QEMU' => sub { check_reset_during_access() }
+    if PBA::Test::VM->is_proxmox;
+
+# A snapshot leaves the same reply of query-migrate as a migration.
+subtest 'a snapshot before setup, and a reset after it' => sub {
+    my $name = PBA::Test::VM->is_proxmox ? 'pve' : 'upstream';
+    my ($source) = pair(name => $name);
+    $source->vm->hmp('savevm before');
+    is($source->vm->qmp('query-migrate')->{status}, 'completed', 'it looks like a migration');
+    my $access = $source->access;
+    $access->setup($source->devices('none'));
+    $source->vm->qmp('stop');
+    reset_guest($source->vm);
+    ok(eval { $access->volumes('nbd'); 1 }, 'volumes does not refuse') or diag($@);
+    $access->teardown(0);
+};
 
 # The target may still be given up for the source, which then continues.
 subtest 'the target has not taken over the disks yet' => sub {

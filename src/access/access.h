@@ -99,11 +99,13 @@ struct PbaAccess {
     unsigned mark_number; /* distinguishes its marker from those of the process' other accesses */
     char *backup_id;      /* ID that its bitmaps get after a success; NULL: none */
     PbaBlock seen; /* QEMU before setup, if nothing had to be undone; in setup, before the cut */
-    GPtrArray *warnings; /* lines of the last check of its fleecing images */
-    GPtrArray *disks;    /* PbaDisk */
-    char *nonce;         /* of this setup; NULL: none yet, or the access is a dead process' */
-    char *end_mark;      /* the node that says that a success is being committed; NULL: none */
-    char *socket_dir;    /* NULL: not created */
+    JsonObject *migration; /* the reply to query-migrate before setup */
+    bool was_prelaunch;    /* then the guest had not run since QEMU's start or a reset */
+    GPtrArray *warnings;   /* lines of the last check of its fleecing images */
+    GPtrArray *disks;      /* PbaDisk */
+    char *nonce;           /* of this setup; NULL: none yet, or the access is a dead process' */
+    char *end_mark;        /* the node that says that a success is being committed; NULL: none */
+    char *socket_dir;      /* NULL: not created */
     char *socket; /* the path of the NBD server's socket in that directory, whether the server runs
                      or not */
     GPtrArray *vfiles;  /* PbaVfile, one for each disk; NULL: none was requested */
@@ -229,8 +231,8 @@ bool pba_tear_down_and_end(PbaAccess *access, bool success, GError **error);
 /* Checks for effects of other programs; these functions change nothing. The first one checks that
  * the guest is on this host and stays here, and that its disks are fit for an access. */
 bool pba_company_check_here(PbaAccess *access, GError **error);
-/* Whether its disks belong to this QEMU now. */
-bool pba_company_check_handed_over(PbaAccess *access, GError **error);
+/* Whether its disks still belong to this QEMU, after setup. */
+bool pba_company_check_still_here(PbaAccess *access, GError **error);
 bool pba_company_check_disks(PbaAccess *access, const PbaBlock *block, GError **error);
 /* Checks again with QEMU's current state: others may have begun something since the disks were
  * seen. */

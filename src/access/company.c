@@ -221,9 +221,11 @@ bool pba_company_check_jobs(PbaAccess *access, GError **error)
 static bool check_outgoing(PbaAccess *access, GError **error)
 {
     static const char *const over[] = {"none", "completed", "failed", "cancelled", "colo", NULL};
-    g_autoptr(JsonObject) reply = pba_qmp_query_object(access->qmp, "query-migrate", NULL, error);
+    JsonObject *reply = pba_qmp_query_object(access->qmp, "query-migrate", NULL, error);
     const char *status = reply ? pba_json_find_string(reply, "status") : NULL;
 
+    g_clear_pointer(&access->migration, json_object_unref);
+    access->migration = reply;
     if (status && !g_strv_contains(over, status)) {
         pba_error_set(error, PBA_ERROR_STATE,
                       "a migration of the guest is in progress (state '%s') and would fail - wait "
@@ -235,11 +237,12 @@ static bool check_outgoing(PbaAccess *access, GError **error)
 }
 
 /* After a migration, the disks belong to another QEMU, which changes them. */
-bool pba_company_check_handed_over(PbaAccess *access, GError **error)
+static bool check_status(PbaAccess *access, bool *is_prelaunch, GError **error)
 {
     g_autoptr(JsonObject) reply = pba_qmp_query_object(access->qmp, "query-status", NULL, error);
     const char *status = reply ? pba_json_string(reply, "status", error) : NULL;
 
+    *is_prelaunch = g_strcmp0(status, "prelaunch") == 0;
     if (g_strcmp0(status, "postmigrate") == 0) {
         pba_error_set(error, PBA_ERROR_STATE,
                       "the guest was migrated to another machine or saved to a file (state "
@@ -256,7 +259,33 @@ bool pba_company_check_handed_over(PbaAccess *access, GError **error)
     return status != NULL;
 }
 
+/* A reset after a migration hides it in QEMU's state, and Proxmox' QEMU (10.2) shows the disks as
+ * active if it was migrated during an access. A snapshot leaves the same reply as a migration, but
+ * QEMU refuses one during an access, so only the reply before it can come from a snapshot. */
+static bool check_not_sent(PbaAccess *access, GError **error)
+{
+    g_autoptr(JsonObject) reply = pba_qmp_query_object(access->qmp, "query-migrate", NULL, error);
+    const char *status = reply ? pba_json_find_string(reply, "status") : NULL;
+    bool is_sent =
+        g_strcmp0(status, "completed") == 0 && !json_object_equal(reply, access->migration);
+
+    if (is_sent) {
+        pba_error_set(error, PBA_ERROR_STATE,
+                      "the guest was migrated to another machine or saved to a file since setup, "
+                      "and then reset - back it up where it runs, or resume it here first (cont)");
+    }
+    return reply && !is_sent;
+}
+
+bool pba_company_check_still_here(PbaAccess *access, GError **error)
+{
+    bool is_prelaunch;
+
+    return check_status(access, &is_prelaunch, error) &&
+           (!is_prelaunch || access->was_prelaunch || check_not_sent(access, error));
+}
+
 bool pba_company_check_here(PbaAccess *access, GError **error)
 {
-    return pba_company_check_handed_over(access, error) && check_outgoing(access, error);
+    return check_status(access, &access->was_prelaunch, error) && check_outgoing(access, error);
 }

@@ -305,7 +305,7 @@ static bool add_exports(PbaAccess *access, GError **error)
          * guest now writes to them elsewhere (Proxmox' QEMU, 11.0; a stock one, 7.2 and 10.0, does
          * not hand over those of an access). If a migration is running, it fails because of the
          * export. */
-        !pba_company_check_handed_over(access, error) || !check_server(access, error)) {
+        !pba_company_check_still_here(access, error) || !check_server(access, error)) {
         return false;
     }
     pba_fleecing_check(access, nodes);

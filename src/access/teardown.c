@@ -26,6 +26,7 @@ void pba_access_free(PbaAccess *access)
     g_free(access->end_mark);
     g_free(access->backend_data);
     pba_block_clear(&access->seen);
+    g_clear_pointer(&access->migration, json_object_unref);
     g_ptr_array_unref(access->disks);
     g_ptr_array_unref(access->warnings);
     g_free(access);
