@@ -162,24 +162,52 @@ subtest 'two users with a shared group' => sub {
     is_deeply($backend->outside, $before, 'nothing is left');
 };
 
+sub make_dirs (@dirs) {
+    mkdir($_) && chmod(0711, $_) or die "$_: $!\n" for @dirs;
+    return;
+}
+
+# The directories have these paths here, and those in QEMU.
+sub check_other_paths ($backend, $text, $here, $there) {
+    my %here = ('run-dir' => "$here/run", 'fleecing-dir' => "$here/fleecing");
+    my %there = ('qemu-run-dir' => "$there/run", 'qemu-fleecing-dir' => "$there/fleecing");
+    fails_and_says(
+        $backend,
+        "$text: without a word",
+        qr/No such file or directory.* - QEMU sees other paths.*--qemu-run-dir/, %here
+    );
+    is_backed_up($backend, $text, sub { }, %here, %there);
+    ends_below_copy($backend, $text, %here, %there);
+    is_deeply([glob("$here/*/*")], [], "$text: nothing is left here either");
+    return;
+}
+
 subtest 'a QEMU that sees other paths' => sub {
     for my $user (undef, 'nobody') {
         my $root = File::Temp->newdir('pba-root-XXXXXX', TMPDIR => 1);
         chmod(0711, "$root");
-        mkdir("$root/$_") && chmod(0711, "$root/$_") or die "$root/$_: $!\n" for qw(run fleecing);
+        make_dirs("$root/run", "$root/fleecing");
         my $backend = start({ chroot => "$root", $user ? (user => $user) : () });
-        my %here = ('run-dir' => "$root/run", 'fleecing-dir' => "$root/fleecing");
-        my %there = ('qemu-run-dir' => '/run', 'qemu-fleecing-dir' => '/fleecing');
-        my $text = 'chroot, ' . ($user // 'root');
-        fails_and_says(
-            $backend,
-            "$text: without a word",
-            qr/No such file or directory.* - QEMU sees other paths.*--qemu-run-dir/, %here
-        );
-        is_backed_up($backend, $text, sub { }, %here, %there);
-        ends_below_copy($backend, $text, %here, %there);
-        is_deeply([glob("$root/*/*")], [], "$text: nothing is left here either");
+        check_other_paths($backend, 'chroot, ' . ($user // 'root'), "$root", '');
     }
+};
+
+# As a service of the system or a container starts it.
+subtest 'a QEMU in a mount namespace of its own' => sub {
+    plan(skip_all => 'no mount namespaces') if system('unshare --mount true 2>/dev/null') != 0;
+    my $root = File::Temp->newdir('pba-root-XXXXXX', TMPDIR => 1);
+    make_dirs(map { "$root/$_" } qw(here here/run here/fleecing there));
+    my $qemu = $VM->qemu;
+    my $program = "$root/qemu";
+    open(my $fh, '>', $program) or die "$program: $!\n";
+    print {$fh} "#!/bin/sh\nexec unshare --mount sh -ec '",
+        "mount --bind $root/here $root/there; mount -t tmpfs none $root/here; ",
+        qq{exec $qemu "\$@"' sh "\$@"\n};
+    close($fh) or die "$program: $!\n";
+    chmod(0755, $program);
+    local $ENV{PBA_QEMU} = $program;
+    my $backend = $Backend->start(name => 'upstream', guest => 0);
+    check_other_paths($backend, 'mount namespace', "$root/here", "$root/there");
 };
 
 done_testing;
