@@ -233,6 +233,34 @@ sub check_namesakes ($backend) {
     is($client->next_word, 'down', 'the access of the first guest ends normally');
     $client->let_go_on;
     $client->wait_end;
+    check_dead_namesake($backend, $code, \%other, $other);
+}
+
+# The process is killed. The other guest has an NBD server of another program.
+sub check_dead_namesake ($backend, $code, $options, $other) {
+    my $client = $Client->start(
+        sub ($tell) {
+            my $access = $backend->access(qmp => $code);
+            $access->setup($backend->devices('use'));
+            $access->volumes('nbd');
+            $tell->('up');
+        }
+    );
+    is($client->next_word, 'up', 'a client has an access to one guest');
+    $client->kill9;
+    my %address = (type => 'unix', data => { path => $other->vm->dir . '/foreign' });
+    $other->vm->qmp('nbd-server-start', addr => \%address);
+    my $lines = eval { PVE::BackupAccess->recover($options->%*) };
+    is_deeply($lines, [], 'a dead process left nothing in the other guest') or diag($@);
+    $other->vm->qmp('nbd-server-stop');
+    my $access = PVE::BackupAccess->new($options->%*);
+    ok(eval { $access->setup($other->devices('new')); $access->teardown(1) }, 'its next backup')
+        or diag($@);
+    my %first = $backend->options(qmp => $code, log => sub { });
+    $lines = eval { PVE::BackupAccess->recover(%first) } // [$@];
+    like("@$lines", qr/the NBD server at \S+ was stopped/, 'the first guest is recovered');
+    is_deeply($backend->vm->exports, [], 'its exports are gone');
+    return;
 }
 
 # Several calls at the same time: each undoes the access, finds nothing more to undo, or names a process that

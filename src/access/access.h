@@ -312,6 +312,8 @@ GPtrArray *pba_run_dir_find_stale(const PbaAccess *access);
  * (owned by the caller, NULL if there is none). */
 const char *pba_run_dir_key(const char *path);
 char *pba_run_dir_target(const char *path);
+/* The name of the owner's marker, which the caller frees; NULL: the directory does not say. */
+char *pba_run_dir_mark(const char *path);
 /* Whether the access may belong to a live process: to one that backs up another guest with the same
  * identity, or one whose QEMU has ended. */
 bool pba_run_dir_is_live(const PbaAccess *access, const char *path);

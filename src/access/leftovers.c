@@ -4,6 +4,29 @@
 #include "src/qmp/qmp.h"
 #include <string.h>
 
+/* If a code ref hides the socket, guests can have the same identity. Then the marker that is noted
+ * in the directory of a dead process tells whether its NBD server is this guest's. */
+static bool is_of_namesake(const PbaLeftovers *leftovers, const char *path)
+{
+    const PbaAccess *access = leftovers->access;
+    g_autofree char *mark = access->options.identity ? NULL : pba_run_dir_mark(path);
+
+    if (!mark || pba_block_find_node(leftovers->block, mark) || pba_run_dir_is_live(access, path)) {
+        return false;
+    }
+    g_autofree char *socket = pba_run_dir_stale_server(path);
+    return socket != NULL;
+}
+
+static void leave_out_namesakes(PbaLeftovers *leftovers)
+{
+    for (guint i = leftovers->paths->len; i-- > 0;) {
+        if (is_of_namesake(leftovers, leftovers->paths->pdata[i])) {
+            g_ptr_array_remove_index(leftovers->paths, i);
+        }
+    }
+}
+
 bool pba_leftovers_look(PbaAccess *access, PbaBlock *block, PbaLeftovers *leftovers, GError **error)
 {
     pba_leftovers_clear(leftovers);
@@ -13,6 +36,7 @@ bool pba_leftovers_look(PbaAccess *access, PbaBlock *block, PbaLeftovers *leftov
     if (!pba_block_query(access->qmp, true, block, error)) {
         return false;
     }
+    leave_out_namesakes(leftovers);
     /* A process adds its marker before its exports, and deletes it after them. */
     leftovers->exports = pba_block_has_nodes(block, PBA_OWN_PREFIX)
                              ? pba_qmp_query_array(access->qmp, "query-block-exports", NULL, error)

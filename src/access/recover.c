@@ -185,9 +185,7 @@ static StaleState find_state(const PbaAccess *access, const PbaLeftovers *leftov
 /* Creates an access that represents that of the dead process. */
 static PbaAccess *new_dead_access(const PbaAccess *access, GError **error)
 {
-    PbaAccessOptions options = access->options;
-    options.identity = access->identity;
-    PbaAccess *dead = pba_access_new(access->qmp, &options, &access->hooks, error);
+    PbaAccess *dead = pba_access_new(access->qmp, &access->options, &access->hooks, error);
 
     if (dead) {
         pba_access_know(dead, access);

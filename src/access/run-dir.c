@@ -260,16 +260,24 @@ char *pba_run_dir_target(const char *path)
     return target;
 }
 
+char *pba_run_dir_mark(const char *path)
+{
+    g_autofree char *owner = g_build_filename(path, OWNER_NAME, NULL);
+    char *mark = NULL;
+
+    g_file_get_contents(owner, &mark, NULL, NULL);
+    return mark;
+}
+
 /* The PID of the process that made the directory; 0: it is dead, or the directory does not say. */
 static pid_t live_owner(const PbaAccess *access, const char *path)
 {
-    g_autofree char *owner = g_build_filename(path, OWNER_NAME, NULL);
     g_autofree char *place = g_build_filename(path, PLACE_NAME, NULL);
-    g_autofree char *mark = NULL;
+    g_autofree char *mark = pba_run_dir_mark(path);
     g_autofree char *number = NULL;
     PbaOwner found;
 
-    if (!g_file_get_contents(owner, &mark, NULL, NULL)) {
+    if (!mark) {
         return 0;
     }
     g_file_get_contents(place, &number, NULL, NULL);
