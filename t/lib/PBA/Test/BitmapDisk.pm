@@ -68,9 +68,8 @@ sub _new_bitmap ($self) {
         img('bitmap', '--add', '-f', 'qcow2', $all, $bitmap);
         $self->_io($all, "write -z 0 $self->{size}");
     }
-    $self->_bitmap('--remove') if $self->{has_bitmap};
-    $self->_bitmap('--add', '--disable');
-    $self->_bitmap('--merge', $bitmap, '-b', $all, '-F', 'qcow2');
+    my @remove = $self->{has_bitmap} ? '--remove' : ();
+    $self->_bitmap(@remove, '--add', '--disable', '--merge', $bitmap, '-b', $all, '-F', 'qcow2');
     $self->{has_bitmap} = 1;
     return;
 }
@@ -101,8 +100,7 @@ sub open ($self, $mode) {
 sub close ($self, $success) {
     $self->{server}->stop;
     return if !$self->{has_bitmap};
-    $self->_bitmap('--clear') if $success;
-    $self->_bitmap('--enable');
+    $self->_bitmap($success ? '--clear' : (), '--enable');
     return;
 }
 
