@@ -136,10 +136,30 @@ sub start_foreign ($backend, $target, $mode) {
     return;
 }
 
+# A backup job has a filter like that of an access. Its program may have started the NBD server.
+sub check_job ($backend, %foreign) {
+    my ($vm, $dir) = ($backend->vm, $backend->work_dir('foreign'));
+    open(my $fh, '>', "$dir/copy") or die "$dir/copy: $!\n";
+    truncate($fh, $size) && close($fh) or die "$dir/copy: $!\n";
+    my %file = (driver => 'file', filename => "$dir/copy");
+    $vm->qmp('nbd-server-start', addr => { type => 'unix', data => { path => "$dir/nbd" } });
+    $vm->qmp('blockdev-add', driver => 'raw', 'node-name' => 'copy', file => \%file);
+    my %job = ('job-id' => 'copy', device => 'a', sync => 'full');
+    $vm->qmp('blockdev-backup', %job, target => 'copy', 'auto-finalize' => JSON::PP::false);
+    is_deeply(recover($backend, %foreign), [], 'a backup job is not an access');
+    $vm->qmp('nbd-server-stop');    # it is still there
+    $vm->clear_events;
+    $vm->qmp('block-job-cancel', device => 'copy', force => JSON::PP::true);
+    $vm->wait_event('BLOCK_JOB_CANCELLED');
+    $vm->qmp('blockdev-del', 'node-name' => 'copy');
+    return;
+}
+
 sub check_foreign ($backend) {
     my $outside = $backend->outside;
     my %foreign = (foreign => 1, 'target-id' => 'snapshot-access:foreign');
     is_deeply(recover($backend, %foreign), [], 'there is no access of another program');
+    check_job($backend, %foreign);
     for my $mode ('use', 'none') {
         start_foreign($backend, $foreign{'target-id'}, $mode);
         my @log;
