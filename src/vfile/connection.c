@@ -267,7 +267,8 @@ static int time_left(const PbaConnection *connection)
 /* Without their maps, readers are only slower. */
 static void end_new_maps(PbaConnection *connection)
 {
-    pba_connections_cut(connection->nbd->path, connection->answered);
+    /* QEMU may have bound the socket below another path, so its path is not compared. */
+    pba_connections_cut(NULL, connection->answered);
     connection->late = pba_deadline(PBA_NBD_LATE_S);
 }
 

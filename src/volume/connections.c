@@ -42,8 +42,8 @@ static bool leads_to(int fd, const char *socket_path)
     struct sockaddr_un peer = {0};
     socklen_t length = sizeof(peer) - 1;
 
-    return fd >= 0 && getpeername(fd, (struct sockaddr *)&peer, &length) == 0 &&
-           peer.sun_family == AF_UNIX && strcmp(peer.sun_path, socket_path) == 0;
+    return getpeername(fd, (struct sockaddr *)&peer, &length) == 0 && peer.sun_family == AF_UNIX &&
+           strcmp(peer.sun_path, socket_path) == 0;
 }
 
 void pba_connections_cut(const char *socket_path, gint64 since)
@@ -58,7 +58,7 @@ void pba_connections_cut(const char *socket_path, gint64 since)
     for (guint i = 0; connected && i < connected->len; i++) {
         const PbaNbdVolume *nbd = connected->pdata[i];
         int fd = nbd_aio_get_fd(nbd->handle);
-        if (nbd->made >= since && leads_to(fd, socket_path)) {
+        if (fd >= 0 && nbd->made >= since && (!socket_path || leads_to(fd, socket_path))) {
             dup3(ended[0], fd, O_CLOEXEC);
         }
     }

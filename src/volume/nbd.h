@@ -56,8 +56,8 @@ void pba_nbd_disconnect(PbaNbdVolume *nbd);
 void pba_connection_note(PbaNbdVolume *nbd);
 void pba_connection_made(PbaNbdVolume *nbd);
 void pba_connection_forget(PbaNbdVolume *nbd);
-/* Ends all connections of this process to the server at that socket, also those in use, that were
- * made since then (g_get_monotonic_time); 0: all. */
+/* Ends all connections of this process to the server at that socket, as it was bound (NULL: to
+ * any), also those in use, that were made since then (g_get_monotonic_time); 0: all. */
 void pba_connections_cut(const char *socket_path, gint64 since);
 /* Without an answer for that long, QEMU may be waiting for a later connection to the same export to
  * end (newer.c). */
