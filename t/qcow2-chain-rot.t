@@ -27,6 +27,19 @@ sub rot_entries ($image, $code) {
     return;
 }
 
+# The same of a byte of any file.
+sub flip_bit ($file, $at) {
+    my @times = (Time::HiRes::stat($file))[8, 9];
+    open(my $fh, '+<:raw', $file) or die "$file: $!\n";
+    seek($fh, $at, 0);
+    read($fh, my $byte, 1);
+    seek($fh, $at, 0);
+    print {$fh} $byte ^. "\1";
+    close($fh) or die "$file: $!\n";
+    Time::HiRes::utime($times[0], $times[1], $file);
+    return;
+}
+
 # Where the guest's data at an offset is in the image.
 sub place_of ($image, $offset) {
     my $map = JSON::PP->new->utf8->decode(
@@ -154,6 +167,17 @@ subtest 'reference counts that rot' => sub {
     like($@, qr/\Q$image\E is damaged - .*refcount/, 'and says why');
     like($chain->provider->verify($names[2])->[0], qr/\Q$image\E is damaged/, 'as verify does');
     is_deeply([map { $chain->problem($_) } @names], ['', '', ''], 'all archives can be restored');
+};
+
+subtest 'no backup builds on digests with a damaged header' => sub {
+    my ($chain, @names) = with_three_archives();
+    my $file = $chain->path_of($names[1], "$device.digests");
+    for my $at (3, 13, 17, 38, 41, 47) {
+        flip_bit($file, $at);
+        is($chain->next_modes->{$device}, 'new', "byte $at: the next backup is full");
+        flip_bit($file, $at);
+    }
+    is($chain->next_modes->{$device}, 'use', 'undamaged, a backup builds on it');
 };
 
 done_testing;

@@ -6,6 +6,7 @@ package PVE::BackupAccess::Provider::Qcow2Chain::Archive;
 use v5.36;
 
 use Digest::SHA qw(sha256_hex);
+use Time::HiRes ();
 
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::File
@@ -13,6 +14,7 @@ use PVE::BackupAccess::File
 use PVE::BackupAccess::Provider::Qcow2Chain::Image
     qw($cluster_size create_image image_header image_problem);
 use PVE::BackupAccess::Provider::Qcow2Chain::Server;
+use PVE::BackupAccess::Provider::Store::Digests qw(has_header);
 use PVE::BackupAccess::Provider::Store::DirectoryArchive qw($manifest_name $tree);
 use PVE::BackupAccess::Provider::Store::Manifest
     qw(decode_manifest device_fault encode_manifest has_its_digest is_hash manifest_fault refuse_newer safe_name);
@@ -332,7 +334,15 @@ sub file_problem ($self, $file, $read_all) {
 sub device_problem ($self, $device) {
     return $self->manifest_problem if defined($self->manifest_problem);
     my ($problem) = map { $self->file_problem($_, 0) // () } $self->files_of($device);
-    return $problem;
+    return $problem // $self->_digests_header_problem($device);
+}
+
+# A changed header may claim that the digests are complete: then a new block of zeroes would count as stored.
+sub _digests_header_problem ($self, $device) {
+    my $path = $self->digests($device) // return undef;
+    my ($entry, $is_increment) = ($self->device($device), $self->parent_of($self->own($device)));
+    my $is_right = has_header($path, $entry->{size}, $entry->{digests}{block}, !$is_increment);
+    return $is_right ? undef : "$path is damaged - its header is not that of the device's digests";
 }
 
 # Whether the time of an image with digests differs from the noted one.
@@ -341,6 +351,17 @@ sub is_touched ($self, $device) {
     my $noted = $self->{manifest}{files}{ _file_of($self->own($device)) };
     my $found = fingerprint($self->image($device));
     return defined($self->digests($device)) && ($found // {})->{mtime} ne ($noted->{mtime} // '');
+}
+
+# Gives the device's files, whose content is intact, the noted times. Otherwise, each backup to a copied store whose files have
+# new times would read all of it.
+sub put_times_back ($self, $device) {
+    for my $file ($self->files_of($device)) {
+        my ($path, $noted) = ($self->_path_of($file), $self->{manifest}{files}{$file}{mtime});
+        my ($time) = ($noted // '') =~ m/\A([0-9]+[.][0-9]+)\z/ or next;
+        Time::HiRes::utime((Time::HiRes::stat($path))[8], $time, $path);
+    }
+    return;
 }
 
 sub digests_problem ($self, $device) {

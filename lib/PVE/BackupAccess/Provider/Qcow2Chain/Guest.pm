@@ -73,7 +73,9 @@ sub chain_problem ($self, $device, @chain) {
 sub _content_problem ($self, $archive, $device) {
     my $known = $self->{content}{ $archive->revision } //= {};
     my $own = $archive->own($device);
-    $known->{$own} = content_problem($archive, $device) if !exists($known->{$own});
+    return $known->{$own} if exists($known->{$own});
+    $known->{$own} = content_problem($archive, $device);
+    $archive->put_times_back($device) if !defined($known->{$own});
     return $known->{$own};
 }
 

@@ -12,7 +12,8 @@ use List::Util qw(min);
 use PVE::BackupAccess::Error;
 use PVE::BackupAccess::File qw(open_if_there);
 
-our @EXPORT_OK = qw(bytes_to_add digests_size each_digest each_known known_in merge_digests);
+our @EXPORT_OK
+    = qw(bytes_to_add digests_size each_digest each_known has_header known_in merge_digests);
 
 my $header_size = 4096;
 my $digest_size = 32;
@@ -47,6 +48,15 @@ my sub open_file ($path) {
     $file->@{qw(size block complete)} = ($size, $block, $complete);
     $file->{blocks} = int($size / $block) + ($size % $block ? 1 : 0);
     return $file;
+}
+
+# Whether the file begins like the digests of such a volume.
+sub has_header ($path, $size, $block, $is_complete) {
+    my $fh = open_if_there($path) // return 0;
+    my $wanted
+        = pack('a12 a4 a16 Q> N N', "PBA-DIGESTS\n", '1', 'SHA-256', $size, $block, $is_complete);
+    sysread($fh, my $found, length($wanted)) // fail_to("read $path");
+    return $found eq $wanted;
 }
 
 # The size of the file of digests for a volume of that size.
