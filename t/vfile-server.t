@@ -3,8 +3,10 @@
 use v5.36;
 use utf8;
 
+use Fcntl qw(O_RDONLY);
 use FindBin;
 use lib "$FindBin::Bin/lib";
+use List::Util ();
 use POSIX qw(EINTR EIO);
 use Test::More;
 use Time::HiRes qw(alarm sleep time);
@@ -31,6 +33,7 @@ sub serve (%opt) {
         device => $server->{export},
         size => $opt{vfile_size} // $server->{size},
         bitmap => $opt{dirty} ? $server->{bitmap} : undef,
+        kind => $opt{kind},
     );
     return ($server, $file);
 }
@@ -257,11 +260,18 @@ sub check_discard () {
     ok(!fallocate($handle, $_, 0, $at), "mode $_ is refused") for 0, 1, 2, 16;
 }
 
-# Without a map there is nothing to query, and QEMU before 9.2 must not get queries for what it is reading.
+# QEMU before 9.2 must not get queries for what it is reading. The server of an image gets one, so that it keeps the
+# memory of requests, which must be smaller than the answer.
 sub check_status () {
     my ($server, $file) = serve(holes => []);
     is_pattern(reader($file->handle, $mib), 0, $mib, 'data');
     is_deeply([$server->requests('block-status')], [], 'is read without any block status');
+
+    ($server, $file) = serve(holes => [], no_trim => 1, kind => 'image');
+    is_pattern(reader($file->handle(O_RDONLY), 4 * $mib), 0, 8 * $mib, 'an image');
+    is(scalar(() = $server->requests('block-status')), 1, 'is read after one block status');
+    my $longest = List::Util::max(map { $_->{length} } $server->requests('read'));
+    is($longest, 512 * $kib, 'and by less than 1 MiB');
 }
 
 # A discard is answered before it is done.

@@ -224,29 +224,6 @@ static bool connect_one(NbdSink *self, const PbaVolume *source, bool tells_zeroe
     return true;
 }
 
-static int ignore_extents(void *opaque, const char *context, uint64_t offset, uint32_t *entries,
-                          size_t count, int *error)
-{
-    (void)opaque;
-    (void)context;
-    (void)offset;
-    (void)entries;
-    (void)count;
-    (void)error;
-    return 0;
-}
-
-/* After one answer of this kind, whose buffer is large, the C library of qemu-nbd keeps the memory
- * of requests; else it gets new pages for each. Nothing depends on the answer. */
-static void ask_for_status(const PbaNbdVolume *nbd)
-{
-    nbd_extent_callback callback = {.callback = ignore_extents};
-
-    if (nbd->context && !nbd->by_cluster && nbd->volume.size >= PBA_CLUSTER) {
-        nbd_aio_block_status(nbd->handle, PBA_CLUSTER, 0, callback, NBD_NULL_COMPLETION, 0);
-    }
-}
-
 static bool check_target(NbdSink *self, uint64_t size, GError **error)
 {
     const PbaNbdVolume *nbd = self->connections[0];
@@ -272,7 +249,7 @@ static bool connect_all(NbdSink *self, const PbaCopyOptions *options, const PbaV
     if (!connect_one(self, source, true, loop, error) || !check_target(self, source->size, error)) {
         return false;
     }
-    ask_for_status(self->connections[0]);
+    pba_nbd_ask_for_status(self->connections[0]);
     bool safe = nbd_can_multi_conn(self->connections[0]->handle) == 1;
     unsigned wanted = !safe ? 1 : options->connections ? options->connections : DEFAULT_CONNECTIONS;
     while (self->count < wanted) {

@@ -8,6 +8,9 @@
 #include <errno.h>
 #include <poll.h>
 
+/* Bytes of one request to a server other than a guest's QEMU: see pba_nbd_ask_for_status. */
+#define SERVER_REQUEST (512u << 10)
+
 struct PbaConnection {
     PbaSizes sizes;
     uint32_t read_flags;
@@ -374,6 +377,10 @@ PbaConnection *pba_connection_start(PbaNbdVolume *nbd, GError **error)
     PbaConnection *connection = g_new0(PbaConnection, 1);
     connection->nbd = nbd;
     connection->answered = nbd->made + 1;
+    /* Only the snapshot of a guest can be discarded. */
+    if (nbd_can_trim(nbd->handle) != 1) {
+        nbd->volume.sizes.request = MIN(nbd->volume.sizes.request, SERVER_REQUEST);
+    }
     connection->sizes = nbd->volume.sizes;
     connection->wake_fd = pba_wake_new(error);
     connection->done_fd = connection->wake_fd < 0 ? -1 : pba_wake_new(error);
@@ -385,6 +392,7 @@ PbaConnection *pba_connection_start(PbaNbdVolume *nbd, GError **error)
      * before 9.2 (6475155d51) cannot do twice at a time on a snapshot. */
     nbd_set_pread_initialize(nbd->handle, false); /* unfilled parts must not contain old data */
     connection->read_flags = nbd_can_df(nbd->handle) == 1 ? LIBNBD_CMD_FLAG_DF : 0;
+    pba_nbd_ask_for_status(nbd);
     g_mutex_init(&connection->nbd_mutex);
     g_mutex_init(&connection->mutex);
     g_thread_unref(g_thread_new("nbd", run, connection));

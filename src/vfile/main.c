@@ -177,7 +177,8 @@ static bool run(const char *path, const PbaVolumeOptions *options, const char *k
     if (!make_file(path, error)) {
         return false;
     }
-    bool done = (nbd = pba_nbd_open(&data, &hooks, error)) &&
+    bool done = (nbd = is_image ? pba_nbd_open_allocation(&data, &hooks, error)
+                                : pba_nbd_open(&data, &hooks, error)) &&
                 (connection = pba_connection_start(nbd, error)) &&
                 (file = new_file(connection, options, is_whole, error)) &&
                 (session = mount_file(path, file, is_image, error));

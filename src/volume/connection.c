@@ -253,6 +253,27 @@ bool pba_nbd_connect(PbaNbdVolume *nbd, GError **error)
     return false;
 }
 
+static int ignore_extents(void *opaque, const char *context, uint64_t offset, uint32_t *entries,
+                          size_t count, int *error)
+{
+    (void)opaque;
+    (void)context;
+    (void)offset;
+    (void)entries;
+    (void)count;
+    (void)error;
+    return 0;
+}
+
+void pba_nbd_ask_for_status(const PbaNbdVolume *nbd)
+{
+    nbd_extent_callback callback = {.callback = ignore_extents};
+
+    if (nbd->context && !nbd->by_cluster && nbd->volume.size >= PBA_CLUSTER) {
+        nbd_aio_block_status(nbd->handle, PBA_CLUSTER, 0, callback, NBD_NULL_COMPLETION, 0);
+    }
+}
+
 uint64_t pba_nbd_unit(const PbaNbdVolume *nbd, uint64_t offset, uint64_t length)
 {
     uint64_t most = MIN(length, nbd->volume.sizes.request);

@@ -47,6 +47,10 @@ int pba_nbd_notify(struct nbd_handle *handle, short events, short revents);
 bool pba_nbd_turn(PbaNbdVolume *nbd, gint64 deadline, const char *what, GError **error);
 /* The most of a range that one request with data may cover. */
 uint64_t pba_nbd_unit(const PbaNbdVolume *nbd, uint64_t offset, uint64_t length);
+/* Sends a block status, whose answer is ignored. Its buffer has 1 MiB in QEMU 7.2, 2 MiB in 10.0.
+ * From then on, the C library of qemu-nbd keeps the memory of smaller requests; else it gets new
+ * pages for each. */
+void pba_nbd_ask_for_status(const PbaNbdVolume *nbd);
 /* Of several connections to one export, the first with the fewest requests in flight. */
 PbaNbdVolume *pba_nbd_least_busy(PbaNbdVolume *const *connections, unsigned count);
 /* Closes the connection, and with it all requests in flight, whose callbacks may still be called.

@@ -26,6 +26,7 @@ sub ours ($class, $server, $size) {
         device => $server->{export},
         size => $size,
         bitmap => $server->{bitmap},
+        kind => 'image',
     );
 }
 

@@ -3,7 +3,7 @@ package PBA::Test::VFile;
 # pba-vfile with an NBD server of the tests, without a virtual machine. It ends with the object.
 #
 #   my $file = PBA::Test::VFile->start(socket => $path, device => 'disk', size => $bytes,
-#       bitmap => 'bitmap0');
+#       bitmap => 'bitmap0');     # or kind => 'image', as of an archive
 #
 # start() dies with the program's error.
 
@@ -19,7 +19,7 @@ sub start ($class, %opt) {
     my @arguments = (
         "$dir/vfile-0",
         @opt{qw(socket device size)},
-        $opt{bitmap} ? (part => $opt{bitmap}) : ('whole')
+        $opt{bitmap} ? (part => $opt{bitmap}) : ($opt{kind} // 'whole')
     );
     my $self = $class->_serve(@arguments);
     $self->{dir} = $dir;
