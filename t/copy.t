@@ -193,6 +193,11 @@ subtest 'files: size and holes' => sub {
     same(read_file($file), $image, 'a limit of 0 is no limit');
 };
 
+# Without the byte that is read after a second connection is made, to see whether the server answers.
+sub data_reads ($server) {
+    return grep { $_->{length} > 1 } $server->requests('read');
+}
+
 subtest 'requests to the source' => sub {
     for my $request_size (64 * $KiB, 256 * $KiB, 8 * $MiB) {
         for my $map_name (sort keys %maps) {
@@ -202,7 +207,7 @@ subtest 'requests to the source' => sub {
             my $volume = open_volume($server);
             my $statistics = $volume->copy(to => '/dev/null', 'request-size' => $request_size);
             my @reads = sort { $a->[0] <=> $b->[0] }
-                map { [@$_{qw(offset length)}] } $server->requests('read');
+                map { [@$_{qw(offset length)}] } data_reads($server);
             is(
                 sum0(map { $_->[1] } @reads),
                 $statistics->{'bytes-read'},
@@ -297,7 +302,7 @@ sub reads_inside ($server, @ranges) {
         grep {
             my ($begin, $end) = ($_->{offset}, $_->{offset} + $_->{length});
             grep { $_->[0] < $end && $begin < $_->[0] + $_->[1] } @ranges
-        } $server->requests('read')
+        } data_reads($server)
     );
 }
 

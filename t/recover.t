@@ -263,6 +263,42 @@ sub check_dead_namesake ($backend, $code, $options, $other) {
     return;
 }
 
+# A client by code ref and one by socket find what the other one left.
+sub check_other_kind ($backend) {
+    my ($vm, $path) = ($backend->vm, $backend->qmp_path);
+    my %qmp = (
+        socket => $path,
+        'code ref' => sub ($command, $arguments) {
+            return PBA::Test::QMP->once($path, $command, $arguments);
+        },
+    );
+    for my $kind (sort keys %qmp) {
+        my ($other) = grep { $_ ne $kind } keys %qmp;
+        my $client = $Client->start(
+            sub ($tell) {
+                my $access = $backend->access(qmp => $qmp{$kind});
+                $access->setup($backend->devices('use'));
+                $access->volumes('nbd');
+                $tell->('up');
+            }
+        );
+        is($client->next_word, 'up', "$kind: a client has an access");
+        $client->kill9;
+        my $lines = recover($backend, $qmp{$other});
+        like("@$lines", qr/the NBD server at \S+ was stopped/, "$kind: recovered by $other");
+        my $access = $backend->access(qmp => $qmp{$kind}, log => sub { });
+        ok(
+            eval {
+                $access->setup($backend->devices('use'));
+                $access->volumes('nbd');
+                $access->teardown(1);
+            },
+            "$kind: its next backup"
+        ) or diag($@);
+    }
+    return;
+}
+
 # Several calls at the same time: each undoes the access, finds nothing more to undo, or names a process that
 # backs up the guest.
 sub check_concurrent ($backend) {
@@ -354,11 +390,13 @@ for my $name ($Backend->names) {
     my $backend
         = $Backend->start(name => $name, guest => 0, disks => [{ id => 'disk0', size => $size }]);
     subtest "backend $name: a live client" => sub { check_live($backend) };
+    subtest "backend $name: clients of two kinds" => sub { check_other_kind($backend) };
     subtest "backend $name: a live object" => sub { check_own($backend) };
     subtest "backend $name: told not to recover" => sub { check_unasked($backend) };
     subtest "backend $name: several at once" => sub { check_concurrent($backend) };
     subtest "backend $name: several setups at once" => sub { check_concurrent_setups($backend) };
     subtest 'two guests without a name' => sub { check_namesakes($backend) }
+
         if $name eq 'upstream';
     subtest "backend $name: dead virtual files" => sub {
         plan(skip_all => 'no /dev/fuse') if !-w '/dev/fuse';

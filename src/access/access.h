@@ -306,8 +306,8 @@ void pba_run_dir_disown(PbaAccess *access);
  * listens; 0: there is none. */
 pid_t pba_run_dir_live_server(const PbaAccess *access);
 /* The socket directories and fleecing images of accesses to this guest, of all targets; paths,
- * which the caller frees. */
-GPtrArray *pba_run_dir_find_stale(const PbaAccess *access);
+ * which the caller frees. block: also directories whose owner's marker is a node there; or NULL. */
+GPtrArray *pba_run_dir_find_stale(const PbaAccess *access, const PbaBlock *block);
 /* The hash of the target in such a path, and the target's name that is stored in the directory
  * (owned by the caller, NULL if there is none). */
 const char *pba_run_dir_key(const char *path);

@@ -32,10 +32,10 @@ bool pba_leftovers_look(PbaAccess *access, PbaBlock *block, PbaLeftovers *leftov
     pba_leftovers_clear(leftovers);
     leftovers->access = access;
     leftovers->block = block;
-    leftovers->paths = pba_run_dir_find_stale(access);
     if (!pba_block_query(access->qmp, true, block, error)) {
         return false;
     }
+    leftovers->paths = pba_run_dir_find_stale(access, block);
     leave_out_namesakes(leftovers);
     /* A process adds its marker before its exports, and deletes it after them. */
     leftovers->exports = pba_block_has_nodes(block, PBA_OWN_PREFIX)

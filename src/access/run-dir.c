@@ -183,17 +183,29 @@ void pba_run_dir_disown(PbaAccess *access)
     g_clear_pointer(&access->socket, g_free);
 }
 
-/* Whether it is pba-ROLE-TARGET-GUEST-XXXXXX, of any target. */
-static bool has_role_name(const PbaAccess *access, const char *name, const char *role)
+/* Whether it is pba-ROLE-TARGET-GUEST-XXXXXX, of any target and guest. */
+static bool has_role_name(const char *name, const char *role)
 {
     g_autofree char *prefix = g_strdup_printf("pba-%s-", role);
-    g_autofree char *guest = pba_short_hash(access->identity);
     size_t to_guest = strlen(prefix) + PBA_HASH_LENGTH + 1;
     size_t to_end = to_guest + PBA_HASH_LENGTH;
 
     return strlen(name) == to_end + strlen("-XXXXXX") && g_str_has_prefix(name, prefix) &&
-           name[to_guest - 1] == '-' && g_str_has_prefix(name + to_guest, guest) &&
-           name[to_end] == '-';
+           name[to_guest - 1] == '-' && name[to_end] == '-';
+}
+
+/* A client by socket and one by code ref name their directories differently. The marker that is
+ * noted there tells whose it is. */
+static bool is_of_guest(const PbaAccess *access, const PbaBlock *block, const char *path)
+{
+    g_autofree char *guest = pba_short_hash(access->identity);
+    const char *key = pba_run_dir_key(path);
+
+    if (g_str_has_prefix(key + PBA_HASH_LENGTH + 1, guest)) {
+        return true;
+    }
+    g_autofree char *mark = block ? pba_run_dir_mark(path) : NULL;
+    return mark && pba_block_find_node(block, mark);
 }
 
 /* Owned by this user, or handed over to QEMU's user by pba_user_give_file or pba_user_open_dir. */
@@ -208,8 +220,8 @@ static bool is_own(const PbaAccess *access, const struct stat *status)
 }
 
 /* Appends the directory's entries with such a name that belong to this user. */
-static void find_stale_in(const PbaAccess *access, GPtrArray *paths, const char *parent,
-                          const char *role, mode_t type)
+static void find_stale_in(const PbaAccess *access, const PbaBlock *block, GPtrArray *paths,
+                          const char *parent, const char *role, mode_t type)
 {
     GDir *dir = g_dir_open(parent, 0, NULL);
     const char *name;
@@ -217,15 +229,16 @@ static void find_stale_in(const PbaAccess *access, GPtrArray *paths, const char 
     while (dir && (name = g_dir_read_name(dir))) {
         g_autofree char *path = g_build_filename(parent, name, NULL);
         struct stat status;
-        if (has_role_name(access, name, role) && lstat(path, &status) == 0 &&
-            (status.st_mode & S_IFMT) == type && is_own(access, &status)) {
+        if (has_role_name(name, role) && lstat(path, &status) == 0 &&
+            (status.st_mode & S_IFMT) == type && is_own(access, &status) &&
+            is_of_guest(access, block, path)) {
             g_ptr_array_add(paths, g_steal_pointer(&path));
         }
     }
     g_clear_pointer(&dir, g_dir_close);
 }
 
-GPtrArray *pba_run_dir_find_stale(const PbaAccess *access)
+GPtrArray *pba_run_dir_find_stale(const PbaAccess *access, const PbaBlock *block)
 {
     GPtrArray *paths = g_ptr_array_new_with_free_func(g_free);
     g_autofree char *parent = find_run_dir(access, NULL);
@@ -235,10 +248,10 @@ GPtrArray *pba_run_dir_find_stale(const PbaAccess *access)
             : NULL;
 
     if (parent && is_private_dir(parent)) {
-        find_stale_in(access, paths, parent, "run", S_IFDIR);
+        find_stale_in(access, block, paths, parent, "run", S_IFDIR);
     }
     if (fleecing) {
-        find_stale_in(access, paths, fleecing, "fleece", S_IFREG);
+        find_stale_in(access, block, paths, fleecing, "fleece", S_IFREG);
     }
     return paths;
 }
@@ -305,7 +318,7 @@ static char *find_socket(const char *path)
 
 pid_t pba_run_dir_live_server(const PbaAccess *access)
 {
-    g_autoptr(GPtrArray) paths = pba_run_dir_find_stale(access);
+    g_autoptr(GPtrArray) paths = pba_run_dir_find_stale(access, NULL);
 
     for (guint i = 0; i < paths->len; i++) {
         const char *path = paths->pdata[i];
