@@ -99,6 +99,9 @@ sub during_recovery ($test, $what, $when) {
     ok(counted($test, $when, sub { PVE::BackupAccess->recover(%options) }), 'it is recovered')
         or diag($test->{error});
     $test->{'no success'} = 1;
+
+    # A second client may recover first, and have its backup.
+    $test->{event} = { $test->{event}->%*, refused => 0 } if $what =~ m/\Aa second client/;
     return 0;
 }
 
@@ -114,9 +117,10 @@ sub check ($what, $when, $shape) {
 my @times = ((map { "setup $_" } @in_setup), (map { "recovery $_" } @in_recovery));
 my @cells = possible_cells(\@times, \@shapes);
 
-# Proxmox' QEMU aborts (10.2.2) if a backup job below the throttle filter, which began just before the command of
-# setup, ends during the access; no query can be later than the last one before the command.
-@cells = grep { "@$_" !~ m/short .*backup-access-setup throttle\z/ } @cells;
+# Proxmox' QEMU aborts (10.2.2) if a backup job of a node below the disk's, which began just before the command of
+# setup, ends during the access; no query can be later than the last one before the command, the 16th or 18th.
+@cells = grep { "@$_" !~ m/\Aa short backup .* setup (?:backup-access-setup|16) / } @cells
+    if $is_proxmox;
 my %name = map { $_ => 'before command ' . join(' of ', reverse(split(' ', $_))) } @times;
 run_cells(4, \%name, \&check, @cells);
 
